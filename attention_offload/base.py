@@ -1,0 +1,72 @@
+"""The interface between an engine and the shards it reads from.
+
+An engine knows :class:`Shards` only. A transport is a :class:`Peer`: one connection to one shard. A hot
+frame is a pure read: it may be retried or thrown away, and nothing remote changes.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from farshore.attention_offload.plan import ShardStep, StepPlan
+from farshore.ids import WorkerId
+from farshore.kernels.base import AttentionSpec, KVLayout, State
+from farshore.kvstore.base import ShardStore
+
+
+class AttentionModel(NamedTuple):
+    """What both ends must agree on before a frame makes sense. One layer class per entry of ``specs``."""
+
+    specs: tuple[AttentionSpec, ...]
+    layer_class: tuple[int, ...]
+    layouts: tuple[KVLayout, ...]
+    """Blocks that hold every group of the class; a span narrows it to its own groups."""
+
+
+class ShardIdentity(NamedTuple):
+    """Who answers at the other end."""
+
+    worker: WorkerId
+    process_id: int
+    host: str
+    budget_bytes: int
+    free_bytes: int
+    attended_bytes: int
+    """KV bytes this shard has attended to since it started."""
+
+
+class Peer(Protocol):
+    """One engine's connection to one shard. Not thread-safe: hot calls come from the engine's loop alone.
+
+    Every wait has a deadline. Broken or late: :class:`~farshore.errors.TransportError`; the connection is
+    then renewed by the next :meth:`begin`.
+    """
+
+    store: ShardStore
+    """The shard's store, for the cold calls: create, write, seal, read, drop."""
+
+    def identify(self) -> ShardIdentity: ...
+
+    def begin(self, step: ShardStep) -> None:
+        """Announce a step. Frames of an earlier step still under way are discarded."""
+
+    def send(self, layer: int, micro_batch: int, q: Tensor) -> Any:
+        """Send q ``[rows, heads, k_dim]`` of the shard's rows and heads; returns a token for :meth:`wait`."""
+
+    def wait(self, sent: Any) -> State:
+        """The shard's state: o ``[rows, heads, v_dim]`` in q's dtype, lse f32 (f64) ``[rows, heads]``."""
+
+    def close(self) -> None: ...
+
+
+class Shards(Protocol):
+    """All the shards of one engine."""
+
+    def begin(self, plan: StepPlan) -> None: ...
+
+    def send(self, layer: int, micro_batch: int, q: Tensor) -> Any:
+        """q ``[R, q_heads, k_dim]`` goes to every shard of the plan at once."""
+
+    def wait(self, pending: Any) -> Sequence[State]:
+        """One state per shard, each over all R rows and heads, in span order."""

@@ -1,0 +1,208 @@
+"""Our types to protobuf messages and back. Tensors travel as raw bytes of a shape both ends know."""
+
+import math
+import sys
+
+import torch
+from torch import Tensor
+
+from farshore.attention_offload.base import AttentionModel, ShardIdentity
+from farshore.attention_offload.plan import Read, ShardStep
+from farshore.errors import InvalidRequest
+from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
+from farshore.kernels.base import AttentionSpec, KVLayout
+from farshore.kvstore.base import SpanInfo, SpanKey
+from farshore.proto import attention_pb2 as pb
+
+assert sys.byteorder == "little", "the wire is little-endian and tensors are not swapped"
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise InvalidRequest(f"unknown dtype {name!r}: use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return _NAMES[dtype]
+
+
+def to_bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def from_bytes(data: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor of its own. Raises InvalidRequest where the size does not fit the shape."""
+    if len(data) != math.prod(shape) * dtype.itemsize:
+        raise InvalidRequest(f"{len(data)} bytes for a {dtype} tensor of shape {shape}")
+    if not data:
+        return torch.empty(shape, dtype=dtype)
+    # A bytearray, because a tensor must be writable memory.
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
+
+
+def layout_to_pb(layout: KVLayout) -> pb.Layout:
+    return pb.Layout(**(layout._asdict() | {"dtype": dtype_name(layout.dtype)}))
+
+
+def layout_from_pb(message: pb.Layout) -> KVLayout:
+    return KVLayout(
+        layers=message.layers,
+        groups=message.groups,
+        k_heads_per_group=message.k_heads_per_group,
+        v_heads_per_group=message.v_heads_per_group,
+        k_dim=message.k_dim,
+        v_dim=message.v_dim,
+        dtype=dtype_of(message.dtype),
+        block_tokens=message.block_tokens,
+    )
+
+
+def key_to_pb(key: SpanKey) -> pb.SpanKey:
+    return pb.SpanKey(
+        sequence_id=key.sequence,
+        layer_class=key.layer_class,
+        first=key.first,
+        group0=key.group0,
+        group1=key.group1,
+    )
+
+
+def key_from_pb(message: pb.SpanKey) -> SpanKey:
+    return SpanKey(
+        sequence=SequenceId(message.sequence_id),
+        layer_class=message.layer_class,
+        first=message.first,
+        group0=message.group0,
+        group1=message.group1,
+    )
+
+
+def info_to_pb(info: SpanInfo) -> pb.SpanInfo:
+    return pb.SpanInfo(
+        span_id=info.span,
+        key=key_to_pb(info.key),
+        sealed_tokens=info.sealed_tokens,
+        capacity_tokens=info.capacity_tokens,
+        bytes=info.bytes,
+        epoch=info.epoch,
+        holders=info.holders,
+    )
+
+
+def info_from_pb(message: pb.SpanInfo) -> SpanInfo:
+    return SpanInfo(
+        span=SpanId(message.span_id),
+        key=key_from_pb(message.key),
+        sealed_tokens=message.sealed_tokens,
+        capacity_tokens=message.capacity_tokens,
+        bytes=message.bytes,
+        epoch=Epoch(message.epoch),
+        holders=message.holders,
+    )
+
+
+def identity_to_pb(identity: ShardIdentity) -> pb.Identity:
+    fields = identity._asdict()
+    return pb.Identity(worker_id=fields.pop("worker"), **fields)
+
+
+def identity_from_pb(message: pb.Identity) -> ShardIdentity:
+    return ShardIdentity(
+        worker=WorkerId(message.worker_id),
+        process_id=message.process_id,
+        host=message.host,
+        budget_bytes=message.budget_bytes,
+        free_bytes=message.free_bytes,
+        attended_bytes=message.attended_bytes,
+    )
+
+
+def model_to_pb(model: AttentionModel, dtype: torch.dtype) -> pb.Open:
+    return pb.Open(
+        specs=[pb.AttentionSpec(**spec._asdict()) for spec in model.specs],
+        layouts=[layout_to_pb(layout) for layout in model.layouts],
+        layer_class=model.layer_class,
+        dtype=dtype_name(dtype),
+    )
+
+
+def model_from_pb(message: pb.Open) -> AttentionModel:
+    return AttentionModel(
+        specs=tuple(
+            AttentionSpec(
+                q_heads=spec.q_heads,
+                k_heads=spec.k_heads,
+                v_heads=spec.v_heads,
+                k_dim=spec.k_dim,
+                v_dim=spec.v_dim,
+                scale=spec.scale,
+                soft_cap=spec.soft_cap if spec.HasField("soft_cap") else None,
+                window_tokens=spec.window_tokens if spec.HasField("window_tokens") else None,
+            )
+            for spec in message.specs
+        ),
+        layer_class=tuple(message.layer_class),
+        layouts=tuple(layout_from_pb(layout) for layout in message.layouts),
+    )
+
+
+def step_to_pb(step: ShardStep) -> pb.Step:
+    return pb.Step(
+        step=step.step,
+        positions=step.positions,
+        group0=step.group0,
+        group1=step.group1,
+        reads=[
+            pb.ReadList(
+                reads=[
+                    pb.ReadItem(
+                        span_id=read.span,
+                        origin=read.origin,
+                        first=read.first,
+                        last=read.last,
+                        group0=read.group0,
+                        group1=read.group1,
+                        row=read.rows.start,
+                        rows=len(read.rows),
+                    )
+                    for read in reads
+                ]
+            )
+            for reads in step.reads
+        ],
+    )
+
+
+def step_from_pb(message: pb.Step) -> ShardStep:
+    """Rows are numbered as the shard sees them."""
+    return ShardStep(
+        step=message.step,
+        rows=tuple(range(len(message.positions))),
+        positions=tuple(message.positions),
+        group0=message.group0,
+        group1=message.group1,
+        reads=tuple(
+            tuple(
+                Read(
+                    SpanId(read.span_id),
+                    read.origin,
+                    read.first,
+                    read.last,
+                    read.group0,
+                    read.group1,
+                    range(read.row, read.row + read.rows),
+                )
+                for read in part.reads
+            )
+            for part in message.reads
+        ),
+    )

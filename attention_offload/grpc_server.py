@@ -1,0 +1,191 @@
+"""The gRPC stream transport, shard's end: an Attention service over one store.
+
+Runs in an attention worker's process. One thread serves one call; an engine's hot stream holds one thread
+for as long as it lasts.
+"""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from farshore.attention_offload import codec
+from farshore.attention_offload.base import ShardIdentity
+from farshore.attention_offload.shard import AttendedBytes, ShardSession
+from farshore.errors import InvalidRequest, PortInUse
+from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
+from farshore.kvstore.store import LocalStore
+from farshore.proto import attention_pb2 as pb
+from farshore.proto import attention_pb2_grpc as pb_grpc
+from farshore.rpc import OPTIONS, status_of
+
+MAX_CALLS = 64
+"""Threads, hence calls at once; hot streams of engines included."""
+
+READ_CHUNK_BYTES = 1 << 20
+
+
+def _mapped(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A unary handler whose errors leave as status codes."""
+
+    @wraps(method)
+    def handler(self: "AttentionService", request: Any, context: grpc.ServicerContext) -> Any:
+        try:
+            return method(self, request)
+        except Exception as error:
+            _abort(context, error)
+
+    return handler
+
+
+def _abort(context: grpc.ServicerContext, error: Exception) -> None:
+    code, message, trailing = status_of(error)
+    context.set_trailing_metadata(trailing)
+    context.abort(code, message)
+
+
+class AttentionService(pb_grpc.AttentionServicer):
+    def __init__(self, worker: WorkerId, store: LocalStore) -> None:
+        self._worker = worker
+        self._store = store
+        self._attended = AttendedBytes()
+
+    def identity(self) -> ShardIdentity:
+        usage = self._store.usage()
+        return ShardIdentity(
+            self._worker,
+            os.getpid(),
+            socket.gethostname(),
+            usage.budget_bytes,
+            usage.free_bytes,
+            self._attended.total,
+        )
+
+    @_mapped
+    def Identify(self, request: pb.IdentifyRequest) -> pb.Identity:
+        return codec.identity_to_pb(self.identity())
+
+    @_mapped
+    def Create(self, request: pb.CreateRequest) -> pb.CreateReply:
+        span = self._store.create(
+            codec.key_from_pb(request.key),
+            capacity_tokens=request.capacity_tokens,
+            layout=codec.layout_from_pb(request.layout),
+            epoch=Epoch(request.epoch),
+        )
+        return pb.CreateReply(span_id=span)
+
+    @_mapped
+    def Write(self, request: pb.WriteRequest) -> pb.WriteReply:
+        span = SpanId(request.span_id)
+        layout = self._store.layout(span)
+        k_shape = (layout.groups * layout.k_heads_per_group, request.tokens, layout.k_dim)
+        v_shape = (layout.groups * layout.v_heads_per_group, request.tokens, layout.v_dim)
+        k = codec.from_bytes(request.k, k_shape, layout.dtype)
+        v = codec.from_bytes(request.v, v_shape, layout.dtype)
+        self._store.write(span, request.layer, request.first, k, v, epoch=Epoch(request.epoch))
+        return pb.WriteReply()
+
+    @_mapped
+    def Seal(self, request: pb.SealRequest) -> pb.SealReply:
+        digest = self._store.seal(SpanId(request.span_id), request.tokens, epoch=Epoch(request.epoch))
+        return pb.SealReply(digest=digest)
+
+    def Read(self, request: pb.ReadRequest, context: grpc.ServicerContext) -> Iterator[pb.KVChunk]:
+        try:
+            span = SpanId(request.span_id)
+            layout = self._store.layout(span)
+            token_bytes = layout.token_elements * layout.dtype.itemsize
+            chunk_tokens = max(1, READ_CHUNK_BYTES // token_bytes)
+            for first in range(request.first, request.last, chunk_tokens):
+                last = min(first + chunk_tokens, request.last)
+                k, v = self._store.read(span, request.layer, first, last)
+                yield pb.KVChunk(tokens=last - first, k=codec.to_bytes(k), v=codec.to_bytes(v))
+        except Exception as error:
+            _abort(context, error)
+
+    @_mapped
+    def Hold(self, request: pb.SpanRequest) -> pb.SpanReply:
+        self._store.hold(SpanId(request.span_id))
+        return pb.SpanReply()
+
+    @_mapped
+    def Drop(self, request: pb.SpanRequest) -> pb.SpanReply:
+        self._store.drop(SpanId(request.span_id))
+        return pb.SpanReply()
+
+    @_mapped
+    def DropSequence(self, request: pb.SequenceRequest) -> pb.SequenceReply:
+        self._store.drop_sequence(SequenceId(request.sequence_id), epoch=Epoch(request.epoch))
+        return pb.SequenceReply()
+
+    @_mapped
+    def Fence(self, request: pb.SequenceRequest) -> pb.SequenceReply:
+        self._store.fence(SequenceId(request.sequence_id), Epoch(request.epoch))
+        return pb.SequenceReply()
+
+    @_mapped
+    def Announce(self, request: pb.AnnounceRequest) -> pb.Announcement:
+        return pb.Announcement(spans=[codec.info_to_pb(info) for info in self._store.announce()])
+
+    def Attend(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> Iterator[pb.State]:
+        try:
+            yield from self._attend(frames)
+        except Exception as error:
+            _abort(context, error)
+
+    def _attend(self, frames: Iterator[pb.Frame]) -> Iterator[pb.State]:
+        opening = next(frames, None)
+        if opening is None or opening.WhichOneof("kind") != "open":
+            raise InvalidRequest("the first frame of an Attend stream must be Open")
+        model, dtype = codec.model_from_pb(opening.open), codec.dtype_of(opening.open.dtype)
+        session = ShardSession(self._store, model, self._attended)
+        rows = heads = 0
+        for frame in frames:
+            if frame.WhichOneof("kind") == "begin":
+                step = codec.step_from_pb(frame.begin)
+                session.begin(step)
+                rows, heads = len(step.positions), step.group1 - step.group0
+                continue
+            layer = frame.layer
+            spec = session.spec(layer.layer)
+            q = codec.from_bytes(layer.q, (rows, heads * spec.q_heads_per_group, spec.k_dim), dtype)
+            state = session.attend(layer.step, layer.layer, q)
+            yield pb.State(
+                step=layer.step,
+                layer=layer.layer,
+                micro_batch=layer.micro_batch,
+                o=codec.to_bytes(state.o),
+                lse=codec.to_bytes(state.lse),
+            )
+
+
+def serve(service: AttentionService, address: str) -> tuple[grpc.Server, str]:
+    """Start the service with health and reflection; returns the server and the address with its real port.
+
+    Raises PortInUse. ``address`` is ``host:port``, port 0 for any.
+    """
+    server = grpc.server(
+        ThreadPoolExecutor(MAX_CALLS, thread_name_prefix="attention"),
+        options=OPTIONS,
+        maximum_concurrent_rpcs=MAX_CALLS,
+    )
+    pb_grpc.add_AttentionServicer_to_server(service, server)
+    name = pb.DESCRIPTOR.services_by_name["Attention"].full_name
+    checks = health.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise PortInUse(f"cannot listen on {address}: choose another port, or 0 for any") from error
+    server.start()
+    for served in ("", name):
+        checks.set(served, health_pb2.HealthCheckResponse.SERVING)
+    return server, f"{address.rpartition(':')[0]}:{port}"

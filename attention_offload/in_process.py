@@ -1,0 +1,52 @@
+"""The transport without a wire: the shard lives in the engine's own process.
+
+It serves spans in the engine's local store (placement ``local``) and unit tests of everything above.
+"""
+
+import os
+import socket
+
+from torch import Tensor
+
+from farshore.attention_offload.base import AttentionModel, ShardIdentity
+from farshore.attention_offload.plan import ShardStep
+from farshore.attention_offload.shard import AttendedBytes, ShardSession
+from farshore.ids import WorkerId
+from farshore.kernels.base import State
+from farshore.kvstore.base import ShardStore
+
+
+class InProcessPeer:
+    """A :class:`~farshore.attention_offload.base.Peer` by direct calls; never raises TransportError."""
+
+    def __init__(self, worker: WorkerId, store: ShardStore, model: AttentionModel) -> None:
+        self.store = store
+        self._worker = worker
+        self._attended = AttendedBytes()
+        self._session = ShardSession(store, model, self._attended)
+        self._step = 0
+
+    def identify(self) -> ShardIdentity:
+        usage = self.store.usage()
+        return ShardIdentity(
+            self._worker,
+            os.getpid(),
+            socket.gethostname(),
+            usage.budget_bytes,
+            usage.free_bytes,
+            self._attended.total,
+        )
+
+    def begin(self, step: ShardStep) -> None:
+        self._step = step.step
+        self._session.begin(step)
+
+    def send(self, layer: int, micro_batch: int, q: Tensor) -> tuple[int, Tensor]:
+        return layer, q
+
+    def wait(self, sent: tuple[int, Tensor]) -> State:
+        layer, q = sent
+        return self._session.attend(self._step, layer, q)
+
+    def close(self) -> None:
+        pass

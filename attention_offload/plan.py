@@ -1,0 +1,153 @@
+"""Step plans: who reads what in one decode step, and the proof that nothing is missed or counted twice.
+
+The engine builds a :class:`StepPlan` once per step; each shard is sent its :class:`ShardStep`. A read names
+absolute positions, so that the proof is about the sequence and not about where its KV happens to lie.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from farshore.errors import InvalidPlan
+from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
+
+
+class Read(NamedTuple):
+    """Rows ``rows`` attend to positions ``first .. last``, head groups ``group0 .. group1``, in ``span``.
+
+    ``origin`` is the position of the span's own first token: the store counts from there.
+    """
+
+    span: SpanId
+    origin: int
+    first: int
+    last: int
+    group0: int
+    group1: int
+    rows: range
+
+
+class Stretch(NamedTuple):
+    """Positions ``first .. last``, end not included."""
+
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardStep:
+    """One shard's part of a step plan.
+
+    ``rows``: which rows of the step it sees, ascending; reads' rows index into them. It sees the query heads
+    of groups ``group0 .. group1`` only.
+    """
+
+    step: int
+    rows: tuple[int, ...]
+    positions: tuple[int, ...]
+    group0: int
+    group1: int
+    reads: tuple[tuple[Read, ...], ...]
+    """Per layer class."""
+
+    @property
+    def first_position(self) -> int:
+        """Where this shard comes in span order: the lowest position it reads."""
+        return min(read.first for reads in self.reads for read in reads)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """All reads of one step. R rows; a row is one new token of one sequence."""
+
+    step: int
+    groups: int
+    sequences: tuple[SequenceId, ...]
+    """[R] the sequence of each row."""
+    positions: tuple[int, ...]
+    """[R] the position of each row's token."""
+    epochs: Mapping[SequenceId, Epoch]
+    reads: tuple[Mapping[WorkerId, tuple[Read, ...]], ...]
+    """Per layer class: what every worker reads."""
+
+    def check(self, committed: Mapping[SequenceId, int], tails: Mapping[SequenceId, Stretch]) -> None:
+        """Prove design invariant 1, or raise :class:`InvalidPlan`.
+
+        For every row, layer class and head group, the reads cover ``[0, tail.first)`` exactly once and the
+        tail covers ``[tail.first, position]``; rows of a sequence stand at its committed length and above.
+        ``tails`` are the stretches that the engine's own tails hold, scratch positions included.
+        """
+        self._check_rows(committed, tails)
+        for layer_class, by_worker in enumerate(self.reads):
+            cover: dict[tuple[int, int], list[Stretch]] = defaultdict(list)
+            for reads in by_worker.values():
+                for read in reads:
+                    self._check_read(read)
+                    for row in read.rows:
+                        for group in range(read.group0, read.group1):
+                            cover[row, group].append(Stretch(read.first, read.last))
+            for row, sequence in enumerate(self.sequences):
+                for group in range(self.groups):
+                    where = f"row {row} (sequence {sequence}), layer class {layer_class}, head group {group}"
+                    _check_cover(cover[row, group], tails[sequence].first, where)
+
+    def _check_rows(self, committed: Mapping[SequenceId, int], tails: Mapping[SequenceId, Stretch]) -> None:
+        following = dict(committed)
+        for row, (sequence, position) in enumerate(zip(self.sequences, self.positions, strict=True)):
+            if sequence not in self.epochs or sequence not in tails or sequence not in committed:
+                raise InvalidPlan(f"row {row}: sequence {sequence} has no epoch, tail or committed length")
+            if position != following[sequence]:
+                raise InvalidPlan(f"row {row}: position {position}, expected {following[sequence]}")
+            following[sequence] += 1
+            tail = tails[sequence]
+            if not tail.first <= position < tail.last:
+                raise InvalidPlan(f"row {row}: position {position} outside the tail {tail.first}..{tail.last}")
+
+    def _check_read(self, read: Read) -> None:
+        if not 0 <= read.origin <= read.first < read.last:
+            raise InvalidPlan(f"read of {read.span} is empty or negative: {read.first}..{read.last}")
+        if not 0 <= read.group0 < read.group1 <= self.groups:
+            raise InvalidPlan(f"read of {read.span} names groups {read.group0}..{read.group1}")
+        if not 0 <= read.rows.start < read.rows.stop <= len(self.sequences) or read.rows.step != 1:
+            raise InvalidPlan(f"read of {read.span} names rows {read.rows}")
+
+    def shard_steps(self) -> dict[WorkerId, ShardStep]:
+        """Each worker's part, workers in span order (ties by id): the order their states are merged in."""
+        parts = {}
+        for worker in {w for by_worker in self.reads for w in by_worker}:
+            per_class = [by_worker.get(worker, ()) for by_worker in self.reads]
+            reads = [read for part in per_class for read in part]
+            if not reads:
+                continue
+            rows = tuple(sorted({row for read in reads for row in read.rows}))
+            local = {row: i for i, row in enumerate(rows)}
+            parts[worker] = ShardStep(
+                step=self.step,
+                rows=rows,
+                positions=tuple(self.positions[row] for row in rows),
+                group0=min(read.group0 for read in reads),
+                group1=max(read.group1 for read in reads),
+                reads=tuple(
+                    tuple(
+                        read._replace(rows=range(local[read.rows.start], local[read.rows[-1]] + 1))
+                        for read in part
+                    )
+                    for part in per_class
+                ),
+            )
+        return dict(sorted(parts.items(), key=lambda item: (item[1].first_position, item[0])))
+
+
+def _check_cover(stretches: list[Stretch], until: int, where: str) -> None:
+    reached = 0
+    for stretch in sorted(stretches):
+        if stretch.first > reached:
+            raise InvalidPlan(f"{where}: nobody reads positions {reached}..{stretch.first}")
+        if stretch.first < reached:
+            raise InvalidPlan(f"{where}: positions {stretch.first}..{reached} are read twice")
+        reached = stretch.last
+    if reached < until:
+        raise InvalidPlan(f"{where}: nobody reads positions {reached}..{until}")
+    if reached > until:
+        raise InvalidPlan(f"{where}: positions {until}..{reached} are in the tail too")

@@ -1,0 +1,101 @@
+"""The shard's end of the wire, whatever the transport: a step in, then one state per layer frame.
+
+Called by transports. Knows the store's segments and the kernels; knows nothing of sequences' owners.
+"""
+
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from farshore.attention_offload.base import AttentionModel
+from farshore.attention_offload.plan import Read, ShardStep
+from farshore.errors import InvalidRequest
+from farshore.kernels import reference as kernels
+from farshore.kernels.base import AttentionSpec, Rows, Segments, State
+from farshore.kvstore.base import ShardStore
+
+
+class AttendedBytes:
+    """KV bytes attended to, over all connections of a shard. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self.total = 0
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self.total += count
+
+
+class ShardSession:
+    """One engine's stream of steps. Not thread-safe: a stream has one reader."""
+
+    def __init__(self, store: ShardStore, model: AttentionModel, attended: AttendedBytes) -> None:
+        self._store = store
+        self._model = model
+        self._attended = attended
+        self._step: ShardStep | None = None
+        self._plans: list[kernels.Plan] = []
+        self._layer_bytes: list[int] = []
+
+    def begin(self, step: ShardStep) -> None:
+        """Look every read up and prepare the kernels. Raises NotFound, or InvalidRequest for tokens that are
+        not sealed here."""
+        self._step = None
+        prepared = [self._prepare(step, index, reads) for index, reads in enumerate(step.reads)]
+        self._plans = [plan for plan, _ in prepared]
+        self._layer_bytes = [size for _, size in prepared]
+        self._step = step
+
+    def attend(self, step: int, layer: int, q: Tensor) -> State:
+        """Partial attention of one layer frame: q ``[rows, heads, k_dim]`` -> o in q's dtype, and lse."""
+        current = self._step
+        if current is None or current.step != step:
+            raise InvalidRequest(f"frame of step {step}, but step {current and current.step} is under way")
+        spec = self.spec(layer)
+        layer_class = self._model.layer_class[layer]
+        heads = (current.group1 - current.group0) * spec.q_heads_per_group
+        if q.shape != (len(current.rows), heads, spec.k_dim):
+            raise InvalidRequest(f"q of shape {tuple(q.shape)}, expected {(len(current.rows), heads, spec.k_dim)}")
+        out = State.identity(len(current.rows), heads, spec.v_dim, dtype=q.dtype)
+        kernels.partial(self._plans[layer_class], self._layer_in_class(layer), q, out=out)
+        self._attended.add(self._layer_bytes[layer_class])
+        return out
+
+    def spec(self, layer: int) -> AttentionSpec:
+        """The layer's shape. Raises InvalidRequest for a layer the model does not have."""
+        if not 0 <= layer < len(self._model.layer_class):
+            raise InvalidRequest(f"layer {layer} of a model of {len(self._model.layer_class)} layers")
+        return self._model.specs[self._model.layer_class[layer]]
+
+    def _layer_in_class(self, layer: int) -> int:
+        """Stored layers are numbered inside their class."""
+        classes = self._model.layer_class
+        return classes[:layer].count(classes[layer])
+
+    def _prepare(self, step: ShardStep, layer_class: int, reads: tuple[Read, ...]) -> tuple[kernels.Plan, int]:
+        spec = self._model.specs[layer_class]
+        layout = self._model.layouts[layer_class]
+        parts: list[Segments] = []
+        work: list[tuple[int, int, int, int, int]] = []
+        segment = 0
+        layer_bytes = 0
+        group_bytes = layout.of_groups(1).token_elements * layout.dtype.itemsize
+        for read in reads:
+            segments = self._store.segments(read.span, read.first - read.origin, read.last - read.origin)
+            parts.append(segments)
+            for _ in range(segments.size):
+                work.append((read.rows.start, len(read.rows), segment, read.group0, read.group1))
+                segment += 1
+            layer_bytes += (read.last - read.first) * (read.group1 - read.group0) * group_bytes
+        plan = kernels.plan(
+            Rows.of(work),
+            Segments.concat(parts),
+            self._store.memory,
+            layout,
+            spec,
+            positions=torch.tensor(step.positions),
+            group0=step.group0,
+        )
+        return plan, layer_bytes

@@ -1,0 +1,15 @@
+"""The identities that cross floors. All are opaque: compare them, never parse them."""
+
+from typing import NewType
+
+SequenceId = NewType("SequenceId", str)
+"""One sequence (a request, or one of its n continuations)."""
+
+WorkerId = NewType("WorkerId", str)
+"""One worker in one incarnation: a restarted worker has a new id, so no span id is ever reused."""
+
+SpanId = NewType("SpanId", str)
+"""One span on one worker: ``<worker id>/<serial>``."""
+
+Epoch = NewType("Epoch", int)
+"""Ownership term of a sequence; grows by one with every claim. Older epochs write nothing."""

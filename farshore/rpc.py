@@ -1,0 +1,58 @@
+"""gRPC at the edge: our errors to status codes and back, once, and the options every channel shares."""
+
+import grpc
+
+from farshore import errors
+
+MAX_MESSAGE_BYTES = 64 << 20
+"""Frames and bulk chunks stay far below; prompts are limited by the gateway."""
+
+OPTIONS = [
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    # One process may hold several servers; a second server on a taken port must fail, not share it.
+    ("grpc.so_reuseport", 0),
+]
+
+# The most specific class first: the first match wins.
+_CODES: tuple[tuple[type[errors.FarshoreError], grpc.StatusCode], ...] = (
+    (errors.InvalidPlan, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.NotFound, grpc.StatusCode.NOT_FOUND),
+    (errors.Full, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.Fenced, grpc.StatusCode.ABORTED),
+    (errors.Cancelled, grpc.StatusCode.CANCELLED),
+    (errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (errors.TransportError, grpc.StatusCode.UNAVAILABLE),
+)
+
+_FREE_BYTES = "farshore-free-bytes"
+"""Trailing metadata of a refusal: tells Full from Overloaded, and how much was free."""
+
+
+def status_of(error: Exception) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
+    """(code, message, trailing metadata) for an error that leaves a servicer."""
+    trailing = ((_FREE_BYTES, str(error.free_bytes)),) if isinstance(error, errors.Full) else ()
+    for kind, code in _CODES:
+        if isinstance(error, kind):
+            return code, str(error), trailing
+    return grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}", trailing
+
+
+def error_of(failure: grpc.RpcError, *, peer: str) -> errors.FarshoreError:
+    """The error to raise, chained, for what a call to ``peer`` came back with."""
+    code, message = failure.code(), failure.details() or "no details"
+    trailing = dict(failure.trailing_metadata() or ())
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED and _FREE_BYTES in trailing:
+        return errors.Full(message, free_bytes=int(trailing[_FREE_BYTES]))
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return errors.Overloaded(message)
+    for kind, kind_code in _CODES:
+        if kind_code == code and kind is not errors.TransportError:
+            return kind(message)
+    return errors.TransportError(f"{peer}: {code.name}: {message}")

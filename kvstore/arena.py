@@ -1,0 +1,166 @@
+"""The memory behind KV: one mapping with a hard budget, handed out in blocks.
+
+Exists so that all KV of a worker lies in one buffer that kernels index by byte offset, and so that the budget
+is kept by construction: there is no memory beside it. The store and the tails allocate here. It must not know
+what a block holds.
+
+The mapping is reserved at once and committed by the kernel on first touch; pages of freed blocks go back to
+the system (and read as zeros afterwards, so nobody sees another sequence's data).
+"""
+
+import mmap
+import threading
+from bisect import bisect_left
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from farshore.errors import Full, InvalidRequest
+
+
+class Extent(NamedTuple):
+    """A contiguous run of ``blocks`` blocks, ``stride`` bytes from each to the next."""
+
+    base: int
+    """Byte offset in the arena's memory; a page multiple."""
+    blocks: int
+    stride: int
+
+    @property
+    def bytes(self) -> int:
+        return self.blocks * self.stride
+
+    @property
+    def block_bases(self) -> range:
+        return range(self.base, self.base + self.bytes, self.stride)
+
+
+def stride_bytes(block_bytes: int) -> int:
+    """``block_bytes`` rounded up to whole pages: what one block takes."""
+    return -(-block_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+class Arena:
+    """First-fit allocator of page-aligned blocks. Thread-safe.
+
+    ``budget_bytes`` is rounded down to whole pages; less than one page, or more than the machine can reserve,
+    is InvalidRequest.
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+        if self.budget_bytes <= 0:
+            raise InvalidRequest(f"an arena needs at least {mmap.PAGESIZE} bytes, not {budget_bytes}")
+        try:
+            self._map = mmap.mmap(-1, self.budget_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise InvalidRequest(f"this machine cannot reserve {self.budget_bytes} bytes: {error}") from error
+        self.memory: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        """u8[budget_bytes]."""
+        self._lock = threading.Lock()
+        # Free ranges in address order, never touching each other, as parallel lists.
+        self._free_starts = [0]
+        self._free_sizes = [self.budget_bytes]
+        self._held: dict[int, int] = {}  # base of each held block -> its stride
+
+    @property
+    def free_bytes(self) -> int:
+        with self._lock:
+            return sum(self._free_sizes)
+
+    def allocate(self, blocks: int, block_bytes: int) -> list[Extent]:
+        """Takes ``blocks`` blocks: one contiguous run if any free range is long enough, else several runs.
+
+        All or nothing: raises Full and takes nothing when they do not fit; InvalidRequest below one block.
+        """
+        if blocks < 1 or block_bytes < 1:
+            raise InvalidRequest(
+                f"cannot allocate {blocks} blocks of {block_bytes} bytes: give at least 1 each"
+            )
+        stride = stride_bytes(block_bytes)
+        with self._lock:
+            extents = [Extent(start, count, stride) for start, count in self._choose(blocks, stride)]
+            for extent in extents:
+                self._take(extent)
+        return extents
+
+    def free(self, extents: Iterable[Extent]) -> None:
+        """Gives blocks back; an extent may be freed in parts. InvalidRequest, and nothing freed, if any block
+        of them is not held."""
+        extents = list(extents)
+        bases = [base for extent in extents for base in extent.block_bases]
+        with self._lock:
+            stray = [e for e in extents for base in e.block_bases if self._held.get(base) != e.stride]
+            if stray or len(set(bases)) != len(bases):
+                raise InvalidRequest(f"freed blocks that are not held, or held twice: {stray or extents}")
+            for base in bases:
+                del self._held[base]
+            for extent in extents:
+                self._map.madvise(mmap.MADV_DONTNEED, extent.base, extent.bytes)
+                self._give_back(extent.base, extent.bytes)
+
+    def holds(self, base: int, stride: int) -> bool:
+        """Whether a block of ``stride`` bytes at ``base`` is allocated."""
+        with self._lock:
+            return self._held.get(base) == stride
+
+    def check_integrity(self) -> None:
+        """AssertionError unless free and held ranges cover the budget exactly once, free ones merged."""
+        with self._lock:
+            free = list(zip(self._free_starts, self._free_sizes, strict=True))
+            held = list(self._held.items())
+        at = 0
+        for start, size in sorted(free + held):
+            assert start == at, f"{'hole' if start > at else 'overlap'} between {at} and {start}"
+            assert size > 0 and size % mmap.PAGESIZE == 0, f"range of {size} bytes at {start}"
+            at += size
+        assert at == self.budget_bytes, f"free + held = {at}, total = {self.budget_bytes}"
+        ends = {start + size for start, size in free}
+        assert not ends & {start for start, _ in free}, "free ranges touch"
+
+    def _choose(self, blocks: int, stride: int) -> list[tuple[int, int]]:
+        """(start, blocks) of the runs to take."""
+        for start, size in zip(self._free_starts, self._free_sizes, strict=True):
+            if size >= blocks * stride:
+                return [(start, blocks)]
+        # The longest ranges first: the fewest runs, so the fewest segments for kernels.
+        runs, missing = [], blocks
+        by_size = sorted(zip(self._free_sizes, self._free_starts, strict=True), reverse=True)
+        for size, start in by_size:
+            count = min(missing, size // stride)
+            if not count:
+                break
+            runs.append((start, count))
+            missing -= count
+        if missing:
+            free = sum(self._free_sizes)
+            raise Full(
+                f"{blocks} blocks of {stride} bytes do not fit into {free} free bytes of {self.budget_bytes}",
+                free_bytes=free,
+            )
+        return runs
+
+    def _take(self, extent: Extent) -> None:
+        """Cuts an extent off the beginning of a free range."""
+        i = bisect_left(self._free_starts, extent.base)
+        assert self._free_starts[i] == extent.base and self._free_sizes[i] >= extent.bytes
+        self._free_starts[i] += extent.bytes
+        self._free_sizes[i] -= extent.bytes
+        if not self._free_sizes[i]:
+            del self._free_starts[i], self._free_sizes[i]
+        self._held.update((base, extent.stride) for base in extent.block_bases)
+
+    def _give_back(self, start: int, size: int) -> None:
+        """Inserts a free range and merges it with its neighbours."""
+        starts, sizes = self._free_starts, self._free_sizes
+        i = bisect_left(starts, start)
+        if i < len(starts) and start + size == starts[i]:
+            size += sizes[i]
+            del starts[i], sizes[i]
+        if i and starts[i - 1] + sizes[i - 1] == start:
+            sizes[i - 1] += size
+        else:
+            starts.insert(i, start)
+            sizes.insert(i, size)

@@ -1,0 +1,201 @@
+"""From files to a ready :class:`Llama`: names, shapes and layouts of two formats.
+
+Called once by each engine process. A missing tensor, a wrong shape or a damaged file is a ModelError of one
+line here, not a puzzle during generation. Must not know what is done with the weights.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from farshore.errors import ModelError
+from farshore.models.config import ModelConfig, load_config
+from farshore.models.gguf_file import GgufFile
+from farshore.models.llama import LayerWeights, Llama, LlamaWeights
+from farshore.models.source import ModelSource, read_json
+
+Progress = Callable[[int, int], None]
+
+# Our field → (Hugging Face, ggml), after the layer's prefix and before ".weight" or ".bias".
+_MATRICES = {
+    "attention_norm": ("input_layernorm", "attn_norm"),
+    "q": ("self_attn.q_proj", "attn_q"),
+    "k": ("self_attn.k_proj", "attn_k"),
+    "v": ("self_attn.v_proj", "attn_v"),
+    "o": ("self_attn.o_proj", "attn_output"),
+    "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
+    "gate": ("mlp.gate_proj", "ffn_gate"),
+    "up": ("mlp.up_proj", "ffn_up"),
+    "down": ("mlp.down_proj", "ffn_down"),
+}
+_ATTENTION = ("q", "k", "v", "o")
+_MLP = ("gate", "up", "down")
+
+
+class _Tensors(Protocol):
+    """A file's tensors under our names: ``embed``, ``norm``, ``head``, ``3.q``, ``3.q_bias``."""
+
+    def read(self, name: str) -> tuple[str, Tensor]:
+        """(where it was found, for messages; the tensor in the file's own or float32 precision)."""
+
+
+def load_model(
+    source: ModelSource,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    config: ModelConfig | None = None,
+    progress: Progress | None = None,
+) -> Llama:
+    """Read all weights, converted to ``dtype`` tensor by tensor.
+
+    ``config`` replaces the model's own (say, with more positions); its shapes must fit the files.
+    ``progress`` is told (tensors read, tensors in all). Raises ModelError, naming file and fix.
+    """
+    tensors: _Tensors
+    if source.kind == "gguf":
+        # One parse serves both: it takes two seconds.
+        file = GgufFile.open(source.path)
+        config = config or ModelConfig.from_gguf(file, source.name)
+        tensors = _Gguf(file, config)
+    else:
+        config = config or load_config(source)
+        tensors = _Safetensors(Path(source.path))
+    shapes = expected_shapes(config)
+    loaded: dict[str, Tensor] = {}
+    for done, (name, shape) in enumerate(shapes.items(), start=1):
+        where, tensor = tensors.read(name)
+        if tuple(tensor.shape) != shape:
+            raise ModelError(
+                f"{where} has shape {list(tensor.shape)}, the configuration says {list(shape)}; "
+                "take weights and configuration from the same model"
+            )
+        # A copy, so that no tensor keeps a memory-mapped file alive.
+        loaded[name] = torch.empty(shape, dtype=dtype, device=device).copy_(tensor)
+        if progress is not None:
+            progress(done, len(shapes))
+    return Llama(config, _assembled(config, loaded))
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor the model needs, by our names, in the order they are read."""
+    q, kv = config.q_heads * config.head_dim, config.kv_heads * config.head_dim
+    rows = {"q": q, "k": kv, "v": kv, "o": config.hidden}
+    rows |= {"gate": config.intermediate, "up": config.intermediate, "down": config.hidden}
+    columns = dict.fromkeys(rows, config.hidden) | {"o": q, "down": config.intermediate}
+    biased = (_ATTENTION if config.attention_bias else ()) + (_MLP if config.mlp_bias else ())
+    shapes: dict[str, tuple[int, ...]] = {"embed": (config.vocab, config.hidden)}
+    for layer in range(config.layers):
+        for field in _MATRICES:
+            shape = (rows[field], columns[field]) if field in rows else (config.hidden,)
+            shapes[f"{layer}.{field}"] = shape
+        shapes |= {f"{layer}.{field}_bias": (rows[field],) for field in biased}
+    shapes["norm"] = (config.hidden,)
+    if not config.tied_embeddings:
+        shapes["head"] = (config.vocab, config.hidden)
+    return shapes
+
+
+def _assembled(config: ModelConfig, loaded: Mapping[str, Tensor]) -> LlamaWeights:
+    layers = tuple(
+        LayerWeights(**{field: loaded.get(f"{layer}.{field}") for field in LayerWeights._fields})
+        for layer in range(config.layers)
+    )
+    embed = loaded["embed"]
+    return LlamaWeights(embed=embed, layers=layers, norm=loaded["norm"], head=loaded.get("head", embed))
+
+
+class _Safetensors:
+    """A Hugging Face directory: one ``model.safetensors``, or several behind an index."""
+
+    def __init__(self, folder: Path) -> None:
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            names = set(_weight_map(index).values())
+        else:
+            names = {path.name for path in folder.glob("*.safetensors")}
+        if not names:
+            raise ModelError(f"{folder}: no *.safetensors; convert it with transformers' save_pretrained")
+        self._folder = folder
+        self._files = {}
+        self._where: dict[str, str] = {}
+        for name in sorted(names):
+            try:
+                file = safe_open(folder / name, framework="pt")
+                self._where |= dict.fromkeys(file.keys(), name)
+            except (SafetensorError, OSError) as error:
+                detail = (
+                    "missing" if isinstance(error, FileNotFoundError) else f"damaged or cut short ({error})"
+                )
+                raise ModelError(f"{folder / name}: {detail}; download it again") from error
+            self._files[name] = file
+
+    def read(self, name: str) -> tuple[str, Tensor]:
+        full = _hf_name(name)
+        if full not in self._where:
+            raise ModelError(f"{self._folder}: tensor {full!r} is missing; download the model again")
+        file = self._where[full]
+        try:
+            tensor = self._files[file].get_tensor(full)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{self._folder / file}: {full!r} can't be read ({error}); download it again"
+            ) from error
+        if not tensor.is_floating_point():
+            raise ModelError(f"{self._folder / file}: {full!r} is {tensor.dtype}; use an unquantised model")
+        return f"{self._folder / file}: {full!r}", tensor
+
+
+class _Gguf:
+    """A GGUF file: dequantised to float32, and Q and K rows put back into Hugging Face's order."""
+
+    def __init__(self, file: GgufFile, config: ModelConfig) -> None:
+        self._file = file
+        self._heads = {"q": config.q_heads, "k": config.kv_heads}
+
+    def read(self, name: str) -> tuple[str, Tensor]:
+        full = _gguf_name(name)
+        tensor = torch.from_numpy(self._file.tensor(full))
+        field = name.rpartition(".")[2].removesuffix("_bias")
+        if field in self._heads and tensor.shape[0] % (2 * self._heads[field]) == 0:
+            tensor = _halves(tensor, self._heads[field])
+        return f"{self._file.path}: {full!r}", tensor
+
+
+def _halves(rows: Tensor, heads: int) -> Tensor:
+    """ggml's llama turns neighbouring rows of a head together; we turn row i with i + head_dim/2."""
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def _hf_name(name: str) -> str:
+    whole = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
+    if name in whole:
+        return whole[name]
+    layer, _, field = name.partition(".")
+    return f"model.layers.{layer}.{_MATRICES[field.removesuffix('_bias')][0]}.{_part(field)}"
+
+
+def _gguf_name(name: str) -> str:
+    whole = {"embed": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"}
+    if name in whole:
+        return whole[name]
+    layer, _, field = name.partition(".")
+    return f"blk.{layer}.{_MATRICES[field.removesuffix('_bias')][1]}.{_part(field)}"
+
+
+def _part(field: str) -> str:
+    return "bias" if field.endswith("_bias") else "weight"
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    files = read_json(index).get("weight_map")
+    # Plain names only: an index must not reach outside its folder.
+    if not isinstance(files, dict) or not all(
+        isinstance(f, str) and Path(f).name == f for f in files.values()
+    ):
+        raise ModelError(f"{index}: 'weight_map' must name files beside it; download it again")
+    return files

@@ -1,0 +1,297 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class IdentifyRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Identity(_message.Message):
+    __slots__ = ("worker_id", "process_id", "host", "budget_bytes", "free_bytes", "attended_bytes")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_ID_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ATTENDED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    process_id: int
+    host: str
+    budget_bytes: int
+    free_bytes: int
+    attended_bytes: int
+    def __init__(self, worker_id: _Optional[str] = ..., process_id: _Optional[int] = ..., host: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., attended_bytes: _Optional[int] = ...) -> None: ...
+
+class Layout(_message.Message):
+    __slots__ = ("layers", "groups", "k_heads_per_group", "v_heads_per_group", "k_dim", "v_dim", "dtype", "block_tokens")
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    K_HEADS_PER_GROUP_FIELD_NUMBER: _ClassVar[int]
+    V_HEADS_PER_GROUP_FIELD_NUMBER: _ClassVar[int]
+    K_DIM_FIELD_NUMBER: _ClassVar[int]
+    V_DIM_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    layers: int
+    groups: int
+    k_heads_per_group: int
+    v_heads_per_group: int
+    k_dim: int
+    v_dim: int
+    dtype: str
+    block_tokens: int
+    def __init__(self, layers: _Optional[int] = ..., groups: _Optional[int] = ..., k_heads_per_group: _Optional[int] = ..., v_heads_per_group: _Optional[int] = ..., k_dim: _Optional[int] = ..., v_dim: _Optional[int] = ..., dtype: _Optional[str] = ..., block_tokens: _Optional[int] = ...) -> None: ...
+
+class SpanKey(_message.Message):
+    __slots__ = ("sequence_id", "layer_class", "first", "group0", "group1")
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    LAYER_CLASS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    GROUP0_FIELD_NUMBER: _ClassVar[int]
+    GROUP1_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: str
+    layer_class: int
+    first: int
+    group0: int
+    group1: int
+    def __init__(self, sequence_id: _Optional[str] = ..., layer_class: _Optional[int] = ..., first: _Optional[int] = ..., group0: _Optional[int] = ..., group1: _Optional[int] = ...) -> None: ...
+
+class CreateRequest(_message.Message):
+    __slots__ = ("key", "capacity_tokens", "layout", "epoch")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    key: SpanKey
+    capacity_tokens: int
+    layout: Layout
+    epoch: int
+    def __init__(self, key: _Optional[_Union[SpanKey, _Mapping]] = ..., capacity_tokens: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class CreateReply(_message.Message):
+    __slots__ = ("span_id",)
+    SPAN_ID_FIELD_NUMBER: _ClassVar[int]
+    span_id: str
+    def __init__(self, span_id: _Optional[str] = ...) -> None: ...
+
+class WriteRequest(_message.Message):
+    __slots__ = ("span_id", "layer", "first", "tokens", "k", "v", "epoch")
+    SPAN_ID_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    V_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    span_id: str
+    layer: int
+    first: int
+    tokens: int
+    k: bytes
+    v: bytes
+    epoch: int
+    def __init__(self, span_id: _Optional[str] = ..., layer: _Optional[int] = ..., first: _Optional[int] = ..., tokens: _Optional[int] = ..., k: _Optional[bytes] = ..., v: _Optional[bytes] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class WriteReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SealRequest(_message.Message):
+    __slots__ = ("span_id", "tokens", "epoch")
+    SPAN_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    span_id: str
+    tokens: int
+    epoch: int
+    def __init__(self, span_id: _Optional[str] = ..., tokens: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class SealReply(_message.Message):
+    __slots__ = ("digest",)
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    def __init__(self, digest: _Optional[str] = ...) -> None: ...
+
+class ReadRequest(_message.Message):
+    __slots__ = ("span_id", "layer", "first", "last")
+    SPAN_ID_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    span_id: str
+    layer: int
+    first: int
+    last: int
+    def __init__(self, span_id: _Optional[str] = ..., layer: _Optional[int] = ..., first: _Optional[int] = ..., last: _Optional[int] = ...) -> None: ...
+
+class KVChunk(_message.Message):
+    __slots__ = ("tokens", "k", "v")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    V_FIELD_NUMBER: _ClassVar[int]
+    tokens: int
+    k: bytes
+    v: bytes
+    def __init__(self, tokens: _Optional[int] = ..., k: _Optional[bytes] = ..., v: _Optional[bytes] = ...) -> None: ...
+
+class SpanRequest(_message.Message):
+    __slots__ = ("span_id",)
+    SPAN_ID_FIELD_NUMBER: _ClassVar[int]
+    span_id: str
+    def __init__(self, span_id: _Optional[str] = ...) -> None: ...
+
+class SpanReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SequenceRequest(_message.Message):
+    __slots__ = ("sequence_id", "epoch")
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: str
+    epoch: int
+    def __init__(self, sequence_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class SequenceReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class AnnounceRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SpanInfo(_message.Message):
+    __slots__ = ("span_id", "key", "sealed_tokens", "capacity_tokens", "bytes", "epoch", "holders")
+    SPAN_ID_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    SEALED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    HOLDERS_FIELD_NUMBER: _ClassVar[int]
+    span_id: str
+    key: SpanKey
+    sealed_tokens: int
+    capacity_tokens: int
+    bytes: int
+    epoch: int
+    holders: int
+    def __init__(self, span_id: _Optional[str] = ..., key: _Optional[_Union[SpanKey, _Mapping]] = ..., sealed_tokens: _Optional[int] = ..., capacity_tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., epoch: _Optional[int] = ..., holders: _Optional[int] = ...) -> None: ...
+
+class Announcement(_message.Message):
+    __slots__ = ("spans",)
+    SPANS_FIELD_NUMBER: _ClassVar[int]
+    spans: _containers.RepeatedCompositeFieldContainer[SpanInfo]
+    def __init__(self, spans: _Optional[_Iterable[_Union[SpanInfo, _Mapping]]] = ...) -> None: ...
+
+class AttentionSpec(_message.Message):
+    __slots__ = ("q_heads", "k_heads", "v_heads", "k_dim", "v_dim", "scale", "soft_cap", "window_tokens")
+    Q_HEADS_FIELD_NUMBER: _ClassVar[int]
+    K_HEADS_FIELD_NUMBER: _ClassVar[int]
+    V_HEADS_FIELD_NUMBER: _ClassVar[int]
+    K_DIM_FIELD_NUMBER: _ClassVar[int]
+    V_DIM_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    SOFT_CAP_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    q_heads: int
+    k_heads: int
+    v_heads: int
+    k_dim: int
+    v_dim: int
+    scale: float
+    soft_cap: float
+    window_tokens: int
+    def __init__(self, q_heads: _Optional[int] = ..., k_heads: _Optional[int] = ..., v_heads: _Optional[int] = ..., k_dim: _Optional[int] = ..., v_dim: _Optional[int] = ..., scale: _Optional[float] = ..., soft_cap: _Optional[float] = ..., window_tokens: _Optional[int] = ...) -> None: ...
+
+class Open(_message.Message):
+    __slots__ = ("specs", "layouts", "layer_class", "dtype")
+    SPECS_FIELD_NUMBER: _ClassVar[int]
+    LAYOUTS_FIELD_NUMBER: _ClassVar[int]
+    LAYER_CLASS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    specs: _containers.RepeatedCompositeFieldContainer[AttentionSpec]
+    layouts: _containers.RepeatedCompositeFieldContainer[Layout]
+    layer_class: _containers.RepeatedScalarFieldContainer[int]
+    dtype: str
+    def __init__(self, specs: _Optional[_Iterable[_Union[AttentionSpec, _Mapping]]] = ..., layouts: _Optional[_Iterable[_Union[Layout, _Mapping]]] = ..., layer_class: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ...) -> None: ...
+
+class ReadItem(_message.Message):
+    __slots__ = ("span_id", "origin", "first", "last", "group0", "group1", "row", "rows")
+    SPAN_ID_FIELD_NUMBER: _ClassVar[int]
+    ORIGIN_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    GROUP0_FIELD_NUMBER: _ClassVar[int]
+    GROUP1_FIELD_NUMBER: _ClassVar[int]
+    ROW_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    span_id: str
+    origin: int
+    first: int
+    last: int
+    group0: int
+    group1: int
+    row: int
+    rows: int
+    def __init__(self, span_id: _Optional[str] = ..., origin: _Optional[int] = ..., first: _Optional[int] = ..., last: _Optional[int] = ..., group0: _Optional[int] = ..., group1: _Optional[int] = ..., row: _Optional[int] = ..., rows: _Optional[int] = ...) -> None: ...
+
+class ReadList(_message.Message):
+    __slots__ = ("reads",)
+    READS_FIELD_NUMBER: _ClassVar[int]
+    reads: _containers.RepeatedCompositeFieldContainer[ReadItem]
+    def __init__(self, reads: _Optional[_Iterable[_Union[ReadItem, _Mapping]]] = ...) -> None: ...
+
+class Step(_message.Message):
+    __slots__ = ("step", "positions", "group0", "group1", "reads")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    GROUP0_FIELD_NUMBER: _ClassVar[int]
+    GROUP1_FIELD_NUMBER: _ClassVar[int]
+    READS_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    group0: int
+    group1: int
+    reads: _containers.RepeatedCompositeFieldContainer[ReadList]
+    def __init__(self, step: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., group0: _Optional[int] = ..., group1: _Optional[int] = ..., reads: _Optional[_Iterable[_Union[ReadList, _Mapping]]] = ...) -> None: ...
+
+class LayerFrame(_message.Message):
+    __slots__ = ("step", "layer", "micro_batch", "q")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
+    Q_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    layer: int
+    micro_batch: int
+    q: bytes
+    def __init__(self, step: _Optional[int] = ..., layer: _Optional[int] = ..., micro_batch: _Optional[int] = ..., q: _Optional[bytes] = ...) -> None: ...
+
+class Frame(_message.Message):
+    __slots__ = ("open", "begin", "layer")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    open: Open
+    begin: Step
+    layer: LayerFrame
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., begin: _Optional[_Union[Step, _Mapping]] = ..., layer: _Optional[_Union[LayerFrame, _Mapping]] = ...) -> None: ...
+
+class State(_message.Message):
+    __slots__ = ("step", "layer", "micro_batch", "o", "lse")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
+    O_FIELD_NUMBER: _ClassVar[int]
+    LSE_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    layer: int
+    micro_batch: int
+    o: bytes
+    lse: bytes
+    def __init__(self, step: _Optional[int] = ..., layer: _Optional[int] = ..., micro_batch: _Optional[int] = ..., o: _Optional[bytes] = ..., lse: _Optional[bytes] = ...) -> None: ...

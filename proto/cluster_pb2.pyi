@@ -1,0 +1,86 @@
+from farshore.proto import inference_pb2 as _inference_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class SequenceRequest(_message.Message):
+    __slots__ = ("sequence_id", "prompt", "max_tokens", "temperature", "top_p", "seed", "stop_ids")
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    STOP_IDS_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: str
+    prompt: _containers.RepeatedScalarFieldContainer[int]
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    stop_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, sequence_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class SequenceFinished(_message.Message):
+    __slots__ = ("reason", "queued_ms", "shards")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_MS_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    reason: _inference_pb2.FinishReason
+    queued_ms: float
+    shards: _containers.RepeatedCompositeFieldContainer[_inference_pb2.ShardUse]
+    def __init__(self, reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., queued_ms: _Optional[float] = ..., shards: _Optional[_Iterable[_Union[_inference_pb2.ShardUse, _Mapping]]] = ...) -> None: ...
+
+class SequenceEvent(_message.Message):
+    __slots__ = ("prefill", "token_id", "finished")
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    prefill: _inference_pb2.PrefillProgress
+    token_id: int
+    finished: SequenceFinished
+    def __init__(self, prefill: _Optional[_Union[_inference_pb2.PrefillProgress, _Mapping]] = ..., token_id: _Optional[int] = ..., finished: _Optional[_Union[SequenceFinished, _Mapping]] = ...) -> None: ...
+
+class CancelSequence(_message.Message):
+    __slots__ = ("sequence_id",)
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: str
+    def __init__(self, sequence_id: _Optional[str] = ...) -> None: ...
+
+class CancelSequenceReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class EngineStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class EngineStatus(_message.Message):
+    __slots__ = ("worker", "sequences")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    worker: _inference_pb2.WorkerStatus
+    sequences: _containers.RepeatedCompositeFieldContainer[_inference_pb2.SequenceStatus]
+    def __init__(self, worker: _Optional[_Union[_inference_pb2.WorkerStatus, _Mapping]] = ..., sequences: _Optional[_Iterable[_Union[_inference_pb2.SequenceStatus, _Mapping]]] = ...) -> None: ...
+
+class StatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ClaimRequest(_message.Message):
+    __slots__ = ("sequence_id", "owner")
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: str
+    owner: str
+    def __init__(self, sequence_id: _Optional[str] = ..., owner: _Optional[str] = ...) -> None: ...
+
+class ClaimReply(_message.Message):
+    __slots__ = ("epoch",)
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    def __init__(self, epoch: _Optional[int] = ...) -> None: ...

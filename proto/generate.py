@@ -1,0 +1,39 @@
+"""Regenerates the committed stubs: ``python proto/generate.py [DIRECTORY]``.
+
+Mapping the folder to ``farshore/proto`` makes protoc write imports under ``farshore.proto``.
+"""
+
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+from grpc_tools import protoc
+
+HERE = Path(__file__).resolve().parent
+
+
+def generate(target: Path) -> None:
+    """Write every ``*_pb2*`` file into ``target``. Raises RuntimeError where protoc refuses."""
+    staging = target / "farshore" / "proto"
+    staging.mkdir(parents=True, exist_ok=True)
+    status = protoc.main(
+        [
+            "protoc",
+            f"-Ifarshore/proto={HERE}",
+            f"-I{files('grpc_tools') / '_proto'}",
+            f"--python_out={target}",
+            f"--pyi_out={target}",
+            f"--grpc_python_out={target}",
+            *(f"farshore/proto/{path.name}" for path in sorted(HERE.glob("*.proto"))),
+        ]
+    )
+    if status:
+        raise RuntimeError(f"protoc ended with status {status}")
+    for path in staging.iterdir():
+        path.rename(target / path.name)
+    staging.rmdir()
+    staging.parent.rmdir()
+
+
+if __name__ == "__main__":
+    generate(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE)

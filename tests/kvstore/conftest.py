@@ -1,0 +1,78 @@
+"""Small shapes with nothing divisible by anything: 5-token blocks, 3 K heads over 1 V head per group."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from farshore.ids import WorkerId
+from farshore.kernels.base import KVLayout, Segments
+from farshore.kvstore.arena import Arena
+from farshore.kvstore.store import LocalStore
+
+Tokens = Callable[[KVLayout, int], tuple[Tensor, Tensor]]
+Gather = Callable[[Tensor, KVLayout, Segments, int], tuple[Tensor, Tensor, Tensor]]
+
+
+@pytest.fixture
+def layout() -> KVLayout:
+    return KVLayout(
+        layers=3,
+        groups=2,
+        k_heads_per_group=3,
+        v_heads_per_group=1,
+        k_dim=8,
+        v_dim=6,
+        dtype=torch.bfloat16,
+        block_tokens=5,
+    )
+
+
+@pytest.fixture
+def arena() -> Iterator[Arena]:
+    arena = Arena(64 * 4096)
+    yield arena
+    arena.check_integrity()
+
+
+@pytest.fixture
+def store(arena: Arena) -> Iterator[LocalStore]:
+    store = LocalStore(worker=WorkerId("w1"), arena=arena)
+    yield store
+    store.check_integrity()
+
+
+@pytest.fixture
+def tokens() -> Tokens:
+    """Makes random k [k_heads, n, k_dim] and v [v_heads, n, v_dim] of a layout."""
+    generator = torch.Generator().manual_seed(0)
+
+    def make(layout: KVLayout, n: int) -> tuple[Tensor, Tensor]:
+        g = layout.groups
+        k = torch.randn(g * layout.k_heads_per_group, n, layout.k_dim, generator=generator)
+        v = torch.randn(g * layout.v_heads_per_group, n, layout.v_dim, generator=generator)
+        return k.to(layout.dtype), v.to(layout.dtype)
+
+    return make
+
+
+@pytest.fixture
+def gather() -> Gather:
+    """Reads segments the slow way, token by token: k, v and the positions."""
+
+    def read(
+        memory: Tensor, layout: KVLayout, segments: Segments, layer: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ks, vs, positions = [], [], []
+        for base, stride, first, count, position, *_ in zip(*(f.tolist() for f in segments), strict=True):
+            for i in range(count):
+                block, slot = divmod(first + i, layout.block_tokens)
+                start = base + block * stride
+                k, v = layout.views(memory[start : start + layout.block_bytes], layer)
+                ks.append(k[:, slot])
+                vs.append(v[:, slot])
+                positions.append(position + i)
+        return torch.stack(ks, 1), torch.stack(vs, 1), torch.tensor(positions)
+
+    return read

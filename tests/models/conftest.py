@@ -1,0 +1,78 @@
+"""Models for these tests: tiny random ones written by transformers, and the demo model if it is installed."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from farshore.errors import ModelError
+from farshore.models.llama import Llama
+from farshore.models.source import ModelSource, resolve
+
+# Nothing here may reach for the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+TINY: dict[str, Any] = dict(
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., tuple[Any, Path]]:
+    """make(dtype=…, shard=…, **config) → (transformers' model, its folder)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(*, dtype: torch.dtype = torch.float32, shard: str = "50GB", **changes: Any) -> tuple[Any, Path]:
+        torch.manual_seed(5)
+        model = LlamaForCausalLM(LlamaConfig(**(TINY | changes)))
+        for parameter in model.parameters():
+            # Biases and norms start as constants, which would hide a mix-up.
+            torch.nn.init.normal_(parameter, mean=0.3 if parameter.ndim == 1 else 0.0, std=0.15)
+        model = model.to(dtype).eval()
+        model.save_pretrained(tmp_path, max_shard_size=shard)
+        return model, tmp_path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def demo() -> ModelSource:
+    try:
+        return resolve("smollm2")
+    except ModelError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def forward() -> Callable[..., torch.Tensor]:
+    """run(model, ids, first_position=0) → f32 [R, vocab], with plain causal attention."""
+
+    @torch.inference_mode()
+    def run(model: Llama, ids: list[int], *, first_position: int = 0) -> torch.Tensor:
+        positions = torch.arange(first_position, first_position + len(ids))
+        h = model.embed(torch.tensor(ids))
+        for layer in range(model.config.layers):
+            normed = model.attention_input(layer, h)
+            q = model.query(layer, normed, positions)
+            k, v = model.key_value(layer, normed, positions)
+            o = torch.nn.functional.scaled_dot_product_attention(
+                *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)), is_causal=True, enable_gqa=True
+            )
+            h = model.finish(layer, h, o.squeeze(0).transpose(0, 1))
+        return model.logits(h)
+
+    return run

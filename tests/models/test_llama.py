@@ -1,0 +1,154 @@
+"""The sliced decoder against transformers' whole one."""
+
+import pytest
+import torch
+
+from farshore.errors import ModelError
+from farshore.models.config import load_config
+from farshore.models.source import resolve
+from farshore.models.weights import load_model
+
+IDS = [1, 17, 5, 96, 5, 5, 42, 0, 33, 12, 80]
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 50000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+}
+
+
+@torch.inference_mode()
+def reference(model, ids, first_position=0):
+    positions = torch.arange(first_position, first_position + len(ids))[None]
+    return model(torch.tensor([ids]), position_ids=positions, use_cache=False).logits[0].float()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_logits_equal_transformers(tiny, forward, tied, rope, bias):
+    theirs, folder = tiny(
+        tie_word_embeddings=tied, rope_parameters=ROPES[rope], attention_bias=bias, mlp_bias=bias
+    )
+    ours = load_model(resolve(str(folder)), dtype=torch.float32)
+    for first in (0, 40):
+        expected = reference(theirs, IDS, first)
+        torch.testing.assert_close(forward(ours, IDS, first_position=first), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_bf16_rounds_like_transformers(tiny, forward, rope):
+    theirs, folder = tiny(dtype=torch.bfloat16, rope_parameters=ROPES[rope])
+    ours = load_model(resolve(str(folder)), dtype=torch.bfloat16)
+    assert ours.dtype == torch.bfloat16
+    assert torch.equal(forward(ours, IDS), reference(theirs, IDS))
+
+
+def test_sharded_safetensors_and_progress(tiny, forward):
+    theirs, folder = tiny(shard="30KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    seen = []
+    ours = load_model(resolve(str(folder)), dtype=torch.float32, progress=lambda *at: seen.append(at))
+    torch.testing.assert_close(forward(ours, IDS), reference(theirs, IDS), atol=1e-5, rtol=1e-5)
+    assert seen == [(done, len(seen)) for done in range(1, len(seen) + 1)]
+
+
+def test_config_override_adds_positions(tiny):
+    import dataclasses
+
+    _, folder = tiny()
+    source = resolve(str(folder))
+    longer = dataclasses.replace(load_config(source), max_positions=200)
+    model = load_model(source, dtype=torch.float32, config=longer)
+    normed = torch.ones(1, 48)
+    assert model.query(0, normed, torch.tensor([199])).shape == (1, 6, 8)
+    with pytest.raises(IndexError):
+        model.query(0, normed, torch.tensor([200]))
+
+
+def test_no_rows(tiny):
+    _, folder = tiny()
+    model = load_model(resolve(str(folder)), dtype=torch.float32)
+    none = torch.zeros(0, dtype=torch.int64)
+    h = model.embed(none)
+    normed = model.attention_input(0, h)
+    assert model.key_value(0, normed, none)[0].shape == (0, 2, 8)
+    h = model.finish(0, h, model.query(0, normed, none))
+    assert model.logits(h).shape == (0, 97)
+
+
+def test_slices_leave_their_arguments_alone(tiny):
+    _, folder = tiny()
+    model = load_model(resolve(str(folder)), dtype=torch.float32)
+    positions = torch.arange(3)
+    h = model.embed(torch.tensor([3, 4, 5]))
+    normed = model.attention_input(0, h)
+    q = model.query(0, normed, positions)
+    kept = [t.clone() for t in (h, normed, q, positions)]
+    model.key_value(0, normed, positions)
+    model.finish(0, h, q)
+    model.logits(h)
+    assert all(torch.equal(a, b) for a, b in zip(kept, (h, normed, q, positions), strict=True))
+
+
+def test_missing_tensor_is_named(tiny):
+    from safetensors.torch import load_file, save_file
+
+    _, folder = tiny()
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path)
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*missing"):
+        load_model(resolve(str(folder)), dtype=torch.float32)
+
+
+def test_wrong_shape_is_named(tiny):
+    from safetensors.torch import load_file, save_file
+
+    _, folder = tiny()
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.2.self_attn.k_proj.weight"] = torch.zeros(3, 48)
+    save_file(tensors, path)
+    with pytest.raises(ModelError, match=r"k_proj.*\[3, 48\].*\[16, 48\]"):
+        load_model(resolve(str(folder)), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 200, -10])
+def test_truncated_safetensors(tiny, keep):
+    _, folder = tiny()
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ModelError, match=r"model\.safetensors.*download it again") as caught:
+        load_model(resolve(str(folder)), dtype=torch.float32)
+    assert "\n" not in str(caught.value)
+
+
+def test_index_must_stay_in_its_folder(tiny):
+    _, folder = tiny()
+    index = folder / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"x": "../secret.safetensors"}}')
+    with pytest.raises(ModelError, match="beside it"):
+        load_model(resolve(str(folder)), dtype=torch.float32)
+    index.write_text('{"weight_map": {"x": "gone.safetensors"}}')
+    with pytest.raises(ModelError, match=r"gone\.safetensors: missing"):
+        load_model(resolve(str(folder)), dtype=torch.float32)
+
+
+def test_integer_weights_are_refused(tiny):
+    from safetensors.torch import load_file, save_file
+
+    _, folder = tiny()
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = torch.ones(48, dtype=torch.int8)
+    save_file(tensors, path)
+    with pytest.raises(ModelError, match="unquantised"):
+        load_model(resolve(str(folder)), dtype=torch.float32)
