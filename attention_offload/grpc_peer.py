@@ -219,7 +219,9 @@ class GrpcPeer:
             raise TransportError(f"{self._address}: {error}") from error
         if (answer.step, answer.layer) != (sent.step, sent.layer):
             self._reset()
-            raise TransportError(f"{self._address}: answered step {answer.step} layer {answer.layer}, not {sent}")
+            raise TransportError(
+                f"{self._address}: answered step {answer.step} layer {answer.layer}, not {sent}"
+            )
         self._unanswered -= 1
         v_dim = self._model.specs[self._model.layer_class[sent.layer]].v_dim
         lse_dtype = torch.float64 if self._dtype == torch.float64 else torch.float32

@@ -55,9 +55,7 @@ def head_classes(rooms: Sequence[Room], *, groups: int, shard_by: ShardBy) -> li
     if shard_by == "head":
         workers = workers[:count]
     group_cuts = _cuts(groups, count)
-    return [
-        HeadClass(group_cuts[i], group_cuts[i + 1], tuple(workers[i::count])) for i in range(count)
-    ]
+    return [HeadClass(group_cuts[i], group_cuts[i + 1], tuple(workers[i::count])) for i in range(count)]
 
 
 def spread(classes: Sequence[HeadClass], *, tokens: int, groups: int) -> list[Share]:

@@ -102,7 +102,9 @@ class StepPlan:
             following[sequence] += 1
             tail = tails[sequence]
             if not tail.first <= position < tail.last:
-                raise InvalidPlan(f"row {row}: position {position} outside the tail {tail.first}..{tail.last}")
+                raise InvalidPlan(
+                    f"row {row}: position {position} outside the tail {tail.first}..{tail.last}"
+                )
 
     def _check_read(self, read: Read) -> None:
         if not 0 <= read.origin <= read.first < read.last:

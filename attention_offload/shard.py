@@ -57,7 +57,9 @@ class ShardSession:
         layer_class = self._model.layer_class[layer]
         heads = (current.group1 - current.group0) * spec.q_heads_per_group
         if q.shape != (len(current.rows), heads, spec.k_dim):
-            raise InvalidRequest(f"q of shape {tuple(q.shape)}, expected {(len(current.rows), heads, spec.k_dim)}")
+            raise InvalidRequest(
+                f"q of shape {tuple(q.shape)}, expected {(len(current.rows), heads, spec.k_dim)}"
+            )
         out = State.identity(len(current.rows), heads, spec.v_dim, dtype=q.dtype)
         kernels.partial(self._plans[layer_class], self._layer_in_class(layer), q, out=out)
         self._attended.add(self._layer_bytes[layer_class])
@@ -74,7 +76,9 @@ class ShardSession:
         classes = self._model.layer_class
         return classes[:layer].count(classes[layer])
 
-    def _prepare(self, step: ShardStep, layer_class: int, reads: tuple[Read, ...]) -> tuple[kernels.Plan, int]:
+    def _prepare(
+        self, step: ShardStep, layer_class: int, reads: tuple[Read, ...]
+    ) -> tuple[kernels.Plan, int]:
         spec = self._model.specs[layer_class]
         layout = self._model.layouts[layer_class]
         parts: list[Segments] = []

@@ -12,4 +12,4 @@ SpanId = NewType("SpanId", str)
 """One span on one worker: ``<worker id>/<serial>``."""
 
 Epoch = NewType("Epoch", int)
-"""Ownership term of a sequence; grows by one with every claim. Older epochs write nothing."""
+"""Ownership term of a sequence; every claim gets a greater one. Older epochs write nothing."""

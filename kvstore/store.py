@@ -142,6 +142,11 @@ class LocalStore:
             blocks.check_layer(it.layout, layer)
             return blocks.copy_out(self.memory, it.layout, it.bases, layer=layer, first=first, last=last)
 
+    def layout(self, span: SpanId) -> KVLayout:
+        """The shape of one span's blocks: what a transport needs to give raw bytes their shape."""
+        with self._lock:
+            return self._span(span).layout
+
     def hold(self, span: SpanId) -> None:
         with self._lock:
             self._span(span).holders += 1

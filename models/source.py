@@ -91,7 +91,7 @@ def _from_hub(name: str) -> Path:
     except Exception as error:
         # The client lets its HTTP library's own exceptions through, and has changed that library before.
         raise ModelError(
-            f"{name}: not found on the Hugging Face hub or in its cache ({type(error).__name__}): "
-            "check the id; without a network set HF_HUB_OFFLINE=1 for a cached model, or give a local directory"
+            f"{name}: not on the Hugging Face hub nor in its cache ({type(error).__name__}): check the id; "
+            "without a network set HF_HUB_OFFLINE=1 for a cached model, or give a local directory"
         ) from error
     return Path(folder)

@@ -59,7 +59,7 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises plain Exception
-            raise ModelError(f"{path}: not a tokenizer ({error}); download it again") from error
+            raise ModelError(f"{path}: not a readable tokenizer; download it again") from error
         settings = folder / "tokenizer_config.json"
         config = read_json(settings) if settings.is_file() else {}
         special = {role: text for role in _SPECIAL if (text := _content(config.get(role))) is not None}
@@ -145,12 +145,13 @@ def load_tokenizer(source: ModelSource) -> Tokenizer:
 
 def _byte_level(file: GgufFile, tokens: list[str]) -> tokenizers.Tokenizer:
     merges = [tuple(merge.split(" ", 1)) for merge in file.texts("tokenizer.ggml.merges")]
+    vocabulary = {text: token for token, text in enumerate(tokens)}
+    if len(vocabulary) < len(tokens):
+        raise ModelError(f"{file.path}: two tokens have the same text; convert the model again")
     try:
-        backend = tokenizers.Tokenizer(BPE(vocab={text: i for i, text in enumerate(tokens)}, merges=merges))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise ModelError(
-            f"{file.path}: merges don't fit the vocabulary ({error}); convert it again"
-        ) from error
+        backend = tokenizers.Tokenizer(BPE(vocab=vocabulary, merges=merges))
+    except Exception as error:  # tokenizers raises plain Exception, over several lines
+        raise ModelError(f"{file.path}: merges don't fit the vocabulary; convert the model again") from error
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
     kinds = list(zip(tokens, file.get("tokenizer.ggml.token_type", []), strict=False))

@@ -1,13 +1,14 @@
 """A plan with a hole or an overlap is never run."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from farshore.attention_offload.placement import Room, head_classes, spread
 from farshore.attention_offload.plan import Read, StepPlan, Stretch
 from farshore.errors import Full, InvalidPlan
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import BLOCK_TOKENS
-from hypothesis import given
-from hypothesis import strategies as st
 
 GROUPS = 3
 A = SequenceId("a")
@@ -137,7 +138,8 @@ def test_a_spread_covers_every_position_and_group_once_and_respects_room(rooms, 
         shares = spread(classes, tokens=tokens, groups=groups)
     except Full:
         assert any(
-            sum(r.tokens * groups // (c.group1 - c.group0) for r in c.workers) < tokens + BLOCK_TOKENS * len(c.workers)
+            sum(r.tokens * groups // (c.group1 - c.group0) for r in c.workers)
+            < tokens + BLOCK_TOKENS * len(c.workers)
             for c in classes
         )
         return

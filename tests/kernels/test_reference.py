@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from farshore.kernels import reference as kernels
-from farshore.kernels.base import AttentionSpec, KVLayout, Rows, Segments, State
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from farshore.kernels import reference as kernels
+from farshore.kernels.base import AttentionSpec, KVLayout, Rows, Segments, State
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 8e-3}
 
@@ -38,7 +39,11 @@ def dense(q, k, v, spec, q_positions, k_position):
 
 def assert_close(state, expected, v, dtype):
     bound = TOLERANCE[dtype] * max(1.0, float(v.double().abs().max()) if v.numel() else 1.0)
-    peak = max(1.0, float(expected.lse[expected.lse.isfinite()].abs().max()) / 64) if expected.lse.isfinite().any() else 1.0
+    peak = (
+        max(1.0, float(expected.lse[expected.lse.isfinite()].abs().max()) / 64)
+        if expected.lse.isfinite().any()
+        else 1.0
+    )
     assert not state.o.isnan().any()
     assert (state.o.double() - expected.o).abs().max() <= bound * peak
     finite = expected.lse.isfinite()
@@ -76,7 +81,9 @@ def stored(spec, dtype, tokens, seed, *, block_tokens=4, first=0, gap_blocks=0):
     layout = KVLayout.of(spec, layers=2, dtype=dtype)._replace(block_tokens=block_tokens)
     blocks = (first + tokens + block_tokens - 1) // block_tokens
     stride = layout.block_bytes * (1 + gap_blocks)
-    memory = torch.full((max(blocks, 1) * stride // dtype.itemsize,), torch.nan, dtype=dtype).view(torch.uint8)
+    memory = torch.full((max(blocks, 1) * stride // dtype.itemsize,), torch.nan, dtype=dtype).view(
+        torch.uint8
+    )
     k = torch.randn(spec.k_heads, tokens, spec.k_dim, generator=generator).to(dtype)
     v = torch.randn(spec.v_heads, tokens, spec.v_dim, generator=generator).to(dtype)
     for i in range(tokens):
@@ -87,22 +94,36 @@ def stored(spec, dtype, tokens, seed, *, block_tokens=4, first=0, gap_blocks=0):
 
 
 @settings(deadline=None, max_examples=60)
-@given(specs, dtypes, st.integers(0, 19), st.integers(1, 3), st.integers(0, 5), st.integers(0, 1), st.integers(0, 99))
+@given(
+    specs,
+    dtypes,
+    st.integers(0, 19),
+    st.integers(1, 3),
+    st.integers(0, 5),
+    st.integers(0, 1),
+    st.integers(0, 99),
+)
 def test_partial_equals_dense_attention(spec, dtype, tokens, rows, first, gap, seed):
     layout, memory, stride, k, v = stored(spec, dtype, tokens, seed, first=first, gap_blocks=gap)
-    q = torch.randn(rows, spec.q_heads, spec.k_dim, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
+    q = torch.randn(rows, spec.q_heads, spec.k_dim, generator=torch.Generator().manual_seed(seed + 1)).to(
+        dtype
+    )
     positions = torch.arange(rows) + 10 + max(tokens - 2, 0)
     segments = Segments.of([(0, stride, first, tokens, 10, 0, spec.groups)])
     plan = kernels.plan(
         Rows.of([(0, rows, 0, 0, spec.groups)]), segments, memory, layout, spec, positions=positions
     )
-    out = State.identity(rows, spec.q_heads, spec.v_dim, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    out = State.identity(
+        rows, spec.q_heads, spec.v_dim, dtype=torch.float64 if dtype == torch.float64 else torch.float32
+    )
     kernels.partial(plan, 1, q, out=out)
     assert_close(out, dense(q, k, v, spec, positions, 10), v, dtype)
 
 
 @settings(deadline=None, max_examples=60)
-@given(specs, dtypes, st.lists(st.integers(0, 7), min_size=1, max_size=4), st.integers(1, 6), st.integers(0, 99))
+@given(
+    specs, dtypes, st.lists(st.integers(0, 7), min_size=1, max_size=4), st.integers(1, 6), st.integers(0, 99)
+)
 def test_extend_in_parts_then_merge_equals_the_whole(spec, dtype, lengths, rows, seed):
     generator = torch.Generator().manual_seed(seed)
     tokens = sum(lengths)
@@ -223,7 +244,10 @@ def test_merge_is_associative_commutative_and_has_an_identity(generator, empties
 
 
 def test_merging_empty_states_gives_the_empty_state_even_with_nan_inside():
-    empty = State(torch.full((2, 3, 4), torch.nan, dtype=torch.float64), torch.full((2, 3), -torch.inf, dtype=torch.float64))
+    empty = State(
+        torch.full((2, 3, 4), torch.nan, dtype=torch.float64),
+        torch.full((2, 3), -torch.inf, dtype=torch.float64),
+    )
     out = merged([empty, empty])
     assert torch.equal(out.o, torch.zeros(2, 3, 4, dtype=torch.float64))
     assert (out.lse == -torch.inf).all()

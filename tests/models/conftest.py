@@ -42,9 +42,9 @@ def tiny(tmp_path: Path) -> Callable[..., tuple[Any, Path]]:
         for parameter in model.parameters():
             # Biases and norms start as constants, which would hide a mix-up.
             torch.nn.init.normal_(parameter, mean=0.3 if parameter.ndim == 1 else 0.0, std=0.15)
-        model = model.to(dtype).eval()
-        model.save_pretrained(tmp_path, max_shard_size=shard)
-        return model, tmp_path
+        model.to(dtype).save_pretrained(tmp_path, max_shard_size=shard)
+        # Loaded again, since .to() has rounded the rotary frequencies too, as loading doesn't.
+        return LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval(), tmp_path
 
     return make
 

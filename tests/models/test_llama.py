@@ -42,12 +42,38 @@ def test_logits_equal_transformers(tiny, forward, tied, rope, bias):
         torch.testing.assert_close(forward(ours, IDS, first_position=first), expected, atol=1e-5, rtol=1e-5)
 
 
+@torch.inference_mode()
 @pytest.mark.parametrize("rope", ROPES)
-def test_bf16_rounds_like_transformers(tiny, forward, rope):
-    theirs, folder = tiny(dtype=torch.bfloat16, rope_parameters=ROPES[rope])
-    ours = load_model(resolve(str(folder)), dtype=torch.bfloat16)
-    assert ours.dtype == torch.bfloat16
-    assert torch.equal(forward(ours, IDS), reference(theirs, IDS))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_slice_rounds_like_transformers(tiny, rope, dtype):
+    """Bit for bit, given the same attention: the order of roundings is part of the contract."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    seen = []
+
+    def probe(module, q, k, v, mask, **rest):
+        o, _ = sdpa_attention_forward(module, q, k, v, mask, **rest)
+        seen.append((*(x[0].transpose(0, 1) for x in (q, k, v)), o[0]))
+        return o, None
+
+    AttentionInterface.register("farshore_probe", probe)
+    theirs, folder = tiny(dtype=dtype, rope_parameters=ROPES[rope], attention_bias=True, mlp_bias=True)
+    theirs.set_attn_implementation("farshore_probe")
+    expected = reference(theirs, IDS)
+    ours = load_model(resolve(str(folder)), dtype=dtype)
+    assert ours.dtype == dtype
+    positions = torch.arange(len(IDS))
+    h = ours.embed(torch.tensor(IDS))
+    for layer, (q, k, v, o) in enumerate(seen):
+        normed = ours.attention_input(layer, h)
+        assert torch.equal(ours.query(layer, normed, positions), q)
+        got_k, got_v = ours.key_value(layer, normed, positions)
+        assert torch.equal(got_k, k)
+        assert torch.equal(got_v, v)
+        h = ours.finish(layer, h, o)
+    assert len(seen) == ours.config.layers
+    assert torch.equal(ours.logits(h), expected)
 
 
 def test_sharded_safetensors_and_progress(tiny, forward):

@@ -1,0 +1,53 @@
+"""What a cluster is asked to be: one frozen description, checked before anything is started."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from farshore.errors import InvalidRequest
+
+Placement = Literal["offload", "local"]
+ShardBy = Literal["range", "head", "both"]
+Dtype = Literal["bfloat16", "float32"]
+
+MIN_KV_MEMORY_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """Raises InvalidRequest, naming the option and the fix, for values that cannot work."""
+
+    model: str = "smollm2"
+    dtype: Dtype = "bfloat16"
+    dense_workers: int = 1
+    attention_workers: int = 2
+    kv_memory_bytes: int = 1 << 30
+    """Budget of each worker, dense workers (tails, local spans) included."""
+    placement: Placement = "offload"
+    shard_by: ShardBy = "range"
+    host: str = "127.0.0.1"
+    port: int = 50051
+    """Of the gateway; 0 for any."""
+    ray_address: str | None = None
+    """Join this Ray cluster instead of starting one."""
+    dashboard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dense_workers != 1:
+            raise InvalidRequest(f"--dense-workers {self.dense_workers}: this release runs exactly 1")
+        if self.attention_workers < 0 or (self.placement == "offload" and self.attention_workers < 1):
+            raise InvalidRequest(
+                f"--attention-workers {self.attention_workers}: give at least 1, or use --placement local"
+            )
+        if self.kv_memory_bytes < MIN_KV_MEMORY_BYTES:
+            raise InvalidRequest(
+                f"--kv-memory {self.kv_memory_bytes}: give each worker at least {MIN_KV_MEMORY_BYTES >> 20}MiB"
+            )
+        for name, value, choices in (
+            ("--placement", self.placement, get_args(Placement)),
+            ("--shard-by", self.shard_by, get_args(ShardBy)),
+            ("--dtype", self.dtype, get_args(Dtype)),
+        ):
+            if value not in choices:
+                raise InvalidRequest(f"{name} {value}: use one of {', '.join(choices)}")
+        if not 0 <= self.port <= 65535:
+            raise InvalidRequest(f"--port {self.port}: use 0 (any) to 65535")

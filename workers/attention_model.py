@@ -1,0 +1,21 @@
+"""What a model's configuration means for the attention planes: spec, layout, dtype."""
+
+import torch
+
+from farshore.attention_offload.base import AttentionModel
+from farshore.kernels.base import AttentionSpec, KVLayout
+from farshore.models.config import ModelConfig
+
+
+def attention_model(config: ModelConfig, dtype: torch.dtype) -> AttentionModel:
+    """One layer class; KV is stored in the model's dtype."""
+    spec = AttentionSpec(
+        q_heads=config.q_heads,
+        k_heads=config.kv_heads,
+        v_heads=config.kv_heads,
+        k_dim=config.head_dim,
+        v_dim=config.head_dim,
+        scale=config.head_dim**-0.5,
+    )
+    layout = KVLayout.of(spec, layers=config.layers, dtype=dtype)
+    return AttentionModel(specs=(spec,), layer_class=(0,) * config.layers, layouts=(layout,))

@@ -1,0 +1,107 @@
+"""One sequence as its engine knows it: what was asked, what is committed, where its KV lies."""
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+from farshore.attention_offload.placement import HeadClass
+from farshore.errors import FarshoreError
+from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
+from farshore.kvstore.tail import Tail
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How a completion is drawn. Checked at the gateway."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop_ids: frozenset[int] = frozenset()
+
+
+class Reason(Enum):
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+class Prefilled(NamedTuple):
+    done_tokens: int
+    total_tokens: int
+
+
+class Sampled(NamedTuple):
+    token_id: int
+
+
+class Finished(NamedTuple):
+    reason: Reason
+    queued_s: float
+    attended_bytes: dict[WorkerId, int]
+
+
+class Failed(NamedTuple):
+    error: FarshoreError
+
+
+Event = Prefilled | Sampled | Finished | Failed
+
+
+@dataclass(slots=True)
+class PlacedSpan:
+    """Positions ``first .. last``, groups ``group0 .. group1``, in ``span`` on ``worker``."""
+
+    worker: WorkerId
+    span: SpanId
+    first: int
+    last: int
+    group0: int
+    group1: int
+    sealed: int
+    """Position up to which it is sealed."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """Mutated by the engine's thread alone, but for ``cancelled``, which anybody may set.
+
+    ``tokens`` is the prompt and everything sampled; KV exists for ``[0, committed)``: spans hold
+    ``[0, tail.start)`` and the tail the rest.
+    """
+
+    id: SequenceId
+    epoch: Epoch
+    prompt_tokens: int
+    tokens: list[int]
+    sampling: Sampling
+    emit: Callable[[Event], None]
+    arrived_s: float
+    queued_s: float = 0.0
+    committed: int = 0
+    classes: list[HeadClass] = field(default_factory=list)
+    spans: list[PlacedSpan] = field(default_factory=list)
+    tail: Tail | None = None
+    attended_bytes: dict[WorkerId, int] = field(default_factory=lambda: defaultdict(int))
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def most_tokens(self) -> int:
+        """The longest it can get."""
+        return self.prompt_tokens + self.sampling.max_tokens
+
+    def finish_reason(self) -> Reason | None:
+        """Why it is complete, or None while it is not."""
+        if self.completion_tokens and self.tokens[-1] in self.sampling.stop_ids:
+            return Reason.STOP
+        if self.completion_tokens >= self.sampling.max_tokens:
+            return Reason.LENGTH
+        return None
