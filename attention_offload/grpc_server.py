@@ -7,23 +7,20 @@ for as long as it lasts.
 import os
 import socket
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
+from farshore import rpc
 from farshore.attention_offload import codec
 from farshore.attention_offload.base import ShardIdentity
 from farshore.attention_offload.shard import AttendedBytes, ShardSession
-from farshore.errors import InvalidRequest, PortInUse
+from farshore.errors import InvalidRequest
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kvstore.store import LocalStore
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
-from farshore.rpc import OPTIONS, status_of
 
 MAX_CALLS = 64
 """Threads, hence calls at once; hot streams of engines included."""
@@ -39,15 +36,9 @@ def _mapped(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return method(self, request)
         except Exception as error:
-            _abort(context, error)
+            rpc.abort(context, error)
 
     return handler
-
-
-def _abort(context: grpc.ServicerContext, error: Exception) -> None:
-    code, message, trailing = status_of(error)
-    context.set_trailing_metadata(trailing)
-    context.abort(code, message)
 
 
 class AttentionService(pb_grpc.AttentionServicer):
@@ -108,7 +99,7 @@ class AttentionService(pb_grpc.AttentionServicer):
                 k, v = self._store.read(span, request.layer, first, last)
                 yield pb.KVChunk(tokens=last - first, k=codec.to_bytes(k), v=codec.to_bytes(v))
         except Exception as error:
-            _abort(context, error)
+            rpc.abort(context, error)
 
     @_mapped
     def Hold(self, request: pb.SpanRequest) -> pb.SpanReply:
@@ -138,7 +129,7 @@ class AttentionService(pb_grpc.AttentionServicer):
         try:
             yield from self._attend(frames)
         except Exception as error:
-            _abort(context, error)
+            rpc.abort(context, error)
 
     def _attend(self, frames: Iterator[pb.Frame]) -> Iterator[pb.State]:
         opening = next(frames, None)
@@ -166,26 +157,11 @@ class AttentionService(pb_grpc.AttentionServicer):
             )
 
 
-def serve(service: AttentionService, address: str) -> tuple[grpc.Server, str]:
-    """Start the service with health and reflection; returns the server and the address with its real port.
-
-    Raises PortInUse. ``address`` is ``host:port``, port 0 for any.
-    """
-    server = grpc.server(
-        ThreadPoolExecutor(MAX_CALLS, thread_name_prefix="attention"),
-        options=OPTIONS,
-        maximum_concurrent_rpcs=MAX_CALLS,
+def serve(service: AttentionService, listen: str) -> tuple[grpc.Server, str]:
+    """Start the service; see :func:`farshore.rpc.serve`."""
+    return rpc.serve(
+        lambda server: pb_grpc.add_AttentionServicer_to_server(service, server),
+        service=pb.DESCRIPTOR.services_by_name["Attention"].full_name,
+        listen=listen,
+        threads=MAX_CALLS,
     )
-    pb_grpc.add_AttentionServicer_to_server(service, server)
-    name = pb.DESCRIPTOR.services_by_name["Attention"].full_name
-    checks = health.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    try:
-        port = server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise PortInUse(f"cannot listen on {address}: choose another port, or 0 for any") from error
-    server.start()
-    for served in ("", name):
-        checks.set(served, health_pb2.HealthCheckResponse.SERVING)
-    return server, f"{address.rpartition(':')[0]}:{port}"

@@ -1,6 +1,12 @@
 """gRPC at the edge: our errors to status codes and back, once, and the options every channel shares."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NoReturn
+
 import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
 
 from farshore import errors
 
@@ -42,6 +48,42 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, str, tuple[tuple[str, 
         if isinstance(error, kind):
             return code, str(error), trailing
     return grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}", trailing
+
+
+def abort(context: grpc.ServicerContext, error: Exception) -> NoReturn:
+    """End a servicer's call (not an asyncio one) with the error's status."""
+    code, message, trailing = status_of(error)
+    context.set_trailing_metadata(trailing)
+    context.abort(code, message)
+    raise AssertionError("abort raises")
+
+
+def serve(
+    register: Callable[[grpc.Server], None], *, service: str, listen: str, threads: int
+) -> tuple[grpc.Server, str]:
+    """Start a server with one service, health checking and reflection.
+
+    ``register`` adds the service named ``service`` in full; ``listen`` is ``host:port``, port 0 for any;
+    ``threads`` bounds the calls served at once. Returns the server and the address with its real port.
+    Raises PortInUse.
+    """
+    server = grpc.server(
+        ThreadPoolExecutor(threads, thread_name_prefix=service),
+        options=OPTIONS,
+        maximum_concurrent_rpcs=threads,
+    )
+    register(server)
+    checks = health.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    reflection.enable_server_reflection((service, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise errors.PortInUse(f"cannot listen on {listen}: choose another port, or 0 for any") from error
+    server.start()
+    for served in ("", service):
+        checks.set(served, health_pb2.HealthCheckResponse.SERVING)
+    return server, f"{listen.rpartition(':')[0]}:{port}"
 
 
 def error_of(failure: grpc.RpcError, *, peer: str) -> errors.FarshoreError:

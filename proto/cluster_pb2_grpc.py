@@ -207,6 +207,11 @@ class ControllerStub:
                 request_serializer=farshore_dot_proto_dot_cluster__pb2.ClaimRequest.SerializeToString,
                 response_deserializer=farshore_dot_proto_dot_cluster__pb2.ClaimReply.FromString,
                 _registered_method=True)
+        self.Release = channel.unary_unary(
+                '/farshore.cluster.v1.Controller/Release',
+                request_serializer=farshore_dot_proto_dot_cluster__pb2.ReleaseRequest.SerializeToString,
+                response_deserializer=farshore_dot_proto_dot_cluster__pb2.ReleaseReply.FromString,
+                _registered_method=True)
 
 
 class ControllerServicer:
@@ -225,6 +230,13 @@ class ControllerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Release(self, request, context):
+        """The owner is done with a sequence. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControllerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -237,6 +249,11 @@ def add_ControllerServicer_to_server(servicer, server):
                     servicer.Claim,
                     request_deserializer=farshore_dot_proto_dot_cluster__pb2.ClaimRequest.FromString,
                     response_serializer=farshore_dot_proto_dot_cluster__pb2.ClaimReply.SerializeToString,
+            ),
+            'Release': grpc.unary_unary_rpc_method_handler(
+                    servicer.Release,
+                    request_deserializer=farshore_dot_proto_dot_cluster__pb2.ReleaseRequest.FromString,
+                    response_serializer=farshore_dot_proto_dot_cluster__pb2.ReleaseReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -293,6 +310,33 @@ class Controller:
             '/farshore.cluster.v1.Controller/Claim',
             farshore_dot_proto_dot_cluster__pb2.ClaimRequest.SerializeToString,
             farshore_dot_proto_dot_cluster__pb2.ClaimReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Release(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farshore.cluster.v1.Controller/Release',
+            farshore_dot_proto_dot_cluster__pb2.ReleaseRequest.SerializeToString,
+            farshore_dot_proto_dot_cluster__pb2.ReleaseReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,71 @@
+"""The gateway as a child process: started, watched and ended by the driver.
+
+It reports its address as one line of JSON on its standard output, and ends when its standard input closes:
+so it cannot outlive the driver, whatever ends that.
+"""
+
+import json
+import subprocess
+import sys
+import threading
+from queue import Empty, SimpleQueue
+
+from farshore import errors
+from farshore.errors import StartupError
+
+READY_DEADLINE_S = 60.0
+STOP_DEADLINE_S = 10.0
+
+
+class GatewayProcess:
+    def __init__(self, *, model: str, listen: str, engine: str, controller: str) -> None:
+        """Start it and wait until it serves. Raises what it reports (PortInUse, ModelError), or
+        StartupError."""
+        arguments = ["--model", model, "--listen", listen, "--engine", engine, "--controller", controller]
+        self._process = subprocess.Popen(
+            # -P: the current directory, which may be a checkout, stays off sys.path.
+            [sys.executable, "-P", "-m", "farshore.gateway", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            # Ctrl-C in a terminal is for the driver, which ends the parts in order.
+            start_new_session=True,
+        )
+        try:
+            self.address = self._await_report()
+        except errors.FarshoreError:
+            self.stop()
+            raise
+
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll()
+
+    def stop(self) -> None:
+        """Idempotent."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(STOP_DEADLINE_S)
+
+    def _await_report(self) -> str:
+        lines: SimpleQueue[str] = SimpleQueue()
+        stdout = self._process.stdout
+        assert stdout is not None
+        threading.Thread(target=lambda: lines.put(stdout.readline()), daemon=True).start()
+        try:
+            line = lines.get(timeout=READY_DEADLINE_S)
+        except Empty:
+            raise StartupError(f"the gateway was not ready within {READY_DEADLINE_S:.0f} s") from None
+        if not line.strip():
+            raise StartupError(f"the gateway ended with code {self._process.wait(STOP_DEADLINE_S)}")
+        report = json.loads(line)
+        if "error" in report:
+            kind = getattr(errors, report.get("kind", ""), StartupError)
+            raise kind(report["error"])
+        return report["address"]

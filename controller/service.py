@@ -1,0 +1,160 @@
+"""The controller's gRPC service: terms of ownership, and the state of the whole cluster.
+
+Gateway and engines call it; nothing on the token path does. What it knows is soft: workers and spans are read
+from the workers themselves whenever somebody asks, and published to the directory.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import grpc
+
+from farshore import __version__, rpc
+from farshore.attention_offload.codec import identity_from_pb, info_from_pb
+from farshore.controller.config import ClusterConfig
+from farshore.errors import FarshoreError
+from farshore.ids import Epoch, SequenceId, WorkerId
+from farshore.kvstore.base import SpanInfo
+from farshore.kvstore.directory import Directory
+from farshore.models.config import ModelConfig
+from farshore.proto import attention_pb2 as attention_pb
+from farshore.proto import attention_pb2_grpc as attention_grpc
+from farshore.proto import cluster_pb2 as pb
+from farshore.proto import cluster_pb2_grpc as pb_grpc
+from farshore.proto import inference_pb2 as api
+
+PROBE_DEADLINE_S = 2.0
+"""A worker that does not answer within this is shown as unreachable."""
+
+
+class ControllerService(pb_grpc.ControllerServicer):
+    """``attention`` and ``dense`` map workers to the addresses they answer at; the controller adds to them
+    while it starts the cluster."""
+
+    def __init__(self, config: ClusterConfig, model: ModelConfig, directory: Directory) -> None:
+        self._config = config
+        self._model = model
+        self._directory = directory
+        self.attention: dict[WorkerId, str] = {}
+        self.dense: dict[WorkerId, str] = {}
+        self._channels: dict[str, grpc.Channel] = {}
+
+    def Claim(self, request: pb.ClaimRequest, context: grpc.ServicerContext) -> pb.ClaimReply:
+        epoch = self._directory.claim(SequenceId(request.sequence_id), WorkerId(request.owner))
+        return pb.ClaimReply(epoch=epoch)
+
+    def Release(self, request: pb.ReleaseRequest, context: grpc.ServicerContext) -> pb.ReleaseReply:
+        try:
+            self._directory.forget(SequenceId(request.sequence_id), Epoch(request.epoch))
+        except FarshoreError as error:
+            rpc.abort(context, error)
+        return pb.ReleaseReply()
+
+    def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> api.ClusterStatusReply:
+        """Ask every worker, tell the directory, answer from what they said."""
+        workers: list[api.WorkerStatus] = []
+        sequences: dict[SequenceId, api.SequenceStatus] = {}
+        for worker, address in self.dense.items():
+            status, owned = self._probe_dense(worker, address)
+            workers.append(status)
+            sequences |= {SequenceId(s.sequence_id): s for s in owned}
+        spans: dict[SequenceId, dict[WorkerId, list[SpanInfo]]] = defaultdict(dict)
+        for worker, address in self.attention.items():
+            status, infos = self._probe_attention(worker, address)
+            workers.append(status)
+            for info in infos:
+                spans[info.key.sequence].setdefault(worker, []).append(info)
+        for sequence, by_worker in spans.items():
+            if sequence in sequences:
+                self._publish(sequences[sequence], by_worker)
+                _add_spans(sequences[sequence], by_worker)
+        return self._reply(workers, list(sequences.values()))
+
+    def close(self) -> None:
+        for channel in self._channels.values():
+            channel.close()
+
+    def _reply(
+        self, workers: list[api.WorkerStatus], sequences: list[api.SequenceStatus]
+    ) -> api.ClusterStatusReply:
+        config = self._config
+        pool_kind = "dense" if config.placement == "local" else "attention"
+        pool = [w for w in workers if w.kind == pool_kind and w.state == "ready"]
+        return api.ClusterStatusReply(
+            model=self._model.name,
+            dtype=config.dtype,
+            max_positions=self._model.max_positions,
+            placement=config.placement,
+            shard_by=config.shard_by,
+            workers=workers,
+            sequences=sequences,
+            pool_budget_bytes=sum(w.budget_bytes for w in pool),
+            pool_free_bytes=sum(w.free_bytes for w in pool),
+            version=__version__,
+        )
+
+    def _probe_dense(
+        self, worker: WorkerId, address: str
+    ) -> tuple[api.WorkerStatus, list[api.SequenceStatus]]:
+        stub = pb_grpc.EngineStub(self._channel(address))
+        try:
+            answer = stub.Status(pb.EngineStatusRequest(), timeout=PROBE_DEADLINE_S)
+        except grpc.RpcError:
+            return _unreachable(worker, "dense", address), []
+        answer.worker.address = address
+        return answer.worker, list(answer.sequences)
+
+    def _probe_attention(self, worker: WorkerId, address: str) -> tuple[api.WorkerStatus, list[SpanInfo]]:
+        stub = attention_grpc.AttentionStub(self._channel(address))
+        try:
+            identity = identity_from_pb(
+                stub.Identify(attention_pb.IdentifyRequest(), timeout=PROBE_DEADLINE_S)
+            )
+            spans = stub.Announce(attention_pb.AnnounceRequest(), timeout=PROBE_DEADLINE_S).spans
+        except grpc.RpcError:
+            return _unreachable(worker, "attention", address), []
+        status = api.WorkerStatus(
+            worker_id=worker,
+            kind="attention",
+            address=address,
+            host=identity.host,
+            process_id=identity.process_id,
+            state="ready",
+            budget_bytes=identity.budget_bytes,
+            free_bytes=identity.free_bytes,
+            attended_bytes=identity.attended_bytes,
+        )
+        return status, [info_from_pb(span) for span in spans]
+
+    def _publish(self, sequence: api.SequenceStatus, by_worker: Mapping[WorkerId, list[SpanInfo]]) -> None:
+        try:
+            self._directory.publish(SequenceId(sequence.sequence_id), Epoch(sequence.epoch), by_worker)
+        except FarshoreError:
+            # It ended, or changed hands, since it was asked: the next asking tells.
+            return
+
+    def _channel(self, address: str) -> grpc.Channel:
+        if address not in self._channels:
+            self._channels[address] = grpc.insecure_channel(address, options=rpc.OPTIONS)
+        return self._channels[address]
+
+
+def _add_spans(status: api.SequenceStatus, by_worker: Mapping[WorkerId, list[SpanInfo]]) -> None:
+    found = [
+        api.SpanStatus(
+            worker_id=worker,
+            first=info.key.first,
+            last=info.key.first + info.sealed_tokens,
+            group0=info.key.group0,
+            group1=info.key.group1,
+            bytes=info.bytes,
+        )
+        for worker, infos in by_worker.items()
+        for info in infos
+        if info.epoch == status.epoch and info.sealed_tokens
+    ]
+    status.spans.extend(sorted(found, key=lambda span: (span.first, span.group0)))
+
+
+def _unreachable(worker: WorkerId, kind: str, address: str) -> api.WorkerStatus:
+    return api.WorkerStatus(worker_id=worker, kind=kind, address=address, state="unreachable")

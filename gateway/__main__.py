@@ -1,0 +1,96 @@
+"""The gateway as a process: ``python -m farshore.gateway``.
+
+Started by the controller's side of a cluster, which reads one line of JSON from stdout (the address, or why
+there is none) and holds a pipe open as this process's stdin: when that closes, the parent is gone and so is
+the gateway. Must not know how the engine and the controller are run.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+
+from farshore.errors import FarshoreError
+from farshore.gateway.limits import Limits
+from farshore.gateway.served import Served
+from farshore.gateway.server import create
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        served = Served.load(args.model)
+        asyncio.run(_serve(served, args))
+    except FarshoreError as error:
+        _report({"error": str(error), "kind": type(error).__name__})
+        return 1
+    except KeyboardInterrupt:
+        # Only before the signal handlers stand.
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m farshore.gateway",
+        description="Serve the client API of a running cluster. Prints one line of JSON when ready; "
+        "ends when its stdin does.",
+    )
+    parser.add_argument("--model", required=True, help="the model that the engine runs")
+    parser.add_argument("--listen", required=True, metavar="HOST:PORT", help="port 0: any free one")
+    parser.add_argument("--engine", required=True, metavar="HOST:PORT", help="of the dense worker")
+    parser.add_argument("--controller", required=True, metavar="HOST:PORT", help="asked for status only")
+    parser.add_argument("--max-live-requests", type=int, default=Limits().max_live_requests)
+    return parser
+
+
+async def _serve(served: Served, args: argparse.Namespace) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    _watch_parent(lambda: loop.call_soon_threadsafe(stop.set))
+    gateway = await create(
+        served,
+        listen=args.listen,
+        engine=args.engine,
+        controller=args.controller,
+        limits=Limits(max_live_requests=args.max_live_requests),
+    )
+    _report({"address": gateway.address})
+    await stop.wait()
+    await gateway.stop()
+
+
+def _watch_parent(gone: Callable[[], None]) -> None:
+    """A thread, not a pipe transport: stdin may be anything, such as a terminal."""
+
+    def wait_for_end() -> None:
+        try:
+            while os.read(0, 4096):
+                pass
+        except OSError:
+            pass  # No stdin at all is an end, too.
+        try:
+            gone()
+        except RuntimeError:
+            return  # The loop has closed: we are leaving already.
+
+    threading.Thread(target=wait_for_end, name="watch-parent", daemon=True).start()
+
+
+def _report(message: dict[str, str]) -> None:
+    try:
+        sys.stdout.write(json.dumps(message) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Nobody reads: the parent's end of stdin closes as well.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

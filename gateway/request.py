@@ -1,0 +1,165 @@
+"""One request's log: what an engine has produced so far, readable by many, from any point, at any time.
+
+Written by the one pump of ``requests``, read by ``service``. A reader that comes late or comes back sees
+exactly what the others saw. Lives on the event loop: not thread-safe. Must not know where tokens come from.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
+
+import grpc
+
+from farshore.errors import InvalidRequest
+from farshore.proto import inference_pb2 as api
+
+Trailing = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """How a request broke: passed to every reader as it came from the engine."""
+
+    code: grpc.StatusCode
+    message: str
+    trailing: Trailing = ()
+
+
+class RequestFailed(Exception):
+    """Carries a Failure out of ``follow``; never leaves the gateway."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+class Request:
+    """Grows by ``add_*`` and ends once, by ``finish`` or ``fail``. Bounded by the job's max_tokens."""
+
+    def __init__(
+        self,
+        request_id: str,
+        *,
+        fingerprint: bytes,
+        prompt_tokens: int,
+        outlives_readers: bool,
+        arrived_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``outlives_readers``: the client chose the id, so it may come back."""
+        self.request_id = request_id
+        self.fingerprint = fingerprint
+        self.outlives_readers = outlives_readers
+        self.readers = 0
+        self.cancelling = False
+        self._accepted = api.GenerateEvent(
+            accepted=api.Accepted(request_id=request_id, prompt_tokens=prompt_tokens)
+        )
+        self._prompt_tokens = prompt_tokens
+        self._prefill: api.GenerateEvent | None = None
+        self._tokens: list[api.GenerateEvent] = []
+        self._finished: api.GenerateEvent | None = None
+        self._failure: Failure | None = None
+        self._news = asyncio.Condition()
+        self._clock = clock
+        self._arrived_s = arrived_s
+        self._first_s = self._last_s = arrived_s
+
+    @property
+    def tokens(self) -> int:
+        return len(self._tokens)
+
+    @property
+    def failed(self) -> bool:
+        return self._failure is not None
+
+    @property
+    def ended(self) -> bool:
+        return self.failed or self._finished is not None
+
+    def check_resume(self, resume_from: int) -> None:
+        """A reader may not be ahead of the log: it must have mixed up two requests."""
+        if resume_from > len(self._tokens):
+            raise InvalidRequest(
+                f"resume_from {resume_from}: request {self.request_id!r} has {len(self._tokens)} tokens "
+                "so far; give the number of tokens received"
+            )
+
+    async def follow(self, resume_from: int) -> AsyncIterator[api.GenerateEvent]:
+        """Accepted, then tokens from ``resume_from`` on, then Finished. Raises RequestFailed.
+
+        Waits have no deadline of their own: whoever writes the log ends it in bounded time.
+        """
+        yield self._accepted
+        index, prefill = resume_from, None
+        while True:
+            while index < len(self._tokens):
+                yield self._tokens[index]
+                index += 1
+            if self._finished is not None:
+                yield self._finished
+                return
+            if self._failure is not None:
+                raise RequestFailed(self._failure)
+            if self._prefill is not prefill:
+                # Only the newest progress counts; a slow reader skips the rest.
+                prefill = self._prefill
+                if prefill is not None and not index:
+                    yield prefill
+                continue
+            async with self._news:
+                if index == len(self._tokens) and self._prefill is prefill and not self.ended:
+                    await self._news.wait()
+
+    async def add_prefill(self, progress: api.PrefillProgress) -> None:
+        self._prefill = api.GenerateEvent(prefill=progress)
+        await self._tell()
+
+    async def add_token(self, token_id: int, text: str) -> None:
+        self._last_s = self._clock()
+        if not self._tokens:
+            self._first_s = self._last_s
+        token = api.Token(index=len(self._tokens), token_id=token_id, text=text)
+        self._tokens.append(api.GenerateEvent(token=token))
+        await self._tell()
+
+    async def finish(
+        self,
+        reason: api.FinishReason,
+        *,
+        text: str,
+        queued_ms: float = 0.0,
+        shards: Iterable[api.ShardUse] = (),
+    ) -> None:
+        """``text``: what the detokenizer still held."""
+        if self.ended:
+            return
+        count = len(self._tokens)
+        after_first = count - 1
+        tpot_ms = (self._last_s - self._first_s) * 1e3 / after_first if after_first > 0 else 0.0
+        self._finished = api.GenerateEvent(
+            finished=api.Finished(
+                reason=reason,
+                usage=api.Usage(prompt_tokens=self._prompt_tokens, completion_tokens=count),
+                timings=api.Timings(
+                    queued_ms=queued_ms,
+                    ttft_ms=(self._first_s - self._arrived_s) * 1e3 if count else 0.0,
+                    tpot_ms=tpot_ms,
+                    total_ms=(self._clock() - self._arrived_s) * 1e3,
+                ),
+                shards=shards,
+                text=text,
+            )
+        )
+        await self._tell()
+
+    async def fail(self, failure: Failure) -> None:
+        if self.ended:
+            return
+        self._failure = failure
+        await self._tell()
+
+    async def _tell(self) -> None:
+        async with self._news:
+            self._news.notify_all()

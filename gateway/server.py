@@ -1,0 +1,145 @@
+"""A gateway put together: the gRPC server with its services, its channels and its threads.
+
+Called by ``__main__``, and by tests in their own process. Must not know about processes and signals.
+"""
+
+import errno
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from farshore import rpc
+from farshore.errors import InvalidRequest, PortInUse
+from farshore.gateway.engine import Engine
+from farshore.gateway.limits import Limits
+from farshore.gateway.requests import RequestLog
+from farshore.gateway.served import Served
+from farshore.gateway.service import InferenceService
+from farshore.proto import cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+
+
+class Gateway:
+    """A gateway that accepts calls at ``address`` until ``stop``. From ``create``."""
+
+    def __init__(
+        self,
+        *,
+        address: str,
+        server: grpc.aio.Server,
+        health_state: health.aio.HealthServicer,
+        log: RequestLog,
+        engine: Engine,
+        controller: grpc.aio.Channel,
+        tokenizing: ThreadPoolExecutor,
+        limits: Limits,
+    ) -> None:
+        self.address = address
+        self._server = server
+        self._health = health_state
+        self._log = log
+        self._engine = engine
+        self._controller = controller
+        self._tokenizing = tokenizing
+        self._limits = limits
+
+    async def stop(self) -> None:
+        """Ends live requests. Once."""
+        await self._health.enter_graceful_shutdown()
+        # The log first: its readers then end with their last event, and the server has nothing to wait for.
+        await self._log.close()
+        await self._server.stop(self._limits.shutdown_s)
+        await self._engine.close()
+        await self._controller.close()
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+
+
+async def create(
+    served: Served,
+    *,
+    listen: str,
+    engine: str,
+    controller: str,
+    limits: Limits | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Gateway:
+    """Start a gateway on the running event loop. ``listen``: HOST:PORT, port 0 for any.
+
+    Raises PortInUse or InvalidRequest if ``listen`` can't be listened on. Needs neither the engine nor the
+    controller to be there yet.
+    """
+    limits = limits or Limits()
+    host, _ = split_address(listen)
+    server = grpc.aio.server(options=rpc.OPTIONS)
+    port = _bind(server, listen)
+    engine_client = Engine(engine, served=served, limits=limits)
+    log = RequestLog(engine_client, limits, clock=clock)
+    controller_channel = grpc.aio.insecure_channel(controller, options=rpc.OPTIONS)
+    tokenizing = ThreadPoolExecutor(limits.tokenizer_threads, thread_name_prefix="tokenizing")
+    service = InferenceService(
+        served=served,
+        log=log,
+        controller=cluster_pb2_grpc.ControllerStub(controller_channel),
+        controller_address=controller,
+        tokenizing=tokenizing,
+        limits=limits,
+        clock=clock,
+    )
+    inference_pb2_grpc.add_InferenceServicer_to_server(service, server)
+    health_state = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_state, server)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    for name in ("", SERVICE):
+        await health_state.set(name, health_pb2.HealthCheckResponse.SERVING)
+    await server.start()
+    return Gateway(
+        address=f"{host}:{port}",
+        server=server,
+        health_state=health_state,
+        log=log,
+        engine=engine_client,
+        controller=controller_channel,
+        tokenizing=tokenizing,
+        limits=limits,
+    )
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """HOST:PORT; an IPv6 host stands in brackets and keeps them."""
+    host, colon, port = address.rpartition(":")
+    if not (colon and host and port.isascii() and port.isdigit() and int(port) <= 65535):
+        raise InvalidRequest(f"{address!r} is no address: use HOST:PORT, such as 127.0.0.1:50051")
+    return host, int(port)
+
+
+def _bind(server: grpc.aio.Server, listen: str) -> int:
+    try:
+        return server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise _why_not(listen) from error
+
+
+def _why_not(listen: str) -> InvalidRequest:
+    """gRPC doesn't say why a port can't be had; the socket layer does."""
+    host, port = split_address(listen)
+    try:
+        family, kind, *_, address = socket.getaddrinfo(
+            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen(1)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            why = error.strerror or error
+            return InvalidRequest(f"cannot listen on {listen}: {why}; use another --host")
+    return PortInUse(
+        f"port {port} on {host} is taken: stop what listens there, or choose another --port (0: any)"
+    )

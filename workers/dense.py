@@ -1,0 +1,138 @@
+"""The dense worker: one engine behind one gRPC service, in a process of its own.
+
+Placed by the controller as a Ray actor; Ray only starts and ends it. It reaches shards and controller over
+gRPC, and goes on with what it has when the controller is away.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import grpc
+import torch
+
+from farshore import rpc
+from farshore.attention_offload.base import Peer
+from farshore.attention_offload.codec import dtype_of
+from farshore.attention_offload.grpc_peer import GrpcPeer
+from farshore.attention_offload.in_process import InProcessPeer
+from farshore.attention_offload.placement import ShardBy
+from farshore.errors import FarshoreError
+from farshore.ids import Epoch, SequenceId, WorkerId
+from farshore.kvstore.arena import Arena
+from farshore.kvstore.store import LocalStore
+from farshore.models.source import resolve
+from farshore.models.weights import load_model
+from farshore.proto import cluster_pb2 as pb
+from farshore.proto import cluster_pb2_grpc as pb_grpc
+from farshore.workers.attention_model import attention_model
+from farshore.workers.engine import Engine
+from farshore.workers.engine_service import EngineService
+
+MAX_CALLS = 512
+"""Threads; every request under way or waiting holds one."""
+
+CONTROLLER_DEADLINE_S = 10.0
+STOP_GRACE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseConfig:
+    worker: WorkerId
+    model: str
+    """What :func:`farshore.models.source.resolve` takes."""
+    dtype: str
+    kv_memory_bytes: int
+    """The engine's own memory: tails, and spans where ``targets`` names the worker itself."""
+    shards: Mapping[WorkerId, str]
+    """Attention workers and their addresses."""
+    targets: tuple[WorkerId, ...]
+    """Who gets new spans."""
+    shard_by: ShardBy
+    controller: str
+    listen: str
+    threads: int
+
+
+class DenseWorker:
+    """Construct, :meth:`load`, then :meth:`address`. ``loading`` may be asked from another thread."""
+
+    def __init__(self, config: DenseConfig) -> None:
+        self._config = config
+        self._loading = (0, 0)
+        torch.set_num_threads(config.threads)
+        self._controller = pb_grpc.ControllerStub(
+            grpc.insecure_channel(config.controller, options=rpc.OPTIONS)
+        )
+        self._epochs: dict[SequenceId, Epoch] = {}
+
+    def load(self) -> str:
+        """Load the model, connect to the shards, and serve. Returns the address.
+
+        Raises ModelError, TransportError for a shard that does not answer, PortInUse."""
+        config = self._config
+        dtype = dtype_of(config.dtype)
+        model = load_model(resolve(config.model), dtype=dtype, progress=self._progress)
+        attention = attention_model(model.config, dtype)
+        arena = Arena(config.kv_memory_bytes)
+        store = LocalStore(worker=config.worker, arena=arena)
+        self._peers: dict[WorkerId, Peer] = {
+            config.worker: InProcessPeer(config.worker, store, attention),
+            **{worker: GrpcPeer(address, attention, dtype) for worker, address in config.shards.items()},
+        }
+        identities = {worker: peer.identify() for worker, peer in self._peers.items()}
+        self._engine = Engine(
+            model=model,
+            attention=attention,
+            arena=arena,
+            peers=self._peers,
+            targets=list(config.targets),
+            shard_by=config.shard_by,
+            claim=self._claim,
+        )
+        self._engine.start()
+        service = EngineService(
+            worker=config.worker,
+            engine=self._engine,
+            store=store,
+            shards=identities,
+            release=self._release,
+        )
+        self._server, address = rpc.serve(
+            lambda server: pb_grpc.add_EngineServicer_to_server(service, server),
+            service=pb.DESCRIPTOR.services_by_name["Engine"].full_name,
+            listen=config.listen,
+            threads=MAX_CALLS,
+        )
+        return address
+
+    def loading(self) -> tuple[int, int]:
+        """(tensors loaded, tensors in all)."""
+        return self._loading
+
+    def stop(self) -> None:
+        """End every stream, then the engine."""
+        self._server.stop(STOP_GRACE_S).wait()
+        self._engine.stop()
+        for peer in self._peers.values():
+            peer.close()
+
+    def _progress(self, done: int, total: int) -> None:
+        self._loading = (done, total)
+
+    def _claim(self, sequence: SequenceId) -> Epoch:
+        request = pb.ClaimRequest(sequence_id=sequence, owner=self._config.worker)
+        try:
+            epoch = Epoch(self._controller.Claim(request, timeout=CONTROLLER_DEADLINE_S).epoch)
+        except grpc.RpcError as failure:
+            raise rpc.error_of(failure, peer="the controller") from failure
+        self._epochs[sequence] = epoch
+        return epoch
+
+    def _release(self, sequence: SequenceId) -> None:
+        """Tell the directory; it drops what nobody owns by itself when this does not arrive."""
+        epoch = self._epochs.pop(sequence)
+        try:
+            request = pb.ReleaseRequest(sequence_id=sequence, epoch=epoch)
+            self._controller.Release(request, timeout=CONTROLLER_DEADLINE_S)
+        except grpc.RpcError:
+            return

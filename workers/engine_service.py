@@ -1,0 +1,148 @@
+"""The engine's door: the gRPC Engine service that the gateway streams from.
+
+Turns calls into engine calls and events into messages; decides nothing.
+"""
+
+import os
+import queue
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import grpc
+
+from farshore.attention_offload.base import ShardIdentity
+from farshore.errors import FarshoreError
+from farshore.ids import SequenceId, WorkerId
+from farshore.kvstore.store import LocalStore
+from farshore.proto import cluster_pb2 as pb
+from farshore.proto import cluster_pb2_grpc as pb_grpc
+from farshore.proto import inference_pb2 as api
+from farshore.rpc import abort
+from farshore.workers.engine import Engine
+from farshore.workers.sequence import Event, Failed, Finished, Prefilled, Reason, Sampled, Sampling
+
+_REASONS = {
+    Reason.STOP: api.FINISH_REASON_STOP,
+    Reason.LENGTH: api.FINISH_REASON_LENGTH,
+    Reason.CANCELLED: api.FINISH_REASON_CANCELLED,
+}
+
+
+class EngineService(pb_grpc.EngineServicer):
+    """``shards`` are the identities that this engine's peers gave when it connected."""
+
+    def __init__(
+        self,
+        *,
+        worker: WorkerId,
+        engine: Engine,
+        store: LocalStore,
+        shards: Mapping[WorkerId, ShardIdentity],
+        release: Callable[[SequenceId], None],
+    ) -> None:
+        self._worker = worker
+        self._engine = engine
+        self._store = store
+        self._shards = shards
+        self._release = release
+
+    def Generate(
+        self, request: pb.SequenceRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.SequenceEvent]:
+        sequence = SequenceId(request.sequence_id)
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        sampling = Sampling(
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            seed=request.seed,
+            stop_ids=frozenset(request.stop_ids),
+        )
+        try:
+            self._engine.submit(sequence, list(request.prompt), sampling, events.put)
+        except FarshoreError as error:
+            abort(context, error)
+        # Runs at once where the caller has gone already; the engine then ends the stream below.
+        if not context.add_callback(lambda: self._engine.cancel(sequence)):
+            self._engine.cancel(sequence)
+        try:
+            while True:
+                event = events.get()
+                if isinstance(event, Failed):
+                    abort(context, event.error)
+                yield self._message(event)
+                if isinstance(event, Finished):
+                    return
+        finally:
+            self._release(sequence)
+
+    def Cancel(self, request: pb.CancelSequence, context: grpc.ServicerContext) -> pb.CancelSequenceReply:
+        self._engine.cancel(SequenceId(request.sequence_id))
+        return pb.CancelSequenceReply()
+
+    def Status(self, request: pb.EngineStatusRequest, context: grpc.ServicerContext) -> pb.EngineStatus:
+        usage = self._store.usage()
+        running, waiting = self._engine.load()
+        return pb.EngineStatus(
+            worker=api.WorkerStatus(
+                worker_id=self._worker,
+                kind="dense",
+                host=socket.gethostname(),
+                process_id=os.getpid(),
+                state="ready",
+                budget_bytes=usage.budget_bytes,
+                free_bytes=usage.free_bytes,
+                attended_bytes=self._shards[self._worker].attended_bytes,
+                running=running,
+                waiting=waiting,
+            ),
+            sequences=self._sequences(),
+        )
+
+    def _sequences(self) -> list[api.SequenceStatus]:
+        local: dict[SequenceId, list[api.SpanStatus]] = {}
+        for info in self._store.announce():
+            key = info.key
+            local.setdefault(key.sequence, []).append(
+                api.SpanStatus(
+                    worker_id=self._worker,
+                    first=key.first,
+                    last=key.first + info.sealed_tokens,
+                    group0=key.group0,
+                    group1=key.group1,
+                    bytes=info.bytes,
+                )
+            )
+        return [
+            api.SequenceStatus(
+                sequence_id=view.id,
+                owner=self._worker,
+                epoch=view.epoch,
+                tokens=view.committed,
+                tail_first=view.tail_first,
+                spans=local.get(view.id, []),
+            )
+            for view in self._engine.views()
+        ]
+
+    def _message(self, event: Any) -> pb.SequenceEvent:
+        match event:
+            case Prefilled(done, total):
+                progress = api.PrefillProgress(done_tokens=done, total_tokens=total)
+                return pb.SequenceEvent(prefill=progress)
+            case Sampled(token):
+                return pb.SequenceEvent(token_id=token)
+            case Finished(reason, queued_s, attended):
+                uses = [
+                    api.ShardUse(
+                        worker_id=worker, process_id=self._shards[worker].process_id, attended_bytes=size
+                    )
+                    for worker, size in sorted(attended.items())
+                ]
+                return pb.SequenceEvent(
+                    finished=pb.SequenceFinished(
+                        reason=_REASONS[reason], queued_ms=queued_s * 1e3, shards=uses
+                    )
+                )
+        raise AssertionError(f"an event nobody knows: {event}")
