@@ -1,0 +1,48 @@
+"""The ``farshore`` command: finds the subcommand and turns errors into one line and an exit code.
+
+The console script's entry. Must not know what subcommands do.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from farshore import __version__
+from farshore.client import cli_generate, cli_serve, cli_status
+from farshore.errors import FarshoreError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    try:
+        args = _parser().parse_args(argv)
+        return args.run(args)
+    except SystemExit as leaving:  # argparse: --help, --version, wrong usage
+        return leaving.code if isinstance(leaving.code, int) else 1
+    except FarshoreError as error:
+        print(f"farshore: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has left (`| head`). Python flushes stdout once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="farshore",
+        description="Long-context LLM serving: attention runs where the KV memory is.",
+        epilog="`farshore COMMAND --help` explains a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"farshore {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in (cli_serve, cli_generate, cli_status):
+        command.add_parser(commands)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

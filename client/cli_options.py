@@ -1,0 +1,134 @@
+"""What several subcommands' options share: their types, and the options that describe a cluster.
+
+Used by ``cli_*``. Must not know what the commands do.
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import get_args
+
+from farshore.controller.config import ClusterConfig, Dtype, Placement, ShardBy
+from farshore.errors import InvalidRequest, TransportError
+
+DEFAULT_SERVER = "127.0.0.1:50051"
+DEMO_MODEL = "smollm2"
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def size_bytes(text: str) -> int:
+    """512MiB, 1GiB, 2g (GiB), 1.5GB (powers of 1000), 1073741824."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or (match[3] and not (match[2] and match[4])):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no size: use bytes, or a number with KiB, MiB or GiB, such as 512MiB or 2GiB"
+        )
+    number, unit, binary, byte = match.groups()
+    base = 1000 if unit and byte and not binary else 1024
+    return (
+        int(float(number) * base ** _POWERS[unit.lower()])
+        if "." in number
+        else (int(number) * base ** _POWERS[unit.lower()])
+    )
+
+
+def positive(text: str) -> int:
+    number = _whole(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: use a whole number from 1 on")
+    return number
+
+
+def seed(text: str) -> int:
+    number = _whole(text)
+    if not 0 <= number < 1 << 64:
+        raise argparse.ArgumentTypeError(f"{text}: use a whole number from 0 to 2**64 - 1")
+    return number
+
+
+def temperature(text: str) -> float:
+    number = _number(text)
+    if not 0 <= number <= 2:
+        raise argparse.ArgumentTypeError(f"{text}: use a number from 0 (greedy) to 2")
+    return number
+
+
+def top_p(text: str) -> float:
+    number = _number(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: use a number above 0, up to 1")
+    return number
+
+
+def no_gateway(address: str) -> TransportError:
+    return TransportError(
+        f"no gateway answers at {address}: start one with `farshore serve`, or give the right --server"
+    )
+
+
+def add_cluster_options(group: argparse._ArgumentGroup) -> None:
+    """Those that ``serve`` and a ``generate`` with a cluster of its own have in common."""
+    group.add_argument(
+        "--dtype",
+        choices=get_args(Dtype),
+        default="bfloat16",
+        help="type of weights and KV; float32 matches Transformers token for token (default: %(default)s)",
+    )
+    group.add_argument(
+        "--attention-workers",
+        type=_whole,
+        default=2,
+        metavar="N",
+        help="processes that hold KV cache and compute attention on it (default: %(default)s)",
+    )
+    group.add_argument(
+        "--kv-memory",
+        type=size_bytes,
+        default="1GiB",
+        metavar="SIZE",
+        help="KV memory of each worker, such as 512MiB or 2GiB (default: %(default)s)",
+    )
+    group.add_argument(
+        "--placement",
+        choices=get_args(Placement),
+        default="offload",
+        help="where KV lives: on the attention workers, or local to the dense worker (default: %(default)s)",
+    )
+    group.add_argument(
+        "--shard-by",
+        choices=get_args(ShardBy),
+        default="range",
+        help="split a sequence by token ranges, by KV heads, or by both (default: %(default)s)",
+    )
+
+
+def cluster_config(args: argparse.Namespace, names: Sequence[str], **fixed: object) -> ClusterConfig:
+    """From the options ``names`` and ``fixed`` values. A value that can't work is a usage error: exit 2."""
+    try:
+        return ClusterConfig(
+            dtype=args.dtype,
+            attention_workers=args.attention_workers,
+            kv_memory_bytes=args.kv_memory,
+            placement=args.placement,
+            shard_by=args.shard_by,
+            **{name: getattr(args, name) for name in names},
+            **fixed,
+        )
+    except InvalidRequest as error:
+        args.usage_error(str(error))
+        raise  # argparse's error() has left already
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None

@@ -1,0 +1,77 @@
+"""``farshore serve``: starts a cluster and keeps it until it is told to stop.
+
+Called by ``cli``. Must not know how a cluster is started: ``controller.cluster`` does.
+"""
+
+import argparse
+from collections.abc import Callable
+
+from farshore import __version__
+from farshore.client.cli_options import DEMO_MODEL, add_cluster_options, cluster_config
+from farshore.client.cli_terminal import Progress, stop_signals
+from farshore.controller.config import ClusterConfig
+
+_NAMES = ("model", "dense_workers", "host", "port", "ray_address", "dashboard")
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="start a cluster on this machine (or on a Ray cluster) and serve a model",
+        description="Start a cluster and serve a model over gRPC until Ctrl-C or SIGTERM.",
+        epilog="example: farshore serve --model smollm2 --attention-workers 4 --kv-memory 512MiB",
+    )
+    parser.add_argument(
+        "--model",
+        default=DEMO_MODEL,
+        help="a model directory, a .gguf file, a Hugging Face id, or smollm2, the demo model "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=50051, help="port of the API; 0 for any free one (default: %(default)s)"
+    )
+    cluster = parser.add_argument_group("cluster")
+    cluster.add_argument(
+        "--dense-workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that run the model's layers; 1 in this release (default: %(default)s)",
+    )
+    add_cluster_options(cluster)
+    cluster.add_argument(
+        "--ray-address", metavar="HOST:PORT", help="join this Ray cluster instead of starting one"
+    )
+    cluster.add_argument("--dashboard", action="store_true", help="start Ray's dashboard, too")
+    parser.set_defaults(run=run, usage_error=parser.error)
+
+
+def run(args: argparse.Namespace) -> int:
+    config = cluster_config(args, _NAMES)
+    progress = Progress()
+    try:
+        with stop_signals() as take_signals:
+            _serve(config, progress, take_signals)
+    except KeyboardInterrupt:
+        progress.clear()
+    return 0
+
+
+def _serve(config: ClusterConfig, progress: Progress, take_signals: Callable[[], None]) -> None:
+    # Imported here: Ray takes most of a second, which `farshore generate` against a server need not pay.
+    from farshore.controller.cluster import Cluster
+
+    with Cluster.start(config, progress=progress.step) as cluster:
+        take_signals()
+        progress.clear()
+        print(f"Farshore {__version__} serves {config.model} at {cluster.address}")
+        width = max((len(name) for name in cluster.endpoints), default=0)
+        for name, address in cluster.endpoints.items():
+            print(f"  {name:{width}}  {address}")
+        print(f'Try: farshore generate --server {cluster.address} "Hello"    Ctrl-C stops.', flush=True)
+        try:
+            cluster.wait()
+        except KeyboardInterrupt:
+            progress.step("stopping")
+            raise

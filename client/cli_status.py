@@ -1,0 +1,76 @@
+"""``farshore status``: workers, the pool, and where every live sequence's KV is.
+
+Called by ``cli``. Must not know more than the gateway tells.
+"""
+
+import argparse
+import dataclasses
+import json
+
+from farshore.client.cli_options import DEFAULT_SERVER, no_gateway
+from farshore.client.cli_terminal import size, table
+from farshore.client.events import ClusterStatus, Sequence
+from farshore.client.sdk import Client
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "status",
+        help="show workers, memory and where sequences live",
+        description="Show a running cluster's workers, its memory, and where each live sequence's KV is.",
+    )
+    parser.add_argument(
+        "--server", default=DEFAULT_SERVER, metavar="HOST:PORT", help="the gateway (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run, usage_error=parser.error)
+
+
+def run(args: argparse.Namespace) -> int:
+    with Client(args.server) as client:
+        if not client.is_serving():
+            raise no_gateway(args.server)
+        status = client.status()
+    print(json.dumps(dataclasses.asdict(status)) if args.json else render(status))
+    return 0
+
+
+def render(status: ClusterStatus) -> str:
+    used_bytes = status.pool_budget_bytes - status.pool_free_bytes
+    lines = [
+        f"{status.model} ({status.dtype}, {status.max_positions} positions), Farshore {status.version}",
+        f"placement {status.placement}, sharded by {status.shard_by}",
+        f"pool: {size(used_bytes)} of {size(status.pool_budget_bytes)} used",
+        "",
+        *table(
+            ("WORKER", "KIND", "STATE", "ADDRESS", "PID", "USED", "BUDGET"),
+            [
+                (
+                    worker.worker_id,
+                    worker.kind,
+                    worker.state,
+                    worker.address,
+                    worker.process_id,
+                    size(worker.budget_bytes - worker.free_bytes),
+                    size(worker.budget_bytes),
+                )
+                for worker in status.workers
+            ],
+        ),
+        "",
+    ]
+    if not status.sequences:
+        return "\n".join([*lines, "no live sequences"])
+    rows = [row for sequence in status.sequences for row in _sequence_rows(sequence)]
+    return "\n".join([*lines, *table(("SEQUENCE", "TOKENS", "WHERE", "RANGE", "HEAD GROUPS", "SIZE"), rows)])
+
+
+def _sequence_rows(sequence: Sequence) -> list[tuple[object, ...]]:
+    """One row a span, and one for the tail; ranges as first..last, the last one excluded."""
+    places = [
+        (span.worker_id, f"{span.first}..{span.last}", f"{span.group0}..{span.group1}", size(span.bytes))
+        for span in sequence.spans
+    ]
+    places.append((f"{sequence.owner} (tail)", f"{sequence.tail_first}..{sequence.tokens}", "all", "-"))
+    heads = [(sequence.sequence_id, sequence.tokens)] + [("", "")] * (len(places) - 1)
+    return [(*head, *place) for head, place in zip(heads, places, strict=True)]

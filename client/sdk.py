@@ -1,0 +1,177 @@
+"""The Python client: a gateway's API as plain calls and values.
+
+Used by people's programs and by the CLI. Raises the errors of ``farshore.errors``, never gRPC's. Must not
+know what stands behind the gateway.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Self, TypeVar
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from farshore import rpc
+from farshore.client import events
+from farshore.errors import DeadlineExceeded, FarshoreError, InvalidRequest, TransportError
+from farshore.proto import inference_pb2 as api
+from farshore.proto import inference_pb2_grpc
+
+_Value = TypeVar("_Value")
+
+
+class Client:
+    """A connection to one gateway; a context manager. Threads may share one."""
+
+    def __init__(self, address: str, *, timeout_s: float = 10.0) -> None:
+        """``timeout_s``: for every call but ``generate``. Connects with the first call."""
+        self.address = address
+        self._timeout_s = timeout_s
+        self._channel = grpc.insecure_channel(address, options=rpc.OPTIONS)
+        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Iterable[Mapping[str, str]] | None = None,
+        token_ids: Iterable[int] | None = None,
+        model: str = "",
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        ignore_eos: bool = False,
+        request_id: str = "",
+        resume_from: int = 0,
+        deadline_s: float = 86_400.0,
+    ) -> Iterator[events.Event]:
+        """Stream a completion: Accepted, perhaps Prefill, Tokens, Finished.
+
+        Give one of ``prompt`` (text as it is), ``messages`` (each with role and content, through the model's
+        chat template) and ``token_ids``; or none, with the ``request_id`` of an earlier call, to go on with
+        it from token ``resume_from``. Closing the iterator ends a request that has no ``request_id`` of
+        yours at once, and one that has within seconds. What is None takes the gateway's default.
+        """
+        given = dict(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        sampling = {name: value for name, value in given.items() if value is not None}
+        try:
+            request = api.GenerateRequest(
+                model=model,
+                request_id=request_id,
+                resume_from=resume_from,
+                sampling=api.Sampling(ignore_eos=ignore_eos, **sampling),
+                **_prompt(prompt, messages, token_ids),
+            )
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"a value does not fit the request: {error}") from error
+        return self._events(self._stub.Generate(request, timeout=deadline_s))
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; returns when its memory is free. Raises NotFound if it is unknown."""
+        self._call(self._stub.Cancel, api.CancelRequest(request_id=request_id))
+
+    def status(self) -> events.ClusterStatus:
+        reply = self._call(self._stub.ClusterStatus, api.ClusterStatusRequest())
+        return _plain(
+            events.ClusterStatus,
+            reply,
+            workers=tuple(_plain(events.Worker, worker) for worker in reply.workers),
+            sequences=tuple(
+                _plain(
+                    events.Sequence,
+                    sequence,
+                    spans=tuple(_plain(events.Span, span) for span in sequence.spans),
+                )
+                for sequence in reply.sequences
+            ),
+        )
+
+    def is_serving(self, *, timeout_s: float = 1.0) -> bool:
+        """Whether a gateway answers and is ready. At once if nothing listens."""
+        health = health_pb2_grpc.HealthStub(self._channel)
+        service = api.DESCRIPTOR.services_by_name["Inference"].full_name
+        try:
+            reply = self._call(
+                health.Check, health_pb2.HealthCheckRequest(service=service), timeout_s=timeout_s
+            )
+        except (TransportError, DeadlineExceeded):
+            return False
+        except FarshoreError:
+            return False  # Something else listens there.
+        return reply.status == health_pb2.HealthCheckResponse.SERVING
+
+    def _call(self, method: Any, request: Any, *, timeout_s: float | None = None) -> Any:
+        try:
+            return method(request, timeout=self._timeout_s if timeout_s is None else timeout_s)
+        except grpc.RpcError as error:
+            raise rpc.error_of(error, peer=f"gateway {self.address}") from error
+
+    def _events(self, call: Any) -> Iterator[events.Event]:
+        try:
+            for event in call:
+                yield _event(event)
+        except grpc.RpcError as error:
+            raise rpc.error_of(error, peer=f"gateway {self.address}") from error
+        finally:
+            call.cancel()
+
+
+def _prompt(
+    prompt: str | None,
+    messages: Iterable[Mapping[str, str]] | None,
+    token_ids: Iterable[int] | None,
+) -> dict[str, Any]:
+    given = [
+        name
+        for name, value in (("prompt", prompt), ("messages", messages), ("token_ids", token_ids))
+        if value is not None
+    ]
+    if len(given) > 1:
+        raise InvalidRequest(f"{' and '.join(given)} were given: give one of prompt, messages and token_ids")
+    if prompt is not None:
+        return {"text": prompt}
+    if messages is not None:
+        return {"chat": api.Chat(messages=[api.Message(**message) for message in messages])}
+    if token_ids is not None:
+        return {"tokens": api.TokenIds(ids=token_ids)}
+    return {}
+
+
+def _event(event: api.GenerateEvent) -> events.Event:
+    kind = event.WhichOneof("kind")
+    if kind == "token":
+        return _plain(events.Token, event.token)
+    if kind == "prefill":
+        return _plain(events.Prefill, event.prefill)
+    if kind == "accepted":
+        return _plain(events.Accepted, event.accepted)
+    if kind != "finished":
+        raise TransportError("the gateway sent an event this client does not know: use the same version")
+    done = event.finished
+    return events.Finished(
+        reason=api.FinishReason.Name(done.reason).removeprefix("FINISH_REASON_").lower(),
+        prompt_tokens=done.usage.prompt_tokens,
+        completion_tokens=done.usage.completion_tokens,
+        queued_ms=done.timings.queued_ms,
+        ttft_ms=done.timings.ttft_ms,
+        tpot_ms=done.timings.tpot_ms,
+        total_ms=done.timings.total_ms,
+        shards=tuple(_plain(events.ShardUse, shard) for shard in done.shards),
+        text=done.text,
+    )
+
+
+def _plain(kind: type[_Value], message: Any, **converted: Any) -> _Value:
+    """A dataclass from the message's fields of the same names."""
+    names = (field.name for field in dataclasses.fields(kind) if field.name not in converted)
+    return kind(**{name: getattr(message, name) for name in names}, **converted)

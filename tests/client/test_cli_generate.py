@@ -1,0 +1,144 @@
+"""``farshore generate``: against a gateway in this process, and with a cluster of its own."""
+
+import io
+import json
+import os
+import signal
+
+import pytest
+
+from farshore.errors import StartupError
+
+
+@pytest.fixture
+def answer(farshore, served):
+    """The engine answers every prompt with this."""
+    text = "It scatters 🌍 light."
+    farshore.engine.auto = served.tokenizer.encode(text)
+    return text
+
+
+def _prompt(farshore):
+    return list(farshore.engine.next_sequence().request.prompt)
+
+
+def _chat_ids(served, text):
+    return served.tokenizer.encode_chat([{"role": "user", "content": text}])
+
+
+def test_prints_the_answer(run, farshore, served, answer):
+    done = run("generate", "Why blue?", "--server", farshore.address)
+    assert (done.code, done.out, done.err) == (0, answer + "\n", "")
+    assert _prompt(farshore) == _chat_ids(served, "Why blue?")
+
+
+def test_raw(run, farshore, served, answer):
+    run("generate", "Once upon", "--raw", "--server", farshore.address)
+    assert _prompt(farshore) == served.tokenizer.encode("Once upon")
+
+
+def test_sampling_options(run, farshore, answer):
+    options = ["--max-tokens", "7", "--temperature", "0", "--top-p", "0.5", "--seed", "9"]
+    run("generate", "Hi", "--server", farshore.address, *options)
+    sent = farshore.engine.next_sequence().request
+    assert (sent.max_tokens, sent.temperature, sent.top_p, sent.seed) == (7, 0.0, 0.5, 9)
+
+
+def test_json(run, farshore, served, answer):
+    done = run("generate", "Why blue?", "--server", farshore.address, "--json")
+    assert done.code == 0 and done.out.count("\n") == 1
+    told = json.loads(done.out)
+    times = {name: told.pop(name) for name in ("ttft_ms", "tpot_ms", "total_ms")}
+    assert all(isinstance(value, float) for value in times.values())
+    sequence = farshore.engine.next_sequence()
+    assert told == {
+        "text": answer,
+        "token_ids": farshore.engine.auto,
+        "prompt_tokens": len(sequence.request.prompt),
+        "completion_tokens": len(farshore.engine.auto),
+        "finish_reason": "stop",
+        "queued_ms": 1.5,
+        "shards": [{"worker_id": "attention-0", "process_id": 7, "attended_bytes": 4096}],
+        "request_id": sequence.request.sequence_id,
+        "model": "smollm2",
+    }
+
+
+def test_prompt_from_stdin(run, farshore, served, answer, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("From a pipe\n"))
+    run("generate", "-", "--server", farshore.address)
+    assert _prompt(farshore) == _chat_ids(served, "From a pipe\n")
+
+
+def test_prompt_from_a_file(run, farshore, served, answer, tmp_path):
+    (tmp_path / "long.txt").write_text("Größe 東京", encoding="utf-8")
+    run("generate", f"@{tmp_path / 'long.txt'}", "--server", farshore.address)
+    assert _prompt(farshore) == _chat_ids(served, "Größe 東京")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", "  \n", "-", "@", "@/no/such/file", "@/", "@latin1.txt", "@empty.txt"]
+)
+def test_bad_prompts_start_nothing(run, cluster, nothing_listens, monkeypatch, tmp_path, prompt):
+    monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latin1.txt").write_bytes("Größe".encode("latin-1"))
+    (tmp_path / "empty.txt").write_text("")
+    done = run("generate", prompt)
+    assert done.code == 1 and done.out == ""
+    assert done.err.startswith("farshore: error: ") and done.err.count("\n") == 1
+    assert cluster.config is None
+
+
+def test_unreachable_server_that_was_asked_for(run, cluster):
+    done = run("generate", "Hi", "--server", "127.0.0.1:1")
+    assert done.code == 1
+    assert "no gateway answers at 127.0.0.1:1" in done.err and "farshore serve" in done.err
+    assert cluster.config is None
+
+
+def test_gateway_errors_are_one_line(run, farshore):
+    done = run("generate", "Hi", "--server", farshore.address, "--model", "gpt-9")
+    assert done.code == 1
+    assert done.err.count("\n") == 1 and "'smollm2'" in done.err
+
+
+def test_starts_a_cluster_for_one_call(run, farshore, cluster, nothing_listens, answer):
+    cluster.address = farshore.address
+    done = run("generate", "Hi", "--attention-workers", "3", "--kv-memory", "64MiB", "--dtype", "float32")
+    assert (done.code, done.out) == (0, answer + "\n")
+    assert "starting a cluster" in done.err and "starting workers" in done.err
+    config = cluster.config
+    assert (config.port, config.model, config.attention_workers) == (0, "smollm2", 3)
+    assert (config.kv_memory_bytes, config.dtype) == (64 << 20, "float32")
+    assert cluster.stops == 1
+
+
+def test_a_running_gateway_is_used(run, farshore, cluster, answer, monkeypatch):
+    monkeypatch.setattr("farshore.client.cli_generate.DEFAULT_SERVER", farshore.address)
+    assert run("generate", "Hi").out == answer + "\n"
+    assert cluster.config is None
+
+
+def test_cluster_that_does_not_start(run, cluster, nothing_listens):
+    def fail():
+        raise StartupError("no memory:\ntry less")
+
+    cluster.on_start = fail
+    done = run("generate", "Hi")
+    assert done.code == 1
+    assert done.err.endswith("farshore: error: no memory: try less\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_stops_the_cluster_quietly(run, farshore, cluster, nothing_listens, number):
+    cluster.address = farshore.address
+    cluster.on_wait = None
+
+    def interrupt():
+        os.kill(os.getpid(), number)
+
+    cluster.on_start = interrupt
+    done = run("generate", "Hi")
+    assert done.code == 130 and done.out == ""
+    assert "Traceback" not in done.err

@@ -1,0 +1,76 @@
+"""Options and their mistakes: nothing is started or asked here."""
+
+import argparse
+import re
+
+import pytest
+
+from farshore import __version__
+from farshore.client.cli_options import size_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "expected_bytes"),
+    [
+        ("1073741824", 1 << 30),
+        ("1GiB", 1 << 30),
+        ("512MiB", 512 << 20),
+        ("512mib", 512 << 20),
+        ("2g", 2 << 30),
+        ("64 k", 64 << 10),
+        ("1.5GiB", 3 << 29),
+        ("1TiB", 1 << 40),
+        ("3GB", 3_000_000_000),
+        ("7B", 7),
+    ],
+)
+def test_sizes(text, expected_bytes):
+    assert size_bytes(text) == expected_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1g", "1 gigabyte", "1x", "1iB", "1Gi", "0x10", "1e9", "nan"])
+def test_bad_sizes_name_the_form(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="such as 512MiB"):
+        size_bytes(text)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("dance",),
+        ("generate",),
+        ("generate", "Hi", "--max-tokens", "0"),
+        ("generate", "Hi", "--max-tokens", "many"),
+        ("generate", "Hi", "--temperature", "3"),
+        ("generate", "Hi", "--temperature", "nan"),
+        ("generate", "Hi", "--top-p", "0"),
+        ("generate", "Hi", "--seed", "-1"),
+        ("generate", "Hi", "--placement", "moon"),
+        ("serve", "--kv-memory", "lots"),
+        ("serve", "--kv-memory", "1MiB"),
+        ("serve", "--attention-workers", "0"),
+        ("serve", "--dense-workers", "2"),
+        ("serve", "--shard-by", "colour"),
+        ("serve", "--dtype", "int1"),
+        ("serve", "--port", "70000"),
+    ],
+)
+def test_wrong_usage(run, cluster, arguments):
+    done = run(*arguments)
+    assert done.code == 2
+    assert done.out == ""
+    assert "usage: farshore" in done.err and "error: " in done.err
+    assert cluster.config is None
+
+
+def test_version(run):
+    assert run("--version").out == f"farshore {__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["serve", "generate", "status"])
+def test_help_explains_every_option(run, command):
+    done = run(command, "--help")
+    assert done.code == 0
+    entries = re.split(r"\n  (?=-)", done.out.split("options:")[1])
+    assert all(len(entry.split()) > 2 for entry in entries[1:])

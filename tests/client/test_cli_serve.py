@@ -1,0 +1,159 @@
+"""``farshore serve`` with a cluster that only remembers, and ``farshore status`` with a real gateway."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from farshore.client.cli_terminal import Progress, stop_signals
+from farshore.errors import StartupError
+from farshore.proto import inference_pb2 as api
+
+
+def test_serve_says_where(run, cluster):
+    options = [
+        "--port",
+        "0",
+        "--kv-memory",
+        "512MiB",
+        "--shard-by",
+        "both",
+        "--placement",
+        "local",
+        "--attention-workers",
+        "0",
+    ]
+    done = run("serve", *options, "--ray-address", "127.0.0.2:6379", "--dashboard")
+    assert done.code == 0
+    assert "smollm2 at 127.0.0.1:1" in done.out and "attention-0  127.0.0.1:7" in done.out
+    config = cluster.config
+    assert (config.port, config.kv_memory_bytes, config.shard_by) == (0, 512 << 20, "both")
+    assert (config.placement, config.attention_workers) == ("local", 0)
+    assert (config.ray_address, config.dashboard) == ("127.0.0.2:6379", True)
+    assert cluster.stops == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_stop_everything(run, cluster, number):
+    before = signal.getsignal(number)
+    cluster.on_wait = lambda: os.kill(os.getpid(), number)
+    assert run("serve").code == 0
+    assert cluster.stops == 1
+    assert signal.getsignal(number) is before
+
+
+def test_sigterm_works_after_ray_has_taken_it(run, cluster):
+    def as_ray_does(number, _):
+        raise SystemExit(number)
+
+    cluster.on_start = lambda: signal.signal(signal.SIGTERM, as_ray_does)
+    cluster.on_wait = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    assert run("serve").code == 0
+    assert cluster.stops == 1
+
+
+def test_sigterm_while_ray_holds_it(run, cluster):
+    def start():
+        raise SystemExit(int(signal.SIGTERM))
+
+    cluster.on_start = start
+    assert run("serve").code == 0
+
+
+def test_a_second_signal_does_not_break_off_the_stop():
+    cleaned = False
+    with pytest.raises(KeyboardInterrupt), stop_signals():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            cleaned = True
+    assert cleaned
+
+
+def test_a_part_that_dies_is_an_error(run, cluster):
+    def die():
+        raise StartupError("the gateway ended with code 9")
+
+    cluster.on_wait = die
+    done = run("serve")
+    assert done.code == 1
+    assert "farshore: error: the gateway ended with code 9" in done.err
+    assert cluster.stops == 1
+
+
+class _Terminal:
+    def __init__(self):
+        self.written = ""
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        self.written += text
+
+    def flush(self):
+        pass
+
+
+def test_progress_leaves_nothing_on_a_terminal():
+    terminal = _Terminal()
+    progress = Progress(terminal)
+    progress.step("one")
+    progress.update("two")
+    progress.clear()
+    progress.clear()
+    clear = "\r\x1b[2K"
+    assert terminal.written == f"{clear}one{clear}two{clear}"
+
+
+@pytest.fixture
+def busy(farshore):
+    workers = [
+        api.WorkerStatus(
+            worker_id="attention-0",
+            kind="attention",
+            address="127.0.0.1:7",
+            process_id=77,
+            state="ready",
+            budget_bytes=1 << 30,
+            free_bytes=3 << 28,
+        )
+    ]
+    spans = [api.SpanStatus(worker_id="attention-0", first=0, last=512, group0=0, group1=3, bytes=9 << 20)]
+    sequence = api.SequenceStatus(
+        sequence_id="abc", owner="dense-0", epoch=1, tokens=600, tail_first=512, spans=spans
+    )
+    farshore.engine.status.MergeFrom(
+        api.ClusterStatusReply(
+            workers=workers, sequences=[sequence], pool_budget_bytes=1 << 30, pool_free_bytes=3 << 28
+        )
+    )
+    return farshore
+
+
+def test_status_shows_where_everything_is(run, busy):
+    done = run("status", "--server", busy.address)
+    assert done.code == 0
+    assert "pool: 256.0 MiB of 1.0 GiB used" in done.out
+    rows = [line.split() for line in done.out.splitlines()]
+    assert ["attention-0", "attention", "ready", "127.0.0.1:7", "77", "256.0", "MiB", "1.0", "GiB"] in rows
+    assert ["abc", "600", "attention-0", "0..512", "0..3", "9.0", "MiB"] in rows
+    assert ["dense-0", "(tail)", "512..600", "all", "-"] in rows
+
+
+def test_status_when_idle(run, farshore):
+    assert "no live sequences" in run("status", "--server", farshore.address).out
+
+
+def test_status_as_json(run, busy):
+    told = json.loads(run("status", "--server", busy.address, "--json").out)
+    assert told["workers"][0]["process_id"] == 77
+    assert told["sequences"][0]["spans"][0]["last"] == 512
+
+
+def test_status_without_a_gateway(run):
+    done = run("status", "--server", "127.0.0.1:1")
+    assert done.code == 1
+    assert "no gateway answers at 127.0.0.1:1" in done.err

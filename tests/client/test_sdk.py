@@ -1,0 +1,122 @@
+"""The SDK against a real gateway."""
+
+import grpc
+import pytest
+
+from farshore.client import events
+from farshore.client.sdk import Client
+from farshore.errors import InvalidRequest, NotFound, Overloaded, TransportError
+from farshore.proto import inference_pb2 as api
+
+
+@pytest.fixture
+def client(farshore):
+    with Client(farshore.address) as made:
+        yield made
+
+
+def test_events_in_order(client, farshore, served):
+    ids = tuple(served.tokenizer.encode("Good day"))
+    stream = client.generate("Hello", request_id="a", max_tokens=4, seed=3)
+    sequence = farshore.engine.next_sequence()
+    assert (sequence.request.max_tokens, sequence.request.seed) == (4, 3)
+    assert next(stream) == events.Accepted(request_id="a", prompt_tokens=len(sequence.request.prompt))
+    sequence.prefill(3, 9)
+    assert next(stream) == events.Prefill(done_tokens=3, total_tokens=9)
+    sequence.tokens(*ids)
+    assert [next(stream) for _ in ids] == [
+        events.Token(index=index, token_id=token, text=served.tokenizer.decode([token]))
+        for index, token in enumerate(ids)
+    ]
+    sequence.finish()
+    done = next(stream)
+    assert (done.reason, done.completion_tokens, done.queued_ms) == ("stop", len(ids), 1.5)
+    assert done.shards == (events.ShardUse(worker_id="attention-0", process_id=7, attended_bytes=4096),)
+    assert list(stream) == []
+
+
+def test_prompts_of_each_kind(client, farshore, served):
+    farshore.engine.auto = ()
+    messages = [{"role": "user", "content": "Hi"}]
+    for asked, ids in (
+        (dict(prompt="Hi"), served.tokenizer.encode("Hi")),
+        (dict(messages=messages), served.tokenizer.encode_chat(messages)),
+        (dict(token_ids=range(5, 9)), [5, 6, 7, 8]),
+    ):
+        list(client.generate(**asked))
+        assert list(farshore.engine.next_sequence().request.prompt) == ids
+
+
+def test_resume(client, farshore):
+    farshore.engine.auto = (10, 11, 12)
+    told = list(client.generate("Hi", request_id="a"))
+    assert list(client.generate(request_id="a", resume_from=2)) == [told[0], *told[3:]]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        dict(prompt="a", token_ids=[1]),
+        dict(prompt="a", max_tokens=-1),
+        dict(prompt="a", seed=1 << 64),
+        dict(prompt="a", temperature="hot"),
+        dict(token_ids=[-1]),
+        dict(prompt="\udc80"),
+        dict(messages=[{"role": "user", "text": "Hi"}]),
+    ],
+)
+def test_values_that_do_not_fit(client, asked):
+    with pytest.raises(InvalidRequest):
+        client.generate(**asked)
+
+
+def test_gateway_errors_are_ours(client, farshore):
+    with pytest.raises(InvalidRequest, match="empty"):
+        list(client.generate(""))
+    with pytest.raises(NotFound):
+        client.cancel("nobody")
+    stream = client.generate("Hi")
+    farshore.engine.next_sequence().fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue is full")
+    with pytest.raises(Overloaded, match="queue is full"):
+        list(stream)
+
+
+def test_closing_the_stream_ends_the_request(client, farshore):
+    stream = client.generate("Hi")
+    sequence = farshore.engine.next_sequence()
+    next(stream)
+    stream.close()
+    assert sequence.ended.wait(30)
+
+
+def test_cancel(client, farshore):
+    stream = client.generate("Hi")
+    farshore.engine.next_sequence()
+    client.cancel(next(stream).request_id)
+    assert [event.reason for event in stream] == ["cancelled"]
+
+
+def test_status(client, farshore):
+    farshore.engine.status.MergeFrom(
+        api.ClusterStatusReply(
+            workers=[api.WorkerStatus(worker_id="dense-0", kind="dense", budget_bytes=10)],
+            sequences=[
+                api.SequenceStatus(sequence_id="a", tokens=9, spans=[api.SpanStatus(last=8, bytes=5)])
+            ],
+        )
+    )
+    status = client.status()
+    assert status.model == "smollm2"
+    assert status.workers[0].budget_bytes == 10
+    assert status.sequences[0].spans[0].last == 8
+
+
+def test_is_serving(client):
+    assert client.is_serving()
+    with Client("127.0.0.1:1") as nobody:
+        assert not nobody.is_serving()
+
+
+def test_unreachable():
+    with Client("127.0.0.1:1") as nobody, pytest.raises(TransportError, match=r"gateway 127\.0\.0\.1:1"):
+        list(nobody.generate("Hi"))

@@ -1,0 +1,191 @@
+"""A gateway in this process, over real gRPC on loopback, against an engine that does as it is told.
+
+Servers run on one event loop in a thread; tests are plain functions with blocking clients. One loop for the
+whole session: grpc.aio polls for one loop per process without noise.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import queue
+import threading
+
+import grpc
+
+from farshore import rpc
+from farshore.gateway.limits import Limits
+from farshore.gateway.server import create
+from farshore.proto import cluster_pb2, cluster_pb2_grpc, inference_pb2_grpc
+from farshore.proto import inference_pb2 as api
+
+WAIT_S = 30
+
+
+class LoopThread:
+    def __init__(self):
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def run(self, work):
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(WAIT_S)
+
+    def stop(self):
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(WAIT_S)
+        self.loop.close()
+
+
+class Sequence:
+    """The engine's end of one sequence: the test feeds it."""
+
+    def __init__(self, request, loop):
+        self.request = request
+        self._loop = loop
+        self.script = asyncio.Queue()
+        self.ended = threading.Event()  # however it ended
+
+    def _put(self, item):
+        self._loop.call_soon_threadsafe(self.script.put_nowait, item)
+
+    def tokens(self, *ids):
+        for token_id in ids:
+            self._put(cluster_pb2.SequenceEvent(token_id=token_id))
+
+    def prefill(self, done, total):
+        progress = api.PrefillProgress(done_tokens=done, total_tokens=total)
+        self._put(cluster_pb2.SequenceEvent(prefill=progress))
+
+    def finish(self, reason=api.FINISH_REASON_STOP, queued_ms=1.5):
+        shards = [api.ShardUse(worker_id="attention-0", process_id=7, attended_bytes=4096)]
+        done = cluster_pb2.SequenceFinished(reason=reason, queued_ms=queued_ms, shards=shards)
+        self._put(cluster_pb2.SequenceEvent(finished=done))
+
+    def fail(self, code, message):
+        self._put((code, message))
+
+    def close(self):
+        """End the stream without Finished."""
+        self._put(None)
+
+
+class FakeEngine(cluster_pb2_grpc.EngineServicer, cluster_pb2_grpc.ControllerServicer):
+    """``auto``: token ids every sequence is answered with at once; None leaves it to the test."""
+
+    def __init__(self, loop):
+        self._loop = loop
+        self._arrived = queue.Queue()
+        self._live = {}
+        self.auto = None
+        self.ignores_cancel = False
+        self.status = api.ClusterStatusReply(model="smollm2", dtype="bfloat16")
+
+    def next_sequence(self):
+        return self._arrived.get(timeout=WAIT_S)
+
+    @property
+    def idle(self):
+        return self._arrived.empty()
+
+    async def Generate(self, request, context):
+        sequence = Sequence(request, self._loop)
+        self._live[request.sequence_id] = sequence
+        self._arrived.put(sequence)
+        if self.auto is not None:
+            sequence.tokens(*self.auto)
+            sequence.finish()
+        try:
+            while (item := await sequence.script.get()) is not None:
+                if isinstance(item, tuple):
+                    await context.abort(*item)
+                await context.write(item)
+                if item.HasField("finished"):
+                    return
+        finally:
+            sequence.ended.set()
+
+    async def Cancel(self, request, context):
+        sequence = self._live.get(request.sequence_id)
+        if sequence is not None and not self.ignores_cancel:
+            sequence.finish(api.FINISH_REASON_CANCELLED)
+        return cluster_pb2.CancelSequenceReply()
+
+    async def Status(self, request, context):
+        return self.status
+
+
+@dataclasses.dataclass
+class Harness:
+    loop_thread: LoopThread
+    engine: FakeEngine
+    gateway: object
+    engine_address: str
+    channel: grpc.Channel
+    stub: inference_pb2_grpc.InferenceStub
+    stop_engine: object
+
+    @property
+    def address(self):
+        return self.gateway.address
+
+    def generate(self, text="Hello", **fields):
+        sampling = api.Sampling(**fields.pop("sampling", {}))
+        prompt = {} if text is None else {"text": text}
+        request = api.GenerateRequest(**prompt, sampling=sampling, **fields)
+        return self.stub.Generate(request, timeout=WAIT_S)
+
+
+@contextlib.contextmanager
+def gateway(loop_thread, served, *, limits=None, controller=None, **options):
+    async def start():
+        engine = FakeEngine(loop_thread.loop)
+        server = grpc.aio.server(options=rpc.OPTIONS)
+        cluster_pb2_grpc.add_EngineServicer_to_server(engine, server)
+        cluster_pb2_grpc.add_ControllerServicer_to_server(engine, server)
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        made = await create(
+            served,
+            listen="127.0.0.1:0",
+            engine=address,
+            controller=controller or address,
+            limits=limits or Limits(),
+            **options,
+        )
+        return engine, server, address, made
+
+    engine, server, address, made = loop_thread.run(start())
+    channel = grpc.insecure_channel(made.address, options=rpc.OPTIONS)
+    try:
+        yield Harness(
+            loop_thread=loop_thread,
+            engine=engine,
+            gateway=made,
+            engine_address=address,
+            channel=channel,
+            stub=inference_pb2_grpc.InferenceStub(channel),
+            stop_engine=lambda: loop_thread.run(server.stop(None)),
+        )
+    finally:
+        channel.close()
+        loop_thread.run(made.stop())
+        loop_thread.run(server.stop(None))
+
+
+def text_of(events):
+    """All text of a stream, as a client joins it."""
+    return "".join(event.token.text if event.HasField("token") else event.finished.text for event in events)
+
+
+def indices_of(events):
+    return [event.token.index for event in events if event.HasField("token")]
+
+
+def failure_of(call):
+    """The status a stream ends with; its events before that are dropped."""
+    try:
+        for _ in call:
+            pass
+    except grpc.RpcError as error:
+        return error
+    raise AssertionError("the call succeeded")

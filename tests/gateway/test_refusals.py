@@ -1,0 +1,86 @@
+"""Every refusal: its status, and that its message names the limit and the fix."""
+
+import grpc
+import pytest
+
+from farshore.gateway.limits import Limits
+from farshore.proto import inference_pb2 as api
+
+
+def _chat(*messages):
+    return api.Chat(messages=[api.Message(role=role, content=content) for role, content in messages])
+
+
+BAD = {
+    "empty text": (dict(text=""), "empty"),
+    "no prompt": (dict(text=None), "empty"),
+    "no ids": (dict(text=None, tokens=api.TokenIds()), "empty"),
+    "no messages": (dict(text=None, chat=_chat()), "empty"),
+    "blank messages": (dict(text=None, chat=_chat(("user", ""))), "empty"),
+    "no role": (dict(text=None, chat=_chat(("", "Hi"))), "message 0 has no role"),
+    "unknown model": (dict(model="gpt-9"), "'smollm2'"),
+    "no tokens": (dict(sampling=dict(max_tokens=0)), "at least 1"),
+    "cold": (dict(sampling=dict(temperature=-0.1)), "0 (greedy) to 2"),
+    "hot": (dict(sampling=dict(temperature=2.1)), "0 (greedy) to 2"),
+    "temperature nan": (dict(sampling=dict(temperature=float("nan"))), "0 (greedy) to 2"),
+    "temperature inf": (dict(sampling=dict(temperature=float("inf"))), "0 (greedy) to 2"),
+    "top_p 0": (dict(sampling=dict(top_p=0.0)), "above 0"),
+    "top_p above": (dict(sampling=dict(top_p=1.5)), "up to 1"),
+    "top_p nan": (dict(sampling=dict(top_p=float("nan"))), "above 0"),
+    "id outside": (dict(text=None, tokens=api.TokenIds(ids=[1, 49152])), "49152 at index 1"),
+    "too long": (dict(sampling=dict(max_tokens=8192)), "8192 positions"),
+    "full prompt": (dict(text=None, tokens=api.TokenIds(ids=[5] * 8192)), "8192 tokens"),
+    "huge text": (dict(text="a" * (8192 * 256 + 1)), "2097153 characters"),
+    "long id": (dict(request_id="x" * 129), "at most 128"),
+    "resume without id": (dict(resume_from=1), "request_id"),
+    "bad roles": (dict(text=None, chat=_chat(("user", "Hi")), model="other"), "unknown model"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_invalid(farshore, harness, case):
+    fields, words = BAD[case]
+    failure = harness.failure_of(farshore.generate(**fields))
+    assert failure.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert words in failure.details()
+    assert farshore.engine.idle
+
+
+def test_both_numbers_and_what_would_fit(farshore, harness):
+    tokens = api.TokenIds(ids=[5] * 8000)
+    failure = harness.failure_of(farshore.generate(None, tokens=tokens, sampling=dict(max_tokens=500)))
+    for number in ("8000", "500", "8192", "192"):
+        assert number in failure.details()
+
+
+def test_overload_is_refused_with_a_hint(start, harness):
+    farshore = start(limits=Limits(max_live_requests=1, retry_after_ms=250))
+    first = farshore.generate()
+    sequence = farshore.engine.next_sequence()
+    failure = harness.failure_of(farshore.generate())
+    assert failure.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "try again in 250 ms" in failure.details()
+    assert dict(failure.trailing_metadata())["grpc-retry-pushback-ms"] == "250"
+    sequence.finish()
+    list(first)
+    farshore.engine.auto = ()
+    list(farshore.generate())
+
+
+def test_a_refused_request_takes_no_place(start, harness):
+    farshore = start(limits=Limits(max_live_requests=1))
+    too_long = dict(text=None, tokens=api.TokenIds(ids=[5] * 8192))
+    for _ in range(3):
+        assert harness.failure_of(farshore.generate(**too_long)).code() == grpc.StatusCode.INVALID_ARGUMENT
+    farshore.engine.auto = ()
+    list(farshore.generate())
+
+
+def test_unreachable_controller(start, harness):
+    farshore = start(controller="127.0.0.1:1")
+    with pytest.raises(grpc.RpcError) as failure:
+        farshore.stub.ClusterStatus(api.ClusterStatusRequest(), timeout=30)
+    assert failure.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert "controller" in failure.value.details()
+    farshore.engine.auto = (5,)
+    assert len(list(farshore.generate())) == 3

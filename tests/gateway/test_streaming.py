@@ -1,0 +1,113 @@
+"""A request's way through the gateway when nothing goes wrong."""
+
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from farshore.proto import inference_pb2 as api
+
+
+def test_streams_tokens_as_they_come(farshore, served):
+    ids = served.tokenizer.encode(" Paris is nice")
+    call = farshore.generate("The capital")
+    sequence = farshore.engine.next_sequence()
+    assert list(sequence.request.prompt) == served.tokenizer.encode("The capital")
+    accepted = next(call).accepted
+    assert accepted.prompt_tokens == len(sequence.request.prompt)
+    assert accepted.request_id == sequence.request.sequence_id
+    sequence.prefill(1, 2)
+    assert next(call).prefill == api.PrefillProgress(done_tokens=1, total_tokens=2)
+    for index, token_id in enumerate(ids):
+        sequence.tokens(token_id)
+        token = next(call).token
+        assert (token.index, token.token_id) == (index, token_id)
+        assert token.text == served.tokenizer.decode([token_id])
+    sequence.finish(api.FINISH_REASON_LENGTH)
+    done = next(call).finished
+    assert done.reason == api.FINISH_REASON_LENGTH
+    assert done.usage == api.Usage(prompt_tokens=accepted.prompt_tokens, completion_tokens=len(ids))
+    assert done.timings.queued_ms == 1.5
+    assert 0 < done.timings.ttft_ms <= done.timings.total_ms
+    assert [shard.process_id for shard in done.shards] == [7]
+    assert list(call) == []
+
+
+def test_defaults_reach_the_engine(farshore, served):
+    farshore.engine.auto = ()
+    list(farshore.generate())
+    first = farshore.engine.next_sequence().request
+    list(farshore.generate())
+    second = farshore.engine.next_sequence().request
+    assert (first.max_tokens, first.temperature, first.top_p) == (256, 1.0, 1.0)
+    assert list(first.stop_ids) == list(served.config.eos_token_ids)
+    assert first.seed != second.seed
+
+
+def test_sampling_reaches_the_engine(farshore):
+    farshore.engine.auto = ()
+    sampling = dict(max_tokens=3, temperature=0.0, top_p=0.5, seed=2**64 - 1, ignore_eos=True)
+    list(farshore.generate(sampling=sampling))
+    sent = farshore.engine.next_sequence().request
+    assert (sent.max_tokens, sent.temperature, sent.top_p, sent.seed) == (3, 0.0, 0.5, 2**64 - 1)
+    assert list(sent.stop_ids) == []
+
+
+def test_unset_max_tokens_is_what_positions_leave(farshore, served):
+    farshore.engine.auto = ()
+    tokens = api.TokenIds(ids=[5] * (served.config.max_positions - 9))
+    list(farshore.generate(None, tokens=tokens))
+    assert farshore.engine.next_sequence().request.max_tokens == 9
+
+
+def test_chat_goes_through_the_template(farshore, served):
+    farshore.engine.auto = ()
+    messages = [dict(role="system", content="Be brief."), dict(role="user", content="Hi")]
+    list(farshore.generate(None, chat=api.Chat(messages=[api.Message(**message) for message in messages])))
+    assert list(farshore.engine.next_sequence().request.prompt) == served.tokenizer.encode_chat(messages)
+
+
+@pytest.mark.parametrize("model", ["smollm2", ""])
+def test_served_model_by_name(farshore, model):
+    farshore.engine.auto = ()
+    list(farshore.generate(model=model))
+
+
+@pytest.mark.parametrize("cut", [0, 1])
+def test_text_is_the_detokenised_answer(farshore, harness, served, cut):
+    """Characters of several tokens; with ``cut`` the answer ends inside one."""
+    ids = served.tokenizer.encode("naïve 🌍 東京 👩‍🚀 end 🦜")
+    farshore.engine.auto = ids[: len(ids) - cut]
+    events = list(farshore.generate())
+    assert harness.text_of(events) == served.tokenizer.decode(farshore.engine.auto)
+    assert any(event.token.text == "" for event in events if event.HasField("token"))
+
+
+def test_stop_token_is_counted_but_no_text(farshore, harness, served):
+    farshore.engine.auto = [*served.tokenizer.encode("Yes"), *served.config.eos_token_ids]
+    events = list(farshore.generate())
+    assert harness.text_of(events) == "Yes"
+    assert events[-1].finished.usage.completion_tokens == len(farshore.engine.auto)
+
+
+def test_status_is_the_controllers(farshore):
+    farshore.engine.status.pool_free_bytes = 123
+    assert farshore.stub.ClusterStatus(api.ClusterStatusRequest(), timeout=30) == farshore.engine.status
+
+
+def test_health(farshore):
+    health = health_pb2_grpc.HealthStub(farshore.channel)
+    for service in ("", "farshore.inference.v1.Inference"):
+        reply = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=30)
+        assert reply.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_reflection(farshore):
+    stub = reflection_pb2_grpc.ServerReflectionStub(farshore.channel)
+    asked = [
+        reflection_pb2.ServerReflectionRequest(list_services=""),
+        reflection_pb2.ServerReflectionRequest(file_containing_symbol="farshore.inference.v1.Inference"),
+    ]
+    services, file = stub.ServerReflectionInfo(iter(asked), timeout=30)
+    names = [service.name for service in services.list_services_response.service]
+    assert "farshore.inference.v1.Inference" in names
+    assert file.file_descriptor_response.file_descriptor_proto

@@ -1,0 +1,121 @@
+"""Engines over in-process shards, for tests of floor 3."""
+
+import queue
+from itertools import count
+
+import pytest
+import torch
+from farshore.attention_offload.in_process import InProcessPeer
+from farshore.ids import SequenceId, WorkerId
+from farshore.kvstore.arena import Arena
+from farshore.kvstore.store import LocalStore
+from farshore.models.weights import load_model
+from farshore.workers.attention_model import attention_model
+from farshore.workers.engine import Engine
+from farshore.workers.sequence import Failed, Finished, Sampled
+
+ENGINE = WorkerId("engine")
+EVENT_DEADLINE_S = 600.0
+
+
+@pytest.fixture(scope="session")
+def demo_model(demo_source):
+    """dtype -> our own model."""
+    loaded = {}
+
+    def load(dtype: torch.dtype):
+        if dtype not in loaded:
+            loaded[dtype] = load_model(demo_source, dtype=dtype)
+        return loaded[dtype]
+
+    return load
+
+
+class Rig:
+    """One model, its shards in this process, and whatever engine a test builds on them."""
+
+    def __init__(self, model, *, shards=2, shard_by="range", local=False, memory_bytes=1 << 30, wrap=None):
+        self.model = model
+        self.attention = attention_model(model.config, model.dtype)
+        self.arenas = {w: Arena(memory_bytes) for w in (ENGINE, *(WorkerId(f"shard{i}") for i in range(shards)))}
+        self.stores = {w: LocalStore(worker=w, arena=arena) for w, arena in self.arenas.items()}
+        self.peers = {w: InProcessPeer(w, store, self.attention) for w, store in self.stores.items()}
+        for worker in list(self.peers)[1:]:
+            if wrap is not None:
+                self.peers[worker] = wrap(self.peers[worker])
+        self.targets = [ENGINE] if local else list(self.peers)[1:]
+        self.shard_by = shard_by
+        self.epochs = count(1)
+
+    def engine(self, **options):
+        return Engine(
+            model=self.model,
+            attention=self.attention,
+            arena=self.arenas[ENGINE],
+            peers=self.peers,
+            targets=self.targets,
+            shard_by=self.shard_by,
+            claim=lambda _: next(self.epochs),
+            **options,
+        )
+
+    def check_empty(self):
+        """No sequence left anything behind, anywhere."""
+        for worker, arena in self.arenas.items():
+            self.stores[worker].check_integrity()
+            arena.check_integrity()
+            assert arena.free_bytes == arena.budget_bytes, f"{worker} still holds memory"
+
+
+class Collected:
+    """Everything one sequence emitted."""
+
+    def __init__(self):
+        self.events = queue.SimpleQueue()
+        self.tokens = []
+
+    def result(self):
+        """Wait for the end; returns the Finished or Failed event."""
+        while True:
+            event = self.events.get(timeout=EVENT_DEADLINE_S)
+            if isinstance(event, Sampled):
+                self.tokens.append(event.token_id)
+            elif isinstance(event, Finished | Failed):
+                return event
+
+
+@pytest.fixture
+def rig():
+    """rig(model, ...) -> Rig; engines started through ``run`` are stopped and every store checked."""
+    engines, rigs = [], []
+
+    def build(model, **options):
+        made = Rig(model, **options)
+        rigs.append(made)
+
+        def start(**engine_options):
+            engine = made.engine(**engine_options)
+            engines.append(engine)
+            engine.start()
+            return engine
+
+        made.start = start
+        return made
+
+    yield build
+    for engine in engines:
+        engine.stop()
+    for made in rigs:
+        made.check_empty()
+
+
+@pytest.fixture
+def submit():
+    """submit(engine, name, prompt, sampling) -> Collected."""
+
+    def call(engine, name, prompt, sampling):
+        collected = Collected()
+        engine.submit(SequenceId(name), list(prompt), sampling, collected.events.put)
+        return collected
+
+    return call

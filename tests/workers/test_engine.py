@@ -1,0 +1,262 @@
+"""The engine's behaviour around the tokens: transactions, memory, cancelling, limits."""
+
+import threading
+
+import pytest
+import torch
+from farshore.errors import Full, InvalidRequest, NotFound, Overloaded, TransportError
+from farshore.ids import SequenceId
+from farshore.kvstore.arena import Arena
+from farshore.models.config import ModelConfig
+from farshore.models.llama import Llama
+from farshore.workers.engine import EngineLimits
+from farshore.workers.sequence import Failed, Finished, Reason, Sampling
+
+GREEDY = Sampling(max_tokens=12, temperature=0.0)
+PROMPT = list(range(5, 50))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A Llama of random weights, small enough for hundreds of steps a second."""
+    from farshore.models.weights import expected_shapes
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    hf = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            head_dim=8,
+            vocab_size=97,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+        )
+    ).eval()
+    assert expected_shapes
+    return hf
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tiny, tmp_path_factory):
+    from farshore.models.source import resolve
+    from farshore.models.weights import load_model
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.save_pretrained(folder)
+    model = load_model(resolve(str(folder)), dtype=torch.float32)
+    assert isinstance(model, Llama) and isinstance(model.config, ModelConfig)
+    return model
+
+
+def greedy(tiny, prompt, count):
+    ids = list(prompt)
+    with torch.inference_mode():
+        for _ in range(count):
+            ids.append(int(tiny(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+class Flaky:
+    """A peer whose connection breaks at chosen calls: what a network does."""
+
+    def __init__(self, peer):
+        self._peer = peer
+        self.store = peer.store
+        self.waits = 0
+        self.break_at = set()
+        self.dead = False
+
+    def identify(self):
+        self._check()
+        return self._peer.identify()
+
+    def begin(self, step):
+        self._check()
+        self._peer.begin(step)
+
+    def send(self, layer, micro_batch, q):
+        self._check()
+        return self._peer.send(layer, micro_batch, q)
+
+    def wait(self, sent):
+        self.waits += 1
+        self._check()
+        if self.waits in self.break_at:
+            raise TransportError("the connection broke")
+        return self._peer.wait(sent)
+
+    def close(self):
+        self._peer.close()
+
+    def _check(self):
+        if self.dead:
+            raise TransportError("nobody answers")
+
+
+def test_tokens_equal_transformers_across_many_hand_offs(tiny, tiny_model, rig, submit):
+    """600 tokens cross two block boundaries, so the tail is handed to the shards while decoding goes on."""
+    cluster = rig(tiny_model, shards=3, memory_bytes=64 << 20)
+    engine = cluster.start()
+    first = submit(engine, "a", PROMPT, Sampling(max_tokens=600, temperature=0.0))
+    result = first.result()
+    assert isinstance(result, Finished) and result.reason is Reason.LENGTH
+    assert first.tokens == greedy(tiny, PROMPT, 600)
+
+
+def test_a_transport_error_in_the_middle_of_a_step_loses_nothing(tiny, tiny_model, rig, submit):
+    cluster = rig(tiny_model, shards=2, memory_bytes=64 << 20, wrap=Flaky)
+    cluster.peers["shard0"].break_at = {2, 8, 9, 20}
+    cluster.peers["shard1"].break_at = {1, 15}
+    engine = cluster.start()
+    collected = [submit(engine, name, PROMPT, GREEDY) for name in "ab"]
+    for it in collected:
+        result = it.result()
+        assert isinstance(result, Finished), result
+        assert it.tokens == greedy(tiny, PROMPT, GREEDY.max_tokens)
+        assert sum(result.attended_bytes.values()) == attended(tiny_model, len(PROMPT), GREEDY.max_tokens - 1)
+    assert cluster.peers["shard0"].waits > 20 and cluster.peers["shard1"].waits > 15
+
+
+def attended(model, prompt_tokens, steps):
+    """Every decode step reads the whole prompt's KV once; the tail, under one block, is the engine's own."""
+    config = model.config
+    return steps * prompt_tokens * config.layers * config.kv_heads * 2 * config.head_dim * 4
+
+
+def test_what_the_engine_counts_is_what_the_shards_attended_to(tiny_model, rig, submit):
+    cluster = rig(tiny_model, shards=3, shard_by="head", memory_bytes=64 << 20)
+    result = submit(cluster.start(), "a", PROMPT, GREEDY).result()
+    by_shard = {w: cluster.peers[w].identify().attended_bytes for w in cluster.targets}
+    assert result.attended_bytes == by_shard
+    assert all(by_shard.values())
+
+
+def test_a_dead_shard_fails_its_sequences_and_only_them(tiny, tiny_model, rig, submit):
+    cluster = rig(tiny_model, shards=2, shard_by="range", memory_bytes=64 << 20, wrap=Flaky)
+    one_token = Sampling(max_tokens=300, temperature=0.0)
+    engine = cluster.start()
+    spread = submit(engine, "spread", PROMPT, one_token)
+    single = submit(engine, "single", PROMPT[:1], one_token)
+    started = threading.Event()
+    original = cluster.peers["shard1"]._peer.wait
+
+    def dies_at_tenth(sent):
+        if cluster.peers["shard1"].waits == 10:
+            cluster.peers["shard1"].dead = True
+            started.set()
+            raise TransportError("gone")
+        return original(sent)
+
+    cluster.peers["shard1"]._peer.wait = dies_at_tenth
+    result = spread.result()
+    assert isinstance(result, Failed) and isinstance(result.error, TransportError)
+    assert started.is_set()
+    held_by = submit_view = single.result()
+    assert isinstance(submit_view, Finished), held_by
+    assert single.tokens == greedy(tiny, PROMPT[:1], 300)
+    cluster.peers["shard1"].dead = False
+
+
+def test_cancel_frees_memory_and_says_so(tiny_model, rig, submit):
+    cluster = rig(tiny_model, memory_bytes=64 << 20)
+    engine = cluster.start()
+    endless = submit(engine, "a", PROMPT, Sampling(max_tokens=1900, temperature=0.0))
+    endless.events.get(timeout=60)
+    engine.cancel(SequenceId("a"))
+    engine.cancel(SequenceId("nobody"))
+    result = endless.result()
+    assert isinstance(result, Finished) and result.reason is Reason.CANCELLED
+    assert len(endless.tokens) < 1900
+    cluster.check_empty()
+
+
+def test_stop_tokens_end_a_sequence(tiny, tiny_model, rig, submit):
+    expected = greedy(tiny, PROMPT, 12)
+    stop = expected[4]
+    sampling = Sampling(max_tokens=12, temperature=0.0, stop_ids=frozenset({stop}))
+    collected = submit(rig(tiny_model, memory_bytes=64 << 20).start(), "a", PROMPT, sampling)
+    assert collected.result().reason is Reason.STOP
+    assert collected.tokens == expected[: expected.index(stop) + 1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "match"),
+    [
+        ([], GREEDY, "empty"),
+        ([97], GREEDY, "not in the vocabulary"),
+        ([1], Sampling(max_tokens=0), "at least 1"),
+        ([1] * 2040, GREEDY, "2048 positions"),
+    ],
+)
+def test_what_can_never_run_is_refused_at_once(tiny_model, rig, submit, prompt, sampling, match):
+    engine = rig(tiny_model, memory_bytes=64 << 20).start()
+    with pytest.raises(InvalidRequest, match=match):
+        submit(engine, "a", prompt, sampling)
+
+
+def test_a_prompt_larger_than_the_pool_is_refused_at_once(tiny_model, rig, submit):
+    cluster = rig(tiny_model, shards=1, memory_bytes=512 << 10)
+    with pytest.raises(InvalidRequest, match="--kv-memory"):
+        submit(cluster.start(), "a", [1] * 1500, GREEDY)
+
+
+def test_requests_beyond_the_pool_wait_their_turn(tiny, tiny_model, rig, submit):
+    """Room for about two sequences; six ask; all are served."""
+    layout = rig(tiny_model).attention.layouts[0]
+    cluster = rig(tiny_model, shards=1, memory_bytes=layout.block_bytes * 6)
+    cluster.arenas["engine"] = cluster.arenas["engine"]
+    engine = cluster.start()
+    prompts = [[n + 1] * 300 for n in range(6)]
+    running = [submit(engine, f"s{n}", prompt, GREEDY) for n, prompt in enumerate(prompts)]
+    for prompt, it in zip(prompts, running, strict=True):
+        assert isinstance(it.result(), Finished)
+        assert it.tokens == greedy(tiny, prompt, GREEDY.max_tokens)
+
+
+def test_a_full_queue_and_a_known_id_are_refused(tiny_model, rig, submit):
+    engine = rig(tiny_model, memory_bytes=64 << 20).engine(limits=EngineLimits(waiting=1))
+    submit(engine, "a", PROMPT, GREEDY)  # not started: it waits
+    with pytest.raises(InvalidRequest, match="running already"):
+        submit(engine, "a", PROMPT, GREEDY)
+    with pytest.raises(Overloaded, match="waiting"):
+        submit(engine, "b", PROMPT, GREEDY)
+    engine.start()
+    engine.stop()
+
+
+def test_seeded_sampling_repeats_and_depends_on_the_seed(tiny_model, rig, submit):
+    engine = rig(tiny_model, memory_bytes=64 << 20).start()
+
+    def run(name, seed):
+        it = submit(engine, name, PROMPT, Sampling(max_tokens=20, temperature=1.0, top_p=0.9, seed=seed))
+        it.result()
+        return it.tokens
+
+    assert run("a", 7) == run("b", 7) != run("c", 8)
+
+
+def test_a_sequence_shows_where_its_kv_is(tiny_model, rig, submit):
+    cluster = rig(tiny_model, shards=2, memory_bytes=64 << 20)
+    engine = cluster.start()
+    it = submit(engine, "a", PROMPT, Sampling(max_tokens=1900, temperature=0.0))
+    it.events.get(timeout=60)
+    (view,) = engine.views()
+    assert view.tail_first == len(PROMPT) or view.tail_first % 256 == 0
+    assert [(first, last) for _, first, last, _, _ in view.spans][:2] == [(0, 23), (23, 45)]
+    engine.cancel(SequenceId("a"))
+    it.result()
+
+
+def test_the_arena_says_what_is_free():
+    with pytest.raises(Full) as caught:
+        Arena(1 << 20).allocate(2, 1 << 20)
+    assert caught.value.free_bytes == 1 << 20
+
+
+def test_an_unknown_span_is_not_found(tiny_model, rig):
+    with pytest.raises(NotFound):
+        rig(tiny_model).stores["shard0"].segments("shard0/99", 0, 1)

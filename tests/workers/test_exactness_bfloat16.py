@@ -1,0 +1,112 @@
+"""In bfloat16, teacher-forced over transformers' own greedy continuations, offloaded attention differs from
+transformers no more than transformers differs from itself."""
+
+import time
+
+import pytest
+import torch
+from farshore.attention_offload.fanout import Fanout
+from farshore.ids import Epoch, SequenceId
+from farshore.workers import decode
+from farshore.workers.cache import SequenceCache
+from farshore.workers.prefill import prefill_segment
+from farshore.workers.sequence import Sampling, Sequence
+
+NEW_TOKENS = 40
+LONGEST_PROMPT = 800
+NO_TOKEN = 10**9
+MAX_GAP = 0.5
+MAX_RATE = 1.5
+
+
+def argmaxes(model, prompt, answer):
+    """transformers' choice at every position of the answer, in one forward pass; and the logits."""
+    ids = torch.tensor([prompt + answer[:-1]])
+    logits = model(ids, logits_to_keep=len(answer)).logits[0].float()
+    return logits.argmax(-1), logits
+
+
+def our_argmaxes(cluster, prompts, answers):
+    """The engine's own prefill and decode steps, with the answer's tokens forced."""
+    cache = SequenceCache(
+        arena=cluster.arenas["engine"],
+        peers=cluster.peers,
+        targets=cluster.targets,
+        model=cluster.attention,
+        shard_by=cluster.shard_by,
+    )
+    batch, chosen = [], []
+    common = {"model": cluster.model, "attention": cluster.attention}
+    for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        sequence = Sequence(
+            id=SequenceId(f"s{index}"),
+            epoch=Epoch(1),
+            prompt_tokens=len(prompt),
+            tokens=prompt + answer,
+            sampling=Sampling(max_tokens=NEW_TOKENS),
+            emit=lambda event: None,
+            arrived_s=time.monotonic(),
+        )
+        cache.place(sequence, promised_tokens=0)
+        logits = prefill_segment(sequence, 0, len(prompt), peers=cluster.peers, **common)
+        cache.seal(sequence, len(prompt))
+        chosen.append([int(logits.argmax())])
+        batch.append(sequence)
+    shards = Fanout(cluster.peers, cluster.attention)
+    for step in range(1, NEW_TOKENS):
+        plan = decode.make_plan(step, batch, cluster.attention)
+        decode.check_plan(plan, batch)
+        memory = cluster.arenas["engine"].memory
+        logits = decode.run_step(plan, batch, shards=shards, memory=memory, **common)
+        decode.commit(plan, batch, cluster.attention)
+        for row, picked in zip(logits, chosen, strict=True):
+            picked.append(int(row.argmax()))
+        for sequence in batch:
+            cache.hand_off(sequence)
+    for sequence in batch:
+        cache.release(sequence)
+    cache.close()
+    return [torch.tensor(picked) for picked in chosen]
+
+
+@pytest.mark.heavy
+def test_bfloat16_differs_from_transformers_no_more_than_transformers_from_itself(
+    demo_model, hugging_face, rig, prompts, capsys
+):
+    inputs = [ids for ids in prompts.values() if len(ids) <= LONGEST_PROMPT]
+    sdpa, eager = hugging_face(torch.bfloat16, "sdpa"), hugging_face(torch.bfloat16, "eager")
+    exact = hugging_face(torch.float32)
+    with torch.inference_mode():
+        answers = [
+            sdpa.generate(
+                torch.tensor([ids]),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                do_sample=False,
+                max_new_tokens=NEW_TOKENS,
+                eos_token_id=NO_TOKEN,
+                pad_token_id=0,
+            )[0, len(ids) :].tolist()
+            for ids in inputs
+        ]
+        cluster = rig(demo_model(torch.bfloat16), shards=5, shard_by="both")
+        ours = our_argmaxes(cluster, inputs, answers)
+        own_flips = our_flips = positions = 0
+        worst_gap = 0.0
+        for prompt, answer, mine in zip(inputs, answers, ours, strict=True):
+            theirs, _ = argmaxes(sdpa, prompt, answer)
+            other, _ = argmaxes(eager, prompt, answer)
+            _, reference = argmaxes(exact, prompt, answer)
+            own_flips += int((theirs != other).sum())
+            positions += len(answer)
+            for at in (mine != theirs).nonzero().flatten().tolist():
+                our_flips += 1
+                gap = abs(float(reference[at, mine[at]] - reference[at, theirs[at]]))
+                worst_gap = max(worst_gap, gap)
+    with capsys.disabled():
+        print(
+            f"\nbfloat16 argmax over {positions} positions: transformers sdpa against eager differs at"
+            f" {own_flips}, farshore against sdpa at {our_flips}, largest float32 logit gap {worst_gap:.3f}"
+        )
+    assert own_flips > 0, "transformers agrees with itself everywhere: the bound below means nothing"
+    assert worst_gap <= MAX_GAP
+    assert our_flips <= MAX_RATE * own_flips

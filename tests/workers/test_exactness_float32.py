@@ -1,0 +1,55 @@
+"""Greedy tokens in float32 equal transformers', token for token, however the KV cache is cut."""
+
+import pytest
+import torch
+from farshore.workers.sequence import Finished, Sampling
+
+NEW_TOKENS = 16
+NO_TOKEN = 10**9
+"""No end-of-text for transformers, no stop tokens for us: both go on to NEW_TOKENS."""
+
+
+@pytest.fixture(scope="module")
+def expected(hugging_face, prompts):
+    model = hugging_face(torch.float32)
+    answers = {}
+    for name, ids in prompts.items():
+        with torch.inference_mode():
+            out = model.generate(
+                torch.tensor([ids]),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                do_sample=False,
+                max_new_tokens=NEW_TOKENS,
+                eos_token_id=NO_TOKEN,
+                pad_token_id=0,
+            )
+        answers[name] = out[0, len(ids) :].tolist()
+    return answers
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("shards", "shard_by", "local"),
+    [
+        (1, "range", False),
+        (2, "range", False),
+        (3, "range", False),
+        (3, "head", False),
+        (5, "both", False),
+        (0, "range", True),
+    ],
+    ids=["1 by range", "2 by range", "3 by range", "3 by head", "5 by both", "local"],
+)
+def test_greedy_tokens_equal_transformers(demo_model, rig, submit, prompts, expected, shards, shard_by, local):
+    cluster = rig(demo_model(torch.float32), shards=shards, shard_by=shard_by, local=local)
+    engine = cluster.start()
+    sampling = Sampling(max_tokens=NEW_TOKENS, temperature=0.0)
+    running = {name: submit(engine, name, ids, sampling) for name, ids in prompts.items()}
+    for name, collected in running.items():
+        result = collected.result()
+        assert isinstance(result, Finished), (name, result)
+        assert collected.tokens == expected[name], name
+        used = {worker for worker, size in result.attended_bytes.items() if size}
+        assert used <= set(cluster.targets)
+        if len(prompts[name]) >= 8:
+            assert used == set(cluster.targets), name
