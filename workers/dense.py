@@ -16,7 +16,6 @@ from farshore.attention_offload.codec import dtype_of
 from farshore.attention_offload.grpc_peer import GrpcPeer
 from farshore.attention_offload.in_process import InProcessPeer
 from farshore.attention_offload.placement import ShardBy
-from farshore.errors import FarshoreError
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kvstore.arena import Arena
 from farshore.kvstore.store import LocalStore

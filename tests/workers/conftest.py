@@ -5,6 +5,7 @@ from itertools import count
 
 import pytest
 import torch
+
 from farshore.attention_offload.in_process import InProcessPeer
 from farshore.ids import SequenceId, WorkerId
 from farshore.kvstore.arena import Arena

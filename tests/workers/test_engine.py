@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+
 from farshore.errors import Full, InvalidRequest, NotFound, Overloaded, TransportError
 from farshore.ids import SequenceId
 from farshore.kvstore.arena import Arena
@@ -19,8 +20,9 @@ PROMPT = list(range(5, 50))
 @pytest.fixture(scope="module")
 def tiny():
     """A Llama of random weights, small enough for hundreds of steps a second."""
-    from farshore.models.weights import expected_shapes
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from farshore.models.weights import expected_shapes
 
     torch.manual_seed(3)
     hf = LlamaForCausalLM(

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+
 from farshore.attention_offload.fanout import Fanout
 from farshore.ids import Epoch, SequenceId
 from farshore.workers import decode

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from farshore.workers.sequence import Finished, Sampling
 
 NEW_TOKENS = 16
