@@ -1,7 +1,5 @@
 """The engine's behaviour around the tokens: transactions, memory, cancelling, limits."""
 
-import threading
-
 import pytest
 import torch
 
@@ -22,10 +20,8 @@ def tiny():
     """A Llama of random weights, small enough for hundreds of steps a second."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from farshore.models.weights import expected_shapes
-
     torch.manual_seed(3)
-    hf = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(
             hidden_size=48,
             intermediate_size=64,
@@ -38,8 +34,6 @@ def tiny():
             tie_word_embeddings=True,
         )
     ).eval()
-    assert expected_shapes
-    return hf
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +64,12 @@ class Flaky:
         self.store = peer.store
         self.waits = 0
         self.break_at = set()
-        self.dead = False
+        self.die_at = None
+        self._dead = False
+
+    def revive(self):
+        """For the check that nothing is left behind: its memory was freed while nobody could see it."""
+        self.die_at, self._dead = None, False
 
     def identify(self):
         self._check()
@@ -86,6 +85,7 @@ class Flaky:
 
     def wait(self, sent):
         self.waits += 1
+        self._dead |= self.waits == self.die_at
         self._check()
         if self.waits in self.break_at:
             raise TransportError("the connection broke")
@@ -95,7 +95,7 @@ class Flaky:
         self._peer.close()
 
     def _check(self):
-        if self.dead:
+        if self._dead:
             raise TransportError("nobody answers")
 
 
@@ -139,28 +139,20 @@ def test_what_the_engine_counts_is_what_the_shards_attended_to(tiny_model, rig, 
 
 def test_a_dead_shard_fails_its_sequences_and_only_them(tiny, tiny_model, rig, submit):
     cluster = rig(tiny_model, shards=2, shard_by="range", memory_bytes=64 << 20, wrap=Flaky)
-    one_token = Sampling(max_tokens=300, temperature=0.0)
     engine = cluster.start()
-    spread = submit(engine, "spread", PROMPT, one_token)
-    single = submit(engine, "single", PROMPT[:1], one_token)
-    started = threading.Event()
-    original = cluster.peers["shard1"]._peer.wait
-
-    def dies_at_tenth(sent):
-        if cluster.peers["shard1"].waits == 10:
-            cluster.peers["shard1"].dead = True
-            started.set()
-            raise TransportError("gone")
-        return original(sent)
-
-    cluster.peers["shard1"]._peer.wait = dies_at_tenth
+    single = submit(engine, "single", PROMPT[:1], Sampling(max_tokens=200, temperature=0.0))
+    single.events.get(timeout=60)
+    (view,) = engine.views()
+    victim = cluster.peers[next(worker for worker in cluster.targets if worker != view.spans[0][0])]
+    victim.die_at = 10
+    spread = submit(engine, "spread", PROMPT, Sampling(max_tokens=600, temperature=0.0))
     result = spread.result()
     assert isinstance(result, Failed) and isinstance(result.error, TransportError)
-    assert started.is_set()
-    held_by = submit_view = single.result()
-    assert isinstance(submit_view, Finished), held_by
-    assert single.tokens == greedy(tiny, PROMPT[:1], 300)
-    cluster.peers["shard1"].dead = False
+    assert 0 < len(spread.tokens) < 600
+    result = single.result()
+    assert isinstance(result, Finished), result
+    assert single.tokens == greedy(tiny, PROMPT[:1], 200)[-len(single.tokens) :]
+    victim.revive()
 
 
 def test_cancel_frees_memory_and_says_so(tiny_model, rig, submit):
@@ -210,7 +202,6 @@ def test_requests_beyond_the_pool_wait_their_turn(tiny, tiny_model, rig, submit)
     """Room for about two sequences; six ask; all are served."""
     layout = rig(tiny_model).attention.layouts[0]
     cluster = rig(tiny_model, shards=1, memory_bytes=layout.block_bytes * 6)
-    cluster.arenas["engine"] = cluster.arenas["engine"]
     engine = cluster.start()
     prompts = [[n + 1] * 300 for n in range(6)]
     running = [submit(engine, f"s{n}", prompt, GREEDY) for n, prompt in enumerate(prompts)]
