@@ -94,7 +94,8 @@ class AttentionService(pb_grpc.AttentionServicer):
             layout = self._store.layout(span)
             token_bytes = layout.token_elements * layout.dtype.itemsize
             chunk_tokens = max(1, READ_CHUNK_BYTES // token_bytes)
-            for first in range(request.first, request.last, chunk_tokens):
+            # At least one read: the store checks a range even where it is empty.
+            for first in range(request.first, request.last, chunk_tokens) or (request.first,):
                 last = min(first + chunk_tokens, request.last)
                 k, v = self._store.read(span, request.layer, first, last)
                 yield pb.KVChunk(tokens=last - first, k=codec.to_bytes(k), v=codec.to_bytes(v))
