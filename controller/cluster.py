@@ -3,10 +3,14 @@
 The embedded cluster of `farshore generate` is the same thing for one call.
 """
 
+import contextlib
 import os
 import socket
+import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,7 +26,7 @@ from farshore.controller.controller import Controller
 from farshore.controller.gateway_process import GatewayProcess
 from farshore.errors import FarshoreError, PortInUse, StartupError
 from farshore.models.config import load_config
-from farshore.models.source import resolve
+from farshore.models.source import DEMO, resolve
 
 OBJECT_STORE_BYTES = 80 << 20
 """KV and frames never pass through Ray's object store: the least that Ray allows, not its 30% of memory."""
@@ -101,7 +105,8 @@ class Cluster:
         self._start_ray()
         progress("starting the controller")
         # One thread for place and load, one to be asked how far they are, one to stop it all.
-        self._controller = ray.remote(Controller).options(num_cpus=0, max_concurrency=3).remote(config)
+        controller_actor = ray.remote(Controller).options(num_cpus=0, max_concurrency=3)
+        self._controller = controller_actor.remote(_anywhere(config))
         controller = self._ask(self._controller.address.remote(), "the controller")
         progress(f"starting {config.attention_workers} attention workers")
         attention = self._ask(self._controller.place.remote(), "the attention workers")
@@ -128,7 +133,10 @@ class Cluster:
                 "object_store_memory": OBJECT_STORE_BYTES,
             }
         try:
-            ray.init(**options)
+            # Ray puts the current directory first on its workers' sys.path: in a checkout, our own folders
+            # would hide the installed package. The interpreter's holds no modules.
+            with contextlib.chdir(Path(sys.executable).parent):
+                ray.init(**options)
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             fix = "check --ray-address" if config.ray_address else "see Ray's log under /tmp/ray"
             raise StartupError(f"Ray did not start ({error}): {fix}") from error
@@ -154,6 +162,14 @@ class Cluster:
             raise StartupError(f"{who} failed: {error.cause or error}") from error
         except ray.exceptions.RayError as error:
             raise StartupError(f"{who} did not answer: {error}") from error
+
+
+def _anywhere(config: ClusterConfig) -> ClusterConfig:
+    """Workers run in other directories: a relative path of the user's becomes an absolute one."""
+    path = Path(config.model).expanduser()
+    if config.model == DEMO or not path.exists():
+        return config
+    return replace(config, model=str(path.absolute()))
 
 
 def _check_port(config: ClusterConfig) -> None:
