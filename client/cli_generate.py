@@ -46,7 +46,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--max-tokens", type=positive, metavar="N", help="most tokens to answer (default: 256)"
     )
-    parser.add_argument("--temperature", type=temperature, metavar="T", help="0 (greedy) to 2 (default: 1)")
+    parser.add_argument("--temperature", type=temperature, metavar="T", help="0 (greedy) to 2 (default: 0)")
     parser.add_argument(
         "--top-p", type=top_p, metavar="P", help="sample from the likeliest tokens of this total probability"
     )
@@ -86,9 +86,11 @@ def read_prompt(argument: str) -> str:
     where = "the prompt"
     try:
         if argument == "-":
-            where, text = "stdin", sys.stdin.read()
+            where = "stdin"
+            text = sys.stdin.read()
         elif argument.startswith("@"):
-            where, text = argument[1:], Path(argument[1:]).read_text(encoding="utf-8")
+            where = argument[1:]
+            text = Path(where).read_text(encoding="utf-8")
         else:
             text = argument
     except OSError as error:

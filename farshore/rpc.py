@@ -20,6 +20,8 @@ OPTIONS = [
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    # A peer that comes back is found within this, however long it was away.
+    ("grpc.max_reconnect_backoff_ms", 2_000),
     # One process may hold several servers; a second server on a taken port must fail, not share it.
     ("grpc.so_reuseport", 0),
 ]

@@ -66,7 +66,7 @@ def prepare(request: api.GenerateRequest, served: Served, limits: Limits) -> Job
     return Job(
         prompt=tuple(prompt),
         max_tokens=_max_tokens(len(prompt), sampling, served.config.max_positions, limits),
-        temperature=sampling.temperature if sampling.HasField("temperature") else 1.0,
+        temperature=sampling.temperature if sampling.HasField("temperature") else 0.0,
         top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
         seed=seed,
         stop_ids=() if sampling.ignore_eos else served.stop_ids,

@@ -42,7 +42,7 @@ class SequenceCache:
         self._targets = targets
         self._layout = model.layouts[LAYER_CLASS]
         self._shard_by: ShardBy = shard_by
-        self._handing_off: dict[SequenceId, Future[list[PlacedSpan]]] = {}
+        self._handing_off: dict[SequenceId, tuple[list[Share], Future[list[PlacedSpan]]]] = {}
         self._helper = ThreadPoolExecutor(1, thread_name_prefix="hand-off")
 
     def fits_ever(self, tokens: int) -> None:
@@ -82,28 +82,27 @@ class SequenceCache:
         """
         pending = self._handing_off.get(sequence.id)
         if pending is not None:
-            if pending.done():
+            if pending[1].done():
                 self._settle(sequence)
             return
         tail = _tail_of(sequence)
         boundary = sequence.committed // BLOCK_TOKENS * BLOCK_TOKENS
         if boundary > tail.start:
             shares = self._growth_shares(sequence, boundary)
-            self._handing_off[sequence.id] = self._helper.submit(
-                self._move, sequence.id, sequence.epoch, tail, shares
-            )
+            moving = self._helper.submit(self._move, sequence.id, sequence.epoch, tail, shares)
+            self._handing_off[sequence.id] = (shares, moving)
 
     def settle_all(self) -> None:
         """Wait for the hand-offs under way (they have deadlines). For shutting down, and tests."""
-        for future in list(self._handing_off.values()):
-            future.exception()
+        for _, moving in list(self._handing_off.values()):
+            moving.exception()
 
     def release(self, sequence: Sequence) -> None:
         """Give back everything the sequence has, wherever it is. A shard that cannot be reached keeps its
         spans until it hears of a newer epoch, or ends."""
         pending = self._handing_off.pop(sequence.id, None)
         if pending is not None:
-            pending.exception()  # the tail is being read until then
+            pending[1].exception()  # the tail is being read until then
         for worker in {span.worker for span in sequence.spans} | set(self._targets):
             try:
                 self._peers[worker].store.drop_sequence(sequence.id, epoch=sequence.epoch)
@@ -151,14 +150,19 @@ class SequenceCache:
         )
 
     def _growth_shares(self, sequence: Sequence, boundary: int) -> list[Share]:
-        """The tail up to ``boundary`` goes, for each head class, to whoever has least of this sequence."""
+        """The tail up to ``boundary`` goes, for each head class, to whoever has least of this sequence and did not
+        refuse the last time."""
         held: dict[WorkerId, int] = {room.worker: 0 for c in sequence.classes for room in c.workers}
         for span in sequence.spans:
             held[span.worker] += span.last - span.first
         start = _tail_of(sequence).start
+
+        def rank(worker: WorkerId) -> tuple[bool, int, WorkerId]:
+            return worker in sequence.refused_by, held[worker], worker
+
         return [
             Share(
-                min((room.worker for room in c.workers), key=lambda worker: (held[worker], worker)),
+                min((room.worker for room in c.workers), key=rank),
                 start,
                 boundary,
                 c.group0,
@@ -202,10 +206,12 @@ class SequenceCache:
             return
 
     def _settle(self, sequence: Sequence) -> None:
-        future = self._handing_off.pop(sequence.id)
-        if isinstance(future.exception(), FarshoreError):
+        shares, moving = self._handing_off.pop(sequence.id)
+        if isinstance(moving.exception(), FarshoreError):
+            sequence.refused_by |= {share.worker for share in shares}
             return
-        placed = future.result()
+        placed = moving.result()
+        sequence.refused_by.clear()
         sequence.spans.extend(placed)
         _tail_of(sequence).release_below(placed[0].last)
 

@@ -4,6 +4,7 @@ Every round admits what fits, prefills one segment of one prompt, and decodes on
 sequence. Callers submit and cancel from other threads; tokens leave through each sequence's ``emit``.
 """
 
+import logging
 import threading
 import time
 from collections import deque
@@ -36,6 +37,11 @@ from farshore.workers.sequence import (
 
 STEP_ATTEMPTS = 3
 """A step is a transaction: how often it is run before its sequences fail."""
+
+RETRY_PAUSE_S = 0.05
+"""Before the second attempt, twice that before the third: a restarted connection needs a moment."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,16 +198,23 @@ class Engine:
             ) from error
 
     def _loop(self) -> None:
-        with torch.inference_mode():
-            while self._await_work():
-                self._reap()
-                self._admit()
-                self._prefill()
-                self._decode()
+        ending: FarshoreError = TransportError("the engine was stopped")
+        try:
+            with torch.inference_mode():
+                while self._await_work():
+                    self._reap()
+                    self._admit()
+                    self._prefill()
+                    self._decode()
+        except Exception as error:
+            # A mistake of ours. Nobody must wait for an engine that is gone.
+            _log.exception("the engine ended")
+            ending = FarshoreError(f"the engine ended with {type(error).__name__}: {error}; restart the cluster")
         with self._wake:
+            self._stopping = True
             live = list(self._known.values())
         for sequence in live:
-            self._end(sequence, Failed(TransportError("the engine was stopped")))
+            self._end(sequence, Failed(ending))
 
     def _await_work(self) -> bool:
         with self._wake:
@@ -265,9 +278,10 @@ class Engine:
                 )
                 self._cache.seal(sequence, last)
                 return logits
-            except TransportError:
-                if attempt == STEP_ATTEMPTS:
+            except FarshoreError as error:
+                if not error.retryable or attempt == STEP_ATTEMPTS:
                     raise
+                time.sleep(RETRY_PAUSE_S * attempt)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _decode(self) -> None:
@@ -305,6 +319,7 @@ class Engine:
                 if not error.retryable or attempt == STEP_ATTEMPTS:
                     self._fail_unreachable(batch, error)
                     return None
+                time.sleep(RETRY_PAUSE_S * attempt)
         raise AssertionError("unreachable: the last attempt returns")
 
     def _fail_unreachable(self, batch: list[Sequence], error: FarshoreError) -> None:

@@ -86,6 +86,8 @@ class Sequence:
     classes: list[HeadClass] = field(default_factory=list)
     spans: list[PlacedSpan] = field(default_factory=list)
     tail: Tail | None = None
+    refused_by: set[WorkerId] = field(default_factory=set)
+    """Who did not take the tail's full blocks when last asked: dead, or full."""
     attended_bytes: dict[WorkerId, int] = field(default_factory=lambda: defaultdict(int))
     cancelled: threading.Event = field(default_factory=threading.Event)
 

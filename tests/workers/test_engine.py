@@ -253,3 +253,38 @@ def test_the_arena_says_what_is_free():
 def test_an_unknown_span_is_not_found(tiny_model, rig):
     with pytest.raises(NotFound):
         rig(tiny_model).stores["shard0"].segments("shard0/99", 0, 1)
+
+
+class Broken(Flaky):
+    """A peer with a programming mistake in it."""
+
+    def wait(self, sent):
+        raise RuntimeError("a mistake")
+
+
+def test_a_mistake_in_the_loop_fails_its_sequences_and_refuses_more(tiny_model, rig, submit):
+    engine = rig(tiny_model, memory_bytes=64 << 20, wrap=Broken).start()
+    result = submit(engine, "a", PROMPT, GREEDY).result()
+    assert isinstance(result, Failed) and "RuntimeError: a mistake" in str(result.error)
+    with pytest.raises(TransportError, match="stopping"):
+        submit(engine, "b", PROMPT, GREEDY)
+
+
+def test_a_full_shard_does_not_keep_the_tail_from_another(tiny, tiny_model, rig, submit):
+    """The worker that has least of the sequence refuses: the next one takes the tail's blocks."""
+    cluster = rig(tiny_model, shards=2, memory_bytes=64 << 20)
+    engine = cluster.start()
+    it = submit(engine, "a", PROMPT[:1], Sampling(max_tokens=900, temperature=0.0))
+    it.events.get(timeout=60)
+    (view,) = engine.views()
+    other = next(worker for worker in cluster.targets if worker != view.spans[0][0])
+
+    def refuse(*_, **__):
+        raise Full("no room", free_bytes=0)
+
+    cluster.stores[other].create = refuse
+    result = it.result()
+    del cluster.stores[other].create
+    assert isinstance(result, Finished)
+    assert it.tokens == greedy(tiny, PROMPT[:1], 900)[-len(it.tokens) :]
+    assert result.attended_bytes[view.spans[0][0]] > 300 * attended(tiny_model, 256, 1)

@@ -1,0 +1,138 @@
+"""The real `farshore` command, as a user runs it, and the proof that it leaves nothing behind."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+COMMAND = Path(sys.executable).parent / "farshore"
+REPOSITORY = Path(__file__).parents[2]
+START_DEADLINE_S = 180.0
+END_DEADLINE_S = 60.0
+MARK = "FARSHORE_TEST_MARK"
+
+
+class Marked:
+    """Runs commands whose every descendant can be found again: they inherit a variable."""
+
+    def __init__(self):
+        self.mark = uuid.uuid4().hex
+        self.environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"} | {MARK: self.mark}
+        self._shared_memory = _shared_memory()
+
+    def run(self, *arguments, stdin=""):
+        # From the checkout, where our own folders lie in wait for a sys.path with the current directory.
+        return subprocess.run(
+            [COMMAND, *arguments],
+            env=self.environment,
+            cwd=REPOSITORY,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=START_DEADLINE_S,
+        )
+
+    def start(self, *arguments):
+        return Background(
+            subprocess.Popen(
+                [COMMAND, *arguments],
+                env=self.environment,
+                cwd=REPOSITORY,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+
+    def check_nothing_left(self):
+        """No process and no shared-memory file; the kernel may take a moment to bury what was killed."""
+        deadline = time.monotonic() + END_DEADLINE_S
+        while (left := self._processes() + sorted(_shared_memory() - self._shared_memory)) and (
+            time.monotonic() < deadline
+        ):
+            threading.Event().wait(0.1)
+        assert not left
+
+    def _processes(self):
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes():
+                    found.append((entry / "cmdline").read_text().replace("\0", " "))
+            except OSError:
+                continue
+        return [command for command in found if command]
+
+
+class Background:
+    """A command that runs on; its output is collected line by line."""
+
+    def __init__(self, process):
+        self.process = process
+        self.out, self.err = _Lines(process.stdout), _Lines(process.stderr)
+
+    def end(self, number):
+        """Send a signal; returns the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(END_DEADLINE_S)
+
+
+class _Lines:
+    def __init__(self, stream):
+        self._seen, self._more = [], threading.Condition()
+        self._closed = False
+        threading.Thread(target=self._read, args=(stream,), daemon=True).start()
+
+    def await_match(self, pattern):
+        with self._more:
+            self._more.wait_for(lambda: self._closed or self._find(pattern), START_DEADLINE_S)
+            found = self._find(pattern)
+        assert found, f"{pattern!r} is not in {self._seen}"
+        return found
+
+    def _find(self, pattern):
+        return next((m for line in self._seen if (m := re.search(pattern, line))), None)
+
+    def _read(self, stream):
+        with stream:
+            for line in stream:
+                with self._more:
+                    self._seen.append(line)
+                    self._more.notify_all()
+        with self._more:
+            self._closed = True
+            self._more.notify_all()
+
+
+def _shared_memory():
+    return {str(path) for path in Path("/dev/shm").iterdir()}
+
+
+@pytest.fixture
+def marked():
+    made = Marked()
+    yield made
+    made.check_nothing_left()
+
+
+@pytest.fixture
+def serve(marked):
+    """serve(option, …) -> (the running command, its gateway's address); ended by SIGTERM if it still runs."""
+    started = []
+
+    def start(*options):
+        server = marked.start("serve", "--port", "0", *options)
+        started.append(server)
+        return server, server.out.await_match(r"serves \S+ at (\S+)")[1]
+
+    yield start
+    for server in started:
+        if server.process.poll() is None:
+            assert server.end(signal.SIGTERM) == 0

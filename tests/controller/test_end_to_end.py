@@ -1,0 +1,134 @@
+"""The main job as its user meets it: the installed command, Ray, separate processes, gRPC, real weights."""
+
+import json
+import os
+import signal
+import socket
+
+import grpc
+import pytest
+
+from farshore.client.events import Token
+from farshore.client.sdk import Client
+from farshore.errors import InvalidRequest, TransportError
+from farshore.proto import inference_pb2 as api
+from farshore.proto import inference_pb2_grpc
+
+QUESTION = "What is the capital of France?"
+
+
+@pytest.mark.heavy
+def test_one_command_answers_from_two_attention_workers(marked):
+    done = marked.run("generate", "--json", "--temperature", "0", "--max-tokens", "24", QUESTION)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["text"] == "The capital of France is Paris."
+    assert len(answer["token_ids"]) == answer["completion_tokens"] == 8
+    assert answer["prompt_tokens"] == 37
+    assert answer["ttft_ms"] > 0 and answer["tpot_ms"] > 0
+    assert len({shard["worker_id"] for shard in answer["shards"]}) == 2
+    assert len({shard["process_id"] for shard in answer["shards"]}) == 2
+    assert all(shard["attended_bytes"] > 0 for shard in answer["shards"])
+
+
+@pytest.mark.heavy
+def test_a_served_cluster_answers_tells_and_refuses(marked, serve):
+    server, address = serve("--shard-by", "both", "--attention-workers", "3", "--kv-memory", "64MiB")
+
+    plain = marked.run("generate", "--server", address, QUESTION)
+    assert (plain.returncode, plain.stdout.strip()) == (0, "The capital of France is Paris."), plain.stderr
+
+    with Client(address) as client:
+        stream = client.generate("Once upon a time", max_tokens=2000, temperature=0, ignore_eos=True)
+        next(event for event in stream if isinstance(event, Token))
+        told = client.status()
+        shown = marked.run("status", "--server", address)
+        stream.close()
+    (sequence,) = told.sequences
+    assert {worker.kind: worker.state for worker in told.workers} == {"dense": "ready", "attention": "ready"}
+    covered = {
+        (position, group)
+        for span in sequence.spans
+        for position in range(span.first, span.last)
+        for group in range(span.group0, span.group1)
+    }
+    assert covered == {(position, group) for position in range(sequence.tail_first) for group in range(3)}
+    assert sequence.tail_first <= sequence.tokens
+    assert all(span.worker_id in shown.stdout for span in sequence.spans)
+
+    with grpc.insecure_channel(address) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        for request, code in (
+            (api.GenerateRequest(text=""), grpc.StatusCode.INVALID_ARGUMENT),
+            (api.GenerateRequest(tokens=api.TokenIds(ids=[1] * 9000)), grpc.StatusCode.INVALID_ARGUMENT),
+            (
+                api.GenerateRequest(text="Hi", sampling=api.Sampling(top_p=7)),
+                grpc.StatusCode.INVALID_ARGUMENT,
+            ),
+        ):
+            with pytest.raises(grpc.RpcError) as refused:
+                list(stub.Generate(request))
+            assert refused.value.code() is code, refused.value.details()
+            assert "\n" not in refused.value.details()
+    assert server.end(signal.SIGINT) == 0
+
+
+@pytest.mark.heavy
+def test_a_killed_attention_worker_fails_its_sequence_and_is_shown(serve):
+    _, address = serve()
+    with Client(address) as client:
+        stream = client.generate("Once upon a time", max_tokens=4000, temperature=0, ignore_eos=True)
+        next(event for event in stream if isinstance(event, Token))
+        victim = next(worker for worker in client.status().workers if worker.kind == "attention")
+        os.kill(victim.process_id, signal.SIGKILL)
+        with pytest.raises(TransportError) as failed:
+            list(stream)
+        assert "\n" not in str(failed.value)
+        states = {worker.worker_id: worker.state for worker in client.status().workers}
+    assert states.pop(victim.worker_id) == "unreachable"
+    assert set(states.values()) == {"ready"}
+
+
+@pytest.mark.heavy
+def test_a_pool_too_small_for_the_prompt_and_local_placement(marked, serve):
+    _, address = serve("--placement", "local", "--kv-memory", "64MiB")
+    with Client(address) as client:
+        with pytest.raises(InvalidRequest, match="--kv-memory"):
+            list(client.generate(token_ids=[1] * 6000))
+    local = marked.run("generate", "--json", "--server", address, QUESTION)
+    assert json.loads(local.stdout)["text"] == "The capital of France is Paris."
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("stage", ["starting Ray", "attention workers", "loading"])
+def test_ctrl_c_while_starting_leaves_nothing(marked, stage):
+    server = marked.start("serve", "--port", "0")
+    server.err.await_match(stage)
+    assert server.end(signal.SIGINT) == 0
+
+
+@pytest.mark.heavy
+def test_mistakes_get_one_line_and_nothing_runs(marked, tmp_path):
+    from farshore.models.source import resolve
+
+    truncated = tmp_path / "truncated.gguf"
+    truncated.write_bytes(resolve("smollm2").path.read_bytes()[:100_000])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for arguments, told in (
+            (["serve", "--port", "0", "--model", str(tmp_path / "nowhere.gguf")], "nowhere.gguf"),
+            (["serve", "--port", "0", "--model", str(truncated)], "truncated.gguf"),
+            (["serve", "--port", port], "choose another --port"),
+            (["generate", ""], "empty"),
+            (["generate", "@missing.txt"], "missing.txt"),
+            (["generate", "--server", "127.0.0.1:1", "Hello"], "no gateway answers"),
+            (["generate", "--temperature", "3", "Hello"], "0"),
+        ):
+            done = marked.run(*arguments)
+            assert done.returncode not in (0, None), arguments
+            errors = [line for line in done.stderr.splitlines() if "error:" in line]
+            assert len(errors) == 1 and told in errors[0], done.stderr
+            assert "Traceback" not in done.stderr
+            assert not done.stdout
