@@ -38,7 +38,7 @@ def test_defaults_reach_the_engine(farshore, served):
     first = farshore.engine.next_sequence().request
     list(farshore.generate())
     second = farshore.engine.next_sequence().request
-    assert (first.max_tokens, first.temperature, first.top_p) == (256, 1.0, 1.0)
+    assert (first.max_tokens, first.temperature, first.top_p) == (256, 0.0, 1.0)
     assert list(first.stop_ids) == list(served.config.eos_token_ids)
     assert first.seed != second.seed
 
