@@ -42,11 +42,10 @@ class GatewayProcess:
         return self._process.poll()
 
     def stop(self) -> None:
-        """Idempotent."""
+        """Close its standard input, which ends it; a signal besides would meet it half closed. Idempotent."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
-        self._process.terminate()
         try:
             self._process.wait(STOP_DEADLINE_S)
         except subprocess.TimeoutExpired:

@@ -209,7 +209,9 @@ class Engine:
         except Exception as error:
             # A mistake of ours. Nobody must wait for an engine that is gone.
             _log.exception("the engine ended")
-            ending = FarshoreError(f"the engine ended with {type(error).__name__}: {error}; restart the cluster")
+            ending = FarshoreError(
+                f"the engine ended with {type(error).__name__}: {error}; restart the cluster"
+            )
         with self._wake:
             self._stopping = True
             live = list(self._known.values())
