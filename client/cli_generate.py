@@ -48,9 +48,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--temperature", type=temperature, metavar="T", help="0 (greedy) to 2 (default: 0)")
     parser.add_argument(
-        "--top-p", type=top_p, metavar="P", help="sample from the likeliest tokens of this total probability"
+        "--top-p",
+        type=top_p,
+        metavar="P",
+        help="with a temperature: sample from the likeliest tokens of this total probability",
     )
-    parser.add_argument("--seed", type=seed, metavar="N", help="repeat a sampled answer (default: random)")
+    parser.add_argument(
+        "--seed", type=seed, metavar="N", help="with a temperature: repeat a sampled answer (default: random)"
+    )
     parser.add_argument(
         "--json",
         action="store_true",

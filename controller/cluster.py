@@ -25,7 +25,7 @@ from farshore.controller.config import ClusterConfig
 from farshore.controller.controller import Controller
 from farshore.controller.gateway_process import GatewayProcess
 from farshore.errors import FarshoreError, PortInUse, StartupError
-from farshore.models.config import load_config
+from farshore.models.config import ModelConfig, load_config
 from farshore.models.source import DEMO, resolve
 
 OBJECT_STORE_BYTES = 80 << 20
@@ -55,10 +55,10 @@ class Cluster:
         Raises ModelError, PortInUse, StartupError; ``progress`` is told each stage in a few words.
         """
         _check_port(config)
-        load_config(resolve(config.model))
+        model = load_config(resolve(config.model))
         cluster = cls(config)
         try:
-            cluster._start(progress)
+            cluster._start(model, progress)
         except BaseException:
             cluster.stop()
             raise
@@ -79,11 +79,9 @@ class Cluster:
         if self._gateway is not None:
             self._gateway.stop()
         if self._controller is not None:
-            try:
+            # Dead or stuck: killing it, and Ray's own end below, leaves nothing running either.
+            with contextlib.suppress(ray.exceptions.RayError):
                 ray.get(self._controller.stop.remote(), timeout=STOP_DEADLINE_S)
-            except ray.exceptions.RayError:
-                # Dead or stuck: killing it, and Ray's own end below, leaves nothing running either.
-                pass
             ray.kill(self._controller)
         if ray.is_initialized():
             ray.shutdown()
@@ -99,14 +97,14 @@ class Cluster:
     ) -> None:
         self.stop()
 
-    def _start(self, progress: Callable[[str], None]) -> None:
+    def _start(self, model: ModelConfig, progress: Callable[[str], None]) -> None:
         config = self._config
         progress(f"joining Ray at {config.ray_address}" if config.ray_address else "starting Ray")
         self._start_ray()
         progress("starting the controller")
         # One thread for place and load, one to be asked how far they are, one to stop it all.
         controller_actor = ray.remote(Controller).options(num_cpus=0, max_concurrency=3)
-        self._controller = controller_actor.remote(_anywhere(config))
+        self._controller = controller_actor.remote(_anywhere(config), model)
         controller = self._ask(self._controller.address.remote(), "the controller")
         progress(f"starting {config.attention_workers} attention workers")
         attention = self._ask(self._controller.place.remote(), "the attention workers")
@@ -180,5 +178,6 @@ def _check_port(config: ClusterConfig) -> None:
             probe.bind((config.host, config.port))
         except OSError as error:
             raise PortInUse(
-                f"cannot listen on {config.host}:{config.port} ({error.strerror}): choose another --port, or 0"
+                f"cannot listen on {config.host}:{config.port} ({error.strerror}):"
+                " choose another --port, or 0"
             ) from error

@@ -40,7 +40,8 @@ class ClusterConfig:
             )
         if self.kv_memory_bytes < MIN_KV_MEMORY_BYTES:
             raise InvalidRequest(
-                f"--kv-memory {self.kv_memory_bytes}: give each worker at least {MIN_KV_MEMORY_BYTES >> 20}MiB"
+                f"--kv-memory {self.kv_memory_bytes}:"
+                f" give each worker at least {MIN_KV_MEMORY_BYTES >> 20}MiB"
             )
         for name, value, choices in (
             ("--placement", self.placement, get_args(Placement)),

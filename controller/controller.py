@@ -16,8 +16,7 @@ from farshore.controller.service import ControllerService
 from farshore.errors import StartupError
 from farshore.ids import WorkerId
 from farshore.kvstore.directory import EmbeddedDirectory
-from farshore.models.config import load_config
-from farshore.models.source import resolve
+from farshore.models.config import ModelConfig
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 from farshore.workers.attention import AttentionWorker
@@ -34,13 +33,13 @@ STOP_DEADLINE_S = 15.0
 class Controller:
     """Construct, :meth:`place`, then :meth:`load`; :meth:`loading` may be asked meanwhile."""
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(self, config: ClusterConfig, model: ModelConfig) -> None:
         self._config = config
         self._actors: list[Any] = []
         self._dense: list[Any] = []
         # A replaced controller must give out greater epochs than its predecessor did.
         directory = EmbeddedDirectory(first_epoch=time.time_ns() // 1000)
-        self._service = ControllerService(config, load_config(resolve(config.model)), directory)
+        self._service = ControllerService(config, model, directory)
         self._server, self._address = rpc.serve(
             lambda server: pb_grpc.add_ControllerServicer_to_server(self._service, server),
             service=pb.DESCRIPTOR.services_by_name["Controller"].full_name,

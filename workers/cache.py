@@ -6,6 +6,7 @@ are cut, it is told.
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 from farshore.attention_offload.base import AttentionModel, Peer
 from farshore.attention_offload.placement import HeadClass, Room, ShardBy, Share, head_classes, spread
@@ -19,6 +20,13 @@ from farshore.workers.sequence import PlacedSpan, Sequence
 
 LAYER_CLASS = 0
 """Models served so far have one kind of attention layer."""
+
+
+class _HandOff(NamedTuple):
+    """A move of the tail's full blocks, under way: to whom, and the spans that will come of it."""
+
+    shares: list[Share]
+    placed: Future[list[PlacedSpan]]
 
 
 class SequenceCache:
@@ -42,7 +50,7 @@ class SequenceCache:
         self._targets = targets
         self._layout = model.layouts[LAYER_CLASS]
         self._shard_by: ShardBy = shard_by
-        self._handing_off: dict[SequenceId, tuple[list[Share], Future[list[PlacedSpan]]]] = {}
+        self._handing_off: dict[SequenceId, _HandOff] = {}
         self._helper = ThreadPoolExecutor(1, thread_name_prefix="hand-off")
 
     def fits_ever(self, tokens: int) -> None:
@@ -82,27 +90,27 @@ class SequenceCache:
         """
         pending = self._handing_off.get(sequence.id)
         if pending is not None:
-            if pending[1].done():
+            if pending.placed.done():
                 self._settle(sequence)
             return
         tail = _tail_of(sequence)
         boundary = sequence.committed // BLOCK_TOKENS * BLOCK_TOKENS
         if boundary > tail.start:
             shares = self._growth_shares(sequence, boundary)
-            moving = self._helper.submit(self._move, sequence.id, sequence.epoch, tail, shares)
-            self._handing_off[sequence.id] = (shares, moving)
+            placed = self._helper.submit(self._move, sequence.id, sequence.epoch, tail, shares)
+            self._handing_off[sequence.id] = _HandOff(shares, placed)
 
     def settle_all(self) -> None:
         """Wait for the hand-offs under way (they have deadlines). For shutting down, and tests."""
-        for _, moving in list(self._handing_off.values()):
-            moving.exception()
+        for pending in list(self._handing_off.values()):
+            pending.placed.exception()
 
     def release(self, sequence: Sequence) -> None:
         """Give back everything the sequence has, wherever it is. A shard that cannot be reached keeps its
         spans until it hears of a newer epoch, or ends."""
         pending = self._handing_off.pop(sequence.id, None)
         if pending is not None:
-            pending[1].exception()  # the tail is being read until then
+            pending.placed.exception()  # the tail is being read until then
         for worker in {span.worker for span in sequence.spans} | set(self._targets):
             try:
                 self._peers[worker].store.drop_sequence(sequence.id, epoch=sequence.epoch)
@@ -150,8 +158,8 @@ class SequenceCache:
         )
 
     def _growth_shares(self, sequence: Sequence, boundary: int) -> list[Share]:
-        """The tail up to ``boundary`` goes, for each head class, to whoever has least of this sequence and did not
-        refuse the last time."""
+        """The tail up to ``boundary`` goes, for each head class, to whoever has least of this sequence
+        and did not refuse the last time."""
         held: dict[WorkerId, int] = {room.worker: 0 for c in sequence.classes for room in c.workers}
         for span in sequence.spans:
             held[span.worker] += span.last - span.first
@@ -206,11 +214,11 @@ class SequenceCache:
             return
 
     def _settle(self, sequence: Sequence) -> None:
-        shares, moving = self._handing_off.pop(sequence.id)
-        if isinstance(moving.exception(), FarshoreError):
-            sequence.refused_by |= {share.worker for share in shares}
+        pending = self._handing_off.pop(sequence.id)
+        if isinstance(pending.placed.exception(), FarshoreError):
+            sequence.refused_by |= {share.worker for share in pending.shares}
             return
-        placed = moving.result()
+        placed = pending.placed.result()
         sequence.refused_by.clear()
         sequence.spans.extend(placed)
         _tail_of(sequence).release_below(placed[0].last)

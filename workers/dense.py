@@ -129,9 +129,7 @@ class DenseWorker:
 
     def _release(self, sequence: SequenceId) -> None:
         """Tell the directory; it drops what nobody owns by itself when this does not arrive."""
-        epoch = self._epochs.pop(sequence, None)
-        if epoch is None:
-            return  # refused before it was claimed
+        epoch = self._epochs.pop(sequence)
         try:
             request = pb.ReleaseRequest(sequence_id=sequence, epoch=epoch)
             self._controller.Release(request, timeout=CONTROLLER_DEADLINE_S)

@@ -192,8 +192,8 @@ class Engine:
             self._cache.fits_ever(total)
         except Full as error:
             raise InvalidRequest(
-                f"{len(prompt)} prompt tokens + max_tokens {sampling.max_tokens} do not fit into the KV pool of"
-                f" {error.free_bytes / 2**30:.2f} GiB: shorten the prompt, lower max_tokens, or start the"
+                f"{len(prompt)} prompt tokens + max_tokens {sampling.max_tokens} do not fit into the KV pool"
+                f" of {error.free_bytes / 2**30:.2f} GiB: shorten the prompt, lower max_tokens, or start the"
                 " cluster with more --kv-memory or --attention-workers"
             ) from error
 
@@ -262,7 +262,7 @@ class Engine:
         first = sequence.committed
         last = min(first + self._limits.segment_tokens, sequence.prompt_tokens)
         try:
-            logits = self._attempt_segment(sequence, first, last)
+            logits = _attempt(lambda: self._run_segment(sequence, first, last))
         except FarshoreError as error:
             self._end(sequence, Failed(error))
             return
@@ -272,57 +272,48 @@ class Engine:
             self._running.append(sequence)
             self._take(sequence, logits)
 
-    def _attempt_segment(self, sequence: Sequence, first: int, last: int) -> torch.Tensor:
-        for attempt in range(1, STEP_ATTEMPTS + 1):
-            try:
-                logits = prefill_segment(
-                    sequence, first, last, model=self._model, attention=self._attention, peers=self._peers
-                )
-                self._cache.seal(sequence, last)
-                return logits
-            except FarshoreError as error:
-                if not error.retryable or attempt == STEP_ATTEMPTS:
-                    raise
-                time.sleep(RETRY_PAUSE_S * attempt)
-        raise AssertionError("unreachable: the last attempt returns or raises")
+    def _run_segment(self, sequence: Sequence, first: int, last: int) -> torch.Tensor:
+        """Logits behind position ``last``; the segment is committed."""
+        logits = prefill_segment(
+            sequence, first, last, model=self._model, attention=self._attention, peers=self._peers
+        )
+        self._cache.seal(sequence, last)
+        return logits
 
     def _decode(self) -> None:
         """One token for every running sequence."""
         batch = list(self._running)
         if not batch:
             return
-        logits = self._attempt_step(batch)
-        if logits is None:
+        try:
+            logits = _attempt(lambda: self._run_step(batch))
+        except FarshoreError as error:
+            self._fail_unreachable(batch, error)
             return
         for row, sequence in enumerate(batch):
             self._take(sequence, logits[row])
             if sequence.tail is not None:
                 self._cache.hand_off(sequence)
 
-    def _attempt_step(self, batch: list[Sequence]) -> torch.Tensor | None:
-        """Logits of a committed step, or None when sequences had to be failed instead."""
-        for attempt in range(1, STEP_ATTEMPTS + 1):
-            self._step += 1
-            try:
-                plan = decode.make_plan(self._step, batch, self._attention)
-                decode.check_plan(plan, batch)
-                logits = decode.run_step(
-                    plan,
-                    batch,
-                    model=self._model,
-                    attention=self._attention,
-                    shards=self._shards,
-                    memory=self._arena.memory,
-                )
-                decode.commit(plan, batch, self._attention)
-                return logits
-            except FarshoreError as error:
-                decode.drop_scratch(batch)
-                if not error.retryable or attempt == STEP_ATTEMPTS:
-                    self._fail_unreachable(batch, error)
-                    return None
-                time.sleep(RETRY_PAUSE_S * attempt)
-        raise AssertionError("unreachable: the last attempt returns")
+    def _run_step(self, batch: list[Sequence]) -> torch.Tensor:
+        """Logits of a committed step; one that raises leaves no trace."""
+        self._step += 1
+        try:
+            plan = decode.make_plan(self._step, batch, self._attention)
+            decode.check_plan(plan, batch)
+            logits = decode.run_step(
+                plan,
+                batch,
+                model=self._model,
+                attention=self._attention,
+                shards=self._shards,
+                memory=self._arena.memory,
+            )
+            decode.commit(plan, batch, self._attention)
+        except FarshoreError:
+            decode.drop_scratch(batch)
+            raise
+        return logits
 
     def _fail_unreachable(self, batch: list[Sequence], error: FarshoreError) -> None:
         """Fail those sequences that need a shard which is gone; all of them if none is."""
@@ -357,3 +348,15 @@ class Engine:
                     queue.remove(sequence)
         self._cache.release(sequence)
         sequence.emit(event)
+
+
+def _attempt(transaction: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What ``transaction`` returns; it is run again while what broke it is retryable."""
+    for attempt in range(1, STEP_ATTEMPTS):
+        try:
+            return transaction()
+        except FarshoreError as error:
+            if not error.retryable:
+                raise
+            time.sleep(RETRY_PAUSE_S * attempt)
+    return transaction()

@@ -24,32 +24,23 @@ class Marked:
 
     def __init__(self):
         self.mark = uuid.uuid4().hex
-        self.environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"} | {MARK: self.mark}
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+        # From the checkout, where our own folders lie in wait for a sys.path with the current directory.
+        self._options = {"env": environment | {MARK: self.mark}, "cwd": REPOSITORY, "text": True}
         self._shared_memory = _shared_memory()
 
-    def run(self, *arguments, stdin=""):
-        # From the checkout, where our own folders lie in wait for a sys.path with the current directory.
+    def run(self, *arguments):
         return subprocess.run(
             [COMMAND, *arguments],
-            env=self.environment,
-            cwd=REPOSITORY,
-            input=stdin,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
             timeout=START_DEADLINE_S,
+            **self._options,
         )
 
     def start(self, *arguments):
-        return Background(
-            subprocess.Popen(
-                [COMMAND, *arguments],
-                env=self.environment,
-                cwd=REPOSITORY,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return Background(subprocess.Popen([COMMAND, *arguments], **pipes, **self._options))
 
     def check_nothing_left(self):
         """No process and no shared-memory file; the kernel may take a moment to bury what was killed."""
@@ -61,10 +52,11 @@ class Marked:
         assert not left
 
     def _processes(self):
+        variable = f"{MARK}={self.mark}".encode()
         found = []
-        for entry in Path("/proc").iterdir():
+        for entry in Path("/proc").glob("[0-9]*"):
             try:
-                if entry.name.isdigit() and f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes():
+                if variable in (entry / "environ").read_bytes():
                     found.append((entry / "cmdline").read_text().replace("\0", " "))
             except OSError:
                 continue
