@@ -92,6 +92,7 @@ class Engine:
         self._limits = limits or EngineLimits()
         self._wake = threading.Condition()
         self._stopping = False
+        self._claiming: set[SequenceId] = set()
         self._known: dict[SequenceId, Sequence] = {}
         self._waiting: deque[Sequence] = deque()
         self._prefilling: deque[Sequence] = deque()
@@ -124,25 +125,29 @@ class Engine:
         Raises InvalidRequest for a prompt that can never run here, Overloaded when the queue is full.
         """
         self._check(prompt, sampling)
-        new = Sequence(
-            id=sequence,
-            epoch=self._claim(sequence),
-            prompt_tokens=len(prompt),
-            tokens=list(prompt),
-            sampling=sampling,
-            emit=emit,
-            arrived_s=time.monotonic(),
-        )
+        # Refused before an epoch is claimed, so that a refusal leaves nothing to give back.
         with self._wake:
-            if self._stopping:
-                raise TransportError("the engine is stopping")
-            if sequence in self._known:
-                raise InvalidRequest(f"sequence {sequence} is running already: choose another id")
-            if len(self._waiting) >= self._limits.waiting:
-                raise Overloaded(f"{self._limits.waiting} requests are waiting: try again in a few seconds")
-            self._known[sequence] = new
-            self._waiting.append(new)
-            self._wake.notify_all()
+            self._refuse_more(sequence)
+            self._claiming.add(sequence)
+        try:
+            new = Sequence(
+                id=sequence,
+                epoch=self._claim(sequence),
+                prompt_tokens=len(prompt),
+                tokens=list(prompt),
+                sampling=sampling,
+                emit=emit,
+                arrived_s=time.monotonic(),
+            )
+            with self._wake:
+                if self._stopping:
+                    raise TransportError("the engine is stopping")
+                self._known[sequence] = new
+                self._waiting.append(new)
+                self._wake.notify_all()
+        finally:
+            with self._wake:
+                self._claiming.discard(sequence)
 
     def cancel(self, sequence: SequenceId) -> None:
         """End a sequence within one step. Unknown ids are ignored."""
@@ -196,6 +201,14 @@ class Engine:
                 f" of {error.free_bytes / 2**30:.2f} GiB: shorten the prompt, lower max_tokens, or start the"
                 " cluster with more --kv-memory or --attention-workers"
             ) from error
+
+    def _refuse_more(self, sequence: SequenceId) -> None:
+        if self._stopping:
+            raise TransportError("the engine is stopping")
+        if sequence in self._known or sequence in self._claiming:
+            raise InvalidRequest(f"sequence {sequence} is running already: choose another id")
+        if len(self._waiting) + len(self._claiming) >= self._limits.waiting:
+            raise Overloaded(f"{self._limits.waiting} requests are waiting: try again in a few seconds")
 
     def _loop(self) -> None:
         ending: FarshoreError = TransportError("the engine was stopped")

@@ -18,7 +18,7 @@ class Sampling:
     """How a completion is drawn. Checked at the gateway."""
 
     max_tokens: int
-    temperature: float = 1.0
+    temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
     stop_ids: frozenset[int] = frozenset()

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -43,13 +44,12 @@ class Marked:
         return Background(subprocess.Popen([COMMAND, *arguments], **pipes, **self._options))
 
     def check_nothing_left(self):
-        """No process and no shared-memory file; the kernel may take a moment to bury what was killed."""
-        deadline = time.monotonic() + END_DEADLINE_S
-        while (left := self._processes() + sorted(_shared_memory() - self._shared_memory)) and (
-            time.monotonic() < deadline
-        ):
-            threading.Event().wait(0.1)
-        assert not left
+        """No process and no shared-memory file."""
+        _await_none(lambda: self._processes() + sorted(_shared_memory() - self._shared_memory))
+
+    def check_gone(self, process_ids):
+        """For processes that somebody else started for us: they carry no mark."""
+        _await_none(lambda: [pid for pid in process_ids if Path(f"/proc/{pid}").exists()])
 
     def _processes(self):
         variable = f"{MARK}={self.mark}".encode()
@@ -103,8 +103,40 @@ class _Lines:
             self._more.notify_all()
 
 
+def _await_none(leftovers):
+    """The kernel may take a moment to bury what was killed."""
+    deadline = time.monotonic() + END_DEADLINE_S
+    while (left := leftovers()) and time.monotonic() < deadline:
+        threading.Event().wait(0.1)
+    assert not left
+
+
 def _shared_memory():
     return {str(path) for path in Path("/dev/shm").iterdir()}
+
+
+@pytest.fixture
+def ray_address():
+    """A Ray that somebody else keeps running; ask for it before `marked`, whose leftovers it is not."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    options = ["--head", "--block", "--include-dashboard=false", "--object-store-memory=80000000"]
+    head = Background(
+        subprocess.Popen(
+            [COMMAND.with_name("ray"), "start", *options, "--port", address.rpartition(":")[2]],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"},
+            cwd=COMMAND.parent,
+        )
+    )
+    head.out.await_match("Ray runtime started")
+    yield address
+    running = head.process.poll() is None
+    head.end(signal.SIGTERM)
+    assert running
 
 
 @pytest.fixture

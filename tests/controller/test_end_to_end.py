@@ -102,11 +102,31 @@ def test_a_pool_too_small_for_the_prompt_local_placement_and_a_relative_path(mar
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("stage", ["starting Ray", "attention workers", "loading"])
-def test_ctrl_c_while_starting_leaves_nothing(marked, stage):
+@pytest.mark.parametrize(
+    ("number", "stage"),
+    [
+        (signal.SIGINT, "starting Ray"),
+        (signal.SIGINT, "attention workers"),
+        (signal.SIGINT, "loading"),
+        (signal.SIGTERM, "attention workers"),
+    ],
+)
+def test_a_signal_while_starting_leaves_nothing(marked, number, stage):
     server = marked.start("serve", "--port", "0")
     server.err.await_match(stage)
-    assert server.end(signal.SIGINT) == 0
+    assert server.end(number) == 0
+
+
+@pytest.mark.heavy
+def test_a_cluster_joins_a_running_ray_and_leaves_it_running(ray_address, marked, serve):
+    server, address = serve("--ray-address", ray_address)
+    done = marked.run("generate", "--server", address, QUESTION)
+    assert (done.returncode, done.stdout.strip()) == (0, "The capital of France is Paris."), done.stderr
+    with Client(address) as client:
+        workers = client.status().workers
+    assert len(workers) == 3
+    assert server.end(signal.SIGTERM) == 0
+    marked.check_gone([worker.process_id for worker in workers])
 
 
 @pytest.mark.heavy

@@ -211,12 +211,15 @@ def test_requests_beyond_the_pool_wait_their_turn(tiny, tiny_model, rig, submit)
 
 
 def test_a_full_queue_and_a_known_id_are_refused(tiny_model, rig, submit):
-    engine = rig(tiny_model, memory_bytes=64 << 20).engine(limits=EngineLimits(waiting=1))
+    cluster = rig(tiny_model, memory_bytes=64 << 20)
+    engine = cluster.engine(limits=EngineLimits(waiting=1))
     submit(engine, "a", PROMPT, GREEDY)  # not started: it waits
+    claimed = next(cluster.epochs)
     with pytest.raises(InvalidRequest, match="running already"):
         submit(engine, "a", PROMPT, GREEDY)
     with pytest.raises(Overloaded, match="waiting"):
         submit(engine, "b", PROMPT, GREEDY)
+    assert next(cluster.epochs) == claimed + 1  # a refusal claims nothing that nobody would give back
     engine.start()
     engine.stop()
 

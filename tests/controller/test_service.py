@@ -1,0 +1,80 @@
+"""The controller's gRPC service with real workers' services behind it, in this process."""
+
+import socket
+
+import grpc
+import pytest
+
+from farshore import rpc
+from farshore.attention_offload.grpc_server import AttentionService
+from farshore.attention_offload.grpc_server import serve as serve_attention
+from farshore.controller.config import ClusterConfig
+from farshore.controller.service import ControllerService
+from farshore.ids import SequenceId, WorkerId
+from farshore.kvstore.arena import Arena
+from farshore.kvstore.directory import EmbeddedDirectory
+from farshore.kvstore.store import LocalStore
+from farshore.models.config import load_config
+from farshore.models.source import resolve
+from farshore.proto import cluster_pb2 as pb
+from farshore.proto import cluster_pb2_grpc as pb_grpc
+
+SHARD = WorkerId("attention-0")
+MEMORY_BYTES = 64 << 20
+
+
+@pytest.fixture
+def directory():
+    return EmbeddedDirectory()
+
+
+@pytest.fixture
+def service(directory):
+    made = ControllerService(ClusterConfig(), load_config(resolve("smollm2")), directory)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def stub(service):
+    server, address = rpc.serve(
+        lambda server: pb_grpc.add_ControllerServicer_to_server(service, server),
+        service=pb.DESCRIPTOR.services_by_name["Controller"].full_name,
+        listen="127.0.0.1:0",
+        threads=2,
+    )
+    with grpc.insecure_channel(address) as channel:
+        yield pb_grpc.ControllerStub(channel)
+    server.stop(0).wait()
+
+
+def test_every_claim_is_a_newer_epoch_and_an_old_one_cannot_end_the_sequence(stub, directory):
+    first, second = (stub.Claim(pb.ClaimRequest(sequence_id="s", owner=o)).epoch for o in ("a", "b"))
+    assert first < second
+    with pytest.raises(grpc.RpcError) as refused:
+        stub.Release(pb.ReleaseRequest(sequence_id="s", epoch=first))
+    assert refused.value.code() is grpc.StatusCode.ABORTED
+    assert directory.lookup(SequenceId("s")).owner == "b"
+    stub.Release(pb.ReleaseRequest(sequence_id="s", epoch=second))
+    stub.Release(pb.ReleaseRequest(sequence_id="s", epoch=second))
+
+
+def test_status_names_who_answers_and_who_does_not(stub, service):
+    server, address = serve_attention(
+        AttentionService(SHARD, LocalStore(worker=SHARD, arena=Arena(MEMORY_BYTES))), "127.0.0.1:0"
+    )
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        absent = f"127.0.0.1:{nobody.getsockname()[1]}"
+        service.attention |= {SHARD: address, WorkerId("attention-1"): absent}
+        service.dense[WorkerId("dense-0")] = absent
+        told = stub.Status(pb.StatusRequest())
+    server.stop(0).wait()
+    assert told.model == "smollm2" and told.max_positions == 8192
+    assert {worker.worker_id: worker.state for worker in told.workers} == {
+        "attention-0": "ready",
+        "attention-1": "unreachable",
+        "dense-0": "unreachable",
+    }
+    assert (told.pool_budget_bytes, told.pool_free_bytes) == (MEMORY_BYTES, MEMORY_BYTES)
+    assert not told.sequences
