@@ -1,8 +1,14 @@
-"""What the tests of several floors share: the demo model as transformers runs it, and prompts."""
+"""What the tests of several floors share: the demo model as transformers runs it, prompts, gRPC shards."""
+
+import threading
 
 import pytest
 import torch
 
+from farshore.attention_offload.grpc_peer import GrpcPeer
+from farshore.attention_offload.grpc_server import AttentionService, serve
+
+STOP_DEADLINE_S = 60.0
 LONG_TEXT_TOKENS = 4100
 
 
@@ -75,9 +81,9 @@ def prompts(tokenizer):
         "sql": tokenizer.encode("SELECT name, COUNT(*) FROM orders WHERE"),
         "html": tokenizer.encode("<html>\n<head><title>Home</title></head>\n<body>\n<h1>"),
         "json": tokenizer.encode('{"name": "Ada", "born": 1815, "languages": ['),
-        "chinese": tokenizer.encode("今天天气很好，我们去"),
+        "chinese": tokenizer.encode("今天天气很好，我们去"),  # noqa: RUF001
         "arabic": tokenizer.encode("كانت المدينة القديمة"),
-        "russian": tokenizer.encode("Жили-были старик со старухой у самого синего"),
+        "russian": tokenizer.encode("Жили-были старик со старухой у самого синего"),  # noqa: RUF001
         "emoji": tokenizer.encode("🎉🎂 Happy birthday! 🥳"),
         "digits": tokenizer.encode("3.14159265358979"),
         "block minus one": story_ids[:255],
@@ -87,3 +93,76 @@ def prompts(tokenizer):
         "near a hand-off": story_ids[:750],
         "long": story_ids[:LONG_TEXT_TOKENS],
     }
+
+
+class Shard:
+    """A store behind a gRPC server on loopback that can be stopped, and started again on the same port."""
+
+    service_name = "farshore.attention.v1.Attention"
+
+    def __init__(self, store, worker, service):
+        self.store = store
+        self.worker = worker
+        self.service = service(worker, store)
+        self.server, self.address = serve(self.service, "127.0.0.1:0")
+
+    def stop(self):
+        assert self.server.stop(None).wait(STOP_DEADLINE_S)
+
+    def restart(self):
+        self.stop()
+        self.server, _ = serve(self.service, self.address)
+
+
+@pytest.fixture
+def serve_store():
+    """serve_store(store, worker, service=...) -> Shard; stopped and its store checked after the test."""
+    started = []
+
+    def start(store, worker, *, service=AttentionService):
+        started.append(Shard(store, worker, service))
+        return started[-1]
+
+    yield start
+    for shard in started:
+        shard.stop()
+        shard.store.check_integrity()
+
+
+@pytest.fixture
+def connect():
+    """connect(address, model=..., ...) -> GrpcPeer, closed after the test."""
+    peers = []
+
+    def to(address, *, model, **options):
+        peers.append(GrpcPeer(address, model, model.layouts[0].dtype, **options))
+        return peers[-1]
+
+    yield to
+    for peer in peers:
+        peer.close()
+
+
+class Breaking(AttentionService):
+    """A shard that does something to the call at chosen answers, before it gives them."""
+
+    def __init__(self, worker, store):
+        super().__init__(worker, store)
+        self.answers = 0
+        self.do = {}
+        self.stream_ended = threading.Event()
+
+    def Attend(self, frames, context):
+        try:
+            for state in super().Attend(frames, context):
+                self.answers += 1
+                self.do.get(self.answers, lambda _: None)(context)
+                yield state
+        finally:
+            self.stream_ended.set()
+
+
+@pytest.fixture
+def breaking_service():
+    """The class Breaking, for a shard to be started with."""
+    return Breaking

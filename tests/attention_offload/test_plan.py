@@ -1,5 +1,7 @@
 """A plan with a hole or an overlap is never run."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,9 +45,9 @@ def exact_covers(draw):
     tail = draw(st.integers(1, 90))
     reads = []
     group_cuts = sorted({0, GROUPS, *draw(st.lists(st.integers(1, GROUPS - 1), max_size=2))})
-    for g0, g1 in zip(group_cuts, group_cuts[1:], strict=False):
+    for g0, g1 in pairwise(group_cuts):
         cuts = sorted({0, tail, *draw(st.lists(st.integers(1, tail), max_size=4))})
-        for first, last in zip(cuts, cuts[1:], strict=False):
+        for first, last in pairwise(cuts):
             reads.append((draw(st.sampled_from("xyz")), read(first, last, g0, g1)))
     return tail, draw(st.permutations(reads))
 
@@ -76,7 +78,7 @@ def test_an_overlap_is_refused(cover, data):
     first = data.draw(st.integers(victim.first, victim.last - 1))
     last = data.draw(st.integers(first + 1, victim.last))
     twice = ("w", victim._replace(first=first, last=last))
-    with pytest.raises(InvalidPlan, match="read twice|in the tail too|nobody"):
+    with pytest.raises(InvalidPlan, match=r"read twice|in the tail too|nobody"):
         check(plan_of([*reads, twice]), tail_first=tail)
 
 
@@ -133,7 +135,7 @@ rooms = st.lists(st.integers(0, 40), min_size=1, max_size=6).map(
 @given(rooms, st.integers(1, 4), st.sampled_from(["range", "head", "both"]), st.integers(1, 9000))
 def test_a_spread_covers_every_position_and_group_once_and_respects_room(rooms, groups, shard_by, tokens):
     classes = head_classes(rooms, groups=groups, shard_by=shard_by)
-    assert [c.group0 for c in classes][0] == 0 and classes[-1].group1 == groups
+    assert classes[0].group0 == 0 and classes[-1].group1 == groups
     try:
         shares = spread(classes, tokens=tokens, groups=groups)
     except Full:
@@ -146,7 +148,7 @@ def test_a_spread_covers_every_position_and_group_once_and_respects_room(rooms, 
     for group in range(groups):
         mine = sorted((s.first, s.last) for s in shares if s.group0 <= group < s.group1)
         assert mine[0][0] == 0 and mine[-1][1] == tokens
-        assert all(a[1] == b[0] for a, b in zip(mine, mine[1:], strict=False))
+        assert all(a[1] == b[0] for a, b in pairwise(mine))
     for room in rooms:
         used = sum(
             -(-(s.last - s.first) // BLOCK_TOKENS) * BLOCK_TOKENS * (s.group1 - s.group0)

@@ -191,7 +191,7 @@ def test_a_shard_of_some_heads_numbers_them_from_its_first():
 def test_work_outside_a_segments_groups_is_refused():
     spec = AttentionSpec(q_heads=3, k_heads=3, v_heads=3, k_dim=8, v_dim=8, scale=1.0)
     layout, memory, stride, _, _ = stored(spec, torch.float32, 3, 0)
-    with pytest.raises(ValueError, match="groups 0..3"):
+    with pytest.raises(ValueError, match=r"groups 0\.\.3"):
         kernels.plan(
             Rows.of([(0, 1, 0, 0, 3)]),
             Segments.of([(0, stride, 0, 3, 0, 1, 3)]),

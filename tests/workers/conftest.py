@@ -10,6 +10,9 @@ from farshore.attention_offload.in_process import InProcessPeer
 from farshore.ids import SequenceId, WorkerId
 from farshore.kvstore.arena import Arena
 from farshore.kvstore.store import LocalStore
+from farshore.models.config import ModelConfig
+from farshore.models.llama import Llama
+from farshore.models.source import resolve
 from farshore.models.weights import load_model
 from farshore.workers.attention_model import attention_model
 from farshore.workers.engine import Engine
@@ -32,13 +35,46 @@ def demo_model(demo_source):
     return load
 
 
+@pytest.fixture(scope="session")
+def tiny():
+    """A Llama of random weights, small enough for hundreds of steps a second."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            head_dim=8,
+            vocab_size=97,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+        )
+    ).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny, tmp_path_factory):
+    """Our own model of the same weights."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.save_pretrained(folder)
+    model = load_model(resolve(str(folder)), dtype=torch.float32)
+    assert isinstance(model, Llama) and isinstance(model.config, ModelConfig)
+    return model
+
+
 class Rig:
     """One model, its shards in this process, and whatever engine a test builds on them."""
 
     def __init__(self, model, *, shards=2, shard_by="range", local=False, memory_bytes=1 << 30, wrap=None):
         self.model = model
         self.attention = attention_model(model.config, model.dtype)
-        self.arenas = {w: Arena(memory_bytes) for w in (ENGINE, *(WorkerId(f"shard{i}") for i in range(shards)))}
+        self.arenas = {
+            w: Arena(memory_bytes) for w in (ENGINE, *(WorkerId(f"shard{i}") for i in range(shards)))
+        }
         self.stores = {w: LocalStore(worker=w, arena=arena) for w, arena in self.arenas.items()}
         self.peers = {w: InProcessPeer(w, store, self.attention) for w, store in self.stores.items()}
         for worker in list(self.peers)[1:]:

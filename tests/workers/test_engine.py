@@ -6,46 +6,11 @@ import torch
 from farshore.errors import Full, InvalidRequest, NotFound, Overloaded, TransportError
 from farshore.ids import SequenceId
 from farshore.kvstore.arena import Arena
-from farshore.models.config import ModelConfig
-from farshore.models.llama import Llama
 from farshore.workers.engine import EngineLimits
 from farshore.workers.sequence import Failed, Finished, Reason, Sampling
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0)
 PROMPT = list(range(5, 50))
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    """A Llama of random weights, small enough for hundreds of steps a second."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(3)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=48,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=6,
-            num_key_value_heads=3,
-            head_dim=8,
-            vocab_size=97,
-            max_position_embeddings=2048,
-            tie_word_embeddings=True,
-        )
-    ).eval()
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tiny, tmp_path_factory):
-    from farshore.models.source import resolve
-    from farshore.models.weights import load_model
-
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny.save_pretrained(folder)
-    model = load_model(resolve(str(folder)), dtype=torch.float32)
-    assert isinstance(model, Llama) and isinstance(model.config, ModelConfig)
-    return model
 
 
 def greedy(tiny, prompt, count):

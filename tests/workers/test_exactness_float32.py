@@ -41,7 +41,9 @@ def expected(hugging_face, prompts):
     ],
     ids=["1 by range", "2 by range", "3 by range", "3 by head", "5 by both", "local"],
 )
-def test_greedy_tokens_equal_transformers(demo_model, rig, submit, prompts, expected, shards, shard_by, local):
+def test_greedy_tokens_equal_transformers(
+    demo_model, rig, submit, prompts, expected, shards, shard_by, local
+):
     cluster = rig(demo_model(torch.float32), shards=shards, shard_by=shard_by, local=local)
     engine = cluster.start()
     sampling = Sampling(max_tokens=NEW_TOKENS, temperature=0.0)

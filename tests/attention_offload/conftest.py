@@ -1,0 +1,108 @@
+"""Shards to talk to, and something small to say: spans, steps and queries of random numbers."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from farshore.attention_offload.base import AttentionModel
+from farshore.attention_offload.plan import Read, ShardStep
+from farshore.ids import Epoch, SequenceId, WorkerId
+from farshore.kernels.base import AttentionSpec, KVLayout
+from farshore.kvstore.arena import Arena
+from farshore.kvstore.base import SpanKey
+from farshore.kvstore.store import LocalStore
+
+
+class Workload:
+    """What an engine of a small model would ask of its shards."""
+
+    spec = AttentionSpec(q_heads=6, k_heads=3, v_heads=3, k_dim=8, v_dim=6, scale=8**-0.5)
+    layers = 2
+    old, owner, new = Epoch(1), Epoch(2), Epoch(3)
+
+    def __init__(self, dtype):
+        """Blocks of 16 tokens, so that short spans cross several."""
+        self.dtype = dtype
+        self.layout = KVLayout.of(self.spec, layers=self.layers, dtype=dtype)._replace(block_tokens=16)
+        self.model = AttentionModel(
+            specs=(self.spec,), layer_class=(0,) * self.layers, layouts=(self.layout,)
+        )
+
+    def tokens(self, count, *, seed=0, **changes):
+        """Random k and v of ``count`` tokens, as the layout or a changed one shapes them."""
+        layout = self.layout._replace(**changes)
+        random = torch.Generator().manual_seed(seed)
+        k_heads, v_heads = layout.groups * layout.k_heads_per_group, layout.groups * layout.v_heads_per_group
+        k = torch.randn(k_heads, count, layout.k_dim, generator=random)
+        v = torch.randn(v_heads, count, layout.v_dim, generator=random)
+        return k.to(layout.dtype), v.to(layout.dtype)
+
+    def key(self, name, *, first=0, group0=0, group1=3):
+        return SpanKey(sequence=SequenceId(name), layer_class=0, first=first, group0=group0, group1=group1)
+
+    def sealed_span(self, store, name, first, last, group0=0, group1=3):
+        """A full span of random tokens; returns the read of all of it."""
+        layout = self.layout.of_groups(group1 - group0)
+        key = self.key(name, first=first, group0=group0, group1=group1)
+        span = store.create(key, capacity_tokens=last - first, layout=layout, epoch=self.owner)
+        for layer in range(layout.layers):
+            k, v = self.tokens(last - first, groups=layout.groups, seed=first + layer)
+            store.write(span, layer, 0, k, v, epoch=self.owner)
+        store.seal(span, last - first, epoch=self.owner)
+        return Read(span, first, first, last, group0, group1, range(0, 1))
+
+    def step(self, reads, *, positions=(100,), number=1, group0=0, group1=3):
+        rows = tuple(range(len(positions)))
+        return ShardStep(number, rows, tuple(positions), group0, group1, (tuple(reads),))
+
+    def query(self, *, rows=1, groups=3, seed=0):
+        random = torch.Generator().manual_seed(seed)
+        q = torch.randn(rows, groups * self.spec.q_heads_per_group, self.spec.k_dim, generator=random)
+        return q.to(self.dtype)
+
+    def run(self, peer, step):
+        """Every layer's state, as raw bytes: what two peers must agree on."""
+        peer.begin(step)
+        states = []
+        for layer in range(self.layers):
+            q = self.query(rows=len(step.rows), groups=step.group1 - step.group0, seed=layer)
+            states.append(peer.wait(peer.send(layer, 0, q)))
+        return self.raw_bytes(states)
+
+    def raw_bytes(self, states):
+        assert all(state.o.dtype == self.dtype and state.lse.isfinite().all() for state in states)
+        return [field.contiguous().view(torch.uint8).tolist() for state in states for field in state]
+
+
+@pytest.fixture
+def dtype():
+    """Of the work; a test may parametrize it."""
+    return torch.float32
+
+
+@pytest.fixture
+def work(dtype):
+    return Workload(dtype)
+
+
+@pytest.fixture
+def start_shard(serve_store):
+    """start_shard(worker=..., memory_bytes=..., service=...) -> Shard with an empty store."""
+
+    def start(*, worker="shard", memory_bytes=8 << 20, **options):
+        store = LocalStore(worker=WorkerId(worker), arena=Arena(memory_bytes))
+        return serve_store(store, WorkerId(worker), **options)
+
+    return start
+
+
+@pytest.fixture
+def shard(start_shard):
+    return start_shard()
+
+
+@pytest.fixture
+def connect(connect, work):
+    """connect(address, ...) -> GrpcPeer of the work's model."""
+    return partial(connect, model=work.model)

@@ -1,0 +1,163 @@
+"""The data plane over real gRPC when something breaks: a transport error, and the step can run again."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import grpc
+import pytest
+
+from farshore.attention_offload.grpc_server import AttentionService
+from farshore.errors import DeadlineExceeded, TransportError
+from farshore.ids import SequenceId
+
+DEADLINE_S = 60.0
+
+
+def cancelled(context):
+    context.cancel()
+
+
+def late(context):
+    context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "late")
+
+
+@pytest.mark.parametrize("breaking", [cancelled, late])
+def test_a_broken_stream_is_a_transport_error_and_the_step_can_run_again(
+    start_shard, connect, breaking_service, breaking, work
+):
+    shard = start_shard(service=breaking_service)
+    peer = connect(shard.address)
+    step = work.step([work.sealed_span(peer.store, "a", 0, 20)])
+    expected = work.run(peer, step)
+    shard.service.do[work.layers + 2] = breaking
+    peer.begin(step)
+    peer.wait(peer.send(0, 0, work.query()))
+    sent = peer.send(1, 0, work.query())
+    with pytest.raises(TransportError):
+        peer.wait(sent)
+    with pytest.raises(TransportError, match="begin the step again"):
+        peer.wait(sent)
+    with pytest.raises(TransportError, match="begin the step again"):
+        peer.send(1, 0, work.query())
+    assert work.run(peer, step) == expected
+
+
+def test_a_late_cold_call_is_a_transport_error(start_shard, connect):
+    class Late(AttentionService):
+        def identity(self):
+            raise DeadlineExceeded("late")
+
+    peer = connect(start_shard(service=Late).address)
+    with pytest.raises(TransportError, match="late"):
+        peer.identify()
+
+
+def test_a_peer_works_again_when_the_server_is_back_on_its_port(shard, connect, work):
+    peer = connect(shard.address)
+    step = work.step([work.sealed_span(peer.store, "a", 0, 20)])
+    expected = work.run(peer, step)
+    peer.begin(step)
+    peer.wait(peer.send(0, 0, work.query()))
+    shard.restart()
+    with pytest.raises(TransportError, match=shard.address):
+        peer.wait(peer.send(1, 0, work.query()))
+    assert work.run(peer, step) == expected
+    assert peer.store.announce() == shard.store.announce()
+
+
+def test_every_call_to_a_stopped_server_is_a_transport_error(shard, connect, work):
+    peer = connect(shard.address)
+    read = work.sealed_span(peer.store, "a", 0, 20)
+    shard.stop()
+    calls = [
+        lambda: work.run(peer, work.step([read])),
+        peer.identify,
+        peer.store.announce,
+        lambda: peer.store.read(read.span, 0, 0, 20),
+        lambda: peer.store.write(read.span, 0, 20, *work.tokens(1), epoch=work.owner),
+        lambda: peer.store.seal(read.span, 20, epoch=work.owner),
+        lambda: peer.store.drop_sequence(SequenceId("a"), epoch=work.owner),
+    ]
+    for call in calls:
+        with pytest.raises(TransportError) as caught:
+            call()
+        assert caught.value.retryable and isinstance(caught.value.__cause__, grpc.RpcError)
+
+
+def test_closing_a_peer_with_a_stream_open_leaves_no_thread_blocked(
+    start_shard, connect, breaking_service, work
+):
+    shard = start_shard(service=breaking_service)
+    before = set(threading.enumerate())
+    peer = connect(shard.address)
+    step = work.step([work.sealed_span(peer.store, "a", 0, 20)])
+    work.run(peer, step)
+    peer.begin(step)
+    peer.send(0, 0, work.query())
+    peer.close()
+    assert shard.service.stream_ended.wait(DEADLINE_S), "the server still serves the stream"
+    for thread in set(threading.enumerate()) - before:
+        if not thread.name.startswith(shard.service_name):  # the server's idle workers
+            thread.join(DEADLINE_S)
+            assert not thread.is_alive(), thread.name
+
+
+SHARD_PROCESS = """
+from farshore.attention_offload.grpc_server import AttentionService, serve
+from farshore.ids import WorkerId
+from farshore.kvstore.arena import Arena
+from farshore.kvstore.store import LocalStore
+
+worker = WorkerId("shard")
+server, address = serve(
+    AttentionService(worker, LocalStore(worker=worker, arena=Arena(1 << 20))), "127.0.0.1:0"
+)
+print(address, flush=True)
+server.wait_for_termination()
+"""
+
+
+@pytest.fixture
+def shard_process():
+    """(process, address) of a shard that can be frozen and killed."""
+    command = [sys.executable, "-P", "-c", SHARD_PROCESS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        yield process, process.stdout.readline().strip()
+        process.kill()
+
+
+def freeze(process):
+    process.send_signal(signal.SIGSTOP)
+    os.waitpid(process.pid, os.WUNTRACED)
+
+
+def test_a_frozen_shard_is_a_transport_error_at_the_deadline(shard_process, connect, work):
+    process, address = shard_process
+    peer = connect(address, frame_deadline_s=0.5)
+    patient = connect(address)
+    step = work.step([work.sealed_span(peer.store, "a", 0, 20)])
+    expected = work.run(patient, step)
+    peer.begin(step)
+    freeze(process)
+    sent = peer.send(0, 0, work.query())
+    with pytest.raises(TransportError, match="no answer"):
+        peer.wait(sent)
+    process.send_signal(signal.SIGCONT)
+    assert work.run(patient, step) == expected
+
+
+def test_a_shard_killed_in_the_middle_of_a_step_is_a_transport_error(shard_process, connect, work):
+    process, address = shard_process
+    peer = connect(address)
+    peer.begin(work.step([work.sealed_span(peer.store, "a", 0, 20)]))
+    peer.wait(peer.send(0, 0, work.query()))
+    freeze(process)
+    sent = peer.send(1, 0, work.query())
+    process.kill()
+    with pytest.raises(TransportError):
+        peer.wait(sent)
+    with pytest.raises(TransportError):
+        peer.identify()

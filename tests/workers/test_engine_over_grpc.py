@@ -1,0 +1,86 @@
+"""An engine over real gRPC on loopback: the same tokens as in process, nothing lost when a call breaks."""
+
+import pytest
+
+from farshore.errors import TransportError
+from farshore.workers.sequence import Finished, Sampling
+
+PROMPTS = {"a": list(range(5, 50)), "long": [n % 90 for n in range(250)]}
+"""Behind the long one, the tail's first block is handed to the shards while decoding goes on."""
+GREEDY = Sampling(max_tokens=20, temperature=0.0)
+
+
+class Counted:
+    """A peer that counts its waits and its errors; ``before`` does something just before a chosen wait."""
+
+    def __init__(self, peer, before):
+        self._peer = peer
+        self._before = before
+        self.waits = self.errors = 0
+
+    def __getattr__(self, name):
+        return getattr(self._peer, name)
+
+    def wait(self, sent):
+        self.waits += 1
+        self._before.get(self.waits, lambda: None)()
+        try:
+            return self._peer.wait(sent)
+        except TransportError:
+            self.errors += 1
+            raise
+
+
+@pytest.fixture
+def run_engine(tiny_model, serve_store, connect, rig, submit, breaking_service):
+    """run(shard_by, before=...) -> tokens over gRPC, those over in-process peers, and the gRPC peers."""
+
+    def generate(cluster):
+        """The tokens of every prompt, batched in one engine. Keeps nothing."""
+        engine = cluster.engine()
+        collected = {name: submit(engine, name, prompt, GREEDY) for name, prompt in PROMPTS.items()}
+        engine.start()
+        for it in collected.values():
+            result = it.result()
+            assert isinstance(result, Finished), result
+        engine.stop()
+        identities = [cluster.peers[worker].identify() for worker in cluster.targets]
+        assert all(it.free_bytes == it.budget_bytes for it in identities)
+        return {name: it.tokens for name, it in collected.items()}
+
+    def run(shard_by, before=lambda _: {}):
+        expected = generate(rig(tiny_model, shard_by=shard_by, memory_bytes=32 << 20))
+        cluster = rig(tiny_model, shard_by=shard_by, memory_bytes=32 << 20)
+        for worker in cluster.targets:
+            shard = serve_store(cluster.stores[worker], worker, service=breaking_service)
+            peer = connect(shard.address, model=cluster.attention)
+            cluster.peers[worker] = Counted(peer, before(shard))
+        return generate(cluster), expected, [cluster.peers[worker] for worker in cluster.targets]
+
+    return run
+
+
+@pytest.mark.parametrize("shard_by", ["range", "head"])
+def test_an_engine_over_grpc_gives_the_tokens_of_one_in_process(run_engine, shard_by):
+    tokens, expected, peers = run_engine(shard_by)
+    assert tokens == expected
+    assert all(len(it) == GREEDY.max_tokens for it in tokens.values())
+    assert all(peer.waits and not peer.errors for peer in peers)
+
+
+def test_a_server_restarted_in_the_middle_of_a_step_loses_nothing(run_engine):
+    tokens, expected, peers = run_engine("range", lambda shard: {5: shard.restart, 40: shard.restart})
+    assert tokens == expected
+    assert all(peer.errors for peer in peers)
+
+
+def test_a_call_cancelled_in_the_middle_of_a_step_loses_nothing(run_engine):
+    at = iter([(4, 29), (11, 40)])
+
+    def cancel_soon(shard):
+        shard.service.do = dict.fromkeys(next(at), lambda context: context.cancel())
+        return {}
+
+    tokens, expected, peers = run_engine("range", cancel_soon)
+    assert tokens == expected
+    assert all(peer.errors for peer in peers)
