@@ -11,17 +11,13 @@ from farshore.attention_offload.plan import Read, ShardStep
 from farshore.errors import InvalidRequest
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import AttentionSpec, KVLayout
+from farshore.kernels.formats import KVFormat
 from farshore.kvstore.base import SpanInfo, SpanKey
 from farshore.proto import attention_pb2 as pb
 
 assert sys.byteorder == "little", "the wire is little-endian and tensors are not swapped"
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {format.value: format.dtype for format in KVFormat if not format.quantised}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -49,8 +45,25 @@ def from_bytes(data: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> Tenso
     return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
 
 
+def tokens_from_bytes(k: bytes, v: bytes, layout: KVLayout, tokens: int) -> tuple[Tensor, Tensor]:
+    """k ``[k_heads, tokens, k_dim]`` and v ``[v_heads, tokens, v_dim]`` of an unquantised layout."""
+    dtype = layout.format.dtype
+    return (
+        from_bytes(k, (layout.k_heads, tokens, layout.k_dim), dtype),
+        from_bytes(v, (layout.v_heads, tokens, layout.v_dim), dtype),
+    )
+
+
+def format_of(name: str) -> KVFormat:
+    try:
+        return KVFormat(name)
+    except ValueError:
+        known = ", ".join(format.value for format in KVFormat)
+        raise InvalidRequest(f"unknown KV format {name!r}: use one of {known}") from None
+
+
 def layout_to_pb(layout: KVLayout) -> pb.Layout:
-    return pb.Layout(**(layout._asdict() | {"dtype": dtype_name(layout.dtype)}))
+    return pb.Layout(**(layout._asdict() | {"format": layout.format.value}))
 
 
 def layout_from_pb(message: pb.Layout) -> KVLayout:
@@ -61,8 +74,9 @@ def layout_from_pb(message: pb.Layout) -> KVLayout:
         v_heads_per_group=message.v_heads_per_group,
         k_dim=message.k_dim,
         v_dim=message.v_dim,
-        dtype=dtype_of(message.dtype),
+        format=format_of(message.format),
         block_tokens=message.block_tokens,
+        v_in_k=message.v_in_k,
     )
 
 
@@ -147,6 +161,7 @@ def model_from_pb(message: pb.Open) -> AttentionModel:
                 scale=spec.scale,
                 soft_cap=spec.soft_cap if spec.HasField("soft_cap") else None,
                 window_tokens=spec.window_tokens if spec.HasField("window_tokens") else None,
+                v_in_k=spec.v_in_k,
             )
             for spec in message.specs
         ),

@@ -80,7 +80,7 @@ class RemoteStore:
     def write(self, span: SpanId, layer: int, first: int, k: Tensor, v: Tensor, *, epoch: Epoch) -> None:
         layout = self._layout(span)
         blocks.check_tokens(layout, layer, k, v)  # here, where shapes and dtypes are still known
-        chunk = max(1, WRITE_CHUNK_BYTES // (layout.token_elements * layout.dtype.itemsize))
+        chunk = max(1, WRITE_CHUNK_BYTES // layout.layer_token_bytes)
         for start in range(0, k.shape[1], chunk):
             part = slice(start, min(start + chunk, k.shape[1]))
             request = pb.WriteRequest(
@@ -104,10 +104,9 @@ class RemoteStore:
         ks, vs = [], []
         try:
             for chunk in self._stub.Read(request, timeout=CALL_DEADLINE_S):
-                k_heads = layout.groups * layout.k_heads_per_group
-                v_heads = layout.groups * layout.v_heads_per_group
-                ks.append(codec.from_bytes(chunk.k, (k_heads, chunk.tokens, layout.k_dim), layout.dtype))
-                vs.append(codec.from_bytes(chunk.v, (v_heads, chunk.tokens, layout.v_dim), layout.dtype))
+                k, v = codec.tokens_from_bytes(chunk.k, chunk.v, layout, chunk.tokens)
+                ks.append(k)
+                vs.append(v)
         except grpc.RpcError as failure:
             raise _error_of(failure, self._address) from failure
         return torch.cat(ks, dim=1), torch.cat(vs, dim=1)

@@ -76,10 +76,7 @@ class AttentionService(pb_grpc.AttentionServicer):
     def Write(self, request: pb.WriteRequest) -> pb.WriteReply:
         span = SpanId(request.span_id)
         layout = self._store.layout(span)
-        k_shape = (layout.groups * layout.k_heads_per_group, request.tokens, layout.k_dim)
-        v_shape = (layout.groups * layout.v_heads_per_group, request.tokens, layout.v_dim)
-        k = codec.from_bytes(request.k, k_shape, layout.dtype)
-        v = codec.from_bytes(request.v, v_shape, layout.dtype)
+        k, v = codec.tokens_from_bytes(request.k, request.v, layout, request.tokens)
         self._store.write(span, request.layer, request.first, k, v, epoch=Epoch(request.epoch))
         return pb.WriteReply()
 
@@ -92,8 +89,7 @@ class AttentionService(pb_grpc.AttentionServicer):
         try:
             span = SpanId(request.span_id)
             layout = self._store.layout(span)
-            token_bytes = layout.token_elements * layout.dtype.itemsize
-            chunk_tokens = max(1, READ_CHUNK_BYTES // token_bytes)
+            chunk_tokens = max(1, READ_CHUNK_BYTES // layout.layer_token_bytes)
             # At least one read: the store checks a range even where it is empty.
             for first in range(request.first, request.last, chunk_tokens) or (request.first,):
                 last = min(first + chunk_tokens, request.last)

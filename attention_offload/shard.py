@@ -85,7 +85,7 @@ class ShardSession:
         work: list[tuple[int, int, int, int, int]] = []
         segment = 0
         layer_bytes = 0
-        group_bytes = layout.of_groups(1).token_elements * layout.dtype.itemsize
+        group_bytes = layout.of_groups(1).layer_token_bytes
         for read in reads:
             segments = self._store.segments(read.span, read.first - read.origin, read.last - read.origin)
             parts.append(segments)

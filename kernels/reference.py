@@ -1,7 +1,7 @@
 """The reference kernels: plain PyTorch, any float dtype, on any device PyTorch runs on.
 
 They are the oracle of every faster kernel (in float64) and the implementation of last resort. Arithmetic is
-done in float32, or in float64 for float64 input, whatever the stored dtype.
+done in float32, or in float64 for float64 input, whatever the stored format: quantised KV is dequantised.
 
 Called by shards and the engine. Allocates freely; faster implementations keep the signatures and do not.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from farshore.kernels.base import AttentionSpec, KVLayout, Rows, Segments, State
+from farshore.kernels.formats import dequantise
 
 QUERY_CHUNK = 512
 """Query rows per pass of :func:`extend`: bounds the logits to ``QUERY_CHUNK * keys * heads``."""
@@ -24,10 +25,11 @@ class _Work:
 
     rows: slice
     heads: slice
-    run: tuple[int, int, int, int]  # base, stride, first, count of the segment
+    run: tuple[int, int, int, int]  # base, stride, first, count (1 or more) of the segment
     position: int
-    stored_groups: int
-    groups: slice  # inside the stored groups
+    stored: KVLayout  # of the segment's blocks
+    k_heads: slice  # of the stored ones
+    v_heads: slice
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +38,8 @@ class Plan:
 
     work: tuple[_Work, ...]
     memory: Tensor
-    layout: KVLayout
     spec: AttentionSpec
     positions: Tensor
-    group0: int
 
 
 def plan(
@@ -66,17 +66,21 @@ def plan(
         base, stride, first, count, position, stored0, stored1 = runs[segment]
         if not stored0 <= g0 < g1 <= stored1 or g0 < group0:
             raise ValueError(f"groups {g0}..{g1} asked of a segment holding {stored0}..{stored1}")
+        if not count:
+            continue
+        ks, vs = layout.k_heads_per_group, layout.v_heads_per_group
         work.append(
             _Work(
                 rows=slice(row, row + n_rows),
                 heads=slice((g0 - group0) * per_group, (g1 - group0) * per_group),
                 run=(base, stride, first, count),
                 position=position,
-                stored_groups=stored1 - stored0,
-                groups=slice(g0 - stored0, g1 - stored0),
+                stored=layout.of_groups(stored1 - stored0),
+                k_heads=slice((g0 - stored0) * ks, (g1 - stored0) * ks),
+                v_heads=slice((g0 - stored0) * vs, (g1 - stored0) * vs),
             )
         )
-    return Plan(tuple(work), memory, layout, spec, positions, group0)
+    return Plan(tuple(work), memory, spec, positions)
 
 
 def partial(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
@@ -87,7 +91,7 @@ def partial(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
     """
     total = State.identity(*q.shape[:2], plan.spec.v_dim, dtype=_compute_dtype(q.dtype))
     for item in plan.work:
-        k, v = _gather(plan, item, layer)
+        k, v = _gather(plan.memory, item, layer, dtype=total.o.dtype)
         state = _attend(
             q[item.rows, item.heads],
             k,
@@ -149,27 +153,24 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _gather(plan: Plan, item: _Work, layer: int) -> tuple[Tensor, Tensor]:
-    """K ``[k_heads, count, k_dim]`` and V of one work item."""
-    layout = plan.layout.of_groups(item.stored_groups)
+def _gather(memory: Tensor, item: _Work, layer: int, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """K ``[k_heads, count, k_dim]`` and V of one work item, as stored or, if quantised, in ``dtype``."""
+    layout = item.stored
     base, stride, first, count = item.run
-    blocks = (first + count - 1) // layout.block_tokens + 1 if count else 0
+    if not layout.format.quantised:
+        dtype = layout.format.dtype
     ks, vs = [], []
-    for index in range(first // layout.block_tokens, blocks):
+    for index in range(first // layout.block_tokens, (first + count - 1) // layout.block_tokens + 1):
         start = base + index * stride
-        k, v = layout.views(plan.memory[start : start + layout.block_bytes], layer)
+        stored = layout.stored(memory[start : start + layout.block_bytes], layer)
         t0 = max(first - index * layout.block_tokens, 0)
         t1 = min(first + count - index * layout.block_tokens, layout.block_tokens)
-        ks.append(k[:, t0:t1])
-        vs.append(v[:, t0:t1])
-    if not ks:
-        ks, vs = [plan.memory.new_empty(0)], [plan.memory.new_empty(0)]
-    k = ks[0] if len(ks) == 1 else torch.cat(ks, dim=1)
-    v = vs[0] if len(vs) == 1 else torch.cat(vs, dim=1)
-    g = item.groups
+        k, v = (item.k_heads, slice(t0, t1)), (item.v_heads, slice(t0, t1))
+        ks.append(dequantise(stored.k[k], stored.k_scales[k], layout.format, layout.k_dim, dtype=dtype))
+        vs.append(dequantise(stored.v[v], stored.v_scales[v], layout.format, layout.v_dim, dtype=dtype))
     return (
-        k[g.start * layout.k_heads_per_group : g.stop * layout.k_heads_per_group],
-        v[g.start * layout.v_heads_per_group : g.stop * layout.v_heads_per_group],
+        ks[0] if len(ks) == 1 else torch.cat(ks, dim=1),
+        vs[0] if len(vs) == 1 else torch.cat(vs, dim=1),
     )
 
 
@@ -178,7 +179,7 @@ def _attend(
 ) -> State:
     """q ``[n, heads, k_dim]`` on k ``[k_heads, m, k_dim]``, v ``[v_heads, m, v_dim]``."""
     n, heads, _ = q.shape
-    tokens = k.shape[1] if k.dim() == 3 else 0
+    tokens = k.shape[1]
     dtype = _compute_dtype(q.dtype)
     if tokens == 0:
         return State.identity(n, heads, spec.v_dim, dtype=dtype)

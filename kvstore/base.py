@@ -81,7 +81,8 @@ class ShardStore(Protocol):
     def create(self, key: SpanKey, *, capacity_tokens: int, layout: KVLayout, epoch: Epoch) -> SpanId:
         """Grants memory for a new span, held once (by the sequence itself), or raises Full.
 
-        ``layout`` is already narrowed to the key's groups; else InvalidRequest. Not idempotent: each call
+        ``layout`` is already narrowed to the key's groups and its format is not quantised; else
+        InvalidRequest. Not idempotent: each call
         grants anew. A caller that lost the reply finds the span by ``announce``, or gives everything back by
         ``drop_sequence``.
         """
@@ -90,7 +91,7 @@ class ShardStore(Protocol):
     def write(self, span: SpanId, layer: int, first: int, k: Tensor, v: Tensor, *, epoch: Epoch) -> None:
         """Copies n tokens of one layer in, at token ``first`` of the span; repeating or overwriting is fine.
 
-        k ``[k_heads, n, k_dim]``, v ``[v_heads, n, v_dim]``: heads of the span's groups, the layout's dtype,
+        k ``[k_heads, n, k_dim]``, v ``[v_heads, n, v_dim]``: heads of the span's groups, the format's dtype,
         any strides. InvalidRequest below the sealed mark, beyond the capacity, or for other shapes.
         """
         ...

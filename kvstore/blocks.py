@@ -18,6 +18,15 @@ Bases = Sequence[int] | Mapping[int, int]
 """Byte offset in the memory of each block, by its index."""
 
 
+def check_layout(layout: KVLayout) -> None:
+    """InvalidRequest for formats that kernels read but nothing here writes yet."""
+    if layout.format.quantised or layout.v_in_k:
+        raise InvalidRequest(
+            f"KV as {layout.format.value}{' with V inside K' if layout.v_in_k else ''} cannot be stored yet:"
+            " use float32, bfloat16 or float16, K and V apart"
+        )
+
+
 def check_tokens(layout: KVLayout, layer: int, k: Tensor, v: Tensor) -> int:
     """The number of tokens in k ``[k_heads, n, k_dim]`` and v ``[v_heads, n, v_dim]``.
 
@@ -25,12 +34,12 @@ def check_tokens(layout: KVLayout, layer: int, k: Tensor, v: Tensor) -> int:
     """
     check_layer(layout, layer)
     n = k.shape[1] if k.dim() == 3 else 0
-    want_k = (layout.groups * layout.k_heads_per_group, n, layout.k_dim)
-    want_v = (layout.groups * layout.v_heads_per_group, n, layout.v_dim)
+    want_k = (layout.k_heads, n, layout.k_dim)
+    want_v = (layout.v_heads, n, layout.v_dim)
     if tuple(k.shape) != want_k or tuple(v.shape) != want_v:
         raise InvalidRequest(f"k {tuple(k.shape)}, v {tuple(v.shape)}: give {want_k}, {want_v} (n tokens)")
-    if k.dtype != layout.dtype or v.dtype != layout.dtype:
-        raise InvalidRequest(f"k is {k.dtype}, v is {v.dtype}: give {layout.dtype}")
+    if k.dtype != layout.format.dtype or v.dtype != layout.format.dtype:
+        raise InvalidRequest(f"k is {k.dtype}, v is {v.dtype}: give {layout.format.dtype}")
     return n
 
 
@@ -55,9 +64,8 @@ def copy_out(
     memory: Tensor, layout: KVLayout, bases: Bases, *, layer: int, first: int, last: int
 ) -> tuple[Tensor, Tensor]:
     """Copies of tokens ``[first, last)`` of one layer: k ``[k_heads, n, k_dim]``, v likewise."""
-    k_heads, v_heads = layout.groups * layout.k_heads_per_group, layout.groups * layout.v_heads_per_group
-    k = torch.empty(k_heads, last - first, layout.k_dim, dtype=layout.dtype)
-    v = torch.empty(v_heads, last - first, layout.v_dim, dtype=layout.dtype)
+    k = torch.empty(layout.k_heads, last - first, layout.k_dim, dtype=layout.format.dtype)
+    v = torch.empty(layout.v_heads, last - first, layout.v_dim, dtype=layout.format.dtype)
     at = 0
     for stored_k, stored_v in views(memory, layout, bases, layer=layer, first=first, last=last):
         end = at + stored_k.shape[1]

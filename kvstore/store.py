@@ -263,6 +263,7 @@ class LocalStore:
 
 
 def _check_shape(key: SpanKey, capacity_tokens: int, layout: KVLayout) -> None:
+    blocks.check_layout(layout)
     # The upper bounds are those of the integers in Segments.
     if key.first < 0 or capacity_tokens < 1 or key.first + capacity_tokens > 2**31 - 1:
         raise InvalidRequest(

@@ -28,6 +28,7 @@ class Tail:
     def __init__(self, *, arena: Arena, layout: KVLayout, start: int) -> None:
         if start < 0:
             raise InvalidRequest(f"a tail cannot start at position {start}: positions count from 0")
+        blocks.check_layout(layout)
         self._arena = arena
         self._layout = layout
         self._stride = stride_bytes(layout.block_bytes)

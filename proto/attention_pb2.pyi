@@ -27,24 +27,26 @@ class Identity(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., process_id: _Optional[int] = ..., host: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., attended_bytes: _Optional[int] = ...) -> None: ...
 
 class Layout(_message.Message):
-    __slots__ = ("layers", "groups", "k_heads_per_group", "v_heads_per_group", "k_dim", "v_dim", "dtype", "block_tokens")
+    __slots__ = ("layers", "groups", "k_heads_per_group", "v_heads_per_group", "k_dim", "v_dim", "format", "block_tokens", "v_in_k")
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     K_HEADS_PER_GROUP_FIELD_NUMBER: _ClassVar[int]
     V_HEADS_PER_GROUP_FIELD_NUMBER: _ClassVar[int]
     K_DIM_FIELD_NUMBER: _ClassVar[int]
     V_DIM_FIELD_NUMBER: _ClassVar[int]
-    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
     BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    V_IN_K_FIELD_NUMBER: _ClassVar[int]
     layers: int
     groups: int
     k_heads_per_group: int
     v_heads_per_group: int
     k_dim: int
     v_dim: int
-    dtype: str
+    format: str
     block_tokens: int
-    def __init__(self, layers: _Optional[int] = ..., groups: _Optional[int] = ..., k_heads_per_group: _Optional[int] = ..., v_heads_per_group: _Optional[int] = ..., k_dim: _Optional[int] = ..., v_dim: _Optional[int] = ..., dtype: _Optional[str] = ..., block_tokens: _Optional[int] = ...) -> None: ...
+    v_in_k: bool
+    def __init__(self, layers: _Optional[int] = ..., groups: _Optional[int] = ..., k_heads_per_group: _Optional[int] = ..., v_heads_per_group: _Optional[int] = ..., k_dim: _Optional[int] = ..., v_dim: _Optional[int] = ..., format: _Optional[str] = ..., block_tokens: _Optional[int] = ..., v_in_k: _Optional[bool] = ...) -> None: ...
 
 class SpanKey(_message.Message):
     __slots__ = ("sequence_id", "layer_class", "first", "group0", "group1")
@@ -189,7 +191,7 @@ class Announcement(_message.Message):
     def __init__(self, spans: _Optional[_Iterable[_Union[SpanInfo, _Mapping]]] = ...) -> None: ...
 
 class AttentionSpec(_message.Message):
-    __slots__ = ("q_heads", "k_heads", "v_heads", "k_dim", "v_dim", "scale", "soft_cap", "window_tokens")
+    __slots__ = ("q_heads", "k_heads", "v_heads", "k_dim", "v_dim", "scale", "soft_cap", "window_tokens", "v_in_k")
     Q_HEADS_FIELD_NUMBER: _ClassVar[int]
     K_HEADS_FIELD_NUMBER: _ClassVar[int]
     V_HEADS_FIELD_NUMBER: _ClassVar[int]
@@ -198,6 +200,7 @@ class AttentionSpec(_message.Message):
     SCALE_FIELD_NUMBER: _ClassVar[int]
     SOFT_CAP_FIELD_NUMBER: _ClassVar[int]
     WINDOW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    V_IN_K_FIELD_NUMBER: _ClassVar[int]
     q_heads: int
     k_heads: int
     v_heads: int
@@ -206,7 +209,8 @@ class AttentionSpec(_message.Message):
     scale: float
     soft_cap: float
     window_tokens: int
-    def __init__(self, q_heads: _Optional[int] = ..., k_heads: _Optional[int] = ..., v_heads: _Optional[int] = ..., k_dim: _Optional[int] = ..., v_dim: _Optional[int] = ..., scale: _Optional[float] = ..., soft_cap: _Optional[float] = ..., window_tokens: _Optional[int] = ...) -> None: ...
+    v_in_k: bool
+    def __init__(self, q_heads: _Optional[int] = ..., k_heads: _Optional[int] = ..., v_heads: _Optional[int] = ..., k_dim: _Optional[int] = ..., v_dim: _Optional[int] = ..., scale: _Optional[float] = ..., soft_cap: _Optional[float] = ..., window_tokens: _Optional[int] = ..., v_in_k: _Optional[bool] = ...) -> None: ...
 
 class Open(_message.Message):
     __slots__ = ("specs", "layouts", "layer_class", "dtype")

@@ -135,7 +135,7 @@ def connect():
     peers = []
 
     def to(address, *, model, **options):
-        peers.append(GrpcPeer(address, model, model.layouts[0].dtype, **options))
+        peers.append(GrpcPeer(address, model, model.layouts[0].format.dtype, **options))
         return peers[-1]
 
     yield to

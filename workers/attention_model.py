@@ -1,9 +1,10 @@
-"""What a model's configuration means for the attention planes: spec, layout, dtype."""
+"""What a model's configuration means for the attention planes: spec, layout, format."""
 
 import torch
 
 from farshore.attention_offload.base import AttentionModel
 from farshore.kernels.base import AttentionSpec, KVLayout
+from farshore.kernels.formats import KVFormat
 from farshore.models.config import ModelConfig
 
 
@@ -17,5 +18,5 @@ def attention_model(config: ModelConfig, dtype: torch.dtype) -> AttentionModel:
         v_dim=config.head_dim,
         scale=config.head_dim**-0.5,
     )
-    layout = KVLayout.of(spec, layers=config.layers, dtype=dtype)
+    layout = KVLayout.of(spec, layers=config.layers, format=KVFormat.of(dtype))
     return AttentionModel(specs=(spec,), layer_class=(0,) * config.layers, layouts=(layout,))

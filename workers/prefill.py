@@ -93,9 +93,9 @@ def _past_states(
 def _own_state(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, first: int, attention: AttentionModel
 ) -> State:
-    layout = attention.layouts[0]
+    dtype = attention.layouts[0].format.dtype
     # The store is the truth: attend to the values as they are stored.
-    return _extend(q, k.to(layout.dtype), v.to(layout.dtype), positions, first, attention, None)
+    return _extend(q, k.to(dtype), v.to(dtype), positions, first, attention, None)
 
 
 def _extend(

@@ -9,6 +9,7 @@ from farshore.attention_offload.base import AttentionModel
 from farshore.attention_offload.plan import Read, ShardStep
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kernels.base import AttentionSpec, KVLayout
+from farshore.kernels.formats import KVFormat
 from farshore.kvstore.arena import Arena
 from farshore.kvstore.base import SpanKey
 from farshore.kvstore.store import LocalStore
@@ -24,7 +25,8 @@ class Workload:
     def __init__(self, dtype):
         """Blocks of 16 tokens, so that short spans cross several."""
         self.dtype = dtype
-        self.layout = KVLayout.of(self.spec, layers=self.layers, dtype=dtype)._replace(block_tokens=16)
+        self.layout = KVLayout.of(self.spec, layers=self.layers, format=KVFormat.of(dtype))
+        self.layout = self.layout._replace(block_tokens=16)
         self.model = AttentionModel(
             specs=(self.spec,), layer_class=(0,) * self.layers, layouts=(self.layout,)
         )
@@ -33,10 +35,9 @@ class Workload:
         """Random k and v of ``count`` tokens, as the layout or a changed one shapes them."""
         layout = self.layout._replace(**changes)
         random = torch.Generator().manual_seed(seed)
-        k_heads, v_heads = layout.groups * layout.k_heads_per_group, layout.groups * layout.v_heads_per_group
-        k = torch.randn(k_heads, count, layout.k_dim, generator=random)
-        v = torch.randn(v_heads, count, layout.v_dim, generator=random)
-        return k.to(layout.dtype), v.to(layout.dtype)
+        k = torch.randn(layout.k_heads, count, layout.k_dim, generator=random)
+        v = torch.randn(layout.v_heads, count, layout.v_dim, generator=random)
+        return k.to(layout.format.dtype), v.to(layout.format.dtype)
 
     def key(self, name, *, first=0, group0=0, group1=3):
         return SpanKey(sequence=SequenceId(name), layer_class=0, first=first, group0=group0, group1=group1)

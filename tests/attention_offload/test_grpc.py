@@ -15,6 +15,7 @@ from farshore.attention_offload.in_process import InProcessPeer
 from farshore.attention_offload.plan import Read, StepPlan
 from farshore.errors import FarshoreError, Fenced, Full, InvalidRequest, NotFound, PortInUse
 from farshore.ids import SequenceId, SpanId, WorkerId
+from farshore.kernels.formats import KVFormat
 
 DEADLINE_S = 60.0
 
@@ -176,7 +177,7 @@ REFUSALS = {
     "layer": (InvalidRequest, lambda w, s, span: s.write(span, 2, 20, *w.tokens(1), epoch=w.owner)),
     "heads": (InvalidRequest, lambda w, s, span: s.write(span, 0, 20, *w.tokens(1, groups=2), epoch=w.owner)),
     "dtype": (InvalidRequest, lambda w, s, span: s.write(
-        span, 0, 20, *w.tokens(1, dtype=torch.float16), epoch=w.owner)),
+        span, 0, 20, *w.tokens(1, format=KVFormat.FLOAT16), epoch=w.owner)),
     "unsealed": (InvalidRequest, lambda w, s, span: s.read(span, 0, 0, 21)),
     "backwards": (InvalidRequest, lambda w, s, span: s.read(span, 0, 5, 4)),
     "read what": (NotFound, lambda w, s, _: s.read(ELSE, 0, 0, 1)),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from farshore.kernels import reference as kernels
 from farshore.kernels.base import AttentionSpec, KVLayout, Rows, Segments, State
+from farshore.kernels.formats import KVFormat
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 8e-3}
 
@@ -78,7 +79,7 @@ dtypes = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
 def stored(spec, dtype, tokens, seed, *, block_tokens=4, first=0, gap_blocks=0):
     """KV in a block memory whose every other byte is NaN, with its segment and its plain K and V."""
     generator = torch.Generator().manual_seed(seed)
-    layout = KVLayout.of(spec, layers=2, dtype=dtype)._replace(block_tokens=block_tokens)
+    layout = KVLayout.of(spec, layers=2, format=KVFormat.of(dtype))._replace(block_tokens=block_tokens)
     blocks = (first + tokens + block_tokens - 1) // block_tokens
     stride = layout.block_bytes * (1 + gap_blocks)
     memory = torch.full((max(blocks, 1) * stride // dtype.itemsize,), torch.nan, dtype=dtype).view(
@@ -172,7 +173,7 @@ def test_a_shard_of_some_heads_numbers_them_from_its_first():
     spec = AttentionSpec(q_heads=6, k_heads=3, v_heads=3, k_dim=8, v_dim=8, scale=0.3)
     one_group = AttentionSpec(q_heads=2, k_heads=1, v_heads=1, k_dim=8, v_dim=8, scale=0.3)
     _, memory, stride, k, v = stored(one_group, torch.float64, 6, 3)
-    layout = KVLayout.of(spec, layers=2, dtype=torch.float64)._replace(block_tokens=4)
+    layout = KVLayout.of(spec, layers=2, format=KVFormat.FLOAT64)._replace(block_tokens=4)
     q = torch.randn(1, 2, 8, dtype=torch.float64)
     plan = kernels.plan(
         Rows.of([(0, 1, 0, 2, 3)]),

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from farshore.ids import WorkerId
 from farshore.kernels.base import KVLayout, Segments
+from farshore.kernels.formats import KVFormat
 from farshore.kvstore.arena import Arena
 from farshore.kvstore.store import LocalStore
 
@@ -24,7 +25,7 @@ def layout() -> KVLayout:
         v_heads_per_group=1,
         k_dim=8,
         v_dim=6,
-        dtype=torch.bfloat16,
+        format=KVFormat.BFLOAT16,
         block_tokens=5,
     )
 
@@ -49,10 +50,9 @@ def tokens() -> Tokens:
     generator = torch.Generator().manual_seed(0)
 
     def make(layout: KVLayout, n: int) -> tuple[Tensor, Tensor]:
-        g = layout.groups
-        k = torch.randn(g * layout.k_heads_per_group, n, layout.k_dim, generator=generator)
-        v = torch.randn(g * layout.v_heads_per_group, n, layout.v_dim, generator=generator)
-        return k.to(layout.dtype), v.to(layout.dtype)
+        k = torch.randn(layout.k_heads, n, layout.k_dim, generator=generator)
+        v = torch.randn(layout.v_heads, n, layout.v_dim, generator=generator)
+        return k.to(layout.format.dtype), v.to(layout.format.dtype)
 
     return make
 

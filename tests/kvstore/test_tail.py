@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from farshore.errors import Full, InvalidRequest
 from farshore.kernels.base import KVLayout
+from farshore.kernels.formats import KVFormat
 from farshore.kvstore.arena import Arena
 from farshore.kvstore.tail import Tail
 
@@ -152,7 +153,7 @@ commands = st.tuples(st.sampled_from(["append", "truncate", "release", "reserve"
 
 @given(st.integers(0, 7), st.lists(commands, max_size=30))
 def test_a_tail_is_a_window_on_a_list(start, steps):
-    layout = KVLayout(1, 1, 1, 1, 1, 1, torch.float32, block_tokens=4)
+    layout = KVLayout(1, 1, 1, 1, 1, 1, KVFormat.FLOAT32, block_tokens=4)
     arena = Arena(1 << 20)
     tail = Tail(arena=arena, layout=layout, start=start)
     window: list[float] = []
