@@ -157,17 +157,22 @@ def _gather(memory: Tensor, item: _Work, layer: int, *, dtype: torch.dtype) -> t
     """K ``[k_heads, count, k_dim]`` and V of one work item, as stored or, if quantised, in ``dtype``."""
     layout = item.stored
     base, stride, first, count = item.run
-    if not layout.format.quantised:
-        dtype = layout.format.dtype
     ks, vs = [], []
     for index in range(first // layout.block_tokens, (first + count - 1) // layout.block_tokens + 1):
         start = base + index * stride
-        stored = layout.stored(memory[start : start + layout.block_bytes], layer)
+        block = memory[start : start + layout.block_bytes]
         t0 = max(first - index * layout.block_tokens, 0)
         t1 = min(first + count - index * layout.block_tokens, layout.block_tokens)
-        k, v = (item.k_heads, slice(t0, t1)), (item.v_heads, slice(t0, t1))
-        ks.append(dequantise(stored.k[k], stored.k_scales[k], layout.format, layout.k_dim, dtype=dtype))
-        vs.append(dequantise(stored.v[v], stored.v_scales[v], layout.format, layout.v_dim, dtype=dtype))
+        in_k, in_v = (item.k_heads, slice(t0, t1)), (item.v_heads, slice(t0, t1))
+        if layout.format.quantised:
+            q = layout.stored(block, layer)
+            k = dequantise(q.k[in_k], q.k_scales[in_k], layout.format, layout.k_dim, dtype=dtype)
+            v = dequantise(q.v[in_v], q.v_scales[in_v], layout.format, layout.v_dim, dtype=dtype)
+        else:
+            whole_k, whole_v = layout.views(block, layer)
+            k, v = whole_k[in_k], whole_v[in_v]
+        ks.append(k)
+        vs.append(v)
     return (
         ks[0] if len(ks) == 1 else torch.cat(ks, dim=1),
         vs[0] if len(vs) == 1 else torch.cat(vs, dim=1),
