@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from farshore import __version__
-from farshore.client import cli_generate, cli_serve, cli_status
+from farshore.client import cli_bench, cli_generate, cli_serve, cli_status
 from farshore.errors import FarshoreError
 
 
@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"farshore {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (cli_serve, cli_generate, cli_status):
+    for command in (cli_serve, cli_generate, cli_status, cli_bench):
         command.add_parser(commands)
     return parser
 

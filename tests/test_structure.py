@@ -14,7 +14,7 @@ SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setup
 FOLDERS = {package: ROOT / folder for package, folder in SETUPTOOLS["package-dir"].items()}
 GENERATED = ("_pb2.py", "_pb2_grpc.py")
 LINES = 400
-NOT_PRODUCT = ("tests", "benchmarks", "docs", "build", "dist")
+NOT_PRODUCT = ("tests", "docs", "build", "dist")
 
 
 def run(*command, cwd):

@@ -1,0 +1,48 @@
+"""The benchmarks by name: what ``farshore bench`` can run.
+
+Called by ``client.cli_bench``. A benchmark is a function from options to a report.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+from farshore.benchmarks import kernels, machine
+from farshore.benchmarks.implementation import choose
+from farshore.benchmarks.report import Report
+from farshore.benchmarks.shapes import Sizes
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line can say to a benchmark."""
+
+    implementation: str | None = None
+    """Of the kernels; None: the fastest that is available."""
+    threads: int | None = None
+    """None: as many as this process may use."""
+
+
+class Benchmark(NamedTuple):
+    summary: str
+    run: Callable[[Options, Progress], Report]
+
+
+def _machine(options: Options, progress: Progress) -> Report:
+    facts = machine.facts(options.threads or machine.usable_cpus())
+    rates = machine.measure(facts, machine.MachineSizes(), progress=progress)
+    return Report({**asdict(facts), **asdict(rates)})
+
+
+def _kernels(options: Options, progress: Progress) -> Report:
+    facts = machine.facts(options.threads or machine.usable_cpus())
+    implementation = choose(options.implementation, threads=facts.threads)
+    return kernels.run(implementation, facts, Sizes(), progress=progress)
+
+
+BENCHMARKS: Mapping[str, Benchmark] = {
+    "machine": Benchmark("what this machine is and how fast it reads, copies and multiplies", _machine),
+    "kernels": Benchmark("attention kernels against the machine's rates and PyTorch's SDPA", _kernels),
+}

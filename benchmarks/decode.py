@@ -1,0 +1,200 @@
+"""``partial`` in decode: one query row on a long sequence reads all of its KV once and does little with it.
+
+Called by ``kernels``. What is compared runs in turns, layer after layer, so that each layer's KV comes from
+memory: between two reads of it, everything else is read.
+"""
+
+from collections.abc import Callable, Mapping
+from itertools import chain, cycle
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from farshore.benchmarks.cold import ColdKV, layer_bytes, query
+from farshore.benchmarks.implementation import Implementation
+from farshore.benchmarks.machine import CACHES_PER_BUFFER, READERS, UNKNOWN_L3_BYTES, Facts, available_bytes
+from farshore.benchmarks.memory import allocate
+from farshore.benchmarks.report import Bar, Result
+from farshore.benchmarks.shapes import Shape, Sizes
+from farshore.benchmarks.timing import Timing, interleave
+from farshore.kernels.formats import KVFormat
+
+MOST_KV_BYTES = 8 << 30
+READ_BYTES = 128 << 20
+"""Of one run of the reader: enough to drown what a call costs."""
+BAR_TIMES_SDPA = 3.0
+BAR_TIMES_SEPARATE = 4.0
+
+
+class Setting(NamedTuple):
+    """What every comparison here is made with."""
+
+    implementation: Implementation
+    machine: Facts
+    reader: str
+    sizes: Sizes
+
+
+def against_bandwidth(
+    at: Setting, shape: Shape, *, bar_percent: float, bar_sdpa: bool
+) -> tuple[list[Result], list[Bar]]:
+    """One sequence in bf16 against the machine's fastest reader, and against PyTorch's SDPA."""
+    kv = _cold(at, shape, KVFormat.BFLOAT16, sequences=1, tokens=at.sizes.context_tokens)
+    contiguous = _random(kv.bytes)
+    read_bytes = min(READ_BYTES, kv.bytes)
+    timed = _timed(
+        at,
+        {
+            "partial": _partial(at, kv),
+            "sdpa": _sdpa(kv, contiguous),
+            "read": _read(contiguous, read_bytes, READERS[at.reader]),
+        },
+        bytes_a_round=2 * kv.layer_bytes + read_bytes,
+    )
+    figures = _figures(at, kv, timed["partial"])
+    sdpa_gbps = kv.layer_bytes / timed["sdpa"].median_s / 1e9
+    read_gbps = read_bytes / timed["read"].median_s / 1e9
+    percent = 100 * figures["gbps"] / read_gbps
+    times = timed["sdpa"].median_s / timed["partial"].median_s
+    figures |= {
+        "read_gbps_in_turn": read_gbps,
+        "percent_of_read": percent,
+        "sdpa_ms": timed["sdpa"].median_s * 1e3,
+        "sdpa_gbps": sdpa_gbps,
+        "times_faster_than_sdpa": times,
+    }
+    name = _name(kv)
+    bars = [Bar.at_least(name, percent, bar_percent, "% of read bandwidth")]
+    if bar_sdpa:
+        bars.append(Bar.at_least(name, times, BAR_TIMES_SDPA, "x PyTorch SDPA"))
+    return [Result(name, timed["partial"], figures)], bars
+
+
+def against_bfloat16(
+    at: Setting, shape: Shape, format: KVFormat, *, bar_times: float
+) -> tuple[list[Result], list[Bar]]:
+    """One sequence in a quantised format against the same in bf16, in tokens a second."""
+    tokens = at.sizes.context_tokens
+    plain = _cold(at, shape, KVFormat.BFLOAT16, sequences=1, tokens=tokens)
+    quantised = _cold(at, shape, format, sequences=1, tokens=tokens)
+    timed = _timed(
+        at,
+        {"bfloat16": _partial(at, plain), "quantised": _partial(at, quantised)},
+        bytes_a_round=plain.layer_bytes + quantised.layer_bytes,
+    )
+    times = timed["bfloat16"].median_s / timed["quantised"].median_s
+    figures = _figures(at, quantised, timed["quantised"]) | {
+        "bfloat16_ms_in_turn": timed["bfloat16"].median_s * 1e3,
+        "times_faster_than_bfloat16": times,
+    }
+    name = _name(quantised)
+    return [Result(name, timed["quantised"], figures)], [
+        Bar.at_least(name, times, bar_times, "x bfloat16 tokens/s")
+    ]
+
+
+def shared_against_separate(at: Setting, shape: Shape) -> tuple[list[Result], list[Bar]]:
+    """Rows that share one stretch of KV against as many rows, each on its own."""
+    rows, tokens = at.sizes.shared_rows, at.sizes.shared_tokens
+    kv = _cold(at, shape, KVFormat.BFLOAT16, sequences=rows, tokens=tokens)
+    timed = _timed(
+        at,
+        {
+            "separate": _partial(at, kv),
+            # Separate rows read the shared sequence, too: half of all layers earlier, so it is cold again.
+            "shared": _partial(at, kv, shared_rows=rows, first_layer=kv.layers // 2),
+        },
+        bytes_a_round=kv.layer_bytes,
+    )
+    separate = Result(_name(kv), timed["separate"], _figures(at, kv, timed["separate"]))
+    times = timed["separate"].median_s / timed["shared"].median_s
+    shared = Result(
+        f"decode bfloat16, {rows} rows on one {tokens} tokens, {shape}",
+        timed["shared"],
+        {
+            "tokens_per_s_in_a_layer": rows / timed["shared"].median_s,
+            "times_faster_than_separate": times,
+        },
+    )
+    return [separate, shared], [
+        Bar.at_least(shared.name, times, BAR_TIMES_SEPARATE, f"x {rows} separate segments")
+    ]
+
+
+def _cold(at: Setting, shape: Shape, format: KVFormat, *, sequences: int, tokens: int) -> ColdKV:
+    """With as many layers as make it too much for any cache, where memory allows."""
+    l3_bytes = at.machine.l3_bytes or UNKNOWN_L3_BYTES
+    # Two of them are compared, and somebody else may need memory, too.
+    wanted = min(CACHES_PER_BUFFER * l3_bytes, MOST_KV_BYTES, available_bytes(at.machine) // 4)
+    one_layer = layer_bytes(shape, format, sequences=sequences, tokens=tokens)
+    layers = -(-(at.sizes.kv_bytes or wanted) // one_layer)
+    return ColdKV(shape, format, sequences=sequences, tokens=tokens, layers=layers)
+
+
+def _timed(
+    at: Setting, candidates: Mapping[str, Callable[[], object]], *, bytes_a_round: int
+) -> dict[str, Timing]:
+    """In turns; the warm-up reads what filling the memory left in the caches out of them, twice over."""
+    l3_bytes = at.machine.l3_bytes or UNKNOWN_L3_BYTES
+    return interleave(
+        candidates,
+        rounds=at.sizes.rounds,
+        warm_up=2 + 2 * l3_bytes // bytes_a_round,
+        limit_s=at.sizes.limit_s,
+    )
+
+
+def _partial(
+    at: Setting, kv: ColdKV, *, shared_rows: int | None = None, first_layer: int = 0
+) -> Callable[[], None]:
+    """Attends in the next layer at each call."""
+    if shared_rows is None:
+        plan = kv.plan_separate(at.implementation)
+    else:
+        plan = kv.plan_shared(at.implementation, shared_rows)
+    q, out = query(kv.shape, shared_rows or kv.sequences)
+    layers = cycle(chain(range(first_layer, kv.layers), range(first_layer)))
+    return lambda: at.implementation.partial(plan, next(layers), q, out=out)
+
+
+def _sdpa(kv: ColdKV, memory: Tensor) -> Callable[[], Tensor]:
+    """The same work in the form that SDPA likes best: one contiguous K and V a layer."""
+    shape = kv.shape
+    layers = memory.view(torch.bfloat16).view(kv.layers, 2, 1, shape.kv_heads, kv.tokens, shape.dim)
+    q = query(shape, 1)[0].view(1, shape.q_heads, 1, shape.dim)
+    next_kv = cycle(layers.unbind())
+    return lambda: F.scaled_dot_product_attention(q, *next(next_kv), enable_gqa=True)
+
+
+def _read(memory: Tensor, read_bytes: int, reader: Callable[[Tensor], object]) -> Callable[[], object]:
+    """Reads the next piece at each call, half of the memory away from where SDPA starts."""
+    pieces = memory[: memory.numel() // read_bytes * read_bytes].split(read_bytes)
+    middle = len(pieces) // 2
+    piece = cycle(pieces[middle:] + pieces[:middle])
+    return lambda: reader(next(piece))
+
+
+def _random(size_bytes: int) -> Tensor:
+    """Random bf16 values, as bytes: 1 MiB of them over and over."""
+    memory = allocate(size_bytes)
+    values = torch.randn(1 << 19, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    for piece in memory.view(torch.bfloat16).split(values.numel()):
+        piece.copy_(values[: piece.numel()])
+    return memory
+
+
+def _name(kv: ColdKV) -> str:
+    return f"decode {kv.layout.format.value}, {kv.sequences} x {kv.tokens} tokens, {kv.shape}"
+
+
+def _figures(at: Setting, kv: ColdKV, timing: Timing) -> dict[str, float | int | None]:
+    l3_bytes = at.machine.l3_bytes
+    return {
+        "tokens_per_s_in_a_layer": kv.sequences / timing.median_s,
+        "gbps": kv.layer_bytes / timing.median_s / 1e9,
+        "layers": kv.layers,
+        "kv_bytes": kv.bytes,
+        "kv_of_l3": kv.bytes / l3_bytes if l3_bytes else None,
+    }

@@ -1,0 +1,201 @@
+"""What machine a figure was measured on: its facts, and the rates that kernels are compared with.
+
+Used by every benchmark; ``farshore bench machine`` prints it by itself. Must not know any kernel.
+"""
+
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from farshore.benchmarks.memory import allocate
+from farshore.benchmarks.timing import ROUNDS, interleave
+
+ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
+CACHES_PER_BUFFER = 8
+MOST_BUFFER_BYTES = 4 << 30
+UNKNOWN_L3_BYTES = 256 << 20
+
+READERS: Mapping[str, Callable[[Tensor], object]] = {
+    "torch.sum(int64)": lambda memory: memory.view(torch.int64).sum(),
+    "torch.sum(float32)": lambda memory: memory.view(torch.float32).sum(),
+    "torch.aminmax(int32)": lambda memory: memory.view(torch.int32).aminmax(),
+}
+"""Each reads every byte of a ``u8`` buffer once. Which is fastest depends on the machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class MachineSizes:
+    """How much is measured; tests make it tiny."""
+
+    buffer_bytes: int | None = None
+    """None: 8 x L3, at most 4 GiB and a third of the memory."""
+    gemm: tuple[int, ...] = (2048, 4096)
+    """n of the n x n x n products."""
+    rounds: int = ROUNDS
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    cpu: str
+    architecture: str
+    physical_cores: int
+    """Visible to this machine (or VM), not only to this process."""
+    l3_bytes: int | None
+    """As the system claims it: a VM may be told of more than its share."""
+    memory_bytes: int
+    """The machine's, or the container's limit if that is less."""
+    isa: tuple[str, ...]
+    python: str
+    torch: str
+    threads: int
+    load_average_1m: float
+    """Before measuring: above 0 somebody else was at work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    read_gbps: float
+    """Of the fastest reader."""
+    reader: str
+    read_gbps_by_reader: Mapping[str, float]
+    read_buffer_bytes: int
+    read_buffer_of_l3: float | None
+    copy_gbps: float
+    """Bytes copied per second; each is read once and written once."""
+    gemm_gflops: Mapping[str, float]
+    """By dtype; the best of the shapes."""
+    gemm_gflops_by_shape: Mapping[str, float]
+
+
+def facts(threads: int) -> Facts:
+    cpuinfo = _pairs(Path("/proc/cpuinfo"))
+    flags = (cpuinfo.get("flags") or cpuinfo.get("Features") or "").split()
+    return Facts(
+        cpu=cpuinfo.get("model name") or platform.processor() or "unknown",
+        architecture=platform.machine(),
+        physical_cores=physical_cores(Path("/sys/devices/system/cpu")),
+        l3_bytes=l3_bytes(Path("/sys/devices/system/cpu/cpu0/cache")),
+        memory_bytes=min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), _cgroup_bytes()),
+        isa=tuple(flag for flag in ISA_FLAGS if flag in flags),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        threads=threads,
+        load_average_1m=os.getloadavg()[0],
+    )
+
+
+def measure(machine: Facts, sizes: MachineSizes, *, progress: Callable[[str], None]) -> Rates:
+    """Takes well under a minute. Reads and copies use as many threads as ``machine`` says."""
+    torch.set_num_threads(machine.threads)
+    size_bytes = sizes.buffer_bytes or cold_bytes(machine)
+    progress(f"read and copy bandwidth, over {size_bytes >> 20} MiB")
+    by_reader, copy_gbps = _bandwidths(size_bytes, sizes.rounds)
+    reader = max(by_reader, key=by_reader.__getitem__)
+    by_shape = {
+        (dtype, n): _gemm_gflops(dtype, n, sizes.rounds, progress)
+        for dtype in (torch.bfloat16, torch.float32)
+        for n in sizes.gemm
+    }
+    gemm: dict[str, float] = {}
+    for (dtype, _), rate in by_shape.items():
+        gemm[name_of(dtype)] = max(rate, gemm.get(name_of(dtype), 0.0))
+    return Rates(
+        read_gbps=by_reader[reader],
+        reader=reader,
+        read_gbps_by_reader=by_reader,
+        read_buffer_bytes=size_bytes,
+        read_buffer_of_l3=size_bytes / machine.l3_bytes if machine.l3_bytes else None,
+        copy_gbps=copy_gbps,
+        gemm_gflops=gemm,
+        gemm_gflops_by_shape={f"{name_of(dtype)} {n}": rate for (dtype, n), rate in by_shape.items()},
+    )
+
+
+def gemm(dtype: torch.dtype, n: int) -> Callable[[], Tensor]:
+    """One n x n x n product into memory that is there already: 2 n³ FLOPs."""
+    generator = torch.Generator().manual_seed(n)
+    a = torch.randn(n, n, generator=generator).to(dtype)
+    b = torch.randn(n, n, generator=generator).to(dtype)
+    out = torch.empty(n, n, dtype=dtype)
+    return lambda: torch.matmul(a, b, out=out)
+
+
+def cold_bytes(machine: Facts) -> int:
+    """Enough to read that nothing of it is still cached when it is read again."""
+    l3 = machine.l3_bytes or UNKNOWN_L3_BYTES
+    size_bytes = min(CACHES_PER_BUFFER * l3, MOST_BUFFER_BYTES, machine.memory_bytes // 3)
+    return size_bytes // 4096 * 4096
+
+
+def l3_bytes(caches: Path) -> int | None:
+    """The last-level cache's size under a ``/sys/devices/system/cpu/cpu0/cache``; None if it is not told."""
+    for index in sorted(caches.glob("index*")):
+        if (index / "level").read_text().strip() == "3":
+            text = (index / "size").read_text().strip()
+            return int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]]
+    return None
+
+
+def physical_cores(cpus: Path) -> int:
+    """Distinct (package, core) pairs under a ``/sys/devices/system/cpu``; logical CPUs if it is not told."""
+    cores = {
+        ((topology / "physical_package_id").read_text(), (topology / "core_id").read_text())
+        for topology in cpus.glob("cpu[0-9]*/topology")
+    }
+    return len(cores) or os.cpu_count() or 1
+
+
+def available_bytes(machine: Facts) -> int:
+    """Memory that nobody uses now; half of all of it where the system does not tell."""
+    told = _pairs(Path("/proc/meminfo")).get("MemAvailable")
+    return min(int(told.split()[0]) << 10 if told else machine.memory_bytes // 2, machine.memory_bytes)
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _bandwidths(size_bytes: int, rounds: int) -> tuple[dict[str, float], float]:
+    """GB/s of each reader, and of copying one half onto the other."""
+    memory = allocate(size_bytes)
+    memory.fill_(1)  # Untouched pages would all be one page of zeros: a cached one.
+    to, source = memory[: size_bytes // 2], memory[size_bytes // 2 :]
+    reads = {name: partial(reader, memory) for name, reader in READERS.items()}
+    by_reader = {
+        name: size_bytes / timing.median_s / 1e9 for name, timing in interleave(reads, rounds=rounds).items()
+    }
+    copied = interleave({"copy": lambda: to.copy_(source)}, rounds=rounds)
+    return by_reader, to.numel() / copied["copy"].median_s / 1e9
+
+
+def _gemm_gflops(dtype: torch.dtype, n: int, rounds: int, progress: Callable[[str], None]) -> float:
+    progress(f"GEMM {name_of(dtype)} {n}")
+    return 2 * n**3 / interleave({"gemm": gemm(dtype, n)}, rounds=rounds)["gemm"].median_s / 1e9
+
+
+def _cgroup_bytes() -> float:
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return float("inf") if text == "max" else int(text)
+
+
+def _pairs(file: Path) -> dict[str, str]:
+    """The first ``name : value`` of each name in a /proc file; empty where there is none."""
+    pairs: dict[str, str] = {}
+    if file.is_file():
+        for line in file.read_text().splitlines():
+            name, separator, value = line.partition(":")
+            if separator:
+                pairs.setdefault(name.strip(), value.strip())
+    return pairs

@@ -1,0 +1,49 @@
+"""What a call costs when there is next to nothing to compute: merge, and partial on single tokens.
+
+Called by ``kernels``. Both are called from Python, once a layer of every step: their time is latency.
+"""
+
+import torch
+
+from farshore.benchmarks.cold import ColdKV, query
+from farshore.benchmarks.implementation import Implementation
+from farshore.benchmarks.report import Bar, Result
+from farshore.benchmarks.shapes import SMOLLM2, Sizes
+from farshore.benchmarks.timing import Timing, interleave
+from farshore.kernels.base import State
+from farshore.kernels.formats import KVFormat
+
+ROWS = 16
+STATES = 8
+BAR_US = 10.0
+
+
+def merge(implementation: Implementation, sizes: Sizes) -> tuple[list[Result], list[Bar]]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (ROWS, SMOLLM2.q_heads, SMOLLM2.dim)
+    states = [
+        State(torch.randn(shape, generator=generator), torch.randn(shape[:2], generator=generator))
+        for _ in range(STATES)
+    ]
+    out = State.identity(*shape)
+    timed = interleave(
+        {"merge": lambda: implementation.merge(states, out=out)}, rounds=sizes.rounds, calls=sizes.calls
+    )
+    name = f"merge of {STATES} states x {ROWS} rows x {SMOLLM2.q_heads} heads x {SMOLLM2.dim}"
+    return _held(name, timed["merge"])
+
+
+def tiny_partial(implementation: Implementation, sizes: Sizes) -> tuple[list[Result], list[Bar]]:
+    kv = ColdKV(SMOLLM2, KVFormat.BFLOAT16, sequences=ROWS, tokens=1, layers=1)
+    plan = kv.plan_separate(implementation)
+    q, out = query(SMOLLM2, ROWS)
+    timed = interleave(
+        {"partial": lambda: implementation.partial(plan, 0, q, out=out)},
+        rounds=sizes.rounds,
+        calls=sizes.calls,
+    )
+    return _held(f"partial, {ROWS} rows of 1 token each, bfloat16, {SMOLLM2}", timed["partial"])
+
+
+def _held(name: str, timing: Timing) -> tuple[list[Result], list[Bar]]:
+    return [Result(name, timing)], [Bar.at_most(name, timing.median_s * 1e6, BAR_US, "µs")]

@@ -1,0 +1,75 @@
+"""What a benchmark says: the machine, its results, and the bars they are held against.
+
+Filled by the benchmarks, printed by ``client.cli_bench``. Must not know how anything is measured.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from farshore.benchmarks.timing import Timing
+
+SIGNIFICANT_DIGITS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One measured case. ``figures`` carry their units in their names."""
+
+    name: str
+    timing: Timing
+    figures: Mapping[str, float | int | str | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A figure that was promised, and whether the measured value keeps the promise."""
+
+    name: str
+    value: float
+    bound: float
+    unit: str
+    sense: Literal[">=", "<="]
+
+    @classmethod
+    def at_least(cls, name: str, value: float, bound: float, unit: str) -> "Bar":
+        return cls(name, value, bound, unit, ">=")
+
+    @classmethod
+    def at_most(cls, name: str, value: float, bound: float, unit: str) -> "Bar":
+        return cls(name, value, bound, unit, "<=")
+
+    @property
+    def met(self) -> bool:
+        """Never for NaN: what could not be measured is not met."""
+        return self.value >= self.bound if self.sense == ">=" else self.value <= self.bound
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    machine: Mapping[str, Any]
+    results: tuple[Result, ...] = ()
+    bars: tuple[Bar, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that ``--json`` prints: ``machine``, ``results``, ``bars``."""
+        return _rounded(
+            {
+                "machine": dict(self.machine),
+                "results": [
+                    {"name": it.name, **it.figures, "timing": asdict(it.timing)} for it in self.results
+                ],
+                "bars": [{**asdict(bar), "met": bar.met} for bar in self.bars],
+            }
+        )
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to the digits that mean something, all the way down."""
+    if isinstance(value, float):
+        return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(inner) for inner in value]
+    return value

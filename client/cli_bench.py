@@ -1,0 +1,100 @@
+"""``farshore bench``: runs a benchmark and prints what it measured.
+
+Called by ``cli``. Must not know what a benchmark does: ``benchmarks.catalogue`` does.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from farshore.client.cli_options import positive
+from farshore.client.cli_terminal import Progress, table
+from farshore.errors import InvalidRequest
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="measure this machine and the kernels on it",
+        description="Run a benchmark; without a name, list them. A bar that is not met is no error: "
+        "the exit code is 0.",
+        epilog="example: farshore bench kernels --json --out kernels.json",
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="the benchmark; none: list them")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: machine, results, bars")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON object to FILE, too")
+    parser.add_argument(
+        "--implementation",
+        metavar="KERNELS",
+        help="kernels to measure: cpu or reference (default: the fastest that works here)",
+    )
+    parser.add_argument(
+        "--threads", type=positive, metavar="N", help="threads to compute with (default: every usable CPU)"
+    )
+    parser.set_defaults(run=run, usage_error=parser.error)
+
+
+def run(args: argparse.Namespace) -> int:
+    # Imported here: PyTorch takes a second or two, which no other command of the client needs to pay.
+    from farshore.benchmarks.catalogue import BENCHMARKS, Options
+
+    if args.name is None:
+        print("\n".join(table(("NAME", "MEASURES"), [(name, it.summary) for name, it in BENCHMARKS.items()])))
+        return 0
+    if args.name not in BENCHMARKS:
+        args.usage_error(f"no benchmark {args.name!r}: choose from {', '.join(BENCHMARKS)}")
+    if args.out is not None and not args.out.absolute().parent.is_dir():
+        # Said before minutes of measuring, not after.
+        raise InvalidRequest(f"--out {args.out}: the folder {args.out.parent} does not exist: create it")
+    progress = Progress()
+    try:
+        report = BENCHMARKS[args.name].run(Options(args.implementation, args.threads), progress.step)
+    finally:
+        progress.clear()
+    told = report.as_dict()
+    print(json.dumps(told) if args.json else render(told), flush=True)
+    if args.out is not None:
+        _write(args.out, json.dumps(told, indent=1) + "\n")
+    return 0
+
+
+def render(told: dict[str, Any]) -> str:
+    """A report for people; every figure of it is in the JSON, too."""
+    lines = [f"{name}: {_text(value)}" for name, value in told["machine"].items()]
+    for result in told["results"]:
+        timing = result["timing"]
+        figures = {name: value for name, value in result.items() if name not in ("name", "timing")}
+        lines += [
+            "",
+            f"{result['name']}: median {_seconds(timing['median_s'])} of {timing['runs']} runs "
+            f"(p10 {_seconds(timing['p10_s'])}, p90 {_seconds(timing['p90_s'])})",
+            *(f"  {name}: {_text(value)}" for name, value in figures.items()),
+        ]
+    if told["bars"]:
+        keys = ("name", "value", "sense", "bound", "unit")
+        rows = [("met" if bar["met"] else "missed", *(bar[key] for key in keys)) for bar in told["bars"]]
+        lines += ["", *table(("BAR", "OF", "VALUE", "", "BOUND", ""), rows)]
+    return "\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {inner}" for name, inner in value.items())
+    if isinstance(value, list):
+        return " ".join(str(inner) for inner in value) or "none"
+    return str(value)
+
+
+def _seconds(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e3)):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InvalidRequest(f"--out {file}: can't be written: {error.strerror or error}") from error
