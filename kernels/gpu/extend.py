@@ -1,0 +1,80 @@
+"""Prefill on the device: a chunk of new tokens attends to contiguous keys, causally by position."""
+
+import triton
+import triton.language as tl
+
+from farshore.kernels.gpu.attend import finish, load_queries, sweep
+
+FAR = tl.constexpr(2**30)
+
+
+@triton.jit(do_not_specialize=["k_position", "rows", "keys"])
+def extend_kernel(
+    q, q_row, q_head, positions, k, k_head, k_token, v, v_head, v_token, k_position,
+    o, o_row, o_head, lse, lse_row, lse_head, rows, keys, scale,
+    HEADS: tl.constexpr, TILE_HEADS: tl.constexpr,
+    K_HEADS_PER_GROUP: tl.constexpr, V_HEADS_PER_GROUP: tl.constexpr,
+    K_DIM: tl.constexpr, K_MAIN: tl.constexpr, K_REST: tl.constexpr, V_DIM: tl.constexpr, V_BLOCK: tl.constexpr,
+    SOFT_CAP: tl.constexpr, WINDOW: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries (rows x the heads that share one K head and one V head) on all keys they see.
+
+    Roofline, n new tokens on p past ones, per query head: FLOPs 2 (K_DIM + V_DIM) n (p + n / 2); bytes, bf16:
+    2 n (K_DIM + V_DIM) for q and o, and K, V once per BLOCK_M queries, mostly from L2: with BLOCK_M = 128 some 128
+    FLOPs a byte of L2 and, since the programs of a head run side by side, n a byte of HBM: bound by the matrix
+    units. The exponentials, one per 2 (K_DIM + V_DIM) FLOPs, come next: at K_DIM = 64 an H100's special-function
+    units need as long as its tensor cores.
+    """
+    TILE_ROWS: tl.constexpr = BLOCK_M // TILE_HEADS
+    HEAD_TILES: tl.constexpr = (HEADS + TILE_HEADS - 1) // TILE_HEADS
+    # Late rows see the most keys: starting them first leaves the short programs to fill the gaps at the end.
+    row0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * TILE_ROWS
+    unit = tl.program_id(1) // HEAD_TILES
+    m = tl.arange(0, BLOCK_M)
+    head = tl.program_id(1) % HEAD_TILES * TILE_HEADS + m % TILE_HEADS
+    row = row0 + m // TILE_HEADS
+    used = (m // TILE_HEADS < TILE_ROWS) & (row < rows) & (head < HEADS)
+    head += unit * HEADS
+    row = row.to(tl.int64)
+    q_at = row * q_row + head * q_head
+    queries = load_queries(q, q_at, used, 0, K_MAIN, K_DIM, DTYPE)
+    if K_REST > 0:
+        queries_rest = load_queries(q, q_at, used, K_MAIN, K_REST, K_DIM, DTYPE)
+    else:
+        queries_rest = queries
+
+    position = tl.load(positions + row, mask=used, other=0).to(tl.int32)
+    last = tl.max(tl.where(used, position, -FAR)) - k_position
+    earliest = tl.min(tl.where(used, position, FAR)) - k_position
+    # begin ........ some queries see ........ all_begin ... all see ... all_end ... some see ... end
+    end = tl.minimum(tl.maximum(last + 1, 0), keys)
+    begin = 0
+    all_begin = 0
+    if WINDOW is not None:
+        begin = tl.minimum(tl.maximum(earliest + 1 - WINDOW, 0), end) // BLOCK_N * BLOCK_N
+        all_begin = tl.minimum(tl.cdiv(tl.maximum(last + 1 - WINDOW, 0), BLOCK_N) * BLOCK_N, end)
+    all_end = tl.minimum(tl.maximum(earliest + 1, 0), keys) // BLOCK_N * BLOCK_N
+    all_end = tl.maximum(all_end, all_begin)
+
+    k += (unit // V_HEADS_PER_GROUP).to(tl.int64) * k_head
+    v += (unit // K_HEADS_PER_GROUP).to(tl.int64) * v_head
+    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    mass = tl.zeros((BLOCK_M,), tl.float32)
+    total = tl.zeros((BLOCK_M, V_BLOCK), tl.float32)
+    for part in tl.static_range(3):
+        if part != 0 or WINDOW is not None:
+            start = begin if part == 0 else (all_begin if part == 1 else all_end)
+            stop = all_begin if part == 0 else (all_end if part == 1 else end)
+            peak, mass, total = sweep(
+                queries, queries_rest, position, peak, mass, total,
+                k, v, k, v, k_token, v_token, 0, 0, k_position, start, stop, scale,
+                K_DIM, K_MAIN, K_REST, V_DIM, V_BLOCK, K_SCALES=0, V_SCALES=0, V_IS_KEYS=False,
+                SOFT_CAP=SOFT_CAP, WINDOW=WINDOW, BLOCK_TOKENS=None, MASKED=part != 1, BLOCK_N=BLOCK_N,
+            )  # fmt: skip
+    mean, natural = finish(peak, mass, total)
+
+    dims = tl.arange(0, V_BLOCK)
+    o_at = (row * o_row + head * o_head)[:, None] + dims[None, :]
+    tl.store(o + o_at, mean.to(o.dtype.element_ty), mask=used[:, None] & (dims < V_DIM)[None, :])
+    tl.store(lse + row * lse_row + head * lse_head, natural, mask=used)

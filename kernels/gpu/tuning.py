@@ -1,0 +1,80 @@
+"""Tile sizes and launch shapes: a small table by K dims and device, instead of autotuning at run time.
+
+None of it has been timed on a GPU yet; the numbers are the largest tiles that compile without spills within the
+device's shared memory (tests/kernels/test_gpu_compile.py prints and bounds both), with enough stages to keep
+loads in flight.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+NARROW_M = 16
+"""Queries of a decode tile when few rows share a segment: the least M of the matrix instructions."""
+
+
+class Tiles(NamedTuple):
+    block_m: int
+    """Queries (rows x heads) of a tile; the wide one for decoding."""
+    block_n: int
+    """Keys per step of the sweep."""
+    warps: int
+    stages: int
+
+
+class Device(NamedTuple):
+    """What tuning depends on: an NVIDIA compute capability (80, 90), "gfx942", or None in the interpreter."""
+
+    arch: int | str | None
+    processors: int
+    """SMs or compute units."""
+
+
+@cache
+def device_of(index: int | None) -> Device:
+    """Of the CUDA or HIP device with that index; None: the interpreter's, on the CPU."""
+    if index is None:
+        # Few processors and small tiles: the tests reach every path with short sequences.
+        return Device(None, 4)
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return Device(properties.gcnArchName.split(":")[0], properties.multi_processor_count)
+    return Device(properties.major * 10 + properties.minor, properties.multi_processor_count)
+
+
+def partial_tiles(arch: int | str | None, k_dim: int, *, full_precision: bool) -> Tiles:
+    """For decoding; ``full_precision``: products in float32, on ordinary ALUs, with operands in registers."""
+    if arch is None:
+        return Tiles(32, 16, 4, 1)
+    if full_precision:
+        return Tiles(16, 16 if k_dim > 256 else 32, 4, 1)
+    if isinstance(arch, str):
+        # 64 KiB of LDS hold one stage only of anything but small heads.
+        return (
+            Tiles(64, 64, 4, 2)
+            if k_dim <= 64
+            else Tiles(32, 32, 4, 2)
+            if k_dim <= 256
+            else Tiles(16, 16, 4, 1)
+        )
+    if k_dim > 256:
+        return Tiles(32, 32, 8, 2)
+    # Two programs an SM, each with three stages of K and V in flight, cover latency x bandwidth.
+    return Tiles(64, 64, 4, 3) if k_dim <= 64 else Tiles(64, 32 if arch < 90 else 64, 4, 3)
+
+
+def extend_tiles(arch: int | str | None, k_dim: int, *, full_precision: bool) -> Tiles:
+    """For prefill."""
+    if arch is None:
+        return Tiles(32, 16, 4, 1)
+    if full_precision:
+        return Tiles(32, 16 if k_dim > 256 else 32, 4, 1)
+    if isinstance(arch, str):
+        return Tiles(128, 64, 4, 1) if k_dim <= 128 else Tiles(64, 32, 4, 1)
+    if k_dim > 256:
+        return Tiles(32, 32, 8, 2)
+    if k_dim > 128:
+        return Tiles(64, 32 if arch < 90 else 64, 4, 2)
+    # wgmma wants 64 queries a warp group: 128 queries, 8 warps.
+    return Tiles(128, 64, 4 if arch < 90 and k_dim <= 64 else 8, 3 if arch >= 90 else 2)
