@@ -68,7 +68,7 @@ def test_version(run):
     assert run("--version").out == f"farshore {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "status"])
+@pytest.mark.parametrize("command", ["serve", "generate", "status", "bench"])
 def test_help_explains_every_option(run, command):
     done = run(command, "--help")
     assert done.code == 0

@@ -1,0 +1,76 @@
+"""Interleaving, with a clock that only the candidates move."""
+
+import pytest
+
+from farshore.benchmarks.timing import LEAST_ROUNDS, Timing, interleave
+
+
+class Clock:
+    def __init__(self):
+        self.now_s = 0.0
+
+    def __call__(self):
+        return self.now_s
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def taking(clock, log, name, *durations_s):
+    """A candidate whose n-th call takes the n-th duration, and the last one from then on."""
+    left = list(durations_s)
+
+    def run():
+        log.append(name)
+        clock.now_s += left.pop(0) if len(left) > 1 else left[0]
+
+    return run
+
+
+def test_candidates_take_turns(clock):
+    log = []
+    candidates = {name: taking(clock, log, name, 1) for name in "AB"}
+    interleave(candidates, rounds=3, warm_up=1, clock=clock)
+    assert "".join(log) == "AB" + "ABABAB"
+
+
+def test_the_warm_up_does_not_count(clock):
+    timed = interleave({"A": taking(clock, [], "A", 9, 9, 2, 1, 3)}, rounds=3, warm_up=2, clock=clock)
+    assert (timed["A"].runs, timed["A"].median_s, timed["A"].best_s) == (3, 2, 1)
+
+
+def test_each_candidate_is_charged_its_own_time(clock):
+    timed = interleave({"A": taking(clock, [], "A", 1), "B": taking(clock, [], "B", 4)}, clock=clock)
+    assert (timed["A"].median_s, timed["B"].median_s) == (1, 4)
+    assert timed["A"].runs == timed["B"].runs == 20
+
+
+def test_time_is_per_call(clock):
+    log = []
+    timed = interleave({"A": taking(clock, log, "A", 0.5)}, rounds=4, warm_up=0, calls=10, clock=clock)
+    assert timed["A"].median_s == pytest.approx(0.5)
+    assert len(log) == 40
+
+
+def test_the_limit_leaves_enough_for_a_median(clock):
+    timed = interleave({"A": taking(clock, [], "A", 100)}, limit_s=50, clock=clock)
+    assert timed["A"].runs == LEAST_ROUNDS
+
+
+def test_rounds_end_once_the_limit_is_passed(clock):
+    timed = interleave({"A": taking(clock, [], "A", 1)}, rounds=20, warm_up=0, limit_s=9.5, clock=clock)
+    assert timed["A"].runs == 10
+
+
+def test_a_long_warm_up_is_cut_short(clock):
+    log = []
+    interleave({"A": taking(clock, log, "A", 1)}, rounds=3, warm_up=50, limit_s=20, clock=clock)
+    assert len(log) == 3 + 3
+
+
+def test_quantiles():
+    timing = Timing.of([float(n) for n in range(11)])
+    assert timing == Timing(runs=11, median_s=5, p10_s=1, p90_s=9, best_s=0)
+    assert Timing.of([7.0]) == Timing(runs=1, median_s=7, p10_s=7, p90_s=7, best_s=7)

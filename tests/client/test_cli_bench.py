@@ -1,0 +1,83 @@
+"""``farshore bench`` with a benchmark that measures nothing."""
+
+import json
+
+import pytest
+
+from farshore.benchmarks import catalogue
+from farshore.benchmarks.report import Bar, Report, Result
+from farshore.benchmarks.timing import Timing
+
+REPORT = Report(
+    {"cpu": "Z80", "rates": {"a": 1.5}, "isa": ()},
+    (Result("case", Timing(20, 0.012, 0.01, 0.02, 0.009), {"gbps": 30.0}),),
+    (Bar.at_least("case", 30, 40, "% of bandwidth"), Bar.at_most("call", 2, 10, "µs")),
+)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The options that the benchmark ``nothing`` was run with."""
+    options = []
+
+    def run_nothing(given, progress):
+        options.append(given)
+        progress("measuring nothing")
+        return REPORT
+
+    benchmark = catalogue.Benchmark("nothing at all", run_nothing)
+    monkeypatch.setattr(catalogue, "BENCHMARKS", {"nothing": benchmark})
+    return options
+
+
+def test_without_a_name_the_benchmarks_are_listed(run):
+    done = run("bench")
+    assert done.code == 0
+    assert {"machine", "kernels"} <= {line.split()[0] for line in done.out.splitlines()}
+
+
+def test_an_unknown_name_is_wrong_usage(run, asked):
+    done = run("bench", "dance")
+    assert done.code == 2 and done.out == ""
+    assert "no benchmark 'dance': choose from nothing" in done.err
+
+
+def test_json_on_stdout_progress_on_stderr(run, asked):
+    done = run("bench", "nothing", "--json")
+    assert done.code == 0
+    assert json.loads(done.out) == json.loads(json.dumps(REPORT.as_dict()))
+    assert "measuring nothing" in done.err
+
+
+def test_for_people(run, asked):
+    done = run("bench", "nothing")
+    assert "case: median 12 ms of 20 runs (p10 10 ms, p90 20 ms)" in done.out
+    rows = [line.split() for line in done.out.splitlines()]
+    assert ["missed", "case", "30", ">=", "40", "%", "of", "bandwidth"] in rows
+    assert ["met", "call", "2", "<=", "10", "µs"] in rows
+    assert "isa: none" in done.out and "rates: a 1.5" in done.out
+
+
+def test_options_reach_the_benchmark(run, asked):
+    run("bench", "nothing", "--implementation", "reference", "--threads", "3")
+    run("bench", "nothing")
+    assert asked == [catalogue.Options("reference", 3), catalogue.Options(None, None)]
+
+
+def test_out_writes_the_json_whatever_is_printed(run, asked, tmp_path):
+    file = tmp_path / "nothing.json"
+    done = run("bench", "nothing", "--out", str(file))
+    assert done.code == 0 and "BAR" in done.out
+    assert set(json.loads(file.read_text())) == {"machine", "results", "bars"}
+
+
+def test_a_missing_folder_is_told_before_measuring(run, asked, tmp_path):
+    done = run("bench", "nothing", "--out", str(tmp_path / "nowhere" / "x.json"))
+    assert done.code == 1 and not asked
+    assert "does not exist: create it" in done.err
+
+
+def test_a_file_that_cannot_be_written_still_leaves_the_report(run, asked, tmp_path):
+    done = run("bench", "nothing", "--json", "--out", str(tmp_path))
+    assert done.code == 1
+    assert "can't be written" in done.err and json.loads(done.out)["bars"]
