@@ -54,15 +54,13 @@ def against_bandwidth(
         bytes_a_round=2 * kv.layer_bytes + read_bytes,
     )
     figures = _figures(at, kv, timed["partial"])
-    sdpa_gbps = kv.layer_bytes / timed["sdpa"].median_s / 1e9
-    read_gbps = read_bytes / timed["read"].median_s / 1e9
-    percent = 100 * figures["gbps"] / read_gbps
-    times = timed["sdpa"].median_s / timed["partial"].median_s
+    percent = 100 * timed["read"].over(timed["partial"]) * kv.layer_bytes / read_bytes
+    times = timed["sdpa"].over(timed["partial"])
     figures |= {
-        "read_gbps_in_turn": read_gbps,
+        "read_gbps_in_turn": read_bytes / timed["read"].median_s / 1e9,
         "percent_of_read": percent,
         "sdpa_ms": timed["sdpa"].median_s * 1e3,
-        "sdpa_gbps": sdpa_gbps,
+        "sdpa_gbps": kv.layer_bytes / timed["sdpa"].median_s / 1e9,
         "times_faster_than_sdpa": times,
     }
     name = _name(kv)
@@ -84,7 +82,7 @@ def against_bfloat16(
         {"bfloat16": _partial(at, plain), "quantised": _partial(at, quantised)},
         bytes_a_round=plain.layer_bytes + quantised.layer_bytes,
     )
-    times = timed["bfloat16"].median_s / timed["quantised"].median_s
+    times = timed["bfloat16"].over(timed["quantised"])
     figures = _figures(at, quantised, timed["quantised"]) | {
         "bfloat16_ms_in_turn": timed["bfloat16"].median_s * 1e3,
         "times_faster_than_bfloat16": times,
@@ -109,7 +107,7 @@ def shared_against_separate(at: Setting, shape: Shape) -> tuple[list[Result], li
         bytes_a_round=kv.layer_bytes,
     )
     separate = Result(_name(kv), timed["separate"], _figures(at, kv, timed["separate"]))
-    times = timed["separate"].median_s / timed["shared"].median_s
+    times = timed["separate"].over(timed["shared"])
     shared = Result(
         f"decode bfloat16, {rows} rows on one {tokens} tokens, {shape}",
         timed["shared"],
@@ -124,12 +122,12 @@ def shared_against_separate(at: Setting, shape: Shape) -> tuple[list[Result], li
 
 
 def _cold(at: Setting, shape: Shape, format: KVFormat, *, sequences: int, tokens: int) -> ColdKV:
-    """With as many layers as make it too much for any cache, where memory allows."""
+    """With so many layers that it is too much for any cache, where memory allows."""
     l3_bytes = at.machine.l3_bytes or UNKNOWN_L3_BYTES
     # Two of them are compared, and somebody else may need memory, too.
     wanted = min(CACHES_PER_BUFFER * l3_bytes, MOST_KV_BYTES, available_bytes(at.machine) // 4)
     one_layer = layer_bytes(shape, format, sequences=sequences, tokens=tokens)
-    layers = -(-(at.sizes.kv_bytes or wanted) // one_layer)
+    layers = (at.sizes.kv_bytes or wanted) // one_layer + 1
     return ColdKV(shape, format, sequences=sequences, tokens=tokens, layers=layers)
 
 

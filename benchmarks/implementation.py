@@ -17,6 +17,8 @@ FASTEST_FIRST = ("cpu", "reference")
 
 class Implementation(NamedTuple):
     name: str
+    instruction_set: str | None
+    """Of the native kernels: the one that is in use."""
     plan: Callable[..., Any]
     partial: Callable[..., None]
     extend: Callable[..., None]
@@ -41,6 +43,7 @@ def choose(name: str | None, *, threads: int) -> Implementation:
         told = {} if candidate == "reference" else {"threads": threads}
         return Implementation(
             candidate,
+            next(iter(getattr(kernels, "instruction_sets", ())), None),
             partial(kernels.plan, **told),
             kernels.partial,
             partial(kernels.extend, **told),

@@ -29,8 +29,8 @@ def run(
         measured, held = measure()
         results += measured
         bars += held
-    about = {"implementation": implementation.name, **asdict(facts), **asdict(rates)}
-    return Report(about, tuple(results), tuple(bars))
+    kernels = {"implementation": implementation.name, "instruction_set": implementation.instruction_set}
+    return Report({**kernels, **asdict(facts), **asdict(rates)}, tuple(results), tuple(bars))
 
 
 def _cases(at: decode.Setting) -> Iterator[tuple[str, Callable[[], tuple[list[Result], list[Bar]]]]]:

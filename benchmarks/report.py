@@ -57,7 +57,7 @@ class Report:
             {
                 "machine": dict(self.machine),
                 "results": [
-                    {"name": it.name, **it.figures, "timing": asdict(it.timing)} for it in self.results
+                    {"name": it.name, **it.figures, "timing": it.timing.summary()} for it in self.results
                 ],
                 "bars": [{**asdict(bar), "met": bar.met} for bar in self.bars],
             }

@@ -15,18 +15,32 @@ LEAST_ROUNDS = 3
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds per call over ``runs`` timed runs."""
+    samples_s: tuple[float, ...]
+    """Seconds per call of each timed run, in the order of the rounds."""
 
-    runs: int
-    median_s: float
-    p10_s: float
-    p90_s: float
-    best_s: float
+    @property
+    def median_s(self) -> float:
+        return median(self.samples_s)
 
-    @classmethod
-    def of(cls, samples_s: list[float]) -> "Timing":
-        tenths = quantiles(samples_s, n=10, method="inclusive") if len(samples_s) > 1 else samples_s * 9
-        return cls(len(samples_s), median(samples_s), tenths[0], tenths[-1], min(samples_s))
+    def summary(self) -> dict[str, float | int]:
+        """What a report says of it."""
+        several = len(self.samples_s) > 1
+        tenths = quantiles(self.samples_s, n=10, method="inclusive") if several else self.samples_s * 9
+        return {
+            "runs": len(self.samples_s),
+            "median_s": self.median_s,
+            "p10_s": tenths[0],
+            "p90_s": tenths[-1],
+            "best_s": min(self.samples_s),
+        }
+
+    def over(self, other: "Timing") -> float:
+        """How many times as long as ``other`` it took: the median of the rounds' own ratios.
+
+        Not the ratio of the medians: on a shared machine whose speed doubles and halves within a comparison
+        (bf16 GEMM on a 2-core VM: 730 to 2,490 GFLOP/s within minutes), these may come from different speeds.
+        """
+        return median(a / b for a, b in zip(self.samples_s, other.samples_s, strict=True))
 
 
 def interleave(
@@ -41,8 +55,7 @@ def interleave(
     """Times each candidate ``rounds`` times, in turns, after ``warm_up`` rounds that do not count.
 
     ``calls``: calls per timed run, for what is too short for the clock. After ``limit_s`` seconds no further
-    round starts once ``LEAST_ROUNDS`` are done: a slow implementation gets fewer runs, and ``Timing.runs``
-    says so.
+    round starts once ``LEAST_ROUNDS`` are done: a slow implementation gets fewer runs, as the report says.
     """
     begun = clock()
     for _ in range(warm_up):
@@ -60,4 +73,4 @@ def interleave(
             for _ in range(calls):
                 run()
             samples_s[name].append((clock() - start) / calls)
-    return {name: Timing.of(samples) for name, samples in samples_s.items()}
+    return {name: Timing(tuple(samples)) for name, samples in samples_s.items()}

@@ -38,13 +38,13 @@ def test_candidates_take_turns(clock):
 
 def test_the_warm_up_does_not_count(clock):
     timed = interleave({"A": taking(clock, [], "A", 9, 9, 2, 1, 3)}, rounds=3, warm_up=2, clock=clock)
-    assert (timed["A"].runs, timed["A"].median_s, timed["A"].best_s) == (3, 2, 1)
+    assert timed["A"].samples_s == (2, 1, 3)
 
 
 def test_each_candidate_is_charged_its_own_time(clock):
     timed = interleave({"A": taking(clock, [], "A", 1), "B": taking(clock, [], "B", 4)}, clock=clock)
     assert (timed["A"].median_s, timed["B"].median_s) == (1, 4)
-    assert timed["A"].runs == timed["B"].runs == 20
+    assert len(timed["A"].samples_s) == len(timed["B"].samples_s) == 20
 
 
 def test_time_is_per_call(clock):
@@ -56,12 +56,12 @@ def test_time_is_per_call(clock):
 
 def test_the_limit_leaves_enough_for_a_median(clock):
     timed = interleave({"A": taking(clock, [], "A", 100)}, limit_s=50, clock=clock)
-    assert timed["A"].runs == LEAST_ROUNDS
+    assert len(timed["A"].samples_s) == LEAST_ROUNDS
 
 
 def test_rounds_end_once_the_limit_is_passed(clock):
     timed = interleave({"A": taking(clock, [], "A", 1)}, rounds=20, warm_up=0, limit_s=9.5, clock=clock)
-    assert timed["A"].runs == 10
+    assert len(timed["A"].samples_s) == 10
 
 
 def test_a_long_warm_up_is_cut_short(clock):
@@ -71,6 +71,14 @@ def test_a_long_warm_up_is_cut_short(clock):
 
 
 def test_quantiles():
-    timing = Timing.of([float(n) for n in range(11)])
-    assert timing == Timing(runs=11, median_s=5, p10_s=1, p90_s=9, best_s=0)
-    assert Timing.of([7.0]) == Timing(runs=1, median_s=7, p10_s=7, p90_s=7, best_s=7)
+    summary = Timing(tuple(float(n) for n in range(11))).summary()
+    assert summary == {"runs": 11, "median_s": 5, "p10_s": 1, "p90_s": 9, "best_s": 0}
+    assert Timing((7.0,)).summary() == {"runs": 1, "median_s": 7, "p10_s": 7, "p90_s": 7, "best_s": 7}
+
+
+def test_a_ratio_compares_what_ran_together():
+    """The machine slows down threefold in the middle of a comparison; A stays twice as fast as B."""
+    fast, slow = Timing((1.0, 1.0, 3.0, 3.0, 3.0)), Timing((2.0, 2.0, 6.0, 6.0, 6.0))
+    assert slow.over(fast) == 2 and fast.over(slow) == 0.5
+    disturbed = Timing((2.0, 2.0, 90.0, 6.0, 6.0))
+    assert disturbed.over(fast) == 2
