@@ -47,13 +47,14 @@ def textbook():
             seen = (distance >= 0) & (distance < (spec.window_tokens or math.inf))
             if not seen.any():
                 continue
+            keys, values = k[:, seen], v[:, seen]
             for head in range(q.shape[1]):
-                logits = k[head // (spec.q_heads // spec.k_heads), seen] @ q[row, head] * spec.scale
+                logits = keys[head // (spec.q_heads // spec.k_heads)] @ q[row, head] * spec.scale
                 largest = max(largest, float(logits.abs().max()))
                 if spec.soft_cap:
                     logits = torch.tanh(logits / spec.soft_cap) * spec.soft_cap
                 lse[row, head] = torch.logsumexp(logits, 0)
-                o[row, head] = torch.softmax(logits, 0) @ v[head // (spec.q_heads // spec.v_heads), seen]
+                o[row, head] = torch.softmax(logits, 0) @ values[head // (spec.q_heads // spec.v_heads)]
         return Textbook(o, lse, largest, float(v.abs().max()) if v.numel() else 0.0)
 
     return attend
@@ -94,7 +95,7 @@ def store_tokens():
         k = torch.randn(spec.k_heads, tokens, spec.k_dim, generator=random, dtype=torch.float64)
         v = torch.randn(spec.v_heads, tokens, spec.v_dim, generator=random, dtype=torch.float64)
         rows = {"k": quantise(k, format), "v": quantise(k[..., : spec.v_dim] if spec.v_in_k else v, format)}
-        for block in range(blocks):
+        for block in range(first // block_tokens, blocks):
             stored = layout.stored(memory[block * stride : block * stride + layout.block_bytes], 1)
             begin, end = max(block * block_tokens - first, 0), min((block + 1) * block_tokens - first, tokens)
             slots = slice(begin + first - block * block_tokens, end + first - block * block_tokens)

@@ -5,6 +5,7 @@ import torch
 
 from farshore.errors import Full, InvalidRequest
 from farshore.ids import Epoch, SequenceId, SpanId
+from farshore.kernels.formats import KVFormat
 from farshore.kvstore.base import ShardStore, SpanKey, Usage
 
 E1, E2, E3 = Epoch(1), Epoch(2), Epoch(3)
@@ -61,6 +62,20 @@ def test_what_was_written_is_read_byte_for_byte(store, arena, layout, tokens, ga
             assert positions.tolist() == list(range(position + first, position + last))
     store.check_integrity()
     arena.free(others)
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"format": KVFormat.INT8}, "int8"),
+        ({"format": KVFormat.INT4}, "int4"),
+        ({"v_in_k": True}, "inside K"),
+    ],
+)
+def test_what_only_kernels_can_read_is_not_stored(store, layout, changes, named):
+    with pytest.raises(InvalidRequest, match=named):
+        store.create(key(), capacity_tokens=1, layout=layout._replace(**changes), epoch=E1)
+    assert store.announce() == [] and store.usage().granted_bytes == 0
 
 
 def test_segments_name_the_groups_of_the_span(store, layout, tokens):

@@ -1,0 +1,31 @@
+"""What a layout and a model mean is the same on both ends of the wire."""
+
+import pytest
+import torch
+
+from farshore.attention_offload import codec
+from farshore.attention_offload.base import AttentionModel
+from farshore.errors import InvalidRequest
+from farshore.kernels.base import AttentionSpec, KVLayout
+from farshore.kernels.formats import KVFormat
+
+PLAIN = AttentionSpec(q_heads=6, k_heads=3, v_heads=3, k_dim=80, v_dim=64, scale=0.1)
+LATENT = AttentionSpec(128, 1, 1, 576, 512, 576**-0.5, soft_cap=30.0, window_tokens=512, v_in_k=True)
+
+
+@pytest.mark.parametrize("format", KVFormat)
+def test_a_model_arrives_as_it_was_sent(format):
+    model = AttentionModel(
+        specs=(PLAIN, LATENT),
+        layer_class=(0, 1, 0),
+        layouts=tuple(KVLayout.of(spec, layers=2, format=format) for spec in (PLAIN, LATENT)),
+    )
+    sent = codec.model_to_pb(model, torch.bfloat16).SerializeToString()
+    assert codec.model_from_pb(codec.pb.Open.FromString(sent)) == model
+
+
+def test_an_unknown_format_is_refused_by_name():
+    message = codec.layout_to_pb(KVLayout.of(PLAIN, layers=1, format=KVFormat.INT8))
+    message.format = "fp3"
+    with pytest.raises(InvalidRequest, match=r"'fp3': use one of float32, .*int4"):
+        codec.layout_from_pb(message)
