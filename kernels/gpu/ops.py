@@ -34,6 +34,8 @@ _STORED = {
 }
 _LOAD_BYTES = 16
 _REDUCE_STAGES = 3
+# Multiply-add in one instruction: triton 3.9's default, which it warns is going to change.
+_FUSED = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,11 +175,12 @@ def partial(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
             DTYPE=_product_dtype(q, plan.kv),
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **_launch(tile),
         )
     if n_rows and q_heads:
-        reduce_kernel[(n_rows, q_heads // heads.heads * heads.head_tiles)](
+        merging = _reduce_shape(spec, heads)
+        cuts = triton.cdiv(heads.tile_heads, merging["BLOCK_H"])
+        reduce_kernel[(n_rows, q_heads // heads.heads * heads.head_tiles * cuts)](
             plan.part_o,
             plan.part_lse,
             plan.parts,
@@ -187,7 +190,8 @@ def partial(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
             *out_strides[:2],
             out.lse,
             *out_strides[2:],
-            **_reduce_shape(spec, heads),
+            **merging,
+            **_FUSED,
         )
 
 
@@ -248,8 +252,7 @@ def extend(
         DTYPE=dtype,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **_launch(tile),
     )
 
 
@@ -274,6 +277,7 @@ def merge(states: Sequence[State], *, sink: Tensor | None = None, out: State) ->
         *out_strides[2:],
         heads,
         **shape,
+        **_FUSED,
     )
 
 
@@ -300,12 +304,15 @@ def _stored(layout: KVLayout) -> dict[str, int | bool]:
 
 
 def _reduce_shape(spec: AttentionSpec, heads: Heads) -> dict[str, int]:
+    v_block = triton.next_power_of_2(spec.v_dim)
+    # 1,024 elements a program: eight registers a thread, and enough programs where rows are few.
+    block_h = min(triton.next_power_of_2(heads.tile_heads), max(1, 1024 // v_block))
     return {
         "HEADS": heads.heads,
         "TILE_HEADS": heads.tile_heads,
-        "BLOCK_H": triton.next_power_of_2(heads.tile_heads),
+        "BLOCK_H": block_h,
         "V_DIM": spec.v_dim,
-        "V_BLOCK": triton.next_power_of_2(spec.v_dim),
+        "V_BLOCK": v_block,
         "STAGES": _REDUCE_STAGES,
     }
 
@@ -316,6 +323,10 @@ def _merge_shape(heads: int, v_dim: int) -> dict[str, int]:
         "V_BLOCK": triton.next_power_of_2(v_dim),
         "BLOCK_H": min(triton.next_power_of_2(heads), 4),
     }
+
+
+def _launch(tile: Tiles) -> dict[str, int | bool]:
+    return {"num_warps": tile.warps, "num_stages": tile.stages, **_FUSED}
 
 
 def _product_dtype(q: Tensor, kv: Tensor) -> tl.dtype:

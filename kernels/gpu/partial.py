@@ -94,7 +94,7 @@ def reduce_kernel(
     HEADS: tl.constexpr, TILE_HEADS: tl.constexpr, BLOCK_H: tl.constexpr,
     V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: one row, TILE_HEADS heads of one unit; merges its part states in the work list's order.
+    """One program: one row, BLOCK_H of a tile's heads; merges their part states in the work list's order.
 
     ``parts[starts[j] .. starts[j + 1]]`` are the slots (of the first head) of list j; lists are counted row by
     row, unit by unit, tile of heads by tile of heads. An empty list gives the identity.
@@ -103,14 +103,15 @@ def reduce_kernel(
     3 FLOPs an element: bound by latency, a chain of one load a part, hidden STAGES deep.
     """
     HEAD_TILES: tl.constexpr = (HEADS + TILE_HEADS - 1) // TILE_HEADS
+    CUTS: tl.constexpr = (TILE_HEADS + BLOCK_H - 1) // BLOCK_H
     row = tl.program_id(0)
-    which = tl.program_id(1)
+    which = tl.program_id(1) // CUTS
     # The plan counts every unit from its group0 on; q may show fewer heads than that.
     j = row * (units * HEAD_TILES) + which
     begin = tl.load(starts + j)
     end = tl.load(starts + j + 1)
 
-    h = tl.arange(0, BLOCK_H)
+    h = tl.program_id(1) % CUTS * BLOCK_H + tl.arange(0, BLOCK_H)
     head = which % HEAD_TILES * TILE_HEADS + h
     used = (h < TILE_HEADS) & (head < HEADS)
     head += which // HEAD_TILES * HEADS

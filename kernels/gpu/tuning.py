@@ -48,20 +48,18 @@ def partial_tiles(arch: int | str | None, k_dim: int, *, full_precision: bool) -
     if arch is None:
         return Tiles(32, 16, 4, 1)
     if full_precision:
-        return Tiles(16, 16 if k_dim > 256 else 32, 4, 1)
+        return Tiles(16, 16 if k_dim > 256 else 32, 4, 2)
     if isinstance(arch, str):
-        # 64 KiB of LDS hold one stage only of anything but small heads.
-        return (
-            Tiles(64, 64, 4, 2)
-            if k_dim <= 64
-            else Tiles(32, 32, 4, 2)
-            if k_dim <= 256
-            else Tiles(16, 16, 4, 1)
-        )
+        # Masks of 64 keys spill scalar registers; MLA's latent leaves 64 KiB of LDS no room for a second stage.
+        if k_dim > 256:
+            return Tiles(16, 16, 4, 1)
+        return Tiles(64 if k_dim <= 64 else 32, 32, 4, 2)
     if k_dim > 256:
         return Tiles(32, 32, 8, 2)
-    # Two programs an SM, each with three stages of K and V in flight, cover latency x bandwidth.
-    return Tiles(64, 64, 4, 3) if k_dim <= 64 else Tiles(64, 32 if arch < 90 else 64, 4, 3)
+    if k_dim > 128:
+        return Tiles(32, 32, 4, 3)
+    # Two or more programs an SM, each with some 32 KiB of K and V in flight, cover latency x bandwidth.
+    return Tiles(64, 64, 4, 4) if k_dim <= 64 else Tiles(64, 64 if arch >= 90 else 32, 4, 3)
 
 
 def extend_tiles(arch: int | str | None, k_dim: int, *, full_precision: bool) -> Tiles:
@@ -69,12 +67,15 @@ def extend_tiles(arch: int | str | None, k_dim: int, *, full_precision: bool) ->
     if arch is None:
         return Tiles(32, 16, 4, 1)
     if full_precision:
-        return Tiles(32, 16 if k_dim > 256 else 32, 4, 1)
+        return Tiles(16, 16 if k_dim > 256 else 32, 4, 2)
     if isinstance(arch, str):
-        return Tiles(128, 64, 4, 1) if k_dim <= 128 else Tiles(64, 32, 4, 1)
+        if k_dim > 256:
+            return Tiles(32, 16, 4, 1)
+        return Tiles(128 if k_dim <= 128 else 64, 32, 4, 1)
     if k_dim > 256:
         return Tiles(32, 32, 8, 2)
     if k_dim > 128:
-        return Tiles(64, 32 if arch < 90 else 64, 4, 2)
-    # wgmma wants 64 queries a warp group: 128 queries, 8 warps.
-    return Tiles(128, 64, 4 if arch < 90 and k_dim <= 64 else 8, 3 if arch >= 90 else 2)
+        return Tiles(64, 32, 8, 3)
+    # 128 queries: two warp groups of the 64 that Hopper's matrix instruction wants. With two stages only, the
+    # compiler for sm_80 holds loads in registers and spills.
+    return Tiles(128, 64, 8, 3)

@@ -9,7 +9,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -41,6 +43,7 @@ POINTERS = {
     "sink": "*fp32",
 }
 MERGED_STATES = 8
+K_DIMS = (64, 128, 256, 576)
 
 
 def target_of(name):
@@ -48,76 +51,83 @@ def target_of(name):
     return GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
 
 
-def cases(arch, dims, quantised):
-    """(kernel, types of its pointers, constexprs, options) of one shape: 8 KV heads, group 4; 576: MLA, group 128."""
-    mla = dims == 576
-    spec = (
-        AttentionSpec(128, 1, 1, 576, 512, 0.1, v_in_k=True)
-        if mla
-        else AttentionSpec(32, 8, 8, dims, dims, 0.1)
-    )
-    layout = KVLayout.of(spec, layers=32, format=KVFormat.INT8 if quantised else KVFormat.BFLOAT16)
-    decode = tuning.partial_tiles(arch, dims, full_precision=False)
-    prefill = tuning.extend_tiles(arch, dims, full_precision=False)
-    common = {**ops._dims(spec), "SOFT_CAP": None, "WINDOW": None, "DTYPE": tl.bfloat16}
-
-    def cut(tile):
-        heads = ops.Heads.of(spec, wide_m=tile.block_m)
-        return {"HEADS": heads.heads, "TILE_HEADS": heads.tile_heads}
-
-    stored = {"memory": "*i8", "scales": "*bf16"} if quantised else {"memory": "*bf16", "scales": "*u8"}
-    widths = {"narrow": decode._replace(block_m=tuning.NARROW_M), "wide": decode}
-    for name, tile in widths.items():
-        if tile.block_m >= cut(decode)["TILE_HEADS"]:
-            constants = common | cut(decode) | ops._stored(layout) | {"ALIGN_BYTES": 16}
-            yield f"partial {name}", partial_kernel, stored, constants, tile
-    if quantised:
-        return
-    constants = common | cut(prefill) | {"K_HEADS_PER_GROUP": 1, "V_HEADS_PER_GROUP": 1}
-    yield "extend", extend_kernel, {}, constants, prefill
-    yield (
-        "reduce",
-        reduce_kernel,
-        {},
-        ops._reduce_shape(spec, ops.Heads.of(spec, wide_m=decode.block_m)),
-        None,
-    )
-    yield "merge", merge_kernel, {}, ops._merge_shape(spec.q_heads, spec.v_dim), None
+class Case(NamedTuple):
+    title: str
+    kernel: Any
+    constants: dict
+    tile: tuning.Tiles | None = None
 
 
-def compile_one(kernel, pointers, constants, tile, target):
+def spec_of(k_dim):
+    """8 KV heads, group 4; at K dim 576 MLA's shape, one group of 128."""
+    if k_dim == 576:
+        return AttentionSpec(128, 1, 1, 576, 512, 0.1, v_in_k=True)
+    return AttentionSpec(32, 8, 8, k_dim, k_dim, 0.1)
+
+
+def cases(arch, k_dim, format):
+    """Every kernel as the launchers shape it. int8 has kernels of its own in ``partial`` alone, which reads
+    stored KV: ``extend`` is given plain tensors, and states are never quantised."""
+    spec, full = spec_of(k_dim), format is KVFormat.FLOAT32
+    decode = tuning.partial_tiles(arch, k_dim, full_precision=full)
+    prefill = tuning.extend_tiles(arch, k_dim, full_precision=full)
+    heads = ops.Heads.of(spec, wide_m=decode.block_m)
+    common = ops._dims(spec) | {
+        "SOFT_CAP": None,
+        "WINDOW": None,
+        "DTYPE": tl.float32 if full else tl.bfloat16,
+    }
+
+    layout = KVLayout.of(spec, layers=32, format=format)
+    decoding = common | cut(heads) | ops._stored(layout) | {"ALIGN_BYTES": 16}
+    if heads.tile_heads <= tuning.NARROW_M < decode.block_m:
+        yield Case("partial narrow", partial_kernel, decoding, decode._replace(block_m=tuning.NARROW_M))
+    yield Case("partial wide", partial_kernel, decoding, decode)
+    if not format.quantised:
+        prefilling = common | cut(ops.Heads.of(spec, wide_m=prefill.block_m))
+        prefilling |= {"K_HEADS_PER_GROUP": 1, "V_HEADS_PER_GROUP": 1}
+        yield Case("extend", extend_kernel, prefilling, prefill)
+        yield Case("reduce", reduce_kernel, ops._reduce_shape(spec, heads) | {"lse_head": 1})
+        yield Case("merge", merge_kernel, ops._merge_shape(spec.q_heads, spec.v_dim) | {"lse_head": 1})
+
+
+def cut(heads):
+    return {"HEADS": heads.heads, "TILE_HEADS": heads.tile_heads}
+
+
+def types_of(format):
+    plain = "*fp32" if format is KVFormat.FLOAT32 else "*bf16"
+    stored = {"memory": "*i8", "scales": "*bf16"} if format.quantised else {"memory": plain, "scales": "*u8"}
+    return POINTERS | dict.fromkeys(("q", "k", "v", "o"), plain) | stored
+
+
+def compile_one(case, pointers, target):
     """The compiled kernel, specialised as the launcher does for aligned tensors with contiguous rows."""
-    if tile is not None:
-        constants = constants | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names} | (
-        {"lse_head": 1} if "lse_head" in kernel.arg_names else {}
-    )
+    names, constants, options = case.kernel.arg_names, dict(case.constants), {"enable_fp_fusion": True}
+    if case.tile is not None:
+        constants |= {"BLOCK_M": case.tile.block_m, "BLOCK_N": case.tile.block_n}
+        options |= {"num_warps": case.tile.warps, "num_stages": case.tile.stages}
+    if case.kernel is extend_kernel:
+        constants["lse_head"] = 1
     types, aligned = {}, []
-    pointers = POINTERS | dict.fromkeys(("q", "k", "v", "o"), "*bf16") | pointers
-    for i, name in enumerate(kernel.arg_names):
+    for i, name in enumerate(names):
         if name in constants:
             types[name] = "constexpr"
-        elif name == "states":
-            types[name] = (("*bf16", "*fp32"),) * MERGED_STATES
+        elif name in ("states", "strides"):
+            each = (pointers["o"], "*fp32") if name == "states" else ("i32",) * 4
+            types[name] = (each,) * MERGED_STATES
             aligned += [(i, n, part) for n in range(MERGED_STATES) for part in range(2)]
-        elif name == "strides":
-            types[name] = (("i32", "i32", "i32", "i32"),) * MERGED_STATES
-            aligned += [(i, n, part) for n in range(MERGED_STATES) for part in range(2)]
-        elif name in pointers:
-            types[name] = pointers[name]
-            aligned.append((i,))
         else:
-            types[name] = "fp32" if name == "scale" else "i32"
-            if name.startswith(("q_", "k_head", "k_token", "v_head", "v_token", "o_")):
+            types[name] = pointers.get(name, "fp32" if name == "scale" else "i32")
+            if name in pointers or name.endswith(("_row", "_head", "_token")):
                 aligned.append((i,))
     source = ASTSource(
-        fn=kernel,
+        fn=case.kernel,
         signature=types,
-        constexprs=constants,
+        constexprs={name: value for name, value in constants.items() if name in names},
         attrs={path: [["tt.divisibility", 16]] for path in aligned},
     )
-    launch = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
-    return triton.compile(source, target=target, options=launch)
+    return triton.compile(source, target=target, options=options)
 
 
 def resources(binary, target):
@@ -130,7 +140,8 @@ def resources(binary, target):
         )}  # fmt: skip
         return {
             "registers": number["vgpr_count"],
-            "spills": number["vgpr_spill_count"] + number["sgpr_spill_count"],
+            "spills": number["vgpr_spill_count"],
+            "sspills": number["sgpr_spill_count"],
             "stack": number["private_segment_fixed_size"],
             "shared": number["group_segment_fixed_size"] or binary.metadata.shared,
         }
@@ -150,21 +161,13 @@ def resources(binary, target):
 
 
 def main(targets):
-    rows = []
     for name in targets:
         target = target_of(name)
-        for dims in (64, 128, 576):
-            for quantised in (False, True):
-                for title, kernel, pointers, constants, tile in cases(target.arch, dims, quantised):
-                    binary = compile_one(kernel, pointers, constants, tile, target)
-                    row = {
-                        "target": name,
-                        "kernel": title,
-                        "dims": dims,
-                        "kv": "int8" if quantised else "bf16",
-                    }
-                    rows.append(row | resources(binary, target))
-                    print(json.dumps(rows[-1]), flush=True)
+        for k_dim, format in product(K_DIMS, (KVFormat.BFLOAT16, KVFormat.INT8, KVFormat.FLOAT32)):
+            for case in cases(target.arch, k_dim, format):
+                binary = compile_one(case, types_of(format), target)
+                row = {"target": name, "kernel": case.title, "k_dim": k_dim, "kv": format.value}
+                print(json.dumps(row | resources(binary, target)), flush=True)
 
 
 if __name__ == "__main__":
