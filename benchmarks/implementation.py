@@ -47,6 +47,6 @@ def choose(name: str | None, *, threads: int) -> Implementation:
             partial(kernels.plan, **told),
             kernels.partial,
             partial(kernels.extend, **told),
-            partial(kernels.merge, **told),
+            kernels.merge,
         )
     raise InvalidRequest(f"the {name} kernels are not built here: {missing}") from missing

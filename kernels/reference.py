@@ -51,20 +51,22 @@ def plan(
     *,
     positions: Tensor,
     group0: int = 0,
+    group1: int | None = None,
 ) -> Plan:
     """Prepare one step's partial attention over stored KV.
 
     ``memory`` is ``u8[bytes]``, what the segments' bases refer to; ``layout`` describes blocks holding every
-    group (a segment's own group range narrows it); ``positions`` is ``i64[R]``. ``group0`` is the head group
-    that head 0 of q and of the output belongs to: a shard that sees only some heads passes its first.
-    Raises ValueError for work outside a segment's groups.
+    group (a segment's own group range narrows it); ``positions`` is ``i64[R]``. q and the output hold the heads
+    of groups ``group0`` up to ``group1`` (all by default): a shard may see only some.
+    Raises ValueError for work outside of these, or outside a segment's groups.
     """
+    group1 = spec.groups if group1 is None else group1
     runs = list(zip(*(field.tolist() for field in segments), strict=True))
     work = []
     per_group = spec.q_heads_per_group
     for row, n_rows, segment, g0, g1 in zip(*(field.tolist() for field in rows), strict=True):
         base, stride, first, count, position, stored0, stored1 = runs[segment]
-        if not stored0 <= g0 < g1 <= stored1 or g0 < group0:
+        if not max(stored0, group0) <= g0 < g1 <= min(stored1, group1):
             raise ValueError(f"groups {g0}..{g1} asked of a segment holding {stored0}..{stored1}")
         if not count:
             continue

@@ -1,0 +1,213 @@
+"""Native CPU kernels: launchers with checks over the C++ in `native/`, signatures as in the reference.
+
+Arithmetic is float32, or bfloat16 products summed in float32 where q and the stored KV are both bfloat16 and
+the CPU has the instructions; the instruction set is chosen at import. Neither `partial` nor `merge` allocates.
+Thread-safe, but a plan serves one call at a time: it owns the scratch that its splits are merged in.
+
+Floors (design.md §6, lse included; B bytes of KV a row reads, n new tokens, m keys, H heads, d dims):
+partial moves B and little else, so time >= B / read bandwidth; extend computes 4 n m H d / 2 operations, so
+time >= that / GEMM rate; merge is a few microseconds of arithmetic in cache.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farshore.kernels.base import AttentionSpec, KVLayout, Rows, Segments, State
+from farshore.kernels.cpu import _native
+from farshore.kernels.formats import KVFormat
+
+_FORMATS = {
+    KVFormat.FLOAT32: 0,
+    KVFormat.BFLOAT16: 1,
+    KVFormat.FLOAT16: 2,
+    KVFormat.INT8: 3,
+    KVFormat.INT4: 4,
+}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+instruction_sets: list[str] = _native.instruction_sets()
+"""Those this machine has, best first; the first is in use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A step's work, laid out for every layer of one layer class."""
+
+    native: Any
+    memory: Tensor
+    """Kept alive: the native plan points into it."""
+    layers: int
+    q_shape: tuple[int, int, int]
+    o_shape: tuple[int, int, int]
+
+
+def plan(
+    rows: Rows,
+    segments: Segments,
+    memory: Tensor,
+    layout: KVLayout,
+    spec: AttentionSpec,
+    *,
+    positions: Tensor,
+    group0: int = 0,
+    group1: int | None = None,
+    threads: int = 1,
+) -> Plan:
+    """As :func:`farshore.kernels.reference.plan`. Long segments are split so that ``threads`` threads have
+    equal work; a plan's bits do not depend on which thread runs what, or when.
+    """
+    if layout.format not in _FORMATS:
+        raise ValueError(f"KV format {layout.format.value}: only the reference kernels attend to it")
+    groups = (spec.groups if group1 is None else group1) - group0
+    _check_work(rows, segments, positions.numel(), group0, group0 + groups)
+    positions = positions.to(torch.int64).contiguous()
+    native = _native.plan(
+        *_shape(spec),
+        _FORMATS[layout.format],
+        spec.v_in_k,
+        spec.window_tokens or 0,
+        layout.block_tokens,
+        layout.k_row_bytes,
+        (layout.k_row_bytes if spec.v_in_k else layout.v_row_bytes),
+        layout.k_run_bytes,
+        (layout.k_run_bytes if spec.v_in_k else layout.v_run_bytes),
+        layout.k_scales,
+        (layout.k_scales if spec.v_in_k else layout.v_scales),
+        memory.data_ptr(),
+        positions.numel(),
+        groups,
+        threads,
+        positions.data_ptr(),
+        rows.row.numel(),
+        *(field.data_ptr() for field in rows),
+        segments.size,
+        *(field.data_ptr() for field in segments),
+        group0,
+    )
+    outer = (positions.numel(), groups * spec.q_heads_per_group)
+    return Plan(native, memory, layout.layers, (*outer, spec.k_dim), (*outer, spec.v_dim))
+
+
+def partial(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
+    """As :func:`farshore.kernels.reference.partial`; one native call, nothing allocated."""
+    if not 0 <= layer < plan.layers:
+        raise ValueError(f"layer {layer} of {plan.layers}")
+    if q.shape != plan.q_shape:
+        raise ValueError(f"q of shape {tuple(q.shape)}, the plan is for {plan.q_shape}")
+    _native.partial(plan.native, layer, *_array(q), *_state(out, plan.o_shape))
+
+
+def extend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    *,
+    q_positions: Tensor,
+    k_position: int,
+    out: State,
+    threads: int = 1,
+) -> None:
+    """As :func:`farshore.kernels.reference.extend`; k and v in one of float32, bfloat16 and float16."""
+    rows, heads, k_dim = q.shape
+    k_heads, keys, _ = k.shape
+    v_heads, v_dim = v.shape[0], v.shape[2]
+    groups = heads // spec.q_heads_per_group
+    expected = (groups * spec.k_heads // spec.groups, groups * spec.v_heads // spec.groups)
+    if (k_dim, v_dim) != (spec.k_dim, spec.v_dim) or (k_heads, v_heads) != expected or v.shape[1] != keys:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not match {spec}")
+    if k.dtype != v.dtype or q_positions.numel() != rows:
+        raise ValueError(f"k {k.dtype}, v {v.dtype}, {q_positions.numel()} positions of {rows} rows")
+    k, v = _dense_rows(k), _dense_rows(v)
+    size = k.element_size()
+    positions = q_positions.to(torch.int64).contiguous()
+    _native.extend(
+        *_shape(spec),
+        groups,
+        _DTYPES[k.dtype],
+        spec.window_tokens or 0,
+        k.data_ptr(),
+        k.stride(1) * size,
+        k.stride(0) * size,
+        v.data_ptr(),
+        v.stride(1) * size,
+        v.stride(0) * size,
+        keys,
+        k_position,
+        rows,
+        positions.data_ptr(),
+        threads,
+        *_array(_dense_rows(q)),
+        *_state(out, (rows, heads, v_dim)),
+    )
+
+
+def merge(states: Sequence[State], *, sink: Tensor | None = None, out: State) -> None:
+    """As :func:`farshore.kernels.reference.merge`; at most 64 states."""
+    shape = out.o.shape
+    arguments: list[int] = []
+    for state in states:
+        arguments += _state(state, shape)
+    if sink is not None:
+        sink = sink.to(torch.float32).contiguous()
+    _native.merge(
+        *shape, 0 if sink is None else sink.data_ptr(), *_state(out, shape), len(states), *arguments
+    )
+
+
+def read_memory(data: Tensor, *, threads: int) -> int:
+    """Read all of ``data`` (contiguous) once and return a checksum: for measuring read bandwidth."""
+    return _native.read_memory(data.data_ptr(), data.numel() * data.element_size(), threads)
+
+
+def _check_work(rows: Rows, segments: Segments, n_rows: int, group0: int, group1: int) -> None:
+    """The native code trusts the work list, so it is checked here, once per step."""
+    if not rows.row.numel():
+        return
+    stored0, stored1 = segments.group0[rows.segment], segments.group1[rows.segment]
+    if (
+        (rows.group0 < torch.clamp(stored0, min=group0))
+        | (rows.group1 > torch.clamp(stored1, max=group1))
+        | (rows.group0 >= rows.group1)
+    ).any():
+        raise ValueError(f"groups asked of a segment that does not hold them, or outside {group0}..{group1}")
+    if (rows.row < 0).any() or (rows.rows < 1).any() or (rows.row + rows.rows > n_rows).any():
+        raise ValueError(f"work for rows that are not among the step's {n_rows}")
+
+
+def _shape(spec: AttentionSpec) -> tuple[float, ...]:
+    groups = spec.groups
+    return (
+        spec.q_heads_per_group,
+        spec.k_heads // groups,
+        spec.v_heads // groups,
+        spec.k_dim,
+        spec.v_dim,
+        spec.scale,
+        spec.soft_cap or 0.0,
+    )
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _array(x: Tensor) -> tuple[int, int, int, int]:
+    row_stride, head_stride, element_stride = x.stride()
+    if element_stride != 1:
+        raise ValueError("the last dimension must be contiguous")
+    return x.data_ptr(), row_stride, head_stride, _DTYPES[x.dtype]
+
+
+def _state(state: State, shape: Sequence[int]) -> tuple[int, ...]:
+    o, lse = state
+    if o.shape != shape or lse.shape != shape[:2] or lse.dtype != torch.float32:
+        raise ValueError(
+            f"a state of o {tuple(o.shape)}, lse {tuple(lse.shape)} {lse.dtype}; expected o {tuple(shape)}"
+        )
+    return (*_array(o), lse.data_ptr(), *lse.stride())

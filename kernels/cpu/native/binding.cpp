@@ -1,0 +1,327 @@
+// The Python module farshore.kernels.cpu._native. Pointers and strides come as integers from the launchers in
+// kernels/cpu/__init__.py, which check shapes and dtypes and keep the memory alive; nothing here knows PyTorch.
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <algorithm>
+#include <atomic>
+#include <climits>
+#include <exception>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "plan.h"
+#include "pool.h"
+
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+using namespace farshore;
+
+namespace {
+
+// -- what this machine has ---------------------------------------------------------------------------------
+
+struct Choice {
+    const Kernels* kernels;
+    bool usable;
+};
+
+#if defined(__x86_64__)
+bool amx_granted() {
+#if defined(__linux__)
+    // A process has no tiles until it asks for their state (Linux, Documentation/arch/x86/xstate.rst).
+    constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    return __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return false;
+#endif
+}
+#endif
+
+// Best first.
+std::vector<Choice> choices() {
+    std::vector<Choice> all;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    all.push_back({&amx_kernels(), bf16 && amx_granted()});
+    all.push_back({&avx512_bf16_kernels(), bf16});
+    all.push_back({&avx512_kernels(), avx512});
+    all.push_back({&avx2_kernels(), __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
+#endif
+    all.push_back({&portable_kernels(), true});
+    return all;
+}
+
+const Kernels* chosen = nullptr;
+
+// -- arguments ---------------------------------------------------------------------------------------------
+
+// Reads integers from left to right; a float where one is due. The launchers give the right number.
+struct Arguments {
+    PyObject* const* next;
+    PyObject* const* end;
+
+    int64_t integer() {
+        if (next == end) throw std::runtime_error("too few arguments");
+        const long long value = PyLong_AsLongLong(*next++);
+        if (value == -1 && PyErr_Occurred()) throw std::runtime_error("not an integer");
+        return value;
+    }
+    int small() { return static_cast<int>(integer()); }
+    float real() {
+        if (next == end) throw std::runtime_error("too few arguments");
+        return static_cast<float>(PyFloat_AsDouble(*next++));
+    }
+    template <class T>
+    T* pointer() {
+        return reinterpret_cast<T*>(integer());
+    }
+    Array array() {
+        Array a;
+        a.data = pointer<void>();
+        a.row_stride = integer();
+        a.head_stride = integer();
+        a.format = static_cast<Format>(small());
+        return a;
+    }
+    Out out() {
+        Out o;
+        o.o = array();
+        o.lse = pointer<float>();
+        o.lse_row_stride = integer();
+        o.lse_head_stride = integer();
+        return o;
+    }
+    Shape shape() {
+        Shape s;
+        s.q_heads = small();
+        s.k_heads = small();
+        s.v_heads = small();
+        s.k_dim = small();
+        s.v_dim = small();
+        s.scale = real();
+        s.soft_cap = real();
+        return s;
+    }
+    int64_t window() {
+        const int64_t tokens = integer();
+        return tokens > 0 ? tokens : INT64_MAX;
+    }
+};
+
+template <class Call>
+PyObject* guarded(Call&& call) {
+    try {
+        return call();
+    } catch (const std::exception& error) {
+        if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, error.what());
+        return nullptr;
+    }
+}
+
+struct WithoutGil {
+    WithoutGil() : state(PyEval_SaveThread()) {}
+    ~WithoutGil() { PyEval_RestoreThread(state); }
+    PyThreadState* state;
+};
+
+Plan* plan_of(PyObject* capsule) {
+    void* it = PyCapsule_GetPointer(capsule, "farshore.plan");
+    if (!it) throw std::runtime_error("not a plan");
+    return static_cast<Plan*>(it);
+}
+
+// -- functions ---------------------------------------------------------------------------------------------
+
+PyObject* make_plan(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    return guarded([&]() -> PyObject* {
+        Arguments a{args, args + count};
+        auto plan = std::make_unique<Plan>();
+        plan->shape = a.shape();
+        plan->format = static_cast<Format>(a.small());
+        plan->v_in_k = a.small();
+        plan->window = a.window();
+        plan->block_tokens = a.small();
+        plan->k_row_bytes = a.integer();
+        plan->v_row_bytes = a.integer();
+        plan->k_run_bytes = a.integer();
+        plan->v_run_bytes = a.integer();
+        plan->k_scales = a.small();
+        plan->v_scales = a.small();
+        plan->memory = a.pointer<const uint8_t>();
+        plan->rows = a.small();
+        plan->groups = a.small();
+        plan->threads = a.small();
+        const int64_t* positions = a.pointer<const int64_t>();
+        plan->positions.assign(positions, positions + plan->rows);
+        WorkList work;
+        work.items = a.small();
+        work.row = a.pointer<const int32_t>();
+        work.rows = a.pointer<const int32_t>();
+        work.segment = a.pointer<const int32_t>();
+        work.group0 = a.pointer<const int16_t>();
+        work.group1 = a.pointer<const int16_t>();
+        work.segments = a.small();
+        work.base = a.pointer<const int64_t>();
+        work.stride = a.pointer<const int64_t>();
+        work.first = a.pointer<const int32_t>();
+        work.count = a.pointer<const int32_t>();
+        work.position = a.pointer<const int32_t>();
+        work.stored0 = a.pointer<const int16_t>();
+        work.stored1 = a.pointer<const int16_t>();
+        work.group0_of_q = a.small();
+        lay_out(*plan, work);
+        return PyCapsule_New(plan.release(), "farshore.plan", [](PyObject* capsule) {
+            delete static_cast<Plan*>(PyCapsule_GetPointer(capsule, "farshore.plan"));
+        });
+    });
+}
+
+PyObject* run_partial(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    return guarded([&]() -> PyObject* {
+        if (count < 1) throw std::runtime_error("too few arguments");
+        Plan* plan = plan_of(args[0]);
+        Arguments a{args + 1, args + count};
+        const int layer = a.small();
+        const Array q = a.array();
+        const Out out = a.out();
+        {
+            WithoutGil released;
+            chosen->partial(*plan, layer, q, out);
+        }
+        Py_RETURN_NONE;
+    });
+}
+
+PyObject* run_extend(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    return guarded([&]() -> PyObject* {
+        Arguments a{args, args + count};
+        Extension e{};
+        e.shape = a.shape();
+        e.groups = a.small();
+        e.format = static_cast<Format>(a.small());
+        e.window = a.window();
+        e.tokens.k = a.pointer<const uint8_t>();
+        e.tokens.k_stride = a.integer();
+        e.tokens.k_head_stride = a.integer();
+        e.tokens.v = a.pointer<const uint8_t>();
+        e.tokens.v_stride = a.integer();
+        e.tokens.v_head_stride = a.integer();
+        e.tokens.count = a.small();
+        e.tokens.position = a.integer();
+        e.k_group_stride = e.shape.k_heads * e.tokens.k_head_stride;
+        e.v_group_stride = e.shape.v_heads * e.tokens.v_head_stride;
+        e.rows = a.small();
+        e.positions = a.pointer<const int64_t>();
+        e.threads = a.small();
+        const Array q = a.array();
+        const Out out = a.out();
+        {
+            WithoutGil released;
+            chosen->extend(e, q, out);
+        }
+        Py_RETURN_NONE;
+    });
+}
+
+PyObject* run_merge(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    return guarded([&]() -> PyObject* {
+        Arguments a{args, args + count};
+        Merge m;
+        m.rows = a.small();
+        m.heads = a.small();
+        m.v_dim = a.small();
+        m.sink = a.pointer<const float>();
+        const Out out = a.out();
+        m.states = a.small();
+        if (m.states < 1 || m.states > MAX_STATES) throw std::runtime_error("1 to 64 states at a time");
+        for (int i = 0; i < m.states; i++) {
+            m.o[i] = a.array();
+            m.lse[i] = a.pointer<const float>();
+            m.lse_row_stride[i] = a.integer();
+            m.lse_head_stride[i] = a.integer();
+        }
+        {
+            WithoutGil released;
+            chosen->merge(m, out);
+        }
+        Py_RETURN_NONE;
+    });
+}
+
+PyObject* read_memory(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    return guarded([&]() -> PyObject* {
+        Arguments a{args, args + count};
+        const uint64_t* words = a.pointer<const uint64_t>();
+        const int64_t all = a.integer() / 8;
+        const int threads = a.small();
+        constexpr int64_t PIECE = 1 << 17;
+        std::atomic<uint64_t> total{0};
+        {
+            WithoutGil released;
+            parallel_for(static_cast<int>((all + PIECE - 1) / PIECE), threads, [&](int i) {
+                total += chosen->sum(words + i * PIECE, std::min(PIECE, all - i * PIECE));
+            });
+        }
+        return PyLong_FromUnsignedLongLong(total);
+    });
+}
+
+PyObject* instruction_sets(PyObject*, PyObject* const*, Py_ssize_t) {
+    PyObject* names = PyList_New(0);
+    for (const Choice& choice : choices())
+        if (choice.usable) {
+            PyObject* name = PyUnicode_FromString(choice.kernels->name);
+            PyList_Append(names, name);
+            Py_DECREF(name);
+        }
+    return names;
+}
+
+PyObject* use(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    return guarded([&]() -> PyObject* {
+        const char* name = count == 1 ? PyUnicode_AsUTF8(args[0]) : nullptr;
+        for (const Choice& choice : choices())
+            if (name && choice.usable && std::string(name) == choice.kernels->name) {
+                chosen = choice.kernels;
+                Py_RETURN_NONE;
+            }
+        throw std::runtime_error("this machine has no such instruction set");
+    });
+}
+
+template <class F>
+PyMethodDef method(const char* name, F function, const char* text) {
+    return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, text};
+}
+
+PyMethodDef methods[] = {
+    method("plan", make_plan, "Lay out a step's work; returns a capsule."),
+    method("partial", run_partial, "partial(plan, layer, q, out)"),
+    method("extend", run_extend, "Causal attention on plain keys."),
+    method("merge", run_merge, "Merge states in the order given."),
+    method("read_memory", read_memory, "Sum of the 32-bit words at (address, bytes), read by (threads)."),
+    method("instruction_sets", instruction_sets, "Names of those this machine has, best first."),
+    method("use", use, "Choose one by name; the best is chosen at import. For tests."),
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module{
+    PyModuleDef_HEAD_INIT, "_native", "Native CPU kernels.", -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__native() {
+    for (const Choice& choice : choices())
+        if (choice.usable && !chosen) chosen = choice.kernels;
+    return PyModule_Create(&module);
+}

@@ -1,0 +1,27 @@
+// Every instruction of this file's kernels needs avx2; see dispatch in binding.cpp.
+#if defined(__x86_64__)
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "plan.h"
+#include "pool.h"
+
+#include <immintrin.h>
+
+#pragma GCC target("avx2,fma,f16c,bmi2")
+#define ISA avx2
+#define WIDTH 8
+#define HAS_F16C
+#include "simd.h"
+#include "pack.h"
+#include "gemm.h"
+#include "attend.h"
+#include "kernels.h"
+
+const farshore::Kernels& farshore::avx2_kernels() {
+    static const Kernels kernels{"avx2", avx2::partial, avx2::extend, avx2::merge, avx2::sum};
+    return kernels;
+}
+#endif

@@ -1,0 +1,27 @@
+// Every instruction of this file's kernels needs avx512; see dispatch in binding.cpp.
+#if defined(__x86_64__)
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "plan.h"
+#include "pool.h"
+
+#include <immintrin.h>
+
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,bmi2")
+#define ISA avx512
+#define WIDTH 16
+#define HAS_F16C
+#include "simd.h"
+#include "pack.h"
+#include "gemm.h"
+#include "attend.h"
+#include "kernels.h"
+
+const farshore::Kernels& farshore::avx512_kernels() {
+    static const Kernels kernels{"avx512", avx512::partial, avx512::extend, avx512::merge, avx512::sum};
+    return kernels;
+}
+#endif

@@ -1,0 +1,21 @@
+// Four lanes, without naming an instruction: SSE2, NEON, or whatever the compiler has.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "plan.h"
+#include "pool.h"
+
+#define ISA portable
+#define WIDTH 4
+#include "simd.h"
+#include "pack.h"
+#include "gemm.h"
+#include "attend.h"
+#include "kernels.h"
+
+const farshore::Kernels& farshore::portable_kernels() {
+    static const Kernels kernels{"portable", portable::partial, portable::extend, portable::merge, portable::sum};
+    return kernels;
+}

@@ -1,0 +1,257 @@
+// partial, extend and merge for one instruction set. Included last by each isa_*.cpp, which then defines
+// `const Kernels& NAME()` from these.
+
+namespace farshore {
+namespace ISA {
+
+inline int element_size(Format f) { return f == Format::f32 ? 4 : 2; }
+
+inline void* at(const Array& a, int64_t row, int64_t head) {
+    return static_cast<uint8_t*>(a.data) + (row * a.row_stride + head * a.head_stride) * element_size(a.format);
+}
+
+// x f32[n] -> out row, cast; x may be read up to n rounded up to WIDTH.
+inline void put_row(const Array& out, int64_t row, int64_t head, const float* x, int n) {
+    void* to = at(out, row, head);
+    int i = 0;
+    if (out.format == Format::f32) {
+        std::memcpy(to, x, 4L * n);
+        return;
+    }
+    uint16_t* h = static_cast<uint16_t*>(to);
+    const bool bf16 = out.format == Format::bf16;
+    for (; i + WIDTH <= n; i += WIDTH) store_as(h + i, bf16 ? to_bf16(load(x + i)) : to_f16(load(x + i)));
+    for (; i < n; i++) h[i] = bf16 ? to_bf16(x[i]) : to_f16(x[i]);
+}
+
+inline void put_lse(const Out& out, int64_t row, int64_t head, float lse) {
+    out.lse[row * out.lse_row_stride + head * out.lse_head_stride] = lse;
+}
+
+// The tile of a span that starts at its token `done`. Tiles end on multiples of their size and at blocks' ends:
+// a span that starts unaligned has one short tile.
+inline Tokens tile_of(const Plan& plan, const Span& span, int done, int tile, int layer) {
+    const int slot = (span.first + done) % plan.block_tokens;
+    const uint8_t* in_layer = plan.memory + span.base +
+                              (span.first + done) / plan.block_tokens * span.stride + layer * span.layer_bytes;
+    const uint8_t* k = in_layer + span.k_offset;
+    const uint8_t* v = in_layer + span.v_offset;
+    Tokens t;
+    t.k = k + slot * plan.k_row_bytes;
+    t.v = v + slot * plan.v_row_bytes;
+    t.k_stride = plan.k_row_bytes;
+    t.v_stride = plan.v_row_bytes;
+    t.k_head_stride = plan.k_run_bytes;
+    t.v_head_stride = plan.v_run_bytes;
+    t.k_scale_stride = 2 * plan.k_scales;
+    t.v_scale_stride = 2 * plan.v_scales;
+    t.k_scales = k + plan.block_tokens * plan.k_row_bytes + slot * t.k_scale_stride;
+    t.v_scales = v + plan.block_tokens * plan.v_row_bytes + slot * t.v_scale_stride;
+    t.count = std::min(std::min(tile - slot % tile, plan.block_tokens - slot), span.count - done);
+    t.position = span.position + done;
+    return t;
+}
+
+template <class Math, Format F>
+void absorb_span(Attend<Math, F>& attend, const Plan& plan, const Span& span, int layer) {
+    for (int done = 0; done < span.count;) {
+        const Tokens now = tile_of(plan, span, done, attend.tile, layer);
+        done += now.count;
+        Prefetch prefetch;
+        if (done < span.count) {
+            const Tokens next = tile_of(plan, span, done, attend.tile, layer);
+            prefetch = Prefetch(next.k, next.count * next.k_stride, next.v, next.count * next.v_stride);
+        }
+        attend.absorb(now, prefetch);
+    }
+}
+
+template <class Math, Format F>
+void run_job(Plan& plan, const Job& job, int layer, const Array& q, const Out& out) {
+    const int heads = plan.shape.q_heads;
+    [[maybe_unused]] typename Math::Session session;
+    Attend<Math, F> attend(plan.shape, job.rows);
+    Array first = q;
+    first.data = at(q, job.row, (int64_t)job.group * heads);
+    attend.begin(first, plan.positions.data() + job.row, plan.window);
+    for (int s = job.span0; s < job.span1; s++) absorb_span<Math, F>(attend, plan, plan.spans[s], layer);
+    attend.finish([&](int head, int row, const float* o, float lse) {
+        if (job.slot < 0) {
+            put_row(out.o, job.row + row, job.group * heads + head, o, plan.shape.v_dim);
+            put_lse(out, job.row + row, job.group * heads + head, lse);
+        } else {
+            const int64_t slot = job.slot + head * job.rows + row;
+            std::memcpy(&plan.slot_o[slot * plan.shape.v_dim], o, 4L * plan.shape.v_dim);
+            plan.slot_lse[slot] = lse;
+        }
+    });
+}
+
+// Merges n states of one (row, head): lse and o of state i at lse(i), row(i).
+template <class Lse, class Row>
+void merge_one(int n, Lse&& lse, Row&& add_row, float sink, int v_dim, float* o, float* out_lse) {
+    float peak = sink;
+    for (int i = 0; i < n; i++) peak = std::fmax(peak, lse(i));
+    std::memset(o, 0, 4L * round_up(v_dim, WIDTH));
+    *out_lse = -INFINITY;
+    if (peak == -INFINITY) return;
+    float mass = sink == -INFINITY ? 0.0f : std::exp(sink - peak);
+    for (int i = 0; i < n; i++) mass += lse(i) == -INFINITY ? 0.0f : std::exp(lse(i) - peak);
+    *out_lse = peak + std::log(mass);
+    // An empty state's o carries no information, so not even a NaN in it may count.
+    for (int i = 0; i < n; i++)
+        if (lse(i) != -INFINITY) add_row(i, std::exp(lse(i) - peak) / mass);
+}
+
+inline void add_scaled(float* o, const Array& a, int64_t row, int64_t head, float weight, int n) {
+    const void* from = at(a, row, head);
+    const float* f = static_cast<const float*>(from);
+    const uint16_t* h = static_cast<const uint16_t*>(from);
+    int i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) {
+        const vf x = a.format == Format::f32    ? load(f + i)
+                     : a.format == Format::bf16 ? from_bf16(h + i)
+                                                : from_f16(h + i);
+        store(o + i, load(o + i) + x * weight);
+    }
+    for (; i < n; i++)
+        o[i] += weight * (a.format == Format::f32 ? f[i] : a.format == Format::bf16 ? from_bf16(h[i]) : from_f16(h[i]));
+}
+
+inline void reduce(const Plan& plan, const Reduction& r, const Out& out) {
+    const int heads = plan.shape.q_heads, v_dim = plan.shape.v_dim;
+    float* o = static_cast<float*>(scratch(4L * round_up(v_dim, WIDTH)));
+    const int n = (r.part1 - r.part0) / 2;
+    for (int head = 0; head < heads; head++) {
+        auto slot = [&](int i) { return plan.parts[r.part0 + 2 * i] + head * plan.parts[r.part0 + 2 * i + 1]; };
+        float lse;
+        merge_one(
+            n, [&](int i) { return plan.slot_lse[slot(i)]; },
+            [&](int i, float weight) {
+                const Array row{const_cast<float*>(&plan.slot_o[slot(i) * v_dim]), 0, 0, Format::f32};
+                add_scaled(o, row, 0, 0, weight, v_dim);
+            },
+            -INFINITY, v_dim, o, &lse);
+        put_row(out.o, r.row, r.group * heads + head, o, v_dim);
+        put_lse(out, r.row, r.group * heads + head, lse);
+    }
+}
+
+template <class Math, Format F>
+void run_plan(Plan& plan, int layer, const Array& q, const Out& out) {
+    parallel_for((int)plan.chunks.size() - 1, plan.threads, [&](int chunk) {
+        for (int j = plan.chunks[chunk]; j < plan.chunks[chunk + 1]; j++)
+            run_job<Math, F>(plan, plan.jobs[j], layer, q, out);
+    });
+    // A few microseconds in all: handing them out would take as long.
+    for (const Reduction& r : plan.reductions) reduce(plan, r, out);
+    for (const int it : plan.untouched)
+        for (int head = 0; head < plan.shape.q_heads; head++) {
+            const int row = it / plan.groups, h = it % plan.groups * plan.shape.q_heads + head;
+            std::memset(at(out.o, row, h), 0, (long)plan.shape.v_dim * element_size(out.o.format));
+            put_lse(out, row, h, -INFINITY);
+        }
+}
+
+// Query rows per job of extend: many, since each job packs all keys it sees once.
+constexpr int EXTEND_QUERIES = 256;
+
+template <class Math, Format F>
+void run_extend(const Extension& e, const Array& q, const Out& out) {
+    const int rows_per_job = std::max(1, std::min(EXTEND_QUERIES / e.shape.q_heads, e.rows));
+    const int blocks = (e.rows + rows_per_job - 1) / rows_per_job;
+    // The last rows see the most keys: first come the long jobs, so that the threads end together.
+    parallel_for(blocks * e.groups, e.threads, [&](int i) {
+        const int group = i % e.groups, row = (blocks - 1 - i / e.groups) * rows_per_job;
+        const int rows = std::min(rows_per_job, e.rows - row);
+        const auto [lowest, highest] = std::minmax_element(e.positions + row, e.positions + row + rows);
+        const int64_t end = std::min<int64_t>(e.tokens.count, *highest - e.tokens.position + 1);
+        int64_t begin = 0;
+        if (e.window != INT64_MAX) begin = std::max<int64_t>(0, *lowest - e.window + 1 - e.tokens.position);
+        [[maybe_unused]] typename Math::Session session;
+    Attend<Math, F> attend(e.shape, rows);
+        Array first = q;
+        first.data = at(q, row, (int64_t)group * e.shape.q_heads);
+        attend.begin(first, e.positions + row, e.window);
+        for (int64_t done = begin; done < end; done += attend.tile) {
+            Tokens t = e.tokens;
+            t.k += group * e.k_group_stride + done * t.k_stride;
+            t.v += group * e.v_group_stride + done * t.v_stride;
+            t.position += done;
+            t.count = (int)std::min<int64_t>(attend.tile, end - done);
+            attend.absorb(t);
+        }
+        attend.finish([&](int head, int r, const float* o, float lse) {
+            put_row(out.o, row + r, group * e.shape.q_heads + head, o, e.shape.v_dim);
+            put_lse(out, row + r, group * e.shape.q_heads + head, lse);
+        });
+    });
+}
+
+#if defined(HAS_AMX)
+typedef Tiles Bf16;
+#elif defined(HAS_BF16_DOT)
+typedef Pairs Bf16;
+#endif
+
+// Calls run.operator()<Math, F>() for a stored format and q's.
+template <class Run>
+void choose([[maybe_unused]] const Shape& shape, Format stored, [[maybe_unused]] Format q, Run&& run) {
+#if defined(HAS_BF16_DOT)
+    // Tiles store rows 16 at a time, over the next head's where a group has several.
+    bool products = q == Format::bf16;
+#if defined(HAS_AMX)
+    products = products && shape.k_heads == 1 && shape.v_heads == 1;
+#endif
+    if (products) switch (stored) {
+            case Format::bf16: return run.template operator()<Bf16, Format::bf16>();
+            case Format::i8: return run.template operator()<Bf16, Format::i8>();
+            case Format::i4: return run.template operator()<Bf16, Format::i4>();
+            default: break;
+        }
+#endif
+    switch (stored) {
+        case Format::f32: return run.template operator()<Floats, Format::f32>();
+        case Format::f16: return run.template operator()<Floats, Format::f16>();
+        case Format::i8: return run.template operator()<Floats, Format::i8>();
+        case Format::i4: return run.template operator()<Floats, Format::i4>();
+        case Format::bf16: return run.template operator()<Floats, Format::bf16>();
+    }
+}
+
+void partial(Plan& plan, int layer, const Array& q, const Out& out) {
+    choose(plan.shape, plan.format, q.format, [&]<class Math, Format F>() { run_plan<Math, F>(plan, layer, q, out); });
+}
+
+void extend(const Extension& e, const Array& q, const Out& out) {
+    choose(e.shape, e.format, q.format, [&]<class Math, Format F>() { run_extend<Math, F>(e, q, out); });
+}
+
+void merge(const Merge& m, const Out& out) {
+    float* o = static_cast<float*>(scratch(4L * round_up(m.v_dim, WIDTH)));
+    for (int row = 0; row < m.rows; row++)
+        for (int head = 0; head < m.heads; head++) {
+            float lse;
+            merge_one(
+                m.states,
+                [&](int i) { return m.lse[i][row * m.lse_row_stride[i] + head * m.lse_head_stride[i]]; },
+                [&](int i, float weight) { add_scaled(o, m.o[i], row, head, weight, m.v_dim); },
+                m.sink ? m.sink[head] : -INFINITY, m.v_dim, o, &lse);
+            put_row(out.o, row, head, o, m.v_dim);
+            put_lse(out, row, head, lse);
+        }
+}
+
+uint64_t sum(const uint64_t* words, int64_t count) {
+    vu totals[4] = {};
+    const uint32_t* p = reinterpret_cast<const uint32_t*>(words);
+    for (int64_t i = 0; i + 4 * WIDTH <= 2 * count; i += 4 * WIDTH)
+        for (int j = 0; j < 4; j++) totals[j] += load_as<vu>(p + i + j * WIDTH);
+    const vu total = totals[0] + totals[1] + totals[2] + totals[3];
+    uint64_t result = 0;
+    for (int i = 0; i < WIDTH; i++) result += total[i];
+    return result;
+}
+
+}  // namespace ISA
+}  // namespace farshore

@@ -1,0 +1,126 @@
+#include "pool.h"
+
+#include <pthread.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+namespace farshore {
+namespace {
+
+// Long enough to bridge the gap between two layers of one step; longer would take the core from others.
+constexpr auto SPIN = std::chrono::microseconds(20);
+
+inline void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// One task at a time. A worker joins the task only by incrementing `inside` while it is open, so that the
+// owner knows when the last one has left and the task's memory may go.
+class Pool {
+  public:
+    void run(int count, int threads, void (*body)(void*, int), void* context) {
+        while (static_cast<int>(workers_.size()) < threads - 1)
+            workers_.emplace_back([this, id = static_cast<int>(workers_.size())] { work(id); });
+        body_ = body;
+        context_ = context;
+        count_ = count;
+        helpers_ = threads - 1;
+        next_.store(0, std::memory_order_relaxed);
+        inside_.store(OPEN, std::memory_order_release);
+        generation_.fetch_add(1, std::memory_order_release);
+        generation_.notify_all();
+        take();
+        // Closed: who comes now stays out. Then wait for those inside; they have at most one item left.
+        inside_.fetch_sub(OPEN, std::memory_order_acq_rel);
+        while (inside_.load(std::memory_order_acquire) != 0) relax();
+    }
+
+    std::mutex busy;
+
+  private:
+    static constexpr int OPEN = 1 << 20;
+
+    void take() {
+        for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) body_(context_, i);
+    }
+
+    void work(int id) {
+        uint32_t seen = 0;
+        for (;;) {
+            const auto until = std::chrono::steady_clock::now() + SPIN;
+            uint32_t now;
+            while ((now = generation_.load(std::memory_order_acquire)) == seen) {
+                relax();
+                if (std::chrono::steady_clock::now() > until) generation_.wait(seen, std::memory_order_acquire);
+            }
+            seen = now;
+            int inside = inside_.load(std::memory_order_acquire);
+            while (inside >= OPEN && !inside_.compare_exchange_weak(inside, inside + 1)) relax();
+            if (inside < OPEN) continue;
+            if (id < helpers_) take();
+            inside_.fetch_sub(1, std::memory_order_acq_rel);
+        }
+    }
+
+    std::atomic<uint32_t> generation_{0};
+    std::atomic<int> inside_{0};
+    std::atomic<int> next_{0};
+    void (*body_)(void*, int) = nullptr;
+    void* context_ = nullptr;
+    int count_ = 0;
+    int helpers_ = 0;
+    std::vector<std::thread> workers_;
+};
+
+std::atomic<Pool*> current{nullptr};
+
+Pool& pool() {
+    static std::once_flag once;
+    std::call_once(once, [] {
+        current = new Pool;
+        // A forked child has none of the threads: it starts over.
+        pthread_atfork(nullptr, nullptr, [] { current = new Pool; });
+    });
+    return *current;
+}
+
+struct Scratch {
+    ~Scratch() { std::free(memory); }
+    void* memory = nullptr;
+    long bytes = 0;
+};
+
+}  // namespace
+
+void parallel_for(int count, int threads, void (*body)(void*, int), void* context) {
+    if (count > 1 && threads > 1) {
+        Pool& it = pool();
+        std::unique_lock lock(it.busy, std::try_to_lock);
+        if (lock) return it.run(count, threads < count ? threads : count, body, context);
+    }
+    for (int i = 0; i < count; i++) body(context, i);
+}
+
+void* scratch(long bytes) {
+    thread_local Scratch own;
+    if (own.bytes < bytes) {
+        std::free(own.memory);
+        own.bytes = (bytes + 4095) / 4096 * 4096;
+        own.memory = std::aligned_alloc(4096, own.bytes);
+        if (!own.memory) throw std::bad_alloc();
+    }
+    return own.memory;
+}
+
+}  // namespace farshore

@@ -1,0 +1,21 @@
+// Threads that compute: they spin briefly for the next layer's work, then sleep.
+#pragma once
+
+namespace farshore {
+
+// Calls body(context, i) once for each i in [0, count) on at most `threads` threads, the caller's included,
+// and returns when all are done. When another caller has the pool, everything runs on this thread: waiting
+// for the pool would take longer.
+void parallel_for(int count, int threads, void (*body)(void*, int), void* context);
+
+template <class Body>
+void parallel_for(int count, int threads, Body&& body) {
+    parallel_for(
+        count, threads, [](void* context, int i) { (*static_cast<Body*>(context))(i); }, &body);
+}
+
+// At least this many bytes of the thread's own scratch, aligned to 64; kept until the thread ends or more is
+// asked for.
+void* scratch(long bytes);
+
+}  // namespace farshore

@@ -1,0 +1,249 @@
+// Vectors of WIDTH floats, for whichever instruction set the including file has switched on. Written with the
+// compiler's vector types: the same source is AVX-512, AVX2, SSE or NEON; only conversions and the bfloat16
+// dot product name instructions.
+//
+// Included by each isa_*.cpp after its `#pragma GCC target`, which defines ISA (a namespace), WIDTH and what
+// else it has: HAS_F16C, HAS_BF16_DOT, HAS_AMX.
+
+namespace farshore {
+namespace ISA {
+
+typedef float vf __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t vi __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t vu __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t vh __attribute__((vector_size(2 * WIDTH)));
+typedef int8_t vb __attribute__((vector_size(WIDTH)));
+typedef uint8_t vc __attribute__((vector_size(WIDTH)));
+
+template <class V, class T>
+inline V load_as(const T* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+template <class V, class T>
+inline void store_as(T* p, V v) {
+    std::memcpy(p, &v, sizeof v);
+}
+inline vf load(const float* p) { return load_as<vf>(p); }
+inline void store(float* p, vf v) { store_as(p, v); }
+inline vf splat(float x) { return x - vf{}; }
+inline vf bits_to_float(vu v) { return (vf)v; }
+inline vf max(vf a, vf b) { return a > b ? a : b; }
+
+inline float hmax(vf v) {
+#if WIDTH == 16
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float m = v[0];
+    for (int i = 1; i < WIDTH; i++) m = v[i] > m ? v[i] : m;
+    return m;
+#endif
+}
+inline float hsum(vf v) {
+#if WIDTH == 16
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    float s = 0;
+    for (int i = 0; i < WIDTH; i++) s += v[i];
+    return s;
+#endif
+}
+
+// Fetches what the next tile will read, a few lines at a time between pieces of work on this one: the memory
+// is never idle, and never asked for more at once than it has buffers. (Measured: without, time is the sum of
+// transfer and arithmetic.)
+class Prefetch {
+  public:
+    Prefetch() = default;
+    Prefetch(const uint8_t* k, int64_t k_bytes, const uint8_t* v, int64_t v_bytes)
+        : at_(k), end_(k + k_bytes), then_(v), then_end_(v + v_bytes) {}
+    void rest() { lines(1 << 20); }
+    void lines(int n) {
+        for (int i = 0; i < n; i++) {
+            if (at_ >= end_) {
+                if (then_ >= then_end_) return;
+                at_ = then_, end_ = then_end_;
+                then_ = then_end_;
+            }
+            __builtin_prefetch(at_, 0, 2);
+            at_ += 64;
+        }
+    }
+
+  private:
+    const uint8_t *at_ = nullptr, *end_ = nullptr, *then_ = nullptr, *then_end_ = nullptr;
+};
+
+// -- widening, by name: the compiler's own conversion of these goes element by element (gcc 12) ---------------
+
+inline vi widen(vb v) {
+#if WIDTH == 16
+    return (vi)_mm512_cvtepi8_epi32((__m128i)v);
+#elif WIDTH == 8
+    long long low;
+    std::memcpy(&low, &v, 8);
+    return (vi)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(low));
+#else
+    return __builtin_convertvector(v, vi);
+#endif
+}
+inline vi widen(vc v) {
+#if WIDTH == 16
+    return (vi)_mm512_cvtepu8_epi32((__m128i)v);
+#elif WIDTH == 8
+    long long low;
+    std::memcpy(&low, &v, 8);
+    return (vi)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(low));
+#else
+    return __builtin_convertvector(v, vi);
+#endif
+}
+inline vu widen(vh v) {
+#if WIDTH == 16
+    return (vu)_mm512_cvtepu16_epi32((__m256i)v);
+#elif WIDTH == 8
+    return (vu)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+    return __builtin_convertvector(v, vu);
+#endif
+}
+
+// -- 16-bit floats ---------------------------------------------------------------------------------------
+
+inline vf from_bf16(const uint16_t* p) {
+    return bits_to_float(widen(load_as<vh>(p)) << 16);
+}
+inline float from_bf16(uint16_t x) {
+    const uint32_t bits = uint32_t{x} << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+// Rounds to nearest even; a NaN stays one.
+inline vh to_bf16(vf x) {
+#if defined(HAS_BF16_DOT)
+    return (vh)_mm512_cvtneps_pbh((__m512)x);
+#else
+    const vu bits = (vu)x;
+    const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return __builtin_convertvector(x == x ? rounded : (bits >> 16) | 0x40, vh);
+#endif
+}
+inline uint16_t to_bf16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : bits >> 16 | 0x40;
+}
+
+// float16 by integers: shift exponent and mantissa into place, then scale by 2^112 so that the exponent's
+// bias and denormals come out right. For machines without a conversion instruction.
+inline float from_f16(uint16_t h) {
+    const uint32_t magnitude = (h & 0x7fffu) << 13;
+    float f;
+    std::memcpy(&f, &magnitude, 4);
+    f *= 0x1p112f;
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    if ((h & 0x7c00) == 0x7c00) bits |= 0x7f800000;
+    bits |= (h & 0x8000u) << 16;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+inline uint16_t to_f16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const uint32_t sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000) return sign | 0x7e00;
+    if (bits >= 0x477ff000) return sign | 0x7c00;  // rounds to 65536 or more
+    if (bits < 0x38800000) {                       // denormal: let the adder round
+        float f, magic = 0.5f;
+        std::memcpy(&f, &bits, 4);
+        f += magic;
+        std::memcpy(&bits, &f, 4);
+        return sign | (bits - 0x3f000000);
+    }
+    return sign | ((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
+}
+inline vf from_f16(const uint16_t* p) {
+#if WIDTH == 16
+    return (vf)_mm512_cvtph_ps((__m256i)load_as<vh>(p));
+#elif defined(HAS_F16C)
+    return (vf)_mm256_cvtph_ps((__m128i)load_as<vh>(p));
+#else
+    vf v;
+    for (int i = 0; i < WIDTH; i++) v[i] = from_f16(p[i]);
+    return v;
+#endif
+}
+inline vh to_f16(vf x) {
+#if WIDTH == 16
+    return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(HAS_F16C)
+    return (vh)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    vh h;
+    for (int i = 0; i < WIDTH; i++) h[i] = to_f16(x[i]);
+    return h;
+#endif
+}
+
+// -- exp2 ------------------------------------------------------------------------------------------------
+
+// 2^x for x <= 0. Relative error 2e-7 (EXACT) or 1e-4, below bfloat16's rounding of what it feeds. Below -126
+// it gives about 2^-126.
+template <bool EXACT>
+inline vf exp2(vf x) {
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    x = max(x, splat(-126.0f));
+    const vf t = x + magic;
+    const vf r = x - (t - magic);
+    vf p;
+    if (EXACT) {
+        p = splat(1.5403530e-4f);
+        p = p * r + 1.3333558e-3f;
+        p = p * r + 9.6181291e-3f;
+        p = p * r + 5.5504109e-2f;
+        p = p * r + 2.4022651e-1f;
+        p = p * r + 6.9314718e-1f;
+        p = p * r + 1.0f;
+    } else {
+        p = splat(5.5857e-2f);
+        p = p * r + 2.4264e-1f;
+        p = p * r + 6.93012e-1f;
+        p = p * r + 9.99925e-1f;
+    }
+    return bits_to_float((vu)p + ((vu)t << 23));
+}
+
+// -- transposition ---------------------------------------------------------------------------------------
+
+// r[i][j] <-> r[j][i] for WIDTH vectors of 32-bit lanes, by butterflies.
+template <int H>
+inline void transpose_stage(vu* r) {
+    vi low, high;
+    for (int l = 0; l < WIDTH; l++) {
+        low[l] = l & H ? l - H + WIDTH : l;
+        high[l] = l & H ? l + WIDTH : l + H;
+    }
+    for (int i = 0; i < WIDTH; i++) {
+        if (i & H) continue;
+        const vu a = r[i], b = r[i | H];
+        r[i] = __builtin_shuffle(a, b, low);
+        r[i | H] = __builtin_shuffle(a, b, high);
+    }
+}
+inline void transpose(vu* r) {
+#if WIDTH == 16
+    transpose_stage<8>(r);
+#endif
+#if WIDTH >= 8
+    transpose_stage<4>(r);
+#endif
+    transpose_stage<2>(r);
+    transpose_stage<1>(r);
+}
+
+}  // namespace ISA
+}  // namespace farshore
