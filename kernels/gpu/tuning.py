@@ -44,11 +44,11 @@ def device_of(index: int | None) -> Device:
 
 
 def partial_tiles(arch: int | str | None, k_dim: int, *, full_precision: bool) -> Tiles:
-    """For decoding; ``full_precision``: products in float32, on ordinary ALUs, with operands in registers."""
+    """For decoding; ``full_precision``: products in float32."""
     if arch is None:
         return Tiles(32, 16, 4, 1)
     if full_precision:
-        return Tiles(16, 16 if k_dim > 256 else 32, 4, 2)
+        return _full_precision_tiles(k_dim)
     if isinstance(arch, str):
         # Masks of 64 keys spill scalar registers; MLA's latent leaves 64 KiB of LDS no room for a second stage.
         if k_dim > 256:
@@ -67,7 +67,7 @@ def extend_tiles(arch: int | str | None, k_dim: int, *, full_precision: bool) ->
     if arch is None:
         return Tiles(32, 16, 4, 1)
     if full_precision:
-        return Tiles(16, 16 if k_dim > 256 else 32, 4, 2)
+        return _full_precision_tiles(k_dim)
     if isinstance(arch, str):
         if k_dim > 256:
             return Tiles(32, 16, 4, 1)
@@ -79,3 +79,8 @@ def extend_tiles(arch: int | str | None, k_dim: int, *, full_precision: bool) ->
     # 128 queries: two warp groups of the 64 that Hopper's matrix instruction wants. With two stages only, the
     # compiler for sm_80 holds loads in registers and spills.
     return Tiles(128, 64, 8, 3)
+
+
+def _full_precision_tiles(k_dim: int) -> Tiles:
+    """Float32 products run on ordinary ALUs with their operands in registers, so tiles are small."""
+    return Tiles(16, 32 if k_dim <= 64 else 16, 4, 2)

@@ -1,7 +1,8 @@
-"""Compile the GPU's kernels ahead of time, without a GPU, and print what each takes, as JSON: run by
-test_gpu_compile.py in a process of its own, because triton interprets or compiles, but not both in one.
+"""Compile the GPU's kernels ahead of time, without a GPU, and print what each takes, a JSON object a line.
 
-    python -P tests/kernels/compile_gpu.py cuda:80 cuda:90 hip:gfx942
+test_gpu_compile.py runs it in a process of its own: triton interprets or compiles, but not both in one.
+
+    python -P tests/kernels/compile_gpu.py cuda:90 64,128 bfloat16,int8
 """
 
 import json
@@ -43,7 +44,6 @@ POINTERS = {
     "sink": "*fp32",
 }
 MERGED_STATES = 8
-K_DIMS = (64, 128, 256, 576)
 
 
 def target_of(name):
@@ -131,44 +131,41 @@ def compile_one(case, pointers, target):
 
 
 def resources(binary, target):
-    """Registers and spills of a thread, bytes of shared memory of a program."""
+    """Registers of a thread, what it keeps in memory for want of them, and bytes of shared memory of a program."""
+    threads = binary.metadata.num_warps * target.warp_size
     if target.backend == "hip":
-        amd = binary.asm["amdgcn"]
-        number = {key: int(re.search(rf"\.{key}:\s+(\d+)", amd)[1]) for key in (
-            "vgpr_count", "agpr_count", "vgpr_spill_count", "sgpr_spill_count", "group_segment_fixed_size",
-            "private_segment_fixed_size",
-        )}  # fmt: skip
+        # Scalar registers spill into vector ones, the others into the private segment.
+        names = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+        vector, *spills = (int(re.search(rf"\.{name}:\s+(\d+)", binary.asm["amdgcn"])[1]) for name in names)
         return {
-            "registers": number["vgpr_count"],
-            "spills": number["vgpr_spill_count"],
-            "sspills": number["sgpr_spill_count"],
-            "stack": number["private_segment_fixed_size"],
-            "shared": number["group_segment_fixed_size"] or binary.metadata.shared,
+            "threads": threads,
+            "registers": vector,
+            "spills": sum(spills),
+            "shared": binary.metadata.shared,
         }
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        report = subprocess.run(
-            [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    number = {key: int(re.search(rf"{key}:(\d+)", report)[1]) for key in ("REG", "STACK", "LOCAL")}
+        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # Spilled registers lie on the stack; LOCAL is what a kernel asks for itself.
+    registers, *spills = (int(re.search(rf"{name}:(\d+)", report)[1]) for name in ("REG", "STACK", "LOCAL"))
     return {
-        "registers": number["REG"],
-        "spills": number["LOCAL"],
-        "stack": number["STACK"],
+        "threads": threads,
+        "registers": registers,
+        "spills": sum(spills),
         "shared": binary.metadata.shared,
     }
 
 
-def main(targets):
-    for name in targets:
-        target = target_of(name)
-        for k_dim, format in product(K_DIMS, (KVFormat.BFLOAT16, KVFormat.INT8, KVFormat.FLOAT32)):
-            for case in cases(target.arch, k_dim, format):
-                binary = compile_one(case, types_of(format), target)
-                row = {"target": name, "kernel": case.title, "k_dim": k_dim, "kv": format.value}
-                print(json.dumps(row | resources(binary, target)), flush=True)
+def main(target_name, k_dims, formats):
+    target = target_of(target_name)
+    for k_dim, format in product(map(int, k_dims.split(",")), map(KVFormat, formats.split(","))):
+        for case in cases(target.arch, k_dim, format):
+            binary = compile_one(case, types_of(format), target)
+            row = {"target": target_name, "kernel": case.title, "k_dim": k_dim, "kv": format.value}
+            print(json.dumps(row | resources(binary, target)), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])
