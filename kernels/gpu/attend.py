@@ -1,8 +1,8 @@
 """What ``partial`` and ``extend`` share on the device: the sweep of a tile of query rows over keys.
 
-A tile is M = rows x heads queries that share one K head and one V head (M packs whole rows: m = row * HEADS +
-head), so grouped-query attention feeds the matrix units instead of reading K once per head. Softmax runs online
-in base 2, where the hardware's exponential is; only the final lse is natural.
+A tile is M = rows x heads queries that share one K head and one V head (M packs whole rows: m = row * heads
++ head), so grouped-query attention feeds the matrix units instead of reading K once per head. Softmax runs
+online in base 2, where the hardware's exponential is; only the final lse is natural.
 """
 
 import triton
@@ -56,11 +56,9 @@ def load_rows(
     if SCALES > 0:
         GROUPS: tl.constexpr = (BLOCK + SCALE_GROUP - 1) // SCALE_GROUP
         group = FIRST // SCALE_GROUP + tl.arange(0, GROUPS)
-        scale = tl.load(
-            scales + scale_at[:, None] + group[None, :],
-            mask=keep[:, None] & (group < SCALES)[None, :],
-            other=0,
-        )
+        place = scales + scale_at[:, None] + group[None, :]
+        known = (group < SCALES)[None, :]
+        scale = tl.load(place, mask=(keep[:, None] & known) if MASKED else known, other=0)
         wide = tl.reshape(x.to(tl.float32), (at.shape[0], GROUPS, BLOCK // GROUPS))
         x = tl.reshape(wide * scale.to(tl.float32)[:, :, None], (at.shape[0], BLOCK))
     return x.to(DTYPE)
@@ -81,18 +79,20 @@ def load_queries(
 def sweep(
     queries, queries_rest, positions, peak, mass, total,
     k, v, k_scales, v_scales, k_token, v_token, block_stride, first, k_position, start, stop, scale,
-    K_DIM: tl.constexpr, K_MAIN: tl.constexpr, K_REST: tl.constexpr, V_DIM: tl.constexpr, V_BLOCK: tl.constexpr,
+    K_DIM: tl.constexpr, K_MAIN: tl.constexpr, K_REST: tl.constexpr,
+    V_DIM: tl.constexpr, V_BLOCK: tl.constexpr,
     K_SCALES: tl.constexpr, V_SCALES: tl.constexpr, V_IS_KEYS: tl.constexpr,
     SOFT_CAP: tl.constexpr, WINDOW: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Let the queries see keys ``start .. stop``; returns the online softmax's (peak, mass, total).
 
-    queries ``[M, K_MAIN]`` and queries_rest ``[M, K_REST]``: the K dims in two parts, a power of two and what is
-    left (96 = 64 + 32), so that few lanes are padding. k, v: pointers to the head's first stored row; tokens lie
-    k_token, v_token elements apart, and every BLOCK_TOKENS of them the next block begins block_stride elements
-    after the last (None: one contiguous stretch). Not MASKED: every query sees every key, whole tiles only.
-    V_IS_KEYS: the first V_BLOCK = K_MAIN elements of a key are its value (MLA), so it is loaded once.
+    queries ``[M, K_MAIN]`` and queries_rest ``[M, K_REST]``: the K dims in two parts, a power of two and what
+    is left (96 = 64 + 32), so that few lanes are padding. k, v: pointers to the head's first stored row;
+    tokens lie k_token, v_token elements apart, and every BLOCK_TOKENS of them the next block begins
+    block_stride elements after the last (None: one contiguous stretch). Not MASKED: every query sees every
+    key, whole tiles only. V_IS_KEYS: the first V_BLOCK = K_MAIN elements of a key are its value (MLA), so it
+    is loaded once.
     """
     for tile in range(start, stop, BLOCK_N):
         token = tile + tl.arange(0, BLOCK_N)
@@ -150,7 +150,7 @@ def sweep(
 
 @triton.jit
 def finish(peak, mass, total):
-    """(o ``[M, V_BLOCK]``, natural lse ``[M]``) from the online softmax; (0, -inf) for rows that saw nothing."""
+    """(o ``[M, V_BLOCK]``, natural lse ``[M]``) of the online softmax; (0, -inf) of rows that saw nothing."""
     some = mass > 0
     o = tl.where(some[:, None], total / tl.where(some, mass, 1.0)[:, None], 0.0)
     lse = tl.where(some, (peak + tl.log2(tl.where(some, mass, 1.0))) * LN_2, float("-inf"))

@@ -14,17 +14,19 @@ def extend_kernel(
     o, o_row, o_head, lse, lse_row, lse_head, rows, keys, scale,
     HEADS: tl.constexpr, TILE_HEADS: tl.constexpr,
     K_HEADS_PER_GROUP: tl.constexpr, V_HEADS_PER_GROUP: tl.constexpr,
-    K_DIM: tl.constexpr, K_MAIN: tl.constexpr, K_REST: tl.constexpr, V_DIM: tl.constexpr, V_BLOCK: tl.constexpr,
+    K_DIM: tl.constexpr, K_MAIN: tl.constexpr, K_REST: tl.constexpr,
+    V_DIM: tl.constexpr, V_BLOCK: tl.constexpr,
     SOFT_CAP: tl.constexpr, WINDOW: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries (rows x the heads that share one K head and one V head) on all keys they see.
+    """One program: BLOCK_M queries (rows x heads that share one K head and one V head) on all keys they see.
 
-    Roofline, n new tokens on p past ones, per query head: FLOPs 2 (K_DIM + V_DIM) n (p + n / 2); bytes, bf16:
-    2 n (K_DIM + V_DIM) for q and o, and K, V once per BLOCK_M queries, mostly from L2: with BLOCK_M = 128 some 128
-    FLOPs a byte of L2 and, since the programs of a head run side by side, n a byte of HBM: bound by the matrix
-    units. The exponentials, one per 2 (K_DIM + V_DIM) FLOPs, come next: at K_DIM = 64 an H100's special-function
-    units need as long as its tensor cores.
+    Roofline, n new tokens on p past ones, per query head: FLOPs 2 (K_DIM + V_DIM) n (p + n / 2); bytes,
+    bf16: 2 n (K_DIM + V_DIM) for q and o, and K, V once per BLOCK_M queries, mostly from L2: BLOCK_M = 128
+    gives 128 FLOPs a byte of L2 and, since the programs of a head run side by side, some n a byte of HBM. So
+    bound by the matrix units (H200: 990 TFLOP/s bf16), if n is a few hundred or more. The exponentials, one
+    for each 2 (K_DIM + V_DIM) FLOPs, come next: at K_DIM = 64 an H200's special-function units (16 a cycle
+    and SM, 4 Texp/s) need as long as its tensor cores.
     """
     TILE_ROWS: tl.constexpr = BLOCK_M // TILE_HEADS
     HEAD_TILES: tl.constexpr = (HEADS + TILE_HEADS - 1) // TILE_HEADS
@@ -39,10 +41,7 @@ def extend_kernel(
     row = row.to(tl.int64)
     q_at = row * q_row + head * q_head
     queries = load_queries(q, q_at, used, 0, K_MAIN, K_DIM, DTYPE)
-    if K_REST > 0:
-        queries_rest = load_queries(q, q_at, used, K_MAIN, K_REST, K_DIM, DTYPE)
-    else:
-        queries_rest = queries
+    queries_rest = load_queries(q, q_at, used, K_MAIN, K_REST, K_DIM, DTYPE) if K_REST > 0 else queries
 
     position = tl.load(positions + row, mask=used, other=0).to(tl.int32)
     last = tl.max(tl.where(used, position, -FAR)) - k_position

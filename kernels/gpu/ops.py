@@ -1,8 +1,9 @@
 """The GPU's kernels behind the reference's signatures: checks, then one or two launches.
 
-Called by shards and the engine on an accelerator. All tensors live on one device, which must be the current one;
-work lists may lie on the CPU. q, stored KV and outputs: float32, bfloat16 or float16; stored KV also int8. Products
-are taken in q's dtype where KV has it too or is int8, else in float32; sums always in float32.
+Called by shards and the engine on an accelerator. All tensors live on one device, which must be the current
+one; work lists may lie on the CPU. q, stored KV and outputs: float32, bfloat16 or float16; stored KV also
+int8. Products are taken in q's dtype where KV has it too or is int8, else in float32; sums always in
+float32.
 
 A plan is for one stream at a time: it owns the scratch between its two kernels. How a long segment is split
 depends on the step's other work, so the last bits of a row's result may too; equal steps give equal bits.
@@ -22,7 +23,17 @@ from farshore.kernels.formats import KVFormat
 from farshore.kernels.gpu.extend import extend_kernel
 from farshore.kernels.gpu.merge import merge_kernel
 from farshore.kernels.gpu.partial import partial_kernel, reduce_kernel
-from farshore.kernels.gpu.tuning import NARROW_M, Tiles, device_of, extend_tiles, partial_tiles
+from farshore.kernels.gpu.tuning import (
+    NARROW_M,
+    Tiles,
+    device_of,
+    dims_constants,
+    extend_tiles,
+    merge_constants,
+    partial_tiles,
+    reduce_constants,
+    stored_constants,
+)
 from farshore.kernels.gpu.work import Heads, flatten
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -33,7 +44,6 @@ _STORED = {
     KVFormat.INT8: torch.int8,
 }
 _LOAD_BYTES = 16
-_REDUCE_STAGES = 3
 # Multiply-add in one instruction: triton 3.9's default, which it warns is going to change.
 _FUSED = {"enable_fp_fusion": True}
 
@@ -74,8 +84,8 @@ def plan(
     positions: Tensor,
     group0: int = 0,
 ) -> Plan:
-    """As :func:`farshore.kernels.reference.plan`. ValueError also for int4 and float64 KV, for rows that are not
-    among ``positions``, and for addresses that are no multiple of the element size (scales: 2 bytes)."""
+    """As :func:`farshore.kernels.reference.plan`. ValueError also for int4 and float64 KV, for rows that are
+    not among ``positions``, and for addresses that are no multiple of the element size (scales: 2 bytes)."""
     if layout.format not in _STORED:
         raise ValueError(
             f"{layout.format.value} KV has no GPU kernel: use one of {[f.value for f in _STORED]}"
@@ -151,7 +161,7 @@ def partial(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
     if not 0 <= layer < layout.layers:
         raise ValueError(f"layer {layer} of {layout.layers}")
     q_strides, out_strides = _strides(q), _state_strides(out, (n_rows, q_heads, spec.v_dim))
-    shape = {**_dims(spec), "HEADS": heads.heads, "TILE_HEADS": heads.tile_heads}
+    shape = {**dims_constants(spec), "HEADS": heads.heads, "TILE_HEADS": heads.tile_heads}
     for first_tile, tiles, tile in plan.launches:
         partial_kernel[(tiles,)](
             q,
@@ -168,7 +178,7 @@ def partial(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
             plan.group0,
             spec.scale,
             **shape,
-            **_stored(layout),
+            **stored_constants(layout),
             ALIGN_BYTES=plan.align_bytes,
             SOFT_CAP=spec.soft_cap,
             WINDOW=spec.window_tokens,
@@ -178,7 +188,7 @@ def partial(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
             **_launch(tile),
         )
     if n_rows and q_heads:
-        merging = _reduce_shape(spec, heads)
+        merging = reduce_constants(spec, heads)
         cuts = triton.cdiv(heads.tile_heads, merging["BLOCK_H"])
         reduce_kernel[(n_rows, q_heads // heads.heads * heads.head_tiles * cuts)](
             plan.part_o,
@@ -242,7 +252,7 @@ def extend(
         n,
         k.shape[1],
         spec.scale,
-        **_dims(spec),
+        **dims_constants(spec),
         HEADS=heads.heads,
         TILE_HEADS=heads.tile_heads,
         K_HEADS_PER_GROUP=k_per_group,
@@ -257,8 +267,8 @@ def extend(
 
 
 def merge(states: Sequence[State], *, sink: Tensor | None = None, out: State) -> None:
-    """As :func:`farshore.kernels.reference.merge`, which one kernel does, compiled anew for each number of states.
-    ValueError for no states, or for shapes that differ from ``out``'s."""
+    """As :func:`farshore.kernels.reference.merge`, which one kernel does, compiled anew for each number of
+    states. ValueError for no states, or for shapes that differ from ``out``'s."""
     rows, heads, v_dim = out.o.shape
     if not states or (sink is not None and sink.shape != (heads,)):
         raise ValueError(f"{len(states)} states, a sink of {None if sink is None else tuple(sink.shape)}")
@@ -266,7 +276,7 @@ def merge(states: Sequence[State], *, sink: Tensor | None = None, out: State) ->
     out_strides = _state_strides(out, out.o.shape)
     if not (rows and heads):
         return
-    shape = _merge_shape(heads, v_dim)
+    shape = merge_constants(heads, v_dim)
     merge_kernel[(rows, triton.cdiv(heads, shape["BLOCK_H"]))](
         tuple(states),
         strides,
@@ -279,50 +289,6 @@ def merge(states: Sequence[State], *, sink: Tensor | None = None, out: State) ->
         **shape,
         **_FUSED,
     )
-
-
-def _dims(spec: AttentionSpec) -> dict[str, int]:
-    """K dims in two parts that the matrix instructions take, and V's in one; see ``sweep``."""
-    main = max(16, 1 << (spec.k_dim.bit_length() - 1))
-    rest = max(16, triton.next_power_of_2(spec.k_dim - main)) if spec.k_dim > main else 0
-    v_block = max(16, triton.next_power_of_2(spec.v_dim))
-    return {"K_DIM": spec.k_dim, "K_MAIN": main, "K_REST": rest, "V_DIM": spec.v_dim, "V_BLOCK": v_block}
-
-
-def _stored(layout: KVLayout) -> dict[str, int | bool]:
-    return {
-        "K_HEADS_PER_GROUP": layout.k_heads_per_group,
-        "V_HEADS_PER_GROUP": layout.v_heads_per_group,
-        "K_RUN_BYTES": layout.k_run_bytes,
-        "V_RUN_BYTES": layout.v_run_bytes,
-        "ITEM_BYTES": layout.format.dtype.itemsize,
-        "K_SCALES": layout.k_scales,
-        "V_SCALES": layout.v_scales,
-        "V_IN_K": layout.v_in_k,
-        "BLOCK_TOKENS": layout.block_tokens,
-    }
-
-
-def _reduce_shape(spec: AttentionSpec, heads: Heads) -> dict[str, int]:
-    v_block = triton.next_power_of_2(spec.v_dim)
-    # 1,024 elements a program: eight registers a thread, and enough programs where rows are few.
-    block_h = min(triton.next_power_of_2(heads.tile_heads), max(1, 1024 // v_block))
-    return {
-        "HEADS": heads.heads,
-        "TILE_HEADS": heads.tile_heads,
-        "BLOCK_H": block_h,
-        "V_DIM": spec.v_dim,
-        "V_BLOCK": v_block,
-        "STAGES": _REDUCE_STAGES,
-    }
-
-
-def _merge_shape(heads: int, v_dim: int) -> dict[str, int]:
-    return {
-        "V_DIM": v_dim,
-        "V_BLOCK": triton.next_power_of_2(v_dim),
-        "BLOCK_H": min(triton.next_power_of_2(heads), 4),
-    }
 
 
 def _launch(tile: Tiles) -> dict[str, int | bool]:
@@ -347,6 +313,6 @@ def _state_strides(state: State, shape: Sequence[int]) -> tuple[int, int, int, i
     o, lse = state
     if o.shape != shape or lse.shape != shape[:2] or o.dtype not in _DTYPES or lse.dtype != torch.float32:
         raise ValueError(
-            f"a state of o {tuple(o.shape)} {o.dtype}, lse {tuple(lse.shape)} {lse.dtype}; expected {tuple(shape)}"
+            f"o {tuple(o.shape)} {o.dtype}, lse {tuple(lse.shape)} {lse.dtype}: no state of {tuple(shape)}"
         )
     return (*_strides(o), *lse.stride())

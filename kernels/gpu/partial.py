@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from farshore.kernels.gpu.attend import finish, load_queries, sweep
+from farshore.kernels.gpu.merge import absorb, settle
 
 
 @triton.jit(do_not_specialize=["first_tile", "layer", "group0"])
@@ -13,20 +14,24 @@ def partial_kernel(
     tiles, first_tile, part_o, part_lse, layer, group0, scale,
     HEADS: tl.constexpr, TILE_HEADS: tl.constexpr,
     K_HEADS_PER_GROUP: tl.constexpr, V_HEADS_PER_GROUP: tl.constexpr,
-    K_DIM: tl.constexpr, K_MAIN: tl.constexpr, K_REST: tl.constexpr, V_DIM: tl.constexpr, V_BLOCK: tl.constexpr,
+    K_DIM: tl.constexpr, K_MAIN: tl.constexpr, K_REST: tl.constexpr,
+    V_DIM: tl.constexpr, V_BLOCK: tl.constexpr,
     K_RUN_BYTES: tl.constexpr, V_RUN_BYTES: tl.constexpr, ITEM_BYTES: tl.constexpr, ALIGN_BYTES: tl.constexpr,
     K_SCALES: tl.constexpr, V_SCALES: tl.constexpr, V_IN_K: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     SOFT_CAP: tl.constexpr, WINDOW: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: tile ``tiles[first_tile + pid]`` (see :mod:`work`), up to BLOCK_M queries on one stretch of one
-    segment, for one K head and one V head; its state goes to part_o f32[slots, V_DIM], part_lse f32[slots].
+    """One program: tile ``tiles[first_tile + pid]`` (see :class:`work.Work`), up to BLOCK_M queries on one
+    stretch of one segment, for one K head and one V head; its state goes to part_o f32[slots, V_DIM] and
+    part_lse f32[slots]. memory: the KV in elements of its format; scales: the same bytes as bf16, for int8.
 
-    Roofline, one row on n tokens in bf16, H query heads to a K head: bytes 2 n (K_DIM + V_DIM) per head, the part
-    states < 1% of that from 512 tokens a tile; FLOPs 2 n H (K_DIM + V_DIM): H FLOPs a byte, 4 to 16, where an H200
-    turns at ~200 (bf16, 4.8 TB/s) and an A100 at ~150. Padding to M = 16 stays below it: bound by memory; int8
-    halves the bytes but adds ~4 ALU operations an element to dequantise, near the ALU bound of an H100. R rows on
-    one shared segment read it once per BLOCK_M queries: compute-bound from ~200 queries on.
+    Roofline, one row on n tokens in bf16, H query heads to a K head: bytes 2 n (K_DIM + V_DIM) a K head, part
+    states < 1% of that at 512 tokens a tile; FLOPs 2 n H (K_DIM + V_DIM). That is H FLOPs a byte, 1 to 16,
+    and 16 with the padding to M = 16, where an H200 turns at 206 (990 TFLOP/s, 4.8 TB/s) and an A100 at 153:
+    bound by memory. int8 halves the bytes; the SMs of an H200 dequantise about 7 T elements/s (each element
+    one and a half of their 64 conversions a cycle, and a multiplication) against 4.8 T/s of memory: still
+    memory, with little to spare. R rows on a shared segment read it once for each BLOCK_M queries, the others
+    from L2: compute-bound from some 200 queries on, and MLA's group of 128 nearly so.
     """
     tile = tiles + (first_tile + tl.program_id(0)) * 8
     row0 = tl.load(tile)
@@ -44,10 +49,7 @@ def partial_kernel(
     row = row0 + m // TILE_HEADS
     q_at = row.to(tl.int64) * q_row + (unit * HEADS + head) * q_head
     queries = load_queries(q, q_at, used, 0, K_MAIN, K_DIM, DTYPE)
-    if K_REST > 0:
-        queries_rest = load_queries(q, q_at, used, K_MAIN, K_REST, K_DIM, DTYPE)
-    else:
-        queries_rest = queries
+    queries_rest = load_queries(q, q_at, used, K_MAIN, K_REST, K_DIM, DTYPE) if K_REST > 0 else queries
     position = tl.load(positions + row, mask=used, other=0).to(tl.int32)
 
     # A unit is the query heads that share one K head and one V head: K x V of them in a group.
@@ -96,8 +98,8 @@ def reduce_kernel(
 ):  # fmt: skip
     """One program: one row, BLOCK_H of a tile's heads; merges their part states in the work list's order.
 
-    ``parts[starts[j] .. starts[j + 1]]`` are the slots (of the first head) of list j; lists are counted row by
-    row, unit by unit, tile of heads by tile of heads. An empty list gives the identity.
+    ``parts[starts[j] .. starts[j + 1]]`` are the slots (of the first head) of list j; lists are counted row
+    by row, unit by unit, tile of heads by tile of heads. An empty list gives the identity.
 
     Roofline: bytes 4 V_DIM a part and head, read once, from L2, where ``partial_kernel`` has just left them;
     3 FLOPs an element: bound by latency, a chain of one load a part, hidden STAGES deep.
@@ -125,17 +127,9 @@ def reduce_kernel(
         slot = tl.load(parts + i) + h
         part = tl.load(part_lse + slot, mask=used, other=float("-inf"))
         values = tl.load(part_o + slot.to(tl.int64)[:, None] * V_DIM + dims[None, :], mask=keep, other=0.0)
-        new_peak = tl.maximum(peak, part)
-        floor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        fade = tl.exp(peak - floor)
-        weight = tl.exp(part - floor)
-        mass = mass * fade + weight
-        total = total * fade[:, None] + values * weight[:, None]
-        peak = new_peak
+        peak, mass, total = absorb(peak, mass, total, part, values)
+    mean, natural = settle(peak, mass, total)
 
-    some = mass > 0
-    mean = tl.where(some[:, None], total / tl.where(some, mass, 1.0)[:, None], 0.0)
-    natural = tl.where(some, peak + tl.log(tl.where(some, mass, 1.0)), float("-inf"))
     o_at = row.to(tl.int64) * o_row + head[:, None] * o_head + dims[None, :]
     tl.store(o + o_at, mean.to(o.dtype.element_ty), mask=keep)
     tl.store(lse + row.to(tl.int64) * lse_row + head * lse_head, natural, mask=used)

@@ -1,17 +1,25 @@
-"""Tile sizes and launch shapes: a small table by K dims and device, instead of autotuning at run time.
+"""Tile sizes and launch constants: a small table by K dims and device, instead of autotuning at run time.
 
-None of it has been timed on a GPU yet; the numbers are the largest tiles that compile without spills within the
-device's shared memory (tests/kernels/test_gpu_compile.py prints and bounds both), with enough stages to keep
-loads in flight.
+None of it has been timed on a GPU yet: these are large tiles that compile without spills within the device's
+shared memory (tests/kernels/test_gpu_compile.py prints and bounds both), with stages enough to keep loads in
+flight. One exception: on gfx942, int8 with K dims above 128 spills scalar registers into vector ones.
 """
 
 from functools import cache
 from typing import NamedTuple
 
 import torch
+import triton
+
+from farshore.kernels.base import AttentionSpec, KVLayout
+from farshore.kernels.gpu.work import Heads
 
 NARROW_M = 16
 """Queries of a decode tile when few rows share a segment: the least M of the matrix instructions."""
+
+
+REDUCE_STAGES = 3
+"""Part states in flight while they are merged."""
 
 
 class Tiles(NamedTuple):
@@ -48,9 +56,9 @@ def partial_tiles(arch: int | str | None, k_dim: int, *, full_precision: bool) -
     if arch is None:
         return Tiles(32, 16, 4, 1)
     if full_precision:
-        return _full_precision_tiles(k_dim)
+        return _full_precision_tiles(arch, k_dim)
     if isinstance(arch, str):
-        # Masks of 64 keys spill scalar registers; MLA's latent leaves 64 KiB of LDS no room for a second stage.
+        # Masks of 64 keys spill scalar registers; MLA's latent leaves 64 KiB of LDS room for one stage only.
         if k_dim > 256:
             return Tiles(16, 16, 4, 1)
         return Tiles(64 if k_dim <= 64 else 32, 32, 4, 2)
@@ -67,7 +75,7 @@ def extend_tiles(arch: int | str | None, k_dim: int, *, full_precision: bool) ->
     if arch is None:
         return Tiles(32, 16, 4, 1)
     if full_precision:
-        return _full_precision_tiles(k_dim)
+        return _full_precision_tiles(arch, k_dim)
     if isinstance(arch, str):
         if k_dim > 256:
             return Tiles(32, 16, 4, 1)
@@ -81,6 +89,52 @@ def extend_tiles(arch: int | str | None, k_dim: int, *, full_precision: bool) ->
     return Tiles(128, 64, 8, 3)
 
 
-def _full_precision_tiles(k_dim: int) -> Tiles:
+def _full_precision_tiles(arch: int | str, k_dim: int) -> Tiles:
     """Float32 products run on ordinary ALUs with their operands in registers, so tiles are small."""
+    if k_dim > 256:
+        return Tiles(16, 16, 4, 1) if isinstance(arch, str) else Tiles(16, 16, 8, 2)
     return Tiles(16, 32 if k_dim <= 64 else 16, 4, 2)
+
+
+def dims_constants(spec: AttentionSpec) -> dict[str, int]:
+    """K dims in two parts that the matrix instructions take, and V's in one; see ``sweep``."""
+    main = max(16, 1 << (spec.k_dim.bit_length() - 1))
+    rest = max(16, triton.next_power_of_2(spec.k_dim - main)) if spec.k_dim > main else 0
+    v_block = max(16, triton.next_power_of_2(spec.v_dim))
+    return {"K_DIM": spec.k_dim, "K_MAIN": main, "K_REST": rest, "V_DIM": spec.v_dim, "V_BLOCK": v_block}
+
+
+def stored_constants(layout: KVLayout) -> dict[str, int | bool]:
+    return {
+        "K_HEADS_PER_GROUP": layout.k_heads_per_group,
+        "V_HEADS_PER_GROUP": layout.v_heads_per_group,
+        "K_RUN_BYTES": layout.k_run_bytes,
+        "V_RUN_BYTES": layout.v_run_bytes,
+        "ITEM_BYTES": layout.format.dtype.itemsize,
+        "K_SCALES": layout.k_scales,
+        "V_SCALES": layout.v_scales,
+        "V_IN_K": layout.v_in_k,
+        "BLOCK_TOKENS": layout.block_tokens,
+    }
+
+
+def reduce_constants(spec: AttentionSpec, heads: Heads) -> dict[str, int]:
+    v_block = triton.next_power_of_2(spec.v_dim)
+    # 1,024 elements a program: eight registers a thread, and enough programs where rows are few.
+    block_h = min(triton.next_power_of_2(heads.tile_heads), max(1, 1024 // v_block))
+    return {
+        "HEADS": heads.heads,
+        "TILE_HEADS": heads.tile_heads,
+        "BLOCK_H": block_h,
+        "V_DIM": spec.v_dim,
+        "V_BLOCK": v_block,
+        "STAGES": REDUCE_STAGES,
+    }
+
+
+def merge_constants(heads: int, v_dim: int) -> dict[str, int]:
+    return {
+        "V_DIM": v_dim,
+        "V_BLOCK": triton.next_power_of_2(v_dim),
+        "BLOCK_H": min(triton.next_power_of_2(heads), 4),
+    }

@@ -1,7 +1,8 @@
 """The host's side of decoding: a step's work list, flattened into one table of equal tiles.
 
 A *unit* is the query heads that share one K head and one V head; K heads x V heads of them make a head group.
-Counted from the first group that q shows (``group0``). Knows nothing of the device: tensors in, tensors out, CPU.
+Units are counted from the first group that q shows (``group0``). Called by ``ops.plan``; works on the CPU and
+knows nothing of the device.
 """
 
 from typing import NamedTuple
@@ -37,8 +38,8 @@ class Work(NamedTuple):
     """T tiles, and for each (row, unit, tile of heads) the list of part states to merge."""
 
     tiles: Tensor
-    """i32[T, 8]: row, rows, segment, unit, first head in the unit, tokens start .. stop, slot of the first state;
-    narrow tiles first"""
+    """i32[T, 8]: row, rows, segment, unit, first head in the unit, tokens start .. stop of the segment, slot
+    of the first state; narrow tiles first"""
     narrow: int
     """Tiles with at most NARROW_M queries."""
     parts: Tensor
@@ -62,8 +63,8 @@ def flatten(
     block_n: int,
     processors: int,
 ) -> Work:
-    """Cut the work list into tiles of at most ``wide_m`` queries on about equally many tokens, some four for each
-    of the device's processors. ValueError for work outside a segment's groups or the step's rows."""
+    """Cut the work list into tiles of at most ``wide_m`` queries on about equally many tokens, some four for
+    each of the device's processors. ValueError for work outside a segment's groups or the step's rows."""
     row, count, segment, g0, g1 = (field.cpu().long() for field in rows)
     n_rows, n_units = positions.numel(), (spec.groups - group0) * heads.units_per_group
     _check(row, count, segment, g0, g1, segments, n_rows, group0)
@@ -71,8 +72,8 @@ def flatten(
     seen = (stop > start).nonzero()[:, 0]
     row, count, segment, g0, g1, start, stop = (x[seen] for x in (row, count, segment, g0, g1, start, stop))
 
-    # Items are cut along rows, then tokens, then units; heads of one unit innermost, so that tiles which read the
-    # same K run side by side and meet in the L2 cache.
+    # An item's tiles: tokens outermost, rows innermost, so that those which read the same keys run side by
+    # side and meet in the L2 cache.
     item_narrow = count * heads.tile_heads <= narrow_m
     tile_rows = torch.where(item_narrow, max(narrow_m // heads.tile_heads, 1), wide_m // heads.tile_heads)
     row_tiles = -(-count // tile_rows)
@@ -94,10 +95,8 @@ def flatten(
     tile_stop = torch.minimum(stop[item], tile_start + chunk)
     slots = rows_here * heads.tile_heads
     slot = slots.cumsum(0) - slots
-    tiles = torch.stack(
-        [tile_row, rows_here, segment[item], unit, head_tile * heads.tile_heads, tile_start, tile_stop, slot],
-        dim=1,
-    )
+    head0 = head_tile * heads.tile_heads
+    tiles = torch.stack([tile_row, rows_here, segment[item], unit, head0, tile_start, tile_stop, slot], dim=1)
 
     tile, nth = _spread(rows_here)
     which = ((tile_row[tile] + nth) * n_units + unit[tile]) * heads.head_tiles + head_tile[tile]

@@ -142,7 +142,7 @@ def test_partial_over_any_cut_equals_the_textbook(
 
 
 def test_rows_choose_their_segments_and_groups(textbook, assert_close, store_tokens):
-    """Forty rows share a prefix; some read on in segments of their own or in some groups only; one sees nothing."""
+    """Forty rows share a prefix; some read on, alone or in some groups only; one has no work."""
     spec = AttentionSpec(q_heads=6, k_heads=3, v_heads=3, k_dim=16, v_dim=16, scale=0.25)
     kv = store_tokens(spec, KVFormat.FLOAT32, 60, block_tokens=8)
     rows = 41

@@ -45,14 +45,15 @@ def test_kernels_fit_without_spills(target, tmp_path):
         programs = PROGRAMS_A_PROCESSOR[row["kernel"]]
         assert row["spills"] == 0, row
         assert row["shared"] <= SHARED_BYTES[target], row
+        assert row["wide_loads"] or row["kernel"] in ("reduce", "merge"), row
         assert programs * row["threads"] * row["registers"] <= REGISTERS[target.split(":")[0]], row
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("target", SHARED_BYTES)
 def test_wide_heads_and_full_precision_fit_without_spills(target, tmp_path):
-    """K dim 256 and MLA's 576, and float32 in every size."""
-    rows = compiled(target, "256,576", "bfloat16,int8", tmp_path)
+    """K dim 256 and MLA's 576, and float32 in every size; for int8 on gfx942 see tuning.py."""
+    rows = compiled(target, "256,576", "bfloat16" if target.startswith("hip") else "bfloat16,int8", tmp_path)
     rows += compiled(target, "64,128,256,576", "float32", tmp_path)
     for row in rows:
         assert row["spills"] == 0, row
