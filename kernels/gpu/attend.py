@@ -56,9 +56,10 @@ def load_rows(
     if SCALES > 0:
         GROUPS: tl.constexpr = (BLOCK + SCALE_GROUP - 1) // SCALE_GROUP
         group = FIRST // SCALE_GROUP + tl.arange(0, GROUPS)
-        place = scales + scale_at[:, None] + group[None, :]
-        known = (group < SCALES)[None, :]
-        scale = tl.load(place, mask=(keep[:, None] & known) if MASKED else known, other=0)
+        known = keep[:, None]
+        if FIRST // SCALE_GROUP + GROUPS > SCALES:
+            known = known & (group < SCALES)[None, :]
+        scale = tl.load(scales + scale_at[:, None] + group[None, :], mask=known, other=0)
         wide = tl.reshape(x.to(tl.float32), (at.shape[0], GROUPS, BLOCK // GROUPS))
         x = tl.reshape(wide * scale.to(tl.float32)[:, :, None], (at.shape[0], BLOCK))
     return x.to(DTYPE)

@@ -101,7 +101,7 @@ def plan(
     memory = memory[: memory.numel() // item_bytes * item_bytes]
 
     device = device_of(memory.device.index if memory.is_cuda else None)
-    wide = partial_tiles(device.arch, spec.k_dim, full_precision=stored == torch.float32)
+    wide = partial_tiles(device.arch, spec.k_dim, layout.format)
     heads = Heads.of(spec, wide_m=wide.block_m)
     work = flatten(
         rows,

@@ -2,7 +2,8 @@
 
 None of it has been timed on a GPU yet: these are large tiles that compile without spills within the device's
 shared memory (tests/kernels/test_gpu_compile.py prints and bounds both), with stages enough to keep loads in
-flight. One exception: on gfx942, int8 with K dims above 128 spills scalar registers into vector ones.
+flight. Two exceptions on gfx942, both of some scalar registers into vector ones and none into memory: int8 at
+MLA's K dim of 576, and ``extend`` with soft cap and window.
 """
 
 from functools import cache
@@ -12,6 +13,7 @@ import torch
 import triton
 
 from farshore.kernels.base import AttentionSpec, KVLayout
+from farshore.kernels.formats import KVFormat
 from farshore.kernels.gpu.work import Heads
 
 NARROW_M = 16
@@ -51,17 +53,14 @@ def device_of(index: int | None) -> Device:
     return Device(properties.major * 10 + properties.minor, properties.multi_processor_count)
 
 
-def partial_tiles(arch: int | str | None, k_dim: int, *, full_precision: bool) -> Tiles:
-    """For decoding; ``full_precision``: products in float32."""
+def partial_tiles(arch: int | str | None, k_dim: int, format: KVFormat) -> Tiles:
+    """For decoding, by the format of the stored KV."""
     if arch is None:
         return Tiles(32, 16, 4, 1)
-    if full_precision:
+    if format is KVFormat.FLOAT32:
         return _full_precision_tiles(arch, k_dim)
     if isinstance(arch, str):
-        # Masks of 64 keys spill scalar registers; MLA's latent leaves 64 KiB of LDS room for one stage only.
-        if k_dim > 256:
-            return Tiles(16, 16, 4, 1)
-        return Tiles(64 if k_dim <= 64 else 32, 32, 4, 2)
+        return _cdna_partial_tiles(k_dim, quantised=format.quantised)
     if k_dim > 256:
         return Tiles(32, 32, 8, 2)
     if k_dim > 128:
@@ -70,8 +69,16 @@ def partial_tiles(arch: int | str | None, k_dim: int, *, full_precision: bool) -
     return Tiles(64, 64, 4, 4) if k_dim <= 64 else Tiles(64, 64 if arch >= 90 else 32, 4, 3)
 
 
+def _cdna_partial_tiles(k_dim: int, *, quantised: bool) -> Tiles:
+    """Masks live in scalar registers there, and more than 32 keys, 16 where scales are read, take too many.
+    MLA's latent leaves 64 KiB of LDS room for one stage only."""
+    if k_dim > 256:
+        return Tiles(16, 16, 4, 1)
+    return Tiles(64 if k_dim <= 64 else 32, 16 if quantised else 32, 4, 1 if quantised and k_dim > 128 else 2)
+
+
 def extend_tiles(arch: int | str | None, k_dim: int, *, full_precision: bool) -> Tiles:
-    """For prefill."""
+    """For prefill; ``full_precision``: products in float32."""
     if arch is None:
         return Tiles(32, 16, 4, 1)
     if full_precision:
@@ -84,9 +91,9 @@ def extend_tiles(arch: int | str | None, k_dim: int, *, full_precision: bool) ->
         return Tiles(32, 32, 8, 2)
     if k_dim > 128:
         return Tiles(64, 32, 8, 3)
-    # 128 queries: two warp groups of the 64 that Hopper's matrix instruction wants. With two stages only, the
-    # compiler for sm_80 holds loads in registers and spills.
-    return Tiles(128, 64, 8, 3)
+    # 128 queries: two warp groups of the 64 that Hopper's matrix instruction wants. For sm_80 the compiler spills
+    # with two stages, or with soft cap and window and 64 keys of 128 dims.
+    return Tiles(128, 64 if k_dim <= 64 or arch >= 90 else 32, 8, 3)
 
 
 def _full_precision_tiles(arch: int | str, k_dim: int) -> Tiles:

@@ -4,7 +4,7 @@ test_gpu_compile.py runs it in a process of its own: triton interprets or compil
 public functions are called on CPU tensors, with a driver that claims to be the target and launches nothing:
 so what is compiled is what they would launch, specialised for the same strides and alignments.
 
-    python -P tests/kernels/compile_gpu.py cuda:90 64,128 bfloat16,int8
+    python -P tests/kernels/compile_gpu.py cuda:90 64,128 bfloat16,int8 [capped]
 """
 
 import json
@@ -66,11 +66,14 @@ def pretend(name):
     return target, compiled
 
 
-def call_all(k_dim, format):
-    """Every public function at 8 KV heads and group 4; at K dim 576 MLA's shape, one group of 128."""
+def call_all(k_dim, format, *, capped):
+    """Every public function at 8 KV heads and group 4; at K dim 576 MLA's shape, one group of 128.
+    ``capped``: with a soft cap and a window, as Gemma has them."""
     spec = AttentionSpec(32, 8, 8, k_dim, k_dim, 0.1)
     if k_dim == 576:
         spec = AttentionSpec(128, 1, 1, 576, 512, 0.1, v_in_k=True)
+    if capped:
+        spec = spec._replace(soft_cap=50.0, window_tokens=512)
     dtype = torch.bfloat16 if format.quantised else format.dtype
     layout = KVLayout.of(spec, layers=2, format=format)
     q = torch.zeros(ROWS, spec.q_heads, k_dim, dtype=dtype)
@@ -115,10 +118,10 @@ def resources(binary, target):
     return row | {"registers": registers, "spills": sum(spills), "wide_loads": wide}
 
 
-def main(name, k_dims, formats):
+def main(name, k_dims, formats, variant=""):
     target, compiled = pretend(name)
     for k_dim, format in product(map(int, k_dims.split(",")), map(KVFormat, formats.split(","))):
-        call_all(k_dim, format)
+        call_all(k_dim, format, capped=variant == "capped")
         for title, binary in compiled:
             row = {"target": name, "kernel": title, "k_dim": k_dim, "kv": format.value}
             print(json.dumps(row | resources(binary, target)), flush=True)
