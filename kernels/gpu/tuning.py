@@ -91,8 +91,8 @@ def extend_tiles(arch: int | str | None, k_dim: int, *, full_precision: bool) ->
         return Tiles(32, 32, 8, 2)
     if k_dim > 128:
         return Tiles(64, 32, 8, 3)
-    # 128 queries: two warp groups of the 64 that Hopper's matrix instruction wants. For sm_80 the compiler spills
-    # with two stages, or with soft cap and window and 64 keys of 128 dims.
+    # 128 queries: two warp groups of the 64 that Hopper's matrix instruction wants. For sm_80 the compiler
+    # spills with two stages, and with 64 keys of 128 dims under a soft cap and a window.
     return Tiles(128, 64 if k_dim <= 64 or arch >= 90 else 32, 8, 3)
 
 
