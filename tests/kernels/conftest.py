@@ -1,17 +1,105 @@
 """What every implementation of the kernels is held against: the textbook in float64, and KV in blocks.
 
-Fixtures that return functions, of the whole session, so that hypothesis can use them.
+Fixtures that return functions or strategies, of the whole session, so that hypothesis can use them.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
-from farshore.kernels.base import KVLayout, State
-from farshore.kernels.formats import dequantise, quantise
+from farshore.kernels import reference
+from farshore.kernels.base import AttentionSpec, KVLayout, State
+from farshore.kernels.formats import KVFormat, dequantise, quantise
+
+try:
+    from farshore.kernels import cpu
+except ImportError:
+    cpu = None
+
+INSTRUCTION_SETS = cpu.instruction_sets if cpu else []
+BFLOAT16_PRODUCTS = ("amx", "avx512-bf16")
+_ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+class Kernels(NamedTuple):
+    """An implementation that runs on the CPU: the reference, or the native kernels for one instruction set."""
+
+    name: str
+    plan: Callable
+    partial: Callable
+    extend: Callable
+    merge: Callable
+    q_dtypes: tuple[torch.dtype, ...]
+    formats: tuple[KVFormat, ...]
+
+    @property
+    def native(self) -> bool:
+        return self.name != "reference"
+
+    def tolerance(self, q_dtype: torch.dtype, stored: KVFormat) -> float:
+        """Of what the arithmetic adds, whatever was lost before: the textbook reads the same q, K and V."""
+        if q_dtype == torch.float64:
+            return 1e-12
+        # bfloat16 K and V, and integers, go into products with a bfloat16 q as they are.
+        exact = (torch.float32, torch.float16)
+        if self.name not in BFLOAT16_PRODUCTS or q_dtype in exact:
+            return 2e-6
+        return 2e-6 if stored in (KVFormat.FLOAT32, KVFormat.FLOAT16) else 8e-3
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(scope="session", params=["reference", *INSTRUCTION_SETS])
+def kernels(request):
+    """Each implementation in turn."""
+    module = reference if request.param == "reference" else cpu
+    functions = (module.plan, module.partial, module.extend, module.merge)
+    if module is reference:
+        yield Kernels("reference", *functions, (torch.float64, *_FLOATS), tuple(KVFormat))
+        return
+    cpu._native.use(request.param)
+    formats = tuple(format for format in KVFormat if format is not KVFormat.FLOAT64)
+    yield Kernels(request.param, *functions, _FLOATS, formats)
+    cpu._native.use(INSTRUCTION_SETS[0])
+
+
+@pytest.fixture(scope="session")
+def specs():
+    """A strategy: 1 to 3 groups of few or many heads, dims that fit vectors and blocks of scales or do not."""
+    dims = [(64, 64), (128, 128), (80, 96), (96, 80), (112, 20), (192, 128), (256, 64)]
+    odd = [(8, 12), (20, 8), (12, 64), (64, 65), (97, 80), (1, 3)]
+    inside = [(80, 64), (20, 20), (576, 512)]
+
+    @st.composite
+    def draw_spec(draw):
+        groups, (ks, vs) = (
+            draw(st.integers(1, 3)),
+            draw(st.sampled_from([(1, 1), (1, 1), (1, 2), (2, 1), (2, 3)])),
+        )
+        share = draw(st.sampled_from([1, 2, 3, 4, 8, 16]))
+        v_in_k = ks == vs and draw(st.integers(0, 4)) == 0
+        k_dim, v_dim = draw(
+            st.sampled_from(inside) if v_in_k else st.sampled_from(dims) | st.sampled_from(odd)
+        )
+        return AttentionSpec(
+            q_heads=groups * max(ks * vs, share // (ks * vs) * ks * vs),
+            k_heads=groups * ks,
+            v_heads=groups * vs,
+            k_dim=k_dim,
+            v_dim=v_dim,
+            scale=k_dim**-0.5,
+            soft_cap=draw(st.sampled_from([None, None, 5.0])),
+            window_tokens=draw(st.none() | st.integers(1, 90)),
+            v_in_k=v_in_k,
+        )
+
+    return draw_spec()
 
 
 class Textbook(NamedTuple):
@@ -35,7 +123,7 @@ class StoredTokens(NamedTuple):
 
 @pytest.fixture(scope="session")
 def textbook():
-    """textbook(q, k, v, spec, *, q_positions, k_position=0) -> Textbook; one query and one head at a time."""
+    """textbook(q, k, v, spec, *, q_positions, k_position=0) -> Textbook; one query at a time."""
 
     def attend(q, k, v, spec, *, q_positions, k_position=0):
         q, k, v = q.double(), k.double(), v.double()
@@ -48,13 +136,12 @@ def textbook():
             if not seen.any():
                 continue
             keys, values = k[:, seen], v[:, seen]
-            for head in range(q.shape[1]):
-                logits = keys[head // (spec.q_heads // spec.k_heads)] @ q[row, head] * spec.scale
-                largest = max(largest, float(logits.abs().max()))
-                if spec.soft_cap:
-                    logits = torch.tanh(logits / spec.soft_cap) * spec.soft_cap
-                lse[row, head] = torch.logsumexp(logits, 0)
-                o[row, head] = torch.softmax(logits, 0) @ values[head // (spec.q_heads // spec.v_heads)]
+            logits = (q[row].unflatten(0, (k.shape[0], -1)) @ keys.mT).flatten(0, 1) * spec.scale
+            largest = max(largest, float(logits.abs().max()))
+            if spec.soft_cap:
+                logits = torch.tanh(logits / spec.soft_cap) * spec.soft_cap
+            lse[row] = torch.logsumexp(logits, 1)
+            o[row] = (torch.softmax(logits, 1).unflatten(0, (v.shape[0], -1)) @ values).flatten(0, 1)
         return Textbook(o, lse, largest, float(v.abs().max()) if v.numel() else 0.0)
 
     return attend
@@ -62,7 +149,8 @@ def textbook():
 
 @pytest.fixture(scope="session")
 def assert_close():
-    """assert_close(state, expected, tolerance): o within tolerance x max|V| x max(1, max|logit| / 64).
+    """assert_close(state, expected, tolerance): o within tolerance x max|V| x max(1, max|logit| / 64), and the
+    cast to its own dtype.
 
     lse within tolerance x max(1, max|logit|): float32's numbers around 1e4 already lie 1e-3 apart.
     """
@@ -70,6 +158,7 @@ def assert_close():
     def check(state: State, expected: Textbook, tolerance: float) -> None:
         assert not state.o.isnan().any() and not state.lse.isnan().any()
         bound = tolerance * expected.largest_v * max(1.0, expected.largest_logit / 64)
+        bound += _ROUNDING.get(state.o.dtype, 0.0) * expected.largest_v
         assert (state.o.double() - expected.o).abs().max() <= bound
         some = expected.lse.isfinite()
         assert torch.equal(state.lse.isfinite(), some) and not (state.lse == torch.inf).any()
