@@ -29,14 +29,12 @@ struct Tiles : Pairs {
     // Row-major bfloat16 rows of K for scores, where they lie if that will do,
     // else converted into `dst` [n rounded up to 32][k_pad]. Returns the rows and sets their stride in bytes.
     template <Format F>
-    static const uint8_t* rows_k(uint16_t* dst, const uint8_t* k, int64_t* stride, int n, int dim, int k_pad,
-                                 Prefetch& next) {
+    static const uint8_t* rows_k(uint16_t* dst, const uint8_t* k, int64_t* stride, int n, int dim, int k_pad) {
         if (F == Format::bf16 && dim == k_pad && n % 32 == 0) return k;
         const int n_rows = round_up(n, 32);
         for (int t = 0; t < n_rows; t++) {
             for (int i = 0; i < k_pad; i += 32)
                 store_as(dst + t * k_pad + i, t < n ? words<F>(k + t * *stride, i, dim) : vu{});
-            next.lines(K_LINES / 2);
         }
         *stride = 2 * k_pad;
         return reinterpret_cast<const uint8_t*>(dst);
@@ -44,7 +42,7 @@ struct Tiles : Pairs {
 
     // logits[i][t] of up to 16 queries, k elements from `rows` on; q: [k / 2][16] words.
     static void scores(const uint16_t* q, const uint8_t* rows, int64_t stride, int n, int queries, float* logits,
-                       int ld, int k, Prefetch& next) {
+                       int ld, int k) {
         alignas(64) float c[4][256];
         for (int t = 0; t < n; t += 64) {
             const int left = n - t;
@@ -69,7 +67,7 @@ struct Tiles : Pairs {
                     _tile_loadd(5, a + 48 * stride + 2 * p, stride);
                     _tile_dpbf16ps(3, 5, 4);
                 }
-                next.lines(8 * K_LINES / 4);
+
             }
             _tile_stored(0, c[0], 64);
             if (left > 16) _tile_stored(1, c[1], 64);
@@ -79,6 +77,7 @@ struct Tiles : Pairs {
                 vu r[WIDTH];
                 for (int l = 0; l < WIDTH; l++) r[l] = load_as<vu>(c[j] + 16 * l);
                 transpose(r);
+
                 for (int i = 0; i < queries; i++) store_as(logits + i * ld + t + 16 * j, r[i]);
             }
         }
@@ -121,7 +120,7 @@ inline void gemm<Tiles>(const uint16_t* a, int lda, const uint16_t* b, int ldb, 
                     _tile_dpbf16ps(2, 5, 6);
                     _tile_dpbf16ps(3, 5, 7);
                 }
-                next.lines(2 * K_LINES);
+                next.tick(5);
             }
             _tile_stored(0, c0, c_stride);
             _tile_stored(1, c0 + 16, c_stride);

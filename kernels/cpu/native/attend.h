@@ -8,7 +8,7 @@ namespace farshore {
 namespace ISA {
 
 constexpr int PANEL = 32;          // queries whose logits stay in L1 between the two products
-constexpr int SMALL_TILE = 64;     // tokens; few queries: K, V and their packed copies fit into L1
+constexpr int SMALL_TILE = 32;     // tokens; few queries: K, V and their packed copies fit into L1
 constexpr int LARGE_TILE = 256;    // many queries: amortises packing and the loads and stores of o
 
 template <class Math, Format F>
@@ -33,7 +33,7 @@ class Attend {
             total += (bytes + 63) / 64 * 64;
             return at;
         };
-        const long peak = take(4 * padded), mass = take(4 * padded), o = take(4 * padded * v_pad_),
+        const long peak = take(4 * padded), mass = take(4L * WIDTH * padded), o = take(4 * padded * v_pad_),
                    q = take(element * padded * k_pad_), k = take(element * s_.k_heads * k_pad_ * tile),
                    v = take(element * s_.v_heads * v_pad_ * tile), logits = take(4L * k_parts * PANEL * tile),
                    weights = take(element * v_parts * PANEL * tile), factor = take(4L * PANEL),
@@ -54,7 +54,8 @@ class Attend {
         positions_ = positions;
         window_ = window;
         const int padded = round_up(queries_, 16);
-        for (int i = 0; i < padded; i++) peak_[i] = -INFINITY, mass_[i] = 0;
+        for (int i = 0; i < padded; i++) peak_[i] = -INFINITY;
+        std::memset(mass_, 0, 4L * WIDTH * padded);
         std::memset(o_, 0, 4L * padded * v_pad_);
         std::memset(q_, 0, sizeof(Element) * padded * k_pad_);
         const int size = q.format == Format::f32 ? 4 : 2;
@@ -81,23 +82,24 @@ class Attend {
     void absorb(const Tokens& t, Prefetch next = {}) {
         const int n_pad = round_up(t.count, Math::STEP);
         unpack_scales(t, n_pad);
+        next.expect(units_);
         const uint8_t* k_rows = t.k;
         int64_t k_stride = t.k_stride;
         if constexpr (requires { Math::template rows_k<F>; }) {
-            if (by_rows_) k_rows = Math::template rows_k<F>(k_, t.k, &k_stride, t.count, s_.k_dim, k_pad_, next);
+            if (by_rows_) k_rows = Math::template rows_k<F>(k_, t.k, &k_stride, t.count, s_.k_dim, k_pad_);
         }
         for (int head = 0; head < s_.k_heads && !by_rows_; head++)
             Math::template pack_k<F>(k_ + (long)head * k_pad_ * tile, n_pad, t.k + head * t.k_head_stride,
                                      t.k_stride, t.k_scales + head * t.k_head_stride, t.k_scale_stride, t.count,
-                                     n_pad, s_.k_dim, k_pad_, next);
+                                     n_pad, s_.k_dim, k_pad_);
         for (int head = 0; head < s_.v_heads; head++)
             Math::template pack_v<F>(v_ + (long)head * v_pad_ * tile, v_pad_, t.v + head * t.v_head_stride,
                                      t.v_stride, t.v_scales + head * t.v_head_stride, t.v_scale_stride, t.count,
-                                     n_pad, s_.v_dim, v_pad_, next);
+                                     n_pad, s_.v_dim, v_pad_);
         for (int first = 0; first < queries_; first += PANEL) {
             const int last = first + PANEL < queries_ ? first + PANEL : queries_;
             score(first, last, k_rows, k_stride, n_pad, next);
-            for (int i = first; i < last; i++) factor_[i - first] = soften(i, first, t, n_pad);
+            for (int i = first; i < last; i++) factor_[i - first] = soften(i, first, t, n_pad, next);
             for (int i = first; i < last; i++)
                 if (factor_[i - first] != 1.0f)
                     for (int d = 0; d < v_pad_; d += WIDTH) {
@@ -112,7 +114,7 @@ class Attend {
                 });
             });
         }
-        next.rest();
+        units_ = next.units();
     }
 
     // put(head of group, row, o / mass as f32[v_pad], lse), for every query.
@@ -122,10 +124,11 @@ class Attend {
         for (int head = 0, i = 0; head < s_.q_heads; head++)
             for (int row = 0; row < rows_; row++, i++) {
                 float* o = o_ + (long)i * v_pad_;
-                const float share = mass_[i] > 0 ? 1.0f / mass_[i] : 0.0f;
+                const float mass = hsum(load(mass_ + i * WIDTH));
+                const float share = mass > 0 ? 1.0f / mass : 0.0f;
                 for (int d = 0; d < v_pad_; d += WIDTH) store(o + d, load(o + d) * share);
                 Math::order_columns(o, v_pad_);
-                put(head, row, o, mass_[i] > 0 ? peak_[i] * to_natural + std::log(mass_[i]) : -INFINITY);
+                put(head, row, o, mass > 0 ? peak_[i] * to_natural + std::log(mass) : -INFINITY);
             }
     }
 
@@ -156,20 +159,33 @@ class Attend {
 
     // Scales of a tile as float32 [head][group][token], zero beyond its end.
     void unpack_scales(const Tokens& t, int n_pad) {
-        for (int head = 0; head < s_.k_heads; head++)
+        for (int head = 0; head < s_.k_heads && k_groups_; head++)
             unpack(k_scale_ + (long)head * k_groups_ * n_pad, t.k_scales + head * t.k_head_stride, k_groups_,
                    t.k_scale_stride, t.count, n_pad);
-        for (int head = 0; head < s_.v_heads; head++)
+        for (int head = 0; head < s_.v_heads && v_groups_; head++)
             unpack(v_scale_ + (long)head * v_groups_ * n_pad, t.v_scales + head * t.v_head_stride, v_groups_,
                    t.v_scale_stride, t.count, n_pad);
     }
     static void unpack(float* to, const uint8_t* from, int groups, int64_t stride, int n, int n_pad) {
-        for (int g = 0; g < groups; g++)
-            for (int j = 0; j < n_pad; j++) {
+        for (int j = 0; j < n_pad; j++) {
+            // All of the usual rows' one or two scales at a time.
+            if (groups <= 2 && stride == 2 * groups && j % WIDTH == 0 && j + WIDTH <= n) {
+                if (groups == 1) {
+                    store(to + j, from_bf16(reinterpret_cast<const uint16_t*>(from + j * stride)));
+                } else {
+                    const vu both = load_as<vu>(from + j * stride);
+                    store(to + j, bits_to_float(both << 16));
+                    store(to + n_pad + j, bits_to_float(both & 0xffff0000));
+                }
+                j += WIDTH - 1;
+                continue;
+            }
+            for (int g = 0; g < groups; g++) {
                 uint16_t h = 0;
                 if (j < n) std::memcpy(&h, from + j * stride + 2 * g, 2);
                 to[g * n_pad + j] = from_bf16(h);
             }
+        }
     }
 
     // Logits of queries [first, last): [part][query][token].
@@ -178,7 +194,7 @@ class Attend {
             if (by_rows_)
                 return each_part(k_groups_, k_pad_, [&](int part, int from, int size) {
                     Math::scores(q_ + from * 16, k_rows + 2 * from, k_stride, n_pad, queries_,
-                                 logits_ + (long)part * PANEL * n_pad, n_pad, size, next);
+                                 logits_ + (long)part * PANEL * n_pad, n_pad, size);
                 });
         }
         each_head(first, last, s_.k_heads, [&](int head, int a, int b) {
@@ -192,11 +208,11 @@ class Attend {
     }
 
     // Logits of query i -> weights relative to the new peak; returns what its o so far must be multiplied by.
-    float soften(int i, int first, const Tokens& t, int n_pad) {
+    float soften(int i, int first, const Tokens& t, int n_pad, Prefetch& next) {
         float* x = logits_ + (long)(i - first) * n_pad;
         Element* w = weights_ + (long)(i - first) * n_pad;
         const int v_parts = v_groups_ ? v_groups_ : 1;
-        const int64_t position = positions_[i % rows_];
+        const int64_t position = positions_[rows_ == 1 ? 0 : i % rows_];
         // Token j of the tile counts if lowest <= j < end.
         const int64_t reach = position - t.position + 1;
         const int end = reach < t.count ? (reach > 0 ? (int)reach : 0) : t.count;
@@ -226,22 +242,28 @@ class Attend {
         vf top = load(x);
         for (int j = WIDTH; j < n_pad; j += WIDTH) top = max(top, load(x + j));
         const float before = peak_[i];
-        const float peak = std::fmax(before, hmax(top));
-        if (peak == -INFINITY) return nothing();  // overflowed logits only
         const float to_log2 = (s_.soft_cap ? 1.0f : s_.scale) * 1.44269504f;
-        const float* v_scale = v_scale_ + (long)(i / (queries_ / s_.v_heads)) * v_groups_ * n_pad;
-        vf sum{};
+        float factor = 1.0f;
+        if (any_above(top, before)) {
+            peak_[i] = hmax(top);
+            factor = std::exp2((before - peak_[i]) * to_log2);
+        } else if (before == -INFINITY) {  // overflowed logits only
+            return nothing();
+        }
+        const float peak = peak_[i];
+        const float* v_scale = v_groups_ ? v_scale_ + (long)(i / (queries_ / s_.v_heads)) * v_groups_ * n_pad : nullptr;
+        vf sum = load(mass_ + i * WIDTH) * factor;
         for (int j = 0; j < n_pad; j += WIDTH) {
-            vf p = exp2<Math::EXACT>((load(x + j) - peak) * to_log2);
-            if (ragged) p = load(x + j) == -INFINITY ? vf{} : p;
+            const vf logits = load(x + j);
+            vf p = exp2<Math::EXACT>((logits - peak) * to_log2);
+            if (ragged) p = logits == -INFINITY ? vf{} : p;
             sum += p;
+            next.tick(2);
             if (!v_groups_) Math::store_row(w + j, p);
             for (int g = 0; g < v_groups_; g++)
                 Math::store_row(w + (long)g * PANEL * n_pad + j, p * load(v_scale + g * n_pad + j));
         }
-        const float factor = before == peak ? 1.0f : std::exp2((before - peak) * to_log2);
-        mass_[i] = mass_[i] * factor + hsum(sum);
-        peak_[i] = peak;
+        store(mass_ + i * WIDTH, sum);
         return factor;
     }
 
@@ -252,6 +274,7 @@ class Attend {
     Element *q_, *k_, *v_, *weights_;
     const int64_t* positions_ = nullptr;
     int64_t window_ = 0;
+    int units_ = 1000;  // of work in the last tile; see Prefetch
 };
 
 }  // namespace ISA

@@ -26,7 +26,7 @@ inline void block(Floats, const float* a, int lda, const float* b, int ldb, floa
             const vf av = splat(a[i * lda + p]);
             for (int j = 0; j < COLS; j++) acc[i][j] += av * bv[j];
         }
-        next.lines(1);
+        next.tick(1);
     }
     for (int i = 0; i < ROWS; i++)
         for (int j = 0; j < COLS; j++) store(c + i * ldc + j * WIDTH, acc[i][j]);
@@ -49,7 +49,7 @@ inline void block(Pairs, const uint16_t* a, int lda, const uint16_t* b, int ldb,
             const __m512bh av = (__m512bh)_mm512_set1_epi32(pair);
             for (int j = 0; j < COLS; j++) acc[i][j] = (vf)_mm512_dpbf16_ps((__m512)acc[i][j], av, bv[j]);
         }
-        next.lines(1);
+        next.tick(1);
     }
     for (int i = 0; i < ROWS; i++)
         for (int j = 0; j < COLS; j++) store(c + i * ldc + j * WIDTH, acc[i][j]);

@@ -60,7 +60,8 @@ void absorb_span(Attend<Math, F>& attend, const Plan& plan, const Span& span, in
         Prefetch prefetch;
         if (done < span.count) {
             const Tokens next = tile_of(plan, span, done, attend.tile, layer);
-            prefetch = Prefetch(next.k, next.count * next.k_stride, next.v, next.count * next.v_stride);
+            // V first: a tile's values are packed before its logits are computed.
+            prefetch = Prefetch(next.v, next.count * next.v_stride, next.k, next.count * next.k_stride);
         }
         attend.absorb(now, prefetch);
     }

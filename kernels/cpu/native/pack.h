@@ -8,10 +8,6 @@
 namespace farshore {
 namespace ISA {
 
-// Lines to prefetch per block of K, and per row or pair of rows of V: together with those of gemm, as many as
-// a tile has, spread over the time it takes.
-constexpr int K_LINES = 8, V_LINES = 2;
-
 constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
 // One row of a stored head: element i's value, scaled.
@@ -73,7 +69,7 @@ struct Floats {
     // dst [k_pad][ld], tokens beyond n and dims beyond dim zero; n_pad and k_pad multiples of WIDTH.
     template <Format F>
     static void pack_k(float* dst, int ld, const uint8_t* k, int64_t stride, const uint8_t* scales,
-                       int64_t scale_stride, int n, int n_pad, int dim, int k_pad, Prefetch& next) {
+                       int64_t scale_stride, int n, int n_pad, int dim, int k_pad) {
         for (int t = 0; t < n_pad; t += WIDTH)
             for (int i = 0; i < k_pad; i += WIDTH) {
                 vu r[WIDTH];
@@ -82,19 +78,17 @@ struct Floats {
                                ? (vu)elements<F>(k + (t + l) * stride, scales + (t + l) * scale_stride, i, dim)
                                : vu{};
                 transpose(r);
-                next.lines(K_LINES);
                 for (int l = 0; l < WIDTH; l++) store_as(dst + (i + l) * ld + t, r[l]);
             }
     }
     // dst [n_pad][ld]
     template <Format F>
     static void pack_v(float* dst, int ld, const uint8_t* v, int64_t stride, const uint8_t* scales,
-                       int64_t scale_stride, int n, int n_pad, int dim, int dim_pad, Prefetch& next) {
+                       int64_t scale_stride, int n, int n_pad, int dim, int dim_pad) {
         for (int t = 0; t < n_pad; t++) {
             for (int i = 0; i < dim_pad; i += WIDTH)
                 store(dst + t * ld + i,
                       t < n && i < dim ? elements<F>(v + t * stride, scales + t * scale_stride, i, dim) : vf{});
-            next.lines(V_LINES);
         }
     }
     static void store_row(float* dst, vf x) { store(dst, x); }
@@ -156,30 +150,30 @@ struct Pairs {
     // dst: [k_pad / 2][ld] words.
     template <Format F>
     static void pack_k(uint16_t* dst, int ld, const uint8_t* k, int64_t stride, const uint8_t*, int64_t, int n,
-                       int n_pad, int dim, int k_pad, Prefetch& next) {
+                       int n_pad, int dim, int k_pad) {
         uint32_t* out = reinterpret_cast<uint32_t*>(dst);
         for (int t = 0; t < n_pad; t += WIDTH)
             for (int i = 0; i < k_pad; i += 32) {
                 vu r[WIDTH];
                 for (int l = 0; l < WIDTH; l++) r[l] = t + l < n ? words<F>(k + (t + l) * stride, i, dim) : vu{};
                 transpose(r);
-                next.lines(K_LINES);
                 for (int l = 0; l < WIDTH; l++) store_as(out + (i / 2 + l) * ld + t, r[l]);
             }
     }
     // dst: [n_pad / 2][ld] words; word (t, i) holds element i of tokens 2t and 2t + 1.
     template <Format F>
     static void pack_v(uint16_t* dst, int ld, const uint8_t* v, int64_t stride, const uint8_t*, int64_t, int n,
-                       int n_pad, int dim, int dim_pad, Prefetch& next) {
+                       int n_pad, int dim, int dim_pad) {
         uint32_t* out = reinterpret_cast<uint32_t*>(dst);
-        for (int t = 0; t < n_pad; t += 2)
+        for (int t = 0; t < n_pad; t += 2) {
             for (int i = 0; i < dim_pad; i += 32) {
                 const __m512i a = (__m512i)(t < n ? words<F>(v + t * stride, i, dim) : vu{});
                 const __m512i b = (__m512i)(t + 1 < n ? words<F>(v + (t + 1) * stride, i, dim) : vu{});
                 store_as(out + t / 2 * ld + i, _mm512_unpacklo_epi16(a, b));
                 store_as(out + t / 2 * ld + i + 16, _mm512_unpackhi_epi16(a, b));
-                next.lines(V_LINES);
             }
+
+        }
     }
     static void store_row(uint16_t* dst, vf x) { store_as(dst, to_bf16(x)); }
 
