@@ -194,13 +194,15 @@ def test_every_head_size(textbook, assert_close, store_tokens, k_dim, precision)
     assert_close(out, textbook(q, kv.k, kv.v, spec, q_positions=positions), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dims", [(576, 512), (192, 64)])
 @pytest.mark.parametrize("precision", [PRECISIONS[0], PRECISIONS[1], PRECISIONS[-1]])
-def test_latent_attention_reads_v_out_of_k(textbook, assert_close, store_tokens, precision):
-    """MLA: K 576, V its first 512; a group of 40 heads, more than a tile takes."""
+def test_latent_attention_reads_v_out_of_k(textbook, assert_close, store_tokens, precision, dims):
+    """MLA: K 576, V its first 512, which are loaded as a part of K of their own; in K 192 its first 64 are not.
+    A group of 40 heads, more than a tile takes."""
     dtype, format = precision
-    spec = AttentionSpec(40, 1, 1, k_dim=576, v_dim=512, scale=576**-0.5, v_in_k=True)
+    spec = AttentionSpec(40, 1, 1, *dims, scale=dims[0] ** -0.5, v_in_k=True)
     kv = store_tokens(spec, format, 19, block_tokens=16, first=5)
-    q, positions = random(2, 40, 576, seed=1, dtype=dtype), torch.tensor([17, 18])
+    q, positions = random(2, 40, dims[0], seed=1, dtype=dtype), torch.tensor([17, 18])
     runs, work = [(0, kv.stride, 5, 19, 0, 0, 1)], [(0, 2, 0, 0, 1)]
     out = partial(spec, kv.layout, kv.memory, q, positions, runs=runs, work=work)
     assert_close(out, textbook(q, kv.k, kv.v, spec, q_positions=positions), TOLERANCE[dtype])
