@@ -139,10 +139,17 @@ def merge(states: Sequence[State], *, sink: Tensor | None = None, out: State) ->
     denominator once, here. ``out`` gets the cast to its own dtype; it may alias none of the states.
     """
     lses = torch.stack([s.lse for s in states])
-    total = torch.logsumexp(lses, dim=0)
+    peak = lses.amax(dim=0)
     if sink is not None:
-        total = torch.logaddexp(total, sink.to(total.dtype).expand_as(total))
-    weights = torch.where(lses == -torch.inf, 0.0, torch.exp(lses - total))
+        peak = torch.maximum(peak, sink.to(peak.dtype))
+    peak = torch.where(peak == -torch.inf, 0.0, peak)
+    # Not relative to the total: around 1e4 float32 rounds that so far off that the weights' sum would not be 1.
+    weights = torch.exp(lses - peak)
+    mass = weights.sum(dim=0)
+    if sink is not None:
+        mass = mass + torch.exp(sink.to(peak.dtype) - peak)
+    total = peak + torch.log(mass)
+    weights = weights / torch.where(mass == 0, 1.0, mass)
     o = torch.zeros_like(states[0].o, dtype=lses.dtype)
     for state, weight in zip(states, weights, strict=True):
         # An empty state's o carries no information, so not even a NaN in it may count.

@@ -55,6 +55,15 @@ class Kernels(NamedTuple):
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@pytest.fixture(scope="package", autouse=True)
+def one_torch_thread():
+    """The tests' tensors are small: on busy cores PyTorch's threads wait for each other 10 ms an operation."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session", params=["reference", *INSTRUCTION_SETS])
 def kernels(request):
     """Each implementation in turn."""
