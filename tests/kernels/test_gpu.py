@@ -197,8 +197,8 @@ def test_every_head_size(textbook, assert_close, store_tokens, k_dim, precision)
 @pytest.mark.parametrize("dims", [(576, 512), (192, 64)])
 @pytest.mark.parametrize("precision", [PRECISIONS[0], PRECISIONS[1], PRECISIONS[-1]])
 def test_latent_attention_reads_v_out_of_k(textbook, assert_close, store_tokens, precision, dims):
-    """MLA: K 576, V its first 512, which are loaded as a part of K of their own; in K 192 its first 64 are not.
-    A group of 40 heads, more than a tile takes."""
+    """MLA: K 576, V its first 512, a part of K that is loaded anyway; the first 64 of 192 are not. A group of 40
+    heads, more than a tile takes."""
     dtype, format = precision
     spec = AttentionSpec(40, 1, 1, *dims, scale=dims[0] ** -0.5, v_in_k=True)
     kv = store_tokens(spec, format, 19, block_tokens=16, first=5)
