@@ -56,6 +56,8 @@ class Plan:
     layout: KVLayout
     heads: Heads
     group0: int
+    q_heads: int
+    """Those of the groups that q shows."""
     positions: Tensor
     kv: Tensor
     """The memory in elements of the format."""
@@ -83,6 +85,7 @@ def plan(
     *,
     positions: Tensor,
     group0: int = 0,
+    group1: int | None = None,
 ) -> Plan:
     """As :func:`farshore.kernels.reference.plan`. ValueError also for int4 and float64 KV, for rows that are
     not among ``positions``, and for addresses that are no multiple of the element size (scales: 2 bytes)."""
@@ -91,6 +94,7 @@ def plan(
             f"{layout.format.value} KV has no GPU kernel: use one of {[f.value for f in _STORED]}"
         )
     stored = _STORED[layout.format]
+    group1 = spec.groups if group1 is None else group1
     item_bytes = max(stored.itemsize, 2 if layout.format.quantised else 1)
     numbers = torch.cat([segments.base, segments.stride]).tolist()
     align = gcd(_LOAD_BYTES, layout.k_run_bytes, layout.v_run_bytes, *numbers)
@@ -110,6 +114,7 @@ def plan(
         heads,
         positions,
         group0=group0,
+        group1=group1,
         narrow_m=NARROW_M,
         wide_m=wide.block_m,
         block_n=wide.block_n,
@@ -123,6 +128,7 @@ def plan(
         layout=layout,
         heads=heads,
         group0=group0,
+        q_heads=(group1 - group0) * spec.q_heads_per_group,
         positions=positions.to(there, torch.int64),
         kv=memory.view(stored),
         scales=memory.view(torch.bfloat16) if layout.format.quantised else memory,
@@ -150,14 +156,9 @@ def plan(
 def partial(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
     """As :func:`farshore.kernels.reference.partial`; at most three launches, nothing allocated."""
     spec, layout, heads = plan.spec, plan.layout, plan.heads
-    n_rows, q_heads = plan.positions.numel(), q.shape[1]
-    shown = heads.units_per_group * heads.heads
-    if (
-        q.shape != (n_rows, q_heads, spec.k_dim)
-        or q_heads % shown
-        or q_heads > spec.q_heads - plan.group0 * shown
-    ):
-        raise ValueError(f"q {tuple(q.shape)} is not of {n_rows} rows, whole groups of {shown} heads, {spec}")
+    n_rows, q_heads = plan.positions.numel(), plan.q_heads
+    if q.shape != (n_rows, q_heads, spec.k_dim):
+        raise ValueError(f"q {tuple(q.shape)} is not of {n_rows} rows and {q_heads} heads of {spec.k_dim}")
     if not 0 <= layer < layout.layers:
         raise ValueError(f"layer {layer} of {layout.layers}")
     q_strides, out_strides = _strides(q), _state_strides(out, (n_rows, q_heads, spec.v_dim))
@@ -195,7 +196,6 @@ def partial(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
             plan.part_lse,
             plan.parts,
             plan.starts,
-            (spec.groups - plan.group0) * heads.units_per_group,
             out.o,
             *out_strides[:2],
             out.lse,

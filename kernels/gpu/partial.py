@@ -90,9 +90,9 @@ def partial_kernel(
     tl.store(part_lse + slot, lse, mask=used)
 
 
-@triton.jit(do_not_specialize=["units"])
+@triton.jit
 def reduce_kernel(
-    part_o, part_lse, parts, starts, units, o, o_row, o_head, lse, lse_row, lse_head,
+    part_o, part_lse, parts, starts, o, o_row, o_head, lse, lse_row, lse_head,
     HEADS: tl.constexpr, TILE_HEADS: tl.constexpr, BLOCK_H: tl.constexpr,
     V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -108,8 +108,7 @@ def reduce_kernel(
     CUTS: tl.constexpr = (TILE_HEADS + BLOCK_H - 1) // BLOCK_H
     row = tl.program_id(0)
     which = tl.program_id(1) // CUTS
-    # The plan counts every unit from its group0 on; q may show fewer heads than that.
-    j = row * (units * HEAD_TILES) + which
+    j = row * (tl.num_programs(1) // CUTS) + which
     begin = tl.load(starts + j)
     end = tl.load(starts + j + 1)
 

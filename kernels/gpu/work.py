@@ -58,6 +58,7 @@ def flatten(
     positions: Tensor,
     *,
     group0: int,
+    group1: int,
     narrow_m: int,
     wide_m: int,
     block_n: int,
@@ -66,8 +67,8 @@ def flatten(
     """Cut the work list into tiles of at most ``wide_m`` queries on about equally many tokens, some four for
     each of the device's processors. ValueError for work outside a segment's groups or the step's rows."""
     row, count, segment, g0, g1 = (field.cpu().long() for field in rows)
-    n_rows, n_units = positions.numel(), (spec.groups - group0) * heads.units_per_group
-    _check(row, count, segment, g0, g1, segments, n_rows, group0)
+    n_rows, n_units = positions.numel(), (group1 - group0) * heads.units_per_group
+    _check(row, count, segment, g0, g1, segments, n_rows, group0, group1)
     start, stop = _visible(row, count, segment, segments, positions, spec.window_tokens)
     seen = (stop > start).nonzero()[:, 0]
     row, count, segment, g0, g1, start, stop = (x[seen] for x in (row, count, segment, g0, g1, start, stop))
@@ -110,9 +111,9 @@ def flatten(
     return Work(tiles.int(), int(narrow.sum()), parts.int(), starts.int(), int(slots.sum()))
 
 
-def _check(row, count, segment, g0, g1, segments: Segments, n_rows: int, group0: int) -> None:
+def _check(row, count, segment, g0, g1, segments: Segments, n_rows: int, group0: int, group1: int) -> None:
     stored0, stored1 = segments.group0.cpu().long()[segment], segments.group1.cpu().long()[segment]
-    wrong = ((g0 < stored0) | (g0 >= g1) | (g1 > stored1) | (g0 < group0)).nonzero()
+    wrong = ((g0 < stored0) | (g0 >= g1) | (g1 > stored1) | (g0 < group0) | (g1 > group1)).nonzero()
     if wrong.numel():
         i = int(wrong[0])
         raise ValueError(f"groups {g0[i]}..{g1[i]} asked of a segment holding {stored0[i]}..{stored1[i]}")

@@ -81,9 +81,17 @@ def empty_state(*shape, dtype=torch.float32):
     )
 
 
-def partial(spec, layout, memory, q, positions, *, runs, work, group0=0):
+def partial(spec, layout, memory, q, positions, *, runs, work, groups=None):
+    group0, group1 = groups or (0, spec.groups)
     plan = ops.plan(
-        Rows.of(work), Segments.of(runs), memory.to(DEVICE), layout, spec, positions=positions, group0=group0
+        Rows.of(work),
+        Segments.of(runs),
+        memory.to(DEVICE),
+        layout,
+        spec,
+        positions=positions,
+        group0=group0,
+        group1=group1,
     )
     out = empty_state(*q.shape[:2], spec.v_dim)
     ops.partial(plan, 1, q.to(DEVICE), out=out)
@@ -161,12 +169,12 @@ def test_rows_choose_their_segments_and_groups(textbook, assert_close, store_tok
 
 
 def test_a_shard_of_some_heads_numbers_them_from_its_first(textbook, assert_close, store_tokens):
-    """Blocks hold group 2 of 3 alone, and q shows its heads alone."""
-    spec = AttentionSpec(q_heads=12, k_heads=3, v_heads=6, k_dim=8, v_dim=8, scale=0.3)
+    """Blocks hold group 2 of 4 alone, and q shows the heads of groups 1 and 2."""
+    spec = AttentionSpec(q_heads=16, k_heads=4, v_heads=8, k_dim=8, v_dim=8, scale=0.3)
     one_group = spec._replace(q_heads=4, k_heads=1, v_heads=2)
     kv = store_tokens(one_group, KVFormat.FLOAT32, 21)
     layout = KVLayout.of(spec, layers=2, format=KVFormat.FLOAT32)._replace(block_tokens=4)
-    q, positions = random(2, 4, 8, seed=4), torch.tensor([15, 30])
+    q, positions = random(2, 8, 8, seed=4), torch.tensor([15, 30])
     out = partial(
         spec,
         layout,
@@ -175,9 +183,11 @@ def test_a_shard_of_some_heads_numbers_them_from_its_first(textbook, assert_clos
         positions,
         runs=[(0, kv.stride, 0, 21, 0, 2, 3)],
         work=[(0, 2, 0, 2, 3)],
-        group0=2,
+        groups=(1, 3),
     )
-    assert_close(out, textbook(q, kv.k, kv.v, one_group, q_positions=positions), 2e-6)
+    assert (out.o[:, :4] == 0).all() and (out.lse[:, :4] == -torch.inf).all()
+    expected = textbook(q[:, 4:], kv.k, kv.v, one_group, q_positions=positions)
+    assert_close(State(out.o[:, 4:], out.lse[:, 4:]), expected, 2e-6)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS[:2] + PRECISIONS[-1:])
@@ -197,8 +207,8 @@ def test_every_head_size(textbook, assert_close, store_tokens, k_dim, precision)
 @pytest.mark.parametrize("dims", [(576, 512), (192, 64)])
 @pytest.mark.parametrize("precision", [PRECISIONS[0], PRECISIONS[1], PRECISIONS[-1]])
 def test_latent_attention_reads_v_out_of_k(textbook, assert_close, store_tokens, precision, dims):
-    """MLA: K 576, V its first 512, a part of K that is loaded anyway; the first 64 of 192 are not. A group of 40
-    heads, more than a tile takes."""
+    """MLA: K 576, V its first 512, a part of K that is loaded anyway; the first 64 of 192 are not. A group of
+    40 heads, more than a tile takes."""
     dtype, format = precision
     spec = AttentionSpec(40, 1, 1, *dims, scale=dims[0] ** -0.5, v_in_k=True)
     kv = store_tokens(spec, format, 19, block_tokens=16, first=5)
@@ -318,6 +328,8 @@ def test_what_the_kernels_do_not_know_is_refused(store_tokens):
             plan(format=format)
     with pytest.raises(ValueError, match=r"groups 0\.\.3 asked of a segment holding 1\.\.3"):
         plan(work=[(0, 1, 0, 0, 3)])
+    with pytest.raises(ValueError, match="is not of 1 rows and 3 heads"):
+        ops.partial(plan(), 0, torch.zeros(1, 2, 16, device=DEVICE), out=empty_state(1, 2, 16))
     with pytest.raises(ValueError, match="rows that are not among the step's 1"):
         plan(work=[(0, 2, 0, 1, 3)])
     with pytest.raises(ValueError, match="must lie at multiples of 4 bytes, not 2"):
