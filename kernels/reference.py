@@ -56,8 +56,8 @@ def plan(
     """Prepare one step's partial attention over stored KV.
 
     ``memory`` is ``u8[bytes]``, what the segments' bases refer to; ``layout`` describes blocks holding every
-    group (a segment's own group range narrows it); ``positions`` is ``i64[R]``. q and the output hold the heads
-    of groups ``group0`` up to ``group1`` (all by default): a shard may see only some.
+    group (a segment's own group range narrows it); ``positions`` is ``i64[R]``. q and the output hold the
+    heads of groups ``group0`` up to ``group1`` (all by default): a shard may see only some.
     Raises ValueError for work outside of these, or outside a segment's groups.
     """
     group1 = spec.groups if group1 is None else group1
@@ -143,7 +143,7 @@ def merge(states: Sequence[State], *, sink: Tensor | None = None, out: State) ->
     if sink is not None:
         peak = torch.maximum(peak, sink.to(peak.dtype))
     peak = torch.where(peak == -torch.inf, 0.0, peak)
-    # Not relative to the total: around 1e4 float32 rounds that so far off that the weights' sum would not be 1.
+    # Not relative to the total: around 1e4 float32 rounds that so far off that the weights' sum is not 1.
     weights = torch.exp(lses - peak)
     mass = weights.sum(dim=0)
     if sink is not None:

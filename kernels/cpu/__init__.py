@@ -19,6 +19,7 @@ from torch import Tensor
 
 from farshore.kernels.base import AttentionSpec, KVLayout, Rows, Segments, State
 from farshore.kernels.cpu import _native
+from farshore.kernels.cpu.checks import check_layout, check_spec, check_work
 from farshore.kernels.formats import KVFormat
 
 _FORMATS = {
@@ -30,6 +31,8 @@ _FORMATS = {
 }
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+MAX_STATES = 64
+"""Of one :func:`merge`."""
 
 instruction_sets: list[str] = _native.instruction_sets()
 """Those this machine has, best first; the first is in use."""
@@ -64,8 +67,13 @@ def plan(
     """
     if layout.format not in _FORMATS:
         raise ValueError(f"KV format {layout.format.value}: only the reference kernels attend to it")
-    groups = (spec.groups if group1 is None else group1) - group0
-    _check_work(rows, segments, positions.numel(), group0, group0 + groups)
+    group1 = spec.groups if group1 is None else group1
+    if not 0 <= group0 <= group1 <= spec.groups:
+        raise ValueError(f"groups {group0}..{group1} of {spec.groups}")
+    check_spec(spec)
+    check_layout(layout, spec, memory)
+    n_rows, groups = positions.numel(), group1 - group0
+    check_work(rows, segments, layout, memory.numel(), n_rows=n_rows, group0=group0, group1=group1)
     positions = positions.to(torch.int64).contiguous()
     native = _native.plan(
         *_shape(spec),
@@ -80,7 +88,7 @@ def plan(
         layout.k_scales,
         (layout.k_scales if spec.v_in_k else layout.v_scales),
         memory.data_ptr(),
-        positions.numel(),
+        n_rows,
         groups,
         threads,
         positions.data_ptr(),
@@ -90,7 +98,7 @@ def plan(
         *(field.data_ptr() for field in segments),
         group0,
     )
-    outer = (positions.numel(), groups * spec.q_heads_per_group)
+    outer = (n_rows, groups * spec.q_heads_per_group)
     return Plan(native, memory, layout.layers, (*outer, spec.k_dim), (*outer, spec.v_dim))
 
 
@@ -115,22 +123,24 @@ def extend(
     threads: int = 1,
 ) -> None:
     """As :func:`farshore.kernels.reference.extend`; k and v in one of float32, bfloat16 and float16."""
-    rows, heads, k_dim = q.shape
-    k_heads, keys, _ = k.shape
-    v_heads, v_dim = v.shape[0], v.shape[2]
+    check_spec(spec)
+    rows, heads, keys = q_positions.numel(), q.shape[1], k.shape[1]
     groups = heads // spec.q_heads_per_group
-    expected = (groups * spec.k_heads // spec.groups, groups * spec.v_heads // spec.groups)
-    if (k_dim, v_dim) != (spec.k_dim, spec.v_dim) or (k_heads, v_heads) != expected or v.shape[1] != keys:
+    if (
+        q.shape != (rows, groups * spec.q_heads_per_group, spec.k_dim)
+        or k.shape != (groups * spec.k_heads // spec.groups, keys, spec.k_dim)
+        or v.shape != (groups * spec.v_heads // spec.groups, keys, spec.v_dim)
+    ):
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not match {spec}")
-    if k.dtype != v.dtype or q_positions.numel() != rows:
-        raise ValueError(f"k {k.dtype}, v {v.dtype}, {q_positions.numel()} positions of {rows} rows")
+    if k.dtype != v.dtype or not (k.is_cpu and v.is_cpu):
+        raise ValueError(f"k {k.dtype} on {k.device}, v {v.dtype} on {v.device}")
     k, v = _dense_rows(k), _dense_rows(v)
     size = k.element_size()
     positions = q_positions.to(torch.int64).contiguous()
     _native.extend(
         *_shape(spec),
         groups,
-        _DTYPES[k.dtype],
+        _dtype(k),
         spec.window_tokens or 0,
         k.data_ptr(),
         k.stride(1) * size,
@@ -144,13 +154,16 @@ def extend(
         positions.data_ptr(),
         threads,
         *_array(_dense_rows(q)),
-        *_state(out, (rows, heads, v_dim)),
+        *_state(out, (rows, heads, spec.v_dim)),
     )
 
 
 def merge(states: Sequence[State], *, sink: Tensor | None = None, out: State) -> None:
-    """As :func:`farshore.kernels.reference.merge`; at most 64 states."""
+    """As :func:`farshore.kernels.reference.merge`; at most ``MAX_STATES`` states."""
     shape = out.o.shape
+    if not 1 <= len(states) <= MAX_STATES or (sink is not None and sink.shape != shape[1:2]):
+        given = None if sink is None else tuple(sink.shape)
+        raise ValueError(f"{len(states)} states (1 to {MAX_STATES}), a sink of {given}")
     arguments: list[int] = []
     for state in states:
         arguments += _state(state, shape)
@@ -164,21 +177,6 @@ def merge(states: Sequence[State], *, sink: Tensor | None = None, out: State) ->
 def read_memory(data: Tensor, *, threads: int) -> int:
     """Read all of ``data`` (contiguous) once and return a checksum: for measuring read bandwidth."""
     return _native.read_memory(data.data_ptr(), data.numel() * data.element_size(), threads)
-
-
-def _check_work(rows: Rows, segments: Segments, n_rows: int, group0: int, group1: int) -> None:
-    """The native code trusts the work list, so it is checked here, once per step."""
-    if not rows.row.numel():
-        return
-    stored0, stored1 = segments.group0[rows.segment], segments.group1[rows.segment]
-    if (
-        (rows.group0 < torch.clamp(stored0, min=group0))
-        | (rows.group1 > torch.clamp(stored1, max=group1))
-        | (rows.group0 >= rows.group1)
-    ).any():
-        raise ValueError(f"groups asked of a segment that does not hold them, or outside {group0}..{group1}")
-    if (rows.row < 0).any() or (rows.rows < 1).any() or (rows.row + rows.rows > n_rows).any():
-        raise ValueError(f"work for rows that are not among the step's {n_rows}")
 
 
 def _shape(spec: AttentionSpec) -> tuple[float, ...]:
@@ -202,7 +200,13 @@ def _array(x: Tensor) -> tuple[int, int, int, int]:
     row_stride, head_stride, element_stride = x.stride()
     if element_stride != 1:
         raise ValueError("the last dimension must be contiguous")
-    return x.data_ptr(), row_stride, head_stride, _DTYPES[x.dtype]
+    return x.data_ptr(), row_stride, head_stride, _dtype(x)
+
+
+def _dtype(x: Tensor) -> int:
+    if x.dtype not in _DTYPES or not x.is_cpu:
+        raise ValueError(f"{x.dtype} on {x.device}: give float32, bfloat16 or float16 on the CPU")
+    return _DTYPES[x.dtype]
 
 
 def _state(state: State, shape: Sequence[int]) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ _ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 class Kernels(NamedTuple):
-    """An implementation that runs on the CPU: the reference, or the native kernels for one instruction set."""
+    """An implementation that runs on the CPU: the reference, or native kernels of one instruction set."""
 
     name: str
     plan: Callable
@@ -57,7 +57,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(scope="package", autouse=True)
 def one_torch_thread():
-    """The tests' tensors are small: on busy cores PyTorch's threads wait for each other 10 ms an operation."""
+    """The tests' tensors are small: on busy cores PyTorch's threads wait 10 ms for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -80,7 +80,7 @@ def kernels(request):
 
 @pytest.fixture(scope="session")
 def specs():
-    """A strategy: 1 to 3 groups of few or many heads, dims that fit vectors and blocks of scales or do not."""
+    """A strategy: 1 to 3 groups of few or many heads, dims that fit vectors and groups of scales or not."""
     dims = [(64, 64), (128, 128), (80, 96), (96, 80), (112, 20), (192, 128), (256, 64)]
     odd = [(8, 12), (20, 8), (12, 64), (64, 65), (97, 80), (1, 3)]
     inside = [(80, 64), (20, 20), (576, 512)]
@@ -158,8 +158,8 @@ def textbook():
 
 @pytest.fixture(scope="session")
 def assert_close():
-    """assert_close(state, expected, tolerance): o within tolerance x max|V| x max(1, max|logit| / 64), and the
-    cast to its own dtype.
+    """assert_close(state, expected, tolerance): o within tolerance x max|V| x max(1, max|logit| / 64), and
+    the cast to its own dtype.
 
     lse within tolerance x max(1, max|logit|): float32's numbers around 1e4 already lie 1e-3 apart.
     """

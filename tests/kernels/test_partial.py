@@ -64,7 +64,7 @@ class Held(NamedTuple):
 
 @st.composite
 def batches(draw, specs, kernels):
-    """A step: segments that hold some groups each, and a work list of any rows on any of them in any order."""
+    """A step: segments that hold some groups each, and a work list of any rows on any of them."""
     spec, format = draw(specs), draw(st.sampled_from(kernels.formats))
     group0 = draw(st.integers(0, spec.groups - 1))
     group1 = draw(st.integers(group0 + 1, spec.groups))

@@ -1,0 +1,266 @@
+"""What is the native kernels' own: threads, forks, and that no argument makes them touch other memory."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from farshore.kernels.base import AttentionSpec, KVLayout, Rows, Segments, State
+from farshore.kernels.formats import KVFormat
+
+cpu = pytest.importorskip("farshore.kernels.cpu", reason="the native kernels are not built here")
+every_instruction_set = pytest.mark.parametrize("kernels", cpu.instruction_sets, indirect=True)
+
+SPEC = AttentionSpec(4, 2, 2, 64, 64, scale=0.125)
+TOKENS = 3000
+"""Enough for five threads to share."""
+
+
+@pytest.fixture(scope="module")
+def stored(store_tokens):
+    """A sequence in float32 blocks of 256, its first token at slot 9."""
+    return store_tokens(SPEC, KVFormat.FLOAT32, TOKENS, block_tokens=256, first=9)
+
+
+def whole(stored, *, rows=2, positions=None, **options):
+    """A plan of every row on the whole sequence."""
+    return cpu.plan(
+        Rows.of([(0, rows, 0, 0, 2)]),
+        Segments.of([(0, stored.stride, 9, TOKENS, 0, 0, 2)]),
+        stored.memory,
+        stored.layout,
+        SPEC,
+        positions=torch.full((rows,), TOKENS) if positions is None else positions,
+        **options,
+    )
+
+
+def queries(rows=2, seed=0):
+    return torch.randn(rows, 4, 64, generator=torch.Generator().manual_seed(seed))
+
+
+def run(plan, q):
+    out = State.identity(*q.shape[:2], 64)
+    cpu.partial(plan, 1, q, out=out)
+    return out
+
+
+@every_instruction_set
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_a_sequence_split_among_threads(kernels, textbook, assert_close, stored, threads):
+    """Equal to the textbook, and bit for bit the same whoever computes what."""
+    plan, q = whole(stored, threads=threads), queries()
+    first = run(plan, q)
+    assert_close(first, textbook(q, stored.k, stored.v, SPEC, q_positions=torch.full((2,), TOKENS)), 2e-6)
+    for _ in range(30):
+        again = run(plan, q)
+        assert torch.equal(again.o, first.o) and torch.equal(again.lse, first.lse)
+
+
+@every_instruction_set
+def test_a_step_of_many_jobs_split_among_threads(kernels, textbook, assert_close, stored):
+    """300 rows share the sequence, at positions inside of it: more rows than one job takes."""
+    q, positions = queries(300), torch.randint(0, TOKENS, (300,), generator=torch.Generator().manual_seed(1))
+    some = torch.arange(0, 300, 7)
+    expected = textbook(q[some], stored.k, stored.v, SPEC, q_positions=positions[some])
+    for threads in (1, 3):
+        out = run(whole(stored, rows=300, positions=positions, threads=threads), q)
+        assert_close(State(out.o[some], out.lse[some]), expected, 2e-6)
+
+
+def test_many_callers_at_once(stored):
+    """Each has its own plan; who does not get the pool computes alone, and the bits are the same."""
+    plans = [whole(stored, threads=threads) for threads in (1, 2, 3, 5) for _ in range(3)]
+    inputs = [queries(seed=i) for i in range(len(plans))]
+    k, v = stored.k.float(), stored.v.float()
+    positions = torch.arange(TOKENS)
+
+    def work(i):
+        outs = [run(plans[i], inputs[i]) for _ in range(10)]
+        some = slice(100 * i, 100 * i + 80)
+        q = queries(80, seed=i)
+        extended = State.identity(80, 4, 64)
+        cpu.extend(q, k, v, SPEC, q_positions=positions[some], k_position=0, out=extended, threads=1 + i % 4)
+        both = State.identity(2, 4, 64)
+        cpu.merge(outs[:2], out=both)
+        return [*outs, extended, both]
+
+    alone = [work(i) for i in range(len(plans))]
+    with ThreadPoolExecutor(8) as callers:
+        for before, states in zip(alone, callers.map(work, range(len(plans))), strict=True):
+            for a, b in zip(before, states, strict=True):
+                assert torch.equal(a.o, b.o) and torch.equal(a.lse, b.lse)
+
+
+FORK = """
+import os
+import torch
+from farshore.kernels import cpu
+from farshore.kernels.base import AttentionSpec, KVLayout, Rows, Segments, State
+from farshore.kernels.formats import KVFormat
+
+torch.set_num_threads(1)
+spec = AttentionSpec(4, 2, 2, 64, 64, scale=0.125)
+layout = KVLayout.of(spec, layers=1, format=KVFormat.BFLOAT16)
+memory = torch.randn(8 * layout.block_bytes // 2).bfloat16().view(torch.uint8)
+plan = cpu.plan(
+    Rows.of([(0, 1, 0, 0, 2)]),
+    Segments.of([(0, layout.block_bytes, 0, 2048, 0, 0, 2)]),
+    memory, layout, spec, positions=torch.tensor([4000]), threads=3,
+)
+q = torch.randn(1, 4, 64).bfloat16()
+
+def state():
+    out = State.identity(1, 4, 64)
+    cpu.partial(plan, 0, q, out=out)
+    return out.o
+
+here = state()
+children = []
+for _ in range(3):
+    child = os.fork()
+    if not child:
+        os._exit(0 if all(torch.equal(state(), here) for _ in range(20)) else 1)
+    children.append(child)
+assert all(torch.equal(state(), here) for _ in range(20))
+assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+"""
+
+
+def test_a_forked_child_computes(tmp_path):
+    """It has none of its parent's threads, and starts its own."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", FORK], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def refused(match):
+    return pytest.raises(ValueError, match=match)
+
+
+def test_work_that_does_not_exist_is_refused(store_tokens):
+    kv = store_tokens(SPEC, KVFormat.FLOAT32, 7, block_tokens=4)
+    good = (0, kv.stride, 0, 7, 0, 0, 2)
+    cases = [
+        ([(0, 1, 1, 0, 2)], [good], "segments that are not among the 1"),
+        ([(0, 1, -1, 0, 2)], [good], "segments that are not among the 1"),
+        ([(0, 1, 0, 0, 2)], [], "segments that are not among the 0"),
+        ([(-1, 1, 0, 0, 2)], [good], "rows that are not among the step's 2"),
+        ([(1, 2, 0, 0, 2)], [good], "rows that are not among the step's 2"),
+        ([(1, 2**31 - 1, 0, 0, 2)], [good], "rows that are not among the step's 2"),
+        ([(0, 0, 0, 0, 2)], [good], "rows that are not among the step's 2"),
+        ([(0, 1, 0, 1, 1)], [good], "groups asked"),
+        ([(0, 1, 0, 0, 3)], [good], "groups asked"),
+        ([(0, 1, 0, 0, 2)], [(0, kv.stride, 0, 7, 0, 1, 2)], "groups asked"),
+        ([], [(0, kv.stride, 0, 9, 0, 0, 2)], "outside of the"),
+        ([], [(-1, kv.stride, 0, 7, 0, 0, 2)], "outside of the"),
+        ([], [(1, kv.stride, 0, 7, 0, 0, 2)], "outside of the"),
+        ([], [(0, -kv.stride, 0, 7, 0, 0, 2)], "outside of the"),
+        ([], [(0, 2 * kv.stride, 0, 7, 0, 0, 2)], "outside of the"),
+        ([], [(0, kv.stride, -1, 7, 0, 0, 2)], "outside of the"),
+        ([], [(0, kv.stride, 0, -1, 0, 0, 2)], "outside of the"),
+        ([], [(0, kv.stride, 2**31 - 1, 7, 0, 0, 2)], "outside of the"),
+    ]
+    for work, runs, match in cases:
+        with refused(match):
+            cpu.plan(
+                Rows.of(work), Segments.of(runs), kv.memory, kv.layout, SPEC, positions=torch.tensor([9, 9])
+            )
+
+
+def test_plans_of_other_shapes_are_refused(store_tokens):
+    kv = store_tokens(SPEC, KVFormat.FLOAT32, 7, block_tokens=4)
+    good = dict(
+        rows=Rows.of([(0, 1, 0, 0, 2)]),
+        segments=Segments.of([(0, kv.stride, 0, 7, 0, 0, 2)]),
+        memory=kv.memory,
+        layout=kv.layout,
+        spec=SPEC,
+    )
+    wide = KVLayout.of(SPEC._replace(k_dim=65), layers=2, format=KVFormat.FLOAT32)
+    cases = [
+        (dict(layout=wide), "does not hold"),
+        (dict(layout=kv.layout._replace(format=KVFormat.FLOAT64)), "float64"),
+        (dict(layout=kv.layout._replace(v_in_k=True)), "does not hold"),
+        (dict(memory=kv.memory.view(torch.float32)), "contiguous bytes"),
+        (dict(memory=kv.memory[::2]), "contiguous bytes"),
+        (dict(memory=kv.memory.to("meta")), "contiguous bytes"),
+        (dict(rows=Rows(*(field.long() for field in good["rows"]))), "Rows: torch.int64"),
+        (dict(segments=Segments(*(field.int() for field in good["segments"]))), "Segments: torch.int32"),
+        (dict(rows=Rows(*(field.expand(3) for field in good["rows"]))), "Rows"),
+        (dict(rows=good["rows"]._replace(row=torch.zeros(2, dtype=torch.int32))), "Rows"),
+        (dict(spec=SPEC._replace(q_heads=3)), "do not divide evenly"),
+        (dict(spec=SPEC._replace(q_heads=0)), "do not divide evenly"),
+        (dict(spec=SPEC._replace(window_tokens=0)), "a window of 0"),
+        (dict(spec=SPEC._replace(soft_cap=0.0)), "above 0"),
+        (dict(spec=SPEC._replace(scale=-1.0)), "above 0"),
+        (dict(group0=1, group1=3), "groups 1..3 of 2"),
+        (dict(group0=-1), "groups -1..2 of 2"),
+    ]
+    for change, match in cases:
+        with refused(match):
+            cpu.plan(**{**good, **change}, positions=torch.tensor([9, 9]))
+
+
+def test_calls_of_other_shapes_are_refused(stored):
+    plan, q, out = whole(stored), queries(), State.identity(2, 4, 64)
+    for layer in (-1, 2):
+        with refused(f"layer {layer} of 2"):
+            cpu.partial(plan, layer, q, out=out)
+    cases = [
+        (q[:1], out, "the plan is for"),
+        (q[..., :63], out, "the plan is for"),
+        (q.double(), out, "float64"),
+        (q.to("meta"), out, "meta"),
+        (q.transpose(0, 2).contiguous().transpose(0, 2), out, "contiguous"),
+        (q, State.identity(1, 4, 64), "a state of"),
+        (q, out._replace(o=out.o.double()), "float64"),
+        (q, out._replace(lse=out.lse.double()), "a state of"),
+        (q, out._replace(lse=out.lse[:, :3]), "a state of"),
+        (q, out._replace(o=out.o[..., ::2]), "a state of"),
+    ]
+    for q_given, out_given, match in cases:
+        with refused(match):
+            cpu.partial(plan, 1, q_given, out=out_given)
+
+
+def test_extensions_of_other_shapes_are_refused():
+    q, k, v, out = (
+        torch.zeros(2, 4, 64),
+        torch.zeros(2, 5, 64),
+        torch.zeros(2, 5, 64),
+        State.identity(2, 4, 64),
+    )
+    good = dict(q=q, k=k, v=v, spec=SPEC, q_positions=torch.tensor([5, 6]), k_position=0, out=out)
+    cases = [
+        (dict(q=q[:, :3]), "do not match"),
+        (dict(q=q[:, :2]), "do not match"),
+        (dict(k=k[:1]), "do not match"),
+        (dict(v=v[:, :4]), "do not match"),
+        (dict(v=v[..., :32]), "do not match"),
+        (dict(q_positions=torch.tensor([5])), "do not match"),
+        (dict(v=v.half()), "v torch.float16"),
+        (dict(k=k.double(), v=v.double()), "float64"),
+        (dict(q=q.to(torch.int32)), "int32"),
+        (dict(k=k.to("meta"), v=v.to("meta")), "meta"),
+        (dict(out=State.identity(3, 4, 64)), "a state of"),
+        (dict(spec=SPEC._replace(window_tokens=-1)), "a window of -1"),
+    ]
+    for change, match in cases:
+        with refused(match):
+            cpu.extend(**{**good, **change})
+
+
+def test_states_of_other_shapes_are_refused():
+    state, out = State.identity(2, 4, 64), State.identity(2, 4, 64)
+    for states in ([], [state] * 65):
+        with refused("states"):
+            cpu.merge(states, out=out)
+    with refused("a sink of"):
+        cpu.merge([state], sink=torch.zeros(3), out=out)
+    for other in (State.identity(2, 3, 64), State.identity(2, 4, 65), state._replace(o=state.o.long())):
+        with refused("a state of|int64"):
+            cpu.merge([state, other], out=out)
