@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -23,6 +24,8 @@ except ImportError:
 
 INSTRUCTION_SETS = cpu.instruction_sets if cpu else []
 BFLOAT16_PRODUCTS = ("amx", "avx512-bf16")
+# For runs that are slow; see test_sanitised.
+settings.register_profile("few", max_examples=20, derandomize=True)
 _ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 

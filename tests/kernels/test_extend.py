@@ -41,7 +41,7 @@ def strided(x):
     return view.copy_(x)
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_parts_are_the_whole(kernels, specs, textbook, assert_close, data):
     """Rows at any positions on keys cut anywhere, at any position; K and V strided views, V perhaps of K."""

@@ -32,7 +32,7 @@ def merged(kernels, states, *, dtype, **options):
     return out
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None)
 @given(data=st.data())
 def test_states_weigh_by_their_mass(kernels, data):
     """Any number of them, in one dtype or several, with a sink or none, some of them empty, or all."""
