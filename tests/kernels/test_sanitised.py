@@ -44,11 +44,12 @@ int main() {
     std::vector<std::thread> callers;
     for (int caller = 0; caller < 3; caller++)
         callers.emplace_back([caller] {
-            for (int round = 0; round < 3000; round++) {
+            for (int round = 0; round < 1000; round++) {
                 const int count = 1 + (round * 7 + caller) % 13;
                 std::vector<int> done(count, 0);
                 farshore::parallel_for(count, 1 + round % 5, [&](int i) {
-                    static_cast<char*>(farshore::scratch(64 + 4096 * (round % 3)))[i] = 1;
+                    volatile char* own = static_cast<char*>(farshore::scratch(64 + 4096 * (round % 3)));
+                    for (int pass = 0; pass < 2000; pass++) own[i] = pass;  // long enough for others to come
                     done[i]++;
                 });
                 for (int it : done)
