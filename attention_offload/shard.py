@@ -4,6 +4,7 @@ Called by transports. Knows the store's segments and the kernels; knows nothing 
 """
 
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +12,8 @@ from torch import Tensor
 from farshore.attention_offload.base import AttentionModel
 from farshore.attention_offload.plan import Read, ShardStep
 from farshore.errors import InvalidRequest
-from farshore.kernels import reference as kernels
 from farshore.kernels.base import AttentionSpec, Rows, Segments, State
+from farshore.kernels.select import implementation
 from farshore.kvstore.base import ShardStore
 
 
@@ -36,7 +37,8 @@ class ShardSession:
         self._model = model
         self._attended = attended
         self._step: ShardStep | None = None
-        self._plans: list[kernels.Plan] = []
+        self._kernels = [implementation(store.memory.device, layout.format.dtype) for layout in model.layouts]
+        self._plans: list[Any] = []
         self._layer_bytes: list[int] = []
 
     def begin(self, step: ShardStep) -> None:
@@ -61,7 +63,7 @@ class ShardSession:
                 f"q of shape {tuple(q.shape)}, expected {(len(current.rows), heads, spec.k_dim)}"
             )
         out = State.identity(len(current.rows), heads, spec.v_dim, dtype=q.dtype)
-        kernels.partial(self._plans[layer_class], self._layer_in_class(layer), q, out=out)
+        self._kernels[layer_class].partial(self._plans[layer_class], self._layer_in_class(layer), q, out=out)
         self._attended.add(self._layer_bytes[layer_class])
         return out
 
@@ -76,9 +78,7 @@ class ShardSession:
         classes = self._model.layer_class
         return classes[:layer].count(classes[layer])
 
-    def _prepare(
-        self, step: ShardStep, layer_class: int, reads: tuple[Read, ...]
-    ) -> tuple[kernels.Plan, int]:
+    def _prepare(self, step: ShardStep, layer_class: int, reads: tuple[Read, ...]) -> tuple[Any, int]:
         spec = self._model.specs[layer_class]
         layout = self._model.layouts[layer_class]
         parts: list[Segments] = []
@@ -93,7 +93,7 @@ class ShardSession:
                 work.append((read.rows.start, len(read.rows), segment, read.group0, read.group1))
                 segment += 1
             layer_bytes += (read.last - read.first) * (read.group1 - read.group0) * group_bytes
-        plan = kernels.plan(
+        plan = self._kernels[layer_class].plan(
             Rows.of(work),
             Segments.concat(parts),
             self._store.memory,
@@ -101,5 +101,7 @@ class ShardSession:
             spec,
             positions=torch.tensor(step.positions),
             group0=step.group0,
+            group1=step.group1,
+            threads=torch.get_num_threads(),
         )
         return plan, layer_bytes

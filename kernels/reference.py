@@ -52,13 +52,15 @@ def plan(
     positions: Tensor,
     group0: int = 0,
     group1: int | None = None,
+    threads: int = 1,
 ) -> Plan:
     """Prepare one step's partial attention over stored KV.
 
     ``memory`` is ``u8[bytes]``, what the segments' bases refer to; ``layout`` describes blocks holding every
     group (a segment's own group range narrows it); ``positions`` is ``i64[R]``. q and the output hold the
     heads of groups ``group0`` up to ``group1`` (all by default): a shard may see only some.
-    Raises ValueError for work outside of these, or outside a segment's groups.
+    ``threads``: of native kernels; PyTorch has its own.
+    Raises ValueError for work outside of these groups, or outside a segment's.
     """
     group1 = spec.groups if group1 is None else group1
     runs = list(zip(*(field.tolist() for field in segments), strict=True))
@@ -117,12 +119,13 @@ def extend(
     q_positions: Tensor,
     k_position: int,
     out: State,
+    threads: int = 1,
 ) -> None:
     """Attention of a chunk of new tokens on a contiguous stretch of keys: itself, or its past (prefill).
 
     q ``[n, q_heads, k_dim]``, k ``[k_heads, m, k_dim]``, v ``[v_heads, m, v_dim]`` head-major; q_positions
     ``i64[n]``; k_position: position of the first key. Causal by position. Writes o ``[n, q_heads, v_dim]``
-    and lse ``[n, q_heads]``.
+    and lse ``[n, q_heads]``. ``threads``: of native kernels; PyTorch has its own.
     """
     for start in range(0, q.shape[0], QUERY_CHUNK):
         rows = slice(start, start + QUERY_CHUNK)

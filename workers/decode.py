@@ -1,6 +1,7 @@
 """One decode step: plan, run, commit. A step that fails leaves no trace and is run again."""
 
 from collections.abc import Sequence as Seq
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,8 +9,8 @@ from torch import Tensor
 from farshore.attention_offload.base import AttentionModel, Shards
 from farshore.attention_offload.plan import Read, StepPlan, Stretch
 from farshore.ids import WorkerId
-from farshore.kernels import reference as kernels
 from farshore.kernels.base import Rows, Segments, State
+from farshore.kernels.select import Kernels, implementation
 from farshore.models.llama import Llama
 from farshore.workers.sequence import Sequence
 
@@ -56,7 +57,8 @@ def run_step(
     Raises TransportError when a shard did not answer: :func:`drop_scratch`, then plan and run again.
     """
     shards.begin(plan)
-    tails = _tail_plan(plan, batch, attention, memory)
+    kernels = implementation(memory.device, attention.layouts[0].format.dtype)
+    tails = _tail_plan(plan, batch, attention, memory, kernels)
     positions = torch.tensor(plan.positions)
     h = model.embed(torch.tensor([sequence.tokens[sequence.committed] for sequence in batch]))
     for layer in range(model.config.layers):
@@ -96,8 +98,8 @@ def drop_scratch(batch: Seq[Sequence]) -> None:
 
 
 def _tail_plan(
-    plan: StepPlan, batch: Seq[Sequence], attention: AttentionModel, memory: Tensor
-) -> kernels.Plan:
+    plan: StepPlan, batch: Seq[Sequence], attention: AttentionModel, memory: Tensor, kernels: Kernels
+) -> Any:
     spec, layout = attention.specs[0], attention.layouts[0]
     parts: list[Segments] = []
     work: list[tuple[int, int, int, int, int]] = []
@@ -105,8 +107,15 @@ def _tail_plan(
         segments = _tail(sequence).segments(sequence.committed + 1)
         work += [(row, 1, len(work) + i, 0, spec.groups) for i in range(segments.size)]
         parts.append(segments)
-    positions = torch.tensor(plan.positions)
-    return kernels.plan(Rows.of(work), Segments.concat(parts), memory, layout, spec, positions=positions)
+    return kernels.plan(
+        Rows.of(work),
+        Segments.concat(parts),
+        memory,
+        layout,
+        spec,
+        positions=torch.tensor(plan.positions),
+        threads=torch.get_num_threads(),
+    )
 
 
 def _tail(sequence: Sequence):

@@ -11,13 +11,16 @@ from torch import Tensor
 
 from farshore.attention_offload.base import AttentionModel, Peer
 from farshore.ids import WorkerId
-from farshore.kernels import reference as kernels
 from farshore.kernels.base import State
+from farshore.kernels.select import implementation
 from farshore.models.llama import Llama
 from farshore.workers.sequence import PlacedSpan, Sequence
 
 PULL_TOKENS = 4096
 """Past tokens attended to at a time: bounds the pulled KV and the logits."""
+
+MERGED_AT_ONCE = 16
+"""States of one layer held at a time: bounds their memory, however long the past is, and kernels' merges."""
 
 
 def prefill_segment(
@@ -41,11 +44,13 @@ def prefill_segment(
         q = model.query(layer, normed, positions)
         k, v = (x.transpose(0, 1) for x in model.key_value(layer, normed, positions))
         _write(sequence, layer, first, k, v, peers, attention)
-        states = list(_past_states(sequence, layer, q, positions, first, attention, peers))
+        states: list[State] = []
+        for state in _past_states(sequence, layer, q, positions, first, attention, peers):
+            states.append(state)
+            if len(states) == MERGED_AT_ONCE:
+                states = [_merged(states, state.o.dtype)]
         states.append(_own_state(q, k, v, positions, first, attention))
-        o = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype)
-        kernels.merge(states, out=State(o, torch.empty(q.shape[:2], dtype=states[0].lse.dtype)))
-        h = model.finish(layer, h, o)
+        h = model.finish(layer, h, _merged(states, q.dtype).o)
     return model.logits(h[-1:])[0]
 
 
@@ -90,6 +95,12 @@ def _past_states(
             yield _extend(q, k, v, positions, a, attention, span)
 
 
+def _merged(states: list[State], dtype: torch.dtype) -> State:
+    out = State(torch.empty_like(states[0].o, dtype=dtype), torch.empty_like(states[0].lse))
+    implementation(out.o.device, dtype).merge(states, out=out)
+    return out
+
+
 def _own_state(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, first: int, attention: AttentionModel
 ) -> State:
@@ -114,7 +125,7 @@ def _extend(
     heads = slice(0, spec.q_heads)
     if span is not None:
         heads = slice(span.group0 * spec.q_heads_per_group, span.group1 * spec.q_heads_per_group)
-    kernels.extend(
+    implementation(q.device, q.dtype).extend(
         q[:, heads],
         k,
         v,
@@ -122,5 +133,6 @@ def _extend(
         q_positions=positions,
         k_position=k_position,
         out=State(out.o[:, heads], out.lse[:, heads]),
+        threads=torch.get_num_threads(),
     )
     return out

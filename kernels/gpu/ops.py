@@ -86,6 +86,7 @@ def plan(
     positions: Tensor,
     group0: int = 0,
     group1: int | None = None,
+    threads: int = 1,
 ) -> Plan:
     """As :func:`farshore.kernels.reference.plan`. ValueError also for int4 and float64 KV, for rows that are
     not among ``positions``, and for addresses that are no multiple of the element size (scales: 2 bytes)."""
@@ -214,6 +215,7 @@ def extend(
     q_positions: Tensor,
     k_position: int,
     out: State,
+    threads: int = 1,
 ) -> None:
     """As :func:`farshore.kernels.reference.extend`; k and v in one dtype, their elements contiguous."""
     n, q_heads, _ = q.shape

@@ -16,9 +16,7 @@ LENGTHS = [0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 255, 256, 257, 513]
 """Around the ends of blocks and of the kernels' tiles."""
 seeds = st.integers(0, 99)
 DIMS = [(64, 64), (80, 80), (96, 96), (112, 112), (128, 128), (192, 128), (256, 256), (8, 12), (20, 7)]
-slow = settings(
-    deadline=None, suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow]
-)
+slow = settings(deadline=None, suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow])
 
 
 def queries(spec, rows, dtype, seed, *, size=1.0):

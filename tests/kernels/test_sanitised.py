@@ -1,4 +1,4 @@
-"""The native kernels compiled with sanitisers: no access outside of memory, no undefined behaviour, no race."""
+"""The native kernels under sanitisers: no access outside of memory, no undefined behaviour, no race."""
 
 import os
 import shutil
@@ -12,7 +12,8 @@ import pytest
 
 SOURCES = Path(__file__).parents[2] / "kernels" / "cpu" / "native"
 # As in setup.py, but quicker to compile.
-FLAGS = ["-std=c++20", "-O1", "-g", "-fPIC", "-Wno-psabi", "-fno-math-errno", "-fno-trapping-math", "-pthread"]
+FLAGS = ["-std=c++20", "-O1", "-g", "-fPIC", "-pthread"]
+FLAGS += ["-Wno-psabi", "-fno-math-errno", "-fno-trapping-math"]
 SUITE = ["test_partial.py", "test_extend.py", "test_merge.py", "test_cpu.py"]
 
 RUN = """
@@ -25,7 +26,7 @@ spec = spec_from_file_location("farshore.kernels.cpu._native", built)
 sys.modules[spec.name] = module_from_spec(spec)
 spec.loader.exec_module(sys.modules[spec.name])
 # A report goes to the process's standard error, and then the process ends: pytest must not hold it back.
-code = pytest.main(["-q", "-x", "--capture=no", "-p", "no:cacheprovider", "--hypothesis-profile=few", *arguments])
+code = pytest.main(["-q", "-x", "-s", "-p", "no:cacheprovider", "--hypothesis-profile=few", *arguments])
 from farshore.kernels import cpu
 assert cpu._native.__file__ == built
 sys.exit(code)
