@@ -1,4 +1,4 @@
-// Matrix products on AMX tiles: the operands of Pairs, 32 x 32 of C at a time. Rows of C beyond m are computed and
+// Matrix products on AMX tiles: the operands of Pairs, 16 x 32 or 32 x 32 of C at a time. Rows of C beyond m are computed and
 // stored too: C has room for m rounded up to 16. Included after gemm.h.
 #if defined(HAS_AMX)
 
@@ -84,51 +84,74 @@ struct Tiles : Pairs {
     }
 };
 
+// C [up to 16][n], n a multiple of 32.
+inline void gemm_low(const uint16_t* a, long a_stride, const uint32_t* b, long ldb, float* c, long c_stride, int n,
+                     int k, bool add, Prefetch& next) {
+    for (int j = 0; j < n; j += 32, c += 32) {
+        if (add) {
+            _tile_loadd(0, c, c_stride);
+            _tile_loadd(1, c + 16, c_stride);
+        } else {
+            _tile_zero(0);
+            _tile_zero(1);
+        }
+        for (int p = 0; p < k; p += 32) {
+            const uint32_t* b0 = b + p / 2 * ldb + j;
+            _tile_loadd(4, a + p, a_stride);
+            _tile_loadd(6, b0, 4 * ldb);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, b0 + 16, 4 * ldb);
+            _tile_dpbf16ps(1, 4, 7);
+            next.tick(5);
+        }
+        _tile_stored(0, c, c_stride);
+        _tile_stored(1, c + 16, c_stride);
+    }
+}
+
+// C [32][n]: two rows of tiles by two columns.
+inline void gemm_high(const uint16_t* a, long lda, const uint32_t* b, long ldb, float* c, long ldc, int n, int k,
+                      bool add) {
+    const long a_stride = 2 * lda, b_stride = 4 * ldb, c_stride = 4 * ldc;
+    for (int j = 0; j < n; j += 32, c += 32) {
+        float* c1 = c + 16 * ldc;
+        if (add) {
+            _tile_loadd(0, c, c_stride);
+            _tile_loadd(1, c + 16, c_stride);
+            _tile_loadd(2, c1, c_stride);
+            _tile_loadd(3, c1 + 16, c_stride);
+        } else {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+        for (int p = 0; p < k; p += 32) {
+            const uint32_t* b0 = b + p / 2 * ldb + j;
+            _tile_loadd(4, a + p, a_stride);
+            _tile_loadd(6, b0, b_stride);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, b0 + 16, b_stride);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, a + 16 * lda + p, a_stride);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, c, c_stride);
+        _tile_stored(1, c + 16, c_stride);
+        _tile_stored(2, c1, c_stride);
+        _tile_stored(3, c1 + 16, c_stride);
+    }
+}
+
 template <>
 inline void gemm<Tiles>(const uint16_t* a, int lda, const uint16_t* b, int ldb, float* c, int ldc, int m, int n,
                         int k, bool add, Prefetch& next) {
     const uint32_t* words = reinterpret_cast<const uint32_t*>(b);
-    const long c_stride = 4L * ldc, a_stride = 2L * lda, b_stride = 4L * ldb;
-    for (int i = 0; i < m; i += 32)
-        for (int j = 0; j < n; j += 32) {
-            const bool low = m - i > 16;  // a second 16 rows
-            float* c0 = c + (long)i * ldc + j;
-            float* c1 = c0 + 16L * ldc;
-            if (add) {
-                _tile_loadd(0, c0, c_stride);
-                _tile_loadd(1, c0 + 16, c_stride);
-                if (low) {
-                    _tile_loadd(2, c1, c_stride);
-                    _tile_loadd(3, c1 + 16, c_stride);
-                }
-            } else {
-                _tile_zero(0);
-                _tile_zero(1);
-                _tile_zero(2);
-                _tile_zero(3);
-            }
-            const uint16_t* a0 = a + (long)i * lda;
-            for (int p = 0; p < k; p += 32) {
-                const uint32_t* b0 = words + (long)p / 2 * ldb + j;
-                _tile_loadd(4, a0 + p, a_stride);
-                _tile_loadd(6, b0, b_stride);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_loadd(7, b0 + 16, b_stride);
-                _tile_dpbf16ps(1, 4, 7);
-                if (low) {
-                    _tile_loadd(5, a0 + 16L * lda + p, a_stride);
-                    _tile_dpbf16ps(2, 5, 6);
-                    _tile_dpbf16ps(3, 5, 7);
-                }
-                next.tick(5);
-            }
-            _tile_stored(0, c0, c_stride);
-            _tile_stored(1, c0 + 16, c_stride);
-            if (low) {
-                _tile_stored(2, c1, c_stride);
-                _tile_stored(3, c1 + 16, c_stride);
-            }
-        }
+    int i = 0;
+    for (; m - i > 16; i += 32) gemm_high(a + (long)i * lda, lda, words, ldb, c + (long)i * ldc, ldc, n, k, add);
+    if (i < m)
+        gemm_low(a + (long)i * lda, 2L * lda, words, ldb, c + (long)i * ldc, 4L * ldc, n, k, add, next);
 }
 
 }  // namespace ISA

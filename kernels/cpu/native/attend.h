@@ -8,6 +8,7 @@ namespace farshore {
 namespace ISA {
 
 constexpr int PANEL = 32;          // queries whose logits stay in L1 between the two products
+constexpr int ROWS_AT_A_TIME = 4;  // of these, between slices of the next panel's logits
 constexpr int SMALL_TILE = 32;     // tokens; few queries: K, V and their packed copies fit into L1
 constexpr int LARGE_TILE = 256;    // many queries: amortises packing and the loads and stores of o
 
@@ -36,13 +37,14 @@ class Attend {
         const long peak = take(4 * padded), mass = take(4L * WIDTH * padded), o = take(4 * padded * v_pad_),
                    q = take(element * padded * k_pad_), k = take(element * s_.k_heads * k_pad_ * tile),
                    v = take(element * s_.v_heads * v_pad_ * tile), logits = take(4L * k_parts * PANEL * tile),
+                   ahead = take(4L * k_parts * PANEL * tile),
                    weights = take(element * v_parts * PANEL * tile), factor = take(4L * PANEL),
                    k_scale = take(4L * s_.k_heads * k_groups_ * tile),
                    v_scale = take(4L * s_.v_heads * v_groups_ * tile);
         uint8_t* memory = static_cast<uint8_t*>(scratch(total));
         const auto floats = [&](long at) { return reinterpret_cast<float*>(memory + at); };
         const auto elements = [&](long at) { return reinterpret_cast<Element*>(memory + at); };
-        peak_ = floats(peak), mass_ = floats(mass), o_ = floats(o), logits_ = floats(logits);
+        peak_ = floats(peak), mass_ = floats(mass), o_ = floats(o), logits_ = floats(logits), ahead_ = floats(ahead);
         factor_ = floats(factor), k_scale_ = floats(k_scale), v_scale_ = floats(v_scale);
         q_ = elements(q), k_ = elements(k), v_ = elements(v), weights_ = elements(weights);
     }
@@ -52,6 +54,8 @@ class Attend {
     // q: of the first row and the group's first head.
     void begin(const Array& q, const int64_t* positions, int64_t window) {
         positions_ = positions;
+        lowest_position_ = positions[0];
+        for (int row = 1; row < rows_; row++) lowest_position_ = std::min(lowest_position_, positions[row]);
         window_ = window;
         const int padded = round_up(queries_, 16);
         for (int i = 0; i < padded; i++) peak_[i] = -INFINITY;
@@ -96,10 +100,28 @@ class Attend {
             Math::template pack_v<F>(v_ + (long)head * v_pad_ * tile, v_pad_, t.v + head * t.v_head_stride,
                                      t.v_stride, t.v_scales + head * t.v_head_stride, t.v_scale_stride, t.count,
                                      n_pad, s_.v_dim, v_pad_);
+        if (by_rows_)
+            score_rows(k_rows, k_stride, n_pad);
+        else
+            score(0, std::min(PANEL, queries_), 0, seen(0, t, n_pad), n_pad, next);
         for (int first = 0; first < queries_; first += PANEL) {
-            const int last = first + PANEL < queries_ ? first + PANEL : queries_;
-            score(first, last, k_rows, k_stride, n_pad, next);
-            for (int i = first; i < last; i++) factor_[i - first] = soften(i, first, t, n_pad, next);
+            const int last = std::min(first + PANEL, queries_);
+            std::swap(logits_, ahead_);
+            // The next panel's logits between this one's rows: products and exponentials use different units.
+            const int after = std::min(last + PANEL, queries_);
+            const int to_score = last < queries_ ? seen(last, t, n_pad) : 0;
+            const int slice = round_up((n_pad * ROWS_AT_A_TIME + PANEL - 1) / PANEL, Math::STEP);
+            const int columns = seen(first, t, n_pad);
+            int scored = 0;
+            for (int i = first; i < last; i++) {
+                if (columns) factor_[i - first] = soften(i, first, t, columns, n_pad, next);
+                if ((i - first) % ROWS_AT_A_TIME == 0 && scored < to_score) {
+                    const int to = std::min(scored + slice, to_score);
+                    score(last, after, scored, to, n_pad, next);
+                    scored = to;
+                }
+            }
+            if (!columns) continue;
             for (int i = first; i < last; i++)
                 if (factor_[i - first] != 1.0f)
                     for (int d = 0; d < v_pad_; d += WIDTH) {
@@ -110,7 +132,7 @@ class Attend {
                 each_part(v_groups_, v_pad_, [&](int part, int from, int size) {
                     gemm<Math>(weights_ + (long)(part * PANEL + a - first) * n_pad, n_pad,
                                v_ + (long)head * v_pad_ * tile + from * PER_COLUMN, v_pad_,
-                               o_ + (long)a * v_pad_ + from, v_pad_, b - a, size, n_pad, true, next);
+                               o_ + (long)a * v_pad_ + from, v_pad_, b - a, size, columns, true, next);
                 });
             });
         }
@@ -134,6 +156,15 @@ class Attend {
 
   private:
     static constexpr int PER_COLUMN = 4 / Math::element_bytes;  // elements of a packed operand per column
+
+    // Tokens of the tile that some query of the panel at `first` sees, rounded up.
+    int seen(int first, const Tokens& t, int n_pad) const {
+        if (t.position + t.count - 1 <= lowest_position_) return n_pad;
+        int64_t most = 0;
+        for (int i = first; i < first + PANEL && i < queries_; i++)
+            most = std::max(most, positions_[i % rows_] - t.position + 1);
+        return (int)std::min<int64_t>(n_pad, round_up((int)std::min<int64_t>(most, n_pad), Math::STEP));
+    }
 
     // do_it(head, a, b) for each K or V head's stretch of the queries [first, last).
     template <class Do>
@@ -188,27 +219,30 @@ class Attend {
         }
     }
 
-    // Logits of queries [first, last): [part][query][token].
-    void score(int first, int last, const uint8_t* k_rows, int64_t k_stride, int n_pad, Prefetch& next) {
-        if constexpr (requires { Math::template rows_k<F>; }) {
-            if (by_rows_)
-                return each_part(k_groups_, k_pad_, [&](int part, int from, int size) {
-                    Math::scores(q_ + from * 16, k_rows + 2 * from, k_stride, n_pad, queries_,
-                                 logits_ + (long)part * PANEL * n_pad, n_pad, size);
-                });
-        }
+    // Logits of all queries, [part][query][token], from K's rows.
+    void score_rows(const uint8_t* rows, int64_t stride, int n_pad) {
+        if constexpr (requires { Math::template rows_k<F>; })
+            each_part(k_groups_, k_pad_, [&](int part, int from, int size) {
+                Math::scores(q_ + from * 16, rows + 2 * from, stride, n_pad, queries_,
+                             ahead_ + (long)part * PANEL * n_pad, n_pad, size);
+            });
+    }
+
+    // Logits of queries [first, last) and tokens [t0, t1), from packed K.
+    void score(int first, int last, int t0, int t1, int n_pad, Prefetch& next) {
         each_head(first, last, s_.k_heads, [&](int head, int a, int b) {
             each_part(k_groups_, k_pad_, [&](int part, int from, int size) {
                 gemm<Math>(q_ + (long)a * k_pad_ + from, k_pad_,
-                           k_ + (long)head * k_pad_ * tile + (long)from * n_pad, n_pad,
-                           logits_ + (long)(part * PANEL + a - first) * n_pad, n_pad, b - a, n_pad, size, false,
-                           next);
+                           k_ + (long)head * k_pad_ * tile + (long)from * n_pad + t0 * PER_COLUMN, n_pad,
+                           ahead_ + (long)(part * PANEL + a - first) * n_pad + t0, n_pad, b - a, t1 - t0, size,
+                           false, next);
             });
         });
     }
 
     // Logits of query i -> weights relative to the new peak; returns what its o so far must be multiplied by.
-    float soften(int i, int first, const Tokens& t, int n_pad, Prefetch& next) {
+    // n_pad is the distance of rows.
+    float soften(int i, int first, const Tokens& t, int columns, int n_pad, Prefetch& next) {
         float* x = logits_ + (long)(i - first) * n_pad;
         Element* w = weights_ + (long)(i - first) * n_pad;
         const int v_parts = v_groups_ ? v_groups_ : 1;
@@ -217,16 +251,16 @@ class Attend {
         const int64_t reach = position - t.position + 1;
         const int end = reach < t.count ? (reach > 0 ? (int)reach : 0) : t.count;
         const int lowest = window_ < reach ? (int)(reach - window_) : 0;
-        const bool ragged = lowest > 0 || end < n_pad;
+        const bool ragged = lowest > 0 || end < columns;
         const auto nothing = [&] {
             for (int part = 0; part < v_parts; part++)
-                std::memset(w + (long)part * PANEL * n_pad, 0, sizeof(Element) * n_pad);
+                std::memset(w + (long)part * PANEL * n_pad, 0, sizeof(Element) * columns);
             return 1.0f;
         };
         if (end <= lowest) return nothing();
         if (k_groups_) {
             const float* scale = k_scale_ + (long)(i / (queries_ / s_.k_heads)) * k_groups_ * n_pad;
-            for (int j = 0; j < n_pad; j += WIDTH) {
+            for (int j = 0; j < columns; j += WIDTH) {
                 vf sum = load(x + j) * load(scale + j);
                 for (int g = 1; g < k_groups_; g++)
                     sum += load(x + (long)g * PANEL * n_pad + j) * load(scale + g * n_pad + j);
@@ -237,10 +271,14 @@ class Attend {
             for (int j = 0; j < end; j++) x[j] = std::tanh(x[j] * s_.scale / s_.soft_cap) * s_.soft_cap;
         if (ragged) {
             for (int j = 0; j < lowest; j++) x[j] = -INFINITY;
-            for (int j = end; j < n_pad; j++) x[j] = -INFINITY;
+            for (int j = end; j < columns; j++) x[j] = -INFINITY;
         }
-        vf top = load(x);
-        for (int j = WIDTH; j < n_pad; j += WIDTH) top = max(top, load(x + j));
+        vf tops[Math::VECTORS];
+        for (vf& it : tops) it = splat(-INFINITY);
+        for (int j = 0; j < columns; j += Math::STEP)
+            for (int v = 0; v < Math::VECTORS; v++) tops[v] = max(tops[v], load(x + j + v * WIDTH));
+        vf top = tops[0];
+        for (int v = 1; v < Math::VECTORS; v++) top = max(top, tops[v]);
         const float before = peak_[i];
         const float to_log2 = (s_.soft_cap ? 1.0f : s_.scale) * 1.44269504f;
         float factor = 1.0f;
@@ -250,29 +288,47 @@ class Attend {
         } else if (before == -INFINITY) {  // overflowed logits only
             return nothing();
         }
-        const float peak = peak_[i];
-        const float* v_scale = v_groups_ ? v_scale_ + (long)(i / (queries_ / s_.v_heads)) * v_groups_ * n_pad : nullptr;
-        vf sum = load(mass_ + i * WIDTH) * factor;
-        for (int j = 0; j < n_pad; j += WIDTH) {
-            const vf logits = load(x + j);
-            vf p = exp2<Math::EXACT>((logits - peak) * to_log2);
-            if (ragged) p = logits == -INFINITY ? vf{} : p;
-            sum += p;
-            next.tick(2);
-            if (!v_groups_) Math::store_row(w + j, p);
-            for (int g = 0; g < v_groups_; g++)
-                Math::store_row(w + (long)g * PANEL * n_pad + j, p * load(v_scale + g * n_pad + j));
-        }
-        store(mass_ + i * WIDTH, sum);
+        const vf before_mass = load(mass_ + i * WIDTH) * factor;
+        const float* v_scale =
+            v_groups_ ? v_scale_ + (long)(i / (queries_ / s_.v_heads)) * v_groups_ * n_pad : nullptr;
+        const vf mass = ragged ? weigh<true>(x, w, v_scale, columns, n_pad, peak_[i], to_log2)
+                               : weigh<false>(x, w, v_scale, columns, n_pad, peak_[i], to_log2);
+        store(mass_ + i * WIDTH, before_mass + mass);
+        next.tick(columns / 8);
         return factor;
+    }
+
+    // w = exp2((x - peak) to_log2), times V's scales where there are any; returns the sum without these.
+    template <bool RAGGED>
+    vf weigh(const float* x, Element* w, const float* v_scale, int columns, int n_pad, float peak, float to_log2) const {
+        vf sum[Math::VECTORS] = {};
+        for (int j = 0; j < columns; j += Math::STEP) {
+            vf p[Math::VECTORS];
+            for (int v = 0; v < Math::VECTORS; v++) {
+                const vf logits = load(x + j + v * WIDTH);
+                p[v] = exp2<Math::EXACT>(logits, peak, to_log2);
+                if (RAGGED) p[v] = logits == -INFINITY ? vf{} : p[v];
+                sum[v] += p[v];
+            }
+            if (!v_groups_) Math::store_weights(w + j, p);
+            for (int g = 0; g < v_groups_; g++) {
+                vf scaled[Math::VECTORS];
+                for (int v = 0; v < Math::VECTORS; v++)
+                    scaled[v] = p[v] * load(v_scale + g * n_pad + j + v * WIDTH);
+                Math::store_weights(w + (long)g * PANEL * n_pad + j, scaled);
+            }
+        }
+        for (int v = 1; v < Math::VECTORS; v++) sum[0] += sum[v];
+        return sum[0];
     }
 
     Shape s_;
     int rows_, queries_, k_pad_, v_pad_, k_groups_, v_groups_;
     bool by_rows_;
-    float *peak_, *mass_, *o_, *logits_, *factor_, *k_scale_, *v_scale_;
+    float *peak_, *mass_, *o_, *logits_, *ahead_, *factor_, *k_scale_, *v_scale_;
     Element *q_, *k_, *v_, *weights_;
     const int64_t* positions_ = nullptr;
+    int64_t lowest_position_ = 0;
     int64_t window_ = 0;
     int units_ = 1000;  // of work in the last tile; see Prefetch
 };

@@ -51,7 +51,7 @@ std::vector<Choice> choices() {
     __builtin_cpu_init();
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
     all.push_back({&amx_kernels(), bf16 && amx_granted()});
     all.push_back({&avx512_bf16_kernels(), bf16});
     all.push_back({&avx512_kernels(), avx512});

@@ -155,7 +155,7 @@ void run_plan(Plan& plan, int layer, const Array& q, const Out& out) {
 }
 
 // Query rows per job of extend: many, since each job packs all keys it sees once.
-constexpr int EXTEND_QUERIES = 256;
+constexpr int EXTEND_QUERIES = 512;
 
 template <class Math, Format F>
 void run_extend(const Extension& e, const Array& q, const Out& out) {

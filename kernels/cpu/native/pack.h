@@ -91,7 +91,9 @@ struct Floats {
                       t < n && i < dim ? elements<F>(v + t * stride, scales + t * scale_stride, i, dim) : vf{});
         }
     }
-    static void store_row(float* dst, vf x) { store(dst, x); }
+    // One block of STEP weights.
+    static constexpr int VECTORS = 1;
+    static void store_weights(float* dst, const vf* p) { store(dst, p[0]); }
     static void order_columns(float*, int) {}
     static constexpr bool INTEGERS = false;
     static bool by_rows(int, const Shape&) { return false; }
@@ -109,23 +111,26 @@ struct Pairs {
     static constexpr bool INTEGERS = true;
     static bool by_rows(int, const Shape&) { return false; }
 
+    // A row's last elements, or those of its last, shorter group: one by one.
+    template <Format F>
+    __attribute__((noinline)) static vu last_words(const uint8_t* row, int i, int dim) {
+        uint16_t ones[16], some[32] = {};  // scales of 1
+        for (uint16_t& it : ones) it = 0x3f80;
+        for (int l = 0; l < 32 && i + l < dim; l++)
+            some[l] = to_bf16(element<F>(row, reinterpret_cast<const uint8_t*>(ones), i + l, dim));
+        return load_as<vu>(some);
+    }
+
     // The 32 elements of a row from i on, unscaled, zeros beyond dim: 16 words of two neighbours.
     template <Format F>
-    static vu words(const uint8_t* row, int i, int dim) {
+    __attribute__((always_inline)) static vu words(const uint8_t* row, int i, int dim) {
         const int left = dim - i;
         if (F == Format::bf16)
             return left >= 32 ? load_as<vu>(row + 2 * i)
                               : (vu)_mm512_maskz_loadu_epi16(left > 0 ? (1u << left) - 1 : 0, row + 2 * i);
         const int group = i / SCALE_ELEMENTS;
-        if (left < 32 || (F == Format::i4 && (group + 1) * SCALE_ELEMENTS > dim)) {
-            uint16_t one = 0x3f80, some[32] = {};
-            uint16_t ones[16];
-            for (uint16_t& it : ones) it = one;  // scales of 1
-            for (int l = 0; l < 32 && l < left; l++)
-                some[l] = to_bf16(
-                    element<F>(row, reinterpret_cast<const uint8_t*>(ones), i + l, dim));
-            return load_as<vu>(some);
-        }
+        if (left < 32 || (F == Format::i4 && (group + 1) * SCALE_ELEMENTS > dim))
+            return last_words<F>(row, i, dim);
         if (F == Format::i8) {
             // An integer up to 127 as float32 has all its bits in the upper half: that is its bfloat16.
             const vu a = (vu)__builtin_convertvector(widen(load_as<vb>(row + i)), vf);
@@ -135,16 +140,19 @@ struct Pairs {
                                                                45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
             return (vu)_mm512_permutex2var_epi16((__m512i)a, _mm512_load_si512(upper), (__m512i)b);
         }
-        // Nibble n is element n - 8: looked up, in bfloat16.
-        alignas(64) static constexpr uint16_t table[32] = {
-            0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000,
-            0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
-            0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
-        const __m512i bytes =
-            _mm512_cvtepu8_epi16(load_as<__m256i>(row + group * (SCALE_ELEMENTS / 2)));
-        const __m512i nibbles = i % SCALE_ELEMENTS ? _mm512_srli_epi16(bytes, 4)
-                                                   : _mm512_and_si512(bytes, _mm512_set1_epi16(15));
-        return (vu)_mm512_permutexvar_epi16(nibbles, _mm512_load_si512(table));
+        // Nibble n is element n - 8: both bytes of its bfloat16 are looked up, in one table of 16 + 16.
+        alignas(64) static constexpr uint8_t table[64] = {
+            0x00, 0xe0, 0xc0, 0xa0, 0x80, 0x40, 0x00, 0x80, 0x00, 0x80, 0x00, 0x40, 0x80, 0xa0, 0xc0, 0xe0,
+            0xc1, 0xc0, 0xc0, 0xc0, 0xc0, 0xc0, 0xc0, 0xbf, 0x00, 0x3f, 0x40, 0x40, 0x40, 0x40, 0x40, 0x40};
+        alignas(64) static constexpr uint8_t twice[64] = {
+            0,  0,  1,  1,  2,  2,  3,  3,  4,  4,  5,  5,  6,  6,  7,  7,  8,  8,  9,  9,  10, 10,
+            11, 11, 12, 12, 13, 13, 14, 14, 15, 15, 16, 16, 17, 17, 18, 18, 19, 19, 20, 20, 21, 21,
+            22, 22, 23, 23, 24, 24, 25, 25, 26, 26, 27, 27, 28, 28, 29, 29, 30, 30, 31, 31};
+        const __m512i bytes = _mm512_castsi256_si512(load_as<__m256i>(row + group * (SCALE_ELEMENTS / 2)));
+        __m512i nibbles = _mm512_permutexvar_epi8(_mm512_load_si512(twice), bytes);
+        if (i % SCALE_ELEMENTS) nibbles = _mm512_srli_epi16(nibbles, 4);
+        nibbles = (nibbles & _mm512_set1_epi16(0x0f0f)) | _mm512_set1_epi16(0x1000);
+        return (vu)_mm512_permutexvar_epi8(nibbles, _mm512_load_si512(table));
     }
 
     // dst: [k_pad / 2][ld] words.
@@ -160,22 +168,26 @@ struct Pairs {
                 for (int l = 0; l < WIDTH; l++) store_as(out + (i / 2 + l) * ld + t, r[l]);
             }
     }
-    // dst: [n_pad / 2][ld] words; word (t, i) holds element i of tokens 2t and 2t + 1.
+    // dst: [n_pad / 2][ld] words; of each 32 tokens, word (l, i) holds element i of tokens l and 16 + l.
     template <Format F>
     static void pack_v(uint16_t* dst, int ld, const uint8_t* v, int64_t stride, const uint8_t*, int64_t, int n,
                        int n_pad, int dim, int dim_pad) {
         uint32_t* out = reinterpret_cast<uint32_t*>(dst);
-        for (int t = 0; t < n_pad; t += 2) {
+        for (int pair = 0; pair < n_pad / 2; pair++, out += ld) {
+            const int t = pair / 16 * 32 + pair % 16;
             for (int i = 0; i < dim_pad; i += 32) {
                 const __m512i a = (__m512i)(t < n ? words<F>(v + t * stride, i, dim) : vu{});
-                const __m512i b = (__m512i)(t + 1 < n ? words<F>(v + (t + 1) * stride, i, dim) : vu{});
-                store_as(out + t / 2 * ld + i, _mm512_unpacklo_epi16(a, b));
-                store_as(out + t / 2 * ld + i + 16, _mm512_unpackhi_epi16(a, b));
+                const __m512i b = (__m512i)(t + 16 < n ? words<F>(v + (t + 16) * stride, i, dim) : vu{});
+                store_as(out + i, _mm512_unpacklo_epi16(a, b));
+                store_as(out + i + 16, _mm512_unpackhi_epi16(a, b));
             }
-
         }
     }
-    static void store_row(uint16_t* dst, vf x) { store_as(dst, to_bf16(x)); }
+    // 32 weights, token l beside token 16 + l as in pack_v: rounded and joined in four instructions.
+    static constexpr int VECTORS = 2;
+    static void store_weights(uint16_t* dst, const vf* p) {
+        store_as(dst, (((vu)p[0] + 0x8000) >> 16) | (((vu)p[1] + 0x8000) & 0xffff0000));
+    }
 
     // Interleaving works inside 128-bit lanes, so pack_v leaves the columns of each 32 in another order; this
     // puts a finished row right.

@@ -203,11 +203,12 @@ inline vh to_f16(vf x) {
 
 // -- exp2 ------------------------------------------------------------------------------------------------
 
-// 2^x for x <= 0. Relative error 2e-7 (EXACT) or 1e-4, below bfloat16's rounding of what it feeds. Below -126
-// it gives about 2^-126.
+// 2^((x - peak) * scale) for x <= peak. Relative error 2e-7 (EXACT), or 1e-4 and that of a product in float32,
+// below the bfloat16 rounding of what it feeds. Below 2^-126 it gives about that.
 template <bool EXACT>
-inline vf exp2(vf x) {
+inline vf exp2(vf x, float peak, float scale) {
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    x = EXACT ? (x - peak) * scale : x * scale - peak * scale;
     x = max(x, splat(-126.0f));
     const vf t = x + magic;
     const vf r = x - (t - magic);
