@@ -45,8 +45,8 @@ def _for_cpu() -> Kernels:
         return cast(Kernels, import_module("farshore.kernels.cpu"))
     except ImportError as error:
         _LOG.warning(
-            "the native attention kernels are not built (%s): PyTorch serves, and attention in decode takes"
-            " 10 to 30 times as long. Install g++, then farshore again: pip install --force-reinstall --no-deps",
+            "the native kernels are not built (%s): PyTorch serves, and attention in bfloat16 decode takes"
+            " 10 to 30 times as long. Install g++, then farshore again, by pip's --force-reinstall --no-deps",
             error,
         )
         return cast(Kernels, reference)
