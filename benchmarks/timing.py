@@ -43,6 +43,11 @@ class Timing:
         return median(a / b for a, b in zip(self.samples_s, other.samples_s, strict=True))
 
 
+SETTLE_S = 0.02
+"""Before each timed run. PyTorch's threads spin for milliseconds after its last call, on cores that the next
+candidate's threads need."""
+
+
 def interleave(
     candidates: Mapping[str, Callable[[], object]],
     *,
@@ -69,6 +74,7 @@ def interleave(
         if done >= LEAST_ROUNDS and clock() - begun > limit_s:
             break
         for name, run in candidates.items():
+            time.sleep(SETTLE_S)
             start = clock()
             for _ in range(calls):
                 run()

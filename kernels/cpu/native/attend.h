@@ -280,7 +280,7 @@ class Attend {
         vf top = tops[0];
         for (int v = 1; v < Math::VECTORS; v++) top = max(top, tops[v]);
         const float before = peak_[i];
-        const float to_log2 = (s_.soft_cap ? 1.0f : s_.scale) * 1.44269504f;
+        const float to_log2 = (s_.soft_cap ? 1.0f : s_.scale) * LOG2_E;
         float factor = 1.0f;
         if (any_above(top, before)) {
             peak_[i] = hmax(top);

@@ -67,43 +67,6 @@ void absorb_span(Attend<Math, F>& attend, const Plan& plan, const Span& span, in
     }
 }
 
-template <class Math, Format F>
-void run_job(Plan& plan, const Job& job, int layer, const Array& q, const Out& out) {
-    const int heads = plan.shape.q_heads;
-    [[maybe_unused]] typename Math::Session session;
-    Attend<Math, F> attend(plan.shape, job.rows);
-    Array first = q;
-    first.data = at(q, job.row, (int64_t)job.group * heads);
-    attend.begin(first, plan.positions.data() + job.row, plan.window);
-    for (int s = job.span0; s < job.span1; s++) absorb_span<Math, F>(attend, plan, plan.spans[s], layer);
-    attend.finish([&](int head, int row, const float* o, float lse) {
-        if (job.slot < 0) {
-            put_row(out.o, job.row + row, job.group * heads + head, o, plan.shape.v_dim);
-            put_lse(out, job.row + row, job.group * heads + head, lse);
-        } else {
-            const int64_t slot = job.slot + head * job.rows + row;
-            std::memcpy(&plan.slot_o[slot * plan.shape.v_dim], o, 4L * plan.shape.v_dim);
-            plan.slot_lse[slot] = lse;
-        }
-    });
-}
-
-// Merges n states of one (row, head): lse and o of state i at lse(i), row(i).
-template <class Lse, class Row>
-void merge_one(int n, Lse&& lse, Row&& add_row, float sink, int v_dim, float* o, float* out_lse) {
-    float peak = sink;
-    for (int i = 0; i < n; i++) peak = std::fmax(peak, lse(i));
-    std::memset(o, 0, 4L * round_up(v_dim, WIDTH));
-    *out_lse = -INFINITY;
-    if (peak == -INFINITY) return;
-    float mass = sink == -INFINITY ? 0.0f : std::exp(sink - peak);
-    for (int i = 0; i < n; i++) mass += lse(i) == -INFINITY ? 0.0f : std::exp(lse(i) - peak);
-    *out_lse = peak + std::log(mass);
-    // An empty state's o carries no information, so not even a NaN in it may count.
-    for (int i = 0; i < n; i++)
-        if (lse(i) != -INFINITY) add_row(i, std::exp(lse(i) - peak) / mass);
-}
-
 inline void add_scaled(float* o, const Array& a, int64_t row, int64_t head, float weight, int n) {
     const void* from = at(a, row, head);
     const float* f = static_cast<const float*>(from);
@@ -117,6 +80,103 @@ inline void add_scaled(float* o, const Array& a, int64_t row, int64_t head, floa
     }
     for (; i < n; i++)
         o[i] += weight * (a.format == Format::f32 ? f[i] : a.format == Format::bf16 ? from_bf16(h[i]) : from_f16(h[i]));
+}
+
+// Merges n states of one (row, head): lse of state i is lse(i), and add_row(i, w) adds w times its o to `o`.
+template <class Lse, class Row>
+void merge_one(int n, Lse&& lse, Row&& add_row, float sink, int v_dim, float* o, float* out_lse) {
+    float peak = sink;
+    for (int i = 0; i < n; i++) peak = std::fmax(peak, lse(i));
+    std::memset(o, 0, 4L * round_up(v_dim, WIDTH));
+    *out_lse = -INFINITY;
+    if (peak == -INFINITY) return;
+    if (n == 1 && sink == -INFINITY) {
+        add_row(0, 1.0f);
+        *out_lse = peak;
+        return;
+    }
+    float mass = sink == -INFINITY ? 0.0f : std::exp(sink - peak);
+    for (int i = 0; i < n; i += WIDTH) {
+        vf some = splat(-INFINITY);
+        for (int l = 0; l < WIDTH && i + l < n; l++) some[l] = lse(i + l);
+        vf weights = exp2<true>(some, peak, LOG2_E);
+        weights = some == -INFINITY ? vf{} : weights;
+        mass += hsum(weights);
+        // An empty state's o carries no information, so not even a NaN in it may count.
+        for (int l = 0; l < WIDTH && i + l < n; l++)
+            if (some[l] != -INFINITY) add_row(i + l, weights[l]);
+    }
+    *out_lse = peak + std::log(mass);
+    for (int d = 0; d < v_dim; d += WIDTH) store(o + d, load(o + d) * (1.0f / mass));
+}
+
+// A finished state of one query of a job: straight out, or into its slot.
+inline void put_state(Plan& plan, const Job& job, const Out& out, int head, int row, const float* o, float lse) {
+    if (job.slot < 0) {
+        put_row(out.o, job.row + row, job.group * plan.shape.q_heads + head, o, plan.shape.v_dim);
+        put_lse(out, job.row + row, job.group * plan.shape.q_heads + head, lse);
+    } else {
+        const int64_t slot = job.slot + head * job.rows + row;
+        std::memcpy(&plan.slot_o[slot * plan.shape.v_dim], o, 4L * plan.shape.v_dim);
+        plan.slot_lse[slot] = lse;
+    }
+}
+
+// Up to this many tokens go one by one: tiles would take 0.7 us to set up and compute mostly padding.
+constexpr int FEW_TOKENS = 4;
+
+template <Format F>
+void run_few(Plan& plan, const Job& job, int layer, const Array& q, const Out& out) {
+    const Shape& s = plan.shape;
+    const int k_pad = round_up(s.k_dim, WIDTH), v_pad = round_up(s.v_dim, WIDTH);
+    float* query = static_cast<float*>(scratch(4L * (k_pad + v_pad)));
+    float* o = query + k_pad;
+    Tokens tokens[FEW_TOKENS];
+    int n = 0;
+    for (int i = job.span0; i < job.span1; i++)
+        for (int j = 0; j < plan.spans[i].count; j++) tokens[n++] = tile_of(plan, plan.spans[i], j, 1, layer);
+    for (int head = 0; head < s.q_heads; head++)
+        for (int row = 0; row < job.rows; row++) {
+            const int64_t position = plan.positions[job.row + row];
+            std::memset(query, 0, 4L * k_pad);
+            add_scaled(query, q, job.row + row, (int64_t)job.group * s.q_heads + head, 1.0f, s.k_dim);
+            const auto logit = [&](int i) {
+                const int64_t distance = position - tokens[i].position;
+                if (distance < 0 || distance >= plan.window) return -INFINITY;
+                const int64_t at = head / (s.q_heads / s.k_heads) * tokens[i].k_head_stride;
+                vf sum{};
+                for (int d = 0; d < s.k_dim; d += WIDTH)
+                    sum += elements<F>(tokens[i].k + at, tokens[i].k_scales + at, d, s.k_dim) * load(query + d);
+                const float x = hsum(sum) * s.scale;
+                return s.soft_cap ? std::tanh(x / s.soft_cap) * s.soft_cap : x;
+            };
+            float logits[FEW_TOKENS], lse;
+            for (int i = 0; i < n; i++) logits[i] = logit(i);
+            const auto add_value = [&](int i, float weight) {
+                const int64_t at = head / (s.q_heads / s.v_heads) * tokens[i].v_head_stride;
+                for (int d = 0; d < s.v_dim; d += WIDTH)
+                    store(o + d, load(o + d) + weight * elements<F>(tokens[i].v + at, tokens[i].v_scales + at, d, s.v_dim));
+            };
+            // One token's state is (its value, its logit): these merge like any others.
+            merge_one(n, [&](int i) { return logits[i]; }, add_value, -INFINITY, s.v_dim, o, &lse);
+            put_state(plan, job, out, head, row, o, lse);
+        }
+}
+
+template <class Math, Format F>
+void run_job(Plan& plan, const Job& job, int layer, const Array& q, const Out& out) {
+    int tokens = 0;
+    for (int s = job.span0; s < job.span1; s++) tokens += plan.spans[s].count;
+    if (tokens <= FEW_TOKENS) return run_few<F>(plan, job, layer, q, out);
+    [[maybe_unused]] typename Math::Session session;
+    Attend<Math, F> attend(plan.shape, job.rows);
+    Array first = q;
+    first.data = at(q, job.row, (int64_t)job.group * plan.shape.q_heads);
+    attend.begin(first, plan.positions.data() + job.row, plan.window);
+    for (int s = job.span0; s < job.span1; s++) absorb_span<Math, F>(attend, plan, plan.spans[s], layer);
+    attend.finish([&](int head, int row, const float* o, float lse) {
+        put_state(plan, job, out, head, row, o, lse);
+    });
 }
 
 inline void reduce(const Plan& plan, const Reduction& r, const Out& out) {

@@ -201,6 +201,8 @@ inline vh to_f16(vf x) {
 #endif
 }
 
+constexpr float LOG2_E = 1.44269504f;
+
 // -- exp2 ------------------------------------------------------------------------------------------------
 
 // 2^((x - peak) * scale) for x <= peak. Relative error 2e-7 (EXACT), or 1e-4 and that of a product in float32,
