@@ -43,8 +43,9 @@ def run(kernels, q, memory, layout, spec, *, runs, work, positions, o_dtype=None
     view.copy_(q)
     out = unwritten(*q.shape[:2], spec.v_dim, q.dtype, o_dtype)
     kernels.partial(plan, 1, view, out=out)
-    assert out.o._base.isnan().sum() == out.o._base.numel() - out.o.numel()
-    assert out.lse._base.isnan().sum() == out.lse._base.numel() - out.lse.numel()
+    for part in out:
+        whole = part._base
+        assert whole.isnan().sum() - part.isnan().sum() == whole.numel() - part.numel()
     return out
 
 
@@ -321,3 +322,19 @@ def test_a_step_without_work(kernels, store_tokens):
             kernels, q, stored.memory, stored.layout, spec, runs=[], work=[], positions=list(range(rows))
         )
         assert (out.o == 0).all() and (out.lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_a_token_that_overflowed_comes_out_as_nan(kernels, store_tokens, tokens):
+    """Its scale is NaN, if it is quantised."""
+    spec = AttentionSpec(2, 1, 1, 64, 64, scale=0.125)
+    for format in kernels.formats:
+        stored = store_tokens(spec, format, tokens, block_tokens=64)
+        if format.quantised:
+            stored.layout.stored(stored.memory, 1).k_scales[:, 0] = torch.nan
+        else:
+            stored.layout.views(stored.memory, 1)[0][:, 0] = torch.nan
+        for dtype in kernels.q_dtypes:
+            q = queries(spec, 1, dtype, 0)
+            out = attend(kernels, q, stored, spec, [(0, tokens)], positions=[tokens])
+            assert out.o.isnan().all() and out.lse.isnan().all()

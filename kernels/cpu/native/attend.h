@@ -147,10 +147,10 @@ class Attend {
             for (int row = 0; row < rows_; row++, i++) {
                 float* o = o_ + (long)i * v_pad_;
                 const float mass = hsum(load(mass_ + i * WIDTH));
-                const float share = mass > 0 ? 1.0f / mass : 0.0f;
+                const float share = mass == 0 ? 0.0f : 1.0f / mass;
                 for (int d = 0; d < v_pad_; d += WIDTH) store(o + d, load(o + d) * share);
                 Math::order_columns(o, v_pad_);
-                put(head, row, o, mass > 0 ? peak_[i] * to_natural + std::log(mass) : -INFINITY);
+                put(head, row, o, mass == 0 ? -INFINITY : peak_[i] * to_natural + std::log(mass));
             }
     }
 
@@ -285,8 +285,10 @@ class Attend {
         if (any_above(top, before)) {
             peak_[i] = hmax(top);
             factor = std::exp2((before - peak_[i]) * to_log2);
-        } else if (before == -INFINITY) {  // overflowed logits only
-            return nothing();
+        } else if (before == -INFINITY) {
+            // Overflowed logits only; or a NaN, which must come out.
+            if (std::none_of(x + lowest, x + end, [](float it) { return it != it; })) return nothing();
+            peak_[i] = 0;
         }
         const vf before_mass = load(mass_ + i * WIDTH) * factor;
         const float* v_scale =

@@ -89,8 +89,13 @@ void merge_one(int n, Lse&& lse, Row&& add_row, float sink, int v_dim, float* o,
     for (int i = 0; i < n; i++) peak = std::fmax(peak, lse(i));
     std::memset(o, 0, 4L * round_up(v_dim, WIDTH));
     *out_lse = -INFINITY;
-    if (peak == -INFINITY) return;
-    if (n == 1 && sink == -INFINITY) {
+    if (peak == -INFINITY) {
+        bool broken = false;  // fmax passes over a NaN, which must come out
+        for (int i = 0; i < n; i++) broken |= std::isnan(lse(i));
+        if (!broken) return;
+        peak = NAN;
+    }
+    if (n == 1 && sink == -INFINITY && !std::isnan(peak)) {
         add_row(0, 1.0f);
         *out_lse = peak;
         return;

@@ -211,7 +211,7 @@ template <bool EXACT>
 inline vf exp2(vf x, float peak, float scale) {
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
     x = EXACT ? (x - peak) * scale : x * scale - peak * scale;
-    x = max(x, splat(-126.0f));
+    x = max(splat(-126.0f), x);  // in this order a NaN stays one
     const vf t = x + magic;
     const vf r = x - (t - magic);
     vf p;
