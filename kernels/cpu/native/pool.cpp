@@ -1,6 +1,7 @@
 #include "pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <atomic>
 #include <chrono>
@@ -30,8 +31,13 @@ inline void relax() {
 class Pool {
   public:
     void run(int count, int threads, void (*body)(void*, int), void* context) {
-        while (static_cast<int>(workers_.size()) < threads - 1)
+        while (static_cast<int>(workers_.size()) < threads - 1) {
             workers_.emplace_back([this, id = static_cast<int>(workers_.size())] { work(id); });
+            caller_core_ = -1;
+        }
+#if defined(__linux__)
+        leave_to(sched_getcpu());
+#endif
         body_ = body;
         context_ = context;
         count_ = count;
@@ -50,6 +56,22 @@ class Pool {
 
   private:
     static constexpr int OPEN = 1 << 20;
+
+#if defined(__linux__)
+    // Keeps the workers off the caller's core. Woken from sleep they often start on it, and it takes the
+    // scheduler milliseconds to move one of two running threads away. (Measured on 2 cores after 100 ms of
+    // rest: a 5.6 ms task took a median of 11.)
+    void leave_to(int core) {
+        if (core == caller_core_ || core < 0) return;
+        caller_core_ = core;
+        cpu_set_t others;
+        if (sched_getaffinity(0, sizeof others, &others) != 0) return;
+        CPU_CLR(core, &others);
+        if (CPU_COUNT(&others) == 0) return;
+        for (std::thread& worker : workers_)
+            pthread_setaffinity_np(worker.native_handle(), sizeof others, &others);
+    }
+#endif
 
     void take() {
         for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) body_(context_, i);
@@ -80,6 +102,7 @@ class Pool {
     void* context_ = nullptr;
     int count_ = 0;
     int helpers_ = 0;
+    int caller_core_ = -1;
     std::vector<std::thread> workers_;
 };
 
