@@ -39,14 +39,12 @@ def choose(name: str | None, *, threads: int) -> Implementation:
         except ImportError as error:
             missing = error
             continue
-        # The reference computes with PyTorch's threads; the others are told by each call that uses any.
-        told = {} if candidate == "reference" else {"threads": threads}
         return Implementation(
             candidate,
             next(iter(getattr(kernels, "instruction_sets", ())), None),
-            partial(kernels.plan, **told),
+            partial(kernels.plan, threads=threads),
             kernels.partial,
-            partial(kernels.extend, **told),
+            partial(kernels.extend, threads=threads),
             kernels.merge,
         )
     raise InvalidRequest(f"the {name} kernels are not built here: {missing}") from missing

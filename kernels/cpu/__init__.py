@@ -94,7 +94,6 @@ def plan(
         positions.data_ptr(),
         rows.row.numel(),
         *(field.data_ptr() for field in rows),
-        segments.size,
         *(field.data_ptr() for field in segments),
         group0,
     )
@@ -172,11 +171,6 @@ def merge(states: Sequence[State], *, sink: Tensor | None = None, out: State) ->
     _native.merge(
         *shape, 0 if sink is None else sink.data_ptr(), *_state(out, shape), len(states), *arguments
     )
-
-
-def read_memory(data: Tensor, *, threads: int) -> int:
-    """Read all of ``data`` (contiguous) once and return a checksum: for measuring read bandwidth."""
-    return _native.read_memory(data.data_ptr(), data.numel() * data.element_size(), threads)
 
 
 def _shape(spec: AttentionSpec) -> tuple[float, ...]:

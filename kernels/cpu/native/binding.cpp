@@ -5,7 +5,6 @@
 #include <Python.h>
 
 #include <algorithm>
-#include <atomic>
 #include <climits>
 #include <exception>
 #include <memory>
@@ -14,7 +13,6 @@
 #include <vector>
 
 #include "plan.h"
-#include "pool.h"
 
 #if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
@@ -170,7 +168,6 @@ PyObject* make_plan(PyObject*, PyObject* const* args, Py_ssize_t count) {
         work.segment = a.pointer<const int32_t>();
         work.group0 = a.pointer<const int16_t>();
         work.group1 = a.pointer<const int16_t>();
-        work.segments = a.small();
         work.base = a.pointer<const int64_t>();
         work.stride = a.pointer<const int64_t>();
         work.first = a.pointer<const int32_t>();
@@ -258,24 +255,6 @@ PyObject* run_merge(PyObject*, PyObject* const* args, Py_ssize_t count) {
     });
 }
 
-PyObject* read_memory(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    return guarded([&]() -> PyObject* {
-        Arguments a{args, args + count};
-        const uint64_t* words = a.pointer<const uint64_t>();
-        const int64_t all = a.integer() / 8;
-        const int threads = a.small();
-        constexpr int64_t PIECE = 1 << 17;
-        std::atomic<uint64_t> total{0};
-        {
-            WithoutGil released;
-            parallel_for(static_cast<int>((all + PIECE - 1) / PIECE), threads, [&](int i) {
-                total += chosen->sum(words + i * PIECE, std::min(PIECE, all - i * PIECE));
-            });
-        }
-        return PyLong_FromUnsignedLongLong(total);
-    });
-}
-
 PyObject* instruction_sets(PyObject*, PyObject* const*, Py_ssize_t) {
     PyObject* names = PyList_New(0);
     for (const Choice& choice : choices())
@@ -309,7 +288,6 @@ PyMethodDef methods[] = {
     method("partial", run_partial, "partial(plan, layer, q, out)"),
     method("extend", run_extend, "Causal attention on plain keys."),
     method("merge", run_merge, "Merge states in the order given."),
-    method("read_memory", read_memory, "Sum of the 32-bit words at (address, bytes), read by (threads)."),
     method("instruction_sets", instruction_sets, "Names of those this machine has, best first."),
     method("use", use, "Choose one by name; the best is chosen at import. For tests."),
     {nullptr, nullptr, 0, nullptr},

@@ -1,4 +1,4 @@
-// Every instruction of this file's kernels needs avx512-bf16; see dispatch in binding.cpp.
+// These kernels may use AMX and all of AVX-512 with bfloat16; binding.cpp asks the CPU first.
 #if defined(__x86_64__)
 #include <algorithm>
 #include <cmath>
@@ -16,15 +16,10 @@
 #define HAS_F16C
 #define HAS_BF16_DOT
 #define HAS_AMX
-#include "simd.h"
-#include "pack.h"
-#include "gemm.h"
-#include "amx.h"
-#include "attend.h"
 #include "kernels.h"
 
 const farshore::Kernels& farshore::amx_kernels() {
-    static const Kernels kernels{"amx", amx::partial, amx::extend, amx::merge, amx::sum};
+    static const Kernels kernels{"amx", amx::partial, amx::extend, amx::merge};
     return kernels;
 }
 #endif

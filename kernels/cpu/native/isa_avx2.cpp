@@ -1,4 +1,4 @@
-// Every instruction of this file's kernels needs avx2; see dispatch in binding.cpp.
+// These kernels may use AVX2; binding.cpp asks the CPU first.
 #if defined(__x86_64__)
 #include <algorithm>
 #include <cmath>
@@ -14,14 +14,10 @@
 #define ISA avx2
 #define WIDTH 8
 #define HAS_F16C
-#include "simd.h"
-#include "pack.h"
-#include "gemm.h"
-#include "attend.h"
 #include "kernels.h"
 
 const farshore::Kernels& farshore::avx2_kernels() {
-    static const Kernels kernels{"avx2", avx2::partial, avx2::extend, avx2::merge, avx2::sum};
+    static const Kernels kernels{"avx2", avx2::partial, avx2::extend, avx2::merge};
     return kernels;
 }
 #endif

@@ -1,4 +1,4 @@
-// Every instruction of this file's kernels needs avx512; see dispatch in binding.cpp.
+// These kernels may use AVX-512; binding.cpp asks the CPU first.
 #if defined(__x86_64__)
 #include <algorithm>
 #include <cmath>
@@ -14,14 +14,10 @@
 #define ISA avx512
 #define WIDTH 16
 #define HAS_F16C
-#include "simd.h"
-#include "pack.h"
-#include "gemm.h"
-#include "attend.h"
 #include "kernels.h"
 
 const farshore::Kernels& farshore::avx512_kernels() {
-    static const Kernels kernels{"avx512", avx512::partial, avx512::extend, avx512::merge, avx512::sum};
+    static const Kernels kernels{"avx512", avx512::partial, avx512::extend, avx512::merge};
     return kernels;
 }
 #endif

@@ -1,4 +1,4 @@
-// Every instruction of this file's kernels needs avx512-bf16; see dispatch in binding.cpp.
+// These kernels may use AVX-512 with bfloat16; binding.cpp asks the CPU first.
 #if defined(__x86_64__)
 #include <algorithm>
 #include <cmath>
@@ -15,14 +15,10 @@
 #define WIDTH 16
 #define HAS_F16C
 #define HAS_BF16_DOT
-#include "simd.h"
-#include "pack.h"
-#include "gemm.h"
-#include "attend.h"
 #include "kernels.h"
 
 const farshore::Kernels& farshore::avx512_bf16_kernels() {
-    static const Kernels kernels{"avx512-bf16", avx512_bf16::partial, avx512_bf16::extend, avx512_bf16::merge, avx512_bf16::sum};
+    static const Kernels kernels{"avx512-bf16", avx512_bf16::partial, avx512_bf16::extend, avx512_bf16::merge};
     return kernels;
 }
 #endif

@@ -9,13 +9,9 @@
 
 #define ISA portable
 #define WIDTH 4
-#include "simd.h"
-#include "pack.h"
-#include "gemm.h"
-#include "attend.h"
 #include "kernels.h"
 
 const farshore::Kernels& farshore::portable_kernels() {
-    static const Kernels kernels{"portable", portable::partial, portable::extend, portable::merge, portable::sum};
+    static const Kernels kernels{"portable", portable::partial, portable::extend, portable::merge};
     return kernels;
 }

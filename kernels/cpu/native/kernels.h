@@ -1,5 +1,10 @@
-// partial, extend and merge for one instruction set. Included last by each isa_*.cpp, which then defines
-// `const Kernels& NAME()` from these.
+// partial, extend and merge for one instruction set. Included by each isa_*.cpp, which then defines
+// `const Kernels& NAME()` from these. Order matters, and so does when: see simd.h.
+#include "simd.h"
+#include "pack.h"
+#include "gemm.h"
+#include "amx.h"
+#include "attend.h"
 
 namespace farshore {
 namespace ISA {
@@ -235,7 +240,7 @@ void run_extend(const Extension& e, const Array& q, const Out& out) {
         int64_t begin = 0;
         if (e.window != INT64_MAX) begin = std::max<int64_t>(0, *lowest - e.window + 1 - e.tokens.position);
         [[maybe_unused]] typename Math::Session session;
-    Attend<Math, F> attend(e.shape, rows);
+        Attend<Math, F> attend(e.shape, rows);
         Array first = q;
         first.data = at(q, row, (int64_t)group * e.shape.q_heads);
         attend.begin(first, e.positions + row, e.window);
@@ -306,17 +311,6 @@ void merge(const Merge& m, const Out& out) {
             put_row(out.o, row, head, o, m.v_dim);
             put_lse(out, row, head, lse);
         }
-}
-
-uint64_t sum(const uint64_t* words, int64_t count) {
-    vu totals[4] = {};
-    const uint32_t* p = reinterpret_cast<const uint32_t*>(words);
-    for (int64_t i = 0; i + 4 * WIDTH <= 2 * count; i += 4 * WIDTH)
-        for (int j = 0; j < 4; j++) totals[j] += load_as<vu>(p + i + j * WIDTH);
-    const vu total = totals[0] + totals[1] + totals[2] + totals[3];
-    uint64_t result = 0;
-    for (int i = 0; i < WIDTH; i++) result += total[i];
-    return result;
 }
 
 }  // namespace ISA

@@ -1,10 +1,6 @@
 #include "plan.h"
 
 #include <algorithm>
-#include <climits>
-#include <map>
-#include <numeric>
-#include <stdexcept>
 #include <tuple>
 
 namespace farshore {
@@ -20,7 +16,7 @@ struct Item {
     int row, rows, group, segment, order;
 };
 
-// Jobs are for at most this many rows: bounds the scratch, and gives threads something to share.
+// Jobs are for at most this many rows x heads: bounds the scratch, and gives threads something to share.
 constexpr int MAX_JOB_QUERIES = 256;
 
 std::vector<Item> items_of(const WorkList& work, int q_heads) {
@@ -86,7 +82,6 @@ void lay_out(Plan& plan, const WorkList& work) {
 
     // Walk all tokens once, cutting where a chunk is full and where the state changes.
     plan.chunks = {0};
-    plan.max_queries = 0;
     int64_t room = chunk_tokens;
     bool open = false;
     for (size_t i = 0; i < items.size(); i++) {
@@ -102,7 +97,6 @@ void lay_out(Plan& plan, const WorkList& work) {
             if (!open) {
                 const int at = static_cast<int>(plan.spans.size());
                 plan.jobs.push_back({item.row, item.rows, item.group - work.group0_of_q, at, at, -1});
-                plan.max_queries = std::max(plan.max_queries, item.rows * shape.q_heads);
                 open = true;
             }
             Span piece = rest;

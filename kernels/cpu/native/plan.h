@@ -82,7 +82,6 @@ struct Plan {
     std::vector<int> untouched;   // row * groups + group without work
     int rows, groups;             // of q and out
     int threads;
-    int max_queries;              // of a job
     std::vector<float> slot_o;    // [slots][v_dim], normalised
     std::vector<float> slot_lse;  // [slots]
 };
@@ -92,7 +91,6 @@ struct WorkList {
     int items;
     const int32_t *row, *rows, *segment;
     const int16_t *group0, *group1;
-    int segments;
     const int64_t *base, *stride;
     const int32_t *first, *count, *position;
     const int16_t *stored0, *stored1;
@@ -146,7 +144,6 @@ struct Kernels {
     void (*partial)(Plan&, int layer, const Array& q, const Out& out);
     void (*extend)(const Extension&, const Array& q, const Out& out);
     void (*merge)(const Merge&, const Out& out);
-    uint64_t (*sum)(const uint64_t* words, int64_t count);  // reads memory, for the bandwidth it gets
 };
 
 const Kernels& portable_kernels();
