@@ -14,7 +14,7 @@ def extension(name: str, folder: str) -> Extension:
         name,
         sources=sorted(str(path) for path in Path(folder).glob("*.cpp")),
         depends=sorted(str(path) for path in Path(folder).glob("*.h")),
-        # A file that wants an instruction set names it itself; the choice is made when the module is imported.
+        # A file that wants an instruction set names it itself; the choice is made at import.
         extra_compile_args=[
             "-std=c++20",
             "-O3",

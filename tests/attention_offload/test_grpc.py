@@ -9,10 +9,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from farshore.attention_offload.fanout import Fanout
-from farshore.attention_offload.remote_store import WRITE_CHUNK_BYTES
 from farshore.attention_offload.grpc_server import READ_CHUNK_BYTES, serve
 from farshore.attention_offload.in_process import InProcessPeer
 from farshore.attention_offload.plan import Read, StepPlan
+from farshore.attention_offload.remote_store import WRITE_CHUNK_BYTES
 from farshore.errors import FarshoreError, Fenced, Full, InvalidRequest, NotFound, PortInUse
 from farshore.ids import SequenceId, SpanId, WorkerId
 from farshore.kernels.formats import KVFormat
