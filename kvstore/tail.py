@@ -102,6 +102,18 @@ class Tail:
         keep = self._blocks_below(end) if end > self._start else 0
         self._free_blocks([block for block in self._blocks if block >= keep])
 
+    def fork(self) -> "Tail":
+        """Another tail with copies of ``[start, end)``, and no scratch. Full: nothing was allocated."""
+        copy = Tail(arena=self._arena, layout=self._layout, start=self._start)
+        copy.reserve(self._end)
+        memory, size = self._arena.memory, self._layout.block_bytes
+        for index, base in copy._blocks.items():
+            source = self._blocks[index]
+            memory[base : base + size] = memory[source : source + size]
+        copy._end = self._end
+        copy._written = [self._end] * self._layout.layers
+        return copy
+
     def segments(self, last: int | None = None) -> Segments:
         """Where ``[start, last)`` lies in the arena's memory; ``last`` is ``end`` if not given, and may reach
         as far as is reserved. One segment per run of adjacent blocks; of an empty range none."""
