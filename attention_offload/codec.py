@@ -12,7 +12,8 @@ from farshore.errors import InvalidRequest
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import AttentionSpec, KVLayout
 from farshore.kernels.formats import KVFormat
-from farshore.kvstore.base import SpanInfo, SpanKey
+from farshore.kvstore.base import SpanInfo, SpanKey, SpanSlice
+from farshore.kvstore.prefix import PrefixBlock
 from farshore.proto import attention_pb2 as pb
 
 assert sys.byteorder == "little", "the wire is little-endian and tensors are not swapped"
@@ -121,6 +122,34 @@ def info_from_pb(message: pb.SpanInfo) -> SpanInfo:
         bytes=message.bytes,
         epoch=Epoch(message.epoch),
         holders=message.holders,
+    )
+
+
+def block_to_pb(block: PrefixBlock) -> pb.PrefixBlock:
+    return pb.PrefixBlock(hash=block.hash, first=block.first, tokens=block.tokens)
+
+
+def block_from_pb(message: pb.PrefixBlock) -> PrefixBlock:
+    return PrefixBlock(message.hash, tuple(message.tokens), message.first)
+
+
+def slice_to_pb(found: SpanSlice) -> pb.SpanSlice:
+    return pb.SpanSlice(
+        span_id=found.span,
+        key=key_to_pb(found.key),
+        layout=layout_to_pb(found.layout),
+        first=found.first,
+        last=found.last,
+    )
+
+
+def slice_from_pb(message: pb.SpanSlice) -> SpanSlice:
+    return SpanSlice(
+        span=SpanId(message.span_id),
+        key=key_from_pb(message.key),
+        layout=layout_from_pb(message.layout),
+        first=message.first,
+        last=message.last,
     )
 
 
