@@ -52,10 +52,12 @@ class Peer(Protocol):
         """Announce a step. Frames of an earlier step still under way are discarded."""
 
     def send(self, layer: int, micro_batch: int, q: Tensor) -> Any:
-        """Send q ``[rows, heads, k_dim]`` of the shard's rows and heads; returns a token for :meth:`wait`."""
+        """Send q ``[rows, heads, k_dim]`` of the rows and heads that the shard sees of the micro-batch, never
+        none; returns a token for :meth:`wait`."""
 
     def wait(self, sent: Any) -> State:
-        """The shard's state: o ``[rows, heads, v_dim]`` in q's dtype, lse f32 (f64) ``[rows, heads]``."""
+        """The shard's state: o ``[rows, heads, v_dim]`` in q's dtype, lse f32 (f64) ``[rows, heads]``.
+        Valid until the next wait."""
 
     def close(self) -> None: ...
 
@@ -63,10 +65,12 @@ class Peer(Protocol):
 class Shards(Protocol):
     """All the shards of one engine."""
 
-    def begin(self, plan: StepPlan) -> None: ...
+    def begin(self, plan: StepPlan, micro_batches: Sequence[range]) -> None:
+        """Announce a step whose rows come in ``micro_batches``, in order and without a gap."""
 
     def send(self, layer: int, micro_batch: int, q: Tensor) -> Any:
-        """q ``[R, q_heads, k_dim]`` goes to every shard of the plan at once."""
+        """q ``[rows of the micro-batch, q_heads, k_dim]`` goes to every shard of the plan at once."""
 
     def wait(self, pending: Any) -> Sequence[State]:
-        """One state per shard, each over all R rows and heads, in span order."""
+        """One state per shard, each over all rows and heads of the micro-batch, in span order. Frames are
+        waited for in the order they were sent."""

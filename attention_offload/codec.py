@@ -2,6 +2,7 @@
 
 import math
 import sys
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -176,6 +177,7 @@ def step_to_pb(step: ShardStep) -> pb.Step:
         positions=step.positions,
         group0=step.group0,
         group1=step.group1,
+        micro_batch_rows=[len(batch) for batch in step.micro_batches],
         reads=[
             pb.ReadList(
                 reads=[
@@ -198,7 +200,10 @@ def step_to_pb(step: ShardStep) -> pb.Step:
 
 
 def step_from_pb(message: pb.Step) -> ShardStep:
-    """Rows are numbered as the shard sees them."""
+    """Rows are numbered as the shard sees them. Raises InvalidRequest where micro-batches miss some."""
+    ends = list(accumulate(message.micro_batch_rows, initial=0))
+    if ends[-1] != len(message.positions):
+        raise InvalidRequest(f"micro-batches of {ends[-1]} rows in a step of {len(message.positions)}")
     return ShardStep(
         step=message.step,
         rows=tuple(range(len(message.positions))),
@@ -220,4 +225,5 @@ def step_from_pb(message: pb.Step) -> ShardStep:
             )
             for part in message.reads
         ),
+        micro_batches=tuple(range(first, last) for first, last in pairwise(ends)),
     )

@@ -4,34 +4,39 @@ Cuts each shard's rows and heads out of q, sends to all at once, and hands back 
 the order in which they are merged, so that the same plan always gives the same bits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from farshore.attention_offload.base import AttentionModel, Peer
-from farshore.attention_offload.plan import ShardStep, StepPlan
+from farshore.attention_offload.plan import StepPlan
 from farshore.errors import TransportError
 from farshore.ids import WorkerId
 from farshore.kernels.base import State
 
+Index = slice | Tensor
+
 
 class Pending(NamedTuple):
-    """A layer frame under way to every shard of the step."""
+    """A layer frame under way to every shard that has rows of its micro-batch."""
 
-    layer: int
-    rows: int
+    layer_class: int
+    micro_batch: int
     dtype: torch.dtype
-    sent: tuple[Any, ...]
+    sent: list[Any]
+    """As the micro-batch's cuts."""
 
 
-class _Part(NamedTuple):
-    """Where one shard's state belongs in the whole step's."""
+class _Cut(NamedTuple):
+    """What one shard sees of one micro-batch: by row and by group, of the engine's."""
 
     peer: Peer
-    step: ShardStep
-    rows: Tensor
+    rows: Index | None
+    """None: all."""
+    groups: range | None
+    """None: all."""
 
 
 class Fanout:
@@ -40,42 +45,73 @@ class Fanout:
     def __init__(self, peers: Mapping[WorkerId, Peer], model: AttentionModel) -> None:
         self._peers = peers
         self._model = model
-        self._parts: list[_Part] = []
+        self._rows: list[int] = []
+        self._cuts: list[list[_Cut]] = []
+        self._spread: dict[tuple[int, int, int], State] = {}
 
-    def begin(self, plan: StepPlan) -> None:
+    def begin(self, plan: StepPlan, micro_batches: Sequence[range]) -> None:
         """Announce the step to every shard it reads from. Raises TransportError for one that is gone."""
-        self._parts = []
-        parts = []
-        for worker, step in plan.shard_steps().items():
+        self._rows = [len(batch) for batch in micro_batches]
+        self._cuts = [[] for _ in micro_batches]
+        self._spread = {}
+        for worker, step in plan.shard_steps(micro_batches).items():
             if worker not in self._peers:
                 raise TransportError(f"no connection to attention worker {worker}")
             peer = self._peers[worker]
             peer.begin(step)
-            parts.append(_Part(peer, step, torch.tensor(step.rows)))
-        self._parts = parts
+            groups = range(step.group0, step.group1)
+            for index, batch in enumerate(micro_batches):
+                mine = step.micro_batches[index]
+                if mine:
+                    rows = _index([step.rows[row] - batch.start for row in mine], len(batch))
+                    cut = _Cut(peer, rows, None if len(groups) == plan.groups else groups)
+                    self._cuts[index].append(cut)
 
     def send(self, layer: int, micro_batch: int, q: Tensor) -> Pending:
-        """q ``[R, q_heads, k_dim]``."""
+        """q ``[rows of the micro-batch, q_heads, k_dim]``; it must stay as it is until :meth:`wait`."""
+        layer_class = self._model.layer_class[layer]
         sent = []
-        for part in self._parts:
-            heads = self._heads(part.step, layer)
-            sent.append(part.peer.send(layer, micro_batch, q[part.rows, heads].contiguous()))
-        return Pending(layer, q.shape[0], q.dtype, tuple(sent))
+        for cut in self._cuts[micro_batch]:
+            part = q if cut.rows is None else q[cut.rows]
+            if cut.groups is not None:
+                part = part[:, self._heads(cut.groups, layer_class)].contiguous()
+            sent.append(cut.peer.send(layer, micro_batch, part))
+        return Pending(layer_class, micro_batch, q.dtype, sent)
 
     def wait(self, pending: Pending) -> list[State]:
-        """One state per shard over all R rows and heads, in span order; the identity where a shard had
-        nothing to read."""
-        spec = self._model.specs[self._model.layer_class[pending.layer]]
-        states = []
-        for part, sent in zip(self._parts, pending.sent, strict=True):
-            answer = part.peer.wait(sent)
-            state = State.identity(pending.rows, spec.q_heads, spec.v_dim, dtype=pending.dtype)
-            heads = self._heads(part.step, pending.layer)
-            state.o[part.rows, heads] = answer.o
-            state.lse[part.rows, heads] = answer.lse
-            states.append(state)
-        return states
+        """One state per shard over all rows of the micro-batch and all heads, in span order; the identity
+        where a shard had nothing to read. Valid until the next call."""
+        cuts = self._cuts[pending.micro_batch]
+        answers = [cut.peer.wait(sent) for cut, sent in zip(cuts, pending.sent, strict=True)]
+        return [
+            answer if cut.rows is None and cut.groups is None else self._whole(pending, index, answer)
+            for index, (cut, answer) in enumerate(zip(cuts, answers, strict=True))
+        ]
 
-    def _heads(self, step: ShardStep, layer: int) -> slice:
-        per_group = self._model.specs[self._model.layer_class[layer]].q_heads_per_group
-        return slice(step.group0 * per_group, step.group1 * per_group)
+    def _whole(self, pending: Pending, index: int, answer: State) -> State:
+        """The answer of a shard that sees less, put where it belongs. The rest is the identity, made once in
+        a step: every layer of a class overwrites the same part."""
+        spec = self._model.specs[pending.layer_class]
+        key = (pending.layer_class, pending.micro_batch, index)
+        if key not in self._spread:
+            rows = self._rows[pending.micro_batch]
+            self._spread[key] = State.identity(rows, spec.q_heads, spec.v_dim, dtype=pending.dtype)
+        state, cut = self._spread[key], self._cuts[pending.micro_batch][index]
+        rows = slice(None) if cut.rows is None else cut.rows
+        heads = slice(None) if cut.groups is None else self._heads(cut.groups, pending.layer_class)
+        state.o[rows, heads] = answer.o
+        state.lse[rows, heads] = answer.lse
+        return state
+
+    def _heads(self, groups: range, layer_class: int) -> slice:
+        per_group = self._model.specs[layer_class].q_heads_per_group
+        return slice(groups.start * per_group, groups.stop * per_group)
+
+
+def _index(rows: list[int], all_rows: int) -> Index | None:
+    """How to take ``rows``, ascending, out of ``all_rows``: without a copy where they follow each other."""
+    if len(rows) == all_rows:
+        return None
+    if rows[-1] - rows[0] + 1 == len(rows):
+        return slice(rows[0], rows[-1] + 1)
+    return torch.tensor(rows)

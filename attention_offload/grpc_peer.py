@@ -27,6 +27,7 @@ class Sent(NamedTuple):
 
     step: int
     layer: int
+    micro_batch: int
     rows: int
     heads: int
 
@@ -118,7 +119,7 @@ class GrpcPeer:
         frame = pb.LayerFrame(step=number, layer=layer, micro_batch=micro_batch, q=codec.to_bytes(q))
         self._unanswered += 1
         self._stream.put(pb.Frame(layer=frame))
-        return Sent(number, layer, q.shape[0], q.shape[1])
+        return Sent(number, layer, micro_batch, q.shape[0], q.shape[1])
 
     def wait(self, sent: Sent) -> State:
         if self._stream is None:
@@ -131,10 +132,11 @@ class GrpcPeer:
         except TransportError as error:
             self._reset()
             raise TransportError(f"{self._address}: {error}") from error
-        if (answer.step, answer.layer) != (sent.step, sent.layer):
+        if (answer.step, answer.layer, answer.micro_batch) != sent[:3]:
             self._reset()
             raise TransportError(
-                f"{self._address}: answered step {answer.step} layer {answer.layer}, not {sent}"
+                f"{self._address}: answered step {answer.step} layer {answer.layer} micro-batch"
+                f" {answer.micro_batch}, not {sent}"
             )
         self._unanswered -= 1
         v_dim = self._model.specs[self._model.layer_class[sent.layer]].v_dim

@@ -134,17 +134,18 @@ class AttentionService(pb_grpc.AttentionServicer):
             raise InvalidRequest("the first frame of an Attend stream must be Open")
         model, dtype = codec.model_from_pb(opening.open), codec.dtype_of(opening.open.dtype)
         session = ShardSession(self._store, model, self._attended)
-        rows = heads = 0
+        heads = 0
         for frame in frames:
             if frame.WhichOneof("kind") == "begin":
                 step = codec.step_from_pb(frame.begin)
                 session.begin(step)
-                rows, heads = len(step.positions), step.group1 - step.group0
+                heads = step.group1 - step.group0
                 continue
             layer = frame.layer
             spec = session.spec(layer.layer)
-            q = codec.from_bytes(layer.q, (rows, heads * spec.q_heads_per_group, spec.k_dim), dtype)
-            state = session.attend(layer.step, layer.layer, q)
+            shape = (session.rows(layer.micro_batch), heads * spec.q_heads_per_group, spec.k_dim)
+            q = codec.from_bytes(layer.q, shape, dtype)
+            state = session.attend(layer.step, layer.layer, layer.micro_batch, q)
             yield pb.State(
                 step=layer.step,
                 layer=layer.layer,

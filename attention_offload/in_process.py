@@ -41,12 +41,12 @@ class InProcessPeer:
         self._step = step.step
         self._session.begin(step)
 
-    def send(self, layer: int, micro_batch: int, q: Tensor) -> tuple[int, Tensor]:
-        return layer, q
+    def send(self, layer: int, micro_batch: int, q: Tensor) -> tuple[int, int, Tensor]:
+        return layer, micro_batch, q
 
-    def wait(self, sent: tuple[int, Tensor]) -> State:
-        layer, q = sent
-        return self._session.attend(self._step, layer, q)
+    def wait(self, sent: tuple[int, int, Tensor]) -> State:
+        """Attends now: the engine calls it when the frames to other shards are under way."""
+        return self._session.attend(self._step, *sent)
 
     def close(self) -> None:
         pass

@@ -251,18 +251,20 @@ class ReadList(_message.Message):
     def __init__(self, reads: _Optional[_Iterable[_Union[ReadItem, _Mapping]]] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("step", "positions", "group0", "group1", "reads")
+    __slots__ = ("step", "positions", "group0", "group1", "reads", "micro_batch_rows")
     STEP_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
     GROUP0_FIELD_NUMBER: _ClassVar[int]
     GROUP1_FIELD_NUMBER: _ClassVar[int]
     READS_FIELD_NUMBER: _ClassVar[int]
+    MICRO_BATCH_ROWS_FIELD_NUMBER: _ClassVar[int]
     step: int
     positions: _containers.RepeatedScalarFieldContainer[int]
     group0: int
     group1: int
     reads: _containers.RepeatedCompositeFieldContainer[ReadList]
-    def __init__(self, step: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., group0: _Optional[int] = ..., group1: _Optional[int] = ..., reads: _Optional[_Iterable[_Union[ReadList, _Mapping]]] = ...) -> None: ...
+    micro_batch_rows: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, step: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., group0: _Optional[int] = ..., group1: _Optional[int] = ..., reads: _Optional[_Iterable[_Union[ReadList, _Mapping]]] = ..., micro_batch_rows: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class LayerFrame(_message.Message):
     __slots__ = ("step", "layer", "micro_batch", "q")

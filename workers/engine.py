@@ -34,6 +34,7 @@ from farshore.workers.sequence import (
     Sampling,
     Sequence,
 )
+from farshore.workers.step import run_step
 
 STEP_ATTEMPTS = 3
 """A step is a transaction: how often it is run before its sequences fail."""
@@ -314,13 +315,15 @@ class Engine:
         try:
             plan = decode.make_plan(self._step, batch, self._attention)
             decode.check_plan(plan, batch)
-            logits = decode.run_step(
+            logits = run_step(
                 plan,
-                batch,
+                [sequence.tokens[sequence.committed] for sequence in batch],
+                [decode.tail_of(sequence) for sequence in batch],
                 model=self._model,
                 attention=self._attention,
                 shards=self._shards,
                 memory=self._arena.memory,
+                micro_batches=1,
             )
             decode.commit(plan, batch, self._attention)
         except FarshoreError:

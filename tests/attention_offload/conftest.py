@@ -55,7 +55,7 @@ class Workload:
 
     def step(self, reads, *, positions=(100,), number=1, group0=0, group1=3):
         rows = tuple(range(len(positions)))
-        return ShardStep(number, rows, tuple(positions), group0, group1, (tuple(reads),))
+        return ShardStep(number, rows, tuple(positions), group0, group1, (tuple(reads),), (range(len(rows)),))
 
     def query(self, *, rows=1, groups=3, seed=0):
         random = torch.Generator().manual_seed(seed)

@@ -11,7 +11,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from farshore.attention_offload.fanout import Fanout
 from farshore.attention_offload.grpc_server import READ_CHUNK_BYTES, serve
 from farshore.attention_offload.in_process import InProcessPeer
-from farshore.attention_offload.plan import Read, StepPlan
+from farshore.attention_offload.plan import Read, StepPlan, split_rows
 from farshore.attention_offload.remote_store import WRITE_CHUNK_BYTES
 from farshore.errors import FarshoreError, Fenced, Full, InvalidRequest, NotFound, PortInUse
 from farshore.ids import SequenceId, SpanId, WorkerId
@@ -74,7 +74,7 @@ def test_fanout_puts_the_states_of_two_servers_where_they_belong(start_shard, co
     over_grpc, in_process = Fanout(remote, work.model), Fanout(local, work.model)
     q = work.query(rows=2)
     for fanout in (over_grpc, in_process):
-        fanout.begin(plan)
+        fanout.begin(plan, split_rows(2, 1))
     for layer in range(work.layers):
         got, expected = (f.wait(f.send(layer, 0, q)) for f in (over_grpc, in_process))
         for mine, theirs in zip(got, expected, strict=True):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farshore.attention_offload.placement import Room, head_classes, spread
-from farshore.attention_offload.plan import Read, StepPlan, Stretch
+from farshore.attention_offload.plan import Read, StepPlan, Stretch, split_rows
 from farshore.errors import Full, InvalidPlan
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import BLOCK_TOKENS
@@ -121,7 +121,7 @@ def test_speculative_rows_follow_each_other():
 
 def test_shard_steps_come_in_span_order_with_their_own_rows_and_heads():
     plan = plan_of([("b", read(0, 20, 0, 2)), ("a", read(20, 50, 1, 2)), ("c", read(0, 50, 2, 3))])
-    steps = plan.shard_steps()
+    steps = plan.shard_steps(split_rows(1, 1))
     assert list(steps) == ["b", "c", "a"]
     assert (steps[WorkerId("a")].group0, steps[WorkerId("a")].group1) == (1, 2)
     assert steps[WorkerId("b")].positions == (100,)
