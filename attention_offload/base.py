@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from farshore.attention_offload.frames import Transport
 from farshore.attention_offload.plan import ShardStep, StepPlan
 from farshore.ids import WorkerId
 from farshore.kernels.base import AttentionSpec, KVLayout, State
@@ -46,6 +47,10 @@ class Peer(Protocol):
     store: ShardStore
     """The shard's store, for the cold calls: create, write, seal, read, drop."""
 
+    @property
+    def transport(self) -> Transport | None:
+        """What carries its hot frames; None while nothing is connected."""
+
     def identify(self) -> ShardIdentity: ...
 
     def begin(self, step: ShardStep) -> None:
@@ -53,11 +58,12 @@ class Peer(Protocol):
 
     def send(self, layer: int, micro_batch: int, q: Tensor) -> Any:
         """Send q ``[rows, heads, k_dim]`` of the rows and heads that the shard sees of the micro-batch, never
-        none; returns a token for :meth:`wait`."""
+        none; returns a token for :meth:`wait`. Rows may lie apart, as where its heads are a slice of more."""
 
-    def wait(self, sent: Any) -> State:
+    def wait(self, sent: Any, *, out: State | None = None) -> State:
         """The shard's state: o ``[rows, heads, v_dim]`` in q's dtype, lse f32 (f64) ``[rows, heads]``.
-        Valid until the next wait."""
+        Valid until the next wait. In the memory of ``out`` where given: rows may lie apart in it, the heads
+        of a row may not."""
 
     def close(self) -> None: ...
 

@@ -17,8 +17,10 @@ constexpr auto SPIN = std::chrono::microseconds(20);
 
 constexpr size_t PAGE = 4096;
 constexpr size_t SLOT_HEADER = 64;  // the frame's header, and the payload aligned
+// A power of two, so that counters may overflow; above MAX_UNDER_WAY, for a step's BEGIN ahead of its frames.
+constexpr uint32_t SLOTS = 2 * MAX_UNDER_WAY;
 
-// One direction. Frame n lies in slot n % MAX_UNDER_WAY.
+// One direction. Frame n lies in slot n % SLOTS.
 struct alignas(128) Ring {
     std::atomic<uint32_t> published;  // frames so far; by the sender
     std::atomic<uint32_t> sleeping;   // the receiver wants a WAKE on the socket; taken back by who sends it
@@ -45,7 +47,7 @@ class Mapping {
     int create(uint32_t slot_bytes) {
         const int fd = memfd_create("farshore-frames", MFD_CLOEXEC | MFD_ALLOW_SEALING);
         if (fd < 0) broken("memfd_create");
-        const size_t bytes = PAGE + 2 * MAX_UNDER_WAY * static_cast<size_t>(slot_bytes);
+        const size_t bytes = PAGE + 2 * SLOTS * static_cast<size_t>(slot_bytes);
         // Sealed against shrinking: the other end must not be hit by a bus error in the middle of a frame.
         if (ftruncate(fd, bytes) != 0 || fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
             close(fd);
@@ -61,7 +63,7 @@ class Mapping {
         if (seals < 0 || !(seals & F_SEAL_SHRINK) || fstat(fd, &status) != 0)
             throw Broken("shared memory that may shrink");
         const size_t bytes = status.st_size;
-        if (bytes <= PAGE || (bytes - PAGE) % (2 * MAX_UNDER_WAY * PAGE) != 0 || (bytes - PAGE) / 2 > UINT32_MAX)
+        if (bytes <= PAGE || (bytes - PAGE) % (2 * SLOTS * PAGE) != 0 || (bytes - PAGE) / 2 > UINT32_MAX)
             throw Broken("shared memory of " + std::to_string(bytes) + " bytes");
         map(fd, bytes);
     }
@@ -70,7 +72,7 @@ class Mapping {
     uint32_t slot_bytes() const { return slot_bytes_; }
     Ring& ring(int direction) { return reinterpret_cast<Ring*>(memory_)[direction]; }
     uint8_t* slot(int direction, uint32_t frame) {
-        const size_t index = direction * MAX_UNDER_WAY + frame % MAX_UNDER_WAY;
+        const size_t index = direction * SLOTS + frame % SLOTS;
         return memory_ + PAGE + index * slot_bytes_;
     }
 
@@ -81,7 +83,7 @@ class Mapping {
         unmap();
         memory_ = static_cast<uint8_t*>(memory);
         bytes_ = bytes;
-        slot_bytes_ = static_cast<uint32_t>((bytes - PAGE) / (2 * MAX_UNDER_WAY));
+        slot_bytes_ = static_cast<uint32_t>((bytes - PAGE) / (2 * SLOTS));
     }
     void unmap() {
         if (memory_) munmap(memory_, bytes_);
@@ -92,6 +94,8 @@ class Mapping {
     uint32_t slot_bytes_ = 0;
 };
 
+// Longer messages go over the socket. A slot of kind BEGIN holds their place among the layer frames; a FAILURE
+// is the last of all.
 class SharedMemory : public Wire {
   public:
     using Wire::Wire;
@@ -100,21 +104,14 @@ class SharedMemory : public Wire {
     }
 
     void begin(const Header& header, const void* step, uint32_t max_layer_bytes) override {
-        expect(max_layer_bytes);
         out_ = 0;
         in_ = 1;
-        if (map_ && max_layer_bytes + SLOT_HEADER <= map_.slot_bytes()) return send_control(header, step);
-        // Twice what is asked for: a batch that grows by one sequence needs no new memory each time.
-        const size_t slot = (2 * static_cast<size_t>(max_layer_bytes) + SLOT_HEADER + PAGE - 1) / PAGE * PAGE;
-        const int fd = map_.create(static_cast<uint32_t>(slot));
-        sent_ = taken_ = 0;
-        try {
-            send_control(header, step, fd);
-        } catch (...) {
-            close(fd);
-            throw;
+        if (map_ && max_layer_bytes + SLOT_HEADER <= map_.slot_bytes()) {
+            send_control(header, step);
+        } else {
+            begin_in_new_memory(header, step, max_layer_bytes);
         }
-        close(fd);
+        publish({header.step, 0, 0, BEGIN, 0});
     }
 
     uint8_t* reserve(uint32_t bytes) override {
@@ -135,11 +132,11 @@ class SharedMemory : public Wire {
 
     Frame receive(Deadline deadline) override {
         for (;;) {
-            if (has_frame()) return take();
-            if (control_) {
-                const Frame frame = *control_;
-                control_.reset();
-                return frame;
+            if (has_frame()) {
+                const Frame frame = take();
+                if (frame.header.kind == LAYER) return frame;
+                while (!message_ || message_->kind != BEGIN) read_socket(soon());
+                return message();
             }
             if (map_) {
                 const auto until = std::chrono::steady_clock::now() + SPIN;
@@ -149,29 +146,63 @@ class SharedMemory : public Wire {
                 map_.ring(in_).sleeping.store(1);
                 if (has_frame()) continue;
             }
-            const Frame frame = reader_.next(socket_, deadline, 0, &passed_);
-            if (frame.header.kind == WAKE) continue;
-            if (passed_ >= 0) attach(frame);
-            // Frames in memory were sent before it, and come first.
-            control_ = frame;
+            try {
+                read_socket(deadline);
+            } catch (const HungUp&) {
+                if (has_frame()) continue;
+                if (message_ && message_->kind == FAILURE) return message();
+                throw;
+            }
         }
     }
 
   private:
+    void begin_in_new_memory(const Header& header, const void* step, uint32_t max_layer_bytes) {
+        // Twice what is asked for: a batch that grows by one sequence needs no new memory each time.
+        const size_t slot = (2 * static_cast<size_t>(max_layer_bytes) + SLOT_HEADER + PAGE - 1) / PAGE * PAGE;
+        const int fd = map_.create(static_cast<uint32_t>(slot));
+        sent_ = taken_ = 0;
+        try {
+            send_control(header, step, fd);
+        } catch (...) {
+            close(fd);
+            throw;
+        }
+        close(fd);
+    }
+
     bool has_frame() { return map_ && map_.ring(in_).published.load() != taken_; }
 
     Frame take() {
         const uint32_t waiting = map_.ring(in_).published.load() - taken_;
-        if (waiting > MAX_UNDER_WAY)
-            throw Broken("garbage: " + std::to_string(waiting) + " frames in " + std::to_string(MAX_UNDER_WAY) + " slots");
+        if (waiting > SLOTS)
+            throw Broken("garbage: " + std::to_string(waiting) + " frames in " + std::to_string(SLOTS) + " slots");
         const uint8_t* slot = map_.slot(in_, taken_);
         Frame frame;
         std::memcpy(&frame.header, slot, sizeof frame.header);
         frame.payload = slot + SLOT_HEADER;
-        if (frame.header.kind != LAYER || frame.header.bytes > map_.slot_bytes() - SLOT_HEADER)
-            throw Broken("garbage: a slot with a frame of kind " + std::to_string(frame.header.kind) + ", " +
-                         std::to_string(frame.header.bytes) + " bytes");
+        const Header& header = frame.header;
+        if ((header.kind != LAYER && (header.kind != BEGIN || in_ != 0)) ||
+            header.bytes > map_.slot_bytes() - SLOT_HEADER)
+            throw Broken("garbage: a slot with a frame of kind " + std::to_string(header.kind) + ", " +
+                         std::to_string(header.bytes) + " bytes");
         taken_++;
+        return frame;
+    }
+
+    void read_socket(Deadline deadline) {
+        const Frame frame = reader_.next(socket_, deadline, 0, &passed_);
+        if (frame.header.kind == WAKE) return;
+        if (message_) throw Broken("reordered: a message before the last one's turn");
+        if (passed_ >= 0) attach(frame);
+        if (!map_ && frame.header.kind == BEGIN) throw Broken("a step without memory to share");
+        message_ = frame.header;
+        payload_.assign(frame.payload, frame.payload + frame.header.bytes);
+    }
+
+    Frame message() {
+        const Frame frame{*message_, payload_.data()};
+        message_.reset();
         return frame;
     }
 
@@ -187,7 +218,8 @@ class SharedMemory : public Wire {
     int out_ = 1, in_ = 0;  // directions; an engine's, from its first step on, are the other way round
     uint32_t sent_ = 0, taken_ = 0;
     int passed_ = -1;
-    std::optional<Frame> control_;
+    std::optional<Header> message_;  // read ahead of its turn
+    std::vector<uint8_t> payload_;
 };
 
 }  // namespace
