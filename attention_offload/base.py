@@ -36,6 +36,9 @@ class ShardIdentity(NamedTuple):
     """KV bytes this shard has attended to since it started."""
 
 
+IN_PROCESS = "in-process"
+
+
 class Peer(Protocol):
     """One engine's connection to one shard. Not thread-safe: hot calls come from the engine's loop alone.
 
@@ -45,6 +48,10 @@ class Peer(Protocol):
 
     store: ShardStore
     """The shard's store, for the cold calls: create, write, seal, read, drop."""
+
+    @property
+    def transport(self) -> str:
+        """What carries the frames, for people: ``IN_PROCESS``, shared memory, TCP, gRPC."""
 
     def identify(self) -> ShardIdentity: ...
 

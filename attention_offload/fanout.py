@@ -5,18 +5,23 @@ the order in which they are merged, so that the same plan always gives the same 
 """
 
 from collections.abc import Mapping, Sequence
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from farshore.attention_offload.base import AttentionModel, Peer
+from farshore.attention_offload.base import IN_PROCESS, AttentionModel, Peer
+from farshore.attention_offload.latency import Link, LinkRecord, links
 from farshore.attention_offload.plan import StepPlan
 from farshore.errors import TransportError
 from farshore.ids import WorkerId
 from farshore.kernels.base import State
 
 Index = slice | Tensor
+
+BLOCKED_S = 20e-6
+"""An answer that was waited for so long came just now; one that was there may have come earlier."""
 
 
 class Pending(NamedTuple):
@@ -25,6 +30,7 @@ class Pending(NamedTuple):
     layer_class: int
     micro_batch: int
     dtype: torch.dtype
+    sent_s: float
     sent: list[Any]
     """As the micro-batch's cuts."""
 
@@ -33,6 +39,7 @@ class _Cut(NamedTuple):
     """What one shard sees of one micro-batch: by row and by group, of the engine's."""
 
     peer: Peer
+    record: LinkRecord
     rows: Index | None
     """None: all."""
     groups: range | None
@@ -48,6 +55,14 @@ class Fanout:
         self._rows: list[int] = []
         self._cuts: list[list[_Cut]] = []
         self._spread: dict[tuple[int, int, int], State] = {}
+        self._records = {worker: LinkRecord() for worker in peers}
+        self._turn = 0
+        self.waited_s = 0.0
+        """For other processes' answers, so far."""
+
+    def links(self) -> list[Link]:
+        """What frames to each shard have taken. May be asked from another thread."""
+        return links(self._records, {worker: peer.transport for worker, peer in self._peers.items()})
 
     def begin(self, plan: StepPlan, micro_batches: Sequence[range]) -> None:
         """Announce the step to every shard it reads from. Raises TransportError for one that is gone."""
@@ -57,36 +72,76 @@ class Fanout:
         for worker, step in plan.shard_steps(micro_batches).items():
             if worker not in self._peers:
                 raise TransportError(f"no connection to attention worker {worker}")
-            peer = self._peers[worker]
-            peer.begin(step)
+            peer, record = self._peers[worker], self._records[worker]
+            try:
+                peer.begin(step)
+            except TransportError:
+                record.failures += 1
+                raise
             groups = range(step.group0, step.group1)
             for index, batch in enumerate(micro_batches):
                 mine = step.micro_batches[index]
                 if mine:
                     rows = _index([step.rows[row] - batch.start for row in mine], len(batch))
-                    cut = _Cut(peer, rows, None if len(groups) == plan.groups else groups)
+                    cut = _Cut(peer, record, rows, None if len(groups) == plan.groups else groups)
                     self._cuts[index].append(cut)
 
     def send(self, layer: int, micro_batch: int, q: Tensor) -> Pending:
         """q ``[rows of the micro-batch, q_heads, k_dim]``; it must stay as it is until :meth:`wait`."""
         layer_class = self._model.layer_class[layer]
         sent = []
+        sent_s = perf_counter()
         for cut in self._cuts[micro_batch]:
             part = q if cut.rows is None else q[cut.rows]
             if cut.groups is not None:
                 part = part[:, self._heads(cut.groups, layer_class)].contiguous()
-            sent.append(cut.peer.send(layer, micro_batch, part))
-        return Pending(layer_class, micro_batch, q.dtype, sent)
+            try:
+                sent.append(cut.peer.send(layer, micro_batch, part))
+            except TransportError:
+                cut.record.failures += 1
+                raise
+        return Pending(layer_class, micro_batch, q.dtype, sent_s, sent)
 
     def wait(self, pending: Pending) -> list[State]:
         """One state per shard over all rows of the micro-batch and all heads, in span order; the identity
         where a shard had nothing to read. Valid until the next call."""
         cuts = self._cuts[pending.micro_batch]
-        answers = [cut.peer.wait(sent) for cut, sent in zip(cuts, pending.sent, strict=True)]
+        answers = self._answers(cuts, pending)
         return [
-            answer if cut.rows is None and cut.groups is None else self._whole(pending, index, answer)
-            for index, (cut, answer) in enumerate(zip(cuts, answers, strict=True))
+            answers[index]
+            if cut.rows is None and cut.groups is None
+            else self._whole(pending, index, answers[index])
+            for index, cut in enumerate(cuts)
         ]
+
+    def _answers(self, cuts: list[_Cut], pending: Pending) -> dict[int, State]:
+        """By cut. What is attended to in this process comes first: the others are busy meanwhile."""
+        answers = {}
+        remote = []
+        for index, cut in enumerate(cuts):
+            if cut.peer.transport == IN_PROCESS:
+                answers[index] = cut.peer.wait(pending.sent[index])
+            else:
+                remote.append(index)
+        # In turns, so that each shard's answer is often the first that is waited for: it alone is always seen
+        # when it comes, whoever else is late.
+        self._turn += 1
+        start_s = perf_counter()
+        for place in range(len(remote)):
+            index = remote[(place + self._turn) % len(remote)]
+            record = cuts[index].record
+            try:
+                answers[index] = cuts[index].peer.wait(pending.sent[index])
+            except TransportError:
+                record.failures += 1
+                raise
+            end_s = perf_counter()
+            record.frames += 1
+            if place == 0 or end_s - start_s > BLOCKED_S:
+                record.latency.add(end_s - pending.sent_s)
+            self.waited_s += end_s - start_s
+            start_s = end_s
+        return answers
 
     def _whole(self, pending: Pending, index: int, answer: State) -> State:
         """The answer of a shard that sees less, put where it belongs. The rest is the identity, made once in

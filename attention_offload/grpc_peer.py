@@ -75,6 +75,7 @@ class GrpcPeer:
     """A :class:`~farshore.attention_offload.base.Peer` over one gRPC channel."""
 
     store: RemoteStore
+    transport = "gRPC"
 
     def __init__(
         self,

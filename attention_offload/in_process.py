@@ -8,7 +8,7 @@ import socket
 
 from torch import Tensor
 
-from farshore.attention_offload.base import AttentionModel, ShardIdentity
+from farshore.attention_offload.base import IN_PROCESS, AttentionModel, ShardIdentity
 from farshore.attention_offload.plan import ShardStep
 from farshore.attention_offload.shard import AttendedBytes, ShardSession
 from farshore.ids import WorkerId
@@ -18,6 +18,8 @@ from farshore.kvstore.base import ShardStore
 
 class InProcessPeer:
     """A :class:`~farshore.attention_offload.base.Peer` by direct calls; never raises TransportError."""
+
+    transport = IN_PROCESS
 
     def __init__(self, worker: WorkerId, store: ShardStore, model: AttentionModel) -> None:
         self.store = store

@@ -27,6 +27,7 @@ class Flaky:
     def __init__(self, peer):
         self._peer = peer
         self.store = peer.store
+        self.transport = "flaky"
         self.waits = 0
         self.break_at = set()
         self.die_at = None
