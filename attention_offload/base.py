@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from farshore.attention_offload.frames import Transport
 from farshore.attention_offload.plan import ShardStep, StepPlan
 from farshore.ids import WorkerId
 from farshore.kernels.base import AttentionSpec, KVLayout, State
@@ -36,9 +37,6 @@ class ShardIdentity(NamedTuple):
     """KV bytes this shard has attended to since it started."""
 
 
-IN_PROCESS = "in-process"
-
-
 class Peer(Protocol):
     """One engine's connection to one shard. Not thread-safe: hot calls come from the engine's loop alone.
 
@@ -50,8 +48,8 @@ class Peer(Protocol):
     """The shard's store, for the cold calls: create, write, seal, read, drop."""
 
     @property
-    def transport(self) -> str:
-        """What carries the frames, for people: ``IN_PROCESS``, shared memory, TCP, gRPC."""
+    def transport(self) -> Transport | None:
+        """What carries its hot frames; None while nothing is connected."""
 
     def identify(self) -> ShardIdentity: ...
 
@@ -60,11 +58,12 @@ class Peer(Protocol):
 
     def send(self, layer: int, micro_batch: int, q: Tensor) -> Any:
         """Send q ``[rows, heads, k_dim]`` of the rows and heads that the shard sees of the micro-batch, never
-        none; returns a token for :meth:`wait`."""
+        none; returns a token for :meth:`wait`. Rows may lie apart, as where its heads are a slice of more."""
 
-    def wait(self, sent: Any) -> State:
+    def wait(self, sent: Any, *, out: State | None = None) -> State:
         """The shard's state: o ``[rows, heads, v_dim]`` in q's dtype, lse f32 (f64) ``[rows, heads]``.
-        Valid until the next wait."""
+        Valid until the next wait. In the memory of ``out`` where given: rows may lie apart in it, the heads
+        of a row may not."""
 
     def close(self) -> None: ...
 

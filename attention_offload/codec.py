@@ -4,12 +4,14 @@ import math
 import sys
 from itertools import accumulate, pairwise
 
+import grpc
 import torch
 from torch import Tensor
 
+from farshore import rpc
 from farshore.attention_offload.base import AttentionModel, ShardIdentity
 from farshore.attention_offload.plan import Read, ShardStep
-from farshore.errors import InvalidRequest
+from farshore.errors import FarshoreError, InvalidRequest
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import AttentionSpec, KVLayout
 from farshore.kernels.formats import KVFormat
@@ -139,6 +141,16 @@ def identity_from_pb(message: pb.Identity) -> ShardIdentity:
         free_bytes=message.free_bytes,
         attended_bytes=message.attended_bytes,
     )
+
+
+def failure_to_pb(error: Exception) -> pb.Failure:
+    code, message, _ = rpc.status_of(error)
+    return pb.Failure(code=code.value[0], message=message)
+
+
+def error_from_pb(message: pb.Failure, *, peer: str) -> FarshoreError:
+    code = next((it for it in grpc.StatusCode if it.value[0] == message.code), grpc.StatusCode.UNKNOWN)
+    return rpc.error_of_status(code, message.message, peer=peer)
 
 
 def model_to_pb(model: AttentionModel, dtype: torch.dtype) -> pb.Open:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from farshore.attention_offload.base import IN_PROCESS, AttentionModel, Peer
+from farshore.attention_offload.base import AttentionModel, Peer
+from farshore.attention_offload.frames import Transport
 from farshore.attention_offload.latency import Link, LinkRecord, links
 from farshore.attention_offload.plan import StepPlan
 from farshore.errors import TransportError
@@ -40,10 +41,17 @@ class _Cut(NamedTuple):
 
     peer: Peer
     record: LinkRecord
-    rows: Index | None
-    """None: all."""
-    groups: range | None
-    """None: all."""
+    rows: Index
+    groups: range
+
+
+class _Place(NamedTuple):
+    """Where a shard's answers go: ``answer`` is its part of ``whole``, whose rest is the identity."""
+
+    whole: State
+    answer: State
+    scattered: tuple[Tensor, slice] | None
+    """Rows that do not follow each other, and heads: the answer has memory of its own, and is copied."""
 
 
 class Fanout:
@@ -54,7 +62,7 @@ class Fanout:
         self._model = model
         self._rows: list[int] = []
         self._cuts: list[list[_Cut]] = []
-        self._spread: dict[tuple[int, int, int], State] = {}
+        self._places: dict[tuple[int, int], list[_Place]] = {}
         self._records = {worker: LinkRecord() for worker in peers}
         self._turn = 0
         self.waited_s = 0.0
@@ -68,7 +76,7 @@ class Fanout:
         """Announce the step to every shard it reads from. Raises TransportError for one that is gone."""
         self._rows = [len(batch) for batch in micro_batches]
         self._cuts = [[] for _ in micro_batches]
-        self._spread = {}
+        self._places = {}
         for worker, step in plan.shard_steps(micro_batches).items():
             if worker not in self._peers:
                 raise TransportError(f"no connection to attention worker {worker}")
@@ -78,13 +86,11 @@ class Fanout:
             except TransportError:
                 record.failures += 1
                 raise
-            groups = range(step.group0, step.group1)
             for index, batch in enumerate(micro_batches):
                 mine = step.micro_batches[index]
                 if mine:
-                    rows = _index([step.rows[row] - batch.start for row in mine], len(batch))
-                    cut = _Cut(peer, record, rows, None if len(groups) == plan.groups else groups)
-                    self._cuts[index].append(cut)
+                    rows = _index([step.rows[row] - batch.start for row in mine])
+                    self._cuts[index].append(_Cut(peer, record, rows, range(step.group0, step.group1)))
 
     def send(self, layer: int, micro_batch: int, q: Tensor) -> Pending:
         """q ``[rows of the micro-batch, q_heads, k_dim]``; it must stay as it is until :meth:`wait`."""
@@ -92,10 +98,8 @@ class Fanout:
         sent = []
         sent_s = perf_counter()
         for cut in self._cuts[micro_batch]:
-            part = q if cut.rows is None else q[cut.rows]
-            if cut.groups is not None:
-                part = part[:, self._heads(cut.groups, layer_class)].contiguous()
             try:
+                part = q[cut.rows, self._heads(cut, layer_class)]
                 sent.append(cut.peer.send(layer, micro_batch, part))
             except TransportError:
                 cut.record.failures += 1
@@ -104,23 +108,24 @@ class Fanout:
 
     def wait(self, pending: Pending) -> list[State]:
         """One state per shard over all rows of the micro-batch and all heads, in span order; the identity
-        where a shard had nothing to read. Valid until the next call."""
-        cuts = self._cuts[pending.micro_batch]
-        answers = self._answers(cuts, pending)
-        return [
-            answers[index]
-            if cut.rows is None and cut.groups is None
-            else self._whole(pending, index, answers[index])
-            for index, cut in enumerate(cuts)
-        ]
+        where a shard had nothing to read. In the same memory for every layer of a class in a step."""
+        key = (pending.layer_class, pending.micro_batch)
+        if key not in self._places:
+            self._places[key] = [self._place(cut, pending) for cut in self._cuts[pending.micro_batch]]
+        places = self._places[key]
+        self._receive(self._cuts[pending.micro_batch], places, pending)
+        for place in places:
+            if place.scattered is not None:
+                place.whole.o[place.scattered] = place.answer.o
+                place.whole.lse[place.scattered] = place.answer.lse
+        return [place.whole for place in places]
 
-    def _answers(self, cuts: list[_Cut], pending: Pending) -> dict[int, State]:
-        """By cut. What is attended to in this process comes first: the others are busy meanwhile."""
-        answers = {}
+    def _receive(self, cuts: list[_Cut], places: list[_Place], pending: Pending) -> None:
         remote = []
         for index, cut in enumerate(cuts):
-            if cut.peer.transport == IN_PROCESS:
-                answers[index] = cut.peer.wait(pending.sent[index])
+            if cut.peer.transport is Transport.IN_PROCESS:
+                # Attended to now, while the others are busy.
+                cut.peer.wait(pending.sent[index], out=places[index].answer)
             else:
                 remote.append(index)
         # In turns, so that each shard's answer is often the first that is waited for: it alone is always seen
@@ -131,7 +136,7 @@ class Fanout:
             index = remote[(place + self._turn) % len(remote)]
             record = cuts[index].record
             try:
-                answers[index] = cuts[index].peer.wait(pending.sent[index])
+                cuts[index].peer.wait(pending.sent[index], out=places[index].answer)
             except TransportError:
                 record.failures += 1
                 raise
@@ -141,32 +146,23 @@ class Fanout:
                 record.latency.add(end_s - pending.sent_s)
             self.waited_s += end_s - start_s
             start_s = end_s
-        return answers
 
-    def _whole(self, pending: Pending, index: int, answer: State) -> State:
-        """The answer of a shard that sees less, put where it belongs. The rest is the identity, made once in
-        a step: every layer of a class overwrites the same part."""
+    def _place(self, cut: _Cut, pending: Pending) -> _Place:
         spec = self._model.specs[pending.layer_class]
-        key = (pending.layer_class, pending.micro_batch, index)
-        if key not in self._spread:
-            rows = self._rows[pending.micro_batch]
-            self._spread[key] = State.identity(rows, spec.q_heads, spec.v_dim, dtype=pending.dtype)
-        state, cut = self._spread[key], self._cuts[pending.micro_batch][index]
-        rows = slice(None) if cut.rows is None else cut.rows
-        heads = slice(None) if cut.groups is None else self._heads(cut.groups, pending.layer_class)
-        state.o[rows, heads] = answer.o
-        state.lse[rows, heads] = answer.lse
-        return state
+        rows = self._rows[pending.micro_batch]
+        whole = State.identity(rows, spec.q_heads, spec.v_dim, dtype=pending.dtype)
+        heads = self._heads(cut, pending.layer_class)
+        # A copy where the rows are scattered, a view where they are a slice.
+        answer = State(whole.o[cut.rows, heads], whole.lse[cut.rows, heads])
+        return _Place(whole, answer, None if isinstance(cut.rows, slice) else (cut.rows, heads))
 
-    def _heads(self, groups: range, layer_class: int) -> slice:
+    def _heads(self, cut: _Cut, layer_class: int) -> slice:
         per_group = self._model.specs[layer_class].q_heads_per_group
-        return slice(groups.start * per_group, groups.stop * per_group)
+        return slice(cut.groups.start * per_group, cut.groups.stop * per_group)
 
 
-def _index(rows: list[int], all_rows: int) -> Index | None:
-    """How to take ``rows``, ascending, out of ``all_rows``: without a copy where they follow each other."""
-    if len(rows) == all_rows:
-        return None
+def _index(rows: list[int]) -> Index:
+    """How to take ``rows``, ascending, out of others: without a copy where they follow each other."""
     if rows[-1] - rows[0] + 1 == len(rows):
         return slice(rows[0], rows[-1] + 1)
     return torch.tensor(rows)

@@ -8,7 +8,8 @@ import socket
 
 from torch import Tensor
 
-from farshore.attention_offload.base import IN_PROCESS, AttentionModel, ShardIdentity
+from farshore.attention_offload.base import AttentionModel, ShardIdentity
+from farshore.attention_offload.frames import Transport
 from farshore.attention_offload.plan import ShardStep
 from farshore.attention_offload.shard import AttendedBytes, ShardSession
 from farshore.ids import WorkerId
@@ -19,7 +20,7 @@ from farshore.kvstore.base import ShardStore
 class InProcessPeer:
     """A :class:`~farshore.attention_offload.base.Peer` by direct calls; never raises TransportError."""
 
-    transport = IN_PROCESS
+    transport = Transport.IN_PROCESS
 
     def __init__(self, worker: WorkerId, store: ShardStore, model: AttentionModel) -> None:
         self.store = store
@@ -46,9 +47,9 @@ class InProcessPeer:
     def send(self, layer: int, micro_batch: int, q: Tensor) -> tuple[int, int, Tensor]:
         return layer, micro_batch, q
 
-    def wait(self, sent: tuple[int, int, Tensor]) -> State:
+    def wait(self, sent: tuple[int, int, Tensor], *, out: State | None = None) -> State:
         """Attends now: the engine calls it when the frames to other shards are under way."""
-        return self._session.attend(self._step, *sent)
+        return self._session.attend(self._step, *sent, out=out)
 
     def close(self) -> None:
         pass

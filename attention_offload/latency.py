@@ -9,6 +9,7 @@ from math import log2
 from statistics import median
 from typing import NamedTuple
 
+from farshore.attention_offload.frames import Transport
 from farshore.ids import WorkerId
 
 STEPS_AN_OCTAVE = 4
@@ -66,7 +67,8 @@ class Link(NamedTuple):
     """What status shows of the way to one shard: from sending q to having its state."""
 
     worker: WorkerId
-    transport: str
+    transport: Transport | None
+    """None: not connected now."""
     frames: int
     failures: int
     p50_ms: float
@@ -75,7 +77,9 @@ class Link(NamedTuple):
     """Its median is three times that of the other shards, or more."""
 
 
-def links(records: Mapping[WorkerId, LinkRecord], transports: Mapping[WorkerId, str]) -> list[Link]:
+def links(
+    records: Mapping[WorkerId, LinkRecord], transports: Mapping[WorkerId, Transport | None]
+) -> list[Link]:
     """Of the shards that have answered, or should have."""
     p50_s = {worker: it.latency.quantile_s(0.5) for worker, it in records.items() if it.latency.count}
     found = []

@@ -301,3 +301,27 @@ class State(_message.Message):
     o: bytes
     lse: bytes
     def __init__(self, step: _Optional[int] = ..., layer: _Optional[int] = ..., micro_batch: _Optional[int] = ..., o: _Optional[bytes] = ..., lse: _Optional[bytes] = ...) -> None: ...
+
+class ConnectRequest(_message.Message):
+    __slots__ = ("open",)
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    open: Open
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ...) -> None: ...
+
+class ConnectReply(_message.Message):
+    __slots__ = ("token", "unix_name", "tcp_port")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    UNIX_NAME_FIELD_NUMBER: _ClassVar[int]
+    TCP_PORT_FIELD_NUMBER: _ClassVar[int]
+    token: bytes
+    unix_name: str
+    tcp_port: int
+    def __init__(self, token: _Optional[bytes] = ..., unix_name: _Optional[str] = ..., tcp_port: _Optional[int] = ...) -> None: ...
+
+class Failure(_message.Message):
+    __slots__ = ("code", "message")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    message: str
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...

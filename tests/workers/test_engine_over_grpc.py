@@ -21,11 +21,11 @@ class Counted:
     def __getattr__(self, name):
         return getattr(self._peer, name)
 
-    def wait(self, sent):
+    def wait(self, sent, *, out=None):
         self.waits += 1
         self._before.get(self.waits, lambda: None)()
         try:
-            return self._peer.wait(sent)
+            return self._peer.wait(sent, out=out)
         except TransportError:
             self.errors += 1
             raise

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "api.h"
 #include "plan.h"
 
 #if defined(__linux__) && defined(__x86_64__)
@@ -133,7 +134,7 @@ struct WithoutGil {
 };
 
 Plan* plan_of(PyObject* capsule) {
-    void* it = PyCapsule_GetPointer(capsule, "farshore.plan");
+    void* it = PyCapsule_GetPointer(capsule, PLAN_CAPSULE);
     if (!it) throw std::runtime_error("not a plan");
     return static_cast<Plan*>(it);
 }
@@ -177,8 +178,8 @@ PyObject* make_plan(PyObject*, PyObject* const* args, Py_ssize_t count) {
         work.stored1 = a.pointer<const int16_t>();
         work.group0_of_q = a.small();
         lay_out(*plan, work);
-        return PyCapsule_New(plan.release(), "farshore.plan", [](PyObject* capsule) {
-            delete static_cast<Plan*>(PyCapsule_GetPointer(capsule, "farshore.plan"));
+        return PyCapsule_New(plan.release(), PLAN_CAPSULE, [](PyObject* capsule) {
+            delete static_cast<Plan*>(PyCapsule_GetPointer(capsule, PLAN_CAPSULE));
         });
     });
 }
@@ -198,6 +199,17 @@ PyObject* run_partial(PyObject*, PyObject* const* args, Py_ssize_t count) {
         Py_RETURN_NONE;
     });
 }
+
+void run_contiguous(void* capsule_content, int layer, const void* q, int format, void* o, float* lse) {
+    Plan& plan = *static_cast<Plan*>(capsule_content);
+    const int64_t heads = static_cast<int64_t>(plan.groups) * plan.shape.q_heads;
+    const int64_t k_dim = plan.shape.k_dim, v_dim = plan.shape.v_dim;
+    const auto kind = static_cast<Format>(format);
+    const Out out{{o, heads * v_dim, v_dim, kind}, lse, heads, 1};
+    chosen->partial(plan, layer, {const_cast<void*>(q), heads * k_dim, k_dim, kind}, out);
+}
+
+const Api api{run_contiguous};
 
 PyObject* run_extend(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return guarded([&]() -> PyObject* {
@@ -301,5 +313,13 @@ PyModuleDef module{
 PyMODINIT_FUNC PyInit__native() {
     for (const Choice& choice : choices())
         if (choice.usable && !chosen) chosen = choice.kernels;
-    return PyModule_Create(&module);
+    PyObject* it = PyModule_Create(&module);
+    if (!it) return nullptr;
+    PyObject* capsule = PyCapsule_New(const_cast<Api*>(&api), API_CAPSULE, nullptr);
+    if (!capsule || PyModule_AddObject(it, "api", capsule) < 0) {
+        Py_XDECREF(capsule);
+        Py_DECREF(it);
+        return nullptr;
+    }
+    return it;
 }
