@@ -66,7 +66,7 @@ class LinkRecord:
 class Link(NamedTuple):
     """What status shows of the way to one shard: from sending q to having its state."""
 
-    worker: WorkerId
+    worker_id: WorkerId
     transport: Transport | None
     """None: not connected now."""
     frames: int
@@ -91,7 +91,7 @@ def links(
         enough = bool(others) and it.latency.count >= SLOW_LEAST_FRAMES
         found.append(
             Link(
-                worker=worker,
+                worker_id=worker,
                 transport=transports[worker],
                 frames=it.frames,
                 failures=it.failures,

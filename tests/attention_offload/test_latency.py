@@ -59,7 +59,7 @@ def test_a_shard_is_slow_beside_the_others():
         "new": record(9, frames=3),
         "unused": LinkRecord(),
     }
-    found = {it.worker: it for it in links(records, dict.fromkeys(records, Transport.TCP))}
+    found = {it.worker_id: it for it in links(records, dict.fromkeys(records, Transport.TCP))}
     assert {worker for worker, it in found.items() if it.slow} == {"c"}
     assert "unused" not in found
     assert found["c"].transport == Transport.TCP and 9 <= found["c"].p50_ms <= 9 * BUCKET
@@ -70,4 +70,4 @@ def test_one_shard_alone_is_not_slow_and_a_failure_shows():
     (alone,) = links({"a": record(100)}, {"a": Transport.TCP})
     assert not alone.slow
     found = links({"a": record(100), "b": failed}, {"a": Transport.TCP, "b": Transport.GRPC})
-    assert [(it.worker, it.failures, it.slow) for it in found] == [("a", 0, False), ("b", 2, False)]
+    assert [(it.worker_id, it.failures, it.slow) for it in found] == [("a", 0, False), ("b", 2, False)]
