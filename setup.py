@@ -7,6 +7,7 @@ from setuptools import Extension, setup
 MODULES = {
     "farshore.attention_offload._native": "attention_offload/native",
     "farshore.kernels.cpu._native": "kernels/cpu/native",
+    "farshore.kvstore._native": "kvstore/native",
 }
 
 

@@ -13,7 +13,7 @@ from farshore.attention_offload import codec
 from farshore.errors import Cancelled, DeadlineExceeded, FarshoreError, NotFound, TransportError
 from farshore.ids import Epoch, SequenceId, SpanId
 from farshore.kernels.base import KVLayout
-from farshore.kvstore import blocks
+from farshore.kvstore import forms
 from farshore.kvstore.base import Digest, SpanInfo, SpanKey
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
@@ -73,7 +73,7 @@ class RemoteStore:
 
     def write(self, span: SpanId, layer: int, first: int, k: Tensor, v: Tensor, *, epoch: Epoch) -> None:
         layout = self._layout(span)
-        blocks.check_tokens(layout, layer, k, v)  # here, where shapes and dtypes are still known
+        forms.check_tokens(layout, layer, k, v)  # here, where shapes and dtypes are still known
         chunk = max(1, WRITE_CHUNK_BYTES // layout.layer_token_bytes)
         for start in range(0, k.shape[1], chunk):
             part = slice(start, min(start + chunk, k.shape[1]))

@@ -13,6 +13,7 @@ A **span** holds tokens ``[key.first, key.first + capacity)`` of one sequence, f
 from dataclasses import dataclass
 from typing import NewType, Protocol
 
+import torch
 from torch import Tensor
 
 from farshore.ids import Epoch, SequenceId, SpanId
@@ -81,8 +82,7 @@ class ShardStore(Protocol):
     def create(self, key: SpanKey, *, capacity_tokens: int, layout: KVLayout, epoch: Epoch) -> SpanId:
         """Grants memory for a new span, held once (by the sequence itself), or raises Full.
 
-        ``layout`` is already narrowed to the key's groups and its format is not quantised; else
-        InvalidRequest. Not idempotent: each call
+        ``layout`` is already narrowed to the key's groups; else InvalidRequest. Not idempotent: each call
         grants anew. A caller that lost the reply finds the span by ``announce``, or gives everything back by
         ``drop_sequence``.
         """
@@ -91,8 +91,10 @@ class ShardStore(Protocol):
     def write(self, span: SpanId, layer: int, first: int, k: Tensor, v: Tensor, *, epoch: Epoch) -> None:
         """Copies n tokens of one layer in, at token ``first`` of the span; repeating or overwriting is fine.
 
-        k ``[k_heads, n, k_dim]``, v ``[v_heads, n, v_dim]``: heads of the span's groups, the format's dtype,
-        any strides. InvalidRequest below the sealed mark, beyond the capacity, or for other shapes.
+        k ``[k_heads, n, k_dim]``, v ``[v_heads, n, v_dim]``: heads of the span's groups, any strides, in the
+        format's dtype, or any float dtype where that is quantised, or as stored: see
+        :mod:`farshore.kvstore.forms`. InvalidRequest below the sealed mark, beyond the capacity, or for other
+        shapes.
         """
         ...
 
@@ -112,10 +114,14 @@ class ShardStore(Protocol):
         """
         ...
 
-    def read(self, span: SpanId, layer: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+    def read(
+        self, span: SpanId, layer: int, first: int, last: int, *, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Copies of k ``[k_heads, n, k_dim]`` and v ``[v_heads, n, v_dim]``, n = last - first: a bulk pull.
 
-        InvalidRequest beyond the sealed mark. Safe against a ``drop`` meanwhile.
+        ``dtype``: the format's, or, where that is quantised, float32 if not given; uint8 for the bytes as
+        stored (see :mod:`farshore.kvstore.forms`). InvalidRequest beyond the sealed mark. Safe against a
+        ``drop`` meanwhile.
         """
         ...
 
