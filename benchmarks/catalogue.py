@@ -23,6 +23,8 @@ class Options:
     """Of the kernels; None: the fastest that is available."""
     threads: int | None = None
     """None: as many as this process may use."""
+    only: str = ""
+    """Cases whose name holds this."""
 
 
 class Benchmark(NamedTuple):
@@ -39,7 +41,7 @@ def _machine(options: Options, progress: Progress) -> Report:
 def _kernels(options: Options, progress: Progress) -> Report:
     facts = machine.facts(options.threads or machine.usable_cpus())
     implementation = choose(options.implementation, threads=facts.threads)
-    return kernels.run(implementation, facts, Sizes(), progress=progress)
+    return kernels.run(implementation, facts, Sizes(), only=options.only, progress=progress)
 
 
 BENCHMARKS: Mapping[str, Benchmark] = {

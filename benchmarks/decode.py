@@ -6,18 +6,17 @@ memory: between two reads of it, everything else is read.
 
 from collections.abc import Callable, Mapping
 from itertools import chain, cycle
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from farshore.benchmarks.cold import ColdKV, layer_bytes, query
-from farshore.benchmarks.implementation import Implementation
-from farshore.benchmarks.machine import CACHES_PER_BUFFER, READERS, UNKNOWN_L3_BYTES, Facts, available_bytes
+from farshore.benchmarks.implementation import Setting
+from farshore.benchmarks.machine import CACHES_PER_BUFFER, READERS, UNKNOWN_L3_BYTES, available_bytes
 from farshore.benchmarks.memory import allocate
 from farshore.benchmarks.report import Bar, Result
-from farshore.benchmarks.shapes import Shape, Sizes
+from farshore.benchmarks.shapes import Shape
 from farshore.benchmarks.timing import Timing, interleave
 from farshore.kernels.formats import KVFormat
 
@@ -29,17 +28,8 @@ BAR_TIMES_SDPA = 3.0
 BAR_TIMES_SEPARATE = 4.0
 
 
-class Setting(NamedTuple):
-    """What every comparison here is made with."""
-
-    implementation: Implementation
-    machine: Facts
-    reader: str
-    sizes: Sizes
-
-
 def against_bandwidth(
-    at: Setting, shape: Shape, *, bar_percent: float, bar_sdpa: bool
+    at: Setting, *, shape: Shape, bar_percent: float, bar_sdpa: bool
 ) -> tuple[list[Result], list[Bar]]:
     """One sequence in bf16 against the machine's fastest reader, and against PyTorch's SDPA."""
     kv = _cold(at, shape, KVFormat.BFLOAT16, sequences=1, tokens=at.sizes.context_tokens)
@@ -50,7 +40,7 @@ def against_bandwidth(
         {
             "partial": _partial(at, kv),
             "sdpa": _sdpa(kv, contiguous),
-            "read": _read(contiguous, read_bytes, READERS[at.reader]),
+            "read": _read(contiguous, read_bytes, READERS[at.rates.reader]),
         },
         bytes_a_round=2 * kv.layer_bytes + read_bytes,
     )
@@ -72,7 +62,7 @@ def against_bandwidth(
 
 
 def against_bfloat16(
-    at: Setting, shape: Shape, format: KVFormat, *, bar_times: float
+    at: Setting, *, shape: Shape, format: KVFormat, bar_times: float
 ) -> tuple[list[Result], list[Bar]]:
     """One sequence in a quantised format against the same in bf16, in tokens a second."""
     tokens = at.sizes.context_tokens
@@ -94,7 +84,7 @@ def against_bfloat16(
     ]
 
 
-def shared_against_separate(at: Setting, shape: Shape) -> tuple[list[Result], list[Bar]]:
+def shared_against_separate(at: Setting, *, shape: Shape) -> tuple[list[Result], list[Bar]]:
     """Rows that share one stretch of KV against as many rows, each on its own."""
     rows, tokens = at.sizes.shared_rows, at.sizes.shared_tokens
     kv = _cold(at, shape, KVFormat.BFLOAT16, sequences=rows, tokens=tokens)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from farshore.benchmarks.machine import Facts, Rates
+from farshore.benchmarks.shapes import Sizes
 from farshore.errors import InvalidRequest
 
 FASTEST_FIRST = ("cpu", "reference")
@@ -23,6 +25,15 @@ class Implementation(NamedTuple):
     partial: Callable[..., None]
     extend: Callable[..., None]
     merge: Callable[..., None]
+
+
+class Setting(NamedTuple):
+    """What every case is measured with."""
+
+    implementation: Implementation
+    machine: Facts
+    rates: Rates
+    sizes: Sizes
 
 
 def choose(name: str | None, *, threads: int) -> Implementation:

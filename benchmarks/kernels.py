@@ -8,9 +8,10 @@ from dataclasses import asdict
 from functools import partial
 
 from farshore.benchmarks import decode, machine, overhead, prefill
-from farshore.benchmarks.implementation import Implementation
+from farshore.benchmarks.implementation import Implementation, Setting
 from farshore.benchmarks.report import Bar, Report, Result
 from farshore.benchmarks.shapes import LLAMA_8B, SMOLLM2, WIDE, Sizes
+from farshore.errors import InvalidRequest
 from farshore.kernels.formats import KVFormat
 
 PERCENT_OF_READ = {LLAMA_8B: 85.0, SMOLLM2: 75.0, WIDE: 70.0}
@@ -18,40 +19,51 @@ TIMES_BFLOAT16 = {KVFormat.INT8: 1.6, KVFormat.INT4: 2.0}
 
 
 def run(
-    implementation: Implementation, facts: machine.Facts, sizes: Sizes, *, progress: Callable[[str], None]
+    implementation: Implementation,
+    facts: machine.Facts,
+    sizes: Sizes,
+    *,
+    only: str = "",
+    progress: Callable[[str], None],
 ) -> Report:
+    """The cases whose name holds ``only``. InvalidRequest, before anything is measured, if there are none."""
+    cases = {name: measure for name, measure in _cases(sizes) if only in name}
+    if not cases:
+        raise InvalidRequest(
+            f"no case {only!r}: choose a part of {'; '.join(name for name, _ in _cases(sizes))}"
+        )
     rates = machine.measure(facts, sizes.machine, progress=progress)
-    at = decode.Setting(implementation, facts, rates.reader, sizes)
+    at = Setting(implementation, facts, rates, sizes)
     results: list[Result] = []
     bars: list[Bar] = []
-    for what, measure in _cases(at):
-        progress(what)
-        measured, held = measure()
+    for name, measure in cases.items():
+        progress(name)
+        measured, held = measure(at)
         results += measured
         bars += held
     kernels = {"implementation": implementation.name, "instruction_set": implementation.instruction_set}
     return Report({**kernels, **asdict(facts), **asdict(rates)}, tuple(results), tuple(bars))
 
 
-def _cases(at: decode.Setting) -> Iterator[tuple[str, Callable[[], tuple[list[Result], list[Bar]]]]]:
-    """What is about to be measured, and what measures it."""
+def _cases(sizes: Sizes) -> Iterator[tuple[str, Callable[[Setting], tuple[list[Result], list[Bar]]]]]:
+    """What can be measured, by name, and what measures it."""
     for shape, percent in PERCENT_OF_READ.items():
         yield (
             f"decode, {shape}",
-            partial(decode.against_bandwidth, at, shape, bar_percent=percent, bar_sdpa=shape is LLAMA_8B),
+            partial(decode.against_bandwidth, shape=shape, bar_percent=percent, bar_sdpa=shape is LLAMA_8B),
         )
     for shape in (LLAMA_8B, SMOLLM2):
         for format, times in TIMES_BFLOAT16.items():
             yield (
                 f"decode {format.value}, {shape}",
-                partial(decode.against_bfloat16, at, shape, format, bar_times=times),
+                partial(decode.against_bfloat16, shape=shape, format=format, bar_times=times),
             )
-        yield f"a shared segment, {shape}", partial(decode.shared_against_separate, at, shape)
+        yield f"a shared segment, {shape}", partial(decode.shared_against_separate, shape=shape)
     for shape in (SMOLLM2, LLAMA_8B):
-        for past_tokens in at.sizes.past_tokens:
+        for past_tokens in sizes.past_tokens:
             yield (
                 f"extend on {past_tokens} past, {shape}",
-                partial(prefill.measure, at.implementation, shape, past_tokens, at.sizes),
+                partial(prefill.measure, shape=shape, past_tokens=past_tokens),
             )
-    yield "merge", partial(overhead.merge, at.implementation, at.sizes)
-    yield "partial on single tokens", partial(overhead.tiny_partial, at.implementation, at.sizes)
+    yield "merge", overhead.merge
+    yield "partial on single tokens", overhead.tiny_partial

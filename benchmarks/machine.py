@@ -35,8 +35,10 @@ class MachineSizes:
 
     buffer_bytes: int | None = None
     """None: 8 x L3, at most 4 GiB and a third of the memory."""
-    gemm: tuple[int, ...] = (2048, 4096)
-    """n of the n x n x n products."""
+    gemm: tuple[int, ...] = (512, 2048, 4096)
+    """n of the n x n x n products, rising; the first is always measured."""
+    gemm_run_s: float = 0.25
+    """A larger one is measured if, at the rate of the one before, a run of it takes less than this."""
     rounds: int = ROUNDS
 
 
@@ -68,9 +70,13 @@ class Rates:
     read_buffer_of_l3: float | None
     copy_gbps: float
     """Bytes copied per second; each is read once and written once."""
+    gemm: str
+    """The fastest product, by dtype and n: what ``extend`` is held against. PyTorch's bfloat16 product takes
+    100 times as long as its float32 one where the CPU has no instructions for it."""
     gemm_gflops: Mapping[str, float]
-    """By dtype; the best of the shapes."""
-    gemm_gflops_by_shape: Mapping[str, float]
+    """By dtype; the best of the sizes."""
+    gemm_gflops_by_size: Mapping[str, float]
+    """By dtype and n."""
 
 
 def facts(threads: int) -> Facts:
@@ -97,14 +103,10 @@ def measure(machine: Facts, sizes: MachineSizes, *, progress: Callable[[str], No
     progress(f"read and copy bandwidth, over {size_bytes >> 20} MiB")
     by_reader, copy_gbps = _bandwidths(size_bytes, sizes.rounds)
     reader = max(by_reader, key=by_reader.__getitem__)
-    by_shape = {
-        (dtype, n): _gemm_gflops(dtype, n, sizes.rounds, progress)
-        for dtype in (torch.bfloat16, torch.float32)
-        for n in sizes.gemm
+    by_dtype = {dtype: _gemm_gflops(dtype, sizes, progress) for dtype in (torch.bfloat16, torch.float32)}
+    by_size = {
+        f"{name_of(dtype)} {n}": rate for dtype, rates in by_dtype.items() for n, rate in rates.items()
     }
-    gemm: dict[str, float] = {}
-    for (dtype, _), rate in by_shape.items():
-        gemm[name_of(dtype)] = max(rate, gemm.get(name_of(dtype), 0.0))
     return Rates(
         read_gbps=by_reader[reader],
         reader=reader,
@@ -112,18 +114,21 @@ def measure(machine: Facts, sizes: MachineSizes, *, progress: Callable[[str], No
         read_buffer_bytes=size_bytes,
         read_buffer_of_l3=size_bytes / machine.l3_bytes if machine.l3_bytes else None,
         copy_gbps=copy_gbps,
-        gemm_gflops=gemm,
-        gemm_gflops_by_shape={f"{name_of(dtype)} {n}": rate for (dtype, n), rate in by_shape.items()},
+        gemm=max(by_size, key=by_size.__getitem__),
+        gemm_gflops={name_of(dtype): max(rates.values()) for dtype, rates in by_dtype.items()},
+        gemm_gflops_by_size=by_size,
     )
 
 
-def gemm(dtype: torch.dtype, n: int) -> Callable[[], Tensor]:
-    """One n x n x n product into memory that is there already: 2 n³ FLOPs."""
+def gemm(which: str) -> tuple[Callable[[], Tensor], int]:
+    """One n x n x n product into memory that is there already, named as in ``Rates.gemm``; and its FLOPs."""
+    name, size = which.split()
+    dtype, n = getattr(torch, name), int(size)
     generator = torch.Generator().manual_seed(n)
     a = torch.randn(n, n, generator=generator).to(dtype)
     b = torch.randn(n, n, generator=generator).to(dtype)
     out = torch.empty(n, n, dtype=dtype)
-    return lambda: torch.matmul(a, b, out=out)
+    return lambda: torch.matmul(a, b, out=out), 2 * n**3
 
 
 def cold_bytes(machine: Facts) -> int:
@@ -179,9 +184,22 @@ def _bandwidths(size_bytes: int, rounds: int) -> tuple[dict[str, float], float]:
     return by_reader, to.numel() / copied["copy"].median_s / 1e9
 
 
-def _gemm_gflops(dtype: torch.dtype, n: int, rounds: int, progress: Callable[[str], None]) -> float:
-    progress(f"GEMM {name_of(dtype)} {n}")
-    return 2 * n**3 / interleave({"gemm": gemm(dtype, n)}, rounds=rounds)["gemm"].median_s / 1e9
+def _gemm_gflops(
+    dtype: torch.dtype, sizes: MachineSizes, progress: Callable[[str], None]
+) -> dict[int, float]:
+    """GFLOP/s by n."""
+    by_n: dict[int, float] = {}
+    for n in sizes.gemm:
+        if by_n and 2 * n**3 / (1e9 * max(by_n.values())) > sizes.gemm_run_s:
+            break
+        which = f"{name_of(dtype)} {n}"
+        progress(f"GEMM {which}")
+        product, flops = gemm(which)
+        timing = interleave(
+            {"gemm": product}, rounds=sizes.rounds, limit_s=4 * sizes.rounds * sizes.gemm_run_s
+        )
+        by_n[n] = flops / timing["gemm"].median_s / 1e9
+    return by_n
 
 
 def _cgroup_bytes() -> float:

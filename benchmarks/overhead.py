@@ -6,9 +6,9 @@ Called by ``kernels``. Both are called from Python, once a layer of every step: 
 import torch
 
 from farshore.benchmarks.cold import ColdKV, query
-from farshore.benchmarks.implementation import Implementation
+from farshore.benchmarks.implementation import Setting
 from farshore.benchmarks.report import Bar, Result
-from farshore.benchmarks.shapes import SMOLLM2, Sizes
+from farshore.benchmarks.shapes import SMOLLM2
 from farshore.benchmarks.timing import Timing, interleave
 from farshore.kernels.base import State
 from farshore.kernels.formats import KVFormat
@@ -18,7 +18,7 @@ STATES = 8
 BAR_US = 10.0
 
 
-def merge(implementation: Implementation, sizes: Sizes) -> tuple[list[Result], list[Bar]]:
+def merge(at: Setting) -> tuple[list[Result], list[Bar]]:
     generator = torch.Generator().manual_seed(0)
     shape = (ROWS, SMOLLM2.q_heads, SMOLLM2.dim)
     states = [
@@ -27,20 +27,22 @@ def merge(implementation: Implementation, sizes: Sizes) -> tuple[list[Result], l
     ]
     out = State.identity(*shape)
     timed = interleave(
-        {"merge": lambda: implementation.merge(states, out=out)}, rounds=sizes.rounds, calls=sizes.calls
+        {"merge": lambda: at.implementation.merge(states, out=out)},
+        rounds=at.sizes.rounds,
+        calls=at.sizes.calls,
     )
     name = f"merge of {STATES} states x {ROWS} rows x {SMOLLM2.q_heads} heads x {SMOLLM2.dim}"
     return _held(name, timed["merge"])
 
 
-def tiny_partial(implementation: Implementation, sizes: Sizes) -> tuple[list[Result], list[Bar]]:
+def tiny_partial(at: Setting) -> tuple[list[Result], list[Bar]]:
     kv = ColdKV(SMOLLM2, KVFormat.BFLOAT16, sequences=ROWS, tokens=1, layers=1)
-    plan = kv.plan_separate(implementation)
+    plan = kv.plan_separate(at.implementation)
     q, out = query(SMOLLM2, ROWS)
     timed = interleave(
-        {"partial": lambda: implementation.partial(plan, 0, q, out=out)},
-        rounds=sizes.rounds,
-        calls=sizes.calls,
+        {"partial": lambda: at.implementation.partial(plan, 0, q, out=out)},
+        rounds=at.sizes.rounds,
+        calls=at.sizes.calls,
     )
     return _held(f"partial, {ROWS} rows of 1 token each, bfloat16, {SMOLLM2}", timed["partial"])
 

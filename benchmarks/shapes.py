@@ -48,10 +48,11 @@ class Sizes:
     """Least KV that is cycled through in each comparison; None: enough that none of it is still cached."""
     new_tokens: int = 2048
     past_tokens: tuple[int, ...] = (0, 8 << 10, 32 << 10)
-    gemm: int = 4096
+    sdpa_run_s: float = 1.0
+    """PyTorch's SDPA is measured on so many of the new tokens that a run takes about this at most."""
     rounds: int = ROUNDS
     calls: int = 100
     """Per timed run, of what takes microseconds."""
-    limit_s: float = 120.0
+    limit_s: float = 12.0
     """Per comparison; see ``timing.interleave``."""
     machine: MachineSizes = field(default_factory=MachineSizes)

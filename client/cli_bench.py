@@ -32,6 +32,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--threads", type=positive, metavar="N", help="threads to compute with (default: every usable CPU)"
     )
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="measure only the cases whose name holds TEXT"
+    )
     parser.set_defaults(run=run, usage_error=parser.error)
 
 
@@ -49,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidRequest(f"--out {args.out}: the folder {args.out.parent} does not exist: create it")
     progress = Progress()
     try:
-        report = BENCHMARKS[args.name].run(Options(args.implementation, args.threads), progress.step)
+        report = BENCHMARKS[args.name].run(
+            Options(args.implementation, args.threads, args.only), progress.step
+        )
     finally:
         progress.clear()
     told = report.as_dict()

@@ -22,7 +22,6 @@ def tiny():
         kv_bytes=1 << 20,
         new_tokens=5,
         past_tokens=(0, 7),
-        gemm=8,
         rounds=3,
         calls=2,
         machine=MachineSizes(buffer_bytes=8192, gemm=(8, 16), rounds=3),

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 from farshore.benchmarks import kernels
 from farshore.benchmarks.catalogue import BENCHMARKS, Options
 from farshore.benchmarks.implementation import choose, import_module
+from farshore.benchmarks.shapes import LLAMA_8B, SMOLLM2
 from farshore.errors import InvalidRequest
 
 
@@ -41,6 +43,25 @@ def test_the_json_names_machine_results_and_bars(report):
     assert told["machine"]["implementation"] == "reference"
     assert told["machine"]["read_buffer_bytes"] == 8192
     assert all(result["timing"]["runs"] == 3 for result in told["results"])
+
+
+def test_only_the_cases_that_are_asked_for(reference, machine, tiny):
+    report = kernels.run(reference, machine, tiny, only="extend on 7", progress=lambda _: None)
+    assert [result.name for result in report.results] == [
+        f"extend bfloat16, 5 new on 7 past, {shape}" for shape in (SMOLLM2, LLAMA_8B)
+    ]
+
+
+def test_a_case_that_is_not_there_is_told_before_anything_is_measured(reference, machine, tiny):
+    with pytest.raises(InvalidRequest, match="no case 'splits': choose a part of decode, 32/8 heads"):
+        kernels.run(reference, machine, tiny, only="splits", progress=lambda _: pytest.fail("measured"))
+
+
+def test_sdpa_gets_as_many_tokens_as_time_allows(reference, machine, tiny):
+    for run_s, tokens in ((100.0, 5), (0.0, 1)):
+        sizes = replace(tiny, sdpa_run_s=run_s)
+        report = kernels.run(reference, machine, sizes, only="extend on 7", progress=lambda _: None)
+        assert [result.figures["sdpa_new_tokens"] for result in report.results] == [tokens] * 2
 
 
 def test_as_much_kv_as_asked_for_is_cycled_through(report, tiny):

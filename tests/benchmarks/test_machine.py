@@ -66,7 +66,16 @@ def test_measured_rates(machine):
     )
     assert rates.read_buffer_bytes == 8192 and rates.read_buffer_of_l3 == 2
     assert rates.copy_gbps > 0
-    assert set(rates.gemm_gflops_by_shape) == {"bfloat16 8", "bfloat16 16", "float32 8", "float32 16"}
+    assert set(rates.gemm_gflops_by_size) == {"bfloat16 8", "bfloat16 16", "float32 8", "float32 16"}
     for dtype in ("bfloat16", "float32"):
-        assert rates.gemm_gflops[dtype] == max(rates.gemm_gflops_by_shape[f"{dtype} {n}"] for n in (8, 16))
+        assert rates.gemm_gflops[dtype] == max(rates.gemm_gflops_by_size[f"{dtype} {n}"] for n in (8, 16))
+    assert rates.gemm_gflops_by_size[rates.gemm] == max(rates.gemm_gflops.values())
     assert steps
+
+
+def test_products_that_would_take_too_long_are_left_out(machine):
+    sizes = MachineSizes(buffer_bytes=8192, gemm=(8, 16), gemm_run_s=0.0, rounds=3)
+    assert set(measure(machine, sizes, progress=lambda _: None).gemm_gflops_by_size) == {
+        "bfloat16 8",
+        "float32 8",
+    }

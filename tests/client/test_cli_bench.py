@@ -59,9 +59,9 @@ def test_for_people(run, asked):
 
 
 def test_options_reach_the_benchmark(run, asked):
-    run("bench", "nothing", "--implementation", "reference", "--threads", "3")
+    run("bench", "nothing", "--implementation", "reference", "--threads", "3", "--only", "merge")
     run("bench", "nothing")
-    assert asked == [catalogue.Options("reference", 3), catalogue.Options(None, None)]
+    assert asked == [catalogue.Options("reference", 3, "merge"), catalogue.Options(None, None, "")]
 
 
 def test_out_writes_the_json_whatever_is_printed(run, asked, tmp_path):

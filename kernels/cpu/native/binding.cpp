@@ -1,19 +1,14 @@
 // The Python module farshore.kernels.cpu._native. Pointers and strides come as integers from the launchers in
 // kernels/cpu/__init__.py, which check shapes and dtypes and keep the memory alive; nothing here knows PyTorch.
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "binding.h"
 
 #include <algorithm>
-#include <climits>
-#include <exception>
 #include <memory>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "api.h"
-#include "plan.h"
 
 #if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
@@ -61,77 +56,6 @@ std::vector<Choice> choices() {
 }
 
 const Kernels* chosen = nullptr;
-
-// -- arguments ---------------------------------------------------------------------------------------------
-
-// Reads integers from left to right; a float where one is due. The launchers give the right number.
-struct Arguments {
-    PyObject* const* next;
-    PyObject* const* end;
-
-    int64_t integer() {
-        if (next == end) throw std::runtime_error("too few arguments");
-        const long long value = PyLong_AsLongLong(*next++);
-        if (value == -1 && PyErr_Occurred()) throw std::runtime_error("not an integer");
-        return value;
-    }
-    int small() { return static_cast<int>(integer()); }
-    float real() {
-        if (next == end) throw std::runtime_error("too few arguments");
-        return static_cast<float>(PyFloat_AsDouble(*next++));
-    }
-    template <class T>
-    T* pointer() {
-        return reinterpret_cast<T*>(integer());
-    }
-    Array array() {
-        Array a;
-        a.data = pointer<void>();
-        a.row_stride = integer();
-        a.head_stride = integer();
-        a.format = static_cast<Format>(small());
-        return a;
-    }
-    Out out() {
-        Out o;
-        o.o = array();
-        o.lse = pointer<float>();
-        o.lse_row_stride = integer();
-        o.lse_head_stride = integer();
-        return o;
-    }
-    Shape shape() {
-        Shape s;
-        s.q_heads = small();
-        s.k_heads = small();
-        s.v_heads = small();
-        s.k_dim = small();
-        s.v_dim = small();
-        s.scale = real();
-        s.soft_cap = real();
-        return s;
-    }
-    int64_t window() {
-        const int64_t tokens = integer();
-        return tokens > 0 ? tokens : INT64_MAX;
-    }
-};
-
-template <class Call>
-PyObject* guarded(Call&& call) {
-    try {
-        return call();
-    } catch (const std::exception& error) {
-        if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, error.what());
-        return nullptr;
-    }
-}
-
-struct WithoutGil {
-    WithoutGil() : state(PyEval_SaveThread()) {}
-    ~WithoutGil() { PyEval_RestoreThread(state); }
-    PyThreadState* state;
-};
 
 Plan* plan_of(PyObject* capsule) {
     void* it = PyCapsule_GetPointer(capsule, PLAN_CAPSULE);
@@ -290,11 +214,6 @@ PyObject* use(PyObject*, PyObject* const* args, Py_ssize_t count) {
     });
 }
 
-template <class F>
-PyMethodDef method(const char* name, F function, const char* text) {
-    return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, text};
-}
-
 PyMethodDef methods[] = {
     method("plan", make_plan, "Lay out a step's work; returns a capsule."),
     method("partial", run_partial, "partial(plan, layer, q, out)"),
@@ -310,9 +229,12 @@ PyModuleDef module{
 
 }  // namespace
 
+const Kernels& farshore::kernels() { return *chosen; }
+
 PyMODINIT_FUNC PyInit__native() {
     for (const Choice& choice : choices())
         if (choice.usable && !chosen) chosen = choice.kernels;
+<<<<<<< HEAD
     PyObject* it = PyModule_Create(&module);
     if (!it) return nullptr;
     PyObject* capsule = PyCapsule_New(const_cast<Api*>(&api), API_CAPSULE, nullptr);
@@ -322,4 +244,9 @@ PyMODINIT_FUNC PyInit__native() {
         return nullptr;
     }
     return it;
+=======
+    PyObject* made = PyModule_Create(&module);
+    if (made && PyModule_AddFunctions(made, dense_methods) < 0) Py_CLEAR(made);
+    return made;
+>>>>>>> dense
 }
