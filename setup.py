@@ -6,6 +6,7 @@ from setuptools import Extension, setup
 
 MODULES = {
     "farshore.kernels.cpu._native": "kernels/cpu/native",
+    "farshore.kvstore._native": "kvstore/native",
 }
 
 

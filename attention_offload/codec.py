@@ -13,6 +13,7 @@ from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import AttentionSpec, KVLayout
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore.base import SpanInfo, SpanKey, SpanSlice
+from farshore.kvstore.forms import stored_bytes
 from farshore.kvstore.prefix import PrefixBlock
 from farshore.proto import attention_pb2 as pb
 
@@ -47,11 +48,11 @@ def from_bytes(data: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> Tenso
 
 
 def tokens_from_bytes(k: bytes, v: bytes, layout: KVLayout, tokens: int) -> tuple[Tensor, Tensor]:
-    """k ``[k_heads, tokens, k_dim]`` and v ``[v_heads, tokens, v_dim]`` of an unquantised layout."""
-    dtype = layout.format.dtype
+    """k and v of one layer as stored, ``u8[heads, tokens, bytes]``: see :mod:`farshore.kvstore.forms`."""
+    k_bytes, v_bytes = stored_bytes(layout)
     return (
-        from_bytes(k, (layout.k_heads, tokens, layout.k_dim), dtype),
-        from_bytes(v, (layout.v_heads, tokens, layout.v_dim), dtype),
+        from_bytes(k, (layout.k_heads, tokens, k_bytes), torch.uint8),
+        from_bytes(v, (layout.v_heads, tokens, v_bytes), torch.uint8),
     )
 
 

@@ -11,6 +11,7 @@ from functools import wraps
 from typing import Any
 
 import grpc
+import torch
 
 from farshore import rpc
 from farshore.attention_offload import codec
@@ -108,7 +109,7 @@ class AttentionService(pb_grpc.AttentionServicer):
             # At least one read: the store checks a range even where it is empty.
             for first in range(request.first, request.last, chunk_tokens) or (request.first,):
                 last = min(first + chunk_tokens, request.last)
-                k, v = self._store.read(span, request.layer, first, last)
+                k, v = self._store.read(span, request.layer, first, last, dtype=torch.uint8)
                 yield pb.KVChunk(tokens=last - first, k=codec.to_bytes(k), v=codec.to_bytes(v))
         except Exception as error:
             rpc.abort(context, error)

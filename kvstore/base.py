@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NewType, Protocol
 
+import torch
 from torch import Tensor
 
 from farshore.ids import Epoch, SequenceId, SpanId
@@ -121,9 +122,11 @@ class ShardStore(Protocol):
     def write(self, span: SpanId, layer: int, first: int, k: Tensor, v: Tensor, *, epoch: Epoch) -> None:
         """Copies n tokens of one layer in, at token ``first`` of the span; repeating or overwriting is fine.
 
-        k ``[k_heads, n, k_dim]``, v ``[v_heads, n, v_dim]``: heads of the span's groups, the format's dtype,
-        any strides. InvalidRequest below the sealed mark, beyond the capacity, or for other shapes. Only the
-        sequence of the span's key writes and seals, and only while it holds the span: else NotFound.
+        k ``[k_heads, n, k_dim]``, v ``[v_heads, n, v_dim]``: heads of the span's groups, any strides, in the
+        format's dtype, or any float dtype where that is quantised, or as stored: see
+        :mod:`farshore.kvstore.forms`. InvalidRequest below the sealed mark, beyond the capacity, or for other
+        shapes. Only the sequence of the span's key writes and seals, and only while it holds the span: else
+        NotFound.
         """
         ...
 
@@ -146,10 +149,14 @@ class ShardStore(Protocol):
         """
         ...
 
-    def read(self, span: SpanId, layer: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+    def read(
+        self, span: SpanId, layer: int, first: int, last: int, *, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Copies of k ``[k_heads, n, k_dim]`` and v ``[v_heads, n, v_dim]``, n = last - first: a bulk pull.
 
-        InvalidRequest beyond the sealed mark. Safe against a ``drop`` meanwhile.
+        ``dtype``: the format's, or, where that is quantised, float32 if not given; uint8 for the bytes as
+        stored (see :mod:`farshore.kvstore.forms`). InvalidRequest beyond the sealed mark. Safe against a
+        ``drop`` meanwhile.
         """
         ...
 

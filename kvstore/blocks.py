@@ -3,6 +3,9 @@
 Spans and tails keep their tokens alike: a list of block bases (byte offsets in one memory), token i at slot
 ``i % block_tokens`` of block ``i // block_tokens``. This is the arithmetic both share. It must not know whose
 the blocks are.
+
+The copies are native, one call for any number of blocks; without the native module PyTorch makes them, block
+by block.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,69 +13,94 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from farshore.errors import InvalidRequest
-from farshore.kernels.base import KVLayout, Segments
+from farshore.kernels.base import KVLayout, Segments, StoredKV
 from farshore.kvstore.arena import stride_bytes
+from farshore.kvstore.forms import from_stored, stored_bytes, to_stored
+
+try:
+    from farshore.kvstore import _native as native
+except ImportError:
+    native = None
 
 Bases = Sequence[int] | Mapping[int, int]
 """Byte offset in the memory of each block, by its index."""
 
-
-def check_layout(layout: KVLayout) -> None:
-    """InvalidRequest for formats that kernels read but nothing here writes yet."""
-    if layout.format.quantised or layout.v_in_k:
-        raise InvalidRequest(
-            f"KV as {layout.format.value}{' with V inside K' if layout.v_in_k else ''} cannot be stored yet:"
-            " use float32, bfloat16 or float16, K and V apart"
-        )
-
-
-def check_tokens(layout: KVLayout, layer: int, k: Tensor, v: Tensor) -> int:
-    """The number of tokens in k ``[k_heads, n, k_dim]`` and v ``[v_heads, n, v_dim]``.
-
-    InvalidRequest if the shapes or dtypes are not the layout's, or the layer is none of its layers.
-    """
-    check_layer(layout, layer)
-    n = k.shape[1] if k.dim() == 3 else 0
-    want_k = (layout.k_heads, n, layout.k_dim)
-    want_v = (layout.v_heads, n, layout.v_dim)
-    if tuple(k.shape) != want_k or tuple(v.shape) != want_v:
-        raise InvalidRequest(f"k {tuple(k.shape)}, v {tuple(v.shape)}: give {want_k}, {want_v} (n tokens)")
-    if k.dtype != layout.format.dtype or v.dtype != layout.format.dtype:
-        raise InvalidRequest(f"k is {k.dtype}, v is {v.dtype}: give {layout.format.dtype}")
-    return n
-
-
-def check_layer(layout: KVLayout, layer: int) -> None:
-    if not 0 <= layer < layout.layers:
-        raise InvalidRequest(f"layer {layer} is not one of the {layout.layers} stored")
+_FORMATS = {"int8": 1, "int4": 2}
+_STORED = 0
+_TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
 
 
 def copy_in(
-    memory: Tensor, layout: KVLayout, bases: Bases, *, layer: int, first: int, k: Tensor, v: Tensor
+    memory: Tensor,
+    layout: KVLayout,
+    bases: Bases,
+    *,
+    layer: int,
+    first: int,
+    k: Tensor,
+    v: Tensor,
+    threads: int = 1,
 ) -> None:
-    """Writes the n tokens of k, v to tokens ``first .. first + n`` of one layer."""
-    at = 0
-    for stored_k, stored_v in views(memory, layout, bases, layer=layer, first=first, last=first + k.shape[1]):
-        end = at + stored_k.shape[1]
-        stored_k.copy_(k[:, at:end])
-        stored_v.copy_(v[:, at:end])
-        at = end
+    """Writes the n tokens of k, v to tokens ``first .. first + n`` of one layer; for their forms see
+    :mod:`farshore.kvstore.forms`."""
+    last = first + k.shape[1]
+    if native is None:
+        stored = to_stored(layout, k, v)
+        for at, piece in _pieces(memory, layout, bases, layer, first, last):
+            for rows, payload, scales in zip(stored, piece[::2], piece[1::2], strict=True):
+                here = rows[:, at : at + payload.shape[1]].split(
+                    (payload.shape[2], 2 * scales.shape[2]), dim=-1
+                )
+                payload.copy_(here[0])
+                scales.view(torch.uint8).copy_(here[1])
+        return
+    k, v = dense_rows(k), dense_rows(v)
+    native.scatter(
+        layer,
+        layer + 1,
+        threads,
+        native_type(layout, k),
+        *native_rows(k[None]),
+        *native_rows(v[None]),
+        *native_layout(layout),
+        memory.data_ptr(),
+        stretches(layout, bases, first, last),
+    )
 
 
 def copy_out(
-    memory: Tensor, layout: KVLayout, bases: Bases, *, layer: int, first: int, last: int
+    memory: Tensor,
+    layout: KVLayout,
+    bases: Bases,
+    *,
+    layers: range,
+    first: int,
+    last: int,
+    dtype: torch.dtype | None = None,
+    threads: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Copies of tokens ``[first, last)`` of one layer: k ``[k_heads, n, k_dim]``, v likewise."""
-    k = torch.empty(layout.k_heads, last - first, layout.k_dim, dtype=layout.format.dtype)
-    v = torch.empty(layout.v_heads, last - first, layout.v_dim, dtype=layout.format.dtype)
-    at = 0
-    for stored_k, stored_v in views(memory, layout, bases, layer=layer, first=first, last=last):
-        end = at + stored_k.shape[1]
-        k[:, at:end] = stored_k
-        v[:, at:end] = stored_v
-        at = end
-    return k, v
+    """Copies of tokens ``[first, last)``: k ``[layers, k_heads, n, k_dim]``, v likewise.
+
+    ``dtype``: the format's, or, where that is quantised, float32 if not given; uint8 for the bytes as stored.
+    """
+    if dtype is None:
+        dtype = torch.float32 if layout.format.quantised else layout.format.dtype
+    if native is not None and layout.format.quantised and dtype == torch.float32:
+        return _dequantised(memory, layout, bases, layers, first, last, threads)
+    k, v = (
+        torch.empty(len(layers), heads, last - first, row_bytes, dtype=torch.uint8)
+        for heads, row_bytes in zip((layout.k_heads, layout.v_heads), stored_bytes(layout), strict=True)
+    )
+    if native is None:
+        for i, layer in enumerate(layers):
+            for at, piece in _pieces(memory, layout, bases, layer, first, last):
+                for rows, payload, scales in zip((k[i], v[i]), piece[::2], piece[1::2], strict=True):
+                    here = rows[:, at : at + payload.shape[1]]
+                    here[..., : payload.shape[2]] = payload
+                    here[..., payload.shape[2] :] = scales.view(torch.uint8)
+    else:
+        _gather(memory, layout, bases, layers, first, last, threads, _STORED, k, v)
+    return (k, v) if dtype == torch.uint8 else from_stored(layout, k, v, dtype=dtype)
 
 
 def describe(
@@ -93,20 +121,103 @@ def describe(
     return Segments.of(runs)
 
 
-def views(
-    memory: Tensor, layout: KVLayout, bases: Bases, *, layer: int, first: int, last: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The stored k and v of ``[first, last)``, without a copy, block by block in token order."""
+def native_layout(layout: KVLayout) -> list[int]:
+    """The layout as the native copies take it."""
+    return [
+        _FORMATS.get(layout.format.value, 0),
+        layout.block_tokens,
+        layout.layer_bytes,
+        layout.k_heads,
+        layout.k_dim,
+        layout.k_row_bytes,
+        layout.k_scales,
+        layout.k_run_bytes,
+        0,
+        0 if layout.v_in_k else layout.v_heads,
+        layout.v_dim,
+        layout.v_row_bytes,
+        layout.v_scales,
+        layout.v_run_bytes,
+        layout.k_heads * layout.k_run_bytes,
+    ]
+
+
+def native_type(layout: KVLayout, rows: Tensor) -> int:
+    """What the native copies make of rows of that dtype; an unquantised format's are bytes to them."""
+    return _TYPES.get(rows.dtype, _STORED) if layout.format.quantised else _STORED
+
+
+def native_rows(rows: Tensor) -> tuple[int, int, int, int]:
+    """Address and strides of ``[layers, heads, n, dim]``, the last dense."""
+    size = rows.element_size()
+    layer, head, token, _ = rows.stride()
+    return rows.data_ptr(), layer * size, head * size, token * size
+
+
+def dense_rows(rows: Tensor) -> Tensor:
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _dequantised(
+    memory: Tensor, layout: KVLayout, bases: Bases, layers: range, first: int, last: int, threads: int
+) -> tuple[Tensor, Tensor]:
+    k = torch.empty(len(layers), layout.k_heads, last - first, layout.k_dim)
+    v = (
+        k[..., : layout.v_dim]
+        if layout.v_in_k
+        else torch.empty(len(layers), layout.v_heads, last - first, layout.v_dim)
+    )
+    _gather(memory, layout, bases, layers, first, last, threads, _TYPES[torch.float32], k, v)
+    return k, v
+
+
+def _gather(
+    memory: Tensor,
+    layout: KVLayout,
+    bases: Bases,
+    layers: range,
+    first: int,
+    last: int,
+    threads: int,
+    type: int,
+    k: Tensor,
+    v: Tensor,
+) -> None:
+    native.gather(
+        layers.start,
+        layers.stop,
+        threads,
+        type,
+        *native_rows(k),
+        *native_rows(v),
+        *native_layout(layout),
+        memory.data_ptr(),
+        stretches(layout, bases, first, last),
+    )
+
+
+def stretches(layout: KVLayout, bases: Bases, first: int, last: int) -> list[int]:
+    """(base, slot, tokens) of each block's part of ``[first, last)``, one after the other."""
+    flat: list[int] = []
     at = first
     while at < last:
         block, slot = divmod(at, layout.block_tokens)
-        end = slot + min(layout.block_tokens - slot, last - at)
-        base = bases[block]
-        k, v = layout.views(memory[base : base + layout.block_bytes], layer)
-        yield k[:, slot:end], v[:, slot:end]
-        at += end - slot
+        count = min(layout.block_tokens - slot, last - at)
+        flat += (bases[block], slot, count)
+        at += count
+    return flat
 
 
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The elements' bytes in row-major order; copied only if the tensor is not contiguous."""
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
+def _pieces(
+    memory: Tensor, layout: KVLayout, bases: Bases, layer: int, first: int, last: int
+) -> Iterator[tuple[int, StoredKV]]:
+    """How many tokens lie before it, and one block's part of ``[first, last)``: views of what is stored."""
+    at = 0
+    flat = iter(stretches(layout, bases, first, last))
+    for base, slot, count in zip(flat, flat, flat, strict=True):
+        block = layout.stored(memory[base : base + layout.block_bytes], layer)
+        k, k_scales, v, v_scales = (field[:, slot : slot + count] for field in block)
+        if layout.v_in_k:
+            v, v_scales = v[..., :0], v_scales[..., :0]
+        yield at, StoredKV(k, k_scales, v, v_scales)
+        at += count

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from farshore.errors import InvalidRequest
 from farshore.ids import Epoch, SpanId
 from farshore.kernels.base import KVLayout
-from farshore.kvstore import blocks
+from farshore.kvstore import forms
 from farshore.kvstore.arena import Extent
 from farshore.kvstore.base import SpanKey
 from farshore.kvstore.ranges import Ranges
@@ -39,7 +39,7 @@ class Span:
 
 
 def check_shape(key: SpanKey, capacity_tokens: int, layout: KVLayout) -> None:
-    blocks.check_layout(layout)
+    forms.check_layout(layout)
     # The upper bounds are those of the integers in Segments.
     if key.first < 0 or capacity_tokens < 1 or key.first + capacity_tokens > 2**31 - 1:
         raise InvalidRequest(

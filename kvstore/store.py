@@ -16,12 +16,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 
+import torch
 from torch import Tensor
 
 from farshore.errors import InvalidRequest, NotFound
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import KVLayout, Segments
-from farshore.kvstore import blocks
+from farshore.kvstore import blocks, forms
 from farshore.kvstore.arena import Arena
 from farshore.kvstore.base import Digest, SpanInfo, SpanKey, SpanSlice, Usage
 from farshore.kvstore.holds import Holds
@@ -72,7 +73,7 @@ class LocalStore:
     def write(self, span: SpanId, layer: int, first: int, k: Tensor, v: Tensor, *, epoch: Epoch) -> None:
         with self._lock:
             it = self._writable(span, epoch)
-            last = first + blocks.check_tokens(it.layout, layer, k, v)
+            last = first + forms.check_tokens(it.layout, layer, k, v)
             if not it.sealed_tokens <= first <= last <= it.capacity_tokens:
                 raise InvalidRequest(
                     f"tokens {first} to {last} of {span}: write from {it.sealed_tokens} (sealed below)"
@@ -114,11 +115,17 @@ class LocalStore:
             it.layout, it.bases, first=first, last=last, position=key.first + first, group0=key.group0
         )
 
-    def read(self, span: SpanId, layer: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+    def read(
+        self, span: SpanId, layer: int, first: int, last: int, *, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
         with self._pinned(span) as it:
             check_sealed(span, it, first, last)
-            blocks.check_layer(it.layout, layer)
-            return blocks.copy_out(self.memory, it.layout, it.bases, layer=layer, first=first, last=last)
+            forms.check_layer(it.layout, layer)
+            layers = range(layer, layer + 1)
+            k, v = blocks.copy_out(
+                self.memory, it.layout, it.bases, layers=layers, first=first, last=last, dtype=dtype
+            )
+            return k[0], v[0]
 
     def layout(self, span: SpanId) -> KVLayout:
         """The shape of one span's blocks: what a transport needs to give raw bytes their shape."""
@@ -276,9 +283,11 @@ class LocalStore:
         """Of tokens [first, last): layer by layer, K then V, head-major; so not of where the blocks lie."""
         digest = hashlib.blake2b(digest_size=16)
         for layer in range(it.layout.layers):
-            for stored_k, stored_v in blocks.views(
-                self.memory, it.layout, it.bases, layer=layer, first=first, last=last
-            ):
-                digest.update(blocks.as_bytes(stored_k))
-                digest.update(blocks.as_bytes(stored_v))
+            layers = range(layer, layer + 1)
+            for at in range(first, last, it.layout.block_tokens):
+                end = min(at + it.layout.block_tokens, last)
+                for stored in blocks.copy_out(
+                    self.memory, it.layout, it.bases, layers=layers, first=at, last=end, dtype=torch.uint8
+                ):
+                    digest.update(forms.as_bytes(stored))
         return Digest(digest.hexdigest())

@@ -199,10 +199,8 @@ REFUSALS = {
         w.key("b"), capacity_tokens=1 << 20, layout=w.layout, epoch=w.owner)),
     "groups": (InvalidRequest, lambda w, s, _: s.create(
         w.key("b"), capacity_tokens=9, layout=w.layout.of_groups(2), epoch=w.new)),
-    "format": (InvalidRequest, lambda w, s, _: s.create(
-        w.key("b"), capacity_tokens=9, layout=w.layout._replace(format=KVFormat.INT8), epoch=w.new)),
     "v in k": (InvalidRequest, lambda w, s, _: s.create(
-        w.key("b"), capacity_tokens=9, layout=w.layout._replace(v_in_k=True), epoch=w.new)),
+        w.key("b"), capacity_tokens=9, layout=w.layout._replace(v_in_k=True, v_dim=9), epoch=w.new)),
     "gaps": (InvalidRequest, lambda w, s, span: s.seal(span, 25, epoch=w.owner)),
     "old seal": (Fenced, lambda w, s, span: s.seal(span, 20, epoch=w.old)),
     "old write": (Fenced, lambda w, s, span: s.write(span, 0, 20, *w.tokens(1), epoch=w.old)),

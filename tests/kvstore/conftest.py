@@ -9,6 +9,7 @@ from torch import Tensor
 from farshore.ids import WorkerId
 from farshore.kernels.base import KVLayout, Segments
 from farshore.kernels.formats import KVFormat
+from farshore.kvstore import blocks
 from farshore.kvstore.arena import Arena
 from farshore.kvstore.store import LocalStore
 
@@ -28,6 +29,16 @@ def layout() -> KVLayout:
         format=KVFormat.BFLOAT16,
         block_tokens=5,
     )
+
+
+@pytest.fixture(params=["native", "pytorch"])
+def copies(request, monkeypatch) -> str:
+    """Runs a test with the native copies and with those that serve where there is no compiler."""
+    if request.param == "pytorch":
+        monkeypatch.setattr(blocks, "native", None)
+    elif blocks.native is None:
+        pytest.skip("no native module was built")
+    return request.param
 
 
 @pytest.fixture

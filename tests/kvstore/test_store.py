@@ -67,12 +67,12 @@ def test_what_was_written_is_read_byte_for_byte(store, arena, layout, tokens, ga
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"format": KVFormat.INT8}, "int8"),
-        ({"format": KVFormat.INT4}, "int4"),
+        ({"format": KVFormat.INT4, "k_dim": 6}, "even number of tokens"),
         ({"v_in_k": True}, "inside K"),
+        ({"v_in_k": True, "v_heads_per_group": 3, "v_dim": 9}, "inside K"),
     ],
 )
-def test_what_only_kernels_can_read_is_not_stored(store, layout, changes, named):
+def test_layouts_that_have_no_place_for_something_are_refused(store, layout, changes, named):
     with pytest.raises(InvalidRequest, match=named):
         store.create(key(), capacity_tokens=1, layout=layout._replace(**changes), epoch=E1)
     assert store.announce() == [] and store.usage().granted_bytes == 0

@@ -20,11 +20,6 @@ def append(tail, layout, k, v, *, at=None):
     tail.advance(at + k.shape[1])
 
 
-def test_a_tail_of_quantised_tokens_is_refused(arena, layout):
-    with pytest.raises(InvalidRequest, match="int4"):
-        Tail(arena=arena, layout=layout._replace(format=KVFormat.INT4), start=0)
-
-
 @pytest.mark.parametrize("start", [0, 3, 5, 12])
 def test_appended_tokens_are_where_the_segments_say(arena, layout, tokens, gather, start):
     tail = Tail(arena=arena, layout=layout, start=start)

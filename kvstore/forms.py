@@ -1,0 +1,106 @@
+"""Tokens outside of blocks: as elements, and as the bytes that a block stores.
+
+**As elements** k is ``[k_heads, n, k_dim]`` and v ``[v_heads, n, v_dim]``, any strides: in the format's
+dtype, or, for a quantised format, in any float dtype. **As stored** they are ``u8[k_heads, n, bytes]`` and
+``u8[v_heads, n, bytes]``, a row's scales behind its payload: nothing is lost, and few bytes go over a wire.
+If V is the beginning of K, ``v`` as elements is not looked at, and as stored has no bytes.
+
+Called by whoever copies tokens: blocks, tails, stores and their remote ends. It must not know blocks.
+"""
+
+import torch
+from torch import Tensor
+
+from farshore.errors import InvalidRequest
+from farshore.kernels.base import KVLayout
+from farshore.kernels.formats import KVFormat, dequantise, quantise
+
+
+def stored_bytes(layout: KVLayout) -> tuple[int, int]:
+    """Bytes of one token of one head as stored, scales included: of K and of V."""
+    return (
+        layout.k_row_bytes + 2 * layout.k_scales,
+        layout.v_row_bytes + 2 * layout.v_scales,
+    )
+
+
+def check_layout(layout: KVLayout) -> None:
+    """InvalidRequest for blocks whose scales would lie at odd addresses, or whose V would not fit into K."""
+    sizes = (layout.k_row_bytes, layout.v_row_bytes)
+    if layout.format.quantised and any(size * layout.block_tokens % 2 for size in sizes):
+        raise InvalidRequest(
+            f"blocks of {layout.block_tokens} tokens in {layout.format.value}, rows of {sizes} bytes: an odd"
+            " number of bytes before the scales; give blocks of an even number of tokens"
+        )
+    if layout.v_in_k and (layout.v_dim > layout.k_dim or layout.v_heads != layout.k_heads):
+        raise InvalidRequest(
+            f"V of {layout.v_heads} heads x {layout.v_dim} inside K of {layout.k_heads} x {layout.k_dim}:"
+            " give equal heads and no more dims"
+        )
+
+
+def check_layer(layout: KVLayout, layer: int) -> None:
+    if not 0 <= layer < layout.layers:
+        raise InvalidRequest(f"layer {layer} is not one of the {layout.layers} stored")
+
+
+def check_tokens(layout: KVLayout, layer: int, k: Tensor, v: Tensor) -> int:
+    """The number of tokens in k and v, as elements or as stored.
+
+    InvalidRequest if the shapes or dtypes are not the layout's, or the layer is none of its layers.
+    """
+    check_layer(layout, layer)
+    n = k.shape[1] if k.dim() == 3 else 0
+    k_row, v_row = stored_bytes(layout) if k.dtype == torch.uint8 else (layout.k_dim, layout.v_dim)
+    want_k, want_v = (layout.k_heads, n, k_row), (layout.v_heads, n, v_row)
+    if tuple(k.shape) != want_k or tuple(v.shape) != want_v:
+        raise InvalidRequest(f"k {tuple(k.shape)}, v {tuple(v.shape)}: give {want_k}, {want_v} (n tokens)")
+    check_dtypes(layout, k, v)
+    return n
+
+
+def check_dtypes(layout: KVLayout, k: Tensor, v: Tensor) -> None:
+    """InvalidRequest unless k and v are of one dtype that the layout's format takes in."""
+    format = layout.format
+    takes = k.dtype == torch.uint8 or (k.is_floating_point() if format.quantised else k.dtype == format.dtype)
+    if k.dtype != v.dtype or not takes:
+        want = "one float dtype" if format.quantised else format.dtype
+        raise InvalidRequest(f"k is {k.dtype}, v is {v.dtype}: give {want}, or both as stored")
+
+
+def to_stored(layout: KVLayout, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v as stored: quantised if the format says so; no copy where they are or can be viewed so."""
+    if k.dtype == torch.uint8:
+        return k, v
+    if layout.v_in_k:
+        v = v[..., :0]
+    return _rows_to_stored(k, layout.format), _rows_to_stored(v, layout.format)
+
+
+def from_stored(layout: KVLayout, k: Tensor, v: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Elements of k and v as stored, in ``dtype``: exact in float32, see
+    :func:`farshore.kernels.formats.dequantise`. If V lies in K, v is a view of k."""
+    k = _rows_from_stored(k, layout.format, layout.k_dim, dtype)
+    if layout.v_in_k:
+        return k, k[..., : layout.v_dim]
+    return k, _rows_from_stored(v, layout.format, layout.v_dim, dtype)
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The elements' bytes in row-major order; copied only if the tensor is not contiguous."""
+    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
+
+
+def _rows_to_stored(rows: Tensor, format: KVFormat) -> Tensor:
+    payload, scales = quantise(rows, format)
+    if not format.quantised:
+        return payload
+    return torch.cat((payload, scales.view(torch.uint8)), dim=-1)
+
+
+def _rows_from_stored(rows: Tensor, format: KVFormat, dim: int, dtype: torch.dtype) -> Tensor:
+    payload, scales = rows.split((format.row_bytes(dim), 2 * format.scales(dim)), dim=-1)
+    # Copies are aligned, as `view` wants it.
+    return dequantise(
+        payload.contiguous(), scales.contiguous().view(torch.bfloat16), format, dim, dtype=dtype
+    )

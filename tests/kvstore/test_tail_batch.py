@@ -1,0 +1,152 @@
+"""A step's appends, in one call a layer: the same bytes and the same refusals as one by one."""
+
+import pytest
+import torch
+
+from farshore.errors import Full, InvalidRequest
+from farshore.kernels.formats import KVFormat
+from farshore.kvstore.arena import Arena
+from farshore.kvstore.tail import Tail, TailBatch
+
+pytestmark = pytest.mark.usefixtures("copies")
+
+FORMATS = [format for format in KVFormat]
+
+
+def rows_of(layout, rows, *, dtype=torch.float32, seed=0):
+    """k [R, k_heads, k_dim], v [R, v_heads, v_dim]."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype = dtype if layout.format.quantised else layout.format.dtype
+    k = torch.randn(rows, layout.k_heads, layout.k_dim, generator=generator)
+    v = torch.randn(rows, layout.v_heads, layout.v_dim, generator=generator)
+    return k.to(dtype), v.to(dtype)
+
+
+def grown(arena, layout, *, start, tokens):
+    """A tail with something in it."""
+    tail = Tail(arena=arena, layout=layout, start=start)
+    k, v = rows_of(layout, tokens, seed=start)
+    for layer in range(layout.layers):
+        tail.append(layer, start, k.transpose(0, 1), v.transpose(0, 1))
+    tail.advance(start + tokens)
+    return tail
+
+
+def as_stored(tail):
+    return tail.read_layers(tail.start, tail.end, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_batch_stores_what_single_appends_store(layout, format, dtype):
+    layout = layout._replace(format=format, block_tokens=6)
+    arena = Arena(1 << 20)
+    # Five rows: one a tail, save that the second tail gets three. Ends of blocks inside and between.
+    sizes, counts = [(0, 6), (3, 2), (7, 4)], [1, 3, 1]
+    batched, single = ([grown(arena, layout, start=s, tokens=n) for s, n in sizes] for _ in range(2))
+    tails = [tail for tail, count in zip(batched, counts, strict=True) for _ in range(count)]
+    positions = [tail.end + i for tail, count in zip(batched, counts, strict=True) for i in range(count)]
+    batch = TailBatch(tails, positions)
+    for layer in range(layout.layers):
+        k, v = rows_of(layout, 5, dtype=dtype, seed=layer)
+        batch.append(layer, k.transpose(1, 2).contiguous().transpose(1, 2), v)  # any strides
+        row = 0
+        for tail, count in zip(single, counts, strict=True):
+            rows = slice(row, row := row + count)
+            tail.append(layer, tail.end, k[rows].transpose(0, 1), v[rows].transpose(0, 1))
+    for one, other, count in zip(batched, single, counts, strict=True):
+        one.advance(one.end + count)
+        other.advance(other.end + count)
+        assert all(torch.equal(a, b) for a, b in zip(as_stored(one), as_stored(other), strict=True))
+
+
+def test_a_batch_reserves_for_all_or_for_none(layout):
+    arena = Arena(3 * 4096)
+    tails = [Tail(arena=arena, layout=layout, start=start) for start in (0, 5, 9)]
+    with pytest.raises(Full):
+        TailBatch(tails, [0, 5, 10])  # the last one needs two blocks
+    assert [tail.bytes for tail in tails] == [0, 0, 0]
+    batch = TailBatch(tails, [0, 5, 9])
+    assert arena.free_bytes == 0
+    TailBatch(tails, [0, 5, 9])  # a step that is run again
+    k, v = rows_of(layout, 3)
+    batch.append(0, k, v)
+    assert [tail.segments(tail.end + 1).count.tolist() for tail in tails] == [[1], [1], [1]]
+    assert [tail.end for tail in tails] == [0, 5, 9]
+
+
+def test_what_a_layer_lacks_no_tail_advances_over(arena, layout):
+    tails = [grown(arena, layout, start=start, tokens=2) for start in (0, 4)]
+    batch = TailBatch(tails, [2, 6])
+    k, v = rows_of(layout, 2)
+    for layer in (0, 2):
+        batch.append(layer, k, v)
+    with pytest.raises(InvalidRequest, match="written to 2"):
+        tails[0].advance(3)
+    batch.append(1, k, v)
+    batch.append(1, k * 2, v)  # repeated
+    for tail in tails:
+        tail.advance(tail.end + 1)
+    assert torch.equal(tails[1].read(1, 6, 7)[0].squeeze(1), k[1] * 2)
+
+
+def test_a_refused_layer_writes_nothing_to_any_tail(arena, layout):
+    first, second = (grown(arena, layout, start=start, tokens=2) for start in (0, 4))
+    k, v = rows_of(layout, 2)
+    batch = TailBatch([first, second], [2, 7])  # the second leaves a hole at 6
+    before = arena.memory.clone()
+    with pytest.raises(InvalidRequest, match="position 7"):
+        batch.append(0, k, v)
+    batch = TailBatch([first, second], [2, 6])
+    second.advance(6)
+    second.reserve(12)
+    second.truncate(6)
+    with pytest.raises(InvalidRequest, match="truncated"):
+        batch.append(0, k, v)
+    batch = TailBatch([first, second], [2, 6])
+    for bad in [(3, k, v), (-1, k, v), (0, k[:1], v[:1]), (0, k.double(), v), (0, v, k), (0, k[:, :, 0], v)]:
+        with pytest.raises(InvalidRequest):
+            batch.append(*bad)
+    assert torch.equal(arena.memory, before)
+    for layer in range(layout.layers):
+        batch.append(layer, k, v)
+    second.advance(7)
+    with pytest.raises(InvalidRequest, match="complete below"):
+        batch.append(0, k, v)
+    second.release_below(7)
+    first.advance(3)
+
+
+def test_rows_that_make_no_batch(arena, layout):
+    one, other = (grown(arena, layout, start=start, tokens=2) for start in (0, 4))
+    half = Tail(arena=arena, layout=layout.of_groups(1), start=0)
+    elsewhere = Tail(arena=Arena(4096), layout=layout, start=0)
+    for tails, positions in [
+        ([], []),
+        ([one], [2, 3]),
+        ([one, other, one], [2, 6, 3]),
+        ([one, one], [2, 4]),
+        ([one, one], [2, 2]),
+        ([one], [1]),
+        ([one, half], [2, 0]),
+        ([one, elsewhere], [2, 0]),
+    ]:
+        with pytest.raises(InvalidRequest):
+            TailBatch(tails, positions)
+    assert (one.bytes, other.bytes) == (4096, 8192)  # tokens 4 and 5 are in two blocks
+
+
+def test_rejected_speculation_is_truncated_and_appended_again(arena, layout):
+    tail = grown(arena, layout, start=3, tokens=1)
+    k, v = rows_of(layout, 4)
+    for layer in range(layout.layers):
+        TailBatch([tail] * 4, range(4, 8)).append(layer, k, v)
+    tail.advance(6)
+    tail.truncate(6)
+    assert tail.bytes == 2 * 4096
+    batch = TailBatch([tail], [6])
+    for layer in range(layout.layers):
+        batch.append(layer, k[:1], v[:1])
+    tail.advance(7)
+    got, _ = tail.read(0, 4, 7)
+    assert torch.equal(got.transpose(0, 1), torch.cat([k[:2], k[:1]]))
