@@ -15,7 +15,9 @@ from farshore.errors import FarshoreError, InvalidRequest
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import AttentionSpec, KVLayout
 from farshore.kernels.formats import KVFormat
-from farshore.kvstore.base import SpanInfo, SpanKey
+from farshore.kvstore.base import SpanInfo, SpanKey, SpanSlice
+from farshore.kvstore.forms import stored_bytes
+from farshore.kvstore.prefix import PrefixBlock
 from farshore.proto import attention_pb2 as pb
 
 assert sys.byteorder == "little", "the wire is little-endian and tensors are not swapped"
@@ -49,11 +51,11 @@ def from_bytes(data: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> Tenso
 
 
 def tokens_from_bytes(k: bytes, v: bytes, layout: KVLayout, tokens: int) -> tuple[Tensor, Tensor]:
-    """k ``[k_heads, tokens, k_dim]`` and v ``[v_heads, tokens, v_dim]`` of an unquantised layout."""
-    dtype = layout.format.dtype
+    """k and v of one layer as stored, ``u8[heads, tokens, bytes]``: see :mod:`farshore.kvstore.forms`."""
+    k_bytes, v_bytes = stored_bytes(layout)
     return (
-        from_bytes(k, (layout.k_heads, tokens, layout.k_dim), dtype),
-        from_bytes(v, (layout.v_heads, tokens, layout.v_dim), dtype),
+        from_bytes(k, (layout.k_heads, tokens, k_bytes), torch.uint8),
+        from_bytes(v, (layout.v_heads, tokens, v_bytes), torch.uint8),
     )
 
 
@@ -124,6 +126,34 @@ def info_from_pb(message: pb.SpanInfo) -> SpanInfo:
         bytes=message.bytes,
         epoch=Epoch(message.epoch),
         holders=message.holders,
+    )
+
+
+def block_to_pb(block: PrefixBlock) -> pb.PrefixBlock:
+    return pb.PrefixBlock(hash=block.hash, first=block.first, tokens=block.tokens)
+
+
+def block_from_pb(message: pb.PrefixBlock) -> PrefixBlock:
+    return PrefixBlock(message.hash, tuple(message.tokens), message.first)
+
+
+def slice_to_pb(found: SpanSlice) -> pb.SpanSlice:
+    return pb.SpanSlice(
+        span_id=found.span,
+        key=key_to_pb(found.key),
+        layout=layout_to_pb(found.layout),
+        first=found.first,
+        last=found.last,
+    )
+
+
+def slice_from_pb(message: pb.SpanSlice) -> SpanSlice:
+    return SpanSlice(
+        span=SpanId(message.span_id),
+        key=key_from_pb(message.key),
+        layout=layout_from_pb(message.layout),
+        first=message.first,
+        last=message.last,
     )
 
 

@@ -61,7 +61,7 @@ class AttentionService(pb_grpc.AttentionServicer):
             os.getpid(),
             socket.gethostname(),
             usage.budget_bytes,
-            usage.free_bytes,
+            usage.available_bytes,
             self._attended.total,
         )
 
@@ -89,8 +89,23 @@ class AttentionService(pb_grpc.AttentionServicer):
 
     @_mapped
     def Seal(self, request: pb.SealRequest) -> pb.SealReply:
-        digest = self._store.seal(SpanId(request.span_id), request.tokens, epoch=Epoch(request.epoch))
+        digest = self._store.seal(
+            SpanId(request.span_id),
+            request.tokens,
+            epoch=Epoch(request.epoch),
+            blocks=[codec.block_from_pb(block) for block in request.blocks],
+        )
         return pb.SealReply(digest=digest)
+
+    @_mapped
+    def FindPrefix(self, request: pb.FindPrefixRequest) -> pb.FindPrefixReply:
+        slices = self._store.find_prefix(
+            [codec.block_from_pb(block) for block in request.blocks],
+            layer_class=request.layer_class,
+            sequence=SequenceId(request.sequence_id),
+            epoch=Epoch(request.epoch),
+        )
+        return pb.FindPrefixReply(slices=[codec.slice_to_pb(found) for found in slices])
 
     def Read(self, request: pb.ReadRequest, context: grpc.ServicerContext) -> Iterator[pb.KVChunk]:
         try:
@@ -100,20 +115,22 @@ class AttentionService(pb_grpc.AttentionServicer):
             # At least one read: the store checks a range even where it is empty.
             for first in range(request.first, request.last, chunk_tokens) or (request.first,):
                 last = min(first + chunk_tokens, request.last)
-                k, v = self._store.read(span, request.layer, first, last)
+                k, v = self._store.read(span, request.layer, first, last, dtype=torch.uint8)
                 yield pb.KVChunk(tokens=last - first, k=codec.to_bytes(k), v=codec.to_bytes(v))
         except Exception as error:
             rpc.abort(context, error)
 
     @_mapped
-    def Hold(self, request: pb.SpanRequest) -> pb.SpanReply:
-        self._store.hold(SpanId(request.span_id))
-        return pb.SpanReply()
+    def Hold(self, request: pb.HoldRequest) -> pb.HoldReply:
+        spans = [SpanId(span) for span in request.span_ids]
+        self._store.hold(spans, sequence=SequenceId(request.sequence_id), epoch=Epoch(request.epoch))
+        return pb.HoldReply(layouts=[codec.layout_to_pb(self._store.layout(span)) for span in spans])
 
     @_mapped
-    def Drop(self, request: pb.SpanRequest) -> pb.SpanReply:
-        self._store.drop(SpanId(request.span_id))
-        return pb.SpanReply()
+    def Drop(self, request: pb.HoldRequest) -> pb.DropReply:
+        spans = [SpanId(span) for span in request.span_ids]
+        self._store.drop(spans, sequence=SequenceId(request.sequence_id), epoch=Epoch(request.epoch))
+        return pb.DropReply()
 
     @_mapped
     def DropSequence(self, request: pb.SequenceRequest) -> pb.SequenceReply:

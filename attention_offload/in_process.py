@@ -36,7 +36,7 @@ class InProcessPeer:
             os.getpid(),
             socket.gethostname(),
             usage.budget_bytes,
-            usage.free_bytes,
+            usage.available_bytes,
             self._attended.total,
         )
 

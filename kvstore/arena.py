@@ -11,7 +11,7 @@ the system (and read as zeros afterwards, so nobody sees another sequence's data
 import mmap
 import threading
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -64,11 +64,17 @@ class Arena:
         self._free_starts = [0]
         self._free_sizes = [self.budget_bytes]
         self._held: dict[int, int] = {}  # base of each held block -> its stride
+        self._reclaim: Callable[[int], int] = lambda missing_bytes: 0
 
     @property
     def free_bytes(self) -> int:
         with self._lock:
             return sum(self._free_sizes)
+
+    def on_full(self, reclaim: Callable[[int], int]) -> None:
+        """Who is asked for memory before it is refused: ``reclaim(missing_bytes)`` frees that much or more of
+        what nobody needs, or nothing where it has less; returns how much it had. Called without the lock."""
+        self._reclaim = reclaim
 
     def allocate(self, blocks: int, block_bytes: int) -> list[Extent]:
         """Takes ``blocks`` blocks: one contiguous run if any free range is long enough, else several runs.
@@ -80,11 +86,20 @@ class Arena:
                 f"cannot allocate {blocks} blocks of {block_bytes} bytes: give at least 1 each"
             )
         stride = stride_bytes(block_bytes)
-        with self._lock:
-            extents = [Extent(start, count, stride) for start, count in self._choose(blocks, stride)]
-            for extent in extents:
-                self._take(extent)
-        return extents
+        while True:
+            try:
+                with self._lock:
+                    extents = [Extent(start, count, stride) for start, count in self._choose(blocks, stride)]
+                    for extent in extents:
+                        self._take(extent)
+                return extents
+            except Full as full:
+                # Ranges shorter than a block are free too, but of no use: one block more, then.
+                missing_bytes = max(blocks * stride - full.free_bytes, stride)
+                reclaimable_bytes = self._reclaim(missing_bytes)
+                if reclaimable_bytes < missing_bytes:
+                    full.free_bytes += reclaimable_bytes
+                    raise
 
     def free(self, extents: Iterable[Extent]) -> None:
         """Gives blocks back; an extent may be freed in parts. InvalidRequest, and nothing freed, if any block

@@ -8,8 +8,18 @@ A **span** holds tokens ``[key.first, key.first + capacity)`` of one sequence, f
 
     0 ............ sealed_tokens ............ capacity_tokens
     | readable, never changes | may be written, unreadable |
+
+Who frees what: sequences hold spans, the one that created it first of all. What nobody holds is freed at
+once, or, if blocks of it have names, kept as cache until somebody finds it again or needs the room::
+
+    create ──▶ held by 1 ◀──hold, find_prefix──▶ held by n
+                   │ drop, drop_sequence: nobody left
+                   ├─ no names, or all named elsewhere too ──▶ freed
+                   └─ named ──▶ cache ──hold, find_prefix──▶ held by 1
+                                  └─ least recently held, when memory is needed ──▶ freed
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NewType, Protocol
 
@@ -18,6 +28,7 @@ from torch import Tensor
 
 from farshore.ids import Epoch, SequenceId, SpanId
 from farshore.kernels.base import KVLayout, Segments
+from farshore.kvstore.prefix import PrefixBlock
 
 Digest = NewType("Digest", str)
 """Fingerprint of sealed bytes, hex. Equal content, range and layout give equal digests on every store."""
@@ -50,6 +61,18 @@ class SpanInfo:
     epoch: Epoch
     """Of the owner that created it."""
     holders: int
+    """Sequences that hold it; 0: it is cache."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpanSlice:
+    """Positions ``first .. last`` of the sequence, found in a span; it may hold more than these."""
+
+    span: SpanId
+    key: SpanKey
+    layout: KVLayout
+    first: int
+    last: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +84,13 @@ class Usage:
     sealed_bytes: int
     """Payload below the sealed marks, without padding."""
     free_bytes: int
+    cached_bytes: int
+    """Of ``granted_bytes``: what nobody holds, and goes when memory is needed."""
+
+    @property
+    def available_bytes(self) -> int:
+        """What can be had: free, or cache."""
+        return self.free_bytes + self.cached_bytes
 
 
 class ShardStore(Protocol):
@@ -80,7 +110,8 @@ class ShardStore(Protocol):
         ...
 
     def create(self, key: SpanKey, *, capacity_tokens: int, layout: KVLayout, epoch: Epoch) -> SpanId:
-        """Grants memory for a new span, held once (by the sequence itself), or raises Full.
+        """Grants memory for a new span, held by ``key.sequence``. Evicts cache as far as needed; raises Full
+        (and evicts nothing) where what is held leaves too little.
 
         ``layout`` is already narrowed to the key's groups; else InvalidRequest. Not idempotent: each call
         grants anew. A caller that lost the reply finds the span by ``announce``, or gives everything back by
@@ -94,12 +125,16 @@ class ShardStore(Protocol):
         k ``[k_heads, n, k_dim]``, v ``[v_heads, n, v_dim]``: heads of the span's groups, any strides, in the
         format's dtype, or any float dtype where that is quantised, or as stored: see
         :mod:`farshore.kvstore.forms`. InvalidRequest below the sealed mark, beyond the capacity, or for other
-        shapes.
+        shapes. Only the sequence of the span's key writes and seals, and only while it holds the span: else
+        NotFound.
         """
         ...
 
-    def seal(self, span: SpanId, tokens: int, *, epoch: Epoch) -> Digest:
+    def seal(self, span: SpanId, tokens: int, *, epoch: Epoch, blocks: Sequence[PrefixBlock] = ()) -> Digest:
         """Makes ``[0, tokens)`` readable and unchangeable, and returns the digest of what this call sealed.
+
+        Of ``blocks``, a part of the sequence's chain or all of it, those wholly within ``[0, tokens)`` can be
+        found from now on.
 
         Every layer must have been written completely below ``tokens``; else InvalidRequest, as for a mark
         that would shrink. Idempotent: sealing the same length again returns the same digest.
@@ -125,29 +160,38 @@ class ShardStore(Protocol):
         """
         ...
 
-    def hold(self, span: SpanId) -> None:
-        """One more holder (a fork, a shared prefix). Not idempotent."""
-        ...
+    def find_prefix(
+        self, blocks: Sequence[PrefixBlock], *, layer_class: int, sequence: SequenceId, epoch: Epoch
+    ) -> list[SpanSlice]:
+        """What of ``blocks`` lies here, each slice held by ``sequence`` from now on.
 
-    def drop(self, span: SpanId) -> None:
-        """One holder less; at none left the memory is free. Not idempotent, save that the last is followed
-        by NotFound."""
-        ...
-
-    def drop_sequence(self, sequence: SequenceId, *, epoch: Epoch) -> None:
-        """Gives back the sequence's own hold on each of its spans of that epoch or older. Idempotent.
-
-        Spans that others hold stay for them. Holds are anonymous, so an owner gives its own hold on a span
-        back once, either here or by ``drop``; never both while others hold it.
+        Every position and head group once at most, and every span; but with gaps, since other stores may hold
+        those positions or heads: the caller puts the answers together, and drops what it does not use.
+        Idempotent.
         """
         ...
 
-    def fence(self, sequence: SequenceId, epoch: Epoch) -> None:
-        """From now on create, write and seal of an older epoch raise Fenced. Idempotent, never lowered.
+    def hold(self, spans: Sequence[SpanId], *, sequence: SequenceId, epoch: Epoch) -> None:
+        """``sequence`` holds all of ``spans`` (a fork does), or none of them if this raises. Idempotent."""
+        ...
 
-        What is there stays readable. Fences do not pile up: each span keeps its own for as long as it lives,
-        and of sequences without spans only the most recently fenced are remembered. Of a forgotten one an
-        old owner could get a new, useless span, which costs memory until it is dropped, never a wrong token.
+    def drop(self, spans: Sequence[SpanId], *, sequence: SequenceId, epoch: Epoch) -> None:
+        """Gives back what ``sequence`` holds of ``spans`` in that epoch or an older one. Idempotent: spans it
+        does not hold, or that are gone, are passed over."""
+        ...
+
+    def drop_sequence(self, sequence: SequenceId, *, epoch: Epoch) -> None:
+        """Gives back everything that ``sequence`` holds in that epoch or an older one: its own spans, those
+        it shares, those it found. Idempotent."""
+        ...
+
+    def fence(self, sequence: SequenceId, epoch: Epoch) -> None:
+        """From now on calls of the sequence in an older epoch raise Fenced, save those that give back.
+        Idempotent, never lowered.
+
+        What is there stays readable. Fences do not pile up: of sequences that hold nothing here only the most
+        recently fenced are remembered. Of a forgotten one an old owner could get a new, useless span, which
+        costs memory until it is dropped, never a wrong token.
         """
         ...
 

@@ -6,93 +6,68 @@ placement, not a mode). It must not know who asks, where its peers are, or what 
 How the one lock is used: it guards the table of spans and every change to a span, the copying in ``write``
 included, so that no late write lands in memory that was freed or sealed meanwhile. Long work on sealed bytes
 (``read``, the digest) runs without it; the span is *pinned* for as long, which puts off freeing its memory.
+The arena comes back through the same lock when it is full and wants cache freed, so it is a reentrant one.
 """
 
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import count
 
 import torch
 from torch import Tensor
 
-from farshore.errors import Fenced, InvalidRequest, NotFound
+from farshore.errors import InvalidRequest, NotFound
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import KVLayout, Segments
 from farshore.kvstore import blocks, forms
-from farshore.kvstore.arena import Arena, Extent
-from farshore.kvstore.base import Digest, SpanInfo, SpanKey, Usage
+from farshore.kvstore.arena import Arena
+from farshore.kvstore.base import Digest, SpanInfo, SpanKey, SpanSlice, Usage
+from farshore.kvstore.holds import Holds
+from farshore.kvstore.prefix import PrefixBlock, PrefixIndex
 from farshore.kvstore.ranges import Ranges
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Span:
-    key: SpanKey
-    layout: KVLayout
-    capacity_tokens: int
-    epoch: Epoch
-    """Of creation."""
-    newest: Epoch
-    """Newest seen on this span: older ones may not change it."""
-    extents: list[Extent]
-    bases: list[int]
-    written: list[Ranges]
-    """Per layer, the tokens at or above the sealed mark that were written (below it: all)."""
-    sealed_tokens: int = 0
-    sealed_before: int = 0
-    """The mark before the last seal: the last digest is of [sealed_before, sealed_tokens)."""
-    holders: int = 1
-    owned: bool = True
-    """Whether the sequence's own hold was not yet given back by drop_sequence."""
-    pins: int = 0
-    bytes: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.bytes = sum(extent.bytes for extent in self.extents)
+from farshore.kvstore.span import Span, check_sealed, check_shape
 
 
 class LocalStore:
     """See :class:`~farshore.kvstore.base.ShardStore` for the contract. The arena may be shared with tails.
 
-    ``fences``: of how many sequences without spans the last fence is remembered at most.
+    ``fences``: of how many sequences that hold nothing the last fence is remembered at most.
     """
 
     def __init__(self, *, worker: WorkerId, arena: Arena, fences: int = 65_536) -> None:
         self._worker = worker
         self._arena = arena
-        self._fence_limit = fences
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._serials = count()
-        self._spans: dict[SpanId, _Span] = {}
-        self._fences: OrderedDict[SequenceId, Epoch] = OrderedDict()
+        self._spans: dict[SpanId, Span] = {}
+        self._holds = Holds(fences=fences)
+        self._names = PrefixIndex()
+        self._cached: OrderedDict[SpanId, Span] = OrderedDict()  # held by nobody, longest first
+        arena.on_full(self._reclaim)
 
     @property
     def memory(self) -> Tensor:
         return self._arena.memory
 
     def create(self, key: SpanKey, *, capacity_tokens: int, layout: KVLayout, epoch: Epoch) -> SpanId:
-        _check_shape(key, capacity_tokens, layout)
+        check_shape(key, capacity_tokens, layout)
         with self._lock:
-            newest = max(
-                (s.newest for s in self._spans.values() if s.key.sequence == key.sequence),
-                default=epoch,
-            )
-            _check_epoch(key.sequence, epoch, max(newest, self._fences.get(key.sequence, epoch)))
+            self._holds.admit(key.sequence, epoch)
             extents = self._arena.allocate(-(-capacity_tokens // layout.block_tokens), layout.block_bytes)
             span = SpanId(f"{self._worker}/{next(self._serials)}")
-            self._spans[span] = _Span(
+            self._spans[span] = Span(
                 key=key,
                 layout=layout,
                 capacity_tokens=capacity_tokens,
                 epoch=epoch,
-                newest=epoch,
                 extents=extents,
                 bases=[base for extent in extents for base in extent.block_bases],
                 written=[Ranges() for _ in range(layout.layers)],
             )
+            self._holds.add(key.sequence, span, epoch)
         return span
 
     def write(self, span: SpanId, layer: int, first: int, k: Tensor, v: Tensor, *, epoch: Epoch) -> None:
@@ -107,7 +82,7 @@ class LocalStore:
             blocks.copy_in(self.memory, it.layout, it.bases, layer=layer, first=first, k=k, v=v)
             it.written[layer].add(first, last)
 
-    def seal(self, span: SpanId, tokens: int, *, epoch: Epoch) -> Digest:
+    def seal(self, span: SpanId, tokens: int, *, epoch: Epoch, blocks: Sequence[PrefixBlock] = ()) -> Digest:
         with self._lock:
             it = self._writable(span, epoch)
             if not it.sealed_tokens <= tokens <= it.capacity_tokens:
@@ -122,6 +97,9 @@ class LocalStore:
                 for written in it.written:
                     written.remove_below(tokens)
                 it.sealed_before, it.sealed_tokens = it.sealed_tokens, tokens
+            key, last = it.key, it.key.first + tokens
+            within = [block for block in blocks if key.first <= block.first and block.last <= last]
+            self._names.name(span, within, layer_class=key.layer_class, group0=key.group0, group1=key.group1)
             first = it.sealed_before
             it.pins += 1
         try:
@@ -131,7 +109,7 @@ class LocalStore:
 
     def segments(self, span: SpanId, first: int, last: int) -> Segments:
         it = self._span(span)
-        _check_sealed(span, it, first, last)
+        check_sealed(span, it, first, last)
         key = it.key
         return blocks.describe(
             it.layout, it.bases, first=first, last=last, position=key.first + first, group0=key.group0
@@ -141,7 +119,7 @@ class LocalStore:
         self, span: SpanId, layer: int, first: int, last: int, *, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
         with self._pinned(span) as it:
-            _check_sealed(span, it, first, last)
+            check_sealed(span, it, first, last)
             forms.check_layer(it.layout, layer)
             layers = range(layer, layer + 1)
             k, v = blocks.copy_out(
@@ -154,30 +132,41 @@ class LocalStore:
         with self._lock:
             return self._span(span).layout
 
-    def hold(self, span: SpanId) -> None:
+    def find_prefix(
+        self, blocks: Sequence[PrefixBlock], *, layer_class: int, sequence: SequenceId, epoch: Epoch
+    ) -> list[SpanSlice]:
         with self._lock:
-            self._span(span).holders += 1
+            self._holds.admit(sequence, epoch)
+            slices = []
+            for found in self._names.find(blocks, layer_class=layer_class):
+                it = self._spans[found.span]
+                self._hold(found.span, sequence, epoch)
+                slices.append(
+                    SpanSlice(
+                        span=found.span, key=it.key, layout=it.layout, first=found.first, last=found.last
+                    )
+                )
+        return slices
 
-    def drop(self, span: SpanId) -> None:
+    def hold(self, spans: Sequence[SpanId], *, sequence: SequenceId, epoch: Epoch) -> None:
         with self._lock:
-            self._release(span)
+            self._holds.admit(sequence, epoch)
+            for span in spans:
+                self._span(span)
+            for span in spans:
+                self._hold(span, sequence, epoch)
+
+    def drop(self, spans: Sequence[SpanId], *, sequence: SequenceId, epoch: Epoch) -> None:
+        with self._lock:
+            self._give_back(sequence, spans, epoch)
 
     def drop_sequence(self, sequence: SequenceId, *, epoch: Epoch) -> None:
         with self._lock:
-            for span, it in list(self._spans.items()):
-                if it.key.sequence == sequence and it.epoch <= epoch and it.owned:
-                    it.owned = False
-                    self._release(span)
+            self._give_back(sequence, self._holds.of(sequence), epoch)
 
     def fence(self, sequence: SequenceId, epoch: Epoch) -> None:
         with self._lock:
-            self._fences[sequence] = max(epoch, self._fences.get(sequence, epoch))
-            self._fences.move_to_end(sequence)
-            for it in self._spans.values():
-                if it.key.sequence == sequence:
-                    it.newest = max(it.newest, epoch)
-            while len(self._fences) > self._fence_limit:
-                self._fences.popitem(last=False)
+            self._holds.fence(sequence, epoch)
 
     def announce(self) -> list[SpanInfo]:
         with self._lock:
@@ -189,7 +178,7 @@ class LocalStore:
                     capacity_tokens=it.capacity_tokens,
                     bytes=it.bytes,
                     epoch=it.epoch,
-                    holders=it.holders,
+                    holders=self._holds.holders(span),
                 )
                 for span, it in self._spans.items()
             ]
@@ -202,14 +191,19 @@ class LocalStore:
                 granted_bytes=sum(it.bytes for it in spans),
                 sealed_bytes=sum(it.sealed_tokens * it.layout.token_bytes for it in spans),
                 free_bytes=self._arena.free_bytes,
+                cached_bytes=sum(it.bytes for it in self._cached.values()),
             )
 
     def check_integrity(self) -> None:
         self._arena.check_integrity()
         with self._lock:
+            self._holds.check_integrity(self._spans)
+            self._names.check_integrity(self._spans)
             owned: set[int] = set()
             for span, it in self._spans.items():
-                assert it.holders > 0 and it.pins >= 0, f"{span}: {it.holders} holders, {it.pins} pins"
+                holders = self._holds.holders(span)
+                assert (span in self._cached) == (not holders), f"{span}: cache, with {holders} holders"
+                assert it.pins >= 0, f"{span}: {it.pins} pins"
                 assert it.sealed_before <= it.sealed_tokens <= it.capacity_tokens, f"{span}: marks"
                 assert len(it.bases) * it.layout.block_tokens >= it.capacity_tokens, f"{span}: too few blocks"
                 assert not owned.intersection(it.bases), f"{span} shares blocks with another span"
@@ -218,20 +212,21 @@ class LocalStore:
                     held = all(self._arena.holds(base, extent.stride) for base in extent.block_bases)
                     assert held, f"{span} has {extent}, which the arena has not granted"
 
-    def _span(self, span: SpanId) -> _Span:
+    def _span(self, span: SpanId) -> Span:
         try:
             return self._spans[span]
         except KeyError:
             raise NotFound(f"no span {span} on {self._worker}: dropped by its last holder?") from None
 
-    def _writable(self, span: SpanId, epoch: Epoch) -> _Span:
+    def _writable(self, span: SpanId, epoch: Epoch) -> Span:
         it = self._span(span)
-        _check_epoch(it.key.sequence, epoch, it.newest)
-        it.newest = epoch
+        self._holds.admit(it.key.sequence, epoch)
+        if not self._holds.holds(it.key.sequence, span):
+            raise NotFound(f"{span} is not {it.key.sequence}'s any more: it gave it back")
         return it
 
     @contextmanager
-    def _pinned(self, span: SpanId) -> Iterator[_Span]:
+    def _pinned(self, span: SpanId) -> Iterator[Span]:
         """The span, whose memory is not freed inside the context whoever drops it."""
         with self._lock:
             it = self._span(span)
@@ -241,23 +236,50 @@ class LocalStore:
         finally:
             self._unpin(it)
 
-    def _unpin(self, it: _Span) -> None:
+    def _unpin(self, it: Span) -> None:
         with self._lock:
             it.pins -= 1
             self._free_if_unused(it)
 
-    def _release(self, span: SpanId) -> None:
-        it = self._span(span)
-        it.holders -= 1
-        if not it.holders:
-            del self._spans[span]
-            self._free_if_unused(it)
+    def _hold(self, span: SpanId, sequence: SequenceId, epoch: Epoch) -> None:
+        self._holds.add(sequence, span, epoch)
+        self._cached.pop(span, None)
 
-    def _free_if_unused(self, it: _Span) -> None:
-        if not it.holders and not it.pins:
+    def _give_back(self, sequence: SequenceId, spans: Iterable[SpanId], epoch: Epoch) -> None:
+        unheld = self._holds.remove(sequence, spans, epoch)
+        # The end of a prefix is of no use without its beginning, so it is to be evicted first.
+        for span in sorted(unheld, key=lambda span: -self._spans[span].key.first):
+            if self._names.redundant(span):
+                self._remove(span)
+            else:
+                self._cached[span] = self._spans[span]
+
+    def _reclaim(self, missing_bytes: int) -> int:
+        """Called by the arena when it is full: evicts cache of ``missing_bytes`` or more. Where there is
+        less, evicts nothing; returns how much there was."""
+        with self._lock:
+            idle = [(span, it.bytes) for span, it in self._cached.items() if not it.pins]
+            total = sum(size for _, size in idle)
+            if total >= missing_bytes:
+                for span, size in idle:
+                    if missing_bytes <= 0:
+                        break
+                    del self._cached[span]
+                    self._remove(span)
+                    missing_bytes -= size
+        return total
+
+    def _remove(self, span: SpanId) -> None:
+        it = self._spans.pop(span)
+        self._names.forget(span)
+        it.removed = True
+        self._free_if_unused(it)
+
+    def _free_if_unused(self, it: Span) -> None:
+        if it.removed and not it.pins:
             self._arena.free(it.extents)
 
-    def _digest(self, it: _Span, first: int, last: int) -> Digest:
+    def _digest(self, it: Span, first: int, last: int) -> Digest:
         """Of tokens [first, last): layer by layer, K then V, head-major; so not of where the blocks lie."""
         digest = hashlib.blake2b(digest_size=16)
         for layer in range(it.layout.layers):
@@ -269,28 +291,3 @@ class LocalStore:
                 ):
                     digest.update(forms.as_bytes(stored))
         return Digest(digest.hexdigest())
-
-
-def _check_shape(key: SpanKey, capacity_tokens: int, layout: KVLayout) -> None:
-    forms.check_layout(layout)
-    # The upper bounds are those of the integers in Segments.
-    if key.first < 0 or capacity_tokens < 1 or key.first + capacity_tokens > 2**31 - 1:
-        raise InvalidRequest(
-            f"{capacity_tokens} tokens from {key.first}: ask for 1 or more, within [0, 2^31 - 1)"
-        )
-    if not 0 <= key.group0 < key.group1 < 2**15:
-        raise InvalidRequest(f"groups {key.group0} to {key.group1}: give 0 <= group0 < group1 < 2^15")
-    if layout.groups != key.group1 - key.group0:
-        raise InvalidRequest(
-            f"layout of {layout.groups} groups, key of {key.group1 - key.group0}: narrow it with of_groups"
-        )
-
-
-def _check_epoch(sequence: SequenceId, epoch: Epoch, newest: Epoch) -> None:
-    if epoch < newest:
-        raise Fenced(f"epoch {epoch} of {sequence} is over: {newest} owns it")
-
-
-def _check_sealed(span: SpanId, it: _Span, first: int, last: int) -> None:
-    if not 0 <= first <= last <= it.sealed_tokens:
-        raise InvalidRequest(f"tokens {first} to {last} of {span}: sealed are 0 to {it.sealed_tokens}")

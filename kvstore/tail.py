@@ -115,6 +115,17 @@ class Tail:
         self._marks[_FREED] += bool(freed)
         self._free_blocks(freed)
 
+    def fork(self) -> "Tail":
+        """Another tail with copies of ``[start, end)``, and no scratch. Full: nothing was allocated."""
+        copy = Tail(arena=self._arena, layout=self._layout, start=self._start)
+        copy.reserve(self.end)
+        memory, size = self._arena.memory, self._layout.block_bytes
+        for index, base in copy._blocks.items():
+            source = self._blocks[index]
+            memory[base : base + size] = memory[source : source + size]
+        copy._marks[_END:] = array("q", [self.end] * (1 + self._layout.layers))
+        return copy
+
     def segments(self, last: int | None = None) -> Segments:
         """Where ``[start, last)`` lies in the arena's memory; ``last`` is ``end`` if not given, and may reach
         as far as is reserved. One segment per run of adjacent blocks; of an empty range none."""

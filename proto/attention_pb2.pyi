@@ -102,21 +102,65 @@ class WriteReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class PrefixBlock(_message.Message):
+    __slots__ = ("hash", "first", "tokens")
+    HASH_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    hash: bytes
+    first: int
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, hash: _Optional[bytes] = ..., first: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class SealRequest(_message.Message):
-    __slots__ = ("span_id", "tokens", "epoch")
+    __slots__ = ("span_id", "tokens", "epoch", "blocks")
     SPAN_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
     span_id: str
     tokens: int
     epoch: int
-    def __init__(self, span_id: _Optional[str] = ..., tokens: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+    blocks: _containers.RepeatedCompositeFieldContainer[PrefixBlock]
+    def __init__(self, span_id: _Optional[str] = ..., tokens: _Optional[int] = ..., epoch: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[PrefixBlock, _Mapping]]] = ...) -> None: ...
 
 class SealReply(_message.Message):
     __slots__ = ("digest",)
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     digest: str
     def __init__(self, digest: _Optional[str] = ...) -> None: ...
+
+class FindPrefixRequest(_message.Message):
+    __slots__ = ("blocks", "layer_class", "sequence_id", "epoch")
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    LAYER_CLASS_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    blocks: _containers.RepeatedCompositeFieldContainer[PrefixBlock]
+    layer_class: int
+    sequence_id: str
+    epoch: int
+    def __init__(self, blocks: _Optional[_Iterable[_Union[PrefixBlock, _Mapping]]] = ..., layer_class: _Optional[int] = ..., sequence_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class SpanSlice(_message.Message):
+    __slots__ = ("span_id", "key", "layout", "first", "last")
+    SPAN_ID_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    span_id: str
+    key: SpanKey
+    layout: Layout
+    first: int
+    last: int
+    def __init__(self, span_id: _Optional[str] = ..., key: _Optional[_Union[SpanKey, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., first: _Optional[int] = ..., last: _Optional[int] = ...) -> None: ...
+
+class FindPrefixReply(_message.Message):
+    __slots__ = ("slices",)
+    SLICES_FIELD_NUMBER: _ClassVar[int]
+    slices: _containers.RepeatedCompositeFieldContainer[SpanSlice]
+    def __init__(self, slices: _Optional[_Iterable[_Union[SpanSlice, _Mapping]]] = ...) -> None: ...
 
 class ReadRequest(_message.Message):
     __slots__ = ("span_id", "layer", "first", "last")
@@ -140,13 +184,23 @@ class KVChunk(_message.Message):
     v: bytes
     def __init__(self, tokens: _Optional[int] = ..., k: _Optional[bytes] = ..., v: _Optional[bytes] = ...) -> None: ...
 
-class SpanRequest(_message.Message):
-    __slots__ = ("span_id",)
-    SPAN_ID_FIELD_NUMBER: _ClassVar[int]
-    span_id: str
-    def __init__(self, span_id: _Optional[str] = ...) -> None: ...
+class HoldRequest(_message.Message):
+    __slots__ = ("span_ids", "sequence_id", "epoch")
+    SPAN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    span_ids: _containers.RepeatedScalarFieldContainer[str]
+    sequence_id: str
+    epoch: int
+    def __init__(self, span_ids: _Optional[_Iterable[str]] = ..., sequence_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
-class SpanReply(_message.Message):
+class HoldReply(_message.Message):
+    __slots__ = ("layouts",)
+    LAYOUTS_FIELD_NUMBER: _ClassVar[int]
+    layouts: _containers.RepeatedCompositeFieldContainer[Layout]
+    def __init__(self, layouts: _Optional[_Iterable[_Union[Layout, _Mapping]]] = ...) -> None: ...
+
+class DropReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 

@@ -54,6 +54,11 @@ class AttentionStub:
                 request_serializer=farshore_dot_proto_dot_attention__pb2.SealRequest.SerializeToString,
                 response_deserializer=farshore_dot_proto_dot_attention__pb2.SealReply.FromString,
                 _registered_method=True)
+        self.FindPrefix = channel.unary_unary(
+                '/farshore.attention.v1.Attention/FindPrefix',
+                request_serializer=farshore_dot_proto_dot_attention__pb2.FindPrefixRequest.SerializeToString,
+                response_deserializer=farshore_dot_proto_dot_attention__pb2.FindPrefixReply.FromString,
+                _registered_method=True)
         self.Read = channel.unary_stream(
                 '/farshore.attention.v1.Attention/Read',
                 request_serializer=farshore_dot_proto_dot_attention__pb2.ReadRequest.SerializeToString,
@@ -61,13 +66,13 @@ class AttentionStub:
                 _registered_method=True)
         self.Hold = channel.unary_unary(
                 '/farshore.attention.v1.Attention/Hold',
-                request_serializer=farshore_dot_proto_dot_attention__pb2.SpanRequest.SerializeToString,
-                response_deserializer=farshore_dot_proto_dot_attention__pb2.SpanReply.FromString,
+                request_serializer=farshore_dot_proto_dot_attention__pb2.HoldRequest.SerializeToString,
+                response_deserializer=farshore_dot_proto_dot_attention__pb2.HoldReply.FromString,
                 _registered_method=True)
         self.Drop = channel.unary_unary(
                 '/farshore.attention.v1.Attention/Drop',
-                request_serializer=farshore_dot_proto_dot_attention__pb2.SpanRequest.SerializeToString,
-                response_deserializer=farshore_dot_proto_dot_attention__pb2.SpanReply.FromString,
+                request_serializer=farshore_dot_proto_dot_attention__pb2.HoldRequest.SerializeToString,
+                response_deserializer=farshore_dot_proto_dot_attention__pb2.DropReply.FromString,
                 _registered_method=True)
         self.DropSequence = channel.unary_unary(
                 '/farshore.attention.v1.Attention/DropSequence',
@@ -119,7 +124,14 @@ class AttentionServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Seal(self, request, context):
-        """Everything written below becomes immutable and readable. Idempotent.
+        """Everything written below becomes immutable and readable, its named blocks can be found. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FindPrefix(self, request, context):
+        """Where blocks of a prompt lie here already; held for the sequence from now on. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -133,19 +145,21 @@ class AttentionServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Hold(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """The sequence holds all of the spans, or the call fails. Idempotent.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Drop(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Gives back what the sequence holds of the spans, up to an epoch. Idempotent.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DropSequence(self, request, context):
-        """Drops every span of a sequence up to an epoch. Idempotent.
+        """Gives back all that a sequence holds, up to an epoch. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -202,6 +216,11 @@ def add_AttentionServicer_to_server(servicer, server):
                     request_deserializer=farshore_dot_proto_dot_attention__pb2.SealRequest.FromString,
                     response_serializer=farshore_dot_proto_dot_attention__pb2.SealReply.SerializeToString,
             ),
+            'FindPrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindPrefix,
+                    request_deserializer=farshore_dot_proto_dot_attention__pb2.FindPrefixRequest.FromString,
+                    response_serializer=farshore_dot_proto_dot_attention__pb2.FindPrefixReply.SerializeToString,
+            ),
             'Read': grpc.unary_stream_rpc_method_handler(
                     servicer.Read,
                     request_deserializer=farshore_dot_proto_dot_attention__pb2.ReadRequest.FromString,
@@ -209,13 +228,13 @@ def add_AttentionServicer_to_server(servicer, server):
             ),
             'Hold': grpc.unary_unary_rpc_method_handler(
                     servicer.Hold,
-                    request_deserializer=farshore_dot_proto_dot_attention__pb2.SpanRequest.FromString,
-                    response_serializer=farshore_dot_proto_dot_attention__pb2.SpanReply.SerializeToString,
+                    request_deserializer=farshore_dot_proto_dot_attention__pb2.HoldRequest.FromString,
+                    response_serializer=farshore_dot_proto_dot_attention__pb2.HoldReply.SerializeToString,
             ),
             'Drop': grpc.unary_unary_rpc_method_handler(
                     servicer.Drop,
-                    request_deserializer=farshore_dot_proto_dot_attention__pb2.SpanRequest.FromString,
-                    response_serializer=farshore_dot_proto_dot_attention__pb2.SpanReply.SerializeToString,
+                    request_deserializer=farshore_dot_proto_dot_attention__pb2.HoldRequest.FromString,
+                    response_serializer=farshore_dot_proto_dot_attention__pb2.DropReply.SerializeToString,
             ),
             'DropSequence': grpc.unary_unary_rpc_method_handler(
                     servicer.DropSequence,
@@ -362,6 +381,33 @@ class Attention:
             _registered_method=True)
 
     @staticmethod
+    def FindPrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farshore.attention.v1.Attention/FindPrefix',
+            farshore_dot_proto_dot_attention__pb2.FindPrefixRequest.SerializeToString,
+            farshore_dot_proto_dot_attention__pb2.FindPrefixReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Read(request,
             target,
             options=(),
@@ -403,8 +449,8 @@ class Attention:
             request,
             target,
             '/farshore.attention.v1.Attention/Hold',
-            farshore_dot_proto_dot_attention__pb2.SpanRequest.SerializeToString,
-            farshore_dot_proto_dot_attention__pb2.SpanReply.FromString,
+            farshore_dot_proto_dot_attention__pb2.HoldRequest.SerializeToString,
+            farshore_dot_proto_dot_attention__pb2.HoldReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -430,8 +476,8 @@ class Attention:
             request,
             target,
             '/farshore.attention.v1.Attention/Drop',
-            farshore_dot_proto_dot_attention__pb2.SpanRequest.SerializeToString,
-            farshore_dot_proto_dot_attention__pb2.SpanReply.FromString,
+            farshore_dot_proto_dot_attention__pb2.HoldRequest.SerializeToString,
+            farshore_dot_proto_dot_attention__pb2.DropReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -202,13 +202,13 @@ class SequenceCache:
                 span.sealed = span.last
         except FarshoreError:
             for span in placed:
-                self._drop(span)
+                self._drop(span, sequence, epoch)
             raise
         return placed
 
-    def _drop(self, span: PlacedSpan) -> None:
+    def _drop(self, span: PlacedSpan, sequence: SequenceId, epoch: Epoch) -> None:
         try:
-            self._peers[span.worker].store.drop(span.span)
+            self._peers[span.worker].store.drop([span.span], sequence=sequence, epoch=epoch)
         except FarshoreError:
             # Unreachable: the shard frees it with the sequence, or with itself.
             return

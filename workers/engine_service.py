@@ -92,7 +92,7 @@ class EngineService(pb_grpc.EngineServicer):
                 process_id=os.getpid(),
                 state="ready",
                 budget_bytes=usage.budget_bytes,
-                free_bytes=usage.free_bytes,
+                free_bytes=usage.available_bytes,
                 attended_bytes=self._shards[self._worker].attended_bytes,
                 running=running,
                 waiting=waiting,

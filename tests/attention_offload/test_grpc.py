@@ -18,6 +18,8 @@ from farshore.ids import SequenceId, SpanId, WorkerId
 from farshore.kernels.base import State
 from farshore.kernels.formats import KVFormat
 from farshore.kernels.reference import merge
+from farshore.kvstore.base import SpanSlice
+from farshore.kvstore.prefix import PrefixBlock
 
 DEADLINE_S = 60.0
 
@@ -159,7 +161,7 @@ def test_a_span_makes_the_round_trip(shard, connect, work):
     assert [part.shape[1] for part in store.read(span, 0, 5, 5)] == [0, 0]
     assert store.announce() == shard.store.announce()
     assert store.announce()[0].key == work.key("a", first=7)
-    store.drop(span)
+    store.drop([span], sequence=SequenceId("a"), epoch=work.owner)
     assert shard.store.announce() == []
 
 
@@ -179,16 +181,44 @@ def test_a_span_larger_than_a_message_travels_in_chunks(start_shard, connect, wo
 def test_a_span_stays_readable_for_as_long_as_somebody_holds_it(shard, connect, work):
     store = connect(shard.address).store
     span = work.sealed_span(store, "a", 0, 20).span
+    b = SequenceId("b")
     for _ in range(2):
-        store.hold(span)
-    store.drop(span)
-    store.drop_sequence(SequenceId("a"), epoch=work.owner)
-    store.drop_sequence(SequenceId("a"), epoch=work.owner)
+        store.hold([span], sequence=b, epoch=work.owner)
+    for _ in range(2):
+        store.drop_sequence(SequenceId("a"), epoch=work.owner)
+    store.drop([span], sequence=b, epoch=work.old)
     assert store.read(span, 0, 0, 20)[0].shape[1] == 20
-    store.drop(span)
+    store.drop([span], sequence=b, epoch=work.owner)
     with pytest.raises(NotFound):
         store.read(span, 0, 0, 20)
     assert shard.store.announce() == []
+
+
+def test_a_prefix_is_found_read_and_held_by_a_connection_that_did_not_write_it(shard, connect, work):
+    writer, finder = connect(shard.address).store, connect(shard.address).store
+    named = [
+        PrefixBlock(bytes([i]) * 32, tuple(range(i, i + 8)), first) for i, first in enumerate(range(8, 32, 8))
+    ]
+    key = work.key("a", first=8, group0=1)
+    layout = work.layout.of_groups(2)
+    span = writer.create(key, capacity_tokens=20, layout=layout, epoch=work.owner)
+    data = [work.tokens(20, seed=layer, groups=2) for layer in range(work.layers)]
+    for layer, (k, v) in enumerate(data):
+        writer.write(span, layer, 0, k, v, epoch=work.owner)
+    writer.seal(span, 20, epoch=work.owner, blocks=named)
+    with pytest.raises(NotFound):
+        finder.read(span, 0, 0, 1)
+    found = finder.find_prefix(named, layer_class=0, sequence=SequenceId("b"), epoch=work.owner)
+    assert found == [SpanSlice(span=span, key=key, layout=layout, first=8, last=24)]
+    writer.drop_sequence(SequenceId("a"), epoch=work.owner)
+    assert torch.equal(finder.read(span, 1, 3, 16)[0], data[1][0][:, 3:16])
+    finder.drop([span], sequence=SequenceId("b"), epoch=work.owner)
+    assert [info.holders for info in finder.announce()] == [0]
+    identity = connect(shard.address).identify()
+    assert identity.free_bytes == identity.budget_bytes
+    # A fork, or a reader who knows the id, holds it to read it.
+    writer.hold([span], sequence=SequenceId("c"), epoch=work.owner)
+    assert torch.equal(writer.read(span, 0, 0, 20)[1], data[0][1])
 
 
 def test_drop_sequence_and_fence_reach_the_store(shard, connect, work):
@@ -226,8 +256,11 @@ REFUSALS = {
     "read what": (NotFound, lambda w, s, _: s.read(ELSE, 0, 0, 1)),
     "write what": (NotFound, lambda w, s, _: s.write(ELSE, 0, 0, *w.tokens(1), epoch=w.owner)),
     "seal what": (NotFound, lambda w, s, _: s.seal(ELSE, 1, epoch=w.owner)),
-    "hold what": (NotFound, lambda w, s, _: s.hold(ELSE)),
-    "drop what": (NotFound, lambda w, s, _: s.drop(ELSE)),
+    "hold what": (NotFound, lambda w, s, span: s.hold(
+        [span, ELSE], sequence=SequenceId("b"), epoch=w.owner)),
+    "old hold": (Fenced, lambda w, s, span: s.hold([span], sequence=SequenceId("a"), epoch=w.old)),
+    "old find": (Fenced, lambda w, s, _: s.find_prefix(
+        [], layer_class=0, sequence=SequenceId("a"), epoch=w.old)),
 }  # fmt: skip
 
 

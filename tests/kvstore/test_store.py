@@ -211,5 +211,6 @@ def test_announcement_and_usage(store, arena, layout, tokens):
         granted_bytes=3 * 4096,
         sealed_bytes=4 * layout.token_bytes,
         free_bytes=60 * 4096,
+        cached_bytes=0,
     )
     arena.free(tail)

@@ -20,6 +20,14 @@ def key(sequence="s", *, first=0, group0=0, group1=2) -> SpanKey:
     return SpanKey(sequence=SequenceId(sequence), layer_class=0, first=first, group0=group0, group1=group1)
 
 
+def hold(store, span, sequence, epoch=E1):
+    store.hold([span], sequence=SequenceId(sequence), epoch=epoch)
+
+
+def drop(store, span, sequence="s", epoch=E1):
+    store.drop([span], sequence=SequenceId(sequence), epoch=epoch)
+
+
 def fill(store, span, layout, k, v, *, first=0, epoch=E1):
     for layer in range(layout.layers):
         store.write(span, layer, first, k, v, epoch=epoch)
@@ -68,15 +76,24 @@ def test_fences_are_bounded_but_spans_keep_theirs(arena, layout, tokens):
 
 def test_the_last_holder_frees(store, arena, layout):
     span = store.create(key(), capacity_tokens=12, layout=layout, epoch=E1)
-    store.hold(span)
+    for _ in range(2):  # holding twice is holding once
+        hold(store, span, "child")
     assert store.announce()[0].holders == 2
-    store.drop(span)
+    for _ in range(2):
+        drop(store, span)
+        drop(store, span, "stranger")
+    assert store.announce()[0].holders == 1
     assert arena.free_bytes == arena.budget_bytes - 3 * 4096
-    store.drop(span)
+    drop(store, span, "child")
     assert arena.free_bytes == arena.budget_bytes
-    for call in (store.drop, store.hold, lambda s: store.segments(s, 0, 0), lambda s: store.read(s, 0, 0, 0)):
+    drop(store, span, "child")
+    for call in (
+        lambda: hold(store, span, "child"),
+        lambda: store.segments(span, 0, 0),
+        lambda: store.read(span, 0, 0, 0),
+    ):
         with pytest.raises(NotFound):
-            call(span)
+            call()
     assert store.create(key(), capacity_tokens=12, layout=layout, epoch=E1) != span
 
 
@@ -85,15 +102,51 @@ def test_dropping_a_sequence_spares_newer_epochs_other_sequences_and_holders(sto
         return store.create(key(sequence), capacity_tokens=1, layout=layout, epoch=epoch)
 
     old, shared, newer, other = create("s", E1), create("s", E2), create("s", E3), create("t", E1)
-    store.hold(shared)
+    hold(store, shared, "t")
     for _ in range(2):
         store.drop_sequence(SequenceId("s"), epoch=E2)
     assert {info.span for info in store.announce()} == {shared, newer, other}
-    store.drop(shared)
+    store.drop_sequence(SequenceId("t"), epoch=E3)
+    assert [info.span for info in store.announce()] == [newer]
     with pytest.raises(NotFound):
         store.segments(old, 0, 0)
     with pytest.raises(NotFound):
         store.segments(shared, 0, 0)
+
+
+def test_what_a_newer_epoch_holds_an_older_one_cannot_give_back(store, layout):
+    span = store.create(key(), capacity_tokens=1, layout=layout, epoch=E1)
+    hold(store, span, "s", E2)
+    drop(store, span, "s", E1)
+    store.drop_sequence(SequenceId("s"), epoch=E1)
+    with pytest.raises(Fenced):
+        hold(store, span, "s", E1)
+    assert store.announce()[0].holders == 1
+    drop(store, span, "s", E2)
+    assert store.announce() == []
+
+
+def test_a_hold_of_many_is_all_or_nothing(store, layout):
+    spans = [store.create(key(), capacity_tokens=1, layout=layout, epoch=E1) for _ in range(3)]
+    with pytest.raises(NotFound):
+        store.hold([*spans, SpanId("w1/99")], sequence=SequenceId("t"), epoch=E1)
+    assert [info.holders for info in store.announce()] == [1, 1, 1]
+    store.hold(spans, sequence=SequenceId("t"), epoch=E1)
+    assert [info.holders for info in store.announce()] == [2, 2, 2]
+
+
+def test_only_the_sequence_that_created_a_span_and_holds_it_writes(store, layout, tokens):
+    span = store.create(key(), capacity_tokens=9, layout=layout, epoch=E1)
+    k, v = tokens(layout, 4)
+    fill(store, span, layout, k, v)
+    store.seal(span, 2, epoch=E1)
+    hold(store, span, "child")
+    drop(store, span)
+    with pytest.raises(NotFound, match="gave it back"):
+        store.write(span, 0, 4, k, v, epoch=E1)
+    with pytest.raises(NotFound, match="gave it back"):
+        store.seal(span, 4, epoch=E1)
+    assert torch.equal(store.read(span, 0, 0, 2)[0], k[:, :2])
 
 
 def test_memory_being_read_outlives_its_last_holder(store, arena, layout, tokens, monkeypatch):
@@ -104,7 +157,7 @@ def test_memory_being_read_outlives_its_last_holder(store, arena, layout, tokens
     copy_out = blocks.copy_out
 
     def dropped_meanwhile(*args, **kwargs):
-        store.drop(span)
+        drop(store, span)
         store.check_integrity()
         assert arena.free_bytes < arena.budget_bytes
         return copy_out(*args, **kwargs)
@@ -138,7 +191,7 @@ def test_concurrent_use_keeps_the_budget_and_the_data(arena, layout, tokens):
             usage = store.usage()
             assert usage.granted_bytes <= usage.budget_bytes
             if granted % 2:
-                store.drop(span)
+                drop(store, span, f"s{i}")
         return granted, wrong
 
     with ThreadPoolExecutor(8) as pool:
