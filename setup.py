@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 MODULES = {
+    "farshore.attention_offload._native": "attention_offload/native",
     "farshore.kernels.cpu._native": "kernels/cpu/native",
     "farshore.kvstore._native": "kvstore/native",
 }

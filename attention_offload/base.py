@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from farshore.attention_offload.frames import Transport
 from farshore.attention_offload.plan import ShardStep, StepPlan
 from farshore.ids import WorkerId
 from farshore.kernels.base import AttentionSpec, KVLayout, State
@@ -46,16 +47,23 @@ class Peer(Protocol):
     store: ShardStore
     """The shard's store, for the cold calls: create, write, seal, read, drop."""
 
+    @property
+    def transport(self) -> Transport | None:
+        """What carries its hot frames; None while nothing is connected."""
+
     def identify(self) -> ShardIdentity: ...
 
     def begin(self, step: ShardStep) -> None:
         """Announce a step. Frames of an earlier step still under way are discarded."""
 
     def send(self, layer: int, micro_batch: int, q: Tensor) -> Any:
-        """Send q ``[rows, heads, k_dim]`` of the shard's rows and heads; returns a token for :meth:`wait`."""
+        """Send q ``[rows, heads, k_dim]`` of the rows and heads that the shard sees of the micro-batch, never
+        none; returns a token for :meth:`wait`. Rows may lie apart, as where its heads are a slice of more."""
 
-    def wait(self, sent: Any) -> State:
-        """The shard's state: o ``[rows, heads, v_dim]`` in q's dtype, lse f32 (f64) ``[rows, heads]``."""
+    def wait(self, sent: Any, *, out: State | None = None) -> State:
+        """The shard's state: o ``[rows, heads, v_dim]`` in q's dtype, lse f32 (f64) ``[rows, heads]``.
+        Valid until the next wait. In the memory of ``out`` where given: rows may lie apart in it, the heads
+        of a row may not."""
 
     def close(self) -> None: ...
 
@@ -63,10 +71,12 @@ class Peer(Protocol):
 class Shards(Protocol):
     """All the shards of one engine."""
 
-    def begin(self, plan: StepPlan) -> None: ...
+    def begin(self, plan: StepPlan, micro_batches: Sequence[range]) -> None:
+        """Announce a step whose rows come in ``micro_batches``, in order and without a gap."""
 
     def send(self, layer: int, micro_batch: int, q: Tensor) -> Any:
-        """q ``[R, q_heads, k_dim]`` goes to every shard of the plan at once."""
+        """q ``[rows of the micro-batch, q_heads, k_dim]`` goes to every shard of the plan at once."""
 
     def wait(self, pending: Any) -> Sequence[State]:
-        """One state per shard, each over all R rows and heads, in span order."""
+        """One state per shard, each over all rows and heads of the micro-batch, in span order. Frames are
+        waited for in the order they were sent."""

@@ -2,17 +2,21 @@
 
 import math
 import sys
+from itertools import accumulate, pairwise
 
+import grpc
 import torch
 from torch import Tensor
 
+from farshore import rpc
 from farshore.attention_offload.base import AttentionModel, ShardIdentity
 from farshore.attention_offload.plan import Read, ShardStep
-from farshore.errors import InvalidRequest
+from farshore.errors import FarshoreError, InvalidRequest
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import AttentionSpec, KVLayout
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore.base import SpanInfo, SpanKey, SpanSlice
+from farshore.kvstore.forms import stored_bytes
 from farshore.kvstore.prefix import PrefixBlock
 from farshore.proto import attention_pb2 as pb
 
@@ -47,11 +51,11 @@ def from_bytes(data: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> Tenso
 
 
 def tokens_from_bytes(k: bytes, v: bytes, layout: KVLayout, tokens: int) -> tuple[Tensor, Tensor]:
-    """k ``[k_heads, tokens, k_dim]`` and v ``[v_heads, tokens, v_dim]`` of an unquantised layout."""
-    dtype = layout.format.dtype
+    """k and v of one layer as stored, ``u8[heads, tokens, bytes]``: see :mod:`farshore.kvstore.forms`."""
+    k_bytes, v_bytes = stored_bytes(layout)
     return (
-        from_bytes(k, (layout.k_heads, tokens, layout.k_dim), dtype),
-        from_bytes(v, (layout.v_heads, tokens, layout.v_dim), dtype),
+        from_bytes(k, (layout.k_heads, tokens, k_bytes), torch.uint8),
+        from_bytes(v, (layout.v_heads, tokens, v_bytes), torch.uint8),
     )
 
 
@@ -169,6 +173,16 @@ def identity_from_pb(message: pb.Identity) -> ShardIdentity:
     )
 
 
+def failure_to_pb(error: Exception) -> pb.Failure:
+    code, message, _ = rpc.status_of(error)
+    return pb.Failure(code=code.value[0], message=message)
+
+
+def error_from_pb(message: pb.Failure, *, peer: str) -> FarshoreError:
+    code = next((it for it in grpc.StatusCode if it.value[0] == message.code), grpc.StatusCode.UNKNOWN)
+    return rpc.error_of_status(code, message.message, peer=peer)
+
+
 def model_to_pb(model: AttentionModel, dtype: torch.dtype) -> pb.Open:
     return pb.Open(
         specs=[pb.AttentionSpec(**spec._asdict()) for spec in model.specs],
@@ -205,6 +219,7 @@ def step_to_pb(step: ShardStep) -> pb.Step:
         positions=step.positions,
         group0=step.group0,
         group1=step.group1,
+        micro_batch_rows=[len(batch) for batch in step.micro_batches],
         reads=[
             pb.ReadList(
                 reads=[
@@ -227,7 +242,10 @@ def step_to_pb(step: ShardStep) -> pb.Step:
 
 
 def step_from_pb(message: pb.Step) -> ShardStep:
-    """Rows are numbered as the shard sees them."""
+    """Rows are numbered as the shard sees them. Raises InvalidRequest where micro-batches miss some."""
+    ends = list(accumulate(message.micro_batch_rows, initial=0))
+    if ends[-1] != len(message.positions):
+        raise InvalidRequest(f"micro-batches of {ends[-1]} rows in a step of {len(message.positions)}")
     return ShardStep(
         step=message.step,
         rows=tuple(range(len(message.positions))),
@@ -249,4 +267,5 @@ def step_from_pb(message: pb.Step) -> ShardStep:
             )
             for part in message.reads
         ),
+        micro_batches=tuple(range(first, last) for first, last in pairwise(ends)),
     )

@@ -1,4 +1,5 @@
-"""The gRPC stream transport, shard's end: an Attention service over one store.
+"""An attention worker's gRPC service over one store: cold calls, the gRPC stream of hot frames, and the offer
+of faster connections.
 
 Runs in an attention worker's process. One thread serves one call; an engine's hot stream holds one thread
 for as long as it lasts.
@@ -6,15 +7,19 @@ for as long as it lasts.
 
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import grpc
+import torch
 
 from farshore import rpc
 from farshore.attention_offload import codec
 from farshore.attention_offload.base import ShardIdentity
+from farshore.attention_offload.frame_server import FrameListener, serve_frames
+from farshore.attention_offload.frames import native
 from farshore.attention_offload.shard import AttendedBytes, ShardSession
 from farshore.errors import InvalidRequest
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
@@ -46,6 +51,8 @@ class AttentionService(pb_grpc.AttentionServicer):
         self._worker = worker
         self._store = store
         self._attended = AttendedBytes()
+        self.listener: FrameListener | None = None
+        """Where connections past gRPC are taken; none while the service is not served."""
 
     def identity(self) -> ShardIdentity:
         usage = self._store.usage()
@@ -108,7 +115,7 @@ class AttentionService(pb_grpc.AttentionServicer):
             # At least one read: the store checks a range even where it is empty.
             for first in range(request.first, request.last, chunk_tokens) or (request.first,):
                 last = min(first + chunk_tokens, request.last)
-                k, v = self._store.read(span, request.layer, first, last)
+                k, v = self._store.read(span, request.layer, first, last, dtype=torch.uint8)
                 yield pb.KVChunk(tokens=last - first, k=codec.to_bytes(k), v=codec.to_bytes(v))
         except Exception as error:
             rpc.abort(context, error)
@@ -139,6 +146,13 @@ class AttentionService(pb_grpc.AttentionServicer):
     def Announce(self, request: pb.AnnounceRequest) -> pb.Announcement:
         return pb.Announcement(spans=[codec.info_to_pb(info) for info in self._store.announce()])
 
+    @_mapped
+    def Connect(self, request: pb.ConnectRequest) -> pb.ConnectReply:
+        session, dtype = self._opened(request.open)
+        if self.listener is None or native() is None or not session.runs_natively(dtype):
+            return pb.ConnectReply()
+        return self.listener.expect(partial(serve_frames, session, dtype))
+
     def Attend(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> Iterator[pb.State]:
         try:
             yield from self._attend(frames)
@@ -149,19 +163,19 @@ class AttentionService(pb_grpc.AttentionServicer):
         opening = next(frames, None)
         if opening is None or opening.WhichOneof("kind") != "open":
             raise InvalidRequest("the first frame of an Attend stream must be Open")
-        model, dtype = codec.model_from_pb(opening.open), codec.dtype_of(opening.open.dtype)
-        session = ShardSession(self._store, model, self._attended)
-        rows = heads = 0
+        session, dtype = self._opened(opening.open)
+        heads = 0
         for frame in frames:
             if frame.WhichOneof("kind") == "begin":
                 step = codec.step_from_pb(frame.begin)
                 session.begin(step)
-                rows, heads = len(step.positions), step.group1 - step.group0
+                heads = step.group1 - step.group0
                 continue
             layer = frame.layer
             spec = session.spec(layer.layer)
-            q = codec.from_bytes(layer.q, (rows, heads * spec.q_heads_per_group, spec.k_dim), dtype)
-            state = session.attend(layer.step, layer.layer, q)
+            shape = (session.rows(layer.micro_batch), heads * spec.q_heads_per_group, spec.k_dim)
+            q = codec.from_bytes(layer.q, shape, dtype)
+            state = session.attend(layer.step, layer.layer, layer.micro_batch, q)
             yield pb.State(
                 step=layer.step,
                 layer=layer.layer,
@@ -170,12 +184,35 @@ class AttentionService(pb_grpc.AttentionServicer):
                 lse=codec.to_bytes(state.lse),
             )
 
+    def _opened(self, opening: pb.Open) -> tuple[ShardSession, torch.dtype]:
+        model, dtype = codec.model_from_pb(opening), codec.dtype_of(opening.dtype)
+        return ShardSession(self._store, model, self._attended), dtype
 
-def serve(service: AttentionService, listen: str) -> tuple[grpc.Server, str]:
-    """Start the service; see :func:`farshore.rpc.serve`."""
-    return rpc.serve(
+
+class AttentionServer:
+    """A service on its ports."""
+
+    def __init__(self, server: grpc.Server, listener: FrameListener) -> None:
+        self._server = server
+        self._listener = listener
+
+    def stop(self, grace_s: float | None) -> threading.Event:
+        """End hot connections at once and calls within the grace; the event is set when all is over."""
+        self._listener.close()
+        return self._server.stop(grace_s)
+
+    def wait_for_termination(self) -> None:
+        self._server.wait_for_termination()
+
+
+def serve(service: AttentionService, listen: str) -> tuple[AttentionServer, str]:
+    """Start the service; see :func:`farshore.rpc.serve`. Connections past gRPC take a free port of their
+    own."""
+    server, address = rpc.serve(
         lambda server: pb_grpc.add_AttentionServicer_to_server(service, server),
         service=pb.DESCRIPTOR.services_by_name["Attention"].full_name,
         listen=listen,
         threads=MAX_CALLS,
     )
+    service.listener = FrameListener(listen.rpartition(":")[0].strip("[]"))
+    return AttentionServer(server, service.listener), address

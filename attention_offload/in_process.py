@@ -9,6 +9,7 @@ import socket
 from torch import Tensor
 
 from farshore.attention_offload.base import AttentionModel, ShardIdentity
+from farshore.attention_offload.frames import Transport
 from farshore.attention_offload.plan import ShardStep
 from farshore.attention_offload.shard import AttendedBytes, ShardSession
 from farshore.ids import WorkerId
@@ -18,6 +19,8 @@ from farshore.kvstore.base import ShardStore
 
 class InProcessPeer:
     """A :class:`~farshore.attention_offload.base.Peer` by direct calls; never raises TransportError."""
+
+    transport = Transport.IN_PROCESS
 
     def __init__(self, worker: WorkerId, store: ShardStore, model: AttentionModel) -> None:
         self.store = store
@@ -41,12 +44,12 @@ class InProcessPeer:
         self._step = step.step
         self._session.begin(step)
 
-    def send(self, layer: int, micro_batch: int, q: Tensor) -> tuple[int, Tensor]:
-        return layer, q
+    def send(self, layer: int, micro_batch: int, q: Tensor) -> tuple[int, int, Tensor]:
+        return layer, micro_batch, q
 
-    def wait(self, sent: tuple[int, Tensor]) -> State:
-        layer, q = sent
-        return self._session.attend(self._step, layer, q)
+    def wait(self, sent: tuple[int, int, Tensor], *, out: State | None = None) -> State:
+        """Attends now: the engine calls it when the frames to other shards are under way."""
+        return self._session.attend(self._step, *sent, out=out)
 
     def close(self) -> None:
         pass

@@ -4,8 +4,9 @@ The engine builds a :class:`StepPlan` once per step; each shard is sent its :cla
 absolute positions, so that the proof is about the sequence and not about where its KV happens to lie.
 """
 
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ class ShardStep:
     """One shard's part of a step plan.
 
     ``rows``: which rows of the step it sees, ascending; reads' rows index into them. It sees the query heads
-    of groups ``group0 .. group1`` only.
+    of groups ``group0 .. group1`` only. Its rows come in ``micro_batches``, one layer frame each.
     """
 
     step: int
@@ -50,11 +51,31 @@ class ShardStep:
     group1: int
     reads: tuple[tuple[Read, ...], ...]
     """Per layer class."""
+    micro_batches: tuple[range, ...]
+    """Stretches of its rows, in order: each micro-batch of the step as far as this shard sees it, so some may
+    be empty (no frame comes then)."""
 
     @property
     def first_position(self) -> int:
         """Where this shard comes in span order: the lowest position it reads."""
         return min(read.first for reads in self.reads for read in reads)
+
+    def micro_batch_reads(self, layer_class: int, micro_batch: int) -> list[Read]:
+        """The reads of one micro-batch, rows counted from its first. A read that several micro-batches share
+        is in each of them."""
+        batch = self.micro_batches[micro_batch]
+        parts = []
+        for read in self.reads[layer_class]:
+            first, last = max(read.rows.start, batch.start), min(read.rows.stop, batch.stop)
+            if first < last:
+                parts.append(read._replace(rows=range(first - batch.start, last - batch.start)))
+        return parts
+
+
+def split_rows(rows: int, micro_batches: int) -> tuple[range, ...]:
+    """At most ``micro_batches`` stretches of ``rows`` rows, none empty, in size one row apart at most."""
+    n = max(1, min(rows, micro_batches))
+    return tuple(range(rows * i // n, rows * (i + 1) // n) for i in range(n))
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +135,12 @@ class StepPlan:
         if not 0 <= read.rows.start < read.rows.stop <= len(self.sequences) or read.rows.step != 1:
             raise InvalidPlan(f"read of {read.span} names rows {read.rows}")
 
-    def shard_steps(self) -> dict[WorkerId, ShardStep]:
-        """Each worker's part, workers in span order (ties by id): the order their states are merged in."""
+    def shard_steps(self, micro_batches: Sequence[range]) -> dict[WorkerId, ShardStep]:
+        """Each worker's part, workers in span order (ties by id): the order their states are merged in.
+
+        ``micro_batches`` cut the step's rows without a gap, as :func:`split_rows` does.
+        """
+        assert [row for batch in micro_batches for row in batch] == list(range(len(self.sequences)))
         parts = {}
         for worker in {w for by_worker in self.reads for w in by_worker}:
             per_class = [by_worker.get(worker, ()) for by_worker in self.reads]
@@ -136,6 +161,10 @@ class StepPlan:
                         for read in part
                     )
                     for part in per_class
+                ),
+                micro_batches=tuple(
+                    range(bisect_left(rows, batch.start), bisect_left(rows, batch.stop))
+                    for batch in micro_batches
                 ),
             )
         return dict(sorted(parts.items(), key=lambda item: (item[1].first_position, item[0])))

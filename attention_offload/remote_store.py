@@ -65,6 +65,7 @@ class RemoteStore:
     def write(self, span: SpanId, layer: int, first: int, k: Tensor, v: Tensor, *, epoch: Epoch) -> None:
         layout = self._layout(span)
         forms.check_tokens(layout, layer, k, v)  # here, where shapes and dtypes are still known
+        k, v = forms.to_stored(layout, k, v)
         chunk = max(1, WRITE_CHUNK_BYTES // layout.layer_token_bytes)
         for start in range(0, k.shape[1], chunk):
             part = slice(start, min(start + chunk, k.shape[1]))
@@ -85,7 +86,9 @@ class RemoteStore:
         )
         return Digest(self._call(self._stub.Seal, request).digest)
 
-    def read(self, span: SpanId, layer: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+    def read(
+        self, span: SpanId, layer: int, first: int, last: int, *, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
         layout = self._layout(span)
         request = pb.ReadRequest(span_id=span, layer=layer, first=first, last=last)
         ks, vs = [], []
@@ -96,7 +99,10 @@ class RemoteStore:
                 vs.append(v)
         except grpc.RpcError as failure:
             raise shard_error(failure, self._address) from failure
-        return torch.cat(ks, dim=1), torch.cat(vs, dim=1)
+        k, v = torch.cat(ks, dim=1), torch.cat(vs, dim=1)
+        if dtype is None:
+            dtype = torch.float32 if layout.format.quantised else layout.format.dtype
+        return (k, v) if dtype == torch.uint8 else forms.from_stored(layout, k, v, dtype=dtype)
 
     def find_prefix(
         self, blocks: Sequence[PrefixBlock], *, layer_class: int, sequence: SequenceId, epoch: Epoch

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from farshore.attention_offload.base import AttentionModel
-from farshore.attention_offload.plan import Read, ShardStep
+from farshore.attention_offload.frames import frame_bytes
+from farshore.attention_offload.plan import ShardStep
 from farshore.errors import InvalidRequest
 from farshore.kernels.base import AttentionSpec, Rows, Segments, State
 from farshore.kernels.select import implementation
 from farshore.kvstore.base import ShardStore
+
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Of q and o, as kernels/cpu/native/api.h numbers them."""
 
 
 class AttendedBytes:
@@ -22,11 +26,17 @@ class AttendedBytes:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self.total = 0
+        self._counted = 0
+        self.native = torch.zeros(1, dtype=torch.int64)
+        """Native loops count here, atomically."""
+
+    @property
+    def total(self) -> int:
+        return self._counted + int(self.native)
 
     def add(self, count: int) -> None:
         with self._lock:
-            self.total += count
+            self._counted += count
 
 
 class ShardSession:
@@ -37,35 +47,75 @@ class ShardSession:
         self._model = model
         self._attended = attended
         self._step: ShardStep | None = None
+        # Stored layers are numbered inside their class.
+        classes = model.layer_class
+        self._stored_layers = [classes[:layer].count(it) for layer, it in enumerate(classes)]
         self._kernels = [implementation(store.memory.device, layout.format.dtype) for layout in model.layouts]
-        self._plans: list[Any] = []
-        self._layer_bytes: list[int] = []
+        self._prepared: list[list[tuple[Any, int]]] = []
 
     def begin(self, step: ShardStep) -> None:
         """Look every read up and prepare the kernels. Raises NotFound, or InvalidRequest for tokens that are
         not sealed here."""
         self._step = None
-        prepared = [self._prepare(step, index, reads) for index, reads in enumerate(step.reads)]
-        self._plans = [plan for plan, _ in prepared]
-        self._layer_bytes = [size for _, size in prepared]
+        if len(step.reads) != len(self._model.specs):
+            raise InvalidRequest(
+                f"reads of {len(step.reads)} layer classes for a model of {len(self._model.specs)}"
+            )
+        self._prepared = [
+            [self._prepare(step, layer_class, index) for index in range(len(step.micro_batches))]
+            for layer_class in range(len(step.reads))
+        ]
         self._step = step
 
-    def attend(self, step: int, layer: int, q: Tensor) -> State:
-        """Partial attention of one layer frame: q ``[rows, heads, k_dim]`` -> o in q's dtype, and lse."""
+    def attend(
+        self, step: int, layer: int, micro_batch: int, q: Tensor, *, out: State | None = None
+    ) -> State:
+        """Partial attention of one layer frame: q ``[rows of the micro-batch, heads, k_dim]`` -> o in q's
+        dtype, and lse, in ``out`` where given."""
         current = self._step
         if current is None or current.step != step:
             raise InvalidRequest(f"frame of step {step}, but step {current and current.step} is under way")
         spec = self.spec(layer)
         layer_class = self._model.layer_class[layer]
         heads = (current.group1 - current.group0) * spec.q_heads_per_group
-        if q.shape != (len(current.rows), heads, spec.k_dim):
-            raise InvalidRequest(
-                f"q of shape {tuple(q.shape)}, expected {(len(current.rows), heads, spec.k_dim)}"
-            )
-        out = State.identity(len(current.rows), heads, spec.v_dim, dtype=q.dtype)
-        self._kernels[layer_class].partial(self._plans[layer_class], self._layer_in_class(layer), q, out=out)
-        self._attended.add(self._layer_bytes[layer_class])
+        rows = self.rows(micro_batch)
+        if q.shape != (rows, heads, spec.k_dim):
+            raise InvalidRequest(f"q of shape {tuple(q.shape)}, expected {(rows, heads, spec.k_dim)}")
+        plan, layer_bytes = self._prepared[layer_class][micro_batch]
+        if out is None:
+            out = State.identity(rows, heads, spec.v_dim, dtype=q.dtype)
+        self._kernels[layer_class].partial(plan, self._stored_layers[layer], q, out=out)
+        self._attended.add(layer_bytes)
         return out
+
+    def runs_natively(self, dtype: torch.dtype) -> bool:
+        """Whether a native loop can attend in this session's stead, q and o in ``dtype``."""
+        native = all(kernels.__name__ == "farshore.kernels.cpu" for kernels in self._kernels)  # type: ignore[attr-defined]
+        return native and dtype in _FORMATS
+
+    def native_step(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        """The step under way as ``attention_offload/native`` takes it; see ``serve`` there."""
+        step = self._step
+        assert step is not None, "no step was begun"
+        groups = step.group1 - step.group0
+        work = []
+        for spec, batches in zip(self._model.specs, self._prepared, strict=True):
+            heads = groups * spec.q_heads_per_group
+            work.append(
+                tuple(
+                    (plan.native, *frame_bytes(spec, rows=len(rows), heads=heads, dtype=dtype), layer_bytes)
+                    for rows, (plan, layer_bytes) in zip(step.micro_batches, batches, strict=True)
+                )
+            )
+        layers = tuple(zip(self._model.layer_class, self._stored_layers, strict=True))
+        return step.step, _FORMATS[dtype], layers, tuple(work), self._attended.native.data_ptr()
+
+    def rows(self, micro_batch: int) -> int:
+        """Rows of one micro-batch's frames. Raises InvalidRequest for one the step does not have."""
+        batches = self._step.micro_batches if self._step else ()
+        if not 0 <= micro_batch < len(batches):
+            raise InvalidRequest(f"micro-batch {micro_batch} of a step of {len(batches)}")
+        return len(batches[micro_batch])
 
     def spec(self, layer: int) -> AttentionSpec:
         """The layer's shape. Raises InvalidRequest for a layer the model does not have."""
@@ -73,12 +123,8 @@ class ShardSession:
             raise InvalidRequest(f"layer {layer} of a model of {len(self._model.layer_class)} layers")
         return self._model.specs[self._model.layer_class[layer]]
 
-    def _layer_in_class(self, layer: int) -> int:
-        """Stored layers are numbered inside their class."""
-        classes = self._model.layer_class
-        return classes[:layer].count(classes[layer])
-
-    def _prepare(self, step: ShardStep, layer_class: int, reads: tuple[Read, ...]) -> tuple[Any, int]:
+    def _prepare(self, step: ShardStep, layer_class: int, micro_batch: int) -> tuple[Any, int]:
+        """The kernels' plan of one micro-batch, and the KV bytes that it reads in a layer."""
         spec = self._model.specs[layer_class]
         layout = self._model.layouts[layer_class]
         parts: list[Segments] = []
@@ -86,7 +132,7 @@ class ShardSession:
         segment = 0
         layer_bytes = 0
         group_bytes = layout.of_groups(1).layer_token_bytes
-        for read in reads:
+        for read in step.micro_batch_reads(layer_class, micro_batch):
             segments = self._store.segments(read.span, read.first - read.origin, read.last - read.origin)
             parts.append(segments)
             for _ in range(segments.size):
@@ -99,7 +145,7 @@ class ShardSession:
             self._store.memory,
             layout,
             spec,
-            positions=torch.tensor(step.positions),
+            positions=torch.tensor([step.positions[row] for row in step.micro_batches[micro_batch]]),
             group0=step.group0,
             group1=step.group1,
             threads=torch.get_num_threads(),

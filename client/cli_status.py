@@ -58,11 +58,31 @@ def render(status: ClusterStatus) -> str:
             ],
         ),
         "",
+        *_links(status),
     ]
     if not status.sequences:
         return "\n".join([*lines, "no live sequences"])
     rows = [row for sequence in status.sequences for row in _sequence_rows(sequence)]
     return "\n".join([*lines, *table(("SEQUENCE", "TOKENS", "WHERE", "RANGE", "HEAD GROUPS", "SIZE"), rows)])
+
+
+def _links(status: ClusterStatus) -> list[str]:
+    """How every dense worker reaches the attention workers it has read from."""
+    rows = [
+        (
+            f"{worker.worker_id} → {link.worker_id}",
+            link.transport or "not connected",
+            link.frames,
+            f"{link.p50_ms:.3g} ms",
+            f"{link.p99_ms:.3g} ms",
+            link.failures,
+            "slow" if link.slow else "",
+        )
+        for worker in status.workers
+        for link in worker.links
+    ]
+    header = ("LINK", "TRANSPORT", "FRAMES", "P50", "P99", "FAILURES", "")
+    return [*table(header, rows), ""] if rows else []
 
 
 def _sequence_rows(sequence: Sequence) -> list[tuple[object, ...]]:

@@ -65,8 +65,22 @@ Event = Accepted | Prefill | Token | Finished
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """A dense worker's way to one attention worker: from sending a layer's q to having its state."""
+
+    worker_id: str
+    transport: str
+    frames: int
+    failures: int
+    p50_ms: float
+    p99_ms: float
+    slow: bool
+    """Beside the other attention workers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
-    """``kind``: dense or attention. ``state``: ready or unreachable."""
+    """``kind``: dense or attention. ``state``: ready or unreachable. ``links``: of a dense worker."""
 
     worker_id: str
     kind: str
@@ -79,6 +93,7 @@ class Worker:
     attended_bytes: int
     running: int
     waiting: int
+    links: tuple[Link, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -85,7 +85,10 @@ class Client:
         return _plain(
             events.ClusterStatus,
             reply,
-            workers=tuple(_plain(events.Worker, worker) for worker in reply.workers),
+            workers=tuple(
+                _plain(events.Worker, worker, links=tuple(_plain(events.Link, link) for link in worker.links))
+                for worker in reply.workers
+            ),
             sequences=tuple(
                 _plain(
                     events.Sequence,

@@ -94,6 +94,11 @@ def error_of(failure: grpc.RpcError, *, peer: str) -> errors.FarshoreError:
     trailing = dict(failure.trailing_metadata() or ())
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED and _FREE_BYTES in trailing:
         return errors.Full(message, free_bytes=int(trailing[_FREE_BYTES]))
+    return error_of_status(code, message, peer=peer)
+
+
+def error_of_status(code: grpc.StatusCode, message: str, *, peer: str) -> errors.FarshoreError:
+    """As :func:`error_of`, of a status that came another way."""
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         return errors.Overloaded(message)
     for kind, kind_code in _CODES:

@@ -5,6 +5,7 @@ line here, not a puzzle during generation. Must not know what is done with the w
 """
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
@@ -50,11 +51,13 @@ def load_model(
     device: torch.device | str = "cpu",
     config: ModelConfig | None = None,
     progress: Progress | None = None,
+    threads: int | None = None,
 ) -> Llama:
     """Read all weights, converted to ``dtype`` tensor by tensor.
 
     ``config`` replaces the model's own (say, with more positions); its shapes must fit the files.
-    ``progress`` is told (tensors read, tensors in all). Raises ModelError, naming file and fix.
+    ``progress`` is told (tensors read, tensors in all). ``threads`` serve the model where the native kernels
+    do; None: as many as PyTorch's. Raises ModelError, naming file and fix.
     """
     tensors: _Tensors
     if source.kind == "gguf":
@@ -78,7 +81,22 @@ def load_model(
         loaded[name] = torch.empty(shape, dtype=dtype, device=device).copy_(tensor)
         if progress is not None:
             progress(done, len(shapes))
-    return Llama(config, _assembled(config, loaded))
+    weights = _assembled(config, loaded)
+    native = _native_llama(dtype, torch.device(device))
+    if native is None:
+        return Llama(config, weights)
+    return native(config, weights, threads=threads or torch.get_num_threads())
+
+
+def _native_llama(dtype: torch.dtype, device: torch.device) -> Callable[..., Llama] | None:
+    """The class on native kernels; None where they are not built, or not for this dtype or device."""
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return None
+    try:
+        return import_module("farshore.models.native_llama").NativeLlama
+    except ImportError:
+        # kernels.select, which misses them too, says so and what it costs.
+        return None
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -305,18 +305,20 @@ class ReadList(_message.Message):
     def __init__(self, reads: _Optional[_Iterable[_Union[ReadItem, _Mapping]]] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("step", "positions", "group0", "group1", "reads")
+    __slots__ = ("step", "positions", "group0", "group1", "reads", "micro_batch_rows")
     STEP_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
     GROUP0_FIELD_NUMBER: _ClassVar[int]
     GROUP1_FIELD_NUMBER: _ClassVar[int]
     READS_FIELD_NUMBER: _ClassVar[int]
+    MICRO_BATCH_ROWS_FIELD_NUMBER: _ClassVar[int]
     step: int
     positions: _containers.RepeatedScalarFieldContainer[int]
     group0: int
     group1: int
     reads: _containers.RepeatedCompositeFieldContainer[ReadList]
-    def __init__(self, step: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., group0: _Optional[int] = ..., group1: _Optional[int] = ..., reads: _Optional[_Iterable[_Union[ReadList, _Mapping]]] = ...) -> None: ...
+    micro_batch_rows: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, step: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., group0: _Optional[int] = ..., group1: _Optional[int] = ..., reads: _Optional[_Iterable[_Union[ReadList, _Mapping]]] = ..., micro_batch_rows: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class LayerFrame(_message.Message):
     __slots__ = ("step", "layer", "micro_batch", "q")
@@ -353,3 +355,27 @@ class State(_message.Message):
     o: bytes
     lse: bytes
     def __init__(self, step: _Optional[int] = ..., layer: _Optional[int] = ..., micro_batch: _Optional[int] = ..., o: _Optional[bytes] = ..., lse: _Optional[bytes] = ...) -> None: ...
+
+class ConnectRequest(_message.Message):
+    __slots__ = ("open",)
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    open: Open
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ...) -> None: ...
+
+class ConnectReply(_message.Message):
+    __slots__ = ("token", "unix_name", "tcp_port")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    UNIX_NAME_FIELD_NUMBER: _ClassVar[int]
+    TCP_PORT_FIELD_NUMBER: _ClassVar[int]
+    token: bytes
+    unix_name: str
+    tcp_port: int
+    def __init__(self, token: _Optional[bytes] = ..., unix_name: _Optional[str] = ..., tcp_port: _Optional[int] = ...) -> None: ...
+
+class Failure(_message.Message):
+    __slots__ = ("code", "message")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    message: str
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...

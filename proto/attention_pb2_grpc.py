@@ -94,6 +94,11 @@ class AttentionStub:
                 request_serializer=farshore_dot_proto_dot_attention__pb2.Frame.SerializeToString,
                 response_deserializer=farshore_dot_proto_dot_attention__pb2.State.FromString,
                 _registered_method=True)
+        self.Connect = channel.unary_unary(
+                '/farshore.attention.v1.Attention/Connect',
+                request_serializer=farshore_dot_proto_dot_attention__pb2.ConnectRequest.SerializeToString,
+                response_deserializer=farshore_dot_proto_dot_attention__pb2.ConnectReply.FromString,
+                _registered_method=True)
 
 
 class AttentionServicer:
@@ -174,7 +179,15 @@ class AttentionServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Attend(self, request_iterator, context):
-        """Open once, then for every step: Step, then one frame per layer, each answered by one State.
+        """Open once, then for every step: Step, then one frame per layer and micro-batch, each answered by one
+        State.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Connect(self, request, context):
+        """Where an engine may connect past gRPC: for hot frames as Attend's, or for bulk KV.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -242,6 +255,11 @@ def add_AttentionServicer_to_server(servicer, server):
                     servicer.Attend,
                     request_deserializer=farshore_dot_proto_dot_attention__pb2.Frame.FromString,
                     response_serializer=farshore_dot_proto_dot_attention__pb2.State.SerializeToString,
+            ),
+            'Connect': grpc.unary_unary_rpc_method_handler(
+                    servicer.Connect,
+                    request_deserializer=farshore_dot_proto_dot_attention__pb2.ConnectRequest.FromString,
+                    response_serializer=farshore_dot_proto_dot_attention__pb2.ConnectReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -568,6 +586,33 @@ class Attention:
             '/farshore.attention.v1.Attention/Attend',
             farshore_dot_proto_dot_attention__pb2.Frame.SerializeToString,
             farshore_dot_proto_dot_attention__pb2.State.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Connect(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farshore.attention.v1.Attention/Connect',
+            farshore_dot_proto_dot_attention__pb2.ConnectRequest.SerializeToString,
+            farshore_dot_proto_dot_attention__pb2.ConnectReply.FromString,
             options,
             channel_credentials,
             insecure,

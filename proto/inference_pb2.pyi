@@ -167,7 +167,7 @@ class ClusterStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "kind", "address", "host", "process_id", "state", "budget_bytes", "free_bytes", "attended_bytes", "running", "waiting")
+    __slots__ = ("worker_id", "kind", "address", "host", "process_id", "state", "budget_bytes", "free_bytes", "attended_bytes", "running", "waiting", "links")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -179,6 +179,7 @@ class WorkerStatus(_message.Message):
     ATTENDED_BYTES_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     kind: str
     address: str
@@ -190,7 +191,26 @@ class WorkerStatus(_message.Message):
     attended_bytes: int
     running: int
     waiting: int
-    def __init__(self, worker_id: _Optional[str] = ..., kind: _Optional[str] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., process_id: _Optional[int] = ..., state: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., attended_bytes: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ...) -> None: ...
+    links: _containers.RepeatedCompositeFieldContainer[ShardLink]
+    def __init__(self, worker_id: _Optional[str] = ..., kind: _Optional[str] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., process_id: _Optional[int] = ..., state: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., attended_bytes: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., links: _Optional[_Iterable[_Union[ShardLink, _Mapping]]] = ...) -> None: ...
+
+class ShardLink(_message.Message):
+    __slots__ = ("worker_id", "transport", "frames", "failures", "p50_ms", "p99_ms", "slow")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    P50_MS_FIELD_NUMBER: _ClassVar[int]
+    P99_MS_FIELD_NUMBER: _ClassVar[int]
+    SLOW_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    transport: str
+    frames: int
+    failures: int
+    p50_ms: float
+    p99_ms: float
+    slow: bool
+    def __init__(self, worker_id: _Optional[str] = ..., transport: _Optional[str] = ..., frames: _Optional[int] = ..., failures: _Optional[int] = ..., p50_ms: _Optional[float] = ..., p99_ms: _Optional[float] = ..., slow: _Optional[bool] = ...) -> None: ...
 
 class SpanStatus(_message.Message):
     __slots__ = ("worker_id", "first", "last", "group0", "group1", "bytes")

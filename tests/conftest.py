@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 
-from farshore.attention_offload.grpc_peer import GrpcPeer
 from farshore.attention_offload.grpc_server import AttentionService, serve
+from farshore.attention_offload.remote_peer import RemotePeer
 
 STOP_DEADLINE_S = 60.0
 LONG_TEXT_TOKENS = 4100
@@ -131,11 +131,11 @@ def serve_store():
 
 @pytest.fixture
 def connect():
-    """connect(address, model=..., ...) -> GrpcPeer, closed after the test."""
+    """connect(address, model=..., ...) -> RemotePeer, closed after the test."""
     peers = []
 
     def to(address, *, model, **options):
-        peers.append(GrpcPeer(address, model, model.layouts[0].format.dtype, **options))
+        peers.append(RemotePeer(address, model, model.layouts[0].format.dtype, **options))
         return peers[-1]
 
     yield to

@@ -13,9 +13,9 @@ import torch
 from farshore import rpc
 from farshore.attention_offload.base import Peer
 from farshore.attention_offload.codec import dtype_of
-from farshore.attention_offload.grpc_peer import GrpcPeer
 from farshore.attention_offload.in_process import InProcessPeer
 from farshore.attention_offload.placement import ShardBy
+from farshore.attention_offload.remote_peer import RemotePeer
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kvstore.arena import Arena
 from farshore.kvstore.store import LocalStore
@@ -76,7 +76,7 @@ class DenseWorker:
         store = LocalStore(worker=config.worker, arena=arena)
         self._peers: dict[WorkerId, Peer] = {
             config.worker: InProcessPeer(config.worker, store, attention),
-            **{worker: GrpcPeer(address, attention, dtype) for worker, address in config.shards.items()},
+            **{worker: RemotePeer(address, attention, dtype) for worker, address in config.shards.items()},
         }
         identities = {worker: peer.identify() for worker, peer in self._peers.items()}
         self._engine = Engine(

@@ -15,6 +15,7 @@ import torch
 
 from farshore.attention_offload.base import AttentionModel, Peer
 from farshore.attention_offload.fanout import Fanout
+from farshore.attention_offload.latency import Link
 from farshore.attention_offload.placement import ShardBy
 from farshore.errors import DeadlineExceeded, FarshoreError, Full, InvalidRequest, Overloaded, TransportError
 from farshore.ids import Epoch, SequenceId, WorkerId
@@ -34,6 +35,8 @@ from farshore.workers.sequence import (
     Sampling,
     Sequence,
 )
+from farshore.workers.stagger import Stagger
+from farshore.workers.step import run_step
 
 STEP_ATTEMPTS = 3
 """A step is a transaction: how often it is run before its sequences fail."""
@@ -85,6 +88,7 @@ class Engine:
         self._arena = arena
         self._peers = peers
         self._shards = Fanout(peers, attention)
+        self._stagger = Stagger(lambda: self._shards.waited_s)
         self._cache = SequenceCache(
             arena=arena, peers=peers, targets=targets, model=attention, shard_by=shard_by
         )
@@ -160,6 +164,10 @@ class Engine:
         """(sequences running or prefilling, requests waiting)."""
         with self._wake:
             return len(self._known) - len(self._waiting), len(self._waiting)
+
+    def links(self) -> list[Link]:
+        """What frames to each shard have taken."""
+        return self._shards.links()
 
     def views(self) -> list[SequenceView]:
         """Live sequences that have memory. A snapshot: the engine goes on meanwhile."""
@@ -314,14 +322,17 @@ class Engine:
         try:
             plan = decode.make_plan(self._step, batch, self._attention)
             decode.check_plan(plan, batch)
-            logits = decode.run_step(
-                plan,
-                batch,
-                model=self._model,
-                attention=self._attention,
-                shards=self._shards,
-                memory=self._arena.memory,
-            )
+            with self._stagger.step(len(batch)) as micro_batches:
+                logits = run_step(
+                    plan,
+                    [sequence.tokens[sequence.committed] for sequence in batch],
+                    [decode.tail_of(sequence) for sequence in batch],
+                    model=self._model,
+                    attention=self._attention,
+                    shards=self._shards,
+                    memory=self._arena.memory,
+                    micro_batches=micro_batches,
+                )
             decode.commit(plan, batch, self._attention)
         except FarshoreError:
             decode.drop_scratch(batch)

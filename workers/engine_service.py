@@ -96,6 +96,10 @@ class EngineService(pb_grpc.EngineServicer):
                 attended_bytes=self._shards[self._worker].attended_bytes,
                 running=running,
                 waiting=waiting,
+                links=[
+                    api.ShardLink(**(link._asdict() | {"transport": link.transport or ""}))
+                    for link in self._engine.links()
+                ],
             ),
             sequences=self._sequences(),
         )

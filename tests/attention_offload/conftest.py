@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from farshore.attention_offload.base import AttentionModel
+from farshore.attention_offload.frames import REMOTE, Transport
 from farshore.attention_offload.plan import Read, ShardStep
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kernels.base import AttentionSpec, KVLayout
@@ -55,7 +56,7 @@ class Workload:
 
     def step(self, reads, *, positions=(100,), number=1, group0=0, group1=3):
         rows = tuple(range(len(positions)))
-        return ShardStep(number, rows, tuple(positions), group0, group1, (tuple(reads),))
+        return ShardStep(number, rows, tuple(positions), group0, group1, (tuple(reads),), (range(len(rows)),))
 
     def query(self, *, rows=1, groups=3, seed=0):
         random = torch.Generator().manual_seed(seed)
@@ -103,7 +104,13 @@ def shard(start_shard):
     return start_shard()
 
 
+@pytest.fixture(params=REMOTE)
+def transport(request):
+    """Of hot frames, where it can be; a test of one alone may parametrize it."""
+    return request.param
+
+
 @pytest.fixture
-def connect(connect, work):
-    """connect(address, ...) -> GrpcPeer of the work's model."""
-    return partial(connect, model=work.model)
+def connect(connect, work, transport):
+    """connect(address, ...) -> RemotePeer of the work's model."""
+    return partial(connect, model=work.model, transports=(transport, Transport.GRPC))

@@ -11,11 +11,13 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from farshore.attention_offload.fanout import Fanout
 from farshore.attention_offload.grpc_server import READ_CHUNK_BYTES, serve
 from farshore.attention_offload.in_process import InProcessPeer
-from farshore.attention_offload.plan import Read, StepPlan
+from farshore.attention_offload.plan import Read, StepPlan, split_rows
 from farshore.attention_offload.remote_store import WRITE_CHUNK_BYTES
 from farshore.errors import FarshoreError, Fenced, Full, InvalidRequest, NotFound, PortInUse
 from farshore.ids import SequenceId, SpanId, WorkerId
+from farshore.kernels.base import State
 from farshore.kernels.formats import KVFormat
+from farshore.kernels.reference import merge
 from farshore.kvstore.base import SpanSlice
 from farshore.kvstore.prefix import PrefixBlock
 
@@ -76,12 +78,51 @@ def test_fanout_puts_the_states_of_two_servers_where_they_belong(start_shard, co
     over_grpc, in_process = Fanout(remote, work.model), Fanout(local, work.model)
     q = work.query(rows=2)
     for fanout in (over_grpc, in_process):
-        fanout.begin(plan)
+        fanout.begin(plan, split_rows(2, 1))
     for layer in range(work.layers):
         got, expected = (f.wait(f.send(layer, 0, q)) for f in (over_grpc, in_process))
         for mine, theirs in zip(got, expected, strict=True):
             assert torch.equal(mine.o, theirs.o) and torch.equal(mine.lse, theirs.lse)
         assert got[1].lse[0].isneginf().all() and got[1].lse[1, :2].isneginf().all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_micro_batches_get_the_states_of_the_whole_step(start_shard, connect, work, n):
+    """Shards that see some rows and heads, none of some micro-batches, over gRPC."""
+    names = [WorkerId("x"), WorkerId("y")]
+    peers = {name: connect(start_shard(worker=name).address) for name in names}
+    x, y = (peers[name].store for name in names)
+    reads = {
+        "x": tuple(
+            work.sealed_span(x, name, 0, 20 + row)._replace(rows=range(row, row + 1))
+            for row, name in enumerate("abcd")
+        ),
+        "y": (
+            work.sealed_span(y, "b", 21, 40, 1, 3)._replace(rows=range(1, 2)),
+            work.sealed_span(y, "d", 23, 40)._replace(rows=range(3, 4)),
+        ),
+    }
+    sequences = tuple(SequenceId(name) for name in "abcd")
+    plan = StepPlan(1, 3, sequences, (40,) * 4, dict.fromkeys(sequences, work.owner), (reads,))
+    q = work.query(rows=4)
+    fanout = Fanout(peers, work.model)
+
+    def merged(cuts):
+        fanout.begin(plan, cuts)
+        out = []
+        for layer in range(work.layers):
+            pending = [fanout.send(layer, i, q[cut.start : cut.stop]) for i, cut in enumerate(cuts)]
+            for cut, it in zip(cuts, pending, strict=True):
+                total = State.identity(len(cut), 6, work.spec.v_dim)
+                merge(fanout.wait(it), out=total)
+                out.append(total)
+        return [torch.cat([it[i] for it in out]) for i in (0, 1)]
+
+    whole = merged(split_rows(4, 1))
+    cut = merged(split_rows(4, n))
+    for mine, theirs in zip(cut, whole, strict=True):
+        assert torch.equal(mine, theirs)
+    assert all(link.frames and not link.failures and link.p99_ms > 0 for link in fanout.links())
 
 
 @pytest.mark.parametrize(

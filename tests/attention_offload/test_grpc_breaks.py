@@ -9,6 +9,7 @@ import threading
 import grpc
 import pytest
 
+from farshore.attention_offload.frames import Transport
 from farshore.attention_offload.grpc_server import AttentionService
 from farshore.errors import DeadlineExceeded, TransportError
 from farshore.ids import SequenceId
@@ -24,6 +25,7 @@ def late(context):
     context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "late")
 
 
+@pytest.mark.parametrize("transport", [Transport.GRPC])
 @pytest.mark.parametrize("breaking", [cancelled, late])
 def test_a_broken_stream_is_a_transport_error_and_the_step_can_run_again(
     start_shard, connect, breaking_service, breaking, work
@@ -87,6 +89,7 @@ def test_every_call_to_a_stopped_server_is_a_transport_error(shard, connect, wor
         assert caught.value.retryable and isinstance(caught.value.__cause__, grpc.RpcError)
 
 
+@pytest.mark.parametrize("transport", [Transport.GRPC])
 def test_closing_a_peer_with_a_stream_open_leaves_no_thread_blocked(
     start_shard, connect, breaking_service, work
 ):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farshore.attention_offload.placement import Room, head_classes, spread
-from farshore.attention_offload.plan import Read, StepPlan, Stretch
+from farshore.attention_offload.plan import Read, StepPlan, Stretch, split_rows
 from farshore.errors import Full, InvalidPlan
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import BLOCK_TOKENS
@@ -121,7 +121,7 @@ def test_speculative_rows_follow_each_other():
 
 def test_shard_steps_come_in_span_order_with_their_own_rows_and_heads():
     plan = plan_of([("b", read(0, 20, 0, 2)), ("a", read(20, 50, 1, 2)), ("c", read(0, 50, 2, 3))])
-    steps = plan.shard_steps()
+    steps = plan.shard_steps(split_rows(1, 1))
     assert list(steps) == ["b", "c", "a"]
     assert (steps[WorkerId("a")].group0, steps[WorkerId("a")].group1) == (1, 2)
     assert steps[WorkerId("b")].positions == (100,)
@@ -171,3 +171,28 @@ def test_long_sequences_are_cut_on_block_boundaries():
     rooms = [Room(WorkerId(f"w{i}"), 100_000) for i in range(3)]
     shares = spread(head_classes(rooms, groups=3, shard_by="range"), tokens=4001, groups=3)
     assert [s.first % BLOCK_TOKENS for s in shares] == [0, 0, 0]
+
+
+@given(st.integers(1, 70), st.integers(1, 9))
+def test_rows_are_split_without_a_gap_and_evenly(rows, n):
+    parts = split_rows(rows, n)
+    assert [row for part in parts for row in part] == list(range(rows))
+    assert len(parts) == min(rows, n)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@given(st.data(), st.integers(1, 12), st.integers(1, 5))
+def test_micro_batches_of_a_shard_read_what_the_step_reads(data, rows, n):
+    """Every (row, position) of the shard's reads is in exactly one micro-batch, numbered from its first."""
+    stretches = st.tuples(st.integers(0, rows - 1), st.integers(1, 3))
+    reads = []
+    for index, (first, count) in enumerate(data.draw(st.lists(stretches, min_size=1, max_size=4))):
+        span = read(index, index + 1, rows=range(first, min(first + count, rows)))
+        reads.append(("x", span))
+    (step,) = plan_of(reads, rows=rows).shard_steps(split_rows(rows, n)).values()
+    assert len(step.micro_batches) == min(rows, n)
+    seen = []
+    for index, batch in enumerate(step.micro_batches):
+        for part in step.micro_batch_reads(0, index):
+            seen += [(step.rows[batch[row]], part.first) for row in part.rows]
+    assert sorted(seen) == sorted((row, it.first) for _, it in reads for row in it.rows)

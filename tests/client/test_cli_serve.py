@@ -119,7 +119,22 @@ def busy(farshore):
             state="ready",
             budget_bytes=1 << 30,
             free_bytes=3 << 28,
-        )
+        ),
+        api.WorkerStatus(
+            worker_id="dense-0",
+            kind="dense",
+            links=[
+                api.ShardLink(
+                    worker_id="attention-0",
+                    transport="shared memory",
+                    frames=90,
+                    failures=1,
+                    p50_ms=0.25,
+                    p99_ms=3,
+                    slow=True,
+                )
+            ],
+        ),
     ]
     spans = [api.SpanStatus(worker_id="attention-0", first=0, last=512, group0=0, group1=3, bytes=9 << 20)]
     sequence = api.SequenceStatus(
@@ -139,17 +154,22 @@ def test_status_shows_where_everything_is(run, busy):
     assert "pool: 256.0 MiB of 1.0 GiB used" in done.out
     rows = [line.split() for line in done.out.splitlines()]
     assert ["attention-0", "attention", "ready", "127.0.0.1:7", "77", "256.0", "MiB", "1.0", "GiB"] in rows
+    link = ["dense-0", "→", "attention-0", "shared", "memory", "90", "0.25", "ms", "3", "ms", "1", "slow"]
+    assert link in rows
     assert ["abc", "600", "attention-0", "0..512", "0..3", "9.0", "MiB"] in rows
     assert ["dense-0", "(tail)", "512..600", "all", "-"] in rows
 
 
 def test_status_when_idle(run, farshore):
-    assert "no live sequences" in run("status", "--server", farshore.address).out
+    out = run("status", "--server", farshore.address).out
+    assert "no live sequences" in out
+    assert "LINK" not in out
 
 
 def test_status_as_json(run, busy):
     told = json.loads(run("status", "--server", busy.address, "--json").out)
     assert told["workers"][0]["process_id"] == 77
+    assert told["workers"][1]["links"][0]["transport"] == "shared memory"
     assert told["sequences"][0]["spans"][0]["last"] == 512
 
 

@@ -48,6 +48,8 @@ def test_a_served_cluster_answers_tells_and_refuses(marked, serve):
         shown = marked.run("status", "--server", address)
         stream.close()
     (sequence,) = told.sequences
+    links = [link for worker in told.workers for link in worker.links]
+    assert len(links) == 3 and all(link.transport in shown.stdout and link.frames for link in links)
     assert {worker.kind: worker.state for worker in told.workers} == {"dense": "ready", "attention": "ready"}
     covered = {
         (position, group)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from farshore.attention_offload.frames import Transport
 from farshore.errors import Full, InvalidRequest, NotFound, Overloaded, TransportError
 from farshore.ids import SequenceId
 from farshore.kvstore.arena import Arena
@@ -27,6 +28,7 @@ class Flaky:
     def __init__(self, peer):
         self._peer = peer
         self.store = peer.store
+        self.transport = Transport.TCP
         self.waits = 0
         self.break_at = set()
         self.die_at = None
@@ -48,13 +50,13 @@ class Flaky:
         self._check()
         return self._peer.send(layer, micro_batch, q)
 
-    def wait(self, sent):
+    def wait(self, sent, *, out=None):
         self.waits += 1
         self._dead |= self.waits == self.die_at
         self._check()
         if self.waits in self.break_at:
             raise TransportError("the connection broke")
-        return self._peer.wait(sent)
+        return self._peer.wait(sent, out=out)
 
     def close(self):
         self._peer.close()
@@ -226,7 +228,7 @@ def test_an_unknown_span_is_not_found(tiny_model, rig):
 class Broken(Flaky):
     """A peer with a programming mistake in it."""
 
-    def wait(self, sent):
+    def wait(self, sent, *, out=None):
         raise RuntimeError("a mistake")
 
 

@@ -21,11 +21,17 @@ class Counted:
     def __getattr__(self, name):
         return getattr(self._peer, name)
 
-    def wait(self, sent):
+    def send(self, layer, micro_batch, q):
+        return self._counted(lambda: self._peer.send(layer, micro_batch, q))
+
+    def wait(self, sent, *, out=None):
         self.waits += 1
         self._before.get(self.waits, lambda: None)()
+        return self._counted(lambda: self._peer.wait(sent, out=out))
+
+    def _counted(self, call):
         try:
-            return self._peer.wait(sent)
+            return call()
         except TransportError:
             self.errors += 1
             raise

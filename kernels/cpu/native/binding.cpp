@@ -1,18 +1,14 @@
 // The Python module farshore.kernels.cpu._native. Pointers and strides come as integers from the launchers in
 // kernels/cpu/__init__.py, which check shapes and dtypes and keep the memory alive; nothing here knows PyTorch.
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "binding.h"
 
 #include <algorithm>
-#include <climits>
-#include <exception>
 #include <memory>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "plan.h"
+#include "api.h"
 
 #if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
@@ -61,79 +57,8 @@ std::vector<Choice> choices() {
 
 const Kernels* chosen = nullptr;
 
-// -- arguments ---------------------------------------------------------------------------------------------
-
-// Reads integers from left to right; a float where one is due. The launchers give the right number.
-struct Arguments {
-    PyObject* const* next;
-    PyObject* const* end;
-
-    int64_t integer() {
-        if (next == end) throw std::runtime_error("too few arguments");
-        const long long value = PyLong_AsLongLong(*next++);
-        if (value == -1 && PyErr_Occurred()) throw std::runtime_error("not an integer");
-        return value;
-    }
-    int small() { return static_cast<int>(integer()); }
-    float real() {
-        if (next == end) throw std::runtime_error("too few arguments");
-        return static_cast<float>(PyFloat_AsDouble(*next++));
-    }
-    template <class T>
-    T* pointer() {
-        return reinterpret_cast<T*>(integer());
-    }
-    Array array() {
-        Array a;
-        a.data = pointer<void>();
-        a.row_stride = integer();
-        a.head_stride = integer();
-        a.format = static_cast<Format>(small());
-        return a;
-    }
-    Out out() {
-        Out o;
-        o.o = array();
-        o.lse = pointer<float>();
-        o.lse_row_stride = integer();
-        o.lse_head_stride = integer();
-        return o;
-    }
-    Shape shape() {
-        Shape s;
-        s.q_heads = small();
-        s.k_heads = small();
-        s.v_heads = small();
-        s.k_dim = small();
-        s.v_dim = small();
-        s.scale = real();
-        s.soft_cap = real();
-        return s;
-    }
-    int64_t window() {
-        const int64_t tokens = integer();
-        return tokens > 0 ? tokens : INT64_MAX;
-    }
-};
-
-template <class Call>
-PyObject* guarded(Call&& call) {
-    try {
-        return call();
-    } catch (const std::exception& error) {
-        if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, error.what());
-        return nullptr;
-    }
-}
-
-struct WithoutGil {
-    WithoutGil() : state(PyEval_SaveThread()) {}
-    ~WithoutGil() { PyEval_RestoreThread(state); }
-    PyThreadState* state;
-};
-
 Plan* plan_of(PyObject* capsule) {
-    void* it = PyCapsule_GetPointer(capsule, "farshore.plan");
+    void* it = PyCapsule_GetPointer(capsule, PLAN_CAPSULE);
     if (!it) throw std::runtime_error("not a plan");
     return static_cast<Plan*>(it);
 }
@@ -177,8 +102,8 @@ PyObject* make_plan(PyObject*, PyObject* const* args, Py_ssize_t count) {
         work.stored1 = a.pointer<const int16_t>();
         work.group0_of_q = a.small();
         lay_out(*plan, work);
-        return PyCapsule_New(plan.release(), "farshore.plan", [](PyObject* capsule) {
-            delete static_cast<Plan*>(PyCapsule_GetPointer(capsule, "farshore.plan"));
+        return PyCapsule_New(plan.release(), PLAN_CAPSULE, [](PyObject* capsule) {
+            delete static_cast<Plan*>(PyCapsule_GetPointer(capsule, PLAN_CAPSULE));
         });
     });
 }
@@ -198,6 +123,17 @@ PyObject* run_partial(PyObject*, PyObject* const* args, Py_ssize_t count) {
         Py_RETURN_NONE;
     });
 }
+
+void run_contiguous(void* capsule_content, int layer, const void* q, int format, void* o, float* lse) {
+    Plan& plan = *static_cast<Plan*>(capsule_content);
+    const int64_t heads = static_cast<int64_t>(plan.groups) * plan.shape.q_heads;
+    const int64_t k_dim = plan.shape.k_dim, v_dim = plan.shape.v_dim;
+    const auto kind = static_cast<Format>(format);
+    const Out out{{o, heads * v_dim, v_dim, kind}, lse, heads, 1};
+    chosen->partial(plan, layer, {const_cast<void*>(q), heads * k_dim, k_dim, kind}, out);
+}
+
+const Api api{run_contiguous};
 
 PyObject* run_extend(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return guarded([&]() -> PyObject* {
@@ -278,11 +214,6 @@ PyObject* use(PyObject*, PyObject* const* args, Py_ssize_t count) {
     });
 }
 
-template <class F>
-PyMethodDef method(const char* name, F function, const char* text) {
-    return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, text};
-}
-
 PyMethodDef methods[] = {
     method("plan", make_plan, "Lay out a step's work; returns a capsule."),
     method("partial", run_partial, "partial(plan, layer, q, out)"),
@@ -298,8 +229,24 @@ PyModuleDef module{
 
 }  // namespace
 
+const Kernels& farshore::kernels() { return *chosen; }
+
 PyMODINIT_FUNC PyInit__native() {
     for (const Choice& choice : choices())
         if (choice.usable && !chosen) chosen = choice.kernels;
-    return PyModule_Create(&module);
+<<<<<<< HEAD
+    PyObject* it = PyModule_Create(&module);
+    if (!it) return nullptr;
+    PyObject* capsule = PyCapsule_New(const_cast<Api*>(&api), API_CAPSULE, nullptr);
+    if (!capsule || PyModule_AddObject(it, "api", capsule) < 0) {
+        Py_XDECREF(capsule);
+        Py_DECREF(it);
+        return nullptr;
+    }
+    return it;
+=======
+    PyObject* made = PyModule_Create(&module);
+    if (made && PyModule_AddFunctions(made, dense_methods) < 0) Py_CLEAR(made);
+    return made;
+>>>>>>> dense
 }

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "dense.h"
 #include "plan.h"
 #include "pool.h"
 
@@ -19,7 +20,7 @@
 #include "kernels.h"
 
 const farshore::Kernels& farshore::amx_kernels() {
-    static const Kernels kernels{"amx", amx::partial, amx::extend, amx::merge};
+    static const Kernels kernels{"amx", amx::partial, amx::extend, amx::merge, amx::dense};
     return kernels;
 }
 #endif

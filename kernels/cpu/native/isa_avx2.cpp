@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "dense.h"
 #include "plan.h"
 #include "pool.h"
 
@@ -17,7 +18,7 @@
 #include "kernels.h"
 
 const farshore::Kernels& farshore::avx2_kernels() {
-    static const Kernels kernels{"avx2", avx2::partial, avx2::extend, avx2::merge};
+    static const Kernels kernels{"avx2", avx2::partial, avx2::extend, avx2::merge, avx2::dense};
     return kernels;
 }
 #endif

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "dense.h"
 #include "plan.h"
 #include "pool.h"
 
@@ -17,7 +18,7 @@
 #include "kernels.h"
 
 const farshore::Kernels& farshore::avx512_kernels() {
-    static const Kernels kernels{"avx512", avx512::partial, avx512::extend, avx512::merge};
+    static const Kernels kernels{"avx512", avx512::partial, avx512::extend, avx512::merge, avx512::dense};
     return kernels;
 }
 #endif

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "dense.h"
 #include "plan.h"
 #include "pool.h"
 
@@ -18,7 +19,7 @@
 #include "kernels.h"
 
 const farshore::Kernels& farshore::avx512_bf16_kernels() {
-    static const Kernels kernels{"avx512-bf16", avx512_bf16::partial, avx512_bf16::extend, avx512_bf16::merge};
+    static const Kernels kernels{"avx512-bf16", avx512_bf16::partial, avx512_bf16::extend, avx512_bf16::merge, avx512_bf16::dense};
     return kernels;
 }
 #endif

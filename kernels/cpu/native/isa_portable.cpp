@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "dense.h"
 #include "plan.h"
 #include "pool.h"
 
@@ -12,6 +13,6 @@
 #include "kernels.h"
 
 const farshore::Kernels& farshore::portable_kernels() {
-    static const Kernels kernels{"portable", portable::partial, portable::extend, portable::merge};
+    static const Kernels kernels{"portable", portable::partial, portable::extend, portable::merge, portable::dense};
     return kernels;
 }

@@ -5,6 +5,9 @@
 #include "gemm.h"
 #include "amx.h"
 #include "attend.h"
+#include "dense_values.h"
+#include "dense_product.h"
+#include "dense_layer.h"
 
 namespace farshore {
 namespace ISA {

@@ -138,12 +138,15 @@ struct Merge {
     int rows, heads, v_dim;
 };
 
+struct DenseKernels;
+
 // The kernels of one instruction set.
 struct Kernels {
     const char* name;
     void (*partial)(Plan&, int layer, const Array& q, const Out& out);
     void (*extend)(const Extension&, const Array& q, const Out& out);
     void (*merge)(const Merge&, const Out& out);
+    const DenseKernels& dense;
 };
 
 const Kernels& portable_kernels();

@@ -135,8 +135,9 @@ void parallel_for(int count, int threads, void (*body)(void*, int), void* contex
     for (int i = 0; i < count; i++) body(context, i);
 }
 
-void* scratch(long bytes) {
-    thread_local Scratch own;
+void* scratch(long bytes, int which) {
+    thread_local Scratch kept[3];
+    Scratch& own = kept[which];
     if (own.bytes < bytes) {
         std::free(own.memory);
         own.bytes = (bytes + 4095) / 4096 * 4096;

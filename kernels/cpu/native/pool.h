@@ -15,7 +15,7 @@ void parallel_for(int count, int threads, Body&& body) {
 }
 
 // At least this many bytes of the thread's own scratch, aligned to 64; kept until the thread ends or more is
-// asked for.
-void* scratch(long bytes);
+// asked for. A thread has three: a task takes 0, so that what runs it can hold 1 and 2.
+void* scratch(long bytes, int which = 0);
 
 }  // namespace farshore

@@ -1,0 +1,144 @@
+"""Connections past gRPC, shard's end: who may connect, and the loop that answers hot frames.
+
+Runs in an attention worker's process beside its gRPC server, which hands out tokens: whoever connects here
+has asked over gRPC first. One thread serves one connection; while a step runs it is inside one native call.
+"""
+
+import logging
+import os
+import secrets
+import selectors
+import socket
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from google.protobuf.message import DecodeError
+
+from farshore.attention_offload import codec
+from farshore.attention_offload.frame_stream import WELCOME, tune
+from farshore.attention_offload.frames import native
+from farshore.attention_offload.shard import ShardSession
+from farshore.errors import InvalidRequest, TransportError
+from farshore.proto import attention_pb2 as pb
+
+_LOG = logging.getLogger(__name__)
+
+TOKEN_BYTES = 16
+MAX_TOKENS = 256
+"""Handed out and not used; the oldest is forgotten."""
+
+MAX_CONNECTIONS = 64
+HELLO_DEADLINE_S = 5.0
+FRAME_DEADLINE_S = 30.0
+"""For the rest of a frame that has begun, and for an engine to read an answer."""
+
+Serve = Callable[[socket.socket, bool], None]
+"""Serves a connection (a Unix one?) until it ends."""
+
+
+class FrameListener:
+    """Listens on an abstract Unix socket, which has no file, and on a TCP port of the host gRPC is at."""
+
+    def __init__(self, host: str) -> None:
+        self._unix = socket.socket(socket.AF_UNIX)
+        self.unix_name = f"farshore-{os.getpid()}-{secrets.token_hex(8)}"
+        self._unix.bind(f"\0{self.unix_name}")
+        self._unix.listen()
+        self._tcp = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self.tcp_port = self._tcp.getsockname()[1]
+        self._stop_here, self._stop_there = socket.socketpair()
+        self._lock = threading.Lock()
+        self._waiting: OrderedDict[bytes, Serve] = OrderedDict()
+        self._connections: dict[socket.socket, threading.Thread] = {}
+        self._acceptor = threading.Thread(target=self._accept, name="frames-acceptor", daemon=True)
+        self._acceptor.start()
+
+    def expect(self, serve: Serve) -> pb.ConnectReply:
+        """An offer: whoever brings its token is served, once."""
+        token = secrets.token_bytes(TOKEN_BYTES)
+        with self._lock:
+            self._waiting[token] = serve
+            while len(self._waiting) > MAX_TOKENS:
+                self._waiting.popitem(last=False)
+        return pb.ConnectReply(token=token, unix_name=self.unix_name, tcp_port=self.tcp_port)
+
+    def close(self) -> None:
+        """End every connection, and listen no more. Idempotent."""
+        self._stop_here.close()
+        self._acceptor.join()
+        with self._lock:
+            connections = dict(self._connections)
+        for connection, thread in connections.items():
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+    def _accept(self) -> None:
+        with selectors.DefaultSelector() as selector, self._unix, self._tcp, self._stop_there:
+            for it in (self._unix, self._tcp, self._stop_there):
+                selector.register(it, selectors.EVENT_READ)
+            while True:
+                for key, _ in selector.select():
+                    if key.fileobj is self._stop_there:
+                        return
+                    listener: Any = key.fileobj
+                    with suppress(OSError):  # gone again before it was accepted
+                        self._start(listener.accept()[0], listener is self._unix)
+
+    def _start(self, connection: socket.socket, unix: bool) -> None:
+        thread = threading.Thread(target=self._serve, args=(connection, unix), name="frames", daemon=True)
+        with self._lock:
+            if len(self._connections) >= MAX_CONNECTIONS:
+                connection.close()
+                return
+            self._connections[connection] = thread
+        thread.start()
+
+    def _serve(self, connection: socket.socket, unix: bool) -> None:
+        try:
+            with connection:
+                if not unix:
+                    tune(connection)
+                connection.settimeout(HELLO_DEADLINE_S)
+                token = connection.recv(TOKEN_BYTES, socket.MSG_WAITALL)
+                with self._lock:
+                    serve = self._waiting.pop(token, None)
+                if serve is None:
+                    _LOG.warning("a connection without a token that we gave: closed")
+                    return
+                connection.sendall(WELCOME)
+                serve(connection, unix)
+        except OSError as error:
+            _LOG.info("a connection ended: %s", error)
+        finally:
+            with self._lock:
+                del self._connections[connection]
+
+
+def serve_frames(session: ShardSession, dtype: torch.dtype, connection: socket.socket, unix: bool) -> None:
+    """Answer one engine's steps until it hangs up. What it asks wrongly ends it: it is told why."""
+    module = native()
+    make = module.shared_memory if unix else module.stream
+    # The native end has a descriptor of its own; ours still serves to shut the connection down.
+    wire = make(os.dup(connection.fileno()), FRAME_DEADLINE_S)
+    try:
+        message = module.serve(wire, None)
+        while message is not None:
+            session.begin(codec.step_from_pb(pb.Step.FromString(message)))
+            message = module.serve(wire, session.native_step(dtype))
+    except Exception as error:
+        _LOG.info("a connection for hot frames ends: %s", error)
+        with suppress(OSError):
+            module.fail(wire, codec.failure_to_pb(_as_ours(error)).SerializeToString())
+
+
+def _as_ours(error: Exception) -> Exception:
+    if isinstance(error, OSError):
+        return TransportError(str(error))
+    if isinstance(error, ValueError | DecodeError):
+        return InvalidRequest(str(error))
+    return error

@@ -1,0 +1,229 @@
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+
+#include "wire.h"
+
+namespace farshore::wire {
+namespace {
+
+// Longer would take the core from whoever is to answer.
+constexpr auto SPIN = std::chrono::microseconds(20);
+
+constexpr size_t PAGE = 4096;
+constexpr size_t SLOT_HEADER = 64;  // the frame's header, and the payload aligned
+// A power of two, so that counters may overflow; above MAX_UNDER_WAY, for a step's BEGIN ahead of its frames.
+constexpr uint32_t SLOTS = 2 * MAX_UNDER_WAY;
+
+// One direction. Frame n lies in slot n % SLOTS.
+struct alignas(128) Ring {
+    std::atomic<uint32_t> published;  // frames so far; by the sender
+    std::atomic<uint32_t> sleeping;   // the receiver wants a WAKE on the socket; taken back by who sends it
+};
+static_assert(std::atomic<uint32_t>::is_always_lock_free);
+
+inline void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+[[noreturn]] void broken(const char* what) { throw Broken(std::string(what) + ": " + std::strerror(errno)); }
+
+class Mapping {
+  public:
+    Mapping() = default;
+    Mapping(const Mapping&) = delete;
+    ~Mapping() { unmap(); }
+
+    // A descriptor of new memory, to be passed on.
+    int create(uint32_t slot_bytes) {
+        const int fd = memfd_create("farshore-frames", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+        if (fd < 0) broken("memfd_create");
+        const size_t bytes = PAGE + 2 * SLOTS * static_cast<size_t>(slot_bytes);
+        // Sealed against shrinking: the other end must not be hit by a bus error in the middle of a frame.
+        if (ftruncate(fd, bytes) != 0 || fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
+            close(fd);
+            broken("shared memory");
+        }
+        map(fd, bytes);
+        return fd;
+    }
+
+    void attach(int fd) {
+        struct stat status;
+        const int seals = fcntl(fd, F_GET_SEALS);
+        if (seals < 0 || !(seals & F_SEAL_SHRINK) || fstat(fd, &status) != 0)
+            throw Broken("shared memory that may shrink");
+        const size_t bytes = status.st_size;
+        if (bytes <= PAGE || (bytes - PAGE) % (2 * SLOTS * PAGE) != 0 || (bytes - PAGE) / 2 > UINT32_MAX)
+            throw Broken("shared memory of " + std::to_string(bytes) + " bytes");
+        map(fd, bytes);
+    }
+
+    explicit operator bool() const { return memory_ != nullptr; }
+    uint32_t slot_bytes() const { return slot_bytes_; }
+    Ring& ring(int direction) { return reinterpret_cast<Ring*>(memory_)[direction]; }
+    uint8_t* slot(int direction, uint32_t frame) {
+        const size_t index = direction * SLOTS + frame % SLOTS;
+        return memory_ + PAGE + index * slot_bytes_;
+    }
+
+  private:
+    void map(int fd, size_t bytes) {
+        void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+        if (memory == MAP_FAILED) broken("mmap");
+        unmap();
+        memory_ = static_cast<uint8_t*>(memory);
+        bytes_ = bytes;
+        slot_bytes_ = static_cast<uint32_t>((bytes - PAGE) / (2 * SLOTS));
+    }
+    void unmap() {
+        if (memory_) munmap(memory_, bytes_);
+    }
+
+    uint8_t* memory_ = nullptr;
+    size_t bytes_ = 0;
+    uint32_t slot_bytes_ = 0;
+};
+
+// Longer messages go over the socket. A slot of kind BEGIN holds their place among the layer frames; a FAILURE
+// is the last of all.
+class SharedMemory : public Wire {
+  public:
+    using Wire::Wire;
+    ~SharedMemory() override {
+        if (passed_ >= 0) close(passed_);
+    }
+
+    void begin(const Header& header, const void* step, uint32_t max_layer_bytes) override {
+        out_ = 0;
+        in_ = 1;
+        if (map_ && max_layer_bytes + SLOT_HEADER <= map_.slot_bytes()) {
+            send_control(header, step);
+        } else {
+            begin_in_new_memory(header, step, max_layer_bytes);
+        }
+        publish({header.step, 0, 0, BEGIN, 0});
+    }
+
+    uint8_t* reserve(uint32_t bytes) override {
+        if (!map_ || bytes + SLOT_HEADER > map_.slot_bytes())
+            throw Refused("a frame of " + std::to_string(bytes) + " bytes is longer than this step's memory");
+        return map_.slot(out_, sent_) + SLOT_HEADER;
+    }
+
+    void publish(const Header& header) override {
+        std::memcpy(map_.slot(out_, sent_), &header, sizeof header);
+        Ring& ring = map_.ring(out_);
+        ring.published.store(++sent_);
+        if (ring.sleeping.load() && ring.sleeping.exchange(0)) {
+            const Header wake{0, 0, 0, WAKE, 0};
+            socket_.try_send(&wake, sizeof wake);
+        }
+    }
+
+    Frame receive(Deadline deadline) override {
+        for (;;) {
+            if (has_frame()) {
+                const Frame frame = take();
+                if (frame.header.kind == LAYER) return frame;
+                while (!message_ || message_->kind != BEGIN) read_socket(soon());
+                return message();
+            }
+            if (map_) {
+                const auto until = std::chrono::steady_clock::now() + SPIN;
+                while (!has_frame() && std::chrono::steady_clock::now() < until) relax();
+                if (has_frame()) continue;
+                // Either the sender sees this, or we see its frame.
+                map_.ring(in_).sleeping.store(1);
+                if (has_frame()) continue;
+            }
+            try {
+                read_socket(deadline);
+            } catch (const HungUp&) {
+                if (has_frame()) continue;
+                if (message_ && message_->kind == FAILURE) return message();
+                throw;
+            }
+        }
+    }
+
+  private:
+    void begin_in_new_memory(const Header& header, const void* step, uint32_t max_layer_bytes) {
+        // Twice what is asked for: a batch that grows by one sequence needs no new memory each time.
+        const size_t slot = (2 * static_cast<size_t>(max_layer_bytes) + SLOT_HEADER + PAGE - 1) / PAGE * PAGE;
+        const int fd = map_.create(static_cast<uint32_t>(slot));
+        sent_ = taken_ = 0;
+        try {
+            send_control(header, step, fd);
+        } catch (...) {
+            close(fd);
+            throw;
+        }
+        close(fd);
+    }
+
+    bool has_frame() { return map_ && map_.ring(in_).published.load() != taken_; }
+
+    Frame take() {
+        const uint32_t waiting = map_.ring(in_).published.load() - taken_;
+        if (waiting > SLOTS)
+            throw Broken("garbage: " + std::to_string(waiting) + " frames in " + std::to_string(SLOTS) + " slots");
+        const uint8_t* slot = map_.slot(in_, taken_);
+        Frame frame;
+        std::memcpy(&frame.header, slot, sizeof frame.header);
+        frame.payload = slot + SLOT_HEADER;
+        const Header& header = frame.header;
+        if ((header.kind != LAYER && (header.kind != BEGIN || in_ != 0)) ||
+            header.bytes > map_.slot_bytes() - SLOT_HEADER)
+            throw Broken("garbage: a slot with a frame of kind " + std::to_string(header.kind) + ", " +
+                         std::to_string(header.bytes) + " bytes");
+        taken_++;
+        return frame;
+    }
+
+    void read_socket(Deadline deadline) {
+        const Frame frame = reader_.next(socket_, deadline, 0, &passed_);
+        if (frame.header.kind == WAKE) return;
+        if (message_) throw Broken("reordered: a message before the last one's turn");
+        if (passed_ >= 0) attach(frame);
+        if (!map_ && frame.header.kind == BEGIN) throw Broken("a step without memory to share");
+        message_ = frame.header;
+        payload_.assign(frame.payload, frame.payload + frame.header.bytes);
+    }
+
+    Frame message() {
+        const Frame frame{*message_, payload_.data()};
+        message_.reset();
+        return frame;
+    }
+
+    void attach(const Frame& frame) {
+        if (frame.header.kind != BEGIN || out_ == 0) throw Broken("shared memory without a step");
+        map_.attach(passed_);
+        close(passed_);
+        passed_ = -1;
+        sent_ = taken_ = 0;
+    }
+
+    Mapping map_;
+    int out_ = 1, in_ = 0;  // directions; an engine's, from its first step on, are the other way round
+    uint32_t sent_ = 0, taken_ = 0;
+    int passed_ = -1;
+    std::optional<Header> message_;  // read ahead of its turn
+    std::vector<uint8_t> payload_;
+};
+
+}  // namespace
+
+std::unique_ptr<Wire> shared_memory(int fd, double frame_s) { return std::make_unique<SharedMemory>(fd, frame_s); }
+
+}  // namespace farshore::wire

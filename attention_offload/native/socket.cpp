@@ -1,0 +1,179 @@
+#include "socket.h"
+
+#include <poll.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+namespace farshore::wire {
+namespace {
+
+using std::chrono::nanoseconds;
+using std::chrono::steady_clock;
+
+[[noreturn]] void broken(const char* what) {
+    const int code = errno;
+    const std::string text = std::string(what) + ": " + std::strerror(code);
+    if (code == EPIPE || code == ECONNRESET) throw HungUp(text);
+    throw Broken(text);
+}
+
+// Room for two descriptors, so that a second one is seen and closed rather than cut off.
+constexpr size_t CONTROL_BYTES = CMSG_SPACE(2 * sizeof(int));
+
+void take_passed(msghdr& message, int* passed) {
+    bool stray = message.msg_flags & MSG_CTRUNC;
+    for (cmsghdr* it = CMSG_FIRSTHDR(&message); it; it = CMSG_NXTHDR(&message, it)) {
+        if (it->cmsg_level != SOL_SOCKET || it->cmsg_type != SCM_RIGHTS) continue;
+        int fds[2];
+        const size_t count = std::min<size_t>(2, (it->cmsg_len - CMSG_LEN(0)) / sizeof(int));
+        std::memcpy(fds, CMSG_DATA(it), count * sizeof(int));
+        for (size_t i = 0; i < count; i++) {
+            if (passed && *passed < 0) {
+                *passed = fds[i];
+            } else {
+                close(fds[i]);
+                stray = true;
+            }
+        }
+    }
+    if (stray) throw Broken("file descriptors that nobody asked for");
+}
+
+}  // namespace
+
+Socket::~Socket() { close(fd_); }
+
+void Socket::shut_down() { shutdown(fd_, SHUT_RDWR); }
+
+void Socket::expect_silence() {
+    char byte;
+    const ssize_t received = recv(fd_, &byte, 1, MSG_DONTWAIT | MSG_PEEK);
+    if (received >= 0 || (errno != EAGAIN && errno != EWOULDBLOCK))
+        throw HungUp("the other end closed the connection between two steps");
+}
+
+void Socket::finish(Deadline deadline) {
+    shutdown(fd_, SHUT_WR);
+    uint8_t unread[4096];
+    try {
+        for (;;) receive(unread, sizeof unread, deadline, nullptr);
+    } catch (const std::runtime_error&) {
+        // Closed, late or broken: it is over.
+    }
+}
+
+void Socket::send(const void* data, size_t bytes, Deadline deadline, int passed) {
+    auto* at = static_cast<const uint8_t*>(data);
+    while (bytes > 0) {
+        iovec part{const_cast<uint8_t*>(at), bytes};
+        msghdr message{};
+        message.msg_iov = &part;
+        message.msg_iovlen = 1;
+        alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))];
+        if (passed >= 0) {
+            message.msg_control = control;
+            message.msg_controllen = sizeof control;
+            cmsghdr* it = CMSG_FIRSTHDR(&message);
+            it->cmsg_level = SOL_SOCKET;
+            it->cmsg_type = SCM_RIGHTS;
+            it->cmsg_len = CMSG_LEN(sizeof(int));
+            std::memcpy(CMSG_DATA(it), &passed, sizeof(int));
+        }
+        const ssize_t sent = sendmsg(fd_, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (sent >= 0) {
+            passed = -1;
+            at += sent;
+            bytes -= sent;
+        } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
+            wait_for(POLLOUT, deadline);
+        } else if (errno != EINTR) {
+            broken("send");
+        }
+    }
+}
+
+void Socket::try_send(const void* data, size_t bytes) {
+    const ssize_t sent = ::send(fd_, data, bytes, MSG_DONTWAIT | MSG_NOSIGNAL);
+    // A full buffer holds what wakes the other end already; a closed one is noticed by who waits next.
+    if (sent > 0 && static_cast<size_t>(sent) != bytes) throw Broken("a frame was cut");
+}
+
+size_t Socket::receive(void* data, size_t bytes, Deadline deadline, int* passed) {
+    for (;;) {
+        iovec part{data, bytes};
+        msghdr message{};
+        message.msg_iov = &part;
+        message.msg_iovlen = 1;
+        alignas(cmsghdr) char control[CONTROL_BYTES];
+        message.msg_control = control;
+        message.msg_controllen = sizeof control;
+        const ssize_t received = recvmsg(fd_, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+        if (received > 0) {
+            if (message.msg_controllen || message.msg_flags & MSG_CTRUNC) take_passed(message, passed);
+            return received;
+        }
+        if (received == 0) throw HungUp("the other end closed the connection");
+        if (errno == EAGAIN || errno == EWOULDBLOCK) {
+            wait_for(POLLIN, deadline);
+        } else if (errno != EINTR) {
+            broken("receive");
+        }
+    }
+}
+
+void Socket::wait_for(short events, Deadline deadline) {
+    for (;;) {
+        timespec left{};
+        if (deadline != NEVER) {
+            const auto ns = std::chrono::duration_cast<nanoseconds>(deadline - steady_clock::now()).count();
+            if (ns <= 0) throw Late("the deadline passed");
+            left = {ns / 1'000'000'000, ns % 1'000'000'000};
+        }
+        pollfd it{fd_, events, 0};
+        const int ready = ppoll(&it, 1, deadline == NEVER ? nullptr : &left, nullptr);
+        if (ready > 0) return;
+        if (ready < 0 && errno != EINTR) broken("poll");
+    }
+}
+
+Frame Reader::next(Socket& socket, Deadline first, uint32_t max_layer_bytes, int* passed) {
+    begin_ += last_bytes_;
+    last_bytes_ = 0;
+    std::memmove(&data_[START], &data_[begin_], held());
+    end_ = START + held();
+    begin_ = START;
+    deadline_ = held() ? after(frame_s_) : first;
+    fill(socket, sizeof(Header), passed);
+    Frame frame;
+    std::memcpy(&frame.header, &data_[START], sizeof(Header));
+    const Header& header = frame.header;
+    if (header.kind > WAKE) throw Broken("garbage: a frame of kind " + std::to_string(header.kind));
+    const uint32_t limit = header.kind == LAYER ? max_layer_bytes : header.kind == WAKE ? 0 : MAX_CONTROL_BYTES;
+    if (header.bytes > limit)
+        throw Broken("oversized: a frame of " + std::to_string(header.bytes) + " bytes, kind " +
+                     std::to_string(header.kind) + ", where " + std::to_string(limit) + " are the most");
+    last_bytes_ = sizeof(Header) + header.bytes;
+    if (data_.size() < START + last_bytes_) data_.resize(START + last_bytes_);
+    fill(socket, last_bytes_, passed);
+    frame.payload = &data_[START + sizeof(Header)];
+    return frame;
+}
+
+void Reader::fill(Socket& socket, size_t until, int* passed) {
+    while (held() < until) {
+        try {
+            end_ += socket.receive(&data_[end_], data_.size() - end_, deadline_, passed);
+        } catch (const HungUp& error) {
+            if (held() == 0) throw;
+            throw Broken("truncated: the connection ended inside a frame");
+        }
+        if (held() < until && deadline_ == NEVER) deadline_ = after(frame_s_);
+    }
+}
+
+}  // namespace farshore::wire

@@ -1,0 +1,59 @@
+// A stream socket whose every wait has a deadline, and frames read from it.
+#pragma once
+
+#include <vector>
+
+#include "frame.h"
+
+namespace farshore::wire {
+
+class Socket {
+  public:
+    explicit Socket(int fd) : fd_(fd) {}
+    Socket(const Socket&) = delete;
+    ~Socket();
+
+    // All of it, with a file descriptor passed along (-1: none).
+    void send(const void* data, size_t bytes, Deadline deadline, int passed = -1);
+    // Sends if that takes no waiting; otherwise nothing.
+    void try_send(const void* data, size_t bytes);
+    // At least one byte; HungUp at the end. A file descriptor that comes along is put into `passed`, the
+    // caller's from then on; Broken where none is due (null), or one was there already.
+    size_t receive(void* data, size_t bytes, Deadline deadline, int* passed);
+    // HungUp if there is anything to read, its end included.
+    void expect_silence();
+    // No more will be sent; reads what still comes until the other end closes, or the deadline. Without this,
+    // closing with something unread would throw away what was sent last.
+    void finish(Deadline deadline);
+    // From any thread: whoever waits here, at either end, finds the connection closed.
+    void shut_down();
+
+  private:
+    void wait_for(short events, Deadline deadline);
+    int fd_;
+};
+
+// Reads ahead, so that a small frame takes one system call.
+class Reader {
+  public:
+    explicit Reader(double frame_s) : frame_s_(frame_s) {}
+
+    // Waits until `first` for a frame's first byte, then `frame_s` for the rest. Broken for what cannot be a
+    // frame; its length is refused before memory is taken for it.
+    Frame next(Socket& socket, Deadline first, uint32_t max_layer_bytes, int* passed);
+
+  private:
+    // A frame starts here, so that its payload is aligned to 64 bytes.
+    static constexpr size_t START = 64 - sizeof(Header);
+
+    void fill(Socket& socket, size_t until, int* passed);
+    size_t held() const { return end_ - begin_; }
+
+    std::vector<uint8_t> data_ = std::vector<uint8_t>(64 << 10);
+    size_t begin_ = START, end_ = START;
+    size_t last_bytes_ = 0;  // of the frame given out last, header included
+    Deadline deadline_ = NEVER;
+    double frame_s_;
+};
+
+}  // namespace farshore::wire

@@ -1,0 +1,42 @@
+#include <cstring>
+
+#include "wire.h"
+
+namespace farshore::wire {
+
+void Wire::fail(const void* failure, uint32_t bytes) {
+    send_control({0, 0, 0, FAILURE, bytes}, failure);
+    socket_.finish(soon());
+}
+
+void Wire::send_control(const Header& header, const void* payload, int passed) {
+    std::vector<uint8_t> frame(sizeof header + header.bytes);
+    std::memcpy(frame.data(), &header, sizeof header);
+    std::memcpy(frame.data() + sizeof header, payload, header.bytes);
+    socket_.send(frame.data(), frame.size(), soon(), passed);
+}
+
+void Stream::begin(const Header& header, const void* step, uint32_t max_layer_bytes) {
+    socket_.expect_silence();
+    expect(max_layer_bytes);
+    send_control(header, step);
+}
+
+uint8_t* Stream::reserve(uint32_t bytes) {
+    const size_t needed = START + sizeof(Header) + bytes;
+    if (out_.size() < needed) out_.resize(needed);
+    return &out_[START + sizeof(Header)];
+}
+
+void Stream::publish(const Header& header) {
+    std::memcpy(&out_[START], &header, sizeof header);
+    socket_.send(&out_[START], sizeof header + header.bytes, soon());
+}
+
+Frame Stream::receive(Deadline deadline) {
+    Frame frame = reader_.next(socket_, deadline, max_layer_bytes_, nullptr);
+    if (frame.header.kind == WAKE) throw Broken("garbage: a wake-up where no memory is shared");
+    return frame;
+}
+
+}  // namespace farshore::wire

@@ -1,0 +1,204 @@
+"""A decoder layer's slices outside of attention, in native code: launchers with checks over ``native/dense_*``.
+
+Called by ``models.native_llama``, whose base class holds the same slices in PyTorch: that is the reference.
+Weights lie as PyTorch has them and are shared with it. Must not know how a model is loaded, nor attention.
+
+Floors (B bytes of weights a call reads, n weights, R rows): time >= B / read bandwidth, and
+>= 2 n R / float32 FMA rate. Up to ``FEW_ROWS`` rows the first is the greater one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from farshore.kernels.cpu import _native
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""What weights and rows may be, and their numbers in ``native/plan.h``."""
+
+FEW_ROWS = 12
+"""Up to these a call runs at memory speed; their number does not change a row's bits."""
+
+BFLOAT16_PRODUCTS = not {"amx", "avx512-bf16"}.isdisjoint(_native.instruction_sets())
+"""Whether the CPU multiplies bfloat16 itself: PyTorch then does many rows at twice the rate of float32's."""
+
+
+class Linear(NamedTuple):
+    """``weight`` [out, in]; ``bias`` [out] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A decoder layer's weights, checked. Immutable: threads may share one."""
+
+    native: Any
+    kept: tuple[Tensor | None, ...]
+    """Alive as long as the native layer, which points into them."""
+    dtype: torch.dtype
+    hidden: int
+    head_dim: int
+    q_heads: int
+    kv_heads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The last norm and the vocabulary's weights, checked."""
+
+    native: Any
+    kept: tuple[Tensor | None, ...]
+    dtype: torch.dtype
+    hidden: int
+    vocab: int
+
+
+def layer(
+    *,
+    attention_norm: Tensor,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    o: Linear,
+    mlp_norm: Tensor,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+    rotation: tuple[Tensor, Tensor],
+    eps: float,
+    threads: int,
+) -> Layer:
+    """``rotation``: (cos, sin), each [positions, head_dim / 2]; norms [hidden]. All in one dtype of DTYPES, on
+    the CPU, contiguous. ValueError where shapes do not fit one another.
+    """
+    cos, sin = rotation
+    positions, half = cos.shape
+    (q_out, hidden), (kv_out, _), (inner, _) = q.weight.shape, k.weight.shape, gate.weight.shape
+    dtype = q.weight.dtype
+    _check("norms", (attention_norm, mlp_norm), (hidden,), dtype)
+    _check("rotation", rotation, (positions, half), dtype)
+    arguments: list[int] = []
+    kept: list[Tensor | None] = [*rotation, attention_norm, mlp_norm]
+    shapes = ((q_out, hidden), (kv_out, hidden), (kv_out, hidden), (hidden, q_out))
+    shapes += ((inner, hidden), (inner, hidden), (hidden, inner))
+    for linear, shape in zip((q, k, v, o, gate, up, down), shapes, strict=True):
+        arguments += _linear(linear, shape, dtype)
+        kept += linear
+    if q_out % (2 * half) or kv_out % (2 * half):
+        raise ValueError(f"{q_out} and {kv_out} outputs are no whole heads of {2 * half}")
+    pointers = (x.data_ptr() for x in (cos, sin, attention_norm, mlp_norm))
+    native = _native.dense_layer(DTYPES[dtype], threads, eps, 2 * half, positions, *pointers, *arguments)
+    return Layer(native, tuple(kept), dtype, hidden, 2 * half, q_out // (2 * half), kv_out // (2 * half))
+
+
+def head(*, norm: Tensor, vocabulary: Linear, eps: float, threads: int) -> Head:
+    """``vocabulary`` [vocab, hidden], ``norm`` [hidden]; as :func:`layer`."""
+    vocab, hidden = vocabulary.weight.shape
+    dtype = vocabulary.weight.dtype
+    _check("norm", (norm,), (hidden,), dtype)
+    linear = _linear(vocabulary, (vocab, hidden), dtype)
+    native = _native.dense_head(DTYPES[dtype], threads, eps, norm.data_ptr(), *linear)
+    return Head(native, (norm, *vocabulary), dtype, hidden, vocab)
+
+
+def attention_input(layer: Layer, h: Tensor) -> Tensor:
+    """h [R, hidden] -> its RMS norm, weighted; [R, hidden]."""
+    h = _rows(h, layer.hidden, layer.dtype)
+    out = torch.empty_like(h)
+    if len(h):
+        _native.dense_input(layer.native, len(h), h.data_ptr(), out.data_ptr())
+    return out
+
+
+def query(layer: Layer, normed: Tensor, positions: Tensor) -> Tensor:
+    """normed [R, hidden], positions i64 [R] -> q [R, q_heads, head_dim], rotated. IndexError for a position
+    outside of the rotation table."""
+    normed = _rows(normed, layer.hidden, layer.dtype)
+    rows = len(normed)
+    out = normed.new_empty(rows, layer.q_heads, layer.head_dim)
+    if rows:
+        at = _positions(positions, rows)
+        _native.dense_query(layer.native, rows, normed.data_ptr(), at.data_ptr(), out.data_ptr())
+    return out
+
+
+def key_value(layer: Layer, normed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`query` -> (k rotated, v), each [R, kv_heads, head_dim]."""
+    normed = _rows(normed, layer.hidden, layer.dtype)
+    rows = len(normed)
+    k = normed.new_empty(rows, layer.kv_heads, layer.head_dim)
+    v = torch.empty_like(k)
+    if rows:
+        at = _positions(positions, rows)
+        _native.dense_key_value(
+            layer.native, rows, normed.data_ptr(), at.data_ptr(), k.data_ptr(), v.data_ptr()
+        )
+    return k, v
+
+
+def finish(layer: Layer, h: Tensor, o: Tensor) -> Tensor:
+    """The layer's input h [R, hidden] and its attention's output o [R, q_heads, head_dim] -> next h."""
+    h = _rows(h, layer.hidden, layer.dtype)
+    o = _rows(o.flatten(1), layer.q_heads * layer.head_dim, layer.dtype)
+    if len(o) != len(h):
+        raise ValueError(f"{len(h)} rows of h, {len(o)} of o")
+    out = torch.empty_like(h)
+    if len(h):
+        _native.dense_finish(layer.native, len(h), h.data_ptr(), o.data_ptr(), out.data_ptr())
+    return out
+
+
+def logits(head: Head, h: Tensor) -> Tensor:
+    """h [R, hidden] -> f32 [R, vocab], rounded to the head's dtype."""
+    h = _rows(h, head.hidden, head.dtype)
+    out = torch.empty(len(h), head.vocab, dtype=torch.float32)
+    if len(h):
+        _native.dense_logits(head.native, len(h), h.data_ptr(), out.data_ptr())
+    return out
+
+
+def gather(table: Tensor, ids: Tensor) -> Tensor:
+    """Rows of ``table`` [n, width] by number, i64 [R]. IndexError for one outside of it."""
+    if not (table.is_cpu and table.is_contiguous() and table.dim() == 2):
+        raise ValueError(f"a table {tuple(table.shape)} on {table.device}: give contiguous rows on the CPU")
+    out = table.new_empty(len(ids), table.shape[1])
+    at = _positions(ids, len(ids))
+    row_bytes = table.shape[1] * table.element_size()
+    _native.dense_gather(table.data_ptr(), len(table), row_bytes, at.data_ptr(), len(at), out.data_ptr())
+    return out
+
+
+def _linear(linear: Linear, shape: tuple[int, int], dtype: torch.dtype) -> tuple[int, int, int, int]:
+    weight, bias = linear
+    _check("weight", (weight,), shape, dtype)
+    if bias is not None:
+        _check("bias", (bias,), shape[:1], dtype)
+    return weight.data_ptr(), 0 if bias is None else bias.data_ptr(), *shape
+
+
+def _check(what: str, tensors: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"{what} in {dtype}: give float32 or bfloat16")
+    for it in tensors:
+        if it.shape != shape or it.dtype != dtype or not it.is_cpu or not it.is_contiguous():
+            raise ValueError(
+                f"{what} {tuple(it.shape)} {it.dtype} on {it.device}: expected {tuple(shape)} {dtype},"
+                " contiguous, on the CPU"
+            )
+
+
+def _rows(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    if x.dim() != 2 or x.shape[1] != width or x.dtype != dtype or not x.is_cpu:
+        raise ValueError(f"rows {tuple(x.shape)} {x.dtype} on {x.device}: expected [R, {width}] {dtype}")
+    return x.contiguous()
+
+
+def _positions(positions: Tensor, rows: int) -> Tensor:
+    if positions.shape != (rows,) or positions.dtype != torch.int64 or not positions.is_cpu:
+        raise ValueError(f"{tuple(positions.shape)} {positions.dtype} numbers: expected int64 [{rows}]")
+    return positions.contiguous()

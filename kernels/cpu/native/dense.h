@@ -1,0 +1,45 @@
+// What a decoder layer computes outside of attention: norms, projections, rotation, the gated MLP. Memory is the
+// caller's; weights lie as PyTorch has them, [out][in], in one format with the activations.
+#pragma once
+
+#include "plan.h"
+
+namespace farshore {
+
+struct Linear {
+    const void* weight;
+    const void* bias;  // null: none
+    int out, in;
+};
+
+struct Dense {
+    Format format;  // f32 or bf16
+    int threads;
+    float eps;
+    int head_dim;
+    int64_t positions;  // rows of the rotation table
+    const void *cos, *sin;
+    const void *attention_norm, *mlp_norm;
+    Linear q, k, v, o, gate, up, down;
+};
+
+// The last norm and the vocabulary.
+struct Head {
+    Format format;
+    int threads;
+    float eps;
+    const void* norm;
+    Linear vocabulary;
+};
+
+// Rows of x and out lie end to end. Values are rounded to the format where PyTorch's operations round them, and
+// summed in float32. A row's bits depend on the other rows only through their number: up to FEW_ROWS, or more.
+struct DenseKernels {
+    void (*input)(const Dense&, const void* x, int rows, void* out);
+    void (*query)(const Dense&, const void* x, int rows, const int64_t* positions, void* q);
+    void (*key_value)(const Dense&, const void* x, int rows, const int64_t* positions, void* k, void* v);
+    void (*finish)(const Dense&, const void* h, const void* o, int rows, void* out);
+    void (*logits)(const Head&, const void* h, int rows, float* out);
+};
+
+}  // namespace farshore

@@ -1,0 +1,70 @@
+"""The sliced decoder on native CPU kernels; the same slices in PyTorch, its base class, are its reference.
+
+Made by ``weights`` where the native kernels are built and the weights' dtype is one of theirs. The weights are
+the base class's own tensors, so that each call may be served by either.
+"""
+
+import sys
+
+import torch
+from torch import Tensor
+
+from farshore.kernels.cpu import dense
+from farshore.models.config import ModelConfig
+from farshore.models.llama import Llama, LlamaWeights
+
+
+class NativeLlama(Llama):
+    """As :class:`Llama`; ``threads`` serve each call.
+
+    Where the CPU multiplies bfloat16 itself, more than a few rows of it are PyTorch's.
+    """
+
+    def __init__(self, config: ModelConfig, weights: LlamaWeights, *, threads: int) -> None:
+        super().__init__(config, weights)
+        of_pytorch = self.dtype == torch.bfloat16 and dense.BFLOAT16_PRODUCTS
+        self._most_rows = dense.FEW_ROWS if of_pytorch else sys.maxsize
+        common = {"eps": config.rms_eps, "threads": threads}
+        self._layers = [
+            dense.layer(
+                attention_norm=w.attention_norm,
+                q=dense.Linear(w.q, w.q_bias),
+                k=dense.Linear(w.k, w.k_bias),
+                v=dense.Linear(w.v, w.v_bias),
+                o=dense.Linear(w.o, w.o_bias),
+                mlp_norm=w.mlp_norm,
+                gate=dense.Linear(w.gate, w.gate_bias),
+                up=dense.Linear(w.up, w.up_bias),
+                down=dense.Linear(w.down, w.down_bias),
+                rotation=(self._cos, self._sin),
+                **common,
+            )
+            for w in weights.layers
+        ]
+        self._head = dense.head(norm=weights.norm, vocabulary=dense.Linear(weights.head, None), **common)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        return dense.gather(self.weights.embed, token_ids)
+
+    def attention_input(self, layer: int, h: Tensor) -> Tensor:
+        return dense.attention_input(self._layers[layer], h)
+
+    def query(self, layer: int, normed: Tensor, positions: Tensor) -> Tensor:
+        if len(normed) > self._most_rows:
+            return super().query(layer, normed, positions)
+        return dense.query(self._layers[layer], normed, positions)
+
+    def key_value(self, layer: int, normed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        if len(normed) > self._most_rows:
+            return super().key_value(layer, normed, positions)
+        return dense.key_value(self._layers[layer], normed, positions)
+
+    def finish(self, layer: int, h: Tensor, o: Tensor) -> Tensor:
+        if len(h) > self._most_rows:
+            return super().finish(layer, h, o)
+        return dense.finish(self._layers[layer], h, o)
+
+    def logits(self, h: Tensor) -> Tensor:
+        if len(h) > self._most_rows:
+            return super().logits(h)
+        return dense.logits(self._head, h)

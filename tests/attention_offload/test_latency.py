@@ -1,0 +1,73 @@
+"""The histogram's quantiles, and who counts as slow."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from farshore.attention_offload.frames import Transport
+from farshore.attention_offload.latency import (
+    LEAST_S,
+    SLOW_LEAST_FRAMES,
+    STEPS_AN_OCTAVE,
+    WINDOW_FRAMES,
+    Histogram,
+    LinkRecord,
+    links,
+)
+
+BUCKET = 2 ** (1 / STEPS_AN_OCTAVE)
+
+
+@given(st.lists(st.floats(LEAST_S, 100.0), min_size=1, max_size=200), st.sampled_from([0.5, 0.9, 0.99, 1.0]))
+def test_a_quantile_is_right_to_within_its_bucket(samples, share):
+    histogram = Histogram()
+    for sample in samples:
+        histogram.add(sample)
+    exact = sorted(samples)[max(0, -int(-share * len(samples) // 1) - 1)]
+    assert exact * (1 - 1e-9) <= histogram.quantile_s(share) <= exact * BUCKET * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e-9, 1e6])
+def test_what_is_off_the_scale_counts_at_its_end(seconds):
+    histogram = Histogram()
+    histogram.add(seconds)
+    assert histogram.quantile_s(0.5) > 0
+
+
+def test_what_was_slow_long_ago_is_forgotten():
+    histogram = Histogram()
+    assert histogram.quantile_s(0.5) == 0.0
+    for seconds in (1.0, 1e-3, 1e-3):
+        for _ in range(WINDOW_FRAMES):
+            histogram.add(seconds)
+    assert histogram.quantile_s(0.99) < 2e-3
+    assert histogram.count == 3 * WINDOW_FRAMES
+
+
+def record(ms, frames=SLOW_LEAST_FRAMES):
+    it = LinkRecord(frames=frames)
+    for _ in range(frames):
+        it.latency.add(ms / 1e3)
+    return it
+
+
+def test_a_shard_is_slow_beside_the_others():
+    records = {
+        "a": record(1),
+        "b": record(1.1),
+        "c": record(9),
+        "new": record(9, frames=3),
+        "unused": LinkRecord(),
+    }
+    found = {it.worker_id: it for it in links(records, dict.fromkeys(records, Transport.TCP))}
+    assert {worker for worker, it in found.items() if it.slow} == {"c"}
+    assert "unused" not in found
+    assert found["c"].transport == Transport.TCP and 9 <= found["c"].p50_ms <= 9 * BUCKET
+
+
+def test_one_shard_alone_is_not_slow_and_a_failure_shows():
+    failed = LinkRecord(failures=2)
+    (alone,) = links({"a": record(100)}, {"a": Transport.TCP})
+    assert not alone.slow
+    found = links({"a": record(100), "b": failed}, {"a": Transport.TCP, "b": Transport.GRPC})
+    assert [(it.worker_id, it.failures, it.slow) for it in found] == [("a", 0, False), ("b", 2, False)]
