@@ -234,19 +234,14 @@ const Kernels& farshore::kernels() { return *chosen; }
 PyMODINIT_FUNC PyInit__native() {
     for (const Choice& choice : choices())
         if (choice.usable && !chosen) chosen = choice.kernels;
-<<<<<<< HEAD
-    PyObject* it = PyModule_Create(&module);
-    if (!it) return nullptr;
+    PyObject* made = PyModule_Create(&module);
+    if (!made) return nullptr;
     PyObject* capsule = PyCapsule_New(const_cast<Api*>(&api), API_CAPSULE, nullptr);
-    if (!capsule || PyModule_AddObject(it, "api", capsule) < 0) {
+    if (!capsule || PyModule_AddObject(made, "api", capsule) < 0) {
         Py_XDECREF(capsule);
-        Py_DECREF(it);
+        Py_DECREF(made);
         return nullptr;
     }
-    return it;
-=======
-    PyObject* made = PyModule_Create(&module);
-    if (made && PyModule_AddFunctions(made, dense_methods) < 0) Py_CLEAR(made);
+    if (PyModule_AddFunctions(made, dense_methods) < 0) Py_CLEAR(made);
     return made;
->>>>>>> dense
 }
