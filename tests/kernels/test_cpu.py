@@ -1,5 +1,6 @@
 """What is the native kernels' own: threads, forks, and that no argument makes them touch other memory."""
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -273,6 +274,7 @@ assert small.lse.isfinite().all()
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="measures its own memory by /proc")
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="asan ends the process instead")
 def test_scratch_that_cannot_be_had_is_an_error_of_the_call(tmp_path):
     """Not the end of the process, whichever thread wants it; and the next call works."""
     done = subprocess.run(

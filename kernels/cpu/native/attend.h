@@ -192,10 +192,10 @@ class Attend {
     void unpack_scales(const Tokens& t, int n_pad) {
         for (int head = 0; head < s_.k_heads && k_groups_; head++)
             farshore::ISA::unpack_scales(k_scale_ + (long)head * k_groups_ * n_pad, n_pad,
-                                         t.k_scales + head * t.k_head_stride, k_groups_, t.k_scale_stride, t.count);
+                                         t.k_scales + head * t.k_head_stride, k_groups_, t.k_scale_stride, t.count, n_pad);
         for (int head = 0; head < s_.v_heads && v_groups_; head++)
             farshore::ISA::unpack_scales(v_scale_ + (long)head * v_groups_ * n_pad, n_pad,
-                                         t.v_scales + head * t.v_head_stride, v_groups_, t.v_scale_stride, t.count);
+                                         t.v_scales + head * t.v_head_stride, v_groups_, t.v_scale_stride, t.count, n_pad);
     }
 
     // Logits of all queries, [part][query][token], from K's rows.

@@ -2,6 +2,7 @@
 // `const Kernels& NAME()` from these. Order matters, and so does when: see simd.h.
 #include "simd.h"
 #include "pack.h"
+#include "states.h"
 #include "stream.h"
 #include "gemm.h"
 #include "amx.h"
@@ -12,30 +13,6 @@
 
 namespace farshore {
 namespace ISA {
-
-inline int element_size(Format f) { return f == Format::f32 ? 4 : 2; }
-
-inline void* at(const Array& a, int64_t row, int64_t head) {
-    return static_cast<uint8_t*>(a.data) + (row * a.row_stride + head * a.head_stride) * element_size(a.format);
-}
-
-// x f32[n] -> out row, cast; x may be read up to n rounded up to WIDTH.
-inline void put_row(const Array& out, int64_t row, int64_t head, const float* x, int n) {
-    void* to = at(out, row, head);
-    int i = 0;
-    if (out.format == Format::f32) {
-        std::memcpy(to, x, 4L * n);
-        return;
-    }
-    uint16_t* h = static_cast<uint16_t*>(to);
-    const bool bf16 = out.format == Format::bf16;
-    for (; i + WIDTH <= n; i += WIDTH) store_as(h + i, bf16 ? to_bf16(load(x + i)) : to_f16(load(x + i)));
-    for (; i < n; i++) h[i] = bf16 ? to_bf16(x[i]) : to_f16(x[i]);
-}
-
-inline void put_lse(const Out& out, int64_t row, int64_t head, float lse) {
-    out.lse[row * out.lse_row_stride + head * out.lse_head_stride] = lse;
-}
 
 // The tile of a span that starts at its token `done`. Tiles end on multiples of their size and at blocks' ends:
 // a span that starts unaligned has one short tile.
@@ -89,54 +66,6 @@ void absorb_span(Attend<Math, F>& attend, const Plan& plan, const Span& span, in
     }
 }
 
-inline void add_scaled(float* o, const Array& a, int64_t row, int64_t head, float weight, int n) {
-    const void* from = at(a, row, head);
-    const float* f = static_cast<const float*>(from);
-    const uint16_t* h = static_cast<const uint16_t*>(from);
-    int i = 0;
-    for (; i + WIDTH <= n; i += WIDTH) {
-        const vf x = a.format == Format::f32    ? load(f + i)
-                     : a.format == Format::bf16 ? from_bf16(h + i)
-                                                : from_f16(h + i);
-        store(o + i, load(o + i) + x * weight);
-    }
-    for (; i < n; i++)
-        o[i] += weight * (a.format == Format::f32 ? f[i] : a.format == Format::bf16 ? from_bf16(h[i]) : from_f16(h[i]));
-}
-
-// Merges n states of one (row, head): lse of state i is lse(i), and add_row(i, w) adds w times its o to `o`.
-template <class Lse, class Row>
-void merge_one(int n, Lse&& lse, Row&& add_row, float sink, int v_dim, float* o, float* out_lse) {
-    float peak = sink;
-    for (int i = 0; i < n; i++) peak = std::fmax(peak, lse(i));
-    std::memset(o, 0, 4L * round_up(v_dim, WIDTH));
-    *out_lse = -INFINITY;
-    if (peak == -INFINITY) {
-        bool broken = false;  // fmax passes over a NaN, which must come out
-        for (int i = 0; i < n; i++) broken |= std::isnan(lse(i));
-        if (!broken) return;
-        peak = NAN;
-    }
-    if (n == 1 && sink == -INFINITY && !std::isnan(peak)) {
-        add_row(0, 1.0f);
-        *out_lse = peak;
-        return;
-    }
-    float mass = sink == -INFINITY ? 0.0f : std::exp(sink - peak);
-    for (int i = 0; i < n; i += WIDTH) {
-        vf some = splat(-INFINITY);
-        for (int l = 0; l < WIDTH && i + l < n; l++) some[l] = lse(i + l);
-        vf weights = exp2<true>(some, peak, LOG2_E);
-        weights = some == -INFINITY ? vf{} : weights;
-        mass += hsum(weights);
-        // An empty state's o carries no information, so not even a NaN in it may count.
-        for (int l = 0; l < WIDTH && i + l < n; l++)
-            if (some[l] != -INFINITY) add_row(i + l, weights[l]);
-    }
-    *out_lse = peak + std::log(mass);
-    for (int d = 0; d < v_dim; d += WIDTH) store(o + d, load(o + d) * (1.0f / mass));
-}
-
 // A finished state of one query of a job: straight out, or into its slot.
 inline void put_state(Plan& plan, const Job& job, const Out& out, int head, int row, const float* o, float lse) {
     if (job.slot < 0) {
@@ -179,13 +108,16 @@ void run_few(Plan& plan, const Job& job, int layer, const Array& q, const Out& o
             };
             float logits[FEW_TOKENS], lse;
             for (int i = 0; i < n; i++) logits[i] = logit(i);
-            const auto add_value = [&](int i, float weight) {
-                const int64_t at = head / (s.q_heads / s.v_heads) * tokens[i].v_head_stride;
-                for (int d = 0; d < s.v_dim; d += WIDTH)
-                    store(o + d, load(o + d) + weight * elements<F>(tokens[i].v + at, tokens[i].v_scales + at, d, s.v_dim));
+            const auto add_values = [&](const int* which, const float* weights, int count) {
+                for (int c = 0; c < count; c++) {
+                    const Tokens& t = tokens[which[c]];
+                    const int64_t at = head / (s.q_heads / s.v_heads) * t.v_head_stride;
+                    for (int d = 0; d < s.v_dim; d += WIDTH)
+                        store(o + d, load(o + d) + weights[c] * elements<F>(t.v + at, t.v_scales + at, d, s.v_dim));
+                }
             };
             // One token's state is (its value, its logit): these merge like any others.
-            merge_one(n, [&](int i) { return logits[i]; }, add_value, -INFINITY, s.v_dim, o, &lse);
+            merge_one(n, [&](int i) { return logits[i]; }, add_values, s.v_dim, o, &lse);
             put_state(plan, job, out, head, row, o, lse);
         }
 }
@@ -219,11 +151,12 @@ inline void reduce(const Plan& plan, const Reduction& r, const Out& out) {
         float lse;
         merge_one(
             n, [&](int i) { return plan.slot_lse[slot(i)]; },
-            [&](int i, float weight) {
-                const Array row{const_cast<float*>(&plan.slot_o[slot(i) * v_dim]), 0, 0, Format::f32};
-                add_scaled(o, row, 0, 0, weight, v_dim);
+            [&](const int* which, const float* weights, int count) {
+                const float* rows[WIDTH];
+                for (int i = 0; i < count; i++) rows[i] = &plan.slot_o[slot(which[i]) * v_dim];
+                add_scaled_floats(o, rows, weights, count, v_dim);
             },
-            -INFINITY, v_dim, o, &lse);
+            v_dim, o, &lse);
         put_row(out.o, r.row, r.group * heads + head, o, v_dim);
         put_lse(out, r.row, r.group * heads + head, lse);
     }
@@ -317,21 +250,6 @@ void partial(Plan& plan, int layer, const Array& q, const Out& out) {
 
 void extend(const Extension& e, const Array& q, const Out& out) {
     choose(e.shape, e.format, q.format, [&]<class Math, Format F>() { run_extend<Math, F>(e, q, out); });
-}
-
-void merge(const Merge& m, const Out& out) {
-    float* o = static_cast<float*>(scratch(4L * round_up(m.v_dim, WIDTH)));
-    for (int row = 0; row < m.rows; row++)
-        for (int head = 0; head < m.heads; head++) {
-            float lse;
-            merge_one(
-                m.states,
-                [&](int i) { return m.lse[i][row * m.lse_row_stride[i] + head * m.lse_head_stride[i]]; },
-                [&](int i, float weight) { add_scaled(o, m.o[i], row, head, weight, m.v_dim); },
-                m.sink ? m.sink[head] : -INFINITY, m.v_dim, o, &lse);
-            put_row(out.o, row, head, o, m.v_dim);
-            put_lse(out, row, head, lse);
-        }
 }
 
 }  // namespace ISA

@@ -60,9 +60,9 @@ inline vf elements(const uint8_t* row, const uint8_t* scales, int i, int dim) {
     return __builtin_convertvector((at < HALF ? v & 15 : v >> 4) - 8, vf) * scale;
 }
 
-// Scales of n tokens as float32 [group][token], rows `pitch` apart, zero from n to its multiple of WIDTH.
-inline void unpack_scales(float* to, int pitch, const uint8_t* from, int groups, int64_t stride, int n) {
-    for (int j = 0; j < round_up(n, WIDTH); j++) {
+// Scales of n tokens as float32 [group][token], rows `pitch` apart, zero from n to n_pad.
+inline void unpack_scales(float* to, int pitch, const uint8_t* from, int groups, int64_t stride, int n, int n_pad) {
+    for (int j = 0; j < n_pad; j++) {
         // All of the usual rows' one or two scales at a time.
         if (groups <= 2 && stride == 2 * groups && j % WIDTH == 0 && j + WIDTH <= n) {
             if (groups == 1) {

@@ -207,8 +207,8 @@ constexpr float LOG2_E = 1.44269504f;
 
 // 2^((x - peak) * scale) for x <= peak. Relative error 2e-7 (EXACT), or 1e-4 and that of a product in float32,
 // below the bfloat16 rounding of what it feeds. Below 2^-126 it gives about that.
-template <bool EXACT>
-inline vf exp2(vf x, float peak, float scale) {
+template <bool EXACT, class Peak>  // float, or one for each lane
+inline vf exp2(vf x, Peak peak, float scale) {
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
     x = EXACT ? (x - peak) * scale : x * scale - peak * scale;
     x = max(splat(-126.0f), x);  // in this order a NaN stays one

@@ -141,12 +141,13 @@ class Stream {
     // 2 cores, GB/s of 27: neither 16.0, V into L1 19.0, both into L1 20.6, both into L2 20.8.)
     void absorb(const Tokens& t, const Tokens& next) {
         if constexpr (SCALED) {
+            const int n_pad = round_up(t.count, WIDTH);
             for (int head = 0; head < s_.k_heads; head++)
                 unpack_scales(k_scale_ + (long)head * k_groups_ * STREAM_TILE, STREAM_TILE,
-                              t.k_scales + head * t.k_head_stride, k_groups_, t.k_scale_stride, t.count);
+                              t.k_scales + head * t.k_head_stride, k_groups_, t.k_scale_stride, t.count, n_pad);
             for (int head = 0; head < s_.v_heads; head++)
                 unpack_scales(v_scale_ + (long)head * v_groups_ * STREAM_TILE, STREAM_TILE,
-                              t.v_scales + head * t.v_head_stride, v_groups_, t.v_scale_stride, t.count);
+                              t.v_scales + head * t.v_head_stride, v_groups_, t.v_scale_stride, t.count, n_pad);
         }
         each_block(s_.k_heads, [&](int head, int first, auto size) { score<size()>(t, head, first); });
         for (int i = 0; i < queries_; i++) soften(i, t);

@@ -1,0 +1,156 @@
+// Rows of q and o, and the merging of states. Included after pack.h.
+
+namespace farshore {
+namespace ISA {
+
+inline int element_size(Format f) { return f == Format::f32 ? 4 : 2; }
+
+inline void* at(const Array& a, int64_t row, int64_t head) {
+    return static_cast<uint8_t*>(a.data) + (row * a.row_stride + head * a.head_stride) * element_size(a.format);
+}
+
+// x f32[n] -> out row, cast; x may be read up to n rounded up to WIDTH.
+inline void put_row(const Array& out, int64_t row, int64_t head, const float* x, int n) {
+    void* to = at(out, row, head);
+    int i = 0;
+    if (out.format == Format::f32) {
+        std::memcpy(to, x, 4L * n);
+        return;
+    }
+    uint16_t* h = static_cast<uint16_t*>(to);
+    const bool bf16 = out.format == Format::bf16;
+    for (; i + WIDTH <= n; i += WIDTH) store_as(h + i, bf16 ? to_bf16(load(x + i)) : to_f16(load(x + i)));
+    for (; i < n; i++) h[i] = bf16 ? to_bf16(x[i]) : to_f16(x[i]);
+}
+
+inline void put_lse(const Out& out, int64_t row, int64_t head, float lse) {
+    out.lse[row * out.lse_row_stride + head * out.lse_head_stride] = lse;
+}
+
+inline void add_scaled(float* o, const Array& a, int64_t row, int64_t head, float weight, int n) {
+    const void* from = at(a, row, head);
+    const float* f = static_cast<const float*>(from);
+    const uint16_t* h = static_cast<const uint16_t*>(from);
+    int i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) {
+        const vf x = a.format == Format::f32    ? load(f + i)
+                     : a.format == Format::bf16 ? from_bf16(h + i)
+                                                : from_f16(h + i);
+        store(o + i, load(o + i) + x * weight);
+    }
+    for (; i < n; i++)
+        o[i] += weight * (a.format == Format::f32 ? f[i] : a.format == Format::bf16 ? from_bf16(h[i]) : from_f16(h[i]));
+}
+
+// Merges n states of one (row, head): lse of state i is lse(i), and add_rows(which, weights, count) adds each of
+// these states' o, times its weight, to `o`; there are at most WIDTH of them.
+template <class Lse, class Rows>
+void merge_one(int n, Lse&& lse, Rows&& add_rows, int v_dim, float* o, float* out_lse) {
+    float peak = -INFINITY;
+    for (int i = 0; i < n; i++) {
+        const float x = lse(i);
+        if (x > peak) peak = x;
+    }
+    std::memset(o, 0, 4L * round_up(v_dim, WIDTH));
+    *out_lse = -INFINITY;
+    if (peak == -INFINITY) {
+        bool broken = false;  // no comparison is true of a NaN, which must come out
+        for (int i = 0; i < n; i++) broken |= std::isnan(lse(i));
+        if (!broken) return;
+        peak = NAN;
+    }
+    alignas(64) float some[WIDTH];
+    int which[WIDTH];
+    if (n == 1 && !std::isnan(peak)) {
+        which[0] = 0, some[0] = 1.0f;
+        add_rows(which, some, 1);
+        *out_lse = peak;
+        return;
+    }
+    float mass = 0.0f;
+    for (int i = 0; i < n; i += WIDTH) {
+        for (int l = 0; l < WIDTH; l++) some[l] = i + l < n ? lse(i + l) : -INFINITY;
+        const vf lses = load(some);
+        vf weights = exp2<true>(lses, peak, LOG2_E);
+        weights = lses == -INFINITY ? vf{} : weights;
+        mass += hsum(weights);
+        // An empty state's o carries no information, so not even a NaN in it may count.
+        int count = 0;
+        for (int l = 0; l < WIDTH && i + l < n; l++)
+            if (some[l] != -INFINITY) which[count] = i + l, some[count++] = weights[l];
+        add_rows(which, some, count);
+    }
+    *out_lse = peak + std::log(mass);
+    for (int d = 0; d < v_dim; d += WIDTH) store(o + d, load(o + d) * (1.0f / mass));
+}
+
+// o += the sum of weights[i] rows[i], float32, n of each: o stays in a register.
+inline void add_scaled_floats(float* o, const float* const* rows, const float* weights, int count, int n) {
+    int d = 0;
+    for (; d + 4 * WIDTH <= n; d += 4 * WIDTH) {  // four sums, none of which waits for another
+        vf a = load(o + d), b = load(o + d + WIDTH), c = load(o + d + 2 * WIDTH), e = load(o + d + 3 * WIDTH);
+        for (int i = 0; i < count; i++) {
+            const float* row = rows[i] + d;
+            a += load(row) * weights[i], b += load(row + WIDTH) * weights[i];
+            c += load(row + 2 * WIDTH) * weights[i], e += load(row + 3 * WIDTH) * weights[i];
+        }
+        store(o + d, a), store(o + d + WIDTH, b), store(o + d + 2 * WIDTH, c), store(o + d + 3 * WIDTH, e);
+    }
+    for (; d + WIDTH <= n; d += WIDTH)
+        for (int i = 0; i < count; i++) store(o + d, load(o + d) + load(rows[i] + d) * weights[i]);
+    for (; d < n; d++)
+        for (int i = 0; i < count; i++) o[d] += weights[i] * rows[i][d];
+}
+
+// Weights of WIDTH heads at a time: one by one, each would wait for its own sum, logarithm and division.
+void merge(const Merge& m, const Out& out) {
+    float* o = static_cast<float*>(scratch(4L * round_up(m.v_dim, WIDTH)));
+    bool floats = true;
+    for (int i = 0; i < m.states; i++) floats = floats && m.o[i].format == Format::f32;
+    alignas(64) float weights[MAX_STATES][WIDTH], lses[WIDTH], shares[WIDTH];
+    for (int row = 0; row < m.rows; row++)
+        for (int head0 = 0; head0 < m.heads; head0 += WIDTH) {
+            const int lanes = std::min(WIDTH, m.heads - head0);
+            for (int l = 0; l < WIDTH; l++) lses[l] = m.sink && l < lanes ? m.sink[head0 + l] : -INFINITY;
+            const vf sink = load(lses);
+            vf peak = sink;
+            for (int i = 0; i < m.states; i++) {
+                const float* from = m.lse[i] + row * m.lse_row_stride[i];
+                for (int l = 0; l < WIDTH; l++)
+                    weights[i][l] = l < lanes ? from[(head0 + l) * m.lse_head_stride[i]] : -INFINITY;
+                peak = max(load(weights[i]), peak);  // in this order a NaN is passed over; its weight will be one
+            }
+            const auto weigh = [&](vf lse) {
+                const vf weight = exp2<true>(lse, peak, LOG2_E);
+                return lse == -INFINITY ? vf{} : weight;
+            };
+            vf mass = weigh(sink);
+            for (int i = 0; i < m.states; i++) {
+                const vf weight = weigh(load(weights[i]));
+                store(weights[i], weight);
+                mass += weight;
+            }
+            store(shares, mass == 0.0f ? vf{} : 1.0f / mass);
+            store(lses, mass);
+            for (int l = 0; l < lanes; l++) lses[l] = std::log(lses[l]) + peak[l];
+            for (int l = 0; l < lanes; l++) {
+                const float* rows[MAX_STATES];
+                float some[MAX_STATES];
+                int which[MAX_STATES], count = 0;
+                // An empty state's o carries no information, so not even a NaN in it may count.
+                for (int i = 0; i < m.states; i++)
+                    if (weights[i][l] != 0.0f) which[count] = i, some[count++] = weights[i][l] * shares[l];
+                std::memset(o, 0, 4L * round_up(m.v_dim, WIDTH));
+                for (int i = 0; i < count && floats; i++)
+                    rows[i] = static_cast<const float*>(at(m.o[which[i]], row, head0 + l));
+                if (floats) add_scaled_floats(o, rows, some, count, m.v_dim);
+                for (int i = 0; i < count && !floats; i++)
+                    add_scaled(o, m.o[which[i]], row, head0 + l, some[i], m.v_dim);
+                put_row(out.o, row, head0 + l, o, m.v_dim);
+                put_lse(out, row, head0 + l, lses[l]);
+            }
+        }
+}
+
+}  // namespace ISA
+}  // namespace farshore
