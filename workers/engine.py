@@ -353,15 +353,27 @@ class Engine:
 
     def _take(self, sequence: Sequence, logits: torch.Tensor) -> None:
         """Sample the token behind the committed ones, and finish the sequence if it was the last."""
-        token = sample(logits, sequence.sampling, position=len(sequence.tokens))
-        sequence.tokens.append(token)
-        sequence.emit(Sampled(token))
+        try:
+            drawn = sample(
+                logits,
+                sequence.sampling,
+                tokens=sequence.tokens,
+                prompt_tokens=sequence.prompt_tokens,
+                choice=sequence.choice,
+            )
+        except FarshoreError as error:
+            self._end(sequence, Failed(error))
+            return
+        sequence.tokens.append(drawn.token)
+        sequence.emit(Sampled(drawn.token, sequence.choice, drawn.logprob, drawn.top))
         reason = sequence.finish_reason()
         if reason is not None:
             self._finish(sequence, reason)
 
     def _finish(self, sequence: Sequence, reason: Reason) -> None:
-        self._end(sequence, Finished(reason, sequence.queued_s, dict(sequence.attended_bytes)))
+        self._end(
+            sequence, Finished(reason, sequence.queued_s, dict(sequence.attended_bytes), sequence.choice)
+        )
 
     def _end(self, sequence: Sequence, event: Finished | Failed) -> None:
         """Forget a sequence and free its memory, then say so."""
