@@ -1,13 +1,9 @@
-"""What the offload benchmark drives: attention workers in processes of their own, sequences whose KV they
-store, and the engine's own layer loop over them.
+"""What the offload benchmark drives: the engine's own layer loop, over sequences whose KV is stored.
 
 The KV is random: no time of a step depends on its values. Must not know what is compared with what.
 """
 
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import count, pairwise
 
 import torch
@@ -16,7 +12,6 @@ from torch import Tensor
 from farshore.attention_offload.base import AttentionModel
 from farshore.attention_offload.fanout import Fanout
 from farshore.attention_offload.plan import Read, StepPlan
-from farshore.errors import StartupError
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kernels.base import BLOCK_TOKENS, KVLayout
 from farshore.kvstore.arena import Arena
@@ -28,23 +23,6 @@ from farshore.workers.step import run_step
 EPOCH = Epoch(1)
 TAIL_TOKENS = BLOCK_TOKENS // 2
 """Complete in a tail: half of what it holds before it is handed off."""
-
-
-@contextmanager
-def attention_worker(worker: WorkerId, *, kv_memory_bytes: int, threads: int) -> Iterator[str]:
-    """The address of an attention worker on loopback, in a process that ends with the block."""
-    command = [sys.executable, "-P", "-m", "farshore.workers.attention", "--worker", worker]
-    command += ["--kv-memory-bytes", str(kv_memory_bytes), "--threads", str(threads)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
-        assert process.stdout is not None
-        try:
-            address = process.stdout.readline().strip()
-            if not address:
-                raise StartupError(f"attention worker {worker} ended with {process.wait()}")
-            yield address
-        finally:
-            process.kill()  # Its memory is all it has.
 
 
 class Ground:
