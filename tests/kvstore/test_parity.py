@@ -171,7 +171,7 @@ def test_a_damaged_chunk_leaves_no_parity(shards, layout, sealed):
 def test_parity_itself_can_move(shards, layout, grouped):
     members, info = grouped(layout, (7, 12))
     sent = list(shards[4].export(info.span, 0, 12))
-    with pytest.raises(InvalidRequest, match="parity=True, 0 spans"):
+    with pytest.raises(InvalidRequest, match="parity=True, but 0 spans"):
         shards[2].import_span(sent, sequence=GROUP, epoch=E1)
     moved = shards[2].import_span(sent, sequence=GROUP, epoch=E1, covers=info.covers)
     back = rebuild(shards, members, info, info.covers[0].span, parity=shards[2].pieces(moved, 0, 12))
