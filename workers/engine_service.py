@@ -57,7 +57,7 @@ class EngineService(pb_grpc.EngineServicer):
             temperature=request.temperature,
             top_p=request.top_p,
             seed=request.seed,
-            stop_ids=frozenset(request.stop_ids),
+            stop_token_ids=frozenset(request.stop_ids),
         )
         try:
             self._engine.submit(sequence, list(request.prompt), sampling, events.put)
@@ -135,9 +135,9 @@ class EngineService(pb_grpc.EngineServicer):
             case Prefilled(done, total):
                 progress = api.PrefillProgress(done_tokens=done, total_tokens=total)
                 return pb.SequenceEvent(prefill=progress)
-            case Sampled(token):
+            case Sampled(token_id=token):
                 return pb.SequenceEvent(token_id=token)
-            case Finished(reason, queued_s, attended):
+            case Finished(reason, queued_s, attended, _):
                 uses = [
                     api.ShardUse(
                         worker_id=worker, process_id=self._shards[worker].process_id, attended_bytes=size

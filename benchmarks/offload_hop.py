@@ -1,0 +1,282 @@
+"""What the wire itself costs: a hop's time, and the rate of bulk KV, by transport, to a real shard process.
+
+Called by ``offload``. A hop carries 16 KiB of q there and 16 KiB of o back (and lse), and attends to one token:
+next to nothing. Bulk KV is written into, and read from, spans of Llama-8B's shape. The raw socket it is held
+against sends from one process to another, through one TCP connection on loopback, in the same run.
+"""
+
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median, quantiles
+
+import torch
+
+from farshore.attention_offload.base import AttentionModel
+from farshore.attention_offload.frames import Transport
+from farshore.attention_offload.plan import Read, ShardStep
+from farshore.attention_offload.remote_peer import RemotePeer
+from farshore.benchmarks.shapes import LLAMA_8B
+from farshore.ids import Epoch, SequenceId, SpanId
+from farshore.kernels.base import AttentionSpec, KVLayout
+from farshore.kernels.formats import KVFormat
+from farshore.kvstore.base import SpanKey
+
+DTYPE = torch.bfloat16
+HOP = AttentionSpec(q_heads=64, k_heads=1, v_heads=1, k_dim=128, v_dim=128, scale=128**-0.5)
+"""A row of it is 16 KiB of q and of o."""
+
+BULK_TOKENS = 2048
+BULK_LAYERS = 4
+SHARD_MEMORY_BYTES = 512 << 20
+RAW_BYTES = 256 << 20
+RAW_CHUNK_BYTES = 1 << 20
+
+_EPOCH = Epoch(1)
+_SHARD = """
+import sys
+from farshore.ids import WorkerId
+from farshore.workers.attention import AttentionWorker
+memory_bytes, threads = map(int, sys.argv[1:])
+worker = AttentionWorker(
+    worker=WorkerId("shard"), kv_memory_bytes=memory_bytes, listen="127.0.0.1:0", threads=threads
+)
+print(worker.address(), flush=True)
+sys.stdin.read()
+"""
+_RAW_SENDER = """
+import socket, sys
+port, total, chunk = map(int, sys.argv[1:])
+data = memoryview(bytes(range(256)) * (chunk // 256))
+with socket.create_connection(("127.0.0.1", port)) as connection:
+    for _ in range(total // chunk):
+        connection.sendall(data)
+"""
+_BULK_CLIENT = """
+import sys
+from farshore.attention_offload.frames import Transport
+from farshore.benchmarks.offload_hop import bulk_until_eof
+bulk_until_eof(sys.argv[1], Transport(sys.argv[2]))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class BulkRates:
+    """Bytes of KV a second, each a sample of one layer's transfer."""
+
+    write: tuple[float, ...]
+    read: tuple[float, ...]
+
+
+@contextmanager
+def shard_process(*, threads: int, memory_bytes: int = SHARD_MEMORY_BYTES) -> Iterator[str]:
+    """The address of an attention worker's process; it ends with the context, or with this process."""
+    with _child(_SHARD, str(memory_bytes), str(threads)) as child:
+        assert child.stdout is not None
+        yield child.stdout.readline().strip()
+
+
+def hop_times_s(
+    address: str, transport: Transport, *, calls: int, think_s: float = 0.0, warm_up: int = 200
+) -> tuple[float, ...]:
+    """Seconds from q's leaving to the answer, of ``calls`` frames one after the other.
+
+    ``think_s``: computing between an answer and the next frame, as an engine's dense layers do; longer than
+    a shard spins, it has gone to sleep when the frame comes. Raises TransportError for a transport that does
+    not connect.
+    """
+    layout = KVLayout.of(HOP, layers=1, format=KVFormat.of(DTYPE))
+    with _peer(address, transport, HOP, layout) as peer:
+        span = _sealed(peer, layout, "hop", tokens=1)
+        read = Read(span, 0, 0, 1, 0, 1, range(1))
+        peer.begin(ShardStep(1, (0,), (1,), 0, 1, ((read,),), (range(1),)))
+        q = torch.randn(1, HOP.q_heads, HOP.k_dim).to(DTYPE)
+        times_s = []
+        for _ in range(warm_up + calls):
+            start = time.perf_counter()
+            peer.wait(peer.send(0, 0, q))
+            end = time.perf_counter()
+            times_s.append(end - start)
+            while time.perf_counter() < end + think_s:
+                pass
+        peer.store.drop_sequence(SequenceId("hop"), epoch=_EPOCH)
+    return tuple(times_s[warm_up:])
+
+
+def bulk_rates(address: str, transport: Transport, *, rounds: int) -> BulkRates:
+    """Writes and reads of one layer of 2,048 tokens (8 MiB) at a time."""
+    layout, writes, reads = bulk_layout(), [], []
+    with _bulk_peer(address, transport) as peer:
+        k, v = _kv(layout, BULK_TOKENS)
+        layer_bytes = BULK_TOKENS * layout.layer_token_bytes
+        for _ in range(rounds):
+            span = _span(peer, layout, "bulk", BULK_TOKENS)
+            for layer in range(layout.layers):
+                writes.append(layer_bytes / _timed(lambda: _write(peer, span, layer, k, v)))  # noqa: B023
+            peer.store.seal(span, BULK_TOKENS, epoch=_EPOCH)
+            for layer in range(layout.layers):
+                reads.append(
+                    layer_bytes / _timed(lambda: peer.store.read(span, layer, 0, BULK_TOKENS))  # noqa: B023
+                )
+            peer.store.drop_sequence(SequenceId("bulk"), epoch=_EPOCH)
+    # The first span's memory is touched for the first time.
+    first = layout.layers if rounds > 1 else 0
+    return BulkRates(tuple(writes[first:]), tuple(reads[first:]))
+
+
+def raw_socket_rates(*, rounds: int, total_bytes: int = RAW_BYTES) -> tuple[float, ...]:
+    """Bytes a second through a TCP connection on loopback, from another process into memory used again."""
+    rates = []
+    buffer = bytearray(RAW_CHUNK_BYTES)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for _ in range(rounds):
+            port = server.getsockname()[1]
+            with _child(_RAW_SENDER, str(port), str(total_bytes), str(RAW_CHUNK_BYTES)):
+                connection, _ = server.accept()
+                with connection:
+                    received = connection.recv_into(buffer)
+                    start = time.perf_counter()
+                    while received < total_bytes:
+                        received += connection.recv_into(buffer)
+                    rates.append(total_bytes / (time.perf_counter() - start))
+    return tuple(rates)
+
+
+@contextmanager
+def bulk_load(address: str, transport: Transport) -> Iterator[None]:
+    """Another process writes and reads bulk KV, without a pause, for as long as the context lasts."""
+    with _child(_BULK_CLIENT, address, str(transport)) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        yield
+
+
+def bulk_until_eof(address: str, transport: Transport) -> None:
+    """What that process does, until its standard input ends."""
+    with _bulk_peer(address, transport) as peer:
+        layout = bulk_layout()
+        k, v = _kv(layout, BULK_TOKENS)
+        span = _span(peer, layout, "load", BULK_TOKENS)
+        for layer in range(layout.layers):
+            _write(peer, span, layer, k, v)
+        peer.store.seal(span, BULK_TOKENS, epoch=_EPOCH)
+        scratch = _span(peer, layout, "load", BULK_TOKENS)
+        print("started", flush=True)
+        while not _at_eof():
+            _write(peer, scratch, 0, k, v)
+            peer.store.read(span, 0, 0, BULK_TOKENS)
+        peer.store.drop_sequence(SequenceId("load"), epoch=_EPOCH)
+
+
+def percentile(samples: Sequence[float], percent: int) -> float:
+    return quantiles(samples, n=100, method="inclusive")[percent - 1]
+
+
+def bulk_layout() -> KVLayout:
+    """Of the spans that bulk KV is written into."""
+    return KVLayout.of(LLAMA_8B.spec, layers=BULK_LAYERS, format=KVFormat.of(DTYPE))
+
+
+@contextmanager
+def _bulk_peer(address: str, transport: Transport) -> Iterator[RemotePeer]:
+    with _peer(address, transport, LLAMA_8B.spec, bulk_layout()) as peer:
+        yield peer
+
+
+@contextmanager
+def _peer(address: str, transport: Transport, spec: AttentionSpec, layout: KVLayout) -> Iterator[RemotePeer]:
+    model = AttentionModel(specs=(spec,), layer_class=(0,) * layout.layers, layouts=(layout,))
+    peer = RemotePeer(address, model, DTYPE, transports=(transport,))
+    try:
+        peer.connect()
+        yield peer
+    finally:
+        peer.close()
+
+
+def _span(peer: RemotePeer, layout: KVLayout, name: str, tokens: int) -> SpanId:
+    key = SpanKey(sequence=SequenceId(name), layer_class=0, first=0, group0=0, group1=layout.groups)
+    return peer.store.create(key, capacity_tokens=tokens, layout=layout, epoch=_EPOCH)
+
+
+def _sealed(peer: RemotePeer, layout: KVLayout, name: str, *, tokens: int) -> SpanId:
+    span = _span(peer, layout, name, tokens)
+    for layer in range(layout.layers):
+        _write(peer, span, layer, *_kv(layout, tokens))
+    peer.store.seal(span, tokens, epoch=_EPOCH)
+    return span
+
+
+def _kv(layout: KVLayout, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """As a model's projections give them: a token's heads together, the heads in front."""
+    k = torch.randn(tokens, layout.k_heads, layout.k_dim).to(DTYPE).transpose(0, 1)
+    v = torch.randn(tokens, layout.v_heads, layout.v_dim).to(DTYPE).transpose(0, 1)
+    return k, v
+
+
+def _write(peer: RemotePeer, span: SpanId, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+    peer.store.write(span, layer, 0, k, v, epoch=_EPOCH)
+
+
+def _timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _at_eof() -> bool:
+    return bool(select.select([sys.stdin], [], [], 0)[0])
+
+
+@contextmanager
+def _child(code: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A Python process that ends when its standard input does, so that it outlives nobody."""
+    command = [sys.executable, "-P", "-c", code, *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            yield child
+        finally:
+            assert child.stdin is not None
+            child.stdin.close()
+            try:
+                child.wait(10)
+            except subprocess.TimeoutExpired:
+                child.kill()
+
+
+def _main() -> None:
+    """A quick look, by itself; ``farshore bench offload`` reports."""
+    with shard_process(threads=1) as address:
+        for think_s in (0.0, 200e-6):
+            for transport in (Transport.SHARED_MEMORY, Transport.TCP, Transport.GRPC):
+                times_s = hop_times_s(address, transport, calls=2000, think_s=think_s)
+                p50, p99 = percentile(times_s, 50) * 1e6, percentile(times_s, 99) * 1e6
+                print(
+                    f"hop {transport} after {think_s * 1e6:.0f} us: p50 {p50:.1f} us, p99 {p99:.1f} us",
+                    flush=True,
+                )
+        for transport in (Transport.SHARED_MEMORY, Transport.TCP, Transport.GRPC):
+            raw = median(raw_socket_rates(rounds=3))
+            rates = bulk_rates(address, transport, rounds=6)
+            print(
+                f"bulk {transport}: write {median(rates.write) / 1e9:.2f}, read {median(rates.read) / 1e9:.2f} GB/s,"
+                f" raw TCP {raw / 1e9:.2f} GB/s",
+                flush=True,
+            )
+            idle = hop_times_s(address, transport, calls=2000, think_s=100e-6)
+            with bulk_load(address, transport):
+                busy = hop_times_s(address, transport, calls=2000, think_s=100e-6)
+            print(
+                f"hop {transport}: p50 {percentile(idle, 50) * 1e6:.1f} -> {percentile(busy, 50) * 1e6:.1f} us,"
+                f" p99 {percentile(idle, 99) * 1e6:.1f} -> {percentile(busy, 99) * 1e6:.1f} us during bulk",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    _main()
