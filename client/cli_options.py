@@ -33,32 +33,25 @@ def size_bytes(text: str) -> int:
     )
 
 
+def whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+
+
+def number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+
+
 def positive(text: str) -> int:
-    number = _whole(text)
-    if number < 1:
+    value = whole(text)
+    if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: use a whole number from 1 on")
-    return number
-
-
-def seed(text: str) -> int:
-    number = _whole(text)
-    if not 0 <= number < 1 << 64:
-        raise argparse.ArgumentTypeError(f"{text}: use a whole number from 0 to 2**64 - 1")
-    return number
-
-
-def temperature(text: str) -> float:
-    number = _number(text)
-    if not 0 <= number <= 2:
-        raise argparse.ArgumentTypeError(f"{text}: use a number from 0 (greedy) to 2")
-    return number
-
-
-def top_p(text: str) -> float:
-    number = _number(text)
-    if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: use a number above 0, up to 1")
-    return number
+    return value
 
 
 def no_gateway(address: str) -> TransportError:
@@ -77,7 +70,7 @@ def add_cluster_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--attention-workers",
-        type=_whole,
+        type=whole,
         default=2,
         metavar="N",
         help="processes that hold KV cache and compute attention on it (default: %(default)s)",
@@ -118,17 +111,3 @@ def cluster_config(args: argparse.Namespace, names: Sequence[str], **fixed: obje
     except InvalidRequest as error:
         args.usage_error(str(error))
         raise  # argparse's error() has left already
-
-
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
