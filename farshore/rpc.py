@@ -22,6 +22,8 @@ OPTIONS = [
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     # A peer that comes back is found within this, however long it was away.
     ("grpc.max_reconnect_backoff_ms", 2_000),
+    # Less than an engine waits between two attempts at a step: a peer that restarts costs no sequence.
+    ("grpc.initial_reconnect_backoff_ms", 100),
     # One process may hold several servers; a second server on a taken port must fail, not share it.
     ("grpc.so_reuseport", 0),
 ]

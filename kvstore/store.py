@@ -19,7 +19,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from farshore.errors import InvalidRequest, NotFound
+from farshore.errors import Fenced, InvalidRequest, NotFound
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import KVLayout, Segments
 from farshore.kvstore import blocks, forms
@@ -56,7 +56,14 @@ class LocalStore:
         check_shape(key, capacity_tokens, layout)
         with self._lock:
             self._holds.admit(key.sequence, epoch)
-            extents = self._arena.allocate(-(-capacity_tokens // layout.block_tokens), layout.block_bytes)
+        # Without the lock: to touch new memory may take a second.
+        extents = self._arena.allocate(-(-capacity_tokens // layout.block_tokens), layout.block_bytes)
+        with self._lock:
+            try:
+                self._holds.admit(key.sequence, epoch)
+            except Fenced:
+                self._arena.free(extents)
+                raise
             span = SpanId(f"{self._worker}/{next(self._serials)}")
             self._spans[span] = Span(
                 key=key,
@@ -95,7 +102,7 @@ class LocalStore:
                     if not written.cover(it.sealed_tokens, tokens):
                         raise InvalidRequest(f"{span} cannot be sealed at {tokens}: layer {layer} has gaps")
                 for written in it.written:
-                    written.remove_below(tokens)
+                    written.remove(0, tokens)
                 it.sealed_before, it.sealed_tokens = it.sealed_tokens, tokens
             key, last = it.key, it.key.first + tokens
             within = [block for block in blocks if key.first <= block.first and block.last <= last]

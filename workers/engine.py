@@ -38,11 +38,11 @@ from farshore.workers.sequence import (
 from farshore.workers.stagger import Stagger
 from farshore.workers.step import run_step
 
-STEP_ATTEMPTS = 3
+STEP_ATTEMPTS = 4
 """A step is a transaction: how often it is run before its sequences fail."""
 
 RETRY_PAUSE_S = 0.05
-"""Before the second attempt, twice that before the third: a restarted connection needs a moment."""
+"""Before the second attempt, doubled for each one after it: a restarted connection needs a moment."""
 
 _log = logging.getLogger(__name__)
 
@@ -394,5 +394,5 @@ def _attempt(transaction: Callable[[], torch.Tensor]) -> torch.Tensor:
         except FarshoreError as error:
             if not error.retryable:
                 raise
-            time.sleep(RETRY_PAUSE_S * attempt)
+            time.sleep(RETRY_PAUSE_S * 2 ** (attempt - 1))
     return transaction()
