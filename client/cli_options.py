@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import get_args
 
-from farshore.controller.config import ClusterConfig, Dtype, Placement, ShardBy
+from farshore.controller.config import ClusterConfig, Dtype, KvFormat, Placement, ShardBy
 from farshore.errors import InvalidRequest, TransportError
 
 DEFAULT_SERVER = "127.0.0.1:50051"
@@ -69,6 +69,12 @@ def add_cluster_options(group: argparse._ArgumentGroup) -> None:
         help="type of weights and KV; float32 matches Transformers token for token (default: %(default)s)",
     )
     group.add_argument(
+        "--kv-format",
+        choices=get_args(KvFormat),
+        help="how KV is stored; int8 takes half of bf16's memory, int4 a quarter; what that costs in accuracy "
+        "tells `farshore bench quality` (default: as --dtype)",
+    )
+    group.add_argument(
         "--attention-workers",
         type=whole,
         default=2,
@@ -94,6 +100,21 @@ def add_cluster_options(group: argparse._ArgumentGroup) -> None:
         default="range",
         help="split a sequence by token ranges, by KV heads, or by both (default: %(default)s)",
     )
+    group.add_argument(
+        "--max-decode-stall-ms",
+        type=number,
+        default=200.0,
+        metavar="MS",
+        help="how long reading one prompt may hold up the tokens of other requests (default: %(default)g)",
+    )
+    group.add_argument(
+        "--speculate",
+        type=whole,
+        default=0,
+        metavar="N",
+        help="guess up to N tokens ahead from text that repeats itself; the answer stays the same "
+        "(default: 0, off)",
+    )
 
 
 def cluster_config(args: argparse.Namespace, names: Sequence[str], **fixed: object) -> ClusterConfig:
@@ -105,6 +126,9 @@ def cluster_config(args: argparse.Namespace, names: Sequence[str], **fixed: obje
             kv_memory_bytes=args.kv_memory,
             placement=args.placement,
             shard_by=args.shard_by,
+            kv_format=args.kv_format,
+            max_decode_stall_ms=args.max_decode_stall_ms,
+            speculate=args.speculate,
             **{name: getattr(args, name) for name in names},
             **fixed,
         )

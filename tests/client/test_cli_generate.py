@@ -183,6 +183,22 @@ def test_starts_a_cluster_for_one_call(run, farshore, cluster, nothing_listens, 
     assert cluster.stops == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("", ("bf16", 200.0, 0)),
+        ("--dtype float32", ("float32", 200.0, 0)),
+        ("--kv-format int8 --max-decode-stall-ms 50 --speculate 4", ("int8", 50.0, 4)),
+        ("--kv-format int4 --dtype float32", ("int4", 200.0, 0)),
+    ],
+)
+def test_what_the_engine_is_told(run, farshore, cluster, nothing_listens, answer, options, expected):
+    cluster.address = farshore.address
+    assert run("generate", "Hi", *options.split()).code == 0
+    config = cluster.config
+    assert (config.stored_format, config.max_decode_stall_ms, config.speculate) == expected
+
+
 def test_a_running_gateway_is_used(run, farshore, cluster, answer, monkeypatch):
     monkeypatch.setattr("farshore.client.cli_generate.DEFAULT_SERVER", farshore.address)
     assert run("generate", "Hi").out == answer + "\n"

@@ -67,6 +67,13 @@ def test_bad_sizes_name_the_form(text):
         ("serve", "--shard-by", "colour"),
         ("serve", "--dtype", "int1"),
         ("serve", "--port", "70000"),
+        ("serve", "--kv-format", "int2"),
+        ("serve", "--kv-format", "float32"),
+        ("serve", "--kv-format", "bf16", "--dtype", "float32"),
+        ("serve", "--max-decode-stall-ms", "0"),
+        ("serve", "--max-decode-stall-ms", "nan"),
+        ("serve", "--speculate", "-1"),
+        ("serve", "--speculate", "17"),
     ],
 )
 def test_wrong_usage(run, cluster, arguments):
