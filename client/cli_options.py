@@ -71,8 +71,8 @@ def add_cluster_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--kv-format",
         choices=get_args(KvFormat),
-        help="how KV is stored; int8 takes half of bf16's memory, int4 a quarter; what that costs in accuracy "
-        "tells `farshore bench quality` (default: as --dtype)",
+        help="how KV is stored; int8 takes half of bf16's memory, int4 a quarter; their cost in accuracy "
+        "is what `farshore bench quality` measures (default: as --dtype)",
     )
     group.add_argument(
         "--attention-workers",
