@@ -24,8 +24,9 @@ from farshore.models.source import resolve
 from farshore.models.weights import load_model
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
+from farshore.workers.admission import EngineLimits
 from farshore.workers.attention_model import attention_model
-from farshore.workers.engine import Engine, EngineLimits
+from farshore.workers.engine import Engine
 from farshore.workers.engine_service import EngineService
 
 MAX_CALLS = 512

@@ -101,7 +101,9 @@ class Rig:
         for worker, arena in self.arenas.items():
             self.stores[worker].check_integrity()
             arena.check_integrity()
-            assert arena.free_bytes == arena.budget_bytes, f"{worker} still holds memory"
+            usage = self.stores[worker].usage()
+            assert usage.available_bytes == usage.budget_bytes, f"{worker} still holds memory"
+            assert all(not info.holders for info in self.stores[worker].announce())
 
 
 class Collected:
