@@ -1,6 +1,7 @@
 """Engines over in-process shards, for tests of floor 3."""
 
 import queue
+from collections import defaultdict
 from itertools import count
 
 import pytest
@@ -111,16 +112,29 @@ class Collected:
 
     def __init__(self):
         self.events = queue.SimpleQueue()
-        self.tokens = []
+        self.choices = defaultdict(list)
+        """Tokens of each completion."""
+
+    @property
+    def tokens(self):
+        return self.choices[0]
 
     def result(self):
-        """Wait for the end; returns the Finished or Failed event."""
+        """Wait for the next completion's end; returns the Finished or Failed event."""
         while True:
             event = self.events.get(timeout=EVENT_DEADLINE_S)
             if isinstance(event, Sampled):
-                self.tokens.append(event.token_id)
+                self.choices[event.choice].append(event.token_id)
             elif isinstance(event, Finished | Failed):
                 return event
+
+    def results(self, n):
+        """Wait for the ends of ``n`` completions: by choice."""
+        ends = [self.result() for _ in range(n)]
+        assert all(isinstance(end, Finished) for end in ends), ends
+        assert sorted(end.choice for end in ends) == list(range(n))
+        assert self.events.empty()
+        return {end.choice: end for end in ends}
 
 
 @pytest.fixture
@@ -150,11 +164,11 @@ def rig():
 
 @pytest.fixture
 def submit():
-    """submit(engine, name, prompt, sampling) -> Collected."""
+    """submit(engine, name, prompt, sampling, ...) -> Collected."""
 
-    def call(engine, name, prompt, sampling):
+    def call(engine, name, prompt, sampling, **options):
         collected = Collected()
-        engine.submit(SequenceId(name), list(prompt), sampling, collected.events.put)
+        engine.submit(SequenceId(name), list(prompt), sampling, collected.events.put, **options)
         return collected
 
     return call
