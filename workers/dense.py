@@ -17,12 +17,14 @@ from farshore.attention_offload.in_process import InProcessPeer
 from farshore.attention_offload.placement import ShardBy
 from farshore.attention_offload.remote_peer import RemotePeer
 from farshore.ids import Epoch, SequenceId, WorkerId
+from farshore.kernels.formats import KVFormat
 from farshore.kvstore.arena import Arena
 from farshore.kvstore.store import LocalStore
 from farshore.models.source import resolve
 from farshore.models.weights import load_model
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
+from farshore.workers.admission import EngineLimits
 from farshore.workers.attention_model import attention_model
 from farshore.workers.engine import Engine
 from farshore.workers.engine_service import EngineService
@@ -33,6 +35,13 @@ MAX_CALLS = 512
 CONTROLLER_DEADLINE_S = 10.0
 STOP_GRACE_S = 1.0
 
+_FORMATS = {
+    "bf16": KVFormat.BFLOAT16,
+    "float32": KVFormat.FLOAT32,
+    "int8": KVFormat.INT8,
+    "int4": KVFormat.INT4,
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseConfig:
@@ -40,6 +49,8 @@ class DenseConfig:
     model: str
     """What :func:`farshore.models.source.resolve` takes."""
     dtype: str
+    kv_format: str
+    """How keys and values are stored: bf16, float32, int8 or int4."""
     kv_memory_bytes: int
     """The engine's own memory: tails, and spans where ``targets`` names the worker itself."""
     shards: Mapping[WorkerId, str]
@@ -50,6 +61,7 @@ class DenseConfig:
     controller: str
     listen: str
     threads: int
+    limits: EngineLimits
 
 
 class DenseWorker:
@@ -70,8 +82,9 @@ class DenseWorker:
         Raises ModelError, TransportError for a shard that does not answer, PortInUse."""
         config = self._config
         dtype = dtype_of(config.dtype)
-        model = load_model(resolve(config.model), dtype=dtype, progress=self._progress)
-        attention = attention_model(model.config, dtype)
+        source = resolve(config.model)
+        model = load_model(source, dtype=dtype, progress=self._progress)
+        attention = attention_model(model.config, dtype, _FORMATS[config.kv_format])
         arena = Arena(config.kv_memory_bytes)
         store = LocalStore(worker=config.worker, arena=arena)
         self._peers: dict[WorkerId, Peer] = {
@@ -87,6 +100,8 @@ class DenseWorker:
             targets=list(config.targets),
             shard_by=config.shard_by,
             claim=self._claim,
+            revision=f"{source.path} {source.path.stat().st_mtime_ns}",
+            limits=config.limits,
         )
         self._engine.start()
         service = EngineService(

@@ -51,7 +51,7 @@ def sample(
     Raises FarshoreError for logits that are not numbers.
     """
     own: Row = logits.numpy()
-    row = _penalised(_biased(own, sampling), sampling, tokens, prompt_tokens)
+    row = adjusted(own, sampling, tokens=tokens, prompt_tokens=prompt_tokens)
     best = int(row.argmax())
     # A NaN is its own argmax: nothing else needs to look for one.
     if not np.isfinite(row[best]):
@@ -59,7 +59,8 @@ def sample(
     if sampling.temperature == 0.0:
         token = best
     else:
-        token = _draw(row, row[best], sampling, uniform(sampling.seed, choice, len(tokens)))
+        ids, weights = candidates(row, sampling)
+        token = int(ids[_reaching(weights, uniform(sampling.seed, choice, len(tokens)))])
     if sampling.logprobs is None:
         return Choice(token)
     return _with_logprobs(own, token, sampling.logprobs)
@@ -80,37 +81,35 @@ def _mixed(word: int) -> int:
     return word ^ word >> 31
 
 
-def _biased(row: Row, sampling: Sampling) -> Row:
-    if not sampling.logit_bias:
+def adjusted(row: Row, sampling: Sampling, *, tokens: Sequence[int], prompt_tokens: int) -> Row:
+    """``row`` itself, or a copy with bias and penalties applied.
+
+    Repetition (CTRL, Keskar et al. 2019, §4.1): a token seen in prompt or completion is divided by the
+    penalty where positive, multiplied where negative. Presence and frequency (OpenAI): a token is lowered by
+    the one where the completion holds it, and by the other for every time that it does.
+    """
+    counted = sampling.presence_penalty or sampling.frequency_penalty
+    if not (sampling.logit_bias or sampling.repetition_penalty != 1.0 or counted):
         return row
     row = row.copy()
     for token, bias in sampling.logit_bias.items():
         row[token] += bias
-    return row
-
-
-def _penalised(row: Row, sampling: Sampling, tokens: Sequence[int], prompt_tokens: int) -> Row:
-    """Repetition (CTRL, Keskar et al. 2019, §4.1): a token seen in prompt or completion is divided by the
-    penalty where positive, multiplied where negative. Presence and frequency (OpenAI): a token is lowered by
-    ``presence`` where the completion holds it, and by ``frequency`` for every time that it does."""
     if sampling.repetition_penalty != 1.0:
-        row = row.copy()
-        seen = np.zeros(row.size, dtype=bool)
-        seen[np.asarray(tokens)] = True
-        values = row[seen]
-        penalty = np.float32(sampling.repetition_penalty)
+        marks = np.zeros(row.size, dtype=bool)
+        marks[np.asarray(tokens)] = True
+        seen = np.flatnonzero(marks)
+        values, penalty = row[seen], np.float32(sampling.repetition_penalty)
         row[seen] = np.where(values > 0, values / penalty, values * penalty)
-    if (sampling.presence_penalty or sampling.frequency_penalty) and len(tokens) > prompt_tokens:
-        row = row.copy()
+    if counted and len(tokens) > prompt_tokens:
         ids, counts = np.unique(np.asarray(tokens[prompt_tokens:]), return_counts=True)
         row[ids] -= sampling.presence_penalty + sampling.frequency_penalty * counts.astype(np.float32)
     return row
 
 
-def _draw(row: Row, largest: np.float32, sampling: Sampling, random: float) -> int:
-    """Sets of candidates are cut out of the row, in the order of their ids, and never empty."""
+def candidates(row: Row, sampling: Sampling) -> tuple[NDArray[np.intp], Row]:
+    """Token ids that may be drawn, ascending and never none, and their weights: the likeliest's is 1."""
     # Largest first subtracted: nothing overflows, however low the temperature.
-    logits = (row - largest) / np.float32(sampling.temperature)
+    logits = (row - row.max()) / np.float32(sampling.temperature)
     ids = None
     if 0 < sampling.top_k < logits.size:
         kth = np.partition(logits, -sampling.top_k)[-sampling.top_k]
@@ -118,45 +117,47 @@ def _draw(row: Row, largest: np.float32, sampling: Sampling, random: float) -> i
         logits = logits[ids]
     weights = np.exp(logits)
     if sampling.top_p < 1.0:
-        kept = np.flatnonzero(_in_nucleus(weights, sampling.top_p))
+        kept = _nucleus(weights, sampling.top_p)
         ids, weights = kept if ids is None else ids[kept], weights[kept]
     if sampling.min_p > 0.0:
-        # The likeliest weighs 1.
         kept = np.flatnonzero(weights >= np.float32(sampling.min_p))
         ids, weights = kept if ids is None else ids[kept], weights[kept]
-    index = _inverse(weights, random)
-    return index if ids is None else int(ids[index])
+    return np.arange(row.size) if ids is None else ids, weights
 
 
-def _in_nucleus(weights: Row, top_p: float) -> NDArray[np.bool_]:
-    """The smallest set of heaviest ones that holds ``top_p`` of the weight; of equal ones the first."""
+def _nucleus(weights: Row, top_p: float) -> NDArray[np.intp]:
+    """Indices of the smallest set of heaviest ones that holds ``top_p`` of the weight; of equal ones the
+    first."""
     total = weights.sum(dtype=np.float64)
-    # Those that weigh less than this weigh less than 1 - top_p together: what is behind them is out anyway.
-    # Most rows leave a few hundred to sort.
-    in_question = weights >= total * (1.0 - top_p) / weights.size
-    heaviest = np.sort(weights[in_question])[::-1]
-    sums = heaviest.cumsum(dtype=np.float64)
-    count = 1 + int(np.searchsorted(sums[:-1], top_p * total))
+    # Those that weigh less than this weigh less than 1 - top_p together: none of them is inside. Of most rows
+    # a few hundred are left to sort.
+    in_question = np.flatnonzero(weights >= np.float32(total * (1.0 - top_p) / weights.size))
+    candidates = weights[in_question]
+    heaviest = np.sort(candidates)[::-1]
+    count = 1 + _reaching(heaviest, top_p * total / heaviest.sum(dtype=np.float64), exactly=True)
     lightest = heaviest[count - 1]
-    inside = weights > lightest
-    equal = np.flatnonzero(weights == lightest)
-    inside[equal[: count - int(np.count_nonzero(inside))]] = True
-    return inside
+    equal = np.flatnonzero(candidates == lightest)
+    surplus = int(np.count_nonzero(candidates >= lightest)) - count
+    inside = candidates >= lightest
+    inside[equal[len(equal) - surplus :]] = False
+    return in_question[inside]
 
 
-def _inverse(weights: Row, random: float) -> int:
-    """The index whose share of the weights' running sum ``random`` falls into."""
+def _reaching(weights: Row, share: float, *, exactly: bool = False) -> int:
+    """The first index at which the running sum of the weights goes beyond ``share`` of their sum, or with
+    ``exactly`` reaches it."""
+    side = "left" if exactly else "right"
     blocks = np.add.reduceat(weights, np.arange(0, weights.size, _BLOCK), dtype=np.float64)
     sums = blocks.cumsum()
-    target = random * sums[-1]
-    block = int(np.searchsorted(sums, target, side="right"))
+    target = share * sums[-1]
+    block = min(int(np.searchsorted(sums, target, side=side)), len(sums) - 1)
     first = block * _BLOCK
     inside = weights[first : first + _BLOCK].cumsum(dtype=np.float64)
     if block:
         target -= sums[block - 1]
-    index = int(np.searchsorted(inside, target, side="right"))
-    # The two ways of adding up may differ in the last bit: what is beyond the block's end is its last weight.
-    return first + (index if index < inside.size else int(np.flatnonzero(np.diff(inside, prepend=0.0))[-1]))
+    index = int(np.searchsorted(inside, target, side=side))
+    # The two ways of adding up may differ in the last bit: beyond the block's end is its last weight.
+    return first + (index if index < inside.size else int(np.flatnonzero(inside < inside[-1])[-1]) + 1)
 
 
 def _with_logprobs(own: Row, token: int, count: int) -> Choice:

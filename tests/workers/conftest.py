@@ -70,9 +70,11 @@ def tiny_model(tiny, tmp_path_factory):
 class Rig:
     """One model, its shards in this process, and whatever engine a test builds on them."""
 
-    def __init__(self, model, *, shards=2, shard_by="range", local=False, memory_bytes=1 << 30, wrap=None):
+    def __init__(
+        self, model, *, shards=2, shard_by="range", local=False, memory_bytes=1 << 30, wrap=None, format=None
+    ):
         self.model = model
-        self.attention = attention_model(model.config, model.dtype)
+        self.attention = attention_model(model.config, model.dtype, format)
         self.arenas = {
             w: Arena(memory_bytes) for w in (ENGINE, *(WorkerId(f"shard{i}") for i in range(shards)))
         }
