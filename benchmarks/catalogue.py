@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from farshore.benchmarks import kernels, machine
+from farshore.benchmarks import kernels, machine, offload, offload_setting
 from farshore.benchmarks.implementation import choose
 from farshore.benchmarks.report import Report
 from farshore.benchmarks.shapes import Sizes
@@ -44,7 +44,14 @@ def _kernels(options: Options, progress: Progress) -> Report:
     return kernels.run(implementation, facts, Sizes(), only=options.only, progress=progress)
 
 
+def _offload(options: Options, progress: Progress) -> Report:
+    facts = machine.facts(options.threads or machine.usable_cpus())
+    sizes = offload_setting.Sizes()
+    return offload.run(offload_setting.load_demo, facts, sizes, only=options.only, progress=progress)
+
+
 BENCHMARKS: Mapping[str, Benchmark] = {
     "machine": Benchmark("what this machine is and how fast it reads, copies and multiplies", _machine),
+    "offload": Benchmark("hops, bulk KV and decode steps over attention workers on this machine", _offload),
     "kernels": Benchmark("attention kernels against the machine's rates and PyTorch's SDPA", _kernels),
 }

@@ -111,7 +111,7 @@ def hop_times_s(
 
 def bulk_rates(address: str, transport: Transport, *, rounds: int) -> BulkRates:
     """Writes and reads of one layer of 2,048 tokens (8 MiB) at a time."""
-    layout, writes, reads = _bulk_layout(), [], []
+    layout, writes, reads = bulk_layout(), [], []
     with _bulk_peer(address, transport) as peer:
         k, v = _kv(layout, BULK_TOKENS)
         layer_bytes = BULK_TOKENS * layout.layer_token_bytes
@@ -158,7 +158,7 @@ def bulk_load(address: str, transport: Transport) -> Iterator[None]:
 def bulk_until_eof(address: str, transport: Transport) -> None:
     """What that process does, until its standard input ends."""
     with _bulk_peer(address, transport) as peer:
-        layout = _bulk_layout()
+        layout = bulk_layout()
         k, v = _kv(layout, BULK_TOKENS)
         span = _span(peer, layout, "load", BULK_TOKENS)
         for layer in range(layout.layers):
@@ -176,13 +176,14 @@ def percentile(samples: Sequence[float], percent: int) -> float:
     return quantiles(samples, n=100, method="inclusive")[percent - 1]
 
 
-def _bulk_layout() -> KVLayout:
+def bulk_layout() -> KVLayout:
+    """Of the spans that bulk KV is written into."""
     return KVLayout.of(LLAMA_8B.spec, layers=BULK_LAYERS, format=KVFormat.of(DTYPE))
 
 
 @contextmanager
 def _bulk_peer(address: str, transport: Transport) -> Iterator[RemotePeer]:
-    with _peer(address, transport, LLAMA_8B.spec, _bulk_layout()) as peer:
+    with _peer(address, transport, LLAMA_8B.spec, bulk_layout()) as peer:
         yield peer
 
 

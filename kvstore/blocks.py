@@ -5,10 +5,11 @@ Spans and tails keep their tokens alike: a list of block bases (byte offsets in 
 the blocks are.
 
 The copies are native, one call for any number of blocks; without the native module PyTorch makes them, block
-by block.
+by block, as it does in the memory of an accelerator.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def copy_in(
     """Writes the n tokens of k, v to tokens ``first .. first + n`` of one layer; for their forms see
     :mod:`farshore.kvstore.forms`."""
     last = first + k.shape[1]
-    if native is None:
+    if native_for(memory) is None:
         stored = to_stored(layout, k, v)
         for at, piece in _pieces(memory, layout, bases, layer, first, last):
             for rows, payload, scales in zip(stored, piece[::2], piece[1::2], strict=True):
@@ -85,13 +86,14 @@ def copy_out(
     """
     if dtype is None:
         dtype = torch.float32 if layout.format.quantised else layout.format.dtype
-    if native is not None and layout.format.quantised and dtype == torch.float32:
+    at_hand = native_for(memory) is not None
+    if at_hand and layout.format.quantised and dtype == torch.float32:
         return _dequantised(memory, layout, bases, layers, first, last, threads)
     k, v = (
-        torch.empty(len(layers), heads, last - first, row_bytes, dtype=torch.uint8)
+        torch.empty(len(layers), heads, last - first, row_bytes, dtype=torch.uint8, device=memory.device)
         for heads, row_bytes in zip((layout.k_heads, layout.v_heads), stored_bytes(layout), strict=True)
     )
-    if native is None:
+    if not at_hand:
         for i, layer in enumerate(layers):
             for at, piece in _pieces(memory, layout, bases, layer, first, last):
                 for rows, payload, scales in zip((k[i], v[i]), piece[::2], piece[1::2], strict=True):
@@ -119,6 +121,11 @@ def describe(
         runs.append((base, stride, slot, count, position + at - first, group0, group1))
         at += count
     return Segments.of(runs)
+
+
+def native_for(memory: Tensor) -> ModuleType | None:
+    """The native module, where it is built and the memory is the CPU's."""
+    return native if memory.device.type == "cpu" else None
 
 
 def native_layout(layout: KVLayout) -> list[int]:

@@ -21,6 +21,9 @@ from farshore.models.source import ModelSource, read_json
 
 Progress = Callable[[int, int], None]
 
+Blocks = tuple[str, Tensor]
+"""(ggml's name of the type, u8 [out, bytes])."""
+
 # Our field → (Hugging Face, ggml), after the layer's prefix and before ".weight" or ".bias".
 _MATRICES = {
     "attention_norm": ("input_layernorm", "attn_norm"),
@@ -42,6 +45,9 @@ class _Tensors(Protocol):
 
     def read(self, name: str) -> tuple[str, Tensor]:
         """(where it was found, for messages; the tensor in the file's own or float32 precision)."""
+
+    def blocks(self, name: str) -> Blocks | None:
+        """A matrix as the file quantises it; None where it does not."""
 
 
 def load_model(
@@ -69,7 +75,9 @@ def load_model(
         config = config or load_config(source)
         tensors = _Safetensors(Path(source.path))
     shapes = expected_shapes(config)
+    native = _native_llama(dtype, torch.device(device))
     loaded: dict[str, Tensor] = {}
+    blocks: dict[str, Blocks] = {}
     for done, (name, shape) in enumerate(shapes.items(), start=1):
         where, tensor = tensors.read(name)
         if tuple(tensor.shape) != shape:
@@ -79,13 +87,14 @@ def load_model(
             )
         # A copy, so that no tensor keeps a memory-mapped file alive.
         loaded[name] = torch.empty(shape, dtype=dtype, device=device).copy_(tensor)
+        if native is not None and (of_file := tensors.blocks(name)) is not None:
+            blocks[name] = of_file
         if progress is not None:
             progress(done, len(shapes))
     weights = _assembled(config, loaded)
-    native = _native_llama(dtype, torch.device(device))
     if native is None:
         return Llama(config, weights)
-    return native(config, weights, threads=threads or torch.get_num_threads())
+    return native(config, weights, blocks=blocks, threads=threads or torch.get_num_threads())
 
 
 def _native_llama(dtype: torch.dtype, device: torch.device) -> Callable[..., Llama] | None:
@@ -167,6 +176,9 @@ class _Safetensors:
             raise ModelError(f"{self._folder / file}: {full!r} is {tensor.dtype}; use an unquantised model")
         return f"{self._folder / file}: {full!r}", tensor
 
+    def blocks(self, name: str) -> None:
+        return None
+
 
 class _Gguf:
     """A GGUF file: dequantised to float32, and Q and K rows put back into Hugging Face's order."""
@@ -177,11 +189,20 @@ class _Gguf:
 
     def read(self, name: str) -> tuple[str, Tensor]:
         full = _gguf_name(name)
-        tensor = torch.from_numpy(self._file.tensor(full))
+        return f"{self._file.path}: {full!r}", self._in_order(name, torch.from_numpy(self._file.tensor(full)))
+
+    def blocks(self, name: str) -> Blocks | None:
+        kind, rows = self._file.blocks(_gguf_name(name))
+        if rows.ndim != 2:
+            return None
+        # A copy: PyTorch warns of memory that it must not write to.
+        return kind, self._in_order(name, torch.from_numpy(rows.copy()))
+
+    def _in_order(self, name: str, rows: Tensor) -> Tensor:
         field = name.rpartition(".")[2].removesuffix("_bias")
-        if field in self._heads and tensor.shape[0] % (2 * self._heads[field]) == 0:
-            tensor = _halves(tensor, self._heads[field])
-        return f"{self._file.path}: {full!r}", tensor
+        if field in self._heads and rows.shape[0] % (2 * self._heads[field]) == 0:
+            return _halves(rows, self._heads[field])
+        return rows
 
 
 def _halves(rows: Tensor, heads: int) -> Tensor:

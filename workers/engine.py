@@ -38,11 +38,11 @@ from farshore.workers.sequence import (
 from farshore.workers.stagger import Stagger
 from farshore.workers.step import run_step
 
-STEP_ATTEMPTS = 3
+STEP_ATTEMPTS = 4
 """A step is a transaction: how often it is run before its sequences fail."""
 
 RETRY_PAUSE_S = 0.05
-"""Before the second attempt, twice that before the third: a restarted connection needs a moment."""
+"""Before the second attempt, doubled for each one after it: a restarted connection needs a moment."""
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +53,8 @@ class EngineLimits:
     """Prompt tokens prefilled between two decode steps."""
     running: int = 64
     waiting: int = 256
+    max_decode_stall_ms: float = 200.0  # by prefill
+    speculate_tokens: int = 0  # drafted a step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -353,15 +355,22 @@ class Engine:
 
     def _take(self, sequence: Sequence, logits: torch.Tensor) -> None:
         """Sample the token behind the committed ones, and finish the sequence if it was the last."""
-        token = sample(logits, sequence.sampling, position=len(sequence.tokens))
-        sequence.tokens.append(token)
-        sequence.emit(Sampled(token))
+        of = {"prompt_tokens": sequence.prompt_tokens, "choice": sequence.choice}
+        try:
+            drawn = sample(logits, sequence.sampling, tokens=sequence.tokens, **of)
+        except FarshoreError as error:
+            self._end(sequence, Failed(error))
+            return
+        sequence.tokens.append(drawn.token)
+        sequence.emit(Sampled(drawn.token, sequence.choice, drawn.logprob, drawn.top))
         reason = sequence.finish_reason()
         if reason is not None:
             self._finish(sequence, reason)
 
     def _finish(self, sequence: Sequence, reason: Reason) -> None:
-        self._end(sequence, Finished(reason, sequence.queued_s, dict(sequence.attended_bytes)))
+        self._end(
+            sequence, Finished(reason, sequence.queued_s, dict(sequence.attended_bytes), sequence.choice)
+        )
 
     def _end(self, sequence: Sequence, event: Finished | Failed) -> None:
         """Forget a sequence and free its memory, then say so."""
@@ -382,5 +391,5 @@ def _attempt(transaction: Callable[[], torch.Tensor]) -> torch.Tensor:
         except FarshoreError as error:
             if not error.retryable:
                 raise
-            time.sleep(RETRY_PAUSE_S * attempt)
+            time.sleep(RETRY_PAUSE_S * 2 ** (attempt - 1))
     return transaction()

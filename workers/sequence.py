@@ -2,7 +2,7 @@
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -15,13 +15,30 @@ from farshore.kvstore.tail import Tail
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How a completion is drawn. Checked at the gateway."""
+    """How a request's completions are drawn; the defaults change nothing. Checked at the gateway.
+
+    ``workers.sampler`` says what each does, and in which order. Stop strings are the gateway's, which has
+    the tokenizer.
+    """
 
     max_tokens: int
+    n: int = 1
+    """Completions of the one prompt."""
     temperature: float = 0.0
+    """0: greedy."""
+    top_k: int = 0
+    """0: all."""
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these token ids."""
+    logprobs: int | None = None
+    """Alternatives to report beside the log-probability of each token; None: not even that."""
     seed: int = 0
-    stop_ids: frozenset[int] = frozenset()
+    stop_token_ids: frozenset[int] = frozenset()
 
 
 class Reason(Enum):
@@ -36,16 +53,27 @@ class Prefilled(NamedTuple):
 
 
 class Sampled(NamedTuple):
+    """The next token of completion ``choice``; ``logprob`` and ``top`` as ``sampler.Choice`` has them."""
+
     token_id: int
+    choice: int = 0
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class Finished(NamedTuple):
+    """Completion ``choice`` has ended. Every one of the n says so, however it ended (cancelled before there
+    was more than the prompt, too); only Failed speaks for all."""
+
     reason: Reason
     queued_s: float
     attended_bytes: dict[WorkerId, int]
+    choice: int = 0
 
 
 class Failed(NamedTuple):
+    """All of the request's completions end here."""
+
     error: FarshoreError
 
 
@@ -81,6 +109,8 @@ class Sequence:
     sampling: Sampling
     emit: Callable[[Event], None]
     arrived_s: float
+    choice: int = 0
+    """Which of the request's completions this is."""
     queued_s: float = 0.0
     committed: int = 0
     classes: list[HeadClass] = field(default_factory=list)
@@ -102,7 +132,7 @@ class Sequence:
 
     def finish_reason(self) -> Reason | None:
         """Why it is complete, or None while it is not."""
-        if self.completion_tokens and self.tokens[-1] in self.sampling.stop_ids:
+        if self.completion_tokens and self.tokens[-1] in self.sampling.stop_token_ids:
             return Reason.STOP
         if self.completion_tokens >= self.sampling.max_tokens:
             return Reason.LENGTH

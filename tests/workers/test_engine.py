@@ -138,7 +138,7 @@ def test_cancel_frees_memory_and_says_so(tiny_model, rig, submit):
 def test_stop_tokens_end_a_sequence(tiny, tiny_model, rig, submit):
     expected = greedy(tiny, PROMPT, 12)
     stop = expected[4]
-    sampling = Sampling(max_tokens=12, temperature=0.0, stop_ids=frozenset({stop}))
+    sampling = Sampling(max_tokens=12, temperature=0.0, stop_token_ids=frozenset({stop}))
     collected = submit(rig(tiny_model, memory_bytes=64 << 20).start(), "a", PROMPT, sampling)
     assert collected.result().reason is Reason.STOP
     assert collected.tokens == expected[: expected.index(stop) + 1]

@@ -12,6 +12,7 @@ from farshore.workers import decode
 from farshore.workers.cache import SequenceCache
 from farshore.workers.prefill import prefill_segment
 from farshore.workers.sequence import Sampling, Sequence
+from farshore.workers.step import run_step
 
 NEW_TOKENS = 40
 LONGEST_PROMPT = 800
@@ -57,8 +58,15 @@ def our_argmaxes(cluster, prompts, answers):
     for step in range(1, NEW_TOKENS):
         plan = decode.make_plan(step, batch, cluster.attention)
         decode.check_plan(plan, batch)
-        memory = cluster.arenas["engine"].memory
-        logits = decode.run_step(plan, batch, shards=shards, memory=memory, **common)
+        logits = run_step(
+            plan,
+            [sequence.tokens[sequence.committed] for sequence in batch],
+            [decode.tail_of(sequence) for sequence in batch],
+            shards=shards,
+            memory=cluster.arenas["engine"].memory,
+            micro_batches=1 + step % 3,
+            **common,
+        )
         decode.commit(plan, batch, cluster.attention)
         for row, picked in zip(logits, chosen, strict=True):
             picked.append(int(row.argmax()))

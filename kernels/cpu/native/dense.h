@@ -6,10 +6,15 @@
 
 namespace farshore {
 
+// A matrix's second form, for few rows: `packed` in kernels/cpu/dense.py says how it lies.
+enum class Storage : int32_t { none, q4, q8 };
+
 struct Linear {
     const void* weight;
     const void* bias;  // null: none
     int out, in;
+    const uint8_t* packed;  // the very values of `weight`, in fewer bytes; null where storage is none
+    Storage storage;
 };
 
 struct Dense {

@@ -34,6 +34,8 @@ Linear linear(Arguments& a) {
     l.bias = a.pointer<const void>();
     l.out = a.small();
     l.in = a.small();
+    l.packed = a.pointer<const uint8_t>();
+    l.storage = static_cast<Storage>(a.small());
     return l;
 }
 

@@ -1,0 +1,195 @@
+"""Steps over attention workers on this machine: one sequence against an all-local step, and many sequences
+behind a delay, against what the parts take by themselves.
+
+Called by ``offload``. Everything runs on as many cores as the run has threads: an engine and one worker that
+take turns have them all; two workers, or an engine and a worker that work at once, have half each.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from statistics import median
+
+import grpc
+
+from farshore.attention_offload import codec
+from farshore.attention_offload.base import AttentionModel
+from farshore.attention_offload.fanout import Fanout
+from farshore.attention_offload.frames import REMOTE, Transport
+from farshore.attention_offload.in_process import InProcessPeer
+from farshore.attention_offload.remote_peer import RemotePeer
+from farshore.benchmarks import offload_hop
+from farshore.benchmarks.delay import proxy
+from farshore.benchmarks.offload_rig import Ground
+from farshore.benchmarks.offload_setting import Setting
+from farshore.benchmarks.report import Bar, Result
+from farshore.benchmarks.timing import Timing, interleave
+from farshore.ids import WorkerId
+from farshore.kernels.base import BLOCK_TOKENS
+from farshore.kvstore.arena import Arena
+from farshore.kvstore.store import LocalStore
+from farshore.models.llama import Llama
+from farshore.proto import attention_pb2 as pb
+from farshore.proto import attention_pb2_grpc as pb_grpc
+from farshore.workers.attention_model import attention_model
+
+MOST_TIMES_LOCAL = 1.10
+MOST_TIMES_HOPS = 1.2
+MOST_TIMES_MODEL = 1.2
+LEAST_GAIN = 1.2
+
+NEAR, FAR = "127.0.0.1", "127.0.0.2"
+"""Two addresses of this host: workers listen at one, the delaying proxy at the other."""
+
+_ENGINE = WorkerId("engine")
+
+Measured = tuple[list[Result], list[Bar]]
+
+
+def decode(at: Setting) -> Measured:
+    """One sequence: over every transport to one and to two workers, each in turns with the local step alone.
+
+    All in turns would favour whoever comes right behind another transport to the same workers: it would find
+    their KV in the cache.
+    """
+    threads, tokens = at.machine.threads, at.sizes.context_tokens
+    model = at.model(threads)
+    attention = attention_model(model.config, model.dtype)
+    store = LocalStore(worker=_ENGINE, arena=Arena(_kv_bytes(attention, 1, tokens)))
+    local = Ground(model, attention, {_ENGINE: store}, sequences=1, context_tokens=tokens)
+    local_step = partial(local.step, Fanout({_ENGINE: InProcessPeer(_ENGINE, store, attention)}, attention))
+    results: list[Result] = []
+    bars: list[Bar] = []
+    for workers in (1, 2):
+        with ExitStack() as stack:
+            addresses = [
+                stack.enter_context(_worker(attention, 1, tokens, threads=max(1, threads // workers)))
+                for _ in range(workers)
+            ]
+            peers = {it: stack.enter_context(_peers(addresses, model, attention, it)) for it in REMOTE}
+            stores = {worker: peer.store for worker, peer in peers[Transport.GRPC].items()}
+            ground = Ground(model, attention, stores, sequences=1, context_tokens=tokens)
+            for transport in REMOTE:
+                step = partial(ground.step, Fanout(peers[transport], attention))
+                timings = interleave({"local": local_step, "offloaded": step}, rounds=at.sizes.rounds)
+                result, bar = _held_against_local(at, timings, transport, workers, model.config.layers)
+                results.append(result)
+                bars.append(bar)
+    return results, bars
+
+
+def _held_against_local(
+    at: Setting, timings: Mapping[str, Timing], transport: Transport, workers: int, layers: int
+) -> tuple[Result, Bar]:
+    name = f"decode at 8K, {transport}, {workers} attention worker{'s' if workers > 1 else ''}"
+    local, timing = timings["local"], timings["offloaded"]
+    added_s = median(a - b for a, b in zip(timing.samples_s, local.samples_s, strict=True))
+    hop_s = median(at.hop_times_s(transport))
+    figures = {
+        "local_median_s": local.median_s,
+        "times_local": timing.over(local),
+        "added_us_a_layer": added_s / layers * 1e6,
+        "hop_us": hop_s * 1e6,
+    }
+    if transport is Transport.SHARED_MEMORY:
+        bar = Bar.at_most(name, timing.over(local), MOST_TIMES_LOCAL, "x the local step")
+    else:
+        bar = Bar.at_most(name, added_s / (layers * hop_s), MOST_TIMES_HOPS, "x layers x hop, added")
+    return Result(name, timing, figures), bar
+
+
+def staggered(at: Setting) -> Measured:
+    """Many sequences on one worker behind a delay, in one and in two micro-batches."""
+    sizes = at.sizes
+    threads = max(1, at.machine.threads // 2)
+    model = at.model(threads)
+    attention = attention_model(model.config, model.dtype)
+    with (
+        _worker(attention, sizes.sequences, sizes.context_tokens, threads=threads) as address,
+        _delayed(address, attention, model, sizes.delay_s) as far_address,
+        _peers([address], model, attention, Transport.TCP) as near,
+        _peers([far_address], model, attention, Transport.TCP) as far,
+    ):
+        stores = {worker: peer.store for worker, peer in near.items()}
+        ground, one_token = (
+            Ground(model, attention, stores, sequences=sizes.sequences, context_tokens=tokens)
+            for tokens in (sizes.context_tokens, 1)
+        )
+        here, there = Fanout(near, attention), Fanout(far, attention)
+        candidates: dict[str, Callable[[], object]] = {
+            "hop": partial(one_token.attention, here, sizes.sequences),
+            "delayed hop": partial(one_token.attention, there, sizes.sequences),
+        }
+        for n in (1, 2):
+            rows = sizes.sequences // n
+            candidates |= {
+                f"dense {n}": partial(ground.dense, rows),
+                f"attention {n}": partial(ground.attention, here, rows),
+                f"step {n}": partial(ground.step, there, micro_batches=n),
+            }
+        timings = interleave(candidates, rounds=sizes.staggered_rounds, warm_up=1)
+    return _held_against_model(timings, layers=model.config.layers, delay_s=sizes.delay_s)
+
+
+def _held_against_model(timings: Mapping[str, Timing], *, layers: int, delay_s: float) -> Measured:
+    """``attention`` was measured through a hop, which is not attention: it is taken off."""
+    layer_s = {name: timing.median_s / layers for name, timing in timings.items()}
+    results, bars = [], []
+    for n in (1, 2):
+        name = f"16 sequences at 8K, 1 ms away, {n} micro-batches"
+        dense_s, attention_s = layer_s[f"dense {n}"], layer_s[f"attention {n}"] - layer_s["hop"]
+        model_s = max(n * dense_s, n * attention_s, dense_s + attention_s + 2 * delay_s)
+        figures = {
+            "dense_ms_a_layer": dense_s * 1e3,
+            "attention_ms_a_layer": attention_s * 1e3,
+            "model_ms_a_layer": model_s * 1e3,
+            "step_ms_a_layer": layer_s[f"step {n}"] * 1e3,
+            "hop_ms": layer_s["hop"] * 1e3,
+            "delayed_hop_ms": layer_s["delayed hop"] * 1e3,
+        }
+        results.append(Result(name, timings[f"step {n}"], figures))
+        times_model = layer_s[f"step {n}"] / model_s
+        bars.append(Bar.at_most(name, times_model, MOST_TIMES_MODEL, "x layers x max(n d, n a, d + a + RTT)"))
+    gain = timings["step 1"].over(timings["step 2"])
+    bars.append(
+        Bar.at_least("2 micro-batches, 16 sequences at 8K, 1 ms away", gain, LEAST_GAIN, "x faster than 1")
+    )
+    return results, bars
+
+
+def _kv_bytes(attention: AttentionModel, sequences: int, tokens: int) -> int:
+    """What that many sequences take, and as many short ones; blocks are filled in part."""
+    return attention.layouts[0].token_bytes * sequences * (tokens + 3 * BLOCK_TOKENS)
+
+
+@contextmanager
+def _worker(attention: AttentionModel, sequences: int, tokens: int, *, threads: int) -> Iterator[str]:
+    memory_bytes = _kv_bytes(attention, sequences, tokens)
+    with offload_hop.shard_process(threads=threads, memory_bytes=memory_bytes) as address:
+        yield address
+
+
+@contextmanager
+def _peers(
+    addresses: list[str], model: Llama, attention: AttentionModel, transport: Transport
+) -> Iterator[dict[WorkerId, RemotePeer]]:
+    peers = {
+        WorkerId(f"shard-{i}"): RemotePeer(address, attention, model.dtype, transports=[transport])
+        for i, address in enumerate(addresses)
+    }
+    try:
+        yield peers
+    finally:
+        for peer in peers.values():
+            peer.close()
+
+
+@contextmanager
+def _delayed(address: str, attention: AttentionModel, model: Llama, delay_s: float) -> Iterator[str]:
+    """The address of the worker at ``address`` as seen from far away."""
+    port = int(address.rpartition(":")[2])
+    with grpc.insecure_channel(address) as channel:
+        request = pb.ConnectRequest(open=codec.model_to_pb(attention, model.dtype))
+        frames_port = pb_grpc.AttentionStub(channel).Connect(request, timeout=5.0).tcp_port
+    with proxy(listen=FAR, target=NEAR, ports=[port, frames_port], delay_s=delay_s):
+        yield f"{FAR}:{port}"
