@@ -19,7 +19,7 @@ import torch
 from google.protobuf.message import DecodeError
 
 from farshore.attention_offload import codec
-from farshore.attention_offload.frame_stream import WELCOME, tune
+from farshore.attention_offload.connect import WELCOME, tune
 from farshore.attention_offload.frames import native
 from farshore.attention_offload.shard import ShardSession
 from farshore.errors import InvalidRequest, TransportError
@@ -57,14 +57,14 @@ class FrameListener:
         self._acceptor = threading.Thread(target=self._accept, name="frames-acceptor", daemon=True)
         self._acceptor.start()
 
-    def expect(self, serve: Serve) -> pb.ConnectReply:
-        """An offer: whoever brings its token is served, once."""
+    def expect(self, serve: Serve, *, tcp: bool) -> pb.ConnectReply:
+        """An offer: whoever brings its token is served, once. ``tcp``: or by the Unix socket alone."""
         token = secrets.token_bytes(TOKEN_BYTES)
         with self._lock:
             self._waiting[token] = serve
             while len(self._waiting) > MAX_TOKENS:
                 self._waiting.popitem(last=False)
-        return pb.ConnectReply(token=token, unix_name=self.unix_name, tcp_port=self.tcp_port)
+        return pb.ConnectReply(token=token, unix_name=self.unix_name, tcp_port=self.tcp_port if tcp else 0)
 
     def close(self) -> None:
         """End every connection, and listen no more. Idempotent."""

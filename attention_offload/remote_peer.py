@@ -12,11 +12,12 @@ from torch import Tensor
 
 from farshore.attention_offload import codec
 from farshore.attention_offload.base import AttentionModel, ShardIdentity
-from farshore.attention_offload.frame_stream import FrameStream, dial
-from farshore.attention_offload.frames import REMOTE, HotStream, Sent, Transport, native
+from farshore.attention_offload.connect import CALL_DEADLINE_S, Dialler, shard_error
+from farshore.attention_offload.frame_stream import FrameStream
+from farshore.attention_offload.frames import REMOTE, HotStream, Sent, Transport
 from farshore.attention_offload.grpc_stream import GrpcStream
 from farshore.attention_offload.plan import ShardStep
-from farshore.attention_offload.remote_store import CALL_DEADLINE_S, RemoteStore, shard_error
+from farshore.attention_offload.remote_store import RemoteStore
 from farshore.errors import FarshoreError, InvalidRequest, TransportError
 from farshore.kernels.base import State
 from farshore.proto import attention_pb2 as pb
@@ -49,13 +50,13 @@ class RemotePeer:
         self._dtype = dtype
         self._lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._frame_deadline_s = frame_deadline_s
-        self._transports = tuple(transports)
         self._channel = grpc.insecure_channel(address, options=OPTIONS)
         self._stub = pb_grpc.AttentionStub(self._channel)
         self._stream: HotStream | None = None
         self._unanswered = 0
         self._step: ShardStep | None = None
-        self.store = RemoteStore(self._stub, address)
+        self._dialler = Dialler(self._stub, address, transports, purpose="hot frames go")
+        self.store = RemoteStore(self._stub, address, transports=transports)
 
     @property
     def transport(self) -> Transport | None:
@@ -124,6 +125,7 @@ class RemotePeer:
 
     def close(self) -> None:
         self._reset()
+        self.store.close()
         self._channel.close()
 
     def _announce(self, step: ShardStep) -> None:
@@ -135,26 +137,15 @@ class RemotePeer:
             raise
 
     def _open(self) -> HotStream:
-        past_grpc = [it for it in self._transports if it is not Transport.GRPC]
-        if past_grpc and native():
-            request = pb.ConnectRequest(open=codec.model_to_pb(self._model, self._dtype))
-            try:
-                offer = self._stub.Connect(request, timeout=CALL_DEADLINE_S)
-            except grpc.RpcError as failure:
-                raise shard_error(failure, self._address) from failure
-            for transport in past_grpc:
-                connection = dial(transport, offer, self._address)
-                if connection is not None:
-                    return FrameStream(
-                        connection,
-                        transport,
-                        self._address,
-                        self._model,
-                        self._dtype,
-                        frame_deadline_s=self._frame_deadline_s,
-                    )
-        if Transport.GRPC not in self._transports:
-            raise TransportError(f"{self._address}: cannot be reached by {' or '.join(past_grpc)}")
+        connected = self._dialler.connect(codec.model_to_pb(self._model, self._dtype))
+        if connected is not None:
+            return FrameStream(
+                *connected,
+                self._address,
+                self._model,
+                self._dtype,
+                frame_deadline_s=self._frame_deadline_s,
+            )
         return GrpcStream(
             self._stub,
             self._address,

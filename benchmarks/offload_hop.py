@@ -1,8 +1,8 @@
 """What the wire itself costs: a hop's time, and the rate of bulk KV, by transport, to a real shard process.
 
-Called by ``offload``. A hop carries 16 KiB of q there and 16 KiB of o back (and lse), and attends to one token:
-next to nothing. Bulk KV is written into, and read from, spans of Llama-8B's shape. The raw socket it is held
-against sends from one process to another, through one TCP connection on loopback, in the same run.
+Called by ``offload``. A hop carries 16 KiB of q there and 16 KiB of o back (and lse), and attends to one
+token: next to nothing. Bulk KV is written into, and read from, a span of Llama-8B's shape. The raw socket it
+is held against sends from one process to another, through one TCP connection on loopback.
 """
 
 import select
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median, quantiles
 
 import torch
@@ -114,19 +115,17 @@ def bulk_rates(address: str, transport: Transport, *, rounds: int) -> BulkRates:
     with _bulk_peer(address, transport) as peer:
         k, v = _kv(layout, BULK_TOKENS)
         layer_bytes = BULK_TOKENS * layout.layer_token_bytes
+        span = _span(peer, layout, "bulk", BULK_TOKENS)
+        for _ in range(1 + rounds):
+            for layer in range(layout.layers):
+                writes.append(layer_bytes / _timed(partial(_write, peer, span, layer, k, v)))
+        peer.store.seal(span, BULK_TOKENS, epoch=_EPOCH)
         for _ in range(rounds):
-            span = _span(peer, layout, "bulk", BULK_TOKENS)
             for layer in range(layout.layers):
-                writes.append(layer_bytes / _timed(lambda: _write(peer, span, layer, k, v)))  # noqa: B023
-            peer.store.seal(span, BULK_TOKENS, epoch=_EPOCH)
-            for layer in range(layout.layers):
-                reads.append(
-                    layer_bytes / _timed(lambda: peer.store.read(span, layer, 0, BULK_TOKENS))  # noqa: B023
-                )
-            peer.store.drop_sequence(SequenceId("bulk"), epoch=_EPOCH)
-    # The first span's memory is touched for the first time.
-    first = layout.layers if rounds > 1 else 0
-    return BulkRates(tuple(writes[first:]), tuple(reads[first:]))
+                reads.append(layer_bytes / _timed(partial(peer.store.read, span, layer, 0, BULK_TOKENS)))
+        peer.store.drop_sequence(SequenceId("bulk"), epoch=_EPOCH)
+    # The first round is the first to touch the span's memory.
+    return BulkRates(tuple(writes[layout.layers :]), tuple(reads))
 
 
 def raw_socket_rates(*, rounds: int, total_bytes: int = RAW_BYTES) -> tuple[float, ...]:
@@ -251,31 +250,25 @@ def _child(code: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 def _main() -> None:
     """A quick look, by itself; ``farshore bench offload`` reports."""
+    remote = (Transport.SHARED_MEMORY, Transport.TCP, Transport.GRPC)
+
+    def micros(times_s: Sequence[float]) -> str:
+        return f"p50 {percentile(times_s, 50) * 1e6:.1f} us, p99 {percentile(times_s, 99) * 1e6:.1f} us"
+
     with shard_process(threads=1) as address:
         for think_s in (0.0, 200e-6):
-            for transport in (Transport.SHARED_MEMORY, Transport.TCP, Transport.GRPC):
-                times_s = hop_times_s(address, transport, calls=2000, think_s=think_s)
-                p50, p99 = percentile(times_s, 50) * 1e6, percentile(times_s, 99) * 1e6
-                print(
-                    f"hop {transport} after {think_s * 1e6:.0f} us: p50 {p50:.1f} us, p99 {p99:.1f} us",
-                    flush=True,
-                )
-        for transport in (Transport.SHARED_MEMORY, Transport.TCP, Transport.GRPC):
-            raw = median(raw_socket_rates(rounds=3))
-            rates = bulk_rates(address, transport, rounds=6)
-            print(
-                f"bulk {transport}: write {median(rates.write) / 1e9:.2f}, read {median(rates.read) / 1e9:.2f} GB/s,"
-                f" raw TCP {raw / 1e9:.2f} GB/s",
-                flush=True,
-            )
-            idle = hop_times_s(address, transport, calls=2000, think_s=100e-6)
-            with bulk_load(address, transport):
-                busy = hop_times_s(address, transport, calls=2000, think_s=100e-6)
-            print(
-                f"hop {transport}: p50 {percentile(idle, 50) * 1e6:.1f} -> {percentile(busy, 50) * 1e6:.1f} us,"
-                f" p99 {percentile(idle, 99) * 1e6:.1f} -> {percentile(busy, 99) * 1e6:.1f} us during bulk",
-                flush=True,
-            )
+            for it in remote:
+                times_s = hop_times_s(address, it, calls=2000, think_s=think_s)
+                print(f"hop, {it}, {think_s * 1e6:.0f} us apart: {micros(times_s)}", flush=True)
+        for it in remote:
+            raw, rates = raw_socket_rates(rounds=3), bulk_rates(address, it, rounds=6)
+            figures = {"write": rates.write, "read": rates.read, "raw TCP": raw}
+            text = ", ".join(f"{name} {median(rate) / 1e9:.2f} GB/s" for name, rate in figures.items())
+            print(f"bulk, {it}: {text}", flush=True)
+            idle = hop_times_s(address, it, calls=2000, think_s=200e-6)
+            with bulk_load(address, it):
+                busy = hop_times_s(address, it, calls=2000, think_s=200e-6)
+            print(f"hop, {it}: idle {micros(idle)}; during bulk {micros(busy)}", flush=True)
 
 
 if __name__ == "__main__":

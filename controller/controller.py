@@ -21,6 +21,7 @@ from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 from farshore.workers.attention import AttentionWorker
 from farshore.workers.dense import DenseConfig, DenseWorker
+from farshore.workers.engine import EngineLimits
 
 MAX_CALLS = 64
 PLACE_DEADLINE_S = 120.0
@@ -87,6 +88,7 @@ class Controller:
             worker=worker,
             model=config.model,
             dtype=config.dtype,
+            kv_format=config.stored_format,
             kv_memory_bytes=config.kv_memory_bytes,
             shards=shards,
             targets=tuple(shards) if config.placement == "offload" else (worker,),
@@ -94,6 +96,9 @@ class Controller:
             controller=self._address,
             listen=self._listen(),
             threads=_node_cores(),
+            limits=EngineLimits(
+                max_decode_stall_ms=config.max_decode_stall_ms, speculate_tokens=config.speculate
+            ),
         )
         # Two calls at once: load, and loading beside it.
         actor = ray.remote(DenseWorker).options(num_cpus=0, max_concurrency=2).remote(dense_config)

@@ -87,8 +87,8 @@ def from_stored(layout: KVLayout, k: Tensor, v: Tensor, *, dtype: torch.dtype) -
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The elements' bytes in row-major order; copied only if the tensor is not contiguous."""
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
+    """The elements' bytes in row-major order; copied only if the tensor is not contiguous, or a device's."""
+    return memoryview(tensor.cpu().contiguous().view(torch.uint8).numpy()).cast("B")
 
 
 def _rows_to_stored(rows: Tensor, format: KVFormat) -> Tensor:

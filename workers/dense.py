@@ -17,6 +17,7 @@ from farshore.attention_offload.in_process import InProcessPeer
 from farshore.attention_offload.placement import ShardBy
 from farshore.attention_offload.remote_peer import RemotePeer
 from farshore.ids import Epoch, SequenceId, WorkerId
+from farshore.kernels.formats import KVFormat
 from farshore.kvstore.arena import Arena
 from farshore.kvstore.store import LocalStore
 from farshore.models.source import resolve
@@ -24,7 +25,7 @@ from farshore.models.weights import load_model
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 from farshore.workers.attention_model import attention_model
-from farshore.workers.engine import Engine
+from farshore.workers.engine import Engine, EngineLimits
 from farshore.workers.engine_service import EngineService
 
 MAX_CALLS = 512
@@ -33,6 +34,13 @@ MAX_CALLS = 512
 CONTROLLER_DEADLINE_S = 10.0
 STOP_GRACE_S = 1.0
 
+_FORMATS = {
+    "bf16": KVFormat.BFLOAT16,
+    "float32": KVFormat.FLOAT32,
+    "int8": KVFormat.INT8,
+    "int4": KVFormat.INT4,
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseConfig:
@@ -40,6 +48,8 @@ class DenseConfig:
     model: str
     """What :func:`farshore.models.source.resolve` takes."""
     dtype: str
+    kv_format: str
+    """How keys and values are stored: bf16, float32, int8 or int4."""
     kv_memory_bytes: int
     """The engine's own memory: tails, and spans where ``targets`` names the worker itself."""
     shards: Mapping[WorkerId, str]
@@ -50,6 +60,7 @@ class DenseConfig:
     controller: str
     listen: str
     threads: int
+    limits: EngineLimits
 
 
 class DenseWorker:
@@ -71,7 +82,7 @@ class DenseWorker:
         config = self._config
         dtype = dtype_of(config.dtype)
         model = load_model(resolve(config.model), dtype=dtype, progress=self._progress)
-        attention = attention_model(model.config, dtype)
+        attention = attention_model(model.config, dtype, _FORMATS[config.kv_format])
         arena = Arena(config.kv_memory_bytes)
         store = LocalStore(worker=config.worker, arena=arena)
         self._peers: dict[WorkerId, Peer] = {
@@ -87,6 +98,7 @@ class DenseWorker:
             targets=list(config.targets),
             shard_by=config.shard_by,
             claim=self._claim,
+            limits=config.limits,
         )
         self._engine.start()
         service = EngineService(

@@ -53,6 +53,8 @@ class EngineLimits:
     """Prompt tokens prefilled between two decode steps."""
     running: int = 64
     waiting: int = 256
+    max_decode_stall_ms: float = 200.0  # by prefill
+    speculate_tokens: int = 0  # drafted a step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -353,14 +355,9 @@ class Engine:
 
     def _take(self, sequence: Sequence, logits: torch.Tensor) -> None:
         """Sample the token behind the committed ones, and finish the sequence if it was the last."""
+        of = {"prompt_tokens": sequence.prompt_tokens, "choice": sequence.choice}
         try:
-            drawn = sample(
-                logits,
-                sequence.sampling,
-                tokens=sequence.tokens,
-                prompt_tokens=sequence.prompt_tokens,
-                choice=sequence.choice,
-            )
+            drawn = sample(logits, sequence.sampling, tokens=sequence.tokens, **of)
         except FarshoreError as error:
             self._end(sequence, Failed(error))
             return

@@ -62,7 +62,8 @@ class Sampled(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """Completion ``choice`` is complete; the last event when all are."""
+    """Completion ``choice`` has ended. Every one of the n says so, however it ended (cancelled before there
+    was more than the prompt, too); only Failed speaks for all."""
 
     reason: Reason
     queued_s: float

@@ -39,8 +39,6 @@ inline void relax() {
 #endif
 }
 
-[[noreturn]] void broken(const char* what) { throw Broken(std::string(what) + ": " + std::strerror(errno)); }
-
 class Mapping {
   public:
     Mapping() = default;
