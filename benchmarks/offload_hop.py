@@ -39,17 +39,6 @@ RAW_BYTES = 256 << 20
 RAW_CHUNK_BYTES = 1 << 20
 
 _EPOCH = Epoch(1)
-_SHARD = """
-import sys
-from farshore.ids import WorkerId
-from farshore.workers.attention import AttentionWorker
-memory_bytes, threads = map(int, sys.argv[1:])
-worker = AttentionWorker(
-    worker=WorkerId("shard"), kv_memory_bytes=memory_bytes, listen="127.0.0.1:0", threads=threads
-)
-print(worker.address(), flush=True)
-sys.stdin.read()
-"""
 _RAW_SENDER = """
 import socket, sys
 port, total, chunk = map(int, sys.argv[1:])
@@ -77,7 +66,8 @@ class BulkRates:
 @contextmanager
 def shard_process(*, threads: int, memory_bytes: int = SHARD_MEMORY_BYTES) -> Iterator[str]:
     """The address of an attention worker's process; it ends with the context, or with this process."""
-    with _child(_SHARD, str(memory_bytes), str(threads)) as child:
+    options = ("--worker", "shard", "--kv-memory-bytes", str(memory_bytes), "--threads", str(threads))
+    with _child("-m", "farshore.workers.attention", *options) as child:
         assert child.stdout is not None
         yield child.stdout.readline().strip()
 
@@ -135,7 +125,7 @@ def raw_socket_rates(*, rounds: int, total_bytes: int = RAW_BYTES) -> tuple[floa
     with socket.create_server(("127.0.0.1", 0)) as server:
         for _ in range(rounds):
             port = server.getsockname()[1]
-            with _child(_RAW_SENDER, str(port), str(total_bytes), str(RAW_CHUNK_BYTES)):
+            with _child("-c", _RAW_SENDER, str(port), str(total_bytes), str(RAW_CHUNK_BYTES)):
                 connection, _ = server.accept()
                 with connection:
                     received = connection.recv_into(buffer)
@@ -149,7 +139,7 @@ def raw_socket_rates(*, rounds: int, total_bytes: int = RAW_BYTES) -> tuple[floa
 @contextmanager
 def bulk_load(address: str, transport: Transport) -> Iterator[None]:
     """Another process writes and reads bulk KV, without a pause, for as long as the context lasts."""
-    with _child(_BULK_CLIENT, address, str(transport)) as child:
+    with _child("-c", _BULK_CLIENT, address, str(transport)) as child:
         assert child.stdout is not None
         child.stdout.readline()
         yield
@@ -233,9 +223,9 @@ def _at_eof() -> bool:
 
 
 @contextmanager
-def _child(code: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+def _child(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """A Python process that ends when its standard input does, so that it outlives nobody."""
-    command = [sys.executable, "-P", "-c", code, *arguments]
+    command = [sys.executable, "-P", *arguments]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         try:
             yield child
