@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from farshore.benchmarks import kernels, machine, offload, offload_setting, quality
+from farshore.benchmarks import kernels, kvstore, machine, offload, offload_setting, quality
 from farshore.benchmarks.implementation import choose
+from farshore.benchmarks.kvstore_setting import StoreSizes
 from farshore.benchmarks.report import Report
 from farshore.benchmarks.shapes import Sizes
 
@@ -55,9 +56,16 @@ def _quality(options: Options, progress: Progress) -> Report:
     return quality.run(quality.load_demo, facts, quality.Sizes(), only=options.only, progress=progress)
 
 
+def _kvstore(options: Options, progress: Progress) -> Report:
+    facts = machine.facts(options.threads or machine.usable_cpus())
+    implementation = choose(options.implementation, threads=facts.threads)
+    return kvstore.run(implementation, facts, StoreSizes(), only=options.only, progress=progress)
+
+
 BENCHMARKS: Mapping[str, Benchmark] = {
     "machine": Benchmark("what this machine is and how fast it reads, copies and multiplies", _machine),
     "offload": Benchmark("hops, bulk KV and decode steps over attention workers on this machine", _offload),
     "quality": Benchmark("what KV formats cost: perplexity of a text, and needles in it", _quality),
     "kernels": Benchmark("attention kernels against the machine's rates and PyTorch's SDPA", _kernels),
+    "kvstore": Benchmark("the KV store: copies against memcpy, parity, appends, forks", _kvstore),
 }
