@@ -19,9 +19,9 @@ from farshore.kvstore.directory import EmbeddedDirectory
 from farshore.models.config import ModelConfig
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
+from farshore.workers.admission import EngineLimits
 from farshore.workers.attention import AttentionWorker
 from farshore.workers.dense import DenseConfig, DenseWorker
-from farshore.workers.engine import EngineLimits
 
 MAX_CALLS = 64
 PLACE_DEADLINE_S = 120.0

@@ -24,8 +24,9 @@ from farshore.models.source import resolve
 from farshore.models.weights import load_model
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
+from farshore.workers.admission import EngineLimits
 from farshore.workers.attention_model import attention_model
-from farshore.workers.engine import Engine, EngineLimits
+from farshore.workers.engine import Engine
 from farshore.workers.engine_service import EngineService
 
 MAX_CALLS = 512
@@ -76,7 +77,8 @@ class DenseWorker:
     def load(self) -> None:
         """Load the model; attention workers may start meanwhile. Raises ModelError."""
         config = self._config
-        self._model = load_model(resolve(config.model), dtype=dtype_of(config.dtype), progress=self._progress)
+        self._source = resolve(config.model)
+        self._model = load_model(self._source, dtype=dtype_of(config.dtype), progress=self._progress)
 
     def serve(self, shards: Mapping[WorkerId, str]) -> str:
         """Connect to the attention workers at ``shards``, and serve. Returns the address.
@@ -99,6 +101,7 @@ class DenseWorker:
             targets=list(config.targets),
             shard_by=config.shard_by,
             claim=self._claim,
+            revision=f"{self._source.path} {self._source.path.stat().st_mtime_ns}",
             limits=config.limits,
         )
         self._engine.start()
