@@ -4,6 +4,7 @@ Runs in an attention worker's process beside its gRPC server, which hands out to
 has asked over gRPC first. One thread serves one connection; while a step runs it is inside one native call.
 """
 
+import atexit
 import logging
 import os
 import secrets
@@ -56,6 +57,8 @@ class FrameListener:
         self._connections: dict[socket.socket, threading.Thread] = {}
         self._acceptor = threading.Thread(target=self._accept, name="frames-acceptor", daemon=True)
         self._acceptor.start()
+        # A thread inside a native call must not meet an interpreter that is gone.
+        atexit.register(self.close)
 
     def expect(self, serve: Serve, *, tcp: bool) -> pb.ConnectReply:
         """An offer: whoever brings its token is served, once. ``tcp``: or by the Unix socket alone."""
@@ -68,6 +71,7 @@ class FrameListener:
 
     def close(self) -> None:
         """End every connection, and listen no more. Idempotent."""
+        atexit.unregister(self.close)
         self._stop_here.close()
         self._acceptor.join()
         with self._lock:
