@@ -39,17 +39,6 @@ SHARD_MEMORY_BYTES = 512 << 20
 RAW_CHUNK_BYTES = 1 << 20
 
 _EPOCH = Epoch(1)
-_SHARD = """
-import sys
-from farshore.ids import WorkerId
-from farshore.workers.attention import AttentionWorker
-memory_bytes, threads = map(int, sys.argv[1:])
-worker = AttentionWorker(
-    worker=WorkerId("shard"), kv_memory_bytes=memory_bytes, listen="127.0.0.1:0", threads=threads
-)
-print(worker.address(), flush=True)
-sys.stdin.read()
-"""
 _RAW_PEER = """
 import socket, sys
 port, count, chunk = map(int, sys.argv[1:])
@@ -94,7 +83,8 @@ class BulkRates:
 @contextmanager
 def shard_process(*, threads: int, memory_bytes: int = SHARD_MEMORY_BYTES) -> Iterator[str]:
     """The address of an attention worker's process; it ends with the context, or with this process."""
-    with _child(_SHARD, str(memory_bytes), str(threads)) as child:
+    options = ("--worker", "shard", "--kv-memory-bytes", str(memory_bytes), "--threads", str(threads))
+    with _child("-m", "farshore.workers.attention", *options) as child:
         assert child.stdout is not None
         yield child.stdout.readline().strip()
 
@@ -159,7 +149,7 @@ def _raw_peer(count: int) -> Iterator[socket.socket]:
     """A TCP connection on loopback to a process that takes, or gives, ``count`` bytes at a time."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        with _child(_RAW_PEER, str(port), str(count), str(RAW_CHUNK_BYTES)):
+        with _child("-c", _RAW_PEER, str(port), str(count), str(RAW_CHUNK_BYTES)):
             connection, _ = server.accept()
             with connection:
                 tune(connection)
@@ -182,7 +172,7 @@ def _raw_read(connection: socket.socket, buffer: memoryview) -> None:
 @contextmanager
 def bulk_load(address: str, transport: Transport) -> Iterator[None]:
     """Another process writes and reads bulk KV, without a pause, for as long as the context lasts."""
-    with _child(_BULK_CLIENT, address, str(transport)) as child:
+    with _child("-c", _BULK_CLIENT, address, str(transport)) as child:
         assert child.stdout is not None
         child.stdout.readline()
         yield
@@ -266,9 +256,9 @@ def _at_eof() -> bool:
 
 
 @contextmanager
-def _child(code: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+def _child(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """A Python process that ends when its standard input does, so that it outlives nobody."""
-    command = [sys.executable, "-P", "-c", code, *arguments]
+    command = [sys.executable, "-P", *arguments]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         try:
             yield child
