@@ -1,15 +1,17 @@
-"""How an engine and a shard come together: every transport gives the same bits, and falls back to the next one."""
+"""How an engine and a shard come together: every transport gives the same bits and gives way to the next."""
 
 import logging
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 import torch
 
+from farshore.attention_offload import codec
 from farshore.attention_offload import connect as connecting
 from farshore.attention_offload.frames import REMOTE, Transport, frame_bytes, native
-from farshore.attention_offload.grpc_server import AttentionService
+from farshore.attention_offload.grpc_server import AttentionService, serve
 from farshore.attention_offload.in_process import InProcessPeer
 from farshore.attention_offload.remote_peer import RemotePeer
 from farshore.errors import InvalidRequest, TransportError
@@ -19,9 +21,7 @@ pytestmark = pytest.mark.skipif(native() is None, reason="needs the native modul
 
 
 class Offering(AttentionService):
-    """A shard that changes what it offers, as a firewall or another host would."""
-
-    changes = {}  # noqa: RUF012
+    """A shard whose offer is changed, as a firewall or another host would make of it."""
 
     def Connect(self, request, context):
         offer = super().Connect(request, context)
@@ -31,11 +31,11 @@ class Offering(AttentionService):
 
 
 def offering(**changes):
-    return type("Offering", (Offering,), {"changes": changes})
+    return type("Offering", (Offering,), {"changes": dict(changes)})
 
 
 @pytest.fixture
-def reach(work, monkeypatch):
+def reach(work):
     """reach(shard, ...) -> RemotePeer that tries all transports, closed after the test."""
     peers = []
 
@@ -55,7 +55,10 @@ def nothing_listens():
 
 
 def said(caplog):
-    return [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    """Warnings of the engine's end."""
+    return [
+        r.message for r in caplog.records if r.levelno == logging.WARNING and r.name == connecting.__name__
+    ]
 
 
 ELSEWHERE = {"unix_name": "farshore-of-another-host"}
@@ -72,7 +75,14 @@ FIREWALLED = {"tcp_port": nothing_listens()}
         (ELSEWHERE | {"tcp_port": 0}, Transport.GRPC),
         ({"token": b"of somebody else"}, Transport.GRPC),
     ],
-    ids=["one host", "two hosts", "no memory offered", "a closed port", "nothing offered", "a token not given"],
+    ids=[
+        "one host",
+        "two hosts",
+        "no memory offered",
+        "a closed port",
+        "nothing offered",
+        "a token not given",
+    ],
 )
 def test_the_fastest_way_that_connects_is_taken_and_the_slowest_one_said(
     start_shard, reach, work, changes, expected, caplog
@@ -90,7 +100,7 @@ def test_the_fastest_way_that_connects_is_taken_and_the_slowest_one_said(
         for text in warnings:
             assert shard.address in text and "over gRPC, the slowest way" in text
             assert "shared memory: " in text and "TCP: " in text
-        if "tcp_port" in changes and changes["tcp_port"]:
+        if changes.get("tcp_port"):
             assert f"127.0.0.1, port {changes['tcp_port']}" in warnings[0]
     else:
         assert not warnings
@@ -105,7 +115,7 @@ def test_without_grpc_an_unreachable_shard_is_a_transport_error_that_says_what_w
         peer.connect()
 
 
-def test_a_port_that_swallows_packets_is_tried_once_and_not_for_every_step(start_shard, reach, monkeypatch, caplog):
+def test_a_port_that_swallows_packets_is_not_tried_for_every_step(start_shard, reach, monkeypatch, caplog):
     tried = []
 
     def swallowed(where, timeout):
@@ -131,18 +141,12 @@ def test_what_grpc_secures_never_leaves_the_host_in_the_clear(shard, work):
         def auth_context(self):
             return self.properties
 
-    request = pb.ConnectRequest(open=connecting_open(work))
+    request = pb.ConnectRequest(open=codec.model_to_pb(work.model, work.dtype))
     for asked in (request, pb.ConnectRequest()):
         plain = shard.service.Connect(asked, Context())
         secured = shard.service.Connect(asked, Context(transport_security_type=[b"ssl"]))
         assert plain.tcp_port and plain.unix_name == secured.unix_name != ""
         assert secured.tcp_port == 0 and secured.token
-
-
-def connecting_open(work):
-    from farshore.attention_offload import codec
-
-    return codec.model_to_pb(work.model, work.dtype)
 
 
 def test_a_secured_channel_says_so_to_its_handler():
@@ -156,8 +160,6 @@ def test_a_secured_channel_says_so_to_its_handler():
                 return b""
 
             return grpc.unary_unary_rpc_method_handler(answer)
-
-    from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(1) as pool:
         server = grpc.server(pool, handlers=[Handler()])
@@ -175,9 +177,7 @@ def test_a_secured_channel_says_so_to_its_handler():
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "[::1]:0", "localhost:0"])
 @pytest.mark.parametrize("transport", [Transport.TCP])
-def test_tcp_listens_where_grpc_does_and_nowhere_else(listen, work, transport, start_shard, reach):
-    from farshore.attention_offload.grpc_server import serve
-
+def test_tcp_listens_where_grpc_does_and_nowhere_else(listen, transport, start_shard, reach):
     if "::1" in listen and not has_ipv6():
         pytest.skip("this machine has no IPv6")
     shard = start_shard()
@@ -211,19 +211,20 @@ def has_ipv6():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("rows", "group0"), [(1, 0), (3, 1)])
-def test_a_layer_costs_the_bytes_that_the_formula_says(start_shard, reach, work, rows, group0, counted_port):
+def test_a_layer_costs_the_bytes_that_the_formula_says(start_shard, reach, work, rows, group0, proxy_to):
     """Counted on the socket, between the two ends."""
     shard = start_shard(service=offering(**ELSEWHERE))
-    counter = counted_port(shard)
+    counter = proxy_to(shard)
+    shard.service.changes["tcp_port"] = counter.port
     peer = reach(shard, transports=(Transport.TCP,))
     read = work.sealed_span(peer.store, "a", 0, 20, group0, 3)._replace(rows=range(rows))
     groups = 3 - group0
     step = work.step([read], positions=(30,) * rows, group0=group0)
     peer.begin(step)
     peer.wait(peer.send(0, 0, work.query(rows=rows, groups=groups)))
-    before = counter.settled()
+    before = counter.counts()
     peer.wait(peer.send(1, 0, work.query(rows=rows, groups=groups)))
-    there, back = (after - was for after, was in zip(counter.settled(), before, strict=True))
+    there, back = (after - was for after, was in zip(counter.counts(), before, strict=True))
     heads = groups * work.spec.q_heads_per_group
     spec, size = work.spec, work.dtype.itemsize
     assert there == 12 + rows * heads * spec.k_dim * size
