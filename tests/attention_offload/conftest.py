@@ -11,6 +11,7 @@ import torch
 from farshore.attention_offload.base import AttentionModel
 from farshore.attention_offload.frames import REMOTE, Transport
 from farshore.attention_offload.plan import Read, ShardStep
+from farshore.attention_offload.remote_peer import RemotePeer
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kernels.base import AttentionSpec, KVLayout
 from farshore.kernels.formats import KVFormat
@@ -111,6 +112,21 @@ def shard(start_shard):
 def transport(request):
     """Of hot frames, where it can be; a test of one alone may parametrize it."""
     return request.param
+
+
+@pytest.fixture
+def reach(work):
+    """reach(address, ...) -> RemotePeer of the work's model that tries all transports, or those given; closed
+    after the test."""
+    peers = []
+
+    def to(address, **options):
+        peers.append(RemotePeer(address, work.model, work.dtype, **options))
+        return peers[-1]
+
+    yield to
+    for peer in peers:
+        peer.close()
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from farshore.attention_offload import connect as connecting
 from farshore.attention_offload.frames import REMOTE, Transport, frame_bytes, native
 from farshore.attention_offload.grpc_server import AttentionService, serve
 from farshore.attention_offload.in_process import InProcessPeer
-from farshore.attention_offload.remote_peer import RemotePeer
 from farshore.errors import InvalidRequest, TransportError
 from farshore.proto import attention_pb2 as pb
 
@@ -32,20 +31,6 @@ class Offering(AttentionService):
 
 def offering(**changes):
     return type("Offering", (Offering,), {"changes": dict(changes)})
-
-
-@pytest.fixture
-def reach(work):
-    """reach(shard, ...) -> RemotePeer that tries all transports, closed after the test."""
-    peers = []
-
-    def to(shard, **options):
-        peers.append(RemotePeer(shard.address, work.model, work.dtype, **options))
-        return peers[-1]
-
-    yield to
-    for peer in peers:
-        peer.close()
 
 
 def nothing_listens():
@@ -88,7 +73,7 @@ def test_the_fastest_way_that_connects_is_taken_and_the_slowest_one_said(
     start_shard, reach, work, changes, expected, caplog
 ):
     shard = start_shard(service=offering(**changes))
-    peer, local = reach(shard), InProcessPeer(shard.worker, shard.store, work.model)
+    peer, local = reach(shard.address), InProcessPeer(shard.worker, shard.store, work.model)
     assert peer.transport is None
     step = work.step([work.sealed_span(peer.store, "a", 0, 20)])
     for _ in range(2):
@@ -108,7 +93,7 @@ def test_the_fastest_way_that_connects_is_taken_and_the_slowest_one_said(
 
 def test_without_grpc_an_unreachable_shard_is_a_transport_error_that_says_what_was_tried(start_shard, reach):
     peer = reach(
-        start_shard(service=offering(**ELSEWHERE, **FIREWALLED)),
+        start_shard(service=offering(**ELSEWHERE, **FIREWALLED)).address,
         transports=(Transport.SHARED_MEMORY, Transport.TCP),
     )
     with pytest.raises(TransportError, match=r"cannot be reached: shared memory: .*; TCP: .* port \d+"):
@@ -123,7 +108,7 @@ def test_a_port_that_swallows_packets_is_not_tried_for_every_step(start_shard, r
         raise TimeoutError("timed out")
 
     monkeypatch.setattr(connecting.socket, "create_connection", swallowed)
-    peer = reach(start_shard(service=offering(**ELSEWHERE)))
+    peer = reach(start_shard(service=offering(**ELSEWHERE)).address)
     for _ in range(3):
         assert peer.connect() is Transport.GRPC
         peer._reset()
@@ -185,7 +170,7 @@ def test_tcp_listens_where_grpc_does_and_nowhere_else(listen, transport, start_s
     shard.server, shard.address = serve(shard.service, listen)
     where = shard.service.listener.tcp_address
     assert where[0] in ("127.0.0.1", "::1")
-    peer = reach(shard, transports=(transport,))
+    peer = reach(shard.address, transports=(transport,))
     assert peer.connect() is transport
     assert not accepts("127.0.0.2", where[1]), "every address of this host is listened on"
 
@@ -216,7 +201,7 @@ def test_a_layer_costs_the_bytes_that_the_formula_says(start_shard, reach, work,
     shard = start_shard(service=offering(**ELSEWHERE))
     counter = proxy_to(shard)
     shard.service.changes["tcp_port"] = counter.port
-    peer = reach(shard, transports=(Transport.TCP,))
+    peer = reach(shard.address, transports=(Transport.TCP,))
     read = work.sealed_span(peer.store, "a", 0, 20, group0, 3)._replace(rows=range(rows))
     groups = 3 - group0
     step = work.step([read], positions=(30,) * rows, group0=group0)
