@@ -31,8 +31,9 @@ NICENESS = 5
 
 def serve_bulk(store: LocalStore, connection: socket.socket, unix: bool) -> None:
     """Answer one engine's writes and pulls until it hangs up, or sends what cannot be a message."""
+    thread = threading.get_native_id()
     with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)
     wire = BulkSocket(connection)
     served = _Connection(store, wire)
     try:
