@@ -18,6 +18,7 @@ from farshore.models.gguf_file import GgufFile
 from farshore.models.llama import Llama
 from farshore.models.source import DEMO, resolve
 from farshore.models.weights import load_model
+from farshore.workers.stagger import TRIAL_STEPS
 
 LoadModel = Callable[[int], Llama]
 """A model that ``threads`` threads serve."""
@@ -38,6 +39,7 @@ class Sizes:
     rounds: int = ROUNDS
     staggered_rounds: int = 7
     """A step of 16 sequences takes half a second on two cores."""
+    settling_steps: int = 6 * TRIAL_STEPS
     hop_calls: int = 2000
     bulk_turns: int = 5
     bulk_rounds: int = 3
