@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from farshore.benchmarks import kernels, machine, offload, offload_setting
+from farshore.benchmarks import kernels, machine, offload, offload_setting, quality
 from farshore.benchmarks.implementation import choose
 from farshore.benchmarks.report import Report
 from farshore.benchmarks.shapes import Sizes
@@ -50,8 +50,14 @@ def _offload(options: Options, progress: Progress) -> Report:
     return offload.run(offload_setting.load_demo, facts, sizes, only=options.only, progress=progress)
 
 
+def _quality(options: Options, progress: Progress) -> Report:
+    facts = machine.facts(options.threads or machine.usable_cpus())
+    return quality.run(quality.load_demo, facts, quality.Sizes(), only=options.only, progress=progress)
+
+
 BENCHMARKS: Mapping[str, Benchmark] = {
     "machine": Benchmark("what this machine is and how fast it reads, copies and multiplies", _machine),
     "offload": Benchmark("hops, bulk KV and decode steps over attention workers on this machine", _offload),
+    "quality": Benchmark("what KV formats cost: perplexity of a text, and needles in it", _quality),
     "kernels": Benchmark("attention kernels against the machine's rates and PyTorch's SDPA", _kernels),
 }

@@ -4,14 +4,15 @@ Called through ``catalogue``. Everything runs through the engine's own prefill, 
 KV as the format stores it; the formats read the same tokens, so their differences are not chance.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
+from typing import Any
 
 import torch
 
 from farshore.benchmarks.machine import Facts
-from farshore.benchmarks.quality_rig import Reader, Score
+from farshore.benchmarks.quality_rig import Answer, Reader, Score
 from farshore.benchmarks.report import Bar, Report, Result
 from farshore.benchmarks.timing import Timing
 from farshore.errors import InvalidRequest
@@ -31,6 +32,8 @@ NUMBERS = ("48213", "70596", "31847")
 
 Load = Callable[[int], tuple[Llama, Tokenizer]]
 """A model that ``threads`` threads serve, and its tokenizer."""
+
+Held = tuple[Result, list[Bar]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,23 +58,25 @@ def run(load: Load, facts: Facts, sizes: Sizes, *, only: str = "", progress: Cal
     text = files("farshore.benchmarks").joinpath(TEXT).read_text(encoding="utf-8")
     results: list[Result] = []
     bars: list[Bar] = []
-    for case, measure, held in (
+    cases: tuple[tuple[str, Callable[..., Any], Callable[..., Held]], ...] = (
         ("perplexity", _perplexity, _held_perplexity),
         ("needle", _needles, _held_needles),
-    ):
+    )
+    for case, measure, held in cases:
         measured = {}
         for format in dict.fromkeys(("bf16", *names[case])) if names[case] else ():
             progress(f"{case}, {format}")
             with Reader(model, FORMATS[format]) as reader:
                 measured[format] = measure(reader, tokenizer, text, sizes)
         for format, it in measured.items():
-            result, bar = held(format, it, measured["bf16"])
+            result, its_bars = held(format, it, measured["bf16"])
             results.append(result)
-            bars += bar
+            bars += its_bars
     return Report(asdict(facts) | {"model": DEMO, "text": TEXT}, tuple(results), tuple(bars))
 
 
 def load_demo(threads: int) -> tuple[Llama, Tokenizer]:
+    torch.set_num_threads(threads)
     source = resolve(DEMO)
     return load_model(source, dtype=torch.bfloat16, threads=threads), load_tokenizer(source)
 
@@ -84,7 +89,7 @@ def _perplexity(reader: Reader, tokenizer: Tokenizer, text: str, sizes: Sizes) -
     return Score.joined(reader.score(tokens[i * size : (i + 1) * size]) for i in range(sizes.windows))
 
 
-def _held_perplexity(format: str, score: Score, bf16: Score) -> tuple[Result, list[Bar]]:
+def _held_perplexity(format: str, score: Score, bf16: Score) -> Held:
     name = f"perplexity, {format}"
     change_percent = (score.perplexity / bf16.perplexity - 1) * 100
     figures = {
@@ -100,28 +105,38 @@ def _held_perplexity(format: str, score: Score, bf16: Score) -> tuple[Result, li
     return Result(name, Timing((score.seconds,)), figures), bars
 
 
-def _needles(reader: Reader, tokenizer: Tokenizer, text: str, sizes: Sizes) -> Mapping[float, Score]:
-    """By depth: the number, as the model goes on with the question."""
-    found = {}
+@dataclass(frozen=True, slots=True)
+class _Needle:
+    depth: float
+    expected: list[int]
+    answer: Answer
+
+    @property
+    def found(self) -> bool:
+        return self.answer.tokens == self.expected
+
+
+def _needles(reader: Reader, tokenizer: Tokenizer, text: str, sizes: Sizes) -> list[_Needle]:
+    """At each depth: the number, and what the model says instead or as well."""
+    needles = []
     for depth, number in zip(sizes.depths, NUMBERS, strict=False):
+        expected = tokenizer.encode(f" {number}")
         hay = _haystack(tokenizer, text, sizes.haystack_tokens, depth, NEEDLE.format(number=number))
-        found[depth] = reader.answer(tokenizer.encode(hay + QUESTION), tokenizer.encode(f" {number}"))
-    return found
+        answer = reader.answer(tokenizer.encode(hay + QUESTION), most_tokens=len(expected))
+        needles.append(_Needle(depth, expected, answer))
+    return needles
 
 
-def _held_needles(
-    format: str, scores: Mapping[float, Score], bf16: Mapping[float, Score]
-) -> tuple[Result, list[Bar]]:
+def _held_needles(format: str, needles: Sequence[_Needle], bf16: Sequence[_Needle]) -> Held:
     name = f"needle, {format}"
-    found, of_bf16 = (sum(it.found for it in each.values()) for each in (scores, bf16))
-    figures: dict[str, float | int | str | None] = {
-        "found": found,
-        "of": len(scores),
-        "found_at_depths": " ".join(f"{depth:g}" for depth, it in scores.items() if it.found) or None,
-        "mean_answer_logprob": float(torch.cat([it.logprobs for it in scores.values()]).mean()),
+    found, of_bf16 = (sum(needle.found for needle in each) for each in (needles, bf16))
+    depths = {True: "found_at_depths", False: "missed_at_depths"}
+    figures: dict[str, float | int | str | None] = {"found": found, "of": len(needles)} | {
+        key: " ".join(f"{it.depth:g}" for it in needles if it.found is which) or None
+        for which, key in depths.items()
     }
     bars = [Bar.at_least(f"{name}, found", found, of_bf16, "needles, as bf16")] if format == "int8" else []
-    return Result(name, Timing(tuple(it.seconds for it in scores.values())), figures), bars
+    return Result(name, Timing(tuple(it.answer.seconds for it in needles)), figures), bars
 
 
 def _haystack(tokenizer: Tokenizer, text: str, tokens: int, depth: float, needle: str) -> str:
