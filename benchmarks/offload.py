@@ -36,14 +36,14 @@ def run(
     if not parts:
         raise InvalidRequest(f"no part {only!r}: choose a part of {'; '.join(name for name, _ in _parts())}")
     rates = machine.measure(facts, sizes.machine, progress=progress)
-    at = Setting(load, facts, sizes)
     results: list[Result] = []
     bars: list[Bar] = []
-    for name, measure in parts.items():
-        progress(name)
-        measured, held = measure(at)
-        results += measured
-        bars += held
+    with Setting(load, facts, sizes) as at:
+        for name, measure in parts.items():
+            progress(name)
+            measured, held = measure(at)
+            results += measured
+            bars += held
     return Report({**asdict(facts), **asdict(rates)}, tuple(results), tuple(bars))
 
 
@@ -76,12 +76,11 @@ def _bulk(at: Setting, *, transport: Transport) -> Measured:
     raw: list[float] = []
     writes: list[float] = []
     reads: list[float] = []
-    with offload_hop.shard_process(threads=at.machine.threads) as address:
-        for _ in range(sizes.bulk_turns):  # in turns: loopback's own rate halves and doubles
-            raw += offload_hop.raw_socket_rates(rounds=1, total_bytes=sizes.raw_bytes)
-            rates = offload_hop.bulk_rates(address, transport, rounds=sizes.bulk_rounds)
-            writes.append(median(rates.write))
-            reads.append(median(rates.read))
+    for _ in range(sizes.bulk_turns):  # in turns: loopback's own rate halves and doubles
+        raw += offload_hop.raw_socket_rates(rounds=1, total_bytes=sizes.raw_bytes)
+        rates = offload_hop.bulk_rates(at.address, transport, rounds=sizes.bulk_rounds)
+        writes.append(median(rates.write))
+        reads.append(median(rates.read))
     figures = {"raw_tcp_gbps": median(raw) / 1e9}
     results, bars = [], []
     for direction, rates_bps in (("write", writes), ("read", reads)):
@@ -103,10 +102,9 @@ def _bulk(at: Setting, *, transport: Transport) -> Measured:
 def _hop_during_bulk(at: Setting, *, transport: Transport) -> Measured:
     name = f"hop during bulk, {transport}"
     measure = partial(offload_hop.hop_times_s, transport=transport, calls=at.sizes.hop_calls, think_s=THINK_S)
-    with offload_hop.shard_process(threads=1) as address:
-        idle = measure(address)
-        with offload_hop.bulk_load(address, transport):
-            busy = measure(address)
+    idle = measure(at.address)
+    with offload_hop.bulk_load(at.address, transport):
+        busy = measure(at.address)
     idle_p99, busy_p99 = (offload_hop.percentile(times, 99) for times in (idle, busy))
     figures = {
         "p99_us": busy_p99 * 1e6,
