@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from farshore.kernels.cpu import dense
-from farshore.kernels.cpu.packed import pack
+from farshore.kernels.cpu.packed import Blocks
 from farshore.models.config import ModelConfig
 from farshore.models.llama import Llama, LlamaWeights
 
@@ -19,8 +19,8 @@ from farshore.models.llama import Llama, LlamaWeights
 class NativeLlama(Llama):
     """As :class:`Llama`; ``threads`` serve each call.
 
-    ``blocks``: matrices that the file quantises, by the names of ``weights``, as (ggml's type, u8 [out,
-    bytes]). Few rows are multiplied by these where that is faster: the values are the same, the bytes fewer.
+    ``blocks``: matrices that the file quantises, by the names of ``weights``. Few rows are multiplied by
+    these where that is faster: the values are the same, the bytes fewer.
     Where the CPU has a matrix unit, more than a few rows of bfloat16 are PyTorch's.
     """
 
@@ -29,7 +29,7 @@ class NativeLlama(Llama):
         config: ModelConfig,
         weights: LlamaWeights,
         *,
-        blocks: Mapping[str, tuple[str, Tensor]],
+        blocks: Mapping[str, Blocks],
         threads: int,
     ) -> None:
         super().__init__(config, weights)
@@ -40,7 +40,7 @@ class NativeLlama(Llama):
         def linear(name: str, weight: Tensor, bias: Tensor | None = None) -> dense.Linear:
             packed = None
             if self.dtype == torch.bfloat16 and dense.READS_PACKED and name in blocks:
-                packed = pack(*blocks[name])
+                packed = blocks[name].pack(threads=threads)
             return dense.Linear(weight, bias, packed)
 
         self._layers = [

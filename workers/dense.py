@@ -24,8 +24,9 @@ from farshore.models.source import resolve
 from farshore.models.weights import load_model
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
+from farshore.workers.admission import EngineLimits
 from farshore.workers.attention_model import attention_model
-from farshore.workers.engine import Engine, EngineLimits
+from farshore.workers.engine import Engine
 from farshore.workers.engine_service import EngineService
 
 MAX_CALLS = 512
@@ -52,8 +53,6 @@ class DenseConfig:
     """How keys and values are stored: bf16, float32, int8 or int4."""
     kv_memory_bytes: int
     """The engine's own memory: tails, and spans where ``targets`` names the worker itself."""
-    shards: Mapping[WorkerId, str]
-    """Attention workers and their addresses."""
     targets: tuple[WorkerId, ...]
     """Who gets new spans."""
     shard_by: ShardBy
@@ -64,7 +63,7 @@ class DenseConfig:
 
 
 class DenseWorker:
-    """Construct, :meth:`load`, then :meth:`address`. ``loading`` may be asked from another thread."""
+    """Construct, :meth:`load`, then :meth:`serve`. ``loading`` may be asked from another thread."""
 
     def __init__(self, config: DenseConfig) -> None:
         self._config = config
@@ -75,19 +74,23 @@ class DenseWorker:
         )
         self._epochs: dict[SequenceId, Epoch] = {}
 
-    def load(self) -> str:
-        """Load the model, connect to the shards, and serve. Returns the address.
-
-        Raises ModelError, TransportError for a shard that does not answer, PortInUse."""
+    def load(self) -> None:
+        """Load the model; attention workers may start meanwhile. Raises ModelError."""
         config = self._config
-        dtype = dtype_of(config.dtype)
-        model = load_model(resolve(config.model), dtype=dtype, progress=self._progress)
-        attention = attention_model(model.config, dtype, _FORMATS[config.kv_format])
+        self._source = resolve(config.model)
+        self._model = load_model(self._source, dtype=dtype_of(config.dtype), progress=self._progress)
+
+    def serve(self, shards: Mapping[WorkerId, str]) -> str:
+        """Connect to the attention workers at ``shards``, and serve. Returns the address.
+
+        Raises TransportError for a shard that does not answer, PortInUse."""
+        config, model = self._config, self._model
+        attention = attention_model(model.config, model.dtype, _FORMATS[config.kv_format])
         arena = Arena(config.kv_memory_bytes)
         store = LocalStore(worker=config.worker, arena=arena)
         self._peers: dict[WorkerId, Peer] = {
             config.worker: InProcessPeer(config.worker, store, attention),
-            **{worker: RemotePeer(address, attention, dtype) for worker, address in config.shards.items()},
+            **{worker: RemotePeer(address, attention, model.dtype) for worker, address in shards.items()},
         }
         identities = {worker: peer.identify() for worker, peer in self._peers.items()}
         self._engine = Engine(
@@ -98,6 +101,7 @@ class DenseWorker:
             targets=list(config.targets),
             shard_by=config.shard_by,
             claim=self._claim,
+            revision=f"{self._source.path} {self._source.path.stat().st_mtime_ns}",
             limits=config.limits,
         )
         self._engine.start()

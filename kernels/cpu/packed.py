@@ -17,15 +17,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from farshore.kernels.cpu import _native
+
 BLOCK = 32
 """Weights that share a scale."""
 
 
 class Storage(IntEnum):
-    """As in ``native/dense.h``; the names are ggml's of what it is made from."""
+    """As in ``native/dense.h``."""
 
     FOUR_BITS = 1
     EIGHT_BITS = 2
+
+
+_BYTES = {Storage.FOUR_BITS: 20, Storage.EIGHT_BITS: 34}
+"""Of a block."""
 
 
 class Packed(NamedTuple):
@@ -36,9 +42,7 @@ class Packed(NamedTuple):
     def check(self, shape: tuple[int, int]) -> None:
         """ValueError unless it is a matrix of ``shape`` [out, in]."""
         out, inner = shape
-        row_bytes = (
-            -(-inner // (2 * BLOCK)) * 40 if self.storage is Storage.FOUR_BITS else inner // BLOCK * 34
-        )
+        row_bytes = _row_bytes(self.storage, inner // BLOCK)
         rows = self.rows
         if (
             rows.shape != (out, row_bytes)
@@ -52,31 +56,48 @@ class Packed(NamedTuple):
             )
 
 
-def pack(kind: str, blocks: Tensor) -> Packed | None:
-    """``blocks`` u8 [out, bytes]: a matrix as a GGUF file holds it in ``kind``, one of ggml's names.
+class Blocks(NamedTuple):
+    """A matrix as a GGUF file quantises it."""
 
-    None where the kernels have no use for it in that form."""
-    if kind == "Q8_0":
-        parts = blocks.view(len(blocks), -1, 34)
-        return Packed(
-            Storage.EIGHT_BITS, torch.cat((parts[..., 2:].flatten(1), parts[..., :2].flatten(1)), dim=1)
+    storage: Storage
+    rows: Tensor
+    """u8 [out, blocks, bytes]: float16 d, m and 16 bytes, i of weights 0..15 low and 16..31 high; or float16
+    d and 32 int8."""
+
+    @classmethod
+    def of(cls, kind: str, rows: Tensor) -> "Blocks | None":
+        """``rows`` u8 [out, bytes] of ``kind``, one of ggml's names; None for one that is not known here."""
+        if kind == "Q8_0":
+            return cls(Storage.EIGHT_BITS, rows.view(len(rows), -1, _BYTES[Storage.EIGHT_BITS]).contiguous())
+        if kind == "Q4_1":
+            return cls(Storage.FOUR_BITS, rows.view(len(rows), -1, _BYTES[Storage.FOUR_BITS]).contiguous())
+        if kind == "Q4_0":
+            parts = rows.view(len(rows), -1, 18)
+            d = parts[..., :2].contiguous().view(torch.float16)
+            scales = torch.cat((d, -8 * d), dim=-1).view(torch.uint8)
+            return cls(Storage.FOUR_BITS, torch.cat((scales, parts[..., 2:]), dim=-1))
+        return None
+
+    def unpack(self, dtype: torch.dtype, *, threads: int) -> Tensor:
+        """[out, in] in float32 or bfloat16, as dequantising the file gives it, rounded once."""
+        out, blocks, _ = self.rows.shape
+        values = torch.empty(out, blocks * BLOCK, dtype=dtype)
+        at = (
+            self.rows.data_ptr(),
+            out,
+            blocks,
+            {torch.float32: 0, torch.bfloat16: 1}[dtype],
+            values.data_ptr(),
         )
-    if kind == "Q4_1":
-        parts = blocks.view(len(blocks), -1, 20)
-        return _four_bits(parts[..., :4], parts[..., 4:])
-    if kind == "Q4_0":
-        parts = blocks.view(len(blocks), -1, 18)
-        d = parts[..., :2].contiguous().view(torch.float16)
-        return _four_bits(torch.cat((d, -8 * d), dim=-1).view(torch.uint8), parts[..., 2:])
-    return None
+        _native.dense_unpack(self.storage, *at, threads)
+        return values
+
+    def pack(self, *, threads: int) -> Packed:
+        out, blocks, _ = self.rows.shape
+        rows = torch.empty(out, _row_bytes(self.storage, blocks), dtype=torch.uint8)
+        _native.dense_pack(self.storage, self.rows.data_ptr(), out, blocks, rows.data_ptr(), threads)
+        return Packed(self.storage, rows)
 
 
-def _four_bits(scales: Tensor, halves: Tensor) -> Packed:
-    """scales u8 [out, w, 4]: float16 d, m; halves u8 [out, w, 16]: i of weights 0..15 low, 16..31 high."""
-    out, blocks, _ = scales.shape
-    if blocks % 2:
-        scales = torch.cat((scales, scales.new_zeros(out, 1, 4)), dim=1)
-        halves = torch.cat((halves, halves.new_zeros(out, 1, 16)), dim=1)
-    values = torch.cat((halves & 15, halves >> 4), dim=-1)
-    pairs = values[:, 0::2] | values[:, 1::2] << 4
-    return Packed(Storage.FOUR_BITS, torch.cat((pairs.flatten(1), scales.flatten(1)), dim=1))
+def _row_bytes(storage: Storage, blocks: int) -> int:
+    return -(-blocks // 2) * 40 if storage is Storage.FOUR_BITS else blocks * 34

@@ -11,7 +11,7 @@ from farshore.models.rope import RopeConfig
 
 cpu = pytest.importorskip("farshore.kernels.cpu", reason="the native kernels are not built here")
 
-from farshore.kernels.cpu.packed import Packed, Storage, pack  # noqa: E402
+from farshore.kernels.cpu.packed import Blocks, Packed, Storage  # noqa: E402
 from farshore.models.native_llama import NativeLlama  # noqa: E402
 
 ROWS = [1, 2, 3, 4, 7, 12, 13, 40, 300]
@@ -41,12 +41,12 @@ def instruction_set(request):
     cpu._native.use(cpu.instruction_sets[0])
 
 
-def quantised(kind: str, shape: tuple[int, int], seed: int) -> tuple[torch.Tensor, tuple[str, torch.Tensor]]:
-    """Random weights that ``kind`` can hold: (their values, blocks)."""
+def quantised(kind: str, shape: tuple[int, int], seed: int) -> tuple[torch.Tensor, Blocks]:
+    """Random weights that ``kind`` can hold: (their values as gguf gives them, blocks)."""
     values = np.random.default_rng(seed).normal(0, shape[1] ** -0.5, shape).astype(np.float32)
     blocks = gguf.quantize(values, gguf.GGMLQuantizationType[kind])
     values = gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind])
-    return torch.from_numpy(values), (kind, torch.from_numpy(blocks))
+    return torch.from_numpy(values), Blocks.of(kind, torch.from_numpy(blocks))
 
 
 def weights(dtype: torch.dtype, *, kind: str = "Q8_0", biased: bool = True):
@@ -122,8 +122,15 @@ def test_a_row_does_not_depend_on_the_others():
         assert torch.equal(model.logits(h[:rows]), together[:rows])
 
 
-def test_blocks_of_another_kind_are_left_to_the_plain_weights():
-    assert pack("Q6_K", torch.zeros(4, 210, dtype=torch.uint8)) is None
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_blocks_are_dequantised_as_gguf_does(kind):
+    values, blocks = quantised(kind, (70, 96), 5)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(blocks.unpack(dtype, threads=2), values.to(dtype))
+
+
+def test_blocks_of_another_kind_are_left_to_others():
+    assert Blocks.of("Q6_K", torch.zeros(4, 210, dtype=torch.uint8)) is None
 
 
 def test_packed_rows_of_another_matrix_are_refused():

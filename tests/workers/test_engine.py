@@ -7,7 +7,7 @@ from farshore.attention_offload.frames import Transport
 from farshore.errors import Full, InvalidRequest, NotFound, Overloaded, TransportError
 from farshore.ids import SequenceId
 from farshore.kvstore.arena import Arena
-from farshore.workers.engine import EngineLimits
+from farshore.workers.admission import EngineLimits
 from farshore.workers.sequence import Failed, Finished, Reason, Sampling
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0)

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <memory>
 
+#include "blocks.h"
 #include "dense.h"
 
 using namespace farshore;
@@ -180,6 +181,39 @@ PyObject* gather(PyObject*, PyObject* const* args, Py_ssize_t count) {
     });
 }
 
+PyObject* unpack(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    return guarded([&]() -> PyObject* {
+        Arguments a{args, args + count};
+        const Storage storage = static_cast<Storage>(a.small());
+        const uint8_t* from = a.pointer<const uint8_t>();
+        const int64_t rows = a.integer(), blocks = a.integer();
+        const Format format = static_cast<Format>(a.small());
+        void* to = a.pointer<void>();
+        const int threads = a.small();
+        {
+            WithoutGil released;
+            unpack_blocks(storage, from, rows, blocks, format, to, threads);
+        }
+        Py_RETURN_NONE;
+    });
+}
+
+PyObject* pack(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    return guarded([&]() -> PyObject* {
+        Arguments a{args, args + count};
+        const Storage storage = static_cast<Storage>(a.small());
+        const uint8_t* from = a.pointer<const uint8_t>();
+        const int64_t rows = a.integer(), blocks = a.integer();
+        uint8_t* to = a.pointer<uint8_t>();
+        const int threads = a.small();
+        {
+            WithoutGil released;
+            pack_blocks(storage, from, rows, blocks, to, threads);
+        }
+        Py_RETURN_NONE;
+    });
+}
+
 }  // namespace
 
 PyMethodDef farshore::dense_methods[] = {
@@ -191,5 +225,7 @@ PyMethodDef farshore::dense_methods[] = {
     method("dense_finish", run_finish, "dense_finish(layer, rows, h, o, out)"),
     method("dense_logits", run_logits, "dense_logits(head, rows, h, out)"),
     method("dense_gather", gather, "dense_gather(table, table_rows, row_bytes, ids, rows, out)"),
+    method("dense_unpack", unpack, "dense_unpack(storage, from, rows, blocks, format, to, threads)"),
+    method("dense_pack", pack, "dense_pack(storage, from, rows, blocks, to, threads)"),
     {nullptr, nullptr, 0, nullptr},
 };
