@@ -42,9 +42,7 @@ class Sizes:
     """A step of 16 sequences takes half a second on two cores."""
     settling_steps: int = 6 * TRIAL_STEPS
     hop_calls: int = 2000
-    bulk_turns: int = 5
-    bulk_rounds: int = 3
-    raw_bytes: int = offload_hop.RAW_BYTES
+    bulk_rounds: int = 10
 
 
 class Setting:

@@ -26,9 +26,7 @@ SIZES = Sizes(
     staggered_rounds=1,
     settling_steps=2,
     hop_calls=10,
-    bulk_turns=1,
     bulk_rounds=1,
-    raw_bytes=4 << 20,
 )
 
 
