@@ -92,6 +92,10 @@ class Fanout:
                     rows = _index([step.rows[row] - batch.start for row in mine])
                     self._cuts[index].append(_Cut(peer, record, rows, range(step.group0, step.group1)))
 
+    def travels(self, micro_batch: int) -> bool:
+        """Whether a micro-batch's q goes to another process, and so should go early."""
+        return any(cut.peer.transport is not Transport.IN_PROCESS for cut in self._cuts[micro_batch])
+
     def send(self, layer: int, micro_batch: int, q: Tensor) -> Pending:
         """q ``[rows of the micro-batch, q_heads, k_dim]``; it must stay as it is until :meth:`wait`."""
         layer_class = self._model.layer_class[layer]

@@ -78,6 +78,11 @@ class NativeLlama(Llama):
             return super().key_value(layer, normed, positions)
         return dense.key_value(self._layers[layer], normed, positions)
 
+    def project(self, layer: int, h: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if len(h) > self._most_rows:
+            return super().project(layer, h, positions)
+        return dense.project(self._layers[layer], h, positions)
+
     def finish(self, layer: int, h: Tensor, o: Tensor) -> Tensor:
         if len(h) > self._most_rows:
             return super().finish(layer, h, o)

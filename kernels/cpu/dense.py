@@ -147,6 +147,20 @@ def key_value(layer: Layer, normed: Tensor, positions: Tensor) -> tuple[Tensor, 
     return k, v
 
 
+def project(layer: Layer, h: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`attention_input`, then :func:`query` and :func:`key_value`, in one call: h -> (q, k, v)."""
+    h = _rows(h, layer.hidden, layer.dtype)
+    rows = len(h)
+    q = h.new_empty(rows, layer.q_heads, layer.head_dim)
+    k = h.new_empty(rows, layer.kv_heads, layer.head_dim)
+    v = torch.empty_like(k)
+    if rows:
+        at = _positions(positions, rows)
+        pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr())
+        _native.dense_project(layer.native, rows, h.data_ptr(), at.data_ptr(), *pointers)
+    return q, k, v
+
+
 def finish(layer: Layer, h: Tensor, o: Tensor) -> Tensor:
     """The layer's input h [R, hidden] and its attention's output o [R, q_heads, head_dim] -> next h."""
     h = _rows(h, layer.hidden, layer.dtype)

@@ -135,6 +135,20 @@ PyObject* run_key_value(PyObject*, PyObject* const* args, Py_ssize_t count) {
     });
 }
 
+PyObject* run_project(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    return on_layer(args, count, [](Call& call) {
+        const void* h = call.rest.pointer<const void>();
+        const int64_t* positions = call.rest.pointer<const int64_t>();
+        void* q = call.rest.pointer<void>();
+        void* k = call.rest.pointer<void>();
+        void* v = call.rest.pointer<void>();
+        if (!inside(call.layer, positions, call.rows)) return false;
+        WithoutGil released;
+        kernels().dense.project(call.layer, h, call.rows, positions, q, k, v);
+        return true;
+    });
+}
+
 PyObject* run_finish(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return on_layer(args, count, [](Call& call) {
         const void* h = call.rest.pointer<const void>();
@@ -222,6 +236,7 @@ PyMethodDef farshore::dense_methods[] = {
     method("dense_input", run_input, "dense_input(layer, rows, h, out)"),
     method("dense_query", run_query, "dense_query(layer, rows, normed, positions, q)"),
     method("dense_key_value", run_key_value, "dense_key_value(layer, rows, normed, positions, k, v)"),
+    method("dense_project", run_project, "dense_project(layer, rows, h, positions, q, k, v)"),
     method("dense_finish", run_finish, "dense_finish(layer, rows, h, o, out)"),
     method("dense_logits", run_logits, "dense_logits(head, rows, h, out)"),
     method("dense_gather", gather, "dense_gather(table, table_rows, row_bytes, ids, rows, out)"),
