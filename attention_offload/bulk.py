@@ -31,7 +31,7 @@ from farshore.attention_offload.frames import native
 from farshore.errors import TransportError
 from farshore.proto import attention_pb2 as pb
 
-PIECE_BYTES = 512 << 10
+PIECE_BYTES = 1 << 20
 """About; of a write and of a pull. It fits into a core's cache, and bounds how long anybody holds a lock."""
 
 MOST_MESSAGE_BYTES = 64 << 10
@@ -71,37 +71,38 @@ class BulkSocket:
         self._connection = connection
         self._fd = connection.fileno()
         self._native = native()
+        self._head = bytearray(_HEADER.size)
+        self._head_run = _run(self._head)
 
     def send(self, kind: Kind, message: Message | None = None, payload: Runs | None = None) -> None:
         text = message.SerializeToString() if message is not None else b""
         payload = payload or []
         head = bytearray(_HEADER.pack(kind, len(text), sum(payload[1::2])) + text)
-        start = torch.frombuffer(head, dtype=torch.uint8)
-        self._native.send_pieces(self._fd, [start.data_ptr(), len(head), *payload], DEADLINE_S)
+        self._native.send_pieces(self._fd, _run(head) + payload, DEADLINE_S)
 
     def receive(self, *, deadline_s: float | None = DEADLINE_S) -> Head:
         """The next message; :meth:`receive_payload` takes what comes behind it. None: wait for ever."""
-        head = self._bytes(_HEADER.size, deadline_s)
-        kind, message_bytes, payload_bytes = _HEADER.unpack(head)
-        if kind not in Kind.__members__.values():
-            raise ConnectionError(f"garbage: a bulk message of kind {kind}")
+        deadline_s = -1.0 if deadline_s is None else deadline_s
+        self._native.receive_pieces(self._fd, self._head_run, deadline_s)
+        number, message_bytes, payload_bytes = _HEADER.unpack(self._head)
+        try:
+            kind = Kind(number)
+        except ValueError:
+            raise ConnectionError(f"garbage: a bulk message of kind {number}") from None
         if message_bytes > MOST_MESSAGE_BYTES:
             raise ConnectionError(
                 f"oversized: a bulk message of {message_bytes} bytes, where {MOST_MESSAGE_BYTES} are the most"
             )
-        return Head(Kind(kind), self._bytes(message_bytes, DEADLINE_S), payload_bytes)
+        message = bytearray(message_bytes)
+        if message:
+            self._native.receive_pieces(self._fd, _run(message), DEADLINE_S)
+        return Head(kind, bytes(message), payload_bytes)
 
     def receive_payload(self, runs: Runs) -> None:
         self._native.receive_pieces(self._fd, runs, DEADLINE_S)
 
     def close(self) -> None:
         self._connection.close()
-
-    def _bytes(self, count: int, deadline_s: float | None) -> bytes:
-        data = torch.empty(count, dtype=torch.uint8)
-        deadline_s = -1.0 if deadline_s is None else deadline_s
-        self._native.receive_pieces(self._fd, [data.data_ptr(), count], deadline_s)
-        return data.numpy().tobytes()
 
 
 class BulkStream:
@@ -166,6 +167,10 @@ class BulkStream:
             ) from error
         except OSError as error:
             raise TransportError(f"{self._address}: bulk KV: {error}") from error
+
+
+def _run(data: bytearray) -> Runs:
+    return [torch.frombuffer(data, dtype=torch.uint8).data_ptr(), len(data)]
 
 
 def token_bytes(part: Tensor, token_major: bool) -> int:

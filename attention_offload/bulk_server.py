@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from farshore.attention_offload import codec
-from farshore.attention_offload.bulk import MOST_MESSAGE_BYTES, PIECE_BYTES, BulkSocket, Head, Kind
+from farshore.attention_offload.bulk import MOST_MESSAGE_BYTES, PIECE_BYTES, BulkSocket, Head, Kind, Runs
 from farshore.errors import InvalidRequest, TransportError
 from farshore.ids import Epoch, SpanId
 from farshore.kvstore.forms import stored_bytes
@@ -31,8 +31,9 @@ NICENESS = 5
 
 def serve_bulk(store: LocalStore, connection: socket.socket, unix: bool) -> None:
     """Answer one engine's writes and pulls until it hangs up, or sends what cannot be a message."""
+    thread = threading.get_native_id()
     with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)
     wire = BulkSocket(connection)
     served = _Connection(store, wire)
     try:
@@ -100,13 +101,21 @@ class _Connection:
     def _read(self, head: Head) -> None:
         request = pb.ReadRequest.FromString(head.message)
         span = SpanId(request.span_id)
-        piece_tokens = max(1, PIECE_BYTES // self._store.layout(span).layer_token_bytes)
+        layout = self._store.layout(span)
+        piece_tokens = max(1, PIECE_BYTES // layout.layer_token_bytes)
         # At least one read: the store checks a range even where it is empty.
         for first in range(request.first, request.last, piece_tokens) or (request.first,):
             last = min(first + piece_tokens, request.last)
-            k, v = self._store.read(span, request.layer, first, last, dtype=torch.uint8)
-            if last > first:
-                self._wire.send(Kind.PIECE, payload=[k.data_ptr(), k.nbytes, v.data_ptr(), v.nbytes])
+            if layout.format.quantised:
+                k, v = self._store.read(span, request.layer, first, last, dtype=torch.uint8)
+                self._send([k.data_ptr(), k.nbytes, v.data_ptr(), v.nbytes])
+            else:
+                with self._store.stored_runs(span, request.layer, first, last) as runs:
+                    self._send(runs)
+
+    def _send(self, piece: Runs) -> None:
+        if any(piece[1::2]):
+            self._wire.send(Kind.PIECE, payload=piece)
 
     def _receive(self, count: int) -> Tensor:
         """The next bytes of the payload, until the next call."""

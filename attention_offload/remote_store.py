@@ -82,7 +82,7 @@ class RemoteStore:
             )
         )
         if not self._bulk.run(lambda stream: stream.read(request, k, v)):
-            self._read(request, k, v, layout)
+            self._read(request, k, v)
         if dtype is None:
             dtype = torch.float32 if layout.format.quantised else layout.format.dtype
         return (k, v) if dtype == torch.uint8 else forms.from_stored(layout, k, v, dtype=dtype)
@@ -127,12 +127,13 @@ class RemoteStore:
         """Ends the connection for bulk KV; the next transfer makes another."""
         self._bulk.close()
 
-    def _read(self, request: pb.ReadRequest, k: Tensor, v: Tensor, layout: KVLayout) -> None:
+    def _read(self, request: pb.ReadRequest, k: Tensor, v: Tensor) -> None:
         at = 0
         try:
             for chunk in self._stub.Read(request, timeout=CALL_DEADLINE_S):
                 end = at + chunk.tokens
-                k[:, at:end], v[:, at:end] = codec.tokens_from_bytes(chunk.k, chunk.v, layout, chunk.tokens)
+                for whole, data in ((k, chunk.k), (v, chunk.v)):
+                    codec.bytes_into(whole[:, at:end], data)
                 at = end
         except grpc.RpcError as failure:
             raise shard_error(failure, self._address) from failure

@@ -7,8 +7,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from farshore.benchmarks import dense, kernels, machine, offload, offload_setting, serve, serve_setting
+from farshore.benchmarks import (
+    dense,
+    kernels,
+    kvstore,
+    machine,
+    offload,
+    offload_setting,
+    quality,
+    serve,
+    serve_setting,
+)
 from farshore.benchmarks.implementation import choose
+from farshore.benchmarks.kvstore_setting import StoreSizes
 from farshore.benchmarks.report import Report
 from farshore.benchmarks.shapes import Sizes
 
@@ -52,6 +63,17 @@ def _offload(options: Options, progress: Progress) -> Report:
     return offload.run(offload_setting.load_demo, facts, sizes, only=options.only, progress=progress)
 
 
+def _quality(options: Options, progress: Progress) -> Report:
+    facts = machine.facts(options.threads or machine.usable_cpus())
+    return quality.run(quality.load_demo, facts, quality.Sizes(), only=options.only, progress=progress)
+
+
+def _kvstore(options: Options, progress: Progress) -> Report:
+    facts = machine.facts(options.threads or machine.usable_cpus())
+    implementation = choose(options.implementation, threads=facts.threads)
+    return kvstore.run(implementation, facts, StoreSizes(), only=options.only, progress=progress)
+
+
 def _dense(options: Options, progress: Progress) -> Report:
     facts = machine.facts(options.threads or machine.usable_cpus())
     setting = serve_setting.Setting(facts, serve_setting.Sizes(), progress)
@@ -67,7 +89,9 @@ def _serve(options: Options, progress: Progress) -> Report:
 BENCHMARKS: Mapping[str, Benchmark] = {
     "machine": Benchmark("what this machine is and how fast it reads, copies and multiplies", _machine),
     "offload": Benchmark("hops, bulk KV and decode steps over attention workers on this machine", _offload),
+    "quality": Benchmark("what KV formats cost: perplexity of a text, and needles in it", _quality),
     "dense": Benchmark("the model's products against read bandwidth, GEMM rate and PyTorch", _dense),
     "serve": Benchmark("decode, prefill and start-up of the real engine and server; peers", _serve),
     "kernels": Benchmark("attention kernels against the machine's rates and PyTorch's SDPA", _kernels),
+    "kvstore": Benchmark("the KV store: copies against memcpy, parity, appends, forks", _kvstore),
 }

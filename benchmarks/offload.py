@@ -72,22 +72,17 @@ def _hop(at: Setting, *, transport: Transport) -> Measured:
 
 
 def _bulk(at: Setting, *, transport: Transport) -> Measured:
-    sizes, name = at.sizes, f"bulk, {transport}"
-    raw: list[float] = []
-    writes: list[float] = []
-    reads: list[float] = []
+    name = f"bulk, {transport}"
     with offload_hop.shard_process(threads=at.machine.threads) as address:
-        for _ in range(sizes.bulk_turns):  # in turns: loopback's own rate halves and doubles
-            raw += offload_hop.raw_socket_rates(rounds=1, total_bytes=sizes.raw_bytes)
-            rates = offload_hop.bulk_rates(address, transport, rounds=sizes.bulk_rounds)
-            writes.append(median(rates.write))
-            reads.append(median(rates.read))
-    figures = {"raw_tcp_gbps": median(raw) / 1e9}
+        rates = offload_hop.bulk_rates(address, transport, rounds=at.sizes.bulk_rounds)
+    layer_bytes = offload_hop.BULK_TOKENS * offload_hop.bulk_layout().layer_token_bytes
     results, bars = [], []
-    for direction, rates_bps in (("write", writes), ("read", reads)):
-        gbps = median(rates_bps) / 1e9
-        percent = 100 * median(a / b for a, b in zip(rates_bps, raw, strict=True))
-        layer_bytes = offload_hop.BULK_TOKENS * offload_hop.bulk_layout().layer_token_bytes
+    for direction, rates_bps, raw_bps, over_raw in (
+        ("write", rates.write, rates.raw_write, rates.write_over_raw),
+        ("read", rates.read, rates.raw_read, rates.read_over_raw),
+    ):
+        gbps, percent = median(rates_bps) / 1e9, 100 * over_raw
+        figures = {"raw_tcp_gbps": median(raw_bps) / 1e9}
         seconds = Timing(tuple(layer_bytes / rate for rate in rates_bps))
         of_it = {"gbps": gbps, "percent_of_raw": percent, **figures}
         results.append(Result(f"{name}, {direction}", seconds, of_it))

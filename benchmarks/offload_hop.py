@@ -12,13 +12,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median, quantiles
 
 import torch
 
 from farshore.attention_offload.base import AttentionModel
+from farshore.attention_offload.connect import tune
 from farshore.attention_offload.frames import Transport
 from farshore.attention_offload.plan import Read, ShardStep
 from farshore.attention_offload.remote_peer import RemotePeer
@@ -35,28 +36,22 @@ HOP = AttentionSpec(q_heads=64, k_heads=1, v_heads=1, k_dim=128, v_dim=128, scal
 BULK_TOKENS = 2048
 BULK_LAYERS = 4
 SHARD_MEMORY_BYTES = 512 << 20
-RAW_BYTES = 256 << 20
 RAW_CHUNK_BYTES = 1 << 20
 
 _EPOCH = Epoch(1)
-_SHARD = """
-import sys
-from farshore.ids import WorkerId
-from farshore.workers.attention import AttentionWorker
-memory_bytes, threads = map(int, sys.argv[1:])
-worker = AttentionWorker(
-    worker=WorkerId("shard"), kv_memory_bytes=memory_bytes, listen="127.0.0.1:0", threads=threads
-)
-print(worker.address(), flush=True)
-sys.stdin.read()
-"""
-_RAW_SENDER = """
+_RAW_PEER = """
 import socket, sys
-port, total, chunk = map(int, sys.argv[1:])
-data = memoryview(bytes(range(256)) * (chunk // 256))
+port, count, chunk = map(int, sys.argv[1:])
+data, buffer = bytes(count), memoryview(bytearray(chunk))
 with socket.create_connection(("127.0.0.1", port)) as connection:
-    for _ in range(total // chunk):
-        connection.sendall(data)
+    while order := connection.recv(1):
+        if order == b"r":
+            connection.sendall(data)
+            continue
+        left = count
+        while left:
+            left -= connection.recv_into(buffer[: min(chunk, left)])
+        connection.sendall(b".")
 """
 _BULK_CLIENT = """
 import sys
@@ -68,16 +63,28 @@ bulk_until_eof(sys.argv[1], Transport(sys.argv[2]))
 
 @dataclass(frozen=True, slots=True)
 class BulkRates:
-    """Bytes of KV a second, each a sample of one layer's transfer."""
+    """Bytes a second, sample by sample in turns: of KV, and of as many bytes through a raw socket."""
 
     write: tuple[float, ...]
+    raw_write: tuple[float, ...]
     read: tuple[float, ...]
+    raw_read: tuple[float, ...]
+
+    @property
+    def write_over_raw(self) -> float:
+        """The median of the turns' own ratios."""
+        return median(a / b for a, b in zip(self.write, self.raw_write, strict=True))
+
+    @property
+    def read_over_raw(self) -> float:
+        return median(a / b for a, b in zip(self.read, self.raw_read, strict=True))
 
 
 @contextmanager
 def shard_process(*, threads: int, memory_bytes: int = SHARD_MEMORY_BYTES) -> Iterator[str]:
     """The address of an attention worker's process; it ends with the context, or with this process."""
-    with _child(_SHARD, str(memory_bytes), str(threads)) as child:
+    options = ("--worker", "shard", "--kv-memory-bytes", str(memory_bytes), "--threads", str(threads))
+    with _child("-m", "farshore.workers.attention", *options) as child:
         assert child.stdout is not None
         yield child.stdout.readline().strip()
 
@@ -110,46 +117,62 @@ def hop_times_s(
 
 
 def bulk_rates(address: str, transport: Transport, *, rounds: int) -> BulkRates:
-    """Writes and reads of one layer of 2,048 tokens (8 MiB) at a time."""
-    layout, writes, reads = bulk_layout(), [], []
-    with _bulk_peer(address, transport) as peer:
-        k, v = _kv(layout, BULK_TOKENS)
-        layer_bytes = BULK_TOKENS * layout.layer_token_bytes
+    """Writes and reads of one layer of 2,048 tokens (8 MiB) at a time, each next to a raw transfer of as much
+    to, or from, a third process."""
+    layout = bulk_layout()
+    count = BULK_TOKENS * layout.layer_token_bytes
+    k, v = _kv(layout, BULK_TOKENS)
+    samples: dict[str, list[float]] = {"write": [], "raw_write": [], "read": [], "raw_read": []}
+    with _bulk_peer(address, transport) as peer, _raw_peer(count) as raw:
         span = _span(peer, layout, "bulk", BULK_TOKENS)
-        for _ in range(1 + rounds):
-            for layer in range(layout.layers):
-                writes.append(layer_bytes / _timed(partial(_write, peer, span, layer, k, v)))
-        peer.store.seal(span, BULK_TOKENS, epoch=_EPOCH)
-        for _ in range(rounds):
-            for layer in range(layout.layers):
-                reads.append(layer_bytes / _timed(partial(peer.store.read, span, layer, 0, BULK_TOKENS)))
+        for layer in range(layout.layers):
+            _write(peer, span, layer, k, v)  # the first touch of the span's memory
+        data, buffer = bytes(count), memoryview(bytearray(count))
+        turns: dict[str, Callable[[int], object]] = {
+            "write": lambda layer: _write(peer, span, layer, k, v),
+            "raw_write": lambda _: _raw_write(raw, data),
+            "read": lambda layer: peer.store.read(span, layer, 0, BULK_TOKENS),
+            "raw_read": lambda _: _raw_read(raw, buffer),
+        }
+        for names in (("write", "raw_write"), ("read", "raw_read")):
+            for turn in range(rounds * layout.layers):
+                for name in names:
+                    taken_s = _timed(partial(turns[name], turn % layout.layers))
+                    samples[name].append(count / taken_s)
+            peer.store.seal(span, BULK_TOKENS, epoch=_EPOCH)
         peer.store.drop_sequence(SequenceId("bulk"), epoch=_EPOCH)
-    # The first round is the first to touch the span's memory.
-    return BulkRates(tuple(writes[layout.layers :]), tuple(reads))
+    return BulkRates(**{name: tuple(rates) for name, rates in samples.items()})
 
 
-def raw_socket_rates(*, rounds: int, total_bytes: int = RAW_BYTES) -> tuple[float, ...]:
-    """Bytes a second through a TCP connection on loopback, from another process into memory used again."""
-    rates = []
-    buffer = bytearray(RAW_CHUNK_BYTES)
+@contextmanager
+def _raw_peer(count: int) -> Iterator[socket.socket]:
+    """A TCP connection on loopback to a process that takes, or gives, ``count`` bytes at a time."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        for _ in range(rounds):
-            port = server.getsockname()[1]
-            with _child(_RAW_SENDER, str(port), str(total_bytes), str(RAW_CHUNK_BYTES)):
-                connection, _ = server.accept()
-                with connection:
-                    received = connection.recv_into(buffer)
-                    start = time.perf_counter()
-                    while received < total_bytes:
-                        received += connection.recv_into(buffer)
-                    rates.append(total_bytes / (time.perf_counter() - start))
-    return tuple(rates)
+        port = server.getsockname()[1]
+        with _child("-c", _RAW_PEER, str(port), str(count), str(RAW_CHUNK_BYTES)):
+            connection, _ = server.accept()
+            with connection:
+                tune(connection)
+                yield connection
+
+
+def _raw_write(connection: socket.socket, data: bytes) -> None:
+    connection.sendall(b"w")
+    connection.sendall(data)
+    assert connection.recv(1) == b"."
+
+
+def _raw_read(connection: socket.socket, buffer: memoryview) -> None:
+    connection.sendall(b"r")
+    at = 0
+    while at < len(buffer):
+        at += connection.recv_into(buffer[at:])
 
 
 @contextmanager
 def bulk_load(address: str, transport: Transport) -> Iterator[None]:
     """Another process writes and reads bulk KV, without a pause, for as long as the context lasts."""
-    with _child(_BULK_CLIENT, address, str(transport)) as child:
+    with _child("-c", _BULK_CLIENT, address, str(transport)) as child:
         assert child.stdout is not None
         child.stdout.readline()
         yield
@@ -233,9 +256,9 @@ def _at_eof() -> bool:
 
 
 @contextmanager
-def _child(code: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+def _child(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """A Python process that ends when its standard input does, so that it outlives nobody."""
-    command = [sys.executable, "-P", "-c", code, *arguments]
+    command = [sys.executable, "-P", *arguments]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         try:
             yield child
@@ -261,10 +284,12 @@ def _main() -> None:
                 times_s = hop_times_s(address, it, calls=2000, think_s=think_s)
                 print(f"hop, {it}, {think_s * 1e6:.0f} us apart: {micros(times_s)}", flush=True)
         for it in remote:
-            raw, rates = raw_socket_rates(rounds=3), bulk_rates(address, it, rounds=6)
-            figures = {"write": rates.write, "read": rates.read, "raw TCP": raw}
-            text = ", ".join(f"{name} {median(rate) / 1e9:.2f} GB/s" for name, rate in figures.items())
-            print(f"bulk, {it}: {text}", flush=True)
+            rates = bulk_rates(address, it, rounds=6)
+            text = ", ".join(f"{name} {median(rate) / 1e9:.2f} GB/s" for name, rate in asdict(rates).items())
+            print(
+                f"bulk, {it}: {text}; {rates.write_over_raw:.0%} and {rates.read_over_raw:.0%} of raw",
+                flush=True,
+            )
             idle = hop_times_s(address, it, calls=2000, think_s=200e-6)
             with bulk_load(address, it):
                 busy = hop_times_s(address, it, calls=2000, think_s=200e-6)

@@ -39,9 +39,7 @@ class Sizes:
     staggered_rounds: int = 7
     """A step of 16 sequences takes half a second on two cores."""
     hop_calls: int = 2000
-    bulk_turns: int = 5
-    bulk_rounds: int = 3
-    raw_bytes: int = offload_hop.RAW_BYTES
+    bulk_rounds: int = 10
 
 
 class Setting:

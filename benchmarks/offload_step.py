@@ -2,9 +2,11 @@
 behind a delay, against what the parts take by themselves.
 
 Called by ``offload``. Everything runs on as many cores as the run has threads: an engine and one worker that
-take turns have them all; two workers, or an engine and a worker that work at once, have half each.
+take turns have them all; two workers, or an engine and a worker that work at once, have a half each, and stay
+on it: the scheduler puts two threads that one wakes on one core, and leaves them there for a millisecond.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -63,8 +65,8 @@ def decode(at: Setting) -> Measured:
     for workers in (1, 2):
         with ExitStack() as stack:
             addresses = [
-                stack.enter_context(_worker(attention, 1, tokens, threads=max(1, threads // workers)))
-                for _ in range(workers)
+                stack.enter_context(_worker(attention, 1, tokens, cores=cores))
+                for cores in _parts(threads, workers)
             ]
             peers = {it: stack.enter_context(_peers(addresses, model, attention, it)) for it in REMOTE}
             stores = {worker: peer.store for worker, peer in peers[Transport.GRPC].items()}
@@ -101,14 +103,15 @@ def _held_against_local(
 def staggered(at: Setting) -> Measured:
     """Many sequences on one worker behind a delay, in one and in two micro-batches."""
     sizes = at.sizes
-    threads = max(1, at.machine.threads // 2)
-    model = at.model(threads)
+    own_cores, worker_cores = _parts(at.machine.threads, 2)
+    model = at.model(len(own_cores))
     attention = attention_model(model.config, model.dtype)
     with (
-        _worker(attention, sizes.sequences, sizes.context_tokens, threads=threads) as address,
+        _worker(attention, sizes.sequences, sizes.context_tokens, cores=worker_cores) as address,
         _delayed(address, attention, model, sizes.delay_s) as far_address,
         _peers([address], model, attention, Transport.TCP) as near,
         _peers([far_address], model, attention, Transport.TCP) as far,
+        _on(own_cores),
     ):
         stores = {worker: peer.store for worker, peer in near.items()}
         ground, one_token = (
@@ -162,10 +165,32 @@ def _kv_bytes(attention: AttentionModel, sequences: int, tokens: int) -> int:
     return attention.layouts[0].token_bytes * sequences * (tokens + 3 * BLOCK_TOKENS)
 
 
+def _parts(threads: int, parts: int) -> list[list[int]]:
+    """The cores that each of ``parts`` has, of the ``threads`` that all have together; with fewer cores than
+    parts they share one."""
+    cores = sorted(os.sched_getaffinity(0))[:threads]
+    return [cores[len(cores) * i // parts : len(cores) * (i + 1) // parts] or cores for i in range(parts)]
+
+
 @contextmanager
-def _worker(attention: AttentionModel, sequences: int, tokens: int, *, threads: int) -> Iterator[str]:
+def _on(cores: list[int]) -> Iterator[None]:
+    """This thread, and what it starts, stay on ``cores``."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def _worker(attention: AttentionModel, sequences: int, tokens: int, *, cores: list[int]) -> Iterator[str]:
+    """The address of an attention worker in a process on ``cores``, a thread on each."""
     memory_bytes = _kv_bytes(attention, sequences, tokens)
-    with offload_hop.shard_process(threads=threads, memory_bytes=memory_bytes) as address:
+    with ExitStack() as stack:
+        with _on(cores):
+            process = offload_hop.shard_process(threads=len(cores), memory_bytes=memory_bytes)
+            address = stack.enter_context(process)
         yield address
 
 

@@ -27,14 +27,16 @@ class Answer:
         """Nothing can be added: every completion has met its end, whether its engine knows or not."""
         return all(completion.reason is not None for completion in self._completions)
 
-    async def take(self, event: cluster.SequenceEvent) -> None:
+    async def take(self, event: cluster.SequenceEvent) -> int | None:
+        """The choice that the event's token ended with a stop string: its engine goes on until it is told."""
         kind = event.WhichOneof("kind")
         if kind == "token":
-            await self._add(event.token)
-        elif kind == "prefill":
+            return await self._add(event.token)
+        if kind == "prefill":
             await self._request.add_prefill(event.prefill)
         elif kind == "finished":
             await self._end_one(event.finished)
+        return None
 
     async def end(self, reason: api.FinishReason) -> None:
         """``reason`` for those completions that have not ended."""
@@ -46,10 +48,10 @@ class Answer:
             shards=self._shards.values(),
         )
 
-    async def _add(self, token: cluster.SampledToken) -> None:
+    async def _add(self, token: cluster.SampledToken) -> int | None:
         completion = self._completions[token.choice]
         if completion.reason is not None:
-            return  # Behind a stop string: the engine has not heard of it yet.
+            return None  # Behind a stop string: the engine has not heard of it yet.
         await self._request.add_token(
             token.token_id,
             completion.push(token.token_id),
@@ -62,6 +64,7 @@ class Answer:
                 for it in token.top
             ],
         )
+        return None if completion.reason is None else token.choice
 
     async def _end_one(self, done: cluster.SequenceFinished) -> None:
         self._completions[done.choice].end(done.reason)

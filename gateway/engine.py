@@ -63,20 +63,18 @@ class Engine:
 
     async def _follow(self, call: grpc.aio.UnaryStreamCall, request: Request, answer: Answer) -> None:
         loop = asyncio.get_running_loop()
-        stopped = False
         async with asyncio.timeout(None) as stall:
             while not request.ended:
-                patience_s = self._limits.cancel_s if stopped else self._limits.stall_s
+                patience_s = self._limits.cancel_s if answer.complete else self._limits.stall_s
                 stall.reschedule(loop.time() + patience_s)
                 event = await call.read()
                 if event is grpc.aio.EOF:
                     await self._break(request, answer, await self._broken_off(call))
                     return
-                await answer.take(event)
-                if answer.complete and not stopped and not request.ended:
+                stopped = await answer.take(event)
+                if stopped is not None:
                     # Stop strings are ours: the engine has to be told.
-                    stopped = True
-                    await self.cancel(request.request_id)
+                    await self.cancel(request.request_id, choice=stopped)
 
     async def _break(self, request: Request, answer: Answer, failure: Failure) -> None:
         """The engine is gone; that takes nothing from an answer which is complete."""
@@ -85,11 +83,11 @@ class Engine:
         else:
             await request.fail(failure)
 
-    async def cancel(self, request_id: str) -> None:
-        """Ask the engine to end a sequence. Best effort: cutting the stream says the same."""
+    async def cancel(self, request_id: str, *, choice: int | None = None) -> None:
+        """Ask the engine to end a request, or one choice. Best effort: cutting the stream says the same."""
         try:
             await self._stub.Cancel(
-                cluster.CancelSequence(sequence_id=request_id), timeout=self._limits.cancel_s
+                cluster.CancelSequence(sequence_id=request_id, choice=choice), timeout=self._limits.cancel_s
             )
         except grpc.aio.AioRpcError:
             return

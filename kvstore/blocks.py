@@ -105,6 +105,25 @@ def copy_out(
     return (k, v) if dtype == torch.uint8 else from_stored(layout, k, v, dtype=dtype)
 
 
+def runs(memory: Tensor, layout: KVLayout, bases: Bases, *, layer: int, first: int, last: int) -> list[int]:
+    """Where the bytes of tokens ``[first, last)`` lie: (address, bytes), one after the other, K's first, head
+    by head, tokens in order: as :func:`copy_out` gives them for uint8. Only for formats without scales."""
+    assert not layout.format.quantised, "scales do not lie behind their rows"
+    start = memory.data_ptr() + layer * layout.layer_bytes
+    places = stretches(layout, bases, first, last)
+    flat: list[int] = []
+    v_start = start + layout.k_heads * layout.k_run_bytes
+    for side, heads, run, row in (
+        (start, layout.k_heads, layout.k_run_bytes, layout.k_row_bytes),
+        (v_start, layout.v_heads, layout.v_run_bytes, layout.v_row_bytes),
+    ):
+        for head in range(heads if row else 0):
+            for at in range(0, len(places), 3):
+                base, slot, count = places[at : at + 3]
+                flat += (side + base + head * run + slot * row, count * row)
+    return flat
+
+
 def describe(
     layout: KVLayout, bases: Bases, *, first: int, last: int, position: int, group0: int
 ) -> Segments:

@@ -92,9 +92,9 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def _rows_to_stored(rows: Tensor, format: KVFormat) -> Tensor:
-    payload, scales = quantise(rows, format)
     if not format.quantised:
-        return payload
+        return (rows if rows.stride(-1) == 1 else rows.contiguous()).view(torch.uint8)
+    payload, scales = quantise(rows, format)
     return torch.cat((payload, scales.view(torch.uint8)), dim=-1)
 
 

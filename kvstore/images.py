@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from farshore.kernels.base import KVLayout
-from farshore.kvstore.blocks import Bases, stretches
+from farshore.kvstore.blocks import Bases, native_for, stretches
 
 PART_BYTES = 1 << 20
 """Stays in a core's own cache between the passes over it: copy, checksum, XOR."""
@@ -65,7 +65,11 @@ def restore(memory: Tensor, layout: KVLayout, bases: Bases, part: Part, image: T
     """Writes an image to the tokens it is of, of a range that begins at token 0."""
     whole = _whole(memory, layout, bases, part, 0)
     if whole is not None:
-        whole.copy_(image)
+        native = native_for(memory)
+        if native is None or image.device != memory.device:
+            whole.copy_(image)
+        else:  # In this thread: PyTorch would wake its others for it, and wait for them.
+            native.stream(whole.data_ptr(), image.data_ptr(), image.numel())
         return
     for block, slots in _blocks(memory, layout, bases, part, 0):
         for stored, given in zip(block, fields(image, part_layout(layout, part)), strict=True):

@@ -111,25 +111,28 @@ def _xor(streams: Sequence[Iterator[Piece]], header: Header) -> Iterator[Piece]:
     room = torch.empty(0, dtype=torch.uint8)
     for part in cut(header.layout, header.tokens):
         shape = part_layout(header.layout, part)
-        pieces = [piece for piece in (next(stream, None) for stream in streams) if piece is not None]
         if room.numel() < shape.block_bytes:
-            room = torch.empty(shape.block_bytes, dtype=torch.uint8, device=pieces[0].image.device)
-        total = room[: shape.block_bytes].zero_()
-        for piece in pieces:
-            _fold(total, shape, piece)
+            room = torch.empty(shape.block_bytes, dtype=torch.uint8)
+        total = room[: shape.block_bytes]
+        # In this thread, as the XOR itself: PyTorch would wake its others for it, and wait for them.
+        total.numpy().fill(0)
+        for stream in streams:
+            piece = next(stream, None)
+            if piece is not None:
+                _fold(total, shape, piece)
         yield Piece(replace(header, part=part), total)
 
 
 def _fold(total: Tensor, shape: KVLayout, piece: Piece) -> None:
     """XORs the tokens that both have into ``total``."""
-    theirs = part_layout(piece.header.layout, piece.header.part)
+    theirs, image = part_layout(piece.header.layout, piece.header.part), piece.image.cpu()
     if theirs != shape:
         tokens = min(theirs.block_tokens, shape.block_tokens)
-        for mine, other in zip(fields(total, shape), fields(piece.image, theirs), strict=True):
+        for mine, other in zip(fields(total, shape), fields(image, theirs), strict=True):
             mine[:, :, :tokens] ^= other[:, :, :tokens]
         return
     native = native_for(total)
     if native is None:
-        total ^= piece.image
+        total ^= image
     else:
-        native.xor(total.data_ptr(), piece.image.data_ptr(), shape.block_bytes)
+        native.xor(total.data_ptr(), image.data_ptr(), shape.block_bytes)

@@ -185,6 +185,15 @@ class LocalStore:
             raise
         return span
 
+    @contextmanager
+    def stored_runs(self, span: SpanId, layer: int, first: int, last: int) -> Iterator[list[int]]:
+        """Where sealed tokens lie, for a transport that sends them from there: see
+        :func:`farshore.kvstore.blocks.runs`. They stay for as long as the context lasts."""
+        with self._pinned(span) as it:
+            check_sealed(span, it, first, last)
+            forms.check_layer(it.layout, layer)
+            yield blocks.runs(self.memory, it.layout, it.bases, layer=layer, first=first, last=last)
+
     def layout(self, span: SpanId) -> KVLayout:
         """The shape of one span's blocks: what a transport needs to give raw bytes their shape."""
         with self._lock:

@@ -103,7 +103,7 @@ class Piece(NamedTuple):
 def chunks(pieces: Iterable[Piece]) -> Iterator[Chunk]:
     """Each piece as a chunk with bytes of its own."""
     for piece in pieces:
-        header, payload = piece.header.pack(), as_bytes(piece.image.clone())
+        header, payload = piece.header.pack(), memoryview(piece.image.cpu().numpy().copy())
         yield Chunk(header=header, payload=payload, checksum=_checksum(header, payload))
 
 

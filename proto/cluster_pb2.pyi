@@ -91,10 +91,12 @@ class SequenceEvent(_message.Message):
     def __init__(self, prefill: _Optional[_Union[_inference_pb2.PrefillProgress, _Mapping]] = ..., token: _Optional[_Union[SampledToken, _Mapping]] = ..., finished: _Optional[_Union[SequenceFinished, _Mapping]] = ...) -> None: ...
 
 class CancelSequence(_message.Message):
-    __slots__ = ("sequence_id",)
+    __slots__ = ("sequence_id", "choice")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
-    def __init__(self, sequence_id: _Optional[str] = ...) -> None: ...
+    choice: int
+    def __init__(self, sequence_id: _Optional[str] = ..., choice: _Optional[int] = ...) -> None: ...
 
 class CancelSequenceReply(_message.Message):
     __slots__ = ()

@@ -1,6 +1,8 @@
 """What the tests of several floors share: the demo model as transformers runs it, prompts, gRPC shards."""
 
+import importlib.util
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,6 +95,17 @@ def prompts(tokenizer):
         "near a hand-off": story_ids[:750],
         "long": story_ids[:LONG_TEXT_TOKENS],
     }
+
+
+@pytest.fixture
+def sanitiser(tmp_path_factory):
+    """A Sanitiser; see sanitiser.py, which is loaded by its path: test folders are no packages."""
+    spec = importlib.util.spec_from_file_location(
+        "farshore_sanitiser", Path(__file__).with_name("sanitiser.py")
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.sanitiser_in(tmp_path_factory.mktemp("sanitised"))
 
 
 class Shard:

@@ -162,11 +162,12 @@ class Engine:
             with self._wake:
                 self._claiming.discard(sequence)
 
-    def cancel(self, sequence: SequenceId) -> None:
-        """End all of a request within one step. Unknown ids are ignored."""
+    def cancel(self, sequence: SequenceId, *, choice: int | None = None) -> None:
+        """End all of a request, or one of its completions, within one step. Unknown ids are ignored."""
         with self._wake:
             for it in self._known.get(sequence, ()):
-                it.cancelled.set()
+                if choice is None or choice == it.choice:
+                    it.cancelled.set()
             self._wake.notify_all()
 
     def load(self) -> tuple[int, int]:
@@ -184,8 +185,7 @@ class Engine:
             known = [sequence for sequences in self._known.values() for sequence in sequences]
         views = []
         for it in known:
-            tail = it.tail
-            if tail is not None:
+            if (tail := it.tail) is not None:
                 spans = tuple((s.worker, s.first, s.last, s.group0, s.group1) for s in list(it.spans))
                 views.append(
                     SequenceView(
@@ -289,14 +289,15 @@ class Engine:
             choices.append(child)
             with self._wake:
                 self._known[sequence.id].append(child)
+                if sequence.cancelled.is_set():
+                    child.cancelled.set()
         sequence.forked = True
         for it in choices:
             if self._limits.speculate_tokens:
                 it.lookup = Lookup(self._limits.speculate_tokens)
             self._running.append(it)
         for it in choices:
-            turn = Turn(it, [], [decode.draw_one(it, logits)])
-            self._emit(turn)
+            self._emit(Turn(it, [], [decode.draw_one(it, logits)]))
 
     def _decode(self) -> None:
         """A token or more for every running sequence."""
@@ -368,8 +369,7 @@ class Engine:
         if not self._forget(sequence):
             return
         for choice in range(sequence.choice, sequence.choice + sequence.completions):
-            attended = dict(sequence.attended_bytes)
-            sequence.emit(Finished(reason, sequence.queued_s, attended, choice))
+            sequence.emit(Finished(reason, sequence.queued_s, dict(sequence.attended_bytes), choice))
 
     def _fail(self, sequence: Sequence, error: FarshoreError) -> None:
         """All of its request ends."""

@@ -72,7 +72,8 @@ class EngineService(pb_grpc.EngineServicer):
             self._release(sequence)
 
     def Cancel(self, request: pb.CancelSequence, context: grpc.ServicerContext) -> pb.CancelSequenceReply:
-        self._engine.cancel(SequenceId(request.sequence_id))
+        choice = request.choice if request.HasField("choice") else None
+        self._engine.cancel(SequenceId(request.sequence_id), choice=choice)
         return pb.CancelSequenceReply()
 
     def Status(self, request: pb.EngineStatusRequest, context: grpc.ServicerContext) -> pb.EngineStatus:

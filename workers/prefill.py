@@ -51,7 +51,8 @@ class Segment:
     """Positions ``first .. last`` of a sequence's prompt on their way through the layers.
 
     Run every one of :meth:`units`, then seal: only then are they committed. To give up half way,
-    :meth:`close` it, and begin anew. ``helper`` needs two threads; ``wants_logits``: of the last position.
+    :meth:`close` it, and begin anew. ``helper`` needs two threads; ``logits_of``: how many positions at its
+    end logits are wanted of.
     """
 
     def __init__(
@@ -64,18 +65,18 @@ class Segment:
         attention: AttentionModel,
         peers: Mapping[WorkerId, Peer],
         helper: ThreadPoolExecutor,
-        wants_logits: bool,
+        logits_of: int,
     ) -> None:
         self.sequence = sequence
         self.first, self.last = first, last
         self.logits: Tensor | None = None
-        """f32[vocab], once all units have run, if wanted."""
+        """f32[logits_of, vocab], once all units have run, if wanted."""
         self.layers_done = 0
         self._model = model
         self._attention = attention
         self._peers = peers
         self._helper = helper
-        self._wants_logits = wants_logits
+        self._logits_of = logits_of
         self._layout = layout = attention.layouts[0]
         self._spec = spec = attention.specs[0]
         self._kernels = implementation(model.device, model.dtype)
@@ -128,7 +129,7 @@ class Segment:
                 yield partial(self._finish, layer, index, part)
             yield partial(self._end_writing, layer)
             self.layers_done = layer + 1
-        if self._wants_logits:
+        if self._logits_of:
             yield self._to_logits
 
     def close(self) -> None:
@@ -141,13 +142,14 @@ class Segment:
 
     def _attending(self, layer: int) -> list[tuple[int, slice]]:
         """Which rows of which chunks go through attention: behind the last layer's k and v there is nobody
-        but the row that logits are wanted of."""
-        if layer + 1 < self._model.config.layers:
-            return [(index, slice(0, c.stop - c.start)) for index, c in enumerate(self._chunks)]
-        if not self._wants_logits:
-            return []
-        last = self._chunks[-1]
-        return [(len(self._chunks) - 1, slice(last.stop - last.start - 1, last.stop - last.start))]
+        but the rows that logits are wanted of."""
+        last_layer = layer + 1 == self._model.config.layers
+        wanted = self.last - self.first - self._logits_of if last_layer else 0
+        return [
+            (index, slice(max(0, wanted - c.start), c.stop - c.start))
+            for index, c in enumerate(self._chunks)
+            if c.stop > wanted
+        ]
 
     def _project(self, layer: int, index: int) -> None:
         chunk = self._chunks[index]
@@ -255,7 +257,8 @@ class Segment:
                 write(store, span, layer, a, k[:, tokens], v[:, tokens], self._layout, self.sequence.epoch)
 
     def _to_logits(self) -> None:
-        self.logits = self._model.logits(self._h[-1][-1:])[0]
+        rows = self._attending(self._model.config.layers - 1)
+        self.logits = self._model.logits(torch.cat([self._h[index] for index, _ in rows]))
 
 
 def _pieces(sequence: Sequence, until: int) -> list[_Piece]:

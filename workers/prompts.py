@@ -94,7 +94,8 @@ class Prompts:
         self._tell(sequence, segment.last)
         if segment.logits is not None:
             self._queue.remove(sequence)
-        return segment.logits
+            return segment.logits[-1]
+        return None
 
     def close(self) -> None:
         self._helper.shutdown(wait=True)
@@ -113,7 +114,7 @@ class Prompts:
             attention=self._attention,
             peers=self._peers,
             helper=self._helper,
-            wants_logits=last == sequence.prompt_tokens,
+            logits_of=int(last == sequence.prompt_tokens),
         )
         self._units = self._segment.units()
         self._told_s = self._clock()

@@ -174,6 +174,7 @@ class Sequence:
             tail=None,
             refused_by=set(),
             attended_bytes=defaultdict(int),
+            cancelled=threading.Event(),
         )
 
     def finish_reason(self) -> Reason | None:

@@ -8,8 +8,8 @@
 #include <memory>
 #include <stdexcept>
 
+#include "bulk.h"
 #include "copy.h"
-#include "xor.h"
 
 using namespace farshore::kv;
 
@@ -146,7 +146,8 @@ PyObject* run_append(PyObject*, PyObject* const* args, Py_ssize_t count) {
     });
 }
 
-PyObject* run_xor(PyObject*, PyObject* const* args, Py_ssize_t count) {
+template <class Work>
+PyObject* on_range(PyObject* const* args, Py_ssize_t count, Work work) {
     return guarded([&]() -> PyObject* {
         Arguments a{args, args + count};
         uint8_t* const to = a.pointer();
@@ -154,9 +155,18 @@ PyObject* run_xor(PyObject*, PyObject* const* args, Py_ssize_t count) {
         const int64_t bytes = a.integer();
         {
             WithoutGil released;
-            exclusive_or(to, from, bytes);
+            work(to, from, bytes);
         }
         Py_RETURN_NONE;
+    });
+}
+
+PyObject* run_xor(PyObject*, PyObject* const* args, Py_ssize_t count) { return on_range(args, count, exclusive_or); }
+
+PyObject* run_stream(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    return on_range(args, count, [](uint8_t* to, const uint8_t* from, int64_t bytes) {
+        stream_copy(to, from, bytes);
+        fence();
     });
 }
 
@@ -171,6 +181,7 @@ PyMethodDef methods[] = {
     method("batch", make_batch, "Where a step's rows go; returns a capsule."),
     method("append", run_append, "append(batch, layer, k, v); None, or the tail that refuses it."),
     method("xor", run_xor, "xor(to, from, bytes)"),
+    method("stream", run_stream, "stream(to, from, bytes): a copy past the caches"),
     {nullptr, nullptr, 0, nullptr},
 };
 

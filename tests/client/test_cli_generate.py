@@ -172,6 +172,41 @@ def test_gateway_errors_are_one_line(run, farshore):
     assert done.err.count("\n") == 1 and "'smollm2'" in done.err
 
 
+def test_a_long_prompt_shows_how_far_it_is(run, farshore, monkeypatch):
+    """On a terminal, in one line that is gone when the answer begins."""
+
+    read = threading.Event()
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+        def write(self, text):
+            if "1500 of 1500" in text:
+                read.set()
+            return super().write(text)
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+
+    def feed():
+        sequence = farshore.engine.next_sequence()
+        for done in (512, 1024, 1500):
+            sequence.prefill(done, 1500)
+        assert read.wait(30)
+        sequence.tokens(7)
+        sequence.finish()
+
+    feeding = threading.Thread(target=feed)
+    feeding.start()
+    assert run("generate", "Hi", "--server", farshore.address).code == 0
+    feeding.join(30)
+    clear = "\r\x1b[2K"
+    shown = terminal.getvalue().split(clear)
+    # A reader that is slower than the engine skips lines: only the newest counts.
+    assert shown[-2:] == ["reading the prompt: 1500 of 1500 tokens", ""]
+
+
 def test_starts_a_cluster_for_one_call(run, farshore, cluster, nothing_listens, answer):
     cluster.address = farshore.address
     done = run("generate", "Hi", "--attention-workers", "3", "--kv-memory", "64MiB", "--dtype", "float32")

@@ -81,6 +81,7 @@ class FakeEngine(cluster_pb2_grpc.EngineServicer, cluster_pb2_grpc.ControllerSer
         self._live = {}
         self.auto = None
         self.ignores_cancel = False
+        self.cancelled = []  # (sequence id, choice or None)
         self.status = api.ClusterStatusReply(model="smollm2", dtype="bfloat16")
 
     def next_sequence(self):
@@ -108,10 +109,12 @@ class FakeEngine(cluster_pb2_grpc.EngineServicer, cluster_pb2_grpc.ControllerSer
             sequence.ended.set()
 
     async def Cancel(self, request, context):
+        choice = request.choice if request.HasField("choice") else None
+        self.cancelled.append((request.sequence_id, choice))
         sequence = self._live.get(request.sequence_id)
         if sequence is not None and not self.ignores_cancel:
-            for choice in range(sequence.request.n):
-                sequence.finish(api.FINISH_REASON_CANCELLED, choice=choice)
+            for each in range(sequence.request.n) if choice is None else [choice]:
+                sequence.finish(api.FINISH_REASON_CANCELLED, choice=each)
         return cluster_pb2.CancelSequenceReply()
 
     async def Status(self, request, context):

@@ -88,6 +88,7 @@ def test_a_stop_string_in_one_choice_leaves_the_others_alone(farshore, harness, 
     events = list(call)
     assert [harness.text_of(events, choice) for choice in (0, 1)] == ["A nice ", "A nice night "]
     assert [it.reason for it in events[-1].finished.choices] == [api.FINISH_REASON_STOP] * 2
+    assert farshore.engine.cancelled == [(sequence.request.sequence_id, choice) for choice in (0, 1)]
 
 
 @pytest.mark.parametrize("reason", [api.FINISH_REASON_LENGTH, api.FINISH_REASON_CANCELLED])
