@@ -20,6 +20,9 @@ from farshore.kernels.cpu.packed import Packed
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """What weights and rows may be, and their numbers in ``native/plan.h``."""
 
+ASLEEP_US, AWAKE_US = 20, 200
+"""How long threads wait awake: as ``SPIN_US`` in ``native/pool.h``, and where that is too little."""
+
 FEW_ROWS = 12
 """Up to these a call runs at memory speed; their number does not change a row's bits."""
 
@@ -110,6 +113,12 @@ def head(*, norm: Tensor, vocabulary: Linear, eps: float, threads: int) -> Head:
     linear = _linear(vocabulary, (vocab, hidden), dtype)
     native = _native.dense_head(DTYPES[dtype], threads, eps, norm.data_ptr(), *linear)
     return Head(native, (norm, *vocabulary), dtype, hidden, vocab)
+
+
+def expect_calls(*, soon: bool) -> None:
+    """Whether the calls to come follow each other closely, with a core for every thread: these then wait for
+    the next one awake, up to ``AWAKE_US``. For the whole process."""
+    _native.wait_awake(AWAKE_US if soon else ASLEEP_US)
 
 
 def attention_input(layer: Layer, h: Tensor) -> Tensor:

@@ -7,6 +7,7 @@
 
 #include "blocks.h"
 #include "dense.h"
+#include "pool.h"
 
 using namespace farshore;
 
@@ -176,6 +177,14 @@ PyObject* run_logits(PyObject*, PyObject* const* args, Py_ssize_t count) {
     });
 }
 
+PyObject* run_wait_awake(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    return guarded([&]() -> PyObject* {
+        Arguments a{args, args + count};
+        wait_awake(a.small());
+        Py_RETURN_NONE;
+    });
+}
+
 // Rows of a table by number: an embedding.
 PyObject* gather(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return guarded([&]() -> PyObject* {
@@ -239,6 +248,7 @@ PyMethodDef farshore::dense_methods[] = {
     method("dense_project", run_project, "dense_project(layer, rows, h, positions, q, k, v)"),
     method("dense_finish", run_finish, "dense_finish(layer, rows, h, o, out)"),
     method("dense_logits", run_logits, "dense_logits(head, rows, h, out)"),
+    method("wait_awake", run_wait_awake, "wait_awake(microseconds): how long threads wait before they sleep."),
     method("dense_gather", gather, "dense_gather(table, table_rows, row_bytes, ids, rows, out)"),
     method("dense_unpack", unpack, "dense_unpack(storage, from, rows, blocks, format, to, threads)"),
     method("dense_pack", pack, "dense_pack(storage, from, rows, blocks, to, threads)"),
