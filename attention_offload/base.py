@@ -65,6 +65,10 @@ class Peer(Protocol):
         Valid until the next wait. In the memory of ``out`` where given: rows may lie apart in it, the heads
         of a row may not."""
 
+    def twin(self) -> "Peer":
+        """A second connection to the same shard, for a step beside this one's. Always the same; closed with
+        this one."""
+
     def close(self) -> None: ...
 
 

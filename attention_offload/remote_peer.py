@@ -50,6 +50,8 @@ class RemotePeer:
         self._dtype = dtype
         self._lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._frame_deadline_s = frame_deadline_s
+        self._transports = tuple(transports)
+        self._twin: RemotePeer | None = None
         self._channel = grpc.insecure_channel(address, options=OPTIONS)
         self._stub = pb_grpc.AttentionStub(self._channel)
         self._stream: HotStream | None = None
@@ -123,7 +125,20 @@ class RemotePeer:
         self._unanswered -= 1
         return out
 
+    def twin(self) -> "RemotePeer":
+        if self._twin is None:
+            self._twin = RemotePeer(
+                self._address,
+                self._model,
+                self._dtype,
+                frame_deadline_s=self._frame_deadline_s,
+                transports=self._transports,
+            )
+        return self._twin
+
     def close(self) -> None:
+        if self._twin is not None:
+            self._twin.close()
         self._reset()
         self.store.close()
         self._channel.close()

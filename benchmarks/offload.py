@@ -36,14 +36,14 @@ def run(
     if not parts:
         raise InvalidRequest(f"no part {only!r}: choose a part of {'; '.join(name for name, _ in _parts())}")
     rates = machine.measure(facts, sizes.machine, progress=progress)
-    at = Setting(load, facts, sizes)
     results: list[Result] = []
     bars: list[Bar] = []
-    for name, measure in parts.items():
-        progress(name)
-        measured, held = measure(at)
-        results += measured
-        bars += held
+    with Setting(load, facts, sizes) as at:
+        for name, measure in parts.items():
+            progress(name)
+            measured, held = measure(at)
+            results += measured
+            bars += held
     return Report({**asdict(facts), **asdict(rates)}, tuple(results), tuple(bars))
 
 
@@ -73,8 +73,7 @@ def _hop(at: Setting, *, transport: Transport) -> Measured:
 
 def _bulk(at: Setting, *, transport: Transport) -> Measured:
     name = f"bulk, {transport}"
-    with offload_hop.shard_process(threads=at.machine.threads) as address:
-        rates = offload_hop.bulk_rates(address, transport, rounds=at.sizes.bulk_rounds)
+    rates = offload_hop.bulk_rates(at.address, transport, rounds=at.sizes.bulk_rounds)
     layer_bytes = offload_hop.BULK_TOKENS * offload_hop.bulk_layout().layer_token_bytes
     results, bars = [], []
     for direction, rates_bps, raw_bps, over_raw in (
@@ -98,10 +97,9 @@ def _bulk(at: Setting, *, transport: Transport) -> Measured:
 def _hop_during_bulk(at: Setting, *, transport: Transport) -> Measured:
     name = f"hop during bulk, {transport}"
     measure = partial(offload_hop.hop_times_s, transport=transport, calls=at.sizes.hop_calls, think_s=THINK_S)
-    with offload_hop.shard_process(threads=1) as address:
-        idle = measure(address)
-        with offload_hop.bulk_load(address, transport):
-            busy = measure(address)
+    idle = measure(at.address)
+    with offload_hop.bulk_load(at.address, transport):
+        busy = measure(at.address)
     idle_p99, busy_p99 = (offload_hop.percentile(times, 99) for times in (idle, busy))
     figures = {
         "p99_us": busy_p99 * 1e6,

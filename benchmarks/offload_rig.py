@@ -3,26 +3,47 @@
 The KV is random: no time of a step depends on its values. Must not know what is compared with what.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import count, pairwise
 
+import grpc
 import torch
 from torch import Tensor
 
+from farshore.attention_offload import codec
 from farshore.attention_offload.base import AttentionModel
 from farshore.attention_offload.fanout import Fanout
 from farshore.attention_offload.plan import Read, StepPlan
+from farshore.benchmarks.delay import proxy
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kernels.base import BLOCK_TOKENS, KVLayout
 from farshore.kvstore.arena import Arena
 from farshore.kvstore.base import ShardStore, SpanKey
 from farshore.kvstore.tail import Tail
 from farshore.models.llama import Llama
+from farshore.proto import attention_pb2 as pb
+from farshore.proto import attention_pb2_grpc as pb_grpc
 from farshore.workers.step import run_step
 
 EPOCH = Epoch(1)
 TAIL_TOKENS = BLOCK_TOKENS // 2
 """Complete in a tail: half of what it holds before it is handed off."""
+
+NEAR, FAR = "127.0.0.1", "127.0.0.2"
+"""Two addresses of this host: workers listen at one, the delaying proxy at the other."""
+CALL_DEADLINE_S = 10.0
+
+
+@contextmanager
+def delayed(address: str, attention: AttentionModel, dtype: torch.dtype, delay_s: float) -> Iterator[str]:
+    """The address of the worker at ``address``, on ``NEAR``, as seen from ``delay_s`` away."""
+    port = int(address.rpartition(":")[2])
+    with grpc.insecure_channel(address) as channel:
+        request = pb.ConnectRequest(open=codec.model_to_pb(attention, dtype))
+        offer = pb_grpc.AttentionStub(channel).Connect(request, timeout=CALL_DEADLINE_S)
+    with proxy(listen=FAR, target=NEAR, ports=[port, offer.tcp_port], delay_s=delay_s):
+        yield f"{FAR}:{port}"
 
 
 class Ground:

@@ -4,6 +4,7 @@ Made by ``offload``. Must not know the bars.
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -18,6 +19,7 @@ from farshore.models.gguf_file import GgufFile
 from farshore.models.llama import Llama
 from farshore.models.source import DEMO, resolve
 from farshore.models.weights import load_model
+from farshore.workers.stagger import TRIAL_STEPS
 
 LoadModel = Callable[[int], Llama]
 """A model that ``threads`` threads serve."""
@@ -38,19 +40,28 @@ class Sizes:
     rounds: int = ROUNDS
     staggered_rounds: int = 7
     """A step of 16 sequences takes half a second on two cores."""
+    settling_steps: int = 6 * TRIAL_STEPS
     hop_calls: int = 2000
     bulk_rounds: int = 10
 
 
 class Setting:
-    """One run of the benchmark."""
+    """One run of the benchmark; a context, for the process that it may start."""
 
     def __init__(self, load: LoadModel, machine: Facts, sizes: Sizes) -> None:
         self.machine = machine
         self.sizes = sizes
         self._load = load
         self._models: dict[int, Llama] = {}
+        self._processes = ExitStack()
+        self._address: str | None = None
         self._hop_times_s: dict[Transport, tuple[float, ...]] = {}
+
+    def __enter__(self) -> "Setting":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._processes.close()
 
     def model(self, threads: int) -> Llama:
         """Also sets PyTorch's threads."""
@@ -59,13 +70,19 @@ class Setting:
             self._models[threads] = self._load(threads)
         return self._models[threads]
 
+    @property
+    def address(self) -> str:
+        """Of an attention worker that hops and bulk KV are measured with."""
+        if self._address is None:
+            self._address = self._processes.enter_context(offload_hop.shard_process(threads=1))
+        return self._address
+
     def hop_times_s(self, transport: Transport) -> tuple[float, ...]:
         """16 KiB each way, one after the other; measured once a run."""
         if transport not in self._hop_times_s:
-            with offload_hop.shard_process(threads=1) as address:
-                self._hop_times_s[transport] = offload_hop.hop_times_s(
-                    address, transport, calls=self.sizes.hop_calls
-                )
+            self._hop_times_s[transport] = offload_hop.hop_times_s(
+                self.address, transport, calls=self.sizes.hop_calls
+            )
         return self._hop_times_s[transport]
 
 

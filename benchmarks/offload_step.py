@@ -9,20 +9,17 @@ on it: the scheduler puts two threads that one wakes on one core, and leaves the
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from statistics import median
 
-import grpc
-
-from farshore.attention_offload import codec
 from farshore.attention_offload.base import AttentionModel
 from farshore.attention_offload.fanout import Fanout
 from farshore.attention_offload.frames import REMOTE, Transport
 from farshore.attention_offload.in_process import InProcessPeer
 from farshore.attention_offload.remote_peer import RemotePeer
 from farshore.benchmarks import offload_hop
-from farshore.benchmarks.delay import proxy
-from farshore.benchmarks.offload_rig import Ground
+from farshore.benchmarks.offload_rig import Ground, delayed
 from farshore.benchmarks.offload_setting import Setting
 from farshore.benchmarks.report import Bar, Result
 from farshore.benchmarks.timing import Timing, interleave
@@ -31,17 +28,13 @@ from farshore.kernels.base import BLOCK_TOKENS
 from farshore.kvstore.arena import Arena
 from farshore.kvstore.store import LocalStore
 from farshore.models.llama import Llama
-from farshore.proto import attention_pb2 as pb
-from farshore.proto import attention_pb2_grpc as pb_grpc
 from farshore.workers.attention_model import attention_model
+from farshore.workers.stagger import TRIAL_STEPS, Stagger
 
 MOST_TIMES_LOCAL = 1.10
 MOST_TIMES_HOPS = 1.2
 MOST_TIMES_MODEL = 1.2
 LEAST_GAIN = 1.2
-
-NEAR, FAR = "127.0.0.1", "127.0.0.2"
-"""Two addresses of this host: workers listen at one, the delaying proxy at the other."""
 
 _ENGINE = WorkerId("engine")
 
@@ -108,7 +101,7 @@ def staggered(at: Setting) -> Measured:
     attention = attention_model(model.config, model.dtype)
     with (
         _worker(attention, sizes.sequences, sizes.context_tokens, cores=worker_cores) as address,
-        _delayed(address, attention, model, sizes.delay_s) as far_address,
+        delayed(address, attention, model.dtype, sizes.delay_s) as far_address,
         _peers([address], model, attention, Transport.TCP) as near,
         _peers([far_address], model, attention, Transport.TCP) as far,
         _on(own_cores),
@@ -131,7 +124,20 @@ def staggered(at: Setting) -> Measured:
                 f"step {n}": partial(ground.step, there, micro_batches=n),
             }
         timings = interleave(candidates, rounds=sizes.staggered_rounds, warm_up=1)
-    return _held_against_model(timings, layers=model.config.layers, delay_s=sizes.delay_s)
+        chosen = _chosen(ground, there, sizes.sequences, steps=sizes.settling_steps)
+    results, bars = _held_against_model(timings, layers=model.config.layers, delay_s=sizes.delay_s)
+    return [replace(it, figures={**it.figures, "engine_chose": chosen}) for it in results], bars
+
+
+def _chosen(ground: Ground, shards: Fanout, rows: int, *, steps: int) -> int:
+    """What the engine itself, which measures nothing but its steps, settles on."""
+    stagger = Stagger(lambda: shards.waited_s)
+    ran = []
+    for _ in range(steps):
+        with stagger.step(rows) as n:
+            ground.step(shards, micro_batches=n)
+        ran.append(n)
+    return max(set(ran[-TRIAL_STEPS * 2 :]), key=ran.count)
 
 
 def _held_against_model(timings: Mapping[str, Timing], *, layers: int, delay_s: float) -> Measured:
@@ -207,14 +213,3 @@ def _peers(
     finally:
         for peer in peers.values():
             peer.close()
-
-
-@contextmanager
-def _delayed(address: str, attention: AttentionModel, model: Llama, delay_s: float) -> Iterator[str]:
-    """The address of the worker at ``address`` as seen from far away."""
-    port = int(address.rpartition(":")[2])
-    with grpc.insecure_channel(address) as channel:
-        request = pb.ConnectRequest(open=codec.model_to_pb(attention, model.dtype))
-        frames_port = pb_grpc.AttentionStub(channel).Connect(request, timeout=5.0).tcp_port
-    with proxy(listen=FAR, target=NEAR, ports=[port, frames_port], delay_s=delay_s):
-        yield f"{FAR}:{port}"

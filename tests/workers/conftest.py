@@ -58,11 +58,17 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tiny, tmp_path_factory):
-    """Our own model of the same weights."""
+def tiny_folder(tiny, tmp_path_factory):
+    """Its files."""
     folder = tmp_path_factory.mktemp("tiny")
     tiny.save_pretrained(folder)
-    model = load_model(resolve(str(folder)), dtype=torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_folder):
+    """Our own model of the same weights."""
+    model = load_model(resolve(str(tiny_folder)), dtype=torch.float32)
     assert isinstance(model, Llama) and isinstance(model.config, ModelConfig)
     return model
 
