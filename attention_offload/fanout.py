@@ -115,7 +115,11 @@ class Fanout:
 
     def travels(self, micro_batch: int) -> bool:
         """Whether a micro-batch's q goes to another process, and so should go early."""
-        return any(cut.peer.transport is not Transport.IN_PROCESS for cut in self._cuts[micro_batch])
+        return any(
+            lane.peer.transport is not Transport.IN_PROCESS
+            for lane in self._lanes
+            if lane.rows[micro_batch] is not None
+        )
 
     def send(self, layer: int, micro_batch: int, q: Tensor) -> Pending:
         """q ``[rows of the micro-batch, q_heads, k_dim]``; it must stay as it is until :meth:`wait`."""
