@@ -51,6 +51,8 @@ class _Lane:
     step: ShardStep
     rows: list[Index | None]
     """By micro-batch: which of its rows the shard sees; None: none."""
+    sees_all: list[bool]
+    """By micro-batch: every row and every head of it, so that nothing is cut out of q."""
 
 
 @dataclass(slots=True, eq=False)
@@ -80,6 +82,7 @@ class Fanout:
         self._peers = peers
         self._model = model
         self._micro_batches: Sequence[range] = ()
+        self._groups = 0
         self._lanes: list[_Lane] = []
         self._used: list[Peer] = []
         self._under_way: list[Pending] = []
@@ -102,6 +105,7 @@ class Fanout:
         if self._steps % LOOK_EVERY_STEPS == 0:
             self._slow.look(self.links())
         self._micro_batches = micro_batches
+        self._groups = plan.groups
         self._under_way.clear()
         self._places.clear()
         self._lanes.clear()
@@ -113,12 +117,20 @@ class Fanout:
             for at, part in (avoided or {worker: step}).items():
                 self._lanes += self._begun(at, part)
 
+    def travels(self, micro_batch: int) -> bool:
+        """Whether a micro-batch's q goes to another process, and so should go early."""
+        return any(
+            lane.peer.transport is not Transport.IN_PROCESS
+            for lane in self._lanes
+            if lane.rows[micro_batch] is not None
+        )
+
     def send(self, layer: int, micro_batch: int, q: Tensor) -> Pending:
         """q ``[rows of the micro-batch, q_heads, k_dim]``; it must stay as it is until :meth:`wait`."""
         pending = Pending(layer, micro_batch, q, perf_counter(), {})
         self._under_way.append(pending)
-        for lane in tuple(self._lanes):
-            if lane.rows[micro_batch] is not None and lane in self._lanes:
+        for lane in tuple(self._lanes):  # as they are now: who takes another's place catches up by itself
+            if lane.rows[micro_batch] is not None:
                 try:
                     self._send(pending, lane)
                 except _LOST as error:
@@ -130,16 +142,21 @@ class Fanout:
         where a shard had nothing to read. In the same memory for every layer of a class in a step."""
         self._receive(pending)
         self._under_way.remove(pending)
-        places = [self._place(lane, pending) for lane in self._lanes if lane in pending.sent]
-        for place in places:
-            if place.scattered is not None:
-                place.whole.o[place.scattered] = place.answer.o
-                place.whole.lse[place.scattered] = place.answer.lse
-        return [place.whole for place in places]
+        states = []
+        for lane in self._lanes:
+            if lane in pending.sent:
+                whole, answer, scattered = self._place(lane, pending)
+                if scattered is not None:
+                    whole.o[scattered] = answer.o
+                    whole.lse[scattered] = answer.lse
+                states.append(whole)
+        return states
 
     def _send(self, pending: Pending, lane: _Lane) -> None:
-        part = pending.q[lane.rows[pending.micro_batch], self._heads(lane, pending.layer)]
-        pending.sent[lane] = lane.peer.send(pending.layer, pending.micro_batch, part)
+        layer, micro_batch, part = pending.layer, pending.micro_batch, pending.q
+        if not lane.sees_all[micro_batch]:
+            part = part[lane.rows[micro_batch], self._heads(lane, layer)]
+        pending.sent[lane] = lane.peer.send(layer, micro_batch, part)
 
     def _receive(self, pending: Pending) -> None:
         remote = []
@@ -181,7 +198,12 @@ class Fanout:
         rows: list[Index | None] = []
         for mine, batch in zip(step.micro_batches, self._micro_batches, strict=True):
             rows.append(_index([step.rows[row] - batch.start for row in mine]) if mine else None)
-        lane = _Lane(worker, peer, self._records[worker], step, rows)
+        all_heads = step.group1 - step.group0 == self._groups
+        sees_all = [
+            all_heads and len(mine) == len(batch)
+            for mine, batch in zip(step.micro_batches, self._micro_batches, strict=True)
+        ]
+        lane = _Lane(worker, peer, self._records[worker], step, rows, sees_all)
         try:
             peer.begin(step)
         except _LOST as error:

@@ -11,7 +11,7 @@ from statistics import median
 
 from farshore.attention_offload.frames import REMOTE, Transport
 from farshore.benchmarks import machine, offload_hop, offload_step
-from farshore.benchmarks.offload_setting import LoadModel, Setting, Sizes
+from farshore.benchmarks.offload_setting import LAYER_DENSE_S, LoadModel, Setting, Sizes
 from farshore.benchmarks.report import Bar, Report, Result
 from farshore.benchmarks.timing import Timing
 from farshore.errors import InvalidRequest
@@ -20,10 +20,6 @@ MOST_HOP_US = {Transport.SHARED_MEMORY: 40.0, Transport.TCP: 80.0, Transport.GRP
 LEAST_OF_RAW_PERCENT = 70.0
 LEAST_GRPC_GBPS = 0.6
 MOST_TIMES_IDLE = 3.0
-
-THINK_S = 500e-6
-"""Between an answer and the next frame where a hop is measured beside bulk KV: a layer's dense time. The
-shard has gone to sleep then, which is what bulk transfers could make worse."""
 
 Measured = tuple[list[Result], list[Bar]]
 
@@ -64,6 +60,7 @@ def _hop(at: Setting, *, transport: Transport) -> Measured:
     p50_us = median(times_s) * 1e6
     figures = {
         "p50_us": p50_us,
+        "rested_p50_us": median(at.hop_times_s(transport, rested=True)) * 1e6,
         "p99_us": offload_hop.percentile(times_s, 99) * 1e6,
         "q_bytes": offload_hop.HOP.q_heads * offload_hop.HOP.k_dim * offload_hop.DTYPE.itemsize,
     }
@@ -96,10 +93,10 @@ def _bulk(at: Setting, *, transport: Transport) -> Measured:
 
 def _hop_during_bulk(at: Setting, *, transport: Transport) -> Measured:
     name = f"hop during bulk, {transport}"
-    measure = partial(offload_hop.hop_times_s, transport=transport, calls=at.sizes.hop_calls, think_s=THINK_S)
-    idle = measure(at.address)
+    calls = at.sizes.hop_calls
+    idle = offload_hop.hop_times_s(at.address, transport, calls=calls, think_s=LAYER_DENSE_S)
     with offload_hop.bulk_load(at.address, transport):
-        busy = measure(at.address)
+        busy = offload_hop.hop_times_s(at.address, transport, calls=calls, think_s=LAYER_DENSE_S)
     idle_p99, busy_p99 = (offload_hop.percentile(times, 99) for times in (idle, busy))
     figures = {
         "p99_us": busy_p99 * 1e6,

@@ -21,6 +21,9 @@ from farshore.models.source import DEMO, resolve
 from farshore.models.weights import load_model
 from farshore.workers.stagger import TRIAL_STEPS
 
+LAYER_DENSE_S = 500e-6
+"""Of SmolLM2 on two cores, about."""
+
 LoadModel = Callable[[int], Llama]
 """A model that ``threads`` threads serve."""
 
@@ -55,7 +58,7 @@ class Setting:
         self._models: dict[int, Llama] = {}
         self._processes = ExitStack()
         self._address: str | None = None
-        self._hop_times_s: dict[Transport, tuple[float, ...]] = {}
+        self._hop_times_s: dict[tuple[Transport, bool], tuple[float, ...]] = {}
 
     def __enter__(self) -> "Setting":
         return self
@@ -77,13 +80,18 @@ class Setting:
             self._address = self._processes.enter_context(offload_hop.shard_process(threads=1))
         return self._address
 
-    def hop_times_s(self, transport: Transport) -> tuple[float, ...]:
-        """16 KiB each way, one after the other; measured once a run."""
-        if transport not in self._hop_times_s:
-            self._hop_times_s[transport] = offload_hop.hop_times_s(
-                self.address, transport, calls=self.sizes.hop_calls
+    def hop_times_s(self, transport: Transport, *, rested: bool = False) -> tuple[float, ...]:
+        """16 KiB each way, measured once a run: one right after the other; or ``rested``, with a layer's
+        dense time between an answer and the next frame, as in a step. The shard has gone to sleep then."""
+        key = (transport, rested)
+        if key not in self._hop_times_s:
+            self._hop_times_s[key] = offload_hop.hop_times_s(
+                self.address,
+                transport,
+                calls=self.sizes.hop_calls,
+                think_s=LAYER_DENSE_S if rested else 0.0,
             )
-        return self._hop_times_s[transport]
+        return self._hop_times_s[key]
 
 
 def load_demo(threads: int) -> Llama:

@@ -36,6 +36,9 @@ MOST_TIMES_HOPS = 1.2
 MOST_TIMES_MODEL = 1.2
 LEAST_GAIN = 1.2
 
+STEPS_A_RUN = 3
+"""As in decoding, most steps follow another, which has left caches and threads as they are."""
+
 _ENGINE = WorkerId("engine")
 
 Measured = tuple[list[Result], list[Bar]]
@@ -66,7 +69,9 @@ def decode(at: Setting) -> Measured:
             ground = Ground(model, attention, stores, sequences=1, context_tokens=tokens)
             for transport in REMOTE:
                 step = partial(ground.step, Fanout(peers[transport], attention))
-                timings = interleave({"local": local_step, "offloaded": step}, rounds=at.sizes.rounds)
+                timings = interleave(
+                    {"local": local_step, "offloaded": step}, rounds=at.sizes.rounds, calls=STEPS_A_RUN
+                )
                 result, bar = _held_against_local(at, timings, transport, workers, model.config.layers)
                 results.append(result)
                 bars.append(bar)
@@ -80,11 +85,14 @@ def _held_against_local(
     local, timing = timings["local"], timings["offloaded"]
     added_s = median(a - b for a, b in zip(timing.samples_s, local.samples_s, strict=True))
     hop_s = median(at.hop_times_s(transport))
+    rested_hop_s = median(at.hop_times_s(transport, rested=True))
     figures = {
         "local_median_s": local.median_s,
         "times_local": timing.over(local),
         "added_us_a_layer": added_s / layers * 1e6,
         "hop_us": hop_s * 1e6,
+        "rested_hop_us": rested_hop_s * 1e6,
+        "times_rested_hop": added_s / layers / rested_hop_s,
     }
     if transport is Transport.SHARED_MEMORY:
         bar = Bar.at_most(name, timing.over(local), MOST_TIMES_LOCAL, "x the local step")

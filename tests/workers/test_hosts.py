@@ -95,12 +95,16 @@ class Hosts:
     def mend(self, index):
         self._must("-n", self.engine, "link", "set", f"eth{index}", "up")
 
-    def impair(self, index, *netem):
-        """Whether the kernel could, in both directions."""
+    def impair(self, stack, index, *netem):
+        """Whether the kernel could, in both directions, until ``stack`` is closed."""
         for host, device in ((self.engine, f"eth{index}"), (self.shards[index], "eth0")):
-            command = ["tc", "-n", host, "qdisc", "add", "dev", device, "root", "netem", *netem]
-            if subprocess.run(command, capture_output=True, timeout=COMMAND_S).returncode:
+            on = ("tc", "-n", host, "qdisc")
+            where = ("dev", device, "root", "netem")
+            if subprocess.run(
+                [*on, "add", *where, *netem], capture_output=True, timeout=COMMAND_S
+            ).returncode:
                 return False
+            stack.callback(subprocess.run, [*on, "del", *where], timeout=COMMAND_S, check=True)
         return True
 
 
@@ -110,20 +114,22 @@ def stack():
         yield made
 
 
-@pytest.fixture
-def hosts(may_have_hosts, stack):
-    return Hosts(stack)
+@pytest.fixture(scope="module")
+def hosts(may_have_hosts):
+    with ExitStack() as made:
+        yield Hosts(made)
 
 
-@pytest.fixture
-def shards(hosts, start_process):
+@pytest.fixture(scope="module")
+def shards(hosts, worker_process):
     """An attention worker on each shard's host: by name, as seen from the engine's."""
-    return {
-        f"shard{index}": start_process(
-            f"10.77.{index}.2:0", prefix=("ip", "netns", "exec", host), worker=f"shard{index}"
-        )
-        for index, host in enumerate(hosts.shards)
-    }
+    with ExitStack() as made:
+        started = {}
+        for index, host in enumerate(hosts.shards):
+            name, prefix = f"shard{index}", ("ip", "netns", "exec", host)
+            started[name] = worker_process(f"10.77.{index}.2:0", prefix=prefix, worker=name)
+            made.callback(started[name].kill)
+        yield started
 
 
 class RemoteEngine:
@@ -210,7 +216,7 @@ def test_a_link_that_is_cut(hosts, shards, start_engine, expected, transports):
 )
 def test_links_that_are_slow_or_lose_packets(hosts, shards, stack, start_engine, expected, netem, instead):
     addresses = {name: it.address for name, it in shards.items()}
-    if not hosts.impair(0, *netem):
+    if not hosts.impair(stack, 0, *netem):
         if instead is None:
             pytest.skip("this kernel has no netem, and the proxy loses nothing")
         addresses["shard0"] = proxied(stack, hosts.shards[0], shards["shard0"], instead)
