@@ -199,7 +199,7 @@ def _state(state: State, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _describe(x: Tensor) -> tuple[int, ...]:
-    """(address, *shape, *strides, format) for the native side, where torch has no C functions that tell it."""
+    """(address, *shape, *strides, format) for the native side, where torch has no such table."""
     return (x.data_ptr(), *x.shape, *x.stride(), _DTYPES.get(x.dtype, -1) if x.is_cpu else -1)
 
 
