@@ -66,10 +66,14 @@ inline Tokens tile_of(const Plan& plan, const Span& span, int done, int tile, in
 
 template <Format F>
 void absorb_span(Stream<F>& stream, const Plan& plan, const Span& span, int layer) {
+    Tokens now{};
+    if (span.count) now = tile_of(plan, span, 0, stream.tile, layer);
     for (int done = 0; done < span.count;) {
-        const Tokens now = tile_of(plan, span, done, stream.tile, layer);
-        stream.absorb(now);
         done += now.count;
+        Tokens next{};
+        if (done < span.count) next = tile_of(plan, span, done, stream.tile, layer);
+        stream.absorb(now, next);
+        now = next;
     }
 }
 

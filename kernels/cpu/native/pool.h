@@ -5,7 +5,7 @@ namespace farshore {
 
 // Calls body(context, i) once for each i in [0, count) on at most `threads` threads, the caller's included,
 // and returns when all are done. When another caller has the pool, everything runs on this thread: waiting
-// for the pool would take longer.
+// for the pool would take longer. What a body throws is thrown here, once all threads are done.
 void parallel_for(int count, int threads, void (*body)(void*, int), void* context);
 
 template <class Body>

@@ -136,8 +136,10 @@ class Stream {
         }
     }
 
-    // One tile of at most `tile` tokens.
-    void absorb(const Tokens& t) {
+    // One tile of at most `tile` tokens. While its K is multiplied its V is fetched into L2, and while its V is, the K
+    // of `next`: the hardware's prefetcher stops at pages' ends and at each change between the two. (Measured, d 64,
+    // 2 cores, GB/s of 27: neither 16.0, V into L1 19.0, both into L1 20.6, both into L2 20.8.)
+    void absorb(const Tokens& t, const Tokens& next) {
         if constexpr (SCALED) {
             for (int head = 0; head < s_.k_heads; head++)
                 unpack_scales(k_scale_ + (long)head * k_groups_ * STREAM_TILE, STREAM_TILE,
@@ -148,7 +150,7 @@ class Stream {
         }
         each_block(s_.k_heads, [&](int head, int first, auto size) { score<size()>(t, head, first); });
         for (int i = 0; i < queries_; i++) soften(i, t);
-        each_block(s_.v_heads, [&](int head, int first, auto size) { gather<size()>(t, head, first); });
+        each_block(s_.v_heads, [&](int head, int first, auto size) { gather<size()>(t, next, head, first); });
     }
 
     // put(head of group, row, o / mass as f32[v_dim], lse), for every query.
@@ -194,7 +196,9 @@ class Stream {
         const float* scales = k_scale_ + (long)head * k_groups_ * STREAM_TILE;
         float* out = logits_ + (long)first * STREAM_TILE;
         const uint8_t* k = t.k + head * t.k_head_stride;
+        const bool fetches = first % (queries_ / s_.k_heads) == 0 && head < s_.v_heads;
         for (int j = 0; j < t.count; j += TOKENS_AT_ONCE) {
+            if (fetches) fetch(t.v + head * t.v_head_stride + j * t.v_stride, TOKENS_AT_ONCE * t.v_stride);
             const uint8_t* row[TOKENS_AT_ONCE];  // beyond the last token: that one again
             for (int i = 0; i < TOKENS_AT_ONCE; i++) row[i] = k + std::min(j + i, t.count - 1) * t.k_stride;
             if (k_whole_ == k_pad_)
@@ -240,8 +244,10 @@ class Stream {
 
     // o of Q queries from `first` on += weights V.
     template <int Q>
-    void gather(const Tokens& t, int head, int first) {
+    void gather(const Tokens& t, const Tokens& next, int head, int first) {
         const uint8_t* v = t.v + head * t.v_head_stride;
+        const uint8_t* next_k = next.k + head * next.k_head_stride;
+        const bool fetches = first % (queries_ / s_.v_heads) == 0 && head < s_.k_heads;
         float* o = o_ + (long)first * v_pad_;
         const auto add = [&](int from, auto chunks, auto&& chunk) __attribute__((always_inline)) {
             constexpr int N = chunks();
@@ -249,7 +255,10 @@ class Stream {
             vf sum[Q][2 * N];
             for (int at = 0; at < Q; at++)
                 for (int i = 0; i < 2 * N; i++) sum[at][i] = load(o + at * v_pad_ + from + i * WIDTH);
+            // Each sweep over the tokens fetches its share of each row.
+            const int64_t share_at = from * next.k_stride / v_pad_, share = N * CHUNK * next.k_stride / v_pad_;
             for (int j = 0; j < t.count; j++) {
+                if (fetches && j < next.count) fetch(next_k + j * next.k_stride + share_at, share);
                 vf x[2 * N];
                 for (int i = 0; i < N; i++) chunk(v + j * t.v_stride, from + i * CHUNK, x[2 * i], x[2 * i + 1]);
                 for (int at = 0; at < Q; at++)
@@ -271,6 +280,10 @@ class Stream {
         return {from < dim ? elements<F>(row, nullptr, from, dim) : vf{},
                 from + WIDTH < dim ? elements<F>(row, nullptr, from + WIDTH, dim) : vf{}};
     }
+    static void fetch(const uint8_t* from, int64_t bytes) {
+        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
+    }
+
     static void load_rest(const uint8_t* row, int from, int dim, vf& a, vf& b) { std::tie(a, b) = rest(row, from, dim); }
 
     // Logits of query i -> weights relative to its new peak; its o so far is brought to that, too.
