@@ -121,9 +121,9 @@ class Fanout:
         """q ``[rows of the micro-batch, q_heads, k_dim]``; it must stay as it is until :meth:`wait`."""
         pending = Pending(layer, micro_batch, q, perf_counter(), {})
         self._under_way.append(pending)
-        # Whom sending takes longest comes last: a shard on this thread's own core runs as soon as it is woken,
-        # and if the others wait for their frames meanwhile, a layer takes a second attention's time (measured
-        # with two workers on two cores). Sorted is a copy: who takes another's place catches up by itself.
+        # Whom sending takes longest comes last: a shard on this thread's own core runs as soon as it is
+        # woken, and if the others wait for their frames meanwhile, a layer takes a second attention's time
+        # (measured: two workers, two cores). Sorted is a copy: who takes another's place catches up itself.
         for lane in sorted(self._lanes, key=_send_s):
             if lane.rows[micro_batch] is not None:
                 try:
