@@ -80,10 +80,10 @@ class BulkSocket:
         head = bytearray(_HEADER.pack(kind, len(text), sum(payload[1::2])) + text)
         self._native.send_pieces(self._fd, _run(head) + payload, DEADLINE_S)
 
-    def receive(self, *, deadline_s: float | None = DEADLINE_S) -> Head:
-        """The next message; :meth:`receive_payload` takes what comes behind it. None: wait for ever."""
-        deadline_s = -1.0 if deadline_s is None else deadline_s
-        self._native.receive_pieces(self._fd, self._head_run, deadline_s)
+    def receive(self, *, idle: bool = False) -> Head:
+        """The next message; :meth:`receive_payload` takes what comes behind it. ``idle``: none is due, so
+        wait for ever."""
+        self._native.receive_pieces(self._fd, self._head_run, -1.0 if idle else DEADLINE_S)
         number, message_bytes, payload_bytes = _HEADER.unpack(self._head)
         try:
             kind = Kind(number)

@@ -52,7 +52,7 @@ class _Connection:
         self._buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8)
 
     def answer(self) -> None:
-        head = self._wire.receive(deadline_s=None)
+        head = self._wire.receive(idle=True)
         if head.payload_bytes > MOST_PAYLOAD_BYTES or head.kind not in (Kind.WRITE, Kind.READ):
             raise ConnectionError(f"garbage: {head.kind.name} with {head.payload_bytes} bytes, to a shard")
         self._unread_bytes = head.payload_bytes

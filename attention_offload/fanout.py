@@ -117,6 +117,14 @@ class Fanout:
             for at, part in (avoided or {worker: step}).items():
                 self._lanes += self._begun(at, part)
 
+    def travels(self, micro_batch: int) -> bool:
+        """Whether a micro-batch's q goes to another process, and so should go early."""
+        return any(
+            lane.peer.transport is not Transport.IN_PROCESS
+            for lane in self._lanes
+            if lane.rows[micro_batch] is not None
+        )
+
     def send(self, layer: int, micro_batch: int, q: Tensor) -> Pending:
         """q ``[rows of the micro-batch, q_heads, k_dim]``; it must stay as it is until :meth:`wait`."""
         pending = Pending(layer, micro_batch, q, perf_counter(), {})

@@ -25,6 +25,7 @@ from farshore.benchmarks.report import Bar, Result
 from farshore.benchmarks.timing import Timing, interleave
 from farshore.ids import SequenceId, SpanId
 from farshore.kvstore import parity, transfer
+from farshore.kvstore.parity import Member
 from farshore.kvstore.store import LocalStore
 
 BAR_WRITE_PERCENT = 60.0
@@ -120,8 +121,9 @@ def encode_and_rebuild(at: At) -> Measured:
 
 
 def _encode(at: At, store: LocalStore, spans: list[SpanId], other: LocalStore) -> SpanId:
-    pieces = {span: store.pieces(span, 0, at.sizes.span_tokens) for span in spans}
-    return parity.encode(other, pieces, sequence=GROUP, epoch=EPOCH)
+    tokens = at.sizes.span_tokens
+    members = {span: Member(store.pieces(span, 0, tokens), store.digest(span, tokens)) for span in spans}
+    return parity.encode(other, members, sequence=GROUP, epoch=EPOCH)
 
 
 def _check_equal(at: At, store: LocalStore, span: SpanId, other: LocalStore, rebuilt: SpanId) -> None:

@@ -42,7 +42,7 @@ class Sizes:
 
     windows: int = 2
     """Stretches of text, each read as one prompt."""
-    window_tokens: int = 8192
+    window_tokens: int = 4608
     haystack_tokens: int = 4096
     depths: tuple[float, ...] = (0.1, 0.5, 0.9)
     """Where the needle stands, from the beginning (0) to the end (1)."""

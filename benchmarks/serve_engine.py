@@ -24,7 +24,7 @@ from farshore.workers.admission import EngineLimits
 from farshore.workers.attention_model import attention_model
 from farshore.workers.engine import Engine
 from farshore.workers.prefix import fingerprint
-from farshore.workers.sequence import Event, Failed, Finished, Sampled, Sampling
+from farshore.workers.sequence import Event, Failed, Finished, Prefilled, Sampled, Sampling
 
 WORKER = WorkerId("dense")
 DEADLINE_S = 3600.0
@@ -38,6 +38,8 @@ class Request:
         self.cancel = cancel
         self.submitted_s = time.perf_counter()
         self.token_s: list[float] = []
+        self.progress_tokens: list[int] = []
+        """How much of the prompt was done, each time the engine said so."""
         self._events: queue.SimpleQueue[tuple[float, Event]] = queue.SimpleQueue()
 
     def emit(self, event: Event) -> None:
@@ -52,6 +54,8 @@ class Request:
                 raise DeadlineExceeded(f"no event of a request within {DEADLINE_S:.0f} s") from None
             if isinstance(event, Sampled):
                 self.token_s.append(at_s)
+            elif isinstance(event, Prefilled):
+                self.progress_tokens.append(event.done_tokens)
             elif isinstance(event, Failed):
                 raise event.error
             elif isinstance(event, Finished):

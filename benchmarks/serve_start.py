@@ -63,6 +63,8 @@ def _start_s() -> float:
         overdue.cancel()
         _end(server)
         drain.join(STOP_DEADLINE_S)
+        server.stdout.close()
+        server.stderr.close()
     if not line.startswith(READY):
         raise StartupError(
             f"farshore serve did not start: {' '.join(told[-1:]).strip() or 'it said nothing'}"
@@ -77,9 +79,6 @@ def _end(server: "subprocess.Popen[str]") -> None:
     except subprocess.TimeoutExpired:
         server.kill()
         server.wait(STOP_DEADLINE_S)
-    finally:
-        if server.stdout is not None:
-            server.stdout.close()
 
 
 def _files() -> Iterator[Path]:

@@ -105,15 +105,16 @@ def add_cluster_options(group: argparse._ArgumentGroup) -> None:
         type=number,
         default=200.0,
         metavar="MS",
-        help="how long reading one prompt may hold up the tokens of other requests (default: %(default)g)",
+        help="most time from one token of an answer to its next while other prompts are read "
+        "(default: %(default)g)",
     )
     group.add_argument(
         "--speculate",
         type=whole,
         default=0,
         metavar="N",
-        help="guess up to N tokens ahead from text that repeats itself; the answer stays the same "
-        "(default: 0, off)",
+        help="guess up to N tokens ahead from text that repeats itself, and check them in one step: the same "
+        "answer, but for rounding, faster where it quotes its prompt (default: 0, off)",
     )
 
 

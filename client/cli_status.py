@@ -42,7 +42,7 @@ def render(status: ClusterStatus) -> str:
     lines = [
         f"{status.model} ({status.dtype}, {status.max_positions} positions), Farshore {status.version}",
         f"placement {status.placement}, sharded by {status.shard_by}, KV as {status.kv_format}",
-        f"prompts hold up other requests' tokens for {status.max_decode_stall_ms:g} ms at most; {guessing}",
+        f"at most {status.max_decode_stall_ms:g} ms from token to token beside other prompts; {guessing}",
         f"pool: {size(used_bytes)} of {size(status.pool_budget_bytes)} used",
         "",
         *table(

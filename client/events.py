@@ -163,8 +163,8 @@ class ClusterStatus:
     version: str
     kv_format: str
     max_decode_stall_ms: float
-    """How long a prefill may hold up the tokens of other requests."""
+    """From one token of an answer to its next, while other prompts are prefilled."""
     speculate_tokens: int
-    """Drafted a step by prompt lookup; 0: off."""
+    """Guessed ahead by prompt lookup; 0: off."""
     workers: tuple[Worker, ...]
     sequences: tuple[Sequence, ...]

@@ -34,9 +34,9 @@ class ClusterConfig:
     placement: Placement = "offload"
     shard_by: ShardBy = "range"
     max_decode_stall_ms: float = 200.0
-    """How long a prefill may hold up the tokens of other requests."""
+    """From one token of an answer to its next, while other prompts are prefilled."""
     speculate: int = 0
-    """Tokens drafted a step by prompt lookup; 0: off."""
+    """Tokens guessed ahead by prompt lookup; 0: off."""
     host: str = "127.0.0.1"
     port: int = 50051
     """Of the gateway; 0 for any."""

@@ -168,6 +168,11 @@ class ShardStore(Protocol):
         """
         ...
 
+    def digest(self, span: SpanId, tokens: int) -> Digest:
+        """Of ``[0, tokens)``: at once if these were sealed in one call, else they are read. InvalidRequest
+        beyond the sealed mark."""
+        ...
+
     def segments(self, span: SpanId, first: int, last: int) -> Segments:
         """Where tokens ``[first, last)`` of the span lie in ``memory``, without a copy, in token order.
 

@@ -13,6 +13,7 @@ spans lie.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,44 +21,46 @@ from torch import Tensor
 from farshore.errors import InvalidRequest
 from farshore.ids import Epoch, SequenceId, SpanId
 from farshore.kernels.base import KVLayout
-from farshore.kvstore.base import Covered, SpanKey
+from farshore.kvstore.base import Covered, Digest, SpanKey
 from farshore.kvstore.blocks import native_for
-from farshore.kvstore.images import Part, cut, fields, part_layout
+from farshore.kvstore.images import cut, fields, part_layout
 from farshore.kvstore.store import LocalStore
-from farshore.kvstore.transfer import Digested, Header, Piece, matching
+from farshore.kvstore.transfer import Header, Piece, matching
+
+
+class Member(NamedTuple):
+    """A span's sealed tokens ``[0, n)``, to be covered."""
+
+    pieces: Iterable[Piece]
+    digest: Digest
+    """Of these tokens, as their own store knows it: parity of damaged bytes would rebuild the damage."""
 
 
 def encode(
-    store: LocalStore, members: Mapping[SpanId, Iterable[Piece]], *, sequence: SequenceId, epoch: Epoch
+    store: LocalStore, members: Mapping[SpanId, Member], *, sequence: SequenceId, epoch: Epoch
 ) -> SpanId:
-    """The parity of the tokens that ``members``' pieces are of, each from its span's token 0 on: a new span
-    in ``store``, held by ``sequence``.
+    """The parity of the members: a new span in ``store``, held by ``sequence``.
 
     Raises Full, and InvalidRequest for fewer than two members or different layouts. Whatever is raised, also
     by the pieces, nothing is kept.
     """
     if len(members) < 2:
         raise InvalidRequest(f"the parity of {len(members)} spans: give 2 or more")
-    streams = [Digested(pieces) for pieces in members.values()]
-    opened = [_opened(stream) for stream in streams]
-    headers = [header for header, _ in opened]
-    layout = headers[0].layout
-    for span, header in zip(members, headers, strict=True):
-        if header.layout != layout:
-            raise InvalidRequest(f"{span} is stored as {header.layout}, others as {layout}: give equal ones")
-    key = SpanKey(
-        sequence=sequence, layer_class=headers[0].key.layer_class, first=0, group0=0, group1=layout.groups
+    opened = {span: _opened(member.pieces) for span, member in members.items()}
+    one = next(iter(opened.values()))[0]
+    for span, (header, _) in opened.items():
+        if header.layout != one.layout:
+            raise InvalidRequest(f"{span} is stored as {header.layout}, not as {one.layout}: give equal ones")
+    covers = tuple(
+        Covered(span=span, key=header.key, tokens=header.tokens, digest=members[span].digest)
+        for span, (header, _) in opened.items()
     )
-    tokens = max(header.tokens for header in headers)
-
-    def covers() -> tuple[Covered, ...]:
-        return tuple(
-            Covered(span=span, key=header.key, tokens=header.tokens, digest=stream.digest)
-            for span, header, stream in zip(members, headers, streams, strict=True)
-        )
-
-    header = Header(key=key, layout=layout, tokens=tokens, parity=True, part=Part(0, 0, 0, 0))
-    pieces = _xor([pieces for _, pieces in opened], header)
+    key = SpanKey(
+        sequence=sequence, layer_class=one.key.layer_class, first=0, group0=0, group1=one.layout.groups
+    )
+    tokens = max(header.tokens for header, _ in opened.values())
+    parity = Header(key=key, layout=one.layout, tokens=tokens, parity=True)
+    pieces = _xor([pieces for _, pieces in opened.values()], parity)
     return store.import_pieces(pieces, sequence=sequence, epoch=epoch, covers=covers)
 
 
@@ -114,25 +117,28 @@ def _xor(streams: Sequence[Iterator[Piece]], header: Header) -> Iterator[Piece]:
         if room.numel() < shape.block_bytes:
             room = torch.empty(shape.block_bytes, dtype=torch.uint8)
         total = room[: shape.block_bytes]
-        # In this thread, as the XOR itself: PyTorch would wake its others for it, and wait for them.
-        total.numpy().fill(0)
-        for stream in streams:
-            piece = next(stream, None)
-            if piece is not None:
-                _fold(total, shape, piece)
-        yield Piece(replace(header, part=part), total)
+        pieces = [piece for piece in (next(stream, None) for stream in streams) if piece is not None]
+        _sum([piece.image.cpu() for piece in pieces if piece.part == part], total)
+        for piece in pieces:
+            if piece.part != part:
+                _add(total, shape, piece)
+        yield Piece(header, part, total)
 
 
-def _fold(total: Tensor, shape: KVLayout, piece: Piece) -> None:
-    """XORs the tokens that both have into ``total``."""
-    theirs, image = part_layout(piece.header.layout, piece.header.part), piece.image.cpu()
-    if theirs != shape:
-        tokens = min(theirs.block_tokens, shape.block_tokens)
-        for mine, other in zip(fields(total, shape), fields(image, theirs), strict=True):
-            mine[:, :, :tokens] ^= other[:, :, :tokens]
-        return
+def _sum(images: list[Tensor], total: Tensor) -> None:
+    """In this thread: PyTorch would wake its others for it, and wait for them."""
     native = native_for(total)
-    if native is None:
+    if native is not None:
+        native.xor(total.data_ptr(), [image.data_ptr() for image in images], total.numel())
+        return
+    total.zero_()
+    for image in images:
         total ^= image
-    else:
-        native.xor(total.data_ptr(), image.data_ptr(), shape.block_bytes)
+
+
+def _add(total: Tensor, shape: KVLayout, piece: Piece) -> None:
+    """Adds the tokens that both have, where not both have as many."""
+    theirs = part_layout(piece.header.layout, piece.part)
+    tokens = min(theirs.block_tokens, shape.block_tokens)
+    for mine, other in zip(fields(total, shape), fields(piece.image.cpu(), theirs), strict=True):
+        mine[:, :, :tokens] ^= other[:, :, :tokens]

@@ -10,7 +10,7 @@ from farshore.ids import Epoch, SpanId
 from farshore.kernels.base import KVLayout
 from farshore.kvstore import forms
 from farshore.kvstore.arena import Extent
-from farshore.kvstore.base import Covered, SpanKey
+from farshore.kvstore.base import Covered, Digest, SpanKey
 from farshore.kvstore.ranges import Ranges
 
 
@@ -28,6 +28,8 @@ class Span:
     sealed_tokens: int = 0
     sealed_before: int = 0
     """The mark before the last seal: the last digest is of [sealed_before, sealed_tokens)."""
+    digest: tuple[int, Digest] | None = None
+    """The last one known of tokens ``[0, n)``, and n: what is sealed never changes."""
     covers: tuple[Covered, ...] = ()
     """Of what this is the parity; then it has no tokens of its own."""
     pins: int = 0

@@ -11,7 +11,7 @@ The arena comes back through the same lock when it is full and wants cache freed
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, count
@@ -100,9 +100,20 @@ class LocalStore:
             first = it.sealed_before
             it.pins += 1
         try:
-            return transfer.digest(self._pieces(it, first, tokens))
+            sealed = transfer.digest(self._pieces(it, first, tokens))
+            if not first:
+                it.digest = (tokens, sealed)
+            return sealed
         finally:
             self._unpin(it)
+
+    def digest(self, span: SpanId, tokens: int) -> Digest:
+        with self._pinned(span) as it:
+            check_sealed(span, it, 0, tokens)
+            known = it.digest
+            if known is None or known[0] != tokens:
+                it.digest = known = (tokens, transfer.digest(self._pieces(it, 0, tokens)))
+            return known[1]
 
     def segments(self, span: SpanId, first: int, last: int) -> Segments:
         it = self._span(span)
@@ -143,7 +154,7 @@ class LocalStore:
         covers: tuple[Covered, ...] = (),
     ) -> SpanId:
         pieces = transfer.verified(chunks)
-        return self.import_pieces(pieces, sequence=sequence, epoch=epoch, covers=lambda: covers)
+        return self.import_pieces(pieces, sequence=sequence, epoch=epoch, covers=covers)
 
     def import_pieces(
         self,
@@ -151,13 +162,17 @@ class LocalStore:
         *,
         sequence: SequenceId,
         epoch: Epoch,
-        covers: Callable[[], tuple[Covered, ...]] = tuple,
+        covers: tuple[Covered, ...] = (),
     ) -> SpanId:
-        """As :meth:`import_span`, of pieces that were checked or never left this process, one or more.
-        ``covers``: what the span is the parity of, asked for when all have come."""
+        """As :meth:`import_span`, of pieces that were checked or never left this process, one or more."""
         pieces = iter(pieces)
         opening = next(pieces)
         header = opening.header
+        if bool(covers) != header.parity:
+            raise InvalidRequest(
+                f"parity={header.parity}, but {len(covers)} spans covered: say what parity covers,"
+                " and of nothing else"
+            )
         span = self.create(
             replace(header.key, sequence=sequence),
             capacity_tokens=header.tokens,
@@ -167,18 +182,13 @@ class LocalStore:
         try:
             for piece in chain((opening,), pieces):
                 with self._lock:
-                    it, part = self._writable(span, epoch), piece.header.part
+                    it, part = self._writable(span, epoch), piece.part
                     images.restore(self.memory, it.layout, it.bases, part, piece.image)
                     for written in it.written[part.layer0 : part.layer1]:
                         written.add(part.first, part.last)
             with self._lock:
                 it = self._writable(span, epoch)
-                it.covers = covers()
-                if bool(it.covers) != header.parity:
-                    raise InvalidRequest(
-                        f"parity={header.parity}, but {len(it.covers)} spans covered: say what parity covers,"
-                        " and of nothing else"
-                    )
+                it.covers = covers
                 self._seal(span, it, header.tokens)
         except BaseException:
             self.drop([span], sequence=sequence, epoch=epoch)
@@ -316,16 +326,10 @@ class LocalStore:
 
     def _pieces(self, it: Span, first: int, last: int) -> Iterator[Piece]:
         """Of sealed tokens of a pinned span."""
-        header = Header(
-            key=replace(it.key, first=it.key.first + first),
-            layout=it.layout,
-            tokens=last - first,
-            parity=bool(it.covers),
-            part=images.Part(0, 0, 0, 0),
-        )
+        key = replace(it.key, first=it.key.first + first)
+        header = Header(key=key, layout=it.layout, tokens=last - first, parity=bool(it.covers))
         for part in images.cut(it.layout, last - first):
-            image = images.image(self.memory, it.layout, it.bases, part, offset=first)
-            yield Piece(replace(header, part=part), image)
+            yield Piece(header, part, images.image(self.memory, it.layout, it.bases, part, offset=first))
 
     @contextmanager
     def _pinned(self, span: SpanId) -> Iterator[Span]:

@@ -9,7 +9,7 @@ Called by the store. It must not know networks, nor whose memory it is.
 
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ _MAGIC = b"FSX1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """What a piece is of."""
+    """What an export is of."""
 
     key: SpanKey
     """Of the range: ``key.first`` is its first token's position."""
@@ -40,9 +40,9 @@ class Header:
     """In the whole range."""
     parity: bool
     """Not tokens: their parity."""
-    part: Part
 
-    def pack(self) -> bytes:
+    def pack(self, part: Part) -> bytes:
+        """With what one chunk holds of it."""
         key, layout = self.key, self.layout
         return (
             _HEADER.pack(
@@ -62,13 +62,13 @@ class Header:
                 key.group1,
                 self.parity,
                 self.tokens,
-                *self.part,
+                *part,
             )
             + key.sequence.encode()
         )
 
     @classmethod
-    def unpack(cls, data: bytes) -> "Header":
+    def unpack(cls, data: bytes) -> "tuple[Header, Part]":
         """ValueError for anything but what :meth:`pack` makes."""
         if len(data) < _HEADER.size:
             raise ValueError(f"a header of {len(data)} bytes, fewer than {_HEADER.size}")
@@ -79,7 +79,7 @@ class Header:
         if not all(sizes):
             raise ValueError(f"a layout of sizes {sizes}: none may be 0")
         *shape, block_tokens = sizes
-        return cls(
+        header = cls(
             key=SpanKey(
                 sequence=SequenceId(data[_HEADER.size :].decode()),
                 layer_class=layer_class,
@@ -90,12 +90,14 @@ class Header:
             layout=KVLayout(*shape, KVFormat(format.rstrip(b"\0").decode()), block_tokens, v_in_k),
             tokens=tokens,
             parity=parity,
-            part=Part(*part),
         )
+        return header, Part(*part)
 
 
 class Piece(NamedTuple):
     header: Header
+    """The same one in all pieces of an export."""
+    part: Part
     image: Tensor
     """u8[bytes]: valid until the next piece is asked for."""
 
@@ -103,7 +105,7 @@ class Piece(NamedTuple):
 def chunks(pieces: Iterable[Piece]) -> Iterator[Chunk]:
     """Each piece as a chunk with bytes of its own."""
     for piece in pieces:
-        header, payload = piece.header.pack(), memoryview(piece.image.cpu().numpy().copy())
+        header, payload = piece.header.pack(piece.part), memoryview(piece.image.cpu().numpy().copy())
         yield Chunk(header=header, payload=payload, checksum=_checksum(header, payload))
 
 
@@ -118,24 +120,23 @@ def verified(chunks: Iterable[Chunk]) -> Iterator[Piece]:
         if _checksum(chunk.header, chunk.payload) != chunk.checksum:
             raise Corrupt(f"{name} was damaged on its way: its checksum does not match; send it again")
         try:
-            header = Header.unpack(chunk.header)
+            header, part = Header.unpack(chunk.header)
         except ValueError as error:
             raise Corrupt(f"{name}: {error}") from error
         if opening is None:
             opening, parts = header, cut(header.layout, header.tokens)
         expected = next(parts, None)
-        if replace(header, part=opening.part) != opening:
+        if header != opening:
             raise Corrupt(f"{name} is of another export: {header}")
-        if header.part != expected:
-            raise Corrupt(f"{name} holds {header.part}; {expected or 'nothing more'} had to come")
-        size = part_layout(header.layout, header.part).block_bytes
+        if part != expected:
+            raise Corrupt(f"{name} holds {part}; {expected or 'nothing more'} had to come")
+        size = part_layout(header.layout, part).block_bytes
         if len(chunk.payload) != size:
-            raise Corrupt(f"{name} has {len(chunk.payload)} bytes for {header.part}, which take {size}")
+            raise Corrupt(f"{name} has {len(chunk.payload)} bytes for {part}, which take {size}")
         # A tensor wants memory that may be written.
         payload = memoryview(chunk.payload)
-        yield Piece(
-            header, torch.frombuffer(bytearray(payload) if payload.readonly else payload, dtype=torch.uint8)
-        )
+        writable = bytearray(payload) if payload.readonly else payload
+        yield Piece(opening, part, torch.frombuffer(writable, dtype=torch.uint8))
     missing = next(parts, None)
     if opening is None or missing is not None:
         raise Corrupt(f"the export ended after chunk {number}: {missing or 'everything'} is missing")
@@ -143,35 +144,20 @@ def verified(chunks: Iterable[Chunk]) -> Iterator[Piece]:
 
 def digest(pieces: Iterable[Piece]) -> Digest:
     """Of the content: equal wherever it lies, and however its layers were cut into pieces."""
-    read = Digested(pieces)
-    for _ in read:
-        pass
-    return read.digest
+    hashed = xxhash.xxh3_64()
+    for piece in pieces:
+        hashed.update(as_bytes(piece.image))
+    return Digest(hashed.hexdigest())
 
 
 def matching(pieces: Iterable[Piece], expected: Digest, name: str) -> Iterator[Piece]:
     """The same pieces; Corrupt after the last if ``expected`` is not their digest."""
-    read = Digested(pieces)
-    yield from read
-    if read.digest != expected:
-        raise Corrupt(f"{name} has the digest {read.digest}; when it was sealed it was {expected}")
-
-
-class Digested:
-    """The same pieces, once; ``digest`` is that of those which went by."""
-
-    def __init__(self, pieces: Iterable[Piece]) -> None:
-        self._pieces = pieces
-        self._hashed = xxhash.xxh3_64()
-
-    @property
-    def digest(self) -> Digest:
-        return Digest(self._hashed.hexdigest())
-
-    def __iter__(self) -> Iterator[Piece]:
-        for piece in self._pieces:
-            self._hashed.update(as_bytes(piece.image))
-            yield piece
+    hashed = xxhash.xxh3_64()
+    for piece in pieces:
+        hashed.update(as_bytes(piece.image))
+        yield piece
+    if hashed.hexdigest() != expected:
+        raise Corrupt(f"{name} has the digest {hashed.hexdigest()}; when it was sealed it was {expected}")
 
 
 def _checksum(header: bytes, payload: bytes | memoryview) -> int:

@@ -62,6 +62,9 @@ class NativeLlama(Llama):
         vocabulary = linear("embed" if config.tied_embeddings else "head", weights.head)
         self._head = dense.head(norm=weights.norm, vocabulary=vocabulary, **common)
 
+    def expect_calls(self, *, soon: bool) -> None:
+        dense.expect_calls(soon=soon)
+
     def embed(self, token_ids: Tensor) -> Tensor:
         return dense.gather(self.weights.embed, token_ids)
 
@@ -77,6 +80,11 @@ class NativeLlama(Llama):
         if len(normed) > self._most_rows:
             return super().key_value(layer, normed, positions)
         return dense.key_value(self._layers[layer], normed, positions)
+
+    def project(self, layer: int, h: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if len(h) > self._most_rows:
+            return super().project(layer, h, positions)
+        return dense.project(self._layers[layer], h, positions)
 
     def finish(self, layer: int, h: Tensor, o: Tensor) -> Tensor:
         if len(h) > self._most_rows:

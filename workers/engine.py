@@ -10,7 +10,6 @@ the prompt's KV.
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ from farshore.attention_offload.base import AttentionModel, Peer
 from farshore.attention_offload.fanout import Fanout
 from farshore.attention_offload.latency import Link
 from farshore.attention_offload.placement import ShardBy
-from farshore.errors import DeadlineExceeded, FarshoreError, Full, InvalidRequest, Overloaded, TransportError
+from farshore.errors import DeadlineExceeded, FarshoreError, Full, TransportError
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kvstore.arena import Arena
 from farshore.kvstore.prefix import chain
@@ -34,6 +33,7 @@ from farshore.workers.lookup import Lookup
 from farshore.workers.pace import Pace
 from farshore.workers.prefix import fingerprint
 from farshore.workers.prompts import Prompts
+from farshore.workers.requests import Requests
 from farshore.workers.sequence import Event, Failed, Finished, Reason, Sampled, Sampling, Sequence
 from farshore.workers.stagger import Stagger
 from farshore.workers.step import run_step
@@ -91,11 +91,7 @@ class Engine:
             cache=self._cache,
             segment_tokens=limits.segment_tokens,
         )
-        self._wake = threading.Condition()
-        self._stopping = False
-        self._claiming: set[SequenceId] = set()
-        self._known: dict[SequenceId, list[Sequence]] = {}  # by request: its sequences that are not complete
-        self._waiting: deque[Sequence] = deque()
+        self._requests = Requests(limits.waiting)
         self._running: list[Sequence] = []
         self._no_room = False  # for the first that waits, until somebody ends
         self._step = 0
@@ -109,9 +105,7 @@ class Engine:
     def stop(self, timeout_s: float = 60.0) -> None:
         """End the loop after the round under way; every live request gets a Failed event. Raises
         DeadlineExceeded where that round does not end in time."""
-        with self._wake:
-            self._stopping = True
-            self._wake.notify_all()
+        self._requests.stop()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
             if self._thread.is_alive():
@@ -137,43 +131,28 @@ class Engine:
         print_ = fingerprint(self._model.config, self._attention, revision=self._revision, salt=salt)
         blocks = chain(prompt, fingerprint=print_)
         # Refused before an epoch is claimed, so that a refusal leaves nothing to give back.
-        with self._wake:
-            self._refuse_more(sequence)
-            self._claiming.add(sequence)
-        try:
-            new = Sequence(
-                id=sequence,
-                epoch=self._claim(sequence),
-                prompt_tokens=len(prompt),
-                tokens=list(prompt),
-                sampling=sampling,
-                emit=emit,
-                arrived_s=time.monotonic(),
-                fingerprint=print_,
-                blocks=blocks,
+        with self._requests.reserve(sequence):
+            self._requests.add(
+                Sequence(
+                    id=sequence,
+                    epoch=self._claim(sequence),
+                    prompt_tokens=len(prompt),
+                    tokens=list(prompt),
+                    sampling=sampling,
+                    emit=emit,
+                    arrived_s=time.monotonic(),
+                    fingerprint=print_,
+                    blocks=blocks,
+                )
             )
-            with self._wake:
-                if self._stopping:
-                    raise TransportError("the engine is stopping")
-                self._known[sequence] = [new]
-                self._waiting.append(new)
-                self._wake.notify_all()
-        finally:
-            with self._wake:
-                self._claiming.discard(sequence)
 
     def cancel(self, sequence: SequenceId, *, choice: int | None = None) -> None:
         """End all of a request, or one of its completions, within one step. Unknown ids are ignored."""
-        with self._wake:
-            for it in self._known.get(sequence, ()):
-                if choice is None or choice == it.choice:
-                    it.cancelled.set()
-            self._wake.notify_all()
+        self._requests.cancel(sequence, choice=choice)
 
     def load(self) -> tuple[int, int]:
         """(requests running or prefilling, requests waiting)."""
-        with self._wake:
-            return len(self._known) - len(self._waiting), len(self._waiting)
+        return self._requests.load()
 
     def links(self) -> list[Link]:
         """What frames to each shard have taken."""
@@ -181,10 +160,8 @@ class Engine:
 
     def views(self) -> list[SequenceView]:
         """Live sequences that have memory. A snapshot: the engine goes on meanwhile."""
-        with self._wake:
-            known = [sequence for sequences in self._known.values() for sequence in sequences]
         views = []
-        for it in known:
+        for it in self._requests.all():
             if (tail := it.tail) is not None:
                 spans = tuple((s.worker, s.first, s.last, s.group0, s.group1) for s in list(it.spans))
                 views.append(
@@ -194,21 +171,13 @@ class Engine:
                 )
         return views
 
-    def _refuse_more(self, sequence: SequenceId) -> None:
-        if self._stopping:
-            raise TransportError("the engine is stopping")
-        if sequence in self._known or sequence in self._claiming:
-            raise InvalidRequest(f"sequence {sequence} is running already: choose another id")
-        if len(self._waiting) + len(self._claiming) >= self._limits.waiting:
-            raise Overloaded(f"{self._limits.waiting} requests are waiting: try again in a few seconds")
-
     # -- the loop ----------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
         ending: FarshoreError = TransportError("the engine was stopped")
         try:
             with torch.inference_mode():
-                while self._await_work():
+                while self._requests.await_work():
                     self._reap()
                     self._admit()
                     if self._prompts:
@@ -222,22 +191,13 @@ class Engine:
             ending = FarshoreError(
                 f"the engine ended with {type(error).__name__}: {error}; restart the cluster"
             )
-        with self._wake:
-            self._stopping = True
-            live = [sequences[0] for sequences in self._known.values()]
-        for sequence in live:
+        self._requests.stop()
+        for sequence in self._requests.all():
             self._fail(sequence, ending)
-
-    def _await_work(self) -> bool:
-        with self._wake:
-            self._wake.wait_for(lambda: self._stopping or self._known)
-            return not self._stopping
 
     def _reap(self) -> None:
         """Cancelled requests free their memory before anything else is done."""
-        with self._wake:
-            known = [sequence for sequences in self._known.values() for sequence in sequences]
-        for sequence in known:
+        for sequence in self._requests.all():
             if sequence.cancelled.is_set():
                 self._finish(sequence, Reason.CANCELLED)
 
@@ -248,10 +208,9 @@ class Engine:
     def _admit(self) -> None:
         """First come, first served: grant memory to waiting sequences while there is any."""
         while not self._no_room:
-            with self._wake:
-                if not self._waiting:
-                    return
-                sequence = self._waiting[0]
+            sequence = self._requests.first_waiting()
+            if sequence is None:
+                return
             live = list(self._live())
             if live and sum(s.completions for s in (*live, sequence)) > self._limits.running:
                 return
@@ -265,8 +224,7 @@ class Engine:
                     self._fail(sequence, error)
                 continue
             sequence.queued_s = time.monotonic() - sequence.arrived_s
-            with self._wake:
-                self._waiting.remove(sequence)
+            self._requests.begin(sequence)
             self._prompts.add(sequence)
 
     def _prefill_unit(self) -> bool:
@@ -287,10 +245,7 @@ class Engine:
             child = sequence.fork(choice)
             attempt(lambda child=child: self._cache.fork(sequence, child))
             choices.append(child)
-            with self._wake:
-                self._known[sequence.id].append(child)
-                if sequence.cancelled.is_set():
-                    child.cancelled.set()
+            self._requests.add_fork(sequence, child)
         sequence.forked = True
         for it in choices:
             if self._limits.speculate_tokens:
@@ -373,8 +328,7 @@ class Engine:
 
     def _fail(self, sequence: Sequence, error: FarshoreError) -> None:
         """All of its request ends."""
-        with self._wake:
-            together = list(self._known.get(sequence.request_id, ()))
+        together = self._requests.of(sequence.request_id)
         for it in together:
             self._forget(it)
         if together:
@@ -382,16 +336,9 @@ class Engine:
 
     def _forget(self, sequence: Sequence) -> bool:
         """A sequence's memory is free, and nobody knows it any more. False: nobody did."""
-        with self._wake:
-            together = self._known.get(sequence.request_id, [])
-            if sequence not in together:
-                return False
-            together.remove(sequence)
-            if not together:
-                del self._known[sequence.request_id]
-            if sequence in self._waiting:
-                self._waiting.remove(sequence)
-            self._no_room = False
+        if not self._requests.forget(sequence):
+            return False
+        self._no_room = False
         self._prompts.remove(sequence)
         if sequence in self._running:
             self._running.remove(sequence)

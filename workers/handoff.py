@@ -20,11 +20,24 @@ from farshore.kvstore.tail import Tail
 from farshore.workers import spans
 from farshore.workers.sequence import PlacedSpan, Sequence
 
+MOST_BLOCKS = 8
+"""Of a span that tails grow into: each is granted twice the one before it, so that a step of a long answer
+reads few spans, and a short answer holds little more than it needs."""
+
+
+class _Target(NamedTuple):
+    """Where a head class's part of the blocks goes: behind what is in a span, or to a new one."""
+
+    share: Share
+    """What a new one is granted; its worker and groups are the old one's otherwise."""
+    into: PlacedSpan | None
+
 
 class _HandOff(NamedTuple):
-    """A move under way: to whom, and the spans that will come of it."""
+    """A move under way: up to where, to whom, and the spans that will hold it."""
 
-    shares: list[Share]
+    boundary: int
+    targets: list[_Target]
     placed: Future[list[PlacedSpan]]
 
 
@@ -53,10 +66,15 @@ class HandOffs:
             sequence.blocks = chain(
                 sequence.tokens[:boundary], fingerprint=sequence.fingerprint, begun=sequence.blocks
             )
-            names = [block for block in sequence.blocks if block.first >= tail.start]
-            shares = self._shares(sequence, boundary)
-            placed = self._helper.submit(self._move, sequence.id, sequence.epoch, tail, shares, names)
-            self._under_way[sequence.id] = _HandOff(shares, placed)
+            targets = self._targets(sequence, boundary)
+            boundary = min([boundary, *(it.into.capacity for it in targets if it.into is not None)])
+            names = [
+                block for block in sequence.blocks if tail.start <= block.first and block.last <= boundary
+            ]
+            placed = self._helper.submit(
+                self._move, sequence.id, sequence.epoch, tail, boundary, targets, names
+            )
+            self._under_way[sequence.id] = _HandOff(boundary, targets, placed)
 
     def settle_all(self) -> None:
         """Wait for those under way (they have deadlines)."""
@@ -72,9 +90,10 @@ class HandOffs:
     def close(self) -> None:
         self._helper.shutdown(wait=True)
 
-    def _shares(self, sequence: Sequence, boundary: int) -> list[Share]:
-        """The tail up to ``boundary`` goes, for each head class, to whoever has least of this sequence
-        and did not refuse the last time."""
+    def _targets(self, sequence: Sequence, boundary: int) -> list[_Target]:
+        """For each head class: what is left of the span that its last blocks went to; else whoever has least
+        of this sequence, and did not refuse the last time."""
+        start = sequence.placed_tail.start
         held: dict[WorkerId, int] = {room.worker: 0 for c in sequence.classes for room in c.workers}
         for span in sequence.spans:
             if span.worker in held:
@@ -83,40 +102,65 @@ class HandOffs:
         def rank(worker: WorkerId) -> tuple[bool, int, WorkerId]:
             return worker in sequence.refused_by, held[worker], worker
 
-        start = sequence.placed_tail.start
-        return [
-            Share(min((room.worker for room in c.workers), key=rank), start, boundary, c.group0, c.group1)
-            for c in sequence.classes
-        ]
+        targets = []
+        for c in sequence.classes:
+            mine = [s for s in sequence.spans if s.origin >= sequence.prompt_tokens and s.group0 == c.group0]
+            newest = max(mine, key=lambda span: span.first, default=None)
+            if newest and newest.capacity > start and newest.worker not in sequence.refused_by:
+                share = Share(newest.worker, start, newest.capacity, c.group0, c.group1)
+                targets.append(_Target(share, newest))
+                continue
+            blocks = -(-(newest.capacity - newest.origin) // BLOCK_TOKENS) if newest else 0
+            most = sequence.prompt_tokens + sequence.sampling.max_tokens
+            wanted = start // BLOCK_TOKENS * BLOCK_TOKENS + min(2 * blocks, MOST_BLOCKS) * BLOCK_TOKENS
+            last = max(boundary, min(wanted, most))
+            worker = min((room.worker for room in c.workers), key=rank)
+            targets.append(_Target(Share(worker, start, last, c.group0, c.group1), None))
+        return targets
 
     def _move(
-        self, sequence: SequenceId, epoch: Epoch, tail: Tail, shares: list[Share], names: list[PrefixBlock]
+        self,
+        sequence: SequenceId,
+        epoch: Epoch,
+        tail: Tail,
+        boundary: int,
+        targets: list[_Target],
+        names: list[PrefixBlock],
     ) -> list[PlacedSpan]:
-        """Runs in the helper thread. All of ``shares`` or nothing."""
+        """Runs in the helper thread. New spans come of it for all targets without one, or for none; what went
+        behind an old one's end and is not told of is scratch."""
         placed: list[PlacedSpan] = []
         try:
-            for share in shares:
-                span = spans.create(self._peers[share.worker], share, self._layout, sequence, epoch)
-                placed.append(span)
-            k, v = tail.read_layers(shares[0].first, shares[0].last, dtype=torch.uint8)
+            for share, into in targets:
+                placed.append(
+                    into or spans.create(self._peers[share.worker], share, self._layout, sequence, epoch)
+                )
+            first = tail.start
+            k, v = tail.read_layers(first, boundary, dtype=torch.uint8)
             for span in placed:
                 store = self._peers[span.worker].store
-                for layer in range(self._layout.layers):
-                    spans.write(store, span, layer, span.first, k[layer], v[layer], self._layout, epoch)
-                store.seal(span.span, span.last - span.origin, epoch=epoch, blocks=names)
-                span.sealed = span.last
+                at = max(first, span.sealed)  # sealed in an attempt that failed elsewhere
+                for layer in range(self._layout.layers) if at < boundary else ():
+                    parts = k[layer][:, at - first :], v[layer][:, at - first :]
+                    spans.write(store, span, layer, at, *parts, self._layout, epoch)
+                store.seal(span.span, boundary - span.origin, epoch=epoch, blocks=names)
+                span.sealed = boundary
         except FarshoreError:
+            old = {id(it.into) for it in targets}
             for span in placed:
-                spans.drop(self._peers[span.worker], span, sequence, epoch)
+                if id(span) not in old:
+                    spans.drop(self._peers[span.worker], span, sequence, epoch)
             raise
         return placed
 
     def _settle(self, sequence: Sequence) -> None:
         pending = self._under_way.pop(sequence.id)
         if isinstance(pending.placed.exception(), FarshoreError):
-            sequence.refused_by |= {share.worker for share in pending.shares}
+            sequence.refused_by |= {it.share.worker for it in pending.targets}
             return
-        placed = pending.placed.result()
         sequence.refused_by.clear()
-        sequence.spans.extend(placed)
-        sequence.placed_tail.release_below(placed[0].last)
+        for span, target in zip(pending.placed.result(), pending.targets, strict=True):
+            span.last = pending.boundary
+            if target.into is None:
+                sequence.spans.append(span)
+        sequence.placed_tail.release_below(pending.boundary)

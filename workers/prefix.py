@@ -50,9 +50,10 @@ def assemble(found: Mapping[WorkerId, Sequence[SpanSlice]], *, groups: int) -> l
                     key.group1,
                     sealed=reached,
                     origin=key.first,
+                    capacity=reached,
                 )
                 placed.append(span)
-            span.last = span.sealed = reached + BLOCK_TOKENS
+            span.last = span.sealed = span.capacity = reached + BLOCK_TOKENS
             going_on[worker, it.span] = span
         reached += BLOCK_TOKENS
     return placed

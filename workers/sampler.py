@@ -50,7 +50,7 @@ def sample(
 
     Raises FarshoreError for logits that are not numbers.
     """
-    own: Row = logits.numpy()
+    own: Row = logits.cpu().numpy()
     row = adjusted(own, sampling, tokens=tokens, prompt_tokens=prompt_tokens)
     best = int(row.argmax())
     # A NaN is its own argmax: nothing else needs to look for one.

@@ -96,6 +96,8 @@ class PlacedSpan:
     """Position up to which it is sealed."""
     origin: int
     """Position of the span's own first token: the store counts from there."""
+    capacity: int
+    """Position up to which it was granted; above ``last`` it is still to be filled."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -40,6 +40,7 @@ def create(peer: Peer, share: Share, layout: KVLayout, sequence: SequenceId, epo
         group1=share.group1,
         sealed=share.first,
         origin=share.first,
+        capacity=share.last,
     )
 
 

@@ -57,6 +57,7 @@ def run_step(
         )
         for index, rows in enumerate(cuts)
     ]
+    model.expect_calls(soon=not any(batch.travels for batch in batches))
     for batch in batches:
         batch.start(0)
     for layer in range(model.config.layers):
@@ -96,13 +97,18 @@ class _MicroBatch:
         lse = torch.empty(len(tokens), spec.q_heads)
         self._out = State(torch.empty(len(tokens), spec.q_heads, spec.v_dim, dtype=self.h.dtype), lse)
         self._pending: Any = None
+        self.travels = shards.travels(index)
 
     def start(self, layer: int) -> None:
-        """Send q off first; k, v and the tail's attention come while the shards work."""
-        normed = self._model.attention_input(layer, self.h)
-        q = self._model.query(layer, normed, self._positions)
-        self._pending = self._shards.send(layer, self._index, q)
-        k, v = self._model.key_value(layer, normed, self._positions)
+        """Send q off first, if it travels; k, v and the tail's attention come while the shards work."""
+        if self.travels:
+            normed = self._model.attention_input(layer, self.h)
+            q = self._model.query(layer, normed, self._positions)
+            self._pending = self._shards.send(layer, self._index, q)
+            k, v = self._model.key_value(layer, normed, self._positions)
+        else:
+            q, k, v = self._model.project(layer, self.h, self._positions)
+            self._pending = self._shards.send(layer, self._index, q)
         self._tails.append(layer, k, v)
         self._kernels.partial(self._plan, layer, q, out=self._tail_state)
 

@@ -46,8 +46,6 @@ class Plan:
     memory: Tensor
     """Kept alive: the native plan points into it."""
     layers: int
-    q_shape: tuple[int, int, int]
-    o_shape: tuple[int, int, int]
 
 
 def plan(
@@ -97,17 +95,14 @@ def plan(
         *(field.data_ptr() for field in segments),
         group0,
     )
-    outer = (n_rows, groups * spec.q_heads_per_group)
-    return Plan(native, memory, layout.layers, (*outer, spec.k_dim), (*outer, spec.v_dim))
+    return Plan(native, memory, layout.layers)
 
 
 def partial(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
     """As :func:`farshore.kernels.reference.partial`; one native call, nothing allocated."""
     if not 0 <= layer < plan.layers:
         raise ValueError(f"layer {layer} of {plan.layers}")
-    if q.shape != plan.q_shape:
-        raise ValueError(f"q of shape {tuple(q.shape)}, the plan is for {plan.q_shape}")
-    _native.partial(plan.native, layer, *_array(q), *_state(out, plan.o_shape))
+    _native.partial(plan.native, layer, q, *out)
 
 
 def extend(
@@ -159,18 +154,9 @@ def extend(
 
 def merge(states: Sequence[State], *, sink: Tensor | None = None, out: State) -> None:
     """As :func:`farshore.kernels.reference.merge`; at most ``MAX_STATES`` states."""
-    shape = out.o.shape
-    if not 1 <= len(states) <= MAX_STATES or (sink is not None and sink.shape != shape[1:2]):
-        given = None if sink is None else tuple(sink.shape)
-        raise ValueError(f"{len(states)} states (1 to {MAX_STATES}), a sink of {given}")
-    arguments: list[int] = []
-    for state in states:
-        arguments += _state(state, shape)
     if sink is not None:
         sink = sink.to(torch.float32).contiguous()
-    _native.merge(
-        *shape, 0 if sink is None else sink.data_ptr(), *_state(out, shape), len(states), *arguments
-    )
+    _native.merge(states, sink, *out)
 
 
 def _shape(spec: AttentionSpec) -> tuple[float, ...]:
@@ -210,3 +196,11 @@ def _state(state: State, shape: Sequence[int]) -> tuple[int, ...]:
             f"a state of o {tuple(o.shape)}, lse {tuple(lse.shape)} {lse.dtype}; expected o {tuple(shape)}"
         )
     return (*_array(o), lse.data_ptr(), *lse.stride())
+
+
+def _describe(x: Tensor) -> tuple[int, ...]:
+    """(address, *shape, *strides, format) for the native side, where torch has no such table."""
+    return (x.data_ptr(), *x.shape, *x.stride(), _DTYPES.get(x.dtype, -1) if x.is_cpu else -1)
+
+
+_native.use_tensors(Tensor, getattr(Tensor, "__dlpack_c_exchange_api__", None), _describe)

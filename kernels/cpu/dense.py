@@ -20,6 +20,9 @@ from farshore.kernels.cpu.packed import Packed
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """What weights and rows may be, and their numbers in ``native/plan.h``."""
 
+ASLEEP_US, AWAKE_US = 20, 200
+"""How long threads wait awake: as ``SPIN_US`` in ``native/pool.h``, and where that is too little."""
+
 FEW_ROWS = 12
 """Up to these a call runs at memory speed; their number does not change a row's bits."""
 
@@ -112,6 +115,12 @@ def head(*, norm: Tensor, vocabulary: Linear, eps: float, threads: int) -> Head:
     return Head(native, (norm, *vocabulary), dtype, hidden, vocab)
 
 
+def expect_calls(*, soon: bool) -> None:
+    """Whether the calls to come follow each other closely, with a core for every thread: these then wait for
+    the next one awake, up to ``AWAKE_US``. For the whole process."""
+    _native.wait_awake(AWAKE_US if soon else ASLEEP_US)
+
+
 def attention_input(layer: Layer, h: Tensor) -> Tensor:
     """h [R, hidden] -> its RMS norm, weighted; [R, hidden]."""
     h = _rows(h, layer.hidden, layer.dtype)
@@ -145,6 +154,20 @@ def key_value(layer: Layer, normed: Tensor, positions: Tensor) -> tuple[Tensor, 
             layer.native, rows, normed.data_ptr(), at.data_ptr(), k.data_ptr(), v.data_ptr()
         )
     return k, v
+
+
+def project(layer: Layer, h: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`attention_input`, then :func:`query` and :func:`key_value`, in one call: h -> (q, k, v)."""
+    h = _rows(h, layer.hidden, layer.dtype)
+    rows = len(h)
+    q = h.new_empty(rows, layer.q_heads, layer.head_dim)
+    k = h.new_empty(rows, layer.kv_heads, layer.head_dim)
+    v = torch.empty_like(k)
+    if rows:
+        at = _positions(positions, rows)
+        pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr())
+        _native.dense_project(layer.native, rows, h.data_ptr(), at.data_ptr(), *pointers)
+    return q, k, v
 
 
 def finish(layer: Layer, h: Tensor, o: Tensor) -> Tensor:

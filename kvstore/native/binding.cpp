@@ -146,8 +146,22 @@ PyObject* run_append(PyObject*, PyObject* const* args, Py_ssize_t count) {
     });
 }
 
-template <class Work>
-PyObject* on_range(PyObject* const* args, Py_ssize_t count, Work work) {
+PyObject* run_xor(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    return guarded([&]() -> PyObject* {
+        Arguments a{args, args + count};
+        uint8_t* const to = a.pointer();
+        std::vector<const uint8_t*> sources;
+        for (Arguments at = a.list(); at.next != at.end;) sources.push_back(at.pointer());
+        const int64_t bytes = a.integer();
+        {
+            WithoutGil released;
+            exclusive_or(to, sources, bytes);
+        }
+        Py_RETURN_NONE;
+    });
+}
+
+PyObject* run_stream(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return guarded([&]() -> PyObject* {
         Arguments a{args, args + count};
         uint8_t* const to = a.pointer();
@@ -155,18 +169,10 @@ PyObject* on_range(PyObject* const* args, Py_ssize_t count, Work work) {
         const int64_t bytes = a.integer();
         {
             WithoutGil released;
-            work(to, from, bytes);
+            stream_copy(to, from, bytes);
+            fence();
         }
         Py_RETURN_NONE;
-    });
-}
-
-PyObject* run_xor(PyObject*, PyObject* const* args, Py_ssize_t count) { return on_range(args, count, exclusive_or); }
-
-PyObject* run_stream(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    return on_range(args, count, [](uint8_t* to, const uint8_t* from, int64_t bytes) {
-        stream_copy(to, from, bytes);
-        fence();
     });
 }
 
@@ -180,7 +186,7 @@ PyMethodDef methods[] = {
     method("gather", run_gather, "Copy rows out of blocks."),
     method("batch", make_batch, "Where a step's rows go; returns a capsule."),
     method("append", run_append, "append(batch, layer, k, v); None, or the tail that refuses it."),
-    method("xor", run_xor, "xor(to, from, bytes)"),
+    method("xor", run_xor, "xor(to, [source, ...], bytes)"),
     method("stream", run_stream, "stream(to, from, bytes): a copy past the caches"),
     {nullptr, nullptr, 0, nullptr},
 };

@@ -39,9 +39,24 @@ void fence() {}
 
 #endif
 
-// The compiler makes vectors of it, 16 bytes wide on any x86-64: faster than memory already.
-void exclusive_or(uint8_t* __restrict to, const uint8_t* __restrict from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i++) to[i] ^= from[i];
+// All sources at once: memory answers more of them in the time of one, and `to` is written once.
+void exclusive_or(uint8_t* to, const std::vector<const uint8_t*>& sources, int64_t bytes) {
+    typedef uint64_t Line __attribute__((vector_size(64)));  // in registers of whatever width there are
+    int64_t at = 0;
+    for (; at + int64_t{sizeof(Line)} <= bytes; at += sizeof(Line)) {
+        Line sum = {};
+        for (const uint8_t* source : sources) {
+            Line line;
+            std::memcpy(&line, source + at, sizeof line);
+            sum ^= line;
+        }
+        std::memcpy(to + at, &sum, sizeof sum);
+    }
+    for (; at < bytes; at++) {
+        uint8_t sum = 0;
+        for (const uint8_t* source : sources) sum ^= source[at];
+        to[at] = sum;
+    }
 }
 
 }  // namespace farshore::kv

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace farshore::kv {
 
@@ -10,7 +11,7 @@ namespace farshore::kv {
 void stream_copy(uint8_t* to, const uint8_t* from, int64_t bytes);
 void fence();
 
-// to[i] ^= from[i]; the ranges do not overlap.
-void exclusive_or(uint8_t* __restrict to, const uint8_t* __restrict from, int64_t bytes);
+// to[i] = sources[0][i] ^ sources[1][i] ^ ...; `to` overlaps none of them.
+void exclusive_or(uint8_t* to, const std::vector<const uint8_t*>& sources, int64_t bytes);
 
 }  // namespace farshore::kv

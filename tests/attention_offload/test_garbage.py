@@ -427,8 +427,12 @@ def test_a_shard_looks_at_every_number_of_a_step_before_it_reads_memory(room, me
             assert not state.o.isnan().any()
 
 
-def test_a_thread_ends_with_its_connection(room):
-    with room.frames(unix=False):
-        assert any(thread.name == "frames" for thread in threading.enumerate())
-    room.listener.close()
-    assert not any(thread.name == "frames" for thread in threading.enumerate())
+def test_a_listener_that_closes_ends_its_connections(room):
+    with room.frames(unix=False) as connection:
+        threads = [thread for thread in threading.enumerate() if thread.name == "frames"]
+        assert threads
+        room.listener.close()
+        read_all(connection)
+    for thread in threads:
+        thread.join(DEADLINE_S)
+        assert not thread.is_alive()

@@ -171,7 +171,10 @@ def test_status_shows_what_is_in_force(run, farshore):
         api.ClusterStatusReply(kv_format="int8", max_decode_stall_ms=50, speculate_tokens=4)
     )
     out = run("status", "--server", farshore.address).out
-    assert "KV as int8" in out and "for 50 ms at most; up to 4 tokens guessed ahead" in out
+    assert (
+        "KV as int8" in out
+        and "at most 50 ms from token to token beside other prompts; up to 4 tokens guessed ahead" in out
+    )
     told = json.loads(run("status", "--server", farshore.address, "--json").out)
     assert (told["kv_format"], told["max_decode_stall_ms"], told["speculate_tokens"]) == ("int8", 50, 4)
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -211,20 +212,93 @@ def test_calls_of_other_shapes_are_refused(stored):
         with refused(f"layer {layer} of 2"):
             cpu.partial(plan, layer, q, out=out)
     cases = [
-        (q[:1], out, "the plan is for"),
-        (q[..., :63], out, "the plan is for"),
+        (q[:1], out, "q of shape"),
+        (q[..., :63], out, "q of shape"),
         (q.double(), out, "float64"),
         (q.to("meta"), out, "meta"),
         (q.transpose(0, 2).contiguous().transpose(0, 2), out, "contiguous"),
-        (q, State.identity(1, 4, 64), "a state of"),
+        (q, State.identity(1, 4, 64), "o of shape"),
         (q, out._replace(o=out.o.double()), "float64"),
-        (q, out._replace(lse=out.lse.double()), "a state of"),
-        (q, out._replace(lse=out.lse[:, :3]), "a state of"),
-        (q, out._replace(o=out.o[..., ::2]), "a state of"),
+        (q, out._replace(lse=out.lse.double()), "lse: torch.float64|lse must be"),
+        (q, out._replace(lse=out.lse[:, :3]), "lse of shape"),
+        (q, out._replace(o=out.o[..., ::2]), "o of shape"),
     ]
     for q_given, out_given, match in cases:
         with refused(match):
             cpu.partial(plan, 1, q_given, out=out_given)
+
+
+def test_tensors_are_read_through_python_where_torch_has_no_table(stored):
+    """torch before 2.10 or so: slower, and the same in everything else."""
+    plan, q, out, expected = whole(stored), queries(), State.identity(2, 4, 64), State.identity(2, 4, 64)
+    cpu.partial(plan, 1, q, out=expected)
+    api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    cpu._native.use_tensors(torch.Tensor, None, cpu._describe)
+    try:
+        cpu.partial(plan, 1, q, out=out)
+        for other in (q.double(), q.to("meta"), q[:1], q[0, 0, None, None, None], None):
+            with refused("q"):
+                cpu.partial(plan, 1, other, out=out)
+    finally:
+        cpu._native.use_tensors(torch.Tensor, api, cpu._describe)
+    assert torch.equal(out.o, expected.o) and torch.equal(out.lse, expected.lse)
+
+
+EXHAUST = """
+import resource
+import torch
+from farshore.kernels import cpu
+from farshore.kernels.base import AttentionSpec, State
+
+spec = AttentionSpec(1, 1, 1, 16384, 16384, 1.0)
+x = torch.zeros(2048, 1, 16384)
+out = State.identity(2048, 1, 16384)
+warm = AttentionSpec(1, 1, 1, 64, 64, 1.0)
+y = torch.zeros(2048, 1, 64)
+positions = torch.arange(2048)
+call = dict(q_positions=positions, k_position=0, threads=2)
+small = State.identity(2048, 1, 64)
+cpu.extend(y, y.view(1, 2048, 64), y.view(1, 2048, 64), warm, out=small, **call)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), -1))
+try:
+    cpu.extend(x, x.view(1, 2048, 16384), x.view(1, 2048, 16384), spec, out=out, **call)
+except MemoryError:
+    pass
+else:
+    raise SystemExit("there was memory")
+cpu.extend(y, y.view(1, 2048, 64), y.view(1, 2048, 64), warm, out=small, **call)
+assert small.lse.isfinite().all()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="measures its own memory by /proc")
+def test_scratch_that_cannot_be_had_is_an_error_of_the_call(tmp_path):
+    """Not the end of the process, whichever thread wants it; and the next call works."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", EXHAUST], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@every_instruction_set
+@pytest.mark.parametrize("format", [KVFormat.INT8, KVFormat.INT4], ids=lambda it: it.value)
+@pytest.mark.parametrize("rows", [1, 20])
+def test_rows_of_many_scales(kernels, textbook, assert_close, store_tokens, format, rows):
+    """Beyond 1,024 elements, with a last group that is short: few queries and many take different ways."""
+    spec = AttentionSpec(1, 1, 1, 1100, 1100, 0.02)
+    kv = store_tokens(spec, format, 9)
+    q = torch.randn(rows, 1, 1100, generator=torch.Generator().manual_seed(0)).bfloat16()
+    positions = torch.full((rows,), 9)
+    segments = Segments.of([(0, kv.stride, 0, 9, 0, 0, 1)])
+    plan = kernels.plan(
+        Rows.of([(0, rows, 0, 0, 1)]), segments, kv.memory, kv.layout, spec, positions=positions
+    )
+    out = State.identity(rows, 1, 1100)
+    kernels.partial(plan, 1, q, out=out)
+    assert_close(
+        out, textbook(q, kv.k, kv.v, spec, q_positions=positions), kernels.tolerance(q.dtype, format)
+    )
 
 
 def test_extensions_of_other_shapes_are_refused():
@@ -262,5 +336,5 @@ def test_states_of_other_shapes_are_refused():
     with refused("a sink of"):
         cpu.merge([state], sink=torch.zeros(3), out=out)
     for other in (State.identity(2, 3, 64), State.identity(2, 4, 65), state._replace(o=state.o.long())):
-        with refused("a state of|int64"):
+        with refused("o of shape|int64"):
             cpu.merge([state, other], out=out)

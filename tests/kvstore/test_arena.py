@@ -5,7 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farshore.errors import Full, InvalidRequest
@@ -17,6 +17,7 @@ MIB = 1 << 20
 requests = st.tuples(st.integers(1, 9), st.integers(1, 3 * PAGE))
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(requests, st.integers(0, 100)), max_size=60))
 def test_books_add_up_whatever_is_taken_and_given_back(steps):
     arena = Arena(40 * PAGE)
@@ -109,6 +110,7 @@ def test_what_stays_warm_is_granted_next():
 
 
 @pytest.mark.parametrize("budget_bytes", [24 * PAGE, 33 * MIB + 5 * PAGE])
+@settings(deadline=None)
 @given(st.data())
 def test_whatever_is_given_back_leaves_no_more_than_the_spare_part(budget_bytes, data):
     """In ordinary pages exactly; where pages are huge, what shares one with something held stays, too."""

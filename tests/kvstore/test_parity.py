@@ -10,6 +10,7 @@ from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kvstore import images, parity, transfer
 from farshore.kvstore.arena import Arena
 from farshore.kvstore.base import SpanKey
+from farshore.kvstore.parity import Member
 from farshore.kvstore.store import LocalStore
 
 E1 = Epoch(1)
@@ -37,7 +38,7 @@ def grouped(shards, sealed):
     def make(layout, lengths):
         members = {sealed(s, n, layout, first=9): s for s, n in zip(shards, lengths, strict=False)}
         sent = {
-            span: transfer.verified(store.export(span, 0, n))
+            span: Member(transfer.verified(store.export(span, 0, n)), store.digest(span, n))
             for (span, store), n in zip(members.items(), lengths, strict=True)
         }
         span = parity.encode(shards[4], sent, sequence=GROUP, epoch=E1)
@@ -100,7 +101,10 @@ def test_parity_is_not_read_as_tokens(shards, layout, grouped):
 
 def test_parity_covers_what_was_sealed_and_later_tokens_change_nothing(shards, layout, sealed, tokens):
     spans = [sealed(store, 7, layout, capacity_tokens=14) for store in shards[:2]]
-    sent = {span: store.pieces(span, 0, 7) for span, store in zip(spans, shards, strict=False)}
+    sent = {
+        span: Member(store.pieces(span, 0, 7), store.digest(span, 7))
+        for span, store in zip(spans, shards, strict=False)
+    }
     group = parity.encode(shards[4], sent, sequence=GROUP, epoch=E1)
     for layer in range(layout.layers):
         shards[1].write(spans[1], layer, 7, *tokens(layout, 7), epoch=E1)
@@ -118,7 +122,7 @@ def test_a_group_needs_two_spans_of_one_layout(shards, layout, sealed):
     spans = [sealed(shards[0], 7, layout), sealed(shards[0], 7, layout._replace(k_dim=4))]
     for chosen, named in [(spans[:1], "1 spans: give 2"), (spans, "stored as")]:
         with pytest.raises(InvalidRequest, match=named):
-            sent = {span: shards[0].pieces(span, 0, 7) for span in chosen}
+            sent = {span: Member(shards[0].pieces(span, 0, 7), shards[0].digest(span, 7)) for span in chosen}
             parity.encode(shards[4], sent, sequence=GROUP, epoch=E1)
     assert shards[4].announce() == []
 
@@ -135,7 +139,8 @@ def test_every_other_span_is_needed(shards, layout, grouped):
 
 def test_parity_that_does_not_fit_is_refused_and_takes_nothing(shards, layout, sealed):
     shards[4] = LocalStore(worker=WorkerId("small"), arena=Arena(2 * 4096))
-    sent = {span: shards[0].pieces(span, 0, 11) for span in (sealed(shards[0], 11, layout) for _ in range(2))}
+    spans = [sealed(shards[0], 11, layout) for _ in range(2)]
+    sent = {span: Member(shards[0].pieces(span, 0, 11), shards[0].digest(span, 11)) for span in spans}
     with pytest.raises(Full):
         parity.encode(shards[4], sent, sequence=GROUP, epoch=E1)
     assert shards[4].announce() == [] and shards[4].usage().free_bytes == 2 * 4096
@@ -162,7 +167,10 @@ def test_a_damaged_chunk_leaves_no_parity(shards, layout, sealed):
     spans = [sealed(store, 7, layout) for store in shards[:2]]
     good, bad = (list(store.export(span, 0, 7)) for store, span in zip(shards, spans, strict=False))
     bad[2] = replace(bad[2], payload=bytes(len(bad[2].payload)))
-    sent = {spans[0]: transfer.verified(good), spans[1]: transfer.verified(bad)}
+    sent = {
+        span: Member(transfer.verified(chunks), store.digest(span, 7))
+        for span, store, chunks in zip(spans, shards, (good, bad), strict=False)
+    }
     with pytest.raises(Corrupt, match="chunk 2"):
         parity.encode(shards[4], sent, sequence=GROUP, epoch=E1)
     assert shards[4].announce() == [] and shards[4].usage().free_bytes == 64 * 4096

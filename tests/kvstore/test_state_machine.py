@@ -296,7 +296,12 @@ class Stores(RuleBasedStateMachine):
             return
         other = data.draw(st.sampled_from(others))
         store, tokens = self.stores[which], max(lost.sealed, other.sealed)
-        sent = {it.span: transfer.verified(it.store.export(it.span, 0, it.sealed)) for it in (lost, other)}
+        sent = {
+            it.span: parity.Member(
+                transfer.verified(it.store.export(it.span, 0, it.sealed)), it.store.digest(it.span, it.sealed)
+            )
+            for it in (lost, other)
+        }
         try:
             span = parity.encode(store, sent, sequence=GROUP, epoch=self.epoch(store, GROUP))
         except Full:
@@ -425,7 +430,7 @@ class Stores(RuleBasedStateMachine):
         # Parity is read through its export alone; its blocks look like any others.
         found: list[bytes] = []
         for piece in it.store.pieces(it.span, 0, it.sealed):
-            shape = images.part_layout(it.layout, piece.header.part)
+            shape = images.part_layout(it.layout, piece.part)
             k, k_scales, v, v_scales = (f[layer] for f in images.fields(piece.image, shape))
             found += by_token(torch.cat((k, k_scales), -1), torch.cat((v, v_scales), -1))
         return found

@@ -63,6 +63,10 @@ def test_a_digest_is_of_the_content_however_it_is_cut(store, layout, sealed, mon
         monkeypatch.setattr(images, "PART_BYTES", size)
         digests.add(transfer.digest(store.pieces(span, 2, 13)))
     assert len(digests) == 1
+    assert store.digest(span, 13) == transfer.digest(store.pieces(span, 0, 13)) != store.digest(span, 12)
+    assert store.digest(span, 12) == transfer.digest(store.pieces(span, 0, 12))
+    with pytest.raises(InvalidRequest):
+        store.digest(span, 14)
     assert transfer.digest(store.pieces(span, 2, 12)) not in digests
 
 
@@ -79,10 +83,11 @@ def test_a_header_comes_back_as_it_was_packed():
             layout=KVLayout(80, 1, 3, 2, 192, 128, format, 256, v_in_k=True),
             tokens=9,
             parity=True,
-            part=images.Part(0, 9, 10, 12),
         )
-        assert transfer.Header.unpack(header.pack()) == header
-        for bad in (b"", header.pack()[:50], b"FSX0" + header.pack()[4:], header.pack() + b"\xff"):
+        part = images.Part(0, 9, 10, 12)
+        packed = header.pack(part)
+        assert transfer.Header.unpack(packed) == (header, part)
+        for bad in (b"", packed[:50], b"FSX0" + packed[4:], packed + b"\xff"):
             with pytest.raises(ValueError):
                 transfer.Header.unpack(bad)
 
@@ -141,15 +146,13 @@ def test_chunks_of_two_exports_do_not_mix(store, other, layout, sealed, sent):
 
 
 def test_an_impossible_layout_is_refused_before_memory_is_granted(other, layout, sent):
-    header = transfer.Header.unpack(sent[0].header)
+    header, _ = transfer.Header.unpack(sent[0].header)
     for bad in (layout._replace(groups=3), layout._replace(v_in_k=True)):
         part = next(images.cut(bad, 12))
         size = images.part_layout(bad, part).block_bytes
-        header = replace(header, layout=bad, part=part)
+        packed = replace(header, layout=bad).pack(part)
         with pytest.raises(InvalidRequest):
-            other.import_span(
-                [resealed(sent[0], header=header.pack(), payload=bytes(size))], sequence=T, epoch=E1
-            )
+            other.import_span([resealed(sent[0], header=packed, payload=bytes(size))], sequence=T, epoch=E1)
     assert other.announce() == []
 
 

@@ -74,6 +74,8 @@ def slices(model: Llama, rows: int, seed: int = 0):
     positions = torch.randint(64, (rows,), generator=generator)
     normed = model.attention_input(0, h)
     query, (k, v) = model.query(0, normed, positions), model.key_value(0, normed, positions)
+    for together, alone in zip(model.project(0, h, positions), (query, k, v), strict=True):
+        assert torch.equal(together, alone)
     return {
         "normed": normed,
         "q": query,

@@ -93,6 +93,12 @@ class Rig:
         self.shard_by = shard_by
         self.epochs = count(1)
 
+    def resize(self, memory_bytes):
+        """Other memory for the engine itself, before it is made."""
+        self.arenas[ENGINE] = Arena(memory_bytes)
+        self.stores[ENGINE] = LocalStore(worker=ENGINE, arena=self.arenas[ENGINE])
+        self.peers[ENGINE] = InProcessPeer(ENGINE, self.stores[ENGINE], self.attention)
+
     def engine(self, **options):
         return Engine(
             model=self.model,

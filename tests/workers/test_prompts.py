@@ -159,6 +159,19 @@ def test_memory_does_not_grow_with_the_prompt(tiny_model, ground, monkeypatch, c
     assert short == long <= bound
 
 
+def test_a_prompt_far_longer_than_the_engines_own_memory_runs(tiny, tiny_model, rig, submit):
+    """The engine has two blocks for its tail; the prompt is seven, on the shards."""
+    cluster = rig(tiny_model, shards=2, memory_bytes=64 << 20)
+    cluster.resize(2 * cluster.attention.layouts[0].block_bytes)
+    it = submit(cluster.start(limits=EngineLimits(segment_tokens=512)), "a", prompt_of(1800), GREEDY)
+    assert isinstance(it.result(), Finished)
+    ids = prompt_of(1800)
+    with torch.inference_mode():
+        for token in it.tokens:
+            assert token == int(tiny(torch.tensor([ids])).logits[0, -1].argmax())
+            ids.append(token)
+
+
 class Failing:
     """A store whose chosen calls break once: what a network does."""
 

@@ -128,6 +128,40 @@ class Breaking:
         self._call += 1
 
 
+def state_of(sequence):
+    """All that a step may not touch before it is committed, KV byte for byte."""
+    tail = sequence.placed_tail
+    k, v = tail.read_layers(tail.start, tail.end, dtype=torch.uint8)
+    spans = [(s.span, s.first, s.last, s.sealed) for s in sequence.spans]
+    counted = dict(sequence.attended_bytes)
+    return sequence.committed, list(sequence.tokens), tail.start, tail.bytes, spans, counted, k, v
+
+
+def same(a, b):
+    return all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b, strict=True)
+    )
+
+
+def watched(engine):
+    """Compares what each failed step of the engine leaves with what was before; the list of outcomes."""
+    outcomes, run_step = [], engine._run_step
+
+    def run(turns):
+        # What is reserved ahead is given back with the scratch: it is no state.
+        for turn in turns:
+            turn.sequence.placed_tail.truncate(turn.sequence.committed)
+        before = [state_of(turn.sequence) for turn in turns]
+        try:
+            run_step(turns)
+        except TransportError:
+            outcomes.append(all(map(same, before, [state_of(turn.sequence) for turn in turns])))
+            raise
+
+    engine._run_step = run
+    return outcomes
+
+
 @pytest.mark.parametrize("guesses", [0, 4])
 def test_a_step_that_breaks_at_any_stage_of_any_layer_loses_nothing(
     tiny_model, rig, submit, monkeypatch, guesses
@@ -142,8 +176,11 @@ def test_a_step_that_breaks_at_any_stage_of_any_layer_loses_nothing(
         cluster = rig(tiny_model, shards=2, memory_bytes=64 << 20, wrap=Breaking)
         peer = cluster.peers[cluster.targets[0]]
         peer.at = at
-        it = submit(cluster.start(limits=limits), "a", REPEATING + prompt_of(210), sampling)
+        engine = cluster.start(limits=limits)
+        outcomes = watched(engine)
+        it = submit(engine, "a", REPEATING + prompt_of(210), sampling)
         assert isinstance(it.result(), Finished)
+        assert len(outcomes) == peer.broken and all(outcomes)
         undisturbed = undisturbed or it.tokens
         assert it.tokens == undisturbed
         assert (peer.broken >= 5) == (at is not None)

@@ -191,32 +191,11 @@ class Attend {
     // Scales of a tile as float32 [head][group][token], zero beyond its end.
     void unpack_scales(const Tokens& t, int n_pad) {
         for (int head = 0; head < s_.k_heads && k_groups_; head++)
-            unpack(k_scale_ + (long)head * k_groups_ * n_pad, t.k_scales + head * t.k_head_stride, k_groups_,
-                   t.k_scale_stride, t.count, n_pad);
+            farshore::ISA::unpack_scales(k_scale_ + (long)head * k_groups_ * n_pad, n_pad,
+                                         t.k_scales + head * t.k_head_stride, k_groups_, t.k_scale_stride, t.count);
         for (int head = 0; head < s_.v_heads && v_groups_; head++)
-            unpack(v_scale_ + (long)head * v_groups_ * n_pad, t.v_scales + head * t.v_head_stride, v_groups_,
-                   t.v_scale_stride, t.count, n_pad);
-    }
-    static void unpack(float* to, const uint8_t* from, int groups, int64_t stride, int n, int n_pad) {
-        for (int j = 0; j < n_pad; j++) {
-            // All of the usual rows' one or two scales at a time.
-            if (groups <= 2 && stride == 2 * groups && j % WIDTH == 0 && j + WIDTH <= n) {
-                if (groups == 1) {
-                    store(to + j, from_bf16(reinterpret_cast<const uint16_t*>(from + j * stride)));
-                } else {
-                    const vu both = load_as<vu>(from + j * stride);
-                    store(to + j, bits_to_float(both << 16));
-                    store(to + n_pad + j, bits_to_float(both & 0xffff0000));
-                }
-                j += WIDTH - 1;
-                continue;
-            }
-            for (int g = 0; g < groups; g++) {
-                uint16_t h = 0;
-                if (j < n) std::memcpy(&h, from + j * stride + 2 * g, 2);
-                to[g * n_pad + j] = from_bf16(h);
-            }
-        }
+            farshore::ISA::unpack_scales(v_scale_ + (long)head * v_groups_ * n_pad, n_pad,
+                                         t.v_scales + head * t.v_head_stride, v_groups_, t.v_scale_stride, t.count);
     }
 
     // Logits of all queries, [part][query][token], from K's rows.
@@ -268,7 +247,8 @@ class Attend {
             }
         }
         if (s_.soft_cap)
-            for (int j = 0; j < end; j++) x[j] = std::tanh(x[j] * s_.scale / s_.soft_cap) * s_.soft_cap;
+            for (int j = 0; j < columns; j += WIDTH)
+                store(x + j, tanh(load(x + j) * (s_.scale / s_.soft_cap)) * s_.soft_cap);
         if (ragged) {
             for (int j = 0; j < lowest; j++) x[j] = -INFINITY;
             for (int j = end; j < columns; j++) x[j] = -INFINITY;

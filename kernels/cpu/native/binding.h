@@ -6,9 +6,12 @@
 
 #include <climits>
 #include <exception>
+#include <new>
 #include <stdexcept>
+#include <string>
 
 #include "plan.h"
+#include "tensors.h"
 
 namespace farshore {
 
@@ -48,6 +51,31 @@ struct Arguments {
         o.lse_head_stride = integer();
         return o;
     }
+    // A tensor [rows, heads, dim] on the CPU whose last dimension is contiguous.
+    Array rows(const char* name, int64_t rows, int64_t heads, int64_t dim) {
+        const View x = tensor(name);
+        const bool fits = x.dims == 3 && x.shape[0] == rows && x.shape[1] == heads && x.shape[2] == dim;
+        if (!fits) throw std::invalid_argument(mismatch(name, x, {rows, heads, dim}));
+        if (dim > 1 && x.strides[2] != 1)
+            throw std::invalid_argument(std::string(name) + ": the last dimension must be contiguous");
+        return {x.data, x.strides[0], x.strides[1], x.format};
+    }
+    // A state, two tensors: o [rows, heads, dim] and lse float32 [rows, heads].
+    Out state(int64_t rows, int64_t heads, int64_t dim) {
+        Out out;
+        out.o = this->rows("o", rows, heads, dim);
+        const View lse = tensor("lse");
+        if (lse.dims != 2 || lse.shape[0] != rows || lse.shape[1] != heads)
+            throw std::invalid_argument(mismatch("lse", lse, {rows, heads}));
+        if (lse.format != Format::f32) throw std::invalid_argument("lse must be float32");
+        out.lse = static_cast<float*>(lse.data);
+        out.lse_row_stride = lse.strides[0], out.lse_head_stride = lse.strides[1];
+        return out;
+    }
+    View tensor(const char* name) {
+        if (next == end) throw std::runtime_error("too few arguments");
+        return view_of(*next++, name);
+    }
     Shape shape() {
         Shape s;
         s.q_heads = small();
@@ -69,11 +97,26 @@ template <class Call>
 PyObject* guarded(Call&& call) {
     try {
         return call();
+    } catch (const std::bad_alloc&) {
+        if (!PyErr_Occurred()) PyErr_NoMemory();
+        return nullptr;
+    } catch (const std::invalid_argument& error) {
+        if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, error.what());
+        return nullptr;
     } catch (const std::exception& error) {
         if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, error.what());
         return nullptr;
     }
 }
+
+// A reference that is given back.
+struct Owned {
+    explicit Owned(PyObject* object) : it(object) {}
+    ~Owned() { Py_XDECREF(it); }
+    Owned(const Owned&) = delete;
+    Owned& operator=(const Owned&) = delete;
+    PyObject* it;
+};
 
 struct WithoutGil {
     WithoutGil() : state(PyEval_SaveThread()) {}

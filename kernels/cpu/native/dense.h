@@ -43,6 +43,7 @@ struct DenseKernels {
     void (*input)(const Dense&, const void* x, int rows, void* out);
     void (*query)(const Dense&, const void* x, int rows, const int64_t* positions, void* q);
     void (*key_value)(const Dense&, const void* x, int rows, const int64_t* positions, void* k, void* v);
+    void (*project)(const Dense&, const void* h, int rows, const int64_t* positions, void* q, void* k, void* v);
     void (*finish)(const Dense&, const void* h, const void* o, int rows, void* out);
     void (*logits)(const Head&, const void* h, int rows, float* out);
 };

@@ -2,6 +2,7 @@
 // `const Kernels& NAME()` from these. Order matters, and so does when: see simd.h.
 #include "simd.h"
 #include "pack.h"
+#include "stream.h"
 #include "gemm.h"
 #include "amx.h"
 #include "attend.h"
@@ -61,6 +62,19 @@ inline Tokens tile_of(const Plan& plan, const Span& span, int done, int tile, in
     t.count = std::min(std::min(tile - slot % tile, plan.block_tokens - slot), span.count - done);
     t.position = span.position + done;
     return t;
+}
+
+template <Format F>
+void absorb_span(Stream<F>& stream, const Plan& plan, const Span& span, int layer) {
+    Tokens now{};
+    if (span.count) now = tile_of(plan, span, 0, stream.tile, layer);
+    for (int done = 0; done < span.count;) {
+        done += now.count;
+        Tokens next{};
+        if (done < span.count) next = tile_of(plan, span, done, stream.tile, layer);
+        stream.absorb(now, next);
+        now = next;
+    }
 }
 
 template <class Math, Format F>
@@ -184,15 +198,19 @@ void run_job(Plan& plan, const Job& job, int layer, const Array& q, const Out& o
     int tokens = 0;
     for (int s = job.span0; s < job.span1; s++) tokens += plan.spans[s].count;
     if (tokens <= FEW_TOKENS) return run_few<F>(plan, job, layer, q, out);
-    [[maybe_unused]] typename Math::Session session;
-    Attend<Math, F> attend(plan.shape, job.rows);
     Array first = q;
     first.data = at(q, job.row, (int64_t)job.group * plan.shape.q_heads);
-    attend.begin(first, plan.positions.data() + job.row, plan.window);
-    for (int s = job.span0; s < job.span1; s++) absorb_span<Math, F>(attend, plan, plan.spans[s], layer);
-    attend.finish([&](int head, int row, const float* o, float lse) {
-        put_state(plan, job, out, head, row, o, lse);
-    });
+    const auto attend_to_all = [&](auto&& attend) {
+        attend.begin(first, plan.positions.data() + job.row, plan.window);
+        for (int s = job.span0; s < job.span1; s++) absorb_span(attend, plan, plan.spans[s], layer);
+        attend.finish([&](int head, int row, const float* o, float lse) {
+            put_state(plan, job, out, head, row, o, lse);
+        });
+    };
+    if (job.rows * plan.shape.q_heads <= STREAM_QUERIES * plan.shape.k_heads)
+        return attend_to_all(Stream<F>(plan.shape, job.rows));
+    [[maybe_unused]] typename Math::Session session;
+    attend_to_all(Attend<Math, F>(plan.shape, job.rows));
 }
 
 inline void reduce(const Plan& plan, const Reduction& r, const Out& out) {

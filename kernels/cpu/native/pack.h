@@ -10,10 +10,10 @@ namespace ISA {
 
 constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
-// One row of a stored head: element i's value, scaled.
+// One row of a stored head: element i's value, scaled; scales null: unscaled.
 template <Format F>
 inline float element(const uint8_t* row, const uint8_t* scales, int i, int dim) {
-    uint16_t h;
+    uint16_t h = 0x3f80;
     if (F == Format::f32) {
         float f;
         std::memcpy(&f, row + 4 * i, 4);
@@ -23,7 +23,7 @@ inline float element(const uint8_t* row, const uint8_t* scales, int i, int dim) 
         std::memcpy(&h, row + 2 * i, 2);
         return F == Format::bf16 ? from_bf16(h) : from_f16(h);
     }
-    std::memcpy(&h, scales + i / SCALE_ELEMENTS * 2, 2);
+    if (scales) std::memcpy(&h, scales + i / SCALE_ELEMENTS * 2, 2);
     const float scale = from_bf16(h);
     if (F == Format::i8) return static_cast<int8_t>(row[i]) * scale;
     // int4: of a group of w elements, the first half are low nibbles, the second high ones.
@@ -47,8 +47,8 @@ inline vf elements(const uint8_t* row, const uint8_t* scales, int i, int dim) {
     if (F == Format::f32) return load_as<vf>(row + 4 * i);
     if (F == Format::bf16) return from_bf16(reinterpret_cast<const uint16_t*>(row + 2 * i));
     if (F == Format::f16) return from_f16(reinterpret_cast<const uint16_t*>(row + 2 * i));
-    uint16_t h;
-    std::memcpy(&h, scales + group * 2, 2);
+    uint16_t h = 0x3f80;
+    if (scales) std::memcpy(&h, scales + group * 2, 2);
     const float scale = from_bf16(h);
     if (F == Format::i8) {
         const vi v = widen(load_as<vb>(row + i));
@@ -58,6 +58,29 @@ inline vf elements(const uint8_t* row, const uint8_t* scales, int i, int dim) {
     const uint8_t* bytes = row + group * HALF + at % HALF;
     const vi v = widen(load_as<vc>(bytes));
     return __builtin_convertvector((at < HALF ? v & 15 : v >> 4) - 8, vf) * scale;
+}
+
+// Scales of n tokens as float32 [group][token], rows `pitch` apart, zero from n to its multiple of WIDTH.
+inline void unpack_scales(float* to, int pitch, const uint8_t* from, int groups, int64_t stride, int n) {
+    for (int j = 0; j < round_up(n, WIDTH); j++) {
+        // All of the usual rows' one or two scales at a time.
+        if (groups <= 2 && stride == 2 * groups && j % WIDTH == 0 && j + WIDTH <= n) {
+            if (groups == 1) {
+                store(to + j, from_bf16(reinterpret_cast<const uint16_t*>(from + j * stride)));
+            } else {
+                const vu both = load_as<vu>(from + j * stride);
+                store(to + j, bits_to_float(both << 16));
+                store(to + pitch + j, bits_to_float(both & 0xffff0000));
+            }
+            j += WIDTH - 1;
+            continue;
+        }
+        for (int g = 0; g < groups; g++) {
+            uint16_t h = 0;
+            if (j < n) std::memcpy(&h, from + j * stride + 2 * g, 2);
+            to[g * pitch + j] = from_bf16(h);
+        }
+    }
 }
 
 struct Floats {
@@ -114,10 +137,8 @@ struct Pairs {
     // A row's last elements, or those of its last, shorter group: one by one.
     template <Format F>
     __attribute__((noinline)) static vu last_words(const uint8_t* row, int i, int dim) {
-        uint16_t ones[16], some[32] = {};  // scales of 1
-        for (uint16_t& it : ones) it = 0x3f80;
-        for (int l = 0; l < 32 && i + l < dim; l++)
-            some[l] = to_bf16(element<F>(row, reinterpret_cast<const uint8_t*>(ones), i + l, dim));
+        uint16_t some[32] = {};
+        for (int l = 0; l < 32 && i + l < dim; l++) some[l] = to_bf16(element<F>(row, nullptr, i + l, dim));
         return load_as<vu>(some);
     }
 

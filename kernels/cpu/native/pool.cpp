@@ -7,16 +7,18 @@
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
+#include <exception>
 #include <mutex>
 #include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace farshore {
 namespace {
 
-// Long enough to bridge the gap between two layers of one step; longer would take the core from others.
-constexpr auto SPIN = std::chrono::microseconds(20);
+// How long a worker waits awake for the next task. Longer takes the core from others.
+std::atomic<int> spin_us{SPIN_US};
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -42,6 +44,8 @@ class Pool {
         context_ = context;
         count_ = count;
         helpers_ = threads - 1;
+        error_ = nullptr;
+        failed_.store(false, std::memory_order_relaxed);
         next_.store(0, std::memory_order_relaxed);
         inside_.store(OPEN, std::memory_order_release);
         generation_.fetch_add(1, std::memory_order_release);
@@ -50,6 +54,7 @@ class Pool {
         // Closed: who comes now stays out. Then wait for those inside; they have at most one item left.
         inside_.fetch_sub(OPEN, std::memory_order_acq_rel);
         while (inside_.load(std::memory_order_acquire) != 0) relax();
+        if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
     }
 
     std::mutex busy;
@@ -73,14 +78,20 @@ class Pool {
     }
 #endif
 
-    void take() {
-        for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) body_(context_, i);
+    // What a body throws (scratch that cannot be had) is kept for the caller, and no further item starts.
+    void take() noexcept {
+        try {
+            for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) body_(context_, i);
+        } catch (...) {
+            next_.store(count_, std::memory_order_relaxed);
+            if (!failed_.exchange(true)) error_ = std::current_exception();
+        }
     }
 
     void work(int id) {
         uint32_t seen = 0;
         for (;;) {
-            const auto until = std::chrono::steady_clock::now() + SPIN;
+            const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(spin_us.load(std::memory_order_relaxed));
             uint32_t now;
             while ((now = generation_.load(std::memory_order_acquire)) == seen) {
                 relax();
@@ -98,6 +109,8 @@ class Pool {
     std::atomic<uint32_t> generation_{0};
     std::atomic<int> inside_{0};
     std::atomic<int> next_{0};
+    std::atomic<bool> failed_{false};
+    std::exception_ptr error_;
     void (*body_)(void*, int) = nullptr;
     void* context_ = nullptr;
     int count_ = 0;
@@ -135,14 +148,18 @@ void parallel_for(int count, int threads, void (*body)(void*, int), void* contex
     for (int i = 0; i < count; i++) body(context, i);
 }
 
+void wait_awake(int microseconds) { spin_us.store(microseconds, std::memory_order_relaxed); }
+
 void* scratch(long bytes, int which) {
     thread_local Scratch kept[3];
     Scratch& own = kept[which];
     if (own.bytes < bytes) {
         std::free(own.memory);
-        own.bytes = (bytes + 4095) / 4096 * 4096;
-        own.memory = std::aligned_alloc(4096, own.bytes);
+        own.memory = nullptr, own.bytes = 0;
+        const long rounded = (bytes + 4095) / 4096 * 4096;
+        own.memory = std::aligned_alloc(4096, rounded);
         if (!own.memory) throw std::bad_alloc();
+        own.bytes = rounded;
     }
     return own.memory;
 }

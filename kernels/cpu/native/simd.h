@@ -232,6 +232,17 @@ inline vf exp2(vf x, float peak, float scale) {
     return bits_to_float((vu)p + ((vu)t << 23));
 }
 
+inline vf tanh(vf x) {
+    const vf size = max(x, -x);
+    const vf e = exp2<true>(size, 0.0f, -2.0f * LOG2_E);
+    const vf far = (1.0f - e) / (1.0f + e);
+    // Near 0 that cancels.
+    const vf s = x * x;
+    const vf near = size * (1.0f + s * (-1.0f / 3 + s * (2.0f / 15 + s * (-17.0f / 315 + s * (62.0f / 2835)))));
+    const vf y = size < 0.25f ? near : far;
+    return x < 0.0f ? -y : y;
+}
+
 // -- transposition ---------------------------------------------------------------------------------------
 
 // r[i][j] <-> r[j][i] for WIDTH vectors of 32-bit lanes, by butterflies.

@@ -1,0 +1,335 @@
+// Attention of few queries, bound by memory: every row of K and of V is read once, where it lies, in the order it
+// lies in, converted in registers and multiplied with all queries that share it. No tile is packed: packing costs
+// more than the products. Arithmetic is float32 in every format. Included after pack.h.
+//
+// Queries are ordered as in attend.h, [head of group][row], and so is the running state of each: peak (of unscaled
+// logits), mass, and o not yet divided by it.
+
+namespace farshore {
+namespace ISA {
+
+constexpr int STREAM_TILE = 64;     // tokens between two updates of the softmax: their logits stay in L1
+constexpr int STREAM_QUERIES = 16;  // more that share a K head pay for packing
+constexpr int TOKENS_AT_ONCE = 4;
+#if WIDTH == 16
+constexpr int QUERIES_AT_ONCE = 4;  // TOKENS_AT_ONCE x QUERIES_AT_ONCE sums live in registers
+#else
+constexpr int QUERIES_AT_ONCE = 2;
+#endif
+constexpr int CHUNK = 2 * WIDTH;  // elements that are converted together, to two vectors
+
+// The chunk at element `from` of a row (a multiple of CHUNK, the whole chunk inside of the row), unscaled. Which
+// element lies in which lane depends on the format: see element_of.
+template <Format F>
+__attribute__((always_inline)) inline void load_chunk(const uint8_t* row, int from, vf& a, vf& b) {
+    if constexpr (F == Format::f32) {
+        a = load_as<vf>(row + 4 * from), b = load_as<vf>(row + 4 * (from + WIDTH));
+    } else if constexpr (F == Format::f16) {
+        const uint16_t* h = reinterpret_cast<const uint16_t*>(row) + from;
+        a = from_f16(h), b = from_f16(h + WIDTH);
+    } else if constexpr (F == Format::bf16) {
+        // Even and odd elements: one instruction each, where widening takes two.
+        const vu words = load_as<vu>(row + 2 * from);
+        a = bits_to_float(words << 16), b = bits_to_float(words & 0xffff0000);
+    } else if constexpr (F == Format::i8) {
+        a = __builtin_convertvector(widen(load_as<vb>(row + from)), vf);
+        b = __builtin_convertvector(widen(load_as<vb>(row + from + WIDTH)), vf);
+    } else {
+        constexpr int HALF = SCALE_ELEMENTS / 2;
+        const vi bytes = widen(load_as<vc>(row + from / SCALE_ELEMENTS * HALF + from % SCALE_ELEMENTS / 2));
+#if WIDTH == 16
+        const vf table{-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+        a = (vf)_mm512_permutexvar_ps((__m512i)bytes, (__m512)table);
+        b = (vf)_mm512_permutexvar_ps((__m512i)(bytes >> 4), (__m512)table);
+#else
+        a = __builtin_convertvector((bytes & 15) - 8, vf), b = __builtin_convertvector((bytes >> 4) - 8, vf);
+#endif
+    }
+}
+
+// Which element of a row lies in lane l of the chunk's first (half 0) or second vector.
+template <Format F>
+inline int element_of(int from, int half, int l) {
+    if (F == Format::bf16) return from + 2 * l + half;
+    if (F == Format::i4)
+        return from / SCALE_ELEMENTS * SCALE_ELEMENTS + from % SCALE_ELEMENTS / 2 + half * (SCALE_ELEMENTS / 2) + l;
+    return from + half * WIDTH + l;
+}
+
+// Elements of a row that are in whole chunks; what is left is read element by element, in order.
+template <Format F>
+inline int whole_chunks(int dim) {
+    return dim / (F == Format::i4 ? SCALE_ELEMENTS : CHUNK) * (F == Format::i4 ? SCALE_ELEMENTS : CHUNK);
+}
+
+typedef float four __attribute__((vector_size(16)));
+
+// The sums of a's, b's, c's and d's lanes.
+inline four sums(vf a, vf b, vf c, vf d) {
+    vi low, high, even, odd;
+    for (int l = 0; l < WIDTH; l += 4) {
+        low[l] = l, low[l + 1] = WIDTH + l, low[l + 2] = l + 1, low[l + 3] = WIDTH + l + 1;
+        high[l] = l + 2, high[l + 1] = WIDTH + l + 2, high[l + 2] = l + 3, high[l + 3] = WIDTH + l + 3;
+        even[l] = l, even[l + 1] = l + 1, even[l + 2] = WIDTH + l, even[l + 3] = WIDTH + l + 1;
+        odd[l] = l + 2, odd[l + 1] = l + 3, odd[l + 2] = WIDTH + l + 2, odd[l + 3] = WIDTH + l + 3;
+    }
+    const vf ab = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+    const vf cd = __builtin_shuffle(c, d, low) + __builtin_shuffle(c, d, high);
+    const vf all = __builtin_shuffle(ab, cd, even) + __builtin_shuffle(ab, cd, odd);
+#if WIDTH == 16
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)all), _mm512_extractf32x8_ps((__m512)all, 1));
+    return (four)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif WIDTH == 8
+    return (four)_mm_add_ps(_mm256_castps256_ps128((__m256)all), _mm256_extractf128_ps((__m256)all, 1));
+#else
+    return all;
+#endif
+}
+
+template <Format F>
+class Stream {
+  public:
+    static constexpr bool SCALED = F == Format::i8 || F == Format::i4;
+
+    // Everything lies in the thread's scratch.
+    Stream(const Shape& shape, int rows) : s_(shape), rows_(rows), queries_(rows * shape.q_heads) {
+        k_whole_ = whole_chunks<F>(s_.k_dim), v_whole_ = whole_chunks<F>(s_.v_dim);
+        k_pad_ = round_up(s_.k_dim, CHUNK), v_pad_ = round_up(s_.v_dim, CHUNK);
+        k_groups_ = SCALED ? (s_.k_dim + SCALE_ELEMENTS - 1) / SCALE_ELEMENTS : 0;
+        v_groups_ = SCALED ? (s_.v_dim + SCALE_ELEMENTS - 1) / SCALE_ELEMENTS : 0;
+        const long q = (long)queries_ * k_pad_, o = (long)queries_ * v_pad_, logits = (long)queries_ * STREAM_TILE,
+                   scales = (long)(s_.k_heads * k_groups_ + s_.v_heads * v_groups_ + queries_ * v_groups_) * STREAM_TILE,
+                   states = round_up(queries_, WIDTH);
+        float* at = static_cast<float*>(scratch(4 * (q + o + logits + scales + (1 + WIDTH) * states + v_pad_)));
+        const auto take = [&](long floats) { return std::exchange(at, at + floats); };
+        q_ = take(q), o_ = take(o), logits_ = take(logits);
+        k_scale_ = take((long)s_.k_heads * k_groups_ * STREAM_TILE);
+        v_scale_ = take((long)s_.v_heads * v_groups_ * STREAM_TILE);
+        weights_ = SCALED ? take((long)queries_ * v_groups_ * STREAM_TILE) : logits_;
+        peak_ = take(states), mass_ = take((long)WIDTH * states), row_ = take(v_pad_);
+    }
+
+    static constexpr int tile = STREAM_TILE;
+
+    // q: of the first row and the group's first head.
+    void begin(const Array& q, const int64_t* positions, int64_t window) {
+        positions_ = positions, window_ = window;
+        for (int i = 0; i < queries_; i++) peak_[i] = -INFINITY;
+        std::memset(mass_, 0, 4L * WIDTH * queries_);
+        std::memset(o_, 0, 4L * queries_ * v_pad_);
+        alignas(64) float row[WIDTH];
+        for (int i = 0; i < queries_; i++) {
+            const int64_t at = i % rows_ * q.row_stride + i / rows_ * q.head_stride;
+            const auto value = [&](int d) {
+                return q.format == Format::f32    ? static_cast<const float*>(q.data)[at + d]
+                       : q.format == Format::bf16 ? from_bf16(static_cast<const uint16_t*>(q.data)[at + d])
+                                                  : from_f16(static_cast<const uint16_t*>(q.data)[at + d]);
+            };
+            float* to = q_ + (long)i * k_pad_;
+            for (int from = 0; from < k_pad_; from += WIDTH) {
+                for (int l = 0; l < WIDTH; l++) {
+                    const int d = from < k_whole_ ? element_of<F>(from / CHUNK * CHUNK, from / WIDTH % 2, l) : from + l;
+                    row[l] = d < s_.k_dim ? value(d) : 0.0f;
+                }
+                store(to + from, load(row));
+            }
+        }
+    }
+
+    // One tile of at most `tile` tokens. While its K is multiplied its V is fetched into L2, and while its V is, the K
+    // of `next`: the hardware's prefetcher stops at pages' ends and at each change between the two. (Measured, d 64,
+    // 2 cores, GB/s of 27: neither 16.0, V into L1 19.0, both into L1 20.6, both into L2 20.8.)
+    void absorb(const Tokens& t, const Tokens& next) {
+        if constexpr (SCALED) {
+            for (int head = 0; head < s_.k_heads; head++)
+                unpack_scales(k_scale_ + (long)head * k_groups_ * STREAM_TILE, STREAM_TILE,
+                              t.k_scales + head * t.k_head_stride, k_groups_, t.k_scale_stride, t.count);
+            for (int head = 0; head < s_.v_heads; head++)
+                unpack_scales(v_scale_ + (long)head * v_groups_ * STREAM_TILE, STREAM_TILE,
+                              t.v_scales + head * t.v_head_stride, v_groups_, t.v_scale_stride, t.count);
+        }
+        each_block(s_.k_heads, [&](int head, int first, auto size) { score<size()>(t, head, first); });
+        for (int i = 0; i < queries_; i++) soften(i, t);
+        each_block(s_.v_heads, [&](int head, int first, auto size) { gather<size()>(t, next, head, first); });
+    }
+
+    // put(head of group, row, o / mass as f32[v_dim], lse), for every query.
+    template <class Put>
+    void finish(Put&& put) {
+        const float to_natural = s_.soft_cap ? 1.0f : s_.scale;
+        for (int i = 0; i < queries_; i++) {
+            const float* o = o_ + (long)i * v_pad_;
+            const float mass = hsum(load(mass_ + i * WIDTH));
+            const float share = mass == 0 ? 0.0f : 1.0f / mass;
+            for (int from = 0; from < v_pad_; from += WIDTH)
+                for (int l = 0; l < WIDTH; l++) {
+                    const int d = from < v_whole_ ? element_of<F>(from / CHUNK * CHUNK, from / WIDTH % 2, l) : from + l;
+                    row_[d] = o[from + l] * share;
+                }
+            put(i / rows_, i % rows_, row_, mass == 0 ? -INFINITY : peak_[i] * to_natural + std::log(mass));
+        }
+    }
+
+  private:
+    // do_it(head, first, size) for blocks of at most QUERIES_AT_ONCE queries that share one of `heads` heads.
+    template <class Do>
+    void each_block(int heads, Do&& do_it) {
+        const int per_head = queries_ / heads;
+        for (int head = 0; head < heads; head++)
+            for (int i = 0; i < per_head; i += QUERIES_AT_ONCE) {
+                const int first = head * per_head + i;
+                switch (std::min(QUERIES_AT_ONCE, per_head - i)) {
+                    case 1: do_it(head, first, std::integral_constant<int, 1>{}); break;
+                    case 2: do_it(head, first, std::integral_constant<int, 2>{}); break;
+#if WIDTH == 16
+                    case 3: do_it(head, first, std::integral_constant<int, 3>{}); break;
+                    case 4: do_it(head, first, std::integral_constant<int, 4>{}); break;
+#endif
+                }
+            }
+    }
+
+    // Logits of Q queries from `first` on.
+    template <int Q>
+    void score(const Tokens& t, int head, int first) {
+        const float* q = q_ + (long)first * k_pad_;
+        const float* scales = k_scale_ + (long)head * k_groups_ * STREAM_TILE;
+        float* out = logits_ + (long)first * STREAM_TILE;
+        const uint8_t* k = t.k + head * t.k_head_stride;
+        const bool fetches = first % (queries_ / s_.k_heads) == 0 && head < s_.v_heads;
+        for (int j = 0; j < t.count; j += TOKENS_AT_ONCE) {
+            if (fetches) fetch(t.v + head * t.v_head_stride + j * t.v_stride, TOKENS_AT_ONCE * t.v_stride);
+            const uint8_t* row[TOKENS_AT_ONCE];  // beyond the last token: that one again
+            for (int i = 0; i < TOKENS_AT_ONCE; i++) row[i] = k + std::min(j + i, t.count - 1) * t.k_stride;
+            if (k_whole_ == k_pad_)
+                products<Q, true>(row, q, scales + j, out + j);
+            else
+                products<Q, false>(row, q, scales + j, out + j);
+        }
+    }
+
+    // WHOLE: rows are whole chunks. (Telling that apart inside of the loop would cost it its registers.)
+    template <int Q, bool WHOLE>
+    __attribute__((always_inline)) void products(const uint8_t* const* row, const float* q, const float* scales,
+                                                 float* out) const {
+        vf sum[TOKENS_AT_ONCE][Q];
+        // Unrolled by force: else gcc 12 makes a memset of it, and the sums live in memory.
+#pragma GCC unroll 4
+        for (int i = 0; i < TOKENS_AT_ONCE; i++)
+#pragma GCC unroll 4
+            for (int at = 0; at < Q; at++) sum[i][at] = vf{};
+        for (int from = 0; from < k_pad_; from += CHUNK) {
+            vf a[TOKENS_AT_ONCE], b[TOKENS_AT_ONCE];
+            for (int i = 0; i < TOKENS_AT_ONCE; i++)
+                if (WHOLE || from < k_whole_)
+                    load_chunk<F>(row[i], from, a[i], b[i]);
+                else
+                    load_rest(row[i], from, s_.k_dim, a[i], b[i]);
+            if constexpr (SCALED)
+                for (int i = 0; i < TOKENS_AT_ONCE; i++) {
+                    const float scale = scales[from / SCALE_ELEMENTS * STREAM_TILE + i];
+                    a[i] *= scale, b[i] *= scale;
+                }
+#pragma GCC unroll 4
+            for (int at = 0; at < Q; at++) {
+                const vf qa = load(q + at * k_pad_ + from), qb = load(q + at * k_pad_ + from + WIDTH);
+#pragma GCC unroll 4
+                for (int i = 0; i < TOKENS_AT_ONCE; i++) sum[i][at] = sum[i][at] + a[i] * qa + b[i] * qb;
+            }
+        }
+#pragma GCC unroll 4
+        for (int at = 0; at < Q; at++)
+            store_as(out + at * STREAM_TILE, sums(sum[0][at], sum[1][at], sum[2][at], sum[3][at]));
+    }
+
+    // o of Q queries from `first` on += weights V.
+    template <int Q>
+    void gather(const Tokens& t, const Tokens& next, int head, int first) {
+        const uint8_t* v = t.v + head * t.v_head_stride;
+        const uint8_t* next_k = next.k + head * next.k_head_stride;
+        const bool fetches = first % (queries_ / s_.v_heads) == 0 && head < s_.k_heads;
+        float* o = o_ + (long)first * v_pad_;
+        const auto add = [&](int from, auto chunks, auto&& chunk) __attribute__((always_inline)) {
+            constexpr int N = chunks();
+            const float* w = weights_ + ((long)(SCALED ? from / SCALE_ELEMENTS * queries_ : 0) + first) * STREAM_TILE;
+            vf sum[Q][2 * N];
+            for (int at = 0; at < Q; at++)
+                for (int i = 0; i < 2 * N; i++) sum[at][i] = load(o + at * v_pad_ + from + i * WIDTH);
+            // Each sweep over the tokens fetches its share of each row.
+            const int64_t share_at = from * next.k_stride / v_pad_, share = N * CHUNK * next.k_stride / v_pad_;
+            for (int j = 0; j < t.count; j++) {
+                if (fetches && j < next.count) fetch(next_k + j * next.k_stride + share_at, share);
+                vf x[2 * N];
+                for (int i = 0; i < N; i++) chunk(v + j * t.v_stride, from + i * CHUNK, x[2 * i], x[2 * i + 1]);
+                for (int at = 0; at < Q; at++)
+                    for (int i = 0; i < 2 * N; i++) sum[at][i] += x[i] * w[at * STREAM_TILE + j];
+            }
+            for (int at = 0; at < Q; at++)
+                for (int i = 0; i < 2 * N; i++) store(o + at * v_pad_ + from + i * WIDTH, sum[at][i]);
+        };
+        const auto whole = [](const uint8_t* row, int from, vf& a, vf& b) { load_chunk<F>(row, from, a, b); };
+        int from = 0;
+        for (; from + 2 * CHUNK <= v_whole_; from += 2 * CHUNK) add(from, std::integral_constant<int, 2>{}, whole);
+        for (; from < v_whole_; from += CHUNK) add(from, std::integral_constant<int, 1>{}, whole);
+        for (; from < v_pad_; from += CHUNK)
+            add(from, std::integral_constant<int, 1>{},
+                [&](const uint8_t* row, int from, vf& a, vf& b) { load_rest(row, from, s_.v_dim, a, b); });
+    }
+
+    __attribute__((noinline)) static std::pair<vf, vf> rest(const uint8_t* row, int from, int dim) {
+        return {from < dim ? elements<F>(row, nullptr, from, dim) : vf{},
+                from + WIDTH < dim ? elements<F>(row, nullptr, from + WIDTH, dim) : vf{}};
+    }
+    static void fetch(const uint8_t* from, int64_t bytes) {
+        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
+    }
+
+    static void load_rest(const uint8_t* row, int from, int dim, vf& a, vf& b) { std::tie(a, b) = rest(row, from, dim); }
+
+    // Logits of query i -> weights relative to its new peak; its o so far is brought to that, too.
+    void soften(int i, const Tokens& t) {
+        float* x = logits_ + (long)i * STREAM_TILE;
+        const int n_pad = round_up(t.count, WIDTH);
+        // Token j of the tile counts if lowest <= j < end.
+        const int64_t reach = positions_[i % rows_] - t.position + 1;
+        const int end = (int)std::clamp<int64_t>(reach, 0, t.count);
+        const int lowest = window_ < reach ? (int)std::min<int64_t>(reach - window_, end) : 0;
+        if (s_.soft_cap)
+            for (int j = 0; j < n_pad; j += WIDTH) store(x + j, tanh(load(x + j) * (s_.scale / s_.soft_cap)) * s_.soft_cap);
+        for (int j = 0; j < lowest; j++) x[j] = -INFINITY;
+        for (int j = end; j < n_pad; j++) x[j] = -INFINITY;
+        vf top = load(x);
+        for (int j = WIDTH; j < n_pad; j += WIDTH) top = max(top, load(x + j));
+        const float to_log2 = (s_.soft_cap ? 1.0f : s_.scale) * LOG2_E, before = peak_[i];
+        vf mass = load(mass_ + i * WIDTH);
+        if (any_above(top, before)) {
+            peak_[i] = hmax(top);
+            const float fade = std::exp2((before - peak_[i]) * to_log2);
+            mass = mass * fade;
+            float* o = o_ + (long)i * v_pad_;
+            for (int d = 0; d < v_pad_; d += WIDTH) store(o + d, load(o + d) * fade);
+        } else if (before == -INFINITY && std::any_of(x + lowest, x + end, [](float it) { return it != it; })) {
+            peak_[i] = 0;  // a NaN must come out
+        }
+        const float* v_scale = v_scale_ + (long)(i / (queries_ / s_.v_heads)) * v_groups_ * STREAM_TILE;
+        for (int j = 0; j < n_pad; j += WIDTH) {
+            const vf logits = load(x + j);
+            vf p = exp2<true>(logits, peak_[i], to_log2);
+            p = logits == -INFINITY ? vf{} : p;
+            mass += p;
+            if (!SCALED) store(x + j, p);
+            for (int g = 0; g < v_groups_; g++)
+                store(weights_ + ((long)g * queries_ + i) * STREAM_TILE + j, p * load(v_scale + g * STREAM_TILE + j));
+        }
+        store(mass_ + i * WIDTH, mass);
+    }
+
+    Shape s_;
+    int rows_, queries_, k_whole_, v_whole_, k_pad_, v_pad_, k_groups_, v_groups_;
+    float *q_, *o_, *logits_, *k_scale_, *v_scale_, *weights_, *peak_, *mass_, *row_;
+    const int64_t* positions_ = nullptr;
+    int64_t window_ = 0;
+};
+
+}  // namespace ISA
+}  // namespace farshore
