@@ -65,6 +65,10 @@ class Peer(Protocol):
         Valid until the next wait. In the memory of ``out`` where given: rows may lie apart in it, the heads
         of a row may not."""
 
+    def twin(self) -> "Peer":
+        """A second connection to the same shard, for a step beside this one's. Always the same; closed with
+        this one."""
+
     def close(self) -> None: ...
 
 
@@ -73,6 +77,9 @@ class Shards(Protocol):
 
     def begin(self, plan: StepPlan, micro_batches: Sequence[range]) -> None:
         """Announce a step whose rows come in ``micro_batches``, in order and without a gap."""
+
+    def travels(self, micro_batch: int) -> bool:
+        """Whether q of the micro-batch goes to another process, and so should go early."""
 
     def send(self, layer: int, micro_batch: int, q: Tensor) -> Any:
         """q ``[rows of the micro-batch, q_heads, k_dim]`` goes to every shard of the plan at once."""

@@ -5,6 +5,7 @@ import sys
 from itertools import accumulate, pairwise
 
 import grpc
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +38,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def to_bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    """In row-major order. One copy, by this thread alone: PyTorch's threads would wait for each other."""
+    if not tensor.numel():
+        return b""
+    return (tensor if tensor.stride(-1) == 1 else tensor.contiguous()).view(torch.uint8).numpy().tobytes()
 
 
 def from_bytes(data: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -48,6 +52,13 @@ def from_bytes(data: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> Tenso
         return torch.empty(shape, dtype=dtype)
     # A bytearray, because a tensor must be writable memory.
     return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
+
+
+def bytes_into(out: Tensor, data: bytes) -> None:
+    """Fills u8 ``out``, any strides, in row-major order. InvalidRequest where the size does not fit."""
+    if len(data) != out.numel():
+        raise InvalidRequest(f"{len(data)} bytes for a tensor of shape {tuple(out.shape)}")
+    out.numpy()[...] = np.frombuffer(data, np.uint8).reshape(out.shape)
 
 
 def tokens_from_bytes(k: bytes, v: bytes, layout: KVLayout, tokens: int) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,15 @@
 
 Cuts each shard's rows and heads out of q, sends to all at once, and hands back the states in span order:
 the order in which they are merged, so that the same plan always gives the same bits.
+
+A shard that breaks off or is late, in whatever layer, is given up for this step: where all it reads is
+replicated, its frames under way go to the replicas again, and so do those of the layers that follow. Else the
+step fails, and the engine runs it again.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -13,9 +19,9 @@ from torch import Tensor
 
 from farshore.attention_offload.base import AttentionModel, Peer
 from farshore.attention_offload.frames import Transport
-from farshore.attention_offload.latency import Link, LinkRecord, links
-from farshore.attention_offload.plan import StepPlan
-from farshore.errors import TransportError
+from farshore.attention_offload.latency import Link, LinkRecord, SlowShards, links
+from farshore.attention_offload.plan import ShardStep, StepPlan
+from farshore.errors import FarshoreError, NotFound, TransportError
 from farshore.ids import WorkerId
 from farshore.kernels.base import State
 
@@ -23,26 +29,41 @@ Index = slice | Tensor
 
 BLOCKED_S = 20e-6
 """An answer that was waited for so long came just now; one that was there may have come earlier."""
+AVOID_S = 30.0
+"""How long whoever was given up is not asked again where there are replicas: a frozen shard would cost every
+step a deadline."""
+LOOK_EVERY_STEPS = 64
+"""For slow shards."""
+
+_LOST = (TransportError, NotFound)
+"""What a replica helps against: nobody there; or somebody new, without the spans."""
+
+_LOG = logging.getLogger(__name__)
 
 
-class Pending(NamedTuple):
-    """A layer frame under way to every shard that has rows of its micro-batch."""
+@dataclass(slots=True, eq=False)
+class _Lane:
+    """One shard's part of the step under way."""
 
-    layer_class: int
-    micro_batch: int
-    dtype: torch.dtype
-    sent_s: float
-    sent: list[Any]
-    """As the micro-batch's cuts."""
-
-
-class _Cut(NamedTuple):
-    """What one shard sees of one micro-batch: by row and by group, of the engine's."""
-
+    worker: WorkerId
     peer: Peer
     record: LinkRecord
-    rows: Index
-    groups: range
+    step: ShardStep
+    rows: list[Index | None]
+    """By micro-batch: which of its rows the shard sees; None: none."""
+    sees_all: list[bool]
+    """By micro-batch: every row and every head of it, so that nothing is cut out of q."""
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """A layer frame under way to every shard that has rows of its micro-batch."""
+
+    layer: int
+    micro_batch: int
+    q: Tensor
+    sent_s: float
+    sent: dict[_Lane, Any]
 
 
 class _Place(NamedTuple):
@@ -60,11 +81,16 @@ class Fanout:
     def __init__(self, peers: Mapping[WorkerId, Peer], model: AttentionModel) -> None:
         self._peers = peers
         self._model = model
-        self._rows: list[int] = []
-        self._cuts: list[list[_Cut]] = []
-        self._places: dict[tuple[int, int], list[_Place]] = {}
+        self._micro_batches: Sequence[range] = ()
+        self._groups = 0
+        self._lanes: list[_Lane] = []
+        self._used: list[Peer] = []
+        self._under_way: list[Pending] = []
+        self._places: dict[tuple[int, int, _Lane], _Place] = {}
         self._records = {worker: LinkRecord() for worker in peers}
-        self._turn = 0
+        self._given_up_s: dict[WorkerId, float] = {}
+        self._slow = SlowShards()
+        self._turn = self._steps = 0
         self.waited_s = 0.0
         """For other processes' answers, so far."""
 
@@ -73,92 +99,180 @@ class Fanout:
         return links(self._records, {worker: peer.transport for worker, peer in self._peers.items()})
 
     def begin(self, plan: StepPlan, micro_batches: Sequence[range]) -> None:
-        """Announce the step to every shard it reads from. Raises TransportError for one that is gone."""
-        self._rows = [len(batch) for batch in micro_batches]
-        self._cuts = [[] for _ in micro_batches]
-        self._places = {}
+        """Announce the step to every shard it reads from. Raises TransportError for one that is gone, and
+        NotFound for one without the spans, if there are no replicas."""
+        self._steps += 1
+        if self._steps % LOOK_EVERY_STEPS == 0:
+            self._slow.look(self.links())
+        self._micro_batches = micro_batches
+        self._groups = plan.groups
+        self._under_way.clear()
+        self._places.clear()
+        self._lanes.clear()
+        self._used.clear()
+        now_s = perf_counter()
+        self._given_up_s = {w: at_s for w, at_s in self._given_up_s.items() if now_s - at_s < AVOID_S}
         for worker, step in plan.shard_steps(micro_batches).items():
-            if worker not in self._peers:
-                raise TransportError(f"no connection to attention worker {worker}")
-            peer, record = self._peers[worker], self._records[worker]
-            try:
-                peer.begin(step)
-            except TransportError:
-                record.failures += 1
-                raise
-            for index, batch in enumerate(micro_batches):
-                mine = step.micro_batches[index]
-                if mine:
-                    rows = _index([step.rows[row] - batch.start for row in mine])
-                    self._cuts[index].append(_Cut(peer, record, rows, range(step.group0, step.group1)))
+            avoided = step.on_replicas(self._usable()) if worker in self._given_up_s else None
+            for at, part in (avoided or {worker: step}).items():
+                self._lanes += self._begun(at, part)
+
+    def travels(self, micro_batch: int) -> bool:
+        """Whether a micro-batch's q goes to another process, and so should go early."""
+        return any(
+            lane.peer.transport is not Transport.IN_PROCESS
+            for lane in self._lanes
+            if lane.rows[micro_batch] is not None
+        )
 
     def send(self, layer: int, micro_batch: int, q: Tensor) -> Pending:
         """q ``[rows of the micro-batch, q_heads, k_dim]``; it must stay as it is until :meth:`wait`."""
-        layer_class = self._model.layer_class[layer]
-        sent = []
-        sent_s = perf_counter()
-        for cut in self._cuts[micro_batch]:
-            try:
-                part = q[cut.rows, self._heads(cut, layer_class)]
-                sent.append(cut.peer.send(layer, micro_batch, part))
-            except TransportError:
-                cut.record.failures += 1
-                raise
-        return Pending(layer_class, micro_batch, q.dtype, sent_s, sent)
+        pending = Pending(layer, micro_batch, q, perf_counter(), {})
+        self._under_way.append(pending)
+        # Whom sending takes longest comes last: a shard on this thread's own core runs as soon as it is
+        # woken, and if the others wait for their frames meanwhile, a layer takes a second attention's time
+        # (measured: two workers, two cores). Sorted is a copy: who takes another's place catches up itself.
+        for lane in sorted(self._lanes, key=_send_s):
+            if lane.rows[micro_batch] is not None:
+                try:
+                    self._send(pending, lane)
+                except _LOST as error:
+                    self._give_up(lane, error)
+        return pending
 
     def wait(self, pending: Pending) -> list[State]:
         """One state per shard over all rows of the micro-batch and all heads, in span order; the identity
         where a shard had nothing to read. In the same memory for every layer of a class in a step."""
-        key = (pending.layer_class, pending.micro_batch)
-        if key not in self._places:
-            self._places[key] = [self._place(cut, pending) for cut in self._cuts[pending.micro_batch]]
-        places = self._places[key]
-        self._receive(self._cuts[pending.micro_batch], places, pending)
-        for place in places:
-            if place.scattered is not None:
-                place.whole.o[place.scattered] = place.answer.o
-                place.whole.lse[place.scattered] = place.answer.lse
-        return [place.whole for place in places]
+        self._receive(pending)
+        self._under_way.remove(pending)
+        states = []
+        for lane in self._lanes:
+            if lane in pending.sent:
+                whole, answer, scattered = self._place(lane, pending)
+                if scattered is not None:
+                    whole.o[scattered] = answer.o
+                    whole.lse[scattered] = answer.lse
+                states.append(whole)
+        return states
 
-    def _receive(self, cuts: list[_Cut], places: list[_Place], pending: Pending) -> None:
+    def _send(self, pending: Pending, lane: _Lane) -> None:
+        layer, micro_batch, part = pending.layer, pending.micro_batch, pending.q
+        if not lane.sees_all[micro_batch]:
+            part = part[lane.rows[micro_batch], self._heads(lane, layer)]
+        start_s = perf_counter()
+        pending.sent[lane] = lane.peer.send(layer, micro_batch, part)
+        lane.record.send_s += (perf_counter() - start_s - lane.record.send_s) / 2
+
+    def _receive(self, pending: Pending) -> None:
         remote = []
-        for index, cut in enumerate(cuts):
-            if cut.peer.transport is Transport.IN_PROCESS:
+        for lane in pending.sent:
+            if lane.peer.transport is Transport.IN_PROCESS:
                 # Attended to now, while the others are busy.
-                cut.peer.wait(pending.sent[index], out=places[index].answer)
+                lane.peer.wait(pending.sent[lane], out=self._place(lane, pending).answer)
             else:
-                remote.append(index)
+                remote.append(lane)
+        if not remote:
+            return
         # In turns, so that each shard's answer is often the first that is waited for: it alone is always seen
         # when it comes, whoever else is late.
-        self._turn += 1
-        start_s = perf_counter()
-        for place in range(len(remote)):
-            index = remote[(place + self._turn) % len(remote)]
-            record = cuts[index].record
+        self._turn = (self._turn + 1) % len(remote)
+        remote = remote[self._turn :] + remote[: self._turn]
+        start_s, first = perf_counter(), True
+        while remote:
+            lane = remote.pop(0)
             try:
-                cuts[index].peer.wait(pending.sent[index], out=places[index].answer)
-            except TransportError:
-                record.failures += 1
-                raise
+                lane.peer.wait(pending.sent[lane], out=self._place(lane, pending).answer)
+            except _LOST as error:
+                remote += self._give_up(lane, error)
+                continue
             end_s = perf_counter()
-            record.frames += 1
-            if place == 0 or end_s - start_s > BLOCKED_S:
-                record.latency.add(end_s - pending.sent_s)
+            lane.record.frames += 1
+            if first or end_s - start_s > BLOCKED_S:
+                lane.record.answered(end_s - pending.sent_s)
             self.waited_s += end_s - start_s
-            start_s = end_s
+            start_s, first = end_s, False
 
-    def _place(self, cut: _Cut, pending: Pending) -> _Place:
-        spec = self._model.specs[pending.layer_class]
-        rows = self._rows[pending.micro_batch]
-        whole = State.identity(rows, spec.q_heads, spec.v_dim, dtype=pending.dtype)
-        heads = self._heads(cut, pending.layer_class)
-        # A copy where the rows are scattered, a view where they are a slice.
-        answer = State(whole.o[cut.rows, heads], whole.lse[cut.rows, heads])
-        return _Place(whole, answer, None if isinstance(cut.rows, slice) else (cut.rows, heads))
+    def _begun(self, worker: WorkerId, step: ShardStep) -> list[_Lane]:
+        """A lane to ``worker``, or to replicas of what it was to read; announced."""
+        if worker not in self._peers:
+            raise TransportError(f"no connection to attention worker {worker}")
+        peer = self._peers[worker]
+        while peer in self._used:  # for its own part of the step
+            peer = peer.twin()
+        self._used.append(peer)
+        rows: list[Index | None] = []
+        for mine, batch in zip(step.micro_batches, self._micro_batches, strict=True):
+            rows.append(_index([step.rows[row] - batch.start for row in mine]) if mine else None)
+        all_heads = step.group1 - step.group0 == self._groups
+        sees_all = [
+            all_heads and len(mine) == len(batch)
+            for mine, batch in zip(step.micro_batches, self._micro_batches, strict=True)
+        ]
+        lane = _Lane(worker, peer, self._records[worker], step, rows, sees_all)
+        try:
+            peer.begin(step)
+        except _LOST as error:
+            return self._instead_of(lane, error)
+        lane.record.expect(step.work)
+        return [lane]
 
-    def _heads(self, cut: _Cut, layer_class: int) -> slice:
-        per_group = self._model.specs[layer_class].q_heads_per_group
-        return slice(cut.groups.start * per_group, cut.groups.stop * per_group)
+    def _give_up(self, lost: _Lane, error: FarshoreError) -> list[_Lane]:
+        """Those that take the place of a lane that broke, with its frames under way."""
+        at = self._lanes.index(lost)
+        self._lanes[at : at + 1] = instead = self._instead_of(lost, error)
+        for pending in self._under_way:
+            pending.sent.pop(lost, None)
+        return [it for lane in instead for it in self._caught_up(lane)]
+
+    def _caught_up(self, lane: _Lane) -> list[_Lane]:
+        try:
+            for pending in self._under_way:
+                if lane.rows[pending.micro_batch] is not None:
+                    self._send(pending, lane)
+        except _LOST as error:
+            return self._give_up(lane, error)
+        return [lane]
+
+    def _instead_of(self, lost: _Lane, error: FarshoreError) -> list[_Lane]:
+        """Lanes to replicas of all that a lane reads; raises ``error`` where there are none."""
+        lost.record.failures += 1
+        self._given_up_s[lost.worker] = perf_counter()
+        steps = lost.step.on_replicas(self._usable())
+        if steps is None:
+            raise error
+        _LOG.warning(
+            "attention worker %s is given up for %g s: replicas at %s are read instead: %s",
+            lost.worker,
+            AVOID_S,
+            ", ".join(steps),
+            error,
+        )
+        return [lane for worker, step in steps.items() for lane in self._begun(worker, step)]
+
+    def _usable(self) -> set[WorkerId]:
+        return self._peers.keys() - self._given_up_s.keys()
+
+    def _place(self, lane: _Lane, pending: Pending) -> _Place:
+        layer_class = self._model.layer_class[pending.layer]
+        key = (layer_class, pending.micro_batch, lane)
+        if key not in self._places:
+            spec = self._model.specs[layer_class]
+            rows = lane.rows[pending.micro_batch]
+            assert rows is not None, "a frame without rows was sent"
+            whole = State.identity(len(pending.q), spec.q_heads, spec.v_dim, dtype=pending.q.dtype)
+            heads = self._heads(lane, pending.layer)
+            # A copy where the rows are scattered, a view where they are a slice.
+            answer = State(whole.o[rows, heads], whole.lse[rows, heads])
+            self._places[key] = _Place(whole, answer, None if isinstance(rows, slice) else (rows, heads))
+        return self._places[key]
+
+    def _heads(self, lane: _Lane, layer: int) -> slice:
+        per_group = self._model.specs[self._model.layer_class[layer]].q_heads_per_group
+        return slice(lane.step.group0 * per_group, lane.step.group1 * per_group)
+
+
+def _send_s(lane: _Lane) -> float:
+    return lane.record.send_s
 
 
 def _index(rows: list[int]) -> Index:

@@ -4,6 +4,7 @@ Runs in an attention worker's process beside its gRPC server, which hands out to
 has asked over gRPC first. One thread serves one connection; while a step runs it is inside one native call.
 """
 
+import atexit
 import logging
 import os
 import secrets
@@ -19,7 +20,7 @@ import torch
 from google.protobuf.message import DecodeError
 
 from farshore.attention_offload import codec
-from farshore.attention_offload.frame_stream import WELCOME, tune
+from farshore.attention_offload.connect import WELCOME, tune
 from farshore.attention_offload.frames import native
 from farshore.attention_offload.shard import ShardSession
 from farshore.errors import InvalidRequest, TransportError
@@ -48,26 +49,31 @@ class FrameListener:
         self.unix_name = f"farshore-{os.getpid()}-{secrets.token_hex(8)}"
         self._unix.bind(f"\0{self.unix_name}")
         self._unix.listen()
-        self._tcp = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-        self.tcp_port = self._tcp.getsockname()[1]
+        self._tcp = _listen(host)
+        self.tcp_address: tuple[str, int] = self._tcp.getsockname()[:2]
         self._stop_here, self._stop_there = socket.socketpair()
         self._lock = threading.Lock()
         self._waiting: OrderedDict[bytes, Serve] = OrderedDict()
         self._connections: dict[socket.socket, threading.Thread] = {}
         self._acceptor = threading.Thread(target=self._accept, name="frames-acceptor", daemon=True)
         self._acceptor.start()
+        # A thread inside a native call must not meet an interpreter that is gone.
+        atexit.register(self.close)
 
-    def expect(self, serve: Serve) -> pb.ConnectReply:
-        """An offer: whoever brings its token is served, once."""
+    def expect(self, serve: Serve, *, tcp: bool) -> pb.ConnectReply:
+        """An offer: whoever brings its token is served, once. ``tcp``: or by the Unix socket alone."""
         token = secrets.token_bytes(TOKEN_BYTES)
         with self._lock:
             self._waiting[token] = serve
             while len(self._waiting) > MAX_TOKENS:
                 self._waiting.popitem(last=False)
-        return pb.ConnectReply(token=token, unix_name=self.unix_name, tcp_port=self.tcp_port)
+        return pb.ConnectReply(
+            token=token, unix_name=self.unix_name, tcp_port=self.tcp_address[1] if tcp else 0
+        )
 
     def close(self) -> None:
         """End every connection, and listen no more. Idempotent."""
+        atexit.unregister(self.close)
         self._stop_here.close()
         self._acceptor.join()
         with self._lock:
@@ -117,6 +123,18 @@ class FrameListener:
         finally:
             with self._lock:
                 del self._connections[connection]
+
+
+def _listen(host: str) -> socket.socket:
+    """On any free port of ``host`` and of no other address; as gRPC, on IPv4 too where that is ``::``."""
+    try:
+        family, *_, where = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        both = host == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(where[:2], family=family, dualstack_ipv6=both)
+    except OSError as error:
+        raise InvalidRequest(
+            f"cannot listen on {host!r} for TCP frames: {error}; give an address of this host"
+        ) from error
 
 
 def serve_frames(session: ShardSession, dtype: torch.dtype, connection: socket.socket, unix: bool) -> None:

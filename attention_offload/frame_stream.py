@@ -1,11 +1,7 @@
-"""Hot frames over shared memory or TCP, engine's end: native calls that wait without the interpreter's lock.
-
-Also how a connection past gRPC is made. The shard says over gRPC where it listens; whether that can be
-reached is tried by connecting, never told from names. Called by :mod:`remote_peer` and :mod:`remote_store`.
-"""
+"""Hot frames over shared memory or TCP, engine's end: native calls that wait without the interpreter's
+lock."""
 
 import socket
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,48 +13,6 @@ from farshore.attention_offload.plan import ShardStep
 from farshore.errors import FarshoreError, InvalidRequest, TransportError
 from farshore.kernels.base import State
 from farshore.proto import attention_pb2 as pb
-
-CONNECT_DEADLINE_S = 2.0
-"""To a host that gRPC has just reached: longer means that something between drops what it does not know."""
-
-WELCOME = b"\1"
-
-
-def dial(transport: Transport, offer: pb.ConnectReply, address: str) -> socket.socket | None:
-    """A connection to where the shard listens, its token taken; None if it cannot be reached so."""
-    where: Any
-    if transport is Transport.SHARED_MEMORY:
-        family, where = socket.AF_UNIX, f"\0{offer.unix_name}"
-    else:
-        family, where = None, (address.rpartition(":")[0].strip("[]"), offer.tcp_port)
-    if not (offer.unix_name if family else offer.tcp_port):
-        return None
-    try:
-        if family is None:
-            connection = socket.create_connection(where, timeout=CONNECT_DEADLINE_S)
-            tune(connection)
-        else:
-            connection = socket.socket(family)
-            connection.settimeout(CONNECT_DEADLINE_S)
-            connection.connect(where)
-    except OSError:
-        return None
-    try:
-        connection.sendall(offer.token)
-        if connection.recv(1) == WELCOME:
-            return connection
-    except OSError:
-        pass
-    connection.close()
-    return None
-
-
-def tune(connection: socket.socket) -> None:
-    """A TCP connection's options, at both ends: frames leave at once, and a host that is gone is noticed."""
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
-        connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 class FrameStream:

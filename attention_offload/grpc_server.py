@@ -18,6 +18,7 @@ import torch
 from farshore import rpc
 from farshore.attention_offload import codec
 from farshore.attention_offload.base import ShardIdentity
+from farshore.attention_offload.bulk_server import serve_bulk
 from farshore.attention_offload.frame_server import FrameListener, serve_frames
 from farshore.attention_offload.frames import native
 from farshore.attention_offload.shard import AttendedBytes, ShardSession
@@ -80,11 +81,12 @@ class AttentionService(pb_grpc.AttentionServicer):
         return pb.CreateReply(span_id=span)
 
     @_mapped
-    def Write(self, request: pb.WriteRequest) -> pb.WriteReply:
-        span = SpanId(request.span_id)
-        layout = self._store.layout(span)
-        k, v = codec.tokens_from_bytes(request.k, request.v, layout, request.tokens)
-        self._store.write(span, request.layer, request.first, k, v, epoch=Epoch(request.epoch))
+    def Write(self, requests: Iterator[pb.WriteRequest]) -> pb.WriteReply:
+        for request in requests:
+            span = SpanId(request.span_id)
+            layout = self._store.layout(span)
+            k, v = codec.tokens_from_bytes(request.k, request.v, layout, request.tokens)
+            self._store.write(span, request.layer, request.first, k, v, epoch=Epoch(request.epoch))
         return pb.WriteReply()
 
     @_mapped
@@ -146,12 +148,21 @@ class AttentionService(pb_grpc.AttentionServicer):
     def Announce(self, request: pb.AnnounceRequest) -> pb.Announcement:
         return pb.Announcement(spans=[codec.info_to_pb(info) for info in self._store.announce()])
 
-    @_mapped
-    def Connect(self, request: pb.ConnectRequest) -> pb.ConnectReply:
-        session, dtype = self._opened(request.open)
-        if self.listener is None or native() is None or not session.runs_natively(dtype):
+    def Connect(self, request: pb.ConnectRequest, context: grpc.ServicerContext) -> pb.ConnectReply:
+        try:
+            return self._connect(request, secured=_secured(context))
+        except Exception as error:
+            rpc.abort(context, error)
+
+    def _connect(self, request: pb.ConnectRequest, *, secured: bool) -> pb.ConnectReply:
+        if self.listener is None or native() is None:
             return pb.ConnectReply()
-        return self.listener.expect(partial(serve_frames, session, dtype))
+        if not request.HasField("open"):
+            return self.listener.expect(partial(serve_bulk, self._store), tcp=not secured)
+        session, dtype = self._opened(request.open)
+        if not session.runs_natively(dtype):
+            return pb.ConnectReply()
+        return self.listener.expect(partial(serve_frames, session, dtype), tcp=not secured)
 
     def Attend(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> Iterator[pb.State]:
         try:
@@ -187,6 +198,11 @@ class AttentionService(pb_grpc.AttentionServicer):
     def _opened(self, opening: pb.Open) -> tuple[ShardSession, torch.dtype]:
         model, dtype = codec.model_from_pb(opening), codec.dtype_of(opening.dtype)
         return ShardSession(self._store, model, self._attended), dtype
+
+
+def _secured(context: grpc.ServicerContext) -> bool:
+    """Whether gRPC encrypts or authenticates this call: no KV may then leave the host in the clear."""
+    return context.auth_context().get("transport_security_type", [b"insecure"]) != [b"insecure"]
 
 
 class AttentionServer:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from farshore.attention_offload import codec
 from farshore.attention_offload.base import AttentionModel
+from farshore.attention_offload.connect import shard_error
 from farshore.attention_offload.frames import Sent, Transport
 from farshore.attention_offload.plan import ShardStep
-from farshore.attention_offload.remote_store import shard_error
 from farshore.errors import TransportError
 from farshore.kernels.base import State
 from farshore.proto import attention_pb2 as pb

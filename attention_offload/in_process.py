@@ -22,12 +22,22 @@ class InProcessPeer:
 
     transport = Transport.IN_PROCESS
 
-    def __init__(self, worker: WorkerId, store: ShardStore, model: AttentionModel) -> None:
+    def __init__(
+        self,
+        worker: WorkerId,
+        store: ShardStore,
+        model: AttentionModel,
+        *,
+        attended: AttendedBytes | None = None,
+    ) -> None:
+        """``attended``: where the bytes are counted; None: by themselves."""
         self.store = store
         self._worker = worker
-        self._attended = AttendedBytes()
+        self._model = model
+        self._attended = attended or AttendedBytes()
         self._session = ShardSession(store, model, self._attended)
         self._step = 0
+        self._twin: InProcessPeer | None = None
 
     def identify(self) -> ShardIdentity:
         usage = self.store.usage()
@@ -50,6 +60,11 @@ class InProcessPeer:
     def wait(self, sent: tuple[int, int, Tensor], *, out: State | None = None) -> State:
         """Attends now: the engine calls it when the frames to other shards are under way."""
         return self._session.attend(self._step, *sent, out=out)
+
+    def twin(self) -> "InProcessPeer":
+        if self._twin is None:
+            self._twin = InProcessPeer(self._worker, self.store, self._model, attended=self._attended)
+        return self._twin
 
     def close(self) -> None:
         pass

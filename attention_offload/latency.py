@@ -1,9 +1,11 @@
-"""How long shards take to answer: a histogram for each, cheap enough to feed with every frame.
+"""How long shards take to answer: a histogram for each, cheap enough to feed with every frame; and which of
+them are slow.
 
 Fed by ``fanout``, shown by the engine's Status. It must not know what a frame is.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import log2
 from statistics import median
@@ -22,19 +24,29 @@ WINDOW_FRAMES = 4096
 
 SLOW_TIMES = 3.0
 SLOW_LEAST_FRAMES = 100
+SLOW_LEAST_S = 200e-6
+"""Below, a shard's hop may be three times another's for its transport alone."""
+RECENT_FRAMES = 256
+"""A dozen steps of 30 layers: what is slow now."""
+WORK_SMOOTHING = 1 / 8
+PAST_WORK_SMOOTHING = 1 / 128
+"""Of the work a step brings, over as many steps as the histograms hold."""
+
+_LOG = logging.getLogger(__name__)
 
 
 class Histogram:
     """Written by one thread; others may ask meanwhile, and see a frame or two less."""
 
-    def __init__(self) -> None:
+    def __init__(self, window_frames: int = WINDOW_FRAMES) -> None:
+        self._window_frames = window_frames
         self._newest = [0] * (OCTAVES * STEPS_AN_OCTAVE + 1)
         self._before = list(self._newest)
         self._in_window = 0
         self.count = 0
 
     def add(self, seconds: float) -> None:
-        if self._in_window == WINDOW_FRAMES:
+        if self._in_window == self._window_frames:
             self._before, self._newest = self._newest, [0] * len(self._newest)
             self._in_window = 0
         octaves = log2(seconds / LEAST_S) if seconds > LEAST_S else 0.0
@@ -58,9 +70,25 @@ class LinkRecord:
     """What happened on the way to one shard and back since the engine started."""
 
     latency: Histogram = field(default_factory=Histogram)
+    recent: Histogram = field(default_factory=lambda: Histogram(RECENT_FRAMES))
     frames: int = 0
     failures: int = 0
-    """Steps that were dropped, and run again, because this shard did not answer or not in time."""
+    """How often this shard did not answer, or not in time: its part was read from replicas then, or the step
+    dropped and run again."""
+    work: float = 0.0
+    """What a step asks of it, in any unit that is the same for every shard; smoothed."""
+    past_work: float = 0.0
+    send_s: float = 0.0
+    """How long the last frames took to be sent, the newest most of all."""
+
+    def expect(self, work: float) -> None:
+        """A step begins that asks ``work`` of it."""
+        self.work += (work - self.work) * (WORK_SMOOTHING if self.work else 1.0)
+        self.past_work += (work - self.past_work) * (PAST_WORK_SMOOTHING if self.past_work else 1.0)
+
+    def answered(self, seconds: float) -> None:
+        self.latency.add(seconds)
+        self.recent.add(seconds)
 
 
 class Link(NamedTuple):
@@ -74,30 +102,61 @@ class Link(NamedTuple):
     p50_ms: float
     p99_ms: float
     slow: bool
-    """Its median is three times that of the other shards, or more."""
+    """It takes three times as long as it used to, or as the other shards take, for as much work."""
 
 
 def links(
     records: Mapping[WorkerId, LinkRecord], transports: Mapping[WorkerId, Transport | None]
 ) -> list[Link]:
     """Of the shards that have answered, or should have."""
-    p50_s = {worker: it.latency.quantile_s(0.5) for worker, it in records.items() if it.latency.count}
-    found = []
-    for worker, it in records.items():
-        if not it.frames and not it.failures:
-            continue
-        mine = p50_s.get(worker, 0.0)
-        others = [value for other, value in p50_s.items() if other != worker]
-        enough = bool(others) and it.latency.count >= SLOW_LEAST_FRAMES
-        found.append(
-            Link(
-                worker_id=worker,
-                transport=transports[worker],
-                frames=it.frames,
-                failures=it.failures,
-                p50_ms=mine * 1e3,
-                p99_ms=it.latency.quantile_s(0.99) * 1e3,
-                slow=enough and mine >= SLOW_TIMES * median(others),
-            )
+    return [
+        Link(
+            worker_id=worker,
+            transport=transports[worker],
+            frames=it.frames,
+            failures=it.failures,
+            p50_ms=it.latency.quantile_s(0.5) * 1e3,
+            p99_ms=it.latency.quantile_s(0.99) * 1e3,
+            slow=_is_slow(it, [other for other in records.values() if other is not it]),
         )
-    return found
+        for worker, it in records.items()
+        if it.frames or it.failures
+    ]
+
+
+def _is_slow(it: LinkRecord, others: Iterable[LinkRecord]) -> bool:
+    """A frame's time is at most what another took, times the work that this one has more."""
+    now_s = it.recent.quantile_s(0.5)
+    if it.recent.count < SLOW_LEAST_FRAMES or now_s < SLOW_LEAST_S:
+        return False
+    past_s = it.latency.quantile_s(0.5) * _more(it.work, it.past_work)
+    peers_s = [
+        other.recent.quantile_s(0.5) * _more(it.work, other.work) for other in others if other.recent.count
+    ]
+    return now_s >= SLOW_TIMES * past_s or (bool(peers_s) and now_s >= SLOW_TIMES * median(peers_s))
+
+
+def _more(work: float, other: float) -> float:
+    return max(1.0, work / other) if other else 1.0
+
+
+class SlowShards:
+    """Logs when a shard becomes slow, and when it is no more."""
+
+    def __init__(self) -> None:
+        self._slow: set[WorkerId] = set()
+
+    def look(self, found: Iterable[Link]) -> None:
+        for link in found:
+            if link.slow and link.worker_id not in self._slow:
+                self._slow.add(link.worker_id)
+                _LOG.warning(
+                    "attention worker %s is slow: it takes %g times as long as before, or as the others;"
+                    " the median was %.3g ms. Is its host overloaded, or the way there?",
+                    link.worker_id,
+                    SLOW_TIMES,
+                    link.p50_ms,
+                )
+            elif not link.slow and link.worker_id in self._slow:
+                self._slow.remove(link.worker_id)
+                _LOG.info("attention worker %s is as fast as before", link.worker_id)

@@ -6,18 +6,26 @@ absolute positions, so that the proof is about the sequence and not about where 
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from farshore.errors import InvalidPlan
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 
 
+class Replica(NamedTuple):
+    """The same sealed tokens as a span, from the same first one on, at another worker."""
+
+    worker: WorkerId
+    span: SpanId
+
+
 class Read(NamedTuple):
     """Rows ``rows`` attend to positions ``first .. last``, head groups ``group0 .. group1``, in ``span``.
 
-    ``origin`` is the position of the span's own first token: the store counts from there.
+    ``origin`` is the position of the span's own first token: the store counts from there. Whoever cannot
+    reach the span reads any of its ``replicas``; they are the engine's business, and no shard is told.
     """
 
     span: SpanId
@@ -27,6 +35,7 @@ class Read(NamedTuple):
     group0: int
     group1: int
     rows: range
+    replicas: tuple[Replica, ...] = ()
 
 
 class Stretch(NamedTuple):
@@ -59,6 +68,45 @@ class ShardStep:
     def first_position(self) -> int:
         """Where this shard comes in span order: the lowest position it reads."""
         return min(read.first for reads in self.reads for read in reads)
+
+    @property
+    def work(self) -> int:
+        """Tokens times head groups times rows that it reads."""
+        return sum(
+            (read.last - read.first) * (read.group1 - read.group0) * len(read.rows)
+            for reads in self.reads
+            for read in reads
+        )
+
+    def on_replicas(self, usable: Collection[WorkerId]) -> dict[WorkerId, "ShardStep"] | None:
+        """The same reads from replicas at ``usable`` workers, in span order: at one that has all of them,
+        else each at the first that has it. None where a read has no such replica."""
+        alive = [
+            {it.worker: it for it in read.replicas if it.worker in usable}
+            for reads in self.reads
+            for read in reads
+        ]
+        if not all(alive):
+            return None
+        everywhere = [worker for worker in alive[0] if all(worker in replicas for replicas in alive)]
+        chosen = iter(
+            [replicas[everywhere[0]] if everywhere else next(iter(replicas.values())) for replicas in alive]
+        )
+        moved = [[(next(chosen), read) for read in reads] for reads in self.reads]
+        workers = {replica.worker for part in moved for replica, _ in part}
+        steps = {
+            worker: replace(
+                self,
+                reads=tuple(
+                    tuple(
+                        read._replace(span=replica.span) for replica, read in part if replica.worker == worker
+                    )
+                    for part in moved
+                ),
+            )
+            for worker in workers
+        }
+        return dict(sorted(steps.items(), key=lambda item: (item[1].first_position, item[0])))
 
     def micro_batch_reads(self, layer_class: int, micro_batch: int) -> list[Read]:
         """The reads of one micro-batch, rows counted from its first. A read that several micro-batches share

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from farshore.attention_offload import codec
 from farshore.attention_offload.base import AttentionModel, ShardIdentity
-from farshore.attention_offload.frame_stream import FrameStream, dial
-from farshore.attention_offload.frames import REMOTE, HotStream, Sent, Transport, native
+from farshore.attention_offload.connect import CALL_DEADLINE_S, Dialler, shard_error
+from farshore.attention_offload.frame_stream import FrameStream
+from farshore.attention_offload.frames import REMOTE, HotStream, Sent, Transport
 from farshore.attention_offload.grpc_stream import GrpcStream
 from farshore.attention_offload.plan import ShardStep
-from farshore.attention_offload.remote_store import CALL_DEADLINE_S, RemoteStore, shard_error
+from farshore.attention_offload.remote_store import RemoteStore
 from farshore.errors import FarshoreError, InvalidRequest, TransportError
 from farshore.kernels.base import State
 from farshore.proto import attention_pb2 as pb
@@ -50,12 +51,14 @@ class RemotePeer:
         self._lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._frame_deadline_s = frame_deadline_s
         self._transports = tuple(transports)
+        self._twin: RemotePeer | None = None
         self._channel = grpc.insecure_channel(address, options=OPTIONS)
         self._stub = pb_grpc.AttentionStub(self._channel)
         self._stream: HotStream | None = None
         self._unanswered = 0
         self._step: ShardStep | None = None
-        self.store = RemoteStore(self._stub, address)
+        self._dialler = Dialler(self._stub, address, transports, purpose="hot frames go")
+        self.store = RemoteStore(self._stub, address, transports=transports)
 
     @property
     def transport(self) -> Transport | None:
@@ -122,8 +125,22 @@ class RemotePeer:
         self._unanswered -= 1
         return out
 
+    def twin(self) -> "RemotePeer":
+        if self._twin is None:
+            self._twin = RemotePeer(
+                self._address,
+                self._model,
+                self._dtype,
+                frame_deadline_s=self._frame_deadline_s,
+                transports=self._transports,
+            )
+        return self._twin
+
     def close(self) -> None:
+        if self._twin is not None:
+            self._twin.close()
         self._reset()
+        self.store.close()
         self._channel.close()
 
     def _announce(self, step: ShardStep) -> None:
@@ -135,26 +152,15 @@ class RemotePeer:
             raise
 
     def _open(self) -> HotStream:
-        past_grpc = [it for it in self._transports if it is not Transport.GRPC]
-        if past_grpc and native():
-            request = pb.ConnectRequest(open=codec.model_to_pb(self._model, self._dtype))
-            try:
-                offer = self._stub.Connect(request, timeout=CALL_DEADLINE_S)
-            except grpc.RpcError as failure:
-                raise shard_error(failure, self._address) from failure
-            for transport in past_grpc:
-                connection = dial(transport, offer, self._address)
-                if connection is not None:
-                    return FrameStream(
-                        connection,
-                        transport,
-                        self._address,
-                        self._model,
-                        self._dtype,
-                        frame_deadline_s=self._frame_deadline_s,
-                    )
-        if Transport.GRPC not in self._transports:
-            raise TransportError(f"{self._address}: cannot be reached by {' or '.join(past_grpc)}")
+        connected = self._dialler.connect(codec.model_to_pb(self._model, self._dtype))
+        if connected is not None:
+            return FrameStream(
+                *connected,
+                self._address,
+                self._model,
+                self._dtype,
+                frame_deadline_s=self._frame_deadline_s,
+            )
         return GrpcStream(
             self._stub,
             self._address,

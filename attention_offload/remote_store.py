@@ -1,7 +1,7 @@
-"""A shard's store as its peers see it: the cold calls, over gRPC."""
+"""A shard's store as its peers see it: cold calls over gRPC, bulk KV over the fastest way that connects."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from farshore.attention_offload import codec
-from farshore.errors import Cancelled, DeadlineExceeded, FarshoreError, NotFound, TransportError
+from farshore.attention_offload.bulk_link import BulkLink
+from farshore.attention_offload.connect import CALL_DEADLINE_S, Dialler, shard_error
+from farshore.attention_offload.frames import REMOTE, Transport
+from farshore.errors import NotFound
 from farshore.ids import Epoch, SequenceId, SpanId
 from farshore.kernels.base import KVLayout
 from farshore.kvstore import forms
@@ -18,34 +21,24 @@ from farshore.kvstore.holds import Holds
 from farshore.kvstore.prefix import PrefixBlock
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
-from farshore.rpc import error_of
-
-CALL_DEADLINE_S = 30.0
-"""A cold call: at most a few MiB, or an announcement."""
 
 WRITE_CHUNK_BYTES = 1 << 20
 
 
-def shard_error(failure: grpc.RpcError, address: str) -> FarshoreError:
-    """What a call to a shard failed with. Late, or cancelled by the other end, is as good as unreachable: the
-    caller gave no such order, and may try again."""
-    error = error_of(failure, peer=address)
-    if isinstance(error, Cancelled | DeadlineExceeded):
-        return TransportError(f"{address}: {error}")
-    return error
-
-
 class RemoteStore:
-    """A shard's store over gRPC: the same calls, with the same errors, as the store itself. Thread-safe too.
+    """A shard's store: the same calls, with the same errors, as the store itself. Thread-safe too.
 
     Everything but :meth:`segments` and ``memory``, which are for whoever shares the shard's address space.
     Spans are read and written through a connection that holds them: that created, found or held them, and so
     was told their shape.
     """
 
-    def __init__(self, stub: pb_grpc.AttentionStub, address: str) -> None:
+    def __init__(
+        self, stub: pb_grpc.AttentionStub, address: str, *, transports: Sequence[Transport] = REMOTE
+    ) -> None:
         self._stub = stub
         self._address = address
+        self._bulk = BulkLink(Dialler(stub, address, transports, purpose="bulk KV goes"), address)
         self._lock = threading.Lock()
         self._holds = Holds(fences=0)
         self._layouts: dict[SpanId, KVLayout] = {}
@@ -66,19 +59,9 @@ class RemoteStore:
         layout = self._layout(span)
         forms.check_tokens(layout, layer, k, v)  # here, where shapes and dtypes are still known
         k, v = forms.to_stored(layout, k, v)
-        chunk = max(1, WRITE_CHUNK_BYTES // layout.layer_token_bytes)
-        for start in range(0, k.shape[1], chunk):
-            part = slice(start, min(start + chunk, k.shape[1]))
-            request = pb.WriteRequest(
-                span_id=span,
-                layer=layer,
-                first=first + start,
-                tokens=part.stop - start,
-                k=codec.to_bytes(k[:, part]),
-                v=codec.to_bytes(v[:, part]),
-                epoch=epoch,
-            )
-            self._call(self._stub.Write, request)
+        request = pb.WriteRequest(span_id=span, layer=layer, first=first, tokens=k.shape[1], epoch=epoch)
+        if not self._bulk.run(lambda stream: stream.write(request, k, v)):
+            self._call(self._stub.Write, _write_pieces(request, k, v, layout))
 
     def seal(self, span: SpanId, tokens: int, *, epoch: Epoch, blocks: Sequence[PrefixBlock] = ()) -> Digest:
         request = pb.SealRequest(
@@ -91,15 +74,15 @@ class RemoteStore:
     ) -> tuple[Tensor, Tensor]:
         layout = self._layout(span)
         request = pb.ReadRequest(span_id=span, layer=layer, first=first, last=last)
-        ks, vs = [], []
-        try:
-            for chunk in self._stub.Read(request, timeout=CALL_DEADLINE_S):
-                k, v = codec.tokens_from_bytes(chunk.k, chunk.v, layout, chunk.tokens)
-                ks.append(k)
-                vs.append(v)
-        except grpc.RpcError as failure:
-            raise shard_error(failure, self._address) from failure
-        k, v = torch.cat(ks, dim=1), torch.cat(vs, dim=1)
+        tokens = max(0, last - first)
+        k, v = (
+            torch.empty(heads, tokens, row_bytes, dtype=torch.uint8)
+            for heads, row_bytes in zip(
+                (layout.k_heads, layout.v_heads), forms.stored_bytes(layout), strict=True
+            )
+        )
+        if not self._bulk.run(lambda stream: stream.read(request, k, v)):
+            self._read(request, k, v)
         if dtype is None:
             dtype = torch.float32 if layout.format.quantised else layout.format.dtype
         return (k, v) if dtype == torch.uint8 else forms.from_stored(layout, k, v, dtype=dtype)
@@ -140,6 +123,21 @@ class RemoteStore:
     def announce(self) -> list[SpanInfo]:
         return [codec.info_from_pb(i) for i in self._call(self._stub.Announce, pb.AnnounceRequest()).spans]
 
+    def close(self) -> None:
+        """Ends the connection for bulk KV; the next transfer makes another."""
+        self._bulk.close()
+
+    def _read(self, request: pb.ReadRequest, k: Tensor, v: Tensor) -> None:
+        at = 0
+        try:
+            for chunk in self._stub.Read(request, timeout=CALL_DEADLINE_S):
+                end = at + chunk.tokens
+                for whole, data in ((k, chunk.k), (v, chunk.v)):
+                    codec.bytes_into(whole[:, at:end], data)
+                at = end
+        except grpc.RpcError as failure:
+            raise shard_error(failure, self._address) from failure
+
     def _layout(self, span: SpanId) -> KVLayout:
         with self._lock:
             if span not in self._layouts:
@@ -161,3 +159,21 @@ class RemoteStore:
             return method(request, timeout=CALL_DEADLINE_S)
         except grpc.RpcError as failure:
             raise shard_error(failure, self._address) from failure
+
+
+def _write_pieces(
+    request: pb.WriteRequest, k: Tensor, v: Tensor, layout: KVLayout
+) -> Iterator[pb.WriteRequest]:
+    """The request, cut into messages."""
+    piece_tokens = max(1, WRITE_CHUNK_BYTES // layout.layer_token_bytes)
+    for first in range(0, request.tokens, piece_tokens) or (0,):
+        part = slice(first, min(first + piece_tokens, request.tokens))
+        yield pb.WriteRequest(
+            span_id=request.span_id,
+            layer=request.layer,
+            first=request.first + first,
+            tokens=part.stop - first,
+            k=codec.to_bytes(k[:, part]),
+            v=codec.to_bytes(v[:, part]),
+            epoch=request.epoch,
+        )

@@ -3,6 +3,7 @@
 Called by transports. Knows the store's segments and the kernels; knows nothing of sequences' owners.
 """
 
+from collections.abc import Sequence
 from threading import Lock
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from farshore.attention_offload.base import AttentionModel
 from farshore.attention_offload.frames import frame_bytes
-from farshore.attention_offload.plan import ShardStep
+from farshore.attention_offload.plan import Read, ShardStep
 from farshore.errors import InvalidRequest
 from farshore.kernels.base import AttentionSpec, Rows, Segments, State
 from farshore.kernels.select import implementation
@@ -19,6 +20,10 @@ from farshore.kvstore.base import ShardStore
 
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Of q and o, as kernels/cpu/native/api.h numbers them."""
+
+
+MOST_POSITIONS = 2**31
+"""Kernels count in 32 bits."""
 
 
 class AttendedBytes:
@@ -61,6 +66,8 @@ class ShardSession:
             raise InvalidRequest(
                 f"reads of {len(step.reads)} layer classes for a model of {len(self._model.specs)}"
             )
+        for spec, reads in zip(self._model.specs, step.reads, strict=True):
+            _check(step, reads, spec)
         self._prepared = [
             [self._prepare(step, layer_class, index) for index in range(len(step.micro_batches))]
             for layer_class in range(len(step.reads))
@@ -151,3 +158,20 @@ class ShardSession:
             threads=torch.get_num_threads(),
         )
         return plan, layer_bytes
+
+
+def _check(step: ShardStep, reads: Sequence[Read], spec: AttentionSpec) -> None:
+    """InvalidRequest where rows, heads or positions are none of the step's or the model's. What of a span may
+    be read, the store knows."""
+    if not 0 <= step.group0 < step.group1 <= spec.groups:
+        raise InvalidRequest(f"head groups {step.group0} to {step.group1} of a model of {spec.groups}")
+    if any(not 0 <= position < MOST_POSITIONS for position in step.positions):
+        raise InvalidRequest(f"positions {step.positions}: give 0 to {MOST_POSITIONS - 1}")
+    for read in reads:
+        if not 0 <= read.rows.start < read.rows.stop <= len(step.rows):
+            raise InvalidRequest(f"a read of rows {read.rows} in a step of {len(step.rows)}")
+        if not step.group0 <= read.group0 < read.group1 <= step.group1:
+            raise InvalidRequest(
+                f"a read of head groups {read.group0} to {read.group1}, in a step of {step.group0} to"
+                f" {step.group1}"
+            )

@@ -7,8 +7,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from farshore.benchmarks import kernels, machine
+from farshore.benchmarks import (
+    dense,
+    kernels,
+    kvstore,
+    machine,
+    offload,
+    offload_setting,
+    quality,
+    serve,
+    serve_setting,
+)
 from farshore.benchmarks.implementation import choose
+from farshore.benchmarks.kvstore_setting import StoreSizes
 from farshore.benchmarks.report import Report
 from farshore.benchmarks.shapes import Sizes
 
@@ -25,6 +36,8 @@ class Options:
     """None: as many as this process may use."""
     only: str = ""
     """Cases whose name holds this."""
+    peer: str | None = None
+    """Another server to measure instead of ours."""
 
 
 class Benchmark(NamedTuple):
@@ -44,7 +57,41 @@ def _kernels(options: Options, progress: Progress) -> Report:
     return kernels.run(implementation, facts, Sizes(), only=options.only, progress=progress)
 
 
+def _offload(options: Options, progress: Progress) -> Report:
+    facts = machine.facts(options.threads or machine.usable_cpus())
+    sizes = offload_setting.Sizes()
+    return offload.run(offload_setting.load_demo, facts, sizes, only=options.only, progress=progress)
+
+
+def _quality(options: Options, progress: Progress) -> Report:
+    facts = machine.facts(options.threads or machine.usable_cpus())
+    return quality.run(quality.load_demo, facts, quality.Sizes(), only=options.only, progress=progress)
+
+
+def _kvstore(options: Options, progress: Progress) -> Report:
+    facts = machine.facts(options.threads or machine.usable_cpus())
+    implementation = choose(options.implementation, threads=facts.threads)
+    return kvstore.run(implementation, facts, StoreSizes(), only=options.only, progress=progress)
+
+
+def _dense(options: Options, progress: Progress) -> Report:
+    facts = machine.facts(options.threads or machine.usable_cpus())
+    setting = serve_setting.Setting(facts, serve_setting.Sizes(), progress)
+    return dense.run(setting, dense.Sizes(), only=options.only)
+
+
+def _serve(options: Options, progress: Progress) -> Report:
+    facts = machine.facts(options.threads or machine.usable_cpus())
+    sizes = serve_setting.Sizes()
+    return serve.run(facts, sizes, only=options.only, peer=options.peer, progress=progress)
+
+
 BENCHMARKS: Mapping[str, Benchmark] = {
     "machine": Benchmark("what this machine is and how fast it reads, copies and multiplies", _machine),
+    "offload": Benchmark("hops, bulk KV and decode steps over attention workers on this machine", _offload),
+    "quality": Benchmark("what KV formats cost: perplexity of a text, and needles in it", _quality),
+    "dense": Benchmark("the model's products against read bandwidth, GEMM rate and PyTorch", _dense),
+    "serve": Benchmark("decode, prefill and start-up of the real engine and server; peers", _serve),
     "kernels": Benchmark("attention kernels against the machine's rates and PyTorch's SDPA", _kernels),
+    "kvstore": Benchmark("the KV store: copies against memcpy, parity, appends, forks", _kvstore),
 }

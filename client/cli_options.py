@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import get_args
 
-from farshore.controller.config import ClusterConfig, Dtype, Placement, ShardBy
+from farshore.controller.config import ClusterConfig, Dtype, KvFormat, Placement, ShardBy
 from farshore.errors import InvalidRequest, TransportError
 
 DEFAULT_SERVER = "127.0.0.1:50051"
@@ -33,32 +33,25 @@ def size_bytes(text: str) -> int:
     )
 
 
+def whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+
+
+def number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+
+
 def positive(text: str) -> int:
-    number = _whole(text)
-    if number < 1:
+    value = whole(text)
+    if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: use a whole number from 1 on")
-    return number
-
-
-def seed(text: str) -> int:
-    number = _whole(text)
-    if not 0 <= number < 1 << 64:
-        raise argparse.ArgumentTypeError(f"{text}: use a whole number from 0 to 2**64 - 1")
-    return number
-
-
-def temperature(text: str) -> float:
-    number = _number(text)
-    if not 0 <= number <= 2:
-        raise argparse.ArgumentTypeError(f"{text}: use a number from 0 (greedy) to 2")
-    return number
-
-
-def top_p(text: str) -> float:
-    number = _number(text)
-    if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: use a number above 0, up to 1")
-    return number
+    return value
 
 
 def no_gateway(address: str) -> TransportError:
@@ -76,8 +69,14 @@ def add_cluster_options(group: argparse._ArgumentGroup) -> None:
         help="type of weights and KV; float32 matches Transformers token for token (default: %(default)s)",
     )
     group.add_argument(
+        "--kv-format",
+        choices=get_args(KvFormat),
+        help="how KV is stored; int8 takes half of bf16's memory, int4 a quarter; their cost in accuracy "
+        "is what `farshore bench quality` measures (default: as --dtype)",
+    )
+    group.add_argument(
         "--attention-workers",
-        type=_whole,
+        type=whole,
         default=2,
         metavar="N",
         help="processes that hold KV cache and compute attention on it (default: %(default)s)",
@@ -101,6 +100,22 @@ def add_cluster_options(group: argparse._ArgumentGroup) -> None:
         default="range",
         help="split a sequence by token ranges, by KV heads, or by both (default: %(default)s)",
     )
+    group.add_argument(
+        "--max-decode-stall-ms",
+        type=number,
+        default=200.0,
+        metavar="MS",
+        help="most time from one token of an answer to its next while other prompts are read "
+        "(default: %(default)g)",
+    )
+    group.add_argument(
+        "--speculate",
+        type=whole,
+        default=0,
+        metavar="N",
+        help="guess up to N tokens ahead from text that repeats itself, and check them in one step: the same "
+        "answer, but for rounding, faster where it quotes its prompt (default: 0, off)",
+    )
 
 
 def cluster_config(args: argparse.Namespace, names: Sequence[str], **fixed: object) -> ClusterConfig:
@@ -112,23 +127,12 @@ def cluster_config(args: argparse.Namespace, names: Sequence[str], **fixed: obje
             kv_memory_bytes=args.kv_memory,
             placement=args.placement,
             shard_by=args.shard_by,
+            kv_format=args.kv_format,
+            max_decode_stall_ms=args.max_decode_stall_ms,
+            speculate=args.speculate,
             **{name: getattr(args, name) for name in names},
             **fixed,
         )
     except InvalidRequest as error:
         args.usage_error(str(error))
         raise  # argparse's error() has left already
-
-
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None

@@ -36,10 +36,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def render(status: ClusterStatus) -> str:
+    guesses = status.speculate_tokens
+    guessing = f"up to {guesses} tokens guessed ahead" if guesses else "nothing guessed ahead"
     used_bytes = status.pool_budget_bytes - status.pool_free_bytes
     lines = [
         f"{status.model} ({status.dtype}, {status.max_positions} positions), Farshore {status.version}",
-        f"placement {status.placement}, sharded by {status.shard_by}",
+        f"placement {status.placement}, sharded by {status.shard_by}, KV as {status.kv_format}",
+        f"at most {status.max_decode_stall_ms:g} ms from token to token beside other prompts; {guessing}",
         f"pool: {size(used_bytes)} of {size(status.pool_budget_bytes)} used",
         "",
         *table(

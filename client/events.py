@@ -26,12 +26,25 @@ class Prefill:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """A token and its log-probability (natural), before bias, penalties and temperature."""
+
+    token_id: int
+    logprob: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Token:
-    """``text`` may be empty while a character is incomplete. ``index``: 0 for the first one."""
+    """``index``: 0 for the first of its ``choice``. ``text`` may be empty while a character, or what may
+    become a stop string, is incomplete. ``logprob`` and ``top`` (the likeliest, best first) if asked for."""
 
     index: int
     token_id: int
     text: str
+    choice: int = 0
+    logprob: float | None = None
+    top: tuple[Alternative, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,13 +57,22 @@ class ShardUse:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """How one choice ended. ``text``: the end of it that no token completed; often empty."""
+
+    reason: FinishReason
+    tokens: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """Last event. ``text``: the end of the answer that no token completed; often empty.
+    """Last event. ``completion_tokens``: of all choices.
 
     ``ttft_ms``: from arrival at the gateway to the first token; ``tpot_ms``: mean per token after it.
     """
 
-    reason: FinishReason
+    choices: tuple[Completion, ...]
     prompt_tokens: int
     completion_tokens: int
     queued_ms: float
@@ -58,7 +80,16 @@ class Finished:
     tpot_ms: float
     total_ms: float
     shards: tuple[ShardUse, ...]
-    text: str
+
+    @property
+    def reason(self) -> FinishReason:
+        """Of the first choice: the only one, unless more were asked for."""
+        return self.choices[0].reason
+
+    @property
+    def text(self) -> str:
+        """Of the first choice."""
+        return self.choices[0].text
 
 
 Event = Accepted | Prefill | Token | Finished
@@ -130,5 +161,10 @@ class ClusterStatus:
     pool_budget_bytes: int
     pool_free_bytes: int
     version: str
+    kv_format: str
+    max_decode_stall_ms: float
+    """From one token of an answer to its next, while other prompts are prefilled."""
+    speculate_tokens: int
+    """Guessed ahead by prompt lookup; 0: off."""
     workers: tuple[Worker, ...]
     sequences: tuple[Sequence, ...]

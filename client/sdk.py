@@ -47,9 +47,19 @@ class Client:
         token_ids: Iterable[int] | None = None,
         model: str = "",
         max_tokens: int | None = None,
+        n: int | None = None,
         temperature: float | None = None,
+        top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        logprobs: int | None = None,
         seed: int | None = None,
+        stop: str | Iterable[str] = (),
+        stop_token_ids: Iterable[int] = (),
         ignore_eos: bool = False,
         request_id: str = "",
         resume_from: int = 0,
@@ -59,10 +69,29 @@ class Client:
 
         Give one of ``prompt`` (text as it is), ``messages`` (each with role and content, through the model's
         chat template) and ``token_ids``; or none, with the ``request_id`` of an earlier call, to go on with
-        it from token ``resume_from``. Closing the iterator ends a request that has no ``request_id`` of
-        yours at once, and one that has within seconds. What is None takes the gateway's default.
+        it from token ``resume_from`` (of all choices together). Closing the iterator ends a request that has
+        no ``request_id`` of yours at once, and one that has within seconds.
+
+        What is None takes the gateway's default: see ``Sampling`` in proto/inference.proto for each, and
+        workers/sampler.py for the order in which they apply. ``n``: so many choices for one prompt; each
+        Token says whose it is. ``logprobs``: report log-probabilities with so many alternatives, or 0.
         """
-        given = dict(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        given = dict(
+            max_tokens=max_tokens,
+            n=n,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias,
+            logprobs=logprobs,
+            seed=seed,
+            stop=[stop] if isinstance(stop, str) else stop,
+            stop_token_ids=stop_token_ids,
+        )
         sampling = {name: value for name, value in given.items() if value is not None}
         try:
             request = api.GenerateRequest(
@@ -153,7 +182,13 @@ def _prompt(
 def _event(event: api.GenerateEvent) -> events.Event:
     kind = event.WhichOneof("kind")
     if kind == "token":
-        return _plain(events.Token, event.token)
+        token = event.token
+        return _plain(
+            events.Token,
+            token,
+            logprob=token.logprob if token.HasField("logprob") else None,
+            top=tuple(_plain(events.Alternative, it) for it in token.top),
+        )
     if kind == "prefill":
         return _plain(events.Prefill, event.prefill)
     if kind == "accepted":
@@ -162,7 +197,7 @@ def _event(event: api.GenerateEvent) -> events.Event:
         raise TransportError("the gateway sent an event this client does not know: use the same version")
     done = event.finished
     return events.Finished(
-        reason=api.FinishReason.Name(done.reason).removeprefix("FINISH_REASON_").lower(),
+        choices=tuple(_plain(events.Completion, it, reason=_reason(it)) for it in done.choices),
         prompt_tokens=done.usage.prompt_tokens,
         completion_tokens=done.usage.completion_tokens,
         queued_ms=done.timings.queued_ms,
@@ -170,8 +205,12 @@ def _event(event: api.GenerateEvent) -> events.Event:
         tpot_ms=done.timings.tpot_ms,
         total_ms=done.timings.total_ms,
         shards=tuple(_plain(events.ShardUse, shard) for shard in done.shards),
-        text=done.text,
     )
+
+
+def _reason(completion: api.Completion) -> Any:
+    """As ``events.FinishReason`` writes it."""
+    return api.FinishReason.Name(completion.reason).removeprefix("FINISH_REASON_").lower()
 
 
 def _plain(kind: type[_Value], message: Any, **converted: Any) -> _Value:

@@ -21,8 +21,8 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 
+from farshore.controller.actor import ControllerActor
 from farshore.controller.config import ClusterConfig
-from farshore.controller.controller import Controller
 from farshore.controller.gateway_process import GatewayProcess
 from farshore.errors import FarshoreError, PortInUse, StartupError
 from farshore.models.config import ModelConfig, load_config
@@ -103,20 +103,18 @@ class Cluster:
         self._start_ray()
         progress("starting the controller")
         # One thread for place and load, one to be asked how far they are, one to stop it all.
-        controller_actor = ray.remote(Controller).options(num_cpus=0, max_concurrency=3)
+        controller_actor = ray.remote(ControllerActor).options(num_cpus=0, max_concurrency=3)
         self._controller = controller_actor.remote(_anywhere(config), model)
         controller = self._ask(self._controller.address.remote(), "the controller")
+        # It reads its tokenizer while the workers start.
+        self._gateway = GatewayProcess(
+            model=config.model, listen=f"{config.host}:{config.port}", controller=controller
+        )
         progress(f"starting {config.attention_workers} attention workers")
         attention = self._ask(self._controller.place.remote(), "the attention workers")
         dense = self._load(progress)
         progress("starting the gateway")
-        self._gateway = GatewayProcess(
-            model=config.model,
-            listen=f"{config.host}:{config.port}",
-            engine=next(iter(dense.values())),
-            controller=controller,
-        )
-        self.address = self._gateway.address
+        self.address = self._gateway.serve(engine=next(iter(dense.values())))
         self.endpoints = {"gateway": self.address, "controller": controller, **dense, **attention}
 
     def _start_ray(self) -> None:

@@ -8,8 +8,14 @@ from farshore.errors import InvalidRequest
 Placement = Literal["offload", "local"]
 ShardBy = Literal["range", "head", "both"]
 Dtype = Literal["bfloat16", "float32"]
+KvFormat = Literal["bf16", "float32", "int8", "int4"]
+
+_OWN_FORMAT: dict[Dtype, KvFormat] = {"bfloat16": "bf16", "float32": "float32"}
 
 MIN_KV_MEMORY_BYTES = 64 << 20
+MOST_STALL_MS = 60_000
+MOST_SPECULATED = 16
+"""Drafts are rows of a step: more of them cost more than they can save."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,18 +24,30 @@ class ClusterConfig:
 
     model: str = "smollm2"
     dtype: Dtype = "bfloat16"
+    """Of weights and arithmetic."""
+    kv_format: KvFormat | None = None
+    """Of stored keys and values; None: the dtype's own. Read :attr:`stored_format`."""
     dense_workers: int = 1
     attention_workers: int = 2
     kv_memory_bytes: int = 1 << 30
     """Budget of each worker, dense workers (tails, local spans) included."""
     placement: Placement = "offload"
     shard_by: ShardBy = "range"
+    max_decode_stall_ms: float = 200.0
+    """From one token of an answer to its next, while other prompts are prefilled."""
+    speculate: int = 0
+    """Tokens guessed ahead by prompt lookup; 0: off."""
     host: str = "127.0.0.1"
     port: int = 50051
     """Of the gateway; 0 for any."""
     ray_address: str | None = None
     """Join this Ray cluster instead of starting one."""
     dashboard: bool = False
+
+    @property
+    def stored_format(self) -> KvFormat:
+        """The KV format in force."""
+        return self.kv_format or _OWN_FORMAT[self.dtype]
 
     def __post_init__(self) -> None:
         if self.dense_workers != 1:
@@ -47,8 +65,16 @@ class ClusterConfig:
             ("--placement", self.placement, get_args(Placement)),
             ("--shard-by", self.shard_by, get_args(ShardBy)),
             ("--dtype", self.dtype, get_args(Dtype)),
+            # Unquantised KV is the model's own keys and values: kernels take no other float type.
+            ("--kv-format", self.stored_format, ("int8", "int4", _OWN_FORMAT.get(self.dtype, "float32"))),
         ):
             if value not in choices:
                 raise InvalidRequest(f"{name} {value}: use one of {', '.join(choices)}")
+        if not 1 <= self.max_decode_stall_ms <= MOST_STALL_MS:
+            raise InvalidRequest(
+                f"--max-decode-stall-ms {self.max_decode_stall_ms:g}: use a number from 1 to {MOST_STALL_MS}"
+            )
+        if not 0 <= self.speculate <= MOST_SPECULATED:
+            raise InvalidRequest(f"--speculate {self.speculate}: use 0 (off) to {MOST_SPECULATED} tokens")
         if not 0 <= self.port <= 65535:
             raise InvalidRequest(f"--port {self.port}: use 0 (any) to 65535")

@@ -19,6 +19,7 @@ from farshore.kvstore.directory import EmbeddedDirectory
 from farshore.models.config import ModelConfig
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
+from farshore.workers.admission import EngineLimits
 from farshore.workers.attention import AttentionWorker
 from farshore.workers.dense import DenseConfig, DenseWorker
 
@@ -36,7 +37,8 @@ class Controller:
     def __init__(self, config: ClusterConfig, model: ModelConfig) -> None:
         self._config = config
         self._actors: list[Any] = []
-        self._dense: list[Any] = []
+        self._dense: dict[WorkerId, Any] = {}
+        self._models: dict[WorkerId, Any] = {}  # being loaded
         # A replaced controller must give out greater epochs than its predecessor did.
         directory = EmbeddedDirectory(first_epoch=time.time_ns() // 1000)
         self._service = ControllerService(config, model, directory)
@@ -51,12 +53,13 @@ class Controller:
         return self._address
 
     def place(self) -> dict[WorkerId, str]:
-        """Start the attention workers, spread over the nodes that have their memory. Returns addresses.
+        """Start the attention workers, spread over the nodes that have their memory, and the dense worker,
+        which loads its model meanwhile. Returns the attention workers' addresses.
 
         Raises StartupError where no node takes them.
         """
         config = self._config
-        workers = {_worker_id("attention", i): None for i in range(config.attention_workers)}
+        workers = [_worker_id("attention", i) for i in range(config.attention_workers)]
         actors = {
             worker: ray.remote(AttentionWorker)
             .options(num_cpus=0, memory=config.kv_memory_bytes, scheduling_strategy="SPREAD")
@@ -69,6 +72,7 @@ class Controller:
             for worker in workers
         }
         self._actors += actors.values()
+        self._start_dense(workers)
         addresses = _results(
             {worker: actor.address.remote() for worker, actor in actors.items()},
             what="the attention workers",
@@ -79,40 +83,49 @@ class Controller:
         return addresses
 
     def load(self) -> dict[WorkerId, str]:
-        """Start the dense worker and load its model. Returns addresses; raises what loading raised."""
+        """Wait until the dense worker's model is loaded, and let it serve. Returns addresses; raises what
+        loading raised."""
+        need = {
+            "what": "the dense worker",
+            "fix": "enough memory for the model",
+            "deadline_s": LOAD_DEADLINE_S,
+        }
+        _results(self._models, **need)
+        shards = dict(self._service.attention)
+        serving = {worker: actor.serve.remote(shards) for worker, actor in self._dense.items()}
+        addresses = _results(serving, **need)
+        self._service.dense.update(addresses)
+        return addresses
+
+    def _start_dense(self, shards: list[WorkerId]) -> None:
         config = self._config
         worker = _worker_id("dense", 0)
-        shards = dict(self._service.attention)
         dense_config = DenseConfig(
             worker=worker,
             model=config.model,
             dtype=config.dtype,
+            kv_format=config.stored_format,
             kv_memory_bytes=config.kv_memory_bytes,
-            shards=shards,
             targets=tuple(shards) if config.placement == "offload" else (worker,),
             shard_by=config.shard_by if config.placement == "offload" else "range",
             controller=self._address,
             listen=self._listen(),
             threads=_node_cores(),
+            limits=EngineLimits(
+                max_decode_stall_ms=config.max_decode_stall_ms, speculate_tokens=config.speculate
+            ),
         )
         # Two calls at once: load, and loading beside it.
         actor = ray.remote(DenseWorker).options(num_cpus=0, max_concurrency=2).remote(dense_config)
         self._actors.append(actor)
-        self._dense.append(actor)
-        addresses = _results(
-            {worker: actor.load.remote()},
-            what="the dense worker",
-            fix="enough memory for the model",
-            deadline_s=LOAD_DEADLINE_S,
-        )
-        self._service.dense.update(addresses)
-        return addresses
+        self._dense[worker] = actor
+        self._models[worker] = actor.load.remote()
 
     def loading(self) -> tuple[int, int]:
         """(tensors loaded, tensors in all) of the model."""
         if not self._dense:
             return (0, 0)
-        return ray.get(self._dense[0].loading.remote(), timeout=PLACE_DEADLINE_S)
+        return ray.get(next(iter(self._dense.values())).loading.remote(), timeout=PLACE_DEADLINE_S)
 
     def stop(self) -> None:
         """End the workers: streams first, then processes. Idempotent."""

@@ -4,7 +4,9 @@ It reports its address as one line of JSON on its standard output, and ends when
 so it cannot outlive the driver, whatever ends that.
 """
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -18,10 +20,10 @@ STOP_DEADLINE_S = 10.0
 
 
 class GatewayProcess:
-    def __init__(self, *, model: str, listen: str, engine: str, controller: str) -> None:
-        """Start it and wait until it serves. Raises what it reports (PortInUse, ModelError), or
-        StartupError."""
-        arguments = ["--model", model, "--listen", listen, "--engine", engine, "--controller", controller]
+    """Constructed it reads the model's tokenizer; then :meth:`serve`."""
+
+    def __init__(self, *, model: str, listen: str, controller: str) -> None:
+        arguments = ["--model", model, "--listen", listen, "--controller", controller]
         self._process = subprocess.Popen(
             # -P: the current directory, which may be a checkout, stays off sys.path.
             [sys.executable, "-P", "-m", "farshore.gateway", *arguments],
@@ -31,8 +33,16 @@ class GatewayProcess:
             # Ctrl-C in a terminal is for the driver, which ends the parts in order.
             start_new_session=True,
         )
+
+    def serve(self, *, engine: str) -> str:
+        """Tell it the engine's address, and wait until it serves. Returns its own. Raises what it reports
+        (PortInUse, ModelError), or StartupError; it has ended then."""
+        assert self._process.stdin is not None
         try:
-            self.address = self._await_report()
+            # One that has ended already says why in its report.
+            with contextlib.suppress(BrokenPipeError):
+                os.write(self._process.stdin.fileno(), f"{engine}\n".encode())
+            return self._await_report()
         except errors.FarshoreError:
             self.stop()
             raise

@@ -91,6 +91,9 @@ class ControllerService(pb_grpc.ControllerServicer):
             pool_budget_bytes=sum(w.budget_bytes for w in pool),
             pool_free_bytes=sum(w.free_bytes for w in pool),
             version=__version__,
+            kv_format=config.stored_format,
+            max_decode_stall_ms=config.max_decode_stall_ms,
+            speculate_tokens=config.speculate,
         )
 
     def _probe_dense(

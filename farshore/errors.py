@@ -9,6 +9,7 @@
     ├── NotFound                an unknown span, sequence or request
     ├── Full                    memory was asked for and refused
     ├── Overloaded              a queue is full: try again later        (retryable)
+    ├── Corrupt                 bytes are not what was sent or sealed: fetch them again   (retryable)
     ├── Fenced                  an older epoch tried to write: stop, somebody else owns the sequence
     ├── InvalidPlan             a step plan with a hole or an overlap
     ├── Cancelled               the caller went away
@@ -54,6 +55,10 @@ class Full(FarshoreError):
 
 
 class Overloaded(FarshoreError):
+    retryable = True
+
+
+class Corrupt(FarshoreError):
     retryable = True
 
 

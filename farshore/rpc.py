@@ -22,6 +22,8 @@ OPTIONS = [
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     # A peer that comes back is found within this, however long it was away.
     ("grpc.max_reconnect_backoff_ms", 2_000),
+    # Less than an engine waits between two attempts at a step: a peer that restarts costs no sequence.
+    ("grpc.initial_reconnect_backoff_ms", 100),
     # One process may hold several servers; a second server on a taken port must fail, not share it.
     ("grpc.so_reuseport", 0),
 ]
@@ -33,6 +35,7 @@ _CODES: tuple[tuple[type[errors.FarshoreError], grpc.StatusCode], ...] = (
     (errors.NotFound, grpc.StatusCode.NOT_FOUND),
     (errors.Full, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.Corrupt, grpc.StatusCode.DATA_LOSS),
     (errors.Fenced, grpc.StatusCode.ABORTED),
     (errors.Cancelled, grpc.StatusCode.CANCELLED),
     (errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),

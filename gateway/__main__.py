@@ -24,7 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         served = Served.load(args.model)
-        asyncio.run(_serve(served, args))
+        engine = args.engine or sys.stdin.readline().strip()
+        if not engine:
+            return 0  # The parent left before there was an engine.
+        asyncio.run(_serve(served, engine, args))
     except FarshoreError as error:
         _report({"error": str(error), "kind": type(error).__name__})
         return 1
@@ -42,13 +45,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="the model that the engine runs")
     parser.add_argument("--listen", required=True, metavar="HOST:PORT", help="port 0: any free one")
-    parser.add_argument("--engine", required=True, metavar="HOST:PORT", help="of the dense worker")
+    parser.add_argument(
+        "--engine",
+        metavar="HOST:PORT",
+        help="of the dense worker (default: the first line of stdin, read when everything else is ready)",
+    )
     parser.add_argument("--controller", required=True, metavar="HOST:PORT", help="asked for status only")
     parser.add_argument("--max-live-requests", type=int, default=Limits().max_live_requests)
     return parser
 
 
-async def _serve(served: Served, args: argparse.Namespace) -> None:
+async def _serve(served: Served, engine: str, args: argparse.Namespace) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -57,7 +64,7 @@ async def _serve(served: Served, args: argparse.Namespace) -> None:
     gateway = await create(
         served,
         listen=args.listen,
-        engine=args.engine,
+        engine=engine,
         controller=args.controller,
         limits=Limits(max_live_requests=args.max_live_requests),
     )

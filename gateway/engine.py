@@ -1,4 +1,4 @@
-"""The gateway's side of an engine: one call per sequence, its stream pulled into a request's log.
+"""The gateway's side of an engine: one call per request, its stream pulled into the request's log.
 
 Used by ``requests`` alone. Must not know who reads the log, nor about the controller: tokens go on while
 the controller is away.
@@ -9,11 +9,11 @@ import asyncio
 import grpc
 
 from farshore import rpc
+from farshore.gateway.answer import Answer
 from farshore.gateway.limits import Limits
 from farshore.gateway.request import Failure, Request
 from farshore.gateway.served import Served
 from farshore.gateway.validate import Job
-from farshore.models.text_stream import TextStream
 from farshore.proto import cluster_pb2 as cluster
 from farshore.proto import cluster_pb2_grpc
 from farshore.proto import inference_pb2 as api
@@ -37,58 +37,60 @@ class Engine:
 
         Cancelling the task cuts the stream, which ends the sequence in the engine too.
         """
-        text = self._served.tokenizer.stream()
+        answer = Answer(request, job, self._served.tokenizer)
         call = self._stub.Generate(_sequence_request(request.request_id, job))
         try:
-            async with asyncio.timeout(None) as stall:
-                loop = asyncio.get_running_loop()
-                while not request.ended:
-                    stall.reschedule(loop.time() + self._limits.stall_s)
-                    event = await call.read()
-                    if event is grpc.aio.EOF:
-                        await request.fail(await self._broken_off(call))
-                    else:
-                        await self._take(event, request, job, text)
+            await self._follow(call, request, answer)
         except asyncio.CancelledError:
-            await request.finish(api.FINISH_REASON_CANCELLED, text=text.finish())
+            await answer.end(api.FINISH_REASON_CANCELLED)
             raise
         except TimeoutError:
-            await request.fail(
+            await self._break(
+                request,
+                answer,
                 Failure(
                     grpc.StatusCode.DEADLINE_EXCEEDED,
                     f"dense worker {self._address} sent nothing for {self._limits.stall_s:g} s",
-                )
+                ),
             )
         except grpc.aio.AioRpcError as error:
             if request.cancelling and error.code() == grpc.StatusCode.CANCELLED:
-                await request.finish(api.FINISH_REASON_CANCELLED, text=text.finish())
+                await answer.end(api.FINISH_REASON_CANCELLED)
             else:
-                await request.fail(self._failure(error))
+                await self._break(request, answer, self._failure(error))
         finally:
             call.cancel()
 
-    async def cancel(self, request_id: str) -> None:
-        """Ask the engine to end a sequence. Best effort: cutting the stream says the same."""
+    async def _follow(self, call: grpc.aio.UnaryStreamCall, request: Request, answer: Answer) -> None:
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(None) as stall:
+            while not request.ended:
+                patience_s = self._limits.cancel_s if answer.complete else self._limits.stall_s
+                stall.reschedule(loop.time() + patience_s)
+                event = await call.read()
+                if event is grpc.aio.EOF:
+                    await self._break(request, answer, await self._broken_off(call))
+                    return
+                stopped = await answer.take(event)
+                if stopped is not None:
+                    # Stop strings are ours: the engine has to be told.
+                    await self.cancel(request.request_id, choice=stopped)
+
+    async def _break(self, request: Request, answer: Answer, failure: Failure) -> None:
+        """The engine is gone; that takes nothing from an answer which is complete."""
+        if answer.complete:
+            await answer.end(api.FINISH_REASON_STOP)
+        else:
+            await request.fail(failure)
+
+    async def cancel(self, request_id: str, *, choice: int | None = None) -> None:
+        """Ask the engine to end a request, or one choice. Best effort: cutting the stream says the same."""
         try:
             await self._stub.Cancel(
-                cluster.CancelSequence(sequence_id=request_id), timeout=self._limits.cancel_s
+                cluster.CancelSequence(sequence_id=request_id, choice=choice), timeout=self._limits.cancel_s
             )
         except grpc.aio.AioRpcError:
             return
-
-    async def _take(self, event: cluster.SequenceEvent, request: Request, job: Job, text: TextStream) -> None:
-        kind = event.WhichOneof("kind")
-        if kind == "token_id":
-            # A stop token ends the answer and is no part of its text, even where it isn't a special one.
-            silent = event.token_id in job.stop_ids
-            await request.add_token(event.token_id, "" if silent else text.push(event.token_id))
-        elif kind == "prefill":
-            await request.add_prefill(event.prefill)
-        elif kind == "finished":
-            done = event.finished
-            await request.finish(
-                done.reason, text=text.finish(), queued_ms=done.queued_ms, shards=done.shards
-            )
 
     async def _broken_off(self, call: grpc.aio.UnaryStreamCall) -> Failure:
         code = await call.code()
@@ -115,8 +117,16 @@ def _sequence_request(sequence_id: str, job: Job) -> cluster.SequenceRequest:
         sequence_id=sequence_id,
         prompt=job.prompt,
         max_tokens=job.max_tokens,
+        n=job.n,
         temperature=job.temperature,
+        top_k=job.top_k,
         top_p=job.top_p,
+        min_p=job.min_p,
+        repetition_penalty=job.repetition_penalty,
+        presence_penalty=job.presence_penalty,
+        frequency_penalty=job.frequency_penalty,
+        logit_bias=job.logit_bias,
+        logprobs=job.logprobs,
         seed=job.seed,
-        stop_ids=job.stop_ids,
+        stop_token_ids=job.stop_token_ids,
     )

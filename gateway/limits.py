@@ -17,13 +17,22 @@ class Limits:
     request_id_chars: int = 128
     tokenizer_threads: int = 2
 
+    choices: int = 32
+    """Completions of one request; each takes a place in the engine's batch."""
+    logprobs: int = 20
+    """Alternatives reported for each token."""
+    logit_biases: int = 1024
+    stops: int = 16
+    stop_chars: int = 256
+    stop_token_ids: int = 128
+
     grace_s: float = 15.0
     """How long a request with a client's own id lives on without any reader."""
     replay_s: float = 60.0
     """How long a request that has ended can be read again."""
     replay_requests: int = 256
     replay_tokens: int = 1 << 20
-    """Of all ended requests together; the oldest are forgotten first."""
+    """Of all ended requests together, alternatives counted like tokens; the oldest are forgotten first."""
 
     stall_s: float = 1800.0
     """Longest silence of an engine within one request; waiting in its queue is silent."""

@@ -6,7 +6,8 @@ exactly what the others saw. Lives on the event loop: not thread-safe. Must not 
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -35,7 +36,10 @@ class RequestFailed(Exception):
 
 
 class Request:
-    """Grows by ``add_*`` and ends once, by ``finish`` or ``fail``. Bounded by the job's max_tokens."""
+    """Grows by ``add_*`` and ends once, by ``finish`` or ``fail``. Bounded by the job's n × max_tokens.
+
+    Tokens of several choices stand in the order in which they came; ``resume_from`` counts them all.
+    """
 
     def __init__(
         self,
@@ -59,6 +63,8 @@ class Request:
         self._prompt_tokens = prompt_tokens
         self._prefill: api.GenerateEvent | None = None
         self._tokens: list[api.GenerateEvent] = []
+        self._tokens_of: Counter[int] = Counter()  # by choice
+        self._alternatives = 0
         self._finished: api.GenerateEvent | None = None
         self._failure: Failure | None = None
         self._news = asyncio.Condition()
@@ -67,8 +73,9 @@ class Request:
         self._first_s = self._last_s = arrived_s
 
     @property
-    def tokens(self) -> int:
-        return len(self._tokens)
+    def size_tokens(self) -> int:
+        """What it takes to remember: tokens, and the alternatives reported with them."""
+        return len(self._tokens) + self._alternatives
 
     @property
     def failed(self) -> bool:
@@ -116,31 +123,46 @@ class Request:
         self._prefill = api.GenerateEvent(prefill=progress)
         await self._tell()
 
-    async def add_token(self, token_id: int, text: str) -> None:
+    async def add_token(
+        self,
+        token_id: int,
+        text: str,
+        *,
+        choice: int = 0,
+        logprob: float | None = None,
+        top: Sequence[api.Alternative] = (),
+    ) -> None:
         self._last_s = self._clock()
         if not self._tokens:
             self._first_s = self._last_s
-        token = api.Token(index=len(self._tokens), token_id=token_id, text=text)
+        token = api.Token(
+            index=self._tokens_of[choice],
+            token_id=token_id,
+            text=text,
+            choice=choice,
+            logprob=logprob,
+            top=top,
+        )
         self._tokens.append(api.GenerateEvent(token=token))
+        self._tokens_of[choice] += 1
+        self._alternatives += len(top)
         await self._tell()
 
     async def finish(
         self,
-        reason: api.FinishReason,
+        choices: Sequence[api.Completion],
         *,
-        text: str,
         queued_ms: float = 0.0,
         shards: Iterable[api.ShardUse] = (),
     ) -> None:
-        """``text``: what the detokenizer still held."""
         if self.ended:
             return
         count = len(self._tokens)
-        after_first = count - 1
+        after_first = max(self._tokens_of.values(), default=0) - 1
         tpot_ms = (self._last_s - self._first_s) * 1e3 / after_first if after_first > 0 else 0.0
         self._finished = api.GenerateEvent(
             finished=api.Finished(
-                reason=reason,
+                choices=choices,
                 usage=api.Usage(prompt_tokens=self._prompt_tokens, completion_tokens=count),
                 timings=api.Timings(
                     queued_ms=queued_ms,
@@ -149,7 +171,6 @@ class Request:
                     total_ms=(self._clock() - self._arrived_s) * 1e3,
                 ),
                 shards=shards,
-                text=text,
             )
         )
         await self._tell()

@@ -147,7 +147,7 @@ class RequestLog:
                 timer.cancel()
             del self._live[request.request_id]
             self._ended[request.request_id] = (request, self._clock())
-            self._ended_tokens += request.tokens
+            self._ended_tokens += request.size_tokens
             self._forget_old()
 
     def _abandoned(self, request: Request) -> None:
@@ -183,7 +183,7 @@ class RequestLog:
 
     def _forget(self, request_id: str) -> None:
         request, _ = self._ended.pop(request_id)
-        self._ended_tokens -= request.tokens
+        self._ended_tokens -= request.size_tokens
 
     def _spawn(self, work: Coroutine) -> asyncio.Task:
         task = asyncio.get_running_loop().create_task(work)

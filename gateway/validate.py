@@ -6,10 +6,11 @@ the size of the pool is the engine's to judge. Must not know about gRPC calls, a
 
 import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from farshore.errors import InvalidRequest, ModelError
+from farshore.gateway import sampling as sampling_limits
 from farshore.gateway.limits import Limits
 from farshore.gateway.served import Served
 from farshore.proto import inference_pb2 as api
@@ -17,14 +18,23 @@ from farshore.proto import inference_pb2 as api
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A checked request. ``stop_ids`` is empty when the client wants to go on to ``max_tokens``."""
+    """A checked request. ``stop_token_ids``: the client's, and the model's own unless it wants to go on."""
 
     prompt: tuple[int, ...]
     max_tokens: int
+    n: int
     temperature: float
+    top_k: int
     top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    logprobs: int | None
     seed: int
-    stop_ids: tuple[int, ...]
+    stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
 
 
 def has_prompt(request: api.GenerateRequest) -> bool:
@@ -43,7 +53,7 @@ def fingerprint(request: api.GenerateRequest) -> bytes:
 def check_cheap(request: api.GenerateRequest, served: Served, limits: Limits) -> None:
     """All that can be refused without tokenizing. Raises InvalidRequest."""
     _check_model(request.model, served)
-    _check_sampling(request.sampling)
+    sampling_limits.check(request.sampling, vocab=served.config.vocab, limits=limits)
     _check_prompt(request, served, limits)
 
 
@@ -61,15 +71,25 @@ def prepare(request: api.GenerateRequest, served: Served, limits: Limits) -> Job
     prompt = _token_ids(request, served)
     if not prompt:
         raise InvalidRequest("the prompt is empty: send at least one token")
-    sampling = request.sampling
-    seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(64)
+    asked = request.sampling
+    own_stops = () if asked.ignore_eos else served.stop_ids
     return Job(
         prompt=tuple(prompt),
-        max_tokens=_max_tokens(len(prompt), sampling, served.config.max_positions, limits),
-        temperature=sampling.temperature if sampling.HasField("temperature") else 0.0,
-        top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
-        seed=seed,
-        stop_ids=() if sampling.ignore_eos else served.stop_ids,
+        max_tokens=_max_tokens(len(prompt), asked, served.config.max_positions, limits),
+        # Of an unset field the value is 0: the default of all but these.
+        n=asked.n or 1,
+        temperature=asked.temperature,
+        top_k=asked.top_k,
+        top_p=asked.top_p if asked.HasField("top_p") else 1.0,
+        min_p=asked.min_p,
+        repetition_penalty=asked.repetition_penalty if asked.HasField("repetition_penalty") else 1.0,
+        presence_penalty=asked.presence_penalty,
+        frequency_penalty=asked.frequency_penalty,
+        logit_bias=dict(asked.logit_bias),
+        logprobs=asked.logprobs if asked.HasField("logprobs") else None,
+        seed=asked.seed if asked.HasField("seed") else secrets.randbits(64),
+        stop=tuple(asked.stop),
+        stop_token_ids=tuple(dict.fromkeys((*own_stops, *asked.stop_token_ids))),
     )
 
 
@@ -78,15 +98,6 @@ def _check_model(name: str, served: Served) -> None:
         raise ModelError(
             f"unknown model {name!r}: this gateway serves {served.name!r}; leave model empty for it"
         )
-
-
-def _check_sampling(sampling: api.Sampling) -> None:
-    if sampling.HasField("max_tokens") and sampling.max_tokens < 1:
-        raise InvalidRequest("max_tokens is 0: ask for at least 1, or leave it unset")
-    if sampling.HasField("temperature") and not 0 <= sampling.temperature <= 2:
-        raise InvalidRequest(f"temperature {sampling.temperature:g}: use a number from 0 (greedy) to 2")
-    if sampling.HasField("top_p") and not 0 < sampling.top_p <= 1:
-        raise InvalidRequest(f"top_p {sampling.top_p:g}: use a number above 0, up to 1")
 
 
 def _check_prompt(request: api.GenerateRequest, served: Served, limits: Limits) -> None:

@@ -4,8 +4,9 @@ Exists so that all KV of a worker lies in one buffer that kernels index by byte 
 is kept by construction: there is no memory beside it. The store and the tails allocate here. It must not know
 what a block holds.
 
-The mapping is reserved at once and committed by the kernel on first touch; pages of freed blocks go back to
-the system (and read as zeros afterwards, so nobody sees another sequence's data).
+Address space is reserved at once; what is granted was touched before, so that nobody's copy waits for pages;
+what is freed goes back to the system but for a spare part: see :mod:`farshore.kvstore.pages`. A grant may
+hold what its last owner left there: who reads a block has written it first.
 """
 
 import mmap
@@ -18,6 +19,10 @@ import torch
 from torch import Tensor
 
 from farshore.errors import Full, InvalidRequest
+from farshore.kvstore.pages import pages
+
+SPARE_SHARE = 8
+"""One part in so many of the budget may lie free and committed, if nothing else is asked for."""
 
 
 class Extent(NamedTuple):
@@ -46,18 +51,21 @@ class Arena:
     """First-fit allocator of page-aligned blocks. Thread-safe.
 
     ``budget_bytes`` is rounded down to whole pages; less than one page, or more than the machine can reserve,
-    is InvalidRequest.
+    is InvalidRequest. ``spare_bytes`` is how much freed memory is kept, to be granted again at once (None: an
+    eighth of the budget); in whole pages of whatever size the arena has, so it may be a little more.
+    ``device``: whose memory; that of an accelerator is never given back.
     """
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(
+        self, budget_bytes: int, *, spare_bytes: int | None = None, device: torch.device | str = "cpu"
+    ) -> None:
         self.budget_bytes = budget_bytes // mmap.PAGESIZE * mmap.PAGESIZE
         if self.budget_bytes <= 0:
             raise InvalidRequest(f"an arena needs at least {mmap.PAGESIZE} bytes, not {budget_bytes}")
-        try:
-            self._map = mmap.mmap(-1, self.budget_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError as error:
-            raise InvalidRequest(f"this machine cannot reserve {self.budget_bytes} bytes: {error}") from error
-        self.memory: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        if spare_bytes is None:
+            spare_bytes = self.budget_bytes // SPARE_SHARE
+        self._pages = pages(self.budget_bytes, spare_bytes=spare_bytes, device=torch.device(device))
+        self.memory: Tensor = self._pages.memory
         """u8[budget_bytes]."""
         self._lock = threading.Lock()
         # Free ranges in address order, never touching each other, as parallel lists.
@@ -71,6 +79,12 @@ class Arena:
         with self._lock:
             return sum(self._free_sizes)
 
+    @property
+    def committed_bytes(self) -> int:
+        """What the machine pays for, at most: granted memory, the rest of huge pages, and the spare part."""
+        with self._lock:
+            return self._pages.committed_bytes
+
     def on_full(self, reclaim: Callable[[int], int]) -> None:
         """Who is asked for memory before it is refused: ``reclaim(missing_bytes)`` frees that much or more of
         what nobody needs, or nothing where it has less; returns how much it had. Called without the lock."""
@@ -79,27 +93,23 @@ class Arena:
     def allocate(self, blocks: int, block_bytes: int) -> list[Extent]:
         """Takes ``blocks`` blocks: one contiguous run if any free range is long enough, else several runs.
 
-        All or nothing: raises Full and takes nothing when they do not fit; InvalidRequest below one block.
+        All or nothing: raises Full and takes nothing when they do not fit, or the machine itself has no
+        memory left; InvalidRequest below one block. A large grant of new memory takes time: a second for
+        some GiB.
         """
         if blocks < 1 or block_bytes < 1:
             raise InvalidRequest(
                 f"cannot allocate {blocks} blocks of {block_bytes} bytes: give at least 1 each"
             )
         stride = stride_bytes(block_bytes)
-        while True:
-            try:
-                with self._lock:
-                    extents = [Extent(start, count, stride) for start, count in self._choose(blocks, stride)]
-                    for extent in extents:
-                        self._take(extent)
-                return extents
-            except Full as full:
-                # Ranges shorter than a block are free too, but of no use: one block more, then.
-                missing_bytes = max(blocks * stride - full.free_bytes, stride)
-                reclaimable_bytes = self._reclaim(missing_bytes)
-                if reclaimable_bytes < missing_bytes:
-                    full.free_bytes += reclaimable_bytes
-                    raise
+        extents, cold = self._grant(blocks, stride)
+        try:
+            for extent in cold:  # Without the lock: nobody else touches what is granted.
+                self._pages.populate(extent.base, extent.bytes)
+        except MemoryError as error:
+            self.free(extents)
+            raise Full(f"the machine has less than the budget: {error}", free_bytes=0) from error
+        return extents
 
     def free(self, extents: Iterable[Extent]) -> None:
         """Gives blocks back; an extent may be freed in parts. InvalidRequest, and nothing freed, if any block
@@ -113,8 +123,9 @@ class Arena:
             for base in bases:
                 del self._held[base]
             for extent in extents:
-                self._map.madvise(mmap.MADV_DONTNEED, extent.base, extent.bytes)
                 self._give_back(extent.base, extent.bytes)
+            free = list(zip(self._free_starts, self._free_sizes, strict=True))
+            self._pages.trim(free, held_bytes=self.budget_bytes - sum(self._free_sizes))
 
     def holds(self, base: int, stride: int) -> bool:
         """Whether a block of ``stride`` bytes at ``base`` is allocated."""
@@ -122,8 +133,11 @@ class Arena:
             return self._held.get(base) == stride
 
     def check_integrity(self) -> None:
-        """AssertionError unless free and held ranges cover the budget exactly once, free ones merged."""
+        """AssertionError unless free and held ranges cover the budget exactly once, free ones merged, and
+        what is held is committed."""
         with self._lock:
+            cold = [base for base, stride in self._held.items() if not self._pages.holds(base, stride)]
+            assert not cold, f"held, but not committed: {cold}"
             free = list(zip(self._free_starts, self._free_sizes, strict=True))
             held = list(self._held.items())
         at = 0
@@ -134,6 +148,26 @@ class Arena:
         assert at == self.budget_bytes, f"free + held = {at}, total = {self.budget_bytes}"
         ends = {start + size for start, size in free}
         assert not ends & {start for start, _ in free}, "free ranges touch"
+
+    def _grant(self, blocks: int, stride: int) -> tuple[list[Extent], list[Extent]]:
+        """The extents, and which of them are not all committed; evicts cache where it takes that."""
+        while True:
+            try:
+                with self._lock:
+                    extents = [Extent(start, count, stride) for start, count in self._choose(blocks, stride)]
+                    for extent in extents:
+                        self._take(extent)
+                    cold = [it for it in extents if not self._pages.holds(it.base, it.bytes)]
+                    for extent in cold:
+                        self._pages.mark(extent.base, extent.bytes)
+                    return extents, cold
+            except Full as full:
+                # Ranges shorter than a block are free too, but of no use: one block more, then.
+                missing_bytes = max(blocks * stride - full.free_bytes, stride)
+                reclaimable_bytes = self._reclaim(missing_bytes)
+                if reclaimable_bytes < missing_bytes:
+                    full.free_bytes += reclaimable_bytes
+                    raise
 
     def _choose(self, blocks: int, stride: int) -> list[tuple[int, int]]:
         """(start, blocks) of the runs to take."""

@@ -19,7 +19,7 @@ once, or, if blocks of it have names, kept as cache until somebody finds it agai
                                   └─ least recently held, when memory is needed ──▶ freed
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NewType, Protocol
 
@@ -31,7 +31,8 @@ from farshore.kernels.base import KVLayout, Segments
 from farshore.kvstore.prefix import PrefixBlock
 
 Digest = NewType("Digest", str)
-"""Fingerprint of sealed bytes, hex. Equal content, range and layout give equal digests on every store."""
+"""Fingerprint of sealed bytes, XXH3-64 in hex: tells corruption, not malice. Equal content, range and layout
+give equal digests on every store."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,16 @@ class SpanKey:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Covered:
+    """One span of a parity group: of its tokens ``[0, tokens)``, which never change, parity was taken."""
+
+    span: SpanId
+    key: SpanKey
+    tokens: int
+    digest: Digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SpanInfo:
     """What a store says about one span; everything else known about it elsewhere is derived from this."""
 
@@ -62,6 +73,8 @@ class SpanInfo:
     """Of the owner that created it."""
     holders: int
     """Sequences that hold it; 0: it is cache."""
+    covers: tuple[Covered, ...] = ()
+    """Not tokens but the parity of these, which lie anywhere; see :mod:`farshore.kvstore.parity`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +89,18 @@ class SpanSlice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """A part of an export, as bytes for any transport; see :mod:`farshore.kvstore.transfer`."""
+
+    header: bytes
+    """What it is of: some 100 bytes."""
+    payload: bytes | memoryview
+    """About 1 MiB at most, or one layer of a block where that is more."""
+    checksum: int
+    """XXH3-64 of the header and the payload."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
     """``budget - granted - free`` is held by others in the same arena (tails, spans still being read)."""
 
@@ -86,6 +111,8 @@ class Usage:
     free_bytes: int
     cached_bytes: int
     """Of ``granted_bytes``: what nobody holds, and goes when memory is needed."""
+    committed_bytes: int
+    """What the machine pays for, at most: what is granted, to whomever, and freed memory kept warm."""
 
     @property
     def available_bytes(self) -> int:
@@ -141,6 +168,11 @@ class ShardStore(Protocol):
         """
         ...
 
+    def digest(self, span: SpanId, tokens: int) -> Digest:
+        """Of ``[0, tokens)``: at once if these were sealed in one call, else they are read. InvalidRequest
+        beyond the sealed mark."""
+        ...
+
     def segments(self, span: SpanId, first: int, last: int) -> Segments:
         """Where tokens ``[first, last)`` of the span lie in ``memory``, without a copy, in token order.
 
@@ -157,6 +189,31 @@ class ShardStore(Protocol):
         ``dtype``: the format's, or, where that is quantised, float32 if not given; uint8 for the bytes as
         stored (see :mod:`farshore.kvstore.forms`). InvalidRequest beyond the sealed mark. Safe against a
         ``drop`` meanwhile.
+        """
+        ...
+
+    def export(self, span: SpanId, first: int, last: int) -> Iterator[Chunk]:
+        """Tokens ``[first, last)`` of all layers, checksummed, one chunk in memory at a time.
+
+        InvalidRequest beyond the sealed mark, and for no tokens. The span is not freed before the iterator
+        is used up, closed or gone.
+        """
+        ...
+
+    def import_span(
+        self,
+        chunks: Iterable[Chunk],
+        *,
+        sequence: SequenceId,
+        epoch: Epoch,
+        covers: tuple[Covered, ...] = (),
+    ) -> SpanId:
+        """A new span with an export's range, all of it sealed, held by ``sequence``, whosever it was.
+        ``covers``: of parity, and of nothing else (InvalidRequest), what it covers.
+
+        Raises Full where it is not granted, and Corrupt, which names the chunk, where one was damaged, left
+        out or put in another order. Whatever is raised, by ``chunks`` too: nothing is kept, and nobody could
+        read it meanwhile. Not idempotent, as :meth:`create`.
         """
         ...
 

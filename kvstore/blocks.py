@@ -5,10 +5,11 @@ Spans and tails keep their tokens alike: a list of block bases (byte offsets in 
 the blocks are.
 
 The copies are native, one call for any number of blocks; without the native module PyTorch makes them, block
-by block.
+by block, as it does in the memory of an accelerator.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def copy_in(
     """Writes the n tokens of k, v to tokens ``first .. first + n`` of one layer; for their forms see
     :mod:`farshore.kvstore.forms`."""
     last = first + k.shape[1]
-    if native is None:
+    if native_for(memory) is None:
         stored = to_stored(layout, k, v)
         for at, piece in _pieces(memory, layout, bases, layer, first, last):
             for rows, payload, scales in zip(stored, piece[::2], piece[1::2], strict=True):
@@ -85,13 +86,14 @@ def copy_out(
     """
     if dtype is None:
         dtype = torch.float32 if layout.format.quantised else layout.format.dtype
-    if native is not None and layout.format.quantised and dtype == torch.float32:
+    at_hand = native_for(memory) is not None
+    if at_hand and layout.format.quantised and dtype == torch.float32:
         return _dequantised(memory, layout, bases, layers, first, last, threads)
     k, v = (
-        torch.empty(len(layers), heads, last - first, row_bytes, dtype=torch.uint8)
+        torch.empty(len(layers), heads, last - first, row_bytes, dtype=torch.uint8, device=memory.device)
         for heads, row_bytes in zip((layout.k_heads, layout.v_heads), stored_bytes(layout), strict=True)
     )
-    if native is None:
+    if not at_hand:
         for i, layer in enumerate(layers):
             for at, piece in _pieces(memory, layout, bases, layer, first, last):
                 for rows, payload, scales in zip((k[i], v[i]), piece[::2], piece[1::2], strict=True):
@@ -101,6 +103,25 @@ def copy_out(
     else:
         _gather(memory, layout, bases, layers, first, last, threads, _STORED, k, v)
     return (k, v) if dtype == torch.uint8 else from_stored(layout, k, v, dtype=dtype)
+
+
+def runs(memory: Tensor, layout: KVLayout, bases: Bases, *, layer: int, first: int, last: int) -> list[int]:
+    """Where the bytes of tokens ``[first, last)`` lie: (address, bytes), one after the other, K's first, head
+    by head, tokens in order: as :func:`copy_out` gives them for uint8. Only for formats without scales."""
+    assert not layout.format.quantised, "scales do not lie behind their rows"
+    start = memory.data_ptr() + layer * layout.layer_bytes
+    places = stretches(layout, bases, first, last)
+    flat: list[int] = []
+    v_start = start + layout.k_heads * layout.k_run_bytes
+    for side, heads, run, row in (
+        (start, layout.k_heads, layout.k_run_bytes, layout.k_row_bytes),
+        (v_start, layout.v_heads, layout.v_run_bytes, layout.v_row_bytes),
+    ):
+        for head in range(heads if row else 0):
+            for at in range(0, len(places), 3):
+                base, slot, count = places[at : at + 3]
+                flat += (side + base + head * run + slot * row, count * row)
+    return flat
 
 
 def describe(
@@ -119,6 +140,11 @@ def describe(
         runs.append((base, stride, slot, count, position + at - first, group0, group1))
         at += count
     return Segments.of(runs)
+
+
+def native_for(memory: Tensor) -> ModuleType | None:
+    """The native module, where it is built and the memory is the CPU's."""
+    return native if memory.device.type == "cpu" else None
 
 
 def native_layout(layout: KVLayout) -> list[int]:

@@ -73,7 +73,7 @@ def to_stored(layout: KVLayout, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     if k.dtype == torch.uint8:
         return k, v
     if layout.v_in_k:
-        v = v[..., :0]
+        return _rows_to_stored(k, layout.format), v.new_empty((*v.shape[:-1], 0), dtype=torch.uint8)
     return _rows_to_stored(k, layout.format), _rows_to_stored(v, layout.format)
 
 
@@ -87,20 +87,20 @@ def from_stored(layout: KVLayout, k: Tensor, v: Tensor, *, dtype: torch.dtype) -
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The elements' bytes in row-major order; copied only if the tensor is not contiguous."""
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
+    """The elements' bytes in row-major order; copied only if the tensor is not contiguous, or a device's."""
+    return memoryview(tensor.cpu().contiguous().view(torch.uint8).numpy()).cast("B")
 
 
 def _rows_to_stored(rows: Tensor, format: KVFormat) -> Tensor:
-    payload, scales = quantise(rows, format)
     if not format.quantised:
-        return payload
+        return (rows if rows.stride(-1) == 1 else rows.contiguous()).view(torch.uint8)
+    payload, scales = quantise(rows, format)
     return torch.cat((payload, scales.view(torch.uint8)), dim=-1)
 
 
 def _rows_from_stored(rows: Tensor, format: KVFormat, dim: int, dtype: torch.dtype) -> Tensor:
     payload, scales = rows.split((format.row_bytes(dim), 2 * format.scales(dim)), dim=-1)
-    # Copies are aligned, as `view` wants it.
-    return dequantise(
-        payload.contiguous(), scales.contiguous().view(torch.bfloat16), format, dim, dtype=dtype
-    )
+    # A copy is aligned, as `view` wants it; `contiguous` makes none of a single row, or of none.
+    if format.quantised:
+        scales = scales.clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
+    return dequantise(payload.contiguous(), scales, format, dim, dtype=dtype)

@@ -29,16 +29,19 @@ class PrefixBlock(NamedTuple):
         return self.first + len(self.tokens)
 
 
-def chain(tokens: Sequence[int], *, fingerprint: bytes) -> list[PrefixBlock]:
-    """The whole blocks of a sequence that begins with ``tokens``; the rest of them is left out.
+def chain(
+    tokens: Sequence[int], *, fingerprint: bytes, begun: Sequence[PrefixBlock] = ()
+) -> list[PrefixBlock]:
+    """The whole blocks of a sequence that begins with ``tokens``; the rest of them is left out. ``begun``:
+    its first ones, where they are known already.
 
     ``fingerprint`` stands for all else that the KV depends on or that must not be shared across: model,
     revision, format, policy, tenant salt. InvalidRequest for token ids that are not in [0, 2^32).
     """
     seal = hashlib.sha256(fingerprint).digest()
-    parent = bytes(32)
-    blocks = []
-    for first in range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
+    blocks = list(begun)
+    parent = blocks[-1].hash if blocks else bytes(32)
+    for first in range(len(blocks) * BLOCK_TOKENS, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
         block = tuple(tokens[first : first + BLOCK_TOKENS])
         parent = hashlib.sha256(parent + seal + _packed(block)).digest()
         blocks.append(PrefixBlock(parent, block, first))

@@ -1,7 +1,7 @@
-"""Sets of token ranges: which tokens of a layer have been written.
+"""Sets of integer ranges: which tokens of a layer were written, which bytes of an arena are committed.
 
-The store asks before it seals. A few numbers per layer, since writers go forward. It must not know what the
-ranges are of.
+Kept as a few numbers, since what is added mostly adjoins what is there. It must not know what the ranges are
+of.
 """
 
 
@@ -12,6 +12,11 @@ class Ranges:
 
     def __init__(self) -> None:
         self._ranges: list[tuple[int, int]] = []
+
+    @property
+    def size(self) -> int:
+        """How many integers are in the set."""
+        return sum(b - a for a, b in self._ranges)
 
     def add(self, first: int, last: int) -> None:
         if first >= last:
@@ -24,9 +29,17 @@ class Ranges:
                 first, last = min(a, first), max(b, last)
         self._ranges = sorted([*apart, (first, last)])
 
+    def remove(self, first: int, last: int) -> None:
+        kept = []
+        for a, b in self._ranges:
+            kept += [(a, min(b, first)), (max(a, last), b)] if a < last and first < b else [(a, b)]
+        self._ranges = [(a, b) for a, b in kept if a < b]
+
     def cover(self, first: int, last: int) -> bool:
         """Whether all of ``[first, last)`` is in the set."""
         return first >= last or any(a <= first and last <= b for a, b in self._ranges)
 
-    def remove_below(self, mark: int) -> None:
-        self._ranges = [(max(a, mark), b) for a, b in self._ranges if b > mark]
+    def within(self, first: int, last: int) -> list[tuple[int, int]]:
+        """The parts of ``[first, last)`` that are in the set, in order."""
+        cut = [(max(a, first), min(b, last)) for a, b in self._ranges]
+        return [(a, b) for a, b in cut if a < b]

@@ -10,7 +10,7 @@ from farshore.ids import Epoch, SpanId
 from farshore.kernels.base import KVLayout
 from farshore.kvstore import forms
 from farshore.kvstore.arena import Extent
-from farshore.kvstore.base import SpanKey
+from farshore.kvstore.base import Covered, Digest, SpanKey
 from farshore.kvstore.ranges import Ranges
 
 
@@ -28,6 +28,10 @@ class Span:
     sealed_tokens: int = 0
     sealed_before: int = 0
     """The mark before the last seal: the last digest is of [sealed_before, sealed_tokens)."""
+    digest: tuple[int, Digest] | None = None
+    """The last one known of tokens ``[0, n)``, and n: what is sealed never changes."""
+    covers: tuple[Covered, ...] = ()
+    """Of what this is the parity; then it has no tokens of its own."""
     pins: int = 0
     """Calls that read its memory right now: it is not freed meanwhile."""
     removed: bool = False
@@ -51,6 +55,13 @@ def check_shape(key: SpanKey, capacity_tokens: int, layout: KVLayout) -> None:
         raise InvalidRequest(
             f"layout of {layout.groups} groups, key of {key.group1 - key.group0}: narrow it with of_groups"
         )
+
+
+def check_readable(span: SpanId, it: Span, first: int, last: int) -> None:
+    """As :func:`check_sealed`, and that these are tokens."""
+    if it.covers:
+        raise InvalidRequest(f"{span} is the parity of {len(it.covers)} spans: export it to rebuild one")
+    check_sealed(span, it, first, last)
 
 
 def check_sealed(span: SpanId, it: Span, first: int, last: int) -> None:

@@ -9,26 +9,27 @@ included, so that no late write lands in memory that was freed or sealed meanwhi
 The arena comes back through the same lock when it is full and wants cache freed, so it is a reentrant one.
 """
 
-import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count
+from dataclasses import replace
+from itertools import chain, count
 
 import torch
 from torch import Tensor
 
-from farshore.errors import InvalidRequest, NotFound
+from farshore.errors import Fenced, InvalidRequest, NotFound
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import KVLayout, Segments
-from farshore.kvstore import blocks, forms
+from farshore.kvstore import blocks, forms, images, transfer
 from farshore.kvstore.arena import Arena
-from farshore.kvstore.base import Digest, SpanInfo, SpanKey, SpanSlice, Usage
+from farshore.kvstore.base import Chunk, Covered, Digest, SpanInfo, SpanKey, SpanSlice, Usage
 from farshore.kvstore.holds import Holds
 from farshore.kvstore.prefix import PrefixBlock, PrefixIndex
 from farshore.kvstore.ranges import Ranges
-from farshore.kvstore.span import Span, check_sealed, check_shape
+from farshore.kvstore.span import Span, check_readable, check_sealed, check_shape
+from farshore.kvstore.transfer import Header, Piece
 
 
 class LocalStore:
@@ -56,7 +57,14 @@ class LocalStore:
         check_shape(key, capacity_tokens, layout)
         with self._lock:
             self._holds.admit(key.sequence, epoch)
-            extents = self._arena.allocate(-(-capacity_tokens // layout.block_tokens), layout.block_bytes)
+        # Without the lock: to touch new memory may take a second.
+        extents = self._arena.allocate(-(-capacity_tokens // layout.block_tokens), layout.block_bytes)
+        with self._lock:
+            try:
+                self._holds.admit(key.sequence, epoch)
+            except Fenced:
+                self._arena.free(extents)
+                raise
             span = SpanId(f"{self._worker}/{next(self._serials)}")
             self._spans[span] = Span(
                 key=key,
@@ -85,31 +93,31 @@ class LocalStore:
     def seal(self, span: SpanId, tokens: int, *, epoch: Epoch, blocks: Sequence[PrefixBlock] = ()) -> Digest:
         with self._lock:
             it = self._writable(span, epoch)
-            if not it.sealed_tokens <= tokens <= it.capacity_tokens:
-                raise InvalidRequest(
-                    f"{span} cannot be sealed at {tokens} tokens: the mark is at {it.sealed_tokens} and only"
-                    f" rises, to {it.capacity_tokens} at most"
-                )
-            if tokens > it.sealed_tokens:
-                for layer, written in enumerate(it.written):
-                    if not written.cover(it.sealed_tokens, tokens):
-                        raise InvalidRequest(f"{span} cannot be sealed at {tokens}: layer {layer} has gaps")
-                for written in it.written:
-                    written.remove_below(tokens)
-                it.sealed_before, it.sealed_tokens = it.sealed_tokens, tokens
+            self._seal(span, it, tokens)
             key, last = it.key, it.key.first + tokens
             within = [block for block in blocks if key.first <= block.first and block.last <= last]
             self._names.name(span, within, layer_class=key.layer_class, group0=key.group0, group1=key.group1)
             first = it.sealed_before
             it.pins += 1
         try:
-            return self._digest(it, first, tokens)
+            sealed = transfer.digest(self._pieces(it, first, tokens))
+            if not first:
+                it.digest = (tokens, sealed)
+            return sealed
         finally:
             self._unpin(it)
 
+    def digest(self, span: SpanId, tokens: int) -> Digest:
+        with self._pinned(span) as it:
+            check_sealed(span, it, 0, tokens)
+            known = it.digest
+            if known is None or known[0] != tokens:
+                it.digest = known = (tokens, transfer.digest(self._pieces(it, 0, tokens)))
+            return known[1]
+
     def segments(self, span: SpanId, first: int, last: int) -> Segments:
         it = self._span(span)
-        check_sealed(span, it, first, last)
+        check_readable(span, it, first, last)
         key = it.key
         return blocks.describe(
             it.layout, it.bases, first=first, last=last, position=key.first + first, group0=key.group0
@@ -119,13 +127,82 @@ class LocalStore:
         self, span: SpanId, layer: int, first: int, last: int, *, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
         with self._pinned(span) as it:
-            check_sealed(span, it, first, last)
+            check_readable(span, it, first, last)
             forms.check_layer(it.layout, layer)
             layers = range(layer, layer + 1)
             k, v = blocks.copy_out(
                 self.memory, it.layout, it.bases, layers=layers, first=first, last=last, dtype=dtype
             )
             return k[0], v[0]
+
+    def pieces(self, span: SpanId, first: int, last: int) -> Iterator[Piece]:
+        """What :meth:`export` sends, for use in this process: not copied, not checksummed."""
+        check_sealed(span, self._span(span), first, last)
+        if first == last:
+            raise InvalidRequest(f"an export of no tokens: {span} from {first} to {last}")
+        return self._pinned_pieces(span, first, last)
+
+    def export(self, span: SpanId, first: int, last: int) -> Iterator[Chunk]:
+        return transfer.chunks(self.pieces(span, first, last))
+
+    def import_span(
+        self,
+        chunks: Iterable[Chunk],
+        *,
+        sequence: SequenceId,
+        epoch: Epoch,
+        covers: tuple[Covered, ...] = (),
+    ) -> SpanId:
+        pieces = transfer.verified(chunks)
+        return self.import_pieces(pieces, sequence=sequence, epoch=epoch, covers=covers)
+
+    def import_pieces(
+        self,
+        pieces: Iterable[Piece],
+        *,
+        sequence: SequenceId,
+        epoch: Epoch,
+        covers: tuple[Covered, ...] = (),
+    ) -> SpanId:
+        """As :meth:`import_span`, of pieces that were checked or never left this process, one or more."""
+        pieces = iter(pieces)
+        opening = next(pieces)
+        header = opening.header
+        if bool(covers) != header.parity:
+            raise InvalidRequest(
+                f"parity={header.parity}, but {len(covers)} spans covered: say what parity covers,"
+                " and of nothing else"
+            )
+        span = self.create(
+            replace(header.key, sequence=sequence),
+            capacity_tokens=header.tokens,
+            layout=header.layout,
+            epoch=epoch,
+        )
+        try:
+            for piece in chain((opening,), pieces):
+                with self._lock:
+                    it, part = self._writable(span, epoch), piece.part
+                    images.restore(self.memory, it.layout, it.bases, part, piece.image)
+                    for written in it.written[part.layer0 : part.layer1]:
+                        written.add(part.first, part.last)
+            with self._lock:
+                it = self._writable(span, epoch)
+                it.covers = covers
+                self._seal(span, it, header.tokens)
+        except BaseException:
+            self.drop([span], sequence=sequence, epoch=epoch)
+            raise
+        return span
+
+    @contextmanager
+    def stored_runs(self, span: SpanId, layer: int, first: int, last: int) -> Iterator[list[int]]:
+        """Where sealed tokens lie, for a transport that sends them from there: see
+        :func:`farshore.kvstore.blocks.runs`. They stay for as long as the context lasts."""
+        with self._pinned(span) as it:
+            check_sealed(span, it, first, last)
+            forms.check_layer(it.layout, layer)
+            yield blocks.runs(self.memory, it.layout, it.bases, layer=layer, first=first, last=last)
 
     def layout(self, span: SpanId) -> KVLayout:
         """The shape of one span's blocks: what a transport needs to give raw bytes their shape."""
@@ -179,6 +256,7 @@ class LocalStore:
                     bytes=it.bytes,
                     epoch=it.epoch,
                     holders=self._holds.holders(span),
+                    covers=it.covers,
                 )
                 for span, it in self._spans.items()
             ]
@@ -192,6 +270,7 @@ class LocalStore:
                 sealed_bytes=sum(it.sealed_tokens * it.layout.token_bytes for it in spans),
                 free_bytes=self._arena.free_bytes,
                 cached_bytes=sum(it.bytes for it in self._cached.values()),
+                committed_bytes=self._arena.committed_bytes,
             )
 
     def check_integrity(self) -> None:
@@ -224,6 +303,33 @@ class LocalStore:
         if not self._holds.holds(it.key.sequence, span):
             raise NotFound(f"{span} is not {it.key.sequence}'s any more: it gave it back")
         return it
+
+    def _seal(self, span: SpanId, it: Span, tokens: int) -> None:
+        """Moves the mark, in the lock."""
+        if not it.sealed_tokens <= tokens <= it.capacity_tokens:
+            raise InvalidRequest(
+                f"{span} cannot be sealed at {tokens} tokens: the mark is at {it.sealed_tokens} and only"
+                f" rises, to {it.capacity_tokens} at most"
+            )
+        if tokens == it.sealed_tokens:
+            return
+        for layer, written in enumerate(it.written):
+            if not written.cover(it.sealed_tokens, tokens):
+                raise InvalidRequest(f"{span} cannot be sealed at {tokens}: layer {layer} has gaps")
+        for written in it.written:
+            written.remove(0, tokens)
+        it.sealed_before, it.sealed_tokens = it.sealed_tokens, tokens
+
+    def _pinned_pieces(self, span: SpanId, first: int, last: int) -> Iterator[Piece]:
+        with self._pinned(span) as it:
+            yield from self._pieces(it, first, last)
+
+    def _pieces(self, it: Span, first: int, last: int) -> Iterator[Piece]:
+        """Of sealed tokens of a pinned span."""
+        key = replace(it.key, first=it.key.first + first)
+        header = Header(key=key, layout=it.layout, tokens=last - first, parity=bool(it.covers))
+        for part in images.cut(it.layout, last - first):
+            yield Piece(header, part, images.image(self.memory, it.layout, it.bases, part, offset=first))
 
     @contextmanager
     def _pinned(self, span: SpanId) -> Iterator[Span]:
@@ -278,16 +384,3 @@ class LocalStore:
     def _free_if_unused(self, it: Span) -> None:
         if it.removed and not it.pins:
             self._arena.free(it.extents)
-
-    def _digest(self, it: Span, first: int, last: int) -> Digest:
-        """Of tokens [first, last): layer by layer, K then V, head-major; so not of where the blocks lie."""
-        digest = hashlib.blake2b(digest_size=16)
-        for layer in range(it.layout.layers):
-            layers = range(layer, layer + 1)
-            for at in range(first, last, it.layout.block_tokens):
-                end = min(at + it.layout.block_tokens, last)
-                for stored in blocks.copy_out(
-                    self.memory, it.layout, it.bases, layers=layers, first=at, last=end, dtype=torch.uint8
-                ):
-                    digest.update(forms.as_bytes(stored))
-        return Digest(digest.hexdigest())

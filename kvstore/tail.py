@@ -228,7 +228,7 @@ class TailBatch:
         self._layout = tails[0]._layout
         _reserve(stretches)
         self._stretches = [it._replace(freed=it.tail._marks[_FREED]) for it in stretches]
-        self._native = None if blocks.native is None else self._places()
+        self._native = blocks.native_for(tails[0]._arena.memory) and self._places()
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """One layer of every row: k ``[R, k_heads, k_dim]``, v ``[R, v_heads, v_dim]``; as elements in any
@@ -240,7 +240,7 @@ class TailBatch:
         forms.check_tokens(self._layout, layer, k.transpose(0, 1), v.transpose(0, 1))
         if k.shape[0] != self._rows:
             raise InvalidRequest(f"k and v of {k.shape[0]} rows: the batch has {self._rows}")
-        if blocks.native is None:
+        if self._native is None:
             self._append_each(layer, k, v)
             return
         k, v = blocks.dense_rows(k), blocks.dense_rows(v)

@@ -74,20 +74,22 @@ class GgufFile:
 
         Raises ModelError if it is missing, or of a type ``gguf`` can't dequantise.
         """
+        kind, raw = self.blocks(name)
+        try:
+            values = gguf.dequantize(raw, gguf.GGMLQuantizationType[kind])
+        except NotImplementedError as error:
+            raise ModelError(f"{self.path}: {name!r} is {kind}, unsupported; use another file") from error
+        return np.require(values, np.float32, ["C", "W"]).reshape(self._tensors[name].shape[::-1])
+
+    def blocks(self, name: str) -> tuple[str, np.ndarray]:
+        """(ggml's name of the type, u8 array [..., bytes] in the file itself, read-only); the dimensions but
+        the innermost are the tensor's. Raises ModelError if it is missing."""
         if name not in self._tensors:
             raise ModelError(f"{self.path}: tensor {name!r} is missing; convert or download the model again")
         place = self._tensors[name]
-        length = self._bytes(name, place)
-        shape = place.shape[::-1]  # ggml counts from the innermost
-        raw = np.frombuffer(self._data, np.uint8, length, place.offset).reshape(*shape[:-1], -1)
-        kind = gguf.GGMLQuantizationType(place.type_id)
-        try:
-            values = gguf.dequantize(raw, kind)
-        except NotImplementedError as error:
-            raise ModelError(
-                f"{self.path}: {name!r} is {kind.name}, unsupported; use another file"
-            ) from error
-        return np.require(values, np.float32, ["C", "W"]).reshape(shape)
+        outer = place.shape[:0:-1]  # ggml counts from the innermost
+        raw = np.frombuffer(self._data, np.uint8, self._bytes(name, place), place.offset)
+        return gguf.GGMLQuantizationType(place.type_id).name, raw.reshape(*outer, -1)
 
     def _bytes(self, name: str, place: TensorPlace) -> int:
         try:

@@ -1,9 +1,10 @@
 """The Llama decoder, cut where attention happens elsewhere.
 
 A layer is: ``attention_input`` → ``query`` and ``key_value`` → (attention, somewhere else) → ``finish``.
-``query`` stands apart so that it can travel before keys and values are computed. Called by the engine, one
-call per slice and layer; R rows may belong to any mix of sequences. It must not know about shards, KV storage
-or masks. Pure: no method mutates its arguments or the model, so threads may share one.
+``query`` stands apart so that it can travel before keys and values are computed; ``project`` is the three.
+Called by the engine, one call per slice and layer; R rows may belong to any mix of sequences. It must not
+know about shards, KV storage or masks. Pure: no method mutates its arguments or the model, so threads may
+share one.
 
 Rounding follows transformers' LlamaForCausalLM operation by operation: in bf16 the order is the result.
 """
@@ -59,6 +60,10 @@ class Llama:
         self.device = weights.embed.device
         self._cos, self._sin = rotation_table(config, dtype=self.dtype, device=self.device)
 
+    def expect_calls(self, *, soon: bool) -> None:
+        """Told before a step: whether its calls follow each other closely (nobody elsewhere needs the cores
+        meanwhile). Changes no result."""
+
     def embed(self, token_ids: Tensor) -> Tensor:
         """i64 [R] → h [R, hidden]. IndexError for an id outside the vocabulary (on CPU)."""
         return embedding(token_ids, self.weights.embed)
@@ -82,6 +87,11 @@ class Llama:
         k = linear(normed, w.k, w.k_bias).view(-1, self.config.kv_heads, self.config.head_dim)
         v = linear(normed, w.v, w.v_bias).view(-1, self.config.kv_heads, self.config.head_dim)
         return self._rotate(k, positions), v
+
+    def project(self, layer: int, h: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """h [R, hidden] → (q, k, v) as ``query`` and ``key_value`` give them, where q has nowhere to go."""
+        normed = self.attention_input(layer, h)
+        return self.query(layer, normed, positions), *self.key_value(layer, normed, positions)
 
     def finish(self, layer: int, h: Tensor, o: Tensor) -> Tensor:
         """The layer's input h [R, hidden] and its attention output o [R, q_heads, head_dim] → next h."""

@@ -1,15 +1,17 @@
 """The sliced decoder on native CPU kernels; the same slices in PyTorch, its base class, are its reference.
 
-Made by ``weights`` where the native kernels are built and the weights' dtype is one of theirs. The weights are
-the base class's own tensors, so that each call may be served by either.
+Made by ``weights`` where the native kernels are built and the weights' dtype is one of theirs. The weights
+are the base class's own tensors, so that each call may be served by either.
 """
 
 import sys
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from farshore.kernels.cpu import dense
+from farshore.kernels.cpu.packed import Blocks
 from farshore.models.config import ModelConfig
 from farshore.models.llama import Llama, LlamaWeights
 
@@ -17,31 +19,51 @@ from farshore.models.llama import Llama, LlamaWeights
 class NativeLlama(Llama):
     """As :class:`Llama`; ``threads`` serve each call.
 
-    Where the CPU multiplies bfloat16 itself, more than a few rows of it are PyTorch's.
+    ``blocks``: matrices that the file quantises, by the names of ``weights``. Few rows are multiplied by
+    these where that is faster: the values are the same, the bytes fewer.
+    Where the CPU has a matrix unit, more than a few rows of bfloat16 are PyTorch's.
     """
 
-    def __init__(self, config: ModelConfig, weights: LlamaWeights, *, threads: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: LlamaWeights,
+        *,
+        blocks: Mapping[str, Blocks],
+        threads: int,
+    ) -> None:
         super().__init__(config, weights)
-        of_pytorch = self.dtype == torch.bfloat16 and dense.BFLOAT16_PRODUCTS
+        of_pytorch = self.dtype == torch.bfloat16 and dense.MATRIX_UNIT
         self._most_rows = dense.FEW_ROWS if of_pytorch else sys.maxsize
         common = {"eps": config.rms_eps, "threads": threads}
+
+        def linear(name: str, weight: Tensor, bias: Tensor | None = None) -> dense.Linear:
+            packed = None
+            if self.dtype == torch.bfloat16 and dense.READS_PACKED and name in blocks:
+                packed = blocks[name].pack(threads=threads)
+            return dense.Linear(weight, bias, packed)
+
         self._layers = [
             dense.layer(
                 attention_norm=w.attention_norm,
-                q=dense.Linear(w.q, w.q_bias),
-                k=dense.Linear(w.k, w.k_bias),
-                v=dense.Linear(w.v, w.v_bias),
-                o=dense.Linear(w.o, w.o_bias),
+                q=linear(f"{i}.q", w.q, w.q_bias),
+                k=linear(f"{i}.k", w.k, w.k_bias),
+                v=linear(f"{i}.v", w.v, w.v_bias),
+                o=linear(f"{i}.o", w.o, w.o_bias),
                 mlp_norm=w.mlp_norm,
-                gate=dense.Linear(w.gate, w.gate_bias),
-                up=dense.Linear(w.up, w.up_bias),
-                down=dense.Linear(w.down, w.down_bias),
+                gate=linear(f"{i}.gate", w.gate, w.gate_bias),
+                up=linear(f"{i}.up", w.up, w.up_bias),
+                down=linear(f"{i}.down", w.down, w.down_bias),
                 rotation=(self._cos, self._sin),
                 **common,
             )
-            for w in weights.layers
+            for i, w in enumerate(weights.layers)
         ]
-        self._head = dense.head(norm=weights.norm, vocabulary=dense.Linear(weights.head, None), **common)
+        vocabulary = linear("embed" if config.tied_embeddings else "head", weights.head)
+        self._head = dense.head(norm=weights.norm, vocabulary=vocabulary, **common)
+
+    def expect_calls(self, *, soon: bool) -> None:
+        dense.expect_calls(soon=soon)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         return dense.gather(self.weights.embed, token_ids)
@@ -58,6 +80,11 @@ class NativeLlama(Llama):
         if len(normed) > self._most_rows:
             return super().key_value(layer, normed, positions)
         return dense.key_value(self._layers[layer], normed, positions)
+
+    def project(self, layer: int, h: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if len(h) > self._most_rows:
+            return super().project(layer, h, positions)
+        return dense.project(self._layers[layer], h, positions)
 
     def finish(self, layer: int, h: Tensor, o: Tensor) -> Tensor:
         if len(h) > self._most_rows:

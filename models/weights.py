@@ -7,8 +7,9 @@ line here, not a puzzle during generation. Must not know what is done with the w
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -20,6 +21,9 @@ from farshore.models.llama import LayerWeights, Llama, LlamaWeights
 from farshore.models.source import ModelSource, read_json
 
 Progress = Callable[[int, int], None]
+
+Quantised = tuple[str, str, Tensor]
+"""(where it was found, ggml's name of the type, u8 [out, bytes])."""
 
 # Our field → (Hugging Face, ggml), after the layer's prefix and before ".weight" or ".bias".
 _MATRICES = {
@@ -42,6 +46,9 @@ class _Tensors(Protocol):
 
     def read(self, name: str) -> tuple[str, Tensor]:
         """(where it was found, for messages; the tensor in the file's own or float32 precision)."""
+
+    def blocks(self, name: str) -> Quantised | None:
+        """A matrix as the file quantises it; None where it does not."""
 
 
 def load_model(
@@ -68,32 +75,42 @@ def load_model(
     else:
         config = config or load_config(source)
         tensors = _Safetensors(Path(source.path))
+    native = _native(dtype, torch.device(device))
+    threads = threads or torch.get_num_threads()
     shapes = expected_shapes(config)
     loaded: dict[str, Tensor] = {}
+    blocks: dict[str, Any] = {}
     for done, (name, shape) in enumerate(shapes.items(), start=1):
-        where, tensor = tensors.read(name)
+        of_file = tensors.blocks(name) if native is not None else None
+        quantised = native.Blocks.of(*of_file[1:]) if of_file is not None else None
+        if quantised is not None:
+            where, tensor = of_file[0], quantised.unpack(dtype, threads=threads)
+            blocks[name] = quantised
+        else:
+            where, tensor = tensors.read(name)
         if tuple(tensor.shape) != shape:
             raise ModelError(
                 f"{where} has shape {list(tensor.shape)}, the configuration says {list(shape)}; "
                 "take weights and configuration from the same model"
             )
         # A copy, so that no tensor keeps a memory-mapped file alive.
-        loaded[name] = torch.empty(shape, dtype=dtype, device=device).copy_(tensor)
+        ours = quantised is not None
+        loaded[name] = tensor if ours else torch.empty(shape, dtype=dtype, device=device).copy_(tensor)
         if progress is not None:
             progress(done, len(shapes))
     weights = _assembled(config, loaded)
-    native = _native_llama(dtype, torch.device(device))
     if native is None:
         return Llama(config, weights)
-    return native(config, weights, threads=threads or torch.get_num_threads())
+    return native.NativeLlama(config, weights, blocks=blocks, threads=threads)
 
 
-def _native_llama(dtype: torch.dtype, device: torch.device) -> Callable[..., Llama] | None:
-    """The class on native kernels; None where they are not built, or not for this dtype or device."""
+def _native(dtype: torch.dtype, device: torch.device) -> Any:
+    """The module of the class on native kernels; None where they are not built, or not for this dtype or
+    device."""
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return None
     try:
-        return import_module("farshore.models.native_llama").NativeLlama
+        return import_module("farshore.models.native_llama")
     except ImportError:
         # kernels.select, which misses them too, says so and what it costs.
         return None
@@ -167,6 +184,9 @@ class _Safetensors:
             raise ModelError(f"{self._folder / file}: {full!r} is {tensor.dtype}; use an unquantised model")
         return f"{self._folder / file}: {full!r}", tensor
 
+    def blocks(self, name: str) -> None:
+        return None
+
 
 class _Gguf:
     """A GGUF file: dequantised to float32, and Q and K rows put back into Hugging Face's order."""
@@ -177,16 +197,26 @@ class _Gguf:
 
     def read(self, name: str) -> tuple[str, Tensor]:
         full = _gguf_name(name)
-        tensor = torch.from_numpy(self._file.tensor(full))
+        return f"{self._file.path}: {full!r}", torch.from_numpy(self._in_order(name, self._file.tensor(full)))
+
+    def blocks(self, name: str) -> Quantised | None:
+        full = _gguf_name(name)
+        kind, rows = self._file.blocks(full)
+        if rows.ndim != 2:
+            return None
+        # A copy: PyTorch warns of memory that it must not write to.
+        return f"{self._file.path}: {full!r}", kind, torch.from_numpy(self._in_order(name, rows).copy())
+
+    def _in_order(self, name: str, rows: np.ndarray) -> np.ndarray:
         field = name.rpartition(".")[2].removesuffix("_bias")
-        if field in self._heads and tensor.shape[0] % (2 * self._heads[field]) == 0:
-            tensor = _halves(tensor, self._heads[field])
-        return f"{self._file.path}: {full!r}", tensor
+        if field in self._heads and rows.shape[0] % (2 * self._heads[field]) == 0:
+            return _halves(rows, self._heads[field])
+        return rows
 
 
-def _halves(rows: Tensor, heads: int) -> Tensor:
+def _halves(rows: np.ndarray, heads: int) -> np.ndarray:
     """ggml's llama turns neighbouring rows of a head together; we turn row i with i + head_dim/2."""
-    return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _hf_name(name: str) -> str:

@@ -102,6 +102,16 @@ class WriteReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class BulkWrite(_message.Message):
+    __slots__ = ("write", "piece_tokens", "token_major")
+    WRITE_FIELD_NUMBER: _ClassVar[int]
+    PIECE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_MAJOR_FIELD_NUMBER: _ClassVar[int]
+    write: WriteRequest
+    piece_tokens: int
+    token_major: bool
+    def __init__(self, write: _Optional[_Union[WriteRequest, _Mapping]] = ..., piece_tokens: _Optional[int] = ..., token_major: _Optional[bool] = ...) -> None: ...
+
 class PrefixBlock(_message.Message):
     __slots__ = ("hash", "first", "tokens")
     HASH_FIELD_NUMBER: _ClassVar[int]

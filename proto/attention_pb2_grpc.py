@@ -44,7 +44,7 @@ class AttentionStub:
                 request_serializer=farshore_dot_proto_dot_attention__pb2.CreateRequest.SerializeToString,
                 response_deserializer=farshore_dot_proto_dot_attention__pb2.CreateReply.FromString,
                 _registered_method=True)
-        self.Write = channel.unary_unary(
+        self.Write = channel.stream_unary(
                 '/farshore.attention.v1.Attention/Write',
                 request_serializer=farshore_dot_proto_dot_attention__pb2.WriteRequest.SerializeToString,
                 response_deserializer=farshore_dot_proto_dot_attention__pb2.WriteReply.FromString,
@@ -116,8 +116,8 @@ class AttentionServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Write(self, request, context):
-        """One layer's K and V for some tokens above the sealed mark. Idempotent.
+    def Write(self, request_iterator, context):
+        """One layer's K and V for some tokens above the sealed mark, in pieces that follow each other. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -206,7 +206,7 @@ def add_AttentionServicer_to_server(servicer, server):
                     request_deserializer=farshore_dot_proto_dot_attention__pb2.CreateRequest.FromString,
                     response_serializer=farshore_dot_proto_dot_attention__pb2.CreateReply.SerializeToString,
             ),
-            'Write': grpc.unary_unary_rpc_method_handler(
+            'Write': grpc.stream_unary_rpc_method_handler(
                     servicer.Write,
                     request_deserializer=farshore_dot_proto_dot_attention__pb2.WriteRequest.FromString,
                     response_serializer=farshore_dot_proto_dot_attention__pb2.WriteReply.SerializeToString,
@@ -327,7 +327,7 @@ class Attention:
             _registered_method=True)
 
     @staticmethod
-    def Write(request,
+    def Write(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -337,8 +337,8 @@ class Attention:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
+        return grpc.experimental.stream_unary(
+            request_iterator,
             target,
             '/farshore.attention.v1.Attention/Write',
             farshore_dot_proto_dot_attention__pb2.WriteRequest.SerializeToString,

@@ -8,48 +8,95 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class SequenceRequest(_message.Message):
-    __slots__ = ("sequence_id", "prompt", "max_tokens", "temperature", "top_p", "seed", "stop_ids")
+    __slots__ = ("sequence_id", "prompt", "max_tokens", "temperature", "top_p", "seed", "stop_token_ids", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "n")
+    class LogitBiasEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: float
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[float] = ...) -> None: ...
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
-    STOP_IDS_FIELD_NUMBER: _ClassVar[int]
+    STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    MIN_P_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    N_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
     max_tokens: int
     temperature: float
     top_p: float
     seed: int
-    stop_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, sequence_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: _containers.ScalarMap[int, float]
+    logprobs: int
+    n: int
+    def __init__(self, sequence_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., logprobs: _Optional[int] = ..., n: _Optional[int] = ...) -> None: ...
+
+class TokenLogprob(_message.Message):
+    __slots__ = ("token_id", "logprob")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    logprob: float
+    def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ...) -> None: ...
+
+class SampledToken(_message.Message):
+    __slots__ = ("token_id", "choice", "logprob", "top")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    TOP_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    choice: int
+    logprob: float
+    top: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
+    def __init__(self, token_id: _Optional[int] = ..., choice: _Optional[int] = ..., logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ...) -> None: ...
 
 class SequenceFinished(_message.Message):
-    __slots__ = ("reason", "queued_ms", "shards")
+    __slots__ = ("reason", "queued_ms", "shards", "choice")
     REASON_FIELD_NUMBER: _ClassVar[int]
     QUEUED_MS_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
     reason: _inference_pb2.FinishReason
     queued_ms: float
     shards: _containers.RepeatedCompositeFieldContainer[_inference_pb2.ShardUse]
-    def __init__(self, reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., queued_ms: _Optional[float] = ..., shards: _Optional[_Iterable[_Union[_inference_pb2.ShardUse, _Mapping]]] = ...) -> None: ...
+    choice: int
+    def __init__(self, reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., queued_ms: _Optional[float] = ..., shards: _Optional[_Iterable[_Union[_inference_pb2.ShardUse, _Mapping]]] = ..., choice: _Optional[int] = ...) -> None: ...
 
 class SequenceEvent(_message.Message):
-    __slots__ = ("prefill", "token_id", "finished")
+    __slots__ = ("prefill", "token", "finished")
     PREFILL_FIELD_NUMBER: _ClassVar[int]
-    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     prefill: _inference_pb2.PrefillProgress
-    token_id: int
+    token: SampledToken
     finished: SequenceFinished
-    def __init__(self, prefill: _Optional[_Union[_inference_pb2.PrefillProgress, _Mapping]] = ..., token_id: _Optional[int] = ..., finished: _Optional[_Union[SequenceFinished, _Mapping]] = ...) -> None: ...
+    def __init__(self, prefill: _Optional[_Union[_inference_pb2.PrefillProgress, _Mapping]] = ..., token: _Optional[_Union[SampledToken, _Mapping]] = ..., finished: _Optional[_Union[SequenceFinished, _Mapping]] = ...) -> None: ...
 
 class CancelSequence(_message.Message):
-    __slots__ = ("sequence_id",)
+    __slots__ = ("sequence_id", "choice")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
-    def __init__(self, sequence_id: _Optional[str] = ...) -> None: ...
+    choice: int
+    def __init__(self, sequence_id: _Optional[str] = ..., choice: _Optional[int] = ...) -> None: ...
 
 class CancelSequenceReply(_message.Message):
     __slots__ = ()

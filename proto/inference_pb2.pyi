@@ -39,18 +39,45 @@ class TokenIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Sampling(_message.Message):
-    __slots__ = ("max_tokens", "temperature", "top_p", "seed", "ignore_eos")
+    __slots__ = ("max_tokens", "temperature", "top_p", "seed", "ignore_eos", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "stop", "stop_token_ids", "logprobs", "n")
+    class LogitBiasEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: float
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[float] = ...) -> None: ...
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    MIN_P_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    N_FIELD_NUMBER: _ClassVar[int]
     max_tokens: int
     temperature: float
     top_p: float
     seed: int
     ignore_eos: bool
-    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., ignore_eos: _Optional[bool] = ...) -> None: ...
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: _containers.ScalarMap[int, float]
+    stop: _containers.RepeatedScalarFieldContainer[str]
+    stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    logprobs: int
+    n: int
+    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[int] = ..., n: _Optional[int] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("model", "chat", "text", "tokens", "sampling", "request_id", "resume_from")
@@ -86,15 +113,31 @@ class PrefillProgress(_message.Message):
     total_tokens: int
     def __init__(self, done_tokens: _Optional[int] = ..., total_tokens: _Optional[int] = ...) -> None: ...
 
+class Alternative(_message.Message):
+    __slots__ = ("token_id", "logprob", "text")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    logprob: float
+    text: str
+    def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., text: _Optional[str] = ...) -> None: ...
+
 class Token(_message.Message):
-    __slots__ = ("index", "token_id", "text")
+    __slots__ = ("index", "token_id", "text", "choice", "logprob", "top")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    TOP_FIELD_NUMBER: _ClassVar[int]
     index: int
     token_id: int
     text: str
-    def __init__(self, index: _Optional[int] = ..., token_id: _Optional[int] = ..., text: _Optional[str] = ...) -> None: ...
+    choice: int
+    logprob: float
+    top: _containers.RepeatedCompositeFieldContainer[Alternative]
+    def __init__(self, index: _Optional[int] = ..., token_id: _Optional[int] = ..., text: _Optional[str] = ..., choice: _Optional[int] = ..., logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[Alternative, _Mapping]]] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "completion_tokens")
@@ -126,19 +169,27 @@ class ShardUse(_message.Message):
     attended_bytes: int
     def __init__(self, worker_id: _Optional[str] = ..., process_id: _Optional[int] = ..., attended_bytes: _Optional[int] = ...) -> None: ...
 
-class Finished(_message.Message):
-    __slots__ = ("reason", "usage", "timings", "shards", "text")
+class Completion(_message.Message):
+    __slots__ = ("reason", "tokens", "text")
     REASON_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    reason: FinishReason
+    tokens: int
+    text: str
+    def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., tokens: _Optional[int] = ..., text: _Optional[str] = ...) -> None: ...
+
+class Finished(_message.Message):
+    __slots__ = ("choices", "usage", "timings", "shards")
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
-    TEXT_FIELD_NUMBER: _ClassVar[int]
-    reason: FinishReason
+    choices: _containers.RepeatedCompositeFieldContainer[Completion]
     usage: Usage
     timings: Timings
     shards: _containers.RepeatedCompositeFieldContainer[ShardUse]
-    text: str
-    def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., shards: _Optional[_Iterable[_Union[ShardUse, _Mapping]]] = ..., text: _Optional[str] = ...) -> None: ...
+    def __init__(self, choices: _Optional[_Iterable[_Union[Completion, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., shards: _Optional[_Iterable[_Union[ShardUse, _Mapping]]] = ...) -> None: ...
 
 class GenerateEvent(_message.Message):
     __slots__ = ("accepted", "prefill", "token", "finished")
@@ -245,7 +296,7 @@ class SequenceStatus(_message.Message):
     def __init__(self, sequence_id: _Optional[str] = ..., owner: _Optional[str] = ..., epoch: _Optional[int] = ..., tokens: _Optional[int] = ..., tail_first: _Optional[int] = ..., spans: _Optional[_Iterable[_Union[SpanStatus, _Mapping]]] = ...) -> None: ...
 
 class ClusterStatusReply(_message.Message):
-    __slots__ = ("model", "dtype", "max_positions", "placement", "shard_by", "workers", "sequences", "pool_budget_bytes", "pool_free_bytes", "version")
+    __slots__ = ("model", "dtype", "max_positions", "placement", "shard_by", "workers", "sequences", "pool_budget_bytes", "pool_free_bytes", "version", "kv_format", "max_decode_stall_ms", "speculate_tokens")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     MAX_POSITIONS_FIELD_NUMBER: _ClassVar[int]
@@ -256,6 +307,9 @@ class ClusterStatusReply(_message.Message):
     POOL_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     POOL_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    KV_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    MAX_DECODE_STALL_MS_FIELD_NUMBER: _ClassVar[int]
+    SPECULATE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     model: str
     dtype: str
     max_positions: int
@@ -266,4 +320,7 @@ class ClusterStatusReply(_message.Message):
     pool_budget_bytes: int
     pool_free_bytes: int
     version: str
-    def __init__(self, model: _Optional[str] = ..., dtype: _Optional[str] = ..., max_positions: _Optional[int] = ..., placement: _Optional[str] = ..., shard_by: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., sequences: _Optional[_Iterable[_Union[SequenceStatus, _Mapping]]] = ..., pool_budget_bytes: _Optional[int] = ..., pool_free_bytes: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+    kv_format: str
+    max_decode_stall_ms: float
+    speculate_tokens: int
+    def __init__(self, model: _Optional[str] = ..., dtype: _Optional[str] = ..., max_positions: _Optional[int] = ..., placement: _Optional[str] = ..., shard_by: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., sequences: _Optional[_Iterable[_Union[SequenceStatus, _Mapping]]] = ..., pool_budget_bytes: _Optional[int] = ..., pool_free_bytes: _Optional[int] = ..., version: _Optional[str] = ..., kv_format: _Optional[str] = ..., max_decode_stall_ms: _Optional[float] = ..., speculate_tokens: _Optional[int] = ...) -> None: ...

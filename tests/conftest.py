@@ -1,6 +1,12 @@
 """What the tests of several floors share: the demo model as transformers runs it, prompts, gRPC shards."""
 
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,6 +101,17 @@ def prompts(tokenizer):
     }
 
 
+@pytest.fixture
+def sanitiser(tmp_path_factory):
+    """A Sanitiser; see sanitiser.py, which is loaded by its path: test folders are no packages."""
+    spec = importlib.util.spec_from_file_location(
+        "farshore_sanitiser", Path(__file__).with_name("sanitiser.py")
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.sanitiser_in(tmp_path_factory.mktemp("sanitised"))
+
+
 class Shard:
     """A store behind a gRPC server on loopback that can be stopped, and started again on the same port."""
 
@@ -166,3 +183,56 @@ class Breaking(AttentionService):
 def breaking_service():
     """The class Breaking, for a shard to be started with."""
     return Breaking
+
+
+class WorkerProcess:
+    """An attention worker in a process of its own: to freeze, to kill, to start again."""
+
+    def __init__(self, listen="127.0.0.1:0", *, prefix=(), worker="shard"):
+        self._prefix, self._worker = prefix, worker
+        self._start(listen)
+
+    def _start(self, listen):
+        command = [*self._prefix, sys.executable, "-P", "-m", "farshore.workers.attention"]
+        command += ["--worker", self._worker, "--kv-memory-bytes", str(8 << 20), "--listen", listen]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
+        )
+        self.address = self.process.stdout.readline().strip()
+        assert self.address, f"the attention worker ended with {self.process.wait()}"
+
+    def freeze(self):
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitpid(self.process.pid, os.WUNTRACED)
+
+    def kill(self):
+        """Idempotent."""
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+    def restart(self):
+        """A new process on the same port: nobody's spans are there."""
+        self.kill()
+        self._start(self.address)
+
+
+@pytest.fixture(scope="session")
+def worker_process():
+    """The class WorkerProcess."""
+    return WorkerProcess
+
+
+@pytest.fixture
+def start_process():
+    """start_process(listen=..., prefix=..., worker=...) -> WorkerProcess, killed after the test."""
+    started = []
+
+    def start(*args, **options):
+        started.append(WorkerProcess(*args, **options))
+        return started[-1]
+
+    yield start
+    for it in started:
+        it.kill()

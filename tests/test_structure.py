@@ -26,11 +26,12 @@ def run(*command, cwd):
 
 def product_files():
     """Path inside the import package -> the file, of everything a wheel must contain."""
+    data = SETUPTOOLS["package-data"]
     return {
-        str(Path(*package.split("."), file.name)): file
+        str(Path(*package.split("."), file.relative_to(folder))): file
         for package, folder in FOLDERS.items()
-        for file in folder.iterdir()
-        if file.suffix in (".py", ".pyi", ".proto")
+        for pattern in ("*.py", "*.pyi", "*.proto", *data.get(package, ()))
+        for file in folder.glob(pattern)
     }
 
 

@@ -2,7 +2,13 @@
 
 Placed by the controller as a Ray actor; Ray only starts and ends it, every byte of KV and every frame goes
 over gRPC. It does not know models: an engine says what its frames mean when it opens a stream.
+
+``python -m farshore.workers.attention`` is the same without Ray, for benchmarks and tests of real hosts: it
+prints its address, and ends when its input does, so that it never outlives who started it.
 """
+
+import argparse
+import sys
 
 import torch
 
@@ -27,3 +33,25 @@ class AttentionWorker:
     def stop(self) -> None:
         """End open streams and give the port back. Idempotent."""
         self._server.stop(STOP_GRACE_S).wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Lend this host's memory to engines.")
+    parser.add_argument("--worker", required=True, metavar="ID")
+    parser.add_argument("--kv-memory-bytes", required=True, type=int, metavar="N")
+    parser.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT")
+    parser.add_argument("--threads", default=1, type=int, metavar="N")
+    args = parser.parse_args()
+    worker = AttentionWorker(
+        worker=WorkerId(args.worker),
+        kv_memory_bytes=args.kv_memory_bytes,
+        listen=args.listen,
+        threads=args.threads,
+    )
+    print(worker.address(), flush=True)
+    sys.stdin.read()
+    worker.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -8,8 +8,10 @@ from farshore.kernels.formats import KVFormat
 from farshore.models.config import ModelConfig
 
 
-def attention_model(config: ModelConfig, dtype: torch.dtype) -> AttentionModel:
-    """One layer class; KV is stored in the model's dtype."""
+def attention_model(
+    config: ModelConfig, dtype: torch.dtype, format: KVFormat | None = None
+) -> AttentionModel:
+    """One layer class; its KV is stored in ``format``, or as the model's dtype."""
     spec = AttentionSpec(
         q_heads=config.q_heads,
         k_heads=config.kv_heads,
@@ -18,5 +20,5 @@ def attention_model(config: ModelConfig, dtype: torch.dtype) -> AttentionModel:
         v_dim=config.head_dim,
         scale=config.head_dim**-0.5,
     )
-    layout = KVLayout.of(spec, layers=config.layers, format=KVFormat.of(dtype))
+    layout = KVLayout.of(spec, layers=config.layers, format=format or KVFormat.of(dtype))
     return AttentionModel(specs=(spec,), layer_class=(0,) * config.layers, layouts=(layout,))

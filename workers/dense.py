@@ -17,12 +17,14 @@ from farshore.attention_offload.in_process import InProcessPeer
 from farshore.attention_offload.placement import ShardBy
 from farshore.attention_offload.remote_peer import RemotePeer
 from farshore.ids import Epoch, SequenceId, WorkerId
+from farshore.kernels.formats import KVFormat
 from farshore.kvstore.arena import Arena
 from farshore.kvstore.store import LocalStore
 from farshore.models.source import resolve
 from farshore.models.weights import load_model
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
+from farshore.workers.admission import EngineLimits
 from farshore.workers.attention_model import attention_model
 from farshore.workers.engine import Engine
 from farshore.workers.engine_service import EngineService
@@ -33,6 +35,13 @@ MAX_CALLS = 512
 CONTROLLER_DEADLINE_S = 10.0
 STOP_GRACE_S = 1.0
 
+_FORMATS = {
+    "bf16": KVFormat.BFLOAT16,
+    "float32": KVFormat.FLOAT32,
+    "int8": KVFormat.INT8,
+    "int4": KVFormat.INT4,
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseConfig:
@@ -40,20 +49,21 @@ class DenseConfig:
     model: str
     """What :func:`farshore.models.source.resolve` takes."""
     dtype: str
+    kv_format: str
+    """How keys and values are stored: bf16, float32, int8 or int4."""
     kv_memory_bytes: int
     """The engine's own memory: tails, and spans where ``targets`` names the worker itself."""
-    shards: Mapping[WorkerId, str]
-    """Attention workers and their addresses."""
     targets: tuple[WorkerId, ...]
     """Who gets new spans."""
     shard_by: ShardBy
     controller: str
     listen: str
     threads: int
+    limits: EngineLimits
 
 
 class DenseWorker:
-    """Construct, :meth:`load`, then :meth:`address`. ``loading`` may be asked from another thread."""
+    """Construct, :meth:`load`, then :meth:`serve`. ``loading`` may be asked from another thread."""
 
     def __init__(self, config: DenseConfig) -> None:
         self._config = config
@@ -64,19 +74,23 @@ class DenseWorker:
         )
         self._epochs: dict[SequenceId, Epoch] = {}
 
-    def load(self) -> str:
-        """Load the model, connect to the shards, and serve. Returns the address.
-
-        Raises ModelError, TransportError for a shard that does not answer, PortInUse."""
+    def load(self) -> None:
+        """Load the model; attention workers may start meanwhile. Raises ModelError."""
         config = self._config
-        dtype = dtype_of(config.dtype)
-        model = load_model(resolve(config.model), dtype=dtype, progress=self._progress)
-        attention = attention_model(model.config, dtype)
+        self._source = resolve(config.model)
+        self._model = load_model(self._source, dtype=dtype_of(config.dtype), progress=self._progress)
+
+    def serve(self, shards: Mapping[WorkerId, str]) -> str:
+        """Connect to the attention workers at ``shards``, and serve. Returns the address.
+
+        Raises TransportError for a shard that does not answer, PortInUse."""
+        config, model = self._config, self._model
+        attention = attention_model(model.config, model.dtype, _FORMATS[config.kv_format])
         arena = Arena(config.kv_memory_bytes)
         store = LocalStore(worker=config.worker, arena=arena)
         self._peers: dict[WorkerId, Peer] = {
             config.worker: InProcessPeer(config.worker, store, attention),
-            **{worker: RemotePeer(address, attention, dtype) for worker, address in config.shards.items()},
+            **{worker: RemotePeer(address, attention, model.dtype) for worker, address in shards.items()},
         }
         identities = {worker: peer.identify() for worker, peer in self._peers.items()}
         self._engine = Engine(
@@ -87,6 +101,8 @@ class DenseWorker:
             targets=list(config.targets),
             shard_by=config.shard_by,
             claim=self._claim,
+            revision=f"{self._source.path} {self._source.path.stat().st_mtime_ns}",
+            limits=config.limits,
         )
         self._engine.start()
         service = EngineService(

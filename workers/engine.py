@@ -1,14 +1,16 @@
 """The engine: schedule, plan, run, commit; one thread beside the model, never waiting for the controller.
 
-Every round admits what fits, prefills one segment of one prompt, and decodes one token for every running
-sequence. Callers submit and cancel from other threads; tokens leave through each sequence's ``emit``.
+Every round admits what fits, prefills for as long as running sequences may wait, and decodes a token or more
+for each of them. Callers submit and cancel from other threads; tokens leave through each request's ``emit``.
+
+A request is one sequence until its prompt is prefilled, and then one for each of its completions, which share
+the prompt's KV.
 """
 
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,42 +19,26 @@ from farshore.attention_offload.base import AttentionModel, Peer
 from farshore.attention_offload.fanout import Fanout
 from farshore.attention_offload.latency import Link
 from farshore.attention_offload.placement import ShardBy
-from farshore.errors import DeadlineExceeded, FarshoreError, Full, InvalidRequest, Overloaded, TransportError
+from farshore.errors import DeadlineExceeded, FarshoreError, Full, TransportError
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kvstore.arena import Arena
+from farshore.kvstore.prefix import chain
 from farshore.models.llama import Llama
-from farshore.workers import decode
+from farshore.workers import admission, decode
+from farshore.workers.admission import EngineLimits
+from farshore.workers.attempts import attempt
 from farshore.workers.cache import SequenceCache
-from farshore.workers.prefill import prefill_segment
-from farshore.workers.sampler import sample
-from farshore.workers.sequence import (
-    Event,
-    Failed,
-    Finished,
-    Prefilled,
-    Reason,
-    Sampled,
-    Sampling,
-    Sequence,
-)
+from farshore.workers.decode import Turn
+from farshore.workers.lookup import Lookup
+from farshore.workers.pace import Pace
+from farshore.workers.prefix import fingerprint
+from farshore.workers.prompts import Prompts
+from farshore.workers.requests import Requests
+from farshore.workers.sequence import Event, Failed, Finished, Reason, Sampled, Sampling, Sequence
 from farshore.workers.stagger import Stagger
 from farshore.workers.step import run_step
 
-STEP_ATTEMPTS = 3
-"""A step is a transaction: how often it is run before its sequences fail."""
-
-RETRY_PAUSE_S = 0.05
-"""Before the second attempt, twice that before the third: a restarted connection needs a moment."""
-
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineLimits:
-    segment_tokens: int = 512
-    """Prompt tokens prefilled between two decode steps."""
-    running: int = 64
-    waiting: int = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +55,8 @@ class SequenceView:
 
 class Engine:
     """``peers`` maps every worker whose spans this engine reads, itself included; ``targets`` are those that
-    new spans go to. ``claim`` gives the epoch that a new sequence is owned under."""
+    new spans go to. ``claim`` gives the epoch that a new sequence is owned under. ``revision`` names the
+    weights: engines that share a prefix cache must not name different ones alike."""
 
     def __init__(
         self,
@@ -81,26 +68,32 @@ class Engine:
         targets: list[WorkerId],
         shard_by: ShardBy,
         claim: Callable[[SequenceId], Epoch],
+        revision: str = "",
         limits: EngineLimits | None = None,
     ) -> None:
         self._model = model
         self._attention = attention
         self._arena = arena
         self._peers = peers
+        self._claim = claim
+        self._revision = revision
+        self._limits = limits = limits or EngineLimits()
         self._shards = Fanout(peers, attention)
         self._stagger = Stagger(lambda: self._shards.waited_s)
+        self._pace = Pace(limits.max_decode_stall_ms)
         self._cache = SequenceCache(
             arena=arena, peers=peers, targets=targets, model=attention, shard_by=shard_by
         )
-        self._claim = claim
-        self._limits = limits or EngineLimits()
-        self._wake = threading.Condition()
-        self._stopping = False
-        self._claiming: set[SequenceId] = set()
-        self._known: dict[SequenceId, Sequence] = {}
-        self._waiting: deque[Sequence] = deque()
-        self._prefilling: deque[Sequence] = deque()
+        self._prompts = Prompts(
+            model=model,
+            attention=attention,
+            peers=peers,
+            cache=self._cache,
+            segment_tokens=limits.segment_tokens,
+        )
+        self._requests = Requests(limits.waiting)
         self._running: list[Sequence] = []
+        self._no_room = False  # for the first that waits, until somebody ends
         self._step = 0
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
@@ -110,60 +103,56 @@ class Engine:
         self._thread.start()
 
     def stop(self, timeout_s: float = 60.0) -> None:
-        """End the loop after the round under way; every live sequence gets a Failed event. Raises
+        """End the loop after the round under way; every live request gets a Failed event. Raises
         DeadlineExceeded where that round does not end in time."""
-        with self._wake:
-            self._stopping = True
-            self._wake.notify_all()
+        self._requests.stop()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
             if self._thread.is_alive():
                 raise DeadlineExceeded(f"the engine's round did not end within {timeout_s:.0f} s")
+        self._prompts.close()
         self._cache.close()
 
     def submit(
-        self, sequence: SequenceId, prompt: list[int], sampling: Sampling, emit: Callable[[Event], None]
+        self,
+        sequence: SequenceId,
+        prompt: list[int],
+        sampling: Sampling,
+        emit: Callable[[Event], None],
+        *,
+        salt: str = "",
     ) -> None:
-        """Queue a sequence. ``emit`` is called from the engine's thread and must not block.
+        """Queue a request. ``emit`` is called from the engine's thread and must not block. What is stored
+        already of a prompt that was given with the same ``salt`` is not computed again.
 
         Raises InvalidRequest for a prompt that can never run here, Overloaded when the queue is full.
         """
-        self._check(prompt, sampling)
+        admission.check(prompt, sampling, config=self._model.config, cache=self._cache)
+        print_ = fingerprint(self._model.config, self._attention, revision=self._revision, salt=salt)
+        blocks = chain(prompt, fingerprint=print_)
         # Refused before an epoch is claimed, so that a refusal leaves nothing to give back.
-        with self._wake:
-            self._refuse_more(sequence)
-            self._claiming.add(sequence)
-        try:
-            new = Sequence(
-                id=sequence,
-                epoch=self._claim(sequence),
-                prompt_tokens=len(prompt),
-                tokens=list(prompt),
-                sampling=sampling,
-                emit=emit,
-                arrived_s=time.monotonic(),
+        with self._requests.reserve(sequence):
+            self._requests.add(
+                Sequence(
+                    id=sequence,
+                    epoch=self._claim(sequence),
+                    prompt_tokens=len(prompt),
+                    tokens=list(prompt),
+                    sampling=sampling,
+                    emit=emit,
+                    arrived_s=time.monotonic(),
+                    fingerprint=print_,
+                    blocks=blocks,
+                )
             )
-            with self._wake:
-                if self._stopping:
-                    raise TransportError("the engine is stopping")
-                self._known[sequence] = new
-                self._waiting.append(new)
-                self._wake.notify_all()
-        finally:
-            with self._wake:
-                self._claiming.discard(sequence)
 
-    def cancel(self, sequence: SequenceId) -> None:
-        """End a sequence within one step. Unknown ids are ignored."""
-        with self._wake:
-            if sequence in self._known:
-                self._known[sequence].cancelled.set()
-                self._wake.notify_all()
+    def cancel(self, sequence: SequenceId, *, choice: int | None = None) -> None:
+        """End all of a request, or one of its completions, within one step. Unknown ids are ignored."""
+        self._requests.cancel(sequence, choice=choice)
 
     def load(self) -> tuple[int, int]:
-        """(sequences running or prefilling, requests waiting)."""
-        with self._wake:
-            return len(self._known) - len(self._waiting), len(self._waiting)
+        """(requests running or prefilling, requests waiting)."""
+        return self._requests.load()
 
     def links(self) -> list[Link]:
         """What frames to each shard have taken."""
@@ -171,12 +160,9 @@ class Engine:
 
     def views(self) -> list[SequenceView]:
         """Live sequences that have memory. A snapshot: the engine goes on meanwhile."""
-        with self._wake:
-            known = list(self._known.values())
         views = []
-        for it in known:
-            tail = it.tail
-            if tail is not None:
+        for it in self._requests.all():
+            if (tail := it.tail) is not None:
                 spans = tuple((s.worker, s.first, s.last, s.group0, s.group1) for s in list(it.spans))
                 views.append(
                     SequenceView(
@@ -187,157 +173,130 @@ class Engine:
 
     # -- the loop ----------------------------------------------------------------------------------------
 
-    def _check(self, prompt: list[int], sampling: Sampling) -> None:
-        config = self._model.config
-        if not prompt:
-            raise InvalidRequest("the prompt is empty: give at least one token")
-        if bad := [token for token in prompt if not 0 <= token < config.vocab]:
-            raise InvalidRequest(f"token id {bad[0]} is not in the vocabulary of {config.vocab}")
-        if sampling.max_tokens < 1:
-            raise InvalidRequest(f"max_tokens {sampling.max_tokens}: ask for at least 1")
-        total = len(prompt) + sampling.max_tokens
-        if total > config.max_positions:
-            raise InvalidRequest(
-                f"{len(prompt)} prompt tokens + max_tokens {sampling.max_tokens} = {total}, but the model has"
-                f" {config.max_positions} positions: shorten the prompt or lower max_tokens"
-            )
-        try:
-            self._cache.fits_ever(total)
-        except Full as error:
-            raise InvalidRequest(
-                f"{len(prompt)} prompt tokens + max_tokens {sampling.max_tokens} do not fit into the KV pool"
-                f" of {error.free_bytes / 2**30:.2f} GiB: shorten the prompt, lower max_tokens, or start the"
-                " cluster with more --kv-memory or --attention-workers"
-            ) from error
-
-    def _refuse_more(self, sequence: SequenceId) -> None:
-        if self._stopping:
-            raise TransportError("the engine is stopping")
-        if sequence in self._known or sequence in self._claiming:
-            raise InvalidRequest(f"sequence {sequence} is running already: choose another id")
-        if len(self._waiting) + len(self._claiming) >= self._limits.waiting:
-            raise Overloaded(f"{self._limits.waiting} requests are waiting: try again in a few seconds")
-
     def _loop(self) -> None:
         ending: FarshoreError = TransportError("the engine was stopped")
         try:
             with torch.inference_mode():
-                while self._await_work():
+                while self._requests.await_work():
                     self._reap()
                     self._admit()
-                    self._prefill()
-                    self._decode()
+                    if self._prompts:
+                        self._pace.turn(self._prefill_unit)
+                    if self._running:
+                        with self._pace.step():
+                            self._decode()
         except Exception as error:
             # A mistake of ours. Nobody must wait for an engine that is gone.
             _log.exception("the engine ended")
             ending = FarshoreError(
                 f"the engine ended with {type(error).__name__}: {error}; restart the cluster"
             )
-        with self._wake:
-            self._stopping = True
-            live = list(self._known.values())
-        for sequence in live:
-            self._end(sequence, Failed(ending))
-
-    def _await_work(self) -> bool:
-        with self._wake:
-            self._wake.wait_for(lambda: self._stopping or self._known)
-            return not self._stopping
+        self._requests.stop()
+        for sequence in self._requests.all():
+            self._fail(sequence, ending)
 
     def _reap(self) -> None:
-        """Cancelled sequences free their memory before anything else is done."""
-        with self._wake:
-            cancelled = [sequence for sequence in self._known.values() if sequence.cancelled.is_set()]
-        for sequence in cancelled:
-            self._finish(sequence, Reason.CANCELLED)
+        """Cancelled requests free their memory before anything else is done."""
+        for sequence in self._requests.all():
+            if sequence.cancelled.is_set():
+                self._finish(sequence, Reason.CANCELLED)
+
+    def _live(self) -> Iterator[Sequence]:
+        yield from self._prompts
+        yield from self._running
 
     def _admit(self) -> None:
         """First come, first served: grant memory to waiting sequences while there is any."""
-        while True:
-            with self._wake:
-                live = len(self._prefilling) + len(self._running)
-                if not self._waiting or live >= self._limits.running:
-                    return
-                sequence = self._waiting[0]
-            promised = sum(s.most_tokens - s.committed for s in (*self._prefilling, *self._running))
+        while not self._no_room:
+            sequence = self._requests.first_waiting()
+            if sequence is None:
+                return
+            live = list(self._live())
+            if live and sum(s.completions for s in (*live, sequence)) > self._limits.running:
+                return
             try:
+                promised = sum(s.most_tokens - s.committed for s in live)
                 self._cache.place(sequence, promised_tokens=promised)
-            except Full as error:
-                if live:
-                    return  # somebody will finish and free memory
-                self._end(sequence, Failed(error))
-                continue
             except FarshoreError as error:
-                self._end(sequence, Failed(error))
+                if isinstance(error, Full) and live:
+                    self._no_room = True  # somebody will finish and free memory
+                else:
+                    self._fail(sequence, error)
                 continue
             sequence.queued_s = time.monotonic() - sequence.arrived_s
-            with self._wake:
-                self._waiting.remove(sequence)
-            self._prefilling.append(sequence)
+            self._requests.begin(sequence)
+            self._prompts.add(sequence)
 
-    def _prefill(self) -> None:
-        """One segment of the oldest prompt; behind the last one, its first token."""
-        if not self._prefilling:
-            return
-        sequence = self._prefilling[0]
-        first = sequence.committed
-        last = min(first + self._limits.segment_tokens, sequence.prompt_tokens)
+    def _prefill_unit(self) -> bool:
+        """One unit of a prompt; behind the last one, the first tokens. Whether there are more."""
+        sequence = self._prompts.current()
         try:
-            logits = _attempt(lambda: self._run_segment(sequence, first, last))
+            logits = self._prompts.run_unit()
+            if logits is not None:
+                self._begin(sequence, logits)
         except FarshoreError as error:
-            self._end(sequence, Failed(error))
-            return
-        sequence.emit(Prefilled(last, sequence.prompt_tokens))
-        if last == sequence.prompt_tokens:
-            self._prefilling.popleft()
-            self._running.append(sequence)
-            self._take(sequence, logits)
+            self._fail(sequence, error)
+        return len(self._prompts) > 0
 
-    def _run_segment(self, sequence: Sequence, first: int, last: int) -> torch.Tensor:
-        """Logits behind position ``last``; the segment is committed."""
-        logits = prefill_segment(
-            sequence, first, last, model=self._model, attention=self._attention, peers=self._peers
-        )
-        self._cache.seal(sequence, last)
-        return logits
+    def _begin(self, sequence: Sequence, logits: torch.Tensor) -> None:
+        """The prompt is sealed: a sequence for each of its completions, and each one's first token."""
+        choices = [sequence]
+        for choice in range(1, sequence.sampling.n):
+            child = sequence.fork(choice)
+            attempt(lambda child=child: self._cache.fork(sequence, child))
+            choices.append(child)
+            self._requests.add_fork(sequence, child)
+        sequence.forked = True
+        for it in choices:
+            if self._limits.speculate_tokens:
+                it.lookup = Lookup(self._limits.speculate_tokens)
+            self._running.append(it)
+        for it in choices:
+            self._emit(Turn(it, [], [decode.draw_one(it, logits)]))
 
     def _decode(self) -> None:
-        """One token for every running sequence."""
-        batch = list(self._running)
-        if not batch:
+        """A token or more for every running sequence."""
+        turns = [Turn(sequence, [], []) for sequence in decode.order(self._running)]
+        if self._limits.speculate_tokens:
+            decode.guess(turns)
+        turns = decode.reserve(turns, self._fail)
+        if not turns:
             return
         try:
-            logits = _attempt(lambda: self._run_step(batch))
+            attempt(lambda: self._run_step(turns))
         except FarshoreError as error:
-            self._fail_unreachable(batch, error)
+            self._fail_unreachable([turn.sequence for turn in turns], error)
             return
-        for row, sequence in enumerate(batch):
-            self._take(sequence, logits[row])
-            if sequence.tail is not None:
-                self._cache.hand_off(sequence)
+        for turn in turns:
+            if turn.error is not None:
+                self._fail(turn.sequence, turn.error)
+            elif turn.sequence.tail is not None:
+                self._emit(turn)
+                if turn.sequence.tail is not None:
+                    self._cache.hand_off(turn.sequence)
 
-    def _run_step(self, batch: list[Sequence]) -> torch.Tensor:
-        """Logits of a committed step; one that raises leaves no trace."""
+    def _run_step(self, turns: list[Turn]) -> None:
+        """A step, committed, its tokens drawn; one that raises leaves no trace."""
         self._step += 1
         try:
-            plan = decode.make_plan(self._step, batch, self._attention)
-            decode.check_plan(plan, batch)
-            with self._stagger.step(len(batch)) as micro_batches:
+            plan = decode.make_plan(self._step, turns, self._attention)
+            decode.check_plan(plan, turns)
+            with self._stagger.step(len(plan.sequences)) as micro_batches:
                 logits = run_step(
                     plan,
-                    [sequence.tokens[sequence.committed] for sequence in batch],
-                    [decode.tail_of(sequence) for sequence in batch],
+                    [token for turn in turns for token in (turn.sequence.tokens[-1], *turn.guesses)],
+                    [turn.sequence.placed_tail for turn in turns for _ in range(turn.rows)],
                     model=self._model,
                     attention=self._attention,
                     shards=self._shards,
                     memory=self._arena.memory,
                     micro_batches=micro_batches,
                 )
-            decode.commit(plan, batch, self._attention)
         except FarshoreError:
-            decode.drop_scratch(batch)
+            decode.drop_scratch(turns)
             raise
-        return logits
+        decode.draw(turns, logits)
+        decode.commit(plan, turns, self._attention)
 
     def _fail_unreachable(self, batch: list[Sequence], error: FarshoreError) -> None:
         """Fail those sequences that need a shard which is gone; all of them if none is."""
@@ -349,38 +308,39 @@ class Engine:
                 gone.add(worker)
         hit = [s for s in batch if any(span.worker in gone for span in s.spans)]
         for sequence in hit or batch:
-            self._end(sequence, Failed(error))
+            self._fail(sequence, error)
 
-    def _take(self, sequence: Sequence, logits: torch.Tensor) -> None:
-        """Sample the token behind the committed ones, and finish the sequence if it was the last."""
-        token = sample(logits, sequence.sampling, position=len(sequence.tokens))
-        sequence.tokens.append(token)
-        sequence.emit(Sampled(token))
+    def _emit(self, turn: Turn) -> None:
+        """Tell a sequence's new tokens, and finish it if they are its last."""
+        sequence = turn.sequence
+        for drawn in turn.drawn:
+            sequence.emit(Sampled(drawn.token, sequence.choice, drawn.logprob, drawn.top))
         reason = sequence.finish_reason()
         if reason is not None:
             self._finish(sequence, reason)
 
     def _finish(self, sequence: Sequence, reason: Reason) -> None:
-        self._end(sequence, Finished(reason, sequence.queued_s, dict(sequence.attended_bytes)))
+        """One completion is complete; all of the request's where it is not forked yet."""
+        if not self._forget(sequence):
+            return
+        for choice in range(sequence.choice, sequence.choice + sequence.completions):
+            sequence.emit(Finished(reason, sequence.queued_s, dict(sequence.attended_bytes), choice))
 
-    def _end(self, sequence: Sequence, event: Finished | Failed) -> None:
-        """Forget a sequence and free its memory, then say so."""
-        with self._wake:
-            self._known.pop(sequence.id, None)
-            for queue in (self._waiting, self._prefilling, self._running):
-                if sequence in queue:
-                    queue.remove(sequence)
+    def _fail(self, sequence: Sequence, error: FarshoreError) -> None:
+        """All of its request ends."""
+        together = self._requests.of(sequence.request_id)
+        for it in together:
+            self._forget(it)
+        if together:
+            sequence.emit(Failed(error))
+
+    def _forget(self, sequence: Sequence) -> bool:
+        """A sequence's memory is free, and nobody knows it any more. False: nobody did."""
+        if not self._requests.forget(sequence):
+            return False
+        self._no_room = False
+        self._prompts.remove(sequence)
+        if sequence in self._running:
+            self._running.remove(sequence)
         self._cache.release(sequence)
-        sequence.emit(event)
-
-
-def _attempt(transaction: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """What ``transaction`` returns; it is run again while what broke it is retryable."""
-    for attempt in range(1, STEP_ATTEMPTS):
-        try:
-            return transaction()
-        except FarshoreError as error:
-            if not error.retryable:
-                raise
-            time.sleep(RETRY_PAUSE_S * attempt)
-    return transaction()
+        return True

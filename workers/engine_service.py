@@ -52,13 +52,7 @@ class EngineService(pb_grpc.EngineServicer):
     ) -> Iterator[pb.SequenceEvent]:
         sequence = SequenceId(request.sequence_id)
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        sampling = Sampling(
-            max_tokens=request.max_tokens,
-            temperature=request.temperature,
-            top_p=request.top_p,
-            seed=request.seed,
-            stop_ids=frozenset(request.stop_ids),
-        )
+        sampling = _sampling(request)
         try:
             self._engine.submit(sequence, list(request.prompt), sampling, events.put)
         except FarshoreError as error:
@@ -66,19 +60,20 @@ class EngineService(pb_grpc.EngineServicer):
         # Runs at once where the caller has gone already; the engine then ends the stream below.
         if not context.add_callback(lambda: self._engine.cancel(sequence)):
             self._engine.cancel(sequence)
+        live = sampling.n
         try:
-            while True:
+            while live:
                 event = events.get()
                 if isinstance(event, Failed):
                     abort(context, event.error)
                 yield self._message(event)
-                if isinstance(event, Finished):
-                    return
+                live -= isinstance(event, Finished)
         finally:
             self._release(sequence)
 
     def Cancel(self, request: pb.CancelSequence, context: grpc.ServicerContext) -> pb.CancelSequenceReply:
-        self._engine.cancel(SequenceId(request.sequence_id))
+        choice = request.choice if request.HasField("choice") else None
+        self._engine.cancel(SequenceId(request.sequence_id), choice=choice)
         return pb.CancelSequenceReply()
 
     def Status(self, request: pb.EngineStatusRequest, context: grpc.ServicerContext) -> pb.EngineStatus:
@@ -135,9 +130,12 @@ class EngineService(pb_grpc.EngineServicer):
             case Prefilled(done, total):
                 progress = api.PrefillProgress(done_tokens=done, total_tokens=total)
                 return pb.SequenceEvent(prefill=progress)
-            case Sampled(token):
-                return pb.SequenceEvent(token_id=token)
-            case Finished(reason, queued_s, attended):
+            case Sampled(token, choice, logprob, top):
+                others = [pb.TokenLogprob(token_id=id, logprob=value) for id, value in top]
+                return pb.SequenceEvent(
+                    token=pb.SampledToken(token_id=token, choice=choice, logprob=logprob, top=others)
+                )
+            case Finished(reason, queued_s, attended, choice):
                 uses = [
                     api.ShardUse(
                         worker_id=worker, process_id=self._shards[worker].process_id, attended_bytes=size
@@ -146,7 +144,25 @@ class EngineService(pb_grpc.EngineServicer):
                 ]
                 return pb.SequenceEvent(
                     finished=pb.SequenceFinished(
-                        reason=_REASONS[reason], queued_ms=queued_s * 1e3, shards=uses
+                        reason=_REASONS[reason], queued_ms=queued_s * 1e3, shards=uses, choice=choice
                     )
                 )
         raise AssertionError(f"an event nobody knows: {event}")
+
+
+def _sampling(request: pb.SequenceRequest) -> Sampling:
+    return Sampling(
+        max_tokens=request.max_tokens,
+        n=request.n,
+        temperature=request.temperature,
+        top_k=request.top_k,
+        top_p=request.top_p,
+        min_p=request.min_p,
+        repetition_penalty=request.repetition_penalty,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        logit_bias=dict(request.logit_bias),
+        logprobs=request.logprobs if request.HasField("logprobs") else None,
+        seed=request.seed,
+        stop_token_ids=frozenset(request.stop_token_ids),
+    )

@@ -1,10 +1,21 @@
-"""Prefill, segment by segment (design §5).
+"""Prefill of one segment of one prompt, layer by layer, in units that decode steps may come between (design
+§5).
 
-A segment's new K and V go to their shards layer by layer; the past of a layer is pulled, never kept. Engine
-memory is bounded by one segment's hidden states plus one layer of one span.
+A segment of S tokens is cut into chunks; in each layer::
+
+    project   each chunk: q, k, v                                  ─▶ k, v to their shards, in the background
+    attend    each piece of the past, pulled one ahead, × each chunk: its state is merged into the chunk's
+    finish    each chunk: attention to the segment itself, merge, the layer's rest
+
+A unit is one of these for one chunk. The past is pulled once a segment, so the larger S, the less is pulled.
+Memory is bounded by S hidden states and states of one layer, and two pieces of past KV of one layer, however
+long the prompt is. Called by ``prompts``; it must not know what is decoded meanwhile.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,126 +24,251 @@ from farshore.attention_offload.base import AttentionModel, Peer
 from farshore.ids import WorkerId
 from farshore.kernels.base import State
 from farshore.kernels.select import implementation
+from farshore.kvstore import forms
 from farshore.models.llama import Llama
 from farshore.workers.sequence import PlacedSpan, Sequence
+from farshore.workers.spans import write
 
-PULL_TOKENS = 4096
-"""Past tokens attended to at a time: bounds the pulled KV and the logits."""
+CHUNK_TOKENS = 256
+"""Rows of a unit: 2 to 20 ms of SmolLM2 on two cores, and its states stay in the cache of one."""
 
-MERGED_AT_ONCE = 16
-"""States of one layer held at a time: bounds their memory, however long the past is, and kernels' merges."""
+PIECE_TOKENS = 4096
+"""Past tokens attended to in a unit."""
+
+Unit = Callable[[], None]
+"""Part of the work. It may be run again after it raised: what it writes is written anew."""
 
 
-def prefill_segment(
-    sequence: Sequence,
-    first: int,
-    last: int,
-    *,
-    model: Llama,
-    attention: AttentionModel,
-    peers: Mapping[WorkerId, Peer],
-) -> Tensor:
-    """Run prompt positions ``first .. last``; their KV is written, not sealed. Returns logits ``f32[vocab]``
-    of the last one.
+class _Piece(NamedTuple):
+    """Positions ``first .. last`` of the past, in a span."""
 
-    Positions at and above ``sequence.committed`` are scratch: when this raises, run it again.
+    span: PlacedSpan
+    first: int
+    last: int
+
+
+class Segment:
+    """Positions ``first .. last`` of a sequence's prompt on their way through the layers.
+
+    Run every one of :meth:`units`, then seal: only then are they committed. To give up half way,
+    :meth:`close` it, and begin anew. ``helper`` needs two threads; ``logits_of``: how many positions at its
+    end logits are wanted of.
     """
-    positions = torch.arange(first, last)
-    h = model.embed(torch.tensor(sequence.tokens[first:last]))
-    for layer in range(model.config.layers):
-        normed = model.attention_input(layer, h)
-        q = model.query(layer, normed, positions)
-        k, v = (x.transpose(0, 1) for x in model.key_value(layer, normed, positions))
-        _write(sequence, layer, first, k, v, peers, attention)
-        states: list[State] = []
-        for state in _past_states(sequence, layer, q, positions, first, attention, peers):
-            states.append(state)
-            if len(states) == MERGED_AT_ONCE:
-                states = [_merged(states, state.o.dtype)]
-        states.append(_own_state(q, k, v, positions, first, attention))
-        h = model.finish(layer, h, _merged(states, q.dtype).o)
-    return model.logits(h[-1:])[0]
 
-
-def _write(
-    sequence: Sequence,
-    layer: int,
-    first: int,
-    k: Tensor,
-    v: Tensor,
-    peers: Mapping[WorkerId, Peer],
-    attention: AttentionModel,
-) -> None:
-    layout = attention.layouts[0]
-    for span in sequence.spans:
-        # A seal whose reply was lost must not make the repeated write fail: skip what is sealed already.
-        a, b = max(first, span.sealed), min(first + k.shape[1], span.last)
-        if a < b:
-            tokens = slice(a - first, b - first)
-            k_heads = slice(span.group0 * layout.k_heads_per_group, span.group1 * layout.k_heads_per_group)
-            v_heads = slice(span.group0 * layout.v_heads_per_group, span.group1 * layout.v_heads_per_group)
-            store = peers[span.worker].store
-            store.write(
-                span.span, layer, a - span.first, k[k_heads, tokens], v[v_heads, tokens], epoch=sequence.epoch
+    def __init__(
+        self,
+        sequence: Sequence,
+        first: int,
+        last: int,
+        *,
+        model: Llama,
+        attention: AttentionModel,
+        peers: Mapping[WorkerId, Peer],
+        helper: ThreadPoolExecutor,
+        logits_of: int,
+    ) -> None:
+        self.sequence = sequence
+        self.first, self.last = first, last
+        self.logits: Tensor | None = None
+        """f32[logits_of, vocab], once all units have run, if wanted."""
+        self.layers_done = 0
+        self._model = model
+        self._attention = attention
+        self._peers = peers
+        self._helper = helper
+        self._logits_of = logits_of
+        self._layout = layout = attention.layouts[0]
+        self._spec = spec = attention.specs[0]
+        self._kernels = implementation(model.device, model.dtype)
+        self._chunks = [
+            slice(a, min(a + CHUNK_TOKENS, last - first)) for a in range(0, last - first, CHUNK_TOKENS)
+        ]
+        self._positions = torch.arange(first, last)
+        self._h = [
+            model.embed(torch.tensor(sequence.tokens[first + c.start : first + c.stop])) for c in self._chunks
+        ]
+        self._q: list[Tensor] = [self._h[0]] * len(self._chunks)
+        n = last - first
+        self._k = torch.empty(layout.k_heads, n, layout.k_dim, dtype=model.dtype)
+        self._v = torch.empty(layout.v_heads, n, layout.v_dim, dtype=model.dtype)
+        self._stored = (self._k, self._v)
+        if layout.format.quantised:
+            k_bytes, v_bytes = forms.stored_bytes(layout)
+            self._stored = (
+                torch.empty(layout.k_heads, n, k_bytes, dtype=torch.uint8),
+                torch.empty(layout.v_heads, n, v_bytes, dtype=torch.uint8),
             )
+        wide = torch.float64 if model.dtype == torch.float64 else torch.float32
+        self._past = [
+            State.identity(c.stop - c.start, spec.q_heads, spec.v_dim, dtype=wide) for c in self._chunks
+        ]
+        most = min(n, CHUNK_TOKENS)
+        self._states = [State.identity(most, spec.q_heads, spec.v_dim, dtype=wide) for _ in range(2)]
+        self._out = State.identity(most, spec.q_heads, spec.v_dim, dtype=model.dtype)
+        self._pieces = _pieces(sequence, first)
+        self._pulls: dict[int, Future[tuple[Tensor, Tensor]]] = {}
+        self._pulled: tuple[int, Tensor, Tensor] | None = None
+        self._writing: Future[None] | None = None
+
+    @property
+    def done_tokens(self) -> int:
+        """Prompt tokens done so far, those half way through the layers in part."""
+        return self.first + (self.last - self.first) * self.layers_done // self._model.config.layers
+
+    def units(self) -> Iterator[Unit]:
+        layers = self._model.config.layers
+        for layer in range(layers):
+            for index in range(len(self._chunks)):
+                yield partial(self._project, layer, index)
+            yield partial(self._start_writing, layer)
+            rows = self._attending(layer)
+            for piece in range(len(self._pieces) if rows else 0):
+                for index, part in rows:
+                    yield partial(self._attend, layer, piece, index, part)
+            for index, part in rows:
+                yield partial(self._finish, layer, index, part)
+            yield partial(self._end_writing, layer)
+            self.layers_done = layer + 1
+        if self._logits_of:
+            yield self._to_logits
+
+    def close(self) -> None:
+        """Wait for what runs in the background (it has deadlines): it reads from this segment."""
+        for future in (self._writing, *self._pulls.values()):
+            if future is not None and not future.cancel():
+                future.exception()
+        self._pulls.clear()
+        self._writing = None
+
+    def _attending(self, layer: int) -> list[tuple[int, slice]]:
+        """Which rows of which chunks go through attention: behind the last layer's k and v there is nobody
+        but the rows that logits are wanted of."""
+        last_layer = layer + 1 == self._model.config.layers
+        wanted = self.last - self.first - self._logits_of if last_layer else 0
+        return [
+            (index, slice(max(0, wanted - c.start), c.stop - c.start))
+            for index, c in enumerate(self._chunks)
+            if c.stop > wanted
+        ]
+
+    def _project(self, layer: int, index: int) -> None:
+        chunk = self._chunks[index]
+        normed = self._model.attention_input(layer, self._h[index])
+        positions = self._positions[chunk]
+        self._q[index] = self._model.query(layer, normed, positions)
+        k, v = (x.transpose(0, 1) for x in self._model.key_value(layer, normed, positions))
+        if self._layout.format.quantised:
+            # The store is the truth: attend to the values as they are stored.
+            stored = forms.to_stored(self._layout, k, v)
+            for to, rows in zip(self._stored, stored, strict=True):
+                to[:, chunk] = rows
+            k, v = forms.from_stored(self._layout, *stored, dtype=self._model.dtype)
+        self._k[:, chunk], self._v[:, chunk] = k, v
+        # o of an empty state says nothing, whatever it is.
+        self._past[index].lse.fill_(-torch.inf)
+
+    def _attend(self, layer: int, piece: int, index: int, part: slice) -> None:
+        """One chunk's rows on one piece of the past."""
+        where = self._pieces[piece]
+        k, v = self._pull(layer, piece)
+        group0, group1 = where.span.group0, where.span.group1
+        heads = slice(group0 * self._spec.q_heads_per_group, group1 * self._spec.q_heads_per_group)
+        past = _of(self._past[index], part, heads)
+        new, both = (_of(state, slice(0, part.stop - part.start), heads) for state in self._states)
+        self._extend(
+            self._q[index][part, heads], k, v, self._chunks[index].start + part.start, where.first, new
+        )
+        self._kernels.merge([past, new], out=both)
+        past.o.copy_(both.o)
+        past.lse.copy_(both.lse)
+
+    def _finish(self, layer: int, index: int, part: slice) -> None:
+        """One chunk's rows on the segment itself, and through the layer's rest."""
+        n, heads = part.stop - part.start, slice(0, self._spec.q_heads)
+        chunk = self._chunks[index]
+        own, out = _of(self._states[0], slice(0, n), heads), _of(self._out, slice(0, n), heads)
+        keys = slice(0, chunk.start + part.stop)
+        self._extend(
+            self._q[index][part],
+            self._k[:, keys],
+            self._v[:, keys],
+            chunk.start + part.start,
+            self.first,
+            own,
+        )
+        self._kernels.merge([_of(self._past[index], part, heads), own], out=out)
+        h = self._model.finish(layer, self._h[index][part], out.o)
+        self._h[index] = h
+
+    def _extend(self, q: Tensor, k: Tensor, v: Tensor, row: int, k_position: int, out: State) -> None:
+        self._kernels.extend(
+            q,
+            k,
+            v,
+            self._spec,
+            q_positions=self._positions[row : row + len(q)],
+            k_position=k_position,
+            out=out,
+            threads=torch.get_num_threads(),
+        )
+
+    def _pull(self, layer: int, piece: int) -> tuple[Tensor, Tensor]:
+        """The piece's k and v, which came while others were attended to; the next one is sent for."""
+        at = layer * len(self._pieces) + piece
+        if self._pulled is None or self._pulled[0] != at:
+            self._pulled = None
+            future = self._pulls.pop(at, None) or self._send_for(at)
+            self._pulled = (at, *future.result())
+            after = at + 1
+            if after < self._model.config.layers * len(self._pieces) and self._attending(
+                after // len(self._pieces)
+            ):
+                self._pulls[after] = self._send_for(after)
+        return self._pulled[1:]
+
+    def _send_for(self, at: int) -> Future[tuple[Tensor, Tensor]]:
+        layer, piece = divmod(at, len(self._pieces))
+        span, first, last = self._pieces[piece]
+        read = self._peers[span.worker].store.read
+        return self._helper.submit(
+            read, span.span, layer, first - span.origin, last - span.origin, dtype=self._model.dtype
+        )
+
+    def _start_writing(self, layer: int) -> None:
+        self._writing = self._helper.submit(self._write, layer)
+
+    def _end_writing(self, layer: int) -> None:
+        """Raises what the writing failed with; run again, it writes anew."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            self._write(layer)
+        else:
+            writing.result()
+
+    def _write(self, layer: int) -> None:
+        """This layer's k and v go to their spans. Runs in a helper's thread."""
+        k, v = self._stored
+        for span in self.sequence.spans:
+            # A seal whose reply was lost must not make the repeated write fail: skip what is sealed already.
+            a, b = max(self.first, span.sealed), min(self.last, span.last)
+            if a < b:
+                tokens = slice(a - self.first, b - self.first)
+                store = self._peers[span.worker].store
+                write(store, span, layer, a, k[:, tokens], v[:, tokens], self._layout, self.sequence.epoch)
+
+    def _to_logits(self) -> None:
+        rows = self._attending(self._model.config.layers - 1)
+        self.logits = self._model.logits(torch.cat([self._h[index] for index, _ in rows]))
 
 
-def _past_states(
-    sequence: Sequence,
-    layer: int,
-    q: Tensor,
-    positions: Tensor,
-    first: int,
-    attention: AttentionModel,
-    peers: Mapping[WorkerId, Peer],
-) -> Iterator[State]:
-    """States over ``[0, first)`` in span order, pulled piece by piece."""
-    for span in sorted(sequence.spans, key=lambda s: (s.first, s.group0)):
-        store = peers[span.worker].store
-        for a in range(span.first, min(span.last, first), PULL_TOKENS):
-            b = min(a + PULL_TOKENS, span.last, first)
-            k, v = store.read(span.span, layer, a - span.first, b - span.first)
-            yield _extend(q, k, v, positions, a, attention, span)
+def _pieces(sequence: Sequence, until: int) -> list[_Piece]:
+    """``[0, until)`` in span order."""
+    pieces = []
+    for span in sorted(sequence.spans, key=lambda span: (span.first, span.group0)):
+        for first in range(span.first, min(span.last, until), PIECE_TOKENS):
+            pieces.append(_Piece(span, first, min(first + PIECE_TOKENS, span.last, until)))
+    return pieces
 
 
-def _merged(states: list[State], dtype: torch.dtype) -> State:
-    out = State(torch.empty_like(states[0].o, dtype=dtype), torch.empty_like(states[0].lse))
-    implementation(out.o.device, dtype).merge(states, out=out)
-    return out
-
-
-def _own_state(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, first: int, attention: AttentionModel
-) -> State:
-    dtype = attention.layouts[0].format.dtype
-    # The store is the truth: attend to the values as they are stored.
-    return _extend(q, k.to(dtype), v.to(dtype), positions, first, attention, None)
-
-
-def _extend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    k_position: int,
-    attention: AttentionModel,
-    span: PlacedSpan | None,
-) -> State:
-    """State of all heads; the identity for heads that ``span`` does not hold."""
-    spec = attention.specs[0]
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = State.identity(q.shape[0], spec.q_heads, spec.v_dim, dtype=dtype)
-    heads = slice(0, spec.q_heads)
-    if span is not None:
-        heads = slice(span.group0 * spec.q_heads_per_group, span.group1 * spec.q_heads_per_group)
-    implementation(q.device, q.dtype).extend(
-        q[:, heads],
-        k,
-        v,
-        spec,
-        q_positions=positions,
-        k_position=k_position,
-        out=State(out.o[:, heads], out.lse[:, heads]),
-        threads=torch.get_num_threads(),
-    )
-    return out
+def _of(state: State, rows: slice, heads: slice) -> State:
+    return State(state.o[rows, heads], state.lse[rows, heads])

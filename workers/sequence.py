@@ -2,26 +2,45 @@
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import NamedTuple
 
 from farshore.attention_offload.placement import HeadClass
 from farshore.errors import FarshoreError
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
+from farshore.kvstore.prefix import PrefixBlock
 from farshore.kvstore.tail import Tail
+from farshore.workers.lookup import Lookup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How a completion is drawn. Checked at the gateway."""
+    """How a request's completions are drawn; the defaults change nothing. Checked at the gateway.
+
+    ``workers.sampler`` says what each does, and in which order. Stop strings are the gateway's, which has
+    the tokenizer.
+    """
 
     max_tokens: int
+    n: int = 1
+    """Completions of the one prompt."""
     temperature: float = 0.0
+    """0: greedy."""
+    top_k: int = 0
+    """0: all."""
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these token ids."""
+    logprobs: int | None = None
+    """Alternatives to report beside the log-probability of each token; None: not even that."""
     seed: int = 0
-    stop_ids: frozenset[int] = frozenset()
+    stop_token_ids: frozenset[int] = frozenset()
 
 
 class Reason(Enum):
@@ -36,16 +55,27 @@ class Prefilled(NamedTuple):
 
 
 class Sampled(NamedTuple):
+    """The next token of completion ``choice``; ``logprob`` and ``top`` as ``sampler.Choice`` has them."""
+
     token_id: int
+    choice: int = 0
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class Finished(NamedTuple):
+    """Completion ``choice`` has ended. Every one of the n says so, however it ended (cancelled before there
+    was more than the prompt, too); only Failed speaks for all."""
+
     reason: Reason
     queued_s: float
     attended_bytes: dict[WorkerId, int]
+    choice: int = 0
 
 
 class Failed(NamedTuple):
+    """All of the request's completions end here."""
+
     error: FarshoreError
 
 
@@ -64,11 +94,16 @@ class PlacedSpan:
     group1: int
     sealed: int
     """Position up to which it is sealed."""
+    origin: int
+    """Position of the span's own first token: the store counts from there."""
+    capacity: int
+    """Position up to which it was granted; above ``last`` it is still to be filled."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
-    """Mutated by the engine's thread alone, but for ``cancelled``, which anybody may set.
+    """One completion of one request. Mutated by the engine's thread alone, but for ``cancelled``, which
+    anybody may set.
 
     ``tokens`` is the prompt and everything sampled; KV exists for ``[0, committed)``: spans hold
     ``[0, tail.start)`` and the tail the rest.
@@ -81,6 +116,18 @@ class Sequence:
     sampling: Sampling
     emit: Callable[[Event], None]
     arrived_s: float
+    fingerprint: bytes
+    """All that its KV depends on beside its tokens: see :func:`farshore.workers.prefix.fingerprint`."""
+    blocks: list[PrefixBlock] = field(default_factory=list)
+    """Names of its whole blocks, as far as they were needed so far."""
+    request: SequenceId | None = None
+    """Of a fork: the sequence whose prompt it shares; None: it is the request's own."""
+    choice: int = 0
+    """Which of the request's completions this is."""
+    forked: bool = False
+    """Whether the request's other completions are sequences of their own already."""
+    lookup: Lookup | None = None
+    """Proposes what may come next; None: nobody does."""
     queued_s: float = 0.0
     committed: int = 0
     classes: list[HeadClass] = field(default_factory=list)
@@ -92,17 +139,49 @@ class Sequence:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     @property
+    def request_id(self) -> SequenceId:
+        return self.request or self.id
+
+    @property
     def completion_tokens(self) -> int:
         return len(self.tokens) - self.prompt_tokens
 
     @property
+    def completions(self) -> int:
+        """How many completions come of it: all of the request's until it is forked."""
+        return 1 if self.forked else self.sampling.n
+
+    @property
     def most_tokens(self) -> int:
-        """The longest it can get."""
-        return self.prompt_tokens + self.sampling.max_tokens
+        """The most KV there can be of it, its forks-to-be included."""
+        return self.prompt_tokens + self.completions * self.sampling.max_tokens
+
+    @property
+    def placed_tail(self) -> Tail:
+        """Its tail, which it has while it is placed."""
+        assert self.tail is not None, f"sequence {self.id} has not been placed"
+        return self.tail
+
+    def fork(self, choice: int) -> "Sequence":
+        """Another completion of the same request, as yet without memory."""
+        return replace(
+            self,
+            id=SequenceId(f"{self.id}/{choice}"),
+            request=self.id,
+            choice=choice,
+            forked=True,
+            tokens=list(self.tokens),
+            blocks=list(self.blocks),
+            spans=[],
+            tail=None,
+            refused_by=set(),
+            attended_bytes=defaultdict(int),
+            cancelled=threading.Event(),
+        )
 
     def finish_reason(self) -> Reason | None:
         """Why it is complete, or None while it is not."""
-        if self.completion_tokens and self.tokens[-1] in self.sampling.stop_ids:
+        if self.completion_tokens and self.tokens[-1] in self.sampling.stop_token_ids:
             return Reason.STOP
         if self.completion_tokens >= self.sampling.max_tokens:
             return Reason.LENGTH

@@ -21,7 +21,7 @@ from farshore.attention_offload.base import AttentionModel, Shards
 from farshore.attention_offload.plan import StepPlan, split_rows
 from farshore.kernels.base import Rows, Segments, State
 from farshore.kernels.select import implementation
-from farshore.kvstore.tail import Tail
+from farshore.kvstore.tail import Tail, TailBatch
 from farshore.models.llama import Llama
 
 
@@ -57,6 +57,7 @@ def run_step(
         )
         for index, rows in enumerate(cuts)
     ]
+    model.expect_calls(soon=not any(batch.travels for batch in batches))
     for batch in batches:
         batch.start(0)
     for layer in range(model.config.layers):
@@ -86,24 +87,29 @@ class _MicroBatch:
         self._index = index
         self._model = model
         self._shards = shards
-        self._tails = list(zip(tails, positions, strict=True))
+        self._tails = TailBatch(tails, positions)
         self._positions = torch.tensor(positions)
         self.h = model.embed(torch.tensor(tokens))
         self._kernels = implementation(memory.device, attention.layouts[0].format.dtype)
-        self._plan = _tail_plan(self._tails, attention, memory, self._kernels.plan)
+        rows = list(zip(tails, positions, strict=True))
+        self._plan = _tail_plan(rows, attention, memory, self._kernels.plan)
         self._tail_state = State.identity(len(tokens), spec.q_heads, spec.v_dim)
         lse = torch.empty(len(tokens), spec.q_heads)
         self._out = State(torch.empty(len(tokens), spec.q_heads, spec.v_dim, dtype=self.h.dtype), lse)
         self._pending: Any = None
+        self.travels = shards.travels(index)
 
     def start(self, layer: int) -> None:
-        """Send q off first; k, v and the tail's attention come while the shards work."""
-        normed = self._model.attention_input(layer, self.h)
-        q = self._model.query(layer, normed, self._positions)
-        self._pending = self._shards.send(layer, self._index, q)
-        k, v = self._model.key_value(layer, normed, self._positions)
-        for row, (tail, position) in enumerate(self._tails):
-            tail.append(layer, position, k[row].unsqueeze(1), v[row].unsqueeze(1))
+        """Send q off first, if it travels; k, v and the tail's attention come while the shards work."""
+        if self.travels:
+            normed = self._model.attention_input(layer, self.h)
+            q = self._model.query(layer, normed, self._positions)
+            self._pending = self._shards.send(layer, self._index, q)
+            k, v = self._model.key_value(layer, normed, self._positions)
+        else:
+            q, k, v = self._model.project(layer, self.h, self._positions)
+            self._pending = self._shards.send(layer, self._index, q)
+        self._tails.append(layer, k, v)
         self._kernels.partial(self._plan, layer, q, out=self._tail_state)
 
     def finish(self, layer: int) -> None:
@@ -114,7 +120,7 @@ class _MicroBatch:
 
 
 def _tail_plan(rows: list[tuple[Tail, int]], attention: AttentionModel, memory: Tensor, plan: Any) -> Any:
-    """Every row on its tail up to itself; reserves the room. Rows that follow each other in one tail read it
+    """Every row on its tail up to itself. Rows that follow each other in one tail read it
     together: no row sees what is above its position."""
     spec = attention.specs[0]
     parts: list[Segments] = []
@@ -123,7 +129,6 @@ def _tail_plan(rows: list[tuple[Tail, int]], attention: AttentionModel, memory: 
     for _, it in groupby(rows, key=lambda tail_position: id(tail_position[0])):
         following = list(it)
         tail, newest = following[-1]
-        tail.reserve(newest + 1)
         segments = tail.segments(newest + 1)
         work += [(row, len(following), segment + i, 0, spec.groups) for i in range(segments.size)]
         parts.append(segments)

@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "../../kernels/cpu/native/api.h"
+#include "bulk.h"
 #include "wire.h"
 
 using namespace farshore;
@@ -318,6 +319,36 @@ PyObject* shut_down(PyObject*, PyObject* args) {
     });
 }
 
+// -- bulk KV, both ends ------------------------------------------------------------------------------------
+
+std::vector<iovec> pieces_of(PyObject* list) {
+    if (!PyList_Check(list) || PyList_GET_SIZE(list) % 2) throw std::invalid_argument("not a list of pairs");
+    std::vector<iovec> pieces;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); i += 2) {
+        void* address = PyLong_AsVoidPtr(PyList_GET_ITEM(list, i));
+        const size_t bytes = PyLong_AsSize_t(PyList_GET_ITEM(list, i + 1));
+        if (PyErr_Occurred()) throw Raised();
+        pieces.push_back({address, bytes});
+    }
+    return pieces;
+}
+
+template <void (*MOVE)(int, std::vector<iovec>, Deadline)>
+PyObject* move_pieces(PyObject*, PyObject* args) {
+    return guarded([&]() -> PyObject* {
+        int fd;
+        PyObject* list;
+        double deadline_s;
+        parse(args, "iOd", &fd, &list, &deadline_s);
+        std::vector<iovec> pieces = pieces_of(list);
+        {
+            WithoutGil released;
+            MOVE(fd, std::move(pieces), deadline_s < 0 ? NEVER : after(deadline_s));
+        }
+        Py_RETURN_NONE;
+    });
+}
+
 PyMethodDef methods[] = {
     {"stream", make_stream, METH_VARARGS, "stream(fd, frame_s): frames on a socket, which it owns from now on."},
     {"shared_memory", make_shared_memory, METH_VARARGS, "As `stream`, layer frames in shared memory; Unix sockets."},
@@ -332,6 +363,9 @@ PyMethodDef methods[] = {
      " next step's message, or None when the engine has hung up"},
     {"fail", fail, METH_VARARGS, "fail(wire, message): the shard's last frame; ends the connection."},
     {"shut_down", shut_down, METH_VARARGS, "From any thread: whoever waits finds the connection closed."},
+    {"send_pieces", move_pieces<send_pieces>, METH_VARARGS,
+     "send_pieces(fd, [address, bytes, ...], s): all of them, in order; s < 0: without a deadline."},
+    {"receive_pieces", move_pieces<receive_pieces>, METH_VARARGS, "receive_pieces(fd, [address, bytes, ...], s)"},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -1,4 +1,5 @@
 #include <fcntl.h>
+#include <sched.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -24,8 +25,11 @@ constexpr uint32_t SLOTS = 2 * MAX_UNDER_WAY;
 struct alignas(128) Ring {
     std::atomic<uint32_t> published;  // frames so far; by the sender
     std::atomic<uint32_t> sleeping;   // the receiver wants a WAKE on the socket; taken back by who sends it
+    std::atomic<uint32_t> core;       // where the sender was seen last, from 1; a hint
 };
 static_assert(std::atomic<uint32_t>::is_always_lock_free);
+
+uint32_t this_core() { return static_cast<uint32_t>(sched_getcpu() + 1); }
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -34,8 +38,6 @@ inline void relax() {
     asm volatile("yield");
 #endif
 }
-
-[[noreturn]] void broken(const char* what) { throw Broken(std::string(what) + ": " + std::strerror(errno)); }
 
 class Mapping {
   public:
@@ -123,6 +125,7 @@ class SharedMemory : public Wire {
     void publish(const Header& header) override {
         std::memcpy(map_.slot(out_, sent_), &header, sizeof header);
         Ring& ring = map_.ring(out_);
+        ring.core.store(this_core(), std::memory_order_relaxed);
         ring.published.store(++sent_);
         if (ring.sleeping.load() && ring.sleeping.exchange(0)) {
             const Header wake{0, 0, 0, WAKE, 0};
@@ -139,9 +142,7 @@ class SharedMemory : public Wire {
                 return message();
             }
             if (map_) {
-                const auto until = std::chrono::steady_clock::now() + SPIN;
-                while (!has_frame() && std::chrono::steady_clock::now() < until) relax();
-                if (has_frame()) continue;
+                if (spin()) continue;
                 // Either the sender sees this, or we see its frame.
                 map_.ring(in_).sleeping.store(1);
                 if (has_frame()) continue;
@@ -169,6 +170,18 @@ class SharedMemory : public Wire {
             throw;
         }
         close(fd);
+    }
+
+    // Whether a frame came meanwhile. Not for an answer that is to come from this very core: it would have to
+    // wait for the end of that (61 µs a hop instead of 23, both ends on one core).
+    bool spin() {
+        const uint32_t core = this_core();
+        const auto& other = map_.ring(in_).core;
+        const auto until = std::chrono::steady_clock::now() + SPIN;
+        while (!has_frame() && other.load(std::memory_order_relaxed) != core &&
+               std::chrono::steady_clock::now() < until)
+            relax();
+        return has_frame();
     }
 
     bool has_frame() { return map_ && map_.ring(in_).published.load() != taken_; }

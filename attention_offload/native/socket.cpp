@@ -1,6 +1,5 @@
 #include "socket.h"
 
-#include <poll.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -14,13 +13,6 @@ namespace {
 
 using std::chrono::nanoseconds;
 using std::chrono::steady_clock;
-
-[[noreturn]] void broken(const char* what) {
-    const int code = errno;
-    const std::string text = std::string(what) + ": " + std::strerror(code);
-    if (code == EPIPE || code == ECONNRESET) throw HungUp(text);
-    throw Broken(text);
-}
 
 // Room for two descriptors, so that a second one is seen and closed rather than cut off.
 constexpr size_t CONTROL_BYTES = CMSG_SPACE(2 * sizeof(int));
@@ -45,6 +37,28 @@ void take_passed(msghdr& message, int* passed) {
 }
 
 }  // namespace
+
+void broken(const char* what) {
+    const int code = errno;
+    const std::string text = std::string(what) + ": " + std::strerror(code);
+    if (code == EPIPE || code == ECONNRESET) throw HungUp(text);
+    throw Broken(text);
+}
+
+void wait_for(int fd, short events, Deadline deadline) {
+    for (;;) {
+        timespec left{};
+        if (deadline != NEVER) {
+            const auto ns = std::chrono::duration_cast<nanoseconds>(deadline - steady_clock::now()).count();
+            if (ns <= 0) throw Late("the deadline passed");
+            left = {ns / 1'000'000'000, ns % 1'000'000'000};
+        }
+        pollfd it{fd, events, 0};
+        const int ready = ppoll(&it, 1, deadline == NEVER ? nullptr : &left, nullptr);
+        if (ready > 0) return;
+        if (ready < 0 && errno != EINTR) broken("poll");
+    }
+}
 
 Socket::~Socket() { close(fd_); }
 
@@ -90,7 +104,7 @@ void Socket::send(const void* data, size_t bytes, Deadline deadline, int passed)
             at += sent;
             bytes -= sent;
         } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
-            wait_for(POLLOUT, deadline);
+            wait_for(fd_, POLLOUT, deadline);
         } else if (errno != EINTR) {
             broken("send");
         }
@@ -119,25 +133,10 @@ size_t Socket::receive(void* data, size_t bytes, Deadline deadline, int* passed)
         }
         if (received == 0) throw HungUp("the other end closed the connection");
         if (errno == EAGAIN || errno == EWOULDBLOCK) {
-            wait_for(POLLIN, deadline);
+            wait_for(fd_, POLLIN, deadline);
         } else if (errno != EINTR) {
             broken("receive");
         }
-    }
-}
-
-void Socket::wait_for(short events, Deadline deadline) {
-    for (;;) {
-        timespec left{};
-        if (deadline != NEVER) {
-            const auto ns = std::chrono::duration_cast<nanoseconds>(deadline - steady_clock::now()).count();
-            if (ns <= 0) throw Late("the deadline passed");
-            left = {ns / 1'000'000'000, ns % 1'000'000'000};
-        }
-        pollfd it{fd_, events, 0};
-        const int ready = ppoll(&it, 1, deadline == NEVER ? nullptr : &left, nullptr);
-        if (ready > 0) return;
-        if (ready < 0 && errno != EINTR) broken("poll");
     }
 }
 

@@ -1,11 +1,18 @@
 // A stream socket whose every wait has a deadline, and frames read from it.
 #pragma once
 
+#include <poll.h>
+
 #include <vector>
 
 #include "frame.h"
 
 namespace farshore::wire {
+
+// Until the socket is ready for the events; Late at the deadline.
+void wait_for(int fd, short events, Deadline deadline);
+// Throws what errno says: HungUp or Broken.
+[[noreturn]] void broken(const char* what);
 
 class Socket {
   public:
@@ -29,7 +36,6 @@ class Socket {
     void shut_down();
 
   private:
-    void wait_for(short events, Deadline deadline);
     int fd_;
 };
 

@@ -1,4 +1,4 @@
-"""A decoder layer's slices outside of attention, in native code: launchers with checks over ``native/dense_*``.
+"""A decoder layer's slices outside of attention, in native code: launchers with checks over its ``dense_*``.
 
 Called by ``models.native_llama``, whose base class holds the same slices in PyTorch: that is the reference.
 Weights lie as PyTorch has them and are shared with it. Must not know how a model is loaded, nor attention.
@@ -15,22 +15,31 @@ import torch
 from torch import Tensor
 
 from farshore.kernels.cpu import _native
+from farshore.kernels.cpu.packed import Packed
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """What weights and rows may be, and their numbers in ``native/plan.h``."""
 
+ASLEEP_US, AWAKE_US = 20, 200
+"""How long threads wait awake: as ``SPIN_US`` in ``native/pool.h``, and where that is too little."""
+
 FEW_ROWS = 12
 """Up to these a call runs at memory speed; their number does not change a row's bits."""
 
-BFLOAT16_PRODUCTS = not {"amx", "avx512-bf16"}.isdisjoint(_native.instruction_sets())
-"""Whether the CPU multiplies bfloat16 itself: PyTorch then does many rows at twice the rate of float32's."""
+MATRIX_UNIT = "amx" in _native.instruction_sets()
+"""Whether the CPU multiplies matrices of bfloat16: PyTorch then does many rows at ten times our rate."""
+
+READS_PACKED = not {"amx", "avx512-bf16"}.isdisjoint(_native.instruction_sets())
+"""Whether this CPU's kernels expand packed weights faster than memory gives whole ones."""
 
 
 class Linear(NamedTuple):
-    """``weight`` [out, in]; ``bias`` [out] or None."""
+    """``weight`` [out, in]; ``bias`` [out] or None; ``packed``, the same values in fewer bytes, or None: what
+    few rows are multiplied by."""
 
     weight: Tensor
     bias: Tensor | None
+    packed: Packed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +47,7 @@ class Layer:
     """A decoder layer's weights, checked. Immutable: threads may share one."""
 
     native: Any
-    kept: tuple[Tensor | None, ...]
+    kept: tuple[object, ...]
     """Alive as long as the native layer, which points into them."""
     dtype: torch.dtype
     hidden: int
@@ -52,7 +61,7 @@ class Head:
     """The last norm and the vocabulary's weights, checked."""
 
     native: Any
-    kept: tuple[Tensor | None, ...]
+    kept: tuple[object, ...]
     dtype: torch.dtype
     hidden: int
     vocab: int
@@ -73,8 +82,8 @@ def layer(
     eps: float,
     threads: int,
 ) -> Layer:
-    """``rotation``: (cos, sin), each [positions, head_dim / 2]; norms [hidden]. All in one dtype of DTYPES, on
-    the CPU, contiguous. ValueError where shapes do not fit one another.
+    """``rotation``: (cos, sin), each [positions, head_dim / 2]; norms [hidden]. All in one dtype of DTYPES,
+    on the CPU, contiguous. ValueError where shapes do not fit one another.
     """
     cos, sin = rotation
     positions, half = cos.shape
@@ -83,7 +92,7 @@ def layer(
     _check("norms", (attention_norm, mlp_norm), (hidden,), dtype)
     _check("rotation", rotation, (positions, half), dtype)
     arguments: list[int] = []
-    kept: list[Tensor | None] = [*rotation, attention_norm, mlp_norm]
+    kept: list[object] = [*rotation, attention_norm, mlp_norm]
     shapes = ((q_out, hidden), (kv_out, hidden), (kv_out, hidden), (hidden, q_out))
     shapes += ((inner, hidden), (inner, hidden), (hidden, inner))
     for linear, shape in zip((q, k, v, o, gate, up, down), shapes, strict=True):
@@ -104,6 +113,12 @@ def head(*, norm: Tensor, vocabulary: Linear, eps: float, threads: int) -> Head:
     linear = _linear(vocabulary, (vocab, hidden), dtype)
     native = _native.dense_head(DTYPES[dtype], threads, eps, norm.data_ptr(), *linear)
     return Head(native, (norm, *vocabulary), dtype, hidden, vocab)
+
+
+def expect_calls(*, soon: bool) -> None:
+    """Whether the calls to come follow each other closely, with a core for every thread: these then wait for
+    the next one awake, up to ``AWAKE_US``. For the whole process."""
+    _native.wait_awake(AWAKE_US if soon else ASLEEP_US)
 
 
 def attention_input(layer: Layer, h: Tensor) -> Tensor:
@@ -141,6 +156,20 @@ def key_value(layer: Layer, normed: Tensor, positions: Tensor) -> tuple[Tensor, 
     return k, v
 
 
+def project(layer: Layer, h: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`attention_input`, then :func:`query` and :func:`key_value`, in one call: h -> (q, k, v)."""
+    h = _rows(h, layer.hidden, layer.dtype)
+    rows = len(h)
+    q = h.new_empty(rows, layer.q_heads, layer.head_dim)
+    k = h.new_empty(rows, layer.kv_heads, layer.head_dim)
+    v = torch.empty_like(k)
+    if rows:
+        at = _positions(positions, rows)
+        pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr())
+        _native.dense_project(layer.native, rows, h.data_ptr(), at.data_ptr(), *pointers)
+    return q, k, v
+
+
 def finish(layer: Layer, h: Tensor, o: Tensor) -> Tensor:
     """The layer's input h [R, hidden] and its attention's output o [R, q_heads, head_dim] -> next h."""
     h = _rows(h, layer.hidden, layer.dtype)
@@ -173,12 +202,16 @@ def gather(table: Tensor, ids: Tensor) -> Tensor:
     return out
 
 
-def _linear(linear: Linear, shape: tuple[int, int], dtype: torch.dtype) -> tuple[int, int, int, int]:
-    weight, bias = linear
+def _linear(linear: Linear, shape: tuple[int, int], dtype: torch.dtype) -> tuple[int, ...]:
+    weight, bias, packed = linear
     _check("weight", (weight,), shape, dtype)
     if bias is not None:
         _check("bias", (bias,), shape[:1], dtype)
-    return weight.data_ptr(), 0 if bias is None else bias.data_ptr(), *shape
+    second = (0, 0)
+    if packed is not None and dtype == torch.bfloat16:
+        packed.check(shape)
+        second = (packed.rows.data_ptr(), packed.storage)
+    return weight.data_ptr(), 0 if bias is None else bias.data_ptr(), *shape, *second
 
 
 def _check(what: str, tensors: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> None:

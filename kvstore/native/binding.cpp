@@ -8,6 +8,7 @@
 #include <memory>
 #include <stdexcept>
 
+#include "bulk.h"
 #include "copy.h"
 
 using namespace farshore::kv;
@@ -145,6 +146,36 @@ PyObject* run_append(PyObject*, PyObject* const* args, Py_ssize_t count) {
     });
 }
 
+PyObject* run_xor(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    return guarded([&]() -> PyObject* {
+        Arguments a{args, args + count};
+        uint8_t* const to = a.pointer();
+        std::vector<const uint8_t*> sources;
+        for (Arguments at = a.list(); at.next != at.end;) sources.push_back(at.pointer());
+        const int64_t bytes = a.integer();
+        {
+            WithoutGil released;
+            exclusive_or(to, sources, bytes);
+        }
+        Py_RETURN_NONE;
+    });
+}
+
+PyObject* run_stream(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    return guarded([&]() -> PyObject* {
+        Arguments a{args, args + count};
+        uint8_t* const to = a.pointer();
+        const uint8_t* const from = a.pointer();
+        const int64_t bytes = a.integer();
+        {
+            WithoutGil released;
+            stream_copy(to, from, bytes);
+            fence();
+        }
+        Py_RETURN_NONE;
+    });
+}
+
 template <class F>
 PyMethodDef method(const char* name, F function, const char* text) {
     return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, text};
@@ -155,6 +186,8 @@ PyMethodDef methods[] = {
     method("gather", run_gather, "Copy rows out of blocks."),
     method("batch", make_batch, "Where a step's rows go; returns a capsule."),
     method("append", run_append, "append(batch, layer, k, v); None, or the tail that refuses it."),
+    method("xor", run_xor, "xor(to, [source, ...], bytes)"),
+    method("stream", run_stream, "stream(to, from, bytes): a copy past the caches"),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -3,11 +3,16 @@
 #include <algorithm>
 #include <thread>
 
+#include "bulk.h"
+
 namespace farshore::kv {
 namespace {
 
 // Less than this a thread: starting one takes as long as copying it. (20 µs at 10 GB/s.)
 constexpr int64_t LEAST_BYTES_A_THREAD = 256 << 10;
+
+// From here on a write goes past the caches: half of a core's own, and who reads it comes after the other layers.
+constexpr int64_t LEAST_BYTES_STREAMED = 1 << 20;
 
 // Calls body(i) for each i in [0, count), cut into `threads` equal parts. Plain threads: a bulk copy takes
 // milliseconds, and a pool would have to sleep between two of them anyway.
@@ -20,6 +25,12 @@ void parallel(int64_t count, int64_t bytes, int threads, const Body& body) {
     std::vector<std::jthread> helpers;
     for (int64_t i = 1; i < parts; i++) helpers.emplace_back(part, i);
     part(0);
+}
+
+int64_t bytes_of(const Places& places, int layers) {
+    int64_t tokens = 0;
+    for (const Stretch& it : places.stretches) tokens += it.count;
+    return layers * tokens * places.layout.layer_bytes / places.layout.block_tokens;
 }
 
 // Calls copy(side, rows of the stretch's first token, run, stretch) for each run of each stretch and layer.
@@ -35,9 +46,8 @@ void each_run(const Places& places, int first_layer, int last_layer, const Rows&
     }
     const int64_t heads = layout.k.heads + layout.v.heads, stretches = places.stretches.size();
     const int64_t layers = last_layer - first_layer;
-    const int64_t bytes = layers * tokens * layout.layer_bytes / layout.block_tokens;
     // A layer's stretches outermost: what one thread copies is adjacent in each block.
-    parallel(layers * stretches * heads, bytes, threads, [&](int64_t item) {
+    parallel(layers * stretches * heads, bytes_of(places, layers), threads, [&](int64_t item) {
         const int64_t layer = item / (stretches * heads), i = item / heads % stretches, head = item % heads;
         const bool is_k = head < layout.k.heads;
         const Side& side = is_k ? layout.k : layout.v;
@@ -53,9 +63,11 @@ void each_run(const Places& places, int first_layer, int last_layer, const Rows&
 }  // namespace
 
 void scatter(const Places& places, int first_layer, int last_layer, Type type, const Rows& k, const Rows& v, int threads) {
+    const bool stream = bytes_of(places, last_layer - first_layer) >= LEAST_BYTES_STREAMED;
     each_run(places, first_layer, last_layer, k, v, threads,
              [&](const Side& side, const uint8_t* rows, int64_t stride, uint8_t* run, const Stretch& to) {
-                 put(places.layout, side, type, rows, stride, run, to.slot, to.count);
+                 put(places.layout, side, type, rows, stride, run, to.slot, to.count, stream);
+                 if (stream) fence();
              });
 }
 

@@ -5,6 +5,8 @@
 #include <cfloat>
 #include <cstring>
 
+#include "bulk.h"
+
 namespace farshore::kv {
 namespace {
 
@@ -107,10 +109,12 @@ Slot slot_of(const Layout& layout, const Side& side, uint8_t* run, int slot) {
     return {run + slot * side.row_bytes, run + layout.block_tokens * side.row_bytes + slot * 2 * side.scales};
 }
 
+void plain_copy(uint8_t* to, const uint8_t* from, int64_t bytes) { std::memcpy(to, from, bytes); }
+
 }  // namespace
 
 void put(const Layout& layout, const Side& side, Type type, const uint8_t* rows, int64_t stride, uint8_t* run,
-         int slot, int count) {
+         int slot, int count, bool stream) {
     auto quantise_with = [&](auto quantise) {
         for (int i = 0; i < count; i++) {
             const Slot to = slot_of(layout, side, run, slot + i);
@@ -125,7 +129,7 @@ void put(const Layout& layout, const Side& side, Type type, const uint8_t* rows,
         case Type::FLOAT64: return quantise_with(quantise_row<Type::FLOAT64>);
     }
     if (!side.scales && stride == side.row_bytes) {
-        std::memcpy(run + slot * side.row_bytes, rows, count * side.row_bytes);
+        (stream ? stream_copy : plain_copy)(run + slot * side.row_bytes, rows, count * side.row_bytes);
         return;
     }
     for (int i = 0; i < count; i++) {

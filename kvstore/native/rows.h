@@ -45,8 +45,10 @@ struct Rows {
     int64_t token_stride;
 };
 
-// Copies `count` rows at `rows`, `stride` bytes apart, to the slots from `slot` on of the run at `run`.
-void put(const Layout&, const Side&, Type, const uint8_t* rows, int64_t stride, uint8_t* run, int slot, int count);
+// Copies `count` rows at `rows`, `stride` bytes apart, to the slots from `slot` on of the run at `run`. `stream`:
+// past the caches where it can be, see bulk.h.
+void put(const Layout&, const Side&, Type, const uint8_t* rows, int64_t stride, uint8_t* run, int slot, int count,
+         bool stream = false);
 
 // The way back; a quantised run gives STORED rows or FLOAT32.
 void take(const Layout&, const Side&, Type, uint8_t* rows, int64_t stride, const uint8_t* run, int slot, int count);

@@ -1,5 +1,8 @@
 """Shards to talk to, and something small to say: spans, steps and queries of random numbers."""
 
+import socket
+import threading
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 from farshore.attention_offload.base import AttentionModel
 from farshore.attention_offload.frames import REMOTE, Transport
 from farshore.attention_offload.plan import Read, ShardStep
+from farshore.attention_offload.remote_peer import RemotePeer
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kernels.base import AttentionSpec, KVLayout
 from farshore.kernels.formats import KVFormat
@@ -111,6 +115,85 @@ def transport(request):
 
 
 @pytest.fixture
+def reach(work):
+    """reach(address, ...) -> RemotePeer of the work's model that tries all transports, or those given; closed
+    after the test."""
+    peers = []
+
+    def to(address, **options):
+        peers.append(RemotePeer(address, work.model, work.dtype, **options))
+        return peers[-1]
+
+    yield to
+    for peer in peers:
+        peer.close()
+
+
+@pytest.fixture
 def connect(connect, work, transport):
     """connect(address, ...) -> RemotePeer of the work's model."""
     return partial(connect, model=work.model, transports=(transport, Transport.GRPC))
+
+
+class CountingProxy:
+    """Between an engine and a shard's TCP port: how many bytes went there, and how many back."""
+
+    def __init__(self, target):
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.port = self._server.getsockname()[1]
+        self._target = target
+        self._counts = [0, 0]
+        self._lock = threading.Lock()
+        self._connections = []
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def counts(self):
+        with self._lock:
+            return tuple(self._counts)
+
+    def close(self):
+        self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+        for near in self._connections:
+            with suppress(OSError):
+                near.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(60)
+            assert not thread.is_alive()
+
+    def _accept(self):
+        while True:
+            try:
+                near, _ = self._server.accept()
+            except OSError:
+                return
+            far = socket.create_connection(self._target)
+            self._connections.append(near)
+            for pair in ((near, far, 0), (far, near, 1)):
+                self._threads.append(threading.Thread(target=self._pass_on, args=pair))
+                self._threads[-1].start()
+
+    def _pass_on(self, source, sink, direction):
+        # Counted before it is passed on: whoever has an answer finds it counted.
+        with source, suppress(OSError):
+            while data := source.recv(1 << 16):
+                with self._lock:
+                    self._counts[direction] += len(data)
+                sink.sendall(data)
+        with suppress(OSError):
+            sink.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def proxy_to():
+    """proxy_to(shard) -> CountingProxy to where the shard takes TCP connections."""
+    proxies = []
+
+    def start(shard):
+        proxies.append(CountingProxy(shard.service.listener.tcp_address))
+        return proxies[-1]
+
+    yield start
+    for proxy in proxies:
+        proxy.close()

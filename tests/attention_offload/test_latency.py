@@ -7,11 +7,13 @@ from hypothesis import strategies as st
 from farshore.attention_offload.frames import Transport
 from farshore.attention_offload.latency import (
     LEAST_S,
+    RECENT_FRAMES,
     SLOW_LEAST_FRAMES,
     STEPS_AN_OCTAVE,
     WINDOW_FRAMES,
     Histogram,
     LinkRecord,
+    SlowShards,
     links,
 )
 
@@ -44,11 +46,21 @@ def test_what_was_slow_long_ago_is_forgotten():
     assert histogram.count == 3 * WINDOW_FRAMES
 
 
-def record(ms, frames=SLOW_LEAST_FRAMES):
+def record(ms, frames=SLOW_LEAST_FRAMES, work=1):
     it = LinkRecord(frames=frames)
-    for _ in range(frames):
-        it.latency.add(ms / 1e3)
+    it.expect(work)
+    answer(it, ms, frames)
     return it
+
+
+def answer(it, ms, frames):
+    for _ in range(frames):
+        it.answered(ms / 1e3)
+
+
+def slow(records):
+    found = links(records, dict.fromkeys(records, Transport.TCP))
+    return {it.worker_id for it in found if it.slow}
 
 
 def test_a_shard_is_slow_beside_the_others():
@@ -60,9 +72,34 @@ def test_a_shard_is_slow_beside_the_others():
         "unused": LinkRecord(),
     }
     found = {it.worker_id: it for it in links(records, dict.fromkeys(records, Transport.TCP))}
-    assert {worker for worker, it in found.items() if it.slow} == {"c"}
+    assert slow(records) == {"c"}
     assert "unused" not in found
     assert found["c"].transport == Transport.TCP and 9 <= found["c"].p50_ms <= 9 * BUCKET
+
+
+def test_a_shard_that_has_more_to_do_is_not_slow():
+    assert slow({"a": record(1, work=100), "b": record(9, work=800)}) == set()
+    assert slow({"a": record(1, work=800), "b": record(9, work=100)}) == {"b"}
+
+
+def test_a_shard_is_slow_beside_its_own_past():
+    it = record(1, frames=WINDOW_FRAMES)
+    answer(it, 9, 2 * RECENT_FRAMES)
+    assert slow({"a": it}) == {"a"}
+    answer(it, 1, 2 * RECENT_FRAMES)
+    assert slow({"a": it}) == set()
+
+
+def test_a_shard_that_got_more_to_do_is_not_slow():
+    it = record(1, frames=WINDOW_FRAMES)
+    for _ in range(32):
+        it.expect(9)
+    answer(it, 7, 2 * RECENT_FRAMES)
+    assert slow({"a": it}) == set()
+
+
+def test_what_a_hop_takes_more_by_one_transport_than_by_another_is_not_slow():
+    assert slow({"a": record(0.01), "b": record(0.1)}) == set()
 
 
 def test_one_shard_alone_is_not_slow_and_a_failure_shows():
@@ -71,3 +108,15 @@ def test_one_shard_alone_is_not_slow_and_a_failure_shows():
     assert not alone.slow
     found = links({"a": record(100), "b": failed}, {"a": Transport.TCP, "b": Transport.GRPC})
     assert [(it.worker_id, it.failures, it.slow) for it in found] == [("a", 0, False), ("b", 2, False)]
+
+
+def test_the_log_says_once_that_a_shard_is_slow_and_once_that_it_is_not(caplog):
+    caplog.set_level("INFO")
+    watch, it = SlowShards(), record(1, frames=WINDOW_FRAMES)
+    for ms in (1, 9, 9, 1, 1):
+        answer(it, ms, 2 * RECENT_FRAMES)
+        watch.look(links({"a": it}, {"a": Transport.TCP}))
+    assert [(r.levelname, r.getMessage().split(":")[0]) for r in caplog.records] == [
+        ("WARNING", "attention worker a is slow"),
+        ("INFO", "attention worker a is as fast as before"),
+    ]

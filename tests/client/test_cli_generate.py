@@ -3,11 +3,14 @@
 import io
 import json
 import os
+import shlex
 import signal
+import threading
 
 import pytest
 
 from farshore.errors import StartupError
+from farshore.proto import cluster_pb2
 
 
 @pytest.fixture
@@ -38,10 +41,76 @@ def test_raw(run, farshore, served, answer):
 
 
 def test_sampling_options(run, farshore, answer):
-    options = ["--max-tokens", "7", "--temperature", "0", "--top-p", "0.5", "--seed", "9"]
+    options = shlex.split(
+        "--max-tokens 7 --temperature 0.5 --top-k 40 --top-p 0.5 --min-p 0.25 --repetition-penalty 1.5 "
+        "--presence-penalty -0.5 --frequency-penalty 2 --logit-bias 42=-100 --logit-bias 7=2.5 --seed 9 "
+        "--stop-token-id 11 --ignore-eos"
+    )
     run("generate", "Hi", "--server", farshore.address, *options)
     sent = farshore.engine.next_sequence().request
-    assert (sent.max_tokens, sent.temperature, sent.top_p, sent.seed) == (7, 0.0, 0.5, 9)
+    assert (sent.max_tokens, sent.temperature, sent.top_k, sent.top_p) == (7, 0.5, 40, 0.5)
+    assert (sent.min_p, sent.repetition_penalty) == (0.25, 1.5)
+    assert (sent.presence_penalty, sent.frequency_penalty, sent.seed) == (-0.5, 2, 9)
+    assert dict(sent.logit_bias) == {42: -100, 7: 2.5}
+    assert list(sent.stop_token_ids) == [11]
+
+
+def test_stop_strings(run, farshore, answer):
+    done = run("generate", "Hi", "--server", farshore.address, "--stop", "never", "--stop", " light")
+    assert (done.code, done.out) == (0, "It scatters 🌍\n")
+
+
+@pytest.fixture
+def two_choices(farshore, served):
+    """The engine answers the next prompt twice; returns what it says."""
+    texts = ["One answer.", "Another 🌍"]
+
+    def feed():
+        sequence = farshore.engine.next_sequence()
+        for choice, text in enumerate(texts):
+            for token in served.tokenizer.encode(text):
+                sequence.token(
+                    token_id=token,
+                    choice=choice,
+                    logprob=-0.5,
+                    top=[cluster_pb2.TokenLogprob(token_id=token, logprob=-0.5)],
+                )
+            sequence.finish(choice=choice)
+
+    feeding = threading.Thread(target=feed)
+    feeding.start()
+    yield texts
+    feeding.join(30)
+
+
+def test_choices_are_told_one_after_the_other(run, farshore, two_choices):
+    done = run("generate", "Hi", "--server", farshore.address, "--n", "2", "--temperature", "1")
+    assert (done.code, done.out) == (0, f"[0] {two_choices[0]}\n\n[1] {two_choices[1]}\n")
+
+
+def test_choices_as_json(run, farshore, served, two_choices):
+    options = ["--n", "2", "--temperature", "1", "--logprobs", "1", "--json"]
+    told = json.loads(run("generate", "Hi", "--server", farshore.address, *options).out)
+    assert not told.keys() & {"text", "token_ids", "finish_reason"}
+    ids = [served.tokenizer.encode(text) for text in two_choices]
+    assert told["completion_tokens"] == sum(map(len, ids))
+    for index, choice in enumerate(told["choices"]):
+        assert (choice["index"], choice["text"]) == (index, two_choices[index])
+        assert choice["token_ids"] == ids[index] and choice["finish_reason"] == "stop"
+        assert [it["token_id"] for it in choice["logprobs"]] == ids[index]
+        first = choice["logprobs"][0]
+        assert first == {
+            "token_id": ids[index][0],
+            "text": served.tokenizer.decode(ids[index][:1]),
+            "logprob": -0.5,
+            "top": [
+                {
+                    "token_id": ids[index][0],
+                    "logprob": -0.5,
+                    "text": served.tokenizer.decode(ids[index][:1]),
+                }
+            ],
+        }
 
 
 def test_json(run, farshore, served, answer):
@@ -103,6 +172,41 @@ def test_gateway_errors_are_one_line(run, farshore):
     assert done.err.count("\n") == 1 and "'smollm2'" in done.err
 
 
+def test_a_long_prompt_shows_how_far_it_is(run, farshore, monkeypatch):
+    """On a terminal, in one line that is gone when the answer begins."""
+
+    read = threading.Event()
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+        def write(self, text):
+            if "1500 of 1500" in text:
+                read.set()
+            return super().write(text)
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+
+    def feed():
+        sequence = farshore.engine.next_sequence()
+        for done in (512, 1024, 1500):
+            sequence.prefill(done, 1500)
+        assert read.wait(30)
+        sequence.tokens(7)
+        sequence.finish()
+
+    feeding = threading.Thread(target=feed)
+    feeding.start()
+    assert run("generate", "Hi", "--server", farshore.address).code == 0
+    feeding.join(30)
+    clear = "\r\x1b[2K"
+    shown = terminal.getvalue().split(clear)
+    # A reader that is slower than the engine skips lines: only the newest counts.
+    assert shown[-2:] == ["reading the prompt: 1500 of 1500 tokens", ""]
+
+
 def test_starts_a_cluster_for_one_call(run, farshore, cluster, nothing_listens, answer):
     cluster.address = farshore.address
     done = run("generate", "Hi", "--attention-workers", "3", "--kv-memory", "64MiB", "--dtype", "float32")
@@ -112,6 +216,22 @@ def test_starts_a_cluster_for_one_call(run, farshore, cluster, nothing_listens, 
     assert (config.port, config.model, config.attention_workers) == (0, "smollm2", 3)
     assert (config.kv_memory_bytes, config.dtype) == (64 << 20, "float32")
     assert cluster.stops == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("", ("bf16", 200.0, 0)),
+        ("--dtype float32", ("float32", 200.0, 0)),
+        ("--kv-format int8 --max-decode-stall-ms 50 --speculate 4", ("int8", 50.0, 4)),
+        ("--kv-format int4 --dtype float32", ("int4", 200.0, 0)),
+    ],
+)
+def test_what_the_engine_is_told(run, farshore, cluster, nothing_listens, answer, options, expected):
+    cluster.address = farshore.address
+    assert run("generate", "Hi", *options.split()).code == 0
+    config = cluster.config
+    assert (config.stored_format, config.max_decode_stall_ms, config.speculate) == expected
 
 
 def test_a_running_gateway_is_used(run, farshore, cluster, answer, monkeypatch):

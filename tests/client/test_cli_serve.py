@@ -166,6 +166,19 @@ def test_status_when_idle(run, farshore):
     assert "LINK" not in out
 
 
+def test_status_shows_what_is_in_force(run, farshore):
+    farshore.engine.status.MergeFrom(
+        api.ClusterStatusReply(kv_format="int8", max_decode_stall_ms=50, speculate_tokens=4)
+    )
+    out = run("status", "--server", farshore.address).out
+    assert (
+        "KV as int8" in out
+        and "at most 50 ms from token to token beside other prompts; up to 4 tokens guessed ahead" in out
+    )
+    told = json.loads(run("status", "--server", farshore.address, "--json").out)
+    assert (told["kv_format"], told["max_decode_stall_ms"], told["speculate_tokens"]) == ("int8", 50, 4)
+
+
 def test_status_as_json(run, busy):
     told = json.loads(run("status", "--server", busy.address, "--json").out)
     assert told["workers"][0]["process_id"] == 77

@@ -6,6 +6,7 @@ import pytest
 from farshore.client import events
 from farshore.client.sdk import Client
 from farshore.errors import InvalidRequest, NotFound, Overloaded, TransportError
+from farshore.proto import cluster_pb2
 from farshore.proto import inference_pb2 as api
 
 
@@ -33,6 +34,32 @@ def test_events_in_order(client, farshore, served):
     assert (done.reason, done.completion_tokens, done.queued_ms) == ("stop", len(ids), 1.5)
     assert done.shards == (events.ShardUse(worker_id="attention-0", process_id=7, attended_bytes=4096),)
     assert list(stream) == []
+
+
+def test_choices_and_log_probabilities(client, farshore, served):
+    (yes,), (no,) = (served.tokenizer.encode(word) for word in (" yes", " no"))
+    asked = dict(n=2, temperature=1.0, logprobs=1, logit_bias={yes: 1.0}, stop="zzz", stop_token_ids=[no])
+    stream = client.generate("Hello", **asked)
+    sequence = farshore.engine.next_sequence()
+    sent = sequence.request
+    assert (sent.n, sent.logprobs, dict(sent.logit_bias)) == (2, 1, {yes: 1.0})
+    top = [cluster_pb2.TokenLogprob(token_id=no, logprob=-0.5)]
+    sequence.token(token_id=yes, choice=1, logprob=-1.5, top=top)
+    sequence.token(token_id=no)
+    for choice in (0, 1):
+        sequence.finish(choice=choice)
+    _, first, second, done = stream
+    assert first == events.Token(
+        index=0,
+        token_id=yes,
+        text=" yes",
+        choice=1,
+        logprob=-1.5,
+        top=(events.Alternative(token_id=no, logprob=-0.5, text=" no"),),
+    )
+    assert second == events.Token(index=0, token_id=no, text="")
+    assert done.choices == (events.Completion(reason="stop", tokens=1, text=""),) * 2
+    assert done.completion_tokens == 2 and (done.reason, done.text) == ("stop", "")
 
 
 def test_prompts_of_each_kind(client, farshore, served):

@@ -71,6 +71,7 @@ def test_status_names_who_answers_and_who_does_not(stub, service):
         told = stub.Status(pb.StatusRequest())
     server.stop(0).wait()
     assert told.model == "smollm2" and told.max_positions == 8192
+    assert (told.kv_format, told.max_decode_stall_ms, told.speculate_tokens) == ("bf16", 200.0, 0)
     assert {worker.worker_id: worker.state for worker in told.workers} == {
         "attention-0": "ready",
         "attention-1": "unreachable",

@@ -48,17 +48,20 @@ class Sequence:
     def _put(self, item):
         self._loop.call_soon_threadsafe(self.script.put_nowait, item)
 
-    def tokens(self, *ids):
+    def tokens(self, *ids, choice=0):
         for token_id in ids:
-            self._put(cluster_pb2.SequenceEvent(token_id=token_id))
+            self.token(token_id=token_id, choice=choice)
+
+    def token(self, **fields):
+        self._put(cluster_pb2.SequenceEvent(token=cluster_pb2.SampledToken(**fields)))
 
     def prefill(self, done, total):
         progress = api.PrefillProgress(done_tokens=done, total_tokens=total)
         self._put(cluster_pb2.SequenceEvent(prefill=progress))
 
-    def finish(self, reason=api.FINISH_REASON_STOP, queued_ms=1.5):
+    def finish(self, reason=api.FINISH_REASON_STOP, queued_ms=1.5, choice=0):
         shards = [api.ShardUse(worker_id="attention-0", process_id=7, attended_bytes=4096)]
-        done = cluster_pb2.SequenceFinished(reason=reason, queued_ms=queued_ms, shards=shards)
+        done = cluster_pb2.SequenceFinished(reason=reason, queued_ms=queued_ms, shards=shards, choice=choice)
         self._put(cluster_pb2.SequenceEvent(finished=done))
 
     def fail(self, code, message):
@@ -78,6 +81,7 @@ class FakeEngine(cluster_pb2_grpc.EngineServicer, cluster_pb2_grpc.ControllerSer
         self._live = {}
         self.auto = None
         self.ignores_cancel = False
+        self.cancelled = []  # (sequence id, choice or None)
         self.status = api.ClusterStatusReply(model="smollm2", dtype="bfloat16")
 
     def next_sequence(self):
@@ -95,19 +99,22 @@ class FakeEngine(cluster_pb2_grpc.EngineServicer, cluster_pb2_grpc.ControllerSer
             sequence.tokens(*self.auto)
             sequence.finish()
         try:
-            while (item := await sequence.script.get()) is not None:
+            live = request.n
+            while live and (item := await sequence.script.get()) is not None:
                 if isinstance(item, tuple):
                     await context.abort(*item)
                 await context.write(item)
-                if item.HasField("finished"):
-                    return
+                live -= item.HasField("finished")
         finally:
             sequence.ended.set()
 
     async def Cancel(self, request, context):
+        choice = request.choice if request.HasField("choice") else None
+        self.cancelled.append((request.sequence_id, choice))
         sequence = self._live.get(request.sequence_id)
         if sequence is not None and not self.ignores_cancel:
-            sequence.finish(api.FINISH_REASON_CANCELLED)
+            for each in range(sequence.request.n) if choice is None else [choice]:
+                sequence.finish(api.FINISH_REASON_CANCELLED, choice=each)
         return cluster_pb2.CancelSequenceReply()
 
     async def Status(self, request, context):
@@ -172,9 +179,12 @@ def gateway(loop_thread, served, *, limits=None, controller=None, **options):
         loop_thread.run(server.stop(None))
 
 
-def text_of(events):
-    """All text of a stream, as a client joins it."""
-    return "".join(event.token.text if event.HasField("token") else event.finished.text for event in events)
+def text_of(events, choice=0):
+    """All text of one choice of a stream, as a client joins it."""
+    tokens = [event.token for event in events if event.HasField("token")]
+    return "".join(token.text for token in tokens if token.choice == choice) + "".join(
+        event.finished.choices[choice].text for event in events if event.HasField("finished")
+    )
 
 
 def indices_of(events):

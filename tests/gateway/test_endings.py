@@ -23,7 +23,7 @@ def test_cancel_ends_the_stream(start, ignores_cancel):
     next(call)
     _cancel(farshore, request_id)
     done = list(call)[-1].finished
-    assert done.reason == api.FINISH_REASON_CANCELLED
+    assert done.choices[0].reason == api.FINISH_REASON_CANCELLED
     assert done.usage.completion_tokens == 1
     assert sequence.ended.wait(30)
     _cancel(farshore, request_id)
@@ -92,5 +92,5 @@ def test_stopping_the_gateway_ends_live_requests(harness, loop_thread, served):
         sequence = farshore.engine.next_sequence()
         next(call)
         loop_thread.run(farshore.gateway.stop())
-        assert list(call)[-1].finished.reason == api.FINISH_REASON_CANCELLED
+        assert list(call)[-1].finished.choices[0].reason == api.FINISH_REASON_CANCELLED
         assert sequence.ended.wait(30)

@@ -16,9 +16,11 @@ def spawn():
     """Starts gateway processes; returns (process, the line it printed)."""
     processes = []
 
-    def start(listen="127.0.0.1:0", model="smollm2"):
+    def start(listen="127.0.0.1:0", model="smollm2", late=False):
         arguments = ["--model", model, "--listen", listen]
-        arguments += ["--engine", "127.0.0.1:1", "--controller", "127.0.0.1:2"]
+        arguments += ["--controller", "127.0.0.1:2"]
+        # The engine's address may come later, on stdin.
+        arguments += [] if late else ["--engine", "127.0.0.1:1"]
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "farshore.gateway", *arguments],
             stdin=subprocess.PIPE,
@@ -26,6 +28,9 @@ def spawn():
             text=True,
         )
         processes.append(process)
+        if late:
+            process.stdin.write("127.0.0.1:1\n")
+            process.stdin.flush()
         return process, json.loads(process.stdout.readline())
 
     yield start
@@ -51,8 +56,9 @@ def test_leaves_on_a_signal(spawn, number):
     assert process.wait(30) == 0
 
 
-def test_leaves_with_its_parent(spawn):
-    process, line = spawn()
+@pytest.mark.parametrize("late", [False, True])
+def test_leaves_with_its_parent(spawn, late):
+    process, line = spawn(late=late)
     assert _is_serving(line["address"])
     process.stdin.close()
     assert process.wait(30) == 0

@@ -24,7 +24,7 @@ def test_streams_tokens_as_they_come(farshore, served):
         assert token.text == served.tokenizer.decode([token_id])
     sequence.finish(api.FINISH_REASON_LENGTH)
     done = next(call).finished
-    assert done.reason == api.FINISH_REASON_LENGTH
+    assert done.choices[0].reason == api.FINISH_REASON_LENGTH
     assert done.usage == api.Usage(prompt_tokens=accepted.prompt_tokens, completion_tokens=len(ids))
     assert done.timings.queued_ms == 1.5
     assert 0 < done.timings.ttft_ms <= done.timings.total_ms
@@ -39,7 +39,7 @@ def test_defaults_reach_the_engine(farshore, served):
     list(farshore.generate())
     second = farshore.engine.next_sequence().request
     assert (first.max_tokens, first.temperature, first.top_p) == (256, 0.0, 1.0)
-    assert list(first.stop_ids) == list(served.config.eos_token_ids)
+    assert list(first.stop_token_ids) == list(served.config.eos_token_ids)
     assert first.seed != second.seed
 
 
@@ -49,7 +49,7 @@ def test_sampling_reaches_the_engine(farshore):
     list(farshore.generate(sampling=sampling))
     sent = farshore.engine.next_sequence().request
     assert (sent.max_tokens, sent.temperature, sent.top_p, sent.seed) == (3, 0.0, 0.5, 2**64 - 1)
-    assert list(sent.stop_ids) == []
+    assert list(sent.stop_token_ids) == []
 
 
 def test_unset_max_tokens_is_what_positions_leave(farshore, served):

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from farshore.ids import WorkerId
+from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import KVLayout, Segments
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore import blocks
 from farshore.kvstore.arena import Arena
+from farshore.kvstore.base import SpanKey
 from farshore.kvstore.store import LocalStore
 
 Tokens = Callable[[KVLayout, int], tuple[Tensor, Tensor]]
@@ -66,6 +67,47 @@ def tokens() -> Tokens:
         return k.to(layout.format.dtype), v.to(layout.format.dtype)
 
     return make
+
+
+@pytest.fixture
+def sealed(tokens):
+    """sealed(store, n, layout, ...) -> a span of n random sealed tokens, written as its format takes them."""
+
+    def make(store, n, layout, *, sequence="s", first=0, epoch=1, capacity_tokens=None) -> SpanId:
+        epoch = Epoch(epoch)
+        floats = layout._replace(format=KVFormat.FLOAT32) if layout.format.quantised else layout
+        key = SpanKey(
+            sequence=SequenceId(sequence), layer_class=0, first=first, group0=0, group1=layout.groups
+        )
+        span = store.create(key, capacity_tokens=capacity_tokens or n, layout=layout, epoch=epoch)
+        for layer in range(layout.layers):
+            store.write(span, layer, 0, *tokens(floats, n), epoch=epoch)
+        store.seal(span, n, epoch=epoch)
+        return span
+
+    return make
+
+
+@pytest.fixture
+def content():
+    """content(store, span, first, last) -> the bytes of these tokens, layer by layer, as stored."""
+
+    def read(store, span, first, last) -> list[Tensor]:
+        layers = range(store.layout(span).layers)
+        return [it for layer in layers for it in store.read(span, layer, first, last, dtype=torch.uint8)]
+
+    return read
+
+
+@pytest.fixture(params=["odd bfloat16", "int8", "int4", "float32, V in K"])
+def any_layout(request, layout) -> KVLayout:
+    """Layouts of several formats; of the quantised ones with scales at odd addresses if tokens are odd."""
+    return {
+        "odd bfloat16": layout,
+        "int8": layout._replace(format=KVFormat.INT8, k_dim=65, v_dim=7, block_tokens=6),
+        "int4": layout._replace(format=KVFormat.INT4, k_dim=70, v_dim=6, block_tokens=6),
+        "float32, V in K": layout._replace(format=KVFormat.FLOAT32, v_heads_per_group=3, v_in_k=True),
+    }[request.param]
 
 
 @pytest.fixture

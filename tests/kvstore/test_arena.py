@@ -1,17 +1,23 @@
+import ctypes
+import errno
 import mmap
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farshore.errors import Full, InvalidRequest
+from farshore.kvstore import pages
 from farshore.kvstore.arena import Arena, Extent, stride_bytes
 
 PAGE = mmap.PAGESIZE
+MIB = 1 << 20
 requests = st.tuples(st.integers(1, 9), st.integers(1, 3 * PAGE))
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(requests, st.integers(0, 100)), max_size=60))
 def test_books_add_up_whatever_is_taken_and_given_back(steps):
     arena = Arena(40 * PAGE)
@@ -68,12 +74,102 @@ def test_an_extent_can_be_freed_in_parts():
     assert arena.free_bytes == 2 * PAGE
 
 
-def test_freed_memory_reads_as_zeros():
-    arena = Arena(2 * PAGE)
-    extents = arena.allocate(2, PAGE)
-    arena.memory.fill_(7)
+def resident_bytes() -> int:
+    """Of this process, as the system counts it."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs Linux's /proc")
+
+
+@needs_proc
+def test_what_is_granted_was_touched_and_what_is_freed_goes_back_but_for_the_spare_part():
+    before = resident_bytes()
+    arena = Arena(256 * MIB, spare_bytes=8 * MIB)
+    assert resident_bytes() - before < 8 * MIB and arena.committed_bytes == 0
+    extents = arena.allocate(32, 3 * MIB)  # 96 MiB, granted and not written
+    assert 96 * MIB <= arena.committed_bytes <= 98 * MIB
+    assert 80 * MIB < resident_bytes() - before < 112 * MIB
     arena.free(extents)
-    assert not arena.memory.any()
+    assert 8 * MIB <= arena.committed_bytes <= 10 * MIB
+    assert resident_bytes() - before < 24 * MIB
+    arena.check_integrity()
+
+
+def test_what_stays_warm_is_granted_next():
+    arena = Arena(64 * MIB, spare_bytes=4 * MIB)
+    low, high = arena.allocate(1, 8 * MIB)[0], arena.allocate(1, 8 * MIB)[0]
+    arena.memory[: 16 * MIB] = 7
+    arena.free([low])
+    arena.free([high])
+    assert arena.committed_bytes == 4 * MIB
+    (again,) = arena.allocate(1, 4 * MIB)
+    assert again.base == 0 and arena.memory[: 4 * MIB].all() and arena.committed_bytes == 4 * MIB
+    (fresh,) = arena.allocate(1, 12 * MIB)
+    assert not arena.memory[fresh.base : fresh.base + fresh.bytes].any()
+
+
+@pytest.mark.parametrize("budget_bytes", [24 * PAGE, 33 * MIB + 5 * PAGE])
+@settings(deadline=None)
+@given(st.data())
+def test_whatever_is_given_back_leaves_no_more_than_the_spare_part(budget_bytes, data):
+    """In ordinary pages exactly; where pages are huge, what shares one with something held stays, too."""
+    spare_bytes = data.draw(st.sampled_from([0, 3 * PAGE, 5 * MIB]))
+    arena = Arena(budget_bytes, spare_bytes=spare_bytes)
+    held: list[list[Extent]] = []
+    for size in data.draw(st.lists(st.integers(1, budget_bytes), max_size=12)):
+        try:
+            held.append(arena.allocate(1, size))
+        except Full:
+            arena.free(held.pop(size % len(held)))
+            used = arena.budget_bytes - arena.free_bytes
+            shared = 2 * (2 * MIB) * (len(held) + 1) if budget_bytes > MIB else 0
+            assert arena.committed_bytes <= used + spare_bytes + shared
+        arena.check_integrity()
+        assert arena.committed_bytes <= arena.budget_bytes
+    for extents in held:
+        arena.free(extents)
+    assert arena.committed_bytes <= spare_bytes + (2 * MIB if budget_bytes > MIB else 0)
+
+
+@pytest.fixture
+def populating_fails(monkeypatch):
+    """populating_fails(errno): from now on the system answers so when it is to commit memory."""
+    madvise = pages._madvise
+
+    def fail(number):
+        def failing(address, size, advice):
+            if advice != pages.MADV_POPULATE_WRITE:
+                return madvise(address, size, advice)
+            ctypes.set_errno(number)
+            return -1
+
+        monkeypatch.setattr(pages, "_madvise", failing)
+
+    return fail
+
+
+def test_a_machine_without_memory_left_is_full(populating_fails):
+    arena = Arena(8 * PAGE)
+    populating_fails(errno.ENOMEM)
+    with pytest.raises(Full, match="machine has less"):
+        arena.allocate(2, PAGE)
+    assert arena.free_bytes == arena.budget_bytes
+    arena.check_integrity()
+
+
+@needs_proc
+def test_older_kernels_touch_page_by_page(populating_fails):
+    populating_fails(errno.EINVAL)
+    arena = Arena(16 * MIB)
+    before = resident_bytes()
+    arena.allocate(1, 16 * MIB)
+    assert resident_bytes() - before > 12 * MIB
+
+
+def test_memory_of_a_device_that_is_not_there_is_refused():
+    with pytest.raises(InvalidRequest, match="cuda:99 cannot give"):
+        Arena(1 * MIB, device="cuda:99")
 
 
 @pytest.mark.parametrize(

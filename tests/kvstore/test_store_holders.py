@@ -51,6 +51,19 @@ def test_older_epochs_write_nothing_after_a_fence(store, layout, tokens):
     store.create(key("other"), capacity_tokens=1, layout=layout, epoch=E1)
 
 
+def test_a_fence_that_comes_while_memory_is_granted_takes_it_back(store, arena, layout, monkeypatch):
+    allocate = arena.allocate
+
+    def fenced_meanwhile(*asked):
+        store.fence(SequenceId("s"), E2)
+        return allocate(*asked)
+
+    monkeypatch.setattr(arena, "allocate", fenced_meanwhile)
+    with pytest.raises(Fenced):
+        store.create(key(), capacity_tokens=1, layout=layout, epoch=E1)
+    assert store.announce() == [] and arena.free_bytes == arena.budget_bytes
+
+
 def test_a_newer_writer_fences_the_older_one(store, layout, tokens):
     span = store.create(key(), capacity_tokens=9, layout=layout, epoch=E1)
     k, v = tokens(layout, 4)

@@ -1,6 +1,7 @@
 """Engines over in-process shards, for tests of floor 3."""
 
 import queue
+from collections import defaultdict
 from itertools import count
 
 import pytest
@@ -57,11 +58,17 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tiny, tmp_path_factory):
-    """Our own model of the same weights."""
+def tiny_folder(tiny, tmp_path_factory):
+    """Its files."""
     folder = tmp_path_factory.mktemp("tiny")
     tiny.save_pretrained(folder)
-    model = load_model(resolve(str(folder)), dtype=torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_folder):
+    """Our own model of the same weights."""
+    model = load_model(resolve(str(tiny_folder)), dtype=torch.float32)
     assert isinstance(model, Llama) and isinstance(model.config, ModelConfig)
     return model
 
@@ -69,9 +76,11 @@ def tiny_model(tiny, tmp_path_factory):
 class Rig:
     """One model, its shards in this process, and whatever engine a test builds on them."""
 
-    def __init__(self, model, *, shards=2, shard_by="range", local=False, memory_bytes=1 << 30, wrap=None):
+    def __init__(
+        self, model, *, shards=2, shard_by="range", local=False, memory_bytes=1 << 30, wrap=None, format=None
+    ):
         self.model = model
-        self.attention = attention_model(model.config, model.dtype)
+        self.attention = attention_model(model.config, model.dtype, format)
         self.arenas = {
             w: Arena(memory_bytes) for w in (ENGINE, *(WorkerId(f"shard{i}") for i in range(shards)))
         }
@@ -83,6 +92,12 @@ class Rig:
         self.targets = [ENGINE] if local else list(self.peers)[1:]
         self.shard_by = shard_by
         self.epochs = count(1)
+
+    def resize(self, memory_bytes):
+        """Other memory for the engine itself, before it is made."""
+        self.arenas[ENGINE] = Arena(memory_bytes)
+        self.stores[ENGINE] = LocalStore(worker=ENGINE, arena=self.arenas[ENGINE])
+        self.peers[ENGINE] = InProcessPeer(ENGINE, self.stores[ENGINE], self.attention)
 
     def engine(self, **options):
         return Engine(
@@ -101,7 +116,9 @@ class Rig:
         for worker, arena in self.arenas.items():
             self.stores[worker].check_integrity()
             arena.check_integrity()
-            assert arena.free_bytes == arena.budget_bytes, f"{worker} still holds memory"
+            usage = self.stores[worker].usage()
+            assert usage.available_bytes == usage.budget_bytes, f"{worker} still holds memory"
+            assert all(not info.holders for info in self.stores[worker].announce())
 
 
 class Collected:
@@ -109,16 +126,29 @@ class Collected:
 
     def __init__(self):
         self.events = queue.SimpleQueue()
-        self.tokens = []
+        self.choices = defaultdict(list)
+        """Tokens of each completion."""
+
+    @property
+    def tokens(self):
+        return self.choices[0]
 
     def result(self):
-        """Wait for the end; returns the Finished or Failed event."""
+        """Wait for the next completion's end; returns the Finished or Failed event."""
         while True:
             event = self.events.get(timeout=EVENT_DEADLINE_S)
             if isinstance(event, Sampled):
-                self.tokens.append(event.token_id)
+                self.choices[event.choice].append(event.token_id)
             elif isinstance(event, Finished | Failed):
                 return event
+
+    def results(self, n):
+        """Wait for the ends of ``n`` completions: by choice."""
+        ends = [self.result() for _ in range(n)]
+        assert all(isinstance(end, Finished) for end in ends), ends
+        assert sorted(end.choice for end in ends) == list(range(n))
+        assert self.events.empty()
+        return {end.choice: end for end in ends}
 
 
 @pytest.fixture
@@ -148,11 +178,11 @@ def rig():
 
 @pytest.fixture
 def submit():
-    """submit(engine, name, prompt, sampling) -> Collected."""
+    """submit(engine, name, prompt, sampling, ...) -> Collected."""
 
-    def call(engine, name, prompt, sampling):
+    def call(engine, name, prompt, sampling, **options):
         collected = Collected()
-        engine.submit(SequenceId(name), list(prompt), sampling, collected.events.put)
+        engine.submit(SequenceId(name), list(prompt), sampling, collected.events.put, **options)
         return collected
 
     return call

@@ -7,7 +7,7 @@ from farshore.attention_offload.frames import Transport
 from farshore.errors import Full, InvalidRequest, NotFound, Overloaded, TransportError
 from farshore.ids import SequenceId
 from farshore.kvstore.arena import Arena
-from farshore.workers.engine import EngineLimits
+from farshore.workers.admission import EngineLimits
 from farshore.workers.sequence import Failed, Finished, Reason, Sampling
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0)
@@ -138,7 +138,7 @@ def test_cancel_frees_memory_and_says_so(tiny_model, rig, submit):
 def test_stop_tokens_end_a_sequence(tiny, tiny_model, rig, submit):
     expected = greedy(tiny, PROMPT, 12)
     stop = expected[4]
-    sampling = Sampling(max_tokens=12, temperature=0.0, stop_ids=frozenset({stop}))
+    sampling = Sampling(max_tokens=12, temperature=0.0, stop_token_ids=frozenset({stop}))
     collected = submit(rig(tiny_model, memory_bytes=64 << 20).start(), "a", PROMPT, sampling)
     assert collected.result().reason is Reason.STOP
     assert collected.tokens == expected[: expected.index(stop) + 1]
@@ -258,3 +258,24 @@ def test_a_full_shard_does_not_keep_the_tail_from_another(tiny, tiny_model, rig,
     assert isinstance(result, Finished)
     assert it.tokens == greedy(tiny, PROMPT[:1], 900)[-len(it.tokens) :]
     assert result.attended_bytes[view.spans[0][0]] > 300 * attended(tiny_model, 256, 1)
+
+
+@pytest.mark.parametrize("shard_by", ["range", "both"])
+def test_a_long_answer_grows_into_few_spans(tiny_model, rig, submit, shard_by):
+    """Of 1, 2, 4 and at most 8 blocks, and never more than the answer can need: a read each in a step."""
+    cluster = rig(tiny_model, shards=3, shard_by=shard_by, memory_bytes=64 << 20)
+    engine = cluster.start()
+    sampling = Sampling(max_tokens=1000, temperature=0.0)
+    seen = []
+    it = submit(engine, "a", PROMPT, sampling)
+    engine.submit(SequenceId("b"), PROMPT, sampling, lambda event: seen.append(engine.views()))
+    assert isinstance(it.result(), Finished)
+    local = submit(rig(tiny_model, local=True, memory_bytes=64 << 20).start(), "a", PROMPT, sampling)
+    assert isinstance(local.result(), Finished)
+    assert it.tokens == local.tokens
+    views = [view for views in seen for view in views if view.id == "a"]
+    grown = {span[1:3] for span in views[-1].spans if span[1] >= len(PROMPT)}
+    assert sorted(grown)[:2] == [(45, 256), (256, 768)]
+    assert len(grown) == 3 and max(grown)[0] == 768
+    usage = sum(store.usage().granted_bytes for store in cluster.stores.values())
+    assert usage < 2 * 2 * cluster.attention.layouts[0].block_bytes * 8

@@ -10,8 +10,11 @@ from farshore.attention_offload.fanout import Fanout
 from farshore.ids import Epoch, SequenceId
 from farshore.workers import decode
 from farshore.workers.cache import SequenceCache
-from farshore.workers.prefill import prefill_segment
+from farshore.workers.decode import Turn
+from farshore.workers.prompts import Prompts
+from farshore.workers.sampler import Choice
 from farshore.workers.sequence import Sampling, Sequence
+from farshore.workers.step import run_step
 
 NEW_TOKENS = 40
 LONGEST_PROMPT = 800
@@ -36,8 +39,14 @@ def our_argmaxes(cluster, prompts, answers):
         model=cluster.attention,
         shard_by=cluster.shard_by,
     )
+    prompts_under_way = Prompts(
+        model=cluster.model,
+        attention=cluster.attention,
+        peers=cluster.peers,
+        cache=cache,
+        segment_tokens=512,
+    )
     batch, chosen = [], []
-    common = {"model": cluster.model, "attention": cluster.attention}
     for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         sequence = Sequence(
             id=SequenceId(f"s{index}"),
@@ -47,25 +56,38 @@ def our_argmaxes(cluster, prompts, answers):
             sampling=Sampling(max_tokens=NEW_TOKENS),
             emit=lambda event: None,
             arrived_s=time.monotonic(),
+            fingerprint=b"",
         )
         cache.place(sequence, promised_tokens=0)
-        logits = prefill_segment(sequence, 0, len(prompt), peers=cluster.peers, **common)
-        cache.seal(sequence, len(prompt))
+        prompts_under_way.add(sequence)
+        while (logits := prompts_under_way.run_unit()) is None:
+            pass
         chosen.append([int(logits.argmax())])
         batch.append(sequence)
     shards = Fanout(cluster.peers, cluster.attention)
     for step in range(1, NEW_TOKENS):
-        plan = decode.make_plan(step, batch, cluster.attention)
-        decode.check_plan(plan, batch)
-        memory = cluster.arenas["engine"].memory
-        logits = decode.run_step(plan, batch, shards=shards, memory=memory, **common)
-        decode.commit(plan, batch, cluster.attention)
-        for row, picked in zip(logits, chosen, strict=True):
+        turns = [Turn(sequence, [], []) for sequence in batch]
+        plan = decode.make_plan(step, turns, cluster.attention)
+        decode.check_plan(plan, turns)
+        logits = run_step(
+            plan,
+            [sequence.tokens[sequence.committed] for sequence in batch],
+            [sequence.placed_tail for sequence in batch],
+            model=cluster.model,
+            attention=cluster.attention,
+            shards=shards,
+            memory=cluster.arenas["engine"].memory,
+            micro_batches=1 + step % 3,
+        )
+        for turn, row, picked in zip(turns, logits, chosen, strict=True):
             picked.append(int(row.argmax()))
+            turn.drawn = [Choice(picked[-1])]
+        decode.commit(plan, turns, cluster.attention)
         for sequence in batch:
             cache.hand_off(sequence)
     for sequence in batch:
         cache.release(sequence)
+    prompts_under_way.close()
     cache.close()
     return [torch.tensor(picked) for picked in chosen]
 

@@ -6,10 +6,15 @@
 
 namespace farshore {
 
+// A matrix's second form, for few rows: `packed` in kernels/cpu/dense.py says how it lies.
+enum class Storage : int32_t { none, q4, q8 };
+
 struct Linear {
     const void* weight;
     const void* bias;  // null: none
     int out, in;
+    const uint8_t* packed;  // the very values of `weight`, in fewer bytes; null where storage is none
+    Storage storage;
 };
 
 struct Dense {
@@ -38,6 +43,7 @@ struct DenseKernels {
     void (*input)(const Dense&, const void* x, int rows, void* out);
     void (*query)(const Dense&, const void* x, int rows, const int64_t* positions, void* q);
     void (*key_value)(const Dense&, const void* x, int rows, const int64_t* positions, void* k, void* v);
+    void (*project)(const Dense&, const void* h, int rows, const int64_t* positions, void* q, void* k, void* v);
     void (*finish)(const Dense&, const void* h, const void* o, int rows, void* out);
     void (*logits)(const Head&, const void* h, int rows, float* out);
 };

@@ -5,7 +5,9 @@
 #include <cstring>
 #include <memory>
 
+#include "blocks.h"
 #include "dense.h"
+#include "pool.h"
 
 using namespace farshore;
 
@@ -34,6 +36,8 @@ Linear linear(Arguments& a) {
     l.bias = a.pointer<const void>();
     l.out = a.small();
     l.in = a.small();
+    l.packed = a.pointer<const uint8_t>();
+    l.storage = static_cast<Storage>(a.small());
     return l;
 }
 
@@ -132,6 +136,20 @@ PyObject* run_key_value(PyObject*, PyObject* const* args, Py_ssize_t count) {
     });
 }
 
+PyObject* run_project(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    return on_layer(args, count, [](Call& call) {
+        const void* h = call.rest.pointer<const void>();
+        const int64_t* positions = call.rest.pointer<const int64_t>();
+        void* q = call.rest.pointer<void>();
+        void* k = call.rest.pointer<void>();
+        void* v = call.rest.pointer<void>();
+        if (!inside(call.layer, positions, call.rows)) return false;
+        WithoutGil released;
+        kernels().dense.project(call.layer, h, call.rows, positions, q, k, v);
+        return true;
+    });
+}
+
 PyObject* run_finish(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return on_layer(args, count, [](Call& call) {
         const void* h = call.rest.pointer<const void>();
@@ -159,6 +177,14 @@ PyObject* run_logits(PyObject*, PyObject* const* args, Py_ssize_t count) {
     });
 }
 
+PyObject* run_wait_awake(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    return guarded([&]() -> PyObject* {
+        Arguments a{args, args + count};
+        wait_awake(a.small());
+        Py_RETURN_NONE;
+    });
+}
+
 // Rows of a table by number: an embedding.
 PyObject* gather(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return guarded([&]() -> PyObject* {
@@ -178,6 +204,39 @@ PyObject* gather(PyObject*, PyObject* const* args, Py_ssize_t count) {
     });
 }
 
+PyObject* unpack(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    return guarded([&]() -> PyObject* {
+        Arguments a{args, args + count};
+        const Storage storage = static_cast<Storage>(a.small());
+        const uint8_t* from = a.pointer<const uint8_t>();
+        const int64_t rows = a.integer(), blocks = a.integer();
+        const Format format = static_cast<Format>(a.small());
+        void* to = a.pointer<void>();
+        const int threads = a.small();
+        {
+            WithoutGil released;
+            unpack_blocks(storage, from, rows, blocks, format, to, threads);
+        }
+        Py_RETURN_NONE;
+    });
+}
+
+PyObject* pack(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    return guarded([&]() -> PyObject* {
+        Arguments a{args, args + count};
+        const Storage storage = static_cast<Storage>(a.small());
+        const uint8_t* from = a.pointer<const uint8_t>();
+        const int64_t rows = a.integer(), blocks = a.integer();
+        uint8_t* to = a.pointer<uint8_t>();
+        const int threads = a.small();
+        {
+            WithoutGil released;
+            pack_blocks(storage, from, rows, blocks, to, threads);
+        }
+        Py_RETURN_NONE;
+    });
+}
+
 }  // namespace
 
 PyMethodDef farshore::dense_methods[] = {
@@ -186,8 +245,12 @@ PyMethodDef farshore::dense_methods[] = {
     method("dense_input", run_input, "dense_input(layer, rows, h, out)"),
     method("dense_query", run_query, "dense_query(layer, rows, normed, positions, q)"),
     method("dense_key_value", run_key_value, "dense_key_value(layer, rows, normed, positions, k, v)"),
+    method("dense_project", run_project, "dense_project(layer, rows, h, positions, q, k, v)"),
     method("dense_finish", run_finish, "dense_finish(layer, rows, h, o, out)"),
     method("dense_logits", run_logits, "dense_logits(head, rows, h, out)"),
+    method("wait_awake", run_wait_awake, "wait_awake(microseconds): how long threads wait before they sleep."),
     method("dense_gather", gather, "dense_gather(table, table_rows, row_bytes, ids, rows, out)"),
+    method("dense_unpack", unpack, "dense_unpack(storage, from, rows, blocks, format, to, threads)"),
+    method("dense_pack", pack, "dense_pack(storage, from, rows, blocks, to, threads)"),
     {nullptr, nullptr, 0, nullptr},
 };

@@ -84,6 +84,20 @@ void key_value_of(const Dense& d, const void* x, int rows, const int64_t* positi
     rotate<F>(d, k, rows, d.k.out / d.head_dim, positions);
 }
 
+// Norm, q, k and v of one input, for whoever needs them together.
+template <Format F>
+void project_of(const Dense& d, const void* h, int rows, const int64_t* positions, void* q, void* k, void* v) {
+    void* normed = scratch(size_of(F) * rows * d.q.in, 2);
+    norm_rows<F>(d.attention_norm, d.eps, h, rows, d.q.in, d.threads, normed);
+    const Linear* const w[] = {&d.q, &d.k, &d.v};
+    void* const out[] = {q, k, v};
+    products<F>(normed, rows, w, d.threads, [&](int m, const Sums& sums) {
+        put_sums<F>(sums, out[m], w[m]->out, [&](int r, int i) { return value<F>(sums, *w[m], 0, r, i); });
+    });
+    rotate<F>(d, q, rows, d.q.out / d.head_dim, positions);
+    rotate<F>(d, k, rows, d.k.out / d.head_dim, positions);
+}
+
 // out = h + x W^T, rounded twice, as PyTorch does.
 template <Format F>
 void add_product(const Linear& w, const void* x, const void* h, int rows, int threads, void* out) {
@@ -132,6 +146,9 @@ void query(const Dense& d, const void* x, int rows, const int64_t* positions, vo
 void key_value(const Dense& d, const void* x, int rows, const int64_t* positions, void* k, void* v) {
     (d.format == Format::f32 ? key_value_of<Format::f32> : key_value_of<Format::bf16>)(d, x, rows, positions, k, v);
 }
+void project(const Dense& d, const void* h, int rows, const int64_t* positions, void* q, void* k, void* v) {
+    (d.format == Format::f32 ? project_of<Format::f32> : project_of<Format::bf16>)(d, h, rows, positions, q, k, v);
+}
 void finish(const Dense& d, const void* h, const void* o, int rows, void* out) {
     (d.format == Format::f32 ? finish_of<Format::f32> : finish_of<Format::bf16>)(d, h, o, rows, out);
 }
@@ -141,7 +158,8 @@ void logits(const Head& head, const void* h, int rows, float* out) {
 
 }  // namespace slices
 
-constexpr DenseKernels dense{slices::input, slices::query, slices::key_value, slices::finish, slices::logits};
+constexpr DenseKernels dense{slices::input, slices::query, slices::key_value,
+                             slices::project, slices::finish, slices::logits};
 
 }  // namespace ISA
 }  // namespace farshore

@@ -8,6 +8,9 @@
 #include "amx.h"
 #include "attend.h"
 #include "dense_values.h"
+#include "dense_weights.h"
+#include "dense_few.h"
+#include "dense_many.h"
 #include "dense_product.h"
 #include "dense_layer.h"
 

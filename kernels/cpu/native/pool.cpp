@@ -17,8 +17,8 @@
 namespace farshore {
 namespace {
 
-// Long enough to bridge the gap between two layers of one step; longer would take the core from others.
-constexpr auto SPIN = std::chrono::microseconds(20);
+// How long a worker waits awake for the next task. Longer takes the core from others.
+std::atomic<int> spin_us{SPIN_US};
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -91,7 +91,7 @@ class Pool {
     void work(int id) {
         uint32_t seen = 0;
         for (;;) {
-            const auto until = std::chrono::steady_clock::now() + SPIN;
+            const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(spin_us.load(std::memory_order_relaxed));
             uint32_t now;
             while ((now = generation_.load(std::memory_order_acquire)) == seen) {
                 relax();
@@ -147,6 +147,8 @@ void parallel_for(int count, int threads, void (*body)(void*, int), void* contex
     }
     for (int i = 0; i < count; i++) body(context, i);
 }
+
+void wait_awake(int microseconds) { spin_us.store(microseconds, std::memory_order_relaxed); }
 
 void* scratch(long bytes, int which) {
     thread_local Scratch kept[3];

@@ -1,0 +1,93 @@
+"""Calls of the store that move little or nothing: their time is latency of a step or of the control plane.
+
+Called by ``kvstore``.
+"""
+
+import torch
+
+from farshore.benchmarks.kvstore_setting import EPOCH, LAYERS, LAYOUT, At, Measured, key, store_for
+from farshore.benchmarks.report import Bar, Result
+from farshore.benchmarks.timing import interleave
+from farshore.ids import SequenceId, WorkerId
+from farshore.kernels.base import KVLayout
+from farshore.kernels.formats import KVFormat
+from farshore.kvstore.arena import Arena, stride_bytes
+from farshore.kvstore.store import LocalStore
+from farshore.kvstore.tail import Tail, TailBatch
+
+BAR_APPEND_MS = 1.0
+BAR_FORK_MS = 1.0
+BAR_ANNOUNCE_MS = 100.0
+SMALL = KVLayout(1, 1, 1, 1, 4, 4, KVFormat.BFLOAT16)
+"""A page a block: what is counted in spans does not depend on their bytes."""
+
+
+def append(at: At) -> Measured:
+    """A token of every sequence in the batch: all layers' calls of one step, and what makes the batch."""
+    arena = Arena(at.sizes.batch * stride_bytes(LAYOUT.block_bytes))
+    tails = [Tail(arena=arena, layout=LAYOUT, start=0) for _ in range(at.sizes.batch)]
+    k, v = torch.randn(2, at.sizes.batch, LAYOUT.k_heads, LAYOUT.k_dim).to(torch.bfloat16)
+    positions = [0] * at.sizes.batch
+    batch = TailBatch(tails, positions)
+
+    def step() -> None:
+        for layer in range(LAYERS):
+            batch.append(layer, k, v)
+
+    timed = interleave(
+        {"append": step, "batch": lambda: TailBatch(tails, positions)},
+        rounds=at.sizes.rounds,
+        calls=at.sizes.calls,
+        limit_s=at.sizes.limit_s,
+    )
+    name = f"tail append, {at.sizes.batch} sequences, {LAYERS} layers of SmolLM2"
+    figures = {"making_the_batch_ms": timed["batch"].median_s * 1e3}
+    return [Result(name, timed["append"], figures)], [
+        Bar.at_most(name, timed["append"].median_s * 1e3, BAR_APPEND_MS, "ms")
+    ]
+
+
+def fork(at: At) -> Measured:
+    """A sequence whose prompt is all sealed gets a second continuation, which gives it back again."""
+    tokens, span_tokens = at.sizes.prefix_tokens, at.sizes.prefix_span_tokens
+    store = store_for(span_tokens, spans=-(-tokens // span_tokens), layout=SMALL)
+    spans = [
+        store.create(
+            key("s", layout=SMALL, first=first), capacity_tokens=span_tokens, layout=SMALL, epoch=EPOCH
+        )
+        for first in range(0, tokens, span_tokens)
+    ]
+    child = SequenceId("child")
+    free_bytes = store.usage().free_bytes
+    store.hold(spans, sequence=child, epoch=EPOCH)
+    new_bytes = free_bytes - store.usage().free_bytes
+    store.drop(spans, sequence=child, epoch=EPOCH)
+
+    def forked_and_dropped() -> None:
+        store.hold(spans, sequence=child, epoch=EPOCH)
+        store.drop(spans, sequence=child, epoch=EPOCH)
+
+    timed = interleave(
+        {"fork": forked_and_dropped},
+        rounds=at.sizes.rounds,
+        calls=at.sizes.calls,
+        limit_s=at.sizes.limit_s,
+    )
+    name = f"fork of {tokens} tokens in {len(spans)} spans, and its drop"
+    return [Result(name, timed["fork"])], [
+        Bar.at_most(name, timed["fork"].median_s * 1e3, BAR_FORK_MS, "ms"),
+        Bar.at_most(name, new_bytes / SMALL.block_bytes, 0.0, "new blocks"),
+    ]
+
+
+def announce(at: At) -> Measured:
+    store = LocalStore(
+        worker=WorkerId("bench"), arena=Arena(at.sizes.spans * stride_bytes(SMALL.block_bytes))
+    )
+    for i in range(at.sizes.spans):
+        store.create(key(f"s{i % 100}", layout=SMALL), capacity_tokens=1, layout=SMALL, epoch=EPOCH)
+    timed = interleave({"announce": store.announce}, rounds=at.sizes.rounds, limit_s=at.sizes.limit_s)
+    name = f"announce of {at.sizes.spans} spans"
+    return [Result(name, timed["announce"])], [
+        Bar.at_most(name, timed["announce"].median_s * 1e3, BAR_ANNOUNCE_MS, "ms")
+    ]

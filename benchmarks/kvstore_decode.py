@@ -1,0 +1,69 @@
+"""The decode kernel over a store's segments against the same over one plain tensor.
+
+Called by ``kvstore``. Both read another layer at each call, too many for any cache.
+"""
+
+from collections.abc import Callable
+from itertools import chain, cycle
+
+import torch
+from torch import Tensor
+
+from farshore.benchmarks.cold import query
+from farshore.benchmarks.kvstore_setting import EPOCH, At, Measured, key, random_bytes, store_for
+from farshore.benchmarks.report import Bar, Result
+from farshore.benchmarks.shapes import SMOLLM2
+from farshore.benchmarks.timing import interleave
+from farshore.kernels.base import KVLayout, Rows, Segments
+from farshore.kernels.formats import KVFormat
+
+BAR_OF_PLAIN = 0.98
+
+
+def against_plain(at: At) -> Measured:
+    tokens = at.sizes.decode_tokens
+    one_layer = KVLayout.of(SMOLLM2.spec, layers=1, format=KVFormat.BFLOAT16)
+    layout = one_layer._replace(layers=at.sizes.decode_kv_bytes // (tokens * one_layer.token_bytes) + 1)
+    # [layer][K|V][head][token][dim]: what a block is, if it is as long as the sequence.
+    plain = layout._replace(block_tokens=tokens)
+    memory = random_bytes(plain.block_bytes)
+    store = store_for(tokens, spans=1, layout=layout)
+    span = store.create(key("s", layout=layout), capacity_tokens=tokens, layout=layout, epoch=EPOCH)
+    for layer in range(layout.layers):
+        store.write(span, layer, 0, *plain.views(memory, layer), epoch=EPOCH)
+    store.seal(span, tokens, epoch=EPOCH)
+    one = Segments.of([(0, plain.block_bytes, 0, tokens, 0, 0, plain.groups)])
+    stored = store.segments(span, 0, tokens)
+
+    over_plain = _partial(at, one, memory, plain)
+    over_store = _partial(at, stored, store.memory, layout, first_layer=layout.layers // 2)
+    timed = interleave(
+        {"plain": over_plain, "store": over_store},
+        rounds=at.sizes.rounds * 2,
+        warm_up=layout.layers,
+        limit_s=at.sizes.limit_s,
+    )
+    of_plain = timed["plain"].over(timed["store"])
+    layer_bytes = tokens * one_layer.token_bytes
+    name = f"decode over the store's segments, {tokens} tokens, {SMOLLM2}"
+    figures = {
+        "segments": stored.size,
+        "gbps": layer_bytes / timed["store"].median_s / 1e9,
+        "plain_gbps_in_turn": layer_bytes / timed["plain"].median_s / 1e9,
+        "times_the_speed_over_one_tensor": of_plain,
+    }
+    return [Result(name, timed["store"], figures)], [
+        Bar.at_least(name, of_plain, BAR_OF_PLAIN, "x one plain tensor")
+    ]
+
+
+def _partial(
+    at: At, segments: Segments, memory: Tensor, layout: KVLayout, *, first_layer: int = 0
+) -> Callable[[], None]:
+    """Attends in the next layer at each call."""
+    rows = Rows.of([(0, 1, segment, 0, layout.groups) for segment in range(segments.size)])
+    positions = torch.tensor([at.sizes.decode_tokens])
+    plan = at.implementation.plan(rows, segments, memory, layout, SMOLLM2.spec, positions=positions)
+    q, out = query(SMOLLM2, 1)
+    layers = cycle(chain(range(first_layer, layout.layers), range(first_layer)))
+    return lambda: at.implementation.partial(plan, next(layers), q, out=out)

@@ -1,0 +1,93 @@
+"""What the store's benchmarks share: sizes, stores to measure in, and memcpy to compare with.
+
+Used by ``kvstore`` and its cases.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from farshore.benchmarks.implementation import Implementation
+from farshore.benchmarks.machine import Facts, MachineSizes, Rates
+from farshore.benchmarks.memory import allocate
+from farshore.benchmarks.report import Bar, Result
+from farshore.benchmarks.shapes import SMOLLM2
+from farshore.benchmarks.timing import ROUNDS
+from farshore.ids import Epoch, SequenceId, WorkerId
+from farshore.kernels.base import KVLayout
+from farshore.kernels.formats import KVFormat
+from farshore.kvstore.arena import Arena, stride_bytes
+from farshore.kvstore.base import SpanKey
+from farshore.kvstore.store import LocalStore
+
+Measured = tuple[list[Result], list[Bar]]
+
+LAYERS = 30
+"""SmolLM2's."""
+LAYOUT = KVLayout.of(SMOLLM2.spec, layers=LAYERS, format=KVFormat.BFLOAT16)
+EPOCH = Epoch(1)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSizes:
+    """How much is measured: by default what the bars say; tests make it tiny."""
+
+    span_tokens: int = 8 << 10
+    members: int = 4
+    """Spans of a parity group."""
+    prefix_tokens: int = 32 << 10
+    prefix_span_tokens: int = 512
+    """The prefix is in spans of so many, as prefill leaves it where a shard gets a segment at a time."""
+    batch: int = 64
+    """Sequences that get a token."""
+    spans: int = 10_000
+    """To announce."""
+    decode_tokens: int = 32 << 10
+    decode_kv_bytes: int = 1 << 30
+    """Cycled through, twice: on one plain tensor and in the store."""
+    rounds: int = ROUNDS
+    calls: int = 20
+    """Per timed run, of what takes microseconds."""
+    limit_s: float = 8.0
+    """Per comparison; see ``timing.interleave``."""
+    machine: MachineSizes = field(default_factory=MachineSizes)
+
+
+class At(NamedTuple):
+    """What every case is measured with."""
+
+    implementation: Implementation
+    machine: Facts
+    rates: Rates
+    sizes: StoreSizes
+
+
+def key(sequence: str, *, layout: KVLayout = LAYOUT, first: int = 0) -> SpanKey:
+    return SpanKey(sequence=SequenceId(sequence), layer_class=0, first=first, group0=0, group1=layout.groups)
+
+
+def store_for(tokens: int, *, spans: int, layout: KVLayout = LAYOUT, name: str = "bench") -> LocalStore:
+    """With room for that many spans, and an arena that stays warm."""
+    blocks = spans * -(-tokens // layout.block_tokens)
+    budget_bytes = blocks * stride_bytes(layout.block_bytes)
+    return LocalStore(worker=WorkerId(name), arena=Arena(budget_bytes, spare_bytes=budget_bytes))
+
+
+def random_bytes(size_bytes: int) -> Tensor:
+    """``u8[size]`` in huge pages: 1 MiB of random bf16 values over and over."""
+    memory = allocate(size_bytes)
+    values = torch.randn(1 << 19, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    for piece in memory.split(2 << 19):
+        piece.copy_(values.view(torch.uint8)[: piece.numel()])
+    return memory
+
+
+def memcpy(source: Tensor) -> Callable[[], None]:
+    """Copies it all at each call, in one thread, to memory that was touched before."""
+    to = allocate(source.numel())
+    to.fill_(1)
+    return lambda: np.copyto(to.numpy(), source.numpy())

@@ -1,0 +1,107 @@
+"""The offload benchmark: what the wire costs, and what of it a step still pays, against the bars of issue 7.
+
+Called through ``catalogue``. Attention workers are real processes on this machine, reached by the engine's
+own code. All parts share one run's hops: a bar on a step is held against the hop measured beside it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from statistics import median
+
+from farshore.attention_offload.frames import REMOTE, Transport
+from farshore.benchmarks import machine, offload_hop, offload_step
+from farshore.benchmarks.offload_setting import LAYER_DENSE_S, LoadModel, Setting, Sizes
+from farshore.benchmarks.report import Bar, Report, Result
+from farshore.benchmarks.timing import Timing
+from farshore.errors import InvalidRequest
+
+MOST_HOP_US = {Transport.SHARED_MEMORY: 40.0, Transport.TCP: 80.0, Transport.GRPC: 300.0}
+LEAST_OF_RAW_PERCENT = 70.0
+LEAST_GRPC_GBPS = 0.6
+MOST_TIMES_IDLE = 3.0
+
+Measured = tuple[list[Result], list[Bar]]
+
+
+def run(
+    load: LoadModel, facts: machine.Facts, sizes: Sizes, *, only: str = "", progress: Callable[[str], None]
+) -> Report:
+    """The parts whose name holds ``only``. InvalidRequest, before anything is measured, if there are none."""
+    parts = {name: measure for name, measure in _parts() if only in name}
+    if not parts:
+        raise InvalidRequest(f"no part {only!r}: choose a part of {'; '.join(name for name, _ in _parts())}")
+    rates = machine.measure(facts, sizes.machine, progress=progress)
+    results: list[Result] = []
+    bars: list[Bar] = []
+    with Setting(load, facts, sizes) as at:
+        for name, measure in parts.items():
+            progress(name)
+            measured, held = measure(at)
+            results += measured
+            bars += held
+    return Report({**asdict(facts), **asdict(rates)}, tuple(results), tuple(bars))
+
+
+def _parts() -> Iterator[tuple[str, Callable[[Setting], Measured]]]:
+    """What can be measured, by name, and what measures it."""
+    for transport in REMOTE:
+        yield f"hop, {transport}", partial(_hop, transport=transport)
+    for transport in (Transport.TCP, Transport.GRPC):
+        yield f"bulk, {transport}", partial(_bulk, transport=transport)
+    for transport in REMOTE:
+        yield f"hop during bulk, {transport}", partial(_hop_during_bulk, transport=transport)
+    yield "decode at 8K", offload_step.decode
+    yield "16 sequences at 8K, 1 ms away", offload_step.staggered
+
+
+def _hop(at: Setting, *, transport: Transport) -> Measured:
+    name, times_s = f"hop, {transport}", at.hop_times_s(transport)
+    p50_us = median(times_s) * 1e6
+    figures = {
+        "p50_us": p50_us,
+        "rested_p50_us": median(at.hop_times_s(transport, rested=True)) * 1e6,
+        "p99_us": offload_hop.percentile(times_s, 99) * 1e6,
+        "q_bytes": offload_hop.HOP.q_heads * offload_hop.HOP.k_dim * offload_hop.DTYPE.itemsize,
+    }
+    bar = Bar.at_most(name, p50_us, MOST_HOP_US[transport], "µs")
+    return [Result(name, Timing(times_s), figures)], [bar]
+
+
+def _bulk(at: Setting, *, transport: Transport) -> Measured:
+    name = f"bulk, {transport}"
+    rates = offload_hop.bulk_rates(at.address, transport, rounds=at.sizes.bulk_rounds)
+    layer_bytes = offload_hop.BULK_TOKENS * offload_hop.bulk_layout().layer_token_bytes
+    results, bars = [], []
+    for direction, rates_bps, raw_bps, over_raw in (
+        ("write", rates.write, rates.raw_write, rates.write_over_raw),
+        ("read", rates.read, rates.raw_read, rates.read_over_raw),
+    ):
+        gbps, percent = median(rates_bps) / 1e9, 100 * over_raw
+        figures = {"raw_tcp_gbps": median(raw_bps) / 1e9}
+        seconds = Timing(tuple(layer_bytes / rate for rate in rates_bps))
+        of_it = {"gbps": gbps, "percent_of_raw": percent, **figures}
+        results.append(Result(f"{name}, {direction}", seconds, of_it))
+        if transport is Transport.TCP:
+            bars.append(
+                Bar.at_least(f"{name}, {direction}", percent, LEAST_OF_RAW_PERCENT, "% of a raw socket")
+            )
+        else:
+            bars.append(Bar.at_least(f"{name}, {direction}", gbps, LEAST_GRPC_GBPS, "GB/s"))
+    return results, bars
+
+
+def _hop_during_bulk(at: Setting, *, transport: Transport) -> Measured:
+    name = f"hop during bulk, {transport}"
+    calls = at.sizes.hop_calls
+    idle = offload_hop.hop_times_s(at.address, transport, calls=calls, think_s=LAYER_DENSE_S)
+    with offload_hop.bulk_load(at.address, transport):
+        busy = offload_hop.hop_times_s(at.address, transport, calls=calls, think_s=LAYER_DENSE_S)
+    idle_p99, busy_p99 = (offload_hop.percentile(times, 99) for times in (idle, busy))
+    figures = {
+        "p99_us": busy_p99 * 1e6,
+        "idle_p99_us": idle_p99 * 1e6,
+        "idle_p50_us": median(idle) * 1e6,
+    }
+    bar = Bar.at_most(name, busy_p99 / idle_p99, MOST_TIMES_IDLE, "x idle p99")
+    return [Result(name, Timing(busy), figures)], [bar]

@@ -1,0 +1,300 @@
+"""What the wire itself costs: a hop's time, and the rate of bulk KV, by transport, to a real shard process.
+
+Called by ``offload``. A hop carries 16 KiB of q there and 16 KiB of o back (and lse), and attends to one
+token: next to nothing. Bulk KV is written into, and read from, a span of Llama-8B's shape. The raw socket it
+is held against sends from one process to another, through one TCP connection on loopback.
+"""
+
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from statistics import median, quantiles
+
+import torch
+
+from farshore.attention_offload.base import AttentionModel
+from farshore.attention_offload.connect import tune
+from farshore.attention_offload.frames import Transport
+from farshore.attention_offload.plan import Read, ShardStep
+from farshore.attention_offload.remote_peer import RemotePeer
+from farshore.benchmarks.shapes import LLAMA_8B
+from farshore.ids import Epoch, SequenceId, SpanId
+from farshore.kernels.base import AttentionSpec, KVLayout
+from farshore.kernels.formats import KVFormat
+from farshore.kvstore.base import SpanKey
+
+DTYPE = torch.bfloat16
+HOP = AttentionSpec(q_heads=64, k_heads=1, v_heads=1, k_dim=128, v_dim=128, scale=128**-0.5)
+"""A row of it is 16 KiB of q and of o."""
+
+BULK_TOKENS = 2048
+BULK_LAYERS = 4
+SHARD_MEMORY_BYTES = 512 << 20
+RAW_CHUNK_BYTES = 1 << 20
+
+_EPOCH = Epoch(1)
+_RAW_PEER = """
+import socket, sys
+port, count, chunk = map(int, sys.argv[1:])
+data, buffer = bytes(count), memoryview(bytearray(chunk))
+with socket.create_connection(("127.0.0.1", port)) as connection:
+    while order := connection.recv(1):
+        if order == b"r":
+            connection.sendall(data)
+            continue
+        left = count
+        while left:
+            left -= connection.recv_into(buffer[: min(chunk, left)])
+        connection.sendall(b".")
+"""
+_BULK_CLIENT = """
+import sys
+from farshore.attention_offload.frames import Transport
+from farshore.benchmarks.offload_hop import bulk_until_eof
+bulk_until_eof(sys.argv[1], Transport(sys.argv[2]))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class BulkRates:
+    """Bytes a second, sample by sample in turns: of KV, and of as many bytes through a raw socket."""
+
+    write: tuple[float, ...]
+    raw_write: tuple[float, ...]
+    read: tuple[float, ...]
+    raw_read: tuple[float, ...]
+
+    @property
+    def write_over_raw(self) -> float:
+        """The median of the turns' own ratios."""
+        return median(a / b for a, b in zip(self.write, self.raw_write, strict=True))
+
+    @property
+    def read_over_raw(self) -> float:
+        return median(a / b for a, b in zip(self.read, self.raw_read, strict=True))
+
+
+@contextmanager
+def shard_process(*, threads: int, memory_bytes: int = SHARD_MEMORY_BYTES) -> Iterator[str]:
+    """The address of an attention worker's process; it ends with the context, or with this process."""
+    options = ("--worker", "shard", "--kv-memory-bytes", str(memory_bytes), "--threads", str(threads))
+    with _child("-m", "farshore.workers.attention", *options) as child:
+        assert child.stdout is not None
+        yield child.stdout.readline().strip()
+
+
+def hop_times_s(
+    address: str, transport: Transport, *, calls: int, think_s: float = 0.0, warm_up: int = 200
+) -> tuple[float, ...]:
+    """Seconds from q's leaving to the answer, of ``calls`` frames one after the other.
+
+    ``think_s``: computing between an answer and the next frame, as an engine's dense layers do; longer than
+    a shard spins, it has gone to sleep when the frame comes. Raises TransportError for a transport that does
+    not connect.
+    """
+    layout = KVLayout.of(HOP, layers=1, format=KVFormat.of(DTYPE))
+    with _peer(address, transport, HOP, layout) as peer:
+        span = _sealed(peer, layout, "hop", tokens=1)
+        read = Read(span, 0, 0, 1, 0, 1, range(1))
+        peer.begin(ShardStep(1, (0,), (1,), 0, 1, ((read,),), (range(1),)))
+        q = torch.randn(1, HOP.q_heads, HOP.k_dim).to(DTYPE)
+        times_s = []
+        for _ in range(warm_up + calls):
+            start = time.perf_counter()
+            peer.wait(peer.send(0, 0, q))
+            end = time.perf_counter()
+            times_s.append(end - start)
+            while time.perf_counter() < end + think_s:
+                pass
+        peer.store.drop_sequence(SequenceId("hop"), epoch=_EPOCH)
+    return tuple(times_s[warm_up:])
+
+
+def bulk_rates(address: str, transport: Transport, *, rounds: int) -> BulkRates:
+    """Writes and reads of one layer of 2,048 tokens (8 MiB) at a time, each next to a raw transfer of as much
+    to, or from, a third process."""
+    layout = bulk_layout()
+    count = BULK_TOKENS * layout.layer_token_bytes
+    k, v = _kv(layout, BULK_TOKENS)
+    samples: dict[str, list[float]] = {"write": [], "raw_write": [], "read": [], "raw_read": []}
+    with _bulk_peer(address, transport) as peer, _raw_peer(count) as raw:
+        span = _span(peer, layout, "bulk", BULK_TOKENS)
+        for layer in range(layout.layers):
+            _write(peer, span, layer, k, v)  # the first touch of the span's memory
+        data, buffer = bytes(count), memoryview(bytearray(count))
+        turns: dict[str, Callable[[int], object]] = {
+            "write": lambda layer: _write(peer, span, layer, k, v),
+            "raw_write": lambda _: _raw_write(raw, data),
+            "read": lambda layer: peer.store.read(span, layer, 0, BULK_TOKENS),
+            "raw_read": lambda _: _raw_read(raw, buffer),
+        }
+        for names in (("write", "raw_write"), ("read", "raw_read")):
+            for turn in range(rounds * layout.layers):
+                for name in names:
+                    taken_s = _timed(partial(turns[name], turn % layout.layers))
+                    samples[name].append(count / taken_s)
+            peer.store.seal(span, BULK_TOKENS, epoch=_EPOCH)
+        peer.store.drop_sequence(SequenceId("bulk"), epoch=_EPOCH)
+    return BulkRates(**{name: tuple(rates) for name, rates in samples.items()})
+
+
+@contextmanager
+def _raw_peer(count: int) -> Iterator[socket.socket]:
+    """A TCP connection on loopback to a process that takes, or gives, ``count`` bytes at a time."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with _child("-c", _RAW_PEER, str(port), str(count), str(RAW_CHUNK_BYTES)):
+            connection, _ = server.accept()
+            with connection:
+                tune(connection)
+                yield connection
+
+
+def _raw_write(connection: socket.socket, data: bytes) -> None:
+    connection.sendall(b"w")
+    connection.sendall(data)
+    assert connection.recv(1) == b"."
+
+
+def _raw_read(connection: socket.socket, buffer: memoryview) -> None:
+    connection.sendall(b"r")
+    at = 0
+    while at < len(buffer):
+        at += connection.recv_into(buffer[at:])
+
+
+@contextmanager
+def bulk_load(address: str, transport: Transport) -> Iterator[None]:
+    """Another process writes and reads bulk KV, without a pause, for as long as the context lasts."""
+    with _child("-c", _BULK_CLIENT, address, str(transport)) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        yield
+
+
+def bulk_until_eof(address: str, transport: Transport) -> None:
+    """What that process does, until its standard input ends."""
+    with _bulk_peer(address, transport) as peer:
+        layout = bulk_layout()
+        k, v = _kv(layout, BULK_TOKENS)
+        span = _span(peer, layout, "load", BULK_TOKENS)
+        for layer in range(layout.layers):
+            _write(peer, span, layer, k, v)
+        peer.store.seal(span, BULK_TOKENS, epoch=_EPOCH)
+        scratch = _span(peer, layout, "load", BULK_TOKENS)
+        print("started", flush=True)
+        while not _at_eof():
+            _write(peer, scratch, 0, k, v)
+            peer.store.read(span, 0, 0, BULK_TOKENS)
+        peer.store.drop_sequence(SequenceId("load"), epoch=_EPOCH)
+
+
+def percentile(samples: Sequence[float], percent: int) -> float:
+    return quantiles(samples, n=100, method="inclusive")[percent - 1]
+
+
+def bulk_layout() -> KVLayout:
+    """Of the spans that bulk KV is written into."""
+    return KVLayout.of(LLAMA_8B.spec, layers=BULK_LAYERS, format=KVFormat.of(DTYPE))
+
+
+@contextmanager
+def _bulk_peer(address: str, transport: Transport) -> Iterator[RemotePeer]:
+    with _peer(address, transport, LLAMA_8B.spec, bulk_layout()) as peer:
+        yield peer
+
+
+@contextmanager
+def _peer(address: str, transport: Transport, spec: AttentionSpec, layout: KVLayout) -> Iterator[RemotePeer]:
+    model = AttentionModel(specs=(spec,), layer_class=(0,) * layout.layers, layouts=(layout,))
+    peer = RemotePeer(address, model, DTYPE, transports=(transport,))
+    try:
+        peer.connect()
+        yield peer
+    finally:
+        peer.close()
+
+
+def _span(peer: RemotePeer, layout: KVLayout, name: str, tokens: int) -> SpanId:
+    key = SpanKey(sequence=SequenceId(name), layer_class=0, first=0, group0=0, group1=layout.groups)
+    return peer.store.create(key, capacity_tokens=tokens, layout=layout, epoch=_EPOCH)
+
+
+def _sealed(peer: RemotePeer, layout: KVLayout, name: str, *, tokens: int) -> SpanId:
+    span = _span(peer, layout, name, tokens)
+    for layer in range(layout.layers):
+        _write(peer, span, layer, *_kv(layout, tokens))
+    peer.store.seal(span, tokens, epoch=_EPOCH)
+    return span
+
+
+def _kv(layout: KVLayout, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """As a model's projections give them: a token's heads together, the heads in front."""
+    k = torch.randn(tokens, layout.k_heads, layout.k_dim).to(DTYPE).transpose(0, 1)
+    v = torch.randn(tokens, layout.v_heads, layout.v_dim).to(DTYPE).transpose(0, 1)
+    return k, v
+
+
+def _write(peer: RemotePeer, span: SpanId, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+    peer.store.write(span, layer, 0, k, v, epoch=_EPOCH)
+
+
+def _timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _at_eof() -> bool:
+    return bool(select.select([sys.stdin], [], [], 0)[0])
+
+
+@contextmanager
+def _child(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A Python process that ends when its standard input does, so that it outlives nobody."""
+    command = [sys.executable, "-P", *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            yield child
+        finally:
+            assert child.stdin is not None
+            child.stdin.close()
+            try:
+                child.wait(10)
+            except subprocess.TimeoutExpired:
+                child.kill()
+
+
+def _main() -> None:
+    """A quick look, by itself; ``farshore bench offload`` reports."""
+    remote = (Transport.SHARED_MEMORY, Transport.TCP, Transport.GRPC)
+
+    def micros(times_s: Sequence[float]) -> str:
+        return f"p50 {percentile(times_s, 50) * 1e6:.1f} us, p99 {percentile(times_s, 99) * 1e6:.1f} us"
+
+    with shard_process(threads=1) as address:
+        for think_s in (0.0, 200e-6):
+            for it in remote:
+                times_s = hop_times_s(address, it, calls=2000, think_s=think_s)
+                print(f"hop, {it}, {think_s * 1e6:.0f} us apart: {micros(times_s)}", flush=True)
+        for it in remote:
+            rates = bulk_rates(address, it, rounds=6)
+            text = ", ".join(f"{name} {median(rate) / 1e9:.2f} GB/s" for name, rate in asdict(rates).items())
+            print(
+                f"bulk, {it}: {text}; {rates.write_over_raw:.0%} and {rates.read_over_raw:.0%} of raw",
+                flush=True,
+            )
+            idle = hop_times_s(address, it, calls=2000, think_s=200e-6)
+            with bulk_load(address, it):
+                busy = hop_times_s(address, it, calls=2000, think_s=200e-6)
+            print(f"hop, {it}: idle {micros(idle)}; during bulk {micros(busy)}", flush=True)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,155 @@
+"""What the offload benchmark drives: the engine's own layer loop, over sequences whose KV is stored.
+
+The KV is random: no time of a step depends on its values. Must not know what is compared with what.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count, pairwise
+
+import grpc
+import torch
+from torch import Tensor
+
+from farshore.attention_offload import codec
+from farshore.attention_offload.base import AttentionModel
+from farshore.attention_offload.fanout import Fanout
+from farshore.attention_offload.plan import Read, StepPlan
+from farshore.benchmarks.delay import proxy
+from farshore.ids import Epoch, SequenceId, WorkerId
+from farshore.kernels.base import BLOCK_TOKENS, KVLayout
+from farshore.kvstore.arena import Arena
+from farshore.kvstore.base import ShardStore, SpanKey
+from farshore.kvstore.tail import Tail
+from farshore.models.llama import Llama
+from farshore.proto import attention_pb2 as pb
+from farshore.proto import attention_pb2_grpc as pb_grpc
+from farshore.workers.step import run_step
+
+EPOCH = Epoch(1)
+TAIL_TOKENS = BLOCK_TOKENS // 2
+"""Complete in a tail: half of what it holds before it is handed off."""
+
+NEAR, FAR = "127.0.0.1", "127.0.0.2"
+"""Two addresses of this host: workers listen at one, the delaying proxy at the other."""
+CALL_DEADLINE_S = 10.0
+
+
+@contextmanager
+def delayed(address: str, attention: AttentionModel, dtype: torch.dtype, delay_s: float) -> Iterator[str]:
+    """The address of the worker at ``address``, on ``NEAR``, as seen from ``delay_s`` away."""
+    port = int(address.rpartition(":")[2])
+    with grpc.insecure_channel(address) as channel:
+        request = pb.ConnectRequest(open=codec.model_to_pb(attention, dtype))
+        offer = pb_grpc.AttentionStub(channel).Connect(request, timeout=CALL_DEADLINE_S)
+    with proxy(listen=FAR, target=NEAR, ports=[port, offer.tcp_port], delay_s=delay_s):
+        yield f"{FAR}:{port}"
+
+
+class Ground:
+    """``sequences`` of ``context_tokens`` each in spans, by token range over ``stores``, and a tail behind.
+
+    Each call runs a step, or a part of one, as the engine does, and leaves no trace: the next is the same.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        attention: AttentionModel,
+        stores: Mapping[WorkerId, ShardStore],
+        *,
+        sequences: int,
+        context_tokens: int,
+    ) -> None:
+        self._model = model
+        self._attention = attention
+        self._layout = attention.layouts[0]
+        self._names = [SequenceId(f"{context_tokens} tokens, {i}") for i in range(sequences)]
+        self._position = context_tokens + TAIL_TOKENS
+        self._arena = Arena(sequences * 2 * self._layout.block_bytes)
+        self._tails = [_tail(self._arena, self._layout, context_tokens) for _ in self._names]
+        self._spans = [_spans(self._layout, name, context_tokens, stores) for name in self._names]
+        self._numbers = count(1)
+
+    def step(self, shards: Fanout, *, micro_batches: int = 1) -> None:
+        """One token of every sequence."""
+        self._run(self._plan(len(self._names)), shards, micro_batches)
+
+    def dense(self, rows: int) -> None:
+        """A step of ``rows`` of the sequences as if there were nothing but their tails."""
+        plan = self._plan(rows, spans=False)
+        self._run(plan, Fanout({}, self._attention), 1)
+
+    def attention(self, shards: Fanout, rows: int) -> None:
+        """What the shards do in a step of ``rows`` of the sequences, a frame a layer, and nothing else."""
+        spec = self._attention.specs[0]
+        q = torch.ones(rows, spec.q_heads, spec.k_dim, dtype=self._model.dtype)
+        shards.begin(self._plan(rows), [range(rows)])
+        for layer in range(self._layout.layers):
+            shards.wait(shards.send(layer, 0, q))
+
+    def _plan(self, rows: int, *, spans: bool = True) -> StepPlan:
+        reads: dict[WorkerId, list[Read]] = {}
+        for row, stored in enumerate(self._spans[:rows] if spans else []):
+            for worker, read in stored:
+                reads.setdefault(worker, []).append(read._replace(rows=range(row, row + 1)))
+        return StepPlan(
+            step=next(self._numbers),
+            groups=self._layout.groups,
+            sequences=tuple(self._names[:rows]),
+            positions=(self._position,) * rows,
+            epochs=dict.fromkeys(self._names[:rows], EPOCH),
+            reads=({worker: tuple(it) for worker, it in reads.items()},),
+        )
+
+    def _run(self, plan: StepPlan, shards: Fanout, micro_batches: int) -> None:
+        tails = self._tails[: len(plan.sequences)]
+        with torch.inference_mode():
+            run_step(
+                plan,
+                [0] * len(tails),
+                tails,
+                model=self._model,
+                attention=self._attention,
+                shards=shards,
+                memory=self._arena.memory,
+                micro_batches=micro_batches,
+            )
+        for tail in tails:
+            tail.truncate(self._position)
+
+
+def _tail(arena: Arena, layout: KVLayout, start: int) -> Tail:
+    tail = Tail(arena=arena, layout=layout, start=start)
+    k, v = _tokens(layout, TAIL_TOKENS)
+    for layer in range(layout.layers):
+        tail.append(layer, start, k, v)
+    tail.advance(start + TAIL_TOKENS)
+    return tail
+
+
+def _spans(
+    layout: KVLayout, sequence: SequenceId, tokens: int, stores: Mapping[WorkerId, ShardStore]
+) -> list[tuple[WorkerId, Read]]:
+    """Written and sealed, an even part in each store; rows are the caller's to say."""
+    cuts = [tokens * i // len(stores) for i in range(len(stores) + 1)]
+    return [
+        (worker, _span(layout, sequence, first, last, store))
+        for (worker, store), (first, last) in zip(stores.items(), pairwise(cuts), strict=True)
+    ]
+
+
+def _span(layout: KVLayout, sequence: SequenceId, first: int, last: int, store: ShardStore) -> Read:
+    key = SpanKey(sequence=sequence, layer_class=0, first=first, group0=0, group1=layout.groups)
+    span = store.create(key, capacity_tokens=last - first, layout=layout, epoch=EPOCH)
+    k, v = _tokens(layout, last - first)
+    for layer in range(layout.layers):
+        store.write(span, layer, 0, k, v, epoch=EPOCH)
+    store.seal(span, last - first, epoch=EPOCH)
+    return Read(span, first, first, last, 0, layout.groups, range(0))
+
+
+def _tokens(layout: KVLayout, tokens: int) -> Sequence[Tensor]:
+    random = torch.Generator().manual_seed(tokens)
+    shapes = ((layout.k_heads, tokens, layout.k_dim), (layout.v_heads, tokens, layout.v_dim))
+    return [torch.randn(shape, generator=random).to(layout.format.dtype) for shape in shapes]

@@ -1,0 +1,223 @@
+"""Steps over attention workers on this machine: one sequence against an all-local step, and many sequences
+behind a delay, against what the parts take by themselves.
+
+Called by ``offload``. Everything runs on as many cores as the run has threads: an engine and one worker that
+take turns have them all; two workers, or an engine and a worker that work at once, have a half each, and stay
+on it: the scheduler puts two threads that one wakes on one core, and leaves them there for a millisecond.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from statistics import median
+
+from farshore.attention_offload.base import AttentionModel
+from farshore.attention_offload.fanout import Fanout
+from farshore.attention_offload.frames import REMOTE, Transport
+from farshore.attention_offload.in_process import InProcessPeer
+from farshore.attention_offload.remote_peer import RemotePeer
+from farshore.benchmarks import offload_hop
+from farshore.benchmarks.offload_rig import Ground, delayed
+from farshore.benchmarks.offload_setting import Setting
+from farshore.benchmarks.report import Bar, Result
+from farshore.benchmarks.timing import Timing, interleave
+from farshore.ids import WorkerId
+from farshore.kernels.base import BLOCK_TOKENS
+from farshore.kvstore.arena import Arena
+from farshore.kvstore.store import LocalStore
+from farshore.models.llama import Llama
+from farshore.workers.attention_model import attention_model
+from farshore.workers.stagger import TRIAL_STEPS, Stagger
+
+MOST_TIMES_LOCAL = 1.10
+MOST_TIMES_HOPS = 1.2
+MOST_TIMES_MODEL = 1.2
+LEAST_GAIN = 1.2
+
+STEPS_A_RUN = 3
+"""As in decoding, most steps follow another, which has left caches and threads as they are."""
+
+_ENGINE = WorkerId("engine")
+
+Measured = tuple[list[Result], list[Bar]]
+
+
+def decode(at: Setting) -> Measured:
+    """One sequence: over every transport to one and to two workers, each in turns with the local step alone.
+
+    All in turns would favour whoever comes right behind another transport to the same workers: it would find
+    their KV in the cache.
+    """
+    threads, tokens = at.machine.threads, at.sizes.context_tokens
+    model = at.model(threads)
+    attention = attention_model(model.config, model.dtype)
+    store = LocalStore(worker=_ENGINE, arena=Arena(_kv_bytes(attention, 1, tokens)))
+    local = Ground(model, attention, {_ENGINE: store}, sequences=1, context_tokens=tokens)
+    local_step = partial(local.step, Fanout({_ENGINE: InProcessPeer(_ENGINE, store, attention)}, attention))
+    results: list[Result] = []
+    bars: list[Bar] = []
+    for workers in (1, 2):
+        with ExitStack() as stack:
+            addresses = [
+                stack.enter_context(_worker(attention, 1, tokens, cores=cores))
+                for cores in _parts(threads, workers)
+            ]
+            peers = {it: stack.enter_context(_peers(addresses, model, attention, it)) for it in REMOTE}
+            stores = {worker: peer.store for worker, peer in peers[Transport.GRPC].items()}
+            ground = Ground(model, attention, stores, sequences=1, context_tokens=tokens)
+            for transport in REMOTE:
+                step = partial(ground.step, Fanout(peers[transport], attention))
+                timings = interleave(
+                    {"local": local_step, "offloaded": step}, rounds=at.sizes.rounds, calls=STEPS_A_RUN
+                )
+                result, bar = _held_against_local(at, timings, transport, workers, model.config.layers)
+                results.append(result)
+                bars.append(bar)
+    return results, bars
+
+
+def _held_against_local(
+    at: Setting, timings: Mapping[str, Timing], transport: Transport, workers: int, layers: int
+) -> tuple[Result, Bar]:
+    name = f"decode at 8K, {transport}, {workers} attention worker{'s' if workers > 1 else ''}"
+    local, timing = timings["local"], timings["offloaded"]
+    added_s = median(a - b for a, b in zip(timing.samples_s, local.samples_s, strict=True))
+    hop_s = median(at.hop_times_s(transport))
+    rested_hop_s = median(at.hop_times_s(transport, rested=True))
+    figures = {
+        "local_median_s": local.median_s,
+        "times_local": timing.over(local),
+        "added_us_a_layer": added_s / layers * 1e6,
+        "hop_us": hop_s * 1e6,
+        "rested_hop_us": rested_hop_s * 1e6,
+        "times_rested_hop": added_s / layers / rested_hop_s,
+    }
+    if transport is Transport.SHARED_MEMORY:
+        bar = Bar.at_most(name, timing.over(local), MOST_TIMES_LOCAL, "x the local step")
+    else:
+        bar = Bar.at_most(name, added_s / (layers * hop_s), MOST_TIMES_HOPS, "x layers x hop, added")
+    return Result(name, timing, figures), bar
+
+
+def staggered(at: Setting) -> Measured:
+    """Many sequences on one worker behind a delay, in one and in two micro-batches."""
+    sizes = at.sizes
+    own_cores, worker_cores = _parts(at.machine.threads, 2)
+    model = at.model(len(own_cores))
+    attention = attention_model(model.config, model.dtype)
+    with (
+        _worker(attention, sizes.sequences, sizes.context_tokens, cores=worker_cores) as address,
+        delayed(address, attention, model.dtype, sizes.delay_s) as far_address,
+        _peers([address], model, attention, Transport.TCP) as near,
+        _peers([far_address], model, attention, Transport.TCP) as far,
+        _on(own_cores),
+    ):
+        stores = {worker: peer.store for worker, peer in near.items()}
+        ground, one_token = (
+            Ground(model, attention, stores, sequences=sizes.sequences, context_tokens=tokens)
+            for tokens in (sizes.context_tokens, 1)
+        )
+        here, there = Fanout(near, attention), Fanout(far, attention)
+        candidates: dict[str, Callable[[], object]] = {
+            "hop": partial(one_token.attention, here, sizes.sequences),
+            "delayed hop": partial(one_token.attention, there, sizes.sequences),
+        }
+        for n in (1, 2):
+            rows = sizes.sequences // n
+            candidates |= {
+                f"dense {n}": partial(ground.dense, rows),
+                f"attention {n}": partial(ground.attention, here, rows),
+                f"step {n}": partial(ground.step, there, micro_batches=n),
+            }
+        timings = interleave(candidates, rounds=sizes.staggered_rounds, warm_up=1)
+        chosen = _chosen(ground, there, sizes.sequences, steps=sizes.settling_steps)
+    results, bars = _held_against_model(timings, layers=model.config.layers, delay_s=sizes.delay_s)
+    return [replace(it, figures={**it.figures, "engine_chose": chosen}) for it in results], bars
+
+
+def _chosen(ground: Ground, shards: Fanout, rows: int, *, steps: int) -> int:
+    """What the engine itself, which measures nothing but its steps, settles on."""
+    stagger = Stagger(lambda: shards.waited_s)
+    ran = []
+    for _ in range(steps):
+        with stagger.step(rows) as n:
+            ground.step(shards, micro_batches=n)
+        ran.append(n)
+    return max(set(ran[-TRIAL_STEPS * 2 :]), key=ran.count)
+
+
+def _held_against_model(timings: Mapping[str, Timing], *, layers: int, delay_s: float) -> Measured:
+    """``attention`` was measured through a hop, which is not attention: it is taken off."""
+    layer_s = {name: timing.median_s / layers for name, timing in timings.items()}
+    results, bars = [], []
+    for n in (1, 2):
+        name = f"16 sequences at 8K, 1 ms away, {n} micro-batches"
+        dense_s, attention_s = layer_s[f"dense {n}"], layer_s[f"attention {n}"] - layer_s["hop"]
+        model_s = max(n * dense_s, n * attention_s, dense_s + attention_s + 2 * delay_s)
+        figures = {
+            "dense_ms_a_layer": dense_s * 1e3,
+            "attention_ms_a_layer": attention_s * 1e3,
+            "model_ms_a_layer": model_s * 1e3,
+            "step_ms_a_layer": layer_s[f"step {n}"] * 1e3,
+            "hop_ms": layer_s["hop"] * 1e3,
+            "delayed_hop_ms": layer_s["delayed hop"] * 1e3,
+        }
+        results.append(Result(name, timings[f"step {n}"], figures))
+        times_model = layer_s[f"step {n}"] / model_s
+        bars.append(Bar.at_most(name, times_model, MOST_TIMES_MODEL, "x layers x max(n d, n a, d + a + RTT)"))
+    gain = timings["step 1"].over(timings["step 2"])
+    bars.append(
+        Bar.at_least("2 micro-batches, 16 sequences at 8K, 1 ms away", gain, LEAST_GAIN, "x faster than 1")
+    )
+    return results, bars
+
+
+def _kv_bytes(attention: AttentionModel, sequences: int, tokens: int) -> int:
+    """What that many sequences take, and as many short ones; blocks are filled in part."""
+    return attention.layouts[0].token_bytes * sequences * (tokens + 3 * BLOCK_TOKENS)
+
+
+def _parts(threads: int, parts: int) -> list[list[int]]:
+    """The cores that each of ``parts`` has, of the ``threads`` that all have together; with fewer cores than
+    parts they share one."""
+    cores = sorted(os.sched_getaffinity(0))[:threads]
+    return [cores[len(cores) * i // parts : len(cores) * (i + 1) // parts] or cores for i in range(parts)]
+
+
+@contextmanager
+def _on(cores: list[int]) -> Iterator[None]:
+    """This thread, and what it starts, stay on ``cores``."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def _worker(attention: AttentionModel, sequences: int, tokens: int, *, cores: list[int]) -> Iterator[str]:
+    """The address of an attention worker in a process on ``cores``, a thread on each."""
+    memory_bytes = _kv_bytes(attention, sequences, tokens)
+    with ExitStack() as stack:
+        with _on(cores):
+            process = offload_hop.shard_process(threads=len(cores), memory_bytes=memory_bytes)
+            address = stack.enter_context(process)
+        yield address
+
+
+@contextmanager
+def _peers(
+    addresses: list[str], model: Llama, attention: AttentionModel, transport: Transport
+) -> Iterator[dict[WorkerId, RemotePeer]]:
+    peers = {
+        WorkerId(f"shard-{i}"): RemotePeer(address, attention, model.dtype, transports=[transport])
+        for i, address in enumerate(addresses)
+    }
+    try:
+        yield peers
+    finally:
+        for peer in peers.values():
+            peer.close()

@@ -1,0 +1,168 @@
+"""Reading text with KV in one format: the engine's prefill, its stores and its decode steps, in this process.
+
+Used by ``quality``. Must not know what is read or what is expected of it.
+"""
+
+import queue
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from farshore.attention_offload.in_process import InProcessPeer
+from farshore.errors import DeadlineExceeded
+from farshore.ids import Epoch, SequenceId, WorkerId
+from farshore.kernels.formats import KVFormat
+from farshore.kvstore.arena import Arena
+from farshore.kvstore.store import LocalStore
+from farshore.models.llama import Llama
+from farshore.workers.attention_model import attention_model
+from farshore.workers.cache import SequenceCache
+from farshore.workers.engine import Engine
+from farshore.workers.prefill import Segment
+from farshore.workers.prefix import fingerprint
+from farshore.workers.sequence import Event, Failed, Finished, Sampled, Sampling, Sequence
+
+ARENA_BYTES = 1 << 30
+SEGMENT_TOKENS = 512
+"""Rows whose logits are held at a time: 100 MB of SmolLM2's."""
+DEADLINE_S = 600.0
+
+_WORKER = WorkerId("reader")
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Of every token but the first, given those before it: its log-probability (natural) ``f32[n]``, and the
+    likeliest token instead ``i64[n]``."""
+
+    logprobs: Tensor
+    best: Tensor
+    seconds: float
+
+    @classmethod
+    def joined(cls, scores: Iterable["Score"]) -> "Score":
+        parts = list(scores)
+        return cls(
+            torch.cat([it.logprobs for it in parts]),
+            torch.cat([it.best for it in parts]),
+            sum(it.seconds for it in parts),
+        )
+
+    @property
+    def perplexity(self) -> float:
+        return float(torch.exp(-self.logprobs.double().mean()))
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    tokens: list[int]
+    seconds: float
+
+
+class Reader:
+    """A context manager: an engine with its own memory, KV in ``format``."""
+
+    def __init__(self, model: Llama, format: KVFormat) -> None:
+        self._model = model
+        self._attention = attention_model(model.config, model.dtype, format)
+        self._arena = Arena(ARENA_BYTES)
+        store = LocalStore(worker=_WORKER, arena=self._arena)
+        self._peers = {_WORKER: InProcessPeer(_WORKER, store, self._attention)}
+        self._numbers = count(1)
+        self._engine = Engine(
+            model=model,
+            attention=self._attention,
+            arena=self._arena,
+            peers=self._peers,
+            targets=[_WORKER],
+            shard_by="range",
+            claim=lambda _: Epoch(next(self._numbers)),
+        )
+
+    def __enter__(self) -> Self:
+        self._engine.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._engine.stop()
+
+    def answer(self, prompt: list[int], *, most_tokens: int) -> Answer:
+        """What the model goes on with, greedily. Raises what the engine failed with."""
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        start_s = time.perf_counter()
+        self._engine.submit(self._name(), prompt, Sampling(max_tokens=most_tokens), events.put)
+        tokens: list[int] = []
+        while True:
+            try:
+                event = events.get(timeout=DEADLINE_S)
+            except queue.Empty:
+                raise DeadlineExceeded(f"the engine said nothing for {DEADLINE_S:.0f} s") from None
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Sampled):
+                tokens.append(event.token_id)
+            if isinstance(event, Finished):
+                return Answer(tokens, time.perf_counter() - start_s)
+
+    @torch.inference_mode()
+    def score(self, tokens: list[int]) -> Score:
+        """Read ``tokens`` as one prompt, segment by segment, each attending to the stored KV of those before
+        it."""
+        start_s = time.perf_counter()
+        name = self._name()
+        sequence = Sequence(
+            id=name,
+            epoch=Epoch(next(self._numbers)),
+            prompt_tokens=len(tokens),
+            tokens=tokens,
+            sampling=Sampling(max_tokens=1),
+            emit=lambda event: None,
+            arrived_s=time.monotonic(),
+            # A prefix that is stored already would not be read again, and so not be scored.
+            fingerprint=fingerprint(self._model.config, self._attention, revision="", salt=name),
+        )
+        cache = SequenceCache(
+            arena=self._arena, peers=self._peers, targets=[_WORKER], model=self._attention, shard_by="range"
+        )
+        cache.place(sequence, promised_tokens=0)
+        logprobs, best = [], []
+        try:
+            with ThreadPoolExecutor(2) as helper:
+                for first in range(0, len(tokens), SEGMENT_TOKENS):
+                    last = min(first + SEGMENT_TOKENS, len(tokens))
+                    logits = self._read(sequence, first, last, helper)
+                    cache.seal(sequence, last)
+                    following = torch.tensor(tokens[first + 1 : last + 1])
+                    rows = torch.log_softmax(logits[: len(following)], dim=-1)
+                    logprobs.append(rows.gather(1, following[:, None])[:, 0])
+                    best.append(rows.argmax(-1))
+        finally:
+            cache.release(sequence)
+            cache.close()
+        return Score(torch.cat(logprobs), torch.cat(best), time.perf_counter() - start_s)
+
+    def _read(self, sequence: Sequence, first: int, last: int, helper: ThreadPoolExecutor) -> Tensor:
+        """Logits ``f32[last - first, vocab]``."""
+        segment = Segment(
+            sequence,
+            first,
+            last,
+            model=self._model,
+            attention=self._attention,
+            peers=self._peers,
+            helper=helper,
+            logits_of=last - first,
+        )
+        for unit in segment.units():
+            unit()
+        assert segment.logits is not None
+        return segment.logits
+
+    def _name(self) -> SequenceId:
+        return SequenceId(f"text-{next(self._numbers)}")

@@ -1,0 +1,103 @@
+"""The serve benchmark: what engine and `farshore serve` reach, against issue 6's bars and the machine.
+
+Called through ``catalogue``. SmolLM2 in bfloat16, KV local to the engine; contexts past the model's positions
+run with more of them in a copy of its configuration, since no time depends on them. Each part measures the
+machine's read bandwidth and GEMM rate beside itself. ``peers``: other servers, on the same machine.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+
+from farshore.benchmarks import serve_load, serve_peer, serve_start
+from farshore.benchmarks.machine import Facts
+from farshore.benchmarks.report import Bar, Report, Result
+from farshore.benchmarks.serve_setting import Setting, Sizes
+from farshore.errors import InvalidRequest
+
+DECODE_MS = {128: 14.0, 8192: 25.0, 32768: 55.0}
+PREFILL_TPS = {1024: 1100.0, 8192: 550.0, 32768: 190.0}
+TOGETHER_TPS = 165.0
+MOST_GAP_MS = 250.0
+MOST_TIMES_ALONE = 1.3
+START_S = {"cold": 25.0, "warm": 12.0}
+
+Measured = tuple[list[Result], list[Bar]]
+
+
+def run(
+    facts: Facts, sizes: Sizes, *, only: str = "", peer: str | None = None, progress: Callable[[str], None]
+) -> Report:
+    """The parts whose name holds ``only``; ``peer`` measures that instead of ours. InvalidRequest, before
+    anything is measured, if there are none, or the peer can't be installed."""
+    parts = dict(_parts(sizes) if peer is None else serve_peer.parts(peer, sizes))
+    chosen = {name: measure for name, measure in parts.items() if only in name}
+    if not chosen:
+        raise InvalidRequest(f"no part {only!r}: choose a part of {'; '.join(parts)}")
+    at = Setting(facts, sizes, progress)
+    results: list[Result] = []
+    bars: list[Bar] = []
+    for name, measure in chosen.items():
+        progress(name)
+        measured, held = measure(at)
+        results += measured
+        bars += held
+    told = asdict(facts) if peer is None else {"peer": peer, **asdict(facts)}
+    return Report(told, tuple(results), tuple(bars))
+
+
+def _parts(sizes: Sizes) -> Iterator[tuple[str, Callable[[Setting], Measured]]]:
+    """What can be measured, by name, and what measures it."""
+    for context in sizes.decode_contexts:
+        yield f"decode at {context}", partial(_decode, context=context)
+    for context in sizes.prefill_contexts:
+        yield f"prefill of {context}", partial(_prefill, context=context)
+    yield f"{sizes.sequences} sequences at {sizes.together_context}", _together
+    yield f"decode beside a prefill of {sizes.beside_context}", _beside
+    for kind in START_S:
+        yield f"start-up, {kind}", partial(_start, kind=kind)
+
+
+def _decode(at: Setting, *, context: int) -> Measured:
+    result = serve_load.decode(at, context)
+    return _held(result, Bar.at_most, result.timing.median_s * 1e3, DECODE_MS.get(context), "ms/token")
+
+
+def _prefill(at: Setting, *, context: int) -> Measured:
+    result = serve_load.prefill(at, context)
+    return _held(result, Bar.at_least, context / result.timing.median_s, PREFILL_TPS.get(context), "tokens/s")
+
+
+def _together(at: Setting) -> Measured:
+    result = serve_load.together(at)
+    return _held(result, Bar.at_least, float(result.figures["tokens_per_s"]), TOGETHER_TPS, "tokens/s")
+
+
+def _beside(at: Setting) -> Measured:
+    result = serve_load.beside(at)
+    figures = result.figures
+    return [result], [
+        Bar.at_most(f"{result.name}: p99 gap", float(figures["p99_gap_ms"]), MOST_GAP_MS, "ms"),
+        Bar.at_most(
+            f"{result.name}: its time",
+            float(figures["times_alone_and_given_away"]),
+            MOST_TIMES_ALONE,
+            "times",
+        ),
+    ]
+
+
+def _start(at: Setting, *, kind: str) -> Measured:
+    result = serve_start.measure(at, cold=kind == "cold")
+    return _held(result, Bar.at_most, result.timing.median_s, START_S[kind], "s")
+
+
+def _held(
+    result: Result,
+    sense: Callable[[str, float, float, str], Bar],
+    value: float,
+    bound: float | None,
+    unit: str,
+) -> Measured:
+    """Contexts that no bar names have none."""
+    return [result], [] if bound is None else [sense(result.name, value, bound, unit)]

@@ -1,0 +1,126 @@
+"""The engine with its KV in its own memory, as `farshore serve --placement local` has it.
+
+What the serve benchmark measures: the product's own engine, told everything through its public interface.
+"""
+
+import queue
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import count, pairwise
+from typing import Self
+
+import torch
+
+from farshore.attention_offload.in_process import InProcessPeer
+from farshore.errors import DeadlineExceeded
+from farshore.ids import Epoch, SequenceId, WorkerId
+from farshore.kvstore.arena import Arena
+from farshore.kvstore.base import SpanKey
+from farshore.kvstore.prefix import chain
+from farshore.kvstore.store import LocalStore
+from farshore.models.llama import Llama
+from farshore.workers.admission import EngineLimits
+from farshore.workers.attention_model import attention_model
+from farshore.workers.engine import Engine
+from farshore.workers.prefix import fingerprint
+from farshore.workers.sequence import Event, Failed, Finished, Prefilled, Sampled, Sampling
+
+WORKER = WorkerId("dense")
+DEADLINE_S = 3600.0
+"""For one event: a prompt of 32K tokens may take many minutes on a slow machine."""
+
+
+class Request:
+    """One request, and when its tokens came."""
+
+    def __init__(self, cancel: Callable[[], None]) -> None:
+        self.cancel = cancel
+        self.submitted_s = time.perf_counter()
+        self.token_s: list[float] = []
+        self.progress_tokens: list[int] = []
+        """How much of the prompt was done, each time the engine said so."""
+        self._events: queue.SimpleQueue[tuple[float, Event]] = queue.SimpleQueue()
+
+    def emit(self, event: Event) -> None:
+        self._events.put((time.perf_counter(), event))
+
+    def wait(self, tokens: int | None = None) -> Self:
+        """Until there are ``tokens`` of it, or its end. Raises what it failed with, DeadlineExceeded."""
+        while tokens is None or len(self.token_s) < tokens:
+            try:
+                at_s, event = self._events.get(timeout=DEADLINE_S)
+            except queue.Empty:
+                raise DeadlineExceeded(f"no event of a request within {DEADLINE_S:.0f} s") from None
+            if isinstance(event, Sampled):
+                self.token_s.append(at_s)
+            elif isinstance(event, Prefilled):
+                self.progress_tokens.append(event.done_tokens)
+            elif isinstance(event, Failed):
+                raise event.error
+            elif isinstance(event, Finished):
+                break
+        return self
+
+    @property
+    def first_token_s(self) -> float:
+        """Seconds from its submission on."""
+        return self.token_s[0] - self.submitted_s
+
+    def gaps_s(self, *, skip: int = 0) -> tuple[float, ...]:
+        """From each token to the next, behind the first ``skip`` of them."""
+        times = self.token_s[skip:]
+        return tuple(b - a for a, b in pairwise(times))
+
+
+class LocalEngine:
+    """Use as a context: it runs inside. Nothing generated here stops before its ``max_tokens``."""
+
+    def __init__(self, model: Llama, *, kv_bytes: int, limits: EngineLimits | None = None) -> None:
+        self._model = model
+        self._attention = attention_model(model.config, model.dtype)
+        arena = Arena(kv_bytes)
+        self._store = LocalStore(worker=WORKER, arena=arena)
+        self._ids = count()
+        epochs = count(1)
+        self._engine = Engine(
+            model=model,
+            attention=self._attention,
+            arena=arena,
+            peers={WORKER: InProcessPeer(WORKER, self._store, self._attention)},
+            targets=[WORKER],
+            shard_by="range",
+            claim=lambda _: Epoch(next(epochs)),
+            limits=limits,
+        )
+
+    def __enter__(self) -> Self:
+        self._engine.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._engine.stop()
+
+    def submit(self, prompt: Sequence[int], *, max_tokens: int) -> Request:
+        """Greedy."""
+        name = SequenceId(f"request-{next(self._ids)}")
+        request = Request(partial(self._engine.cancel, name))
+        self._engine.submit(name, list(prompt), Sampling(max_tokens=max_tokens), request.emit)
+        return request
+
+    def store_prefix(self, prompt: Sequence[int]) -> None:
+        """Random KV for the whole blocks of ``prompt``, sealed and named as if it had been prefilled: a
+        request with it finds it there, and no kernel's time depends on the values."""
+        print_ = fingerprint(self._model.config, self._attention, revision="")
+        blocks = chain(prompt, fingerprint=print_)
+        layout, tokens = self._attention.layouts[0], blocks[-1].last
+        name, epoch = SequenceId(f"stored-{next(self._ids)}"), Epoch(1)
+        key = SpanKey(sequence=name, layer_class=0, first=0, group0=0, group1=layout.groups)
+        span = self._store.create(key, capacity_tokens=tokens, layout=layout, epoch=epoch)
+        generator = torch.Generator().manual_seed(0)
+        k = torch.randn(layout.k_heads, tokens, layout.k_dim, generator=generator).to(self._model.dtype)
+        v = torch.randn(layout.v_heads, tokens, layout.v_dim, generator=generator).to(self._model.dtype)
+        for layer in range(layout.layers):
+            self._store.write(span, layer, 0, k, v, epoch=epoch)
+        self._store.seal(span, tokens, epoch=epoch, blocks=blocks)
+        self._store.drop_sequence(name, epoch=epoch)

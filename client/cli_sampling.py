@@ -1,0 +1,134 @@
+"""The sampling options of ``farshore generate``, and what they ask of the SDK.
+
+Used by ``cli_generate``. Ranges are checked here too, since a cluster may be started for the call: the
+gateway says the same, but later. Must not know what sampling does with them.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from farshore.client.cli_options import number, positive, whole
+
+_SAME_NAME = (
+    "max_tokens",
+    "n",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logprobs",
+    "seed",
+    "ignore_eos",
+)
+
+
+def seed(text: str) -> int:
+    value = whole(text)
+    if not 0 <= value < 1 << 64:
+        raise argparse.ArgumentTypeError(f"{text}: use a whole number from 0 to 2**64 - 1")
+    return value
+
+
+def number_in(low: float, high: float, words: str, *, above: bool = False) -> Callable[[str], float]:
+    """A type for argparse: ``low`` to ``high``, with ``above`` without ``low`` itself. NaN is in no range."""
+
+    def parse(text: str) -> float:
+        value = number(text)
+        if not low <= value <= high or (above and value == low):
+            raise argparse.ArgumentTypeError(f"{text}: use a number {words}")
+        return value
+
+    return parse
+
+
+def not_negative(text: str) -> int:
+    value = whole(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text}: use a whole number from 0 on")
+    return value
+
+
+def bias(text: str) -> tuple[int, float]:
+    token, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r}: write TOKEN=BIAS, such as 42=-100")
+    return not_negative(token), number_in(-100, 100, "from -100 to 100")(value)
+
+
+def add_sampling_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--max-tokens", type=positive, metavar="N", help="most tokens to answer (default: 256)")
+    add("--n", type=positive, metavar="N", help="choices: answers to the one prompt (default: 1)")
+    add(
+        "--temperature",
+        type=number_in(0, 2, "from 0 (greedy) to 2"),
+        metavar="T",
+        help="0 (greedy) to 2 (default: 0)",
+    )
+    add("--top-k", type=not_negative, metavar="K", help="sample from the K likeliest tokens (default: all)")
+    add(
+        "--top-p",
+        type=number_in(0, 1, "above 0, up to 1", above=True),
+        metavar="P",
+        help="sample from the likeliest tokens of this total probability (default: 1)",
+    )
+    add(
+        "--min-p",
+        type=number_in(0, 1, "from 0 to 1"),
+        metavar="P",
+        help="leave out tokens less likely than this share of the likeliest's probability (default: 0)",
+    )
+    add(
+        "--repetition-penalty",
+        type=number_in(0, 10, "above 0, up to 10", above=True),
+        metavar="R",
+        help="above 1: avoid tokens of prompt and answer (default: 1)",
+    )
+    for name in ("presence", "frequency"):
+        each = "for every time it came" if name == "frequency" else "if it came at all"
+        add(
+            f"--{name}-penalty",
+            type=number_in(-2, 2, "from -2 to 2"),
+            metavar="X",
+            help=f"lower a token's logit by X {each} in the answer (default: 0)",
+        )
+    add(
+        "--logit-bias",
+        type=bias,
+        action="append",
+        metavar="TOKEN=BIAS",
+        help="add to a token id's logit, -100 to 100; may be repeated",
+    )
+    add(
+        "--logprobs",
+        type=not_negative,
+        metavar="N",
+        help="with --json: each token's log-probability, and those of N alternatives",
+    )
+    add("--seed", type=seed, metavar="N", help="repeat a sampled answer (default: random)")
+    add("--stop", action="append", metavar="TEXT", help="end the answer before TEXT; may be repeated")
+    add(
+        "--stop-token-id",
+        type=not_negative,
+        action="append",
+        metavar="ID",
+        help="end the answer at this token; may be repeated",
+    )
+    add("--ignore-eos", action="store_true", help="go on to --max-tokens, whatever the model says")
+
+
+def asked(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments for ``Client.generate``. Options that don't go together are a usage error: exit 2."""
+    if args.n is not None and args.n > 1 and not args.temperature:
+        args.usage_error(f"--n {args.n} would give {args.n} times the same answer: add --temperature")
+    if args.logprobs is not None and not args.json:
+        args.usage_error("--logprobs are told in JSON only: add --json")
+    return {name: getattr(args, name) for name in _SAME_NAME} | {
+        "logit_bias": dict(args.logit_bias or ()),
+        "stop": args.stop or (),
+        "stop_token_ids": args.stop_token_id or (),
+    }

@@ -1,0 +1,80 @@
+"""What an engine says about one request, turned into the request's log.
+
+Driven by ``engine``, which owns the connection. Must not know about calls, deadlines or readers.
+"""
+
+from farshore.gateway.completion import Completion
+from farshore.gateway.request import Request
+from farshore.gateway.validate import Job
+from farshore.models.tokenizer import Tokenizer
+from farshore.proto import cluster_pb2 as cluster
+from farshore.proto import inference_pb2 as api
+
+
+class Answer:
+    """All completions of one request; on the event loop only."""
+
+    def __init__(self, request: Request, job: Job, tokenizer: Tokenizer) -> None:
+        self._request = request
+        self._tokenizer = tokenizer
+        self._completions = [Completion(job, tokenizer) for _ in range(job.n)]
+        self._ended: set[int] = set()
+        self._queued_ms = 0.0
+        self._shards: dict[str, api.ShardUse] = {}
+
+    @property
+    def complete(self) -> bool:
+        """Nothing can be added: every completion has met its end, whether its engine knows or not."""
+        return all(completion.reason is not None for completion in self._completions)
+
+    async def take(self, event: cluster.SequenceEvent) -> int | None:
+        """The choice that the event's token ended with a stop string: its engine goes on until it is told."""
+        kind = event.WhichOneof("kind")
+        if kind == "token":
+            return await self._add(event.token)
+        if kind == "prefill":
+            await self._request.add_prefill(event.prefill)
+        elif kind == "finished":
+            await self._end_one(event.finished)
+        return None
+
+    async def end(self, reason: api.FinishReason) -> None:
+        """``reason`` for those completions that have not ended."""
+        for completion in self._completions:
+            completion.end(reason)
+        await self._request.finish(
+            [completion.summary() for completion in self._completions],
+            queued_ms=self._queued_ms,
+            shards=self._shards.values(),
+        )
+
+    async def _add(self, token: cluster.SampledToken) -> int | None:
+        completion = self._completions[token.choice]
+        if completion.reason is not None:
+            return None  # Behind a stop string: the engine has not heard of it yet.
+        await self._request.add_token(
+            token.token_id,
+            completion.push(token.token_id),
+            choice=token.choice,
+            logprob=token.logprob if token.HasField("logprob") else None,
+            top=[
+                api.Alternative(
+                    token_id=it.token_id, logprob=it.logprob, text=self._tokenizer.decode([it.token_id])
+                )
+                for it in token.top
+            ],
+        )
+        return None if completion.reason is None else token.choice
+
+    async def _end_one(self, done: cluster.SequenceFinished) -> None:
+        self._completions[done.choice].end(done.reason)
+        if not self._ended:
+            self._queued_ms = done.queued_ms
+        self._ended.add(done.choice)
+        for use in done.shards:
+            if use.worker_id in self._shards:
+                self._shards[use.worker_id].attended_bytes += use.attended_bytes
+            else:
+                self._shards[use.worker_id] = use
+        if len(self._ended) == len(self._completions):
+            await self.end(done.reason)

@@ -1,0 +1,91 @@
+"""What may be asked of sampling, checked before an engine hears of it.
+
+Called by ``validate``. Every refusal names the value, the limit and the fix. Must not know about prompts.
+"""
+
+from collections.abc import Iterable
+
+from farshore.errors import InvalidRequest
+from farshore.gateway.limits import Limits
+from farshore.proto import inference_pb2 as api
+
+_UP_TO_2 = (-2.0, 2.0, "a number from -2 to 2")
+# NaN is in no range: it compares false with everything.
+_RANGES = {
+    "temperature": (0.0, 2.0, "a number from 0 (greedy) to 2"),
+    "min_p": (0.0, 1.0, "a number from 0 (off) to 1"),
+    "presence_penalty": _UP_TO_2,
+    "frequency_penalty": _UP_TO_2,
+}
+_RANGES_ABOVE_0 = {
+    "top_p": (1.0, "a number above 0, up to 1"),
+    "repetition_penalty": (10.0, "a number above 0, up to 10; 1 is none"),
+}
+_MOST_BIAS = 100.0
+
+
+def check(sampling: api.Sampling, *, vocab: int, limits: Limits) -> None:
+    """Raises InvalidRequest for the first thing that can't be done."""
+    if sampling.HasField("max_tokens") and sampling.max_tokens < 1:
+        raise InvalidRequest("max_tokens is 0: ask for at least 1, or leave it unset")
+    for name, (low, high, fix) in _RANGES.items():
+        value = getattr(sampling, name)
+        if not low <= value <= high:
+            raise InvalidRequest(f"{name} {value:g}: use {fix}")
+    for name, (high, fix) in _RANGES_ABOVE_0.items():
+        value = getattr(sampling, name)
+        if sampling.HasField(name) and not 0 < value <= high:
+            raise InvalidRequest(f"{name} {value:g}: use {fix}")
+    if sampling.logprobs > limits.logprobs:
+        raise InvalidRequest(
+            f"logprobs {sampling.logprobs}: ask for at most {limits.logprobs} alternatives a token"
+        )
+    _check_choices(sampling, limits)
+    _check_bias(sampling, vocab, limits)
+    _check_stops(sampling, vocab, limits)
+
+
+def _check_choices(sampling: api.Sampling, limits: Limits) -> None:
+    if not sampling.HasField("n"):
+        return
+    if not 1 <= sampling.n <= limits.choices:
+        raise InvalidRequest(f"n {sampling.n}: ask for 1 to {limits.choices} choices")
+    if sampling.n > 1 and not sampling.temperature:
+        raise InvalidRequest(
+            f"n {sampling.n} with temperature 0 would give {sampling.n} times the same answer: "
+            "set a temperature above 0, or n 1"
+        )
+
+
+def _check_bias(sampling: api.Sampling, vocab: int, limits: Limits) -> None:
+    if len(sampling.logit_bias) > limits.logit_biases:
+        raise InvalidRequest(
+            f"logit_bias has {len(sampling.logit_bias)} entries; give at most {limits.logit_biases}"
+        )
+    _check_ids("logit_bias", sampling.logit_bias, vocab)
+    for token, bias in sampling.logit_bias.items():
+        if not -_MOST_BIAS <= bias <= _MOST_BIAS:
+            raise InvalidRequest(
+                f"logit_bias {bias:g} of token {token}: use a number from {-_MOST_BIAS:g} to {_MOST_BIAS:g}"
+            )
+
+
+def _check_stops(sampling: api.Sampling, vocab: int, limits: Limits) -> None:
+    if len(sampling.stop) > limits.stops:
+        raise InvalidRequest(f"stop has {len(sampling.stop)} strings; give at most {limits.stops}")
+    for place, stop in enumerate(sampling.stop):
+        if not 1 <= len(stop) <= limits.stop_chars:
+            raise InvalidRequest(
+                f"stop string {place} has {len(stop)} characters; give it 1 to {limits.stop_chars}"
+            )
+    if len(sampling.stop_token_ids) > limits.stop_token_ids:
+        raise InvalidRequest(
+            f"stop_token_ids has {len(sampling.stop_token_ids)} ids; give at most {limits.stop_token_ids}"
+        )
+    _check_ids("stop_token_ids", sampling.stop_token_ids, vocab)
+
+
+def _check_ids(name: str, ids: Iterable[int], vocab: int) -> None:
+    for token in ids:
+        if token >= vocab:
+            raise InvalidRequest(f"{name}: token id {token} is outside the vocabulary: use 0 to {vocab - 1}")

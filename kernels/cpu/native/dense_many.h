@@ -1,0 +1,130 @@
+// x W^T for many rows of x: blocks of W are turned into panels [in][PANEL] of words, multiplied from L1 and L2.
+// Included after dense_weights.h.
+
+namespace farshore {
+namespace ISA {
+namespace slices {
+
+#if WIDTH == 16
+constexpr int TILE_ROWS = 14, TILE_VECTORS = 2;
+#elif WIDTH == 8
+constexpr int TILE_ROWS = 6, TILE_VECTORS = 2;
+#else
+constexpr int TILE_ROWS = 3, TILE_VECTORS = 3;
+#endif
+constexpr int PANEL = TILE_VECTORS * WIDTH;
+// A block of x, [BLOCK_ROWS][BLOCK_WORDS], and the sums it adds to share L2; a panel of W lies in L1.
+constexpr int BLOCK_ROWS = 144, BLOCK_WORDS = 320, BLOCK_OUT = 288;
+
+// Elements in a factor of the inner loop: a pair, or one.
+template <Format F>
+constexpr int PER_WORD = PAIRS<F> ? 2 : 1;
+
+// c[M][PANEL] (+)= a[M][words] b[words][PANEL]
+template <Format F, int M>
+inline void tile(const uint32_t* a, int lda, const uint32_t* b, int words, float* c, int ldc, bool add) {
+    vf sums[M][TILE_VECTORS];
+    for (int i = 0; i < M; i++)
+        for (int j = 0; j < TILE_VECTORS; j++) sums[i][j] = add ? load(c + (int64_t)i * ldc + j * WIDTH) : vf{};
+    for (int p = 0; p < words; p++) {
+        vu w[TILE_VECTORS];
+        for (int j = 0; j < TILE_VECTORS; j++) w[j] = load_as<vu>(b + p * PANEL + j * WIDTH);
+        for (int i = 0; i < M; i++) {
+            const vu x = a[(int64_t)i * lda + p] + vu{};
+            for (int j = 0; j < TILE_VECTORS; j++)
+                sums[i][j] = PAIRS<F> ? dot_pairs(sums[i][j], x, w[j]) : sums[i][j] + (vf)x * (vf)w[j];
+        }
+    }
+    for (int i = 0; i < M; i++)
+        for (int j = 0; j < TILE_VECTORS; j++) store(c + (int64_t)i * ldc + j * WIDTH, sums[i][j]);
+}
+
+template <Format F, int M>
+inline void last_tile(int m, const uint32_t* a, int lda, const uint32_t* b, int words, float* c, int ldc, bool add) {
+    if constexpr (M > 0) {
+        if (m == M) return tile<F, M>(a, lda, b, words, c, ldc, add);
+        last_tile<F, M - 1>(m, a, lda, b, words, c, ldc, add);
+    }
+}
+
+// Elements [p0, p0 + k) of `rows` rows of n -> words, row by row, zeros beyond n. k is a multiple of STEP.
+template <Format F>
+void block_of_rows(const void* x, int rows, int n, int p0, int k, uint32_t* to) {
+    constexpr int AT_ONCE = WIDTH * PER_WORD<F>;
+    for (int r = 0; r < rows; r++) {
+        const uint8_t* row = at<F>(x, (int64_t)r * n);
+        for (int p = p0; p < p0 + k; p += AT_ONCE, to += WIDTH) {
+            if (p >= n)
+                store_as(to, vu{});
+            else if constexpr (PAIRS<F>)
+                store_as(to, words_at<F>(row, p, n));
+            else
+                store_as(to, get<F>(row, p, n));
+        }
+    }
+}
+
+// Elements [p0, p0 + k) of `rows` <= PANEL rows of W -> words [][PANEL], zeros where there are none.
+template <Format F>
+void pack_panel(const uint8_t* w, int rows, int n, int p0, int k, uint32_t* to) {
+    for (int j = 0; j < PANEL; j += WIDTH)
+        for (int p = 0; p < k; p += STEP<F>) {
+            vu r[WIDTH];
+            for (int l = 0; l < WIDTH; l++)
+                r[l] = j + l < rows && p0 + p < n ? words_at<F>(at<F>(w, (int64_t)(j + l) * n), p0 + p, n) : vu{};
+            transpose(r);
+            uint32_t* out = to + p / PER_WORD<F> * PANEL + j;
+            for (int l = 0; l < WIDTH; l++) {
+                if constexpr (PAIRS<F> || F == Format::f32) {
+                    store_as(out + l * PANEL, r[l]);
+                } else {
+                    store_as(out + 2 * l * PANEL, even(r[l]));
+                    store_as(out + (2 * l + 1) * PANEL, odd(r[l]));
+                }
+            }
+        }
+}
+
+// Lines of rows [j0, j1) of W, elements [p0, p0 + k).
+template <Format F>
+inline void fetch(const uint8_t* w, int j0, int j1, int n, int p0, int k) {
+    for (int j = j0; j < j1; j++)
+        for (int64_t b = 0; b < k * size_of(F); b += 64) __builtin_prefetch(at<F>(w, (int64_t)j * n + p0) + b, 0, 2);
+}
+
+// Words that many_rows needs behind its sums.
+inline int64_t many_rows_words(int rows) { return (int64_t)(rows + PANEL) * (BLOCK_WORDS + WIDTH); }
+
+// c[matrix][rows][ldc] = x . rows [col, col + cols) of each matrix; scratch follows c.
+template <Format F>
+void many_rows(const void* x, int rows, const Linear* const* w, int matrices, int col, int cols, float* c, int ldc) {
+    constexpr int BLOCK_IN = BLOCK_WORDS * PER_WORD<F>;
+    const int in = w[0]->in;
+    const int blocks = (in + BLOCK_IN - 1) / BLOCK_IN;
+    const int k = round_up((in + blocks - 1) / blocks, STEP<F>), words = k / PER_WORD<F>;
+    uint32_t* a = reinterpret_cast<uint32_t*>(c + (int64_t)matrices * rows * ldc);
+    uint32_t* b = a + (int64_t)rows * words;
+    const int panels = (cols + PANEL - 1) / PANEL, tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    for (int p0 = 0; p0 < in; p0 += k) {
+        block_of_rows<F>(x, rows, in, p0, k, a);
+        for (int m = 0; m < matrices; m++)
+            for (int panel = 0; panel < panels; panel++) {
+                const int j = panel * PANEL;
+                const uint8_t* from = at<F>(w[m]->weight, (int64_t)(col + j) * in);
+                pack_panel<F>(from, std::min(PANEL, cols - j), in, p0, k, b);
+                const int next = std::min(PANEL, cols - j - PANEL);
+                float* to = c + (int64_t)m * rows * ldc + j;
+                for (int t = 0; t < tiles; t++) {
+                    const int i = t * TILE_ROWS;
+                    if (next > 0)
+                        fetch<F>(from + PANEL * in * size_of(F), t * next / tiles, (t + 1) * next / tiles, in, p0, k);
+                    last_tile<F, TILE_ROWS>(std::min(TILE_ROWS, rows - i), a + (int64_t)i * words, words, b, words,
+                                            to + (int64_t)i * ldc, ldc, p0 > 0);
+                }
+            }
+    }
+}
+
+}  // namespace slices
+}  // namespace ISA
+}  // namespace farshore

@@ -1,0 +1,438 @@
+"""What comes in may be anything: both ends' parsers under hypothesis, over real sockets.
+
+Whatever a stranger, or a peer gone mad, sends: the connection ends with an error that says what was wrong,
+the store stays whole, and the next connection works.
+"""
+
+import os
+import secrets
+import socket
+import struct
+import threading
+from functools import partial
+
+import pytest
+import torch
+from google.protobuf.message import DecodeError
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from farshore.attention_offload import codec
+from farshore.attention_offload.bulk import BulkStream, Kind
+from farshore.attention_offload.bulk_server import serve_bulk
+from farshore.attention_offload.connect import WELCOME
+from farshore.attention_offload.frame_server import FrameListener, serve_frames
+from farshore.attention_offload.frame_stream import FrameStream
+from farshore.attention_offload.frames import Sent, Transport, native
+from farshore.attention_offload.in_process import InProcessPeer
+from farshore.attention_offload.shard import AttendedBytes, ShardSession
+from farshore.errors import FarshoreError, InvalidRequest, TransportError
+from farshore.ids import WorkerId
+from farshore.kernels.base import State
+from farshore.kvstore.arena import Arena
+from farshore.kvstore.store import LocalStore
+from farshore.proto import attention_pb2 as pb
+
+pytestmark = pytest.mark.skipif(native() is None, reason="needs the native module")
+
+DEADLINE_S = 60.0
+HEADER = struct.Struct("<IHBBI")
+BULK_HEADER = struct.Struct("<B3xIQ")
+LAYER, BEGIN, FAILURE, WAKE = range(4)
+FUZZ = settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+class Room:
+    """A store, a listener as a shard has it, and a span that must not change."""
+
+    def __init__(self, work):
+        self.work = work
+        self.store = LocalStore(worker=WorkerId("shard"), arena=Arena(1 << 20))
+        self.listener = FrameListener("127.0.0.1")
+        self.read = work.sealed_span(self.store, "a", 0, 20)
+        self.step = work.step([self.read])
+        self.digest = self.fingerprint()
+
+    def fingerprint(self):
+        return self.store.seal(self.read.span, 20, epoch=self.work.owner), [
+            part.tolist() for layer in range(2) for part in self.store.read(self.read.span, layer, 0, 20)
+        ]
+
+    def knock(self, serve, unix=True):
+        """A welcomed connection to a thread that runs ``serve``."""
+        offer = self.listener.expect(serve, tcp=True)
+        connection = socket.socket(socket.AF_UNIX if unix else socket.AF_INET)
+        connection.settimeout(DEADLINE_S)
+        connection.connect(f"\0{offer.unix_name}" if unix else self.listener.tcp_address)
+        connection.sendall(offer.token)
+        assert connection.recv(1) == WELCOME
+        return connection
+
+    def frames(self, unix):
+        session = ShardSession(self.store, self.work.model, AttendedBytes())
+        return self.knock(partial(serve_frames, session, self.work.dtype), unix)
+
+    def bulk(self):
+        return self.knock(partial(serve_bulk, self.store))
+
+    def check(self, unix):
+        """Everything is as it was, and an honest engine is served."""
+        assert self.fingerprint() == self.digest
+        self.store.check_integrity()
+        transport = Transport.SHARED_MEMORY if unix else Transport.TCP
+        stream = FrameStream(
+            self.frames(unix),
+            transport,
+            "shard",
+            self.work.model,
+            self.work.dtype,
+            frame_deadline_s=DEADLINE_S,
+        )
+        stream.begin(self.step)
+        sent = Sent(1, 0, 0, 1, 6)
+        out = State(torch.empty(1, 6, self.work.spec.v_dim), torch.empty(1, 6))
+        q = self.work.query()
+        stream.send(sent, q)
+        stream.wait(sent, out)
+        stream.close()
+        local = InProcessPeer(WorkerId("shard"), self.store, self.work.model)
+        local.begin(self.step)
+        expected = local.wait(local.send(0, 0, q))
+        assert torch.equal(out.o, expected.o) and torch.equal(out.lse, expected.lse)
+
+
+@pytest.fixture
+def room(work):
+    it = Room(work)
+    yield it
+    it.listener.close()
+    it.store.check_integrity()
+
+
+def read_all(connection):
+    """Until the other end closes; it must, long before the deadline."""
+    data = b""
+    try:
+        while part := connection.recv(1 << 16):
+            data += part
+    except ConnectionResetError:
+        pass
+    return data
+
+
+def header(kind, count, *, step=1, layer=0, micro_batch=0):
+    return HEADER.pack(step, layer, micro_batch, kind, count)
+
+
+def failure_in(data):
+    """The last frame, which says why the connection ended."""
+    while data:
+        _, _, _, kind, count = HEADER.unpack_from(data)
+        payload, data = data[12 : 12 + count], data[12 + count :]
+        if kind == FAILURE:
+            assert not data
+            return pb.Failure.FromString(payload)
+    raise AssertionError("no failure")
+
+
+# -- the shard's end, hot frames ---------------------------------------------------------------------------
+
+NUMBERS = st.integers(0, 2**32 - 1)
+FRAMES = st.tuples(
+    NUMBERS | st.just(1),
+    st.integers(0, 3),
+    st.integers(0, 2),
+    st.integers(0, 5),
+    st.sampled_from([0, 1, 191, 192, 193, 2**32 - 1]) | NUMBERS,
+)
+
+
+@pytest.mark.parametrize("unix", [False, True], ids=["TCP", "shared memory"])
+@FUZZ
+@given(
+    begun=st.booleans(),
+    frames=st.lists(st.tuples(FRAMES, st.binary(max_size=200)), max_size=4),
+    tail=st.binary(max_size=40),
+)
+def test_a_shard_survives_frames_of_all_kinds(room, unix, begun, frames, tail):
+    """Well-formed, truncated, reordered, oversized, and garbage."""
+    with room.frames(unix) as connection:
+        data = b""
+        if begun and not unix:
+            step = codec.step_to_pb(room.step).SerializeToString()
+            data = header(BEGIN, len(step)) + step
+        for (step, layer, micro_batch, kind, count), payload in frames:
+            data += HEADER.pack(step, layer, micro_batch, kind, count) + payload
+        try:
+            connection.sendall(data + tail)
+            connection.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # closed already
+        read_all(connection)
+    room.check(unix)
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        (header(9, 0), "garbage: a frame of kind 9"),
+        (header(FAILURE, 3) + b"abc", "garbage"),
+        (header(WAKE, 0), "garbage: a wake-up"),
+        (header(BEGIN, 2**32 - 1), "oversized: a frame of 4294967295 bytes, kind 1, where 16777216"),
+        (header(LAYER, 192), "oversized: a frame of 192 bytes, kind 0, where 0"),
+        (header(BEGIN, 100) + b"x", "truncated"),
+        (header(BEGIN, 3) + b"\xff\xff\xff", "rror"),
+    ],
+    ids=["kind", "failure", "wake", "oversized", "layer before a step", "truncated", "not a step"],
+)
+def test_a_shard_says_what_was_wrong(room, data, error):
+    with room.frames(unix=False) as connection:
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+        assert error in failure_in(read_all(connection)).message
+    room.check(unix=False)
+
+
+@pytest.mark.parametrize(
+    ("frame", "error"),
+    [
+        (header(LAYER, 192, step=2) + bytes(192), "frame of step 2, but step 1 is under way"),
+        (header(LAYER, 192, layer=2) + bytes(192), "layer 2 of a model of 2"),
+        (header(LAYER, 192, micro_batch=1) + bytes(192), "micro-batch 1 of a step of 1"),
+        (header(LAYER, 191) + bytes(191), "q of 191 bytes, expected 192"),
+    ],
+    ids=["step", "layer", "micro-batch", "bytes"],
+)
+def test_a_frame_out_of_order_is_refused_by_name(room, frame, error):
+    step = codec.step_to_pb(room.step).SerializeToString()
+    with room.frames(unix=False) as connection:
+        connection.sendall(header(BEGIN, len(step)) + step + frame)
+        failure = failure_in(read_all(connection))
+        assert error in failure.message
+        assert isinstance(codec.error_from_pb(failure, peer="shard"), InvalidRequest)
+
+
+def test_memory_that_is_none_is_refused(room, tmp_path):
+    """A step with a descriptor of something else than sealed memory, and one without any."""
+    step = codec.step_to_pb(room.step).SerializeToString()
+    for descriptors in ([os.open(tmp_path, os.O_RDONLY)], [os.memfd_create("unsealed")], []):
+        with room.frames(unix=True) as connection:
+            socket.send_fds(connection, [header(BEGIN, len(step)) + step], descriptors)
+            connection.shutdown(socket.SHUT_WR)
+            assert "memory" in failure_in(read_all(connection)).message
+        for it in descriptors:
+            os.close(it)
+    room.check(unix=True)
+
+
+def test_a_stranger_without_a_token_is_shown_the_door(room):
+    for token in (b"", b"short", secrets.token_bytes(16)):
+        with socket.create_connection(room.listener.tcp_address, timeout=DEADLINE_S) as connection:
+            connection.sendall(token)
+            connection.shutdown(socket.SHUT_WR)
+            assert read_all(connection) == b""
+    room.check(unix=False)
+
+
+# -- the engine's end, hot frames --------------------------------------------------------------------------
+
+
+@FUZZ
+@given(
+    answers=st.lists(st.tuples(FRAMES, st.binary(max_size=250)), min_size=1, max_size=3),
+    tail=st.binary(max_size=40),
+)
+def test_an_engine_survives_answers_of_all_kinds(work, answers, tail):
+    """A shard gone mad: an error, never a wrong state and never a wait for ever."""
+    near, far = socket.socketpair()
+    stream = FrameStream(near, Transport.TCP, "shard", work.model, work.dtype, frame_deadline_s=5.0)
+    with far:
+        stream.begin(work.step([], positions=(100,)))
+        sent = Sent(1, 0, 0, 1, 6)
+        stream.send(sent, work.query())
+        data = tail
+        for (step, layer, micro_batch, kind, count), payload in answers:
+            data = HEADER.pack(step, layer, micro_batch, kind, count) + payload + data
+        far.sendall(data)
+        far.shutdown(socket.SHUT_WR)
+        out = State(torch.full((1, 6, work.spec.v_dim), 7.0), torch.full((1, 6), 7.0))
+        try:
+            stream.wait(sent, out)
+        except FarshoreError:
+            assert (out.o == 7).all() and (out.lse == 7).all(), "an answer refused must leave no trace"
+        except DecodeError:
+            pass
+        else:
+            assert data.startswith(header(LAYER, 168)), "a state out of nothing"
+    stream.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (header(LAYER, 168, step=2) + bytes(168), "an answer to step 2, .* due is step 1"),
+        (header(LAYER, 168, layer=1) + bytes(168), "layer 1, .* due is step 1, layer 0"),
+        (header(LAYER, 100) + bytes(100), "100 bytes; due is .* 168 bytes"),
+        (header(LAYER, 2**31), "oversized"),
+        (header(LAYER, 168) + bytes(20), "truncated"),
+        (b"", "closed the connection"),
+    ],
+    ids=["step", "layer", "bytes", "oversized", "truncated", "nothing"],
+)
+def test_an_engine_says_what_was_wrong(work, answer, error):
+    near, far = socket.socketpair()
+    stream = FrameStream(near, Transport.TCP, "shard:1", work.model, work.dtype, frame_deadline_s=DEADLINE_S)
+    with far:
+        stream.begin(work.step([]))
+        sent = Sent(1, 0, 0, 1, 6)
+        stream.send(sent, work.query())
+        far.sendall(answer)
+        far.shutdown(socket.SHUT_WR)
+        out = State(torch.empty(1, 6, work.spec.v_dim), torch.empty(1, 6))
+        with pytest.raises(TransportError, match=f"shard:1: .*{error}"):
+            stream.wait(sent, out)
+    stream.close()
+
+
+# -- bulk KV -----------------------------------------------------------------------------------------------
+
+
+@FUZZ
+@given(
+    kind=st.integers(0, 7),
+    message=st.binary(max_size=60) | st.just(None),
+    counts=st.tuples(st.sampled_from([0, 5, 2**32 - 1]) | NUMBERS, st.sampled_from([0, 64, 2**64 - 1]))
+    | st.none(),
+    payload=st.binary(max_size=300),
+    fields=st.fixed_dictionaries(
+        {
+            "layer": st.integers(0, 3),
+            "first": st.integers(0, 40),
+            "tokens": st.integers(0, 2**32 - 1) | st.integers(0, 4),
+        }
+    ),
+    pieces=st.integers(0, 2**32 - 1) | st.integers(0, 3),
+)
+def test_a_shard_survives_bulk_messages_of_all_kinds(room, kind, message, counts, payload, fields, pieces):
+    if message is None:
+        write = pb.WriteRequest(span_id=room.read.span, epoch=2, **fields)
+        message = pb.BulkWrite(write=write, piece_tokens=pieces).SerializeToString()
+    counts = counts or (len(message), len(payload))
+    with room.bulk() as connection:
+        try:
+            connection.sendall(BULK_HEADER.pack(kind, *counts) + message + payload)
+            connection.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+        read_all(connection)
+    assert room.fingerprint() == room.digest
+    room.store.check_integrity()
+
+
+@FUZZ
+@given(
+    kind=st.integers(0, 7),
+    counts=st.tuples(st.sampled_from([0, 4, 2**32 - 1]), st.sampled_from([0, 56, 112, 2**63])),
+    payload=st.binary(max_size=400),
+)
+def test_an_engine_survives_bulk_answers_of_all_kinds(work, kind, counts, payload):
+    near, far = socket.socketpair()
+    stream = BulkStream(near, "shard")
+    k, v = torch.empty(3, 2, 32, dtype=torch.uint8), torch.empty(3, 2, 24, dtype=torch.uint8)
+    with far:
+        far.sendall(BULK_HEADER.pack(kind, *counts) + payload)
+        far.shutdown(socket.SHUT_WR)
+        with pytest.raises((FarshoreError, DecodeError)):
+            stream.read(pb.ReadRequest(span_id="x", last=2), k, v)
+    stream.close()
+
+
+def test_bulk_garbage_is_answered_with_what_was_wrong(room):
+    for data, error in (
+        (BULK_HEADER.pack(9, 0, 0), "garbage: a bulk message of kind 9"),
+        (BULK_HEADER.pack(Kind.WRITE, 2**20, 0), "oversized"),
+        (BULK_HEADER.pack(Kind.DONE, 0, 0), "garbage: DONE"),
+    ):
+        with room.bulk() as connection:
+            connection.sendall(data)
+            answer = read_all(connection)
+        assert answer[0] == Kind.FAILED and error in pb.Failure.FromString(answer[16:]).message
+
+
+# -- the codec ---------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(data=st.binary(max_size=200))
+def test_no_bytes_make_the_codec_raise_anything_of_its_own(data):
+    """Any bytes are a message, or DecodeError; any message is a step or a model, or InvalidRequest."""
+    for message, decode in ((pb.Step, codec.step_from_pb), (pb.Open, codec.model_from_pb)):
+        try:
+            decode(message.FromString(data))
+        except (DecodeError, InvalidRequest):
+            continue
+
+
+STEPS = st.builds(
+    pb.Step,
+    step=NUMBERS,
+    positions=st.lists(st.integers(0, 2**40), max_size=3),
+    group0=st.integers(0, 4) | NUMBERS,
+    group1=st.integers(0, 4) | NUMBERS,
+    micro_batch_rows=st.lists(st.integers(0, 3) | NUMBERS, max_size=3),
+    reads=st.lists(
+        st.builds(
+            pb.ReadList,
+            reads=st.lists(
+                st.builds(
+                    pb.ReadItem,
+                    span_id=st.sampled_from(["shard/0", "shard/9"]),
+                    origin=st.integers(0, 30),
+                    first=st.integers(0, 30) | st.integers(0, 2**64 - 1),
+                    last=st.integers(0, 30) | st.integers(0, 2**64 - 1),
+                    group0=st.integers(0, 4) | NUMBERS,
+                    group1=st.integers(0, 4) | NUMBERS,
+                    row=st.integers(0, 3) | NUMBERS,
+                    rows=st.integers(0, 3) | NUMBERS,
+                ),
+                max_size=3,
+            ),
+        ),
+        min_size=1,
+        max_size=2,
+    ),
+)
+
+
+@settings(parent=FUZZ, max_examples=150)
+@given(message=STEPS)
+def test_a_shard_looks_at_every_number_of_a_step_before_it_reads_memory(room, message):
+    """A step that is a message but makes no sense is refused before the kernels see it, or attends to what is
+    there: it never reads beyond a span."""
+    session = ShardSession(room.store, room.work.model, AttendedBytes())
+    try:
+        step = codec.step_from_pb(message)
+        session.begin(step)
+    except FarshoreError:
+        return
+    for index, batch in enumerate(step.micro_batches):
+        if len(batch):
+            q = room.work.query(rows=len(batch), groups=step.group1 - step.group0)
+            state = session.attend(step.step, 0, index, q)
+            assert not state.o.isnan().any()
+
+
+def test_a_listener_that_closes_ends_its_connections(room):
+    with room.frames(unix=False) as connection:
+        threads = [thread for thread in threading.enumerate() if thread.name == "frames"]
+        assert threads
+        room.listener.close()
+        read_all(connection)
+    for thread in threads:
+        thread.join(DEADLINE_S)
+        assert not thread.is_alive()

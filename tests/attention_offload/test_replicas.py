@@ -1,0 +1,223 @@
+"""A shard that is lost in the middle of a step: its part is read from replicas, to the same bits, or the step
+fails and can run again."""
+
+import pytest
+import torch
+
+from farshore.attention_offload.fanout import Fanout
+from farshore.attention_offload.frames import Transport
+from farshore.attention_offload.in_process import InProcessPeer
+from farshore.attention_offload.plan import Read, Replica, ShardStep, StepPlan
+from farshore.errors import NotFound, TransportError
+from farshore.ids import SequenceId, SpanId, WorkerId
+from farshore.kvstore.arena import Arena
+from farshore.kvstore.store import LocalStore
+
+A, B, C = (WorkerId(name) for name in "abc")
+ROWS = 3
+SPANS = {A: [(0, 20), (60, 80)], B: [(20, 60)]}
+"""Whose positions are whose; all of it is every row's."""
+
+
+def reads(work, peers, replicas_at):
+    """What everybody reads, copies of A's spans at the workers named, one of ``replicas_at`` a span."""
+    found = {}
+    for worker, stretches in SPANS.items():
+        for index, (first, last) in enumerate(stretches):
+            read = work.sealed_span(peers[worker].store, "x", first, last)._replace(rows=range(ROWS))
+            if worker == A:
+                copies = [
+                    (at, work.sealed_span(peers[at].store, "x", first, last).span)
+                    for at in replicas_at[index]
+                ]
+                read = read._replace(replicas=tuple(Replica(*it) for it in copies))
+            found.setdefault(worker, []).append(read)
+    return {worker: tuple(it) for worker, it in found.items()}
+
+
+def run(work, fanout, all_reads, *, step, batches=(range(0, 2), range(2, ROWS)), during=lambda frame: None):
+    """Every layer's states, two micro-batches at a time; ``during(frame)`` when that many were sent."""
+    sequence = SequenceId("x")
+    plan = StepPlan(
+        step=step,
+        groups=3,
+        sequences=(sequence,) * ROWS,
+        positions=(80, 81, 82),
+        epochs={sequence: work.owner},
+        reads=(all_reads,),
+    )
+    fanout.begin(plan, batches)
+    states, sent = [], 0
+    for layer in range(work.layers):
+        pending = []
+        for index, batch in enumerate(batches):
+            pending.append(fanout.send(layer, index, work.query(rows=len(batch), seed=layer)))
+            sent += 1
+            during(sent)
+        for it in pending:
+            states.append([tuple(x.clone() for x in state) for state in fanout.wait(it)])
+    return states
+
+
+def assert_same(states, expected):
+    for found, due in zip(states, expected, strict=True):
+        for (o, lse), (due_o, due_lse) in zip(found, due, strict=True):
+            assert torch.equal(o, due_o) and torch.equal(lse, due_lse)
+
+
+@pytest.fixture(scope="module")
+def holder(worker_process):
+    """A process with copies; nothing happens to it."""
+    process = worker_process(worker=B)
+    yield process
+    process.kill()
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("transport", "what", "sent"),
+    [
+        (Transport.SHARED_MEMORY, "kill", 3),
+        (Transport.SHARED_MEMORY, "freeze", 0),
+        (Transport.TCP, "kill", 1),
+        (Transport.TCP, "freeze", 3),
+        (Transport.TCP, "restart", 0),
+        (Transport.GRPC, "kill", 3),
+        (Transport.GRPC, "freeze", 1),
+    ],
+)
+def test_a_process_that_is_lost(holder, start_process, connect, work, transport, what, sent):
+    """When ``sent`` frames of the step were; the holder of the copies is busy with its own part."""
+    shards = {A: start_process(worker=A), B: holder}
+    peers = {
+        worker: connect(
+            it.address, transports=(transport,), frame_deadline_s=1.0 if what == "freeze" else 30.0
+        )
+        for worker, it in shards.items()
+    }
+    fanout = Fanout(peers, work.model)
+    all_reads = reads(work, peers, [(B,), (B,)])
+    expected = run(work, fanout, all_reads, step=1)
+
+    def during(frame):
+        if frame == sent:
+            getattr(shards[A], what)()
+
+    during(0)
+    assert_same(run(work, fanout, all_reads, step=2, during=during), expected)
+    # Nobody asks it again for a while: a frozen one would cost a deadline each time.
+    assert_same(run(work, fanout, all_reads, step=3), expected)
+    assert {it.worker_id: it.failures for it in fanout.links()} == {A: 1, B: 0}
+
+
+@pytest.mark.parametrize("transport", [Transport.TCP])
+def test_without_replicas_the_step_fails_and_runs_again_when_the_spans_are_back(
+    holder, start_process, connect, work
+):
+    shards = {A: start_process(worker=A), B: holder}
+    peers = {worker: connect(it.address) for worker, it in shards.items()}
+    fanout = Fanout(peers, work.model)
+    all_reads = reads(work, peers, [(B,), ()])
+    expected = run(work, fanout, all_reads, step=1)
+    shards[A].restart()
+    for step in (2, 3):
+        with pytest.raises((TransportError, NotFound)):
+            run(work, fanout, all_reads, step=step)
+    peers[A] = connect(shards[A].address)
+    fanout = Fanout(peers, work.model)
+    all_reads = reads(work, peers, [(), ()])
+    assert_same(run(work, fanout, all_reads, step=4), expected)
+
+
+class Local:
+    """Three shards in this process, each of which breaks when it is told to."""
+
+    def __init__(self, work):
+        self.stores = {w: LocalStore(worker=w, arena=Arena(8 << 20)) for w in (A, B, C)}
+        self.peers = {w: Breaking(w, store, work.model) for w, store in self.stores.items()}
+
+
+class Breaking(InProcessPeer):
+    transport = Transport.TCP
+    broken = frozenset()
+
+    def _check(self, call):
+        if call in self.broken:
+            raise TransportError(f"broken in {call}")
+
+    def begin(self, step):
+        self._check("begin")
+        super().begin(step)
+
+    def send(self, *args):
+        self._check("send")
+        return super().send(*args)
+
+    def wait(self, *args, **options):
+        self._check("wait")
+        return super().wait(*args, **options)
+
+    def twin(self):
+        twin = Breaking(self._worker, self.store, self._model)
+        twin.broken = self.broken
+        return twin
+
+
+@pytest.mark.parametrize("call", ["begin", "send", "wait"])
+@pytest.mark.parametrize("replicas_at", [[(B,), (B,)], [(C,), (C,)], [(B, C), (C,)], [(B,), (C,)]])
+def test_replicas_at_one_worker_or_at_several(work, call, replicas_at):
+    local = Local(work)
+    fanout = Fanout(local.peers, work.model)
+    all_reads = reads(work, local.peers, replicas_at)
+    expected = merged(run(work, fanout, all_reads, step=1))
+    local.peers[A].broken = {call}
+    found = run(work, fanout, all_reads, step=2)
+    torch.testing.assert_close(merged(found), expected)
+
+
+def test_replicas_that_break_too(work):
+    local = Local(work)
+    all_reads = reads(work, local.peers, [(C, B), (C, B)])
+    expected = merged(run(work, Fanout(local.peers, work.model), all_reads, step=1))
+    local.peers[A].broken = {"wait"}
+    for call in ("begin", "send", "wait"):
+        local.peers[C].broken = {call}
+        found = run(work, Fanout(local.peers, work.model), all_reads, step=2)
+        torch.testing.assert_close(merged(found), expected)
+
+
+def test_when_every_copy_is_gone_the_step_fails(work):
+    local = Local(work)
+    fanout = Fanout(local.peers, work.model)
+    all_reads = reads(work, local.peers, [(C,), (C,)])
+    for worker in (A, C):
+        local.peers[worker].broken = {"wait"}
+    with pytest.raises(TransportError):
+        run(work, fanout, all_reads, step=1)
+
+
+def merged(states):
+    """[frame] -> o over all shards, in float64: who answers what does not matter."""
+    outs = []
+    for shards in states:
+        lse = torch.stack([lse.double() for _, lse in shards])
+        weights = (lse - lse.logsumexp(0)).exp().unsqueeze(-1)
+        outs.append((weights * torch.stack([o.double() for o, _ in shards])).sum(0))
+    return torch.cat(outs)
+
+
+def test_reads_go_to_one_replica_where_one_has_all():
+    first, second = (
+        Read(SpanId(name), 0, at, at + 10, 0, 3, range(1), replicas)
+        for name, at, replicas in (
+            ("p", 0, (Replica(B, SpanId("p-b")), Replica(C, SpanId("p-c")))),
+            ("q", 10, (Replica(C, SpanId("q-c")),)),
+        )
+    )
+    step = ShardStep(1, (0,), (20,), 0, 3, ((first, second),), (range(1),))
+    (at_c,) = step.on_replicas({B, C}).values()
+    assert [read.span for read in at_c.reads[0]] == ["p-c", "q-c"]
+    assert step.on_replicas({B}) is None and step.on_replicas(set()) is None
+    alone = ShardStep(1, (0,), (20,), 0, 3, ((first,),), (range(1),))
+    assert list(alone.on_replicas({B, C})) == [B] and list(alone.on_replicas({C})) == [C]
+    assert alone.work == 10 * 3

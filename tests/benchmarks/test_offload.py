@@ -1,0 +1,96 @@
+"""The offload benchmark at tiny sizes: every bar is there, over real processes. Speed does not matter."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from farshore.benchmarks import offload
+from farshore.benchmarks.catalogue import BENCHMARKS
+from farshore.benchmarks.machine import MachineSizes
+from farshore.benchmarks.offload_setting import Sizes
+from farshore.errors import InvalidRequest
+from farshore.models.config import ModelConfig
+from farshore.models.llama import LayerWeights, Llama, LlamaWeights
+from farshore.models.rope import RopeConfig
+from farshore.models.weights import expected_shapes
+
+SIZES = Sizes(
+    machine=MachineSizes(buffer_bytes=8192, gemm=(8,), rounds=1),
+    context_tokens=300,
+    sequences=2,
+    delay_s=1e-4,
+    rounds=1,
+    staggered_rounds=1,
+    settling_steps=2,
+    hop_calls=10,
+    bulk_rounds=1,
+)
+
+
+@pytest.fixture
+def load():
+    """A Llama of two layers of random weights, for any number of threads."""
+    config = ModelConfig(
+        name="tiny",
+        layers=2,
+        hidden=32,
+        intermediate=48,
+        q_heads=2,
+        kv_heads=1,
+        head_dim=16,
+        vocab=40,
+        max_positions=1024,
+        rms_eps=1e-5,
+        rope=RopeConfig(theta=1e4),
+        tied_embeddings=True,
+    )
+    random = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.randn(shape, generator=random).bfloat16()
+        for name, shape in expected_shapes(config).items()
+    }
+    layers = tuple(
+        LayerWeights(
+            **{name.partition(".")[2]: it for name, it in tensors.items() if name.startswith(f"{i}.")}
+        )
+        for i in range(config.layers)
+    )
+    embed = tensors["embed"]
+    weights = LlamaWeights(embed=embed, layers=layers, norm=tensors["norm"], head=embed)
+    return lambda threads: Llama(config, weights)
+
+
+@pytest.mark.heavy
+def test_the_bars_of_issue_7(load, machine):
+    report = offload.run(load, machine, SIZES, progress=lambda _: None)
+    bars = Counter((bar.sense, bar.bound, bar.unit) for bar in report.bars)
+    assert bars == {
+        ("<=", 40, "µs"): 1,
+        ("<=", 80, "µs"): 1,
+        ("<=", 300, "µs"): 1,
+        (">=", 70, "% of a raw socket"): 2,
+        (">=", 0.6, "GB/s"): 2,
+        ("<=", 3, "x idle p99"): 3,
+        ("<=", 1.1, "x the local step"): 2,
+        ("<=", 1.2, "x layers x hop, added"): 4,
+        ("<=", 1.2, "x layers x max(n d, n a, d + a + RTT)"): 2,
+        (">=", 1.2, "x faster than 1"): 1,
+    }
+    assert len({(bar.name, bar.unit) for bar in report.bars}) == len(report.bars)
+    told = json.loads(json.dumps(report.as_dict()))
+    assert all(result["timing"]["runs"] for result in told["results"])
+    assert all(bar.value == bar.value for bar in report.bars)
+
+
+def test_a_part_that_is_not_there_is_told_before_anything_is_measured(load, machine):
+    with pytest.raises(InvalidRequest, match="no part 'rdma': choose a part of hop, shared memory; "):
+        offload.run(load, machine, SIZES, only="rdma", progress=lambda _: pytest.fail("measured"))
+
+
+def test_the_sizes_by_default_are_those_of_the_issue():
+    assert "offload" in BENCHMARKS
+    assert replace(Sizes()) == Sizes()
+    assert (Sizes().context_tokens, Sizes().sequences, Sizes().delay_s) == (8192, 16, 1e-3)

@@ -1,0 +1,147 @@
+"""The serve and dense benchmarks on a model of random weights: figures are there, and mean what they say."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from farshore.benchmarks import dense, serve, serve_load, serve_peer, serve_start
+from farshore.benchmarks.machine import facts
+from farshore.benchmarks.serve_engine import LocalEngine
+from farshore.benchmarks.serve_setting import Setting, Sizes, prefill_flops, step_bytes, weight_elements
+from farshore.errors import InvalidRequest, StartupError
+from farshore.models.config import ModelConfig
+from farshore.models.llama import LayerWeights, Llama, LlamaWeights
+from farshore.models.rope import RopeConfig
+from farshore.models.weights import expected_shapes
+from farshore.workers.admission import EngineLimits
+
+CONFIG = ModelConfig(
+    name="tiny",
+    layers=2,
+    hidden=32,
+    q_heads=4,
+    kv_heads=2,
+    head_dim=8,
+    intermediate=64,
+    vocab=50,
+    max_positions=4096,
+    rms_eps=1e-5,
+    rope=RopeConfig(theta=10000.0),
+    tied_embeddings=True,
+)
+TINY = Sizes(
+    decode_contexts=(40, 1300),
+    decode_tokens=6,
+    prefill_contexts=(300,),
+    prefill_most_tokens=900,
+    sequences=3,
+    together_context=600,
+    together_tokens=8,
+    beside_context=700,
+    beside_decodes=2,
+    kv_bytes=64 << 20,
+    read_bytes=1 << 16,
+    gemm="bfloat16 16",
+    rounds=2,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    generator = torch.Generator().manual_seed(2)
+    made = {
+        name: torch.randn(shape, generator=generator).to(torch.bfloat16) / 8
+        for name, shape in expected_shapes(CONFIG).items()
+    }
+    layers = tuple(
+        LayerWeights(**{field: made.get(f"{layer}.{field}") for field in LayerWeights._fields})
+        for layer in range(CONFIG.layers)
+    )
+    return Llama(CONFIG, LlamaWeights(made["embed"], layers, made["norm"], made["embed"]))
+
+
+@pytest.fixture
+def setting(model):
+    return Setting(facts(threads=1), TINY, lambda text: None, load=lambda threads: model)
+
+
+def test_stored_prefixes_are_found_and_read(model):
+    """A request with one prefills nothing but what is behind it, and attends to all of it."""
+    prompt = [i % 50 for i in range(1300)]
+    with LocalEngine(model, kv_bytes=64 << 20, limits=EngineLimits(segment_tokens=256)) as engine:
+        engine.store_prefix(prompt)
+        request = engine.submit(prompt, max_tokens=3).wait()
+    assert len(request.token_s) == 3 and request.progress_tokens == [1300]
+    assert request.first_token_s > 0 and len(request.gaps_s()) == 2
+
+
+def test_decode(setting):
+    for context, stored in ((40, 0), (1300, 1280)):
+        result = serve_load.decode(setting, context)
+        assert result.figures["context_stored_without_prefill_tokens"] == stored
+        assert result.timing.summary()["runs"] == TINY.decode_tokens
+        size = step_bytes(setting.model, [context]) / 1e6
+        assert result.figures["step_mbytes"] == pytest.approx(size)
+
+
+def test_prefill(setting):
+    result = serve_load.prefill(setting, 300)
+    assert result.timing.summary()["runs"] == 3
+    assert result.figures["tokens_per_s"] == pytest.approx(300 / result.timing.median_s)
+
+
+def test_together(setting):
+    result = serve_load.together(setting)
+    assert result.figures["tokens_per_s"] > 0
+    assert result.timing.summary()["runs"] > 1
+
+
+def test_beside(setting):
+    figures = serve_load.beside(setting).figures
+    times = figures["prefill_beside_s"] / (figures["prefill_alone_s"] + figures["decode_given_away_s"])
+    assert figures["times_alone_and_given_away"] == pytest.approx(times)
+    assert figures["p99_gap_ms"] > 0
+
+
+def test_limits_count_what_a_step_reads_and_a_prompt_computes(model):
+    layers, vocabulary = weight_elements(CONFIG)
+    assert (layers, vocabulary) == (2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32), 50 * 32)
+    kv_bytes = 2 * 2 * 2 * 8 * 2  # layers, K and V, heads, dims, bytes
+    assert step_bytes(model, [10, 5]) == 2 * (layers + vocabulary) + 15 * kv_bytes
+    assert prefill_flops(CONFIG, 3) == 2 * 3 * layers + 4 * 2 * 4 * 8 * 6
+
+
+def test_bars_and_parts():
+    with pytest.raises(InvalidRequest, match=r"decode at 40.*start-up, warm"):
+        serve.run(facts(threads=1), TINY, only="nothing", progress=lambda text: None)
+    with pytest.raises(InvalidRequest, match="choose from transformers"):
+        serve.run(facts(threads=1), TINY, peer="nobody", progress=lambda text: None)
+
+
+def test_a_server_that_does_not_start_says_why(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(StartupError, match="did not start"):
+        serve_start.measure(Setting(facts(1), replace(TINY, starts=1), lambda text: None), cold=False)
+
+
+def test_a_peer_that_cannot_be_installed_says_why(setting, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(serve_peer.PACKAGES, "transformers", (str(tmp_path / "no such package"),))
+    _, measure = next(serve_peer.parts("transformers", TINY))
+    with pytest.raises(InvalidRequest, match="can't be installed here"):
+        measure(setting)
+
+
+def test_dense(setting):
+    sizes = dense.Sizes(step_rows=(1, 3), chunk_rows=(70,), rounds=2)
+    told = dense.run(setting, sizes).as_dict()
+    json.dumps(told, allow_nan=False)
+    assert [result["name"] for result in told["results"]] == ["1 rows", "3 rows", "70 rows"]
+    assert [bar["unit"] for bar in told["bars"]] == ["% of read bandwidth", "% of GEMM rate"]
+    assert all(math.isfinite(result["gflops"]) for result in told["results"])
+    with pytest.raises(InvalidRequest, match="70 rows"):
+        dense.run(setting, sizes, only="nothing")

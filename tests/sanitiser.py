@@ -1,0 +1,96 @@
+"""Native modules built with the compiler's sanitisers, and the tests that run on them.
+
+A fixture of the whole suite: ``tests/conftest.py``.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+# As in setup.py, but quicker to compile.
+FLAGS = ["-std=c++20", "-O1", "-g", "-fPIC", "-pthread"]
+FLAGS += ["-Wno-psabi", "-fno-math-errno", "-fno-trapping-math"]
+
+RUN = """
+import sys
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+import pytest
+
+name, built, *arguments = sys.argv[1:]
+spec = spec_from_file_location(name, built)
+sys.modules[name] = module_from_spec(spec)
+spec.loader.exec_module(sys.modules[name])
+# A report goes to the process's standard error, and then the process ends: pytest must not hold it back.
+code = pytest.main(["-q", "-x", "-s", "-p", "no:cacheprovider", *arguments])
+assert import_module(name).__file__ == built
+sys.exit(code)
+"""
+
+
+class Sanitiser:
+    """g++, in a folder that is its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def run_suite(self, module: str, sources: Path, tests: list[Path], *arguments: str) -> None:
+        """Runs the tests on ``module``, built from the folder ``sources`` with guards around memory, and
+        against undefined behaviour."""
+        preload = [_library("libasan.so"), _library("libstdc++.so")]
+        flags = [*FLAGS, "-D_GLIBCXX_ASSERTIONS", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+        include = f"-I{sysconfig.get_paths()['include']}"
+        objects = {source: self._folder / f"{source.stem}.o" for source in sorted(sources.glob("*.cpp"))}
+        _compile(*(["g++", *flags, include, "-c", str(s), "-o", str(o)] for s, o in objects.items()))
+        built = self._folder / "_native.so"
+        _compile(["g++", *flags, "-shared", *map(str, objects.values()), "-o", str(built)])
+        environment = {
+            "LD_PRELOAD": ":".join(preload),
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-P", "-c", RUN, module, str(built), *arguments, *map(str, tests)]
+        _run(command, cwd=self._folder, env={**os.environ, **environment}, timeout=600)
+
+    def run_program(self, sources: list[Path], sanitiser: str, *, include: Path) -> None:
+        """Runs a program that prints "done" where all went well."""
+        _library({"thread": "libtsan.so"}[sanitiser])
+        built = self._folder / "program"
+        flags = [*FLAGS, f"-fsanitize={sanitiser}", f"-I{include}"]
+        _compile(["g++", *flags, *map(str, sources), "-o", str(built)])
+        assert _run([str(built)], timeout=300) == "done\n"
+
+
+def sanitiser_in(folder: Path) -> Sanitiser:
+    """Skips the test where there is none."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("preloads a library")
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+    return Sanitiser(folder)
+
+
+def _library(name: str) -> str:
+    """The compiler's own library, or a skip."""
+    path = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+    if not Path(path).is_absolute():
+        pytest.skip(f"needs {name}")
+    return path
+
+
+def _compile(*commands: list[str]) -> None:
+    with ThreadPoolExecutor(os.cpu_count()) as compilers:
+        for done in compilers.map(lambda c: subprocess.run(c, capture_output=True, text=True), commands):
+            assert done.returncode == 0, done.stderr
+
+
+def _run(command: list[str], **options) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-10000:]
+    return done.stdout

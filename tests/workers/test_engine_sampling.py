@@ -1,0 +1,117 @@
+"""Sampling in the engine: the same tokens alone, in a batch and elsewhere; penalties over time."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from farshore.workers.sequence import Failed, Finished, Reason, Sampled, Sampling
+
+PROMPT = list(range(5, 45))
+WARM = Sampling(max_tokens=24, temperature=1.2, top_p=0.95, min_p=0.01, seed=7, logprobs=2)
+MEMORY_BYTES = 64 << 20
+
+
+def ended(collected, n=1):
+    """The Sampled events of a request whose n completions must finish, and its Finished events by choice."""
+    events, ends = [], {}
+    while len(ends) < n:
+        event = collected.events.get(timeout=60)
+        assert not isinstance(event, Failed), event.error
+        if isinstance(event, Sampled):
+            events.append(event)
+        elif isinstance(event, Finished):
+            ends[event.choice] = event
+    return events, ends
+
+
+def sampled(collected):
+    """The Sampled events of a sequence that must finish."""
+    return ended(collected)[0]
+
+
+def tokens_of(events, choice=0):
+    return [event.token_id for event in events if event.choice == choice]
+
+
+def test_a_seeded_answer_depends_on_nothing_else(tiny_model, rig, submit):
+    """Alone, in a batch of others, and on another engine."""
+    engine = rig(tiny_model, memory_bytes=MEMORY_BYTES).start()
+    (alone,) = [sampled(submit(engine, "alone", PROMPT, WARM))]
+    other = Sampling(max_tokens=40, temperature=1.0, seed=8)
+    crowd = [submit(engine, f"crowd{i}", PROMPT[i:], other) for i in range(4)]
+    batched = submit(engine, "batched", PROMPT, WARM)
+    elsewhere = rig(tiny_model, shards=3, shard_by="head", memory_bytes=MEMORY_BYTES).start()
+    tokens = [it.token_id for it in alone]
+    assert [it.token_id for it in sampled(batched)] == tokens
+    assert [it.token_id for it in sampled(submit(elsewhere, "alone", PROMPT, WARM))] == tokens
+    assert len({tuple(it.token_id for it in sampled(one)) for one in crowd}) == len(crowd)
+
+
+def test_log_probabilities_are_those_of_transformers(tiny, tiny_model, rig, submit):
+    engine = rig(tiny_model, memory_bytes=MEMORY_BYTES).start()
+    events = sampled(submit(engine, "a", PROMPT, WARM))
+    ids = torch.tensor([PROMPT + [it.token_id for it in events]])
+    with torch.inference_mode():
+        logits = tiny(ids).logits[0, len(PROMPT) - 1 : -1].double()
+    expected = torch.log_softmax(logits, dim=-1)
+    for event, row in zip(events, expected, strict=True):
+        assert event.logprob == pytest.approx(float(row[event.token_id]), abs=1e-4)
+        best = row.topk(2)
+        assert [token for token, _ in event.top] == best.indices.tolist()
+        assert [value for _, value in event.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("penalty", [1.3, 3.0])
+def test_a_repetition_penalty_gives_the_tokens_of_transformers(tiny, tiny_model, rig, submit, penalty):
+    engine = rig(tiny_model, memory_bytes=MEMORY_BYTES).start()
+    asked = Sampling(max_tokens=30, repetition_penalty=penalty)
+    ours = [it.token_id for it in sampled(submit(engine, "a", PROMPT, asked))]
+    with torch.inference_mode():
+        ids = torch.tensor([PROMPT])
+        expected = tiny.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=30,
+            do_sample=False,
+            repetition_penalty=penalty,
+            eos_token_id=None,
+            pad_token_id=0,
+        )[0, len(PROMPT) :].tolist()
+    assert ours == expected
+
+
+def test_a_frequency_penalty_wears_a_token_out(tiny_model, rig, submit):
+    """A bias that makes one token certain, against a penalty that grows with each time it came."""
+    engine = rig(tiny_model, memory_bytes=MEMORY_BYTES).start()
+    asked = Sampling(max_tokens=40, logit_bias={3: 30.0}, frequency_penalty=2.0)
+    tokens = [it.token_id for it in sampled(submit(engine, "a", [3] * 50, asked))]
+    times = tokens.count(3)
+    assert tokens[:times] == [3] * times and 10 <= times < 20, "the prompt's fifty do not count"
+
+
+def test_choices_share_a_prompt_and_nothing_else(tiny_model, rig, submit):
+    """Each as if it were alone: the first is what one completion would have been."""
+    engine = rig(tiny_model, memory_bytes=MEMORY_BYTES).start()
+    events, ends = ended(submit(engine, "a", PROMPT, replace(WARM, n=3)), 3)
+    answers = [tokens_of(events, choice) for choice in range(3)]
+    assert answers[0] == tokens_of(sampled(submit(engine, "one", PROMPT, WARM)))
+    assert len({tuple(answer) for answer in answers}) == 3
+    again, _ = ended(submit(engine, "again", PROMPT, replace(WARM, n=3)), 3)
+    assert [tokens_of(again, choice) for choice in range(3)] == answers
+    assert {choice: end.reason for choice, end in ends.items()} == dict.fromkeys(range(3), Reason.LENGTH)
+
+
+def test_one_choice_is_cancelled_and_the_others_go_on(tiny_model, rig, submit):
+    engine = rig(tiny_model, memory_bytes=MEMORY_BYTES).start()
+    collected = submit(engine, "a", PROMPT, Sampling(max_tokens=400, temperature=1.0, n=3))
+    while not isinstance(collected.events.get(timeout=60), Sampled):
+        pass
+    engine.cancel("a", choice=1)
+    events, ends = ended(collected, 3)
+    assert {choice: end.reason for choice, end in ends.items()} == {
+        0: Reason.LENGTH,
+        1: Reason.CANCELLED,
+        2: Reason.LENGTH,
+    }
+    assert len(tokens_of(events, 1)) < 400 == len(tokens_of(events, 2))

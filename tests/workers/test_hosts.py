@@ -1,0 +1,243 @@
+"""Hosts that are apart: engine and shards in network namespaces of their own, with veth links between them
+that are slow, lose packets, or are cut."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from farshore.workers.sequence import Finished, Sampling
+
+pytestmark = pytest.mark.heavy
+
+PROMPT = [n % 90 for n in range(250)]
+"""The tail's first block is handed to a shard over the link while decoding goes on."""
+TOKENS = 24
+COMMAND_S = 20.0
+LISTENS = "0A"
+"""In /proc/net/tcp."""
+MENDED_S = 60.0
+"""gRPC tries to connect again every few seconds."""
+
+
+def ip(*command):
+    return subprocess.run(["ip", *command], capture_output=True, text=True, timeout=COMMAND_S)
+
+
+def why_not():
+    if os.geteuid() != 0:
+        return "needs root: network namespaces"
+    if shutil.which("ip") is None:
+        return "needs iproute2"
+    name = f"fs{os.getpid()}probe"
+    made = ip("netns", "add", name)
+    ip("netns", "del", name)
+    return f"no network namespaces here: {made.stderr.strip()}" if made.returncode else None
+
+
+@pytest.fixture(scope="module")
+def may_have_hosts():
+    if reason := why_not():
+        pytest.skip(reason)
+
+
+class Hosts:
+    """An engine's host and two shards', each shard's linked to the engine's."""
+
+    def __init__(self, stack):
+        self.engine = self._host(stack, "e")
+        self.shards = [self._host(stack, name) for name in "ab"]
+        for index, shard in enumerate(self.shards):
+            here, there = f"eth{index}", "eth0"
+            self._must(
+                "link",
+                "add",
+                here,
+                "netns",
+                self.engine,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                there,
+                "netns",
+                shard,
+            )
+            self._up(self.engine, here, f"10.77.{index}.1/29")
+            self._up(shard, there, f"10.77.{index}.2/29")
+            # Where the fallback for netem listens.
+            self._must("-n", shard, "address", "add", f"10.77.{index}.3/29", "dev", there)
+
+    def _host(self, stack, name):
+        host = f"fs{os.getpid()}{name}"
+        self._must("netns", "add", host)
+        stack.callback(ip, "netns", "del", host)
+        self._must("-n", host, "link", "set", "lo", "up")
+        return host
+
+    def _must(self, *command):
+        done = ip(*command)
+        assert not done.returncode, f"ip {' '.join(command)}: {done.stderr}"
+
+    def _up(self, host, device, address):
+        self._must("-n", host, "address", "add", address, "dev", device)
+        self._must("-n", host, "link", "set", device, "up")
+
+    def cut(self, index):
+        self._must("-n", self.engine, "link", "set", f"eth{index}", "down")
+
+    def mend(self, index):
+        self._must("-n", self.engine, "link", "set", f"eth{index}", "up")
+
+    def impair(self, stack, index, *netem):
+        """Whether the kernel could, in both directions, until ``stack`` is closed."""
+        for host, device in ((self.engine, f"eth{index}"), (self.shards[index], "eth0")):
+            on = ("tc", "-n", host, "qdisc")
+            where = ("dev", device, "root", "netem")
+            if subprocess.run(
+                [*on, "add", *where, *netem], capture_output=True, timeout=COMMAND_S
+            ).returncode:
+                return False
+            stack.callback(subprocess.run, [*on, "del", *where], timeout=COMMAND_S, check=True)
+        return True
+
+
+@pytest.fixture
+def stack():
+    with ExitStack() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def hosts(may_have_hosts):
+    with ExitStack() as made:
+        yield Hosts(made)
+
+
+@pytest.fixture(scope="module")
+def shards(hosts, worker_process):
+    """An attention worker on each shard's host: by name, as seen from the engine's."""
+    with ExitStack() as made:
+        started = {}
+        for index, host in enumerate(hosts.shards):
+            name, prefix = f"shard{index}", ("ip", "netns", "exec", host)
+            started[name] = worker_process(f"10.77.{index}.2:0", prefix=prefix, worker=name)
+            made.callback(started[name].kill)
+        yield started
+
+
+class RemoteEngine:
+    """An engine's process on its host."""
+
+    def __init__(self, stack, host, options):
+        script = Path(__file__).with_name("host_engine.py")
+        command = ["ip", "netns", "exec", host, sys.executable, "-P", script, json.dumps(options)]
+        pipe = subprocess.PIPE
+        self._process = stack.enter_context(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
+        stack.callback(self._process.kill)
+
+    def generate(self, at_token=lambda count: None):
+        """The tokens, and what is said at the end; ``at_token(n)`` when the n-th was there."""
+        self._process.stdin.write(json.dumps({"prompt": PROMPT, "max_tokens": TOKENS}) + "\n")
+        self._process.stdin.flush()
+        tokens = []
+        while "token" in (said := json.loads(self._process.stdout.readline())):
+            tokens.append(said["token"])
+            at_token(len(tokens))
+        return tokens, said
+
+
+@pytest.fixture
+def start_engine(hosts, stack, tiny_folder):
+    def start(addresses, transports, *, frame_deadline_s=30.0):
+        options = {"folder": str(tiny_folder), "shards": addresses, "transports": transports}
+        return RemoteEngine(stack, hosts.engine, options | {"frame_deadline_s": frame_deadline_s})
+
+    return start
+
+
+@pytest.fixture
+def expected(tiny_model, rig, submit):
+    """The tokens of an engine with everything in its own memory."""
+    engine = rig(tiny_model, local=True, memory_bytes=32 << 20).start()
+    collected = submit(engine, "local", PROMPT, Sampling(max_tokens=TOKENS, temperature=0.0))
+    assert isinstance(collected.result(), Finished)
+    return collected.tokens
+
+
+@pytest.mark.parametrize(
+    ("transports", "used"),
+    [(["shared memory", "TCP", "gRPC"], "TCP"), (["gRPC"], "gRPC")],
+    ids=["whatever connects", "gRPC"],
+)
+def test_an_engine_whose_shards_are_on_other_hosts(shards, start_engine, expected, transports, used):
+    """Hosts do not share memory, and the engine finds out by trying."""
+    engine = start_engine({name: it.address for name, it in shards.items()}, transports)
+    tokens, end = engine.generate()
+    assert tokens == expected
+    assert end == {"finished": "length", "links": {name: [used, 0] for name in shards}}
+
+
+@pytest.mark.parametrize("transports", [["TCP"], ["gRPC"]], ids=["TCP", "gRPC"])
+def test_a_link_that_is_cut(hosts, shards, start_engine, expected, transports):
+    """Nobody answers and nobody hangs up: the frame's deadline tells. The shard comes back with the link."""
+    addresses = {name: it.address for name, it in shards.items()}
+    engine = start_engine(addresses, transports, frame_deadline_s=0.5)
+
+    def cut(count):
+        if count == 5:
+            hosts.cut(0)
+
+    tokens, end = engine.generate(cut)
+    assert tokens == expected[: len(tokens)] and 5 <= len(tokens) < TOKENS
+    assert "TransportError" in end["failed"] and addresses["shard0"] in end["failed"]
+    assert end["links"]["shard0"][1] and not end["links"]["shard1"][1]
+    hosts.mend(0)
+    until_s = time.monotonic() + MENDED_S
+    while "failed" in end and time.monotonic() < until_s:
+        tokens, end = engine.generate()
+    assert tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("netem", "instead"),
+    [
+        (("delay", "2ms"), ("--delay-s", "0.002")),
+        (("rate", "20mbit"), ("--rate", "2500000")),
+        (("loss", "2%", "delay", "1ms"), None),
+    ],
+    ids=["delay", "rate", "loss"],
+)
+def test_links_that_are_slow_or_lose_packets(hosts, shards, stack, start_engine, expected, netem, instead):
+    addresses = {name: it.address for name, it in shards.items()}
+    if not hosts.impair(stack, 0, *netem):
+        if instead is None:
+            pytest.skip("this kernel has no netem, and the proxy loses nothing")
+        addresses["shard0"] = proxied(stack, hosts.shards[0], shards["shard0"], instead)
+    tokens, end = start_engine(addresses, ["TCP"]).generate()
+    assert tokens == expected
+    assert end == {"finished": "length", "links": {name: ["TCP", 0] for name in shards}}
+
+
+def proxied(stack, host, shard, options):
+    """The shard's address behind a proxy on its own host, which is what the link would be."""
+    own, _, port = shard.address.rpartition(":")
+    near = own.rpartition(".")[0] + ".3"
+    net = Path(f"/proc/{shard.process.pid}/net")
+    sockets = [line.split() for name in ("tcp", "tcp6") for line in (net / name).read_text().splitlines()[1:]]
+    ports = {str(int(local.rpartition(":")[2], 16)) for _, local, _, state, *_ in sockets if state == LISTENS}
+    assert port in ports
+    command = ["ip", "netns", "exec", host, sys.executable, "-P", "-m", "farshore.benchmarks.delay"]
+    command += ["--listen", near, "--target", own, "--ports", *ports, *options]
+    process = stack.enter_context(
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    )
+    stack.callback(process.kill)
+    assert process.stdout.readline()
+    return f"{near}:{port}"

@@ -1,0 +1,251 @@
+"""The sampler against Hugging Face's processors, knob by knob, and its draws against the distribution."""
+
+import dataclasses
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation import logits_process as hf
+
+from farshore.errors import FarshoreError
+from farshore.workers.sampler import adjusted, candidates, sample, uniform
+from farshore.workers.sequence import Sampling
+
+VOCAB = 1000
+TOKENS = [5, 17, 17, 400, 999, 3, 3, 3]
+PROMPT_TOKENS = 4
+
+
+def row(seed, *, vocab=VOCAB, spread=3.0):
+    return torch.randn(vocab, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def asked(**knobs):
+    return Sampling(max_tokens=1, **knobs)
+
+
+def draw(logits, sampling, position=0, choice=0):
+    return sample(logits, sampling, tokens=range(position), prompt_tokens=position, choice=choice).token
+
+
+def probabilities(logits, sampling):
+    ids, weights = candidates(logits.numpy(), sampling)
+    assert (np.diff(ids) > 0).all()
+    out = np.zeros(len(logits))
+    out[ids] = weights / weights.sum()
+    return out
+
+
+def close_to(chi_square, freedom):
+    """Within 4.5 standard deviations of what chance gives: the seeds are fixed, so it is always the same."""
+    return abs(chi_square - freedom) < 4.5 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("knobs", "warpers"),
+    [
+        ({"temperature": 0.7}, [hf.TemperatureLogitsWarper(0.7)]),
+        ({"top_k": 1}, [hf.TopKLogitsWarper(1)]),
+        ({"top_k": 40}, [hf.TopKLogitsWarper(40)]),
+        ({"top_k": VOCAB + 1}, []),
+        ({"top_p": 0.01}, [hf.TopPLogitsWarper(0.01)]),
+        ({"top_p": 0.6}, [hf.TopPLogitsWarper(0.6)]),
+        ({"top_p": 0.999}, [hf.TopPLogitsWarper(0.999)]),
+        ({"min_p": 0.02}, [hf.MinPLogitsWarper(0.02)]),
+        ({"min_p": 1.0}, [hf.MinPLogitsWarper(1.0)]),
+        (
+            {"temperature": 1.6, "top_k": 300, "top_p": 0.8, "min_p": 0.01},
+            [
+                hf.TemperatureLogitsWarper(1.6),
+                hf.TopKLogitsWarper(300),
+                hf.TopPLogitsWarper(0.8),
+                hf.MinPLogitsWarper(0.01),
+            ],
+        ),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_the_distribution_equals_transformers(knobs, warpers, seed):
+    logits = row(seed)
+    scores = logits[None].clone()
+    for warper in warpers:
+        scores = warper(torch.tensor([TOKENS]), scores)
+    expected = torch.softmax(scores.double(), dim=-1)[0].numpy()
+    ours = probabilities(logits, asked(**{"temperature": 1.0, **knobs}))
+    assert ((ours > 0) == (expected > 0)).all()
+    assert np.allclose(ours, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "processors"),
+    [
+        ({"repetition_penalty": 1.3}, [hf.RepetitionPenaltyLogitsProcessor(1.3)]),
+        ({"repetition_penalty": 0.8}, [hf.RepetitionPenaltyLogitsProcessor(0.8)]),
+        (
+            {"logit_bias": {17: 2.5, 8: -100.0}},
+            [hf.SequenceBiasLogitsProcessor([[[17], 2.5], [[8], -100.0]])],
+        ),
+        (
+            {"logit_bias": {17: 2.5, 8: -100.0}, "repetition_penalty": 1.3},
+            [
+                hf.SequenceBiasLogitsProcessor([[[17], 2.5], [[8], -100.0]]),
+                hf.RepetitionPenaltyLogitsProcessor(1.3),
+            ],
+        ),
+    ],
+)
+def test_bias_and_repetition_penalty_equal_transformers(knobs, processors):
+    logits = row(11)
+    before = logits.clone()
+    scores = logits[None].clone()
+    for processor in processors:
+        scores = processor(torch.tensor([TOKENS]), scores)
+    ours = adjusted(logits.numpy(), asked(**knobs), tokens=TOKENS, prompt_tokens=PROMPT_TOKENS)
+    assert torch.equal(torch.from_numpy(ours), scores[0])
+    assert torch.equal(logits, before), "the caller's logits are its own"
+
+
+def test_presence_and_frequency_count_the_completion_alone():
+    """OpenAI's formula: logit - count * frequency - (count > 0) * presence."""
+    logits = row(12)
+    ours = adjusted(
+        logits.numpy(),
+        asked(presence_penalty=0.5, frequency_penalty=0.25),
+        tokens=TOKENS,
+        prompt_tokens=PROMPT_TOKENS,
+    )
+    expected = logits.clone()
+    for token, count in Counter(TOKENS[PROMPT_TOKENS:]).items():
+        expected[token] -= 0.5 + 0.25 * count
+    assert np.allclose(ours, expected.numpy(), atol=1e-6)
+    assert ours[17] == logits[17], "a token of the prompt alone is free"
+
+
+def test_the_untouched_row_is_not_even_copied():
+    logits = row(13).numpy()
+    assert adjusted(logits, asked(presence_penalty=0.0), tokens=TOKENS, prompt_tokens=4) is logits
+
+
+def test_penalties_and_bias_reach_greedy_and_come_before_temperature():
+    logits = torch.zeros(8)
+    logits[2], logits[3], logits[4] = 3.0, 2.0, 1.5
+    for knobs, expected in (
+        ({}, 2),
+        ({"repetition_penalty": 2.2}, 4),
+        ({"frequency_penalty": 0.8}, 4),
+        ({"logit_bias": {7: 50.0}}, 7),
+    ):
+        for temperature in (0.0, 1e-3):
+            it = asked(temperature=temperature, **knobs)
+            assert sample(logits, it, tokens=[2, 2, 3], prompt_tokens=0).token == expected, knobs
+
+
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=60),
+    st.floats(0.01, 1.0),
+    st.integers(0, 70),
+    st.floats(0.0, 1.0),
+)
+@settings(max_examples=60, deadline=None)
+def test_candidates_are_the_smallest_sets(grains, top_p, top_k, min_p):
+    """Also with ties: logits are multiples of 1/4, as coarse as bfloat16's. Against plain Python."""
+    logits = torch.tensor(grains, dtype=torch.float32) / 4
+    weights = [math.exp(x - max(logits.tolist())) for x in logits.tolist()]
+    order = sorted(range(len(weights)), key=lambda i: (-weights[i], i))
+    if 0 < top_k < len(order):
+        order = [i for i in order if weights[i] >= weights[order[top_k - 1]]]
+    total, running, kept = sum(weights[i] for i in order), 0.0, []
+    for i in order:
+        # What lies this near to the limit may fall on either side of it.
+        if abs(running - top_p * total) < 1e-6 * total and kept:
+            return
+        if running < top_p * total:
+            kept.append(i)
+        running += weights[i]
+    if any(abs(weights[i] - min_p) < 1e-6 for i in kept):
+        return
+    expected = sorted(i for i in kept if weights[i] >= min_p) or [order[0]]
+    ids, _ = candidates(logits.numpy(), asked(temperature=1.0, top_p=top_p, top_k=top_k, min_p=min_p))
+    assert ids.tolist() == expected
+
+
+@pytest.mark.parametrize("along", ["positions", "choices", "seeds"])
+@pytest.mark.parametrize("knobs", [{}, {"temperature": 0.5}, {"top_k": 6}, {"top_p": 0.7}], ids=str)
+def test_draws_follow_the_distribution(knobs, along):
+    logits = row(1, vocab=24, spread=1.0)
+    sampling = asked(**{"temperature": 1.0, "seed": 99, **knobs})
+    expected = probabilities(logits, sampling)
+    draws = 5_000
+    drawn = {
+        "positions": (draw(logits, sampling, position=i) for i in range(draws)),
+        "choices": (draw(logits, sampling, choice=i) for i in range(draws)),
+        "seeds": (draw(logits, dataclasses.replace(sampling, seed=i)) for i in range(draws)),
+    }[along]
+    counts = np.bincount(list(drawn), minlength=len(logits))
+    possible = expected > 0
+    assert not counts[~possible].any()
+    chi_square = ((counts - draws * expected)[possible] ** 2 / (draws * expected[possible])).sum()
+    assert close_to(chi_square, possible.sum() - 1)
+
+
+def test_a_draw_is_the_inverse_of_the_running_sum_over_a_whole_vocabulary():
+    """Blocks are added up apart; the token is that of one long sum all the same."""
+    logits = row(2, vocab=49_152)
+    sampling = asked(temperature=1.0, seed=5)
+    ids, weights = candidates(logits.numpy(), sampling)
+    sums = np.cumsum(weights, dtype=np.float64)
+    for position in range(200):
+        target = uniform(5, 0, position) * sums[-1]
+        token = draw(logits, sampling, position=position)
+        before = sums[token - 1] if token else 0.0
+        assert before - 1e-6 * sums[-1] <= target <= sums[token] + 1e-6 * sums[-1]
+        assert weights[token] > 0
+    assert len(ids) == 49_152
+
+
+def test_random_numbers_are_uniform_and_neighbours_independent():
+    """Seeds, choices and positions that follow each other: the keys that are used."""
+    numbers = np.array(
+        [
+            [[uniform(s, c, p) for p in range(30)] for c in range(30)]
+            for s in (*range(15), *(2**64 - 1 - i for i in range(15)))
+        ]
+    )
+    assert (numbers >= 0).all() and (numbers < 1).all()
+    assert len(np.unique(numbers)) == numbers.size
+    cells = np.bincount((numbers.ravel() * 64).astype(int), minlength=64)
+    assert close_to(((cells - numbers.size / 64) ** 2 / (numbers.size / 64)).sum(), 63)
+    for axis in range(3):
+        one, next_one = np.moveaxis(numbers, axis, 0)[:-1].ravel(), np.moveaxis(numbers, axis, 0)[1:].ravel()
+        pairs = np.histogram2d(one, next_one, bins=8, range=[[0, 1], [0, 1]])[0]
+        assert close_to(((pairs - one.size / 64) ** 2 / (one.size / 64)).sum(), 63), axis
+
+
+def test_log_probabilities_are_the_models_own():
+    """Before bias, penalties and temperature; the likeliest first, of equal ones the smaller id."""
+    logits = row(4)
+    logits[[700, 800]] = logits.max() + 1
+    expected = torch.log_softmax(logits.double(), dim=-1)
+    knobs = {"temperature": 2.0, "top_k": 5, "logit_bias": {3: 9.0}, "repetition_penalty": 1.5, "seed": 1}
+    drawn = sample(logits, asked(logprobs=4, **knobs), tokens=TOKENS, prompt_tokens=2)
+    assert drawn.token == sample(logits, asked(**knobs), tokens=TOKENS, prompt_tokens=2).token
+    assert drawn.logprob == pytest.approx(float(expected[drawn.token]), abs=1e-5)
+    best = sorted(range(VOCAB), key=lambda i: (-float(logits[i]), i))[:4]
+    assert [token for token, _ in drawn.top] == best and best[:2] == [700, 800]
+    assert [value for _, value in drawn.top] == pytest.approx([float(expected[i]) for i in best], abs=1e-5)
+    assert sample(logits, asked(logprobs=0), tokens=TOKENS, prompt_tokens=2).top == ()
+    assert sample(logits, asked(), tokens=TOKENS, prompt_tokens=2).logprob is None
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("damage", [[math.nan], [math.inf], [math.nan, math.inf]])
+def test_logits_that_are_no_numbers_are_refused(temperature, damage):
+    logits = row(6)
+    logits[10 : 10 + len(damage)] = torch.tensor(damage)
+    with pytest.raises(FarshoreError, match="not numbers"):
+        sample(logits, asked(temperature=temperature), tokens=[1], prompt_tokens=1)

@@ -1,0 +1,231 @@
+"""Prefixes that are stored already, and completions that share a prompt."""
+
+from collections import defaultdict
+
+import pytest
+import torch
+
+from farshore.errors import Full, TransportError
+from farshore.ids import SequenceId, WorkerId
+from farshore.kernels.base import KVLayout
+from farshore.kernels.formats import KVFormat
+from farshore.kvstore.base import SpanKey, SpanSlice
+from farshore.workers.attention_model import attention_model
+from farshore.workers.prefix import assemble, fingerprint
+from farshore.workers.sequence import Failed, Finished, Reason, Sampled, Sampling
+
+GREEDY = Sampling(max_tokens=10, temperature=0.0)
+
+
+def prompt_of(length, seed=0):
+    return torch.randint(97, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+class Counting:
+    """A store that counts the tokens written to each layer 0."""
+
+    def __init__(self, store):
+        self._store = store
+        self.tokens = 0
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def write(self, span, layer, first, k, v, *, epoch):
+        self.tokens += k.shape[1] if layer == 0 else 0
+        self._store.write(span, layer, first, k, v, epoch=epoch)
+
+
+@pytest.fixture
+def counted(rig):
+    """counted(model, ...) -> a cluster whose stores count, and a way to ask how many tokens were written."""
+
+    def build(model, **options):
+        cluster = rig(model, **({"memory_bytes": 64 << 20} | options))
+        stores = [Counting(cluster.peers[worker].store) for worker in cluster.targets]
+        for worker, store in zip(cluster.targets, stores, strict=True):
+            cluster.peers[worker].store = store
+
+        def written():
+            before, totals = [store.tokens for store in stores], sum(store.tokens for store in stores)
+            for store in stores:
+                store.tokens = 0
+            assert before
+            return totals
+
+        return cluster, written
+
+    return build
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"local": True, "shards": 0},
+        {"shards": 2},
+        {"shards": 3, "shard_by": "head"},
+        {"shards": 5, "shard_by": "both"},
+    ],
+)
+def test_a_prompt_given_again_computes_only_what_is_left(tiny_model, counted, submit, options):
+    cluster, written = counted(tiny_model, **options)
+    engine = cluster.start()
+    prompt = prompt_of(1300)
+    first = submit(engine, "a", prompt, GREEDY)
+    assert isinstance(first.result(), Finished)
+    all_of_it = written()
+    again, longer = (
+        submit(engine, "b", prompt, GREEDY),
+        submit(engine, "c", prompt + prompt_of(50, 1), GREEDY),
+    )
+    assert isinstance(again.result(), Finished) and isinstance(longer.result(), Finished)
+    classes = all_of_it // 1300
+    assert all_of_it == classes * 1300
+    assert written() == classes * (1300 - 1280 + 1350 - 1280)
+    assert again.tokens == first.tokens
+    fresh = submit(rig_alone(cluster), "d", prompt + prompt_of(50, 1), GREEDY)
+    assert isinstance(fresh.result(), Finished)
+    assert longer.tokens == fresh.tokens
+
+
+def rig_alone(cluster):
+    """An engine of another revision on the same shards: it finds nothing."""
+    return cluster.start(revision="another")
+
+
+def test_what_the_kv_depends_on_beside_tokens_is_not_shared(tiny_model, counted, submit):
+    cluster, written = counted(tiny_model)
+    engine = cluster.start()
+    prompt = prompt_of(600)
+    for name, salt, new in (("a", "x", 600), ("b", "y", 600), ("c", "x", 600 - 512), ("d", "", 600)):
+        assert isinstance(submit(engine, name, prompt, GREEDY, salt=salt).result(), Finished)
+        assert written() == new, (name, salt)
+    config = tiny_model.config
+    plain = attention_model(config, torch.float32)
+    (spec,) = plain.specs
+    int8 = plain._replace(layouts=(KVLayout.of(spec, layers=config.layers, format=KVFormat.INT8),))
+    prints = {
+        fingerprint(config, plain, revision="1"),
+        fingerprint(config, plain, revision="2"),
+        fingerprint(config, plain, revision="1", salt="a"),
+        fingerprint(config, int8, revision="1"),
+    }
+    assert len(prints) == 4
+
+
+def test_cache_gives_way_to_who_needs_memory(tiny_model, rig, submit):
+    """Room for one prompt and its completion: each finds nothing of the one before the last."""
+    layout = rig(tiny_model).attention.layouts[0]
+    cluster = rig(tiny_model, shards=1, memory_bytes=layout.block_bytes * 9)
+    engine = cluster.start()
+    answers = defaultdict(list)
+    for turn, seed in enumerate((0, 1, 0, 2, 1)):
+        it = submit(engine, f"s{turn}", prompt_of(1300, seed), GREEDY)
+        assert isinstance(it.result(), Finished)
+        answers[seed].append(it.tokens)
+    assert all(len({tuple(tokens) for tokens in it}) == 1 for it in answers.values())
+
+
+def test_a_shard_that_cannot_be_asked_is_less_of_a_hit(tiny_model, rig, submit):
+    cluster = rig(tiny_model, shards=2, memory_bytes=64 << 20)
+    engine = cluster.start()
+    first = submit(engine, "a", prompt_of(1300), GREEDY)
+    assert isinstance(first.result(), Finished)
+
+    def unreachable(*_, **__):
+        raise TransportError("nobody answers")
+
+    cluster.stores[cluster.targets[0]].find_prefix = unreachable
+    again = submit(engine, "b", prompt_of(1300), GREEDY)
+    assert isinstance(again.result(), Finished)
+    del cluster.stores[cluster.targets[0]].find_prefix
+    assert again.tokens == first.tokens
+
+
+def slice_of(span, first, last, group0, group1, origin=None):
+    key = SpanKey(
+        sequence=SequenceId("s"),
+        layer_class=0,
+        first=first if origin is None else origin,
+        group0=group0,
+        group1=group1,
+    )
+    return SpanSlice(span=span, key=key, layout=None, first=first, last=last)
+
+
+def test_hits_are_put_together_from_all_head_groups():
+    a, b, c = (WorkerId(name) for name in "abc")
+    found = {
+        a: [slice_of("a/0", 0, 512, 0, 1), slice_of("a/1", 512, 1024, 0, 3)],
+        b: [slice_of("b/0", 256, 768, 1, 3, origin=100)],
+        c: [slice_of("c/0", 0, 256, 1, 3), slice_of("c/1", 0, 2048, 2, 3)],
+    }
+    placed = assemble(found, groups=3)
+    assert [(s.span, s.first, s.last, s.group0, s.group1, s.origin, s.sealed) for s in placed] == [
+        ("a/0", 0, 512, 0, 1, 0, 512),
+        ("c/0", 0, 256, 1, 3, 0, 256),
+        ("b/0", 256, 512, 1, 3, 100, 512),
+        ("a/1", 512, 1024, 0, 3, 512, 1024),
+    ]
+    assert assemble({b: found[b]}, groups=3) == []
+    assert assemble({}, groups=3) == []
+
+
+@pytest.mark.parametrize("options", [{"local": True, "shards": 0}, {"shards": 3, "shard_by": "both"}])
+def test_completions_share_the_prompt_and_draw_their_own(tiny_model, counted, submit, options):
+    cluster, written = counted(tiny_model, **options)
+    engine = cluster.start()
+    prompt = prompt_of(700)
+    sampling = Sampling(max_tokens=30, n=4, temperature=1.0, seed=5)
+    it = submit(engine, "a", prompt, sampling)
+    ends = it.results(4)
+    assert all(len(tokens) == 30 for tokens in it.choices.values())
+    assert len({tuple(tokens) for tokens in it.choices.values()}) == 4
+    assert written() == 700 * (1 if len(cluster.targets) == 1 else 2), (
+        "the prompt was prefilled more than once"
+    )
+    again = submit(engine, "b", prompt, sampling)
+    again.results(4)
+    assert again.choices == it.choices
+    alone = submit(engine, "c", prompt, Sampling(max_tokens=30, temperature=1.0, seed=5))
+    alone.results(1)
+    assert alone.tokens == it.tokens
+    # What they share is read once for all of them.
+    config = tiny_model.config
+    token_bytes = config.layers * config.kv_heads * 2 * config.head_dim * 4
+    assert sum(sum(end.attended_bytes.values()) for end in ends.values()) == 29 * 700 * token_bytes
+
+
+def test_forks_beyond_a_block_hand_their_own_tails_over(tiny_model, rig, submit):
+    engine = rig(tiny_model, shards=2, memory_bytes=64 << 20).start()
+    both = submit(engine, "a", prompt_of(300), Sampling(max_tokens=300, n=2, temperature=1.0, seed=1))
+    both.results(2)
+    alone = submit(engine, "b", prompt_of(300), Sampling(max_tokens=300, temperature=1.0, seed=1))
+    alone.results(1)
+    assert alone.tokens == both.tokens and len(both.choices[1]) == 300
+
+
+@pytest.mark.parametrize("length", [300, 1900])
+def test_cancelling_ends_all_completions_once(tiny_model, rig, submit, length):
+    """Behind the first token, and before there are several."""
+    engine = rig(tiny_model, shards=2, memory_bytes=64 << 20).start()
+    it = submit(engine, "a", prompt_of(length), Sampling(max_tokens=100, n=3))
+    while length == 300 and not isinstance(it.events.get(timeout=60), Sampled):
+        pass
+    engine.cancel(SequenceId("a"))
+    assert [end.reason for end in it.results(3).values()] == [Reason.CANCELLED] * 3
+    assert engine.views() == []
+
+
+def test_a_fork_without_room_fails_the_request_once(tiny_model, rig, submit):
+    cluster = rig(tiny_model, shards=1, memory_bytes=64 << 20)
+    engine = cluster.start()
+
+    def refuse(*_, **__):
+        raise Full("no room", free_bytes=0)
+
+    cluster.stores[cluster.targets[0]].hold = refuse
+    it = submit(engine, "a", prompt_of(300), Sampling(max_tokens=10, n=3))
+    assert isinstance(it.result(), Failed)
+    assert it.events.empty() and not it.choices
+    cluster.check_empty()

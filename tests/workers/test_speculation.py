@@ -1,0 +1,186 @@
+"""Guesses change how many steps it takes, never a token; and a step that breaks changes nothing at all."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from farshore.errors import TransportError
+from farshore.workers.admission import EngineLimits
+from farshore.workers.lookup import NGRAMS, Lookup
+from farshore.workers.sequence import Finished, Reason, Sampling
+
+REPEATING = [5, 6, 7, 8, 9, 10, 11, 12] * 6
+
+
+def prompt_of(length, seed=0):
+    return torch.randint(97, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def slow_propose(tokens, most):
+    for n in NGRAMS:
+        for at in range(len(tokens) - n - 1, -1, -1):
+            if tokens[at : at + n] == tokens[-n:]:
+                return tokens[at + n : at + n + most]
+    return []
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from([0, 1, 256, 65536, 1 << 24]), min_size=1, max_size=60), st.integers(1, 5))
+def test_a_guess_is_what_followed_the_newest_earlier_copy(tokens, most):
+    lookup = Lookup(8)
+    for end in range(1, len(tokens) + 1):
+        assert lookup.propose(tokens[:end], most) == slow_propose(tokens[:end], most)
+
+
+def test_fewer_guesses_while_they_are_wrong():
+    tokens = list(range(20)) + list(range(10))
+    lookup = Lookup(8)
+    sizes = []
+    for taken in (0, 0, 0, 0, 1, 2, 4, 8):
+        sizes.append(len(lookup.propose(tokens, 100)))
+        lookup.judge(sizes[-1], taken)
+    assert sizes == [8, 4, 2, 1, 1, 2, 4, 8]
+
+
+class Steps:
+    """Counts an engine's steps by its peers' ``begin``."""
+
+    def __init__(self, peer):
+        self._peer = peer
+        self.steps = 0
+
+    def __getattr__(self, name):
+        return getattr(self._peer, name)
+
+    def begin(self, step):
+        self.steps += 1
+        self._peer.begin(step)
+
+
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}, {"repetition_penalty": 1.3}]
+)
+def test_tokens_are_those_without_guesses(tiny_model, rig, submit, sampling):
+    """Over block boundaries, so that tails with guesses in them are handed over."""
+    prompts = {"repeating": REPEATING, "random": prompt_of(250), "one": [3]}
+    answers = []
+    for guesses in (0, 5):
+        cluster = rig(tiny_model, shards=2, memory_bytes=64 << 20, wrap=Steps)
+        engine = cluster.start(limits=EngineLimits(speculate_tokens=guesses))
+        running = {
+            name: submit(engine, name, prompt, Sampling(max_tokens=300, **sampling))
+            for name, prompt in prompts.items()
+        }
+        for it in running.values():
+            assert isinstance(it.result(), Finished)
+        answers.append({name: it.tokens for name, it in running.items()})
+        answers.append(sum(cluster.peers[worker].steps for worker in cluster.targets))
+    assert answers[0] == answers[2]
+    if not sampling:
+        assert answers[3] < answers[1], "no guess was right, on a model that repeats itself"
+
+
+def test_a_stop_token_among_right_guesses_ends_there(tiny_model, rig, submit):
+    prompt = REPEATING
+    plain = submit(rig(tiny_model, memory_bytes=64 << 20).start(), "a", prompt, Sampling(max_tokens=60))
+    plain.result()
+    stop = plain.tokens[40]
+    for guesses in (0, 6):
+        engine = rig(tiny_model, memory_bytes=64 << 20).start(limits=EngineLimits(speculate_tokens=guesses))
+        it = submit(engine, "a", prompt, Sampling(max_tokens=60, stop_token_ids=frozenset({stop})))
+        assert it.result().reason is Reason.STOP
+        assert it.tokens == plain.tokens[: plain.tokens.index(stop) + 1]
+
+
+class Breaking:
+    """A peer whose step breaks at one chosen call of those that make it up, again in every step."""
+
+    def __init__(self, peer):
+        self._peer = peer
+        self.at = None
+        self.broken = 0
+        self._call = 0
+        self._failed = False
+
+    def __getattr__(self, name):
+        return getattr(self._peer, name)
+
+    def begin(self, step):
+        self._call = 0
+        self._fail()
+        self._peer.begin(step)
+
+    def send(self, layer, micro_batch, q):
+        self._fail()
+        return self._peer.send(layer, micro_batch, q)
+
+    def wait(self, sent, *, out=None):
+        self._fail()
+        return self._peer.wait(sent, out=out)
+
+    def _fail(self):
+        if self._call == self.at and not self._failed:
+            self._failed = True
+            self.broken += 1
+            raise TransportError(f"broke at call {self.at}")
+        self._failed = False if self._call == self.at else self._failed
+        self._call += 1
+
+
+def state_of(sequence):
+    """All that a step may not touch before it is committed, KV byte for byte."""
+    tail = sequence.placed_tail
+    k, v = tail.read_layers(tail.start, tail.end, dtype=torch.uint8)
+    spans = [(s.span, s.first, s.last, s.sealed) for s in sequence.spans]
+    counted = dict(sequence.attended_bytes)
+    return sequence.committed, list(sequence.tokens), tail.start, tail.bytes, spans, counted, k, v
+
+
+def same(a, b):
+    return all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b, strict=True)
+    )
+
+
+def watched(engine):
+    """Compares what each failed step of the engine leaves with what was before; the list of outcomes."""
+    outcomes, run_step = [], engine._run_step
+
+    def run(turns):
+        # What is reserved ahead is given back with the scratch: it is no state.
+        for turn in turns:
+            turn.sequence.placed_tail.truncate(turn.sequence.committed)
+        before = [state_of(turn.sequence) for turn in turns]
+        try:
+            run_step(turns)
+        except TransportError:
+            outcomes.append(all(map(same, before, [state_of(turn.sequence) for turn in turns])))
+            raise
+
+    engine._run_step = run
+    return outcomes
+
+
+@pytest.mark.parametrize("guesses", [0, 4])
+def test_a_step_that_breaks_at_any_stage_of_any_layer_loses_nothing(
+    tiny_model, rig, submit, monkeypatch, guesses
+):
+    """Every step breaks once, at its first call (begin), its second (send of layer 0), and so on."""
+    monkeypatch.setattr("farshore.workers.attempts.RETRY_PAUSE_S", 0.0)
+    sampling = Sampling(max_tokens=20)
+    limits = EngineLimits(speculate_tokens=guesses)
+    stages = 1 + 2 * tiny_model.config.layers
+    undisturbed = None
+    for at in (None, *range(stages)):
+        cluster = rig(tiny_model, shards=2, memory_bytes=64 << 20, wrap=Breaking)
+        peer = cluster.peers[cluster.targets[0]]
+        peer.at = at
+        engine = cluster.start(limits=limits)
+        outcomes = watched(engine)
+        it = submit(engine, "a", REPEATING + prompt_of(210), sampling)
+        assert isinstance(it.result(), Finished)
+        assert len(outcomes) == peer.broken and all(outcomes)
+        undisturbed = undisturbed or it.tokens
+        assert it.tokens == undisturbed
+        assert (peer.broken >= 5) == (at is not None)
