@@ -5,6 +5,7 @@ The embedded cluster of `farshore generate` is the same thing for one call.
 
 import contextlib
 import os
+import signal
 import socket
 import sys
 import threading
@@ -128,11 +129,15 @@ class Cluster:
                 "include_dashboard": config.dashboard,
                 "object_store_memory": OBJECT_STORE_BYTES,
             }
+        on_term = signal.getsignal(signal.SIGTERM)
         try:
             # Ray puts the current directory first on its workers' sys.path: in a checkout, our own folders
             # would hide the installed package. The interpreter's holds no modules.
             with contextlib.chdir(Path(sys.executable).parent):
                 ray.init(**options)
+            if on_term is not None and threading.current_thread() is threading.main_thread():
+                # Ray's handler would abort the process 3 s later, in the middle of cleaning up.
+                signal.signal(signal.SIGTERM, on_term)
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             fix = "check --ray-address" if config.ray_address else "see Ray's log under /tmp/ray"
             raise StartupError(f"Ray did not start ({error}): {fix}") from error
