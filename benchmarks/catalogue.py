@@ -18,6 +18,7 @@ from farshore.benchmarks import (
     serve,
     serve_setting,
 )
+from farshore.benchmarks.demo import load_demo
 from farshore.benchmarks.implementation import choose
 from farshore.benchmarks.kvstore_setting import StoreSizes
 from farshore.benchmarks.report import Report
@@ -39,6 +40,9 @@ class Options:
     peer: str | None = None
     """Another server to measure instead of ours."""
 
+    def facts(self) -> machine.Facts:
+        return machine.facts(self.threads or machine.usable_cpus())
+
 
 class Benchmark(NamedTuple):
     summary: str
@@ -46,42 +50,42 @@ class Benchmark(NamedTuple):
 
 
 def _machine(options: Options, progress: Progress) -> Report:
-    facts = machine.facts(options.threads or machine.usable_cpus())
+    facts = options.facts()
     rates = machine.measure(facts, machine.MachineSizes(), progress=progress)
     return Report({**asdict(facts), **asdict(rates)})
 
 
 def _kernels(options: Options, progress: Progress) -> Report:
-    facts = machine.facts(options.threads or machine.usable_cpus())
+    facts = options.facts()
     implementation = choose(options.implementation, threads=facts.threads)
     return kernels.run(implementation, facts, Sizes(), only=options.only, progress=progress)
 
 
 def _offload(options: Options, progress: Progress) -> Report:
-    facts = machine.facts(options.threads or machine.usable_cpus())
+    facts = options.facts()
     sizes = offload_setting.Sizes()
-    return offload.run(offload_setting.load_demo, facts, sizes, only=options.only, progress=progress)
+    return offload.run(load_demo, facts, sizes, only=options.only, progress=progress)
 
 
 def _quality(options: Options, progress: Progress) -> Report:
-    facts = machine.facts(options.threads or machine.usable_cpus())
+    facts = options.facts()
     return quality.run(quality.load_demo, facts, quality.Sizes(), only=options.only, progress=progress)
 
 
 def _kvstore(options: Options, progress: Progress) -> Report:
-    facts = machine.facts(options.threads or machine.usable_cpus())
+    facts = options.facts()
     implementation = choose(options.implementation, threads=facts.threads)
     return kvstore.run(implementation, facts, StoreSizes(), only=options.only, progress=progress)
 
 
 def _dense(options: Options, progress: Progress) -> Report:
-    facts = machine.facts(options.threads or machine.usable_cpus())
+    facts = options.facts()
     setting = serve_setting.Setting(facts, serve_setting.Sizes(), progress)
     return dense.run(setting, dense.Sizes(), only=options.only)
 
 
 def _serve(options: Options, progress: Progress) -> Report:
-    facts = machine.facts(options.threads or machine.usable_cpus())
+    facts = options.facts()
     sizes = serve_setting.Sizes()
     return serve.run(facts, sizes, only=options.only, peer=options.peer, progress=progress)
 

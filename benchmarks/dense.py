@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from farshore.benchmarks import cases
 from farshore.benchmarks.report import Bar, Report, Result
 from farshore.benchmarks.serve_setting import Setting, weight_elements
 from farshore.benchmarks.timing import interleave
-from farshore.errors import InvalidRequest
 from farshore.models.llama import Llama
 
 READ_PERCENT = 85.0
@@ -34,9 +34,7 @@ class Sizes:
 def run(at: Setting, sizes: Sizes, *, only: str = "") -> Report:
     """The cases whose name holds ``only``. InvalidRequest, before anything is measured, if there are none."""
     names = {f"{rows} rows": rows for rows in (*sizes.step_rows, *sizes.chunk_rows)}
-    chosen = {name: rows for name, rows in names.items() if only in name}
-    if not chosen:
-        raise InvalidRequest(f"no case {only!r}: choose a part of {'; '.join(names)}")
+    chosen = cases.choose(names, only)
     results: list[Result] = []
     bars: list[Bar] = []
     with torch.inference_mode():
@@ -64,7 +62,7 @@ def _measure(at: Setting, sizes: Sizes, name: str, rows: int) -> Result:
     after = at.limits()
     seconds = timed["ours"].median_s
     size = (layers + vocabulary) * model.dtype.itemsize
-    flops = 2 * rows * layers + 2 * min(rows, rows if rows <= MOST_STEP_ROWS else 1) * vocabulary
+    flops = 2 * rows * layers + 2 * (rows if rows <= MOST_STEP_ROWS else 1) * vocabulary
     read_gbps = (before.read_gbps + after.read_gbps) / 2
     gemm_gflops = (before.gemm_gflops + after.gemm_gflops) / 2
     figures = {

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 
-from farshore.benchmarks import decode, machine, overhead, prefill
+from farshore.benchmarks import cases, decode, machine, overhead, prefill
 from farshore.benchmarks.implementation import Implementation, Setting
-from farshore.benchmarks.report import Bar, Report, Result
+from farshore.benchmarks.report import Report
 from farshore.benchmarks.shapes import LLAMA_8B, SMOLLM2, WIDE, Sizes
-from farshore.errors import InvalidRequest
 from farshore.kernels.formats import KVFormat
 
 PERCENT_OF_READ = {LLAMA_8B: 85.0, SMOLLM2: 75.0, WIDE: 70.0}
@@ -27,25 +26,15 @@ def run(
     progress: Callable[[str], None],
 ) -> Report:
     """The cases whose name holds ``only``. InvalidRequest, before anything is measured, if there are none."""
-    cases = {name: measure for name, measure in _cases(sizes) if only in name}
-    if not cases:
-        raise InvalidRequest(
-            f"no case {only!r}: choose a part of {'; '.join(name for name, _ in _cases(sizes))}"
-        )
+    chosen = cases.choose(dict(_cases(sizes)), only)
     rates = machine.measure(facts, sizes.machine, progress=progress)
     at = Setting(implementation, facts, rates, sizes)
-    results: list[Result] = []
-    bars: list[Bar] = []
-    for name, measure in cases.items():
-        progress(name)
-        measured, held = measure(at)
-        results += measured
-        bars += held
+    results, bars = cases.measure(chosen, at, progress=progress)
     kernels = {"implementation": implementation.name, "instruction_set": implementation.instruction_set}
     return Report({**kernels, **asdict(facts), **asdict(rates)}, tuple(results), tuple(bars))
 
 
-def _cases(sizes: Sizes) -> Iterator[tuple[str, Callable[[Setting], tuple[list[Result], list[Bar]]]]]:
+def _cases(sizes: Sizes) -> Iterator[tuple[str, Callable[[Setting], cases.Measured]]]:
     """What can be measured, by name, and what measures it."""
     for shape, percent in PERCENT_OF_READ.items():
         yield (

@@ -10,12 +10,12 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
+from farshore.benchmarks.cases import Measured
 from farshore.benchmarks.kvstore_setting import (
     EPOCH,
     LAYERS,
     LAYOUT,
     At,
-    Measured,
     key,
     memcpy,
     random_bytes,

@@ -5,7 +5,8 @@ Called by ``kvstore``.
 
 import torch
 
-from farshore.benchmarks.kvstore_setting import EPOCH, LAYERS, LAYOUT, At, Measured, key, store_for
+from farshore.benchmarks.cases import Measured
+from farshore.benchmarks.kvstore_setting import EPOCH, LAYERS, LAYOUT, At, key, store_for
 from farshore.benchmarks.report import Bar, Result
 from farshore.benchmarks.timing import interleave
 from farshore.ids import SequenceId, WorkerId

@@ -9,8 +9,9 @@ from itertools import chain, cycle
 import torch
 from torch import Tensor
 
+from farshore.benchmarks.cases import Measured
 from farshore.benchmarks.cold import query
-from farshore.benchmarks.kvstore_setting import EPOCH, At, Measured, key, random_bytes, store_for
+from farshore.benchmarks.kvstore_setting import EPOCH, At, key, random_bytes, store_for
 from farshore.benchmarks.report import Bar, Result
 from farshore.benchmarks.shapes import SMOLLM2
 from farshore.benchmarks.timing import interleave

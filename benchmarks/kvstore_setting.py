@@ -14,7 +14,6 @@ from torch import Tensor
 from farshore.benchmarks.implementation import Implementation
 from farshore.benchmarks.machine import Facts, MachineSizes, Rates
 from farshore.benchmarks.memory import allocate
-from farshore.benchmarks.report import Bar, Result
 from farshore.benchmarks.shapes import SMOLLM2
 from farshore.benchmarks.timing import ROUNDS
 from farshore.ids import Epoch, SequenceId, WorkerId
@@ -23,8 +22,6 @@ from farshore.kernels.formats import KVFormat
 from farshore.kvstore.arena import Arena, stride_bytes
 from farshore.kvstore.base import SpanKey
 from farshore.kvstore.store import LocalStore
-
-Measured = tuple[list[Result], list[Bar]]
 
 LAYERS = 30
 """SmolLM2's."""

@@ -10,36 +10,26 @@ from functools import partial
 from statistics import median
 
 from farshore.attention_offload.frames import REMOTE, Transport
-from farshore.benchmarks import machine, offload_hop, offload_step
+from farshore.benchmarks import cases, machine, offload_hop, offload_step
+from farshore.benchmarks.cases import Measured
 from farshore.benchmarks.offload_setting import LAYER_DENSE_S, LoadModel, Setting, Sizes
 from farshore.benchmarks.report import Bar, Report, Result
 from farshore.benchmarks.timing import Timing
-from farshore.errors import InvalidRequest
 
 MOST_HOP_US = {Transport.SHARED_MEMORY: 40.0, Transport.TCP: 80.0, Transport.GRPC: 300.0}
 LEAST_OF_RAW_PERCENT = 70.0
 LEAST_GRPC_GBPS = 0.6
 MOST_TIMES_IDLE = 3.0
 
-Measured = tuple[list[Result], list[Bar]]
-
 
 def run(
     load: LoadModel, facts: machine.Facts, sizes: Sizes, *, only: str = "", progress: Callable[[str], None]
 ) -> Report:
     """The parts whose name holds ``only``. InvalidRequest, before anything is measured, if there are none."""
-    parts = {name: measure for name, measure in _parts() if only in name}
-    if not parts:
-        raise InvalidRequest(f"no part {only!r}: choose a part of {'; '.join(name for name, _ in _parts())}")
+    chosen = cases.choose(dict(_parts()), only, kind="part")
     rates = machine.measure(facts, sizes.machine, progress=progress)
-    results: list[Result] = []
-    bars: list[Bar] = []
     with Setting(load, facts, sizes) as at:
-        for name, measure in parts.items():
-            progress(name)
-            measured, held = measure(at)
-            results += measured
-            bars += held
+        results, bars = cases.measure(chosen, at, progress=progress)
     return Report({**asdict(facts), **asdict(rates)}, tuple(results), tuple(bars))
 
 

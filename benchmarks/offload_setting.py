@@ -5,7 +5,7 @@ Made by ``offload``. Must not know the bars.
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -14,11 +14,7 @@ from farshore.attention_offload.frames import Transport
 from farshore.benchmarks import offload_hop
 from farshore.benchmarks.machine import Facts, MachineSizes
 from farshore.benchmarks.timing import ROUNDS
-from farshore.models.config import ModelConfig
-from farshore.models.gguf_file import GgufFile
 from farshore.models.llama import Llama
-from farshore.models.source import DEMO, resolve
-from farshore.models.weights import load_model
 from farshore.workers.stagger import TRIAL_STEPS
 
 LAYER_DENSE_S = 500e-6
@@ -26,9 +22,6 @@ LAYER_DENSE_S = 500e-6
 
 LoadModel = Callable[[int], Llama]
 """A model that ``threads`` threads serve."""
-
-POSITIONS = 16384
-"""SmolLM2 has 8,192, and 8K of context with a tail behind it are a few more. No time depends on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +85,3 @@ class Setting:
                 think_s=LAYER_DENSE_S if rested else 0.0,
             )
         return self._hop_times_s[key]
-
-
-def load_demo(threads: int) -> Llama:
-    source = resolve(DEMO)
-    config = ModelConfig.from_gguf(GgufFile.open(source.path), source.name)
-    return load_model(
-        source, dtype=torch.bfloat16, config=replace(config, max_positions=POSITIONS), threads=threads
-    )

@@ -19,6 +19,7 @@ from farshore.attention_offload.frames import REMOTE, Transport
 from farshore.attention_offload.in_process import InProcessPeer
 from farshore.attention_offload.remote_peer import RemotePeer
 from farshore.benchmarks import offload_hop
+from farshore.benchmarks.cases import Measured
 from farshore.benchmarks.offload_rig import Ground, delayed
 from farshore.benchmarks.offload_setting import Setting
 from farshore.benchmarks.report import Bar, Result
@@ -40,8 +41,6 @@ STEPS_A_RUN = 3
 """As in decoding, most steps follow another, which has left caches and threads as they are."""
 
 _ENGINE = WorkerId("engine")
-
-Measured = tuple[list[Result], list[Bar]]
 
 
 def decode(at: Setting) -> Measured:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 
-from farshore.benchmarks import serve_load, serve_peer, serve_start
+from farshore.benchmarks import cases, serve_load, serve_peer, serve_start
+from farshore.benchmarks.cases import Measured
 from farshore.benchmarks.machine import Facts
 from farshore.benchmarks.report import Bar, Report, Result
 from farshore.benchmarks.serve_setting import Setting, Sizes
-from farshore.errors import InvalidRequest
 
 DECODE_MS = {128: 14.0, 8192: 25.0, 32768: 55.0}
 PREFILL_TPS = {1024: 1100.0, 8192: 550.0, 32768: 190.0}
@@ -22,26 +22,16 @@ MOST_GAP_MS = 250.0
 MOST_TIMES_ALONE = 1.3
 START_S = {"cold": 25.0, "warm": 12.0}
 
-Measured = tuple[list[Result], list[Bar]]
-
 
 def run(
     facts: Facts, sizes: Sizes, *, only: str = "", peer: str | None = None, progress: Callable[[str], None]
 ) -> Report:
     """The parts whose name holds ``only``; ``peer`` measures that instead of ours. InvalidRequest, before
     anything is measured, if there are none, or the peer can't be installed."""
-    parts = dict(_parts(sizes) if peer is None else serve_peer.parts(peer, sizes))
-    chosen = {name: measure for name, measure in parts.items() if only in name}
-    if not chosen:
-        raise InvalidRequest(f"no part {only!r}: choose a part of {'; '.join(parts)}")
+    parts = _parts(sizes) if peer is None else serve_peer.parts(peer, sizes)
+    chosen = cases.choose(dict(parts), only, kind="part")
     at = Setting(facts, sizes, progress)
-    results: list[Result] = []
-    bars: list[Bar] = []
-    for name, measure in chosen.items():
-        progress(name)
-        measured, held = measure(at)
-        results += measured
-        bars += held
+    results, bars = cases.measure(chosen, at, progress=progress)
     told = asdict(facts) if peer is None else {"peer": peer, **asdict(facts)}
     return Report(told, tuple(results), tuple(bars))
 

@@ -4,18 +4,18 @@ Made by ``serve``. Must not know the bars.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from farshore.benchmarks import machine
+from farshore.benchmarks.demo import load_demo
 from farshore.benchmarks.memory import allocate
 from farshore.benchmarks.timing import interleave
 from farshore.kernels.base import KVLayout
-from farshore.models.config import ModelConfig, load_config
+from farshore.models.config import ModelConfig
 from farshore.models.llama import Llama
-from farshore.models.source import DEMO, resolve
-from farshore.models.weights import expected_shapes, load_model
+from farshore.models.weights import expected_shapes
 from farshore.workers.attention_model import attention_model
 
 
@@ -86,13 +86,6 @@ class Setting:
         timed = interleave({**readers, "gemm": product}, rounds=self.sizes.rounds, warm_up=1)
         read_s = min(timed[name].median_s for name in readers)
         return Limits(memory.numel() / read_s / 1e9, flops / timed["gemm"].median_s / 1e9)
-
-
-def load_demo(threads: int) -> Llama:
-    """SmolLM2 in bfloat16, with room for every context that is measured."""
-    source = resolve(DEMO)
-    config = replace(load_config(source), max_positions=40960)
-    return load_model(source, dtype=torch.bfloat16, config=config, threads=threads)
 
 
 def weight_elements(config: ModelConfig) -> tuple[int, int]:
