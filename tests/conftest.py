@@ -11,6 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+# Without a GPU, triton runs kernels in its interpreter, if told so before its first import: here,
+# since transformers imports it too. The variable goes again: processes that tests start may compile.
+if not torch.cuda.is_available():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        import triton  # noqa: F401
+
 from farshore.attention_offload.grpc_server import AttentionService, serve
 from farshore.attention_offload.remote_peer import RemotePeer
 
