@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from farshore.benchmarks.memory import allocate
-from farshore.benchmarks.timing import ROUNDS, interleave
+from farshore.benchmarks.timing import AWAKE_S, ROUNDS, interleave
 
 ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
 CACHES_PER_BUFFER = 8
@@ -39,6 +39,8 @@ class MachineSizes:
     """n of the n x n x n products, rising; the first is always measured."""
     gemm_run_s: float = 0.25
     """A larger one is measured if, at the rate of the one before, a run of it takes less than this."""
+    least_run_s: float = AWAKE_S
+    """Of a timed run; see ``timing.interleave``."""
     rounds: int = ROUNDS
 
 
@@ -196,7 +198,10 @@ def _gemm_gflops(
         progress(f"GEMM {which}")
         product, flops = gemm(which)
         timing = interleave(
-            {"gemm": product}, rounds=sizes.rounds, limit_s=4 * sizes.rounds * sizes.gemm_run_s
+            {"gemm": product},
+            rounds=sizes.rounds,
+            least_run_s=sizes.least_run_s,
+            limit_s=4 * sizes.rounds * sizes.gemm_run_s,
         )
         by_n[n] = flops / timing["gemm"].median_s / 1e9
     return by_n

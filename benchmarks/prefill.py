@@ -41,6 +41,7 @@ def measure(at: Setting, *, shape: Shape, past_tokens: int) -> tuple[list[Result
             "gemm": product,
         },
         rounds=at.sizes.rounds,
+        least_run_s=at.sizes.machine.least_run_s,
         limit_s=at.sizes.limit_s,
     )
     work_flops = flops(shape, new, past_tokens)

@@ -26,7 +26,7 @@ class Sizes:
     decode_contexts: tuple[int, ...] = (128, 8192, 32768)
     decode_tokens: int = 64
     prefill_contexts: tuple[int, ...] = (1024, 8192, 32768)
-    prefill_most_tokens: int = 16384
+    prefill_most_s: float = 40.0
     """A prompt is prefilled again, up to five times, while all runs together stay below this."""
     sequences: int = 8
     together_context: int = 4096
@@ -62,6 +62,10 @@ class Setting:
         self.facts = facts
         self.sizes = sizes
         self.progress = progress
+        self.prefilled_s: dict[int, float] = {}
+        """What prompts' beginnings took alone, by their tokens, as far as measured in this run."""
+        self.started = False
+        """Whether the server has been started in this run, so that the next start is a warm one."""
         self._load = load or load_demo
         self._model: Llama | None = None
         self._memory: torch.Tensor | None = None

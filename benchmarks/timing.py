@@ -6,6 +6,7 @@ Used by every benchmark. Must not know what is measured, nor what counts as fast
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import ceil
 from statistics import median, quantiles
 
 ROUNDS = 20
@@ -46,6 +47,10 @@ class Timing:
 SETTLE_S = 0.02
 """Before each timed run. PyTorch's threads spin for milliseconds after its last call, on cores that the next
 candidate's threads need."""
+AWAKE_S = 0.05
+"""Least length of a run of what has threads of its own and is called over and over in use. Threads that a
+run wakes may start on one core, and it takes the scheduler milliseconds to part them: a GEMM of 1 ms told a
+rate of 50 GFLOP/s where ten in a row told 330."""
 
 
 def interleave(
@@ -54,19 +59,26 @@ def interleave(
     rounds: int = ROUNDS,
     warm_up: int = 2,
     calls: int = 1,
+    least_run_s: float = 0.0,
     limit_s: float = 120.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Times each candidate ``rounds`` times, in turns, after ``warm_up`` rounds that do not count.
 
-    ``calls``: calls per timed run, for what is too short for the clock. After ``limit_s`` seconds no further
-    round starts once ``LEAST_ROUNDS`` are done: a slow implementation gets fewer runs, as the report says.
+    A timed run is ``calls`` calls, for what is too short for the clock; more where, at the speed of the last
+    warm-up, these take less than ``least_run_s``. After ``limit_s`` seconds no further round starts once
+    ``LEAST_ROUNDS`` are done: a slow implementation gets fewer runs, as the report says.
     """
     begun = clock()
+    calls_of = dict.fromkeys(candidates, calls)
     for _ in range(warm_up):
-        for run in candidates.values():
+        for name, run in candidates.items():
+            start = clock()
             for _ in range(calls):
                 run()
+            call_s = (clock() - start) / calls
+            if call_s > 0:
+                calls_of[name] = max(calls, ceil(least_run_s / call_s))
         if clock() - begun > limit_s / 10:
             break  # Warm by now, and the limit is for the runs that count.
     samples_s: dict[str, list[float]] = {name: [] for name in candidates}
@@ -76,7 +88,7 @@ def interleave(
         for name, run in candidates.items():
             time.sleep(SETTLE_S)
             start = clock()
-            for _ in range(calls):
+            for _ in range(calls_of[name]):
                 run()
-            samples_s[name].append((clock() - start) / calls)
+            samples_s[name].append((clock() - start) / calls_of[name])
     return {name: Timing(tuple(samples)) for name, samples in samples_s.items()}

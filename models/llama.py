@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear, silu
 
 from farshore.models.config import ModelConfig
+from farshore.models.passage import Passage, SlicePassage
 from farshore.models.rope import inverse_frequencies
 
 
@@ -99,6 +100,10 @@ class Llama:
         normed = rms_norm(h, w.mlp_norm, self.config.rms_eps)
         inner = silu(linear(normed, w.gate, w.gate_bias)) * linear(normed, w.up, w.up_bias)
         return h + linear(inner, w.down, w.down_bias)
+
+    def passage(self, rows: int) -> Passage:
+        """Memory for ``rows`` rows on their way through all of the layers, 1 or more."""
+        return SlicePassage(self, rows)
 
     def logits(self, h: Tensor) -> Tensor:
         """The last layer's h [R, hidden] → f32 [R, vocab]. Pass only the rows that are sampled from."""

@@ -14,6 +14,7 @@ from farshore.kernels.cpu import dense
 from farshore.kernels.cpu.packed import Blocks
 from farshore.models.config import ModelConfig
 from farshore.models.llama import Llama, LlamaWeights
+from farshore.models.passage import Passage
 
 
 class NativeLlama(Llama):
@@ -90,6 +91,11 @@ class NativeLlama(Llama):
         if len(h) > self._most_rows:
             return super().finish(layer, h, o)
         return dense.finish(self._layers[layer], h, o)
+
+    def passage(self, rows: int) -> Passage:
+        if rows > self._most_rows:
+            return super().passage(rows)
+        return dense.Passage(self._layers, rows)
 
     def logits(self, h: Tensor) -> Tensor:
         if len(h) > self._most_rows:

@@ -9,6 +9,7 @@ Floors (B bytes of weights a call reads, n weights, R rows): time >= B / read ba
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -189,6 +190,57 @@ def logits(head: Head, h: Tensor) -> Tensor:
     if len(h):
         _native.dense_logits(head.native, len(h), h.data_ptr(), out.data_ptr())
     return out
+
+
+class Passage:
+    """The slices of all layers on R rows, in memory that stays where it is: checked once, nothing allocated.
+
+    ``positions`` i64[R]; ``h`` [R, hidden], in front of layer 0 or behind the layer finished last; ``q``
+    [R, q_heads, head_dim], ``k`` and ``v`` [R, kv_heads, head_dim], of the layer projected last; ``o`` as
+    ``q``, the caller's to fill before :meth:`finish`. Layers are taken in order.
+    """
+
+    def __init__(self, layers: Sequence[Layer], rows: int) -> None:
+        """R = ``rows``, 1 or more."""
+        first = layers[0]
+        new = partial(torch.empty, dtype=first.dtype)
+        self.positions = torch.zeros(rows, dtype=torch.int64)
+        self.q, self.o = (new(rows, first.q_heads, first.head_dim) for _ in range(2))
+        self.k, self.v = (new(rows, first.kv_heads, first.head_dim) for _ in range(2))
+        self._normed = new(rows, first.hidden)
+        # A layer reads the one and writes the other.
+        self._h = [new(rows, first.hidden) for _ in range(2)]
+        self.h = self._h[0]
+        at, normed, q, k, v, o = (
+            x.data_ptr() for x in (self.positions, self._normed, self.q, self.k, self.v, self.o)
+        )
+        ends = [x.data_ptr() for x in self._h]
+        turns = [(layer.native, rows, ends[i % 2], ends[(i + 1) % 2]) for i, layer in enumerate(layers)]
+        self._project = [(native, n, h, at, q, k, v) for native, n, h, _ in turns]
+        self._input = [(native, n, h, normed) for native, n, h, _ in turns]
+        self._query = [(native, n, normed, at, q) for native, n, _, _ in turns]
+        self._key_value = [(native, n, normed, at, k, v) for native, n, _, _ in turns]
+        self._finish = [(native, n, h, o, behind) for native, n, h, behind in turns]
+
+    def enter(self, h: Tensor) -> None:
+        """h [R, hidden] goes in front of layer 0."""
+        self.h = self._h[0].copy_(h)
+
+    def query(self, layer: int) -> None:
+        """As :func:`attention_input` and :func:`query`."""
+        _native.dense_input(*self._input[layer])
+        _native.dense_query(*self._query[layer])
+
+    def key_value(self, layer: int) -> None:
+        """Behind :meth:`query` of the layer."""
+        _native.dense_key_value(*self._key_value[layer])
+
+    def project(self, layer: int) -> None:
+        _native.dense_project(*self._project[layer])
+
+    def finish(self, layer: int) -> None:
+        _native.dense_finish(*self._finish[layer])
+        self.h = self._h[(layer + 1) % 2]
 
 
 def gather(table: Tensor, ids: Tensor) -> Tensor:

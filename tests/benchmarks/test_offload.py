@@ -18,7 +18,7 @@ from farshore.models.rope import RopeConfig
 from farshore.models.weights import expected_shapes
 
 SIZES = Sizes(
-    machine=MachineSizes(buffer_bytes=8192, gemm=(8,), rounds=1),
+    machine=MachineSizes(buffer_bytes=8192, gemm=(8,), least_run_s=0, rounds=1),
     context_tokens=300,
     sequences=2,
     delay_s=1e-4,

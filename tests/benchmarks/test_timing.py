@@ -54,6 +54,14 @@ def test_time_is_per_call(clock):
     assert len(log) == 40
 
 
+def test_a_run_takes_at_least_so_long(clock):
+    log = []
+    candidates = {"A": taking(clock, log, "A", 3, 0.5), "B": taking(clock, log, "B", 4)}
+    timed = interleave(candidates, rounds=2, warm_up=2, least_run_s=1.2, clock=clock)
+    assert "".join(log) == "ABAB" + "AAAB" * 2
+    assert (timed["A"].samples_s, timed["B"].samples_s) == ((0.5, 0.5), (4, 4))
+
+
 def test_the_limit_leaves_enough_for_a_median(clock):
     timed = interleave({"A": taking(clock, [], "A", 100)}, limit_s=50, clock=clock)
     assert len(timed["A"].samples_s) == LEAST_ROUNDS

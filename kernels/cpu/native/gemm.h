@@ -14,26 +14,6 @@ constexpr int GEMM_ROWS = 2, GEMM_COLS = 4;
 #endif
 
 template <int ROWS, int COLS>
-inline void block(Floats, const float* a, int lda, const float* b, int ldb, float* c, int ldc, int k,
-                  bool add, Prefetch& next) {
-    vf acc[ROWS][COLS];
-    for (int i = 0; i < ROWS; i++)
-        for (int j = 0; j < COLS; j++) acc[i][j] = add ? load(c + i * ldc + j * WIDTH) : vf{};
-    for (int p = 0; p < k; p++) {
-        vf bv[COLS];
-        for (int j = 0; j < COLS; j++) bv[j] = load(b + p * ldb + j * WIDTH);
-        for (int i = 0; i < ROWS; i++) {
-            const vf av = splat(a[i * lda + p]);
-            for (int j = 0; j < COLS; j++) acc[i][j] += av * bv[j];
-        }
-        next.tick(1);
-    }
-    for (int i = 0; i < ROWS; i++)
-        for (int j = 0; j < COLS; j++) store(c + i * ldc + j * WIDTH, acc[i][j]);
-}
-
-#if defined(HAS_BF16_DOT)
-template <int ROWS, int COLS>
 inline void block(Pairs, const uint16_t* a, int lda, const uint16_t* b, int ldb, float* c, int ldc, int k,
                   bool add, Prefetch& next) {
     const uint32_t* words = reinterpret_cast<const uint32_t*>(b);
@@ -54,7 +34,6 @@ inline void block(Pairs, const uint16_t* a, int lda, const uint16_t* b, int ldb,
     for (int i = 0; i < ROWS; i++)
         for (int j = 0; j < COLS; j++) store(c + i * ldc + j * WIDTH, acc[i][j]);
 }
-#endif
 
 template <class Math, int ROWS>
 inline void rows_of(const typename Math::Element* a, int lda, const typename Math::Element* b, int ldb, float* c,

@@ -4,9 +4,12 @@
 #include "pack.h"
 #include "states.h"
 #include "stream.h"
+#include "lanes.h"
+#if defined(HAS_BF16_DOT)
 #include "gemm.h"
 #include "amx.h"
 #include "attend.h"
+#endif
 #include "dense_values.h"
 #include "dense_weights.h"
 #include "dense_few.h"
@@ -16,6 +19,26 @@
 
 namespace farshore {
 namespace ISA {
+
+// How many queries are attended for. Arithmetic is float32,
+struct Floats {
+    template <Format F>
+    using Attend = Lanes<F>;
+    struct Session {};
+};
+#if defined(HAS_BF16_DOT)
+// or bfloat16 products, summed in float32.
+#if defined(HAS_AMX)
+typedef Tiles Products;
+#else
+typedef Pairs Products;
+#endif
+struct Bf16 {
+    template <Format F>
+    using Attend = ISA::Attend<Products, F>;
+    typedef Products::Session Session;
+};
+#endif
 
 // The tile of a span that starts at its token `done`. Tiles end on multiples of their size and at blocks' ends:
 // a span that starts unaligned has one short tile.
@@ -54,8 +77,8 @@ void absorb_span(Stream<F>& stream, const Plan& plan, const Span& span, int laye
     }
 }
 
-template <class Math, Format F>
-void absorb_span(Attend<Math, F>& attend, const Plan& plan, const Span& span, int layer) {
+template <class Attend>
+void absorb_span(Attend& attend, const Plan& plan, const Span& span, int layer) {
     for (int done = 0; done < span.count;) {
         const Tokens now = tile_of(plan, span, done, attend.tile, layer);
         done += now.count;
@@ -142,7 +165,7 @@ void run_job(Plan& plan, const Job& job, int layer, const Array& q, const Out& o
     if (job.rows * plan.shape.q_heads <= STREAM_QUERIES * plan.shape.k_heads)
         return attend_to_all(Stream<F>(plan.shape, job.rows));
     [[maybe_unused]] typename Math::Session session;
-    attend_to_all(Attend<Math, F>(plan.shape, job.rows));
+    attend_to_all(typename Math::template Attend<F>(plan.shape, job.rows));
 }
 
 inline void reduce(const Plan& plan, const Reduction& r, const Out& out) {
@@ -181,8 +204,8 @@ void run_plan(Plan& plan, int layer, const Array& q, const Out& out) {
         }
 }
 
-// Query rows per job of extend: many, since each job packs all keys it sees once.
-constexpr int EXTEND_QUERIES = 512;
+// Query rows x heads per job of extend: many, since each job widens all keys it sees once; whole panels of lanes.h.
+constexpr int EXTEND_QUERIES = 480;
 
 template <class Math, Format F>
 void run_extend(const Extension& e, const Array& q, const Out& out) {
@@ -197,7 +220,7 @@ void run_extend(const Extension& e, const Array& q, const Out& out) {
         int64_t begin = 0;
         if (e.window != INT64_MAX) begin = std::max<int64_t>(0, *lowest - e.window + 1 - e.tokens.position);
         [[maybe_unused]] typename Math::Session session;
-        Attend<Math, F> attend(e.shape, rows);
+        typename Math::template Attend<F> attend(e.shape, rows);
         Array first = q;
         first.data = at(q, row, (int64_t)group * e.shape.q_heads);
         attend.begin(first, e.positions + row, e.window);
@@ -215,12 +238,6 @@ void run_extend(const Extension& e, const Array& q, const Out& out) {
         });
     });
 }
-
-#if defined(HAS_AMX)
-typedef Tiles Bf16;
-#elif defined(HAS_BF16_DOT)
-typedef Pairs Bf16;
-#endif
 
 // Calls run.operator()<Math, F>() for a stored format and q's.
 template <class Run>

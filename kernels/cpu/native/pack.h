@@ -83,46 +83,6 @@ inline void unpack_scales(float* to, int pitch, const uint8_t* from, int groups,
     }
 }
 
-struct Floats {
-    typedef float Element;
-    static constexpr int STEP = WIDTH;       // every dimension is padded to multiples of this
-    static constexpr bool EXACT = true;
-    static constexpr int element_bytes = 4;  // of one summed element
-
-    // dst [k_pad][ld], tokens beyond n and dims beyond dim zero; n_pad and k_pad multiples of WIDTH.
-    template <Format F>
-    static void pack_k(float* dst, int ld, const uint8_t* k, int64_t stride, const uint8_t* scales,
-                       int64_t scale_stride, int n, int n_pad, int dim, int k_pad) {
-        for (int t = 0; t < n_pad; t += WIDTH)
-            for (int i = 0; i < k_pad; i += WIDTH) {
-                vu r[WIDTH];
-                for (int l = 0; l < WIDTH; l++)
-                    r[l] = t + l < n && i < dim
-                               ? (vu)elements<F>(k + (t + l) * stride, scales + (t + l) * scale_stride, i, dim)
-                               : vu{};
-                transpose(r);
-                for (int l = 0; l < WIDTH; l++) store_as(dst + (i + l) * ld + t, r[l]);
-            }
-    }
-    // dst [n_pad][ld]
-    template <Format F>
-    static void pack_v(float* dst, int ld, const uint8_t* v, int64_t stride, const uint8_t* scales,
-                       int64_t scale_stride, int n, int n_pad, int dim, int dim_pad) {
-        for (int t = 0; t < n_pad; t++) {
-            for (int i = 0; i < dim_pad; i += WIDTH)
-                store(dst + t * ld + i,
-                      t < n && i < dim ? elements<F>(v + t * stride, scales + t * scale_stride, i, dim) : vf{});
-        }
-    }
-    // One block of STEP weights.
-    static constexpr int VECTORS = 1;
-    static void store_weights(float* dst, const vf* p) { store(dst, p[0]); }
-    static void order_columns(float*, int) {}
-    static constexpr bool INTEGERS = false;
-    static bool by_rows(int, const Shape&) { return false; }
-    struct Session {};
-};
-
 #if defined(HAS_BF16_DOT)
 // Quantised values enter as the integers they are, exact in bfloat16; their scales are applied to logits and
 // weights.

@@ -16,8 +16,9 @@ struct Item {
     int row, rows, group, segment, order;
 };
 
-// Jobs are for at most this many rows x heads: bounds the scratch, and gives threads something to share.
-constexpr int MAX_JOB_QUERIES = 256;
+// Jobs are for at most this many rows x heads: bounds the scratch, and gives threads something to share. Whole panels
+// of lanes.h.
+constexpr int MAX_JOB_QUERIES = 240;
 
 std::vector<Item> items_of(const WorkList& work, int q_heads) {
     const int most_rows = std::max(1, MAX_JOB_QUERIES / q_heads);
