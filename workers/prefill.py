@@ -153,10 +153,8 @@ class Segment:
 
     def _project(self, layer: int, index: int) -> None:
         chunk = self._chunks[index]
-        normed = self._model.attention_input(layer, self._h[index])
-        positions = self._positions[chunk]
-        self._q[index] = self._model.query(layer, normed, positions)
-        k, v = (x.transpose(0, 1) for x in self._model.key_value(layer, normed, positions))
+        q, k, v = self._model.project(layer, self._h[index], self._positions[chunk])
+        self._q[index], k, v = q, k.transpose(0, 1), v.transpose(0, 1)
         if self._layout.format.quantised:
             # The store is the truth: attend to the values as they are stored.
             stored = forms.to_stored(self._layout, k, v)
@@ -164,8 +162,6 @@ class Segment:
                 to[:, chunk] = rows
             k, v = forms.from_stored(self._layout, *stored, dtype=self._model.dtype)
         self._k[:, chunk], self._v[:, chunk] = k, v
-        # o of an empty state says nothing, whatever it is.
-        self._past[index].lse.fill_(-torch.inf)
 
     def _attend(self, layer: int, piece: int, index: int, part: slice) -> None:
         """One chunk's rows on one piece of the past."""
@@ -174,10 +170,12 @@ class Segment:
         group0, group1 = where.span.group0, where.span.group1
         heads = slice(group0 * self._spec.q_heads_per_group, group1 * self._spec.q_heads_per_group)
         past = _of(self._past[index], part, heads)
+        row = self._chunks[index].start + part.start
+        if where.first == 0:  # the heads' first piece: there is nothing to merge it with
+            self._extend(self._q[index][part, heads], k, v, row, where.first, past)
+            return
         new, both = (_of(state, slice(0, part.stop - part.start), heads) for state in self._states)
-        self._extend(
-            self._q[index][part, heads], k, v, self._chunks[index].start + part.start, where.first, new
-        )
+        self._extend(self._q[index][part, heads], k, v, row, where.first, new)
         self._kernels.merge([past, new], out=both)
         past.o.copy_(both.o)
         past.lse.copy_(both.lse)
@@ -187,16 +185,13 @@ class Segment:
         n, heads = part.stop - part.start, slice(0, self._spec.q_heads)
         chunk = self._chunks[index]
         own, out = _of(self._states[0], slice(0, n), heads), _of(self._out, slice(0, n), heads)
-        keys = slice(0, chunk.start + part.stop)
-        self._extend(
-            self._q[index][part],
-            self._k[:, keys],
-            self._v[:, keys],
-            chunk.start + part.start,
-            self.first,
-            own,
-        )
-        self._kernels.merge([_of(self._past[index], part, heads), own], out=out)
+        row, keys = chunk.start + part.start, slice(0, chunk.start + part.stop)
+        k, v = self._k[:, keys], self._v[:, keys]
+        if self._pieces:
+            self._extend(self._q[index][part], k, v, row, self.first, own)
+            self._kernels.merge([_of(self._past[index], part, heads), own], out=out)
+        else:
+            self._extend(self._q[index][part], k, v, row, self.first, out)
         h = self._model.finish(layer, self._h[index][part], out.o)
         self._h[index] = h
 
