@@ -100,9 +100,8 @@ def beside(at: Setting) -> Result:
             prompt = _prompt(at, sizes.beside_context, seed=1)
             alone_s, alone_from = engine.submit(prompt, max_tokens=1).wait().first_token_s, "its own run"
         at.progress(f"a prompt of {sizes.beside_context} alone took {alone_s:.1f} s; now beside decodes")
-        most = at.model.config.max_positions - BESIDE_CONTEXT
         running = [
-            engine.submit(_prompt(at, BESIDE_CONTEXT, seed=10 + i), max_tokens=most)
+            engine.submit(_prompt(at, BESIDE_CONTEXT, seed=10 + i), max_tokens=sizes.beside_tokens)
             for i in range(sizes.beside_decodes)
         ]
         for request in running:

@@ -33,6 +33,8 @@ class Sizes:
     together_tokens: int = 48
     beside_context: int = 16384
     beside_decodes: int = 4
+    beside_tokens: int = 4096
+    """Of each decode: more than come while the prompt is prefilled, and no more than there is memory for."""
     starts: int = 3
     kv_bytes: int = 2 << 30
     read_bytes: int = 1 << 29

@@ -88,18 +88,33 @@ class Llama:
         v = linear(normed, w.v, w.v_bias).view(-1, self.config.kv_heads, self.config.head_dim)
         return self._rotate(k, positions), v
 
-    def project(self, layer: int, h: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """h [R, hidden] → (q, k, v) as ``query`` and ``key_value`` give them, where q has nowhere to go."""
+    def project(
+        self,
+        layer: int,
+        h: Tensor,
+        positions: Tensor,
+        *,
+        out: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """h [R, hidden] → (q, k, v) as ``query`` and ``key_value`` give them, where q has nowhere to go; in
+        the contiguous memory of ``out`` if given."""
         normed = self.attention_input(layer, h)
-        return self.query(layer, normed, positions), *self.key_value(layer, normed, positions)
+        made = self.query(layer, normed, positions), *self.key_value(layer, normed, positions)
+        if out is None:
+            return made
+        for to, values in zip(out, made, strict=True):
+            to.copy_(values)
+        return out
 
-    def finish(self, layer: int, h: Tensor, o: Tensor) -> Tensor:
-        """The layer's input h [R, hidden] and its attention output o [R, q_heads, head_dim] → next h."""
+    def finish(self, layer: int, h: Tensor, o: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """The layer's input h [R, hidden] and its attention output o [R, q_heads, head_dim] → next h; in the
+        contiguous memory of ``out`` if given, which may be h's own."""
         w = self.weights.layers[layer]
         h = h + linear(o.flatten(1), w.o, w.o_bias)
         normed = rms_norm(h, w.mlp_norm, self.config.rms_eps)
         inner = silu(linear(normed, w.gate, w.gate_bias)) * linear(normed, w.up, w.up_bias)
-        return h + linear(inner, w.down, w.down_bias)
+        h = h + linear(inner, w.down, w.down_bias)
+        return h if out is None else out.copy_(h)
 
     def passage(self, rows: int) -> Passage:
         """Memory for ``rows`` rows on their way through all of the layers, 1 or more."""

@@ -82,15 +82,22 @@ class NativeLlama(Llama):
             return super().key_value(layer, normed, positions)
         return dense.key_value(self._layers[layer], normed, positions)
 
-    def project(self, layer: int, h: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self,
+        layer: int,
+        h: Tensor,
+        positions: Tensor,
+        *,
+        out: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if len(h) > self._most_rows:
-            return super().project(layer, h, positions)
-        return dense.project(self._layers[layer], h, positions)
+            return super().project(layer, h, positions, out=out)
+        return dense.project(self._layers[layer], h, positions, out=out)
 
-    def finish(self, layer: int, h: Tensor, o: Tensor) -> Tensor:
+    def finish(self, layer: int, h: Tensor, o: Tensor, *, out: Tensor | None = None) -> Tensor:
         if len(h) > self._most_rows:
-            return super().finish(layer, h, o)
-        return dense.finish(self._layers[layer], h, o)
+            return super().finish(layer, h, o, out=out)
+        return dense.finish(self._layers[layer], h, o, out=out)
 
     def passage(self, rows: int) -> Passage:
         if rows > self._most_rows:

@@ -67,10 +67,7 @@ class SlicePassage:
         self.v.copy_(v)
 
     def project(self, layer: int) -> None:
-        for to, made in zip(
-            (self.q, self.k, self.v), self._model.project(layer, self.h, self.positions), strict=True
-        ):
-            to.copy_(made)
+        self._model.project(layer, self.h, self.positions, out=(self.q, self.k, self.v))
 
     def finish(self, layer: int) -> None:
         self.h = self._model.finish(layer, self.h, self.o)

@@ -24,14 +24,14 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 AWAKE_US = 200
 """How long threads wait awake between a step's calls: ``SPIN_US`` of ``native/pool.h`` is too little."""
 
-FEW_ROWS = 12
-"""Up to these a call runs at memory speed; their number does not change a row's bits."""
+FEW_ROWS = 32
+"""Up to these a call reads the weights as they lie; their number does not change a row's bits."""
 
 MATRIX_UNIT = "amx" in _native.instruction_sets()
 """Whether the CPU multiplies matrices of bfloat16: PyTorch then does many rows at ten times our rate."""
 
-READS_PACKED = not {"amx", "avx512-bf16"}.isdisjoint(_native.instruction_sets())
-"""Whether this CPU's kernels expand packed weights faster than memory gives whole ones."""
+READS_PACKED = "avx512" in _native.instruction_sets()
+"""Whether this CPU's kernels expand packed weights: every one with AVX-512, where a table is one register."""
 
 
 class Linear(NamedTuple):
@@ -157,13 +157,20 @@ def key_value(layer: Layer, normed: Tensor, positions: Tensor) -> tuple[Tensor, 
     return k, v
 
 
-def project(layer: Layer, h: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`attention_input`, then :func:`query` and :func:`key_value`, in one call: h -> (q, k, v)."""
+def project(
+    layer: Layer, h: Tensor, positions: Tensor, *, out: tuple[Tensor, Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`attention_input`, then :func:`query` and :func:`key_value`, in one call: h -> (q, k, v), in the
+    contiguous memory of ``out`` if given."""
     h = _rows(h, layer.hidden, layer.dtype)
     rows = len(h)
-    q = h.new_empty(rows, layer.q_heads, layer.head_dim)
-    k = h.new_empty(rows, layer.kv_heads, layer.head_dim)
-    v = torch.empty_like(k)
+    shapes = [(rows, heads, layer.head_dim) for heads in (layer.q_heads, layer.kv_heads, layer.kv_heads)]
+    if out is None:
+        q, k, v = (h.new_empty(shape) for shape in shapes)
+    else:
+        q, k, v = out
+        for it, shape in zip(out, shapes, strict=True):
+            _check("out", (it,), shape, layer.dtype)
     if rows:
         at = _positions(positions, rows)
         pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr())
@@ -171,13 +178,17 @@ def project(layer: Layer, h: Tensor, positions: Tensor) -> tuple[Tensor, Tensor,
     return q, k, v
 
 
-def finish(layer: Layer, h: Tensor, o: Tensor) -> Tensor:
-    """The layer's input h [R, hidden] and its attention's output o [R, q_heads, head_dim] -> next h."""
+def finish(layer: Layer, h: Tensor, o: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """The layer's input h [R, hidden] and its attention's output o [R, q_heads, head_dim] -> next h, in the
+    contiguous memory of ``out`` if given, which may be h's own."""
     h = _rows(h, layer.hidden, layer.dtype)
     o = _rows(o.flatten(1), layer.q_heads * layer.head_dim, layer.dtype)
     if len(o) != len(h):
         raise ValueError(f"{len(h)} rows of h, {len(o)} of o")
-    out = torch.empty_like(h)
+    if out is None:
+        out = torch.empty_like(h)
+    else:
+        _check("out", (out,), h.shape, layer.dtype)
     if len(h):
         _native.dense_finish(layer.native, len(h), h.data_ptr(), o.data_ptr(), out.data_ptr())
     return out

@@ -43,6 +43,7 @@ TINY = Sizes(
     together_tokens=8,
     beside_context=700,
     beside_decodes=2,
+    beside_tokens=1000,
     kv_bytes=64 << 20,
     read_bytes=1 << 16,
     gemm="bfloat16 16",

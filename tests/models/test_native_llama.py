@@ -11,10 +11,11 @@ from farshore.models.rope import RopeConfig
 
 cpu = pytest.importorskip("farshore.kernels.cpu", reason="the native kernels are not built here")
 
+from farshore.kernels.cpu import dense  # noqa: E402
 from farshore.kernels.cpu.packed import Blocks, Packed, Storage  # noqa: E402
 from farshore.models.native_llama import NativeLlama  # noqa: E402
 
-ROWS = [1, 2, 3, 4, 7, 12, 13, 40, 300]
+ROWS = [1, 2, 3, 4, 7, 8, 9, 12, 13, 32, 33, 300]
 """Of few rows and of many, in whole blocks and not."""
 # 3 blocks of 32 and 23: odd numbers, so that the last pair is filled up; and more than one block of a panel.
 CONFIG = ModelConfig(
@@ -76,12 +77,32 @@ def slices(model: Llama, rows: int, seed: int = 0):
     query, (k, v) = model.query(0, normed, positions), model.key_value(0, normed, positions)
     for together, alone in zip(model.project(0, h, positions), (query, k, v), strict=True):
         assert torch.equal(together, alone)
+    out = torch.empty_like(query), torch.empty_like(k), torch.empty_like(v)
+    model.project(0, h, positions, out=out)
+    for there, alone in zip(out, (query, k, v), strict=True):
+        assert torch.equal(there, alone)
+    behind = model.finish(0, h, o)
+    over = h.clone()
+    assert model.finish(0, over, o, out=over) is over and torch.equal(over, behind)
+    way = model.passage(rows)
+    way.positions.copy_(positions)
+    way.enter(h)
+    way.project(0)
+    assert all(torch.equal(*pair) for pair in zip((way.q, way.k, way.v), out, strict=True))
+    for it in (way.q, way.k, way.v):
+        it.zero_()
+    way.query(0)
+    way.key_value(0)
+    assert all(torch.equal(*pair) for pair in zip((way.q, way.k, way.v), out, strict=True))
+    way.o.copy_(o)
+    way.finish(0)
+    assert torch.equal(way.h, behind)
     return {
         "normed": normed,
         "q": query,
         "k": k,
         "v": v,
-        "h": model.finish(0, h, o),
+        "h": behind,
         "logits": model.logits(h),
     }
 
@@ -118,9 +139,9 @@ def test_a_row_does_not_depend_on_the_others():
     """As long as few rows stay few."""
     held, blocks = weights(torch.bfloat16, kind="Q4_1")
     model = NativeLlama(CONFIG, held, blocks=blocks, threads=2)
-    h = torch.randn(12, 96, generator=torch.Generator().manual_seed(3)).bfloat16()
+    h = torch.randn(dense.FEW_ROWS, 96, generator=torch.Generator().manual_seed(3)).bfloat16()
     together = model.logits(h)
-    for rows in (1, 2, 3, 5, 11):
+    for rows in (1, 2, 3, 5, 8, 9, 12, 13, 31):
         assert torch.equal(model.logits(h[:rows]), together[:rows])
 
 
