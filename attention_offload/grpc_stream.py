@@ -1,5 +1,5 @@
 """The gRPC stream transport, engine's end. It works wherever gRPC does: TLS, flow control, keepalive, and any
-kernels at the shard. A hop takes some 300 us, most of it Python's.
+kernels at the shard. A hop takes some 600 us, most of it threads that wake each other (decision 009).
 """
 
 import queue
