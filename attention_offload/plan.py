@@ -111,13 +111,17 @@ class ShardStep:
     def micro_batch_reads(self, layer_class: int, micro_batch: int) -> list[Read]:
         """The reads of one micro-batch, rows counted from its first. A read that several micro-batches share
         is in each of them."""
-        batch = self.micro_batches[micro_batch]
-        parts = []
-        for read in self.reads[layer_class]:
-            first, last = max(read.rows.start, batch.start), min(read.rows.stop, batch.stop)
-            if first < last:
-                parts.append(read._replace(rows=range(first - batch.start, last - batch.start)))
-        return parts
+        return cut_reads(self.reads[layer_class], self.micro_batches[micro_batch])
+
+
+def cut_reads(reads: Sequence[Read], rows: range) -> list[Read]:
+    """What of ``reads`` concerns ``rows``, counted from the first of these."""
+    parts = []
+    for read in reads:
+        first, last = max(read.rows.start, rows.start), min(read.rows.stop, rows.stop)
+        if first < last:
+            parts.append(read._replace(rows=range(first - rows.start, last - rows.start)))
+    return parts
 
 
 def split_rows(rows: int, micro_batches: int) -> tuple[range, ...]:
@@ -182,6 +186,14 @@ class StepPlan:
             raise InvalidPlan(f"read of {read.span} names groups {read.group0}..{read.group1}")
         if not 0 <= read.rows.start < read.rows.stop <= len(self.sequences) or read.rows.step != 1:
             raise InvalidPlan(f"read of {read.span} names rows {read.rows}")
+
+    def without(self, workers: Collection[WorkerId]) -> "StepPlan | None":
+        """What others than ``workers`` read; None if nobody does."""
+        reads = tuple(
+            {worker: its for worker, its in by_worker.items() if worker not in workers}
+            for by_worker in self.reads
+        )
+        return replace(self, reads=reads) if any(reads) else None
 
     def shard_steps(self, micro_batches: Sequence[range]) -> dict[WorkerId, ShardStep]:
         """Each worker's part, workers in span order (ties by id): the order their states are merged in.

@@ -134,21 +134,13 @@ class ShardSession:
         """The kernels' plan of one micro-batch, and the KV bytes that it reads in a layer."""
         spec = self._model.specs[layer_class]
         layout = self._model.layouts[layer_class]
-        parts: list[Segments] = []
-        work: list[tuple[int, int, int, int, int]] = []
-        segment = 0
-        layer_bytes = 0
+        reads = step.micro_batch_reads(layer_class, micro_batch)
+        work, segments = work_of(reads, self._store)
         group_bytes = layout.of_groups(1).layer_token_bytes
-        for read in step.micro_batch_reads(layer_class, micro_batch):
-            segments = self._store.segments(read.span, read.first - read.origin, read.last - read.origin)
-            parts.append(segments)
-            for _ in range(segments.size):
-                work.append((read.rows.start, len(read.rows), segment, read.group0, read.group1))
-                segment += 1
-            layer_bytes += (read.last - read.first) * (read.group1 - read.group0) * group_bytes
+        layer_bytes = sum((it.last - it.first) * (it.group1 - it.group0) for it in reads) * group_bytes
         plan = self._kernels[layer_class].plan(
             Rows.of(work),
-            Segments.concat(parts),
+            Segments.concat(segments),
             self._store.memory,
             layout,
             spec,
@@ -158,6 +150,20 @@ class ShardSession:
             threads=torch.get_num_threads(),
         )
         return plan, layer_bytes
+
+
+def work_of(
+    reads: Sequence[Read], store: ShardStore
+) -> tuple[list[tuple[int, int, int, int, int]], list[Segments]]:
+    """What kernels are to do for ``reads``, as :meth:`Rows.of` takes it, and where in the store's memory the
+    tokens lie. Raises NotFound, or InvalidRequest for tokens that are not sealed there."""
+    work: list[tuple[int, int, int, int, int]] = []
+    parts: list[Segments] = []
+    for read in reads:
+        parts.append(store.segments(read.span, read.first - read.origin, read.last - read.origin))
+        for _ in range(parts[-1].size):
+            work.append((read.rows.start, len(read.rows), len(work), read.group0, read.group1))
+    return work, parts
 
 
 def _check(step: ShardStep, reads: Sequence[Read], spec: AttentionSpec) -> None:

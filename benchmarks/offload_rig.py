@@ -24,7 +24,7 @@ from farshore.kvstore.tail import Tail
 from farshore.models.llama import Llama
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
-from farshore.workers.step import run_step
+from farshore.workers.step import Own, Steps
 
 EPOCH = Epoch(1)
 TAIL_TOKENS = BLOCK_TOKENS // 2
@@ -60,15 +60,20 @@ class Ground:
         *,
         sequences: int,
         context_tokens: int,
+        arena: Arena | None = None,
+        own: WorkerId | None = None,
     ) -> None:
+        """``arena``: the tails' memory, and that of the store ``own``, if there is one."""
         self._model = model
         self._attention = attention
         self._layout = attention.layouts[0]
         self._names = [SequenceId(f"{context_tokens} tokens, {i}") for i in range(sequences)]
         self._position = context_tokens + TAIL_TOKENS
-        self._arena = Arena(sequences * 2 * self._layout.block_bytes)
+        self._arena = arena or Arena(sequences * 2 * self._layout.block_bytes)
+        self._own = Own(self._arena.memory, own, stores[own] if own is not None else None)
         self._tails = [_tail(self._arena, self._layout, context_tokens) for _ in self._names]
         self._spans = [_spans(self._layout, name, context_tokens, stores) for name in self._names]
+        self._steps: dict[Fanout, Steps] = {}
         self._numbers = count(1)
 
     def step(self, shards: Fanout, *, micro_batches: int = 1) -> None:
@@ -104,17 +109,13 @@ class Ground:
 
     def _run(self, plan: StepPlan, shards: Fanout, micro_batches: int) -> None:
         tails = self._tails[: len(plan.sequences)]
-        with torch.inference_mode():
-            run_step(
-                plan,
-                [0] * len(tails),
-                tails,
-                model=self._model,
-                attention=self._attention,
-                shards=shards,
-                memory=self._arena.memory,
-                micro_batches=micro_batches,
+        if shards not in self._steps:
+            self._steps[shards] = Steps(
+                model=self._model, attention=self._attention, shards=shards, own=self._own
             )
+        steps = self._steps[shards]
+        with torch.inference_mode():
+            steps.run(plan, [0] * len(tails), tails, micro_batches=micro_batches)
         for tail in tails:
             tail.truncate(self._position)
 

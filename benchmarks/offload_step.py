@@ -52,8 +52,11 @@ def decode(at: Setting) -> Measured:
     threads, tokens = at.machine.threads, at.sizes.context_tokens
     model = at.model(threads)
     attention = attention_model(model.config, model.dtype)
-    store = LocalStore(worker=_ENGINE, arena=Arena(_kv_bytes(attention, 1, tokens)))
-    local = Ground(model, attention, {_ENGINE: store}, sequences=1, context_tokens=tokens)
+    arena = Arena(_kv_bytes(attention, 2, tokens))
+    store = LocalStore(worker=_ENGINE, arena=arena)
+    local = Ground(
+        model, attention, {_ENGINE: store}, sequences=1, context_tokens=tokens, arena=arena, own=_ENGINE
+    )
     local_step = partial(local.step, Fanout({_ENGINE: InProcessPeer(_ENGINE, store, attention)}, attention))
     results: list[Result] = []
     bars: list[Bar] = []

@@ -38,8 +38,8 @@ class Request:
         self.cancel = cancel
         self.submitted_s = time.perf_counter()
         self.token_s: list[float] = []
-        self.progress_tokens: list[int] = []
-        """How much of the prompt was done, each time the engine said so."""
+        self.prefilled_s: dict[int, float] = {}
+        """Seconds from its submission on, by how many tokens of the prompt the engine said were done."""
         self._events: queue.SimpleQueue[tuple[float, Event]] = queue.SimpleQueue()
 
     def emit(self, event: Event) -> None:
@@ -55,7 +55,7 @@ class Request:
             if isinstance(event, Sampled):
                 self.token_s.append(at_s)
             elif isinstance(event, Prefilled):
-                self.progress_tokens.append(event.done_tokens)
+                self.prefilled_s[event.done_tokens] = at_s - self.submitted_s
             elif isinstance(event, Failed):
                 raise event.error
             elif isinstance(event, Finished):

@@ -40,13 +40,18 @@ def decode(at: Setting, context: int) -> Result:
 
 
 def prefill(at: Setting, context: int) -> Result:
-    """Prompts one after the other, none of which begins like another; until the first token."""
+    """Prompts one after the other, none of which begins like another; until the first token. Once where that
+    takes long, up to five times else."""
     times_s: list[float] = []
     with _engine(at) as (engine, limits):
         engine.submit(_prompt(at, min(context, BLOCK_TOKENS), seed=-1), max_tokens=1).wait()
-        for seed in range(min(MOST_PREFILLS, max(1, at.sizes.prefill_most_tokens // context))):
-            prompt = _prompt(at, context, seed=seed)
-            times_s.append(engine.submit(prompt, max_tokens=1).wait().first_token_s)
+        while not times_s or (
+            len(times_s) < MOST_PREFILLS and sum(times_s) + max(times_s) < at.sizes.prefill_most_s
+        ):
+            prompt = _prompt(at, context, seed=len(times_s))
+            request = engine.submit(prompt, max_tokens=1).wait()
+            times_s.append(request.first_token_s)
+            at.prefilled_s |= request.prefilled_s
     timing = Timing(tuple(times_s))
     figures = {
         "tokens_per_s": context / timing.median_s,
@@ -85,14 +90,18 @@ def together(at: Setting) -> Result:
 def beside(at: Setting) -> Result:
     """Running decodes while a long prompt is prefilled, and what that takes longer than alone.
 
-    Decode time given away: the steps that ran meanwhile, at what a step takes without a prefill."""
+    Alone: as the beginning of a longer prompt took it, where one was prefilled before in this run. Decode
+    time given away: the steps that ran meanwhile, at what a step takes without a prefill."""
     sizes = at.sizes
     with _engine(at) as (engine, limits):
-        alone_s = engine.submit(_prompt(at, sizes.beside_context, seed=1), max_tokens=1).wait().first_token_s
+        alone_s = at.prefilled_s.get(sizes.beside_context)
+        alone_from = "a longer prompt's beginning"
+        if alone_s is None:
+            prompt = _prompt(at, sizes.beside_context, seed=1)
+            alone_s, alone_from = engine.submit(prompt, max_tokens=1).wait().first_token_s, "its own run"
         at.progress(f"a prompt of {sizes.beside_context} alone took {alone_s:.1f} s; now beside decodes")
-        most = at.model.config.max_positions - BESIDE_CONTEXT
         running = [
-            engine.submit(_prompt(at, BESIDE_CONTEXT, seed=10 + i), max_tokens=most)
+            engine.submit(_prompt(at, BESIDE_CONTEXT, seed=10 + i), max_tokens=sizes.beside_tokens)
             for i in range(sizes.beside_decodes)
         ]
         for request in running:
@@ -107,6 +116,7 @@ def beside(at: Setting) -> Result:
     figures = {
         "p99_gap_ms": quantiles(gaps, n=100, method="inclusive")[-1] * 1e3,
         "prefill_alone_s": alone_s,
+        "alone_from": alone_from,
         "prefill_beside_s": long.first_token_s,
         "step_without_prefill_ms": step_s * 1e3,
         "decode_given_away_s": given_away_s,

@@ -26,13 +26,15 @@ class Sizes:
     decode_contexts: tuple[int, ...] = (128, 8192, 32768)
     decode_tokens: int = 64
     prefill_contexts: tuple[int, ...] = (1024, 8192, 32768)
-    prefill_most_tokens: int = 16384
+    prefill_most_s: float = 40.0
     """A prompt is prefilled again, up to five times, while all runs together stay below this."""
     sequences: int = 8
     together_context: int = 4096
     together_tokens: int = 48
     beside_context: int = 16384
     beside_decodes: int = 4
+    beside_tokens: int = 4096
+    """Of each decode: more than come while the prompt is prefilled, and no more than there is memory for."""
     starts: int = 3
     kv_bytes: int = 2 << 30
     read_bytes: int = 1 << 29
@@ -62,6 +64,10 @@ class Setting:
         self.facts = facts
         self.sizes = sizes
         self.progress = progress
+        self.prefilled_s: dict[int, float] = {}
+        """What prompts' beginnings took alone, by their tokens, as far as measured in this run."""
+        self.started = False
+        """Whether the server has been started in this run, so that the next start is a warm one."""
         self._load = load or load_demo
         self._model: Llama | None = None
         self._memory: torch.Tensor | None = None

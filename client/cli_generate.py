@@ -53,6 +53,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--model", help="the model to start, or that the server is expected to serve (default: smollm2, any)"
     )
+    parser.add_argument(
+        "--cache-salt",
+        default="",
+        metavar="TEXT",
+        help="share stored prefixes with requests of the same salt only (default: with all that have none)",
+    )
     add_sampling_options(parser.add_argument_group("sampling"))
     add_cluster_options(parser.add_argument_group("only if a cluster is started"))
     parser.set_defaults(run=run, usage_error=parser.error)
@@ -136,7 +142,7 @@ def _answer(
     client: Client, args: argparse.Namespace, prompt: str, sampling: dict[str, Any], progress: Progress
 ) -> None:
     given = {"prompt": prompt} if args.raw else {"messages": [{"role": "user", "content": prompt}]}
-    stream = client.generate(**given, model=args.model or "", **sampling)
+    stream = client.generate(**given, model=args.model or "", cache_salt=args.cache_salt, **sampling)
     choices = [_Choice() for _ in range(args.n or 1)]
     live = len(choices) == 1 and not args.json
     accepted = finished = None

@@ -61,6 +61,7 @@ class Client:
         stop: str | Iterable[str] = (),
         stop_token_ids: Iterable[int] = (),
         ignore_eos: bool = False,
+        cache_salt: str = "",
         request_id: str = "",
         resume_from: int = 0,
         deadline_s: float = 86_400.0,
@@ -75,6 +76,8 @@ class Client:
         What is None takes the gateway's default: see ``Sampling`` in proto/inference.proto for each, and
         workers/sampler.py for the order in which they apply. ``n``: so many choices for one prompt; each
         Token says whose it is. ``logprobs``: report log-probabilities with so many alternatives, or 0.
+        ``cache_salt``: what is stored of this prompt serves requests of the same salt alone, so that nobody
+        else can tell from their times that it was asked; all without one share.
         """
         given = dict(
             max_tokens=max_tokens,
@@ -98,6 +101,7 @@ class Client:
                 model=model,
                 request_id=request_id,
                 resume_from=resume_from,
+                cache_salt=cache_salt,
                 sampling=api.Sampling(ignore_eos=ignore_eos, **sampling),
                 **_prompt(prompt, messages, token_ids),
             )

@@ -129,4 +129,5 @@ def _sequence_request(sequence_id: str, job: Job) -> cluster.SequenceRequest:
         logprobs=job.logprobs,
         seed=job.seed,
         stop_token_ids=job.stop_token_ids,
+        cache_salt=job.cache_salt,
     )

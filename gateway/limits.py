@@ -15,6 +15,7 @@ class Limits:
     chars_per_position: int = 256
     """Longer texts are refused before the tokenizer sees them: tokenizing takes a core for seconds."""
     request_id_chars: int = 128
+    cache_salt_chars: int = 256
     tokenizer_threads: int = 2
 
     choices: int = 32

@@ -35,6 +35,7 @@ class Job:
     seed: int
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
+    cache_salt: str
 
 
 def has_prompt(request: api.GenerateRequest) -> bool:
@@ -54,6 +55,7 @@ def check_cheap(request: api.GenerateRequest, served: Served, limits: Limits) ->
     """All that can be refused without tokenizing. Raises InvalidRequest."""
     _check_model(request.model, served)
     sampling_limits.check(request.sampling, vocab=served.config.vocab, limits=limits)
+    _check_salt(request.cache_salt, limits)
     _check_prompt(request, served, limits)
 
 
@@ -90,6 +92,7 @@ def prepare(request: api.GenerateRequest, served: Served, limits: Limits) -> Job
         seed=asked.seed if asked.HasField("seed") else secrets.randbits(64),
         stop=tuple(asked.stop),
         stop_token_ids=tuple(dict.fromkeys((*own_stops, *asked.stop_token_ids))),
+        cache_salt=request.cache_salt,
     )
 
 
@@ -97,6 +100,13 @@ def _check_model(name: str, served: Served) -> None:
     if name and name not in (served.name, served.alias):
         raise ModelError(
             f"unknown model {name!r}: this gateway serves {served.name!r}; leave model empty for it"
+        )
+
+
+def _check_salt(salt: str, limits: Limits) -> None:
+    if len(salt) > limits.cache_salt_chars:
+        raise InvalidRequest(
+            f"cache_salt has {len(salt)} characters: use at most {limits.cache_salt_chars}, or a hash of it"
         )
 
 

@@ -53,13 +53,16 @@ def plan(
     group0: int = 0,
     group1: int | None = None,
     threads: int = 1,
+    checked: bool = False,
 ) -> Plan:
     """Prepare one step's partial attention over stored KV.
 
     ``memory`` is ``u8[bytes]``, what the segments' bases refer to; ``layout`` describes blocks holding every
     group (a segment's own group range narrows it); ``positions`` is ``i64[R]``. q and the output hold the
     heads of groups ``group0`` up to ``group1`` (all by default): a shard may see only some.
-    ``threads``: of native kernels; PyTorch has its own.
+    ``threads``: of native kernels; PyTorch has its own. ``checked``: the same rows and segments have been
+    planned before, and only positions and counts moved, inside of the same blocks: not looked at again
+    where looking takes long.
     Raises ValueError for work outside of these groups, or outside a segment's.
     """
     group1 = spec.groups if group1 is None else group1

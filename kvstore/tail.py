@@ -13,7 +13,8 @@ A decode step appends one row each to many tails: :class:`TailBatch`, one native
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -62,6 +63,11 @@ class Tail:
     @property
     def layout(self) -> KVLayout:
         return self._layout
+
+    @property
+    def bases(self) -> tuple[int, ...]:
+        """Where its blocks lie in the arena's memory, reserved ones included, in token order."""
+        return tuple(self._blocks.values())
 
     @property
     def bytes(self) -> int:
@@ -237,24 +243,34 @@ class TailBatch:
         InvalidRequest, and nothing is written, for other shapes and dtypes, where a tail was truncated, or
         where the layer would get a hole. Repeating it is fine.
         """
-        forms.check_tokens(self._layout, layer, k.transpose(0, 1), v.transpose(0, 1))
+        self.bind(k, v)(layer)
+
+    def bind(self, k: Tensor, v: Tensor) -> Callable[[int], None]:
+        """:meth:`append` of the same k and v, whatever they hold by then, to the layer that is given: their
+        shapes are checked now, once. What is returned keeps both."""
+        forms.check_tokens(self._layout, 0, k.transpose(0, 1), v.transpose(0, 1))
         if k.shape[0] != self._rows:
             raise InvalidRequest(f"k and v of {k.shape[0]} rows: the batch has {self._rows}")
         if self._native is None:
-            self._append_each(layer, k, v)
-            return
-        k, v = blocks.dense_rows(k), blocks.dense_rows(v)
-        refused = blocks.native.append(
-            self._native,
-            layer,
+            return lambda layer: self._append_each(layer, k, v)
+        if k.stride(-1) != 1 or v.stride(-1) != 1:
+            return lambda layer: self.append(layer, blocks.dense_rows(k), blocks.dense_rows(v))
+        where = (
             blocks.native_type(self._layout, k),
             *blocks.native_rows(k.transpose(0, 1)[None]),
             *blocks.native_rows(v.transpose(0, 1)[None]),
         )
+        return partial(self._append_native, where, (k, v))
+
+    def _append_native(self, where: tuple[int, ...], kept: tuple[Tensor, Tensor], layer: int) -> None:
+        """``where``: the addresses of what is ``kept`` alive meanwhile."""
+        forms.check_layer(self._layout, layer)
+        refused = blocks.native.append(self._native, layer, *where)
         if refused is not None:
             self._refuse(self._stretches[refused], layer)
 
     def _append_each(self, layer: int, k: Tensor, v: Tensor) -> None:
+        forms.check_layer(self._layout, layer)
         for it in self._stretches:
             if it.freed != it.tail._marks[_FREED]:
                 self._refuse(it, layer)

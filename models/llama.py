@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear, silu
 
 from farshore.models.config import ModelConfig
+from farshore.models.passage import Passage, SlicePassage
 from farshore.models.rope import inverse_frequencies
 
 
@@ -60,9 +61,8 @@ class Llama:
         self.device = weights.embed.device
         self._cos, self._sin = rotation_table(config, dtype=self.dtype, device=self.device)
 
-    def expect_calls(self, *, soon: bool) -> None:
-        """Told before a step: whether its calls follow each other closely (nobody elsewhere needs the cores
-        meanwhile). Changes no result."""
+    def expect_calls(self) -> None:
+        """Told before a step: its calls follow each other closely. Changes no result."""
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """i64 [R] → h [R, hidden]. IndexError for an id outside the vocabulary (on CPU)."""
@@ -88,18 +88,37 @@ class Llama:
         v = linear(normed, w.v, w.v_bias).view(-1, self.config.kv_heads, self.config.head_dim)
         return self._rotate(k, positions), v
 
-    def project(self, layer: int, h: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """h [R, hidden] → (q, k, v) as ``query`` and ``key_value`` give them, where q has nowhere to go."""
+    def project(
+        self,
+        layer: int,
+        h: Tensor,
+        positions: Tensor,
+        *,
+        out: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """h [R, hidden] → (q, k, v) as ``query`` and ``key_value`` give them, where q has nowhere to go; in
+        the contiguous memory of ``out`` if given."""
         normed = self.attention_input(layer, h)
-        return self.query(layer, normed, positions), *self.key_value(layer, normed, positions)
+        made = self.query(layer, normed, positions), *self.key_value(layer, normed, positions)
+        if out is None:
+            return made
+        for to, values in zip(out, made, strict=True):
+            to.copy_(values)
+        return out
 
-    def finish(self, layer: int, h: Tensor, o: Tensor) -> Tensor:
-        """The layer's input h [R, hidden] and its attention output o [R, q_heads, head_dim] → next h."""
+    def finish(self, layer: int, h: Tensor, o: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """The layer's input h [R, hidden] and its attention output o [R, q_heads, head_dim] → next h; in the
+        contiguous memory of ``out`` if given, which may be h's own."""
         w = self.weights.layers[layer]
         h = h + linear(o.flatten(1), w.o, w.o_bias)
         normed = rms_norm(h, w.mlp_norm, self.config.rms_eps)
         inner = silu(linear(normed, w.gate, w.gate_bias)) * linear(normed, w.up, w.up_bias)
-        return h + linear(inner, w.down, w.down_bias)
+        h = h + linear(inner, w.down, w.down_bias)
+        return h if out is None else out.copy_(h)
+
+    def passage(self, rows: int) -> Passage:
+        """Memory for ``rows`` rows on their way through all of the layers, 1 or more."""
+        return SlicePassage(self, rows)
 
     def logits(self, h: Tensor) -> Tensor:
         """The last layer's h [R, hidden] → f32 [R, vocab]. Pass only the rows that are sampled from."""

@@ -14,6 +14,7 @@ from farshore.kernels.cpu import dense
 from farshore.kernels.cpu.packed import Blocks
 from farshore.models.config import ModelConfig
 from farshore.models.llama import Llama, LlamaWeights
+from farshore.models.passage import Passage
 
 
 class NativeLlama(Llama):
@@ -62,8 +63,8 @@ class NativeLlama(Llama):
         vocabulary = linear("embed" if config.tied_embeddings else "head", weights.head)
         self._head = dense.head(norm=weights.norm, vocabulary=vocabulary, **common)
 
-    def expect_calls(self, *, soon: bool) -> None:
-        dense.expect_calls(soon=soon)
+    def expect_calls(self) -> None:
+        dense.expect_calls()
 
     def embed(self, token_ids: Tensor) -> Tensor:
         return dense.gather(self.weights.embed, token_ids)
@@ -81,15 +82,27 @@ class NativeLlama(Llama):
             return super().key_value(layer, normed, positions)
         return dense.key_value(self._layers[layer], normed, positions)
 
-    def project(self, layer: int, h: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self,
+        layer: int,
+        h: Tensor,
+        positions: Tensor,
+        *,
+        out: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if len(h) > self._most_rows:
-            return super().project(layer, h, positions)
-        return dense.project(self._layers[layer], h, positions)
+            return super().project(layer, h, positions, out=out)
+        return dense.project(self._layers[layer], h, positions, out=out)
 
-    def finish(self, layer: int, h: Tensor, o: Tensor) -> Tensor:
+    def finish(self, layer: int, h: Tensor, o: Tensor, *, out: Tensor | None = None) -> Tensor:
         if len(h) > self._most_rows:
-            return super().finish(layer, h, o)
-        return dense.finish(self._layers[layer], h, o)
+            return super().finish(layer, h, o, out=out)
+        return dense.finish(self._layers[layer], h, o, out=out)
+
+    def passage(self, rows: int) -> Passage:
+        if rows > self._most_rows:
+            return super().passage(rows)
+        return dense.Passage(self._layers, rows)
 
     def logits(self, h: Tensor) -> Tensor:
         if len(h) > self._most_rows:

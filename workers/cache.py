@@ -5,6 +5,8 @@ are cut, it is told.
 """
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 from farshore.attention_offload.base import AttentionModel, Peer
@@ -17,6 +19,7 @@ from farshore.kvstore.base import SpanSlice
 from farshore.kvstore.tail import Tail
 from farshore.workers import spans
 from farshore.workers.handoff import HandOffs
+from farshore.workers.pool import Pool
 from farshore.workers.prefix import assemble
 from farshore.workers.sequence import PlacedSpan, Sequence
 
@@ -40,35 +43,53 @@ class SequenceCache:
         self._arena = arena
         self._peers = peers
         self._targets = targets
+        self._helper = ThreadPoolExecutor(1, thread_name_prefix="pool")
+        self._pool = Pool(peers, targets, helper=self._helper)
         self._layout = model.layouts[spans.LAYER_CLASS]
         self._shard_by: ShardBy = shard_by
         self._hand_offs = HandOffs(peers, self._layout)
 
     def fits_ever(self, tokens: int) -> None:
-        """Raises Full where a sequence of ``tokens`` would not fit even into the empty pool."""
-        self._spread(tokens, {worker: peer.identify().budget_bytes for worker, peer in self._target_peers()})
+        """Raises Full where a sequence of ``tokens`` would not fit even into the empty pool. Of a pool whose
+        size is not known, since a shard has never answered, nothing is said."""
+        budgets = self._pool.budgets()
+        if budgets is not None:
+            self._spread(tokens, budgets)
 
     def place(self, sequence: Sequence, *, promised_tokens: int) -> None:
-        """Find the prompt's longest stored prefix, and commit it; grant spans for the rest; open the tail.
+        """Find the prompt's longest stored prefix, and commit it; grant spans for the rest; open the tail. By
+        the shards that answer: one that turns silent meanwhile is left out, and placing begins anew.
 
         Raises Full, with nothing kept, where the rest of the prompt and what it may generate don't fit next
-        to ``promised_tokens`` that running sequences may still need.
+        to ``promised_tokens`` that running sequences may still need; TransportError where no shard answers.
         """
-        try:
-            sequence.spans = self._find_prefix(sequence)
-            hit = max((span.last for span in sequence.spans), default=0)
-            promised_bytes = promised_tokens * self._layout.token_bytes // len(self._targets)
-            free = {w: peer.identify().free_bytes - promised_bytes for w, peer in self._target_peers()}
-            self._spread(sequence.most_tokens - hit, free)
-            sequence.classes, shares = self._spread(sequence.prompt_tokens - hit, free)
-            for share in shares:
-                share = share._replace(first=share.first + hit, last=share.last + hit)
+        for left in reversed(range(len(self._targets))):
+            try:
+                return self._place(sequence, promised_tokens)
+            except FarshoreError as error:
+                self.release(sequence)
+                # Whoever broke off is silent from now on.
+                if not left or not isinstance(error, TransportError):
+                    raise
+
+    def _place(self, sequence: Sequence, promised_tokens: int) -> None:
+        sequence.spans = self._find_prefix(sequence)
+        hit = max((span.last for span in sequence.spans), default=0)
+        free = self._pool.free()
+        if not free:
+            raise TransportError(f"no attention worker answers: {', '.join(self._targets)}")
+        if gone := {span.worker for span in sequence.spans} - free.keys():
+            raise TransportError(f"attention workers do not answer any more: {', '.join(sorted(gone))}")
+        promised_bytes = promised_tokens * self._layout.token_bytes // len(free)
+        free = {worker: size - promised_bytes for worker, size in free.items()}
+        self._spread(sequence.most_tokens - hit, free)
+        sequence.classes, shares = self._spread(sequence.prompt_tokens - hit, free)
+        for share in shares:
+            share = share._replace(first=share.first + hit, last=share.last + hit)
+            with self._pool.watching(share.worker):
                 peer = self._peers[share.worker]
                 sequence.spans.append(spans.create(peer, share, self._layout, sequence.id, sequence.epoch))
-            sequence.tail = Tail(arena=self._arena, layout=self._layout, start=sequence.prompt_tokens)
-        except FarshoreError:
-            self.release(sequence)
-            raise
+        sequence.tail = Tail(arena=self._arena, layout=self._layout, start=sequence.prompt_tokens)
         sequence.committed = hit
 
     def seal(self, sequence: Sequence, until: int) -> None:
@@ -111,7 +132,7 @@ class SequenceCache:
         """Give back everything the sequence has, wherever it is. A shard that cannot be reached keeps its
         spans until it hears of a newer epoch, or ends."""
         self._hand_offs.forget(sequence.id)
-        for worker in {span.worker for span in sequence.spans} | set(self._targets):
+        for worker in {span.worker for span in sequence.spans} | self._pool.answering().keys():
             try:
                 self._peers[worker].store.drop_sequence(sequence.id, epoch=sequence.epoch)
             except FarshoreError:
@@ -123,26 +144,23 @@ class SequenceCache:
 
     def close(self) -> None:
         self._hand_offs.close()
-
-    def _target_peers(self) -> list[tuple[WorkerId, Peer]]:
-        return [(worker, self._peers[worker]) for worker in self._targets]
+        self._helper.shutdown(wait=True)
 
     def _find_prefix(self, sequence: Sequence) -> list[PlacedSpan]:
         """Held spans of the prompt's longest stored prefix, never all of it: logits are wanted of its end."""
         blocks = [block for block in sequence.blocks if block.last < sequence.prompt_tokens]
         found: dict[WorkerId, list[SpanSlice]] = {}
-        for worker, peer in self._target_peers() if blocks else []:
-            try:
+        for worker, peer in self._pool.answering().items() if blocks else ():
+            with suppress(TransportError), self._pool.watching(worker):  # lost: less of a hit
                 found[worker] = peer.store.find_prefix(
                     blocks, layer_class=spans.LAYER_CLASS, sequence=sequence.id, epoch=sequence.epoch
                 )
-            except TransportError:
-                continue  # less of a hit
         placed = assemble(found, groups=self._layout.groups)
         used = {span.span for span in placed}
         for worker, slices in found.items():
             if unused := [it.span for it in slices if it.span not in used]:
-                self._peers[worker].store.drop(unused, sequence=sequence.id, epoch=sequence.epoch)
+                with self._pool.watching(worker):
+                    self._peers[worker].store.drop(unused, sequence=sequence.id, epoch=sequence.epoch)
         return placed
 
     def _spread(self, tokens: int, bytes_of: Mapping[WorkerId, int]) -> tuple[list[HeadClass], list[Share]]:
@@ -156,4 +174,6 @@ class SequenceCache:
         try:
             return classes, spread(classes, tokens=tokens, groups=layout.groups)
         except Full as error:
-            raise Full(str(error), free_bytes=sum(bytes_of.values())) from None
+            silent = self._pool.silent()
+            why = f"; attention workers that do not answer: {', '.join(silent)}" if silent else ""
+            raise Full(f"{error}{why}", free_bytes=sum(bytes_of.values())) from None

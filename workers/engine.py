@@ -17,6 +17,7 @@ import torch
 
 from farshore.attention_offload.base import AttentionModel, Peer
 from farshore.attention_offload.fanout import Fanout
+from farshore.attention_offload.frames import Transport
 from farshore.attention_offload.latency import Link
 from farshore.attention_offload.placement import ShardBy
 from farshore.errors import DeadlineExceeded, FarshoreError, Full, TransportError
@@ -36,7 +37,7 @@ from farshore.workers.prompts import Prompts
 from farshore.workers.requests import Requests
 from farshore.workers.sequence import Event, Failed, Finished, Reason, Sampled, Sampling, Sequence
 from farshore.workers.stagger import Stagger
-from farshore.workers.step import run_step
+from farshore.workers.step import Own, Steps
 
 _log = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class Engine:
         self._revision = revision
         self._limits = limits = limits or EngineLimits()
         self._shards = Fanout(peers, attention)
+        self._steps = Steps(model=model, attention=attention, shards=self._shards, own=_own(arena, peers))
         self._stagger = Stagger(lambda: self._shards.waited_s)
         self._pace = Pace(limits.max_decode_stall_ms)
         self._cache = SequenceCache(
@@ -282,14 +284,10 @@ class Engine:
             plan = decode.make_plan(self._step, turns, self._attention)
             decode.check_plan(plan, turns)
             with self._stagger.step(len(plan.sequences)) as micro_batches:
-                logits = run_step(
+                logits = self._steps.run(
                     plan,
                     [token for turn in turns for token in (turn.sequence.tokens[-1], *turn.guesses)],
                     [turn.sequence.placed_tail for turn in turns for _ in range(turn.rows)],
-                    model=self._model,
-                    attention=self._attention,
-                    shards=self._shards,
-                    memory=self._arena.memory,
                     micro_batches=micro_batches,
                 )
         except FarshoreError:
@@ -344,3 +342,11 @@ class Engine:
             self._running.remove(sequence)
         self._cache.release(sequence)
         return True
+
+
+def _own(arena: Arena, peers: Mapping[WorkerId, Peer]) -> Own:
+    """The engine's memory, and whose spans lie in it."""
+    for worker, peer in peers.items():
+        if peer.transport is Transport.IN_PROCESS and peer.store.memory is arena.memory:
+            return Own(arena.memory, worker, peer.store)
+    return Own(arena.memory)

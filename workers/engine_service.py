@@ -54,7 +54,7 @@ class EngineService(pb_grpc.EngineServicer):
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         sampling = _sampling(request)
         try:
-            self._engine.submit(sequence, list(request.prompt), sampling, events.put)
+            self._engine.submit(sequence, list(request.prompt), sampling, events.put, salt=request.cache_salt)
         except FarshoreError as error:
             abort(context, error)
         # Runs at once where the caller has gone already; the engine then ends the stream below.

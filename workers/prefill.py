@@ -84,13 +84,15 @@ class Segment:
             slice(a, min(a + CHUNK_TOKENS, last - first)) for a in range(0, last - first, CHUNK_TOKENS)
         ]
         self._positions = torch.arange(first, last)
-        self._h = [
-            model.embed(torch.tensor(sequence.tokens[first + c.start : first + c.stop])) for c in self._chunks
-        ]
-        self._q: list[Tensor] = [self._h[0]] * len(self._chunks)
+        self._h = model.embed(torch.tensor(sequence.tokens[first:last]))
         n = last - first
-        self._k = torch.empty(layout.k_heads, n, layout.k_dim, dtype=model.dtype)
-        self._v = torch.empty(layout.v_heads, n, layout.v_dim, dtype=model.dtype)
+        self._q = torch.empty(n, spec.q_heads, spec.k_dim, dtype=model.dtype)
+        # Token by token, as they are computed; `extend` and the stores take heads that lie apart.
+        self._projected = (
+            torch.empty(n, layout.k_heads, layout.k_dim, dtype=model.dtype),
+            torch.empty(n, layout.v_heads, layout.v_dim, dtype=model.dtype),
+        )
+        self._k, self._v = (x.transpose(0, 1) for x in self._projected)
         self._stored = (self._k, self._v)
         if layout.format.quantised:
             k_bytes, v_bytes = forms.stored_bytes(layout)
@@ -153,19 +155,16 @@ class Segment:
 
     def _project(self, layer: int, index: int) -> None:
         chunk = self._chunks[index]
-        normed = self._model.attention_input(layer, self._h[index])
-        positions = self._positions[chunk]
-        self._q[index] = self._model.query(layer, normed, positions)
-        k, v = (x.transpose(0, 1) for x in self._model.key_value(layer, normed, positions))
+        k, v = self._projected
+        out = self._q[chunk], k[chunk], v[chunk]
+        self._model.project(layer, self._h[chunk], self._positions[chunk], out=out)
         if self._layout.format.quantised:
             # The store is the truth: attend to the values as they are stored.
-            stored = forms.to_stored(self._layout, k, v)
+            stored = forms.to_stored(self._layout, self._k[:, chunk], self._v[:, chunk])
             for to, rows in zip(self._stored, stored, strict=True):
                 to[:, chunk] = rows
-            k, v = forms.from_stored(self._layout, *stored, dtype=self._model.dtype)
-        self._k[:, chunk], self._v[:, chunk] = k, v
-        # o of an empty state says nothing, whatever it is.
-        self._past[index].lse.fill_(-torch.inf)
+            whole = forms.from_stored(self._layout, *stored, dtype=self._model.dtype)
+            self._k[:, chunk], self._v[:, chunk] = whole
 
     def _attend(self, layer: int, piece: int, index: int, part: slice) -> None:
         """One chunk's rows on one piece of the past."""
@@ -174,31 +173,33 @@ class Segment:
         group0, group1 = where.span.group0, where.span.group1
         heads = slice(group0 * self._spec.q_heads_per_group, group1 * self._spec.q_heads_per_group)
         past = _of(self._past[index], part, heads)
-        new, both = (_of(state, slice(0, part.stop - part.start), heads) for state in self._states)
-        self._extend(
-            self._q[index][part, heads], k, v, self._chunks[index].start + part.start, where.first, new
-        )
+        row, n = self._chunks[index].start + part.start, part.stop - part.start
+        q = self._q[row : row + n, heads]
+        if where.first == 0:  # the heads' first piece: there is nothing to merge it with
+            self._extend(q, k, v, row, where.first, past)
+            return
+        new, both = (_of(state, slice(0, n), heads) for state in self._states)
+        self._extend(q, k, v, row, where.first, new)
         self._kernels.merge([past, new], out=both)
-        past.o.copy_(both.o)
-        past.lse.copy_(both.lse)
+        if past.o.shape == self._states[1].o.shape:
+            self._past[index], self._states[1] = self._states[1], self._past[index]
+        else:
+            past.o.copy_(both.o)
+            past.lse.copy_(both.lse)
 
     def _finish(self, layer: int, index: int, part: slice) -> None:
         """One chunk's rows on the segment itself, and through the layer's rest."""
         n, heads = part.stop - part.start, slice(0, self._spec.q_heads)
         chunk = self._chunks[index]
         own, out = _of(self._states[0], slice(0, n), heads), _of(self._out, slice(0, n), heads)
-        keys = slice(0, chunk.start + part.stop)
-        self._extend(
-            self._q[index][part],
-            self._k[:, keys],
-            self._v[:, keys],
-            chunk.start + part.start,
-            self.first,
-            own,
-        )
-        self._kernels.merge([_of(self._past[index], part, heads), own], out=out)
-        h = self._model.finish(layer, self._h[index][part], out.o)
-        self._h[index] = h
+        rows = slice(chunk.start + part.start, chunk.start + part.stop)
+        q, k, v = self._q[rows], self._k[:, : rows.stop], self._v[:, : rows.stop]
+        if self._pieces:
+            self._extend(q, k, v, rows.start, self.first, own)
+            self._kernels.merge([_of(self._past[index], part, heads), own], out=out)
+        else:
+            self._extend(q, k, v, rows.start, self.first, out)
+        self._model.finish(layer, self._h[rows], out.o, out=self._h[rows])
 
     def _extend(self, q: Tensor, k: Tensor, v: Tensor, row: int, k_position: int, out: State) -> None:
         self._kernels.extend(
@@ -257,8 +258,7 @@ class Segment:
                 write(store, span, layer, a, k[:, tokens], v[:, tokens], self._layout, self.sequence.epoch)
 
     def _to_logits(self) -> None:
-        rows = self._attending(self._model.config.layers - 1)
-        self.logits = self._model.logits(torch.cat([self._h[index] for index, _ in rows]))
+        self.logits = self._model.logits(self._h[len(self._h) - self._logits_of :])
 
 
 def _pieces(sequence: Sequence, until: int) -> list[_Piece]:

@@ -1,144 +1,237 @@
 """The layer loop of one decode step: what the engine runs between a plan and its commit.
 
-While the shards work on a layer of one micro-batch, the engine computes its keys and values, attends to its
-tails, and goes on with the other micro-batches::
+While the shards work on a layer of one micro-batch, the engine computes its keys and values, attends to what
+lies in its own memory, and goes on with the other micro-batches::
 
-    engine   A: q k v tail   B: q k v tail │ A: merge, finish, q k v tail │ B: merge, finish, q k v tail │
+    engine   A: q k v own   B: q k v own │ A: merge, finish, q k v own │ B: merge, finish, q k v own │
     shards         A ━━━━━━━━━━━━━━━━━━━━━━       B ━━━━━━━━━━━━━━━━━━━━━━━━━      A ━━━━━━━━━━━━━
+
+Own are the tails, and spans where they were placed with the engine: one call of the kernels for both. Where
+everything is its own, nobody is sent anything.
 
 Every row goes through the same operations however the rows are cut. Called by ``engine``; it must not know
 sequences, placement or what becomes of the logits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from farshore.attention_offload.base import AttentionModel, Shards
-from farshore.attention_offload.plan import StepPlan, split_rows
+from farshore.attention_offload.plan import Read, StepPlan, cut_reads, split_rows
+from farshore.attention_offload.shard import work_of
+from farshore.ids import WorkerId
 from farshore.kernels.base import Rows, Segments, State
 from farshore.kernels.select import implementation
+from farshore.kvstore.base import ShardStore
 from farshore.kvstore.tail import Tail, TailBatch
 from farshore.models.llama import Llama
 
 
-def run_step(
-    plan: StepPlan,
-    tokens: Sequence[int],
-    tails: Sequence[Tail],
-    *,
-    model: Llama,
-    attention: AttentionModel,
-    shards: Shards,
-    memory: Tensor,
-    micro_batches: int,
-) -> Tensor:
-    """Logits ``f32[R, vocab]`` of the plan's rows: row r is ``tokens[r]`` at ``plan.positions[r]``, its KV
-    goes to ``tails[r]`` (several rows in a tail follow each other), in ``memory``.
+class Own(NamedTuple):
+    """The engine's own memory: where the tails are, and the spans of the store ``worker``, if it has one."""
 
-    Writes scratch into the tails and nothing else. Raises TransportError when a shard did not answer: cut the
-    tails back to what is committed, then plan and run again; Full where a tail finds no room.
-    """
-    cuts = split_rows(len(tokens), micro_batches)
-    shards.begin(plan, cuts)
-    batches = [
-        _MicroBatch(
-            index,
-            tokens[rows.start : rows.stop],
-            plan.positions[rows.start : rows.stop],
-            tails[rows.start : rows.stop],
-            model=model,
-            attention=attention,
-            shards=shards,
-            memory=memory,
-        )
-        for index, rows in enumerate(cuts)
-    ]
-    model.expect_calls(soon=not any(batch.travels for batch in batches))
-    for batch in batches:
-        batch.start(0)
-    for layer in range(model.config.layers):
+    memory: Tensor
+    worker: WorkerId | None = None
+    store: ShardStore | None = None
+
+
+class Steps:
+    """One engine's steps. Not thread-safe: its loop calls them. Memory and kernels' plans are kept from one
+    step to the next, for as long as these are alike."""
+
+    def __init__(self, *, model: Llama, attention: AttentionModel, shards: Shards, own: Own) -> None:
+        self._model = model
+        self._attention = attention
+        self._shards = shards
+        self._own = own
+        self._batches: list[_MicroBatch] = []
+
+    def run(
+        self, plan: StepPlan, tokens: Sequence[int], tails: Sequence[Tail], *, micro_batches: int
+    ) -> Tensor:
+        """Logits ``f32[R, vocab]`` of the plan's rows: row r is ``tokens[r]`` at ``plan.positions[r]``, its
+        KV goes to ``tails[r]`` (several rows in a tail follow each other), in the engine's memory.
+
+        Writes scratch into the tails and nothing else. Raises TransportError when a shard did not answer: cut
+        the tails back to what is committed, then plan and run again; Full where a tail finds no room.
+        """
+        own = self._own.worker
+        elsewhere = plan.without((own,)) if own is not None else plan
+        shards = self._shards if elsewhere is not None and any(elsewhere.reads) else None
+        cuts = split_rows(len(tokens), micro_batches)
+        if shards is not None and elsewhere is not None:
+            shards.begin(elsewhere, cuts)
+        reads = plan.reads[0].get(own, ()) if own is not None else ()
+        batches = self._sized(cuts)
+        for index, (batch, rows) in enumerate(zip(batches, cuts, strict=True)):
+            cut = slice(rows.start, rows.stop)
+            batch.take(index, tokens[cut], plan.positions[cut], tails[cut], cut_reads(reads, rows), shards)
+        self._model.expect_calls()
         for batch in batches:
-            batch.finish(layer)
-            if layer + 1 < model.config.layers:
-                batch.start(layer + 1)
-    return model.logits(torch.cat([batch.h for batch in batches]))
+            batch.start(0)
+        for layer in range(self._model.config.layers):
+            for batch in batches:
+                batch.finish(layer)
+                if layer + 1 < self._model.config.layers:
+                    batch.start(layer + 1)
+        return self._model.logits(torch.cat([batch.h for batch in batches]))
+
+    def _sized(self, cuts: Sequence[range]) -> "list[_MicroBatch]":
+        """Micro-batches of these sizes: the last step's, where they are as many."""
+        if [batch.rows for batch in self._batches] != [len(cut) for cut in cuts]:
+            self._batches = [
+                _MicroBatch(len(cut), model=self._model, attention=self._attention, own=self._own)
+                for cut in cuts
+            ]
+        return self._batches
 
 
 class _MicroBatch:
-    """Some rows of a step, on their way through the layers: ``start(0)``, ``finish(0)``, ``start(1)``, ..."""
+    """Some rows of a step, on their way through the layers: ``take``, then ``start(0)``, ``finish(0)``,
+    ``start(1)``, ..."""
 
-    def __init__(
+    def __init__(self, rows: int, *, model: Llama, attention: AttentionModel, own: Own) -> None:
+        spec = attention.specs[0]
+        self.rows = rows
+        self.travels = False
+        self._model = model
+        self._way = way = model.passage(rows)
+        self._kernels = implementation(own.memory.device, attention.layouts[0].format.dtype)
+        self._plans = _Plans(attention, own, self._kernels.plan)
+        # Attention's output is rounded once: here where nothing is merged into it, else by the merge.
+        wide = torch.float64 if model.dtype == torch.float64 else torch.float32
+        self._own = State.identity(rows, spec.q_heads, spec.v_dim, dtype=wide)
+        self._out = State(way.o, torch.empty_like(self._own.lse))
+        self._index = 0
+        self._shards: Shards | None = None
+        self._append: Callable[[int], None]
+        self._plan: Any = None
+        self._pending: Any = None
+
+    @property
+    def h(self) -> Tensor:
+        return self._way.h
+
+    def take(
         self,
         index: int,
         tokens: Sequence[int],
         positions: Sequence[int],
         tails: Sequence[Tail],
-        *,
-        model: Llama,
-        attention: AttentionModel,
-        shards: Shards,
-        memory: Tensor,
+        reads: Sequence[Read],
+        shards: Shards | None,
     ) -> None:
-        spec = attention.specs[0]
-        self._index = index
-        self._model = model
-        self._shards = shards
-        self._tails = TailBatch(tails, positions)
-        self._positions = torch.tensor(positions)
-        self.h = model.embed(torch.tensor(tokens))
-        self._kernels = implementation(memory.device, attention.layouts[0].format.dtype)
-        rows = list(zip(tails, positions, strict=True))
-        self._plan = _tail_plan(rows, attention, memory, self._kernels.plan)
-        self._tail_state = State.identity(len(tokens), spec.q_heads, spec.v_dim)
-        lse = torch.empty(len(tokens), spec.q_heads)
-        self._out = State(torch.empty(len(tokens), spec.q_heads, spec.v_dim, dtype=self.h.dtype), lse)
-        self._pending: Any = None
-        self.travels = shards.travels(index)
+        """The rows of a step, which has begun at the ``shards``; None: nothing is read from any."""
+        self._index, self._shards = index, shards
+        self.travels = shards is not None and shards.travels(index)
+        way = self._way
+        way.positions.copy_(torch.tensor(positions))
+        way.enter(self._model.embed(torch.tensor(tokens)))
+        self._append = TailBatch(tails, positions).bind(way.k, way.v)
+        self._plan = self._plans.of(tails, positions, reads, way.positions)
 
     def start(self, layer: int) -> None:
-        """Send q off first, if it travels; k, v and the tail's attention come while the shards work."""
-        if self.travels:
-            normed = self._model.attention_input(layer, self.h)
-            q = self._model.query(layer, normed, self._positions)
-            self._pending = self._shards.send(layer, self._index, q)
-            k, v = self._model.key_value(layer, normed, self._positions)
+        """Send q off first, if it travels; k, v and the engine's own attention come while the shards work."""
+        way = self._way
+        if self._shards is None:
+            way.project(layer)
+        elif self.travels:
+            way.query(layer)
+            self._pending = self._shards.send(layer, self._index, way.q)
+            way.key_value(layer)
         else:
-            q, k, v = self._model.project(layer, self.h, self._positions)
-            self._pending = self._shards.send(layer, self._index, q)
-        self._tails.append(layer, k, v)
-        self._kernels.partial(self._plan, layer, q, out=self._tail_state)
+            way.project(layer)
+            self._pending = self._shards.send(layer, self._index, way.q)
+        self._append(layer)
+        out = self._out if self._shards is None else self._own
+        self._kernels.partial(self._plan, layer, way.q, out=out)
 
     def finish(self, layer: int) -> None:
-        """Merge what the shards and the tail say, in span order, and go through the layer's rest."""
-        states = self._shards.wait(self._pending)
-        self._kernels.merge([*states, self._tail_state], out=self._out)
-        self.h = self._model.finish(layer, self.h, self._out.o)
+        """Merge what the shards say, in span order, and what the engine has, and go through the layer's
+        rest."""
+        if self._shards is not None:
+            states = self._shards.wait(self._pending)
+            self._kernels.merge([*states, self._own], out=self._out)
+        self._way.finish(layer)
 
 
-def _tail_plan(rows: list[tuple[Tail, int]], attention: AttentionModel, memory: Tensor, plan: Any) -> Any:
-    """Every row on its tail up to itself. Rows that follow each other in one tail read it
-    together: no row sees what is above its position."""
-    spec = attention.specs[0]
-    parts: list[Segments] = []
-    work: list[tuple[int, int, int, int, int]] = []
-    row = segment = 0
-    for _, it in groupby(rows, key=lambda tail_position: id(tail_position[0])):
-        following = list(it)
-        tail, newest = following[-1]
-        segments = tail.segments(newest + 1)
-        work += [(row, len(following), segment + i, 0, spec.groups) for i in range(segments.size)]
-        parts.append(segments)
-        row, segment = row + len(following), segment + segments.size
-    return plan(
-        Rows.of(work),
-        Segments.concat(parts),
-        memory,
-        attention.layouts[0],
-        spec,
-        positions=torch.tensor([position for _, position in rows]),
-        threads=torch.get_num_threads(),
-    )
+class _Plans:
+    """The kernels' plan of one micro-batch's reads in the engine's own memory, step after step.
+
+    From one step to the next the same rows mostly read the same places, one token more of each tail: rows and
+    segments stay as they are, and are not checked again."""
+
+    def __init__(self, attention: AttentionModel, own: Own, plan: Callable[..., Any]) -> None:
+        self._attention = attention
+        self._own = own
+        self._plan = plan
+        self._places: object = None
+        self._work = Rows.of([])
+        self._segments = Segments.of([])
+        self._ends: list[tuple[int, int]] = []
+        """Of each tail: its last segment, and the position of that one's first token."""
+
+    def of(
+        self, tails: Sequence[Tail], positions: Sequence[int], reads: Sequence[Read], tensor: Tensor
+    ) -> Any:
+        """Every row on ``reads``, and on its tail up to itself. Rows that follow each other in one tail read
+        it together: no row sees what is above its position. ``tensor``: the positions."""
+        stretches = _stretches(tails, positions)
+        block = self._attention.layouts[0].block_tokens
+        places = (
+            [(it.rows, it.tail.start, it.tail.bases, it.newest // block) for it in stretches],
+            list(reads),
+        )
+        known = places == self._places
+        if known:
+            for (segment, first), it in zip(self._ends, stretches, strict=True):
+                self._segments.count[segment] = it.newest + 1 - first
+        else:
+            self._places = None
+            self._lay_out(stretches, reads)
+        plan = self._plan(
+            self._work,
+            self._segments,
+            self._own.memory,
+            self._attention.layouts[0],
+            self._attention.specs[0],
+            positions=tensor,
+            threads=torch.get_num_threads(),
+            checked=known,
+        )
+        self._places = places
+        return plan
+
+    def _lay_out(self, stretches: "list[_Stretch]", reads: Sequence[Read]) -> None:
+        work, parts = work_of(reads, self._own.store) if self._own.store is not None else ([], [])
+        groups = self._attention.specs[0].groups
+        self._ends = []
+        for it in stretches:
+            parts.append(it.tail.segments(it.newest + 1))
+            work += [(it.row, it.rows, len(work) + i, 0, groups) for i in range(parts[-1].size)]
+            self._ends.append((len(work) - 1, int(parts[-1].position[-1])))
+        self._work, self._segments = Rows.of(work), Segments.concat(parts)
+
+
+class _Stretch(NamedTuple):
+    """Rows that follow each other in one tail."""
+
+    tail: Tail
+    row: int
+    rows: int
+    newest: int
+    """The last one's position."""
+
+
+def _stretches(tails: Sequence[Tail], positions: Sequence[int]) -> list[_Stretch]:
+    found: list[_Stretch] = []
+    row = 0
+    for _, it in groupby(tails, key=id):
+        count = len(list(it))
+        found.append(_Stretch(tails[row], row, count, positions[row + count - 1]))
+        row += count
+    return found

@@ -9,6 +9,7 @@ Floors (B bytes of weights a call reads, n weights, R rows): time >= B / read ba
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +21,8 @@ from farshore.kernels.cpu.packed import Packed
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """What weights and rows may be, and their numbers in ``native/plan.h``."""
 
-ASLEEP_US, AWAKE_US = 20, 200
-"""How long threads wait awake: as ``SPIN_US`` in ``native/pool.h``, and where that is too little."""
+AWAKE_US = 200
+"""How long threads wait awake between a step's calls: ``SPIN_US`` of ``native/pool.h`` is too little."""
 
 FEW_ROWS = 12
 """Up to these a call runs at memory speed; their number does not change a row's bits."""
@@ -115,10 +116,10 @@ def head(*, norm: Tensor, vocabulary: Linear, eps: float, threads: int) -> Head:
     return Head(native, (norm, *vocabulary), dtype, hidden, vocab)
 
 
-def expect_calls(*, soon: bool) -> None:
-    """Whether the calls to come follow each other closely, with a core for every thread: these then wait for
-    the next one awake, up to ``AWAKE_US``. For the whole process."""
-    _native.wait_awake(AWAKE_US if soon else ASLEEP_US)
+def expect_calls() -> None:
+    """A step's calls follow each other closely: threads wait for the next one awake, up to ``AWAKE_US``. For
+    the whole process."""
+    _native.wait_awake(AWAKE_US)
 
 
 def attention_input(layer: Layer, h: Tensor) -> Tensor:
@@ -156,13 +157,20 @@ def key_value(layer: Layer, normed: Tensor, positions: Tensor) -> tuple[Tensor, 
     return k, v
 
 
-def project(layer: Layer, h: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`attention_input`, then :func:`query` and :func:`key_value`, in one call: h -> (q, k, v)."""
+def project(
+    layer: Layer, h: Tensor, positions: Tensor, *, out: tuple[Tensor, Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`attention_input`, then :func:`query` and :func:`key_value`, in one call: h -> (q, k, v), in the
+    contiguous memory of ``out`` if given."""
     h = _rows(h, layer.hidden, layer.dtype)
     rows = len(h)
-    q = h.new_empty(rows, layer.q_heads, layer.head_dim)
-    k = h.new_empty(rows, layer.kv_heads, layer.head_dim)
-    v = torch.empty_like(k)
+    shapes = [(rows, heads, layer.head_dim) for heads in (layer.q_heads, layer.kv_heads, layer.kv_heads)]
+    if out is None:
+        q, k, v = (h.new_empty(shape) for shape in shapes)
+    else:
+        q, k, v = out
+        for it, shape in zip(out, shapes, strict=True):
+            _check("out", (it,), shape, layer.dtype)
     if rows:
         at = _positions(positions, rows)
         pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr())
@@ -170,13 +178,17 @@ def project(layer: Layer, h: Tensor, positions: Tensor) -> tuple[Tensor, Tensor,
     return q, k, v
 
 
-def finish(layer: Layer, h: Tensor, o: Tensor) -> Tensor:
-    """The layer's input h [R, hidden] and its attention's output o [R, q_heads, head_dim] -> next h."""
+def finish(layer: Layer, h: Tensor, o: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """The layer's input h [R, hidden] and its attention's output o [R, q_heads, head_dim] -> next h, in the
+    contiguous memory of ``out`` if given, which may be h's own."""
     h = _rows(h, layer.hidden, layer.dtype)
     o = _rows(o.flatten(1), layer.q_heads * layer.head_dim, layer.dtype)
     if len(o) != len(h):
         raise ValueError(f"{len(h)} rows of h, {len(o)} of o")
-    out = torch.empty_like(h)
+    if out is None:
+        out = torch.empty_like(h)
+    else:
+        _check("out", (out,), h.shape, layer.dtype)
     if len(h):
         _native.dense_finish(layer.native, len(h), h.data_ptr(), o.data_ptr(), out.data_ptr())
     return out
@@ -189,6 +201,57 @@ def logits(head: Head, h: Tensor) -> Tensor:
     if len(h):
         _native.dense_logits(head.native, len(h), h.data_ptr(), out.data_ptr())
     return out
+
+
+class Passage:
+    """The slices of all layers on R rows, in memory that stays where it is: checked once, nothing allocated.
+
+    ``positions`` i64[R]; ``h`` [R, hidden], in front of layer 0 or behind the layer finished last; ``q``
+    [R, q_heads, head_dim], ``k`` and ``v`` [R, kv_heads, head_dim], of the layer projected last; ``o`` as
+    ``q``, the caller's to fill before :meth:`finish`. Layers are taken in order.
+    """
+
+    def __init__(self, layers: Sequence[Layer], rows: int) -> None:
+        """R = ``rows``, 1 or more."""
+        first = layers[0]
+        new = partial(torch.empty, dtype=first.dtype)
+        self.positions = torch.zeros(rows, dtype=torch.int64)
+        self.q, self.o = (new(rows, first.q_heads, first.head_dim) for _ in range(2))
+        self.k, self.v = (new(rows, first.kv_heads, first.head_dim) for _ in range(2))
+        self._normed = new(rows, first.hidden)
+        # A layer reads the one and writes the other.
+        self._h = [new(rows, first.hidden) for _ in range(2)]
+        self.h = self._h[0]
+        at, normed, q, k, v, o = (
+            x.data_ptr() for x in (self.positions, self._normed, self.q, self.k, self.v, self.o)
+        )
+        ends = [x.data_ptr() for x in self._h]
+        turns = [(layer.native, rows, ends[i % 2], ends[(i + 1) % 2]) for i, layer in enumerate(layers)]
+        self._project = [(native, n, h, at, q, k, v) for native, n, h, _ in turns]
+        self._input = [(native, n, h, normed) for native, n, h, _ in turns]
+        self._query = [(native, n, normed, at, q) for native, n, _, _ in turns]
+        self._key_value = [(native, n, normed, at, k, v) for native, n, _, _ in turns]
+        self._finish = [(native, n, h, o, behind) for native, n, h, behind in turns]
+
+    def enter(self, h: Tensor) -> None:
+        """h [R, hidden] goes in front of layer 0."""
+        self.h = self._h[0].copy_(h)
+
+    def query(self, layer: int) -> None:
+        """As :func:`attention_input` and :func:`query`."""
+        _native.dense_input(*self._input[layer])
+        _native.dense_query(*self._query[layer])
+
+    def key_value(self, layer: int) -> None:
+        """Behind :meth:`query` of the layer."""
+        _native.dense_key_value(*self._key_value[layer])
+
+    def project(self, layer: int) -> None:
+        _native.dense_project(*self._project[layer])
+
+    def finish(self, layer: int) -> None:
+        _native.dense_finish(*self._finish[layer])
+        self.h = self._h[(layer + 1) % 2]
 
 
 def gather(table: Tensor, ids: Tensor) -> Tensor:

@@ -87,6 +87,7 @@ def plan(
     group0: int = 0,
     group1: int | None = None,
     threads: int = 1,
+    checked: bool = False,
 ) -> Plan:
     """As :func:`farshore.kernels.reference.plan`. ValueError also for int4 and float64 KV, for rows that are
     not among ``positions``, and for addresses that are no multiple of the element size (scales: 2 bytes)."""

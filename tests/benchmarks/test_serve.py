@@ -37,12 +37,13 @@ TINY = Sizes(
     decode_contexts=(40, 1300),
     decode_tokens=6,
     prefill_contexts=(300,),
-    prefill_most_tokens=900,
+    prefill_most_s=0.0,
     sequences=3,
     together_context=600,
     together_tokens=8,
     beside_context=700,
     beside_decodes=2,
+    beside_tokens=1000,
     kv_bytes=64 << 20,
     read_bytes=1 << 16,
     gemm="bfloat16 16",
@@ -75,7 +76,7 @@ def test_stored_prefixes_are_found_and_read(model):
     with LocalEngine(model, kv_bytes=64 << 20, limits=EngineLimits(segment_tokens=256)) as engine:
         engine.store_prefix(prompt)
         request = engine.submit(prompt, max_tokens=3).wait()
-    assert len(request.token_s) == 3 and request.progress_tokens == [1300]
+    assert len(request.token_s) == 3 and list(request.prefilled_s) == [1300]
     assert request.first_token_s > 0 and len(request.gaps_s()) == 2
 
 
@@ -90,8 +91,16 @@ def test_decode(setting):
 
 def test_prefill(setting):
     result = serve_load.prefill(setting, 300)
-    assert result.timing.summary()["runs"] == 3
+    assert result.timing.summary()["runs"] == 1, "there is no time for a second one"
     assert result.figures["tokens_per_s"] == pytest.approx(300 / result.timing.median_s)
+    assert setting.prefilled_s.keys() == {300}
+
+
+def test_short_prompts_are_prefilled_several_times(model):
+    setting = Setting(
+        facts(1), replace(TINY, prefill_most_s=60.0), lambda text: None, load=lambda threads: model
+    )
+    assert serve_load.prefill(setting, 300).timing.summary()["runs"] == 5
 
 
 def test_together(setting):
@@ -105,6 +114,13 @@ def test_beside(setting):
     times = figures["prefill_beside_s"] / (figures["prefill_alone_s"] + figures["decode_given_away_s"])
     assert figures["times_alone_and_given_away"] == pytest.approx(times)
     assert figures["p99_gap_ms"] > 0
+    assert figures["alone_from"] == "its own run"
+
+
+def test_what_a_prompt_takes_alone_is_measured_once(setting):
+    setting.prefilled_s[TINY.beside_context] = 12.5
+    figures = serve_load.beside(setting).figures
+    assert (figures["prefill_alone_s"], figures["alone_from"]) == (12.5, "a longer prompt's beginning")
 
 
 def test_limits_count_what_a_step_reads_and_a_prompt_computes(model):

@@ -44,7 +44,7 @@ def test_sampling_options(run, farshore, answer):
     options = shlex.split(
         "--max-tokens 7 --temperature 0.5 --top-k 40 --top-p 0.5 --min-p 0.25 --repetition-penalty 1.5 "
         "--presence-penalty -0.5 --frequency-penalty 2 --logit-bias 42=-100 --logit-bias 7=2.5 --seed 9 "
-        "--stop-token-id 11 --ignore-eos"
+        "--stop-token-id 11 --ignore-eos --cache-salt ours"
     )
     run("generate", "Hi", "--server", farshore.address, *options)
     sent = farshore.engine.next_sequence().request
@@ -53,6 +53,7 @@ def test_sampling_options(run, farshore, answer):
     assert (sent.presence_penalty, sent.frequency_penalty, sent.seed) == (-0.5, 2, 9)
     assert dict(sent.logit_bias) == {42: -100, 7: 2.5}
     assert list(sent.stop_token_ids) == [11]
+    assert sent.cache_salt == "ours"
 
 
 def test_stop_strings(run, farshore, answer):

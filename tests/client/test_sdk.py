@@ -18,9 +18,10 @@ def client(farshore):
 
 def test_events_in_order(client, farshore, served):
     ids = tuple(served.tokenizer.encode("Good day"))
-    stream = client.generate("Hello", request_id="a", max_tokens=4, seed=3)
+    stream = client.generate("Hello", request_id="a", max_tokens=4, seed=3, cache_salt="ours")
     sequence = farshore.engine.next_sequence()
-    assert (sequence.request.max_tokens, sequence.request.seed) == (4, 3)
+    sent = sequence.request
+    assert (sent.max_tokens, sent.seed, sent.cache_salt) == (4, 3, "ours")
     assert next(stream) == events.Accepted(request_id="a", prompt_tokens=len(sequence.request.prompt))
     sequence.prefill(3, 9)
     assert next(stream) == events.Prefill(done_tokens=3, total_tokens=9)

@@ -53,6 +53,7 @@ BAD = {
     "full prompt": (dict(text=None, tokens=api.TokenIds(ids=[5] * 8192)), "8192 tokens"),
     "huge text": (dict(text="a" * (8192 * 256 + 1)), "2097153 characters"),
     "long id": (dict(request_id="x" * 129), "at most 128"),
+    "long salt": (dict(cache_salt="x" * 257), "at most 256"),
     "resume without id": (dict(resume_from=1), "request_id"),
     "bad roles": (dict(text=None, chat=_chat(("user", "Hi")), model="other"), "unknown model"),
 }

@@ -76,12 +76,32 @@ def slices(model: Llama, rows: int, seed: int = 0):
     query, (k, v) = model.query(0, normed, positions), model.key_value(0, normed, positions)
     for together, alone in zip(model.project(0, h, positions), (query, k, v), strict=True):
         assert torch.equal(together, alone)
+    out = torch.empty_like(query), torch.empty_like(k), torch.empty_like(v)
+    model.project(0, h, positions, out=out)
+    for there, alone in zip(out, (query, k, v), strict=True):
+        assert torch.equal(there, alone)
+    behind = model.finish(0, h, o)
+    over = h.clone()
+    assert model.finish(0, over, o, out=over) is over and torch.equal(over, behind)
+    way = model.passage(rows)
+    way.positions.copy_(positions)
+    way.enter(h)
+    way.project(0)
+    assert all(torch.equal(*pair) for pair in zip((way.q, way.k, way.v), out, strict=True))
+    for it in (way.q, way.k, way.v):
+        it.zero_()
+    way.query(0)
+    way.key_value(0)
+    assert all(torch.equal(*pair) for pair in zip((way.q, way.k, way.v), out, strict=True))
+    way.o.copy_(o)
+    way.finish(0)
+    assert torch.equal(way.h, behind)
     return {
         "normed": normed,
         "q": query,
         "k": k,
         "v": v,
-        "h": model.finish(0, h, o),
+        "h": behind,
         "logits": model.logits(h),
     }
 

@@ -34,6 +34,9 @@ class Flaky:
         self.die_at = None
         self._dead = False
 
+    def die(self):
+        self._dead = True
+
     def revive(self):
         """For the check that nothing is left behind: its memory was freed while nobody could see it."""
         self.die_at, self._dead = None, False
@@ -120,6 +123,43 @@ def test_a_dead_shard_fails_its_sequences_and_only_them(tiny, tiny_model, rig, s
     assert isinstance(result, Finished), result
     assert single.tokens == greedy(tiny, PROMPT[:1], 200)[-len(single.tokens) :]
     victim.revive()
+
+
+def test_without_a_shard_the_others_take_what_comes(tiny, tiny_model, rig, submit):
+    """Nobody who does not need the dead one fails, at whatever moment it dies."""
+    cluster = rig(tiny_model, shards=3, shard_by="head", memory_bytes=64 << 20, wrap=Flaky)
+    engine = cluster.start()
+    victim = cluster.peers["shard1"]
+    victim.die()
+    for name in "ab":
+        collected = submit(engine, name, PROMPT, GREEDY)
+        assert isinstance(collected.result(), Finished)
+        assert collected.tokens == greedy(tiny, PROMPT, GREEDY.max_tokens)
+    assert not victim.store.announce()
+    victim.revive()
+
+
+def test_a_shard_that_dies_while_a_sequence_is_placed_is_left_out(tiny, tiny_model, rig, submit):
+    cluster = rig(tiny_model, shards=2, memory_bytes=64 << 20)
+
+    def unreachable(*_, **__):
+        raise TransportError("nobody answers")
+
+    cluster.stores["shard0"].create = unreachable
+    collected = submit(cluster.start(), "a", PROMPT, GREEDY)
+    assert isinstance(collected.result(), Finished)
+    del cluster.stores["shard0"].create
+    assert collected.tokens == greedy(tiny, PROMPT, GREEDY.max_tokens)
+
+
+def test_without_any_shard_a_request_says_so_and_the_next_one_is_served(tiny_model, rig, submit):
+    cluster = rig(tiny_model, shards=1, memory_bytes=64 << 20, wrap=Flaky)
+    engine = cluster.start()
+    cluster.peers["shard0"].die()
+    result = submit(engine, "a", PROMPT, GREEDY).result()
+    assert isinstance(result, Failed) and "no attention worker answers: shard0" in str(result.error)
+    cluster.peers["shard0"].revive()
+    assert isinstance(submit(engine, "b", PROMPT, GREEDY).result(), Finished)
 
 
 def test_cancel_frees_memory_and_says_so(tiny_model, rig, submit):

@@ -14,7 +14,7 @@ from farshore.workers.decode import Turn
 from farshore.workers.prompts import Prompts
 from farshore.workers.sampler import Choice
 from farshore.workers.sequence import Sampling, Sequence
-from farshore.workers.step import run_step
+from farshore.workers.step import Own, Steps
 
 NEW_TOKENS = 40
 LONGEST_PROMPT = 800
@@ -64,19 +64,20 @@ def our_argmaxes(cluster, prompts, answers):
             pass
         chosen.append([int(logits.argmax())])
         batch.append(sequence)
-    shards = Fanout(cluster.peers, cluster.attention)
+    steps = Steps(
+        model=cluster.model,
+        attention=cluster.attention,
+        shards=Fanout(cluster.peers, cluster.attention),
+        own=Own(cluster.arenas["engine"].memory),
+    )
     for step in range(1, NEW_TOKENS):
         turns = [Turn(sequence, [], []) for sequence in batch]
         plan = decode.make_plan(step, turns, cluster.attention)
         decode.check_plan(plan, turns)
-        logits = run_step(
+        logits = steps.run(
             plan,
             [sequence.tokens[sequence.committed] for sequence in batch],
             [sequence.placed_tail for sequence in batch],
-            model=cluster.model,
-            attention=cluster.attention,
-            shards=shards,
-            memory=cluster.arenas["engine"].memory,
             micro_batches=1 + step % 3,
         )
         for turn, row, picked in zip(turns, logits, chosen, strict=True):

@@ -5,11 +5,12 @@ import torch
 
 from farshore.attention_offload.fanout import Fanout
 from farshore.attention_offload.plan import Read, StepPlan
-from farshore.ids import Epoch, SequenceId
+from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kvstore.base import SpanKey
 from farshore.kvstore.tail import Tail
-from farshore.workers.step import run_step
+from farshore.workers.step import Own, Steps
 
+ENGINE = WorkerId("engine")
 EPOCH = Epoch(1)
 LENGTHS = {"a": 40, "b": 300, "c": 7, "d": 1, "e": 90}
 """Tokens in spans; the tail begins behind them."""
@@ -21,9 +22,20 @@ class Ground:
     def __init__(self, cluster, tail_tokens):
         self.cluster = cluster
         self.layout = cluster.attention.layouts[0]
+        self.steps = self.made()
         self.random = torch.Generator().manual_seed(1)
         self.reads = {name: self._spans(name, length) for name, length in LENGTHS.items()}
         self.tails = {name: self._tail(length, tail_tokens) for name, length in LENGTHS.items()}
+
+    def made(self, own=True):
+        """Steps as an engine has them; ``own`` False: its own store is a shard like the others."""
+        memory = self.cluster.arenas["engine"].memory
+        return Steps(
+            model=self.cluster.model,
+            attention=self.cluster.attention,
+            shards=Fanout(self.cluster.peers, self.cluster.attention),
+            own=Own(memory, ENGINE, self.cluster.stores[ENGINE]) if own else Own(memory),
+        )
 
     def close(self):
         for tail in self.tails.values():
@@ -52,14 +64,10 @@ class Ground:
             reads=({worker: tuple(it) for worker, it in reads.items()},),
         )
         with torch.inference_mode():
-            out = run_step(
+            out = self.steps.run(
                 plan,
                 [(7 * position + 3) % 97 for position in positions],
                 [self.tails[name] for name in rows],
-                model=self.cluster.model,
-                attention=self.cluster.attention,
-                shards=Fanout(self.cluster.peers, self.cluster.attention),
-                memory=self.cluster.arenas["engine"].memory,
                 micro_batches=micro_batches,
             )
         for name, position in zip(rows, positions, strict=True):
@@ -135,3 +143,24 @@ def test_rows_that_follow_each_other_are_steps_that_follow_each_other(ground, mi
     for row in range(4):
         (alone,) = ground.logits(["b"], 1, commit=True)
         torch.testing.assert_close(together[row], alone, rtol=0, atol=1e-5)
+
+
+def test_what_the_engine_has_may_as_well_be_a_shards(ground):
+    rows = ["a", "b", "c", "d", "e"]
+    own = ground.logits(rows, 2)
+    ground.steps = ground.made(own=False)
+    torch.testing.assert_close(ground.logits(rows, 2), own, rtol=0, atol=1e-5)
+
+
+def test_a_step_like_the_last_one_is_what_it_is_after_none(ground):
+    """Plans are kept while tails grow into new blocks, rows are retried, and sequences come and go."""
+    tail = ground.tails["b"]
+    for step in range(260 - tail.end % 256 + 3):
+        rows = ["b", "c", "e"] if step % 50 else ["c", "e", "e"]
+        kept = ground.logits(rows, 1)
+        if step % 40 == 0 or tail.end % 256 in (255, 0, 1):
+            steps, ground.steps = ground.steps, ground.made()
+            fresh = ground.logits(rows, 1)
+            ground.steps = steps
+            assert torch.equal(kept, fresh), step
+        ground.logits(["b"] if step % 3 else ["b", "c"], 1, commit=True)

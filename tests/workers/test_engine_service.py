@@ -1,0 +1,37 @@
+"""The engine's gRPC door: what callers send reaches the engine."""
+
+from farshore.proto import cluster_pb2 as pb
+from farshore.workers.engine_service import EngineService
+
+
+class Context:
+    def add_callback(self, callback):
+        return True
+
+
+def test_who_gives_another_salt_finds_no_stored_prefix(tiny_model, rig):
+    cluster = rig(tiny_model, memory_bytes=64 << 20)
+    engine = cluster.start()
+    service = EngineService(
+        worker="engine",
+        engine=engine,
+        store=cluster.stores["engine"],
+        shards={worker: peer.identify() for worker, peer in cluster.peers.items()},
+        release=lambda sequence: None,
+    )
+    new = []
+    for name, salt in (("a", ""), ("b", "mine"), ("c", ""), ("d", "mine"), ("e", "another's")):
+        request = pb.SequenceRequest(
+            sequence_id=name, prompt=[i % 90 for i in range(700)], max_tokens=2, n=1, top_p=1, cache_salt=salt
+        )
+        request.repetition_penalty = 1
+        before = written(cluster)
+        events = list(service.Generate(request, Context()))
+        assert events[-1].HasField("finished")
+        new.append(written(cluster) - before)
+    assert new == [512, 512, 0, 0, 512]
+
+
+def written(cluster):
+    """Tokens of whole blocks in the shards: those stay, as a cache, when nobody holds them any more."""
+    return sum(info.sealed_tokens for store in cluster.stores.values() for info in store.announce())
