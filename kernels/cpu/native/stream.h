@@ -16,6 +16,8 @@ constexpr int QUERIES_AT_ONCE = 4;  // TOKENS_AT_ONCE x QUERIES_AT_ONCE sums liv
 #else
 constexpr int QUERIES_AT_ONCE = 2;
 #endif
+template <Format F>
+constexpr int FETCHES_OF_GROUP = F == Format::i8 ? 4 : 2;  // of integers.h, while it multiplies WIDTH tokens
 constexpr int CHUNK = 2 * WIDTH;  // elements that are converted together, to two vectors
 
 // The chunk at element `from` of a row (a multiple of CHUNK, the whole chunk inside of the row), unscaled. Which
@@ -228,7 +230,8 @@ class Stream {
         const uint8_t* k = t.k + head * t.k_head_stride;
         if (first % (queries_ / s_.k_heads) == 0)
             expect(t.v + head * t.v_head_stride, head < s_.v_heads ? t.count * t.v_stride : 0,
-                   blocks(s_.k_heads) * (t.count + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE);
+                   blocks(s_.k_heads) * (INTEGERS ? (t.count + WIDTH - 1) / WIDTH * k_groups_ * FETCHES_OF_GROUP<F>
+                                                  : (t.count + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE));
 #if defined(HAS_INTEGERS)
         if constexpr (INTEGERS) {
             for (int j = 0; j < t.count; j += WIDTH) {
