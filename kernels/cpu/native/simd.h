@@ -296,5 +296,31 @@ inline void transpose(vu* r) {
     transpose_stage<1>(r);
 }
 
+// -- horizontal sums -----------------------------------------------------------------------------------------
+
+typedef float four __attribute__((vector_size(16)));
+
+// The sums of a's, b's, c's and d's lanes.
+inline four sums(vf a, vf b, vf c, vf d) {
+    vi low, high, even, odd;
+    for (int l = 0; l < WIDTH; l += 4) {
+        low[l] = l, low[l + 1] = WIDTH + l, low[l + 2] = l + 1, low[l + 3] = WIDTH + l + 1;
+        high[l] = l + 2, high[l + 1] = WIDTH + l + 2, high[l + 2] = l + 3, high[l + 3] = WIDTH + l + 3;
+        even[l] = l, even[l + 1] = l + 1, even[l + 2] = WIDTH + l, even[l + 3] = WIDTH + l + 1;
+        odd[l] = l + 2, odd[l + 1] = l + 3, odd[l + 2] = WIDTH + l + 2, odd[l + 3] = WIDTH + l + 3;
+    }
+    const vf ab = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+    const vf cd = __builtin_shuffle(c, d, low) + __builtin_shuffle(c, d, high);
+    const vf all = __builtin_shuffle(ab, cd, even) + __builtin_shuffle(ab, cd, odd);
+#if WIDTH == 16
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)all), _mm512_extractf32x8_ps((__m512)all, 1));
+    return (four)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif WIDTH == 8
+    return (four)_mm_add_ps(_mm256_castps256_ps128((__m256)all), _mm256_extractf128_ps((__m256)all, 1));
+#else
+    return all;
+#endif
+}
+
 }  // namespace ISA
 }  // namespace farshore
