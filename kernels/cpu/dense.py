@@ -24,14 +24,14 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 AWAKE_US = 200
 """How long threads wait awake between a step's calls: ``SPIN_US`` of ``native/pool.h`` is too little."""
 
-FEW_ROWS = 12
-"""Up to these a call runs at memory speed; their number does not change a row's bits."""
+FEW_ROWS = 32
+"""Up to these a call reads the weights as they lie; their number does not change a row's bits."""
 
 MATRIX_UNIT = "amx" in _native.instruction_sets()
 """Whether the CPU multiplies matrices of bfloat16: PyTorch then does many rows at ten times our rate."""
 
-READS_PACKED = not {"amx", "avx512-bf16"}.isdisjoint(_native.instruction_sets())
-"""Whether this CPU's kernels expand packed weights faster than memory gives whole ones."""
+READS_PACKED = "avx512" in _native.instruction_sets()
+"""Whether this CPU's kernels expand packed weights: every one with AVX-512, where a table is one register."""
 
 
 class Linear(NamedTuple):
