@@ -9,6 +9,7 @@ the shard calls itself. Used for hot frames and for bulk KV, each a connection o
 import logging
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -140,3 +141,12 @@ def tune(connection: socket.socket) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
         connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def is_near(connection: socket.socket) -> bool:
+    """Whether both ends of a connection are on this host, by their addresses."""
+    with suppress(OSError):  # broken: who uses it next will find out
+        return connection.family == socket.AF_UNIX or bool(
+            connection.getsockname()[0] == connection.getpeername()[0]
+        )
+    return True

@@ -20,10 +20,12 @@ import torch
 from google.protobuf.message import DecodeError
 
 from farshore.attention_offload import codec
-from farshore.attention_offload.connect import WELCOME, tune
+from farshore.attention_offload.connect import WELCOME, is_near, tune
 from farshore.attention_offload.frames import native
 from farshore.attention_offload.shard import ShardSession
 from farshore.errors import InvalidRequest, TransportError
+from farshore.kernels import reference
+from farshore.kernels.select import implementation
 from farshore.proto import attention_pb2 as pb
 
 _LOG = logging.getLogger(__name__)
@@ -36,6 +38,9 @@ MAX_CONNECTIONS = 64
 HELLO_DEADLINE_S = 5.0
 FRAME_DEADLINE_S = 30.0
 """For the rest of a frame that has begun, and for an engine to read an answer."""
+NEAR_AWAKE_US, FAR_AWAKE_US = 20, 400
+"""How long a shard waits for the next layer's frame awake, where frames come that soon. An engine on this
+host may need this very core for what comes before that frame."""
 
 Serve = Callable[[socket.socket, bool], None]
 """Serves a connection (a Unix one?) until it ends."""
@@ -137,12 +142,25 @@ def _listen(host: str) -> socket.socket:
         ) from error
 
 
+def share_cores() -> None:
+    """For the process of an attention worker, before it starts threads: an engine on the same cores goes on
+    as soon as an answer is out, and waits awake for it without being in the way. Without the native modules
+    nothing waits awake."""
+    module, kernels = native(), implementation(torch.device("cpu"), torch.float32)
+    if module is not None and kernels is not reference:
+        module.share_cores()
+
+
 def serve_frames(session: ShardSession, dtype: torch.dtype, connection: socket.socket, unix: bool) -> None:
     """Answer one engine's steps until it hangs up. What it asks wrongly ends it: it is told why."""
     module = native()
-    make = module.shared_memory if unix else module.stream
     # The native end has a descriptor of its own; ours still serves to shut the connection down.
-    wire = make(os.dup(connection.fileno()), FRAME_DEADLINE_S)
+    if unix:
+        wire = module.shared_memory(os.dup(connection.fileno()), FRAME_DEADLINE_S, NEAR_AWAKE_US)
+    else:
+        near = is_near(connection)
+        awake_us = NEAR_AWAKE_US if near else FAR_AWAKE_US
+        wire = module.stream(os.dup(connection.fileno()), FRAME_DEADLINE_S, near, awake_us)
     try:
         message = module.serve(wire, None)
         while message is not None:

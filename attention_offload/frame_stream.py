@@ -8,11 +8,16 @@ from torch import Tensor
 
 from farshore.attention_offload import codec
 from farshore.attention_offload.base import AttentionModel
+from farshore.attention_offload.connect import is_near
 from farshore.attention_offload.frames import Sent, Transport, frame_bytes, native
 from farshore.attention_offload.plan import ShardStep
 from farshore.errors import FarshoreError, InvalidRequest, TransportError
 from farshore.kernels.base import State
 from farshore.proto import attention_pb2 as pb
+
+AWAKE_US = 200
+"""How long an engine waits for an answer awake, where answers come that soon: it has nothing else to do, and
+waking it takes 40 us where its core is idle and a virtual machine's."""
 
 
 class FrameStream:
@@ -34,8 +39,11 @@ class FrameStream:
         self._dtype = dtype
         self._deadline_s = frame_deadline_s
         self._native = native()
-        make = self._native.shared_memory if transport is Transport.SHARED_MEMORY else self._native.stream
-        self._wire = make(connection.detach(), frame_deadline_s)
+        if transport is Transport.SHARED_MEMORY:
+            self._wire = self._native.shared_memory(connection.detach(), frame_deadline_s, AWAKE_US)
+        else:
+            near = is_near(connection)
+            self._wire = self._native.stream(connection.detach(), frame_deadline_s, near, AWAKE_US)
 
     def begin(self, step: ShardStep) -> None:
         groups, rows = step.group1 - step.group0, max(map(len, step.micro_batches), default=0)

@@ -61,9 +61,8 @@ class Llama:
         self.device = weights.embed.device
         self._cos, self._sin = rotation_table(config, dtype=self.dtype, device=self.device)
 
-    def expect_calls(self, *, soon: bool) -> None:
-        """Told before a step: whether its calls follow each other closely (nobody elsewhere needs the cores
-        meanwhile). Changes no result."""
+    def expect_calls(self) -> None:
+        """Told before a step: its calls follow each other closely. Changes no result."""
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """i64 [R] → h [R, hidden]. IndexError for an id outside the vocabulary (on CPU)."""

@@ -63,8 +63,8 @@ class NativeLlama(Llama):
         vocabulary = linear("embed" if config.tied_embeddings else "head", weights.head)
         self._head = dense.head(norm=weights.norm, vocabulary=vocabulary, **common)
 
-    def expect_calls(self, *, soon: bool) -> None:
-        dense.expect_calls(soon=soon)
+    def expect_calls(self) -> None:
+        dense.expect_calls()
 
     def embed(self, token_ids: Tensor) -> Tensor:
         return dense.gather(self.weights.embed, token_ids)

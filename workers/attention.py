@@ -12,6 +12,7 @@ import sys
 
 import torch
 
+from farshore.attention_offload.frame_server import share_cores
 from farshore.attention_offload.grpc_server import AttentionService, serve
 from farshore.ids import WorkerId
 from farshore.kvstore.arena import Arena
@@ -24,6 +25,7 @@ class AttentionWorker:
     def __init__(self, *, worker: WorkerId, kv_memory_bytes: int, listen: str, threads: int) -> None:
         """``listen`` is ``host:port``, port 0 for any. Raises PortInUse."""
         torch.set_num_threads(threads)
+        share_cores()
         store = LocalStore(worker=worker, arena=Arena(kv_memory_bytes))
         self._server, self._address = serve(AttentionService(worker, store), listen)
 

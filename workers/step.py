@@ -70,7 +70,7 @@ class Steps:
         for index, (batch, rows) in enumerate(zip(batches, cuts, strict=True)):
             cut = slice(rows.start, rows.stop)
             batch.take(index, tokens[cut], plan.positions[cut], tails[cut], cut_reads(reads, rows), shards)
-        self._model.expect_calls(soon=not any(batch.travels for batch in batches))
+        self._model.expect_calls()
         for batch in batches:
             batch.start(0)
         for layer in range(self._model.config.layers):

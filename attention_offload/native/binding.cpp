@@ -4,6 +4,9 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdarg>
@@ -67,19 +70,19 @@ PyObject* capsule_of(std::unique_ptr<Wire> wire) {
 
 PyObject* make_stream(PyObject*, PyObject* args) {
     return guarded([&] {
-        int fd;
+        int fd, near, awake_us;
         double frame_s;
-        parse(args, "id", &fd, &frame_s);
-        return capsule_of(std::make_unique<Stream>(fd, frame_s));
+        parse(args, "idpi", &fd, &frame_s, &near, &awake_us);
+        return capsule_of(std::make_unique<Stream>(fd, frame_s, near, std::chrono::microseconds(awake_us)));
     });
 }
 
 PyObject* make_shared_memory(PyObject*, PyObject* args) {
     return guarded([&] {
-        int fd;
+        int fd, awake_us;
         double frame_s;
-        parse(args, "id", &fd, &frame_s);
-        return capsule_of(shared_memory(fd, frame_s));
+        parse(args, "idi", &fd, &frame_s, &awake_us);
+        return capsule_of(shared_memory(fd, frame_s, std::chrono::microseconds(awake_us)));
     });
 }
 
@@ -276,22 +279,55 @@ bool answer(Wire& wire, const Step& step, const Api& api, Frame& frame) {
     }
 }
 
+const Api& kernels_api() {
+    const auto* api = static_cast<const Api*>(PyCapsule_Import(API_CAPSULE, 0));
+    if (!api) throw Raised();
+    return *api;
+}
+
 PyObject* serve(PyObject*, PyObject* args) {
     return guarded([&]() -> PyObject* {
         PyObject *capsule, *description;
         parse(args, "OO", &capsule, &description);
         Wire& wire = wire_of(capsule);
-        const auto* api = static_cast<const Api*>(PyCapsule_Import(API_CAPSULE, 0));
-        if (!api) throw Raised();
+        const Api& api = kernels_api();
         const Step step = step_of(description);
         Frame frame;
         bool more;
         {
             WithoutGil released;
-            more = answer(wire, step, *api, frame);
+            more = answer(wire, step, api, frame);
         }
         if (!more) Py_RETURN_NONE;
         return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(frame.payload), frame.header.bytes);
+    });
+}
+
+// Linux's struct sched_attr, as far as it is needed; see sched_setattr(2).
+struct Turns {
+    uint32_t bytes, policy;
+    uint64_t flags;
+    int32_t nice;
+    uint32_t priority;
+    uint64_t runtime_ns, deadline_ns, period_ns;
+};
+static_assert(sizeof(Turns) == 48);
+
+// A slice shorter than the others' (3 ms) has a thread that wakes run at once (Linux 6.12 and later), rather than
+// when an engine's thread that waits awake on its core has given up. What the kernel doesn't grant is not needed.
+constexpr uint64_t TURN_NS = 100'000;
+// An engine on this host needs the cores as soon as the answer is out.
+constexpr int POOL_AWAKE_US = 5;
+
+PyObject* share_cores(PyObject*, PyObject*) {
+    return guarded([&]() -> PyObject* {
+        Turns turns{};
+        if (syscall(SYS_sched_getattr, 0, &turns, sizeof turns, 0) == 0) {
+            turns.runtime_ns = TURN_NS;
+            syscall(SYS_sched_setattr, 0, &turns, 0);
+        }
+        kernels_api().wait_awake(POOL_AWAKE_US);
+        Py_RETURN_NONE;
     });
 }
 
@@ -350,8 +386,11 @@ PyObject* move_pieces(PyObject*, PyObject* args) {
 }
 
 PyMethodDef methods[] = {
-    {"stream", make_stream, METH_VARARGS, "stream(fd, frame_s): frames on a socket, which it owns from now on."},
-    {"shared_memory", make_shared_memory, METH_VARARGS, "As `stream`, layer frames in shared memory; Unix sockets."},
+    {"stream", make_stream, METH_VARARGS,
+     "stream(fd, frame_s, near, awake_us): frames on a socket, which it owns from now on. near: the other end is on"
+     " this host. It waits for a frame awake for so long, where they come that soon."},
+    {"shared_memory", make_shared_memory, METH_VARARGS,
+     "shared_memory(fd, frame_s, awake_us): as `stream`, layer frames in shared memory; Unix sockets."},
     {"begin", begin, METH_VARARGS, "begin(wire, step, message, max_layer_bytes)"},
     {"send", send, METH_VARARGS, "send(wire, step, layer, micro_batch, rows, q, row_bytes, stride_bytes)"},
     {"wait", wait, METH_VARARGS,
@@ -361,6 +400,9 @@ PyMethodDef methods[] = {
      "serve(wire, step): answers its layer frames. step: None, or (number, format, layers, work, counter) with layers"
      " (class, stored layer) and work[class][micro-batch] (plan, bytes of q, lse, o, and attended to). Returns the"
      " next step's message, or None when the engine has hung up"},
+    {"share_cores", share_cores, METH_NOARGS,
+     "share_cores(): this thread, and those it starts, run at once when they wake, and give their core up as soon as"
+     " they have nothing to do. For the process of an attention worker, which an engine may be beside."},
     {"fail", fail, METH_VARARGS, "fail(wire, message): the shard's last frame; ends the connection."},
     {"shut_down", shut_down, METH_VARARGS, "From any thread: whoever waits finds the connection closed."},
     {"send_pieces", move_pieces<send_pieces>, METH_VARARGS,

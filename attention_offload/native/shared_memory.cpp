@@ -1,5 +1,4 @@
 #include <fcntl.h>
-#include <sched.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -13,9 +12,6 @@
 namespace farshore::wire {
 namespace {
 
-// Longer would take the core from whoever is to answer.
-constexpr auto SPIN = std::chrono::microseconds(20);
-
 constexpr size_t PAGE = 4096;
 constexpr size_t SLOT_HEADER = 64;  // the frame's header, and the payload aligned
 // A power of two, so that counters may overflow; above MAX_UNDER_WAY, for a step's BEGIN ahead of its frames.
@@ -28,16 +24,6 @@ struct alignas(128) Ring {
     std::atomic<uint32_t> core;       // where the sender was seen last, from 1; a hint
 };
 static_assert(std::atomic<uint32_t>::is_always_lock_free);
-
-uint32_t this_core() { return static_cast<uint32_t>(sched_getcpu() + 1); }
-
-inline void relax() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
 
 class Mapping {
   public:
@@ -134,15 +120,18 @@ class SharedMemory : public Wire {
     }
 
     Frame receive(Deadline deadline) override {
+        bool slept = false;
         for (;;) {
             if (has_frame()) {
+                if (slept) patience_.slept();
                 const Frame frame = take();
                 if (frame.header.kind == LAYER) return frame;
                 while (!message_ || message_->kind != BEGIN) read_socket(soon());
                 return message();
             }
             if (map_) {
-                if (spin()) continue;
+                if (!slept && wait_awake()) continue;
+                slept = true;
                 // Either the sender sees this, or we see its frame.
                 map_.ring(in_).sleeping.store(1);
                 if (has_frame()) continue;
@@ -172,16 +161,12 @@ class SharedMemory : public Wire {
         close(fd);
     }
 
-    // Whether a frame came meanwhile. Not for an answer that is to come from this very core: it would have to
-    // wait for the end of that (61 µs a hop instead of 23, both ends on one core).
-    bool spin() {
-        const uint32_t core = this_core();
+    // Not for an answer that is to come from this very core: it would have to wait for the end of that (61 µs a hop
+    // instead of 23, both ends on one core).
+    bool wait_awake() {
         const auto& other = map_.ring(in_).core;
-        const auto until = std::chrono::steady_clock::now() + SPIN;
-        while (!has_frame() && other.load(std::memory_order_relaxed) != core &&
-               std::chrono::steady_clock::now() < until)
-            relax();
-        return has_frame();
+        return patience_.wait([&] { return has_frame(); },
+                              [&] { return other.load(std::memory_order_relaxed) == this_core(); });
     }
 
     bool has_frame() { return map_ && map_.ring(in_).published.load() != taken_; }
@@ -237,6 +222,8 @@ class SharedMemory : public Wire {
 
 }  // namespace
 
-std::unique_ptr<Wire> shared_memory(int fd, double frame_s) { return std::make_unique<SharedMemory>(fd, frame_s); }
+std::unique_ptr<Wire> shared_memory(int fd, double frame_s, std::chrono::nanoseconds awake) {
+    return std::make_unique<SharedMemory>(fd, frame_s, true, awake);
+}
 
 }  // namespace farshore::wire

@@ -1,5 +1,6 @@
 #include "socket.h"
 
+#include <sched.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -63,6 +64,20 @@ void wait_for(int fd, short events, Deadline deadline) {
 Socket::~Socket() { close(fd_); }
 
 void Socket::shut_down() { shutdown(fd_, SHUT_RDWR); }
+
+bool Socket::readable() {
+    char byte;
+    return recv(fd_, &byte, 1, MSG_DONTWAIT | MSG_PEEK) >= 0 || (errno != EAGAIN && errno != EWOULDBLOCK);
+}
+
+uint32_t Socket::other_core() const {
+    // On loopback, the core that sends a packet also takes it in.
+    int core = -1;
+    socklen_t bytes = sizeof core;
+    return getsockopt(fd_, SOL_SOCKET, SO_INCOMING_CPU, &core, &bytes) == 0 ? static_cast<uint32_t>(core + 1) : 0;
+}
+
+uint32_t this_core() { return static_cast<uint32_t>(sched_getcpu() + 1); }
 
 void Socket::expect_silence() {
     char byte;

@@ -27,6 +27,10 @@ class Socket {
     // At least one byte; HungUp at the end. A file descriptor that comes along is put into `passed`, the
     // caller's from then on; Broken where none is due (null), or one was there already.
     size_t receive(void* data, size_t bytes, Deadline deadline, int* passed);
+    // Whether `receive` would not wait.
+    bool readable();
+    // Where the other end, on this host too, was when it sent last, from 1; 0: not known.
+    uint32_t other_core() const;
     // HungUp if there is anything to read, its end included.
     void expect_silence();
     // No more will be sent; reads what still comes until the other end closes, or the deadline. Without this,
@@ -39,6 +43,9 @@ class Socket {
     int fd_;
 };
 
+// The core that this thread is on, from 1.
+uint32_t this_core();
+
 // Reads ahead, so that a small frame takes one system call.
 class Reader {
   public:
@@ -47,6 +54,8 @@ class Reader {
     // Waits until `first` for a frame's first byte, then `frame_s` for the rest. Broken for what cannot be a
     // frame; its length is refused before memory is taken for it.
     Frame next(Socket& socket, Deadline first, uint32_t max_layer_bytes, int* passed);
+    // Whether some of the next frame has been read.
+    bool has_begun() const { return held() > last_bytes_; }
 
   private:
     // A frame starts here, so that its payload is aligned to 64 bytes.

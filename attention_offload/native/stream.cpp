@@ -34,7 +34,11 @@ void Stream::publish(const Header& header) {
 }
 
 Frame Stream::receive(Deadline deadline) {
+    const uint32_t other = near_ ? socket_.other_core() : 0;
+    const bool is_there = reader_.has_begun() || patience_.wait([&] { return socket_.readable(); },
+                                                                [&] { return other == this_core(); });
     Frame frame = reader_.next(socket_, deadline, max_layer_bytes_, nullptr);
+    if (!is_there) patience_.slept();
     if (frame.header.kind == WAKE) throw Broken("garbage: a wake-up where no memory is shared");
     return frame;
 }

@@ -5,6 +5,7 @@
 #include <optional>
 #include <vector>
 
+#include "patience.h"
 #include "socket.h"
 
 namespace farshore::wire {
@@ -16,7 +17,9 @@ constexpr uint32_t MAX_UNDER_WAY = 16;
 // One thread uses it, save for shut_down.
 class Wire {
   public:
-    Wire(int fd, double frame_s) : socket_(fd), reader_(frame_s), frame_s_(frame_s) {}
+    // `near`: the other end is on this host. `awake`: how long to wait awake for a frame, where that is of any use.
+    Wire(int fd, double frame_s, bool near, std::chrono::nanoseconds awake)
+        : socket_(fd), reader_(frame_s), patience_(awake), near_(near), frame_s_(frame_s) {}
     virtual ~Wire() = default;
 
     // Engine: announces a step whose layer frames and answers take at most `max_layer_bytes`.
@@ -39,6 +42,8 @@ class Wire {
 
     Socket socket_;
     Reader reader_;
+    Patience patience_;
+    bool near_;
     double frame_s_;
     uint32_t max_layer_bytes_ = 0;
 };
@@ -60,6 +65,6 @@ class Stream : public Wire {
 // Layer frames in slots of memory that both ends have mapped; everything else, and the wake-up of an end that
 // sleeps, on a Unix socket. The engine makes the memory (a memfd: it has no name, and goes with its last
 // user) and passes it with the first step that needs it, or more of it.
-std::unique_ptr<Wire> shared_memory(int fd, double frame_s);
+std::unique_ptr<Wire> shared_memory(int fd, double frame_s, std::chrono::nanoseconds awake);
 
 }  // namespace farshore::wire

@@ -21,17 +21,17 @@ from farshore.kernels.cpu.packed import Packed
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """What weights and rows may be, and their numbers in ``native/plan.h``."""
 
-ASLEEP_US, AWAKE_US = 20, 200
-"""How long threads wait awake: as ``SPIN_US`` in ``native/pool.h``, and where that is too little."""
+AWAKE_US = 200
+"""How long threads wait awake between a step's calls: ``SPIN_US`` of ``native/pool.h`` is too little."""
 
-FEW_ROWS = 12
-"""Up to these a call runs at memory speed; their number does not change a row's bits."""
+FEW_ROWS = 32
+"""Up to these a call reads the weights as they lie; their number does not change a row's bits."""
 
 MATRIX_UNIT = "amx" in _native.instruction_sets()
 """Whether the CPU multiplies matrices of bfloat16: PyTorch then does many rows at ten times our rate."""
 
-READS_PACKED = not {"amx", "avx512-bf16"}.isdisjoint(_native.instruction_sets())
-"""Whether this CPU's kernels expand packed weights faster than memory gives whole ones."""
+READS_PACKED = "avx512" in _native.instruction_sets()
+"""Whether this CPU's kernels expand packed weights: every one with AVX-512, where a table is one register."""
 
 
 class Linear(NamedTuple):
@@ -116,10 +116,10 @@ def head(*, norm: Tensor, vocabulary: Linear, eps: float, threads: int) -> Head:
     return Head(native, (norm, *vocabulary), dtype, hidden, vocab)
 
 
-def expect_calls(*, soon: bool) -> None:
-    """Whether the calls to come follow each other closely, with a core for every thread: these then wait for
-    the next one awake, up to ``AWAKE_US``. For the whole process."""
-    _native.wait_awake(AWAKE_US if soon else ASLEEP_US)
+def expect_calls() -> None:
+    """A step's calls follow each other closely: threads wait for the next one awake, up to ``AWAKE_US``. For
+    the whole process."""
+    _native.wait_awake(AWAKE_US)
 
 
 def attention_input(layer: Layer, h: Tensor) -> Tensor:

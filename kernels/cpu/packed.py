@@ -4,11 +4,11 @@ A GGUF block is 32 weights and a scale: d i (Q8_0), d i + m (Q4_1) or d (i - 8) 
 to the very bfloat16 values that dequantising the file gives, so that reading 0.31 (four bits) or 0.53 (eight)
 of the bytes changes no result. Called by ``models.native_llama``. Must not know files.
 
-A packed row, w = in / 32 blocks, blocks paired and the last pair filled up with zeros in four bits:
+A packed row, w = in / 32 blocks, in four bits filled up with zeros to an even number:
 
-- four bits: for each pair (A, B) 32 bytes, byte i holding A[i] in its low and B[i] in its high half; behind
-  all of them for each pair float16 dA, mA, dB, mB.
-- eight bits: w times 32 int8; behind them w times float16 d.
+- four bits: of each four blocks 16 words; nibbles 2k and 2k + 1 of word l are weights 2l and 2l + 1 of block k.
+  Two blocks that are left make 16 half words. Behind them for each block float16 d, m.
+- eight bits: of each block 16 int8, the even weights, then the 16 odd ones; behind them w times float16 d.
 """
 
 from enum import IntEnum

@@ -11,10 +11,11 @@ from farshore.models.rope import RopeConfig
 
 cpu = pytest.importorskip("farshore.kernels.cpu", reason="the native kernels are not built here")
 
+from farshore.kernels.cpu import dense  # noqa: E402
 from farshore.kernels.cpu.packed import Blocks, Packed, Storage  # noqa: E402
 from farshore.models.native_llama import NativeLlama  # noqa: E402
 
-ROWS = [1, 2, 3, 4, 7, 12, 13, 40, 300]
+ROWS = [1, 2, 3, 4, 7, 8, 9, 12, 13, 32, 33, 300]
 """Of few rows and of many, in whole blocks and not."""
 # 3 blocks of 32 and 23: odd numbers, so that the last pair is filled up; and more than one block of a panel.
 CONFIG = ModelConfig(
@@ -138,9 +139,9 @@ def test_a_row_does_not_depend_on_the_others():
     """As long as few rows stay few."""
     held, blocks = weights(torch.bfloat16, kind="Q4_1")
     model = NativeLlama(CONFIG, held, blocks=blocks, threads=2)
-    h = torch.randn(12, 96, generator=torch.Generator().manual_seed(3)).bfloat16()
+    h = torch.randn(dense.FEW_ROWS, 96, generator=torch.Generator().manual_seed(3)).bfloat16()
     together = model.logits(h)
-    for rows in (1, 2, 3, 5, 11):
+    for rows in (1, 2, 3, 5, 8, 9, 12, 13, 31):
         assert torch.equal(model.logits(h[:rows]), together[:rows])
 
 

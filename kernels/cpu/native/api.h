@@ -12,6 +12,8 @@ struct Api {
     // and lse [rows, heads], all contiguous; format (of q and o) 0: float32, 1: bfloat16, 2: float16. A plan
     // serves one call at a time. May throw std::bad_alloc.
     void (*partial)(void* plan, int layer, const void* q, int format, void* o, float* lse);
+    // See pool.h.
+    void (*wait_awake)(int microseconds);
 };
 
 }  // namespace farshore

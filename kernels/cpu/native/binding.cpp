@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "api.h"
+#include "pool.h"
 
 #if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
@@ -138,7 +139,7 @@ void run_contiguous(void* capsule_content, int layer, const void* q, int format,
     chosen->partial(plan, layer, {const_cast<void*>(q), heads * k_dim, k_dim, kind}, out);
 }
 
-const Api api{run_contiguous};
+const Api api{run_contiguous, wait_awake};
 
 PyObject* run_extend(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return guarded([&]() -> PyObject* {

@@ -61,11 +61,12 @@ void pack_four_bits(const uint8_t* from, int64_t blocks, uint8_t* to) {
     std::memset(to, 0, 40 * pairs);
     for (int64_t b = 0; b < blocks; b++) {
         const uint8_t* block = from + b * FOUR_BITS;
-        uint8_t* bytes = to + b / 2 * 32;
-        const int shift = b % 2 * 4;
-        for (int i = 0; i < BLOCK / 2; i++) {
-            bytes[i] |= (block[4 + i] & 15) << shift;
-            bytes[i + BLOCK / 2] |= (block[4 + i] >> 4) << shift;
+        // Words of four blocks; at the end, where only two are left, half words.
+        const int word_bytes = b / 4 < pairs / 2 ? 4 : 2;
+        uint8_t* bytes = to + b / 4 * 64 + b % 4;
+        for (int l = 0; l < BLOCK / 2; l++) {
+            const auto weight = [&](int i) { return i < BLOCK / 2 ? block[4 + i] & 15 : block[4 + i - BLOCK / 2] >> 4; };
+            bytes[l * word_bytes] = weight(2 * l) | weight(2 * l + 1) << 4;
         }
         std::memcpy(to + 32 * pairs + 4 * b, block, 4);
     }
@@ -73,7 +74,8 @@ void pack_four_bits(const uint8_t* from, int64_t blocks, uint8_t* to) {
 
 void pack_eight_bits(const uint8_t* from, int64_t blocks, uint8_t* to) {
     for (int64_t b = 0; b < blocks; b++) {
-        std::memcpy(to + b * 32, from + b * EIGHT_BITS + 2, 32);
+        const uint8_t* block = from + b * EIGHT_BITS + 2;
+        for (int i = 0; i < BLOCK; i++) to[b * BLOCK + i % 2 * (BLOCK / 2) + i / 2] = block[i];
         std::memcpy(to + blocks * 32 + b * 2, from + b * EIGHT_BITS, 2);
     }
 }

@@ -1,110 +1,123 @@
-// x W^T for few rows of x: dot products along the rows of W, which are read once, at memory's speed.
+// x W^T for few rows of x: dot products along the rows of W, which are read once, at memory's speed. In float32,
+// whatever the format: a bfloat16 dot product takes an Intel CPU twice the time of two float32 ones.
 // Included after dense_weights.h.
 
 namespace farshore {
 namespace ISA {
 namespace slices {
 
-constexpr int FEW_ROWS = 12;
-// More rows than these are multiplied by plain weights, whose bytes are more and whose instructions fewer.
-// (Measured where AVX-512 ran at half speed, ms for SmolLM2's weights, packed and plain: 1 row 11.4 and 15.5,
-// 2 rows 14.6 and 17.5, 4 rows 19.8 and 19.3, 8 rows 31.6 and 25.5.)
-constexpr int PACKED_ROWS = 3;
+constexpr int FEW_ROWS = 32;
+// More rows than these are multiplied by plain weights: their bytes are more, and unpacking costs instructions for
+// each of the blocks that the rows are cut into.
+constexpr int PACKED_ROWS = 8;
 
-// What rows of x are multiplied as.
+// Rows whose sums, for some columns, fit into the registers.
+#if WIDTH == 16
+constexpr int ROWS_AT_ONCE = 8;
+#else
+constexpr int ROWS_AT_ONCE = 4;
+#endif
+
+// Columns whose sums, of M rows, fit into the registers with their weights.
+template <int M>
+constexpr int columns_at_once() {
+#if WIDTH == 16
+    return M <= 2 ? 8 : M <= 4 ? 6 : M <= 6 ? 4 : M <= 8 ? 3 : 2;
+#else
+    return M <= 2 ? 6 : M == 3 ? 4 : 3;
+#endif
+}
+
+// A multiple of all of these.
+constexpr int COLUMNS = 24;
+
+// Elements of a row of x, padded with zeros to a multiple of what any weights are read in.
+constexpr int padded(int in) { return round_up(in, 64); }
+
+// x as [padded(in) / WIDTH][rows][WIDTH] float32s, of each step of bfloat16s the even elements first.
 template <Format F>
-using Factor = std::conditional_t<PAIRS<F>, uint16_t, float>;
-
-// x is padded with zeros to a multiple of what any reader gives at once.
-constexpr int PADDED = 64;
-
-// Rows for `dots`: pairs as they are; else float32, where of bfloat16 each step's even elements come first.
-template <Format F>
-void spread(const void* x, int rows, int k, Factor<F>* to, int ld) {
-    for (int r = 0; r < rows; r++) {
-        const uint8_t* row = at<F>(x, (int64_t)r * k);
-        Factor<F>* out = to + (int64_t)r * ld;
-        for (int p = 0; p < ld; p += STEP<F>) {
-            const vu words = p < k ? words_at<F>(row, p, k) : vu{};
-            if constexpr (PAIRS<F> || F == Format::f32) {
-                store_as(out + p, words);
+void spread(const void* x, int rows, int in, float* to) {
+    for (int p = 0; p < padded(in); p += STEP<F>)
+        for (int r = 0; r < rows; r++, to += WIDTH) {
+            const vu words = p < in ? words_at<F>(at<F>(x, (int64_t)r * in), p, in) : vu{};
+            if constexpr (F == Format::f32) {
+                store(to, (vf)words);
             } else {
-                store_as(out + p, even(words));
-                store_as(out + p + WIDTH, odd(words));
+                store(to, even(words));
+                store(to + rows * WIDTH, odd(words));
+                if (r == rows - 1) to += rows * WIDTH;
             }
         }
-    }
 }
 
-template <Format F, int M, int N>
-inline void dot_step(const vu (&words)[N], const Factor<F>* x, int ldx, vf (&sums)[M][N]) {
-    if constexpr (PAIRS<F>) {
-        for (int i = 0; i < M; i++) {
-            const vu a = load_as<vu>(x + (int64_t)i * ldx);
-            for (int j = 0; j < N; j++) sums[i][j] = dot_pairs(sums[i][j], a, words[j]);
-        }
-    } else {
-        for (int half = 0; half < STEP<F> / WIDTH; half++) {
-            vf w[N];
-            for (int j = 0; j < N; j++)
-                w[j] = F == Format::f32 ? (vf)words[j] : half ? odd(words[j]) : even(words[j]);
-            for (int i = 0; i < M; i++) {
-                const vf a = load(x + (int64_t)i * ldx + half * WIDTH);
-                for (int j = 0; j < N; j++) sums[i][j] += a * w[j];
-            }
-        }
-    }
-}
-
-// c[M][N] = x[M] . w[N]; fetches what lies `ahead` bytes further.
-template <Format F, class Rows, int M, int N>
-inline void dots(const Factor<F>* x, int ldx, const Rows& w, int64_t ahead, float* c, int ldc) {
-    vf sums[M][N] = {};
-    typename Rows::template Scales<N> scales;
-    for (int step = 0; step < w.steps; step++) {
-        vu words[Rows::VECTORS][N];
-        scales.load(w, step);
-        for (int j = 0; j < N; j++) {
-            vu of_row[Rows::VECTORS];
-            w.read(scales, j, step, of_row);
-            for (int v = 0; v < Rows::VECTORS; v++) words[v][j] = of_row[v];
-            __builtin_prefetch(w.line(j, step) + ahead);
-        }
-        for (int v = 0; v < Rows::VECTORS; v++)
-            dot_step<F, M, N>(words[v], x + (step * Rows::VECTORS + v) * STEP<F>, ldx, sums);
-    }
+// c[M][N] = the lanes' sums, added in an order that depends on neither M nor N.
+template <int M, int N>
+inline void put_lane_sums(const vf (&sums)[M][N], float* c, int ldc) {
+#if WIDTH == 16
+    unrolled<(M * N + 3) / 4>([&](auto group) INLINE {
+        constexpr int at = 4 * group;
+        const auto sum = [&](auto i) INLINE {
+            constexpr int k = at + i;
+            if constexpr (k < M * N)
+                return (__m512)sums[k / N][k % N];
+            else
+                return _mm512_setzero_ps();
+        };
+        const auto folded = [](__m512 a, __m512 b) {
+            return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+        };
+        const __m512 ab = folded(sum(number<0>), sum(number<1>)), cd = folded(sum(number<2>), sum(number<3>));
+        __m512 four = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+        four = _mm512_add_ps(four, _mm512_permute_ps(four, 0x4e));
+        four = _mm512_add_ps(four, _mm512_permute_ps(four, 0xb1));
+        unrolled<4>([&](auto i) INLINE {
+            constexpr int k = at + i;
+            if constexpr (k < M * N)
+                _mm_store_ss(c + (int64_t)(k / N) * ldc + k % N, _mm512_extractf32x4_ps(four, i));
+        });
+    });
+#else
     for (int i = 0; i < M; i++)
         for (int j = 0; j < N; j++) c[(int64_t)i * ldc + j] = lane_sum(sums[i][j]);
+#endif
 }
 
-// Columns whose sums, of M rows, fit into the registers.
-template <Format F, class Rows, int M>
-constexpr int columns_at_once() {
-    if (Rows::VECTORS == 2) return M == 1 ? 4 : 2;  // the tables take registers, too
-    if (PAIRS<F>) return M <= 2 ? 6 : M <= 5 ? 4 : 3;
-    return M <= 2 ? 6 : M == 3 ? 4 : 3;
+// c[M][N] = x[M] . w[N], where x lies among `rows` rows.
+template <class Weights, int M, int N>
+void dots(const float* x, int rows, const Weights& w, float* c, int ldc) {
+    vf sums[M][N] = {};
+    w.template each<N>([&](const vf(&of)[N]) INLINE {
+        unrolled<M>([&](auto i) INLINE {
+            vf a = load(x + i * WIDTH);
+#if WIDTH == 16
+            asm("" : "+v"(a));  // Loaded once, not once for each column.
+#endif
+            unrolled<N>([&](auto j) INLINE { sums[i][j] += a * of[j]; });
+        });
+        x += rows * WIDTH;
+    });
+    put_lane_sums<M, N>(sums, c, ldc);
 }
 
 // All rows by n columns from `col` on: the rows in blocks of M, then of M - 1, for each few columns.
-template <Format F, class Rows, int M>
-void dot_columns(const Factor<F>* x, int ldx, int rows, const Linear& w, int col, int n, float* c, int ldc) {
-    constexpr int N = columns_at_once<F, Rows, M>();
+template <class Weights, int M>
+void dot_columns(const float* x, int rows, const Linear& w, int col, int n, float* c, int ldc) {
+    constexpr int N = columns_at_once<M>();
     constexpr int LESS = M > 1 ? M - 1 : 1;
     const int blocks = (rows + M - 1) / M;
     const int large = rows - blocks * (M - 1);
     const auto columns = [&](auto width, int j) {
         constexpr int WIDE = decltype(width)::value;
-        const Rows from(w, col + j);
-        const int64_t ahead = WIDE * from.row_bytes < 16384 ? WIDE * from.row_bytes : 1024;
+        const Weights from(w, col + j);
         int i = 0;
         for (int b = 0; b < blocks; b++) {
-            const Factor<F>* a = x + (int64_t)i * ldx;
+            const float* a = x + i * WIDTH;
             float* to = c + (int64_t)i * ldc + j;
             if (b < large) {
-                dots<F, Rows, M, WIDE>(a, ldx, from, ahead, to, ldc);
+                dots<Weights, M, WIDE>(a, rows, from, to, ldc);
                 i += M;
             } else {
-                dots<F, Rows, LESS, WIDE>(a, ldx, from, ahead, to, ldc);
+                dots<Weights, LESS, WIDE>(a, rows, from, to, ldc);
                 i += LESS;
             }
         }
@@ -115,25 +128,25 @@ void dot_columns(const Factor<F>* x, int ldx, int rows, const Linear& w, int col
 }
 
 // The rows in as few blocks as the registers allow, of about one size.
-template <Format F, class Rows, int MOST, int M = 1>
-void in_blocks(const Factor<F>* x, int ldx, int rows, const Linear& w, int col, int n, float* c, int ldc) {
-    const int blocks = (rows + MOST - 1) / MOST;
-    if constexpr (M < MOST)
-        if (M * blocks < rows) return in_blocks<F, Rows, MOST, M + 1>(x, ldx, rows, w, col, n, c, ldc);
-    dot_columns<F, Rows, M>(x, ldx, rows, w, col, n, c, ldc);
+template <class Weights, int M = 1>
+void in_blocks(const float* x, int rows, const Linear& w, int col, int n, float* c, int ldc) {
+    const int blocks = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+    if constexpr (M < ROWS_AT_ONCE)
+        if (M * blocks < rows) return in_blocks<Weights, M + 1>(x, rows, w, col, n, c, ldc);
+    dot_columns<Weights, M>(x, rows, w, col, n, c, ldc);
 }
 
 // c[rows][n] = x . rows [col, col + n) of w.
 template <Format F>
-void few_rows(const Factor<F>* x, int ldx, int rows, const Linear& w, int col, int n, float* c, int ldc) {
-#if defined(HAS_BF16_DOT)
-    if constexpr (PAIRS<F>) {
+void few_rows(const float* x, int rows, const Linear& w, int col, int n, float* c, int ldc) {
+#if WIDTH == 16
+    if constexpr (F == Format::bf16) {
         const Storage storage = rows > PACKED_ROWS ? Storage::none : w.storage;
-        if (storage == Storage::q4) return in_blocks<F, Q4, PACKED_ROWS>(x, ldx, rows, w, col, n, c, ldc);
-        if (storage == Storage::q8) return in_blocks<F, Q8, PACKED_ROWS>(x, ldx, rows, w, col, n, c, ldc);
+        if (storage == Storage::q4) return in_blocks<Q4>(x, rows, w, col, n, c, ldc);
+        if (storage == Storage::q8) return in_blocks<Q8>(x, rows, w, col, n, c, ldc);
     }
 #endif
-    in_blocks<F, Plain<F>, PAIRS<F> ? 8 : 4>(x, ldx, rows, w, col, n, c, ldc);
+    in_blocks<Plain<F>>(x, rows, w, col, n, c, ldc);
 }
 
 }  // namespace slices

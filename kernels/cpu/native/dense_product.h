@@ -20,7 +20,7 @@ struct Cut {
 
 // For n columns in all, `matrices` of which are multiplied in one unit.
 inline Cut cut_for(int rows, int n, int matrices, int threads) {
-    if (rows <= FEW_ROWS) return {1, rows, std::min(1024, round_up((n + 4 * threads - 1) / (4 * threads), 12))};
+    if (rows <= FEW_ROWS) return {1, rows, std::min(42 * COLUMNS, round_up((n + 4 * threads - 1) / (4 * threads), COLUMNS))};
     Cut cut;
     cut.row_blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
     cut.block_rows = round_up((rows + cut.row_blocks - 1) / cut.row_blocks, TILE_ROWS);
@@ -34,13 +34,12 @@ template <Format F>
 struct Rows {
     const void* x;
     int rows, in;
-    const Factor<F>* few = nullptr;
-    int ld;
+    const float* few = nullptr;
 
-    Rows(const void* x, int rows, int in) : x(x), rows(rows), in(in), ld(round_up(in, PADDED)) {
+    Rows(const void* x, int rows, int in) : x(x), rows(rows), in(in) {
         if (rows > FEW_ROWS) return;
-        auto* to = static_cast<Factor<F>*>(scratch(static_cast<long>(sizeof(Factor<F>)) * rows * ld, 1));
-        spread<F>(x, rows, in, to, ld);
+        float* to = static_cast<float*>(scratch(4L * rows * padded(in), 1));
+        spread<F>(x, rows, in, to);
         few = to;
     }
 };
@@ -60,7 +59,7 @@ void run_unit(const Rows<F>& x, const Linear* const (&w)[MATRICES], const Cut& c
         many_rows<F>(at<F>(x.x, (int64_t)sums.row * x.in), sums.rows, w, MATRICES, sums.col, sums.cols, c, ld);
     else
         for (int m = 0; m < MATRICES; m++)
-            few_rows<F>(x.few, x.ld, x.rows, *w[m], sums.col, sums.cols, c + (int64_t)m * x.rows * ld, ld);
+            few_rows<F>(x.few, x.rows, *w[m], sums.col, sums.cols, c + (int64_t)m * x.rows * ld, ld);
     use(sums);
 }
 

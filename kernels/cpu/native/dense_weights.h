@@ -1,4 +1,4 @@
-// Rows of weights as words of float32s or of bfloat16 pairs, from whatever they are stored in.
+// Rows of weights as vectors of words, or of float32s from whatever they are stored in.
 // Included after dense_values.h.
 
 namespace farshore {
@@ -40,108 +40,138 @@ inline vu words_at(const void* row, int i, int n) {
     return load_as<vu>(some);
 }
 
-// What `dots` reads N rows through: `steps` times `read` of row j gives VECTORS vectors of words.
+// What few rows of x are multiplied by: rows of weights from `row` on, as float32. `each<N>` gives N rows' vectors
+// to `use`, in the order of `spread`: of each step of bfloat16s the even ones, then the odd ones.
 template <Format F>
 struct Plain {
-    static constexpr int VECTORS = 1;
-
     Plain(const Linear& w, int row)
-        : in(w.in), steps((in + STEP<F> - 1) / STEP<F>), row_bytes(in * size_of(F)),
-          first(static_cast<const uint8_t*>(w.weight) + row * row_bytes) {}
+        : in(w.in), row_bytes(in * size_of(F)), first(static_cast<const uint8_t*>(w.weight) + row * row_bytes) {}
 
-    template <int N>
-    struct Scales {
-        void load(const Plain&, int) {}
-    };
-    template <int N>
-    void read(const Scales<N>&, int j, int step, vu (&words)[1]) const {
-        words[0] = words_at<F>(first + j * row_bytes, step * STEP<F>, in);
+    template <int N, class Use>
+    INLINE void each(Use&& use) const {
+        const int64_t ahead = N * row_bytes < 16384 ? N * row_bytes : 1024;
+        for (int i = 0; i < in; i += STEP<F>) {
+            vu words[N];
+            vf of[N];
+            unrolled<N>([&](auto j) INLINE {
+                words[j] = words_at<F>(first + j * row_bytes, i, in);
+                of[j] = F == Format::f32 ? (vf)words[j] : even(words[j]);
+                __builtin_prefetch(at<F>(first + j * row_bytes, i) + ahead);
+            });
+            use(of);
+            if (F == Format::f32) continue;
+            unrolled<N>([&](auto j) INLINE { of[j] = odd(words[j]); });
+            use(of);
+        }
     }
-    const uint8_t* line(int j, int step) const { return first + j * row_bytes + step * 4 * WIDTH; }
 
-    int in, steps;
+    int in;
     int64_t row_bytes;
     const uint8_t* first;
 };
 
-#if defined(HAS_BF16_DOT)
+#if WIDTH == 16
 
-// Four-bit weights: 64 at a time are two blocks, whose values d i + m for i = 0 .. 15 make a table each. Rounding
-// those rounds the weights: d i is exact in float32, so nothing depends on the order.
+// The nearest bfloat16, ties to even, by Veltkamp's splitting: the product with 2^16 + 1 is rounded where a bfloat16
+// ends. Of a tie all later bits are 0, so that the product's parity is the bfloat16's. Up to 2^110.
+inline vf nearest_bf16(vf x) {
+    vf p = x * 65537.0f;
+    asm("" : "+v"(p));  // Rounded here, whatever may be contracted.
+    return p + (x - p);
+}
+
+// Eight, four or one float16s as float32s that the compiler takes for memory: broadcasts are then loads, which
+// cost nothing beside the arithmetic, and not shuffles.
+template <int COUNT>
+inline void load_scales(const uint8_t* from, float* to) {
+    if constexpr (COUNT == 8) _mm256_store_ps(to, _mm256_cvtph_ps(load_as<__m128i>(from)));
+    if constexpr (COUNT == 4) _mm_store_ps(to, _mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)from)));
+    if constexpr (COUNT == 1) *to = _cvtsh_ss(load_as<uint16_t>(from));
+    asm("" : "+m"(*(float(*)[COUNT])to));
+}
+
+// Four-bit weights: a block's values d i + m for i = 0 .. 15 make a table. Rounding that rounds the weights: d i is
+// exact in float32, so nothing depends on the order.
 struct Q4 {
-    static constexpr int VECTORS = 2;
-    static constexpr int SCALED = 4;  // steps whose scales are one vector
-
     Q4(const Linear& w, int row)
-        : steps((w.in + 63) / 64), row_bytes(40L * steps), first(w.packed + row * row_bytes) {}
+        : pairs((w.in + 63) / 64), row_bytes(40L * pairs), first(w.packed + row * row_bytes) {}
 
-    template <int N>
-    struct Scales {
-        alignas(64) float of[N][16];
-
-        void load(const Q4& w, int step) {
-            if (step % SCALED) return;
-            const int left = 4 * (w.steps - step);
-            const __mmask16 some = left < 16 ? (1u << left) - 1 : 0xffff;
-            for (int j = 0; j < N; j++) {
-                const uint8_t* from = w.first + j * w.row_bytes + 32L * w.steps + 8L * step;
-                _mm512_store_ps(of[j], _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, from)));
-            }
-        }
-    };
-    template <int N>
-    void read(const Scales<N>& scales, int j, int step, vu (&words)[2]) const {
-        const __m256i bytes = load_as<__m256i>(first + j * row_bytes + 32L * step);
-        const __m512i both = _mm512_cvtepu8_epi16(bytes);
-        const float* of = scales.of[j] + 4 * (step % SCALED);
-        const auto values = [&](const float* d, __m512i index) {
-            const vf i = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-            const __m256i table = (__m256i)to_bf16(i * d[0] + d[1]);
-            return (vu)_mm512_permutexvar_epi16(index, _mm512_castsi256_si512(table));
-        };
-        words[0] = values(of, _mm512_and_si512(both, _mm512_set1_epi16(15)));
-        words[1] = values(of + 2, _mm512_srli_epi16(both, 4));
+    template <int N, class Use>
+    INLINE void each(Use&& use) const {
+        const uint8_t *line = first, *scales = first + 32L * pairs;
+        for (int pair = 0; pair + 2 <= pairs; pair += 2, line += 64, scales += 16) blocks<N, 4>(line, scales, use);
+        if (pairs % 2) blocks<N, 2>(line, scales, use);
     }
-    const uint8_t* line(int j, int step) const { return first + j * row_bytes + 40L * step; }
 
-    int steps;
+    // COUNT blocks of N rows: nibble 2k of word l is weight 2l of block k, nibble 2k + 1 the next one. What lies
+    // above a nibble does not matter to a table of 16.
+    template <int N, int COUNT, class Use>
+    INLINE void blocks(const uint8_t* line, const uint8_t* from, Use&& use) const {
+        alignas(32) float scales[N][2 * COUNT];
+        for (int j = 0; j < N; j++) {
+            load_scales<2 * COUNT>(from + j * row_bytes, scales[j]);
+            __builtin_prefetch(line + j * row_bytes + AHEAD);
+        }
+        unrolled<COUNT>([&](auto k) INLINE {
+            const vf i = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+            __m512i index[N];
+            __m512 table[N];
+            vf of[N];
+            unrolled<N>([&](auto j) INLINE {
+                table[j] = (__m512)nearest_bf16(i * scales[j][2 * k] + scales[j][2 * k + 1]);
+                const uint8_t* at = line + j * row_bytes;
+                index[j] = COUNT == 4 ? load_as<__m512i>(at + k)
+                                      : _mm512_srli_epi32((__m512i)widen(load_as<vh>(at)), 8 * k);
+                of[j] = (vf)_mm512_permutexvar_ps(index[j], table[j]);
+            });
+            use(of);
+            unrolled<N>([&](auto j) INLINE {
+                of[j] = (vf)_mm512_permutexvar_ps(_mm512_srli_epi32(index[j], 4), table[j]);
+            });
+            use(of);
+        });
+    }
+
+    static constexpr int AHEAD = 2048;
+
+    int pairs;
     int64_t row_bytes;
     const uint8_t* first;
 };
 
 // Eight-bit weights d i, in blocks of 32.
 struct Q8 {
-    static constexpr int VECTORS = 1;
-    static constexpr int SCALED = 16;
-
     Q8(const Linear& w, int row)
-        : steps((w.in + 31) / 32), row_bytes(34L * steps), first(w.packed + row * row_bytes) {}
+        : blocks((w.in + 31) / 32), row_bytes(34L * blocks), first(w.packed + row * row_bytes) {}
 
-    template <int N>
-    struct Scales {
-        alignas(64) float of[N][16];
-
-        void load(const Q8& w, int step) {
-            if (step % SCALED) return;
-            const int left = w.steps - step;
-            const __mmask16 some = left < 16 ? (1u << left) - 1 : 0xffff;
-            for (int j = 0; j < N; j++) {
-                const uint8_t* from = w.first + j * w.row_bytes + 32L * w.steps + 2L * step;
-                _mm512_store_ps(of[j], _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, from)));
-            }
-        }
-    };
-    template <int N>
-    void read(const Scales<N>& scales, int j, int step, vu (&words)[1]) const {
-        const int8_t* from = reinterpret_cast<const int8_t*>(first + j * row_bytes + 32L * step);
-        const float d = scales.of[j][step % SCALED];
-        const vf low = (vf)_mm512_cvtepi32_ps((__m512i)widen(load_as<vb>(from))) * d;
-        const vf high = (vf)_mm512_cvtepi32_ps((__m512i)widen(load_as<vb>(from + 16))) * d;
-        words[0] = (vu)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    template <int N, class Use>
+    INLINE void each(Use&& use) const {
+        const uint8_t *line = first, *scales = first + 32L * blocks;
+        int b = 0;
+        for (; b + 4 <= blocks; b += 4, line += 128, scales += 8) some<N, 4>(line, scales, use);
+        for (; b < blocks; b++, line += 32, scales += 2) some<N, 1>(line, scales, use);
     }
-    const uint8_t* line(int j, int step) const { return first + j * row_bytes + 34L * step; }
 
-    int steps;
+    template <int N, int COUNT, class Use>
+    INLINE void some(const uint8_t* line, const uint8_t* from, Use&& use) const {
+        alignas(16) float scales[N][COUNT];
+        for (int j = 0; j < N; j++) {
+            load_scales<COUNT>(from + j * row_bytes, scales[j]);
+            for (int b = 0; b < 32 * COUNT; b += 64) __builtin_prefetch(line + j * row_bytes + b + AHEAD);
+        }
+        unrolled<2 * COUNT>([&](auto half) INLINE {
+            vf of[N];
+            unrolled<N>([&](auto j) INLINE {
+                const vi whole = widen(load_as<vb>((const int8_t*)line + j * row_bytes + 16 * half));
+                of[j] = nearest_bf16(__builtin_convertvector(whole, vf) * scales[j][half / 2]);
+            });
+            use(of);
+        });
+    }
+
+    static constexpr int AHEAD = 4096;
+
+    int blocks;
     int64_t row_bytes;
     const uint8_t* first;
 };

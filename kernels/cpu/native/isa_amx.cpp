@@ -23,7 +23,7 @@
 #include "kernels.h"
 
 const farshore::Kernels& farshore::amx_kernels() {
-    static const Kernels kernels{"amx", amx::partial, amx::extend, amx::merge, amx::dense};
+    static const Kernels kernels{"amx", amx::partial, amx::extend, amx::merge, avx512_bf16_kernels().dense};
     return kernels;
 }
 #endif

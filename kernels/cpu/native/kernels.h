@@ -10,12 +10,14 @@
 #include "amx.h"
 #include "attend.h"
 #endif
+#if !defined(HAS_AMX)  // they have no use for tiles
 #include "dense_values.h"
 #include "dense_weights.h"
 #include "dense_few.h"
 #include "dense_many.h"
 #include "dense_product.h"
 #include "dense_layer.h"
+#endif
 
 namespace farshore {
 namespace ISA {

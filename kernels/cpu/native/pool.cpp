@@ -3,8 +3,15 @@
 #include <pthread.h>
 #include <sched.h>
 
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <chrono>
+#include <climits>
 #include <cstdint>
 #include <cstdlib>
 #include <exception>
@@ -14,17 +21,31 @@
 #include <utility>
 #include <vector>
 
+#include "awake.h"
+
 namespace farshore {
 namespace {
 
 // How long a worker waits awake for the next task. Longer takes the core from others.
 std::atomic<int> spin_us{SPIN_US};
 
-inline void relax() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
+static_assert(sizeof(std::atomic<uint32_t>) == sizeof(uint32_t) && std::atomic<uint32_t>::is_always_lock_free);
+
+// Sleeps until `word` is woken, unless it is no longer `seen`. Not std::atomic::wait, which yields before it sleeps:
+// see awake.h.
+void sleep_while(std::atomic<uint32_t>& word, uint32_t seen) {
+#if defined(__linux__)
+    syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+#else
+    word.wait(seen, std::memory_order_acquire);
+#endif
+}
+
+void wake_all(std::atomic<uint32_t>& word) {
+#if defined(__linux__)
+    syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+#else
+    word.notify_all();
 #endif
 }
 
@@ -48,8 +69,8 @@ class Pool {
         failed_.store(false, std::memory_order_relaxed);
         next_.store(0, std::memory_order_relaxed);
         inside_.store(OPEN, std::memory_order_release);
-        generation_.fetch_add(1, std::memory_order_release);
-        generation_.notify_all();
+        generation_.fetch_add(1);
+        if (asleep_.load() > 0) wake_all(generation_);
         take();
         // Closed: who comes now stays out. Then wait for those inside; they have at most one item left.
         inside_.fetch_sub(OPEN, std::memory_order_acq_rel);
@@ -91,11 +112,14 @@ class Pool {
     void work(int id) {
         uint32_t seen = 0;
         for (;;) {
-            const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(spin_us.load(std::memory_order_relaxed));
+            Awake awake{std::chrono::microseconds(spin_us.load(std::memory_order_relaxed))};
             uint32_t now;
-            while ((now = generation_.load(std::memory_order_acquire)) == seen) {
-                relax();
-                if (std::chrono::steady_clock::now() > until) generation_.wait(seen, std::memory_order_acquire);
+            while ((now = generation_.load()) == seen) {
+                if (awake.once_more()) continue;
+                // Either the caller sees this, or the new generation is seen here.
+                asleep_.fetch_add(1);
+                sleep_while(generation_, seen);
+                asleep_.fetch_sub(1);
             }
             seen = now;
             int inside = inside_.load(std::memory_order_acquire);
@@ -107,6 +131,7 @@ class Pool {
     }
 
     std::atomic<uint32_t> generation_{0};
+    std::atomic<int> asleep_{0};
     std::atomic<int> inside_{0};
     std::atomic<int> next_{0};
     std::atomic<bool> failed_{false};

@@ -14,9 +14,9 @@ void parallel_for(int count, int threads, Body&& body) {
         count, threads, [](void* context, int i) { (*static_cast<Body*>(context))(i); }, &body);
 }
 
-// Workers wait awake for the next task for that long, then sleep. At first SPIN_US, which bridges the gap between
-// calls of one native loop. Where Python comes between two calls of a step, and the cores are free, that is too
-// little: decoding SmolLM2, a layer's `finish` took 189 us with 20 and 154 with 200.
+// Workers wait awake for the next task for that long (see awake.h), then sleep. At first SPIN_US, which bridges the
+// gap between calls of one native loop. Where Python comes between two calls of a step, or an attention worker that
+// shares the cores, that is too little: decoding SmolLM2, a layer's `finish` took 189 us with 20 and 154 with 200.
 constexpr int SPIN_US = 20;
 void wait_awake(int microseconds);
 
