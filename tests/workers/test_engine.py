@@ -30,7 +30,7 @@ class Flaky:
     def __init__(self, peer):
         self._peer = peer
         self.store = peer.store
-        self.transport = Transport.TCP
+        self.transport = self.bulk_transport = Transport.TCP
         self.waits = 0
         self.break_at = set()
         self.die_at = None
