@@ -38,7 +38,8 @@ class Sizes:
     starts: int = 3
     kv_bytes: int = 2 << 30
     read_bytes: int = 1 << 29
-    gemm: str = "bfloat16 2048"
+    gemms: tuple[str, ...] = ("bfloat16 2048", "float32 2048")
+    """The faster one is the limit: a bfloat16 dot may take longer than the float32 FMAs it replaces."""
     rounds: int = 5
 
 
@@ -71,7 +72,7 @@ class Setting:
         self._load = load or load_demo
         self._model: Llama | None = None
         self._memory: torch.Tensor | None = None
-        self._product: tuple[Callable[[], object], int] | None = None
+        self._products: dict[str, tuple[Callable[[], object], int]] = {}
         torch.set_num_threads(facts.threads)
 
     @property
@@ -82,16 +83,18 @@ class Setting:
         return self._model
 
     def limits(self) -> Limits:
-        """The better of the readers and the one product, in turns."""
-        if self._memory is None or self._product is None:
+        """The best of the readers and of the products, in turns."""
+        if self._memory is None:
             self._memory = allocate(self.sizes.read_bytes)
             self._memory.fill_(1)
-            self._product = machine.gemm(self.sizes.gemm)
-        memory, (product, flops) = self._memory, self._product
+            self._products = {name: machine.gemm(name) for name in self.sizes.gemms}
+        memory = self._memory
         readers = {name: (lambda read=read: read(memory)) for name, read in machine.READERS.items()}
-        timed = interleave({**readers, "gemm": product}, rounds=self.sizes.rounds, warm_up=1)
+        products = {name: product for name, (product, _) in self._products.items()}
+        timed = interleave({**readers, **products}, rounds=self.sizes.rounds, warm_up=1)
         read_s = min(timed[name].median_s for name in readers)
-        return Limits(memory.numel() / read_s / 1e9, flops / timed["gemm"].median_s / 1e9)
+        rate = max(flops / timed[name].median_s for name, (_, flops) in self._products.items())
+        return Limits(memory.numel() / read_s / 1e9, rate / 1e9)
 
 
 def weight_elements(config: ModelConfig) -> tuple[int, int]:

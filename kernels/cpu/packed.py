@@ -6,8 +6,8 @@ of the bytes changes no result. Called by ``models.native_llama``. Must not know
 
 A packed row, w = in / 32 blocks, in four bits filled up with zeros to an even number:
 
-- four bits: of each four blocks 16 words; nibbles 2k and 2k + 1 of word l are weights 2l and 2l + 1 of block k.
-  Two blocks that are left make 16 half words. Behind them for each block float16 d, m.
+- four bits: of each four blocks 16 words; nibbles 2k and 2k + 1 of word l are weights 2l and 2l + 1 of block
+  k. Two blocks that are left make 16 half words. Behind them for each block float16 d, m.
 - eight bits: of each block 16 int8, the even weights, then the 16 odd ones; behind them w times float16 d.
 """
 

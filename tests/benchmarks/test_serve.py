@@ -46,7 +46,7 @@ TINY = Sizes(
     beside_tokens=1000,
     kv_bytes=64 << 20,
     read_bytes=1 << 16,
-    gemm="bfloat16 16",
+    gemms=("bfloat16 16", "float32 16"),
     rounds=2,
 )
 

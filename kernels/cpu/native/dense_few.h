@@ -11,18 +11,11 @@ constexpr int FEW_ROWS = 32;
 // each of the blocks that the rows are cut into.
 constexpr int PACKED_ROWS = 8;
 
-// Rows whose sums, for some columns, fit into the registers.
-#if WIDTH == 16
-constexpr int ROWS_AT_ONCE = 8;
-#else
-constexpr int ROWS_AT_ONCE = 4;
-#endif
-
 // Columns whose sums, of M rows, fit into the registers with their weights.
 template <int M>
 constexpr int columns_at_once() {
 #if WIDTH == 16
-    return M <= 2 ? 8 : M <= 4 ? 6 : M <= 6 ? 4 : M <= 8 ? 3 : 2;
+    return M <= 2 ? 8 : M == 3 ? 6 : M == 4 ? 4 : M <= 8 ? 3 : 2;
 #else
     return M <= 2 ? 6 : M == 3 ? 4 : 3;
 #endif
@@ -127,12 +120,12 @@ void dot_columns(const float* x, int rows, const Linear& w, int col, int n, floa
     for (; j < n; j++) columns(std::integral_constant<int, 1>{}, j);
 }
 
-// The rows in as few blocks as the registers allow, of about one size.
-template <class Weights, int M = 1>
+// The rows in as few blocks of at most MOST as can be, of about one size.
+template <class Weights, int MOST, int M = 1>
 void in_blocks(const float* x, int rows, const Linear& w, int col, int n, float* c, int ldc) {
-    const int blocks = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
-    if constexpr (M < ROWS_AT_ONCE)
-        if (M * blocks < rows) return in_blocks<Weights, M + 1>(x, rows, w, col, n, c, ldc);
+    const int blocks = (rows + MOST - 1) / MOST;
+    if constexpr (M < MOST)
+        if (M * blocks < rows) return in_blocks<Weights, MOST, M + 1>(x, rows, w, col, n, c, ldc);
     dot_columns<Weights, M>(x, rows, w, col, n, c, ldc);
 }
 
@@ -140,13 +133,15 @@ void in_blocks(const float* x, int rows, const Linear& w, int col, int n, float*
 template <Format F>
 void few_rows(const float* x, int rows, const Linear& w, int col, int n, float* c, int ldc) {
 #if WIDTH == 16
-    if constexpr (F == Format::bf16) {
-        const Storage storage = rows > PACKED_ROWS ? Storage::none : w.storage;
-        if (storage == Storage::q4) return in_blocks<Q4>(x, rows, w, col, n, c, ldc);
-        if (storage == Storage::q8) return in_blocks<Q8>(x, rows, w, col, n, c, ldc);
-    }
+    const Storage storage = F == Format::f32 || rows > PACKED_ROWS ? Storage::none : w.storage;
+    if (storage == Storage::q4) return in_blocks<Q4, PACKED_ROWS>(x, rows, w, col, n, c, ldc);
+    if (storage == Storage::q8) return in_blocks<Q8, PACKED_ROWS>(x, rows, w, col, n, c, ldc);
+    // Twelve rows by two columns take more loads than eight by three, but fewer instructions than twice six.
+    if (rows <= 12) return in_blocks<Plain<F>, 12>(x, rows, w, col, n, c, ldc);
+    in_blocks<Plain<F>, 8>(x, rows, w, col, n, c, ldc);
+#else
+    in_blocks<Plain<F>, 4>(x, rows, w, col, n, c, ldc);
 #endif
-    in_blocks<Plain<F>>(x, rows, w, col, n, c, ldc);
 }
 
 }  // namespace slices

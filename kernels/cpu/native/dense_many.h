@@ -13,30 +13,40 @@ constexpr int TILE_ROWS = 6, TILE_VECTORS = 2;
 constexpr int TILE_ROWS = 3, TILE_VECTORS = 3;
 #endif
 constexpr int PANEL = TILE_VECTORS * WIDTH;
-// A block of x, [BLOCK_ROWS][BLOCK_WORDS], and the sums it adds to share L2; a panel of W lies in L1.
-constexpr int BLOCK_ROWS = 144, BLOCK_WORDS = 320, BLOCK_OUT = 288;
+// A block of x, [BLOCK_ROWS][BLOCK_WORDS], and the sums it adds to share L2; a panel of W and a tile's rows of x share
+// L1. (With 320 words, which do not fit into 48 KiB, 4% slower.)
+constexpr int BLOCK_ROWS = 280, BLOCK_WORDS = 192;
+// Columns of a block, of one matrix or of each of two: whole panels.
+constexpr int BLOCK_OUT[] = {288, 192};
 
 // Elements in a factor of the inner loop: a pair, or one.
 template <Format F>
 constexpr int PER_WORD = PAIRS<F> ? 2 : 1;
 
-// c[M][PANEL] (+)= a[M][words] b[words][PANEL]
+// c[M][PANEL] (+)= a[M][words] b[words][PANEL]; the sums of the next M rows are fetched meanwhile.
 template <Format F, int M>
 inline void tile(const uint32_t* a, int lda, const uint32_t* b, int words, float* c, int ldc, bool add) {
     vf sums[M][TILE_VECTORS];
-    for (int i = 0; i < M; i++)
-        for (int j = 0; j < TILE_VECTORS; j++) sums[i][j] = add ? load(c + (int64_t)i * ldc + j * WIDTH) : vf{};
+    unrolled<M>([&](auto i) INLINE {
+        float* row = c + (int64_t)i * ldc;
+        unrolled<TILE_VECTORS>([&](auto j) INLINE {
+            sums[i][j] = add ? load(row + j * WIDTH) : vf{};
+            __builtin_prefetch(row + (int64_t)M * ldc + j * WIDTH, 1);
+        });
+    });
     for (int p = 0; p < words; p++) {
         vu w[TILE_VECTORS];
-        for (int j = 0; j < TILE_VECTORS; j++) w[j] = load_as<vu>(b + p * PANEL + j * WIDTH);
-        for (int i = 0; i < M; i++) {
+        unrolled<TILE_VECTORS>([&](auto j) INLINE { w[j] = load_as<vu>(b + p * PANEL + j * WIDTH); });
+        unrolled<M>([&](auto i) INLINE {
             const vu x = a[(int64_t)i * lda + p] + vu{};
-            for (int j = 0; j < TILE_VECTORS; j++)
+            unrolled<TILE_VECTORS>([&](auto j) INLINE {
                 sums[i][j] = PAIRS<F> ? dot_pairs(sums[i][j], x, w[j]) : sums[i][j] + (vf)x * (vf)w[j];
-        }
+            });
+        });
     }
-    for (int i = 0; i < M; i++)
-        for (int j = 0; j < TILE_VECTORS; j++) store(c + (int64_t)i * ldc + j * WIDTH, sums[i][j]);
+    unrolled<M>([&](auto i) INLINE {
+        unrolled<TILE_VECTORS>([&](auto j) INLINE { store(c + (int64_t)i * ldc + j * WIDTH, sums[i][j]); });
+    });
 }
 
 template <Format F, int M>

@@ -25,7 +25,7 @@ inline Cut cut_for(int rows, int n, int matrices, int threads) {
     cut.row_blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
     cut.block_rows = round_up((rows + cut.row_blocks - 1) / cut.row_blocks, TILE_ROWS);
     cut.row_blocks = (rows + cut.block_rows - 1) / cut.block_rows;
-    cut.cols = std::min(BLOCK_OUT / matrices, round_up((n + threads - 1) / threads, PANEL));
+    cut.cols = std::min(BLOCK_OUT[matrices - 1], round_up((n + threads - 1) / threads, PANEL));
     return cut;
 }
 
