@@ -88,8 +88,7 @@ void absorb_span(Attend& attend, const Plan& plan, const Span& span, int layer) 
         Prefetch prefetch;
         if (done < span.count) {
             const Tokens next = tile_of(plan, span, done, attend.tile, layer);
-            // V first: a tile's values are packed before its logits are computed.
-            prefetch = Prefetch(next.v, next.count * next.v_stride, next.k, next.count * next.k_stride);
+            prefetch = Prefetch(next.k, next.count * next.k_stride, next.v, next.count * next.v_stride);
         }
         attend.absorb(now, prefetch);
     }

@@ -11,7 +11,7 @@
 namespace farshore {
 namespace ISA {
 
-constexpr int LANES_TILE = 128;    // tokens: a panel's weights take half of L1
+constexpr int LANES_TILE = 64;     // tokens: their K and V, widened, and a panel's weights lie in L1
 constexpr int PANEL_VECTORS = 3;   // ELEMENTS x PANEL_VECTORS sums live in registers
 #if WIDTH == 16
 constexpr int ELEMENTS = 8;
