@@ -50,18 +50,18 @@ inline void put(void* row, int i, int n, vf x) {
     }
 }
 
-#define INLINE __attribute__((always_inline))
-
 template <int I>
 constexpr std::integral_constant<int, I> number{};
 
 // body(i) for i = 0 .. N - 1, each a constant of its own: arrays that are indexed by it live in registers.
 template <int N, class Body>
-INLINE inline void unrolled(Body&& body) {
-    [&]<int... I>(std::integer_sequence<int, I...>) INLINE {
+__attribute__((always_inline)) inline void unrolled(Body&& body) {
+    [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
         (body(std::integral_constant<int, I>{}), ...);
     }(std::make_integer_sequence<int, N>{});
 }
+#define INLINE __attribute__((always_inline))
+
 inline float lane_sum(vf v) {
 #if WIDTH == 16
     return _mm512_reduce_add_ps((__m512)v);
