@@ -51,6 +51,10 @@ class Peer(Protocol):
     def transport(self) -> Transport | None:
         """What carries its hot frames; None while nothing is connected."""
 
+    @property
+    def bulk_transport(self) -> Transport | None:
+        """What carries the store's KV; None while nothing is connected."""
+
     def identify(self) -> ShardIdentity: ...
 
     def begin(self, step: ShardStep) -> None:

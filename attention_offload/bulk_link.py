@@ -26,7 +26,7 @@ class BulkLink:
         self._stream: BulkStream | None = None
         self._grpc_calls = 0
         self.transport: Transport | None = None
-        """What it is connected by; None while there is no connection."""
+        """What carried the last transfer; None while there is no connection."""
 
     def run(self, transfer: Callable[[BulkStream], None]) -> bool:
         """Whether it was done; False where gRPC has to. ``transfer`` may be run twice: the shard may have
@@ -72,6 +72,7 @@ class BulkLink:
         connected = self._dialler.connect(None)
         if connected is None:
             self._grpc_calls = GRPC_FOR_CALLS
+            self.transport = Transport.GRPC
             return None
         self._stream = BulkStream(connected.connection, self._address)
         self.transport = connected.transport

@@ -96,7 +96,7 @@ class Fanout:
 
     def links(self) -> list[Link]:
         """What frames to each shard have taken. May be asked from another thread."""
-        return links(self._records, {worker: peer.transport for worker, peer in self._peers.items()})
+        return links(self._records, {worker: _ways(peer) for worker, peer in self._peers.items()})
 
     def begin(self, plan: StepPlan, micro_batches: Sequence[range]) -> None:
         """Announce the step to every shard it reads from. Raises TransportError for one that is gone, and
@@ -269,6 +269,14 @@ class Fanout:
     def _heads(self, lane: _Lane, layer: int) -> slice:
         per_group = self._model.specs[self._model.layer_class[layer]].q_heads_per_group
         return slice(lane.step.group0 * per_group, lane.step.group1 * per_group)
+
+
+def _ways(peer: Peer) -> str:
+    """How a shard is reached, for people; empty while it is not."""
+    frames, kv = peer.transport, peer.bulk_transport
+    if frames is None or kv is None or kv is frames:
+        return frames or ""
+    return f"{frames}, KV over {kv}"
 
 
 def _send_s(lane: _Lane) -> float:

@@ -20,7 +20,7 @@ from farshore.kvstore.base import ShardStore
 class InProcessPeer:
     """A :class:`~farshore.attention_offload.base.Peer` by direct calls; never raises TransportError."""
 
-    transport = Transport.IN_PROCESS
+    transport = bulk_transport = Transport.IN_PROCESS
 
     def __init__(
         self,

@@ -11,7 +11,6 @@ from math import log2
 from statistics import median
 from typing import NamedTuple
 
-from farshore.attention_offload.frames import Transport
 from farshore.ids import WorkerId
 
 STEPS_AN_OCTAVE = 4
@@ -95,8 +94,8 @@ class Link(NamedTuple):
     """What status shows of the way to one shard: from sending q to having its state."""
 
     worker_id: WorkerId
-    transport: Transport | None
-    """None: not connected now."""
+    transport: str
+    """What carries frames, and KV where that is another; empty: not connected now."""
     frames: int
     failures: int
     p50_ms: float
@@ -105,9 +104,7 @@ class Link(NamedTuple):
     """It takes three times as long as it used to, or as the other shards take, for as much work."""
 
 
-def links(
-    records: Mapping[WorkerId, LinkRecord], transports: Mapping[WorkerId, Transport | None]
-) -> list[Link]:
+def links(records: Mapping[WorkerId, LinkRecord], transports: Mapping[WorkerId, str]) -> list[Link]:
     """Of the shards that have answered, or should have."""
     return [
         Link(

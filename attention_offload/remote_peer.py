@@ -65,6 +65,10 @@ class RemotePeer:
         """Of hot frames; None while there is no connection for them."""
         return self._stream.transport if self._stream else None
 
+    @property
+    def bulk_transport(self) -> Transport | None:
+        return self.store.transport
+
     def identify(self) -> ShardIdentity:
         try:
             message = self._stub.Identify(pb.IdentifyRequest(), timeout=CALL_DEADLINE_S)

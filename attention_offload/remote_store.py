@@ -44,6 +44,11 @@ class RemoteStore:
         self._layouts: dict[SpanId, KVLayout] = {}
         """Of the spans held."""
 
+    @property
+    def transport(self) -> Transport | None:
+        """What carries KV; None while nothing is connected."""
+        return self._bulk.transport
+
     def create(self, key: SpanKey, *, capacity_tokens: int, layout: KVLayout, epoch: Epoch) -> SpanId:
         request = pb.CreateRequest(
             key=codec.key_to_pb(key),

@@ -102,6 +102,8 @@ def shared_against_separate(at: Setting, *, shape: Shape) -> tuple[list[Result],
             "shared": _partial(at, kv, shared_rows=rows, first_layer=kv.layers // 2),
         },
         bytes_a_round=kv.layer_bytes,
+        # A tenth: of more, the shared segment's layers would come round while they are still cached.
+        least_run_s=at.sizes.machine.least_run_s / 10,
     )
     separate = Result(_name(kv), timed["separate"], _figures(at, kv, timed["separate"]))
     times = timed["separate"].over(timed["shared"])

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -96,6 +97,10 @@ class Engine:
         self._requests = Requests(limits.waiting)
         self._running: list[Sequence] = []
         self._no_room = False  # for the first that waits, until somebody ends
+        self._ended = 0
+        self._placer = ThreadPoolExecutor(1, thread_name_prefix="place")
+        self._placing: tuple[Sequence, int, Future[None]] | None = None
+        """Who is being placed, how many had ended when that began, and what comes of it."""
         self._step = 0
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
@@ -112,6 +117,7 @@ class Engine:
             self._thread.join(timeout_s)
             if self._thread.is_alive():
                 raise DeadlineExceeded(f"the engine's round did not end within {timeout_s:.0f} s")
+        self._placer.shutdown(wait=True)
         self._prompts.close()
         self._cache.close()
 
@@ -210,24 +216,37 @@ class Engine:
     def _admit(self) -> None:
         """First come, first served: grant memory to waiting sequences while there is any."""
         while not self._no_room:
-            sequence = self._requests.first_waiting()
-            if sequence is None:
-                return
             live = list(self._live())
-            if live and sum(s.completions for s in (*live, sequence)) > self._limits.running:
+            if self._placing is None and not self._start_placing(live):
                 return
-            try:
-                promised = sum(s.most_tokens - s.committed for s in live)
-                self._cache.place(sequence, promised_tokens=promised)
-            except FarshoreError as error:
-                if isinstance(error, Full) and live:
-                    self._no_room = True  # somebody will finish and free memory
-                else:
-                    self._fail(sequence, error)
-                continue
-            sequence.queued_s = time.monotonic() - sequence.arrived_s
-            self._requests.begin(sequence)
-            self._prompts.add(sequence)
+            assert self._placing is not None
+            sequence, ended, placed = self._placing
+            if live and not placed.done():
+                return  # they go on meanwhile: to touch new memory, or to ask a frozen shard, takes seconds
+            error = placed.exception()
+            self._placing = None
+            if error is None:
+                sequence.queued_s = time.monotonic() - sequence.arrived_s
+                self._requests.begin(sequence)
+                self._prompts.add(sequence)
+            elif not isinstance(error, FarshoreError):
+                raise error
+            elif not isinstance(error, Full) or (not live and ended == self._ended):
+                self._fail(sequence, error)
+            else:
+                self._no_room = ended == self._ended  # somebody will finish and free memory, if nobody has
+
+    def _start_placing(self, live: list[Sequence]) -> bool:
+        """Place whoever waits first, beside the loop. False: nobody waits, or enough are under way."""
+        sequence = self._requests.first_waiting()
+        if sequence is None:
+            return False
+        if live and sum(s.completions for s in (*live, sequence)) > self._limits.running:
+            return False
+        promised = sum(s.most_tokens - s.committed for s in live)
+        placed = self._placer.submit(self._cache.place, sequence, promised_tokens=promised)
+        self._placing = sequence, self._ended, placed
+        return True
 
     def _prefill_unit(self) -> bool:
         """One unit of a prompt; behind the last one, the first tokens. Whether there are more."""
@@ -337,6 +356,10 @@ class Engine:
         if not self._requests.forget(sequence):
             return False
         self._no_room = False
+        self._ended += 1
+        if self._placing is not None and self._placing[0] is sequence:
+            self._placing[2].exception()  # it has deadlines; then what was granted can be given back
+            self._placing = None
         self._prompts.remove(sequence)
         if sequence in self._running:
             self._running.remove(sequence)

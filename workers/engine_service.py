@@ -91,10 +91,7 @@ class EngineService(pb_grpc.EngineServicer):
                 attended_bytes=self._shards[self._worker].attended_bytes,
                 running=running,
                 waiting=waiting,
-                links=[
-                    api.ShardLink(**(link._asdict() | {"transport": link.transport or ""}))
-                    for link in self._engine.links()
-                ],
+                links=[api.ShardLink(**link._asdict()) for link in self._engine.links()],
             ),
             sequences=self._sequences(),
         )

@@ -1,9 +1,10 @@
 """Native CPU kernels: launchers with checks over the C++ in `native/`, signatures as in the reference.
 
-Arithmetic is float32; or bfloat16 products summed in float32, where q is bfloat16, the stored KV bfloat16 or
-quantised, and the CPU has the instructions. The instruction set is chosen at import. Neither `partial` nor
-`merge` allocates. Thread-safe, but a plan serves one call at a time: it owns the scratch that its splits are
-merged in.
+Arithmetic is float32, with two exceptions where q is bfloat16: products with bfloat16 or quantised KV are
+bfloat16's, summed in float32, on a CPU that is fast at them; and those of few queries with quantised KV are
+of 16-bit integers (docs/decisions/004-kernels.md). The instruction set is chosen at import. Neither `partial`
+nor `merge` allocates. Thread-safe, but a plan serves one call at a time: it owns the scratch that its splits
+are merged in.
 
 Floors (design.md §6, lse included; B bytes of KV a row reads, n new tokens, m keys, H heads, d dims):
 partial moves B and little else, so time >= B / read bandwidth; extend computes 4 n m H d / 2 operations, so

@@ -9,15 +9,23 @@ import pytest
 import torch
 
 from farshore.attention_offload.base import AttentionModel
-from farshore.attention_offload.frames import REMOTE, Transport
+from farshore.attention_offload.bulk_server import serve_bulk
+from farshore.attention_offload.connect import WELCOME
+from farshore.attention_offload.frame_server import FrameListener, serve_frames
+from farshore.attention_offload.frame_stream import FrameStream
+from farshore.attention_offload.frames import REMOTE, Sent, Transport
+from farshore.attention_offload.in_process import InProcessPeer
 from farshore.attention_offload.plan import Read, ShardStep
 from farshore.attention_offload.remote_peer import RemotePeer
+from farshore.attention_offload.shard import AttendedBytes, ShardSession
 from farshore.ids import Epoch, SequenceId, WorkerId
-from farshore.kernels.base import AttentionSpec, KVLayout
+from farshore.kernels.base import AttentionSpec, KVLayout, State
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore.arena import Arena
 from farshore.kvstore.base import SpanKey
 from farshore.kvstore.store import LocalStore
+
+DEADLINE_S = 60.0
 
 
 class Workload:
@@ -197,3 +205,70 @@ def proxy_to():
     yield start
     for proxy in proxies:
         proxy.close()
+
+
+class Room:
+    """A store, a listener as a shard has it, and a span that must not change."""
+
+    def __init__(self, work):
+        self.work = work
+        self.store = LocalStore(worker=WorkerId("shard"), arena=Arena(1 << 20))
+        self.listener = FrameListener("127.0.0.1")
+        self.read = work.sealed_span(self.store, "a", 0, 20)
+        self.step = work.step([self.read])
+        self.digest = self.fingerprint()
+
+    def fingerprint(self):
+        return self.store.seal(self.read.span, 20, epoch=self.work.owner), [
+            part.tolist() for layer in range(2) for part in self.store.read(self.read.span, layer, 0, 20)
+        ]
+
+    def knock(self, serve, unix=True):
+        """A welcomed connection to a thread that runs ``serve``."""
+        offer = self.listener.expect(serve, tcp=True)
+        connection = socket.socket(socket.AF_UNIX if unix else socket.AF_INET)
+        connection.settimeout(DEADLINE_S)
+        connection.connect(f"\0{offer.unix_name}" if unix else self.listener.tcp_address)
+        connection.sendall(offer.token)
+        assert connection.recv(1) == WELCOME
+        return connection
+
+    def frames(self, unix):
+        session = ShardSession(self.store, self.work.model, AttendedBytes())
+        return self.knock(partial(serve_frames, session, self.work.dtype), unix)
+
+    def bulk(self):
+        return self.knock(partial(serve_bulk, self.store))
+
+    def check(self, unix):
+        """Everything is as it was, and an honest engine is served."""
+        assert self.fingerprint() == self.digest
+        self.store.check_integrity()
+        transport = Transport.SHARED_MEMORY if unix else Transport.TCP
+        stream = FrameStream(
+            self.frames(unix),
+            transport,
+            "shard",
+            self.work.model,
+            self.work.dtype,
+            frame_deadline_s=DEADLINE_S,
+        )
+        stream.begin(self.step)
+        sent = Sent(1, 0, 0, 1, 6)
+        out = State(torch.empty(1, 6, self.work.spec.v_dim), torch.empty(1, 6))
+        q = self.work.query()
+        stream.send(sent, q)
+        stream.wait(sent, out)
+        stream.close()
+        local = InProcessPeer(WorkerId("shard"), self.store, self.work.model)
+        local.begin(self.step)
+        expected = local.wait(local.send(0, 0, q))
+        assert torch.equal(out.o, expected.o) and torch.equal(out.lse, expected.lse)
+
+
+@pytest.fixture
+def room(work):
+    it = Room(work)
+    yield it
+    it.listener.close()
+    it.store.check_integrity()

@@ -9,7 +9,6 @@ import secrets
 import socket
 import struct
 import threading
-from functools import partial
 
 import pytest
 import torch
@@ -19,18 +18,10 @@ from hypothesis import strategies as st
 
 from farshore.attention_offload import codec
 from farshore.attention_offload.bulk import BulkStream, Kind
-from farshore.attention_offload.bulk_server import serve_bulk
-from farshore.attention_offload.connect import WELCOME
-from farshore.attention_offload.frame_server import FrameListener, serve_frames
 from farshore.attention_offload.frame_stream import FrameStream
 from farshore.attention_offload.frames import Sent, Transport, native
-from farshore.attention_offload.in_process import InProcessPeer
-from farshore.attention_offload.shard import AttendedBytes, ShardSession
 from farshore.errors import FarshoreError, InvalidRequest, TransportError
-from farshore.ids import WorkerId
 from farshore.kernels.base import State
-from farshore.kvstore.arena import Arena
-from farshore.kvstore.store import LocalStore
 from farshore.proto import attention_pb2 as pb
 
 pytestmark = pytest.mark.skipif(native() is None, reason="needs the native module")
@@ -45,73 +36,6 @@ FUZZ = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-
-
-class Room:
-    """A store, a listener as a shard has it, and a span that must not change."""
-
-    def __init__(self, work):
-        self.work = work
-        self.store = LocalStore(worker=WorkerId("shard"), arena=Arena(1 << 20))
-        self.listener = FrameListener("127.0.0.1")
-        self.read = work.sealed_span(self.store, "a", 0, 20)
-        self.step = work.step([self.read])
-        self.digest = self.fingerprint()
-
-    def fingerprint(self):
-        return self.store.seal(self.read.span, 20, epoch=self.work.owner), [
-            part.tolist() for layer in range(2) for part in self.store.read(self.read.span, layer, 0, 20)
-        ]
-
-    def knock(self, serve, unix=True):
-        """A welcomed connection to a thread that runs ``serve``."""
-        offer = self.listener.expect(serve, tcp=True)
-        connection = socket.socket(socket.AF_UNIX if unix else socket.AF_INET)
-        connection.settimeout(DEADLINE_S)
-        connection.connect(f"\0{offer.unix_name}" if unix else self.listener.tcp_address)
-        connection.sendall(offer.token)
-        assert connection.recv(1) == WELCOME
-        return connection
-
-    def frames(self, unix):
-        session = ShardSession(self.store, self.work.model, AttendedBytes())
-        return self.knock(partial(serve_frames, session, self.work.dtype), unix)
-
-    def bulk(self):
-        return self.knock(partial(serve_bulk, self.store))
-
-    def check(self, unix):
-        """Everything is as it was, and an honest engine is served."""
-        assert self.fingerprint() == self.digest
-        self.store.check_integrity()
-        transport = Transport.SHARED_MEMORY if unix else Transport.TCP
-        stream = FrameStream(
-            self.frames(unix),
-            transport,
-            "shard",
-            self.work.model,
-            self.work.dtype,
-            frame_deadline_s=DEADLINE_S,
-        )
-        stream.begin(self.step)
-        sent = Sent(1, 0, 0, 1, 6)
-        out = State(torch.empty(1, 6, self.work.spec.v_dim), torch.empty(1, 6))
-        q = self.work.query()
-        stream.send(sent, q)
-        stream.wait(sent, out)
-        stream.close()
-        local = InProcessPeer(WorkerId("shard"), self.store, self.work.model)
-        local.begin(self.step)
-        expected = local.wait(local.send(0, 0, q))
-        assert torch.equal(out.o, expected.o) and torch.equal(out.lse, expected.lse)
-
-
-@pytest.fixture
-def room(work):
-    it = Room(work)
-    yield it
-    it.listener.close()
-    it.store.check_integrity()
 
 
 def read_all(connection):
@@ -362,69 +286,6 @@ def test_bulk_garbage_is_answered_with_what_was_wrong(room):
             connection.sendall(data)
             answer = read_all(connection)
         assert answer[0] == Kind.FAILED and error in pb.Failure.FromString(answer[16:]).message
-
-
-# -- the codec ---------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(data=st.binary(max_size=200))
-def test_no_bytes_make_the_codec_raise_anything_of_its_own(data):
-    """Any bytes are a message, or DecodeError; any message is a step or a model, or InvalidRequest."""
-    for message, decode in ((pb.Step, codec.step_from_pb), (pb.Open, codec.model_from_pb)):
-        try:
-            decode(message.FromString(data))
-        except (DecodeError, InvalidRequest):
-            continue
-
-
-STEPS = st.builds(
-    pb.Step,
-    step=NUMBERS,
-    positions=st.lists(st.integers(0, 2**40), max_size=3),
-    group0=st.integers(0, 4) | NUMBERS,
-    group1=st.integers(0, 4) | NUMBERS,
-    micro_batch_rows=st.lists(st.integers(0, 3) | NUMBERS, max_size=3),
-    reads=st.lists(
-        st.builds(
-            pb.ReadList,
-            reads=st.lists(
-                st.builds(
-                    pb.ReadItem,
-                    span_id=st.sampled_from(["shard/0", "shard/9"]),
-                    origin=st.integers(0, 30),
-                    first=st.integers(0, 30) | st.integers(0, 2**64 - 1),
-                    last=st.integers(0, 30) | st.integers(0, 2**64 - 1),
-                    group0=st.integers(0, 4) | NUMBERS,
-                    group1=st.integers(0, 4) | NUMBERS,
-                    row=st.integers(0, 3) | NUMBERS,
-                    rows=st.integers(0, 3) | NUMBERS,
-                ),
-                max_size=3,
-            ),
-        ),
-        min_size=1,
-        max_size=2,
-    ),
-)
-
-
-@settings(parent=FUZZ, max_examples=150)
-@given(message=STEPS)
-def test_a_shard_looks_at_every_number_of_a_step_before_it_reads_memory(room, message):
-    """A step that is a message but makes no sense is refused before the kernels see it, or attends to what is
-    there: it never reads beyond a span."""
-    session = ShardSession(room.store, room.work.model, AttendedBytes())
-    try:
-        step = codec.step_from_pb(message)
-        session.begin(step)
-    except FarshoreError:
-        return
-    for index, batch in enumerate(step.micro_batches):
-        if len(batch):
-            q = room.work.query(rows=len(batch), groups=step.group1 - step.group0)
-            state = session.attend(step.step, 0, index, q)
-            assert not state.o.isnan().any()
 
 
 def test_a_listener_that_closes_ends_its_connections(room):

@@ -1,9 +1,13 @@
 """The histogram's quantiles, and who counts as slow."""
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from farshore.attention_offload.base import AttentionModel
+from farshore.attention_offload.fanout import Fanout
 from farshore.attention_offload.frames import Transport
 from farshore.attention_offload.latency import (
     LEAST_S,
@@ -119,4 +123,23 @@ def test_the_log_says_once_that_a_shard_is_slow_and_once_that_it_is_not(caplog):
     assert [(r.levelname, r.getMessage().split(":")[0]) for r in caplog.records] == [
         ("WARNING", "attention worker a is slow"),
         ("INFO", "attention worker a is as fast as before"),
+    ]
+
+
+def test_status_names_both_ways_where_kv_goes_by_another():
+    ways = {
+        "a": (Transport.SHARED_MEMORY, Transport.SHARED_MEMORY),
+        "b": (Transport.SHARED_MEMORY, Transport.GRPC),
+        "c": (Transport.TCP, None),
+        "d": (None, Transport.TCP),
+    }
+    peers = {w: SimpleNamespace(transport=it[0], bulk_transport=it[1]) for w, it in ways.items()}
+    fanout = Fanout(peers, AttentionModel(specs=(), layer_class=(), layouts=()))
+    for record in fanout._records.values():
+        record.failures = 1
+    assert [it.transport for it in fanout.links()] == [
+        "shared memory",
+        "shared memory, KV over gRPC",
+        "TCP",
+        "",
     ]

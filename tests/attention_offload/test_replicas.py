@@ -138,7 +138,7 @@ class Local:
 
 
 class Breaking(InProcessPeer):
-    transport = Transport.TCP
+    transport = bulk_transport = Transport.TCP
     broken = frozenset()
 
     def _check(self, call):

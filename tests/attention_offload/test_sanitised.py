@@ -10,5 +10,6 @@ pytestmark = pytest.mark.heavy
 
 
 def test_memory_and_undefined_behaviour(sanitiser):
-    tests = [Path(__file__).parent / "test_garbage.py"]
+    here = Path(__file__).parent
+    tests = [here / "test_garbage.py", here / "test_garbage_steps.py"]
     sanitiser.run_suite("farshore.attention_offload._native", SOURCES, tests)

@@ -78,7 +78,7 @@ def test_the_fastest_way_that_connects_is_taken_and_the_slowest_one_said(
     step = work.step([work.sealed_span(peer.store, "a", 0, 20)])
     for _ in range(2):
         assert work.run(peer, step) == work.run(local, step)
-    assert peer.transport is expected
+    assert peer.transport is expected and peer.bulk_transport is expected
     warnings = said(caplog)
     if expected is Transport.GRPC:
         assert len(warnings) == 2, "once for hot frames, once for bulk KV"

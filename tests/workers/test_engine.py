@@ -1,5 +1,7 @@
 """The engine's behaviour around the tokens: transactions, memory, cancelling, limits."""
 
+import threading
+
 import pytest
 import torch
 
@@ -28,7 +30,7 @@ class Flaky:
     def __init__(self, peer):
         self._peer = peer
         self.store = peer.store
-        self.transport = Transport.TCP
+        self.transport = self.bulk_transport = Transport.TCP
         self.waits = 0
         self.break_at = set()
         self.die_at = None
@@ -160,6 +162,37 @@ def test_without_any_shard_a_request_says_so_and_the_next_one_is_served(tiny_mod
     assert isinstance(result, Failed) and "no attention worker answers: shard0" in str(result.error)
     cluster.peers["shard0"].revive()
     assert isinstance(submit(engine, "b", PROMPT, GREEDY).result(), Finished)
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_whoever_is_placed_holds_nobody_up(tiny_model, rig, submit, cancelled):
+    """To touch new memory takes seconds; tokens of others come meanwhile."""
+    cluster = rig(tiny_model, memory_bytes=64 << 20)
+    engine = cluster.start()
+    running = submit(engine, "a", PROMPT, Sampling(max_tokens=150, temperature=0.0))
+    running.events.get(timeout=60)
+    go_on = threading.Event()
+
+    def slow(create):
+        def call(*args, **options):
+            assert go_on.wait(60)
+            return create(*args, **options)
+
+        return call
+
+    for store in cluster.stores.values():
+        store.create = slow(store.create)
+    placed = submit(engine, "b", PROMPT, GREEDY)
+    assert isinstance(running.result(), Finished)
+    assert placed.events.empty()
+    if cancelled:
+        engine.cancel(SequenceId("b"))
+    go_on.set()
+    result = placed.result()
+    assert isinstance(result, Finished)
+    assert result.reason in ({Reason.CANCELLED} if cancelled else {Reason.LENGTH})
+    for store in cluster.stores.values():
+        del store.create
 
 
 def test_cancel_frees_memory_and_says_so(tiny_model, rig, submit):

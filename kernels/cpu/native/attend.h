@@ -1,5 +1,5 @@
-// The heart: the attention state of a block of queries, tile by tile of tokens. partial and extend differ only
-// in where their tiles come from. Included after gemm.h.
+// Attention of many queries with bfloat16 products (see lanes.h for float32): the state of a block of queries, tile
+// by tile of tokens. Included after gemm.h.
 //
 // Queries are ordered [head of group][row], so those that share a K head, and those that share a V head, are
 // contiguous. The running state per query: peak (of unscaled logits), mass, and o not yet divided by it.
@@ -23,7 +23,7 @@ class Attend {
         tile = queries_ > PANEL ? LARGE_TILE : SMALL_TILE;
         k_pad_ = round_up(s_.k_dim, Math::STEP);
         v_pad_ = round_up(s_.v_dim, Math::STEP);
-        constexpr bool scaled = Math::INTEGERS && (F == Format::i8 || F == Format::i4);
+        constexpr bool scaled = F == Format::i8 || F == Format::i4;
         k_groups_ = scaled ? (s_.k_dim + SCALE_ELEMENTS - 1) / SCALE_ELEMENTS : 0;
         v_groups_ = scaled ? (s_.v_dim + SCALE_ELEMENTS - 1) / SCALE_ELEMENTS : 0;
         const int k_parts = k_groups_ ? k_groups_ : 1, v_parts = v_groups_ ? v_groups_ : 1;
@@ -51,7 +51,7 @@ class Attend {
 
     int tile;
 
-    // q: of the first row and the group's first head.
+    // q: bfloat16, of the first row and the group's first head.
     void begin(const Array& q, const int64_t* positions, int64_t window) {
         positions_ = positions;
         lowest_position_ = positions[0];
@@ -62,23 +62,15 @@ class Attend {
         std::memset(mass_, 0, 4L * WIDTH * padded);
         std::memset(o_, 0, 4L * padded * v_pad_);
         std::memset(q_, 0, sizeof(Element) * padded * k_pad_);
-        const int size = q.format == Format::f32 ? 4 : 2;
         for (int head = 0, i = 0; head < s_.q_heads; head++)
             for (int row = 0; row < rows_; row++, i++) {
                 const uint8_t* from =
-                    static_cast<const uint8_t*>(q.data) + (row * q.row_stride + head * q.head_stride) * size;
-                if constexpr (Math::INTEGERS) {
-                    if (by_rows_)  // as the right operand: pairs down, queries across
-                        for (int d = 0; d < s_.k_dim; d++)
-                            std::memcpy(q_ + (d / 2 * 16 + i) * 2 + d % 2, from + 2 * d, 2);
-                    else
-                        std::memcpy(q_ + (long)i * k_pad_, from, 2L * s_.k_dim);
-                } else {
+                    static_cast<const uint8_t*>(q.data) + (row * q.row_stride + head * q.head_stride) * 2;
+                if (by_rows_)  // as the right operand: pairs down, queries across
                     for (int d = 0; d < s_.k_dim; d++)
-                        q_[(long)i * k_pad_ + d] = q.format == Format::f32    ? element<Format::f32>(from, nullptr, d, 0)
-                                                   : q.format == Format::bf16 ? element<Format::bf16>(from, nullptr, d, 0)
-                                                                              : element<Format::f16>(from, nullptr, d, 0);
-                }
+                        std::memcpy(q_ + (d / 2 * 16 + i) * 2 + d % 2, from + 2 * d, 2);
+                else
+                    std::memcpy(q_ + (long)i * k_pad_, from, 2L * s_.k_dim);
             }
     }
 
@@ -288,7 +280,7 @@ class Attend {
             vf p[Math::VECTORS];
             for (int v = 0; v < Math::VECTORS; v++) {
                 const vf logits = load(x + j + v * WIDTH);
-                p[v] = exp2<Math::EXACT>(logits, peak, to_log2);
+                p[v] = exp2<false>(logits, peak, to_log2);
                 if (RAGGED) p[v] = logits == -INFINITY ? vf{} : p[v];
                 sum[v] += p[v];
             }

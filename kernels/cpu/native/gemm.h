@@ -5,13 +5,7 @@ namespace farshore {
 namespace ISA {
 
 // Registers: ROWS x COLS accumulators, COLS vectors of B, and A by broadcast from memory.
-#if WIDTH == 16
 constexpr int GEMM_ROWS = 6, GEMM_COLS = 4;
-#elif WIDTH == 8
-constexpr int GEMM_ROWS = 4, GEMM_COLS = 2;
-#else
-constexpr int GEMM_ROWS = 2, GEMM_COLS = 4;
-#endif
 
 template <int ROWS, int COLS>
 inline void block(Pairs, const uint16_t* a, int lda, const uint16_t* b, int ldb, float* c, int ldc, int k,
@@ -55,14 +49,10 @@ inline void gemm(const typename Math::Element* a, int lda, const typename Math::
     c += i * ldc;
     switch (m - i) {
         case 1: return rows_of<Math, 1>(a, lda, b, ldb, c, ldc, n, k, add, next);
-#if WIDTH >= 8
         case 2: return rows_of<Math, 2>(a, lda, b, ldb, c, ldc, n, k, add, next);
         case 3: return rows_of<Math, 3>(a, lda, b, ldb, c, ldc, n, k, add, next);
-#endif
-#if WIDTH == 16
         case 4: return rows_of<Math, 4>(a, lda, b, ldb, c, ldc, n, k, add, next);
         case 5: return rows_of<Math, 5>(a, lda, b, ldb, c, ldc, n, k, add, next);
-#endif
     }
 }
 

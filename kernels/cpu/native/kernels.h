@@ -3,6 +3,7 @@
 #include "simd.h"
 #include "pack.h"
 #include "states.h"
+#include "integers.h"
 #include "stream.h"
 #include "lanes.h"
 #if defined(HAS_BF16_DOT)
@@ -66,8 +67,8 @@ inline Tokens tile_of(const Plan& plan, const Span& span, int done, int tile, in
     return t;
 }
 
-template <Format F>
-void absorb_span(Stream<F>& stream, const Plan& plan, const Span& span, int layer) {
+template <Format F, bool INTEGERS>
+void absorb_span(Stream<F, INTEGERS>& stream, const Plan& plan, const Span& span, int layer) {
     Tokens now{};
     if (span.count) now = tile_of(plan, span, 0, stream.tile, layer);
     for (int done = 0; done < span.count;) {
@@ -164,8 +165,14 @@ void run_job(Plan& plan, const Job& job, int layer, const Array& q, const Out& o
             put_state(plan, job, out, head, row, o, lse);
         });
     };
-    if (job.rows * plan.shape.q_heads <= STREAM_QUERIES * plan.shape.k_heads)
+    if (job.rows * plan.shape.q_heads <= STREAM_QUERIES * plan.shape.k_heads) {
+#if defined(HAS_INTEGERS)
+        if constexpr (F == Format::i8 || F == Format::i4)
+            if (Stream<F>::of_integers(plan.shape, q.format))
+                return attend_to_all(Stream<F, true>(plan.shape, job.rows));
+#endif
         return attend_to_all(Stream<F>(plan.shape, job.rows));
+    }
     [[maybe_unused]] typename Math::Session session;
     attend_to_all(typename Math::template Attend<F>(plan.shape, job.rows));
 }

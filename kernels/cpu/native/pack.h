@@ -1,8 +1,6 @@
 // Stored KV -> operands of the matrix products. K comes out transposed, [dim][token], V as [token][dim]; both
-// zero-padded, so that what lies beyond a tile never counts. Two arithmetics:
-//   Floats: float32 elements, any format (quantised values times their scale, as `dequantise` gives them);
-//   Pairs:  bfloat16, two neighbours along the summed dimension in one 32-bit word, K [dim/2][token] and
-//           V [token/2][dim], the layout of bfloat16 dot products and of AMX.
+// zero-padded, so that what lies beyond a tile never counts: bfloat16, two neighbours along the summed dimension in
+// one 32-bit word, K [dim/2][token] and V [token/2][dim], the layout of bfloat16 dot products and of AMX.
 // Included after simd.h.
 
 namespace farshore {
@@ -89,9 +87,7 @@ inline void unpack_scales(float* to, int pitch, const uint8_t* from, int groups,
 struct Pairs {
     typedef uint16_t Element;
     static constexpr int STEP = 32;
-    static constexpr bool EXACT = false;
     static constexpr int element_bytes = 2;
-    static constexpr bool INTEGERS = true;
     static bool by_rows(int, const Shape&) { return false; }
 
     // A row's last elements, or those of its last, shorter group: one by one.

@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t MIN_CHUNK_BYTES = 96 << 10;
 // Chunks per thread: a thread that the host slows down leaves the rest of its share to the others.
 constexpr int CHUNKS_PER_THREAD = 4;
-constexpr int SPLIT_TOKENS = 64;  // cuts fall on multiples of the kernels' tile
+constexpr int SPLIT_TOKENS = 64;  // cuts fall on multiples of half the kernels' tile
 
 struct Item {
     int row, rows, group, segment, order;

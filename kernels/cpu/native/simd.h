@@ -247,6 +247,16 @@ inline vf exp2_near(vf y) {
     return bits_to_float((vu)p + ((vu)t << 23));
 }
 
+// ln x of a normal x; a NaN stays one. Relative error 2e-7, absolute near 1.
+inline vf log(vf x) {
+    // x = 2^e (1 + f), 1 + f within a factor of sqrt 2 of 1; ln(1 + f) = 2 atanh(f / (2 + f)).
+    const vi e = ((vi)x - 0x3f3504f3) >> 23;
+    const vf f = (vf)((vi)x - (e << 23)) - 1.0f;
+    const vf s = f / (2.0f + f), z = s * s;
+    const vf series = s * (2.0f + z * (2.0f / 3 + z * (2.0f / 5 + z * (2.0f / 7 + z * (2.0f / 9)))));
+    return x == x ? __builtin_convertvector(e, vf) * 0.693147181f + series : x;
+}
+
 inline vf tanh(vf x) {
     const vf size = max(x, -x);
     const vf e = exp2<true>(size, 0.0f, -2.0f * LOG2_E);
@@ -261,14 +271,14 @@ inline vf tanh(vf x) {
 // -- transposition ---------------------------------------------------------------------------------------
 
 // r[i][j] <-> r[j][i] for WIDTH vectors of 32-bit lanes, by butterflies.
-template <int H>
+template <int H, int N = WIDTH>
 inline void transpose_stage(vu* r) {
     vi low, high;
     for (int l = 0; l < WIDTH; l++) {
         low[l] = l & H ? l - H + WIDTH : l;
         high[l] = l & H ? l + WIDTH : l + H;
     }
-    for (int i = 0; i < WIDTH; i++) {
+    for (int i = 0; i < N; i++) {
         if (i & H) continue;
         const vu a = r[i], b = r[i | H];
         r[i] = __builtin_shuffle(a, b, low);
@@ -284,6 +294,32 @@ inline void transpose(vu* r) {
 #endif
     transpose_stage<2>(r);
     transpose_stage<1>(r);
+}
+
+// -- horizontal sums -----------------------------------------------------------------------------------------
+
+typedef float four __attribute__((vector_size(16)));
+
+// The sums of a's, b's, c's and d's lanes.
+inline four sums(vf a, vf b, vf c, vf d) {
+    vi low, high, even, odd;
+    for (int l = 0; l < WIDTH; l += 4) {
+        low[l] = l, low[l + 1] = WIDTH + l, low[l + 2] = l + 1, low[l + 3] = WIDTH + l + 1;
+        high[l] = l + 2, high[l + 1] = WIDTH + l + 2, high[l + 2] = l + 3, high[l + 3] = WIDTH + l + 3;
+        even[l] = l, even[l + 1] = l + 1, even[l + 2] = WIDTH + l, even[l + 3] = WIDTH + l + 1;
+        odd[l] = l + 2, odd[l + 1] = l + 3, odd[l + 2] = WIDTH + l + 2, odd[l + 3] = WIDTH + l + 3;
+    }
+    const vf ab = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+    const vf cd = __builtin_shuffle(c, d, low) + __builtin_shuffle(c, d, high);
+    const vf all = __builtin_shuffle(ab, cd, even) + __builtin_shuffle(ab, cd, odd);
+#if WIDTH == 16
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)all), _mm512_extractf32x8_ps((__m512)all, 1));
+    return (four)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif WIDTH == 8
+    return (four)_mm_add_ps(_mm256_castps256_ps128((__m256)all), _mm256_extractf128_ps((__m256)all, 1));
+#else
+    return all;
+#endif
 }
 
 }  // namespace ISA

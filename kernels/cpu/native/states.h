@@ -102,23 +102,82 @@ inline void add_scaled_floats(float* o, const float* const* rows, const float* w
         for (int i = 0; i < count; i++) o[d] += weights[i] * rows[i][d];
 }
 
+// to = the sum of weights[i] rows[i], n elements of each.
+inline void weigh_floats(float* to, const float* const* rows, const float* weights, int count, int n) {
+    int d = 0;
+    for (; d + 4 * WIDTH <= n; d += 4 * WIDTH) {
+        vf a{}, b{}, c{}, e{};
+        for (int i = 0; i < count; i++) {
+            const float* row = rows[i] + d;
+            a += load(row) * weights[i], b += load(row + WIDTH) * weights[i];
+            c += load(row + 2 * WIDTH) * weights[i], e += load(row + 3 * WIDTH) * weights[i];
+        }
+        store(to + d, a), store(to + d + WIDTH, b), store(to + d + 2 * WIDTH, c), store(to + d + 3 * WIDTH, e);
+    }
+    for (; d + WIDTH <= n; d += WIDTH) {
+        vf a{};
+        for (int i = 0; i < count; i++) a += load(rows[i] + d) * weights[i];
+        store(to + d, a);
+    }
+    for (; d < n; d++) {
+        float a = 0.0f;
+        for (int i = 0; i < count; i++) a += rows[i][d] * weights[i];
+        to[d] = a;
+    }
+}
+
+// The first `lanes` of a vector of numbers `stride` apart; the others are -inf.
+inline vf lses_of(const float* from, int64_t stride, int lanes) {
+#if WIDTH == 16
+    if (stride == 1) return (vf)_mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), (1u << lanes) - 1, from);
+#endif
+    alignas(64) float some[WIDTH];
+    for (int l = 0; l < WIDTH; l++) some[l] = l < lanes ? from[l * stride] : -INFINITY;
+    return load(some);
+}
+
+// The o of `lanes` heads of a row; `floats`: so are all states'; `o`: room for one.
+inline void merge_heads(const Merge& m, const Out& out, int row, int head0, int lanes,
+                        const float (*weights)[WIDTH], bool floats, float* o) {
+    const float *rows[MAX_STATES], *here[MAX_STATES];  // if they are float32
+    float some[MAX_STATES];
+    int which[MAX_STATES];
+    for (int i = 0; i < m.states; i++) here[i] = static_cast<const float*>(at(m.o[i], row, head0));
+    for (int l = 0; l < lanes; l++) {
+        int count = 0;
+        // An empty state's o carries no information, so not even a NaN in it may count.
+        for (int i = 0; i < m.states; i++) {
+            which[count] = i, some[count] = weights[i][l], rows[count] = here[i] + l * m.o[i].head_stride;
+            count += weights[i][l] != 0.0f;
+        }
+        if (floats) {
+            const bool there = out.o.format == Format::f32;
+            weigh_floats(there ? static_cast<float*>(at(out.o, row, head0 + l)) : o, rows, some, count, m.v_dim);
+            if (there) continue;
+        } else {
+            std::memset(o, 0, 4L * round_up(m.v_dim, WIDTH));
+            for (int i = 0; i < count; i++) add_scaled(o, m.o[which[i]], row, head0 + l, some[i], m.v_dim);
+        }
+        put_row(out.o, row, head0 + l, o, m.v_dim);
+    }
+}
+
 // Weights of WIDTH heads at a time: one by one, each would wait for its own sum, logarithm and division.
 void merge(const Merge& m, const Out& out) {
     float* o = static_cast<float*>(scratch(4L * round_up(m.v_dim, WIDTH)));
     bool floats = true;
     for (int i = 0; i < m.states; i++) floats = floats && m.o[i].format == Format::f32;
-    alignas(64) float weights[MAX_STATES][WIDTH], lses[WIDTH], shares[WIDTH];
+    alignas(64) float weights[MAX_STATES][WIDTH], lses[WIDTH];
     for (int row = 0; row < m.rows; row++)
         for (int head0 = 0; head0 < m.heads; head0 += WIDTH) {
             const int lanes = std::min(WIDTH, m.heads - head0);
-            for (int l = 0; l < WIDTH; l++) lses[l] = m.sink && l < lanes ? m.sink[head0 + l] : -INFINITY;
-            const vf sink = load(lses);
+            const vf sink = m.sink ? lses_of(m.sink + head0, 1, lanes) : splat(-INFINITY);
             vf peak = sink;
             for (int i = 0; i < m.states; i++) {
-                const float* from = m.lse[i] + row * m.lse_row_stride[i];
-                for (int l = 0; l < WIDTH; l++)
-                    weights[i][l] = l < lanes ? from[(head0 + l) * m.lse_head_stride[i]] : -INFINITY;
-                peak = max(load(weights[i]), peak);  // in this order a NaN is passed over; its weight will be one
+                const int64_t stride = m.lse_head_stride[i];
+                const vf lse = lses_of(m.lse[i] + row * m.lse_row_stride[i] + head0 * stride, stride, lanes);
+                store(weights[i], lse);
+                peak = max(lse, peak);  // in this order a NaN is passed over; its weight will be one
             }
             const auto weigh = [&](vf lse) {
                 const vf weight = exp2<true>(lse, peak, LOG2_E);
@@ -130,25 +189,11 @@ void merge(const Merge& m, const Out& out) {
                 store(weights[i], weight);
                 mass += weight;
             }
-            store(shares, mass == 0.0f ? vf{} : 1.0f / mass);
-            store(lses, mass);
-            for (int l = 0; l < lanes; l++) lses[l] = std::log(lses[l]) + peak[l];
-            for (int l = 0; l < lanes; l++) {
-                const float* rows[MAX_STATES];
-                float some[MAX_STATES];
-                int which[MAX_STATES], count = 0;
-                // An empty state's o carries no information, so not even a NaN in it may count.
-                for (int i = 0; i < m.states; i++)
-                    if (weights[i][l] != 0.0f) which[count] = i, some[count++] = weights[i][l] * shares[l];
-                std::memset(o, 0, 4L * round_up(m.v_dim, WIDTH));
-                for (int i = 0; i < count && floats; i++)
-                    rows[i] = static_cast<const float*>(at(m.o[which[i]], row, head0 + l));
-                if (floats) add_scaled_floats(o, rows, some, count, m.v_dim);
-                for (int i = 0; i < count && !floats; i++)
-                    add_scaled(o, m.o[which[i]], row, head0 + l, some[i], m.v_dim);
-                put_row(out.o, row, head0 + l, o, m.v_dim);
-                put_lse(out, row, head0 + l, lses[l]);
-            }
+            const vf share = mass == 0.0f ? vf{} : 1.0f / mass;
+            store(lses, mass == 0.0f ? splat(-INFINITY) : log(mass) + peak);
+            for (int i = 0; i < m.states; i++) store(weights[i], load(weights[i]) * share);
+            merge_heads(m, out, row, head0, lanes, weights, floats, o);
+            for (int l = 0; l < lanes; l++) put_lse(out, row, head0 + l, lses[l]);
         }
 }
 

@@ -1,6 +1,6 @@
 // Attention of few queries, bound by memory: every row of K and of V is read once, where it lies, in the order it
 // lies in, converted in registers and multiplied with all queries that share it. No tile is packed: packing costs
-// more than the products. Arithmetic is float32 in every format. Included after pack.h.
+// more than the products. Arithmetic is float32 in every format, or that of integers.h. Included after that.
 //
 // Queries are ordered as in attend.h, [head of group][row], and so is the running state of each: peak (of unscaled
 // logits), mass, and o not yet divided by it.
@@ -8,7 +8,7 @@
 namespace farshore {
 namespace ISA {
 
-constexpr int STREAM_TILE = 64;     // tokens between two updates of the softmax: their logits stay in L1
+constexpr int STREAM_TILE = 128;     // tokens between two updates of the softmax: their logits stay in L1
 constexpr int STREAM_QUERIES = 16;  // more that share a K head pay for packing
 constexpr int TOKENS_AT_ONCE = 4;
 #if WIDTH == 16
@@ -16,6 +16,8 @@ constexpr int QUERIES_AT_ONCE = 4;  // TOKENS_AT_ONCE x QUERIES_AT_ONCE sums liv
 #else
 constexpr int QUERIES_AT_ONCE = 2;
 #endif
+template <Format F>
+constexpr int FETCHES_OF_GROUP = F == Format::i8 ? 4 : 2;  // of integers.h, while it multiplies WIDTH tokens
 constexpr int CHUNK = 2 * WIDTH;  // elements that are converted together, to two vectors
 
 // The chunk at element `from` of a row (a multiple of CHUNK, the whole chunk inside of the row), unscaled. Which
@@ -48,8 +50,9 @@ __attribute__((always_inline)) inline void load_chunk(const uint8_t* row, int fr
 }
 
 // Which element of a row lies in lane l of the chunk's first (half 0) or second vector.
-template <Format F>
+template <Format F, bool INTEGERS>
 inline int element_of(int from, int half, int l) {
+    if (INTEGERS) return from + l / 4 * 8 + half * 4 + l % 4;  // of o; see integers.h
     if (F == Format::bf16) return from + 2 * l + half;
     if (F == Format::i4)
         return from / SCALE_ELEMENTS * SCALE_ELEMENTS + from % SCALE_ELEMENTS / 2 + half * (SCALE_ELEMENTS / 2) + l;
@@ -62,31 +65,8 @@ inline int whole_chunks(int dim) {
     return dim / (F == Format::i4 ? SCALE_ELEMENTS : CHUNK) * (F == Format::i4 ? SCALE_ELEMENTS : CHUNK);
 }
 
-typedef float four __attribute__((vector_size(16)));
-
-// The sums of a's, b's, c's and d's lanes.
-inline four sums(vf a, vf b, vf c, vf d) {
-    vi low, high, even, odd;
-    for (int l = 0; l < WIDTH; l += 4) {
-        low[l] = l, low[l + 1] = WIDTH + l, low[l + 2] = l + 1, low[l + 3] = WIDTH + l + 1;
-        high[l] = l + 2, high[l + 1] = WIDTH + l + 2, high[l + 2] = l + 3, high[l + 3] = WIDTH + l + 3;
-        even[l] = l, even[l + 1] = l + 1, even[l + 2] = WIDTH + l, even[l + 3] = WIDTH + l + 1;
-        odd[l] = l + 2, odd[l + 1] = l + 3, odd[l + 2] = WIDTH + l + 2, odd[l + 3] = WIDTH + l + 3;
-    }
-    const vf ab = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
-    const vf cd = __builtin_shuffle(c, d, low) + __builtin_shuffle(c, d, high);
-    const vf all = __builtin_shuffle(ab, cd, even) + __builtin_shuffle(ab, cd, odd);
-#if WIDTH == 16
-    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)all), _mm512_extractf32x8_ps((__m512)all, 1));
-    return (four)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-#elif WIDTH == 8
-    return (four)_mm_add_ps(_mm256_castps256_ps128((__m256)all), _mm256_extractf128_ps((__m256)all, 1));
-#else
-    return all;
-#endif
-}
-
-template <Format F>
+// INTEGERS: products are those of integers.h.
+template <Format F, bool INTEGERS = false>
 class Stream {
   public:
     static constexpr bool SCALED = F == Format::i8 || F == Format::i4;
@@ -99,17 +79,26 @@ class Stream {
         v_groups_ = SCALED ? (s_.v_dim + SCALE_ELEMENTS - 1) / SCALE_ELEMENTS : 0;
         const long q = (long)queries_ * k_pad_, o = (long)queries_ * v_pad_, logits = (long)queries_ * STREAM_TILE,
                    scales = (long)(s_.k_heads * k_groups_ + s_.v_heads * v_groups_ + queries_ * v_groups_) * STREAM_TILE,
-                   states = round_up(queries_, WIDTH);
-        float* at = static_cast<float*>(scratch(4 * (q + o + logits + scales + (1 + WIDTH) * states + v_pad_)));
+                   states = round_up(queries_, WIDTH),
+                   fixed = (long)states * (1 + k_groups_ + 2 * v_groups_);
+        float* at = static_cast<float*>(scratch(4 * (q + o + logits + scales + (1 + WIDTH) * states + v_pad_ + fixed)));
         const auto take = [&](long floats) { return std::exchange(at, at + floats); };
         q_ = take(q), o_ = take(o), logits_ = take(logits);
         k_scale_ = take((long)s_.k_heads * k_groups_ * STREAM_TILE);
         v_scale_ = take((long)s_.v_heads * v_groups_ * STREAM_TILE);
         weights_ = SCALED ? take((long)queries_ * v_groups_ * STREAM_TILE) : logits_;
         peak_ = take(states), mass_ = take((long)WIDTH * states), row_ = take(v_pad_);
+        q_unit_ = take(states), w_unit_ = take(states * v_groups_);
+        q_sum_ = reinterpret_cast<int32_t*>(take(states * k_groups_));
+        w_sum_ = reinterpret_cast<int32_t*>(take(states * v_groups_));
     }
 
     static constexpr int tile = STREAM_TILE;
+
+    // Whether INTEGERS will do: whole groups, and a q that has no more than 16 bits.
+    static bool of_integers(const Shape& shape, Format q) {
+        return SCALED && q == Format::bf16 && shape.k_dim % SCALE_ELEMENTS == 0 && shape.v_dim % SCALE_ELEMENTS == 0;
+    }
 
     // q: of the first row and the group's first head.
     void begin(const Array& q, const int64_t* positions, int64_t window) {
@@ -125,10 +114,25 @@ class Stream {
                        : q.format == Format::bf16 ? from_bf16(static_cast<const uint16_t*>(q.data)[at + d])
                                                   : from_f16(static_cast<const uint16_t*>(q.data)[at + d]);
             };
+#if defined(HAS_INTEGERS)
+            if constexpr (INTEGERS) {
+                float* row = q_ + (long)i * k_pad_;
+                for (int d = 0; d < s_.k_dim; d++) row[d] = value(d);
+                int32_t sum;
+                q_unit_[i] = to_integers(row, s_.k_dim, integers_of(i), &sum);
+                for (int g = 0; g < k_groups_; g++) {
+                    int16_t some[SCALE_ELEMENTS], *group = integers_of(i) + g * SCALE_ELEMENTS;
+                    std::memcpy(some, group, sizeof some);
+                    q_sum_[i * k_groups_ + g] = std::accumulate(some, some + SCALE_ELEMENTS, 0);
+                    order_query<F>(some, group);
+                }
+                continue;
+            }
+#endif
             float* to = q_ + (long)i * k_pad_;
             for (int from = 0; from < k_pad_; from += WIDTH) {
                 for (int l = 0; l < WIDTH; l++) {
-                    const int d = from < k_whole_ ? element_of<F>(from / CHUNK * CHUNK, from / WIDTH % 2, l) : from + l;
+                    const int d = from < k_whole_ ? element_of<F, false>(from / CHUNK * CHUNK, from / WIDTH % 2, l) : from + l;
                     row[l] = d < s_.k_dim ? value(d) : 0.0f;
                 }
                 store(to + from, load(row));
@@ -164,7 +168,8 @@ class Stream {
             const float share = mass == 0 ? 0.0f : 1.0f / mass;
             for (int from = 0; from < v_pad_; from += WIDTH)
                 for (int l = 0; l < WIDTH; l++) {
-                    const int d = from < v_whole_ ? element_of<F>(from / CHUNK * CHUNK, from / WIDTH % 2, l) : from + l;
+                    const int d = from < v_whole_ ? element_of<F, INTEGERS>(from / CHUNK * CHUNK, from / WIDTH % 2, l)
+                                                  : from + l;
                     row_[d] = o[from + l] * share;
                 }
             put(i / rows_, i % rows_, row_, mass == 0 ? -INFINITY : peak_[i] * to_natural + std::log(mass));
@@ -172,6 +177,8 @@ class Stream {
     }
 
   private:
+    int16_t* integers_of(int i) { return reinterpret_cast<int16_t*>(q_ + (long)i * k_pad_); }
+
     // do_it(head, first, size) for blocks of at most QUERIES_AT_ONCE queries that share one of `heads` heads.
     template <class Do>
     void each_block(int heads, Do&& do_it) {
@@ -197,20 +204,36 @@ class Stream {
         const float* scales = k_scale_ + (long)head * k_groups_ * STREAM_TILE;
         float* out = logits_ + (long)first * STREAM_TILE;
         const uint8_t* k = t.k + head * t.k_head_stride;
-        const bool fetches = first % (queries_ / s_.k_heads) == 0 && head < s_.v_heads;
+        if (first % (queries_ / s_.k_heads) == 0)
+            expect(t.v + head * t.v_head_stride, head < s_.v_heads ? t.count * t.v_stride : 0,
+                   blocks(s_.k_heads) * (INTEGERS ? (t.count + WIDTH - 1) / WIDTH * k_groups_ * FETCHES_OF_GROUP<F>
+                                                  : (t.count + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE));
+#if defined(HAS_INTEGERS)
+        if constexpr (INTEGERS) {
+            for (int j = 0; j < t.count; j += WIDTH) {
+                const uint8_t* row[WIDTH];
+                for (int i = 0; i < WIDTH; i++) row[i] = k + std::min(j + i, t.count - 1) * t.k_stride;
+                multiply_integers<F, Q>(row, integers_of(first), k_pad_ * 2, q_sum_ + first * k_groups_, q_unit_ + first,
+                                        k_groups_, scales + j, STREAM_TILE, out + j, [&] { fetch(); });
+            }
+            return;
+        }
+#endif
         for (int j = 0; j < t.count; j += TOKENS_AT_ONCE) {
-            if (fetches) fetch(t.v + head * t.v_head_stride + j * t.v_stride, TOKENS_AT_ONCE * t.v_stride);
+            fetch();
             const uint8_t* row[TOKENS_AT_ONCE];  // beyond the last token: that one again
             for (int i = 0; i < TOKENS_AT_ONCE; i++) row[i] = k + std::min(j + i, t.count - 1) * t.k_stride;
-            if (k_whole_ == k_pad_)
-                products<Q, true>(row, q, scales + j, out + j);
+            if (k_whole_ != k_pad_)
+                products<Q, false, false>(row, q, scales + j, out + j);
+            else if (k_groups_ == 1)
+                products<Q, true, true>(row, q, scales + j, out + j);
             else
-                products<Q, false>(row, q, scales + j, out + j);
+                products<Q, true, false>(row, q, scales + j, out + j);
         }
     }
 
     // WHOLE: rows are whole chunks. (Telling that apart inside of the loop would cost it its registers.)
-    template <int Q, bool WHOLE>
+    template <int Q, bool WHOLE, bool ONE>
     __attribute__((always_inline)) void products(const uint8_t* const* row, const float* q, const float* scales,
                                                  float* out) const {
         vf sum[TOKENS_AT_ONCE][Q];
@@ -226,7 +249,7 @@ class Stream {
                     load_chunk<F>(row[i], from, a[i], b[i]);
                 else
                     load_rest(row[i], from, s_.k_dim, a[i], b[i]);
-            if constexpr (SCALED)
+            if constexpr (SCALED && !ONE)
                 for (int i = 0; i < TOKENS_AT_ONCE; i++) {
                     const float scale = scales[from / SCALE_ELEMENTS * STREAM_TILE + i];
                     a[i] *= scale, b[i] *= scale;
@@ -240,26 +263,40 @@ class Stream {
         }
 #pragma GCC unroll 4
         for (int at = 0; at < Q; at++)
-            store_as(out + at * STREAM_TILE, sums(sum[0][at], sum[1][at], sum[2][at], sum[3][at]));
+        {
+            four all = sums(sum[0][at], sum[1][at], sum[2][at], sum[3][at]);
+            if constexpr (ONE) all *= load_as<four>(scales);
+            store_as(out + at * STREAM_TILE, all);
+        }
     }
 
     // o of Q queries from `first` on += weights V.
     template <int Q>
     void gather(const Tokens& t, const Tokens& next, int head, int first) {
         const uint8_t* v = t.v + head * t.v_head_stride;
-        const uint8_t* next_k = next.k + head * next.k_head_stride;
-        const bool fetches = first % (queries_ / s_.v_heads) == 0 && head < s_.k_heads;
+        if (first % (queries_ / s_.v_heads) == 0)
+            expect(next.k + head * next.k_head_stride, head < s_.k_heads ? next.count * next.k_stride : 0,
+                   blocks(s_.v_heads) * ((v_pad_ + 2 * CHUNK - 1) / (2 * CHUNK)) * t.count);
         float* o = o_ + (long)first * v_pad_;
+#if defined(HAS_INTEGERS)
+        if constexpr (INTEGERS) {
+            for (int g = 0; g < v_groups_; g++) {
+                const long at = (long)g * queries_ + first;
+                gather_integers<F, Q>(v + g * GROUP_BYTES<F>, t.v_stride, t.count,
+                                      reinterpret_cast<const int16_t*>(weights_ + at * STREAM_TILE), 2 * STREAM_TILE,
+                                      w_sum_ + at, w_unit_ + at, o + g * SCALE_ELEMENTS, v_pad_, [&] { fetch(); });
+            }
+            return;
+        }
+#endif
         const auto add = [&](int from, auto chunks, auto&& chunk) __attribute__((always_inline)) {
             constexpr int N = chunks();
             const float* w = weights_ + ((long)(SCALED ? from / SCALE_ELEMENTS * queries_ : 0) + first) * STREAM_TILE;
             vf sum[Q][2 * N];
             for (int at = 0; at < Q; at++)
                 for (int i = 0; i < 2 * N; i++) sum[at][i] = load(o + at * v_pad_ + from + i * WIDTH);
-            // Each sweep over the tokens fetches its share of each row.
-            const int64_t share_at = from * next.k_stride / v_pad_, share = N * CHUNK * next.k_stride / v_pad_;
             for (int j = 0; j < t.count; j++) {
-                if (fetches && j < next.count) fetch(next_k + j * next.k_stride + share_at, share);
+                fetch();
                 vf x[2 * N];
                 for (int i = 0; i < N; i++) chunk(v + j * t.v_stride, from + i * CHUNK, x[2 * i], x[2 * i + 1]);
                 for (int at = 0; at < Q; at++)
@@ -281,8 +318,15 @@ class Stream {
         return {from < dim ? elements<F>(row, nullptr, from, dim) : vf{},
                 from + WIDTH < dim ? elements<F>(row, nullptr, from + WIDTH, dim) : vf{}};
     }
-    static void fetch(const uint8_t* from, int64_t bytes) {
-        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
+    int blocks(int heads) const { return (queries_ / heads + QUERIES_AT_ONCE - 1) / QUERIES_AT_ONCE; }
+    // `bytes` from `from` on are fetched in the course of the next `calls` of fetch.
+    void expect(const uint8_t* from, int64_t bytes, int calls) {
+        fetch_at_ = from, fetch_end_ = from + bytes, fetch_step_ = (bytes / std::max(calls, 1) + 63) / 64 * 64;
+    }
+    __attribute__((always_inline)) void fetch() {
+        if (fetch_at_ >= fetch_end_) return;
+        for (int64_t at = 0; at < fetch_step_; at += 64) __builtin_prefetch(fetch_at_ + at, 0, 2);
+        fetch_at_ += fetch_step_;
     }
 
     static void load_rest(const uint8_t* row, int from, int dim, vf& a, vf& b) { std::tie(a, b) = rest(row, from, dim); }
@@ -323,13 +367,24 @@ class Stream {
                 store(weights_ + ((long)g * queries_ + i) * STREAM_TILE + j, p * load(v_scale + g * STREAM_TILE + j));
         }
         store(mass_ + i * WIDTH, mass);
+#if defined(HAS_INTEGERS)
+        for (int g = 0; g < v_groups_ && INTEGERS; g++) {
+            const long at = (long)g * queries_ + i;
+            float* w = weights_ + at * STREAM_TILE;
+            w_unit_[at] = to_integers(w, n_pad, reinterpret_cast<int16_t*>(w), w_sum_ + at);
+        }
+#endif
     }
 
     Shape s_;
     int rows_, queries_, k_whole_, v_whole_, k_pad_, v_pad_, k_groups_, v_groups_;
     float *q_, *o_, *logits_, *k_scale_, *v_scale_, *weights_, *peak_, *mass_, *row_;
+    float *q_unit_, *w_unit_;  // of INTEGERS: what their ones stand for
+    int32_t *q_sum_, *w_sum_;
     const int64_t* positions_ = nullptr;
     int64_t window_ = 0;
+    const uint8_t *fetch_at_ = nullptr, *fetch_end_ = nullptr;
+    int64_t fetch_step_ = 0;
 };
 
 }  // namespace ISA
