@@ -17,6 +17,8 @@ A, B, C = (WorkerId(name) for name in "abc")
 ROWS = 3
 SPANS = {A: [(0, 20), (60, 80)], B: [(20, 60)]}
 """Whose positions are whose; all of it is every row's."""
+ROUNDING = {"rtol": 0.0, "atol": 2e-6}
+"""Of float32 states that others computed, of other parts."""
 
 
 def reads(work, peers, replicas_at):
@@ -172,7 +174,7 @@ def test_replicas_at_one_worker_or_at_several(work, call, replicas_at):
     expected = merged(run(work, fanout, all_reads, step=1))
     local.peers[A].broken = {call}
     found = run(work, fanout, all_reads, step=2)
-    torch.testing.assert_close(merged(found), expected)
+    torch.testing.assert_close(merged(found), expected, **ROUNDING)
 
 
 def test_replicas_that_break_too(work):
@@ -183,7 +185,7 @@ def test_replicas_that_break_too(work):
     for call in ("begin", "send", "wait"):
         local.peers[C].broken = {call}
         found = run(work, Fanout(local.peers, work.model), all_reads, step=2)
-        torch.testing.assert_close(merged(found), expected)
+        torch.testing.assert_close(merged(found), expected, **ROUNDING)
 
 
 def test_when_every_copy_is_gone_the_step_fails(work):
