@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from pybind11.setup_helpers import ParallelCompile
 from setuptools import Extension, setup
 
 MODULES = {
@@ -31,4 +32,6 @@ def extension(name: str, folder: str) -> Extension:
     )
 
 
-setup(ext_modules=[extension(name, folder) for name, folder in MODULES.items()])
+# An instruction set's kernels are one file, and take up to a minute: setuptools compiles one after the other.
+with ParallelCompile():
+    setup(ext_modules=[extension(name, folder) for name, folder in MODULES.items()])
