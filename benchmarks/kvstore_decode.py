@@ -14,7 +14,7 @@ from farshore.benchmarks.cold import query
 from farshore.benchmarks.kvstore_setting import EPOCH, At, key, random_bytes, store_for
 from farshore.benchmarks.report import Bar, Result
 from farshore.benchmarks.shapes import SMOLLM2
-from farshore.benchmarks.timing import interleave
+from farshore.benchmarks.timing import AWAKE_S, interleave
 from farshore.kernels.base import KVLayout, Rows, Segments
 from farshore.kernels.formats import KVFormat
 
@@ -42,6 +42,7 @@ def against_plain(at: At) -> Measured:
         {"plain": over_plain, "store": over_store},
         rounds=at.sizes.rounds * 2,
         warm_up=layout.layers,
+        least_run_s=AWAKE_S,
         limit_s=at.sizes.limit_s,
     )
     of_plain = timed["plain"].over(timed["store"])
