@@ -1,16 +1,38 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from farshore.benchmarks.implementation import choose
 from farshore.benchmarks.machine import MachineSizes, facts
 from farshore.benchmarks.shapes import Sizes
+from farshore.models.llama import LayerWeights, Llama, LlamaWeights
+from farshore.models.weights import expected_shapes
 
 
 @pytest.fixture
 def machine():
     """This one, with a cache so small that nothing needs to be large."""
     return replace(facts(threads=1), l3_bytes=4096)
+
+
+@pytest.fixture(scope="session")
+def random_llama():
+    """random_llama(config) -> a Llama of random bfloat16 weights, its embeddings tied."""
+
+    def make(config):
+        generator = torch.Generator().manual_seed(2)
+        made = {
+            name: torch.randn(shape, generator=generator).bfloat16() / 8
+            for name, shape in expected_shapes(config).items()
+        }
+        layers = tuple(
+            LayerWeights(**{field: made.get(f"{layer}.{field}") for field in LayerWeights._fields})
+            for layer in range(config.layers)
+        )
+        return Llama(config, LlamaWeights(made["embed"], layers, made["norm"], made["embed"]))
+
+    return make
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-import torch
 
 from farshore.benchmarks import offload
 from farshore.benchmarks.catalogue import BENCHMARKS
@@ -13,9 +12,7 @@ from farshore.benchmarks.machine import MachineSizes
 from farshore.benchmarks.offload_setting import Sizes
 from farshore.errors import InvalidRequest
 from farshore.models.config import ModelConfig
-from farshore.models.llama import LayerWeights, Llama, LlamaWeights
 from farshore.models.rope import RopeConfig
-from farshore.models.weights import expected_shapes
 
 SIZES = Sizes(
     machine=MachineSizes(buffer_bytes=8192, gemm=(8,), least_run_s=0, rounds=1),
@@ -31,7 +28,7 @@ SIZES = Sizes(
 
 
 @pytest.fixture
-def load():
+def load(random_llama):
     """A Llama of two layers of random weights, for any number of threads."""
     config = ModelConfig(
         name="tiny",
@@ -47,20 +44,8 @@ def load():
         rope=RopeConfig(theta=1e4),
         tied_embeddings=True,
     )
-    random = torch.Generator().manual_seed(0)
-    tensors = {
-        name: torch.randn(shape, generator=random).bfloat16()
-        for name, shape in expected_shapes(config).items()
-    }
-    layers = tuple(
-        LayerWeights(
-            **{name.partition(".")[2]: it for name, it in tensors.items() if name.startswith(f"{i}.")}
-        )
-        for i in range(config.layers)
-    )
-    embed = tensors["embed"]
-    weights = LlamaWeights(embed=embed, layers=layers, norm=tensors["norm"], head=embed)
-    return lambda threads: Llama(config, weights)
+    model = random_llama(config)
+    return lambda threads: model
 
 
 @pytest.mark.heavy

@@ -6,7 +6,6 @@ import sys
 from dataclasses import replace
 
 import pytest
-import torch
 
 from farshore.benchmarks import dense, serve, serve_load, serve_peer, serve_start
 from farshore.benchmarks.machine import facts
@@ -14,9 +13,7 @@ from farshore.benchmarks.serve_engine import LocalEngine
 from farshore.benchmarks.serve_setting import Setting, Sizes, prefill_flops, step_bytes, weight_elements
 from farshore.errors import InvalidRequest, StartupError
 from farshore.models.config import ModelConfig
-from farshore.models.llama import LayerWeights, Llama, LlamaWeights
 from farshore.models.rope import RopeConfig
-from farshore.models.weights import expected_shapes
 from farshore.workers.admission import EngineLimits
 
 CONFIG = ModelConfig(
@@ -52,17 +49,8 @@ TINY = Sizes(
 
 
 @pytest.fixture(scope="module")
-def model():
-    generator = torch.Generator().manual_seed(2)
-    made = {
-        name: torch.randn(shape, generator=generator).to(torch.bfloat16) / 8
-        for name, shape in expected_shapes(CONFIG).items()
-    }
-    layers = tuple(
-        LayerWeights(**{field: made.get(f"{layer}.{field}") for field in LayerWeights._fields})
-        for layer in range(CONFIG.layers)
-    )
-    return Llama(CONFIG, LlamaWeights(made["embed"], layers, made["norm"], made["embed"]))
+def model(random_llama):
+    return random_llama(CONFIG)
 
 
 @pytest.fixture
