@@ -188,7 +188,7 @@ inline void reduce(const Plan& plan, const Reduction& r, const Out& out) {
             [&](const int* which, const float* weights, int count) {
                 const float* rows[WIDTH];
                 for (int i = 0; i < count; i++) rows[i] = &plan.slot_o[slot(which[i]) * v_dim];
-                add_scaled_floats(o, rows, weights, count, v_dim);
+                weigh_floats<true>(o, rows, weights, count, v_dim);
             },
             v_dim, o, &lse);
         put_row(out.o, r.row, r.group * heads + head, o, v_dim);

@@ -84,29 +84,13 @@ void merge_one(int n, Lse&& lse, Rows&& add_rows, int v_dim, float* o, float* ou
     for (int d = 0; d < v_dim; d += WIDTH) store(o + d, load(o + d) * (1.0f / mass));
 }
 
-// o += the sum of weights[i] rows[i], float32, n of each: o stays in a register.
-inline void add_scaled_floats(float* o, const float* const* rows, const float* weights, int count, int n) {
+// to = (ADD: +=) the sum of weights[i] rows[i], n elements of each, float32: what is summed stays in registers.
+template <bool ADD>
+inline void weigh_floats(float* to, const float* const* rows, const float* weights, int count, int n) {
+    const auto before = [&](int d) { return ADD ? load(to + d) : vf{}; };
     int d = 0;
     for (; d + 4 * WIDTH <= n; d += 4 * WIDTH) {  // four sums, none of which waits for another
-        vf a = load(o + d), b = load(o + d + WIDTH), c = load(o + d + 2 * WIDTH), e = load(o + d + 3 * WIDTH);
-        for (int i = 0; i < count; i++) {
-            const float* row = rows[i] + d;
-            a += load(row) * weights[i], b += load(row + WIDTH) * weights[i];
-            c += load(row + 2 * WIDTH) * weights[i], e += load(row + 3 * WIDTH) * weights[i];
-        }
-        store(o + d, a), store(o + d + WIDTH, b), store(o + d + 2 * WIDTH, c), store(o + d + 3 * WIDTH, e);
-    }
-    for (; d + WIDTH <= n; d += WIDTH)
-        for (int i = 0; i < count; i++) store(o + d, load(o + d) + load(rows[i] + d) * weights[i]);
-    for (; d < n; d++)
-        for (int i = 0; i < count; i++) o[d] += weights[i] * rows[i][d];
-}
-
-// to = the sum of weights[i] rows[i], n elements of each.
-inline void weigh_floats(float* to, const float* const* rows, const float* weights, int count, int n) {
-    int d = 0;
-    for (; d + 4 * WIDTH <= n; d += 4 * WIDTH) {
-        vf a{}, b{}, c{}, e{};
+        vf a = before(d), b = before(d + WIDTH), c = before(d + 2 * WIDTH), e = before(d + 3 * WIDTH);
         for (int i = 0; i < count; i++) {
             const float* row = rows[i] + d;
             a += load(row) * weights[i], b += load(row + WIDTH) * weights[i];
@@ -115,12 +99,12 @@ inline void weigh_floats(float* to, const float* const* rows, const float* weigh
         store(to + d, a), store(to + d + WIDTH, b), store(to + d + 2 * WIDTH, c), store(to + d + 3 * WIDTH, e);
     }
     for (; d + WIDTH <= n; d += WIDTH) {
-        vf a{};
+        vf a = before(d);
         for (int i = 0; i < count; i++) a += load(rows[i] + d) * weights[i];
         store(to + d, a);
     }
     for (; d < n; d++) {
-        float a = 0.0f;
+        float a = ADD ? to[d] : 0.0f;
         for (int i = 0; i < count; i++) a += rows[i][d] * weights[i];
         to[d] = a;
     }
@@ -152,7 +136,7 @@ inline void merge_heads(const Merge& m, const Out& out, int row, int head0, int 
         }
         if (floats) {
             const bool there = out.o.format == Format::f32;
-            weigh_floats(there ? static_cast<float*>(at(out.o, row, head0 + l)) : o, rows, some, count, m.v_dim);
+            weigh_floats<false>(there ? static_cast<float*>(at(out.o, row, head0 + l)) : o, rows, some, count, m.v_dim);
             if (there) continue;
         } else {
             std::memset(o, 0, 4L * round_up(m.v_dim, WIDTH));
