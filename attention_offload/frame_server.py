@@ -162,10 +162,13 @@ def serve_frames(session: ShardSession, dtype: torch.dtype, connection: socket.s
         awake_us = NEAR_AWAKE_US if near else FAR_AWAKE_US
         wire = module.stream(os.dup(connection.fileno()), FRAME_DEADLINE_S, near, awake_us)
     try:
-        message = module.serve(wire, None)
-        while message is not None:
-            session.begin(codec.step_from_pb(pb.Step.FromString(message)))
-            message = module.serve(wire, session.native_step(dtype))
+        asked = module.serve(wire, None)
+        while asked is not None:
+            if isinstance(asked, int):
+                session.again(asked)
+            else:
+                session.begin(codec.step_from_pb(pb.Step.FromString(asked)))
+            asked = module.serve(wire, session.native_step(dtype))
     except Exception as error:
         _LOG.info("a connection for hot frames ends: %s", error)
         with suppress(OSError):

@@ -57,6 +57,12 @@ class FrameStream:
         except (OSError, ValueError) as error:
             raise self._mapped(error) from error
 
+    def again(self, step: int) -> None:
+        try:
+            self._native.again(self._wire, step)
+        except (OSError, ValueError) as error:
+            raise self._mapped(error) from error
+
     def send(self, sent: Sent, q: Tensor) -> None:
         if q.dtype != self._dtype:
             raise InvalidRequest(f"q is {q.dtype}: this connection was opened for {self._dtype}")

@@ -1,7 +1,8 @@
 """What every transport of hot frames agrees on: names, the frame, its size, and the engine's end of a stream.
 
 A frame past gRPC is a header ``step u32, layer u16, micro_batch u8, kind u8, bytes u32``, little-endian, and
-its payload. A step goes ahead once, as its protobuf message; a layer frame carries q, its answer lse, then o
+its payload. A step goes ahead once, as its protobuf message, or as a header alone where it reads what the last one
+read; a layer frame carries q, its answer lse, then o
 (so that both are aligned). With R rows and H heads of a frame, s bytes an element of q and o, a layer costs
 exactly::
 
@@ -57,6 +58,9 @@ class HotStream(Protocol):
     def transport(self) -> Transport: ...
 
     def begin(self, step: ShardStep) -> None: ...
+
+    def again(self, step: int) -> None:
+        """A step that reads what the one begun last does, in a model without windows."""
 
     def send(self, sent: Sent, q: Tensor) -> None:
         """q ``[rows, heads, k_dim]``; it may change as soon as this returns."""

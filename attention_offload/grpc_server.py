@@ -182,6 +182,9 @@ class AttentionService(pb_grpc.AttentionServicer):
                 session.begin(step)
                 heads = step.group1 - step.group0
                 continue
+            if frame.WhichOneof("kind") == "again":
+                session.again(frame.again.step)
+                continue
             layer = frame.layer
             spec = session.spec(layer.layer)
             shape = (session.rows(layer.micro_batch), heads * spec.q_heads_per_group, spec.k_dim)

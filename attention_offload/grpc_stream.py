@@ -47,6 +47,9 @@ class GrpcStream:
     def begin(self, step: ShardStep) -> None:
         self._outgoing.put(pb.Frame(begin=codec.step_to_pb(step)))
 
+    def again(self, step: int) -> None:
+        self._outgoing.put(pb.Frame(again=pb.Again(step=step)))
+
     def send(self, sent: Sent, q: Tensor) -> None:
         frame = pb.LayerFrame(
             step=sent.step, layer=sent.layer, micro_batch=sent.micro_batch, q=codec.to_bytes(q)

@@ -78,6 +78,10 @@ class ShardStep:
             for read in reads
         )
 
+    def reads_as(self, other: "ShardStep") -> bool:
+        """Whether it asks for the same work as ``other``: all but its number, and where its rows stand."""
+        return replace(other, step=self.step, positions=self.positions) == self
+
     def on_replicas(self, usable: Collection[WorkerId]) -> dict[WorkerId, "ShardStep"] | None:
         """The same reads from replicas at ``usable`` workers, in span order: at one that has all of them,
         else each at the first that has it. None where a read has no such replica."""

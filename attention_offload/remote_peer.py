@@ -57,6 +57,8 @@ class RemotePeer:
         self._stream: HotStream | None = None
         self._unanswered = 0
         self._step: ShardStep | None = None
+        """The one announced last on this connection."""
+        self._windows = any(spec.window_tokens for spec in model.specs)
         self._dialler = Dialler(self._stub, address, transports, purpose="hot frames go")
         self.store = RemoteStore(self._stub, address, transports=transports)
 
@@ -96,7 +98,6 @@ class RemotePeer:
             # The shard was gone for a while between two steps.
             self.connect()
             self._announce(step)
-        self._step = step
 
     def send(self, layer: int, micro_batch: int, q: Tensor) -> Sent:
         if self._stream is None or self._step is None:
@@ -150,10 +151,14 @@ class RemotePeer:
     def _announce(self, step: ShardStep) -> None:
         assert self._stream is not None
         try:
-            self._stream.begin(step)
+            if self._step is not None and not self._windows and step.reads_as(self._step):
+                self._stream.again(step.step)
+            else:
+                self._stream.begin(step)
         except FarshoreError:
             self._reset()
             raise
+        self._step = step
 
     def _open(self) -> HotStream:
         connected = self._dialler.connect(codec.model_to_pb(self._model, self._dtype))
@@ -176,5 +181,5 @@ class RemotePeer:
     def _reset(self) -> None:
         if self._stream is not None:
             self._stream.close()
-        self._stream = None
+        self._stream = self._step = None
         self._unanswered = 0

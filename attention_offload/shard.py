@@ -4,6 +4,7 @@ Called by transports. Knows the store's segments and the kernels; knows nothing 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from threading import Lock
 from typing import Any
 
@@ -52,6 +53,9 @@ class ShardSession:
         self._model = model
         self._attended = attended
         self._step: ShardStep | None = None
+        self._removals = 0
+        """Of the store, when the step's spans were looked up."""
+        self._windows = any(spec.window_tokens for spec in model.specs)
         # Stored layers are numbered inside their class.
         classes = model.layer_class
         self._stored_layers = [classes[:layer].count(it) for layer, it in enumerate(classes)]
@@ -62,6 +66,7 @@ class ShardSession:
         """Look every read up and prepare the kernels. Raises NotFound, or InvalidRequest for tokens that are
         not sealed here."""
         self._step = None
+        removals = int(self._store.removals)
         if len(step.reads) != len(self._model.specs):
             raise InvalidRequest(
                 f"reads of {len(step.reads)} layer classes for a model of {len(self._model.specs)}"
@@ -72,7 +77,18 @@ class ShardSession:
             [self._prepare(step, layer_class, index) for index in range(len(step.micro_batches))]
             for layer_class in range(len(step.reads))
         ]
-        self._step = step
+        self._step, self._removals = step, removals
+
+    def again(self, step: int) -> None:
+        """A step that reads what the one before it did: what was looked up is looked up again only where a
+        span is gone since. Raises as :meth:`begin`."""
+        if self._step is None:
+            raise InvalidRequest(f"step {step} is to read what the one before it did, but there was none")
+        if self._windows:
+            raise InvalidRequest(f"step {step} must say its positions: a layer of the model has a window")
+        self._step = replace(self._step, step=step)
+        if int(self._store.removals) != self._removals:
+            self.begin(self._step)
 
     def attend(
         self, step: int, layer: int, micro_batch: int, q: Tensor, *, out: State | None = None
@@ -115,7 +131,10 @@ class ShardSession:
                 )
             )
         layers = tuple(zip(self._model.layer_class, self._stored_layers, strict=True))
-        return step.step, _FORMATS[dtype], layers, tuple(work), self._attended.native.data_ptr()
+        counted = self._attended.native.data_ptr()
+        # The loop repeats a step by itself for as long as no span was removed, where positions do not matter.
+        watched = 0 if self._windows else self._store.removals.data_ptr()
+        return step.step, _FORMATS[dtype], layers, tuple(work), counted, watched, self._removals
 
     def rows(self, micro_batch: int) -> int:
         """Rows of one micro-batch's frames. Raises InvalidRequest for one the step does not have."""

@@ -136,6 +136,10 @@ class ShardStore(Protocol):
         """u8[budget]: the arena that ``Segments.base`` counts from. Read it; only the store writes it."""
         ...
 
+    @property
+    def removals(self) -> Tensor:
+        """i64[1]: how many spans are gone, so far. What :meth:`segments` told holds until it changes."""
+
     def create(self, key: SpanKey, *, capacity_tokens: int, layout: KVLayout, epoch: Epoch) -> SpanId:
         """Grants memory for a new span, held by ``key.sequence``. Evicts cache as far as needed; raises Full
         (and evicts nothing) where what is held leaves too little.

@@ -46,12 +46,17 @@ class LocalStore:
         self._spans: dict[SpanId, Span] = {}
         self._holds = Holds(fences=fences)
         self._names = PrefixIndex()
+        self._removals = torch.zeros(1, dtype=torch.int64)
         self._cached: OrderedDict[SpanId, Span] = OrderedDict()  # held by nobody, longest first
         arena.on_full(self._reclaim)
 
     @property
     def memory(self) -> Tensor:
         return self._arena.memory
+
+    @property
+    def removals(self) -> Tensor:
+        return self._removals
 
     def create(self, key: SpanKey, *, capacity_tokens: int, layout: KVLayout, epoch: Epoch) -> SpanId:
         check_shape(key, capacity_tokens, layout)
@@ -379,6 +384,7 @@ class LocalStore:
         it = self._spans.pop(span)
         self._names.forget(span)
         it.removed = True
+        self._removals += 1
         self._free_if_unused(it)
 
     def _free_if_unused(self, it: Span) -> None:

@@ -330,6 +330,12 @@ class Step(_message.Message):
     micro_batch_rows: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, step: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., group0: _Optional[int] = ..., group1: _Optional[int] = ..., reads: _Optional[_Iterable[_Union[ReadList, _Mapping]]] = ..., micro_batch_rows: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class Again(_message.Message):
+    __slots__ = ("step",)
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    def __init__(self, step: _Optional[int] = ...) -> None: ...
+
 class LayerFrame(_message.Message):
     __slots__ = ("step", "layer", "micro_batch", "q")
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -343,14 +349,16 @@ class LayerFrame(_message.Message):
     def __init__(self, step: _Optional[int] = ..., layer: _Optional[int] = ..., micro_batch: _Optional[int] = ..., q: _Optional[bytes] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("open", "begin", "layer")
+    __slots__ = ("open", "begin", "layer", "again")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     BEGIN_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
+    AGAIN_FIELD_NUMBER: _ClassVar[int]
     open: Open
     begin: Step
     layer: LayerFrame
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., begin: _Optional[_Union[Step, _Mapping]] = ..., layer: _Optional[_Union[LayerFrame, _Mapping]] = ...) -> None: ...
+    again: Again
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., begin: _Optional[_Union[Step, _Mapping]] = ..., layer: _Optional[_Union[LayerFrame, _Mapping]] = ..., again: _Optional[_Union[Again, _Mapping]] = ...) -> None: ...
 
 class State(_message.Message):
     __slots__ = ("step", "layer", "micro_batch", "o", "lse")

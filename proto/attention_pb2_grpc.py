@@ -179,8 +179,8 @@ class AttentionServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Attend(self, request_iterator, context):
-        """Open once, then for every step: Step, then one frame per layer and micro-batch, each answered by one
-        State.
+        """Open once, then for every step: Step, or Again, then one frame per layer and micro-batch, each answered by
+        one State.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

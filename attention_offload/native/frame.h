@@ -23,6 +23,7 @@ enum Kind : uint8_t {
     BEGIN = 1,    // a step: the protobuf message Step
     FAILURE = 2,  // to the engine, the last frame of a connection: the protobuf message Failure
     WAKE = 3,     // look into the shared memory
+    AGAIN = 4,    // a step that reads what the last one did
 };
 
 // A frame received; the payload is valid until the next one is asked for.

@@ -102,6 +102,11 @@ class SharedMemory : public Wire {
         publish({header.step, 0, 0, BEGIN, 0});
     }
 
+    void again(uint32_t step) override {
+        socket_.expect_open();
+        publish({step, 0, 0, AGAIN, 0});
+    }
+
     uint8_t* reserve(uint32_t bytes) override {
         if (!map_ || bytes + SLOT_HEADER > map_.slot_bytes())
             throw Refused("a frame of " + std::to_string(bytes) + " bytes is longer than this step's memory");
@@ -125,7 +130,7 @@ class SharedMemory : public Wire {
             if (has_frame()) {
                 if (slept) patience_.slept();
                 const Frame frame = take();
-                if (frame.header.kind == LAYER) return frame;
+                if (frame.header.kind != BEGIN) return frame;
                 while (!message_ || message_->kind != BEGIN) read_socket(soon());
                 return message();
             }
@@ -180,8 +185,8 @@ class SharedMemory : public Wire {
         std::memcpy(&frame.header, slot, sizeof frame.header);
         frame.payload = slot + SLOT_HEADER;
         const Header& header = frame.header;
-        if ((header.kind != LAYER && (header.kind != BEGIN || in_ != 0)) ||
-            header.bytes > map_.slot_bytes() - SLOT_HEADER)
+        const bool of_a_step = in_ == 0 && (header.kind == BEGIN || header.kind == AGAIN);
+        if ((header.kind != LAYER && !of_a_step) || header.bytes > map_.slot_bytes() - SLOT_HEADER)
             throw Broken("garbage: a slot with a frame of kind " + std::to_string(header.kind) + ", " +
                          std::to_string(header.bytes) + " bytes");
         taken_++;

@@ -86,6 +86,11 @@ void Socket::expect_silence() {
         throw HungUp("the other end closed the connection between two steps");
 }
 
+void Socket::expect_open() {
+    pollfd it{fd_, POLLRDHUP, 0};
+    if (poll(&it, 1, 0) > 0) throw HungUp("the other end closed the connection between two steps");
+}
+
 void Socket::finish(Deadline deadline) {
     shutdown(fd_, SHUT_WR);
     uint8_t unread[4096];
@@ -166,8 +171,8 @@ Frame Reader::next(Socket& socket, Deadline first, uint32_t max_layer_bytes, int
     Frame frame;
     std::memcpy(&frame.header, &data_[START], sizeof(Header));
     const Header& header = frame.header;
-    if (header.kind > WAKE) throw Broken("garbage: a frame of kind " + std::to_string(header.kind));
-    const uint32_t limit = header.kind == LAYER ? max_layer_bytes : header.kind == WAKE ? 0 : MAX_CONTROL_BYTES;
+    if (header.kind > AGAIN) throw Broken("garbage: a frame of kind " + std::to_string(header.kind));
+    const uint32_t limit = header.kind == LAYER ? max_layer_bytes : header.kind >= WAKE ? 0 : MAX_CONTROL_BYTES;
     if (header.bytes > limit)
         throw Broken("oversized: a frame of " + std::to_string(header.bytes) + " bytes, kind " +
                      std::to_string(header.kind) + ", where " + std::to_string(limit) + " are the most");

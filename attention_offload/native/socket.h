@@ -33,6 +33,8 @@ class Socket {
     uint32_t other_core() const;
     // HungUp if there is anything to read, its end included.
     void expect_silence();
+    // HungUp if the other end has closed it, whatever there is to read.
+    void expect_open();
     // No more will be sent; reads what still comes until the other end closes, or the deadline. Without this,
     // closing with something unread would throw away what was sent last.
     void finish(Deadline deadline);

@@ -12,7 +12,7 @@ void Wire::fail(const void* failure, uint32_t bytes) {
 void Wire::send_control(const Header& header, const void* payload, int passed) {
     std::vector<uint8_t> frame(sizeof header + header.bytes);
     std::memcpy(frame.data(), &header, sizeof header);
-    std::memcpy(frame.data() + sizeof header, payload, header.bytes);
+    if (header.bytes) std::memcpy(frame.data() + sizeof header, payload, header.bytes);
     socket_.send(frame.data(), frame.size(), soon(), passed);
 }
 
@@ -20,6 +20,11 @@ void Stream::begin(const Header& header, const void* step, uint32_t max_layer_by
     socket_.expect_silence();
     expect(max_layer_bytes);
     send_control(header, step);
+}
+
+void Stream::again(uint32_t step) {
+    socket_.expect_silence();
+    send_control({step, 0, 0, AGAIN, 0}, nullptr);
 }
 
 uint8_t* Stream::reserve(uint32_t bytes) {

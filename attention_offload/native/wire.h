@@ -24,6 +24,8 @@ class Wire {
 
     // Engine: announces a step whose layer frames and answers take at most `max_layer_bytes`.
     virtual void begin(const Header& header, const void* step, uint32_t max_layer_bytes) = 0;
+    // Engine: another step of the same reads.
+    virtual void again(uint32_t step) = 0;
     // Where the payload of the next layer frame goes. Refused beyond the step's `max_layer_bytes`.
     virtual uint8_t* reserve(uint32_t bytes) = 0;
     // Sends it. A shard's header is the one it answers, with the answer's size.
@@ -53,6 +55,7 @@ class Stream : public Wire {
   public:
     using Wire::Wire;
     void begin(const Header& header, const void* step, uint32_t max_layer_bytes) override;
+    void again(uint32_t step) override;
     uint8_t* reserve(uint32_t bytes) override;
     void publish(const Header& header) override;
     Frame receive(Deadline deadline) override;

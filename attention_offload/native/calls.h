@@ -1,0 +1,64 @@
+// Python's arguments, errors and lock, for the files that bind functions.
+#pragma once
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <cstdarg>
+#include <exception>
+
+#include "wire.h"
+
+namespace farshore::wire {
+
+inline constexpr const char* WIRE_CAPSULE = "farshore.wire";
+
+template <class Call>
+PyObject* guarded(Call&& call) {
+    try {
+        return call();
+    } catch (const Late& error) {
+        PyErr_SetString(PyExc_TimeoutError, error.what());
+    } catch (const Broken& error) {
+        PyErr_SetString(PyExc_ConnectionError, error.what());
+    } catch (const Refused& error) {
+        PyErr_SetString(PyExc_ValueError, error.what());
+    } catch (const std::exception& error) {
+        if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
+    return nullptr;
+}
+
+// Of a Python call that failed; the exception is set already.
+struct Raised : std::exception {};
+
+inline void parse(PyObject* args, const char* format, ...) {
+    va_list out;
+    va_start(out, format);
+    const int ok = PyArg_VaParse(args, format, out);
+    va_end(out);
+    if (!ok) throw Raised();
+}
+
+struct WithoutGil {
+    WithoutGil() : state(PyEval_SaveThread()) {}
+    ~WithoutGil() { PyEval_RestoreThread(state); }
+    PyThreadState* state;
+};
+
+inline Wire& wire_of(PyObject* capsule) {
+    void* it = PyCapsule_GetPointer(capsule, WIRE_CAPSULE);
+    if (!it) throw Raised();
+    return *static_cast<Wire*>(it);
+}
+
+// What each end is called by; see the methods' texts in binding.cpp.
+PyObject* begin(PyObject*, PyObject* args);
+PyObject* again(PyObject*, PyObject* args);
+PyObject* send(PyObject*, PyObject* args);
+PyObject* wait(PyObject*, PyObject* args);
+PyObject* serve(PyObject*, PyObject* args);
+PyObject* share_cores(PyObject*, PyObject*);
+PyObject* fail(PyObject*, PyObject* args);
+
+}  // namespace farshore::wire

@@ -1,0 +1,194 @@
+// The shard's end, as Python calls it: one call answers the layer frames of a step and of all that read the same.
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "../../kernels/cpu/native/api.h"
+#include "calls.h"
+
+namespace farshore::wire {
+namespace {
+
+// One layer frame of the step under way, by its layer class and micro-batch.
+struct Work {
+    void* plan;
+    uint32_t q_bytes, lse_bytes, o_bytes;
+    long long read_bytes;
+};
+
+struct Layer {
+    unsigned layer_class, stored_layer;
+};
+
+struct Step {
+    long long number = -1;  // none
+    int format = 0;
+    std::vector<Layer> layers;
+    std::vector<std::vector<Work>> work;  // [layer class][micro-batch]
+    int64_t* attended_bytes = nullptr;
+    // The store's count, and what it was when the spans were looked up; null: they are to be looked up every time.
+    int64_t* removals = nullptr;
+    long long seen_removals = 0;
+
+    bool still_holds() const {
+        return removals && std::atomic_ref(*removals).load(std::memory_order_acquire) == seen_removals;
+    }
+
+    uint32_t max_layer_bytes() const {
+        uint32_t most = 0;
+        for (const auto& batches : work)
+            for (const Work& it : batches) most = std::max({most, it.q_bytes, it.lse_bytes + it.o_bytes});
+        return most;
+    }
+};
+
+Work work_of(PyObject* description) {
+    Work it;
+    PyObject* capsule;
+    parse(description, "OIIIL", &capsule, &it.q_bytes, &it.lse_bytes, &it.o_bytes, &it.read_bytes);
+    it.plan = PyCapsule_GetPointer(capsule, PLAN_CAPSULE);
+    if (!it.plan) throw Raised();
+    return it;
+}
+
+Step step_of(PyObject* description) {
+    Step step;
+    if (description == Py_None) return step;
+    PyObject *layers, *classes;
+    unsigned long long counter, removals;
+    parse(description, "LiO!O!KKL", &step.number, &step.format, &PyTuple_Type, &layers, &PyTuple_Type, &classes,
+          &counter, &removals, &step.seen_removals);
+    step.attended_bytes = reinterpret_cast<int64_t*>(counter);
+    step.removals = reinterpret_cast<int64_t*>(removals);
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(classes); i++) {
+        PyObject* batches = PyTuple_GET_ITEM(classes, i);
+        step.work.emplace_back();
+        for (Py_ssize_t j = 0; j < PyTuple_Size(batches); j++)
+            step.work.back().push_back(work_of(PyTuple_GET_ITEM(batches, j)));
+    }
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(layers); i++) {
+        Layer it;
+        parse(PyTuple_GET_ITEM(layers, i), "II", &it.layer_class, &it.stored_layer);
+        if (it.layer_class >= step.work.size()) throw std::out_of_range("a layer of no class");
+        step.layers.push_back(it);
+    }
+    return step;
+}
+
+const Work& work_for(const Step& step, const Header& header) {
+    if (step.number != header.step)
+        throw Refused("frame of step " + std::to_string(header.step) + ", but step " +
+                      (step.number < 0 ? "None" : std::to_string(step.number)) + " is under way");
+    if (header.layer >= step.layers.size())
+        throw Refused("layer " + std::to_string(header.layer) + " of a model of " +
+                      std::to_string(step.layers.size()) + " layers");
+    const auto& batches = step.work[step.layers[header.layer].layer_class];
+    if (header.micro_batch >= batches.size())
+        throw Refused("micro-batch " + std::to_string(header.micro_batch) + " of a step of " +
+                      std::to_string(batches.size()));
+    const Work& it = batches[header.micro_batch];
+    if (header.bytes != it.q_bytes)
+        throw Refused("q of " + std::to_string(header.bytes) + " bytes, expected " + std::to_string(it.q_bytes));
+    return it;
+}
+
+// Answers layer frames until a step comes whose reads are to be looked up, or the engine hangs up: then false.
+bool answer(Wire& wire, Step& step, const Api& api, Frame& frame) {
+    wire.expect(step.max_layer_bytes());
+    for (;;) {
+        try {
+            frame = wire.receive(NEVER);
+        } catch (const HungUp&) {
+            return false;
+        }
+        if (frame.header.kind == AGAIN && step.still_holds()) {
+            step.number = frame.header.step;
+            continue;
+        }
+        if (frame.header.kind == BEGIN || frame.header.kind == AGAIN) return true;
+        if (frame.header.kind != LAYER) throw Broken("garbage: a shard was sent a failure");
+        Header header = frame.header;
+        const Work& it = work_for(step, header);
+        header.bytes = it.lse_bytes + it.o_bytes;
+        uint8_t* out = wire.reserve(header.bytes);
+        api.partial(it.plan, static_cast<int>(step.layers[header.layer].stored_layer), frame.payload, step.format,
+                    out + it.lse_bytes, reinterpret_cast<float*>(out));
+        std::atomic_ref(*step.attended_bytes).fetch_add(it.read_bytes, std::memory_order_relaxed);
+        wire.publish(header);
+    }
+}
+
+const Api& kernels_api() {
+    const auto* api = static_cast<const Api*>(PyCapsule_Import(API_CAPSULE, 0));
+    if (!api) throw Raised();
+    return *api;
+}
+
+// Linux's struct sched_attr, as far as it is needed; see sched_setattr(2).
+struct Turns {
+    uint32_t bytes, policy;
+    uint64_t flags;
+    int32_t nice;
+    uint32_t priority;
+    uint64_t runtime_ns, deadline_ns, period_ns;
+};
+static_assert(sizeof(Turns) == 48);
+
+// A slice shorter than the others' (3 ms) has a thread that wakes run at once (Linux 6.12 and later), rather than
+// when an engine's thread that waits awake on its core has given up. What the kernel doesn't grant is not needed.
+constexpr uint64_t TURN_NS = 100'000;
+// An engine on this host needs the cores as soon as the answer is out.
+constexpr int POOL_AWAKE_US = 5;
+
+}  // namespace
+
+PyObject* serve(PyObject*, PyObject* args) {
+    return guarded([&]() -> PyObject* {
+        PyObject *capsule, *description;
+        parse(args, "OO", &capsule, &description);
+        Wire& wire = wire_of(capsule);
+        const Api& api = kernels_api();
+        Step step = step_of(description);
+        Frame frame;
+        bool more;
+        {
+            WithoutGil released;
+            more = answer(wire, step, api, frame);
+        }
+        if (!more) Py_RETURN_NONE;
+        if (frame.header.kind == AGAIN) return PyLong_FromUnsignedLong(frame.header.step);
+        return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(frame.payload), frame.header.bytes);
+    });
+}
+
+PyObject* share_cores(PyObject*, PyObject*) {
+    return guarded([&]() -> PyObject* {
+        Turns turns{};
+        if (syscall(SYS_sched_getattr, 0, &turns, sizeof turns, 0) == 0) {
+            turns.runtime_ns = TURN_NS;
+            syscall(SYS_sched_setattr, 0, &turns, 0);
+        }
+        kernels_api().wait_awake(POOL_AWAKE_US);
+        Py_RETURN_NONE;
+    });
+}
+
+PyObject* fail(PyObject*, PyObject* args) {
+    return guarded([&]() -> PyObject* {
+        PyObject* capsule;
+        Py_buffer message;
+        parse(args, "Oy*", &capsule, &message);
+        const std::unique_ptr<Py_buffer, void (*)(Py_buffer*)> owned(&message, PyBuffer_Release);
+        Wire& wire = wire_of(capsule);
+        {
+            WithoutGil released;
+            wire.fail(message.buf, static_cast<uint32_t>(std::min<Py_ssize_t>(message.len, MAX_CONTROL_BYTES)));
+        }
+        Py_RETURN_NONE;
+    });
+}
+
+}  // namespace farshore::wire
