@@ -5,7 +5,7 @@ frame is a pure read: it may be retried or thrown away, and nothing remote chang
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -14,6 +14,9 @@ from farshore.attention_offload.plan import ShardStep, StepPlan
 from farshore.ids import WorkerId
 from farshore.kernels.base import AttentionSpec, KVLayout, State
 from farshore.kvstore.base import ShardStore
+
+if TYPE_CHECKING:
+    from farshore.attention_offload.frame_stream import FrameStream
 
 
 class AttentionModel(NamedTuple):
@@ -52,6 +55,11 @@ class Peer(Protocol):
         """What carries its hot frames; None while nothing is connected."""
 
     @property
+    def frames(self) -> "FrameStream | None":
+        """Its connection for hot frames where that is native: several are served by one call of an
+        :class:`~farshore.attention_offload.exchange.Exchange`. None elsewhere."""
+
+    @property
     def bulk_transport(self) -> Transport | None:
         """What carries the store's KV; None while nothing is connected."""
 
@@ -68,6 +76,9 @@ class Peer(Protocol):
         """The shard's state: o ``[rows, heads, v_dim]`` in q's dtype, lse f32 (f64) ``[rows, heads]``.
         Valid until the next wait. In the memory of ``out`` where given: rows may lie apart in it, the heads
         of a row may not."""
+
+    def break_off(self) -> None:
+        """The connection for hot frames failed, or must not be used any more."""
 
     def twin(self) -> "Peer":
         """A second connection to the same shard, for a step beside this one's. Always the same; closed with

@@ -10,22 +10,20 @@ step fails, and the engine runs it again.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from time import perf_counter
-from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from farshore.attention_offload.base import AttentionModel, Peer
+from farshore.attention_offload.exchange import Lost
 from farshore.attention_offload.frames import Transport
+from farshore.attention_offload.lane import Group, Lane, Pending, Place
 from farshore.attention_offload.latency import Link, LinkRecord, SlowShards, links
 from farshore.attention_offload.plan import ShardStep, StepPlan
 from farshore.errors import FarshoreError, NotFound, TransportError
 from farshore.ids import WorkerId
-from farshore.kernels.base import State
-
-Index = slice | Tensor
+from farshore.kernels.base import AttentionSpec, State
 
 BLOCKED_S = 20e-6
 """An answer that was waited for so long came just now; one that was there may have come earlier."""
@@ -41,62 +39,38 @@ _LOST = (TransportError, NotFound)
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(slots=True, eq=False)
-class _Lane:
-    """One shard's part of the step under way."""
-
-    worker: WorkerId
-    peer: Peer
-    record: LinkRecord
-    step: ShardStep
-    rows: list[Index | None]
-    """By micro-batch: which of its rows the shard sees; None: none."""
-    sees_all: list[bool]
-    """By micro-batch: every row and every head of it, so that nothing is cut out of q."""
-
-
-@dataclass(slots=True, eq=False)
-class Pending:
-    """A layer frame under way to every shard that has rows of its micro-batch."""
-
-    layer: int
-    micro_batch: int
-    q: Tensor
-    sent_s: float
-    sent: dict[_Lane, Any]
-
-
-class _Place(NamedTuple):
-    """Where a shard's answers go: ``answer`` is its part of ``whole``, whose rest is the identity."""
-
-    whole: State
-    answer: State
-    scattered: tuple[Tensor, slice] | None
-    """Rows that do not follow each other, and heads: the answer has memory of its own, and is copied."""
-
-
 class Fanout:
     """Not thread-safe: one engine loop calls it."""
 
     def __init__(self, peers: Mapping[WorkerId, Peer], model: AttentionModel) -> None:
         self._peers = peers
         self._model = model
-        self._micro_batches: Sequence[range] = ()
-        self._groups = 0
-        self._lanes: list[_Lane] = []
+        self._plan: StepPlan | None = None
+        """The last one, if another of the same reads may take the same lanes."""
+        self._micro_batches: tuple[range, ...] = ()
+        self._step = 0
+        self._lanes: list[Lane] = []
         self._used: list[Peer] = []
         self._under_way: list[Pending] = []
-        self._places: dict[tuple[int, int, _Lane], _Place] = {}
+        self._places: dict[tuple[int, int, Lane], Place] = {}
+        self._groups: dict[tuple[int, int], Group | None] = {}
+        """By layer class and micro-batch."""
         self._records = {worker: LinkRecord() for worker in peers}
         self._given_up_s: dict[WorkerId, float] = {}
         self._slow = SlowShards()
         self._turn = self._steps = 0
-        self.waited_s = 0.0
-        """For other processes' answers, so far."""
+        self._waited_s = 0.0
 
     def links(self) -> list[Link]:
-        """What frames to each shard have taken. May be asked from another thread."""
+        """What frames to each shard have taken, those of the last step perhaps not yet. May be asked from another
+        thread."""
         return links(self._records, {worker: _ways(peer) for worker, peer in self._peers.items()})
+
+    @property
+    def waited_s(self) -> float:
+        """For other processes' answers, so far."""
+        self._settle()
+        return self._waited_s
 
     def begin(self, plan: StepPlan, micro_batches: Sequence[range]) -> None:
         """Announce the step to every shard it reads from. Raises TransportError for one that is gone, and
@@ -104,36 +78,41 @@ class Fanout:
         self._steps += 1
         if self._steps % LOOK_EVERY_STEPS == 0:
             self._slow.look(self.links())
-        self._micro_batches = micro_batches
-        self._groups = plan.groups
+        self._settle()
+        self._step = plan.step
         self._under_way.clear()
-        self._places.clear()
-        self._lanes.clear()
-        self._used.clear()
         now_s = perf_counter()
         self._given_up_s = {w: at_s for w, at_s in self._given_up_s.items() if now_s - at_s < AVOID_S}
+        if self._is_alike(plan, micro_batches) and self._begun_again(plan):
+            return
+        self._plan, self._micro_batches = None, tuple(micro_batches)
+        for memory in (self._places, self._groups, self._lanes, self._used):
+            memory.clear()
         for worker, step in plan.shard_steps(micro_batches).items():
             avoided = step.on_replicas(self._usable()) if worker in self._given_up_s else None
             for at, part in (avoided or {worker: step}).items():
-                self._lanes += self._begun(at, part)
+                self._lanes += self._begun(at, part, plan.groups)
+        if not self._given_up_s:
+            self._plan = plan
 
     def travels(self, micro_batch: int) -> bool:
         """Whether a micro-batch's q goes to another process, and so should go early."""
         return any(
-            lane.peer.transport is not Transport.IN_PROCESS
-            for lane in self._lanes
-            if lane.rows[micro_batch] is not None
+            lane.peer.transport is not Transport.IN_PROCESS for lane in self._lanes if lane.rows[micro_batch]
         )
 
     def send(self, layer: int, micro_batch: int, q: Tensor) -> Pending:
         """q ``[rows of the micro-batch, q_heads, k_dim]``; it must stay as it is until :meth:`wait`."""
-        pending = Pending(layer, micro_batch, q, perf_counter(), {})
+        pending = Pending(layer, micro_batch, q.contiguous(), perf_counter())
         self._under_way.append(pending)
-        # Whom sending takes longest comes last: a shard on this thread's own core runs as soon as it is
-        # woken, and if the others wait for their frames meanwhile, a layer takes a second attention's time
-        # (measured: two workers, two cores). Sorted is a copy: who takes another's place catches up itself.
-        for lane in sorted(self._lanes, key=_send_s):
-            if lane.rows[micro_batch] is not None:
+        pending.together = self._group(pending)
+        if pending.together is not None:
+            try:
+                pending.together.exchange.send(self._step, layer, micro_batch, pending.q)
+            except Lost as lost:
+                self._lose(pending.together, lost)
+        for lane in list(self._lanes):  # a copy: who takes another's place catches up itself
+            if lane.rows[micro_batch] and not pending.went_to(lane):
                 try:
                     self._send(pending, lane)
                 except _LOST as error:
@@ -145,32 +124,23 @@ class Fanout:
         where a shard had nothing to read. In the same memory for every layer of a class in a step."""
         self._receive(pending)
         self._under_way.remove(pending)
-        states = []
-        for lane in self._lanes:
-            if lane in pending.sent:
-                whole, answer, scattered = self._place(lane, pending)
-                if scattered is not None:
-                    whole.o[scattered] = answer.o
-                    whole.lse[scattered] = answer.lse
-                states.append(whole)
-        return states
+        return [self._place(lane, pending).whole for lane in self._lanes if lane.rows[pending.micro_batch]]
 
-    def _send(self, pending: Pending, lane: _Lane) -> None:
-        layer, micro_batch, part = pending.layer, pending.micro_batch, pending.q
-        if not lane.sees_all[micro_batch]:
-            part = part[lane.rows[micro_batch], self._heads(lane, layer)]
-        start_s = perf_counter()
-        pending.sent[lane] = lane.peer.send(layer, micro_batch, part)
-        lane.record.send_s += (perf_counter() - start_s - lane.record.send_s) / 2
+    def _send(self, pending: Pending, lane: Lane) -> None:
+        q = lane.query(pending.micro_batch, pending.q, self._spec(pending.layer))
+        pending.sent[lane] = lane.peer.send(pending.layer, pending.micro_batch, q)
 
     def _receive(self, pending: Pending) -> None:
-        remote = []
-        for lane in pending.sent:
-            if lane.peer.transport is Transport.IN_PROCESS:
-                # Attended to now, while the others are busy.
-                lane.peer.wait(pending.sent[lane], out=self._place(lane, pending).answer)
-            else:
-                remote.append(lane)
+        here = [lane for lane in pending.sent if lane.peer.transport is Transport.IN_PROCESS]
+        for lane in here:
+            # Attended to now, while the others are busy.
+            self._take(pending, lane)
+        if pending.together is not None:
+            try:
+                pending.together.exchange.wait()
+            except Lost as lost:
+                self._lose(pending.together, lost)
+        remote = [lane for lane in pending.sent if lane not in here]
         if not remote:
             return
         # In turns, so that each shard's answer is often the first that is waited for: it alone is always seen
@@ -181,7 +151,7 @@ class Fanout:
         while remote:
             lane = remote.pop(0)
             try:
-                lane.peer.wait(pending.sent[lane], out=self._place(lane, pending).answer)
+                self._take(pending, lane)
             except _LOST as error:
                 remote += self._give_up(lane, error)
                 continue
@@ -189,10 +159,39 @@ class Fanout:
             lane.record.frames += 1
             if first or end_s - start_s > BLOCKED_S:
                 lane.record.answered(end_s - pending.sent_s)
-            self.waited_s += end_s - start_s
+            self._waited_s += end_s - start_s
             start_s, first = end_s, False
 
-    def _begun(self, worker: WorkerId, step: ShardStep) -> list[_Lane]:
+    def _take(self, pending: Pending, lane: Lane) -> None:
+        place = self._place(lane, pending)
+        lane.peer.wait(pending.sent[lane], out=place.answer)
+        place.put()
+
+    def _is_alike(self, plan: StepPlan, micro_batches: Sequence[range]) -> bool:
+        """Whether all reads of a step, and who reads them, are those of the last one."""
+        last = self._plan
+        return (
+            last is not None
+            and last.reads == plan.reads
+            and len(last.positions) == len(plan.positions)
+            and self._micro_batches == tuple(micro_batches)
+        )
+
+    def _begun_again(self, plan: StepPlan) -> bool:
+        """Announces a step on the lanes of the last one; False: one of them is not what it was."""
+        for lane in self._lanes:
+            positions = tuple(plan.positions[row] for row in lane.step.rows)
+            lane.step = replace(lane.step, step=plan.step, positions=positions)
+            try:
+                lane.peer.begin(lane.step)
+            except _LOST:
+                return False
+            if lane.peer.frames is not lane.frames:
+                return False
+            lane.record.expect(lane.work)
+        return True
+
+    def _begun(self, worker: WorkerId, step: ShardStep, groups: int) -> list[Lane]:
         """A lane to ``worker``, or to replicas of what it was to read; announced."""
         if worker not in self._peers:
             raise TransportError(f"no connection to attention worker {worker}")
@@ -200,40 +199,49 @@ class Fanout:
         while peer in self._used:  # for its own part of the step
             peer = peer.twin()
         self._used.append(peer)
-        rows: list[Index | None] = []
-        for mine, batch in zip(step.micro_batches, self._micro_batches, strict=True):
-            rows.append(_index([step.rows[row] - batch.start for row in mine]) if mine else None)
-        all_heads = step.group1 - step.group0 == self._groups
-        sees_all = [
-            all_heads and len(mine) == len(batch)
+        rows = [
+            tuple(step.rows[row] - batch.start for row in mine)
             for mine, batch in zip(step.micro_batches, self._micro_batches, strict=True)
         ]
-        lane = _Lane(worker, peer, self._records[worker], step, rows, sees_all)
+        lane = Lane(worker, peer, self._records[worker], step, groups, rows, step.work)
         try:
             peer.begin(step)
         except _LOST as error:
             return self._instead_of(lane, error)
-        lane.record.expect(step.work)
+        lane.frames = peer.frames
+        lane.record.expect(lane.work)
         return [lane]
 
-    def _give_up(self, lost: _Lane, error: FarshoreError) -> list[_Lane]:
+    def _lose(self, together: Group, lost: Lost) -> None:
+        """One of those that are served by one call failed."""
+        lane = together.lanes[lost.index]
+        lane.peer.break_off()
+        if not isinstance(lost.error, _LOST):
+            raise lost.error
+        self._give_up(lane, lost.error)
+
+    def _give_up(self, lost: Lane, error: FarshoreError) -> list[Lane]:
         """Those that take the place of a lane that broke, with its frames under way."""
+        self._settle()
+        self._groups.clear()
+        self._plan = None
+        for pending in self._under_way:
+            pending.part()
+            pending.sent.pop(lost, None)
         at = self._lanes.index(lost)
         self._lanes[at : at + 1] = instead = self._instead_of(lost, error)
-        for pending in self._under_way:
-            pending.sent.pop(lost, None)
         return [it for lane in instead for it in self._caught_up(lane)]
 
-    def _caught_up(self, lane: _Lane) -> list[_Lane]:
+    def _caught_up(self, lane: Lane) -> list[Lane]:
         try:
             for pending in self._under_way:
-                if lane.rows[pending.micro_batch] is not None:
+                if lane.rows[pending.micro_batch]:
                     self._send(pending, lane)
         except _LOST as error:
             return self._give_up(lane, error)
         return [lane]
 
-    def _instead_of(self, lost: _Lane, error: FarshoreError) -> list[_Lane]:
+    def _instead_of(self, lost: Lane, error: FarshoreError) -> list[Lane]:
         """Lanes to replicas of all that a lane reads; raises ``error`` where there are none."""
         lost.record.failures += 1
         self._given_up_s[lost.worker] = perf_counter()
@@ -247,28 +255,41 @@ class Fanout:
             ", ".join(steps),
             error,
         )
-        return [lane for worker, step in steps.items() for lane in self._begun(worker, step)]
+        return [lane for worker, step in steps.items() for lane in self._begun(worker, step, lost.groups)]
 
     def _usable(self) -> set[WorkerId]:
         return self._peers.keys() - self._given_up_s.keys()
 
-    def _place(self, lane: _Lane, pending: Pending) -> _Place:
-        layer_class = self._model.layer_class[pending.layer]
-        key = (layer_class, pending.micro_batch, lane)
+    def _spec(self, layer: int) -> AttentionSpec:
+        return self._model.specs[self._model.layer_class[layer]]
+
+    def _place(self, lane: Lane, pending: Pending) -> Place:
+        key = (self._model.layer_class[pending.layer], pending.micro_batch, lane)
         if key not in self._places:
-            spec = self._model.specs[layer_class]
-            rows = lane.rows[pending.micro_batch]
-            assert rows is not None, "a frame without rows was sent"
-            whole = State.identity(len(pending.q), spec.q_heads, spec.v_dim, dtype=pending.q.dtype)
-            heads = self._heads(lane, pending.layer)
-            # A copy where the rows are scattered, a view where they are a slice.
-            answer = State(whole.o[rows, heads], whole.lse[rows, heads])
-            self._places[key] = _Place(whole, answer, None if isinstance(rows, slice) else (rows, heads))
+            self._places[key] = Place.of(lane, pending.micro_batch, pending.q, self._spec(pending.layer))
         return self._places[key]
 
-    def _heads(self, lane: _Lane, layer: int) -> slice:
-        per_group = self._model.specs[self._model.layer_class[layer]].q_heads_per_group
-        return slice(lane.step.group0 * per_group, lane.step.group1 * per_group)
+    def _group(self, pending: Pending) -> Group | None:
+        key = (self._model.layer_class[pending.layer], pending.micro_batch)
+        if key not in self._groups:
+            lanes = [it for it in self._lanes if it.frames is not None and it.rows[pending.micro_batch]]
+            places = [self._place(lane, pending) for lane in lanes]
+            spec = self._spec(pending.layer)
+            self._groups[key] = (
+                Group.of(lanes, places, pending.micro_batch, pending.q, spec) if lanes else None
+            )
+        return self._groups[key]
+
+    def _settle(self) -> None:
+        """Books what native calls have counted."""
+        for group in self._groups.values():
+            if group is not None:
+                waited_s, parts = group.exchange.times()
+                self._waited_s += waited_s
+                for lane, (frames, times_s) in zip(group.lanes, parts, strict=True):
+                    lane.record.frames += frames
+                    for seconds in times_s:
+                        lane.record.answered(seconds)
 
 
 def _ways(peer: Peer) -> str:
@@ -277,14 +298,3 @@ def _ways(peer: Peer) -> str:
     if frames is None or kv is None or kv is frames:
         return frames or ""
     return f"{frames}, KV over {kv}"
-
-
-def _send_s(lane: _Lane) -> float:
-    return lane.record.send_s
-
-
-def _index(rows: list[int]) -> Index:
-    """How to take ``rows``, ascending, out of others: without a copy where they follow each other."""
-    if rows[-1] - rows[0] + 1 == len(rows):
-        return slice(rows[0], rows[-1] + 1)
-    return torch.tensor(rows)

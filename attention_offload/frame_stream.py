@@ -37,13 +37,17 @@ class FrameStream:
         self._address = address
         self._model = model
         self._dtype = dtype
-        self._deadline_s = frame_deadline_s
+        self.deadline_s = frame_deadline_s
         self._native = native()
         if transport is Transport.SHARED_MEMORY:
-            self._wire = self._native.shared_memory(connection.detach(), frame_deadline_s, AWAKE_US)
+            self.wire = self._native.shared_memory(connection.detach(), frame_deadline_s, AWAKE_US)
         else:
             near = is_near(connection)
-            self._wire = self._native.stream(connection.detach(), frame_deadline_s, near, AWAKE_US)
+            self.wire = self._native.stream(connection.detach(), frame_deadline_s, near, AWAKE_US)
+
+    @property
+    def under_way(self) -> int:
+        return self._native.under_way(self.wire)  # type: ignore[no-any-return]
 
     def begin(self, step: ShardStep) -> None:
         groups, rows = step.group1 - step.group0, max(map(len, step.micro_batches), default=0)
@@ -53,34 +57,33 @@ class FrameStream:
             most = max(most, q, lse + o)
         message = codec.step_to_pb(step).SerializeToString()
         try:
-            self._native.begin(self._wire, step.step, message, most)
+            self._native.begin(self.wire, step.step, message, most)
         except (OSError, ValueError) as error:
-            raise self._mapped(error) from error
+            raise self.mapped(error) from error
 
     def again(self, step: int) -> None:
         try:
-            self._native.again(self._wire, step)
+            self._native.again(self.wire, step)
         except (OSError, ValueError) as error:
-            raise self._mapped(error) from error
+            raise self.mapped(error) from error
 
     def send(self, sent: Sent, q: Tensor) -> None:
-        if q.dtype != self._dtype:
-            raise InvalidRequest(f"q is {q.dtype}: this connection was opened for {self._dtype}")
+        self.check_dtype(q.dtype)
         _, heads, dim = q.shape
         if q.stride()[1:] != (dim, 1):
             q = q.contiguous()
         size = q.element_size()
         try:
-            self._native.send(self._wire, *sent[:4], q.data_ptr(), heads * dim * size, q.stride(0) * size)
+            self._native.send(self.wire, *sent[:4], q.data_ptr(), heads * dim * size, q.stride(0) * size)
         except (OSError, ValueError) as error:
-            raise self._mapped(error) from error
+            raise self.mapped(error) from error
 
     def wait(self, sent: Sent, out: State) -> None:
         o, lse = out
         size = o.element_size()
         try:
             failure = self._native.wait(
-                self._wire,
+                self.wire,
                 *sent[:4],
                 lse.data_ptr(),
                 sent.heads * 4,
@@ -88,19 +91,28 @@ class FrameStream:
                 o.data_ptr(),
                 sent.heads * o.shape[2] * size,
                 o.stride(0) * size,
-                self._deadline_s,
+                self.deadline_s,
             )
         except (OSError, ValueError) as error:
-            raise self._mapped(error) from error
+            raise self.mapped(error) from error
         if failure is not None:
-            raise codec.error_from_pb(pb.Failure.FromString(failure), peer=self._address)
+            raise self.refusal(failure)
 
     def close(self) -> None:
-        self._native.shut_down(self._wire)
+        self._native.shut_down(self.wire)
 
-    def _mapped(self, error: Exception) -> FarshoreError:
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        if dtype != self._dtype:
+            raise InvalidRequest(f"q is {dtype}: this connection was opened for {self._dtype}")
+
+    def refusal(self, failure: bytes) -> FarshoreError:
+        """What a shard's last message says."""
+        return codec.error_from_pb(pb.Failure.FromString(failure), peer=self._address)
+
+    def mapped(self, error: Exception) -> FarshoreError:
+        """What a native call on this connection failed with."""
         if isinstance(error, TimeoutError):
-            return TransportError(f"{self._address}: no answer within {self._deadline_s:g} s")
+            return TransportError(f"{self._address}: no answer within {self.deadline_s:g} s")
         if isinstance(error, OSError):
             return TransportError(f"{self._address}: {error}")
         return InvalidRequest(str(error))

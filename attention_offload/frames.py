@@ -57,6 +57,10 @@ class HotStream(Protocol):
     @property
     def transport(self) -> Transport: ...
 
+    @property
+    def under_way(self) -> int:
+        """Layer frames sent and not answered."""
+
     def begin(self, step: ShardStep) -> None: ...
 
     def again(self, step: int) -> None:

@@ -37,6 +37,7 @@ class GrpcStream:
     ) -> None:
         self._address = address
         self._deadline_s = frame_deadline_s
+        self.under_way = 0
         self._outgoing: queue.SimpleQueue[pb.Frame | None] = queue.SimpleQueue()
         self._incoming: queue.SimpleQueue[pb.State | grpc.RpcError | None] = queue.SimpleQueue()
         self._call = stub.Attend(iter(self._outgoing.get, None))
@@ -55,6 +56,7 @@ class GrpcStream:
             step=sent.step, layer=sent.layer, micro_batch=sent.micro_batch, q=codec.to_bytes(q)
         )
         self._outgoing.put(pb.Frame(layer=frame))
+        self.under_way += 1
 
     def wait(self, sent: Sent, out: State) -> None:
         answer = self._next()
@@ -65,6 +67,7 @@ class GrpcStream:
             )
         out.o.copy_(codec.from_bytes(answer.o, tuple(out.o.shape), out.o.dtype))
         out.lse.copy_(codec.from_bytes(answer.lse, tuple(out.lse.shape), out.lse.dtype))
+        self.under_way -= 1
 
     def close(self) -> None:
         self._outgoing.put(None)

@@ -21,6 +21,7 @@ class InProcessPeer:
     """A :class:`~farshore.attention_offload.base.Peer` by direct calls; never raises TransportError."""
 
     transport = bulk_transport = Transport.IN_PROCESS
+    frames = None
 
     def __init__(
         self,
@@ -65,6 +66,9 @@ class InProcessPeer:
         if self._twin is None:
             self._twin = InProcessPeer(self._worker, self.store, self._model, attended=self._attended)
         return self._twin
+
+    def break_off(self) -> None:
+        pass
 
     def close(self) -> None:
         pass

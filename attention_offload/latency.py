@@ -77,8 +77,6 @@ class LinkRecord:
     work: float = 0.0
     """What a step asks of it, in any unit that is the same for every shard; smoothed."""
     past_work: float = 0.0
-    send_s: float = 0.0
-    """How long the last frames took to be sent, the newest most of all."""
 
     def expect(self, work: float) -> None:
         """A step begins that asks ``work`` of it."""

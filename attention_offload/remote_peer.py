@@ -55,7 +55,6 @@ class RemotePeer:
         self._channel = grpc.insecure_channel(address, options=OPTIONS)
         self._stub = pb_grpc.AttentionStub(self._channel)
         self._stream: HotStream | None = None
-        self._unanswered = 0
         self._step: ShardStep | None = None
         """The one announced last on this connection."""
         self._windows = any(spec.window_tokens for spec in model.specs)
@@ -66,6 +65,10 @@ class RemotePeer:
     def transport(self) -> Transport | None:
         """Of hot frames; None while there is no connection for them."""
         return self._stream.transport if self._stream else None
+
+    @property
+    def frames(self) -> FrameStream | None:
+        return self._stream if isinstance(self._stream, FrameStream) else None
 
     @property
     def bulk_transport(self) -> Transport | None:
@@ -85,9 +88,9 @@ class RemotePeer:
         return self._stream.transport
 
     def begin(self, step: ShardStep) -> None:
-        if self._unanswered:
+        if self._stream is not None and self._stream.under_way:
             # A step was dropped half way. A fresh connection is the simplest way never to see its answers.
-            self._reset()
+            self.break_off()
         used = self._stream is not None
         self.connect()
         try:
@@ -102,14 +105,13 @@ class RemotePeer:
     def send(self, layer: int, micro_batch: int, q: Tensor) -> Sent:
         if self._stream is None or self._step is None:
             raise TransportError(f"{self._address}: the stream broke; begin the step again")
-        if self._unanswered == MAX_UNDER_WAY:
+        if self._stream.under_way == MAX_UNDER_WAY:
             raise InvalidRequest(f"{MAX_UNDER_WAY} frames are under way: wait for one before the next")
         sent = Sent(self._step.step, layer, micro_batch, q.shape[0], q.shape[1])
-        self._unanswered += 1
         try:
             self._stream.send(sent, q)
         except FarshoreError:
-            self._reset()
+            self.break_off()
             raise
         return sent
 
@@ -125,9 +127,8 @@ class RemotePeer:
         try:
             self._stream.wait(sent, out)
         except FarshoreError:
-            self._reset()
+            self.break_off()
             raise
-        self._unanswered -= 1
         return out
 
     def twin(self) -> "RemotePeer":
@@ -141,10 +142,15 @@ class RemotePeer:
             )
         return self._twin
 
+    def break_off(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        self._stream = self._step = None
+
     def close(self) -> None:
         if self._twin is not None:
             self._twin.close()
-        self._reset()
+        self.break_off()
         self.store.close()
         self._channel.close()
 
@@ -156,7 +162,7 @@ class RemotePeer:
             else:
                 self._stream.begin(step)
         except FarshoreError:
-            self._reset()
+            self.break_off()
             raise
         self._step = step
 
@@ -177,9 +183,3 @@ class RemotePeer:
             self._dtype,
             frame_deadline_s=self._frame_deadline_s,
         )
-
-    def _reset(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-        self._stream = self._step = None
-        self._unanswered = 0

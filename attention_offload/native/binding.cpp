@@ -84,6 +84,18 @@ PyMethodDef methods[] = {
     {"wait", wait, METH_VARARGS,
      "wait(wire, step, layer, micro_batch, rows, lse, row_bytes, stride_bytes, o, row_bytes, stride_bytes, s);"
      " returns None, or a message Failure"},
+    {"under_way", under_way, METH_VARARGS, "under_way(wire): layer frames that were sent and not answered"},
+    {"exchange", make_exchange, METH_VARARGS,
+     "exchange(lanes, awake_us): one micro-batch's frames to several shards. lanes: a tuple of (wire, rows, q offset,"
+     " row_bytes, stride_bytes, lse, row_bytes, stride_bytes, o, row_bytes, stride_bytes), lse and o of all rows"},
+    {"send_all", send_all, METH_VARARGS, "send_all(exchange, step, layer, micro_batch, q); see `progress`"},
+    {"wait_all", wait_all, METH_VARARGS,
+     "wait_all(exchange, step, layer, micro_batch, s): returns None, or a message Failure; see `progress`"},
+    {"progress", progress, METH_VARARGS,
+     "progress(exchange): (the lane that an error or a Failure came from, [(sent, answered), ...])"},
+    {"times", times, METH_VARARGS,
+     "times(exchange): since it was asked last, (seconds waited, [(answers, [seconds from sending to one that was seen"
+     " coming, ...]), ...])"},
     {"serve", serve, METH_VARARGS,
      "serve(wire, step): answers its layer frames. step: None, or (number, format, layers, work, counter, removals,"
      " seen removals) with layers (class, stored layer), work[class][micro-batch] (plan, bytes of q, lse, o, and"

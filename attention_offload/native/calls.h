@@ -55,8 +55,14 @@ inline Wire& wire_of(PyObject* capsule) {
 // What each end is called by; see the methods' texts in binding.cpp.
 PyObject* begin(PyObject*, PyObject* args);
 PyObject* again(PyObject*, PyObject* args);
+PyObject* under_way(PyObject*, PyObject* args);
 PyObject* send(PyObject*, PyObject* args);
 PyObject* wait(PyObject*, PyObject* args);
+PyObject* make_exchange(PyObject*, PyObject* args);
+PyObject* send_all(PyObject*, PyObject* args);
+PyObject* wait_all(PyObject*, PyObject* args);
+PyObject* progress(PyObject*, PyObject* args);
+PyObject* times(PyObject*, PyObject* args);
 PyObject* serve(PyObject*, PyObject* args);
 PyObject* share_cores(PyObject*, PyObject*);
 PyObject* fail(PyObject*, PyObject* args);

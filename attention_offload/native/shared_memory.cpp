@@ -124,32 +124,32 @@ class SharedMemory : public Wire {
         }
     }
 
-    Frame receive(Deadline deadline) override {
-        bool slept = false;
+    bool ready() override { return map_ && map_.ring(in_).published.load() != taken_; }
+
+    Frame next(Deadline deadline) override {
         for (;;) {
-            if (has_frame()) {
-                if (slept) patience_.slept();
+            if (ready()) {
                 const Frame frame = take();
                 if (frame.header.kind != BEGIN) return frame;
                 while (!message_ || message_->kind != BEGIN) read_socket(soon());
                 return message();
             }
             if (map_) {
-                if (!slept && wait_awake()) continue;
-                slept = true;
                 // Either the sender sees this, or we see its frame.
                 map_.ring(in_).sleeping.store(1);
-                if (has_frame()) continue;
+                if (ready()) continue;
             }
             try {
                 read_socket(deadline);
             } catch (const HungUp&) {
-                if (has_frame()) continue;
+                if (ready()) continue;
                 if (message_ && message_->kind == FAILURE) return message();
                 throw;
             }
         }
     }
+
+    uint32_t other_core() override { return map_ ? map_.ring(in_).core.load(std::memory_order_relaxed) : 0; }
 
   private:
     void begin_in_new_memory(const Header& header, const void* step, uint32_t max_layer_bytes) {
@@ -165,16 +165,6 @@ class SharedMemory : public Wire {
         }
         close(fd);
     }
-
-    // Not for an answer that is to come from this very core: it would have to wait for the end of that (61 µs a hop
-    // instead of 23, both ends on one core).
-    bool wait_awake() {
-        const auto& other = map_.ring(in_).core;
-        return patience_.wait([&] { return has_frame(); },
-                              [&] { return other.load(std::memory_order_relaxed) == this_core(); });
-    }
-
-    bool has_frame() { return map_ && map_.ring(in_).published.load() != taken_; }
 
     Frame take() {
         const uint32_t waiting = map_.ring(in_).published.load() - taken_;

@@ -9,6 +9,13 @@ void Wire::fail(const void* failure, uint32_t bytes) {
     socket_.finish(soon());
 }
 
+Frame Wire::receive(Deadline deadline) {
+    const bool is_there = patience_.wait([&] { return ready(); }, [&] { return other_core() == this_core(); });
+    const Frame frame = next(deadline);
+    if (!is_there) patience_.slept();
+    return frame;
+}
+
 void Wire::send_control(const Header& header, const void* payload, int passed) {
     std::vector<uint8_t> frame(sizeof header + header.bytes);
     std::memcpy(frame.data(), &header, sizeof header);
@@ -38,12 +45,8 @@ void Stream::publish(const Header& header) {
     socket_.send(&out_[START], sizeof header + header.bytes, soon());
 }
 
-Frame Stream::receive(Deadline deadline) {
-    const uint32_t other = near_ ? socket_.other_core() : 0;
-    const bool is_there = reader_.has_begun() || patience_.wait([&] { return socket_.readable(); },
-                                                                [&] { return other == this_core(); });
+Frame Stream::next(Deadline deadline) {
     Frame frame = reader_.next(socket_, deadline, max_layer_bytes_, nullptr);
-    if (!is_there) patience_.slept();
     if (frame.header.kind == WAKE) throw Broken("garbage: a wake-up where no memory is shared");
     return frame;
 }

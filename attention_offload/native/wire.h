@@ -30,13 +30,23 @@ class Wire {
     virtual uint8_t* reserve(uint32_t bytes) = 0;
     // Sends it. A shard's header is the one it answers, with the answer's size.
     virtual void publish(const Header& header) = 0;
-    virtual Frame receive(Deadline deadline) = 0;
+    // Whether `next` would not wait.
+    virtual bool ready() = 0;
+    // The next frame; sleeps until it is there.
+    virtual Frame next(Deadline deadline) = 0;
+    // The same, awake at first.
+    Frame receive(Deadline deadline);
+    // The core that the other end was on when it sent last, from 1; 0: not known, or on another host.
+    virtual uint32_t other_core() = 0;
 
     // Shard: frames of the step will not be longer. Known after the step was looked at.
     void expect(uint32_t max_layer_bytes) { max_layer_bytes_ = max_layer_bytes; }
     // Shard: the last frame; at most MAX_CONTROL_BYTES.
     void fail(const void* failure, uint32_t bytes);
     void shut_down() { socket_.shut_down(); }
+
+    // Engine: layer frames sent and not answered.
+    uint32_t under_way = 0;
 
   protected:
     void send_control(const Header& header, const void* payload, int passed = -1);
@@ -58,7 +68,9 @@ class Stream : public Wire {
     void again(uint32_t step) override;
     uint8_t* reserve(uint32_t bytes) override;
     void publish(const Header& header) override;
-    Frame receive(Deadline deadline) override;
+    bool ready() override { return reader_.has_begun() || socket_.readable(); }
+    Frame next(Deadline deadline) override;
+    uint32_t other_core() override { return near_ ? socket_.other_core() : 0; }
 
   private:
     static constexpr size_t START = 64 - sizeof(Header);  // see Reader

@@ -111,7 +111,7 @@ def test_a_port_that_swallows_packets_is_not_tried_for_every_step(start_shard, r
     peer = reach(start_shard(service=offering(**ELSEWHERE)).address)
     for _ in range(3):
         assert peer.connect() is Transport.GRPC
-        peer._reset()
+        peer.break_off()
     assert len(tried) == 1
     assert "does a firewall let only gRPC's port through?" in said(caplog)[0]
 

@@ -1,0 +1,118 @@
+#include "exchange.h"
+
+#include <cstring>
+
+namespace farshore::wire {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+void check_answer(const Header& got, const Header& due) {
+    if (std::memcmp(&got, &due, sizeof got) == 0) return;
+    throw Broken("reordered or garbage: an answer to step " + std::to_string(got.step) + ", layer " +
+                 std::to_string(got.layer) + ", micro-batch " + std::to_string(got.micro_batch) + " of " +
+                 std::to_string(got.bytes) + " bytes; due is step " + std::to_string(due.step) + ", layer " +
+                 std::to_string(due.layer) + ", micro-batch " + std::to_string(due.micro_batch) + ", " +
+                 std::to_string(due.bytes) + " bytes");
+}
+
+}  // namespace
+
+void send_frame(const Lane& lane, Header header, const uint8_t* q) {
+    if (lane.wire->under_way == MAX_UNDER_WAY)
+        throw Refused(std::to_string(MAX_UNDER_WAY) + " frames are under way: wait for one before the next");
+    header.bytes = lane.q_bytes();
+    uint8_t* out = lane.wire->reserve(header.bytes);
+    for (const uint32_t row : lane.rows) {
+        std::memcpy(out, q + lane.q_offset + row * lane.q_stride_bytes, lane.q_row_bytes);
+        out += lane.q_row_bytes;
+    }
+    lane.wire->under_way++;
+    try {
+        lane.wire->publish(header);
+    } catch (const HungUp&) {
+    }
+}
+
+bool take_answer(const Lane& lane, Header header, const Frame& answer) {
+    if (answer.header.kind == FAILURE) return false;
+    header.bytes = lane.answer_bytes();
+    check_answer(answer.header, header);
+    const uint8_t* from = answer.payload;
+    for (const Rows& part : {lane.lse, lane.o})
+        for (const uint32_t row : lane.rows) {
+            std::memcpy(part.data + row * part.stride_bytes, from, part.row_bytes);
+            from += part.row_bytes;
+        }
+    lane.wire->under_way--;
+    return true;
+}
+
+void Exchange::send(const Header& header, const uint8_t* q) {
+    for (Lane& lane : lanes) lane.sent = lane.answered = false;
+    sent_ = Clock::now();
+    // Who was on this core comes last: woken, it runs here at once, and if the others waited for their frames
+    // meanwhile, a layer would take a second attention's time.
+    const uint32_t here = this_core();
+    for (const bool on_this_core : {false, true})
+        for (at = 0; at < lanes.size(); at++) {
+            Lane& lane = lanes[at];
+            if (lane.sent || (!on_this_core && lane.wire->other_core() == here)) continue;
+            send_frame(lane, header, q);
+            lane.sent = true;
+        }
+}
+
+std::optional<Frame> Exchange::wait(const Header& header, Deadline deadline) {
+    const auto start = Clock::now();
+    // An answer that is there may have come long ago: its time counts for one shard only, in turns.
+    const size_t turn = turns_++ % lanes.size();
+    bool waited = false;
+    for (size_t due = lanes.size(); due > 0;) {
+        for (size_t i = 0; i < lanes.size(); i++) {
+            if (lanes[i].answered || !lanes[i].wire->ready()) continue;
+            if (auto failure = take(i, header, deadline, waited || i == turn)) return failure;
+            due--;
+        }
+        if (due == 0) break;
+        waited = true;
+        if (patience_.wait([&] { return any_ready(); }, [&] { return on_this_core() < lanes.size(); })) continue;
+        // Asleep for one of them, who needs this core if there is such a one: to wake for each costs switches.
+        size_t next = on_this_core();
+        if (next == lanes.size())
+            for (next = 0; lanes[next].answered;) next++;
+        if (auto failure = take(next, header, deadline, true)) return failure;
+        due--;
+        patience_.slept();
+    }
+    waited_s += seconds_since(start);
+    return {};
+}
+
+std::optional<Frame> Exchange::take(size_t lane, const Header& header, Deadline deadline, bool timed) {
+    at = lane;
+    Lane& it = lanes[lane];
+    const Frame frame = it.wire->next(deadline);
+    if (!take_answer(it, header, frame)) return frame;
+    it.answered = true;
+    it.answers++;
+    if (timed) it.taken_s.push_back(seconds_since(sent_));
+    return {};
+}
+
+bool Exchange::any_ready() const {
+    for (const Lane& lane : lanes)
+        if (!lane.answered && lane.wire->ready()) return true;
+    return false;
+}
+
+size_t Exchange::on_this_core() const {
+    const uint32_t here = this_core();
+    for (size_t i = 0; i < lanes.size(); i++)
+        if (!lanes[i].answered && lanes[i].wire->other_core() == here) return i;
+    return lanes.size();
+}
+
+}  // namespace farshore::wire
