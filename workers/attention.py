@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from farshore.attention_offload.frame_server import share_cores
+from farshore.attention_offload.cores import share_cores
 from farshore.attention_offload.grpc_server import AttentionService, serve
 from farshore.ids import WorkerId
 from farshore.kvstore.arena import Arena
