@@ -6,7 +6,8 @@
 namespace farshore {
 namespace {
 
-// Below this a second thread costs more to wake (some 5 us) than it saves.
+// Below this a second thread saves less than it costs to be told, which is little where it waits awake (a tail of
+// 100 KiB: 8.5 us on one thread, 6.4 on two).
 constexpr int64_t MIN_CHUNK_BYTES = 48 << 10;
 // Chunks per thread: a thread that the host slows down leaves the rest of its share to the others.
 constexpr int CHUNKS_PER_THREAD = 4;
