@@ -177,7 +177,6 @@ class RemotePeer:
                 frame_deadline_s=self._frame_deadline_s,
             )
         return GrpcStream(
-            self._stub,
             self._address,
             self._model,
             self._dtype,

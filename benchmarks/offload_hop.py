@@ -18,6 +18,7 @@ from statistics import median, quantiles
 
 import torch
 
+from farshore import rpc
 from farshore.attention_offload.base import AttentionModel
 from farshore.attention_offload.connect import tune
 from farshore.attention_offload.frames import Transport
@@ -180,6 +181,7 @@ def bulk_load(address: str, transport: Transport) -> Iterator[None]:
 
 def bulk_until_eof(address: str, transport: Transport) -> None:
     """What that process does, until its standard input ends."""
+    rpc.wake_fewer_threads()
     with _bulk_peer(address, transport) as peer:
         layout = bulk_layout()
         k, v = _kv(layout, BULK_TOKENS)
@@ -274,6 +276,7 @@ def _child(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 def _main() -> None:
     """A quick look, by itself; ``farshore bench offload`` reports."""
     remote = (Transport.SHARED_MEMORY, Transport.TCP, Transport.GRPC)
+    rpc.wake_fewer_threads()
 
     def micros(times_s: Sequence[float]) -> str:
         return f"p50 {percentile(times_s, 50) * 1e6:.1f} us, p99 {percentile(times_s, 99) * 1e6:.1f} us"

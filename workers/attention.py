@@ -12,6 +12,7 @@ import sys
 
 import torch
 
+from farshore import rpc
 from farshore.attention_offload.frame_server import share_cores
 from farshore.attention_offload.grpc_server import AttentionService, serve
 from farshore.ids import WorkerId
@@ -26,6 +27,7 @@ class AttentionWorker:
         """``listen`` is ``host:port``, port 0 for any. Raises PortInUse."""
         torch.set_num_threads(threads)
         share_cores()
+        rpc.wake_fewer_threads()
         store = LocalStore(worker=worker, arena=Arena(kv_memory_bytes))
         self._server, self._address = serve(AttentionService(worker, store), listen)
 
