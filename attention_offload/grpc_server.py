@@ -35,8 +35,8 @@ MAX_CALLS = 64
 """Threads, hence calls at once; hot streams of engines included."""
 
 READ_CHUNK_BYTES = 256 << 10
-"""Whoever takes a message holds the interpreter's lock, and hot frames wait: with 1 MiB their p99 was twice as
-long, and bulk KV no faster."""
+"""Whoever takes a message holds the interpreter's lock, and hot frames wait: with 1 MiB their p99 was twice
+as long, and bulk KV no faster."""
 
 
 def _mapped(method: Callable[..., Any]) -> Callable[..., Any]:

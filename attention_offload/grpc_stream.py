@@ -1,9 +1,9 @@
 """The gRPC stream transport, engine's end. It works wherever gRPC does: TLS, flow control, keepalive, and any
 kernels at the shard.
 
-Asynchronous gRPC, without a thread for it: the engine's thread starts an operation itself, and turns the event
-loop only where it has to wait. A thread in between would be woken twice a layer, and the interpreter's lock
-would change hands each time (decision 009).
+Asynchronous gRPC, without a thread for it: the engine's thread starts an operation itself, and turns the
+event loop only where it has to wait. A thread in between would be woken twice a layer, and the interpreter's
+lock would change hands each time (decision 009).
 """
 
 import asyncio
@@ -11,6 +11,7 @@ import math
 import threading
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from typing import Any
 
 import grpc
@@ -29,20 +30,29 @@ from farshore.proto import attention_pb2_grpc as pb_grpc
 from farshore.rpc import OPTIONS
 
 
-class _Own(threading.local):
-    """A thread's event loop: one for all of its streams, so that whoever waits for one shard's answer takes in
-    the others'. It is never closed: gRPC has something to say about a call even when that is gone."""
+class _Loop(asyncio.SelectorEventLoop):
+    """There for as long as its thread, and gRPC, which has something to say about calls even when those are
+    gone: so nobody else can close it."""
 
-    def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
+    def __del__(self) -> None:
+        self.close()
+
+
+class _Own(threading.local):
+    """A thread's loop: one for all of its streams, so that whoever waits for one shard's answer takes in the
+    others'."""
+
+    @cached_property
+    def loop(self) -> _Loop:
+        return _Loop()
 
 
 _OWN = _Own()
 
 
 class GrpcStream:
-    """A :class:`~farshore.attention_offload.frames.HotStream`: one Attend call. One frame is written at a time,
-    and one answer is read ahead."""
+    """A :class:`~farshore.attention_offload.frames.HotStream`: one Attend call. One frame is written at a
+    time, and one answer is read ahead."""
 
     transport = Transport.GRPC
 
@@ -112,8 +122,8 @@ class GrpcStream:
 
 
 class _Started:
-    """A coroutine that its caller runs itself, at once and as far as it gets: a task would begin when the loop
-    is turned next (but for the eager ones of Python 3.12)."""
+    """A coroutine that its caller runs itself, at once and as far as it gets: a task would begin when the
+    loop is turned next (but for the eager ones of Python 3.12)."""
 
     def __init__(self, coroutine: Coroutine[asyncio.Future[Any], None, Any]) -> None:
         self._coroutine = coroutine

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from functools import partial
 from statistics import median
 
-from farshore import rpc
 from farshore.attention_offload.frames import REMOTE, Transport
 from farshore.benchmarks import cases, machine, offload_hop, offload_step
 from farshore.benchmarks.cases import Measured
@@ -28,7 +27,6 @@ def run(
 ) -> Report:
     """The parts whose name holds ``only``. InvalidRequest, before anything is measured, if there are none."""
     chosen = cases.choose(dict(_parts()), only, kind="part")
-    rpc.wake_fewer_threads()  # as a dense worker does
     rates = machine.measure(facts, sizes.machine, progress=progress)
     with Setting(load, facts, sizes) as at:
         results, bars = cases.measure(chosen, at, progress=progress)

@@ -5,12 +5,13 @@ token: next to nothing. Bulk KV is written into, and read from, a span of Llama-
 is held against sends from one process to another, through one TCP connection on loopback.
 """
 
+import os
 import select
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,7 +19,6 @@ from statistics import median, quantiles
 
 import torch
 
-from farshore import rpc
 from farshore.attention_offload.base import AttentionModel
 from farshore.attention_offload.connect import tune
 from farshore.attention_offload.frames import Transport
@@ -29,6 +29,7 @@ from farshore.ids import Epoch, SequenceId, SpanId
 from farshore.kernels.base import AttentionSpec, KVLayout
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore.base import SpanKey
+from farshore.workers.attention import ENVIRONMENT
 
 DTYPE = torch.bfloat16
 HOP = AttentionSpec(q_heads=64, k_heads=1, v_heads=1, k_dim=128, v_dim=128, scale=128**-0.5)
@@ -85,7 +86,7 @@ class BulkRates:
 def shard_process(*, threads: int, memory_bytes: int = SHARD_MEMORY_BYTES) -> Iterator[str]:
     """The address of an attention worker's process; it ends with the context, or with this process."""
     options = ("--worker", "shard", "--kv-memory-bytes", str(memory_bytes), "--threads", str(threads))
-    with _child("-m", "farshore.workers.attention", *options) as child:
+    with _child("-m", "farshore.workers.attention", *options, environment=ENVIRONMENT) as child:
         assert child.stdout is not None
         yield child.stdout.readline().strip()
 
@@ -181,7 +182,6 @@ def bulk_load(address: str, transport: Transport) -> Iterator[None]:
 
 def bulk_until_eof(address: str, transport: Transport) -> None:
     """What that process does, until its standard input ends."""
-    rpc.wake_fewer_threads()
     with _bulk_peer(address, transport) as peer:
         layout = bulk_layout()
         k, v = _kv(layout, BULK_TOKENS)
@@ -258,10 +258,11 @@ def _at_eof() -> bool:
 
 
 @contextmanager
-def _child(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+def _child(*arguments: str, environment: Mapping[str, str] = {}) -> Iterator[subprocess.Popen[str]]:
     """A Python process that ends when its standard input does, so that it outlives nobody."""
     command = [sys.executable, "-P", *arguments]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+    pipe, env = subprocess.PIPE, {**os.environ, **environment}
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env) as child:
         try:
             yield child
         finally:
@@ -276,7 +277,6 @@ def _child(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 def _main() -> None:
     """A quick look, by itself; ``farshore bench offload`` reports."""
     remote = (Transport.SHARED_MEMORY, Transport.TCP, Transport.GRPC)
-    rpc.wake_fewer_threads()
 
     def micros(times_s: Sequence[float]) -> str:
         return f"p50 {percentile(times_s, 50) * 1e6:.1f} us, p99 {percentile(times_s, 99) * 1e6:.1f} us"

@@ -1,6 +1,5 @@
 """gRPC at the edge: our errors to status codes and back, once, and the options every channel shares."""
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
@@ -28,18 +27,6 @@ OPTIONS = [
     # One process may hold several servers; a second server on a taken port must fail, not share it.
     ("grpc.so_reuseport", 0),
 ]
-
-_WITHOUT_EVENT_ENGINE = "-event_engine_client,-event_engine_listener"
-
-
-def wake_fewer_threads() -> None:
-    """For a process that sends or answers hot frames, before it uses gRPC first: whoever waits for a message
-    reads its socket itself, instead of being woken by gRPC's event engine, whose threads wake each other. A
-    quarter of a hop.
-
-    gRPC reads this once in a process. What the environment says already stays."""
-    os.environ.setdefault("GRPC_EXPERIMENTS", _WITHOUT_EVENT_ENGINE)
-
 
 # The most specific class first: the first match wins.
 _CODES: tuple[tuple[type[errors.FarshoreError], grpc.StatusCode], ...] = (

@@ -12,12 +12,16 @@ import sys
 
 import torch
 
-from farshore import rpc
-from farshore.attention_offload.frame_server import share_cores
+from farshore.attention_offload.cores import share_cores
 from farshore.attention_offload.grpc_server import AttentionService, serve
 from farshore.ids import WorkerId
 from farshore.kvstore.arena import Arena
 from farshore.kvstore.store import LocalStore
+
+ENVIRONMENT = {"GRPC_EXPERIMENTS": "-event_engine_client,-event_engine_listener"}
+"""What its process is to be started with: whoever waits for a message then reads its socket itself, instead
+of being woken by gRPC's event engine, whose threads wake each other: a third of a hop. gRPC reads this when it
+is imported."""
 
 STOP_GRACE_S = 1.0
 
@@ -27,7 +31,6 @@ class AttentionWorker:
         """``listen`` is ``host:port``, port 0 for any. Raises PortInUse."""
         torch.set_num_threads(threads)
         share_cores()
-        rpc.wake_fewer_threads()
         store = LocalStore(worker=worker, arena=Arena(kv_memory_bytes))
         self._server, self._address = serve(AttentionService(worker, store), listen)
 

@@ -69,7 +69,6 @@ class DenseWorker:
         self._config = config
         self._loading = (0, 0)
         torch.set_num_threads(config.threads)
-        rpc.wake_fewer_threads()
         self._controller = pb_grpc.ControllerStub(
             grpc.insecure_channel(config.controller, options=rpc.OPTIONS)
         )
