@@ -93,8 +93,8 @@ class Shards(Protocol):
     def begin(self, plan: StepPlan, micro_batches: Sequence[range]) -> None:
         """Announce a step whose rows come in ``micro_batches``, in order and without a gap."""
 
-    def travels(self, micro_batch: int) -> bool:
-        """Whether q of the micro-batch goes to another process, and so should go early."""
+    def overlaps(self, micro_batch: int) -> bool:
+        """Whether a shard works on the micro-batch beside the engine, so that q should go early."""
 
     def send(self, layer: int, micro_batch: int, q: Tensor) -> Any:
         """q ``[rows of the micro-batch, q_heads, k_dim]`` goes to every shard of the plan at once."""

@@ -14,7 +14,9 @@ from time import monotonic
 from typing import Any, NamedTuple
 
 import grpc
+import torch
 
+from farshore.attention_offload.cores import usable_cores
 from farshore.attention_offload.frames import Transport, native
 from farshore.errors import Cancelled, DeadlineExceeded, FarshoreError, TransportError
 from farshore.proto import attention_pb2 as pb
@@ -47,6 +49,8 @@ def shard_error(failure: grpc.RpcError, address: str) -> FarshoreError:
 class Connected(NamedTuple):
     connection: socket.socket
     transport: Transport
+    shares_cores: bool
+    """With the shard: both ends' threads are more than the cores they may run on. False on another host."""
 
 
 class Dialler:
@@ -84,13 +88,15 @@ class Dialler:
         if native() is None:
             return "this installation has no native module (was there no compiler?)"
         try:
-            offer = self._stub.Connect(pb.ConnectRequest(open=opening), timeout=CALL_DEADLINE_S)
+            request = pb.ConnectRequest(open=opening, cores=usable_cores(), threads=torch.get_num_threads())
+            offer = self._stub.Connect(request, timeout=CALL_DEADLINE_S)
         except grpc.RpcError as failure:
             raise shard_error(failure, self._address) from failure
         failed = []
         for transport in wanted:
             try:
-                return Connected(self._dial(transport, offer), transport)
+                connection = self._dial(transport, offer)
+                return Connected(connection, transport, is_near(connection) and offer.shares_cores)
             except OSError as error:
                 failed.append(f"{transport}: {error}")
         return "; ".join(failed)

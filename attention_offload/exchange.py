@@ -26,8 +26,7 @@ class Part(NamedTuple):
 
 
 class Lost(Exception):
-    """A shard of the exchange failed with ``error``: the one of ``parts[index]``. What it was up to until then,
-    :meth:`Exchange.sent` and :meth:`Exchange.owed` tell."""
+    """The shard of ``parts[index]`` failed with ``error``. :meth:`Exchange.owed`: what the others owe."""
 
     def __init__(self, index: int, error: FarshoreError) -> None:
         super().__init__(error)
@@ -39,8 +38,8 @@ class Exchange:
     """Layer frames of one shape, one under way at a time. Not thread-safe."""
 
     def __init__(self, parts: Sequence[Part], spec: AttentionSpec, dtype: torch.dtype) -> None:
-        """One part or more, no stream twice. ``dtype``: of q; InvalidRequest where a connection was opened for
-        another."""
+        """One part or more, no stream twice. ``dtype``: of q; InvalidRequest where a connection was opened
+        for another."""
         for part in parts:
             part.stream.check_dtype(dtype)
         self._parts = tuple(parts)
@@ -50,8 +49,8 @@ class Exchange:
         self._frame = (0, 0, 0)
 
     def send(self, step: int, layer: int, micro_batch: int, q: Tensor) -> None:
-        """q ``[rows of the micro-batch, q_heads, k_dim]``, contiguous; it may change as soon as this returns. Raises
-        :class:`Lost`."""
+        """q ``[rows of the micro-batch, q_heads, k_dim]``, contiguous; it may change as soon as this returns.
+        Raises :class:`Lost`."""
         self._frame = (step, layer, micro_batch)
         try:
             self._native.send_all(self._handle, *self._frame, q.data_ptr())
@@ -80,8 +79,8 @@ class Exchange:
         ]
 
     def times(self) -> tuple[float, list[tuple[int, list[float]]]]:
-        """Since it was asked last: seconds that :meth:`wait` took; and, by part, how many answers came, and the
-        seconds from sending to those that were seen coming."""
+        """Since it was asked last: seconds that :meth:`wait` took; and, by part, how many answers came, and
+        the seconds from sending to those that were seen coming."""
         return self._native.times(self._handle)  # type: ignore[no-any-return]
 
     def _lost(self, error: Exception) -> Lost:

@@ -52,9 +52,10 @@ class Fanout:
         self._lanes: list[Lane] = []
         self._used: list[Peer] = []
         self._under_way: list[Pending] = []
+        # By layer class and micro-batch, for as long as the lanes are the same:
         self._places: dict[tuple[int, int, Lane], Place] = {}
         self._groups: dict[tuple[int, int], Group | None] = {}
-        """By layer class and micro-batch."""
+        self._states: dict[tuple[int, int], list[State]] = {}
         self._records = {worker: LinkRecord() for worker in peers}
         self._given_up_s: dict[WorkerId, float] = {}
         self._slow = SlowShards()
@@ -62,8 +63,8 @@ class Fanout:
         self._waited_s = 0.0
 
     def links(self) -> list[Link]:
-        """What frames to each shard have taken, those of the last step perhaps not yet. May be asked from another
-        thread."""
+        """What frames to each shard have taken, those of the last step perhaps not yet. May be asked from
+        another thread."""
         return links(self._records, {worker: _ways(peer) for worker, peer in self._peers.items()})
 
     @property
@@ -86,7 +87,7 @@ class Fanout:
         if self._is_alike(plan, micro_batches) and self._begun_again(plan):
             return
         self._plan, self._micro_batches = None, tuple(micro_batches)
-        for memory in (self._places, self._groups, self._lanes, self._used):
+        for memory in (self._places, self._groups, self._states, self._lanes, self._used):
             memory.clear()
         for worker, step in plan.shard_steps(micro_batches).items():
             avoided = step.on_replicas(self._usable()) if worker in self._given_up_s else None
@@ -95,10 +96,14 @@ class Fanout:
         if not self._given_up_s:
             self._plan = plan
 
-    def travels(self, micro_batch: int) -> bool:
-        """Whether a micro-batch's q goes to another process, and so should go early."""
+    def overlaps(self, micro_batch: int) -> bool:
+        """Whether a shard works on the micro-batch beside the engine, so that q should go early. One that
+        needs the engine's own cores would only be in its way."""
         return any(
-            lane.peer.transport is not Transport.IN_PROCESS for lane in self._lanes if lane.rows[micro_batch]
+            lane.peer.transport is not Transport.IN_PROCESS
+            and not (lane.frames is not None and lane.frames.shares_cores)
+            for lane in self._lanes
+            if lane.rows[micro_batch]
         )
 
     def send(self, layer: int, micro_batch: int, q: Tensor) -> Pending:
@@ -111,6 +116,8 @@ class Fanout:
                 pending.together.exchange.send(self._step, layer, micro_batch, pending.q)
             except Lost as lost:
                 self._lose(pending.together, lost)
+            if pending.together is not None and pending.together.complete:
+                return pending
         for lane in list(self._lanes):  # a copy: who takes another's place catches up itself
             if lane.rows[micro_batch] and not pending.went_to(lane):
                 try:
@@ -124,7 +131,11 @@ class Fanout:
         where a shard had nothing to read. In the same memory for every layer of a class in a step."""
         self._receive(pending)
         self._under_way.remove(pending)
-        return [self._place(lane, pending).whole for lane in self._lanes if lane.rows[pending.micro_batch]]
+        key = self._key(pending)
+        if key not in self._states:
+            seeing = [lane for lane in self._lanes if lane.rows[pending.micro_batch]]
+            self._states[key] = [self._place(lane, pending).whole for lane in seeing]
+        return self._states[key]
 
     def _send(self, pending: Pending, lane: Lane) -> None:
         q = lane.query(pending.micro_batch, pending.q, self._spec(pending.layer))
@@ -224,6 +235,7 @@ class Fanout:
         """Those that take the place of a lane that broke, with its frames under way."""
         self._settle()
         self._groups.clear()
+        self._states.clear()
         self._plan = None
         for pending in self._under_way:
             pending.part()
@@ -263,20 +275,23 @@ class Fanout:
     def _spec(self, layer: int) -> AttentionSpec:
         return self._model.specs[self._model.layer_class[layer]]
 
+    def _key(self, pending: Pending) -> tuple[int, int]:
+        return self._model.layer_class[pending.layer], pending.micro_batch
+
     def _place(self, lane: Lane, pending: Pending) -> Place:
-        key = (self._model.layer_class[pending.layer], pending.micro_batch, lane)
+        key = (*self._key(pending), lane)
         if key not in self._places:
             self._places[key] = Place.of(lane, pending.micro_batch, pending.q, self._spec(pending.layer))
         return self._places[key]
 
     def _group(self, pending: Pending) -> Group | None:
-        key = (self._model.layer_class[pending.layer], pending.micro_batch)
+        key = self._key(pending)
         if key not in self._groups:
-            lanes = [it for it in self._lanes if it.frames is not None and it.rows[pending.micro_batch]]
-            places = [self._place(lane, pending) for lane in lanes]
+            seeing = [lane for lane in self._lanes if lane.rows[pending.micro_batch]]
+            lanes = {lane: self._place(lane, pending) for lane in seeing if lane.frames is not None}
             spec = self._spec(pending.layer)
             self._groups[key] = (
-                Group.of(lanes, places, pending.micro_batch, pending.q, spec) if lanes else None
+                Group.of(lanes, pending, spec, complete=len(lanes) == len(seeing)) if lanes else None
             )
         return self._groups[key]
 
@@ -288,8 +303,7 @@ class Fanout:
                 self._waited_s += waited_s
                 for lane, (frames, times_s) in zip(group.lanes, parts, strict=True):
                     lane.record.frames += frames
-                    for seconds in times_s:
-                        lane.record.answered(seconds)
+                    lane.record.answered(*times_s)
 
 
 def _ways(peer: Peer) -> str:

@@ -24,8 +24,6 @@ from farshore.attention_offload.connect import WELCOME, is_near, tune
 from farshore.attention_offload.frames import native
 from farshore.attention_offload.shard import ShardSession
 from farshore.errors import InvalidRequest, TransportError
-from farshore.kernels import reference
-from farshore.kernels.select import implementation
 from farshore.proto import attention_pb2 as pb
 
 _LOG = logging.getLogger(__name__)
@@ -65,7 +63,7 @@ class FrameListener:
         # A thread inside a native call must not meet an interpreter that is gone.
         atexit.register(self.close)
 
-    def expect(self, serve: Serve, *, tcp: bool) -> pb.ConnectReply:
+    def expect(self, serve: Serve, *, tcp: bool, shares_cores: bool = False) -> pb.ConnectReply:
         """An offer: whoever brings its token is served, once. ``tcp``: or by the Unix socket alone."""
         token = secrets.token_bytes(TOKEN_BYTES)
         with self._lock:
@@ -73,7 +71,10 @@ class FrameListener:
             while len(self._waiting) > MAX_TOKENS:
                 self._waiting.popitem(last=False)
         return pb.ConnectReply(
-            token=token, unix_name=self.unix_name, tcp_port=self.tcp_address[1] if tcp else 0
+            token=token,
+            unix_name=self.unix_name,
+            tcp_port=self.tcp_address[1] if tcp else 0,
+            shares_cores=shares_cores,
         )
 
     def close(self) -> None:
@@ -142,33 +143,28 @@ def _listen(host: str) -> socket.socket:
         ) from error
 
 
-def share_cores() -> None:
-    """For the process of an attention worker, before it starts threads: an engine on the same cores goes on
-    as soon as an answer is out, and waits awake for it without being in the way. Without the native modules
-    nothing waits awake."""
-    module, kernels = native(), implementation(torch.device("cpu"), torch.float32)
-    if module is not None and kernels is not reference:
-        module.share_cores()
-
-
-def serve_frames(session: ShardSession, dtype: torch.dtype, connection: socket.socket, unix: bool) -> None:
-    """Answer one engine's steps until it hangs up. What it asks wrongly ends it: it is told why."""
+def serve_frames(
+    session: ShardSession, dtype: torch.dtype, shares_cores: bool, connection: socket.socket, unix: bool
+) -> None:
+    """Answer one engine's steps until it hangs up. What it asks wrongly ends it: it is told why.
+    ``shares_cores``: with the engine, if it is on this host."""
     module = native()
     # The native end has a descriptor of its own; ours still serves to shut the connection down.
     if unix:
         wire = module.shared_memory(os.dup(connection.fileno()), FRAME_DEADLINE_S, NEAR_AWAKE_US)
     else:
         near = is_near(connection)
+        shares_cores = shares_cores and near
         awake_us = NEAR_AWAKE_US if near else FAR_AWAKE_US
         wire = module.stream(os.dup(connection.fileno()), FRAME_DEADLINE_S, near, awake_us)
     try:
-        asked = module.serve(wire, None)
+        asked = module.serve(wire, None, shares_cores)
         while asked is not None:
             if isinstance(asked, int):
                 session.again(asked)
             else:
                 session.begin(codec.step_from_pb(pb.Step.FromString(asked)))
-            asked = module.serve(wire, session.native_step(dtype))
+            asked = module.serve(wire, session.native_step(dtype), shares_cores)
     except Exception as error:
         _LOG.info("a connection for hot frames ends: %s", error)
         with suppress(OSError):

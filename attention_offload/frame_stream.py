@@ -9,6 +9,7 @@ from torch import Tensor
 from farshore.attention_offload import codec
 from farshore.attention_offload.base import AttentionModel
 from farshore.attention_offload.connect import is_near
+from farshore.attention_offload.cores import give_way
 from farshore.attention_offload.frames import Sent, Transport, frame_bytes, native
 from farshore.attention_offload.plan import ShardStep
 from farshore.errors import FarshoreError, InvalidRequest, TransportError
@@ -32,8 +33,11 @@ class FrameStream:
         dtype: torch.dtype,
         *,
         frame_deadline_s: float,
+        shares_cores: bool = False,
     ) -> None:
+        """``shares_cores``: with the shard; see :class:`~farshore.attention_offload.connect.Connected`."""
         self.transport = transport
+        self.shares_cores = shares_cores
         self._address = address
         self._model = model
         self._dtype = dtype
@@ -44,6 +48,8 @@ class FrameStream:
         else:
             near = is_near(connection)
             self.wire = self._native.stream(connection.detach(), frame_deadline_s, near, AWAKE_US)
+        if shares_cores:
+            give_way()
 
     @property
     def under_way(self) -> int:

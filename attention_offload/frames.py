@@ -1,10 +1,9 @@
 """What every transport of hot frames agrees on: names, the frame, its size, and the engine's end of a stream.
 
 A frame past gRPC is a header ``step u32, layer u16, micro_batch u8, kind u8, bytes u32``, little-endian, and
-its payload. A step goes ahead once, as its protobuf message, or as a header alone where it reads what the last one
-read; a layer frame carries q, its answer lse, then o
-(so that both are aligned). With R rows and H heads of a frame, s bytes an element of q and o, a layer costs
-exactly::
+its payload. A step goes ahead once, as its protobuf message, or as a header alone where it reads what the
+last one read; a layer frame carries q, its answer lse, then o (so that both are aligned). With R rows and H
+heads of a frame, s bytes an element of q and o, a layer costs exactly::
 
     to the shard    12 + R H k_dim s
     back            12 + R H (4 + v_dim s)

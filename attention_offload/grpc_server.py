@@ -21,6 +21,7 @@ from farshore import rpc
 from farshore.attention_offload import codec
 from farshore.attention_offload.base import ShardIdentity
 from farshore.attention_offload.bulk_server import serve_bulk
+from farshore.attention_offload.cores import too_few_with
 from farshore.attention_offload.frame_server import FrameListener, serve_frames
 from farshore.attention_offload.frames import native
 from farshore.attention_offload.shard import AttendedBytes, ShardSession
@@ -187,7 +188,9 @@ class AttentionService(pb_grpc.AttentionServicer):
         session, dtype = self._opened(request.open)
         if not session.runs_natively(dtype):
             return pb.ConnectReply()
-        return self.listener.expect(partial(serve_frames, session, dtype), tcp=not secured)
+        shares_cores = too_few_with(request.cores, request.threads)
+        serve = partial(serve_frames, session, dtype, shares_cores)
+        return self.listener.expect(serve, tcp=not secured, shares_cores=shares_cores)
 
     def Attend(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> Iterator[pb.State]:
         try:

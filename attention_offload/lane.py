@@ -3,6 +3,7 @@
 Kept by ``fanout``. It must not know when anything is sent.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -72,23 +73,6 @@ class Place(NamedTuple):
             self.whole.lse[self.scattered] = self.answer.lse
 
 
-class Group(NamedTuple):
-    """The lanes of a micro-batch that are served by one native call."""
-
-    lanes: list[Lane]
-    exchange: Exchange
-
-    @classmethod
-    def of(
-        cls, lanes: list[Lane], places: list[Place], micro_batch: int, q: Tensor, spec: AttentionSpec
-    ) -> "Group":
-        parts = []
-        for lane, place in zip(lanes, places, strict=True):
-            assert lane.frames is not None, "a lane that has no native connection"
-            parts.append(Part(lane.frames, lane.rows[micro_batch], lane.heads(spec), place.whole))
-        return cls(lanes, Exchange(parts, spec, q.dtype))
-
-
 @dataclass(slots=True, eq=False)
 class Pending:
     """A layer frame under way to every shard that has rows of its micro-batch: to those of ``together`` at
@@ -98,7 +82,7 @@ class Pending:
     micro_batch: int
     q: Tensor
     sent_s: float
-    together: Group | None = None
+    together: "Group | None" = None
     sent: dict[Lane, Any] = field(default_factory=dict)
     """What their peers wait for."""
 
@@ -108,10 +92,27 @@ class Pending:
     def part(self) -> None:
         """From now on, every shard that owes an answer is waited for by itself."""
         if self.together is not None:
-            lanes, exchange = self.together
-            owed = zip(lanes, exchange.owed(), strict=True)
+            owed = zip(self.together.lanes, self.together.exchange.owed(), strict=True)
             self.sent |= {lane: sent for lane, sent in owed if sent is not None}
             self.together = None
+
+
+class Group(NamedTuple):
+    """The lanes of a micro-batch that are served by one native call; ``complete``: there are no others."""
+
+    lanes: list[Lane]
+    exchange: Exchange
+    complete: bool
+
+    @classmethod
+    def of(
+        cls, lanes: Mapping[Lane, Place], pending: Pending, spec: AttentionSpec, *, complete: bool
+    ) -> "Group":
+        parts = []
+        for lane, place in lanes.items():
+            assert lane.frames is not None, "a lane that has no native connection"
+            parts.append(Part(lane.frames, lane.rows[pending.micro_batch], lane.heads(spec), place.whole))
+        return cls(list(lanes), Exchange(parts, spec, pending.q.dtype), complete)
 
 
 def _index(rows: tuple[int, ...]) -> Index:

@@ -18,6 +18,7 @@ STEPS_AN_OCTAVE = 4
 LEAST_S = 1e-6
 OCTAVES = 27
 """Up to 134 s, above every deadline."""
+MOST_BUCKET = OCTAVES * STEPS_AN_OCTAVE
 WINDOW_FRAMES = 4096
 """Percentiles are of the newest one to two windows: a link that was slow is forgotten."""
 
@@ -39,29 +40,34 @@ class Histogram:
 
     def __init__(self, window_frames: int = WINDOW_FRAMES) -> None:
         self._window_frames = window_frames
-        self._newest = [0] * (OCTAVES * STEPS_AN_OCTAVE + 1)
+        self._newest = [0] * (MOST_BUCKET + 1)
         self._before = list(self._newest)
         self._in_window = 0
         self.count = 0
 
-    def add(self, seconds: float) -> None:
-        if self._in_window == self._window_frames:
+    def add(self, *buckets: int) -> None:
+        """Frames whose times lie in these, a few at a time; see :func:`bucket`."""
+        if self._in_window >= self._window_frames:
             self._before, self._newest = self._newest, [0] * len(self._newest)
             self._in_window = 0
-        octaves = log2(seconds / LEAST_S) if seconds > LEAST_S else 0.0
-        self._newest[min(int(octaves * STEPS_AN_OCTAVE), len(self._newest) - 1)] += 1
-        self._in_window += 1
-        self.count += 1
+        for it in buckets:
+            self._newest[it] += 1
+        self._in_window += len(buckets)
+        self.count += len(buckets)
 
     def quantile_s(self, share: float) -> float:
         """The upper end of the bucket that the quantile lies in; 0 where nothing has been added."""
         counts = [a + b for a, b in zip(self._newest, self._before, strict=True)]
         below, wanted = 0, share * sum(counts)
-        for bucket, count in enumerate(counts):
+        for it, count in enumerate(counts):
             below += count
             if count and below >= wanted:
-                return LEAST_S * 2.0 ** ((bucket + 1) / STEPS_AN_OCTAVE)
+                return LEAST_S * 2.0 ** ((it + 1) / STEPS_AN_OCTAVE)
         return 0.0
+
+
+def bucket(seconds: float) -> int:
+    return min(int(log2(seconds / LEAST_S) * STEPS_AN_OCTAVE), MOST_BUCKET) if seconds > LEAST_S else 0
 
 
 @dataclass(slots=True)
@@ -83,9 +89,11 @@ class LinkRecord:
         self.work += (work - self.work) * (WORK_SMOOTHING if self.work else 1.0)
         self.past_work += (work - self.past_work) * (PAST_WORK_SMOOTHING if self.past_work else 1.0)
 
-    def answered(self, seconds: float) -> None:
-        self.latency.add(seconds)
-        self.recent.add(seconds)
+    def answered(self, *times_s: float) -> None:
+        """Some frames, at most a step's."""
+        buckets = [bucket(seconds) for seconds in times_s]
+        self.latency.add(*buckets)
+        self.recent.add(*buckets)
 
 
 class Link(NamedTuple):

@@ -170,11 +170,13 @@ class RemotePeer:
         connected = self._dialler.connect(codec.model_to_pb(self._model, self._dtype))
         if connected is not None:
             return FrameStream(
-                *connected,
+                connected.connection,
+                connected.transport,
                 self._address,
                 self._model,
                 self._dtype,
                 frame_deadline_s=self._frame_deadline_s,
+                shares_cores=connected.shares_cores,
             )
         return GrpcStream(
             self._address,

@@ -375,20 +375,26 @@ class State(_message.Message):
     def __init__(self, step: _Optional[int] = ..., layer: _Optional[int] = ..., micro_batch: _Optional[int] = ..., o: _Optional[bytes] = ..., lse: _Optional[bytes] = ...) -> None: ...
 
 class ConnectRequest(_message.Message):
-    __slots__ = ("open",)
+    __slots__ = ("open", "cores", "threads")
     OPEN_FIELD_NUMBER: _ClassVar[int]
+    CORES_FIELD_NUMBER: _ClassVar[int]
+    THREADS_FIELD_NUMBER: _ClassVar[int]
     open: Open
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ...) -> None: ...
+    cores: _containers.RepeatedScalarFieldContainer[int]
+    threads: int
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., cores: _Optional[_Iterable[int]] = ..., threads: _Optional[int] = ...) -> None: ...
 
 class ConnectReply(_message.Message):
-    __slots__ = ("token", "unix_name", "tcp_port")
+    __slots__ = ("token", "unix_name", "tcp_port", "shares_cores")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     UNIX_NAME_FIELD_NUMBER: _ClassVar[int]
     TCP_PORT_FIELD_NUMBER: _ClassVar[int]
+    SHARES_CORES_FIELD_NUMBER: _ClassVar[int]
     token: bytes
     unix_name: str
     tcp_port: int
-    def __init__(self, token: _Optional[bytes] = ..., unix_name: _Optional[str] = ..., tcp_port: _Optional[int] = ...) -> None: ...
+    shares_cores: bool
+    def __init__(self, token: _Optional[bytes] = ..., unix_name: _Optional[str] = ..., tcp_port: _Optional[int] = ..., shares_cores: _Optional[bool] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("code", "message")

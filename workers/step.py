@@ -97,7 +97,7 @@ class _MicroBatch:
     def __init__(self, rows: int, *, model: Llama, attention: AttentionModel, own: Own) -> None:
         spec = attention.specs[0]
         self.rows = rows
-        self.travels = False
+        self._overlaps = False
         self._model = model
         self._way = way = model.passage(rows)
         self._kernels = implementation(own.memory.device, attention.layouts[0].format.dtype)
@@ -127,7 +127,7 @@ class _MicroBatch:
     ) -> None:
         """The rows of a step, which has begun at the ``shards``; None: nothing is read from any."""
         self._index, self._shards = index, shards
-        self.travels = shards is not None and shards.travels(index)
+        self._overlaps = shards is not None and shards.overlaps(index)
         way = self._way
         way.positions.copy_(torch.tensor(positions))
         way.enter(self._model.embed(torch.tensor(tokens)))
@@ -135,20 +135,20 @@ class _MicroBatch:
         self._plan = self._plans.of(tails, positions, reads, way.positions)
 
     def start(self, layer: int) -> None:
-        """Send q off first, if it travels; k, v and the engine's own attention come while the shards work."""
+        """Send q off, and attend to what is the engine's own: meanwhile, if the shards work beside it; else
+        before."""
         way = self._way
-        if self._shards is None:
-            way.project(layer)
-        elif self.travels:
+        if self._shards is not None and self._overlaps:
             way.query(layer)
             self._pending = self._shards.send(layer, self._index, way.q)
             way.key_value(layer)
         else:
             way.project(layer)
-            self._pending = self._shards.send(layer, self._index, way.q)
         self._append(layer)
         out = self._out if self._shards is None else self._own
         self._kernels.partial(self._plan, layer, way.q, out=out)
+        if self._shards is not None and not self._overlaps:
+            self._pending = self._shards.send(layer, self._index, way.q)
 
     def finish(self, layer: int) -> None:
         """Merge what the shards say, in span order, and what the engine has, and go through the layer's

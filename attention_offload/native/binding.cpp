@@ -96,10 +96,13 @@ PyMethodDef methods[] = {
     {"times", times, METH_VARARGS,
      "times(exchange): since it was asked last, (seconds waited, [(answers, [seconds from sending to one that was seen"
      " coming, ...]), ...])"},
+    {"give_way", give_way, METH_NOARGS,
+     "give_way(): the kernels' threads, not this one, leave their cores to others that wake there. For an engine that"
+     " shares its cores with an attention worker."},
     {"serve", serve, METH_VARARGS,
-     "serve(wire, step): answers its layer frames. step: None, or (number, format, layers, work, counter, removals,"
-     " seen removals) with layers (class, stored layer), work[class][micro-batch] (plan, bytes of q, lse, o, and"
-     " attended to), and 0 for removals where no step may be repeated. Returns what comes next and is to be looked up:"
+     "serve(wire, step, shares_cores): answers its layer frames. step: None, or (number, format, layers, work, counter,"
+     " removals, seen removals) with layers (class, stored layer), work[class][micro-batch] (plan, bytes of q, lse, o,"
+     " and attended to), and 0 for removals where no step may be repeated. Returns what comes next, to be looked up:"
      " a step's message, or the number of one that repeats the last; None when the engine has hung up"},
     {"share_cores", share_cores, METH_NOARGS,
      "share_cores(): this thread, and those it starts, run at once when they wake, and give their core up as soon as"

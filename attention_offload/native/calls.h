@@ -7,6 +7,7 @@
 #include <cstdarg>
 #include <exception>
 
+#include "../../kernels/cpu/native/api.h"
 #include "wire.h"
 
 namespace farshore::wire {
@@ -52,6 +53,13 @@ inline Wire& wire_of(PyObject* capsule) {
     return *static_cast<Wire*>(it);
 }
 
+// Of the native kernels' module, which must be there.
+inline const Api& kernels_api() {
+    const auto* api = static_cast<const Api*>(PyCapsule_Import(API_CAPSULE, 0));
+    if (!api) throw Raised();
+    return *api;
+}
+
 // What each end is called by; see the methods' texts in binding.cpp.
 PyObject* begin(PyObject*, PyObject* args);
 PyObject* again(PyObject*, PyObject* args);
@@ -61,6 +69,7 @@ PyObject* wait(PyObject*, PyObject* args);
 PyObject* make_exchange(PyObject*, PyObject* args);
 PyObject* send_all(PyObject*, PyObject* args);
 PyObject* wait_all(PyObject*, PyObject* args);
+PyObject* give_way(PyObject*, PyObject*);
 PyObject* progress(PyObject*, PyObject* args);
 PyObject* times(PyObject*, PyObject* args);
 PyObject* serve(PyObject*, PyObject* args);

@@ -192,6 +192,13 @@ PyObject* wait_all(PyObject*, PyObject* args) {
     });
 }
 
+PyObject* give_way(PyObject*, PyObject*) {
+    return guarded([&]() -> PyObject* {
+        kernels_api().give_way();
+        Py_RETURN_NONE;
+    });
+}
+
 PyObject* progress(PyObject*, PyObject* args) {
     return guarded([&]() -> PyObject* {
         PyObject* capsule;

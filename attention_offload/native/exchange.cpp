@@ -78,14 +78,16 @@ std::optional<Frame> Exchange::wait(const Header& header, Deadline deadline) {
         }
         if (due == 0) break;
         waited = true;
-        if (patience_.wait([&] { return any_ready(); }, [&] { return on_this_core() < lanes.size(); })) continue;
         // Asleep for one of them, who needs this core if there is such a one: to wake for each costs switches.
         size_t next = on_this_core();
-        if (next == lanes.size())
+        const bool in_the_way = next < lanes.size();
+        if (!in_the_way) {
+            if (patience_.wait([&] { return any_ready(); }, [&] { return on_this_core() < lanes.size(); })) continue;
             for (next = 0; lanes[next].answered;) next++;
+        }
         if (auto failure = take(next, header, deadline, true)) return failure;
         due--;
-        patience_.slept();
+        if (!in_the_way) patience_.slept();
     }
     waited_s += seconds_since(start);
     return {};

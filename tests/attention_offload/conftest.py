@@ -235,7 +235,7 @@ class Room:
 
     def frames(self, unix):
         session = ShardSession(self.store, self.work.model, AttendedBytes())
-        return self.knock(partial(serve_frames, session, self.work.dtype), unix)
+        return self.knock(partial(serve_frames, session, self.work.dtype, False), unix)
 
     def bulk(self):
         return self.knock(partial(serve_bulk, self.store))

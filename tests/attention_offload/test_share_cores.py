@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from farshore.attention_offload.frame_server import share_cores
+from farshore.attention_offload.cores import share_cores
 from farshore.attention_offload.frames import native
 
 SCHED_GETATTR = {"x86_64": 315, "aarch64": 275}.get(platform.machine())

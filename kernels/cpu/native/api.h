@@ -14,6 +14,7 @@ struct Api {
     void (*partial)(void* plan, int layer, const void* q, int format, void* o, float* lse);
     // See pool.h.
     void (*wait_awake)(int microseconds);
+    void (*give_way)();
 };
 
 }  // namespace farshore

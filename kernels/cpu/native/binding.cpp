@@ -140,7 +140,7 @@ void run_contiguous(void* capsule_content, int layer, const void* q, int format,
     chosen->partial(plan, layer, {const_cast<void*>(q), heads * k_dim, k_dim, kind}, out);
 }
 
-const Api api{run_contiguous, wait_awake};
+const Api api{run_contiguous, wait_awake, give_way};
 
 PyObject* run_extend(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return guarded([&]() -> PyObject* {

@@ -7,7 +7,7 @@ namespace farshore {
 namespace {
 
 // Below this a second thread costs more to wake (some 5 us) than it saves.
-constexpr int64_t MIN_CHUNK_BYTES = 96 << 10;
+constexpr int64_t MIN_CHUNK_BYTES = 48 << 10;
 // Chunks per thread: a thread that the host slows down leaves the rest of its share to the others.
 constexpr int CHUNKS_PER_THREAD = 4;
 constexpr int SPLIT_TOKENS = 64;  // cuts fall on multiples of half the kernels' tile

@@ -5,6 +5,7 @@
 
 #if defined(__linux__)
 #include <linux/futex.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -28,6 +29,10 @@ namespace {
 
 // How long a worker waits awake for the next task. Longer takes the core from others.
 std::atomic<int> spin_us{SPIN_US};
+
+// What a worker's niceness becomes before its next wait; 0: it stays.
+std::atomic<int> niceness{0};
+constexpr int GIVING_WAY = 3;
 
 static_assert(sizeof(std::atomic<uint32_t>) == sizeof(uint32_t) && std::atomic<uint32_t>::is_always_lock_free);
 
@@ -91,7 +96,8 @@ class Pool {
         if (core == caller_core_ || core < 0) return;
         caller_core_ = core;
         cpu_set_t others;
-        if (sched_getaffinity(0, sizeof others, &others) != 0) return;
+        // The process's: the caller itself may be kept on one core (attention_offload/native/shard.cpp).
+        if (sched_getaffinity(getpid(), sizeof others, &others) != 0) return;
         CPU_CLR(core, &others);
         if (CPU_COUNT(&others) == 0) return;
         for (std::thread& worker : workers_)
@@ -111,7 +117,12 @@ class Pool {
 
     void work(int id) {
         uint32_t seen = 0;
+        int nice = 0;
         for (;;) {
+#if defined(__linux__)
+            // Of this thread alone (Linux).
+            if (nice != niceness.load(std::memory_order_relaxed)) setpriority(PRIO_PROCESS, 0, nice = niceness.load());
+#endif
             Awake awake{std::chrono::microseconds(spin_us.load(std::memory_order_relaxed))};
             uint32_t now;
             while ((now = generation_.load()) == seen) {
@@ -174,6 +185,8 @@ void parallel_for(int count, int threads, void (*body)(void*, int), void* contex
 }
 
 void wait_awake(int microseconds) { spin_us.store(microseconds, std::memory_order_relaxed); }
+
+void give_way() { niceness.store(GIVING_WAY, std::memory_order_relaxed); }
 
 void* scratch(long bytes, int which) {
     thread_local Scratch kept[3];

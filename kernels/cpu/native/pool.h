@@ -20,6 +20,11 @@ void parallel_for(int count, int threads, Body&& body) {
 constexpr int SPIN_US = 20;
 void wait_awake(int microseconds);
 
+// From now on workers, not their callers, have a somewhat lower priority (Linux): whoever wakes on the core where one
+// waits awake runs at once. Measured beside attention workers on the same two cores: 16 us until it ran, or 50 in
+// every second layer, when the kernel held that it had had its share. There is no way back without privileges.
+void give_way();
+
 // At least this many bytes of the thread's own scratch, aligned to 64; kept until the thread ends or more is
 // asked for. A thread has three: a task takes 0, so that what runs it can hold 1 and 2.
 void* scratch(long bytes, int which = 0);
