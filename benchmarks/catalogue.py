@@ -23,7 +23,6 @@ from farshore.benchmarks.implementation import choose
 from farshore.benchmarks.kvstore_setting import StoreSizes
 from farshore.benchmarks.report import Report
 from farshore.benchmarks.shapes import Sizes
-from farshore.workers.attention import ENVIRONMENT
 
 Progress = Callable[[str], None]
 
@@ -48,8 +47,6 @@ class Options:
 class Benchmark(NamedTuple):
     summary: str
     run: Callable[[Options, Progress], Report]
-    environment: Mapping[str, str] = {}
-    """What its process is to be started with."""
 
 
 def _machine(options: Options, progress: Progress) -> Report:
@@ -95,9 +92,7 @@ def _serve(options: Options, progress: Progress) -> Report:
 
 BENCHMARKS: Mapping[str, Benchmark] = {
     "machine": Benchmark("what this machine is and how fast it reads, copies and multiplies", _machine),
-    "offload": Benchmark(
-        "hops, bulk KV and decode steps over attention workers on this machine", _offload, ENVIRONMENT
-    ),
+    "offload": Benchmark("hops, bulk KV and decode steps over attention workers on this machine", _offload),
     "quality": Benchmark("what KV formats cost: perplexity of a text, and needles in it", _quality),
     "dense": Benchmark("the model's products against read bandwidth, GEMM rate and PyTorch", _dense),
     "serve": Benchmark("decode, prefill and start-up of the real engine and server; peers", _serve),

@@ -5,8 +5,6 @@ Called by ``cli``. Must not know what a benchmark does: ``benchmarks.catalogue``
 
 import argparse
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +52,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.name not in BENCHMARKS:
         args.usage_error(f"no benchmark {args.name!r}: choose from {', '.join(BENCHMARKS)}")
-    benchmark = BENCHMARKS[args.name]
-    if not benchmark.environment.keys() <= os.environ.keys():
-        # Too late for this process: libraries read it when they are imported.
-        os.execve(sys.executable, sys.orig_argv, os.environ | benchmark.environment)
     if args.out is not None and not args.out.absolute().parent.is_dir():
         # Said before minutes of measuring, not after.
         raise InvalidRequest(f"--out {args.out}: the folder {args.out.parent} does not exist: create it")
     progress = Progress()
     try:
-        report = benchmark.run(
+        report = BENCHMARKS[args.name].run(
             Options(args.implementation, args.threads, args.only, args.peer), progress.step
         )
     finally:

@@ -1,8 +1,6 @@
 """``farshore bench`` with a benchmark that measures nothing."""
 
 import json
-import os
-import sys
 
 import pytest
 
@@ -58,24 +56,6 @@ def test_for_people(run, asked):
     assert ["missed", "case", "30", ">=", "40", "%", "of", "bandwidth"] in rows
     assert ["met", "call", "2", "<=", "10", "µs"] in rows
     assert "isa: none" in done.out and "rates: a 1.5" in done.out
-
-
-def test_a_benchmark_is_started_again_in_its_environment(run, asked, monkeypatch):
-    monkeypatch.delenv("FARSHORE_TEST", raising=False)
-    benchmark = catalogue.BENCHMARKS["nothing"]._replace(environment={"FARSHORE_TEST": "as it should be"})
-    monkeypatch.setattr(catalogue, "BENCHMARKS", {"nothing": benchmark})
-    started = []
-
-    def started_again(program, arguments, environment):
-        started.append((arguments, environment["FARSHORE_TEST"]))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "execve", started_again)
-    run("bench", "nothing")
-    assert started == [(sys.orig_argv, "as it should be")] and not asked
-    monkeypatch.setenv("FARSHORE_TEST", "otherwise")
-    run("bench", "nothing")
-    assert len(started) == 1 and len(asked) == 1
 
 
 def test_options_reach_the_benchmark(run, asked):
