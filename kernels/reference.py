@@ -113,6 +113,16 @@ def partial(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
     out.lse.copy_(total.lse)
 
 
+def offer(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
+    """As :func:`partial`, but it may be done only when :func:`complete` returns, which the same thread calls:
+    what is given must stay as it is until then, and ``out`` holds nothing. One at a time."""
+    partial(plan, layer, q, out=out)
+
+
+def complete() -> None:
+    """What was offered is done."""
+
+
 def extend(
     q: Tensor,
     k: Tensor,

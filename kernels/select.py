@@ -22,6 +22,8 @@ class Kernels(Protocol):
 
     plan: Callable[..., Any]
     partial: Callable[..., None]
+    offer: Callable[..., None]
+    complete: Callable[[], None]
     extend: Callable[..., None]
     merge: Callable[..., None]
 

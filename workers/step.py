@@ -25,7 +25,7 @@ from farshore.attention_offload.plan import Read, StepPlan, cut_reads, split_row
 from farshore.attention_offload.shard import work_of
 from farshore.ids import WorkerId
 from farshore.kernels.base import Rows, Segments, State
-from farshore.kernels.select import implementation
+from farshore.kernels.select import Kernels, implementation
 from farshore.kvstore.base import ShardStore
 from farshore.kvstore.tail import Tail, TailBatch
 from farshore.models.llama import Llama
@@ -48,6 +48,7 @@ class Steps:
         self._attention = attention
         self._shards = shards
         self._own = own
+        self._kernels = implementation(own.memory.device, attention.layouts[0].format.dtype)
         self._batches: list[_MicroBatch] = []
 
     def run(
@@ -71,20 +72,30 @@ class Steps:
             cut = slice(rows.start, rows.stop)
             batch.take(index, tokens[cut], plan.positions[cut], tails[cut], cut_reads(reads, rows), shards)
         self._model.expect_calls()
-        for batch in batches:
-            batch.start(0)
-        for layer in range(self._model.config.layers):
+        try:
             for batch in batches:
-                batch.finish(layer)
-                if layer + 1 < self._model.config.layers:
-                    batch.start(layer + 1)
+                batch.start(0)
+            for layer in range(self._model.config.layers):
+                for batch in batches:
+                    batch.finish(layer)
+                    if layer + 1 < self._model.config.layers:
+                        batch.start(layer + 1)
+        finally:
+            # Also where a shard was lost: nobody may read the tails any more when they are cut back.
+            self._kernels.complete()
         return self._model.logits(torch.cat([batch.h for batch in batches]))
 
     def _sized(self, cuts: Sequence[range]) -> "list[_MicroBatch]":
         """Micro-batches of these sizes: the last step's, where they are as many."""
         if [batch.rows for batch in self._batches] != [len(cut) for cut in cuts]:
             self._batches = [
-                _MicroBatch(len(cut), model=self._model, attention=self._attention, own=self._own)
+                _MicroBatch(
+                    len(cut),
+                    model=self._model,
+                    attention=self._attention,
+                    own=self._own,
+                    kernels=self._kernels,
+                )
                 for cut in cuts
             ]
         return self._batches
@@ -94,14 +105,16 @@ class _MicroBatch:
     """Some rows of a step, on their way through the layers: ``take``, then ``start(0)``, ``finish(0)``,
     ``start(1)``, ..."""
 
-    def __init__(self, rows: int, *, model: Llama, attention: AttentionModel, own: Own) -> None:
+    def __init__(
+        self, rows: int, *, model: Llama, attention: AttentionModel, own: Own, kernels: Kernels
+    ) -> None:
         spec = attention.specs[0]
         self.rows = rows
         self._overlaps = False
         self._model = model
         self._way = way = model.passage(rows)
-        self._kernels = implementation(own.memory.device, attention.layouts[0].format.dtype)
-        self._plans = _Plans(attention, own, self._kernels.plan)
+        self._kernels = kernels
+        self._plans = _Plans(attention, own, kernels.plan)
         # Attention's output is rounded once: here where nothing is merged into it, else by the merge.
         wide = torch.float64 if model.dtype == torch.float64 else torch.float32
         self._own = State.identity(rows, spec.q_heads, spec.v_dim, dtype=wide)
@@ -135,26 +148,31 @@ class _MicroBatch:
         self._plan = self._plans.of(tails, positions, reads, way.positions)
 
     def start(self, layer: int) -> None:
-        """Send q off, and attend to what is the engine's own: meanwhile, if the shards work beside it; else
-        before."""
-        way = self._way
-        if self._shards is not None and self._overlaps:
+        """Send q off, and attend to what is the engine's own: beside the shards where they have cores of
+        their own; else first, or on a core that they have not taken yet."""
+        way, shards, kernels = self._way, self._shards, self._kernels
+        if shards is None:
+            way.project(layer)
+            self._append(layer)
+            kernels.partial(self._plan, layer, way.q, out=self._out)
+        elif self._overlaps:
             way.query(layer)
-            self._pending = self._shards.send(layer, self._index, way.q)
+            self._pending = shards.send(layer, self._index, way.q)
             way.key_value(layer)
+            self._append(layer)
+            kernels.partial(self._plan, layer, way.q, out=self._own)
         else:
             way.project(layer)
-        self._append(layer)
-        out = self._out if self._shards is None else self._own
-        self._kernels.partial(self._plan, layer, way.q, out=out)
-        if self._shards is not None and not self._overlaps:
-            self._pending = self._shards.send(layer, self._index, way.q)
+            self._append(layer)
+            kernels.offer(self._plan, layer, way.q, out=self._own)
+            self._pending = shards.send(layer, self._index, way.q)
 
     def finish(self, layer: int) -> None:
         """Merge what the shards say, in span order, and what the engine has, and go through the layer's
         rest."""
         if self._shards is not None:
             states = self._shards.wait(self._pending)
+            self._kernels.complete()
             self._kernels.merge([*states, self._own], out=self._out)
         self._way.finish(layer)
 

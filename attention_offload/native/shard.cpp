@@ -117,7 +117,7 @@ class Follower {
     }
 
   private:
-    static constexpr int PATIENCE = 4;  // frames
+    static constexpr int PATIENCE = 2;  // frames
     cpu_set_t usable_;
     int apart_ = 0;
 };

@@ -108,6 +108,19 @@ def partial(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
     _native.partial(plan.native, layer, q, *out)
 
 
+def offer(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
+    """As :func:`farshore.kernels.reference.offer`: a thread that waits awake for the next call takes it;
+    if none does, :func:`complete` comes to it."""
+    if not 0 <= layer < plan.layers:
+        raise ValueError(f"layer {layer} of {plan.layers}")
+    _native.offer(plan.native, layer, q, *out)
+
+
+def complete() -> None:
+    """As :func:`farshore.kernels.reference.complete`."""
+    _native.complete()
+
+
 def extend(
     q: Tensor,
     k: Tensor,

@@ -207,6 +207,15 @@ def partial(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
         )
 
 
+def offer(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
+    """As :func:`farshore.kernels.reference.offer`: no launch waits for the one before it to end."""
+    partial(plan, layer, q, out=out)
+
+
+def complete() -> None:
+    """As :func:`farshore.kernels.reference.complete`: what follows in the stream finds it done."""
+
+
 def extend(
     q: Tensor,
     k: Tensor,

@@ -229,6 +229,51 @@ def test_calls_of_other_shapes_are_refused(stored):
             cpu.partial(plan, 1, q_given, out=out_given)
 
 
+@pytest.mark.parametrize("between", ["nothing", "another call", "another offer"])
+def test_what_is_offered_is_done_when_it_is_complete(stored, between):
+    """By whichever thread, once, and whatever its own thread does before it asks."""
+    plan, other = whole(stored, threads=2), whole(stored, threads=3)
+    q, q_other = queries(), queries(seed=1)
+    expected, expected_other = run(plan, q), run(other, q_other)
+    for _ in range(50):
+        out, out_other = (State(torch.full((2, 4, 64), 7.0), torch.full((2, 4), 7.0)) for _ in range(2))
+        cpu.offer(plan, 1, q, out=out)
+        if between == "another call":
+            cpu.partial(other, 1, q_other, out=out_other)
+        elif between == "another offer":
+            cpu.offer(other, 1, q_other, out=out_other)
+        cpu.complete()
+        assert torch.equal(out.o, expected.o) and torch.equal(out.lse, expected.lse)
+        if between != "nothing":
+            assert torch.equal(out_other.o, expected_other.o)
+    cpu.complete()  # nothing was offered
+
+
+def test_threads_that_offer_at_once_do_not_meet(stored):
+    """One has the pool until it completes; the others compute at once."""
+
+    def caller(seed):
+        plan, q = whole(stored, threads=2), queries(seed=seed)
+        expected, out = run(plan, q), State.identity(2, 4, 64)
+        for _ in range(100):
+            out.o.fill_(7.0)
+            cpu.offer(plan, 1, q, out=out)
+            cpu.complete()
+            assert torch.equal(out.o, expected.o)
+
+    with ThreadPoolExecutor(4) as callers:
+        list(callers.map(caller, range(4)))
+
+
+def test_a_mistake_is_refused_when_it_is_offered(stored):
+    plan, out = whole(stored), State.identity(2, 4, 64)
+    with refused("q of shape"):
+        cpu.offer(plan, 1, queries(rows=1), out=out)
+    with pytest.raises(ValueError, match="layer 9"):
+        cpu.offer(plan, 9, queries(), out=out)
+    cpu.complete()
+
+
 def test_tensors_are_read_through_python_where_torch_has_no_table(stored):
     """torch before 2.10 or so: slower, and the same in everything else."""
     plan, q, out, expected = whole(stored), queries(), State.identity(2, 4, 64), State.identity(2, 4, 64)

@@ -15,7 +15,7 @@ RACES = """
 #include <vector>
 #include "pool.h"
 
-// Callers that compete for the pool, tasks of changing size, plain writes that the pool alone orders.
+// Callers that compete for the pool, tasks of changing size, offers, plain writes that the pool alone orders.
 int main() {
     std::vector<std::thread> callers;
     for (int caller = 0; caller < 3; caller++)
@@ -28,8 +28,11 @@ int main() {
                     for (int pass = 0; pass < 2000; pass++) own[i] = pass;  // long enough for others to come
                     done[i]++;
                 });
+                int offered = 0;
+                farshore::offer([](void* it, int) { ++*static_cast<int*>(it); }, &offered);
+                farshore::complete();
                 for (int it : done)
-                    if (it != 1) std::abort();
+                    if (it != 1 || offered != 1) std::abort();
             }
         });
     for (std::thread& it : callers) it.join();

@@ -31,6 +31,7 @@ class Flaky:
         self._peer = peer
         self.store = peer.store
         self.transport = self.bulk_transport = Transport.TCP
+        self.frames = None
         self.waits = 0
         self.break_at = set()
         self.die_at = None

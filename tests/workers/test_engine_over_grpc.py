@@ -2,6 +2,7 @@
 
 import pytest
 
+from farshore.attention_offload.exchange import Exchange
 from farshore.attention_offload.frames import REMOTE, Transport, native
 from farshore.errors import TransportError
 from farshore.workers.sequence import Finished, Sampling
@@ -27,10 +28,18 @@ class Counted:
         return self._counted(lambda: self._peer.send(layer, micro_batch, q))
 
     def wait(self, sent, *, out=None):
-        self.waits += 1
-        if self._before and self.waits >= self._before[0][0] and sent.layer == 0:
-            self._before.pop(0)[1]()
+        self.waited_for(sent.layer)
         return self._counted(lambda: self._peer.wait(sent, out=out))
+
+    def waited_for(self, layer):
+        self.waits += 1
+        if self._before and self.waits >= self._before[0][0] and layer == 0:
+            self._before.pop(0)[1]()
+
+    def break_off(self):
+        """Told by whoever waited for several at once."""
+        self.errors += 1
+        self._peer.break_off()
 
     def _counted(self, call):
         try:
@@ -41,7 +50,25 @@ class Counted:
 
 
 @pytest.fixture
-def run_engine(tiny_model, serve_store, connect, rig, submit, breaking_service):
+def count_exchanges(monkeypatch):
+    """count_exchanges(peers): each has been waited for, too, where one call waits for several."""
+    wait = Exchange.wait
+
+    def count(peers):
+        def counted(exchange):
+            streams = [part.stream for part in exchange._parts]
+            for peer in peers:
+                if peer.frames in streams:
+                    peer.waited_for(exchange._frame[1])
+            wait(exchange)
+
+        monkeypatch.setattr(Exchange, "wait", counted)
+
+    return count
+
+
+@pytest.fixture
+def run_engine(tiny_model, serve_store, connect, rig, submit, breaking_service, count_exchanges):
     """run(transport, shard_by, before=...) -> tokens over it, those over in-process peers, and its peers."""
 
     def generate(cluster):
@@ -64,7 +91,9 @@ def run_engine(tiny_model, serve_store, connect, rig, submit, breaking_service):
             shard = serve_store(cluster.stores[worker], worker, service=breaking_service)
             peer = connect(shard.address, model=cluster.attention, transports=[transport])
             cluster.peers[worker] = Counted(peer, before(shard))
-        return generate(cluster), expected, [cluster.peers[worker] for worker in cluster.targets]
+        peers = [cluster.peers[worker] for worker in cluster.targets]
+        count_exchanges(peers)
+        return generate(cluster), expected, peers
 
     return run
 

@@ -114,18 +114,54 @@ PyObject* make_plan(PyObject*, PyObject* const* args, Py_ssize_t count) {
     });
 }
 
+// One call of `partial`, its arguments checked.
+struct Partial {
+    Plan* plan;
+    int layer;
+    Array q;
+    Out out;
+
+    void run() const { chosen->partial(*plan, layer, q, out); }
+};
+
+Partial partial_of(PyObject* const* args, Py_ssize_t count) {
+    if (count < 1) throw std::runtime_error("too few arguments");
+    Partial it;
+    it.plan = plan_of(args[0]);
+    Arguments a{args + 1, args + count};
+    it.layer = a.small();
+    const int64_t heads = static_cast<int64_t>(it.plan->groups) * it.plan->shape.q_heads;
+    it.q = a.rows("q", it.plan->rows, heads, it.plan->shape.k_dim);
+    it.out = a.state(it.plan->rows, heads, it.plan->shape.v_dim);
+    return it;
+}
+
 PyObject* run_partial(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return guarded([&]() -> PyObject* {
-        if (count < 1) throw std::runtime_error("too few arguments");
-        Plan* plan = plan_of(args[0]);
-        Arguments a{args + 1, args + count};
-        const int layer = a.small();
-        const int64_t heads = static_cast<int64_t>(plan->groups) * plan->shape.q_heads;
-        const Array q = a.rows("q", plan->rows, heads, plan->shape.k_dim);
-        const Out out = a.state(plan->rows, heads, plan->shape.v_dim);
+        const Partial it = partial_of(args, count);
         {
             WithoutGil released;
-            chosen->partial(*plan, layer, q, out);
+            it.run();
+        }
+        Py_RETURN_NONE;
+    });
+}
+
+PyObject* offer_partial(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    return guarded([&]() -> PyObject* {
+        thread_local Partial offered;
+        complete();
+        offered = partial_of(args, count);
+        offer([](void* it, int) { static_cast<const Partial*>(it)->run(); }, &offered);
+        Py_RETURN_NONE;
+    });
+}
+
+PyObject* complete_partial(PyObject*, PyObject* const*, Py_ssize_t) {
+    return guarded([&]() -> PyObject* {
+        {
+            WithoutGil released;
+            complete();
         }
         Py_RETURN_NONE;
     });
@@ -250,6 +286,8 @@ PyObject* use_tensors(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyMethodDef methods[] = {
     method("plan", make_plan, "Lay out a step's work; returns a capsule."),
     method("partial", run_partial, "partial(plan, layer, q, o, lse)"),
+    method("offer", offer_partial, "As partial, by a thread that waits awake, if there is one; see complete."),
+    method("complete", complete_partial, "complete(): what was offered is done."),
     method("extend", run_extend, "Causal attention on plain keys."),
     method("merge", run_merge, "merge(states, sink, o, lse): in the order given."),
     method("use_tensors", use_tensors, "How tensors are read: see tensors.h."),

@@ -30,7 +30,7 @@ namespace {
 // How long a worker waits awake for the next task. Longer takes the core from others.
 std::atomic<int> spin_us{SPIN_US};
 
-// What a worker's niceness becomes before its next wait; 0: it stays.
+// Workers add this to their niceness before they wait next, once.
 std::atomic<int> niceness{0};
 constexpr int GIVING_WAY = 3;
 
@@ -66,16 +66,25 @@ class Pool {
 #if defined(__linux__)
         leave_to(sched_getcpu());
 #endif
+        open(count, threads - 1, body, context);
+        if (asleep_.load() > 0) wake_all(generation_);
+        close();
+    }
+
+    // For whoever is awake.
+    void open(int count, int helpers, void (*body)(void*, int), void* context) {
         body_ = body;
         context_ = context;
         count_ = count;
-        helpers_ = threads - 1;
+        helpers_ = helpers;
         error_ = nullptr;
         failed_.store(false, std::memory_order_relaxed);
         next_.store(0, std::memory_order_relaxed);
         inside_.store(OPEN, std::memory_order_release);
         generation_.fetch_add(1);
-        if (asleep_.load() > 0) wake_all(generation_);
+    }
+
+    void close() {
         take();
         // Closed: who comes now stays out. Then wait for those inside; they have at most one item left.
         inside_.fetch_sub(OPEN, std::memory_order_acq_rel);
@@ -117,11 +126,14 @@ class Pool {
 
     void work(int id) {
         uint32_t seen = 0;
-        int nice = 0;
+        int added = 0;
         for (;;) {
 #if defined(__linux__)
-            // Of this thread alone (Linux).
-            if (nice != niceness.load(std::memory_order_relaxed)) setpriority(PRIO_PROCESS, 0, nice = niceness.load());
+            // This thread's alone: Linux has it so.
+            if (added != niceness.load(std::memory_order_relaxed)) {
+                added = GIVING_WAY;
+                setpriority(PRIO_PROCESS, 0, getpriority(PRIO_PROCESS, 0) + added);
+            }
 #endif
             Awake awake{std::chrono::microseconds(spin_us.load(std::memory_order_relaxed))};
             uint32_t now;
@@ -173,15 +185,34 @@ struct Scratch {
     long bytes = 0;
 };
 
+// Held from `offer` to `complete`.
+thread_local std::unique_lock<std::mutex> offering;
+
 }  // namespace
 
 void parallel_for(int count, int threads, void (*body)(void*, int), void* context) {
+    complete();
     if (count > 1 && threads > 1) {
         Pool& it = pool();
         std::unique_lock lock(it.busy, std::try_to_lock);
         if (lock) return it.run(count, threads < count ? threads : count, body, context);
     }
     for (int i = 0; i < count; i++) body(context, i);
+}
+
+void offer(void (*body)(void*, int), void* context) {
+    complete();
+    Pool& it = pool();
+    std::unique_lock lock(it.busy, std::try_to_lock);
+    if (!lock) return body(context, 0);
+    it.open(1, 1, body, context);
+    offering = std::move(lock);
+}
+
+void complete() {
+    if (!offering.owns_lock()) return;
+    const std::unique_lock lock = std::move(offering);
+    pool().close();
 }
 
 void wait_awake(int microseconds) { spin_us.store(microseconds, std::memory_order_relaxed); }

@@ -14,6 +14,11 @@ void parallel_for(int count, int threads, Body&& body) {
         count, threads, [](void* context, int i) { (*static_cast<Body*>(context))(i); }, &body);
 }
 
+// Hands body(context, 0) to a worker that waits awake, if there is one, and returns. `complete` runs it if nobody does,
+// and returns when it is done; so does whatever this thread gives the pool next. What it throws is thrown there.
+void offer(void (*body)(void*, int), void* context);
+void complete();
+
 // Workers wait awake for the next task for that long (see awake.h), then sleep. At first SPIN_US, which bridges the
 // gap between calls of one native loop. Where Python comes between two calls of a step, or an attention worker that
 // shares the cores, that is too little.

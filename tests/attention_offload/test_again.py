@@ -1,0 +1,131 @@
+"""Steps that read what the last one did: one header instead of a plan, for as long as the spans are there."""
+
+import pytest
+import torch
+
+from farshore.attention_offload import codec
+from farshore.attention_offload.base import AttentionModel
+from farshore.attention_offload.frames import REMOTE, Transport
+from farshore.attention_offload.in_process import InProcessPeer
+from farshore.attention_offload.shard import AttendedBytes, ShardSession
+from farshore.errors import InvalidRequest, NotFound
+from farshore.ids import SequenceId, WorkerId
+from farshore.kvstore.arena import Arena
+from farshore.kvstore.store import LocalStore
+
+
+@pytest.fixture
+def announced(monkeypatch):
+    """Numbers of the steps whose plan was sent."""
+    sent, encode = [], codec.step_to_pb
+
+    def counted(step):
+        sent.append(step.step)
+        return encode(step)
+
+    monkeypatch.setattr(codec, "step_to_pb", counted)
+    return sent
+
+
+@pytest.mark.parametrize("transport", REMOTE)
+def test_the_plan_goes_once_and_the_states_are_those_of_a_plan(start_shard, connect, work, announced):
+    shard = start_shard()
+    peer, local = connect(shard.address), InProcessPeer(shard.worker, shard.store, work.model)
+    read = work.sealed_span(peer.store, "a", 0, 20)
+    expected = work.run(local, work.step([read]))
+    for number in range(1, 5):
+        assert work.run(peer, work.step([read], number=number, positions=(100 + number,))) == expected
+    assert announced == [1]
+
+
+@pytest.mark.parametrize("transport", REMOTE)
+def test_other_reads_are_a_plan_again(start_shard, connect, work, announced):
+    shard = start_shard()
+    peer, local = connect(shard.address), InProcessPeer(shard.worker, shard.store, work.model)
+    a, b = (work.sealed_span(peer.store, name, 0, 20 + len(name)) for name in ("a", "bb"))
+    steps = [[a], [a], [b], [a, b._replace(first=21, origin=21, last=43)], [a._replace(last=19)], [a]]
+    for number, reads in enumerate(steps, 1):
+        step = work.step(reads, number=number)
+        assert work.run(peer, step) == work.run(local, step)
+    assert announced == [1, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("transport", REMOTE)
+def test_a_span_that_is_gone_is_missed(shard, connect, work, announced):
+    """Another's goes: everything is looked up once more and found. Its own goes: the step says so."""
+    peer = connect(shard.address)
+    read, other = (work.sealed_span(peer.store, name, 0, 20) for name in "ab")
+    expected = work.run(peer, work.step([read]))
+    peer.store.drop([other.span], sequence=SequenceId("b"), epoch=work.owner)
+    for number in (2, 3):
+        assert work.run(peer, work.step([read], number=number)) == expected
+    peer.store.drop([read.span], sequence=SequenceId("a"), epoch=work.owner)
+    with pytest.raises(NotFound, match=read.span):
+        work.run(peer, work.step([read], number=4))
+    assert announced == [1]
+
+
+@pytest.mark.parametrize("transport", REMOTE)
+def test_a_new_connection_is_told_the_plan(shard, connect, work, announced):
+    peer = connect(shard.address)
+    step = work.step([work.sealed_span(peer.store, "a", 0, 20)])
+    expected = work.run(peer, step)
+    peer.break_off()
+    assert work.run(peer, step) == expected
+    peer.begin(step)
+    peer.send(0, 0, work.query(seed=9))  # dropped half way: that connection is not used again
+    assert work.run(peer, step) == expected
+    assert announced == [1, 1, 1]
+
+
+@pytest.mark.parametrize("transport", [Transport.SHARED_MEMORY, Transport.TCP])
+def test_a_connection_that_the_shard_closed_between_two_steps(start_process, connect, work, announced):
+    process = start_process()
+    peer = connect(process.address)
+    reads = [work.sealed_span(peer.store, "a", 0, 20)]
+    work.run(peer, work.step(reads))
+    process.restart()
+    with pytest.raises(NotFound):  # and no TransportError: the next connection is made at once
+        work.run(peer, work.step(reads, number=2))
+    assert announced == [1, 2]
+
+
+def windowed(work):
+    spec = work.spec._replace(window_tokens=30)
+    return AttentionModel(specs=(spec,), layer_class=(0,) * work.layers, layouts=(work.layout,))
+
+
+@pytest.mark.parametrize("transport", [Transport.SHARED_MEMORY, Transport.GRPC])
+def test_where_a_layer_has_a_window_positions_are_told_with_every_step(
+    start_shard, reach, work, transport, announced
+):
+    shard = start_shard()
+    work.model = windowed(work)
+    peer = reach(shard.address, transports=(transport,))
+    local = InProcessPeer(shard.worker, shard.store, work.model)
+    read = work.sealed_span(peer.store, "a", 0, 20)
+    for number, position in enumerate((35, 40), 1):
+        step = work.step([read], number=number, positions=(position,))
+        assert work.run(peer, step) == work.run(local, step)
+    assert announced == [1, 2]
+
+
+def test_a_session_refuses_what_makes_no_sense(work):
+    store = LocalStore(worker=WorkerId("shard"), arena=Arena(1 << 20))
+    with pytest.raises(InvalidRequest, match="there was none"):
+        ShardSession(store, work.model, AttendedBytes()).again(7)
+    session = ShardSession(store, windowed(work), AttendedBytes())
+    session.begin(work.step([work.sealed_span(store, "a", 0, 20)]))
+    with pytest.raises(InvalidRequest, match="window"):
+        session.again(8)
+
+
+def test_a_session_goes_by_the_new_number(work):
+    store = LocalStore(worker=WorkerId("shard"), arena=Arena(1 << 20))
+    session = ShardSession(store, work.model, AttendedBytes())
+    session.begin(work.step([work.sealed_span(store, "a", 0, 20)]))
+    first = session.attend(1, 0, 0, work.query())
+    session.again(2)
+    assert torch.equal(session.attend(2, 0, 0, work.query()).o, first.o)
+    with pytest.raises(InvalidRequest, match="step 2 is under way"):
+        session.attend(1, 0, 0, work.query())

@@ -1,0 +1,153 @@
+"""An engine and a shard on one host: who finds out that they share cores, and what each does about it."""
+
+import ctypes
+import os
+import platform
+import struct
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from farshore.attention_offload import cores
+from farshore.attention_offload.frames import Transport, native
+from farshore.attention_offload.in_process import InProcessPeer
+
+SCHED_GETATTR = {"x86_64": 315, "aarch64": 275}.get(platform.machine())
+SHORT_NS = 100_000
+
+pytestmark = [
+    pytest.mark.skipif(native() is None, reason="needs the native module"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="cores are asked of Linux"),
+]
+
+
+@pytest.mark.parametrize(
+    ("own", "own_threads", "theirs", "threads", "expected"),
+    [
+        ({0, 1}, 2, {0, 1}, 2, True),
+        ({0, 1}, 2, {1}, 1, True),
+        ({0, 1}, 1, {0, 1}, 1, False),
+        ({0, 1}, 2, {2, 3}, 9, False),
+        (set(range(8)), 4, set(range(4, 16)), 12, False),
+        (set(range(8)), 5, set(range(4, 16)), 12, True),
+        ({0}, 1, set(), 0, False),
+    ],
+)
+def test_cores_are_too_few_for_both(monkeypatch, own, own_threads, theirs, threads, expected):
+    monkeypatch.setattr(cores, "usable_cores", lambda: sorted(own))
+    monkeypatch.setattr(cores.torch, "get_num_threads", lambda: own_threads)
+    assert cores.too_few_with(theirs, threads) is expected
+
+
+@pytest.mark.parametrize("transport", [Transport.SHARED_MEMORY, Transport.TCP])
+@pytest.mark.parametrize("shared", [True, False])
+def test_both_ends_are_told_and_the_states_are_the_same(
+    start_shard, reach, work, monkeypatch, transport, shared
+):
+    monkeypatch.setattr("farshore.attention_offload.grpc_server.too_few_with", lambda *_: shared)
+    shard = start_shard()
+    peer = reach(shard.address, transports=(transport,))
+    peer.connect()
+    assert peer.frames.shares_cores is shared
+    step = work.step([work.sealed_span(peer.store, "a", 0, 20)])
+    assert work.run(peer, step) == work.run(InProcessPeer(shard.worker, shard.store, work.model), step)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or len(cores.usable_cores()) < 2, reason="one core")
+def test_the_shard_comes_to_the_core_of_an_engine_that_shares_its_cores(
+    start_shard, reach, work, monkeypatch
+):
+    """And follows it to another."""
+    monkeypatch.setattr("farshore.attention_offload.grpc_server.too_few_with", lambda *_: True)
+    shard = start_shard()
+    peer = reach(shard.address, transports=(Transport.SHARED_MEMORY,))
+    step = work.step([work.sealed_span(peer.store, "a", 0, 20)])
+    (serving,) = [it for it in _new_threads(peer.connect) if it.name == "frames"]
+    before = os.sched_getaffinity(0)
+    try:
+        for core in [*sorted(before)[:2], sorted(before)[0]]:
+            os.sched_setaffinity(0, {core})
+            for number in range(1, 9):
+                work.run(peer, work.step(step.reads[0], number=number))
+            # It was woken on another core in two of these frames, or was on this one all along.
+            assert os.sched_getaffinity(serving.native_id) in ({core}, before)
+        assert os.sched_getaffinity(serving.native_id) == {core}
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _new_threads(call):
+    known = set(threading.enumerate())
+    call()
+    return set(threading.enumerate()) - known
+
+
+GIVES_WAY = """
+import os
+import torch
+from farshore.attention_offload.cores import give_way
+from farshore.kernels.base import AttentionSpec, State
+from farshore.kernels.cpu import extend
+
+spec = AttentionSpec(4, 4, 4, 64, 64, 0.125)
+x = torch.zeros(512, 4, 64)
+call = dict(q_positions=torch.arange(512), k_position=0, threads=2, out=State.identity(512, 4, 64))
+
+def compute():
+    extend(x, x.transpose(0, 1), x.transpose(0, 1), spec, **call)
+
+def niceness():
+    return sorted(os.getpriority(os.PRIO_PROCESS, int(it)) for it in os.listdir("/proc/self/task"))
+
+compute()
+before = niceness()
+assert before.count(before[0]) == len(before), before
+give_way()
+while before[0] < 19 and niceness() == before:
+    compute()
+assert niceness() == [*before[:-1], min(before[0] + 3, 19)], niceness()
+assert os.getpriority(os.PRIO_PROCESS, 0) == before[0]
+"""
+
+
+def test_only_the_threads_that_wait_awake_give_way():
+    """In a process of their own: there is no way back."""
+    found = subprocess.run(
+        [sys.executable, "-P", "-c", GIVES_WAY], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert found.returncode == 0, found.stderr
+
+
+def turns():
+    """This thread's policy, nice value and slice, in ns."""
+    attributes = ctypes.create_string_buffer(48)
+    assert ctypes.CDLL(None).syscall(SCHED_GETATTR, 0, attributes, 48, 0) == 0
+    _, policy, _, nice, _, runtime_ns, _, _ = struct.unpack("=IIQiIQQQ", attributes.raw)
+    return policy, nice, runtime_ns
+
+
+@pytest.mark.skipif(SCHED_GETATTR is None, reason="the system call's number here is not known")
+def test_threads_started_from_then_on_take_short_turns_and_are_otherwise_as_before():
+    seen = []
+
+    def child():
+        seen.append(turns())
+
+    def worker():
+        seen.append(turns())
+        cores.share_cores()
+        cores.share_cores()
+        seen.append(turns())
+        thread = threading.Thread(target=child)
+        thread.start()
+        thread.join()
+
+    thread = threading.Thread(target=worker)
+    thread.start()
+    thread.join()
+    before, after, inherited = seen
+    assert after[:2] == before[:2]
+    assert inherited == after
+    assert after[2] in (SHORT_NS, before[2]), "a kernel before 6.12 knows no slices of a thread"
