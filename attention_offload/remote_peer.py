@@ -179,7 +179,6 @@ class RemotePeer:
                 shares_cores=connected.shares_cores,
             )
         return GrpcStream(
-            self._stub,
             self._address,
             self._model,
             self._dtype,

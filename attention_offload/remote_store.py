@@ -22,7 +22,8 @@ from farshore.kvstore.prefix import PrefixBlock
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
 
-WRITE_CHUNK_BYTES = 1 << 20
+WRITE_CHUNK_BYTES = 256 << 10
+"""As ``READ_CHUNK_BYTES`` at the shard."""
 
 
 class RemoteStore:

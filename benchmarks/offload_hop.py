@@ -5,12 +5,13 @@ token: next to nothing. Bulk KV is written into, and read from, a span of Llama-
 is held against sends from one process to another, through one TCP connection on loopback.
 """
 
+import os
 import select
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,6 +29,7 @@ from farshore.ids import Epoch, SequenceId, SpanId
 from farshore.kernels.base import AttentionSpec, KVLayout
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore.base import SpanKey
+from farshore.workers.attention import ENVIRONMENT
 
 DTYPE = torch.bfloat16
 HOP = AttentionSpec(q_heads=64, k_heads=1, v_heads=1, k_dim=128, v_dim=128, scale=128**-0.5)
@@ -84,7 +86,7 @@ class BulkRates:
 def shard_process(*, threads: int, memory_bytes: int = SHARD_MEMORY_BYTES) -> Iterator[str]:
     """The address of an attention worker's process; it ends with the context, or with this process."""
     options = ("--worker", "shard", "--kv-memory-bytes", str(memory_bytes), "--threads", str(threads))
-    with _child("-m", "farshore.workers.attention", *options) as child:
+    with _child("-m", "farshore.workers.attention", *options, environment=ENVIRONMENT) as child:
         assert child.stdout is not None
         yield child.stdout.readline().strip()
 
@@ -256,10 +258,11 @@ def _at_eof() -> bool:
 
 
 @contextmanager
-def _child(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+def _child(*arguments: str, environment: Mapping[str, str] = {}) -> Iterator[subprocess.Popen[str]]:
     """A Python process that ends when its standard input does, so that it outlives nobody."""
     command = [sys.executable, "-P", *arguments]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+    pipe, env = subprocess.PIPE, {**os.environ, **environment}
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env) as child:
         try:
             yield child
         finally:

@@ -20,7 +20,7 @@ from farshore.models.config import ModelConfig
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 from farshore.workers.admission import EngineLimits
-from farshore.workers.attention import AttentionWorker
+from farshore.workers.attention import ENVIRONMENT, AttentionWorker
 from farshore.workers.dense import DenseConfig, DenseWorker
 
 MAX_CALLS = 64
@@ -62,7 +62,12 @@ class Controller:
         workers = [_worker_id("attention", i) for i in range(config.attention_workers)]
         actors = {
             worker: ray.remote(AttentionWorker)
-            .options(num_cpus=0, memory=config.kv_memory_bytes, scheduling_strategy="SPREAD")
+            .options(
+                num_cpus=0,
+                memory=config.kv_memory_bytes,
+                scheduling_strategy="SPREAD",
+                runtime_env={"env_vars": ENVIRONMENT},
+            )
             .remote(
                 worker=worker,
                 kv_memory_bytes=config.kv_memory_bytes,

@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
 
 from farshore.attention_offload.grpc_server import AttentionService, serve
 from farshore.attention_offload.remote_peer import RemotePeer
+from farshore.workers.attention import ENVIRONMENT
 
 STOP_DEADLINE_S = 60.0
 LONG_TEXT_TOKENS = 4100
@@ -203,7 +204,7 @@ class WorkerProcess:
         command = [*self._prefix, sys.executable, "-P", "-m", "farshore.workers.attention"]
         command += ["--worker", self._worker, "--kv-memory-bytes", str(8 << 20), "--listen", listen]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | ENVIRONMENT
         )
         self.address = self.process.stdout.readline().strip()
         assert self.address, f"the attention worker ended with {self.process.wait()}"

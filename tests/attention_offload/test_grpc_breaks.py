@@ -1,5 +1,6 @@
 """The data plane over real gRPC when something breaks: a transport error, and the step can run again."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -102,6 +103,7 @@ def test_closing_a_peer_with_a_stream_open_leaves_no_thread_blocked(
     peer.send(0, 0, work.query())
     peer.close()
     assert shard.service.stream_ended.wait(DEADLINE_S), "the server still serves the stream"
+    gc.collect()  # gRPC's own thread for asyncio ends with the last call
     for thread in set(threading.enumerate()) - before:
         if not thread.name.startswith(shard.service_name):  # the server's idle workers
             thread.join(DEADLINE_S)

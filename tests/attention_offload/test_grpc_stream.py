@@ -1,0 +1,162 @@
+"""The gRPC stream of hot frames: frames leave at once, the call's end says why, and nothing stays behind."""
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+
+from farshore import rpc
+from farshore.attention_offload import codec
+from farshore.attention_offload.frames import Transport
+from farshore.attention_offload.grpc_server import AttentionService
+from farshore.attention_offload.plan import Read
+from farshore.errors import InvalidRequest, NotFound, TransportError
+from farshore.ids import SpanId
+from farshore.proto import attention_pb2 as pb
+from farshore.proto import attention_pb2_grpc as pb_grpc
+from farshore.workers.attention import ENVIRONMENT
+
+DEADLINE_S = 60.0
+
+
+@pytest.fixture
+def transport():
+    return Transport.GRPC
+
+
+class Counting(AttentionService):
+    """A shard that tells when it has given ``due`` answers, and when a stream has ended."""
+
+    def __init__(self, worker, store):
+        super().__init__(worker, store)
+        self.due = 0
+        self.answered = threading.Event()
+        self.ended = threading.Event()
+
+    def Attend(self, frames, context):
+        try:
+            for state in super().Attend(frames, context):
+                yield state
+                self.due -= 1
+                if not self.due:
+                    self.answered.set()
+        finally:
+            self.ended.set()
+
+
+def test_frames_are_answered_while_nobody_waits_for_them(start_shard, connect, work):
+    shard = start_shard(service=Counting)
+    peer = connect(shard.address)
+    step = work.step([work.sealed_span(peer.store, "a", 0, 20)])
+    expected = work.run(peer, step)
+    shard.service.due = work.layers
+    peer.begin(step)
+    sent = [peer.send(layer, 0, work.query(seed=layer)) for layer in range(work.layers)]
+    assert shard.service.answered.wait(DEADLINE_S)
+    assert work.raw_bytes([peer.wait(it) for it in sent]) == expected
+
+
+def test_a_refusal_is_told_by_its_name_however_late_it_is_asked_for(start_shard, connect, work):
+    shard = start_shard(service=Counting)
+    peer = connect(shard.address)
+    read = work.sealed_span(peer.store, "a", 0, 20)
+    work.run(peer, work.step([read]))
+    peer.begin(work.step([Read(SpanId("shard/99"), 0, 0, 5, 0, 3, range(1))], number=2))
+    sent = peer.send(0, 0, work.query())
+    assert shard.service.ended.wait(DEADLINE_S)
+    # Takes in that the call has ended, so that the next frames cannot even be written.
+    connect(shard.address).connect()
+    peer.send(1, 0, work.query())
+    with pytest.raises(NotFound):
+        peer.wait(sent)
+    assert work.run(peer, work.step([read]))
+
+
+def test_a_frame_before_any_step_is_refused(shard, work):
+    layer = pb.LayerFrame(step=1, layer=0, micro_batch=0, q=codec.to_bytes(work.query()))
+    frames = [pb.Frame(open=codec.model_to_pb(work.model, work.dtype)), pb.Frame(layer=layer)]
+    with grpc.insecure_channel(shard.address) as channel, pytest.raises(grpc.RpcError) as caught:
+        next(pb_grpc.AttentionStub(channel).Attend(iter(frames), timeout=DEADLINE_S))
+    assert isinstance(rpc.error_of(caught.value, peer="shard"), InvalidRequest)
+
+
+def test_engines_of_two_threads_do_not_turn_each_others_loop(start_shard, connect, work):
+    shards = [start_shard(worker=name) for name in "xy"]
+    peers = [connect(it.address) for it in shards]
+    steps = [work.step([work.sealed_span(peer.store, "a", 0, 20)]) for peer in peers]
+    both = threading.Barrier(2)
+
+    def engine(peer, step):
+        states = []
+        for _ in range(20):
+            both.wait(DEADLINE_S)
+            states.append(work.run(peer, step))
+        peer.close()
+        return states
+
+    with ThreadPoolExecutor(2) as threads:
+        mine, theirs = threads.map(engine, peers, steps)
+    assert mine == theirs and all(it == mine[0] for it in mine)
+
+
+def test_a_stream_to_nobody_is_a_transport_error(shard, connect):
+    peer = connect(shard.address)
+    shard.stop()
+    with pytest.raises(TransportError, match=shard.address):
+        peer.connect()
+    assert peer.transport is None
+
+
+def test_a_stream_to_a_frozen_shard_is_a_transport_error_at_the_deadline(start_process, connect, work):
+    process = start_process()
+    peer = connect(process.address, frame_deadline_s=0.5)
+    read = work.sealed_span(peer.store, "a", 0, 20)
+    process.freeze()
+    with pytest.raises(TransportError):
+        work.run(peer, work.step([read]))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+def test_closed_streams_leave_no_socket_and_no_complaint(start_process, connect, work, caplog):
+    peer = connect(start_process().address)
+    step = work.step([work.sealed_span(peer.store, "a", 0, 20)])
+
+    def use():
+        work.run(peer, step)
+        peer.begin(step)
+        peer.send(0, 0, work.query())
+        peer.break_off()
+        gc.collect()
+
+    def open_files():
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    use()  # the thread's own loop stays
+    before = open_files()
+    for _ in range(5):
+        use()
+    # gRPC closes what nobody uses when it comes to it.
+    pause, until = threading.Event(), time.monotonic() + DEADLINE_S
+    while open_files() > before:
+        assert time.monotonic() < until, "sockets are left behind"
+        pause.wait(0.01)
+    assert not [it for it in caplog.records if it.name == "asyncio"]
+
+
+# -- the environment of an attention worker ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("more", "known"), [("", True), (",no_such_thing", False)])
+def test_grpc_knows_what_a_worker_tells_it(more, known):
+    """It says so where it does not: a release that has dropped the names."""
+    environment = os.environ | {name: value + more for name, value in ENVIRONMENT.items()}
+    command = [sys.executable, "-P", "-c", "import grpc"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert ran.returncode == 0 and ("Unknown experiment" not in ran.stderr) is known, ran.stderr
