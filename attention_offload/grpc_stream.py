@@ -106,8 +106,8 @@ class GrpcStream:
 
     def _write(self, frame: pb.Frame) -> None:
         """It leaves now. gRPC has taken the one before long ago, unless the shard does not keep up."""
-        # Why a call has ended, whoever reads its answers is told: of what a shard refused, perhaps not before the
-        # next attempt, since gRPC says INTERNAL where it came to a call that was being written to.
+        # Why a call has ended, whoever reads its answers is told: of what a shard refused, perhaps not before
+        # the next attempt, since gRPC says INTERNAL where it came to a call that was being written to.
         with self._mapped(), suppress(asyncio.InvalidStateError, grpc.RpcError):
             self._writing.finish(self._loop, self._deadline_s)
         self._writing = _Started(self._call.write(frame))
