@@ -5,6 +5,7 @@ import torch
 
 from farshore.attention_offload.fanout import Fanout
 from farshore.attention_offload.plan import Read, StepPlan
+from farshore.errors import TransportError
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kvstore.base import SpanKey
 from farshore.kvstore.tail import Tail
@@ -150,6 +151,28 @@ def test_what_the_engine_has_may_as_well_be_a_shards(ground):
     own = ground.logits(rows, 2)
     ground.steps = ground.made(own=False)
     torch.testing.assert_close(ground.logits(rows, 2), own, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_shards_beside_the_engine_or_in_turns_with_it(ground, monkeypatch, overlaps, micro_batches):
+    """And a step that a shard breaks leaves nothing behind either way."""
+    monkeypatch.setattr(Fanout, "overlaps", lambda *_: overlaps)
+    rows = ["a", "b", "b", "c", "e"]
+    expected = ground.logits(rows, micro_batches)
+    peer = ground.cluster.peers[WorkerId("shard1")]
+    for call in ("send", "wait"):
+        with monkeypatch.context() as broken:
+            broken.setattr(peer, call, _break)
+            with pytest.raises(TransportError, match="broken"):
+                ground.logits(rows, micro_batches)
+        for tail in ground.tails.values():
+            tail.truncate(tail.end)
+        assert torch.equal(ground.logits(rows, micro_batches), expected)
+
+
+def _break(*args, **options):
+    raise TransportError("broken")
 
 
 def test_a_step_like_the_last_one_is_what_it_is_after_none(ground):
