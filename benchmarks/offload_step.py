@@ -38,8 +38,8 @@ MOST_TIMES_MODEL = 1.2
 LEAST_GAIN = 1.2
 
 STEPS_A_RUN = 10
-"""As in decoding, nearly all steps follow another, which has left caches and threads as they are. The first one
-behind a pause takes 3 to 5% longer, whatever else."""
+"""As in decoding, nearly all steps follow another, which has left caches and threads as they are. The first
+one behind a pause takes 3 to 5% longer, whatever else."""
 
 _ENGINE = WorkerId("engine")
 

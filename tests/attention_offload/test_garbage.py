@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(native() is None, reason="needs the native modul
 DEADLINE_S = 60.0
 HEADER = struct.Struct("<IHBBI")
 BULK_HEADER = struct.Struct("<B3xIQ")
-LAYER, BEGIN, FAILURE, WAKE = range(4)
+LAYER, BEGIN, FAILURE, WAKE, AGAIN = range(5)
 FUZZ = settings(
     max_examples=40,
     deadline=None,
@@ -110,9 +110,21 @@ def test_a_shard_survives_frames_of_all_kinds(room, unix, begun, frames, tail):
         (header(BEGIN, 2**32 - 1), "oversized: a frame of 4294967295 bytes, kind 1, where 16777216"),
         (header(LAYER, 192), "oversized: a frame of 192 bytes, kind 0, where 0"),
         (header(BEGIN, 100) + b"x", "truncated"),
+        (header(AGAIN, 0, step=7), "step 7 is to read what the one before it did, but there was none"),
+        (header(AGAIN, 1) + b"x", "oversized: a frame of 1 bytes, kind 4, where 0"),
         (header(BEGIN, 3) + b"\xff\xff\xff", "rror"),
     ],
-    ids=["kind", "failure", "wake", "oversized", "layer before a step", "truncated", "not a step"],
+    ids=[
+        "kind",
+        "failure",
+        "wake",
+        "oversized",
+        "layer before a step",
+        "truncated",
+        "again after nothing",
+        "again with something",
+        "not a step",
+    ],
 )
 def test_a_shard_says_what_was_wrong(room, data, error):
     with room.frames(unix=False) as connection:
