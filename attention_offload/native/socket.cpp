@@ -65,11 +65,6 @@ Socket::~Socket() { close(fd_); }
 
 void Socket::shut_down() { shutdown(fd_, SHUT_RDWR); }
 
-bool Socket::readable() {
-    char byte;
-    return recv(fd_, &byte, 1, MSG_DONTWAIT | MSG_PEEK) >= 0 || (errno != EAGAIN && errno != EWOULDBLOCK);
-}
-
 uint32_t Socket::other_core() const {
     // On loopback, the core that sends a packet also takes it in.
     int core = -1;
@@ -160,6 +155,19 @@ size_t Socket::receive(void* data, size_t bytes, Deadline deadline, int* passed)
     }
 }
 
+size_t Socket::try_receive(void* data, size_t bytes, bool* over) {
+    const ssize_t received = recv(fd_, data, bytes, MSG_DONTWAIT);
+    *over = received == 0 || (received < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR);
+    return received > 0 ? received : 0;
+}
+
+bool Reader::has_begun(Socket& socket) {
+    if (held() > last_bytes_) return true;
+    bool over;
+    end_ += socket.try_receive(&data_[end_], data_.size() - end_, &over);
+    return over || held() > last_bytes_;
+}
+
 Frame Reader::next(Socket& socket, Deadline first, uint32_t max_layer_bytes, int* passed) {
     begin_ += last_bytes_;
     last_bytes_ = 0;
@@ -177,7 +185,8 @@ Frame Reader::next(Socket& socket, Deadline first, uint32_t max_layer_bytes, int
         throw Broken("oversized: a frame of " + std::to_string(header.bytes) + " bytes, kind " +
                      std::to_string(header.kind) + ", where " + std::to_string(limit) + " are the most");
     last_bytes_ = sizeof(Header) + header.bytes;
-    if (data_.size() < START + last_bytes_) data_.resize(START + last_bytes_);
+    // With room behind it, for `has_begun` to read into.
+    if (data_.size() < START + last_bytes_ + ROOM) data_.resize(START + last_bytes_ + ROOM);
     fill(socket, last_bytes_, passed);
     frame.payload = &data_[START + sizeof(Header)];
     return frame;

@@ -27,8 +27,8 @@ class Socket {
     // At least one byte; HungUp at the end. A file descriptor that comes along is put into `passed`, the
     // caller's from then on; Broken where none is due (null), or one was there already.
     size_t receive(void* data, size_t bytes, Deadline deadline, int* passed);
-    // Whether `receive` would not wait.
-    bool readable();
+    // The same of what is there; it never waits. `over`: there is the end, or an error, which `receive` will tell.
+    size_t try_receive(void* data, size_t bytes, bool* over);
     // Where the other end, on this host too, was when it sent last, from 1; 0: not known.
     uint32_t other_core() const;
     // HungUp if there is anything to read, its end included.
@@ -56,12 +56,12 @@ class Reader {
     // Waits until `first` for a frame's first byte, then `frame_s` for the rest. Broken for what cannot be a
     // frame; its length is refused before memory is taken for it.
     Frame next(Socket& socket, Deadline first, uint32_t max_layer_bytes, int* passed);
-    // Whether some of the next frame has been read.
-    bool has_begun() const { return held() > last_bytes_; }
+    // Whether `next` would not wait for a frame's first byte: reads what is there, never waits.
+    bool has_begun(Socket& socket);
 
   private:
     // A frame starts here, so that its payload is aligned to 64 bytes.
-    static constexpr size_t START = 64 - sizeof(Header);
+    static constexpr size_t START = 64 - sizeof(Header), ROOM = 4096;
 
     void fill(Socket& socket, size_t until, int* passed);
     size_t held() const { return end_ - begin_; }

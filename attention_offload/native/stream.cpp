@@ -47,6 +47,7 @@ void Stream::publish(const Header& header) {
 
 Frame Stream::next(Deadline deadline) {
     Frame frame = reader_.next(socket_, deadline, max_layer_bytes_, nullptr);
+    if (near_) other_core_ = socket_.other_core();
     if (frame.header.kind == WAKE) throw Broken("garbage: a wake-up where no memory is shared");
     return frame;
 }

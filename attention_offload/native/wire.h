@@ -68,12 +68,13 @@ class Stream : public Wire {
     void again(uint32_t step) override;
     uint8_t* reserve(uint32_t bytes) override;
     void publish(const Header& header) override;
-    bool ready() override { return reader_.has_begun() || socket_.readable(); }
+    bool ready() override { return reader_.has_begun(socket_); }
     Frame next(Deadline deadline) override;
-    uint32_t other_core() override { return near_ ? socket_.other_core() : 0; }
+    uint32_t other_core() override { return other_core_; }
 
   private:
     static constexpr size_t START = 64 - sizeof(Header);  // see Reader
+    uint32_t other_core_ = 0;
     std::vector<uint8_t> out_ = std::vector<uint8_t>(64 << 10);
 };
 
