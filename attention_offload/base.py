@@ -27,6 +27,11 @@ class AttentionModel(NamedTuple):
     layouts: tuple[KVLayout, ...]
     """Blocks that hold every group of the class; a span narrows it to its own groups."""
 
+    @property
+    def has_windows(self) -> bool:
+        """Whether what a layer attends to depends on where its rows stand, and not on the reads alone."""
+        return any(spec.window_tokens for spec in self.specs)
+
 
 class ShardIdentity(NamedTuple):
     """Who answers at the other end."""

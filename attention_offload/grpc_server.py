@@ -206,13 +206,14 @@ class AttentionService(pb_grpc.AttentionServicer):
         slots: dict[tuple[AttentionSpec, int], _Slot] = {}
         groups = 0
         for frame in frames:
-            if frame.WhichOneof("kind") == "begin":
+            kind = frame.WhichOneof("kind")
+            if kind == "begin":
                 step = codec.step_from_pb(frame.begin)
                 session.begin(step)
                 slots.clear()
                 groups = step.group1 - step.group0
                 continue
-            if frame.WhichOneof("kind") == "again":
+            if kind == "again":
                 session.again(frame.again.step)
                 continue
             layer = frame.layer

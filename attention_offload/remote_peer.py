@@ -57,7 +57,6 @@ class RemotePeer:
         self._stream: HotStream | None = None
         self._step: ShardStep | None = None
         """The one announced last on this connection."""
-        self._windows = any(spec.window_tokens for spec in model.specs)
         self._dialler = Dialler(self._stub, address, transports, purpose="hot frames go")
         self.store = RemoteStore(self._stub, address, transports=transports)
 
@@ -157,7 +156,7 @@ class RemotePeer:
     def _announce(self, step: ShardStep) -> None:
         assert self._stream is not None
         try:
-            if self._step is not None and not self._windows and step.reads_as(self._step):
+            if self._step is not None and not self._model.has_windows and step.reads_as(self._step):
                 self._stream.again(step.step)
             else:
                 self._stream.begin(step)

@@ -55,7 +55,6 @@ class ShardSession:
         self._step: ShardStep | None = None
         self._removals = 0
         """Of the store, when the step's spans were looked up."""
-        self._windows = any(spec.window_tokens for spec in model.specs)
         # Stored layers are numbered inside their class.
         classes = model.layer_class
         self._stored_layers = [classes[:layer].count(it) for layer, it in enumerate(classes)]
@@ -84,7 +83,7 @@ class ShardSession:
         span is gone since. Raises as :meth:`begin`."""
         if self._step is None:
             raise InvalidRequest(f"step {step} is to read what the one before it did, but there was none")
-        if self._windows:
+        if self._model.has_windows:
             raise InvalidRequest(f"step {step} must say its positions: a layer of the model has a window")
         self._step = replace(self._step, step=step)
         if int(self._store.removals) != self._removals:
@@ -133,7 +132,7 @@ class ShardSession:
         layers = tuple(zip(self._model.layer_class, self._stored_layers, strict=True))
         counted = self._attended.native.data_ptr()
         # The loop repeats a step by itself for as long as no span was removed, where positions do not matter.
-        watched = 0 if self._windows else self._store.removals.data_ptr()
+        watched = 0 if self._model.has_windows else self._store.removals.data_ptr()
         return step.step, _FORMATS[dtype], layers, tuple(work), counted, watched, self._removals
 
     def rows(self, micro_batch: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
+from farshore.attention_offload.cores import usable_cores
 from farshore.benchmarks import (
     dense,
     kernels,
@@ -41,7 +42,7 @@ class Options:
     """Another server to measure instead of ours."""
 
     def facts(self) -> machine.Facts:
-        return machine.facts(self.threads or machine.usable_cpus())
+        return machine.facts(self.threads or len(usable_cores()))
 
 
 class Benchmark(NamedTuple):

@@ -164,11 +164,6 @@ def available_bytes(machine: Facts) -> int:
     return min(int(told.split()[0]) << 10 if told else machine.memory_bytes // 2, machine.memory_bytes)
 
 
-def usable_cpus() -> int:
-    """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

@@ -14,6 +14,7 @@ from functools import partial
 from statistics import median
 
 from farshore.attention_offload.base import AttentionModel
+from farshore.attention_offload.cores import usable_cores
 from farshore.attention_offload.fanout import Fanout
 from farshore.attention_offload.frames import REMOTE, Transport
 from farshore.attention_offload.in_process import InProcessPeer
@@ -185,7 +186,7 @@ def _kv_bytes(attention: AttentionModel, sequences: int, tokens: int) -> int:
 def _parts(threads: int, parts: int) -> list[list[int]]:
     """The cores that each of ``parts`` has, of the ``threads`` that all have together; with fewer cores than
     parts they share one."""
-    cores = sorted(os.sched_getaffinity(0))[:threads]
+    cores = usable_cores()[:threads]
     return [cores[len(cores) * i // parts : len(cores) * (i + 1) // parts] or cores for i in range(parts)]
 
 

@@ -30,9 +30,9 @@ namespace {
 // How long a worker waits awake for the next task. Longer takes the core from others.
 std::atomic<int> spin_us{SPIN_US};
 
-// Workers add this to their niceness before they wait next, once.
-std::atomic<int> niceness{0};
-constexpr int GIVING_WAY = 3;
+// Whether workers add this to their niceness, once, before they wait next.
+std::atomic<bool> giving_way{false};
+constexpr int GIVING_WAY_NICE = 3;
 
 static_assert(sizeof(std::atomic<uint32_t>) == sizeof(uint32_t) && std::atomic<uint32_t>::is_always_lock_free);
 
@@ -126,13 +126,13 @@ class Pool {
 
     void work(int id) {
         uint32_t seen = 0;
-        int added = 0;
+        [[maybe_unused]] bool gives_way = false;
         for (;;) {
 #if defined(__linux__)
             // This thread's alone: Linux has it so.
-            if (added != niceness.load(std::memory_order_relaxed)) {
-                added = GIVING_WAY;
-                setpriority(PRIO_PROCESS, 0, getpriority(PRIO_PROCESS, 0) + added);
+            if (!gives_way && giving_way.load(std::memory_order_relaxed)) {
+                gives_way = true;
+                setpriority(PRIO_PROCESS, 0, getpriority(PRIO_PROCESS, 0) + GIVING_WAY_NICE);
             }
 #endif
             Awake awake{std::chrono::microseconds(spin_us.load(std::memory_order_relaxed))};
@@ -217,7 +217,7 @@ void complete() {
 
 void wait_awake(int microseconds) { spin_us.store(microseconds, std::memory_order_relaxed); }
 
-void give_way() { niceness.store(GIVING_WAY, std::memory_order_relaxed); }
+void give_way() { giving_way.store(true, std::memory_order_relaxed); }
 
 void* scratch(long bytes, int which) {
     thread_local Scratch kept[3];
