@@ -15,10 +15,15 @@
     ├── Cancelled               the caller went away
     ├── DeadlineExceeded        a wait ran out
     ├── TransportError          a peer could not be reached or broke off (retryable: reads lose nothing)
+    │   ├── Late                shards that sent no answer before a frame's deadline: set them aside, ask again
+    │   └── Lost                shards that are gone: connection refused, restarted, or silent for too long
+    ├── Internal                a mistake in Farshore or in a peer: the same call fails again
     └── StartupError            the cluster could not be started
 
 gRPC, Ray and Redis errors become these once, at the edge, with the cause chained.
 """
+
+from collections.abc import Iterable
 
 
 class FarshoreError(Exception):
@@ -80,6 +85,26 @@ class DeadlineExceeded(FarshoreError):
 
 class TransportError(FarshoreError):
     retryable = True
+
+
+class _ShardsError(TransportError):
+    """``shards``: ids of the attention workers that the error is about."""
+
+    def __init__(self, message: str, *, shards: Iterable[str]) -> None:
+        super().__init__(message)
+        self.shards = frozenset(shards)
+
+
+class Late(_ShardsError):
+    pass
+
+
+class Lost(_ShardsError):
+    pass
+
+
+class Internal(FarshoreError):
+    pass
 
 
 class StartupError(FarshoreError):
