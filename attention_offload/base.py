@@ -4,14 +4,14 @@ An engine knows :class:`Shards` only. A transport is a :class:`Peer`: one connec
 frame is a pure read: it may be retried or thrown away, and nothing remote changes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from farshore.attention_offload.frames import Transport
 from farshore.attention_offload.plan import ShardStep, StepPlan
-from farshore.ids import WorkerId
+from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import AttentionSpec, KVLayout, State
 from farshore.kvstore.base import ShardStore
 
@@ -45,6 +45,17 @@ class ShardIdentity(NamedTuple):
     """KV bytes this shard has attended to since it started."""
 
 
+class ShardBeat(NamedTuple):
+    """A shard's answer to a beat."""
+
+    worker: WorkerId
+    budget_bytes: int
+    free_bytes: int
+    """Free, or cache."""
+    must_reconcile: bool
+    """The shard was paused, or this engine's holds ran out: tell it all that is wanted."""
+
+
 class Peer(Protocol):
     """One engine's connection to one shard. Not thread-safe: hot calls come from the engine's loop alone.
 
@@ -69,6 +80,13 @@ class Peer(Protocol):
         """What carries the store's KV; None while nothing is connected."""
 
     def identify(self) -> ShardIdentity: ...
+
+    def connect(self) -> Transport:
+        """Makes the connection for hot frames, unless there is a live one. Never called by the token loop."""
+
+    def beat(self, wanted: Mapping[tuple[SequenceId, Epoch], Collection[SpanId]] | None) -> ShardBeat:
+        """Renews what the engine holds at the shard. ``wanted``: everything that it wants to hold there; the
+        rest is given back. None: only renew."""
 
     def begin(self, step: ShardStep) -> None:
         """Announce a step. Frames of an earlier step still under way are discarded."""

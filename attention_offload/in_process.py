@@ -5,14 +5,15 @@ It serves spans in the engine's local store (placement ``local``) and unit tests
 
 import os
 import socket
+from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
-from farshore.attention_offload.base import AttentionModel, ShardIdentity
+from farshore.attention_offload.base import AttentionModel, ShardBeat, ShardIdentity
 from farshore.attention_offload.frames import Transport
 from farshore.attention_offload.plan import ShardStep
 from farshore.attention_offload.shard import AttendedBytes, ShardSession
-from farshore.ids import WorkerId
+from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import State
 from farshore.kvstore.base import ShardStore
 
@@ -50,6 +51,14 @@ class InProcessPeer:
             usage.available_bytes,
             self._attended.total,
         )
+
+    def connect(self) -> Transport:
+        return self.transport
+
+    def beat(self, wanted: Mapping[tuple[SequenceId, Epoch], Collection[SpanId]] | None) -> ShardBeat:
+        """No call is ever lost here, so there is nothing to give back: ``wanted`` is what is held."""
+        usage = self.store.usage()
+        return ShardBeat(self._worker, usage.budget_bytes, usage.available_bytes, must_reconcile=False)
 
     def begin(self, step: ShardStep) -> None:
         self._step = step.step

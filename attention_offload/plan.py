@@ -14,6 +14,10 @@ from farshore.errors import InvalidPlan
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 
 
+SequenceKey = tuple[SequenceId, int]
+"""A sequence's id, and which of its choices."""
+
+
 class Replica(NamedTuple):
     """The same sealed tokens as a span, from the same first one on, at another worker."""
 
@@ -140,22 +144,22 @@ class StepPlan:
 
     step: int
     groups: int
-    sequences: tuple[SequenceId, ...]
+    sequences: tuple[SequenceKey, ...]
     """[R] the sequence of each row."""
     positions: tuple[int, ...]
     """[R] the position of each row's token."""
-    epochs: Mapping[SequenceId, Epoch]
+    epochs: Mapping[SequenceKey, Epoch]
     reads: tuple[Mapping[WorkerId, tuple[Read, ...]], ...]
     """Per layer class: what every worker reads."""
 
-    def check(self, committed: Mapping[SequenceId, int], tails: Mapping[SequenceId, Stretch]) -> None:
+    def check(self, committed: Mapping[SequenceKey, int], tails: Mapping[SequenceKey, Stretch]) -> None:
         """Prove design invariant 1, or raise :class:`InvalidPlan`.
 
         For every row, layer class and head group, the reads cover ``[0, tail.first)`` exactly once and the
         tail covers ``[tail.first, position]``; rows of a sequence stand at its committed length and above.
         ``tails`` are the stretches that the engine's own tails hold, scratch positions included.
         """
-        self._check_rows(committed, tails)
+        self.check_rows(committed, tails)
         for layer_class, by_worker in enumerate(self.reads):
             cover: dict[tuple[int, int], list[Stretch]] = defaultdict(list)
             for reads in by_worker.values():
@@ -169,7 +173,8 @@ class StepPlan:
                     where = f"row {row} (sequence {sequence}), layer class {layer_class}, head group {group}"
                     _check_cover(cover[row, group], tails[sequence].first, where)
 
-    def _check_rows(self, committed: Mapping[SequenceId, int], tails: Mapping[SequenceId, Stretch]) -> None:
+    def check_rows(self, committed: Mapping[SequenceKey, int], tails: Mapping[SequenceKey, Stretch]) -> None:
+        """What of :meth:`check` depends on where the rows stand, and not on the reads. Raises InvalidPlan."""
         following = dict(committed)
         for row, (sequence, position) in enumerate(zip(self.sequences, self.positions, strict=True)):
             if sequence not in self.epochs or sequence not in tails or sequence not in committed:

@@ -80,6 +80,12 @@ class RemotePeer:
             raise shard_error(failure, self._address) from failure
         return codec.identity_from_pb(message)
 
+    def beat(self, wanted):
+        from farshore.attention_offload.base import ShardBeat
+
+        it = self.identify()
+        return ShardBeat(it.worker, it.budget_bytes, it.free_bytes, must_reconcile=False)
+
     def connect(self) -> Transport:
         """Make the connection for hot frames now; :meth:`begin` makes it where there is none."""
         if self._stream is None:

@@ -6,7 +6,7 @@ Used by ``quality``. Must not know what is read or what is expected of it.
 import queue
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import count
 from typing import Self
@@ -24,6 +24,7 @@ from farshore.models.llama import Llama
 from farshore.workers.attention_model import attention_model
 from farshore.workers.cache import SequenceCache
 from farshore.workers.engine import Engine
+from farshore.workers.pool import Pool
 from farshore.workers.prefill import Segment
 from farshore.workers.prefix import fingerprint
 from farshore.workers.sequence import Event, Failed, Finished, Sampled, Sampling, Sequence
@@ -119,6 +120,7 @@ class Reader:
         sequence = Sequence(
             id=name,
             epoch=Epoch(next(self._numbers)),
+            order=0,
             prompt_tokens=len(tokens),
             tokens=tokens,
             sampling=Sampling(max_tokens=1),
@@ -127,27 +129,27 @@ class Reader:
             # A prefix that is stored already would not be read again, and so not be scored.
             fingerprint=fingerprint(self._model.config, self._attention, revision="", salt=name),
         )
-        cache = SequenceCache(
-            arena=self._arena, peers=self._peers, targets=[_WORKER], model=self._attention, shard_by="range"
-        )
+        pool = Pool(self._peers, [_WORKER])
+        cache = SequenceCache(arena=self._arena, pool=pool, model=self._attention, shard_by="range")
         cache.place(sequence, promised_tokens=0)
         logprobs, best = [], []
         try:
-            with ThreadPoolExecutor(2) as helper:
-                for first in range(0, len(tokens), SEGMENT_TOKENS):
-                    last = min(first + SEGMENT_TOKENS, len(tokens))
-                    logits = self._read(sequence, first, last, helper)
-                    cache.seal(sequence, last)
-                    following = torch.tensor(tokens[first + 1 : last + 1])
-                    rows = torch.log_softmax(logits[: len(following)], dim=-1)
-                    logprobs.append(rows.gather(1, following[:, None])[:, 0])
-                    best.append(rows.argmax(-1))
+            for first in range(0, len(tokens), SEGMENT_TOKENS):
+                last = min(first + SEGMENT_TOKENS, len(tokens))
+                logits = self._read(sequence, first, last, pool)
+                for call in cache.seal(sequence, last):
+                    call.result()
+                cache.sealed(sequence, last)
+                following = torch.tensor(tokens[first + 1 : last + 1])
+                rows = torch.log_softmax(logits[: len(following)], dim=-1)
+                logprobs.append(rows.gather(1, following[:, None])[:, 0])
+                best.append(rows.argmax(-1))
         finally:
             cache.release(sequence)
-            cache.close()
+            pool.close()
         return Score(torch.cat(logprobs), torch.cat(best), time.perf_counter() - start_s)
 
-    def _read(self, sequence: Sequence, first: int, last: int, helper: ThreadPoolExecutor) -> Tensor:
+    def _read(self, sequence: Sequence, first: int, last: int, pool: Pool) -> Tensor:
         """Logits ``f32[last - first, vocab]``."""
         segment = Segment(
             sequence,
@@ -155,12 +157,14 @@ class Reader:
             last,
             model=self._model,
             attention=self._attention,
-            peers=self._peers,
-            helper=helper,
+            pool=pool,
             logits_of=last - first,
         )
         for unit in segment.units():
-            unit()
+            if isinstance(unit, Future):
+                unit.result()
+            else:
+                unit()
         assert segment.logits is not None
         return segment.logits
 

@@ -3,7 +3,7 @@
 from typing import NewType
 
 SequenceId = NewType("SequenceId", str)
-"""One sequence (a request, or one of its n continuations)."""
+"""One request; its n continuations are (sequence, choice)."""
 
 WorkerId = NewType("WorkerId", str)
 """One worker in one incarnation: a restarted worker has a new id, so no span id is ever reused."""

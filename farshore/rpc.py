@@ -64,9 +64,15 @@ def abort(context: grpc.ServicerContext, error: Exception) -> NoReturn:
 
 
 def serve(
-    register: Callable[[grpc.Server], None], *, service: str, listen: str, threads: int
+    register: Callable[[grpc.Server], None],
+    *,
+    service: str,
+    listen: str,
+    threads: int,
+    checks: health.HealthServicer | None = None,
 ) -> tuple[grpc.Server, str]:
-    """Start a server with one service, health checking and reflection.
+    """Start a server with one service, health checking and reflection. ``checks``: the health of both names
+    ("" and the service's), which the caller may change; None: it serves for as long as it runs.
 
     ``register`` adds the service named ``service`` in full; ``listen`` is ``host:port``, port 0 for any;
     ``threads`` bounds the calls served at once. Returns the server and the address with its real port.
@@ -78,7 +84,7 @@ def serve(
         maximum_concurrent_rpcs=threads,
     )
     register(server)
-    checks = health.HealthServicer()
+    checks = checks or health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((service, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:

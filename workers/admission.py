@@ -24,6 +24,8 @@ class EngineLimits:
     running: int = 64
     """Completions under way at a time."""
     waiting: int = 256
+    shard_grace_s: float = 10.0
+    """How long a shard may answer nothing before the sequences whose KV lies there fail."""
 
 
 def check(prompt: Sequence[int], sampling: Sampling, *, config: ModelConfig, cache: SequenceCache) -> None:
@@ -43,11 +45,10 @@ def check(prompt: Sequence[int], sampling: Sampling, *, config: ModelConfig, cac
             f" {config.max_positions} positions: shorten the prompt or lower max_tokens"
         )
     try:
-        cache.fits_ever(len(prompt) + sampling.n * sampling.max_tokens)
+        cache.fits_ever(total)
     except Full as error:
-        times = f" times n {sampling.n}" if sampling.n > 1 else ""
         raise InvalidRequest(
-            f"{len(prompt)} prompt tokens + max_tokens {sampling.max_tokens}{times} do not fit into the KV"
+            f"{len(prompt)} prompt tokens + max_tokens {sampling.max_tokens} do not fit into the KV"
             f" pool of {error.free_bytes / 2**30:.2f} GiB: shorten the prompt, lower max_tokens, or start the"
             " cluster with more --kv-memory or --attention-workers"
         ) from error

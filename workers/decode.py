@@ -1,4 +1,4 @@
-"""One decode step of many sequences: plan, run, draw, commit. A step that fails leaves no trace.
+"""One decode step's rows: guess, draw, commit. A step that fails leaves no trace.
 
 A sequence brings one row, or more where there are guesses at what comes next: each guess is a row too, and
 all are verified at once. The step's last word has the sampler: a guess is taken if it is the token drawn at
@@ -10,16 +10,14 @@ its place, so that what is generated is what steps of one row would have generat
                      on  = on    the ≠ a     (dropped)   drawn: "on", "the"
 """
 
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from farshore.attention_offload.base import AttentionModel
-from farshore.attention_offload.plan import Read, StepPlan, Stretch
-from farshore.errors import FarshoreError
-from farshore.ids import WorkerId
+from farshore.attention_offload.plan import StepPlan
+from farshore.errors import Full
 from farshore.workers.sampler import Choice, sample
 from farshore.workers.sequence import Sequence
 
@@ -32,8 +30,8 @@ class Turn:
     guesses: list[int]
     drawn: list[Choice]
     """Its next tokens, once the step has run: one, and one more for each guess that was right."""
-    error: FarshoreError | None = None
-    """Why nothing could be drawn."""
+    error: Exception | None = None
+    """Why its own part of the step failed."""
 
     @property
     def rows(self) -> int:
@@ -63,55 +61,6 @@ def guess(turns: Seq[Turn]) -> None:
             room -= len(turn.guesses)
 
 
-def make_plan(step: int, turns: Seq[Turn], attention: AttentionModel) -> StepPlan:
-    """Rows from each sequence's committed length on. A span that rows one after the other attend to alike is
-    read once."""
-    reads: dict[WorkerId, list[Read]] = {}
-    newest: dict[tuple[str, int, int, int, int], tuple[list[Read], int]] = {}
-    row = 0
-    for turn in turns:
-        end = row + turn.rows
-        for span in turn.sequence.spans:
-            key = (span.span, span.first, span.last, span.group0, span.group1)
-            where, index = newest.get(key, (None, 0))
-            if where is not None and where[index].rows.stop == row:
-                where[index] = where[index]._replace(rows=range(where[index].rows.start, end))
-                continue
-            of_worker = reads.setdefault(span.worker, [])
-            newest[key] = of_worker, len(of_worker)
-            of_worker.append(
-                Read(
-                    span.span,
-                    span.origin,
-                    span.first,
-                    span.last,
-                    span.group0,
-                    span.group1,
-                    range(row, end),
-                )
-            )
-        row = end
-    return StepPlan(
-        step=step,
-        groups=attention.specs[0].groups,
-        sequences=tuple(turn.sequence.id for turn in turns for _ in range(turn.rows)),
-        positions=tuple(turn.sequence.committed + i for turn in turns for i in range(turn.rows)),
-        epochs={turn.sequence.id: turn.sequence.epoch for turn in turns},
-        reads=({worker: tuple(r) for worker, r in reads.items()},),
-    )
-
-
-def check_plan(plan: StepPlan, turns: Seq[Turn]) -> None:
-    """Raises InvalidPlan; nothing has been sent then."""
-    plan.check(
-        {turn.sequence.id: turn.sequence.committed for turn in turns},
-        {
-            turn.sequence.id: Stretch(turn.sequence.placed_tail.start, turn.sequence.committed + turn.rows)
-            for turn in turns
-        },
-    )
-
-
 def draw(turns: Seq[Turn], logits: Tensor) -> None:
     """Draw every sequence's next tokens from the step's logits ``f32[rows, vocab]``; they become its own."""
     row = 0
@@ -122,7 +71,7 @@ def draw(turns: Seq[Turn], logits: Tensor) -> None:
                 turn.drawn.append(draw_one(turn.sequence, behind))
                 if turn.drawn[-1].token != guess or turn.sequence.finish_reason() is not None:
                     break
-        except FarshoreError as error:
+        except Exception as error:
             turn.error = error
         if turn.guesses and turn.sequence.lookup is not None:
             turn.sequence.lookup.judge(len(turn.guesses), len(turn.drawn) - 1)
@@ -152,11 +101,16 @@ def commit(plan: StepPlan, turns: Seq[Turn], attention: AttentionModel) -> None:
             size = (read.last - read.first) * (read.group1 - read.group0) * group_bytes
             of_row[read.rows.start].attended_bytes[worker] += size
     for turn in turns:
-        sequence, tail = turn.sequence, turn.sequence.placed_tail
-        sequence.committed += len(turn.drawn)
-        tail.advance(sequence.committed)
-        if len(turn.drawn) < turn.rows:
-            tail.truncate(sequence.committed)
+        if turn.error is not None:
+            continue
+        try:
+            sequence, tail = turn.sequence, turn.sequence.placed_tail
+            sequence.committed += len(turn.drawn)
+            tail.advance(sequence.committed)
+            if len(turn.drawn) < turn.rows:
+                tail.truncate(sequence.committed)
+        except Exception as error:
+            turn.error = error
 
 
 def drop_scratch(turns: Seq[Turn]) -> None:
@@ -165,20 +119,14 @@ def drop_scratch(turns: Seq[Turn]) -> None:
         turn.sequence.placed_tail.truncate(turn.sequence.committed)
 
 
-def reserve(turns: Seq[Turn], give_up: Callable[[Sequence, FarshoreError], None]) -> list[Turn]:
-    """Make room in the tails; guesses are dropped where there is none for them. ``give_up`` is called for
-    sequences without room for a single row, and the others are returned."""
-    ready = []
-    for turn in turns:
-        sequence, tail = turn.sequence, turn.sequence.placed_tail
-        try:
-            try:
-                tail.reserve(sequence.committed + turn.rows)
-            except FarshoreError:
-                turn.guesses = []
-                tail.reserve(sequence.committed + 1)
-        except FarshoreError as error:
-            give_up(sequence, error)
-            continue
-        ready.append(turn)
-    return ready
+def reserve(turn: Turn) -> None:
+    """Make room in the sequence's tail; guesses are dropped where there is none for them. Raises Full where
+    there is none for a single row."""
+    sequence, tail = turn.sequence, turn.sequence.placed_tail
+    try:
+        tail.reserve(sequence.committed + turn.rows)
+    except Full:
+        if not turn.guesses:
+            raise
+        turn.guesses = []
+        tail.reserve(sequence.committed + 1)

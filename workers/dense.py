@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import grpc
 import torch
+from grpc_health.v1 import health
 
 from farshore import rpc
 from farshore.attention_offload.base import Peer
@@ -35,6 +36,7 @@ MAX_CALLS = 512
 CONTROLLER_DEADLINE_S = 10.0
 STOP_GRACE_S = 1.0
 
+_SERVICE = pb.DESCRIPTOR.services_by_name["Engine"].full_name
 _FORMATS = {
     "bf16": KVFormat.BFLOAT16,
     "float32": KVFormat.FLOAT32,
@@ -73,6 +75,7 @@ class DenseWorker:
             grpc.insecure_channel(config.controller, options=rpc.OPTIONS)
         )
         self._epochs: dict[SequenceId, Epoch] = {}
+        self._checks = health.HealthServicer()
 
     def load(self) -> None:
         """Load the model; attention workers may start meanwhile. Raises ModelError."""
@@ -103,6 +106,7 @@ class DenseWorker:
             claim=self._claim,
             revision=f"{self._source.path} {self._source.path.stat().st_mtime_ns}",
             limits=config.limits,
+            on_failed=self._stop_serving,
         )
         self._engine.start()
         service = EngineService(
@@ -114,9 +118,10 @@ class DenseWorker:
         )
         self._server, address = rpc.serve(
             lambda server: pb_grpc.add_EngineServicer_to_server(service, server),
-            service=pb.DESCRIPTOR.services_by_name["Engine"].full_name,
+            service=_SERVICE,
             listen=config.listen,
             threads=MAX_CALLS,
+            checks=self._checks,
         )
         return address
 
@@ -130,6 +135,10 @@ class DenseWorker:
         self._engine.stop()
         for peer in self._peers.values():
             peer.close()
+
+    def _stop_serving(self) -> None:
+        """The engine can't go on: health is NOT_SERVING from now on, whatever is set later."""
+        self._checks.enter_graceful_shutdown()
 
     def _progress(self, done: int, total: int) -> None:
         self._loading = (done, total)

@@ -1,18 +1,17 @@
-"""The engine: schedule, plan, run, commit; one thread beside the model, never waiting for the controller.
+"""The engine: schedule, plan, run, commit; one thread beside the model, which waits for frames alone.
 
 Every round admits what fits, prefills for as long as running sequences may wait, and decodes a token or more
 for each of them. Callers submit and cancel from other threads; tokens leave through each request's ``emit``.
 
-A request is one sequence until its prompt is prefilled, and then one for each of its completions, which share
-the prompt's KV.
+A request is one sequence until its prompt is prefilled, and then one for each of its completions, which
+share the prompt's KV. What a round does is ``scheduler``'s; whether there is another one is decided here: the
+engine ends only when it can't compute a token any more.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -21,44 +20,47 @@ from farshore.attention_offload.fanout import Fanout
 from farshore.attention_offload.frames import Transport
 from farshore.attention_offload.latency import Link
 from farshore.attention_offload.placement import ShardBy
-from farshore.errors import DeadlineExceeded, FarshoreError, Full, TransportError
+from farshore.errors import (
+    DeadlineExceeded,
+    Internal,
+    TransportError,
+)
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kvstore.arena import Arena
 from farshore.kvstore.prefix import chain
 from farshore.models.llama import Llama
-from farshore.workers import admission, decode
+from farshore.workers import admission
 from farshore.workers.admission import EngineLimits
-from farshore.workers.attempts import attempt
 from farshore.workers.cache import SequenceCache
-from farshore.workers.decode import Turn
-from farshore.workers.lookup import Lookup
-from farshore.workers.pace import Pace
+from farshore.workers.decoder import Decoder
+from farshore.workers.pool import Pool
 from farshore.workers.prefix import fingerprint
+from farshore.workers.probe import probe
 from farshore.workers.prompts import Prompts
 from farshore.workers.requests import Requests
-from farshore.workers.sequence import Event, Failed, Finished, Reason, Sampled, Sampling, Sequence
+from farshore.workers.scheduler import Scheduler
+from farshore.workers.sequence import Event, Sampling, Sequence
 from farshore.workers.stagger import Stagger
 from farshore.workers.step import Own, Steps
+from farshore.workers.views import EngineLoad, SequenceView, view
 
 _log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SequenceView:
-    """What status shows of one sequence."""
-
-    id: SequenceId
-    epoch: Epoch
-    committed: int
-    tail_first: int
-    spans: tuple[tuple[WorkerId, int, int, int, int], ...]
-    """(worker, first, last, group0, group1)"""
+MOST_FAILURES = 4
+"""Retryable errors of one sequence in a row; the last of them ends it."""
+MOST_ESCAPES = 3
+"""Rounds in a row that end with an error which is no sequence's own."""
+HEARD_DEADLINE_S = 5.0
+"""How long a starting engine waits for its shards' first words."""
+LOOK_S = 0.1
+"""How soon a round follows one in which nothing could be done: shards become lost by the clock."""
 
 
 class Engine:
     """``peers`` maps every worker whose spans this engine reads, itself included; ``targets`` are those that
     new spans go to. ``claim`` gives the epoch that a new sequence is owned under. ``revision`` names the
-    weights: engines that share a prefix cache must not name different ones alike."""
+    weights: engines that share a prefix cache must not name different ones alike. ``on_failed`` is called
+    once if the engine can't go on, before any request hears of it."""
 
     def __init__(
         self,
@@ -72,54 +74,60 @@ class Engine:
         claim: Callable[[SequenceId], Epoch],
         revision: str = "",
         limits: EngineLimits | None = None,
+        on_failed: Callable[[], None] = lambda: None,
     ) -> None:
         self._model = model
         self._attention = attention
-        self._arena = arena
-        self._peers = peers
         self._claim = claim
         self._revision = revision
         self._limits = limits = limits or EngineLimits()
-        self._shards = Fanout(peers, attention)
-        self._steps = Steps(model=model, attention=attention, shards=self._shards, own=_own(arena, peers))
-        self._stagger = Stagger(lambda: self._shards.waited_s)
-        self._pace = Pace(limits.max_decode_stall_ms)
-        self._cache = SequenceCache(
-            arena=arena, peers=peers, targets=targets, model=attention, shard_by=shard_by
-        )
-        self._prompts = Prompts(
-            model=model,
-            attention=attention,
-            peers=peers,
-            cache=self._cache,
-            segment_tokens=limits.segment_tokens,
-        )
+        self._on_failed = on_failed
         self._requests = Requests(limits.waiting)
-        self._running: list[Sequence] = []
-        self._no_room = False  # for the first that waits, until somebody ends
-        self._ended = 0
-        self._placer = ThreadPoolExecutor(1, thread_name_prefix="place")
-        self._placing: tuple[Sequence, int, Future[None]] | None = None
-        """Who is being placed, how many had ended when that began, and what comes of it."""
-        self._step = 0
+        own = _own(arena, peers)
+        self._pool = Pool(peers, targets, changed=self._requests.wake, grace_s=limits.shard_grace_s)
+        self._cache = SequenceCache(
+            arena=arena, pool=self._pool, model=attention, shard_by=shard_by, store=own.store
+        )
+        self._shards = Fanout(peers, attention)
+        self._scheduler = Scheduler(
+            requests=self._requests,
+            pool=self._pool,
+            cache=self._cache,
+            prompts=Prompts(
+                model=model,
+                attention=attention,
+                pool=self._pool,
+                cache=self._cache,
+                segment_tokens=limits.segment_tokens,
+            ),
+            decoder=Decoder(
+                Steps(model=model, attention=attention, shards=self._shards, own=own),
+                attention,
+                Stagger(lambda: self._shards.waited_s),
+                suspect=self._suspect,
+            ),
+            limits=limits,
+        )
+        self._escapes = 0
+        self._failure = ""
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     # -- from other threads ------------------------------------------------------------------------------
 
     def start(self) -> None:
+        self._pool.await_beats(HEARD_DEADLINE_S)
         self._thread.start()
 
     def stop(self, timeout_s: float = 60.0) -> None:
         """End the loop after the round under way; every live request gets a Failed event. Raises
         DeadlineExceeded where that round does not end in time."""
-        self._requests.stop()
+        self._requests.stop(TransportError("the engine is stopping: send the request again"))
         if self._thread.is_alive():
             self._thread.join(timeout_s)
             if self._thread.is_alive():
                 raise DeadlineExceeded(f"the engine's round did not end within {timeout_s:.0f} s")
-        self._placer.shutdown(wait=True)
-        self._prompts.close()
-        self._cache.close()
+        self._scheduler.close()
+        self._pool.close()
 
     def submit(
         self,
@@ -133,17 +141,19 @@ class Engine:
         """Queue a request. ``emit`` is called from the engine's thread and must not block. What is stored
         already of a prompt that was given with the same ``salt`` is not computed again.
 
-        Raises InvalidRequest for a prompt that can never run here, Overloaded when the queue is full.
+        Raises InvalidRequest for a prompt that can never run here, Overloaded when the queue is full,
+        Internal when the engine has failed, TransportError when it is stopping.
         """
         admission.check(prompt, sampling, config=self._model.config, cache=self._cache)
         print_ = fingerprint(self._model.config, self._attention, revision=self._revision, salt=salt)
         blocks = chain(prompt, fingerprint=print_)
         # Refused before an epoch is claimed, so that a refusal leaves nothing to give back.
-        with self._requests.reserve(sequence):
+        with self._requests.reserve(sequence) as order:
             self._requests.add(
                 Sequence(
                     id=sequence,
                     epoch=self._claim(sequence),
+                    order=order,
                     prompt_tokens=len(prompt),
                     tokens=list(prompt),
                     sampling=sampling,
@@ -158,9 +168,13 @@ class Engine:
         """End all of a request, or one of its completions, within one step. Unknown ids are ignored."""
         self._requests.cancel(sequence, choice=choice)
 
-    def load(self) -> tuple[int, int]:
-        """(requests running or prefilling, requests waiting)."""
-        return self._requests.load()
+    @property
+    def failure(self) -> str:
+        """Why the engine can't go on; empty while it can."""
+        return self._failure
+
+    def load(self) -> EngineLoad:
+        return EngineLoad(*self._requests.load(), self._scheduler.parkings)
 
     def links(self) -> list[Link]:
         """What frames to each shard have taken."""
@@ -168,203 +182,41 @@ class Engine:
 
     def views(self) -> list[SequenceView]:
         """Live sequences that have memory. A snapshot: the engine goes on meanwhile."""
-        views = []
-        for it in self._requests.all():
-            if (tail := it.tail) is not None:
-                spans = tuple((s.worker, s.first, s.last, s.group0, s.group1) for s in list(it.spans))
-                views.append(
-                    SequenceView(
-                        id=it.id, epoch=it.epoch, committed=it.committed, tail_first=tail.start, spans=spans
-                    )
-                )
-        return views
+        return [seen for it in self._requests.all() if (seen := view(it)) is not None]
 
     # -- the loop ----------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
-        ending: FarshoreError = TransportError("the engine was stopped")
+        patience_s: float | None = None
+        with torch.inference_mode():
+            while not self._failure and self._requests.await_news(patience_s):
+                try:
+                    progress = self._scheduler.round()
+                    self._escapes = 0 if progress else self._escapes
+                    patience_s = 0.0 if progress else LOOK_S if self._requests.all() else None
+                except Exception as error:
+                    self._survive(error)
+                    patience_s = LOOK_S
+        ending = Internal(self._failure) if self._failure else TransportError("the engine was stopped")
+        self._scheduler.fail_all(ending)
+
+    def _survive(self, error: Exception) -> None:
+        """An error that is no sequence's own. The engine goes on if it can still compute a token."""
+        _log.exception("a round of the engine failed")
+        self._escapes += 1
         try:
-            with torch.inference_mode():
-                while self._requests.await_work():
-                    self._reap()
-                    self._admit()
-                    if self._prompts:
-                        self._pace.turn(self._prefill_unit)
-                    if self._running:
-                        with self._pace.step():
-                            self._decode()
-        except Exception as error:
-            # A mistake of ours. Nobody must wait for an engine that is gone.
-            _log.exception("the engine ended")
-            ending = FarshoreError(
-                f"the engine ended with {type(error).__name__}: {error}; restart the cluster"
-            )
-        self._requests.stop()
-        for sequence in self._requests.all():
-            self._fail(sequence, ending)
-
-    def _reap(self) -> None:
-        """Cancelled requests free their memory before anything else is done."""
-        for sequence in self._requests.all():
-            if sequence.cancelled.is_set():
-                self._finish(sequence, Reason.CANCELLED)
-
-    def _live(self) -> Iterator[Sequence]:
-        yield from self._prompts
-        yield from self._running
-
-    def _admit(self) -> None:
-        """First come, first served: grant memory to waiting sequences while there is any."""
-        while not self._no_room:
-            live = list(self._live())
-            if self._placing is None and not self._start_placing(live):
-                return
-            assert self._placing is not None
-            sequence, ended, placed = self._placing
-            if live and not placed.done():
-                return  # they go on meanwhile: to touch new memory, or to ask a frozen shard, takes seconds
-            error = placed.exception()
-            self._placing = None
-            if error is None:
-                sequence.queued_s = time.monotonic() - sequence.arrived_s
-                self._requests.begin(sequence)
-                self._prompts.add(sequence)
-            elif not isinstance(error, FarshoreError):
+            if self._escapes >= MOST_ESCAPES:
                 raise error
-            elif not isinstance(error, Full) or (not live and ended == self._ended):
-                self._fail(sequence, error)
-            else:
-                self._no_room = ended == self._ended  # somebody will finish and free memory, if nobody has
+            probe(self._model, self._attention, self._pool)
+        except Exception as last:
+            _log.exception("the engine ends")
+            self._failure = f"the engine failed with {type(last).__name__}: {last}; restart the cluster"
+            self._on_failed()
+            self._requests.stop(Internal(self._failure))
 
-    def _start_placing(self, live: list[Sequence]) -> bool:
-        """Place whoever waits first, beside the loop. False: nobody waits, or enough are under way."""
-        sequence = self._requests.first_waiting()
-        if sequence is None:
-            return False
-        if live and sum(s.completions for s in (*live, sequence)) > self._limits.running:
-            return False
-        promised = sum(s.most_tokens - s.committed for s in live)
-        placed = self._placer.submit(self._cache.place, sequence, promised_tokens=promised)
-        self._placing = sequence, self._ended, placed
-        return True
-
-    def _prefill_unit(self) -> bool:
-        """One unit of a prompt; behind the last one, the first tokens. Whether there are more."""
-        sequence = self._prompts.current()
-        try:
-            logits = self._prompts.run_unit()
-            if logits is not None:
-                self._begin(sequence, logits)
-        except FarshoreError as error:
-            self._fail(sequence, error)
-        return len(self._prompts) > 0
-
-    def _begin(self, sequence: Sequence, logits: torch.Tensor) -> None:
-        """The prompt is sealed: a sequence for each of its completions, and each one's first token."""
-        choices = [sequence]
-        for choice in range(1, sequence.sampling.n):
-            child = sequence.fork(choice)
-            attempt(lambda child=child: self._cache.fork(sequence, child))
-            choices.append(child)
-            self._requests.add_fork(sequence, child)
-        sequence.forked = True
-        for it in choices:
-            if self._limits.speculate_tokens:
-                it.lookup = Lookup(self._limits.speculate_tokens)
-            self._running.append(it)
-        for it in choices:
-            self._emit(Turn(it, [], [decode.draw_one(it, logits)]))
-
-    def _decode(self) -> None:
-        """A token or more for every running sequence."""
-        turns = [Turn(sequence, [], []) for sequence in decode.order(self._running)]
-        if self._limits.speculate_tokens:
-            decode.guess(turns)
-        turns = decode.reserve(turns, self._fail)
-        if not turns:
-            return
-        try:
-            attempt(lambda: self._run_step(turns))
-        except FarshoreError as error:
-            self._fail_unreachable([turn.sequence for turn in turns], error)
-            return
-        for turn in turns:
-            if turn.error is not None:
-                self._fail(turn.sequence, turn.error)
-            elif turn.sequence.tail is not None:
-                self._emit(turn)
-                if turn.sequence.tail is not None:
-                    self._cache.hand_off(turn.sequence)
-
-    def _run_step(self, turns: list[Turn]) -> None:
-        """A step, committed, its tokens drawn; one that raises leaves no trace."""
-        self._step += 1
-        try:
-            plan = decode.make_plan(self._step, turns, self._attention)
-            decode.check_plan(plan, turns)
-            with self._stagger.step(len(plan.sequences)) as micro_batches:
-                logits = self._steps.run(
-                    plan,
-                    [token for turn in turns for token in (turn.sequence.tokens[-1], *turn.guesses)],
-                    [turn.sequence.placed_tail for turn in turns for _ in range(turn.rows)],
-                    micro_batches=micro_batches,
-                )
-        except FarshoreError:
-            decode.drop_scratch(turns)
-            raise
-        decode.draw(turns, logits)
-        decode.commit(plan, turns, self._attention)
-
-    def _fail_unreachable(self, batch: list[Sequence], error: FarshoreError) -> None:
-        """Fail those sequences that need a shard which is gone; all of them if none is."""
-        gone = set()
-        for worker, peer in self._peers.items():
-            try:
-                peer.identify()
-            except FarshoreError:
-                gone.add(worker)
-        hit = [s for s in batch if any(span.worker in gone for span in s.spans)]
-        for sequence in hit or batch:
-            self._fail(sequence, error)
-
-    def _emit(self, turn: Turn) -> None:
-        """Tell a sequence's new tokens, and finish it if they are its last."""
-        sequence = turn.sequence
-        for drawn in turn.drawn:
-            sequence.emit(Sampled(drawn.token, sequence.choice, drawn.logprob, drawn.top))
-        reason = sequence.finish_reason()
-        if reason is not None:
-            self._finish(sequence, reason)
-
-    def _finish(self, sequence: Sequence, reason: Reason) -> None:
-        """One completion is complete; all of the request's where it is not forked yet."""
-        if not self._forget(sequence):
-            return
-        for choice in range(sequence.choice, sequence.choice + sequence.completions):
-            sequence.emit(Finished(reason, sequence.queued_s, dict(sequence.attended_bytes), choice))
-
-    def _fail(self, sequence: Sequence, error: FarshoreError) -> None:
-        """All of its request ends."""
-        together = self._requests.of(sequence.request_id)
-        for it in together:
-            self._forget(it)
-        if together:
-            sequence.emit(Failed(error))
-
-    def _forget(self, sequence: Sequence) -> bool:
-        """A sequence's memory is free, and nobody knows it any more. False: nobody did."""
-        if not self._requests.forget(sequence):
-            return False
-        self._no_room = False
-        self._ended += 1
-        if self._placing is not None and self._placing[0] is sequence:
-            self._placing[2].exception()  # it has deadlines; then what was granted can be given back
-            self._placing = None
-        self._prompts.remove(sequence)
-        if sequence in self._running:
-            self._running.remove(sequence)
-        self._cache.release(sequence)
-        return True
+    def _suspect(self, shards: Iterable[WorkerId], error: TransportError) -> None:
+        for shard in shards:
+            self._pool[shard].suspect(error)
 
 
 def _own(arena: Arena, peers: Mapping[WorkerId, Peer]) -> Own:

@@ -78,19 +78,21 @@ class EngineService(pb_grpc.EngineServicer):
 
     def Status(self, request: pb.EngineStatusRequest, context: grpc.ServicerContext) -> pb.EngineStatus:
         usage = self._store.usage()
-        running, waiting = self._engine.load()
+        load = self._engine.load()
         return pb.EngineStatus(
             worker=api.WorkerStatus(
                 worker_id=self._worker,
                 kind="dense",
                 host=socket.gethostname(),
                 process_id=os.getpid(),
-                state="ready",
+                state="failed" if self._engine.failure else "ready",
                 budget_bytes=usage.budget_bytes,
                 free_bytes=usage.available_bytes,
                 attended_bytes=self._shards[self._worker].attended_bytes,
-                running=running,
-                waiting=waiting,
+                running=load.running,
+                waiting=load.waiting,
+                parked=load.parked,
+                parkings=load.parkings,
                 links=[api.ShardLink(**link._asdict()) for link in self._engine.links()],
             ),
             sequences=self._sequences(),
@@ -112,7 +114,7 @@ class EngineService(pb_grpc.EngineServicer):
             )
         return [
             api.SequenceStatus(
-                sequence_id=view.id,
+                sequence_id=f"{view.id}/{view.choice}" if view.choice else view.id,
                 owner=self._worker,
                 epoch=view.epoch,
                 tokens=view.committed,

@@ -1,24 +1,26 @@
 """Full blocks of tails on their way to shards, in the background.
 
 When the shards have sealed them the tail lets go, and the next step plan reads them there. Called by
-``cache`` from the engine's thread; one helper thread does the moves.
+``cache`` from the engine's thread; the moves run in the shards' queues.
 """
 
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from farshore.attention_offload.base import Peer
 from farshore.attention_offload.placement import Share
-from farshore.errors import FarshoreError
-from farshore.ids import Epoch, SequenceId, WorkerId
+from farshore.errors import FarshoreError, Full
+from farshore.ids import SequenceId, WorkerId
 from farshore.kernels.base import BLOCK_TOKENS, KVLayout
 from farshore.kvstore.prefix import PrefixBlock, chain
 from farshore.kvstore.tail import Tail
 from farshore.workers import spans
+from farshore.workers.pool import Pool, first_error
 from farshore.workers.sequence import PlacedSpan, Sequence
+from farshore.workers.shard_queue import Holder, ShardQueue
 
 MOST_BLOCKS = 8
 """Of a span that tails grow into: each is granted twice the one before it, so that a step of a long answer
@@ -34,35 +36,34 @@ class _Target(NamedTuple):
 
 
 class _HandOff(NamedTuple):
-    """A move under way: up to where, to whom, and the spans that will hold it."""
+    """A move under way: up to where, to which targets, and the spans that will hold it."""
 
     boundary: int
     targets: list[_Target]
-    placed: Future[list[PlacedSpan]]
+    moves: list[Future[PlacedSpan]]
 
 
 class HandOffs:
     """``layout``: of blocks with all head groups."""
 
-    def __init__(self, peers: Mapping[WorkerId, Peer], layout: KVLayout) -> None:
-        self._peers = peers
+    def __init__(self, pool: Pool, layout: KVLayout) -> None:
+        self._pool = pool
         self._layout = layout
-        self._under_way: dict[SequenceId, _HandOff] = {}
-        self._helper = ThreadPoolExecutor(1, thread_name_prefix="hand-off")
+        self._under_way: dict[tuple[SequenceId, int], _HandOff] = {}
 
     def advance(self, sequence: Sequence) -> None:
         """Start, or finish, moving the full blocks of the sequence's tail. Never waits.
 
         A refusal keeps them in the tail: the next full block tries again.
         """
-        pending = self._under_way.get(sequence.id)
+        pending = self._under_way.get(sequence.key)
         if pending is not None:
-            if pending.placed.done():
+            if all(move.done() for move in pending.moves):
                 self._settle(sequence)
             return
         tail = sequence.placed_tail
         boundary = sequence.committed // BLOCK_TOKENS * BLOCK_TOKENS
-        if boundary > tail.start:
+        if boundary > tail.start and boundary != sequence.refused_at:
             sequence.blocks = chain(
                 sequence.tokens[:boundary], fingerprint=sequence.fingerprint, begun=sequence.blocks
             )
@@ -71,42 +72,41 @@ class HandOffs:
             names = [
                 block for block in sequence.blocks if tail.start <= block.first and block.last <= boundary
             ]
-            placed = self._helper.submit(
-                self._move, sequence.id, sequence.epoch, tail, boundary, targets, names
-            )
-            self._under_way[sequence.id] = _HandOff(boundary, targets, placed)
+            moves = []
+            for target in targets:
+                queue = self._pool[target.share.worker]
+                move = partial(self._move, queue, sequence.placed_holder, tail, boundary, target, names)
+                moves.append(queue.submit(move))
+            self._under_way[sequence.key] = _HandOff(boundary, targets, moves)
 
     def settle_all(self) -> None:
         """Wait for those under way (they have deadlines)."""
         for pending in list(self._under_way.values()):
-            pending.placed.exception()
+            wait(pending.moves)
 
-    def forget(self, sequence: SequenceId) -> None:
-        """Wait for the sequence's own, which reads its tail; what comes of it goes with the sequence."""
-        pending = self._under_way.pop(sequence, None)
-        if pending is not None:
-            pending.placed.exception()
-
-    def close(self) -> None:
-        self._helper.shutdown(wait=True)
+    def forget(self, sequence: Sequence) -> list[Future[PlacedSpan]]:
+        """Cancels the sequence's own, and returns the moves that run already: they read its tail."""
+        pending = self._under_way.pop(sequence.key, None)
+        return [move for move in pending.moves if not move.cancel() and not move.done()] if pending else []
 
     def _targets(self, sequence: Sequence, boundary: int) -> list[_Target]:
-        """For each head class: what is left of the span that its last blocks went to; else whoever has least
-        of this sequence, and did not refuse the last time."""
+        """For each head class: what is left of the span that its last blocks went to; else the worker that
+        has least of this sequence, answers, and did not refuse the last time."""
         start = sequence.placed_tail.start
         held: dict[WorkerId, int] = {room.worker: 0 for c in sequence.classes for room in c.workers}
         for span in sequence.spans:
             if span.worker in held:
                 held[span.worker] += span.last - span.first
+        silent = set(self._pool.silent())
 
-        def rank(worker: WorkerId) -> tuple[bool, int, WorkerId]:
-            return worker in sequence.refused_by, held[worker], worker
+        def rank(worker: WorkerId) -> tuple[bool, bool, int, WorkerId]:
+            return worker in silent, worker in sequence.refused_by, held[worker], worker
 
         targets = []
         for c in sequence.classes:
-            mine = [s for s in sequence.spans if s.origin >= sequence.prompt_tokens and s.group0 == c.group0]
+            mine = [s for s in sequence.spans if s.origin >= sequence.prefill_tokens and s.group0 == c.group0]
             newest = max(mine, key=lambda span: span.first, default=None)
-            if newest and newest.capacity > start and newest.worker not in sequence.refused_by:
+            if newest and newest.capacity > start and newest.worker not in sequence.refused_by | silent:
                 share = Share(newest.worker, start, newest.capacity, c.group0, c.group1)
                 targets.append(_Target(share, newest))
                 continue
@@ -120,47 +120,85 @@ class HandOffs:
 
     def _move(
         self,
-        sequence: SequenceId,
-        epoch: Epoch,
+        queue: ShardQueue,
+        holder: Holder,
         tail: Tail,
         boundary: int,
-        targets: list[_Target],
+        target: _Target,
         names: list[PrefixBlock],
-    ) -> list[PlacedSpan]:
-        """Runs in the helper thread. New spans come of it for all targets without one, or for none; what went
-        behind an old one's end and is not told of is scratch."""
-        placed: list[PlacedSpan] = []
+        peer: Peer,
+    ) -> PlacedSpan:
+        """Runs in the shard's queue. What went behind an old span's end and is not told of is scratch; a new
+        span that failed is given back."""
+        span = target.into or self._granted(queue, holder, target.share, boundary)
+        first = tail.start
         try:
-            for share, into in targets:
-                placed.append(
-                    into or spans.create(self._peers[share.worker], share, self._layout, sequence, epoch)
-                )
-            first = tail.start
-            k, v = tail.read_layers(first, boundary, dtype=torch.uint8)
-            for span in placed:
-                store = self._peers[span.worker].store
-                at = max(first, span.sealed)  # sealed in an attempt that failed elsewhere
-                for layer in range(self._layout.layers) if at < boundary else ():
-                    parts = k[layer][:, at - first :], v[layer][:, at - first :]
-                    spans.write(store, span, layer, at, *parts, self._layout, epoch)
-                store.seal(span.span, boundary - span.origin, epoch=epoch, blocks=names)
-                span.sealed = boundary
+            at = max(first, span.sealed)  # sealed in an attempt that failed elsewhere
+            if at < boundary:
+                k, v = tail.read_layers(at, boundary, dtype=torch.uint8)
+                for layer in range(self._layout.layers):
+                    spans.write(
+                        peer,
+                        span=span,
+                        layer=layer,
+                        position=at,
+                        k=k[layer],
+                        v=v[layer],
+                        layout=self._layout,
+                        holder=holder,
+                    )
+            spans.seal(peer, span=span, last=boundary, names=names, holder=holder)
         except FarshoreError:
-            old = {id(it.into) for it in targets}
-            for span in placed:
-                if id(span) not in old:
-                    spans.drop(self._peers[span.worker], span, sequence, epoch)
+            if target.into is None:
+                queue.release(holder, [span.span])
             raise
-        return placed
+        span.sealed = boundary
+        return span
+
+    def _granted(self, queue: ShardQueue, holder: Holder, share: Share, boundary: int) -> PlacedSpan:
+        """A new span; where the shard has no room to grow into, one that is no longer than it must be."""
+        try:
+            return self._grant(queue, holder, share)
+        except Full:
+            if share.last == boundary:
+                raise
+            return self._grant(queue, holder, share._replace(last=boundary))
+
+    def _grant(self, queue: ShardQueue, holder: Holder, share: Share) -> PlacedSpan:
+        span = queue.grant(
+            holder,
+            spans.key_of(share, holder),
+            capacity_tokens=share.last - share.first,
+            layout=self._layout.of_groups(share.group1 - share.group0),
+        )
+        return spans.placed(share, span)
 
     def _settle(self, sequence: Sequence) -> None:
-        pending = self._under_way.pop(sequence.id)
-        if isinstance(pending.placed.exception(), FarshoreError):
-            sequence.refused_by |= {it.share.worker for it in pending.targets}
+        pending = self._under_way.pop(sequence.key)
+        error = first_error(pending.moves)
+        if error is not None:
+            new = [it for it in zip(pending.moves, pending.targets, strict=True) if it[1].into is None]
+            for move, target in new:
+                if not move.cancelled() and move.exception() is None:
+                    self._pool[target.share.worker].release(sequence.placed_holder, [move.result().span])
+            if not isinstance(error, FarshoreError):
+                raise error
+            sequence.refused_by |= {
+                it.share.worker
+                for move, it in zip(pending.moves, pending.targets, strict=True)
+                if move.cancelled() or move.exception() is not None
+            }
+            if {room.worker for c in sequence.classes for room in c.workers} <= sequence.refused_by:
+                # Nothing has room: not before there is another block, or memory was given back.
+                sequence.refused_at = pending.boundary
+                sequence.refused_by.clear()
             return
         sequence.refused_by.clear()
-        for span, target in zip(pending.placed.result(), pending.targets, strict=True):
+        sequence.refused_at = None
+        for move, target in zip(pending.moves, pending.targets, strict=True):
+            span = move.result()
             span.last = pending.boundary
             if target.into is None:
                 sequence.spans.append(span)
+        sequence.spans_changed()
         sequence.placed_tail.release_below(pending.boundary)

@@ -1,81 +1,120 @@
-"""The shards that new spans go to: what each has, and which of them answer.
+"""The shards of one engine: which of them answer, what they have free, which are lost.
 
-A shard that does not answer takes no part in placing until it does: sequences go to the others. It is asked
-again in the background, since asking one that is frozen takes a deadline. Called by ``cache``, from the
-engine's thread and from its callers'. It must not know what is placed.
+Called by ``engine`` and ``cache``. It must not know what is placed.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any, TypeVar
 
-from farshore.attention_offload.base import Peer, ShardIdentity
-from farshore.errors import TransportError
+from farshore.attention_offload.base import Peer
+from farshore.errors import FarshoreError, TransportError
 from farshore.ids import WorkerId
+from farshore.workers.shard_queue import GRACE_S, STALLED_S, ShardQueue
 
-ASK_AGAIN_S = 5.0
+T = TypeVar("T")
+
+GATHER_DEADLINE_S = 30.0
 
 
 class Pool:
-    """``targets``: those of ``peers`` that it is made of. ``helper`` asks in the background."""
+    """``targets``: those of ``peers`` that new spans go to. ``changed``: see :class:`ShardQueue`."""
 
     def __init__(
         self,
         peers: Mapping[WorkerId, Peer],
         targets: Sequence[WorkerId],
         *,
-        helper: Executor,
+        changed: Callable[[], None] = lambda: None,
+        grace_s: float = GRACE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._peers = peers
-        self._targets = targets
-        self._helper = helper
+        self.targets = tuple(targets)
         self._clock = clock
-        self._budgets: dict[WorkerId, int] = {}
-        self._asked_s: dict[WorkerId, float] = {}
-        """Of those that did not answer: when they were asked last."""
+        self._queues = {
+            worker: ShardQueue(worker, peer, changed=changed, grace_s=grace_s, clock=clock)
+            for worker, peer in peers.items()
+        }
 
-    def budgets(self) -> dict[WorkerId, int] | None:
-        """Bytes of each, as it said last; None where one has never answered, and nobody knows how much there
-        is."""
-        for worker in self._targets:
-            if worker not in self._budgets and (worker in self._asked_s or self._ask(worker) is None):
-                return None
-        return {worker: self._budgets[worker] for worker in self._targets}
+    def __getitem__(self, worker: WorkerId) -> ShardQueue:
+        return self._queues[worker]
 
-    def free(self) -> dict[WorkerId, int]:
-        """Free bytes of each that answers. If none did, all are asked now."""
-        now_s = self._clock()
-        for worker, asked_s in list(self._asked_s.items()):
-            if now_s - asked_s >= ASK_AGAIN_S:
-                self._asked_s[worker] = now_s
-                self._helper.submit(self._ask, worker)
-        identities = {worker: self._ask(worker) for worker in self.answering() or self._targets}
-        return {worker: it.free_bytes for worker, it in identities.items() if it is not None}
-
-    def answering(self) -> dict[WorkerId, Peer]:
-        """All but those that did not answer when they were asked last."""
-        return {worker: self._peers[worker] for worker in self._targets if worker not in self._asked_s}
+    def placeable(self) -> list[WorkerId]:
+        """Targets that answer."""
+        return [worker for worker in self.targets if self._queues[worker].is_placeable]
 
     def silent(self) -> list[WorkerId]:
-        return sorted(self._asked_s)
+        """Targets that do not."""
+        return [worker for worker in self.targets if not self._queues[worker].is_placeable]
 
-    @contextmanager
-    def watching(self, worker: WorkerId) -> Iterator[None]:
-        """A call to it: one that fails with TransportError makes it silent."""
-        try:
-            yield
-        except TransportError:
-            self._asked_s[worker] = self._clock()
-            raise
+    def unreadable(self) -> set[WorkerId]:
+        """Shards that no frame may be sent to now."""
+        return {worker for worker, queue in self._queues.items() if not queue.is_readable}
 
-    def _ask(self, worker: WorkerId) -> ShardIdentity | None:
-        try:
-            with self.watching(worker):
-                identity = self._peers[worker].identify()
-        except TransportError:
+    def lost(self) -> dict[WorkerId, str]:
+        """Shards whose spans are given up, and why."""
+        return {worker: why for worker, queue in self._queues.items() if (why := queue.lost)}
+
+    def may_answer(self) -> bool:
+        """Whether there is a target that does not answer now and is not lost."""
+        return any(not self._queues[worker].lost for worker in self.silent())
+
+    def is_idle(self) -> bool:
+        """Whether every cold call so far has ended: nothing is about to be given back."""
+        return all(queue.is_idle for queue in self._queues.values())
+
+    def budgets(self) -> dict[WorkerId, int] | None:
+        """Bytes of each target; None where one has never answered, so that the pool's size is unknown."""
+        beats = {worker: self._queues[worker].beat for worker in self.targets}
+        if any(beat is None for beat in beats.values()):
             return None
-        self._asked_s.pop(worker, None)
-        self._budgets[worker] = identity.budget_bytes
-        return identity
+        return {worker: beat.budget_bytes for worker, beat in beats.items() if beat is not None}
+
+    def gather(
+        self, calls: Mapping[WorkerId, Future[T]]
+    ) -> tuple[dict[WorkerId, T], dict[WorkerId, FarshoreError]]:
+        """What the calls returned, and what they failed with. A call to a shard that answers nothing counts
+        as failed with Late after STALLED_S, and goes on. Never called by the token loop. Raises what is no
+        FarshoreError."""
+        until_s = self._clock() + GATHER_DEADLINE_S
+        results: dict[WorkerId, T] = {}
+        failures: dict[WorkerId, FarshoreError] = {}
+        left = dict(calls)
+        while left:
+            wait(left.values(), timeout=STALLED_S / 4, return_when=FIRST_COMPLETED)
+            for worker, future in list(left.items()):
+                if future.done():
+                    error = future.exception()
+                    if error is None:
+                        results[worker] = future.result()
+                    elif isinstance(error, FarshoreError):
+                        failures[worker] = error
+                    else:
+                        raise error
+                elif not self._queues[worker].is_placeable or self._clock() > until_s:
+                    failures[worker] = self._queues[worker].unanswered()
+                else:
+                    continue
+                del left[worker]
+        return results, failures
+
+    def await_beats(self, deadline_s: float) -> None:
+        """Waits until every shard has answered or failed to, for ``deadline_s`` at most."""
+        until_s = self._clock() + deadline_s
+        for queue in self._queues.values():
+            queue.await_look(max(0.0, until_s - self._clock()))
+
+    def close(self) -> None:
+        for queue in self._queues.values():
+            queue.close()
+
+
+def first_error(futures: Iterable[Future[Any]]) -> BaseException | None:
+    """Of futures that are done; one that was cancelled counts as a TransportError."""
+    for future in futures:
+        if future.cancelled():
+            return TransportError("the call was cancelled")
+        if (error := future.exception()) is not None:
+            return error
+    return None

@@ -9,25 +9,26 @@ A segment of S tokens is cut into chunks; in each layer::
 
 A unit is one of these for one chunk. The past is pulled once a segment, so the larger S, the less is pulled.
 Memory is bounded by S hidden states and states of one layer, and two pieces of past KV of one layer, however
-long the prompt is. Called by ``prompts``; it must not know what is decoded meanwhile.
+long the prompt is. Pulls and writes go through the shards' queues: a segment says what it waits for, and
+never waits itself. Called by ``prompts``; it must not know what is decoded meanwhile.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from farshore.attention_offload.base import AttentionModel, Peer
-from farshore.ids import WorkerId
+from farshore.attention_offload.base import AttentionModel
 from farshore.kernels.base import State
 from farshore.kernels.select import implementation
 from farshore.kvstore import forms
 from farshore.models.llama import Llama
+from farshore.workers import spans
+from farshore.workers.pool import Pool
 from farshore.workers.sequence import PlacedSpan, Sequence
-from farshore.workers.spans import write
 
 CHUNK_TOKENS = 256
 """Rows of a unit: 2 to 20 ms of SmolLM2 on two cores, and its states stay in the cache of one."""
@@ -36,7 +37,7 @@ PIECE_TOKENS = 4096
 """Past tokens attended to in a unit."""
 
 Unit = Callable[[], None]
-"""Part of the work. It may be run again after it raised: what it writes is written anew."""
+"""Part of the work."""
 
 
 class _Piece(NamedTuple):
@@ -50,9 +51,8 @@ class _Piece(NamedTuple):
 class Segment:
     """Positions ``first .. last`` of a sequence's prompt on their way through the layers.
 
-    Run every one of :meth:`units`, then seal: only then are they committed. To give up half way,
-    :meth:`close` it, and begin anew. ``helper`` needs two threads; ``logits_of``: how many positions at its
-    end logits are wanted of.
+    Take all of :meth:`units`, then seal: only then are they committed. To give up half way, :meth:`close` it,
+    and begin anew. ``logits_of``: how many positions at its end logits are wanted of.
     """
 
     def __init__(
@@ -63,8 +63,7 @@ class Segment:
         *,
         model: Llama,
         attention: AttentionModel,
-        peers: Mapping[WorkerId, Peer],
-        helper: ThreadPoolExecutor,
+        pool: Pool,
         logits_of: int,
     ) -> None:
         self.sequence = sequence
@@ -74,8 +73,7 @@ class Segment:
         self.layers_done = 0
         self._model = model
         self._attention = attention
-        self._peers = peers
-        self._helper = helper
+        self._pool = pool
         self._logits_of = logits_of
         self._layout = layout = attention.layouts[0]
         self._spec = spec = attention.specs[0]
@@ -109,38 +107,43 @@ class Segment:
         self._out = State.identity(most, spec.q_heads, spec.v_dim, dtype=model.dtype)
         self._pieces = _pieces(sequence, first)
         self._pulls: dict[int, Future[tuple[Tensor, Tensor]]] = {}
-        self._pulled: tuple[int, Tensor, Tensor] | None = None
-        self._writing: Future[None] | None = None
+        self._pulled: tuple[Tensor, Tensor] | None = None
+        """The piece that is attended to now."""
 
     @property
     def done_tokens(self) -> int:
         """Prompt tokens done so far, those half way through the layers in part."""
         return self.first + (self.last - self.first) * self.layers_done // self._model.config.layers
 
-    def units(self) -> Iterator[Unit]:
+    def units(self) -> Iterator[Unit | Future[Any]]:
+        """What is to be run, in order; and calls to shards, each of which must have succeeded before what
+        comes behind it."""
         layers = self._model.config.layers
         for layer in range(layers):
             for index in range(len(self._chunks)):
                 yield partial(self._project, layer, index)
-            yield partial(self._start_writing, layer)
+            writes = self._start_writing(layer)
             rows = self._attending(layer)
             for piece in range(len(self._pieces) if rows else 0):
+                pull = self._pull(layer, piece)
+                yield pull
+                self._pulled = pull.result()
+                self._pull_next(layer, piece)
                 for index, part in rows:
-                    yield partial(self._attend, layer, piece, index, part)
+                    yield partial(self._attend, piece, index, part)
             for index, part in rows:
                 yield partial(self._finish, layer, index, part)
-            yield partial(self._end_writing, layer)
+            yield from writes
             self.layers_done = layer + 1
         if self._logits_of:
             yield self._to_logits
 
     def close(self) -> None:
-        """Wait for what runs in the background (it has deadlines): it reads from this segment."""
-        for future in (self._writing, *self._pulls.values()):
-            if future is not None and not future.cancel():
-                future.exception()
+        """Cancels the pulls that have not begun. Calls that run go on: they read and fill memory that is
+        theirs until they end."""
+        for pull in self._pulls.values():
+            pull.cancel()
         self._pulls.clear()
-        self._writing = None
 
     def _attending(self, layer: int) -> list[tuple[int, slice]]:
         """Which rows of which chunks go through attention: behind the last layer's k and v there is nobody
@@ -166,10 +169,11 @@ class Segment:
             whole = forms.from_stored(self._layout, *stored, dtype=self._model.dtype)
             self._k[:, chunk], self._v[:, chunk] = whole
 
-    def _attend(self, layer: int, piece: int, index: int, part: slice) -> None:
-        """One chunk's rows on one piece of the past."""
+    def _attend(self, piece: int, index: int, part: slice) -> None:
+        """One chunk's rows on one piece of the past, which was pulled."""
+        assert self._pulled is not None
         where = self._pieces[piece]
-        k, v = self._pull(layer, piece)
+        k, v = self._pulled
         group0, group1 = where.span.group0, where.span.group1
         heads = slice(group0 * self._spec.q_heads_per_group, group1 * self._spec.q_heads_per_group)
         past = _of(self._past[index], part, heads)
@@ -213,49 +217,49 @@ class Segment:
             threads=torch.get_num_threads(),
         )
 
-    def _pull(self, layer: int, piece: int) -> tuple[Tensor, Tensor]:
-        """The piece's k and v, which came while others were attended to; the next one is sent for."""
+    def _pull(self, layer: int, piece: int) -> Future[tuple[Tensor, Tensor]]:
+        """The piece's k and v."""
         at = layer * len(self._pieces) + piece
-        if self._pulled is None or self._pulled[0] != at:
-            self._pulled = None
-            future = self._pulls.pop(at, None) or self._send_for(at)
-            self._pulled = (at, *future.result())
-            after = at + 1
-            if after < self._model.config.layers * len(self._pieces) and self._attending(
-                after // len(self._pieces)
-            ):
-                self._pulls[after] = self._send_for(after)
-        return self._pulled[1:]
+        return self._pulls.pop(at, None) or self._send_for(at)
+
+    def _pull_next(self, layer: int, piece: int) -> None:
+        """The piece behind this one is sent for, to come while this one is attended to."""
+        after = layer * len(self._pieces) + piece + 1
+        if after < self._model.config.layers * len(self._pieces) and self._attending(
+            after // len(self._pieces)
+        ):
+            self._pulls[after] = self._send_for(after)
 
     def _send_for(self, at: int) -> Future[tuple[Tensor, Tensor]]:
         layer, piece = divmod(at, len(self._pieces))
         span, first, last = self._pieces[piece]
-        read = self._peers[span.worker].store.read
-        return self._helper.submit(
-            read, span.span, layer, first - span.origin, last - span.origin, dtype=self._model.dtype
+        return self._pool[span.worker].submit(
+            lambda peer: peer.store.read(
+                span.span, layer, first - span.origin, last - span.origin, dtype=self._model.dtype
+            )
         )
 
-    def _start_writing(self, layer: int) -> None:
-        self._writing = self._helper.submit(self._write, layer)
-
-    def _end_writing(self, layer: int) -> None:
-        """Raises what the writing failed with; run again, it writes anew."""
-        writing, self._writing = self._writing, None
-        if writing is None:
-            self._write(layer)
-        else:
-            writing.result()
-
-    def _write(self, layer: int) -> None:
-        """This layer's k and v go to their spans. Runs in a helper's thread."""
+    def _start_writing(self, layer: int) -> list[Future[None]]:
+        """This layer's k and v go to their spans."""
         k, v = self._stored
+        holder = self.sequence.placed_holder
+        calls = []
         for span in self.sequence.spans:
-            # A seal whose reply was lost must not make the repeated write fail: skip what is sealed already.
             a, b = max(self.first, span.sealed), min(self.last, span.last)
             if a < b:
                 tokens = slice(a - self.first, b - self.first)
-                store = self._peers[span.worker].store
-                write(store, span, layer, a, k[:, tokens], v[:, tokens], self._layout, self.sequence.epoch)
+                call = partial(
+                    spans.write,
+                    span=span,
+                    layer=layer,
+                    position=a,
+                    k=k[:, tokens],
+                    v=v[:, tokens],
+                    layout=self._layout,
+                    holder=holder,
+                )
+                calls.append(self._pool[span.worker].submit(call))
+        return calls
 
     def _to_logits(self) -> None:
         self.logits = self._model.logits(self._h[len(self._h) - self._logits_of :])

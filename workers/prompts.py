@@ -1,26 +1,58 @@
 """Prompts on their way: which one's next unit runs.
 
-One segment is under way at a time, so that one segment's memory is held. Turns go to the oldest prompt and to
-the one with least left by turns: a short prompt does not wait for a long one's end, nor a long one for all
-short ones'. Called by ``engine``; it must not know what happens between two units.
+A prompt is runnable, or waits for a call to a shard; the engine's loop runs units of runnable ones only
+(design §5). One segment is under way at a time, so that one segment's memory is held; others begin while it
+waits. Turns go to the oldest prompt and to the one with least left by turns: a short prompt does not wait for
+a long one's end, nor a long one for all short ones'. Called by ``engine``; it must not know what happens
+between two units.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from farshore.attention_offload.base import AttentionModel, Peer
-from farshore.ids import WorkerId
+from farshore.attention_offload.base import AttentionModel
 from farshore.models.llama import Llama
-from farshore.workers.attempts import attempt
 from farshore.workers.cache import SequenceCache
+from farshore.workers.pool import Pool
 from farshore.workers.prefill import Segment, Unit
 from farshore.workers.sequence import Prefilled, Sequence
 
 PROGRESS_S = 0.5
 """Between two events of one segment."""
+MOST_SEGMENTS = 4
+"""Under way at a time: all but one of them wait for shards."""
+
+
+class Outcome(NamedTuple):
+    """What became of ``sequence`` in a unit. ``error``: remove it. ``sealed``: a segment of it is. ``done``:
+    everything of it is, and it is not here any more."""
+
+    sequence: Sequence
+    sealed: bool = False
+    done: bool = False
+    logits: Tensor | None = None
+    """f32[vocab], behind the prompt; None where the next token was drawn long ago."""
+    error: Exception | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Prompt:
+    sequence: Sequence
+    segment: Segment | None = None
+    steps: Iterator[Unit | Future[Any]] = field(default_factory=lambda: iter(()))
+    waits_for: list[Future[Any]] = field(default_factory=list)
+    """Calls that must succeed before the next step."""
+    sealing: bool = False
+    told_s: float = 0.0
+
+    @property
+    def is_runnable(self) -> bool:
+        return all(call.done() for call in self.waits_for)
 
 
 class Prompts:
@@ -31,94 +63,125 @@ class Prompts:
         *,
         model: Llama,
         attention: AttentionModel,
-        peers: Mapping[WorkerId, Peer],
+        pool: Pool,
         cache: SequenceCache,
         segment_tokens: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model = model
         self._attention = attention
-        self._peers = peers
+        self._pool = pool
         self._cache = cache
         self._segment_tokens = segment_tokens
         self._clock = clock
-        self._queue: list[Sequence] = []
+        self._queue: list[_Prompt] = []
         self._turns = 0
-        self._segment: Segment | None = None
-        self._units: Iterator[Unit] = iter(())
-        self._told_s = 0.0
-        # One thread writes, one pulls.
-        self._helper = ThreadPoolExecutor(2, thread_name_prefix="prefill")
+        self._current: _Prompt | None = None
 
     def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._queue)
+        return iter([prompt.sequence for prompt in self._queue])
 
     def __len__(self) -> int:
         return len(self._queue)
 
     def add(self, sequence: Sequence) -> None:
-        """A sequence that is placed."""
-        self._queue.append(sequence)
+        """A sequence that is placed, some of it not prefilled yet."""
+        self._queue.append(_Prompt(sequence))
 
     def remove(self, sequence: Sequence) -> None:
         """Give up. What was not sealed was never there. Unknown ones are ignored."""
-        if self._segment is not None and self._segment.sequence is sequence:
-            self._segment.close()
-            self._segment = None
-        if sequence in self._queue:
-            self._queue.remove(sequence)
+        for prompt in [prompt for prompt in self._queue if prompt.sequence is sequence]:
+            if prompt.segment is not None:
+                prompt.segment.close()
+            self._queue.remove(prompt)
+            if self._current is prompt:
+                self._current = None
 
-    def current(self) -> Sequence:
-        """Whose the next unit is."""
-        if self._segment is None:
-            self._begin()
-        assert self._segment is not None
-        return self._segment.sequence
-
-    def run_unit(self) -> Tensor | None:
-        """Run the next unit. Where it is a prompt's last one: logits ``f32[vocab]`` behind the prompt, which
-        is sealed and not here any more.
-
-        Raises what the unit failed with at its last attempt: remove the sequence.
-        """
-        sequence, segment = self.current(), self._segment
-        assert segment is not None
-        unit = next(self._units, None)
-        if unit is not None:
-            attempt(unit)
-            if self._clock() - self._told_s > PROGRESS_S and sequence.committed < segment.done_tokens:
-                self._tell(sequence, segment.done_tokens)
+    def run_unit(self) -> Outcome | None:
+        """Run the next unit of a prompt that is runnable; None where there is none."""
+        prompt = self._choose()
+        if prompt is None:
             return None
-        attempt(lambda: self._cache.seal(sequence, segment.last))
-        self._segment = None
-        self._tell(sequence, segment.last)
-        if segment.logits is not None:
-            self._queue.remove(sequence)
-            return segment.logits[-1]
-        return None
+        try:
+            return self._advance(prompt)
+        except Exception as error:
+            return Outcome(prompt.sequence, error=error)
 
-    def close(self) -> None:
-        self._helper.shutdown(wait=True)
+    def _advance(self, prompt: _Prompt) -> Outcome:
+        sequence = prompt.sequence
+        for call in prompt.waits_for:
+            call.result()
+        prompt.waits_for = []
+        if prompt.sealing:
+            return self._sealed(prompt)
+        if prompt.segment is None:
+            self._begin(prompt)
+        segment = prompt.segment
+        assert segment is not None
+        for step in prompt.steps:
+            if isinstance(step, Future):
+                prompt.waits_for = [step]
+                if step.done():
+                    return self._advance(prompt)
+            else:
+                step()
+                if self._clock() - prompt.told_s > PROGRESS_S and sequence.committed < segment.done_tokens:
+                    self._tell(prompt, segment.done_tokens)
+            return Outcome(sequence)
+        prompt.waits_for = self._cache.seal(sequence, segment.last)
+        prompt.sealing = True
+        return self._advance(prompt) if prompt.is_runnable else Outcome(sequence)
 
-    def _begin(self) -> None:
+    def _sealed(self, prompt: _Prompt) -> Outcome:
+        sequence, segment = prompt.sequence, prompt.segment
+        assert segment is not None
+        self._cache.sealed(sequence, segment.last)
+        prompt.segment, prompt.sealing = None, False
+        self._current = None
+        self._tell(prompt, segment.last)
+        if segment.last < sequence.prefill_tokens:
+            return Outcome(sequence, sealed=True)
+        self._queue.remove(prompt)
+        logits = None if segment.logits is None else segment.logits[-1]
+        return Outcome(sequence, sealed=True, done=True, logits=logits)
+
+    def _choose(self) -> _Prompt | None:
+        """The prompt whose segment is under way while it is runnable, else another one."""
+        if self._current is not None and self._current.is_runnable:
+            return self._current
+        begun = [prompt for prompt in self._queue if prompt.segment is not None]
+        runnable = [prompt for prompt in begun if prompt.is_runnable]
+        if not runnable and len(begun) < MOST_SEGMENTS:
+            runnable = self._next([prompt for prompt in self._queue if prompt.segment is None])
+        self._current = runnable[0] if runnable else None
+        return self._current
+
+    def _next(self, prompts: list[_Prompt]) -> list[_Prompt]:
+        if not prompts:
+            return []
         self._turns += 1
-        left = lambda sequence: sequence.prompt_tokens - sequence.committed  # noqa: E731
-        sequence = self._queue[0] if self._turns % 2 else min(self._queue, key=left)
+        if self._turns % 2:
+            return prompts[:1]
+        return [min(prompts, key=lambda prompt: prompt.sequence.prefill_tokens - prompt.sequence.committed)]
+
+    def _begin(self, prompt: _Prompt) -> None:
+        sequence = prompt.sequence
         first = sequence.committed
-        last = min(first + self._segment_tokens, sequence.prompt_tokens)
-        self._segment = Segment(
+        last = min(first + self._segment_tokens, sequence.prefill_tokens)
+        prompt.segment = Segment(
             sequence,
             first,
             last,
             model=self._model,
             attention=self._attention,
-            peers=self._peers,
-            helper=self._helper,
-            logits_of=int(last == sequence.prompt_tokens),
+            pool=self._pool,
+            logits_of=int(last == sequence.prefill_tokens and not sequence.forked),
         )
-        self._units = self._segment.units()
-        self._told_s = self._clock()
+        prompt.steps = prompt.segment.units()
+        prompt.told_s = self._clock()
 
-    def _tell(self, sequence: Sequence, done_tokens: int) -> None:
-        self._told_s = self._clock()
-        sequence.emit(Prefilled(done_tokens, sequence.prompt_tokens))
+    def _tell(self, prompt: _Prompt, done_tokens: int) -> None:
+        prompt.told_s = self._clock()
+        sequence = prompt.sequence
+        if not sequence.forked:  # else tokens were emitted already
+            sequence.emit(Prefilled(done_tokens, sequence.prefill_tokens))

@@ -13,6 +13,7 @@ from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kvstore.prefix import PrefixBlock
 from farshore.kvstore.tail import Tail
 from farshore.workers.lookup import Lookup
+from farshore.workers.shard_queue import Holder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +111,10 @@ class Sequence:
     """
 
     id: SequenceId
+    """Of the request; its choices share it."""
     epoch: Epoch
+    order: int
+    """Place in the order in which requests were taken on."""
     prompt_tokens: int
     tokens: list[int]
     sampling: Sampling
@@ -120,27 +124,40 @@ class Sequence:
     """All that its KV depends on beside its tokens: see :func:`farshore.workers.prefix.fingerprint`."""
     blocks: list[PrefixBlock] = field(default_factory=list)
     """Names of its whole blocks, as far as they were needed so far."""
-    request: SequenceId | None = None
-    """Of a fork: the sequence whose prompt it shares; None: it is the request's own."""
     choice: int = 0
     """Which of the request's completions this is."""
     forked: bool = False
     """Whether the request's other completions are sequences of their own already."""
     lookup: Lookup | None = None
     """Proposes what may come next; None: nobody does."""
-    queued_s: float = 0.0
+    queued_s: float | None = None
+    """How long the request waited for its first placement; None: it waits still."""
+    failures: int = 0
+    """Retryable errors in a row."""
+    prefill_tokens: int = 0
+    """Of the placement in force: tokens that prefill computes or finds, the tail begins behind them."""
     committed: int = 0
     classes: list[HeadClass] = field(default_factory=list)
     spans: list[PlacedSpan] = field(default_factory=list)
+    """Changed in place or replaced: then :meth:`spans_changed`."""
+    version: int = 0
+    """Of ``spans``: equal versions mean equal reads."""
+    workers: frozenset[WorkerId] = frozenset()
+    """Where the spans lie."""
     tail: Tail | None = None
+    holder: Holder | None = None
+    """Of the placement in force; None: it has no memory."""
     refused_by: set[WorkerId] = field(default_factory=set)
-    """Who did not take the tail's full blocks when last asked: dead, or full."""
+    """Workers that did not take the tail's full blocks when last asked: dead, or full."""
+    refused_at: int | None = None
+    """Up to where no worker took them; None: some may."""
     attended_bytes: dict[WorkerId, int] = field(default_factory=lambda: defaultdict(int))
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     @property
-    def request_id(self) -> SequenceId:
-        return self.request or self.id
+    def key(self) -> tuple[SequenceId, int]:
+        """Names this choice among all sequences."""
+        return self.id, self.choice
 
     @property
     def completion_tokens(self) -> int:
@@ -152,29 +169,45 @@ class Sequence:
         return 1 if self.forked else self.sampling.n
 
     @property
-    def most_tokens(self) -> int:
-        """The most KV there can be of it, its forks-to-be included."""
-        return self.prompt_tokens + self.completions * self.sampling.max_tokens
+    def known_tokens(self) -> int:
+        """Tokens whose KV comes before the next draw: the prompt; and later, all but the newest token."""
+        return len(self.tokens) - 1 if self.forked else self.prompt_tokens
+
+    @property
+    def growth_tokens(self) -> int:
+        """The most KV there can be of this choice beyond ``known_tokens``."""
+        return self.prompt_tokens + self.sampling.max_tokens - self.known_tokens
+
+    @property
+    def placed_holder(self) -> Holder:
+        """Its holder, which it has while it is placed."""
+        assert self.holder is not None, f"sequence {self.key} has not been placed"
+        return self.holder
+
+    def spans_changed(self) -> None:
+        self.version += 1
+        self.workers = frozenset(span.worker for span in self.spans)
 
     @property
     def placed_tail(self) -> Tail:
         """Its tail, which it has while it is placed."""
-        assert self.tail is not None, f"sequence {self.id} has not been placed"
+        assert self.tail is not None, f"sequence {self.key} has not been placed"
         return self.tail
 
     def fork(self, choice: int) -> "Sequence":
         """Another completion of the same request, as yet without memory."""
         return replace(
             self,
-            id=SequenceId(f"{self.id}/{choice}"),
-            request=self.id,
             choice=choice,
             forked=True,
             tokens=list(self.tokens),
             blocks=list(self.blocks),
             spans=[],
             tail=None,
+            holder=None,
             refused_by=set(),
+            refused_at=None,
+            failures=0,
             attended_bytes=defaultdict(int),
             cancelled=threading.Event(),
         )

@@ -1,36 +1,37 @@
-"""One span from its owner's side: granted by a shard, written head by head, given back.
+"""One span from its owner's side: granted by a shard, written head by head, sealed.
 
 Called by ``cache``, ``handoff`` and ``prefill``, which say where and when.
 """
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from farshore.attention_offload.base import Peer
 from farshore.attention_offload.placement import Share
-from farshore.errors import FarshoreError
-from farshore.ids import Epoch, SequenceId
+from farshore.ids import SpanId
 from farshore.kernels.base import KVLayout
-from farshore.kvstore.base import ShardStore, SpanKey
+from farshore.kvstore.base import SpanKey
+from farshore.kvstore.prefix import PrefixBlock
 from farshore.workers.sequence import PlacedSpan
+from farshore.workers.shard_queue import Holder
 
 LAYER_CLASS = 0
 """Models served so far have one kind of attention layer."""
 
 
-def create(peer: Peer, share: Share, layout: KVLayout, sequence: SequenceId, epoch: Epoch) -> PlacedSpan:
-    """``layout``: of all head groups. Raises Full."""
-    span = peer.store.create(
-        SpanKey(
-            sequence=sequence,
-            layer_class=LAYER_CLASS,
-            first=share.first,
-            group0=share.group0,
-            group1=share.group1,
-        ),
-        capacity_tokens=share.last - share.first,
-        layout=layout.of_groups(share.group1 - share.group0),
-        epoch=epoch,
+def key_of(share: Share, holder: Holder) -> SpanKey:
+    return SpanKey(
+        sequence=holder.sequence,
+        layer_class=LAYER_CLASS,
+        first=share.first,
+        group0=share.group0,
+        group1=share.group1,
     )
+
+
+def placed(share: Share, span: SpanId) -> PlacedSpan:
+    """A span that was granted for ``share``; nothing of it is written yet."""
     return PlacedSpan(
         worker=share.worker,
         span=span,
@@ -45,24 +46,23 @@ def create(peer: Peer, share: Share, layout: KVLayout, sequence: SequenceId, epo
 
 
 def write(
-    store: ShardStore,
+    peer: Peer,
+    *,
     span: PlacedSpan,
     layer: int,
     position: int,
     k: Tensor,
     v: Tensor,
     layout: KVLayout,
-    epoch: Epoch,
+    holder: Holder,
 ) -> None:
-    """k, v of all heads from ``position`` on: the span takes those of its groups."""
+    """k, v of all heads from ``position`` on: the span takes those of its groups. ``layout``: of all head
+    groups."""
     k_heads = slice(span.group0 * layout.k_heads_per_group, span.group1 * layout.k_heads_per_group)
     v_heads = slice(span.group0 * layout.v_heads_per_group, span.group1 * layout.v_heads_per_group)
-    store.write(span.span, layer, position - span.origin, k[k_heads], v[v_heads], epoch=epoch)
+    peer.store.write(span.span, layer, position - span.origin, k[k_heads], v[v_heads], epoch=holder.epoch)
 
 
-def drop(peer: Peer, span: PlacedSpan, sequence: SequenceId, epoch: Epoch) -> None:
-    try:
-        peer.store.drop([span.span], sequence=sequence, epoch=epoch)
-    except FarshoreError:
-        # Unreachable: the shard frees it with the sequence, or with itself.
-        return
+def seal(peer: Peer, *, span: PlacedSpan, last: int, names: Sequence[PrefixBlock], holder: Holder) -> None:
+    """Everything of the span below position ``last`` is written."""
+    peer.store.seal(span.span, last - span.origin, epoch=holder.epoch, blocks=names)

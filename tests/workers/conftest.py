@@ -1,6 +1,8 @@
 """Engines over in-process shards, for tests of floor 3."""
 
 import queue
+import threading
+import time
 from collections import defaultdict
 from itertools import count
 
@@ -21,6 +23,7 @@ from farshore.workers.sequence import Failed, Finished, Sampled
 
 ENGINE = WorkerId("engine")
 EVENT_DEADLINE_S = 600.0
+EMPTY_DEADLINE_S = 20.0
 
 
 @pytest.fixture(scope="session")
@@ -111,8 +114,17 @@ class Rig:
             **options,
         )
 
+    def settle(self):
+        """Wait until no span is held: drops come in their turn."""
+        end_s = time.monotonic() + EMPTY_DEADLINE_S
+        pause = threading.Event()
+        while any(info.holders for store in self.stores.values() for info in store.announce()):
+            assert time.monotonic() < end_s, "spans are still held"
+            pause.wait(0.01)
+
     def check_empty(self):
         """No sequence left anything behind, anywhere."""
+        self.settle()
         for worker, arena in self.arenas.items():
             self.stores[worker].check_integrity()
             arena.check_integrity()

@@ -28,6 +28,7 @@ def test_who_gives_another_salt_finds_no_stored_prefix(tiny_model, rig):
         before = written(cluster)
         events = list(service.Generate(request, Context()))
         assert events[-1].HasField("finished")
+        cluster.settle()
         new.append(written(cluster) - before)
     assert new == [512, 512, 0, 0, 512]
 

@@ -11,6 +11,8 @@ from farshore.ids import Epoch, SequenceId
 from farshore.workers import decode
 from farshore.workers.cache import SequenceCache
 from farshore.workers.decode import Turn
+from farshore.workers.planner import Planner
+from farshore.workers.pool import Pool
 from farshore.workers.prompts import Prompts
 from farshore.workers.sampler import Choice
 from farshore.workers.sequence import Sampling, Sequence
@@ -32,17 +34,14 @@ def argmaxes(model, prompt, answer):
 
 def our_argmaxes(cluster, prompts, answers):
     """The engine's own prefill and decode steps, with the answer's tokens forced."""
+    pool = Pool(cluster.peers, cluster.targets)
     cache = SequenceCache(
-        arena=cluster.arenas["engine"],
-        peers=cluster.peers,
-        targets=cluster.targets,
-        model=cluster.attention,
-        shard_by=cluster.shard_by,
+        arena=cluster.arenas["engine"], pool=pool, model=cluster.attention, shard_by=cluster.shard_by
     )
     prompts_under_way = Prompts(
         model=cluster.model,
         attention=cluster.attention,
-        peers=cluster.peers,
+        pool=pool,
         cache=cache,
         segment_tokens=512,
     )
@@ -51,6 +50,7 @@ def our_argmaxes(cluster, prompts, answers):
         sequence = Sequence(
             id=SequenceId(f"s{index}"),
             epoch=Epoch(1),
+            order=index,
             prompt_tokens=len(prompt),
             tokens=prompt + answer,
             sampling=Sampling(max_tokens=NEW_TOKENS),
@@ -60,9 +60,9 @@ def our_argmaxes(cluster, prompts, answers):
         )
         cache.place(sequence, promised_tokens=0)
         prompts_under_way.add(sequence)
-        while (logits := prompts_under_way.run_unit()) is None:
-            pass
-        chosen.append([int(logits.argmax())])
+        while (outcome := prompts_under_way.run_unit()) is None or not outcome.done:
+            assert outcome is None or outcome.error is None, outcome
+        chosen.append([int(outcome.logits.argmax())])
         batch.append(sequence)
     steps = Steps(
         model=cluster.model,
@@ -70,10 +70,10 @@ def our_argmaxes(cluster, prompts, answers):
         shards=Fanout(cluster.peers, cluster.attention),
         own=Own(cluster.arenas["engine"].memory),
     )
+    planner = Planner(cluster.attention)
     for step in range(1, NEW_TOKENS):
         turns = [Turn(sequence, [], []) for sequence in batch]
-        plan = decode.make_plan(step, turns, cluster.attention)
-        decode.check_plan(plan, turns)
+        plan = planner.plan(step, turns)
         logits = steps.run(
             plan,
             [sequence.tokens[sequence.committed] for sequence in batch],
@@ -88,8 +88,7 @@ def our_argmaxes(cluster, prompts, answers):
             cache.hand_off(sequence)
     for sequence in batch:
         cache.release(sequence)
-    prompts_under_way.close()
-    cache.close()
+    pool.close()
     return [torch.tensor(picked) for picked in chosen]
 
 

@@ -1,67 +1,276 @@
-"""The shards that new spans go to: who does not answer is left alone for a while."""
+"""Cold calls to shards: in order, off the token loop, with books that survive a shard's silence."""
 
-from concurrent.futures import Executor
+import threading
+from concurrent.futures import CancelledError
 
-from farshore.attention_offload.base import ShardIdentity
-from farshore.errors import TransportError
-from farshore.ids import WorkerId
-from farshore.workers.pool import ASK_AGAIN_S, Pool
+import pytest
+
+from farshore.attention_offload.base import ShardBeat
+from farshore.errors import Full, Late, Lost, TransportError
+from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
+from farshore.kernels.base import KVLayout
+from farshore.kernels.formats import KVFormat
+from farshore.kvstore.base import SpanKey
+from farshore.workers.pool import Pool, first_error
+from farshore.workers.shard_queue import Holder, ShardQueue
 
 A, B = WorkerId("a"), WorkerId("b")
+LAYOUT = KVLayout(1, 1, 1, 1, 8, 8, KVFormat.FLOAT32)
+S, T = SequenceId("s"), SequenceId("t")
+KEY = SpanKey(sequence=S, layer_class=0, first=0, group0=0, group1=1)
+DEADLINE_S = 30.0
 
 
-class Peer:
-    def __init__(self, worker, budget_bytes):
-        self.identity = ShardIdentity(worker, 1, "here", budget_bytes, budget_bytes // 2, 0)
-        self.dead = False
-        self.asked = 0
+class Shard:
+    """What the queue sees of a shard: its store, and an answer to beats."""
 
-    def identify(self):
-        self.asked += 1
-        if self.dead:
-            raise TransportError("nobody answers")
-        return self.identity
+    def __init__(self, worker=A):
+        self.worker = worker
+        self.store = self
+        self.error = None
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+        self.held = {}
+        self.calls = []
+        self.wanted = []
+        self.connections = 0
+        self.must_reconcile = False
+
+    def _answer(self, name):
+        self.calls.append(name)
+        self.entered.set()
+        assert self.gate.wait(DEADLINE_S)
+        if self.error is not None:
+            raise self.error
+
+    def create(self, key, *, capacity_tokens, layout, epoch):
+        span = SpanId(f"{self.worker}/{len(self.calls)}")
+        self._answer("create")
+        self.held.setdefault(key.sequence, set()).add(span)
+        return span
+
+    def find_prefix(self, blocks, *, layer_class, sequence, epoch):
+        self._answer("find")
+        return []
+
+    def drop(self, spans, *, sequence, epoch):
+        self._answer("drop")
+        self.held[sequence] -= set(spans)
+
+    def beat(self, wanted):
+        if self.error is not None:
+            raise self.error
+        if wanted is not None:
+            self.wanted.append(wanted)
+            kept = {sequence: set(spans) for (sequence, _), spans in wanted.items()}
+            self.held = {sequence: spans & kept.get(sequence, set()) for sequence, spans in self.held.items()}
+        must, self.must_reconcile = self.must_reconcile and wanted is None, False
+        return ShardBeat(self.worker, 100, 50, must_reconcile=must)
+
+    def connect(self):
+        self.connections += 1
 
 
-class AtOnce(Executor):
-    def submit(self, call, /, *args):
-        call(*args)
+class Clock:
+    def __init__(self):
+        self.now_s = 0.0
+
+    def __call__(self):
+        return self.now_s
 
 
-def made():
-    peers = {A: Peer(A, 100), B: Peer(B, 60)}
-    now_s = [0.0]
-    return Pool(peers, [A, B], helper=AtOnce(), clock=lambda: now_s[0]), peers, now_s
+@pytest.fixture
+def queue_of():
+    made = []
+
+    def build(shard, **options):
+        news = threading.Event()
+        queue = ShardQueue(shard.worker, shard, changed=news.set, **options)
+        queue.news = news
+        queue.await_look(DEADLINE_S)
+        made.append((shard, queue))
+        return queue
+
+    yield build
+    for shard, queue in made:
+        shard.gate.set()
+        queue.close()
 
 
-def test_who_is_silent_is_asked_again_later():
-    pool, peers, now_s = made()
-    peers[B].dead = True
-    assert pool.free() == {A: 50} and pool.silent() == [B]
-    peers[B].dead = False
-    assert pool.free() == {A: 50} and peers[B].asked == 1, "it was asked again at once"
-    assert list(pool.answering()) == [A]
-    now_s[0] = ASK_AGAIN_S
-    assert pool.free() == {A: 50, B: 30} and pool.silent() == []
+def until(queue, condition):
+    while not condition():
+        assert queue.news.wait(DEADLINE_S)
+        queue.news.clear()
 
 
-def test_if_nobody_answers_all_are_asked():
-    pool, peers, _ = made()
-    peers[A].dead = peers[B].dead = True
-    assert pool.free() == {} and pool.silent() == [A, B]
-    peers[B].dead = False
-    assert pool.free() == {B: 30} and pool.silent() == [A]
+def create(queue, holder):
+    return queue.create(holder, KEY, capacity_tokens=8, layout=LAYOUT)
 
 
-def test_budgets_are_remembered_and_unknown_before():
-    pool, peers, now_s = made()
-    peers[A].dead = True
-    assert pool.budgets() is None
-    peers[A].dead = False
-    assert pool.budgets() is None, "it was asked again at once"
-    now_s[0] = ASK_AGAIN_S
-    pool.free()
-    assert pool.budgets() == {A: 100, B: 60}
-    peers[A].dead = peers[B].dead = True
-    asked = peers[A].asked
-    assert pool.budgets() == {A: 100, B: 60} and peers[A].asked == asked
+def test_calls_are_made_in_order_and_a_blocked_one_holds_nobody_up(queue_of):
+    shard = Shard()
+    queue = queue_of(shard)
+    shard.gate.clear()
+    holder = Holder(S, Epoch(1))
+    first, order = create(queue, holder), []
+    others = [queue.submit(lambda _, n=n: order.append(n)) for n in range(5)]
+    assert shard.entered.wait(DEADLINE_S) and not first.done() and not queue.is_idle
+    shard.gate.set()
+    for call in (first, *others):
+        call.result(DEADLINE_S)
+    assert order == [0, 1, 2, 3, 4]
+
+
+def test_a_span_is_dropped_when_the_last_choice_of_its_sequence_lets_go(queue_of):
+    shard = Shard()
+    queue = queue_of(shard)
+    parent, fork = Holder(S, Epoch(1)), Holder(S, Epoch(1))
+    span = create(queue, parent).result(DEADLINE_S)
+    queue.retain(fork, [span])
+    parent.closed = True
+    queue.release(parent)
+    assert queue.submit(lambda _: dict(shard.held)).result(DEADLINE_S) == {S: {span}}
+    assert "drop" not in shard.calls and "hold" not in shard.calls
+    fork.closed = True
+    queue.release(fork)
+    assert queue.submit(lambda _: dict(shard.held)).result(DEADLINE_S) == {S: set()}
+
+
+def test_what_a_call_obtains_for_a_holder_that_was_closed_meanwhile_is_given_back(queue_of):
+    shard = Shard()
+    queue = queue_of(shard)
+    shard.gate.clear()
+    holder = Holder(S, Epoch(1))
+    call = create(queue, holder)
+    assert shard.entered.wait(DEADLINE_S)
+    holder.closed = True
+    queue.release(holder)
+    shard.gate.set()
+    call.result(DEADLINE_S)
+    assert queue.submit(lambda _: dict(shard.held)).result(DEADLINE_S) == {S: set()}
+
+
+def test_a_cancelled_call_is_not_made(queue_of):
+    shard = Shard()
+    queue = queue_of(shard)
+    shard.gate.clear()
+    blocking = create(queue, Holder(S, Epoch(1)))
+    assert shard.entered.wait(DEADLINE_S)
+    made = []
+    call = queue.submit(lambda _: made.append(1))
+    assert call.cancel()
+    shard.gate.set()
+    blocking.result(DEADLINE_S)
+    queue.submit(lambda _: None).result(DEADLINE_S)
+    assert not made
+    with pytest.raises(CancelledError):
+        call.result()
+    assert isinstance(first_error([call]), TransportError)
+
+
+def test_what_a_silent_shard_could_not_be_told_it_hears_when_it_answers(queue_of):
+    """A lost reply leaves a span that the engine does not know: it goes with the rest."""
+    shard = Shard()
+    queue = queue_of(shard)
+    kept, released = Holder(S, Epoch(1)), Holder(T, Epoch(2))
+    span = create(queue, kept).result(DEADLINE_S)
+    queue.create(released, KEY, capacity_tokens=8, layout=LAYOUT).result(DEADLINE_S)
+    shard.held.setdefault(S, set()).add(SpanId("a/unknown"))
+    shard.error = TransportError("no answer")
+    assert isinstance(create(queue, kept).exception(DEADLINE_S), TransportError)
+    until(queue, lambda: not queue.is_placeable)
+    assert isinstance(create(queue, kept).exception(DEADLINE_S), Late)
+    released.closed = True
+    queue.release(released)
+    until(queue, lambda: queue.is_idle)
+    shard.error = None
+    until(queue, lambda: queue.is_placeable)
+    assert shard.wanted[-1] == {(S, Epoch(1)): [span]}
+    assert shard.held[S] == {span}
+
+
+def test_a_shard_that_asks_what_is_wanted_is_told(queue_of):
+    shard = Shard()
+    queue = queue_of(shard)
+    holder = Holder(S, Epoch(1))
+    span = create(queue, holder).result(DEADLINE_S)
+    shard.must_reconcile = True
+    until(queue, lambda: bool(shard.wanted))
+    assert shard.wanted == [{(S, Epoch(1)): [span]}]
+
+
+def test_late_frames_make_a_shard_unreadable_until_it_is_connected_again(queue_of):
+    shard = Shard()
+    queue = queue_of(shard)
+    before = shard.connections
+    shard.error = TransportError("frozen")
+    queue.suspect(TransportError("late"))
+    assert not queue.is_readable and not queue.is_placeable and not queue.lost
+    shard.error = None
+    until(queue, lambda: queue.is_readable)
+    assert shard.connections > before
+
+
+def test_a_shard_is_lost_after_its_grace_and_may_come_back(queue_of):
+    shard, clock = Shard(), Clock()
+    queue = queue_of(shard, clock=clock, grace_s=10.0)
+    shard.error = TransportError("frozen")
+    queue.suspect(TransportError("late"))
+    clock.now_s = 9.9
+    assert not queue.lost
+    clock.now_s = 10.1
+    assert "has not answered for 10 s" in queue.lost
+    assert isinstance(create(queue, Holder(S, Epoch(1))).exception(DEADLINE_S), Lost)
+    shard.error = None
+    while not queue.is_readable:
+        clock.now_s += 0.2
+        queue.news.wait(0.05)
+    assert not queue.lost
+
+
+def test_another_process_at_the_address_is_a_loss(queue_of):
+    shard = Shard()
+    queue = queue_of(shard)
+    shard.worker = B
+    queue.suspect(TransportError("the connection broke"))
+    until(queue, lambda: queue.lost)
+    assert "was restarted" in queue.lost and not queue.is_readable
+
+
+def test_a_refused_connection_is_a_loss(queue_of):
+    shard = Shard()
+    queue = queue_of(shard)
+    refused = TransportError("connection refused")
+    refused.__cause__ = ConnectionRefusedError()
+    shard.error = refused
+    queue.suspect(TransportError("the connection broke"))
+    until(queue, lambda: queue.lost)
+    assert "is gone" in queue.lost
+
+
+def test_a_refusal_is_no_silence(queue_of):
+    shard = Shard()
+    queue = queue_of(shard)
+    shard.error = Full("no room", free_bytes=0)
+    call = create(queue, Holder(S, Epoch(1)))
+    assert isinstance(call.exception(DEADLINE_S), Full)
+    shard.error = None
+    assert queue.is_placeable
+
+
+def test_gathering_gives_a_stalled_call_up_and_keeps_the_others():
+    peers = {A: Shard(A), B: Shard(B)}
+    pool = Pool(peers, [A, B])
+    pool.await_beats(DEADLINE_S)
+    assert pool.budgets() == {A: 100, B: 100} and pool.placeable() == [A, B]
+    peers[B].gate.clear()
+    holder = Holder(S, Epoch(1))
+    calls = {worker: pool[worker].find(holder, [object()], layer_class=0) for worker in peers}
+    results, failures = pool.gather(calls)
+    assert list(results) == [A] and isinstance(failures[B], Late)
+    assert pool.silent() == [B] and pool.may_answer() and not pool.lost()
+    peers[B].gate.set()
+    calls[B].result(DEADLINE_S)
+    assert pool.placeable() == [A, B]
+    pool.close()

@@ -5,14 +5,15 @@ from collections import defaultdict
 import pytest
 import torch
 
-from farshore.errors import Full, TransportError
+from farshore.errors import TransportError
 from farshore.ids import SequenceId, WorkerId
 from farshore.kernels.base import KVLayout
 from farshore.kernels.formats import KVFormat
+from farshore.kvstore.arena import stride_bytes
 from farshore.kvstore.base import SpanKey, SpanSlice
 from farshore.workers.attention_model import attention_model
 from farshore.workers.prefix import assemble, fingerprint
-from farshore.workers.sequence import Failed, Finished, Reason, Sampled, Sampling
+from farshore.workers.sequence import Finished, Reason, Sampled, Sampling
 
 GREEDY = Sampling(max_tokens=10, temperature=0.0)
 
@@ -217,15 +218,23 @@ def test_cancelling_ends_all_completions_once(tiny_model, rig, submit, length):
     assert engine.views() == []
 
 
-def test_a_fork_without_room_fails_the_request_once(tiny_model, rig, submit):
+def test_completions_whose_tails_find_no_room_are_parked_and_go_on(tiny, tiny_model, rig, submit):
+    """Twelve tails, memory for five: a few choices run at a time, all of them end as they would alone."""
     cluster = rig(tiny_model, shards=1, memory_bytes=64 << 20)
+    cluster.resize(5 * stride_bytes(cluster.attention.layouts[0].block_bytes))
     engine = cluster.start()
+    sampling = Sampling(max_tokens=32, temperature=1.0, seed=5, n=12)
+    it = submit(engine, "a", prompt_of(300), sampling)
+    bystander = submit(engine, "b", prompt_of(40, 1), Sampling(max_tokens=300))
+    it.results(12)
+    assert isinstance(bystander.result(), Finished)
+    assert engine.load().parkings >= 7
+    roomy = rig(tiny_model, shards=1, memory_bytes=64 << 20).start()
+    alone = submit(roomy, "a", prompt_of(300), sampling)
+    alone.results(12)
+    assert it.choices == alone.choices
+    quiet = submit(roomy, "b", prompt_of(40, 1), Sampling(max_tokens=300))
+    assert isinstance(quiet.result(), Finished) and quiet.tokens == bystander.tokens
+    assert not roomy.load().parkings
+    assert not engine.failure
 
-    def refuse(*_, **__):
-        raise Full("no room", free_bytes=0)
-
-    cluster.stores[cluster.targets[0]].hold = refuse
-    it = submit(engine, "a", prompt_of(300), Sampling(max_tokens=10, n=3))
-    assert isinstance(it.result(), Failed)
-    assert it.events.empty() and not it.choices
-    cluster.check_empty()

@@ -145,7 +145,8 @@ def same(a, b):
 
 def watched(engine):
     """Compares what each failed step of the engine leaves with what was before; the list of outcomes."""
-    outcomes, run_step = [], engine._run_step
+    decoder = engine._scheduler._decoder
+    outcomes, run_step = [], decoder._run
 
     def run(turns):
         # What is reserved ahead is given back with the scratch: it is no state.
@@ -158,16 +159,13 @@ def watched(engine):
             outcomes.append(all(map(same, before, [state_of(turn.sequence) for turn in turns])))
             raise
 
-    engine._run_step = run
+    decoder._run = run
     return outcomes
 
 
 @pytest.mark.parametrize("guesses", [0, 4])
-def test_a_step_that_breaks_at_any_stage_of_any_layer_loses_nothing(
-    tiny_model, rig, submit, monkeypatch, guesses
-):
+def test_a_step_that_breaks_at_any_stage_of_any_layer_loses_nothing(tiny_model, rig, submit, guesses):
     """Every step breaks once, at its first call (begin), its second (send of layer 0), and so on."""
-    monkeypatch.setattr("farshore.workers.attempts.RETRY_PAUSE_S", 0.0)
     sampling = Sampling(max_tokens=20)
     limits = EngineLimits(speculate_tokens=guesses)
     stages = 1 + 2 * tiny_model.config.layers

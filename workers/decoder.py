@@ -1,0 +1,87 @@
+"""Runs decode steps so that one sequence's fault stays its own (design §2.8).
+
+A step that fails is dropped and run again: without the sequences that read from a shard which is late or
+lost; after any other error one sequence at a time. Called by ``engine``, which says what becomes of a
+sequence that failed; it must not know requests or memory.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
+
+from farshore.attention_offload.base import AttentionModel
+from farshore.errors import Late, Lost, TransportError
+from farshore.ids import WorkerId
+from farshore.workers import decode
+from farshore.workers.decode import Turn
+from farshore.workers.planner import Planner
+from farshore.workers.stagger import Stagger
+from farshore.workers.step import Steps
+
+_log = logging.getLogger(__name__)
+
+
+class Decoder:
+    """``suspect`` is told of shards whose frames failed."""
+
+    def __init__(
+        self,
+        steps: Steps,
+        attention: AttentionModel,
+        stagger: Stagger,
+        *,
+        suspect: Callable[[Iterable[WorkerId], TransportError], None],
+    ) -> None:
+        self._steps = steps
+        self._attention = attention
+        self._stagger = stagger
+        self._suspect = suspect
+        self._planner = Planner(attention)
+        self._step = 0
+
+    def run(self, turns: Seq[Turn]) -> None:
+        """A step of the turns, whose tails have room. Then each has drawn tokens, which are committed; or an
+        error of its own; or neither, since a shard that it reads from is late or lost."""
+        while turns:
+            try:
+                self._run(turns)
+                return
+            except (Late, Lost) as error:
+                self._suspect([WorkerId(shard) for shard in error.shards], error)
+                others = [turn for turn in turns if not turn.sequence.workers & error.shards]
+                if len(others) == len(turns):  # no turn reads from it: not to be believed
+                    self._run_alone(turns)
+                    return
+                turns = others
+            except Exception as error:
+                if len(turns) > 1:
+                    _log.warning("a step of %d sequences failed: each runs alone", len(turns), exc_info=error)
+                self._run_alone(turns)
+                return
+
+    def _run_alone(self, turns: Seq[Turn]) -> None:
+        for turn in turns:
+            try:
+                self._run([turn])
+            except (Late, Lost) as error:
+                self._suspect([WorkerId(shard) for shard in error.shards], error)
+            except Exception as error:
+                turn.error = error
+
+    def _run(self, turns: Seq[Turn]) -> None:
+        """A step, committed, its tokens drawn; one that raises leaves no trace."""
+        self._step += 1
+        try:
+            plan = self._planner.plan(self._step, turns)
+            with self._stagger.step(len(plan.sequences)) as micro_batches:
+                logits = self._steps.run(
+                    plan,
+                    [token for turn in turns for token in (turn.sequence.tokens[-1], *turn.guesses)],
+                    [turn.sequence.placed_tail for turn in turns for _ in range(turn.rows)],
+                    micro_batches=micro_batches,
+                )
+        except Exception:
+            decode.drop_scratch(turns)
+            raise
+        decode.draw(turns, logits)
+        decode.commit(plan, turns, self._attention)

@@ -1,0 +1,81 @@
+"""Step plans of one engine, each proven before it is used.
+
+From one step to the next the same sequences mostly read the same spans. What they read is then neither built
+nor proven again: only where the rows stand is. Called by ``decoder``; it must not know shards.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+
+from farshore.attention_offload.base import AttentionModel
+from farshore.attention_offload.plan import Read, StepPlan, Stretch
+from farshore.ids import WorkerId
+from farshore.workers.decode import Turn
+
+
+class Planner:
+    def __init__(self, attention: AttentionModel) -> None:
+        self._groups = attention.specs[0].groups
+        self._shape: object = None
+        """What the last plan's reads follow from."""
+        self._plan: StepPlan | None = None
+
+    def plan(self, step: int, turns: Seq[Turn]) -> StepPlan:
+        """Rows from each sequence's committed length on. Raises InvalidPlan; nothing has been sent then."""
+        shape = [
+            (turn.sequence, turn.sequence.version, turn.sequence.placed_tail.start, turn.rows)
+            for turn in turns
+        ]
+        positions = tuple(turn.sequence.committed + i for turn in turns for i in range(turn.rows))
+        committed = {turn.sequence.key: turn.sequence.committed for turn in turns}
+        tails = {
+            turn.sequence.key: Stretch(turn.sequence.placed_tail.start, turn.sequence.committed + turn.rows)
+            for turn in turns
+        }
+        if self._plan is not None and shape == self._shape:
+            plan = replace(self._plan, step=step, positions=positions)
+            plan.check_rows(committed, tails)
+        else:
+            self._plan = None
+            plan = StepPlan(
+                step=step,
+                groups=self._groups,
+                sequences=tuple(turn.sequence.key for turn in turns for _ in range(turn.rows)),
+                positions=positions,
+                epochs={turn.sequence.key: turn.sequence.epoch for turn in turns},
+                reads=(_reads(turns),),
+            )
+            plan.check(committed, tails)
+            self._shape = shape
+        self._plan = plan
+        return plan
+
+
+def _reads(turns: Seq[Turn]) -> dict[WorkerId, tuple[Read, ...]]:
+    """A span that rows one after the other attend to alike is read once."""
+    reads: dict[WorkerId, list[Read]] = {}
+    newest: dict[tuple[str, int, int, int, int], tuple[list[Read], int]] = {}
+    row = 0
+    for turn in turns:
+        end = row + turn.rows
+        for span in turn.sequence.spans:
+            key = (span.span, span.first, span.last, span.group0, span.group1)
+            where, index = newest.get(key, (None, 0))
+            if where is not None and where[index].rows.stop == row:
+                where[index] = where[index]._replace(rows=range(where[index].rows.start, end))
+                continue
+            of_worker = reads.setdefault(span.worker, [])
+            newest[key] = of_worker, len(of_worker)
+            of_worker.append(
+                Read(
+                    span.span,
+                    span.origin,
+                    span.first,
+                    span.last,
+                    span.group0,
+                    span.group1,
+                    range(row, end),
+                )
+            )
+        row = end
+    return {worker: tuple(its) for worker, its in reads.items()}
