@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from farshore.attention_offload.frames import Transport
+from farshore.attention_offload.frames import MOST_DEADLINE_S, Transport
 from farshore.attention_offload.plan import ShardStep, StepPlan
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import AttentionSpec, KVLayout, State
@@ -57,10 +57,14 @@ class ShardBeat(NamedTuple):
 
 
 class Peer(Protocol):
-    """One engine's connection to one shard. Not thread-safe: hot calls come from the engine's loop alone.
+    """One engine's connection to one shard. Hot calls (``begin``, ``send``, ``wait``,
+    ``break_off``) come from the engine's loop alone, and never connect; ``connect``, ``ready`` and
+    ``identify`` from any thread.
 
-    Every wait has a deadline. Broken or late: :class:`~farshore.errors.TransportError`; the connection is
-    then renewed by the next :meth:`begin`.
+    Every wait has a deadline. A hot call raises :class:`~farshore.errors.Late` where the deadline ran out or
+    there is no connection, another :class:`~farshore.errors.TransportError` where the connection broke, or
+    what the shard refuses with. After any of these the connection is closed, and the loop goes on without
+    this shard until :meth:`connect` has made a new one.
     """
 
     store: ShardStore
@@ -81,37 +85,46 @@ class Peer(Protocol):
 
     def identify(self) -> ShardIdentity: ...
 
+    @property
+    def ready(self) -> bool:
+        """Whether there is a connection for hot frames; the twin's too, where there is a twin."""
+
     def connect(self) -> Transport:
-        """Makes the connection for hot frames, unless there is a live one. Never called by the token loop."""
+        """Makes the connections that :attr:`ready` asks for, and leaves live ones alone. Blocks up to a
+        deadline of its own. Raises TransportError. The next :meth:`begin` takes what was made."""
 
     def beat(self, wanted: Mapping[tuple[SequenceId, Epoch], Collection[SpanId]] | None) -> ShardBeat:
         """Renews what the engine holds at the shard. ``wanted``: everything that it wants to hold there; the
         rest is given back. None: only renew."""
 
-    def begin(self, step: ShardStep) -> None:
-        """Announce a step. Frames of an earlier step still under way are discarded."""
+    def begin(
+        self, step: ShardStep, *, deadline_s: float = MOST_DEADLINE_S, drain_s: float = MOST_DEADLINE_S
+    ) -> None:
+        """Announce a step. Answers that are owed, of a step that was dropped, are read first and forgotten,
+        within ``drain_s``. ``deadline_s`` bounds each send of the step, this one too."""
 
     def send(self, layer: int, micro_batch: int, q: Tensor) -> Any:
         """Send q ``[rows, heads, k_dim]`` of the rows and heads that the shard sees of the micro-batch, never
         none; returns a token for :meth:`wait`. Rows may lie apart, as where its heads are a slice of more."""
 
-    def wait(self, sent: Any, *, out: State | None = None) -> State:
+    def wait(self, sent: Any, *, out: State | None = None, deadline_s: float = MOST_DEADLINE_S) -> State:
         """The shard's state: o ``[rows, heads, v_dim]`` in q's dtype, lse f32 (f64) ``[rows, heads]``.
         Valid until the next wait. In the memory of ``out`` where given: rows may lie apart in it, the heads
         of a row may not."""
 
     def break_off(self) -> None:
-        """The connection for hot frames failed, or must not be used any more."""
+        """Closes the connection for hot frames: it failed, or must not be used any more."""
 
     def twin(self) -> "Peer":
-        """A second connection to the same shard, for a step beside this one's. Always the same; closed with
-        this one."""
+        """A second connection to the same shard, for a step beside this one's. Always the same; connected
+        and closed with this one."""
 
     def close(self) -> None: ...
 
 
 class Shards(Protocol):
-    """All the shards of one engine."""
+    """All the shards of one engine. ``begin``, ``send`` and ``wait`` raise Late or Lost, which name the
+    shards, or what a shard refused; the step must then be dropped."""
 
     def begin(self, plan: StepPlan, micro_batches: Sequence[range]) -> None:
         """Announce a step whose rows come in ``micro_batches``, in order and without a gap."""
@@ -119,9 +132,10 @@ class Shards(Protocol):
     def overlaps(self, micro_batch: int) -> bool:
         """Whether a shard works on the micro-batch beside the engine, so that q should go early."""
 
-    def send(self, layer: int, micro_batch: int, q: Tensor) -> Any:
-        """q ``[rows of the micro-batch, q_heads, k_dim]`` goes to every shard of the plan at once."""
+    def send(self, layer: int, micro_batch: int, q: Tensor) -> None:
+        """q ``[rows of the micro-batch, q_heads, k_dim]`` goes to every shard of the plan at once; it must
+        stay as it is until :meth:`wait`."""
 
-    def wait(self, pending: Any) -> Sequence[State]:
+    def wait(self, layer: int, micro_batch: int) -> Sequence[State]:
         """One state per shard, each over all rows and heads of the micro-batch, in span order. Frames are
         waited for in the order they were sent."""

@@ -28,6 +28,9 @@ _LOG = logging.getLogger(__name__)
 CALL_DEADLINE_S = 30.0
 """A cold call: at most a few MiB, or an announcement."""
 
+CONNECT_DEADLINE_S = 5.0
+"""To make a connection for hot frames, or to ask a shard who it is: a few round trips."""
+
 DIAL_DEADLINE_S = 2.0
 """To a host that gRPC has just reached: longer means that something between drops what it does not know."""
 
@@ -38,9 +41,16 @@ WELCOME = b"\1"
 
 
 def shard_error(failure: grpc.RpcError, address: str) -> FarshoreError:
-    """What a call to a shard failed with. Late, or cancelled by the other end, is as good as unreachable: the
-    caller gave no such order, and may try again."""
-    error = error_of(failure, peer=address)
+    """What a call to a shard failed with. TransportError where the shard's own words are garbage."""
+    try:
+        return refusal(error_of(failure, peer=address), address)
+    except ValueError as garbage:
+        return TransportError(f"{address}: garbage: a status that makes no sense: {garbage}")
+
+
+def refusal(error: FarshoreError, address: str) -> FarshoreError:
+    """What a shard refuses with. Late, or cancelled by the other end, is as good as unreachable: the caller
+    gave no such order, and may try again."""
     if isinstance(error, Cancelled | DeadlineExceeded):
         return TransportError(f"{address}: {error}")
     return error
@@ -67,10 +77,11 @@ class Dialler:
         self._dial_again_s = 0.0
         self._said = ""
 
-    def connect(self, opening: pb.Open | None) -> Connected | None:
+    def connect(self, opening: pb.Open | None, *, deadline_s: float = CALL_DEADLINE_S) -> Connected | None:
         """``opening``: what hot frames will mean; None for bulk KV. None comes back where gRPC has to serve.
-        Raises TransportError where that was not asked for, or does not reach the shard either."""
-        failed = self._past_grpc(opening)
+        Raises TransportError where that was not asked for, or does not reach the shard either.
+        ``deadline_s``: of the call; each way that is tried then has DIAL_DEADLINE_S."""
+        failed = self._past_grpc(opening, deadline_s)
         if isinstance(failed, Connected):
             return failed
         if Transport.GRPC not in self._transports:
@@ -80,7 +91,7 @@ class Dialler:
         self._said = failed
         return None
 
-    def _past_grpc(self, opening: pb.Open | None) -> Connected | str:
+    def _past_grpc(self, opening: pb.Open | None, deadline_s: float) -> Connected | str:
         """Or why not."""
         wanted = [it for it in self._transports if it is not Transport.GRPC]
         if not wanted:
@@ -89,7 +100,7 @@ class Dialler:
             return "this installation has no native module (was there no compiler?)"
         try:
             request = pb.ConnectRequest(open=opening, cores=usable_cores(), threads=torch.get_num_threads())
-            offer = self._stub.Connect(request, timeout=CALL_DEADLINE_S)
+            offer = self._stub.Connect(request, timeout=deadline_s)
         except grpc.RpcError as failure:
             raise shard_error(failure, self._address) from failure
         failed = []

@@ -1,7 +1,7 @@
 """One micro-batch's layer frames to all shards that are reached natively: one call to send, one to wait.
 
-Made by ``fanout``. The answers go where their rows and heads belong in the states that are given, and nowhere
-else. It must not know replicas, or what becomes of a lost shard.
+Made by ``channel``. The answers go where their rows and heads belong in the states that are given, and
+nowhere else. It must not know replicas, or what becomes of a lost shard.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from farshore.attention_offload.frame_stream import AWAKE_US, FrameStream
-from farshore.attention_offload.frames import Sent, native
+from farshore.attention_offload.frames import native
 from farshore.errors import FarshoreError
 from farshore.kernels.base import AttentionSpec, State
+
+Failures = dict[int, FarshoreError]
+"""What shards failed with, by the index of their part."""
 
 
 class Part(NamedTuple):
@@ -25,67 +28,49 @@ class Part(NamedTuple):
     whole: State
 
 
-class Lost(Exception):
-    """The shard of ``parts[index]`` failed with ``error``. :meth:`Exchange.owed`: what the others owe."""
-
-    def __init__(self, index: int, error: FarshoreError) -> None:
-        super().__init__(error)
-        self.index = index
-        self.error = error
-
-
 class Exchange:
-    """Layer frames of one shape, one under way at a time. Not thread-safe."""
+    """Layer frames of one shape, one under way at a time. Not thread-safe.
+
+    A shard that fails keeps no other from being sent its frame, or from being waited for.
+    """
 
     def __init__(self, parts: Sequence[Part], spec: AttentionSpec, dtype: torch.dtype) -> None:
         """One part or more, no stream twice. ``dtype``: of q; InvalidRequest where a connection was opened
         for another."""
         for part in parts:
             part.stream.check_dtype(dtype)
-        self._parts = tuple(parts)
-        self._deadline_s = min(part.stream.deadline_s for part in parts)
+        self.parts = tuple(parts)
         self._native = native()
         self._handle = self._native.exchange(tuple(_lane(part, spec, dtype) for part in parts), AWAKE_US)
-        self._frame = (0, 0, 0)
 
-    def send(self, step: int, layer: int, micro_batch: int, q: Tensor) -> None:
-        """q ``[rows of the micro-batch, q_heads, k_dim]``, contiguous; it may change as soon as this returns.
-        Raises :class:`Lost`."""
-        self._frame = (step, layer, micro_batch)
-        try:
-            self._native.send_all(self._handle, *self._frame, q.data_ptr())
-        except (OSError, ValueError) as error:
-            raise self._lost(error) from error
+    def send(self, step: int, layer: int, micro_batch: int, q: Tensor) -> Failures:
+        """q ``[rows of the micro-batch, q_heads, k_dim]``, contiguous; it may change as soon as this
+        returns."""
+        failed = self._native.send_all(self._handle, step, layer, micro_batch, q.data_ptr())
+        return {} if failed is None else self._mapped(failed)
 
-    def wait(self) -> None:
-        """For all answers to the frame sent last. Raises :class:`Lost`; the others may be waited for by
-        themselves then."""
-        try:
-            failure = self._native.wait_all(self._handle, *self._frame, self._deadline_s)
-        except (OSError, ValueError) as error:
-            raise self._lost(error) from error
-        if failure is not None:
-            index, _ = self._native.progress(self._handle)
-            raise Lost(index, self._parts[index].stream.refusal(failure))
-
-    def owed(self) -> list[Sent | None]:
-        """By part: what was sent and is not answered."""
-        _, progress = self._native.progress(self._handle)
-        return [
-            Sent(*self._frame, len(part.rows), part.heads.stop - part.heads.start)
-            if sent and not answered
-            else None
-            for part, (sent, answered) in zip(self._parts, progress, strict=True)
-        ]
+    def wait(
+        self, step: int, layer: int, micro_batch: int, deadlines_s: tuple[float, ...], passed_s: float
+    ) -> Failures:
+        """For the answers to a frame that was sent, by this exchange or by one with more parts: for each
+        until its own deadline, of which ``passed_s`` are over."""
+        failed = self._native.wait_all(self._handle, step, layer, micro_batch, deadlines_s, passed_s)
+        return {} if failed is None else self._mapped(failed, deadlines_s)
 
     def times(self) -> tuple[float, list[tuple[int, list[float]]]]:
         """Since it was asked last: seconds that :meth:`wait` took; and, by part, how many answers came, and
         the seconds from sending to those that were seen coming."""
         return self._native.times(self._handle)  # type: ignore[no-any-return]
 
-    def _lost(self, error: Exception) -> Lost:
-        index, _ = self._native.progress(self._handle)
-        return Lost(index, self._parts[index].stream.mapped(error))
+    def _mapped(
+        self, failed: Sequence[tuple[int, type[Exception] | None, Any]], deadlines_s: Sequence[float] = ()
+    ) -> Failures:
+        found = {}
+        for index, kind, text in failed:
+            stream = self.parts[index].stream
+            deadline_s = deadlines_s[index] if deadlines_s else None
+            found[index] = stream.refusal(text) if kind is None else stream.mapped(kind(text), deadline_s)
+        return found
 
 
 def _lane(part: Part, spec: AttentionSpec, dtype: torch.dtype) -> tuple[Any, ...]:

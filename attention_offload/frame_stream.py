@@ -4,15 +4,16 @@ lock."""
 import socket
 
 import torch
+from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from farshore.attention_offload import codec
 from farshore.attention_offload.base import AttentionModel
-from farshore.attention_offload.connect import is_near
+from farshore.attention_offload.connect import is_near, refusal
 from farshore.attention_offload.cores import give_way
-from farshore.attention_offload.frames import Sent, Transport, frame_bytes, native
+from farshore.attention_offload.frames import MOST_DEADLINE_S, Sent, Transport, frame_bytes, native
 from farshore.attention_offload.plan import ShardStep
-from farshore.errors import FarshoreError, InvalidRequest, TransportError
+from farshore.errors import FarshoreError, InvalidRequest, Late, TransportError
 from farshore.kernels.base import State
 from farshore.proto import attention_pb2 as pb
 
@@ -32,7 +33,6 @@ class FrameStream:
         model: AttentionModel,
         dtype: torch.dtype,
         *,
-        frame_deadline_s: float,
         shares_cores: bool = False,
     ) -> None:
         """``shares_cores``: with the shard; see :class:`~farshore.attention_offload.connect.Connected`."""
@@ -41,13 +41,12 @@ class FrameStream:
         self._address = address
         self._model = model
         self._dtype = dtype
-        self.deadline_s = frame_deadline_s
         self._native = native()
         if transport is Transport.SHARED_MEMORY:
-            self.wire = self._native.shared_memory(connection.detach(), frame_deadline_s, AWAKE_US)
+            self.wire = self._native.shared_memory(connection.detach(), MOST_DEADLINE_S, AWAKE_US)
         else:
             near = is_near(connection)
-            self.wire = self._native.stream(connection.detach(), frame_deadline_s, near, AWAKE_US)
+            self.wire = self._native.stream(connection.detach(), MOST_DEADLINE_S, near, AWAKE_US)
         if shares_cores:
             give_way()
 
@@ -55,7 +54,17 @@ class FrameStream:
     def under_way(self) -> int:
         return self._native.under_way(self.wire)  # type: ignore[no-any-return]
 
-    def begin(self, step: ShardStep) -> None:
+    @property
+    def is_open(self) -> bool:
+        return self._native.is_open(self.wire)  # type: ignore[no-any-return]
+
+    def drain(self, deadline_s: float) -> None:
+        try:
+            self._native.drain(self.wire, deadline_s)
+        except (OSError, ValueError) as error:
+            raise self.mapped(error, deadline_s) from error
+
+    def begin(self, step: ShardStep, deadline_s: float) -> None:
         groups, rows = step.group1 - step.group0, max(map(len, step.micro_batches), default=0)
         most = 0
         for spec in self._model.specs:
@@ -63,15 +72,15 @@ class FrameStream:
             most = max(most, q, lse + o)
         message = codec.step_to_pb(step).SerializeToString()
         try:
-            self._native.begin(self.wire, step.step, message, most)
+            self._native.begin(self.wire, step.step, message, most, deadline_s)
         except (OSError, ValueError) as error:
-            raise self.mapped(error) from error
+            raise self.mapped(error, deadline_s) from error
 
-    def again(self, step: int) -> None:
+    def again(self, step: int, deadline_s: float) -> None:
         try:
-            self._native.again(self.wire, step)
+            self._native.again(self.wire, step, deadline_s)
         except (OSError, ValueError) as error:
-            raise self.mapped(error) from error
+            raise self.mapped(error, deadline_s) from error
 
     def send(self, sent: Sent, q: Tensor) -> None:
         self.check_dtype(q.dtype)
@@ -84,7 +93,7 @@ class FrameStream:
         except (OSError, ValueError) as error:
             raise self.mapped(error) from error
 
-    def wait(self, sent: Sent, out: State) -> None:
+    def wait(self, sent: Sent, out: State, deadline_s: float) -> None:
         o, lse = out
         size = o.element_size()
         try:
@@ -97,10 +106,10 @@ class FrameStream:
                 o.data_ptr(),
                 sent.heads * o.shape[2] * size,
                 o.stride(0) * size,
-                self.deadline_s,
+                deadline_s,
             )
         except (OSError, ValueError) as error:
-            raise self.mapped(error) from error
+            raise self.mapped(error, deadline_s) from error
         if failure is not None:
             raise self.refusal(failure)
 
@@ -112,13 +121,19 @@ class FrameStream:
             raise InvalidRequest(f"q is {dtype}: this connection was opened for {self._dtype}")
 
     def refusal(self, failure: bytes) -> FarshoreError:
-        """What a shard's last message says."""
-        return codec.error_from_pb(pb.Failure.FromString(failure), peer=self._address)
+        """What a shard's last message says: the error that it refuses the step with, or TransportError where
+        the message is garbage."""
+        try:
+            message = pb.Failure.FromString(failure)
+        except DecodeError as error:
+            return TransportError(f"{self._address}: garbage: a failure that is no message: {error}")
+        return refusal(codec.error_from_pb(message, peer=self._address), self._address)
 
-    def mapped(self, error: Exception) -> FarshoreError:
-        """What a native call on this connection failed with."""
+    def mapped(self, error: Exception, deadline_s: float | None = None) -> FarshoreError:
+        """The error for what a native call on this connection failed with, after ``deadline_s`` at most."""
         if isinstance(error, TimeoutError):
-            return TransportError(f"{self._address}: no answer within {self.deadline_s:g} s")
+            within = "" if deadline_s is None else f" within {deadline_s:.3g} s"
+            return Late(f"{self._address}: no answer{within}", shards=())
         if isinstance(error, OSError):
             return TransportError(f"{self._address}: {error}")
         return InvalidRequest(str(error))

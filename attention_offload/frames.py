@@ -25,6 +25,9 @@ from farshore.kernels.base import AttentionSpec, State
 
 HEADER_BYTES = 12
 
+MOST_DEADLINE_S = 1.0
+"""The longest that an engine waits for a layer's answer, and so for anything else on a hot connection."""
+
 
 class Transport(StrEnum):
     """By the name that people see."""
@@ -50,25 +53,37 @@ class Sent(NamedTuple):
 
 
 class HotStream(Protocol):
-    """One connection's hot frames, engine's end. Answers come in the order of the frames. Any error leaves it
-    useless: TransportError if it broke or was late, else what the shard refused the step with."""
+    """One connection's hot frames, engine's end. Answers come in the order of the frames.
+
+    Any error leaves the connection useless: Late where a deadline ran out, another TransportError where it
+    broke or brought garbage, else what the shard refused the step with. One thread uses it, save for
+    ``is_open``.
+    """
 
     @property
     def transport(self) -> Transport: ...
 
     @property
+    def is_open(self) -> bool:
+        """Whether neither end has closed it, as far as is known here. From any thread."""
+
+    @property
     def under_way(self) -> int:
         """Layer frames sent and not answered."""
 
-    def begin(self, step: ShardStep) -> None: ...
+    def drain(self, deadline_s: float) -> None:
+        """Reads the answers that are owed, of a step that was dropped, and forgets them."""
 
-    def again(self, step: int) -> None:
+    def begin(self, step: ShardStep, deadline_s: float) -> None:
+        """``deadline_s`` bounds each send from now on."""
+
+    def again(self, step: int, deadline_s: float) -> None:
         """A step that reads what the one begun last does, in a model without windows."""
 
     def send(self, sent: Sent, q: Tensor) -> None:
         """q ``[rows, heads, k_dim]``; it may change as soon as this returns."""
 
-    def wait(self, sent: Sent, out: State) -> None:
+    def wait(self, sent: Sent, out: State, deadline_s: float) -> None:
         """Fills out: o ``[rows, heads, v_dim]``, lse ``[rows, heads]``, the heads of a row contiguous."""
 
     def close(self) -> None: ...

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from torch import Tensor
 
 from farshore.attention_offload.base import AttentionModel, ShardBeat, ShardIdentity
-from farshore.attention_offload.frames import Transport
+from farshore.attention_offload.frames import MOST_DEADLINE_S, Transport
 from farshore.attention_offload.plan import ShardStep
 from farshore.attention_offload.shard import AttendedBytes, ShardSession
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
@@ -23,6 +23,7 @@ class InProcessPeer:
 
     transport = bulk_transport = Transport.IN_PROCESS
     frames = None
+    ready = True
 
     def __init__(
         self,
@@ -60,14 +61,22 @@ class InProcessPeer:
         usage = self.store.usage()
         return ShardBeat(self._worker, usage.budget_bytes, usage.available_bytes, must_reconcile=False)
 
-    def begin(self, step: ShardStep) -> None:
+    def begin(
+        self, step: ShardStep, *, deadline_s: float = MOST_DEADLINE_S, drain_s: float = MOST_DEADLINE_S
+    ) -> None:
         self._step = step.step
         self._session.begin(step)
 
     def send(self, layer: int, micro_batch: int, q: Tensor) -> tuple[int, int, Tensor]:
         return layer, micro_batch, q
 
-    def wait(self, sent: tuple[int, int, Tensor], *, out: State | None = None) -> State:
+    def wait(
+        self,
+        sent: tuple[int, int, Tensor],
+        *,
+        out: State | None = None,
+        deadline_s: float = MOST_DEADLINE_S,
+    ) -> State:
         """Attends now: the engine calls it when the frames to other shards are under way."""
         return self._session.attend(self._step, *sent, out=out)
 

@@ -1,24 +1,42 @@
 """One shard's part of the step under way: what it sees of each micro-batch, and where its answers go.
 
-Kept by ``fanout``. It must not know when anything is sent.
+Kept by ``fanout``, served by its channels. It must not know when anything is sent.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from farshore.attention_offload.base import Peer
-from farshore.attention_offload.exchange import Exchange, Part
 from farshore.attention_offload.frame_stream import FrameStream
+from farshore.attention_offload.frames import MOST_DEADLINE_S
 from farshore.attention_offload.latency import LinkRecord
-from farshore.attention_offload.plan import ShardStep
+from farshore.attention_offload.plan import ShardStep, StepPlan
+from farshore.errors import FarshoreError, Late, Lost, TransportError
 from farshore.ids import WorkerId
 from farshore.kernels.base import AttentionSpec, State
 
 Index = slice | Tensor
+Key = tuple[int, int]
+"""Layer class and micro-batch: frames of one key have one shape."""
+
+
+class Place(NamedTuple):
+    """Where a shard's answers go: ``answer`` is its part of ``whole``, whose rest is the identity."""
+
+    whole: State
+    answer: State
+    scattered: tuple[Tensor, slice] | None
+    """Rows that do not follow each other, and heads: the answer has memory of its own, and is copied."""
+
+    def put(self) -> None:
+        """The answer has come."""
+        if self.scattered is not None:
+            self.whole.o[self.scattered] = self.answer.o
+            self.whole.lse[self.scattered] = self.answer.lse
 
 
 @dataclass(slots=True, eq=False)
@@ -33,10 +51,15 @@ class Lane:
     groups: int
     """Of the whole step."""
     rows: list[tuple[int, ...]]
-    work: int
-    """Of the step."""
+    work: float
+    """Of the step, divided by its frames of a layer."""
+    deadline_s: float = MOST_DEADLINE_S
+    """Of each of the step's frames."""
     frames: FrameStream | None = None
     """The connection that the step was announced on, where several are served by one native call."""
+    announced: bool = False
+    """Its peer has begun the step."""
+    places: dict[Key, Place] = field(default_factory=dict)
 
     def heads(self, spec: AttentionSpec) -> slice:
         per_group = spec.q_heads_per_group
@@ -49,70 +72,43 @@ class Lane:
             return q
         return q[_index(rows), self.heads(spec)]
 
+    def place(self, key: Key, q: Tensor, spec: AttentionSpec) -> Place:
+        """For answers to frames like q, of all rows and heads; the same for as long as the lane lasts."""
+        if key not in self.places:
+            whole = State.identity(len(q), spec.q_heads, spec.v_dim, dtype=q.dtype)
+            rows, heads = _index(self.rows[key[1]]), self.heads(spec)
+            # A copy where the rows are scattered, a view where they are a slice.
+            answer = State(whole.o[rows, heads], whole.lse[rows, heads])
+            scattered = None if isinstance(rows, slice) else (rows, heads)
+            self.places[key] = Place(whole, answer, scattered)
+        return self.places[key]
 
-class Place(NamedTuple):
-    """Where a shard's answers go: ``answer`` is its part of ``whole``, whose rest is the identity."""
+    def repeat(self, plan: StepPlan) -> None:
+        """The step's next one, of the same reads."""
+        positions = tuple(plan.positions[row] for row in self.step.rows)
+        self.step = replace(self.step, step=plan.step, positions=positions)
 
-    whole: State
-    answer: State
-    scattered: tuple[Tensor, slice] | None
-    """Rows that do not follow each other, and heads: the answer has memory of its own, and is copied."""
-
-    @classmethod
-    def of(cls, lane: Lane, micro_batch: int, q: Tensor, spec: AttentionSpec) -> "Place":
-        whole = State.identity(len(q), spec.q_heads, spec.v_dim, dtype=q.dtype)
-        rows, heads = _index(lane.rows[micro_batch]), lane.heads(spec)
-        # A copy where the rows are scattered, a view where they are a slice.
-        answer = State(whole.o[rows, heads], whole.lse[rows, heads])
-        return cls(whole, answer, None if isinstance(rows, slice) else (rows, heads))
-
-    def put(self) -> None:
-        """The answer has come."""
-        if self.scattered is not None:
-            self.whole.o[self.scattered] = self.answer.o
-            self.whole.lse[self.scattered] = self.answer.lse
-
-
-@dataclass(slots=True, eq=False)
-class Pending:
-    """A layer frame under way to every shard that has rows of its micro-batch: to those of ``together`` at
-    once, and to the others, or if one of these was lost to all, one by one."""
-
-    layer: int
-    micro_batch: int
-    q: Tensor
-    sent_s: float
-    together: "Group | None" = None
-    sent: dict[Lane, Any] = field(default_factory=dict)
-    """What their peers wait for."""
-
-    def went_to(self, lane: Lane) -> bool:
-        return lane in self.sent or (self.together is not None and lane in self.together.lanes)
-
-    def part(self) -> None:
-        """From now on, every shard that owes an answer is waited for by itself."""
-        if self.together is not None:
-            owed = zip(self.together.lanes, self.together.exchange.owed(), strict=True)
-            self.sent |= {lane: sent for lane, sent in owed if sent is not None}
-            self.together = None
+    def named(self, error: FarshoreError) -> FarshoreError:
+        """What a call on its peer failed with, as one of this shard: Late or Lost where it is the
+        transport's."""
+        if not isinstance(error, TransportError):
+            return error
+        named = (Late if isinstance(error, Late) else Lost)(str(error), shards=[self.worker])
+        named.__cause__ = error.__cause__ or error
+        return named
 
 
-class Group(NamedTuple):
-    """The lanes of a micro-batch that are served by one native call; ``complete``: there are no others."""
-
-    lanes: list[Lane]
-    exchange: Exchange
-    complete: bool
-
-    @classmethod
-    def of(
-        cls, lanes: Mapping[Lane, Place], pending: Pending, spec: AttentionSpec, *, complete: bool
-    ) -> "Group":
-        parts = []
-        for lane, place in lanes.items():
-            assert lane.frames is not None, "a lane that has no native connection"
-            parts.append(Part(lane.frames, lane.rows[pending.micro_batch], lane.heads(spec), place.whole))
-        return cls(list(lanes), Exchange(parts, spec, pending.q.dtype), complete)
+def as_one(failed: Mapping[Lane, FarshoreError]) -> FarshoreError:
+    """The error to raise for what some lanes failed with: a shard's refusal as it is, else Lost, else Late,
+    for all the shards that it is true of."""
+    for error in failed.values():
+        if not isinstance(error, Late | Lost):
+            return error
+    kind = Lost if any(isinstance(error, Lost) for error in failed.values()) else Late
+    those = {lane.worker: error for lane, error in failed.items() if isinstance(error, kind)}
+    one = kind("; ".join(dict.fromkeys(map(str, those.values()))), shards=those)
+    one.__cause__ = next(iter(those.values()))
+    return one
 
 
 def _index(rows: tuple[int, ...]) -> Index:

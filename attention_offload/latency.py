@@ -1,7 +1,8 @@
 """How long shards take to answer: a histogram for each, cheap enough to feed with every frame; and which of
 them are slow.
 
-Fed by ``fanout``, shown by the engine's Status. It must not know what a frame is.
+From the same records comes each shard's deadline. Fed by the channels, shown by the engine's Status. It must
+not know what a frame is.
 """
 
 import logging
@@ -11,6 +12,7 @@ from math import log2
 from statistics import median
 from typing import NamedTuple
 
+from farshore.attention_offload.frames import MOST_DEADLINE_S
 from farshore.ids import WorkerId
 
 STEPS_AN_OCTAVE = 4
@@ -31,6 +33,12 @@ RECENT_FRAMES = 256
 WORK_SMOOTHING = 1 / 8
 PAST_WORK_SMOOTHING = 1 / 128
 """Of the work a step brings, over as many steps as the histograms hold."""
+
+LEAST_DEADLINE_S = 0.1
+DEADLINE_TIMES = 4.0
+"""Of the time that a frame is expected to take."""
+DEADLINE_LEAST_FRAMES = 1000
+"""Seen of a shard, before its deadline follows from them."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -83,9 +91,17 @@ class LinkRecord:
     work: float = 0.0
     """What a step asks of it, in any unit that is the same for every shard; smoothed."""
     past_work: float = 0.0
+    deadline_s: float = MOST_DEADLINE_S
+    """In force: of the step under way, or the last one."""
+    _median_s: float = 0.0
+    _median_at: int = 0
+    """Frames that were seen when the median was taken."""
 
     def expect(self, work: float) -> None:
-        """A step begins that asks ``work`` of it."""
+        """A step begins that asks ``work`` of it with each frame. Sets the deadline of these."""
+        if self.frames - self._median_at >= RECENT_FRAMES:
+            self._median_s, self._median_at = self.latency.quantile_s(0.5), self.frames
+        self.deadline_s = frame_deadline_s(self.frames, self._median_s * _more(work, self.past_work))
         self.work += (work - self.work) * (WORK_SMOOTHING if self.work else 1.0)
         self.past_work += (work - self.past_work) * (PAST_WORK_SMOOTHING if self.past_work else 1.0)
 
@@ -94,6 +110,13 @@ class LinkRecord:
         buckets = [bucket(seconds) for seconds in times_s]
         self.latency.add(*buckets)
         self.recent.add(*buckets)
+
+
+def frame_deadline_s(frames: int, expected_s: float) -> float:
+    """Of a shard that has answered ``frames`` so far, and should take ``expected_s`` for the next one."""
+    if frames < DEADLINE_LEAST_FRAMES:
+        return MOST_DEADLINE_S
+    return min(LEAST_DEADLINE_S + DEADLINE_TIMES * expected_s, MOST_DEADLINE_S)
 
 
 class Link(NamedTuple):
@@ -106,6 +129,8 @@ class Link(NamedTuple):
     failures: int
     p50_ms: float
     p99_ms: float
+    deadline_ms: float
+    """In force: an answer that takes longer is late."""
     slow: bool
     """It takes three times as long as it used to, or as the other shards take, for as much work."""
 
@@ -120,6 +145,7 @@ def links(records: Mapping[WorkerId, LinkRecord], transports: Mapping[WorkerId, 
             failures=it.failures,
             p50_ms=it.latency.quantile_s(0.5) * 1e3,
             p99_ms=it.latency.quantile_s(0.99) * 1e3,
+            deadline_ms=it.deadline_s * 1e3,
             slow=_is_slow(it, [other for other in records.values() if other is not it]),
         )
         for worker, it in records.items()

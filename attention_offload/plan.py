@@ -13,7 +13,6 @@ from typing import NamedTuple
 from farshore.errors import InvalidPlan
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 
-
 SequenceKey = tuple[SequenceId, int]
 """A sequence's id, and which of its choices."""
 

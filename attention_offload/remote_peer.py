@@ -4,6 +4,7 @@ fastest transport that connects.
 Called by the dense worker. It must not know what else the engine reads from.
 """
 
+import threading
 from collections.abc import Sequence
 
 import grpc
@@ -12,20 +13,17 @@ from torch import Tensor
 
 from farshore.attention_offload import codec
 from farshore.attention_offload.base import AttentionModel, ShardIdentity
-from farshore.attention_offload.connect import CALL_DEADLINE_S, Dialler, shard_error
+from farshore.attention_offload.connect import CONNECT_DEADLINE_S, Dialler, shard_error
 from farshore.attention_offload.frame_stream import FrameStream
-from farshore.attention_offload.frames import REMOTE, HotStream, Sent, Transport
+from farshore.attention_offload.frames import MOST_DEADLINE_S, REMOTE, HotStream, Sent, Transport
 from farshore.attention_offload.grpc_stream import GrpcStream
 from farshore.attention_offload.plan import ShardStep
 from farshore.attention_offload.remote_store import RemoteStore
-from farshore.errors import FarshoreError, InvalidRequest, TransportError
+from farshore.errors import FarshoreError, InvalidRequest, Late, TransportError
 from farshore.kernels.base import State
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
 from farshore.rpc import OPTIONS
-
-FRAME_DEADLINE_S = 30.0
-"""One layer's answer. Generous: a shard's first touch of a 100K-token context on a busy host is slow."""
 
 MAX_UNDER_WAY = 16
 """Frames unanswered at a time: one a micro-batch is usual, and shared memory has slots for so many."""
@@ -42,28 +40,33 @@ class RemotePeer:
         model: AttentionModel,
         dtype: torch.dtype,
         *,
-        frame_deadline_s: float = FRAME_DEADLINE_S,
         transports: Sequence[Transport] = REMOTE,
     ) -> None:
         self._address = address
         self._model = model
         self._dtype = dtype
         self._lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self._frame_deadline_s = frame_deadline_s
         self._transports = tuple(transports)
         self._twin: RemotePeer | None = None
         self._channel = grpc.insecure_channel(address, options=OPTIONS)
         self._stub = pb_grpc.AttentionStub(self._channel)
+        self._connecting = threading.Lock()
+        """Held while a connection is made: one thread at a time makes one."""
+        self._handover = threading.Lock()
+        self._connected: HotStream | None = None
+        """The newest connection: any thread puts it here, the loop takes it when it begins a step."""
         self._stream: HotStream | None = None
+        """The loop's: the one that the step under way was announced on."""
         self._step: ShardStep | None = None
-        """The one announced last on this connection."""
+        """The one announced last on ``_stream``."""
         self._dialler = Dialler(self._stub, address, transports, purpose="hot frames go")
         self.store = RemoteStore(self._stub, address, transports=transports)
 
     @property
     def transport(self) -> Transport | None:
         """Of hot frames; None while there is no connection for them."""
-        return self._stream.transport if self._stream else None
+        stream = self._connected
+        return stream.transport if stream is not None else None
 
     @property
     def frames(self) -> FrameStream | None:
@@ -73,9 +76,9 @@ class RemotePeer:
     def bulk_transport(self) -> Transport | None:
         return self.store.transport
 
-    def identify(self) -> ShardIdentity:
+    def identify(self, *, deadline_s: float = CONNECT_DEADLINE_S) -> ShardIdentity:
         try:
-            message = self._stub.Identify(pb.IdentifyRequest(), timeout=CALL_DEADLINE_S)
+            message = self._stub.Identify(pb.IdentifyRequest(), timeout=deadline_s)
         except grpc.RpcError as failure:
             raise shard_error(failure, self._address) from failure
         return codec.identity_from_pb(message)
@@ -86,30 +89,45 @@ class RemotePeer:
         it = self.identify()
         return ShardBeat(it.worker, it.budget_bytes, it.free_bytes, must_reconcile=False)
 
-    def connect(self) -> Transport:
-        """Make the connection for hot frames now; :meth:`begin` makes it where there is none."""
-        if self._stream is None:
-            self._stream = self._open()
-        return self._stream.transport
+    @property
+    def ready(self) -> bool:
+        stream, twin = self._connected, self._twin
+        return stream is not None and stream.is_open and (twin is None or twin.ready)
 
-    def begin(self, step: ShardStep) -> None:
-        if self._stream is not None and self._stream.under_way:
-            # A step was dropped half way. A fresh connection is the simplest way never to see its answers.
-            self.break_off()
-        used = self._stream is not None
-        self.connect()
+    def connect(self, *, deadline_s: float = CONNECT_DEADLINE_S) -> Transport:
+        """``deadline_s``: of the call that asks the shard; dialling has DIAL_DEADLINE_S for each way."""
+        with self._connecting:
+            stream = self._connected
+            if stream is None or not stream.is_open:
+                stream = self._open(deadline_s)
+                with self._handover:
+                    self._connected = stream
+        if self._twin is not None:
+            self._twin.connect(deadline_s=deadline_s)
+        return stream.transport
+
+    def begin(
+        self, step: ShardStep, *, deadline_s: float = MOST_DEADLINE_S, drain_s: float = MOST_DEADLINE_S
+    ) -> None:
+        self._take_newest()
+        stream = self._stream
+        if stream is None:
+            raise Late(f"{self._address}: there is no connection for hot frames now", shards=())
         try:
-            self._announce(step)
-        except TransportError:
-            if not used:
-                raise
-            # The shard was gone for a while between two steps.
-            self.connect()
-            self._announce(step)
+            if stream.under_way:
+                stream.drain(drain_s)
+            if self._step is not None and not self._model.has_windows and step.reads_as(self._step):
+                stream.again(step.step, deadline_s)
+            else:
+                stream.begin(step, deadline_s)
+        except FarshoreError:
+            self.break_off()
+            raise
+        self._step = step
 
     def send(self, layer: int, micro_batch: int, q: Tensor) -> Sent:
         if self._stream is None or self._step is None:
-            raise TransportError(f"{self._address}: the stream broke; begin the step again")
+            raise TransportError(f"{self._address}: the connection is closed; begin the step again")
         if self._stream.under_way == MAX_UNDER_WAY:
             raise InvalidRequest(f"{MAX_UNDER_WAY} frames are under way: wait for one before the next")
         sent = Sent(self._step.step, layer, micro_batch, q.shape[0], q.shape[1])
@@ -120,9 +138,9 @@ class RemotePeer:
             raise
         return sent
 
-    def wait(self, sent: Sent, *, out: State | None = None) -> State:
-        if self._stream is None:
-            raise TransportError(f"{self._address}: the stream broke; begin the step again")
+    def wait(self, sent: Sent, *, out: State | None = None, deadline_s: float = MOST_DEADLINE_S) -> State:
+        if self._stream is None or self._step is None:
+            raise TransportError(f"{self._address}: the connection is closed; begin the step again")
         if out is None:
             v_dim = self._model.specs[self._model.layer_class[sent.layer]].v_dim
             out = State(
@@ -130,7 +148,7 @@ class RemotePeer:
                 torch.empty(sent.rows, sent.heads, dtype=self._lse_dtype),
             )
         try:
-            self._stream.wait(sent, out)
+            self._stream.wait(sent, out, deadline_s)
         except FarshoreError:
             self.break_off()
             raise
@@ -142,37 +160,34 @@ class RemotePeer:
                 self._address,
                 self._model,
                 self._dtype,
-                frame_deadline_s=self._frame_deadline_s,
                 transports=self._transports,
             )
         return self._twin
 
     def break_off(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-        self._stream = self._step = None
+        stream, self._stream, self._step = self._stream, None, None
+        if stream is not None:
+            stream.close()
+            with self._handover:
+                if self._connected is stream:
+                    self._connected = None
 
     def close(self) -> None:
         if self._twin is not None:
             self._twin.close()
+        self._take_newest()
         self.break_off()
         self.store.close()
         self._channel.close()
 
-    def _announce(self, step: ShardStep) -> None:
-        assert self._stream is not None
-        try:
-            if self._step is not None and not self._model.has_windows and step.reads_as(self._step):
-                self._stream.again(step.step)
-            else:
-                self._stream.begin(step)
-        except FarshoreError:
+    def _take_newest(self) -> None:
+        if self._connected is not self._stream:
             self.break_off()
-            raise
-        self._step = step
+            self._stream = self._connected
 
-    def _open(self) -> HotStream:
-        connected = self._dialler.connect(codec.model_to_pb(self._model, self._dtype))
+    def _open(self, deadline_s: float) -> HotStream:
+        opening = codec.model_to_pb(self._model, self._dtype)
+        connected = self._dialler.connect(opening, deadline_s=deadline_s)
         if connected is not None:
             return FrameStream(
                 connected.connection,
@@ -180,12 +195,8 @@ class RemotePeer:
                 self._address,
                 self._model,
                 self._dtype,
-                frame_deadline_s=self._frame_deadline_s,
                 shares_cores=connected.shares_cores,
             )
-        return GrpcStream(
-            self._address,
-            self._model,
-            self._dtype,
-            frame_deadline_s=self._frame_deadline_s,
-        )
+        # The stream opens when the loop begins a step: only a shard that answers now may be waited for then.
+        self.identify(deadline_s=deadline_s)
+        return GrpcStream(self._address, self._model, self._dtype)

@@ -91,7 +91,8 @@ class Ground:
         q = torch.ones(rows, spec.q_heads, spec.k_dim, dtype=self._model.dtype)
         shards.begin(self._plan(rows), [range(rows)])
         for layer in range(self._layout.layers):
-            shards.wait(shards.send(layer, 0, q))
+            shards.send(layer, 0, q)
+            shards.wait(layer, 0)
 
     def _plan(self, rows: int, *, spans: bool = True) -> StepPlan:
         reads: dict[WorkerId, list[Read]] = {}

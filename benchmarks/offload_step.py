@@ -221,6 +221,8 @@ def _peers(
         for i, address in enumerate(addresses)
     }
     try:
+        for peer in peers.values():
+            peer.connect()
         yield peers
     finally:
         for peer in peers.values():

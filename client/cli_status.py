@@ -78,13 +78,14 @@ def _links(status: ClusterStatus) -> list[str]:
             link.frames,
             f"{link.p50_ms:.3g} ms",
             f"{link.p99_ms:.3g} ms",
+            f"{link.deadline_ms:.3g} ms",
             link.failures,
             "slow" if link.slow else "",
         )
         for worker in status.workers
         for link in worker.links
     ]
-    header = ("LINK", "TRANSPORT", "FRAMES", "P50", "P99", "FAILURES", "")
+    header = ("LINK", "TRANSPORT", "FRAMES", "P50", "P99", "DEADLINE", "FAILURES", "")
     return [*table(header, rows), ""] if rows else []
 
 

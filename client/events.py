@@ -105,6 +105,8 @@ class Link:
     failures: int
     p50_ms: float
     p99_ms: float
+    deadline_ms: float
+    """An answer that takes longer is late."""
     slow: bool
     """Beside the other attention workers."""
 

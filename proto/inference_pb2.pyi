@@ -252,7 +252,7 @@ class WorkerStatus(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., kind: _Optional[str] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., process_id: _Optional[int] = ..., state: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., attended_bytes: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., links: _Optional[_Iterable[_Union[ShardLink, _Mapping]]] = ..., parked: _Optional[int] = ..., parkings: _Optional[int] = ...) -> None: ...
 
 class ShardLink(_message.Message):
-    __slots__ = ("worker_id", "transport", "frames", "failures", "p50_ms", "p99_ms", "slow")
+    __slots__ = ("worker_id", "transport", "frames", "failures", "p50_ms", "p99_ms", "slow", "deadline_ms")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     FRAMES_FIELD_NUMBER: _ClassVar[int]
@@ -260,6 +260,7 @@ class ShardLink(_message.Message):
     P50_MS_FIELD_NUMBER: _ClassVar[int]
     P99_MS_FIELD_NUMBER: _ClassVar[int]
     SLOW_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     transport: str
     frames: int
@@ -267,7 +268,8 @@ class ShardLink(_message.Message):
     p50_ms: float
     p99_ms: float
     slow: bool
-    def __init__(self, worker_id: _Optional[str] = ..., transport: _Optional[str] = ..., frames: _Optional[int] = ..., failures: _Optional[int] = ..., p50_ms: _Optional[float] = ..., p99_ms: _Optional[float] = ..., slow: bool = ...) -> None: ...
+    deadline_ms: float
+    def __init__(self, worker_id: _Optional[str] = ..., transport: _Optional[str] = ..., frames: _Optional[int] = ..., failures: _Optional[int] = ..., p50_ms: _Optional[float] = ..., p99_ms: _Optional[float] = ..., slow: bool = ..., deadline_ms: _Optional[float] = ...) -> None: ...
 
 class SpanStatus(_message.Message):
     __slots__ = ("worker_id", "first", "last", "group0", "group1", "bytes")

@@ -123,7 +123,6 @@ class _MicroBatch:
         self._shards: Shards | None = None
         self._append: Callable[[int], None]
         self._plan: Any = None
-        self._pending: Any = None
 
     @property
     def h(self) -> Tensor:
@@ -157,7 +156,7 @@ class _MicroBatch:
             kernels.partial(self._plan, layer, way.q, out=self._out)
         elif self._overlaps:
             way.query(layer)
-            self._pending = shards.send(layer, self._index, way.q)
+            shards.send(layer, self._index, way.q)
             way.key_value(layer)
             self._append(layer)
             kernels.partial(self._plan, layer, way.q, out=self._own)
@@ -165,13 +164,13 @@ class _MicroBatch:
             way.project(layer)
             self._append(layer)
             kernels.offer(self._plan, layer, way.q, out=self._own)
-            self._pending = shards.send(layer, self._index, way.q)
+            shards.send(layer, self._index, way.q)
 
     def finish(self, layer: int) -> None:
         """Merge what the shards say, in span order, and what the engine has, and go through the layer's
         rest."""
         if self._shards is not None:
-            states = self._shards.wait(self._pending)
+            states = self._shards.wait(layer, self._index)
             self._kernels.complete()
             self._kernels.merge([*states, self._own], out=self._out)
         self._way.finish(layer)

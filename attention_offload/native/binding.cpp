@@ -78,21 +78,28 @@ PyMethodDef methods[] = {
      " this host. It waits for a frame awake for so long, where they come that soon."},
     {"shared_memory", make_shared_memory, METH_VARARGS,
      "shared_memory(fd, frame_s, awake_us): as `stream`, layer frames in shared memory; Unix sockets."},
-    {"begin", begin, METH_VARARGS, "begin(wire, step, message, max_layer_bytes)"},
-    {"again", again, METH_VARARGS, "again(wire, step): a step that reads what the one begun last does."},
+    {"begin", begin, METH_VARARGS,
+     "begin(wire, step, message, max_layer_bytes, frame_s): frame_s bounds each send from now on, and the rest of a"
+     " frame that has begun."},
+    {"again", again, METH_VARARGS, "again(wire, step, frame_s): a step that reads what the one begun last does."},
     {"send", send, METH_VARARGS, "send(wire, step, layer, micro_batch, rows, q, row_bytes, stride_bytes)"},
     {"wait", wait, METH_VARARGS,
      "wait(wire, step, layer, micro_batch, rows, lse, row_bytes, stride_bytes, o, row_bytes, stride_bytes, s);"
      " returns None, or a message Failure"},
     {"under_way", under_way, METH_VARARGS, "under_way(wire): layer frames that were sent and not answered"},
+    {"is_open", is_open, METH_VARARGS,
+     "is_open(wire): whether the other end has not closed the connection. From any thread."},
+    {"drain", drain, METH_VARARGS,
+     "drain(wire, s): reads the answers that are owed, and forgets them."},
     {"exchange", make_exchange, METH_VARARGS,
      "exchange(lanes, awake_us): one micro-batch's frames to several shards. lanes: a tuple of (wire, rows, q offset,"
      " row_bytes, stride_bytes, lse, row_bytes, stride_bytes, o, row_bytes, stride_bytes), lse and o of all rows"},
-    {"send_all", send_all, METH_VARARGS, "send_all(exchange, step, layer, micro_batch, q); see `progress`"},
+    {"send_all", send_all, METH_VARARGS,
+     "send_all(exchange, step, layer, micro_batch, q): returns None, or what lanes failed with, while all others were"
+     " sent it: [(lane, type of an exception, its text), or (lane, None, a message Failure), ...]"},
     {"wait_all", wait_all, METH_VARARGS,
-     "wait_all(exchange, step, layer, micro_batch, s): returns None, or a message Failure; see `progress`"},
-    {"progress", progress, METH_VARARGS,
-     "progress(exchange): (the lane that an error or a Failure came from, [(sent, answered), ...])"},
+     "wait_all(exchange, step, layer, micro_batch, (s, ...), passed_s): until each lane has answered, or its deadline,"
+     " of which passed_s are over; returns as `send_all` does, when all others have answered"},
     {"times", times, METH_VARARGS,
      "times(exchange): since it was asked last, (seconds waited, [(answers, [seconds from sending to one that was seen"
      " coming, ...]), ...])"},

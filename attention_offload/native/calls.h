@@ -14,18 +14,20 @@ namespace farshore::wire {
 
 inline constexpr const char* WIRE_CAPSULE = "farshore.wire";
 
+// Python's exception for one of ours.
+inline PyObject* type_of(const std::exception& error) {
+    if (dynamic_cast<const Late*>(&error)) return PyExc_TimeoutError;
+    if (dynamic_cast<const Broken*>(&error)) return PyExc_ConnectionError;
+    if (dynamic_cast<const Refused*>(&error)) return PyExc_ValueError;
+    return PyExc_RuntimeError;
+}
+
 template <class Call>
 PyObject* guarded(Call&& call) {
     try {
         return call();
-    } catch (const Late& error) {
-        PyErr_SetString(PyExc_TimeoutError, error.what());
-    } catch (const Broken& error) {
-        PyErr_SetString(PyExc_ConnectionError, error.what());
-    } catch (const Refused& error) {
-        PyErr_SetString(PyExc_ValueError, error.what());
     } catch (const std::exception& error) {
-        if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, error.what());
+        if (!PyErr_Occurred()) PyErr_SetString(type_of(error), error.what());
     }
     return nullptr;
 }
@@ -64,13 +66,14 @@ inline const Api& kernels_api() {
 PyObject* begin(PyObject*, PyObject* args);
 PyObject* again(PyObject*, PyObject* args);
 PyObject* under_way(PyObject*, PyObject* args);
+PyObject* is_open(PyObject*, PyObject* args);
+PyObject* drain(PyObject*, PyObject* args);
 PyObject* send(PyObject*, PyObject* args);
 PyObject* wait(PyObject*, PyObject* args);
 PyObject* make_exchange(PyObject*, PyObject* args);
 PyObject* send_all(PyObject*, PyObject* args);
 PyObject* wait_all(PyObject*, PyObject* args);
 PyObject* give_way(PyObject*, PyObject*);
-PyObject* progress(PyObject*, PyObject* args);
 PyObject* times(PyObject*, PyObject* args);
 PyObject* serve(PyObject*, PyObject* args);
 PyObject* share_cores(PyObject*, PyObject*);

@@ -61,6 +61,34 @@ Lane lane_of(PyObject* description, Held& held) {
     return it;
 }
 
+// (lane, type of the exception, its text), or (lane, None, the shard's Failure).
+PyObject* tuple_of(const Failed& failed) {
+    const auto lane = static_cast<Py_ssize_t>(failed.lane);
+    if (!failed.error) return Py_BuildValue("nON", lane, Py_None, message_of(failed.refusal));
+    try {
+        std::rethrow_exception(failed.error);
+    } catch (const std::exception& error) {
+        return Py_BuildValue("nOs", lane, type_of(error), error.what());
+    }
+}
+
+// None where no lane failed.
+PyObject* list_of(const std::vector<Failed>& failed) {
+    if (failed.empty()) Py_RETURN_NONE;
+    PyObject* list = PyList_New(0);
+    if (!list) throw Raised();
+    for (const Failed& it : failed) {
+        PyObject* tuple = tuple_of(it);
+        const bool added = tuple && PyList_Append(list, tuple) == 0;
+        Py_XDECREF(tuple);
+        if (!added) {
+            Py_DECREF(list);
+            throw Raised();
+        }
+    }
+    return list;
+}
+
 }  // namespace
 
 PyObject* begin(PyObject*, PyObject* args) {
@@ -68,10 +96,12 @@ PyObject* begin(PyObject*, PyObject* args) {
         PyObject* capsule;
         unsigned step, max_layer_bytes;
         Py_buffer message;
-        parse(args, "OIy*I", &capsule, &step, &message, &max_layer_bytes);
+        double frame_s;
+        parse(args, "OIy*Id", &capsule, &step, &message, &max_layer_bytes, &frame_s);
         const std::unique_ptr<Py_buffer, void (*)(Py_buffer*)> owned(&message, PyBuffer_Release);
         if (message.len > MAX_CONTROL_BYTES) throw Refused("a step of more than 16 MiB of reads");
         Wire& wire = wire_of(capsule);
+        wire.allow(frame_s);
         {
             WithoutGil released;
             wire.begin({step, 0, 0, BEGIN, static_cast<uint32_t>(message.len)}, message.buf, max_layer_bytes);
@@ -84,8 +114,10 @@ PyObject* again(PyObject*, PyObject* args) {
     return guarded([&]() -> PyObject* {
         PyObject* capsule;
         unsigned step;
-        parse(args, "OI", &capsule, &step);
+        double frame_s;
+        parse(args, "OId", &capsule, &step, &frame_s);
         Wire& wire = wire_of(capsule);
+        wire.allow(frame_s);
         {
             WithoutGil released;
             wire.again(step);
@@ -99,6 +131,28 @@ PyObject* under_way(PyObject*, PyObject* args) {
         PyObject* capsule;
         parse(args, "O", &capsule);
         return PyLong_FromUnsignedLong(wire_of(capsule).under_way);
+    });
+}
+
+PyObject* is_open(PyObject*, PyObject* args) {
+    return guarded([&]() -> PyObject* {
+        PyObject* capsule;
+        parse(args, "O", &capsule);
+        return PyBool_FromLong(wire_of(capsule).is_open());
+    });
+}
+
+PyObject* drain(PyObject*, PyObject* args) {
+    return guarded([&]() -> PyObject* {
+        PyObject* capsule;
+        double deadline_s;
+        parse(args, "Od", &capsule, &deadline_s);
+        Wire& wire = wire_of(capsule);
+        {
+            WithoutGil released;
+            drain(wire, after(deadline_s));
+        }
+        Py_RETURN_NONE;
     });
 }
 
@@ -168,27 +222,35 @@ PyObject* send_all(PyObject*, PyObject* args) {
         unsigned long long q;
         parse(args, "OIIIK", &capsule, &step, &layer, &micro_batch, &q);
         Exchange& exchange = exchange_of(capsule);
+        std::vector<Failed> failed;
         {
             WithoutGil released;
-            exchange.send(layer_header(step, layer, micro_batch), reinterpret_cast<const uint8_t*>(q));
+            failed = exchange.send(layer_header(step, layer, micro_batch), reinterpret_cast<const uint8_t*>(q));
         }
-        Py_RETURN_NONE;
+        return list_of(failed);
     });
 }
 
 PyObject* wait_all(PyObject*, PyObject* args) {
     return guarded([&]() -> PyObject* {
-        PyObject* capsule;
+        PyObject *capsule, *deadlines_s;
         unsigned step, layer, micro_batch;
-        double deadline_s;
-        parse(args, "OIIId", &capsule, &step, &layer, &micro_batch, &deadline_s);
+        double passed_s;
+        parse(args, "OIIIO!d", &capsule, &step, &layer, &micro_batch, &PyTuple_Type, &deadlines_s, &passed_s);
         Exchange& exchange = exchange_of(capsule);
-        std::optional<Frame> failure;
+        if (PyTuple_GET_SIZE(deadlines_s) != static_cast<Py_ssize_t>(exchange.lanes.size()))
+            throw std::invalid_argument("a deadline for each lane");
+        std::vector<Deadline> until;
+        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(deadlines_s); i++) {
+            until.push_back(after(PyFloat_AsDouble(PyTuple_GET_ITEM(deadlines_s, i)) - passed_s));
+            if (PyErr_Occurred()) throw Raised();
+        }
+        std::vector<Failed> failed;
         {
             WithoutGil released;
-            failure = exchange.wait(layer_header(step, layer, micro_batch), after(deadline_s));
+            failed = exchange.wait(layer_header(step, layer, micro_batch), until);
         }
-        return message_of(failure);
+        return list_of(failed);
     });
 }
 
@@ -196,21 +258,6 @@ PyObject* give_way(PyObject*, PyObject*) {
     return guarded([&]() -> PyObject* {
         kernels_api().give_way();
         Py_RETURN_NONE;
-    });
-}
-
-PyObject* progress(PyObject*, PyObject* args) {
-    return guarded([&]() -> PyObject* {
-        PyObject* capsule;
-        parse(args, "O", &capsule);
-        const Exchange& exchange = exchange_of(capsule);
-        PyObject* lanes = PyList_New(0);
-        for (const Lane& lane : exchange.lanes) {
-            PyObject* flags = Py_BuildValue("(NN)", PyBool_FromLong(lane.sent), PyBool_FromLong(lane.answered));
-            PyList_Append(lanes, flags);
-            Py_DECREF(flags);
-        }
-        return Py_BuildValue("nN", static_cast<Py_ssize_t>(exchange.at), lanes);
     });
 }
 

@@ -1,6 +1,7 @@
 #include "exchange.h"
 
 #include <cstring>
+#include <utility>
 
 namespace farshore::wire {
 namespace {
@@ -50,30 +51,46 @@ bool take_answer(const Lane& lane, Header header, const Frame& answer) {
     return true;
 }
 
-void Exchange::send(const Header& header, const uint8_t* q) {
-    for (Lane& lane : lanes) lane.sent = lane.answered = false;
+void drain(Wire& wire, Deadline until) {
+    for (; wire.under_way > 0; wire.under_way--) {
+        const uint8_t kind = wire.next(until).header.kind;
+        if (kind == FAILURE) throw Broken("the shard refused a step that was dropped, and ended the connection");
+        if (kind != LAYER) throw Broken("garbage: a frame of kind " + std::to_string(kind) + " for an answer");
+    }
+}
+
+std::vector<Failed> Exchange::send(const Header& header, const uint8_t* q) {
+    for (Lane& lane : lanes) lane.sent = false;
+    failed_.clear();
     sent_ = Clock::now();
     // Who was on this core comes last: woken, it runs here at once, and if the others waited for their frames
     // meanwhile, a layer would take a second attention's time.
     const uint32_t here = this_core();
     for (const bool on_this_core : {false, true})
-        for (at = 0; at < lanes.size(); at++) {
-            Lane& lane = lanes[at];
+        for (size_t i = 0; i < lanes.size(); i++) {
+            Lane& lane = lanes[i];
             if (lane.sent || (!on_this_core && lane.wire->other_core() == here)) continue;
-            send_frame(lane, header, q);
+            try {
+                send_frame(lane, header, q);
+            } catch (const std::exception&) {
+                failed_.push_back({i, std::current_exception(), {}});
+            }
             lane.sent = true;
         }
+    return std::exchange(failed_, {});
 }
 
-std::optional<Frame> Exchange::wait(const Header& header, Deadline deadline) {
+std::vector<Failed> Exchange::wait(const Header& header, const std::vector<Deadline>& until) {
     const auto start = Clock::now();
+    for (Lane& lane : lanes) lane.done = false;
+    failed_.clear();
     // An answer that is there may have come long ago: its time counts for one shard only, in turns.
     const size_t turn = turns_++ % lanes.size();
     bool waited = false;
     for (size_t due = lanes.size(); due > 0;) {
         for (size_t i = 0; i < lanes.size(); i++) {
-            if (lanes[i].answered || !lanes[i].wire->ready()) continue;
-            if (auto failure = take(i, header, deadline, waited || i == turn)) return failure;
+            if (lanes[i].done || !lanes[i].wire->ready()) continue;
+            take(i, header, until[i], waited || i == turn);
             due--;
         }
         if (due == 0) break;
@@ -83,37 +100,43 @@ std::optional<Frame> Exchange::wait(const Header& header, Deadline deadline) {
         const bool in_the_way = next < lanes.size();
         if (!in_the_way) {
             if (patience_.wait([&] { return any_ready(); }, [&] { return on_this_core() < lanes.size(); })) continue;
-            for (next = 0; lanes[next].answered;) next++;
+            for (next = 0; lanes[next].done;) next++;
         }
-        if (auto failure = take(next, header, deadline, true)) return failure;
+        take(next, header, until[next], true);
         due--;
         if (!in_the_way) patience_.slept();
     }
     waited_s += seconds_since(start);
-    return {};
+    return std::exchange(failed_, {});
 }
 
-std::optional<Frame> Exchange::take(size_t lane, const Header& header, Deadline deadline, bool timed) {
-    at = lane;
+void Exchange::take(size_t lane, const Header& header, Deadline deadline, bool timed) {
     Lane& it = lanes[lane];
-    const Frame frame = it.wire->next(deadline);
-    if (!take_answer(it, header, frame)) return frame;
-    it.answered = true;
+    it.done = true;
+    try {
+        const Frame frame = it.wire->next(deadline);
+        if (!take_answer(it, header, frame)) {
+            failed_.push_back({lane, nullptr, frame});
+            return;
+        }
+    } catch (const std::exception&) {
+        failed_.push_back({lane, std::current_exception(), {}});
+        return;
+    }
     it.answers++;
-    if (timed) it.taken_s.push_back(seconds_since(sent_));
-    return {};
+    if (timed && sent_) it.taken_s.push_back(seconds_since(*sent_));
 }
 
 bool Exchange::any_ready() const {
     for (const Lane& lane : lanes)
-        if (!lane.answered && lane.wire->ready()) return true;
+        if (!lane.done && lane.wire->ready()) return true;
     return false;
 }
 
 size_t Exchange::on_this_core() const {
     const uint32_t here = this_core();
     for (size_t i = 0; i < lanes.size(); i++)
-        if (!lanes[i].answered && lanes[i].wire->other_core() == here) return i;
+        if (!lanes[i].done && lanes[i].wire->other_core() == here) return i;
     return lanes.size();
 }
 

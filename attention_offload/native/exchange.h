@@ -1,6 +1,7 @@
 // Layer frames of one micro-batch to several shards at once: the engine's end of its connections.
 #pragma once
 
+#include <exception>
 #include <optional>
 #include <vector>
 
@@ -20,7 +21,7 @@ struct Lane {
     std::vector<uint32_t> rows;
     size_t q_offset, q_row_bytes, q_stride_bytes;
     Rows lse, o;  // of the whole micro-batch
-    bool sent = false, answered = false;
+    bool sent = false, done = false;  // in the call under way
     uint32_t answers = 0;         // until somebody asks
     std::vector<double> taken_s;  // from q's leaving to the answer, of those seen coming; until somebody asks
 
@@ -33,30 +34,39 @@ struct Lane {
 void send_frame(const Lane& lane, Header header, const uint8_t* q);
 // An answer's values go where they belong. False: it is the shard's FAILURE.
 bool take_answer(const Lane& lane, Header header, const Frame& answer);
+// Reads the answers that a connection still owes, and forgets them.
+void drain(Wire& wire, Deadline until);
+
+// What a lane failed with: an exception, or, where that is null, the shard's FAILURE.
+struct Failed {
+    size_t lane;
+    std::exception_ptr error;
+    Frame refusal;
+};
 
 class Exchange {
   public:
     Exchange(std::vector<Lane> lanes, std::chrono::nanoseconds awake) : lanes(std::move(lanes)), patience_(awake) {}
 
-    // To every shard. An error comes from lane `at`; whose lane is not `sent` then was sent nothing.
-    void send(const Header& header, const uint8_t* q);
-    // Waits for every shard. An error, or a shard's FAILURE, which is returned, comes from lane `at`; whose lane is
-    // not `answered` then still owes an answer.
-    std::optional<Frame> wait(const Header& header, Deadline deadline);
+    // To every shard. The lanes that failed are returned; all others were sent it.
+    std::vector<Failed> send(const Header& header, const uint8_t* q);
+    // Waits for every shard, for each until its own deadline. The lanes that failed are returned; all others have
+    // answered.
+    std::vector<Failed> wait(const Header& header, const std::vector<Deadline>& until);
 
     std::vector<Lane> lanes;
-    size_t at = 0;
     double waited_s = 0;  // until somebody asks
 
   private:
-    std::optional<Frame> take(size_t lane, const Header& header, Deadline deadline, bool timed);
+    void take(size_t lane, const Header& header, Deadline deadline, bool timed);
     bool any_ready() const;
     // A shard that is due and was seen on this core; lanes.size() if there is none.
     size_t on_this_core() const;
 
     Patience patience_;
     size_t turns_ = 0;
-    std::chrono::steady_clock::time_point sent_;
+    std::optional<std::chrono::steady_clock::time_point> sent_;  // none: another exchange sent the frame
+    std::vector<Failed> failed_;                                 // in the call under way
 };
 
 }  // namespace farshore::wire

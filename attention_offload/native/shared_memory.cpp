@@ -141,6 +141,9 @@ class SharedMemory : public Wire {
             }
             try {
                 read_socket(deadline);
+                // Wake-ups alone, however many, are no frame.
+                if (deadline != NEVER && std::chrono::steady_clock::now() >= deadline && !ready())
+                    throw Late("the deadline passed");
             } catch (const HungUp&) {
                 if (ready()) continue;
                 if (message_ && message_->kind == FAILURE) return message();

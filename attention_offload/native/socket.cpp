@@ -81,9 +81,13 @@ void Socket::expect_silence() {
         throw HungUp("the other end closed the connection between two steps");
 }
 
-void Socket::expect_open() {
+bool Socket::is_open() const {
     pollfd it{fd_, POLLRDHUP, 0};
-    if (poll(&it, 1, 0) > 0) throw HungUp("the other end closed the connection between two steps");
+    return poll(&it, 1, 0) == 0;
+}
+
+void Socket::expect_open() {
+    if (!is_open()) throw HungUp("the other end closed the connection between two steps");
 }
 
 void Socket::finish(Deadline deadline) {
@@ -174,7 +178,7 @@ Frame Reader::next(Socket& socket, Deadline first, uint32_t max_layer_bytes, int
     std::memmove(&data_[START], &data_[begin_], held());
     end_ = START + held();
     begin_ = START;
-    deadline_ = held() ? after(frame_s_) : first;
+    deadline_ = held() ? std::min(first, after(frame_s)) : first;
     fill(socket, sizeof(Header), passed);
     Frame frame;
     std::memcpy(&frame.header, &data_[START], sizeof(Header));
@@ -200,7 +204,7 @@ void Reader::fill(Socket& socket, size_t until, int* passed) {
             if (held() == 0) throw;
             throw Broken("truncated: the connection ended inside a frame");
         }
-        if (held() < until && deadline_ == NEVER) deadline_ = after(frame_s_);
+        if (held() < until && deadline_ == NEVER) deadline_ = after(frame_s);
     }
 }
 

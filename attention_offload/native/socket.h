@@ -33,7 +33,9 @@ class Socket {
     uint32_t other_core() const;
     // HungUp if there is anything to read, its end included.
     void expect_silence();
-    // HungUp if the other end has closed it, whatever there is to read.
+    // Whether the other end has not closed it, whatever there is to read. From any thread.
+    bool is_open() const;
+    // HungUp if it is not.
     void expect_open();
     // No more will be sent; reads what still comes until the other end closes, or the deadline. Without this,
     // closing with something unread would throw away what was sent last.
@@ -51,13 +53,15 @@ uint32_t this_core();
 // Reads ahead, so that a small frame takes one system call.
 class Reader {
   public:
-    explicit Reader(double frame_s) : frame_s_(frame_s) {}
+    explicit Reader(double frame_s) : frame_s(frame_s) {}
 
-    // Waits until `first` for a frame's first byte, then `frame_s` for the rest. Broken for what cannot be a
-    // frame; its length is refused before memory is taken for it.
+    // Waits until `first` for a frame, or, where that is NEVER, `frame_s` from its first byte on. Broken for what
+    // cannot be a frame; its length is refused before memory is taken for it.
     Frame next(Socket& socket, Deadline first, uint32_t max_layer_bytes, int* passed);
     // Whether `next` would not wait for a frame's first byte: reads what is there, never waits.
     bool has_begun(Socket& socket);
+
+    double frame_s;
 
   private:
     // A frame starts here, so that its payload is aligned to 64 bytes.
@@ -70,7 +74,6 @@ class Reader {
     size_t begin_ = START, end_ = START;
     size_t last_bytes_ = 0;  // of the frame given out last, header included
     Deadline deadline_ = NEVER;
-    double frame_s_;
 };
 
 }  // namespace farshore::wire

@@ -14,7 +14,7 @@ namespace farshore::wire {
 // neither end can wait for the other to read.
 constexpr uint32_t MAX_UNDER_WAY = 16;
 
-// One thread uses it, save for shut_down.
+// One thread uses it, save for shut_down and is_open.
 class Wire {
   public:
     // `near`: the other end is on this host. `awake`: how long to wait awake for a frame, where that is of any use.
@@ -44,6 +44,10 @@ class Wire {
     // Shard: the last frame; at most MAX_CONTROL_BYTES.
     void fail(const void* failure, uint32_t bytes);
     void shut_down() { socket_.shut_down(); }
+    // Whether the other end has not closed the connection. From any thread.
+    bool is_open() const { return socket_.is_open(); }
+    // How long sending may take from now on, and the rest of a frame that has begun.
+    void allow(double frame_s) { frame_s_ = reader_.frame_s = frame_s; }
 
     // Engine: layer frames sent and not answered.
     uint32_t under_way = 0;

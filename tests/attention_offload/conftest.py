@@ -76,7 +76,9 @@ class Workload:
         return q.to(self.dtype)
 
     def run(self, peer, step):
-        """Every layer's state, as raw bytes: what two peers must agree on."""
+        """Every layer's state, as raw bytes: what two peers must agree on. Connects first where there is no
+        connection, as the engine does beside its loop."""
+        peer.connect()
         peer.begin(step)
         states = []
         for layer in range(self.layers):
@@ -251,14 +253,13 @@ class Room:
             "shard",
             self.work.model,
             self.work.dtype,
-            frame_deadline_s=DEADLINE_S,
         )
-        stream.begin(self.step)
+        stream.begin(self.step, DEADLINE_S)
         sent = Sent(1, 0, 0, 1, 6)
         out = State(torch.empty(1, 6, self.work.spec.v_dim), torch.empty(1, 6))
         q = self.work.query()
         stream.send(sent, q)
-        stream.wait(sent, out)
+        stream.wait(sent, out, DEADLINE_S)
         stream.close()
         local = InProcessPeer(WorkerId("shard"), self.store, self.work.model)
         local.begin(self.step)

@@ -8,7 +8,7 @@ from farshore.attention_offload.base import AttentionModel
 from farshore.attention_offload.frames import REMOTE, Transport
 from farshore.attention_offload.in_process import InProcessPeer
 from farshore.attention_offload.shard import AttendedBytes, ShardSession
-from farshore.errors import InvalidRequest, NotFound
+from farshore.errors import InvalidRequest, Late, NotFound, TransportError
 from farshore.ids import SequenceId, WorkerId
 from farshore.kvstore.arena import Arena
 from farshore.kvstore.store import LocalStore
@@ -72,22 +72,40 @@ def test_a_new_connection_is_told_the_plan(shard, connect, work, announced):
     expected = work.run(peer, step)
     peer.break_off()
     assert work.run(peer, step) == expected
-    peer.begin(step)
-    peer.send(0, 0, work.query(seed=9))  # dropped half way: that connection is not used again
-    assert work.run(peer, step) == expected
-    assert announced == [1, 1, 1]
+    assert announced == [1, 1]
+
+
+@pytest.mark.parametrize("transport", REMOTE)
+def test_a_step_dropped_half_way_leaves_the_connection_as_it_is(shard, connect, work, announced):
+    peer = connect(shard.address)
+    step = work.step([work.sealed_span(peer.store, "a", 0, 20)])
+    expected = work.run(peer, step)
+    for _ in range(3):
+        peer.begin(step)
+        for layer in range(work.layers):
+            peer.send(layer, 0, work.query(seed=9))
+        peer.begin(step)
+        peer.send(0, 0, work.query(seed=8))
+        assert work.run(peer, step) == expected
+    assert announced == [1]
 
 
 @pytest.mark.parametrize("transport", [Transport.SHARED_MEMORY, Transport.TCP])
 def test_a_connection_that_the_shard_closed_between_two_steps(start_process, connect, work, announced):
+    """Is lost in the step that finds it closed; then there is none, until one is made."""
     process = start_process()
     peer = connect(process.address)
     reads = [work.sealed_span(peer.store, "a", 0, 20)]
     work.run(peer, work.step(reads))
     process.restart()
-    with pytest.raises(NotFound):  # and no TransportError: the next connection is made at once
-        work.run(peer, work.step(reads, number=2))
-    assert announced == [1, 2]
+    assert not peer.ready
+    with pytest.raises(TransportError, match="closed the connection"):
+        peer.begin(work.step(reads, number=2))
+    with pytest.raises(Late, match="no connection"):
+        peer.begin(work.step(reads, number=3))
+    with pytest.raises(NotFound):
+        work.run(peer, work.step(reads, number=4))
+    assert announced == [1, 4]
 
 
 def windowed(work):

@@ -49,10 +49,9 @@ def test_both_ends_are_told_and_the_states_are_the_same(
     monkeypatch.setattr("farshore.attention_offload.grpc_server.too_few_with", lambda *_: shared)
     shard = start_shard()
     peer = reach(shard.address, transports=(transport,))
-    peer.connect()
-    assert peer.frames.shares_cores is shared
     step = work.step([work.sealed_span(peer.store, "a", 0, 20)])
     assert work.run(peer, step) == work.run(InProcessPeer(shard.worker, shard.store, work.model), step)
+    assert peer.frames.shares_cores is shared
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or len(cores.usable_cores()) < 2, reason="one core")

@@ -1,15 +1,17 @@
-"""One call for several shards: states where they belong, and who failed, while the others are waited for."""
+"""One call for several shards: states where they belong, who failed, and all others sent to and waited
+for."""
 
 import socket
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from farshore.attention_offload.exchange import Exchange, Lost, Part
+from farshore.attention_offload.exchange import Exchange, Part
 from farshore.attention_offload.frame_stream import FrameStream
-from farshore.attention_offload.frames import Transport, native
-from farshore.errors import InvalidRequest, NotFound, TransportError
+from farshore.attention_offload.frames import Sent, Transport, native
+from farshore.errors import InvalidRequest, Late, NotFound, TransportError
 from farshore.kernels.base import State
 from farshore.proto import attention_pb2 as pb
 
@@ -18,6 +20,7 @@ pytestmark = pytest.mark.skipif(native() is None, reason="needs the native modul
 HEADER = struct.Struct("<IHBBI")
 LAYER, FAILURE = 0, 2
 ROWS = 3
+DEADLINE_S = 60.0
 SEEN = (((0, 2), slice(0, 6)), ((1,), slice(2, 6)))
 """By shard: rows of three, and heads of six."""
 
@@ -25,22 +28,24 @@ SEEN = (((0, 2), slice(0, 6)), ((1,), slice(2, 6)))
 class Rig:
     """Two shards that answer what a test says, over the two ends of sockets."""
 
-    def __init__(self, work, deadline_s=60.0):
+    def __init__(self, work):
         self.work = work
-        options = {"frame_deadline_s": deadline_s}
         pairs = [socket.socketpair() for _ in SEEN]
         self.streams = [
-            FrameStream(near, Transport.TCP, f"shard-{i}", work.model, work.dtype, **options)
+            FrameStream(near, Transport.TCP, f"shard-{i}", work.model, work.dtype)
             for i, (near, _) in enumerate(pairs)
         ]
         self.far = [far for _, far in pairs]
         for stream in self.streams:
-            stream.begin(work.step([], positions=(100,) * ROWS))
+            stream.begin(work.step([], positions=(100,) * ROWS), DEADLINE_S)
         for far in self.far:
             self._frame(far)
         self.wholes = [State.identity(ROWS, 6, work.spec.v_dim) for _ in SEEN]
         parts = [Part(s, *seen, w) for s, seen, w in zip(self.streams, SEEN, self.wholes, strict=True)]
         self.exchange = Exchange(parts, work.spec, work.dtype)
+
+    def wait(self, *, layer=0, deadlines_s=(DEADLINE_S, DEADLINE_S), passed_s=0.0):
+        return self.exchange.wait(1, layer, 0, deadlines_s, passed_s)
 
     def close(self):
         for stream, far in zip(self.streams, self.far, strict=True):
@@ -94,13 +99,13 @@ def assert_same(found, expected):
 def test_each_shard_gets_what_it_sees_and_answers_where_that_belongs(rig, work, order):
     for layer in range(3):
         q = work.query(rows=ROWS, seed=layer)
-        rig.exchange.send(1, layer, 0, q)
+        assert rig.exchange.send(1, layer, 0, q) == {}
         for shard, (rows, heads) in enumerate(SEEN):
             frame, seen = rig.received(shard)
             assert frame == (1, layer, 0) and torch.equal(seen, q[list(rows), heads])
         for shard in order:
             rig.answer(shard, 10 * layer + shard, layer=layer)
-        rig.exchange.wait()
+        assert rig.wait(layer=layer) == {}
         for shard, found in enumerate(rig.wholes):
             assert_same(found, whole(shard, 10 * layer + shard, work))
     waited_s, parts = rig.exchange.times()
@@ -110,59 +115,86 @@ def test_each_shard_gets_what_it_sees_and_answers_where_that_belongs(rig, work, 
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-@pytest.mark.parametrize("how", ["closed", "garbage", "refused"])
+@pytest.mark.parametrize("how", ["closed", "garbage", "no message", "refused"])
 def test_one_that_fails_is_named_and_the_other_is_waited_for(rig, work, lost, how):
+    other = 1 - lost
     rig.exchange.send(1, 0, 0, work.query(rows=ROWS))
     if how == "closed":
         rig.far[lost].close()
     elif how == "garbage":
         rig.answer(lost, 5, layer=1)
+    elif how == "no message":
+        rig.far[lost].sendall(HEADER.pack(0, 0, 0, FAILURE, 2) + b"\xff\xff")
     else:
         rig.fail(lost, 5)
-    with pytest.raises(Lost) as failed:
-        rig.exchange.wait()
-    assert failed.value.index == lost
-    assert isinstance(failed.value.error, NotFound if how == "refused" else TransportError)
-    assert ("gone" if how == "refused" else f"shard-{lost}") in str(failed.value.error)
-    other = 1 - lost
-    owed = rig.exchange.owed()[other]
-    rows, heads = SEEN[other]
-    assert owed == (1, 0, 0, len(rows), heads.stop - heads.start)
     rig.answer(other, 3)
-    out = State(torch.zeros(owed.rows, owed.heads, work.spec.v_dim), torch.zeros(owed.rows, owed.heads))
-    rig.streams[other].wait(owed, out)
-    assert (out.o == 3).all() and (out.lse == 3).all()
+    (found,) = rig.wait().items()
+    assert found[0] == lost
+    assert isinstance(found[1], NotFound if how == "refused" else TransportError)
+    assert not isinstance(found[1], Late)
+    assert ("gone" if how == "refused" else f"shard-{lost}") in str(found[1])
+    assert_same(rig.wholes[other], whole(other, 3, work))
     assert_same(rig.wholes[lost], State.identity(ROWS, 6, work.spec.v_dim))
+    assert rig.streams[other].under_way == 0
 
 
-def test_what_had_come_before_another_failed_is_kept(rig, work):
+def test_both_that_fail_are_named(rig, work):
     rig.exchange.send(1, 0, 0, work.query(rows=ROWS))
-    rig.answer(0, 4)
-    rig.far[1].close()
-    with pytest.raises(Lost) as failed:
-        rig.exchange.wait()
-    assert failed.value.index == 1
-    assert rig.exchange.owed()[0] is None
-    assert_same(rig.wholes[0], whole(0, 4, work))
+    rig.far[0].close()
+    rig.fail(1, 5)
+    found = rig.wait()
+    assert found.keys() == {0, 1}
+    assert isinstance(found[0], TransportError) and isinstance(found[1], NotFound)
 
 
-def test_nobody_is_waited_for_beyond_the_deadline(work):
-    rig = Rig(work, deadline_s=0.05)
-    try:
-        rig.exchange.send(1, 0, 0, work.query(rows=ROWS))
-        with pytest.raises(Lost) as failed:
-            rig.exchange.wait()
-        assert isinstance(failed.value.error, TransportError) and "0.05 s" in str(failed.value.error)
-    finally:
-        rig.close()
-
-
-def test_more_frames_than_fit_are_refused_and_not_sent(rig, work):
+def test_a_send_that_fails_keeps_no_other_from_being_sent(rig, work):
     for _ in range(native().MAX_UNDER_WAY):
-        rig.exchange.send(1, 0, 0, work.query(rows=ROWS))
-    with pytest.raises(Lost) as failed:
-        rig.exchange.send(1, 0, 0, work.query(rows=ROWS))
-    assert isinstance(failed.value.error, InvalidRequest) and "16 frames" in str(failed.value.error)
+        rig.streams[0].send(Sent(1, 0, 0, 2, 6), work.query(rows=2))
+    found = rig.exchange.send(1, 1, 0, work.query(rows=ROWS))
+    assert found.keys() == {0}
+    assert isinstance(found[0], InvalidRequest) and "16 frames" in str(found[0])
+    frame, _ = rig.received(1)
+    assert frame == (1, 1, 0)
+
+
+def test_the_others_exchange_waits_for_what_was_sent_before(rig, work):
+    rig.exchange.send(1, 0, 0, work.query(rows=ROWS))
+    rig.far[0].close()
+    part = Part(rig.streams[1], *SEEN[1], rig.wholes[1])
+    others = Exchange([part], work.spec, work.dtype)
+    rig.answer(1, 4)
+    assert others.wait(1, 0, 0, (DEADLINE_S,), 0.0) == {}
+    assert_same(rig.wholes[1], whole(1, 4, work))
+    ((frames, times_s),) = others.times()[1]
+    assert (frames, times_s) == (1, []), "sent by another exchange: it is not known when"
+
+
+@pytest.mark.parametrize("deadlines_s", [(0.05, 0.05), (0.01, 0.05), (0.05, 0.01)])
+def test_all_that_are_late_are_named(rig, work, deadlines_s):
+    rig.exchange.send(1, 0, 0, work.query(rows=ROWS))
+    found = rig.wait(deadlines_s=deadlines_s)
+    assert found.keys() == {0, 1}
+    for index, error in found.items():
+        assert isinstance(error, Late) and f"{deadlines_s[index]:g} s" in str(error)
+
+
+def test_a_deadline_that_is_over_takes_what_is_there(rig, work):
+    rig.exchange.send(1, 0, 0, work.query(rows=ROWS))
+    rig.answer(1, 4)
+    found = rig.wait(deadlines_s=(1.0, 1.0), passed_s=2.0)
+    assert found.keys() == {0} and isinstance(found[0], Late)
+    assert_same(rig.wholes[1], whole(1, 4, work))
+
+
+def test_each_is_late_by_its_own_deadline(rig, work):
+    """One that is soon late delays no answer of another, which may take longer."""
+    rig.exchange.send(1, 0, 0, work.query(rows=ROWS))
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(rig.wait, deadlines_s=(0.01, DEADLINE_S))
+        rig.answer(1, 4)
+        found = waiting.result()
+    assert found.keys() == {0} and isinstance(found[0], Late)
+    assert_same(rig.wholes[1], whole(1, 4, work))
 
 
 def test_queries_of_another_dtype_than_a_connection_was_opened_for_are_refused(rig, work):

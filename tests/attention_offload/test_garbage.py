@@ -186,9 +186,9 @@ def test_a_stranger_without_a_token_is_shown_the_door(room):
 def test_an_engine_survives_answers_of_all_kinds(work, answers, tail):
     """A shard gone mad: an error, never a wrong state and never a wait for ever."""
     near, far = socket.socketpair()
-    stream = FrameStream(near, Transport.TCP, "shard", work.model, work.dtype, frame_deadline_s=5.0)
+    stream = FrameStream(near, Transport.TCP, "shard", work.model, work.dtype)
     with far:
-        stream.begin(work.step([], positions=(100,)))
+        stream.begin(work.step([], positions=(100,)), DEADLINE_S)
         sent = Sent(1, 0, 0, 1, 6)
         stream.send(sent, work.query())
         data = tail
@@ -198,11 +198,9 @@ def test_an_engine_survives_answers_of_all_kinds(work, answers, tail):
         far.shutdown(socket.SHUT_WR)
         out = State(torch.full((1, 6, work.spec.v_dim), 7.0), torch.full((1, 6), 7.0))
         try:
-            stream.wait(sent, out)
+            stream.wait(sent, out, 5.0)
         except FarshoreError:
             assert (out.o == 7).all() and (out.lse == 7).all(), "an answer refused must leave no trace"
-        except DecodeError:
-            pass
         else:
             assert data.startswith(header(LAYER, 168)), "a state out of nothing"
     stream.close()
@@ -217,21 +215,44 @@ def test_an_engine_survives_answers_of_all_kinds(work, answers, tail):
         (header(LAYER, 2**31), "oversized"),
         (header(LAYER, 168) + bytes(20), "truncated"),
         (b"", "closed the connection"),
+        (header(FAILURE, 3) + b"\xff\xff\xff", "garbage: a failure that is no message"),
+        (header(FAILURE, 3) + b"\x12\x01\xff", "garbage: a failure that is no message"),
+        (header(FAILURE, 3) + b"\x08\xe7\x07", "UNKNOWN"),
+        (header(FAILURE, 2) + b"\x08\x01", ""),
+        (header(FAILURE, 0), "OK"),
+        (header(WAKE, 0), "a wake-up where no memory is shared"),
+        (header(BEGIN, 0), "due is step 1"),
+        (header(9, 0), "a frame of kind 9"),
     ],
-    ids=["step", "layer", "bytes", "oversized", "truncated", "nothing"],
+    ids=[
+        "step",
+        "layer",
+        "bytes",
+        "oversized",
+        "truncated",
+        "nothing",
+        "failure",
+        "utf-8",
+        "unknown code",
+        "cancelled",
+        "empty failure",
+        "wake",
+        "begin",
+        "kind",
+    ],
 )
 def test_an_engine_says_what_was_wrong(work, answer, error):
     near, far = socket.socketpair()
-    stream = FrameStream(near, Transport.TCP, "shard:1", work.model, work.dtype, frame_deadline_s=DEADLINE_S)
+    stream = FrameStream(near, Transport.TCP, "shard:1", work.model, work.dtype)
     with far:
-        stream.begin(work.step([]))
+        stream.begin(work.step([]), DEADLINE_S)
         sent = Sent(1, 0, 0, 1, 6)
         stream.send(sent, work.query())
         far.sendall(answer)
         far.shutdown(socket.SHUT_WR)
         out = State(torch.empty(1, 6, work.spec.v_dim), torch.empty(1, 6))
         with pytest.raises(TransportError, match=f"shard:1: .*{error}"):
-            stream.wait(sent, out)
+            stream.wait(sent, out, DEADLINE_S)
     stream.close()
 
 

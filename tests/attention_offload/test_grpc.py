@@ -76,11 +76,15 @@ def test_fanout_puts_the_states_of_two_servers_where_they_belong(start_shard, co
     a = SequenceId("a")
     plan = StepPlan(1, 3, (a, a), (40, 41), {a: work.owner}, (reads,))
     over_grpc, in_process = Fanout(remote, work.model), Fanout(local, work.model)
+    for peer in remote.values():
+        peer.connect()
     q = work.query(rows=2)
     for fanout in (over_grpc, in_process):
         fanout.begin(plan, split_rows(2, 1))
     for layer in range(work.layers):
-        got, expected = (f.wait(f.send(layer, 0, q)) for f in (over_grpc, in_process))
+        for fanout in (over_grpc, in_process):
+            fanout.send(layer, 0, q)
+        got, expected = (fanout.wait(layer, 0) for fanout in (over_grpc, in_process))
         for mine, theirs in zip(got, expected, strict=True):
             assert torch.equal(mine.o, theirs.o) and torch.equal(mine.lse, theirs.lse)
         assert got[1].lse[0].isneginf().all() and got[1].lse[1, :2].isneginf().all()
@@ -91,6 +95,8 @@ def test_micro_batches_get_the_states_of_the_whole_step(start_shard, connect, wo
     """Shards that see some rows and heads, none of some micro-batches, over gRPC."""
     names = [WorkerId("x"), WorkerId("y")]
     peers = {name: connect(start_shard(worker=name).address) for name in names}
+    for peer in peers.values():
+        peer.connect()
     x, y = (peers[name].store for name in names)
     reads = {
         "x": tuple(
@@ -111,10 +117,11 @@ def test_micro_batches_get_the_states_of_the_whole_step(start_shard, connect, wo
         fanout.begin(plan, cuts)
         out = []
         for layer in range(work.layers):
-            pending = [fanout.send(layer, i, q[cut.start : cut.stop]) for i, cut in enumerate(cuts)]
-            for cut, it in zip(cuts, pending, strict=True):
+            for i, cut in enumerate(cuts):
+                fanout.send(layer, i, q[cut.start : cut.stop])
+            for i, cut in enumerate(cuts):
                 total = State.identity(len(cut), 6, work.spec.v_dim)
-                merge(fanout.wait(it), out=total)
+                merge(fanout.wait(layer, i), out=total)
                 out.append(total)
         return [torch.cat([it[i] for it in out]) for i in (0, 1)]
 
@@ -137,6 +144,7 @@ def test_micro_batches_get_the_states_of_the_whole_step(start_shard, connect, wo
 def test_a_step_refused_says_why_and_the_next_one_runs(shard, connect, step, layer, heads, error, work):
     peer = connect(shard.address)
     read = work.sealed_span(peer.store, "a", 0, 20)
+    peer.connect()
     peer.begin(work.step(step))
     with pytest.raises(error):
         peer.wait(peer.send(layer, 0, work.query(groups=heads)))

@@ -12,7 +12,7 @@ import pytest
 
 from farshore.attention_offload.frames import Transport
 from farshore.attention_offload.grpc_server import AttentionService
-from farshore.errors import DeadlineExceeded, TransportError
+from farshore.errors import DeadlineExceeded, Late, TransportError
 from farshore.ids import SequenceId
 
 DEADLINE_S = 60.0
@@ -141,15 +141,15 @@ def freeze(process):
 
 def test_a_frozen_shard_is_a_transport_error_at_the_deadline(shard_process, connect, work):
     process, address = shard_process
-    peer = connect(address, frame_deadline_s=0.5)
-    patient = connect(address)
+    peer, patient = connect(address), connect(address)
     step = work.step([work.sealed_span(peer.store, "a", 0, 20)])
     expected = work.run(patient, step)
+    peer.connect()
     peer.begin(step)
     freeze(process)
     sent = peer.send(0, 0, work.query())
-    with pytest.raises(TransportError, match="no answer"):
-        peer.wait(sent)
+    with pytest.raises(Late, match=r"no answer within 0\.5 s"):
+        peer.wait(sent, deadline_s=0.5)
     process.send_signal(signal.SIGCONT)
     assert work.run(patient, step) == expected
 
@@ -157,6 +157,7 @@ def test_a_frozen_shard_is_a_transport_error_at_the_deadline(shard_process, conn
 def test_a_shard_killed_in_the_middle_of_a_step_is_a_transport_error(shard_process, connect, work):
     process, address = shard_process
     peer = connect(address)
+    peer.connect()
     peer.begin(work.step([work.sealed_span(peer.store, "a", 0, 20)]))
     peer.wait(peer.send(0, 0, work.query()))
     freeze(process)

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +18,8 @@ from farshore.attention_offload import codec
 from farshore.attention_offload.frames import Transport
 from farshore.attention_offload.grpc_server import AttentionService
 from farshore.attention_offload.plan import Read
-from farshore.errors import InvalidRequest, NotFound, TransportError
+from farshore.attention_offload.remote_peer import MAX_UNDER_WAY
+from farshore.errors import InvalidRequest, Late, NotFound, TransportError
 from farshore.ids import SpanId
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
@@ -74,10 +76,23 @@ def test_a_refusal_ends_the_step_whatever_is_written_meanwhile_and_the_next_one_
     sent = peer.send(0, 0, work.query())
     assert shard.service.ended.wait(DEADLINE_S)
     peer.send(1, 0, work.query())
-    # The latter where the frame was being written when the refusal came: gRPC then says INTERNAL.
-    with pytest.raises((NotFound, TransportError)):
+    with pytest.raises(NotFound, match="shard/99"):
         peer.wait(sent)
     assert work.run(peer, work.step([read]))
+
+
+def test_a_refusal_that_meets_a_write_arrives_as_it_is(start_shard, connect, work):
+    """Whenever it comes: frames are written without a pause until the answers are asked for."""
+    shard = start_shard(service=Counting)
+    peer = connect(shard.address)
+    read = work.sealed_span(peer.store, "a", 0, 20)
+    for frames in range(1, MAX_UNDER_WAY):
+        for _ in range(4):
+            work.run(peer, work.step([read]))
+            peer.begin(work.step([Read(SpanId("shard/99"), 0, 0, 5, 0, 3, range(1))], number=2))
+            sent = [peer.send(0, 0, work.query()) for _ in range(frames)]
+            with pytest.raises(NotFound, match="shard/99"):
+                peer.wait(sent[0])
 
 
 def test_a_frame_before_any_step_is_refused(shard, work):
@@ -115,13 +130,22 @@ def test_a_stream_to_nobody_is_a_transport_error(shard, connect):
     assert peer.transport is None
 
 
-def test_a_stream_to_a_frozen_shard_is_a_transport_error_at_the_deadline(start_process, connect, work):
+def test_a_stream_to_a_shard_that_freezes_before_it_opens_is_late(start_process, connect, work):
+    """It opens with the first step, within that one's deadline; and another thread may make it."""
     process = start_process()
-    peer = connect(process.address, frame_deadline_s=0.5)
-    read = work.sealed_span(peer.store, "a", 0, 20)
+    peer = connect(process.address)
+    step = work.step([work.sealed_span(peer.store, "a", 0, 20)])
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(peer.connect).result(DEADLINE_S)
     process.freeze()
-    with pytest.raises(TransportError):
-        work.run(peer, work.step([read]))
+    with pytest.raises(Late, match=r"no answer within 0\.3 s"):
+        peer.begin(step, deadline_s=0.3)
+        peer.wait(peer.send(0, 0, work.query()), deadline_s=0.3)
+    assert not peer.ready
+    with pytest.raises(TransportError, match=process.address):
+        peer.connect(deadline_s=0.3)
+    process.process.send_signal(signal.SIGCONT)
+    assert work.run(peer, step)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")

@@ -10,6 +10,7 @@ from farshore.attention_offload.base import AttentionModel
 from farshore.attention_offload.fanout import Fanout
 from farshore.attention_offload.frames import Transport
 from farshore.attention_offload.latency import (
+    DEADLINE_LEAST_FRAMES,
     LEAST_S,
     RECENT_FRAMES,
     SLOW_LEAST_FRAMES,
@@ -19,6 +20,7 @@ from farshore.attention_offload.latency import (
     LinkRecord,
     SlowShards,
     bucket,
+    frame_deadline_s,
     links,
 )
 
@@ -113,6 +115,67 @@ def test_one_shard_alone_is_not_slow_and_a_failure_shows():
     assert not alone.slow
     found = links({"a": record(100), "b": failed}, {"a": Transport.TCP, "b": Transport.GRPC})
     assert [(it.worker_id, it.failures, it.slow) for it in found] == [("a", 0, False), ("b", 2, False)]
+
+
+# -- deadlines ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("frames", "expected_ms", "deadline_ms"),
+    [
+        (0, 0.0, 1000),
+        (999, 0.02, 1000),
+        (1000, 0.0, 100),
+        (1000, 0.02, 100.08),
+        (1000, 5, 120),
+        (5000, 75, 400),
+        (5000, 225, 1000),
+        (5000, 5000, 1000),
+    ],
+)
+def test_a_deadline_is_100_ms_and_4_times_what_is_expected_and_1_s_at_most(frames, expected_ms, deadline_ms):
+    assert frame_deadline_s(frames, expected_ms / 1e3) == pytest.approx(deadline_ms / 1e3)
+
+
+def steady(ms, frames):
+    """A record whose every frame took as long, and a step that asks for work 1."""
+    it = LinkRecord()
+    for done in range(0, frames, 100):
+        it.expect(1)
+        answer(it, ms, 100)
+        it.frames = done + 100
+    it.expect(1)
+    return it
+
+
+def test_the_deadline_follows_the_median_once_enough_frames_were_seen():
+    assert steady(10, DEADLINE_LEAST_FRAMES - 100).deadline_s == 1.0
+    assert 0.14 <= steady(10, DEADLINE_LEAST_FRAMES).deadline_s <= 0.1 + 0.04 * BUCKET
+
+
+@pytest.mark.parametrize(("work", "times"), [(1, 1), (5, 5), (0.1, 1), (100, 100)])
+def test_the_deadline_is_scaled_by_what_a_frame_asks_more_than_those_before(work, times):
+    it = steady(10, DEADLINE_LEAST_FRAMES)
+    at_once_s = it.deadline_s - 0.1
+    it.expect(work)
+    assert it.deadline_s == pytest.approx(min(0.1 + times * at_once_s, 1.0))
+    it.expect(1)
+    assert it.deadline_s == pytest.approx(0.1 + at_once_s, rel=0.01)
+
+
+def test_the_deadline_forgets_what_was_slow_long_ago():
+    it = steady(100, DEADLINE_LEAST_FRAMES)
+    assert it.deadline_s >= 0.5
+    for _ in range(2 * WINDOW_FRAMES // 100 + 3):
+        answer(it, 1, 100)
+        it.frames += 100
+        it.expect(1)
+    assert it.deadline_s <= 0.11
+
+
+def test_a_link_tells_the_deadline_in_force():
+    (found,) = links({"a": steady(10, DEADLINE_LEAST_FRAMES)}, {"a": Transport.TCP})
+    assert 140 <= found.deadline_ms <= 100 + 40 * BUCKET
 
 
 def test_the_log_says_once_that_a_shard_is_slow_and_once_that_it_is_not(caplog):

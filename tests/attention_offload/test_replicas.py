@@ -8,7 +8,7 @@ from farshore.attention_offload.fanout import Fanout
 from farshore.attention_offload.frames import Transport
 from farshore.attention_offload.in_process import InProcessPeer
 from farshore.attention_offload.plan import Read, Replica, ShardStep, StepPlan
-from farshore.errors import NotFound, TransportError
+from farshore.errors import Late, Lost, NotFound, TransportError
 from farshore.ids import SequenceId, SpanId, WorkerId
 from farshore.kvstore.arena import Arena
 from farshore.kvstore.store import LocalStore
@@ -51,13 +51,12 @@ def run(work, fanout, all_reads, *, step, batches=(range(0, 2), range(2, ROWS)),
     fanout.begin(plan, batches)
     states, sent = [], 0
     for layer in range(work.layers):
-        pending = []
         for index, batch in enumerate(batches):
-            pending.append(fanout.send(layer, index, work.query(rows=len(batch), seed=layer)))
+            fanout.send(layer, index, work.query(rows=len(batch), seed=layer))
             sent += 1
             during(sent)
-        for it in pending:
-            states.append([tuple(x.clone() for x in state) for state in fanout.wait(it)])
+        for index in range(len(batches)):
+            states.append([tuple(x.clone() for x in state) for state in fanout.wait(layer, index)])
     return states
 
 
@@ -91,12 +90,10 @@ def holder(worker_process):
 def test_a_process_that_is_lost(holder, start_process, connect, work, transport, what, sent):
     """When ``sent`` frames of the step were; the holder of the copies is busy with its own part."""
     shards = {A: start_process(worker=A), B: holder}
-    peers = {
-        worker: connect(
-            it.address, transports=(transport,), frame_deadline_s=1.0 if what == "freeze" else 30.0
-        )
-        for worker, it in shards.items()
-    }
+    peers = {worker: connect(it.address, transports=(transport,)) for worker, it in shards.items()}
+    peers[B].twin()
+    for peer in peers.values():
+        peer.connect()
     fanout = Fanout(peers, work.model)
     all_reads = reads(work, peers, [(B,), (B,)])
     expected = run(work, fanout, all_reads, step=1)
@@ -107,7 +104,7 @@ def test_a_process_that_is_lost(holder, start_process, connect, work, transport,
 
     during(0)
     assert_same(run(work, fanout, all_reads, step=2, during=during), expected)
-    # Nobody asks it again for a while: a frozen one would cost a deadline each time.
+    # It is not asked again for a while: a frozen one would cost a deadline each time.
     assert_same(run(work, fanout, all_reads, step=3), expected)
     assert {it.worker_id: it.failures for it in fanout.links()} == {A: 1, B: 0}
 
@@ -118,14 +115,22 @@ def test_without_replicas_the_step_fails_and_runs_again_when_the_spans_are_back(
 ):
     shards = {A: start_process(worker=A), B: holder}
     peers = {worker: connect(it.address) for worker, it in shards.items()}
+    for peer in peers.values():
+        peer.connect()
     fanout = Fanout(peers, work.model)
     all_reads = reads(work, peers, [(B,), ()])
     expected = run(work, fanout, all_reads, step=1)
     shards[A].restart()
-    for step in (2, 3):
-        with pytest.raises((TransportError, NotFound)):
-            run(work, fanout, all_reads, step=step)
+    with pytest.raises(Lost) as lost:
+        run(work, fanout, all_reads, step=2)
+    with pytest.raises(Late) as late:
+        run(work, fanout, all_reads, step=3)
+    assert lost.value.shards == late.value.shards == {A}
+    peers[A].connect()
+    with pytest.raises(NotFound):  # another process, which has none of the spans
+        run(work, fanout, all_reads, step=3)
     peers[A] = connect(shards[A].address)
+    peers[A].connect()
     fanout = Fanout(peers, work.model)
     all_reads = reads(work, peers, [(), ()])
     assert_same(run(work, fanout, all_reads, step=4), expected)
@@ -147,9 +152,9 @@ class Breaking(InProcessPeer):
         if call in self.broken:
             raise TransportError(f"broken in {call}")
 
-    def begin(self, step):
+    def begin(self, step, **options):
         self._check("begin")
-        super().begin(step)
+        super().begin(step, **options)
 
     def send(self, *args):
         self._check("send")
@@ -194,8 +199,29 @@ def test_when_every_copy_is_gone_the_step_fails(work):
     all_reads = reads(work, local.peers, [(C,), (C,)])
     for worker in (A, C):
         local.peers[worker].broken = {"wait"}
-    with pytest.raises(TransportError):
+    with pytest.raises(Lost) as lost:
         run(work, fanout, all_reads, step=1)
+    assert lost.value.shards == {C}, "A's part was C's by then"
+
+
+def test_a_second_connection_that_is_missing_is_late_and_no_reason_to_avoid_the_shard(
+    start_shard, connect, work
+):
+    shards = {worker: start_shard(worker=worker) for worker in (A, B)}
+    peers = {worker: connect(it.address) for worker, it in shards.items()}
+    for peer in peers.values():
+        peer.connect()
+    fanout = Fanout(peers, work.model)
+    all_reads = reads(work, peers, [(B,), (B,)])
+    expected = run(work, fanout, all_reads, step=1)
+    shards[A].stop()
+    with pytest.raises(Late) as late:
+        run(work, fanout, all_reads, step=2)
+    assert late.value.shards == {B}
+    assert not peers[B].ready
+    peers[B].connect()
+    assert peers[B].ready
+    assert_same(run(work, fanout, all_reads, step=3), expected)
 
 
 def merged(states):

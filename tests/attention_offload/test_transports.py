@@ -205,6 +205,7 @@ def test_a_layer_costs_the_bytes_that_the_formula_says(start_shard, reach, work,
     read = work.sealed_span(peer.store, "a", 0, 20, group0, 3)._replace(rows=range(rows))
     groups = 3 - group0
     step = work.step([read], positions=(30,) * rows, group0=group0)
+    peer.connect()
     peer.begin(step)
     peer.wait(peer.send(0, 0, work.query(rows=rows, groups=groups)))
     before = counter.counts()
@@ -221,6 +222,7 @@ def test_a_layer_costs_the_bytes_that_the_formula_says(start_shard, reach, work,
 @pytest.mark.parametrize("transport", REMOTE)
 def test_a_query_of_another_dtype_is_refused(shard, connect, work, transport):
     peer = connect(shard.address)
+    peer.connect()
     peer.begin(work.step([work.sealed_span(peer.store, "a", 0, 20)]))
     with pytest.raises(InvalidRequest):
         peer.wait(peer.send(0, 0, work.query().to(torch.float16)))

@@ -61,21 +61,21 @@ class Flaky:
         self._check()
         return self._peer.beat(wanted)
 
-    def begin(self, step):
+    def begin(self, step, **options):
         self._check()
-        self._peer.begin(step)
+        self._peer.begin(step, **options)
 
     def send(self, layer, micro_batch, q):
         self._check()
         return self._peer.send(layer, micro_batch, q)
 
-    def wait(self, sent, *, out=None):
+    def wait(self, sent, **options):
         self.waits += 1
         self._dead |= self.waits == self.die_at
         self._check()
         if self.waits in self.break_at:
             raise TransportError("the connection broke")
-        return self._peer.wait(sent, out=out)
+        return self._peer.wait(sent, **options)
 
     def close(self):
         self._peer.close()
@@ -383,7 +383,7 @@ def test_an_unknown_span_is_not_found(tiny_model, rig):
 class Broken(Flaky):
     """A peer with a programming mistake in it."""
 
-    def wait(self, sent, *, out=None):
+    def wait(self, sent, **options):
         raise RuntimeError("a mistake")
 
 

@@ -24,12 +24,21 @@ class Counted:
     def __getattr__(self, name):
         return getattr(self._peer, name)
 
+    def begin(self, step, **options):
+        """Connects first where there is no connection, as the engine does beside its loop."""
+
+        def connected():
+            self._peer.connect()
+            self._peer.begin(step, **options)
+
+        self._counted(connected)
+
     def send(self, layer, micro_batch, q):
         return self._counted(lambda: self._peer.send(layer, micro_batch, q))
 
-    def wait(self, sent, *, out=None):
+    def wait(self, sent, **options):
         self.waited_for(sent.layer)
-        return self._counted(lambda: self._peer.wait(sent, out=out))
+        return self._counted(lambda: self._peer.wait(sent, **options))
 
     def waited_for(self, layer):
         self.waits += 1
@@ -37,7 +46,7 @@ class Counted:
             self._before.pop(0)[1]()
 
     def break_off(self):
-        """Told by whoever waited for several at once."""
+        """Told by what waited for several at once."""
         self.errors += 1
         self._peer.break_off()
 
@@ -55,12 +64,12 @@ def count_exchanges(monkeypatch):
     wait = Exchange.wait
 
     def count(peers):
-        def counted(exchange):
-            streams = [part.stream for part in exchange._parts]
+        def counted(exchange, step, layer, *how):
+            streams = [part.stream for part in exchange.parts]
             for peer in peers:
                 if peer.frames in streams:
-                    peer.waited_for(exchange._frame[1])
-            wait(exchange)
+                    peer.waited_for(layer)
+            return wait(exchange, step, layer, *how)
 
         monkeypatch.setattr(Exchange, "wait", counted)
 

@@ -53,9 +53,9 @@ class Steps:
     def __getattr__(self, name):
         return getattr(self._peer, name)
 
-    def begin(self, step):
+    def begin(self, step, **options):
         self.steps += 1
-        self._peer.begin(step)
+        self._peer.begin(step, **options)
 
 
 @pytest.mark.parametrize(
@@ -106,18 +106,18 @@ class Breaking:
     def __getattr__(self, name):
         return getattr(self._peer, name)
 
-    def begin(self, step):
+    def begin(self, step, **options):
         self._call = 0
         self._fail()
-        self._peer.begin(step)
+        self._peer.begin(step, **options)
 
     def send(self, layer, micro_batch, q):
         self._fail()
         return self._peer.send(layer, micro_batch, q)
 
-    def wait(self, sent, *, out=None):
+    def wait(self, sent, **options):
         self._fail()
-        return self._peer.wait(sent, out=out)
+        return self._peer.wait(sent, **options)
 
     def _fail(self):
         if self._call == self.at and not self._failed:
