@@ -4,14 +4,14 @@ An engine knows :class:`Shards` only. A transport is a :class:`Peer`: one connec
 frame is a pure read: it may be retried or thrown away, and nothing remote changes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from farshore.attention_offload.frames import Transport
 from farshore.attention_offload.plan import ShardStep, StepPlan
-from farshore.ids import WorkerId
+from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import AttentionSpec, KVLayout, State
 from farshore.kvstore.base import ShardStore
 
@@ -43,6 +43,32 @@ class ShardIdentity(NamedTuple):
     free_bytes: int
     attended_bytes: int
     """KV bytes this shard has attended to since it started."""
+    incarnation: str
+    """Of its store: another one has other spans, whatever its worker's id is."""
+
+
+class Caller(NamedTuple):
+    """Which engine makes a call to a shard, and when it sent the call, on its own monotonic clock."""
+
+    engine: str
+    """The engine's incarnation."""
+    sent_ns: int
+
+
+Wanted = Mapping[tuple[SequenceId, Epoch], Collection[SpanId]]
+"""All spans that an engine still wants of one shard."""
+
+
+class ShardBeat(NamedTuple):
+    """What a shard answers to the beat of an engine, which renews the lease on the engine's holds."""
+
+    worker: WorkerId
+    incarnation: str
+    budget_bytes: int
+    free_bytes: int
+    attended_bytes: int
+    must_reconcile: bool
+    """The next beat must say all that the engine wants: the shard may hold what the engine gave up."""
 
 
 class Peer(Protocol):

@@ -14,7 +14,6 @@ from farshore.attention_offload.frames import Sent, Transport, frame_bytes, nati
 from farshore.attention_offload.plan import ShardStep
 from farshore.errors import FarshoreError, InvalidRequest, TransportError
 from farshore.kernels.base import State
-from farshore.proto import attention_pb2 as pb
 
 AWAKE_US = 200
 """How long an engine waits for an answer awake, where answers come that soon: it has nothing else to do, and
@@ -113,7 +112,7 @@ class FrameStream:
 
     def refusal(self, failure: bytes) -> FarshoreError:
         """What a shard's last message says."""
-        return codec.error_from_pb(pb.Failure.FromString(failure), peer=self._address)
+        return codec.error_from_bytes(failure, peer=self._address)
 
     def mapped(self, error: Exception) -> FarshoreError:
         """What a native call on this connection failed with."""

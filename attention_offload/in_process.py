@@ -49,6 +49,7 @@ class InProcessPeer:
             usage.budget_bytes,
             usage.available_bytes,
             self._attended.total,
+            self.store.incarnation,
         )
 
     def begin(self, step: ShardStep) -> None:

@@ -5,6 +5,7 @@ Called by the dense worker. It must not know what else the engine reads from.
 """
 
 from collections.abc import Sequence
+from uuid import uuid4
 
 import grpc
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor
 
 from farshore.attention_offload import codec
 from farshore.attention_offload.base import AttentionModel, ShardIdentity
-from farshore.attention_offload.connect import CALL_DEADLINE_S, Dialler, shard_error
+from farshore.attention_offload.connect import Dialler, shard_error
 from farshore.attention_offload.frame_stream import FrameStream
 from farshore.attention_offload.frames import REMOTE, HotStream, Sent, Transport
 from farshore.attention_offload.grpc_stream import GrpcStream
 from farshore.attention_offload.plan import ShardStep
-from farshore.attention_offload.remote_store import RemoteStore
+from farshore.attention_offload.remote_store import DEADLINE_S, RemoteStore
 from farshore.errors import FarshoreError, InvalidRequest, TransportError
 from farshore.kernels.base import State
 from farshore.proto import attention_pb2 as pb
@@ -44,7 +45,13 @@ class RemotePeer:
         *,
         frame_deadline_s: float = FRAME_DEADLINE_S,
         transports: Sequence[Transport] = REMOTE,
+        engine: str | None = None,
+        deadline_s: float = DEADLINE_S,
     ) -> None:
+        """``engine``: the incarnation of the engine whose peer this is; None: one of its own. ``deadline_s``:
+        of cold calls."""
+        self._engine = engine or uuid4().hex
+        self._deadline_s = deadline_s
         self._address = address
         self._model = model
         self._dtype = dtype
@@ -58,7 +65,9 @@ class RemotePeer:
         self._step: ShardStep | None = None
         """The one announced last on this connection."""
         self._dialler = Dialler(self._stub, address, transports, purpose="hot frames go")
-        self.store = RemoteStore(self._stub, address, transports=transports)
+        self.store = RemoteStore(
+            self._stub, address, engine=self._engine, deadline_s=deadline_s, transports=transports
+        )
 
     @property
     def transport(self) -> Transport | None:
@@ -75,7 +84,7 @@ class RemotePeer:
 
     def identify(self) -> ShardIdentity:
         try:
-            message = self._stub.Identify(pb.IdentifyRequest(), timeout=CALL_DEADLINE_S)
+            message = self._stub.Identify(pb.IdentifyRequest(), timeout=self._deadline_s)
         except grpc.RpcError as failure:
             raise shard_error(failure, self._address) from failure
         return codec.identity_from_pb(message)
@@ -138,6 +147,8 @@ class RemotePeer:
                 self._dtype,
                 frame_deadline_s=self._frame_deadline_s,
                 transports=self._transports,
+                engine=self._engine,
+                deadline_s=self._deadline_s,
             )
         return self._twin
 

@@ -2,23 +2,19 @@
 
 ::
 
-    FarshoreError
-    ├── InvalidRequest          the caller's input is wrong; the message names the fix
-    │   ├── ModelError          a model that is unknown, unsupported or damaged
-    │   └── PortInUse           a listening address is taken
-    ├── NotFound                an unknown span, sequence or request
-    ├── Full                    memory was asked for and refused
-    ├── Overloaded              a queue is full: try again later        (retryable)
-    ├── Corrupt                 bytes are not what was sent or sealed: fetch them again   (retryable)
-    ├── Fenced                  an older epoch tried to write: stop, somebody else owns the sequence
-    ├── InvalidPlan             a step plan with a hole or an overlap
-    ├── Cancelled               the caller went away
-    ├── DeadlineExceeded        a wait ran out
-    ├── TransportError          a peer could not be reached or broke off (retryable: reads lose nothing)
-    │   ├── Late                shards that sent no answer before a frame's deadline: set them aside, ask again
-    │   └── Lost                shards that are gone: connection refused, restarted, or silent for too long
-    ├── Internal                a mistake in Farshore or in a peer: the same call fails again
-    └── StartupError            the cluster could not be started
+    FarshoreError ├── InvalidRequest          the caller's input is wrong; the message names the fix │   ├──
+    ModelError          a model that is unknown, unsupported or damaged │   └── PortInUse           a
+    listening address is taken ├── NotFound                an unknown span, sequence or request ├── Full
+    memory was asked for and refused ├── Overloaded              a queue is full: try again later
+    (retryable) ├── Corrupt                 bytes are not what was sent or sealed: fetch them again
+    (retryable) ├── Fenced                  an older epoch tried to write: stop, somebody else owns the
+    sequence ├── InvalidPlan             a step plan with a hole or an overlap ├── Cancelled               the
+    caller went away ├── DeadlineExceeded        a wait ran out ├── TransportError          a peer could not
+    be reached or broke off (retryable: reads lose nothing) │   ├── Late                shards that sent no
+    answer before a frame's deadline: set them aside, ask again │   └── Lost                shards that are
+    gone: connection refused, restarted, or silent for too long ├── Internal                a mistake in
+    Farshore or in a peer: the same call fails again └── StartupError            the cluster could not be
+    started
 
 gRPC, Ray and Redis errors become these once, at the edge, with the cause chained.
 """

@@ -43,8 +43,8 @@ _CODES: tuple[tuple[type[errors.FarshoreError], grpc.StatusCode], ...] = (
     (errors.Internal, grpc.StatusCode.INTERNAL),
 )
 
-# Codes that only a peer that is not ours, or a newer one, sends: the caller asked for something that this peer
-# does not grant. Every other code without an entry, UNKNOWN and UNIMPLEMENTED among them, is Internal.
+# Codes that only a peer that is not ours, or a newer one, sends: the caller asked for something that this
+# peer does not grant. Every other code without an entry, UNKNOWN and UNIMPLEMENTED among them, is Internal.
 _REFUSALS = {
     grpc.StatusCode.OUT_OF_RANGE,
     grpc.StatusCode.ALREADY_EXISTS,

@@ -5,7 +5,7 @@ import warnings
 
 from farshore.proto import attention_pb2 as farshore_dot_proto_dot_attention__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.80.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class AttentionStub:
+class AttentionStub(object):
     """Missing associated documentation comment in .proto file."""
 
     def __init__(self, channel):
@@ -89,6 +89,11 @@ class AttentionStub:
                 request_serializer=farshore_dot_proto_dot_attention__pb2.AnnounceRequest.SerializeToString,
                 response_deserializer=farshore_dot_proto_dot_attention__pb2.Announcement.FromString,
                 _registered_method=True)
+        self.Beat = channel.unary_unary(
+                '/farshore.attention.v1.Attention/Beat',
+                request_serializer=farshore_dot_proto_dot_attention__pb2.BeatRequest.SerializeToString,
+                response_deserializer=farshore_dot_proto_dot_attention__pb2.BeatReply.FromString,
+                _registered_method=True)
         self.Attend = channel.stream_stream(
                 '/farshore.attention.v1.Attention/Attend',
                 request_serializer=farshore_dot_proto_dot_attention__pb2.Frame.SerializeToString,
@@ -101,7 +106,7 @@ class AttentionStub:
                 _registered_method=True)
 
 
-class AttentionServicer:
+class AttentionServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Identify(self, request, context):
@@ -174,6 +179,13 @@ class AttentionServicer:
 
     def Announce(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Beat(self, request, context):
+        """Renews an engine's lease on its holds; says which of them it still wants. Idempotent.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -251,6 +263,11 @@ def add_AttentionServicer_to_server(servicer, server):
                     request_deserializer=farshore_dot_proto_dot_attention__pb2.AnnounceRequest.FromString,
                     response_serializer=farshore_dot_proto_dot_attention__pb2.Announcement.SerializeToString,
             ),
+            'Beat': grpc.unary_unary_rpc_method_handler(
+                    servicer.Beat,
+                    request_deserializer=farshore_dot_proto_dot_attention__pb2.BeatRequest.FromString,
+                    response_serializer=farshore_dot_proto_dot_attention__pb2.BeatReply.SerializeToString,
+            ),
             'Attend': grpc.stream_stream_rpc_method_handler(
                     servicer.Attend,
                     request_deserializer=farshore_dot_proto_dot_attention__pb2.Frame.FromString,
@@ -269,7 +286,7 @@ def add_AttentionServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class Attention:
+class Attention(object):
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
@@ -559,6 +576,33 @@ class Attention:
             '/farshore.attention.v1.Attention/Announce',
             farshore_dot_proto_dot_attention__pb2.AnnounceRequest.SerializeToString,
             farshore_dot_proto_dot_attention__pb2.Announcement.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Beat(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farshore.attention.v1.Attention/Beat',
+            farshore_dot_proto_dot_attention__pb2.BeatRequest.SerializeToString,
+            farshore_dot_proto_dot_attention__pb2.BeatReply.FromString,
             options,
             channel_credentials,
             insecure,

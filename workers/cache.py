@@ -100,7 +100,13 @@ class SequenceCache:
             if last > span.sealed:
                 names = [block for block in sequence.blocks if span.sealed < block.last <= last]
                 store = self._peers[span.worker].store
-                store.seal(span.span, last - span.origin, epoch=sequence.epoch, blocks=names)
+                store.seal(
+                    span.span,
+                    last - span.origin,
+                    sequence=sequence.id,
+                    epoch=sequence.epoch,
+                    blocks=names,
+                )
                 span.sealed = last
         sequence.committed = until
 

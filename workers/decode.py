@@ -88,6 +88,7 @@ def make_plan(step: int, turns: Seq[Turn], attention: AttentionModel) -> StepPla
                     span.group0,
                     span.group1,
                     range(row, end),
+                    turn.sequence.id,
                 )
             )
         row = end

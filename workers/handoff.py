@@ -142,8 +142,8 @@ class HandOffs:
                 at = max(first, span.sealed)  # sealed in an attempt that failed elsewhere
                 for layer in range(self._layout.layers) if at < boundary else ():
                     parts = k[layer][:, at - first :], v[layer][:, at - first :]
-                    spans.write(store, span, layer, at, *parts, self._layout, epoch)
-                store.seal(span.span, boundary - span.origin, epoch=epoch, blocks=names)
+                    spans.write(store, span, layer, at, *parts, self._layout, sequence, epoch)
+                store.seal(span.span, boundary - span.origin, sequence=sequence, epoch=epoch, blocks=names)
                 span.sealed = boundary
         except FarshoreError:
             old = {id(it.into) for it in targets}

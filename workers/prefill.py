@@ -232,7 +232,13 @@ class Segment:
         span, first, last = self._pieces[piece]
         read = self._peers[span.worker].store.read
         return self._helper.submit(
-            read, span.span, layer, first - span.origin, last - span.origin, dtype=self._model.dtype
+            read,
+            span.span,
+            layer,
+            first - span.origin,
+            last - span.origin,
+            sequence=self.sequence.id,
+            dtype=self._model.dtype,
         )
 
     def _start_writing(self, layer: int) -> None:
@@ -255,7 +261,9 @@ class Segment:
             if a < b:
                 tokens = slice(a - self.first, b - self.first)
                 store = self._peers[span.worker].store
-                write(store, span, layer, a, k[:, tokens], v[:, tokens], self._layout, self.sequence.epoch)
+                parts = k[:, tokens], v[:, tokens]
+                sequence = self.sequence
+                write(store, span, layer, a, *parts, self._layout, sequence.id, sequence.epoch)
 
     def _to_logits(self) -> None:
         self.logits = self._model.logits(self._h[len(self._h) - self._logits_of :])

@@ -52,12 +52,14 @@ def write(
     k: Tensor,
     v: Tensor,
     layout: KVLayout,
+    sequence: SequenceId,
     epoch: Epoch,
 ) -> None:
     """k, v of all heads from ``position`` on: the span takes those of its groups."""
     k_heads = slice(span.group0 * layout.k_heads_per_group, span.group1 * layout.k_heads_per_group)
     v_heads = slice(span.group0 * layout.v_heads_per_group, span.group1 * layout.v_heads_per_group)
-    store.write(span.span, layer, position - span.origin, k[k_heads], v[v_heads], epoch=epoch)
+    at = position - span.origin
+    store.write(span.span, layer, at, k[k_heads], v[v_heads], sequence=sequence, epoch=epoch)
 
 
 def drop(peer: Peer, span: PlacedSpan, sequence: SequenceId, epoch: Epoch) -> None:

@@ -45,6 +45,9 @@ class Wire {
     void fail(const void* failure, uint32_t bytes);
     void shut_down() { socket_.shut_down(); }
 
+    // Shard: a layer frame that is to be answered when the step's spans were looked up again.
+    std::optional<Frame> unanswered;
+
     // Engine: layer frames sent and not answered.
     uint32_t under_way = 0;
 

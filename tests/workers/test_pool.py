@@ -12,7 +12,7 @@ A, B = WorkerId("a"), WorkerId("b")
 
 class Peer:
     def __init__(self, worker, budget_bytes):
-        self.identity = ShardIdentity(worker, 1, "here", budget_bytes, budget_bytes // 2, 0)
+        self.identity = ShardIdentity(worker, 1, "here", budget_bytes, budget_bytes // 2, 0, "incarnation")
         self.dead = False
         self.asked = 0
 

@@ -218,7 +218,9 @@ def test_a_failure_in_any_unit_loses_nothing(tiny, tiny_model, ground, monkeypat
             [
                 torch.stack(
                     [
-                        ground_.cluster.stores[s.worker].read(s.span, layer, 0, s.last - s.first)[0]
+                        ground_.cluster.stores[s.worker].read(
+                            s.span, layer, 0, s.last - s.first, sequence=seq.id
+                        )[0]
                         for layer in range(3)
                     ]
                 )
