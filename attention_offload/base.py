@@ -43,17 +43,32 @@ class ShardIdentity(NamedTuple):
     free_bytes: int
     attended_bytes: int
     """KV bytes this shard has attended to since it started."""
+    incarnation: str
+    """Of its store: another one has other spans, whatever its worker's id is."""
+
+
+class Caller(NamedTuple):
+    """Which engine makes a call to a shard, and when it sent the call, on its own monotonic clock."""
+
+    engine: str
+    """The engine's incarnation."""
+    sent_ns: int
+
+
+Wanted = Mapping[tuple[SequenceId, Epoch], Collection[SpanId]]
+"""All spans that an engine still wants of one shard."""
 
 
 class ShardBeat(NamedTuple):
-    """A shard's answer to a beat."""
+    """What a shard answers to the beat of an engine, which renews the lease on the engine's holds."""
 
     worker: WorkerId
+    incarnation: str
     budget_bytes: int
     free_bytes: int
-    """Free, or cache."""
+    attended_bytes: int
     must_reconcile: bool
-    """The shard was paused, or this engine's holds ran out: tell it all that is wanted."""
+    """The next beat must say all that the engine wants: the shard may hold what the engine gave up."""
 
 
 class Peer(Protocol):
@@ -93,7 +108,7 @@ class Peer(Protocol):
         """Makes the connections that :attr:`ready` asks for, and leaves live ones alone. Blocks up to a
         deadline of its own. Raises TransportError. The next :meth:`begin` takes what was made."""
 
-    def beat(self, wanted: Mapping[tuple[SequenceId, Epoch], Collection[SpanId]] | None) -> ShardBeat:
+    def beat(self, wanted: Wanted | None) -> ShardBeat:
         """Renews what the engine holds at the shard. ``wanted``: everything that it wants to hold there; the
         rest is given back. None: only renew."""
 

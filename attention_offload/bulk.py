@@ -35,8 +35,6 @@ PIECE_BYTES = 1 << 20
 """About; of a write and of a pull. It fits into a core's cache, and bounds how long anybody holds a lock."""
 
 MOST_MESSAGE_BYTES = 64 << 10
-DEADLINE_S = 30.0
-"""For each message, and each piece."""
 
 Runs = list[int]
 """Stretches of memory, one after the other: address, bytes, address, bytes, ..."""
@@ -61,14 +59,16 @@ class Head(NamedTuple):
 
 
 class BulkSocket:
-    """Messages on a connection that it owns from now on. Not thread-safe.
+    """Messages on a connection that it owns from now on. Not thread-safe. ``deadline_s``: how long a transfer
+    may stand still, without any byte moving.
 
     OSError where the connection breaks or is late, ConnectionError also for what cannot be a message: it is
     then of no more use.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, *, deadline_s: float) -> None:
         self._connection = connection
+        self._deadline_s = deadline_s
         self._fd = connection.fileno()
         self._native = native()
         self._head = bytearray(_HEADER.size)
@@ -78,12 +78,12 @@ class BulkSocket:
         text = message.SerializeToString() if message is not None else b""
         payload = payload or []
         head = bytearray(_HEADER.pack(kind, len(text), sum(payload[1::2])) + text)
-        self._native.send_pieces(self._fd, _run(head) + payload, DEADLINE_S)
+        self._native.send_pieces(self._fd, _run(head) + payload, self._deadline_s)
 
     def receive(self, *, idle: bool = False) -> Head:
         """The next message; :meth:`receive_payload` takes what comes behind it. ``idle``: none is due, so
         wait for ever."""
-        self._native.receive_pieces(self._fd, self._head_run, -1.0 if idle else DEADLINE_S)
+        self._native.receive_pieces(self._fd, self._head_run, -1.0 if idle else self._deadline_s)
         number, message_bytes, payload_bytes = _HEADER.unpack(self._head)
         try:
             kind = Kind(number)
@@ -95,11 +95,11 @@ class BulkSocket:
             )
         message = bytearray(message_bytes)
         if message:
-            self._native.receive_pieces(self._fd, _run(message), DEADLINE_S)
+            self._native.receive_pieces(self._fd, _run(message), self._deadline_s)
         return Head(kind, bytes(message), payload_bytes)
 
     def receive_payload(self, runs: Runs) -> None:
-        self._native.receive_pieces(self._fd, runs, DEADLINE_S)
+        self._native.receive_pieces(self._fd, runs, self._deadline_s)
 
     def close(self) -> None:
         self._connection.close()
@@ -109,9 +109,10 @@ class BulkStream:
     """One connection for bulk KV, engine's end. Not thread-safe. TransportError leaves it useless; what the
     shard refuses, raised as the store itself would, does not."""
 
-    def __init__(self, connection: socket.socket, address: str) -> None:
-        self._wire = BulkSocket(connection)
+    def __init__(self, connection: socket.socket, address: str, *, deadline_s: float) -> None:
+        self._wire = BulkSocket(connection, deadline_s=deadline_s)
         self._address = address
+        self._deadline_s = deadline_s
 
     def write(self, request: pb.WriteRequest, k: Tensor, v: Tensor) -> None:
         """k and v as stored, ``u8[heads, tokens, bytes]``, any strides; the request is without them."""
@@ -152,7 +153,7 @@ class BulkStream:
     def _answer(self, *due: Kind) -> Head:
         head = self._wire.receive()
         if head.kind is Kind.FAILED:
-            raise codec.error_from_pb(pb.Failure.FromString(head.message), peer=self._address)
+            raise codec.error_from_bytes(head.message, peer=self._address)
         if head.kind not in due:
             raise ConnectionError(f"reordered: {head.kind.name}, due is {' or '.join(it.name for it in due)}")
         return head
@@ -163,7 +164,7 @@ class BulkStream:
             yield
         except TimeoutError as error:
             raise TransportError(
-                f"{self._address}: no progress of bulk KV within {DEADLINE_S:g} s"
+                f"{self._address}: no progress of bulk KV within {self._deadline_s:g} s"
             ) from error
         except OSError as error:
             raise TransportError(f"{self._address}: bulk KV: {error}") from error

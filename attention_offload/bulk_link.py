@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from farshore.attention_offload.bulk import DEADLINE_S, BulkStream
+from farshore.attention_offload.bulk import BulkStream
 from farshore.attention_offload.connect import Dialler
 from farshore.attention_offload.frames import Transport
 from farshore.errors import TransportError
@@ -17,11 +17,13 @@ GRPC_FOR_CALLS = 256
 
 
 class BulkLink:
-    """Thread-safe: transfers take turns."""
+    """Thread-safe: transfers take turns. ``deadline_s``: how long one may stand still, without any byte
+    moving, and how long another one waits for its turn."""
 
-    def __init__(self, dialler: Dialler, address: str) -> None:
+    def __init__(self, dialler: Dialler, address: str, *, deadline_s: float) -> None:
         self._dialler = dialler
         self._address = address
+        self._deadline_s = deadline_s
         self._lock = threading.Lock()
         self._stream: BulkStream | None = None
         self._grpc_calls = 0
@@ -47,8 +49,10 @@ class BulkLink:
 
     @contextmanager
     def _taken(self) -> Iterator[None]:
-        if not self._lock.acquire(timeout=DEADLINE_S):
-            raise TransportError(f"{self._address}: bulk KV of another thread took over {DEADLINE_S:g} s")
+        if not self._lock.acquire(timeout=self._deadline_s):
+            raise TransportError(
+                f"{self._address}: bulk KV of another thread took over {self._deadline_s:g} s"
+            )
         try:
             yield
         finally:
@@ -74,7 +78,7 @@ class BulkLink:
             self._grpc_calls = GRPC_FOR_CALLS
             self.transport = Transport.GRPC
             return None
-        self._stream = BulkStream(connected.connection, self._address)
+        self._stream = BulkStream(connected.connection, self._address, deadline_s=self._deadline_s)
         self.transport = connected.transport
         return self._stream
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from farshore.attention_offload import codec
 from farshore.attention_offload.bulk import MOST_MESSAGE_BYTES, PIECE_BYTES, BulkSocket, Head, Kind, Runs
+from farshore.attention_offload.engine_holds import EngineHolds
 from farshore.errors import InvalidRequest, TransportError
-from farshore.ids import Epoch, SpanId
+from farshore.ids import Epoch, SequenceId, SpanId
 from farshore.kvstore.forms import stored_bytes
 from farshore.kvstore.store import LocalStore
 from farshore.proto import attention_pb2 as pb
@@ -25,17 +26,20 @@ MOST_PIECE_BYTES = 16 * PIECE_BYTES
 """What a buffer is kept for; more than PIECE_BYTES are asked for by one token of a very wide model."""
 
 MOST_PAYLOAD_BYTES = 1 << 40
+DEADLINE_S = 30.0
+"""Without any byte moving, inside of a message or a piece."""
+
 NICENESS = 5
 """A thread that moves bulk KV gives way to one that answers a hot frame."""
 
 
-def serve_bulk(store: LocalStore, connection: socket.socket, unix: bool) -> None:
+def serve_bulk(store: LocalStore, holds: EngineHolds, connection: socket.socket, unix: bool) -> None:
     """Answer one engine's writes and pulls until it hangs up, or sends what cannot be a message."""
     thread = threading.get_native_id()
     with suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)
-    wire = BulkSocket(connection)
-    served = _Connection(store, wire)
+    wire = BulkSocket(connection, deadline_s=DEADLINE_S)
+    served = _Connection(store, holds, wire)
     try:
         while True:
             served.answer()
@@ -46,8 +50,9 @@ def serve_bulk(store: LocalStore, connection: socket.socket, unix: bool) -> None
 
 
 class _Connection:
-    def __init__(self, store: LocalStore, wire: BulkSocket) -> None:
+    def __init__(self, store: LocalStore, holds: EngineHolds, wire: BulkSocket) -> None:
         self._store = store
+        self._holds = holds
         self._wire = wire
         self._buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8)
 
@@ -74,8 +79,9 @@ class _Connection:
     def _write(self, head: Head) -> None:
         message = pb.BulkWrite.FromString(head.message)
         request, token_major = message.write, message.token_major
-        span = SpanId(request.span_id)
-        layout = self._store.layout(span)
+        self._holds.renew(request.caller.engine)
+        span, sequence = SpanId(request.span_id), SequenceId(request.sequence_id)
+        layout = self._store.look_up(span, holder=sequence).layout
         row_bytes = stored_bytes(layout)
         k_bytes, v_bytes = layout.k_heads * row_bytes[0], layout.v_heads * row_bytes[1]
         if head.payload_bytes != request.tokens * (k_bytes + v_bytes):
@@ -95,22 +101,27 @@ class _Connection:
                 request.first + first,
                 _shaped(k, layout.k_heads, count, row_bytes[0], token_major),
                 _shaped(v, layout.v_heads, count, row_bytes[1], token_major),
+                sequence=sequence,
                 epoch=Epoch(request.epoch),
             )
 
     def _read(self, head: Head) -> None:
         request = pb.ReadRequest.FromString(head.message)
-        span = SpanId(request.span_id)
-        layout = self._store.layout(span)
+        self._holds.renew(request.caller.engine)
+        span, sequence = SpanId(request.span_id), SequenceId(request.sequence_id)
+        layout = self._store.look_up(span, holder=sequence).layout
         piece_tokens = max(1, PIECE_BYTES // layout.layer_token_bytes)
         # At least one read: the store checks a range even where it is empty.
         for first in range(request.first, request.last, piece_tokens) or (request.first,):
             last = min(first + piece_tokens, request.last)
             if layout.format.quantised:
-                k, v = self._store.read(span, request.layer, first, last, dtype=torch.uint8)
+                k, v = self._store.read(
+                    span, request.layer, first, last, sequence=sequence, dtype=torch.uint8
+                )
                 self._send([k.data_ptr(), k.nbytes, v.data_ptr(), v.nbytes])
             else:
-                with self._store.stored_runs(span, request.layer, first, last) as runs:
+                stored = self._store.stored_runs(span, request.layer, first, last, sequence=sequence)
+                with stored as runs:
                     self._send(runs)
 
     def _send(self, piece: Runs) -> None:

@@ -2,17 +2,19 @@
 
 import math
 import sys
+from collections.abc import Iterable
 from itertools import accumulate, pairwise
 
 import grpc
 import numpy as np
 import torch
+from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from farshore import rpc
-from farshore.attention_offload.base import AttentionModel, ShardIdentity
+from farshore.attention_offload.base import AttentionModel, Caller, ShardBeat, ShardIdentity, Wanted
 from farshore.attention_offload.plan import Read, ShardStep
-from farshore.errors import FarshoreError, InvalidRequest
+from farshore.errors import FarshoreError, InvalidRequest, TransportError
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import AttentionSpec, KVLayout
 from farshore.kernels.formats import KVFormat
@@ -29,7 +31,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 def dtype_of(name: str) -> torch.dtype:
     if name not in DTYPES:
-        raise InvalidRequest(f"unknown dtype {name!r}: use one of {', '.join(DTYPES)}")
+        raise InvalidRequest(f"unknown dtype {rpc.shown(name)!r}: use one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
@@ -75,7 +77,7 @@ def format_of(name: str) -> KVFormat:
         return KVFormat(name)
     except ValueError:
         known = ", ".join(format.value for format in KVFormat)
-        raise InvalidRequest(f"unknown KV format {name!r}: use one of {known}") from None
+        raise InvalidRequest(f"unknown KV format {rpc.shown(name)!r}: use one of {known}") from None
 
 
 def layout_to_pb(layout: KVLayout) -> pb.Layout:
@@ -181,6 +183,42 @@ def identity_from_pb(message: pb.Identity) -> ShardIdentity:
         budget_bytes=message.budget_bytes,
         free_bytes=message.free_bytes,
         attended_bytes=message.attended_bytes,
+        incarnation=message.incarnation,
+    )
+
+
+def caller_from_pb(message: pb.Caller) -> Caller:
+    return Caller(message.engine, message.sent_ns)
+
+
+def wanted_to_pb(wanted: Wanted) -> list[pb.Wanted]:
+    return [
+        pb.Wanted(sequence_id=sequence, epoch=epoch, span_ids=spans)
+        for (sequence, epoch), spans in wanted.items()
+    ]
+
+
+def wanted_from_pb(messages: Iterable[pb.Wanted]) -> dict[tuple[SequenceId, Epoch], set[SpanId]]:
+    wanted: dict[tuple[SequenceId, Epoch], set[SpanId]] = {}
+    for it in messages:
+        key = (SequenceId(it.sequence_id), Epoch(it.epoch))
+        wanted.setdefault(key, set()).update(map(SpanId, it.span_ids))
+    return wanted
+
+
+def beat_to_pb(beat: ShardBeat) -> pb.BeatReply:
+    fields = beat._asdict()
+    return pb.BeatReply(worker_id=fields.pop("worker"), **fields)
+
+
+def beat_from_pb(message: pb.BeatReply) -> ShardBeat:
+    return ShardBeat(
+        worker=WorkerId(message.worker_id),
+        incarnation=message.incarnation,
+        budget_bytes=message.budget_bytes,
+        free_bytes=message.free_bytes,
+        attended_bytes=message.attended_bytes,
+        must_reconcile=message.must_reconcile,
     )
 
 
@@ -190,8 +228,17 @@ def failure_to_pb(error: Exception) -> pb.Failure:
 
 
 def error_from_pb(message: pb.Failure, *, peer: str) -> FarshoreError:
+    """What a connection past gRPC ended with; a code that gRPC does not have is Internal."""
     code = next((it for it in grpc.StatusCode if it.value[0] == message.code), grpc.StatusCode.UNKNOWN)
     return rpc.error_of_status(code, message.message, peer=peer)
+
+
+def error_from_bytes(data: bytes, *, peer: str) -> FarshoreError:
+    """As :func:`error_from_pb`, of a message as it came; TransportError where it is none."""
+    try:
+        return error_from_pb(pb.Failure.FromString(data), peer=peer)
+    except DecodeError as error:
+        return TransportError(f"{peer}: garbage: a failure that is no message: {error}")
 
 
 def model_to_pb(model: AttentionModel, dtype: torch.dtype) -> pb.Open:
@@ -243,6 +290,7 @@ def step_to_pb(step: ShardStep) -> pb.Step:
                         group1=read.group1,
                         row=read.rows.start,
                         rows=len(read.rows),
+                        holder=read.holder,
                     )
                     for read in reads
                 ]
@@ -273,6 +321,7 @@ def step_from_pb(message: pb.Step) -> ShardStep:
                     read.group0,
                     read.group1,
                     range(read.row, read.row + read.rows),
+                    SequenceId(read.holder),
                 )
                 for read in part.reads
             )

@@ -160,7 +160,9 @@ def serve_frames(
     try:
         asked = module.serve(wire, None, shares_cores)
         while asked is not None:
-            if isinstance(asked, int):
+            if asked is True:
+                session.look_again()
+            elif isinstance(asked, int):
                 session.again(asked)
             else:
                 session.begin(codec.step_from_pb(pb.Step.FromString(asked)))

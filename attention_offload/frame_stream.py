@@ -4,7 +4,6 @@ lock."""
 import socket
 
 import torch
-from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from farshore.attention_offload import codec
@@ -15,7 +14,6 @@ from farshore.attention_offload.frames import MOST_DEADLINE_S, Sent, Transport, 
 from farshore.attention_offload.plan import ShardStep
 from farshore.errors import FarshoreError, InvalidRequest, Late, TransportError
 from farshore.kernels.base import State
-from farshore.proto import attention_pb2 as pb
 
 AWAKE_US = 200
 """How long an engine waits for an answer awake, where answers come that soon: it has nothing else to do, and
@@ -123,11 +121,7 @@ class FrameStream:
     def refusal(self, failure: bytes) -> FarshoreError:
         """What a shard's last message says: the error that it refuses the step with, or TransportError where
         the message is garbage."""
-        try:
-            message = pb.Failure.FromString(failure)
-        except DecodeError as error:
-            return TransportError(f"{self._address}: garbage: a failure that is no message: {error}")
-        return refusal(codec.error_from_pb(message, peer=self._address), self._address)
+        return refusal(codec.error_from_bytes(failure, peer=self._address), self._address)
 
     def mapped(self, error: Exception, deadline_s: float | None = None) -> FarshoreError:
         """The error for what a native call on this connection failed with, after ``deadline_s`` at most."""

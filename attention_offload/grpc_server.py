@@ -8,7 +8,9 @@ for as long as it lasts.
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any, NamedTuple
 
@@ -18,16 +20,18 @@ import torch
 from torch import Tensor
 
 from farshore import rpc
-from farshore.attention_offload import codec
-from farshore.attention_offload.base import ShardIdentity
+from farshore.attention_offload import codec, door
+from farshore.attention_offload.base import ShardBeat, ShardIdentity
 from farshore.attention_offload.bulk_server import serve_bulk
 from farshore.attention_offload.cores import too_few_with
+from farshore.attention_offload.engine_holds import EngineHolds, Ticker
 from farshore.attention_offload.frame_server import FrameListener, serve_frames
 from farshore.attention_offload.frames import native
 from farshore.attention_offload.shard import AttendedBytes, ShardSession
-from farshore.errors import InvalidRequest
+from farshore.errors import Cancelled, InvalidRequest
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import AttentionSpec, State
+from farshore.kvstore.span import check_shape
 from farshore.kvstore.store import LocalStore
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
@@ -41,11 +45,14 @@ as long, and bulk KV no faster."""
 
 
 def _mapped(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A unary handler whose errors leave as status codes."""
+    """A unary handler whose errors leave as status codes. A call whose caller gave it up, while this process
+    stood still or its threads were busy, does nothing."""
 
     @wraps(method)
     def handler(self: "AttentionService", request: Any, context: grpc.ServicerContext) -> Any:
         try:
+            if not context.is_active():
+                raise Cancelled("the caller gave up before the call was begun")
             return method(self, request)
         except Exception as error:
             rpc.abort(context, error)
@@ -74,10 +81,15 @@ class _Slot(NamedTuple):
 
 
 class AttentionService(pb_grpc.AttentionServicer):
-    def __init__(self, worker: WorkerId, store: LocalStore) -> None:
+    """``clock``: monotonic seconds, by which engines' leases end."""
+
+    def __init__(
+        self, worker: WorkerId, store: LocalStore, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._worker = worker
         self._store = store
         self._attended = AttendedBytes()
+        self.holds = EngineHolds(store, clock=clock)
         self.listener: FrameListener | None = None
         """Where connections past gRPC are taken; none while the service is not served."""
 
@@ -90,6 +102,7 @@ class AttentionService(pb_grpc.AttentionServicer):
             usage.budget_bytes,
             usage.available_bytes,
             self._attended.total,
+            self._store.incarnation,
         )
 
     @_mapped
@@ -97,53 +110,78 @@ class AttentionService(pb_grpc.AttentionServicer):
         return codec.identity_to_pb(self.identity())
 
     @_mapped
-    def Create(self, request: pb.CreateRequest) -> pb.CreateReply:
-        span = self._store.create(
-            codec.key_from_pb(request.key),
-            capacity_tokens=request.capacity_tokens,
-            layout=codec.layout_from_pb(request.layout),
-            epoch=Epoch(request.epoch),
+    def Beat(self, request: pb.BeatRequest) -> pb.BeatReply:
+        wanted = codec.wanted_from_pb(request.sequences) if request.complete else None
+        must_reconcile = self.holds.beat(codec.caller_from_pb(request.caller), wanted)
+        identity = self.identity()
+        return codec.beat_to_pb(
+            ShardBeat(
+                worker=identity.worker,
+                incarnation=identity.incarnation,
+                budget_bytes=identity.budget_bytes,
+                free_bytes=identity.free_bytes,
+                attended_bytes=identity.attended_bytes,
+                must_reconcile=must_reconcile,
+            )
         )
+
+    @_mapped
+    def Create(self, request: pb.CreateRequest) -> pb.CreateReply:
+        key, layout = codec.key_from_pb(request.key), codec.layout_from_pb(request.layout)
+        door.check_key(key)
+        check_shape(key, request.capacity_tokens, layout)
+        epoch = Epoch(request.epoch)
+        with self.holds.changing(codec.caller_from_pb(request.caller), key.sequence, epoch):
+            span = self._store.create(
+                key, capacity_tokens=request.capacity_tokens, layout=layout, epoch=epoch
+            )
         return pb.CreateReply(span_id=span)
 
     @_mapped
     def Write(self, requests: Iterator[pb.WriteRequest]) -> pb.WriteReply:
         for request in requests:
-            span = SpanId(request.span_id)
-            layout = self._store.layout(span)
+            self.holds.renew(request.caller.engine)
+            span, sequence = SpanId(request.span_id), SequenceId(request.sequence_id)
+            layout = self._store.look_up(span, holder=sequence).layout
             k, v = codec.tokens_from_bytes(request.k, request.v, layout, request.tokens)
-            self._store.write(span, request.layer, request.first, k, v, epoch=Epoch(request.epoch))
+            self._store.write(
+                span, request.layer, request.first, k, v, sequence=sequence, epoch=Epoch(request.epoch)
+            )
         return pb.WriteReply()
 
     @_mapped
     def Seal(self, request: pb.SealRequest) -> pb.SealReply:
+        self.holds.renew(request.caller.engine)
         digest = self._store.seal(
             SpanId(request.span_id),
             request.tokens,
+            sequence=SequenceId(request.sequence_id),
             epoch=Epoch(request.epoch),
-            blocks=[codec.block_from_pb(block) for block in request.blocks],
+            blocks=door.check_blocks([codec.block_from_pb(block) for block in request.blocks]),
         )
         return pb.SealReply(digest=digest)
 
     @_mapped
     def FindPrefix(self, request: pb.FindPrefixRequest) -> pb.FindPrefixReply:
-        slices = self._store.find_prefix(
-            [codec.block_from_pb(block) for block in request.blocks],
-            layer_class=request.layer_class,
-            sequence=SequenceId(request.sequence_id),
-            epoch=Epoch(request.epoch),
-        )
+        blocks = door.check_blocks([codec.block_from_pb(block) for block in request.blocks])
+        with self._changing(request) as (sequence, epoch):
+            slices = self._store.find_prefix(
+                blocks, layer_class=request.layer_class, sequence=sequence, epoch=epoch
+            )
         return pb.FindPrefixReply(slices=[codec.slice_to_pb(found) for found in slices])
 
     def Read(self, request: pb.ReadRequest, context: grpc.ServicerContext) -> Iterator[pb.KVChunk]:
         try:
-            span = SpanId(request.span_id)
-            layout = self._store.layout(span)
+            self.holds.renew(request.caller.engine)
+            span, sequence = SpanId(request.span_id), SequenceId(request.sequence_id)
+            layout = self._store.look_up(span, holder=sequence).layout
             chunk_tokens = max(1, READ_CHUNK_BYTES // layout.layer_token_bytes)
             # At least one read: the store checks a range even where it is empty.
             for first in range(request.first, request.last, chunk_tokens) or (request.first,):
                 last = min(first + chunk_tokens, request.last)
-                k, v = self._store.read(span, request.layer, first, last, dtype=torch.uint8)
+                k, v = self._store.read(
+                    span, request.layer, first, last, sequence=sequence, dtype=torch.uint8
+                )
                 yield pb.KVChunk(tokens=last - first, k=codec.to_bytes(k), v=codec.to_bytes(v))
         except Exception as error:
             rpc.abort(context, error)
@@ -151,23 +189,36 @@ class AttentionService(pb_grpc.AttentionServicer):
     @_mapped
     def Hold(self, request: pb.HoldRequest) -> pb.HoldReply:
         spans = [SpanId(span) for span in request.span_ids]
-        self._store.hold(spans, sequence=SequenceId(request.sequence_id), epoch=Epoch(request.epoch))
-        return pb.HoldReply(layouts=[codec.layout_to_pb(self._store.layout(span)) for span in spans])
+        with self._changing(request) as (sequence, epoch):
+            self._store.hold(spans, sequence=sequence, epoch=epoch)
+            stored = [self._store.look_up(span, holder=sequence) for span in spans]
+        return pb.HoldReply(layouts=[codec.layout_to_pb(it.layout) for it in stored])
 
     @_mapped
     def Drop(self, request: pb.HoldRequest) -> pb.DropReply:
         spans = [SpanId(span) for span in request.span_ids]
-        self._store.drop(spans, sequence=SequenceId(request.sequence_id), epoch=Epoch(request.epoch))
+        with self._changing(request) as (sequence, epoch):
+            self._store.drop(spans, sequence=sequence, epoch=epoch)
         return pb.DropReply()
 
     @_mapped
     def DropSequence(self, request: pb.SequenceRequest) -> pb.SequenceReply:
-        self._store.drop_sequence(SequenceId(request.sequence_id), epoch=Epoch(request.epoch))
+        with self._changing(request) as (sequence, epoch):
+            self._store.drop_sequence(sequence, epoch=epoch)
         return pb.SequenceReply()
+
+    @contextmanager
+    def _changing(self, request: Any) -> Iterator[tuple[SequenceId, Epoch]]:
+        """The sequence of a request that makes holds or gives them back, and its epoch."""
+        sequence = SequenceId(door.check_name("a sequence id", request.sequence_id))
+        epoch = Epoch(request.epoch)
+        with self.holds.changing(codec.caller_from_pb(request.caller), sequence, epoch):
+            yield sequence, epoch
 
     @_mapped
     def Fence(self, request: pb.SequenceRequest) -> pb.SequenceReply:
-        self._store.fence(SequenceId(request.sequence_id), Epoch(request.epoch))
+        sequence = SequenceId(door.check_name("a sequence id", request.sequence_id))
+        self._store.fence(sequence, Epoch(request.epoch))
         return pb.SequenceReply()
 
     @_mapped
@@ -184,7 +235,7 @@ class AttentionService(pb_grpc.AttentionServicer):
         if self.listener is None or native() is None:
             return pb.ConnectReply()
         if not request.HasField("open"):
-            return self.listener.expect(partial(serve_bulk, self._store), tcp=not secured)
+            return self.listener.expect(partial(serve_bulk, self._store, self.holds), tcp=not secured)
         session, dtype = self._opened(request.open)
         if not session.runs_natively(dtype):
             return pb.ConnectReply()
@@ -233,6 +284,7 @@ class AttentionService(pb_grpc.AttentionServicer):
 
     def _opened(self, opening: pb.Open) -> tuple[ShardSession, torch.dtype]:
         model, dtype = codec.model_from_pb(opening), codec.dtype_of(opening.dtype)
+        door.check_model(model, dtype)
         return ShardSession(self._store, model, self._attended), dtype
 
 
@@ -244,13 +296,15 @@ def _secured(context: grpc.ServicerContext) -> bool:
 class AttentionServer:
     """A service on its ports."""
 
-    def __init__(self, server: grpc.Server, listener: FrameListener) -> None:
+    def __init__(self, server: grpc.Server, listener: FrameListener, leases: Ticker) -> None:
         self._server = server
         self._listener = listener
+        self._leases = leases
 
     def stop(self, grace_s: float | None) -> threading.Event:
         """End hot connections at once and calls within the grace; the event is set when all is over."""
         self._listener.close()
+        self._leases.stop()
         return self._server.stop(grace_s)
 
     def wait_for_termination(self) -> None:
@@ -267,4 +321,4 @@ def serve(service: AttentionService, listen: str) -> tuple[AttentionServer, str]
         threads=MAX_CALLS,
     )
     service.listener = FrameListener(listen.rpartition(":")[0].strip("[]"))
-    return AttentionServer(server, service.listener), address
+    return AttentionServer(server, service.listener, Ticker(service.holds.tick)), address

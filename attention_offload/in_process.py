@@ -5,15 +5,14 @@ It serves spans in the engine's local store (placement ``local``) and unit tests
 
 import os
 import socket
-from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
-from farshore.attention_offload.base import AttentionModel, ShardBeat, ShardIdentity
+from farshore.attention_offload.base import AttentionModel, ShardBeat, ShardIdentity, Wanted
 from farshore.attention_offload.frames import MOST_DEADLINE_S, Transport
 from farshore.attention_offload.plan import ShardStep
 from farshore.attention_offload.shard import AttendedBytes, ShardSession
-from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
+from farshore.ids import WorkerId
 from farshore.kernels.base import State
 from farshore.kvstore.base import ShardStore
 
@@ -51,15 +50,23 @@ class InProcessPeer:
             usage.budget_bytes,
             usage.available_bytes,
             self._attended.total,
+            self.store.incarnation,
         )
 
     def connect(self) -> Transport:
         return self.transport
 
-    def beat(self, wanted: Mapping[tuple[SequenceId, Epoch], Collection[SpanId]] | None) -> ShardBeat:
+    def beat(self, wanted: Wanted | None) -> ShardBeat:
         """No call is ever lost here, so there is nothing to give back: ``wanted`` is what is held."""
         usage = self.store.usage()
-        return ShardBeat(self._worker, usage.budget_bytes, usage.available_bytes, must_reconcile=False)
+        return ShardBeat(
+            self._worker,
+            self.store.incarnation,
+            usage.budget_bytes,
+            usage.available_bytes,
+            self._attended.total,
+            must_reconcile=False,
+        )
 
     def begin(
         self, step: ShardStep, *, deadline_s: float = MOST_DEADLINE_S, drain_s: float = MOST_DEADLINE_S

@@ -27,9 +27,10 @@ class Replica(NamedTuple):
 class Read(NamedTuple):
     """Rows ``rows`` attend to positions ``first .. last``, head groups ``group0 .. group1``, in ``span``.
 
-    ``origin`` is the position of the span's own first token: the store counts from there. Whoever cannot
-    reach the span reads any of its ``replicas``; they are the engine's business, and no shard is told.
-    """
+    ``origin`` is the position of the span's own first token: the store counts from there. ``holder`` is a
+    sequence that holds the span, and every replica of it: the shard refuses the read otherwise. Where the
+    span is not reached, any of its ``replicas`` is read; they are the engine's business, and no shard is
+    told."""
 
     span: SpanId
     origin: int
@@ -38,6 +39,7 @@ class Read(NamedTuple):
     group0: int
     group1: int
     rows: range
+    holder: SequenceId
     replicas: tuple[Replica, ...] = ()
 
 

@@ -6,24 +6,28 @@ Called by the dense worker. It must not know what else the engine reads from.
 
 import threading
 from collections.abc import Sequence
+from uuid import uuid4
 
 import grpc
 import torch
 from torch import Tensor
 
 from farshore.attention_offload import codec
-from farshore.attention_offload.base import AttentionModel, ShardIdentity
+from farshore.attention_offload.base import AttentionModel, ShardBeat, ShardIdentity, Wanted
 from farshore.attention_offload.connect import CONNECT_DEADLINE_S, Dialler, shard_error
 from farshore.attention_offload.frame_stream import FrameStream
 from farshore.attention_offload.frames import MOST_DEADLINE_S, REMOTE, HotStream, Sent, Transport
 from farshore.attention_offload.grpc_stream import GrpcStream
 from farshore.attention_offload.plan import ShardStep
-from farshore.attention_offload.remote_store import RemoteStore
+from farshore.attention_offload.remote_store import DEADLINE_S, RemoteStore
 from farshore.errors import FarshoreError, InvalidRequest, Late, TransportError
 from farshore.kernels.base import State
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
 from farshore.rpc import OPTIONS
+
+BEAT_DEADLINE_S = 1.0
+"""A beat is a small call: a shard that takes longer does not answer."""
 
 MAX_UNDER_WAY = 16
 """Frames unanswered at a time: one a micro-batch is usual, and shared memory has slots for so many."""
@@ -41,7 +45,13 @@ class RemotePeer:
         dtype: torch.dtype,
         *,
         transports: Sequence[Transport] = REMOTE,
+        engine: str | None = None,
+        deadline_s: float = DEADLINE_S,
     ) -> None:
+        """``engine``: the incarnation of the engine whose peer this is; None: one of its own. ``deadline_s``:
+        of cold calls."""
+        self._engine = engine or uuid4().hex
+        self._deadline_s = deadline_s
         self._address = address
         self._model = model
         self._dtype = dtype
@@ -60,7 +70,9 @@ class RemotePeer:
         self._step: ShardStep | None = None
         """The one announced last on ``_stream``."""
         self._dialler = Dialler(self._stub, address, transports, purpose="hot frames go")
-        self.store = RemoteStore(self._stub, address, transports=transports)
+        self.store = RemoteStore(
+            self._stub, address, engine=self._engine, deadline_s=deadline_s, transports=transports
+        )
 
     @property
     def transport(self) -> Transport | None:
@@ -83,11 +95,8 @@ class RemotePeer:
             raise shard_error(failure, self._address) from failure
         return codec.identity_from_pb(message)
 
-    def beat(self, wanted):
-        from farshore.attention_offload.base import ShardBeat
-
-        it = self.identify()
-        return ShardBeat(it.worker, it.budget_bytes, it.free_bytes, must_reconcile=False)
+    def beat(self, wanted: Wanted | None) -> ShardBeat:
+        return self.store.beat(wanted, deadline_s=BEAT_DEADLINE_S)
 
     @property
     def ready(self) -> bool:
@@ -161,6 +170,8 @@ class RemotePeer:
                 self._model,
                 self._dtype,
                 transports=self._transports,
+                engine=self._engine,
+                deadline_s=self._deadline_s,
             )
         return self._twin
 

@@ -5,12 +5,14 @@ Called by transports. Knows the store's segments and the kernels; knows nothing 
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from farshore.attention_offload import door
 from farshore.attention_offload.base import AttentionModel
 from farshore.attention_offload.frames import frame_bytes
 from farshore.attention_offload.plan import Read, ShardStep
@@ -23,8 +25,8 @@ _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Of q and o, as kernels/cpu/native/api.h numbers them."""
 
 
-MOST_POSITIONS = 2**31
-"""Kernels count in 32 bits."""
+MOST_SEGMENTS = 1 << 18
+"""Of a step: stretches of adjacent blocks, counted anew for each micro-batch that reads them."""
 
 
 class AttendedBytes:
@@ -49,6 +51,7 @@ class ShardSession:
     """One engine's stream of steps. Not thread-safe: a stream has one reader."""
 
     def __init__(self, store: ShardStore, model: AttentionModel, attended: AttendedBytes) -> None:
+        """``model``: checked, see :func:`farshore.attention_offload.door.check_model`."""
         self._store = store
         self._model = model
         self._attended = attended
@@ -56,22 +59,21 @@ class ShardSession:
         self._removals = 0
         """Of the store, when the step's spans were looked up."""
         # Stored layers are numbered inside their class.
-        classes = model.layer_class
-        self._stored_layers = [classes[:layer].count(it) for layer, it in enumerate(classes)]
+        counts = [count() for _ in model.specs]
+        self._stored_layers = [next(counts[it]) for it in model.layer_class]
         self._kernels = [implementation(store.memory.device, layout.format.dtype) for layout in model.layouts]
         self._prepared: list[list[tuple[Any, int]]] = []
+        self._segments = 0
 
     def begin(self, step: ShardStep) -> None:
-        """Look every read up and prepare the kernels. Raises NotFound, or InvalidRequest for tokens that are
-        not sealed here."""
+        """Look every read up and prepare the kernels. Raises NotFound for a span that is not here or not held
+        by the read's holder, or InvalidRequest for a read that is not of that span, or of tokens that are not
+        sealed."""
         self._step = None
+        door.check_step(step, self._model)
         removals = int(self._store.removals)
-        if len(step.reads) != len(self._model.specs):
-            raise InvalidRequest(
-                f"reads of {len(step.reads)} layer classes for a model of {len(self._model.specs)}"
-            )
-        for spec, reads in zip(self._model.specs, step.reads, strict=True):
-            _check(step, reads, spec)
+        self._look_up(step)
+        self._segments = 0
         self._prepared = [
             [self._prepare(step, layer_class, index) for index in range(len(step.micro_batches))]
             for layer_class in range(len(step.reads))
@@ -80,20 +82,29 @@ class ShardSession:
 
     def again(self, step: int) -> None:
         """A step that reads what the one before it did: what was looked up is looked up again only where a
-        span is gone since. Raises as :meth:`begin`."""
+        hold was given back since. Raises as :meth:`begin`."""
         if self._step is None:
             raise InvalidRequest(f"step {step} is to read what the one before it did, but there was none")
         if self._model.has_windows:
             raise InvalidRequest(f"step {step} must say its positions: a layer of the model has a window")
         self._step = replace(self._step, step=step)
-        if int(self._store.removals) != self._removals:
-            self.begin(self._step)
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Raises NotFound where the step reads what was given back since it was looked up. Where it lies has
+        not changed: a span never moves."""
+        removals = int(self._store.removals)
+        if self._step is not None and removals != self._removals:
+            step, self._step = self._step, None
+            self._look_up(step)
+            self._step, self._removals = step, removals
 
     def attend(
         self, step: int, layer: int, micro_batch: int, q: Tensor, *, out: State | None = None
     ) -> State:
         """Partial attention of one layer frame: q ``[rows of the micro-batch, heads, k_dim]`` -> o in q's
         dtype, and lse, in ``out`` where given."""
+        self.look_again()
         current = self._step
         if current is None or current.step != step:
             raise InvalidRequest(f"frame of step {step}, but step {current and current.step} is under way")
@@ -106,7 +117,12 @@ class ShardSession:
         plan, layer_bytes = self._prepared[layer_class][micro_batch]
         if out is None:
             out = State.identity(rows, heads, spec.v_dim, dtype=q.dtype)
-        self._kernels[layer_class].partial(plan, self._stored_layers[layer], q, out=out)
+        try:
+            self._kernels[layer_class].partial(plan, self._stored_layers[layer], q, out=out)
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from error
+        # Memory given back meanwhile may be another span's: what was read is good only if it is still held.
+        self.look_again()
         self._attended.add(layer_bytes)
         return out
 
@@ -131,9 +147,10 @@ class ShardSession:
             )
         layers = tuple(zip(self._model.layer_class, self._stored_layers, strict=True))
         counted = self._attended.native.data_ptr()
-        # The loop repeats a step by itself for as long as no span was removed, where positions do not matter.
-        watched = 0 if self._model.has_windows else self._store.removals.data_ptr()
-        return step.step, _FORMATS[dtype], layers, tuple(work), counted, watched, self._removals
+        watched = self._store.removals.data_ptr()
+        # The loop repeats a step by itself where positions do not matter.
+        repeats = not self._model.has_windows
+        return step.step, _FORMATS[dtype], layers, tuple(work), counted, watched, self._removals, repeats
 
     def rows(self, micro_batch: int) -> int:
         """Rows of one micro-batch's frames. Raises InvalidRequest for one the step does not have."""
@@ -154,20 +171,32 @@ class ShardSession:
         layout = self._model.layouts[layer_class]
         reads = step.micro_batch_reads(layer_class, micro_batch)
         work, segments = work_of(reads, self._store)
+        self._segments += len(work)
+        if self._segments > MOST_SEGMENTS:
+            raise InvalidRequest(f"a step of over {MOST_SEGMENTS} stretches of blocks: give fewer reads")
         group_bytes = layout.of_groups(1).layer_token_bytes
         layer_bytes = sum((it.last - it.first) * (it.group1 - it.group0) for it in reads) * group_bytes
-        plan = self._kernels[layer_class].plan(
-            Rows.of(work),
-            Segments.concat(segments),
-            self._store.memory,
-            layout,
-            spec,
-            positions=torch.tensor([step.positions[row] for row in step.micro_batches[micro_batch]]),
-            group0=step.group0,
-            group1=step.group1,
-            threads=torch.get_num_threads(),
-        )
+        try:
+            plan = self._kernels[layer_class].plan(
+                Rows.of(work),
+                Segments.concat(segments),
+                self._store.memory,
+                layout,
+                spec,
+                positions=torch.tensor([step.positions[row] for row in step.micro_batches[micro_batch]]),
+                group0=step.group0,
+                group1=step.group1,
+                threads=torch.get_num_threads(),
+            )
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from error
         return plan, layer_bytes
+
+    def _look_up(self, step: ShardStep) -> None:
+        for layer_class, (layout, reads) in enumerate(zip(self._model.layouts, step.reads, strict=True)):
+            for read in reads:
+                stored = self._store.look_up(read.span, holder=read.holder)
+                door.check_read(read, stored, layer_class, layout)
 
 
 def work_of(
@@ -181,21 +210,6 @@ def work_of(
         parts.append(store.segments(read.span, read.first - read.origin, read.last - read.origin))
         for _ in range(parts[-1].size):
             work.append((read.rows.start, len(read.rows), len(work), read.group0, read.group1))
+        if len(work) > MOST_SEGMENTS:
+            raise InvalidRequest(f"reads of over {MOST_SEGMENTS} stretches of blocks: give fewer")
     return work, parts
-
-
-def _check(step: ShardStep, reads: Sequence[Read], spec: AttentionSpec) -> None:
-    """InvalidRequest where rows, heads or positions are none of the step's or the model's. What of a span may
-    be read, the store knows."""
-    if not 0 <= step.group0 < step.group1 <= spec.groups:
-        raise InvalidRequest(f"head groups {step.group0} to {step.group1} of a model of {spec.groups}")
-    if any(not 0 <= position < MOST_POSITIONS for position in step.positions):
-        raise InvalidRequest(f"positions {step.positions}: give 0 to {MOST_POSITIONS - 1}")
-    for read in reads:
-        if not 0 <= read.rows.start < read.rows.stop <= len(step.rows):
-            raise InvalidRequest(f"a read of rows {read.rows} in a step of {len(step.rows)}")
-        if not step.group0 <= read.group0 < read.group1 <= step.group1:
-            raise InvalidRequest(
-                f"a read of head groups {read.group0} to {read.group1}, in a step of {step.group0} to"
-                f" {step.group1}"
-            )

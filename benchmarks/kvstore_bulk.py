@@ -129,14 +129,23 @@ def _encode(at: At, store: LocalStore, spans: list[SpanId], other: LocalStore) -
 def _check_equal(at: At, store: LocalStore, span: SpanId, other: LocalStore, rebuilt: SpanId) -> None:
     """And gives the rebuilt span back."""
     tokens = at.sizes.span_tokens
-    pairs = zip(store.read(span, 0, 0, tokens), other.read(rebuilt, 0, 0, tokens), strict=True)
+    pairs = zip(
+        store.read(span, 0, 0, tokens, sequence=_holder(store, span)),
+        other.read(rebuilt, 0, 0, tokens, sequence=_holder(other, rebuilt)),
+        strict=True,
+    )
     assert all(torch.equal(mine, theirs) for mine, theirs in pairs), "rebuilt to something else"
     _given_back(other, rebuilt)
 
 
 def _given_back(store: LocalStore, span: SpanId) -> None:
+    store.drop([span], sequence=_holder(store, span), epoch=EPOCH)
+
+
+def _holder(store: LocalStore, span: SpanId) -> SequenceId:
+    """The sequence that it was granted to."""
     (info,) = [info for info in store.announce() if info.span == span]
-    store.drop([span], sequence=info.key.sequence, epoch=EPOCH)
+    return info.key.sequence
 
 
 def _sealed(at: At, count: int) -> tuple[LocalStore, list[SpanId]]:
@@ -147,7 +156,7 @@ def _sealed(at: At, count: int) -> tuple[LocalStore, list[SpanId]]:
     for i in range(count):
         spans.append(_create(at, store, f"s{i}"))
         _write(store, spans[-1], source[2 * i : 2 * i + _span_bytes(at)])
-        store.seal(spans[-1], at.sizes.span_tokens, epoch=EPOCH)
+        store.seal(spans[-1], at.sizes.span_tokens, sequence=SequenceId(f"s{i}"), epoch=EPOCH)
     return store, spans
 
 
@@ -156,9 +165,10 @@ def _create(at: At, store: LocalStore, sequence: str) -> SpanId:
 
 
 def _write(store: LocalStore, span: SpanId, source: Tensor) -> None:
+    sequence = _holder(store, span)
     kv = source.view(torch.bfloat16).view(LAYERS, 2, LAYOUT.k_heads, -1, LAYOUT.k_dim)
     for layer, (k, v) in enumerate(kv):
-        store.write(span, layer, 0, k, v, epoch=EPOCH)
+        store.write(span, layer, 0, k, v, sequence=sequence, epoch=EPOCH)
 
 
 def _span_bytes(at: At) -> int:

@@ -15,6 +15,7 @@ from farshore.benchmarks.kvstore_setting import EPOCH, At, key, random_bytes, st
 from farshore.benchmarks.report import Bar, Result
 from farshore.benchmarks.shapes import SMOLLM2
 from farshore.benchmarks.timing import AWAKE_S, interleave
+from farshore.ids import SequenceId
 from farshore.kernels.base import KVLayout, Rows, Segments
 from farshore.kernels.formats import KVFormat
 
@@ -31,8 +32,8 @@ def against_plain(at: At) -> Measured:
     store = store_for(tokens, spans=1, layout=layout)
     span = store.create(key("s", layout=layout), capacity_tokens=tokens, layout=layout, epoch=EPOCH)
     for layer in range(layout.layers):
-        store.write(span, layer, 0, *plain.views(memory, layer), epoch=EPOCH)
-    store.seal(span, tokens, epoch=EPOCH)
+        store.write(span, layer, 0, *plain.views(memory, layer), sequence=SequenceId("s"), epoch=EPOCH)
+    store.seal(span, tokens, sequence=SequenceId("s"), epoch=EPOCH)
     one = Segments.of([(0, plain.block_bytes, 0, tokens, 0, 0, plain.groups)])
     stored = store.segments(span, 0, tokens)
 

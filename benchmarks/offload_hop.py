@@ -103,7 +103,7 @@ def hop_times_s(
     layout = KVLayout.of(HOP, layers=1, format=KVFormat.of(DTYPE))
     with _peer(address, transport, HOP, layout) as peer:
         span = _sealed(peer, layout, "hop", tokens=1)
-        read = Read(span, 0, 0, 1, 0, 1, range(1))
+        read = Read(span, 0, 0, 1, 0, 1, range(1), SequenceId("hop"))
         peer.begin(ShardStep(1, (0,), (1,), 0, 1, ((read,),), (range(1),)))
         q = torch.randn(1, HOP.q_heads, HOP.k_dim).to(DTYPE)
         times_s = []
@@ -128,12 +128,12 @@ def bulk_rates(address: str, transport: Transport, *, rounds: int) -> BulkRates:
     with _bulk_peer(address, transport) as peer, _raw_peer(count) as raw:
         span = _span(peer, layout, "bulk", BULK_TOKENS)
         for layer in range(layout.layers):
-            _write(peer, span, layer, k, v)  # the first touch of the span's memory
+            _write(peer, "bulk", span, layer, k, v)  # the first touch of the span's memory
         data, buffer = bytes(count), memoryview(bytearray(count))
         turns: dict[str, Callable[[int], object]] = {
-            "write": lambda layer: _write(peer, span, layer, k, v),
+            "write": lambda layer: _write(peer, "bulk", span, layer, k, v),
             "raw_write": lambda _: _raw_write(raw, data),
-            "read": lambda layer: peer.store.read(span, layer, 0, BULK_TOKENS),
+            "read": lambda layer: peer.store.read(span, layer, 0, BULK_TOKENS, sequence=SequenceId("bulk")),
             "raw_read": lambda _: _raw_read(raw, buffer),
         }
         for names in (("write", "raw_write"), ("read", "raw_read")):
@@ -141,7 +141,7 @@ def bulk_rates(address: str, transport: Transport, *, rounds: int) -> BulkRates:
                 for name in names:
                     taken_s = _timed(partial(turns[name], turn % layout.layers))
                     samples[name].append(count / taken_s)
-            peer.store.seal(span, BULK_TOKENS, epoch=_EPOCH)
+            peer.store.seal(span, BULK_TOKENS, sequence=SequenceId("bulk"), epoch=_EPOCH)
         peer.store.drop_sequence(SequenceId("bulk"), epoch=_EPOCH)
     return BulkRates(**{name: tuple(rates) for name, rates in samples.items()})
 
@@ -187,13 +187,13 @@ def bulk_until_eof(address: str, transport: Transport) -> None:
         k, v = _kv(layout, BULK_TOKENS)
         span = _span(peer, layout, "load", BULK_TOKENS)
         for layer in range(layout.layers):
-            _write(peer, span, layer, k, v)
-        peer.store.seal(span, BULK_TOKENS, epoch=_EPOCH)
+            _write(peer, "load", span, layer, k, v)
+        peer.store.seal(span, BULK_TOKENS, sequence=SequenceId("load"), epoch=_EPOCH)
         scratch = _span(peer, layout, "load", BULK_TOKENS)
         print("started", flush=True)
         while not _at_eof():
-            _write(peer, scratch, 0, k, v)
-            peer.store.read(span, 0, 0, BULK_TOKENS)
+            _write(peer, "load", scratch, 0, k, v)
+            peer.store.read(span, 0, 0, BULK_TOKENS, sequence=SequenceId("load"))
         peer.store.drop_sequence(SequenceId("load"), epoch=_EPOCH)
 
 
@@ -231,8 +231,8 @@ def _span(peer: RemotePeer, layout: KVLayout, name: str, tokens: int) -> SpanId:
 def _sealed(peer: RemotePeer, layout: KVLayout, name: str, *, tokens: int) -> SpanId:
     span = _span(peer, layout, name, tokens)
     for layer in range(layout.layers):
-        _write(peer, span, layer, *_kv(layout, tokens))
-    peer.store.seal(span, tokens, epoch=_EPOCH)
+        _write(peer, name, span, layer, *_kv(layout, tokens))
+    peer.store.seal(span, tokens, sequence=SequenceId(name), epoch=_EPOCH)
     return span
 
 
@@ -243,8 +243,8 @@ def _kv(layout: KVLayout, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return k, v
 
 
-def _write(peer: RemotePeer, span: SpanId, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-    peer.store.write(span, layer, 0, k, v, epoch=_EPOCH)
+def _write(peer: RemotePeer, name: str, span: SpanId, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+    peer.store.write(span, layer, 0, k, v, sequence=SequenceId(name), epoch=_EPOCH)
 
 
 def _timed(call: Callable[[], object]) -> float:

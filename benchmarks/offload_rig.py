@@ -146,9 +146,9 @@ def _span(layout: KVLayout, sequence: SequenceId, first: int, last: int, store: 
     span = store.create(key, capacity_tokens=last - first, layout=layout, epoch=EPOCH)
     k, v = _tokens(layout, last - first)
     for layer in range(layout.layers):
-        store.write(span, layer, 0, k, v, epoch=EPOCH)
-    store.seal(span, last - first, epoch=EPOCH)
-    return Read(span, first, first, last, 0, layout.groups, range(0))
+        store.write(span, layer, 0, k, v, sequence=sequence, epoch=EPOCH)
+    store.seal(span, last - first, sequence=sequence, epoch=EPOCH)
+    return Read(span, first, first, last, 0, layout.groups, range(0), sequence)
 
 
 def _tokens(layout: KVLayout, tokens: int) -> Sequence[Tensor]:

@@ -121,6 +121,6 @@ class LocalEngine:
         k = torch.randn(layout.k_heads, tokens, layout.k_dim, generator=generator).to(self._model.dtype)
         v = torch.randn(layout.v_heads, tokens, layout.v_dim, generator=generator).to(self._model.dtype)
         for layer in range(layout.layers):
-            self._store.write(span, layer, 0, k, v, epoch=epoch)
-        self._store.seal(span, tokens, epoch=epoch, blocks=blocks)
+            self._store.write(span, layer, 0, k, v, sequence=name, epoch=epoch)
+        self._store.seal(span, tokens, sequence=name, epoch=epoch, blocks=blocks)
         self._store.drop_sequence(name, epoch=epoch)

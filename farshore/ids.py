@@ -6,10 +6,11 @@ SequenceId = NewType("SequenceId", str)
 """One request; its n continuations are (sequence, choice)."""
 
 WorkerId = NewType("WorkerId", str)
-"""One worker in one incarnation: a restarted worker has a new id, so no span id is ever reused."""
+"""One worker; the controller gives a restarted one a new id."""
 
 SpanId = NewType("SpanId", str)
-"""One span on one worker: ``<worker id>/<serial>``."""
+"""One span in one store: ``<worker id>/<incarnation of the store>/<serial>``, so that none is ever used
+again."""
 
 Epoch = NewType("Epoch", int)
 """Ownership term of a sequence; every claim gets a greater one. Older epochs write nothing."""

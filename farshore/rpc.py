@@ -40,19 +40,42 @@ _CODES: tuple[tuple[type[errors.FarshoreError], grpc.StatusCode], ...] = (
     (errors.Cancelled, grpc.StatusCode.CANCELLED),
     (errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
     (errors.TransportError, grpc.StatusCode.UNAVAILABLE),
+    (errors.Internal, grpc.StatusCode.INTERNAL),
 )
+
+# Codes that only a peer that is not ours, or a newer one, sends: the caller asked for something that this
+# peer does not grant. Every other code without an entry, UNKNOWN and UNIMPLEMENTED among them, is Internal.
+_REFUSALS = {
+    grpc.StatusCode.OUT_OF_RANGE,
+    grpc.StatusCode.ALREADY_EXISTS,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED,
+}
+
+MOST_ECHOED = 200
+"""Characters of a string that came from outside, in any message of ours."""
+
+MOST_MESSAGE = 2_000
+"""Characters of an error's message: it travels in a trailer, and gRPC limits those to some KiB."""
 
 _FREE_BYTES = "farshore-free-bytes"
 """Trailing metadata of a refusal: tells Full from Overloaded, and how much was free."""
 
 
+def shown(text: object, most: int = MOST_ECHOED) -> str:
+    """``text`` as part of a message: cut, with its length, where it is longer than ``most`` characters."""
+    whole = str(text)
+    return whole if len(whole) <= most else f"{whole[:most]}... ({len(whole)} characters)"
+
+
 def status_of(error: Exception) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
-    """(code, message, trailing metadata) for an error that leaves a servicer."""
+    """(code, message, trailing metadata) for an error that leaves a servicer. What is no error of ours is a
+    mistake in the servicer: INTERNAL."""
     trailing = ((_FREE_BYTES, str(error.free_bytes)),) if isinstance(error, errors.Full) else ()
     for kind, code in _CODES:
         if isinstance(error, kind):
-            return code, str(error), trailing
-    return grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}", trailing
+            return code, shown(error, MOST_MESSAGE), trailing
+    return grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {shown(error)}", trailing
 
 
 def abort(context: grpc.ServicerContext, error: Exception) -> NoReturn:
@@ -101,16 +124,28 @@ def error_of(failure: grpc.RpcError, *, peer: str) -> errors.FarshoreError:
     """The error to raise, chained, for what a call to ``peer`` came back with."""
     code, message = failure.code(), failure.details() or "no details"
     trailing = dict(failure.trailing_metadata() or ())
-    if code == grpc.StatusCode.RESOURCE_EXHAUSTED and _FREE_BYTES in trailing:
-        return errors.Full(message, free_bytes=int(trailing[_FREE_BYTES]))
+    free_bytes = str(trailing.get(_FREE_BYTES, ""))
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED and free_bytes.isdecimal():
+        return errors.Full(message, free_bytes=int(free_bytes))
     return error_of_status(code, message, peer=peer)
 
 
 def error_of_status(code: grpc.StatusCode, message: str, *, peer: str) -> errors.FarshoreError:
-    """As :func:`error_of`, of a status that came another way."""
+    """As :func:`error_of`, of a status that came another way.
+
+    Only UNAVAILABLE is a TransportError: gRPC itself gives it where nothing was reached or the connection
+    broke, and a servicer of ours where a peer of its own did. A code that names a mistake is Internal: the
+    same call fails again.
+    """
+    message = shown(message, MOST_MESSAGE)
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         return errors.Overloaded(message)
+    named = f"{peer}: {code.name}: {message}"
+    if code == grpc.StatusCode.UNAVAILABLE:
+        return errors.TransportError(named)
+    if code in _REFUSALS:
+        return errors.InvalidRequest(named)
     for kind, kind_code in _CODES:
-        if kind_code == code and kind is not errors.TransportError:
+        if kind_code == code and kind is not errors.Internal:
             return kind(message)
-    return errors.TransportError(f"{peer}: {code.name}: {message}")
+    return errors.Internal(named)

@@ -21,7 +21,7 @@ once, or, if blocks of it have names, kept as cache until somebody finds it agai
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NewType, Protocol
+from typing import NamedTuple, NewType, Protocol
 
 import torch
 from torch import Tensor
@@ -88,6 +88,14 @@ class SpanSlice:
     last: int
 
 
+class Stored(NamedTuple):
+    """What a reader of a span has to agree with."""
+
+    key: SpanKey
+    layout: KVLayout
+    """Of the key's groups."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
     """A part of an export, as bytes for any transport; see :mod:`farshore.kvstore.transfer`."""
@@ -138,7 +146,13 @@ class ShardStore(Protocol):
 
     @property
     def removals(self) -> Tensor:
-        """i64[1]: how many spans are gone, so far. What :meth:`segments` told holds until it changes."""
+        """i64[1]: how many times a hold was given back or a span went, so far. What :meth:`look_up` and
+        :meth:`segments` told holds until it changes; it changes before memory is granted again."""
+
+    @property
+    def incarnation(self) -> str:
+        """Random, of this store: no other one's spans have the same ids, whatever its worker's id is."""
+        ...
 
     def create(self, key: SpanKey, *, capacity_tokens: int, layout: KVLayout, epoch: Epoch) -> SpanId:
         """Grants memory for a new span, held by ``key.sequence``. Evicts cache as far as needed; raises Full
@@ -150,18 +164,36 @@ class ShardStore(Protocol):
         """
         ...
 
-    def write(self, span: SpanId, layer: int, first: int, k: Tensor, v: Tensor, *, epoch: Epoch) -> None:
+    def write(
+        self,
+        span: SpanId,
+        layer: int,
+        first: int,
+        k: Tensor,
+        v: Tensor,
+        *,
+        sequence: SequenceId,
+        epoch: Epoch,
+    ) -> None:
         """Copies n tokens of one layer in, at token ``first`` of the span; repeating or overwriting is fine.
 
         k ``[k_heads, n, k_dim]``, v ``[v_heads, n, v_dim]``: heads of the span's groups, any strides, in the
         format's dtype, or any float dtype where that is quantised, or as stored: see
         :mod:`farshore.kvstore.forms`. InvalidRequest below the sealed mark, beyond the capacity, or for other
-        shapes. Only the sequence of the span's key writes and seals, and only while it holds the span: else
-        NotFound.
+        shapes. Only the sequence of the span's key writes and seals, and only while it holds the span:
+        NotFound for one that doesn't hold it, InvalidRequest for another that does.
         """
         ...
 
-    def seal(self, span: SpanId, tokens: int, *, epoch: Epoch, blocks: Sequence[PrefixBlock] = ()) -> Digest:
+    def seal(
+        self,
+        span: SpanId,
+        tokens: int,
+        *,
+        sequence: SequenceId,
+        epoch: Epoch,
+        blocks: Sequence[PrefixBlock] = (),
+    ) -> Digest:
         """Makes ``[0, tokens)`` readable and unchangeable, and returns the digest of what this call sealed.
 
         Of ``blocks``, a part of the sequence's chain or all of it, those wholly within ``[0, tokens)`` can be
@@ -177,6 +209,10 @@ class ShardStore(Protocol):
         beyond the sealed mark."""
         ...
 
+    def look_up(self, span: SpanId, *, holder: SequenceId) -> Stored:
+        """What the span is. NotFound where ``holder`` does not hold it."""
+        ...
+
     def segments(self, span: SpanId, first: int, last: int) -> Segments:
         """Where tokens ``[first, last)`` of the span lie in ``memory``, without a copy, in token order.
 
@@ -186,9 +222,17 @@ class ShardStore(Protocol):
         ...
 
     def read(
-        self, span: SpanId, layer: int, first: int, last: int, *, dtype: torch.dtype | None = None
+        self,
+        span: SpanId,
+        layer: int,
+        first: int,
+        last: int,
+        *,
+        sequence: SequenceId,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Copies of k ``[k_heads, n, k_dim]`` and v ``[v_heads, n, v_dim]``, n = last - first: a bulk pull.
+        """Copies of k ``[k_heads, n, k_dim]`` and v ``[v_heads, n, v_dim]``, n = last - first: a bulk pull
+        by ``sequence``, which holds the span (else NotFound).
 
         ``dtype``: the format's, or, where that is quantised, float32 if not given; uint8 for the bytes as
         stored (see :mod:`farshore.kvstore.forms`). InvalidRequest beyond the sealed mark. Safe against a
@@ -243,7 +287,7 @@ class ShardStore(Protocol):
 
     def drop_sequence(self, sequence: SequenceId, *, epoch: Epoch) -> None:
         """Gives back everything that ``sequence`` holds in that epoch or an older one: its own spans, those
-        it shares, those it found. Idempotent."""
+        it shares, those it found. Idempotent. In one process ``keep`` names spans that it goes on holding."""
         ...
 
     def fence(self, sequence: SequenceId, epoch: Epoch) -> None:

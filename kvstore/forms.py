@@ -15,6 +15,13 @@ from farshore.errors import InvalidRequest
 from farshore.kernels.base import KVLayout
 from farshore.kernels.formats import KVFormat, dequantise, quantise
 
+MOST_LAYERS = 4096
+MOST_HEADS = 4096
+MOST_DIM = 1 << 14
+MOST_BLOCK_TOKENS = 1 << 16
+"""Beyond any model of today. With these bounds a block takes less than 2^61 bytes, so that no product of a
+layout's sizes overflows the 64 bits that native code counts in."""
+
 
 def stored_bytes(layout: KVLayout) -> tuple[int, int]:
     """Bytes of one token of one head as stored, scales included: of K and of V."""
@@ -25,7 +32,20 @@ def stored_bytes(layout: KVLayout) -> tuple[int, int]:
 
 
 def check_layout(layout: KVLayout) -> None:
-    """InvalidRequest for blocks whose scales would lie at odd addresses, or whose V would not fit into K."""
+    """InvalidRequest for sizes outside of the bounds above, for blocks whose scales would lie at odd
+    addresses, or whose V would not fit into K."""
+    sizes_and_bounds = (
+        ("layers", layout.layers, MOST_LAYERS),
+        ("groups", layout.groups, MOST_HEADS),
+        ("K heads", layout.k_heads, MOST_HEADS),
+        ("V heads", layout.v_heads, MOST_HEADS),
+        ("dims of K", layout.k_dim, MOST_DIM),
+        ("dims of V", layout.v_dim, MOST_DIM),
+        ("tokens in a block", layout.block_tokens, MOST_BLOCK_TOKENS),
+    )
+    for name, size, most in sizes_and_bounds:
+        if not 1 <= size <= most:
+            raise InvalidRequest(f"a layout of {size} {name}: give 1 to {most}")
     sizes = (layout.k_row_bytes, layout.v_row_bytes)
     if layout.format.quantised and any(size * layout.block_tokens % 2 for size in sizes):
         raise InvalidRequest(

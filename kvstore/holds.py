@@ -69,6 +69,14 @@ class Holds:
     def of(self, sequence: SequenceId) -> list[SpanId]:
         return list(self._held.get(sequence, ()))
 
+    def all(self) -> list[tuple[SequenceId, SpanId, Epoch]]:
+        """Every hold, and its epoch."""
+        return [(s, span, epoch) for s, held in self._held.items() for span, epoch in held.items()]
+
+    def sequences(self) -> frozenset[SequenceId]:
+        """Those that hold anything."""
+        return frozenset(self._held)
+
     def holders(self, span: SpanId) -> int:
         return len(self._holders.get(span, ()))
 

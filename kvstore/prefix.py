@@ -73,19 +73,25 @@ class PrefixIndex:
 
     def __init__(self) -> None:
         self._entries: dict[tuple[int, bytes], list[_Entry]] = {}  # by layer class and hash
-        self._names: dict[SpanId, list[tuple[int, bytes]]] = {}
+        self._names: dict[SpanId, dict[int, tuple[int, bytes]]] = {}  # by the block's first position
 
     def name(
         self, span: SpanId, blocks: Iterable[PrefixBlock], *, layer_class: int, group0: int, group1: int
     ) -> None:
-        """Enters blocks of a span. Idempotent. A name that other tokens already have stays theirs."""
+        """Enters blocks of a span. Idempotent. A name that other tokens already have stays theirs.
+        InvalidRequest for another name of a block that has one: names would take memory without a bound."""
         for block in blocks:
+            known = self._names.get(span, {}).get(block.first, (layer_class, block.hash))
+            if known != (layer_class, block.hash):
+                raise InvalidRequest(
+                    f"the block of {span} at position {block.first} has another name already"
+                )
             entry = _Entry(span, group0, group1, block.first, _packed(block.tokens))
             entries = self._entries.setdefault((layer_class, block.hash), [])
             if entry in entries or any(not _same(entry, other) for other in entries):
                 continue
             entries.append(entry)
-            self._names.setdefault(span, []).append((layer_class, block.hash))
+            self._names.setdefault(span, {})[block.first] = (layer_class, block.hash)
 
     def find(self, blocks: Iterable[PrefixBlock], *, layer_class: int) -> list[Named]:
         """Where the blocks lie, one stretch a span, no position and head group twice.
@@ -111,10 +117,10 @@ class PrefixIndex:
 
     def redundant(self, span: SpanId) -> bool:
         """Whether nothing would be lost without the span: all it names, another one names for its groups."""
-        return all(self._elsewhere(span, name) for name in self._names.get(span, ()))
+        return all(self._elsewhere(span, name) for name in self._names.get(span, {}).values())
 
     def forget(self, span: SpanId) -> None:
-        for name in self._names.pop(span, ()):
+        for name in self._names.pop(span, {}).values():
             entries = [entry for entry in self._entries[name] if entry.span != span]
             if entries:
                 self._entries[name] = entries
@@ -124,7 +130,7 @@ class PrefixIndex:
     def check_integrity(self, spans: Collection[SpanId]) -> None:
         """AssertionError unless both views agree and name none but ``spans``."""
         named = sorted((entry.span, name) for name, entries in self._entries.items() for entry in entries)
-        assert named == sorted((span, name) for span, names in self._names.items() for name in names)
+        assert named == sorted((span, name) for span, names in self._names.items() for name in names.values())
         assert len(set(named)) == len(named), "a block is named twice in one span"
         assert self._names.keys() <= set(spans), "a name of a span that is not there"
         for entries in self._entries.values():

@@ -9,9 +9,10 @@ included, so that no late write lands in memory that was freed or sealed meanwhi
 The arena comes back through the same lock when it is full and wants cache freed, so it is a reentrant one.
 """
 
+import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, count
@@ -22,9 +23,9 @@ from torch import Tensor
 from farshore.errors import Fenced, InvalidRequest, NotFound
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import KVLayout, Segments
-from farshore.kvstore import blocks, forms, images, transfer
+from farshore.kvstore import blocks, forms, images, report, transfer
 from farshore.kvstore.arena import Arena
-from farshore.kvstore.base import Chunk, Covered, Digest, SpanInfo, SpanKey, SpanSlice, Usage
+from farshore.kvstore.base import Chunk, Covered, Digest, SpanInfo, SpanKey, SpanSlice, Stored, Usage
 from farshore.kvstore.holds import Holds
 from farshore.kvstore.prefix import PrefixBlock, PrefixIndex
 from farshore.kvstore.ranges import Ranges
@@ -41,22 +42,16 @@ class LocalStore:
     def __init__(self, *, worker: WorkerId, arena: Arena, fences: int = 65_536) -> None:
         self._worker = worker
         self._arena = arena
+        self.memory = arena.memory
+        self.incarnation = secrets.token_hex(8)
         self._lock = threading.RLock()
         self._serials = count()
         self._spans: dict[SpanId, Span] = {}
         self._holds = Holds(fences=fences)
         self._names = PrefixIndex()
-        self._removals = torch.zeros(1, dtype=torch.int64)
+        self.removals = torch.zeros(1, dtype=torch.int64)
         self._cached: OrderedDict[SpanId, Span] = OrderedDict()  # held by nobody, longest first
         arena.on_full(self._reclaim)
-
-    @property
-    def memory(self) -> Tensor:
-        return self._arena.memory
-
-    @property
-    def removals(self) -> Tensor:
-        return self._removals
 
     def create(self, key: SpanKey, *, capacity_tokens: int, layout: KVLayout, epoch: Epoch) -> SpanId:
         check_shape(key, capacity_tokens, layout)
@@ -70,7 +65,7 @@ class LocalStore:
             except Fenced:
                 self._arena.free(extents)
                 raise
-            span = SpanId(f"{self._worker}/{next(self._serials)}")
+            span = SpanId(f"{self._worker}/{self.incarnation}/{next(self._serials)}")
             self._spans[span] = Span(
                 key=key,
                 layout=layout,
@@ -83,9 +78,19 @@ class LocalStore:
             self._holds.add(key.sequence, span, epoch)
         return span
 
-    def write(self, span: SpanId, layer: int, first: int, k: Tensor, v: Tensor, *, epoch: Epoch) -> None:
+    def write(
+        self,
+        span: SpanId,
+        layer: int,
+        first: int,
+        k: Tensor,
+        v: Tensor,
+        *,
+        sequence: SequenceId,
+        epoch: Epoch,
+    ) -> None:
         with self._lock:
-            it = self._writable(span, epoch)
+            it = self._writable(span, sequence, epoch)
             last = first + forms.check_tokens(it.layout, layer, k, v)
             if not it.sealed_tokens <= first <= last <= it.capacity_tokens:
                 raise InvalidRequest(
@@ -95,9 +100,17 @@ class LocalStore:
             blocks.copy_in(self.memory, it.layout, it.bases, layer=layer, first=first, k=k, v=v)
             it.written[layer].add(first, last)
 
-    def seal(self, span: SpanId, tokens: int, *, epoch: Epoch, blocks: Sequence[PrefixBlock] = ()) -> Digest:
+    def seal(
+        self,
+        span: SpanId,
+        tokens: int,
+        *,
+        sequence: SequenceId,
+        epoch: Epoch,
+        blocks: Sequence[PrefixBlock] = (),
+    ) -> Digest:
         with self._lock:
-            it = self._writable(span, epoch)
+            it = self._writable(span, sequence, epoch)
             self._seal(span, it, tokens)
             key, last = it.key, it.key.first + tokens
             within = [block for block in blocks if key.first <= block.first and block.last <= last]
@@ -129,9 +142,16 @@ class LocalStore:
         )
 
     def read(
-        self, span: SpanId, layer: int, first: int, last: int, *, dtype: torch.dtype | None = None
+        self,
+        span: SpanId,
+        layer: int,
+        first: int,
+        last: int,
+        *,
+        sequence: SequenceId,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        with self._pinned(span) as it:
+        with self._pinned(span, holder=sequence) as it:
             check_readable(span, it, first, last)
             forms.check_layer(it.layout, layer)
             layers = range(layer, layer + 1)
@@ -187,12 +207,12 @@ class LocalStore:
         try:
             for piece in chain((opening,), pieces):
                 with self._lock:
-                    it, part = self._writable(span, epoch), piece.part
+                    it, part = self._writable(span, sequence, epoch), piece.part
                     images.restore(self.memory, it.layout, it.bases, part, piece.image)
                     for written in it.written[part.layer0 : part.layer1]:
                         written.add(part.first, part.last)
             with self._lock:
-                it = self._writable(span, epoch)
+                it = self._writable(span, sequence, epoch)
                 it.covers = covers
                 self._seal(span, it, header.tokens)
         except BaseException:
@@ -201,18 +221,20 @@ class LocalStore:
         return span
 
     @contextmanager
-    def stored_runs(self, span: SpanId, layer: int, first: int, last: int) -> Iterator[list[int]]:
+    def stored_runs(
+        self, span: SpanId, layer: int, first: int, last: int, *, sequence: SequenceId
+    ) -> Iterator[list[int]]:
         """Where sealed tokens lie, for a transport that sends them from there: see
         :func:`farshore.kvstore.blocks.runs`. They stay for as long as the context lasts."""
-        with self._pinned(span) as it:
-            check_sealed(span, it, first, last)
+        with self._pinned(span, holder=sequence) as it:
+            check_readable(span, it, first, last)
             forms.check_layer(it.layout, layer)
             yield blocks.runs(self.memory, it.layout, it.bases, layer=layer, first=first, last=last)
 
-    def layout(self, span: SpanId) -> KVLayout:
-        """The shape of one span's blocks: what a transport needs to give raw bytes their shape."""
+    def look_up(self, span: SpanId, *, holder: SequenceId) -> Stored:
         with self._lock:
-            return self._span(span).layout
+            it = self._held(span, holder)
+            return Stored(it.key, it.layout)
 
     def find_prefix(
         self, blocks: Sequence[PrefixBlock], *, layer_class: int, sequence: SequenceId, epoch: Epoch
@@ -242,9 +264,13 @@ class LocalStore:
         with self._lock:
             self._give_back(sequence, spans, epoch)
 
-    def drop_sequence(self, sequence: SequenceId, *, epoch: Epoch) -> None:
+    def drop_sequence(self, sequence: SequenceId, *, epoch: Epoch, keep: Collection[SpanId] = ()) -> None:
         with self._lock:
-            self._give_back(sequence, self._holds.of(sequence), epoch)
+            self._give_back(sequence, (it for it in self._holds.of(sequence) if it not in keep), epoch)
+
+    def sequences(self) -> frozenset[SequenceId]:
+        with self._lock:
+            return self._holds.sequences()
 
     def fence(self, sequence: SequenceId, epoch: Epoch) -> None:
         with self._lock:
@@ -252,49 +278,18 @@ class LocalStore:
 
     def announce(self) -> list[SpanInfo]:
         with self._lock:
-            return [
-                SpanInfo(
-                    span=span,
-                    key=it.key,
-                    sealed_tokens=it.sealed_tokens,
-                    capacity_tokens=it.capacity_tokens,
-                    bytes=it.bytes,
-                    epoch=it.epoch,
-                    holders=self._holds.holders(span),
-                    covers=it.covers,
-                )
-                for span, it in self._spans.items()
-            ]
+            return report.infos(self._spans, self._holds)
 
     def usage(self) -> Usage:
         with self._lock:
-            spans = self._spans.values()
-            return Usage(
-                budget_bytes=self._arena.budget_bytes,
-                granted_bytes=sum(it.bytes for it in spans),
-                sealed_bytes=sum(it.sealed_tokens * it.layout.token_bytes for it in spans),
-                free_bytes=self._arena.free_bytes,
-                cached_bytes=sum(it.bytes for it in self._cached.values()),
-                committed_bytes=self._arena.committed_bytes,
-            )
+            return report.usage(self._spans.values(), self._cached.values(), self._arena)
 
     def check_integrity(self) -> None:
         self._arena.check_integrity()
         with self._lock:
             self._holds.check_integrity(self._spans)
             self._names.check_integrity(self._spans)
-            owned: set[int] = set()
-            for span, it in self._spans.items():
-                holders = self._holds.holders(span)
-                assert (span in self._cached) == (not holders), f"{span}: cache, with {holders} holders"
-                assert it.pins >= 0, f"{span}: {it.pins} pins"
-                assert it.sealed_before <= it.sealed_tokens <= it.capacity_tokens, f"{span}: marks"
-                assert len(it.bases) * it.layout.block_tokens >= it.capacity_tokens, f"{span}: too few blocks"
-                assert not owned.intersection(it.bases), f"{span} shares blocks with another span"
-                owned.update(it.bases)
-                for extent in it.extents:
-                    held = all(self._arena.holds(base, extent.stride) for base in extent.block_bases)
-                    assert held, f"{span} has {extent}, which the arena has not granted"
+            report.check_spans(self._spans, self._holds, self._cached, self._arena)
 
     def _span(self, span: SpanId) -> Span:
         try:
@@ -302,11 +297,17 @@ class LocalStore:
         except KeyError:
             raise NotFound(f"no span {span} on {self._worker}: dropped by its last holder?") from None
 
-    def _writable(self, span: SpanId, epoch: Epoch) -> Span:
+    def _held(self, span: SpanId, sequence: SequenceId) -> Span:
         it = self._span(span)
-        self._holds.admit(it.key.sequence, epoch)
-        if not self._holds.holds(it.key.sequence, span):
-            raise NotFound(f"{span} is not {it.key.sequence}'s any more: it gave it back")
+        if not self._holds.holds(sequence, span):
+            raise NotFound(f"{sequence} does not hold {span}: it never did, or gave it back")
+        return it
+
+    def _writable(self, span: SpanId, sequence: SequenceId, epoch: Epoch) -> Span:
+        it = self._held(span, sequence)
+        if it.key.sequence != sequence:
+            raise InvalidRequest(f"{span} was not granted to {sequence}: only a sequence's own spans grow")
+        self._holds.admit(sequence, epoch)
         return it
 
     def _seal(self, span: SpanId, it: Span, tokens: int) -> None:
@@ -337,10 +338,11 @@ class LocalStore:
             yield Piece(header, part, images.image(self.memory, it.layout, it.bases, part, offset=first))
 
     @contextmanager
-    def _pinned(self, span: SpanId) -> Iterator[Span]:
-        """The span, whose memory is not freed inside the context whoever drops it."""
+    def _pinned(self, span: SpanId, *, holder: SequenceId | None = None) -> Iterator[Span]:
+        """The span, whose memory is not freed inside the context even if its last holder drops it.
+        ``holder``: must hold it."""
         with self._lock:
-            it = self._span(span)
+            it = self._span(span) if holder is None else self._held(span, holder)
             it.pins += 1
         try:
             yield it
@@ -357,7 +359,11 @@ class LocalStore:
         self._cached.pop(span, None)
 
     def _give_back(self, sequence: SequenceId, spans: Iterable[SpanId], epoch: Epoch) -> None:
-        unheld = self._holds.remove(sequence, spans, epoch)
+        held = [span for span in spans if self._holds.holds(sequence, span)]
+        if not held:
+            return
+        unheld = self._holds.remove(sequence, held, epoch)
+        self.removals += 1
         # The end of a prefix is of no use without its beginning, so it is to be evicted first.
         for span in sorted(unheld, key=lambda span: -self._spans[span].key.first):
             if self._names.redundant(span):
@@ -384,7 +390,7 @@ class LocalStore:
         it = self._spans.pop(span)
         self._names.forget(span)
         it.removed = True
-        self._removals += 1
+        self.removals += 1
         self._free_if_unused(it)
 
     def _free_if_unused(self, it: Span) -> None:

@@ -11,20 +11,30 @@ class IdentifyRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Identity(_message.Message):
-    __slots__ = ("worker_id", "process_id", "host", "budget_bytes", "free_bytes", "attended_bytes")
+    __slots__ = ("worker_id", "process_id", "host", "budget_bytes", "free_bytes", "attended_bytes", "incarnation")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     PROCESS_ID_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
     BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
     ATTENDED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     process_id: int
     host: str
     budget_bytes: int
     free_bytes: int
     attended_bytes: int
-    def __init__(self, worker_id: _Optional[str] = ..., process_id: _Optional[int] = ..., host: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., attended_bytes: _Optional[int] = ...) -> None: ...
+    incarnation: str
+    def __init__(self, worker_id: _Optional[str] = ..., process_id: _Optional[int] = ..., host: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., attended_bytes: _Optional[int] = ..., incarnation: _Optional[str] = ...) -> None: ...
+
+class Caller(_message.Message):
+    __slots__ = ("engine", "sent_ns")
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    SENT_NS_FIELD_NUMBER: _ClassVar[int]
+    engine: str
+    sent_ns: int
+    def __init__(self, engine: _Optional[str] = ..., sent_ns: _Optional[int] = ...) -> None: ...
 
 class Layout(_message.Message):
     __slots__ = ("layers", "groups", "k_heads_per_group", "v_heads_per_group", "k_dim", "v_dim", "format", "block_tokens", "v_in_k")
@@ -63,16 +73,18 @@ class SpanKey(_message.Message):
     def __init__(self, sequence_id: _Optional[str] = ..., layer_class: _Optional[int] = ..., first: _Optional[int] = ..., group0: _Optional[int] = ..., group1: _Optional[int] = ...) -> None: ...
 
 class CreateRequest(_message.Message):
-    __slots__ = ("key", "capacity_tokens", "layout", "epoch")
+    __slots__ = ("key", "capacity_tokens", "layout", "epoch", "caller")
     KEY_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CALLER_FIELD_NUMBER: _ClassVar[int]
     key: SpanKey
     capacity_tokens: int
     layout: Layout
     epoch: int
-    def __init__(self, key: _Optional[_Union[SpanKey, _Mapping]] = ..., capacity_tokens: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., epoch: _Optional[int] = ...) -> None: ...
+    caller: Caller
+    def __init__(self, key: _Optional[_Union[SpanKey, _Mapping]] = ..., capacity_tokens: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., epoch: _Optional[int] = ..., caller: _Optional[_Union[Caller, _Mapping]] = ...) -> None: ...
 
 class CreateReply(_message.Message):
     __slots__ = ("span_id",)
@@ -81,7 +93,7 @@ class CreateReply(_message.Message):
     def __init__(self, span_id: _Optional[str] = ...) -> None: ...
 
 class WriteRequest(_message.Message):
-    __slots__ = ("span_id", "layer", "first", "tokens", "k", "v", "epoch")
+    __slots__ = ("span_id", "layer", "first", "tokens", "k", "v", "epoch", "sequence_id", "caller")
     SPAN_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +101,8 @@ class WriteRequest(_message.Message):
     K_FIELD_NUMBER: _ClassVar[int]
     V_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    CALLER_FIELD_NUMBER: _ClassVar[int]
     span_id: str
     layer: int
     first: int
@@ -96,7 +110,9 @@ class WriteRequest(_message.Message):
     k: bytes
     v: bytes
     epoch: int
-    def __init__(self, span_id: _Optional[str] = ..., layer: _Optional[int] = ..., first: _Optional[int] = ..., tokens: _Optional[int] = ..., k: _Optional[bytes] = ..., v: _Optional[bytes] = ..., epoch: _Optional[int] = ...) -> None: ...
+    sequence_id: str
+    caller: Caller
+    def __init__(self, span_id: _Optional[str] = ..., layer: _Optional[int] = ..., first: _Optional[int] = ..., tokens: _Optional[int] = ..., k: _Optional[bytes] = ..., v: _Optional[bytes] = ..., epoch: _Optional[int] = ..., sequence_id: _Optional[str] = ..., caller: _Optional[_Union[Caller, _Mapping]] = ...) -> None: ...
 
 class WriteReply(_message.Message):
     __slots__ = ()
@@ -123,16 +139,20 @@ class PrefixBlock(_message.Message):
     def __init__(self, hash: _Optional[bytes] = ..., first: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SealRequest(_message.Message):
-    __slots__ = ("span_id", "tokens", "epoch", "blocks")
+    __slots__ = ("span_id", "tokens", "epoch", "blocks", "sequence_id", "caller")
     SPAN_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    CALLER_FIELD_NUMBER: _ClassVar[int]
     span_id: str
     tokens: int
     epoch: int
     blocks: _containers.RepeatedCompositeFieldContainer[PrefixBlock]
-    def __init__(self, span_id: _Optional[str] = ..., tokens: _Optional[int] = ..., epoch: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[PrefixBlock, _Mapping]]] = ...) -> None: ...
+    sequence_id: str
+    caller: Caller
+    def __init__(self, span_id: _Optional[str] = ..., tokens: _Optional[int] = ..., epoch: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[PrefixBlock, _Mapping]]] = ..., sequence_id: _Optional[str] = ..., caller: _Optional[_Union[Caller, _Mapping]] = ...) -> None: ...
 
 class SealReply(_message.Message):
     __slots__ = ("digest",)
@@ -141,16 +161,18 @@ class SealReply(_message.Message):
     def __init__(self, digest: _Optional[str] = ...) -> None: ...
 
 class FindPrefixRequest(_message.Message):
-    __slots__ = ("blocks", "layer_class", "sequence_id", "epoch")
+    __slots__ = ("blocks", "layer_class", "sequence_id", "epoch", "caller")
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     LAYER_CLASS_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CALLER_FIELD_NUMBER: _ClassVar[int]
     blocks: _containers.RepeatedCompositeFieldContainer[PrefixBlock]
     layer_class: int
     sequence_id: str
     epoch: int
-    def __init__(self, blocks: _Optional[_Iterable[_Union[PrefixBlock, _Mapping]]] = ..., layer_class: _Optional[int] = ..., sequence_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+    caller: Caller
+    def __init__(self, blocks: _Optional[_Iterable[_Union[PrefixBlock, _Mapping]]] = ..., layer_class: _Optional[int] = ..., sequence_id: _Optional[str] = ..., epoch: _Optional[int] = ..., caller: _Optional[_Union[Caller, _Mapping]] = ...) -> None: ...
 
 class SpanSlice(_message.Message):
     __slots__ = ("span_id", "key", "layout", "first", "last")
@@ -173,16 +195,20 @@ class FindPrefixReply(_message.Message):
     def __init__(self, slices: _Optional[_Iterable[_Union[SpanSlice, _Mapping]]] = ...) -> None: ...
 
 class ReadRequest(_message.Message):
-    __slots__ = ("span_id", "layer", "first", "last")
+    __slots__ = ("span_id", "layer", "first", "last", "sequence_id", "caller")
     SPAN_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    CALLER_FIELD_NUMBER: _ClassVar[int]
     span_id: str
     layer: int
     first: int
     last: int
-    def __init__(self, span_id: _Optional[str] = ..., layer: _Optional[int] = ..., first: _Optional[int] = ..., last: _Optional[int] = ...) -> None: ...
+    sequence_id: str
+    caller: Caller
+    def __init__(self, span_id: _Optional[str] = ..., layer: _Optional[int] = ..., first: _Optional[int] = ..., last: _Optional[int] = ..., sequence_id: _Optional[str] = ..., caller: _Optional[_Union[Caller, _Mapping]] = ...) -> None: ...
 
 class KVChunk(_message.Message):
     __slots__ = ("tokens", "k", "v")
@@ -195,14 +221,16 @@ class KVChunk(_message.Message):
     def __init__(self, tokens: _Optional[int] = ..., k: _Optional[bytes] = ..., v: _Optional[bytes] = ...) -> None: ...
 
 class HoldRequest(_message.Message):
-    __slots__ = ("span_ids", "sequence_id", "epoch")
+    __slots__ = ("span_ids", "sequence_id", "epoch", "caller")
     SPAN_IDS_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CALLER_FIELD_NUMBER: _ClassVar[int]
     span_ids: _containers.RepeatedScalarFieldContainer[str]
     sequence_id: str
     epoch: int
-    def __init__(self, span_ids: _Optional[_Iterable[str]] = ..., sequence_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+    caller: Caller
+    def __init__(self, span_ids: _Optional[_Iterable[str]] = ..., sequence_id: _Optional[str] = ..., epoch: _Optional[int] = ..., caller: _Optional[_Union[Caller, _Mapping]] = ...) -> None: ...
 
 class HoldReply(_message.Message):
     __slots__ = ("layouts",)
@@ -215,12 +243,14 @@ class DropReply(_message.Message):
     def __init__(self) -> None: ...
 
 class SequenceRequest(_message.Message):
-    __slots__ = ("sequence_id", "epoch")
+    __slots__ = ("sequence_id", "epoch", "caller")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CALLER_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
     epoch: int
-    def __init__(self, sequence_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+    caller: Caller
+    def __init__(self, sequence_id: _Optional[str] = ..., epoch: _Optional[int] = ..., caller: _Optional[_Union[Caller, _Mapping]] = ...) -> None: ...
 
 class SequenceReply(_message.Message):
     __slots__ = ()
@@ -253,6 +283,42 @@ class Announcement(_message.Message):
     SPANS_FIELD_NUMBER: _ClassVar[int]
     spans: _containers.RepeatedCompositeFieldContainer[SpanInfo]
     def __init__(self, spans: _Optional[_Iterable[_Union[SpanInfo, _Mapping]]] = ...) -> None: ...
+
+class Wanted(_message.Message):
+    __slots__ = ("sequence_id", "epoch", "span_ids")
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SPAN_IDS_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: str
+    epoch: int
+    span_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, sequence_id: _Optional[str] = ..., epoch: _Optional[int] = ..., span_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class BeatRequest(_message.Message):
+    __slots__ = ("caller", "sequences", "complete")
+    CALLER_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    caller: Caller
+    sequences: _containers.RepeatedCompositeFieldContainer[Wanted]
+    complete: bool
+    def __init__(self, caller: _Optional[_Union[Caller, _Mapping]] = ..., sequences: _Optional[_Iterable[_Union[Wanted, _Mapping]]] = ..., complete: bool = ...) -> None: ...
+
+class BeatReply(_message.Message):
+    __slots__ = ("worker_id", "incarnation", "budget_bytes", "free_bytes", "attended_bytes", "must_reconcile")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ATTENDED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MUST_RECONCILE_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    incarnation: str
+    budget_bytes: int
+    free_bytes: int
+    attended_bytes: int
+    must_reconcile: bool
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., attended_bytes: _Optional[int] = ..., must_reconcile: bool = ...) -> None: ...
 
 class AttentionSpec(_message.Message):
     __slots__ = ("q_heads", "k_heads", "v_heads", "k_dim", "v_dim", "scale", "soft_cap", "window_tokens", "v_in_k")
@@ -289,7 +355,7 @@ class Open(_message.Message):
     def __init__(self, specs: _Optional[_Iterable[_Union[AttentionSpec, _Mapping]]] = ..., layouts: _Optional[_Iterable[_Union[Layout, _Mapping]]] = ..., layer_class: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ...) -> None: ...
 
 class ReadItem(_message.Message):
-    __slots__ = ("span_id", "origin", "first", "last", "group0", "group1", "row", "rows")
+    __slots__ = ("span_id", "origin", "first", "last", "group0", "group1", "row", "rows", "holder")
     SPAN_ID_FIELD_NUMBER: _ClassVar[int]
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
@@ -298,6 +364,7 @@ class ReadItem(_message.Message):
     GROUP1_FIELD_NUMBER: _ClassVar[int]
     ROW_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
     span_id: str
     origin: int
     first: int
@@ -306,7 +373,8 @@ class ReadItem(_message.Message):
     group1: int
     row: int
     rows: int
-    def __init__(self, span_id: _Optional[str] = ..., origin: _Optional[int] = ..., first: _Optional[int] = ..., last: _Optional[int] = ..., group0: _Optional[int] = ..., group1: _Optional[int] = ..., row: _Optional[int] = ..., rows: _Optional[int] = ...) -> None: ...
+    holder: str
+    def __init__(self, span_id: _Optional[str] = ..., origin: _Optional[int] = ..., first: _Optional[int] = ..., last: _Optional[int] = ..., group0: _Optional[int] = ..., group1: _Optional[int] = ..., row: _Optional[int] = ..., rows: _Optional[int] = ..., holder: _Optional[str] = ...) -> None: ...
 
 class ReadList(_message.Message):
     __slots__ = ("reads",)

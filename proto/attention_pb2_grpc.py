@@ -89,6 +89,11 @@ class AttentionStub(object):
                 request_serializer=farshore_dot_proto_dot_attention__pb2.AnnounceRequest.SerializeToString,
                 response_deserializer=farshore_dot_proto_dot_attention__pb2.Announcement.FromString,
                 _registered_method=True)
+        self.Beat = channel.unary_unary(
+                '/farshore.attention.v1.Attention/Beat',
+                request_serializer=farshore_dot_proto_dot_attention__pb2.BeatRequest.SerializeToString,
+                response_deserializer=farshore_dot_proto_dot_attention__pb2.BeatReply.FromString,
+                _registered_method=True)
         self.Attend = channel.stream_stream(
                 '/farshore.attention.v1.Attention/Attend',
                 request_serializer=farshore_dot_proto_dot_attention__pb2.Frame.SerializeToString,
@@ -178,6 +183,13 @@ class AttentionServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Beat(self, request, context):
+        """Renews an engine's lease on its holds; says which of them it still wants. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Attend(self, request_iterator, context):
         """Open once, then for every step: Step, or Again, then one frame per layer and micro-batch, each answered by
         one State.
@@ -250,6 +262,11 @@ def add_AttentionServicer_to_server(servicer, server):
                     servicer.Announce,
                     request_deserializer=farshore_dot_proto_dot_attention__pb2.AnnounceRequest.FromString,
                     response_serializer=farshore_dot_proto_dot_attention__pb2.Announcement.SerializeToString,
+            ),
+            'Beat': grpc.unary_unary_rpc_method_handler(
+                    servicer.Beat,
+                    request_deserializer=farshore_dot_proto_dot_attention__pb2.BeatRequest.FromString,
+                    response_serializer=farshore_dot_proto_dot_attention__pb2.BeatReply.SerializeToString,
             ),
             'Attend': grpc.stream_stream_rpc_method_handler(
                     servicer.Attend,
@@ -559,6 +576,33 @@ class Attention(object):
             '/farshore.attention.v1.Attention/Announce',
             farshore_dot_proto_dot_attention__pb2.AnnounceRequest.SerializeToString,
             farshore_dot_proto_dot_attention__pb2.Announcement.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Beat(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farshore.attention.v1.Attention/Beat',
+            farshore_dot_proto_dot_attention__pb2.BeatRequest.SerializeToString,
+            farshore_dot_proto_dot_attention__pb2.BeatReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -75,6 +75,7 @@ def _reads(turns: Seq[Turn]) -> dict[WorkerId, tuple[Read, ...]]:
                     span.group0,
                     span.group1,
                     range(row, end),
+                    holder=turn.sequence.id,
                 )
             )
         row = end

@@ -235,7 +235,12 @@ class Segment:
         span, first, last = self._pieces[piece]
         return self._pool[span.worker].submit(
             lambda peer: peer.store.read(
-                span.span, layer, first - span.origin, last - span.origin, dtype=self._model.dtype
+                span.span,
+                layer,
+                first - span.origin,
+                last - span.origin,
+                sequence=self.sequence.id,
+                dtype=self._model.dtype,
             )
         )
 

@@ -35,6 +35,8 @@ PROBE_S = 0.1
 """Between two beats to a shard that does not answer."""
 STALLED_S = 1.0
 """A call that takes longer keeps new sequences away from the shard until it returns."""
+REFUSED_S = 0.5
+"""A shard that refuses connections for so long is gone; a listener that is opened anew is back sooner."""
 GRACE_S = 10.0
 MOST_CALLS = 4096
 """Calls that wait; beyond, a call fails with Overloaded. Drops are never refused."""
@@ -93,6 +95,7 @@ class ShardQueue:
         self._gone = ""
         """Why the process that this queue was made for is known to be gone; empty: it is not."""
         self._why = ""
+        self._refused_since_s: float | None = None
         self._call_began_s: float | None = None
         self._beat: ShardBeat | None = None
         self._beat_s = clock() - BEAT_S
@@ -317,10 +320,11 @@ class ShardQueue:
         """A beat: renews this engine's holds, and tells what the shard has free. With the list of all that is
         wanted where the shard may hold more than that."""
         beat = self._peer.beat(self._wanted() if self._reconcile else None)
-        if beat.worker != self.worker:
+        known = self._beat.incarnation if self._beat is not None else beat.incarnation
+        if (beat.worker, beat.incarnation) != (self.worker, known):
             self._gone = (
-                f"attention worker {self.worker} was restarted: {beat.worker} is at its address, without"
-                " what was stored"
+                f"attention worker {self.worker} was restarted: {beat.worker} {beat.incarnation} is at its"
+                " address, without what was stored"
             )
             raise Lost(self._gone, shards=[self.worker])
         self._reconcile = beat.must_reconcile
@@ -340,13 +344,17 @@ class ShardQueue:
             unheard = error if isinstance(error, TransportError) else TransportError(repr(error))
             if not isinstance(error, Lost):
                 self._unheard(unheard, began_s)
-            if _is_refused(error):
+            self._beat_s = now_s = self._clock()
+            if not _is_refused(error):
+                self._refused_since_s = None
+            elif self._refused_since_s is None:
+                self._refused_since_s = now_s
+            elif now_s - self._refused_since_s >= REFUSED_S:
                 self._gone = f"attention worker {self.worker} is gone: {error}"
-            self._beat_s = self._clock()
         else:
             with self._wake:
                 self._late = self._silent = False
-                self._silent_since_s = None
+                self._silent_since_s = self._refused_since_s = None
                 self._gone = ""
         finally:
             self._call_began_s = None

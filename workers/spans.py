@@ -60,9 +60,19 @@ def write(
     groups."""
     k_heads = slice(span.group0 * layout.k_heads_per_group, span.group1 * layout.k_heads_per_group)
     v_heads = slice(span.group0 * layout.v_heads_per_group, span.group1 * layout.v_heads_per_group)
-    peer.store.write(span.span, layer, position - span.origin, k[k_heads], v[v_heads], epoch=holder.epoch)
+    peer.store.write(
+        span.span,
+        layer,
+        position - span.origin,
+        k[k_heads],
+        v[v_heads],
+        sequence=holder.sequence,
+        epoch=holder.epoch,
+    )
 
 
 def seal(peer: Peer, *, span: PlacedSpan, last: int, names: Sequence[PrefixBlock], holder: Holder) -> None:
     """Everything of the span below position ``last`` is written."""
-    peer.store.seal(span.span, last - span.origin, epoch=holder.epoch, blocks=names)
+    peer.store.seal(
+        span.span, last - span.origin, sequence=holder.sequence, epoch=holder.epoch, blocks=names
+    )

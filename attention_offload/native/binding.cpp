@@ -56,17 +56,17 @@ std::vector<iovec> pieces_of(PyObject* list) {
     return pieces;
 }
 
-template <void (*MOVE)(int, std::vector<iovec>, Deadline)>
+template <void (*MOVE)(int, std::vector<iovec>, double)>
 PyObject* move_pieces(PyObject*, PyObject* args) {
     return guarded([&]() -> PyObject* {
         int fd;
         PyObject* list;
-        double deadline_s;
-        parse(args, "iOd", &fd, &list, &deadline_s);
+        double idle_s;
+        parse(args, "iOd", &fd, &list, &idle_s);
         std::vector<iovec> pieces = pieces_of(list);
         {
             WithoutGil released;
-            MOVE(fd, std::move(pieces), deadline_s < 0 ? NEVER : after(deadline_s));
+            MOVE(fd, std::move(pieces), idle_s);
         }
         Py_RETURN_NONE;
     });
@@ -108,16 +108,18 @@ PyMethodDef methods[] = {
      " shares its cores with an attention worker."},
     {"serve", serve, METH_VARARGS,
      "serve(wire, step, shares_cores): answers its layer frames. step: None, or (number, format, layers, work, counter,"
-     " removals, seen removals) with layers (class, stored layer), work[class][micro-batch] (plan, bytes of q, lse, o,"
-     " and attended to), and 0 for removals where no step may be repeated. Returns what comes next, to be looked up:"
-     " a step's message, or the number of one that repeats the last; None when the engine has hung up"},
+     " removals, seen removals, repeats) with layers (class, stored layer), work[class][micro-batch] (plan, bytes of q,"
+     " lse, o, and attended to), and whether the step may be repeated. Returns what is to be looked up before it goes"
+     " on: a step's message; the number of one that repeats the last; True: the step under way again, since removals"
+     " has changed; None when the engine has hung up"},
     {"share_cores", share_cores, METH_NOARGS,
      "share_cores(): this thread, and those it starts, run at once when they wake, and give their core up as soon as"
      " they have nothing to do. For the process of an attention worker, which an engine may be beside."},
     {"fail", fail, METH_VARARGS, "fail(wire, message): the shard's last frame; ends the connection."},
     {"shut_down", shut_down, METH_VARARGS, "From any thread: whoever waits finds the connection closed."},
     {"send_pieces", move_pieces<send_pieces>, METH_VARARGS,
-     "send_pieces(fd, [address, bytes, ...], s): all of them, in order; s < 0: without a deadline."},
+     "send_pieces(fd, [address, bytes, ...], s): all of them, in order; TimeoutError when no byte has moved for s"
+     " seconds, unless s < 0."},
     {"receive_pieces", move_pieces<receive_pieces>, METH_VARARGS, "receive_pieces(fd, [address, bytes, ...], s)"},
     {nullptr, nullptr, 0, nullptr},
 };

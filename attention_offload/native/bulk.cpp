@@ -14,9 +14,12 @@ namespace {
 constexpr size_t MOST_PIECES = 512;
 
 // Calls move(message) until it has moved all pieces; it returns how many bytes it did, or fails as a system call.
+// The deadline begins anew with every byte that moves.
 template <class Move>
-void each_call(int fd, std::vector<iovec>& pieces, short events, const char* what, Deadline deadline, const Move& move) {
+void each_call(int fd, std::vector<iovec>& pieces, short events, const char* what, double idle_s, const Move& move) {
     size_t at = 0;
+    const auto next_deadline = [&] { return idle_s < 0 ? NEVER : after(idle_s); };
+    Deadline deadline = next_deadline();
     for (;;) {
         while (at < pieces.size() && pieces[at].iov_len == 0) at++;
         if (at == pieces.size()) return;
@@ -32,6 +35,7 @@ void each_call(int fd, std::vector<iovec>& pieces, short events, const char* wha
             }
             continue;
         }
+        if (moved > 0) deadline = next_deadline();
         for (; moved > 0; at++) {
             const size_t here = std::min<size_t>(moved, pieces[at].iov_len);
             moved -= here;
@@ -44,14 +48,14 @@ void each_call(int fd, std::vector<iovec>& pieces, short events, const char* wha
 
 }  // namespace
 
-void send_pieces(int fd, std::vector<iovec> pieces, Deadline deadline) {
-    each_call(fd, pieces, POLLOUT, "send", deadline,
+void send_pieces(int fd, std::vector<iovec> pieces, double idle_s) {
+    each_call(fd, pieces, POLLOUT, "send", idle_s,
               [&](msghdr& message) { return sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL); });
 }
 
-void receive_pieces(int fd, std::vector<iovec> pieces, Deadline deadline) {
+void receive_pieces(int fd, std::vector<iovec> pieces, double idle_s) {
     bool begun = false;
-    each_call(fd, pieces, POLLIN, "receive", deadline, [&](msghdr& message) {
+    each_call(fd, pieces, POLLIN, "receive", idle_s, [&](msghdr& message) {
         const ssize_t received = recvmsg(fd, &message, MSG_DONTWAIT);
         if (received == 0) {
             if (begun) throw Broken("truncated: the connection ended inside a transfer");

@@ -20,7 +20,8 @@ struct Work {
 };
 
 struct Layer {
-    unsigned layer_class, stored_layer;
+    unsigned layer_class;
+    int stored_layer;
 };
 
 struct Step {
@@ -29,13 +30,12 @@ struct Step {
     std::vector<Layer> layers;
     std::vector<std::vector<Work>> work;  // [layer class][micro-batch]
     int64_t* attended_bytes = nullptr;
-    // The store's count, and what it was when the spans were looked up; null: they are to be looked up every time.
+    // The store's count, and what it was when the spans were looked up: memory is another span's only after it rose.
     int64_t* removals = nullptr;
     long long seen_removals = 0;
+    bool repeats = false;
 
-    bool still_holds() const {
-        return removals && std::atomic_ref(*removals).load(std::memory_order_acquire) == seen_removals;
-    }
+    bool still_holds() const { return std::atomic_ref(*removals).load(std::memory_order_acquire) == seen_removals; }
 
     uint32_t max_layer_bytes() const {
         uint32_t most = 0;
@@ -45,10 +45,27 @@ struct Step {
     }
 };
 
+// Of a frame or of an answer: more than attention_offload/door.py lets a step have, and lengths and their sums fit
+// into a header's 32 bits.
+constexpr long long MAX_LAYER_BYTES = 1 << 30;
+
+// PyArg's own "I" drops the upper bits of what is longer.
+uint32_t checked_bytes(long long bytes) {
+    if (bytes < 0 || bytes > MAX_LAYER_BYTES)
+        throw std::out_of_range(std::to_string(bytes) + " bytes in a layer's frame: " +
+                                std::to_string(MAX_LAYER_BYTES) + " are the most");
+    return static_cast<uint32_t>(bytes);
+}
+
 Work work_of(PyObject* description) {
     Work it;
     PyObject* capsule;
-    parse(description, "OIIIL", &capsule, &it.q_bytes, &it.lse_bytes, &it.o_bytes, &it.read_bytes);
+    long long q_bytes, lse_bytes, o_bytes;
+    parse(description, "OLLLL", &capsule, &q_bytes, &lse_bytes, &o_bytes, &it.read_bytes);
+    it.q_bytes = checked_bytes(q_bytes);
+    it.lse_bytes = checked_bytes(lse_bytes);
+    it.o_bytes = checked_bytes(o_bytes);
+    checked_bytes(lse_bytes + o_bytes);
     it.plan = PyCapsule_GetPointer(capsule, PLAN_CAPSULE);
     if (!it.plan) throw Raised();
     return it;
@@ -59,10 +76,12 @@ Step step_of(PyObject* description) {
     if (description == Py_None) return step;
     PyObject *layers, *classes;
     unsigned long long counter, removals;
-    parse(description, "LiO!O!KKL", &step.number, &step.format, &PyTuple_Type, &layers, &PyTuple_Type, &classes,
-          &counter, &removals, &step.seen_removals);
+    int repeats;
+    parse(description, "LiO!O!KKLp", &step.number, &step.format, &PyTuple_Type, &layers, &PyTuple_Type, &classes,
+          &counter, &removals, &step.seen_removals, &repeats);
     step.attended_bytes = reinterpret_cast<int64_t*>(counter);
     step.removals = reinterpret_cast<int64_t*>(removals);
+    step.repeats = repeats;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(classes); i++) {
         PyObject* batches = PyTuple_GET_ITEM(classes, i);
         step.work.emplace_back();
@@ -70,10 +89,12 @@ Step step_of(PyObject* description) {
             step.work.back().push_back(work_of(PyTuple_GET_ITEM(batches, j)));
     }
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(layers); i++) {
-        Layer it;
-        parse(PyTuple_GET_ITEM(layers, i), "II", &it.layer_class, &it.stored_layer);
-        if (it.layer_class >= step.work.size()) throw std::out_of_range("a layer of no class");
-        step.layers.push_back(it);
+        long long layer_class, stored_layer;
+        parse(PyTuple_GET_ITEM(layers, i), "LL", &layer_class, &stored_layer);
+        if (layer_class < 0 || layer_class >= static_cast<long long>(step.work.size()))
+            throw std::out_of_range("a layer of no class");
+        if (stored_layer < 0 || stored_layer > i) throw std::out_of_range("a layer of its class that is not there");
+        step.layers.push_back({static_cast<unsigned>(layer_class), static_cast<int>(stored_layer)});
     }
     return step;
 }
@@ -122,17 +143,23 @@ class Follower {
     int apart_ = 0;
 };
 
-// Answers layer frames until a step comes whose reads are to be looked up, or the engine hangs up: then false.
+// Answers layer frames until a step comes whose reads are to be looked up, or until those of the step under way are
+// to be looked up again: its layer frame is then `wire.unanswered`. False: the engine has hung up.
 bool answer(Wire& wire, Step& step, const Api& api, bool shares_cores, Frame& frame) {
     thread_local Follower follower;
     wire.expect(step.max_layer_bytes());
     for (;;) {
-        try {
-            frame = wire.receive(NEVER);
-        } catch (const HungUp&) {
-            return false;
+        if (wire.unanswered) {
+            frame = *wire.unanswered;
+            wire.unanswered.reset();
+        } else {
+            try {
+                frame = wire.receive(NEVER);
+            } catch (const HungUp&) {
+                return false;
+            }
         }
-        if (frame.header.kind == AGAIN && step.still_holds()) {
+        if (frame.header.kind == AGAIN && step.repeats && step.still_holds()) {
             step.number = frame.header.step;
             continue;
         }
@@ -143,8 +170,15 @@ bool answer(Wire& wire, Step& step, const Api& api, bool shares_cores, Frame& fr
         const Work& it = work_for(step, header);
         header.bytes = it.lse_bytes + it.o_bytes;
         uint8_t* out = wire.reserve(header.bytes);
-        api.partial(it.plan, static_cast<int>(step.layers[header.layer].stored_layer), frame.payload, step.format,
-                    out + it.lse_bytes, reinterpret_cast<float*>(out));
+        if (step.still_holds())
+            api.partial(it.plan, step.layers[header.layer].stored_layer, frame.payload, step.format,
+                        out + it.lse_bytes, reinterpret_cast<float*>(out));
+        // Memory that was given back meanwhile may be another span's by now: such an answer must not leave.
+        std::atomic_thread_fence(std::memory_order_acquire);
+        if (!step.still_holds()) {
+            wire.unanswered = frame;
+            return true;
+        }
         std::atomic_ref(*step.attended_bytes).fetch_add(it.read_bytes, std::memory_order_relaxed);
         wire.publish(header);
     }
@@ -181,6 +215,7 @@ PyObject* serve(PyObject*, PyObject* args) {
             more = answer(wire, step, api, shares_cores, frame);
         }
         if (!more) Py_RETURN_NONE;
+        if (wire.unanswered) Py_RETURN_TRUE;
         if (frame.header.kind == AGAIN) return PyLong_FromUnsignedLong(frame.header.step);
         return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(frame.payload), frame.header.bytes);
     });

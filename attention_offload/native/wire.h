@@ -49,6 +49,9 @@ class Wire {
     // How long sending may take from now on, and the rest of a frame that has begun.
     void allow(double frame_s) { frame_s_ = reader_.frame_s = frame_s; }
 
+    // Shard: a layer frame that is to be answered when the step's spans were looked up again.
+    std::optional<Frame> unanswered;
+
     // Engine: layer frames sent and not answered.
     uint32_t under_way = 0;
 

@@ -4,9 +4,11 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <climits>
 #include <exception>
 #include <memory>
 #include <stdexcept>
+#include <string>
 
 #include "bulk.h"
 #include "copy.h"
@@ -29,7 +31,13 @@ struct Arguments {
         if (value == -1 && PyErr_Occurred()) throw std::runtime_error("not an integer");
         return value;
     }
-    int small() { return static_cast<int>(integer()); }
+    // Python's integers have no bound; what does not fit must not lose its upper bits.
+    int small() {
+        const int64_t value = integer();
+        if (value < INT_MIN || value > INT_MAX)
+            throw std::invalid_argument(std::to_string(value) + " does not fit into 32 bits");
+        return static_cast<int>(value);
+    }
     uint8_t* pointer() { return reinterpret_cast<uint8_t*>(integer()); }
     // A list of integers.
     Arguments list() {

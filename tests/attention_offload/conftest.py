@@ -11,6 +11,7 @@ import torch
 from farshore.attention_offload.base import AttentionModel
 from farshore.attention_offload.bulk_server import serve_bulk
 from farshore.attention_offload.connect import WELCOME
+from farshore.attention_offload.engine_holds import EngineHolds
 from farshore.attention_offload.frame_server import FrameListener, serve_frames
 from farshore.attention_offload.frame_stream import FrameStream
 from farshore.attention_offload.frames import REMOTE, Sent, Transport
@@ -62,9 +63,9 @@ class Workload:
         span = store.create(key, capacity_tokens=last - first, layout=layout, epoch=self.owner)
         for layer in range(layout.layers):
             k, v = self.tokens(last - first, groups=layout.groups, seed=first + layer)
-            store.write(span, layer, 0, k, v, epoch=self.owner)
-        store.seal(span, last - first, epoch=self.owner)
-        return Read(span, first, first, last, group0, group1, range(0, 1))
+            store.write(span, layer, 0, k, v, sequence=key.sequence, epoch=self.owner)
+        store.seal(span, last - first, sequence=key.sequence, epoch=self.owner)
+        return Read(span, first, first, last, group0, group1, range(0, 1), key.sequence)
 
     def step(self, reads, *, positions=(100,), number=1, group0=0, group1=3):
         rows = tuple(range(len(positions)))
@@ -221,8 +222,11 @@ class Room:
         self.digest = self.fingerprint()
 
     def fingerprint(self):
-        return self.store.seal(self.read.span, 20, epoch=self.work.owner), [
-            part.tolist() for layer in range(2) for part in self.store.read(self.read.span, layer, 0, 20)
+        span, holder = self.read.span, self.read.holder
+        return self.store.seal(span, 20, sequence=holder, epoch=self.work.owner), [
+            part.tolist()
+            for layer in range(2)
+            for part in self.store.read(span, layer, 0, 20, sequence=holder)
         ]
 
     def knock(self, serve, unix=True):
@@ -240,7 +244,7 @@ class Room:
         return self.knock(partial(serve_frames, session, self.work.dtype, False), unix)
 
     def bulk(self):
-        return self.knock(partial(serve_bulk, self.store))
+        return self.knock(partial(serve_bulk, self.store, EngineHolds(self.store)))
 
     def check(self, unix):
         """Everything is as it was, and an honest engine is served."""

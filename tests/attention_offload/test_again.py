@@ -43,7 +43,8 @@ def test_other_reads_are_a_plan_again(start_shard, connect, work, announced):
     shard = start_shard()
     peer, local = connect(shard.address), InProcessPeer(shard.worker, shard.store, work.model)
     a, b = (work.sealed_span(peer.store, name, 0, 20 + len(name)) for name in ("a", "bb"))
-    steps = [[a], [a], [b], [a, b._replace(first=21, origin=21, last=43)], [a._replace(last=19)], [a]]
+    behind = work.sealed_span(peer.store, "a", 21, 43)
+    steps = [[a], [a], [b], [a, behind], [a._replace(last=19)], [a]]
     for number, reads in enumerate(steps, 1):
         step = work.step(reads, number=number)
         assert work.run(peer, step) == work.run(local, step)

@@ -14,6 +14,7 @@ from farshore.kernels.formats import KVFormat
 from farshore.kvstore.base import SpanKey
 
 DEADLINE_S = 60.0
+A = SequenceId("a")
 LATENT = AttentionSpec(4, 1, 1, 72, 64, scale=0.2, v_in_k=True)
 
 
@@ -48,16 +49,17 @@ def test_what_is_read_is_what_an_equal_local_store_gives(
     spans = [span_of(store, work, layout, 45) for store in (remote, local)]
     for store, span in zip((remote, local), spans, strict=True):
         for layer in range(2):
-            store.write(span, layer, 0, k[:, :30], v[:, :30], epoch=work.owner)
-            store.write(span, layer, 30, k[:, 30:], v[:, 30:], epoch=work.owner)
+            store.write(span, layer, 0, k[:, :30], v[:, :30], sequence=A, epoch=work.owner)
+            store.write(span, layer, 30, k[:, 30:], v[:, 30:], sequence=A, epoch=work.owner)
     digests = [
-        store.seal(span, 45, epoch=work.owner) for store, span in zip((remote, local), spans, strict=True)
+        store.seal(span, 45, sequence=A, epoch=work.owner)
+        for store, span in zip((remote, local), spans, strict=True)
     ]
     assert digests[0] == digests[1]
     for first, last in ((0, 45), (7, 41), (16, 32), (44, 45), (3, 3)):
         for wanted in (None, torch.uint8):
             got, expected = (
-                store.read(span, 1, first, last, dtype=wanted)
+                store.read(span, 1, first, last, sequence=A, dtype=wanted)
                 for store, span in zip((remote, local), spans, strict=True)
             )
             for mine, theirs in zip(got, expected, strict=True):
@@ -80,7 +82,7 @@ def test_no_message_of_a_pull_is_longer_than_a_piece(shard, connect, work, trans
     store = connect(shard.address).store
     read = work.sealed_span(store, "a", 0, 200)
     sizes.clear()
-    store.read(read.span, 0, 0, 200)
+    store.read(read.span, 0, 0, 200, sequence=A)
     assert sum(sizes) == 200 * work.layout.layer_token_bytes
     assert max(sizes) <= 1000
 
@@ -90,12 +92,12 @@ def test_threads_take_turns(shard, connect, work, transport):
     """An engine's hand-offs run beside its prefill, on one store."""
     store = connect(shard.address).store
     read = work.sealed_span(store, "a", 0, 20)
-    expected = store.read(read.span, 0, 0, 20)
+    expected = store.read(read.span, 0, 0, 20, sequence=A)
     wrong = []
 
     def reader():
         for _ in range(20):
-            got = store.read(read.span, 0, 0, 20)
+            got = store.read(read.span, 0, 0, 20, sequence=A)
             if not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)):
                 wrong.append(got)
 
@@ -120,6 +122,6 @@ def test_a_refusal_leaves_the_connection_in_use(shard, connect, work, transport)
     stream = store._bulk._stream
     for tokens in (1, 20, 20_000):
         with pytest.raises(Exception, match="write from 20"):
-            store.write(span, 0, 0, *work.tokens(tokens), epoch=work.owner)
-    assert store.read(span, 0, 0, 20)[0].shape[1] == 20
+            store.write(span, 0, 0, *work.tokens(tokens), sequence=A, epoch=work.owner)
+    assert store.read(span, 0, 0, 20, sequence=A)[0].shape[1] == 20
     assert store._bulk._stream is stream is not None

@@ -79,9 +79,9 @@ def test_every_call_to_a_stopped_server_is_a_transport_error(shard, connect, wor
         lambda: work.run(peer, work.step([read])),
         peer.identify,
         peer.store.announce,
-        lambda: peer.store.read(read.span, 0, 0, 20),
-        lambda: peer.store.write(read.span, 0, 20, *work.tokens(1), epoch=work.owner),
-        lambda: peer.store.seal(read.span, 20, epoch=work.owner),
+        lambda: peer.store.read(read.span, 0, 0, 20, sequence=read.holder),
+        lambda: peer.store.write(read.span, 0, 20, *work.tokens(1), sequence=read.holder, epoch=work.owner),
+        lambda: peer.store.seal(read.span, 20, sequence=read.holder, epoch=work.owner),
         lambda: peer.store.drop_sequence(SequenceId("a"), epoch=work.owner),
     ]
     for call in calls:

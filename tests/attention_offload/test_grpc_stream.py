@@ -72,7 +72,7 @@ def test_a_refusal_ends_the_step_whatever_is_written_meanwhile_and_the_next_one_
     peer = connect(shard.address)
     read = work.sealed_span(peer.store, "a", 0, 20)
     work.run(peer, work.step([read]))
-    peer.begin(work.step([Read(SpanId("shard/99"), 0, 0, 5, 0, 3, range(1))], number=2))
+    peer.begin(work.step([read._replace(span=SpanId("shard/99"))], number=2))
     sent = peer.send(0, 0, work.query())
     assert shard.service.ended.wait(DEADLINE_S)
     peer.send(1, 0, work.query())

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from farshore.attention_offload import bulk
 from farshore.attention_offload.frames import REMOTE, Transport, native
 from farshore.errors import NotFound, TransportError
 from farshore.ids import SequenceId
@@ -47,9 +46,10 @@ peer = RemotePeer(
 )
 key = SpanKey(sequence=SequenceId("dies"), layer_class=0, first=0, group0=0, group1=1)
 span = peer.store.create(key, capacity_tokens=4, layout=layout, epoch=Epoch(1))
-peer.store.write(span, 0, 0, torch.ones(1, 4, 8), torch.ones(1, 4, 8), epoch=Epoch(1))
-peer.store.seal(span, 4, epoch=Epoch(1))
-read = Read(span, 0, 0, 4, 0, 1, range(1))
+ones = torch.ones(1, 4, 8)
+peer.store.write(span, 0, 0, ones, ones, sequence=SequenceId("dies"), epoch=Epoch(1))
+peer.store.seal(span, 4, sequence=SequenceId("dies"), epoch=Epoch(1))
+read = Read(span, 0, 0, 4, 0, 1, range(1), SequenceId("dies"))
 peer.connect()
 peer.begin(ShardStep(1, (0,), (9,), 0, 1, ((read,),), (range(1),)))
 peer.wait(peer.send(0, 0, torch.ones(1, 2, 8)))
@@ -155,7 +155,7 @@ def test_a_killed_shard_is_noticed_at_once_and_found_again(reach, work):
                 peer.wait(peer.send(0, 0, work.query()), deadline_s=FRAME_DEADLINE_S)
             assert caught.value.retryable
             with pytest.raises(TransportError, match=address):
-                peer.store.read(read[it].span, 0, 0, 20)
+                peer.store.read(read[it].span, 0, 0, 20, sequence=read[it].holder)
             assert peer.transport is None
         now = held(os.getpid())
         assert now["mapped"] == before["mapped"] and now["memfds"] == before["memfds"]
@@ -170,18 +170,16 @@ def test_a_killed_shard_is_noticed_at_once_and_found_again(reach, work):
             assert peer.transport is it
 
 
-def test_bulk_that_stalls_has_a_deadline(reach, work, monkeypatch):
+def test_bulk_that_stalls_has_a_deadline(reach, work):
     """A shard frozen in the middle of a transfer; awake again, it is reconnected to."""
-    monkeypatch.setattr(bulk, "DEADLINE_S", 0.5)
     with shard_process() as (shard, address):
-        peer = reach(address, transports=(Transport.TCP,))
+        peer = reach(address, transports=(Transport.TCP,), deadline_s=0.5)
         read = work.sealed_span(peer.store, "a", 0, 20)
         expected = work.run(peer, work.step([read]))
         shard.send_signal(signal.SIGSTOP)
         os.waitpid(shard.pid, os.WUNTRACED)
         with pytest.raises(TransportError, match=r"no progress of bulk KV within 0\.5 s"):
-            peer.store.read(read.span, 0, 0, 20)
+            peer.store.read(read.span, 0, 0, 20, sequence=read.holder)
         shard.send_signal(signal.SIGCONT)
         assert work.run(peer, work.step([read])) == expected
-        monkeypatch.undo()
-        assert peer.store.read(read.span, 0, 0, 20)[0].shape[1] == 20
+        assert peer.store.read(read.span, 0, 0, 20, sequence=read.holder)[0].shape[1] == 20

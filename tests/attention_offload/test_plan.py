@@ -36,7 +36,8 @@ def check(plan, *, tail_first, committed=100, tail_last=None):
 
 
 def read(first, last, g0=0, g1=GROUPS, rows=range(0, 1), origin=None):
-    return Read(SpanId(f"s{first}.{g0}"), first if origin is None else origin, first, last, g0, g1, rows)
+    origin = first if origin is None else origin
+    return Read(SpanId(f"s{first}.{g0}"), origin, first, last, g0, g1, rows, A)
 
 
 @st.composite

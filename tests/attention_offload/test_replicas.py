@@ -236,7 +236,7 @@ def merged(states):
 
 def test_reads_go_to_one_replica_where_one_has_all():
     first, second = (
-        Read(SpanId(name), 0, at, at + 10, 0, 3, range(1), replicas)
+        Read(SpanId(name), 0, at, at + 10, 0, 3, range(1), SequenceId("a"), replicas)
         for name, at, replicas in (
             ("p", 0, (Replica(B, SpanId("p-b")), Replica(C, SpanId("p-c")))),
             ("q", 10, (Replica(C, SpanId("q-c")),)),

@@ -81,8 +81,8 @@ def sealed(tokens):
         )
         span = store.create(key, capacity_tokens=capacity_tokens or n, layout=layout, epoch=epoch)
         for layer in range(layout.layers):
-            store.write(span, layer, 0, *tokens(floats, n), epoch=epoch)
-        store.seal(span, n, epoch=epoch)
+            store.write(span, layer, 0, *tokens(floats, n), sequence=key.sequence, epoch=epoch)
+        store.seal(span, n, sequence=key.sequence, epoch=epoch)
         return span
 
     return make
@@ -90,11 +90,16 @@ def sealed(tokens):
 
 @pytest.fixture
 def content():
-    """content(store, span, first, last) -> the bytes of these tokens, layer by layer, as stored."""
+    """content(store, span, first, last, sequence=...) -> the bytes of these tokens, layer by layer, as
+    stored."""
 
-    def read(store, span, first, last) -> list[Tensor]:
-        layers = range(store.layout(span).layers)
-        return [it for layer in layers for it in store.read(span, layer, first, last, dtype=torch.uint8)]
+    def read(store, span, first, last, *, sequence="s") -> list[Tensor]:
+        holder = SequenceId(sequence)
+        return [
+            it
+            for layer in range(store.look_up(span, holder=holder).layout.layers)
+            for it in store.read(span, layer, first, last, sequence=holder, dtype=torch.uint8)
+        ]
 
     return read
 

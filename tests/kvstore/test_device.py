@@ -20,7 +20,9 @@ def test_a_store_on_a_device_holds_moves_and_rebuilds(any_layout, sealed, conten
     there = host.import_span(device.export(spans[0], 0, 13), sequence=SequenceId("t"), epoch=1)
     assert all(
         torch.equal(a.cpu(), b)
-        for a, b in zip(content(device, spans[0], 0, 13), content(host, there, 0, 13), strict=True)
+        for a, b in zip(
+            content(device, spans[0], 0, 13), content(host, there, 0, 13, sequence="t"), strict=True
+        )
     )
     members = {
         span: parity.Member(device.pieces(span, 0, n), device.digest(span, n))

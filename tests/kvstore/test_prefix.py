@@ -34,9 +34,11 @@ class Writer:
         key = SpanKey(sequence=SequenceId(sequence), layer_class=0, first=first, group0=group0, group1=group1)
         span = self.store.create(key, capacity_tokens=last - first, layout=layout, epoch=E1)
         for layer in range(layout.layers):
-            self.store.write(span, layer, 0, *self.tokens(layout, last - first), epoch=E1)
+            self.store.write(
+                span, layer, 0, *self.tokens(layout, last - first), sequence=key.sequence, epoch=E1
+            )
         named = blocks(prompt) if named is None else named
-        self.store.seal(span, last - first, epoch=E1, blocks=named)
+        self.store.seal(span, last - first, sequence=key.sequence, epoch=E1, blocks=named)
         return span
 
     def find(self, prompt, *, sequence="finder", layer_class=0, epoch=E1, **fingerprint):
@@ -94,17 +96,17 @@ def test_named_blocks_are_found_and_read(store, layout, writer):
     )
     assert (found.span, found.first, found.last, found.layout) == (span, 0, 10, layout)
     assert found.key.sequence == "a"
-    assert store.read(span, 0, 0, 10)[0].shape[1] == 10
+    assert store.read(span, 0, 0, 10, sequence=SequenceId("b"))[0].shape[1] == 10
 
 
 def test_other_tokens_another_model_or_another_class_are_misses(writer):
     prompt = list(range(20))
-    writer.span("a", prompt, 0, 20)
+    span = writer.span("a", prompt, 0, 20)
     assert writer.find([*prompt[:4], 99, *prompt[5:]]) == []
     assert writer.find(prompt, fingerprint=b"tenant") == []
     assert writer.find(prompt, layer_class=1) == []
     assert writer.find([]) == []
-    assert writer.holders() == {"w1/0": 1}
+    assert writer.holders() == {span: 1}
 
 
 def test_a_name_with_other_tokens_ends_the_search(store, writer):
@@ -129,11 +131,11 @@ def test_only_blocks_wholly_sealed_inside_the_span_are_named(store, layout, toke
     key = SpanKey(sequence=SequenceId("a"), layer_class=0, first=7, group0=0, group1=2)
     span = store.create(key, capacity_tokens=27, layout=layout, epoch=E1)
     for layer in range(layout.layers):
-        store.write(span, layer, 0, *tokens(layout, 27), epoch=E1)
-    store.seal(span, 12, epoch=E1, blocks=blocks(prompt))
+        store.write(span, layer, 0, *tokens(layout, 27), sequence=key.sequence, epoch=E1)
+    store.seal(span, 12, sequence=key.sequence, epoch=E1, blocks=blocks(prompt))
     assert writer.find(prompt) == [(span, 10, 15)]
     for _ in range(2):
-        store.seal(span, 24, epoch=E1, blocks=blocks(prompt)[3:])
+        store.seal(span, 24, sequence=key.sequence, epoch=E1, blocks=blocks(prompt)[3:])
         assert writer.find(prompt) == [(span, 10, 30)]
     store.check_integrity()
 
@@ -208,14 +210,14 @@ def test_memory_comes_from_the_longest_unheld_cache_the_end_of_a_prefix_first(st
 
 def test_what_is_held_is_never_evicted_and_a_refusal_evicts_nothing(store, layout, arena, writer):
     held, cached = list(range(160)), list(range(1000, 1080))
-    writer.span("a", held, 0, 160)
+    used = writer.span("a", held, 0, 160)
     idle = writer.span("b", cached, 0, 80)
     writer.end("b")
     key = SpanKey(sequence=SequenceId("new"), layer_class=0, first=0, group0=0, group1=2)
     with pytest.raises(Full) as caught:
         store.create(key, capacity_tokens=165, layout=layout, epoch=E1)
     assert caught.value.free_bytes == 32 * 4096
-    assert writer.holders() == {"w1/0": 1, idle: 0}
+    assert writer.holders() == {used: 1, idle: 0}
     store.create(key, capacity_tokens=160, layout=layout, epoch=E1)
     assert idle not in writer.holders()
 
@@ -232,19 +234,19 @@ def test_cache_that_is_being_read_is_not_evicted(store, arena, layout, writer, m
     from farshore.kvstore import blocks as store_blocks
 
     span = writer.span("a", list(range(160)), 0, 160)
-    writer.end("a")
     copy_out = store_blocks.copy_out
 
     def refused_meanwhile(*args, **kwargs):
+        writer.end("a")
         with pytest.raises(Full):
             arena.allocate(33, layout.block_bytes)
         return copy_out(*args, **kwargs)
 
     monkeypatch.setattr(store_blocks, "copy_out", refused_meanwhile)
-    assert store.read(span, 0, 0, 160)[0].shape[1] == 160
+    assert store.read(span, 0, 0, 160, sequence=SequenceId("a"))[0].shape[1] == 160
     arena.free(arena.allocate(33, layout.block_bytes))
     with pytest.raises(NotFound):
-        store.read(span, 0, 0, 1)
+        store.read(span, 0, 0, 1, sequence=SequenceId("a"))
 
 
 def test_a_cached_span_can_be_held_by_its_id(store, writer, layout):
@@ -252,4 +254,4 @@ def test_a_cached_span_can_be_held_by_its_id(store, writer, layout):
     writer.end("a")
     store.hold([span], sequence=SequenceId("b"), epoch=E1)
     assert store.usage().cached_bytes == 0
-    assert torch.isfinite(store.read(span, 2, 0, 20)[1].float()).all()
+    assert torch.isfinite(store.read(span, 2, 0, 20, sequence=SequenceId("b"))[1].float()).all()

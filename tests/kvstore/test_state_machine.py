@@ -165,7 +165,9 @@ class Stores(RuleBasedStateMachine):
 
     def written(self, it, layer, first, tokens, seed):
         k, v = random_rows(it.layout, tokens, seed)
-        it.store.write(it.span, layer, first, k, v, epoch=self.epoch(it.store, it.key.sequence))
+        sequence = it.key.sequence
+        epoch = self.epoch(it.store, sequence)
+        it.store.write(it.span, layer, first, k, v, sequence=sequence, epoch=epoch)
         it.rows[layer].update(enumerate(by_token(k, v), first))
 
     @precondition(lambda self: self.growing)
@@ -180,7 +182,8 @@ class Stores(RuleBasedStateMachine):
             self.seal_at(it, tokens)
 
     def seal_at(self, it, tokens):
-        digest = it.store.seal(it.span, tokens, epoch=self.epoch(it.store, it.key.sequence))
+        sequence = it.key.sequence
+        digest = it.store.seal(it.span, tokens, sequence=sequence, epoch=self.epoch(it.store, sequence))
         if tokens > it.sealed:
             assert digest == transfer.digest(it.store.pieces(it.span, it.sealed, tokens))
         it.sealed = tokens
@@ -214,12 +217,16 @@ class Stores(RuleBasedStateMachine):
     @rule(data=st.data(), seed=seeds)
     def what_nobody_holds_is_gone(self, data, seed):
         it = data.draw(st.sampled_from([it for it in self.models if not it.holders]))
-        epoch = self.epoch(it.store, it.key.sequence)
+        sequence = it.key.sequence
+        epoch = self.epoch(it.store, sequence)
         for call in (
-            lambda: it.store.read(it.span, 0, 0, 0),
+            lambda: it.store.read(it.span, 0, 0, 0, sequence=sequence),
+            lambda: it.store.look_up(it.span, holder=sequence),
             lambda: it.store.export(it.span, 0, 1),
-            lambda: it.store.hold([it.span], sequence=it.key.sequence, epoch=epoch),
-            lambda: it.store.write(it.span, 0, 0, *random_rows(it.layout, 1, seed), epoch=epoch),
+            lambda: it.store.hold([it.span], sequence=sequence, epoch=epoch),
+            lambda: it.store.write(
+                it.span, 0, 0, *random_rows(it.layout, 1, seed), sequence=sequence, epoch=epoch
+            ),
         ):
             with pytest.raises(NotFound):
                 call()
@@ -233,8 +240,10 @@ class Stores(RuleBasedStateMachine):
         self.epochs[which][sequence] += 1
         it.store.fence(sequence, self.epoch(it.store, sequence))
         for call in (
-            lambda: it.store.write(it.span, 0, it.sealed, *random_rows(it.layout, 1, seed), epoch=old),
-            lambda: it.store.seal(it.span, it.sealed, epoch=old),
+            lambda: it.store.write(
+                it.span, 0, it.sealed, *random_rows(it.layout, 1, seed), sequence=sequence, epoch=old
+            ),
+            lambda: it.store.seal(it.span, it.sealed, sequence=sequence, epoch=old),
             lambda: it.store.create(it.key, capacity_tokens=1, layout=it.layout, epoch=old),
             lambda: it.store.hold([it.span], sequence=sequence, epoch=old),
         ):
@@ -242,12 +251,58 @@ class Stores(RuleBasedStateMachine):
                 call()
 
     @precondition(lambda self: self.live)
+    @rule(data=st.data(), stranger=sequences, seed=seeds)
+    def another_sequence_neither_writes_nor_seals(self, data, stranger, seed):
+        """Not even one that holds the span, in the newest epoch there is."""
+        it = data.draw(st.sampled_from(self.live))
+        if stranger == it.key.sequence:
+            return
+        epoch = self.epoch(it.store, stranger)
+        for call in (
+            lambda: it.store.write(
+                it.span, 0, it.sealed, *random_rows(it.layout, 1, seed), sequence=stranger, epoch=epoch
+            ),
+            lambda: it.store.seal(it.span, it.sealed, sequence=stranger, epoch=epoch),
+        ):
+            with pytest.raises(InvalidRequest if stranger in it.holders else NotFound):
+                call()
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), reader=sequences)
+    def only_holders_read(self, data, reader):
+        it = data.draw(st.sampled_from([it for it in self.live if not it.covers] or self.live))
+        if it.covers:
+            return
+        if reader in it.holders:
+            assert it.store.look_up(it.span, holder=reader) == (it.key, it.layout)
+            assert it.store.read(it.span, 0, 0, it.sealed, sequence=reader)[0].shape[1] == it.sealed
+            return
+        with pytest.raises(NotFound):
+            it.store.look_up(it.span, holder=reader)
+        with pytest.raises(NotFound):
+            it.store.read(it.span, 0, 0, it.sealed, sequence=reader)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), sequence=sequences)
+    def drop_all_but_some(self, data, sequence):
+        """What a complete beat does."""
+        held = [it for it in self.live if sequence in it.holders]
+        kept = data.draw(st.lists(st.sampled_from(held), unique=True)) if held else []
+        for store in self.stores:
+            keep = {it.span for it in kept if it.store is store}
+            store.drop_sequence(sequence, epoch=self.epoch(store, sequence), keep=keep)
+        for it in held:
+            if it not in kept:
+                it.holders.discard(sequence)
+
+    @precondition(lambda self: self.live)
     @rule(data=st.data())
     def reading_beyond_the_mark_is_refused(self, data):
         it = data.draw(st.sampled_from(self.live))
+        reader = data.draw(st.sampled_from(sorted(it.holders)))
         for read in (
             lambda last: it.store.segments(it.span, 0, last),
-            lambda last: it.store.read(it.span, 0, 0, last),
+            lambda last: it.store.read(it.span, 0, 0, last, sequence=reader),
             lambda last: it.store.export(it.span, 0, last),
         ):
             with pytest.raises(InvalidRequest):
@@ -426,7 +481,8 @@ class Stores(RuleBasedStateMachine):
 
     def stored(self, it: Model, layer: int) -> list[bytes]:
         if not it.covers:
-            return by_token(*it.store.read(it.span, layer, 0, it.sealed, dtype=torch.uint8))
+            reader = min(it.holders)
+            return by_token(*it.store.read(it.span, layer, 0, it.sealed, sequence=reader, dtype=torch.uint8))
         # Parity is read through its export alone; its blocks look like any others.
         found: list[bytes] = []
         for piece in it.store.pieces(it.span, 0, it.sealed):

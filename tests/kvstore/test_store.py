@@ -9,6 +9,7 @@ from farshore.kernels.formats import KVFormat
 from farshore.kvstore.base import ShardStore, SpanKey, Usage
 
 E1, E2, E3 = Epoch(1), Epoch(2), Epoch(3)
+S = SequenceId("s")
 
 
 def key(sequence="s", *, first=0, group0=0, group1=2) -> SpanKey:
@@ -17,7 +18,7 @@ def key(sequence="s", *, first=0, group0=0, group1=2) -> SpanKey:
 
 def fill(store, span, layout, k, v, *, first=0, epoch=E1):
     for layer in range(layout.layers):
-        store.write(span, layer, first, k, v, epoch=epoch)
+        store.write(span, layer, first, k, v, sequence=S, epoch=epoch)
 
 
 def fragment(arena):
@@ -45,9 +46,9 @@ def test_what_was_written_is_read_byte_for_byte(store, arena, layout, tokens, ga
     for n in steps:
         for layer in reversed(range(layout.layers)):
             k, v = data[layer]
-            store.write(span, layer, at, k[:, at : at + n], v[:, at : at + n], epoch=E1)
+            store.write(span, layer, at, k[:, at : at + n], v[:, at : at + n], sequence=S, epoch=E1)
         at += n
-        store.seal(span, at, epoch=E1)
+        store.seal(span, at, sequence=S, epoch=E1)
 
     for first, last in {(0, total), (total // 2, total), (total // 3, total // 2 + 1)}:
         segments = store.segments(span, first, last)
@@ -55,7 +56,7 @@ def test_what_was_written_is_read_byte_for_byte(store, arena, layout, tokens, ga
         if last - first > 15:
             assert (segments.size > 1) == fragmented
         for layer, (k, v) in enumerate(data):
-            got_k, got_v = store.read(span, layer, first, last)
+            got_k, got_v = store.read(span, layer, first, last, sequence=S)
             assert torch.equal(got_k, k[:, first:last]) and torch.equal(got_v, v[:, first:last])
             seen_k, seen_v, positions = gather(store.memory, layout, segments, layer)
             assert torch.equal(seen_k, got_k) and torch.equal(seen_v, got_v)
@@ -82,7 +83,7 @@ def test_segments_name_the_groups_of_the_span(store, layout, tokens):
     narrow = layout.of_groups(1)
     span = store.create(key(group0=1, group1=2), capacity_tokens=7, layout=narrow, epoch=E1)
     fill(store, span, narrow, *tokens(narrow, 7))
-    store.seal(span, 7, epoch=E1)
+    store.seal(span, 7, sequence=S, epoch=E1)
     segments = store.segments(span, 0, 7)
     assert (segments.group0.tolist(), segments.group1.tolist()) == ([1], [2])
     assert store.segments(span, 3, 3).size == 0
@@ -91,25 +92,25 @@ def test_segments_name_the_groups_of_the_span(store, layout, tokens):
 def test_reading_beyond_the_sealed_mark_is_refused(store, layout, tokens):
     span = store.create(key(), capacity_tokens=9, layout=layout, epoch=E1)
     fill(store, span, layout, *tokens(layout, 9))
-    store.seal(span, 6, epoch=E1)
+    store.seal(span, 6, sequence=S, epoch=E1)
     for first, last in [(0, 7), (-1, 3), (4, 3)]:
         with pytest.raises(InvalidRequest):
             store.segments(span, first, last)
         with pytest.raises(InvalidRequest):
-            store.read(span, 0, first, last)
+            store.read(span, 0, first, last, sequence=S)
     with pytest.raises(InvalidRequest, match="layer 3"):
-        store.read(span, 3, 0, 6)
+        store.read(span, 3, 0, 6, sequence=S)
 
 
 def test_writing_below_the_mark_or_beyond_the_capacity_is_refused(store, layout, tokens):
     span = store.create(key(), capacity_tokens=9, layout=layout, epoch=E1)
     k, v = tokens(layout, 6)
     fill(store, span, layout, k, v)
-    store.seal(span, 6, epoch=E1)
+    store.seal(span, 6, sequence=S, epoch=E1)
     for first in (-1, 0, 5, 4, 9):
         with pytest.raises(InvalidRequest):
-            store.write(span, 0, first, k, v, epoch=E1)
-    assert torch.equal(store.read(span, 0, 0, 6)[0], k)
+            store.write(span, 0, first, k, v, sequence=S, epoch=E1)
+    assert torch.equal(store.read(span, 0, 0, 6, sequence=S)[0], k)
 
 
 def test_tensors_that_do_not_fit_the_layout_are_refused(store, layout, tokens):
@@ -125,7 +126,7 @@ def test_tensors_that_do_not_fit_the_layout_are_refused(store, layout, tokens):
         (0, k[0], v),
     ]:
         with pytest.raises(InvalidRequest):
-            store.write(span, layer, 0, bad_k, bad_v, epoch=E1)
+            store.write(span, layer, 0, bad_k, bad_v, sequence=S, epoch=E1)
 
 
 def test_sealing_needs_every_layer_complete(store, layout, tokens):
@@ -134,25 +135,25 @@ def test_sealing_needs_every_layer_complete(store, layout, tokens):
     fill(store, span, layout, k, v)
     fill(store, span, layout, k, v, first=6)
     with pytest.raises(InvalidRequest, match="gaps"):
-        store.seal(span, 9, epoch=E1)
+        store.seal(span, 9, sequence=S, epoch=E1)
     for layer in (0, 2):
-        store.write(span, layer, 3, k, v, epoch=E1)
+        store.write(span, layer, 3, k, v, sequence=S, epoch=E1)
     with pytest.raises(InvalidRequest, match="layer 1 has gaps"):
-        store.seal(span, 9, epoch=E1)
-    store.write(span, 1, 3, k, v, epoch=E1)
-    store.seal(span, 9, epoch=E1)
+        store.seal(span, 9, sequence=S, epoch=E1)
+    store.write(span, 1, 3, k, v, sequence=S, epoch=E1)
+    store.seal(span, 9, sequence=S, epoch=E1)
 
 
 def test_a_seal_is_idempotent_and_never_shrinks(store, layout, tokens):
     span = store.create(key(), capacity_tokens=9, layout=layout, epoch=E1)
     fill(store, span, layout, *tokens(layout, 9))
-    first = store.seal(span, 4, epoch=E1)
-    assert store.seal(span, 4, epoch=E1) == first
-    second = store.seal(span, 9, epoch=E1)
-    assert store.seal(span, 9, epoch=E1) == second != first
+    first = store.seal(span, 4, sequence=S, epoch=E1)
+    assert store.seal(span, 4, sequence=S, epoch=E1) == first
+    second = store.seal(span, 9, sequence=S, epoch=E1)
+    assert store.seal(span, 9, sequence=S, epoch=E1) == second != first
     for tokens_ in (4, 10, -1):
         with pytest.raises(InvalidRequest):
-            store.seal(span, tokens_, epoch=E1)
+            store.seal(span, tokens_, sequence=S, epoch=E1)
 
 
 def test_a_digest_is_of_the_content_wherever_it_lies(store, arena, layout, tokens):
@@ -161,7 +162,7 @@ def test_a_digest_is_of_the_content_wherever_it_lies(store, arena, layout, token
     def digest(k, v):
         span = store.create(key(), capacity_tokens=12, layout=layout, epoch=E1)
         fill(store, span, layout, k, v)
-        return store.seal(span, 12, epoch=E1)
+        return store.seal(span, 12, sequence=S, epoch=E1)
 
     whole = digest(k, v)
     fragment(arena)
@@ -201,9 +202,9 @@ def test_announcement_and_usage(store, arena, layout, tokens):
     tail = arena.allocate(1, 1)
     span = store.create(key(first=40), capacity_tokens=12, layout=layout, epoch=E2)
     fill(store, span, layout, *tokens(layout, 5), epoch=E3)
-    store.seal(span, 4, epoch=E3)
+    store.seal(span, 4, sequence=S, epoch=E3)
     (info,) = store.announce()
-    assert info.span == span == SpanId("w1/0")
+    assert info.span == span == SpanId(f"w1/{store.incarnation}/0")
     assert (info.key, info.sealed_tokens, info.capacity_tokens) == (key(first=40), 4, 12)
     assert (info.bytes, info.epoch, info.holders) == (3 * 4096, E2, 1)
     assert store.usage() == Usage(

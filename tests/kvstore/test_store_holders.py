@@ -6,7 +6,7 @@ from threading import Barrier
 import pytest
 import torch
 
-from farshore.errors import Fenced, Full, NotFound
+from farshore.errors import Fenced, Full, InvalidRequest, NotFound
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kvstore import blocks
 from farshore.kvstore.arena import Arena
@@ -14,6 +14,7 @@ from farshore.kvstore.base import SpanKey
 from farshore.kvstore.store import LocalStore
 
 E1, E2, E3 = Epoch(1), Epoch(2), Epoch(3)
+S = SequenceId("s")
 
 
 def key(sequence="s", *, first=0, group0=0, group1=2) -> SpanKey:
@@ -28,26 +29,26 @@ def drop(store, span, sequence="s", epoch=E1):
     store.drop([span], sequence=SequenceId(sequence), epoch=epoch)
 
 
-def fill(store, span, layout, k, v, *, first=0, epoch=E1):
+def fill(store, span, layout, k, v, *, first=0, epoch=E1, sequence="s"):
     for layer in range(layout.layers):
-        store.write(span, layer, first, k, v, epoch=epoch)
+        store.write(span, layer, first, k, v, sequence=SequenceId(sequence), epoch=epoch)
 
 
 def test_older_epochs_write_nothing_after_a_fence(store, layout, tokens):
     span = store.create(key(), capacity_tokens=9, layout=layout, epoch=E1)
     k, v = tokens(layout, 4)
     fill(store, span, layout, k, v)
-    store.seal(span, 3, epoch=E1)
+    store.seal(span, 3, sequence=S, epoch=E1)
     store.fence(SequenceId("s"), E2)
     store.fence(SequenceId("s"), E1)  # never lowered
     with pytest.raises(Fenced):
         store.create(key(), capacity_tokens=1, layout=layout, epoch=E1)
     with pytest.raises(Fenced):
-        store.write(span, 0, 4, k, v, epoch=E1)
+        store.write(span, 0, 4, k, v, sequence=S, epoch=E1)
     with pytest.raises(Fenced):
-        store.seal(span, 4, epoch=E1)
-    assert torch.equal(store.read(span, 0, 0, 3)[0], k[:, :3])
-    store.seal(span, 4, epoch=E2)
+        store.seal(span, 4, sequence=S, epoch=E1)
+    assert torch.equal(store.read(span, 0, 0, 3, sequence=S)[0], k[:, :3])
+    store.seal(span, 4, sequence=S, epoch=E2)
     store.create(key("other"), capacity_tokens=1, layout=layout, epoch=E1)
 
 
@@ -67,9 +68,9 @@ def test_a_fence_that_comes_while_memory_is_granted_takes_it_back(store, arena, 
 def test_a_newer_writer_fences_the_older_one(store, layout, tokens):
     span = store.create(key(), capacity_tokens=9, layout=layout, epoch=E1)
     k, v = tokens(layout, 4)
-    store.write(span, 0, 0, k, v, epoch=E2)
+    store.write(span, 0, 0, k, v, sequence=S, epoch=E2)
     with pytest.raises(Fenced):
-        store.write(span, 0, 0, k, v, epoch=E1)
+        store.write(span, 0, 0, k, v, sequence=S, epoch=E1)
     with pytest.raises(Fenced):
         store.create(key(), capacity_tokens=1, layout=layout, epoch=E1)
 
@@ -83,7 +84,7 @@ def test_fences_are_bounded_but_spans_keep_theirs(arena, layout, tokens):
         with pytest.raises(Fenced):
             store.create(key(sequence), capacity_tokens=1, layout=layout, epoch=E1)
     with pytest.raises(Fenced):
-        store.write(span, 0, 0, *tokens(layout, 1), epoch=E1)
+        store.write(span, 0, 0, *tokens(layout, 1), sequence=S, epoch=E1)
     store.create(key("a"), capacity_tokens=1, layout=layout, epoch=E1)  # forgotten: the least recent
 
 
@@ -103,7 +104,7 @@ def test_the_last_holder_frees(store, arena, layout):
     for call in (
         lambda: hold(store, span, "child"),
         lambda: store.segments(span, 0, 0),
-        lambda: store.read(span, 0, 0, 0),
+        lambda: store.read(span, 0, 0, 0, sequence=S),
     ):
         with pytest.raises(NotFound):
             call()
@@ -142,7 +143,7 @@ def test_what_a_newer_epoch_holds_an_older_one_cannot_give_back(store, layout):
 def test_a_hold_of_many_is_all_or_nothing(store, layout):
     spans = [store.create(key(), capacity_tokens=1, layout=layout, epoch=E1) for _ in range(3)]
     with pytest.raises(NotFound):
-        store.hold([*spans, SpanId("w1/99")], sequence=SequenceId("t"), epoch=E1)
+        store.hold([*spans, SpanId("w1/else/99")], sequence=SequenceId("t"), epoch=E1)
     assert [info.holders for info in store.announce()] == [1, 1, 1]
     store.hold(spans, sequence=SequenceId("t"), epoch=E1)
     assert [info.holders for info in store.announce()] == [2, 2, 2]
@@ -152,21 +153,78 @@ def test_only_the_sequence_that_created_a_span_and_holds_it_writes(store, layout
     span = store.create(key(), capacity_tokens=9, layout=layout, epoch=E1)
     k, v = tokens(layout, 4)
     fill(store, span, layout, k, v)
-    store.seal(span, 2, epoch=E1)
+    store.seal(span, 2, sequence=S, epoch=E1)
     hold(store, span, "child")
     drop(store, span)
-    with pytest.raises(NotFound, match="gave it back"):
-        store.write(span, 0, 4, k, v, epoch=E1)
-    with pytest.raises(NotFound, match="gave it back"):
-        store.seal(span, 4, epoch=E1)
-    assert torch.equal(store.read(span, 0, 0, 2)[0], k[:, :2])
+    with pytest.raises(NotFound, match="or gave it back"):
+        store.write(span, 0, 4, k, v, sequence=S, epoch=E1)
+    with pytest.raises(NotFound, match="or gave it back"):
+        store.seal(span, 4, sequence=S, epoch=E1)
+    for other, error in (("child", InvalidRequest), ("stranger", NotFound)):
+        with pytest.raises(error, match=f"was not granted to {other}|{other} does not hold"):
+            store.write(span, 0, 4, k, v, sequence=SequenceId(other), epoch=E3)
+        with pytest.raises(error, match=f"was not granted to {other}|{other} does not hold"):
+            store.seal(span, 4, sequence=SequenceId(other), epoch=E3)
+    assert torch.equal(store.read(span, 0, 0, 2, sequence=SequenceId("child"))[0], k[:, :2])
+    for reader in ("s", "stranger"):
+        with pytest.raises(NotFound, match="does not hold"):
+            store.read(span, 0, 0, 2, sequence=SequenceId(reader))
+        with pytest.raises(NotFound, match="does not hold"):
+            store.look_up(span, holder=SequenceId(reader))
+    assert store.look_up(span, holder=SequenceId("child")) == (key(), layout)
+
+
+def test_an_attempt_on_another_sequences_span_fences_nobody(store, layout, tokens):
+    span = store.create(key(), capacity_tokens=9, layout=layout, epoch=E1)
+    hold(store, span, "child")
+    for other, error in (("child", InvalidRequest), ("stranger", NotFound)):
+        with pytest.raises(error):
+            store.write(span, 0, 0, *tokens(layout, 1), sequence=SequenceId(other), epoch=E3)
+        store.create(key(other), capacity_tokens=1, layout=layout, epoch=E2)
+    store.write(span, 0, 0, *tokens(layout, 1), sequence=S, epoch=E1)
+
+
+def test_two_stores_of_one_worker_never_share_an_id(layout):
+    """A worker that starts again under its old id is another store."""
+    stores = [LocalStore(worker=WorkerId("w"), arena=Arena(64 * 4096)) for _ in range(2)]
+    spans = [
+        {store.create(key(), capacity_tokens=1, layout=layout, epoch=E1) for _ in range(20)}
+        for store in stores
+    ]
+    assert not spans[0] & spans[1] and all(len(it) == 20 for it in spans)
+    assert stores[0].incarnation != stores[1].incarnation
+    for call in (
+        lambda span: stores[1].look_up(span, holder=S),
+        lambda span: stores[1].hold([span], sequence=S, epoch=E1),
+        lambda span: stores[1].read(span, 0, 0, 0, sequence=S),
+    ):
+        for span in spans[0]:
+            with pytest.raises(NotFound):
+                call(span)
+
+
+def test_a_hold_given_back_is_counted_though_the_span_stays(store, layout):
+    """What watches the count looks up again whether it still holds what it reads."""
+    span = store.create(key(), capacity_tokens=1, layout=layout, epoch=E1)
+    hold(store, span, "child")
+    before = int(store.removals)
+    drop(store, span, "stranger")
+    assert int(store.removals) == before
+    drop(store, span)
+    assert int(store.removals) == before + 1 and store.announce()[0].holders == 1
+
+
+def test_a_sequence_may_keep_some_of_what_it_gives_back(store, layout):
+    spans = [store.create(key(), capacity_tokens=1, layout=layout, epoch=E1) for _ in range(3)]
+    store.drop_sequence(S, epoch=E1, keep={spans[1], SpanId("w1/else/99")})
+    assert [info.span for info in store.announce()] == [spans[1]]
 
 
 def test_memory_being_read_outlives_its_last_holder(store, arena, layout, tokens, monkeypatch):
     k, v = tokens(layout, 7)
     span = store.create(key(), capacity_tokens=7, layout=layout, epoch=E1)
     fill(store, span, layout, k, v)
-    store.seal(span, 7, epoch=E1)
+    store.seal(span, 7, sequence=S, epoch=E1)
     copy_out = blocks.copy_out
 
     def dropped_meanwhile(*args, **kwargs):
@@ -176,7 +234,7 @@ def test_memory_being_read_outlives_its_last_holder(store, arena, layout, tokens
         return copy_out(*args, **kwargs)
 
     monkeypatch.setattr(blocks, "copy_out", dropped_meanwhile)
-    assert torch.equal(store.read(span, 1, 0, 7)[0], k)
+    assert torch.equal(store.read(span, 1, 0, 7, sequence=S)[0], k)
     assert arena.free_bytes == arena.budget_bytes
 
 
@@ -197,9 +255,9 @@ def test_concurrent_use_keeps_the_budget_and_the_data(arena, layout, tokens):
                 assert full.free_bytes < 3 * 4096
                 continue
             granted += 1
-            fill(store, span, layout, k, v)
-            store.seal(span, 11, epoch=E1)
-            got_k, got_v = store.read(span, 2, 0, 11)
+            fill(store, span, layout, k, v, sequence=f"s{i}")
+            store.seal(span, 11, sequence=SequenceId(f"s{i}"), epoch=E1)
+            got_k, got_v = store.read(span, 2, 0, 11, sequence=SequenceId(f"s{i}"))
             wrong += not (torch.equal(got_k, k) and torch.equal(got_v, v))
             usage = store.usage()
             assert usage.granted_bytes <= usage.budget_bytes

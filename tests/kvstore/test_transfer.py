@@ -50,8 +50,8 @@ def test_an_imported_span_has_the_bytes_that_were_exported(
     (info,) = other.announce()
     assert (info.span, info.sealed_tokens, info.capacity_tokens) == (copy, last - first, last - first)
     assert (info.key.sequence, info.key.first, info.epoch, info.holders) == (T, 40 + first, E2, 1)
-    assert other.layout(copy) == any_layout
-    assert same(content(other, copy, 0, last - first), content(store, span, first, last))
+    assert other.look_up(copy, holder=T).layout == any_layout
+    assert same(content(other, copy, 0, last - first, sequence="t"), content(store, span, first, last))
     other.drop([copy], sequence=T, epoch=E2)
     assert other.usage().granted_bytes == 0
 
@@ -172,7 +172,7 @@ def test_nothing_can_be_read_before_all_is_there_and_nothing_is_kept_of_a_broken
         (info,) = other.announce()
         assert info.sealed_tokens == 0
         with pytest.raises(InvalidRequest):
-            other.read(info.span, 0, 0, 1)
+            other.read(info.span, 0, 0, 1, sequence=T)
         with pytest.raises(InvalidRequest):
             other.export(info.span, 0, 1)
         raise OSError("the line broke")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from farshore.ids import Epoch, SequenceId
 from farshore.kernels.formats import KVFormat
 from farshore.workers.admission import EngineLimits
 from farshore.workers.sequence import Finished, Sampling
@@ -49,8 +50,12 @@ def test_prefill_attends_to_the_values_as_stored(tiny_model, rig, submit, format
         assert isinstance(submit(engine, "a", prompt_of(600), Sampling(max_tokens=1)).result(), Finished)
         (store,) = [cluster.stores[worker] for worker in cluster.targets]
         (info,) = store.announce()
+        reader = SequenceId("reader")
+        store.hold([info.span], sequence=reader, epoch=Epoch(1))
         layers = range(tiny_model.config.layers)
-        stored.append(torch.stack([torch.stack(store.read(info.span, layer, 0, 600)) for layer in layers]))
+        read = [store.read(info.span, layer, 0, 600, sequence=reader) for layer in layers]
+        stored.append(torch.stack([torch.stack(it) for it in read]))
+        store.drop_sequence(reader, epoch=Epoch(1))
     scale = stored[0].abs().amax() / (127 if format is KVFormat.INT8 else 7)
     apart = (stored[0] - stored[1]).abs()
     assert (apart > 1e-4).float().mean() < 0.01 and apart.max() <= 1.01 * scale

@@ -26,6 +26,7 @@ class Shard:
 
     def __init__(self, worker=A):
         self.worker = worker
+        self.incarnation = "first"
         self.store = self
         self.error = None
         self.gate = threading.Event()
@@ -66,7 +67,7 @@ class Shard:
             kept = {sequence: set(spans) for (sequence, _), spans in wanted.items()}
             self.held = {sequence: spans & kept.get(sequence, set()) for sequence, spans in self.held.items()}
         must, self.must_reconcile = self.must_reconcile and wanted is None, False
-        return ShardBeat(self.worker, 100, 50, must_reconcile=must)
+        return ShardBeat(self.worker, self.incarnation, 100, 50, 0, must_reconcile=must)
 
     def connect(self):
         self.connections += 1
@@ -229,10 +230,11 @@ def test_a_shard_is_lost_after_its_grace_and_may_come_back(queue_of):
     assert not queue.lost
 
 
-def test_another_process_at_the_address_is_a_loss(queue_of):
+@pytest.mark.parametrize("changed", [{"worker": B}, {"incarnation": "second"}])
+def test_another_process_at_the_address_is_a_loss(queue_of, changed):
     shard = Shard()
     queue = queue_of(shard)
-    shard.worker = B
+    vars(shard).update(changed)
     queue.suspect(TransportError("the connection broke"))
     until(queue, lambda: queue.lost)
     assert "was restarted" in queue.lost and not queue.is_readable

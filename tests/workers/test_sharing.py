@@ -32,9 +32,9 @@ class Counting:
     def __getattr__(self, name):
         return getattr(self._store, name)
 
-    def write(self, span, layer, first, k, v, *, epoch):
+    def write(self, span, layer, first, k, v, **owner):
         self.tokens += k.shape[1] if layer == 0 else 0
-        self._store.write(span, layer, first, k, v, epoch=epoch)
+        self._store.write(span, layer, first, k, v, **owner)
 
 
 @pytest.fixture

@@ -100,10 +100,12 @@ class Ground:
                 layout=self.layout.of_groups(group1 - group0),
                 epoch=EPOCH,
             )
+            sequence = SequenceId(name)
             for layer in range(self.layout.layers):
-                store.write(span, layer, 0, *self._tokens(last - first, group1 - group0), epoch=EPOCH)
-            store.seal(span, last - first, epoch=EPOCH)
-            reads.append((worker, Read(span, first, first, last, group0, group1, range(0, 1))))
+                parts = self._tokens(last - first, group1 - group0)
+                store.write(span, layer, 0, *parts, sequence=sequence, epoch=EPOCH)
+            store.seal(span, last - first, sequence=sequence, epoch=EPOCH)
+            reads.append((worker, Read(span, first, first, last, group0, group1, range(0, 1), sequence)))
         return reads
 
     def _tail(self, start, count):

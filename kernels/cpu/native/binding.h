@@ -26,7 +26,13 @@ struct Arguments {
         if (value == -1 && PyErr_Occurred()) throw std::runtime_error("not an integer");
         return value;
     }
-    int small() { return static_cast<int>(integer()); }
+    // Python's integers have no bound; what does not fit must not lose its upper bits.
+    int small() {
+        const int64_t value = integer();
+        if (value < INT_MIN || value > INT_MAX)
+            throw std::invalid_argument(std::to_string(value) + " does not fit into 32 bits");
+        return static_cast<int>(value);
+    }
     float real() {
         if (next == end) throw std::runtime_error("too few arguments");
         return static_cast<float>(PyFloat_AsDouble(*next++));

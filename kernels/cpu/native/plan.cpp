@@ -45,8 +45,8 @@ Span span_of(const Plan& plan, const WorkList& work, const Item& item) {
     int64_t end = std::min<int64_t>(work.count[s], *highest - position + 1);
     int64_t begin = 0;
     if (plan.window != INT64_MAX) begin = std::max<int64_t>(0, *lowest - plan.window + 1 - position);
-    const int stored = work.stored1[s] - work.stored0[s];
-    const int at = item.group - work.stored0[s];
+    const int64_t stored = work.stored1[s] - work.stored0[s];
+    const int64_t at = item.group - work.stored0[s];
     const int64_t k_bytes = stored * plan.shape.k_heads * plan.k_run_bytes;
     const int64_t v_bytes = plan.v_in_k ? 0 : stored * plan.shape.v_heads * plan.v_run_bytes;
     Span span;

@@ -1,0 +1,193 @@
+"""The shard's door: every number that an engine sends is looked at before memory is taken or a kernel is
+called.
+
+Called by the servers and by :class:`~farshore.attention_offload.shard.ShardSession`. Messages are well-formed
+here; what they *mean* may be anything. Whatever makes no sense is InvalidRequest, which names it. Python's
+integers don't wrap, so products are checked here, and native code is given what fits into 32 bits.
+
+The bounds are beyond any model or step of today; together they bound what one connection can make a shard
+allocate beside its arena.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from farshore.attention_offload.base import AttentionModel
+from farshore.attention_offload.plan import Read, ShardStep
+from farshore.errors import InvalidRequest
+from farshore.kernels.base import AttentionSpec, KVLayout
+from farshore.kvstore import forms
+from farshore.kvstore.base import SpanKey, Stored
+from farshore.kvstore.prefix import PrefixBlock
+
+MOST_CLASSES = 64
+MOST_ROWS = 4096
+MOST_MICRO_BATCHES = 256
+"""A frame's header has 8 bits for them."""
+
+MOST_READS = 1 << 17
+MOST_POSITIONS = 2**31
+"""Kernels count in 32 bits."""
+
+MOST_STEP_BYTES = 256 << 20
+"""q, o and lse of all rows of a step, in one layer of each class, at 8 bytes an element."""
+
+MOST_SCRATCH_BYTES = 256 << 20
+"""What a plan may take for states that are merged: one for each head of each distinct range of rows."""
+
+MOST_ITEMS = 1 << 21
+"""Of a plan's work list: reads times head groups times rows."""
+
+MOST_NAME = 256
+"""Characters of an id."""
+
+HASH_BYTES = 32
+
+
+def check_name(what: str, name: str) -> str:
+    if not 1 <= len(name) <= MOST_NAME:
+        raise InvalidRequest(f"{what} of {len(name)} characters: give 1 to {MOST_NAME}")
+    return name
+
+
+def check_key(key: SpanKey) -> SpanKey:
+    check_name("a sequence id", key.sequence)
+    if not 0 <= key.layer_class < MOST_CLASSES:
+        raise InvalidRequest(f"layer class {key.layer_class}: give 0 to {MOST_CLASSES - 1}")
+    return key
+
+
+def check_blocks(blocks: Sequence[PrefixBlock]) -> Sequence[PrefixBlock]:
+    for block in blocks:
+        if len(block.hash) != HASH_BYTES or not block.tokens or block.last > MOST_POSITIONS:
+            raise InvalidRequest(
+                f"a named block of {len(block.tokens)} tokens at {block.first}, hash of {len(block.hash)}"
+                f" bytes: give tokens below {MOST_POSITIONS} and a hash of {HASH_BYTES} bytes"
+            )
+    return blocks
+
+
+def check_model(model: AttentionModel, dtype: torch.dtype) -> None:
+    """What an Open says: shapes of each layer class, how its KV lies, and which class each layer is of."""
+    classes = len(model.specs)
+    if not 1 <= classes <= MOST_CLASSES or len(model.layouts) != classes:
+        raise InvalidRequest(
+            f"{classes} specs and {len(model.layouts)} layouts: give one of each for 1 to"
+            f" {MOST_CLASSES} classes"
+        )
+    if not 1 <= len(model.layer_class) <= forms.MOST_LAYERS:
+        raise InvalidRequest(f"a model of {len(model.layer_class)} layers: give 1 to {forms.MOST_LAYERS}")
+    if wrong := [it for it in model.layer_class if not 0 <= it < classes]:
+        raise InvalidRequest(f"a layer of class {wrong[0]} in a model of {classes} classes")
+    for layer_class, (spec, layout) in enumerate(zip(model.specs, model.layouts, strict=True)):
+        _check_spec(spec)
+        forms.check_layout(layout)
+        _check_agreement(spec, layout, layers=model.layer_class.count(layer_class))
+        if dtype == torch.float64 and layout.format.dtype != torch.float64:
+            raise InvalidRequest(f"queries in float64 on KV in {layout.format.value}: give KV in float64")
+
+
+def _check_spec(spec: AttentionSpec) -> None:
+    heads = (spec.q_heads, spec.k_heads, spec.v_heads)
+    if not all(1 <= it <= forms.MOST_HEADS for it in heads):
+        raise InvalidRequest(f"{heads} heads of Q, K and V: give 1 to {forms.MOST_HEADS} of each")
+    if not all(1 <= it <= forms.MOST_DIM for it in (spec.k_dim, spec.v_dim)):
+        raise InvalidRequest(f"K of {spec.k_dim} dims, V of {spec.v_dim}: give 1 to {forms.MOST_DIM}")
+    if spec.q_heads % spec.k_heads or spec.q_heads % spec.v_heads:
+        raise InvalidRequest(f"{heads} heads of Q, K and V: Q's must be a multiple of K's and of V's")
+    for name, value in (("scale", spec.scale), ("soft cap", spec.soft_cap)):
+        if value is not None and not _is_positive_float32(value):
+            raise InvalidRequest(f"a {name} of {value}: give a float32 above 0")
+    if spec.window_tokens is not None and not 1 <= spec.window_tokens < MOST_POSITIONS:
+        raise InvalidRequest(
+            f"a window of {spec.window_tokens} tokens: give 1 to {MOST_POSITIONS - 1}, or none"
+        )
+
+
+def _is_positive_float32(value: float) -> bool:
+    limits = torch.finfo(torch.float32)
+    return math.isfinite(value) and limits.tiny <= value <= limits.max
+
+
+def _check_agreement(spec: AttentionSpec, layout: KVLayout, *, layers: int) -> None:
+    try:
+        expected = KVLayout.of(spec, layers=layers, format=layout.format)
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from None
+    if layout != expected._replace(block_tokens=layout.block_tokens):
+        raise InvalidRequest(f"{layout} is not how {layers} layers of {spec} are stored")
+
+
+def check_step(step: ShardStep, model: AttentionModel) -> None:
+    """Rows, heads, positions and sizes of a step, and that its reads are of it. What of a span may be read,
+    :func:`check_read` knows."""
+    if not 1 <= len(step.rows) <= MOST_ROWS or len(step.micro_batches) > MOST_MICRO_BATCHES:
+        raise InvalidRequest(
+            f"a step of {len(step.rows)} rows in {len(step.micro_batches)} micro-batches: give 1 to"
+            f" {MOST_ROWS} rows, in {MOST_MICRO_BATCHES} at most"
+        )
+    if wrong := [it for it in step.positions if not 0 <= it < MOST_POSITIONS]:
+        raise InvalidRequest(f"a row at position {wrong[0]}: give 0 to {MOST_POSITIONS - 1}")
+    if len(step.reads) != len(model.specs):
+        raise InvalidRequest(f"reads of {len(step.reads)} layer classes for a model of {len(model.specs)}")
+    if (count := sum(map(len, step.reads))) > MOST_READS:
+        raise InvalidRequest(f"a step of {count} reads: give {MOST_READS} at most")
+    for spec, reads in zip(model.specs, step.reads, strict=True):
+        if not 0 <= step.group0 < step.group1 <= spec.groups:
+            raise InvalidRequest(f"head groups {step.group0} to {step.group1} of a model of {spec.groups}")
+        for read in reads:
+            _check_shape(step, read)
+    _check_sizes(step, model)
+
+
+def _check_shape(step: ShardStep, read: Read) -> None:
+    rows = read.rows
+    if rows.step != 1 or not 0 <= rows.start < rows.stop <= len(step.rows):
+        raise InvalidRequest(f"a read of rows {rows} in a step of {len(step.rows)}")
+    if not step.group0 <= read.group0 < read.group1 <= step.group1:
+        raise InvalidRequest(
+            f"a read of head groups {read.group0} to {read.group1}, in a step of {step.group0} to"
+            f" {step.group1}"
+        )
+    if not 0 <= read.origin <= read.first < read.last <= MOST_POSITIONS:
+        raise InvalidRequest(
+            f"a read of positions {read.first} to {read.last} in a span that begins at {read.origin}"
+        )
+
+
+def _check_sizes(step: ShardStep, model: AttentionModel) -> None:
+    groups = step.group1 - step.group0
+    step_bytes = scratch_bytes = items = 0
+    for spec, reads in zip(model.specs, step.reads, strict=True):
+        per_group = spec.q_heads_per_group
+        step_bytes += 8 * len(step.rows) * groups * per_group * (spec.k_dim + spec.v_dim + 1)
+        state_bytes = 4 * per_group * (spec.v_dim + 1)
+        apart = {(it.rows.start, it.rows.stop, it.group0, it.group1) for it in reads}
+        scratch_bytes += sum((r1 - r0) * (g1 - g0) for r0, r1, g0, g1 in apart) * state_bytes
+        items += sum(len(it.rows) * (it.group1 - it.group0) for it in reads)
+    for what, size, most in (
+        ("q and states of {} bytes a layer", step_bytes, MOST_STEP_BYTES),
+        ("{} bytes of states to merge", scratch_bytes, MOST_SCRATCH_BYTES),
+        ("{} rows to attend, each group and read by itself", items, MOST_ITEMS),
+    ):
+        if size > most:
+            raise InvalidRequest(f"a step of {what.format(size)}: {most} at most; give fewer rows")
+
+
+def check_read(read: Read, stored: Stored, layer_class: int, layout: KVLayout) -> None:
+    """``stored`` is what the store says of the span; ``layout`` the session's, of the class and all
+    groups."""
+    key = stored.key
+    if key.layer_class != layer_class:
+        raise InvalidRequest(f"{read.span} is of layer class {key.layer_class}, the read of {layer_class}")
+    if stored.layout != layout.of_groups(key.group1 - key.group0):
+        raise InvalidRequest(f"{read.span} is stored as {stored.layout}, the read takes it for {layout}")
+    if key.first != read.origin:
+        raise InvalidRequest(f"{read.span} begins at position {key.first}, the read says {read.origin}")
+    if not key.group0 <= read.group0 < read.group1 <= key.group1:
+        raise InvalidRequest(
+            f"{read.span} holds head groups {key.group0} to {key.group1}, the read is of {read.group0} to"
+            f" {read.group1}"
+        )

@@ -1,0 +1,126 @@
+"""Errors to status codes and back: what each code means here is written down once, for all of them."""
+
+import grpc
+import pytest
+
+from farshore import errors, rpc
+
+CODE = grpc.StatusCode
+
+RAISED = {
+    errors.InvalidRequest("x"): CODE.INVALID_ARGUMENT,
+    errors.ModelError("x"): CODE.INVALID_ARGUMENT,
+    errors.PortInUse("x"): CODE.INVALID_ARGUMENT,
+    errors.NotFound("x"): CODE.NOT_FOUND,
+    errors.Full("x", free_bytes=7): CODE.RESOURCE_EXHAUSTED,
+    errors.Overloaded("x"): CODE.RESOURCE_EXHAUSTED,
+    errors.Corrupt("x"): CODE.DATA_LOSS,
+    errors.Fenced("x"): CODE.ABORTED,
+    errors.InvalidPlan("x"): CODE.FAILED_PRECONDITION,
+    errors.Cancelled("x"): CODE.CANCELLED,
+    errors.DeadlineExceeded("x"): CODE.DEADLINE_EXCEEDED,
+    errors.TransportError("x"): CODE.UNAVAILABLE,
+    errors.Late("x", shards=["s"]): CODE.UNAVAILABLE,
+    errors.Lost("x", shards=["s"]): CODE.UNAVAILABLE,
+    errors.Internal("x"): CODE.INTERNAL,
+    errors.StartupError("x"): CODE.INTERNAL,
+    ValueError("x"): CODE.INTERNAL,
+    RecursionError("x"): CODE.INTERNAL,
+}
+
+RECEIVED = {
+    CODE.OK: errors.Internal,
+    CODE.CANCELLED: errors.Cancelled,
+    CODE.UNKNOWN: errors.Internal,
+    CODE.INVALID_ARGUMENT: errors.InvalidRequest,
+    CODE.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
+    CODE.NOT_FOUND: errors.NotFound,
+    CODE.ALREADY_EXISTS: errors.InvalidRequest,
+    CODE.PERMISSION_DENIED: errors.InvalidRequest,
+    CODE.RESOURCE_EXHAUSTED: errors.Overloaded,
+    CODE.FAILED_PRECONDITION: errors.InvalidPlan,
+    CODE.ABORTED: errors.Fenced,
+    CODE.OUT_OF_RANGE: errors.InvalidRequest,
+    CODE.UNIMPLEMENTED: errors.Internal,
+    CODE.INTERNAL: errors.Internal,
+    CODE.UNAVAILABLE: errors.TransportError,
+    CODE.DATA_LOSS: errors.Corrupt,
+    CODE.UNAUTHENTICATED: errors.InvalidRequest,
+}
+
+
+class Failed(grpc.RpcError):
+    """A call that ended with a status."""
+
+    def __init__(self, code, details, trailing=()):
+        super().__init__()
+        self._code, self._details, self._trailing = code, details, trailing
+
+    def code(self):
+        return self._code
+
+    def details(self):
+        return self._details
+
+    def trailing_metadata(self):
+        return self._trailing
+
+
+def kinds(kind):
+    return {kind}.union(*(kinds(it) for it in kind.__subclasses__()))
+
+
+def test_both_tables_are_complete():
+    assert RECEIVED.keys() == set(CODE)
+    concrete = {kind for kind in kinds(errors.FarshoreError) if not kind.__name__.startswith("_")}
+    assert concrete - {type(error) for error in RAISED} == {errors.FarshoreError}
+
+
+@pytest.mark.parametrize(("error", "code"), RAISED.items(), ids=lambda it: getattr(it, "name", repr(it)))
+def test_what_a_servicer_raises_leaves_with_its_code(error, code):
+    assert rpc.status_of(error)[0] == code
+
+
+@pytest.mark.parametrize(("code", "kind"), RECEIVED.items(), ids=lambda it: getattr(it, "name", ""))
+def test_what_arrives_is_of_one_kind_and_names_what_is_not_ours(code, kind):
+    error = rpc.error_of(Failed(code, "why"), peer="shard:1")
+    assert type(error) is kind and "why" in str(error)
+    if kind is errors.Internal:
+        assert f"shard:1: {code.name}" in str(error) and not error.retryable
+
+
+def test_only_what_may_work_later_is_retryable():
+    retryable = {code for code in CODE if rpc.error_of(Failed(code, "x"), peer="p").retryable}
+    assert retryable == {CODE.UNAVAILABLE, CODE.RESOURCE_EXHAUSTED, CODE.DATA_LOSS}
+
+
+@pytest.mark.parametrize(
+    "error", [it for it in RAISED if isinstance(it, errors.FarshoreError)], ids=lambda it: type(it).__name__
+)
+def test_an_error_of_ours_arrives_as_what_it_was(error):
+    """Or as the nearest kind that a caller can act on."""
+    code, message, trailing = rpc.status_of(error)
+    arrived = rpc.error_of(Failed(code, message, trailing), peer="p")
+    if isinstance(error, errors.StartupError):
+        assert type(arrived) is errors.Internal
+    else:
+        assert isinstance(error, type(arrived)) and arrived.retryable == error.retryable
+    assert getattr(arrived, "free_bytes", None) == getattr(error, "free_bytes", None)
+
+
+@pytest.mark.parametrize("free_bytes", ["", "-1", "many", b"12"])
+def test_a_trailer_that_is_no_number_is_no_trailer(free_bytes):
+    failed = Failed(CODE.RESOURCE_EXHAUSTED, "x", (("farshore-free-bytes", free_bytes),))
+    assert type(rpc.error_of(failed, peer="p")) is errors.Overloaded
+
+
+@pytest.mark.parametrize("error", [KeyError("k" * 10_000_000), errors.NotFound("n" * 10_000_000)])
+def test_a_message_fits_into_a_trailer(error):
+    code, message, _ = rpc.status_of(error)
+    assert len(message) < rpc.MOST_MESSAGE + 50 and "characters)" in message
+    assert len(str(rpc.error_of(Failed(code, "m" * 10_000_000), peer="p"))) < rpc.MOST_MESSAGE + 100
+
+
+def test_an_unexpected_exception_echoes_little():
+    _, message, _ = rpc.status_of(ValueError("v" * 10_000))
+    assert message.startswith("ValueError: vvv") and len(message) < rpc.MOST_ECHOED + 50
