@@ -13,6 +13,7 @@ from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kvstore.prefix import PrefixBlock
 from farshore.kvstore.tail import Tail
 from farshore.workers.lookup import Lookup
+from farshore.workers.penalties import Seen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +129,8 @@ class Sequence:
     """Whether the request's other completions are sequences of their own already."""
     lookup: Lookup | None = None
     """Proposes what may come next; None: nobody does."""
+    seen: Seen = field(default_factory=Seen)
+    """Its token ids as penalties count them."""
     queued_s: float = 0.0
     committed: int = 0
     classes: list[HeadClass] = field(default_factory=list)
@@ -172,6 +175,7 @@ class Sequence:
             forked=True,
             tokens=list(self.tokens),
             blocks=list(self.blocks),
+            seen=self.seen.copy(),
             spans=[],
             tail=None,
             refused_by=set(),
