@@ -36,6 +36,7 @@ class HeadClass(NamedTuple):
     group0: int
     group1: int
     workers: tuple[Room, ...]
+    """The emptiest first; of equally empty ones the smaller id."""
 
 
 def head_classes(rooms: Sequence[Room], *, groups: int, shard_by: ShardBy) -> list[HeadClass]:
@@ -59,24 +60,32 @@ def head_classes(rooms: Sequence[Room], *, groups: int, shard_by: ShardBy) -> li
 
 
 def spread(classes: Sequence[HeadClass], *, tokens: int, groups: int) -> list[Share]:
-    """Spread positions ``0 .. tokens`` evenly over every class's workers, however few they are.
+    """Cut positions ``0 .. tokens`` of every class into shares, in position order; raises Full.
 
-    Cuts fall on block boundaries where the sequence is long enough for it. A worker without room for its
-    even part takes what it can and the others share the rest; raises Full where that does not work out.
+    Cuts fall on block boundaries, so that a span holds whole blocks but for the sequence's last one: only
+    whole blocks can be named and shared. A share is a block or more, unless ``tokens`` is less: every further
+    worker costs a block and a hop, so a short sequence goes to few of them, the emptiest. Blocks are divided
+    evenly among those; one without room for its even part takes what it can, and further workers take part
+    only where the room of the first is not enough.
     """
+    blocks = -(-tokens // BLOCK_TOKENS)
     shares = []
     for head_class in classes:
         held = head_class.group1 - head_class.group0
-        limits = [room.tokens * groups // held // BLOCK_TOKENS * BLOCK_TOKENS for room in head_class.workers]
-        cuts = _even_cuts(tokens, limits)
-        if cuts is None:
+        limits = [room.tokens * groups // held // BLOCK_TOKENS for room in head_class.workers]
+        if sum(limits) < blocks:
             raise Full(
-                f"a sequence of {tokens} tokens does not fit: its shards have room for {sum(limits)}",
+                f"a sequence of {tokens} tokens does not fit: its shards have room for"
+                f" {sum(limits) * BLOCK_TOKENS}",
                 free_bytes=0,
             )
-        for room, first, last in zip(head_class.workers, cuts, cuts[1:], strict=False):
-            if first < last:
-                shares.append(Share(room.worker, first, last, head_class.group0, head_class.group1))
+        first = 0
+        for worker, count in _even_parts(blocks, limits, most_parts=max(1, tokens // BLOCK_TOKENS)):
+            last = min(first + count * BLOCK_TOKENS, tokens)
+            shares.append(
+                Share(head_class.workers[worker].worker, first, last, head_class.group0, head_class.group1)
+            )
+            first = last
     return shares
 
 
@@ -84,18 +93,21 @@ def _cuts(total: int, parts: int) -> list[int]:
     return [total * i // parts for i in range(parts + 1)]
 
 
-def _even_cuts(tokens: int, limits: list[int]) -> list[int] | None:
-    """Cut points of an even split under per-part limits, or None. Limits are whole blocks."""
-    align = BLOCK_TOKENS if tokens >= BLOCK_TOKENS * len(limits) else 1
-    cuts = [0]
-    for index in range(len(limits)):
-        left, parts = tokens - cuts[-1], len(limits) - index
-        after = sum(limits[index + 1 :])
-        take = -(-left // parts)
-        if parts > 1:
-            take = -(-take // align) * align
-        take = min(max(take, left - after), left)
-        if take > limits[index]:
-            take = limits[index]
-        cuts.append(cuts[-1] + take)
-    return cuts if cuts[-1] == tokens else None
+def _even_parts(blocks: int, limits: Sequence[int], *, most_parts: int) -> list[tuple[int, int]]:
+    """(index, blocks) for as many of ``limits`` as take any, at most ``most_parts`` unless those are too
+    small together. ``limits`` descend, and are enough in all.
+
+    The largest limit comes last, with what does not divide evenly: the last part is the one whose last block
+    may be almost empty.
+    """
+    parts = min(most_parts, len(limits))
+    while sum(limits[:parts]) < blocks:
+        parts += 1
+    found = []
+    for index in reversed(range(parts)):
+        # The smallest first: what it cannot take is divided among the others.
+        count = min(limits[index], blocks // (index + 1))
+        blocks -= count
+        if count:
+            found.append((index, count))
+    return found

@@ -148,7 +148,7 @@ def extend(
 
 
 def merge(states: Sequence[State], *, sink: Tensor | None = None, out: State) -> None:
-    """Merge states of disjoint token sets, in the order given.
+    """Merge states of disjoint token sets, in the order given; any number of them, 1 or more.
 
     lse = ln sum exp(lse_i), o = sum o_i exp(lse_i - lse), with weight 0 where lse_i is -inf, so that merging
     empty states gives the empty state. ``sink``: learned logit per head ``[heads]``, which joins the

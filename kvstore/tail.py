@@ -74,6 +74,19 @@ class Tail:
         """Memory held, reserved scratch included."""
         return len(self._blocks) * self._stride
 
+    @staticmethod
+    def bytes_for(layout: KVLayout, start: int, end: int) -> int:
+        """Arena memory that a tail takes once ``[start, end)`` is reserved: every block that a position lies
+        in, in whole pages. 0 for an empty range.
+
+        Blocks are aligned to position 0, so a tail that starts in mid-block takes one block more than its
+        length alone asks for. Releasing up to a position in mid-block keeps that position's block.
+        """
+        if end <= start:
+            return 0
+        blocks = -(-end // layout.block_tokens) - start // layout.block_tokens
+        return blocks * stride_bytes(layout.block_bytes)
+
     def reserve(self, last: int) -> None:
         """Allocates the blocks of ``[start, last)``, so that ``segments(last)`` is valid before the data is
         written. Idempotent. Full: nothing was allocated."""

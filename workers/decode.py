@@ -85,6 +85,7 @@ def draw_one(sequence: Sequence, logits: Tensor) -> Choice:
         sequence.sampling,
         tokens=sequence.tokens,
         prompt_tokens=sequence.prompt_tokens,
+        seen=sequence.seen,
         choice=sequence.choice,
     )
     sequence.tokens.append(drawn.token)

@@ -21,7 +21,8 @@ class Lookup:
 
     def propose(self, tokens: Sequence[int], most: int) -> list[int]:
         """What followed the last time that ``tokens`` ended as now: up to ``most`` tokens, or none.
-        ``tokens`` only grow from call to call."""
+        Since the last call ``tokens`` may have grown, or been cut back: not cut and then grown again."""
+        del self._tokens[4 * len(tokens) :]
         self._tokens += array("I", tokens[len(self._tokens) // 4 :]).tobytes()
         most = min(most, self._now)
         if most < 1:

@@ -7,7 +7,10 @@ What a row goes through, in this order::
       └─▶ log-probabilities: of the model itself                                   ─▶ min-p ─▶ draw
 
 Bias and penalties before temperature, as vLLM does; top-k, top-p, min-p as transformers does, each on what
-the one before it left. Log-probabilities are those of the untouched logits, vLLM's default.
+the one before it left. Log-probabilities are those of the untouched logits, vLLM's default. Whatever finite
+numbers a request asks for, some token with a weight above 0 is drawn: adjusted logits stay in float32's
+range, each knob is taken as the nearest value that means something, and of equal logits greedy takes the
+smallest id.
 
 A draw takes one random number, a hash of (seed, choice, position): a step that is run again, on this engine
 or another, in whatever batch, draws the same token. Called by ``engine``; must not know sequences or batches.
@@ -15,6 +18,7 @@ numpy, since its sort and its sums of one row of 49K take a tenth of PyTorch's t
 """
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import NamedTuple
 
 import numpy as np
@@ -22,9 +26,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from farshore.errors import FarshoreError
+from farshore.workers.penalties import (
+    Row,
+    Seen,
+    add_bias,
+    finite,
+    penalise_counts,
+    penalise_repetition,
+)
 from farshore.workers.sequence import Sampling
-
-Row = NDArray[np.float32]
 
 _BLOCK = 256
 """Values added up at a time, so that a draw needs running sums of one block and of the blocks' sums only."""
@@ -43,21 +53,28 @@ class Choice(NamedTuple):
 
 
 def sample(
-    logits: Tensor, sampling: Sampling, *, tokens: Sequence[int], prompt_tokens: int, choice: int = 0
+    logits: Tensor,
+    sampling: Sampling,
+    *,
+    tokens: Sequence[int],
+    prompt_tokens: int,
+    seen: Seen,
+    choice: int = 0,
 ) -> Choice:
     """logits ``f32[vocab]``, left as they are, -> the token behind ``tokens``, of which the first
-    ``prompt_tokens`` are the prompt. ``choice``: which of the request's ``n`` completions this is.
+    ``prompt_tokens`` are the prompt. ``seen`` is the sequence's, and follows ``tokens`` where penalties need
+    it. ``choice``: which of the request's ``n`` completions this is.
 
-    Raises FarshoreError for logits that are not numbers.
+    Raises FarshoreError for logits that are not numbers, and nothing else.
     """
     own: Row = logits.cpu().numpy()
-    row = adjusted(own, sampling, tokens=tokens, prompt_tokens=prompt_tokens)
-    best = int(row.argmax())
-    # A NaN is its own argmax: nothing else needs to look for one.
-    if not np.isfinite(row[best]):
+    # NaN is both the largest and the smallest.
+    if not (isfinite(own.max()) and isfinite(own.min())):
         raise FarshoreError("the model's logits are not numbers: its weights or the stored KV are damaged")
-    if sampling.temperature == 0.0:
-        token = best
+    row = adjusted(own, sampling, tokens=tokens, prompt_tokens=prompt_tokens, seen=seen)
+    temperature = np.float32(finite(sampling.temperature))
+    if temperature <= 0.0:
+        token = int(row.argmax())
     else:
         ids, weights = candidates(row, sampling)
         token = int(ids[_reaching(weights, uniform(sampling.seed, choice, len(tokens)))])
@@ -81,35 +98,34 @@ def _mixed(word: int) -> int:
     return word ^ word >> 31
 
 
-def adjusted(row: Row, sampling: Sampling, *, tokens: Sequence[int], prompt_tokens: int) -> Row:
-    """``row`` itself, or a copy with bias and penalties applied.
+def adjusted(row: Row, sampling: Sampling, *, tokens: Sequence[int], prompt_tokens: int, seen: Seen) -> Row:
+    """``row`` itself, or a copy with bias and penalties applied, finite like ``row``.
 
-    Repetition (CTRL, Keskar et al. 2019, §4.1): a token seen in prompt or completion is divided by the
-    penalty where positive, multiplied where negative. Presence and frequency (OpenAI): a token is lowered by
-    the one where the completion holds it, and by the other for every time that it does.
+    Repetition counts tokens of prompt and completion; presence and frequency the completion's alone.
     """
     counted = sampling.presence_penalty or sampling.frequency_penalty
-    if not (sampling.logit_bias or sampling.repetition_penalty != 1.0 or counted):
+    repeated = sampling.repetition_penalty != 1.0
+    if not (sampling.logit_bias or repeated or counted):
         return row
     row = row.copy()
-    for token, bias in sampling.logit_bias.items():
-        row[token] += bias
-    if sampling.repetition_penalty != 1.0:
-        marks = np.zeros(row.size, dtype=bool)
-        marks[np.asarray(tokens)] = True
-        seen = np.flatnonzero(marks)
-        values, penalty = row[seen], np.float32(sampling.repetition_penalty)
-        row[seen] = np.where(values > 0, values / penalty, values * penalty)
-    if counted and len(tokens) > prompt_tokens:
-        ids, counts = np.unique(np.asarray(tokens[prompt_tokens:]), return_counts=True)
-        row[ids] -= sampling.presence_penalty + sampling.frequency_penalty * counts.astype(np.float32)
+    if sampling.logit_bias:
+        add_bias(row, sampling.logit_bias)
+    if repeated or counted:
+        seen.follow(tokens, prompt_tokens)
+    if repeated:
+        penalise_repetition(row, seen.ids, sampling.repetition_penalty)
+    if counted:
+        presence, frequency = sampling.presence_penalty, sampling.frequency_penalty
+        penalise_counts(row, *seen.generated, presence=presence, frequency=frequency)
     return row
 
 
 def candidates(row: Row, sampling: Sampling) -> tuple[NDArray[np.intp], Row]:
-    """Token ids that may be drawn, ascending and never none, and their weights: the likeliest's is 1."""
-    # Largest first subtracted: nothing overflows, however low the temperature.
-    logits = (row - row.max()) / np.float32(sampling.temperature)
+    """Token ids that may be drawn, ascending and never none, and their weights: the likeliest's is 1. The
+    temperature is above 0."""
+    # Largest first subtracted: nothing overflows but to -inf, a weight of 0, however low the temperature.
+    with np.errstate(over="ignore"):
+        logits = (row - row.max()) / np.float32(finite(sampling.temperature))
     ids = None
     if 0 < sampling.top_k < logits.size:
         kth = np.partition(logits, -sampling.top_k)[-sampling.top_k]
@@ -117,10 +133,10 @@ def candidates(row: Row, sampling: Sampling) -> tuple[NDArray[np.intp], Row]:
         logits = logits[ids]
     weights = np.exp(logits)
     if sampling.top_p < 1.0:
-        kept = _nucleus(weights, sampling.top_p)
+        kept = _nucleus(weights, max(sampling.top_p, 0.0))
         ids, weights = kept if ids is None else ids[kept], weights[kept]
     if sampling.min_p > 0.0:
-        kept = np.flatnonzero(weights >= np.float32(sampling.min_p))
+        kept = np.flatnonzero(weights >= np.float32(min(sampling.min_p, 1.0)))
         ids, weights = kept if ids is None else ids[kept], weights[kept]
     return np.arange(row.size) if ids is None else ids, weights
 
@@ -145,26 +161,31 @@ def _nucleus(weights: Row, top_p: float) -> NDArray[np.intp]:
 
 def _reaching(weights: Row, share: float, *, exactly: bool = False) -> int:
     """The first index at which the running sum of the weights goes beyond ``share`` of their sum, or with
-    ``exactly`` reaches it."""
-    side = "left" if exactly else "right"
+    ``exactly`` reaches it; its weight is above 0, as the sum is."""
     blocks = np.add.reduceat(weights, np.arange(0, weights.size, _BLOCK), dtype=np.float64)
     sums = blocks.cumsum()
     target = share * sums[-1]
-    block = min(int(np.searchsorted(sums, target, side=side)), len(sums) - 1)
+    block = _first_reaching(sums, target, exactly=exactly)
     first = block * _BLOCK
     inside = weights[first : first + _BLOCK].cumsum(dtype=np.float64)
-    if block:
-        target -= sums[block - 1]
-    index = int(np.searchsorted(inside, target, side=side))
-    # The two ways of adding up may differ in the last bit: beyond the block's end is its last weight.
-    return first + (index if index < inside.size else int(np.flatnonzero(inside < inside[-1])[-1]) + 1)
+    return first + _first_reaching(inside, target - (sums[block - 1] if block else 0.0), exactly=exactly)
+
+
+def _first_reaching(sums: NDArray[np.float64], target: float, *, exactly: bool) -> int:
+    """The first index at which the running ``sums`` are above ``target`` (or with ``exactly`` equal to it),
+    but never one beyond the last that adds to them: two ways of adding up may differ in the last bit."""
+    index = int(np.searchsorted(sums, target, side="left" if exactly else "right"))
+    return min(index, int(np.searchsorted(sums, sums[-1], side="left")))
 
 
 def _with_logprobs(own: Row, token: int, count: int) -> Choice:
+    """``count`` alternatives, or as many as the vocabulary has."""
     largest = float(own.max())
-    log_sum = largest + float(np.log(np.exp(own - np.float32(largest)).sum(dtype=np.float64)))
+    with np.errstate(over="ignore"):
+        log_sum = largest + float(np.log(np.exp(own - np.float32(largest)).sum(dtype=np.float64)))
     top: tuple[tuple[int, float], ...] = ()
-    if count:
+    count = min(count, own.size)
+    if count > 0:
         kth = np.partition(own, -count)[-count]
         ids = np.flatnonzero(own >= kth)
         ids = ids[np.argsort(-own[ids], kind="stable")][:count]

@@ -13,6 +13,7 @@ from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kvstore.prefix import PrefixBlock
 from farshore.kvstore.tail import Tail
 from farshore.workers.lookup import Lookup
+from farshore.workers.penalties import Seen
 from farshore.workers.shard_queue import Holder
 
 
@@ -130,6 +131,8 @@ class Sequence:
     """Whether the request's other completions are sequences of their own already."""
     lookup: Lookup | None = None
     """Proposes what may come next; None: nobody does."""
+    seen: Seen = field(default_factory=Seen)
+    """Its token ids as penalties count them."""
     queued_s: float | None = None
     """How long the request waited for its first placement; None: it waits still."""
     failures: int = 0
@@ -202,6 +205,7 @@ class Sequence:
             forked=True,
             tokens=list(self.tokens),
             blocks=list(self.blocks),
+            seen=self.seen.copy(),
             spans=[],
             tail=None,
             holder=None,

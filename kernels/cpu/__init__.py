@@ -32,9 +32,6 @@ _FORMATS = {
 }
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-MAX_STATES = 64
-"""Of one :func:`merge`."""
-
 instruction_sets: list[str] = _native.instruction_sets()
 """Those this machine has, best first; the first is in use."""
 
@@ -169,7 +166,7 @@ def extend(
 
 
 def merge(states: Sequence[State], *, sink: Tensor | None = None, out: State) -> None:
-    """As :func:`farshore.kernels.reference.merge`; at most ``MAX_STATES`` states."""
+    """As :func:`farshore.kernels.reference.merge`."""
     if sink is not None:
         sink = sink.to(torch.float32).contiguous()
     _native.merge(states, sink, *out)

@@ -21,7 +21,8 @@ QUESTION = "What is the capital of France?"
 
 
 @pytest.mark.heavy
-def test_one_command_answers_from_two_attention_workers(marked):
+def test_one_command_answers_from_an_attention_worker(marked):
+    """From one of the two: a prompt of less than a block isn't cut."""
     done = marked.run("generate", "--json", "--temperature", "0", "--max-tokens", "24", QUESTION)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
@@ -29,9 +30,8 @@ def test_one_command_answers_from_two_attention_workers(marked):
     assert len(answer["token_ids"]) == answer["completion_tokens"] == 8
     assert answer["prompt_tokens"] == 37
     assert answer["ttft_ms"] > 0 and answer["tpot_ms"] > 0
-    assert len({shard["worker_id"] for shard in answer["shards"]}) == 2
-    assert len({shard["process_id"] for shard in answer["shards"]}) == 2
-    assert all(shard["attended_bytes"] > 0 for shard in answer["shards"])
+    (shard,) = [shard for shard in answer["shards"] if shard["attended_bytes"]]
+    assert shard["worker_id"].startswith("attention-") and shard["process_id"]
 
 
 @pytest.mark.heavy
@@ -79,9 +79,14 @@ def test_a_served_cluster_answers_tells_and_refuses(marked, serve):
 def test_a_killed_attention_worker_fails_its_sequence_and_is_shown(serve):
     _, address = serve()
     with Client(address) as client:
-        stream = client.generate("Once upon a time", max_tokens=4000, temperature=0, ignore_eos=True)
+        prompt = [100 + n % 400 for n in range(600)]
+        stream = client.generate(token_ids=prompt, max_tokens=4000, temperature=0, ignore_eos=True)
         next(event for event in stream if isinstance(event, Token))
-        victim = next(worker for worker in client.status().workers if worker.kind == "attention")
+        told = client.status()
+        (sequence,) = told.sequences
+        shards = [worker for worker in told.workers if worker.kind == "attention"]
+        assert {span.worker_id for span in sequence.spans} == {shard.worker_id for shard in shards}
+        victim = shards[0]
         os.kill(victim.process_id, signal.SIGKILL)
         with pytest.raises(TransportError) as failed:
             list(stream)

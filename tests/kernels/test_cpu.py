@@ -377,9 +377,8 @@ def test_extensions_of_other_shapes_are_refused():
 
 def test_states_of_other_shapes_are_refused():
     state, out = State.identity(2, 4, 64), State.identity(2, 4, 64)
-    for states in ([], [state] * 65):
-        with refused("states"):
-            cpu.merge(states, out=out)
+    with refused("no states"):
+        cpu.merge([], out=out)
     with refused("a sink of"):
         cpu.merge([state], sink=torch.zeros(3), out=out)
     for other in (State.identity(2, 3, 64), State.identity(2, 4, 65), state._replace(o=state.o.long())):

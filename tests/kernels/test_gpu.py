@@ -281,6 +281,17 @@ def test_huge_logits_stay_finite(size):
 )
 def test_merge_weighs_states_by_their_mass(empties, shape, dtype, with_sink, seed):
     """Empty states hold NaN; lse may be transposed, o a slice of heads."""
+    check_merge(empties, shape, dtype=dtype, with_sink=with_sink, seed=seed)
+
+
+@pytest.mark.parametrize("count", [16, 17, 31, 65, 130])
+def test_merge_of_more_states_than_one_launch_takes(count):
+    empties = [(0.2, 0.9)[i % 2] for i in range(count)]
+    check_merge(empties, (1, 2, 4), dtype=torch.float32, with_sink=True, seed=count)
+
+
+def check_merge(empties, shape, *, dtype, with_sink, seed):
+    """Of one state for each share of empty rows and heads."""
     rows, heads, _ = shape
     states = []
     for i, share in enumerate(empties):

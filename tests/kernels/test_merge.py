@@ -37,7 +37,7 @@ def merged(kernels, states, *, dtype, **options):
 def test_states_weigh_by_their_mass(kernels, data):
     """Any number of them, in one dtype or several, with a sink or none, some of them empty, or all."""
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
-    shape, count = data.draw(shapes), data.draw(st.integers(1, 9) | st.sampled_from([63, 64]))
+    shape, count = data.draw(shapes), data.draw(st.integers(1, 9) | st.sampled_from([63, 64, 65, 129, 300]))
     dtypes = [torch.float64] if torch.float64 in kernels.q_dtypes and data.draw(st.booleans()) else None
     dtypes = dtypes or [d for d in kernels.q_dtypes if d != torch.float64]
     share = data.draw(st.sampled_from([0.0, 0.3, 1.0]))

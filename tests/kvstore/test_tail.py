@@ -148,6 +148,33 @@ def test_a_tail_starts_at_a_position(arena, layout):
         Tail(arena=arena, layout=layout, start=-1)
 
 
+@given(
+    start=st.integers(0, 600),
+    tokens=st.integers(0, 900),
+    format=st.sampled_from(list(KVFormat)),
+    block_tokens=st.sampled_from([4, 16, 256]),
+)
+def test_the_bytes_of_a_range_are_told_before_it_is_reserved(start, tokens, format, block_tokens):
+    layout = KVLayout(2, 1, 1, 1, 64, 64, format, block_tokens=block_tokens)
+    arena = Arena(1 << 24)
+    tail = Tail(arena=arena, layout=layout, start=start)
+    tail.reserve(start + tokens)
+    assert Tail.bytes_for(layout, start, start + tokens) == tail.bytes
+    assert tail.bytes == arena.budget_bytes - arena.free_bytes
+
+
+def test_the_bytes_of_smollm2_tails():
+    """A tail of one token takes what one of 256 takes, and two tokens across a block's edge take two."""
+    bfloat16 = KVLayout(30, 3, 1, 1, 64, 64, KVFormat.BFLOAT16)
+    float32 = bfloat16._replace(format=KVFormat.FLOAT32)
+    block = 256 * 23_040
+    for layout, size in ((bfloat16, block), (float32, 2 * block)):
+        assert Tail.bytes_for(layout, 37, 37) == 0
+        assert Tail.bytes_for(layout, 37, 38) == Tail.bytes_for(layout, 0, 256) == size
+        assert Tail.bytes_for(layout, 255, 257) == 2 * size
+        assert Tail.bytes_for(layout, 37, 37 + 512) == 3 * size
+
+
 commands = st.tuples(st.sampled_from(["append", "truncate", "release", "reserve"]), st.integers(0, 12))
 
 

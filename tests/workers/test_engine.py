@@ -360,11 +360,12 @@ def test_seeded_sampling_repeats_and_depends_on_the_seed(tiny_model, rig, submit
 def test_a_sequence_shows_where_its_kv_is(tiny_model, rig, submit):
     cluster = rig(tiny_model, shards=2, memory_bytes=64 << 20)
     engine = cluster.start()
-    it = submit(engine, "a", PROMPT, Sampling(max_tokens=1900, temperature=0.0))
+    it = submit(engine, "a", PROMPT * 13, Sampling(max_tokens=1400, temperature=0.0))
     it.events.get(timeout=60)
     (view,) = engine.views()
-    assert view.tail_first == len(PROMPT) or view.tail_first % 256 == 0
-    assert [(first, last) for _, first, last, _, _ in view.spans][:2] == [(0, 23), (23, 45)]
+    assert view.tail_first == 585 or view.tail_first % 256 == 0
+    assert [(first, last) for _, first, last, _, _ in view.spans][:2] == [(0, 256), (256, 585)]
+    assert {worker for worker, *_ in view.spans[:2]} == {"shard0", "shard1"}
     engine.cancel(SequenceId("a"))
     it.result()
 

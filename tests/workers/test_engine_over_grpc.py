@@ -7,8 +7,8 @@ from farshore.attention_offload.frames import REMOTE, Transport, native
 from farshore.errors import TransportError
 from farshore.workers.sequence import Finished, Sampling
 
-PROMPTS = {"a": list(range(5, 50)), "long": [n % 90 for n in range(250)]}
-"""Behind the long one, the tail's first block is handed to the shards while decoding goes on."""
+PROMPTS = {"a": list(range(5, 50)), "long": [n % 90 for n in range(762)]}
+"""The long one lies on both shards; behind it, the tail's first block is handed to one of them meanwhile."""
 GREEDY = Sampling(max_tokens=20, temperature=0.0)
 
 

@@ -16,8 +16,8 @@ from farshore.workers.sequence import Finished, Sampling
 
 pytestmark = pytest.mark.heavy
 
-PROMPT = [n % 90 for n in range(250)]
-"""The tail's first block is handed to a shard over the link while decoding goes on."""
+PROMPT = [n % 90 for n in range(762)]
+"""On both shards; the tail's first block is handed to one over the link while decoding goes on."""
 TOKENS = 24
 COMMAND_S = 20.0
 LISTENS = "0A"

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
 from farshore.errors import FarshoreError
-from farshore.workers.sampler import adjusted, candidates, sample, uniform
+from farshore.workers import sampler
+from farshore.workers.penalties import LARGEST, Seen, finite
+from farshore.workers.sampler import candidates, uniform
 from farshore.workers.sequence import Sampling
 
 VOCAB = 1000
@@ -26,6 +28,14 @@ def row(seed, *, vocab=VOCAB, spread=3.0):
 
 def asked(**knobs):
     return Sampling(max_tokens=1, **knobs)
+
+
+def sample(logits, sampling, **context):
+    return sampler.sample(logits, sampling, seen=Seen(), **context)
+
+
+def adjusted(row, sampling, **context):
+    return sampler.adjusted(row, sampling, seen=Seen(), **context)
 
 
 def draw(logits, sampling, position=0, choice=0):
@@ -243,9 +253,125 @@ def test_log_probabilities_are_the_models_own():
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("damage", [[math.nan], [math.inf], [math.nan, math.inf]])
-def test_logits_that_are_no_numbers_are_refused(temperature, damage):
+@pytest.mark.parametrize("damage", [[math.nan], [math.inf], [-math.inf], [math.nan, math.inf]])
+@pytest.mark.parametrize("knobs", [{}, {"repetition_penalty": 2.0}, {"logit_bias": {10: 1.0}}], ids=str)
+def test_logits_that_are_no_numbers_are_refused(temperature, damage, knobs):
     logits = row(6)
     logits[10 : 10 + len(damage)] = torch.tensor(damage)
     with pytest.raises(FarshoreError, match="not numbers"):
-        sample(logits, asked(temperature=temperature), tokens=[1], prompt_tokens=1)
+        sample(logits, asked(temperature=temperature, **knobs), tokens=[10], prompt_tokens=1)
+
+
+def test_as_many_alternatives_as_the_vocabulary_has():
+    logits = torch.tensor([1.0, 3.0, 2.0])
+    for count, expected in ((1, [1]), (3, [1, 2, 0]), (4, [1, 2, 0]), (1 << 40, [1, 2, 0]), (-1, [])):
+        drawn = sample(logits, asked(logprobs=count), tokens=[0], prompt_tokens=1)
+        assert [token for token, _ in drawn.top] == expected
+        assert drawn.logprob == pytest.approx(float(torch.log_softmax(logits, 0)[1]))
+
+
+@pytest.mark.parametrize(
+    ("knobs", "expected"),
+    [
+        ({"repetition_penalty": 1e-38}, [LARGEST, -2e-38, 0.0, 3.0]),
+        ({"repetition_penalty": 1e-300}, [LARGEST, 0.0, 0.0, 3.0]),
+        ({"repetition_penalty": 0.0}, [LARGEST, 0.0, 0.0, 3.0]),
+        ({"repetition_penalty": 1e300}, [4.0 / LARGEST, -LARGEST, 0.0, 3.0]),
+        ({"presence_penalty": 1e300}, [4.0, -LARGEST, -LARGEST, 3.0]),
+        ({"presence_penalty": -1e300}, [4.0, LARGEST, LARGEST, 3.0]),
+        ({"presence_penalty": 1e300, "frequency_penalty": -1e300}, [4.0, -2.0, LARGEST, 3.0]),
+        ({"logit_bias": {0: 1e300, 1: -1e300, 4: 1.0, -1: 9.0, 1 << 80: 9.0}}, [LARGEST, -LARGEST, 0.0, 3.0]),
+    ],
+    ids=str,
+)
+def test_what_float32_cannot_hold_ends_at_its_limits(knobs, expected):
+    logits = np.array([4.0, -2.0, 0.0, 3.0], dtype=np.float32)
+    ours = adjusted(logits, asked(**knobs), tokens=[0, 1, 2, 2], prompt_tokens=1)
+    assert np.allclose(ours, np.array(expected, dtype=np.float32), rtol=1e-6, atol=0.0)
+    drawn = sample(torch.from_numpy(logits), asked(**knobs), tokens=[0, 1, 2, 2], prompt_tokens=1)
+    assert drawn.token == int(np.argmax(expected)), "of equal logits the smallest id"
+
+
+@pytest.mark.parametrize("exactly", [False, True])
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 0.0, 0.0], [0.5, 0.5, *[0.0] * 300], [*[0.0] * 300, 1.0]])
+def test_a_share_that_rounding_takes_beyond_the_whole_ends_at_the_last_weight(weights, exactly):
+    weights = np.array(weights, dtype=np.float32)
+    last = int(np.flatnonzero(weights)[-1])
+    assert sampler._reaching(weights, 1 + 2**-52, exactly=exactly) == last
+
+
+# Any finite float64, those of float32's edges and the usual ones more often than by chance.
+floats = st.one_of(
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.sampled_from([0.0, -0.0, 1.0, 1e-38, 1e-45, 1e-46, 5e-324, LARGEST, -LARGEST, 1e300, -1e300, 100.0]),
+    st.floats(0.0, 2.0),
+)
+integers = st.one_of(st.integers(-2, 60), st.integers(-(1 << 70), 1 << 70))
+anything = st.builds(
+    Sampling,
+    max_tokens=st.just(1),
+    temperature=floats,
+    top_k=integers,
+    top_p=floats,
+    min_p=floats,
+    repetition_penalty=floats,
+    presence_penalty=floats,
+    frequency_penalty=floats,
+    logit_bias=st.dictionaries(integers, floats, max_size=4),
+    logprobs=st.none() | integers,
+    seed=integers,
+)
+up_to_2 = st.floats(-2.0, 2.0, width=32)
+# What gateway/sampling.py lets through, as float32, which is what the wire carries.
+let_through = st.builds(
+    Sampling,
+    max_tokens=st.just(1),
+    temperature=st.floats(0.0, 2.0, width=32),
+    top_k=st.integers(0, (1 << 32) - 1),
+    top_p=st.floats(0.0, 1.0, width=32, exclude_min=True),
+    min_p=st.floats(0.0, 1.0, width=32),
+    repetition_penalty=st.floats(0.0, 10.0, width=32, exclude_min=True),
+    presence_penalty=up_to_2,
+    frequency_penalty=up_to_2,
+    logit_bias=st.dictionaries(st.integers(0, 40), st.floats(-100.0, 100.0, width=32), max_size=4),
+    logprobs=st.none() | st.integers(0, 20),
+    seed=st.integers(0, (1 << 64) - 1),
+)
+logit = st.one_of(
+    st.floats(-30.0, 30.0, width=32),
+    st.sampled_from([0.0, 3e38, -3e38, LARGEST, -LARGEST, 1e-45]),
+    st.floats(allow_nan=False, allow_infinity=False, width=32),
+)
+rows_of_logits = st.one_of(
+    st.lists(logit, min_size=1, max_size=40),
+    # More than one block of a running sum.
+    st.builds(
+        lambda values, vocab: [values[i % len(values)] for i in range(vocab)],
+        st.lists(logit, min_size=1, max_size=5),
+        st.integers(1, 600),
+    ),
+)
+
+
+@given(st.one_of(anything, let_through), rows_of_logits, st.lists(st.integers(0, 60), max_size=20), st.data())
+@settings(max_examples=400, deadline=None)
+def test_any_sampling_of_any_finite_logits_draws_a_token_of_some_weight(sampling, values, tokens, data):
+    logits = torch.tensor(values, dtype=torch.float32)
+    before = logits.clone()
+    prompt_tokens = data.draw(st.integers(0, len(tokens)))
+    context = {"tokens": tokens, "prompt_tokens": prompt_tokens}
+    drawn = sample(logits, sampling, **context)
+    assert torch.equal(logits, before)
+    assert 0 <= drawn.token < len(values)
+    after = adjusted(logits.numpy(), sampling, **context)
+    assert np.isfinite(after).all()
+    if np.float32(finite(sampling.temperature)) > 0:
+        ids, weights = candidates(after, sampling)
+        assert (np.diff(ids) > 0).all() and np.isfinite(weights).all() and weights.max() == 1
+        assert weights[ids == drawn.token] > 0
+    else:
+        assert drawn.token == int(after.argmax())
+    if sampling.logprobs is not None:
+        assert math.isfinite(drawn.logprob) and drawn.logprob < 1e-3
+        assert len(drawn.top) == min(max(sampling.logprobs, 0), len(values))
+        assert [value for _, value in drawn.top] == sorted((v for _, v in drawn.top), reverse=True)

@@ -89,6 +89,25 @@ def test_a_prompt_given_again_computes_only_what_is_left(tiny_model, counted, su
     assert longer.tokens == fresh.tokens
 
 
+@pytest.mark.parametrize("length", [256, 300, 700, 1300])
+@pytest.mark.parametrize("shards", [1, 3, 5])
+def test_all_whole_blocks_are_shared_however_many_shards_there_are(
+    tiny_model, counted, submit, shards, length
+):
+    """Few blocks over many shards: every cut is between two blocks, so each of them has a name."""
+    cluster, written = counted(tiny_model, shards=shards)
+    engine = cluster.start()
+    first = submit(engine, "a", prompt_of(length), GREEDY)
+    result = first.result()
+    assert isinstance(result, Finished) and written() == length
+    used = [worker for worker, size in result.attended_bytes.items() if size]
+    assert len(used) == min(shards, length // 256)
+    again = submit(engine, "b", prompt_of(length), GREEDY)
+    assert isinstance(again.result(), Finished)
+    assert written() == length - (length - 1) // 256 * 256
+    assert again.tokens == first.tokens
+
+
 def rig_alone(cluster):
     """An engine of another revision on the same shards: it finds nothing."""
     return cluster.start(revision="another")

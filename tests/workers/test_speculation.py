@@ -33,6 +33,19 @@ def test_a_guess_is_what_followed_the_newest_earlier_copy(tokens, most):
         assert lookup.propose(tokens[:end], most) == slow_propose(tokens[:end], most)
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.lists(st.sampled_from([0, 1, 256]), max_size=6)), max_size=20)
+)
+def test_guesses_from_tokens_that_a_failed_step_cut_back(steps):
+    lookup, tokens = Lookup(8), []
+    for cut, drawn in steps:
+        del tokens[max(0, len(tokens) - cut) :]
+        assert lookup.propose(tokens, 4) == slow_propose(tokens, 4)
+        tokens += drawn
+        assert lookup.propose(tokens, 4) == slow_propose(tokens, 4)
+
+
 def test_fewer_guesses_while_they_are_wrong():
     tokens = list(range(20)) + list(range(10))
     lookup = Lookup(8)

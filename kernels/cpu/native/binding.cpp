@@ -216,9 +216,8 @@ PyObject* run_merge(PyObject*, PyObject* const* args, Py_ssize_t count) {
         const Owned states{PySequence_Fast(args[0], "states must be a sequence")};
         if (!states.it) throw std::runtime_error("states");
         Merge m;
-        m.states = static_cast<int>(PySequence_Fast_GET_SIZE(states.it));
-        if (m.states < 1 || m.states > MAX_STATES)
-            throw std::invalid_argument("merge of " + std::to_string(m.states) + " states: give 1 to 64");
+        m.count = static_cast<int>(PySequence_Fast_GET_SIZE(states.it));
+        if (m.count < 1) throw std::invalid_argument("merge of no states: give 1 or more");
         const View shape = view_of(args[2], "o");
         if (shape.dims != 3) throw std::invalid_argument("o must be [rows, heads, v_dim]");
         m.rows = static_cast<int>(shape.shape[0]);
@@ -226,17 +225,17 @@ PyObject* run_merge(PyObject*, PyObject* const* args, Py_ssize_t count) {
         m.v_dim = static_cast<int>(shape.shape[2]);
         Arguments outs{args + 2, args + 4};
         const Out out = outs.state(m.rows, m.heads, m.v_dim);
-        for (int i = 0; i < m.states; i++) {
+        // Kept from call to call: a merge allocates nothing.
+        thread_local std::vector<Out> parts;
+        parts.resize(m.count);
+        for (int i = 0; i < m.count; i++) {
             const Owned pair{PySequence_Fast(PySequence_Fast_GET_ITEM(states.it, i), "a state is (o, lse)")};
             if (!pair.it || PySequence_Fast_GET_SIZE(pair.it) != 2) throw std::invalid_argument("a state is (o, lse)");
             PyObject* const* items = PySequence_Fast_ITEMS(pair.it);
             Arguments one{items, items + 2};
-            const Out state = one.state(m.rows, m.heads, m.v_dim);
-            m.o[i] = state.o;
-            m.lse[i] = state.lse;
-            m.lse_row_stride[i] = state.lse_row_stride;
-            m.lse_head_stride[i] = state.lse_head_stride;
+            parts[i] = one.state(m.rows, m.heads, m.v_dim);
         }
+        m.states = parts.data();
         m.sink = nullptr;
         if (args[1] != Py_None) {
             const View sink = view_of(args[1], "sink");

@@ -127,13 +127,9 @@ struct Extension {
     int threads;
 };
 
-constexpr int MAX_STATES = 64;
-
 struct Merge {
-    int states;
-    Array o[MAX_STATES];
-    const float* lse[MAX_STATES];
-    int64_t lse_row_stride[MAX_STATES], lse_head_stride[MAX_STATES];
+    int count;
+    const Out* states;  // [count], read only
     const float* sink;  // [heads], or null
     int rows, heads, v_dim;
 };

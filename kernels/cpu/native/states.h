@@ -120,47 +120,69 @@ inline vf lses_of(const float* from, int64_t stride, int lanes) {
     return load(some);
 }
 
-// The o of `lanes` heads of a row; `floats`: so are all states'; `o`: room for one.
-inline void merge_heads(const Merge& m, const Out& out, int row, int head0, int lanes,
-                        const float (*weights)[WIDTH], bool floats, float* o) {
-    const float *rows[MAX_STATES], *here[MAX_STATES];  // if they are float32
-    float some[MAX_STATES];
-    int which[MAX_STATES];
-    for (int i = 0; i < m.states; i++) here[i] = static_cast<const float*>(at(m.o[i], row, head0));
+// What one merge works with, in the thread's scratch: any number of states.
+struct MergeScratch {
+    explicit MergeScratch(const Merge& m) {
+        const int64_t o_bytes = 4L * round_up(m.v_dim, WIDTH);
+        const int64_t state_bytes = sizeof *weights + sizeof *here + sizeof *rows + sizeof *some + sizeof *which;
+        uint8_t* next = static_cast<uint8_t*>(scratch(o_bytes + state_bytes * m.count));
+        o = reinterpret_cast<float*>(next);
+        weights = reinterpret_cast<float(*)[WIDTH]>(next += o_bytes);
+        here = reinterpret_cast<const float**>(next += sizeof *weights * m.count);
+        rows = reinterpret_cast<const float**>(next += sizeof *here * m.count);
+        some = reinterpret_cast<float*>(next += sizeof *rows * m.count);
+        which = reinterpret_cast<int*>(next + sizeof *some * m.count);
+    }
+
+    float* o;                   // of one row and head
+    float (*weights)[WIDTH];    // of each state, by head
+    const float **here, **rows; // o of each state, of the first head and of one head's states that weigh something
+    float* some;                // those states' weights
+    int* which;                 // and their numbers
+};
+
+// The o of `lanes` heads of a row; `floats`: so are all states'.
+inline void merge_heads(const Merge& m, const Out& out, int row, int head0, int lanes, bool floats, MergeScratch s) {
+    for (int i = 0; i < m.count; i++) s.here[i] = static_cast<const float*>(at(m.states[i].o, row, head0));
     for (int l = 0; l < lanes; l++) {
         int count = 0;
         // An empty state's o carries no information, so not even a NaN in it may count.
-        for (int i = 0; i < m.states; i++) {
-            which[count] = i, some[count] = weights[i][l], rows[count] = here[i] + l * m.o[i].head_stride;
-            count += weights[i][l] != 0.0f;
+        for (int i = 0; i < m.count; i++) {
+            const float weight = s.weights[i][l];
+            if (weight == 0.0f) continue;
+            s.which[count] = i, s.some[count] = weight;
+            s.rows[count++] = s.here[i] + l * m.states[i].o.head_stride;
         }
         if (floats) {
             const bool there = out.o.format == Format::f32;
-            weigh_floats<false>(there ? static_cast<float*>(at(out.o, row, head0 + l)) : o, rows, some, count, m.v_dim);
+            float* to = there ? static_cast<float*>(at(out.o, row, head0 + l)) : s.o;
+            weigh_floats<false>(to, s.rows, s.some, count, m.v_dim);
             if (there) continue;
         } else {
-            std::memset(o, 0, 4L * round_up(m.v_dim, WIDTH));
-            for (int i = 0; i < count; i++) add_scaled(o, m.o[which[i]], row, head0 + l, some[i], m.v_dim);
+            std::memset(s.o, 0, 4L * round_up(m.v_dim, WIDTH));
+            for (int i = 0; i < count; i++)
+                add_scaled(s.o, m.states[s.which[i]].o, row, head0 + l, s.some[i], m.v_dim);
         }
-        put_row(out.o, row, head0 + l, o, m.v_dim);
+        put_row(out.o, row, head0 + l, s.o, m.v_dim);
     }
 }
 
 // Weights of WIDTH heads at a time: one by one, each would wait for its own sum, logarithm and division.
 void merge(const Merge& m, const Out& out) {
-    float* o = static_cast<float*>(scratch(4L * round_up(m.v_dim, WIDTH)));
+    const MergeScratch s(m);
     bool floats = true;
-    for (int i = 0; i < m.states; i++) floats = floats && m.o[i].format == Format::f32;
-    alignas(64) float weights[MAX_STATES][WIDTH], lses[WIDTH];
+    for (int i = 0; i < m.count; i++) floats = floats && m.states[i].o.format == Format::f32;
+    alignas(64) float lses[WIDTH];
     for (int row = 0; row < m.rows; row++)
         for (int head0 = 0; head0 < m.heads; head0 += WIDTH) {
             const int lanes = std::min(WIDTH, m.heads - head0);
             const vf sink = m.sink ? lses_of(m.sink + head0, 1, lanes) : splat(-INFINITY);
             vf peak = sink;
-            for (int i = 0; i < m.states; i++) {
-                const int64_t stride = m.lse_head_stride[i];
-                const vf lse = lses_of(m.lse[i] + row * m.lse_row_stride[i] + head0 * stride, stride, lanes);
-                store(weights[i], lse);
+            for (int i = 0; i < m.count; i++) {
+                const Out& state = m.states[i];
+                const int64_t stride = state.lse_head_stride;
+                const vf lse = lses_of(state.lse + row * state.lse_row_stride + head0 * stride, stride, lanes);
+                store(s.weights[i], lse);
                 peak = max(lse, peak);  // in this order a NaN is passed over; its weight will be one
             }
             const auto weigh = [&](vf lse) {
@@ -168,15 +190,15 @@ void merge(const Merge& m, const Out& out) {
                 return lse == -INFINITY ? vf{} : weight;
             };
             vf mass = weigh(sink);
-            for (int i = 0; i < m.states; i++) {
-                const vf weight = weigh(load(weights[i]));
-                store(weights[i], weight);
+            for (int i = 0; i < m.count; i++) {
+                const vf weight = weigh(load(s.weights[i]));
+                store(s.weights[i], weight);
                 mass += weight;
             }
             const vf share = mass == 0.0f ? vf{} : 1.0f / mass;
             store(lses, mass == 0.0f ? splat(-INFINITY) : log(mass) + peak);
-            for (int i = 0; i < m.states; i++) store(weights[i], load(weights[i]) * share);
-            merge_heads(m, out, row, head0, lanes, weights, floats, o);
+            for (int i = 0; i < m.count; i++) store(s.weights[i], load(s.weights[i]) * share);
+            merge_heads(m, out, row, head0, lanes, floats, s);
             for (int l = 0; l < lanes; l++) put_lse(out, row, head0 + l, lses[l]);
         }
 }
