@@ -2,22 +2,29 @@
 
 Started by the controller's side of a cluster, which reads one line of JSON from stdout (the address, or why
 there is none) and holds a pipe open as this process's stdin: when that closes, the parent is gone and so is
-the gateway. Must not know how the engine and the controller are run.
+the gateway. By hand, too, stdin must stay open: one that is closed before the gateway serves is an error.
+Must not know how the engine and the controller are run.
 """
 
 import argparse
 import asyncio
 import json
 import os
+import select
 import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
 
-from farshore.errors import FarshoreError
+from farshore.errors import FarshoreError, StartupError
 from farshore.gateway.limits import Limits
 from farshore.gateway.served import Served
 from farshore.gateway.server import create
+
+_STDIN_ADVICE = (
+    "the gateway runs as long as its stdin is open: keep it open, as in "
+    "`sleep infinity | python -m farshore.gateway …`"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         served = Served.load(args.model)
         engine = args.engine or sys.stdin.readline().strip()
         if not engine:
-            return 0  # The parent left before there was an engine.
+            raise StartupError(f"stdin ended before it gave the engine's address; {_STDIN_ADVICE}")
         asyncio.run(_serve(served, engine, args))
     except FarshoreError as error:
         _report({"error": str(error), "kind": type(error).__name__})
@@ -41,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m farshore.gateway",
         description="Serve the client API of a running cluster. Prints one line of JSON when ready; "
-        "ends when its stdin does.",
+        "ends when its stdin does, so keep that open.",
     )
     parser.add_argument("--model", required=True, help="the model that the engine runs")
     parser.add_argument("--listen", required=True, metavar="HOST:PORT", help="port 0: any free one")
@@ -60,7 +67,6 @@ async def _serve(served: Served, engine: str, args: argparse.Namespace) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    _watch_parent(lambda: loop.call_soon_threadsafe(stop.set))
     gateway = await create(
         served,
         listen=args.listen,
@@ -68,9 +74,25 @@ async def _serve(served: Served, engine: str, args: argparse.Namespace) -> None:
         controller=args.controller,
         limits=Limits(max_live_requests=args.max_live_requests),
     )
-    _report({"address": gateway.address})
-    await stop.wait()
-    await gateway.stop()
+    try:
+        if _stdin_ended():
+            raise StartupError(f"stdin is closed; {_STDIN_ADVICE}")
+        _watch_parent(lambda: loop.call_soon_threadsafe(stop.set))
+        _report({"address": gateway.address})
+        await stop.wait()
+    finally:
+        await gateway.stop()
+
+
+def _stdin_ended() -> bool:
+    """Without waiting. What is read is dropped: nothing more is expected there."""
+    try:
+        while select.select([0], [], [], 0)[0]:
+            if not os.read(0, 4096):
+                return True
+    except OSError:
+        return True  # No stdin at all is an end, too.
+    return False
 
 
 def _watch_parent(gone: Callable[[], None]) -> None:

@@ -13,10 +13,29 @@ from farshore.gateway.answer import Answer
 from farshore.gateway.limits import Limits
 from farshore.gateway.request import Failure, Request
 from farshore.gateway.served import Served
+from farshore.gateway.shown import shortened
 from farshore.gateway.validate import Job
 from farshore.proto import cluster_pb2 as cluster
 from farshore.proto import cluster_pb2_grpc
 from farshore.proto import inference_pb2 as api
+
+_SERVICE = cluster.DESCRIPTOR.services_by_name["Engine"]
+
+_REFUSALS = {
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.DATA_LOSS,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.INTERNAL,
+}
+# A stream that the engine's side cut, without the gateway's asking, is an engine that is leaving.
+_OURS = {
+    grpc.StatusCode.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED: grpc.StatusCode.UNAVAILABLE,
+}
 
 
 class Engine:
@@ -28,6 +47,16 @@ class Engine:
         self._limits = limits
         self._channel = grpc.aio.insecure_channel(address, options=rpc.OPTIONS)
         self._stub = cluster_pb2_grpc.EngineStub(self._channel)
+        # A job's message is serialised already, in a thread.
+        self._generate = self._channel.unary_stream(
+            f"/{_SERVICE.full_name}/{_SERVICE.methods_by_name['Generate'].name}",
+            request_serializer=None,
+            response_deserializer=cluster.SequenceEvent.FromString,
+        )
+
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        return self._channel
 
     async def close(self) -> None:
         await self._channel.close()
@@ -35,14 +64,16 @@ class Engine:
     async def pump(self, request: Request, job: Job) -> None:
         """Run ``job`` and fill ``request``; it has ended when this returns, whatever happened.
 
-        Cancelling the task cuts the stream, which ends the sequence in the engine too.
+        Cancelling the task cuts the stream, which ends the sequence in the engine too; so it has ended unless
+        the task was cancelled for another reason than ``request.cancelling``.
         """
         answer = Answer(request, job, self._served.tokenizer)
-        call = self._stub.Generate(_sequence_request(request.request_id, job))
+        call = self._generate(job.message)
         try:
             await self._follow(call, request, answer)
         except asyncio.CancelledError:
-            await answer.end(api.FINISH_REASON_CANCELLED)
+            if request.cancelling:
+                await answer.end(api.FINISH_REASON_CANCELLED)
             raise
         except TimeoutError:
             await self._break(
@@ -74,7 +105,7 @@ class Engine:
                 stopped = await answer.take(event)
                 if stopped is not None:
                     # Stop strings are ours: the engine has to be told.
-                    await self.cancel(request.request_id, choice=stopped)
+                    await self.cancel(request.sequence_id, choice=stopped)
 
     async def _break(self, request: Request, answer: Answer, failure: Failure) -> None:
         """The engine is gone; that takes nothing from an answer which is complete."""
@@ -83,11 +114,14 @@ class Engine:
         else:
             await request.fail(failure)
 
-    async def cancel(self, request_id: str, *, choice: int | None = None) -> None:
-        """Ask the engine to end a request, or one choice. Best effort: cutting the stream says the same."""
+    async def cancel(
+        self, sequence_id: str, *, choice: int | None = None, deadline_s: float | None = None
+    ) -> None:
+        """Ask the engine to end a sequence, or one choice. Best effort: cutting the stream says the same."""
         try:
             await self._stub.Cancel(
-                cluster.CancelSequence(sequence_id=request_id, choice=choice), timeout=self._limits.cancel_s
+                cluster.CancelSequence(sequence_id=sequence_id, choice=choice),
+                timeout=deadline_s or self._limits.cancel_s,
             )
         except grpc.aio.AioRpcError:
             return
@@ -99,35 +133,19 @@ class Engine:
                 grpc.StatusCode.UNAVAILABLE,
                 f"dense worker {self._address} ended the stream without finishing",
             )
-        return Failure(code, await call.details() or "no details")
+        return self._as_failure(code, await call.details(), await call.trailing_metadata())
 
     def _failure(self, error: grpc.aio.AioRpcError) -> Failure:
-        message = error.details() or "no details"
-        if error.code() == grpc.StatusCode.UNAVAILABLE:
-            # Otherwise a client can't tell it from a gateway that is unreachable.
+        return self._as_failure(error.code(), error.details(), error.trailing_metadata())
+
+    def _as_failure(
+        self, code: grpc.StatusCode, details: str | None, metadata: grpc.aio.Metadata | None
+    ) -> Failure:
+        """A refusal passes as it is; what went wrong between gateway and engine is not the client's doing."""
+        message = shortened(details or "no details")
+        if code not in _REFUSALS:
+            # Otherwise a client can't tell it from a gateway that is unreachable or broken.
             message = f"dense worker {self._address}: {message}"
-        trailing = tuple(
-            (key, value) for key, value in error.trailing_metadata() or () if key.startswith("farshore-")
-        )
-        return Failure(error.code(), message, trailing)
-
-
-def _sequence_request(sequence_id: str, job: Job) -> cluster.SequenceRequest:
-    return cluster.SequenceRequest(
-        sequence_id=sequence_id,
-        prompt=job.prompt,
-        max_tokens=job.max_tokens,
-        n=job.n,
-        temperature=job.temperature,
-        top_k=job.top_k,
-        top_p=job.top_p,
-        min_p=job.min_p,
-        repetition_penalty=job.repetition_penalty,
-        presence_penalty=job.presence_penalty,
-        frequency_penalty=job.frequency_penalty,
-        logit_bias=job.logit_bias,
-        logprobs=job.logprobs,
-        seed=job.seed,
-        stop_token_ids=job.stop_token_ids,
-        cache_salt=job.cache_salt,
-    )
+            code = _OURS.get(code, grpc.StatusCode.INTERNAL)
+        trailing = tuple((key, value) for key, value in metadata or () if key.startswith("farshore-"))
+        return Failure(code, message, trailing)

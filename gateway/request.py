@@ -1,7 +1,9 @@
 """One request's log: what an engine has produced so far, readable by many, from any point, at any time.
 
 Written by the one pump of ``requests``, read by ``service``. A reader that comes late or comes back sees
-exactly what the others saw. Lives on the event loop: not thread-safe. Must not know where tokens come from.
+exactly what the others saw. Events are kept as the bytes that readers get: a tenth of their messages'
+memory, and serialised once for all readers. Lives on the event loop: not thread-safe. Must not know where
+tokens come from.
 """
 
 import asyncio
@@ -13,7 +15,10 @@ from dataclasses import dataclass
 import grpc
 
 from farshore.errors import InvalidRequest
+from farshore.gateway.shown import shown
 from farshore.proto import inference_pb2 as api
+
+_EVENT_BYTES = 64  # of an event in the log, besides its own: a bytes object and a place in a list
 
 Trailing = tuple[tuple[str, str], ...]
 
@@ -36,7 +41,7 @@ class RequestFailed(Exception):
 
 
 class Request:
-    """Grows by ``add_*`` and ends once, by ``finish`` or ``fail``. Bounded by the job's n × max_tokens.
+    """Grows by ``accept`` and ``add_*``, and ends once, by ``finish`` or ``fail``. Bounded by ``values``.
 
     Tokens of several choices stand in the order in which they came; ``resume_from`` counts them all.
     """
@@ -45,27 +50,33 @@ class Request:
         self,
         request_id: str,
         *,
+        sequence_id: str,
         fingerprint: bytes,
-        prompt_tokens: int,
+        choices: int,
+        values: int,
         outlives_readers: bool,
         arrived_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``outlives_readers``: the client chose the id, so it may come back."""
+        """``request_id``: what its client calls it. No log and no status shows it, since it is all that one
+        needs to read or end the request. ``sequence_id``: what the cluster calls it. ``values``: the most
+        tokens and alternatives that may come. ``outlives_readers``: the client chose the id, so it may come
+        back."""
         self.request_id = request_id
+        self.sequence_id = sequence_id
         self.fingerprint = fingerprint
+        self.choices = choices
+        self.values = values
         self.outlives_readers = outlives_readers
         self.readers = 0
         self.cancelling = False
-        self._accepted = api.GenerateEvent(
-            accepted=api.Accepted(request_id=request_id, prompt_tokens=prompt_tokens)
-        )
-        self._prompt_tokens = prompt_tokens
-        self._prefill: api.GenerateEvent | None = None
-        self._tokens: list[api.GenerateEvent] = []
+        self._accepted: bytes | None = None
+        self._prompt_tokens = 0
+        self._prefill: bytes | None = None
+        self._tokens: list[bytes] = []
         self._tokens_of: Counter[int] = Counter()  # by choice
-        self._alternatives = 0
-        self._finished: api.GenerateEvent | None = None
+        self.size_bytes = 0
+        self._finished: bytes | None = None
         self._failure: Failure | None = None
         self._news = asyncio.Condition()
         self._clock = clock
@@ -73,9 +84,13 @@ class Request:
         self._first_s = self._last_s = arrived_s
 
     @property
-    def size_tokens(self) -> int:
-        """What it takes to remember: tokens, and the alternatives reported with them."""
-        return len(self._tokens) + self._alternatives
+    def tokens(self) -> int:
+        return len(self._tokens)
+
+    @property
+    def accepted(self) -> bool:
+        """Its prompt has been read; the engine may know it."""
+        return self._accepted is not None
 
     @property
     def failed(self) -> bool:
@@ -89,15 +104,21 @@ class Request:
         """A reader may not be ahead of the log: it must have mixed up two requests."""
         if resume_from > len(self._tokens):
             raise InvalidRequest(
-                f"resume_from {resume_from}: request {self.request_id!r} has {len(self._tokens)} tokens "
+                f"resume_from {resume_from}: request {shown(self.request_id)} has {len(self._tokens)} tokens "
                 "so far; give the number of tokens received"
             )
 
-    async def follow(self, resume_from: int) -> AsyncIterator[api.GenerateEvent]:
-        """Accepted, then tokens from ``resume_from`` on, then Finished. Raises RequestFailed.
+    async def follow(self, resume_from: int) -> AsyncIterator[bytes]:
+        """Accepted, then tokens from ``resume_from`` on, then Finished, serialised. Raises RequestFailed.
 
         Waits have no deadline of their own: whoever writes the log ends it in bounded time.
         """
+        while self._accepted is None:
+            if self._failure is not None:
+                raise RequestFailed(self._failure)
+            async with self._news:
+                if self._accepted is None and not self.ended:
+                    await self._news.wait()
         yield self._accepted
         index, prefill = resume_from, None
         while True:
@@ -119,8 +140,15 @@ class Request:
                 if index == len(self._tokens) and self._prefill is prefill and not self.ended:
                     await self._news.wait()
 
+    async def accept(self, prompt_tokens: int) -> None:
+        """Its prompt has been read."""
+        self._prompt_tokens = prompt_tokens
+        accepted = api.Accepted(request_id=self.request_id, prompt_tokens=prompt_tokens)
+        self._accepted = api.GenerateEvent(accepted=accepted).SerializeToString()
+        await self._tell()
+
     async def add_prefill(self, progress: api.PrefillProgress) -> None:
-        self._prefill = api.GenerateEvent(prefill=progress)
+        self._prefill = api.GenerateEvent(prefill=progress).SerializeToString()
         await self._tell()
 
     async def add_token(
@@ -143,9 +171,10 @@ class Request:
             logprob=logprob,
             top=top,
         )
-        self._tokens.append(api.GenerateEvent(token=token))
+        event = api.GenerateEvent(token=token).SerializeToString()
+        self._tokens.append(event)
         self._tokens_of[choice] += 1
-        self._alternatives += len(top)
+        self.size_bytes += _EVENT_BYTES + len(event)
         await self._tell()
 
     async def finish(
@@ -157,6 +186,8 @@ class Request:
     ) -> None:
         if self.ended:
             return
+        if self._accepted is None:
+            await self.accept(0)  # It ended before its prompt was read.
         count = len(self._tokens)
         after_first = max(self._tokens_of.values(), default=0) - 1
         tpot_ms = (self._last_s - self._first_s) * 1e3 / after_first if after_first > 0 else 0.0
@@ -172,7 +203,8 @@ class Request:
                 ),
                 shards=shards,
             )
-        )
+        ).SerializeToString()
+        self.size_bytes += _EVENT_BYTES + len(self._finished)
         await self._tell()
 
     async def fail(self, failure: Failure) -> None:

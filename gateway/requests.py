@@ -6,53 +6,81 @@ how readers are reached.
 
 import asyncio
 import contextlib
+import itertools
 import logging
+import secrets
 import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Executor
 
 import grpc
 
-from farshore.errors import InvalidRequest, NotFound, Overloaded
+from farshore import rpc
+from farshore.errors import FarshoreError, InvalidRequest, NotFound, Overloaded, TransportError
 from farshore.gateway.engine import Engine
 from farshore.gateway.limits import Limits
 from farshore.gateway.request import Failure, Request
+from farshore.gateway.shown import shown
 from farshore.gateway.validate import Job
+from farshore.proto import inference_pb2 as api
 
 _logger = logging.getLogger(__name__)
+
+_LEAST_TIMER_S = 0.01
 
 
 class RequestLog:
     """On the event loop only. ``close`` ends every live request."""
 
     def __init__(
-        self, engine: Engine, limits: Limits, *, clock: Callable[[], float] = time.monotonic
+        self,
+        engine: Engine,
+        limits: Limits,
+        *,
+        preparing: Executor,
+        engine_problem: Callable[[], str | None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """``preparing``: threads for prompts, so that a long one doesn't hold up the tokens of others.
+        ``engine_problem``: why a new request can't run at the moment."""
         self._engine = engine
         self._limits = limits
+        self._preparing = preparing
+        self._engine_problem = engine_problem
         self._clock = clock
-        self._preparing = 0
+        # Ids that the cluster acts on are made here: a client's might be another's, or look like one of ours.
+        self._incarnation = secrets.token_hex(4)
+        self._counter = itertools.count(1)
+        self._calls = self._call_bytes = 0
+        self._closing = False
         self._live: dict[str, Request] = {}
         self._pumps: dict[Request, asyncio.Task] = {}
         self._ended: OrderedDict[str, tuple[Request, float]] = OrderedDict()  # with the time of their end
-        self._ended_tokens = 0
+        self._forgetting: asyncio.TimerHandle | None = None
         self._leaving: dict[Request, asyncio.TimerHandle] = {}
         self._chores: set[asyncio.Task] = set()  # the loop itself holds tasks weakly
 
+    @property
+    def ended_bytes(self) -> int:
+        """What ended requests take."""
+        return sum(request.size_bytes for request, _ in self._ended.values())
+
     @contextlib.contextmanager
-    def admission(self) -> Iterator[None]:
-        """Holds one place from before a prompt is tokenized until its request has started."""
-        if len(self._live) + self._preparing >= self._limits.max_live_requests:
-            raise Overloaded(
-                f"{self._limits.max_live_requests} requests are running, the most this gateway takes: "
-                f"try again in {self._limits.retry_after_ms} ms"
-            )
-        self._preparing += 1
+    def call(self, size_bytes: int) -> Iterator[None]:
+        """Counts an open Generate call and its message, whatever it asks for. Raises Overloaded."""
+        if self._calls >= self._limits.max_readers:
+            raise self._overloaded(f"{self._calls} calls are open, the most this gateway takes")
+        if self._calls and self._call_bytes + size_bytes > self._limits.open_bytes:
+            raise self._overloaded(f"open calls hold {self._call_bytes} bytes of prompts")
+        self._calls += 1
+        self._call_bytes += size_bytes
         try:
             yield
         finally:
-            self._preparing -= 1
+            self._calls -= 1
+            self._call_bytes -= size_bytes
 
     def find(self, request_id: str) -> Request | None:
         self._forget_old()
@@ -72,41 +100,75 @@ class RequestLog:
         """
         request = self.find(request_id) if request_id else None
         if request is not None and fingerprint is not None:
-            if request.failed and not resume_from:
+            if request.failed and not resume_from and request_id in self._ended:
                 # Asked for again from the start: a retry, which must not get the old failure again.
-                self._forget(request_id)
+                del self._ended[request_id]
                 request = None
             elif request.fingerprint != fingerprint:
                 raise InvalidRequest(
-                    f"request_id {request_id!r} belongs to a request with another prompt or other sampling: "
-                    "choose a new id"
+                    f"request_id {shown(request_id)} belongs to a request with another prompt or other "
+                    "sampling: choose a new id"
                 )
         if request is None and request_id and (resume_from or fingerprint is None):
             raise NotFound(
-                f"request {request_id!r} is unknown or was forgotten: "
+                f"request {shown(request_id)} is unknown or was forgotten: "
                 "send its prompt again with resume_from 0"
             )
         if request is not None:
             request.check_resume(resume_from)
         return request
 
-    def start(self, request_id: str, job: Job, *, fingerprint: bytes, arrived_s: float) -> Request:
-        """Call inside ``admission``. An empty id: one is made, and the request ends with its reader."""
+    def start(
+        self,
+        request_id: str,
+        prepare: Callable[[str], Job],
+        *,
+        fingerprint: bytes,
+        choices: int,
+        values: int,
+        arrived_s: float,
+    ) -> Request:
+        """A new request, known from here on, before its prompt is read. Its id must be free.
+
+        Raises Overloaded, and TransportError if the engine or this gateway can't take it. ``prepare`` gets
+        the sequence id, in a thread. An empty ``request_id``: one is made, and the request ends with its
+        reader.
+        """
+        self._check_room(values)
         request = Request(
             request_id or uuid.uuid4().hex,
+            sequence_id=f"{self._incarnation}-{next(self._counter)}",
             fingerprint=fingerprint,
-            prompt_tokens=len(job.prompt),
+            choices=choices,
+            values=values,
             outlives_readers=bool(request_id),
             arrived_s=arrived_s,
             clock=self._clock,
         )
         self._live[request.request_id] = request
-        self._pumps[request] = self._spawn(self._run(request, job))
+        self._pumps[request] = self._spawn(self._run(request, prepare))
         return request
+
+    def _check_room(self, values: int) -> None:
+        if self._closing:
+            raise TransportError("this gateway is shutting down: send the request again later, or to another")
+        problem = self._engine_problem()
+        if problem is not None:
+            raise TransportError(f"{problem}; try again in {self._limits.retry_after_ms} ms")
+        if len(self._live) >= self._limits.max_live_requests:
+            raise self._overloaded(f"{len(self._live)} requests are running, the most this gateway takes")
+        asked = sum(request.values for request in self._live.values())
+        if self._live and asked + values > self._limits.live_values:
+            raise self._overloaded(f"running requests may give {asked} tokens and alternatives")
+
+    def _overloaded(self, why: str) -> Overloaded:
+        return Overloaded(f"{why}: try again in {self._limits.retry_after_ms} ms")
 
     @contextlib.contextmanager
     def reading(self, request: Request) -> Iterator[None]:
-        """Counts a reader. When the last one leaves a live request, its end is near."""
+        """Counts a reader. When the last one leaves a live request, its end is near. Raises Overloaded."""
+        if request.readers >= self._limits.readers_per_request:
+            raise self._overloaded(f"the request has {request.readers} readers, the most it may have")
         request.readers += 1
         timer = self._leaving.pop(request, None)
         if timer is not None:
@@ -122,11 +184,25 @@ class RequestLog:
         """Returns when the request has ended. Raises NotFound."""
         request = self.find(request_id)
         if request is None:
-            raise NotFound(f"request {request_id!r} is unknown or was forgotten")
+            raise NotFound(f"request {shown(request_id)} is unknown or was forgotten")
         await self._end(request)
 
     async def close(self) -> None:
-        for timer in self._leaving.values():
+        """Takes no new request, lets live ones run for ``drain_s``, and fails the rest."""
+        self._closing = True
+        if self._pumps:
+            await asyncio.wait(self._pumps.values(), timeout=self._limits.drain_s)
+        for request in list(self._live.values()):
+            await request.fail(
+                Failure(
+                    grpc.StatusCode.UNAVAILABLE,
+                    f"the gateway shut down when {request.tokens} tokens of the answer had come: send the "
+                    "prompt again, with resume_from 0, to a gateway that serves (request_id may stay; with "
+                    "the same seed the answer begins with the same tokens)",
+                )
+            )
+        timers = [*self._leaving.values(), *([self._forgetting] if self._forgetting else ())]
+        for timer in timers:
             timer.cancel()
         self._leaving.clear()
         for task in self._chores:
@@ -134,20 +210,38 @@ class RequestLog:
         if self._chores:
             await asyncio.wait(self._chores, timeout=self._limits.shutdown_s)
 
-    async def _run(self, request: Request, job: Job) -> None:
+    async def _run(self, request: Request, prepare: Callable[[str], Job]) -> None:
+        refused = False
         try:
+            job = await asyncio.get_running_loop().run_in_executor(
+                self._preparing, prepare, request.sequence_id
+            )
+            del prepare  # It holds the prompt.
+            await request.accept(job.prompt_tokens)
             await self._engine.pump(request, job)
+        except asyncio.CancelledError:
+            if request.cancelling:
+                ends = [api.Completion(reason=api.FINISH_REASON_CANCELLED)] * request.choices
+                await request.finish(ends)
+            raise
+        except FarshoreError as error:
+            refused = True
+            await request.fail(Failure(*rpc.status_of(error)))
         except Exception:
-            _logger.exception("request %s broke the gateway", request.request_id)
-            await request.fail(Failure(grpc.StatusCode.INTERNAL, "the gateway failed; see its log"))
+            _logger.exception("sequence %s broke the gateway", request.sequence_id)
         finally:
-            self._pumps.pop(request, None)
-            timer = self._leaving.pop(request, None)
-            if timer is not None:
-                timer.cancel()
-            del self._live[request.request_id]
+            await request.fail(Failure(grpc.StatusCode.INTERNAL, "the gateway failed; see its log"))
+            self._put_away(request, refused=refused)
+
+    def _put_away(self, request: Request, *, refused: bool) -> None:
+        """A refused request was none: its readers have the reason, and its id is free."""
+        del self._pumps[request]
+        timer = self._leaving.pop(request, None)
+        if timer is not None:
+            timer.cancel()
+        del self._live[request.request_id]
+        if not refused and not self._closing:
             self._ended[request.request_id] = (request, self._clock())
-            self._ended_tokens += request.size_tokens
             self._forget_old()
 
     def _abandoned(self, request: Request) -> None:
@@ -165,25 +259,40 @@ class RequestLog:
         if pump is None:
             return
         request.cancelling = True
-        await self._engine.cancel(request.request_id)
-        await asyncio.wait([pump], timeout=self._limits.cancel_s)
+        if request.accepted:
+            await self._ask_to_end(request, pump)
         if not pump.done():
             pump.cancel()
             await asyncio.wait([pump], timeout=self._limits.cancel_s)
 
-    def _forget_old(self) -> None:
-        """Entries stand in the order of their last use; ages are close enough to it."""
-        expired_s = self._clock() - self._limits.replay_s
-        for request_id in [key for key, (_, ended_s) in self._ended.items() if ended_s <= expired_s]:
-            self._forget(request_id)
-        while len(self._ended) > self._limits.replay_requests or (
-            self._ended_tokens > self._limits.replay_tokens and self._ended
-        ):
-            self._forget(next(iter(self._ended)))
+    async def _ask_to_end(self, request: Request, pump: asyncio.Task) -> None:
+        """More than once: the engine ignores ids that it doesn't know, and may not have read this one yet."""
+        loop = asyncio.get_running_loop()
+        deadline_s, patience_s = loop.time() + self._limits.cancel_s, self._limits.cancel_again_s
+        while not pump.done() and (left_s := deadline_s - loop.time()) > 0:
+            await self._engine.cancel(request.sequence_id, deadline_s=left_s)
+            await asyncio.wait([pump], timeout=min(patience_s, left_s))
+            patience_s *= 2
 
-    def _forget(self, request_id: str) -> None:
-        request, _ = self._ended.pop(request_id)
-        self._ended_tokens -= request.size_tokens
+    def _forget_old(self) -> None:
+        """Runs with every use, and when the next entry is due. Entries stand in the order of their last use;
+        ages are close enough to it."""
+        if self._forgetting is not None:
+            self._forgetting.cancel()
+            self._forgetting = None
+        now_s = self._clock()
+        for request_id, (_, ended_s) in list(self._ended.items()):
+            if ended_s <= now_s - self._limits.replay_s:
+                del self._ended[request_id]
+        size_bytes = self.ended_bytes
+        while len(self._ended) > self._limits.replay_requests or size_bytes > self._limits.replay_bytes:
+            _, (request, _) = self._ended.popitem(last=False)
+            size_bytes -= request.size_bytes
+        if self._ended:
+            due_s = min(ended_s for _, ended_s in self._ended.values()) + self._limits.replay_s
+            self._forgetting = asyncio.get_running_loop().call_later(
+                max(due_s - now_s, _LEAST_TIMER_S), self._forget_old
+            )
 
     def _spawn(self, work: Coroutine) -> asyncio.Task:
         task = asyncio.get_running_loop().create_task(work)

@@ -17,10 +17,11 @@ _RANGES = {
     "presence_penalty": _UP_TO_2,
     "frequency_penalty": _UP_TO_2,
 }
-_RANGES_ABOVE_0 = {
-    "top_p": (1.0, "a number above 0, up to 1"),
-    "repetition_penalty": (10.0, "a number above 0, up to 10; 1 is none"),
-}
+# As transformers and vLLM have it any number above 0 would do; far from 1 logits leave what a float32 holds.
+_REPETITION = (0.01, 100.0)
+# Below it logits divided by it may leave it, too.
+_LEAST_TEMPERATURE = 1e-6
+_ROUNDED = 1e-6  # 0.01 arrives as a float32 slightly below it
 _MOST_BIAS = 100.0
 
 
@@ -32,14 +33,23 @@ def check(sampling: api.Sampling, *, vocab: int, limits: Limits) -> None:
         value = getattr(sampling, name)
         if not low <= value <= high:
             raise InvalidRequest(f"{name} {value:g}: use {fix}")
-    for name, (high, fix) in _RANGES_ABOVE_0.items():
-        value = getattr(sampling, name)
-        if sampling.HasField(name) and not 0 < value <= high:
-            raise InvalidRequest(f"{name} {value:g}: use {fix}")
-    if sampling.logprobs > limits.logprobs:
+    if 0 < sampling.temperature < _LEAST_TEMPERATURE * (1 - _ROUNDED):
         raise InvalidRequest(
-            f"logprobs {sampling.logprobs}: ask for at most {limits.logprobs} alternatives a token"
+            f"temperature {sampling.temperature:g}: use 0 (greedy), or {_LEAST_TEMPERATURE:g} to 2"
         )
+    if sampling.HasField("top_p") and not 0 < sampling.top_p <= 1:
+        raise InvalidRequest(f"top_p {sampling.top_p:g}: use a number above 0, up to 1")
+    low, high = _REPETITION
+    if sampling.HasField("repetition_penalty") and not (
+        low * (1 - _ROUNDED) <= sampling.repetition_penalty <= high
+    ):
+        raise InvalidRequest(
+            f"repetition_penalty {sampling.repetition_penalty:g}: use a number from {low:g} to {high:g}; "
+            "1 is none"
+        )
+    most = min(limits.logprobs, vocab)
+    if sampling.logprobs > most:
+        raise InvalidRequest(f"logprobs {sampling.logprobs}: ask for at most {most} alternatives a token")
     _check_choices(sampling, limits)
     _check_bias(sampling, vocab, limits)
     _check_stops(sampling, vocab, limits)

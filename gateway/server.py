@@ -3,7 +3,9 @@
 Called by ``__main__``, and by tests in their own process. Must not know about processes and signals.
 """
 
+import asyncio
 import errno
+import functools
 import socket
 import time
 from collections.abc import Callable
@@ -16,11 +18,12 @@ from grpc_reflection.v1alpha import reflection
 from farshore import rpc
 from farshore.errors import InvalidRequest, PortInUse
 from farshore.gateway.engine import Engine
+from farshore.gateway.engine_health import EngineHealth
 from farshore.gateway.limits import Limits
 from farshore.gateway.requests import RequestLog
 from farshore.gateway.served import Served
 from farshore.gateway.service import InferenceService
-from farshore.proto import cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
+from farshore.proto import cluster_pb2_grpc, inference_pb2
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 
@@ -36,6 +39,7 @@ class Gateway:
         health_state: health.aio.HealthServicer,
         log: RequestLog,
         engine: Engine,
+        probing: asyncio.Task,
         controller: grpc.aio.Channel,
         tokenizing: ThreadPoolExecutor,
         limits: Limits,
@@ -45,16 +49,19 @@ class Gateway:
         self._health = health_state
         self._log = log
         self._engine = engine
+        self._probing = probing
         self._controller = controller
         self._tokenizing = tokenizing
         self._limits = limits
 
     async def stop(self) -> None:
-        """Ends live requests. Once."""
+        """Says that it leaves, lets live requests run on for a moment, and fails the rest. Once."""
         await self._health.enter_graceful_shutdown()
         # The log first: its readers then end with their last event, and the server has nothing to wait for.
         await self._log.close()
         await self._server.stop(self._limits.shutdown_s)
+        self._probing.cancel()
+        await asyncio.wait([self._probing])
         await self._engine.close()
         await self._controller.close()
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
@@ -72,31 +79,41 @@ async def create(
     """Start a gateway on the running event loop. ``listen``: HOST:PORT, port 0 for any.
 
     Raises PortInUse or InvalidRequest if ``listen`` can't be listened on. Needs neither the engine nor the
-    controller to be there yet.
+    controller to be there yet; its health follows the engine's.
     """
     limits = limits or Limits()
     host, _ = split_address(listen)
-    server = grpc.aio.server(options=rpc.OPTIONS)
+    server = grpc.aio.server(
+        options=_options(limits.message_bytes_for(served.config.max_positions)),
+        maximum_concurrent_rpcs=limits.max_readers + limits.other_calls,
+    )
     port = _bind(server, listen)
     engine_client = Engine(engine, served=served, limits=limits)
-    log = RequestLog(engine_client, limits, clock=clock)
-    controller_channel = grpc.aio.insecure_channel(controller, options=rpc.OPTIONS)
+    health_state = health.aio.HealthServicer()
+    engine_health = EngineHealth(
+        engine_client.channel, engine, limits=limits, changed=functools.partial(_tell, health_state)
+    )
     tokenizing = ThreadPoolExecutor(limits.tokenizer_threads, thread_name_prefix="tokenizing")
+    log = RequestLog(
+        engine_client,
+        limits,
+        preparing=tokenizing,
+        engine_problem=lambda: engine_health.problem,
+        clock=clock,
+    )
+    controller_channel = grpc.aio.insecure_channel(controller, options=rpc.OPTIONS)
     service = InferenceService(
         served=served,
         log=log,
         controller=cluster_pb2_grpc.ControllerStub(controller_channel),
         controller_address=controller,
-        tokenizing=tokenizing,
         limits=limits,
         clock=clock,
     )
-    inference_pb2_grpc.add_InferenceServicer_to_server(service, server)
-    health_state = health.aio.HealthServicer()
+    server.add_generic_rpc_handlers((service.handler(),))
     health_pb2_grpc.add_HealthServicer_to_server(health_state, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    for name in ("", SERVICE):
-        await health_state.set(name, health_pb2.HealthCheckResponse.SERVING)
+    await engine_health.probe()
     await server.start()
     return Gateway(
         address=f"{host}:{port}",
@@ -104,10 +121,23 @@ async def create(
         health_state=health_state,
         log=log,
         engine=engine_client,
+        probing=asyncio.create_task(engine_health.watch()),
         controller=controller_channel,
         tokenizing=tokenizing,
         limits=limits,
     )
+
+
+async def _tell(health_state: health.aio.HealthServicer, serving: bool) -> None:
+    reply = health_pb2.HealthCheckResponse
+    for name in ("", SERVICE):
+        await health_state.set(name, reply.SERVING if serving else reply.NOT_SERVING)
+
+
+def _options(message_bytes: int) -> list[tuple[str, int]]:
+    """Those of every channel, but for the size of what clients may send."""
+    own = {"grpc.max_receive_message_length": message_bytes}
+    return list((dict(rpc.OPTIONS) | own).items())
 
 
 def split_address(address: str) -> tuple[str, int]:

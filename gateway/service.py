@@ -5,24 +5,34 @@ Must not know how a request is run. Never logs a prompt.
 """
 
 import asyncio
+import contextlib
+import functools
+import logging
 import time
-from collections.abc import Callable
-from concurrent.futures import Executor
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError, Message
 
 from farshore import rpc
-from farshore.errors import FarshoreError, Overloaded
-from farshore.gateway import validate
+from farshore.errors import DeadlineExceeded, FarshoreError, InvalidRequest, Overloaded
+from farshore.gateway import received, validate
 from farshore.gateway.limits import Limits
 from farshore.gateway.request import Request, RequestFailed
 from farshore.gateway.requests import RequestLog
 from farshore.gateway.served import Served
-from farshore.proto import cluster_pb2, cluster_pb2_grpc, inference_pb2_grpc
+from farshore.gateway.shown import shortened
+from farshore.proto import cluster_pb2, cluster_pb2_grpc
 from farshore.proto import inference_pb2 as api
 
+_SERVICE = api.DESCRIPTOR.services_by_name["Inference"]
+_logger = logging.getLogger(__name__)
 
-class InferenceService(inference_pb2_grpc.InferenceServicer):
+
+class InferenceService:
+    """Handlers get and give bytes: ``Generate`` looks at them before it parses them, and writes a log's."""
+
     def __init__(
         self,
         *,
@@ -30,43 +40,45 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         log: RequestLog,
         controller: cluster_pb2_grpc.ControllerStub,
         controller_address: str,
-        tokenizing: Executor,
         limits: Limits,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``tokenizing``: threads for prompts, so that a long one doesn't hold up everybody's tokens."""
         self._served = served
         self._log = log
         self._controller = controller
         self._controller_address = controller_address
-        self._tokenizing = tokenizing
         self._limits = limits
         self._clock = clock
 
+    def handler(self) -> grpc.GenericRpcHandler:
+        """To be added to a server."""
+        handlers = {}
+        for method in _SERVICE.methods:
+            kind = (
+                grpc.unary_stream_rpc_method_handler
+                if method.server_streaming
+                else grpc.unary_unary_rpc_method_handler
+            )
+            handlers[method.name] = kind(functools.partial(self._guarded, getattr(self, method.name)))
+        return grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers)
+
     # Writes instead of yielding: a client that leaves is then always noticed here, inside `reading`.
-    async def Generate(self, request: api.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
-        try:
-            entry = await self._open(request, self._clock())
-            with self._log.reading(entry):
-                async for event in entry.follow(request.resume_from):
-                    await context.write(event)
-        except FarshoreError as error:
-            await self._abort(context, error)
-        except RequestFailed as error:
-            await context.abort(error.failure.code, error.failure.message, error.failure.trailing)
+    async def Generate(self, raw: bytes, context: grpc.aio.ServicerContext) -> None:
+        arrived_s = self._clock()
+        with self._log.call(len(raw)):
+            request, resume_from = self._open(raw, arrived_s)
+            with self._log.reading(request):
+                async with contextlib.aclosing(request.follow(resume_from)) as events:
+                    async for event in events:
+                        await self._write(event, context)
 
-    async def Cancel(self, request: api.CancelRequest, context: grpc.aio.ServicerContext) -> api.CancelReply:
-        try:
-            await self._log.cancel(request.request_id)
-        except FarshoreError as error:
-            await self._abort(context, error)
-        return api.CancelReply()
+    async def Cancel(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        await self._log.cancel(_parsed(api.CancelRequest, raw).request_id)
+        return api.CancelReply().SerializeToString()
 
-    async def ClusterStatus(
-        self, request: api.ClusterStatusRequest, context: grpc.aio.ServicerContext
-    ) -> api.ClusterStatusReply:
+    async def ClusterStatus(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
         try:
-            return await self._controller.Status(
+            reply = await self._controller.Status(
                 cluster_pb2.StatusRequest(), timeout=self._limits.controller_s
             )
         except grpc.aio.AioRpcError as error:
@@ -75,29 +87,71 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 f"the controller at {self._controller_address} does not answer ({error.code().name}): "
                 "status is unknown, generation goes on",
             )
+        return reply.SerializeToString()
 
-    async def _open(self, request: api.GenerateRequest, arrived_s: float) -> Request:
-        """The request to read: found, or checked, tokenized and started. No await after it is found."""
+    def _open(self, raw: bytes, arrived_s: float) -> tuple[Request, int]:
+        """The request to read, found or started, and from which token on. Without an await: of two calls with
+        the same id one starts it, and a Cancel that comes behind finds it."""
+        positions = self._served.config.max_positions
+        request, fingerprint, _ = received.parse(raw, max_positions=positions, limits=self._limits)
         validate.check_request_id(request, self._limits)
-        fingerprint = validate.fingerprint(request)
         asked = fingerprint if validate.has_prompt(request) else None
         entry = self._log.find_same(request.request_id, asked, request.resume_from)
-        if entry is not None:
-            return entry
-        validate.check_cheap(request, self._served, self._limits)
-        with self._log.admission():
-            job = await asyncio.get_running_loop().run_in_executor(
-                self._tokenizing, validate.prepare, request, self._served, self._limits
+        if entry is None:
+            validate.check_cheap(request, self._served, self._limits)
+            entry = self._log.start(
+                request.request_id,
+                functools.partial(self._prepare, request),
+                fingerprint=fingerprint,
+                choices=request.sampling.n or 1,
+                values=validate.values(request.sampling, self._limits),
+                arrived_s=arrived_s,
             )
-            # The same request may have come twice and been started by the other meanwhile.
-            entry = self._log.find_same(request.request_id, asked, request.resume_from)
-            if entry is not None:
-                return entry
-            return self._log.start(request.request_id, job, fingerprint=fingerprint, arrived_s=arrived_s)
+        return entry, request.resume_from
+
+    def _prepare(self, request: api.GenerateRequest, sequence_id: str) -> validate.Job:
+        return validate.prepare(request, self._served, self._limits, sequence_id=sequence_id)
+
+    async def _write(self, event: bytes, context: grpc.aio.ServicerContext) -> None:
+        """Waits as long as the reader's window is full, but not for ever."""
+        try:
+            async with asyncio.timeout(self._limits.reader_stall_s):
+                await context.write(event)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"nothing was read for {self._limits.reader_stall_s:g} s: go on with the request_id and "
+                "resume_from = tokens received"
+            ) from None
+
+    async def _guarded(
+        self,
+        method: Callable[[bytes, grpc.aio.ServicerContext], Awaitable[Any]],
+        raw: bytes,
+        context: grpc.aio.ServicerContext,
+    ) -> Any:
+        """The one place where errors become statuses."""
+        try:
+            return await method(raw, context)
+        except FarshoreError as error:
+            await self._abort(context, error)
+        except RequestFailed as error:
+            await context.abort(error.failure.code, error.failure.message, error.failure.trailing)
+        except grpc.aio.AbortError:
+            raise
+        except Exception:
+            _logger.exception("a call broke the gateway")
+            await context.abort(grpc.StatusCode.INTERNAL, "the gateway failed; see its log")
 
     async def _abort(self, context: grpc.aio.ServicerContext, error: FarshoreError) -> None:
         code, message, trailing = rpc.status_of(error)
         if isinstance(error, Overloaded):
             # gRPC's own retry hint: clients with a retry policy wait this long.
             trailing += (("grpc-retry-pushback-ms", str(self._limits.retry_after_ms)),)
-        await context.abort(code, message, trailing)
+        await context.abort(code, shortened(message), trailing)
+
+
+def _parsed(kind: type[Message], raw: bytes) -> Any:
+    try:
+        return kind.FromString(raw)
+    except DecodeError as error:
+        raise InvalidRequest(f"the call's bytes are no {kind.DESCRIPTOR.name}") from error

@@ -4,57 +4,52 @@ Called by ``service`` for every new request. Everything is checked here, before 
 the size of the pool is the engine's to judge. Must not know about gRPC calls, and must never log a prompt.
 """
 
-import hashlib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from farshore.errors import InvalidRequest, ModelError
 from farshore.gateway import sampling as sampling_limits
 from farshore.gateway.limits import Limits
 from farshore.gateway.served import Served
+from farshore.gateway.shown import shown
+from farshore.proto import cluster_pb2 as cluster
 from farshore.proto import inference_pb2 as api
+
+_CHUNK = 1 << 14
+"""Ids handled in one call: other threads get the interpreter's lock between two of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A checked request. ``stop_token_ids``: the client's, and the model's own unless it wants to go on."""
+    """A checked request.
 
-    prompt: tuple[int, ...]
-    max_tokens: int
+    ``stop_token_ids``: the client's, and the model's own unless it wants to go on. ``message``: all that the
+    engine is told, as the bytes of a SequenceRequest. A list of the prompt's ids would take ten times their
+    memory, and the event loop long to write.
+    """
+
+    prompt_tokens: int
     n: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    logit_bias: Mapping[int, float]
-    logprobs: int | None
-    seed: int
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
-    cache_salt: str
+    message: bytes
 
 
 def has_prompt(request: api.GenerateRequest) -> bool:
     return request.WhichOneof("prompt") is not None
 
 
-def fingerprint(request: api.GenerateRequest) -> bytes:
-    """Equal for requests that ask for the same thing: same prompt as written, same sampling."""
-    asked = api.GenerateRequest()
-    asked.CopyFrom(request)
-    for reader_field in ("model", "request_id", "resume_from"):
-        asked.ClearField(reader_field)
-    return hashlib.sha256(asked.SerializeToString(deterministic=True)).digest()
-
-
 def check_cheap(request: api.GenerateRequest, served: Served, limits: Limits) -> None:
     """All that can be refused without tokenizing. Raises InvalidRequest."""
     _check_model(request.model, served)
     sampling_limits.check(request.sampling, vocab=served.config.vocab, limits=limits)
+    most = limits.request_values_for(served.config.max_positions)
+    if (asked := values(request.sampling, limits)) > most:
+        raise InvalidRequest(
+            f"n * max_tokens * (1 + logprobs) is {asked}: a request may ask for at most {most} tokens and "
+            "alternatives together; lower one of the three"
+        )
     _check_salt(request.cache_salt, limits)
     _check_prompt(request, served, limits)
 
@@ -68,38 +63,51 @@ def check_request_id(request: api.GenerateRequest, limits: Limits) -> None:
         raise InvalidRequest("resume_from needs the request_id of the request to go on with")
 
 
-def prepare(request: api.GenerateRequest, served: Served, limits: Limits) -> Job:
-    """Tokenize and check lengths: slow for long prompts, so callers run it in a thread."""
-    prompt = _token_ids(request, served)
-    if not prompt:
-        raise InvalidRequest("the prompt is empty: send at least one token")
+def values(sampling: api.Sampling, limits: Limits) -> int:
+    """Tokens and alternatives that a request may have to be remembered for."""
+    max_tokens = sampling.max_tokens if sampling.HasField("max_tokens") else limits.default_max_tokens
+    return (sampling.n or 1) * max_tokens * (1 + sampling.logprobs)
+
+
+def prepare(request: api.GenerateRequest, served: Served, limits: Limits, *, sequence_id: str) -> Job:
+    """Tokenize and check lengths. Slow for long prompts, so callers run it in a thread; no call in it keeps
+    the interpreter's lock for long."""
     asked = request.sampling
+    message = cluster.SequenceRequest(sequence_id=sequence_id)
+    _add_prompt(message, request, served, limits)
+    if not message.prompt:
+        raise InvalidRequest("the prompt is empty: send at least one token")
+    count = len(message.prompt)
+    # The value of an unset field is 0: the default of all but these.
+    message.max_tokens = _max_tokens(count, asked, served.config.max_positions, limits)
+    message.n = asked.n or 1
+    message.temperature = asked.temperature
+    message.top_k = asked.top_k
+    message.top_p = asked.top_p if asked.HasField("top_p") else 1.0
+    message.min_p = asked.min_p
+    message.repetition_penalty = asked.repetition_penalty if asked.HasField("repetition_penalty") else 1.0
+    message.presence_penalty = asked.presence_penalty
+    message.frequency_penalty = asked.frequency_penalty
+    message.logit_bias.update(asked.logit_bias)
+    if asked.HasField("logprobs"):
+        message.logprobs = asked.logprobs
+    message.seed = asked.seed if asked.HasField("seed") else secrets.randbits(64)
     own_stops = () if asked.ignore_eos else served.stop_ids
+    message.stop_token_ids.extend(dict.fromkeys((*own_stops, *asked.stop_token_ids)))
+    message.cache_salt = request.cache_salt
     return Job(
-        prompt=tuple(prompt),
-        max_tokens=_max_tokens(len(prompt), asked, served.config.max_positions, limits),
-        # Of an unset field the value is 0: the default of all but these.
-        n=asked.n or 1,
-        temperature=asked.temperature,
-        top_k=asked.top_k,
-        top_p=asked.top_p if asked.HasField("top_p") else 1.0,
-        min_p=asked.min_p,
-        repetition_penalty=asked.repetition_penalty if asked.HasField("repetition_penalty") else 1.0,
-        presence_penalty=asked.presence_penalty,
-        frequency_penalty=asked.frequency_penalty,
-        logit_bias=dict(asked.logit_bias),
-        logprobs=asked.logprobs if asked.HasField("logprobs") else None,
-        seed=asked.seed if asked.HasField("seed") else secrets.randbits(64),
+        prompt_tokens=count,
+        n=message.n,
         stop=tuple(asked.stop),
-        stop_token_ids=tuple(dict.fromkeys((*own_stops, *asked.stop_token_ids))),
-        cache_salt=request.cache_salt,
+        stop_token_ids=tuple(message.stop_token_ids),
+        message=message.SerializeToString(),
     )
 
 
 def _check_model(name: str, served: Served) -> None:
     if name and name not in (served.name, served.alias):
         raise ModelError(
-            f"unknown model {name!r}: this gateway serves {served.name!r}; leave model empty for it"
+            f"unknown model {shown(name)}: this gateway serves {served.name!r}; leave model empty for it"
         )
 
 
@@ -113,15 +121,17 @@ def _check_salt(salt: str, limits: Limits) -> None:
 def _check_prompt(request: api.GenerateRequest, served: Served, limits: Limits) -> None:
     kind = request.WhichOneof("prompt")
     if kind == "tokens":
-        _check_token_ids(request.tokens.ids, served)
-        return
-    if kind == "chat":
-        _check_chat(request.chat)
-        chars = sum(len(message.content) for message in request.chat.messages)
+        if not request.tokens.ids:
+            raise InvalidRequest("the prompt is empty: send at least one token id")
+    elif kind == "chat":
+        _check_chars(_chat_chars(request.chat, limits), served, limits)
+    elif not request.text:
+        raise InvalidRequest("the prompt is empty: give chat messages, text or token ids")
     else:
-        chars = len(request.text)
-        if not chars:
-            raise InvalidRequest("the prompt is empty: give chat messages, text or token ids")
+        _check_chars(len(request.text), served, limits)
+
+
+def _check_chars(chars: int, served: Served, limits: Limits) -> None:
     most = served.config.max_positions * limits.chars_per_position
     if chars > most:
         raise InvalidRequest(
@@ -130,34 +140,53 @@ def _check_prompt(request: api.GenerateRequest, served: Served, limits: Limits) 
         )
 
 
-def _check_chat(chat: api.Chat) -> None:
-    if not any(message.content for message in chat.messages):
-        raise InvalidRequest("the prompt is empty: give at least one message with content")
+def _chat_chars(chat: api.Chat, limits: Limits) -> int:
+    chars, empty = 0, True
     for place, message in enumerate(chat.messages):
-        if not message.role:
+        role, content = message.role, message.content
+        if not role:
             raise InvalidRequest(f"message {place} has no role: use 'system', 'user' or 'assistant'")
+        if len(role) > limits.role_chars:
+            raise InvalidRequest(
+                f"the role of message {place} has {len(role)} characters: use at most {limits.role_chars}"
+            )
+        chars += len(role) + len(content) + limits.message_overhead_chars
+        empty = empty and not content
+    if empty:
+        raise InvalidRequest("the prompt is empty: give at least one message with content")
+    return chars
+
+
+def _add_prompt(
+    message: cluster.SequenceRequest, request: api.GenerateRequest, served: Served, limits: Limits
+) -> None:
+    kind = request.WhichOneof("prompt")
+    if kind == "tokens":
+        _check_token_ids(request.tokens.ids, served)
+        message.prompt.MergeFrom(request.tokens.ids)
+        return
+    if kind == "text":
+        ids = served.tokenizer.encode(request.text)
+    else:
+        text = served.tokenizer.apply_chat(
+            [{"role": said.role, "content": said.content} for said in request.chat.messages]
+        )
+        _check_chars(len(text), served, limits)
+        ids = served.tokenizer.encode(text, add_special_tokens=False)
+    for first in range(0, len(ids), _CHUNK):
+        message.prompt.extend(ids[first : first + _CHUNK])
 
 
 def _check_token_ids(ids: Sequence[int], served: Served) -> None:
-    if not ids:
-        raise InvalidRequest("the prompt is empty: send at least one token id")
     vocab = served.config.vocab
-    if max(ids) >= vocab:
-        place = next(place for place, token in enumerate(ids) if token >= vocab)
-        raise InvalidRequest(
-            f"token id {ids[place]} at index {place} is outside the vocabulary: use 0 to {vocab - 1}"
-        )
-
-
-def _token_ids(request: api.GenerateRequest, served: Served) -> list[int]:
-    kind = request.WhichOneof("prompt")
-    if kind == "tokens":
-        return list(request.tokens.ids)
-    if kind == "text":
-        return served.tokenizer.encode(request.text)
-    return served.tokenizer.encode_chat(
-        [{"role": message.role, "content": message.content} for message in request.chat.messages]
-    )
+    for first in range(0, len(ids), _CHUNK):
+        chunk = ids[first : first + _CHUNK]
+        if max(chunk) >= vocab:
+            place = next(place for place, token in enumerate(chunk) if token >= vocab)
+            raise InvalidRequest(
+                f"token id {chunk[place]} at index {first + place} is outside the vocabulary: "
+                f"use 0 to {vocab - 1}"
+            )
 
 
 def _max_tokens(prompt_tokens: int, sampling: api.Sampling, max_positions: int, limits: Limits) -> int:

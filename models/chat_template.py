@@ -17,6 +17,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from farshore.errors import InvalidRequest, ModelError
 
+_MOST_CHARS = 120
+
 
 class ChatTemplate:
     """A compiled template. Immutable; threads may share it."""
@@ -52,17 +54,12 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **special_tokens,
             )
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            ValueError,
-            KeyError,
-            AttributeError,
-            ArithmeticError,
-        ) as error:
-            # Templates index messages as they please; what those raise is up to the message.
+        except Exception as error:
+            # A template is a program of another's making: what it raises is up to it and to the messages, and
+            # what it says may quote them at any length.
+            why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise InvalidRequest(
-                f"{self._where}: its chat template can't render these messages: {error}"
+                f"{self._where}: its chat template can't render these messages: {_shortened(why)}"
             ) from error
 
 
@@ -74,6 +71,10 @@ class _GenerationBlocks(Extension):
     def parse(self, parser: Parser) -> Node | list[Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MOST_CHARS else text[: _MOST_CHARS - 1] + "…"
 
 
 def _refuse(message: str) -> None:

@@ -105,7 +105,9 @@ class Tokenizer:
         ``add_special_tokens``: also those the model's tokenizer puts around every text. Pass False for the
         result of ``apply_chat``, whose template wrote them already.
         """
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # `encode` keeps the interpreter's lock for all of a long text's seconds; a batch of one releases it.
+        (encoded,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoded.ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids`` without special tokens; bytes that are no character become U+FFFD."""

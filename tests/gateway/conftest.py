@@ -45,3 +45,17 @@ def start(harness, loop_thread, served):
 @pytest.fixture
 def farshore(start):
     return start()
+
+
+@pytest.fixture
+def engines(harness):
+    """``engines(port)`` starts one; all are killed after the test."""
+    started = []
+
+    def start(port=0):
+        started.append(harness.EngineProcess(port))
+        return started[-1]
+
+    yield start
+    for engine in started:
+        engine.kill()

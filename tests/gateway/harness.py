@@ -8,9 +8,13 @@ import asyncio
 import contextlib
 import dataclasses
 import queue
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from farshore import rpc
 from farshore.gateway.limits import Limits
@@ -19,6 +23,7 @@ from farshore.proto import cluster_pb2, cluster_pb2_grpc, inference_pb2_grpc
 from farshore.proto import inference_pb2 as api
 
 WAIT_S = 30
+ENGINE_SERVICE = "farshore.cluster.v1.Engine"
 
 
 class LoopThread:
@@ -121,6 +126,32 @@ class FakeEngine(cluster_pb2_grpc.EngineServicer, cluster_pb2_grpc.ControllerSer
         return self.status
 
 
+class EngineProcess:
+    """engine_process.py, running."""
+
+    def __init__(self, port=0):
+        script = Path(__file__).with_name("engine_process.py")
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", str(script), str(port)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.port = int(self.process.stdout.readline())
+        self.address = f"127.0.0.1:{self.port}"
+
+    def tell(self, word):
+        self.process.stdin.write(f"{word}\n")
+        self.process.stdin.flush()
+        assert self.process.stdout.readline() == "done\n"
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait(30)
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
 @dataclasses.dataclass
 class Harness:
     loop_thread: LoopThread
@@ -142,24 +173,40 @@ class Harness:
         return self.stub.Generate(request, timeout=WAIT_S)
 
 
+class Health(health.aio.HealthServicer):
+    """``answer``: what a Check does instead, if given."""
+
+    answer = None
+
+    async def Check(self, request, context):
+        if self.answer is not None:
+            return await self.answer(request, context)
+        return await super().Check(request, context)
+
+
 @contextlib.contextmanager
-def gateway(loop_thread, served, *, limits=None, controller=None, **options):
+def gateway(loop_thread, served, *, limits=None, controller=None, engine_address=None, **options):
+    """``engine_address``: of another engine than the one in this process."""
+
     async def start():
         engine = FakeEngine(loop_thread.loop)
         server = grpc.aio.server(options=rpc.OPTIONS)
         cluster_pb2_grpc.add_EngineServicer_to_server(engine, server)
         cluster_pb2_grpc.add_ControllerServicer_to_server(engine, server)
+        engine.health = Health()
+        health_pb2_grpc.add_HealthServicer_to_server(engine.health, server)
+        await engine.health.set(ENGINE_SERVICE, health_pb2.HealthCheckResponse.SERVING)
         address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()
         made = await create(
             served,
             listen="127.0.0.1:0",
-            engine=address,
+            engine=engine_address or address,
             controller=controller or address,
-            limits=limits or Limits(),
+            limits=limits or Limits(drain_s=0.1),
             **options,
         )
-        return engine, server, address, made
+        return engine, server, engine_address or address, made
 
     engine, server, address, made = loop_thread.run(start())
     channel = grpc.insecure_channel(made.address, options=rpc.OPTIONS)

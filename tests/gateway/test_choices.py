@@ -94,9 +94,9 @@ def test_zero_alternatives_is_not_none(farshore):
 
 
 def test_alternatives_count_in_what_is_remembered(start, harness):
-    farshore = start(limits=Limits(replay_tokens=5))
-    for name, count in (("a", 3), ("b", 2)):
-        call = farshore.generate(request_id=name, sampling=dict(logprobs=3))
+    farshore = start(limits=Limits(replay_bytes=600))
+    for name, count in (("a", 20), ("b", 2)):
+        call = farshore.generate(request_id=name, sampling=dict(logprobs=20))
         sequence = farshore.engine.next_sequence()
         alternatives = [cluster_pb2.TokenLogprob(token_id=it, logprob=-1.0) for it in range(count)]
         sequence.token(token_id=7, logprob=-1.0, top=alternatives)

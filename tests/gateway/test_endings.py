@@ -86,11 +86,16 @@ def test_engine_that_says_nothing(start, harness):
     assert farshore.engine.next_sequence().ended.wait(30)
 
 
-def test_stopping_the_gateway_ends_live_requests(harness, loop_thread, served):
+def test_stopping_the_gateway_fails_live_requests(harness, loop_thread, served):
+    """It does not look like an end of the answer: it says what came, and how to send it again."""
     with harness.gateway(loop_thread, served) as farshore:
         call = farshore.generate()
         sequence = farshore.engine.next_sequence()
-        next(call)
+        sequence.tokens(10, 11)
+        assert [next(call).WhichOneof("kind") for _ in range(3)] == ["accepted", "token", "token"]
         loop_thread.run(farshore.gateway.stop())
-        assert list(call)[-1].finished.choices[0].reason == api.FINISH_REASON_CANCELLED
+        failure = harness.failure_of(call)
+        assert failure.code() == grpc.StatusCode.UNAVAILABLE
+        assert "2 tokens" in failure.details() and "send the prompt again" in failure.details()
+        assert "request_id" in failure.details() and "resume_from 0" in failure.details()
         assert sequence.ended.wait(30)

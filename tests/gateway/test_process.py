@@ -10,26 +10,30 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from farshore.client import events
+from farshore.client.sdk import Client
+from farshore.errors import TransportError
+
 
 @pytest.fixture
 def spawn():
     """Starts gateway processes; returns (process, the line it printed)."""
     processes = []
 
-    def start(listen="127.0.0.1:0", model="smollm2", late=False):
+    def start(listen="127.0.0.1:0", model="smollm2", late=False, engine="127.0.0.1:1", stdin=subprocess.PIPE):
         arguments = ["--model", model, "--listen", listen]
         arguments += ["--controller", "127.0.0.1:2"]
         # The engine's address may come later, on stdin.
-        arguments += [] if late else ["--engine", "127.0.0.1:1"]
+        arguments += [] if late else ["--engine", engine]
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "farshore.gateway", *arguments],
-            stdin=subprocess.PIPE,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             text=True,
         )
         processes.append(process)
-        if late:
-            process.stdin.write("127.0.0.1:1\n")
+        if late and process.stdin:
+            process.stdin.write(f"{engine}\n")
             process.stdin.flush()
         return process, json.loads(process.stdout.readline())
 
@@ -37,7 +41,8 @@ def spawn():
     for process in processes:
         process.kill()
         process.wait(30)
-        process.stdin.close()
+        if process.stdin:
+            process.stdin.close()
         process.stdout.close()
 
 
@@ -49,18 +54,57 @@ def _is_serving(address):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_leaves_on_a_signal(spawn, number):
-    process, line = spawn()
+def test_leaves_on_a_signal(spawn, engines, number):
+    process, line = spawn(engine=engines().address)
     assert _is_serving(line["address"])
     process.send_signal(number)
     assert process.wait(30) == 0
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_leaves_with_its_parent(spawn, late):
-    process, line = spawn(late=late)
+def test_leaves_with_its_parent(spawn, engines, late):
+    process, line = spawn(late=late, engine=engines().address)
     assert _is_serving(line["address"])
     process.stdin.close()
+    assert process.wait(30) == 0
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_stdin_that_is_closed_from_the_start_is_an_error(spawn, late):
+    process, line = spawn(late=late, stdin=subprocess.DEVNULL)
+    assert process.wait(30) == 1
+    assert line["kind"] == "StartupError"
+    assert "stdin" in line["error"] and "keep it open" in line["error"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_in_the_middle_when_a_signal_comes(spawn, engines, number):
+    """It does not look complete: not in the API, not in the SDK, and the process itself ends well."""
+    process, line = spawn(engine=engines().address)
+    with Client(line["address"]) as client:
+        stream = client.generate("Hello", seed=7)
+        assert [type(next(stream)) for _ in range(2)] == [events.Accepted, events.Token]
+        process.send_signal(number)
+        with pytest.raises(TransportError, match=r"1 tokens of the answer had come: send the prompt again"):
+            list(stream)
+    assert process.wait(30) == 0
+
+
+def test_a_request_that_ends_while_the_gateway_drains(spawn, engines):
+    engine = engines()
+    process, line = spawn(engine=engine.address)
+    with Client(line["address"]) as client, grpc.insecure_channel(line["address"]) as channel:
+        stream = client.generate("Hello")
+        assert [type(next(stream)) for _ in range(2)] == [events.Accepted, events.Token]
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=30)
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        process.send_signal(signal.SIGTERM)
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        with pytest.raises(TransportError, match="shutting down"):
+            list(client.generate("Another"))
+        engine.tell("finish")
+        assert [event.reason for event in stream] == ["stop"]
+        watch.cancel()
     assert process.wait(30) == 0
 
 

@@ -63,7 +63,7 @@ def test_ended_requests_are_forgotten_with_time(start, harness):
     assert "resume_from 0" in failure.details()
 
 
-@pytest.mark.parametrize("limits", [Limits(replay_requests=1), Limits(replay_tokens=3)])
+@pytest.mark.parametrize("limits", [Limits(replay_requests=1), Limits(replay_bytes=400)])
 def test_ended_requests_are_bounded(start, harness, limits):
     farshore = start(limits=limits)
     farshore.engine.auto = (10, 11)

@@ -14,7 +14,7 @@ def test_streams_tokens_as_they_come(farshore, served):
     assert list(sequence.request.prompt) == served.tokenizer.encode("The capital")
     accepted = next(call).accepted
     assert accepted.prompt_tokens == len(sequence.request.prompt)
-    assert accepted.request_id == sequence.request.sequence_id
+    assert accepted.request_id and accepted.request_id != sequence.request.sequence_id
     sequence.prefill(1, 2)
     assert next(call).prefill == api.PrefillProgress(done_tokens=1, total_tokens=2)
     for index, token_id in enumerate(ids):

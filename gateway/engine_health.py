@@ -1,0 +1,76 @@
+"""Whether the engine can take requests: what its own health service says, asked all the time.
+
+Run by ``server``, read by ``requests`` before a request starts. A killed engine is noticed with the next
+probe, a frozen one after a few. Must not know what is done about that.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from farshore.gateway.limits import Limits
+from farshore.gateway.shown import shortened
+from farshore.proto import cluster_pb2
+
+_SERVICE = cluster_pb2.DESCRIPTOR.services_by_name["Engine"].full_name
+
+
+class EngineHealth:
+    """``problem``: why the engine takes no requests, None if it does. On the event loop only."""
+
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        address: str,
+        *,
+        limits: Limits,
+        changed: Callable[[bool], Awaitable[None]],
+    ) -> None:
+        """``changed`` is called with whether the engine serves, at first and whenever that changes."""
+        self._stub = health_pb2_grpc.HealthStub(channel)
+        self._address = address
+        self._limits = limits
+        self._changed = changed
+        self._missed = 0
+        self._known = False
+        self.problem: str | None = f"dense worker {address} has not answered yet"
+
+    async def watch(self) -> None:
+        """Probes until it is cancelled."""
+        while True:
+            await asyncio.sleep(self._limits.probe_s)
+            await self.probe()
+
+    async def probe(self) -> None:
+        problem = await self._ask()
+        changed = not self._known or (problem is None) != (self.problem is None)
+        self._known, self.problem = True, problem
+        if changed:
+            await self._changed(problem is None)
+
+    async def _ask(self) -> str | None:
+        request = health_pb2.HealthCheckRequest(service=_SERVICE)
+        try:
+            reply = await self._stub.Check(request, timeout=self._limits.probe_s)
+        except grpc.aio.AioRpcError as error:
+            return self._without_answer(error)
+        self._missed = 0
+        if reply.status == health_pb2.HealthCheckResponse.SERVING:
+            return None
+        return f"dense worker {self._address} cannot go on: see its log"
+
+    def _without_answer(self, error: grpc.aio.AioRpcError) -> str | None:
+        code = error.code()
+        if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+            self._missed = 0
+            return None  # All its places for calls are taken: it lives.
+        if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+            self._missed += 1
+            if self._missed < self._limits.missed_probes and self._known:
+                return self.problem
+            silent_s = self._missed * self._limits.probe_s
+            return f"dense worker {self._address} has not answered for {silent_s:g} s"
+        self._missed = 0
+        return f"dense worker {self._address} is gone ({code.name}: {shortened(error.details() or '', 200)})"

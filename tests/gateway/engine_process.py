@@ -1,0 +1,57 @@
+"""An engine in a process of its own, for tests that kill or freeze it. Run by path; prints its port.
+
+``python engine_process.py PORT`` (0: any). Answers every sequence with one token and goes on when told to by
+a line on stdin: ``serving`` and ``failed`` set its health, ``finish`` ends the sequences.
+"""
+
+import asyncio
+import sys
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from farshore import rpc
+from farshore.proto import cluster_pb2, cluster_pb2_grpc
+from farshore.proto import inference_pb2 as api
+
+SERVICE = "farshore.cluster.v1.Engine"
+
+
+class Engine(cluster_pb2_grpc.EngineServicer):
+    def __init__(self):
+        self.finish = asyncio.Event()
+
+    async def Generate(self, request, context):
+        await context.write(cluster_pb2.SequenceEvent(token=cluster_pb2.SampledToken(token_id=5)))
+        await self.finish.wait()
+        done = cluster_pb2.SequenceFinished(reason=api.FINISH_REASON_STOP)
+        await context.write(cluster_pb2.SequenceEvent(finished=done))
+
+    async def Cancel(self, request, context):
+        self.finish.set()
+        return cluster_pb2.CancelSequenceReply()
+
+
+async def main(port):
+    engine, checks = Engine(), health.aio.HealthServicer()
+    server = grpc.aio.server(options=rpc.OPTIONS)
+    cluster_pb2_grpc.add_EngineServicer_to_server(engine, server)
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    port = server.add_insecure_port(f"127.0.0.1:{port}")
+    await checks.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+    await server.start()
+    print(port, flush=True)
+    loop = asyncio.get_running_loop()
+    while line := await loop.run_in_executor(None, sys.stdin.readline):
+        match line.strip():
+            case "serving":
+                await checks.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+            case "failed":
+                await checks.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
+            case "finish":
+                engine.finish.set()
+        print("done", flush=True)
+    await server.stop(None)
+
+
+asyncio.run(main(int(sys.argv[1])))

@@ -1,0 +1,102 @@
+"""The gateway's health is its engine's: of a real process that fails, dies, freezes and returns."""
+
+import signal
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from farshore.gateway.limits import Limits
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+SERVICES = ("", "farshore.inference.v1.Inference")
+
+
+@pytest.fixture
+def watched(start, engines):
+    """(gateway, its engine process, a function that waits for a health of both services)"""
+    engine = engines()
+    farshore = start(engine_address=engine.address, limits=Limits(probe_s=0.1, cancel_s=0.5, drain_s=0.1))
+    stub = health_pb2_grpc.HealthStub(farshore.channel)
+
+    def wait_for(status):
+        for service in SERVICES:
+            watch = stub.Watch(health_pb2.HealthCheckRequest(service=service), timeout=60)
+            assert any(reply.status == status for reply in watch)
+            watch.cancel()
+
+    wait_for(SERVING)
+    return farshore, engine, wait_for
+
+
+def _refused(harness, farshore):
+    failure = harness.failure_of(farshore.generate())
+    assert failure.code() == grpc.StatusCode.UNAVAILABLE
+    assert farshore.engine_address in failure.details() and "dense worker" in failure.details()
+    return failure.details()
+
+
+def test_an_engine_that_cannot_go_on(watched, harness):
+    farshore, engine, wait_for = watched
+    engine.tell("failed")
+    wait_for(NOT_SERVING)
+    assert "cannot go on" in _refused(harness, farshore)
+    engine.tell("serving")
+    wait_for(SERVING)
+    engine.tell("finish")
+    assert len(list(farshore.generate())) == 3
+
+
+def test_a_killed_engine_and_its_successor(watched, harness, engines):
+    farshore, engine, wait_for = watched
+    call = farshore.generate(request_id="a")
+    assert next(call).HasField("accepted") and next(call).HasField("token")
+    engine.kill()
+    failure = harness.failure_of(call)
+    assert failure.code() == grpc.StatusCode.UNAVAILABLE and engine.address in failure.details()
+    wait_for(NOT_SERVING)
+    assert "is gone" in _refused(harness, farshore)
+    engines(engine.port).tell("finish")
+    wait_for(SERVING)
+    assert len(list(farshore.generate(request_id="a"))) == 3
+
+
+def test_a_frozen_engine_keeps_what_it_runs(watched, harness):
+    farshore, engine, wait_for = watched
+    call = farshore.generate(request_id="a")
+    assert next(call).HasField("accepted") and next(call).HasField("token")
+    engine.process.send_signal(signal.SIGSTOP)
+    try:
+        wait_for(NOT_SERVING)
+        assert "has not answered for 0.3 s" in _refused(harness, farshore)
+        reader = farshore.generate(None, request_id="a")
+        assert next(reader).HasField("accepted") and next(reader).HasField("token")
+    finally:
+        engine.process.send_signal(signal.SIGCONT)
+    wait_for(SERVING)
+    engine.tell("finish")
+    for each in (call, reader):
+        assert [event.WhichOneof("kind") for event in each] == ["finished"]
+
+
+def test_a_gateway_whose_engine_never_was(start, harness):
+    farshore = start(engine_address="127.0.0.1:1")
+    stub = health_pb2_grpc.HealthStub(farshore.channel)
+    for service in SERVICES:
+        assert stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=30).status == NOT_SERVING
+    _refused(harness, farshore)
+
+
+def test_an_engine_without_places_for_calls_lives(start, harness, loop_thread):
+    """Its server refuses what comes while all its threads are taken, health probes too."""
+    farshore = start(limits=Limits(probe_s=0.01))
+
+    async def refuse(request, context):
+        refused.set()
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "Concurrent RPC limit exceeded!")
+
+    refused = harness.threading.Event()
+    farshore.engine.health.answer = refuse
+    assert refused.wait(30)
+    farshore.engine.auto = ()
+    assert len(list(farshore.generate())) == 2
