@@ -15,7 +15,7 @@
     ├── Cancelled               the caller went away
     ├── DeadlineExceeded        a wait ran out
     ├── TransportError          a peer could not be reached or broke off (retryable: reads lose nothing)
-    │   ├── Late                shards that sent no answer before a frame's deadline: set them aside, ask again
+    │   ├── Late                shards without an answer by a frame's deadline: set them aside, ask again
     │   └── Lost                shards that are gone: connection refused, restarted, or silent for too long
     ├── Internal                a mistake in Farshore or in a peer: the same call fails again
     └── StartupError            the cluster could not be started

@@ -46,7 +46,7 @@ class Layout(_message.Message):
     format: str
     block_tokens: int
     v_in_k: bool
-    def __init__(self, layers: _Optional[int] = ..., groups: _Optional[int] = ..., k_heads_per_group: _Optional[int] = ..., v_heads_per_group: _Optional[int] = ..., k_dim: _Optional[int] = ..., v_dim: _Optional[int] = ..., format: _Optional[str] = ..., block_tokens: _Optional[int] = ..., v_in_k: _Optional[bool] = ...) -> None: ...
+    def __init__(self, layers: _Optional[int] = ..., groups: _Optional[int] = ..., k_heads_per_group: _Optional[int] = ..., v_heads_per_group: _Optional[int] = ..., k_dim: _Optional[int] = ..., v_dim: _Optional[int] = ..., format: _Optional[str] = ..., block_tokens: _Optional[int] = ..., v_in_k: bool = ...) -> None: ...
 
 class SpanKey(_message.Message):
     __slots__ = ("sequence_id", "layer_class", "first", "group0", "group1")
@@ -110,7 +110,7 @@ class BulkWrite(_message.Message):
     write: WriteRequest
     piece_tokens: int
     token_major: bool
-    def __init__(self, write: _Optional[_Union[WriteRequest, _Mapping]] = ..., piece_tokens: _Optional[int] = ..., token_major: _Optional[bool] = ...) -> None: ...
+    def __init__(self, write: _Optional[_Union[WriteRequest, _Mapping]] = ..., piece_tokens: _Optional[int] = ..., token_major: bool = ...) -> None: ...
 
 class PrefixBlock(_message.Message):
     __slots__ = ("hash", "first", "tokens")
@@ -274,7 +274,7 @@ class AttentionSpec(_message.Message):
     soft_cap: float
     window_tokens: int
     v_in_k: bool
-    def __init__(self, q_heads: _Optional[int] = ..., k_heads: _Optional[int] = ..., v_heads: _Optional[int] = ..., k_dim: _Optional[int] = ..., v_dim: _Optional[int] = ..., scale: _Optional[float] = ..., soft_cap: _Optional[float] = ..., window_tokens: _Optional[int] = ..., v_in_k: _Optional[bool] = ...) -> None: ...
+    def __init__(self, q_heads: _Optional[int] = ..., k_heads: _Optional[int] = ..., v_heads: _Optional[int] = ..., k_dim: _Optional[int] = ..., v_dim: _Optional[int] = ..., scale: _Optional[float] = ..., soft_cap: _Optional[float] = ..., window_tokens: _Optional[int] = ..., v_in_k: bool = ...) -> None: ...
 
 class Open(_message.Message):
     __slots__ = ("specs", "layouts", "layer_class", "dtype")
@@ -394,7 +394,7 @@ class ConnectReply(_message.Message):
     unix_name: str
     tcp_port: int
     shares_cores: bool
-    def __init__(self, token: _Optional[bytes] = ..., unix_name: _Optional[str] = ..., tcp_port: _Optional[int] = ..., shares_cores: _Optional[bool] = ...) -> None: ...
+    def __init__(self, token: _Optional[bytes] = ..., unix_name: _Optional[str] = ..., tcp_port: _Optional[int] = ..., shares_cores: bool = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("code", "message")
