@@ -56,6 +56,7 @@ def _listens(address: str) -> bool:
         return False
     except TimeoutError:
         return True
-    except OSError as error:
-        raise TransportError(f"{address} can't be reached: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: no host can have this name
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise TransportError(f"{address} can't be reached: {why}") from error
     return True

@@ -5,6 +5,7 @@ that it has ended inside a process that lives. A worker that is merely silent, b
 away, has not ended: status shows it as unreachable.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,23 +52,14 @@ class Parts:
 
     def add_engine(self, worker: WorkerId, address: str) -> None:
         """Ask this dense worker's engine for its health, too."""
+        self._kinds[worker] = "dense"
         self._engines[worker] = grpc.insecure_channel(address, options=rpc.OPTIONS)
 
     def ended(self) -> list[Ended]:
         """Every worker that has ended so far; takes HEALTH_DEADLINE_S at most."""
         for worker, how in (self._ask_ray() | self._ask_engines()).items():
             self._how.setdefault(worker, how)
-        attention = {worker for worker, kind in self._kinds.items() if kind == "attention"}
-        pool_is_gone = self._pool_is_remote and attention <= self._how.keys()
-        return [
-            Ended(
-                worker=worker,
-                kind=self._kinds[worker],
-                how=how,
-                fatal=self._kinds[worker] == "dense" or pool_is_gone,
-            )
-            for worker, how in self._how.items()
-        ]
+        return judged(self._how, self._kinds, pool_is_remote=self._pool_is_remote)
 
     def close(self) -> None:
         for channel in self._engines.values():
@@ -102,6 +94,18 @@ class Parts:
             for worker, call in asked.items()
             if _is_not_serving(call)
         }
+
+
+def judged(
+    how: Mapping[WorkerId, str], kinds: Mapping[WorkerId, Kind], *, pool_is_remote: bool
+) -> list[Ended]:
+    """The workers in ``how``; fatal is the loss of a dense one, and of the last that holds KV."""
+    attention = {worker for worker, kind in kinds.items() if kind == "attention"}
+    pool_is_gone = pool_is_remote and attention <= how.keys()
+    return [
+        Ended(worker=worker, kind=kinds[worker], how=text, fatal=kinds[worker] == "dense" or pool_is_gone)
+        for worker, text in how.items()
+    ]
 
 
 def _is_not_serving(call: grpc.Future) -> bool:
