@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from farshore.client import events
+from farshore.client.cli_connect import await_gateway
 from farshore.client.cli_options import (
     DEFAULT_SERVER,
     DEMO_MODEL,
     add_cluster_options,
     cluster_config,
     no_gateway,
+    server_address,
 )
 from farshore.client.cli_sampling import add_sampling_options, asked
 from farshore.client.cli_terminal import Progress, stop_signals
 from farshore.client.sdk import Client
-from farshore.errors import FarshoreError, InvalidRequest, TransportError
+from farshore.errors import Cancelled, FarshoreError, InvalidRequest, TransportError
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -47,6 +49,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument(
         "--server",
+        type=server_address,
         metavar="HOST:PORT",
         help=f"the gateway to use; must be running (default: {DEFAULT_SERVER} if it is)",
     )
@@ -106,9 +109,8 @@ def read_prompt(argument: str) -> str:
 def _gateway(args: argparse.Namespace, progress: Progress, take_signals: Callable[[], None]) -> Iterator[str]:
     """The address to ask: a running gateway's, or that of a cluster which ends with this call."""
     address = args.server or DEFAULT_SERVER
-    with Client(address) as probe:
-        serving = probe.is_serving()
-    if serving:
+    if await_gateway(address, progress.step):
+        progress.clear()
         yield address
         return
     if args.server:
@@ -141,10 +143,39 @@ class _Choice:
 def _answer(
     client: Client, args: argparse.Namespace, prompt: str, sampling: dict[str, Any], progress: Progress
 ) -> None:
+    """Raises Cancelled, when everything is printed, if the answer was ended from elsewhere."""
     given = {"prompt": prompt} if args.raw else {"messages": [{"role": "user", "content": prompt}]}
     stream = client.generate(**given, model=args.model or "", cache_salt=args.cache_salt, **sampling)
     choices = [_Choice() for _ in range(args.n or 1)]
     live = len(choices) == 1 and not args.json
+    try:
+        accepted, finished = _follow(stream, choices, live=live, progress=progress)
+    except FarshoreError as error:
+        progress.clear()
+        if live and choices[0].text:
+            _write("\n")
+        if error.retryable and any(choice.tokens for choice in choices):
+            raise TransportError(f"{error}; the answer is incomplete: the same command asks again") from error
+        raise
+    progress.clear()
+    if args.json:
+        told = _summary(accepted, finished, choices, logprobs=args.logprobs is not None)
+        _write(json.dumps(told | {"model": _model_name(client, args)}))
+    elif live:
+        _write(finished.text)
+    else:
+        _write("\n\n".join(f"[{index}] {choice.text}" for index, choice in enumerate(choices)))
+    _write("\n")
+    if any(end.reason == "cancelled" for end in finished.choices):
+        raise Cancelled(
+            "the answer was cancelled at the gateway and is incomplete: the same command asks again"
+        )
+
+
+def _follow(
+    stream: Iterator[events.Event], choices: list[_Choice], *, live: bool, progress: Progress
+) -> tuple[events.Accepted, events.Finished]:
+    """Fill ``choices`` as tokens come; ``live``: print them, too."""
     accepted = finished = None
     for event in stream:
         if isinstance(event, events.Accepted):
@@ -163,17 +194,9 @@ def _answer(
             finished = event
             for choice, end in zip(choices, finished.choices, strict=True):
                 choice.pieces.append(end.text)
-    progress.clear()
     if accepted is None or finished is None:
-        raise TransportError(f"gateway {client.address} ended the answer without finishing it")
-    if args.json:
-        told = _summary(accepted, finished, choices, logprobs=args.logprobs is not None)
-        _write(json.dumps(told | {"model": _model_name(client, args)}))
-    elif live:
-        _write(finished.text)
-    else:
-        _write("\n\n".join(f"[{index}] {choice.text}" for index, choice in enumerate(choices)))
-    _write("\n")
+        raise TransportError("the gateway ended the answer without finishing it")
+    return accepted, finished
 
 
 def _write(text: str) -> None:

@@ -54,6 +54,18 @@ def positive(text: str) -> int:
     return value
 
 
+def server_address(text: str) -> str:
+    """HOST:PORT; an IPv6 host in brackets."""
+    host, _, port = text.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    is_port = port.isascii() and port.isdigit() and 0 < int(port) <= 65535
+    if not bare or not is_port or (":" in bare) != (bare != host):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no address: use HOST:PORT, such as {DEFAULT_SERVER} or [::1]:50051"
+        )
+    return text
+
+
 def no_gateway(address: str) -> TransportError:
     return TransportError(
         f"no gateway answers at {address}: start one with `farshore serve`, or give the right --server"

@@ -10,6 +10,7 @@ from farshore import __version__
 from farshore.client.cli_options import DEMO_MODEL, add_cluster_options, cluster_config
 from farshore.client.cli_terminal import Progress, stop_signals
 from farshore.controller.config import ClusterConfig
+from farshore.errors import PartEnded
 
 _NAMES = ("model", "dense_workers", "host", "port", "ray_address", "dashboard")
 
@@ -18,7 +19,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "serve",
         help="start a cluster on this machine (or on a Ray cluster) and serve a model",
-        description="Start a cluster and serve a model over gRPC until Ctrl-C or SIGTERM.",
+        description="Start a cluster and serve a model over gRPC until Ctrl-C or SIGTERM. When a part "
+        "ends that it can't serve without, the command names it and ends with exit code 1.",
         epilog="example: farshore serve --model smollm2 --attention-workers 4 --kv-memory 512MiB",
     )
     parser.add_argument(
@@ -52,13 +54,14 @@ def run(args: argparse.Namespace) -> int:
     progress = Progress()
     try:
         with stop_signals() as take_signals:
-            _serve(config, progress, take_signals)
+            return _serve(config, progress, take_signals)
     except KeyboardInterrupt:
         progress.clear()
     return 0
 
 
-def _serve(config: ClusterConfig, progress: Progress, take_signals: Callable[[], None]) -> None:
+def _serve(config: ClusterConfig, progress: Progress, take_signals: Callable[[], None]) -> int:
+    """Returns the exit code, or raises KeyboardInterrupt, when everything has ended."""
     # Imported here: Ray takes most of a second, which `farshore generate` against a server need not pay.
     from farshore.controller.cluster import Cluster
 
@@ -71,7 +74,12 @@ def _serve(config: ClusterConfig, progress: Progress, take_signals: Callable[[],
             print(f"  {name:{width}}  {address}")
         print(f'Try: farshore generate --server {cluster.address} "Hello"    Ctrl-C stops.', flush=True)
         try:
-            cluster.wait()
+            cluster.wait(warn=lambda text: progress.note(f"farshore: warning: {text}"))
         except KeyboardInterrupt:
             progress.step("stopping")
             raise
+        except PartEnded as error:
+            # Told at once: to end the others takes seconds.
+            progress.note(f"farshore: error: {error}")
+            return 1
+    return 0

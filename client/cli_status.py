@@ -7,8 +7,9 @@ import argparse
 import dataclasses
 import json
 
-from farshore.client.cli_options import DEFAULT_SERVER, no_gateway
-from farshore.client.cli_terminal import size, table
+from farshore.client.cli_connect import await_gateway
+from farshore.client.cli_options import DEFAULT_SERVER, no_gateway, server_address
+from farshore.client.cli_terminal import Progress, size, table
 from farshore.client.events import ClusterStatus, Sequence
 from farshore.client.sdk import Client
 
@@ -20,17 +21,26 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Show a running cluster's workers, its memory, and where each live sequence's KV is.",
     )
     parser.add_argument(
-        "--server", default=DEFAULT_SERVER, metavar="HOST:PORT", help="the gateway (default: %(default)s)"
+        "--server",
+        type=server_address,
+        default=DEFAULT_SERVER,
+        metavar="HOST:PORT",
+        help="the gateway (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run, usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
-    with Client(args.server) as client:
-        if not client.is_serving():
+    progress = Progress()
+    try:
+        # One that serves nothing, because its engine has failed, tells its status all the same.
+        if not await_gateway(args.server, progress.step, to_serve=False):
             raise no_gateway(args.server)
-        status = client.status()
+        with Client(args.server) as client:
+            status = client.status()
+    finally:
+        progress.clear()
     print(json.dumps(dataclasses.asdict(status)) if args.json else render(status))
     return 0
 

@@ -5,6 +5,7 @@ know what stands behind the gateway.
 """
 
 import dataclasses
+import ipaddress
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self, TypeVar
 
@@ -13,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from farshore import rpc
 from farshore.client import events
-from farshore.errors import DeadlineExceeded, FarshoreError, InvalidRequest, TransportError
+from farshore.errors import FarshoreError, InvalidRequest, TransportError
 from farshore.proto import inference_pb2 as api
 from farshore.proto import inference_pb2_grpc
 
@@ -24,10 +25,11 @@ class Client:
     """A connection to one gateway; a context manager. Threads may share one."""
 
     def __init__(self, address: str, *, timeout_s: float = 10.0) -> None:
-        """``timeout_s``: for every call but ``generate``. Connects with the first call."""
+        """``timeout_s``: for every call but ``generate``. Connects with the first call: to a gateway on this
+        machine directly, to another as the environment's ``http_proxy`` and ``no_proxy`` say."""
         self.address = address
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(address, options=rpc.OPTIONS)
+        self._channel = grpc.insecure_channel(address, options=_options(address))
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -134,17 +136,21 @@ class Client:
 
     def is_serving(self, *, timeout_s: float = 1.0) -> bool:
         """Whether a gateway answers and is ready. At once if nothing listens."""
+        return self._health(timeout_s) == health_pb2.HealthCheckResponse.SERVING
+
+    def is_up(self, *, timeout_s: float = 1.0) -> bool:
+        """Whether a gateway answers, ready or not. At once if nothing listens."""
+        return self._health(timeout_s) is not None
+
+    def _health(self, timeout_s: float) -> int | None:
+        """None where no gateway answers: nothing does, or something else."""
         health = health_pb2_grpc.HealthStub(self._channel)
         service = api.DESCRIPTOR.services_by_name["Inference"].full_name
+        request = health_pb2.HealthCheckRequest(service=service)
         try:
-            reply = self._call(
-                health.Check, health_pb2.HealthCheckRequest(service=service), timeout_s=timeout_s
-            )
-        except (TransportError, DeadlineExceeded):
-            return False
+            return self._call(health.Check, request, timeout_s=timeout_s).status
         except FarshoreError:
-            return False  # Something else listens there.
-        return reply.status == health_pb2.HealthCheckResponse.SERVING
+            return None
 
     def _call(self, method: Any, request: Any, *, timeout_s: float | None = None) -> Any:
         try:
@@ -160,6 +166,21 @@ class Client:
             raise rpc.error_of(error, peer=f"gateway {self.address}") from error
         finally:
             call.cancel()
+
+
+def _options(address: str) -> list[tuple[str, Any]]:
+    if _is_here(address.rpartition(":")[0].strip("[]")):
+        return rpc.OPTIONS
+    return [option for option in rpc.OPTIONS if option[0] != "grpc.enable_http_proxy"]
+
+
+def _is_here(host: str) -> bool:
+    """Whether it is an address that names this machine on every machine; without asking any resolver."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host.lower() == "localhost"
+    return address.is_loopback or address.is_unspecified
 
 
 def _prompt(

@@ -7,6 +7,7 @@ two seconds before anything has started. Called by ``cluster``.
 from typing import Any
 
 from farshore.controller.config import ClusterConfig
+from farshore.controller.parts import Ended
 from farshore.models.config import ModelConfig
 
 
@@ -29,6 +30,9 @@ class ControllerActor:
 
     def loading(self) -> tuple[int, int]:
         return self._controller.loading()
+
+    def ended(self) -> list[Ended]:
+        return self._controller.ended()
 
     def stop(self) -> None:
         self._controller.stop()

@@ -4,36 +4,35 @@ The embedded cluster of `farshore generate` is the same thing for one call.
 """
 
 import contextlib
-import os
-import signal
-import socket
-import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-# Read by Ray when it is imported or started; set here, once, for the driver and everything it starts.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-
 import ray
 
+from farshore.controller import listen
 from farshore.controller.actor import ControllerActor
-from farshore.controller.config import ClusterConfig
+from farshore.controller.config import LOAD_DEADLINE_S, PLACE_DEADLINE_S, ClusterConfig
+from farshore.controller.exits import how_an_actor_ended
 from farshore.controller.gateway_process import GatewayProcess
-from farshore.errors import FarshoreError, PortInUse, StartupError
+from farshore.controller.parts import Ended
+from farshore.controller.ray_runtime import RayRuntime
+from farshore.errors import FarshoreError, PartEnded, StartupError
+from farshore.ids import WorkerId
 from farshore.models.config import ModelConfig, load_config
 from farshore.models.source import DEMO, resolve
 
-OBJECT_STORE_BYTES = 80 << 20
-"""KV and frames never pass through Ray's object store: the least that Ray allows, not its 30% of memory."""
-
 POLL_S = 0.5
-START_DEADLINE_S = 120.0
+START_DEADLINE_S = 60.0
+"""For the controller's process to answer."""
+
+MARGIN_S = 30.0
+"""That the driver waits longer than the controller does, which knows what is missing and says so."""
+
 STOP_DEADLINE_S = 30.0
 
 
@@ -42,7 +41,7 @@ class Cluster:
 
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
-        self._own_ray = False
+        self._ray = RayRuntime(config.ray_address, dashboard=config.dashboard)
         self._controller: Any = None
         self._gateway: GatewayProcess | None = None
         self._stopped = threading.Event()
@@ -53,9 +52,10 @@ class Cluster:
     def start(cls, config: ClusterConfig, *, progress: Callable[[str], None]) -> Self:
         """Start everything, or nothing: on any error what was started is ended again.
 
-        Raises ModelError, PortInUse, StartupError; ``progress`` is told each stage in a few words.
+        Raises InvalidRequest (ModelError, PortInUse), StartupError; ``progress`` is told each stage in a few
+        words.
         """
-        _check_port(config)
+        listen.check(config.host, config.port)
         model = load_config(resolve(config.model))
         cluster = cls(config)
         try:
@@ -65,12 +65,23 @@ class Cluster:
             raise
         return cluster
 
-    def wait(self) -> None:
-        """Block until :meth:`stop`, or raise FarshoreError when a part that cannot be missed has died."""
+    def wait(self, *, warn: Callable[[str], None]) -> None:
+        """Block until :meth:`stop`. Raises PartEnded, with its name and how, when a part has ended that
+        nothing can be served without; ``warn`` is told of others, once each."""
+        warned: set[WorkerId] = set()
+        asked = None
         while not self._stopped.wait(POLL_S):
-            code = self._gateway.exit_code() if self._gateway else None
-            if code is not None:
-                raise StartupError(f"the gateway ended with code {code}")
+            self._check_processes()
+            asked = asked or self._controller.ended.remote()
+            if not ray.wait([asked], timeout=0)[0]:
+                continue
+            ended, asked = self._ended(asked), None
+            if fatal := [f"{part.worker} {part.how}" for part in ended if part.fatal]:
+                raise PartEnded("; ".join(fatal))
+            for part in ended:
+                if part.worker not in warned:
+                    warned.add(part.worker)
+                    warn(f"{part.worker} {part.how}: requests whose KV was there fail, the others go on")
 
     def stop(self) -> None:
         """End everything this cluster started. Idempotent."""
@@ -79,13 +90,12 @@ class Cluster:
         self._stopped.set()
         if self._gateway is not None:
             self._gateway.stop()
-        if self._controller is not None:
+        if self._controller is not None and self._ray.ended() is None:
             # Dead or stuck: killing it, and Ray's own end below, leaves nothing running either.
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.get(self._controller.stop.remote(), timeout=STOP_DEADLINE_S)
             ray.kill(self._controller)
-        if ray.is_initialized():
-            ray.shutdown()
+        self._ray.stop()
 
     def __enter__(self) -> Self:
         return self
@@ -101,68 +111,73 @@ class Cluster:
     def _start(self, model: ModelConfig, progress: Callable[[str], None]) -> None:
         config = self._config
         progress(f"joining Ray at {config.ray_address}" if config.ray_address else "starting Ray")
-        self._start_ray()
+        self._ray.start()
         progress("starting the controller")
         # One thread for place and load, one to be asked how far they are, one to stop it all.
         controller_actor = ray.remote(ControllerActor).options(num_cpus=0, max_concurrency=3)
         self._controller = controller_actor.remote(_anywhere(config), model)
-        controller = self._ask(self._controller.address.remote(), "the controller")
+        controller = self._ask(self._controller.address.remote(), "the controller", START_DEADLINE_S)
         # It reads its tokenizer while the workers start.
         self._gateway = GatewayProcess(
-            model=config.model, listen=f"{config.host}:{config.port}", controller=controller
+            model=config.model,
+            listen=f"{listen.bracketed(config.host)}:{config.port}",
+            controller=controller,
         )
         progress(f"starting {config.attention_workers} attention workers")
-        attention = self._ask(self._controller.place.remote(), "the attention workers")
+        placing = self._controller.place.remote()
+        attention = self._ask(placing, "the controller", PLACE_DEADLINE_S + MARGIN_S)
         dense = self._load(progress)
         progress("starting the gateway")
         self.address = self._gateway.serve(engine=next(iter(dense.values())))
+        self._ray.note_processes()
         self.endpoints = {"gateway": self.address, "controller": controller, **dense, **attention}
-
-    def _start_ray(self) -> None:
-        config = self._config
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-        if config.ray_address:
-            options["address"] = config.ray_address
-        else:
-            options |= {
-                "address": "local",
-                "include_dashboard": config.dashboard,
-                "object_store_memory": OBJECT_STORE_BYTES,
-            }
-        on_term = signal.getsignal(signal.SIGTERM)
-        try:
-            # Ray puts the current directory first on its workers' sys.path: in a checkout, our own folders
-            # would hide the installed package. The interpreter's holds no modules.
-            with contextlib.chdir(Path(sys.executable).parent):
-                ray.init(**options)
-            if on_term is not None and threading.current_thread() is threading.main_thread():
-                # Ray's handler would abort the process 3 s later, in the middle of cleaning up.
-                signal.signal(signal.SIGTERM, on_term)
-        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-            fix = "check --ray-address" if config.ray_address else "see Ray's log under /tmp/ray"
-            raise StartupError(f"Ray did not start ({error}): {fix}") from error
 
     def _load(self, progress: Callable[[str], None]) -> dict[str, str]:
         progress(f"loading {self._config.model}")
-        loading = self._controller.load.remote()
         told = (0, 0)
-        while not ray.wait([loading], timeout=POLL_S)[0]:
-            done_total = self._ask(self._controller.loading.remote(), "the dense worker")
+
+        def tell() -> None:
+            nonlocal told
+            done_total = self._ask(self._controller.loading.remote(), "the controller", START_DEADLINE_S)
             if done_total != told and done_total[1]:
                 told = done_total
                 progress(f"loading {self._config.model}: {told[0]} of {told[1]} tensors")
-        return self._ask(loading, "the dense worker")
 
-    def _ask(self, reference: Any, who: str) -> Any:
+        loading = self._controller.load.remote()
+        return self._ask(loading, "the controller", LOAD_DEADLINE_S + MARGIN_S, meanwhile=tell)
+
+    def _ask(
+        self, call: Any, who: str, deadline_s: float, *, meanwhile: Callable[[], None] = lambda: None
+    ) -> Any:
         """The result, or the FarshoreError it ended with; Ray's own errors become StartupError."""
+        until_s = time.monotonic() + deadline_s
+        while not ray.wait([call], timeout=POLL_S)[0]:
+            self._check_processes()
+            if time.monotonic() > until_s:
+                raise StartupError(f"{who} did not answer within {deadline_s:.0f} s: see Ray's logs")
+            meanwhile()
         try:
-            return ray.get(reference, timeout=START_DEADLINE_S)
+            return ray.get(call)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, FarshoreError):
                 raise error.cause from None
             raise StartupError(f"{who} failed: {error.cause or error}") from error
+        except ray.exceptions.RayActorError as error:
+            raise StartupError(f"{who} {how_an_actor_ended(error)}") from error
         except ray.exceptions.RayError as error:
             raise StartupError(f"{who} did not answer: {error}") from error
+
+    def _check_processes(self) -> None:
+        """Raises PartEnded for what the driver started itself."""
+        gone = self._ray.ended() or (self._gateway.ended() if self._gateway else None)
+        if gone:
+            raise PartEnded(gone)
+
+    def _ended(self, asked: Any) -> list[Ended]:
+        try:
+            return ray.get(asked)
+        except ray.exceptions.RayActorError as error:
+            raise PartEnded(f"the controller {how_an_actor_ended(error)}") from error
 
 
 def _anywhere(config: ClusterConfig) -> ClusterConfig:
@@ -171,16 +186,3 @@ def _anywhere(config: ClusterConfig) -> ClusterConfig:
     if config.model == DEMO or not path.exists():
         return config
     return replace(config, model=str(path.absolute()))
-
-
-def _check_port(config: ClusterConfig) -> None:
-    """Fail in a millisecond, before anything is started; the gateway's own bind has the last word."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((config.host, config.port))
-        except OSError as error:
-            raise PortInUse(
-                f"cannot listen on {config.host}:{config.port} ({error.strerror}):"
-                " choose another --port, or 0"
-            ) from error

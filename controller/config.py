@@ -12,6 +12,11 @@ KvFormat = Literal["bf16", "float32", "int8", "int4"]
 
 _OWN_FORMAT: dict[Dtype, KvFormat] = {"bfloat16": "bf16", "float32": "float32"}
 
+PLACE_DEADLINE_S = 120.0
+"""A worker process imports torch and opens a port in seconds; longer means that no node can hold it."""
+
+LOAD_DEADLINE_S = 1800.0
+
 MIN_KV_MEMORY_BYTES = 64 << 20
 MOST_STALL_MS = 60_000
 MOST_SPECULATED = 16

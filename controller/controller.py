@@ -6,12 +6,18 @@ workers that Ray ends with their driver.
 
 import time
 import uuid
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 
 from farshore import rpc
-from farshore.controller.config import ClusterConfig
+from farshore.controller.config import LOAD_DEADLINE_S, PLACE_DEADLINE_S, ClusterConfig
+from farshore.controller.exits import how_an_actor_ended
+from farshore.controller.listen import bracketed, is_loopback
+from farshore.controller.parts import Ended, Parts
+from farshore.controller.room import too_little_memory
 from farshore.controller.service import ControllerService
 from farshore.errors import StartupError
 from farshore.ids import WorkerId
@@ -24,21 +30,19 @@ from farshore.workers.attention import ENVIRONMENT, AttentionWorker
 from farshore.workers.dense import DenseConfig, DenseWorker
 
 MAX_CALLS = 64
-PLACE_DEADLINE_S = 120.0
-"""A worker process imports torch and opens a port in seconds; longer means that no node can hold it."""
-
-LOAD_DEADLINE_S = 1800.0
 STOP_DEADLINE_S = 15.0
 
 
 class Controller:
-    """Construct, :meth:`place`, then :meth:`load`; :meth:`loading` may be asked meanwhile."""
+    """Construct, :meth:`place`, then :meth:`load`; :meth:`loading` may be asked meanwhile; :meth:`ended`
+    after that."""
 
     def __init__(self, config: ClusterConfig, model: ModelConfig) -> None:
         self._config = config
         self._actors: list[Any] = []
         self._dense: dict[WorkerId, Any] = {}
         self._models: dict[WorkerId, Any] = {}  # being loaded
+        self._parts = Parts(pool_is_remote=config.placement == "offload")
         # A replaced controller must give out greater epochs than its predecessor did.
         directory = EmbeddedDirectory(first_epoch=time.time_ns() // 1000)
         self._service = ControllerService(config, model, directory)
@@ -56,9 +60,12 @@ class Controller:
         """Start the attention workers, spread over the nodes that have their memory, and the dense worker,
         which loads its model meanwhile. Returns the attention workers' addresses.
 
-        Raises StartupError where no node takes them.
+        Raises StartupError where no node takes them: at once in a Ray of our own, whose one node never gets
+        more; after PLACE_DEADLINE_S in one that was joined.
         """
         config = self._config
+        if config.ray_address is None and (missing := self._too_little(_total_memory())):
+            raise StartupError(missing)
         workers = [_worker_id("attention", i) for i in range(config.attention_workers)]
         actors = {
             worker: ray.remote(AttentionWorker)
@@ -77,12 +84,13 @@ class Controller:
             for worker in workers
         }
         self._actors += actors.values()
+        for worker, actor in actors.items():
+            self._parts.add(worker, "attention", actor)
         self._start_dense(workers)
         addresses = _results(
             {worker: actor.address.remote() for worker, actor in actors.items()},
-            what="the attention workers",
-            fix=f"a node with {config.kv_memory_bytes >> 20} MiB of free memory for each: lower --kv-memory",
             deadline_s=PLACE_DEADLINE_S,
+            why=lambda waiting: self._too_little(_free_memory(), workers=waiting),
         )
         self._service.attention.update(addresses)
         return addresses
@@ -90,15 +98,12 @@ class Controller:
     def load(self) -> dict[WorkerId, str]:
         """Wait until the dense worker's model is loaded, and let it serve. Returns addresses; raises what
         loading raised."""
-        need = {
-            "what": "the dense worker",
-            "fix": "enough memory for the model",
-            "deadline_s": LOAD_DEADLINE_S,
-        }
-        _results(self._models, **need)
+        _results(self._models, deadline_s=LOAD_DEADLINE_S)
         shards = dict(self._service.attention)
         serving = {worker: actor.serve.remote(shards) for worker, actor in self._dense.items()}
-        addresses = _results(serving, **need)
+        addresses = _results(serving, deadline_s=LOAD_DEADLINE_S)
+        for worker, address in addresses.items():
+            self._parts.add_engine(worker, address)
         self._service.dense.update(addresses)
         return addresses
 
@@ -123,6 +128,7 @@ class Controller:
         # Two calls at once: load, and loading beside it.
         actor = ray.remote(DenseWorker).options(num_cpus=0, max_concurrency=2).remote(dense_config)
         self._actors.append(actor)
+        self._parts.add(worker, "dense", actor)
         self._dense[worker] = actor
         self._models[worker] = actor.load.remote()
 
@@ -130,7 +136,14 @@ class Controller:
         """(tensors loaded, tensors in all) of the model."""
         if not self._dense:
             return (0, 0)
-        return ray.get(next(iter(self._dense.values())).loading.remote(), timeout=PLACE_DEADLINE_S)
+        try:
+            return ray.get(next(iter(self._dense.values())).loading.remote(), timeout=PLACE_DEADLINE_S)
+        except ray.exceptions.RayActorError:
+            return (0, 0)  # `load` tells.
+
+    def ended(self) -> list[Ended]:
+        """Every worker that has ended though it was not asked to. Takes a second at most."""
+        return self._parts.ended()
 
     def stop(self) -> None:
         """End the workers: streams first, then processes. Idempotent."""
@@ -141,11 +154,19 @@ class Controller:
         self._actors = []
         self._server.stop(0).wait()
         self._service.close()
+        self._parts.close()
 
     def _listen(self) -> str:
-        """Any port of the loopback device, unless the gateway itself was opened to the network."""
-        loopback = self._config.host in ("127.0.0.1", "localhost", "::1")
-        return f"{'127.0.0.1' if loopback else ray.util.get_node_ip_address()}:0"
+        """Any port of the loopback device. In a Ray that was joined: of the node's address, if the gateway,
+        too, was opened to the network."""
+        if self._config.ray_address is None or is_loopback(self._config.host):
+            return "127.0.0.1:0"
+        return f"{bracketed(ray.util.get_node_ip_address())}:0"
+
+    def _too_little(self, nodes: Mapping[str, int], *, workers: int | None = None) -> str | None:
+        config = self._config
+        count = config.attention_workers if workers is None else workers
+        return too_little_memory(nodes, workers=count, each_bytes=config.kv_memory_bytes)
 
 
 def _worker_id(kind: str, index: int) -> WorkerId:
@@ -157,14 +178,44 @@ def _node_cores() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)) // max(1, len(ray.nodes())))
 
 
-def _results(pending: dict[WorkerId, Any], *, what: str, fix: str, deadline_s: float) -> dict[WorkerId, str]:
+def _total_memory() -> dict[str, int]:
+    """Node's address -> bytes that Ray gives to actors there in all."""
+    return {node["NodeManagerAddress"]: int(node["Resources"].get("memory", 0)) for node in _nodes()}
+
+
+def _free_memory() -> dict[str, int]:
+    free = available_resources_per_node()
+    return {
+        node["NodeManagerAddress"]: int(free.get(node["NodeID"], {}).get("memory", 0)) for node in _nodes()
+    }
+
+
+def _nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _results(
+    pending: dict[WorkerId, Any],
+    *,
+    deadline_s: float,
+    why: Callable[[int], str | None] = lambda _: None,
+) -> dict[WorkerId, str]:
+    """What each worker answers. ``why``: what keeps so many of them from starting, where that is known."""
+    _, waiting = ray.wait(list(pending.values()), num_returns=len(pending), timeout=deadline_s)
+    if waiting:
+        names = ", ".join(worker for worker, call in pending.items() if call in waiting)
+        cause = why(len(waiting)) or "see the logs of Ray on its nodes"
+        raise StartupError(f"not started within {deadline_s:.0f} s: {names}: {cause}")
+    return {worker: _result(worker, call) for worker, call in pending.items()}
+
+
+def _result(worker: WorkerId, call: Any) -> str:
     try:
-        answers = ray.get(list(pending.values()), timeout=deadline_s)
-    except ray.exceptions.GetTimeoutError as error:
-        raise StartupError(f"{what} did not start within {deadline_s:.0f} s; they need {fix}") from error
+        return ray.get(call)
     except ray.exceptions.RayTaskError as error:
         # Farshore's own errors keep their class and message across the process.
         raise error.cause if error.cause is not None else error from None
     except ray.exceptions.RayActorError as error:
-        raise StartupError(f"{what} ended while starting; they need {fix}: {error}") from error
-    return dict(zip(pending, answers, strict=True))
+        raise StartupError(
+            f"{worker} {how_an_actor_ended(error)}, while it started: is there memory?"
+        ) from error

@@ -13,6 +13,7 @@ import threading
 from queue import Empty, SimpleQueue
 
 from farshore import errors
+from farshore.controller.exits import how_it_ended
 from farshore.errors import StartupError
 
 READY_DEADLINE_S = 60.0
@@ -33,6 +34,7 @@ class GatewayProcess:
             # Ctrl-C in a terminal is for the driver, which ends the parts in order.
             start_new_session=True,
         )
+        self._stopping = False
 
     def serve(self, *, engine: str) -> str:
         """Tell it the engine's address, and wait until it serves. Returns its own. Raises what it reports
@@ -47,12 +49,17 @@ class GatewayProcess:
             self.stop()
             raise
 
-    def exit_code(self) -> int | None:
-        """None while it runs."""
-        return self._process.poll()
+    def ended(self) -> str | None:
+        """That it has ended though it was not asked to, and how; None while it runs. A code of 0 is no better
+        than another: nothing serves then."""
+        code = self._process.poll()
+        if code is None or self._stopping:
+            return None
+        return f"the gateway (process {self._process.pid}) {how_it_ended(code)}"
 
     def stop(self) -> None:
         """Close its standard input, which ends it; a signal besides would meet it half closed. Idempotent."""
+        self._stopping = True
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
@@ -72,7 +79,8 @@ class GatewayProcess:
         except Empty:
             raise StartupError(f"the gateway was not ready within {READY_DEADLINE_S:.0f} s") from None
         if not line.strip():
-            raise StartupError(f"the gateway ended with code {self._process.wait(STOP_DEADLINE_S)}")
+            code = self._process.wait(STOP_DEADLINE_S)
+            raise StartupError(f"the gateway (process {self._process.pid}) {how_it_ended(code)}")
         report = json.loads(line)
         if "error" in report:
             kind = getattr(errors, report.get("kind", ""), StartupError)

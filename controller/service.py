@@ -4,6 +4,7 @@ Gateway and engines call it; nothing on the token path does. What it knows is so
 from the workers themselves whenever somebody asks, and published to the directory.
 """
 
+import threading
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -24,7 +25,7 @@ from farshore.proto import cluster_pb2_grpc as pb_grpc
 from farshore.proto import inference_pb2 as api
 
 PROBE_DEADLINE_S = 2.0
-"""A worker that does not answer within this is shown as unreachable."""
+"""All workers are asked at once; one that does not answer within this is shown as unreachable."""
 
 
 class ControllerService(pb_grpc.ControllerServicer):
@@ -38,6 +39,7 @@ class ControllerService(pb_grpc.ControllerServicer):
         self.attention: dict[WorkerId, str] = {}
         self.dense: dict[WorkerId, str] = {}
         self._channels: dict[str, grpc.Channel] = {}
+        self._lock = threading.Lock()
 
     def Claim(self, request: pb.ClaimRequest, context: grpc.ServicerContext) -> pb.ClaimReply:
         epoch = self._directory.claim(SequenceId(request.sequence_id), WorkerId(request.owner))
@@ -54,13 +56,16 @@ class ControllerService(pb_grpc.ControllerServicer):
         """Ask every worker, tell the directory, answer from what they said."""
         workers: list[api.WorkerStatus] = []
         sequences: dict[SequenceId, api.SequenceStatus] = {}
-        for worker, address in self.dense.items():
-            status, owned = self._probe_dense(worker, address)
+        dense, attention = dict(self.dense), dict(self.attention)
+        dense_calls = {worker: self._ask_dense(address) for worker, address in dense.items()}
+        attention_calls = {worker: self._ask_attention(address) for worker, address in attention.items()}
+        for worker, call in dense_calls.items():
+            status, owned = _dense(worker, dense[worker], call)
             workers.append(status)
             sequences |= {SequenceId(s.sequence_id): s for s in owned}
         spans: dict[SequenceId, dict[WorkerId, list[SpanInfo]]] = defaultdict(dict)
-        for worker, address in self.attention.items():
-            status, infos = self._probe_attention(worker, address)
+        for worker, calls in attention_calls.items():
+            status, infos = _attention(worker, attention[worker], *calls)
             workers.append(status)
             for info in infos:
                 spans[info.key.sequence].setdefault(worker, []).append(info)
@@ -96,38 +101,16 @@ class ControllerService(pb_grpc.ControllerServicer):
             speculate_tokens=config.speculate,
         )
 
-    def _probe_dense(
-        self, worker: WorkerId, address: str
-    ) -> tuple[api.WorkerStatus, list[api.SequenceStatus]]:
+    def _ask_dense(self, address: str) -> grpc.Future:
         stub = pb_grpc.EngineStub(self._channel(address))
-        try:
-            answer = stub.Status(pb.EngineStatusRequest(), timeout=PROBE_DEADLINE_S)
-        except grpc.RpcError:
-            return _unreachable(worker, "dense", address), []
-        answer.worker.address = address
-        return answer.worker, list(answer.sequences)
+        return stub.Status.future(pb.EngineStatusRequest(), timeout=PROBE_DEADLINE_S)
 
-    def _probe_attention(self, worker: WorkerId, address: str) -> tuple[api.WorkerStatus, list[SpanInfo]]:
+    def _ask_attention(self, address: str) -> tuple[grpc.Future, grpc.Future]:
         stub = attention_grpc.AttentionStub(self._channel(address))
-        try:
-            identity = identity_from_pb(
-                stub.Identify(attention_pb.IdentifyRequest(), timeout=PROBE_DEADLINE_S)
-            )
-            spans = stub.Announce(attention_pb.AnnounceRequest(), timeout=PROBE_DEADLINE_S).spans
-        except grpc.RpcError:
-            return _unreachable(worker, "attention", address), []
-        status = api.WorkerStatus(
-            worker_id=worker,
-            kind="attention",
-            address=address,
-            host=identity.host,
-            process_id=identity.process_id,
-            state="ready",
-            budget_bytes=identity.budget_bytes,
-            free_bytes=identity.free_bytes,
-            attended_bytes=identity.attended_bytes,
+        return (
+            stub.Identify.future(attention_pb.IdentifyRequest(), timeout=PROBE_DEADLINE_S),
+            stub.Announce.future(attention_pb.AnnounceRequest(), timeout=PROBE_DEADLINE_S),
         )
-        return status, [info_from_pb(span) for span in spans]
 
     def _publish(self, sequence: api.SequenceStatus, by_worker: Mapping[WorkerId, list[SpanInfo]]) -> None:
         try:
@@ -137,9 +120,42 @@ class ControllerService(pb_grpc.ControllerServicer):
             return
 
     def _channel(self, address: str) -> grpc.Channel:
-        if address not in self._channels:
-            self._channels[address] = grpc.insecure_channel(address, options=rpc.OPTIONS)
-        return self._channels[address]
+        with self._lock:
+            if address not in self._channels:
+                self._channels[address] = grpc.insecure_channel(address, options=rpc.OPTIONS)
+            return self._channels[address]
+
+
+def _dense(
+    worker: WorkerId, address: str, call: grpc.Future
+) -> tuple[api.WorkerStatus, list[api.SequenceStatus]]:
+    try:
+        answer = call.result()
+    except grpc.RpcError:
+        return _unreachable(worker, "dense", address), []
+    answer.worker.address = address
+    return answer.worker, list(answer.sequences)
+
+
+def _attention(
+    worker: WorkerId, address: str, identify: grpc.Future, announce: grpc.Future
+) -> tuple[api.WorkerStatus, list[SpanInfo]]:
+    try:
+        identity, spans = identity_from_pb(identify.result()), announce.result().spans
+    except grpc.RpcError:
+        return _unreachable(worker, "attention", address), []
+    status = api.WorkerStatus(
+        worker_id=worker,
+        kind="attention",
+        address=address,
+        host=identity.host,
+        process_id=identity.process_id,
+        state="ready",
+        budget_bytes=identity.budget_bytes,
+        free_bytes=identity.free_bytes,
+        attended_bytes=identity.attended_bytes,
+    )
+    return status, [info_from_pb(span) for span in spans]
 
 
 def _add_spans(status: api.SequenceStatus, by_worker: Mapping[WorkerId, list[SpanInfo]]) -> None:

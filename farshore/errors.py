@@ -18,7 +18,8 @@
     │   ├── Late                shards that missed a frame's deadline: set them aside, ask again
     │   └── Lost                shards that are gone: connection refused, restarted, or silent for too long
     ├── Internal                a mistake in Farshore or in a peer: the same call fails again
-    └── StartupError            the cluster could not be started
+    ├── StartupError            the cluster could not be started
+    └── PartEnded               a part of a running cluster ended, and nothing replaces it
 
 gRPC, Ray and Redis errors become these once, at the edge, with the cause chained.
 """
@@ -108,4 +109,8 @@ class Internal(FarshoreError):
 
 
 class StartupError(FarshoreError):
+    pass
+
+
+class PartEnded(FarshoreError):
     pass

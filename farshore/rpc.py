@@ -26,6 +26,8 @@ OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     # One process may hold several servers; a second server on a taken port must fail, not share it.
     ("grpc.so_reuseport", 0),
+    # A proxy for the web knows no way into a cluster.
+    ("grpc.enable_http_proxy", 0),
 ]
 
 # The most specific class first: the first match wins.

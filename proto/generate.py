@@ -1,15 +1,20 @@
-"""Regenerates the committed stubs: ``python proto/generate.py [DIRECTORY]``.
+"""Regenerates the committed stubs: ``python -P proto/generate.py``, in an environment with ``TOOLS``.
 
-Mapping the folder to ``farshore/proto`` makes protoc write imports under ``farshore.proto``.
+Stubs refuse a runtime older than the tools that wrote them. So they are written with the oldest tools, whose
+versions are the minima in pyproject.toml. Mapping the folder to ``farshore/proto`` makes protoc write imports
+under ``farshore.proto``.
 """
 
 import sys
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
 from grpc_tools import protoc
 
 HERE = Path(__file__).resolve().parent
+TOOLS = "1.80.0"
+"""Of grpcio-tools: writes stubs for grpcio 1.80.0 and protobuf 6.31.1."""
 
 
 def generate(target: Path) -> None:
@@ -36,4 +41,7 @@ def generate(target: Path) -> None:
 
 
 if __name__ == "__main__":
-    generate(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE)
+    installed = version("grpcio-tools")
+    if installed != TOOLS:
+        sys.exit(f"grpcio-tools {installed}: use {TOOLS}, or raise the minima in pyproject.toml with it")
+    generate(HERE)

@@ -67,7 +67,7 @@ class FakeCluster:
         self.on_start()
         return self
 
-    def wait(self):
+    def wait(self, *, warn):
         self.on_wait()
 
     def __enter__(self):

@@ -7,10 +7,11 @@ import shlex
 import signal
 import threading
 
+import grpc
 import pytest
 
 from farshore.errors import StartupError
-from farshore.proto import cluster_pb2
+from farshore.proto import cluster_pb2, inference_pb2
 
 
 @pytest.fixture
@@ -172,6 +173,53 @@ def test_gateway_errors_are_one_line(run, farshore):
     done = run("generate", "Hi", "--server", farshore.address, "--model", "gpt-9")
     assert done.code == 1
     assert done.err.count("\n") == 1 and "'smollm2'" in done.err
+
+
+@pytest.fixture
+def ends_early(farshore, served):
+    """ends_early(end): the engine sends some tokens of its next answer, then does this with the sequence."""
+    text = "It scatters"
+    threads = []
+
+    def feed(end):
+        def run():
+            sequence = farshore.engine.next_sequence()
+            sequence.tokens(*served.tokenizer.encode(text))
+            end(sequence)
+
+        threads.append(threading.Thread(target=run))
+        threads[-1].start()
+        return text
+
+    yield feed
+    for thread in threads:
+        thread.join(30)
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_an_answer_that_breaks_off_is_a_failure(run, farshore, ends_early, options):
+    text = ends_early(lambda sequence: sequence.fail(grpc.StatusCode.UNAVAILABLE, "shard lost"))
+    done = run("generate", "Hi", "--server", farshore.address, *options)
+    assert done.code == 1
+    assert done.out == ("" if options else f"{text}\n")
+    assert done.err.count("\n") == 1
+    assert "shard lost" in done.err and "the same command asks again" in done.err
+
+
+def test_an_answer_that_fails_for_good_is_not_to_be_asked_again(run, farshore, ends_early):
+    ends_early(lambda sequence: sequence.fail(grpc.StatusCode.INVALID_ARGUMENT, "no such thing"))
+    done = run("generate", "Hi", "--server", farshore.address)
+    assert done.code == 1
+    assert "no such thing" in done.err and "again" not in done.err
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_cancelled_answer_is_a_failure(run, farshore, ends_early, options):
+    """However the gateway words it: a part of an answer is never a success."""
+    text = ends_early(lambda sequence: sequence.finish(reason=inference_pb2.FINISH_REASON_CANCELLED))
+    done = run("generate", "Hi", "--server", farshore.address, *options)
+    assert done.code == 1 and text in done.out
+    assert "incomplete" in done.err and "asks again" in done.err
 
 
 def test_a_long_prompt_shows_how_far_it_is(run, farshore, monkeypatch):

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from farshore import __version__
-from farshore.client.cli_options import size_bytes
+from farshore.client.cli_options import server_address, size_bytes
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,11 @@ def test_sizes(text, expected_bytes):
 def test_bad_sizes_name_the_form(text):
     with pytest.raises(argparse.ArgumentTypeError, match="such as 512MiB"):
         size_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["127.0.0.1:50051", "[::1]:50051", "localhost:1", "a.example:65535"])
+def test_addresses(text):
+    assert server_address(text) == text
 
 
 @pytest.mark.parametrize(
@@ -60,6 +65,14 @@ def test_bad_sizes_name_the_form(text):
         ("generate", "Hi", "--n", "2"),
         ("generate", "Hi", "--stop-token-id", "x"),
         ("generate", "Hi", "--placement", "moon"),
+        ("generate", "Hi", "--server", "localhost"),
+        ("generate", "Hi", "--server", "::1:50051"),
+        ("generate", "Hi", "--server", "127.0.0.1:0"),
+        ("generate", "Hi", "--server", "127.0.0.1:http"),
+        ("generate", "Hi", "--server", ":50051"),
+        ("status", "--server", "127.0.0.1:70000"),
+        ("status", "--server", "http://127.0.0.1:50051"),
+        ("status", "--server", "[]:50051"),
         ("serve", "--kv-memory", "lots"),
         ("serve", "--kv-memory", "1MiB"),
         ("serve", "--attention-workers", "0"),

@@ -25,7 +25,9 @@ class Marked:
 
     def __init__(self):
         self.mark = uuid.uuid4().hex
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+        # Without what would hide a mistake: our own Ray must be private whatever is set, or not.
+        unset = ("PYTHONSAFEPATH", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+        environment = {name: value for name, value in os.environ.items() if name not in unset}
         # From the checkout, where our own folders lie in wait for a sys.path with the current directory.
         self._options = {"env": environment | {MARK: self.mark}, "cwd": REPOSITORY, "text": True}
         self._shared_memory = _shared_memory()
@@ -38,6 +40,10 @@ class Marked:
             timeout=START_DEADLINE_S,
             **self._options,
         )
+
+    def set_environment(self, **variables):
+        """For the commands to come."""
+        self._options["env"] |= variables
 
     def start(self, *arguments):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -117,7 +123,8 @@ def _shared_memory():
 
 @pytest.fixture
 def ray_address():
-    """A Ray that somebody else keeps running; ask for it before `marked`, whose leftovers it is not."""
+    """A Ray that another user keeps running, with auth off; ask for it before `marked`, whose leftovers it is
+    not."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"

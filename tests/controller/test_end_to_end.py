@@ -139,6 +139,7 @@ def test_a_signal_while_starting_leaves_nothing(marked, number, stage):
 
 @pytest.mark.heavy
 def test_a_cluster_joins_a_running_ray_and_leaves_it_running(ray_address, marked, serve):
+    marked.set_environment(RAY_AUTH_MODE="disabled")
     server, address = serve("--ray-address", ray_address)
     done = marked.run("generate", "--server", address, QUESTION)
     assert (done.returncode, done.stdout.strip()) == (0, "The capital of France is Paris."), done.stderr
@@ -147,6 +148,33 @@ def test_a_cluster_joins_a_running_ray_and_leaves_it_running(ray_address, marked
     assert len(workers) == 3
     assert server.end(signal.SIGTERM) == 0
     marked.check_gone([worker.process_id for worker in workers])
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("host", ["127.0.0.2", "::1"])
+def test_another_loopback_address_behind_a_web_proxy_until_sigterm(marked, serve, host):
+    """Nothing goes through the proxy, and an answer that the end of the server cuts off is a failure."""
+    if host == "::1" and not Path("/proc/net/if_inet6").exists():
+        pytest.skip("no IPv6 on this machine")
+    proxy = "http://127.0.0.1:1"
+    marked.set_environment(
+        http_proxy=proxy, https_proxy=proxy, grpc_proxy=proxy, no_proxy="", no_grpc_proxy=""
+    )
+    server, address = serve("--host", host, "--attention-workers", "1", "--kv-memory", "64MiB")
+    assert address.startswith("[::1]:" if host == "::1" else host)
+    done = marked.run("generate", "--server", address, QUESTION)
+    assert (done.returncode, done.stdout.strip()) == (0, "The capital of France is Paris."), done.stderr
+    shown = marked.run("status", "--server", address)
+    rows = [line.split() for line in shown.stdout.splitlines()]
+    addresses = [row[3] for row in rows if len(row) > 3 and row[2] == "ready"]
+    assert len(addresses) == 2 and all(it.startswith("127.0.0.1:") for it in addresses), shown.stdout
+
+    options = ["--ignore-eos", "--max-tokens", "8000", "--raw"]
+    asking = marked.start("generate", "--server", address, *options, "One\nTwo\nThree\n")
+    asking.out.await_match(r"\w")
+    assert server.end(signal.SIGTERM) == 0
+    assert asking.process.wait(60) == 1
+    asking.err.await_match("farshore: error: .*the same command asks again")
 
 
 @pytest.mark.heavy
@@ -161,6 +189,9 @@ def test_mistakes_get_one_line_and_nothing_runs(marked, tmp_path):
             (["serve", "--port", "0", "--model", str(tmp_path / "nowhere.gguf")], "nowhere.gguf"),
             (["serve", "--port", "0", "--model", str(truncated)], "truncated.gguf"),
             (["serve", "--port", port], "choose another --port"),
+            (["serve", "--port", "0", "--host", "192.0.2.1"], "no such address"),
+            (["serve", "--port", "0", "--host", "127.0.0.1x"], "no host has this name"),
+            (["serve", "--port", "0", "--kv-memory", "900TiB"], "do not fit: Ray has"),
             (["generate", ""], "empty"),
             (["generate", "@missing.txt"], "missing.txt"),
             (["generate", "--server", "127.0.0.1:1", "Hello"], "no gateway answers"),

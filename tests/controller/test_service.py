@@ -1,6 +1,7 @@
 """The controller's gRPC service with real workers' services behind it, in this process."""
 
 import socket
+import threading
 
 import grpc
 import pytest
@@ -9,7 +10,7 @@ from farshore import rpc
 from farshore.attention_offload.grpc_server import AttentionService
 from farshore.attention_offload.grpc_server import serve as serve_attention
 from farshore.controller.config import ClusterConfig
-from farshore.controller.service import ControllerService
+from farshore.controller.service import PROBE_DEADLINE_S, ControllerService
 from farshore.ids import SequenceId, WorkerId
 from farshore.kvstore.arena import Arena
 from farshore.kvstore.directory import EmbeddedDirectory
@@ -18,6 +19,7 @@ from farshore.models.config import load_config
 from farshore.models.source import resolve
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
+from farshore.proto import inference_pb2 as api
 
 SHARD = WorkerId("attention-0")
 MEMORY_BYTES = 64 << 20
@@ -79,3 +81,56 @@ def test_status_names_who_answers_and_who_does_not(stub, service):
     }
     assert (told.pool_budget_bytes, told.pool_free_bytes) == (MEMORY_BYTES, MEMORY_BYTES)
     assert not told.sequences
+
+
+class Meeting(pb_grpc.EngineServicer):
+    """Engines that answer when all of them have been asked, and not before."""
+
+    def __init__(self, engines):
+        self.asked = threading.Barrier(engines, timeout=60)
+        self.state = "ready"
+
+    def Status(self, request, context):
+        self.asked.wait()
+        return pb.EngineStatus(worker=api.WorkerStatus(worker_id="dense", kind="dense", state=self.state))
+
+
+@pytest.fixture
+def meeting(service):
+    """Three of them; they would all be unreachable if one were asked after the other."""
+    answering = Meeting(3)
+    servers = []
+    for index in range(3):
+        server, address = rpc.serve(
+            lambda server: pb_grpc.add_EngineServicer_to_server(answering, server),
+            service=pb.DESCRIPTOR.services_by_name["Engine"].full_name,
+            listen="127.0.0.1:0",
+            threads=2,
+        )
+        servers.append(server)
+        service.dense[WorkerId(f"dense-{index}")] = address
+    yield answering
+    for server in servers:
+        server.stop(0).wait()
+
+
+def test_workers_are_asked_at_once_and_under_one_deadline(stub, service, meeting):
+    with socket.create_server(("127.0.0.1", 0)) as frozen:
+        address = f"127.0.0.1:{frozen.getsockname()[1]}"
+        service.attention |= {WorkerId(f"attention-{index}"): address for index in range(8)}
+        # Eight frozen ones in series would take more than twice this.
+        told = stub.Status(pb.StatusRequest(), timeout=3.5 * PROBE_DEADLINE_S)
+    states = [worker.state for worker in told.workers]
+    assert states == ["ready"] * 3 + ["unreachable"] * 8
+    assert told.pool_budget_bytes == 0
+
+
+def test_an_engine_that_has_ended_is_never_ready(stub, meeting):
+    meeting.state = "failed"
+    assert {worker.state for worker in stub.Status(pb.StatusRequest()).workers} == {"failed"}
+
+
+def test_workers_are_reached_past_a_web_proxy(stub, service, meeting, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    assert {worker.state for worker in stub.Status(pb.StatusRequest()).workers} == {"ready"}

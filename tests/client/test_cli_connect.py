@@ -1,0 +1,169 @@
+"""A gateway that listens is waited for, however slow it is; only where nothing listens is there none."""
+
+import contextlib
+import socket
+import threading
+
+import pytest
+
+from farshore.client import cli_connect
+from farshore.client.cli_connect import await_gateway
+from farshore.client.sdk import Client
+from farshore.errors import TransportError
+
+
+@pytest.fixture
+def absent():
+    """An address where nothing listens, and nothing will."""
+    with socket.socket() as it:
+        it.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{it.getsockname()[1]}"
+
+
+@pytest.fixture
+def silent():
+    """An address where something listens and says nothing: a frozen gateway."""
+    with socket.create_server(("127.0.0.1", 0)) as it:
+        yield f"127.0.0.1:{it.getsockname()[1]}"
+
+
+class Slow:
+    """Stands before a gateway and lets nothing through until `go`."""
+
+    def __init__(self, gateway):
+        self.go = threading.Event()
+        self._gateway = gateway
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._threads = []
+        self._start(self._accept)
+
+    def close(self):
+        self.go.set()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in self._threads:
+            thread.join(60)
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                self._start(self._pass, self._listener.accept()[0])
+
+    def _pass(self, client):
+        host, _, port = self._gateway.rpartition(":")
+        # Whichever end leaves first: the other is closed, too.
+        with client, contextlib.suppress(OSError):
+            assert self.go.wait(60)
+            with socket.create_connection((host, int(port))) as server:
+                pumps = [self._start(_pump, *ends) for ends in ((client, server), (server, client))]
+                for pump in pumps:
+                    pump.join()
+
+    def _start(self, work, *arguments):
+        thread = threading.Thread(target=work, args=arguments)
+        self._threads.append(thread)
+        thread.start()
+        return thread
+
+
+def _pump(source, target):
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+    with contextlib.suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture
+def slow(farshore):
+    made = Slow(farshore.address)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def no_patience(monkeypatch):
+    monkeypatch.setattr(cli_connect, "ANSWER_DEADLINE_S", 0.0)
+
+
+def test_one_that_serves(farshore):
+    told = []
+    assert await_gateway(farshore.address, told.append)
+    assert not told
+
+
+def test_where_nothing_listens_there_is_none(absent):
+    told = []
+    assert not await_gateway(absent, told.append)
+    assert not told
+
+
+def test_a_slow_one_is_waited_for(slow):
+    told = []
+
+    def tell(text):
+        told.append(text)
+        slow.go.set()
+
+    assert await_gateway(slow.address, tell)
+    assert len(told) == 1 and slow.address in told[0]
+
+
+def test_a_silent_one_is_an_error_after_a_while(silent, no_patience):
+    with pytest.raises(TransportError, match=f"listens at {silent} did not answer as a gateway"):
+        await_gateway(silent, lambda _: None)
+
+
+@pytest.mark.parametrize("address", ["no-such-host.invalid:50051", "a..b:1"])
+def test_a_host_that_does_not_exist(address):
+    with pytest.raises(TransportError, match="can't be reached"):
+        await_gateway(address, lambda _: None)
+
+
+def test_generate_starts_no_second_cluster_beside_a_silent_gateway(
+    run, cluster, silent, no_patience, monkeypatch
+):
+    monkeypatch.setattr("farshore.client.cli_generate.DEFAULT_SERVER", silent)
+    done = run("generate", "Hi")
+    assert done.code == 1
+    assert "did not answer as a gateway" in done.err
+    assert cluster.config is None
+
+
+@pytest.mark.parametrize("command", [("generate", "Hi"), ("status",)])
+def test_a_server_that_was_named_is_told_apart(run, cluster, silent, absent, no_patience, command):
+    assert "did not answer as a gateway" in run(*command, "--server", silent).err
+    assert "no gateway answers" in run(*command, "--server", absent).err
+    assert cluster.config is None
+
+
+@pytest.fixture
+def web_proxy(monkeypatch):
+    """A proxy for the web in the environment; where it listens."""
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        proxy.settimeout(60)
+        for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        for name in ("no_proxy", "no_grpc_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        yield proxy
+
+
+def test_a_gateway_on_this_machine_is_asked_past_a_web_proxy(web_proxy, farshore):
+    port = farshore.address.rpartition(":")[2]
+    for host in ("127.0.0.1", "localhost", "0.0.0.0"):
+        with Client(f"{host}:{port}") as client:
+            assert client.is_serving(timeout_s=60), host
+
+
+def test_a_gateway_elsewhere_is_asked_through_it(web_proxy):
+    with Client("gateway.invalid:50051") as client:
+        asking = threading.Thread(target=client.is_serving, kwargs={"timeout_s": 60})
+        asking.start()
+        connection, _ = web_proxy.accept()
+        with connection:
+            assert connection.recv(1000).startswith(b"CONNECT gateway.invalid:50051 ")
+            connection.sendall(b"HTTP/1.1 403 Forbidden\r\n\r\n")
+        asking.join(60)
+    assert not asking.is_alive()

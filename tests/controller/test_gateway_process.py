@@ -1,0 +1,51 @@
+"""The real gateway as a child: how it ends is told, and that it was asked to is no failure."""
+
+import os
+import signal
+
+import pytest
+
+from farshore.controller.gateway_process import GatewayProcess
+from farshore.errors import StartupError
+
+ENGINE = "127.0.0.1:1"
+
+
+@pytest.fixture
+def gateway():
+    made = GatewayProcess(model="smollm2", listen="127.0.0.1:0", controller="127.0.0.1:2")
+    yield made
+    made.stop()
+
+
+def _process_id(gateway):
+    return gateway._process.pid
+
+
+def _await_end(gateway):
+    os.waitid(os.P_PID, _process_id(gateway), os.WEXITED | os.WNOWAIT)
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    # SIGTERM: it leaves in order, with code 0, though it was to serve.
+    [(signal.SIGKILL, "was killed by SIGKILL"), (signal.SIGTERM, "ended with code 0")],
+)
+def test_an_end_that_was_not_asked_for(gateway, number, told):
+    gateway.serve(engine=ENGINE)
+    assert gateway.ended() is None
+    os.kill(_process_id(gateway), number)
+    _await_end(gateway)
+    assert gateway.ended() == f"the gateway (process {_process_id(gateway)}) {told}"
+
+
+def test_an_end_that_was_asked_for(gateway):
+    gateway.serve(engine=ENGINE)
+    gateway.stop()
+    assert gateway.ended() is None
+
+
+def test_an_end_before_it_serves(gateway):
+    os.kill(_process_id(gateway), signal.SIGKILL)
+    with pytest.raises(StartupError, match="was killed by SIGKILL"):
+        gateway.serve(engine=ENGINE)

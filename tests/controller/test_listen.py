@@ -1,0 +1,86 @@
+"""Where a gateway can listen, told before anything starts; with the machine's own sockets."""
+
+import socket
+
+import pytest
+
+from farshore.controller import listen
+from farshore.errors import InvalidRequest, PortInUse
+
+
+def _has_ipv6():
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+NEEDS_IPV6 = pytest.mark.skipif(not _has_ipv6(), reason="no IPv6 on this machine")
+IPV6 = [pytest.param(host, marks=NEEDS_IPV6) for host in ("::1", "[::1]", "::")]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "localhost", "0.0.0.0", *IPV6])
+def test_addresses_of_this_machine(host):
+    listen.check(host, 0)
+
+
+@pytest.mark.parametrize(
+    ("host", "told"),
+    [
+        ("192.0.2.1", "no such address"),
+        ("2001:db8::1", "no such address"),
+        ("no-such-host.invalid", "no host has this name"),
+        ("127.0.0.1.", "no host has this name"),
+        ("127.0.0.300", "no host has this name"),
+        ("", "no host has this name"),
+        ("a..b", "no host has this name"),
+        ("x" * 300, "no host has this name"),
+        ("nul\0", "no host has this name"),
+    ],
+)
+def test_other_hosts_are_told_with_the_fix(host, told):
+    with pytest.raises(InvalidRequest, match="--host") as refused:
+        listen.check(host, 50051)
+    message = str(refused.value)
+    assert told in message and "127.0.0.1" in message and len(message) < 500
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "127.0.0.2", "localhost", pytest.param("::1", marks=NEEDS_IPV6)]
+)
+def test_a_taken_port_is_told(host):
+    family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family) as taken:
+        taken.bind(address)
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(PortInUse, match=rf"{port} is taken.*--port"):
+            listen.check(host, port)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", True),
+        ("127.1.2.3", True),
+        ("localhost", True),
+        ("::1", True),
+        ("[::1]", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("192.0.2.1", False),
+        ("fe80::1%lo", False),
+    ],
+)
+def test_what_this_machine_alone_reaches(host, expected):
+    assert listen.is_loopback(host) is expected
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("::1", "[::1]"), ("[::1]", "[::1]"), ("127.0.0.1", "127.0.0.1"), ("localhost", "localhost")],
+)
+def test_ipv6_stands_in_brackets(host, expected):
+    assert listen.bracketed(host) == expected

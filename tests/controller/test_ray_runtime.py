@@ -1,0 +1,128 @@
+"""Ray as the driver uses it: private if it is ours, untouched if it is not. Real ones, each in a process."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+DEADLINE_S = 180
+
+PRIVATE = """
+import os, stat
+import grpc, ray, psutil
+from farshore.controller.ray_runtime import RayRuntime
+
+def is_refused(address, metadata):
+    with grpc.insecure_channel(address) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")
+        try:
+            ask(b"", metadata=metadata, timeout=30)
+        except grpc.RpcError as error:
+            assert error.code() is grpc.StatusCode.UNAUTHENTICATED, error
+            return True
+    return False
+
+@ray.remote(num_cpus=0)
+class Actor:
+    def environment(self):
+        return dict(os.environ)
+
+for _ in "ab":  # One that was ended leaves nothing that the next one would trip over.
+    runtime = RayRuntime(None, dashboard=False)
+    runtime.start()
+    assert not [name for name in os.environ if "AUTH" in name], "not for this program's own children"
+    path = ray.get(Actor.remote().environment.remote())["RAY_AUTH_TOKEN_PATH"]
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    assert stat.S_IMODE(os.stat(os.path.dirname(path)).st_mode) == 0o700
+    address = ray.get_runtime_context().gcs_address
+    token = open(path).read()
+    assert not is_refused(address, [("authorization", f"Bearer {token}")])
+    for metadata in ([], [("authorization", f"Bearer {'0' * len(token)}")]):
+        assert is_refused(address, metadata)
+    runtime.note_processes()
+    family = list(runtime._processes)
+    assert {"raylet", "gcs_server"} <= {process.name() for process in family}
+    mine = {process.pid for process in family} | {os.getpid()}
+    listening = [c for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.pid in mine]
+    assert listening
+    assert {c.laddr.ip for c in listening} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+    runtime.stop()
+    assert not os.path.exists(path)
+    assert not [process for process in family if process.is_running()]
+    assert not ray.is_initialized()
+print("fine")
+"""
+
+OF_THE_PROGRAM = """
+import os
+import ray
+ray.init(address="local", include_dashboard=False, object_store_memory=80 << 20, logging_level="ERROR")
+
+@ray.remote(num_cpus=0)
+class Actor:
+    def answer(self):
+        return 42
+
+actor = Actor.remote()
+
+from farshore.controller.cluster import Cluster
+from farshore.controller.config import ClusterConfig
+from farshore.errors import StartupError
+
+for address in (None, ray.get_runtime_context().gcs_address):
+    try:
+        Cluster.start(ClusterConfig(port=0, ray_address=address), progress=lambda _: None)
+    except StartupError as error:
+        assert "this program uses Ray already" in str(error) and "farshore serve" in str(error)
+    else:
+        raise AssertionError("it started")
+    assert ray.get(actor.answer.remote(), timeout=60) == 42
+ray.shutdown()
+print("fine")
+"""
+
+WITHOUT_ROOM = """
+import ray
+ray.init(
+    address="local", include_dashboard=False, object_store_memory=80 << 20, logging_level="ERROR",
+    _memory=100 << 20,
+)
+from farshore.controller import controller
+from farshore.controller.config import ClusterConfig
+from farshore.errors import StartupError
+from farshore.models.config import load_config
+from farshore.models.source import resolve
+
+controller.PLACE_DEADLINE_S = 3.0
+# As in a Ray that was joined, where another node may come; and as in our own, where none comes.
+for joined, told in ((True, "not started within 3 s: attention-"), (False, "")):
+    config = ClusterConfig(kv_memory_bytes=64 << 20, ray_address="there" if joined else None)
+    made = controller.Controller(config, load_config(resolve("smollm2")))
+    try:
+        made.place()
+    except StartupError as error:
+        assert told in str(error), error
+        for part in ("64 MiB of memory", "do not fit: Ray has", " MiB on ", "--kv-memory"):
+            assert part in str(error), error
+    else:
+        raise AssertionError("placed")
+    made.stop()
+ray.shutdown()
+print("fine")
+"""
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("code", [PRIVATE, OF_THE_PROGRAM, WITHOUT_ROOM], ids=["private", "program", "room"])
+def test_ray(code, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.returncode == 0 and done.stdout.strip().endswith("fine"), done.stdout + done.stderr

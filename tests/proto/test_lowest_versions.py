@@ -1,0 +1,72 @@
+"""The lowest grpcio and protobuf that pyproject.toml allows, installed: the stubs answer a call."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("grpcio", "grpcio-health-checking", "grpcio-reflection", "protobuf")
+INSTALL_DEADLINE_S = 300
+
+CALL = """
+import sys, importlib.metadata
+import grpc
+from farshore import rpc
+from farshore.proto import attention_pb2_grpc, cluster_pb2, cluster_pb2_grpc, inference_pb2_grpc
+
+class Controller(cluster_pb2_grpc.ControllerServicer):
+    def Claim(self, request, context):
+        return cluster_pb2.ClaimReply(epoch=len(request.sequence_id))
+
+server, address = rpc.serve(
+    lambda server: cluster_pb2_grpc.add_ControllerServicer_to_server(Controller(), server),
+    service="farshore.cluster.v1.Controller", listen="127.0.0.1:0", threads=2,
+)
+with grpc.insecure_channel(address, options=rpc.OPTIONS) as channel:
+    stub = cluster_pb2_grpc.ControllerStub(channel)
+    assert stub.Claim(cluster_pb2.ClaimRequest(sequence_id="abc"), timeout=30).epoch == 3
+server.stop(0).wait()
+print(*(f"{name}=={importlib.metadata.version(name)}" for name in sys.argv[1:]))
+"""
+
+
+def _lowest():
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    found = {match[1]: match[2] for line in dependencies if (match := re.match(r"([\w-]+)>=([\d.]+)", line))}
+    return [f"{name}=={found[name] + '.0' * (2 - found[name].count('.'))}" for name in PACKAGES]
+
+
+@pytest.mark.heavy
+def test_the_lowest_versions_serve_a_call(tmp_path):
+    subprocess.run([sys.executable, "-P", "-m", "venv", str(tmp_path / "venv")], check=True, timeout=120)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    pip = [python, "-P", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    done = subprocess.run(
+        [*pip, *_lowest()], capture_output=True, text=True, timeout=INSTALL_DEADLINE_S, cwd=tmp_path
+    )
+    if "from versions: none" in done.stderr:
+        pytest.skip("no package index can be reached")
+    assert done.returncode == 0, done.stderr
+    # As in site-packages: the package beside nothing else of ours, and no numpy, torch or Ray.
+    package = tmp_path / "package" / "farshore"
+    package.parent.mkdir()
+    package.mkdir()
+    for file in (ROOT / "farshore").glob("*.py"):
+        (package / file.name).symlink_to(file)
+    (package / "proto").symlink_to(ROOT / "proto")
+    environment = os.environ | {"PYTHONPATH": str(package.parent)}
+    call = subprocess.run(
+        [python, "-W", "error", "-c", CALL, *PACKAGES],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert call.returncode == 0, call.stderr
+    assert call.stdout.split() == _lowest()
