@@ -121,6 +121,15 @@ def add_cluster_options(group: argparse._ArgumentGroup) -> None:
         "(default: %(default)g)",
     )
     group.add_argument(
+        "--shard-grace",
+        type=number,
+        default=10.0,
+        metavar="S",
+        dest="shard_grace_s",
+        help="how long an attention worker may answer nothing before the requests whose KV lies there fail; "
+        "until then they wait for it, and others go on (default: %(default)g)",
+    )
+    group.add_argument(
         "--speculate",
         type=whole,
         default=0,
@@ -141,6 +150,7 @@ def cluster_config(args: argparse.Namespace, names: Sequence[str], **fixed: obje
             shard_by=args.shard_by,
             kv_format=args.kv_format,
             max_decode_stall_ms=args.max_decode_stall_ms,
+            shard_grace_s=args.shard_grace_s,
             speculate=args.speculate,
             **{name: getattr(args, name) for name in names},
             **fixed,

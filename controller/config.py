@@ -19,6 +19,8 @@ LOAD_DEADLINE_S = 1800.0
 
 MIN_KV_MEMORY_BYTES = 64 << 20
 MOST_STALL_MS = 60_000
+LEAST_GRACE_S, MOST_GRACE_S = 1.0, 3600.0
+"""A frame may be late by a second before a shard is asked at all."""
 MOST_SPECULATED = 16
 """Drafts are rows of a step: more of them cost more than they can save."""
 
@@ -40,6 +42,8 @@ class ClusterConfig:
     shard_by: ShardBy = "range"
     max_decode_stall_ms: float = 200.0
     """From one token of an answer to its next, while other prompts are prefilled."""
+    shard_grace_s: float = 10.0
+    """How long an attention worker may answer nothing before the requests whose KV lies there fail."""
     speculate: int = 0
     """Tokens guessed ahead by prompt lookup; 0: off."""
     host: str = "127.0.0.1"
@@ -75,6 +79,10 @@ class ClusterConfig:
         ):
             if value not in choices:
                 raise InvalidRequest(f"{name} {value}: use one of {', '.join(choices)}")
+        if not LEAST_GRACE_S <= self.shard_grace_s <= MOST_GRACE_S:
+            raise InvalidRequest(
+                f"--shard-grace {self.shard_grace_s:g}: use {LEAST_GRACE_S:g} to {MOST_GRACE_S:g} seconds"
+            )
         if not 1 <= self.max_decode_stall_ms <= MOST_STALL_MS:
             raise InvalidRequest(
                 f"--max-decode-stall-ms {self.max_decode_stall_ms:g}: use a number from 1 to {MOST_STALL_MS}"

@@ -122,7 +122,9 @@ class Controller:
             listen=self._listen(),
             threads=_node_cores(),
             limits=EngineLimits(
-                max_decode_stall_ms=config.max_decode_stall_ms, speculate_tokens=config.speculate
+                max_decode_stall_ms=config.max_decode_stall_ms,
+                speculate_tokens=config.speculate,
+                shard_grace_s=config.shard_grace_s,
             ),
         )
         # Two calls at once: load, and loading beside it.

@@ -213,6 +213,9 @@ class WorkerProcess:
         self.process.send_signal(signal.SIGSTOP)
         os.waitpid(self.process.pid, os.WUNTRACED)
 
+    def thaw(self):
+        self.process.send_signal(signal.SIGCONT)
+
     def kill(self):
         """Idempotent."""
         self.process.kill()

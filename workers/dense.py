@@ -93,7 +93,10 @@ class DenseWorker:
         store = LocalStore(worker=config.worker, arena=arena)
         self._peers: dict[WorkerId, Peer] = {
             config.worker: InProcessPeer(config.worker, store, attention),
-            **{worker: RemotePeer(address, attention, model.dtype) for worker, address in shards.items()},
+            **{
+                worker: RemotePeer(address, attention, model.dtype, engine=config.worker)
+                for worker, address in shards.items()
+            },
         }
         identities = {worker: peer.identify() for worker, peer in self._peers.items()}
         self._engine = Engine(
