@@ -159,7 +159,7 @@ class PeerChannel(_Channel):
         self._sent: dict[tuple[int, int], tuple[float, dict[Lane, Any]]] = {}
         """By layer and micro-batch: when, and what each lane's peer waits for."""
         self._waited_s = 0.0
-        self._turn = 0
+        self._waits = 0
 
     def send(self, layer: int, micro_batch: int, q: Tensor) -> None:
         key = self._key(layer, micro_batch)
@@ -179,14 +179,14 @@ class PeerChannel(_Channel):
     def wait(self, layer: int, micro_batch: int, *, since_s: float) -> None:
         key = self._key(layer, micro_batch)
         sent_s, sent = self._sent.pop((layer, micro_batch))
+        # In turns, so that each shard's answer is often the first that is waited for: that one alone is
+        # always seen when it comes.
+        self._waits += 1
         due = list(sent)
-        if due:
-            # In turns, so that each shard's answer is often the first that is waited for: that one alone is
-            # always seen when it comes.
-            self._turn = (self._turn + 1) % len(due)
+        turn = self._waits % len(due) if due else 0
         failed = {}
         start_s, first = perf_counter(), True
-        for lane in due[self._turn :] + due[: self._turn]:
+        for lane in due[turn:] + due[:turn]:
             place = lane.places[key]
             left_s = max(0.0, lane.deadline_s - (start_s - since_s))
             try:
