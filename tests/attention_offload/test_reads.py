@@ -1,4 +1,4 @@
-"""A step's read must agree with the span it names, whatever carries it, and as it is when the answer leaves."""
+"""A step's read must agree with the span it names, whatever carries it, until the answer leaves."""
 
 import pytest
 import torch
@@ -110,7 +110,7 @@ def test_a_hold_given_back_is_noticed_by_a_repeated_step_though_the_span_stays(w
 
 
 def test_a_span_given_back_in_the_middle_of_a_step_is_not_read_on(way, work):
-    """Its memory may be another's by the next layer: an engine that slept through its lease wakes in a step."""
+    """Its memory may be another's by the next layer: an engine may sleep through its lease in a step."""
     store, reach = way
     read = work.sealed_span(store, "a", 0, 20)
     peer = reach()
