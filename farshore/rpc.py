@@ -135,8 +135,8 @@ def error_of_status(code: grpc.StatusCode, message: str, *, peer: str) -> errors
     """As :func:`error_of`, of a status that came another way.
 
     Only UNAVAILABLE is a TransportError, but for what gRPC's client makes up itself: gRPC gives it where
-    nothing was reached or the connection broke, and a servicer of ours where a peer of its own did. A code that
-    names a mistake is Internal: the same call fails again.
+    nothing was reached or the connection broke, and a servicer of ours where a peer of its own did. A code
+    that names a mistake is Internal: the same call fails again.
     """
     message = shown(message, MOST_MESSAGE)
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
