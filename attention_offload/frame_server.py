@@ -160,8 +160,8 @@ def serve_frames(
     try:
         asked = module.serve(wire, None, shares_cores)
         while asked is not None:
-            if asked is True:
-                session.look_again()
+            if isinstance(asked, tuple):
+                session.look_again(*asked)
             elif isinstance(asked, int):
                 session.again(asked)
             else:

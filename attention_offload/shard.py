@@ -87,15 +87,19 @@ class ShardSession:
             raise InvalidRequest(f"step {step} is to read what the one before it did, but there was none")
         if self._model.has_windows:
             raise InvalidRequest(f"step {step} must say its positions: a layer of the model has a window")
-        self._step = replace(self._step, step=step)
-        self.look_again()
+        self.look_again(step)
 
-    def look_again(self) -> None:
-        """Raises NotFound where the step reads what was given back since it was looked up. Where it lies has
-        not changed: a span never moves."""
+    def look_again(self, number: int | None = None) -> None:
+        """Raises NotFound where the step under way reads what was given back since it was looked up. Where it
+        lies has not changed: a span never moves. ``number``: the step's, where it is repeated."""
+        step = self._step
+        if step is None:
+            return
+        if number is not None:
+            self._step = step = replace(step, step=number)
         removals = int(self._store.removals)
-        if self._step is not None and removals != self._removals:
-            step, self._step = self._step, None
+        if removals != self._removals:
+            self._step = None
             self._look_up(step)
             self._step, self._removals = step, removals
 

@@ -6,6 +6,7 @@ The KV is random: no time of a step depends on its values. Must not know what is
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count, pairwise
+from time import monotonic
 
 import grpc
 import torch
@@ -15,6 +16,7 @@ from farshore.attention_offload import codec
 from farshore.attention_offload.base import AttentionModel
 from farshore.attention_offload.fanout import Fanout
 from farshore.attention_offload.plan import Read, StepPlan
+from farshore.attention_offload.remote_store import RemoteStore
 from farshore.benchmarks.delay import proxy
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kernels.base import BLOCK_TOKENS, KVLayout
@@ -33,6 +35,8 @@ TAIL_TOKENS = BLOCK_TOKENS // 2
 NEAR, FAR = "127.0.0.1", "127.0.0.2"
 """Two addresses of this host: workers listen at one, the delaying proxy at the other."""
 CALL_DEADLINE_S = 10.0
+BEAT_S = 10.0
+"""Between two signs of life to the shards, which give up an engine's spans after 30 s without any."""
 
 
 @contextmanager
@@ -75,6 +79,8 @@ class Ground:
         self._spans = [_spans(self._layout, name, context_tokens, stores) for name in self._names]
         self._steps: dict[Fanout, Steps] = {}
         self._numbers = count(1)
+        self._remote = [store for store in stores.values() if isinstance(store, RemoteStore)]
+        self._beat_s = monotonic()
 
     def step(self, shards: Fanout, *, micro_batches: int = 1) -> None:
         """One token of every sequence."""
@@ -95,6 +101,10 @@ class Ground:
             shards.wait(layer, 0)
 
     def _plan(self, rows: int, *, spans: bool = True) -> StepPlan:
+        if monotonic() - self._beat_s > BEAT_S:
+            for store in self._remote:
+                store.beat(None)
+            self._beat_s = monotonic()
         reads: dict[WorkerId, list[Read]] = {}
         for row, stored in enumerate(self._spans[:rows] if spans else []):
             for worker, read in stored:

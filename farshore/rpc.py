@@ -54,6 +54,13 @@ _REFUSALS = {
     grpc.StatusCode.PERMISSION_DENIED,
 }
 
+_FROM_CORE = "Internal error from Core"
+"""What gRPC's asyncio client says, with INTERNAL, of a call that ended while a message was being written: of
+the write, not of why the call ended, which the peer says to the next one."""
+
+_TOO_LARGE = "message larger than max"
+"""Of gRPC's own RESOURCE_EXHAUSTED, at either end: sent again, it is as large."""
+
 MOST_ECHOED = 200
 """Characters of a string that came from outside, in any message of ours."""
 
@@ -135,15 +142,15 @@ def error_of(failure: grpc.RpcError, *, peer: str) -> errors.FarshoreError:
 def error_of_status(code: grpc.StatusCode, message: str, *, peer: str) -> errors.FarshoreError:
     """As :func:`error_of`, of a status that came another way.
 
-    Only UNAVAILABLE is a TransportError: gRPC itself gives it where nothing was reached or the connection
-    broke, and a servicer of ours where a peer of its own did. A code that names a mistake is Internal: the
-    same call fails again.
+    Only UNAVAILABLE is a TransportError, but for what gRPC's client makes up itself: gRPC gives it where
+    nothing was reached or the connection broke, and a servicer of ours where a peer of its own did. A code
+    that names a mistake is Internal: the same call fails again.
     """
     message = shown(message, MOST_MESSAGE)
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return errors.Overloaded(message)
+        return errors.InvalidRequest(message) if _TOO_LARGE in message else errors.Overloaded(message)
     named = f"{peer}: {code.name}: {message}"
-    if code == grpc.StatusCode.UNAVAILABLE:
+    if code == grpc.StatusCode.UNAVAILABLE or (code == grpc.StatusCode.INTERNAL and message == _FROM_CORE):
         return errors.TransportError(named)
     if code in _REFUSALS:
         return errors.InvalidRequest(named)

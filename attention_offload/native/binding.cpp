@@ -110,8 +110,8 @@ PyMethodDef methods[] = {
      "serve(wire, step, shares_cores): answers its layer frames. step: None, or (number, format, layers, work, counter,"
      " removals, seen removals, repeats) with layers (class, stored layer), work[class][micro-batch] (plan, bytes of q,"
      " lse, o, and attended to), and whether the step may be repeated. Returns what is to be looked up before it goes"
-     " on: a step's message; the number of one that repeats the last; True: the step under way again, since removals"
-     " has changed; None when the engine has hung up"},
+     " on: a step's message; the number of one that repeats the last; (number,): the step under way, once more, since"
+     " removals has changed; None when the engine has hung up"},
     {"share_cores", share_cores, METH_NOARGS,
      "share_cores(): this thread, and those it starts, run at once when they wake, and give their core up as soon as"
      " they have nothing to do. For the process of an attention worker, which an engine may be beside."},

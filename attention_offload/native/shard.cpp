@@ -215,7 +215,7 @@ PyObject* serve(PyObject*, PyObject* args) {
             more = answer(wire, step, api, shares_cores, frame);
         }
         if (!more) Py_RETURN_NONE;
-        if (wire.unanswered) Py_RETURN_TRUE;
+        if (wire.unanswered) return Py_BuildValue("(L)", step.number);
         if (frame.header.kind == AGAIN) return PyLong_FromUnsignedLong(frame.header.step);
         return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(frame.payload), frame.header.bytes);
     });

@@ -1,5 +1,6 @@
 """Bulk KV: every format and every way, the same bytes; pieces of bounded size; two threads at once."""
 
+import socket
 import threading
 
 import pytest
@@ -85,6 +86,32 @@ def test_no_message_of_a_pull_is_longer_than_a_piece(shard, connect, work, trans
     store.read(read.span, 0, 0, 200, sequence=A)
     assert sum(sizes) == 200 * work.layout.layer_token_bytes
     assert max(sizes) <= 1000
+
+
+PROGRESS_S = 2.0
+
+
+@pytest.mark.heavy
+def test_a_transfer_is_late_when_it_stands_still_and_not_when_it_is_slow():
+    """Eight bytes take longer than the deadline in all, and none of them does; then no more come."""
+    near, far = socket.socketpair()
+    wire = BulkSocket(near, deadline_s=PROGRESS_S)
+    room = torch.zeros(9, dtype=torch.uint8)
+    pause = threading.Event()
+
+    def trickle():
+        for i in range(8):
+            far.sendall(bytes([i + 1]))
+            pause.wait(PROGRESS_S / 5)
+
+    with far:
+        sender = threading.Thread(target=trickle)
+        sender.start()
+        with pytest.raises(TimeoutError):
+            wire.receive_payload([room.data_ptr(), 9])
+        sender.join(DEADLINE_S)
+        assert room.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 0]
+    wire.close()
 
 
 @pytest.mark.parametrize("transport", [Transport.TCP])

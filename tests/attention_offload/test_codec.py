@@ -1,11 +1,13 @@
 """What a layout and a model mean is the same on both ends of the wire."""
 
+import grpc
 import pytest
 import torch
 
+from farshore import rpc
 from farshore.attention_offload import codec
 from farshore.attention_offload.base import AttentionModel
-from farshore.errors import InvalidRequest
+from farshore.errors import Internal, InvalidRequest, TransportError
 from farshore.kernels.base import AttentionSpec, KVLayout
 from farshore.kernels.formats import KVFormat
 
@@ -22,6 +24,24 @@ def test_a_model_arrives_as_it_was_sent(format):
     )
     sent = codec.model_to_pb(model, torch.bfloat16).SerializeToString()
     assert codec.model_from_pb(codec.pb.Open.FromString(sent)) == model
+
+
+@pytest.mark.parametrize("code", [-1 % 2**32, 17, 99, 2**31])
+def test_a_failure_with_a_code_that_gRPC_does_not_have_is_a_mistake(code):
+    error = codec.error_from_pb(codec.pb.Failure(code=code, message="why"), peer="shard:1")
+    assert type(error) is Internal and "shard:1" in str(error) and "why" in str(error)
+
+
+@pytest.mark.parametrize("code", grpc.StatusCode)
+def test_a_failure_means_what_gRPC_s_status_does(code):
+    failure = codec.pb.Failure(code=code.value[0], message="why")
+    error = codec.error_from_bytes(failure.SerializeToString(), peer="p")
+    assert type(error) is type(rpc.error_of_status(code, "why", peer="p"))
+
+
+def test_a_failure_that_is_no_message_is_a_transport_error():
+    error = codec.error_from_bytes(b"\xff\xff", peer="shard:1")
+    assert type(error) is TransportError and "shard:1: garbage" in str(error)
 
 
 def test_an_unknown_format_is_refused_by_name():

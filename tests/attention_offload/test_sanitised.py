@@ -11,5 +11,6 @@ pytestmark = pytest.mark.heavy
 
 def test_memory_and_undefined_behaviour(sanitiser):
     here = Path(__file__).parent
-    tests = [here / "test_garbage.py", here / "test_garbage_steps.py"]
+    names = ("test_garbage.py", "test_garbage_steps.py", "test_reads.py", "test_door.py")
+    tests = [here / name for name in names]
     sanitiser.run_suite("farshore.attention_offload._native", SOURCES, tests)

@@ -1,5 +1,8 @@
 """Errors to status codes and back: what each code means here is written down once, for all of them."""
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
 import grpc
 import pytest
 
@@ -87,6 +90,39 @@ def test_what_arrives_is_of_one_kind_and_names_what_is_not_ours(code, kind):
     assert type(error) is kind and "why" in str(error)
     if kind is errors.Internal:
         assert f"shard:1: {code.name}" in str(error) and not error.retryable
+
+
+def test_a_message_that_is_too_large_is_not_sent_again():
+    def method(request, context):
+        return request
+
+    handlers = {"echo": grpc.unary_unary_rpc_method_handler(method)}
+    with ThreadPoolExecutor(1) as threads:
+        server = grpc.server(threads, options=[("grpc.max_receive_message_length", 1000)])
+        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("x", handlers)])
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as caught:
+            channel.unary_unary("/x/echo")(bytes(2000), timeout=60)
+        server.stop(None).wait()
+    error = rpc.error_of(caught.value, peer="p")
+    assert type(error) is errors.InvalidRequest and "2000" in str(error)
+
+
+def test_a_write_that_met_the_end_of_a_call_may_be_tried_again():
+    """gRPC's own words: whether they still are, the next test asks gRPC itself."""
+    error = rpc.error_of(Failed(CODE.INTERNAL, "Internal error from Core"), peer="shard:1")
+    assert type(error) is errors.TransportError and "shard:1" in str(error)
+
+
+def test_those_are_the_words_of_the_gRPC_that_is_installed():
+    async def said():
+        async with grpc.aio.insecure_channel("127.0.0.1:1") as channel:
+            call = channel.stream_stream("/no/such")()
+            call._cython_call.set_internal_error("Failed grpc_call_start_batch")
+            return await call.code(), await call.details()
+
+    assert asyncio.run(said()) == (CODE.INTERNAL, rpc._FROM_CORE)
 
 
 def test_only_what_may_work_later_is_retryable():

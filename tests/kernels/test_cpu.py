@@ -207,6 +207,17 @@ def test_plans_of_other_shapes_are_refused(store_tokens):
             cpu.plan(**{**good, **change}, positions=torch.tensor([9, 9]))
 
 
+@pytest.mark.parametrize("number", [2**31, 2**32, 2**32 + 1, -(2**31) - 1])
+def test_a_number_that_32_bits_cannot_hold_is_refused(stored, number):
+    """And not cut to what they can: 2^32 would be nothing, and 2^32 + 1 one."""
+    with refused("does not fit into 32 bits"):
+        whole(stored, threads=number)
+    q, out = queries(), State.identity(2, 4, 64)
+    k = v = torch.zeros(2, 1, 64)
+    with refused("does not fit into 32 bits"):
+        cpu.extend(q, k, v, SPEC, q_positions=torch.tensor([9, 9]), k_position=0, out=out, threads=number)
+
+
 def test_calls_of_other_shapes_are_refused(stored):
     plan, q, out = whole(stored), queries(), State.identity(2, 4, 64)
     for layer in (-1, 2):

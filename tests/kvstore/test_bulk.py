@@ -38,6 +38,20 @@ def test_a_sum_is_of_all_sources(size, sources):
     assert torch.equal(to, expected)
 
 
+@pytest.mark.parametrize("number", [2**31, 2**32, 2**32 + 1, -(2**31) - 1])
+def test_a_number_that_32_bits_cannot_hold_is_refused(layout, number):
+    """And not cut to what they can: 2^32 layers or threads would be none, and 2^32 + 1 one."""
+    memory = torch.zeros(layout.block_bytes, dtype=torch.uint8)
+    k, v = (
+        torch.ones(heads, 1, dim).bfloat16()
+        for heads, dim in ((layout.k_heads, layout.k_dim), (layout.v_heads, layout.v_dim))
+    )
+    for asked in ({"layer": number}, {"layer": 0, "threads": number}):
+        with pytest.raises(RuntimeError, match="does not fit into 32 bits"):
+            blocks.copy_in(memory, layout, [0], first=0, k=k, v=v, **asked)
+    assert not memory.any()
+
+
 def test_large_writes_are_the_same_bytes(layout):
     """From 1 MiB on they go past the caches."""
     wide = layout._replace(layers=1, k_dim=64, v_dim=64, block_tokens=64)

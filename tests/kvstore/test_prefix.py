@@ -126,6 +126,21 @@ def test_a_name_with_other_tokens_ends_the_search(store, writer):
     store.check_integrity()
 
 
+def test_a_block_has_one_name_in_a_span(store, writer):
+    """Else names would take memory without a bound: the same tokens can be given any number of hashes."""
+    prompt = list(range(20))
+    span = writer.span("a", prompt, 0, 20)
+    again = blocks(prompt)
+    store.seal(span, 20, sequence=SequenceId("a"), epoch=E1, blocks=again)
+    for i in range(3):
+        other = [block._replace(hash=bytes([i]) * 32) for block in again]
+        with pytest.raises(InvalidRequest, match="has another name already"):
+            store.seal(span, 20, sequence=SequenceId("a"), epoch=E1, blocks=other)
+        assert store.find_prefix(other, layer_class=0, sequence=SequenceId("b"), epoch=E1) == []
+    assert writer.find(prompt) == [(span, 0, 20)]
+    store.check_integrity()
+
+
 def test_only_blocks_wholly_sealed_inside_the_span_are_named(store, layout, tokens, writer):
     prompt = list(range(40))
     key = SpanKey(sequence=SequenceId("a"), layer_class=0, first=7, group0=0, group1=2)

@@ -1,0 +1,204 @@
+"""Beats over gRPC: an engine's lease on its holds, and a shard that was frozen, real processes."""
+
+import os
+import signal
+import time
+from contextlib import suppress
+from functools import partial
+
+import grpc
+import pytest
+
+from farshore.attention_offload.engine_holds import LEASE_S
+from farshore.attention_offload.grpc_server import AttentionService
+from farshore.errors import Cancelled, FarshoreError, InvalidRequest, NotFound, TransportError
+from farshore.ids import SequenceId
+from farshore.proto import attention_pb2 as pb
+
+DEADLINE_S = 60.0
+WHOLE_WITHIN_S = 10.0
+"""After a thaw; the issue's bar."""
+
+A, B = SequenceId("a"), SequenceId("b")
+
+
+class Clock:
+    def __init__(self):
+        self.now_s = 1000.0
+
+    def __call__(self):
+        return self.now_s
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def shard(start_shard, clock):
+    return start_shard(service=partial(AttentionService, clock=clock))
+
+
+def pass_s(shard, clock, seconds):
+    for _ in range(int(seconds)):
+        clock.now_s += 1
+        shard.service.holds.tick()
+
+
+def test_a_beat_says_who_answers_and_how_much_there_is(shard, reach, work):
+    peer = reach(shard.address)
+    work.sealed_span(peer.store, "a", 0, 20)
+    beat, identity = peer.store.beat(None), peer.identify()
+    assert beat[:5] == (
+        identity.worker,
+        identity.incarnation,
+        identity.budget_bytes,
+        identity.free_bytes,
+        identity.attended_bytes,
+    )
+    assert identity.incarnation == shard.store.incarnation and beat.must_reconcile
+    assert identity.free_bytes < identity.budget_bytes
+
+
+@pytest.mark.parametrize("sign", ["beat", "read", "write", "seal"])
+def test_every_call_of_an_engine_keeps_its_holds(shard, reach, work, clock, sign):
+    peer, other = reach(shard.address), reach(shard.address)
+    read = work.sealed_span(peer.store, "a", 0, 20)
+    work.sealed_span(other.store, "b", 0, 20)
+    open_ = peer.store.create(work.key("a"), capacity_tokens=20, layout=work.layout, epoch=work.owner)
+    pass_s(shard, clock, LEASE_S - 1)
+    {
+        "beat": lambda: peer.store.beat(None),
+        "read": lambda: peer.store.read(read.span, 0, 0, 1, sequence=A),
+        "write": lambda: peer.store.write(open_, 0, 0, *work.tokens(1), sequence=A, epoch=work.owner),
+        "seal": lambda: peer.store.seal(read.span, 20, sequence=A, epoch=work.owner),
+    }[sign]()
+    pass_s(shard, clock, 1)
+    assert shard.store.sequences() == {A}
+    pass_s(shard, clock, LEASE_S)
+    usage = shard.store.usage()
+    assert not shard.store.sequences() and usage.free_bytes == usage.budget_bytes
+    with pytest.raises(NotFound):
+        peer.store.read(read.span, 0, 0, 1, sequence=A)
+
+
+def test_peers_of_one_engine_share_its_lease(shard, reach, work, clock):
+    first, second = (reach(shard.address, engine="one") for _ in range(2))
+    read = work.sealed_span(first.store, "a", 0, 20)
+    pass_s(shard, clock, LEASE_S - 1)
+    second.store.beat(None)
+    pass_s(shard, clock, 1)
+    assert first.store.read(read.span, 0, 0, 20, sequence=A)[0].shape[1] == 20
+
+
+def test_a_complete_beat_names_what_stays_and_the_engine_forgets_the_rest(shard, reach, work):
+    store = reach(shard.address).store
+    kept, gone = (work.sealed_span(store, "a", first, first + 20).span for first in (0, 20))
+    ended = work.sealed_span(store, "b", 0, 20).span
+    assert not store.beat({(A, work.owner): [kept]}).must_reconcile
+    assert [info.span for info in shard.store.announce()] == [kept]
+    assert store.read(kept, 0, 0, 20, sequence=A)[0].shape[1] == 20
+    for span in (gone, ended):
+        with pytest.raises(NotFound, match="held through this connection"):
+            store.read(span, 0, 0, 20, sequence=A)
+    assert not store.beat({}).must_reconcile
+    assert shard.store.announce() == []
+
+
+@pytest.mark.parametrize("engine", ["", "x" * 300])
+def test_a_call_says_which_engine_makes_it(shard, reach, work, engine):
+    peer = reach(shard.address)
+    request = pb.HoldRequest(sequence_id="a", epoch=1, caller=pb.Caller(engine=engine))
+    for method in (peer._stub.Hold, peer._stub.Drop):
+        with pytest.raises(InvalidRequest, match="an engine's incarnation"):
+            peer.store._call(method, request)
+
+
+def test_calls_sent_before_a_complete_list_are_refused_after_it(shard, reach, work):
+    peer = reach(shard.address, engine="one")
+    sent_ns = time.monotonic_ns()
+    peer.store.beat({})
+    hold = pb.HoldRequest(sequence_id="a", epoch=1, caller=pb.Caller(engine="one", sent_ns=sent_ns))
+    with pytest.raises(TransportError, match="has listed what it wants") as caught:
+        peer.store._call(peer._stub.Hold, hold)
+    assert not isinstance(caught.value, Cancelled)
+    work.sealed_span(peer.store, "a", 0, 20)
+
+
+# -- a frozen shard ----------------------------------------------------------------------------------------
+
+
+def thaw(process):
+    process.process.send_signal(signal.SIGCONT)
+    os.waitpid(process.process.pid, os.WCONTINUED)
+
+
+def eventually_s(condition, within_s):
+    """Seconds until the condition holds."""
+    start_s = time.monotonic()
+    while not condition():
+        assert time.monotonic() < start_s + within_s, f"not within {within_s} s"
+    return time.monotonic() - start_s
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("keeps", [False, True], ids=["nothing", "one span"])
+def test_the_pool_is_whole_again_after_a_thaw(start_process, reach, work, keeps):
+    """Creates, holds and drops whose callers gave up lie in the queues of a shard that wakes."""
+    process = start_process()
+    peer = reach(process.address, deadline_s=0.2)
+    read = work.sealed_span(peer.store, "a", 0, 20)
+    budget_bytes = peer.identify().budget_bytes
+    wanted = {(A, work.owner): [read.span]} if keeps else {}
+    peer.store.beat(wanted)
+    if not keeps:
+        read = work.sealed_span(peer.store, "a", 0, 20)
+    expected = work.run(peer, work.step([read]))
+    process.freeze()
+    frozen_s = time.monotonic()
+    given_up = 0
+    while time.monotonic() < frozen_s + 4:
+        for call in (
+            lambda: peer.store.create(
+                work.key("a"), capacity_tokens=20, layout=work.layout, epoch=work.owner
+            ),
+            lambda: peer.store.create(
+                work.key("b"), capacity_tokens=20, layout=work.layout, epoch=work.owner
+            ),
+            lambda: peer.store.hold([read.span], sequence=B, epoch=work.owner),
+            lambda: peer.store.beat(wanted),
+            lambda: peer._stub.Drop(
+                pb.HoldRequest(span_ids=["shard/else/0"], sequence_id="b", caller=peer.store._caller()),
+                timeout=0.2,
+            ),
+        ):
+            with pytest.raises((FarshoreError, grpc.RpcError)):
+                call()
+            given_up += 1
+    assert given_up >= 10
+    thaw(process)
+    start_s = time.monotonic()
+
+    def asks_for_a_list():
+        with suppress(TransportError):
+            return peer.store.beat(None).must_reconcile
+        return False
+
+    eventually_s(asks_for_a_list, WHOLE_WITHIN_S)
+
+    def is_whole():
+        with suppress(TransportError):
+            beat = peer.store.beat(wanted)
+            held = [info.span for info in peer.store.announce() if info.holders]
+            return not beat.must_reconcile and held == ([read.span] if keeps else [])
+        return False
+
+    eventually_s(is_whole, WHOLE_WITHIN_S)
+    assert time.monotonic() - start_s <= WHOLE_WITHIN_S
+    if keeps:
+        assert work.run(peer, work.step([read], number=2)) == expected
+        peer.store.beat({})
+    assert peer.identify().free_bytes == budget_bytes
+    # It is used as before.
+    assert work.run(peer, work.step([work.sealed_span(peer.store, "a", 0, 20)], number=3)) == expected

@@ -1,0 +1,159 @@
+"""A step's read must agree with the span it names, whatever carries it, until the answer leaves."""
+
+import pytest
+import torch
+
+from farshore.attention_offload.base import AttentionModel
+from farshore.attention_offload.frames import REMOTE
+from farshore.attention_offload.in_process import InProcessPeer
+from farshore.attention_offload.shard import AttendedBytes, ShardSession
+from farshore.errors import InvalidRequest, NotFound
+from farshore.ids import SequenceId, SpanId, WorkerId
+from farshore.kernels.formats import KVFormat
+from farshore.kvstore.arena import Arena
+from farshore.kvstore.store import LocalStore
+
+A, B = SequenceId("a"), SequenceId("b")
+
+
+@pytest.fixture(params=[*REMOTE, "in process"])
+def way(request, start_shard, reach, work):
+    """(the shard's store, how to get a peer of the work's model that reaches it)."""
+    shard = start_shard()
+    if request.param == "in process":
+        return shard.store, lambda: InProcessPeer(shard.worker, shard.store, work.model)
+    return shard.store, lambda: reach(shard.address, transports=(request.param,))
+
+
+def sealed(store, work, *, layout=None, layer_class=0, first=5, group0=0, group1=3, name="a"):
+    """The read of a full span of 20 tokens, which may be of another layout or class."""
+    layout = (layout or work.layout).of_groups(group1 - group0)
+    key = work.key(name, first=first, group0=group0, group1=group1)
+    key = type(key)(sequence=key.sequence, layer_class=layer_class, first=first, group0=group0, group1=group1)
+    span = store.create(key, capacity_tokens=20, layout=layout, epoch=work.owner)
+    for layer in range(layout.layers):
+        k, v = (torch.zeros(heads, 20, dim) for heads, dim in
+                ((layout.k_heads, layout.k_dim), (layout.v_heads, layout.v_dim)))  # fmt: skip
+        if not layout.format.quantised:
+            k, v = k.to(layout.format.dtype), v.to(layout.format.dtype)
+        store.write(span, layer, 0, k, v, sequence=key.sequence, epoch=work.owner)
+    store.seal(span, 20, sequence=key.sequence, epoch=work.owner)
+    read = work.sealed_span(store, "honest", 5, 25)
+    return read, read._replace(span=span, group0=group0, group1=group1, holder=key.sequence)
+
+
+WRONG = {
+    "no such span": (NotFound, {}, {"span": SpanId("shard/else/0")}, "no span"),
+    "a stranger's": (NotFound, {}, {"holder": B}, "b does not hold"),
+    "nobody's": (NotFound, {}, {"holder": SequenceId("")}, "does not hold"),
+    "origin": (InvalidRequest, {}, {"origin": 4}, "begins at position 5, the read says 4"),
+    "groups below": (InvalidRequest, {"group0": 1}, {"group0": 0}, "holds head groups 1 to 3"),
+    "groups above": (InvalidRequest, {"group1": 2}, {"group1": 3}, "holds head groups 0 to 2"),
+    "class": (InvalidRequest, {"layer_class": 1}, {}, "of layer class 1, the read of 0"),
+    "format": (InvalidRequest, {"layout": {"format": KVFormat.INT8}}, {}, "is stored as"),
+    "dims": (InvalidRequest, {"layout": {"k_dim": 7}}, {}, "is stored as"),
+    "V's dims": (InvalidRequest, {"layout": {"v_dim": 4}}, {}, "is stored as"),
+    "heads": (InvalidRequest, {"layout": {"k_heads_per_group": 2}}, {}, "is stored as"),
+    "layers": (InvalidRequest, {"layout": {"layers": 1}}, {}, "is stored as"),
+    "blocks": (InvalidRequest, {"layout": {"block_tokens": 8}}, {}, "is stored as"),
+    "unsealed": (InvalidRequest, {}, {"last": 26}, "sealed are 0 to 20"),
+}
+
+
+@pytest.mark.parametrize(("error", "stored", "asked", "says"), WRONG.values(), ids=WRONG)
+def test_a_read_that_does_not_fit_its_span_is_refused_by_name(way, work, error, stored, asked, says):
+    store, reach = way
+    stored = dict(stored)
+    if "layout" in stored:
+        stored["layout"] = work.layout._replace(**stored["layout"])
+    honest, read = sealed(store, work, **stored)
+    peer = reach()
+    expected = work.run(peer, work.step([honest]))
+    with pytest.raises(error, match=says):
+        work.run(peer, work.step([read._replace(**asked)], number=2))
+    assert work.run(peer, work.step([honest], number=3)) == expected
+    for name in ("a", "honest"):
+        store.drop_sequence(SequenceId(name), epoch=work.owner)
+
+
+def test_a_class_reads_spans_of_its_own(way, work):
+    """Two classes of one shape: a span of the one is none of the other, though their bytes lie alike."""
+    store, reach = way
+    layout = work.layout._replace(layers=1)
+    work.layers, work.layout = 2, layout
+    work.model = AttentionModel(specs=(work.spec,) * 2, layer_class=(0, 1), layouts=(layout,) * 2)
+    first, _ = sealed(store, work)
+    _, second = sealed(store, work, layer_class=1)
+    step = work.step([first])
+    peer = reach()
+    both = type(step)(1, step.rows, step.positions, 0, 3, ((first,), (second,)), step.micro_batches)
+    assert work.run(peer, both)
+    swapped = type(step)(2, step.rows, step.positions, 0, 3, ((second,), (first,)), step.micro_batches)
+    with pytest.raises(InvalidRequest, match="of layer class"):
+        work.run(peer, swapped)
+    for name in ("a", "honest"):
+        store.drop_sequence(SequenceId(name), epoch=work.owner)
+
+
+def test_a_hold_given_back_is_noticed_by_a_repeated_step_though_the_span_stays(way, work):
+    store, reach = way
+    read = work.sealed_span(store, "a", 0, 20)
+    store.hold([read.span], sequence=B, epoch=work.owner)
+    peer = reach()
+    expected = work.run(peer, work.step([read]))
+    assert work.run(peer, work.step([read], number=2)) == expected
+    store.drop([read.span], sequence=A, epoch=work.owner)
+    with pytest.raises(NotFound, match="a does not hold"):
+        work.run(peer, work.step([read], number=3))
+    assert work.run(peer, work.step([read._replace(holder=B)], number=4)) == expected
+    store.drop_sequence(B, epoch=work.owner)
+
+
+def test_a_span_given_back_in_the_middle_of_a_step_is_not_read_on(way, work):
+    """Its memory may be another's by the next layer: an engine may sleep through its lease in a step."""
+    store, reach = way
+    read = work.sealed_span(store, "a", 0, 20)
+    peer = reach()
+    peer.begin(work.step([read]))
+    peer.wait(peer.send(0, 0, work.query(seed=0)))
+    store.drop_sequence(A, epoch=work.owner)
+    other = work.sealed_span(store, "b", 0, 20)
+    with pytest.raises(NotFound, match=read.span):
+        peer.wait(peer.send(1, 0, work.query(seed=1)))
+    assert work.run(peer, work.step([other], number=2))
+    store.drop_sequence(B, epoch=work.owner)
+
+
+def test_others_may_come_and_go_in_the_middle_of_a_step(way, work):
+    store, reach = way
+    read = work.sealed_span(store, "a", 0, 20)
+    peer = reach()
+    step = work.step([read])
+    expected = work.run(peer, step)
+    peer.begin(work.step([read], number=2))
+    states = []
+    for layer in range(work.layers):
+        work.sealed_span(store, "b", 0, 20)
+        store.drop_sequence(B, epoch=work.owner)
+        states.append(peer.wait(peer.send(layer, 0, work.query(seed=layer))))
+    assert work.raw_bytes(states) == expected
+    store.drop_sequence(A, epoch=work.owner)
+
+
+def test_an_answer_out_of_memory_that_was_given_back_meanwhile_does_not_leave(work, monkeypatch):
+    """Between the look at the count and the answer, while the kernels read."""
+    store = LocalStore(worker=WorkerId("shard"), arena=Arena(1 << 20))
+    read = work.sealed_span(store, "a", 0, 20)
+    session = ShardSession(store, work.model, AttendedBytes())
+    session.begin(work.step([read]))
+    (kernels,) = session._kernels
+    partial = kernels.partial
+
+    def dropped_meanwhile(*args, **options):
+        partial(*args, **options)
+        store.drop_sequence(A, epoch=work.owner)
+
+    monkeypatch.setattr(kernels, "partial", dropped_meanwhile)
+    with pytest.raises(NotFound):
+        session.attend(1, 0, 0, work.query())
+    store.check_integrity()
