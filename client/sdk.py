@@ -6,6 +6,7 @@ know what stands behind the gateway.
 
 import dataclasses
 import ipaddress
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self, TypeVar
 
@@ -19,6 +20,8 @@ from farshore.proto import inference_pb2 as api
 from farshore.proto import inference_pb2_grpc
 
 _Value = TypeVar("_Value")
+
+_TOO_LARGE = re.compile(r"(?:SERVER: Received|CLIENT: Sent) message larger than max \((\d+) vs\. (\d+)\)")
 
 
 class Client:
@@ -156,14 +159,21 @@ class Client:
         try:
             return method(request, timeout=self._timeout_s if timeout_s is None else timeout_s)
         except grpc.RpcError as error:
-            raise rpc.error_of(error, peer=f"gateway {self.address}") from error
+            raise self._error(error) from error
+
+    def _error(self, error: grpc.RpcError) -> FarshoreError:
+        if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
+            refusal = _too_large(error.details() or "")
+            if refusal is not None:
+                return refusal
+        return rpc.error_of(error, peer=f"gateway {self.address}")
 
     def _events(self, call: Any) -> Iterator[events.Event]:
         try:
             for event in call:
                 yield _event(event)
         except grpc.RpcError as error:
-            raise rpc.error_of(error, peer=f"gateway {self.address}") from error
+            raise self._error(error) from error
         finally:
             call.cancel()
 
@@ -181,6 +191,18 @@ def _is_here(host: str) -> bool:
     except ValueError:
         return host.lower() == "localhost"
     return address.is_loopback or address.is_unspecified
+
+
+def _too_large(details: str) -> InvalidRequest | None:
+    """gRPC itself refuses a message that is larger than its receiver takes, or than this end sends."""
+    found = _TOO_LARGE.search(details)
+    if found is None:
+        return None
+    size, most = found.groups()
+    return InvalidRequest(
+        f"the request takes {size} bytes and the gateway at most {most}: shorten the prompt, or send text "
+        "instead of token ids"
+    )
 
 
 def _prompt(

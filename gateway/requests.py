@@ -53,7 +53,7 @@ class RequestLog:
         # Ids that the cluster acts on are made here: a client's might be another's, or look like one of ours.
         self._incarnation = secrets.token_hex(4)
         self._counter = itertools.count(1)
-        self._calls = self._call_bytes = 0
+        self.calls = self._call_bytes = 0
         self._closing = False
         self._live: dict[str, Request] = {}
         self._pumps: dict[Request, asyncio.Task] = {}
@@ -70,16 +70,16 @@ class RequestLog:
     @contextlib.contextmanager
     def call(self, size_bytes: int) -> Iterator[None]:
         """Counts an open Generate call and its message, whatever it asks for. Raises Overloaded."""
-        if self._calls >= self._limits.max_readers:
-            raise self._overloaded(f"{self._calls} calls are open, the most this gateway takes")
-        if self._calls and self._call_bytes + size_bytes > self._limits.open_bytes:
+        if self.calls >= self._limits.max_readers:
+            raise self._overloaded(f"{self.calls} calls are open, the most this gateway takes")
+        if self.calls and self._call_bytes + size_bytes > self._limits.open_bytes:
             raise self._overloaded(f"open calls hold {self._call_bytes} bytes of prompts")
-        self._calls += 1
+        self.calls += 1
         self._call_bytes += size_bytes
         try:
             yield
         finally:
-            self._calls -= 1
+            self.calls -= 1
             self._call_bytes -= size_bytes
 
     def find(self, request_id: str) -> Request | None:

@@ -54,6 +54,16 @@ class Gateway:
         self._tokenizing = tokenizing
         self._limits = limits
 
+    @property
+    def calls(self) -> int:
+        """Generate calls that are open."""
+        return self._log.calls
+
+    @property
+    def remembered_bytes(self) -> int:
+        """Of the answers of requests that have ended."""
+        return self._log.ended_bytes
+
     async def stop(self) -> None:
         """Says that it leaves, lets live requests run on for a moment, and fails the rest. Once."""
         await self._health.enter_graceful_shutdown()

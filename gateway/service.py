@@ -135,19 +135,32 @@ class InferenceService:
         except FarshoreError as error:
             await self._abort(context, error)
         except RequestFailed as error:
-            await context.abort(error.failure.code, error.failure.message, error.failure.trailing)
+            await self._end(context, error.failure.code, error.failure.message, error.failure.trailing)
         except grpc.aio.AbortError:
             raise
         except Exception:
             _logger.exception("a call broke the gateway")
-            await context.abort(grpc.StatusCode.INTERNAL, "the gateway failed; see its log")
+            await self._end(context, grpc.StatusCode.INTERNAL, "the gateway failed; see its log")
 
     async def _abort(self, context: grpc.aio.ServicerContext, error: FarshoreError) -> None:
         code, message, trailing = rpc.status_of(error)
         if isinstance(error, Overloaded):
             # gRPC's own retry hint: clients with a retry policy wait this long.
             trailing += (("grpc-retry-pushback-ms", str(self._limits.retry_after_ms)),)
-        await context.abort(code, shortened(message), trailing)
+        await self._end(context, code, shortened(message), trailing)
+
+    async def _end(
+        self,
+        context: grpc.aio.ServicerContext,
+        code: grpc.StatusCode,
+        message: str,
+        trailing: tuple[tuple[str, str], ...] = (),
+    ) -> None:
+        """A status stands behind what was written: gRPC sends it when a reader that stalls reads on, but then
+        the handler is gone."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._limits.shutdown_s):
+                await context.abort(code, message, trailing)
 
 
 def _parsed(kind: type[Message], raw: bytes) -> Any:

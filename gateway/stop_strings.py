@@ -14,10 +14,7 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str]) -> None:
         """``stops``: none of them empty; perhaps none at all."""
-        self._stops = tuple(stops)
-        # Every beginning of a stop string, but for the whole of it.
-        self._beginnings = {stop[:end] for stop in stops for end in range(1, len(stop))}
-        self._longest = max((len(stop) for stop in stops), default=1) - 1
+        self._stops = [_StopString(stop) for stop in stops]
         self._held = ""
         self.found = False
 
@@ -25,21 +22,43 @@ class StopStrings:
         """What is certainly part of the text, now that ``text`` has come. Nothing more once one is found."""
         if self.found:
             return ""
+        for stop in self._stops:
+            stop.push(text)
         text = self._held + text
-        ends = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        if ends:
+        starts = [at for stop in self._stops if (at := text.find(stop.text)) >= 0]
+        if starts:
             self.found, self._held = True, ""
-            return text[: min(ends)]
-        self._held = self._beginning_at_end_of(text)
-        return text[: len(text) - len(self._held)]
+            return text[: min(starts)]
+        held = max((stop.matched for stop in self._stops), default=0)
+        certain = len(text) - held
+        self._held = text[certain:]
+        return text[:certain]
 
     def finish(self) -> str:
         """What was held back and became no stop string."""
         held, self._held = self._held, ""
         return held
 
-    def _beginning_at_end_of(self, text: str) -> str:
-        for length in range(min(self._longest, len(text)), 0, -1):
-            if text[-length:] in self._beginnings:
-                return text[-length:]
-        return ""
+
+class _StopString:
+    """``matched``: the length of its longest beginning that the text ends with (Knuth, Morris and Pratt):
+    one step for each character, whatever the stop string."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.matched = 0
+        # By the length of a beginning: that of the next shorter one that it ends with.
+        self._shorter = [0, 0]
+        for character in text[1:]:
+            self._shorter.append(self._longer(self._shorter[-1], character))
+
+    def push(self, text: str) -> None:
+        for character in text:
+            self.matched = self._longer(self.matched, character)
+
+    def _longer(self, matched: int, character: str) -> int:
+        if matched == len(self.text):
+            matched = self._shorter[matched]
+        while matched and self.text[matched] != character:
+            matched = self._shorter[matched]
+        return matched + (self.text[matched] == character)

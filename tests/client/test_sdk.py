@@ -109,6 +109,13 @@ def test_gateway_errors_are_ours(client, farshore):
         list(stream)
 
 
+@pytest.mark.parametrize("chars, most", [(5 << 20, 4 << 20), (65 << 20, 64 << 20)])
+def test_a_message_that_is_too_large_is_no_overload(client, chars, most):
+    """Sending it again would not help. The larger one does not even leave the client."""
+    with pytest.raises(InvalidRequest, match=rf"at most {most}: shorten the prompt"):
+        list(client.generate("a" * chars))
+
+
 def test_closing_the_stream_ends_the_request(client, farshore):
     stream = client.generate("Hi")
     sequence = farshore.engine.next_sequence()

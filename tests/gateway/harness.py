@@ -86,6 +86,7 @@ class FakeEngine(cluster_pb2_grpc.EngineServicer, cluster_pb2_grpc.ControllerSer
         self._live = {}
         self.auto = None
         self.ignores_cancel = False
+        self.deaf = 0  # so many cancels are ignored
         self.cancelled = []  # (sequence id, choice or None)
         self.status = api.ClusterStatusReply(model="smollm2", dtype="bfloat16")
 
@@ -117,7 +118,8 @@ class FakeEngine(cluster_pb2_grpc.EngineServicer, cluster_pb2_grpc.ControllerSer
         choice = request.choice if request.HasField("choice") else None
         self.cancelled.append((request.sequence_id, choice))
         sequence = self._live.get(request.sequence_id)
-        if sequence is not None and not self.ignores_cancel:
+        self.deaf -= 1
+        if sequence is not None and not self.ignores_cancel and self.deaf < 0:
             for each in range(sequence.request.n) if choice is None else [choice]:
                 sequence.finish(api.FINISH_REASON_CANCELLED, choice=each)
         return cluster_pb2.CancelSequenceReply()

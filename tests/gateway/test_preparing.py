@@ -1,0 +1,191 @@
+"""What happens to a request between its acceptance and the end of its prompt's tokenizing."""
+
+import dataclasses
+import threading
+
+import grpc
+import pytest
+
+from farshore.gateway.limits import Limits
+from farshore.proto import inference_pb2 as api
+
+
+class HeldTokenizer:
+    """Encodes when ``go`` is set."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        self.go = threading.Event()
+        self.asked = threading.Semaphore(0)
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def encode(self, text, **options):
+        self.asked.release()
+        assert self.go.wait(30)
+        return self._tokenizer.encode(text, **options)
+
+
+@pytest.fixture
+def held(harness, loop_thread, served):
+    """``held(limits)``: a gateway, and its tokenizer, which is let go after the test."""
+    with harness.contextlib.ExitStack() as stack:
+
+        def start(**limits):
+            tokenizer = HeldTokenizer(served.tokenizer)
+            model = dataclasses.replace(served, tokenizer=tokenizer)
+            limits = Limits(**{"drain_s": 0.1} | limits)
+            farshore = stack.enter_context(harness.gateway(loop_thread, model, limits=limits))
+            stack.callback(tokenizer.go.set)
+            return farshore, tokenizer
+
+        yield start
+
+
+def _cancel(farshore, request_id):
+    farshore.stub.Cancel(api.CancelRequest(request_id=request_id), timeout=30)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_cancel_behind_generate_ends_it_before_the_engine_hears_of_it(held, n):
+    farshore, tokenizer = held()
+    call = farshore.generate(request_id="a", sampling=dict(n=n, temperature=1.0))
+    assert tokenizer.asked.acquire(timeout=30)
+    _cancel(farshore, "a")
+    accepted, done = call
+    assert accepted.accepted == api.Accepted(request_id="a")
+    assert [it.reason for it in done.finished.choices] == [api.FINISH_REASON_CANCELLED] * n
+    assert done.finished.usage == api.Usage()
+    tokenizer.go.set()
+    farshore.engine.auto = ()
+    list(farshore.generate(request_id="b"))
+    farshore.engine.next_sequence()
+    assert farshore.engine.idle and not farshore.engine.cancelled
+
+
+def test_cancel_of_what_waits_for_a_tokenizer(held):
+    """Behind as many others as there are threads."""
+    farshore, tokenizer = held(tokenizer_threads=1)
+    first, second = farshore.generate(request_id="a"), None
+    assert tokenizer.asked.acquire(timeout=30)
+    second = farshore.generate(request_id="b")
+    while True:  # Nothing tells that the gateway has accepted a call before its prompt is read.
+        try:
+            _cancel(farshore, "b")
+            break
+        except grpc.RpcError as error:
+            assert error.code() == grpc.StatusCode.NOT_FOUND
+    assert list(second)[-1].finished.choices[0].reason == api.FINISH_REASON_CANCELLED
+    tokenizer.go.set()
+    farshore.engine.next_sequence().finish()
+    assert len(list(first)) == 2
+    assert farshore.engine.idle
+    assert not tokenizer.asked.acquire(blocking=False), "its prompt was not tokenized"
+
+
+def test_the_same_id_twice_runs_once(held):
+    farshore, tokenizer = held()
+    calls = [farshore.generate(request_id="a")]
+    assert tokenizer.asked.acquire(timeout=30)
+    calls += [farshore.generate(request_id="a"), farshore.generate(None, request_id="a")]
+    tokenizer.go.set()
+    sequence = farshore.engine.next_sequence()
+    sequence.tokens(10)
+    sequence.finish()
+    first, *others = [list(call) for call in calls]
+    assert [event.WhichOneof("kind") for event in first] == ["accepted", "token", "finished"]
+    assert others == [first, first]
+    assert farshore.engine.idle
+
+
+@pytest.mark.parametrize(
+    "fields, code, words",
+    [
+        (dict(text="Another"), grpc.StatusCode.INVALID_ARGUMENT, "choose a new id"),
+        (dict(text=None, resume_from=1), grpc.StatusCode.INVALID_ARGUMENT, "has 0 tokens"),
+        (dict(request_id="b"), grpc.StatusCode.RESOURCE_EXHAUSTED, "1 requests are running"),
+    ],
+)
+def test_refusals_beside_it(held, harness, fields, code, words):
+    farshore, tokenizer = held(max_live_requests=1)
+    call = farshore.generate(request_id="a")
+    assert tokenizer.asked.acquire(timeout=30)
+    failure = harness.failure_of(farshore.generate(**dict(request_id="a") | fields))
+    assert failure.code() == code and words in failure.details()
+    tokenizer.go.set()
+    farshore.engine.next_sequence().finish()
+    assert len(list(call)) == 2
+
+
+def test_a_client_that_leaves_frees_its_place(held, harness):
+    farshore, tokenizer = held(max_live_requests=1)
+    call = farshore.generate()
+    assert tokenizer.asked.acquire(timeout=30)
+    call.cancel()
+    while True:  # The gateway hears of it when it does.
+        second = farshore.generate(request_id="b")
+        if tokenizer.asked.acquire(timeout=0.05):
+            break
+        assert harness.failure_of(second).code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    tokenizer.go.set()
+    farshore.engine.next_sequence().finish()
+    assert len(list(second)) == 2
+    assert farshore.engine.idle
+
+
+def test_a_client_that_leaves_and_comes_back(held):
+    farshore, tokenizer = held()
+    call = farshore.generate(request_id="a")
+    assert tokenizer.asked.acquire(timeout=30)
+    call.cancel()
+    again = farshore.generate(None, request_id="a")
+    tokenizer.go.set()
+    farshore.engine.next_sequence().finish()
+    assert [event.WhichOneof("kind") for event in again] == ["accepted", "finished"]
+
+
+def test_a_prompt_that_is_refused_frees_its_id(held, harness, served):
+    farshore, tokenizer = held()
+    long = "word " * served.config.max_positions
+    calls = [farshore.generate(long, request_id="a")]
+    assert tokenizer.asked.acquire(timeout=30)
+    calls.append(farshore.generate(None, request_id="a"))
+    tokenizer.go.set()
+    for call in calls:
+        failure = harness.failure_of(call)
+        assert failure.code() == grpc.StatusCode.INVALID_ARGUMENT and "8192 positions" in failure.details()
+    farshore.engine.auto = ()
+    assert len(list(farshore.generate("Short", request_id="a"))) == 2
+
+
+def test_a_tokenizer_that_breaks(held, harness):
+    farshore, tokenizer = held()
+    tokenizer.go.wait = lambda _: False  # Its assertion fails.
+    failure = harness.failure_of(farshore.generate())
+    assert failure.code() == grpc.StatusCode.INTERNAL
+    assert failure.details() == "the gateway failed; see its log"
+    del tokenizer.go.wait
+    tokenizer.go.set()
+    farshore.engine.auto = ()
+    assert len(list(farshore.generate())) == 2
+
+
+def test_a_shutdown(held, harness, loop_thread):
+    farshore, tokenizer = held()
+    call = farshore.generate(request_id="a")
+    assert tokenizer.asked.acquire(timeout=30)
+    loop_thread.run(farshore.gateway.stop())
+    failure = harness.failure_of(call)
+    assert failure.code() == grpc.StatusCode.UNAVAILABLE and "0 tokens" in failure.details()
+
+
+def test_an_engine_that_reads_the_cancel_first(start):
+    """Calls overtake each other: an engine ignores a cancel of what it doesn't know, and is told again."""
+    farshore = start(limits=Limits(cancel_again_s=0.01, drain_s=0.1))
+    farshore.engine.deaf = 2
+    call = farshore.generate(request_id="a")
+    next(call)
+    _cancel(farshore, "a")
+    assert [event.finished.choices[0].reason for event in call] == [api.FINISH_REASON_CANCELLED]
+    assert len(farshore.engine.cancelled) == 3
