@@ -6,6 +6,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from farshore.client.cli import main
+from farshore.controller.config import ClusterConfig
 from farshore.gateway.served import Served
 
 
@@ -52,28 +53,41 @@ def run(capsys):
 
 
 class FakeCluster:
-    """Stands in for controller.cluster.Cluster: remembers what was asked of it, starts nothing."""
+    """Stands in for controller.cluster.Cluster where options are tested: remembers what was asked of it,
+    starts nothing, and is as strict as the real one about when it may be used.
+
+    What a cluster does is tested with real ones: tests/controller.
+    """
 
     def __init__(self, address):
         self.address = address
         self.endpoints = {"gateway": address, "attention-0": "127.0.0.1:7"}
         self.config = None
         self.stops = 0
-        self.on_start = self.on_wait = lambda: None
+        self.on_start = lambda: None
+        self.on_wait = lambda warn: None
+        self._running = False
 
     def start(self, config, *, progress):
+        assert isinstance(config, ClusterConfig) and not self._running
         self.config = config
         progress("starting workers")
         self.on_start()
+        self._running = True
         return self
 
     def wait(self, *, warn):
-        self.on_wait()
+        """The real one returns when it is stopped, and else raises."""
+        assert self._running
+        self.on_wait(warn)
+        raise KeyboardInterrupt
 
     def __enter__(self):
+        assert self._running
         return self
 
     def __exit__(self, *_):
+        self._running = False
         self.stops += 1
 
 

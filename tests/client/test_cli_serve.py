@@ -1,14 +1,21 @@
 """``farshore serve`` with a cluster that only remembers, and ``farshore status`` with a real gateway."""
 
+import inspect
 import json
 import os
 import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from farshore.client.cli_terminal import Progress, stop_signals
-from farshore.errors import StartupError
+from farshore.errors import PartEnded, StartupError
 from farshore.proto import inference_pb2 as api
+from farshore.proto import inference_pb2_grpc
 
 
 def test_serve_says_where(run, cluster):
@@ -37,7 +44,7 @@ def test_serve_says_where(run, cluster):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_stop_everything(run, cluster, number):
     before = signal.getsignal(number)
-    cluster.on_wait = lambda: os.kill(os.getpid(), number)
+    cluster.on_wait = lambda _: os.kill(os.getpid(), number)
     assert run("serve").code == 0
     assert cluster.stops == 1
     assert signal.getsignal(number) is before
@@ -48,7 +55,7 @@ def test_sigterm_works_after_ray_has_taken_it(run, cluster):
         raise SystemExit(number)
 
     cluster.on_start = lambda: signal.signal(signal.SIGTERM, as_ray_does)
-    cluster.on_wait = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    cluster.on_wait = lambda _: os.kill(os.getpid(), signal.SIGTERM)
     assert run("serve").code == 0
     assert cluster.stops == 1
 
@@ -72,15 +79,52 @@ def test_a_second_signal_does_not_break_off_the_stop():
     assert cleaned
 
 
-def test_a_part_that_dies_is_an_error(run, cluster):
-    def die():
-        raise StartupError("the gateway ended with code 9")
+def test_the_stand_in_is_called_as_the_real_one(cluster):
+    """In a process of its own: what the client imports must not depend on this test."""
+    code = (
+        "import inspect\n"
+        "from farshore.controller.cluster import Cluster\n"
+        "print(*inspect.signature(Cluster.start).parameters, *inspect.signature(Cluster.wait).parameters)\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120)
+    # A class method's own parameter, the class, is not shown.
+    start, wait = (list(inspect.signature(it).parameters) for it in (cluster.start, type(cluster).wait))
+    assert done.stdout.split() == [*start, *wait], done.stderr
 
-    cluster.on_wait = die
+
+def test_a_part_that_ends_is_told_at_once_and_then_the_rest_is_ended(run, cluster, capsys):
+    def end(warn):
+        warn("attention-0 was killed")
+        raise PartEnded("dense-0 was killed")
+
+    told = []
+    stop = type(cluster).__exit__
+
+    def stop_and_look(*arguments):
+        told.append(capsys.readouterr().err)
+        stop(*arguments)
+
+    cluster.on_wait = end
+    cluster.__class__ = type("Watched", (type(cluster),), {"__exit__": stop_and_look})
     done = run("serve")
-    assert done.code == 1
-    assert "farshore: error: the gateway ended with code 9" in done.err
+    assert done.code == 1 and done.err == ""
+    assert told[0].splitlines()[-2:] == [
+        "farshore: warning: attention-0 was killed",
+        "farshore: error: dense-0 was killed",
+    ]
     assert cluster.stops == 1
+
+
+@pytest.mark.parametrize("error", [StartupError("no room"), PartEnded("Ray's raylet was killed")])
+def test_a_start_that_fails_is_one_line(run, cluster, error):
+    def fail():
+        raise error
+
+    cluster.on_start = fail
+    done = run("serve")
+    assert done.code == 1 and done.out == ""
+    assert done.err.endswith(f"farshore: error: {error}\n") and done.err.count("error:") == 1
+    assert cluster.stops == 0  # It has ended what it started.
 
 
 class _Terminal:
@@ -191,3 +235,39 @@ def test_status_without_a_gateway(run):
     done = run("status", "--server", "127.0.0.1:1")
     assert done.code == 1
     assert "no gateway answers at 127.0.0.1:1" in done.err
+
+
+class Failed(inference_pb2_grpc.InferenceServicer):
+    """A gateway whose engine has failed: it tells its status, and its health is NOT_SERVING."""
+
+    def ClusterStatus(self, request, context):
+        worker = api.WorkerStatus(worker_id="dense-0", kind="dense", state="failed")
+        return api.ClusterStatusReply(workers=[worker])
+
+
+@pytest.fixture
+def failed():
+    checks = health.HealthServicer()
+    checks.set("farshore.inference.v1.Inference", health_pb2.HealthCheckResponse.NOT_SERVING)
+    server = grpc.server(ThreadPoolExecutor(2))
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    inference_pb2_grpc.add_InferenceServicer_to_server(Failed(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(0).wait()
+
+
+def test_status_of_a_gateway_that_does_not_serve(run, failed):
+    """That its engine has failed is what status is asked for."""
+    done = run("status", "--server", failed)
+    assert done.code == 0, done.err
+    assert ["dense-0", "dense", "failed"] in [line.split()[:3] for line in done.out.splitlines()]
+
+
+def test_generate_at_a_gateway_that_does_not_serve(run, cluster, failed, monkeypatch):
+    monkeypatch.setattr("farshore.client.cli_connect.ANSWER_DEADLINE_S", 0.0)
+    monkeypatch.setattr("farshore.client.cli_generate.DEFAULT_SERVER", failed)
+    done = run("generate", "Hi")
+    assert done.code == 1 and "has failed" in done.err
+    assert cluster.config is None

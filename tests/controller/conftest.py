@@ -127,11 +127,11 @@ def ray_address():
     not."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+        port = str(probe.getsockname()[1])
     options = ["--head", "--block", "--include-dashboard=false", "--object-store-memory=80000000"]
     head = Background(
         subprocess.Popen(
-            [COMMAND.with_name("ray"), "start", *options, "--port", address.rpartition(":")[2]],
+            [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", *options, "--port", port],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -140,7 +140,7 @@ def ray_address():
         )
     )
     head.out.await_match("Ray runtime started")
-    yield address
+    yield f"127.0.0.1:{port}"
     running = head.process.poll() is None
     head.end(signal.SIGTERM)
     assert running

@@ -160,7 +160,7 @@ def test_another_loopback_address_behind_a_web_proxy_until_sigterm(marked, serve
     marked.set_environment(
         http_proxy=proxy, https_proxy=proxy, grpc_proxy=proxy, no_proxy="", no_grpc_proxy=""
     )
-    server, address = serve("--host", host, "--attention-workers", "1", "--kv-memory", "64MiB")
+    server, address = serve("--host", host, "--attention-workers", "1")
     assert address.startswith("[::1]:" if host == "::1" else host)
     done = marked.run("generate", "--server", address, QUESTION)
     assert (done.returncode, done.stdout.strip()) == (0, "The capital of France is Paris."), done.stderr
