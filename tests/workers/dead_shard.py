@@ -53,7 +53,7 @@ class MortalPeer(_Mortal):
     """A peer that can die: at once, or in the middle of whatever a test waits for.
 
     The store behind it lives on, as the memory of a shard does that was cut off: after :meth:`revive` it has
-    what nobody could drop meanwhile.
+    what could not be dropped meanwhile.
     """
 
     transport = bulk_transport = Transport.TCP  # An engine takes an in-process peer for one that never fails.

@@ -78,7 +78,7 @@ def test_dead_it_is_dead_for_every_call(shard, name):
     attend(twin, span)
 
 
-def test_what_nobody_could_drop_is_there_when_it_is_back(shard):
+def test_what_could_not_be_dropped_is_there_when_it_is_back(shard):
     span = placed(shard)
     shard.die()
     with pytest.raises(TransportError):
