@@ -196,13 +196,20 @@ def breaking_service():
 class WorkerProcess:
     """An attention worker in a process of its own: to freeze, to kill, to start again."""
 
-    def __init__(self, listen="127.0.0.1:0", *, prefix=(), worker="shard"):
-        self._prefix, self._worker = prefix, worker
+    def __init__(self, listen="127.0.0.1:0", *, prefix=(), worker="shard", kv_memory_bytes=8 << 20):
+        self._prefix, self._worker, self._kv_memory_bytes = prefix, worker, kv_memory_bytes
         self._start(listen)
 
     def _start(self, listen):
         command = [*self._prefix, sys.executable, "-P", "-m", "farshore.workers.attention"]
-        command += ["--worker", self._worker, "--kv-memory-bytes", str(8 << 20), "--listen", listen]
+        command += [
+            "--worker",
+            self._worker,
+            "--kv-memory-bytes",
+            str(self._kv_memory_bytes),
+            "--listen",
+            listen,
+        ]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | ENVIRONMENT
         )
@@ -215,9 +222,10 @@ class WorkerProcess:
 
     def thaw(self):
         self.process.send_signal(signal.SIGCONT)
+        os.waitpid(self.process.pid, os.WCONTINUED)
 
     def kill(self):
-        """Idempotent."""
+        """Idempotent; a frozen one, too."""
         self.process.kill()
         self.process.wait()
         self.process.stdin.close()
@@ -237,7 +245,7 @@ def worker_process():
 
 @pytest.fixture
 def start_process():
-    """start_process(listen=..., prefix=..., worker=...) -> WorkerProcess, killed after the test."""
+    """start_process(listen=..., worker=..., ...) -> WorkerProcess, killed after the test."""
     started = []
 
     def start(*args, **options):

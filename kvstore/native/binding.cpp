@@ -7,6 +7,7 @@
 #include <climits>
 #include <exception>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -87,6 +88,8 @@ template <class Call>
 PyObject* guarded(Call&& call) {
     try {
         return call();
+    } catch (const std::bad_alloc&) {
+        return PyErr_NoMemory();
     } catch (const std::exception& error) {
         if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, error.what());
         return nullptr;

@@ -1,6 +1,7 @@
 #include "copy.h"
 
 #include <algorithm>
+#include <system_error>
 #include <thread>
 
 #include "bulk.h"
@@ -23,8 +24,14 @@ void parallel(int64_t count, int64_t bytes, int threads, const Body& body) {
         for (int64_t at = count * i / parts; at < count * (i + 1) / parts; at++) body(at);
     };
     std::vector<std::jthread> helpers;
-    for (int64_t i = 1; i < parts; i++) helpers.emplace_back(part, i);
+    int64_t started = 1;
+    try {
+        for (; started < parts; started++) helpers.emplace_back(part, started);
+    } catch (const std::system_error&) {
+        // The machine gives no more threads: what they would have copied is this one's.
+    }
     part(0);
+    for (int64_t i = started; i < parts; i++) part(i);
 }
 
 int64_t bytes_of(const Places& places, int layers) {

@@ -339,6 +339,35 @@ def test_scratch_that_cannot_be_had_is_an_error_of_the_call(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+NO_THREADS = """
+import resource
+import torch
+from farshore.kernels import cpu
+from farshore.kernels.base import AttentionSpec, State
+
+torch.set_num_threads(1)  # its own pool ends the process where there are no threads
+spec = AttentionSpec(1, 1, 1, 64, 64, 1.0)
+y = torch.randn(2048, 1, 64)
+out, again = State.identity(2048, 1, 64), State.identity(2048, 1, 64)
+call = dict(q_positions=torch.arange(2048), k_position=0)
+cpu.extend(y, y.view(1, 2048, 64), y.view(1, 2048, 64), spec, out=out, threads=1, **call)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20), -1))  # less than a thread's stack
+cpu.extend(y, y.view(1, 2048, 64), y.view(1, 2048, 64), spec, out=again, threads=8, **call)
+assert torch.equal(out.o, again.o) and torch.equal(out.lse, again.lse)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="measures its own memory by /proc")
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="asan takes the memory")
+def test_threads_that_cannot_be_had_are_done_without(tmp_path):
+    """A machine at its limit of threads, or of memory for their stacks, is slower and no error."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", NO_THREADS], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @every_instruction_set
 @pytest.mark.parametrize("format", [KVFormat.INT8, KVFormat.INT4], ids=lambda it: it.value)
 @pytest.mark.parametrize("rows", [1, 20])

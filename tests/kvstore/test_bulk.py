@@ -1,5 +1,10 @@
 """Native copies past the caches, and XOR, at sizes and addresses that fit no vector."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -62,3 +67,35 @@ def test_large_writes_are_the_same_bytes(layout):
     blocks.copy_in(memory, wide, bases, layer=0, first=0, k=k, v=v)
     got = blocks.copy_out(memory, wide, bases, layers=range(1), first=0, last=3200)
     assert torch.equal(got[0][0], k) and torch.equal(got[1][0], v)
+
+
+NO_THREADS = """
+import resource
+import torch
+from farshore.kernels.base import KVLayout
+from farshore.kernels.formats import KVFormat
+from farshore.kvstore import blocks
+
+torch.set_num_threads(1)  # its own pool ends the process where there are no threads
+layout = KVLayout(4, 2, 1, 1, 64, 64, KVFormat.FLOAT32)
+memory = torch.randn(8 * layout.block_bytes // 4).view(torch.uint8)
+bases = range(0, memory.numel(), layout.block_bytes)
+def copy(threads):
+    return blocks.copy_out(memory, layout, bases, layers=range(4), first=0, last=2000, threads=threads)
+alone = copy(1)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+bytes = sum(it.numel() * 4 for it in alone)
+resource.setrlimit(resource.RLIMIT_AS, (used + bytes + (4 << 20), -1))  # less than a thread's stack beside it
+for one, other in zip(alone, copy(4), strict=True):
+    assert torch.equal(one, other)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="measures its own memory by /proc")
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="asan takes the memory")
+def test_threads_that_cannot_be_had_are_done_without(tmp_path):
+    """A shard at its limit of threads copies more slowly, and refuses nothing."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", NO_THREADS], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,10 +1,12 @@
 """Engines over in-process shards, for tests of floor 3."""
 
+import importlib.util
 import queue
 import threading
 import time
 from collections import defaultdict
 from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
@@ -186,6 +188,16 @@ def rig():
         engine.stop()
     for made in rigs:
         made.check_empty()
+
+
+@pytest.fixture(scope="session")
+def mortal():
+    """The class MortalPeer, which wraps an in-process peer; see dead_shard.py."""
+    path = Path(__file__).with_name("dead_shard.py")
+    spec = importlib.util.spec_from_file_location("farshore_dead_shard", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.MortalPeer
 
 
 @pytest.fixture

@@ -78,19 +78,21 @@ class Ground:
                 self.tails[name].truncate(self.tails[name].end)
         return out
 
-    def _tokens(self, count, groups=None):
-        layout = self.layout.of_groups(groups or self.layout.groups)
-        k = torch.randn(layout.k_heads, count, layout.k_dim, generator=self.random)
-        return k, torch.randn(layout.v_heads, count, layout.v_dim, generator=self.random)
+    def _tokens(self, count):
+        k = torch.randn(self.layout.k_heads, count, self.layout.k_dim, generator=self.random)
+        return k, torch.randn(self.layout.v_heads, count, self.layout.v_dim, generator=self.random)
 
     def _spans(self, name, length):
-        """By range over all shards, or, every second sequence, by head group over two."""
+        """By range over all shards, or, every second sequence, by head group over two: the same KV however
+        many shards there are."""
         workers = list(self.cluster.peers)
         if length % 2:
             cuts = [(workers[0], 0, length, 0, 1), (workers[1], 0, length, 1, self.layout.groups)]
         else:
             edges = [length * i // len(workers) for i in range(len(workers) + 1)]
-            cuts = [(w, edges[i], edges[i + 1], 0, self.layout.groups) for i, w in enumerate(workers)]
+            parts = zip(workers, edges, edges[1:], strict=False)
+            cuts = [(worker, a, b, 0, self.layout.groups) for worker, a, b in parts if a < b]
+        kv = [self._tokens(length) for _ in range(self.layout.layers)]
         reads = []
         for worker, first, last, group0, group1 in cuts:
             store = self.cluster.stores[worker]
@@ -101,9 +103,9 @@ class Ground:
                 epoch=EPOCH,
             )
             sequence = SequenceId(name)
-            for layer in range(self.layout.layers):
-                parts = self._tokens(last - first, group1 - group0)
-                store.write(span, layer, 0, *parts, sequence=sequence, epoch=EPOCH)
+            for layer, rows in enumerate(kv):
+                k, v = (x[group0:group1, first:last] for x in rows)
+                store.write(span, layer, 0, k, v, sequence=sequence, epoch=EPOCH)
             store.seal(span, last - first, sequence=sequence, epoch=EPOCH)
             reads.append((worker, Read(span, first, first, last, group0, group1, range(0, 1), sequence)))
         return reads
@@ -117,10 +119,30 @@ class Ground:
 
 
 @pytest.fixture
-def ground(tiny_model, rig):
-    made = Ground(rig(tiny_model, shards=2, memory_bytes=64 << 20), tail_tokens=5)
-    yield made
-    made.close()
+def over(tiny_model, rig):
+    """over(shards) -> Ground."""
+    made = []
+
+    def build(shards):
+        made.append(Ground(rig(tiny_model, shards=shards, memory_bytes=64 << 20), tail_tokens=5))
+        return made[-1]
+
+    yield build
+    for it in made:
+        it.close()
+
+
+@pytest.fixture
+def ground(over):
+    return over(2)
+
+
+@pytest.mark.parametrize("shards", [64, 130])
+def test_a_sequence_may_lie_on_any_number_of_shards(ground, over, shards):
+    """64 shards' states and the engine's own are 65 to merge in every layer."""
+    many = over(shards)
+    for rows in (["b"], ["a", "b", "b", "c", "e"]):
+        torch.testing.assert_close(many.logits(rows, 1), ground.logits(rows, 1), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("micro_batches", [2, 3, 4, 8])

@@ -18,6 +18,7 @@
 #include <exception>
 #include <mutex>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -60,7 +61,11 @@ class Pool {
   public:
     void run(int count, int threads, void (*body)(void*, int), void* context) {
         while (static_cast<int>(workers_.size()) < threads - 1) {
-            workers_.emplace_back([this, id = static_cast<int>(workers_.size())] { work(id); });
+            try {
+                workers_.emplace_back([this, id = static_cast<int>(workers_.size())] { work(id); });
+            } catch (const std::system_error&) {
+                break;  // The machine gives no more threads: those there are do the work.
+            }
             caller_core_ = -1;
         }
 #if defined(__linux__)

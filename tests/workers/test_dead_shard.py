@@ -1,0 +1,132 @@
+"""The shards that other tests kill are dead in every way."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from farshore.attention_offload.plan import Read, ShardStep
+from farshore.errors import Late, Lost, TransportError
+from farshore.ids import Epoch, SequenceId, SpanId
+from farshore.kernels.base import KVLayout
+from farshore.kernels.formats import KVFormat
+from farshore.kvstore.base import ShardStore, SpanKey
+
+EPOCH = Epoch(1)
+LAYOUT = KVLayout(3, 3, 1, 1, 8, 8, KVFormat.FLOAT32)
+"""The tiny model's."""
+A = SequenceId("a")
+STORE_CALLS = sorted(
+    name
+    for name, value in vars(ShardStore).items()
+    if callable(value) and not name.startswith("_") and name != "check_integrity"
+)
+PEER_CALLS = ["identify", "begin", "send", "wait"]
+
+
+@pytest.fixture
+def shard(tiny_model, rig, mortal):
+    cluster = rig(tiny_model, shards=1, memory_bytes=8 << 20)
+    peer = mortal(cluster.peers["shard0"])
+    yield peer
+    peer.revive()
+    peer.store.drop_sequence(A, epoch=EPOCH)
+
+
+def placed(peer):
+    """A sealed span of 4 tokens."""
+    key = SpanKey(sequence=A, layer_class=0, first=0, group0=0, group1=LAYOUT.groups)
+    span = peer.store.create(key, capacity_tokens=4, layout=LAYOUT, epoch=EPOCH)
+    k = torch.ones(LAYOUT.k_heads, 4, LAYOUT.k_dim)
+    for layer in range(LAYOUT.layers):
+        peer.store.write(span, layer, 0, k, k, epoch=EPOCH)
+    peer.store.seal(span, 4, epoch=EPOCH)
+    return span
+
+
+def step_of(span):
+    read = Read(SpanId(span), 0, 0, 4, 0, LAYOUT.groups, range(1))
+    return ShardStep(1, (0,), (9,), 0, LAYOUT.groups, ((read,),), (range(1),))
+
+
+def attend(peer, span):
+    peer.begin(step_of(span))
+    return peer.wait(peer.send(0, 0, torch.ones(1, 6, 8)))
+
+
+def test_alive_it_is_what_it_wraps(shard):
+    span = placed(shard)
+    state = attend(shard, span)
+    assert torch.allclose(state.o, torch.ones(1, 6, 8))
+    assert shard.identify().worker == "shard0" and not shard.dead
+    assert shard.store.memory.dtype == torch.uint8, "what is no call passes"
+    assert shard.calls["create"] == shard.calls["seal"] == shard.calls["wait"] == 1
+
+
+@pytest.mark.parametrize("name", [*PEER_CALLS, *STORE_CALLS])
+def test_dead_it_is_dead_for_every_call(shard, name):
+    span = placed(shard)
+    twin = shard.twin()
+    assert twin is shard.twin()
+    shard.die()
+    for way in (shard, twin):
+        with pytest.raises(TransportError, match="the shard is dead"):
+            getattr(way if name in PEER_CALLS else way.store, name)()
+    shard.break_off()
+    shard.revive()
+    attend(shard, span)
+    attend(twin, span)
+
+
+def test_what_could_not_be_dropped_is_there_when_it_is_back(shard):
+    span = placed(shard)
+    shard.die()
+    with pytest.raises(TransportError):
+        shard.store.drop_sequence(A, epoch=EPOCH)
+    shard.revive()
+    assert [info.span for info in shard.store.announce()] == [span]
+
+
+def test_it_dies_in_the_middle_of_what_a_test_waits_for(shard):
+    span = placed(shard)
+    shard.before("wait", 2, shard.die)
+    attend(shard, span)
+    with pytest.raises(TransportError):
+        attend(shard, span)
+    assert shard.dead
+    with pytest.raises(TransportError):
+        shard.identify()
+
+
+def test_a_single_call_fails_with_what_is_asked_for(shard):
+    span = placed(shard)
+
+    def late():
+        raise Late("no answer yet", shards=["shard0"])
+
+    shard.before("send", 1, late)
+    with pytest.raises(Late):
+        attend(shard, span)
+    attend(shard, span)
+    shard.die(lambda: Lost("another incarnation", shards=["shard0"]))
+    with pytest.raises(Lost):
+        attend(shard, span)
+
+
+def test_a_process_is_frozen_thawed_and_killed(start_process, connect, tiny_model, rig):
+    shard = start_process(worker="shard7")
+    peer = connect(shard.address, model=rig(tiny_model).attention)
+    span = placed(peer)
+    state = Path(f"/proc/{shard.process.pid}/stat")
+    shard.freeze()
+    assert state.read_text().rpartition(")")[2].split()[0] == "T"
+    shard.thaw()
+    assert peer.identify().worker == "shard7"
+    assert torch.allclose(attend(peer, span).o, torch.ones(1, 6, 8))
+    shard.freeze()
+    shard.kill()  # a frozen one, too
+    assert not state.exists()
+    with pytest.raises(TransportError):
+        peer.identify()
+    with pytest.raises(TransportError):
+        peer.store.announce()
