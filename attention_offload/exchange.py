@@ -55,21 +55,18 @@ class Exchange:
         """For the answers to a frame that was sent, by this exchange or by one with more parts: for each
         until its own deadline, of which ``passed_s`` are over."""
         failed = self._native.wait_all(self._handle, step, layer, micro_batch, deadlines_s, passed_s)
-        return {} if failed is None else self._mapped(failed, deadlines_s)
+        return {} if failed is None else self._mapped(failed)
 
     def times(self) -> tuple[float, list[tuple[int, list[float]]]]:
         """Since it was asked last: seconds that :meth:`wait` took; and, by part, how many answers came, and
         the seconds from sending to those that were seen coming."""
         return self._native.times(self._handle)  # type: ignore[no-any-return]
 
-    def _mapped(
-        self, failed: Sequence[tuple[int, type[Exception] | None, Any]], deadlines_s: Sequence[float] = ()
-    ) -> Failures:
+    def _mapped(self, failed: Sequence[tuple[int, type[Exception] | None, Any]]) -> Failures:
         found = {}
         for index, kind, text in failed:
             stream = self.parts[index].stream
-            deadline_s = deadlines_s[index] if deadlines_s else None
-            found[index] = stream.refusal(text) if kind is None else stream.mapped(kind(text), deadline_s)
+            found[index] = stream.refusal(text) if kind is None else stream.mapped(kind(text))
         return found
 
 

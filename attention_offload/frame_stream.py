@@ -60,7 +60,7 @@ class FrameStream:
         try:
             self._native.drain(self.wire, deadline_s)
         except (OSError, ValueError) as error:
-            raise self.mapped(error, deadline_s) from error
+            raise self.mapped(error) from error
 
     def begin(self, step: ShardStep, deadline_s: float) -> None:
         groups, rows = step.group1 - step.group0, max(map(len, step.micro_batches), default=0)
@@ -72,13 +72,13 @@ class FrameStream:
         try:
             self._native.begin(self.wire, step.step, message, most, deadline_s)
         except (OSError, ValueError) as error:
-            raise self.mapped(error, deadline_s) from error
+            raise self.mapped(error) from error
 
     def again(self, step: int, deadline_s: float) -> None:
         try:
             self._native.again(self.wire, step, deadline_s)
         except (OSError, ValueError) as error:
-            raise self.mapped(error, deadline_s) from error
+            raise self.mapped(error) from error
 
     def send(self, sent: Sent, q: Tensor) -> None:
         self.check_dtype(q.dtype)
@@ -107,7 +107,7 @@ class FrameStream:
                 deadline_s,
             )
         except (OSError, ValueError) as error:
-            raise self.mapped(error, deadline_s) from error
+            raise self.mapped(error) from error
         if failure is not None:
             raise self.refusal(failure)
 
@@ -123,11 +123,10 @@ class FrameStream:
         the message is garbage."""
         return refusal(codec.error_from_bytes(failure, peer=self._address), self._address)
 
-    def mapped(self, error: Exception, deadline_s: float | None = None) -> FarshoreError:
-        """The error for what a native call on this connection failed with, after ``deadline_s`` at most."""
+    def mapped(self, error: Exception) -> FarshoreError:
+        """The error for what a native call on this connection failed with."""
         if isinstance(error, TimeoutError):
-            within = "" if deadline_s is None else f" within {deadline_s:.3g} s"
-            return Late(f"{self._address}: no answer{within}", shards=())
+            return Late(f"{self._address}: no answer in time", shards=())
         if isinstance(error, OSError):
             return TransportError(f"{self._address}: {error}")
         return InvalidRequest(str(error))

@@ -114,7 +114,7 @@ class GrpcStream:
 
     def _next(self, deadline_s: float) -> pb.State:
         """The next answer."""
-        with self._mapped(deadline_s):
+        with self._mapped():
             answer = self._attend.reading.finish(self._attend.loop, deadline_s)
         if answer is grpc.aio.EOF:
             raise TransportError(f"{self._address}: the shard ended the stream")
@@ -126,7 +126,7 @@ class GrpcStream:
 
     def _write(self, frame: pb.Frame) -> None:
         """Ignores a call that has ended: :meth:`wait` reports why."""
-        with self._mapped(self._deadline_s):
+        with self._mapped():
             self._attend.write(frame, self._deadline_s)
 
     @property
@@ -135,11 +135,11 @@ class GrpcStream:
         return self._started
 
     @contextmanager
-    def _mapped(self, deadline_s: float) -> Iterator[None]:
+    def _mapped(self) -> Iterator[None]:
         try:
             yield
         except TimeoutError:
-            raise Late(f"{self._address}: no answer within {deadline_s:.3g} s", shards=()) from None
+            raise Late(f"{self._address}: no answer in time", shards=()) from None
         except grpc.RpcError as failure:
             raise shard_error(failure, self._address) from failure
 

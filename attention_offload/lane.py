@@ -93,7 +93,11 @@ class Lane:
         transport's."""
         if not isinstance(error, TransportError):
             return error
-        named = (Late if isinstance(error, Late) else Lost)(str(error), shards=[self.worker])
+        if isinstance(error, Late):
+            limit = f": {self.deadline_s:.3g} s" if self.announced else ""
+            named: Late | Lost = Late(f"{error}{limit}", shards=[self.worker])
+        else:
+            named = Lost(str(error), shards=[self.worker])
         named.__cause__ = error.__cause__ or error
         return named
 

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cerrno>
 #include <cstring>
+#include <thread>
 
 #include "wire.h"
 
@@ -16,12 +17,15 @@ constexpr size_t PAGE = 4096;
 constexpr size_t SLOT_HEADER = 64;  // the frame's header, and the payload aligned
 // A power of two, so that counters may overflow; above MAX_UNDER_WAY, for a step's BEGIN ahead of its frames.
 constexpr uint32_t SLOTS = 2 * MAX_UNDER_WAY;
+constexpr std::chrono::microseconds NAP{50};  // between two looks for a free slot
 
 // One direction. Frame n lies in slot n % SLOTS.
 struct alignas(128) Ring {
     std::atomic<uint32_t> published;  // frames so far; by the sender
     std::atomic<uint32_t> sleeping;   // the receiver wants a WAKE on the socket; taken back by who sends it
     std::atomic<uint32_t> core;       // where the sender was seen last, from 1; a hint
+    // Frames taken so far; by the receiver, so on a line that the sender writes nothing to.
+    alignas(64) std::atomic<uint32_t> taken;
 };
 static_assert(std::atomic<uint32_t>::is_always_lock_free);
 
@@ -110,10 +114,12 @@ class SharedMemory : public Wire {
     uint8_t* reserve(uint32_t bytes) override {
         if (!map_ || bytes + SLOT_HEADER > map_.slot_bytes())
             throw Refused("a frame of " + std::to_string(bytes) + " bytes is longer than this step's memory");
+        await_room();
         return map_.slot(out_, sent_) + SLOT_HEADER;
     }
 
     void publish(const Header& header) override {
+        await_room();
         std::memcpy(map_.slot(out_, sent_), &header, sizeof header);
         Ring& ring = map_.ring(out_);
         ring.core.store(this_core(), std::memory_order_relaxed);
@@ -155,11 +161,21 @@ class SharedMemory : public Wire {
     uint32_t other_core() override { return map_ ? map_.ring(in_).core.load(std::memory_order_relaxed) : 0; }
 
   private:
+    // An engine may announce step after step and send no frame of them, faster than the shard takes them.
+    void await_room() {
+        if (out_ != 0 || sent_ - other_taken_ < SLOTS) return;
+        for (const Deadline deadline = soon();; std::this_thread::sleep_for(NAP)) {
+            other_taken_ = map_.ring(0).taken.load(std::memory_order_acquire);
+            if (sent_ - other_taken_ < SLOTS) return;
+            if (std::chrono::steady_clock::now() >= deadline) throw Late("the deadline passed");
+        }
+    }
+
     void begin_in_new_memory(const Header& header, const void* step, uint32_t max_layer_bytes) {
         // Twice what is asked for: a batch that grows by one sequence needs no new memory each time.
         const size_t slot = (2 * static_cast<size_t>(max_layer_bytes) + SLOT_HEADER + PAGE - 1) / PAGE * PAGE;
         const int fd = map_.create(static_cast<uint32_t>(slot));
-        sent_ = taken_ = 0;
+        sent_ = taken_ = other_taken_ = 0;
         try {
             send_control(header, step, fd);
         } catch (...) {
@@ -182,7 +198,7 @@ class SharedMemory : public Wire {
         if ((header.kind != LAYER && !of_a_step) || header.bytes > map_.slot_bytes() - SLOT_HEADER)
             throw Broken("garbage: a slot with a frame of kind " + std::to_string(header.kind) + ", " +
                          std::to_string(header.bytes) + " bytes");
-        taken_++;
+        map_.ring(in_).taken.store(++taken_, std::memory_order_release);
         return frame;
     }
 
@@ -213,6 +229,7 @@ class SharedMemory : public Wire {
     Mapping map_;
     int out_ = 1, in_ = 0;  // directions; an engine's, from its first step on, are the other way round
     uint32_t sent_ = 0, taken_ = 0;
+    uint32_t other_taken_ = 0;  // an engine's: what the shard had taken when it was looked at last
     int passed_ = -1;
     std::optional<Header> message_;  // read ahead of its turn
     std::vector<uint8_t> payload_;

@@ -91,6 +91,18 @@ def test_a_step_dropped_half_way_leaves_the_connection_as_it_is(shard, connect, 
     assert announced == [1]
 
 
+@pytest.mark.parametrize("transport", REMOTE)
+@pytest.mark.parametrize("alike", [True, False])
+def test_steps_that_are_announced_and_never_run(shard, connect, work, alike):
+    """As where another shard has no connection: more than there are slots in shared memory."""
+    peer = connect(shard.address)
+    reads = [work.sealed_span(peer.store, name, 0, 20) for name in "ab"]
+    expected = work.run(peer, work.step(reads[:1]))
+    for number in range(2, 300):
+        peer.begin(work.step([reads[0 if alike else number % 2]], number=number))
+    assert work.run(peer, work.step(reads[:1], number=300)) == expected
+
+
 @pytest.mark.parametrize("transport", [Transport.SHARED_MEMORY, Transport.TCP])
 def test_a_connection_that_the_shard_closed_between_two_steps(start_process, connect, work, announced):
     """Is lost in the step that finds it closed; then there is none, until one is made."""

@@ -1,11 +1,15 @@
 """The kinds of channel: whatever the order of sends and waits, the same bits, the same times kept, and errors
 that name the same shards."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from farshore.attention_offload import channel
+from farshore.attention_offload import fanout as fanout_module
 from farshore.attention_offload.channel import channels_to
 from farshore.attention_offload.fanout import Fanout
 from farshore.attention_offload.frames import REMOTE, Transport
@@ -222,8 +226,32 @@ def test_what_a_peer_itself_fails_with_is_named(ground, monkeypatch):
     assert lost.value.shards == set(NAMES[:2])
 
 
+def test_one_deadline_is_paid_once_for_all(ground, monkeypatch):
+    """A shard that is waited for second has what the first one left: nothing."""
+    peers = ground.connect(Transport.IN_PROCESS)
+    fanout = Fanout(peers, ground.work.model)
+    clock, given = SimpleNamespace(now_s=100.0), []
+
+    def late(_, *, deadline_s, **options):
+        given.append(deadline_s)
+        clock.now_s += deadline_s
+        raise Late("no answer", shards=())
+
+    for peer in peers.values():
+        monkeypatch.setattr(peer, "wait", late)
+    fanout.begin(ground.plan(1), (range(ROWS),))
+    for module in (channel, fanout_module):
+        monkeypatch.setattr(module, "perf_counter", lambda: clock.now_s)
+    fanout.send(0, 0, ground.query(0, range(ROWS)))
+    clock.now_s += 5  # busy with something else: the shards may have been, too
+    with pytest.raises(Late) as failed:
+        fanout.wait(0, 0)
+    assert failed.value.shards == set(NAMES)
+    assert given == [1.0, 0.0, 0.0]
+
+
 def test_kinds_are_waited_for_here_first_then_natively_then_over_grpc(ground):
     fanout = Fanout(ground.connect("mixed"), ground.work.model)
     fanout.begin(ground.plan(1), (range(ROWS),))
     channels = channels_to(fanout._lanes, ground.work.model)
-    assert [[lane.worker for lane in channel.lanes] for channel in channels] == [[name] for name in NAMES]
+    assert [[lane.worker for lane in it.lanes] for it in channels] == [[name] for name in NAMES]

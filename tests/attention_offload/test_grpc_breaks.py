@@ -148,7 +148,7 @@ def test_a_frozen_shard_is_a_transport_error_at_the_deadline(shard_process, conn
     peer.begin(step)
     freeze(process)
     sent = peer.send(0, 0, work.query())
-    with pytest.raises(Late, match=r"no answer within 0\.5 s"):
+    with pytest.raises(Late, match="no answer in time"):
         peer.wait(sent, deadline_s=0.5)
     process.send_signal(signal.SIGCONT)
     assert work.run(patient, step) == expected

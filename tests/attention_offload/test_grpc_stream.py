@@ -138,7 +138,7 @@ def test_a_stream_to_a_shard_that_freezes_before_it_opens_is_late(start_process,
     with ThreadPoolExecutor(1) as thread:
         thread.submit(peer.connect).result(DEADLINE_S)
     process.freeze()
-    with pytest.raises(Late, match=r"no answer within 0\.3 s"):
+    with pytest.raises(Late, match="no answer in time"):
         peer.begin(step, deadline_s=0.3)
         peer.wait(peer.send(0, 0, work.query()), deadline_s=0.3)
     assert not peer.ready
