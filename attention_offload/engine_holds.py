@@ -155,11 +155,17 @@ class EngineHolds:
             engine.must_reconcile = True
 
     def _give_back(self, engine: _Engine, wanted: Wanted) -> None:
+        """All that the engine brought and doesn't want, but for what another engine brought too: that is the
+        other one's to give back."""
         kept: dict[SequenceId, set[SpanId]] = {}
         for (sequence, _), spans in wanted.items():
             kept.setdefault(sequence, set()).update(spans)
+        with self._lock:
+            others = [it for it in self._engines.values() if it is not engine]
         for sequence, epochs in engine.brought.items():
-            self._store.drop_sequence(sequence, epoch=max(epochs), keep=kept.get(sequence, ()))
+            alone = epochs.difference(*(it.brought.get(sequence, ()) for it in others))
+            if alone:
+                self._store.drop_sequence(sequence, epoch=max(alone), keep=kept.get(sequence, ()))
         self._forget_ended(engine)
 
     def _forget_ended(self, engine: _Engine) -> None:
