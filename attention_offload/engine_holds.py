@@ -5,7 +5,7 @@ engine that makes no call for ``LEASE_S`` is taken for dead: what it brought is 
 all, while named blocks stay as cache by the store's own rules. Content never changes once sealed, so keeping
 a hold for too long is safe, and a hold given back too early shows as NotFound, never as a wrong token.
 
-A shard that was paused itself (SIGSTOP, a suspended machine) heard nobody, and may still have calls in its
+A shard that was paused itself (SIGSTOP, a suspended machine) heard no engine, and may still have calls in its
 queues that their callers gave up. So the leases begin anew when its clock has jumped, and every engine is
 asked to say completely what it still wants (``must_reconcile``). What an engine sent before such a list and
 the shard meets after it is stale, and refused: the engine's own clock, sent with each call, tells.
