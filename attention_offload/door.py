@@ -17,6 +17,7 @@ import torch
 from farshore.attention_offload.base import AttentionModel
 from farshore.attention_offload.plan import Read, ShardStep
 from farshore.errors import InvalidRequest
+from farshore.ids import SpanId
 from farshore.kernels.base import AttentionSpec, KVLayout
 from farshore.kvstore import forms
 from farshore.kvstore.base import SpanKey, Stored
@@ -44,6 +45,13 @@ MOST_NAME = 256
 """Characters of an id."""
 
 HASH_BYTES = 32
+MOST_BLOCKS = 1 << 14
+MOST_BLOCK_TOKENS = 4096
+MOST_SPANS = 1 << 16
+"""Named by one call ..."""
+
+MOST_WANTED = 1 << 20
+"""... and by one complete list. The store's lock is held for as long as they take."""
 
 
 def check_name(what: str, name: str) -> str:
@@ -59,12 +67,21 @@ def check_key(key: SpanKey) -> SpanKey:
     return key
 
 
+def check_spans(spans: Sequence[SpanId]) -> Sequence[SpanId]:
+    if len(spans) > MOST_SPANS:
+        raise InvalidRequest(f"a call that names {len(spans)} spans: {MOST_SPANS} at most")
+    return spans
+
+
 def check_blocks(blocks: Sequence[PrefixBlock]) -> Sequence[PrefixBlock]:
+    if len(blocks) > MOST_BLOCKS:
+        raise InvalidRequest(f"a call that names {len(blocks)} blocks: {MOST_BLOCKS} at most")
     for block in blocks:
-        if len(block.hash) != HASH_BYTES or not block.tokens or block.last > MOST_POSITIONS:
+        fits = 1 <= len(block.tokens) <= MOST_BLOCK_TOKENS and block.last <= MOST_POSITIONS
+        if len(block.hash) != HASH_BYTES or not fits:
             raise InvalidRequest(
                 f"a named block of {len(block.tokens)} tokens at {block.first}, hash of {len(block.hash)}"
-                f" bytes: give tokens below {MOST_POSITIONS} and a hash of {HASH_BYTES} bytes"
+                f" bytes: give 1 to {MOST_BLOCK_TOKENS} below {MOST_POSITIONS}, and a hash of {HASH_BYTES}"
             )
     return blocks
 

@@ -5,7 +5,7 @@ engine that makes no call for ``LEASE_S`` is taken for dead: what it brought is 
 all, while named blocks stay as cache by the store's own rules. Content never changes once sealed, so keeping
 a hold for too long is safe, and a hold given back too early shows as NotFound, never as a wrong token.
 
-A shard that was paused itself (SIGSTOP, a suspended machine) heard nobody, and may still have calls in its
+A shard that was paused itself (SIGSTOP, a suspended machine) heard no engine, and may still have calls in its
 queues that their callers gave up. So the leases begin anew when its clock has jumped, and every engine is
 asked to say completely what it still wants (``must_reconcile``). What an engine sent before such a list and
 the shard meets after it is stale, and refused: the engine's own clock, sent with each call, tells.
@@ -155,11 +155,17 @@ class EngineHolds:
             engine.must_reconcile = True
 
     def _give_back(self, engine: _Engine, wanted: Wanted) -> None:
+        """All that the engine brought and doesn't want, but for what another engine brought too: that is the
+        other one's to give back."""
         kept: dict[SequenceId, set[SpanId]] = {}
         for (sequence, _), spans in wanted.items():
             kept.setdefault(sequence, set()).update(spans)
+        with self._lock:
+            others = [it for it in self._engines.values() if it is not engine]
         for sequence, epochs in engine.brought.items():
-            self._store.drop_sequence(sequence, epoch=max(epochs), keep=kept.get(sequence, ()))
+            alone = epochs.difference(*(it.brought.get(sequence, ()) for it in others))
+            if alone:
+                self._store.drop_sequence(sequence, epoch=max(alone), keep=kept.get(sequence, ()))
         self._forget_ended(engine)
 
     def _forget_ended(self, engine: _Engine) -> None:

@@ -111,6 +111,9 @@ class AttentionService(pb_grpc.AttentionServicer):
 
     @_mapped
     def Beat(self, request: pb.BeatRequest) -> pb.BeatReply:
+        named = sum(1 + len(it.span_ids) for it in request.sequences)
+        if named > door.MOST_WANTED:
+            raise InvalidRequest(f"a list of {named} sequences and spans: {door.MOST_WANTED} at most")
         wanted = codec.wanted_from_pb(request.sequences) if request.complete else None
         must_reconcile = self.holds.beat(codec.caller_from_pb(request.caller), wanted)
         identity = self.identity()
@@ -188,7 +191,7 @@ class AttentionService(pb_grpc.AttentionServicer):
 
     @_mapped
     def Hold(self, request: pb.HoldRequest) -> pb.HoldReply:
-        spans = [SpanId(span) for span in request.span_ids]
+        spans = door.check_spans([SpanId(span) for span in request.span_ids])
         with self._changing(request) as (sequence, epoch):
             self._store.hold(spans, sequence=sequence, epoch=epoch)
             stored = [self._store.look_up(span, holder=sequence) for span in spans]
@@ -196,7 +199,7 @@ class AttentionService(pb_grpc.AttentionServicer):
 
     @_mapped
     def Drop(self, request: pb.HoldRequest) -> pb.DropReply:
-        spans = [SpanId(span) for span in request.span_ids]
+        spans = door.check_spans([SpanId(span) for span in request.span_ids])
         with self._changing(request) as (sequence, epoch):
             self._store.drop(spans, sequence=sequence, epoch=epoch)
         return pb.DropReply()

@@ -529,6 +529,25 @@ def test_a_span_that_makes_no_sense_is_refused_before_memory_is_taken(live, layo
     assert live.shard.store.usage() == before
 
 
+LISTS = {
+    "Hold": (lambda m: m.span_ids.extend(["x"] * door.MOST_SPANS), "names 65537 spans"),
+    "Drop": (lambda m: m.span_ids.extend(["x"] * door.MOST_SPANS), "names 65537 spans"),
+    "FindPrefix": (lambda m: m.blocks.extend(list(m.blocks) * door.MOST_BLOCKS), "names 16385 blocks"),
+    "Seal": (lambda m: m.blocks.extend(list(m.blocks) * door.MOST_BLOCKS), "names 16385 blocks"),
+    "Beat": (lambda m: m.sequences[0].span_ids.extend(["x"] * door.MOST_WANTED), "a list of 1048578"),
+}
+
+
+@pytest.mark.parametrize("method", LISTS)
+def test_a_call_that_names_too_much_is_refused(live, method):
+    """Locks are held for as long as a list takes."""
+    request = honest_requests(live)[method]
+    lengthen, says = LISTS[method]
+    lengthen(request)
+    with pytest.raises(InvalidRequest, match=says):
+        raise live.call(method, request)
+
+
 def test_names_are_short_and_present(live):
     for method, field in (("Create", "key.sequence_id"), ("Hold", "sequence_id"), ("Beat", "caller.engine")):
         for name in ("", "x" * (door.MOST_NAME + 1)):

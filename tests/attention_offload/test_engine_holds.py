@@ -140,6 +140,21 @@ def test_a_sequence_that_went_on_elsewhere_under_a_newer_epoch_stays(ground):
         ground.store.look_up(old, holder=A)
 
 
+def test_what_two_engines_brought_goes_with_the_last_of_them(ground):
+    """One sequence in one epoch: a resubmission that its gateway did not count, or a test's."""
+    first, second = ground.create("one", A), ground.create("two", A)
+    ground.beat("one", {})
+    assert ground.spans() == {first, second}
+    ground.pass_s(LEASE_S - 1)
+    ground.beat("two")
+    ground.pass_s(1)
+    assert ground.holds.engines() == ["two"] and ground.spans() == {first, second}
+    ground.beat("two", {(A, ground.work.owner): [second]})
+    assert ground.spans() == {second}
+    ground.pass_s(LEASE_S)
+    assert ground.is_whole
+
+
 def test_a_complete_list_gives_back_all_that_it_does_not_name(ground):
     wanted, _, _ = (ground.create("engine", it) for it in (A, A, B))
     others = ground.create("other", C)

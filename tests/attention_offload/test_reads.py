@@ -45,7 +45,7 @@ def sealed(store, work, *, layout=None, layer_class=0, first=5, group0=0, group1
 WRONG = {
     "no such span": (NotFound, {}, {"span": SpanId("shard/else/0")}, "no span"),
     "a stranger's": (NotFound, {}, {"holder": B}, "b does not hold"),
-    "nobody's": (NotFound, {}, {"holder": SequenceId("")}, "does not hold"),
+    "no sequence's": (NotFound, {}, {"holder": SequenceId("")}, "does not hold"),
     "origin": (InvalidRequest, {}, {"origin": 4}, "begins at position 5, the read says 4"),
     "groups below": (InvalidRequest, {"group0": 1}, {"group0": 0}, "holds head groups 1 to 3"),
     "groups above": (InvalidRequest, {"group1": 2}, {"group1": 3}, "holds head groups 0 to 2"),
