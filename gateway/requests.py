@@ -188,10 +188,11 @@ class RequestLog:
         await self._end(request)
 
     async def close(self) -> None:
-        """Takes no new request, lets live ones run for ``drain_s``, and fails the rest."""
+        """Takes no new request, lets those that are read run for ``drain_s``, and fails the rest."""
         self._closing = True
-        if self._pumps:
-            await asyncio.wait(self._pumps.values(), timeout=self._limits.drain_s)
+        read = [pump for request, pump in self._pumps.items() if request.readers]
+        if read:
+            await asyncio.wait(read, timeout=self._limits.drain_s)
         for request in list(self._live.values()):
             await request.fail(
                 Failure(

@@ -56,6 +56,8 @@ class InferenceServicer(object):
 
     def Generate(self, request, context):
         """Streams a completion. Reconnect with the same request_id and resume_from = tokens already received.
+        UNAVAILABLE: the gateway shuts down or its engine is gone; send the prompt again, with resume_from 0.
+        DEADLINE_EXCEEDED from the gateway: the reader took nothing for a minute; reconnect.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -56,6 +56,32 @@ def test_a_reader_that_stalls_is_cut_off_and_others_are_not(start, harness, smal
     assert "nothing was read for 0.3 s" in failure.details() and "resume_from" in failure.details()
 
 
+def test_a_shutdown_waits_for_no_stalled_reader(harness, loop_thread, served, small_window):
+    """Which finds that its answer is incomplete, when it reads on."""
+    limits = Limits(drain_s=0.1, shutdown_s=0.1)
+    with harness.gateway(loop_thread, served, limits=limits) as farshore:
+        asked = api.GenerateRequest(text="Hello", sampling=api.Sampling(max_tokens=MANY))
+        stalled = small_window(farshore.address).Generate(asked, timeout=30)
+        sequence = farshore.engine.next_sequence()
+        next(stalled)
+        _more_than_buffers_hold(sequence)
+        loop_thread.run(farshore.gateway.stop())
+        assert sequence.ended.wait(30)
+        assert harness.failure_of(stalled).code() == grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_shutdown_waits_for_no_request_without_readers(harness, loop_thread, served):
+    limits = Limits(drain_s=600)  # More than the test would wait for.
+    with harness.gateway(loop_thread, served, limits=limits) as farshore:
+        call = farshore.generate(request_id="a")
+        sequence = farshore.engine.next_sequence()
+        next(call)
+        call.cancel()
+        _until(lambda: not farshore.gateway.calls)
+        loop_thread.run(farshore.gateway.stop())
+        assert sequence.ended.wait(30)
+
+
 def test_a_slow_reader_gets_everything(start, harness):
     farshore = start()
     call = farshore.generate(request_id="a", sampling=dict(max_tokens=MANY))

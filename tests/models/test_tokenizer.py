@@ -3,6 +3,7 @@
 
 import json
 import random
+import threading
 
 import pytest
 from hypothesis import given, settings
@@ -138,6 +139,39 @@ def test_template_errors(saved, tmp_path):
     for nasty in ("{{ messages.append(1) }}", "{{ ''.__class__.__mro__ }}", "{{ messages[0]['x'] + 1 }}"):
         with pytest.raises(InvalidRequest):
             in_folder(saved, tmp_path, nasty).apply_chat([])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",  # RecursionError
+        "{{ '{7}'.format(1) }}",  # IndexError
+        "{{ 'x' * (2 ** 62) }}",  # MemoryError
+        "{{ '%d' % 'x' }}",
+        "{{ 1 // 0 }}",
+        "{{ range(10 ** 9) }}",
+        "{{ raise_exception(messages[0]['content'] * 100000) }}",
+        "{% include 'other' %}",
+    ],
+)
+def test_whatever_a_template_raises_is_a_short_refusal(saved, tmp_path, template):
+    with pytest.raises(InvalidRequest, match="can't render these messages") as refused:
+        in_folder(saved, tmp_path, template).apply_chat([{"role": "user", "content": "Hello you"}])
+    message = str(refused.value)
+    assert len(message.removeprefix(str(tmp_path))) <= 200
+
+
+def test_long_texts_leave_the_interpreter_to_others(ours):
+    """Encoding a million characters takes most of a second, in which another thread runs on all the time."""
+    text, ids, passes = "word " * 200_000, [], 0
+    encoding = threading.Thread(target=lambda: ids.extend(ours.encode(text)))
+    encoding.start()
+    while encoding.is_alive():
+        passes += 1
+        encoding.join(0.001)
+    assert len(ids) >= 200_000
+    # With the lock held there are a handful, before and after.
+    assert passes > 20
 
 
 def test_damaged_folder(tmp_path):
