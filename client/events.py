@@ -113,7 +113,8 @@ class Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
-    """``kind``: dense or attention. ``state``: ready or unreachable. ``links``: of a dense worker."""
+    """``kind``: dense or attention. ``state``: ready; failed (its process lives, and can't go on); or
+    unreachable. ``links``: of a dense worker."""
 
     worker_id: str
     kind: str
