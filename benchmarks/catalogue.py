@@ -10,6 +10,8 @@ from typing import NamedTuple
 from farshore.attention_offload.cores import usable_cores
 from farshore.benchmarks import (
     dense,
+    faults,
+    faults_setting,
     kernels,
     kvstore,
     machine,
@@ -40,6 +42,10 @@ class Options:
     """Cases whose name holds this."""
     peer: str | None = None
     """Another server to measure instead of ours."""
+    requests: int = 2000
+    """Of the hostile ones that ``faults`` sends."""
+    seed: int | None = None
+    """Of these requests; None: a new one."""
 
     def facts(self) -> machine.Facts:
         return machine.facts(self.threads or len(usable_cores()))
@@ -91,12 +97,19 @@ def _serve(options: Options, progress: Progress) -> Report:
     return serve.run(facts, sizes, only=options.only, peer=options.peer, progress=progress)
 
 
+def _faults(options: Options, progress: Progress) -> Report:
+    facts = options.facts()
+    sizes = faults_setting.Sizes(requests=options.requests)
+    return faults.run(facts, sizes, seed=options.seed, only=options.only, progress=progress)
+
+
 BENCHMARKS: Mapping[str, Benchmark] = {
     "machine": Benchmark("what this machine is and how fast it reads, copies and multiplies", _machine),
     "offload": Benchmark("hops, bulk KV and decode steps over attention workers on this machine", _offload),
     "quality": Benchmark("what KV formats cost: perplexity of a text, and needles in it", _quality),
     "dense": Benchmark("the model's products against read bandwidth, GEMM rate and PyTorch", _dense),
     "serve": Benchmark("decode, prefill and start-up of the real engine and server; peers", _serve),
+    "faults": Benchmark("bad requests and frozen workers against a real server: what others see", _faults),
     "kernels": Benchmark("attention kernels against the machine's rates and PyTorch's SDPA", _kernels),
     "kvstore": Benchmark("the KV store: copies against memcpy, parity, appends, forks", _kvstore),
 }

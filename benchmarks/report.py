@@ -18,30 +18,36 @@ class Result:
 
     name: str
     timing: Timing
-    figures: Mapping[str, float | int | str | None] = field(default_factory=dict)
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A figure that was promised, and whether the measured value keeps the promise."""
+    """A figure that was promised, and whether the measured value keeps the promise.
+
+    ``value``: None where it could not be measured. ``note``: why, or how it was measured.
+    """
 
     name: str
-    value: float
+    value: float | None
     bound: float
     unit: str
     sense: Literal[">=", "<="]
+    note: str = ""
 
     @classmethod
-    def at_least(cls, name: str, value: float, bound: float, unit: str) -> "Bar":
-        return cls(name, value, bound, unit, ">=")
+    def at_least(cls, name: str, value: float | None, bound: float, unit: str, note: str = "") -> "Bar":
+        return cls(name, value, bound, unit, ">=", note)
 
     @classmethod
-    def at_most(cls, name: str, value: float, bound: float, unit: str) -> "Bar":
-        return cls(name, value, bound, unit, "<=")
+    def at_most(cls, name: str, value: float | None, bound: float, unit: str, note: str = "") -> "Bar":
+        return cls(name, value, bound, unit, "<=", note)
 
     @property
     def met(self) -> bool:
-        """Never for NaN: what could not be measured is not met."""
+        """Never for None or NaN: what could not be measured is not met."""
+        if self.value is None:
+            return False
         return self.value >= self.bound if self.sense == ">=" else self.value <= self.bound
 
 
@@ -59,9 +65,15 @@ class Report:
                 "results": [
                     {"name": it.name, **it.figures, "timing": it.timing.summary()} for it in self.results
                 ],
-                "bars": [{**asdict(bar), "met": bar.met} for bar in self.bars],
+                "bars": [_bar(bar) for bar in self.bars],
             }
         )
+
+
+def _bar(bar: Bar) -> dict[str, Any]:
+    """As the JSON holds it: a note only where there is one."""
+    told = {**asdict(bar), "met": bar.met}
+    return told if bar.note else {name: value for name, value in told.items() if name != "note"}
 
 
 def _rounded(value: Any) -> Any:

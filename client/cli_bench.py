@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from farshore.client.cli_options import positive
+from farshore.client.cli_options import positive, whole
 from farshore.client.cli_terminal import Progress, table
 from farshore.errors import InvalidRequest
 
@@ -33,7 +33,24 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--threads", type=positive, metavar="N", help="threads to compute with (default: every usable CPU)"
     )
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="measure only the cases whose name holds TEXT"
+        "--only",
+        "--part",
+        default="",
+        metavar="TEXT",
+        help="measure only the cases (parts) whose name holds TEXT",
+    )
+    parser.add_argument(
+        "--requests",
+        type=positive,
+        default=2000,
+        metavar="N",
+        help="faults: hostile requests (default: 2000)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=whole,
+        metavar="N",
+        help="faults: of the hostile requests (default: a new one, printed)",
     )
     parser.add_argument(
         "--peer",
@@ -58,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
     progress = Progress()
     try:
         report = BENCHMARKS[args.name].run(
-            Options(args.implementation, args.threads, args.only, args.peer), progress.step
+            Options(args.implementation, args.threads, args.only, args.peer, args.requests, args.seed),
+            progress.step,
         )
     finally:
         progress.clear()
@@ -83,8 +101,11 @@ def render(told: dict[str, Any]) -> str:
         ]
     if told["bars"]:
         keys = ("name", "value", "sense", "bound", "unit")
-        rows = [("met" if bar["met"] else "missed", *(bar[key] for key in keys)) for bar in told["bars"]]
-        lines += ["", *table(("BAR", "OF", "VALUE", "", "BOUND", ""), rows)]
+        rows = [
+            ("met" if bar["met"] else "missed", *(bar[key] for key in keys), bar.get("note", ""))
+            for bar in told["bars"]
+        ]
+        lines += ["", *table(("BAR", "OF", "VALUE", "", "BOUND", "", ""), rows)]
     return "\n".join(lines)
 
 

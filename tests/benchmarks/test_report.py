@@ -18,6 +18,8 @@ from farshore.benchmarks.timing import Timing
         (Bar.at_most("short", 10.1, 10.0, "µs"), False),
         (Bar.at_least("unknown", math.nan, 2.0, "x"), False),
         (Bar.at_most("unknown", math.nan, 2.0, "x"), False),
+        (Bar.at_least("not measured", None, 0.0, "x"), False),
+        (Bar.at_most("not measured", None, 0.0, "x"), False),
     ],
 )
 def test_a_bar_is_met_or_not(bar, met):
@@ -45,3 +47,9 @@ def test_what_is_met_is_decided_before_rounding():
     """0.649999 is printed as 0.65 and still misses 0.65."""
     (bar,) = Report({}, bars=(Bar.at_least("close", 0.6499999, 0.65, "x"),)).as_dict()["bars"]
     assert (bar["value"], bar["met"]) == (0.65, False)
+
+
+def test_a_bar_that_could_not_be_measured_says_why():
+    report = Report({}, bars=(Bar.at_most("pause", None, 2.0, "s", "the server ended"),))
+    (bar,) = json.loads(json.dumps(report.as_dict()))["bars"]
+    assert (bar["value"], bar["met"], bar["note"]) == (None, False, "the server ended")

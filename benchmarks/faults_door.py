@@ -1,0 +1,193 @@
+"""Parts ``tokenize`` and ``refuse``: very long prompts, and messages too large, at the gateway's door.
+
+Called by ``faults``, which holds what this finds against the bars. Must not know the bars.
+"""
+
+import asyncio
+import json
+import shutil
+import struct
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from farshore.benchmarks.faults_cluster import Process, Server, serving
+from farshore.benchmarks.faults_sender import CASES
+from farshore.benchmarks.faults_setting import Setting
+from farshore.benchmarks.faults_stream import Stream, follow, longest_gap_s
+from farshore.errors import ModelError, StartupError
+from farshore.models.source import DEMO, resolve
+from farshore.proto import inference_pb2 as api
+
+POSITIONS = 2_000_000
+TOKENIZE_SERVE = ("--dtype", "float32", "--kv-format", "int4", "--kv-memory", "4GiB")
+"""Room for 500,000 tokens: neither length nor memory refuses the prompts. The pages stay untouched."""
+REFUSE_SERVE = ("--dtype", "float32", "--kv-memory", "64MiB")
+PROBE_EVERY_S = 0.01
+TOKENIZE_DEADLINE_S = 180.0
+SENDER_DEADLINE_S = 120.0
+IDLE_S = 2.0
+"""Of probes alone, before and between what is measured."""
+_TEXT = Path(__file__).with_name("texts") / "alice.txt"
+
+
+@dataclass(slots=True)
+class Tokenized:
+    """What came of part ``tokenize``; None where it could not be measured."""
+
+    probes_s: list[float] = field(default_factory=list)
+    idle_probes_s: list[float] = field(default_factory=list)
+    gap_s: float | None = None
+    accepted: int | None = None
+    """Of the long prompts; each was tokenized, and cancelled then."""
+    refused: list[str] = field(default_factory=list)
+    prompt_tokens: list[int] = field(default_factory=list)
+    took_s: float | None = None
+
+
+@dataclass(slots=True)
+class Refused:
+    """One oversize request, as often as it was sent."""
+
+    answers: list[str] = field(default_factory=list)
+    loop_s: list[float] = field(default_factory=list)
+    """The loop's thread on a core, less what the probes alone cost."""
+    delay_s: list[float] = field(default_factory=list)
+    """The longest answer to a probe meanwhile."""
+    took_s: list[float] = field(default_factory=list)
+
+
+async def tokenize(at: Setting, found: Tokenized) -> None:
+    with tempfile.TemporaryDirectory(prefix="farshore-faults-") as folder:
+        model = _with_positions(Path(folder), POSITIONS)
+        async with serving(*TOKENIZE_SERVE, "--model", str(model), progress=at.progress) as server:
+            await _tokenize(server, at, found)
+
+
+async def _tokenize(server: Server, at: Setting, found: Tokenized) -> None:
+    text = _TEXT.read_text(encoding="utf-8")
+    requests = [
+        api.GenerateRequest(
+            text=long_text(text, number, at.sizes.prompt_chars), sampling=api.Sampling(max_tokens=1)
+        )
+        for number in range(at.sizes.prompts)
+    ]
+    beside = Stream("beside")
+    sampling = api.Sampling(max_tokens=4000, temperature=0.0, ignore_eos=True)
+    task = asyncio.create_task(
+        follow(
+            server.stub,
+            api.GenerateRequest(text="Once upon a time", sampling=sampling),
+            beside,
+            deadline_s=2 * TOKENIZE_DEADLINE_S,
+        )
+    )
+    try:
+        await asyncio.wait_for(beside.first.wait(), TOKENIZE_DEADLINE_S)
+        if beside.ended is not None:
+            raise StartupError(f"the stream beside ended with {beside.ended}: {beside.details[:200]}")
+        found.idle_probes_s = await _probing(server, asyncio.create_task(asyncio.sleep(IDLE_S)))
+        at.progress(f"tokenize: {at.sizes.prompts} prompts of {at.sizes.prompt_chars} characters")
+        begun_s = time.perf_counter()
+        sent = asyncio.gather(*(_accepted(server, request, found) for request in requests))
+        found.probes_s = await _probing(server, sent)
+        found.took_s = time.perf_counter() - begun_s
+        found.accepted = sum(await sent)
+        found.gap_s = longest_gap_s(beside.times_s, first_s=begun_s, last_s=begun_s + found.took_s)
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+async def _accepted(server: Server, request: api.GenerateRequest, found: Tokenized) -> bool:
+    """Leaves as soon as the prompt has been tokenized: its prefill is not what is measured."""
+    stream = Stream("long")
+    task = asyncio.create_task(follow(server.stub, request, stream, deadline_s=TOKENIZE_DEADLINE_S))
+    call = asyncio.create_task(stream.accepted.wait())
+    await asyncio.wait({task, call}, return_when=asyncio.FIRST_COMPLETED)
+    task.cancel()
+    await asyncio.wait({task})
+    if stream.accepted_s is None:
+        found.refused.append(f"{stream.ended}: {stream.details[:200]}")
+        return False
+    return True
+
+
+async def _probing(server: Server, until: "asyncio.Future[object]") -> list[float]:
+    """The times of probes sent every 10 ms, answered or not, until something else is done."""
+    probes: list[asyncio.Task[float]] = []
+    next_s = time.perf_counter()
+    while not until.done():
+        probes.append(asyncio.create_task(server.probe()))
+        next_s = max(next_s + PROBE_EVERY_S, time.perf_counter())
+        await asyncio.sleep(next_s - time.perf_counter())
+    return list(await asyncio.gather(*probes))
+
+
+def long_text(text: str, number: int, chars: int) -> str:
+    """Prose, none of which begins like another's; every fourth is one word, or of characters beyond ASCII."""
+    if number % 8 == 3:
+        return ("ab" * (chars // 2 + 1))[:chars]
+    if number % 8 == 7:
+        return ("día über 北京 🎉 " * (chars // 15 + 1))[:chars]
+    turned = text[number * 997 :] + text[: number * 997]
+    return (f"{number}. " + turned * (chars // len(turned) + 1))[:chars]
+
+
+def _with_positions(folder: Path, positions: int) -> Path:
+    """A copy of the demo model whose file claims so many positions."""
+    source = resolve(DEMO).path
+    copy = folder / source.name
+    shutil.copyfile(source, copy)
+    key = b"llama.context_length"
+    # GGUF: a key's length, the key, its type (4: uint32), its value; little-endian.
+    before = struct.pack("<Q", len(key)) + key + struct.pack("<I", 4)
+    with copy.open("r+b") as file:
+        head = file.read(1 << 20)
+        place = head.find(before)
+        if place < 0:
+            raise ModelError(f"{source}: no {key.decode()} at the beginning")
+        file.seek(place + len(before))
+        file.write(struct.pack("<I", positions))
+    return copy
+
+
+async def refuse(at: Setting, found: dict[str, Refused]) -> None:
+    async with serving(*REFUSE_SERVE, progress=at.progress) as server:
+        gateway = server.gateway()
+        for case in CASES:
+            one = found.setdefault(case, Refused())
+            for _ in range(at.sizes.refusals):
+                at.progress(f"refuse: {case}")
+                await _refuse(server, gateway, case, one)
+
+
+async def _refuse(server: Server, gateway: Process, case: str, one: Refused) -> None:
+    """The sender is a process of its own: making and sending 64 MiB would hold up the probes here."""
+    idle_cpu_s, begun_s = gateway.main_thread_cpu_s(), time.perf_counter()
+    await _probing(server, asyncio.create_task(asyncio.sleep(IDLE_S)))
+    idle_rate = (gateway.main_thread_cpu_s() - idle_cpu_s) / (time.perf_counter() - begun_s)
+    sender = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", "farshore.benchmarks.faults_sender", server.address, case),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        assert sender.stdin is not None and sender.stdout is not None
+        await asyncio.wait_for(sender.stdout.readline(), SENDER_DEADLINE_S)
+        cpu_s, begun_s = gateway.main_thread_cpu_s(), time.perf_counter()
+        sender.stdin.write(b"\n")
+        line = asyncio.create_task(sender.stdout.readline())
+        probes_s = await _probing(server, asyncio.create_task(asyncio.wait_for(line, SENDER_DEADLINE_S)))
+        took_s = time.perf_counter() - begun_s
+        answer = json.loads(await line)
+        one.answers.append(f"{answer['code']}: {answer['details'][:120]}")
+        one.loop_s.append(max(0.0, gateway.main_thread_cpu_s() - cpu_s - idle_rate * took_s))
+        one.delay_s.append(max(probes_s, default=0.0))
+        one.took_s.append(answer["took_s"])
+    finally:
+        if sender.returncode is None:
+            sender.kill()
+        await sender.wait()
