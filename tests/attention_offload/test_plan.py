@@ -142,8 +142,8 @@ def test_a_spread_covers_every_position_and_group_once_and_respects_room(rooms, 
         shares = spread(classes, tokens=tokens, groups=groups)
     except Full:
         assert any(
-            sum(r.tokens * groups // (c.group1 - c.group0) for r in c.workers)
-            < tokens + BLOCK_TOKENS * len(c.workers)
+            sum(r.tokens * groups // (c.group1 - c.group0) // BLOCK_TOKENS for r in c.workers) * BLOCK_TOKENS
+            < tokens
             for c in classes
         )
         return
