@@ -27,7 +27,7 @@ from farshore.models.config import ModelConfig, load_config
 from farshore.models.source import DEMO, resolve
 
 POLL_S = 0.5
-START_DEADLINE_S = 60.0
+START_DEADLINE_S = 120.0
 """For the controller's process to answer."""
 
 MARGIN_S = 30.0
