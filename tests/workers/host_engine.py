@@ -1,7 +1,7 @@
 """An engine on a host of its own, for ``test_hosts``: run by path inside a network namespace. Takes commands
 on standard input, says in JSON objects what comes of them, and ends with its input.
 
-Argument: a JSON object of ``folder``, ``shards`` (worker to address), ``transports``, ``frame_deadline_s``.
+Argument: a JSON object of ``folder``, ``shards`` (worker to address), ``transports``.
 Commands: a JSON object of ``prompt`` and ``max_tokens``.
 """
 
@@ -39,7 +39,6 @@ def main():
             attention,
             model.dtype,
             transports=[Transport(name) for name in options["transports"]],
-            frame_deadline_s=options["frame_deadline_s"],
         )
         for worker, address in options["shards"].items()
     }

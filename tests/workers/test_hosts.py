@@ -155,9 +155,9 @@ class RemoteEngine:
 
 @pytest.fixture
 def start_engine(hosts, stack, tiny_folder):
-    def start(addresses, transports, *, frame_deadline_s=30.0):
+    def start(addresses, transports):
         options = {"folder": str(tiny_folder), "shards": addresses, "transports": transports}
-        return RemoteEngine(stack, hosts.engine, options | {"frame_deadline_s": frame_deadline_s})
+        return RemoteEngine(stack, hosts.engine, options)
 
     return start
 
@@ -188,7 +188,7 @@ def test_an_engine_whose_shards_are_on_other_hosts(shards, start_engine, expecte
 def test_a_link_that_is_cut(hosts, shards, start_engine, expected, transports):
     """Nobody answers and nobody hangs up: the frame's deadline tells. The shard comes back with the link."""
     addresses = {name: it.address for name, it in shards.items()}
-    engine = start_engine(addresses, transports, frame_deadline_s=0.5)
+    engine = start_engine(addresses, transports)
 
     def cut(count):
         if count == 5:
