@@ -88,11 +88,6 @@ class Request:
         return len(self._tokens)
 
     @property
-    def accepted(self) -> bool:
-        """Its prompt has been read; the engine may know it."""
-        return self._accepted is not None
-
-    @property
     def failed(self) -> bool:
         return self._failure is not None
 

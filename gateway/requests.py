@@ -56,6 +56,7 @@ class RequestLog:
         self.calls = self._call_bytes = 0
         self._closing = False
         self._live: dict[str, Request] = {}
+        self._preparations: dict[Request, asyncio.Future[Job]] = {}
         self._pumps: dict[Request, asyncio.Task] = {}
         self._ended: OrderedDict[str, tuple[Request, float]] = OrderedDict()  # with the time of their end
         self._forgetting: asyncio.TimerHandle | None = None
@@ -146,7 +147,11 @@ class RequestLog:
             clock=self._clock,
         )
         self._live[request.request_id] = request
-        self._pumps[request] = self._spawn(self._run(request, prepare))
+        preparation = asyncio.get_running_loop().run_in_executor(
+            self._preparing, prepare, request.sequence_id
+        )
+        self._preparations[request] = preparation
+        self._pumps[request] = self._spawn(self._run(request, preparation))
         return request
 
     def _check_room(self, values: int) -> None:
@@ -211,13 +216,11 @@ class RequestLog:
         if self._chores:
             await asyncio.wait(self._chores, timeout=self._limits.shutdown_s)
 
-    async def _run(self, request: Request, prepare: Callable[[str], Job]) -> None:
+    async def _run(self, request: Request, preparation: asyncio.Future[Job]) -> None:
         refused = False
         try:
-            job = await asyncio.get_running_loop().run_in_executor(
-                self._preparing, prepare, request.sequence_id
-            )
-            del prepare  # It holds the prompt.
+            job = await preparation
+            del self._preparations[request], preparation
             await request.accept(job.prompt_tokens)
             await self._engine.pump(request, job)
         except asyncio.CancelledError:
@@ -237,6 +240,7 @@ class RequestLog:
     def _put_away(self, request: Request, *, refused: bool) -> None:
         """A refused request was none: its readers have the reason, and its id is free."""
         del self._pumps[request]
+        self._preparations.pop(request, None)
         timer = self._leaving.pop(request, None)
         if timer is not None:
             timer.cancel()
@@ -260,7 +264,11 @@ class RequestLog:
         if pump is None:
             return
         request.cancelling = True
-        if request.accepted:
+        preparation = self._preparations.get(request)
+        # Not the pump: a task that is cancelled before its first step never runs, and would end nothing.
+        if preparation is not None and preparation.cancel():
+            await asyncio.wait([pump], timeout=self._limits.cancel_s)
+        else:
             await self._ask_to_end(request, pump)
         if not pump.done():
             pump.cancel()

@@ -2,11 +2,13 @@
 
 import dataclasses
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 
 from farshore.gateway.limits import Limits
+from farshore.gateway.requests import RequestLog
 from farshore.proto import inference_pb2 as api
 
 
@@ -45,6 +47,24 @@ def held(harness, loop_thread, served):
 
 def _cancel(farshore, request_id):
     farshore.stub.Cancel(api.CancelRequest(request_id=request_id), timeout=30)
+
+
+def test_cancel_in_the_very_step_in_which_it_starts(loop_thread):
+    """No task of the request has run yet."""
+
+    async def start_and_cancel():
+        log = RequestLog(None, Limits(), preparing=threads, engine_problem=lambda: None)
+        request = log.start("a", None, fingerprint=b"", choices=2, values=1, arrived_s=0.0)
+        await log.cancel("a")
+        assert request.ended and log.find("a") is request
+        events = [api.GenerateEvent.FromString(event) async for event in request.follow(0)]
+        await log.close()
+        return events
+
+    with ThreadPoolExecutor(1) as threads:
+        accepted, done = loop_thread.run(start_and_cancel())
+    assert accepted.HasField("accepted")
+    assert [it.reason for it in done.finished.choices] == [api.FINISH_REASON_CANCELLED] * 2
 
 
 @pytest.mark.parametrize("n", [1, 3])
