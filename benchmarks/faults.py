@@ -6,6 +6,8 @@ what it had found, its bars as missed, and why. Bars are those of issue 15, for 
 
 import asyncio
 import secrets
+import signal
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict
@@ -41,7 +43,10 @@ def run(
 
 
 async def _all(chosen: dict[str, Part], at: Setting) -> list[Measured]:
-    """On one loop: gRPC's asyncio side takes one per process."""
+    """On one loop: gRPC's asyncio side takes one per process. SIGTERM ends the servers too."""
+    task = asyncio.current_task()
+    if task is not None and threading.current_thread() is threading.main_thread():
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     return [await part(at) for part in chosen.values()]
 
 

@@ -131,7 +131,7 @@ def long_text(text: str, number: int, chars: int) -> str:
     if number % 8 == 3:
         return ("ab" * (chars // 2 + 1))[:chars]
     if number % 8 == 7:
-        return ("día über 北京 🎉 " * (chars // 15 + 1))[:chars]
+        return ("día über 北京 🎉 " * (chars // 14 + 1))[:chars]
     turned = text[number * 997 :] + text[: number * 997]
     return (f"{number}. " + turned * (chars // len(turned) + 1))[:chars]
 

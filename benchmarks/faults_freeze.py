@@ -116,19 +116,24 @@ class _Streams:
                         found[span.worker_id].add(sequence.sequence_id)
         return found
 
-    async def choose(self, wanted: int) -> tuple[str, set[str]]:
-        """The worker that exactly ``wanted`` of these read from; while there is none, one stream makes room
-        for another. At the deadline the worker that comes closest."""
+    async def choose(self, wanted: int, *, deadline_s: float = CHOOSE_DEADLINE_S) -> tuple[str, set[str]]:
+        """The worker that exactly ``wanted`` of these read from, while all of them run; while there is none,
+        one stream makes room for another. At the deadline the worker that comes closest."""
         begun_s = time.perf_counter()
         while True:
+            for name in [name for name, stream in self.sequences.items() if stream.ended is not None]:
+                await self.end(name)
+                await self.start()
             readers = await self.read_from()
             worker = nearest(readers, wanted)
             surplus = len(readers[worker]) - wanted
-            if not surplus or time.perf_counter() - begun_s > CHOOSE_DEADLINE_S:
+            running = all(stream.ended is None for stream in self.sequences.values())
+            if (not surplus and running) or time.perf_counter() - begun_s > deadline_s:
                 return worker, readers[worker]
-            others = [name for name in self.sequences if name not in readers[worker]]
-            await self.end((sorted(readers[worker]) if surplus > 0 else others)[0])
-            await self.start()
+            if surplus:
+                others = [name for name in self.sequences if name not in readers[worker]]
+                await self.end((sorted(readers[worker]) if surplus > 0 else others)[0])
+                await self.start()
 
 
 async def measure(at: Setting, found: Found) -> None:
@@ -172,7 +177,9 @@ async def _freeze(server: Server, at: Setting, found: Found) -> None:
         worker, hit = await streams.choose(at.sizes.sequences // 2)
         at.progress(f"freeze: {len(hit)} read from {worker}; waiting for {at.sizes.frames} frames to it")
         await _await_frames(server, at, worker, found)
-        hit = (await streams.read_from())[worker]
+        # Blocks may have moved there meanwhile: chosen anew, which costs nothing if not.
+        worker, hit = await streams.choose(at.sizes.sequences // 2)
+        await _await_frames(server, at, worker, found)
         found.readers, found.streams = len(hit), list(streams.sequences.values())
         process = await _process_of(server, worker)
         at.progress(f"freeze: {worker} is stopped; deadline in force: {found.deadline_ms} ms")

@@ -21,7 +21,7 @@ class Sizes:
     bystander_tokens: int = 160
     sequences: int = 8
     """Streams beside a frozen shard; half of them shall have spans there."""
-    stream_tokens: int = 500
+    stream_tokens: int = 900
     frames: int = 1000
     """To a shard, before it is frozen."""
     frozen_s: float = 3.0

