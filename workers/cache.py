@@ -87,9 +87,7 @@ class SequenceCache:
                 if len(failed) == before or not isinstance(error, TransportError):
                     raise
 
-    def _place(
-        self, sequence: Sequence, holder: Holder, promised_tokens: int, failed: set[WorkerId]
-    ) -> None:
+    def _place(self, sequence: Sequence, holder: Holder, promised_tokens: int, failed: set[WorkerId]) -> None:
         """``failed``: shards that did not answer while this sequence was placed; more may be added."""
         found, free = self._find_prefix(sequence, holder, failed)
         if not free:

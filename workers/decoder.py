@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 
 from farshore.attention_offload.base import AttentionModel
-from farshore.errors import Late, Lost, TransportError
+from farshore.errors import Internal, Late, Lost, TransportError
 from farshore.ids import WorkerId
 from farshore.workers import decode
 from farshore.workers.decode import Turn
@@ -42,31 +42,39 @@ class Decoder:
     def run(self, turns: Seq[Turn]) -> None:
         """A step of the turns, whose tails have room. Then each has drawn tokens, which are committed; or an
         error of its own; or neither, since a shard that it reads from is late or lost."""
-        while turns:
+        together = [turn for turn in turns if not turn.sequence.runs_alone]
+        while together:
             try:
-                self._run(turns)
-                return
+                self._run(together)
+                break
             except (Late, Lost) as error:
                 self._suspect([WorkerId(shard) for shard in error.shards], error)
-                others = [turn for turn in turns if not turn.sequence.workers & error.shards]
-                if len(others) == len(turns):  # no turn reads from it: not to be believed
-                    self._run_alone(turns)
-                    return
-                turns = others
+                others = [turn for turn in together if not turn.sequence.workers & error.shards]
+                if len(others) == len(together):
+                    raise Internal(f"no sequence reads from the shards of: {error}") from error
+                together = others
             except Exception as error:
-                if len(turns) > 1:
-                    _log.warning("a step of %d sequences failed: each runs alone", len(turns), exc_info=error)
-                self._run_alone(turns)
-                return
-
-    def _run_alone(self, turns: Seq[Turn]) -> None:
+                if len(together) > 1:
+                    _log.warning("a step of %d sequences failed", len(together), exc_info=error)
+                for turn in together:
+                    turn.sequence.runs_alone = True
+                break
         for turn in turns:
-            try:
-                self._run([turn])
-            except (Late, Lost) as error:
-                self._suspect([WorkerId(shard) for shard in error.shards], error)
-            except Exception as error:
-                turn.error = error
+            if turn.sequence.runs_alone:
+                self._run_alone(turn)
+
+    def _run_alone(self, turn: Turn) -> None:
+        """A sequence of a step that failed. It runs alone until that succeeded or raised, which may take
+        several rounds: a refusal ends the shard's connection."""
+        try:
+            self._run([turn])
+        except (Late, Lost) as error:
+            self._suspect([WorkerId(shard) for shard in error.shards], error)
+        except Exception as error:
+            turn.error = error
+            turn.sequence.runs_alone = False
+        else:
+            turn.sequence.runs_alone = False
 
     def _run(self, turns: Seq[Turn]) -> None:
         """A step, committed, its tokens drawn; one that raises leaves no trace."""

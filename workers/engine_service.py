@@ -22,6 +22,9 @@ from farshore.rpc import abort
 from farshore.workers.engine import Engine
 from farshore.workers.sequence import Event, Failed, Finished, Prefilled, Reason, Sampled, Sampling
 
+PROMPT_SLICE_TOKENS = 16_384
+"""0.4 ms of the interpreter's lock; two million tokens at once took 81 ms."""
+
 _REASONS = {
     Reason.STOP: api.FINISH_REASON_STOP,
     Reason.LENGTH: api.FINISH_REASON_LENGTH,
@@ -54,7 +57,7 @@ class EngineService(pb_grpc.EngineServicer):
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         sampling = _sampling(request)
         try:
-            self._engine.submit(sequence, list(request.prompt), sampling, events.put, salt=request.cache_salt)
+            self._engine.submit(sequence, _tokens(request), sampling, events.put, salt=request.cache_salt)
         except FarshoreError as error:
             abort(context, error)
         # Runs at once where the caller has gone already; the engine then ends the stream below.
@@ -147,6 +150,14 @@ class EngineService(pb_grpc.EngineServicer):
                     )
                 )
         raise AssertionError(f"an event nobody knows: {event}")
+
+
+def _tokens(request: pb.SequenceRequest) -> list[int]:
+    """The prompt, a slice at a time: other threads run between two slices, and not inside of one."""
+    tokens: list[int] = []
+    for first in range(0, len(request.prompt), PROMPT_SLICE_TOKENS):
+        tokens += request.prompt[first : first + PROMPT_SLICE_TOKENS]
+    return tokens
 
 
 def _sampling(request: pb.SequenceRequest) -> Sampling:

@@ -137,6 +137,8 @@ class Sequence:
     """How long the request waited for its first placement; None: it waits still."""
     failures: int = 0
     """Retryable errors in a row."""
+    runs_alone: bool = False
+    """Whether its next step is its own: one with others failed, and whose fault that was is not known."""
     prefill_tokens: int = 0
     """Of the placement in force: tokens that prefill computes or finds, the tail begins behind them."""
     committed: int = 0

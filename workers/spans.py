@@ -73,6 +73,4 @@ def write(
 
 def seal(peer: Peer, *, span: PlacedSpan, last: int, names: Sequence[PrefixBlock], holder: Holder) -> None:
     """Everything of the span below position ``last`` is written."""
-    peer.store.seal(
-        span.span, last - span.origin, sequence=holder.sequence, epoch=holder.epoch, blocks=names
-    )
+    peer.store.seal(span.span, last - span.origin, sequence=holder.sequence, epoch=holder.epoch, blocks=names)
