@@ -20,6 +20,7 @@ from farshore.benchmarks.faults_stream import Stream, follow, longest_gap_s
 from farshore.errors import ModelError, StartupError
 from farshore.models.source import DEMO, resolve
 from farshore.proto import inference_pb2 as api
+from farshore.proto import inference_pb2_grpc
 
 POSITIONS = 2_000_000
 TOKENIZE_SERVE = ("--dtype", "float32", "--kv-format", "int4", "--kv-memory", "4GiB")
@@ -102,13 +103,16 @@ async def _tokenize(server: Server, at: Setting, found: Tokenized) -> None:
 
 
 async def _accepted(server: Server, request: api.GenerateRequest, found: Tokenized) -> bool:
-    """Leaves as soon as the prompt has been tokenized: its prefill is not what is measured."""
+    """Leaves as soon as the prompt has been tokenized: its prefill is not what is measured. It has a connection
+    of its own: on a shared one probes would wait behind the prompt's bytes."""
     stream = Stream("long")
-    task = asyncio.create_task(follow(server.stub, request, stream, deadline_s=TOKENIZE_DEADLINE_S))
-    call = asyncio.create_task(stream.accepted.wait())
-    await asyncio.wait({task, call}, return_when=asyncio.FIRST_COMPLETED)
-    task.cancel()
-    await asyncio.wait({task})
+    async with server.channel([("grpc.use_local_subchannel_pool", 1)]) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        task = asyncio.create_task(follow(stub, request, stream, deadline_s=TOKENIZE_DEADLINE_S))
+        call = asyncio.create_task(stream.accepted.wait())
+        await asyncio.wait({task, call}, return_when=asyncio.FIRST_COMPLETED)
+        task.cancel()
+        await asyncio.wait({task})
     if stream.accepted_s is None:
         found.refused.append(f"{stream.ended}: {stream.details[:200]}")
         return False

@@ -20,6 +20,7 @@ from farshore.errors import FarshoreError, StartupError
 from farshore.gateway.limits import Limits
 from farshore.gateway.served import Served
 from farshore.gateway.server import create
+from farshore.interpreter import share_interpreter
 
 _STDIN_ADVICE = (
     "the gateway runs as long as its stdin is open: keep it open, as in "
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         served = Served.load(args.model)
+        share_interpreter()
         engine = args.engine or sys.stdin.readline().strip()
         if not engine:
             raise StartupError(f"stdin ended before it gave the engine's address; {_STDIN_ADVICE}")

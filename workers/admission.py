@@ -28,27 +28,32 @@ class EngineLimits:
     """How long a shard may answer nothing before the sequences whose KV lies there fail."""
 
 
-def check(prompt: Sequence[int], sampling: Sampling, *, config: ModelConfig, cache: SequenceCache) -> None:
-    """InvalidRequest for what can never run here."""
-    if not prompt:
+def check_size(prompt_tokens: int, sampling: Sampling, *, config: ModelConfig, cache: SequenceCache) -> None:
+    """InvalidRequest for what can never run here, whatever the prompt's tokens are."""
+    if not prompt_tokens:
         raise InvalidRequest("the prompt is empty: give at least one token")
-    if bad := [token for token in prompt if not 0 <= token < config.vocab]:
-        raise InvalidRequest(f"token id {bad[0]} is not in the vocabulary of {config.vocab}")
     if sampling.max_tokens < 1:
         raise InvalidRequest(f"max_tokens {sampling.max_tokens}: ask for at least 1")
     if sampling.n < 1:
         raise InvalidRequest(f"n {sampling.n}: ask for at least 1 completion")
-    total = len(prompt) + sampling.max_tokens
+    total = prompt_tokens + sampling.max_tokens
     if total > config.max_positions:
         raise InvalidRequest(
-            f"{len(prompt)} prompt tokens + max_tokens {sampling.max_tokens} = {total}, but the model has"
+            f"{prompt_tokens} prompt tokens + max_tokens {sampling.max_tokens} = {total}, but the model has"
             f" {config.max_positions} positions: shorten the prompt or lower max_tokens"
         )
     try:
         cache.fits_ever(total)
     except Full as error:
         raise InvalidRequest(
-            f"{len(prompt)} prompt tokens + max_tokens {sampling.max_tokens} do not fit into the KV"
+            f"{prompt_tokens} prompt tokens + max_tokens {sampling.max_tokens} do not fit into the KV"
             f" pool of {error.free_bytes / 2**30:.2f} GiB: shorten the prompt, lower max_tokens, or start the"
             " cluster with more --kv-memory or --attention-workers"
         ) from error
+
+
+def check_tokens(prompt: Sequence[int], *, config: ModelConfig) -> None:
+    """InvalidRequest for token ids outside of the vocabulary."""
+    for token in (min(prompt), max(prompt)):
+        if not 0 <= token < config.vocab:
+            raise InvalidRequest(f"token id {token} is not in the vocabulary of {config.vocab}")

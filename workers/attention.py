@@ -15,6 +15,7 @@ import torch
 from farshore.attention_offload.cores import share_cores
 from farshore.attention_offload.grpc_server import AttentionService, serve
 from farshore.ids import WorkerId
+from farshore.interpreter import share_interpreter
 from farshore.kvstore.arena import Arena
 from farshore.kvstore.store import LocalStore
 
@@ -32,6 +33,7 @@ class AttentionWorker:
         torch.set_num_threads(threads)
         share_cores()
         store = LocalStore(worker=worker, arena=Arena(kv_memory_bytes))
+        share_interpreter()
         self._server, self._address = serve(AttentionService(worker, store), listen)
 
     def address(self) -> str:

@@ -18,6 +18,7 @@ from farshore.attention_offload.in_process import InProcessPeer
 from farshore.attention_offload.placement import ShardBy
 from farshore.attention_offload.remote_peer import RemotePeer
 from farshore.ids import Epoch, SequenceId, WorkerId
+from farshore.interpreter import share_interpreter
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore.arena import Arena
 from farshore.kvstore.store import LocalStore
@@ -98,6 +99,7 @@ class DenseWorker:
                 for worker, address in shards.items()
             },
         }
+        share_interpreter()
         identities = {worker: peer.identify() for worker, peer in self._peers.items()}
         self._engine = Engine(
             model=model,

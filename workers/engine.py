@@ -129,6 +129,10 @@ class Engine:
         self._scheduler.close()
         self._pool.close()
 
+    def check_size(self, prompt_tokens: int, sampling: Sampling) -> None:
+        """Raises InvalidRequest for a prompt that can never run here, before its tokens are looked at."""
+        admission.check_size(prompt_tokens, sampling, config=self._model.config, cache=self._cache)
+
     def submit(
         self,
         sequence: SequenceId,
@@ -144,7 +148,8 @@ class Engine:
         Raises InvalidRequest for a prompt that can never run here, Overloaded when the queue is full,
         Internal when the engine has failed, TransportError when it is stopping.
         """
-        admission.check(prompt, sampling, config=self._model.config, cache=self._cache)
+        self.check_size(len(prompt), sampling)
+        admission.check_tokens(prompt, config=self._model.config)
         print_ = fingerprint(self._model.config, self._attention, revision=self._revision, salt=salt)
         blocks = chain(prompt, fingerprint=print_)
         # Refused before an epoch is claimed, so that a refusal leaves nothing to give back.

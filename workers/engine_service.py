@@ -57,6 +57,7 @@ class EngineService(pb_grpc.EngineServicer):
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         sampling = _sampling(request)
         try:
+            self._engine.check_size(len(request.prompt), sampling)
             self._engine.submit(sequence, _tokens(request), sampling, events.put, salt=request.cache_salt)
         except FarshoreError as error:
             abort(context, error)
