@@ -103,7 +103,7 @@ async def _tokenize(server: Server, at: Setting, found: Tokenized) -> None:
 
 
 async def _accepted(server: Server, request: api.GenerateRequest, found: Tokenized) -> bool:
-    """Leaves as soon as the prompt has been tokenized: its prefill is not what is measured. It has a connection
+    """Leaves as soon as the prompt has been tokenized: its prefill is not what is measured. On a connection
     of its own: on a shared one probes would wait behind the prompt's bytes."""
     stream = Stream("long")
     async with server.channel([("grpc.use_local_subchannel_pool", 1)]) as channel:
