@@ -18,7 +18,7 @@ GRPC_FOR_CALLS = 256
 
 class BulkLink:
     """Thread-safe: transfers take turns. ``deadline_s``: how long one may stand still, without any byte
-    moving, and how long another one waits for its turn."""
+    moving, how long another one waits for its turn, and of the call that asks the shard where it listens."""
 
     def __init__(self, dialler: Dialler, address: str, *, deadline_s: float) -> None:
         self._dialler = dialler
@@ -73,7 +73,7 @@ class BulkLink:
         if self._grpc_calls:
             self._grpc_calls -= 1
             return None
-        connected = self._dialler.connect(None)
+        connected = self._dialler.connect(None, deadline_s=self._deadline_s)
         if connected is None:
             self._grpc_calls = GRPC_FOR_CALLS
             self.transport = Transport.GRPC

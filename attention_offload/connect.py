@@ -25,9 +25,6 @@ from farshore.rpc import error_of
 
 _LOG = logging.getLogger(__name__)
 
-CALL_DEADLINE_S = 30.0
-"""A cold call: at most a few MiB, or an announcement."""
-
 CONNECT_DEADLINE_S = 5.0
 """To make a connection for hot frames, or to ask a shard who it is: a few round trips."""
 
@@ -77,7 +74,7 @@ class Dialler:
         self._dial_again_s = 0.0
         self._said = ""
 
-    def connect(self, opening: pb.Open | None, *, deadline_s: float = CALL_DEADLINE_S) -> Connected | None:
+    def connect(self, opening: pb.Open | None, *, deadline_s: float) -> Connected | None:
         """``opening``: what hot frames will mean; None for bulk KV. None comes back where gRPC has to serve.
         Raises TransportError where that was not asked for, or does not reach the shard either.
         ``deadline_s``: of the call; each way that is tried then has DIAL_DEADLINE_S."""

@@ -158,7 +158,7 @@ class Live:
             return state.lse + state.o
         dialler = Dialler(self.stub, self.shard.address, [transport], purpose="frames go")
         try:
-            connected = dialler.connect(opening)
+            connected = dialler.connect(opening, deadline_s=DEADLINE_S)
         except TransportError as error:
             # Not offered: what the session is of, a native loop can't serve.
             assert "offers none" in str(error) or not isinstance(error.__cause__, grpc.RpcError)
@@ -198,7 +198,7 @@ class Live:
         spec = self.work.spec
         sizes = frame_bytes(spec, rows=1, heads=6, dtype=self.work.dtype)
         try:
-            module.begin(wire, begin.step, begin.SerializeToString(), room)
+            module.begin(wire, begin.step, begin.SerializeToString(), room, DEADLINE_S)
             module.send(wire, frame.step, layer, micro_batch, 1, at(q), len(frame.q), len(frame.q))
             failure = module.wait(
                 wire, frame.step, layer, micro_batch, 1,

@@ -19,7 +19,7 @@ from farshore.attention_offload import codec
 from farshore.attention_offload.bulk import BulkStream, Kind
 from farshore.attention_offload.frame_stream import FrameStream
 from farshore.attention_offload.frames import Sent, Transport, native
-from farshore.errors import FarshoreError, InvalidRequest, TransportError
+from farshore.errors import FarshoreError, Internal, InvalidRequest, TransportError
 from farshore.kernels.base import State
 from farshore.proto import attention_pb2 as pb
 
@@ -219,9 +219,7 @@ def test_an_engine_survives_answers_of_all_kinds(work, answers, tail):
         (b"", "closed the connection"),
         (header(FAILURE, 3) + b"\xff\xff\xff", "garbage: a failure that is no message"),
         (header(FAILURE, 3) + b"\x12\x01\xff", "garbage: a failure that is no message"),
-        (header(FAILURE, 3) + b"\x08\xe7\x07", "UNKNOWN"),
         (header(FAILURE, 2) + b"\x08\x01", ""),
-        (header(FAILURE, 0), "OK"),
         (header(WAKE, 0), "a wake-up where no memory is shared"),
         (header(BEGIN, 0), "due is step 1"),
         (header(9, 0), "a frame of kind 9"),
@@ -235,27 +233,43 @@ def test_an_engine_survives_answers_of_all_kinds(work, answers, tail):
         "nothing",
         "failure",
         "utf-8",
-        "unknown code",
         "cancelled",
-        "empty failure",
         "wake",
         "begin",
         "kind",
     ],
 )
 def test_an_engine_says_what_was_wrong(work, answer, error):
+    with pytest.raises(TransportError, match=f"shard:1: .*{error}"):
+        wait_for(work, answer)
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [(b"\x08\xe7\x07", "UNKNOWN"), (b"", "OK")],
+    ids=["unknown code", "empty failure"],
+)
+def test_a_failure_whose_code_says_nothing_is_a_mistake_of_the_shard(work, message, says):
+    """The message is well-formed and the connection sound: the same step would fail again (013)."""
+    with pytest.raises(Internal, match=f"shard:1: {says}"):
+        wait_for(work, header(FAILURE, len(message)) + message)
+
+
+def wait_for(work, answer):
+    """As an engine whose shard gives this answer to the first frame."""
     near, far = socket.socketpair()
     stream = FrameStream(near, Transport.TCP, "shard:1", work.model, work.dtype)
-    with far:
-        stream.begin(work.step([]), DEADLINE_S)
-        sent = Sent(1, 0, 0, 1, 6)
-        stream.send(sent, work.query())
-        far.sendall(answer)
-        far.shutdown(socket.SHUT_WR)
-        out = State(torch.empty(1, 6, work.spec.v_dim), torch.empty(1, 6))
-        with pytest.raises(TransportError, match=f"shard:1: .*{error}"):
+    try:
+        with far:
+            stream.begin(work.step([]), DEADLINE_S)
+            sent = Sent(1, 0, 0, 1, 6)
+            stream.send(sent, work.query())
+            far.sendall(answer)
+            far.shutdown(socket.SHUT_WR)
+            out = State(torch.empty(1, 6, work.spec.v_dim), torch.empty(1, 6))
             stream.wait(sent, out, DEADLINE_S)
-    stream.close()
+    finally:
+        stream.close()
 
 
 # -- bulk KV -----------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from farshore import rpc
 from farshore.attention_offload import codec
 from farshore.attention_offload.frames import Transport
 from farshore.attention_offload.grpc_server import AttentionService
-from farshore.attention_offload.plan import Read
 from farshore.attention_offload.remote_peer import MAX_UNDER_WAY
 from farshore.errors import InvalidRequest, Late, NotFound, TransportError
 from farshore.ids import SpanId
@@ -89,7 +88,7 @@ def test_a_refusal_that_meets_a_write_arrives_as_it_is(start_shard, connect, wor
     for frames in range(1, MAX_UNDER_WAY):
         for _ in range(4):
             work.run(peer, work.step([read]))
-            peer.begin(work.step([Read(SpanId("shard/99"), 0, 0, 5, 0, 3, range(1))], number=2))
+            peer.begin(work.step([read._replace(span=SpanId("shard/99"))], number=2))
             sent = [peer.send(0, 0, work.query()) for _ in range(frames)]
             with pytest.raises(NotFound, match="shard/99"):
                 peer.wait(sent[0])

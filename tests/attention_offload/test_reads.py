@@ -114,6 +114,7 @@ def test_a_span_given_back_in_the_middle_of_a_step_is_not_read_on(way, work):
     store, reach = way
     read = work.sealed_span(store, "a", 0, 20)
     peer = reach()
+    peer.connect()
     peer.begin(work.step([read]))
     peer.wait(peer.send(0, 0, work.query(seed=0)))
     store.drop_sequence(A, epoch=work.owner)

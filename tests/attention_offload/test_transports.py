@@ -29,6 +29,18 @@ class Offering(AttentionService):
         return offer
 
 
+class Asked(AttentionService):
+    """A shard that notes how long its callers wait for an offer, in seconds."""
+
+    def __init__(self, worker, store):
+        super().__init__(worker, store)
+        self.waits_s = []
+
+    def Connect(self, request, context):
+        self.waits_s.append(context.time_remaining())
+        return super().Connect(request, context)
+
+
 def offering(**changes):
     return type("Offering", (Offering,), {"changes": dict(changes)})
 
@@ -226,3 +238,17 @@ def test_a_query_of_another_dtype_is_refused(shard, connect, work, transport):
     peer.begin(work.step([work.sealed_span(peer.store, "a", 0, 20)]))
     with pytest.raises(InvalidRequest):
         peer.wait(peer.send(0, 0, work.query().to(torch.float16)))
+
+
+def test_a_shard_is_asked_where_it_listens_within_the_callers_deadline(start_shard, reach, work):
+    """For frames and for bulk KV: a frozen shard must not keep the thread of its cold calls for longer."""
+    shard = start_shard(service=Asked)
+    by_default, chosen = reach(shard.address), reach(shard.address, deadline_s=3.0)
+    by_default.connect()
+    work.sealed_span(by_default.store, "a", 0, 20)
+    by_default.connect(deadline_s=1.0)  # is connected already
+    chosen.connect(deadline_s=2.0)
+    work.sealed_span(chosen.store, "b", 0, 20)
+    assert by_default.bulk_transport == chosen.bulk_transport == Transport.SHARED_MEMORY
+    for wait_s, most_s in zip(shard.service.waits_s, [5.0, 5.0, 2.0, 3.0], strict=True):
+        assert 0 < wait_s <= 1.1 * most_s  # gRPC rounds what it passes on

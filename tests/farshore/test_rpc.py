@@ -27,6 +27,7 @@ RAISED = {
     errors.Lost("x", shards=["s"]): CODE.UNAVAILABLE,
     errors.Internal("x"): CODE.INTERNAL,
     errors.StartupError("x"): CODE.INTERNAL,
+    errors.PartEnded("x"): CODE.INTERNAL,
     ValueError("x"): CODE.INTERNAL,
     RecursionError("x"): CODE.INTERNAL,
 }
