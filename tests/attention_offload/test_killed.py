@@ -129,9 +129,11 @@ def test_killed_engines_leave_nothing_at_the_shard(reach, work):
                 assert there["sockets"] >= before["sockets"] + 2, "hot frames, and bulk KV"
                 assert there["mapped"] == before["mapped"] + (transport is Transport.SHARED_MEMORY)
                 assert there["memfds"] == held(engine.pid)["memfds"] == 0, "mapped, and no more"
+                peers[0].store.beat(None)  # to start an engine may take half of a lease
                 engine.kill()
                 engine.wait(DEADLINE_S)
             eventually(lambda: held(shard.pid) == before)
+            peers[0].store.beat(None)
         assert named() == files
         assert all(work.run(peer, step) == expected for peer in peers)
         # Its spans live until their sequence's next owner, or the controller, gives them back.

@@ -138,7 +138,7 @@ def test_an_error_of_ours_arrives_as_what_it_was(error):
     """Or as the nearest kind that a caller can act on."""
     code, message, trailing = rpc.status_of(error)
     arrived = rpc.error_of(Failed(code, message, trailing), peer="p")
-    if isinstance(error, errors.StartupError):
+    if isinstance(error, errors.StartupError | errors.PartEnded):
         assert type(arrived) is errors.Internal
     else:
         assert isinstance(error, type(arrived)) and arrived.retryable == error.retryable

@@ -9,6 +9,7 @@ from farshore.errors import InvalidRequest
 from farshore.gateway import sampling as sampling_limits
 from farshore.gateway.limits import Limits
 from farshore.proto import inference_pb2 as api
+from farshore.workers.penalties import Seen
 from farshore.workers.sampler import sample
 from farshore.workers.sequence import Sampling
 
@@ -79,7 +80,7 @@ def test_what_passes_can_be_drawn_with(asked, logits):
     # Overflow to infinity is meant where a weight is next to nothing; what is invalid raises.
     with np.errstate(over="ignore", under="ignore", invalid="raise", divide="raise"):
         choice = sample(
-            torch.tensor(logits), _resolved(asked), tokens=[1, 2, 2, 3, 3, 3], prompt_tokens=2, choice=0
+            torch.tensor(logits), _resolved(asked), tokens=[1, 2, 2, 3, 3, 3], prompt_tokens=2, seen=Seen()
         )
     assert 0 <= choice.token < VOCAB
     assert len(choice.top) == (asked.logprobs if asked.HasField("logprobs") else 0)
