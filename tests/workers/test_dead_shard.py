@@ -39,17 +39,18 @@ def placed(peer):
     span = peer.store.create(key, capacity_tokens=4, layout=LAYOUT, epoch=EPOCH)
     k = torch.ones(LAYOUT.k_heads, 4, LAYOUT.k_dim)
     for layer in range(LAYOUT.layers):
-        peer.store.write(span, layer, 0, k, k, epoch=EPOCH)
-    peer.store.seal(span, 4, epoch=EPOCH)
+        peer.store.write(span, layer, 0, k, k, sequence=A, epoch=EPOCH)
+    peer.store.seal(span, 4, sequence=A, epoch=EPOCH)
     return span
 
 
 def step_of(span):
-    read = Read(SpanId(span), 0, 0, 4, 0, LAYOUT.groups, range(1))
+    read = Read(SpanId(span), 0, 0, 4, 0, LAYOUT.groups, range(1), A)
     return ShardStep(1, (0,), (9,), 0, LAYOUT.groups, ((read,),), (range(1),))
 
 
 def attend(peer, span):
+    peer.connect()
     peer.begin(step_of(span))
     return peer.wait(peer.send(0, 0, torch.ones(1, 6, 8)))
 
