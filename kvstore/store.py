@@ -49,7 +49,8 @@ class LocalStore:
         self._spans: dict[SpanId, Span] = {}
         self._holds = Holds(fences=fences)
         self._names = PrefixIndex()
-        self.removals = torch.zeros(1, dtype=torch.int64)
+        with torch.inference_mode(False):  # Counted in any thread, whatever mode the store is made in.
+            self.removals = torch.zeros(1, dtype=torch.int64)
         self._cached: OrderedDict[SpanId, Span] = OrderedDict()  # held by nobody, longest first
         arena.on_full(self._reclaim)
 

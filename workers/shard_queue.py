@@ -264,6 +264,9 @@ class ShardQueue:
         except Exception as error:
             if isinstance(error, TransportError):
                 self._unheard(error, began_s)
+            elif call.is_release:  # its future has no reader
+                _LOG.error("giving back at %s failed; it is told all that is wanted", self.worker, exc_info=error)
+                self._reconcile = True
             call.future.set_exception(error)
         else:
             call.future.set_result(result)

@@ -52,6 +52,16 @@ def test_older_epochs_write_nothing_after_a_fence(store, layout, tokens):
     store.create(key("other"), capacity_tokens=1, layout=layout, epoch=E1)
 
 
+def test_a_store_made_under_inference_mode_counts_in_any_thread(layout):
+    with torch.inference_mode():
+        store = LocalStore(worker=WorkerId("w"), arena=Arena(1 << 20))
+        span = store.create(key(), capacity_tokens=1, layout=layout, epoch=E1)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(drop, store, span).result()
+    assert int(store.removals) and not store.announce()
+    store.check_integrity()
+
+
 def test_a_fence_that_comes_while_memory_is_granted_takes_it_back(store, arena, layout, monkeypatch):
     allocate = arena.allocate
 
