@@ -265,7 +265,7 @@ class ShardQueue:
             if isinstance(error, TransportError):
                 self._unheard(error, began_s)
             elif call.is_release:  # its future has no reader
-                _LOG.error("giving back at %s failed; it is told all that is wanted", self.worker, exc_info=error)
+                _LOG.error("attention worker %s did not take spans back", self.worker, exc_info=error)
                 self._reconcile = True
             call.future.set_exception(error)
         else:
