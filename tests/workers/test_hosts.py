@@ -186,7 +186,7 @@ def test_an_engine_whose_shards_are_on_other_hosts(shards, start_engine, expecte
 
 @pytest.mark.parametrize("transports", [["TCP"], ["gRPC"]], ids=["TCP", "gRPC"])
 def test_a_link_that_is_cut(hosts, shards, start_engine, expected, transports):
-    """Neither an answer nor a hang-up comes: the frame's deadline tells. The shard comes back with the link."""
+    """No answer and no hang-up: the frame's deadline tells. The shard comes back with the link."""
     addresses = {name: it.address for name, it in shards.items()}
     engine = start_engine(addresses, transports)
 

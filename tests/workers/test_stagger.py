@@ -124,7 +124,9 @@ def test_over_a_real_delay_it_decides_as_the_times_say(tiny_model, start_process
     with delayed(process.address, attention, tiny_model.dtype, delay_s) as far:
         store = connect(process.address, model=attention).store
         ground = Ground(tiny_model, attention, {worker: store}, sequences=8, context_tokens=600)
-        shards = Fanout({worker: connect(far, model=attention, transports=transports)}, attention)
+        peer = connect(far, model=attention, transports=transports)
+        peer.connect()
+        shards = Fanout({worker: peer}, attention)
         clock = []
 
         def now_s():
