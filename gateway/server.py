@@ -4,9 +4,12 @@ Called by ``__main__``, and by tests in their own process. Must not know about p
 """
 
 import asyncio
+import contextlib
 import errno
 import functools
+import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +27,9 @@ from farshore.gateway.requests import RequestLog
 from farshore.gateway.served import Served
 from farshore.gateway.service import InferenceService
 from farshore.proto import cluster_pb2_grpc, inference_pb2
+
+NICENESS = 10
+"""Of threads that tokenize, above the process's."""
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 
@@ -103,7 +109,9 @@ async def create(
     engine_health = EngineHealth(
         engine_client.channel, engine, limits=limits, changed=functools.partial(_tell, health_state)
     )
-    tokenizing = ThreadPoolExecutor(limits.tokenizer_threads, thread_name_prefix="tokenizing")
+    tokenizing = ThreadPoolExecutor(
+        limits.tokenizer_threads, thread_name_prefix="tokenizing", initializer=_give_way
+    )
     log = RequestLog(
         engine_client,
         limits,
@@ -148,6 +156,13 @@ def _options(message_bytes: int) -> list[tuple[str, int]]:
     """Those of every channel, but for the size of what clients may send."""
     own = {"grpc.max_receive_message_length": message_bytes}
     return list((dict(rpc.OPTIONS) | own).items())
+
+
+def _give_way() -> None:
+    """In a thread that tokenizes: the loop's threads, which others wait for, come first."""
+    thread = threading.get_native_id()
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)
 
 
 def split_address(address: str) -> tuple[str, int]:
