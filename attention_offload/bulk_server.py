@@ -4,9 +4,7 @@ Nothing that comes in touches a span before the store has looked at it: a piece 
 written as any other write is.
 """
 
-import os
 import socket
-import threading
 from contextlib import suppress
 
 import torch
@@ -18,6 +16,7 @@ from farshore.attention_offload.bulk import MOST_MESSAGE_BYTES, PIECE_BYTES, Bul
 from farshore.attention_offload.engine_holds import EngineHolds
 from farshore.errors import InvalidRequest, TransportError
 from farshore.ids import Epoch, SequenceId, SpanId
+from farshore.interpreter import make_nicer
 from farshore.kvstore.forms import stored_bytes
 from farshore.kvstore.store import LocalStore
 from farshore.proto import attention_pb2 as pb
@@ -35,9 +34,7 @@ NICENESS = 5
 
 def serve_bulk(store: LocalStore, holds: EngineHolds, connection: socket.socket, unix: bool) -> None:
     """Answer one engine's writes and pulls until it hangs up, or sends what cannot be a message."""
-    thread = threading.get_native_id()
-    with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)
+    make_nicer(NICENESS)
     wire = BulkSocket(connection, deadline_s=DEADLINE_S)
     served = _Connection(store, holds, wire)
     try:

@@ -19,7 +19,7 @@ MOST_READ_S = 8.0
 GARBAGE_READ_S = 1.0
 CALL_DEADLINE_S = 30.0
 SMALL_WINDOW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 12))
-"""So that an answer that nobody reads stays with the server."""
+"""Keeps an answer that is not read at the server."""
 _GENERATE = f"/{api.DESCRIPTOR.services_by_name['Inference'].full_name}/Generate"
 
 

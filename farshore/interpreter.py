@@ -1,7 +1,10 @@
-"""How a process that serves others shares Python's interpreter among its threads."""
+"""How a process that serves others shares Python's interpreter, and its cores, among its threads."""
 
 import gc
+import os
 import sys
+import threading
+from contextlib import suppress
 
 SWITCH_INTERVAL_S = 0.0005
 """How long a thread that computes in Python keeps the interpreter while another one waits for it. At the
@@ -21,3 +24,11 @@ def share_interpreter() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
+
+
+def make_nicer(by: int) -> None:
+    """The calling thread gives way to the process's others. It stays as it is where the system does not allow
+    more."""
+    thread = threading.get_native_id()
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + by)

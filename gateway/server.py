@@ -4,12 +4,9 @@ Called by ``__main__``, and by tests in their own process. Must not know about p
 """
 
 import asyncio
-import contextlib
 import errno
 import functools
-import os
 import socket
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,10 +23,11 @@ from farshore.gateway.limits import Limits
 from farshore.gateway.requests import RequestLog
 from farshore.gateway.served import Served
 from farshore.gateway.service import InferenceService
+from farshore.interpreter import make_nicer
 from farshore.proto import cluster_pb2_grpc, inference_pb2
 
 NICENESS = 10
-"""Of threads that tokenize, above the process's."""
+"""Of threads that tokenize, above the process's: the loop's threads, which others wait for, come first."""
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 
@@ -110,7 +108,10 @@ async def create(
         engine_client.channel, engine, limits=limits, changed=functools.partial(_tell, health_state)
     )
     tokenizing = ThreadPoolExecutor(
-        limits.tokenizer_threads, thread_name_prefix="tokenizing", initializer=_give_way
+        limits.tokenizer_threads,
+        thread_name_prefix="tokenizing",
+        initializer=make_nicer,
+        initargs=(NICENESS,),
     )
     log = RequestLog(
         engine_client,
@@ -156,13 +157,6 @@ def _options(message_bytes: int) -> list[tuple[str, int]]:
     """Those of every channel, but for the size of what clients may send."""
     own = {"grpc.max_receive_message_length": message_bytes}
     return list((dict(rpc.OPTIONS) | own).items())
-
-
-def _give_way() -> None:
-    """In a thread that tokenizes: the loop's threads, which others wait for, come first."""
-    thread = threading.get_native_id()
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)
 
 
 def split_address(address: str) -> tuple[str, int]:

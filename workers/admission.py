@@ -10,6 +10,7 @@ from farshore.errors import Full, InvalidRequest
 from farshore.models.config import ModelConfig
 from farshore.workers.cache import SequenceCache
 from farshore.workers.sequence import Sampling
+from farshore.workers.shard_queue import GRACE_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +25,7 @@ class EngineLimits:
     running: int = 64
     """Completions under way at a time."""
     waiting: int = 256
-    shard_grace_s: float = 10.0
+    shard_grace_s: float = GRACE_S
     """How long a shard may answer nothing before the sequences whose KV lies there fail."""
 
 

@@ -4,18 +4,17 @@ The engine's side of the shard stores. It decides nothing global: which shards m
 are cut, it is told.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from farshore.attention_offload.base import AttentionModel
 from farshore.attention_offload.placement import HeadClass, Room, ShardBy, Share, head_classes, spread
 from farshore.errors import FarshoreError, Full, TransportError
-from farshore.ids import WorkerId
+from farshore.ids import SpanId, WorkerId
 from farshore.kernels.base import BLOCK_TOKENS
-from farshore.kvstore.arena import Arena, stride_bytes
+from farshore.kvstore.arena import Arena
 from farshore.kvstore.base import ShardStore, SpanSlice
 from farshore.kvstore.prefix import chain
 from farshore.kvstore.tail import Tail
@@ -61,7 +60,7 @@ class SequenceCache:
     def tail_blocks_free(self) -> int:
         """How many more blocks of tails fit into the engine's memory."""
         free_bytes = self._store.usage().available_bytes if self._store else self._arena.free_bytes
-        return free_bytes // stride_bytes(self._layout.block_bytes)
+        return free_bytes // Tail.bytes_for(self._layout, 0, BLOCK_TOKENS)
 
     def place(self, sequence: Sequence, *, promised_tokens: int) -> None:
         """Find the longest stored prefix of what is to be prefilled, and commit it; grant spans for the rest;
@@ -100,20 +99,17 @@ class SequenceCache:
         self._spread(tokens - hit + min(BLOCK_TOKENS, sequence.growth_tokens), promised_free)
         sequence.classes, shares = self._spread(tokens - hit, promised_free)
         shares = [share._replace(first=share.first + hit, last=share.last + hit) for share in shares]
-        calls: list[tuple[Share, Future[Any]]] = []
+        granted, failures = self._pool.gather({share.worker: self._grant(share, holder) for share in shares})
         for share in shares:
-            calls.append((share, self._grant(share, holder)))
-        for share, call in calls:
-            results, failures = self._pool.gather({share.worker: call})
-            if failures:
+            if share.worker in failures:
                 failed.update(failures)
                 raise failures[share.worker]
-            sequence.spans.append(spans.placed(share, results[share.worker]))
+            sequence.spans.append(spans.placed(share, granted[share.worker]))
         sequence.spans_changed()
         sequence.tail = Tail(arena=self._arena, layout=self._layout, start=tokens)
         sequence.committed = hit
 
-    def seal(self, sequence: Sequence, until: int) -> "list[Future[Any]]":
+    def seal(self, sequence: Sequence, until: int) -> list[Future[None]]:
         """Begins to seal every span of what is prefilled up to position ``until``, and to name its blocks.
         Idempotent. Once all have succeeded: :meth:`sealed`."""
         calls = []
@@ -149,10 +145,6 @@ class SequenceCache:
     def hand_off(self, sequence: Sequence) -> None:
         """Start, or finish, moving the tail's full blocks to shards. Never waits."""
         self._hand_offs.advance(sequence)
-
-    def settle_all(self) -> None:
-        """Waits for the hand-offs under way (they have deadlines). For tests and benchmarks."""
-        self._hand_offs.settle_all()
 
     def release(self, sequence: Sequence) -> None:
         """Give back everything the sequence has, wherever it is. Never waits: shards hear of it in their
@@ -192,7 +184,7 @@ class SequenceCache:
                 self._pool[worker].release(holder, unused)
         return placed, {worker: free_bytes for worker, (_, free_bytes) in found.items()}
 
-    def _grant(self, share: Share, holder: Holder) -> Future[Any]:
+    def _grant(self, share: Share, holder: Holder) -> Future[SpanId]:
         key = spans.key_of(share, holder)
         return self._pool[share.worker].create(
             holder,
@@ -217,7 +209,7 @@ class SequenceCache:
             raise Full(f"{error}{why}", free_bytes=sum(bytes_of.values())) from None
 
 
-def _when_done(calls: list[Future[Any]], then: Any) -> None:
+def _when_done(calls: list[Future[PlacedSpan]], then: Callable[[], None]) -> None:
     """Calls ``then`` once, when all ``calls`` have ended."""
     if not calls:
         then()

@@ -20,11 +20,7 @@ from farshore.attention_offload.fanout import Fanout
 from farshore.attention_offload.frames import Transport
 from farshore.attention_offload.latency import Link
 from farshore.attention_offload.placement import ShardBy
-from farshore.errors import (
-    DeadlineExceeded,
-    Internal,
-    TransportError,
-)
+from farshore.errors import DeadlineExceeded, Internal, TransportError
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kvstore.arena import Arena
 from farshore.kvstore.prefix import chain
@@ -46,8 +42,6 @@ from farshore.workers.views import EngineLoad, SequenceView, view
 
 _log = logging.getLogger(__name__)
 
-MOST_FAILURES = 4
-"""Retryable errors of one sequence in a row; the last of them ends it."""
 MOST_ESCAPES = 3
 """Rounds in a row that end with an error which is no sequence's own."""
 HEARD_DEADLINE_S = 5.0

@@ -4,7 +4,7 @@ When the shards have sealed them the tail lets go, and the next step plan reads 
 ``cache`` from the engine's thread; the moves run in the shards' queues.
 """
 
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from functools import partial
 from typing import NamedTuple
 
@@ -78,11 +78,6 @@ class HandOffs:
                 move = partial(self._move, queue, sequence.placed_holder, tail, boundary, target, names)
                 moves.append(queue.submit(move))
             self._under_way[sequence.key] = _HandOff(boundary, targets, moves)
-
-    def settle_all(self) -> None:
-        """Wait for those under way (they have deadlines)."""
-        for pending in list(self._under_way.values()):
-            wait(pending.moves)
 
     def forget(self, sequence: Sequence) -> list[Future[PlacedSpan]]:
         """Cancels the sequence's own, and returns the moves that run already: they read its tail."""

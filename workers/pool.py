@@ -16,6 +16,7 @@ from farshore.workers.shard_queue import GRACE_S, STALLED_S, ShardQueue
 T = TypeVar("T")
 
 GATHER_DEADLINE_S = 30.0
+"""For shards whose queues go on, but slowly."""
 
 
 class Pool:

@@ -68,7 +68,7 @@ class Scheduler:
         self._full_at: int | None = None
         """Value of ``_freed`` when the sequence that waits first found no room."""
         self._ran = False
-        """Whether a prompt had a unit to run when it was last asked for one."""
+        """Whether a prompt had a unit to run in the last turn of prefill."""
         self.parkings = 0
 
     def round(self) -> bool:
@@ -76,9 +76,9 @@ class Scheduler:
         self._reap()
         progress = self._admit()
         if self._prompts:
-            before = len(self._prompts)
+            self._ran = False
             self._pace.turn(self._prefill_unit)
-            progress |= self._ran or len(self._prompts) != before
+            progress |= self._ran
         if self._running:
             with self._pace.step():
                 progress |= self._decode()
@@ -172,9 +172,9 @@ class Scheduler:
     def _prefill_unit(self) -> bool:
         """One unit of a prompt; behind the last one, the first tokens. Whether there are more."""
         outcome = self._prompts.run_unit()
-        self._ran = outcome is not None
         if outcome is None:
             return False
+        self._ran = True
         try:
             self._take_in(outcome)
         except Exception as error:

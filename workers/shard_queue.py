@@ -59,8 +59,8 @@ class Holder:
 class _Call(NamedTuple):
     run: Callable[[], Any]
     future: Future[Any]
-    is_release: bool
-    """Its books are kept even when the shard does not answer."""
+    keeps_books: bool
+    """It is made even when the shard does not answer, since it changes what is wanted."""
 
 
 class ShardQueue:
@@ -147,14 +147,13 @@ class ShardQueue:
             return Lost(lost, shards=[self.worker])
         return Late(f"attention worker {self.worker} does not answer: {self._why}", shards=[self.worker])
 
-    def suspect(self, error: TransportError, *, silent_s: float = 0.0) -> None:
-        """Frames to the shard failed. It is late until it answers a beat and is connected again.
-        ``silent_s``: for how long it had not answered by then."""
+    def suspect(self, error: TransportError) -> None:
+        """Frames to the shard failed. It is late until it answers a beat and is connected again."""
         with self._wake:
             self._late = True
             self._why = str(error)
             if self._silent_since_s is None:
-                self._silent_since_s = self._clock() - silent_s
+                self._silent_since_s = self._clock()
             self._wake.notify_all()
 
     def submit(self, call: Callable[[Peer], T]) -> Future[T]:
@@ -187,13 +186,13 @@ class ShardQueue:
     def retain(self, holder: Holder, spans: Sequence[SpanId]) -> None:
         """``holder`` shares ``spans`` that another holder of its sequence has. Nothing is asked of the
         shard."""
-        self._enqueue(lambda: self._hold(holder, spans), is_release=True)
+        self._enqueue(lambda: self._hold(holder, spans), keeps_books=True)
 
     def release(self, holder: Holder, spans: Iterable[SpanId] | None = None) -> None:
         """Gives back ``spans``, or all that a closed ``holder`` has. What the shard does not hear of now it
         hears when it answers again."""
         named = None if spans is None else list(spans)
-        self._enqueue(lambda: self._let_go(holder, named), is_release=True)
+        self._enqueue(lambda: self._let_go(holder, named), keeps_books=True)
 
     def close(self) -> None:
         """Makes the calls that wait, then ends the thread. Nothing may be submitted any more."""
@@ -212,17 +211,17 @@ class ShardQueue:
         self._hold(holder, [span])
         return span
 
-    def _enqueue(self, run: Callable[[], Any], *, is_release: bool = False) -> Future[Any]:
+    def _enqueue(self, run: Callable[[], Any], *, keeps_books: bool = False) -> Future[Any]:
         future: Future[Any] = Future()
         with self._wake:
-            if not is_release and not self._answers():
+            if not keeps_books and not self._answers():
                 future.set_exception(self.unanswered())
-            elif not is_release and len(self._calls) >= MOST_CALLS:
+            elif not keeps_books and len(self._calls) >= MOST_CALLS:
                 future.set_exception(
                     Overloaded(f"{MOST_CALLS} calls to attention worker {self.worker} wait already")
                 )
             else:
-                self._calls.append(_Call(run, future, is_release))
+                self._calls.append(_Call(run, future, keeps_books))
                 self._wake.notify_all()
         return future
 
@@ -254,7 +253,7 @@ class ShardQueue:
     def _make(self, call: _Call) -> None:
         if not call.future.set_running_or_notify_cancel():
             return
-        if not call.is_release and not self._answers():
+        if not call.keeps_books and not self._answers():
             call.future.set_exception(self.unanswered())
             self._changed()
             return
@@ -264,7 +263,7 @@ class ShardQueue:
         except Exception as error:
             if isinstance(error, TransportError):
                 self._unheard(error, began_s)
-            elif call.is_release:  # its future has no reader
+            elif call.keeps_books:  # its future has no reader
                 _LOG.error("attention worker %s did not take spans back", self.worker, exc_info=error)
                 self._reconcile = True
             call.future.set_exception(error)
