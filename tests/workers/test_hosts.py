@@ -1,6 +1,7 @@
 """Hosts that are apart: engine and shards in network namespaces of their own, with veth links between them
 that are slow, lose packets, or are cut."""
 
+import itertools
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from farshore.workers.sequence import Finished, Sampling
 
 pytestmark = pytest.mark.heavy
 
-PROMPT = [n % 90 for n in range(762)]
+PROMPT_TOKENS = 762
 """On both shards; the tail's first block is handed to one over the link while decoding goes on."""
 TOKENS = 24
 COMMAND_S = 20.0
@@ -135,7 +136,8 @@ def shards(hosts, worker_process):
 class RemoteEngine:
     """An engine's process on its host."""
 
-    def __init__(self, stack, host, options):
+    def __init__(self, stack, host, options, prompt):
+        self._prompt = prompt
         script = Path(__file__).with_name("host_engine.py")
         command = ["ip", "netns", "exec", host, sys.executable, "-P", script, json.dumps(options)]
         pipe = subprocess.PIPE
@@ -144,7 +146,7 @@ class RemoteEngine:
 
     def generate(self, at_token=lambda count: None):
         """The tokens, and what is said at the end; ``at_token(n)`` when the n-th was there."""
-        self._process.stdin.write(json.dumps({"prompt": PROMPT, "max_tokens": TOKENS}) + "\n")
+        self._process.stdin.write(json.dumps({"prompt": self._prompt, "max_tokens": TOKENS}) + "\n")
         self._process.stdin.flush()
         tokens = []
         while "token" in (said := json.loads(self._process.stdout.readline())):
@@ -153,20 +155,31 @@ class RemoteEngine:
         return tokens, said
 
 
+@pytest.fixture(scope="module")
+def prompts():
+    return ([(first + n) % 90 for n in range(PROMPT_TOKENS)] for first in itertools.count())
+
+
 @pytest.fixture
-def start_engine(hosts, stack, tiny_folder):
+def prompt(prompts):
+    """One of this test's own: where the shards' spans go must not depend on what earlier tests stored."""
+    return next(prompts)
+
+
+@pytest.fixture
+def start_engine(hosts, stack, tiny_folder, prompt):
     def start(addresses, transports):
         options = {"folder": str(tiny_folder), "shards": addresses, "transports": transports}
-        return RemoteEngine(stack, hosts.engine, options)
+        return RemoteEngine(stack, hosts.engine, options, prompt)
 
     return start
 
 
 @pytest.fixture
-def expected(tiny_model, rig, submit):
+def expected(tiny_model, rig, submit, prompt):
     """The tokens of an engine with everything in its own memory."""
     engine = rig(tiny_model, local=True, memory_bytes=32 << 20).start()
-    collected = submit(engine, "local", PROMPT, Sampling(max_tokens=TOKENS, temperature=0.0))
+    collected = submit(engine, "local", prompt, Sampling(max_tokens=TOKENS, temperature=0.0))
     assert isinstance(collected.result(), Finished)
     return collected.tokens
 
