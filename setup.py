@@ -5,6 +5,9 @@ from pathlib import Path
 from pybind11.setup_helpers import ParallelCompile
 from setuptools import Extension, setup
 
+RUNTIME = "kernels/cpu/native"
+"""The headers in its ``runtime/`` serve all three modules."""
+
 MODULES = {
     "farshore.attention_offload._native": "attention_offload/native",
     "farshore.kernels.cpu._native": "kernels/cpu/native",
@@ -15,8 +18,9 @@ MODULES = {
 def extension(name: str, folder: str) -> Extension:
     return Extension(
         name,
-        sources=sorted(str(path) for path in Path(folder).glob("*.cpp")),
-        depends=sorted(str(path) for path in Path(folder).glob("*.h")),
+        sources=sorted(str(path) for path in Path(folder).rglob("*.cpp")),
+        depends=sorted(str(path) for root in (folder, RUNTIME) for path in Path(root).rglob("*.h")),
+        include_dirs=[folder, RUNTIME],
         # A file that wants an instruction set names it itself; the choice is made at import.
         extra_compile_args=[
             "-std=c++20",

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from farshore import rpc
 from farshore.attention_offload.base import AttentionModel, Caller, ShardBeat, ShardIdentity, Wanted
-from farshore.attention_offload.plan import Read, ShardStep
+from farshore.attention_offload.plan.step_plan import Read, ShardStep
 from farshore.errors import FarshoreError, InvalidRequest, TransportError
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import AttentionSpec, KVLayout
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore.base import SpanInfo, SpanKey, SpanSlice
-from farshore.kvstore.forms import stored_bytes
 from farshore.kvstore.prefix import PrefixBlock
+from farshore.kvstore.store.forms import stored_bytes
 from farshore.proto import attention_pb2 as pb
 
 assert sys.byteorder == "little", "the wire is little-endian and tensors are not swapped"
@@ -64,7 +64,8 @@ def bytes_into(out: Tensor, data: bytes) -> None:
 
 
 def tokens_from_bytes(k: bytes, v: bytes, layout: KVLayout, tokens: int) -> tuple[Tensor, Tensor]:
-    """k and v of one layer as stored, ``u8[heads, tokens, bytes]``: see :mod:`farshore.kvstore.forms`."""
+    """k and v of one layer as stored, ``u8[heads, tokens, bytes]``: see
+    :mod:`farshore.kvstore.store.forms`."""
     k_bytes, v_bytes = stored_bytes(layout)
     return (
         from_bytes(k, (layout.k_heads, tokens, k_bytes), torch.uint8),

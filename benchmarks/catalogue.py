@@ -7,25 +7,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from farshore.attention_offload.cores import usable_cores
-from farshore.benchmarks import (
-    dense,
-    faults,
-    faults_setting,
-    kernels,
-    kvstore,
-    machine,
-    offload,
-    offload_setting,
-    quality,
-    serve,
-    serve_setting,
-)
+from farshore.attention_offload.transport.core_sharing import usable_cores
+from farshore.benchmarks import machine
 from farshore.benchmarks.demo import load_demo
-from farshore.benchmarks.implementation import choose
-from farshore.benchmarks.kvstore_setting import StoreSizes
+from farshore.benchmarks.faults import benchmark as faults
+from farshore.benchmarks.faults import setting as faults_setting
+from farshore.benchmarks.kernels import benchmark as kernels
+from farshore.benchmarks.kernels.implementation import choose
+from farshore.benchmarks.kernels.shapes import Sizes
+from farshore.benchmarks.kvstore import benchmark as kvstore
+from farshore.benchmarks.kvstore.setting import StoreSizes
+from farshore.benchmarks.offload import benchmark as offload
+from farshore.benchmarks.offload import setting as offload_setting
+from farshore.benchmarks.quality import benchmark as quality
 from farshore.benchmarks.report import Report
-from farshore.benchmarks.shapes import Sizes
+from farshore.benchmarks.serve import benchmark as serve
+from farshore.benchmarks.serve import dense
+from farshore.benchmarks.serve import setting as serve_setting
 
 Progress = Callable[[str], None]
 

@@ -15,7 +15,6 @@ from typing import Any, Self
 import ray
 
 from farshore.controller import listen
-from farshore.controller.actor import ControllerActor
 from farshore.controller.config import LOAD_DEADLINE_S, PLACE_DEADLINE_S, ClusterConfig
 from farshore.controller.exits import how_an_actor_ended
 from farshore.controller.gateway_process import GatewayProcess
@@ -34,6 +33,36 @@ MARGIN_S = 30.0
 """That the driver waits longer than the controller does, which knows what is missing and says so."""
 
 STOP_DEADLINE_S = 30.0
+
+
+class ControllerActor:
+    """:class:`farshore.controller.controller.Controller` in the actor's process. Ray wants the actor's
+    class in
+    the driver; the controller's own imports PyTorch, which takes two seconds, so only the actor imports
+    it."""
+
+    def __init__(self, config: ClusterConfig, model: ModelConfig) -> None:
+        from farshore.controller.controller import Controller
+
+        self._controller = Controller(config, model)
+
+    def address(self) -> str:
+        return self._controller.address()
+
+    def place(self) -> dict[Any, str]:
+        return self._controller.place()
+
+    def load(self) -> dict[Any, str]:
+        return self._controller.load()
+
+    def loading(self) -> tuple[int, int]:
+        return self._controller.loading()
+
+    def ended(self) -> list[Ended]:
+        return self._controller.ended()
+
+    def stop(self) -> None:
+        self._controller.stop()
 
 
 class Cluster:

@@ -17,17 +17,16 @@ from farshore.controller.config import LOAD_DEADLINE_S, PLACE_DEADLINE_S, Cluste
 from farshore.controller.exits import how_an_actor_ended
 from farshore.controller.listen import bracketed, is_loopback
 from farshore.controller.parts import Ended, Parts
-from farshore.controller.room import too_little_memory
 from farshore.controller.service import ControllerService
 from farshore.errors import StartupError
 from farshore.ids import WorkerId
-from farshore.kvstore.directory import EmbeddedDirectory
+from farshore.kvstore.directory.embedded import EmbeddedDirectory
 from farshore.models.config import ModelConfig
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
-from farshore.workers.admission import EngineLimits
 from farshore.workers.attention import ENVIRONMENT, AttentionWorker
 from farshore.workers.dense import DenseConfig, DenseWorker
+from farshore.workers.engine.admission import EngineLimits
 
 MAX_CALLS = 64
 STOP_DEADLINE_S = 15.0
@@ -221,3 +220,22 @@ def _result(worker: WorkerId, call: Any) -> str:
         raise StartupError(
             f"{worker} {how_an_actor_ended(error)}, while it started: is there memory?"
         ) from error
+
+
+def too_little_memory(nodes: Mapping[str, int], *, workers: int, each_bytes: int) -> str | None:
+    """What is missing, by name and number, and the fix; None where ``nodes`` (address -> bytes) take all."""
+    if sum(memory // each_bytes for memory in nodes.values()) >= workers:
+        return None
+    have = (
+        ", ".join(f"{_mib(memory)} on {node}" for node, memory in sorted(nodes.items())) or "no node at all"
+    )
+    each = " each" if workers > 1 else ""
+    return (
+        f"{workers} attention worker{'s' if workers > 1 else ''} with {_mib(each_bytes)} of memory{each} "
+        f"({_mib(workers * each_bytes)} in all) do not fit: Ray has {have}; lower --kv-memory or "
+        "--attention-workers, or add nodes"
+    )
+
+
+def _mib(count_bytes: int) -> str:
+    return f"{count_bytes / (1 << 20):,.0f} MiB"

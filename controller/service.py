@@ -16,7 +16,7 @@ from farshore.controller.config import ClusterConfig
 from farshore.errors import FarshoreError
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kvstore.base import SpanInfo
-from farshore.kvstore.directory import Directory
+from farshore.kvstore.directory.embedded import Directory
 from farshore.models.config import ModelConfig
 from farshore.proto import attention_pb2 as attention_pb
 from farshore.proto import attention_pb2_grpc as attention_grpc

@@ -17,9 +17,9 @@ import threading
 from collections.abc import Callable, Sequence
 
 from farshore.errors import FarshoreError, StartupError
+from farshore.gateway.api.server import create
 from farshore.gateway.limits import Limits
 from farshore.gateway.served import Served
-from farshore.gateway.server import create
 from farshore.interpreter import share_interpreter
 
 _STDIN_ADVICE = (

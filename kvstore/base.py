@@ -1,7 +1,7 @@
 """The interface of stored KV: what a shard grants, takes in and hands out.
 
 Callers: the shard process and the engine (floor 3), step plans and prefill pulls (floor 2). Behind it stands
-:class:`farshore.kvstore.store.LocalStore`. Nothing here computes attention or knows networks.
+:class:`farshore.kvstore.store.store.LocalStore`. Nothing here computes attention or knows networks.
 
 A **span** holds tokens ``[key.first, key.first + capacity)`` of one sequence, for head groups
 ``[key.group0, key.group1)`` of every layer in one layer class. Inside it tokens are counted from 0, and::
@@ -74,7 +74,7 @@ class SpanInfo:
     holders: int
     """Sequences that hold it; 0: it is cache."""
     covers: tuple[Covered, ...] = ()
-    """Not tokens but the parity of these, which lie anywhere; see :mod:`farshore.kvstore.parity`."""
+    """Not tokens but the parity of these, which lie anywhere; see :mod:`farshore.kvstore.store.parity`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +98,7 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """A part of an export, as bytes for any transport; see :mod:`farshore.kvstore.transfer`."""
+    """A part of an export, as bytes for any transport; see :mod:`farshore.kvstore.store.transfer`."""
 
     header: bytes
     """What it is of: some 100 bytes."""
@@ -179,8 +179,8 @@ class ShardStore(Protocol):
 
         k ``[k_heads, n, k_dim]``, v ``[v_heads, n, v_dim]``: heads of the span's groups, any strides, in the
         format's dtype, or any float dtype where that is quantised, or as stored: see
-        :mod:`farshore.kvstore.forms`. InvalidRequest below the sealed mark, beyond the capacity, or for other
-        shapes. Only the sequence of the span's key writes and seals, and only while it holds the span:
+        :mod:`farshore.kvstore.store.forms`. InvalidRequest below the sealed mark, beyond the capacity, or for
+        other shapes. Only the sequence of the span's key writes and seals, and only while it holds the span:
         NotFound for one that doesn't hold it, InvalidRequest for another that does.
         """
         ...
@@ -235,8 +235,8 @@ class ShardStore(Protocol):
         by ``sequence``, which holds the span (else NotFound).
 
         ``dtype``: the format's, or, where that is quantised, float32 if not given; uint8 for the bytes as
-        stored (see :mod:`farshore.kvstore.forms`). InvalidRequest beyond the sealed mark. Safe against a
-        ``drop`` meanwhile.
+        stored (see :mod:`farshore.kvstore.store.forms`). InvalidRequest beyond the sealed mark. Safe against
+        a ``drop`` meanwhile.
         """
         ...
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear, silu
 
 from farshore.models.config import ModelConfig
-from farshore.models.passage import Passage, SlicePassage
+from farshore.models.layer_buffers import LayerBuffers, SliceLayerBuffers
 from farshore.models.rope import inverse_frequencies
 
 
@@ -116,9 +116,9 @@ class Llama:
         h = h + linear(inner, w.down, w.down_bias)
         return h if out is None else out.copy_(h)
 
-    def passage(self, rows: int) -> Passage:
+    def layer_buffers(self, rows: int) -> LayerBuffers:
         """Memory for ``rows`` rows on their way through all of the layers, 1 or more."""
-        return SlicePassage(self, rows)
+        return SliceLayerBuffers(self, rows)
 
     def logits(self, h: Tensor) -> Tensor:
         """The last layer's h [R, hidden] → f32 [R, vocab]. Pass only the rows that are sampled from."""

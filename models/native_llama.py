@@ -13,8 +13,8 @@ from torch import Tensor
 from farshore.kernels.cpu import dense
 from farshore.kernels.cpu.packed import Blocks
 from farshore.models.config import ModelConfig
+from farshore.models.layer_buffers import LayerBuffers
 from farshore.models.llama import Llama, LlamaWeights
-from farshore.models.passage import Passage
 
 
 class NativeLlama(Llama):
@@ -99,10 +99,10 @@ class NativeLlama(Llama):
             return super().finish(layer, h, o, out=out)
         return dense.finish(self._layers[layer], h, o, out=out)
 
-    def passage(self, rows: int) -> Passage:
+    def layer_buffers(self, rows: int) -> LayerBuffers:
         if rows > self._most_rows:
-            return super().passage(rows)
-        return dense.Passage(self._layers, rows)
+            return super().layer_buffers(rows)
+        return dense.LayerBuffers(self._layers, rows)
 
     def logits(self, h: Tensor) -> Tensor:
         if len(h) > self._most_rows:

@@ -18,8 +18,8 @@ if not torch.cuda.is_available():
         patch.setenv("TRITON_INTERPRET", "1")
         import triton  # noqa: F401
 
-from farshore.attention_offload.grpc_server import AttentionService, serve
-from farshore.attention_offload.remote_peer import RemotePeer
+from farshore.attention_offload.client.remote import RemoteClient
+from farshore.attention_offload.shard.service import AttentionService, serve
 from farshore.workers.attention import ENVIRONMENT
 
 STOP_DEADLINE_S = 60.0
@@ -156,16 +156,16 @@ def serve_store():
 
 @pytest.fixture
 def connect():
-    """connect(address, model=..., ...) -> RemotePeer, closed after the test."""
-    peers = []
+    """connect(address, model=..., ...) -> RemoteClient, closed after the test."""
+    clients = []
 
     def to(address, *, model, **options):
-        peers.append(RemotePeer(address, model, model.layouts[0].format.dtype, **options))
-        return peers[-1]
+        clients.append(RemoteClient(address, model, model.layouts[0].format.dtype, **options))
+        return clients[-1]
 
     yield to
-    for peer in peers:
-        peer.close()
+    for client in clients:
+        client.close()
 
 
 class Breaking(AttentionService):

@@ -15,6 +15,7 @@ import pytest
 
 # As in setup.py, but quicker to compile.
 FLAGS = ["-std=c++20", "-O1", "-g", "-fPIC", "-pthread"]
+RUNTIME = Path(__file__).parents[1] / "kernels" / "cpu" / "native"
 FLAGS += ["-Wno-psabi", "-fno-math-errno", "-fno-trapping-math"]
 
 RUN = """
@@ -45,9 +46,10 @@ class Sanitiser:
         against undefined behaviour."""
         preload = [_library("libasan.so"), _library("libstdc++.so")]
         flags = [*FLAGS, "-D_GLIBCXX_ASSERTIONS", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-        include = f"-I{sysconfig.get_paths()['include']}"
-        objects = {source: self._folder / f"{source.stem}.o" for source in sorted(sources.glob("*.cpp"))}
-        _compile(*(["g++", *flags, include, "-c", str(s), "-o", str(o)] for s, o in objects.items()))
+        include = [f"-I{folder}" for folder in (sysconfig.get_paths()["include"], sources, RUNTIME)]
+        found = sorted(sources.rglob("*.cpp"))
+        objects = {source: self._folder / f"{number}.o" for number, source in enumerate(found)}
+        _compile(*(["g++", *flags, *include, "-c", str(s), "-o", str(o)] for s, o in objects.items()))
         built = self._folder / "_native.so"
         _compile(["g++", *flags, "-shared", *map(str, objects.values()), "-o", str(built)])
         environment = {

@@ -12,12 +12,12 @@ import sys
 
 import torch
 
-from farshore.attention_offload.cores import share_cores
-from farshore.attention_offload.grpc_server import AttentionService, serve
+from farshore.attention_offload.shard.service import AttentionService, serve
+from farshore.attention_offload.transport.core_sharing import share_cores
 from farshore.ids import WorkerId
 from farshore.interpreter import share_interpreter
-from farshore.kvstore.arena import Arena
-from farshore.kvstore.store import LocalStore
+from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.store import LocalStore
 
 ENVIRONMENT = {"GRPC_EXPERIMENTS": "-event_engine_client,-event_engine_listener"}
 """What its process is to be started with: whoever waits for a message then reads its socket itself, instead

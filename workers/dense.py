@@ -12,23 +12,23 @@ import torch
 from grpc_health.v1 import health
 
 from farshore import rpc
-from farshore.attention_offload.base import Peer
+from farshore.attention_offload.client.base import ShardClient
+from farshore.attention_offload.client.in_process import InProcessClient
+from farshore.attention_offload.client.remote import RemoteClient
 from farshore.attention_offload.codec import dtype_of
-from farshore.attention_offload.in_process import InProcessPeer
-from farshore.attention_offload.placement import ShardBy
-from farshore.attention_offload.remote_peer import RemotePeer
+from farshore.attention_offload.plan.placement import ShardBy
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.interpreter import share_interpreter
 from farshore.kernels.formats import KVFormat
-from farshore.kvstore.arena import Arena
-from farshore.kvstore.store import LocalStore
+from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.store import LocalStore
 from farshore.models.source import resolve
 from farshore.models.weights import load_model
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
-from farshore.workers.admission import EngineLimits
-from farshore.workers.attention_model import attention_model
-from farshore.workers.engine import Engine
+from farshore.workers.engine.admission import EngineLimits
+from farshore.workers.engine.attention_model import attention_model
+from farshore.workers.engine.engine import Engine
 from farshore.workers.engine_service import EngineService
 
 MAX_CALLS = 512
@@ -92,20 +92,20 @@ class DenseWorker:
         attention = attention_model(model.config, model.dtype, _FORMATS[config.kv_format])
         arena = Arena(config.kv_memory_bytes)
         store = LocalStore(worker=config.worker, arena=arena)
-        self._peers: dict[WorkerId, Peer] = {
-            config.worker: InProcessPeer(config.worker, store, attention),
+        self._clients: dict[WorkerId, ShardClient] = {
+            config.worker: InProcessClient(config.worker, store, attention),
             **{
-                worker: RemotePeer(address, attention, model.dtype, engine=config.worker)
+                worker: RemoteClient(address, attention, model.dtype, engine=config.worker)
                 for worker, address in shards.items()
             },
         }
         share_interpreter()
-        identities = {worker: peer.identify() for worker, peer in self._peers.items()}
+        identities = {worker: client.identify() for worker, client in self._clients.items()}
         self._engine = Engine(
             model=model,
             attention=attention,
             arena=arena,
-            peers=self._peers,
+            clients=self._clients,
             targets=list(config.targets),
             shard_by=config.shard_by,
             claim=self._claim,
@@ -138,8 +138,8 @@ class DenseWorker:
         """End every stream, then the engine."""
         self._server.stop(STOP_GRACE_S).wait()
         self._engine.stop()
-        for peer in self._peers.values():
-            peer.close()
+        for client in self._clients.values():
+            client.close()
 
     def _stop_serving(self) -> None:
         """The engine can't go on: health is NOT_SERVING from now on, whatever is set later."""
@@ -153,7 +153,7 @@ class DenseWorker:
         try:
             epoch = Epoch(self._controller.Claim(request, timeout=CONTROLLER_DEADLINE_S).epoch)
         except grpc.RpcError as failure:
-            raise rpc.error_of(failure, peer="the controller") from failure
+            raise rpc.error_of(failure, client="the controller") from failure
         self._epochs[sequence] = epoch
         return epoch
 

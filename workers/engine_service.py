@@ -14,13 +14,13 @@ import grpc
 from farshore.attention_offload.base import ShardIdentity
 from farshore.errors import FarshoreError
 from farshore.ids import SequenceId, WorkerId
-from farshore.kvstore.store import LocalStore
+from farshore.kvstore.store.store import LocalStore
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 from farshore.proto import inference_pb2 as api
 from farshore.rpc import abort
-from farshore.workers.engine import Engine
-from farshore.workers.sequence import Event, Failed, Finished, Prefilled, Reason, Sampled, Sampling
+from farshore.workers.engine.engine import Engine
+from farshore.workers.engine.sequence import Event, Failed, Finished, Prefilled, Reason, Sampled, Sampling
 
 PROMPT_SLICE_TOKENS = 16_384
 """0.4 ms of the interpreter's lock; two million tokens at once took 81 ms."""

@@ -7,9 +7,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from farshore.attention_offload.bulk import BulkStream
-from farshore.attention_offload.connect import Dialler
-from farshore.attention_offload.frames import Transport
+from farshore.attention_offload.transport.bulk import BulkStream
+from farshore.attention_offload.transport.connect import Dialler
+from farshore.attention_offload.transport.frames import Transport
 from farshore.errors import TransportError
 
 GRPC_FOR_CALLS = 256

@@ -9,16 +9,17 @@ import socket
 from torch import Tensor
 
 from farshore.attention_offload.base import AttentionModel, ShardBeat, ShardIdentity, Wanted
-from farshore.attention_offload.frames import MOST_DEADLINE_S, Transport
-from farshore.attention_offload.plan import ShardStep
-from farshore.attention_offload.shard import AttendedBytes, ShardSession
+from farshore.attention_offload.plan.step_plan import ShardStep
+from farshore.attention_offload.shard.session import AttendedBytes, ShardSession
+from farshore.attention_offload.transport.frames import MOST_DEADLINE_S, Transport
 from farshore.ids import WorkerId
 from farshore.kernels.base import State
 from farshore.kvstore.base import ShardStore
 
 
-class InProcessPeer:
-    """A :class:`~farshore.attention_offload.base.Peer` by direct calls; never raises TransportError."""
+class InProcessClient:
+    """A :class:`~farshore.attention_offload.client.base.ShardClient` by direct calls; never raises
+    TransportError."""
 
     transport = bulk_transport = Transport.IN_PROCESS
     frames = None
@@ -39,7 +40,7 @@ class InProcessPeer:
         self._attended = attended or AttendedBytes()
         self._session = ShardSession(store, model, self._attended)
         self._step = 0
-        self._twin: InProcessPeer | None = None
+        self._second_connection: InProcessClient | None = None
 
     def identify(self) -> ShardIdentity:
         usage = self.store.usage()
@@ -87,10 +88,12 @@ class InProcessPeer:
         """Attends now: the engine calls it when the frames to other shards are under way."""
         return self._session.attend(self._step, *sent, out=out)
 
-    def twin(self) -> "InProcessPeer":
-        if self._twin is None:
-            self._twin = InProcessPeer(self._worker, self.store, self._model, attended=self._attended)
-        return self._twin
+    def second_connection(self) -> "InProcessClient":
+        if self._second_connection is None:
+            self._second_connection = InProcessClient(
+                self._worker, self.store, self._model, attended=self._attended
+            )
+        return self._second_connection
 
     def break_off(self) -> None:
         pass

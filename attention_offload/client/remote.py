@@ -14,12 +14,12 @@ from torch import Tensor
 
 from farshore.attention_offload import codec
 from farshore.attention_offload.base import AttentionModel, ShardBeat, ShardIdentity, Wanted
-from farshore.attention_offload.connect import CONNECT_DEADLINE_S, Dialler, shard_error
-from farshore.attention_offload.frame_stream import FrameStream
-from farshore.attention_offload.frames import MOST_DEADLINE_S, REMOTE, HotStream, Sent, Transport
-from farshore.attention_offload.grpc_stream import GrpcStream
-from farshore.attention_offload.plan import ShardStep
-from farshore.attention_offload.remote_store import DEADLINE_S, RemoteStore
+from farshore.attention_offload.client.remote_store import DEADLINE_S, RemoteStore
+from farshore.attention_offload.plan.step_plan import ShardStep
+from farshore.attention_offload.transport.connect import CONNECT_DEADLINE_S, Dialler, shard_error
+from farshore.attention_offload.transport.frames import MOST_DEADLINE_S, REMOTE, HotStream, Sent, Transport
+from farshore.attention_offload.transport.grpc_stream import GrpcStream
+from farshore.attention_offload.transport.native_stream import FrameStream
 from farshore.errors import FarshoreError, InvalidRequest, Late, TransportError
 from farshore.kernels.base import State
 from farshore.proto import attention_pb2 as pb
@@ -33,8 +33,9 @@ MAX_UNDER_WAY = 16
 """Frames unanswered at a time: one a micro-batch is usual, and shared memory has slots for so many."""
 
 
-class RemotePeer:
-    """A :class:`~farshore.attention_offload.base.Peer`. ``transports`` are tried in the order given."""
+class RemoteClient:
+    """A :class:`~farshore.attention_offload.client.base.ShardClient`. ``transports`` are tried in the
+    order given."""
 
     store: RemoteStore
 
@@ -57,7 +58,7 @@ class RemotePeer:
         self._dtype = dtype
         self._lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._transports = tuple(transports)
-        self._twin: RemotePeer | None = None
+        self._second_connection: RemoteClient | None = None
         self._channel = grpc.insecure_channel(address, options=OPTIONS)
         self._stub = pb_grpc.AttentionStub(self._channel)
         self._connecting = threading.Lock()
@@ -100,8 +101,10 @@ class RemotePeer:
 
     @property
     def ready(self) -> bool:
-        stream, twin = self._connected, self._twin
-        return stream is not None and stream.is_open and (twin is None or twin.ready)
+        stream, second_connection = self._connected, self._second_connection
+        return (
+            stream is not None and stream.is_open and (second_connection is None or second_connection.ready)
+        )
 
     def connect(self, *, deadline_s: float = CONNECT_DEADLINE_S) -> Transport:
         """``deadline_s``: of the call that asks the shard; dialling has DIAL_DEADLINE_S for each way."""
@@ -111,8 +114,8 @@ class RemotePeer:
                 stream = self._open(deadline_s)
                 with self._handover:
                     self._connected = stream
-        if self._twin is not None:
-            self._twin.connect(deadline_s=deadline_s)
+        if self._second_connection is not None:
+            self._second_connection.connect(deadline_s=deadline_s)
         return stream.transport
 
     def begin(
@@ -126,7 +129,7 @@ class RemotePeer:
             if stream.under_way:
                 stream.drain(drain_s)
             if self._step is not None and not self._model.has_windows and step.reads_as(self._step):
-                stream.again(step.step, deadline_s)
+                stream.repeat_step(step.step, deadline_s)
             else:
                 stream.begin(step, deadline_s)
         except FarshoreError:
@@ -163,9 +166,9 @@ class RemotePeer:
             raise
         return out
 
-    def twin(self) -> "RemotePeer":
-        if self._twin is None:
-            self._twin = RemotePeer(
+    def second_connection(self) -> "RemoteClient":
+        if self._second_connection is None:
+            self._second_connection = RemoteClient(
                 self._address,
                 self._model,
                 self._dtype,
@@ -173,7 +176,7 @@ class RemotePeer:
                 engine=self._engine,
                 deadline_s=self._deadline_s,
             )
-        return self._twin
+        return self._second_connection
 
     def break_off(self) -> None:
         stream, self._stream, self._step = self._stream, None, None
@@ -184,8 +187,8 @@ class RemotePeer:
                     self._connected = None
 
     def close(self) -> None:
-        if self._twin is not None:
-            self._twin.close()
+        if self._second_connection is not None:
+            self._second_connection.close()
         self._take_newest()
         self.break_off()
         self.store.close()

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from farshore.attention_offload import codec
 from farshore.attention_offload.base import ShardBeat, Wanted
-from farshore.attention_offload.bulk_link import BulkLink
-from farshore.attention_offload.connect import Dialler, shard_error
-from farshore.attention_offload.frames import REMOTE, Transport
+from farshore.attention_offload.client.bulk_link import BulkLink
+from farshore.attention_offload.transport.connect import Dialler, shard_error
+from farshore.attention_offload.transport.frames import REMOTE, Transport
 from farshore.errors import NotFound
 from farshore.ids import Epoch, SequenceId, SpanId
 from farshore.kernels.base import KVLayout
-from farshore.kvstore import forms
 from farshore.kvstore.base import Digest, SpanInfo, SpanKey, SpanSlice
-from farshore.kvstore.holds import Holds
 from farshore.kvstore.prefix import PrefixBlock
+from farshore.kvstore.store import forms
+from farshore.kvstore.store.holds import Holds
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
 

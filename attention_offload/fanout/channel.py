@@ -2,7 +2,7 @@
 
 - :class:`NativeChannel`: all shards that are reached over shared memory or TCP, by one native call to send
   and one to wait;
-- :class:`PeerChannel`: shards that are reached over gRPC, or that live in this process.
+- :class:`ClientChannel`: shards that are reached over gRPC, or that live in this process.
 
 Made by ``fanout`` for one set of lanes. A channel does not change: when it loses a shard, ``without`` gives
 the one that takes its place. It must not know replicas, or when a step is dropped.
@@ -15,9 +15,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from farshore.attention_offload.base import AttentionModel
-from farshore.attention_offload.exchange import Exchange, Failures, Part
-from farshore.attention_offload.frames import Transport
-from farshore.attention_offload.lane import Key, Lane, as_one
+from farshore.attention_offload.fanout.native_fanout import Failures, NativeFanout, Part
+from farshore.attention_offload.fanout.shard_request import Key, ShardRequest, as_one
+from farshore.attention_offload.transport.frames import Transport
 from farshore.errors import FarshoreError
 
 BLOCKED_S = 20e-6
@@ -27,9 +27,9 @@ BLOCKED_S = 20e-6
 class ShardChannel(Protocol):
     """Not thread-safe: the engine's loop calls it."""
 
-    lanes: tuple[Lane, ...]
+    requests: tuple[ShardRequest, ...]
     """Of the shards that it serves."""
-    failed: Mapping[Lane, FarshoreError]
+    failed: Mapping[ShardRequest, FarshoreError]
     """What lanes failed with in the last call. Where that raised, all other lanes were sent the frame, or
     have answered it."""
 
@@ -42,7 +42,7 @@ class ShardChannel(Protocol):
         """Until the answers are in their places, for each shard up to its deadline, counted from ``since_s``
         by ``perf_counter``. Raises as :meth:`send`."""
 
-    def without(self, lost: Collection[Lane]) -> "ShardChannel | None":
+    def without(self, lost: Collection[ShardRequest]) -> "ShardChannel | None":
         """The channel that takes this one's place when it has lost lanes: for the others, which still owe
         what they owe here; None where there are none."""
 
@@ -51,31 +51,31 @@ class ShardChannel(Protocol):
         has waited for other processes since it was asked last."""
 
 
-def channels_to(lanes: Sequence[Lane], model: AttentionModel) -> list[ShardChannel]:
+def channels_to(requests: Sequence[ShardRequest], model: AttentionModel) -> list[ShardChannel]:
     """In the order in which they should be waited for: what lives here computes while the others do."""
-    here = [lane for lane in lanes if lane.peer.transport is Transport.IN_PROCESS]
-    near = [lane for lane in lanes if lane.frames is not None]
-    far = [lane for lane in lanes if lane not in here and lane not in near]
+    here = [request for request in requests if request.client.transport is Transport.IN_PROCESS]
+    near = [request for request in requests if request.frames is not None]
+    far = [request for request in requests if request not in here and request not in near]
     channels: list[ShardChannel] = []
     if here:
-        channels.append(PeerChannel(here, model))
+        channels.append(ClientChannel(here, model))
     if near:
         channels.append(NativeChannel(near, model))
     if far:
-        channels.append(PeerChannel(far, model))
+        channels.append(ClientChannel(far, model))
     return channels
 
 
 class _Channel:
-    def __init__(self, lanes: Sequence[Lane], model: AttentionModel) -> None:
-        self.lanes = tuple(lanes)
-        self.failed: Mapping[Lane, FarshoreError] = {}
+    def __init__(self, requests: Sequence[ShardRequest], model: AttentionModel) -> None:
+        self.requests = tuple(requests)
+        self.failed: Mapping[ShardRequest, FarshoreError] = {}
         self._model = model
 
     def _key(self, layer: int, micro_batch: int) -> Key:
         return self._model.layer_class[layer], micro_batch
 
-    def _raise(self, failed: Mapping[Lane, FarshoreError]) -> None:
+    def _raise(self, failed: Mapping[ShardRequest, FarshoreError]) -> None:
         self.failed = failed
         if failed:
             raise as_one(failed)
@@ -84,79 +84,83 @@ class _Channel:
 class NativeChannel(_Channel):
     """Shared memory and TCP, together."""
 
-    def __init__(self, lanes: Sequence[Lane], model: AttentionModel) -> None:
-        super().__init__(lanes, model)
-        self._exchanges: dict[Key, tuple[list[Lane], Exchange] | None] = {}
+    def __init__(self, requests: Sequence[ShardRequest], model: AttentionModel) -> None:
+        super().__init__(requests, model)
+        self._native_fanouts: dict[Key, tuple[list[ShardRequest], NativeFanout] | None] = {}
         """The lanes that see rows of the micro-batch, where there are any."""
 
     def send(self, layer: int, micro_batch: int, q: Tensor) -> None:
         key = self._key(layer, micro_batch)
-        if key not in self._exchanges:
+        if key not in self._native_fanouts:
             spec = self._model.specs[key[0]]
-            seeing = [lane for lane in self.lanes if lane.rows[micro_batch]]
-            for lane in seeing:
-                lane.place(key, q, spec)
-            self._exchanges[key] = self._exchange(key, seeing)
-        if (found := self._exchanges[key]) is not None:
-            lanes, exchange = found
-            self._note(lanes, exchange.send(self._step, layer, micro_batch, q))
+            seeing = [request for request in self.requests if request.rows[micro_batch]]
+            for request in seeing:
+                request.buffer(key, q, spec)
+            self._native_fanouts[key] = self._native_fanout(key, seeing)
+        if (found := self._native_fanouts[key]) is not None:
+            requests, native_fanout = found
+            self._note(requests, native_fanout.send(self._step, layer, micro_batch, q))
 
     def wait(self, layer: int, micro_batch: int, *, since_s: float) -> None:
-        if (found := self._exchanges[self._key(layer, micro_batch)]) is not None:
-            lanes, exchange = found
-            deadlines_s = tuple([lane.deadline_s for lane in lanes])
+        if (found := self._native_fanouts[self._key(layer, micro_batch)]) is not None:
+            requests, native_fanout = found
+            deadlines_s = tuple([request.deadline_s for request in requests])
             passed_s = perf_counter() - since_s
-            failed = exchange.wait(self._step, layer, micro_batch, deadlines_s, passed_s)
-            self._note(lanes, failed)
+            failed = native_fanout.wait(self._step, layer, micro_batch, deadlines_s, passed_s)
+            self._note(requests, failed)
 
-    def without(self, lost: Collection[Lane]) -> "NativeChannel | None":
-        others = [lane for lane in self.lanes if lane not in lost]
+    def without(self, lost: Collection[ShardRequest]) -> "NativeChannel | None":
+        others = [request for request in self.requests if request not in lost]
         if not others:
             return None
         channel = NativeChannel(others, self._model)
-        for key, found in self._exchanges.items():
-            lanes = [lane for lane in found[0] if lane not in lost] if found is not None else []
-            channel._exchanges[key] = self._exchange(key, lanes)
+        for key, found in self._native_fanouts.items():
+            requests = [request for request in found[0] if request not in lost] if found is not None else []
+            channel._native_fanouts[key] = self._native_fanout(key, requests)
         return channel
 
     def settle(self) -> float:
         waited_s = 0.0
-        for lanes, exchange in filter(None, self._exchanges.values()):
-            more_s, parts = exchange.times()
+        for requests, native_fanout in filter(None, self._native_fanouts.values()):
+            more_s, parts = native_fanout.times()
             waited_s += more_s
-            for lane, (frames, times_s) in zip(lanes, parts, strict=True):
-                lane.record.frames += frames
-                lane.record.answered(*times_s)
+            for request, (frames, times_s) in zip(requests, parts, strict=True):
+                request.record.frames += frames
+                request.record.answered(*times_s)
         return waited_s
 
     @property
     def _step(self) -> int:
-        return self.lanes[0].step.step
+        return self.requests[0].step.step
 
-    def _exchange(self, key: Key, lanes: list[Lane]) -> tuple[list[Lane], Exchange] | None:
+    def _native_fanout(
+        self, key: Key, requests: list[ShardRequest]
+    ) -> tuple[list[ShardRequest], NativeFanout] | None:
         """Between ``lanes``, whose places are made already."""
-        if not lanes:
+        if not requests:
             return None
         spec = self._model.specs[key[0]]
         parts = []
-        for lane in lanes:
-            assert lane.frames is not None, "a lane that has no native connection"
-            parts.append(Part(lane.frames, lane.rows[key[1]], lane.heads(spec), lane.places[key].whole))
-        return lanes, Exchange(parts, spec, parts[0].whole.o.dtype)
+        for request in requests:
+            assert request.frames is not None, "a lane that has no native connection"
+            parts.append(
+                Part(request.frames, request.rows[key[1]], request.heads(spec), request.buffers[key].whole)
+            )
+        return requests, NativeFanout(parts, spec, parts[0].whole.o.dtype)
 
-    def _note(self, lanes: Sequence[Lane], failed: Failures) -> None:
+    def _note(self, requests: Sequence[ShardRequest], failed: Failures) -> None:
         for index in failed:
-            lanes[index].peer.break_off()
+            requests[index].client.break_off()
         if failed:
-            self._raise({lanes[index]: lanes[index].named(error) for index, error in failed.items()})
+            self._raise({requests[index]: requests[index].named(error) for index, error in failed.items()})
 
 
-class PeerChannel(_Channel):
+class ClientChannel(_Channel):
     """gRPC, or this process: one shard after the other."""
 
-    def __init__(self, lanes: Sequence[Lane], model: AttentionModel) -> None:
-        super().__init__(lanes, model)
-        self._sent: dict[tuple[int, int], tuple[float, dict[Lane, Any]]] = {}
+    def __init__(self, requests: Sequence[ShardRequest], model: AttentionModel) -> None:
+        super().__init__(requests, model)
+        self._sent: dict[tuple[int, int], tuple[float, dict[ShardRequest, Any]]] = {}
         """By layer and micro-batch: when, and what each lane's peer waits for."""
         self._waited_s = 0.0
         self._waits = 0
@@ -164,16 +168,18 @@ class PeerChannel(_Channel):
     def send(self, layer: int, micro_batch: int, q: Tensor) -> None:
         key = self._key(layer, micro_batch)
         spec = self._model.specs[key[0]]
-        sent: dict[Lane, Any] = {}
+        sent: dict[ShardRequest, Any] = {}
         failed = {}
         self._sent[layer, micro_batch] = perf_counter(), sent
-        for lane in self.lanes:
-            if lane.rows[micro_batch]:
-                lane.place(key, q, spec)
+        for request in self.requests:
+            if request.rows[micro_batch]:
+                request.buffer(key, q, spec)
                 try:
-                    sent[lane] = lane.peer.send(layer, micro_batch, lane.query(micro_batch, q, spec))
+                    sent[request] = request.client.send(
+                        layer, micro_batch, request.query(micro_batch, q, spec)
+                    )
                 except FarshoreError as error:
-                    failed[lane] = lane.named(error)
+                    failed[request] = request.named(error)
         self._raise(failed)
 
     def wait(self, layer: int, micro_batch: int, *, since_s: float) -> None:
@@ -186,32 +192,35 @@ class PeerChannel(_Channel):
         turn = self._waits % len(due) if due else 0
         failed = {}
         start_s, first = perf_counter(), True
-        for lane in due[turn:] + due[:turn]:
-            place = lane.places[key]
-            left_s = max(0.0, lane.deadline_s - (start_s - since_s))
+        for request in due[turn:] + due[:turn]:
+            buffer = request.buffers[key]
+            left_s = max(0.0, request.deadline_s - (start_s - since_s))
             try:
-                lane.peer.wait(sent[lane], out=place.answer, deadline_s=left_s)
+                request.client.wait(sent[request], out=buffer.answer, deadline_s=left_s)
             except FarshoreError as error:
-                failed[lane] = lane.named(error)
+                failed[request] = request.named(error)
             else:
-                place.put()
+                buffer.put()
             end_s = perf_counter()
-            if lane not in failed:
-                lane.record.frames += 1
+            if request not in failed:
+                request.record.frames += 1
                 if first or end_s - start_s > BLOCKED_S:
-                    lane.record.answered(end_s - sent_s)
-            if lane.peer.transport is not Transport.IN_PROCESS:
+                    request.record.answered(end_s - sent_s)
+            if request.client.transport is not Transport.IN_PROCESS:
                 self._waited_s += end_s - start_s
             start_s, first = end_s, False
         self._raise(failed)
 
-    def without(self, lost: Collection[Lane]) -> "PeerChannel | None":
-        others = [lane for lane in self.lanes if lane not in lost]
+    def without(self, lost: Collection[ShardRequest]) -> "ClientChannel | None":
+        others = [request for request in self.requests if request not in lost]
         if not others:
             return None
-        channel = PeerChannel(others, self._model)
+        channel = ClientChannel(others, self._model)
         for frame, (sent_s, sent) in self._sent.items():
-            channel._sent[frame] = sent_s, {lane: it for lane, it in sent.items() if lane not in lost}
+            channel._sent[frame] = (
+                sent_s,
+                {request: it for request, it in sent.items() if request not in lost},
+            )
         return channel
 
     def settle(self) -> float:

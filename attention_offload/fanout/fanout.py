@@ -15,12 +15,13 @@ from time import perf_counter
 
 from torch import Tensor
 
-from farshore.attention_offload.base import AttentionModel, Peer
-from farshore.attention_offload.channel import ShardChannel, channels_to
-from farshore.attention_offload.frames import Transport
-from farshore.attention_offload.lane import Lane, as_one
-from farshore.attention_offload.latency import Link, LinkRecord, SlowShards, links
-from farshore.attention_offload.plan import ShardStep, StepPlan
+from farshore.attention_offload.base import AttentionModel
+from farshore.attention_offload.client.base import ShardClient
+from farshore.attention_offload.fanout.channel import ShardChannel, channels_to
+from farshore.attention_offload.fanout.latency import Link, LinkRecord, SlowShards, links
+from farshore.attention_offload.fanout.shard_request import ShardRequest, as_one
+from farshore.attention_offload.plan.step_plan import ShardStep, StepPlan
+from farshore.attention_offload.transport.frames import Transport
 from farshore.errors import FarshoreError, Lost, NotFound, TransportError
 from farshore.ids import WorkerId
 from farshore.kernels.base import State
@@ -37,27 +38,27 @@ spans."""
 
 _LOG = logging.getLogger(__name__)
 
-Failed = dict[Lane, FarshoreError]
+Failed = dict[ShardRequest, FarshoreError]
 
 
 class Fanout:
     """Not thread-safe: one engine loop calls it."""
 
-    def __init__(self, peers: Mapping[WorkerId, Peer], model: AttentionModel) -> None:
+    def __init__(self, clients: Mapping[WorkerId, ShardClient], model: AttentionModel) -> None:
         """``peers``: a worker that is not there is lost. It may change between steps."""
-        self._peers = peers
+        self._clients = clients
         self._model = model
         self._plan: StepPlan | None = None
         """The last one, if another of the same reads may take the same lanes."""
         self._micro_batches: tuple[range, ...] = ()
-        self._lanes: list[Lane] = []
+        self._requests: list[ShardRequest] = []
         """In span order."""
         self._channels: list[ShardChannel] = []
         self._under_way: dict[tuple[int, int], Tensor] = {}
         """q by layer and micro-batch."""
         self._states: dict[tuple[int, int], list[State]] = {}
         """By layer class and micro-batch, for as long as the lanes are the same."""
-        self._records = {worker: LinkRecord() for worker in peers}
+        self._records = {worker: LinkRecord() for worker in clients}
         self._given_up_s: dict[WorkerId, float] = {}
         self._avoids = False
         """Some lanes are to replicas, since a shard was given up."""
@@ -68,7 +69,7 @@ class Fanout:
     def links(self) -> list[Link]:
         """What frames to each shard have taken, those of the last step perhaps not yet. May be asked from
         another thread."""
-        ways = {worker: _ways(peer) for worker, peer in list(self._peers.items())}
+        ways = {worker: _ways(client) for worker, client in list(self._clients.items())}
         return links({w: it for w, it in list(self._records.items()) if w in ways}, ways)
 
     @property
@@ -87,8 +88,8 @@ class Fanout:
         now_s = perf_counter()
         self._given_up_s = {w: at_s for w, at_s in self._given_up_s.items() if now_s - at_s < AVOID_S}
         if self._is_alike(plan, micro_batches):
-            for lane in self._lanes:
-                lane.repeat(plan)
+            for request in self._requests:
+                request.repeat(plan)
         else:
             self._take(plan, micro_batches)
         self._under_way.clear()
@@ -100,10 +101,10 @@ class Fanout:
         """Whether a shard works on the micro-batch beside the engine, so that q should go early. One that
         needs the engine's own cores would only be in its way."""
         return any(
-            lane.peer.transport is not Transport.IN_PROCESS
-            and not (lane.frames is not None and lane.frames.shares_cores)
-            for lane in self._lanes
-            if lane.rows[micro_batch]
+            request.client.transport is not Transport.IN_PROCESS
+            and not (request.frames is not None and request.frames.shares_cores)
+            for request in self._requests
+            if request.rows[micro_batch]
         )
 
     def send(self, layer: int, micro_batch: int, q: Tensor) -> None:
@@ -140,7 +141,9 @@ class Fanout:
         del self._under_way[layer, micro_batch]
         key = self._model.layer_class[layer], micro_batch
         if key not in self._states:
-            self._states[key] = [lane.places[key].whole for lane in self._lanes if lane.rows[micro_batch]]
+            self._states[key] = [
+                request.buffers[key].whole for request in self._requests if request.rows[micro_batch]
+            ]
         return self._states[key]
 
     def _is_alike(self, plan: StepPlan, micro_batches: Sequence[range]) -> bool:
@@ -157,53 +160,55 @@ class Fanout:
     def _take(self, plan: StepPlan, micro_batches: Sequence[range]) -> None:
         """New lanes, for a plan unlike the last one."""
         self._micro_batches = tuple(micro_batches)
-        self._lanes, self._channels = [], []
+        self._requests, self._channels = [], []
         self._states.clear()
         self._avoids = False
         for worker, step in plan.shard_steps(micro_batches).items():
             avoided = step.on_replicas(self._usable()) if worker in self._given_up_s else None
             self._avoids |= avoided is not None
             for at, part in (avoided or {worker: step}).items():
-                self._lanes.append(self._lane(at, part, plan.groups))
+                self._requests.append(self._request(at, part, plan.groups))
 
-    def _lane(self, worker: WorkerId, step: ShardStep, groups: int) -> Lane:
-        if worker not in self._peers:
+    def _request(self, worker: WorkerId, step: ShardStep, groups: int) -> ShardRequest:
+        if worker not in self._clients:
             raise Lost(f"attention worker {worker} is unknown here", shards=[worker])
-        peer = self._peers[worker]
-        used = {lane.peer for lane in self._lanes}
-        while peer in used:  # for its own part of the step
-            peer = peer.twin()
+        client = self._clients[worker]
+        used = {request.client for request in self._requests}
+        while client in used:  # for its own part of the step
+            client = client.second_connection()
         rows = [
             tuple(step.rows[row] - batch.start for row in mine)
             for mine, batch in zip(step.micro_batches, self._micro_batches, strict=True)
         ]
         record = self._records.setdefault(worker, LinkRecord())
-        return Lane(worker, peer, record, step, groups, rows, step.work / sum(map(bool, rows)))
+        return ShardRequest(worker, client, record, step, groups, rows, step.work / sum(map(bool, rows)))
 
     def _announce_all(self) -> None:
-        before = [lane.frames for lane in self._lanes]
-        failed = self._announce(self._lanes)
-        if not self._channels or before != [lane.frames for lane in self._lanes]:
+        before = [request.frames for request in self._requests]
+        failed = self._announce(self._requests)
+        if not self._channels or before != [request.frames for request in self._requests]:
             self._settle()
-            self._channels = channels_to([lane for lane in self._lanes if lane not in failed], self._model)
+            self._channels = channels_to(
+                [request for request in self._requests if request not in failed], self._model
+            )
         if failed:
             self._replace(failed)
 
-    def _announce(self, lanes: Sequence[Lane]) -> Failed:
+    def _announce(self, requests: Sequence[ShardRequest]) -> Failed:
         """The step, to each lane's peer. One deadline is paid for all that owe answers of a dropped step."""
         failed: Failed = {}
         start_s = perf_counter()
-        for lane in lanes:
-            lane.record.expect(lane.work)
-            lane.deadline_s = lane.record.deadline_s
+        for request in requests:
+            request.record.expect(request.work)
+            request.deadline_s = request.record.deadline_s
             try:
-                left_s = max(0.0, lane.deadline_s - (perf_counter() - start_s))
-                lane.peer.begin(lane.step, deadline_s=lane.deadline_s, drain_s=left_s)
+                left_s = max(0.0, request.deadline_s - (perf_counter() - start_s))
+                request.client.begin(request.step, deadline_s=request.deadline_s, drain_s=left_s)
             except FarshoreError as error:
-                failed[lane] = lane.named(error)
+                failed[request] = request.named(error)
             else:
-                lane.announced = True
-            lane.frames = lane.peer.frames
+                request.announced = True
+            request.frames = request.client.frames
         return failed
 
     def _replace(self, failed: Failed) -> list[ShardChannel]:
@@ -213,15 +218,15 @@ class Fanout:
         self._states.clear()
         self._plan = None
         tried: set[WorkerId] = set()
-        instead: list[Lane] = []
+        instead: list[ShardRequest] = []
         while failed:
-            tried |= {lane.worker for lane in failed}
+            tried |= {request.worker for request in failed}
             steps = self._on_replicas(failed, tried)
             self._channels = [it for channel in self._channels if (it := _without(failed, channel))]
             found = self._exchanged(steps)
             instead += found
             failed = self._announce(found)
-            for channel in channels_to([lane for lane in found if lane not in failed], self._model):
+            for channel in channels_to([request for request in found if request not in failed], self._model):
                 self._channels.append(channel)
                 for (layer, micro_batch), q in self._under_way.items():
                     try:
@@ -230,51 +235,53 @@ class Fanout:
                         if not channel.failed:
                             raise
                         failed |= channel.failed
-        return [channel for channel in self._channels if channel.lanes[0] in instead]
+        return [channel for channel in self._channels if channel.requests[0] in instead]
 
-    def _on_replicas(self, failed: Failed, tried: set[WorkerId]) -> dict[Lane, dict[WorkerId, ShardStep]]:
+    def _on_replicas(
+        self, failed: Failed, tried: set[WorkerId]
+    ) -> dict[ShardRequest, dict[WorkerId, ShardStep]]:
         """The steps of lanes that failed, as replicas read them elsewhere than at workers ``tried``. Raises
         for lanes without replicas."""
         now_s = perf_counter()
-        for lane in failed:
-            lane.record.failures += 1
+        for request in failed:
+            request.record.failures += 1
             # A second connection that is missing says nothing of the shard.
-            if lane.announced or lane.peer is self._peers[lane.worker]:
-                self._given_up_s[lane.worker] = now_s
+            if request.announced or request.client is self._clients[request.worker]:
+                self._given_up_s[request.worker] = now_s
         usable = self._usable() - tried
         steps = {
-            lane: found
-            for lane, error in failed.items()
-            if isinstance(error, _REPLACEABLE) and (found := lane.step.on_replicas(usable))
+            request: found
+            for request, error in failed.items()
+            if isinstance(error, _REPLACEABLE) and (found := request.step.on_replicas(usable))
         }
-        alone = {lane: error for lane, error in failed.items() if lane not in steps}
+        alone = {request: error for request, error in failed.items() if request not in steps}
         if alone:
-            self._lanes, self._channels = [], []
+            self._requests, self._channels = [], []
             raise as_one(alone)
-        for lane, error in failed.items():
+        for request, error in failed.items():
             _LOG.warning(
                 "attention worker %s is given up for %g s: replicas at %s are read instead: %s",
-                lane.worker,
+                request.worker,
                 AVOID_S,
-                ", ".join(steps[lane]),
+                ", ".join(steps[request]),
                 error,
             )
         return steps
 
-    def _exchanged(self, steps: Mapping[Lane, Mapping[WorkerId, ShardStep]]) -> list[Lane]:
+    def _exchanged(self, steps: Mapping[ShardRequest, Mapping[WorkerId, ShardStep]]) -> list[ShardRequest]:
         """New lanes for the steps, each in the place of the one it comes from."""
         new = []
-        for lane, parts in steps.items():
-            at = self._lanes.index(lane)
-            del self._lanes[at]
+        for request, parts in steps.items():
+            at = self._requests.index(request)
+            del self._requests[at]
             for worker, step in parts.items():
-                new.append(self._lane(worker, step, lane.groups))
-                self._lanes.insert(at, new[-1])
+                new.append(self._request(worker, step, request.groups))
+                self._requests.insert(at, new[-1])
                 at += 1
         return new
 
     def _usable(self) -> set[WorkerId]:
-        return self._peers.keys() - self._given_up_s.keys()
+        return self._clients.keys() - self._given_up_s.keys()
 
     def _settle(self) -> None:
         """Books what the channels have counted."""
@@ -283,12 +290,12 @@ class Fanout:
 
 
 def _without(failed: Failed, channel: ShardChannel) -> ShardChannel | None:
-    return channel if failed.keys().isdisjoint(channel.lanes) else channel.without(failed)
+    return channel if failed.keys().isdisjoint(channel.requests) else channel.without(failed)
 
 
-def _ways(peer: Peer) -> str:
+def _ways(client: ShardClient) -> str:
     """How a shard is reached, for people; empty while it is not."""
-    frames, kv = peer.transport, peer.bulk_transport
+    frames, kv = client.transport, client.bulk_transport
     if frames is None or kv is None or kv is frames:
         return frames or ""
     return f"{frames}, KV over {kv}"

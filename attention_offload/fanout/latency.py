@@ -12,7 +12,7 @@ from math import log2
 from statistics import median
 from typing import NamedTuple
 
-from farshore.attention_offload.frames import MOST_DEADLINE_S
+from farshore.attention_offload.transport.frames import MOST_DEADLINE_S
 from farshore.ids import WorkerId
 
 STEPS_AN_OCTAVE = 4

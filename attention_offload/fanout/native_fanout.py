@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from farshore.attention_offload.frame_stream import AWAKE_US, FrameStream
-from farshore.attention_offload.frames import native
+from farshore.attention_offload.transport.frames import native
+from farshore.attention_offload.transport.native_stream import AWAKE_US, FrameStream
 from farshore.errors import FarshoreError
 from farshore.kernels.base import AttentionSpec, State
 
@@ -28,7 +28,7 @@ class Part(NamedTuple):
     whole: State
 
 
-class Exchange:
+class NativeFanout:
     """Layer frames of one shape, one under way at a time. Not thread-safe.
 
     A shard that fails keeps no other from being sent its frame, or from being waited for.
@@ -41,7 +41,9 @@ class Exchange:
             part.stream.check_dtype(dtype)
         self.parts = tuple(parts)
         self._native = native()
-        self._handle = self._native.exchange(tuple(_lane(part, spec, dtype) for part in parts), AWAKE_US)
+        self._handle = self._native.native_fanout(
+            tuple(_request(part, spec, dtype) for part in parts), AWAKE_US
+        )
 
     def send(self, step: int, layer: int, micro_batch: int, q: Tensor) -> Failures:
         """q ``[rows of the micro-batch, q_heads, k_dim]``, contiguous; it may change as soon as this
@@ -70,7 +72,7 @@ class Exchange:
         return found
 
 
-def _lane(part: Part, spec: AttentionSpec, dtype: torch.dtype) -> tuple[Any, ...]:
+def _request(part: Part, spec: AttentionSpec, dtype: torch.dtype) -> tuple[Any, ...]:
     """As ``native/binding.cpp`` takes it."""
     first, heads = part.heads.start, part.heads.stop - part.heads.start
     k_bytes, v_bytes = spec.k_dim * dtype.itemsize, spec.v_dim * dtype.itemsize

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from farshore.attention_offload.base import Peer
-from farshore.attention_offload.frame_stream import FrameStream
-from farshore.attention_offload.frames import MOST_DEADLINE_S
-from farshore.attention_offload.latency import LinkRecord
-from farshore.attention_offload.plan import ShardStep, StepPlan
+from farshore.attention_offload.client.base import ShardClient
+from farshore.attention_offload.fanout.latency import LinkRecord
+from farshore.attention_offload.plan.step_plan import ShardStep, StepPlan
+from farshore.attention_offload.transport.frames import MOST_DEADLINE_S
+from farshore.attention_offload.transport.native_stream import FrameStream
 from farshore.errors import FarshoreError, Late, Lost, TransportError
 from farshore.ids import WorkerId
 from farshore.kernels.base import AttentionSpec, State
@@ -24,7 +24,7 @@ Key = tuple[int, int]
 """Layer class and micro-batch: frames of one key have one shape."""
 
 
-class Place(NamedTuple):
+class ReplyBuffer(NamedTuple):
     """Where a shard's answers go: ``answer`` is its part of ``whole``, whose rest is the identity."""
 
     whole: State
@@ -40,12 +40,12 @@ class Place(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class Lane:
+class ShardRequest:
     """``rows``, by micro-batch: which of its rows the shard sees, ascending; it may be none. Of heads it sees
     the same in all of them."""
 
     worker: WorkerId
-    peer: Peer
+    client: ShardClient
     record: LinkRecord
     step: ShardStep
     groups: int
@@ -59,7 +59,7 @@ class Lane:
     """The connection that the step was announced on, where several are served by one native call."""
     announced: bool = False
     """Its peer has begun the step."""
-    places: dict[Key, Place] = field(default_factory=dict)
+    buffers: dict[Key, ReplyBuffer] = field(default_factory=dict)
 
     def heads(self, spec: AttentionSpec) -> slice:
         per_group = spec.q_heads_per_group
@@ -72,16 +72,16 @@ class Lane:
             return q
         return q[_index(rows), self.heads(spec)]
 
-    def place(self, key: Key, q: Tensor, spec: AttentionSpec) -> Place:
+    def buffer(self, key: Key, q: Tensor, spec: AttentionSpec) -> ReplyBuffer:
         """For answers to frames like q, of all rows and heads; the same for as long as the lane lasts."""
-        if key not in self.places:
+        if key not in self.buffers:
             whole = State.identity(len(q), spec.q_heads, spec.v_dim, dtype=q.dtype)
             rows, heads = _index(self.rows[key[1]]), self.heads(spec)
             # A copy where the rows are scattered, a view where they are a slice.
             answer = State(whole.o[rows, heads], whole.lse[rows, heads])
             scattered = None if isinstance(rows, slice) else (rows, heads)
-            self.places[key] = Place(whole, answer, scattered)
-        return self.places[key]
+            self.buffers[key] = ReplyBuffer(whole, answer, scattered)
+        return self.buffers[key]
 
     def repeat(self, plan: StepPlan) -> None:
         """The step's next one, of the same reads."""
@@ -102,14 +102,14 @@ class Lane:
         return named
 
 
-def as_one(failed: Mapping[Lane, FarshoreError]) -> FarshoreError:
+def as_one(failed: Mapping[ShardRequest, FarshoreError]) -> FarshoreError:
     """The error to raise for what some lanes failed with: a shard's refusal as it is, else Lost, else Late,
     for all the shards that it is true of."""
     for error in failed.values():
         if not isinstance(error, Late | Lost):
             return error
     kind = Lost if any(isinstance(error, Lost) for error in failed.values()) else Late
-    those = {lane.worker: error for lane, error in failed.items() if isinstance(error, kind)}
+    those = {request.worker: error for request, error in failed.items() if isinstance(error, kind)}
     one = kind("; ".join(dict.fromkeys(map(str, those.values()))), shards=those)
     one.__cause__ = next(iter(those.values()))
     return one

@@ -1,7 +1,7 @@
 // The Python module farshore.attention_offload._native: both ends of a connection for hot frames. Pointers and
 // sizes come as integers from attention_offload/frame_stream.py and shard.py, which keep the memory alive.
 
-#include "bulk.h"
+#include "wire/bulk.h"
 #include "calls.h"
 
 using namespace farshore;

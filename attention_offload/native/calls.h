@@ -7,8 +7,8 @@
 #include <cstdarg>
 #include <exception>
 
-#include "../../kernels/cpu/native/api.h"
-#include "wire.h"
+#include "runtime/api.h"
+#include "wire/wire.h"
 
 namespace farshore::wire {
 

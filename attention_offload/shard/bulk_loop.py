@@ -12,13 +12,20 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from farshore.attention_offload import codec
-from farshore.attention_offload.bulk import MOST_MESSAGE_BYTES, PIECE_BYTES, BulkSocket, Head, Kind, Runs
-from farshore.attention_offload.engine_holds import EngineHolds
+from farshore.attention_offload.shard.engine_holds import EngineHolds
+from farshore.attention_offload.transport.bulk import (
+    MOST_MESSAGE_BYTES,
+    PIECE_BYTES,
+    BulkSocket,
+    Head,
+    Kind,
+    Runs,
+)
 from farshore.errors import InvalidRequest, TransportError
 from farshore.ids import Epoch, SequenceId, SpanId
 from farshore.interpreter import make_nicer
-from farshore.kvstore.forms import stored_bytes
-from farshore.kvstore.store import LocalStore
+from farshore.kvstore.store.forms import stored_bytes
+from farshore.kvstore.store.store import LocalStore
 from farshore.proto import attention_pb2 as pb
 
 MOST_PIECE_BYTES = 16 * PIECE_BYTES

@@ -1,7 +1,7 @@
 """The shard's door: every number that an engine sends is looked at before memory is taken or a kernel is
 called.
 
-Called by the servers and by :class:`~farshore.attention_offload.shard.ShardSession`. Messages are well-formed
+Called by the servers and by ``session``. Messages are well-formed
 here; what they *mean* may be anything. Whatever makes no sense is InvalidRequest, which names it. Python's
 integers don't wrap, so products are checked here, and native code is given what fits into 32 bits.
 
@@ -15,13 +15,13 @@ from collections.abc import Sequence
 import torch
 
 from farshore.attention_offload.base import AttentionModel
-from farshore.attention_offload.plan import Read, ShardStep
+from farshore.attention_offload.plan.step_plan import Read, ShardStep
 from farshore.errors import InvalidRequest
 from farshore.ids import SpanId
 from farshore.kernels.base import AttentionSpec, KVLayout
-from farshore.kvstore import forms
 from farshore.kvstore.base import SpanKey, Stored
 from farshore.kvstore.prefix import PrefixBlock
+from farshore.kvstore.store import forms
 
 MOST_CLASSES = 64
 MOST_ROWS = 4096

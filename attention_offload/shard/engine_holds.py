@@ -21,10 +21,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from farshore.attention_offload.base import Caller, Wanted
-from farshore.attention_offload.door import check_name
+from farshore.attention_offload.shard.checks import check_name
 from farshore.errors import Cancelled, Overloaded
 from farshore.ids import Epoch, SequenceId, SpanId
-from farshore.kvstore.store import LocalStore
+from farshore.kvstore.store.store import LocalStore
 
 _LOG = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ import torch
 from google.protobuf.message import DecodeError
 
 from farshore.attention_offload import codec
-from farshore.attention_offload.connect import WELCOME, is_near, tune
-from farshore.attention_offload.frames import native
-from farshore.attention_offload.shard import ShardSession
+from farshore.attention_offload.shard.session import ShardSession
+from farshore.attention_offload.transport.connect import WELCOME, is_near, tune
+from farshore.attention_offload.transport.frames import native
 from farshore.errors import InvalidRequest, TransportError
 from farshore.proto import attention_pb2 as pb
 
@@ -163,7 +163,7 @@ def serve_frames(
             if isinstance(asked, tuple):
                 session.look_again(*asked)
             elif isinstance(asked, int):
-                session.again(asked)
+                session.repeat_step(asked)
             else:
                 session.begin(codec.step_from_pb(pb.Step.FromString(asked)))
             asked = module.serve(wire, session.native_step(dtype), shares_cores)

@@ -20,19 +20,20 @@ import torch
 from torch import Tensor
 
 from farshore import rpc
-from farshore.attention_offload import codec, door
+from farshore.attention_offload import codec
 from farshore.attention_offload.base import ShardBeat, ShardIdentity
-from farshore.attention_offload.bulk_server import serve_bulk
-from farshore.attention_offload.cores import too_few_with
-from farshore.attention_offload.engine_holds import EngineHolds, Ticker
-from farshore.attention_offload.frame_server import FrameListener, serve_frames
-from farshore.attention_offload.frames import native
-from farshore.attention_offload.shard import AttendedBytes, ShardSession
+from farshore.attention_offload.shard import checks as door
+from farshore.attention_offload.shard.bulk_loop import serve_bulk
+from farshore.attention_offload.shard.engine_holds import EngineHolds, Ticker
+from farshore.attention_offload.shard.frame_loop import FrameListener, serve_frames
+from farshore.attention_offload.shard.session import AttendedBytes, ShardSession
+from farshore.attention_offload.transport.core_sharing import too_few_with
+from farshore.attention_offload.transport.frames import native
 from farshore.errors import Cancelled, InvalidRequest
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import AttentionSpec, State
-from farshore.kvstore.span import check_shape
-from farshore.kvstore.store import LocalStore
+from farshore.kvstore.store.span import check_shape
+from farshore.kvstore.store.store import LocalStore
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
 
@@ -268,7 +269,7 @@ class AttentionService(pb_grpc.AttentionServicer):
                 groups = step.group1 - step.group0
                 continue
             if kind == "again":
-                session.again(frame.again.step)
+                session.repeat_step(frame.repeat_step.step)
                 continue
             layer = frame.layer
             key = (session.spec(layer.layer), layer.micro_batch)

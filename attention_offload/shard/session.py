@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farshore.attention_offload import door
 from farshore.attention_offload.base import AttentionModel
-from farshore.attention_offload.frames import frame_bytes
-from farshore.attention_offload.plan import Read, ShardStep
+from farshore.attention_offload.plan.step_plan import Read, ShardStep
+from farshore.attention_offload.shard import checks as door
+from farshore.attention_offload.transport.frames import frame_bytes
 from farshore.errors import InvalidRequest
 from farshore.kernels.base import AttentionSpec, Rows, Segments, State
 from farshore.kernels.select import implementation
@@ -51,7 +51,7 @@ class ShardSession:
     """One engine's stream of steps. Not thread-safe: a stream has one reader."""
 
     def __init__(self, store: ShardStore, model: AttentionModel, attended: AttendedBytes) -> None:
-        """``model``: checked, see :func:`farshore.attention_offload.door.check_model`."""
+        """``model``: checked, see :func:`farshore.attention_offload.shard.checks.check_model`."""
         self._store = store
         self._model = model
         self._attended = attended
@@ -80,7 +80,7 @@ class ShardSession:
         ]
         self._step, self._removals = step, removals
 
-    def again(self, step: int) -> None:
+    def repeat_step(self, step: int) -> None:
         """A step that reads what the one before it did: what was looked up is looked up again only where a
         hold was given back since. Raises as :meth:`begin`."""
         if self._step is None:

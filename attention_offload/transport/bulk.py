@@ -1,8 +1,8 @@
 """Bulk KV past gRPC: writes and pulls on a connection of their own, so that no hot frame waits behind them.
 
 A message is a header ``kind u8, 3 unused, message bytes u32, payload bytes u64``, little-endian, a protobuf
-message, and the payload: KV as stored (:mod:`farshore.kvstore.forms`). A request is answered before the next
-one is sent::
+message, and the payload: KV as stored (:mod:`farshore.kvstore.store.forms`). A request is answered before
+the next one is sent::
 
     WRITE BulkWrite, payload: all pieces  ──▶
                                           ◀──  DONE                    | FAILED Failure
@@ -27,7 +27,7 @@ from google.protobuf.message import Message
 from torch import Tensor
 
 from farshore.attention_offload import codec
-from farshore.attention_offload.frames import native
+from farshore.attention_offload.transport.frames import native
 from farshore.errors import TransportError
 from farshore.proto import attention_pb2 as pb
 
@@ -153,7 +153,7 @@ class BulkStream:
     def _answer(self, *due: Kind) -> Head:
         head = self._wire.receive()
         if head.kind is Kind.FAILED:
-            raise codec.error_from_bytes(head.message, peer=self._address)
+            raise codec.error_from_bytes(head.message, client=self._address)
         if head.kind not in due:
             raise ConnectionError(f"reordered: {head.kind.name}, due is {' or '.join(it.name for it in due)}")
         return head

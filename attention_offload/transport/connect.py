@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import grpc
 import torch
 
-from farshore.attention_offload.cores import usable_cores
-from farshore.attention_offload.frames import Transport, native
+from farshore.attention_offload.transport.core_sharing import usable_cores
+from farshore.attention_offload.transport.frames import Transport, native
 from farshore.errors import Cancelled, DeadlineExceeded, FarshoreError, TransportError
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
@@ -40,7 +40,7 @@ WELCOME = b"\1"
 def shard_error(failure: grpc.RpcError, address: str) -> FarshoreError:
     """What a call to a shard failed with. TransportError where the shard's own words are garbage."""
     try:
-        return refusal(error_of(failure, peer=address), address)
+        return refusal(error_of(failure, client=address), address)
     except ValueError as garbage:
         return TransportError(f"{address}: garbage: a status that makes no sense: {garbage}")
 

@@ -9,7 +9,7 @@ from collections.abc import Collection
 
 import torch
 
-from farshore.attention_offload.frames import native
+from farshore.attention_offload.transport.frames import native
 from farshore.kernels import reference
 from farshore.kernels.select import implementation
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from farshore.attention_offload.plan import ShardStep
+from farshore.attention_offload.plan.step_plan import ShardStep
 from farshore.kernels.base import AttentionSpec, State
 
 HEADER_BYTES = 12
@@ -77,7 +77,7 @@ class HotStream(Protocol):
     def begin(self, step: ShardStep, deadline_s: float) -> None:
         """``deadline_s`` bounds each send from now on."""
 
-    def again(self, step: int, deadline_s: float) -> None:
+    def repeat_step(self, step: int, deadline_s: float) -> None:
         """A step that reads what the one begun last does, in a model without windows."""
 
     def send(self, sent: Sent, q: Tensor) -> None:

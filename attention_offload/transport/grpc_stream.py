@@ -20,9 +20,9 @@ from torch import Tensor
 
 from farshore.attention_offload import codec
 from farshore.attention_offload.base import AttentionModel
-from farshore.attention_offload.connect import shard_error
-from farshore.attention_offload.frames import MOST_DEADLINE_S, Sent, Transport
-from farshore.attention_offload.plan import ShardStep
+from farshore.attention_offload.plan.step_plan import ShardStep
+from farshore.attention_offload.transport.connect import shard_error
+from farshore.attention_offload.transport.frames import MOST_DEADLINE_S, Sent, Transport
 from farshore.errors import Late, TransportError
 from farshore.kernels.base import State
 from farshore.proto import attention_pb2 as pb
@@ -51,8 +51,8 @@ _OWN = _Own()
 
 
 class GrpcStream:
-    """A :class:`~farshore.attention_offload.frames.HotStream`: one Attend call. One frame is written at a
-    time, and one answer is read ahead.
+    """A :class:`~farshore.attention_offload.transport.frames.HotStream`: one Attend call. One frame is
+    written at a time, and one answer is read ahead.
 
     The call starts with the first :meth:`begin`, on the loop of the thread that begins: an event loop serves
     one thread, and another thread than the engine's makes connections.
@@ -83,9 +83,9 @@ class GrpcStream:
             self._write(self._opening)
         self._write(pb.Frame(begin=codec.step_to_pb(step)))
 
-    def again(self, step: int, deadline_s: float) -> None:
+    def repeat_step(self, step: int, deadline_s: float) -> None:
         self._deadline_s = deadline_s
-        self._write(pb.Frame(again=pb.Again(step=step)))
+        self._write(pb.Frame(repeat_step=pb.Again(step=step)))
 
     def send(self, sent: Sent, q: Tensor) -> None:
         frame = pb.LayerFrame(

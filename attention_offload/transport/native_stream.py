@@ -8,10 +8,10 @@ from torch import Tensor
 
 from farshore.attention_offload import codec
 from farshore.attention_offload.base import AttentionModel
-from farshore.attention_offload.connect import is_near, refusal
-from farshore.attention_offload.cores import give_way
-from farshore.attention_offload.frames import MOST_DEADLINE_S, Sent, Transport, frame_bytes, native
-from farshore.attention_offload.plan import ShardStep
+from farshore.attention_offload.plan.step_plan import ShardStep
+from farshore.attention_offload.transport.connect import is_near, refusal
+from farshore.attention_offload.transport.core_sharing import give_way
+from farshore.attention_offload.transport.frames import MOST_DEADLINE_S, Sent, Transport, frame_bytes, native
 from farshore.errors import FarshoreError, InvalidRequest, Late, TransportError
 from farshore.kernels.base import State
 
@@ -21,7 +21,8 @@ waking it takes 40 us where its core is idle and a virtual machine's."""
 
 
 class FrameStream:
-    """A :class:`~farshore.attention_offload.frames.HotStream` on a connection that it owns from now on."""
+    """A :class:`~farshore.attention_offload.transport.frames.HotStream` on a connection that it owns from
+    now on."""
 
     def __init__(
         self,
@@ -33,7 +34,7 @@ class FrameStream:
         *,
         shares_cores: bool = False,
     ) -> None:
-        """``shares_cores``: with the shard; see :class:`~farshore.attention_offload.connect.Connected`."""
+        """``shares_cores``: with the shard; see ``connect.Connected``."""
         self.transport = transport
         self.shares_cores = shares_cores
         self._address = address
@@ -74,9 +75,9 @@ class FrameStream:
         except (OSError, ValueError) as error:
             raise self.mapped(error) from error
 
-    def again(self, step: int, deadline_s: float) -> None:
+    def repeat_step(self, step: int, deadline_s: float) -> None:
         try:
-            self._native.again(self.wire, step, deadline_s)
+            self._native.repeat_step(self.wire, step, deadline_s)
         except (OSError, ValueError) as error:
             raise self.mapped(error) from error
 
@@ -121,7 +122,7 @@ class FrameStream:
     def refusal(self, failure: bytes) -> FarshoreError:
         """What a shard's last message says: the error that it refuses the step with, or TransportError where
         the message is garbage."""
-        return refusal(codec.error_from_bytes(failure, peer=self._address), self._address)
+        return refusal(codec.error_from_bytes(failure, client=self._address), self._address)
 
     def mapped(self, error: Exception) -> FarshoreError:
         """The error for what a native call on this connection failed with."""

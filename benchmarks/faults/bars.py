@@ -8,14 +8,14 @@ from itertools import pairwise
 from typing import Any
 
 from farshore.benchmarks.cases import Measured
-from farshore.benchmarks.faults_door import Refused, Tokenized
-from farshore.benchmarks.faults_freeze import GRACE_S
-from farshore.benchmarks.faults_freeze import Found as Frozen
-from farshore.benchmarks.faults_hostile import Found as Endured
-from farshore.benchmarks.faults_requests import Kind
-from farshore.benchmarks.faults_sender import CASES
-from farshore.benchmarks.faults_setting import ISSUE_REQUESTS, Sizes
-from farshore.benchmarks.faults_stream import percentile
+from farshore.benchmarks.faults.door import Refused, Tokenized
+from farshore.benchmarks.faults.freeze import GRACE_S
+from farshore.benchmarks.faults.freeze import Found as Frozen
+from farshore.benchmarks.faults.hostile import Found as Endured
+from farshore.benchmarks.faults.requests import Kind
+from farshore.benchmarks.faults.sender import CASES
+from farshore.benchmarks.faults.setting import ISSUE_REQUESTS, Sizes
+from farshore.benchmarks.faults.stream import percentile
 from farshore.benchmarks.report import Bar, Result
 from farshore.benchmarks.timing import Timing
 

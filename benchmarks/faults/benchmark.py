@@ -13,9 +13,13 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict
 from itertools import chain
 
-from farshore.benchmarks import cases, faults_bars, faults_door, faults_freeze, faults_hostile
+from farshore.benchmarks import cases
 from farshore.benchmarks.cases import Measured
-from farshore.benchmarks.faults_setting import Setting, Sizes
+from farshore.benchmarks.faults import bars as faults_bars
+from farshore.benchmarks.faults import door as faults_door
+from farshore.benchmarks.faults import freeze as faults_freeze
+from farshore.benchmarks.faults import hostile as faults_hostile
+from farshore.benchmarks.faults.setting import Setting, Sizes
 from farshore.benchmarks.machine import Facts
 from farshore.benchmarks.report import Report
 

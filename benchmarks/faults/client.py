@@ -10,8 +10,8 @@ from typing import Any
 
 import grpc
 
-from farshore.benchmarks.faults_cluster import Server
-from farshore.benchmarks.faults_requests import Hostile, Kind
+from farshore.benchmarks.faults.cluster import Server
+from farshore.benchmarks.faults.requests import Hostile, Kind
 from farshore.proto import inference_pb2 as api
 
 MOST_READ_S = 8.0

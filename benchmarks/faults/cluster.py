@@ -171,7 +171,7 @@ async def serving(*options: str, progress: Callable[[str], None]) -> AsyncIterat
     """``farshore serve --port 0`` with these options. Raises StartupError."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-P", "-m", "farshore.client.cli", "serve", "--port", "0", *options),
+        *("-P", "-m", "farshore.client.cli.main", "serve", "--port", "0", *options),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -218,7 +218,7 @@ async def _drain(pipe: asyncio.StreamReader, told: list[str], progress: Callable
 
 async def offers(option: str) -> bool:
     """Whether this version's ``farshore serve`` has the option."""
-    command = [sys.executable, "-P", "-m", "farshore.client.cli", "serve", "--help"]
+    command = [sys.executable, "-P", "-m", "farshore.client.cli.main", "serve", "--help"]
     asked = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     told, _ = await asyncio.wait_for(asked.communicate(), STOP_DEADLINE_S)
     return option in told.decode().split()
@@ -241,7 +241,7 @@ def _name(pid: int) -> str:
         words = ""
     if "farshore.gateway" in words:
         return "gateway"
-    if "farshore.client.cli serve" in words:
+    if "farshore.client.cli.main serve" in words:
         return "serve"
     first = words.split(" ")[0]
     return first if first.startswith("ray::") else Path(first).name or "unnamed"

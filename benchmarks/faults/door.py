@@ -13,10 +13,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from farshore.benchmarks.faults_cluster import Process, Server, serving
-from farshore.benchmarks.faults_sender import CASES
-from farshore.benchmarks.faults_setting import Setting
-from farshore.benchmarks.faults_stream import Stream, follow, longest_gap_s
+from farshore.benchmarks.faults.cluster import Process, Server, serving
+from farshore.benchmarks.faults.sender import CASES
+from farshore.benchmarks.faults.setting import Setting
+from farshore.benchmarks.faults.stream import Stream, follow, longest_gap_s
 from farshore.errors import ModelError, StartupError
 from farshore.models.source import DEMO, resolve
 from farshore.proto import inference_pb2 as api
@@ -174,7 +174,7 @@ async def _refuse(server: Server, gateway: Process, case: str, one: Refused) -> 
     await _probing(server, asyncio.create_task(asyncio.sleep(IDLE_S)))
     idle_rate = (gateway.main_thread_cpu_s() - idle_cpu_s) / (time.perf_counter() - begun_s)
     sender = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", "farshore.benchmarks.faults_sender", server.address, case),
+        *(sys.executable, "-P", "-m", "farshore.benchmarks.faults.sender", server.address, case),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )

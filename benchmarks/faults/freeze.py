@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from farshore.benchmarks.faults_cluster import Process, Server, offers, serving
-from farshore.benchmarks.faults_setting import Setting
-from farshore.benchmarks.faults_stream import Stream, differs, follow, longest_gap_s
+from farshore.benchmarks.faults.cluster import Process, Server, offers, serving
+from farshore.benchmarks.faults.setting import Setting
+from farshore.benchmarks.faults.stream import Stream, differs, follow, longest_gap_s
 from farshore.errors import StartupError
 from farshore.proto import inference_pb2 as api
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import grpc
 
-from farshore.benchmarks.faults_client import behave
-from farshore.benchmarks.faults_cluster import Process, Server, serving
-from farshore.benchmarks.faults_requests import Hostile, deal
-from farshore.benchmarks.faults_setting import ISSUE_REQUESTS, Setting
-from farshore.benchmarks.faults_stream import Stream, Tokens, differs, follow
+from farshore.benchmarks.faults.client import behave
+from farshore.benchmarks.faults.cluster import Process, Server, serving
+from farshore.benchmarks.faults.requests import Hostile, deal
+from farshore.benchmarks.faults.setting import ISSUE_REQUESTS, Setting
+from farshore.benchmarks.faults.stream import Stream, Tokens, differs, follow
 from farshore.errors import StartupError
 from farshore.proto import inference_pb2 as api
 

@@ -1,6 +1,6 @@
 """Sends one oversize request from a process of its own.
 
-``python -m farshore.benchmarks.faults_sender ADDRESS CASE``, started by ``faults_door``. Prints a line when
+``python -m farshore.benchmarks.faults.sender ADDRESS CASE``, started by ``faults_door``. Prints a line when
 it is connected and has made the message, waits for a line, sends the message, and prints one JSON object: how
 it was answered and when. Must not know what it is held against.
 """

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 
-from farshore.benchmarks import cases, decode, machine, overhead, prefill
-from farshore.benchmarks.implementation import Implementation, Setting
+from farshore.benchmarks import cases, machine
+from farshore.benchmarks.kernels import decode, overhead, prefill
+from farshore.benchmarks.kernels.implementation import Implementation, Setting
+from farshore.benchmarks.kernels.shapes import LLAMA_8B, SMOLLM2, WIDE, Sizes
 from farshore.benchmarks.report import Report
-from farshore.benchmarks.shapes import LLAMA_8B, SMOLLM2, WIDE, Sizes
 from farshore.kernels.formats import KVFormat
 
 PERCENT_OF_READ = {LLAMA_8B: 85.0, SMOLLM2: 75.0, WIDE: 70.0}

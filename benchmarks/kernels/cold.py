@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farshore.benchmarks.implementation import Implementation
+from farshore.benchmarks.kernels.implementation import Implementation
+from farshore.benchmarks.kernels.shapes import Shape
 from farshore.benchmarks.memory import allocate
-from farshore.benchmarks.shapes import Shape
 from farshore.kernels.base import KVLayout, Rows, Segments, State
 from farshore.kernels.formats import KVFormat, quantise
-from farshore.kvstore.arena import stride_bytes
+from farshore.kvstore.store.arena import stride_bytes
 
 
 class ColdKV:

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farshore.benchmarks.cold import ColdKV, layer_bytes, query
-from farshore.benchmarks.implementation import Setting
+from farshore.benchmarks.kernels.cold import ColdKV, layer_bytes, query
+from farshore.benchmarks.kernels.implementation import Setting
+from farshore.benchmarks.kernels.shapes import Shape
 from farshore.benchmarks.machine import CACHES_PER_BUFFER, READERS, UNKNOWN_L3_BYTES, available_bytes
 from farshore.benchmarks.memory import allocate
 from farshore.benchmarks.report import Bar, Result
-from farshore.benchmarks.shapes import Shape
 from farshore.benchmarks.timing import Timing, interleave
 from farshore.kernels.formats import KVFormat
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from farshore.benchmarks.kernels.shapes import Sizes
 from farshore.benchmarks.machine import Facts, Rates
-from farshore.benchmarks.shapes import Sizes
 from farshore.errors import InvalidRequest
 
 FASTEST_FIRST = ("cpu", "reference")

@@ -5,10 +5,10 @@ Called by ``kernels``. Both are called from Python, once a layer of every step: 
 
 import torch
 
-from farshore.benchmarks.cold import ColdKV, query
-from farshore.benchmarks.implementation import Setting
+from farshore.benchmarks.kernels.cold import ColdKV, query
+from farshore.benchmarks.kernels.implementation import Setting
+from farshore.benchmarks.kernels.shapes import SMOLLM2
 from farshore.benchmarks.report import Bar, Result
-from farshore.benchmarks.shapes import SMOLLM2
 from farshore.benchmarks.timing import Timing, interleave
 from farshore.kernels.base import State
 from farshore.kernels.formats import KVFormat

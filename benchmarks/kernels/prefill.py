@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farshore.benchmarks.implementation import Setting
+from farshore.benchmarks.kernels.implementation import Setting
+from farshore.benchmarks.kernels.shapes import Shape
 from farshore.benchmarks.machine import gemm
 from farshore.benchmarks.report import Bar, Result
-from farshore.benchmarks.shapes import Shape
 from farshore.benchmarks.timing import interleave
 from farshore.kernels.base import State
 

@@ -6,9 +6,12 @@ Called through ``catalogue``.
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
-from farshore.benchmarks import cases, kvstore_bulk, kvstore_calls, kvstore_decode, machine
-from farshore.benchmarks.implementation import Implementation
-from farshore.benchmarks.kvstore_setting import At, StoreSizes
+from farshore.benchmarks import cases, machine
+from farshore.benchmarks.kernels.implementation import Implementation
+from farshore.benchmarks.kvstore import bulk as kvstore_bulk
+from farshore.benchmarks.kvstore import calls as kvstore_calls
+from farshore.benchmarks.kvstore import decode as kvstore_decode
+from farshore.benchmarks.kvstore.setting import At, StoreSizes
 from farshore.benchmarks.report import Report
 
 CASES: Mapping[str, Callable[[At], cases.Measured]] = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from farshore.benchmarks.cases import Measured
-from farshore.benchmarks.kvstore_setting import (
+from farshore.benchmarks.kvstore.setting import (
     EPOCH,
     LAYERS,
     LAYOUT,
@@ -24,9 +24,9 @@ from farshore.benchmarks.kvstore_setting import (
 from farshore.benchmarks.report import Bar, Result
 from farshore.benchmarks.timing import Timing, interleave
 from farshore.ids import SequenceId, SpanId
-from farshore.kvstore import parity, transfer
-from farshore.kvstore.parity import Member
-from farshore.kvstore.store import LocalStore
+from farshore.kvstore.store import parity, transfer
+from farshore.kvstore.store.parity import Member
+from farshore.kvstore.store.store import LocalStore
 
 BAR_WRITE_PERCENT = 60.0
 BAR_ENCODE_PERCENT = 40.0

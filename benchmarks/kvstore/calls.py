@@ -6,15 +6,15 @@ Called by ``kvstore``.
 import torch
 
 from farshore.benchmarks.cases import Measured
-from farshore.benchmarks.kvstore_setting import EPOCH, LAYERS, LAYOUT, At, key, store_for
+from farshore.benchmarks.kvstore.setting import EPOCH, LAYERS, LAYOUT, At, key, store_for
 from farshore.benchmarks.report import Bar, Result
 from farshore.benchmarks.timing import interleave
 from farshore.ids import SequenceId, WorkerId
 from farshore.kernels.base import KVLayout
 from farshore.kernels.formats import KVFormat
-from farshore.kvstore.arena import Arena, stride_bytes
-from farshore.kvstore.store import LocalStore
-from farshore.kvstore.tail import Tail, TailBatch
+from farshore.kvstore.store.arena import Arena, stride_bytes
+from farshore.kvstore.store.store import LocalStore
+from farshore.kvstore.store.tail import Tail, TailBatch
 
 BAR_APPEND_MS = 1.0
 BAR_FORK_MS = 1.0

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from farshore.benchmarks.cases import Measured
-from farshore.benchmarks.cold import query
-from farshore.benchmarks.kvstore_setting import EPOCH, At, key, random_bytes, store_for
+from farshore.benchmarks.kernels.cold import query
+from farshore.benchmarks.kernels.shapes import SMOLLM2
+from farshore.benchmarks.kvstore.setting import EPOCH, At, key, random_bytes, store_for
 from farshore.benchmarks.report import Bar, Result
-from farshore.benchmarks.shapes import SMOLLM2
 from farshore.benchmarks.timing import AWAKE_S, interleave
 from farshore.ids import SequenceId
 from farshore.kernels.base import KVLayout, Rows, Segments

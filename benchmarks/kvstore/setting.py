@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from farshore.benchmarks.implementation import Implementation
+from farshore.benchmarks.kernels.implementation import Implementation
+from farshore.benchmarks.kernels.shapes import SMOLLM2
 from farshore.benchmarks.machine import Facts, MachineSizes, Rates
 from farshore.benchmarks.memory import allocate
-from farshore.benchmarks.shapes import SMOLLM2
 from farshore.benchmarks.timing import ROUNDS
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kernels.base import KVLayout
 from farshore.kernels.formats import KVFormat
-from farshore.kvstore.arena import Arena, stride_bytes
 from farshore.kvstore.base import SpanKey
-from farshore.kvstore.store import LocalStore
+from farshore.kvstore.store.arena import Arena, stride_bytes
+from farshore.kvstore.store.store import LocalStore
 
 LAYERS = 30
 """SmolLM2's."""

@@ -9,10 +9,12 @@ from dataclasses import asdict
 from functools import partial
 from statistics import median
 
-from farshore.attention_offload.frames import REMOTE, Transport
-from farshore.benchmarks import cases, machine, offload_hop, offload_step
+from farshore.attention_offload.transport.frames import REMOTE, Transport
+from farshore.benchmarks import cases, machine
 from farshore.benchmarks.cases import Measured
-from farshore.benchmarks.offload_setting import LAYER_DENSE_S, LoadModel, Setting, Sizes
+from farshore.benchmarks.offload import hop as offload_hop
+from farshore.benchmarks.offload import step as offload_step
+from farshore.benchmarks.offload.setting import LAYER_DENSE_S, LoadModel, Setting, Sizes
 from farshore.benchmarks.report import Bar, Report, Result
 from farshore.benchmarks.timing import Timing
 

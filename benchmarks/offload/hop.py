@@ -20,11 +20,11 @@ from statistics import median, quantiles
 import torch
 
 from farshore.attention_offload.base import AttentionModel
-from farshore.attention_offload.connect import tune
-from farshore.attention_offload.frames import Transport
-from farshore.attention_offload.plan import Read, ShardStep
-from farshore.attention_offload.remote_peer import RemotePeer
-from farshore.benchmarks.shapes import LLAMA_8B
+from farshore.attention_offload.client.remote import RemoteClient
+from farshore.attention_offload.plan.step_plan import Read, ShardStep
+from farshore.attention_offload.transport.connect import tune
+from farshore.attention_offload.transport.frames import Transport
+from farshore.benchmarks.kernels.shapes import LLAMA_8B
 from farshore.ids import Epoch, SequenceId, SpanId
 from farshore.kernels.base import AttentionSpec, KVLayout
 from farshore.kernels.formats import KVFormat
@@ -57,8 +57,8 @@ with socket.create_connection(("127.0.0.1", port)) as connection:
 """
 _BULK_CLIENT = """
 import sys
-from farshore.attention_offload.frames import Transport
-from farshore.benchmarks.offload_hop import bulk_until_eof
+from farshore.attention_offload.transport.frames import Transport
+from farshore.benchmarks.offload.hop import bulk_until_eof
 bulk_until_eof(sys.argv[1], Transport(sys.argv[2]))
 """
 
@@ -101,20 +101,20 @@ def hop_times_s(
     not connect.
     """
     layout = KVLayout.of(HOP, layers=1, format=KVFormat.of(DTYPE))
-    with _peer(address, transport, HOP, layout) as peer:
-        span = _sealed(peer, layout, "hop", tokens=1)
+    with _client(address, transport, HOP, layout) as client:
+        span = _sealed(client, layout, "hop", tokens=1)
         read = Read(span, 0, 0, 1, 0, 1, range(1), SequenceId("hop"))
-        peer.begin(ShardStep(1, (0,), (1,), 0, 1, ((read,),), (range(1),)))
+        client.begin(ShardStep(1, (0,), (1,), 0, 1, ((read,),), (range(1),)))
         q = torch.randn(1, HOP.q_heads, HOP.k_dim).to(DTYPE)
         times_s = []
         for _ in range(warm_up + calls):
             start = time.perf_counter()
-            peer.wait(peer.send(0, 0, q))
+            client.wait(client.send(0, 0, q))
             end = time.perf_counter()
             times_s.append(end - start)
             while time.perf_counter() < end + think_s:
                 pass
-        peer.store.drop_sequence(SequenceId("hop"), epoch=_EPOCH)
+        client.store.drop_sequence(SequenceId("hop"), epoch=_EPOCH)
     return tuple(times_s[warm_up:])
 
 
@@ -125,15 +125,15 @@ def bulk_rates(address: str, transport: Transport, *, rounds: int) -> BulkRates:
     count = BULK_TOKENS * layout.layer_token_bytes
     k, v = _kv(layout, BULK_TOKENS)
     samples: dict[str, list[float]] = {"write": [], "raw_write": [], "read": [], "raw_read": []}
-    with _bulk_peer(address, transport) as peer, _raw_peer(count) as raw:
-        span = _span(peer, layout, "bulk", BULK_TOKENS)
+    with _bulk_client(address, transport) as client, _raw_client(count) as raw:
+        span = _span(client, layout, "bulk", BULK_TOKENS)
         for layer in range(layout.layers):
-            _write(peer, "bulk", span, layer, k, v)  # the first touch of the span's memory
+            _write(client, "bulk", span, layer, k, v)  # the first touch of the span's memory
         data, buffer = bytes(count), memoryview(bytearray(count))
         turns: dict[str, Callable[[int], object]] = {
-            "write": lambda layer: _write(peer, "bulk", span, layer, k, v),
+            "write": lambda layer: _write(client, "bulk", span, layer, k, v),
             "raw_write": lambda _: _raw_write(raw, data),
-            "read": lambda layer: peer.store.read(span, layer, 0, BULK_TOKENS, sequence=SequenceId("bulk")),
+            "read": lambda layer: client.store.read(span, layer, 0, BULK_TOKENS, sequence=SequenceId("bulk")),
             "raw_read": lambda _: _raw_read(raw, buffer),
         }
         for names in (("write", "raw_write"), ("read", "raw_read")):
@@ -141,13 +141,13 @@ def bulk_rates(address: str, transport: Transport, *, rounds: int) -> BulkRates:
                 for name in names:
                     taken_s = _timed(partial(turns[name], turn % layout.layers))
                     samples[name].append(count / taken_s)
-            peer.store.seal(span, BULK_TOKENS, sequence=SequenceId("bulk"), epoch=_EPOCH)
-        peer.store.drop_sequence(SequenceId("bulk"), epoch=_EPOCH)
+            client.store.seal(span, BULK_TOKENS, sequence=SequenceId("bulk"), epoch=_EPOCH)
+        client.store.drop_sequence(SequenceId("bulk"), epoch=_EPOCH)
     return BulkRates(**{name: tuple(rates) for name, rates in samples.items()})
 
 
 @contextmanager
-def _raw_peer(count: int) -> Iterator[socket.socket]:
+def _raw_client(count: int) -> Iterator[socket.socket]:
     """A TCP connection on loopback to a process that takes, or gives, ``count`` bytes at a time."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -182,19 +182,19 @@ def bulk_load(address: str, transport: Transport) -> Iterator[None]:
 
 def bulk_until_eof(address: str, transport: Transport) -> None:
     """What that process does, until its standard input ends."""
-    with _bulk_peer(address, transport) as peer:
+    with _bulk_client(address, transport) as client:
         layout = bulk_layout()
         k, v = _kv(layout, BULK_TOKENS)
-        span = _span(peer, layout, "load", BULK_TOKENS)
+        span = _span(client, layout, "load", BULK_TOKENS)
         for layer in range(layout.layers):
-            _write(peer, "load", span, layer, k, v)
-        peer.store.seal(span, BULK_TOKENS, sequence=SequenceId("load"), epoch=_EPOCH)
-        scratch = _span(peer, layout, "load", BULK_TOKENS)
+            _write(client, "load", span, layer, k, v)
+        client.store.seal(span, BULK_TOKENS, sequence=SequenceId("load"), epoch=_EPOCH)
+        scratch = _span(client, layout, "load", BULK_TOKENS)
         print("started", flush=True)
         while not _at_eof():
-            _write(peer, "load", scratch, 0, k, v)
-            peer.store.read(span, 0, 0, BULK_TOKENS, sequence=SequenceId("load"))
-        peer.store.drop_sequence(SequenceId("load"), epoch=_EPOCH)
+            _write(client, "load", scratch, 0, k, v)
+            client.store.read(span, 0, 0, BULK_TOKENS, sequence=SequenceId("load"))
+        client.store.drop_sequence(SequenceId("load"), epoch=_EPOCH)
 
 
 def percentile(samples: Sequence[float], percent: int) -> float:
@@ -207,32 +207,34 @@ def bulk_layout() -> KVLayout:
 
 
 @contextmanager
-def _bulk_peer(address: str, transport: Transport) -> Iterator[RemotePeer]:
-    with _peer(address, transport, LLAMA_8B.spec, bulk_layout()) as peer:
-        yield peer
+def _bulk_client(address: str, transport: Transport) -> Iterator[RemoteClient]:
+    with _client(address, transport, LLAMA_8B.spec, bulk_layout()) as client:
+        yield client
 
 
 @contextmanager
-def _peer(address: str, transport: Transport, spec: AttentionSpec, layout: KVLayout) -> Iterator[RemotePeer]:
+def _client(
+    address: str, transport: Transport, spec: AttentionSpec, layout: KVLayout
+) -> Iterator[RemoteClient]:
     model = AttentionModel(specs=(spec,), layer_class=(0,) * layout.layers, layouts=(layout,))
-    peer = RemotePeer(address, model, DTYPE, transports=(transport,))
+    client = RemoteClient(address, model, DTYPE, transports=(transport,))
     try:
-        peer.connect()
-        yield peer
+        client.connect()
+        yield client
     finally:
-        peer.close()
+        client.close()
 
 
-def _span(peer: RemotePeer, layout: KVLayout, name: str, tokens: int) -> SpanId:
+def _span(client: RemoteClient, layout: KVLayout, name: str, tokens: int) -> SpanId:
     key = SpanKey(sequence=SequenceId(name), layer_class=0, first=0, group0=0, group1=layout.groups)
-    return peer.store.create(key, capacity_tokens=tokens, layout=layout, epoch=_EPOCH)
+    return client.store.create(key, capacity_tokens=tokens, layout=layout, epoch=_EPOCH)
 
 
-def _sealed(peer: RemotePeer, layout: KVLayout, name: str, *, tokens: int) -> SpanId:
-    span = _span(peer, layout, name, tokens)
+def _sealed(client: RemoteClient, layout: KVLayout, name: str, *, tokens: int) -> SpanId:
+    span = _span(client, layout, name, tokens)
     for layer in range(layout.layers):
-        _write(peer, name, span, layer, *_kv(layout, tokens))
-    peer.store.seal(span, tokens, sequence=SequenceId(name), epoch=_EPOCH)
+        _write(client, name, span, layer, *_kv(layout, tokens))
+    client.store.seal(span, tokens, sequence=SequenceId(name), epoch=_EPOCH)
     return span
 
 
@@ -243,8 +245,10 @@ def _kv(layout: KVLayout, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return k, v
 
 
-def _write(peer: RemotePeer, name: str, span: SpanId, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-    peer.store.write(span, layer, 0, k, v, sequence=SequenceId(name), epoch=_EPOCH)
+def _write(
+    client: RemoteClient, name: str, span: SpanId, layer: int, k: torch.Tensor, v: torch.Tensor
+) -> None:
+    client.store.write(span, layer, 0, k, v, sequence=SequenceId(name), epoch=_EPOCH)
 
 
 def _timed(call: Callable[[], object]) -> float:

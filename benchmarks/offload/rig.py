@@ -14,19 +14,19 @@ from torch import Tensor
 
 from farshore.attention_offload import codec
 from farshore.attention_offload.base import AttentionModel
-from farshore.attention_offload.fanout import Fanout
-from farshore.attention_offload.plan import Read, StepPlan
-from farshore.attention_offload.remote_store import RemoteStore
+from farshore.attention_offload.client.remote_store import RemoteStore
+from farshore.attention_offload.fanout.fanout import Fanout
+from farshore.attention_offload.plan.step_plan import Read, StepPlan
 from farshore.benchmarks.delay import proxy
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kernels.base import BLOCK_TOKENS, KVLayout
-from farshore.kvstore.arena import Arena
 from farshore.kvstore.base import ShardStore, SpanKey
-from farshore.kvstore.tail import Tail
+from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.tail import Tail
 from farshore.models.llama import Llama
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
-from farshore.workers.step import Own, Steps
+from farshore.workers.engine.decode.step import LocalKV, Steps
 
 EPOCH = Epoch(1)
 TAIL_TOKENS = BLOCK_TOKENS // 2
@@ -74,7 +74,7 @@ class Ground:
         self._names = [SequenceId(f"{context_tokens} tokens, {i}") for i in range(sequences)]
         self._position = context_tokens + TAIL_TOKENS
         self._arena = arena or Arena(sequences * 2 * self._layout.block_bytes)
-        self._own = Own(self._arena.memory, own, stores[own] if own is not None else None)
+        self._own = LocalKV(self._arena.memory, own, stores[own] if own is not None else None)
         self._tails = [_tail(self._arena, self._layout, context_tokens) for _ in self._names]
         self._spans = [_spans(self._layout, name, context_tokens, stores) for name in self._names]
         self._steps: dict[Fanout, Steps] = {}

@@ -10,12 +10,12 @@ from functools import partial
 
 import torch
 
-from farshore.attention_offload.frames import Transport
-from farshore.benchmarks import offload_hop
+from farshore.attention_offload.transport.frames import Transport
 from farshore.benchmarks.machine import Facts, MachineSizes
+from farshore.benchmarks.offload import hop as offload_hop
 from farshore.benchmarks.timing import ROUNDS
 from farshore.models.llama import Llama
-from farshore.workers.stagger import TRIAL_STEPS
+from farshore.workers.engine.decode.micro_batch_tuner import TRIAL_STEPS
 
 LAYER_DENSE_S = 500e-6
 """Of SmolLM2 on two cores, about."""

@@ -14,24 +14,24 @@ from functools import partial
 from statistics import median
 
 from farshore.attention_offload.base import AttentionModel
-from farshore.attention_offload.cores import usable_cores
-from farshore.attention_offload.fanout import Fanout
-from farshore.attention_offload.frames import REMOTE, Transport
-from farshore.attention_offload.in_process import InProcessPeer
-from farshore.attention_offload.remote_peer import RemotePeer
-from farshore.benchmarks import offload_hop
+from farshore.attention_offload.client.in_process import InProcessClient
+from farshore.attention_offload.client.remote import RemoteClient
+from farshore.attention_offload.fanout.fanout import Fanout
+from farshore.attention_offload.transport.core_sharing import usable_cores
+from farshore.attention_offload.transport.frames import REMOTE, Transport
 from farshore.benchmarks.cases import Measured
-from farshore.benchmarks.offload_rig import Ground, delayed
-from farshore.benchmarks.offload_setting import Setting
+from farshore.benchmarks.offload import hop as offload_hop
+from farshore.benchmarks.offload.rig import Ground, delayed
+from farshore.benchmarks.offload.setting import Setting
 from farshore.benchmarks.report import Bar, Result
 from farshore.benchmarks.timing import Timing, interleave
 from farshore.ids import WorkerId
 from farshore.kernels.base import BLOCK_TOKENS
-from farshore.kvstore.arena import Arena
-from farshore.kvstore.store import LocalStore
+from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.store import LocalStore
 from farshore.models.llama import Llama
-from farshore.workers.attention_model import attention_model
-from farshore.workers.stagger import TRIAL_STEPS, Stagger
+from farshore.workers.engine.attention_model import attention_model
+from farshore.workers.engine.decode.micro_batch_tuner import TRIAL_STEPS, MicroBatchTuner
 
 MOST_TIMES_LOCAL = 1.10
 MOST_TIMES_HOPS = 1.2
@@ -57,9 +57,9 @@ def decode(at: Setting) -> Measured:
     arena = Arena(_kv_bytes(attention, 2, tokens))
     store = LocalStore(worker=_ENGINE, arena=arena)
     local = Ground(
-        model, attention, {_ENGINE: store}, sequences=1, context_tokens=tokens, arena=arena, own=_ENGINE
+        model, attention, {_ENGINE: store}, sequences=1, context_tokens=tokens, arena=arena, local=_ENGINE
     )
-    local_step = partial(local.step, Fanout({_ENGINE: InProcessPeer(_ENGINE, store, attention)}, attention))
+    local_step = partial(local.step, Fanout({_ENGINE: InProcessClient(_ENGINE, store, attention)}, attention))
     results: list[Result] = []
     bars: list[Bar] = []
     for workers in (1, 2):
@@ -68,11 +68,11 @@ def decode(at: Setting) -> Measured:
                 stack.enter_context(_worker(attention, 1, tokens, cores=cores))
                 for cores in _parts(threads, workers)
             ]
-            peers = {it: stack.enter_context(_peers(addresses, model, attention, it)) for it in REMOTE}
-            stores = {worker: peer.store for worker, peer in peers[Transport.GRPC].items()}
+            clients = {it: stack.enter_context(_clients(addresses, model, attention, it)) for it in REMOTE}
+            stores = {worker: client.store for worker, client in clients[Transport.GRPC].items()}
             ground = Ground(model, attention, stores, sequences=1, context_tokens=tokens)
             for transport in REMOTE:
-                step = partial(ground.step, Fanout(peers[transport], attention))
+                step = partial(ground.step, Fanout(clients[transport], attention))
                 timings = interleave(
                     {"local": local_step, "offloaded": step}, rounds=at.sizes.rounds, calls=STEPS_A_RUN
                 )
@@ -114,11 +114,11 @@ def staggered(at: Setting) -> Measured:
     with (
         _worker(attention, sizes.sequences, sizes.context_tokens, cores=worker_cores) as address,
         delayed(address, attention, model.dtype, sizes.delay_s) as far_address,
-        _peers([address], model, attention, Transport.TCP) as near,
-        _peers([far_address], model, attention, Transport.TCP) as far,
+        _clients([address], model, attention, Transport.TCP) as near,
+        _clients([far_address], model, attention, Transport.TCP) as far,
         _on(own_cores),
     ):
-        stores = {worker: peer.store for worker, peer in near.items()}
+        stores = {worker: client.store for worker, client in near.items()}
         ground, one_token = (
             Ground(model, attention, stores, sequences=sizes.sequences, context_tokens=tokens)
             for tokens in (sizes.context_tokens, 1)
@@ -143,10 +143,10 @@ def staggered(at: Setting) -> Measured:
 
 def _chosen(ground: Ground, shards: Fanout, rows: int, *, steps: int) -> int:
     """What the engine itself, which measures nothing but its steps, settles on."""
-    stagger = Stagger(lambda: shards.waited_s)
+    tuner = MicroBatchTuner(lambda: shards.waited_s)
     ran = []
     for _ in range(steps):
-        with stagger.step(rows) as n:
+        with tuner.step(rows) as n:
             ground.step(shards, micro_batches=n)
         ran.append(n)
     return max(set(ran[-TRIAL_STEPS * 2 :]), key=ran.count)
@@ -213,17 +213,17 @@ def _worker(attention: AttentionModel, sequences: int, tokens: int, *, cores: li
 
 
 @contextmanager
-def _peers(
+def _clients(
     addresses: list[str], model: Llama, attention: AttentionModel, transport: Transport
-) -> Iterator[dict[WorkerId, RemotePeer]]:
-    peers = {
-        WorkerId(f"shard-{i}"): RemotePeer(address, attention, model.dtype, transports=[transport])
+) -> Iterator[dict[WorkerId, RemoteClient]]:
+    clients = {
+        WorkerId(f"shard-{i}"): RemoteClient(address, attention, model.dtype, transports=[transport])
         for i, address in enumerate(addresses)
     }
     try:
-        for peer in peers.values():
-            peer.connect()
-        yield peers
+        for client in clients.values():
+            client.connect()
+        yield clients
     finally:
-        for peer in peers.values():
-            peer.close()
+        for client in clients.values():
+            client.close()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from farshore.benchmarks.machine import Facts
-from farshore.benchmarks.quality_rig import Answer, Reader, Score
+from farshore.benchmarks.quality.rig import Answer, Reader, Score
 from farshore.benchmarks.report import Bar, Report, Result
 from farshore.benchmarks.timing import Timing
 from farshore.errors import InvalidRequest

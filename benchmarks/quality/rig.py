@@ -14,20 +14,20 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from farshore.attention_offload.in_process import InProcessPeer
+from farshore.attention_offload.client.in_process import InProcessClient
 from farshore.errors import DeadlineExceeded
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kernels.formats import KVFormat
-from farshore.kvstore.arena import Arena
-from farshore.kvstore.store import LocalStore
+from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.store import LocalStore
 from farshore.models.llama import Llama
-from farshore.workers.attention_model import attention_model
-from farshore.workers.cache import SequenceCache
-from farshore.workers.engine import Engine
-from farshore.workers.pool import Pool
-from farshore.workers.prefill import Segment
-from farshore.workers.prefix import fingerprint
-from farshore.workers.sequence import Event, Failed, Finished, Sampled, Sampling, Sequence
+from farshore.workers.engine.attention_model import attention_model
+from farshore.workers.engine.engine import Engine
+from farshore.workers.engine.kv.cache import SequenceCache
+from farshore.workers.engine.kv.pool import Pool
+from farshore.workers.engine.kv.prefix import fingerprint
+from farshore.workers.engine.prefill.segment import Segment
+from farshore.workers.engine.sequence import Event, Failed, Finished, Sampled, Sampling, Sequence
 
 ARENA_BYTES = 1 << 30
 SEGMENT_TOKENS = 512
@@ -74,13 +74,13 @@ class Reader:
         self._attention = attention_model(model.config, model.dtype, format)
         self._arena = Arena(ARENA_BYTES)
         store = LocalStore(worker=_WORKER, arena=self._arena)
-        self._peers = {_WORKER: InProcessPeer(_WORKER, store, self._attention)}
+        self._clients = {_WORKER: InProcessClient(_WORKER, store, self._attention)}
         self._numbers = count(1)
         self._engine = Engine(
             model=model,
             attention=self._attention,
             arena=self._arena,
-            peers=self._peers,
+            clients=self._clients,
             targets=[_WORKER],
             shard_by="range",
             claim=lambda _: Epoch(next(self._numbers)),
@@ -129,7 +129,7 @@ class Reader:
             # A prefix that is stored already would not be read again, and so not be scored.
             fingerprint=fingerprint(self._model.config, self._attention, revision="", salt=name),
         )
-        pool = Pool(self._peers, [_WORKER])
+        pool = Pool(self._clients, [_WORKER])
         cache = SequenceCache(arena=self._arena, pool=pool, model=self._attention, shard_by="range")
         cache.place(sequence, promised_tokens=0)
         logprobs, best = [], []

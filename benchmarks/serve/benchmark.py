@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 
-from farshore.benchmarks import cases, serve_load, serve_peer, serve_start
+from farshore.benchmarks import cases
 from farshore.benchmarks.cases import Measured
 from farshore.benchmarks.machine import Facts
 from farshore.benchmarks.report import Bar, Report, Result
-from farshore.benchmarks.serve_setting import Setting, Sizes
+from farshore.benchmarks.serve import load as serve_load
+from farshore.benchmarks.serve import peer as serve_peer
+from farshore.benchmarks.serve import start as serve_start
+from farshore.benchmarks.serve.setting import Setting, Sizes
 
 DECODE_MS = {128: 14.0, 8192: 25.0, 32768: 55.0}
 PREFILL_TPS = {1024: 1100.0, 8192: 550.0, 32768: 190.0}

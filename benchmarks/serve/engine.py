@@ -12,19 +12,19 @@ from typing import Self
 
 import torch
 
-from farshore.attention_offload.in_process import InProcessPeer
+from farshore.attention_offload.client.in_process import InProcessClient
 from farshore.errors import DeadlineExceeded
 from farshore.ids import Epoch, SequenceId, WorkerId
-from farshore.kvstore.arena import Arena
 from farshore.kvstore.base import SpanKey
 from farshore.kvstore.prefix import chain
-from farshore.kvstore.store import LocalStore
+from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.store import LocalStore
 from farshore.models.llama import Llama
-from farshore.workers.admission import EngineLimits
-from farshore.workers.attention_model import attention_model
-from farshore.workers.engine import Engine
-from farshore.workers.prefix import fingerprint
-from farshore.workers.sequence import Event, Failed, Finished, Prefilled, Sampled, Sampling
+from farshore.workers.engine.admission import EngineLimits
+from farshore.workers.engine.attention_model import attention_model
+from farshore.workers.engine.engine import Engine
+from farshore.workers.engine.kv.prefix import fingerprint
+from farshore.workers.engine.sequence import Event, Failed, Finished, Prefilled, Sampled, Sampling
 
 WORKER = WorkerId("dense")
 DEADLINE_S = 3600.0
@@ -87,7 +87,7 @@ class LocalEngine:
             model=model,
             attention=self._attention,
             arena=arena,
-            peers={WORKER: InProcessPeer(WORKER, self._store, self._attention)},
+            clients={WORKER: InProcessClient(WORKER, self._store, self._attention)},
             targets=[WORKER],
             shard_by="range",
             claim=lambda _: Epoch(next(epochs)),

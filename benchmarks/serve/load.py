@@ -10,8 +10,8 @@ from random import Random
 from statistics import median, quantiles
 
 from farshore.benchmarks.report import Result
-from farshore.benchmarks.serve_engine import LocalEngine, Request
-from farshore.benchmarks.serve_setting import Limits, Setting, prefill_flops, step_bytes
+from farshore.benchmarks.serve.engine import LocalEngine, Request
+from farshore.benchmarks.serve.setting import Limits, Setting, prefill_flops, step_bytes
 from farshore.benchmarks.timing import Timing
 from farshore.kernels.base import BLOCK_TOKENS
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from farshore.benchmarks.report import Bar, Result
-from farshore.benchmarks.serve_setting import Setting, Sizes
+from farshore.benchmarks.serve.setting import Setting, Sizes
 from farshore.benchmarks.timing import Timing
 from farshore.errors import InvalidRequest
 from farshore.models.source import DEMO, resolve

@@ -16,7 +16,7 @@ from farshore.kernels.base import KVLayout
 from farshore.models.config import ModelConfig
 from farshore.models.llama import Llama
 from farshore.models.weights import expected_shapes
-from farshore.workers.attention_model import attention_model
+from farshore.workers.engine.attention_model import attention_model
 
 
 @dataclass(frozen=True, slots=True)

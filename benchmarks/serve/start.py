@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from farshore.benchmarks.report import Result
-from farshore.benchmarks.serve_setting import Setting
+from farshore.benchmarks.serve.setting import Setting
 from farshore.benchmarks.timing import Timing
 from farshore.errors import StartupError
 from farshore.models.source import DEMO, resolve
@@ -46,7 +46,7 @@ def measure(at: Setting, *, cold: bool) -> Result:
 def _start_s() -> float:
     begun_s = time.perf_counter()
     server = subprocess.Popen(
-        [sys.executable, "-P", "-m", "farshore.client.cli", "serve", "--port", "0"],
+        [sys.executable, "-P", "-m", "farshore.client.cli.main", "serve", "--port", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from farshore.client.cli_options import positive, whole
-from farshore.client.cli_terminal import Progress, table
+from farshore.client.cli.options import positive, whole
+from farshore.client.cli.terminal import Progress, table
 from farshore.errors import InvalidRequest
 
 

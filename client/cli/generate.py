@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from farshore.client import events
-from farshore.client.cli_connect import await_gateway
-from farshore.client.cli_options import (
+from farshore.client.cli.connect import await_gateway
+from farshore.client.cli.options import (
     DEFAULT_SERVER,
     DEMO_MODEL,
     add_cluster_options,
@@ -22,8 +22,8 @@ from farshore.client.cli_options import (
     no_gateway,
     server_address,
 )
-from farshore.client.cli_sampling import add_sampling_options, asked
-from farshore.client.cli_terminal import Progress, stop_signals
+from farshore.client.cli.sampling import add_sampling_options, asked
+from farshore.client.cli.terminal import Progress, stop_signals
 from farshore.client.sdk import Client
 from farshore.errors import Cancelled, FarshoreError, InvalidRequest, TransportError
 

@@ -9,7 +9,10 @@ import sys
 from collections.abc import Sequence
 
 from farshore import __version__
-from farshore.client import cli_bench, cli_generate, cli_serve, cli_status
+from farshore.client.cli import bench as cli_bench
+from farshore.client.cli import generate as cli_generate
+from farshore.client.cli import serve as cli_serve
+from farshore.client.cli import status as cli_status
 from farshore.errors import FarshoreError
 
 

@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from farshore.client.cli_options import number, positive, whole
+from farshore.client.cli.options import number, positive, whole
 
 _SAME_NAME = (
     "max_tokens",

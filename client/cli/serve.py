@@ -7,8 +7,8 @@ import argparse
 from collections.abc import Callable
 
 from farshore import __version__
-from farshore.client.cli_options import DEMO_MODEL, add_cluster_options, cluster_config
-from farshore.client.cli_terminal import Progress, stop_signals
+from farshore.client.cli.options import DEMO_MODEL, add_cluster_options, cluster_config
+from farshore.client.cli.terminal import Progress, stop_signals
 from farshore.controller.config import ClusterConfig
 from farshore.errors import PartEnded
 

@@ -7,9 +7,9 @@ import argparse
 import dataclasses
 import json
 
-from farshore.client.cli_connect import await_gateway
-from farshore.client.cli_options import DEFAULT_SERVER, no_gateway, server_address
-from farshore.client.cli_terminal import Progress, size, table
+from farshore.client.cli.connect import await_gateway
+from farshore.client.cli.options import DEFAULT_SERVER, no_gateway, server_address
+from farshore.client.cli.terminal import Progress, size, table
 from farshore.client.events import ClusterStatus, Sequence
 from farshore.client.sdk import Client
 

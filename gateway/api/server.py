@@ -17,12 +17,12 @@ from grpc_reflection.v1alpha import reflection
 
 from farshore import rpc
 from farshore.errors import InvalidRequest, PortInUse
-from farshore.gateway.engine import Engine
-from farshore.gateway.engine_health import EngineHealth
+from farshore.gateway.api.service import InferenceService
+from farshore.gateway.engines.engine_client import GrpcEngineClient
+from farshore.gateway.engines.health import EngineHealth
 from farshore.gateway.limits import Limits
-from farshore.gateway.requests import RequestLog
+from farshore.gateway.requests.requests import RequestLog
 from farshore.gateway.served import Served
-from farshore.gateway.service import InferenceService
 from farshore.interpreter import make_nicer
 from farshore.proto import cluster_pb2_grpc, inference_pb2
 
@@ -42,7 +42,7 @@ class Gateway:
         server: grpc.aio.Server,
         health_state: health.aio.HealthServicer,
         log: RequestLog,
-        engine: Engine,
+        engine: GrpcEngineClient,
         probing: asyncio.Task,
         controller: grpc.aio.Channel,
         tokenizing: ThreadPoolExecutor,
@@ -102,7 +102,7 @@ async def create(
         maximum_concurrent_rpcs=limits.max_readers + limits.other_calls,
     )
     port = _bind(server, listen)
-    engine_client = Engine(engine, served=served, limits=limits)
+    engine_client = GrpcEngineClient(engine, served=served, limits=limits)
     health_state = health.aio.HealthServicer()
     engine_health = EngineHealth(
         engine_client.channel, engine, limits=limits, changed=functools.partial(_tell, health_state)

@@ -17,10 +17,11 @@ from google.protobuf.message import DecodeError, Message
 
 from farshore import rpc
 from farshore.errors import DeadlineExceeded, FarshoreError, InvalidRequest, Overloaded
-from farshore.gateway import received, validate
+from farshore.gateway.api import received
 from farshore.gateway.limits import Limits
-from farshore.gateway.request import Request, RequestFailed
-from farshore.gateway.requests import RequestLog
+from farshore.gateway.requests import validate
+from farshore.gateway.requests.request import Request, RequestFailed
+from farshore.gateway.requests.requests import RequestLog
 from farshore.gateway.served import Served
 from farshore.gateway.shown import shortened
 from farshore.proto import cluster_pb2, cluster_pb2_grpc

@@ -9,12 +9,12 @@ import asyncio
 import grpc
 
 from farshore import rpc
-from farshore.gateway.answer import Answer
 from farshore.gateway.limits import Limits
-from farshore.gateway.request import Failure, Request
+from farshore.gateway.requests.answer import Answer
+from farshore.gateway.requests.request import Failure, Request
+from farshore.gateway.requests.validate import Job
 from farshore.gateway.served import Served
 from farshore.gateway.shown import shortened
-from farshore.gateway.validate import Job
 from farshore.proto import cluster_pb2 as cluster
 from farshore.proto import cluster_pb2_grpc
 from farshore.proto import inference_pb2 as api
@@ -38,8 +38,9 @@ _OURS = {
 }
 
 
-class Engine:
-    """Owns the channel; ``close`` it. On the event loop only."""
+class GrpcEngineClient:
+    """A :class:`~farshore.gateway.requests.requests.EngineClient`. Owns the channel; ``close`` it. On the
+    event loop only."""
 
     def __init__(self, address: str, *, served: Served, limits: Limits) -> None:
         self._address = address

@@ -3,9 +3,9 @@
 Driven by ``engine``, which owns the connection. Must not know about calls, deadlines or readers.
 """
 
-from farshore.gateway.completion import Completion
-from farshore.gateway.request import Request
-from farshore.gateway.validate import Job
+from farshore.gateway.requests.completion import Completion
+from farshore.gateway.requests.request import Request
+from farshore.gateway.requests.validate import Job
 from farshore.models.tokenizer import Tokenizer
 from farshore.proto import cluster_pb2 as cluster
 from farshore.proto import inference_pb2 as api

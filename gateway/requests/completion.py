@@ -3,8 +3,8 @@
 Made by ``engine`` for every choice. Must not know where tokens come from or who reads the text.
 """
 
-from farshore.gateway.stop_strings import StopStrings
-from farshore.gateway.validate import Job
+from farshore.gateway.requests.stop_strings import StopStrings
+from farshore.gateway.requests.validate import Job
 from farshore.models.tokenizer import Tokenizer
 from farshore.proto import inference_pb2 as api
 

@@ -14,16 +14,16 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Executor
+from typing import Protocol
 
 import grpc
 
 from farshore import rpc
 from farshore.errors import FarshoreError, InvalidRequest, NotFound, Overloaded, TransportError
-from farshore.gateway.engine import Engine
 from farshore.gateway.limits import Limits
-from farshore.gateway.request import Failure, Request
+from farshore.gateway.requests.request import Failure, Request
+from farshore.gateway.requests.validate import Job
 from farshore.gateway.shown import shown
-from farshore.gateway.validate import Job
 from farshore.proto import inference_pb2 as api
 
 _logger = logging.getLogger(__name__)
@@ -31,12 +31,24 @@ _logger = logging.getLogger(__name__)
 _LEAST_TIMER_S = 0.01
 
 
+class EngineClient(Protocol):
+    """An engine, as the request log uses it. On the event loop only."""
+
+    async def pump(self, request: Request, job: Job) -> None:
+        """Runs ``job`` and fills ``request``, which has ended when this returns, whatever happened."""
+
+    async def cancel(
+        self, sequence_id: str, *, choice: int | None = None, deadline_s: float | None = None
+    ) -> None:
+        """Asks the engine to end a sequence, or one choice of it. Raises nothing."""
+
+
 class RequestLog:
     """On the event loop only. ``close`` ends every live request."""
 
     def __init__(
         self,
-        engine: Engine,
+        engine: EngineClient,
         limits: Limits,
         *,
         preparing: Executor,

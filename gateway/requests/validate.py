@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from farshore.errors import InvalidRequest, ModelError
-from farshore.gateway import sampling as sampling_limits
 from farshore.gateway.limits import Limits
+from farshore.gateway.requests import sampling as sampling_limits
 from farshore.gateway.served import Served
 from farshore.gateway.shown import shown
 from farshore.proto import cluster_pb2 as cluster

@@ -206,7 +206,7 @@ def logits(head: Head, h: Tensor) -> Tensor:
     return out
 
 
-class Passage:
+class LayerBuffers:
     """The slices of all layers on R rows, in memory that stays where it is: checked once, nothing allocated.
 
     ``positions`` i64[R]; ``h`` [R, hidden], in front of layer 0 or behind the layer finished last; ``q``

@@ -5,7 +5,7 @@ is kept by construction: there is no memory beside it. The store and the tails a
 what a block holds.
 
 Address space is reserved at once; what is granted was touched before, so that nobody's copy waits for pages;
-what is freed goes back to the system but for a spare part: see :mod:`farshore.kvstore.pages`. A grant may
+what is freed goes back to the system but for a spare part: see ``pages``. A grant may
 hold what its last owner left there: who reads a block has written it first.
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from farshore.errors import Full, InvalidRequest
-from farshore.kvstore.pages import pages
+from farshore.kvstore.store.pages import pages
 
 SPARE_SHARE = 8
 """One part in so many of the budget may lie free and committed, if nothing else is asked for."""

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from farshore.kernels.base import KVLayout, Segments, StoredKV
-from farshore.kvstore.arena import stride_bytes
-from farshore.kvstore.forms import from_stored, stored_bytes, to_stored
+from farshore.kvstore.store.arena import stride_bytes
+from farshore.kvstore.store.forms import from_stored, stored_bytes, to_stored
 
 try:
     from farshore.kvstore import _native as native
@@ -43,7 +43,7 @@ def copy_in(
     threads: int = 1,
 ) -> None:
     """Writes the n tokens of k, v to tokens ``first .. first + n`` of one layer; for their forms see
-    :mod:`farshore.kvstore.forms`."""
+    :mod:`farshore.kvstore.store.forms`."""
     last = first + k.shape[1]
     if native_for(memory) is None:
         stored = to_stored(layout, k, v)

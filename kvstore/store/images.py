@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from farshore.kernels.base import KVLayout
-from farshore.kvstore.blocks import Bases, native_for, stretches
+from farshore.kvstore.store.blocks import Bases, native_for, stretches
 
 PART_BYTES = 1 << 20
 """Stays in a core's own cache between the passes over it: copy, checksum, XOR."""

@@ -5,7 +5,7 @@
 system when more than ``spare_bytes`` of them lie free. Huge pages where they fit: what is granted is read
 whole, again and again. :class:`DevicePages` is memory of an accelerator, taken once and kept.
 
-For :mod:`farshore.kvstore.arena` alone, which guards all but ``populate``. It must not know who holds what.
+For ``arena`` alone, which guards all but ``populate``. It must not know who holds what.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from farshore.errors import InvalidRequest
-from farshore.kvstore.ranges import Ranges
+from farshore.kvstore.store.ranges import Ranges
 
 HUGE_PAGE_BYTES = 2 << 20
 HUGE_FROM_BYTES = 32 << 20

@@ -22,10 +22,10 @@ from farshore.errors import InvalidRequest
 from farshore.ids import Epoch, SequenceId, SpanId
 from farshore.kernels.base import KVLayout
 from farshore.kvstore.base import Covered, Digest, SpanKey
-from farshore.kvstore.blocks import native_for
-from farshore.kvstore.images import cut, fields, part_layout
-from farshore.kvstore.store import LocalStore
-from farshore.kvstore.transfer import Header, Piece, matching
+from farshore.kvstore.store.blocks import native_for
+from farshore.kvstore.store.images import cut, fields, part_layout
+from farshore.kvstore.store.store import LocalStore
+from farshore.kvstore.store.transfer import Header, Piece, matching
 
 
 class Member(NamedTuple):

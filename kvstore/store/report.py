@@ -1,15 +1,15 @@
 """What a store says about itself: its spans, its memory, and whether its books add up.
 
-For :mod:`farshore.kvstore.store` alone, which calls it in its lock. It changes nothing.
+For :mod:`farshore.kvstore.store.store` alone, which calls it in its lock. It changes nothing.
 """
 
 from collections.abc import Collection, Mapping
 
 from farshore.ids import SpanId
-from farshore.kvstore.arena import Arena
 from farshore.kvstore.base import SpanInfo, Usage
-from farshore.kvstore.holds import Holds
-from farshore.kvstore.span import Span
+from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.holds import Holds
+from farshore.kvstore.store.span import Span
 
 
 def infos(spans: Mapping[SpanId, Span], holds: Holds) -> list[SpanInfo]:

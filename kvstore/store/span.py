@@ -1,6 +1,6 @@
 """One span in this process's arena: the record that the store keeps, and what may be asked of it.
 
-For :mod:`farshore.kvstore.store` alone, which guards every change. It must not know who holds it.
+For :mod:`farshore.kvstore.store.store` alone, which guards every change. It must not know who holds it.
 """
 
 from dataclasses import dataclass, field
@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from farshore.errors import InvalidRequest
 from farshore.ids import Epoch, SpanId
 from farshore.kernels.base import KVLayout
-from farshore.kvstore import forms
-from farshore.kvstore.arena import Extent
 from farshore.kvstore.base import Covered, Digest, SpanKey
-from farshore.kvstore.ranges import Ranges
+from farshore.kvstore.store import forms
+from farshore.kvstore.store.arena import Extent
+from farshore.kvstore.store.ranges import Ranges
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -23,14 +23,14 @@ from torch import Tensor
 from farshore.errors import Fenced, InvalidRequest, NotFound
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import KVLayout, Segments
-from farshore.kvstore import blocks, forms, images, report, transfer
-from farshore.kvstore.arena import Arena
 from farshore.kvstore.base import Chunk, Covered, Digest, SpanInfo, SpanKey, SpanSlice, Stored, Usage
-from farshore.kvstore.holds import Holds
 from farshore.kvstore.prefix import PrefixBlock, PrefixIndex
-from farshore.kvstore.ranges import Ranges
-from farshore.kvstore.span import Span, check_readable, check_sealed, check_shape
-from farshore.kvstore.transfer import Header, Piece
+from farshore.kvstore.store import blocks, forms, images, report, transfer
+from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.holds import Holds
+from farshore.kvstore.store.ranges import Ranges
+from farshore.kvstore.store.span import Span, check_readable, check_sealed, check_shape
+from farshore.kvstore.store.transfer import Header, Piece
 
 
 class LocalStore:
@@ -226,7 +226,7 @@ class LocalStore:
         self, span: SpanId, layer: int, first: int, last: int, *, sequence: SequenceId
     ) -> Iterator[list[int]]:
         """Where sealed tokens lie, for a transport that sends them from there: see
-        :func:`farshore.kvstore.blocks.runs`. They stay for as long as the context lasts."""
+        :func:`farshore.kvstore.store.blocks.runs`. They stay for as long as the context lasts."""
         with self._pinned(span, holder=sequence) as it:
             check_readable(span, it, first, last)
             forms.check_layer(it.layout, layer)

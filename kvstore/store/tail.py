@@ -22,8 +22,8 @@ from torch import Tensor
 
 from farshore.errors import InvalidRequest
 from farshore.kernels.base import KVLayout, Segments
-from farshore.kvstore import blocks, forms
-from farshore.kvstore.arena import Arena, Extent, stride_bytes
+from farshore.kvstore.store import blocks, forms
+from farshore.kvstore.store.arena import Arena, Extent, stride_bytes
 
 # Indices into a tail's marks, which native appends check and move too (`Growth` in native/copy.h).
 _FREED, _END, _WRITTEN = 0, 1, 2
@@ -97,7 +97,7 @@ class Tail:
 
     def append(self, layer: int, position: int, k: Tensor, v: Tensor) -> None:
         """Copies n tokens of one layer in, at ``position``: k ``[k_heads, n, k_dim]``, v likewise; see
-        :mod:`farshore.kvstore.forms` for their dtypes.
+        :mod:`farshore.kvstore.store.forms` for their dtypes.
 
         Allocates as needed (Full: nothing was written). Scratch may be overwritten; InvalidRequest below
         ``end``, or where it would leave a hole behind the layer's newest token.
@@ -159,7 +159,7 @@ class Tail:
         self, layer: int, first: int, last: int, *, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
         """Copies of positions ``[first, last)``, all complete: k ``[k_heads, n, k_dim]``, v likewise; in
-        ``dtype`` as in :func:`farshore.kvstore.blocks.copy_out`.
+        ``dtype`` as in :func:`farshore.kvstore.store.blocks.copy_out`.
 
         InvalidRequest outside of ``[start, end)``."""
         forms.check_layer(self._layout, layer)
@@ -251,7 +251,7 @@ class TailBatch:
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """One layer of every row: k ``[R, k_heads, k_dim]``, v ``[R, v_heads, v_dim]``; as elements in any
-        dtype that :mod:`farshore.kvstore.forms` takes, or as stored.
+        dtype that :mod:`farshore.kvstore.store.forms` takes, or as stored.
 
         InvalidRequest, and nothing is written, for other shapes and dtypes, where a tail was truncated, or
         where the layer would get a hole. Repeating it is fine.

@@ -1,7 +1,7 @@
 """Sealed tokens on their way from one store to another: chunks that carry their own checksum.
 
 A migration, a replica and parity all move sealed ranges. An export is a stream of **chunks**, a part of the
-range each (:mod:`farshore.kvstore.images`), plain bytes that any transport carries, one at a time in memory.
+range each (see ``images``), plain bytes that any transport carries, one at a time in memory.
 The other end checks each before it uses it: what was damaged, cut short, left out, repeated or put in another
 order is refused by name. :class:`Piece` is a chunk's content on either side, where nobody has to check it.
 Called by the store. It must not know networks, nor whose memory it is.
@@ -21,8 +21,8 @@ from farshore.ids import SequenceId
 from farshore.kernels.base import KVLayout
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore.base import Chunk, Digest, SpanKey
-from farshore.kvstore.forms import as_bytes
-from farshore.kvstore.images import Part, cut, part_layout
+from farshore.kvstore.store.forms import as_bytes
+from farshore.kvstore.store.images import Part, cut, part_layout
 
 # Name and version, layout (format, V in K, 7 sizes), key, parity, tokens, part; then the sequence in UTF-8.
 _HEADER = struct.Struct("<4s 8s? 7I IIHH ?I 4I")

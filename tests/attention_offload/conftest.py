@@ -9,22 +9,22 @@ import pytest
 import torch
 
 from farshore.attention_offload.base import AttentionModel
-from farshore.attention_offload.bulk_server import serve_bulk
-from farshore.attention_offload.connect import WELCOME
-from farshore.attention_offload.engine_holds import EngineHolds
-from farshore.attention_offload.frame_server import FrameListener, serve_frames
-from farshore.attention_offload.frame_stream import FrameStream
-from farshore.attention_offload.frames import REMOTE, Sent, Transport
-from farshore.attention_offload.in_process import InProcessPeer
-from farshore.attention_offload.plan import Read, ShardStep
-from farshore.attention_offload.remote_peer import RemotePeer
-from farshore.attention_offload.shard import AttendedBytes, ShardSession
+from farshore.attention_offload.client.in_process import InProcessClient
+from farshore.attention_offload.client.remote import RemoteClient
+from farshore.attention_offload.plan.step_plan import Read, ShardStep
+from farshore.attention_offload.shard.bulk_loop import serve_bulk
+from farshore.attention_offload.shard.engine_holds import EngineHolds
+from farshore.attention_offload.shard.frame_loop import FrameListener, serve_frames
+from farshore.attention_offload.shard.session import AttendedBytes, ShardSession
+from farshore.attention_offload.transport.connect import WELCOME
+from farshore.attention_offload.transport.frames import REMOTE, Sent, Transport
+from farshore.attention_offload.transport.native_stream import FrameStream
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kernels.base import AttentionSpec, KVLayout, State
 from farshore.kernels.formats import KVFormat
-from farshore.kvstore.arena import Arena
 from farshore.kvstore.base import SpanKey
-from farshore.kvstore.store import LocalStore
+from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.store import LocalStore
 
 DEADLINE_S = 60.0
 
@@ -76,15 +76,15 @@ class Workload:
         q = torch.randn(rows, groups * self.spec.q_heads_per_group, self.spec.k_dim, generator=random)
         return q.to(self.dtype)
 
-    def run(self, peer, step):
+    def run(self, client, step):
         """Every layer's state, as raw bytes: what two peers must agree on. Connects first where there is no
         connection, as the engine does beside its loop."""
-        peer.connect()
-        peer.begin(step)
+        client.connect()
+        client.begin(step)
         states = []
         for layer in range(self.layers):
             q = self.query(rows=len(step.rows), groups=step.group1 - step.group0, seed=layer)
-            states.append(peer.wait(peer.send(layer, 0, q)))
+            states.append(client.wait(client.send(layer, 0, q)))
         return self.raw_bytes(states)
 
     def raw_bytes(self, states):
@@ -127,22 +127,23 @@ def transport(request):
 
 @pytest.fixture
 def reach(work):
-    """reach(address, ...) -> RemotePeer of the work's model that tries all transports, or those given; closed
+    """reach(address, ...) -> RemoteClient of the work's model that tries all transports, or those given;
+    closed
     after the test."""
-    peers = []
+    clients = []
 
     def to(address, **options):
-        peers.append(RemotePeer(address, work.model, work.dtype, **options))
-        return peers[-1]
+        clients.append(RemoteClient(address, work.model, work.dtype, **options))
+        return clients[-1]
 
     yield to
-    for peer in peers:
-        peer.close()
+    for client in clients:
+        client.close()
 
 
 @pytest.fixture
 def connect(connect, work, transport):
-    """connect(address, ...) -> RemotePeer of the work's model."""
+    """connect(address, ...) -> RemoteClient of the work's model."""
     return partial(connect, model=work.model, transports=(transport, Transport.GRPC))
 
 
@@ -265,7 +266,7 @@ class Room:
         stream.send(sent, q)
         stream.wait(sent, out, DEADLINE_S)
         stream.close()
-        local = InProcessPeer(WorkerId("shard"), self.store, self.work.model)
+        local = InProcessClient(WorkerId("shard"), self.store, self.work.model)
         local.begin(self.step)
         expected = local.wait(local.send(0, 0, q))
         assert torch.equal(out.o, expected.o) and torch.equal(out.lse, expected.lse)

@@ -11,6 +11,11 @@ pytestmark = pytest.mark.heavy
 
 def test_memory_and_undefined_behaviour(sanitiser):
     here = Path(__file__).parent
-    names = ("test_garbage.py", "test_garbage_steps.py", "test_reads.py", "test_door.py")
+    names = (
+        "transport/test_garbage.py",
+        "transport/test_garbage_steps.py",
+        "fanout/test_reads.py",
+        "shard/test_checks.py",
+    )
     tests = [here / name for name in names]
     sanitiser.run_suite("farshore.attention_offload._native", SOURCES, tests)

@@ -3,9 +3,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from farshore.benchmarks.implementation import choose
+from farshore.benchmarks.kernels.implementation import choose
+from farshore.benchmarks.kernels.shapes import Sizes
 from farshore.benchmarks.machine import MachineSizes, facts
-from farshore.benchmarks.shapes import Sizes
 from farshore.models.llama import LayerWeights, Llama, LlamaWeights
 from farshore.models.weights import expected_shapes
 

@@ -5,7 +5,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from farshore.client.cli import main
+from farshore.client.cli.main import main
 from farshore.controller.config import ClusterConfig
 from farshore.gateway.served import Served
 
@@ -104,4 +104,4 @@ def cluster(monkeypatch):
 @pytest.fixture
 def nothing_listens(monkeypatch):
     """Whatever else runs on this machine: no gateway at the default address."""
-    monkeypatch.setattr("farshore.client.cli_generate.DEFAULT_SERVER", "127.0.0.1:1")
+    monkeypatch.setattr("farshore.client.cli.generate.DEFAULT_SERVER", "127.0.0.1:1")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from farshore.controller.room import too_little_memory
+from farshore.controller.controller import too_little_memory
 
 GIB = 1 << 30
 

@@ -7,14 +7,14 @@ import grpc
 import pytest
 
 from farshore import rpc
-from farshore.attention_offload.grpc_server import AttentionService
-from farshore.attention_offload.grpc_server import serve as serve_attention
+from farshore.attention_offload.shard.service import AttentionService
+from farshore.attention_offload.shard.service import serve as serve_attention
 from farshore.controller.config import ClusterConfig
 from farshore.controller.service import PROBE_DEADLINE_S, ControllerService
 from farshore.ids import SequenceId, WorkerId
-from farshore.kvstore.arena import Arena
-from farshore.kvstore.directory import EmbeddedDirectory
-from farshore.kvstore.store import LocalStore
+from farshore.kvstore.directory.embedded import EmbeddedDirectory
+from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.store import LocalStore
 from farshore.models.config import load_config
 from farshore.models.source import resolve
 from farshore.proto import cluster_pb2 as pb

@@ -17,8 +17,8 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from farshore import rpc
+from farshore.gateway.api.server import create
 from farshore.gateway.limits import Limits
-from farshore.gateway.server import create
 from farshore.proto import cluster_pb2, cluster_pb2_grpc, inference_pb2_grpc
 from farshore.proto import inference_pb2 as api
 

@@ -13,7 +13,7 @@ RACES = """
 #include <cstdlib>
 #include <thread>
 #include <vector>
-#include "pool.h"
+#include "runtime/pool.h"
 
 // Callers that compete for the pool, tasks of changing size, offers, plain writes that the pool alone orders.
 int main() {
@@ -55,4 +55,6 @@ def test_memory_and_undefined_behaviour(sanitiser):
 
 def test_the_pool_has_no_races(sanitiser, tmp_path):
     (tmp_path / "races.cpp").write_text(RACES)
-    sanitiser.run_program([tmp_path / "races.cpp", SOURCES / "pool.cpp"], "thread", include=SOURCES)
+    sanitiser.run_program(
+        [tmp_path / "races.cpp", SOURCES / "runtime" / "pool.cpp"], "thread", include=SOURCES
+    )

@@ -9,10 +9,10 @@ from torch import Tensor
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import KVLayout, Segments
 from farshore.kernels.formats import KVFormat
-from farshore.kvstore import blocks
-from farshore.kvstore.arena import Arena
 from farshore.kvstore.base import SpanKey
-from farshore.kvstore.store import LocalStore
+from farshore.kvstore.store import blocks
+from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.store import LocalStore
 
 Tokens = Callable[[KVLayout, int], tuple[Tensor, Tensor]]
 Gather = Callable[[Tensor, KVLayout, Segments, int], tuple[Tensor, Tensor, Tensor]]

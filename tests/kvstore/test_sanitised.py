@@ -21,5 +21,5 @@ pytestmark = pytest.mark.heavy
 
 
 def test_memory_and_undefined_behaviour(sanitiser):
-    tests = [Path(__file__).parent / name for name in SUITE]
+    tests = [Path(__file__).parent / "store" / name for name in SUITE]
     sanitiser.run_suite("farshore.kvstore._native", SOURCES, tests, "-k", "not pytorch")

@@ -84,7 +84,7 @@ def slices(model: Llama, rows: int, seed: int = 0):
     behind = model.finish(0, h, o)
     over = h.clone()
     assert model.finish(0, over, o, out=over) is over and torch.equal(over, behind)
-    way = model.passage(rows)
+    way = model.layer_buffers(rows)
     way.positions.copy_(positions)
     way.enter(h)
     way.project(0)

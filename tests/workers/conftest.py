@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from farshore.attention_offload.in_process import InProcessPeer
+from farshore.attention_offload.client.in_process import InProcessClient
 from farshore.ids import SequenceId, WorkerId
-from farshore.kvstore.arena import Arena
-from farshore.kvstore.store import LocalStore
+from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.store import LocalStore
 from farshore.models.config import ModelConfig
 from farshore.models.llama import Llama
 from farshore.models.source import resolve
 from farshore.models.weights import load_model
-from farshore.workers.attention_model import attention_model
-from farshore.workers.engine import Engine
-from farshore.workers.sequence import Failed, Finished, Sampled
+from farshore.workers.engine.attention_model import attention_model
+from farshore.workers.engine.engine import Engine
+from farshore.workers.engine.sequence import Failed, Finished, Sampled
 
 ENGINE = WorkerId("engine")
 EVENT_DEADLINE_S = 600.0
@@ -90,11 +90,11 @@ class Rig:
             w: Arena(memory_bytes) for w in (ENGINE, *(WorkerId(f"shard{i}") for i in range(shards)))
         }
         self.stores = {w: LocalStore(worker=w, arena=arena) for w, arena in self.arenas.items()}
-        self.peers = {w: InProcessPeer(w, store, self.attention) for w, store in self.stores.items()}
-        for worker in list(self.peers)[1:]:
+        self.clients = {w: InProcessClient(w, store, self.attention) for w, store in self.stores.items()}
+        for worker in list(self.clients)[1:]:
             if wrap is not None:
-                self.peers[worker] = wrap(self.peers[worker])
-        self.targets = [ENGINE] if local else list(self.peers)[1:]
+                self.clients[worker] = wrap(self.clients[worker])
+        self.targets = [ENGINE] if local else list(self.clients)[1:]
         self.shard_by = shard_by
         self.epochs = count(1)
 
@@ -102,14 +102,14 @@ class Rig:
         """Other memory for the engine itself, before it is made."""
         self.arenas[ENGINE] = Arena(memory_bytes)
         self.stores[ENGINE] = LocalStore(worker=ENGINE, arena=self.arenas[ENGINE])
-        self.peers[ENGINE] = InProcessPeer(ENGINE, self.stores[ENGINE], self.attention)
+        self.clients[ENGINE] = InProcessClient(ENGINE, self.stores[ENGINE], self.attention)
 
     def engine(self, **options):
         return Engine(
             model=self.model,
             attention=self.attention,
             arena=self.arenas[ENGINE],
-            peers=self.peers,
+            clients=self.clients,
             targets=self.targets,
             shard_by=self.shard_by,
             claim=lambda _: next(self.epochs),
@@ -192,12 +192,12 @@ def rig():
 
 @pytest.fixture(scope="session")
 def mortal():
-    """The class MortalPeer, which wraps an in-process peer; see dead_shard.py."""
-    path = Path(__file__).with_name("dead_shard.py")
+    """The class MortalClient, which wraps an in-process peer; see dead_shard.py."""
+    path = Path(__file__).parent / "engine" / "dead_shard.py"
     spec = importlib.util.spec_from_file_location("farshore_dead_shard", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.MortalPeer
+    return module.MortalClient
 
 
 @pytest.fixture

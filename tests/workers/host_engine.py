@@ -12,16 +12,16 @@ from itertools import count
 
 import torch
 
-from farshore.attention_offload.frames import Transport
-from farshore.attention_offload.remote_peer import RemotePeer
+from farshore.attention_offload.client.remote import RemoteClient
+from farshore.attention_offload.transport.frames import Transport
 from farshore.errors import FarshoreError
 from farshore.ids import SequenceId, WorkerId
-from farshore.kvstore.arena import Arena
+from farshore.kvstore.store.arena import Arena
 from farshore.models.source import resolve
 from farshore.models.weights import load_model
-from farshore.workers.attention_model import attention_model
-from farshore.workers.engine import Engine
-from farshore.workers.sequence import Failed, Finished, Sampled, Sampling
+from farshore.workers.engine.attention_model import attention_model
+from farshore.workers.engine.engine import Engine
+from farshore.workers.engine.sequence import Failed, Finished, Sampled, Sampling
 
 
 def say(**fields):
@@ -33,8 +33,8 @@ def main():
     options = json.loads(sys.argv[1])
     model = load_model(resolve(options["folder"]), dtype=torch.float32)
     attention = attention_model(model.config, model.dtype)
-    peers = {
-        WorkerId(worker): RemotePeer(
+    clients = {
+        WorkerId(worker): RemoteClient(
             address,
             attention,
             model.dtype,
@@ -47,8 +47,8 @@ def main():
         model=model,
         attention=attention,
         arena=Arena(32 << 20),
-        peers=peers,
-        targets=list(peers),
+        clients=clients,
+        targets=list(clients),
         shard_by="range",
         claim=lambda _: next(epochs),
     )

@@ -2,10 +2,10 @@
 
 import pytest
 
-from farshore.attention_offload.exchange import Exchange
-from farshore.attention_offload.frames import REMOTE, Transport, native
+from farshore.attention_offload.fanout.native_fanout import NativeFanout
+from farshore.attention_offload.transport.frames import REMOTE, Transport, native
 from farshore.errors import TransportError
-from farshore.workers.sequence import Finished, Sampling
+from farshore.workers.engine.sequence import Finished, Sampling
 
 PROMPTS = {"a": list(range(5, 50)), "long": [n % 90 for n in range(762)]}
 """The long one lies on both shards; behind it, the tail's first block is handed to one of them meanwhile."""
@@ -16,29 +16,29 @@ class Counted:
     """A peer that counts its waits and its errors; ``before`` does something just before chosen waits, or the
     next ones that have more of their step behind them (a break between two steps is no error)."""
 
-    def __init__(self, peer, before):
-        self._peer = peer
+    def __init__(self, client, before):
+        self._client = client
         self._before = sorted(before.items())
         self.waits = self.errors = 0
 
     def __getattr__(self, name):
-        return getattr(self._peer, name)
+        return getattr(self._client, name)
 
     def begin(self, step, **options):
         """Connects first where there is no connection, as the engine does beside its loop."""
 
         def connected():
-            self._peer.connect()
-            self._peer.begin(step, **options)
+            self._client.connect()
+            self._client.begin(step, **options)
 
         self._counted(connected)
 
     def send(self, layer, micro_batch, q):
-        return self._counted(lambda: self._peer.send(layer, micro_batch, q))
+        return self._counted(lambda: self._client.send(layer, micro_batch, q))
 
     def wait(self, sent, **options):
         self.waited_for(sent.layer)
-        return self._counted(lambda: self._peer.wait(sent, **options))
+        return self._counted(lambda: self._client.wait(sent, **options))
 
     def waited_for(self, layer):
         self.waits += 1
@@ -48,7 +48,7 @@ class Counted:
     def break_off(self):
         """Told by what waited for several at once."""
         self.errors += 1
-        self._peer.break_off()
+        self._client.break_off()
 
     def _counted(self, call):
         try:
@@ -61,17 +61,17 @@ class Counted:
 @pytest.fixture
 def count_exchanges(monkeypatch):
     """count_exchanges(peers): each has been waited for, too, where one call waits for several."""
-    wait = Exchange.wait
+    wait = NativeFanout.wait
 
-    def count(peers):
+    def count(clients):
         def counted(exchange, step, layer, *how):
             streams = [part.stream for part in exchange.parts]
-            for peer in peers:
-                if peer.frames in streams:
-                    peer.waited_for(layer)
+            for client in clients:
+                if client.frames in streams:
+                    client.waited_for(layer)
             return wait(exchange, step, layer, *how)
 
-        monkeypatch.setattr(Exchange, "wait", counted)
+        monkeypatch.setattr(NativeFanout, "wait", counted)
 
     return count
 
@@ -89,7 +89,7 @@ def run_engine(tiny_model, serve_store, connect, rig, submit, breaking_service, 
             result = it.result()
             assert isinstance(result, Finished), result
         engine.stop()
-        identities = [cluster.peers[worker].identify() for worker in cluster.targets]
+        identities = [cluster.clients[worker].identify() for worker in cluster.targets]
         assert all(it.free_bytes == it.budget_bytes for it in identities)
         return {name: it.tokens for name, it in collected.items()}
 
@@ -98,11 +98,11 @@ def run_engine(tiny_model, serve_store, connect, rig, submit, breaking_service, 
         cluster = rig(tiny_model, shard_by=shard_by, memory_bytes=32 << 20)
         for worker in cluster.targets:
             shard = serve_store(cluster.stores[worker], worker, service=breaking_service)
-            peer = connect(shard.address, model=cluster.attention, transports=[transport])
-            cluster.peers[worker] = Counted(peer, before(shard))
-        peers = [cluster.peers[worker] for worker in cluster.targets]
-        count_exchanges(peers)
-        return generate(cluster), expected, peers
+            client = connect(shard.address, model=cluster.attention, transports=[transport])
+            cluster.clients[worker] = Counted(client, before(shard))
+        clients = [cluster.clients[worker] for worker in cluster.targets]
+        count_exchanges(clients)
+        return generate(cluster), expected, clients
 
     return run
 
@@ -117,22 +117,22 @@ over_every_transport = pytest.mark.parametrize(
 @over_every_transport
 @pytest.mark.parametrize("shard_by", ["range", "head"])
 def test_an_engine_over_a_transport_gives_the_tokens_of_one_in_process(run_engine, transport, shard_by):
-    tokens, expected, peers = run_engine(transport, shard_by)
+    tokens, expected, clients = run_engine(transport, shard_by)
     assert tokens == expected
     assert all(len(it) == GREEDY.max_tokens for it in tokens.values())
-    assert all(peer.waits and not peer.errors for peer in peers)
-    assert {peer.transport for peer in peers} == {transport}
+    assert all(client.waits and not client.errors for client in clients)
+    assert {client.transport for client in clients} == {transport}
 
 
 @over_every_transport
 def test_a_server_restarted_in_the_middle_of_a_step_loses_nothing(run_engine, transport):
     """Each in a step of its own: a step that one shard breaks is over before another's break is noticed."""
     at = iter([(5, 40), (17, 52)])
-    tokens, expected, peers = run_engine(
+    tokens, expected, clients = run_engine(
         transport, "range", lambda shard: dict.fromkeys(next(at), shard.restart)
     )
     assert tokens == expected
-    assert all(peer.errors for peer in peers)
+    assert all(client.errors for client in clients)
 
 
 def test_a_call_cancelled_in_the_middle_of_a_step_loses_nothing(run_engine):
@@ -142,6 +142,6 @@ def test_a_call_cancelled_in_the_middle_of_a_step_loses_nothing(run_engine):
         shard.service.do = dict.fromkeys(next(at), lambda context: context.cancel())
         return {}
 
-    tokens, expected, peers = run_engine(Transport.GRPC, "range", cancel_soon)
+    tokens, expected, clients = run_engine(Transport.GRPC, "range", cancel_soon)
     assert tokens == expected
-    assert all(peer.errors for peer in peers)
+    assert all(client.errors for client in clients)

@@ -16,7 +16,7 @@ def test_who_gives_another_salt_finds_no_stored_prefix(tiny_model, rig):
         worker="engine",
         engine=engine,
         store=cluster.stores["engine"],
-        shards={worker: peer.identify() for worker, peer in cluster.peers.items()},
+        shards={worker: client.identify() for worker, client in cluster.clients.items()},
         release=lambda sequence: None,
     )
     new = []

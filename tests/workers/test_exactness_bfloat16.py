@@ -6,17 +6,17 @@ import time
 import pytest
 import torch
 
-from farshore.attention_offload.fanout import Fanout
+from farshore.attention_offload.fanout.fanout import Fanout
 from farshore.ids import Epoch, SequenceId
-from farshore.workers import decode
-from farshore.workers.cache import SequenceCache
-from farshore.workers.decode import Turn
-from farshore.workers.planner import Planner
-from farshore.workers.pool import Pool
-from farshore.workers.prompts import Prompts
-from farshore.workers.sampler import Choice
-from farshore.workers.sequence import Sampling, Sequence
-from farshore.workers.step import Own, Steps
+from farshore.workers.engine.decode import step_entry as decode
+from farshore.workers.engine.decode.planner import Planner
+from farshore.workers.engine.decode.sampler import Choice
+from farshore.workers.engine.decode.step import LocalKV, Steps
+from farshore.workers.engine.decode.step_entry import StepEntry
+from farshore.workers.engine.kv.cache import SequenceCache
+from farshore.workers.engine.kv.pool import Pool
+from farshore.workers.engine.prefill.prompts import Prompts
+from farshore.workers.engine.sequence import Sampling, Sequence
 
 NEW_TOKENS = 40
 LONGEST_PROMPT = 800
@@ -34,7 +34,7 @@ def argmaxes(model, prompt, answer):
 
 def our_argmaxes(cluster, prompts, answers):
     """The engine's own prefill and decode steps, with the answer's tokens forced."""
-    pool = Pool(cluster.peers, cluster.targets)
+    pool = Pool(cluster.clients, cluster.targets)
     cache = SequenceCache(
         arena=cluster.arenas["engine"], pool=pool, model=cluster.attention, shard_by=cluster.shard_by
     )
@@ -67,12 +67,12 @@ def our_argmaxes(cluster, prompts, answers):
     steps = Steps(
         model=cluster.model,
         attention=cluster.attention,
-        shards=Fanout(cluster.peers, cluster.attention),
-        own=Own(cluster.arenas["engine"].memory),
+        shards=Fanout(cluster.clients, cluster.attention),
+        own=LocalKV(cluster.arenas["engine"].memory),
     )
     planner = Planner(cluster.attention)
     for step in range(1, NEW_TOKENS):
-        turns = [Turn(sequence, [], []) for sequence in batch]
+        turns = [StepEntry(sequence, [], []) for sequence in batch]
         plan = planner.plan(step, turns)
         logits = steps.run(
             plan,

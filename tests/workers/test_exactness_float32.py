@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from farshore.workers.sequence import Finished, Sampling
+from farshore.workers.engine.sequence import Finished, Sampling
 
 NEW_TOKENS = 16
 NO_TOKEN = 10**9

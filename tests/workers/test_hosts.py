@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from farshore.workers.sequence import Finished, Sampling
+from farshore.workers.engine.sequence import Finished, Sampling
 
 pytestmark = pytest.mark.heavy
 

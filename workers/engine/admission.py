@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from farshore.errors import Full, InvalidRequest
 from farshore.models.config import ModelConfig
-from farshore.workers.cache import SequenceCache
-from farshore.workers.sequence import Sampling
-from farshore.workers.shard_queue import GRACE_S
+from farshore.workers.engine.kv.cache import SequenceCache
+from farshore.workers.engine.kv.shard_queue import GRACE_S
+from farshore.workers.engine.sequence import Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,30 +15,31 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from farshore.attention_offload.base import AttentionModel, Peer
-from farshore.attention_offload.fanout import Fanout
-from farshore.attention_offload.frames import Transport
-from farshore.attention_offload.latency import Link
-from farshore.attention_offload.placement import ShardBy
+from farshore.attention_offload.base import AttentionModel
+from farshore.attention_offload.client.base import ShardClient
+from farshore.attention_offload.fanout.fanout import Fanout
+from farshore.attention_offload.fanout.latency import Link
+from farshore.attention_offload.plan.placement import ShardBy
+from farshore.attention_offload.transport.frames import Transport
 from farshore.errors import DeadlineExceeded, Internal, TransportError
 from farshore.ids import Epoch, SequenceId, WorkerId
-from farshore.kvstore.arena import Arena
 from farshore.kvstore.prefix import chain
+from farshore.kvstore.store.arena import Arena
 from farshore.models.llama import Llama
-from farshore.workers import admission
-from farshore.workers.admission import EngineLimits
-from farshore.workers.cache import SequenceCache
-from farshore.workers.decoder import Decoder
-from farshore.workers.pool import Pool
-from farshore.workers.prefix import fingerprint
-from farshore.workers.probe import probe
-from farshore.workers.prompts import Prompts
-from farshore.workers.requests import Requests
-from farshore.workers.scheduler import Scheduler
-from farshore.workers.sequence import Event, Sampling, Sequence
-from farshore.workers.stagger import Stagger
-from farshore.workers.step import Own, Steps
-from farshore.workers.views import EngineLoad, SequenceView, view
+from farshore.workers.engine import admission
+from farshore.workers.engine.admission import EngineLimits
+from farshore.workers.engine.decode.micro_batch_tuner import MicroBatchTuner
+from farshore.workers.engine.decode.step import LocalKV, Steps
+from farshore.workers.engine.kv.cache import SequenceCache
+from farshore.workers.engine.kv.pool import Pool
+from farshore.workers.engine.kv.prefix import fingerprint
+from farshore.workers.engine.prefill.prompts import Prompts
+from farshore.workers.engine.prefill.segment import Segment
+from farshore.workers.engine.requests import Requests
+from farshore.workers.engine.retry import Decoder
+from farshore.workers.engine.scheduler import Scheduler
+from farshore.workers.engine.sequence import Event, Holder, Sampling, Sequence
+from farshore.workers.engine.views import EngineLoad, SequenceView, view
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Engine:
         model: Llama,
         attention: AttentionModel,
         arena: Arena,
-        peers: Mapping[WorkerId, Peer],
+        clients: Mapping[WorkerId, ShardClient],
         targets: list[WorkerId],
         shard_by: ShardBy,
         claim: Callable[[SequenceId], Epoch],
@@ -77,12 +78,12 @@ class Engine:
         self._limits = limits = limits or EngineLimits()
         self._on_failed = on_failed
         self._requests = Requests(limits.waiting)
-        own = _own(arena, peers)
-        self._pool = Pool(peers, targets, changed=self._requests.wake, grace_s=limits.shard_grace_s)
+        local = _local(arena, clients)
+        self._pool = Pool(clients, targets, changed=self._requests.wake, grace_s=limits.shard_grace_s)
         self._cache = SequenceCache(
-            arena=arena, pool=self._pool, model=attention, shard_by=shard_by, store=own.store
+            arena=arena, pool=self._pool, model=attention, shard_by=shard_by, store=local.store
         )
-        self._shards = Fanout(peers, attention)
+        self._shards = Fanout(clients, attention)
         self._scheduler = Scheduler(
             requests=self._requests,
             pool=self._pool,
@@ -95,9 +96,9 @@ class Engine:
                 segment_tokens=limits.segment_tokens,
             ),
             decoder=Decoder(
-                Steps(model=model, attention=attention, shards=self._shards, own=own),
+                Steps(model=model, attention=attention, shards=self._shards, local=local),
                 attention,
-                Stagger(lambda: self._shards.waited_s),
+                MicroBatchTuner(lambda: self._shards.waited_s),
                 suspect=self._suspect,
             ),
             limits=limits,
@@ -218,9 +219,34 @@ class Engine:
             self._pool[shard].suspect(error)
 
 
-def _own(arena: Arena, peers: Mapping[WorkerId, Peer]) -> Own:
+def _local(arena: Arena, clients: Mapping[WorkerId, ShardClient]) -> LocalKV:
     """The engine's memory, and whose spans lie in it."""
-    for worker, peer in peers.items():
-        if peer.transport is Transport.IN_PROCESS and peer.store.memory is arena.memory:
-            return Own(arena.memory, worker, peer.store)
-    return Own(arena.memory)
+    for worker, client in clients.items():
+        if client.transport is Transport.IN_PROCESS and client.store.memory is arena.memory:
+            return LocalKV(arena.memory, worker, client.store)
+    return LocalKV(arena.memory)
+
+
+def probe(model: Llama, attention: AttentionModel, pool: Pool) -> None:
+    """A built-in request of one token: whether the engine can still compute. Takes no memory of any store.
+
+    Prefills a prompt of one token, of which nothing is stored. Raises what that raises, or Internal for
+    logits that are not numbers."""
+    sequence = Sequence(
+        id=SequenceId("probe"),
+        epoch=Epoch(0),
+        order=0,
+        prompt_tokens=1,
+        tokens=[0],
+        sampling=Sampling(max_tokens=1),
+        emit=lambda event: None,
+        arrived_s=0.0,
+        fingerprint=b"",
+        holder=Holder(SequenceId("probe"), Epoch(0)),
+    )
+    segment = Segment(sequence, 0, 1, model=model, attention=attention, pool=pool, logits_of=1)
+    for unit in segment.units():
+        assert callable(unit), "a segment without spans waits for no shard"
+        unit()
+    if segment.logits is None or not bool(torch.isfinite(segment.logits).all()):
+        raise Internal("the model's logits are not numbers")

@@ -12,7 +12,7 @@ from itertools import count
 
 from farshore.errors import FarshoreError, InvalidRequest, Overloaded
 from farshore.ids import SequenceId
-from farshore.workers.sequence import Sequence
+from farshore.workers.engine.sequence import Sequence
 
 
 class Requests:

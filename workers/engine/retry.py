@@ -12,11 +12,11 @@ from collections.abc import Sequence as Seq
 from farshore.attention_offload.base import AttentionModel
 from farshore.errors import Internal, Late, Lost, TransportError
 from farshore.ids import WorkerId
-from farshore.workers import decode
-from farshore.workers.decode import Turn
-from farshore.workers.planner import Planner
-from farshore.workers.stagger import Stagger
-from farshore.workers.step import Steps
+from farshore.workers.engine.decode import step_entry as decode
+from farshore.workers.engine.decode.micro_batch_tuner import MicroBatchTuner
+from farshore.workers.engine.decode.planner import Planner
+from farshore.workers.engine.decode.step import Steps
+from farshore.workers.engine.decode.step_entry import StepEntry
 
 _log = logging.getLogger(__name__)
 
@@ -28,68 +28,68 @@ class Decoder:
         self,
         steps: Steps,
         attention: AttentionModel,
-        stagger: Stagger,
+        tuner: MicroBatchTuner,
         *,
         suspect: Callable[[Iterable[WorkerId], TransportError], None],
     ) -> None:
         self._steps = steps
         self._attention = attention
-        self._stagger = stagger
+        self._tuner = tuner
         self._suspect = suspect
         self._planner = Planner(attention)
         self._step = 0
 
-    def run(self, turns: Seq[Turn]) -> None:
+    def run(self, entries: Seq[StepEntry]) -> None:
         """A step of the turns, whose tails have room. Then each has drawn tokens, which are committed; or an
         error of its own; or neither, since a shard that it reads from is late or lost."""
-        together = [turn for turn in turns if not turn.sequence.runs_alone]
+        together = [entry for entry in entries if not entry.sequence.runs_alone]
         while together:
             try:
                 self._run(together)
                 break
             except (Late, Lost) as error:
                 self._suspect([WorkerId(shard) for shard in error.shards], error)
-                others = [turn for turn in together if not turn.sequence.workers & error.shards]
+                others = [entry for entry in together if not entry.sequence.workers & error.shards]
                 if len(others) == len(together):
                     raise Internal(f"no sequence reads from the shards of: {error}") from error
                 together = others
             except Exception as error:
                 if len(together) > 1:
                     _log.warning("a step of %d sequences failed", len(together), exc_info=error)
-                for turn in together:
-                    turn.sequence.runs_alone = True
+                for entry in together:
+                    entry.sequence.runs_alone = True
                 break
-        for turn in turns:
-            if turn.sequence.runs_alone:
-                self._run_alone(turn)
+        for entry in entries:
+            if entry.sequence.runs_alone:
+                self._run_alone(entry)
 
-    def _run_alone(self, turn: Turn) -> None:
+    def _run_alone(self, entry: StepEntry) -> None:
         """A sequence of a step that failed. It runs alone until that succeeded or raised, which may take
         several rounds: a refusal ends the shard's connection."""
         try:
-            self._run([turn])
+            self._run([entry])
         except (Late, Lost) as error:
             self._suspect([WorkerId(shard) for shard in error.shards], error)
         except Exception as error:
-            turn.error = error
-            turn.sequence.runs_alone = False
+            entry.error = error
+            entry.sequence.runs_alone = False
         else:
-            turn.sequence.runs_alone = False
+            entry.sequence.runs_alone = False
 
-    def _run(self, turns: Seq[Turn]) -> None:
+    def _run(self, entries: Seq[StepEntry]) -> None:
         """A step, committed, its tokens drawn; one that raises leaves no trace."""
         self._step += 1
         try:
-            plan = self._planner.plan(self._step, turns)
-            with self._stagger.step(len(plan.sequences)) as micro_batches:
+            plan = self._planner.plan(self._step, entries)
+            with self._tuner.step(len(plan.sequences)) as micro_batches:
                 logits = self._steps.run(
                     plan,
-                    [token for turn in turns for token in (turn.sequence.tokens[-1], *turn.guesses)],
-                    [turn.sequence.placed_tail for turn in turns for _ in range(turn.rows)],
+                    [token for entry in entries for token in (entry.sequence.tokens[-1], *entry.guesses)],
+                    [entry.sequence.placed_tail for entry in entries for _ in range(entry.rows)],
                     micro_batches=micro_batches,
                 )
         except Exception:
-            decode.drop_scratch(turns)
+            decode.drop_scratch(entries)
             raise
-        decode.draw(turns, logits)
-        decode.commit(plan, turns, self._attention)
+        decode.draw(entries, logits)
+        decode.commit(plan, entries, self._attention)

@@ -12,7 +12,7 @@ An error belongs to the sequence whose part of the work raised it (design §2.8)
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from torch import Tensor
@@ -20,18 +20,17 @@ from torch import Tensor
 from farshore.errors import FarshoreError, Full, Internal, InvalidPlan, Lost, TransportError
 from farshore.ids import SequenceId
 from farshore.kernels.base import BLOCK_TOKENS
-from farshore.workers import decode
-from farshore.workers.admission import EngineLimits
-from farshore.workers.cache import SequenceCache
-from farshore.workers.decode import Turn
-from farshore.workers.decoder import Decoder
-from farshore.workers.lookup import Lookup
-from farshore.workers.pace import Pace
-from farshore.workers.parking import victims
-from farshore.workers.pool import Pool
-from farshore.workers.prompts import Outcome, Prompts
-from farshore.workers.requests import Requests
-from farshore.workers.sequence import Failed, Finished, Reason, Sampled, Sequence
+from farshore.workers.engine.admission import EngineLimits
+from farshore.workers.engine.decode import step_entry as decode
+from farshore.workers.engine.decode.step_entry import StepEntry
+from farshore.workers.engine.kv.cache import SequenceCache
+from farshore.workers.engine.kv.pool import Pool
+from farshore.workers.engine.lookup import Lookup
+from farshore.workers.engine.prefill.pacer import PrefillPacer
+from farshore.workers.engine.prefill.prompts import Outcome, Prompts
+from farshore.workers.engine.requests import Requests
+from farshore.workers.engine.retry import Decoder
+from farshore.workers.engine.sequence import Failed, Finished, Reason, Sampled, Sequence
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ class Scheduler:
         self._prompts = prompts
         self._decoder = decoder
         self._limits = limits
-        self._pace = Pace(limits.max_decode_stall_ms)
+        self._pacer = PrefillPacer(limits.max_decode_stall_ms)
         self._running: list[Sequence] = []
         self._placer = ThreadPoolExecutor(1, thread_name_prefix="place")
         self._placing: tuple[Sequence, int, Future[None]] | None = None
@@ -77,10 +76,10 @@ class Scheduler:
         progress = self._admit()
         if self._prompts:
             self._ran = False
-            self._pace.turn(self._prefill_unit)
+            self._pacer.entry(self._prefill_unit)
             progress |= self._ran
         if self._running:
-            with self._pace.step():
+            with self._pacer.step():
                 progress |= self._decode()
         return progress
 
@@ -201,7 +200,7 @@ class Scheduler:
             choices.append(child)
             self._requests.add_fork(sequence, child)
         sequence.forked = True
-        turns = [Turn(it, [], [decode.draw_one(it, logits)]) for it in choices]
+        entries = [StepEntry(it, [], [decode.draw_one(it, logits)]) for it in choices]
         for it in choices:
             if self._limits.speculate_tokens:
                 it.lookup = Lookup(self._limits.speculate_tokens)
@@ -209,8 +208,8 @@ class Scheduler:
                 self._running.append(it)
             else:
                 self._wait_again(it)
-        for turn in turns:
-            self._emit(turn)
+        for entry in entries:
+            self._emit(entry)
 
     def _fork(self, sequence: Sequence, child: Sequence) -> bool:
         """Whether there was room for the child's tail, and a block left."""
@@ -227,46 +226,46 @@ class Scheduler:
     def _decode(self) -> bool:
         """A token or more for every running sequence whose shards answer. Whether any got one, or ended."""
         unreadable = self._pool.unreadable()
-        turns = [
-            Turn(sequence, [], [])
+        entries = [
+            StepEntry(sequence, [], [])
             for sequence in decode.order(self._running)
             if not sequence.workers & unreadable
         ]
         if self._limits.speculate_tokens:
-            decode.guess(turns)
+            decode.guess(entries)
         before = len(self._running)
-        turns = self._reserve(turns)
-        self._decoder.run(turns)
-        for turn in turns:
-            sequence = turn.sequence
+        entries = self._reserve(entries)
+        self._decoder.run(entries)
+        for entry in entries:
+            sequence = entry.sequence
             try:
-                if turn.error is not None:
-                    self._set_back(sequence, turn.error, park=False)
-                elif turn.drawn:
+                if entry.error is not None:
+                    self._set_back(sequence, entry.error, park=False)
+                elif entry.drawn:
                     sequence.failures = 0
-                    self._emit(turn)
+                    self._emit(entry)
                     if sequence.tail is not None:
                         self._cache.hand_off(sequence)
             except Exception as error:
                 self._fail(sequence, error)
-        return any(turn.drawn or turn.error for turn in turns) or len(self._running) != before
+        return any(entry.drawn or entry.error for entry in entries) or len(self._running) != before
 
-    def _reserve(self, turns: list[Turn]) -> list[Turn]:
+    def _reserve(self, entries: list[StepEntry]) -> list[StepEntry]:
         """Room in the tails, for the oldest first; others are parked for it. The turns that have room."""
         ready: set[tuple[SequenceId, int]] = set()
-        for turn in sorted(turns, key=lambda turn: (turn.sequence.order, turn.sequence.choice)):
-            while turn.sequence.tail is not None:
+        for entry in sorted(entries, key=lambda entry: (entry.sequence.order, entry.sequence.choice)):
+            while entry.sequence.tail is not None:
                 try:
-                    decode.reserve(turn)
-                    ready.add(turn.sequence.key)
+                    decode.reserve(entry)
+                    ready.add(entry.sequence.key)
                     break
                 except Full as error:
                     if not self._make_room():
                         # Alone, and still no room. Memory may be on its way back.
                         if self._pool.is_idle():
-                            self._fail(turn.sequence, error)
+                            self._fail(entry.sequence, error)
                         break
-        return [turn for turn in turns if turn.sequence.key in ready and turn.sequence.tail is not None]
+        return [entry for entry in entries if entry.sequence.key in ready and entry.sequence.tail is not None]
 
     def _make_room(self) -> bool:
         """Park what was taken on last. False: only one sequence is left."""
@@ -277,10 +276,10 @@ class Scheduler:
 
     # -- what becomes of a sequence ----------------------------------------------------------------------
 
-    def _emit(self, turn: Turn) -> None:
+    def _emit(self, entry: StepEntry) -> None:
         """Tell a sequence's new tokens, and finish it if they are its last."""
-        sequence = turn.sequence
-        for drawn in turn.drawn:
+        sequence = entry.sequence
+        for drawn in entry.drawn:
             sequence.emit(Sampled(drawn.token, sequence.choice, drawn.logprob, drawn.top))
         reason = sequence.finish_reason()
         if reason is not None:
@@ -339,3 +338,16 @@ class Scheduler:
         self._freed += 1
         for it in self._running:
             it.refused_at = None  # there may be room for its blocks now
+
+
+def victims(placed: Iterable[Sequence]) -> list[Sequence]:
+    """Of the sequences that have memory: all choices of the request that was taken on last. The oldest
+    request keeps its first choice, so that it always finishes: where there is no other request, its last
+    choice, and [] where there is only one choice."""
+    by_age = sorted(placed, key=lambda sequence: (sequence.order, sequence.choice))
+    if len(by_age) < 2:
+        return []
+    oldest, newest = by_age[0], by_age[-1]
+    if oldest.order == newest.order:
+        return [newest]
+    return [sequence for sequence in by_age if sequence.order == newest.order]

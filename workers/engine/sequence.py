@@ -7,14 +7,13 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import NamedTuple
 
-from farshore.attention_offload.placement import HeadClass
+from farshore.attention_offload.plan.placement import HeadClass
 from farshore.errors import FarshoreError
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kvstore.prefix import PrefixBlock
-from farshore.kvstore.tail import Tail
-from farshore.workers.lookup import Lookup
-from farshore.workers.penalties import Seen
-from farshore.workers.shard_queue import Holder
+from farshore.kvstore.store.tail import Tail
+from farshore.workers.engine.lookup import Lookup
+from farshore.workers.engine.penalties import Seen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +42,18 @@ class Sampling:
     """Alternatives to report beside the log-probability of each token; None: not even that."""
     seed: int = 0
     stop_token_ids: frozenset[int] = frozenset()
+
+
+class Holder:
+    """One placement of one sequence. It holds spans until it is closed; then whatever a call that was still
+    under way obtains for it is given back at once."""
+
+    __slots__ = ("closed", "epoch", "sequence")
+
+    def __init__(self, sequence: SequenceId, epoch: Epoch) -> None:
+        self.sequence = sequence
+        self.epoch = epoch
+        self.closed = False
 
 
 class Reason(Enum):
@@ -122,7 +133,7 @@ class Sequence:
     emit: Callable[[Event], None]
     arrived_s: float
     fingerprint: bytes
-    """All that its KV depends on beside its tokens: see :func:`farshore.workers.prefix.fingerprint`."""
+    """All that its KV depends on beside its tokens: see ``kv.prefix.fingerprint``."""
     blocks: list[PrefixBlock] = field(default_factory=list)
     """Names of its whole blocks, as far as they were needed so far."""
     choice: int = 0

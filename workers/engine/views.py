@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from farshore.ids import Epoch, SequenceId, WorkerId
-from farshore.workers.sequence import Sequence
+from farshore.workers.engine.sequence import Sequence
 
 
 class EngineLoad(NamedTuple):

@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "calls.h"
-#include "exchange.h"
+#include "fanout/fanout.h"
 
 namespace farshore::wire {
 namespace {

@@ -1,4 +1,4 @@
-#include "exchange.h"
+#include "fanout/fanout.h"
 
 #include <cstring>
 #include <utility>

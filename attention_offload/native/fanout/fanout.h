@@ -5,7 +5,7 @@
 #include <optional>
 #include <vector>
 
-#include "wire.h"
+#include "wire/wire.h"
 
 namespace farshore::wire {
 

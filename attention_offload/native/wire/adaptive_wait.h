@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <chrono>
 
-#include "../../kernels/cpu/native/awake.h"
+#include "runtime/spin_wait.h"
 
 namespace farshore::wire {
 

@@ -1,11 +1,11 @@
-#include "bulk.h"
+#include "wire/bulk.h"
 
 #include <sys/socket.h>
 
 #include <algorithm>
 #include <cerrno>
 
-#include "socket.h"
+#include "wire/socket.h"
 
 namespace farshore::wire {
 namespace {

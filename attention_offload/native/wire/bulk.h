@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "frame.h"
+#include "wire/frame.h"
 
 namespace farshore::wire {
 

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <thread>
 
-#include "wire.h"
+#include "wire/wire.h"
 
 namespace farshore::wire {
 namespace {

@@ -1,4 +1,4 @@
-#include "socket.h"
+#include "wire/socket.h"
 
 #include <sched.h>
 #include <sys/socket.h>

@@ -1,6 +1,6 @@
 #include <cstring>
 
-#include "wire.h"
+#include "wire/wire.h"
 
 namespace farshore::wire {
 

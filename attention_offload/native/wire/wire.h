@@ -5,8 +5,8 @@
 #include <optional>
 #include <vector>
 
-#include "patience.h"
-#include "socket.h"
+#include "wire/adaptive_wait.h"
+#include "wire/socket.h"
 
 namespace farshore::wire {
 

@@ -1,15 +1,15 @@
 // The Python module farshore.kernels.cpu._native. Pointers and strides come as integers from the launchers in
 // kernels/cpu/__init__.py, which check shapes and dtypes and keep the memory alive; nothing here knows PyTorch.
 
-#include "binding.h"
+#include "runtime/binding.h"
 
 #include <algorithm>
 #include <memory>
 #include <string>
 #include <vector>
 
-#include "api.h"
-#include "pool.h"
+#include "runtime/api.h"
+#include "runtime/pool.h"
 
 #if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>

@@ -8,14 +8,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from farshore.attention_offload import channel
-from farshore.attention_offload import fanout as fanout_module
-from farshore.attention_offload.channel import channels_to
-from farshore.attention_offload.fanout import Fanout
-from farshore.attention_offload.frames import REMOTE, Transport
-from farshore.attention_offload.in_process import InProcessPeer
-from farshore.attention_offload.plan import StepPlan, split_rows
-from farshore.attention_offload.remote_peer import MAX_UNDER_WAY
+from farshore.attention_offload.client.in_process import InProcessClient
+from farshore.attention_offload.client.remote import MAX_UNDER_WAY
+from farshore.attention_offload.fanout import channel
+from farshore.attention_offload.fanout import fanout as fanout_module
+from farshore.attention_offload.fanout.channel import channels_to
+from farshore.attention_offload.fanout.fanout import Fanout
+from farshore.attention_offload.plan.step_plan import StepPlan, split_rows
+from farshore.attention_offload.transport.frames import REMOTE, Transport
 from farshore.errors import Late, Lost, NotFound, TransportError
 from farshore.ids import SequenceId, WorkerId
 
@@ -30,24 +30,24 @@ class Ground:
     def __init__(self, work, start_shard, reach):
         self.work = work
         self.shards = {name: start_shard(worker=name) for name in NAMES}
-        self.peers = {
+        self.clients = {
             transport: {
                 name: reach(shard.address, transports=(transport,)) for name, shard in self.shards.items()
             }
             for transport in REMOTE
         }
-        self.peers[Transport.IN_PROCESS] = {
-            name: InProcessPeer(name, shard.store, work.model) for name, shard in self.shards.items()
+        self.clients[Transport.IN_PROCESS] = {
+            name: InProcessClient(name, shard.store, work.model) for name, shard in self.shards.items()
         }
         # All of them at once: a step may use any kind for any shard.
         kinds = (Transport.IN_PROCESS, Transport.TCP, Transport.GRPC)
         mixed = {
-            name: InProcessPeer(name, self.shards[name].store, work.model)
+            name: InProcessClient(name, self.shards[name].store, work.model)
             if kind is Transport.IN_PROCESS
             else reach(self.shards[name].address, transports=(kind,))
             for name, kind in zip(NAMES, kinds, strict=True)
         }
-        self.peers["mixed"] = mixed
+        self.clients["mixed"] = mixed
         x, y, z = (shard.store for shard in self.shards.values())
         every = range(ROWS)
         self.reads = {
@@ -64,9 +64,9 @@ class Ground:
         return StepPlan(step, 3, SEQUENCES, (60,) * ROWS, epochs, (reads or self.reads,))
 
     def connect(self, kind):
-        for peer in self.peers[kind].values():
-            peer.connect()
-        return self.peers[kind]
+        for client in self.clients[kind].values():
+            client.connect()
+        return self.clients[kind]
 
     def query(self, layer, batch):
         return self.work.query(rows=ROWS, seed=layer)[batch.start : batch.stop]
@@ -117,7 +117,7 @@ def test_all_kinds_give_the_same_bits_in_whatever_order_frames_are_sent_and_wait
                 first = states
         assert all(map(_equal, first, states))
         found[kind] = states
-        assert not any(peer.frames.under_way for peer in ground.peers[kind].values() if peer.frames)
+        assert not any(client.frames.under_way for client in ground.clients[kind].values() if client.frames)
     for kind in KINDS:
         assert len(found[kind]) == len(found[Transport.IN_PROCESS])
         assert all(map(_equal, found[kind], found[Transport.IN_PROCESS])), kind
@@ -149,14 +149,14 @@ def test_all_kinds_keep_records_alike(ground, kind):
 
 @pytest.mark.parametrize("kind", REMOTE)
 def test_without_a_connection_all_such_shards_are_late_at_once(ground, kind):
-    peers = ground.peers[kind]
-    peers[NAMES[1]].connect()
-    fanout = Fanout(peers, ground.work.model)
+    clients = ground.clients[kind]
+    clients[NAMES[1]].connect()
+    fanout = Fanout(clients, ground.work.model)
     for _ in range(2):
         with pytest.raises(Late) as late:
             fanout.begin(ground.plan(1), (range(ROWS),))
         assert late.value.shards == {NAMES[0], NAMES[2]} and late.value.retryable
-    assert not peers[NAMES[0]].ready and peers[NAMES[1]].ready
+    assert not clients[NAMES[0]].ready and clients[NAMES[1]].ready
     ground.connect(kind)
     fanout.begin(ground.plan(2), (range(ROWS),))
     fanout.send(0, 0, ground.query(0, range(ROWS)))
@@ -166,15 +166,15 @@ def test_without_a_connection_all_such_shards_are_late_at_once(ground, kind):
 @pytest.mark.parametrize("kind", REMOTE)
 @pytest.mark.parametrize("when", ["between two steps", "in the middle"])
 def test_all_that_are_lost_are_named_and_the_other_goes_on_without_a_new_connection(ground, kind, when):
-    peers = ground.connect(kind)
-    fanout = Fanout(peers, ground.work.model)
+    clients = ground.connect(kind)
+    fanout = Fanout(clients, ground.work.model)
     whole = (range(ROWS),)
     fanout.begin(ground.plan(1), whole)
     fanout.send(0, 0, ground.query(0, whole[0]))
     fanout.wait(0, 0)
     for name in NAMES[:2]:
         ground.shards[name].stop()
-    stays = peers[NAMES[2]]._connected
+    stays = clients[NAMES[2]]._connected
     with pytest.raises(Lost) as lost:
         if when == "between two steps":
             fanout.begin(ground.plan(2), whole)
@@ -185,7 +185,7 @@ def test_all_that_are_lost_are_named_and_the_other_goes_on_without_a_new_connect
     fanout.send(0, 0, ground.query(0, whole[0]))
     (state,) = fanout.wait(0, 0)
     assert state.lse[1].isfinite().all() and state.lse[0].isneginf().all()
-    assert peers[NAMES[2]]._connected is stays
+    assert clients[NAMES[2]]._connected is stays
     assert {link.worker_id: link.failures for link in fanout.links()} == dict(
         zip(NAMES, (1, 1, 0), strict=True)
     )
@@ -211,14 +211,14 @@ def test_a_worker_that_is_unknown_is_lost(ground):
 
 
 def test_what_a_peer_itself_fails_with_is_named(ground, monkeypatch):
-    peers = ground.connect(Transport.IN_PROCESS)
-    fanout = Fanout(peers, ground.work.model)
+    clients = ground.connect(Transport.IN_PROCESS)
+    fanout = Fanout(clients, ground.work.model)
 
     def fail(*_, **__):
         raise TransportError("broken")
 
     for name in NAMES[:2]:
-        monkeypatch.setattr(peers[name], "wait", fail)
+        monkeypatch.setattr(clients[name], "wait", fail)
     fanout.begin(ground.plan(1), (range(ROWS),))
     fanout.send(0, 0, ground.query(0, range(ROWS)))
     with pytest.raises(Lost, match="broken") as lost:
@@ -228,8 +228,8 @@ def test_what_a_peer_itself_fails_with_is_named(ground, monkeypatch):
 
 def test_one_deadline_is_paid_once_for_all(ground, monkeypatch):
     """A shard that is waited for second has what the first one left: nothing."""
-    peers = ground.connect(Transport.IN_PROCESS)
-    fanout = Fanout(peers, ground.work.model)
+    clients = ground.connect(Transport.IN_PROCESS)
+    fanout = Fanout(clients, ground.work.model)
     clock, given = SimpleNamespace(now_s=100.0), []
 
     def late(_, *, deadline_s, **options):
@@ -237,8 +237,8 @@ def test_one_deadline_is_paid_once_for_all(ground, monkeypatch):
         clock.now_s += deadline_s
         raise Late("no answer", shards=())
 
-    for peer in peers.values():
-        monkeypatch.setattr(peer, "wait", late)
+    for client in clients.values():
+        monkeypatch.setattr(client, "wait", late)
     fanout.begin(ground.plan(1), (range(ROWS),))
     for module in (channel, fanout_module):
         monkeypatch.setattr(module, "perf_counter", lambda: clock.now_s)
@@ -253,5 +253,5 @@ def test_one_deadline_is_paid_once_for_all(ground, monkeypatch):
 def test_kinds_are_waited_for_here_first_then_natively_then_over_grpc(ground):
     fanout = Fanout(ground.connect("mixed"), ground.work.model)
     fanout.begin(ground.plan(1), (range(ROWS),))
-    channels = channels_to(fanout._lanes, ground.work.model)
-    assert [[lane.worker for lane in it.lanes] for it in channels] == [[name] for name in NAMES]
+    channels = channels_to(fanout._requests, ground.work.model)
+    assert [[request.worker for request in it.requests] for it in channels] == [[name] for name in NAMES]

@@ -9,10 +9,10 @@ from contextlib import suppress
 import pytest
 import torch
 
-from farshore.attention_offload.fanout import Fanout
-from farshore.attention_offload.frames import native
-from farshore.attention_offload.latency import DEADLINE_LEAST_FRAMES
-from farshore.attention_offload.plan import StepPlan
+from farshore.attention_offload.fanout.fanout import Fanout
+from farshore.attention_offload.fanout.latency import DEADLINE_LEAST_FRAMES
+from farshore.attention_offload.plan.step_plan import StepPlan
+from farshore.attention_offload.transport.frames import native
 from farshore.errors import Late, Lost, TransportError
 from farshore.ids import SequenceId, WorkerId
 
@@ -35,15 +35,15 @@ def processes(worker_process):
 class Engine:
     """What an engine does of a step, over three shards that each hold a third of one sequence."""
 
-    def __init__(self, work, peers):
+    def __init__(self, work, clients):
         self.work = work
-        self.peers = peers
-        self.fanout = Fanout(peers, work.model)
+        self.clients = clients
+        self.fanout = Fanout(clients, work.model)
         self.reads = {}
-        for at, (name, peer) in enumerate(peers.items()):
-            peer.store.drop_sequence(SEQUENCE, epoch=work.owner)
-            self.reads[name] = (work.sealed_span(peer.store, SEQUENCE, 20 * at, 20 * at + 20),)
-            peer.connect()
+        for at, (name, client) in enumerate(clients.items()):
+            client.store.drop_sequence(SEQUENCE, epoch=work.owner)
+            self.reads[name] = (work.sealed_span(client.store, SEQUENCE, 20 * at, 20 * at + 20),)
+            client.connect()
         self.number = 0
 
     def step(self, *, of=NAMES, during=lambda layer: None):
@@ -71,7 +71,7 @@ class Engine:
         return found / 1e3
 
     def connections(self):
-        return [self.peers[name]._connected for name in NAMES]
+        return [self.clients[name]._connected for name in NAMES]
 
 
 @pytest.fixture
@@ -113,10 +113,10 @@ def test_a_frozen_shard_is_late_by_the_deadline_in_force_and_exact_again_when_it
         engine.step()
     assert late.value.shards == {NAMES[1]}
     with pytest.raises(TransportError, match=frozen.address):
-        engine.peers[NAMES[1]].connect(deadline_s=0.2)
+        engine.clients[NAMES[1]].connect(deadline_s=0.2)
     thaw(frozen)
-    assert not engine.peers[NAMES[1]].ready
-    engine.peers[NAMES[1]].connect()
+    assert not engine.clients[NAMES[1]].ready
+    engine.clients[NAMES[1]].connect()
     assert all(map(torch.equal, engine.step(), expected))
     after = engine.connections()
     assert [a is b for a, b in zip(after, before, strict=True)] == [True, False, True]
@@ -132,7 +132,7 @@ def test_all_that_are_late_are_named(engine, processes):
     assert late.value.shards == set(NAMES[:2])
     thaw(*frozen)
     for name in NAMES[:2]:
-        engine.peers[name].connect()
+        engine.clients[name].connect()
     assert all(map(torch.equal, engine.step(), expected))
 
 
@@ -143,8 +143,8 @@ def test_connecting_beside_the_loop_disturbs_no_live_connection(engine):
 
     def connect():
         while not over.is_set():
-            for peer in engine.peers.values():
-                peer.connect()
+            for client in engine.clients.values():
+                client.connect()
 
     with ThreadPoolExecutor(1) as thread:
         connecting = thread.submit(connect)
@@ -154,7 +154,7 @@ def test_connecting_beside_the_loop_disturbs_no_live_connection(engine):
                 assert all(map(torch.equal, engine.step(), expected))
             assert all(a is b for a, b in zip(engine.connections(), before, strict=True))
             for _ in range(20):
-                engine.peers[NAMES[1]].break_off()
+                engine.clients[NAMES[1]].break_off()
                 found = None
                 while found is None:
                     with suppress(Late):
@@ -187,4 +187,4 @@ def test_a_killed_shard_is_lost(work, reach, start_process, transport):
         engine.step()
     assert late.value.shards == {NAMES[2]}
     with pytest.raises(TransportError, match=processes[NAMES[2]].address):
-        engine.peers[NAMES[2]].connect(deadline_s=5.0)
+        engine.clients[NAMES[2]].connect(deadline_s=5.0)

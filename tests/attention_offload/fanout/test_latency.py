@@ -7,9 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farshore.attention_offload.base import AttentionModel
-from farshore.attention_offload.fanout import Fanout
-from farshore.attention_offload.frames import Transport
-from farshore.attention_offload.latency import (
+from farshore.attention_offload.fanout.fanout import Fanout
+from farshore.attention_offload.fanout.latency import (
     DEADLINE_LEAST_FRAMES,
     LEAST_S,
     RECENT_FRAMES,
@@ -23,6 +22,7 @@ from farshore.attention_offload.latency import (
     frame_deadline_s,
     links,
 )
+from farshore.attention_offload.transport.frames import Transport
 
 BUCKET = 2 ** (1 / STEPS_AN_OCTAVE)
 
@@ -197,8 +197,8 @@ def test_status_names_both_ways_where_kv_goes_by_another():
         "c": (Transport.TCP, None),
         "d": (None, Transport.TCP),
     }
-    peers = {w: SimpleNamespace(transport=it[0], bulk_transport=it[1]) for w, it in ways.items()}
-    fanout = Fanout(peers, AttentionModel(specs=(), layer_class=(), layouts=()))
+    clients = {w: SimpleNamespace(transport=it[0], bulk_transport=it[1]) for w, it in ways.items()}
+    fanout = Fanout(clients, AttentionModel(specs=(), layer_class=(), layouts=()))
     for record in fanout._records.values():
         record.failures = 1
     assert [it.transport for it in fanout.links()] == [

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from farshore.attention_offload.exchange import Exchange, Part
-from farshore.attention_offload.frame_stream import FrameStream
-from farshore.attention_offload.frames import Sent, Transport, native
+from farshore.attention_offload.fanout.native_fanout import NativeFanout, Part
+from farshore.attention_offload.transport.frames import Sent, Transport, native
+from farshore.attention_offload.transport.native_stream import FrameStream
 from farshore.errors import InvalidRequest, Late, NotFound, TransportError
 from farshore.kernels.base import State
 from farshore.proto import attention_pb2 as pb
@@ -42,10 +42,10 @@ class Rig:
             self._frame(far)
         self.wholes = [State.identity(ROWS, 6, work.spec.v_dim) for _ in SEEN]
         parts = [Part(s, *seen, w) for s, seen, w in zip(self.streams, SEEN, self.wholes, strict=True)]
-        self.exchange = Exchange(parts, work.spec, work.dtype)
+        self.native_fanout = NativeFanout(parts, work.spec, work.dtype)
 
     def wait(self, *, layer=0, deadlines_s=(DEADLINE_S, DEADLINE_S), passed_s=0.0):
-        return self.exchange.wait(1, layer, 0, deadlines_s, passed_s)
+        return self.native_fanout.wait(1, layer, 0, deadlines_s, passed_s)
 
     def close(self):
         for stream, far in zip(self.streams, self.far, strict=True):
@@ -99,7 +99,7 @@ def assert_same(found, expected):
 def test_each_shard_gets_what_it_sees_and_answers_where_that_belongs(rig, work, order):
     for layer in range(3):
         q = work.query(rows=ROWS, seed=layer)
-        assert rig.exchange.send(1, layer, 0, q) == {}
+        assert rig.native_fanout.send(1, layer, 0, q) == {}
         for shard, (rows, heads) in enumerate(SEEN):
             frame, seen = rig.received(shard)
             assert frame == (1, layer, 0) and torch.equal(seen, q[list(rows), heads])
@@ -108,17 +108,17 @@ def test_each_shard_gets_what_it_sees_and_answers_where_that_belongs(rig, work, 
         assert rig.wait(layer=layer) == {}
         for shard, found in enumerate(rig.wholes):
             assert_same(found, whole(shard, 10 * layer + shard, work))
-    waited_s, parts = rig.exchange.times()
+    waited_s, parts = rig.native_fanout.times()
     assert waited_s > 0 and [answers for answers, _ in parts] == [3, 3]
     assert all(0 < seconds < 60 for _, times in parts for seconds in times)
-    assert rig.exchange.times() == (0, [(0, []), (0, [])])
+    assert rig.native_fanout.times() == (0, [(0, []), (0, [])])
 
 
 @pytest.mark.parametrize("lost", [0, 1])
 @pytest.mark.parametrize("how", ["closed", "garbage", "no message", "refused"])
 def test_one_that_fails_is_named_and_the_other_is_waited_for(rig, work, lost, how):
     other = 1 - lost
-    rig.exchange.send(1, 0, 0, work.query(rows=ROWS))
+    rig.native_fanout.send(1, 0, 0, work.query(rows=ROWS))
     if how == "closed":
         rig.far[lost].close()
     elif how == "garbage":
@@ -139,7 +139,7 @@ def test_one_that_fails_is_named_and_the_other_is_waited_for(rig, work, lost, ho
 
 
 def test_both_that_fail_are_named(rig, work):
-    rig.exchange.send(1, 0, 0, work.query(rows=ROWS))
+    rig.native_fanout.send(1, 0, 0, work.query(rows=ROWS))
     rig.far[0].close()
     rig.fail(1, 5)
     found = rig.wait()
@@ -150,7 +150,7 @@ def test_both_that_fail_are_named(rig, work):
 def test_a_send_that_fails_keeps_no_other_from_being_sent(rig, work):
     for _ in range(native().MAX_UNDER_WAY):
         rig.streams[0].send(Sent(1, 0, 0, 2, 6), work.query(rows=2))
-    found = rig.exchange.send(1, 1, 0, work.query(rows=ROWS))
+    found = rig.native_fanout.send(1, 1, 0, work.query(rows=ROWS))
     assert found.keys() == {0}
     assert isinstance(found[0], InvalidRequest) and "16 frames" in str(found[0])
     frame, _ = rig.received(1)
@@ -158,10 +158,10 @@ def test_a_send_that_fails_keeps_no_other_from_being_sent(rig, work):
 
 
 def test_the_others_exchange_waits_for_what_was_sent_before(rig, work):
-    rig.exchange.send(1, 0, 0, work.query(rows=ROWS))
+    rig.native_fanout.send(1, 0, 0, work.query(rows=ROWS))
     rig.far[0].close()
     part = Part(rig.streams[1], *SEEN[1], rig.wholes[1])
-    others = Exchange([part], work.spec, work.dtype)
+    others = NativeFanout([part], work.spec, work.dtype)
     rig.answer(1, 4)
     assert others.wait(1, 0, 0, (DEADLINE_S,), 0.0) == {}
     assert_same(rig.wholes[1], whole(1, 4, work))
@@ -171,7 +171,7 @@ def test_the_others_exchange_waits_for_what_was_sent_before(rig, work):
 
 @pytest.mark.parametrize("deadlines_s", [(0.05, 0.05), (0.01, 0.05), (0.05, 0.01)])
 def test_all_that_are_late_are_named(rig, work, deadlines_s):
-    rig.exchange.send(1, 0, 0, work.query(rows=ROWS))
+    rig.native_fanout.send(1, 0, 0, work.query(rows=ROWS))
     found = rig.wait(deadlines_s=deadlines_s)
     assert found.keys() == {0, 1}
     for index, error in found.items():
@@ -179,7 +179,7 @@ def test_all_that_are_late_are_named(rig, work, deadlines_s):
 
 
 def test_a_deadline_that_is_over_takes_what_is_there(rig, work):
-    rig.exchange.send(1, 0, 0, work.query(rows=ROWS))
+    rig.native_fanout.send(1, 0, 0, work.query(rows=ROWS))
     rig.answer(1, 4)
     found = rig.wait(deadlines_s=(1.0, 1.0), passed_s=2.0)
     assert found.keys() == {0} and isinstance(found[0], Late)
@@ -188,7 +188,7 @@ def test_a_deadline_that_is_over_takes_what_is_there(rig, work):
 
 def test_each_is_late_by_its_own_deadline(rig, work):
     """One that is soon late delays no answer of another, which may take longer."""
-    rig.exchange.send(1, 0, 0, work.query(rows=ROWS))
+    rig.native_fanout.send(1, 0, 0, work.query(rows=ROWS))
     with ThreadPoolExecutor(1) as thread:
         waiting = thread.submit(rig.wait, deadlines_s=(0.01, DEADLINE_S))
         rig.answer(1, 4)
@@ -200,4 +200,4 @@ def test_each_is_late_by_its_own_deadline(rig, work):
 def test_queries_of_another_dtype_than_a_connection_was_opened_for_are_refused(rig, work):
     part = Part(rig.streams[0], *SEEN[0], rig.wholes[0])
     with pytest.raises(InvalidRequest, match="bfloat16"):
-        Exchange([part], work.spec, torch.bfloat16)
+        NativeFanout([part], work.spec, torch.bfloat16)

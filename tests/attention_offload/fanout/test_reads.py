@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from farshore.attention_offload.base import AttentionModel
-from farshore.attention_offload.frames import REMOTE
-from farshore.attention_offload.in_process import InProcessPeer
-from farshore.attention_offload.shard import AttendedBytes, ShardSession
+from farshore.attention_offload.client.in_process import InProcessClient
+from farshore.attention_offload.shard.session import AttendedBytes, ShardSession
+from farshore.attention_offload.transport.frames import REMOTE
 from farshore.errors import InvalidRequest, NotFound
 from farshore.ids import SequenceId, SpanId, WorkerId
 from farshore.kernels.formats import KVFormat
-from farshore.kvstore.arena import Arena
-from farshore.kvstore.store import LocalStore
+from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.store import LocalStore
 
 A, B = SequenceId("a"), SequenceId("b")
 
@@ -21,7 +21,7 @@ def way(request, start_shard, reach, work):
     """(the shard's store, how to get a peer of the work's model that reaches it)."""
     shard = start_shard()
     if request.param == "in process":
-        return shard.store, lambda: InProcessPeer(shard.worker, shard.store, work.model)
+        return shard.store, lambda: InProcessClient(shard.worker, shard.store, work.model)
     return shard.store, lambda: reach(shard.address, transports=(request.param,))
 
 
@@ -67,11 +67,11 @@ def test_a_read_that_does_not_fit_its_span_is_refused_by_name(way, work, error, 
     if "layout" in stored:
         stored["layout"] = work.layout._replace(**stored["layout"])
     honest, read = sealed(store, work, **stored)
-    peer = reach()
-    expected = work.run(peer, work.step([honest]))
+    client = reach()
+    expected = work.run(client, work.step([honest]))
     with pytest.raises(error, match=says):
-        work.run(peer, work.step([read._replace(**asked)], number=2))
-    assert work.run(peer, work.step([honest], number=3)) == expected
+        work.run(client, work.step([read._replace(**asked)], number=2))
+    assert work.run(client, work.step([honest], number=3)) == expected
     for name in ("a", "honest"):
         store.drop_sequence(SequenceId(name), epoch=work.owner)
 
@@ -85,12 +85,12 @@ def test_a_class_reads_spans_of_its_own(way, work):
     first, _ = sealed(store, work)
     _, second = sealed(store, work, layer_class=1)
     step = work.step([first])
-    peer = reach()
+    client = reach()
     both = type(step)(1, step.rows, step.positions, 0, 3, ((first,), (second,)), step.micro_batches)
-    assert work.run(peer, both)
+    assert work.run(client, both)
     swapped = type(step)(2, step.rows, step.positions, 0, 3, ((second,), (first,)), step.micro_batches)
     with pytest.raises(InvalidRequest, match="of layer class"):
-        work.run(peer, swapped)
+        work.run(client, swapped)
     for name in ("a", "honest"):
         store.drop_sequence(SequenceId(name), epoch=work.owner)
 
@@ -99,13 +99,13 @@ def test_a_hold_given_back_is_noticed_by_a_repeated_step_though_the_span_stays(w
     store, reach = way
     read = work.sealed_span(store, "a", 0, 20)
     store.hold([read.span], sequence=B, epoch=work.owner)
-    peer = reach()
-    expected = work.run(peer, work.step([read]))
-    assert work.run(peer, work.step([read], number=2)) == expected
+    client = reach()
+    expected = work.run(client, work.step([read]))
+    assert work.run(client, work.step([read], number=2)) == expected
     store.drop([read.span], sequence=A, epoch=work.owner)
     with pytest.raises(NotFound, match="a does not hold"):
-        work.run(peer, work.step([read], number=3))
-    assert work.run(peer, work.step([read._replace(holder=B)], number=4)) == expected
+        work.run(client, work.step([read], number=3))
+    assert work.run(client, work.step([read._replace(holder=B)], number=4)) == expected
     store.drop_sequence(B, epoch=work.owner)
 
 
@@ -113,30 +113,30 @@ def test_a_span_given_back_in_the_middle_of_a_step_is_not_read_on(way, work):
     """Its memory may be another's by the next layer: an engine may sleep through its lease in a step."""
     store, reach = way
     read = work.sealed_span(store, "a", 0, 20)
-    peer = reach()
-    peer.connect()
-    peer.begin(work.step([read]))
-    peer.wait(peer.send(0, 0, work.query(seed=0)))
+    client = reach()
+    client.connect()
+    client.begin(work.step([read]))
+    client.wait(client.send(0, 0, work.query(seed=0)))
     store.drop_sequence(A, epoch=work.owner)
     other = work.sealed_span(store, "b", 0, 20)
     with pytest.raises(NotFound, match=read.span):
-        peer.wait(peer.send(1, 0, work.query(seed=1)))
-    assert work.run(peer, work.step([other], number=2))
+        client.wait(client.send(1, 0, work.query(seed=1)))
+    assert work.run(client, work.step([other], number=2))
     store.drop_sequence(B, epoch=work.owner)
 
 
 def test_others_may_come_and_go_in_the_middle_of_a_step(way, work):
     store, reach = way
     read = work.sealed_span(store, "a", 0, 20)
-    peer = reach()
+    client = reach()
     step = work.step([read])
-    expected = work.run(peer, step)
-    peer.begin(work.step([read], number=2))
+    expected = work.run(client, step)
+    client.begin(work.step([read], number=2))
     states = []
     for layer in range(work.layers):
         work.sealed_span(store, "b", 0, 20)
         store.drop_sequence(B, epoch=work.owner)
-        states.append(peer.wait(peer.send(layer, 0, work.query(seed=layer))))
+        states.append(client.wait(client.send(layer, 0, work.query(seed=layer))))
     assert work.raw_bytes(states) == expected
     store.drop_sequence(A, epoch=work.owner)
 

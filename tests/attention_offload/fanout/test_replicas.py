@@ -4,14 +4,14 @@ fails and can run again."""
 import pytest
 import torch
 
-from farshore.attention_offload.fanout import Fanout
-from farshore.attention_offload.frames import Transport
-from farshore.attention_offload.in_process import InProcessPeer
-from farshore.attention_offload.plan import Read, Replica, ShardStep, StepPlan
+from farshore.attention_offload.client.in_process import InProcessClient
+from farshore.attention_offload.fanout.fanout import Fanout
+from farshore.attention_offload.plan.step_plan import Read, Replica, ShardStep, StepPlan
+from farshore.attention_offload.transport.frames import Transport
 from farshore.errors import Late, Lost, NotFound, TransportError
 from farshore.ids import SequenceId, SpanId, WorkerId
-from farshore.kvstore.arena import Arena
-from farshore.kvstore.store import LocalStore
+from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.store import LocalStore
 
 A, B, C = (WorkerId(name) for name in "abc")
 ROWS = 3
@@ -21,15 +21,15 @@ ROUNDING = {"rtol": 0.0, "atol": 2e-6}
 """Of float32 states that others computed, of other parts."""
 
 
-def reads(work, peers, replicas_at):
+def reads(work, clients, replicas_at):
     """What everybody reads, copies of A's spans at the workers named, one of ``replicas_at`` a span."""
     found = {}
     for worker, stretches in SPANS.items():
         for index, (first, last) in enumerate(stretches):
-            read = work.sealed_span(peers[worker].store, "x", first, last)._replace(rows=range(ROWS))
+            read = work.sealed_span(clients[worker].store, "x", first, last)._replace(rows=range(ROWS))
             if worker == A:
                 copies = [
-                    (at, work.sealed_span(peers[at].store, "x", first, last).span)
+                    (at, work.sealed_span(clients[at].store, "x", first, last).span)
                     for at in replicas_at[index]
                 ]
                 read = read._replace(replicas=tuple(Replica(*it) for it in copies))
@@ -90,12 +90,12 @@ def holder(worker_process):
 def test_a_process_that_is_lost(holder, start_process, connect, work, transport, what, sent):
     """When ``sent`` frames of the step were; the holder of the copies is busy with its own part."""
     shards = {A: start_process(worker=A), B: holder}
-    peers = {worker: connect(it.address, transports=(transport,)) for worker, it in shards.items()}
-    peers[B].twin()
-    for peer in peers.values():
-        peer.connect()
-    fanout = Fanout(peers, work.model)
-    all_reads = reads(work, peers, [(B,), (B,)])
+    clients = {worker: connect(it.address, transports=(transport,)) for worker, it in shards.items()}
+    clients[B].second_connection()
+    for client in clients.values():
+        client.connect()
+    fanout = Fanout(clients, work.model)
+    all_reads = reads(work, clients, [(B,), (B,)])
     expected = run(work, fanout, all_reads, step=1)
 
     def during(frame):
@@ -114,11 +114,11 @@ def test_without_replicas_the_step_fails_and_runs_again_when_the_spans_are_back(
     holder, start_process, connect, work
 ):
     shards = {A: start_process(worker=A), B: holder}
-    peers = {worker: connect(it.address) for worker, it in shards.items()}
-    for peer in peers.values():
-        peer.connect()
-    fanout = Fanout(peers, work.model)
-    all_reads = reads(work, peers, [(B,), ()])
+    clients = {worker: connect(it.address) for worker, it in shards.items()}
+    for client in clients.values():
+        client.connect()
+    fanout = Fanout(clients, work.model)
+    all_reads = reads(work, clients, [(B,), ()])
     expected = run(work, fanout, all_reads, step=1)
     shards[A].restart()
     with pytest.raises(Lost) as lost:
@@ -126,13 +126,13 @@ def test_without_replicas_the_step_fails_and_runs_again_when_the_spans_are_back(
     with pytest.raises(Late) as late:
         run(work, fanout, all_reads, step=3)
     assert lost.value.shards == late.value.shards == {A}
-    peers[A].connect()
+    clients[A].connect()
     with pytest.raises(NotFound):  # another process, which has none of the spans
         run(work, fanout, all_reads, step=3)
-    peers[A] = connect(shards[A].address)
-    peers[A].connect()
-    fanout = Fanout(peers, work.model)
-    all_reads = reads(work, peers, [(), ()])
+    clients[A] = connect(shards[A].address)
+    clients[A].connect()
+    fanout = Fanout(clients, work.model)
+    all_reads = reads(work, clients, [(), ()])
     assert_same(run(work, fanout, all_reads, step=4), expected)
 
 
@@ -141,10 +141,10 @@ class Local:
 
     def __init__(self, work):
         self.stores = {w: LocalStore(worker=w, arena=Arena(8 << 20)) for w in (A, B, C)}
-        self.peers = {w: Breaking(w, store, work.model) for w, store in self.stores.items()}
+        self.clients = {w: Breaking(w, store, work.model) for w, store in self.stores.items()}
 
 
-class Breaking(InProcessPeer):
+class Breaking(InProcessClient):
     transport = bulk_transport = Transport.TCP
     broken = frozenset()
 
@@ -164,41 +164,41 @@ class Breaking(InProcessPeer):
         self._check("wait")
         return super().wait(*args, **options)
 
-    def twin(self):
-        twin = Breaking(self._worker, self.store, self._model)
-        twin.broken = self.broken
-        return twin
+    def second_connection(self):
+        second_connection = Breaking(self._worker, self.store, self._model)
+        second_connection.broken = self.broken
+        return second_connection
 
 
 @pytest.mark.parametrize("call", ["begin", "send", "wait"])
 @pytest.mark.parametrize("replicas_at", [[(B,), (B,)], [(C,), (C,)], [(B, C), (C,)], [(B,), (C,)]])
 def test_replicas_at_one_worker_or_at_several(work, call, replicas_at):
     local = Local(work)
-    fanout = Fanout(local.peers, work.model)
-    all_reads = reads(work, local.peers, replicas_at)
+    fanout = Fanout(local.clients, work.model)
+    all_reads = reads(work, local.clients, replicas_at)
     expected = merged(run(work, fanout, all_reads, step=1))
-    local.peers[A].broken = {call}
+    local.clients[A].broken = {call}
     found = run(work, fanout, all_reads, step=2)
     torch.testing.assert_close(merged(found), expected, **ROUNDING)
 
 
 def test_replicas_that_break_too(work):
     local = Local(work)
-    all_reads = reads(work, local.peers, [(C, B), (C, B)])
-    expected = merged(run(work, Fanout(local.peers, work.model), all_reads, step=1))
-    local.peers[A].broken = {"wait"}
+    all_reads = reads(work, local.clients, [(C, B), (C, B)])
+    expected = merged(run(work, Fanout(local.clients, work.model), all_reads, step=1))
+    local.clients[A].broken = {"wait"}
     for call in ("begin", "send", "wait"):
-        local.peers[C].broken = {call}
-        found = run(work, Fanout(local.peers, work.model), all_reads, step=2)
+        local.clients[C].broken = {call}
+        found = run(work, Fanout(local.clients, work.model), all_reads, step=2)
         torch.testing.assert_close(merged(found), expected, **ROUNDING)
 
 
 def test_when_every_copy_is_gone_the_step_fails(work):
     local = Local(work)
-    fanout = Fanout(local.peers, work.model)
-    all_reads = reads(work, local.peers, [(C,), (C,)])
+    fanout = Fanout(local.clients, work.model)
+    all_reads = reads(work, local.clients, [(C,), (C,)])
     for worker in (A, C):
-        local.peers[worker].broken = {"wait"}
+        local.clients[worker].broken = {"wait"}
     with pytest.raises(Lost) as lost:
         run(work, fanout, all_reads, step=1)
     assert lost.value.shards == {C}, "A's part was C's by then"
@@ -208,19 +208,19 @@ def test_a_second_connection_that_is_missing_is_late_and_no_reason_to_avoid_the_
     start_shard, connect, work
 ):
     shards = {worker: start_shard(worker=worker) for worker in (A, B)}
-    peers = {worker: connect(it.address) for worker, it in shards.items()}
-    for peer in peers.values():
-        peer.connect()
-    fanout = Fanout(peers, work.model)
-    all_reads = reads(work, peers, [(B,), (B,)])
+    clients = {worker: connect(it.address) for worker, it in shards.items()}
+    for client in clients.values():
+        client.connect()
+    fanout = Fanout(clients, work.model)
+    all_reads = reads(work, clients, [(B,), (B,)])
     expected = run(work, fanout, all_reads, step=1)
     shards[A].stop()
     with pytest.raises(Late) as late:
         run(work, fanout, all_reads, step=2)
     assert late.value.shards == {B}
-    assert not peers[B].ready
-    peers[B].connect()
-    assert peers[B].ready
+    assert not clients[B].ready
+    clients[B].connect()
+    assert clients[B].ready
     assert_same(run(work, fanout, all_reads, step=3), expected)
 
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farshore.attention_offload.placement import Room, head_classes, spread
-from farshore.attention_offload.plan import Read, StepPlan, Stretch, split_rows
+from farshore.attention_offload.plan.placement import Room, head_classes, spread
+from farshore.attention_offload.plan.step_plan import Read, StepPlan, Stretch, split_rows
 from farshore.errors import Full, InvalidPlan
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import BLOCK_TOKENS

@@ -9,8 +9,8 @@ from functools import partial
 import grpc
 import pytest
 
-from farshore.attention_offload.engine_holds import LEASE_S
-from farshore.attention_offload.grpc_server import AttentionService
+from farshore.attention_offload.shard.engine_holds import LEASE_S
+from farshore.attention_offload.shard.service import AttentionService
 from farshore.errors import Cancelled, FarshoreError, InvalidRequest, NotFound, TransportError
 from farshore.ids import SequenceId
 from farshore.proto import attention_pb2 as pb
@@ -47,9 +47,9 @@ def pass_s(shard, clock, seconds):
 
 
 def test_a_beat_says_who_answers_and_how_much_there_is(shard, reach, work):
-    peer = reach(shard.address)
-    work.sealed_span(peer.store, "a", 0, 20)
-    beat, identity = peer.store.beat(None), peer.identify()
+    client = reach(shard.address)
+    work.sealed_span(client.store, "a", 0, 20)
+    beat, identity = client.store.beat(None), client.identify()
     assert beat[:5] == (
         identity.worker,
         identity.incarnation,
@@ -63,16 +63,16 @@ def test_a_beat_says_who_answers_and_how_much_there_is(shard, reach, work):
 
 @pytest.mark.parametrize("sign", ["beat", "read", "write", "seal"])
 def test_every_call_of_an_engine_keeps_its_holds(shard, reach, work, clock, sign):
-    peer, other = reach(shard.address), reach(shard.address)
-    read = work.sealed_span(peer.store, "a", 0, 20)
+    client, other = reach(shard.address), reach(shard.address)
+    read = work.sealed_span(client.store, "a", 0, 20)
     work.sealed_span(other.store, "b", 0, 20)
-    open_ = peer.store.create(work.key("a"), capacity_tokens=20, layout=work.layout, epoch=work.owner)
+    open_ = client.store.create(work.key("a"), capacity_tokens=20, layout=work.layout, epoch=work.owner)
     pass_s(shard, clock, LEASE_S - 1)
     {
-        "beat": lambda: peer.store.beat(None),
-        "read": lambda: peer.store.read(read.span, 0, 0, 1, sequence=A),
-        "write": lambda: peer.store.write(open_, 0, 0, *work.tokens(1), sequence=A, epoch=work.owner),
-        "seal": lambda: peer.store.seal(read.span, 20, sequence=A, epoch=work.owner),
+        "beat": lambda: client.store.beat(None),
+        "read": lambda: client.store.read(read.span, 0, 0, 1, sequence=A),
+        "write": lambda: client.store.write(open_, 0, 0, *work.tokens(1), sequence=A, epoch=work.owner),
+        "seal": lambda: client.store.seal(read.span, 20, sequence=A, epoch=work.owner),
     }[sign]()
     pass_s(shard, clock, 1)
     assert shard.store.sequences() == {A}
@@ -80,7 +80,7 @@ def test_every_call_of_an_engine_keeps_its_holds(shard, reach, work, clock, sign
     usage = shard.store.usage()
     assert not shard.store.sequences() and usage.free_bytes == usage.budget_bytes
     with pytest.raises(NotFound):
-        peer.store.read(read.span, 0, 0, 1, sequence=A)
+        client.store.read(read.span, 0, 0, 1, sequence=A)
 
 
 def test_peers_of_one_engine_share_its_lease(shard, reach, work, clock):
@@ -108,22 +108,22 @@ def test_a_complete_beat_names_what_stays_and_the_engine_forgets_the_rest(shard,
 
 @pytest.mark.parametrize("engine", ["", "x" * 300])
 def test_a_call_says_which_engine_makes_it(shard, reach, work, engine):
-    peer = reach(shard.address)
+    client = reach(shard.address)
     request = pb.HoldRequest(sequence_id="a", epoch=1, caller=pb.Caller(engine=engine))
-    for method in (peer._stub.Hold, peer._stub.Drop):
+    for method in (client._stub.Hold, client._stub.Drop):
         with pytest.raises(InvalidRequest, match="an engine's incarnation"):
-            peer.store._call(method, request)
+            client.store._call(method, request)
 
 
 def test_calls_sent_before_a_complete_list_are_refused_after_it(shard, reach, work):
-    peer = reach(shard.address, engine="one")
+    client = reach(shard.address, engine="one")
     sent_ns = time.monotonic_ns()
-    peer.store.beat({})
+    client.store.beat({})
     hold = pb.HoldRequest(sequence_id="a", epoch=1, caller=pb.Caller(engine="one", sent_ns=sent_ns))
     with pytest.raises(TransportError, match="has listed what it wants") as caught:
-        peer.store._call(peer._stub.Hold, hold)
+        client.store._call(client._stub.Hold, hold)
     assert not isinstance(caught.value, Cancelled)
-    work.sealed_span(peer.store, "a", 0, 20)
+    work.sealed_span(client.store, "a", 0, 20)
 
 
 # -- a frozen shard ----------------------------------------------------------------------------------------
@@ -147,29 +147,29 @@ def eventually_s(condition, within_s):
 def test_the_pool_is_whole_again_after_a_thaw(start_process, reach, work, keeps):
     """Creates, holds and drops whose callers gave up lie in the queues of a shard that wakes."""
     process = start_process()
-    peer = reach(process.address, deadline_s=0.2)
-    read = work.sealed_span(peer.store, "a", 0, 20)
-    budget_bytes = peer.identify().budget_bytes
+    client = reach(process.address, deadline_s=0.2)
+    read = work.sealed_span(client.store, "a", 0, 20)
+    budget_bytes = client.identify().budget_bytes
     wanted = {(A, work.owner): [read.span]} if keeps else {}
-    peer.store.beat(wanted)
+    client.store.beat(wanted)
     if not keeps:
-        read = work.sealed_span(peer.store, "a", 0, 20)
-    expected = work.run(peer, work.step([read]))
+        read = work.sealed_span(client.store, "a", 0, 20)
+    expected = work.run(client, work.step([read]))
     process.freeze()
     frozen_s = time.monotonic()
     given_up = 0
     while time.monotonic() < frozen_s + 4:
         for call in (
-            lambda: peer.store.create(
+            lambda: client.store.create(
                 work.key("a"), capacity_tokens=20, layout=work.layout, epoch=work.owner
             ),
-            lambda: peer.store.create(
+            lambda: client.store.create(
                 work.key("b"), capacity_tokens=20, layout=work.layout, epoch=work.owner
             ),
-            lambda: peer.store.hold([read.span], sequence=B, epoch=work.owner),
-            lambda: peer.store.beat(wanted),
-            lambda: peer._stub.Drop(
-                pb.HoldRequest(span_ids=["shard/else/0"], sequence_id="b", caller=peer.store._caller()),
+            lambda: client.store.hold([read.span], sequence=B, epoch=work.owner),
+            lambda: client.store.beat(wanted),
+            lambda: client._stub.Drop(
+                pb.HoldRequest(span_ids=["shard/else/0"], sequence_id="b", caller=client.store._caller()),
                 timeout=0.2,
             ),
         ):
@@ -182,23 +182,23 @@ def test_the_pool_is_whole_again_after_a_thaw(start_process, reach, work, keeps)
 
     def asks_for_a_list():
         with suppress(TransportError):
-            return peer.store.beat(None).must_reconcile
+            return client.store.beat(None).must_reconcile
         return False
 
     eventually_s(asks_for_a_list, WHOLE_WITHIN_S)
 
     def is_whole():
         with suppress(TransportError):
-            beat = peer.store.beat(wanted)
-            held = [info.span for info in peer.store.announce() if info.holders]
+            beat = client.store.beat(wanted)
+            held = [info.span for info in client.store.announce() if info.holders]
             return not beat.must_reconcile and held == ([read.span] if keeps else [])
         return False
 
     eventually_s(is_whole, WHOLE_WITHIN_S)
     assert time.monotonic() - start_s <= WHOLE_WITHIN_S
     if keeps:
-        assert work.run(peer, work.step([read], number=2)) == expected
-        peer.store.beat({})
-    assert peer.identify().free_bytes == budget_bytes
+        assert work.run(client, work.step([read], number=2)) == expected
+        client.store.beat({})
+    assert client.identify().free_bytes == budget_bytes
     # It is used as before.
-    assert work.run(peer, work.step([work.sealed_span(peer.store, "a", 0, 20)], number=3)) == expected
+    assert work.run(client, work.step([work.sealed_span(client.store, "a", 0, 20)], number=3)) == expected

@@ -18,13 +18,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from farshore import rpc
-from farshore.attention_offload import codec, door
-from farshore.attention_offload.connect import Dialler
-from farshore.attention_offload.frames import REMOTE, Transport, frame_bytes, native
-from farshore.attention_offload.in_process import InProcessPeer
+from farshore.attention_offload import codec
+from farshore.attention_offload.client.in_process import InProcessClient
+from farshore.attention_offload.shard import checks as door
+from farshore.attention_offload.transport.connect import Dialler
+from farshore.attention_offload.transport.frames import REMOTE, Transport, frame_bytes, native
 from farshore.errors import Corrupt, Fenced, Full, Internal, InvalidRequest, NotFound, TransportError
 from farshore.ids import SpanId
-from farshore.kvstore import forms
+from farshore.kvstore.store import forms
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
 
@@ -135,14 +136,14 @@ class Live:
         self.expected = work.run(self.local(), self.step)
 
     def local(self, model=None):
-        return InProcessPeer(self.shard.worker, self.shard.store, model or self.work.model)
+        return InProcessClient(self.shard.worker, self.shard.store, model or self.work.model)
 
     def call(self, method, request):
         """The reply, or the error that it stands for."""
         try:
             return getattr(self.stub, method)(request, timeout=DEADLINE_S)
         except grpc.RpcError as failure:
-            return rpc.error_of(failure, peer="shard")
+            return rpc.error_of(failure, client="shard")
 
     def open(self):
         return codec.model_to_pb(self.work.model, self.work.dtype)
@@ -154,7 +155,7 @@ class Live:
             try:
                 state = next(self.stub.Attend(iter(frames), timeout=DEADLINE_S))
             except grpc.RpcError as failure:
-                return rpc.error_of(failure, peer="shard")
+                return rpc.error_of(failure, client="shard")
             return state.lse + state.o
         dialler = Dialler(self.stub, self.shard.address, [transport], purpose="frames go")
         try:
@@ -186,7 +187,7 @@ class Live:
             answer += part
         kind, count = HEADER.unpack_from(answer)[3:]
         payload = answer[HEADER.size : HEADER.size + count]
-        return codec.error_from_bytes(payload, peer="shard") if kind == FAILURE else payload
+        return codec.error_from_bytes(payload, client="shard") if kind == FAILURE else payload
 
     def _over_shared_memory(self, connection, begin, frame):
         module = native()
@@ -209,7 +210,7 @@ class Live:
             assert "due is" in str(error), error
             return None
         if failure is not None:
-            return codec.error_from_bytes(failure, peer="shard")
+            return codec.error_from_bytes(failure, client="shard")
         return out.raw[: sizes.lse + sizes.o]
 
     def check(self):
@@ -272,12 +273,12 @@ def test_what_a_stream_means_is_refused_by_name_or_answered_right(live, transpor
 def in_process(live, opening, begin, frame):
     """What the same messages make of a session of this thread's."""
     model, dtype = codec.model_from_pb(opening), codec.dtype_of(opening.dtype)
-    peer, step = live.local(model), codec.step_from_pb(begin)
-    peer.begin(step)
+    client, step = live.local(model), codec.step_from_pb(begin)
+    client.begin(step)
     spec = model.specs[model.layer_class[frame.layer]]
     heads = (step.group1 - step.group0) * spec.q_heads_per_group
     shape = (len(step.micro_batches[frame.micro_batch]), heads, spec.k_dim)
-    state = peer.wait(peer.send(frame.layer, frame.micro_batch, codec.from_bytes(frame.q, shape, dtype)))
+    state = client.wait(client.send(frame.layer, frame.micro_batch, codec.from_bytes(frame.q, shape, dtype)))
     return codec.to_bytes(state.lse) + codec.to_bytes(state.o)
 
 
@@ -494,7 +495,7 @@ def test_what_a_transfer_means_is_refused_by_name_or_done(live, kind, mutation):
         try:
             tokens = sum(chunk.tokens for chunk in live.stub.Read(request, timeout=DEADLINE_S))
         except grpc.RpcError as failure:
-            assert refused_by_name(rpc.error_of(failure, peer="shard"))
+            assert refused_by_name(rpc.error_of(failure, client="shard"))
         else:
             assert tokens == request.last - request.first
         return

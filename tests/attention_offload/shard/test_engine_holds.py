@@ -5,14 +5,14 @@ import threading
 
 import pytest
 
-from farshore.attention_offload import engine_holds
 from farshore.attention_offload.base import Caller
-from farshore.attention_offload.engine_holds import LEASE_S, MOST_ENGINES, EngineHolds, Ticker
+from farshore.attention_offload.shard import engine_holds
+from farshore.attention_offload.shard.engine_holds import LEASE_S, MOST_ENGINES, EngineHolds, Ticker
 from farshore.errors import Cancelled, InvalidRequest, NotFound, Overloaded
 from farshore.ids import SequenceId, WorkerId
-from farshore.kvstore.arena import Arena
 from farshore.kvstore.prefix import PrefixBlock
-from farshore.kvstore.store import LocalStore
+from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.store import LocalStore
 
 DEADLINE_S = 60.0
 A, B, C = (SequenceId(name) for name in "abc")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from farshore.attention_offload.frames import REMOTE, Transport, native
+from farshore.attention_offload.transport.frames import REMOTE, Transport, native
 from farshore.errors import NotFound, TransportError
 from farshore.ids import SequenceId
 
@@ -30,9 +30,9 @@ ENGINE = """
 import sys
 import torch
 from farshore.attention_offload.base import AttentionModel
-from farshore.attention_offload.frames import Transport
-from farshore.attention_offload.plan import Read, ShardStep
-from farshore.attention_offload.remote_peer import RemotePeer
+from farshore.attention_offload.transport.frames import Transport
+from farshore.attention_offload.plan.step_plan import Read, ShardStep
+from farshore.attention_offload.client.remote import RemoteClient
 from farshore.ids import Epoch, SequenceId, SpanId
 from farshore.kernels.base import AttentionSpec, KVLayout
 from farshore.kernels.formats import KVFormat
@@ -41,7 +41,7 @@ from farshore.kvstore.base import SpanKey
 address, transport = sys.argv[1:]
 spec = AttentionSpec(q_heads=2, k_heads=1, v_heads=1, k_dim=8, v_dim=8, scale=1.0)
 layout = KVLayout.of(spec, layers=1, format=KVFormat.FLOAT32)
-peer = RemotePeer(
+peer = RemoteClient(
     address, AttentionModel((spec,), (0,), (layout,)), torch.float32, transports=(Transport(transport),)
 )
 key = SpanKey(sequence=SequenceId("dies"), layer_class=0, first=0, group0=0, group1=1)
@@ -107,20 +107,20 @@ def eventually(condition):
         pause.wait(0.01)
 
 
-def answers(peer):
+def answers(client):
     """gRPC itself looks again after up to two seconds."""
     try:
-        return bool(peer.identify())
+        return bool(client.identify())
     except TransportError:
         return False
 
 
 def test_killed_engines_leave_nothing_at_the_shard(reach, work):
     with shard_process() as (shard, address):
-        peers = [reach(address, transports=(it,)) for it in PAST_GRPC]
-        step = work.step([work.sealed_span(peers[0].store, "a", 0, 20)])
-        expected = work.run(peers[0], step)
-        assert work.run(peers[1], step) == expected
+        clients = [reach(address, transports=(it,)) for it in PAST_GRPC]
+        step = work.step([work.sealed_span(clients[0].store, "a", 0, 20)])
+        expected = work.run(clients[0], step)
+        assert work.run(clients[1], step) == expected
         before, files = held(shard.pid), named()
         for transport in PAST_GRPC:
             with running("-c", ENGINE, address, str(transport)) as (engine, line):
@@ -129,59 +129,59 @@ def test_killed_engines_leave_nothing_at_the_shard(reach, work):
                 assert there["sockets"] >= before["sockets"] + 2, "hot frames, and bulk KV"
                 assert there["mapped"] == before["mapped"] + (transport is Transport.SHARED_MEMORY)
                 assert there["memfds"] == held(engine.pid)["memfds"] == 0, "mapped, and no more"
-                peers[0].store.beat(None)  # to start an engine may take half of a lease
+                clients[0].store.beat(None)  # to start an engine may take half of a lease
                 engine.kill()
                 engine.wait(DEADLINE_S)
             eventually(lambda: held(shard.pid) == before)
-            peers[0].store.beat(None)
+            clients[0].store.beat(None)
         assert named() == files
-        assert all(work.run(peer, step) == expected for peer in peers)
+        assert all(work.run(client, step) == expected for client in clients)
         # Its spans live until their sequence's next owner, or the controller, gives them back.
-        free = peers[0].identify().free_bytes
-        peers[0].store.drop_sequence(SequenceId("dies"), epoch=work.owner)
-        assert peers[0].identify().free_bytes > free
+        free = clients[0].identify().free_bytes
+        clients[0].store.drop_sequence(SequenceId("dies"), epoch=work.owner)
+        assert clients[0].identify().free_bytes > free
 
 
 def test_a_killed_shard_is_noticed_at_once_and_found_again(reach, work):
     before = held(os.getpid())
     with shard_process() as (shard, address):
-        peers = {it: reach(address, transports=(it,)) for it in REMOTE}
-        read = {it: work.sealed_span(peer.store, it, 0, 20) for it, peer in peers.items()}
-        expected = {it: work.run(peer, work.step([read[it]])) for it, peer in peers.items()}
-        for it, peer in peers.items():
-            peer.begin(work.step([read[it]]))
+        clients = {it: reach(address, transports=(it,)) for it in REMOTE}
+        read = {it: work.sealed_span(client.store, it, 0, 20) for it, client in clients.items()}
+        expected = {it: work.run(client, work.step([read[it]])) for it, client in clients.items()}
+        for it, client in clients.items():
+            client.begin(work.step([read[it]]))
         shard.kill()
         shard.wait(DEADLINE_S)
-        for it, peer in peers.items():
+        for it, client in clients.items():
             with pytest.raises(TransportError, match=address) as caught:
-                peer.wait(peer.send(0, 0, work.query()), deadline_s=FRAME_DEADLINE_S)
+                client.wait(client.send(0, 0, work.query()), deadline_s=FRAME_DEADLINE_S)
             assert caught.value.retryable
             with pytest.raises(TransportError, match=address):
-                peer.store.read(read[it].span, 0, 0, 20, sequence=read[it].holder)
-            assert peer.transport is None
+                client.store.read(read[it].span, 0, 0, 20, sequence=read[it].holder)
+            assert client.transport is None
         now = held(os.getpid())
         assert now["mapped"] == before["mapped"] and now["memfds"] == before["memfds"]
     with shard_process(address):
-        for it, peer in peers.items():
-            eventually(lambda: answers(peer))  # noqa: B023
+        for it, client in clients.items():
+            eventually(lambda: answers(client))  # noqa: B023
             with pytest.raises(NotFound):
-                work.run(peer, work.step([read[it]]))
-            peer.store.drop_sequence(SequenceId(it), epoch=work.owner)
-            again = work.step([work.sealed_span(peer.store, it, 0, 20)])
-            assert work.run(peer, again) == expected[it]
-            assert peer.transport is it
+                work.run(client, work.step([read[it]]))
+            client.store.drop_sequence(SequenceId(it), epoch=work.owner)
+            again = work.step([work.sealed_span(client.store, it, 0, 20)])
+            assert work.run(client, again) == expected[it]
+            assert client.transport is it
 
 
 def test_bulk_that_stalls_has_a_deadline(reach, work):
     """A shard frozen in the middle of a transfer; awake again, it is reconnected to."""
     with shard_process() as (shard, address):
-        peer = reach(address, transports=(Transport.TCP,), deadline_s=0.5)
-        read = work.sealed_span(peer.store, "a", 0, 20)
-        expected = work.run(peer, work.step([read]))
+        client = reach(address, transports=(Transport.TCP,), deadline_s=0.5)
+        read = work.sealed_span(client.store, "a", 0, 20)
+        expected = work.run(client, work.step([read]))
         shard.send_signal(signal.SIGSTOP)
         os.waitpid(shard.pid, os.WUNTRACED)
         with pytest.raises(TransportError, match=r"no progress of bulk KV within 0\.5 s"):
-            peer.store.read(read.span, 0, 0, 20, sequence=read.holder)
+            client.store.read(read.span, 0, 0, 20, sequence=read.holder)
         shard.send_signal(signal.SIGCONT)
-        assert work.run(peer, work.step([read])) == expected
-        assert peer.store.read(read.span, 0, 0, 20, sequence=read.holder)[0].shape[1] == 20
+        assert work.run(client, work.step([read])) == expected
+        assert client.store.read(read.span, 0, 0, 20, sequence=read.holder)[0].shape[1] == 20

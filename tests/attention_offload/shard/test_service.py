@@ -8,11 +8,11 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from farshore.attention_offload.fanout import Fanout
-from farshore.attention_offload.grpc_server import READ_CHUNK_BYTES, serve
-from farshore.attention_offload.in_process import InProcessPeer
-from farshore.attention_offload.plan import StepPlan, split_rows
-from farshore.attention_offload.remote_store import WRITE_CHUNK_BYTES
+from farshore.attention_offload.client.in_process import InProcessClient
+from farshore.attention_offload.client.remote_store import WRITE_CHUNK_BYTES
+from farshore.attention_offload.fanout.fanout import Fanout
+from farshore.attention_offload.plan.step_plan import StepPlan, split_rows
+from farshore.attention_offload.shard.service import READ_CHUNK_BYTES, serve
 from farshore.errors import FarshoreError, Fenced, Full, InvalidRequest, NotFound, PortInUse
 from farshore.ids import SequenceId, SpanId, WorkerId
 from farshore.kernels.base import State
@@ -30,7 +30,7 @@ A = SequenceId("a")
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_states_equal_those_of_the_in_process_peer_bit_for_bit(shard, connect, work):
-    remote, local = connect(shard.address), InProcessPeer(shard.worker, shard.store, work.model)
+    remote, local = connect(shard.address), InProcessClient(shard.worker, shard.store, work.model)
     a0 = work.sealed_span(remote.store, "a", 0, 20)
     a1 = work.sealed_span(remote.store, "a", 20, 57)
     b = work.sealed_span(remote.store, "b", 0, 11)._replace(rows=range(1, 2))
@@ -49,27 +49,27 @@ def test_states_equal_those_of_the_in_process_peer_bit_for_bit(shard, connect, w
 
 
 def test_frames_may_run_ahead_of_their_answers(shard, connect, work):
-    peer = connect(shard.address)
-    step = work.step([work.sealed_span(peer.store, "a", 0, 20)])
-    expected = work.run(peer, step)
-    peer.begin(step)
-    sent = [peer.send(layer, 0, work.query(seed=layer)) for layer in range(work.layers)]
-    assert work.raw_bytes([peer.wait(it) for it in sent]) == expected
+    client = connect(shard.address)
+    step = work.step([work.sealed_span(client.store, "a", 0, 20)])
+    expected = work.run(client, step)
+    client.begin(step)
+    sent = [client.send(layer, 0, work.query(seed=layer)) for layer in range(work.layers)]
+    assert work.raw_bytes([client.wait(it) for it in sent]) == expected
 
 
 def test_answers_of_a_step_given_up_half_way_are_never_seen(shard, connect, work):
-    peer = connect(shard.address)
-    read = work.sealed_span(peer.store, "a", 0, 20)
-    expected = work.run(peer, work.step([read]))
-    peer.begin(work.step([read], number=2))
-    peer.send(0, 0, work.query(seed=9))
-    assert work.run(peer, work.step([read], number=2)) == expected
+    client = connect(shard.address)
+    read = work.sealed_span(client.store, "a", 0, 20)
+    expected = work.run(client, work.step([read]))
+    client.begin(work.step([read], number=2))
+    client.send(0, 0, work.query(seed=9))
+    assert work.run(client, work.step([read], number=2)) == expected
 
 
 def test_fanout_puts_the_states_of_two_servers_where_they_belong(start_shard, connect, work):
     shards = {name: start_shard(worker=name) for name in (WorkerId("x"), WorkerId("y"))}
     remote = {w: connect(it.address) for w, it in shards.items()}
-    local = {w: InProcessPeer(w, it.store, work.model) for w, it in shards.items()}
+    local = {w: InProcessClient(w, it.store, work.model) for w, it in shards.items()}
     reads = {
         "y": (work.sealed_span(remote["y"].store, "a", 0, 20),),
         "x": (work.sealed_span(remote["x"].store, "a", 20, 40, 1, 3)._replace(rows=range(1, 2)),),
@@ -77,8 +77,8 @@ def test_fanout_puts_the_states_of_two_servers_where_they_belong(start_shard, co
     a = SequenceId("a")
     plan = StepPlan(1, 3, (a, a), (40, 41), {a: work.owner}, (reads,))
     over_grpc, in_process = Fanout(remote, work.model), Fanout(local, work.model)
-    for peer in remote.values():
-        peer.connect()
+    for client in remote.values():
+        client.connect()
     q = work.query(rows=2)
     for fanout in (over_grpc, in_process):
         fanout.begin(plan, split_rows(2, 1))
@@ -95,10 +95,10 @@ def test_fanout_puts_the_states_of_two_servers_where_they_belong(start_shard, co
 def test_micro_batches_get_the_states_of_the_whole_step(start_shard, connect, work, n):
     """Shards that see some rows and heads, none of some micro-batches, over gRPC."""
     names = [WorkerId("x"), WorkerId("y")]
-    peers = {name: connect(start_shard(worker=name).address) for name in names}
-    for peer in peers.values():
-        peer.connect()
-    x, y = (peers[name].store for name in names)
+    clients = {name: connect(start_shard(worker=name).address) for name in names}
+    for client in clients.values():
+        client.connect()
+    x, y = (clients[name].store for name in names)
     reads = {
         "x": tuple(
             work.sealed_span(x, name, 0, 20 + row)._replace(rows=range(row, row + 1))
@@ -112,7 +112,7 @@ def test_micro_batches_get_the_states_of_the_whole_step(start_shard, connect, wo
     sequences = tuple(SequenceId(name) for name in "abcd")
     plan = StepPlan(1, 3, sequences, (40,) * 4, dict.fromkeys(sequences, work.owner), (reads,))
     q = work.query(rows=4)
-    fanout = Fanout(peers, work.model)
+    fanout = Fanout(clients, work.model)
 
     def merged(cuts):
         fanout.begin(plan, cuts)
@@ -143,13 +143,13 @@ def test_micro_batches_get_the_states_of_the_whole_step(start_shard, connect, wo
     ids=["an unknown span", "beyond the seal", "q of other heads"],
 )
 def test_a_step_refused_says_why_and_the_next_one_runs(shard, connect, change, layer, heads, error, work):
-    peer = connect(shard.address)
-    read = work.sealed_span(peer.store, "a", 0, 20)
-    peer.connect()
-    peer.begin(work.step([read._replace(**change)]))
+    client = connect(shard.address)
+    read = work.sealed_span(client.store, "a", 0, 20)
+    client.connect()
+    client.begin(work.step([read._replace(**change)]))
     with pytest.raises(error):
-        peer.wait(peer.send(layer, 0, work.query(groups=heads)))
-    assert work.run(peer, work.step([read]))
+        client.wait(client.send(layer, 0, work.query(groups=heads)))
+    assert work.run(client, work.step([read]))
 
 
 # -- the store ---------------------------------------------------------------------------------------------
@@ -327,5 +327,5 @@ def test_a_taken_port_is_refused(shard):
 
 def test_a_peer_knows_who_answers(shard, connect, work):
     identity = connect(shard.address).identify()
-    assert identity == InProcessPeer(shard.worker, shard.store, work.model).identify()
+    assert identity == InProcessClient(shard.worker, shard.store, work.model).identify()
     assert identity.process_id == os.getpid()

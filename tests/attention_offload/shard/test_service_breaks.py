@@ -10,8 +10,8 @@ import threading
 import grpc
 import pytest
 
-from farshore.attention_offload.frames import Transport
-from farshore.attention_offload.grpc_server import AttentionService
+from farshore.attention_offload.shard.service import AttentionService
+from farshore.attention_offload.transport.frames import Transport
 from farshore.errors import DeadlineExceeded, Late, TransportError
 from farshore.ids import SequenceId
 
@@ -32,20 +32,20 @@ def test_a_broken_stream_is_a_transport_error_and_the_step_can_run_again(
     start_shard, connect, breaking_service, breaking, work
 ):
     shard = start_shard(service=breaking_service)
-    peer = connect(shard.address)
-    step = work.step([work.sealed_span(peer.store, "a", 0, 20)])
-    expected = work.run(peer, step)
+    client = connect(shard.address)
+    step = work.step([work.sealed_span(client.store, "a", 0, 20)])
+    expected = work.run(client, step)
     shard.service.do[work.layers + 2] = breaking
-    peer.begin(step)
-    peer.wait(peer.send(0, 0, work.query()))
-    sent = peer.send(1, 0, work.query())
+    client.begin(step)
+    client.wait(client.send(0, 0, work.query()))
+    sent = client.send(1, 0, work.query())
     with pytest.raises(TransportError):
-        peer.wait(sent)
+        client.wait(sent)
     with pytest.raises(TransportError, match="begin the step again"):
-        peer.wait(sent)
+        client.wait(sent)
     with pytest.raises(TransportError, match="begin the step again"):
-        peer.send(1, 0, work.query())
-    assert work.run(peer, step) == expected
+        client.send(1, 0, work.query())
+    assert work.run(client, step) == expected
 
 
 def test_a_late_cold_call_is_a_transport_error(start_shard, connect):
@@ -53,36 +53,36 @@ def test_a_late_cold_call_is_a_transport_error(start_shard, connect):
         def identity(self):
             raise DeadlineExceeded("late")
 
-    peer = connect(start_shard(service=Late).address)
+    client = connect(start_shard(service=Late).address)
     with pytest.raises(TransportError, match="late"):
-        peer.identify()
+        client.identify()
 
 
 def test_a_peer_works_again_when_the_server_is_back_on_its_port(shard, connect, work):
-    peer = connect(shard.address)
-    step = work.step([work.sealed_span(peer.store, "a", 0, 20)])
-    expected = work.run(peer, step)
-    peer.begin(step)
-    peer.wait(peer.send(0, 0, work.query()))
+    client = connect(shard.address)
+    step = work.step([work.sealed_span(client.store, "a", 0, 20)])
+    expected = work.run(client, step)
+    client.begin(step)
+    client.wait(client.send(0, 0, work.query()))
     shard.restart()
     with pytest.raises(TransportError, match=shard.address):
-        peer.wait(peer.send(1, 0, work.query()))
-    assert work.run(peer, step) == expected
-    assert peer.store.announce() == shard.store.announce()
+        client.wait(client.send(1, 0, work.query()))
+    assert work.run(client, step) == expected
+    assert client.store.announce() == shard.store.announce()
 
 
 def test_every_call_to_a_stopped_server_is_a_transport_error(shard, connect, work):
-    peer = connect(shard.address)
-    read = work.sealed_span(peer.store, "a", 0, 20)
+    client = connect(shard.address)
+    read = work.sealed_span(client.store, "a", 0, 20)
     shard.stop()
     calls = [
-        lambda: work.run(peer, work.step([read])),
-        peer.identify,
-        peer.store.announce,
-        lambda: peer.store.read(read.span, 0, 0, 20, sequence=read.holder),
-        lambda: peer.store.write(read.span, 0, 20, *work.tokens(1), sequence=read.holder, epoch=work.owner),
-        lambda: peer.store.seal(read.span, 20, sequence=read.holder, epoch=work.owner),
-        lambda: peer.store.drop_sequence(SequenceId("a"), epoch=work.owner),
+        lambda: work.run(client, work.step([read])),
+        client.identify,
+        client.store.announce,
+        lambda: client.store.read(read.span, 0, 0, 20, sequence=read.holder),
+        lambda: client.store.write(read.span, 0, 20, *work.tokens(1), sequence=read.holder, epoch=work.owner),
+        lambda: client.store.seal(read.span, 20, sequence=read.holder, epoch=work.owner),
+        lambda: client.store.drop_sequence(SequenceId("a"), epoch=work.owner),
     ]
     for call in calls:
         with pytest.raises(TransportError) as caught:
@@ -96,12 +96,12 @@ def test_closing_a_peer_with_a_stream_open_leaves_no_thread_blocked(
 ):
     shard = start_shard(service=breaking_service)
     before = set(threading.enumerate())
-    peer = connect(shard.address)
-    step = work.step([work.sealed_span(peer.store, "a", 0, 20)])
-    work.run(peer, step)
-    peer.begin(step)
-    peer.send(0, 0, work.query())
-    peer.close()
+    client = connect(shard.address)
+    step = work.step([work.sealed_span(client.store, "a", 0, 20)])
+    work.run(client, step)
+    client.begin(step)
+    client.send(0, 0, work.query())
+    client.close()
     assert shard.service.stream_ended.wait(DEADLINE_S), "the server still serves the stream"
     gc.collect()  # gRPC's own thread for asyncio ends with the last call
     for thread in set(threading.enumerate()) - before:
@@ -111,10 +111,10 @@ def test_closing_a_peer_with_a_stream_open_leaves_no_thread_blocked(
 
 
 SHARD_PROCESS = """
-from farshore.attention_offload.grpc_server import AttentionService, serve
+from farshore.attention_offload.shard.service import AttentionService, serve
 from farshore.ids import WorkerId
-from farshore.kvstore.arena import Arena
-from farshore.kvstore.store import LocalStore
+from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.store import LocalStore
 
 worker = WorkerId("shard")
 server, address = serve(
@@ -141,29 +141,29 @@ def freeze(process):
 
 def test_a_frozen_shard_is_a_transport_error_at_the_deadline(shard_process, connect, work):
     process, address = shard_process
-    peer, patient = connect(address), connect(address)
-    step = work.step([work.sealed_span(peer.store, "a", 0, 20)])
+    client, patient = connect(address), connect(address)
+    step = work.step([work.sealed_span(client.store, "a", 0, 20)])
     expected = work.run(patient, step)
-    peer.connect()
-    peer.begin(step)
+    client.connect()
+    client.begin(step)
     freeze(process)
-    sent = peer.send(0, 0, work.query())
+    sent = client.send(0, 0, work.query())
     with pytest.raises(Late, match="no answer in time"):
-        peer.wait(sent, deadline_s=0.5)
+        client.wait(sent, deadline_s=0.5)
     process.send_signal(signal.SIGCONT)
     assert work.run(patient, step) == expected
 
 
 def test_a_shard_killed_in_the_middle_of_a_step_is_a_transport_error(shard_process, connect, work):
     process, address = shard_process
-    peer = connect(address)
-    peer.connect()
-    peer.begin(work.step([work.sealed_span(peer.store, "a", 0, 20)]))
-    peer.wait(peer.send(0, 0, work.query()))
+    client = connect(address)
+    client.connect()
+    client.begin(work.step([work.sealed_span(client.store, "a", 0, 20)]))
+    client.wait(client.send(0, 0, work.query()))
     freeze(process)
-    sent = peer.send(1, 0, work.query())
+    sent = client.send(1, 0, work.query())
     process.kill()
     with pytest.raises(TransportError):
-        peer.wait(sent)
+        client.wait(sent)
     with pytest.raises(TransportError):
-        peer.identify()
+        client.identify()

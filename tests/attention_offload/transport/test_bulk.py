@@ -6,9 +6,9 @@ import threading
 import pytest
 import torch
 
-from farshore.attention_offload import bulk
-from farshore.attention_offload.bulk import BulkSocket
-from farshore.attention_offload.frames import Transport
+from farshore.attention_offload.transport import bulk
+from farshore.attention_offload.transport.bulk import BulkSocket
+from farshore.attention_offload.transport.frames import Transport
 from farshore.ids import SequenceId
 from farshore.kernels.base import AttentionSpec, KVLayout
 from farshore.kernels.formats import KVFormat
@@ -79,7 +79,7 @@ def test_no_message_of_a_pull_is_longer_than_a_piece(shard, connect, work, trans
         return head
 
     monkeypatch.setattr(BulkSocket, "receive", noted)
-    monkeypatch.setattr("farshore.attention_offload.bulk_server.PIECE_BYTES", 1000)
+    monkeypatch.setattr("farshore.attention_offload.shard.bulk_loop.PIECE_BYTES", 1000)
     store = connect(shard.address).store
     read = work.sealed_span(store, "a", 0, 200)
     sizes.clear()

@@ -10,9 +10,9 @@ import threading
 
 import pytest
 
-from farshore.attention_offload import cores
-from farshore.attention_offload.frames import Transport, native
-from farshore.attention_offload.in_process import InProcessPeer
+from farshore.attention_offload.client.in_process import InProcessClient
+from farshore.attention_offload.transport import core_sharing as cores
+from farshore.attention_offload.transport.frames import Transport, native
 
 SCHED_GETATTR = {"x86_64": 315, "aarch64": 275}.get(platform.machine())
 SHORT_NS = 100_000
@@ -46,12 +46,12 @@ def test_cores_are_too_few_for_both(monkeypatch, own, own_threads, theirs, threa
 def test_both_ends_are_told_and_the_states_are_the_same(
     start_shard, reach, work, monkeypatch, transport, shared
 ):
-    monkeypatch.setattr("farshore.attention_offload.grpc_server.too_few_with", lambda *_: shared)
+    monkeypatch.setattr("farshore.attention_offload.shard.service.too_few_with", lambda *_: shared)
     shard = start_shard()
-    peer = reach(shard.address, transports=(transport,))
-    step = work.step([work.sealed_span(peer.store, "a", 0, 20)])
-    assert work.run(peer, step) == work.run(InProcessPeer(shard.worker, shard.store, work.model), step)
-    assert peer.frames.shares_cores is shared
+    client = reach(shard.address, transports=(transport,))
+    step = work.step([work.sealed_span(client.store, "a", 0, 20)])
+    assert work.run(client, step) == work.run(InProcessClient(shard.worker, shard.store, work.model), step)
+    assert client.frames.shares_cores is shared
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or len(cores.usable_cores()) < 2, reason="one core")
@@ -59,17 +59,17 @@ def test_the_shard_comes_to_the_core_of_an_engine_that_shares_its_cores(
     start_shard, reach, work, monkeypatch
 ):
     """And follows it to another."""
-    monkeypatch.setattr("farshore.attention_offload.grpc_server.too_few_with", lambda *_: True)
+    monkeypatch.setattr("farshore.attention_offload.shard.service.too_few_with", lambda *_: True)
     shard = start_shard()
-    peer = reach(shard.address, transports=(Transport.SHARED_MEMORY,))
-    step = work.step([work.sealed_span(peer.store, "a", 0, 20)])
-    (serving,) = [it for it in _new_threads(peer.connect) if it.name == "frames"]
+    client = reach(shard.address, transports=(Transport.SHARED_MEMORY,))
+    step = work.step([work.sealed_span(client.store, "a", 0, 20)])
+    (serving,) = [it for it in _new_threads(client.connect) if it.name == "frames"]
     before = os.sched_getaffinity(0)
     try:
         for core in [*sorted(before)[:2], sorted(before)[0]]:
             os.sched_setaffinity(0, {core})
             for number in range(1, 9):
-                work.run(peer, work.step(step.reads[0], number=number))
+                work.run(client, work.step(step.reads[0], number=number))
             # It was woken on another core in two of these frames, or was on this one all along.
             assert os.sched_getaffinity(serving.native_id) in ({core}, before)
         assert os.sched_getaffinity(serving.native_id) == {core}
@@ -86,7 +86,7 @@ def _new_threads(call):
 GIVES_WAY = """
 import os
 import torch
-from farshore.attention_offload.cores import give_way
+from farshore.attention_offload.transport.core_sharing import give_way
 from farshore.kernels.base import AttentionSpec, State
 from farshore.kernels.cpu import extend
 

@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from farshore.attention_offload import codec
-from farshore.attention_offload.bulk import BulkStream, Kind
-from farshore.attention_offload.frame_stream import FrameStream
-from farshore.attention_offload.frames import Sent, Transport, native
+from farshore.attention_offload.transport.bulk import BulkStream, Kind
+from farshore.attention_offload.transport.frames import Sent, Transport, native
+from farshore.attention_offload.transport.native_stream import FrameStream
 from farshore.errors import FarshoreError, Internal, InvalidRequest, TransportError
 from farshore.kernels.base import State
 from farshore.proto import attention_pb2 as pb
@@ -149,7 +149,7 @@ def test_a_frame_out_of_order_is_refused_by_name(room, frame, error):
         connection.sendall(header(BEGIN, len(step)) + step + frame)
         failure = failure_in(read_all(connection))
         assert error in failure.message
-        assert isinstance(codec.error_from_pb(failure, peer="shard"), InvalidRequest)
+        assert isinstance(codec.error_from_pb(failure, client="shard"), InvalidRequest)
 
 
 def test_memory_that_is_none_is_refused(room, tmp_path):

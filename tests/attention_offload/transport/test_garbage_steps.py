@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from farshore.attention_offload import codec
-from farshore.attention_offload.shard import AttendedBytes, ShardSession
+from farshore.attention_offload.shard.session import AttendedBytes, ShardSession
 from farshore.errors import InvalidRequest, NotFound
 from farshore.proto import attention_pb2 as pb
 

@@ -15,9 +15,9 @@ import pytest
 
 from farshore import rpc
 from farshore.attention_offload import codec
-from farshore.attention_offload.frames import Transport
-from farshore.attention_offload.grpc_server import AttentionService
-from farshore.attention_offload.remote_peer import MAX_UNDER_WAY
+from farshore.attention_offload.client.remote import MAX_UNDER_WAY
+from farshore.attention_offload.shard.service import AttentionService
+from farshore.attention_offload.transport.frames import Transport
 from farshore.errors import InvalidRequest, Late, NotFound, TransportError
 from farshore.ids import SpanId
 from farshore.proto import attention_pb2 as pb
@@ -54,44 +54,44 @@ class Counting(AttentionService):
 
 def test_frames_are_answered_while_nobody_waits_for_them(start_shard, connect, work):
     shard = start_shard(service=Counting)
-    peer = connect(shard.address)
-    step = work.step([work.sealed_span(peer.store, "a", 0, 20)])
-    expected = work.run(peer, step)
+    client = connect(shard.address)
+    step = work.step([work.sealed_span(client.store, "a", 0, 20)])
+    expected = work.run(client, step)
     shard.service.due = work.layers
-    peer.begin(step)
-    sent = [peer.send(layer, 0, work.query(seed=layer)) for layer in range(work.layers)]
+    client.begin(step)
+    sent = [client.send(layer, 0, work.query(seed=layer)) for layer in range(work.layers)]
     assert shard.service.answered.wait(DEADLINE_S)
-    assert work.raw_bytes([peer.wait(it) for it in sent]) == expected
+    assert work.raw_bytes([client.wait(it) for it in sent]) == expected
 
 
 def test_a_refusal_ends_the_step_whatever_is_written_meanwhile_and_the_next_one_runs(
     start_shard, connect, work
 ):
     shard = start_shard(service=Counting)
-    peer = connect(shard.address)
-    read = work.sealed_span(peer.store, "a", 0, 20)
-    work.run(peer, work.step([read]))
-    peer.begin(work.step([read._replace(span=SpanId("shard/99"))], number=2))
-    sent = peer.send(0, 0, work.query())
+    client = connect(shard.address)
+    read = work.sealed_span(client.store, "a", 0, 20)
+    work.run(client, work.step([read]))
+    client.begin(work.step([read._replace(span=SpanId("shard/99"))], number=2))
+    sent = client.send(0, 0, work.query())
     assert shard.service.ended.wait(DEADLINE_S)
-    peer.send(1, 0, work.query())
+    client.send(1, 0, work.query())
     with pytest.raises(NotFound, match="shard/99"):
-        peer.wait(sent)
-    assert work.run(peer, work.step([read]))
+        client.wait(sent)
+    assert work.run(client, work.step([read]))
 
 
 def test_a_refusal_that_meets_a_write_arrives_as_it_is(start_shard, connect, work):
     """Whenever it comes: frames are written without a pause until the answers are asked for."""
     shard = start_shard(service=Counting)
-    peer = connect(shard.address)
-    read = work.sealed_span(peer.store, "a", 0, 20)
+    client = connect(shard.address)
+    read = work.sealed_span(client.store, "a", 0, 20)
     for frames in range(1, MAX_UNDER_WAY):
         for _ in range(4):
-            work.run(peer, work.step([read]))
-            peer.begin(work.step([read._replace(span=SpanId("shard/99"))], number=2))
-            sent = [peer.send(0, 0, work.query()) for _ in range(frames)]
+            work.run(client, work.step([read]))
+            client.begin(work.step([read._replace(span=SpanId("shard/99"))], number=2))
+            sent = [client.send(0, 0, work.query()) for _ in range(frames)]
             with pytest.raises(NotFound, match="shard/99"):
-                peer.wait(sent[0])
+                client.wait(sent[0])
 
 
 def test_a_frame_before_any_step_is_refused(shard, work):
@@ -99,64 +99,64 @@ def test_a_frame_before_any_step_is_refused(shard, work):
     frames = [pb.Frame(open=codec.model_to_pb(work.model, work.dtype)), pb.Frame(layer=layer)]
     with grpc.insecure_channel(shard.address) as channel, pytest.raises(grpc.RpcError) as caught:
         next(pb_grpc.AttentionStub(channel).Attend(iter(frames), timeout=DEADLINE_S))
-    assert isinstance(rpc.error_of(caught.value, peer="shard"), InvalidRequest)
+    assert isinstance(rpc.error_of(caught.value, client="shard"), InvalidRequest)
 
 
 def test_engines_of_two_threads_do_not_turn_each_others_loop(start_shard, connect, work):
     shards = [start_shard(worker=name) for name in "xy"]
-    peers = [connect(it.address) for it in shards]
-    steps = [work.step([work.sealed_span(peer.store, "a", 0, 20)]) for peer in peers]
+    clients = [connect(it.address) for it in shards]
+    steps = [work.step([work.sealed_span(client.store, "a", 0, 20)]) for client in clients]
     both = threading.Barrier(2)
 
-    def engine(peer, step):
+    def engine(client, step):
         states = []
         for _ in range(20):
             both.wait(DEADLINE_S)
-            states.append(work.run(peer, step))
-        peer.close()
+            states.append(work.run(client, step))
+        client.close()
         return states
 
     with ThreadPoolExecutor(2) as threads:
-        mine, theirs = threads.map(engine, peers, steps)
+        mine, theirs = threads.map(engine, clients, steps)
     assert mine == theirs and all(it == mine[0] for it in mine)
 
 
 def test_a_stream_to_nobody_is_a_transport_error(shard, connect):
-    peer = connect(shard.address)
+    client = connect(shard.address)
     shard.stop()
     with pytest.raises(TransportError, match=shard.address):
-        peer.connect()
-    assert peer.transport is None
+        client.connect()
+    assert client.transport is None
 
 
 def test_a_stream_to_a_shard_that_freezes_before_it_opens_is_late(start_process, connect, work):
     """It opens with the first step, within that one's deadline; and another thread may make it."""
     process = start_process()
-    peer = connect(process.address)
-    step = work.step([work.sealed_span(peer.store, "a", 0, 20)])
+    client = connect(process.address)
+    step = work.step([work.sealed_span(client.store, "a", 0, 20)])
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(peer.connect).result(DEADLINE_S)
+        thread.submit(client.connect).result(DEADLINE_S)
     process.freeze()
     with pytest.raises(Late, match="no answer in time"):
-        peer.begin(step, deadline_s=0.3)
-        peer.wait(peer.send(0, 0, work.query()), deadline_s=0.3)
-    assert not peer.ready
+        client.begin(step, deadline_s=0.3)
+        client.wait(client.send(0, 0, work.query()), deadline_s=0.3)
+    assert not client.ready
     with pytest.raises(TransportError, match=process.address):
-        peer.connect(deadline_s=0.3)
+        client.connect(deadline_s=0.3)
     process.process.send_signal(signal.SIGCONT)
-    assert work.run(peer, step)
+    assert work.run(client, step)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
 def test_closed_streams_leave_no_socket_and_no_complaint(start_process, connect, work, caplog):
-    peer = connect(start_process().address)
-    step = work.step([work.sealed_span(peer.store, "a", 0, 20)])
+    client = connect(start_process().address)
+    step = work.step([work.sealed_span(client.store, "a", 0, 20)])
 
     def use():
-        work.run(peer, step)
-        peer.begin(step)
-        peer.send(0, 0, work.query())
-        peer.break_off()
+        work.run(client, step)
+        client.begin(step)
+        client.send(0, 0, work.query())
+        client.break_off()
         gc.collect()
 
     def open_files():

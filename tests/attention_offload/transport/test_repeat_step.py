@@ -5,13 +5,13 @@ import torch
 
 from farshore.attention_offload import codec
 from farshore.attention_offload.base import AttentionModel
-from farshore.attention_offload.frames import REMOTE, Transport
-from farshore.attention_offload.in_process import InProcessPeer
-from farshore.attention_offload.shard import AttendedBytes, ShardSession
+from farshore.attention_offload.client.in_process import InProcessClient
+from farshore.attention_offload.shard.session import AttendedBytes, ShardSession
+from farshore.attention_offload.transport.frames import REMOTE, Transport
 from farshore.errors import InvalidRequest, Late, NotFound, TransportError
 from farshore.ids import SequenceId, WorkerId
-from farshore.kvstore.arena import Arena
-from farshore.kvstore.store import LocalStore
+from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.store import LocalStore
 
 
 @pytest.fixture
@@ -30,64 +30,64 @@ def announced(monkeypatch):
 @pytest.mark.parametrize("transport", REMOTE)
 def test_the_plan_goes_once_and_the_states_are_those_of_a_plan(start_shard, connect, work, announced):
     shard = start_shard()
-    peer, local = connect(shard.address), InProcessPeer(shard.worker, shard.store, work.model)
-    read = work.sealed_span(peer.store, "a", 0, 20)
+    client, local = connect(shard.address), InProcessClient(shard.worker, shard.store, work.model)
+    read = work.sealed_span(client.store, "a", 0, 20)
     expected = work.run(local, work.step([read]))
     for number in range(1, 5):
-        assert work.run(peer, work.step([read], number=number, positions=(100 + number,))) == expected
+        assert work.run(client, work.step([read], number=number, positions=(100 + number,))) == expected
     assert announced == [1]
 
 
 @pytest.mark.parametrize("transport", REMOTE)
 def test_other_reads_are_a_plan_again(start_shard, connect, work, announced):
     shard = start_shard()
-    peer, local = connect(shard.address), InProcessPeer(shard.worker, shard.store, work.model)
-    a, b = (work.sealed_span(peer.store, name, 0, 20 + len(name)) for name in ("a", "bb"))
-    behind = work.sealed_span(peer.store, "a", 21, 43)
+    client, local = connect(shard.address), InProcessClient(shard.worker, shard.store, work.model)
+    a, b = (work.sealed_span(client.store, name, 0, 20 + len(name)) for name in ("a", "bb"))
+    behind = work.sealed_span(client.store, "a", 21, 43)
     steps = [[a], [a], [b], [a, behind], [a._replace(last=19)], [a]]
     for number, reads in enumerate(steps, 1):
         step = work.step(reads, number=number)
-        assert work.run(peer, step) == work.run(local, step)
+        assert work.run(client, step) == work.run(local, step)
     assert announced == [1, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("transport", REMOTE)
 def test_a_span_that_is_gone_is_missed(shard, connect, work, announced):
     """Another's goes: everything is looked up once more and found. Its own goes: the step says so."""
-    peer = connect(shard.address)
-    read, other = (work.sealed_span(peer.store, name, 0, 20) for name in "ab")
-    expected = work.run(peer, work.step([read]))
-    peer.store.drop([other.span], sequence=SequenceId("b"), epoch=work.owner)
+    client = connect(shard.address)
+    read, other = (work.sealed_span(client.store, name, 0, 20) for name in "ab")
+    expected = work.run(client, work.step([read]))
+    client.store.drop([other.span], sequence=SequenceId("b"), epoch=work.owner)
     for number in (2, 3):
-        assert work.run(peer, work.step([read], number=number)) == expected
-    peer.store.drop([read.span], sequence=SequenceId("a"), epoch=work.owner)
+        assert work.run(client, work.step([read], number=number)) == expected
+    client.store.drop([read.span], sequence=SequenceId("a"), epoch=work.owner)
     with pytest.raises(NotFound, match=read.span):
-        work.run(peer, work.step([read], number=4))
+        work.run(client, work.step([read], number=4))
     assert announced == [1]
 
 
 @pytest.mark.parametrize("transport", REMOTE)
 def test_a_new_connection_is_told_the_plan(shard, connect, work, announced):
-    peer = connect(shard.address)
-    step = work.step([work.sealed_span(peer.store, "a", 0, 20)])
-    expected = work.run(peer, step)
-    peer.break_off()
-    assert work.run(peer, step) == expected
+    client = connect(shard.address)
+    step = work.step([work.sealed_span(client.store, "a", 0, 20)])
+    expected = work.run(client, step)
+    client.break_off()
+    assert work.run(client, step) == expected
     assert announced == [1, 1]
 
 
 @pytest.mark.parametrize("transport", REMOTE)
 def test_a_step_dropped_half_way_leaves_the_connection_as_it_is(shard, connect, work, announced):
-    peer = connect(shard.address)
-    step = work.step([work.sealed_span(peer.store, "a", 0, 20)])
-    expected = work.run(peer, step)
+    client = connect(shard.address)
+    step = work.step([work.sealed_span(client.store, "a", 0, 20)])
+    expected = work.run(client, step)
     for _ in range(3):
-        peer.begin(step)
+        client.begin(step)
         for layer in range(work.layers):
-            peer.send(layer, 0, work.query(seed=9))
-        peer.begin(step)
-        peer.send(0, 0, work.query(seed=8))
-        assert work.run(peer, step) == expected
+            client.send(layer, 0, work.query(seed=9))
+        client.begin(step)
+        client.send(0, 0, work.query(seed=8))
+        assert work.run(client, step) == expected
     assert announced == [1]
 
 
@@ -95,29 +95,29 @@ def test_a_step_dropped_half_way_leaves_the_connection_as_it_is(shard, connect, 
 @pytest.mark.parametrize("alike", [True, False])
 def test_steps_that_are_announced_and_never_run(shard, connect, work, alike):
     """As where another shard has no connection: more than there are slots in shared memory."""
-    peer = connect(shard.address)
-    reads = [work.sealed_span(peer.store, name, 0, 20) for name in "ab"]
-    expected = work.run(peer, work.step(reads[:1]))
+    client = connect(shard.address)
+    reads = [work.sealed_span(client.store, name, 0, 20) for name in "ab"]
+    expected = work.run(client, work.step(reads[:1]))
     for number in range(2, 50):
-        peer.begin(work.step([reads[0 if alike else number % 2]], number=number))
-    assert work.run(peer, work.step(reads[:1], number=50)) == expected
+        client.begin(work.step([reads[0 if alike else number % 2]], number=number))
+    assert work.run(client, work.step(reads[:1], number=50)) == expected
 
 
 @pytest.mark.parametrize("transport", [Transport.SHARED_MEMORY, Transport.TCP])
 def test_a_connection_that_the_shard_closed_between_two_steps(start_process, connect, work, announced):
     """Is lost in the step that finds it closed; then there is none, until one is made."""
     process = start_process()
-    peer = connect(process.address)
-    reads = [work.sealed_span(peer.store, "a", 0, 20)]
-    work.run(peer, work.step(reads))
+    client = connect(process.address)
+    reads = [work.sealed_span(client.store, "a", 0, 20)]
+    work.run(client, work.step(reads))
     process.restart()
-    assert not peer.ready
+    assert not client.ready
     with pytest.raises(TransportError, match="closed the connection"):
-        peer.begin(work.step(reads, number=2))
+        client.begin(work.step(reads, number=2))
     with pytest.raises(Late, match="no connection"):
-        peer.begin(work.step(reads, number=3))
+        client.begin(work.step(reads, number=3))
     with pytest.raises(NotFound):
-        work.run(peer, work.step(reads, number=4))
+        work.run(client, work.step(reads, number=4))
     assert announced == [1, 4]
 
 
@@ -132,23 +132,23 @@ def test_where_a_layer_has_a_window_positions_are_told_with_every_step(
 ):
     shard = start_shard()
     work.model = windowed(work)
-    peer = reach(shard.address, transports=(transport,))
-    local = InProcessPeer(shard.worker, shard.store, work.model)
-    read = work.sealed_span(peer.store, "a", 0, 20)
+    client = reach(shard.address, transports=(transport,))
+    local = InProcessClient(shard.worker, shard.store, work.model)
+    read = work.sealed_span(client.store, "a", 0, 20)
     for number, position in enumerate((35, 40), 1):
         step = work.step([read], number=number, positions=(position,))
-        assert work.run(peer, step) == work.run(local, step)
+        assert work.run(client, step) == work.run(local, step)
     assert announced == [1, 2]
 
 
 def test_a_session_refuses_what_makes_no_sense(work):
     store = LocalStore(worker=WorkerId("shard"), arena=Arena(1 << 20))
     with pytest.raises(InvalidRequest, match="there was none"):
-        ShardSession(store, work.model, AttendedBytes()).again(7)
+        ShardSession(store, work.model, AttendedBytes()).repeat_step(7)
     session = ShardSession(store, windowed(work), AttendedBytes())
     session.begin(work.step([work.sealed_span(store, "a", 0, 20)]))
     with pytest.raises(InvalidRequest, match="window"):
-        session.again(8)
+        session.repeat_step(8)
 
 
 def test_a_session_goes_by_the_new_number(work):
@@ -156,7 +156,7 @@ def test_a_session_goes_by_the_new_number(work):
     session = ShardSession(store, work.model, AttendedBytes())
     session.begin(work.step([work.sealed_span(store, "a", 0, 20)]))
     first = session.attend(1, 0, 0, work.query())
-    session.again(2)
+    session.repeat_step(2)
     assert torch.equal(session.attend(2, 0, 0, work.query()).o, first.o)
     with pytest.raises(InvalidRequest, match="step 2 is under way"):
         session.attend(1, 0, 0, work.query())

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from farshore.attention_offload import codec
-from farshore.attention_offload import connect as connecting
-from farshore.attention_offload.frames import REMOTE, Transport, frame_bytes, native
-from farshore.attention_offload.grpc_server import AttentionService, serve
-from farshore.attention_offload.in_process import InProcessPeer
+from farshore.attention_offload.client.in_process import InProcessClient
+from farshore.attention_offload.shard.service import AttentionService, serve
+from farshore.attention_offload.transport import connect as connecting
+from farshore.attention_offload.transport.frames import REMOTE, Transport, frame_bytes, native
 from farshore.errors import InvalidRequest, TransportError
 from farshore.proto import attention_pb2 as pb
 
@@ -85,12 +85,12 @@ def test_the_fastest_way_that_connects_is_taken_and_the_slowest_one_said(
     start_shard, reach, work, changes, expected, caplog
 ):
     shard = start_shard(service=offering(**changes))
-    peer, local = reach(shard.address), InProcessPeer(shard.worker, shard.store, work.model)
-    assert peer.transport is None
-    step = work.step([work.sealed_span(peer.store, "a", 0, 20)])
+    client, local = reach(shard.address), InProcessClient(shard.worker, shard.store, work.model)
+    assert client.transport is None
+    step = work.step([work.sealed_span(client.store, "a", 0, 20)])
     for _ in range(2):
-        assert work.run(peer, step) == work.run(local, step)
-    assert peer.transport is expected and peer.bulk_transport is expected
+        assert work.run(client, step) == work.run(local, step)
+    assert client.transport is expected and client.bulk_transport is expected
     warnings = said(caplog)
     if expected is Transport.GRPC:
         assert len(warnings) == 2, "once for hot frames, once for bulk KV"
@@ -104,12 +104,12 @@ def test_the_fastest_way_that_connects_is_taken_and_the_slowest_one_said(
 
 
 def test_without_grpc_an_unreachable_shard_is_a_transport_error_that_says_what_was_tried(start_shard, reach):
-    peer = reach(
+    client = reach(
         start_shard(service=offering(**ELSEWHERE, **FIREWALLED)).address,
         transports=(Transport.SHARED_MEMORY, Transport.TCP),
     )
     with pytest.raises(TransportError, match=r"cannot be reached: shared memory: .*; TCP: .* port \d+"):
-        peer.connect()
+        client.connect()
 
 
 def test_a_port_that_swallows_packets_is_not_tried_for_every_step(start_shard, reach, monkeypatch, caplog):
@@ -120,10 +120,10 @@ def test_a_port_that_swallows_packets_is_not_tried_for_every_step(start_shard, r
         raise TimeoutError("timed out")
 
     monkeypatch.setattr(connecting.socket, "create_connection", swallowed)
-    peer = reach(start_shard(service=offering(**ELSEWHERE)).address)
+    client = reach(start_shard(service=offering(**ELSEWHERE)).address)
     for _ in range(3):
-        assert peer.connect() is Transport.GRPC
-        peer.break_off()
+        assert client.connect() is Transport.GRPC
+        client.break_off()
     assert len(tried) == 1
     assert "does a firewall let only gRPC's port through?" in said(caplog)[0]
 
@@ -182,8 +182,8 @@ def test_tcp_listens_where_grpc_does_and_nowhere_else(listen, transport, start_s
     shard.server, shard.address = serve(shard.service, listen)
     where = shard.service.listener.tcp_address
     assert where[0] in ("127.0.0.1", "::1")
-    peer = reach(shard.address, transports=(transport,))
-    assert peer.connect() is transport
+    client = reach(shard.address, transports=(transport,))
+    assert client.connect() is transport
     assert not accepts("127.0.0.2", where[1]), "every address of this host is listened on"
 
 
@@ -213,15 +213,15 @@ def test_a_layer_costs_the_bytes_that_the_formula_says(start_shard, reach, work,
     shard = start_shard(service=offering(**ELSEWHERE))
     counter = proxy_to(shard)
     shard.service.changes["tcp_port"] = counter.port
-    peer = reach(shard.address, transports=(Transport.TCP,))
-    read = work.sealed_span(peer.store, "a", 0, 20, group0, 3)._replace(rows=range(rows))
+    client = reach(shard.address, transports=(Transport.TCP,))
+    read = work.sealed_span(client.store, "a", 0, 20, group0, 3)._replace(rows=range(rows))
     groups = 3 - group0
     step = work.step([read], positions=(30,) * rows, group0=group0)
-    peer.connect()
-    peer.begin(step)
-    peer.wait(peer.send(0, 0, work.query(rows=rows, groups=groups)))
+    client.connect()
+    client.begin(step)
+    client.wait(client.send(0, 0, work.query(rows=rows, groups=groups)))
     before = counter.counts()
-    peer.wait(peer.send(1, 0, work.query(rows=rows, groups=groups)))
+    client.wait(client.send(1, 0, work.query(rows=rows, groups=groups)))
     there, back = (after - was for after, was in zip(counter.counts(), before, strict=True))
     heads = groups * work.spec.q_heads_per_group
     spec, size = work.spec, work.dtype.itemsize
@@ -233,11 +233,11 @@ def test_a_layer_costs_the_bytes_that_the_formula_says(start_shard, reach, work,
 
 @pytest.mark.parametrize("transport", REMOTE)
 def test_a_query_of_another_dtype_is_refused(shard, connect, work, transport):
-    peer = connect(shard.address)
-    peer.connect()
-    peer.begin(work.step([work.sealed_span(peer.store, "a", 0, 20)]))
+    client = connect(shard.address)
+    client.connect()
+    client.begin(work.step([work.sealed_span(client.store, "a", 0, 20)]))
     with pytest.raises(InvalidRequest):
-        peer.wait(peer.send(0, 0, work.query().to(torch.float16)))
+        client.wait(client.send(0, 0, work.query().to(torch.float16)))
 
 
 def test_a_shard_is_asked_where_it_listens_within_the_callers_deadline(start_shard, reach, work):

@@ -7,11 +7,15 @@ from collections import Counter
 
 import pytest
 
-from farshore.benchmarks import faults, faults_bars, faults_door, faults_freeze, faults_sender
-from farshore.benchmarks.faults_hostile import Found
-from farshore.benchmarks.faults_requests import Kind, deal
-from farshore.benchmarks.faults_setting import Setting, Sizes
-from farshore.benchmarks.faults_stream import Stream, differs, longest_gap_s, percentile
+from farshore.benchmarks.faults import bars as faults_bars
+from farshore.benchmarks.faults import benchmark as faults
+from farshore.benchmarks.faults import door as faults_door
+from farshore.benchmarks.faults import freeze as faults_freeze
+from farshore.benchmarks.faults import sender as faults_sender
+from farshore.benchmarks.faults.hostile import Found
+from farshore.benchmarks.faults.requests import Kind, deal
+from farshore.benchmarks.faults.setting import Setting, Sizes
+from farshore.benchmarks.faults.stream import Stream, differs, longest_gap_s, percentile
 from farshore.benchmarks.report import Report
 from farshore.errors import InvalidRequest, StartupError
 from farshore.proto import inference_pb2 as api

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from farshore.benchmarks import kernels
 from farshore.benchmarks.catalogue import BENCHMARKS, Options
-from farshore.benchmarks.implementation import choose, import_module
-from farshore.benchmarks.shapes import LLAMA_8B, SMOLLM2
+from farshore.benchmarks.kernels import benchmark as kernels
+from farshore.benchmarks.kernels.implementation import choose, import_module
+from farshore.benchmarks.kernels.shapes import LLAMA_8B, SMOLLM2
 from farshore.errors import InvalidRequest
 
 
@@ -95,7 +95,7 @@ def without_native_kernels(monkeypatch):
             raise ImportError("no compiler")
         return import_module(name)
 
-    monkeypatch.setattr("farshore.benchmarks.implementation.import_module", importing)
+    monkeypatch.setattr("farshore.benchmarks.kernels.implementation.import_module", importing)
 
 
 def test_the_reference_serves_where_nothing_faster_is_built(without_native_kernels):
@@ -114,7 +114,7 @@ def test_native_kernels_come_first_and_are_told_their_threads(monkeypatch):
         merge=lambda: told.update(merge={}),
     )
     monkeypatch.setattr(
-        "farshore.benchmarks.implementation.import_module",
+        "farshore.benchmarks.kernels.implementation.import_module",
         {"farshore.kernels.cpu": native}.__getitem__,
     )
     chosen = choose(None, threads=1)

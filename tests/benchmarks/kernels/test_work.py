@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from farshore.benchmarks.cold import ColdKV, layer_bytes, query
-from farshore.benchmarks.prefill import causal_mask, flops
-from farshore.benchmarks.shapes import SMOLLM2, Shape
+from farshore.benchmarks.kernels.cold import ColdKV, layer_bytes, query
+from farshore.benchmarks.kernels.prefill import causal_mask, flops
+from farshore.benchmarks.kernels.shapes import SMOLLM2, Shape
 from farshore.kernels.base import State
 from farshore.kernels.formats import KVFormat
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from farshore.benchmarks import kvstore
-from farshore.benchmarks.kvstore_setting import StoreSizes
+from farshore.benchmarks.kvstore import benchmark as kvstore
+from farshore.benchmarks.kvstore.setting import StoreSizes
 from farshore.benchmarks.machine import MachineSizes
 from farshore.errors import InvalidRequest
 

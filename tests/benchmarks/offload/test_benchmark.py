@@ -5,10 +5,10 @@ from collections import Counter
 
 import pytest
 
-from farshore.benchmarks import offload
 from farshore.benchmarks.catalogue import BENCHMARKS, Options
 from farshore.benchmarks.machine import MachineSizes
-from farshore.benchmarks.offload_setting import Sizes
+from farshore.benchmarks.offload import benchmark as offload
+from farshore.benchmarks.offload.setting import Sizes
 from farshore.errors import InvalidRequest
 from farshore.models.config import ModelConfig
 from farshore.models.rope import RopeConfig

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from farshore.benchmarks import quality
-from farshore.benchmarks.quality_rig import SEGMENT_TOKENS, Reader
+from farshore.benchmarks.quality import benchmark as quality
+from farshore.benchmarks.quality.rig import SEGMENT_TOKENS, Reader
 from farshore.errors import InvalidRequest
 from farshore.kernels.formats import KVFormat
 from farshore.models.source import DEMO, resolve

@@ -7,14 +7,18 @@ from dataclasses import replace
 
 import pytest
 
-from farshore.benchmarks import dense, serve, serve_load, serve_peer, serve_start
 from farshore.benchmarks.machine import facts
-from farshore.benchmarks.serve_engine import LocalEngine
-from farshore.benchmarks.serve_setting import Setting, Sizes, prefill_flops, step_bytes, weight_elements
+from farshore.benchmarks.serve import benchmark as serve
+from farshore.benchmarks.serve import dense
+from farshore.benchmarks.serve import load as serve_load
+from farshore.benchmarks.serve import peer as serve_peer
+from farshore.benchmarks.serve import start as serve_start
+from farshore.benchmarks.serve.engine import LocalEngine
+from farshore.benchmarks.serve.setting import Setting, Sizes, prefill_flops, step_bytes, weight_elements
 from farshore.errors import InvalidRequest, StartupError
 from farshore.models.config import ModelConfig
 from farshore.models.rope import RopeConfig
-from farshore.workers.admission import EngineLimits
+from farshore.workers.engine.admission import EngineLimits
 
 CONFIG = ModelConfig(
     name="tiny",

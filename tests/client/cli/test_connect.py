@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from farshore.client import cli_connect
-from farshore.client.cli_connect import await_gateway
+from farshore.client.cli import connect as cli_connect
+from farshore.client.cli.connect import await_gateway
 from farshore.client.sdk import Client
 from farshore.errors import TransportError
 
@@ -124,7 +124,7 @@ def test_a_host_that_does_not_exist(address):
 def test_generate_starts_no_second_cluster_beside_a_silent_gateway(
     run, cluster, silent, no_patience, monkeypatch
 ):
-    monkeypatch.setattr("farshore.client.cli_generate.DEFAULT_SERVER", silent)
+    monkeypatch.setattr("farshore.client.cli.generate.DEFAULT_SERVER", silent)
     done = run("generate", "Hi")
     assert done.code == 1
     assert "did not answer as a gateway" in done.err

@@ -285,7 +285,7 @@ def test_what_the_engine_is_told(run, farshore, cluster, nothing_listens, answer
 
 
 def test_a_running_gateway_is_used(run, farshore, cluster, answer, monkeypatch):
-    monkeypatch.setattr("farshore.client.cli_generate.DEFAULT_SERVER", farshore.address)
+    monkeypatch.setattr("farshore.client.cli.generate.DEFAULT_SERVER", farshore.address)
     assert run("generate", "Hi").out == answer + "\n"
     assert cluster.config is None
 

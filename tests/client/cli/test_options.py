@@ -6,7 +6,7 @@ import re
 import pytest
 
 from farshore import __version__
-from farshore.client.cli_options import server_address, size_bytes
+from farshore.client.cli.options import server_address, size_bytes
 
 
 @pytest.mark.parametrize(

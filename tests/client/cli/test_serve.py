@@ -12,7 +12,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from farshore.client.cli_terminal import Progress, stop_signals
+from farshore.client.cli.terminal import Progress, stop_signals
 from farshore.errors import PartEnded, StartupError
 from farshore.proto import inference_pb2 as api
 from farshore.proto import inference_pb2_grpc
@@ -266,8 +266,8 @@ def test_status_of_a_gateway_that_does_not_serve(run, failed):
 
 
 def test_generate_at_a_gateway_that_does_not_serve(run, cluster, failed, monkeypatch):
-    monkeypatch.setattr("farshore.client.cli_connect.ANSWER_DEADLINE_S", 0.0)
-    monkeypatch.setattr("farshore.client.cli_generate.DEFAULT_SERVER", failed)
+    monkeypatch.setattr("farshore.client.cli.connect.ANSWER_DEADLINE_S", 0.0)
+    monkeypatch.setattr("farshore.client.cli.generate.DEFAULT_SERVER", failed)
     done = run("generate", "Hi")
     assert done.code == 1 and "has failed" in done.err
     assert cluster.config is None

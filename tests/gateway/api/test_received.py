@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farshore.errors import InvalidRequest
-from farshore.gateway import received
+from farshore.gateway.api import received
 from farshore.gateway.limits import Limits
 from farshore.proto import inference_pb2 as api
 

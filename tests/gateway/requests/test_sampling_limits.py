@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farshore.errors import InvalidRequest
-from farshore.gateway import sampling as sampling_limits
 from farshore.gateway.limits import Limits
+from farshore.gateway.requests import sampling as sampling_limits
 from farshore.proto import inference_pb2 as api
-from farshore.workers.penalties import Seen
-from farshore.workers.sampler import sample
-from farshore.workers.sequence import Sampling
+from farshore.workers.engine.decode.sampler import sample
+from farshore.workers.engine.penalties import Seen
+from farshore.workers.engine.sequence import Sampling
 
 VOCAB = 12
 # The edges of what is allowed, on both sides, and anything at all.

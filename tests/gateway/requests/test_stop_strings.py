@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farshore.gateway.limits import Limits
-from farshore.gateway.stop_strings import StopStrings
+from farshore.gateway.requests.stop_strings import StopStrings
 from farshore.proto import inference_pb2 as api
 
 

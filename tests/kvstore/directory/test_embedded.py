@@ -5,7 +5,7 @@ import pytest
 from farshore.errors import Fenced, InvalidRequest, NotFound
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kvstore.base import SpanInfo, SpanKey
-from farshore.kvstore.directory import EmbeddedDirectory
+from farshore.kvstore.directory.embedded import EmbeddedDirectory
 
 ENGINE, OTHER, SHARD = WorkerId("engine"), WorkerId("other"), WorkerId("shard")
 S, T = SequenceId("s"), SequenceId("t")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from farshore.kvstore import blocks
+from farshore.kvstore.store import blocks
 
 pytestmark = pytest.mark.skipif(blocks.native is None, reason="no native module was built")
 
@@ -74,7 +74,7 @@ import resource
 import torch
 from farshore.kernels.base import KVLayout
 from farshore.kernels.formats import KVFormat
-from farshore.kvstore import blocks
+from farshore.kvstore.store import blocks
 
 torch.set_num_threads(1)  # its own pool ends the process where there are no threads
 layout = KVLayout(4, 2, 1, 1, 64, 64, KVFormat.FLOAT32)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from farshore.ids import SequenceId, WorkerId
-from farshore.kvstore import parity
-from farshore.kvstore.arena import Arena
-from farshore.kvstore.store import LocalStore
+from farshore.kvstore.store import parity
+from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.store import LocalStore
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from farshore.errors import Full
-from farshore.kvstore.tail import Tail
+from farshore.kvstore.store.tail import Tail
 
 
 def append(tail, layout, k, v):

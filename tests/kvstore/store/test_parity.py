@@ -7,11 +7,11 @@ import torch
 
 from farshore.errors import Corrupt, Full, InvalidRequest
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
-from farshore.kvstore import images, parity, transfer
-from farshore.kvstore.arena import Arena
 from farshore.kvstore.base import SpanKey
-from farshore.kvstore.parity import Member
-from farshore.kvstore.store import LocalStore
+from farshore.kvstore.store import images, parity, transfer
+from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.parity import Member
+from farshore.kvstore.store.store import LocalStore
 
 E1 = Epoch(1)
 GROUP, BACK = SequenceId("parity of s"), SequenceId("s, rebuilt")

@@ -17,11 +17,11 @@ from farshore.errors import Corrupt, Fenced, Full, InvalidRequest, NotFound
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import KVLayout
 from farshore.kernels.formats import KVFormat
-from farshore.kvstore import forms, images, parity, transfer
-from farshore.kvstore.arena import Arena
 from farshore.kvstore.base import Covered, SpanKey
-from farshore.kvstore.store import LocalStore
-from farshore.kvstore.tail import Tail
+from farshore.kvstore.store import forms, images, parity, transfer
+from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.store import LocalStore
+from farshore.kvstore.store.tail import Tail
 
 LAYOUTS = [
     KVLayout(2, 2, 3, 1, 8, 6, KVFormat.BFLOAT16, block_tokens=4),

@@ -6,7 +6,7 @@ by the fixture ``mortal``. A shard that is a process can be frozen, thawed and k
 
 from collections import Counter
 
-from farshore.attention_offload.frames import Transport
+from farshore.attention_offload.transport.frames import Transport
 from farshore.errors import TransportError
 
 LOCAL = {"close", "break_off"}
@@ -49,7 +49,7 @@ class _Mortal:
         return call
 
 
-class MortalPeer(_Mortal):
+class MortalClient(_Mortal):
     """A peer that can die: at once, or in the middle of whatever a test waits for.
 
     The store behind it lives on, as the memory of a shard does that was cut off: after :meth:`revive` it has
@@ -59,10 +59,10 @@ class MortalPeer(_Mortal):
     transport = bulk_transport = Transport.TCP  # An engine takes an in-process peer for one that never fails.
     frames = None
 
-    def __init__(self, peer, life=None):
-        assert peer.frames is None, "frames that are sent natively would pass this by"
-        super().__init__(peer, life or _Life())
-        self.store = _Mortal(peer.store, self._life)
+    def __init__(self, client, life=None):
+        assert client.frames is None, "frames that are sent natively would pass this by"
+        super().__init__(client, life or _Life())
+        self.store = _Mortal(client.store, self._life)
         self._second = None
 
     @property
@@ -86,7 +86,7 @@ class MortalPeer(_Mortal):
         function that raises what this one call is to fail with."""
         self._life.plan[name, self.calls[name] + count] = action
 
-    def twin(self):
+    def second_connection(self):
         if self._second is None:
-            self._second = MortalPeer(self._inner.twin(), self._life)
+            self._second = MortalClient(self._inner.second_connection(), self._life)
         return self._second

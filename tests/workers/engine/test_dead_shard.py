@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from farshore.attention_offload.plan import Read, ShardStep
+from farshore.attention_offload.plan.step_plan import Read, ShardStep
 from farshore.errors import Late, Lost, TransportError
 from farshore.ids import Epoch, SequenceId, SpanId
 from farshore.kernels.base import KVLayout
@@ -27,20 +27,20 @@ PEER_CALLS = ["identify", "begin", "send", "wait"]
 @pytest.fixture
 def shard(tiny_model, rig, mortal):
     cluster = rig(tiny_model, shards=1, memory_bytes=8 << 20)
-    peer = mortal(cluster.peers["shard0"])
-    yield peer
-    peer.revive()
-    peer.store.drop_sequence(A, epoch=EPOCH)
+    client = mortal(cluster.clients["shard0"])
+    yield client
+    client.revive()
+    client.store.drop_sequence(A, epoch=EPOCH)
 
 
-def placed(peer):
+def placed(client):
     """A sealed span of 4 tokens."""
     key = SpanKey(sequence=A, layer_class=0, first=0, group0=0, group1=LAYOUT.groups)
-    span = peer.store.create(key, capacity_tokens=4, layout=LAYOUT, epoch=EPOCH)
+    span = client.store.create(key, capacity_tokens=4, layout=LAYOUT, epoch=EPOCH)
     k = torch.ones(LAYOUT.k_heads, 4, LAYOUT.k_dim)
     for layer in range(LAYOUT.layers):
-        peer.store.write(span, layer, 0, k, k, sequence=A, epoch=EPOCH)
-    peer.store.seal(span, 4, sequence=A, epoch=EPOCH)
+        client.store.write(span, layer, 0, k, k, sequence=A, epoch=EPOCH)
+    client.store.seal(span, 4, sequence=A, epoch=EPOCH)
     return span
 
 
@@ -49,10 +49,10 @@ def step_of(span):
     return ShardStep(1, (0,), (9,), 0, LAYOUT.groups, ((read,),), (range(1),))
 
 
-def attend(peer, span):
-    peer.connect()
-    peer.begin(step_of(span))
-    return peer.wait(peer.send(0, 0, torch.ones(1, 6, 8)))
+def attend(client, span):
+    client.connect()
+    client.begin(step_of(span))
+    return client.wait(client.send(0, 0, torch.ones(1, 6, 8)))
 
 
 def test_alive_it_is_what_it_wraps(shard):
@@ -67,16 +67,16 @@ def test_alive_it_is_what_it_wraps(shard):
 @pytest.mark.parametrize("name", [*PEER_CALLS, *STORE_CALLS])
 def test_dead_it_is_dead_for_every_call(shard, name):
     span = placed(shard)
-    twin = shard.twin()
-    assert twin is shard.twin()
+    second_connection = shard.second_connection()
+    assert second_connection is shard.second_connection()
     shard.die()
-    for way in (shard, twin):
+    for way in (shard, second_connection):
         with pytest.raises(TransportError, match="the shard is dead"):
             getattr(way if name in PEER_CALLS else way.store, name)()
     shard.break_off()
     shard.revive()
     attend(shard, span)
-    attend(twin, span)
+    attend(second_connection, span)
 
 
 def test_what_could_not_be_dropped_is_there_when_it_is_back(shard):
@@ -116,18 +116,18 @@ def test_a_single_call_fails_with_what_is_asked_for(shard):
 
 def test_a_process_is_frozen_thawed_and_killed(start_process, connect, tiny_model, rig):
     shard = start_process(worker="shard7")
-    peer = connect(shard.address, model=rig(tiny_model).attention)
-    span = placed(peer)
+    client = connect(shard.address, model=rig(tiny_model).attention)
+    span = placed(client)
     state = Path(f"/proc/{shard.process.pid}/stat")
     shard.freeze()
     assert state.read_text().rpartition(")")[2].split()[0] == "T"
     shard.thaw()
-    assert peer.identify().worker == "shard7"
-    assert torch.allclose(attend(peer, span).o, torch.ones(1, 6, 8))
+    assert client.identify().worker == "shard7"
+    assert torch.allclose(attend(client, span).o, torch.ones(1, 6, 8))
     shard.freeze()
     shard.kill()  # a frozen one, too
     assert not state.exists()
     with pytest.raises(TransportError):
-        peer.identify()
+        client.identify()
     with pytest.raises(TransportError):
-        peer.store.announce()
+        client.store.announce()

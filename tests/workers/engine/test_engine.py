@@ -5,12 +5,12 @@ import threading
 import pytest
 import torch
 
-from farshore.attention_offload.frames import Transport
+from farshore.attention_offload.transport.frames import Transport
 from farshore.errors import Full, Internal, InvalidRequest, NotFound, Overloaded, TransportError
 from farshore.ids import SequenceId
-from farshore.kvstore.arena import Arena, stride_bytes
-from farshore.workers.admission import EngineLimits
-from farshore.workers.sequence import Failed, Finished, Reason, Sampling
+from farshore.kvstore.store.arena import Arena, stride_bytes
+from farshore.workers.engine.admission import EngineLimits
+from farshore.workers.engine.sequence import Failed, Finished, Reason, Sampling
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0)
 PROMPT = list(range(5, 50))
@@ -31,9 +31,9 @@ def greedy(tiny, prompt, count):
 class Flaky:
     """A peer whose connection breaks at chosen calls: what a network does."""
 
-    def __init__(self, peer):
-        self._peer = peer
-        self.store = peer.store
+    def __init__(self, client):
+        self._client = client
+        self.store = client.store
         self.transport = self.bulk_transport = Transport.TCP
         self.frames = None
         self.waits = 0
@@ -51,7 +51,7 @@ class Flaky:
 
     def identify(self):
         self._check()
-        return self._peer.identify()
+        return self._client.identify()
 
     def connect(self):
         self._check()
@@ -64,15 +64,15 @@ class Flaky:
             kept = {sequence: spans for (sequence, _), spans in wanted.items()}
             for sequence in self.store.sequences():
                 self.store.drop_sequence(sequence, epoch=1 << 62, keep=kept.get(sequence, ()))
-        return self._peer.beat(wanted)
+        return self._client.beat(wanted)
 
     def begin(self, step, **options):
         self._check()
-        self._peer.begin(step, **options)
+        self._client.begin(step, **options)
 
     def send(self, layer, micro_batch, q):
         self._check()
-        return self._peer.send(layer, micro_batch, q)
+        return self._client.send(layer, micro_batch, q)
 
     def wait(self, sent, **options):
         self.waits += 1
@@ -80,10 +80,10 @@ class Flaky:
         self._check()
         if self.waits in self.break_at:
             raise TransportError("the connection broke")
-        return self._peer.wait(sent, **options)
+        return self._client.wait(sent, **options)
 
     def close(self):
-        self._peer.close()
+        self._client.close()
 
     def _check(self):
         if self._dead:
@@ -103,8 +103,8 @@ def test_tokens_equal_transformers_across_many_hand_offs(tiny, tiny_model, rig, 
 
 def test_a_transport_error_in_the_middle_of_a_step_loses_nothing(tiny, tiny_model, rig, submit):
     cluster = rig(tiny_model, shards=2, memory_bytes=64 << 20, wrap=Flaky)
-    cluster.peers["shard0"].break_at = {2, 8, 9, 20}
-    cluster.peers["shard1"].break_at = {1, 15}
+    cluster.clients["shard0"].break_at = {2, 8, 9, 20}
+    cluster.clients["shard1"].break_at = {1, 15}
     engine = cluster.start()
     collected = [submit(engine, name, PROMPT, GREEDY) for name in "ab"]
     for it in collected:
@@ -112,7 +112,7 @@ def test_a_transport_error_in_the_middle_of_a_step_loses_nothing(tiny, tiny_mode
         assert isinstance(result, Finished), result
         assert it.tokens == greedy(tiny, PROMPT, GREEDY.max_tokens)
         assert sum(result.attended_bytes.values()) == attended(tiny_model, len(PROMPT), GREEDY.max_tokens - 1)
-    assert cluster.peers["shard0"].waits > 20 and cluster.peers["shard1"].waits > 15
+    assert cluster.clients["shard0"].waits > 20 and cluster.clients["shard1"].waits > 15
 
 
 def attended(model, prompt_tokens, steps):
@@ -124,7 +124,7 @@ def attended(model, prompt_tokens, steps):
 def test_what_the_engine_counts_is_what_the_shards_attended_to(tiny_model, rig, submit):
     cluster = rig(tiny_model, shards=3, shard_by="head", memory_bytes=64 << 20)
     result = submit(cluster.start(), "a", PROMPT, GREEDY).result()
-    by_shard = {w: cluster.peers[w].identify().attended_bytes for w in cluster.targets}
+    by_shard = {w: cluster.clients[w].identify().attended_bytes for w in cluster.targets}
     assert result.attended_bytes == by_shard
     assert all(by_shard.values())
 
@@ -135,7 +135,7 @@ def test_a_dead_shard_fails_its_sequences_and_only_them(tiny, tiny_model, rig, s
     single = submit(engine, "single", PROMPT[:1], Sampling(max_tokens=200, temperature=0.0))
     single.events.get(timeout=60)
     (view,) = engine.views()
-    victim = cluster.peers[next(worker for worker in cluster.targets if worker != view.spans[0][0])]
+    victim = cluster.clients[next(worker for worker in cluster.targets if worker != view.spans[0][0])]
     victim.die_at = 10
     spread = submit(engine, "spread", PROMPT, Sampling(max_tokens=600, temperature=0.0))
     result = spread.result()
@@ -152,7 +152,7 @@ def test_without_a_shard_the_others_take_what_comes(tiny, tiny_model, rig, submi
     """Nobody who does not need the dead one fails, at whatever moment it dies."""
     cluster = rig(tiny_model, shards=3, shard_by="head", memory_bytes=64 << 20, wrap=Flaky)
     engine = cluster.start()
-    victim = cluster.peers["shard1"]
+    victim = cluster.clients["shard1"]
     victim.die()
     for name in "ab":
         collected = submit(engine, name, PROMPT, GREEDY)
@@ -178,11 +178,11 @@ def test_a_shard_that_dies_while_a_sequence_is_placed_is_left_out(tiny, tiny_mod
 def test_without_any_shard_a_request_says_so_and_later_ones_are_served(tiny_model, rig, submit):
     cluster = rig(tiny_model, shards=1, memory_bytes=64 << 20, wrap=Flaky)
     engine = cluster.start(limits=EngineLimits(shard_grace_s=0.3))
-    cluster.peers["shard0"].die()
+    cluster.clients["shard0"].die()
     result = submit(engine, "a", PROMPT, GREEDY).result()
     assert isinstance(result, Failed) and result.error.retryable
     assert "no attention worker answers: shard0" in str(result.error)
-    cluster.peers["shard0"].revive()
+    cluster.clients["shard0"].revive()
     ends = (submit(engine, f"b{n}", PROMPT, GREEDY).result() for n in range(10_000))
     assert isinstance(next(end for end in ends if not isinstance(end, Failed)), Finished)
 
@@ -190,11 +190,11 @@ def test_without_any_shard_a_request_says_so_and_later_ones_are_served(tiny_mode
 def test_a_request_waits_for_a_shard_that_may_answer_again(tiny, tiny_model, rig, submit):
     cluster = rig(tiny_model, shards=1, memory_bytes=64 << 20, wrap=Flaky)
     engine = cluster.start(limits=EngineLimits(shard_grace_s=60.0))
-    cluster.peers["shard0"].die()
+    cluster.clients["shard0"].die()
     collected = submit(engine, "a", PROMPT, GREEDY)
-    while not cluster.peers["shard0"].refused:
+    while not cluster.clients["shard0"].refused:
         assert collected.events.empty()
-    cluster.peers["shard0"].revive()
+    cluster.clients["shard0"].revive()
     assert isinstance(collected.result(), Finished)
     assert collected.tokens == greedy(tiny, PROMPT, GREEDY.max_tokens)
 
@@ -419,7 +419,7 @@ def test_an_engine_that_cannot_compute_says_so_first(tiny_model, rig, submit, mo
         raise RuntimeError("no memory for a thread")
 
     monkeypatch.setattr(engine._scheduler, "round", broken)
-    monkeypatch.setattr("farshore.workers.engine.probe", broken)
+    monkeypatch.setattr("farshore.workers.engine.engine.probe", broken)
     result = running.result()
     assert isinstance(result, Failed) and isinstance(result.error, Internal)
     assert told and "RuntimeError: no memory for a thread" in told[0] == engine.failure

@@ -5,8 +5,8 @@ import torch
 
 from farshore.ids import Epoch, SequenceId
 from farshore.kernels.formats import KVFormat
-from farshore.workers.admission import EngineLimits
-from farshore.workers.sequence import Finished, Sampling
+from farshore.workers.engine.admission import EngineLimits
+from farshore.workers.engine.sequence import Finished, Sampling
 
 SAMPLING = Sampling(max_tokens=180, temperature=0.0)
 """Over a block boundary: some KV is handed over as it is stored."""

@@ -8,8 +8,8 @@ import torch
 
 from farshore.errors import Lost
 from farshore.ids import SequenceId, WorkerId
-from farshore.workers.admission import EngineLimits
-from farshore.workers.sequence import Failed, Finished, Sampled, Sampling
+from farshore.workers.engine.admission import EngineLimits
+from farshore.workers.engine.sequence import Failed, Finished, Sampled, Sampling
 
 SHARDS = 3
 LONG = Sampling(max_tokens=1500)
@@ -31,7 +31,7 @@ def cluster(rig, tiny_model, start_process, connect):
     processes = {}
     for worker in it.targets:
         processes[worker] = start_process(worker=worker)
-        it.peers[worker] = connect(processes[worker].address, model=it.attention, engine="engine-1")
+        it.clients[worker] = connect(processes[worker].address, model=it.attention, engine="engine-1")
     return it, processes
 
 
@@ -75,8 +75,8 @@ def next_tokens(it, count):
         count -= 1
 
 
-def used_bytes(peer):
-    identity = peer.identify()
+def used_bytes(client):
+    identity = client.identify()
     return identity.budget_bytes - identity.free_bytes
 
 
@@ -106,7 +106,7 @@ def test_sequences_elsewhere_go_on_while_a_shard_is_frozen_and_all_end(
     for name, collected in running.items():
         assert isinstance(collected.result(), Finished)
         assert collected.tokens == tokens[name]
-    wait_until(lambda: not any(map(used_bytes, (it.peers[worker] for worker in it.targets))))
+    wait_until(lambda: not any(map(used_bytes, (it.clients[worker] for worker in it.targets))))
 
 
 def test_a_shard_frozen_for_good_ends_its_readers_and_is_whole_again_after_a_thaw(cluster, submit):
@@ -118,14 +118,16 @@ def test_a_shard_frozen_for_good_ends_its_readers_and_is_whole_again_after_a_tha
     for name in hit:
         result = running[name].result()
         assert isinstance(result, Failed) and isinstance(result.error, Lost), result
-        assert result.error.retryable and victim in str(result.error) and "send the request again" in str(
-            result.error
+        assert (
+            result.error.retryable
+            and victim in str(result.error)
+            and "send the request again" in str(result.error)
         )
     for name in PROMPTS.keys() - hit:
         next_tokens(running[name], 50)
         engine.cancel(SequenceId(name))
     processes[victim].thaw()
-    wait_until(lambda: not any(map(used_bytes, (it.peers[worker] for worker in it.targets))))
+    wait_until(lambda: not any(map(used_bytes, (it.clients[worker] for worker in it.targets))))
     again = submit(engine, "again", PROMPTS[next(iter(hit))], SHORT)
     assert isinstance(again.result(), Finished)
 
@@ -145,5 +147,5 @@ def test_a_killed_shard_ends_its_readers_alone(cluster, submit):
         engine.cancel(SequenceId(name))
         running[name].result()
     others = [WorkerId(worker) for worker in it.targets if worker != victim]
-    wait_until(lambda: not any(used_bytes(it.peers[worker]) for worker in others))
+    wait_until(lambda: not any(used_bytes(it.clients[worker]) for worker in others))
     assert isinstance(submit(engine, "next", PROMPTS["s0"], SHORT).result(), Finished)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farshore.workers.parking import victims
+from farshore.workers.engine.scheduler import victims
 
 
 def placed(*keys):

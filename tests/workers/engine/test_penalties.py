@@ -4,9 +4,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farshore.workers.penalties import Seen, penalise_counts, penalise_repetition
-from farshore.workers.sampler import adjusted
-from farshore.workers.sequence import Sampling
+from farshore.workers.engine.decode.sampler import adjusted
+from farshore.workers.engine.penalties import Seen, penalise_counts, penalise_repetition
+from farshore.workers.engine.sequence import Sampling
 
 VOCAB = 50
 ids = st.integers(0, VOCAB - 1)

@@ -25,7 +25,7 @@ ALIKE = 1 / 8
 """How far the number of rows may move before older times say nothing any more."""
 
 
-class Stagger:
+class MicroBatchTuner:
     """``waited_s`` tells how long the engine has waited for answers so far."""
 
     def __init__(

@@ -8,9 +8,9 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 
 from farshore.attention_offload.base import AttentionModel
-from farshore.attention_offload.plan import Read, StepPlan, Stretch
+from farshore.attention_offload.plan.step_plan import Read, StepPlan, Stretch
 from farshore.ids import WorkerId
-from farshore.workers.decode import Turn
+from farshore.workers.engine.decode.step_entry import StepEntry
 
 
 class Planner:
@@ -20,17 +20,19 @@ class Planner:
         """What the last plan's reads follow from."""
         self._plan: StepPlan | None = None
 
-    def plan(self, step: int, turns: Seq[Turn]) -> StepPlan:
+    def plan(self, step: int, entries: Seq[StepEntry]) -> StepPlan:
         """Rows from each sequence's committed length on. Raises InvalidPlan; nothing has been sent then."""
         shape = [
-            (turn.sequence, turn.sequence.version, turn.sequence.placed_tail.start, turn.rows)
-            for turn in turns
+            (entry.sequence, entry.sequence.version, entry.sequence.placed_tail.start, entry.rows)
+            for entry in entries
         ]
-        positions = tuple(turn.sequence.committed + i for turn in turns for i in range(turn.rows))
-        committed = {turn.sequence.key: turn.sequence.committed for turn in turns}
+        positions = tuple(entry.sequence.committed + i for entry in entries for i in range(entry.rows))
+        committed = {entry.sequence.key: entry.sequence.committed for entry in entries}
         tails = {
-            turn.sequence.key: Stretch(turn.sequence.placed_tail.start, turn.sequence.committed + turn.rows)
-            for turn in turns
+            entry.sequence.key: Stretch(
+                entry.sequence.placed_tail.start, entry.sequence.committed + entry.rows
+            )
+            for entry in entries
         }
         if self._plan is not None and shape == self._shape:
             plan = replace(self._plan, step=step, positions=positions)
@@ -40,10 +42,10 @@ class Planner:
             plan = StepPlan(
                 step=step,
                 groups=self._groups,
-                sequences=tuple(turn.sequence.key for turn in turns for _ in range(turn.rows)),
+                sequences=tuple(entry.sequence.key for entry in entries for _ in range(entry.rows)),
                 positions=positions,
-                epochs={turn.sequence.key: turn.sequence.epoch for turn in turns},
-                reads=(_reads(turns),),
+                epochs={entry.sequence.key: entry.sequence.epoch for entry in entries},
+                reads=(_reads(entries),),
             )
             plan.check(committed, tails)
             self._shape = shape
@@ -51,14 +53,14 @@ class Planner:
         return plan
 
 
-def _reads(turns: Seq[Turn]) -> dict[WorkerId, tuple[Read, ...]]:
+def _reads(entries: Seq[StepEntry]) -> dict[WorkerId, tuple[Read, ...]]:
     """A span that rows one after the other attend to alike is read once."""
     reads: dict[WorkerId, list[Read]] = {}
     newest: dict[tuple[str, int, int, int, int], tuple[list[Read], int]] = {}
     row = 0
-    for turn in turns:
-        end = row + turn.rows
-        for span in turn.sequence.spans:
+    for entry in entries:
+        end = row + entry.rows
+        for span in entry.sequence.spans:
             key = (span.span, span.first, span.last, span.group0, span.group1)
             where, index = newest.get(key, (None, 0))
             if where is not None and where[index].rows.stop == row:
@@ -75,7 +77,7 @@ def _reads(turns: Seq[Turn]) -> dict[WorkerId, tuple[Read, ...]]:
                     span.group0,
                     span.group1,
                     range(row, end),
-                    holder=turn.sequence.id,
+                    holder=entry.sequence.id,
                 )
             )
         row = end

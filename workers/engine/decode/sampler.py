@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from farshore.errors import FarshoreError
-from farshore.workers.penalties import (
+from farshore.workers.engine.penalties import (
     Row,
     Seen,
     add_bias,
@@ -34,7 +34,7 @@ from farshore.workers.penalties import (
     penalise_counts,
     penalise_repetition,
 )
-from farshore.workers.sequence import Sampling
+from farshore.workers.engine.sequence import Sampling
 
 _BLOCK = 256
 """Values added up at a time, so that a draw needs running sums of one block and of the blocks' sums only."""

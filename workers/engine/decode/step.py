@@ -6,7 +6,8 @@ lies in its own memory, and goes on with the other micro-batches::
     engine   A: q k v own   B: q k v own │ A: merge, finish, q k v own │ B: merge, finish, q k v own │
     shards         A ━━━━━━━━━━━━━━━━━━━━━━       B ━━━━━━━━━━━━━━━━━━━━━━━━━      A ━━━━━━━━━━━━━
 
-Own are the tails, and spans where they were placed with the engine: one call of the kernels for both. Where
+LocalKV are the tails, and spans where they were placed with the engine: one call of the kernels for both.
+Where
 everything is its own, nobody is sent anything.
 
 Every row goes through the same operations however the rows are cut. Called by ``engine``; it must not know
@@ -21,17 +22,17 @@ import torch
 from torch import Tensor
 
 from farshore.attention_offload.base import AttentionModel, Shards
-from farshore.attention_offload.plan import Read, StepPlan, cut_reads, split_rows
-from farshore.attention_offload.shard import work_of
+from farshore.attention_offload.plan.step_plan import Read, StepPlan, cut_reads, split_rows
+from farshore.attention_offload.shard.session import work_of
 from farshore.ids import WorkerId
 from farshore.kernels.base import Rows, Segments, State
 from farshore.kernels.select import Kernels, implementation
 from farshore.kvstore.base import ShardStore
-from farshore.kvstore.tail import Tail, TailBatch
+from farshore.kvstore.store.tail import Tail, TailBatch
 from farshore.models.llama import Llama
 
 
-class Own(NamedTuple):
+class LocalKV(NamedTuple):
     """The engine's own memory: where the tails are, and the spans of the store ``worker``, if it has one."""
 
     memory: Tensor
@@ -43,12 +44,12 @@ class Steps:
     """One engine's steps. Not thread-safe: its loop calls them. Memory and kernels' plans are kept from one
     step to the next, for as long as these are alike."""
 
-    def __init__(self, *, model: Llama, attention: AttentionModel, shards: Shards, own: Own) -> None:
+    def __init__(self, *, model: Llama, attention: AttentionModel, shards: Shards, local: LocalKV) -> None:
         self._model = model
         self._attention = attention
         self._shards = shards
-        self._own = own
-        self._kernels = implementation(own.memory.device, attention.layouts[0].format.dtype)
+        self._local = local
+        self._kernels = implementation(local.memory.device, attention.layouts[0].format.dtype)
         self._batches: list[_MicroBatch] = []
 
     def run(
@@ -60,13 +61,13 @@ class Steps:
         Writes scratch into the tails and nothing else. Raises TransportError when a shard did not answer: cut
         the tails back to what is committed, then plan and run again; Full where a tail finds no room.
         """
-        own = self._own.worker
-        elsewhere = plan.without((own,)) if own is not None else plan
+        local = self._local.worker
+        elsewhere = plan.without((local,)) if local is not None else plan
         shards = self._shards if elsewhere is not None and any(elsewhere.reads) else None
         cuts = split_rows(len(tokens), micro_batches)
         if shards is not None and elsewhere is not None:
             shards.begin(elsewhere, cuts)
-        reads = plan.reads[0].get(own, ()) if own is not None else ()
+        reads = plan.reads[0].get(local, ()) if local is not None else ()
         batches = self._sized(cuts)
         for index, (batch, rows) in enumerate(zip(batches, cuts, strict=True)):
             cut = slice(rows.start, rows.stop)
@@ -93,7 +94,7 @@ class Steps:
                     len(cut),
                     model=self._model,
                     attention=self._attention,
-                    own=self._own,
+                    local=self._local,
                     kernels=self._kernels,
                 )
                 for cut in cuts
@@ -106,19 +107,19 @@ class _MicroBatch:
     ``start(1)``, ..."""
 
     def __init__(
-        self, rows: int, *, model: Llama, attention: AttentionModel, own: Own, kernels: Kernels
+        self, rows: int, *, model: Llama, attention: AttentionModel, local: LocalKV, kernels: Kernels
     ) -> None:
         spec = attention.specs[0]
         self.rows = rows
         self._overlaps = False
         self._model = model
-        self._way = way = model.passage(rows)
+        self._buffers = way = model.layer_buffers(rows)
         self._kernels = kernels
-        self._plans = _Plans(attention, own, kernels.plan)
+        self._plans = _Plans(attention, local, kernels.plan)
         # Attention's output is rounded once: here where nothing is merged into it, else by the merge.
         wide = torch.float64 if model.dtype == torch.float64 else torch.float32
-        self._own = State.identity(rows, spec.q_heads, spec.v_dim, dtype=wide)
-        self._out = State(way.o, torch.empty_like(self._own.lse))
+        self._local = State.identity(rows, spec.q_heads, spec.v_dim, dtype=wide)
+        self._out = State(way.o, torch.empty_like(self._local.lse))
         self._index = 0
         self._shards: Shards | None = None
         self._append: Callable[[int], None]
@@ -126,7 +127,7 @@ class _MicroBatch:
 
     @property
     def h(self) -> Tensor:
-        return self._way.h
+        return self._buffers.h
 
     def take(
         self,
@@ -140,7 +141,7 @@ class _MicroBatch:
         """The rows of a step, which has begun at the ``shards``; None: nothing is read from any."""
         self._index, self._shards = index, shards
         self._overlaps = shards is not None and shards.overlaps(index)
-        way = self._way
+        way = self._buffers
         way.positions.copy_(torch.tensor(positions))
         way.enter(self._model.embed(torch.tensor(tokens)))
         self._append = TailBatch(tails, positions).bind(way.k, way.v)
@@ -149,7 +150,7 @@ class _MicroBatch:
     def start(self, layer: int) -> None:
         """Send q off, and attend to what is the engine's own: beside the shards where they have cores of
         their own; else first, or on a core that they have not taken yet."""
-        way, shards, kernels = self._way, self._shards, self._kernels
+        way, shards, kernels = self._buffers, self._shards, self._kernels
         if shards is None:
             way.project(layer)
             self._append(layer)
@@ -159,11 +160,11 @@ class _MicroBatch:
             shards.send(layer, self._index, way.q)
             way.key_value(layer)
             self._append(layer)
-            kernels.partial(self._plan, layer, way.q, out=self._own)
+            kernels.partial(self._plan, layer, way.q, out=self._local)
         else:
             way.project(layer)
             self._append(layer)
-            kernels.offer(self._plan, layer, way.q, out=self._own)
+            kernels.offer(self._plan, layer, way.q, out=self._local)
             shards.send(layer, self._index, way.q)
 
     def finish(self, layer: int) -> None:
@@ -172,8 +173,8 @@ class _MicroBatch:
         if self._shards is not None:
             states = self._shards.wait(layer, self._index)
             self._kernels.complete()
-            self._kernels.merge([*states, self._own], out=self._out)
-        self._way.finish(layer)
+            self._kernels.merge([*states, self._local], out=self._out)
+        self._buffers.finish(layer)
 
 
 class _Plans:
@@ -182,9 +183,9 @@ class _Plans:
     From one step to the next the same rows mostly read the same places, one token more of each tail: rows and
     segments stay as they are, and are not checked again."""
 
-    def __init__(self, attention: AttentionModel, own: Own, plan: Callable[..., Any]) -> None:
+    def __init__(self, attention: AttentionModel, local: LocalKV, plan: Callable[..., Any]) -> None:
         self._attention = attention
-        self._own = own
+        self._local = local
         self._plan = plan
         self._places: object = None
         self._work = Rows.of([])
@@ -213,7 +214,7 @@ class _Plans:
         plan = self._plan(
             self._work,
             self._segments,
-            self._own.memory,
+            self._local.memory,
             self._attention.layouts[0],
             self._attention.specs[0],
             positions=tensor,
@@ -224,7 +225,7 @@ class _Plans:
         return plan
 
     def _lay_out(self, stretches: "list[_Stretch]", reads: Sequence[Read]) -> None:
-        work, parts = work_of(reads, self._own.store) if self._own.store is not None else ([], [])
+        work, parts = work_of(reads, self._local.store) if self._local.store is not None else ([], [])
         groups = self._attention.specs[0].groups
         self._ends = []
         for it in stretches:

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from farshore.attention_offload.base import AttentionModel
-from farshore.attention_offload.plan import StepPlan
+from farshore.attention_offload.plan.step_plan import StepPlan
 from farshore.errors import Full
-from farshore.workers.sampler import Choice, sample
-from farshore.workers.sequence import Sequence
+from farshore.workers.engine.decode.sampler import Choice, sample
+from farshore.workers.engine.sequence import Sequence
 
 
 @dataclass(slots=True)
-class Turn:
+class StepEntry:
     """One sequence in one step."""
 
     sequence: Sequence
@@ -47,35 +47,35 @@ MOST_GUESSING_ROWS = 16
 """Rows of a step that guesses may fill up: beyond, a row costs more than the guess is worth."""
 
 
-def guess(turns: Seq[Turn]) -> None:
+def guess(entries: Seq[StepEntry]) -> None:
     """Let the sequences guess what comes next, as far as the step has room for rows."""
-    room = MOST_GUESSING_ROWS - len(turns)
-    for index, turn in enumerate(turns):
-        sequence = turn.sequence
+    room = MOST_GUESSING_ROWS - len(entries)
+    for index, entry in enumerate(entries):
+        sequence = entry.sequence
         # The last token that is asked for needs no guess behind it.
         most = min(
-            room // (len(turns) - index), sequence.sampling.max_tokens - sequence.completion_tokens - 1
+            room // (len(entries) - index), sequence.sampling.max_tokens - sequence.completion_tokens - 1
         )
         if sequence.lookup is not None and most > 0:
-            turn.guesses = sequence.lookup.propose(sequence.tokens, most)
-            room -= len(turn.guesses)
+            entry.guesses = sequence.lookup.propose(sequence.tokens, most)
+            room -= len(entry.guesses)
 
 
-def draw(turns: Seq[Turn], logits: Tensor) -> None:
+def draw(entries: Seq[StepEntry], logits: Tensor) -> None:
     """Draw every sequence's next tokens from the step's logits ``f32[rows, vocab]``; they become its own."""
     row = 0
-    for turn in turns:
-        turn.drawn = []
+    for entry in entries:
+        entry.drawn = []
         try:
-            for guess, behind in zip([*turn.guesses, None], logits[row : row + turn.rows], strict=True):
-                turn.drawn.append(draw_one(turn.sequence, behind))
-                if turn.drawn[-1].token != guess or turn.sequence.finish_reason() is not None:
+            for guess, behind in zip([*entry.guesses, None], logits[row : row + entry.rows], strict=True):
+                entry.drawn.append(draw_one(entry.sequence, behind))
+                if entry.drawn[-1].token != guess or entry.sequence.finish_reason() is not None:
                     break
         except Exception as error:
-            turn.error = error
-        if turn.guesses and turn.sequence.lookup is not None:
-            turn.sequence.lookup.judge(len(turn.guesses), len(turn.drawn) - 1)
-        row += turn.rows
+            entry.error = error
+        if entry.guesses and entry.sequence.lookup is not None:
+            entry.sequence.lookup.judge(len(entry.guesses), len(entry.drawn) - 1)
+        row += entry.rows
 
 
 def draw_one(sequence: Sequence, logits: Tensor) -> Choice:
@@ -92,42 +92,42 @@ def draw_one(sequence: Sequence, logits: Tensor) -> Choice:
     return drawn
 
 
-def commit(plan: StepPlan, turns: Seq[Turn], attention: AttentionModel) -> None:
+def commit(plan: StepPlan, entries: Seq[StepEntry], attention: AttentionModel) -> None:
     """The KV of the tokens drawn from becomes part of every sequence, the rest is dropped. What the shards
     attended to is counted, shared reads for the first of those that share."""
     group_bytes = attention.layouts[0].of_groups(1).token_bytes
-    of_row = [turn.sequence for turn in turns for _ in range(turn.rows)]
+    of_row = [entry.sequence for entry in entries for _ in range(entry.rows)]
     for worker, reads in plan.reads[0].items():
         for read in reads:
             size = (read.last - read.first) * (read.group1 - read.group0) * group_bytes
             of_row[read.rows.start].attended_bytes[worker] += size
-    for turn in turns:
-        if turn.error is not None:
+    for entry in entries:
+        if entry.error is not None:
             continue
         try:
-            sequence, tail = turn.sequence, turn.sequence.placed_tail
-            sequence.committed += len(turn.drawn)
+            sequence, tail = entry.sequence, entry.sequence.placed_tail
+            sequence.committed += len(entry.drawn)
             tail.advance(sequence.committed)
-            if len(turn.drawn) < turn.rows:
+            if len(entry.drawn) < entry.rows:
                 tail.truncate(sequence.committed)
         except Exception as error:
-            turn.error = error
+            entry.error = error
 
 
-def drop_scratch(turns: Seq[Turn]) -> None:
+def drop_scratch(entries: Seq[StepEntry]) -> None:
     """After a failed step: nothing above the committed lengths remains."""
-    for turn in turns:
-        turn.sequence.placed_tail.truncate(turn.sequence.committed)
+    for entry in entries:
+        entry.sequence.placed_tail.truncate(entry.sequence.committed)
 
 
-def reserve(turn: Turn) -> None:
+def reserve(entry: StepEntry) -> None:
     """Make room in the sequence's tail; guesses are dropped where there is none for them. Raises Full where
     there is none for a single row."""
-    sequence, tail = turn.sequence, turn.sequence.placed_tail
+    sequence, tail = entry.sequence, entry.sequence.placed_tail
     try:
-        tail.reserve(sequence.committed + turn.rows)
+        tail.reserve(sequence.committed + entry.rows)
     except Full:
-        if not turn.guesses:
+        if not entry.guesses:
             raise
-        turn.guesses = []
+        entry.guesses = []
         tail.reserve(sequence.committed + 1)

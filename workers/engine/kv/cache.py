@@ -10,20 +10,19 @@ from dataclasses import replace
 from functools import partial
 
 from farshore.attention_offload.base import AttentionModel
-from farshore.attention_offload.placement import HeadClass, Room, ShardBy, Share, head_classes, spread
+from farshore.attention_offload.plan.placement import HeadClass, Room, ShardBy, Share, head_classes, spread
 from farshore.errors import FarshoreError, Full, TransportError
 from farshore.ids import SpanId, WorkerId
 from farshore.kernels.base import BLOCK_TOKENS
-from farshore.kvstore.arena import Arena
 from farshore.kvstore.base import ShardStore, SpanSlice
 from farshore.kvstore.prefix import chain
-from farshore.kvstore.tail import Tail
-from farshore.workers import spans
-from farshore.workers.handoff import HandOffs
-from farshore.workers.pool import Pool
-from farshore.workers.prefix import assemble
-from farshore.workers.sequence import PlacedSpan, Sequence
-from farshore.workers.shard_queue import Holder
+from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.tail import Tail
+from farshore.workers.engine.kv import span_writer as spans
+from farshore.workers.engine.kv.handoff import HandOffs
+from farshore.workers.engine.kv.pool import Pool
+from farshore.workers.engine.kv.prefix import assemble
+from farshore.workers.engine.sequence import Holder, PlacedSpan, Sequence
 
 
 class SequenceCache:

@@ -10,17 +10,17 @@ from typing import NamedTuple
 
 import torch
 
-from farshore.attention_offload.base import Peer
-from farshore.attention_offload.placement import Share
+from farshore.attention_offload.client.base import ShardClient
+from farshore.attention_offload.plan.placement import Share
 from farshore.errors import FarshoreError, Full
 from farshore.ids import SequenceId, WorkerId
 from farshore.kernels.base import BLOCK_TOKENS, KVLayout
 from farshore.kvstore.prefix import PrefixBlock, chain
-from farshore.kvstore.tail import Tail
-from farshore.workers import spans
-from farshore.workers.pool import Pool, first_error
-from farshore.workers.sequence import PlacedSpan, Sequence
-from farshore.workers.shard_queue import Holder, ShardQueue
+from farshore.kvstore.store.tail import Tail
+from farshore.workers.engine.kv import span_writer as spans
+from farshore.workers.engine.kv.pool import Pool, first_error
+from farshore.workers.engine.kv.shard_queue import ShardQueue
+from farshore.workers.engine.sequence import Holder, PlacedSpan, Sequence
 
 MOST_BLOCKS = 8
 """Of a span that tails grow into: each is granted twice the one before it, so that a step of a long answer
@@ -121,7 +121,7 @@ class HandOffs:
         boundary: int,
         target: _Target,
         names: list[PrefixBlock],
-        peer: Peer,
+        client: ShardClient,
     ) -> PlacedSpan:
         """Runs in the shard's queue. What went behind an old span's end and is not told of is scratch; a new
         span that failed is given back."""
@@ -133,7 +133,7 @@ class HandOffs:
                 k, v = tail.read_layers(at, boundary, dtype=torch.uint8)
                 for layer in range(self._layout.layers):
                     spans.write(
-                        peer,
+                        client,
                         span=span,
                         layer=layer,
                         position=at,
@@ -142,7 +142,7 @@ class HandOffs:
                         layout=self._layout,
                         holder=holder,
                     )
-            spans.seal(peer, span=span, last=boundary, names=names, holder=holder)
+            spans.seal(client, span=span, last=boundary, names=names, holder=holder)
         except FarshoreError:
             if target.into is None:
                 queue.release(holder, [span.span])

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, TypeVar
 
-from farshore.attention_offload.base import Peer
+from farshore.attention_offload.client.base import ShardClient
 from farshore.errors import FarshoreError, TransportError
 from farshore.ids import WorkerId
-from farshore.workers.shard_queue import GRACE_S, STALLED_S, ShardQueue
+from farshore.workers.engine.kv.shard_queue import GRACE_S, STALLED_S, ShardQueue
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ class Pool:
 
     def __init__(
         self,
-        peers: Mapping[WorkerId, Peer],
+        clients: Mapping[WorkerId, ShardClient],
         targets: Sequence[WorkerId],
         *,
         changed: Callable[[], None] = lambda: None,
@@ -34,8 +34,8 @@ class Pool:
         self.targets = tuple(targets)
         self._clock = clock
         self._queues = {
-            worker: ShardQueue(worker, peer, changed=changed, grace_s=grace_s, clock=clock)
-            for worker, peer in peers.items()
+            worker: ShardQueue(worker, client, changed=changed, grace_s=grace_s, clock=clock)
+            for worker, client in clients.items()
         }
 
     def __getitem__(self, worker: WorkerId) -> ShardQueue:

@@ -13,7 +13,7 @@ from farshore.ids import WorkerId
 from farshore.kernels.base import BLOCK_TOKENS
 from farshore.kvstore.base import SpanSlice
 from farshore.models.config import ModelConfig
-from farshore.workers.sequence import PlacedSpan
+from farshore.workers.engine.sequence import PlacedSpan
 
 
 def fingerprint(config: ModelConfig, attention: AttentionModel, *, revision: str, salt: str = "") -> bytes:

@@ -21,12 +21,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import grpc
 
-from farshore.attention_offload.base import Peer, ShardBeat
+from farshore.attention_offload.base import ShardBeat
+from farshore.attention_offload.client.base import ShardClient
 from farshore.errors import FarshoreError, Late, Lost, Overloaded, TransportError
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import KVLayout
 from farshore.kvstore.base import SpanKey, SpanSlice
 from farshore.kvstore.prefix import PrefixBlock
+from farshore.workers.engine.sequence import Holder
 
 T = TypeVar("T")
 
@@ -42,18 +44,6 @@ MOST_CALLS = 4096
 """Calls that wait; beyond, a call fails with Overloaded. Drops are never refused."""
 
 _LOG = logging.getLogger(__name__)
-
-
-class Holder:
-    """One placement of one sequence. It holds spans until it is closed; then whatever a call that was still
-    under way obtains for it is given back at once."""
-
-    __slots__ = ("closed", "epoch", "sequence")
-
-    def __init__(self, sequence: SequenceId, epoch: Epoch) -> None:
-        self.sequence = sequence
-        self.epoch = epoch
-        self.closed = False
 
 
 class _Call(NamedTuple):
@@ -73,14 +63,14 @@ class ShardQueue:
     def __init__(
         self,
         worker: WorkerId,
-        peer: Peer,
+        client: ShardClient,
         *,
         changed: Callable[[], None] = lambda: None,
         grace_s: float = GRACE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.worker = worker
-        self._peer = peer
+        self._client = client
         self._changed = changed
         self._grace_s = grace_s
         self._clock = clock
@@ -156,10 +146,10 @@ class ShardQueue:
                 self._silent_since_s = self._clock()
             self._wake.notify_all()
 
-    def submit(self, call: Callable[[Peer], T]) -> Future[T]:
+    def submit(self, call: Callable[[ShardClient], T]) -> Future[T]:
         """Makes ``call`` behind those before it. The future fails with what the call raised; with Late or
         Lost, and no call made, while the shard does not answer; with Overloaded where too many wait."""
-        return self._enqueue(lambda: call(self._peer))
+        return self._enqueue(lambda: call(self._client))
 
     def create(
         self, holder: Holder, key: SpanKey, *, capacity_tokens: int, layout: KVLayout
@@ -175,7 +165,7 @@ class ShardQueue:
         def run() -> tuple[list[SpanSlice], int]:
             slices: list[SpanSlice] = []
             if blocks:
-                slices = self._peer.store.find_prefix(
+                slices = self._client.store.find_prefix(
                     blocks, layer_class=layer_class, sequence=holder.sequence, epoch=holder.epoch
                 )
                 self._hold(holder, [it.span for it in slices])
@@ -205,7 +195,7 @@ class ShardQueue:
 
     def grant(self, holder: Holder, key: SpanKey, *, capacity_tokens: int, layout: KVLayout) -> SpanId:
         """As :meth:`create`, inside a submitted call."""
-        span = self._peer.store.create(
+        span = self._client.store.create(
             key, capacity_tokens=capacity_tokens, layout=layout, epoch=holder.epoch
         )
         self._hold(holder, [span])
@@ -304,7 +294,7 @@ class ShardQueue:
             self._reconcile = True
             return
         try:
-            self._peer.store.drop(unheld, sequence=holder.sequence, epoch=holder.epoch)
+            self._client.store.drop(unheld, sequence=holder.sequence, epoch=holder.epoch)
         except TransportError as error:
             self._unheard(error, self._clock())
         except FarshoreError:
@@ -321,7 +311,7 @@ class ShardQueue:
     def _ask(self) -> ShardBeat:
         """A beat: renews this engine's holds, and tells what the shard has free. With the list of all that is
         wanted where the shard may hold more than that."""
-        beat = self._peer.beat(self._wanted() if self._reconcile else None)
+        beat = self._client.beat(self._wanted() if self._reconcile else None)
         known = self._beat.incarnation if self._beat is not None else beat.incarnation
         if (beat.worker, beat.incarnation) != (self.worker, known):
             self._gone = (
@@ -341,7 +331,7 @@ class ShardQueue:
         try:
             if self._ask().must_reconcile:
                 self._ask()
-            self._peer.connect()
+            self._client.connect()
         except Exception as error:
             unheard = error if isinstance(error, TransportError) else TransportError(repr(error))
             if not isinstance(error, Lost):

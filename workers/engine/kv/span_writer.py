@@ -7,14 +7,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from farshore.attention_offload.base import Peer
-from farshore.attention_offload.placement import Share
+from farshore.attention_offload.client.base import ShardClient
+from farshore.attention_offload.plan.placement import Share
 from farshore.ids import SpanId
 from farshore.kernels.base import KVLayout
 from farshore.kvstore.base import SpanKey
 from farshore.kvstore.prefix import PrefixBlock
-from farshore.workers.sequence import PlacedSpan
-from farshore.workers.shard_queue import Holder
+from farshore.workers.engine.sequence import Holder, PlacedSpan
 
 LAYER_CLASS = 0
 """Models served so far have one kind of attention layer."""
@@ -46,7 +45,7 @@ def placed(share: Share, span: SpanId) -> PlacedSpan:
 
 
 def write(
-    peer: Peer,
+    client: ShardClient,
     *,
     span: PlacedSpan,
     layer: int,
@@ -60,7 +59,7 @@ def write(
     groups."""
     k_heads = slice(span.group0 * layout.k_heads_per_group, span.group1 * layout.k_heads_per_group)
     v_heads = slice(span.group0 * layout.v_heads_per_group, span.group1 * layout.v_heads_per_group)
-    peer.store.write(
+    client.store.write(
         span.span,
         layer,
         position - span.origin,
@@ -71,6 +70,10 @@ def write(
     )
 
 
-def seal(peer: Peer, *, span: PlacedSpan, last: int, names: Sequence[PrefixBlock], holder: Holder) -> None:
+def seal(
+    client: ShardClient, *, span: PlacedSpan, last: int, names: Sequence[PrefixBlock], holder: Holder
+) -> None:
     """Everything of the span below position ``last`` is written."""
-    peer.store.seal(span.span, last - span.origin, sequence=holder.sequence, epoch=holder.epoch, blocks=names)
+    client.store.seal(
+        span.span, last - span.origin, sequence=holder.sequence, epoch=holder.epoch, blocks=names
+    )

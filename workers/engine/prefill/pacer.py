@@ -17,7 +17,7 @@ FORGETTING = 0.9
 """A longest time counts this much less at each measurement that stays below it."""
 
 
-class Pace:
+class PrefillPacer:
     """``most_stall_ms``: from one token to the next, at most, while prompts are prefilled. A single unit runs
     however long it takes."""
 

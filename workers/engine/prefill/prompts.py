@@ -17,10 +17,10 @@ from torch import Tensor
 
 from farshore.attention_offload.base import AttentionModel
 from farshore.models.llama import Llama
-from farshore.workers.cache import SequenceCache
-from farshore.workers.pool import Pool
-from farshore.workers.prefill import Segment, Unit
-from farshore.workers.sequence import Prefilled, Sequence
+from farshore.workers.engine.kv.cache import SequenceCache
+from farshore.workers.engine.kv.pool import Pool
+from farshore.workers.engine.prefill.segment import Segment, Unit
+from farshore.workers.engine.sequence import Prefilled, Sequence
 
 PROGRESS_S = 0.5
 """Between two events of one segment."""

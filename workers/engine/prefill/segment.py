@@ -24,11 +24,11 @@ from torch import Tensor
 from farshore.attention_offload.base import AttentionModel
 from farshore.kernels.base import State
 from farshore.kernels.select import implementation
-from farshore.kvstore import forms
+from farshore.kvstore.store import forms
 from farshore.models.llama import Llama
-from farshore.workers import spans
-from farshore.workers.pool import Pool
-from farshore.workers.sequence import PlacedSpan, Sequence
+from farshore.workers.engine.kv import span_writer as spans
+from farshore.workers.engine.kv.pool import Pool
+from farshore.workers.engine.sequence import PlacedSpan, Sequence
 
 CHUNK_TOKENS = 256
 """Rows of a unit: 2 to 20 ms of SmolLM2 on two cores, and its states stay in the cache of one."""
@@ -195,12 +195,12 @@ class Segment:
         """One chunk's rows on the segment itself, and through the layer's rest."""
         n, heads = part.stop - part.start, slice(0, self._spec.q_heads)
         chunk = self._chunks[index]
-        own, out = _of(self._states[0], slice(0, n), heads), _of(self._out, slice(0, n), heads)
+        local, out = _of(self._states[0], slice(0, n), heads), _of(self._out, slice(0, n), heads)
         rows = slice(chunk.start + part.start, chunk.start + part.stop)
         q, k, v = self._q[rows], self._k[:, : rows.stop], self._v[:, : rows.stop]
         if self._pieces:
-            self._extend(q, k, v, rows.start, self.first, own)
-            self._kernels.merge([_of(self._past[index], part, heads), own], out=out)
+            self._extend(q, k, v, rows.start, self.first, local)
+            self._kernels.merge([_of(self._past[index], part, heads), local], out=out)
         else:
             self._extend(q, k, v, rows.start, self.first, out)
         self._model.finish(layer, self._h[rows], out.o, out=self._h[rows])
@@ -234,7 +234,7 @@ class Segment:
         layer, piece = divmod(at, len(self._pieces))
         span, first, last = self._pieces[piece]
         return self._pool[span.worker].submit(
-            lambda peer: peer.store.read(
+            lambda client: client.store.read(
                 span.span,
                 layer,
                 first - span.origin,

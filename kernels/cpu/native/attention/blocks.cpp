@@ -1,9 +1,9 @@
-#include "blocks.h"
+#include "attention/blocks.h"
 
 #include <algorithm>
 #include <cstring>
 
-#include "pool.h"
+#include "runtime/pool.h"
 
 namespace farshore {
 namespace {

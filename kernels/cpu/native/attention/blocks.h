@@ -2,7 +2,7 @@
 // kernels/cpu/packed.py.
 #pragma once
 
-#include "dense.h"
+#include "dense/dense.h"
 
 namespace farshore {
 

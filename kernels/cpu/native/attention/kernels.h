@@ -1,23 +1,23 @@
 // partial, extend and merge for one instruction set. Included by each isa_*.cpp, which then defines
 // `const Kernels& NAME()` from these. Order matters, and so does when: see simd.h.
-#include "simd.h"
-#include "pack.h"
-#include "states.h"
-#include "integers.h"
-#include "stream.h"
-#include "lanes.h"
+#include "simd/simd.h"
+#include "attention/pack.h"
+#include "attention/merge.h"
+#include "attention/integers.h"
+#include "attention/decode.h"
+#include "attention/prefill_f32.h"
 #if defined(HAS_BF16_DOT)
-#include "gemm.h"
-#include "amx.h"
-#include "attend.h"
+#include "simd/gemm.h"
+#include "simd/amx.h"
+#include "attention/prefill_bf16.h"
 #endif
 #if !defined(HAS_AMX)  // they have no use for tiles
-#include "dense_values.h"
-#include "dense_weights.h"
-#include "dense_few.h"
-#include "dense_many.h"
-#include "dense_product.h"
-#include "dense_layer.h"
+#include "dense/values.h"
+#include "dense/weights.h"
+#include "dense/few.h"
+#include "dense/many.h"
+#include "dense/product.h"
+#include "dense/layer.h"
 #endif
 
 namespace farshore {

@@ -1,4 +1,4 @@
-#include "plan.h"
+#include "attention/plan.h"
 
 #include <algorithm>
 #include <tuple>

@@ -1,13 +1,13 @@
 // The dense slices' part of farshore.kernels.cpu._native; kernels/cpu/dense.py checks what comes in.
 
-#include "binding.h"
+#include "runtime/binding.h"
 
 #include <cstring>
 #include <memory>
 
-#include "blocks.h"
-#include "dense.h"
-#include "pool.h"
+#include "attention/blocks.h"
+#include "dense/dense.h"
+#include "runtime/pool.h"
 
 using namespace farshore;
 

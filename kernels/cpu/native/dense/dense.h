@@ -2,7 +2,7 @@
 // caller's; weights lie as PyTorch has them, [out][in], in one format with the activations.
 #pragma once
 
-#include "plan.h"
+#include "attention/plan.h"
 
 namespace farshore {
 

@@ -10,8 +10,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "plan.h"
-#include "tensors.h"
+#include "attention/plan.h"
+#include "runtime/tensors.h"
 
 namespace farshore {
 

@@ -1,4 +1,4 @@
-#include "pool.h"
+#include "runtime/pool.h"
 
 #include <pthread.h>
 #include <sched.h>
@@ -23,7 +23,7 @@
 #include <utility>
 #include <vector>
 
-#include "awake.h"
+#include "runtime/spin_wait.h"
 
 namespace farshore {
 namespace {

@@ -8,7 +8,7 @@
 #include <initializer_list>
 #include <string>
 
-#include "plan.h"
+#include "attention/plan.h"
 
 namespace farshore {
 

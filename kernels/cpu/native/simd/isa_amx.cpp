@@ -9,9 +9,9 @@
 #include <type_traits>
 #include <utility>
 
-#include "dense.h"
-#include "plan.h"
-#include "pool.h"
+#include "dense/dense.h"
+#include "attention/plan.h"
+#include "runtime/pool.h"
 
 #include <immintrin.h>
 
@@ -21,7 +21,7 @@
 #define HAS_F16C
 #define HAS_BF16_DOT
 #define HAS_AMX
-#include "kernels.h"
+#include "attention/kernels.h"
 
 const farshore::Kernels& farshore::amx_kernels() {
     static const Kernels kernels{"amx", amx::partial, amx::extend, amx::merge, avx512_bf16_kernels().dense};

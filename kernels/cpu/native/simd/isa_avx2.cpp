@@ -9,9 +9,9 @@
 #include <type_traits>
 #include <utility>
 
-#include "dense.h"
-#include "plan.h"
-#include "pool.h"
+#include "dense/dense.h"
+#include "attention/plan.h"
+#include "runtime/pool.h"
 
 #include <immintrin.h>
 
@@ -19,7 +19,7 @@
 #define ISA avx2
 #define WIDTH 8
 #define HAS_F16C
-#include "kernels.h"
+#include "attention/kernels.h"
 
 const farshore::Kernels& farshore::avx2_kernels() {
     static const Kernels kernels{"avx2", avx2::partial, avx2::extend, avx2::merge, avx2::dense};

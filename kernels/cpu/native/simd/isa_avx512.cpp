@@ -9,9 +9,9 @@
 #include <type_traits>
 #include <utility>
 
-#include "dense.h"
-#include "plan.h"
-#include "pool.h"
+#include "dense/dense.h"
+#include "attention/plan.h"
+#include "runtime/pool.h"
 
 #include <immintrin.h>
 
@@ -19,7 +19,7 @@
 #define ISA avx512
 #define WIDTH 16
 #define HAS_F16C
-#include "kernels.h"
+#include "attention/kernels.h"
 
 const farshore::Kernels& farshore::avx512_kernels() {
     static const Kernels kernels{"avx512", avx512::partial, avx512::extend, avx512::merge, avx512::dense};

@@ -9,9 +9,9 @@
 #include <type_traits>
 #include <utility>
 
-#include "dense.h"
-#include "plan.h"
-#include "pool.h"
+#include "dense/dense.h"
+#include "attention/plan.h"
+#include "runtime/pool.h"
 
 #include <immintrin.h>
 
@@ -20,7 +20,7 @@
 #define WIDTH 16
 #define HAS_F16C
 #define HAS_BF16_DOT
-#include "kernels.h"
+#include "attention/kernels.h"
 
 const farshore::Kernels& farshore::avx512_bf16_kernels() {
     static const Kernels kernels{"avx512-bf16", avx512_bf16::partial, avx512_bf16::extend, avx512_bf16::merge, avx512_bf16::dense};

@@ -8,13 +8,13 @@
 #include <type_traits>
 #include <utility>
 
-#include "dense.h"
-#include "plan.h"
-#include "pool.h"
+#include "dense/dense.h"
+#include "attention/plan.h"
+#include "runtime/pool.h"
 
 #define ISA portable
 #define WIDTH 4
-#include "kernels.h"
+#include "attention/kernels.h"
 
 const farshore::Kernels& farshore::portable_kernels() {
     static const Kernels kernels{"portable", portable::partial, portable::extend, portable::merge, portable::dense};

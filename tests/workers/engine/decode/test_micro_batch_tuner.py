@@ -7,12 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farshore.attention_offload.fanout import Fanout
-from farshore.attention_offload.frames import Transport
-from farshore.benchmarks.offload_rig import Ground, delayed
+from farshore.attention_offload.fanout.fanout import Fanout
+from farshore.attention_offload.transport.frames import Transport
+from farshore.benchmarks.offload.rig import Ground, delayed
 from farshore.ids import WorkerId
-from farshore.workers.attention_model import attention_model
-from farshore.workers.stagger import BETTER, MOST_MICRO_BATCHES, TRIAL_EVERY_STEPS, TRIAL_STEPS, Stagger
+from farshore.workers.engine.attention_model import attention_model
+from farshore.workers.engine.decode.micro_batch_tuner import (
+    BETTER,
+    MOST_MICRO_BATCHES,
+    TRIAL_EVERY_STEPS,
+    TRIAL_STEPS,
+    MicroBatchTuner,
+)
 
 LAYERS = 30
 
@@ -29,7 +35,7 @@ class Machine:
         )
         self.now_s = self.waited_s = 0.0
         self.ran = []
-        self.stagger = Stagger(lambda: self.waited_s, clock=lambda: self.now_s)
+        self.tuner = MicroBatchTuner(lambda: self.waited_s, clock=lambda: self.now_s)
 
     def layer_ms(self, rows, n):
         d = self.weights_ms + self.row_ms * rows / n
@@ -40,7 +46,7 @@ class Machine:
         """The number that most of the last steps ran with."""
         self.ran.clear()
         for _ in range(steps):
-            with self.stagger.step(rows) as n:
+            with self.tuner.step(rows) as n:
                 layer_ms = self.layer_ms(rows, n)
                 busy_ms = n * self.weights_ms + self.row_ms * rows
                 self.now_s += LAYERS * layer_ms / 1e3
@@ -91,7 +97,7 @@ def test_a_step_that_fails_does_not_count():
     machine = Machine(weights_ms=0.4, row_ms=0.1, attention_ms=8, rtt_ms=2)
     assert machine.run(16) == 2
     for _ in range(2 * TRIAL_EVERY_STEPS):
-        with pytest.raises(KeyError), machine.stagger.step(16) as n:
+        with pytest.raises(KeyError), machine.tuner.step(16) as n:
             machine.now_s += 1e-9 if n == 1 else 1.0
             raise KeyError
     assert machine.run(16, steps=1) == 2
@@ -124,18 +130,18 @@ def test_over_a_real_delay_it_decides_as_the_times_say(tiny_model, start_process
     with delayed(process.address, attention, tiny_model.dtype, delay_s) as far:
         store = connect(process.address, model=attention).store
         ground = Ground(tiny_model, attention, {worker: store}, sequences=8, context_tokens=600)
-        peer = connect(far, model=attention, transports=transports)
-        peer.connect()
-        shards = Fanout({worker: peer}, attention)
+        client = connect(far, model=attention, transports=transports)
+        client.connect()
+        shards = Fanout({worker: client}, attention)
         clock = []
 
         def now_s():
             clock.append(time.perf_counter())
             return clock[-1]
 
-        stagger, ran = Stagger(lambda: shards.waited_s, clock=now_s), []
+        tuner, ran = MicroBatchTuner(lambda: shards.waited_s, clock=now_s), []
         for _ in range(12 * TRIAL_STEPS):
-            with stagger.step(8) as n:
+            with tuner.step(8) as n:
                 ground.step(shards, micro_batches=n)
             ran.append(n)
     seconds = [end - start for start, end in zip(clock[::2], clock[1::2], strict=True)]

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
 from farshore.errors import FarshoreError
-from farshore.workers import sampler
-from farshore.workers.penalties import LARGEST, Seen, finite
-from farshore.workers.sampler import candidates, uniform
-from farshore.workers.sequence import Sampling
+from farshore.workers.engine.decode import sampler
+from farshore.workers.engine.decode.sampler import candidates, uniform
+from farshore.workers.engine.penalties import LARGEST, Seen, finite
+from farshore.workers.engine.sequence import Sampling
 
 VOCAB = 1000
 TOKENS = [5, 17, 17, 400, 999, 3, 3, 3]

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farshore.errors import TransportError
-from farshore.workers.admission import EngineLimits
-from farshore.workers.lookup import NGRAMS, Lookup
-from farshore.workers.sequence import Finished, Reason, Sampling
+from farshore.workers.engine.admission import EngineLimits
+from farshore.workers.engine.lookup import NGRAMS, Lookup
+from farshore.workers.engine.sequence import Finished, Reason, Sampling
 
 REPEATING = [5, 6, 7, 8, 9, 10, 11, 12] * 6
 
@@ -59,16 +59,16 @@ def test_fewer_guesses_while_they_are_wrong():
 class Steps:
     """Counts an engine's steps by its peers' ``begin``."""
 
-    def __init__(self, peer):
-        self._peer = peer
+    def __init__(self, client):
+        self._client = client
         self.steps = 0
 
     def __getattr__(self, name):
-        return getattr(self._peer, name)
+        return getattr(self._client, name)
 
     def begin(self, step, **options):
         self.steps += 1
-        self._peer.begin(step, **options)
+        self._client.begin(step, **options)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_tokens_are_those_without_guesses(tiny_model, rig, submit, sampling):
         for it in running.values():
             assert isinstance(it.result(), Finished)
         answers.append({name: it.tokens for name, it in running.items()})
-        answers.append(sum(cluster.peers[worker].steps for worker in cluster.targets))
+        answers.append(sum(cluster.clients[worker].steps for worker in cluster.targets))
     assert answers[0] == answers[2]
     if not sampling:
         assert answers[3] < answers[1], "no guess was right, on a model that repeats itself"
@@ -109,28 +109,28 @@ def test_a_stop_token_among_right_guesses_ends_there(tiny_model, rig, submit):
 class Breaking:
     """A peer whose step breaks at one chosen call of those that make it up, again in every step."""
 
-    def __init__(self, peer):
-        self._peer = peer
+    def __init__(self, client):
+        self._client = client
         self.at = None
         self.broken = 0
         self._call = 0
         self._failed = False
 
     def __getattr__(self, name):
-        return getattr(self._peer, name)
+        return getattr(self._client, name)
 
     def begin(self, step, **options):
         self._call = 0
         self._fail()
-        self._peer.begin(step, **options)
+        self._client.begin(step, **options)
 
     def send(self, layer, micro_batch, q):
         self._fail()
-        return self._peer.send(layer, micro_batch, q)
+        return self._client.send(layer, micro_batch, q)
 
     def wait(self, sent, **options):
         self._fail()
-        return self._peer.wait(sent, **options)
+        return self._client.wait(sent, **options)
 
     def _fail(self):
         if self._call == self.at and not self._failed:
@@ -161,15 +161,15 @@ def watched(engine):
     decoder = engine._scheduler._decoder
     outcomes, run_step = [], decoder._run
 
-    def run(turns):
+    def run(entries):
         # What is reserved ahead is given back with the scratch: it is no state.
-        for turn in turns:
-            turn.sequence.placed_tail.truncate(turn.sequence.committed)
-        before = [state_of(turn.sequence) for turn in turns]
+        for entry in entries:
+            entry.sequence.placed_tail.truncate(entry.sequence.committed)
+        before = [state_of(entry.sequence) for entry in entries]
         try:
-            run_step(turns)
+            run_step(entries)
         except TransportError:
-            outcomes.append(all(map(same, before, [state_of(turn.sequence) for turn in turns])))
+            outcomes.append(all(map(same, before, [state_of(entry.sequence) for entry in entries])))
             raise
 
     decoder._run = run
@@ -185,13 +185,13 @@ def test_a_step_that_breaks_at_any_stage_of_any_layer_loses_nothing(tiny_model, 
     undisturbed = None
     for at in (None, *range(stages)):
         cluster = rig(tiny_model, shards=2, memory_bytes=64 << 20, wrap=Breaking)
-        peer = cluster.peers[cluster.targets[0]]
-        peer.at = at
+        client = cluster.clients[cluster.targets[0]]
+        client.at = at
         engine = cluster.start(limits=limits)
         outcomes = watched(engine)
         it = submit(engine, "a", REPEATING + prompt_of(210), sampling)
         assert isinstance(it.result(), Finished)
-        assert len(outcomes) == peer.broken and all(outcomes)
+        assert len(outcomes) == client.broken and all(outcomes)
         undisturbed = undisturbed or it.tokens
         assert it.tokens == undisturbed
-        assert (peer.broken >= 5) == (at is not None)
+        assert (client.broken >= 5) == (at is not None)

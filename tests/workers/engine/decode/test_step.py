@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from farshore.attention_offload.fanout import Fanout
-from farshore.attention_offload.plan import Read, StepPlan
+from farshore.attention_offload.fanout.fanout import Fanout
+from farshore.attention_offload.plan.step_plan import Read, StepPlan
 from farshore.errors import TransportError
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kvstore.base import SpanKey
-from farshore.kvstore.tail import Tail
-from farshore.workers.step import Own, Steps
+from farshore.kvstore.store.tail import Tail
+from farshore.workers.engine.decode.step import LocalKV, Steps
 
 ENGINE = WorkerId("engine")
 EPOCH = Epoch(1)
@@ -28,14 +28,14 @@ class Ground:
         self.reads = {name: self._spans(name, length) for name, length in LENGTHS.items()}
         self.tails = {name: self._tail(length, tail_tokens) for name, length in LENGTHS.items()}
 
-    def made(self, own=True):
+    def made(self, local=True):
         """Steps as an engine has them; ``own`` False: its own store is a shard like the others."""
         memory = self.cluster.arenas["engine"].memory
         return Steps(
             model=self.cluster.model,
             attention=self.cluster.attention,
-            shards=Fanout(self.cluster.peers, self.cluster.attention),
-            own=Own(memory, ENGINE, self.cluster.stores[ENGINE]) if own else Own(memory),
+            shards=Fanout(self.cluster.clients, self.cluster.attention),
+            local=LocalKV(memory, ENGINE, self.cluster.stores[ENGINE]) if local else LocalKV(memory),
         )
 
     def close(self):
@@ -85,7 +85,7 @@ class Ground:
     def _spans(self, name, length):
         """By range over all shards, or, every second sequence, by head group over two: the same KV however
         many shards there are."""
-        workers = list(self.cluster.peers)
+        workers = list(self.cluster.clients)
         if length % 2:
             cuts = [(workers[0], 0, length, 0, 1), (workers[1], 0, length, 1, self.layout.groups)]
         else:
@@ -172,9 +172,9 @@ def test_rows_that_follow_each_other_are_steps_that_follow_each_other(ground, mi
 
 def test_what_the_engine_has_may_as_well_be_a_shards(ground):
     rows = ["a", "b", "c", "d", "e"]
-    own = ground.logits(rows, 2)
-    ground.steps = ground.made(own=False)
-    torch.testing.assert_close(ground.logits(rows, 2), own, rtol=0, atol=1e-5)
+    local = ground.logits(rows, 2)
+    ground.steps = ground.made(local=False)
+    torch.testing.assert_close(ground.logits(rows, 2), local, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
@@ -184,10 +184,10 @@ def test_shards_beside_the_engine_or_in_turns_with_it(ground, monkeypatch, overl
     monkeypatch.setattr(Fanout, "overlaps", lambda *_: overlaps)
     rows = ["a", "b", "b", "c", "e"]
     expected = ground.logits(rows, micro_batches)
-    peer = ground.cluster.peers[WorkerId("shard1")]
+    client = ground.cluster.clients[WorkerId("shard1")]
     for call in ("send", "wait"):
         with monkeypatch.context() as broken:
-            broken.setattr(peer, call, _break)
+            broken.setattr(client, call, _break)
             with pytest.raises(TransportError, match="broken"):
                 ground.logits(rows, micro_batches)
         for tail in ground.tails.values():

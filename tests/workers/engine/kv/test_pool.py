@@ -11,8 +11,9 @@ from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import KVLayout
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore.base import SpanKey
-from farshore.workers.pool import Pool, first_error
-from farshore.workers.shard_queue import Holder, ShardQueue
+from farshore.workers.engine.kv.pool import Pool, first_error
+from farshore.workers.engine.kv.shard_queue import ShardQueue
+from farshore.workers.engine.sequence import Holder
 
 A, B = WorkerId("a"), WorkerId("b")
 LAYOUT = KVLayout(1, 1, 1, 1, 8, 8, KVFormat.FLOAT32)
@@ -262,17 +263,17 @@ def test_a_refusal_is_no_silence(queue_of):
 
 
 def test_gathering_gives_a_stalled_call_up_and_keeps_the_others():
-    peers = {A: Shard(A), B: Shard(B)}
-    pool = Pool(peers, [A, B])
+    clients = {A: Shard(A), B: Shard(B)}
+    pool = Pool(clients, [A, B])
     pool.await_beats(DEADLINE_S)
     assert pool.budgets() == {A: 100, B: 100} and pool.placeable() == [A, B]
-    peers[B].gate.clear()
+    clients[B].gate.clear()
     holder = Holder(S, Epoch(1))
-    calls = {worker: pool[worker].find(holder, [object()], layer_class=0) for worker in peers}
+    calls = {worker: pool[worker].find(holder, [object()], layer_class=0) for worker in clients}
     results, failures = pool.gather(calls)
     assert list(results) == [A] and isinstance(failures[B], Late)
     assert pool.silent() == [B] and pool.may_answer() and not pool.lost()
-    peers[B].gate.set()
+    clients[B].gate.set()
     calls[B].result(DEADLINE_S)
     assert pool.placeable() == [A, B]
     pool.close()

@@ -9,11 +9,11 @@ from farshore.errors import TransportError
 from farshore.ids import SequenceId, WorkerId
 from farshore.kernels.base import KVLayout
 from farshore.kernels.formats import KVFormat
-from farshore.kvstore.arena import stride_bytes
 from farshore.kvstore.base import SpanKey, SpanSlice
-from farshore.workers.attention_model import attention_model
-from farshore.workers.prefix import assemble, fingerprint
-from farshore.workers.sequence import Finished, Reason, Sampled, Sampling
+from farshore.kvstore.store.arena import stride_bytes
+from farshore.workers.engine.attention_model import attention_model
+from farshore.workers.engine.kv.prefix import assemble, fingerprint
+from farshore.workers.engine.sequence import Finished, Reason, Sampled, Sampling
 
 GREEDY = Sampling(max_tokens=10, temperature=0.0)
 
@@ -43,9 +43,9 @@ def counted(rig):
 
     def build(model, **options):
         cluster = rig(model, **({"memory_bytes": 64 << 20} | options))
-        stores = [Counting(cluster.peers[worker].store) for worker in cluster.targets]
+        stores = [Counting(cluster.clients[worker].store) for worker in cluster.targets]
         for worker, store in zip(cluster.targets, stores, strict=True):
-            cluster.peers[worker].store = store
+            cluster.clients[worker].store = store
 
         def written():
             before, totals = [store.tokens for store in stores], sum(store.tokens for store in stores)
@@ -256,4 +256,3 @@ def test_completions_whose_tails_find_no_room_are_parked_and_go_on(tiny, tiny_mo
     assert isinstance(quiet.result(), Finished) and quiet.tokens == bystander.tokens
     assert not roomy.load().parkings
     assert not engine.failure
-

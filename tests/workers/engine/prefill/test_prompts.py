@@ -8,13 +8,13 @@ import torch
 
 from farshore.errors import TransportError
 from farshore.ids import SequenceId
-from farshore.workers import prefill
-from farshore.workers.admission import EngineLimits
-from farshore.workers.cache import SequenceCache
-from farshore.workers.pace import Pace
-from farshore.workers.pool import Pool
-from farshore.workers.prompts import Prompts
-from farshore.workers.sequence import Failed, Finished, Prefilled, Sampling, Sequence
+from farshore.workers.engine.admission import EngineLimits
+from farshore.workers.engine.kv.cache import SequenceCache
+from farshore.workers.engine.kv.pool import Pool
+from farshore.workers.engine.prefill import segment as prefill
+from farshore.workers.engine.prefill.pacer import PrefillPacer
+from farshore.workers.engine.prefill.prompts import Prompts
+from farshore.workers.engine.sequence import Failed, Finished, Prefilled, Sampling, Sequence
 
 GREEDY = Sampling(max_tokens=8, temperature=0.0)
 
@@ -29,7 +29,7 @@ class Ground:
     def __init__(self, cluster, segment_tokens):
         self.cluster = cluster
         self.news = threading.Event()
-        self.pool = Pool(cluster.peers, cluster.targets, changed=self.news.set)
+        self.pool = Pool(cluster.clients, cluster.targets, changed=self.news.set)
         self.cache = SequenceCache(
             arena=cluster.arenas["engine"],
             pool=self.pool,
@@ -110,7 +110,7 @@ def test_logits_behind_a_prompt_are_transformers(tiny, tiny_model, ground, monke
 
 
 def test_progress_is_told_and_only_rises(tiny_model, ground, monkeypatch):
-    monkeypatch.setattr("farshore.workers.prompts.PROGRESS_S", 0.0)
+    monkeypatch.setattr("farshore.workers.engine.prefill.prompts.PROGRESS_S", 0.0)
     it = ground(tiny_model, memory_bytes=64 << 20)
     sequence = it.add(prompt_of(1300))
     it.finish()
@@ -209,9 +209,9 @@ def test_a_failed_call_loses_nothing(tiny, tiny_model, rig, submit, monkeypatch,
     """Chosen reads, writes and seals break: the prompt is placed again, and what is sealed is found."""
     monkeypatch.setattr(prefill, "PIECE_TOKENS", 200)
     cluster = rig(tiny_model, shards=2, memory_bytes=64 << 20)
-    failing = [Failing(cluster.peers[worker].store, broken) for worker in cluster.targets]
+    failing = [Failing(cluster.clients[worker].store, broken) for worker in cluster.targets]
     for worker, store in zip(cluster.targets, failing, strict=True):
-        cluster.peers[worker].store = store
+        cluster.clients[worker].store = store
     it = submit(cluster.start(limits=EngineLimits(segment_tokens=256)), "a", prompt_of(900), GREEDY)
     assert isinstance(it.result(), Finished)
     assert any(store.calls > min(broken) for store in failing)
@@ -256,7 +256,7 @@ class Clock:
 
 def test_prefill_takes_what_running_sequences_can_wait():
     clock = Clock()
-    pace = Pace(200, clock=clock)
+    pacer = PrefillPacer(200, clock=clock)
     took = {"unit": 0.010, "step": 0.030}
 
     def unit():
@@ -265,8 +265,8 @@ def test_prefill_takes_what_running_sequences_can_wait():
 
     def between_tokens():
         start = clock.now
-        pace.turn(unit)
-        with pace.step():
+        pacer.turn(unit)
+        with pacer.step():
             clock.now += took["step"]
         return clock.now - start
 

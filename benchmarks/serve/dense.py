@@ -11,7 +11,7 @@ import torch
 
 from farshore.benchmarks import cases
 from farshore.benchmarks.report import Bar, Report, Result
-from farshore.benchmarks.serve_setting import Setting, weight_elements
+from farshore.benchmarks.serve.setting import Setting, weight_elements
 from farshore.benchmarks.timing import interleave
 from farshore.models.llama import Llama
 

@@ -1,6 +1,7 @@
 """Rows on their way through all layers in memory of their own: what a decode step calls, layer by layer.
 
-Made by ``Llama.passage``. This is PyTorch's; ``kernels.cpu.dense.Passage`` is the same without Python between
+Made by ``Llama.passage``. This is PyTorch's; ``kernels.cpu.dense.LayerBuffers`` is the same without Python
+between
 two native calls. It must not know attention: whoever calls it fills ``o``.
 """
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from farshore.models.llama import Llama
 
 
-class Passage(Protocol):
+class LayerBuffers(Protocol):
     """R rows. All tensors stay where they are but ``h``; layers are taken in order::
 
     enter ─▶ project (or query, then key_value) ─▶ (o, from elsewhere) ─▶ finish ─▶ project ...
@@ -41,8 +42,8 @@ class Passage(Protocol):
     def finish(self, layer: int) -> None: ...
 
 
-class SlicePassage:
-    """A :class:`Passage` over a model's slices."""
+class SliceLayerBuffers:
+    """A :class:`LayerBuffers` over a model's slices."""
 
     def __init__(self, model: "Llama", rows: int) -> None:
         config = model.config
