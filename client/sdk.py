@@ -18,8 +18,11 @@ from farshore.client import events
 from farshore.errors import FarshoreError, InvalidRequest, TransportError
 from farshore.proto import inference_pb2 as api
 from farshore.proto import inference_pb2_grpc
+from farshore.sampling import Sampling
 
 _Value = TypeVar("_Value")
+
+_SAMPLING = {option.name for option in dataclasses.fields(Sampling)}
 
 _TOO_LARGE = re.compile(r"(?:SERVER: Received|CLIENT: Sent) message larger than max \((\d+) vs\. (\d+)\)")
 
@@ -51,25 +54,11 @@ class Client:
         messages: Iterable[Mapping[str, str]] | None = None,
         token_ids: Iterable[int] | None = None,
         model: str = "",
-        max_tokens: int | None = None,
-        n: int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        presence_penalty: float | None = None,
-        frequency_penalty: float | None = None,
-        logit_bias: Mapping[int, float] | None = None,
-        logprobs: int | None = None,
-        seed: int | None = None,
-        stop: str | Iterable[str] = (),
-        stop_token_ids: Iterable[int] = (),
-        ignore_eos: bool = False,
         cache_salt: str = "",
         request_id: str = "",
         resume_from: int = 0,
         deadline_s: float = 86_400.0,
+        **sampling: Any,
     ) -> Iterator[events.Event]:
         """Stream a completion: Accepted, perhaps Prefill, Tokens, Finished.
 
@@ -78,36 +67,25 @@ class Client:
         it from token ``resume_from`` (of all choices together). Closing the iterator ends a request that has
         no ``request_id`` of yours at once, and one that has within seconds.
 
-        What is None takes the gateway's default: see ``Sampling`` in proto/inference.proto for each, and
-        workers/sampler.py for the order in which they apply. ``n``: so many choices for one prompt; each
-        Token says whose it is. ``logprobs``: report log-probabilities with so many alternatives, or 0.
-        ``cache_salt``: what is stored of this prompt serves requests of the same salt alone, so that nobody
-        else can tell from their times that it was asked; all without one share.
+        ``sampling``: fields of :class:`farshore.sampling.Sampling`, such as ``max_tokens=32``; what is None
+        or not given takes the default. TypeError for other names. ``stop`` may be one string. Each Token names
+        its choice.
+
+        ``cache_salt``: the stored KV of this prompt serves requests with the same salt only, so that no other
+        client can tell from response times that the prompt was sent before. Requests without a salt share.
         """
-        given = dict(
-            max_tokens=max_tokens,
-            n=n,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            logit_bias=logit_bias,
-            logprobs=logprobs,
-            seed=seed,
-            stop=[stop] if isinstance(stop, str) else stop,
-            stop_token_ids=stop_token_ids,
-        )
-        sampling = {name: value for name, value in given.items() if value is not None}
+        if unknown := sampling.keys() - _SAMPLING:
+            raise TypeError(f"generate() has no option {', '.join(sorted(unknown))}")
+        given = {name: value for name, value in sampling.items() if value is not None}
+        if isinstance(given.get("stop"), str):
+            given["stop"] = [given["stop"]]
         try:
             request = api.GenerateRequest(
                 model=model,
                 request_id=request_id,
                 resume_from=resume_from,
                 cache_salt=cache_salt,
-                sampling=api.Sampling(ignore_eos=ignore_eos, **sampling),
+                sampling=api.Sampling(**given),
                 **_prompt(prompt, messages, token_ids),
             )
         except (TypeError, ValueError) as error:

@@ -19,8 +19,9 @@ from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 from farshore.proto import inference_pb2 as api
 from farshore.rpc import abort
+from farshore.sampling import Sampling
 from farshore.workers.engine.engine import Engine
-from farshore.workers.engine.sequence import Event, Failed, Finished, Prefilled, Reason, Sampled, Sampling
+from farshore.workers.engine.sequence import Event, Failed, Finished, Prefilled, Reason, Sampled
 
 PROMPT_SLICE_TOKENS = 16_384
 """0.4 ms of the interpreter's lock; two million tokens at once took 81 ms."""
@@ -55,7 +56,7 @@ class EngineService(pb_grpc.EngineServicer):
     ) -> Iterator[pb.SequenceEvent]:
         sequence = SequenceId(request.sequence_id)
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        sampling = _sampling(request)
+        sampling = Sampling.from_message(request.sampling)
         try:
             self._engine.check_size(len(request.prompt), sampling)
             self._engine.submit(sequence, _tokens(request), sampling, events.put, salt=request.cache_salt)
@@ -159,21 +160,3 @@ def _tokens(request: pb.SequenceRequest) -> list[int]:
     for first in range(0, len(request.prompt), PROMPT_SLICE_TOKENS):
         tokens += request.prompt[first : first + PROMPT_SLICE_TOKENS]
     return tokens
-
-
-def _sampling(request: pb.SequenceRequest) -> Sampling:
-    return Sampling(
-        max_tokens=request.max_tokens,
-        n=request.n,
-        temperature=request.temperature,
-        top_k=request.top_k,
-        top_p=request.top_p,
-        min_p=request.min_p,
-        repetition_penalty=request.repetition_penalty,
-        presence_penalty=request.presence_penalty,
-        frequency_penalty=request.frequency_penalty,
-        logit_bias=dict(request.logit_bias),
-        logprobs=request.logprobs if request.HasField("logprobs") else None,
-        seed=request.seed,
-        stop_token_ids=frozenset(request.stop_token_ids),
-    )

@@ -78,28 +78,23 @@ def prepare(request: api.GenerateRequest, served: Served, limits: Limits, *, seq
     if not message.prompt:
         raise InvalidRequest("the prompt is empty: send at least one token")
     count = len(message.prompt)
-    # The value of an unset field is 0: the default of all but these.
-    message.max_tokens = _max_tokens(count, asked, served.config.max_positions, limits)
-    message.n = asked.n or 1
-    message.temperature = asked.temperature
-    message.top_k = asked.top_k
-    message.top_p = asked.top_p if asked.HasField("top_p") else 1.0
-    message.min_p = asked.min_p
-    message.repetition_penalty = asked.repetition_penalty if asked.HasField("repetition_penalty") else 1.0
-    message.presence_penalty = asked.presence_penalty
-    message.frequency_penalty = asked.frequency_penalty
-    message.logit_bias.update(asked.logit_bias)
-    if asked.HasField("logprobs"):
-        message.logprobs = asked.logprobs
-    message.seed = asked.seed if asked.HasField("seed") else secrets.randbits(64)
+    sampling = message.sampling
+    sampling.CopyFrom(asked)
+    sampling.max_tokens = _max_tokens(count, asked, served.config.max_positions, limits)
+    sampling.n = asked.n or 1
+    if not asked.HasField("seed"):
+        sampling.seed = secrets.randbits(64)
+    sampling.ClearField("stop")
+    sampling.ClearField("ignore_eos")
+    sampling.ClearField("stop_token_ids")
     own_stops = () if asked.ignore_eos else served.stop_ids
-    message.stop_token_ids.extend(dict.fromkeys((*own_stops, *asked.stop_token_ids)))
+    sampling.stop_token_ids.extend(dict.fromkeys((*own_stops, *asked.stop_token_ids)))
     message.cache_salt = request.cache_salt
     return Job(
         prompt_tokens=count,
-        n=message.n,
+        n=sampling.n,
         stop=tuple(asked.stop),
-        stop_token_ids=tuple(message.stop_token_ids),
+        stop_token_ids=tuple(sampling.stop_token_ids),
         message=message.SerializeToString(),
     )
 

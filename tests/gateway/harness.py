@@ -105,7 +105,7 @@ class FakeEngine(cluster_pb2_grpc.EngineServicer, cluster_pb2_grpc.ControllerSer
             sequence.tokens(*self.auto)
             sequence.finish()
         try:
-            live = request.n
+            live = request.sampling.n
             while live and (item := await sequence.script.get()) is not None:
                 if isinstance(item, tuple):
                     await context.abort(*item)
@@ -120,7 +120,7 @@ class FakeEngine(cluster_pb2_grpc.EngineServicer, cluster_pb2_grpc.ControllerSer
         sequence = self._live.get(request.sequence_id)
         self.deaf -= 1
         if sequence is not None and not self.ignores_cancel and self.deaf < 0:
-            for each in range(sequence.request.n) if choice is None else [choice]:
+            for each in range(sequence.request.sampling.n) if choice is None else [choice]:
                 sequence.finish(api.FINISH_REASON_CANCELLED, choice=each)
         return cluster_pb2.CancelSequenceReply()
 

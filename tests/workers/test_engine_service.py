@@ -1,6 +1,7 @@
 """The engine's gRPC door: what callers send reaches the engine."""
 
 from farshore.proto import cluster_pb2 as pb
+from farshore.proto import inference_pb2 as api
 from farshore.workers.engine_service import EngineService
 
 
@@ -22,9 +23,11 @@ def test_who_gives_another_salt_finds_no_stored_prefix(tiny_model, rig):
     new = []
     for name, salt in (("a", ""), ("b", "mine"), ("c", ""), ("d", "mine"), ("e", "another's")):
         request = pb.SequenceRequest(
-            sequence_id=name, prompt=[i % 90 for i in range(700)], max_tokens=2, n=1, top_p=1, cache_salt=salt
+            sequence_id=name,
+            prompt=[i % 90 for i in range(700)],
+            sampling=api.Sampling(max_tokens=2),
+            cache_salt=salt,
         )
-        request.repetition_penalty = 1
         before = written(cluster)
         events = list(service.Generate(request, Context()))
         assert events[-1].HasField("finished")

@@ -2,7 +2,7 @@
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import NamedTuple
@@ -12,36 +12,9 @@ from farshore.errors import FarshoreError
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kvstore.prefix import PrefixBlock
 from farshore.kvstore.store.tail import Tail
+from farshore.sampling import Sampling
 from farshore.workers.engine.lookup import Lookup
 from farshore.workers.engine.penalties import Seen
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How a request's completions are drawn; the defaults change nothing. Checked at the gateway.
-
-    ``workers.sampler`` says what each does, and in which order. Stop strings are the gateway's, which has
-    the tokenizer.
-    """
-
-    max_tokens: int
-    n: int = 1
-    """Completions of the one prompt."""
-    temperature: float = 0.0
-    """0: greedy."""
-    top_k: int = 0
-    """0: all."""
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Added to the logits of these token ids."""
-    logprobs: int | None = None
-    """Alternatives to report beside the log-probability of each token; None: not even that."""
-    seed: int = 0
-    stop_token_ids: frozenset[int] = frozenset()
 
 
 class Holder:

@@ -5,6 +5,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from farshore.proto import inference_pb2 as api
+from farshore.sampling import Sampling
 
 
 def test_streams_tokens_as_they_come(farshore, served):
@@ -35,10 +36,12 @@ def test_streams_tokens_as_they_come(farshore, served):
 def test_defaults_reach_the_engine(farshore, served):
     farshore.engine.auto = ()
     list(farshore.generate())
-    first = farshore.engine.next_sequence().request
+    first = farshore.engine.next_sequence().request.sampling
     list(farshore.generate())
-    second = farshore.engine.next_sequence().request
-    assert (first.max_tokens, first.temperature, first.top_p) == (256, 0.0, 1.0)
+    second = farshore.engine.next_sequence().request.sampling
+    assert Sampling.from_message(first) == Sampling(
+        max_tokens=256, seed=first.seed, stop_token_ids=frozenset(served.config.eos_token_ids)
+    )
     assert list(first.stop_token_ids) == list(served.config.eos_token_ids)
     assert first.seed != second.seed
 
@@ -47,7 +50,7 @@ def test_sampling_reaches_the_engine(farshore):
     farshore.engine.auto = ()
     sampling = dict(max_tokens=3, temperature=0.0, top_p=0.5, seed=2**64 - 1, ignore_eos=True)
     list(farshore.generate(sampling=sampling))
-    sent = farshore.engine.next_sequence().request
+    sent = farshore.engine.next_sequence().request.sampling
     assert (sent.max_tokens, sent.temperature, sent.top_p, sent.seed) == (3, 0.0, 0.5, 2**64 - 1)
     assert list(sent.stop_token_ids) == []
 
@@ -56,7 +59,7 @@ def test_unset_max_tokens_is_what_positions_leave(farshore, served):
     farshore.engine.auto = ()
     tokens = api.TokenIds(ids=[5] * (served.config.max_positions - 9))
     list(farshore.generate(None, tokens=tokens))
-    assert farshore.engine.next_sequence().request.max_tokens == 9
+    assert farshore.engine.next_sequence().request.sampling.max_tokens == 9
 
 
 def test_chat_goes_through_the_template(farshore, served):

@@ -5,6 +5,7 @@ import pytest
 from farshore.gateway.limits import Limits
 from farshore.proto import cluster_pb2
 from farshore.proto import inference_pb2 as api
+from farshore.sampling import Sampling
 
 SAMPLED = dict(n=2, temperature=1.0)
 
@@ -12,7 +13,7 @@ SAMPLED = dict(n=2, temperature=1.0)
 def test_choices_come_mixed_and_each_is_whole(farshore, harness, served):
     call = farshore.generate(sampling=SAMPLED)
     sequence = farshore.engine.next_sequence()
-    assert sequence.request.n == 2
+    assert sequence.request.sampling.n == 2
     texts = ["naïve 🌍 day", "東京 by night and day"]
     streams = [served.tokenizer.encode(text) for text in texts]
     for place in range(max(map(len, streams))):
@@ -67,7 +68,7 @@ def test_cancel_ends_every_choice(farshore):
 def test_log_probabilities_come_with_their_text(farshore, served):
     call = farshore.generate(sampling=dict(logprobs=2))
     sequence = farshore.engine.next_sequence()
-    assert sequence.request.logprobs == 2
+    assert sequence.request.sampling.logprobs == 2
     yes, no = (served.tokenizer.encode(word)[0] for word in (" yes", " no"))
     top = [(no, -0.25), (yes, -1.5)]
     sequence.token(
@@ -122,7 +123,7 @@ def test_every_knob_reaches_the_engine(farshore, served, seeded):
     )
     lists = dict(logit_bias={3: -100.0, 49151: 2.5}, stop_token_ids=[7, 8])
     list(farshore.generate(sampling={**knobs, **lists, **({"seed": 3} if seeded else {})}))
-    sent = farshore.engine.next_sequence().request
+    sent = farshore.engine.next_sequence().request.sampling
     assert {name: getattr(sent, name) for name in knobs} == knobs
     assert dict(sent.logit_bias) == lists["logit_bias"]
     assert list(sent.stop_token_ids) == [*served.stop_ids, 7, 8]
@@ -132,14 +133,14 @@ def test_every_knob_reaches_the_engine(farshore, served, seeded):
 def test_defaults_change_nothing(farshore):
     farshore.engine.auto = ()
     list(farshore.generate())
-    sent = farshore.engine.next_sequence().request
+    sent = Sampling.from_message(farshore.engine.next_sequence().request.sampling)
     assert (sent.n, sent.top_k, sent.min_p, sent.repetition_penalty) == (1, 0, 0.0, 1.0)
-    assert (sent.presence_penalty, sent.frequency_penalty, dict(sent.logit_bias)) == (0.0, 0.0, {})
+    assert (sent.presence_penalty, sent.frequency_penalty, sent.logit_bias) == (0.0, 0.0, {})
 
 
 def test_a_stop_token_of_the_clients_works_with_ignore_eos(farshore, harness, served):
     (end,) = served.tokenizer.encode(".")
     farshore.engine.auto = [*served.tokenizer.encode("Yes"), end]
     events = list(farshore.generate(sampling=dict(ignore_eos=True, stop_token_ids=[end])))
-    assert list(farshore.engine.next_sequence().request.stop_token_ids) == [end]
+    assert list(farshore.engine.next_sequence().request.sampling.stop_token_ids) == [end]
     assert harness.text_of(events) == "Yes"

@@ -49,24 +49,7 @@ SAMPLINGS = st.builds(
 
 
 def _resolved(asked):
-    def given(name, default):
-        return getattr(asked, name) if asked.HasField(name) else default
-
-    return Sampling(
-        max_tokens=given("max_tokens", 256),
-        n=asked.n or 1,
-        temperature=asked.temperature,
-        top_k=asked.top_k,
-        top_p=given("top_p", 1.0),
-        min_p=asked.min_p,
-        repetition_penalty=given("repetition_penalty", 1.0),
-        presence_penalty=asked.presence_penalty,
-        frequency_penalty=asked.frequency_penalty,
-        logit_bias=dict(asked.logit_bias),
-        logprobs=given("logprobs", None),
-        seed=given("seed", 1),
-        stop_token_ids=frozenset(asked.stop_token_ids),
-    )
+    return Sampling.from_message(asked)
 
 
 @given(SAMPLINGS, st.lists(st.floats(-1e4, 1e4, width=32), min_size=VOCAB, max_size=VOCAB))

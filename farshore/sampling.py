@@ -1,0 +1,65 @@
+"""Sampling parameters: how the tokens of a request's completions are drawn.
+
+The SDK makes a :class:`Sampling` from its caller's arguments, the message ``Sampling`` of
+``proto/inference.proto`` carries it to the gateway and on to an engine, and the engine draws by it. One class
+and one message, so that an option is named in one place. It must not know what an option does.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """Field names, meanings and defaults are those of the message. The defaults change nothing.
+
+    An engine gets ``max_tokens`` and ``seed`` as numbers, and ``stop_token_ids`` with the model's own end
+    tokens in it: the gateway has resolved them. The gateway also applies ``stop`` and ``ignore_eos`` itself,
+    since it has the tokenizer. ``workers/engine/decode/sampler.py`` says in which order the others apply.
+    """
+
+    max_tokens: int = 256
+    """Of each choice. The gateway lowers the default where the model has fewer positions left."""
+    n: int = 1
+    """Choices: completions of the one prompt."""
+    temperature: float = 0.0
+    """0: greedy."""
+    top_k: int = 0
+    """0: all tokens."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    """Relative to the likeliest token's probability."""
+    repetition_penalty: float = 1.0
+    """Over prompt and completion."""
+    presence_penalty: float = 0.0
+    """Over the completion."""
+    frequency_penalty: float = 0.0
+    """Over the completion."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these token ids."""
+    logprobs: int | None = None
+    """Alternatives to report beside each token's log-probability. None: report neither."""
+    seed: int = 0
+    """The gateway draws one for a request without."""
+    stop: Collection[str] = ()
+    """The text ends before the first of these strings."""
+    stop_token_ids: Collection[int] = frozenset()
+    """A completion ends with any of these tokens."""
+    ignore_eos: bool = False
+    """Continue to ``max_tokens`` past the model's end tokens."""
+
+    @classmethod
+    def from_message(cls, message: Any) -> Self:
+        """``message``: an ``inference_pb2.Sampling``; its unset fields become this class's defaults."""
+        given: dict[str, Any] = {}
+        for option in fields(cls):
+            if message.DESCRIPTOR.fields_by_name[option.name].has_presence:
+                if message.HasField(option.name):
+                    given[option.name] = getattr(message, option.name)
+            else:
+                given[option.name] = getattr(message, option.name)
+        given["logit_bias"] = dict(given["logit_bias"])
+        given["stop"] = tuple(given["stop"])
+        given["stop_token_ids"] = frozenset(given["stop_token_ids"])
+        return cls(**given)
