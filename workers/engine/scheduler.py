@@ -76,7 +76,7 @@ class Scheduler:
         progress = self._admit()
         if self._prompts:
             self._ran = False
-            self._pacer.entry(self._prefill_unit)
+            self._pacer.turn(self._prefill_unit)
             progress |= self._ran
         if self._running:
             with self._pacer.step():
