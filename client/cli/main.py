@@ -23,6 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except SystemExit as leaving:  # argparse: --help, --version, wrong usage
         return leaving.code if isinstance(leaving.code, int) else 1
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "farshore":
+            raise
+        print(
+            f"farshore: error: this command needs {error.name}, which is part of the server: install it with "
+            "pip install 'farshore[server]', or name a running gateway with --server",
+            file=sys.stderr,
+        )
+        return 1
     except FarshoreError as error:
         print(f"farshore: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

@@ -21,7 +21,7 @@ def test_events_in_order(client, farshore, served):
     stream = client.generate("Hello", request_id="a", max_tokens=4, seed=3, cache_salt="ours")
     sequence = farshore.engine.next_sequence()
     sent = sequence.request
-    assert (sent.max_tokens, sent.seed, sent.cache_salt) == (4, 3, "ours")
+    assert (sent.sampling.max_tokens, sent.sampling.seed, sent.cache_salt) == (4, 3, "ours")
     assert next(stream) == events.Accepted(request_id="a", prompt_tokens=len(sequence.request.prompt))
     sequence.prefill(3, 9)
     assert next(stream) == events.Prefill(done_tokens=3, total_tokens=9)

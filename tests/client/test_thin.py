@@ -1,0 +1,81 @@
+"""The base installation, in an environment of its own: SDK and command line, without torch, Ray or a compiler."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+INSTALL_DEADLINE_S = 600
+RUN_DEADLINE_S = 60
+HEAVY = ("torch", "ray", "numpy", "tokenizers", "redis")
+
+SDK = """
+import sys
+from farshore.client.sdk import Client
+
+with Client(sys.argv[1]) as client:
+    events = list(client.generate("Once upon", max_tokens=5))
+print(type(events[-1]).__name__, client.address)
+"""
+
+
+@pytest.fixture(scope="module")
+def thin(tmp_path_factory):
+    """The python of an environment with the base installation, made where no compiler works."""
+    folder = tmp_path_factory.mktemp("thin")
+    subprocess.run(
+        [sys.executable, "-P", "-m", "venv", folder / "venv"], check=True, timeout=INSTALL_DEADLINE_S
+    )
+    python = folder / "venv" / "bin" / "python"
+    source = folder / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "*.so", "tests"))
+    without_compiler = os.environ | {"CC": "/bin/false", "CXX": "/bin/false"}
+    done = subprocess.run(
+        [python, "-P", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", source],
+        capture_output=True,
+        text=True,
+        timeout=INSTALL_DEADLINE_S,
+        cwd=folder,
+        env=without_compiler,
+    )
+    if "from versions: none" in done.stderr:
+        pytest.skip("no package index can be reached")
+    assert done.returncode == 0, done.stderr
+    return python
+
+
+@pytest.fixture
+def run_thin(thin, tmp_path):
+    def run(*arguments):
+        return subprocess.run(
+            [thin, "-P", *arguments], capture_output=True, text=True, timeout=RUN_DEADLINE_S, cwd=tmp_path
+        )
+
+    return run
+
+
+@pytest.mark.heavy
+def test_base_installation_has_no_server_packages(run_thin):
+    find = f"from importlib.util import find_spec; print([name for name in {HEAVY} if find_spec(name)])"
+    assert run_thin("-c", find).stdout == "[]\n"
+
+
+@pytest.mark.heavy
+def test_sdk_and_command_line_talk_to_a_gateway(run_thin, farshore, served):
+    farshore.engine.auto = served.tokenizer.encode(" a time")
+    done = run_thin("-c", SDK, farshore.address)
+    assert (done.stdout, done.stderr) == (f"Finished {farshore.address}\n", "")
+    done = run_thin("-m", "farshore.client.cli.main", "generate", "Once upon", "--server", farshore.address)
+    assert (done.returncode, done.stdout) == (0, " a time\n"), done.stderr
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("command", [("serve",), ("bench", "machine")])
+def test_commands_of_the_server_name_the_missing_installation(run_thin, command):
+    done = run_thin("-m", "farshore.client.cli.main", *command)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "pip install 'farshore[server]'" in done.stderr
