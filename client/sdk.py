@@ -68,8 +68,8 @@ class Client:
         no ``request_id`` of yours at once, and one that has within seconds.
 
         ``sampling``: fields of :class:`farshore.sampling.Sampling`, such as ``max_tokens=32``; what is None
-        or not given takes the default. TypeError for other names. ``stop`` may be one string. Each Token names
-        its choice.
+        or not given takes the default. TypeError for other names. ``stop`` may be one string. Each Token
+        names its choice.
 
         ``cache_salt``: the stored KV of this prompt serves requests with the same salt only, so that no other
         client can tell from response times that the prompt was sent before. Requests without a salt share.
