@@ -1,10 +1,15 @@
 """The shape of the repository: imports run downward, every module ships, no folder leaks into sys.path."""
 
+import ast
+import io
+import re
 import shutil
 import subprocess
 import sys
+import tokenize
 import tomllib
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,7 +18,11 @@ ROOT = Path(__file__).parents[1]
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 FOLDERS = {package: ROOT / folder for package, folder in SETUPTOOLS["package-dir"].items()}
 GENERATED = ("_pb2.py", "_pb2_grpc.py")
-LINES = 400
+MOST_LINES = 400
+MOST_MODULES = 15
+LEAST_LINES = 40
+"""A shorter module with a single importer belongs into it."""
+VAGUE = ("whoever", "somebody", "nobody", "anybody")
 NOT_PRODUCT = ("tests", "docs", "build", "dist")
 
 
@@ -74,11 +83,85 @@ def test_every_folder_with_modules_is_a_listed_package():
     assert [file.name for file in ROOT.glob("*.py")] == ["setup.py"]
 
 
-@pytest.mark.parametrize("package", FOLDERS)
-def test_files_are_short(package):
-    files = [file for file in FOLDERS[package].glob("*.py") if not file.name.endswith(GENERATED)]
-    lengths = {file.name: len(file.read_text().splitlines()) for file in files}
-    assert {file: lines for file, lines in lengths.items() if lines >= LINES} == {}
+def sources():
+    """Every file of code that people write, tests included."""
+    roots = [folder for folder in FOLDERS.values() if folder.parent == ROOT] + [ROOT / "tests"]
+    return [
+        file
+        for root in roots
+        for pattern in ("*.py", "*.h", "*.cpp")
+        for file in root.rglob(pattern)
+        if not file.name.endswith(GENERATED)
+    ]
+
+
+def test_files_are_short():
+    lengths = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in sources()}
+    assert {file: lines for file, lines in lengths.items() if lines > MOST_LINES} == {}
+
+
+def test_folders_are_small():
+    folders = Counter(str(file.parent.relative_to(ROOT)) for file in sources() if file.name[:2] != "__")
+    assert {folder: files for folder, files in folders.items() if files > MOST_MODULES} == {}
+
+
+def imported_by():
+    """Module -> the modules of ours that import it."""
+    files = {name: file for name, file in product_files().items() if name.endswith(".py")}
+    modules = {
+        name.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): f for name, f in files.items()
+    }
+    importers = {module: set() for module in modules}
+    for module, file in modules.items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module in modules:
+                for imported in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
+                    importers.get(imported, set()).add(module)
+    return modules, importers
+
+
+def test_no_module_is_a_function_of_its_only_importer():
+    modules, importers = imported_by()
+    small = {
+        module: lines
+        for module, file in modules.items()
+        if not file.name.endswith(GENERATED) and file.name[:2] != "__"
+        if (lines := len(file.read_text().splitlines())) < LEAST_LINES and len(importers[module]) == 1
+    }
+    assert small == {}
+
+
+def prose(file):
+    """Comments and docstrings."""
+    text = file.read_text()
+    if file.suffix != ".py":
+        return re.findall(r"//.*|/\*.*?\*/", text, re.DOTALL)
+    comments = [
+        token.string
+        for token in tokenize.generate_tokens(io.StringIO(text).readline)
+        if token.type == tokenize.COMMENT
+    ]
+    strings = [
+        node.value.value
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    ]
+    return comments + strings
+
+
+def test_prose_names_what_it_means():
+    """A process or a function is named, not called a person."""
+    files = [file for file in sources() if not file.is_relative_to(ROOT / "tests")]
+    words = re.compile(rf"\b(?:{'|'.join(VAGUE)})\b", re.IGNORECASE)
+    found = {
+        f"{file.relative_to(ROOT)}: {' '.join(text.split())[:100]}"
+        for file in files
+        for text in prose(file)
+        if words.search(text)
+    }
+    assert found == set()
 
 
 @pytest.mark.heavy

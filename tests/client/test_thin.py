@@ -1,4 +1,4 @@
-"""The base installation in an environment of its own: SDK and command line, without torch, Ray or compiler."""
+"""The base installation in an environment of its own: SDK and command line; no torch, Ray or compiler."""
 
 import os
 import shutil
