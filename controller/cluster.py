@@ -20,7 +20,7 @@ from farshore.controller.exits import how_an_actor_ended
 from farshore.controller.gateway_process import GatewayProcess
 from farshore.controller.parts import Ended
 from farshore.controller.ray_runtime import RayRuntime
-from farshore.errors import FarshoreError, PartEnded, StartupError
+from farshore.errors import FarshoreError, ProcessEnded, StartupError
 from farshore.ids import WorkerId
 from farshore.models.config import ModelConfig, load_config
 from farshore.models.source import DEMO, resolve
@@ -95,7 +95,7 @@ class Cluster:
         return cluster
 
     def wait(self, *, warn: Callable[[str], None]) -> None:
-        """Block until :meth:`stop`. Raises PartEnded, with its name and how, when a part has ended that
+        """Block until :meth:`stop`. Raises ProcessEnded, with its name and how, when a part has ended that
         nothing can be served without; ``warn`` is told of others, once each."""
         warned: set[WorkerId] = set()
         asked = None
@@ -106,7 +106,7 @@ class Cluster:
                 continue
             ended, asked = self._ended(asked), None
             if fatal := [f"{part.worker} {part.how}" for part in ended if part.fatal]:
-                raise PartEnded("; ".join(fatal))
+                raise ProcessEnded("; ".join(fatal))
             for part in ended:
                 if part.worker not in warned:
                     warned.add(part.worker)
@@ -197,16 +197,16 @@ class Cluster:
             raise StartupError(f"{who} did not answer: {error}") from error
 
     def _check_processes(self) -> None:
-        """Raises PartEnded for what the driver started itself."""
+        """Raises ProcessEnded for what the driver started itself."""
         gone = self._ray.ended() or (self._gateway.ended() if self._gateway else None)
         if gone:
-            raise PartEnded(gone)
+            raise ProcessEnded(gone)
 
     def _ended(self, asked: Any) -> list[Ended]:
         try:
             return ray.get(asked)
         except ray.exceptions.RayActorError as error:
-            raise PartEnded(f"the controller {how_an_actor_ended(error)}") from error
+            raise ProcessEnded(f"the controller {how_an_actor_ended(error)}") from error
 
 
 def _anywhere(config: ClusterConfig) -> ClusterConfig:

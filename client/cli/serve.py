@@ -10,7 +10,7 @@ from farshore import __version__
 from farshore.client.cli.options import DEMO_MODEL, add_cluster_options, cluster_config
 from farshore.client.cli.terminal import Progress, stop_signals
 from farshore.controller.config import ClusterConfig
-from farshore.errors import PartEnded
+from farshore.errors import ProcessEnded
 
 _NAMES = ("model", "dense_workers", "host", "port", "ray_address", "dashboard")
 
@@ -78,7 +78,7 @@ def _serve(config: ClusterConfig, progress: Progress, take_signals: Callable[[],
         except KeyboardInterrupt:
             progress.step("stopping")
             raise
-        except PartEnded as error:
+        except ProcessEnded as error:
             # Told at once: to end the others takes seconds.
             progress.note(f"farshore: error: {error}")
             return 1

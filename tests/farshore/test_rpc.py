@@ -7,6 +7,7 @@ import grpc
 import pytest
 
 from farshore import errors, rpc
+from farshore.text import MOST_CHARS
 
 CODE = grpc.StatusCode
 
@@ -27,7 +28,7 @@ RAISED = {
     errors.Lost("x", shards=["s"]): CODE.UNAVAILABLE,
     errors.Internal("x"): CODE.INTERNAL,
     errors.StartupError("x"): CODE.INTERNAL,
-    errors.PartEnded("x"): CODE.INTERNAL,
+    errors.ProcessEnded("x"): CODE.INTERNAL,
     ValueError("x"): CODE.INTERNAL,
     RecursionError("x"): CODE.INTERNAL,
 }
@@ -87,7 +88,7 @@ def test_what_a_servicer_raises_leaves_with_its_code(error, code):
 
 @pytest.mark.parametrize(("code", "kind"), RECEIVED.items(), ids=lambda it: getattr(it, "name", ""))
 def test_what_arrives_is_of_one_kind_and_names_what_is_not_ours(code, kind):
-    error = rpc.error_of(Failed(code, "why"), peer="shard:1")
+    error = rpc.error_of(Failed(code, "why"), server="shard:1")
     assert type(error) is kind and "why" in str(error)
     if kind is errors.Internal:
         assert f"shard:1: {code.name}" in str(error) and not error.retryable
@@ -106,13 +107,13 @@ def test_a_message_that_is_too_large_is_not_sent_again():
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as caught:
             channel.unary_unary("/x/echo")(bytes(2000), timeout=60)
         server.stop(None).wait()
-    error = rpc.error_of(caught.value, peer="p")
+    error = rpc.error_of(caught.value, server="p")
     assert type(error) is errors.InvalidRequest and "2000" in str(error)
 
 
 def test_a_write_that_met_the_end_of_a_call_may_be_tried_again():
     """gRPC's own words: whether they still are, the next test asks gRPC itself."""
-    error = rpc.error_of(Failed(CODE.INTERNAL, "Internal error from Core"), peer="shard:1")
+    error = rpc.error_of(Failed(CODE.INTERNAL, "Internal error from Core"), server="shard:1")
     assert type(error) is errors.TransportError and "shard:1" in str(error)
 
 
@@ -127,7 +128,7 @@ def test_those_are_the_words_of_the_gRPC_that_is_installed():
 
 
 def test_only_what_may_work_later_is_retryable():
-    retryable = {code for code in CODE if rpc.error_of(Failed(code, "x"), peer="p").retryable}
+    retryable = {code for code in CODE if rpc.error_of(Failed(code, "x"), server="p").retryable}
     assert retryable == {CODE.UNAVAILABLE, CODE.RESOURCE_EXHAUSTED, CODE.DATA_LOSS}
 
 
@@ -137,8 +138,8 @@ def test_only_what_may_work_later_is_retryable():
 def test_an_error_of_ours_arrives_as_what_it_was(error):
     """Or as the nearest kind that a caller can act on."""
     code, message, trailing = rpc.status_of(error)
-    arrived = rpc.error_of(Failed(code, message, trailing), peer="p")
-    if isinstance(error, errors.StartupError | errors.PartEnded):
+    arrived = rpc.error_of(Failed(code, message, trailing), server="p")
+    if isinstance(error, errors.StartupError | errors.ProcessEnded):
         assert type(arrived) is errors.Internal
     else:
         assert isinstance(error, type(arrived)) and arrived.retryable == error.retryable
@@ -148,16 +149,16 @@ def test_an_error_of_ours_arrives_as_what_it_was(error):
 @pytest.mark.parametrize("free_bytes", ["", "-1", "many", b"12"])
 def test_a_trailer_that_is_no_number_is_no_trailer(free_bytes):
     failed = Failed(CODE.RESOURCE_EXHAUSTED, "x", (("farshore-free-bytes", free_bytes),))
-    assert type(rpc.error_of(failed, peer="p")) is errors.Overloaded
+    assert type(rpc.error_of(failed, server="p")) is errors.Overloaded
 
 
 @pytest.mark.parametrize("error", [KeyError("k" * 10_000_000), errors.NotFound("n" * 10_000_000)])
 def test_a_message_fits_into_a_trailer(error):
     code, message, _ = rpc.status_of(error)
     assert len(message) < rpc.MOST_MESSAGE + 50 and "characters)" in message
-    assert len(str(rpc.error_of(Failed(code, "m" * 10_000_000), peer="p"))) < rpc.MOST_MESSAGE + 100
+    assert len(str(rpc.error_of(Failed(code, "m" * 10_000_000), server="p"))) < rpc.MOST_MESSAGE + 100
 
 
 def test_an_unexpected_exception_echoes_little():
     _, message, _ = rpc.status_of(ValueError("v" * 10_000))
-    assert message.startswith("ValueError: vvv") and len(message) < rpc.MOST_ECHOED + 50
+    assert message.startswith("ValueError: vvv") and len(message) < MOST_CHARS + 50

@@ -13,7 +13,7 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from farshore.client.cli.terminal import Progress, stop_signals
-from farshore.errors import PartEnded, StartupError
+from farshore.errors import ProcessEnded, StartupError
 from farshore.proto import inference_pb2 as api
 from farshore.proto import inference_pb2_grpc
 
@@ -95,7 +95,7 @@ def test_the_stand_in_is_called_as_the_real_one(cluster):
 def test_a_part_that_ends_is_told_at_once_and_then_the_rest_is_ended(run, cluster, capsys):
     def end(warn):
         warn("attention-0 was killed")
-        raise PartEnded("dense-0 was killed")
+        raise ProcessEnded("dense-0 was killed")
 
     told = []
     stop = type(cluster).__exit__
@@ -115,7 +115,7 @@ def test_a_part_that_ends_is_told_at_once_and_then_the_rest_is_ended(run, cluste
     assert cluster.stops == 1
 
 
-@pytest.mark.parametrize("error", [StartupError("no room"), PartEnded("Ray's raylet was killed")])
+@pytest.mark.parametrize("error", [StartupError("no room"), ProcessEnded("Ray's raylet was killed")])
 def test_a_start_that_fails_is_one_line(run, cluster, error):
     def fail():
         raise error
