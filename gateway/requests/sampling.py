@@ -1,6 +1,6 @@
-"""What may be asked of sampling, checked before an engine hears of it.
+"""Checks a request's sampling parameters before the request reaches an engine.
 
-Called by ``validate``. Every refusal names the value, the limit and the fix. Must not know about prompts.
+Called by ``validate``. Each refusal names the value, the limit and the fix. Must not know about prompts.
 """
 
 from collections.abc import Iterable

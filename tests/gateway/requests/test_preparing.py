@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from farshore.gateway.limits import Limits
-from farshore.gateway.requests.requests import RequestLog
+from farshore.gateway.requests.log import RequestLog
 from farshore.proto import inference_pb2 as api
 
 
