@@ -232,7 +232,7 @@ def failure_to_pb(error: Exception) -> pb.Failure:
 def error_from_pb(message: pb.Failure, *, peer: str) -> FarshoreError:
     """What a connection past gRPC ended with; a code that gRPC does not have is Internal."""
     code = next((it for it in grpc.StatusCode if it.value[0] == message.code), grpc.StatusCode.UNKNOWN)
-    return rpc.error_of_status(code, message.message, server=peer)
+    return rpc.error_of_status(code, message.message, peer=peer)
 
 
 def error_from_bytes(data: bytes, *, peer: str) -> FarshoreError:

@@ -172,7 +172,7 @@ class Client:
             refusal = _too_large(error.details() or "")
             if refusal is not None:
                 return refusal
-        return rpc.error_of(error, server=f"gateway {self.address}")
+        return rpc.error_of(error, peer=f"gateway {self.address}")
 
     def _events(self, call: Any) -> Iterator[events.Event]:
         try:

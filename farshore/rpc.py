@@ -128,17 +128,17 @@ def serve(
     return server, f"{listen.rpartition(':')[0]}:{port}"
 
 
-def error_of(failure: grpc.RpcError, *, server: str) -> errors.FarshoreError:
-    """The FarshoreError to raise, chained, for a failed call. ``server``: the called server, for messages."""
+def error_of(failure: grpc.RpcError, *, peer: str) -> errors.FarshoreError:
+    """The FarshoreError to raise, chained, for a failed call. ``peer``: the called server, for messages."""
     code, message = failure.code(), failure.details() or "no details"
     trailing = dict(failure.trailing_metadata() or ())
     free_bytes = str(trailing.get(_FREE_BYTES, ""))
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED and free_bytes.isdecimal():
         return errors.Full(message, free_bytes=int(free_bytes))
-    return error_of_status(code, message, server=server)
+    return error_of_status(code, message, peer=peer)
 
 
-def error_of_status(code: grpc.StatusCode, message: str, *, server: str) -> errors.FarshoreError:
+def error_of_status(code: grpc.StatusCode, message: str, *, peer: str) -> errors.FarshoreError:
     """As :func:`error_of`, for a status that did not arrive as a gRPC error.
 
     UNAVAILABLE becomes TransportError: gRPC reports it when nothing was reached or the connection broke, and
@@ -149,7 +149,7 @@ def error_of_status(code: grpc.StatusCode, message: str, *, server: str) -> erro
     message = shortened(message, MOST_MESSAGE)
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         return errors.InvalidRequest(message) if _TOO_LARGE in message else errors.Overloaded(message)
-    named = f"{server}: {code.name}: {message}"
+    named = f"{peer}: {code.name}: {message}"
     if code == grpc.StatusCode.UNAVAILABLE or (code == grpc.StatusCode.INTERNAL and message == _FROM_CORE):
         return errors.TransportError(named)
     if code in _REFUSALS:

@@ -89,7 +89,7 @@ def test_the_code_of_a_raised_error(error, code):
 
 @pytest.mark.parametrize(("code", "kind"), RECEIVED.items(), ids=lambda arg: getattr(arg, "name", ""))
 def test_the_error_for_a_received_code(code, kind):
-    error = rpc.error_of(Failed(code, "why"), server="shard:1")
+    error = rpc.error_of(Failed(code, "why"), peer="shard:1")
     assert type(error) is kind and "why" in str(error)
     if kind is errors.Internal:
         assert f"shard:1: {code.name}" in str(error) and not error.retryable
@@ -108,13 +108,13 @@ def test_a_message_that_is_too_large_is_not_retryable():
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as caught:
             channel.unary_unary("/x/echo")(bytes(2000), timeout=60)
         server.stop(None).wait()
-    error = rpc.error_of(caught.value, server="p")
+    error = rpc.error_of(caught.value, peer="p")
     assert type(error) is errors.InvalidRequest and "2000" in str(error)
 
 
 def test_a_write_that_failed_because_the_call_ended_is_retryable():
     """Recognised by gRPC's message, which the next test compares with the installed gRPC."""
-    error = rpc.error_of(Failed(CODE.INTERNAL, "Internal error from Core"), server="shard:1")
+    error = rpc.error_of(Failed(CODE.INTERNAL, "Internal error from Core"), peer="shard:1")
     assert type(error) is errors.TransportError and "shard:1" in str(error)
 
 
@@ -129,7 +129,7 @@ def test_the_message_of_the_installed_grpc():
 
 
 def test_the_retryable_codes():
-    retryable = {code for code in CODE if rpc.error_of(Failed(code, "x"), server="p").retryable}
+    retryable = {code for code in CODE if rpc.error_of(Failed(code, "x"), peer="p").retryable}
     assert retryable == {CODE.UNAVAILABLE, CODE.RESOURCE_EXHAUSTED, CODE.DATA_LOSS}
 
 
@@ -141,7 +141,7 @@ def test_the_retryable_codes():
 def test_an_error_survives_the_way_to_the_caller(error):
     """It arrives as its class or a base class. StartupError and ProcessEnded arrive as Internal."""
     code, message, trailing = rpc.status_of(error)
-    arrived = rpc.error_of(Failed(code, message, trailing), server="p")
+    arrived = rpc.error_of(Failed(code, message, trailing), peer="p")
     if isinstance(error, errors.StartupError | errors.ProcessEnded):
         assert type(arrived) is errors.Internal
     else:
@@ -152,14 +152,14 @@ def test_an_error_survives_the_way_to_the_caller(error):
 @pytest.mark.parametrize("free_bytes", ["", "-1", "many", b"12"])
 def test_a_trailer_that_is_no_number_is_ignored(free_bytes):
     failed = Failed(CODE.RESOURCE_EXHAUSTED, "x", (("farshore-free-bytes", free_bytes),))
-    assert type(rpc.error_of(failed, server="p")) is errors.Overloaded
+    assert type(rpc.error_of(failed, peer="p")) is errors.Overloaded
 
 
 @pytest.mark.parametrize("error", [KeyError("k" * 10_000_000), errors.NotFound("n" * 10_000_000)])
 def test_a_message_fits_into_a_trailer(error):
     code, message, _ = rpc.status_of(error)
     assert len(message) < rpc.MOST_MESSAGE + 50 and "characters)" in message
-    assert len(str(rpc.error_of(Failed(code, "m" * 10_000_000), server="p"))) < rpc.MOST_MESSAGE + 100
+    assert len(str(rpc.error_of(Failed(code, "m" * 10_000_000), peer="p"))) < rpc.MOST_MESSAGE + 100
 
 
 def test_an_unexpected_exception_echoes_little():
