@@ -23,5 +23,5 @@ def quoted(text: str, most_chars: int = MOST_CHARS) -> str:
 
 
 def _cut(text: str, most_chars: int, length: int, quote: str) -> str:
-    end = f"…{quote} ({length} characters)"
+    end = f"...{quote} ({length} characters)"
     return text[: most_chars - len(end)] + end
