@@ -43,6 +43,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
+        """Closes the connection, which ends the streams that are being read."""
         self._channel.close()
 
     def generate(

@@ -166,17 +166,17 @@ class Cluster:
 
     def _load(self, progress: Callable[[str], None]) -> dict[str, str]:
         progress(f"loading {self._config.model}")
-        told = (0, 0)
+        reported = (0, 0)
 
-        def tell() -> None:
-            nonlocal told
+        def report() -> None:
+            nonlocal reported
             done_total = self._ask(self._controller.loading.remote(), "the controller", START_DEADLINE_S)
-            if done_total != told and done_total[1]:
-                told = done_total
-                progress(f"loading {self._config.model}: {told[0]} of {told[1]} tensors")
+            if done_total != reported and done_total[1]:
+                reported = done_total
+                progress(f"loading {self._config.model}: {reported[0]} of {reported[1]} tensors")
 
         loading = self._controller.load.remote()
-        return self._ask(loading, "the controller", LOAD_DEADLINE_S + MARGIN_S, meanwhile=tell)
+        return self._ask(loading, "the controller", LOAD_DEADLINE_S + MARGIN_S, meanwhile=report)
 
     def _ask(
         self, call: Any, callee: str, deadline_s: float, *, meanwhile: Callable[[], None] = lambda: None

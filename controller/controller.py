@@ -53,6 +53,7 @@ class Controller:
         )
 
     def address(self) -> str:
+        """The HOST:PORT at which the controller's gRPC service answers."""
         return self._address
 
     def place(self) -> dict[WorkerId, str]:

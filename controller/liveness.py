@@ -49,6 +49,7 @@ class Liveness:
         self._how: dict[WorkerId, str] = {}
 
     def add(self, worker: WorkerId, kind: Kind, actor: Any) -> None:
+        """Watches the process of a worker's Ray actor."""
         self._kinds[worker] = kind
         self._actors[worker] = actor
 
@@ -84,7 +85,7 @@ class Liveness:
         return ended
 
     def _ask_engines(self) -> dict[WorkerId, str]:
-        asked = {
+        calls = {
             worker: health_pb2_grpc.HealthStub(channel).Check.future(
                 health_pb2.HealthCheckRequest(service=ENGINE), timeout=HEALTH_DEADLINE_S
             )
@@ -93,7 +94,7 @@ class Liveness:
         }
         return {
             worker: "lives, but its engine has ended: its health is NOT_SERVING"
-            for worker, call in asked.items()
+            for worker, call in calls.items()
             if _is_not_serving(call)
         }
 

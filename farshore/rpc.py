@@ -64,8 +64,8 @@ _FROM_CORE = "Internal error from Core"
 describes the write; the reason why the call ended is reported by the next call."""
 
 _TOO_LARGE = "message larger than max"
-"""Part of the message of gRPC's own RESOURCE_EXHAUSTED, from the sender or the receiver. The same message
-fails again, so it is not an Overloaded."""
+"""In the message of gRPC's own RESOURCE_EXHAUSTED, from the sender or the receiver. A message that is too
+large fails again, so the error is not Overloaded."""
 
 MOST_MESSAGE = 2_000
 """Characters of an error's message: it travels in a trailer, and gRPC limits trailers to a few KiB."""

@@ -19,12 +19,12 @@ PROBE_S = 1.0
 CONNECT_DEADLINE_S = 5.0
 
 
-def await_gateway(address: str, tell: Callable[[str], None], *, to_serve: bool = True) -> bool:
+def await_gateway(address: str, notify: Callable[[str], None], *, to_serve: bool = True) -> bool:
     """Blocks until a gateway answers at ``address`` and returns True; False if nothing listens there.
 
-    ``to_serve``: wait until the gateway is ready. ``tell`` is called once if there is something to wait for.
-    Raises TransportError if the host can't be reached, or if something listens but does not answer within
-    ANSWER_DEADLINE_S.
+    ``to_serve``: wait until the gateway is ready. ``notify`` is called once if there is something to wait
+    for. Raises TransportError if the host can't be reached, or if something listens but does not answer
+    within ANSWER_DEADLINE_S.
     """
     with Client(address) as client:
         answers = client.is_serving if to_serve else client.is_up
@@ -32,7 +32,7 @@ def await_gateway(address: str, tell: Callable[[str], None], *, to_serve: bool =
             return True
         if not _listens(address):
             return False
-        tell(f"waiting for the gateway at {address}: something listens there but does not answer yet")
+        notify(f"waiting for the gateway at {address}: something listens there but does not answer yet")
         until_s = time.monotonic() + ANSWER_DEADLINE_S
         while time.monotonic() < until_s:
             begun_s = time.monotonic()

@@ -35,6 +35,7 @@ def size_bytes(text: str) -> int:
 
 
 def whole(text: str) -> int:
+    """Parses a whole number."""
     try:
         return int(text)
     except ValueError:
@@ -42,6 +43,7 @@ def whole(text: str) -> int:
 
 
 def number(text: str) -> float:
+    """Parses a number, also NaN and infinity."""
     try:
         return float(text)
     except ValueError:
@@ -49,6 +51,7 @@ def number(text: str) -> float:
 
 
 def positive(text: str) -> int:
+    """Parses a whole number from 1 on."""
     value = whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: use a whole number from 1 on")
@@ -68,6 +71,7 @@ def server_address(text: str) -> str:
 
 
 def no_gateway(address: str) -> TransportError:
+    """The error of a command that needs a running gateway."""
     return TransportError(
         f"no gateway answers at {address}: start one with `farshore serve`, or give the right --server"
     )

@@ -105,6 +105,7 @@ class _WireFields:
             offset = last
 
     def check_chat(self, chat: _Field) -> None:
+        """Counts the messages of a chat and their fields."""
         for index, message in enumerate(self.walk(chat.start, chat.end)):
             if index >= self._limits.messages:
                 raise InvalidRequest(
@@ -116,6 +117,7 @@ class _WireFields:
                     pass
 
     def check_tokens(self, tokens: _Field, max_positions: int) -> None:
+        """Counts token ids, in packed and unpacked form."""
         count = 0
         for ids in self.walk(tokens.start, tokens.end):
             if ids.wire_type != _BYTES:

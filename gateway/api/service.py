@@ -66,6 +66,7 @@ class InferenceService:
 
     # Calls `write` instead of yielding, so that a client's disconnect is raised here, inside `reading`.
     async def Generate(self, raw: bytes, context: grpc.aio.ServicerContext) -> None:
+        """Starts a request, or reconnects to one, and sends its events until it ends."""
         arrived_s = self._clock()
         with self._log.call(len(raw)):
             request, resume_from = self._open(raw, arrived_s)
@@ -75,10 +76,12 @@ class InferenceService:
                         await self._write(event, context)
 
     async def Cancel(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        """Ends a request; returns when it has ended."""
         await self._log.cancel(_parsed(api.CancelRequest, raw).request_id)
         return api.CancelReply().SerializeToString()
 
     async def ClusterStatus(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        """The controller's status, passed on. UNAVAILABLE if the controller does not answer."""
         try:
             reply = await self._controller.Status(
                 cluster_pb2.StatusRequest(), timeout=self._limits.controller_s

@@ -45,7 +45,7 @@ class EngineClient(Protocol):
 
 
 class RequestLog:
-    """Use it on the event loop only. ``close`` ends every live request."""
+    """The requests of one gateway. Use it on the event loop only. ``close`` ends all live requests."""
 
     def __init__(
         self,
@@ -178,9 +178,9 @@ class RequestLog:
             raise TransportError(f"{problem}; try again in {self._limits.retry_after_ms} ms")
         if len(self._live) >= self._limits.max_live_requests:
             raise self._overloaded(f"{len(self._live)} requests are running, the most this gateway takes")
-        asked = sum(request.values for request in self._live.values())
-        if self._live and asked + values > self._limits.live_values:
-            raise self._overloaded(f"running requests may give {asked} tokens and alternatives")
+        live_values = sum(request.values for request in self._live.values())
+        if self._live and live_values + values > self._limits.live_values:
+            raise self._overloaded(f"running requests may give {live_values} tokens and alternatives")
 
     def _overloaded(self, why: str) -> Overloaded:
         return Overloaded(f"{why}: try again in {self._limits.retry_after_ms} ms")

@@ -38,6 +38,7 @@ class Job:
 
 
 def has_prompt(request: api.GenerateRequest) -> bool:
+    """Whether the call can start a request; without a prompt it can only reconnect to one."""
     return request.WhichOneof("prompt") is not None
 
 
@@ -56,6 +57,7 @@ def check_cheap(request: api.GenerateRequest, served: Served, limits: Limits) ->
 
 
 def check_request_id(request: api.GenerateRequest, limits: Limits) -> None:
+    """Raises InvalidRequest if the id is too long, or missing where ``resume_from`` needs it."""
     if len(request.request_id) > limits.request_id_chars:
         raise InvalidRequest(
             f"request_id has {len(request.request_id)} characters; use at most {limits.request_id_chars}"

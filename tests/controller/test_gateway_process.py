@@ -27,16 +27,16 @@ def _await_end(gateway):
 
 
 @pytest.mark.parametrize(
-    ("number", "told"),
+    ("number", "ending"),
     # After SIGTERM the gateway ends with code 0, which is unexpected all the same.
     [(signal.SIGKILL, "was killed by SIGKILL"), (signal.SIGTERM, "ended with code 0")],
 )
-def test_an_unexpected_end(gateway, number, told):
+def test_an_unexpected_end(gateway, number, ending):
     gateway.serve(engine=ENGINE)
     assert gateway.ended() is None
     os.kill(_process_id(gateway), number)
     _await_end(gateway)
-    assert gateway.ended() == f"the gateway (process {_process_id(gateway)}) {told}"
+    assert gateway.ended() == f"the gateway (process {_process_id(gateway)}) {ending}"
 
 
 def test_a_requested_end(gateway):

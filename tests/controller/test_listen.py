@@ -27,7 +27,7 @@ def test_addresses_of_this_machine(host):
 
 
 @pytest.mark.parametrize(
-    ("host", "told"),
+    ("host", "expected"),
     [
         ("192.0.2.1", "no such address"),
         ("2001:db8::1", "no such address"),
@@ -40,11 +40,11 @@ def test_addresses_of_this_machine(host):
         ("nul\0", "no host has this name"),
     ],
 )
-def test_other_hosts_are_refused_with_the_fix(host, told):
+def test_other_hosts_are_refused_with_the_fix(host, expected):
     with pytest.raises(InvalidRequest, match="--host") as refused:
         listen.check(host, 50051)
     message = str(refused.value)
-    assert told in message and "127.0.0.1" in message and len(message) < 500
+    assert expected in message and "127.0.0.1" in message and len(message) < 500
 
 
 @pytest.mark.parametrize(

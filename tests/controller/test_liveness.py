@@ -83,11 +83,11 @@ def test_a_local_pool_needs_no_attention_worker():
 
 
 @pytest.mark.parametrize(
-    ("code", "told"),
+    ("code", "expected"),
     [(0, "ended with code 0"), (7, "ended with code 7"), (-9, "was killed by SIGKILL"), (-99, "signal 99")],
 )
-def test_exit_codes_in_words(code, told):
-    assert told in exit_in_words(code)
+def test_exit_codes_in_words(code, expected):
+    assert expected in exit_in_words(code)
 
 
 def test_rays_message_about_a_dead_actor_becomes_a_sentence():

@@ -20,7 +20,7 @@ def test_workers_that_fit(nodes, workers, each_bytes):
 
 
 @pytest.mark.parametrize(
-    ("nodes", "workers", "told"),
+    ("nodes", "workers", "expected"),
     [
         ({"10.0.0.1": 3 * GIB}, 1, "4,096 MiB of memory (4,096 MiB in all) do not fit: Ray has 3,072 MiB on"),
         # Enough memory in all, but on no node enough for one worker.
@@ -29,7 +29,7 @@ def test_workers_that_fit(nodes, workers, each_bytes):
         ({}, 2, "no node at all"),
     ],
 )
-def test_workers_that_do_not_fit_are_refused_with_the_fix(nodes, workers, told):
+def test_workers_that_do_not_fit_are_refused_with_the_fix(nodes, workers, expected):
     message = too_little_memory(nodes, workers=workers, each_bytes=4 * GIB)
-    assert told in message
+    assert expected in message
     assert "--kv-memory" in message and "--attention-workers" in message

@@ -34,7 +34,7 @@ def _name(pid):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    ("pattern", "told"),
+    ("pattern", "message"),
     [
         ("farshore.gateway", "the gateway (process {}) was killed by SIGKILL"),
         ("ray::ControllerActor", "the controller (process {}) was killed"),
@@ -42,12 +42,12 @@ def _name(pid):
         ("/gcs/gcs_server", "Ray's GCS (process {}) was killed by SIGKILL"),
     ],
 )
-def test_the_end_of_a_process_that_serving_needs(serve, pattern, told):
+def test_the_end_of_a_process_that_serving_needs(serve, pattern, message):
     server, _ = serve("--attention-workers", "1", "--kv-memory", "64MiB")
     (victim,) = _processes(server, pattern)
     os.kill(victim, signal.SIGKILL)
     assert server.process.wait(END_DEADLINE_S) == 1
-    server.err.await_match(re.escape(f"farshore: error: {told.format(victim)}"))
+    server.err.await_match(re.escape(f"farshore: error: {message.format(victim)}"))
 
 
 @pytest.mark.heavy

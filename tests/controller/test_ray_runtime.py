@@ -97,13 +97,13 @@ from farshore.models.source import resolve
 
 controller.PLACE_DEADLINE_S = 3.0
 # A joined Ray, to which nodes may be added, is waited for; a private Ray is not.
-for joined, told in ((True, "not started within 3 s: attention-"), (False, "")):
+for joined, expected in ((True, "not started within 3 s: attention-"), (False, "")):
     config = ClusterConfig(kv_memory_bytes=64 << 20, ray_address="there" if joined else None)
     made = controller.Controller(config, load_config(resolve("smollm2")))
     try:
         made.place()
     except StartupError as error:
-        assert told in str(error), error
+        assert expected in str(error), error
         for part in ("64 MiB of memory", "do not fit: Ray has", " MiB on ", "--kv-memory"):
             assert part in str(error), error
     else:

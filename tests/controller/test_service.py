@@ -70,17 +70,17 @@ def test_status_shows_workers_that_answer_and_that_do_not(stub, service):
         absent = f"127.0.0.1:{closed.getsockname()[1]}"
         service.attention |= {SHARD: address, WorkerId("attention-1"): absent}
         service.dense[WorkerId("dense-0")] = absent
-        told = stub.Status(pb.StatusRequest())
+        status = stub.Status(pb.StatusRequest())
     server.stop(0).wait()
-    assert told.model == "smollm2" and told.max_positions == 8192
-    assert (told.kv_format, told.max_decode_stall_ms, told.speculate_tokens) == ("bf16", 200.0, 0)
-    assert {worker.worker_id: worker.state for worker in told.workers} == {
+    assert status.model == "smollm2" and status.max_positions == 8192
+    assert (status.kv_format, status.max_decode_stall_ms, status.speculate_tokens) == ("bf16", 200.0, 0)
+    assert {worker.worker_id: worker.state for worker in status.workers} == {
         "attention-0": "ready",
         "attention-1": "unreachable",
         "dense-0": "unreachable",
     }
-    assert (told.pool_budget_bytes, told.pool_free_bytes) == (MEMORY_BYTES, MEMORY_BYTES)
-    assert not told.sequences
+    assert (status.pool_budget_bytes, status.pool_free_bytes) == (MEMORY_BYTES, MEMORY_BYTES)
+    assert not status.sequences
 
 
 class Rendezvous(pb_grpc.EngineServicer):
@@ -119,10 +119,10 @@ def test_workers_are_asked_at_once_and_under_one_deadline(stub, service, rendezv
         address = f"127.0.0.1:{frozen.getsockname()[1]}"
         service.attention |= {WorkerId(f"attention-{index}"): address for index in range(8)}
         # Asking eight frozen workers one after the other would take more than twice this time.
-        told = stub.Status(pb.StatusRequest(), timeout=3.5 * PROBE_DEADLINE_S)
-    states = [worker.state for worker in told.workers]
+        status = stub.Status(pb.StatusRequest(), timeout=3.5 * PROBE_DEADLINE_S)
+    states = [worker.state for worker in status.workers]
     assert states == ["ready"] * 3 + ["unreachable"] * 8
-    assert told.pool_budget_bytes == 0
+    assert status.pool_budget_bytes == 0
 
 
 def test_an_engine_that_has_ended_is_never_ready(stub, rendezvous):

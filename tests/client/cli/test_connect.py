@@ -90,26 +90,26 @@ def no_patience(monkeypatch):
 
 
 def test_a_gateway_that_serves(farshore):
-    told = []
-    assert await_gateway(farshore.address, told.append)
-    assert not told
+    notes = []
+    assert await_gateway(farshore.address, notes.append)
+    assert not notes
 
 
 def test_nothing_listens(absent):
-    told = []
-    assert not await_gateway(absent, told.append)
-    assert not told
+    notes = []
+    assert not await_gateway(absent, notes.append)
+    assert not notes
 
 
 def test_a_slow_gateway_is_waited_for(slow):
-    told = []
+    notes = []
 
     def tell(text):
-        told.append(text)
+        notes.append(text)
         slow.go.set()
 
     assert await_gateway(slow.address, tell)
-    assert len(told) == 1 and slow.address in told[0]
+    assert len(notes) == 1 and slow.address in notes[0]
 
 
 def test_a_silent_listener_is_an_error_after_the_deadline(silent, no_patience):

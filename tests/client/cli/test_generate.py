@@ -92,11 +92,11 @@ def test_choices_are_printed_one_after_the_other(run, farshore, two_choices):
 
 def test_choices_as_json(run, farshore, served, two_choices):
     options = ["--n", "2", "--temperature", "1", "--logprobs", "1", "--json"]
-    told = json.loads(run("generate", "Hi", "--server", farshore.address, *options).out)
-    assert not told.keys() & {"text", "token_ids", "finish_reason"}
+    result = json.loads(run("generate", "Hi", "--server", farshore.address, *options).out)
+    assert not result.keys() & {"text", "token_ids", "finish_reason"}
     ids = [served.tokenizer.encode(text) for text in two_choices]
-    assert told["completion_tokens"] == sum(map(len, ids))
-    for index, choice in enumerate(told["choices"]):
+    assert result["completion_tokens"] == sum(map(len, ids))
+    for index, choice in enumerate(result["choices"]):
         assert (choice["index"], choice["text"]) == (index, two_choices[index])
         assert choice["token_ids"] == ids[index] and choice["finish_reason"] == "stop"
         assert [token["token_id"] for token in choice["logprobs"]] == ids[index]
@@ -118,12 +118,12 @@ def test_choices_as_json(run, farshore, served, two_choices):
 def test_json(run, farshore, served, answer):
     done = run("generate", "Why blue?", "--server", farshore.address, "--json")
     assert done.code == 0 and done.out.count("\n") == 1
-    told = json.loads(done.out)
-    times = {name: told.pop(name) for name in ("ttft_ms", "tpot_ms", "total_ms")}
-    request_id = told.pop("request_id")
+    result = json.loads(done.out)
+    times = {name: result.pop(name) for name in ("ttft_ms", "tpot_ms", "total_ms")}
+    request_id = result.pop("request_id")
     assert all(isinstance(value, float) for value in times.values())
     sequence = farshore.engine.next_sequence()
-    assert told == {
+    assert result == {
         "text": answer,
         "token_ids": farshore.engine.auto,
         "prompt_tokens": len(sequence.request.prompt),

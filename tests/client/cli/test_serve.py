@@ -222,15 +222,15 @@ def test_status_shows_the_settings_in_force(run, farshore):
         "KV as int8" in out
         and "at most 50 ms from token to token beside other prompts; up to 4 tokens guessed ahead" in out
     )
-    told = json.loads(run("status", "--server", farshore.address, "--json").out)
-    assert (told["kv_format"], told["max_decode_stall_ms"], told["speculate_tokens"]) == ("int8", 50, 4)
+    status = json.loads(run("status", "--server", farshore.address, "--json").out)
+    assert (status["kv_format"], status["max_decode_stall_ms"], status["speculate_tokens"]) == ("int8", 50, 4)
 
 
 def test_status_as_json(run, busy):
-    told = json.loads(run("status", "--server", busy.address, "--json").out)
-    assert told["workers"][0]["process_id"] == 77
-    assert told["workers"][1]["links"][0]["transport"] == "shared memory"
-    assert told["sequences"][0]["spans"][0]["last"] == 512
+    status = json.loads(run("status", "--server", busy.address, "--json").out)
+    assert status["workers"][0]["process_id"] == 77
+    assert status["workers"][1]["links"][0]["transport"] == "shared memory"
+    assert status["sequences"][0]["spans"][0]["last"] == 512
 
 
 def test_status_without_a_gateway(run):

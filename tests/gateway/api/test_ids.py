@@ -122,7 +122,7 @@ def test_an_engines_message_is_shortened(farshore, harness):
 
 
 @pytest.mark.parametrize(
-    "code, told",
+    "code, expected",
     [
         (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL),
         (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.INTERNAL),
@@ -131,11 +131,11 @@ def test_an_engines_message_is_shortened(farshore, harness):
         (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNAVAILABLE),
     ],
 )
-def test_a_failure_between_gateway_and_engine_names_the_engine(farshore, harness, code, told):
+def test_a_failure_between_gateway_and_engine_names_the_engine(farshore, harness, code, expected):
     call = farshore.generate()
     farshore.engine.next_sequence().fail(code, "who are you?")
     failure = harness.failure_of(call)
-    assert failure.code() == told
+    assert failure.code() == expected
     assert failure.details() == f"dense worker {farshore.engine_address}: who are you?"
 
 
