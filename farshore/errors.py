@@ -12,9 +12,9 @@
     ├── Corrupt                 bytes are not what was sent or sealed: fetch them again   (retryable)
     ├── Fenced                  an older epoch tried to write: stop, another engine owns the sequence
     ├── InvalidPlan             a step plan with a hole or an overlap
-    ├── Cancelled               the caller went away
+    ├── Cancelled               the caller, or another client, cancelled the call
     ├── DeadlineExceeded        a wait reached its deadline
-    ├── TransportError          the other process could not be reached, or the connection broke   (retryable)
+    ├── TransportError          no connection, or a broken one   (retryable: reads lose nothing)
     │   ├── Late                shards that missed a frame's deadline: go on without them, retry later
     │   └── Lost                shards that are gone: connection refused, restarted, or silent for too long
     ├── Internal                a bug in this process or in the one it called: the same call fails again
