@@ -79,16 +79,16 @@ class Client:
         the model's chat template) and ``token_ids``. Or give none of them but the ``request_id`` of an
         earlier call, to resume that request from token ``resume_from``, counted over all choices. Closing the
         iterator ends the request: at once if it has no ``request_id`` of yours, else within seconds.
-
-        A parameter that is None takes the gateway's default: see ``Sampling`` in proto/inference.proto for
-        their meanings, and workers/engine/decode/sampler.py for the order in which they apply. ``n``: the
-        number of choices; each Token carries its choice. ``logprobs``: report log-probabilities, and those of
-        this many alternatives. ``cache_salt``: the stored KV of this prompt is reused only for requests with
-        the same salt, so that other clients can't find out from response times that the prompt was asked;
-        requests without a salt share their prefixes. ``deadline_s``: the deadline of the whole call.
+        ``deadline_s``: the deadline of the whole call.
 
         Raises InvalidRequest at the call if a value does not fit the request. The iterator raises the
         gateway's errors, such as InvalidRequest, NotFound, Overloaded and TransportError.
+
+        What is None takes the gateway's default: see ``Sampling`` in proto/inference.proto for each, and
+        workers/sampler.py for the order in which they apply. ``n``: so many choices for one prompt; each
+        Token says whose it is. ``logprobs``: report log-probabilities with so many alternatives, or 0.
+        ``cache_salt``: what is stored of this prompt serves requests of the same salt alone, so that nobody
+        else can tell from their times that it was asked; all without one share.
         """
         given = dict(
             max_tokens=max_tokens,

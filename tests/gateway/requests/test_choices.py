@@ -109,7 +109,7 @@ def test_alternatives_count_in_the_bytes_of_ended_requests(start, harness):
 @pytest.mark.parametrize("seeded", [False, True])
 def test_every_parameter_reaches_the_engine(farshore, served, seeded):
     farshore.engine.auto = ()
-    parameters = dict(
+    knobs = dict(
         temperature=0.5,
         top_k=40,
         top_p=0.5,
@@ -121,9 +121,9 @@ def test_every_parameter_reaches_the_engine(farshore, served, seeded):
         max_tokens=9,
     )
     lists = dict(logit_bias={3: -100.0, 49151: 2.5}, stop_token_ids=[7, 8])
-    list(farshore.generate(sampling={**parameters, **lists, **({"seed": 3} if seeded else {})}))
+    list(farshore.generate(sampling={**knobs, **lists, **({"seed": 3} if seeded else {})}))
     sent = farshore.engine.next_sequence().request
-    assert {name: getattr(sent, name) for name in parameters} == parameters
+    assert {name: getattr(sent, name) for name in knobs} == knobs
     assert dict(sent.logit_bias) == lists["logit_bias"]
     assert list(sent.stop_token_ids) == [*served.stop_ids, 7, 8]
     assert (sent.seed == 3) is seeded
