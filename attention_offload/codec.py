@@ -22,6 +22,7 @@ from farshore.kvstore.base import SpanInfo, SpanKey, SpanSlice
 from farshore.kvstore.prefix import PrefixBlock
 from farshore.kvstore.store.forms import stored_bytes
 from farshore.proto import attention_pb2 as pb
+from farshore.text import quoted
 
 assert sys.byteorder == "little", "the wire is little-endian and tensors are not swapped"
 
@@ -31,7 +32,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 def dtype_of(name: str) -> torch.dtype:
     if name not in DTYPES:
-        raise InvalidRequest(f"unknown dtype {rpc.shown(name)!r}: use one of {', '.join(DTYPES)}")
+        raise InvalidRequest(f"unknown dtype {quoted(name)}: use one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
@@ -78,7 +79,7 @@ def format_of(name: str) -> KVFormat:
         return KVFormat(name)
     except ValueError:
         known = ", ".join(format.value for format in KVFormat)
-        raise InvalidRequest(f"unknown KV format {rpc.shown(name)!r}: use one of {known}") from None
+        raise InvalidRequest(f"unknown KV format {quoted(name)}: use one of {known}") from None
 
 
 def layout_to_pb(layout: KVLayout) -> pb.Layout:

@@ -1,6 +1,6 @@
-"""What the SDK hands out: plain frozen values, so that callers need no protobuf.
+"""The values that the SDK returns: frozen dataclasses, so that callers need no protobuf.
 
-Made by ``sdk``, read by its callers and the CLI. Must not know about gRPC.
+Created by ``sdk``, read by its callers and by the command line. Must not know about gRPC.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
-    """First event. ``request_id`` cancels the request and, if it was the caller's own, resumes it."""
+    """The first event. ``request_id``: cancels the request, and resumes it if the caller chose the id."""
 
     request_id: str
     prompt_tokens: int
@@ -19,7 +19,7 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prefill:
-    """How much of the prompt is done."""
+    """Progress of the prompt, in tokens."""
 
     done_tokens: int
     total_tokens: int
@@ -27,7 +27,7 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alternative:
-    """A token and its log-probability (natural), before bias, penalties and temperature."""
+    """A token and its natural log-probability, before bias, penalties and temperature."""
 
     token_id: int
     logprob: float
@@ -36,8 +36,9 @@ class Alternative:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Token:
-    """``index``: 0 for the first of its ``choice``. ``text`` may be empty while a character, or what may
-    become a stop string, is incomplete. ``logprob`` and ``top`` (the likeliest, best first) if asked for."""
+    """One token of an answer. ``index``: its number within its ``choice``, from 0. ``text``: the text that it
+    completes; empty while a character, or a possible stop string, is incomplete. ``logprob`` and ``top`` (the
+    likeliest tokens, best first) are given if they were asked for."""
 
     index: int
     token_id: int
@@ -49,7 +50,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardUse:
-    """KV bytes that one worker's partial attention covered for this request."""
+    """KV bytes that one worker's partial attention read for this request."""
 
     worker_id: str
     process_id: int
@@ -58,7 +59,8 @@ class ShardUse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """How one choice ended. ``text``: the end of it that no token completed; often empty."""
+    """The end of one choice. ``tokens``: how many it has. ``text``: the text after its last token's; often
+    empty."""
 
     reason: FinishReason
     tokens: int
@@ -67,9 +69,10 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """Last event. ``completion_tokens``: of all choices.
+    """The last event. ``completion_tokens``: the tokens of all choices together.
 
-    ``ttft_ms``: from arrival at the gateway to the first token; ``tpot_ms``: mean per token after it.
+    ``queued_ms``: time in the engine's queue. ``ttft_ms``: from arrival at the gateway to the first token.
+    ``tpot_ms``: mean time per token after the first.
     """
 
     choices: tuple[Completion, ...]
@@ -83,12 +86,12 @@ class Finished:
 
     @property
     def reason(self) -> FinishReason:
-        """Of the first choice: the only one, unless more were asked for."""
+        """The first choice's reason; there is one choice unless more were asked for."""
         return self.choices[0].reason
 
     @property
     def text(self) -> str:
-        """Of the first choice."""
+        """The first choice's ``text``."""
         return self.choices[0].text
 
 
@@ -97,7 +100,8 @@ Event = Accepted | Prefill | Token | Finished
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """A dense worker's way to one attention worker: from sending a layer's q to having its state."""
+    """A dense worker's connection to one attention worker. Times are from sending a layer's queries to having
+    the attention state. ``transport``: "" if not connected."""
 
     worker_id: str
     transport: str
@@ -106,15 +110,15 @@ class Link:
     p50_ms: float
     p99_ms: float
     deadline_ms: float
-    """An answer that takes longer is late."""
+    """When an answer counts as late."""
     slow: bool
-    """Beside the other attention workers."""
+    """Whether it is slow compared with the other attention workers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
-    """``kind``: dense or attention. ``state``: ready; failed (its process lives, and can't go on); or
-    unreachable. ``links``: of a dense worker."""
+    """``kind``: dense or attention. ``state``: ready, failed (the process is alive but can't go on) or
+    unreachable. ``running`` and ``waiting``: sequences. ``links``: a dense worker's connections."""
 
     worker_id: str
     kind: str
@@ -132,7 +136,7 @@ class Worker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """Positions ``first`` .. ``last`` (exclusive) × head groups ``group0`` .. ``group1`` (exclusive)."""
+    """Stored KV of the positions [first, last) × the KV-head groups [group0, group1)."""
 
     worker_id: str
     first: int
@@ -144,7 +148,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sequence:
-    """The engine holds positions ``tail_first`` .. ``tokens`` (exclusive) itself."""
+    """A live sequence. Its tail, the positions [tail_first, tokens), is in the engine."""
 
     sequence_id: str
     owner: str
@@ -156,6 +160,8 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStatus:
+    """The state of a cluster and the settings that are in force."""
+
     model: str
     dtype: str
     max_positions: int
@@ -166,8 +172,8 @@ class ClusterStatus:
     version: str
     kv_format: str
     max_decode_stall_ms: float
-    """From one token of an answer to its next, while other prompts are prefilled."""
+    """Longest time from one token of an answer to its next while other prompts are prefilled."""
     speculate_tokens: int
-    """Guessed ahead by prompt lookup; 0: off."""
+    """Tokens guessed ahead per step by prompt lookup; 0: off."""
     workers: tuple[Worker, ...]
     sequences: tuple[Sequence, ...]

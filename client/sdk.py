@@ -1,7 +1,7 @@
 """The Python client: a gateway's API as plain calls and values.
 
-Used by people's programs and by the CLI. Raises the errors of ``farshore.errors``, never gRPC's. Must not
-know what stands behind the gateway.
+Used by programs and by the command line. Raises the errors of ``farshore.errors``, never gRPC's. Must not
+know what runs behind the gateway.
 """
 
 import dataclasses
@@ -28,11 +28,12 @@ _TOO_LARGE = re.compile(r"(?:SERVER: Received|CLIENT: Sent) message larger than 
 
 
 class Client:
-    """A connection to one gateway; a context manager. Threads may share one."""
+    """A connection to one gateway; a context manager. Thread-safe."""
 
     def __init__(self, address: str, *, timeout_s: float = 10.0) -> None:
-        """``timeout_s``: for every call but ``generate``. Connects with the first call: to a gateway on this
-        machine directly, to another as the environment's ``http_proxy`` and ``no_proxy`` say."""
+        """``address``: HOST:PORT. ``timeout_s``: deadline of each call except ``generate``. Connects with the
+        first call: directly to a gateway on this machine, else through the proxy that the environment
+        variables ``http_proxy`` and ``no_proxy`` configure."""
         self.address = address
         self._timeout_s = timeout_s
         self._channel = grpc.insecure_channel(address, options=_options(address))
@@ -45,6 +46,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
+        """Closes the connection, which ends the streams that are being read."""
         self._channel.close()
 
     def generate(
@@ -60,12 +62,16 @@ class Client:
         deadline_s: float = 86_400.0,
         **sampling: Any,
     ) -> Iterator[events.Event]:
-        """Stream a completion: Accepted, perhaps Prefill, Tokens, Finished.
+        """Streams a completion: Accepted, Prefill (not always), Tokens, Finished.
 
-        Give one of ``prompt`` (text as it is), ``messages`` (each with role and content, through the model's
-        chat template) and ``token_ids``; or none, with the ``request_id`` of an earlier call, to go on with
-        it from token ``resume_from`` (of all choices together). Closing the iterator ends a request that has
-        no ``request_id`` of yours at once, and one that has within seconds.
+        Give one of ``prompt`` (text, used as it is), ``messages`` (each with role and content, formatted by
+        the model's chat template) and ``token_ids``. Or give none of them but the ``request_id`` of an
+        earlier call, to resume that request from token ``resume_from``, counted over all choices. Closing the
+        iterator ends the request: at once if it has no ``request_id`` of yours, else within seconds.
+        ``deadline_s``: the deadline of the whole call.
+
+        Raises InvalidRequest at the call if a value does not fit the request. The iterator raises the
+        gateway's errors, such as InvalidRequest, NotFound, Overloaded and TransportError.
 
         ``sampling``: fields of :class:`farshore.sampling.Sampling`, such as ``max_tokens=32``; what is None
         or not given takes the default. TypeError for other names. ``stop`` may be one string. Each Token
@@ -93,10 +99,11 @@ class Client:
         return self._events(self._stub.Generate(request, timeout=deadline_s))
 
     def cancel(self, request_id: str) -> None:
-        """End a request; returns when its memory is free. Raises NotFound if it is unknown."""
+        """Ends a request; returns when its memory is free. Raises NotFound if it is unknown."""
         self._call(self._stub.Cancel, api.CancelRequest(request_id=request_id))
 
     def status(self) -> events.ClusterStatus:
+        """The cluster's status. Raises TransportError if the gateway or the controller does not answer."""
         reply = self._call(self._stub.ClusterStatus, api.ClusterStatusRequest())
         return _plain(
             events.ClusterStatus,
@@ -116,15 +123,15 @@ class Client:
         )
 
     def is_serving(self, *, timeout_s: float = 1.0) -> bool:
-        """Whether a gateway answers and is ready. At once if nothing listens."""
+        """Whether a gateway answers and is ready. Returns at once if nothing listens."""
         return self._health(timeout_s) == health_pb2.HealthCheckResponse.SERVING
 
     def is_up(self, *, timeout_s: float = 1.0) -> bool:
-        """Whether a gateway answers, ready or not. At once if nothing listens."""
+        """Whether a gateway answers, ready or not. Returns at once if nothing listens."""
         return self._health(timeout_s) is not None
 
     def _health(self, timeout_s: float) -> int | None:
-        """None where no gateway answers: nothing does, or something else."""
+        """The health status; None if nothing answers, or something other than a gateway."""
         health = health_pb2_grpc.HealthStub(self._channel)
         service = api.DESCRIPTOR.services_by_name["Inference"].full_name
         request = health_pb2.HealthCheckRequest(service=service)
@@ -157,13 +164,14 @@ class Client:
 
 
 def _options(address: str) -> list[tuple[str, Any]]:
+    """Channel options; a web proxy may be used unless ``address`` is on this machine."""
     if _is_here(address.rpartition(":")[0].strip("[]")):
         return rpc.OPTIONS
     return [option for option in rpc.OPTIONS if option[0] != "grpc.enable_http_proxy"]
 
 
 def _is_here(host: str) -> bool:
-    """Whether it is an address that names this machine on every machine; without asking any resolver."""
+    """Whether ``host`` names the machine that uses it (loopback or unspecified); does not resolve names."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -172,7 +180,7 @@ def _is_here(host: str) -> bool:
 
 
 def _too_large(details: str) -> InvalidRequest | None:
-    """gRPC itself refuses a message that is larger than its receiver takes, or than this end sends."""
+    """The error for gRPC's refusal of a message above the receiver's or the sender's limit; else None."""
     found = _TOO_LARGE.search(details)
     if found is None:
         return None
@@ -212,7 +220,7 @@ def _event(event: api.GenerateEvent) -> events.Event:
             events.Token,
             token,
             logprob=token.logprob if token.HasField("logprob") else None,
-            top=tuple(_plain(events.Alternative, it) for it in token.top),
+            top=tuple(_plain(events.Alternative, other) for other in token.top),
         )
     if kind == "prefill":
         return _plain(events.Prefill, event.prefill)
@@ -222,7 +230,7 @@ def _event(event: api.GenerateEvent) -> events.Event:
         raise TransportError("the gateway sent an event this client does not know: use the same version")
     done = event.finished
     return events.Finished(
-        choices=tuple(_plain(events.Completion, it, reason=_reason(it)) for it in done.choices),
+        choices=tuple(_plain(events.Completion, choice, reason=_reason(choice)) for choice in done.choices),
         prompt_tokens=done.usage.prompt_tokens,
         completion_tokens=done.usage.completion_tokens,
         queued_ms=done.timings.queued_ms,
@@ -234,11 +242,11 @@ def _event(event: api.GenerateEvent) -> events.Event:
 
 
 def _reason(completion: api.Completion) -> Any:
-    """As ``events.FinishReason`` writes it."""
+    """The reason as an ``events.FinishReason``."""
     return api.FinishReason.Name(completion.reason).removeprefix("FINISH_REASON_").lower()
 
 
 def _plain(kind: type[_Value], message: Any, **converted: Any) -> _Value:
-    """A dataclass from the message's fields of the same names."""
+    """A dataclass of ``kind``, from the message's fields of the same names and from ``converted``."""
     names = (field.name for field in dataclasses.fields(kind) if field.name not in converted)
     return kind(**{name: getattr(message, name) for name in names}, **converted)

@@ -1,6 +1,7 @@
-"""A cluster as its driver sees it: everything `farshore serve` starts, in order, and ends in reverse.
+"""Starts a whole cluster from its driver process, in order, and ends it in reverse order.
 
-The embedded cluster of `farshore generate` is the same thing for one call.
+Called by ``farshore serve``, and by ``farshore generate`` for a cluster that lasts one call. The driver is on
+no token's path.
 """
 
 import contextlib
@@ -16,30 +17,31 @@ import ray
 
 from farshore.controller import listen
 from farshore.controller.config import LOAD_DEADLINE_S, PLACE_DEADLINE_S, ClusterConfig
-from farshore.controller.exits import how_an_actor_ended
+from farshore.controller.exits import actor_end_in_words
 from farshore.controller.gateway_process import GatewayProcess
-from farshore.controller.parts import Ended
+from farshore.controller.liveness import EndedWorker
 from farshore.controller.ray_runtime import RayRuntime
-from farshore.errors import FarshoreError, PartEnded, StartupError
+from farshore.errors import FarshoreError, ProcessEnded, StartupError
 from farshore.ids import WorkerId
 from farshore.models.config import ModelConfig, load_config
 from farshore.models.source import DEMO, resolve
 
 POLL_S = 0.5
+"""How often the driver checks its child processes while it waits."""
+
 START_DEADLINE_S = 120.0
-"""For the controller's process to answer."""
+"""For the controller's process to answer its first call."""
 
 MARGIN_S = 30.0
-"""That the driver waits longer than the controller does, which knows what is missing and says so."""
+"""The driver waits this much longer than the controller, whose own error names what is missing."""
 
 STOP_DEADLINE_S = 30.0
 
 
 class ControllerActor:
-    """:class:`farshore.controller.controller.Controller` in the actor's process. Ray wants the actor's
-    class in
-    the driver; the controller's own imports PyTorch, which takes two seconds, so only the actor imports
-    it."""
+    """:class:`farshore.controller.controller.Controller` as a Ray actor. Ray needs the actor's class in the
+    driver. This class wraps the controller so that only the actor's process imports it: its imports include
+    PyTorch, which takes two seconds."""
 
     def __init__(self, config: ClusterConfig, model: ModelConfig) -> None:
         from farshore.controller.controller import Controller
@@ -58,7 +60,7 @@ class ControllerActor:
     def loading(self) -> tuple[int, int]:
         return self._controller.loading()
 
-    def ended(self) -> list[Ended]:
+    def ended(self) -> list[EndedWorker]:
         return self._controller.ended()
 
     def stop(self) -> None:
@@ -66,7 +68,8 @@ class ControllerActor:
 
 
 class Cluster:
-    """Use :meth:`start`. ``address`` is the gateway's; ``endpoints`` names every part's."""
+    """Made by :meth:`start`; a context manager that stops the cluster. ``address``: the gateway's.
+    ``endpoints``: name -> address of the gateway, the controller and each worker."""
 
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
@@ -79,10 +82,10 @@ class Cluster:
 
     @classmethod
     def start(cls, config: ClusterConfig, *, progress: Callable[[str], None]) -> Self:
-        """Start everything, or nothing: on any error what was started is ended again.
+        """Starts a cluster. On any error, everything that was started is ended again. ``progress`` is called
+        with a few words at each stage.
 
-        Raises InvalidRequest (ModelError, PortInUse), StartupError; ``progress`` is told each stage in a few
-        words.
+        Raises InvalidRequest (also ModelError, PortInUse), StartupError, ProcessEnded.
         """
         listen.check(config.host, config.port)
         model = load_config(resolve(config.model))
@@ -95,32 +98,32 @@ class Cluster:
         return cluster
 
     def wait(self, *, warn: Callable[[str], None]) -> None:
-        """Block until :meth:`stop`. Raises PartEnded, with its name and how, when a part has ended that
-        nothing can be served without; ``warn`` is told of others, once each."""
+        """Blocks until :meth:`stop`. Raises ProcessEnded, with the process's name and how it ended, when the
+        cluster can serve nothing without it. ``warn`` is called once for each other worker that ends."""
         warned: set[WorkerId] = set()
-        asked = None
+        call = None
         while not self._stopped.wait(POLL_S):
             self._check_processes()
-            asked = asked or self._controller.ended.remote()
-            if not ray.wait([asked], timeout=0)[0]:
+            call = call or self._controller.ended.remote()
+            if not ray.wait([call], timeout=0)[0]:
                 continue
-            ended, asked = self._ended(asked), None
-            if fatal := [f"{part.worker} {part.how}" for part in ended if part.fatal]:
-                raise PartEnded("; ".join(fatal))
-            for part in ended:
-                if part.worker not in warned:
-                    warned.add(part.worker)
-                    warn(f"{part.worker} {part.how}: requests whose KV was there fail, the others go on")
+            workers, call = self._ended_workers(call), None
+            if fatal := [f"{ended.worker} {ended.how}" for ended in workers if ended.fatal]:
+                raise ProcessEnded("; ".join(fatal))
+            for ended in workers:
+                if ended.worker not in warned:
+                    warned.add(ended.worker)
+                    warn(f"{ended.worker} {ended.how}: requests whose KV was there fail, the others go on")
 
     def stop(self) -> None:
-        """End everything this cluster started. Idempotent."""
+        """Ends everything that this cluster started. Idempotent."""
         if self._stopped.is_set():
             return
         self._stopped.set()
         if self._gateway is not None:
             self._gateway.stop()
         if self._controller is not None and self._ray.ended() is None:
-            # Dead or stuck: killing it, and Ray's own end below, leaves nothing running either.
+            # If the controller is dead or stuck, the kill below and the end of Ray still end all workers.
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.get(self._controller.stop.remote(), timeout=STOP_DEADLINE_S)
             ray.kill(self._controller)
@@ -142,11 +145,11 @@ class Cluster:
         progress(f"joining Ray at {config.ray_address}" if config.ray_address else "starting Ray")
         self._ray.start()
         progress("starting the controller")
-        # One thread for place and load, one to be asked how far they are, one to stop it all.
+        # Three calls at once: place or load, loading, and stop.
         controller_actor = ray.remote(ControllerActor).options(num_cpus=0, max_concurrency=3)
-        self._controller = controller_actor.remote(_anywhere(config), model)
+        self._controller = controller_actor.remote(_with_absolute_model(config), model)
         controller = self._ask(self._controller.address.remote(), "the controller", START_DEADLINE_S)
-        # It reads its tokenizer while the workers start.
+        # Started now, so that it loads its tokenizer while the workers start.
         self._gateway = GatewayProcess(
             model=config.model,
             listen=f"{listen.bracketed(config.host)}:{config.port}",
@@ -163,54 +166,56 @@ class Cluster:
 
     def _load(self, progress: Callable[[str], None]) -> dict[str, str]:
         progress(f"loading {self._config.model}")
-        told = (0, 0)
+        reported = (0, 0)
 
-        def tell() -> None:
-            nonlocal told
+        def report() -> None:
+            nonlocal reported
             done_total = self._ask(self._controller.loading.remote(), "the controller", START_DEADLINE_S)
-            if done_total != told and done_total[1]:
-                told = done_total
-                progress(f"loading {self._config.model}: {told[0]} of {told[1]} tensors")
+            if done_total != reported and done_total[1]:
+                reported = done_total
+                progress(f"loading {self._config.model}: {reported[0]} of {reported[1]} tensors")
 
         loading = self._controller.load.remote()
-        return self._ask(loading, "the controller", LOAD_DEADLINE_S + MARGIN_S, meanwhile=tell)
+        return self._ask(loading, "the controller", LOAD_DEADLINE_S + MARGIN_S, meanwhile=report)
 
     def _ask(
-        self, call: Any, who: str, deadline_s: float, *, meanwhile: Callable[[], None] = lambda: None
+        self, call: Any, callee: str, deadline_s: float, *, meanwhile: Callable[[], None] = lambda: None
     ) -> Any:
-        """The result, or the FarshoreError it ended with; Ray's own errors become StartupError."""
+        """Blocks for the call's result; calls ``meanwhile`` every POLL_S. ``callee``: the called process, for
+        messages. Raises the call's FarshoreError; Ray's errors and a missed deadline become StartupError.
+        Raises ProcessEnded if the gateway or Ray ends meanwhile."""
         until_s = time.monotonic() + deadline_s
         while not ray.wait([call], timeout=POLL_S)[0]:
             self._check_processes()
             if time.monotonic() > until_s:
-                raise StartupError(f"{who} did not answer within {deadline_s:.0f} s: see Ray's logs")
+                raise StartupError(f"{callee} did not answer within {deadline_s:.0f} s: see Ray's logs")
             meanwhile()
         try:
             return ray.get(call)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, FarshoreError):
                 raise error.cause from None
-            raise StartupError(f"{who} failed: {error.cause or error}") from error
+            raise StartupError(f"{callee} failed: {error.cause or error}") from error
         except ray.exceptions.RayActorError as error:
-            raise StartupError(f"{who} {how_an_actor_ended(error)}") from error
+            raise StartupError(f"{callee} {actor_end_in_words(error)}") from error
         except ray.exceptions.RayError as error:
-            raise StartupError(f"{who} did not answer: {error}") from error
+            raise StartupError(f"{callee} did not answer: {error}") from error
 
     def _check_processes(self) -> None:
-        """Raises PartEnded for what the driver started itself."""
+        """Raises ProcessEnded if a process that the driver itself started has ended: the gateway or Ray."""
         gone = self._ray.ended() or (self._gateway.ended() if self._gateway else None)
         if gone:
-            raise PartEnded(gone)
+            raise ProcessEnded(gone)
 
-    def _ended(self, asked: Any) -> list[Ended]:
+    def _ended_workers(self, call: Any) -> list[EndedWorker]:
         try:
-            return ray.get(asked)
+            return ray.get(call)
         except ray.exceptions.RayActorError as error:
-            raise PartEnded(f"the controller {how_an_actor_ended(error)}") from error
+            raise ProcessEnded(f"the controller {actor_end_in_words(error)}") from error
 
 
-def _anywhere(config: ClusterConfig) -> ClusterConfig:
-    """Workers run in other directories: a relative path of the user's becomes an absolute one."""
+def _with_absolute_model(config: ClusterConfig) -> ClusterConfig:
+    """The configuration with an absolute model path: workers have other working directories."""
     path = Path(config.model).expanduser()
     if config.model == DEMO or not path.exists():
         return config

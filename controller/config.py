@@ -1,8 +1,13 @@
-"""What a cluster is asked to be: one frozen description, checked before anything is started."""
+"""The configuration of a cluster, validated before anything is started.
+
+Created by the command line and by tests, read by the driver, the controller and its service. Imports nothing
+heavy. Must not know how a cluster is started.
+"""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from farshore.defaults import MAX_DECODE_STALL_MS, SHARD_GRACE_S
 from farshore.errors import InvalidRequest
 
 Placement = Literal["offload", "local"]
@@ -10,53 +15,56 @@ ShardBy = Literal["range", "head", "both"]
 Dtype = Literal["bfloat16", "float32"]
 KvFormat = Literal["bf16", "float32", "int8", "int4"]
 
-_OWN_FORMAT: dict[Dtype, KvFormat] = {"bfloat16": "bf16", "float32": "float32"}
+_FORMAT_OF_DTYPE: dict[Dtype, KvFormat] = {"bfloat16": "bf16", "float32": "float32"}
 
 PLACE_DEADLINE_S = 120.0
-"""A worker process imports torch and opens a port in seconds; longer means that no node can hold it."""
+"""A worker process imports torch and opens a port in seconds; longer means that no node has room for it."""
 
 LOAD_DEADLINE_S = 1800.0
+"""For the dense worker to load its model."""
 
 MIN_KV_MEMORY_BYTES = 64 << 20
 MOST_STALL_MS = 60_000
 LEAST_GRACE_S, MOST_GRACE_S = 1.0, 3600.0
-"""A frame may be late by a second before a shard is asked at all."""
+"""At least a second: a frame may be that late before the engine asks whether the shard is alive."""
 MOST_SPECULATED = 16
-"""Drafts are rows of a step: more of them cost more than they can save."""
+"""Each guessed token is a row of the step; more than these cost more than they can save."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
-    """Raises InvalidRequest, naming the option and the fix, for values that cannot work."""
+    """Raises InvalidRequest, with the option's name and the fix, for values that can't work. The field names
+    are those of the options of ``farshore serve``."""
 
     model: str = "smollm2"
     dtype: Dtype = "bfloat16"
-    """Of weights and arithmetic."""
+    """Element type of weights and arithmetic."""
     kv_format: KvFormat | None = None
-    """Of stored keys and values; None: the dtype's own. Read :attr:`stored_format`."""
+    """Format of stored keys and values; None: that of ``dtype``. Use :attr:`stored_format`."""
     dense_workers: int = 1
     attention_workers: int = 2
     kv_memory_bytes: int = 1 << 30
-    """Budget of each worker, dense workers (tails, local spans) included."""
+    """KV budget of each worker; a dense worker's holds tails and, with local placement, spans."""
     placement: Placement = "offload"
     shard_by: ShardBy = "range"
-    max_decode_stall_ms: float = 200.0
-    """From one token of an answer to its next, while other prompts are prefilled."""
-    shard_grace_s: float = 10.0
-    """How long an attention worker may answer nothing before the requests whose KV lies there fail."""
+    max_decode_stall_ms: float = MAX_DECODE_STALL_MS
+    """Longest time from one token of an answer to its next while other prompts are prefilled."""
+    shard_grace_s: float = SHARD_GRACE_S
+    """How long an attention worker may answer nothing before the requests whose KV it stores fail."""
     speculate: int = 0
-    """Tokens guessed ahead by prompt lookup; 0: off."""
+    """Tokens guessed ahead per step by prompt lookup; 0: off."""
     host: str = "127.0.0.1"
     port: int = 50051
-    """Of the gateway; 0 for any."""
+    """Port of the gateway; 0 for any free one."""
     ray_address: str | None = None
     """Join this Ray cluster instead of starting one."""
     dashboard: bool = False
+    """Start Ray's dashboard."""
 
     @property
     def stored_format(self) -> KvFormat:
-        """The KV format in force."""
-        return self.kv_format or _OWN_FORMAT[self.dtype]
+        """The format that KV is stored in."""
+        return self.kv_format or _FORMAT_OF_DTYPE[self.dtype]
 
     def __post_init__(self) -> None:
         if self.dense_workers != 1:
@@ -70,12 +78,13 @@ class ClusterConfig:
                 f"--kv-memory {self.kv_memory_bytes}:"
                 f" give each worker at least {MIN_KV_MEMORY_BYTES >> 20}MiB"
             )
+        # Unquantised KV has the type of the arithmetic: kernels take no other float type.
+        kv_formats = ("int8", "int4", _FORMAT_OF_DTYPE.get(self.dtype, "float32"))
         for name, value, choices in (
             ("--placement", self.placement, get_args(Placement)),
             ("--shard-by", self.shard_by, get_args(ShardBy)),
             ("--dtype", self.dtype, get_args(Dtype)),
-            # Unquantised KV is the model's own keys and values: kernels take no other float type.
-            ("--kv-format", self.stored_format, ("int8", "int4", _OWN_FORMAT.get(self.dtype, "float32"))),
+            ("--kv-format", self.stored_format, kv_formats),
         ):
             if value not in choices:
                 raise InvalidRequest(f"{name} {value}: use one of {', '.join(choices)}")

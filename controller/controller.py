@@ -1,7 +1,7 @@
-"""The controller: a Ray actor that places the workers and knows them.
+"""The controller: places the workers as Ray actors and watches them.
 
-It is never on the token path: engines and gateway go on without it. A crash in the middle of starting leaves
-workers that Ray ends with their driver.
+Runs inside ``cluster.ControllerActor``; the driver calls it through Ray. It is never on the token path:
+engines and gateway go on without it. If it crashes while it starts workers, Ray ends these with the driver.
 """
 
 import time
@@ -14,9 +14,9 @@ from ray._private.state import available_resources_per_node
 
 from farshore import rpc
 from farshore.controller.config import LOAD_DEADLINE_S, PLACE_DEADLINE_S, ClusterConfig
-from farshore.controller.exits import how_an_actor_ended
+from farshore.controller.exits import actor_end_in_words
 from farshore.controller.listen import bracketed, is_loopback
-from farshore.controller.parts import Ended, Parts
+from farshore.controller.liveness import EndedWorker, Liveness
 from farshore.controller.service import ControllerService
 from farshore.errors import StartupError
 from farshore.ids import WorkerId
@@ -33,16 +33,16 @@ STOP_DEADLINE_S = 15.0
 
 
 class Controller:
-    """Construct, :meth:`place`, then :meth:`load`; :meth:`loading` may be asked meanwhile; :meth:`ended`
-    after that."""
+    """Call :meth:`place`, then :meth:`load`, then :meth:`ended` from time to time. :meth:`loading` and
+    :meth:`stop` may be called from other threads meanwhile."""
 
     def __init__(self, config: ClusterConfig, model: ModelConfig) -> None:
         self._config = config
         self._actors: list[Any] = []
         self._dense: dict[WorkerId, Any] = {}
-        self._models: dict[WorkerId, Any] = {}  # being loaded
-        self._parts = Parts(pool_is_remote=config.placement == "offload")
-        # A replaced controller must give out greater epochs than its predecessor did.
+        self._models: dict[WorkerId, Any] = {}  # pending calls of DenseWorker.load
+        self._liveness = Liveness(pool_is_remote=config.placement == "offload")
+        # A controller that replaces another one must give out greater epochs.
         directory = EmbeddedDirectory(first_epoch=time.time_ns() // 1000)
         self._service = ControllerService(config, model, directory)
         self._server, self._address = rpc.serve(
@@ -53,14 +53,16 @@ class Controller:
         )
 
     def address(self) -> str:
+        """The HOST:PORT at which the controller's gRPC service answers."""
         return self._address
 
     def place(self) -> dict[WorkerId, str]:
-        """Start the attention workers, spread over the nodes that have their memory, and the dense worker,
-        which loads its model meanwhile. Returns the attention workers' addresses.
+        """Starts the attention workers, spread over nodes with enough memory, and the dense worker, which
+        starts to load its model. Blocks until the attention workers answer, and returns their addresses. Not
+        idempotent; after a crash in the middle Ray ends the workers with the driver.
 
-        Raises StartupError where no node takes them: at once in a Ray of our own, whose one node never gets
-        more; after PLACE_DEADLINE_S in one that was joined.
+        Raises StartupError if the workers do not fit: at once in a private Ray, which has one node, after
+        PLACE_DEADLINE_S in a joined Ray, where nodes may still come.
         """
         config = self._config
         if config.ray_address is None and (missing := self._too_little(_total_memory())):
@@ -84,7 +86,7 @@ class Controller:
         }
         self._actors += actors.values()
         for worker, actor in actors.items():
-            self._parts.add(worker, "attention", actor)
+            self._liveness.add(worker, "attention", actor)
         self._start_dense(workers)
         addresses = _results(
             {worker: actor.address.remote() for worker, actor in actors.items()},
@@ -95,14 +97,14 @@ class Controller:
         return addresses
 
     def load(self) -> dict[WorkerId, str]:
-        """Wait until the dense worker's model is loaded, and let it serve. Returns addresses; raises what
-        loading raised."""
+        """Blocks until the dense worker has loaded its model, and makes it serve. Returns the dense workers'
+        addresses. Raises the error that loading raised, or StartupError after LOAD_DEADLINE_S."""
         _results(self._models, deadline_s=LOAD_DEADLINE_S)
         shards = dict(self._service.attention)
         serving = {worker: actor.serve.remote(shards) for worker, actor in self._dense.items()}
         addresses = _results(serving, deadline_s=LOAD_DEADLINE_S)
         for worker, address in addresses.items():
-            self._parts.add_engine(worker, address)
+            self._liveness.add_engine(worker, address)
         self._service.dense.update(addresses)
         return addresses
 
@@ -126,28 +128,29 @@ class Controller:
                 shard_grace_s=config.shard_grace_s,
             ),
         )
-        # Two calls at once: load, and loading beside it.
+        # Two calls at once: load and loading.
         actor = ray.remote(DenseWorker).options(num_cpus=0, max_concurrency=2).remote(dense_config)
         self._actors.append(actor)
-        self._parts.add(worker, "dense", actor)
+        self._liveness.add(worker, "dense", actor)
         self._dense[worker] = actor
         self._models[worker] = actor.load.remote()
 
     def loading(self) -> tuple[int, int]:
-        """(tensors loaded, tensors in all) of the model."""
+        """(tensors loaded, tensors in all) of the model; (0, 0) if unknown. Read-only."""
         if not self._dense:
             return (0, 0)
         try:
             return ray.get(next(iter(self._dense.values())).loading.remote(), timeout=PLACE_DEADLINE_S)
         except ray.exceptions.RayActorError:
-            return (0, 0)  # `load` tells.
+            return (0, 0)  # `load` reports the end of the worker.
 
-    def ended(self) -> list[Ended]:
-        """Every worker that has ended though it was not asked to. Takes a second at most."""
-        return self._parts.ended()
+    def ended(self) -> list[EndedWorker]:
+        """All workers that have ended without being told to. Blocks for a second at most. Idempotent."""
+        return self._liveness.ended()
 
     def stop(self) -> None:
-        """End the workers: streams first, then processes. Idempotent."""
+        """Ends the workers, first their streams and then their processes, and this controller's server.
+        Idempotent."""
         stopping = [actor.stop.remote() for actor in reversed(self._actors)]
         ray.wait(stopping, num_returns=len(stopping), timeout=STOP_DEADLINE_S) if stopping else None
         for actor in self._actors:
@@ -155,11 +158,11 @@ class Controller:
         self._actors = []
         self._server.stop(0).wait()
         self._service.close()
-        self._parts.close()
+        self._liveness.close()
 
     def _listen(self) -> str:
-        """Any port of the loopback device. In a Ray that was joined: of the node's address, if the gateway,
-        too, was opened to the network."""
+        """The address for workers to listen on, with any free port: loopback, or the node's address in a
+        joined Ray if the gateway listens on the network too."""
         if self._config.ray_address is None or is_loopback(self._config.host):
             return "127.0.0.1:0"
         return f"{bracketed(ray.util.get_node_ip_address())}:0"
@@ -171,7 +174,7 @@ class Controller:
 
 
 def _worker_id(kind: str, index: int) -> WorkerId:
-    """The random part is the incarnation: a worker that comes back is another worker."""
+    """The random suffix is the incarnation, so that a restarted worker gets another id."""
     return WorkerId(f"{kind}-{index}-{uuid.uuid4().hex[:6]}")
 
 
@@ -180,11 +183,12 @@ def _node_cores() -> int:
 
 
 def _total_memory() -> dict[str, int]:
-    """Node's address -> bytes that Ray gives to actors there in all."""
+    """Address of each node -> bytes of memory that Ray gives to actors there in all."""
     return {node["NodeManagerAddress"]: int(node["Resources"].get("memory", 0)) for node in _nodes()}
 
 
 def _free_memory() -> dict[str, int]:
+    """Address of each node -> bytes of memory that Ray has not given to actors yet."""
     free = available_resources_per_node()
     return {
         node["NodeManagerAddress"]: int(free.get(node["NodeID"], {}).get("memory", 0)) for node in _nodes()
@@ -201,7 +205,8 @@ def _results(
     deadline_s: float,
     why: Callable[[int], str | None] = lambda _: None,
 ) -> dict[WorkerId, str]:
-    """What each worker answers. ``why``: what keeps so many of them from starting, where that is known."""
+    """Each worker's answer. Raises StartupError after ``deadline_s``. ``why``: called with the number of
+    workers that did not answer; returns the reason, or None if it is unknown."""
     _, waiting = ray.wait(list(pending.values()), num_returns=len(pending), timeout=deadline_s)
     if waiting:
         names = ", ".join(worker for worker, call in pending.items() if call in waiting)
@@ -214,16 +219,17 @@ def _result(worker: WorkerId, call: Any) -> str:
     try:
         return ray.get(call)
     except ray.exceptions.RayTaskError as error:
-        # Farshore's own errors keep their class and message across the process.
+        # Farshore's errors keep their class and message across processes.
         raise error.cause if error.cause is not None else error from None
     except ray.exceptions.RayActorError as error:
         raise StartupError(
-            f"{worker} {how_an_actor_ended(error)}, while it started: is there memory?"
+            f"{worker} {actor_end_in_words(error)}, while it started: is there memory?"
         ) from error
 
 
 def too_little_memory(nodes: Mapping[str, int], *, workers: int, each_bytes: int) -> str | None:
-    """What is missing, by name and number, and the fix; None where ``nodes`` (address -> bytes) take all."""
+    """A message with the missing memory and the fix, or None if the workers fit. ``nodes``: address ->
+    bytes."""
     if sum(memory // each_bytes for memory in nodes.values()) >= workers:
         return None
     have = (

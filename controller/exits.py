@@ -1,11 +1,14 @@
-"""How a process ended, in words that complete "<part> …". For the messages of driver and controller."""
+"""Describes how a process ended, for messages such as "the gateway was killed by SIGKILL".
+
+Called by the driver's modules and by the controller. Each text completes "<name of the process> …".
+"""
 
 import re
 import signal
 
 
-def how_it_ended(code: int) -> str:
-    """For people, from a process's exit code as ``subprocess`` gives it."""
+def exit_in_words(code: int) -> str:
+    """``code``: an exit code as ``subprocess`` reports it; negative: the number of the signal."""
     if code >= 0:
         return f"ended with code {code}"
     try:
@@ -14,8 +17,8 @@ def how_it_ended(code: int) -> str:
         return f"was killed by signal {-code}"
 
 
-def how_an_actor_ended(error: Exception) -> str:
-    """Of the page that Ray writes: which process, and why it went as far as Ray knows."""
+def actor_end_in_words(error: Exception) -> str:
+    """The process id and the reason from Ray's message about a dead actor, as far as it has them."""
     text = str(error)
     process = re.search(r"pid: (\d+)", text)
     named = f"(process {process[1]}) " if process else ""

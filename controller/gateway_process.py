@@ -1,7 +1,7 @@
-"""The gateway as a child process: started, watched and ended by the driver.
+"""Runs the gateway as a child process of the driver.
 
-It reports its address as one line of JSON on its standard output, and ends when its standard input closes:
-so it cannot outlive the driver, whatever ends that.
+Used by ``cluster``. The gateway reports its address as one line of JSON on stdout. It ends when its stdin
+closes, so it can't outlive the driver, however the driver ends. Must not know what the gateway does.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import threading
 from queue import Empty, SimpleQueue
 
 from farshore import errors
-from farshore.controller.exits import how_it_ended
+from farshore.controller.exits import exit_in_words
 from farshore.errors import StartupError
 
 READY_DEADLINE_S = 60.0
@@ -21,27 +21,28 @@ STOP_DEADLINE_S = 10.0
 
 
 class GatewayProcess:
-    """Constructed it reads the model's tokenizer; then :meth:`serve`."""
+    """The constructor starts the process, which loads the tokenizer; :meth:`serve` completes the start."""
 
     def __init__(self, *, model: str, listen: str, controller: str) -> None:
         arguments = ["--model", model, "--listen", listen, "--controller", controller]
         self._process = subprocess.Popen(
-            # -P: the current directory, which may be a checkout, stays off sys.path.
+            # -P keeps the current directory, which may be a checkout, off sys.path.
             [sys.executable, "-P", "-m", "farshore.gateway", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            # Ctrl-C in a terminal is for the driver, which ends the parts in order.
+            # Ctrl-C in a terminal must reach only the driver, which ends the processes in order.
             start_new_session=True,
         )
         self._stopping = False
 
     def serve(self, *, engine: str) -> str:
-        """Tell it the engine's address, and wait until it serves. Returns its own. Raises what it reports
-        (PortInUse, ModelError), or StartupError; it has ended then."""
+        """Sends the engine's address and blocks until the gateway serves. Returns the gateway's address.
+        Raises the error that the gateway reports (PortInUse, ModelError), or StartupError after
+        READY_DEADLINE_S or if it has ended; the process has ended then."""
         assert self._process.stdin is not None
         try:
-            # One that has ended already says why in its report.
+            # A gateway that has already ended gives the reason in its report.
             with contextlib.suppress(BrokenPipeError):
                 os.write(self._process.stdin.fileno(), f"{engine}\n".encode())
             return self._await_report()
@@ -50,15 +51,16 @@ class GatewayProcess:
             raise
 
     def ended(self) -> str | None:
-        """That it has ended though it was not asked to, and how; None while it runs. A code of 0 is no better
-        than another: nothing serves then."""
+        """How the gateway ended, if it ended without :meth:`stop`; None while it runs. An exit code of 0 is
+        an unexpected end too: nothing serves any more."""
         code = self._process.poll()
         if code is None or self._stopping:
             return None
-        return f"the gateway (process {self._process.pid}) {how_it_ended(code)}"
+        return f"the gateway (process {self._process.pid}) {exit_in_words(code)}"
 
     def stop(self) -> None:
-        """Close its standard input, which ends it; a signal besides would meet it half closed. Idempotent."""
+        """Closes stdin, which ends the gateway, and kills it after STOP_DEADLINE_S. Sends no SIGTERM, which
+        would arrive while the gateway is already closing. Idempotent."""
         self._stopping = True
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
@@ -80,7 +82,7 @@ class GatewayProcess:
             raise StartupError(f"the gateway was not ready within {READY_DEADLINE_S:.0f} s") from None
         if not line.strip():
             code = self._process.wait(STOP_DEADLINE_S)
-            raise StartupError(f"the gateway (process {self._process.pid}) {how_it_ended(code)}")
+            raise StartupError(f"the gateway (process {self._process.pid}) {exit_in_words(code)}")
         report = json.loads(line)
         if "error" in report:
             kind = getattr(errors, report.get("kind", ""), StartupError)

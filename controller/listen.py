@@ -1,7 +1,7 @@
-"""Where the gateway is to listen, checked in a millisecond before Ray or anything else has started.
+"""Checks the address that the gateway is to listen on, before Ray or anything else is started.
 
-Used by the driver (``cluster``) and, for where the workers listen, by the controller. Must not know gRPC: the
-gateway's own bind has the last word.
+Called by ``cluster``, so that a wrong address is reported within a millisecond, and by ``controller`` to
+choose where workers listen. Must not know gRPC: the gateway binds the address itself later.
 """
 
 import errno
@@ -14,22 +14,22 @@ ADVICE = "use 127.0.0.1 for this machine alone, 0.0.0.0 for its whole network, o
 
 
 def bracketed(host: str) -> str:
-    """The host as it stands in HOST:PORT: an IPv6 address in brackets."""
+    """``host`` as written in HOST:PORT: an IPv6 address in brackets, whether or not it had them."""
     bare = host.strip("[]")
     return f"[{bare}]" if ":" in bare else bare
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach ``host``. Raises InvalidRequest for a name that is no host's."""
+    """Whether only this machine can reach ``host``. Raises InvalidRequest if the name does not resolve."""
     return all(ipaddress.ip_address(_scopeless(address[0])).is_loopback for _, address in _resolved(host, 0))
 
 
 def check(host: str, port: int) -> None:
-    """Raises PortInUse, or InvalidRequest with the fix, where ``host:port`` can't be listened on.
+    """Raises PortInUse, or InvalidRequest with the fix, if ``host:port`` can't be listened on.
 
-    A name may have several addresses, and each must be free: a server on one of them alone would answer some
-    of its clients and leave the others to another server. Addresses that this machine doesn't have are passed
-    over, as ``localhost`` may name ::1 where IPv6 is off; one must remain.
+    All addresses of a name must be free: if the gateway listened on some of them only, clients that use the
+    others would reach another server. Addresses that this machine does not have are skipped (``localhost``
+    may include ::1 where IPv6 is off), but at least one must remain.
     """
     missing: OSError | None = None
     listening = 0
@@ -49,12 +49,13 @@ def _resolved(host: str, port: int) -> list[tuple[int, tuple]]:
     """(address family, socket address) of each address of ``host``."""
     try:
         found = socket.getaddrinfo(host.strip("[]") or "?", port, type=socket.SOCK_STREAM)
-    except (OSError, ValueError) as error:  # ValueError: no name at all, such as one of 300 letters
+    except (OSError, ValueError) as error:  # ValueError: an invalid name, such as one of 300 letters
         raise InvalidRequest(f"--host {host[:200]}: no host has this name: {ADVICE}") from error
     return [(family, address) for family, _, _, _, address in found]
 
 
 def _scopeless(address: str) -> str:
+    """An IPv6 address without its scope (``%interface``)."""
     return address.partition("%")[0]
 
 

@@ -1,11 +1,11 @@
-"""Ray as the driver uses it: started for one cluster and on this machine alone, or joined and left running.
+"""Starts a private Ray for one cluster, or joins a running Ray.
 
-Used by ``cluster``. Must not know what runs on it.
+Used by ``cluster``. Must not know what runs on Ray.
 
-A Ray of our own listens on the loopback device alone and answers only to a token that is made for it: a
-client that may start actors runs any code as this user. A joined Ray is what its owner made it: the
-environment's settings are obeyed, and it is never ended. A Ray that the program uses already is left alone:
-a process has one Ray, so no cluster is started there.
+A private Ray listens on the loopback device only and requires a token that is made for it, because a client
+that may start actors can run any code as this user. A joined Ray is used as its owner configured it: the
+environment's settings apply, and it is never stopped. If the program has already connected to a Ray, no
+cluster is started: a process can have only one Ray.
 """
 
 import contextlib
@@ -20,81 +20,82 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# Read by Ray when it is imported or started.
+# Ray reads these when it is imported or started.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# Ray starts its workers at niceness 15: an engine then gets 3% of a core that anything else wants. A gateway
-# that tokenized long prompts stopped every answer for two seconds.
+# Ray starts its workers at niceness 15: an engine then gets 3% of a core that another process uses. A gateway
+# that tokenized long prompts stopped all answers for two seconds.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 import ray
 
 # isort: split
-# Ray's own copy, which importing Ray puts on sys.path.
+# Ray's copy, which importing Ray puts on sys.path.
 import psutil
 from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config
 
-from farshore.controller.exits import how_it_ended
+from farshore.controller.exits import exit_in_words
 from farshore.errors import StartupError
 
 OBJECT_STORE_BYTES = 80 << 20
-"""KV and frames never pass through Ray's object store: the least that Ray allows, not its 30% of memory."""
+"""The smallest size that Ray allows, instead of 30% of memory: KV and frames do not use the object store."""
 
 ESSENTIAL = {"raylet": "Ray's raylet", "gcs_server": "Ray's GCS"}
-"""Without one of these Ray places nothing and notices no end; its other processes only show and log."""
+"""Ray's processes that place actors and notice their end. Its other processes only display and log."""
 
 TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
 END_DEADLINE_S = 2.0
-"""For Ray's processes to end by themselves when they are to; the rest is killed."""
+"""How long Ray's processes may take to end before they are killed."""
 
 
 class RayRuntime:
-    """:meth:`start`, then :meth:`stop`; one in a process at a time."""
+    """Call :meth:`start`, then :meth:`stop`. At most one per process at a time. Not thread-safe."""
 
     def __init__(self, address: str | None, *, dashboard: bool) -> None:
-        """``address``: join the Ray there; None: start one."""
+        """``address``: join the Ray at this HOST:PORT; None: start a private Ray."""
         self._address = address
         self._dashboard = dashboard
         self._connected = False
-        self._private: Path | None = None  # the folder of our token, while we have a Ray of our own
+        self._private: Path | None = None  # the folder of a private Ray's token; None for a joined Ray
         self._processes: set[psutil.Process] = set()
 
     def start(self) -> None:
-        """Raises StartupError, with what is to be done. Nothing runs on then that did not before."""
+        """Starts or joins Ray. Raises StartupError with the fix; nothing that it started runs on then."""
         if ray.is_initialized():
             raise StartupError(
                 "this program uses Ray already, and a process has one Ray: run `farshore serve` as a command"
                 " of its own (with --ray-address to run on the same Ray), or call ray.shutdown() first"
             )
         if self._address is None:
-            self._start_own()
+            self._start_private()
         else:
             fix = f"check --ray-address {self._address}, that Ray runs there, and RAY_AUTH_MODE and its token"
             self._init({"address": self._address}, fix)
 
     def ended(self) -> str | None:
-        """What has ended of a Ray of our own, and how; None while it lives. Of a joined one nothing is known
-        but what becomes of the actors on it."""
+        """Which essential process of a private Ray ended, and how; None if all run. Always None for a joined
+        Ray, whose processes are not ours to watch: the end of its actors is noticed elsewhere."""
         if self._private is None or not self._connected:
             return None
         for kind, process in ray._private.worker._global_node.dead_processes():
             if kind in ESSENTIAL:
-                return f"{ESSENTIAL[kind]} (process {process.pid}) {how_it_ended(process.returncode)}"
+                return f"{ESSENTIAL[kind]} (process {process.pid}) {exit_in_words(process.returncode)}"
         return None
 
     def note_processes(self) -> None:
-        """Call it when everything has started: what a process leaves when it dies can't be found later."""
+        """Records the processes of a private Ray, to end them in :meth:`stop`. Call it when everything has
+        started: the children of a process can't be found any more after it has died."""
         node = ray._private.worker._global_node
         if self._private is not None and node is not None:
             self._processes |= _family(node)
 
     def stop(self) -> None:
-        """End what :meth:`start` started, and nothing else. Idempotent."""
+        """Ends what :meth:`start` started, or disconnects from a joined Ray. Idempotent."""
         if self._connected:
             self.note_processes()
             ray.shutdown()
-            _bury(self._processes)
+            _end(self._processes)
             self._processes.clear()
             self._connected = False
             _reread()
@@ -102,7 +103,7 @@ class RayRuntime:
             shutil.rmtree(self._private, ignore_errors=True)
             self._private = None
 
-    def _start_own(self) -> None:
+    def _start_private(self) -> None:
         self._private = Path(tempfile.mkdtemp(prefix="farshore-"))  # mode 0700
         token = self._private / "token"
         descriptor = os.open(token, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
@@ -113,8 +114,8 @@ class RayRuntime:
             "include_dashboard": self._dashboard,
             "object_store_memory": OBJECT_STORE_BYTES,
         }
-        # Only Ray's processes get these, as they start: this program's own children, and a Ray that it starts
-        # later, do not.
+        # Set only while Ray's processes start: other children of this program, and a Ray that it starts
+        # later, must not inherit them.
         secured = {"RAY_AUTH_MODE": "token", TOKEN_PATH: str(token), "RAY_AUTH_TOKEN": None}
         try:
             with _environment(secured), _loopback_only():
@@ -126,24 +127,25 @@ class RayRuntime:
     def _init(self, options: Mapping[str, Any], fix: str) -> None:
         on_term = signal.getsignal(signal.SIGTERM)
         try:
-            # Ray puts the current directory first on its workers' sys.path: in a checkout, our own folders
-            # would hide the installed package. The interpreter's holds no modules.
+            # Ray puts the current directory first on its workers' sys.path. In a checkout, the repository's
+            # folders would hide the installed package; the interpreter's folder contains no modules.
             with contextlib.chdir(Path(sys.executable).parent):
-                self._connected = True  # in part, even where it fails
+                self._connected = True  # before the call: ray.init may connect and then fail
                 ray.init(log_to_driver=False, logging_level="ERROR", **options)
             if on_term is not None and threading.current_thread() is threading.main_thread():
-                # Ray's handler would abort the process 3 s later, in the middle of cleaning up.
+                # Ray's handler would abort the process after 3 s, in the middle of cleaning up.
                 signal.signal(signal.SIGTERM, on_term)
         except (ConnectionError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             self.stop()
-            # Its first line says what; some of the rest is pages long.
+            # The first line gives the reason; the rest may be pages long.
             why = str(error).strip().partition("\n")[0]
             raise StartupError(f"Ray did not start ({why}): {fix}") from error
 
 
 @contextlib.contextmanager
 def _environment(variables: Mapping[str, str | None]) -> Iterator[None]:
-    """Set these (None: unset) meanwhile. Ray's core remembers what it reads, and reads it again at once."""
+    """Sets environment variables (None: unsets) for the duration of the context, and makes Ray's core, which
+    caches its settings, read them again."""
     before = {name: os.environ.get(name) for name in variables}
     _set(variables)
     _reread()
@@ -162,14 +164,15 @@ def _set(variables: Mapping[str, str | None]) -> None:
 
 
 def _reread() -> None:
+    """Makes Ray's core read its settings and the token from the environment again."""
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextlib.contextmanager
 def _loopback_only() -> Iterator[None]:
-    """Ray's processes listen on loopback alone where the node's address is 127.0.0.1. On Linux Ray replaces
-    that by the network's address, unless clusters of several nodes are off, as they are on other systems."""
+    """Makes Ray's processes listen on loopback only, which they do if the node's address is 127.0.0.1. On
+    Linux Ray replaces that address by the network's, unless clusters of several nodes are disabled."""
     enabled = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
@@ -179,7 +182,7 @@ def _loopback_only() -> Iterator[None]:
 
 
 def _family(node: Any) -> set[psutil.Process]:
-    """Ray's own processes and all that these started."""
+    """Ray's processes on this node and all their descendants."""
     found: set[psutil.Process] = set()
     for infos in node.all_processes.values():
         for info in infos:
@@ -189,8 +192,9 @@ def _family(node: Any) -> set[psutil.Process]:
     return found
 
 
-def _bury(processes: set[psutil.Process]) -> None:
-    """Ray's agents outlive a GCS that was killed, and frozen workers their raylet."""
+def _end(processes: set[psutil.Process]) -> None:
+    """Waits for END_DEADLINE_S, then kills the remaining processes: Ray's agents outlive a killed GCS, and
+    frozen workers outlive their raylet."""
     _, alive = psutil.wait_procs(processes, timeout=END_DEADLINE_S)
     for process in alive:
         with contextlib.suppress(psutil.Error):

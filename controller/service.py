@@ -1,7 +1,7 @@
-"""The controller's gRPC service: terms of ownership, and the state of the whole cluster.
+"""The controller's gRPC service: epochs of sequences, and the status of the cluster.
 
-Gateway and engines call it; nothing on the token path does. What it knows is soft: workers and spans are read
-from the workers themselves whenever somebody asks, and published to the directory.
+Called by the gateway (Status) and by dense workers (Claim, Release), never on the token path. All its state
+is soft: each Status asks the workers for their state and spans, and publishes the spans to the directory.
 """
 
 import threading
@@ -25,12 +25,12 @@ from farshore.proto import cluster_pb2_grpc as pb_grpc
 from farshore.proto import inference_pb2 as api
 
 PROBE_DEADLINE_S = 2.0
-"""All workers are asked at once; one that does not answer within this is shown as unreachable."""
+"""For all workers, which are asked at once. A worker that does not answer in time is shown as unreachable."""
 
 
 class ControllerService(pb_grpc.ControllerServicer):
-    """``attention`` and ``dense`` map workers to the addresses they answer at; the controller adds to them
-    while it starts the cluster."""
+    """``attention`` and ``dense`` map workers to their addresses; the controller adds to them while it starts
+    the cluster. Thread-safe."""
 
     def __init__(self, config: ClusterConfig, model: ModelConfig, directory: Directory) -> None:
         self._config = config
@@ -42,10 +42,12 @@ class ControllerService(pb_grpc.ControllerServicer):
         self._lock = threading.Lock()
 
     def Claim(self, request: pb.ClaimRequest, context: grpc.ServicerContext) -> pb.ClaimReply:
+        """Gives the caller ownership of a sequence, with an epoch greater than all before. Not idempotent."""
         epoch = self._directory.claim(SequenceId(request.sequence_id), WorkerId(request.owner))
         return pb.ClaimReply(epoch=epoch)
 
     def Release(self, request: pb.ReleaseRequest, context: grpc.ServicerContext) -> pb.ReleaseReply:
+        """Forgets a sequence. ABORTED if the epoch is not the newest. Idempotent."""
         try:
             self._directory.forget(SequenceId(request.sequence_id), Epoch(request.epoch))
         except FarshoreError as error:
@@ -53,7 +55,8 @@ class ControllerService(pb_grpc.ControllerServicer):
         return pb.ReleaseReply()
 
     def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> api.ClusterStatusReply:
-        """Ask every worker, tell the directory, answer from what they said."""
+        """Asks every worker, publishes the spans of running sequences to the directory, and answers from the
+        workers' replies."""
         workers: list[api.WorkerStatus] = []
         sequences: dict[SequenceId, api.SequenceStatus] = {}
         dense, attention = dict(self.dense), dict(self.attention)
@@ -116,7 +119,7 @@ class ControllerService(pb_grpc.ControllerServicer):
         try:
             self._directory.publish(SequenceId(sequence.sequence_id), Epoch(sequence.epoch), by_worker)
         except FarshoreError:
-            # It ended, or changed hands, since it was asked: the next asking tells.
+            # The sequence ended, or got another owner, since the workers were asked.
             return
 
     def _channel(self, address: str) -> grpc.Channel:

@@ -1,4 +1,4 @@
-"""Every error Farshore raises on purpose.
+"""The errors that Farshore raises on purpose; raised and caught by every floor.
 
 ::
 
@@ -10,25 +10,25 @@
     ├── Full                    memory was asked for and refused
     ├── Overloaded              a queue is full: try again later        (retryable)
     ├── Corrupt                 bytes are not what was sent or sealed: fetch them again   (retryable)
-    ├── Fenced                  an older epoch tried to write: stop, somebody else owns the sequence
+    ├── Fenced                  an older epoch tried to write: stop, another engine owns the sequence
     ├── InvalidPlan             a step plan with a hole or an overlap
-    ├── Cancelled               the caller went away
-    ├── DeadlineExceeded        a wait ran out
-    ├── TransportError          a peer could not be reached or broke off (retryable: reads lose nothing)
-    │   ├── Late                shards that missed a frame's deadline: set them aside, ask again
+    ├── Cancelled               the caller, or another client, cancelled the call
+    ├── DeadlineExceeded        a wait reached its deadline
+    ├── TransportError          no connection, or a broken one   (retryable: reads lose nothing)
+    │   ├── Late                shards that missed a frame's deadline: go on without them, retry later
     │   └── Lost                shards that are gone: connection refused, restarted, or silent for too long
-    ├── Internal                a mistake in Farshore or in a peer: the same call fails again
+    ├── Internal                a bug in this process or in the one it called: the same call fails again
     ├── StartupError            the cluster could not be started
-    └── PartEnded               a part of a running cluster ended, and nothing replaces it
+    └── ProcessEnded            a process or engine that a running cluster needs has ended
 
-gRPC, Ray and Redis errors become these once, at the edge, with the cause chained.
+gRPC, Ray and Redis errors are translated into these once, where they enter, with the cause chained.
 """
 
 from collections.abc import Iterable
 
 
 class FarshoreError(Exception):
-    """Base of the tree. ``retryable``: the same call may succeed later, unchanged."""
+    """Base of the tree. ``retryable``: the same call may succeed if it is repeated unchanged."""
 
     retryable = False
 
@@ -50,9 +50,9 @@ class NotFound(FarshoreError):
 
 
 class Full(FarshoreError):
-    """A store refused memory. Refused is refused: nobody forwards the request.
+    """A store refused memory. The refusal is final: the request is not forwarded to another store.
 
-    ``free_bytes`` is what the store still had.
+    ``free_bytes``: the bytes that the store could still grant.
     """
 
     def __init__(self, message: str, *, free_bytes: int) -> None:
@@ -89,7 +89,7 @@ class TransportError(FarshoreError):
 
 
 class _ShardsError(TransportError):
-    """``shards``: ids of the attention workers that the error is about."""
+    """``shards``: worker ids of the attention workers that the error is about."""
 
     def __init__(self, message: str, *, shards: Iterable[str]) -> None:
         super().__init__(message)
@@ -112,5 +112,5 @@ class StartupError(FarshoreError):
     pass
 
 
-class PartEnded(FarshoreError):
+class ProcessEnded(FarshoreError):
     pass

@@ -1,16 +1,16 @@
-"""The identities that cross floors. All are opaque: compare them, never parse them."""
+"""Types of the ids that several floors use. All are opaque: compare ids, never parse them."""
 
 from typing import NewType
 
 SequenceId = NewType("SequenceId", str)
-"""One request; its n continuations are (sequence, choice)."""
+"""One sequence. The gateway makes the id; the n completions of a request are (sequence, choice)."""
 
 WorkerId = NewType("WorkerId", str)
-"""One worker; the controller gives a restarted one a new id."""
+"""One worker process. The controller makes the id; a restarted worker gets a new one."""
 
 SpanId = NewType("SpanId", str)
-"""One span in one store: ``<worker id>/<incarnation of the store>/<serial>``, so that none is ever used
-again."""
+"""One span in one store: ``<worker id>/<incarnation of the store>/<serial>``. Never reused."""
 
 Epoch = NewType("Epoch", int)
-"""Ownership term of a sequence; every claim gets a greater one. Older epochs write nothing."""
+"""The number of one ownership of a sequence. Each claim gets a greater one; stores and gateways refuse
+writes of an older epoch."""

@@ -1,4 +1,8 @@
-"""How a process that serves others shares Python's interpreter, and its cores, among its threads."""
+"""Settings of Python's interpreter and of thread priorities for processes that serve calls.
+
+Called by the processes' main functions (gateway, dense worker, attention worker) and by threads that do
+background work. Must not know what the threads do.
+"""
 
 import gc
 import os
@@ -7,19 +11,19 @@ import threading
 from contextlib import suppress
 
 SWITCH_INTERVAL_S = 0.0005
-"""How long a thread that computes in Python keeps the interpreter while another one waits for it. At the
-default of 5 ms one handler of a large request makes every other thread wait 5 ms whenever it comes back from
-a native call or a socket, dozens of times a decode step or a call."""
+"""How long a thread keeps the interpreter's lock while another thread waits for it. With Python's default of
+5 ms, the handler of one large request delays every other thread by 5 ms each time that thread returns from a
+native call or a socket: dozens of times per decode step or call."""
 
 GC_THRESHOLDS = (20_000, 20, 50)
-"""The garbage collector holds the interpreter while it looks through every container: at the default
-thresholds it took a third of the gateway's time while long prompts, lists of a million tokens each, were
-tokenized. What serves makes few cycles, so it looks a tenth as often."""
+"""The garbage collector holds the interpreter's lock while it visits every container. With Python's default
+thresholds it took a third of the gateway's time while prompts of a million tokens each were tokenized. The
+serving code creates few reference cycles, so collections run a tenth as often."""
 
 
 def share_interpreter() -> None:
-    """Call once, when everything is loaded: threads that wait for the interpreter get it soon, and the
-    garbage collector leaves alone what is there already."""
+    """Sets the switch interval and the garbage collector's thresholds, and exempts all existing objects from
+    collection. Call once per process, when everything is loaded."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     gc.collect()
     gc.freeze()
@@ -27,8 +31,8 @@ def share_interpreter() -> None:
 
 
 def make_nicer(by: int) -> None:
-    """The calling thread gives way to the process's others. It stays as it is where the system does not allow
-    more."""
+    """Raises the calling thread's niceness by ``by``, so that the process's other threads run first. Does
+    nothing where the system refuses."""
     thread = threading.get_native_id()
     with suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + by)

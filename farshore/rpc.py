@@ -1,4 +1,7 @@
-"""gRPC at the edge: our errors to status codes and back, once, and the options every channel shares."""
+"""gRPC servers, channel options, and the translation of errors to status codes and back.
+
+Used by every process that serves or calls gRPC, so that each code has one meaning. Must not know any service.
+"""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,9 +12,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from farshore import errors
+from farshore.text import shortened
 
 MAX_MESSAGE_BYTES = 64 << 20
-"""Frames and bulk chunks stay far below; prompts are limited by the gateway."""
+"""Frames and bulk chunks are far smaller; the gateway limits prompts."""
 
 OPTIONS = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -20,13 +24,13 @@ OPTIONS = [
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    # A peer that comes back is found within this, however long it was away.
+    # A server that returns is reconnected within this time, however long it was away.
     ("grpc.max_reconnect_backoff_ms", 2_000),
-    # Less than an engine waits between two attempts at a step: a peer that restarts costs no sequence.
+    # Shorter than an engine waits before it retries a step, so that a restarted server fails no sequence.
     ("grpc.initial_reconnect_backoff_ms", 100),
     # One process may hold several servers; a second server on a taken port must fail, not share it.
     ("grpc.so_reuseport", 0),
-    # A proxy for the web knows no way into a cluster.
+    # A web proxy cannot reach the addresses inside a cluster.
     ("grpc.enable_http_proxy", 0),
 ]
 
@@ -45,8 +49,9 @@ _CODES: tuple[tuple[type[errors.FarshoreError], grpc.StatusCode], ...] = (
     (errors.Internal, grpc.StatusCode.INTERNAL),
 )
 
-# Codes that only a peer that is not ours, or a newer one, sends: the caller asked for something that this
-# peer does not grant. Every other code without an entry, UNKNOWN and UNIMPLEMENTED among them, is Internal.
+# Codes that Farshore's servers never send, but proxies, other servers and newer versions do: the server
+# refuses the request. Every other code without an entry, UNKNOWN and UNIMPLEMENTED among them, becomes
+# Internal.
 _REFUSALS = {
     grpc.StatusCode.OUT_OF_RANGE,
     grpc.StatusCode.ALREADY_EXISTS,
@@ -55,40 +60,32 @@ _REFUSALS = {
 }
 
 _FROM_CORE = "Internal error from Core"
-"""What gRPC's asyncio client says, with INTERNAL, of a call that ended while a message was being written: of
-the write, not of why the call ended, which the peer says to the next one."""
+"""Message of gRPC's asyncio client, with INTERNAL, when a call ends while a message is being written. It
+describes the write; the reason why the call ended is reported by the next call."""
 
 _TOO_LARGE = "message larger than max"
-"""Of gRPC's own RESOURCE_EXHAUSTED, at either end: sent again, it is as large."""
-
-MOST_ECHOED = 200
-"""Characters of a string that came from outside, in any message of ours."""
+"""In the message of gRPC's own RESOURCE_EXHAUSTED, from the sender or the receiver. A message that is too
+large fails again, so the error is not Overloaded."""
 
 MOST_MESSAGE = 2_000
-"""Characters of an error's message: it travels in a trailer, and gRPC limits those to some KiB."""
+"""Characters of an error's message: it travels in a trailer, and gRPC limits trailers to a few KiB."""
 
 _FREE_BYTES = "farshore-free-bytes"
-"""Trailing metadata of a refusal: tells Full from Overloaded, and how much was free."""
-
-
-def shown(text: object, most: int = MOST_ECHOED) -> str:
-    """``text`` as part of a message: cut, with its length, where it is longer than ``most`` characters."""
-    whole = str(text)
-    return whole if len(whole) <= most else f"{whole[:most]}... ({len(whole)} characters)"
+"""Trailing metadata of Full: distinguishes it from Overloaded, and carries ``free_bytes``."""
 
 
 def status_of(error: Exception) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
-    """(code, message, trailing metadata) for an error that leaves a servicer. What is no error of ours is a
-    mistake in the servicer: INTERNAL."""
+    """(code, message, trailing metadata) for an error that a servicer raised. An exception that is not a
+    FarshoreError is a bug in the servicer: INTERNAL, with the exception's type and the start of its text."""
     trailing = ((_FREE_BYTES, str(error.free_bytes)),) if isinstance(error, errors.Full) else ()
     for kind, code in _CODES:
         if isinstance(error, kind):
-            return code, shown(error, MOST_MESSAGE), trailing
-    return grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {shown(error)}", trailing
+            return code, shortened(str(error), MOST_MESSAGE), trailing
+    return grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {shortened(str(error))}", trailing
 
 
 def abort(context: grpc.ServicerContext, error: Exception) -> NoReturn:
-    """End a servicer's call (not an asyncio one) with the error's status."""
+    """Ends a servicer's call with the error's status. Not for asyncio servicers."""
     code, message, trailing = status_of(error)
     context.set_trailing_metadata(trailing)
     context.abort(code, message)
@@ -103,12 +100,14 @@ def serve(
     threads: int,
     checks: health.HealthServicer | None = None,
 ) -> tuple[grpc.Server, str]:
-    """Start a server with one service, health checking and reflection. ``checks``: the health of both names
-    ("" and the service's), which the caller may change; None: it serves for as long as it runs.
+    """Starts a server with one service, health checking and reflection.
 
-    ``register`` adds the service named ``service`` in full; ``listen`` is ``host:port``, port 0 for any;
-    ``threads`` bounds the calls served at once. Returns the server and the address with its real port.
-    Raises PortInUse.
+    ``register`` adds the service whose full name is ``service``. ``listen``: ``host:port``, port 0 for any
+    free one. ``threads``: calls served at once; further calls are refused. ``checks``: the health servicer,
+    set to SERVING for the names "" and ``service``, which the caller may change later; None: SERVING until
+    the server stops.
+
+    Returns the server and its address with the real port. Raises PortInUse.
     """
     server = grpc.server(
         ThreadPoolExecutor(threads, thread_name_prefix=service),
@@ -124,13 +123,13 @@ def serve(
     except RuntimeError as error:
         raise errors.PortInUse(f"cannot listen on {listen}: choose another port, or 0 for any") from error
     server.start()
-    for served in ("", service):
-        checks.set(served, health_pb2.HealthCheckResponse.SERVING)
+    for name in ("", service):
+        checks.set(name, health_pb2.HealthCheckResponse.SERVING)
     return server, f"{listen.rpartition(':')[0]}:{port}"
 
 
 def error_of(failure: grpc.RpcError, *, peer: str) -> errors.FarshoreError:
-    """The error to raise, chained, for what a call to ``peer`` came back with."""
+    """The FarshoreError to raise, chained, for a failed call. ``peer``: the called server, for messages."""
     code, message = failure.code(), failure.details() or "no details"
     trailing = dict(failure.trailing_metadata() or ())
     free_bytes = str(trailing.get(_FREE_BYTES, ""))
@@ -140,13 +139,14 @@ def error_of(failure: grpc.RpcError, *, peer: str) -> errors.FarshoreError:
 
 
 def error_of_status(code: grpc.StatusCode, message: str, *, peer: str) -> errors.FarshoreError:
-    """As :func:`error_of`, of a status that came another way.
+    """As :func:`error_of`, for a status that did not arrive as a gRPC error.
 
-    Only UNAVAILABLE is a TransportError, but for what gRPC's client makes up itself: gRPC gives it where
-    nothing was reached or the connection broke, and a servicer of ours where a peer of its own did. A code
-    that names a mistake is Internal: the same call fails again.
+    UNAVAILABLE becomes TransportError: gRPC reports it when nothing was reached or the connection broke, and
+    Farshore's servicers report it when they could not reach a server themselves. INTERNAL becomes
+    TransportError only for the message ``_FROM_CORE``, which gRPC's client makes itself. Codes that stand for
+    a bug become Internal: the same call fails again.
     """
-    message = shown(message, MOST_MESSAGE)
+    message = shortened(message, MOST_MESSAGE)
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         return errors.InvalidRequest(message) if _TOO_LARGE in message else errors.Overloaded(message)
     named = f"{peer}: {code.name}: {message}"

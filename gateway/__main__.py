@@ -1,8 +1,8 @@
 """The gateway as a process: ``python -m farshore.gateway``.
 
-Started by the controller's side of a cluster, which reads one line of JSON from stdout (the address, or why
-there is none) and holds a pipe open as this process's stdin: when that closes, the parent is gone and so is
-the gateway. By hand, too, stdin must stay open: one that is closed before the gateway serves is an error.
+Started by ``controller.gateway_process``, which reads one line of JSON from stdout (the address, or the
+error) and keeps the write end of stdin open. When stdin closes, the parent has ended, and the gateway ends
+too. A stdin that is closed before the gateway serves is an error, also when the process is started by hand.
 Must not know how the engine and the controller are run.
 """
 
@@ -29,6 +29,8 @@ _STDIN_ADVICE = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Serves until a signal or the end of stdin. Returns the exit code: 0, 1 after an error, 130 when it was
+    interrupted while starting."""
     args = _parser().parse_args(argv)
     try:
         served = Served.load(args.model)
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _report({"error": str(error), "kind": type(error).__name__})
         return 1
     except KeyboardInterrupt:
-        # Only before the signal handlers stand.
+        # Possible only before the signal handlers are installed.
         return 130
     return 0
 
@@ -57,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--engine",
         metavar="HOST:PORT",
-        help="of the dense worker (default: the first line of stdin, read when everything else is ready)",
+        help="address of the dense worker (default: the first line of stdin, read when all else is ready)",
     )
     parser.add_argument("--controller", required=True, metavar="HOST:PORT", help="asked for status only")
     parser.add_argument("--max-live-requests", type=int, default=Limits().max_live_requests)
@@ -87,29 +89,30 @@ async def _serve(served: Served, engine: str, args: argparse.Namespace) -> None:
 
 
 def _stdin_ended() -> bool:
-    """Without waiting. What is read is dropped: nothing more is expected there."""
+    """Whether stdin has reached its end. Does not block; discards unexpected input."""
     try:
         while select.select([0], [], [], 0)[0]:
             if not os.read(0, 4096):
                 return True
     except OSError:
-        return True  # No stdin at all is an end, too.
+        return True  # A process without stdin.
     return False
 
 
 def _watch_parent(gone: Callable[[], None]) -> None:
-    """A thread, not a pipe transport: stdin may be anything, such as a terminal."""
+    """Calls ``gone`` from a thread when stdin ends. asyncio's pipe transport is not used because stdin may be
+    a terminal or a file."""
 
     def wait_for_end() -> None:
         try:
             while os.read(0, 4096):
                 pass
         except OSError:
-            pass  # No stdin at all is an end, too.
+            pass  # A process without stdin.
         try:
             gone()
         except RuntimeError:
-            return  # The loop has closed: we are leaving already.
+            return  # The event loop has closed: the process is ending already.
 
     threading.Thread(target=wait_for_end, name="watch-parent", daemon=True).start()
 
@@ -119,7 +122,7 @@ def _report(message: dict[str, str]) -> None:
         sys.stdout.write(json.dumps(message) + "\n")
         sys.stdout.flush()
     except BrokenPipeError:
-        # Nobody reads: the parent's end of stdin closes as well.
+        # The parent has ended; stdin ends too. Python's flush of stdout at exit must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 

@@ -1,45 +1,53 @@
-"""Every bound and deadline of the gateway in one frozen place.
+"""Every bound and deadline of the gateway.
 
-Made by ``__main__`` (the defaults) and by tests (small ones). Must not know how a bound is enforced.
+Created by ``__main__`` (the defaults) and by tests (small values), read by all modules of the gateway. Must
+not know how a bound is enforced.
 """
 
 from dataclasses import dataclass
 
+ERROR_MESSAGE_CHARS = 1000
+"""Longest error message that a client gets: it travels in an HTTP/2 trailer."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
+    """The defaults are a gateway's. Suffixes name units; ``message`` is one call's bytes."""
+
     max_live_requests: int = 256
     """Requests being prepared or generated at once; one more is refused with a retry hint."""
     max_readers: int = 512
-    """Generate calls open at once, those included that only read what another has started."""
+    """Generate calls open at once, including those that read a request which another call started."""
     readers_per_request: int = 8
     other_calls: int = 64
     """Calls open at once besides Generate: status, cancel, health."""
     retry_after_ms: int = 1000
+    """Retry hint of refusals."""
     default_max_tokens: int = 256
 
     message_bytes: int = 4 << 20
-    """Of one call, for a model of up to a million positions."""
+    """Largest message of one call, for a model of up to a million positions."""
     message_bytes_per_position: int = 4
-    """For larger models: a token is some four letters, or an id of up to three bytes."""
+    """For larger models: a token is about four letters, or an id of up to three bytes."""
     most_message_bytes: int = 16 << 20
-    """Whatever the model: parsing holds the interpreter's lock."""
+    """For any model: parsing a message holds the interpreter's lock."""
     open_bytes: int = 256 << 20
-    """Of all open Generate calls together: gRPC keeps a call's message until the call ends."""
+    """Messages of all open Generate calls together: gRPC keeps a call's message until the call ends."""
     messages: int = 4096
-    """Of one chat."""
+    """Messages of one chat."""
     message_overhead_chars: int = 16
-    """A chat message counts for so many characters besides its own: a template writes some around it."""
+    """Characters counted for each chat message in addition to its role and content: templates add some."""
     role_chars: int = 64
     sampling_bytes: int = 64 << 10
+    """Largest serialised ``Sampling``."""
     chars_per_position: int = 256
-    """Longer texts are refused before the tokenizer sees them: tokenizing takes a core for seconds."""
+    """Longer texts are refused before they are tokenized: tokenizing them takes a core for seconds."""
     request_id_chars: int = 128
     cache_salt_chars: int = 256
     tokenizer_threads: int = 2
 
     choices: int = 32
-    """Completions of one request; each takes a place in the engine's batch."""
+    """Completions of one request; each takes a row of the engine's batch."""
     logprobs: int = 20
     """Alternatives reported for each token."""
     logit_biases: int = 1024
@@ -48,39 +56,45 @@ class Limits:
     stop_token_ids: int = 128
 
     request_values: int = 1 << 20
-    """Tokens and alternatives that one request may ask for: choices * max_tokens * (1 + logprobs). A
-    model with more positions than this may fill them."""
+    """Tokens and alternatives that one request may ask for: choices * max_tokens * (1 + logprobs). For a
+    model with more positions than this, the limit is the number of positions."""
     live_values: int = 1 << 24
-    """Of all live requests together, since each is logged for readers that come back; some 64 bytes each."""
+    """Tokens and alternatives of all live requests together. Each is kept in the request log for readers that
+    reconnect, at about 64 bytes."""
     replay_s: float = 60.0
     """How long a request that has ended can be read again."""
     replay_requests: int = 256
+    """Ended requests that can be read again."""
     replay_bytes: int = 64 << 20
-    """Of all ended requests together; the oldest are forgotten first."""
+    """Events of all ended requests together; the oldest requests are forgotten first."""
 
     grace_s: float = 15.0
-    """How long a request with a client's own id lives on without any reader."""
+    """How long a request whose id the client chose goes on without a reader."""
     reader_stall_s: float = 60.0
-    """A reader that takes nothing for so long is cut off: it can come back."""
+    """A reader that takes nothing for this long is disconnected; it may reconnect."""
     stall_s: float = 1800.0
-    """Longest silence of an engine within one request; waiting in its queue is silent."""
+    """Longest silence of an engine within one request. An engine sends nothing while a request is queued."""
     cancel_s: float = 5.0
     """How long an engine may take to end a sequence before its stream is cut."""
     cancel_again_s: float = 0.1
-    """An engine that has not ended a sequence by then is told once more: it may not have known it yet."""
+    """When an engine that has not ended a sequence is asked again: the first Cancel may have arrived before
+    the sequence."""
     probe_s: float = 1.0
-    """Between two questions after the engine's health, and the deadline of each."""
+    """Interval of health probes to the engine, and the deadline of each."""
     missed_probes: int = 3
-    """So many without an answer, one after another, and the engine counts as gone."""
+    """Consecutive unanswered probes after which the engine counts as gone."""
     controller_s: float = 5.0
+    """Deadline of calls to the controller."""
     drain_s: float = 3.0
-    """How long a gateway that is told to stop lets live requests run on."""
+    """How long live requests go on after the gateway was told to stop."""
     shutdown_s: float = 1.0
+    """Bound of each later stage of stopping, and of the wait to send a call's status."""
 
     def message_bytes_for(self, max_positions: int) -> int:
-        """The largest message that a gateway for a model of so many positions takes."""
+        """Largest message of one call for a model of ``max_positions``."""
         wanted = max(self.message_bytes, max_positions * self.message_bytes_per_position)
         return min(wanted, self.most_message_bytes)
 
     def request_values_for(self, max_positions: int) -> int:
+        """``request_values`` for a model of ``max_positions``."""
         return max(self.request_values, max_positions)

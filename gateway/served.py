@@ -1,6 +1,6 @@
-"""The one model a gateway serves: its shape, its tokenizer and the names it answers to.
+"""The model that a gateway serves: its configuration, its tokenizer and its names.
 
-Loaded once by ``__main__``; read by validation and by the request log. Must not know about weights.
+Loaded once by ``__main__``; read by validation and by the engine client. Must not know about weights.
 """
 
 from dataclasses import dataclass
@@ -13,22 +13,26 @@ from farshore.models.tokenizer import Tokenizer, load_tokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
+    """Immutable; threads may share it."""
+
     name: str
     config: ModelConfig
     tokenizer: Tokenizer
 
     @classmethod
     def load(cls, name: str) -> "Served":
-        """Raises ModelError naming the fix."""
+        """``name``: a model directory, a ``.gguf`` file, a Hugging Face id or "smollm2". Raises ModelError
+        with the fix."""
         source = resolve(name)
         return cls(name=name, config=load_config(source), tokenizer=load_tokenizer(source))
 
     @property
     def alias(self) -> str:
-        """The short name: a path's or hub id's last part, without ``.gguf``."""
+        """The short name: the last component of the path or hub id, without ``.gguf``."""
         return PurePath(self.name).name.removesuffix(".gguf")
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        # A GGUF file or an old config may name an end token in one of the two places only.
+        """Token ids that end an answer. A GGUF file or an old configuration may name them in one of the two
+        places only."""
         return tuple(dict.fromkeys((*self.config.eos_token_ids, *self.tokenizer.eos_ids)))

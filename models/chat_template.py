@@ -16,6 +16,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from farshore.errors import InvalidRequest, ModelError
+from farshore.text import shortened
 
 _MOST_CHARS = 120
 
@@ -59,7 +60,7 @@ class ChatTemplate:
             # what it says may quote them at any length.
             why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise InvalidRequest(
-                f"{self._where}: its chat template can't render these messages: {_shortened(why)}"
+                f"{self._where}: its chat template can't render these messages: {shortened(why, _MOST_CHARS)}"
             ) from error
 
 
@@ -71,10 +72,6 @@ class _GenerationBlocks(Extension):
     def parse(self, parser: Parser) -> Node | list[Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _MOST_CHARS else text[: _MOST_CHARS - 1] + "…"
 
 
 def _refuse(message: str) -> None:

@@ -1,4 +1,4 @@
-"""What the tests of several floors share: the demo model as transformers runs it, prompts, gRPC shards."""
+"""Fixtures that several folders of tests share: the demo model, prompts, shards, the gateway's harness."""
 
 import importlib.util
 import os
@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-# Without a GPU, triton runs kernels in its interpreter, if told so before its first import: here,
-# since transformers imports it too. The variable goes again: processes that tests start may compile.
+# Without a GPU, triton must run kernels in its interpreter. It reads the variable at its first import, which
+# is made here because transformers imports triton, too. The variable is unset again for the tests' child
+# processes.
 if not torch.cuda.is_available():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
@@ -24,6 +25,16 @@ from farshore.workers.attention import ENVIRONMENT
 
 STOP_DEADLINE_S = 60.0
 LONG_TEXT_TOKENS = 4100
+
+
+def _load(name, path):
+    """The module at ``path``, loaded once: test folders are no packages and not on sys.path."""
+    name = f"farshore_tests_{name}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / path)
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[name]
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +53,7 @@ def tokenizer(demo_source):
 
 @pytest.fixture(scope="session")
 def hugging_face(demo_source):
-    """(dtype, attention implementation) -> transformers' own model, loaded from the same GGUF file."""
+    """load(dtype, attention implementation) -> transformers' model, loaded from the same GGUF file."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
     loaded = {}
@@ -63,7 +74,7 @@ def hugging_face(demo_source):
 
 @pytest.fixture(scope="session")
 def prompts(tokenizer):
-    """24 varied prompts by name, as token ids: the correctness tests' common ground."""
+    """24 varied prompts, name -> token ids, that all tests of correctness use."""
 
     def chat(text):
         return tokenizer.encode_chat([{"role": "user", "content": text}])
@@ -111,17 +122,35 @@ def prompts(tokenizer):
 
 @pytest.fixture
 def sanitiser(tmp_path_factory):
-    """A Sanitiser; see sanitiser.py, which is loaded by its path: test folders are no packages."""
-    spec = importlib.util.spec_from_file_location(
-        "farshore_sanitiser", Path(__file__).with_name("sanitiser.py")
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.sanitiser_in(tmp_path_factory.mktemp("sanitised"))
+    """A Sanitiser, see sanitiser.py."""
+    return _load("sanitiser", "sanitiser.py").sanitiser_in(tmp_path_factory.mktemp("sanitised"))
+
+
+@pytest.fixture(scope="session")
+def harness():
+    """The module gateway/harness.py: a real gateway in this process, over an engine that the test
+    controls."""
+    return _load("gateway_harness", "gateway/harness.py")
+
+
+@pytest.fixture(scope="session")
+def served():
+    """The demo model as a gateway serves it."""
+    from farshore.gateway.served import Served
+
+    return Served.load("smollm2")
+
+
+@pytest.fixture(scope="session")
+def loop_thread(harness):
+    """The event loop, in a thread, of all gateways of the session."""
+    thread = harness.LoopThread()
+    yield thread
+    thread.stop()
 
 
 class Shard:
-    """A store behind a gRPC server on loopback that can be stopped, and started again on the same port."""
+    """A store behind a gRPC server on loopback, which can be stopped and restarted on the same port."""
 
     service_name = "farshore.attention.v1.Attention"
 
@@ -141,7 +170,8 @@ class Shard:
 
 @pytest.fixture
 def serve_store():
-    """serve_store(store, worker, service=...) -> Shard; stopped and its store checked after the test."""
+    """serve_store(store, worker, service=...) -> Shard. Stopped after the test; its store's integrity is
+    checked."""
     started = []
 
     def start(store, worker, *, service=AttentionService):
@@ -169,7 +199,7 @@ def connect():
 
 
 class Breaking(AttentionService):
-    """A shard that does something to the call at chosen answers, before it gives them."""
+    """A shard that runs ``do[n]`` with the call's context before it sends its n-th answer, from 1."""
 
     def __init__(self, worker, store):
         super().__init__(worker, store)
@@ -189,12 +219,12 @@ class Breaking(AttentionService):
 
 @pytest.fixture
 def breaking_service():
-    """The class Breaking, for a shard to be started with."""
+    """The class Breaking, a ``service`` for ``serve_store``."""
     return Breaking
 
 
 class WorkerProcess:
-    """An attention worker in a process of its own: to freeze, to kill, to start again."""
+    """An attention worker in its own process, which can be frozen, killed and restarted."""
 
     def __init__(self, listen="127.0.0.1:0", *, prefix=(), worker="shard", kv_memory_bytes=8 << 20):
         self._prefix, self._worker, self._kv_memory_bytes = prefix, worker, kv_memory_bytes
@@ -225,14 +255,14 @@ class WorkerProcess:
         os.waitpid(self.process.pid, os.WCONTINUED)
 
     def kill(self):
-        """Idempotent; a frozen one, too."""
+        """Also ends a frozen process. Idempotent."""
         self.process.kill()
         self.process.wait()
         self.process.stdin.close()
         self.process.stdout.close()
 
     def restart(self):
-        """A new process on the same port: nobody's spans are there."""
+        """Starts a new process on the same port, without any spans."""
         self.kill()
         self._start(self.address)
 
@@ -253,5 +283,5 @@ def start_process():
         return started[-1]
 
     yield start
-    for it in started:
-        it.kill()
+    for process in started:
+        process.kill()

@@ -1,6 +1,6 @@
-"""Native modules built with the compiler's sanitisers, and the tests that run on them.
+"""Builds native modules and programs with the compiler's sanitisers, and runs tests on them.
 
-A fixture of the whole suite: ``tests/conftest.py``.
+Loaded by the fixture ``sanitiser`` of ``tests/conftest.py``. Must not know what the tests check.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-# As in setup.py, but quicker to compile.
+# The flags of setup.py with less optimisation, to compile faster.
 FLAGS = ["-std=c++20", "-O1", "-g", "-fPIC", "-pthread"]
 RUNTIME = Path(__file__).parents[1] / "kernels" / "cpu" / "native"
 FLAGS += ["-Wno-psabi", "-fno-math-errno", "-fno-trapping-math"]
@@ -28,7 +28,7 @@ name, built, *arguments = sys.argv[1:]
 spec = spec_from_file_location(name, built)
 sys.modules[name] = module_from_spec(spec)
 spec.loader.exec_module(sys.modules[name])
-# A report goes to the process's standard error, and then the process ends: pytest must not hold it back.
+# -s: a sanitiser writes its report to stderr and ends the process, so pytest must not capture the output.
 code = pytest.main(["-q", "-x", "-s", "-p", "no:cacheprovider", *arguments])
 assert import_module(name).__file__ == built
 sys.exit(code)
@@ -36,14 +36,15 @@ sys.exit(code)
 
 
 class Sanitiser:
-    """g++, in a folder that is its own."""
+    """Builds with g++ in ``folder``."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def run_suite(self, module: str, sources: Path, tests: list[Path], *arguments: str) -> None:
-        """Runs the tests on ``module``, built from the folder ``sources`` with guards around memory, and
-        against undefined behaviour."""
+        """Builds ``module`` from the .cpp files below ``sources`` with the address and the
+        undefined-behaviour sanitiser, and runs ``tests`` on it in a new process. ``arguments`` are
+        pytest's."""
         preload = [_library("libasan.so"), _library("libstdc++.so")]
         flags = [*FLAGS, "-D_GLIBCXX_ASSERTIONS", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
         include = [f"-I{folder}" for folder in (sysconfig.get_paths()["include"], sources, RUNTIME)]
@@ -61,7 +62,7 @@ class Sanitiser:
         _run(command, cwd=self._folder, env={**os.environ, **environment}, timeout=600)
 
     def run_program(self, sources: list[Path], sanitiser: str, *, include: Path) -> None:
-        """Runs a program that prints "done" where all went well."""
+        """Builds and runs a program, which must print "done". ``sanitiser``: "thread"."""
         _library({"thread": "libtsan.so"}[sanitiser])
         built = self._folder / "program"
         flags = [*FLAGS, f"-fsanitize={sanitiser}", f"-I{include}"]
@@ -70,7 +71,7 @@ class Sanitiser:
 
 
 def sanitiser_in(folder: Path) -> Sanitiser:
-    """Skips the test where there is none."""
+    """A Sanitiser. Skips the test if this system has no g++ or is not Linux."""
     if not sys.platform.startswith("linux"):
         pytest.skip("preloads a library")
     if not shutil.which("g++"):
@@ -79,7 +80,7 @@ def sanitiser_in(folder: Path) -> Sanitiser:
 
 
 def _library(name: str) -> str:
-    """The compiler's own library, or a skip."""
+    """The path of the compiler's library. Skips the test if it is missing."""
     path = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
     if not Path(path).is_absolute():
         pytest.skip(f"needs {name}")

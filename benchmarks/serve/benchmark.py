@@ -1,8 +1,10 @@
-"""The serve benchmark: what engine and `farshore serve` reach, against issue 6's bars and the machine.
+"""The serve benchmark: speed of the engine and of `farshore serve`, compared with bars and the machine's
+limits.
 
-Called through ``catalogue``. SmolLM2 in bfloat16, KV local to the engine; contexts past the model's positions
-run with more of them in a copy of its configuration, since no time depends on them. Each part measures the
-machine's read bandwidth and GEMM rate beside itself. ``peers``: other servers, on the same machine.
+Called through ``catalogue``. Runs SmolLM2 in bfloat16 with KV in the engine's memory. Contexts longer than
+the model's positions use a copy of its configuration with more positions, which changes no time. Each case
+measures the machine's read bandwidth and GEMM rate before and after. A peer is another server on the same
+machine.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,18 +31,18 @@ START_S = {"cold": 25.0, "warm": 12.0}
 def run(
     facts: Facts, sizes: Sizes, *, only: str = "", peer: str | None = None, progress: Callable[[str], None]
 ) -> Report:
-    """The parts whose name holds ``only``; ``peer`` measures that instead of ours. InvalidRequest, before
-    anything is measured, if there are none, or the peer can't be installed."""
-    parts = _parts(sizes) if peer is None else serve_peer.parts(peer, sizes)
-    chosen = cases.choose(dict(parts), only, kind="part")
-    at = Setting(facts, sizes, progress)
-    results, bars = cases.measure(chosen, at, progress=progress)
-    told = asdict(facts) if peer is None else {"peer": peer, **asdict(facts)}
-    return Report(told, tuple(results), tuple(bars))
+    """Runs the cases whose name contains ``only``. ``peer``: measure this server instead of Farshore. Raises
+    InvalidRequest before anything is measured if no case matches or the peer is unknown."""
+    available = _cases(sizes) if peer is None else serve_peer.cases(peer, sizes)
+    chosen = cases.choose(dict(available), only, kind="part")
+    setting = Setting(facts, sizes, progress)
+    results, bars = cases.measure(chosen, setting, progress=progress)
+    machine = asdict(facts) if peer is None else {"peer": peer, **asdict(facts)}
+    return Report(machine, tuple(results), tuple(bars))
 
 
-def _parts(sizes: Sizes) -> Iterator[tuple[str, Callable[[Setting], Measured]]]:
-    """What can be measured, by name, and what measures it."""
+def _cases(sizes: Sizes) -> Iterator[tuple[str, Callable[[Setting], Measured]]]:
+    """(name, function that measures it) of each case."""
     for context in sizes.decode_contexts:
         yield f"decode at {context}", partial(_decode, context=context)
     for context in sizes.prefill_contexts:
@@ -51,23 +53,25 @@ def _parts(sizes: Sizes) -> Iterator[tuple[str, Callable[[Setting], Measured]]]:
         yield f"start-up, {kind}", partial(_start, kind=kind)
 
 
-def _decode(at: Setting, *, context: int) -> Measured:
-    result = serve_load.decode(at, context)
-    return _held(result, Bar.at_most, result.timing.median_s * 1e3, DECODE_MS.get(context), "ms/token")
+def _decode(setting: Setting, *, context: int) -> Measured:
+    result = serve_load.decode(setting, context)
+    return _with_bar(result, Bar.at_most, result.timing.median_s * 1e3, DECODE_MS.get(context), "ms/token")
 
 
-def _prefill(at: Setting, *, context: int) -> Measured:
-    result = serve_load.prefill(at, context)
-    return _held(result, Bar.at_least, context / result.timing.median_s, PREFILL_TPS.get(context), "tokens/s")
+def _prefill(setting: Setting, *, context: int) -> Measured:
+    result = serve_load.prefill(setting, context)
+    return _with_bar(
+        result, Bar.at_least, context / result.timing.median_s, PREFILL_TPS.get(context), "tokens/s"
+    )
 
 
-def _together(at: Setting) -> Measured:
-    result = serve_load.together(at)
-    return _held(result, Bar.at_least, float(result.figures["tokens_per_s"]), TOGETHER_TPS, "tokens/s")
+def _together(setting: Setting) -> Measured:
+    result = serve_load.together(setting)
+    return _with_bar(result, Bar.at_least, float(result.figures["tokens_per_s"]), TOGETHER_TPS, "tokens/s")
 
 
-def _beside(at: Setting) -> Measured:
-    result = serve_load.beside(at)
+def _beside(setting: Setting) -> Measured:
+    result = serve_load.beside(setting)
     figures = result.figures
     return [result], [
         Bar.at_most(f"{result.name}: p99 gap", float(figures["p99_gap_ms"]), MOST_GAP_MS, "ms"),
@@ -80,17 +84,17 @@ def _beside(at: Setting) -> Measured:
     ]
 
 
-def _start(at: Setting, *, kind: str) -> Measured:
-    result = serve_start.measure(at, cold=kind == "cold")
-    return _held(result, Bar.at_most, result.timing.median_s, START_S[kind], "s")
+def _start(setting: Setting, *, kind: str) -> Measured:
+    result = serve_start.measure(setting, cold=kind == "cold")
+    return _with_bar(result, Bar.at_most, result.timing.median_s, START_S[kind], "s")
 
 
-def _held(
+def _with_bar(
     result: Result,
     sense: Callable[[str, float, float, str], Bar],
     value: float,
     bound: float | None,
     unit: str,
 ) -> Measured:
-    """Contexts that no bar names have none."""
+    """The result with its bar; without one if ``bound`` is None."""
     return [result], [] if bound is None else [sense(result.name, value, bound, unit)]

@@ -1,7 +1,8 @@
-"""The dense benchmark: a decode step's and a prompt chunk's products, without attention.
+"""The dense benchmark: the products of a decode step and of a prompt's chunk, without attention.
 
-Called through ``catalogue``. All layers and the vocabulary run one after the other, so that no weight is
-still cached. What it is compared with runs in turns: the slices in PyTorch, and its weight-only int8 product.
+Called through ``catalogue``. Runs all layers and the vocabulary's product in sequence, so that no weight is
+still in a cache. Interleaved with it, for comparison: the same slices in PyTorch, and PyTorch's weight-only
+int8 product.
 """
 
 from collections.abc import Callable
@@ -16,31 +17,36 @@ from farshore.benchmarks.timing import interleave
 from farshore.models.llama import Llama
 
 READ_PERCENT = 85.0
-"""Of the read bandwidth, at batch 1, counting the weights as bfloat16."""
+"""Bar at one row, in percent of the read bandwidth, with the weights counted as bfloat16."""
 GEMM_PERCENT = 80.0
+"""Bar of chunks, in percent of the GEMM rate."""
 MOST_STEP_ROWS = 64
-"""More rows than these are a chunk of a prompt, and logits are wanted of its last row alone."""
+"""With more rows than this, the rows are a chunk of a prompt and logits are computed for the last row
+only."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
+    """How much is measured; tests use tiny sizes."""
+
     step_rows: tuple[int, ...] = (1, 2, 4, 8, 16, 64)
     chunk_rows: tuple[int, ...] = (256, 512, 1024, 2048)
     rounds: int = 9
     limit_s: float = 20.0
-    """For one case; see ``timing.interleave``."""
+    """Time limit of one case; see ``timing.interleave``."""
 
 
-def run(at: Setting, sizes: Sizes, *, only: str = "") -> Report:
-    """The cases whose name holds ``only``. InvalidRequest, before anything is measured, if there are none."""
+def run(setting: Setting, sizes: Sizes, *, only: str = "") -> Report:
+    """Runs the cases whose name contains ``only``. Raises InvalidRequest before anything is measured if no
+    case matches."""
     names = {f"{rows} rows": rows for rows in (*sizes.step_rows, *sizes.chunk_rows)}
     chosen = cases.choose(names, only)
     results: list[Result] = []
     bars: list[Bar] = []
     with torch.inference_mode():
         for name, rows in chosen.items():
-            at.progress(name)
-            result = _measure(at, sizes, name, rows)
+            setting.progress(name)
+            result = _measure(setting, sizes, name, rows)
             results.append(result)
             if rows == 1:
                 percent = float(result.figures["percent_of_read"])
@@ -48,18 +54,18 @@ def run(at: Setting, sizes: Sizes, *, only: str = "") -> Report:
             if rows > MOST_STEP_ROWS:
                 percent = float(result.figures["percent_of_gemm"])
                 bars.append(Bar.at_least(name, percent, GEMM_PERCENT, "% of GEMM rate"))
-    return Report(asdict(at.facts), tuple(results), tuple(bars))
+    return Report(asdict(setting.facts), tuple(results), tuple(bars))
 
 
-def _measure(at: Setting, sizes: Sizes, name: str, rows: int) -> Result:
-    model = at.model
+def _measure(setting: Setting, sizes: Sizes, name: str, rows: int) -> Result:
+    model = setting.model
     layers, vocabulary = weight_elements(model.config)
-    before = at.limits()
+    before = setting.limits()
     candidates = {"ours": slices(model, rows), "pytorch": slices(Llama(model.config, model.weights), rows)}
     if rows <= MOST_STEP_ROWS:
         candidates["int8"] = int8_products(model, rows)
     timed = interleave(candidates, rounds=sizes.rounds, warm_up=1, limit_s=sizes.limit_s)
-    after = at.limits()
+    after = setting.limits()
     seconds = timed["ours"].median_s
     size = (layers + vocabulary) * model.dtype.itemsize
     flops = 2 * rows * layers + 2 * (rows if rows <= MOST_STEP_ROWS else 1) * vocabulary
@@ -79,7 +85,7 @@ def _measure(at: Setting, sizes: Sizes, name: str, rows: int) -> Result:
 
 
 def slices(model: Llama, rows: int) -> Callable[[], object]:
-    """All that a step of ``rows`` rows computes outside of attention."""
+    """A function that computes everything but attention of a step of ``rows`` rows."""
     config = model.config
     generator = torch.Generator().manual_seed(rows)
     h0 = torch.randn(rows, config.hidden, generator=generator).to(model.dtype)
@@ -99,8 +105,8 @@ def slices(model: Llama, rows: int) -> Callable[[], object]:
 
 
 def int8_products(model: Llama, rows: int) -> Callable[[], object]:
-    """The same matrices as int8 with a scale a row, through PyTorch's own kernel: other values than the
-    model's, at half the bytes. Products alone: no norm, rotation or activation."""
+    """A function that computes the products of ``slices`` with int8 weights and a scale per row, by PyTorch's
+    kernel: half the bytes, and approximate values. Without norms, rotations and activations."""
     weights = model.weights
     matrices = [m for w in weights.layers for m in (w.q, w.k, w.v, w.o, w.gate, w.up, w.down)]
     quantised = [_int8(matrix) for matrix in (*matrices, weights.head)]

@@ -1,6 +1,6 @@
-"""The engine with its KV in its own memory, as `farshore serve --placement local` has it.
+"""Runs the engine with KV in its own memory, as `farshore serve --placement local` does.
 
-What the serve benchmark measures: the product's own engine, told everything through its public interface.
+Used by ``load``. Uses the engine through its public interface only.
 """
 
 import queue
@@ -28,25 +28,26 @@ from farshore.workers.engine.sequence import Event, Failed, Finished, Prefilled,
 
 WORKER = WorkerId("dense")
 DEADLINE_S = 3600.0
-"""For one event: a prompt of 32K tokens may take many minutes on a slow machine."""
+"""For one event of a request: a prompt of 32K tokens may take many minutes on a slow machine."""
 
 
 class Request:
-    """One request, and when its tokens came."""
+    """A request to the engine, with the times of its tokens. The engine's thread calls ``emit``."""
 
     def __init__(self, cancel: Callable[[], None]) -> None:
         self.cancel = cancel
         self.submitted_s = time.perf_counter()
         self.token_s: list[float] = []
         self.prefilled_s: dict[int, float] = {}
-        """Seconds from its submission on, by how many tokens of the prompt the engine said were done."""
+        """Prefilled tokens -> seconds since submission, from the engine's progress events."""
         self._events: queue.SimpleQueue[tuple[float, Event]] = queue.SimpleQueue()
 
     def emit(self, event: Event) -> None:
         self._events.put((time.perf_counter(), event))
 
     def wait(self, tokens: int | None = None) -> Self:
-        """Until there are ``tokens`` of it, or its end. Raises what it failed with, DeadlineExceeded."""
+        """Blocks until there are ``tokens`` tokens, or until the end. Returns the request. Raises the error
+        that the request failed with, or DeadlineExceeded."""
         while tokens is None or len(self.token_s) < tokens:
             try:
                 at_s, event = self._events.get(timeout=DEADLINE_S)
@@ -64,17 +65,18 @@ class Request:
 
     @property
     def first_token_s(self) -> float:
-        """Seconds from its submission on."""
+        """Seconds from submission to the first token."""
         return self.token_s[0] - self.submitted_s
 
     def gaps_s(self, *, skip: int = 0) -> tuple[float, ...]:
-        """From each token to the next, behind the first ``skip`` of them."""
+        """Seconds from each token to the next, without the first ``skip`` tokens."""
         times = self.token_s[skip:]
         return tuple(b - a for a, b in pairwise(times))
 
 
 class LocalEngine:
-    """Use as a context: it runs inside. Nothing generated here stops before its ``max_tokens``."""
+    """A context manager; the engine runs inside the context. Requests have no stop tokens: each generates
+    ``max_tokens``."""
 
     def __init__(self, model: Llama, *, kv_bytes: int, limits: EngineLimits | None = None) -> None:
         self._model = model
@@ -102,17 +104,17 @@ class LocalEngine:
         self._engine.stop()
 
     def submit(self, prompt: Sequence[int], *, max_tokens: int) -> Request:
-        """Greedy."""
+        """Submits a prompt for greedy decoding."""
         name = SequenceId(f"request-{next(self._ids)}")
         request = Request(partial(self._engine.cancel, name))
         self._engine.submit(name, list(prompt), Sampling(max_tokens=max_tokens), request.emit)
         return request
 
     def store_prefix(self, prompt: Sequence[int]) -> None:
-        """Random KV for the whole blocks of ``prompt``, sealed and named as if it had been prefilled: a
-        request with it finds it there, and no kernel's time depends on the values."""
-        print_ = fingerprint(self._model.config, self._attention, revision="")
-        blocks = chain(prompt, fingerprint=print_)
+        """Stores random KV for the full blocks of ``prompt``, sealed and named as if it had been prefilled,
+        so that a request with this prompt reuses it. The values change no kernel's time."""
+        model_fingerprint = fingerprint(self._model.config, self._attention, revision="")
+        blocks = chain(prompt, fingerprint=model_fingerprint)
         layout, tokens = self._attention.layouts[0], blocks[-1].last
         name, epoch = SequenceId(f"stored-{next(self._ids)}"), Epoch(1)
         key = SpanKey(sequence=name, layer_class=0, first=0, group0=0, group1=layout.groups)

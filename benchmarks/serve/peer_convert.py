@@ -1,6 +1,7 @@
-"""A GGUF model as safetensors; run by ``serve_peer`` in an environment with a transformers that reads GGUF.
+"""Converts a GGUF model to safetensors: ``python peer_convert.py MODEL.gguf FOLDER``.
 
-``python peer_convert.py MODEL.gguf FOLDER``. Imports nothing of Farshore's.
+Run by ``peer`` in an environment whose transformers can read GGUF. Must not import Farshore, which is not
+installed there.
 """
 
 import sys
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, GgufConfig
 
 POSITIONS = 40_960
-"""SmolLM2 has 8,192; contexts that are measured reach 32K. No time depends on it."""
+"""SmolLM2 has 8,192 positions; measured contexts have up to 32K tokens. The number changes no time."""
 
 
 def main(path: Path, folder: Path) -> None:

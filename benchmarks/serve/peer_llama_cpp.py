@@ -1,7 +1,8 @@
-"""llama.cpp at one case of the serve benchmark; run by ``serve_peer`` in an environment of its own.
+"""Measures one case of the serve benchmark with llama.cpp.
 
-``python peer_llama_cpp.py MODEL.gguf decode|prefill CONTEXT TOKENS THREADS`` prints one JSON object. It runs
-the file as it is quantised. Imports nothing of Farshore's, which is not installed there.
+``python peer_llama_cpp.py MODEL.gguf decode|prefill CONTEXT TOKENS THREADS`` prints a JSON object. The model
+runs as it is quantised in the file. Run by ``peer`` in its own environment. Must not import Farshore, which
+is not installed there.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""transformers at one case of the serve benchmark; run by ``serve_peer`` in an environment of its own.
+"""Measures one case of the serve benchmark with transformers.
 
-``python peer_transformers.py MODEL.gguf decode|prefill CONTEXT TOKENS THREADS`` prints one JSON object.
-Imports nothing of Farshore's, which is not installed there.
+``python peer_transformers.py MODEL.gguf decode|prefill CONTEXT TOKENS THREADS`` prints a JSON object. Run by
+``peer`` in its own environment. Must not import Farshore, which is not installed there.
 """
 
 import json
@@ -41,7 +41,7 @@ def prefill(model: torch.nn.Module, ids: torch.Tensor) -> list[float]:
 
 
 def decode(model: torch.nn.Module, context: int, tokens: int) -> list[float]:
-    """On a cache of random values: no time depends on them."""
+    """Seconds per token, with a cache of random values, which change no time."""
     config = model.config
     cache = DynamicCache(config=config)
     shape = (1, config.num_key_value_heads, context, config.head_dim)

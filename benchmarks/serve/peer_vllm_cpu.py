@@ -1,7 +1,8 @@
-"""vLLM's CPU build at one case of the serve benchmark; run by ``serve_peer`` in an environment of its own.
+"""Measures one case of the serve benchmark with vLLM's CPU build.
 
-``python peer_vllm_cpu.py FOLDER decode|prefill CONTEXT TOKENS THREADS`` prints one JSON object. FOLDER holds
-the model as safetensors (``peer_convert.py``). Imports nothing of Farshore's.
+``python peer_vllm_cpu.py FOLDER decode|prefill CONTEXT TOKENS THREADS`` prints a JSON object. FOLDER has the
+model as safetensors (``peer_convert.py``). Run by ``peer`` in its own environment. Must not import Farshore,
+which is not installed there.
 """
 
 import json
@@ -12,7 +13,7 @@ import time
 from pathlib import Path
 
 context, tokens, threads = map(int, sys.argv[3:6])
-# The first of the CPUs that this process may use, by name: vLLM 0.32 knows no "all".
+# vLLM 0.32 needs the CPUs' numbers: the first ones that this process may use.
 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(os.sched_getaffinity(0))[:threads]))
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
 
@@ -26,10 +27,11 @@ def main() -> None:
     vocab = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
     prompt = {"prompt_token_ids": [random.randrange(vocab) for _ in range(context)]}
     first_s = _seconds(engine, prompt, 1)
-    # The first token's cost, from the same prompt again: its KV may be cached, so both runs use it.
-    first_again_s = _seconds(engine, prompt, 1)
+    # Decode time is all_s minus the first token's time. The prompt is repeated for both, since its KV may be
+    # cached by now.
+    repeated_s = _seconds(engine, prompt, 1)
     all_s = _seconds(engine, prompt, tokens + 1)
-    times_s = [first_s] if case == "prefill" else [(all_s - first_again_s) / tokens]
+    times_s = [first_s] if case == "prefill" else [(all_s - repeated_s) / tokens]
     print(json.dumps({"times_s": times_s, "weights": "bfloat16"}))
 
 

@@ -1,6 +1,6 @@
-"""How long a real ``farshore serve`` takes from the command until it says that it serves.
+"""Measures how long ``farshore serve`` takes from the command to the line that says that it serves.
 
-Called by ``serve``. The server is a process of its own with its own Ray, on a free port, and is ended again.
+Called by ``benchmark``. Each server is a process with a private Ray, on a free port, and is ended afterwards.
 """
 
 import os
@@ -23,22 +23,22 @@ from farshore.models.source import DEMO, resolve
 READY_DEADLINE_S = 180.0
 STOP_DEADLINE_S = 60.0
 READY = "Farshore "
-"""Begins the line that tells the address."""
+"""The beginning of the line with the server's address."""
 
 
-def measure(at: Setting, *, cold: bool) -> Result:
-    """``cold``: the first start after the files of model and packages were dropped from the page cache, as
-    far as the system lets us (what another process has mapped stays). Warm: starts after another one."""
+def measure(setting: Setting, *, cold: bool) -> Result:
+    """``cold``: one start, after the files of the model and of the packages were dropped from the page cache
+    (files that another process has mapped stay). Else: ``starts`` starts, each after an earlier one."""
     if cold:
         dropped = sum(map(_drop, _files()))
         times_s = [_start_s()]
         figures: dict[str, float | int] = {"dropped_mbytes": dropped / 1e6}
     else:
-        if not at.started:
+        if not setting.started:
             _start_s()
-        times_s = [_start_s() for _ in range(at.sizes.starts)]
+        times_s = [_start_s() for _ in range(setting.sizes.starts)]
         figures = {}
-    at.started = True
+    setting.started = True
     timing = Timing(tuple(times_s))
     return Result(f"start-up, {'cold' if cold else 'warm'}", timing, {"ready_s": timing.median_s, **figures})
 
@@ -52,9 +52,9 @@ def _start_s() -> float:
         text=True,
     )
     assert server.stdout is not None and server.stderr is not None
-    told: list[str] = []
-    # Or it would stop where the pipe is full.
-    drain = threading.Thread(target=lambda: told.extend(server.stderr or ()), daemon=True)
+    errors: list[str] = []
+    # stderr is read all the time: the server would block on a full pipe.
+    drain = threading.Thread(target=lambda: errors.extend(server.stderr or ()), daemon=True)
     drain.start()
     overdue = threading.Timer(READY_DEADLINE_S, server.kill)
     overdue.start()
@@ -69,7 +69,7 @@ def _start_s() -> float:
         server.stderr.close()
     if not line.startswith(READY):
         raise StartupError(
-            f"farshore serve did not start: {' '.join(told[-1:]).strip() or 'it said nothing'}"
+            f"farshore serve did not start: {' '.join(errors[-1:]).strip() or 'it said nothing'}"
         )
     return ready_s
 
@@ -84,18 +84,18 @@ def _end(server: "subprocess.Popen[str]") -> None:
 
 
 def _files() -> Iterator[Path]:
-    """The model's, and those of every installed package: whoever else uses them reads them again."""
+    """The files of the model and of all installed packages. Other processes must read them again."""
     source = Path(resolve(DEMO).path)
     yield from source.rglob("*") if source.is_dir() else [source]
     for root in {
         Path(torch.__file__).parents[1],
-        *(Path(p) for p in sys.path if p.endswith("site-packages")),
+        *(Path(folder) for folder in sys.path if folder.endswith("site-packages")),
     }:
         yield from (path for path in root.rglob("*") if path.suffix in (".so", ".py", ".pyc"))
 
 
 def _drop(path: Path) -> int:
-    """Bytes of a file that the page cache was asked to forget."""
+    """Asks the page cache to forget a file; returns its size in bytes."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:

@@ -1,6 +1,6 @@
-"""``farshore bench``: runs a benchmark and prints what it measured.
+"""``farshore bench``: runs a benchmark and prints its report.
 
-Called by ``cli``. Must not know what a benchmark does: ``benchmarks.catalogue`` does.
+Called by ``main``. Must not know what a benchmark measures: ``benchmarks.catalogue`` does.
 """
 
 import argparse
@@ -61,36 +61,34 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(args: argparse.Namespace) -> int:
-    # Imported here: PyTorch takes a second or two, which no other command of the client needs to pay.
+    # Imported here: PyTorch takes a second or two to import, which other commands must not pay.
     from farshore.benchmarks.catalogue import BENCHMARKS, Options
 
     if args.name is None:
-        print("\n".join(table(("NAME", "MEASURES"), [(name, it.summary) for name, it in BENCHMARKS.items()])))
+        rows = [(name, benchmark.summary) for name, benchmark in BENCHMARKS.items()]
+        print("\n".join(table(("NAME", "MEASURES"), rows)))
         return 0
     if args.name not in BENCHMARKS:
         args.usage_error(f"no benchmark {args.name!r}: choose from {', '.join(BENCHMARKS)}")
     if args.out is not None and not args.out.absolute().parent.is_dir():
-        # Said before minutes of measuring, not after.
+        # Refused before the measurements, which may take minutes.
         raise InvalidRequest(f"--out {args.out}: the folder {args.out.parent} does not exist: create it")
     progress = Progress()
     try:
-        report = BENCHMARKS[args.name].run(
-            Options(args.implementation, args.threads, args.only, args.peer, args.requests, args.seed),
-            progress.step,
-        )
+        options = Options(args.implementation, args.threads, args.only, args.peer, args.requests, args.seed)
+        report = BENCHMARKS[args.name].run(options, progress.step).as_dict()
     finally:
         progress.clear()
-    told = report.as_dict()
-    print(json.dumps(told) if args.json else render(told), flush=True)
+    print(json.dumps(report) if args.json else render(report), flush=True)
     if args.out is not None:
-        _write(args.out, json.dumps(told, indent=1) + "\n")
+        _write(args.out, json.dumps(report, indent=1) + "\n")
     return 0
 
 
-def render(told: dict[str, Any]) -> str:
-    """A report for people; every figure of it is in the JSON, too."""
-    lines = [f"{name}: {_text(value)}" for name, value in told["machine"].items()]
-    for result in told["results"]:
+def render(report: dict[str, Any]) -> str:
+    """The report, given as the JSON object that ``--json`` prints, as text."""
+    lines = [f"{name}: {_text(value)}" for name, value in report["machine"].items()]
+    for result in report["results"]:
         timing = result["timing"]
         figures = {name: value for name, value in result.items() if name not in ("name", "timing")}
         lines += [
@@ -99,11 +97,11 @@ def render(told: dict[str, Any]) -> str:
             f"(p10 {_seconds(timing['p10_s'])}, p90 {_seconds(timing['p90_s'])})",
             *(f"  {name}: {_text(value)}" for name, value in figures.items()),
         ]
-    if told["bars"]:
+    if report["bars"]:
         keys = ("name", "value", "sense", "bound", "unit")
         rows = [
             ("met" if bar["met"] else "missed", *(bar[key] for key in keys), bar.get("note", ""))
-            for bar in told["bars"]
+            for bar in report["bars"]
         ]
         lines += ["", *table(("BAR", "OF", "VALUE", "", "BOUND", "", ""), rows)]
     return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""``farshore generate``: one prompt, its answer on stdout as it comes.
+"""``farshore generate``: answers one prompt, and prints the answer as it is generated.
 
-Called by ``cli``. Starts a cluster for the one call if none is running. Must not know how clusters work.
+Called by ``main``. Starts a cluster for the call if no gateway runs. Must not know how a cluster works.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     sampling = asked(args)
     prompt = read_prompt(args.prompt)
     progress = Progress()
-    # SIGTERM, too, must end a cluster of our own.
+    # A cluster that was started for this call must be ended after SIGTERM, too.
     with stop_signals() as take_signals:
         try:
             with _gateway(args, progress, take_signals) as address, Client(address) as client:
@@ -82,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_prompt(argument: str) -> str:
-    """Raises InvalidRequest for one that can't be read or has nothing in it."""
+    """The prompt's text: ``argument`` itself, stdin for "-", a file for "@FILE". Raises InvalidRequest if it
+    can't be read, is not UTF-8 or is blank."""
     where = "the prompt"
     try:
         if argument == "-":
@@ -107,7 +108,7 @@ def read_prompt(argument: str) -> str:
 
 @contextlib.contextmanager
 def _gateway(args: argparse.Namespace, progress: Progress, take_signals: Callable[[], None]) -> Iterator[str]:
-    """The address to ask: a running gateway's, or that of a cluster which ends with this call."""
+    """Yields the address of the running gateway, or of a cluster that lives as long as the context."""
     address = args.server or DEFAULT_SERVER
     if await_gateway(address, progress.step):
         progress.clear()
@@ -129,7 +130,7 @@ def _gateway(args: argparse.Namespace, progress: Progress, take_signals: Callabl
 
 
 class _Choice:
-    """One answer, as far as it has come."""
+    """One choice of the answer: its tokens and its text so far."""
 
     def __init__(self) -> None:
         self.pieces: list[str] = []
@@ -143,7 +144,7 @@ class _Choice:
 def _answer(
     client: Client, args: argparse.Namespace, prompt: str, sampling: dict[str, Any], progress: Progress
 ) -> None:
-    """Raises Cancelled, when everything is printed, if the answer was ended from elsewhere."""
+    """Generates and prints the answer. Raises Cancelled, after printing, if another client cancelled it."""
     given = {"prompt": prompt} if args.raw else {"messages": [{"role": "user", "content": prompt}]}
     stream = client.generate(**given, model=args.model or "", cache_salt=args.cache_salt, **sampling)
     choices = [_Choice() for _ in range(args.n or 1)]
@@ -159,8 +160,8 @@ def _answer(
         raise
     progress.clear()
     if args.json:
-        told = _summary(accepted, finished, choices, logprobs=args.logprobs is not None)
-        _write(json.dumps(told | {"model": _model_name(client, args)}))
+        summary = _summary(accepted, finished, choices, logprobs=args.logprobs is not None)
+        _write(json.dumps(summary | {"model": _model_name(client, args)}))
     elif live:
         _write(finished.text)
     else:
@@ -175,7 +176,7 @@ def _answer(
 def _follow(
     stream: Iterator[events.Event], choices: list[_Choice], *, live: bool, progress: Progress
 ) -> tuple[events.Accepted, events.Finished]:
-    """Fill ``choices`` as tokens come; ``live``: print them, too."""
+    """Reads the stream to its end and fills ``choices``. ``live``: print each token's text."""
     accepted = finished = None
     for event in stream:
         if isinstance(event, events.Accepted):
@@ -189,7 +190,7 @@ def _follow(
                 progress.clear()
                 _write(event.text)
             else:
-                progress.update(f"answering: {sum(len(it.tokens) for it in choices)} tokens")
+                progress.update(f"answering: {sum(len(choice.tokens) for choice in choices)} tokens")
         else:
             finished = event
             for choice, end in zip(choices, finished.choices, strict=True):
@@ -206,7 +207,7 @@ def _write(text: str) -> None:
 
 
 def _model_name(client: Client, args: argparse.Namespace) -> str | None:
-    """None if nobody can tell: an answer is worth printing without it."""
+    """The model's name; None if the gateway can't report it now, since the answer is printed all the same."""
     if args.model:
         return args.model
     try:
@@ -218,8 +219,8 @@ def _model_name(client: Client, args: argparse.Namespace) -> str | None:
 def _summary(
     accepted: events.Accepted, finished: events.Finished, choices: list[_Choice], *, logprobs: bool
 ) -> dict[str, Any]:
-    """One choice is told flat, several are a list."""
-    told = [
+    """The JSON object. A single choice's fields stand at the top level, several choices in a list."""
+    answers = [
         {
             "text": choice.text,
             "token_ids": [token.token_id for token in choice.tokens],
@@ -228,8 +229,8 @@ def _summary(
         | ({"logprobs": [_logprob(token) for token in choice.tokens]} if logprobs else {})
         for choice, end in zip(choices, finished.choices, strict=True)
     ]
-    several = {"choices": [{"index": index, **it} for index, it in enumerate(told)]}
-    return (told[0] if len(told) == 1 else several) | {
+    several = {"choices": [{"index": index, **answer} for index, answer in enumerate(answers)]}
+    return (answers[0] if len(answers) == 1 else several) | {
         "prompt_tokens": finished.prompt_tokens,
         "completion_tokens": finished.completion_tokens,
         "ttft_ms": finished.ttft_ms,
@@ -246,5 +247,5 @@ def _logprob(token: events.Token) -> dict[str, Any]:
         "token_id": token.token_id,
         "text": token.text,
         "logprob": token.logprob,
-        "top": [dataclasses.asdict(it) for it in token.top],
+        "top": [dataclasses.asdict(other) for other in token.top],
     }

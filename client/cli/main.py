@@ -1,6 +1,6 @@
-"""The ``farshore`` command: finds the subcommand and turns errors into one line and an exit code.
+"""The ``farshore`` command: runs a subcommand and turns errors into one line and an exit code.
 
-The console script's entry. Must not know what subcommands do.
+The console script's entry point. Must not know what the subcommands do.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read our output has left (`| head`). Python flushes stdout once more at its end.
+        # The reader of stdout has closed it, as `| head` does. Python's flush at exit must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 

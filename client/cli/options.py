@@ -1,6 +1,6 @@
-"""What several subcommands' options share: their types, and the options that describe a cluster.
+"""Option types that several subcommands share, and the options that configure a cluster.
 
-Used by ``cli_*``. Must not know what the commands do.
+Used by the subcommands' modules. Must not know what the commands do.
 """
 
 import argparse
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import get_args
 
 from farshore.controller.config import ClusterConfig, Dtype, KvFormat, Placement, ShardBy
+from farshore.defaults import MAX_DECODE_STALL_MS, SHARD_GRACE_S
 from farshore.errors import InvalidRequest, TransportError
 
 DEFAULT_SERVER = "127.0.0.1:50051"
@@ -18,7 +19,7 @@ _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def size_bytes(text: str) -> int:
-    """512MiB, 1GiB, 2g (GiB), 1.5GB (powers of 1000), 1073741824."""
+    """Parses a size: 512MiB, 1GiB, 2g (GiB), 1.5GB (powers of 1000), 1073741824."""
     match = _SIZE.fullmatch(text.strip())
     if match is None or (match[3] and not (match[2] and match[4])):
         raise argparse.ArgumentTypeError(
@@ -34,6 +35,7 @@ def size_bytes(text: str) -> int:
 
 
 def whole(text: str) -> int:
+    """Parses a whole number."""
     try:
         return int(text)
     except ValueError:
@@ -41,6 +43,7 @@ def whole(text: str) -> int:
 
 
 def number(text: str) -> float:
+    """Parses a number, also NaN and infinity."""
     try:
         return float(text)
     except ValueError:
@@ -48,6 +51,7 @@ def number(text: str) -> float:
 
 
 def positive(text: str) -> int:
+    """Parses a whole number from 1 on."""
     value = whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: use a whole number from 1 on")
@@ -55,7 +59,7 @@ def positive(text: str) -> int:
 
 
 def server_address(text: str) -> str:
-    """HOST:PORT; an IPv6 host in brackets."""
+    """Checks HOST:PORT; an IPv6 host must be in brackets."""
     host, _, port = text.rpartition(":")
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     is_port = port.isascii() and port.isdigit() and 0 < int(port) <= 65535
@@ -67,13 +71,14 @@ def server_address(text: str) -> str:
 
 
 def no_gateway(address: str) -> TransportError:
+    """The error of a command that needs a running gateway."""
     return TransportError(
         f"no gateway answers at {address}: start one with `farshore serve`, or give the right --server"
     )
 
 
 def add_cluster_options(group: argparse._ArgumentGroup) -> None:
-    """Those that ``serve`` and a ``generate`` with a cluster of its own have in common."""
+    """Adds the options of ``serve`` that also apply to a cluster which ``generate`` starts."""
     group.add_argument(
         "--dtype",
         choices=get_args(Dtype),
@@ -115,7 +120,7 @@ def add_cluster_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--max-decode-stall-ms",
         type=number,
-        default=200.0,
+        default=MAX_DECODE_STALL_MS,
         metavar="MS",
         help="most time from one token of an answer to its next while other prompts are read "
         "(default: %(default)g)",
@@ -123,7 +128,7 @@ def add_cluster_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--shard-grace",
         type=number,
-        default=10.0,
+        default=SHARD_GRACE_S,
         metavar="S",
         dest="shard_grace_s",
         help="how long an attention worker may answer nothing before the requests whose KV lies there fail; "
@@ -140,7 +145,8 @@ def add_cluster_options(group: argparse._ArgumentGroup) -> None:
 
 
 def cluster_config(args: argparse.Namespace, names: Sequence[str], **fixed: object) -> ClusterConfig:
-    """From the options ``names`` and ``fixed`` values. A value that can't work is a usage error: exit 2."""
+    """The configuration from the options of :func:`add_cluster_options`, the options ``names`` and the values
+    ``fixed``. A value that can't work is a usage error: exit code 2."""
     try:
         return ClusterConfig(
             dtype=args.dtype,
@@ -157,4 +163,4 @@ def cluster_config(args: argparse.Namespace, names: Sequence[str], **fixed: obje
         )
     except InvalidRequest as error:
         args.usage_error(str(error))
-        raise  # argparse's error() has left already
+        raise  # Not reached: usage_error exits.

@@ -1,7 +1,7 @@
-"""The sampling options of ``farshore generate``, and what they ask of the SDK.
+"""The sampling options of ``farshore generate``, as arguments of the SDK.
 
-Used by ``cli_generate``. Ranges are checked here too, since a cluster may be started for the call: the
-gateway says the same, but later. Must not know what sampling does with them.
+Used by ``generate``. Checks ranges, as the gateway does, so that a wrong value is reported before a cluster
+is started for the call. Must not know how the values are used.
 """
 
 import argparse
@@ -84,9 +84,9 @@ def add_sampling_options(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--repetition-penalty",
-        type=number_in(0, 10, "above 0, up to 10", above=True),
+        type=number_in(0.01, 100, "from 0.01 to 100"),
         metavar="R",
-        help="above 1: avoid tokens of prompt and answer (default: 1)",
+        help="0.01 to 100; above 1: avoid tokens of prompt and answer (default: 1)",
     )
     for name in ("presence", "frequency"):
         each = "for every time it came" if name == "frequency" else "if it came at all"

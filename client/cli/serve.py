@@ -1,6 +1,6 @@
-"""``farshore serve``: starts a cluster and keeps it until it is told to stop.
+"""``farshore serve``: starts a cluster and runs it until a signal.
 
-Called by ``cli``. Must not know how a cluster is started: ``controller.cluster`` does.
+Called by ``main``. Must not know how a cluster is started: ``controller.cluster`` does.
 """
 
 import argparse
@@ -10,16 +10,16 @@ from farshore import __version__
 from farshore.client.cli.options import DEMO_MODEL, add_cluster_options, cluster_config
 from farshore.client.cli.terminal import Progress, stop_signals
 from farshore.controller.config import ClusterConfig
-from farshore.errors import PartEnded
+from farshore.errors import ProcessEnded
 
-_NAMES = ("model", "dense_workers", "host", "port", "ray_address", "dashboard")
+_OPTIONS = ("model", "dense_workers", "host", "port", "ray_address", "dashboard")
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "serve",
         help="start a cluster on this machine (or on a Ray cluster) and serve a model",
-        description="Start a cluster and serve a model over gRPC until Ctrl-C or SIGTERM. When a part "
+        description="Start a cluster and serve a model over gRPC until Ctrl-C or SIGTERM. When a process "
         "ends that it can't serve without, the command names it and ends with exit code 1.",
         epilog="example: farshore serve --model smollm2 --attention-workers 4 --kv-memory 512MiB",
     )
@@ -50,7 +50,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(args: argparse.Namespace) -> int:
-    config = cluster_config(args, _NAMES)
+    config = cluster_config(args, _OPTIONS)
     progress = Progress()
     try:
         with stop_signals() as take_signals:
@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _serve(config: ClusterConfig, progress: Progress, take_signals: Callable[[], None]) -> int:
-    """Returns the exit code, or raises KeyboardInterrupt, when everything has ended."""
-    # Imported here: Ray takes most of a second, which `farshore generate` against a server need not pay.
+    """Returns the exit code when everything has ended. Raises KeyboardInterrupt after a signal."""
+    # Imported here: Ray takes most of a second to import, which other commands must not pay.
     from farshore.controller.cluster import Cluster
 
     with Cluster.start(config, progress=progress.step) as cluster:
@@ -78,8 +78,8 @@ def _serve(config: ClusterConfig, progress: Progress, take_signals: Callable[[],
         except KeyboardInterrupt:
             progress.step("stopping")
             raise
-        except PartEnded as error:
-            # Told at once: to end the others takes seconds.
+        except ProcessEnded as error:
+            # Printed before the other processes are ended, which takes seconds.
             progress.note(f"farshore: error: {error}")
             return 1
     return 0

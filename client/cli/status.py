@@ -1,6 +1,6 @@
-"""``farshore status``: workers, the pool, and where every live sequence's KV is.
+"""``farshore status``: prints workers, memory, and where each live sequence's KV is stored.
 
-Called by ``cli``. Must not know more than the gateway tells.
+Called by ``main``. Must not know anything but the SDK's ``ClusterStatus``.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(args: argparse.Namespace) -> int:
     progress = Progress()
     try:
-        # One that serves nothing, because its engine has failed, tells its status all the same.
+        # A gateway whose engine has failed is not ready, but still reports the status.
         if not await_gateway(args.server, progress.step, to_serve=False):
             raise no_gateway(args.server)
         with Client(args.server) as client:
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def render(status: ClusterStatus) -> str:
+    """The status as text for a terminal."""
     guesses = status.speculate_tokens
     guessing = f"up to {guesses} tokens guessed ahead" if guesses else "nothing guessed ahead"
     used_bytes = status.pool_budget_bytes - status.pool_free_bytes
@@ -80,7 +81,7 @@ def render(status: ClusterStatus) -> str:
 
 
 def _links(status: ClusterStatus) -> list[str]:
-    """How every dense worker reaches the attention workers it has read from."""
+    """A table of the connections from dense workers to the attention workers that they have read from."""
     rows = [
         (
             f"{worker.worker_id} → {link.worker_id}",
@@ -100,11 +101,11 @@ def _links(status: ClusterStatus) -> list[str]:
 
 
 def _sequence_rows(sequence: Sequence) -> list[tuple[object, ...]]:
-    """One row a span, and one for the tail; ranges as first..last, the last one excluded."""
-    places = [
+    """A row for each span and one for the tail; ranges are written first..last, without last."""
+    locations = [
         (span.worker_id, f"{span.first}..{span.last}", f"{span.group0}..{span.group1}", size(span.bytes))
         for span in sequence.spans
     ]
-    places.append((f"{sequence.owner} (tail)", f"{sequence.tail_first}..{sequence.tokens}", "all", "-"))
-    heads = [(sequence.sequence_id, sequence.tokens)] + [("", "")] * (len(places) - 1)
-    return [(*head, *place) for head, place in zip(heads, places, strict=True)]
+    locations.append((f"{sequence.owner} (tail)", f"{sequence.tail_first}..{sequence.tokens}", "all", "-"))
+    names = [(sequence.sequence_id, sequence.tokens)] + [("", "")] * (len(locations) - 1)
+    return [(*name, *location) for name, location in zip(names, locations, strict=True)]

@@ -1,6 +1,6 @@
-"""The command line's manners: progress on stderr, tables on stdout, one clean stop on a signal.
+"""Terminal output and signals: progress on stderr, tables, and one clean stop on a signal.
 
-Used by ``cli_*``. Must not know what is being done.
+Used by the subcommands' modules. Must not know what they do.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ _CLEAR_LINE = "\r\x1b[2K"
 
 
 class Progress:
-    """Lines about what is going on. On a terminal they replace each other and leave nothing behind."""
+    """Progress messages. On a terminal each replaces the one before, and ``clear`` removes the last."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = sys.stderr if stream is None else stream
@@ -22,26 +22,27 @@ class Progress:
         self._shown = False
 
     def step(self, text: str) -> None:
-        """Worth a line in a log, too."""
+        """Shows a message: replaceable on a terminal, a line elsewhere."""
         if self._is_terminal:
             self.update(text)
         else:
             self.note(text)
 
     def update(self, text: str) -> None:
-        """Shown on a terminal only."""
+        """Shows a replaceable message on a terminal; does nothing elsewhere."""
         if self._is_terminal:
             self._stream.write(f"{_CLEAR_LINE}{text}")
             self._stream.flush()
             self._shown = True
 
     def note(self, text: str) -> None:
-        """Stays."""
+        """Writes a line that stays."""
         self.clear()
         self._stream.write(f"{text}\n")
         self._stream.flush()
 
     def clear(self) -> None:
+        """Removes the replaceable message, if one is shown."""
         if self._shown:
             self._stream.write(_CLEAR_LINE)
             self._stream.flush()
@@ -50,9 +51,11 @@ class Progress:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], None]]:
-    """SIGINT and SIGTERM raise KeyboardInterrupt, once: a second one must not break off the cleaning up.
+    """SIGINT and SIGTERM raise KeyboardInterrupt, but only the first one does: a second signal must not
+    interrupt the cleaning up.
 
-    Yields what takes SIGTERM back after ``ray.init``, which sets a handler of its own.
+    Yields a function that installs the handlers again, to be called after ``ray.init``, which replaces the
+    handler of SIGTERM.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None  # Only the main thread gets signals.
@@ -74,7 +77,7 @@ def stop_signals() -> Iterator[Callable[[], None]]:
     try:
         yield take
     except SystemExit as leaving:
-        if leaving.code == signal.SIGTERM:  # Ray's handler was faster.
+        if leaving.code == signal.SIGTERM:  # Raised by Ray's handler, before ours was installed again.
             raise KeyboardInterrupt from leaving
         raise
     finally:
@@ -83,7 +86,7 @@ def stop_signals() -> Iterator[Callable[[], None]]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """Aligned columns: numbers (and sizes) to the right."""
+    """Lines with aligned columns; a column whose cells all begin with a digit is aligned to the right."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(line[column]) for line in [list(header), *cells]) for column in range(len(header))]
     right = [all(row[column][:1].isdigit() for row in cells) for column in range(len(header))]
@@ -97,6 +100,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
 
 
 def size(count_bytes: int) -> str:
+    """The number of bytes in a binary unit, such as "1.5 GiB"."""
     value, units = float(count_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
     while value >= 1024 and len(units) > 1:
         value /= 1024

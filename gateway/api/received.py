@@ -1,8 +1,9 @@
-"""A Generate call as bytes: counted before it is parsed.
+"""Checks the size of a Generate call's bytes before they are parsed.
 
-Called by ``service`` on the event loop. Parsing keeps the interpreter's lock for as long as it takes, and
-some bytes take long (an empty chat message has two bytes and costs a hundred nanoseconds): what is certain to
-be refused is refused from its outline, in time that the limits bound. Must not know what the fields mean.
+Called by ``service`` on the event loop. Protobuf holds the interpreter's lock while it parses, and some
+messages are slow to parse for their size (an empty chat message takes two bytes and a hundred nanoseconds).
+Requests that exceed a limit are therefore refused from the wire format, in time that the limits bound. Must
+not know what the fields mean.
 """
 
 import hashlib
@@ -26,7 +27,8 @@ _CONTINUED = bytes(range(128, 256))
 
 
 class Received(NamedTuple):
-    """``fingerprint``: equal for requests that ask for the same thing: same prompt as sent, same sampling."""
+    """A parsed call. ``fingerprint``: SHA-256, equal for requests with the same prompt bytes, cache salt and
+    sampling."""
 
     request: api.GenerateRequest
     fingerprint: bytes
@@ -41,8 +43,9 @@ class _Field(NamedTuple):
 
 
 def parse(raw: bytes, *, max_positions: int, limits: Limits) -> Received:
-    """Raises InvalidRequest for bytes that are no request, and for what has more parts than its limit."""
-    fields = _Outline(raw, limits.messages * _FIELDS_OF_A_MESSAGE + _OTHER_FIELDS, limits)
+    """Raises InvalidRequest if ``raw`` is not a GenerateRequest, or has more fields, messages, tokens or
+    sampling bytes than its limit."""
+    fields = _WireFields(raw, limits.messages * _FIELDS_OF_A_MESSAGE + _OTHER_FIELDS, limits)
     digest = hashlib.sha256()
     for field in fields.walk(0, len(raw)):
         if field.wire_type != _BYTES:
@@ -62,46 +65,49 @@ def parse(raw: bytes, *, max_positions: int, limits: Limits) -> Received:
         request = api.GenerateRequest.FromString(raw)
     except DecodeError as error:
         raise _malformed() from error
-    # A map has no order of its own: what was sent in another one is the same sampling.
+    # Deterministic: the order of a map's entries on the wire has no meaning.
     digest.update(request.sampling.SerializeToString(deterministic=True))
     return Received(request, digest.digest(), len(raw))
 
 
-class _Outline:
-    """The fields of one call, down to those of chat messages. At most ``most`` of them are looked at."""
+class _WireFields:
+    """Walks the fields of one call and of its chat messages. Raises InvalidRequest after ``most`` fields."""
 
     def __init__(self, raw: bytes, most: int, limits: Limits) -> None:
         self._raw = raw
         self._left = most
         self._limits = limits
 
-    def walk(self, at: int, end: int) -> Iterator[_Field]:
-        while at < end:
+    def walk(self, start: int, end: int) -> Iterator[_Field]:
+        """The fields between the byte offsets ``start`` and ``end``."""
+        offset = start
+        while offset < end:
             self._left -= 1
             if self._left < 0:
                 raise InvalidRequest(
                     f"the request has too many fields: use at most {self._limits.messages} messages, "
                     "each with one role and one content, and token ids packed"
                 )
-            tag, at = self._varint(at, end)
+            tag, offset = self._varint(offset, end)
             wire_type = tag & 7
             if wire_type == _BYTES:
-                size, at = self._varint(at, end)
-                last = at + size
+                size, offset = self._varint(offset, end)
+                last = offset + size
             elif wire_type == _VARINT:
-                _, last = self._varint(at, end)
+                _, last = self._varint(offset, end)
             elif wire_type in (_FIXED_32, _FIXED_64):
-                last = at + (4 if wire_type == _FIXED_32 else 8)
+                last = offset + (4 if wire_type == _FIXED_32 else 8)
             else:
                 raise _malformed()
             if last > end:
                 raise _malformed()
-            yield _Field(tag >> 3, wire_type, at, last)
-            at = last
+            yield _Field(tag >> 3, wire_type, offset, last)
+            offset = last
 
     def check_chat(self, chat: _Field) -> None:
-        for place, message in enumerate(self.walk(chat.start, chat.end)):
-            if place >= self._limits.messages:
+        """Counts the messages of a chat and their fields."""
+        for index, message in enumerate(self.walk(chat.start, chat.end)):
+            if index >= self._limits.messages:
                 raise InvalidRequest(
                     f"the chat has more than {self._limits.messages} messages: leave out the oldest, "
                     "or join some"
@@ -111,12 +117,13 @@ class _Outline:
                     pass
 
     def check_tokens(self, tokens: _Field, max_positions: int) -> None:
+        """Counts token ids, in packed and unpacked form."""
         count = 0
         for ids in self.walk(tokens.start, tokens.end):
             if ids.wire_type != _BYTES:
                 count += 1
                 continue
-            # Every id ends with the one byte of it that is below 128.
+            # In a packed list of varints, each id ends with its only byte below 128.
             count += len(self._raw[ids.start : ids.end].translate(None, _CONTINUED))
         if count >= max_positions:
             raise InvalidRequest(
@@ -124,14 +131,15 @@ class _Outline:
                 f"shorten the prompt to at most {max_positions - 1} tokens"
             )
 
-    def _varint(self, at: int, end: int) -> tuple[int, int]:
+    def _varint(self, offset: int, end: int) -> tuple[int, int]:
+        """(value, offset behind it)."""
         value = shift = 0
-        while at < end and shift < 70:
-            byte = self._raw[at]
-            at += 1
+        while offset < end and shift < 70:
+            byte = self._raw[offset]
+            offset += 1
             value |= (byte & 127) << shift
             if byte < 128:
-                return value, at
+                return value, offset
             shift += 7
         raise _malformed()
 

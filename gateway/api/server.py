@@ -1,6 +1,6 @@
-"""A gateway put together: the gRPC server with its services, its channels and its threads.
+"""Builds a gateway: the gRPC server with its services, channels and threads.
 
-Called by ``__main__``, and by tests in their own process. Must not know about processes and signals.
+Called by ``__main__``, and by tests within their process. Must not know about processes and signals.
 """
 
 import asyncio
@@ -21,19 +21,19 @@ from farshore.gateway.api.service import InferenceService
 from farshore.gateway.engines.engine_client import GrpcEngineClient
 from farshore.gateway.engines.health import EngineHealth
 from farshore.gateway.limits import Limits
-from farshore.gateway.requests.requests import RequestLog
+from farshore.gateway.requests.log import RequestLog
 from farshore.gateway.served import Served
 from farshore.interpreter import make_nicer
 from farshore.proto import cluster_pb2_grpc, inference_pb2
 
 NICENESS = 10
-"""Of threads that tokenize, above the process's: the loop's threads, which others wait for, come first."""
+"""Added to the niceness of tokenizing threads, so that the event loop's threads run first."""
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 
 
 class Gateway:
-    """A gateway that accepts calls at ``address`` until ``stop``. From ``create``."""
+    """A running gateway that accepts calls at ``address`` until ``stop``. Made by ``create``."""
 
     def __init__(
         self,
@@ -60,18 +60,19 @@ class Gateway:
 
     @property
     def calls(self) -> int:
-        """Generate calls that are open."""
+        """The number of open Generate calls."""
         return self._log.calls
 
     @property
     def remembered_bytes(self) -> int:
-        """Of the answers of requests that have ended."""
+        """Bytes of the events of ended requests that can still be read."""
         return self._log.ended_bytes
 
     async def stop(self) -> None:
-        """Says that it leaves, lets live requests run on for a moment, and fails the rest. Once."""
+        """Sets the health to NOT_SERVING, lets live requests go on for ``drain_s``, fails those that remain,
+        and closes everything. Call once."""
         await self._health.enter_graceful_shutdown()
-        # The log first: its readers then end with their last event, and the server has nothing to wait for.
+        # The log is closed first, which ends its readers, so that the server has no calls to wait for.
         await self._log.close()
         await self._server.stop(self._limits.shutdown_s)
         self._probing.cancel()
@@ -90,10 +91,10 @@ async def create(
     limits: Limits | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Gateway:
-    """Start a gateway on the running event loop. ``listen``: HOST:PORT, port 0 for any.
+    """Starts a gateway on the running event loop. ``listen``: HOST:PORT, port 0 for any free one. ``engine``
+    and ``controller``: their addresses; neither must answer yet. The gateway's health follows the engine's.
 
-    Raises PortInUse or InvalidRequest if ``listen`` can't be listened on. Needs neither the engine nor the
-    controller to be there yet; its health follows the engine's.
+    Raises PortInUse, or InvalidRequest, if the gateway can't listen on ``listen``.
     """
     limits = limits or Limits()
     host, _ = split_address(listen)
@@ -154,13 +155,13 @@ async def _tell(health_state: health.aio.HealthServicer, serving: bool) -> None:
 
 
 def _options(message_bytes: int) -> list[tuple[str, int]]:
-    """Those of every channel, but for the size of what clients may send."""
-    own = {"grpc.max_receive_message_length": message_bytes}
-    return list((dict(rpc.OPTIONS) | own).items())
+    """The options of every channel, with the gateway's own limit on received messages."""
+    changed = {"grpc.max_receive_message_length": message_bytes}
+    return list((dict(rpc.OPTIONS) | changed).items())
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """HOST:PORT; an IPv6 host stands in brackets and keeps them."""
+    """(host, port) of HOST:PORT; the brackets around an IPv6 host are kept. Raises InvalidRequest."""
     host, colon, port = address.rpartition(":")
     if not (colon and host and port.isascii() and port.isdigit() and int(port) <= 65535):
         raise InvalidRequest(f"{address!r} is no address: use HOST:PORT, such as 127.0.0.1:50051")
@@ -171,11 +172,11 @@ def _bind(server: grpc.aio.Server, listen: str) -> int:
     try:
         return server.add_insecure_port(listen)
     except RuntimeError as error:
-        raise _why_not(listen) from error
+        raise _bind_error(listen) from error
 
 
-def _why_not(listen: str) -> InvalidRequest:
-    """gRPC doesn't say why a port can't be had; the socket layer does."""
+def _bind_error(listen: str) -> InvalidRequest:
+    """The reason why ``listen`` can't be bound, found by binding a socket: gRPC does not report it."""
     host, port = split_address(listen)
     try:
         family, kind, *_, address = socket.getaddrinfo(

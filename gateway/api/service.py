@@ -1,7 +1,7 @@
 """The client API over gRPC: Generate, Cancel, ClusterStatus.
 
-Registered by ``server``. Translates between calls and the request log and turns errors into statuses, once.
-Must not know how a request is run. Never logs a prompt.
+Registered by ``server``. Translates calls to the request log's operations, and all errors to statuses. Must
+not know how a request is run. Never logs a prompt.
 """
 
 import asyncio
@@ -18,21 +18,22 @@ from google.protobuf.message import DecodeError, Message
 from farshore import rpc
 from farshore.errors import DeadlineExceeded, FarshoreError, InvalidRequest, Overloaded
 from farshore.gateway.api import received
-from farshore.gateway.limits import Limits
+from farshore.gateway.limits import ERROR_MESSAGE_CHARS, Limits
 from farshore.gateway.requests import validate
+from farshore.gateway.requests.log import RequestLog
 from farshore.gateway.requests.request import Request, RequestFailed
-from farshore.gateway.requests.requests import RequestLog
 from farshore.gateway.served import Served
-from farshore.gateway.shown import shortened
 from farshore.proto import cluster_pb2, cluster_pb2_grpc
 from farshore.proto import inference_pb2 as api
+from farshore.text import shortened
 
 _SERVICE = api.DESCRIPTOR.services_by_name["Inference"]
 _logger = logging.getLogger(__name__)
 
 
 class InferenceService:
-    """Handlers get and give bytes: ``Generate`` looks at them before it parses them, and writes a log's."""
+    """Handlers receive and return serialised messages: ``Generate`` checks a request's bytes before it parses
+    them, and sends events as the request log stores them. Runs on the event loop."""
 
     def __init__(
         self,
@@ -52,7 +53,7 @@ class InferenceService:
         self._clock = clock
 
     def handler(self) -> grpc.GenericRpcHandler:
-        """To be added to a server."""
+        """The handler to add to a server."""
         handlers = {}
         for method in _SERVICE.methods:
             kind = (
@@ -63,8 +64,9 @@ class InferenceService:
             handlers[method.name] = kind(functools.partial(self._guarded, getattr(self, method.name)))
         return grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers)
 
-    # Writes instead of yielding: a client that leaves is then always noticed here, inside `reading`.
+    # Calls `write` instead of yielding, so that a client's disconnect is raised here, inside `reading`.
     async def Generate(self, raw: bytes, context: grpc.aio.ServicerContext) -> None:
+        """Starts a request, or reconnects to one, and sends its events until it ends."""
         arrived_s = self._clock()
         with self._log.call(len(raw)):
             request, resume_from = self._open(raw, arrived_s)
@@ -74,10 +76,12 @@ class InferenceService:
                         await self._write(event, context)
 
     async def Cancel(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        """Ends a request; returns when it has ended."""
         await self._log.cancel(_parsed(api.CancelRequest, raw).request_id)
         return api.CancelReply().SerializeToString()
 
     async def ClusterStatus(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        """The controller's status, passed on. UNAVAILABLE if the controller does not answer."""
         try:
             reply = await self._controller.Status(
                 cluster_pb2.StatusRequest(), timeout=self._limits.controller_s
@@ -91,30 +95,31 @@ class InferenceService:
         return reply.SerializeToString()
 
     def _open(self, raw: bytes, arrived_s: float) -> tuple[Request, int]:
-        """The request to read, found or started, and from which token on. Without an await: of two calls with
-        the same id one starts it, and a Cancel that comes behind finds it."""
+        """(the request to read, the index of the first token to send). Finds the request or starts it. Never
+        awaits, so that of two calls with the same id only one starts it, and a later Cancel finds it."""
         positions = self._served.config.max_positions
-        request, fingerprint, _ = received.parse(raw, max_positions=positions, limits=self._limits)
-        validate.check_request_id(request, self._limits)
-        asked = fingerprint if validate.has_prompt(request) else None
-        entry = self._log.find_same(request.request_id, asked, request.resume_from)
-        if entry is None:
-            validate.check_cheap(request, self._served, self._limits)
-            entry = self._log.start(
-                request.request_id,
-                functools.partial(self._prepare, request),
+        message, fingerprint, _ = received.parse(raw, max_positions=positions, limits=self._limits)
+        validate.check_request_id(message, self._limits)
+        expected = fingerprint if validate.has_prompt(message) else None
+        request = self._log.find_same(message.request_id, expected, message.resume_from)
+        if request is None:
+            validate.check_cheap(message, self._served, self._limits)
+            request = self._log.start(
+                message.request_id,
+                functools.partial(self._prepare, message),
                 fingerprint=fingerprint,
-                choices=request.sampling.n or 1,
-                values=validate.values(request.sampling, self._limits),
+                choices=message.sampling.n or 1,
+                values=validate.values(message.sampling, self._limits),
                 arrived_s=arrived_s,
             )
-        return entry, request.resume_from
+        return request, message.resume_from
 
-    def _prepare(self, request: api.GenerateRequest, sequence_id: str) -> validate.Job:
-        return validate.prepare(request, self._served, self._limits, sequence_id=sequence_id)
+    def _prepare(self, message: api.GenerateRequest, sequence_id: str) -> validate.Job:
+        return validate.prepare(message, self._served, self._limits, sequence_id=sequence_id)
 
     async def _write(self, event: bytes, context: grpc.aio.ServicerContext) -> None:
-        """Waits as long as the reader's window is full, but not for ever."""
+        """Blocks while the reader's flow-control window is full. Raises DeadlineExceeded after
+        ``reader_stall_s``."""
         try:
             async with asyncio.timeout(self._limits.reader_stall_s):
                 await context.write(event)
@@ -130,7 +135,8 @@ class InferenceService:
         raw: bytes,
         context: grpc.aio.ServicerContext,
     ) -> Any:
-        """The one place where errors become statuses."""
+        """Runs ``method`` and ends the call with a status if it raises. The only place where errors become
+        statuses."""
         try:
             return await method(raw, context)
         except FarshoreError as error:
@@ -146,9 +152,9 @@ class InferenceService:
     async def _abort(self, context: grpc.aio.ServicerContext, error: FarshoreError) -> None:
         code, message, trailing = rpc.status_of(error)
         if isinstance(error, Overloaded):
-            # gRPC's own retry hint: clients with a retry policy wait this long.
+            # gRPC's retry hint: clients with a retry policy wait this long.
             trailing += (("grpc-retry-pushback-ms", str(self._limits.retry_after_ms)),)
-        await self._end(context, code, shortened(message), trailing)
+        await self._end(context, code, shortened(message, ERROR_MESSAGE_CHARS), trailing)
 
     async def _end(
         self,
@@ -157,8 +163,8 @@ class InferenceService:
         message: str,
         trailing: tuple[tuple[str, str], ...] = (),
     ) -> None:
-        """A status stands behind what was written: gRPC sends it when a reader that stalls reads on, but then
-        the handler is gone."""
+        """Ends the call with a status. gRPC sends the status after the written events; if the reader is
+        stalled this waits at most ``shutdown_s``, and gRPC sends it when the reader continues."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._limits.shutdown_s):
                 await context.abort(code, message, trailing)

@@ -1,7 +1,7 @@
-"""The gateway's side of an engine: one call per request, its stream pulled into the request's log.
+"""The gateway's client of one engine: makes one call per request and copies its stream into the request.
 
-Used by ``requests`` alone. Must not know who reads the log, nor about the controller: tokens go on while
-the controller is away.
+Created by ``api.server``, used by ``requests.log``. Must not know the request's readers, nor the controller:
+generation goes on while the controller is down.
 """
 
 import asyncio
@@ -9,15 +9,15 @@ import asyncio
 import grpc
 
 from farshore import rpc
-from farshore.gateway.limits import Limits
+from farshore.gateway.limits import ERROR_MESSAGE_CHARS, Limits
 from farshore.gateway.requests.answer import Answer
 from farshore.gateway.requests.request import Failure, Request
 from farshore.gateway.requests.validate import Job
 from farshore.gateway.served import Served
-from farshore.gateway.shown import shortened
 from farshore.proto import cluster_pb2 as cluster
 from farshore.proto import cluster_pb2_grpc
 from farshore.proto import inference_pb2 as api
+from farshore.text import shortened
 
 _SERVICE = cluster.DESCRIPTOR.services_by_name["Engine"]
 
@@ -31,16 +31,17 @@ _REFUSALS = {
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.INTERNAL,
 }
-# A stream that the engine's side cut, without the gateway's asking, is an engine that is leaving.
-_OURS = {
+# Statuses of the connection, as the client gets them; any other status becomes INTERNAL. CANCELLED means that
+# the engine's process cut the stream without being asked to: it is shutting down.
+_CONNECTION_STATUSES = {
     grpc.StatusCode.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.CANCELLED: grpc.StatusCode.UNAVAILABLE,
 }
 
 
 class GrpcEngineClient:
-    """A :class:`~farshore.gateway.requests.requests.EngineClient`. Owns the channel; ``close`` it. On the
-    event loop only."""
+    """Implements :class:`~farshore.gateway.requests.log.EngineClient` over gRPC. Owns the channel until
+    ``close``. Use it on the event loop only."""
 
     def __init__(self, address: str, *, served: Served, limits: Limits) -> None:
         self._address = address
@@ -48,7 +49,7 @@ class GrpcEngineClient:
         self._limits = limits
         self._channel = grpc.aio.insecure_channel(address, options=rpc.OPTIONS)
         self._stub = cluster_pb2_grpc.EngineStub(self._channel)
-        # A job's message is serialised already, in a thread.
+        # A job's message was serialised by the thread that prepared it.
         self._generate = self._channel.unary_stream(
             f"/{_SERVICE.full_name}/{_SERVICE.methods_by_name['Generate'].name}",
             request_serializer=None,
@@ -63,10 +64,10 @@ class GrpcEngineClient:
         await self._channel.close()
 
     async def pump(self, request: Request, job: Job) -> None:
-        """Run ``job`` and fill ``request``; it has ended when this returns, whatever happened.
+        """Runs ``job`` and adds its events to ``request``, which has ended when this returns.
 
-        Cancelling the task cuts the stream, which ends the sequence in the engine too; so it has ended unless
-        the task was cancelled for another reason than ``request.cancelling``.
+        Cancelling this task cuts the stream, which also ends the sequence in the engine. The request has then
+        ended only if ``request.cancelling`` was set.
         """
         answer = Answer(request, job, self._served.tokenizer)
         call = self._generate(job.message)
@@ -105,11 +106,11 @@ class GrpcEngineClient:
                     return
                 stopped = await answer.take(event)
                 if stopped is not None:
-                    # Stop strings are ours: the engine has to be told.
+                    # The gateway matches stop strings; the engine does not know them.
                     await self.cancel(request.sequence_id, choice=stopped)
 
     async def _break(self, request: Request, answer: Answer, failure: Failure) -> None:
-        """The engine is gone; that takes nothing from an answer which is complete."""
+        """Ends a request whose stream broke: fails it, unless its answer is complete."""
         if answer.complete:
             await answer.end(api.FINISH_REASON_STOP)
         else:
@@ -118,7 +119,8 @@ class GrpcEngineClient:
     async def cancel(
         self, sequence_id: str, *, choice: int | None = None, deadline_s: float | None = None
     ) -> None:
-        """Ask the engine to end a sequence, or one choice. Best effort: cutting the stream says the same."""
+        """Asks the engine to end a sequence, or one choice of it. Raises nothing if the call fails: cutting
+        the stream has the same effect."""
         try:
             await self._stub.Cancel(
                 cluster.CancelSequence(sequence_id=sequence_id, choice=choice),
@@ -142,11 +144,12 @@ class GrpcEngineClient:
     def _as_failure(
         self, code: grpc.StatusCode, details: str | None, metadata: grpc.aio.Metadata | None
     ) -> Failure:
-        """A refusal passes as it is; what went wrong between gateway and engine is not the client's doing."""
-        message = shortened(details or "no details")
+        """Refusals by the engine keep their code and message. Failures of the connection name the engine and
+        get a code that does not blame the client."""
+        message = shortened(details or "no details", ERROR_MESSAGE_CHARS)
         if code not in _REFUSALS:
-            # Otherwise a client can't tell it from a gateway that is unreachable or broken.
+            # Without the engine's address the failure would look like the gateway's.
             message = f"dense worker {self._address}: {message}"
-            code = _OURS.get(code, grpc.StatusCode.INTERNAL)
+            code = _CONNECTION_STATUSES.get(code, grpc.StatusCode.INTERNAL)
         trailing = tuple((key, value) for key, value in metadata or () if key.startswith("farshore-"))
         return Failure(code, message, trailing)

@@ -1,7 +1,7 @@
-"""Whether the engine can take requests: what its own health service says, asked all the time.
+"""Probes the engine's health service, to know whether the engine takes requests.
 
-Run by ``server``, read by ``requests`` before a request starts. A killed engine is noticed with the next
-probe, a frozen one after a few. Must not know what is done about that.
+Run by ``api.server``, read by ``requests.log`` before it starts a request. A killed engine is noticed at the
+next probe, a frozen one after ``missed_probes``. Must not know the consequences.
 """
 
 import asyncio
@@ -11,14 +11,14 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from farshore.gateway.limits import Limits
-from farshore.gateway.shown import shortened
 from farshore.proto import cluster_pb2
+from farshore.text import shortened
 
 _SERVICE = cluster_pb2.DESCRIPTOR.services_by_name["Engine"].full_name
 
 
 class EngineHealth:
-    """``problem``: why the engine takes no requests, None if it does. On the event loop only."""
+    """``problem``: why the engine takes no requests; None if it does. Use it on the event loop only."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class EngineHealth:
         limits: Limits,
         changed: Callable[[bool], Awaitable[None]],
     ) -> None:
-        """``changed`` is called with whether the engine serves, at first and whenever that changes."""
+        """``changed`` is called with whether the engine serves: after the first probe, and at each change."""
         self._stub = health_pb2_grpc.HealthStub(channel)
         self._address = address
         self._limits = limits
@@ -38,12 +38,13 @@ class EngineHealth:
         self.problem: str | None = f"dense worker {address} has not answered yet"
 
     async def watch(self) -> None:
-        """Probes until it is cancelled."""
+        """Probes every ``probe_s`` until the task is cancelled."""
         while True:
             await asyncio.sleep(self._limits.probe_s)
             await self.probe()
 
     async def probe(self) -> None:
+        """Asks once, and calls ``changed`` if the answer differs from the last one."""
         problem = await self._ask()
         changed = not self._known or (problem is None) != (self.problem is None)
         self._known, self.problem = True, problem
@@ -65,7 +66,7 @@ class EngineHealth:
         code = error.code()
         if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
             self._missed = 0
-            return None  # All its places for calls are taken: it lives.
+            return None  # All its call slots are taken: it is alive.
         if code == grpc.StatusCode.DEADLINE_EXCEEDED:
             self._missed += 1
             if self._missed < self._limits.missed_probes and self._known:
@@ -73,4 +74,4 @@ class EngineHealth:
             silent_s = self._missed * self._limits.probe_s
             return f"dense worker {self._address} has not answered for {silent_s:g} s"
         self._missed = 0
-        return f"dense worker {self._address} is gone ({code.name}: {shortened(error.details() or '', 200)})"
+        return f"dense worker {self._address} is gone ({code.name}: {shortened(error.details() or '')})"

@@ -1,6 +1,7 @@
-"""What an engine says about one request, turned into the request's log.
+"""Translates an engine's events for one sequence into events of the request.
 
-Driven by ``engine``, which owns the connection. Must not know about calls, deadlines or readers.
+Called by ``engines.engine_client``, which owns the connection. Must not know about calls, deadlines or
+readers.
 """
 
 from farshore.gateway.requests.completion import Completion
@@ -12,7 +13,7 @@ from farshore.proto import inference_pb2 as api
 
 
 class Answer:
-    """All completions of one request; on the event loop only."""
+    """All completions of one request. Use it on the event loop only."""
 
     def __init__(self, request: Request, job: Job, tokenizer: Tokenizer) -> None:
         self._request = request
@@ -24,22 +25,23 @@ class Answer:
 
     @property
     def complete(self) -> bool:
-        """Nothing can be added: every completion has met its end, whether its engine knows or not."""
+        """Whether every completion has ended. The engine may not know it yet, after a stop string."""
         return all(completion.reason is not None for completion in self._completions)
 
     async def take(self, event: cluster.SequenceEvent) -> int | None:
-        """The choice that the event's token ended with a stop string: its engine goes on until it is told."""
+        """Adds an engine's event. Returns the choice that the event's token ended with a stop string, which
+        the engine must be told to end; else None."""
         kind = event.WhichOneof("kind")
         if kind == "token":
             return await self._add(event.token)
         if kind == "prefill":
             await self._request.add_prefill(event.prefill)
         elif kind == "finished":
-            await self._end_one(event.finished)
+            await self._end_choice(event.finished)
         return None
 
     async def end(self, reason: api.FinishReason) -> None:
-        """``reason`` for those completions that have not ended."""
+        """Ends the request; completions that have not ended yet end with ``reason``."""
         for completion in self._completions:
             completion.end(reason)
         await self._request.finish(
@@ -51,7 +53,7 @@ class Answer:
     async def _add(self, token: cluster.SampledToken) -> int | None:
         completion = self._completions[token.choice]
         if completion.reason is not None:
-            return None  # Behind a stop string: the engine has not heard of it yet.
+            return None  # The token follows a stop string: the engine has not been told yet.
         await self._request.add_token(
             token.token_id,
             completion.push(token.token_id),
@@ -59,14 +61,16 @@ class Answer:
             logprob=token.logprob if token.HasField("logprob") else None,
             top=[
                 api.Alternative(
-                    token_id=it.token_id, logprob=it.logprob, text=self._tokenizer.decode([it.token_id])
+                    token_id=other.token_id,
+                    logprob=other.logprob,
+                    text=self._tokenizer.decode([other.token_id]),
                 )
-                for it in token.top
+                for other in token.top
             ],
         )
         return None if completion.reason is None else token.choice
 
-    async def _end_one(self, done: cluster.SequenceFinished) -> None:
+    async def _end_choice(self, done: cluster.SequenceFinished) -> None:
         self._completions[done.choice].end(done.reason)
         if not self._ended:
             self._queued_ms = done.queued_ms

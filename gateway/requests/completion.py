@@ -1,6 +1,6 @@
-"""One of a request's completions on its way from token ids to text.
+"""Turns the token ids of one completion into text, and ends it at a stop string.
 
-Made by ``engine`` for every choice. Must not know where tokens come from or who reads the text.
+Created by ``answer`` for each choice. Must not know where tokens come from or where the text goes.
 """
 
 from farshore.gateway.requests.stop_strings import StopStrings
@@ -10,7 +10,7 @@ from farshore.proto import inference_pb2 as api
 
 
 class Completion:
-    """Grows by ``push`` until it has a ``reason``; on the event loop only."""
+    """Grows by ``push`` until it has a ``reason``. Use it on the event loop only."""
 
     def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
         self._silent_ids = frozenset(job.stop_token_ids)
@@ -21,22 +21,24 @@ class Completion:
         self.reason: api.FinishReason | None = None
 
     def push(self, token_id: int) -> str:
-        """The text that this token makes certain. A stop string in it ends the completion."""
+        """Adds a token. Returns the text that is now final: text that may become a stop string is held back.
+        A stop string ends the completion."""
         self._tokens += 1
-        # A stop token ends the answer and is no part of its text, even where it isn't a special one.
+        # A stop token's text is not part of the answer, even if the token is not a special one.
         text = "" if token_id in self._silent_ids else self._stops.push(self._text.push(token_id))
         if self._stops.found:
             self.reason = api.FINISH_REASON_STOP
         return text
 
     def end(self, reason: api.FinishReason) -> None:
-        """Its engine says that it is complete; a stop string's word goes before that."""
+        """Ends the completion with the engine's ``reason``, unless a stop string ended it before."""
         if self.reason is not None:
             return
         text = self._stops.push(self._text.finish())
         self._rest = text + self._stops.finish()
-        # The last bytes, as replacement characters, may have completed a stop string.
+        # The last bytes, decoded as replacement characters, may have completed a stop string.
         self.reason = api.FINISH_REASON_STOP if self._stops.found else reason
 
     def summary(self) -> api.Completion:
+        """For the Finished event. ``text``: the text that came after the last token's."""
         return api.Completion(reason=self.reason, tokens=self._tokens, text=self._rest)

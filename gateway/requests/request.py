@@ -1,9 +1,10 @@
-"""One request's log: what an engine has produced so far, readable by many, from any point, at any time.
+"""One request and the events that were produced for it so far, which several readers can follow from any
+token.
 
-Written by the one pump of ``requests``, read by ``service``. A reader that comes late or comes back sees
-exactly what the others saw. Events are kept as the bytes that readers get: a tenth of their messages'
-memory, and serialised once for all readers. Lives on the event loop: not thread-safe. Must not know where
-tokens come from.
+Written by ``log`` and by the engine client's ``pump``, read by ``api.service``. All readers see the same
+events, also those that connect late or again. Events are kept as the bytes that readers get: they take a
+tenth of the memory of protobuf objects, and are serialised once for all readers. Must not know where tokens
+come from.
 """
 
 import asyncio
@@ -15,17 +16,17 @@ from dataclasses import dataclass
 import grpc
 
 from farshore.errors import InvalidRequest
-from farshore.gateway.shown import shown
 from farshore.proto import inference_pb2 as api
+from farshore.text import quoted
 
-_EVENT_BYTES = 64  # of an event in the log, besides its own: a bytes object and a place in a list
+_EVENT_BYTES = 64  # of memory per event in addition to its content: a bytes object and a list entry
 
 Trailing = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """How a request broke: passed to every reader as it came from the engine."""
+    """The status with which a request failed; each reader's call ends with it."""
 
     code: grpc.StatusCode
     message: str
@@ -33,7 +34,7 @@ class Failure:
 
 
 class RequestFailed(Exception):
-    """Carries a Failure out of ``follow``; never leaves the gateway."""
+    """Raised by ``follow`` for a failed request. Stays inside the gateway."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.message)
@@ -41,9 +42,10 @@ class RequestFailed(Exception):
 
 
 class Request:
-    """Grows by ``accept`` and ``add_*``, and ends once, by ``finish`` or ``fail``. Bounded by ``values``.
+    """Grows by ``accept`` and ``add_*``, and ends once, by ``finish`` or ``fail``. Not thread-safe: use it on
+    the event loop only.
 
-    Tokens of several choices stand in the order in which they came; ``resume_from`` counts them all.
+    Tokens of all choices are kept in the order of arrival; ``resume_from`` counts the tokens of all choices.
     """
 
     def __init__(
@@ -58,10 +60,11 @@ class Request:
         arrived_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``request_id``: what its client calls it. No log and no status shows it, since it is all that one
-        needs to read or end the request. ``sequence_id``: what the cluster calls it. ``values``: the most
-        tokens and alternatives that may come. ``outlives_readers``: the client chose the id, so it may come
-        back."""
+        """``request_id``: the client's name of the request. It is never logged or shown in status, since it
+        permits reading and cancelling the request. ``sequence_id``: the cluster's name of it.
+        ``fingerprint``: see ``received``. ``values``: upper bound of tokens and alternatives.
+        ``outlives_readers``: the client chose the id, so it may reconnect. ``arrived_s``: when the call
+        arrived, by ``clock``."""
         self.request_id = request_id
         self.sequence_id = sequence_id
         self.fingerprint = fingerprint
@@ -78,13 +81,14 @@ class Request:
         self.size_bytes = 0
         self._finished: bytes | None = None
         self._failure: Failure | None = None
-        self._news = asyncio.Condition()
+        self._changed = asyncio.Condition()
         self._clock = clock
         self._arrived_s = arrived_s
         self._first_s = self._last_s = arrived_s
 
     @property
     def tokens(self) -> int:
+        """Tokens so far, of all choices."""
         return len(self._tokens)
 
     @property
@@ -96,24 +100,26 @@ class Request:
         return self.failed or self._finished is not None
 
     def check_resume(self, resume_from: int) -> None:
-        """A reader may not be ahead of the log: it must have mixed up two requests."""
+        """Raises InvalidRequest if ``resume_from`` is greater than the number of tokens so far: the client
+        has confused two requests."""
         if resume_from > len(self._tokens):
             raise InvalidRequest(
-                f"resume_from {resume_from}: request {shown(self.request_id)} has {len(self._tokens)} tokens "
+                f"resume_from {resume_from}: request {quoted(self.request_id)} has {self.tokens} tokens "
                 "so far; give the number of tokens received"
             )
 
     async def follow(self, resume_from: int) -> AsyncIterator[bytes]:
-        """Accepted, then tokens from ``resume_from`` on, then Finished, serialised. Raises RequestFailed.
+        """Yields serialised events: Accepted, Prefill if no token has been sent, tokens from ``resume_from``
+        on, Finished. Raises RequestFailed.
 
-        Waits have no deadline of their own: whoever writes the log ends it in bounded time.
+        The waits have no deadline: the request ends in bounded time (``stall_s`` of ``Limits``).
         """
         while self._accepted is None:
             if self._failure is not None:
                 raise RequestFailed(self._failure)
-            async with self._news:
+            async with self._changed:
                 if self._accepted is None and not self.ended:
-                    await self._news.wait()
+                    await self._changed.wait()
         yield self._accepted
         index, prefill = resume_from, None
         while True:
@@ -126,25 +132,26 @@ class Request:
             if self._failure is not None:
                 raise RequestFailed(self._failure)
             if self._prefill is not prefill:
-                # Only the newest progress counts; a slow reader skips the rest.
+                # Only the newest progress is sent; a slow reader skips the others.
                 prefill = self._prefill
                 if prefill is not None and not index:
                     yield prefill
                 continue
-            async with self._news:
+            async with self._changed:
                 if index == len(self._tokens) and self._prefill is prefill and not self.ended:
-                    await self._news.wait()
+                    await self._changed.wait()
 
     async def accept(self, prompt_tokens: int) -> None:
-        """Its prompt has been read."""
+        """Records that the prompt was tokenized."""
         self._prompt_tokens = prompt_tokens
         accepted = api.Accepted(request_id=self.request_id, prompt_tokens=prompt_tokens)
         self._accepted = api.GenerateEvent(accepted=accepted).SerializeToString()
-        await self._tell()
+        await self._notify()
 
     async def add_prefill(self, progress: api.PrefillProgress) -> None:
+        """Replaces the prefill progress."""
         self._prefill = api.GenerateEvent(prefill=progress).SerializeToString()
-        await self._tell()
+        await self._notify()
 
     async def add_token(
         self,
@@ -155,6 +162,7 @@ class Request:
         logprob: float | None = None,
         top: Sequence[api.Alternative] = (),
     ) -> None:
+        """Appends a token of ``choice``. ``text``: the text that it made final."""
         self._last_s = self._clock()
         if not self._tokens:
             self._first_s = self._last_s
@@ -170,7 +178,7 @@ class Request:
         self._tokens.append(event)
         self._tokens_of[choice] += 1
         self.size_bytes += _EVENT_BYTES + len(event)
-        await self._tell()
+        await self._notify()
 
     async def finish(
         self,
@@ -179,10 +187,11 @@ class Request:
         queued_ms: float = 0.0,
         shards: Iterable[api.ShardUse] = (),
     ) -> None:
+        """Ends the request with one completion per choice. Does nothing if it has ended."""
         if self.ended:
             return
         if self._accepted is None:
-            await self.accept(0)  # It ended before its prompt was read.
+            await self.accept(0)  # It ended before its prompt was tokenized.
         count = len(self._tokens)
         after_first = max(self._tokens_of.values(), default=0) - 1
         tpot_ms = (self._last_s - self._first_s) * 1e3 / after_first if after_first > 0 else 0.0
@@ -200,14 +209,15 @@ class Request:
             )
         ).SerializeToString()
         self.size_bytes += _EVENT_BYTES + len(self._finished)
-        await self._tell()
+        await self._notify()
 
     async def fail(self, failure: Failure) -> None:
+        """Ends the request with a failure. Does nothing if it has ended."""
         if self.ended:
             return
         self._failure = failure
-        await self._tell()
+        await self._notify()
 
-    async def _tell(self) -> None:
-        async with self._news:
-            self._news.notify_all()
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()

@@ -1,6 +1,6 @@
-"""What may be asked of sampling, checked before an engine hears of it.
+"""Checks a request's sampling parameters before the request reaches an engine.
 
-Called by ``validate``. Every refusal names the value, the limit and the fix. Must not know about prompts.
+Called by ``validate``. Each refusal names the value, the limit and the fix. Must not know about prompts.
 """
 
 from collections.abc import Iterable
@@ -17,16 +17,18 @@ _RANGES = {
     "presence_penalty": _UP_TO_2,
     "frequency_penalty": _UP_TO_2,
 }
-# As transformers and vLLM have it any number above 0 would do; far from 1 logits leave what a float32 holds.
+# transformers and vLLM accept any number above 0; with numbers far from 1, logits exceed the range of
+# float32.
 _REPETITION = (0.01, 100.0)
-# Below it logits divided by it may leave it, too.
+# Logits divided by a lower temperature may exceed the range of float32, too.
 _LEAST_TEMPERATURE = 1e-6
-_ROUNDED = 1e-6  # 0.01 arrives as a float32 slightly below it
+_ROUNDED = 1e-6  # relative tolerance: 0.01 arrives as a float32 slightly below 0.01
 _MOST_BIAS = 100.0
 
 
 def check(sampling: api.Sampling, *, vocab: int, limits: Limits) -> None:
-    """Raises InvalidRequest for the first thing that can't be done."""
+    """Raises InvalidRequest for the first parameter that is out of range. ``vocab``: token ids of the
+    model."""
     if sampling.HasField("max_tokens") and sampling.max_tokens < 1:
         raise InvalidRequest("max_tokens is 0: ask for at least 1, or leave it unset")
     for name, (low, high, fix) in _RANGES.items():

@@ -1,53 +1,53 @@
-"""Text that ends before the first stop string, handed out as early as that is certain.
+"""Cuts a text before the first stop string, and releases text as soon as it can't belong to one.
 
-Fed by ``completion`` with pieces of any size. Must not know about tokens.
+Called by ``completion`` with pieces of any size. Must not know about tokens.
 """
 
 from collections.abc import Sequence
 
 
 class StopStrings:
-    """One completion's text. What may be the beginning of a stop string is held back, and nothing else::
+    """The text of one completion. Holds back only text that may be the beginning of a stop string::
 
     stop "END"   push "the E" → "the "   push "N" → ""   push "ough" → "ENough"   push " END." → " "
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        """``stops``: none of them empty; perhaps none at all."""
+        """``stops`` may be empty; no string in it may."""
         self._stops = [_StopString(stop) for stop in stops]
         self._held = ""
         self.found = False
 
     def push(self, text: str) -> str:
-        """What is certainly part of the text, now that ``text`` has come. Nothing more once one is found."""
+        """Adds ``text``. Returns the text that is now final; "" once a stop string has been found."""
         if self.found:
             return ""
         for stop in self._stops:
             stop.push(text)
         text = self._held + text
-        starts = [at for stop in self._stops if (at := text.find(stop.text)) >= 0]
+        starts = [start for stop in self._stops if (start := text.find(stop.text)) >= 0]
         if starts:
             self.found, self._held = True, ""
             return text[: min(starts)]
-        held = max((stop.matched for stop in self._stops), default=0)
-        certain = len(text) - held
-        self._held = text[certain:]
-        return text[:certain]
+        final = len(text) - max((stop.matched for stop in self._stops), default=0)
+        self._held = text[final:]
+        return text[:final]
 
     def finish(self) -> str:
-        """What was held back and became no stop string."""
+        """Ends the text. Returns the text that was held back."""
         held, self._held = self._held, ""
         return held
 
 
 class _StopString:
-    """``matched``: the length of its longest beginning that the text ends with (Knuth, Morris and Pratt):
-    one step for each character, whatever the stop string."""
+    """Matches one stop string with the algorithm of Knuth, Morris and Pratt, in amortised constant time per
+    character. ``matched``: the length of the longest prefix of the stop string that ends the pushed text."""
 
     def __init__(self, text: str) -> None:
         self.text = text
         self.matched = 0
-        # By the length of a beginning: that of the next shorter one that it ends with.
+        # KMP's failure function: for each prefix length, the length of the longest proper prefix that is also
+        # a suffix of that prefix.
         self._shorter = [0, 0]
         for character in text[1:]:
             self._shorter.append(self._longer(self._shorter[-1], character))

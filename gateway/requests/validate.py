@@ -1,7 +1,8 @@
-"""From what a client sent to what an engine runs, or an error that names the limit and the fix.
+"""Validates and tokenizes a client's request: makes the job that an engine runs, or raises InvalidRequest.
 
-Called by ``service`` for every new request. Everything is checked here, before an engine takes memory; only
-the size of the pool is the engine's to judge. Must not know about gRPC calls, and must never log a prompt.
+Called by ``api.service`` for each new request, so that requests are refused before an engine allocates
+memory; only the pool's size is checked by the engine. Each refusal names the limit and the fix. Must not know
+about gRPC calls, and must never log a prompt.
 """
 
 import secrets
@@ -12,21 +13,21 @@ from farshore.errors import InvalidRequest, ModelError
 from farshore.gateway.limits import Limits
 from farshore.gateway.requests import sampling as sampling_limits
 from farshore.gateway.served import Served
-from farshore.gateway.shown import shown
 from farshore.proto import cluster_pb2 as cluster
 from farshore.proto import inference_pb2 as api
+from farshore.text import quoted
 
 _CHUNK = 1 << 14
-"""Ids handled in one call: other threads get the interpreter's lock between two of them."""
+"""Ids handled in one native call: other threads get the interpreter's lock between two calls."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A checked request.
+    """A validated request.
 
-    ``stop_token_ids``: the client's, and the model's own unless it wants to go on. ``message``: all that the
-    engine is told, as the bytes of a SequenceRequest. A list of the prompt's ids would take ten times their
-    memory, and the event loop long to write.
+    ``stop_token_ids``: the client's, and the model's unless ``ignore_eos`` is set. ``message``: the
+    serialised SequenceRequest for the engine, with the prompt. A list of the prompt's ids would take ten
+    times the memory, and serialising it would block the event loop.
     """
 
     prompt_tokens: int
@@ -37,11 +38,12 @@ class Job:
 
 
 def has_prompt(request: api.GenerateRequest) -> bool:
+    """Whether the call can start a request; without a prompt it can only reconnect to one."""
     return request.WhichOneof("prompt") is not None
 
 
 def check_cheap(request: api.GenerateRequest, served: Served, limits: Limits) -> None:
-    """All that can be refused without tokenizing. Raises InvalidRequest."""
+    """The checks that need no tokenizing. Raises InvalidRequest, or ModelError for an unknown model."""
     _check_model(request.model, served)
     sampling_limits.check(request.sampling, vocab=served.config.vocab, limits=limits)
     most = limits.request_values_for(served.config.max_positions)
@@ -55,6 +57,7 @@ def check_cheap(request: api.GenerateRequest, served: Served, limits: Limits) ->
 
 
 def check_request_id(request: api.GenerateRequest, limits: Limits) -> None:
+    """Raises InvalidRequest if the id is too long, or missing where ``resume_from`` needs it."""
     if len(request.request_id) > limits.request_id_chars:
         raise InvalidRequest(
             f"request_id has {len(request.request_id)} characters; use at most {limits.request_id_chars}"
@@ -64,14 +67,14 @@ def check_request_id(request: api.GenerateRequest, limits: Limits) -> None:
 
 
 def values(sampling: api.Sampling, limits: Limits) -> int:
-    """Tokens and alternatives that a request may have to be remembered for."""
+    """Tokens and alternatives that a request may produce: the size of its events in the request log."""
     max_tokens = sampling.max_tokens if sampling.HasField("max_tokens") else limits.default_max_tokens
     return (sampling.n or 1) * max_tokens * (1 + sampling.logprobs)
 
 
 def prepare(request: api.GenerateRequest, served: Served, limits: Limits, *, sequence_id: str) -> Job:
-    """Tokenize and check lengths. Slow for long prompts, so callers run it in a thread; no call in it keeps
-    the interpreter's lock for long."""
+    """Tokenizes the prompt, checks lengths and makes the job. Slow for long prompts: call it in a thread. It
+    never holds the interpreter's lock for long. Raises InvalidRequest."""
     asked = request.sampling
     message = cluster.SequenceRequest(sequence_id=sequence_id)
     _add_prompt(message, request, served, limits)
@@ -102,7 +105,7 @@ def prepare(request: api.GenerateRequest, served: Served, limits: Limits, *, seq
 def _check_model(name: str, served: Served) -> None:
     if name and name not in (served.name, served.alias):
         raise ModelError(
-            f"unknown model {shown(name)}: this gateway serves {served.name!r}; leave model empty for it"
+            f"unknown model {quoted(name)}: this gateway serves {served.name!r}; leave model empty for it"
         )
 
 
@@ -137,13 +140,13 @@ def _check_chars(chars: int, served: Served, limits: Limits) -> None:
 
 def _chat_chars(chat: api.Chat, limits: Limits) -> int:
     chars, empty = 0, True
-    for place, message in enumerate(chat.messages):
+    for index, message in enumerate(chat.messages):
         role, content = message.role, message.content
         if not role:
-            raise InvalidRequest(f"message {place} has no role: use 'system', 'user' or 'assistant'")
+            raise InvalidRequest(f"message {index} has no role: use 'system', 'user' or 'assistant'")
         if len(role) > limits.role_chars:
             raise InvalidRequest(
-                f"the role of message {place} has {len(role)} characters: use at most {limits.role_chars}"
+                f"the role of message {index} has {len(role)} characters: use at most {limits.role_chars}"
             )
         chars += len(role) + len(content) + limits.message_overhead_chars
         empty = empty and not content
@@ -164,7 +167,7 @@ def _add_prompt(
         ids = served.tokenizer.encode(request.text)
     else:
         text = served.tokenizer.apply_chat(
-            [{"role": said.role, "content": said.content} for said in request.chat.messages]
+            [{"role": entry.role, "content": entry.content} for entry in request.chat.messages]
         )
         _check_chars(len(text), served, limits)
         ids = served.tokenizer.encode(text, add_special_tokens=False)
@@ -177,9 +180,9 @@ def _check_token_ids(ids: Sequence[int], served: Served) -> None:
     for first in range(0, len(ids), _CHUNK):
         chunk = ids[first : first + _CHUNK]
         if max(chunk) >= vocab:
-            place = next(place for place, token in enumerate(chunk) if token >= vocab)
+            index = next(index for index, token in enumerate(chunk) if token >= vocab)
             raise InvalidRequest(
-                f"token id {chunk[place]} at index {first + place} is outside the vocabulary: "
+                f"token id {chunk[index]} at index {first + index} is outside the vocabulary: "
                 f"use 0 to {vocab - 1}"
             )
 

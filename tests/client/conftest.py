@@ -1,48 +1,24 @@
-import importlib.util
+"""Fixtures for the SDK and the command line; harness, served and loop_thread are in tests/conftest.py."""
+
 import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from farshore.client.cli.main import main
 from farshore.controller.config import ClusterConfig
-from farshore.gateway.served import Served
-
-
-@pytest.fixture(scope="session")
-def harness():
-    """tests/gateway/harness.py: a real gateway in this process, over an engine that does as it is told."""
-    name = "farshore_gateway_harness"
-    if name not in sys.modules:
-        path = Path(__file__).parents[1] / "gateway" / "harness.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-@pytest.fixture(scope="session")
-def served():
-    return Served.load("smollm2")
-
-
-@pytest.fixture(scope="session")
-def loop_thread(harness):
-    thread = harness.LoopThread()
-    yield thread
-    thread.stop()
 
 
 @pytest.fixture
 def farshore(harness, loop_thread, served):
+    """A Harness: a gateway and its engine."""
     with harness.gateway(loop_thread, served) as running:
         yield running
 
 
 @pytest.fixture
 def run(capsys):
-    """``run("generate", …)``: exit code, stdout and stderr of the command."""
+    """run("generate", …) -> code, out and err of the command, which runs in this process."""
 
     def run_command(*arguments):
         code = main(list(arguments))
@@ -53,10 +29,10 @@ def run(capsys):
 
 
 class FakeCluster:
-    """Stands in for controller.cluster.Cluster where options are tested: remembers what was asked of it,
-    starts nothing, and is as strict as the real one about when it may be used.
+    """Replaces controller.cluster.Cluster in tests of options. Records its configuration and starts nothing;
+    its methods may be called only in the states in which the real ones may.
 
-    What a cluster does is tested with real ones: tests/controller.
+    Real clusters are tested in tests/controller.
     """
 
     def __init__(self, address):
@@ -77,7 +53,7 @@ class FakeCluster:
         return self
 
     def wait(self, *, warn):
-        """The real one returns when it is stopped, and else raises."""
+        """Always raises; the real one returns when it is stopped."""
         assert self._running
         self.on_wait(warn)
         raise KeyboardInterrupt
@@ -93,7 +69,7 @@ class FakeCluster:
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """The commands start this one; its address is the test's to set."""
+    """The FakeCluster that the commands start. The test may set its address."""
     fake = FakeCluster("127.0.0.1:1")
     module = ModuleType("farshore.controller.cluster")
     module.Cluster = fake
@@ -103,5 +79,5 @@ def cluster(monkeypatch):
 
 @pytest.fixture
 def nothing_listens(monkeypatch):
-    """Whatever else runs on this machine: no gateway at the default address."""
+    """Makes the default address one where nothing listens, even if a gateway runs on this machine."""
     monkeypatch.setattr("farshore.client.cli.generate.DEFAULT_SERVER", "127.0.0.1:1")

@@ -77,8 +77,8 @@ def test_prompts_of_each_kind(client, farshore, served):
 
 def test_resume(client, farshore):
     farshore.engine.auto = (10, 11, 12)
-    told = list(client.generate("Hi", request_id="a"))
-    assert list(client.generate(request_id="a", resume_from=2)) == [told[0], *told[3:]]
+    stream = list(client.generate("Hi", request_id="a"))
+    assert list(client.generate(request_id="a", resume_from=2)) == [stream[0], *stream[3:]]
 
 
 @pytest.mark.parametrize(
@@ -98,11 +98,11 @@ def test_values_that_do_not_fit(client, asked):
         client.generate(**asked)
 
 
-def test_gateway_errors_are_ours(client, farshore):
+def test_a_gateways_errors_become_farshores(client, farshore):
     with pytest.raises(InvalidRequest, match="empty"):
         list(client.generate(""))
     with pytest.raises(NotFound):
-        client.cancel("nobody")
+        client.cancel("unknown")
     stream = client.generate("Hi")
     farshore.engine.next_sequence().fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue is full")
     with pytest.raises(Overloaded, match="queue is full"):
@@ -111,7 +111,7 @@ def test_gateway_errors_are_ours(client, farshore):
 
 @pytest.mark.parametrize("chars, most", [(5 << 20, 4 << 20), (65 << 20, 64 << 20)])
 def test_a_message_that_is_too_large_is_no_overload(client, chars, most):
-    """Sending it again would not help. The larger one does not even leave the client."""
+    """It is not retryable. The gateway refuses the smaller message, the client's gRPC the larger one."""
     with pytest.raises(InvalidRequest, match=rf"at most {most}: shorten the prompt"):
         list(client.generate("a" * chars))
 
@@ -148,10 +148,11 @@ def test_status(client, farshore):
 
 def test_is_serving(client):
     assert client.is_serving()
-    with Client("127.0.0.1:1") as nobody:
-        assert not nobody.is_serving()
+    with Client("127.0.0.1:1") as unconnected:
+        assert not unconnected.is_serving()
 
 
 def test_unreachable():
-    with Client("127.0.0.1:1") as nobody, pytest.raises(TransportError, match=r"gateway 127\.0\.0\.1:1"):
-        list(nobody.generate("Hi"))
+    refused = pytest.raises(TransportError, match=r"gateway 127\.0\.0\.1:1")
+    with Client("127.0.0.1:1") as unconnected, refused:
+        list(unconnected.generate("Hi"))

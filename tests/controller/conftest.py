@@ -1,4 +1,4 @@
-"""The real `farshore` command, as a user runs it, and the proof that it leaves nothing behind."""
+"""Fixtures that run the installed `farshore` command, and check that it leaves no process behind."""
 
 import os
 import re
@@ -21,14 +21,14 @@ MARK = "FARSHORE_TEST_MARK"
 
 
 class Marked:
-    """Runs commands whose every descendant can be found again: they inherit a variable."""
+    """Runs commands and finds their descendants, which inherit an environment variable."""
 
     def __init__(self):
         self.mark = uuid.uuid4().hex
-        # Without what would hide a mistake: our own Ray must be private whatever is set, or not.
+        # Unset, since a private Ray must be private without these variables, too.
         unset = ("PYTHONSAFEPATH", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
         environment = {name: value for name, value in os.environ.items() if name not in unset}
-        # From the checkout, where our own folders lie in wait for a sys.path with the current directory.
+        # In the checkout, whose folders would be imported if the current directory were on sys.path.
         self._options = {"env": environment | {MARK: self.mark}, "cwd": REPOSITORY, "text": True}
         self._shared_memory = _shared_memory()
 
@@ -42,7 +42,7 @@ class Marked:
         )
 
     def set_environment(self, **variables):
-        """For the commands to come."""
+        """Sets variables of the commands that are started later."""
         self._options["env"] |= variables
 
     def start(self, *arguments):
@@ -50,11 +50,11 @@ class Marked:
         return Background(subprocess.Popen([COMMAND, *arguments], **pipes, **self._options))
 
     def check_nothing_left(self):
-        """No process and no shared-memory file."""
+        """Asserts that no marked process and no new shared-memory file remains."""
         _await_none(lambda: self._processes() + sorted(_shared_memory() - self._shared_memory))
 
     def check_gone(self, process_ids):
-        """For processes that somebody else started for us: they carry no mark."""
+        """Asserts that these processes have ended. For processes without the mark, such as a joined Ray's."""
         _await_none(lambda: [pid for pid in process_ids if Path(f"/proc/{pid}").exists()])
 
     def _processes(self):
@@ -70,14 +70,14 @@ class Marked:
 
 
 class Background:
-    """A command that runs on; its output is collected line by line."""
+    """A command in the background; its output is collected line by line."""
 
     def __init__(self, process):
         self.process = process
         self.out, self.err = _Lines(process.stdout), _Lines(process.stderr)
 
     def end(self, number):
-        """Send a signal; returns the exit code."""
+        """Sends a signal and waits for the end; returns the exit code."""
         self.process.send_signal(number)
         return self.process.wait(END_DEADLINE_S)
 
@@ -110,7 +110,7 @@ class _Lines:
 
 
 def _await_none(leftovers):
-    """The kernel may take a moment to bury what was killed."""
+    """Waits until there are none: a killed process may need a moment to disappear."""
     deadline = time.monotonic() + END_DEADLINE_S
     while (left := leftovers()) and time.monotonic() < deadline:
         threading.Event().wait(0.1)
@@ -123,8 +123,8 @@ def _shared_memory():
 
 @pytest.fixture
 def ray_address():
-    """A Ray that another user keeps running, with auth off; ask for it before `marked`, whose leftovers it is
-    not."""
+    """Address of a Ray that runs on, with auth off. Request this fixture before `marked`, so that its
+    processes are not checked as leftovers."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -148,6 +148,7 @@ def ray_address():
 
 @pytest.fixture
 def marked():
+    """A Marked, which is checked for leftovers after the test."""
     made = Marked()
     yield made
     made.check_nothing_left()
@@ -155,7 +156,7 @@ def marked():
 
 @pytest.fixture
 def serve(marked):
-    """serve(option, …) -> (the running command, its gateway's address); ended by SIGTERM if it still runs."""
+    """serve(option, …) -> (the running command, its gateway's address). Ended by SIGTERM after the test."""
     started = []
 
     def start(*options):

@@ -1,4 +1,4 @@
-"""The main job as its user meets it: the installed command, Ray, separate processes, gRPC, real weights."""
+"""End to end, as a user runs it: the installed command, Ray, separate processes, gRPC, real weights."""
 
 import json
 import os
@@ -22,7 +22,7 @@ QUESTION = "What is the capital of France?"
 
 @pytest.mark.heavy
 def test_one_command_answers_from_an_attention_worker(marked):
-    """From one of the two: a prompt of less than a block isn't cut."""
+    """From one of two: a prompt shorter than a block is not split between shards."""
     done = marked.run("generate", "--json", "--temperature", "0", "--max-tokens", "24", QUESTION)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
@@ -35,7 +35,7 @@ def test_one_command_answers_from_an_attention_worker(marked):
 
 
 @pytest.mark.heavy
-def test_a_served_cluster_answers_tells_and_refuses(marked, serve):
+def test_a_served_cluster_answers_reports_status_and_refuses(marked, serve):
     server, address = serve("--shard-by", "both", "--attention-workers", "3", "--kv-memory", "64MiB")
 
     plain = marked.run("generate", "--server", address, QUESTION)
@@ -44,14 +44,17 @@ def test_a_served_cluster_answers_tells_and_refuses(marked, serve):
     with Client(address) as client:
         stream = client.generate("Once upon a time", max_tokens=2000, temperature=0, ignore_eos=True)
         next(event for event in stream if isinstance(event, Token))
-        told = client.status()
-        shown = marked.run("status", "--server", address)
+        status = client.status()
+        printed = marked.run("status", "--server", address)
         stream.close()
-    (sequence,) = told.sequences
-    links = [link for worker in told.workers for link in worker.links]
-    # A short prompt lies on one worker of each of the two head classes.
-    assert len(links) == 2 and all(link.transport in shown.stdout and link.frames for link in links)
-    assert {worker.kind: worker.state for worker in told.workers} == {"dense": "ready", "attention": "ready"}
+    (sequence,) = status.sequences
+    links = [link for worker in status.workers for link in worker.links]
+    # With --shard-by both, a short prompt is stored by two workers, one for each range of head groups.
+    assert len(links) == 2 and all(link.transport in printed.stdout and link.frames for link in links)
+    assert {worker.kind: worker.state for worker in status.workers} == {
+        "dense": "ready",
+        "attention": "ready",
+    }
     covered = {
         (position, group)
         for span in sequence.spans
@@ -60,7 +63,7 @@ def test_a_served_cluster_answers_tells_and_refuses(marked, serve):
     }
     assert covered == {(position, group) for position in range(sequence.tail_first) for group in range(3)}
     assert sequence.tail_first <= sequence.tokens
-    assert all(span.worker_id in shown.stdout for span in sequence.spans)
+    assert all(span.worker_id in printed.stdout for span in sequence.spans)
 
     with grpc.insecure_channel(address) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
@@ -83,9 +86,9 @@ def test_a_killed_attention_worker_fails_its_sequence_and_is_shown(serve):
         prompt = [100 + n % 400 for n in range(600)]
         stream = client.generate(token_ids=prompt, max_tokens=4000, temperature=0, ignore_eos=True)
         next(event for event in stream if isinstance(event, Token))
-        told = client.status()
-        (sequence,) = told.sequences
-        shards = [worker for worker in told.workers if worker.kind == "attention"]
+        status = client.status()
+        (sequence,) = status.sequences
+        shards = [worker for worker in status.workers if worker.kind == "attention"]
         assert {span.worker_id for span in sequence.spans} == {shard.worker_id for shard in shards}
         victim = shards[0]
         os.kill(victim.process_id, signal.SIGKILL)
@@ -103,9 +106,9 @@ def test_a_small_pool_of_int8_kv_local_placement_choices_and_a_relative_path(mar
     options = ["--kv-format", "int8", "--speculate", "4", "--max-decode-stall-ms", "100"]
     _, address = serve("--placement", "local", "--kv-memory", "64MiB", "--model", model, *options)
     with Client(address) as client:
-        told = client.status()
-        assert told.model == model
-        assert (told.kv_format, told.speculate_tokens, told.max_decode_stall_ms) == ("int8", 4, 100)
+        status = client.status()
+        assert status.model == model
+        assert (status.kv_format, status.speculate_tokens, status.max_decode_stall_ms) == ("int8", 4, 100)
         with pytest.raises(InvalidRequest, match="--kv-memory"):
             list(client.generate(token_ids=[1] * 6000))
         stream = client.generate("One, two, three, four, five, six,", max_tokens=40, stop="eight")
@@ -113,13 +116,15 @@ def test_a_small_pool_of_int8_kv_local_placement_choices_and_a_relative_path(mar
     local = marked.run("generate", "--json", "--server", address, QUESTION)
     assert json.loads(local.stdout)["text"] == "The capital of France is Paris."
     sampling = ["--n", "3", "--temperature", "1.5", "--seed", "7", "--max-tokens", "20", "--logprobs", "2"]
-    first, again = (marked.run("generate", "--json", "--server", address, *sampling, QUESTION) for _ in "ab")
+    first, second = (marked.run("generate", "--json", "--server", address, *sampling, QUESTION) for _ in "ab")
     choices = json.loads(first.stdout)["choices"]
     assert len({tuple(choice["token_ids"]) for choice in choices}) == 3
-    assert all(len(it["top"]) == 2 and it["logprob"] <= 0 for choice in choices for it in choice["logprobs"])
-    # A seed repeats an answer. Not compared to its end: in bfloat16 a step may be cut otherwise than before.
-    repeated = json.loads(again.stdout)["choices"]
-    assert [it["token_ids"][:3] for it in repeated] == [it["token_ids"][:3] for it in choices]
+    tokens = [token for choice in choices for token in choice["logprobs"]]
+    assert all(len(token["top"]) == 2 and token["logprob"] <= 0 for token in tokens)
+    # A seed repeats an answer. Only its beginning is compared: in bfloat16, rounding depends on how rows are
+    # batched.
+    repeated = json.loads(second.stdout)["choices"]
+    assert [c["token_ids"][:3] for c in repeated] == [c["token_ids"][:3] for c in choices]
 
 
 @pytest.mark.heavy
@@ -154,7 +159,7 @@ def test_a_cluster_joins_a_running_ray_and_leaves_it_running(ray_address, marked
 @pytest.mark.heavy
 @pytest.mark.parametrize("host", ["127.0.0.2", "::1"])
 def test_another_loopback_address_behind_a_web_proxy_until_sigterm(marked, serve, host):
-    """Nothing goes through the proxy, and an answer that the end of the server cuts off is a failure."""
+    """No call uses the proxy. An answer that is cut off by the end of the server is a failure."""
     if host == "::1" and not Path("/proc/net/if_inet6").exists():
         pytest.skip("no IPv6 on this machine")
     proxy = "http://127.0.0.1:1"
@@ -165,10 +170,10 @@ def test_another_loopback_address_behind_a_web_proxy_until_sigterm(marked, serve
     assert address.startswith("[::1]:" if host == "::1" else host)
     done = marked.run("generate", "--server", address, QUESTION)
     assert (done.returncode, done.stdout.strip()) == (0, "The capital of France is Paris."), done.stderr
-    shown = marked.run("status", "--server", address)
-    rows = [line.split() for line in shown.stdout.splitlines()]
+    printed = marked.run("status", "--server", address)
+    rows = [line.split() for line in printed.stdout.splitlines()]
     addresses = [row[3] for row in rows if len(row) > 3 and row[2] == "ready"]
-    assert len(addresses) == 2 and all(it.startswith("127.0.0.1:") for it in addresses), shown.stdout
+    assert len(addresses) == 2 and all(each.startswith("127.0.0.1:") for each in addresses), printed.stdout
 
     options = ["--ignore-eos", "--max-tokens", "8000", "--raw"]
     asking = marked.start("generate", "--server", address, *options, "One\nTwo\nThree\n")
@@ -186,7 +191,7 @@ def test_mistakes_get_one_line_and_nothing_runs(marked, tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        for arguments, told in (
+        for arguments, expected in (
             (["serve", "--port", "0", "--model", str(tmp_path / "nowhere.gguf")], "nowhere.gguf"),
             (["serve", "--port", "0", "--model", str(truncated)], "truncated.gguf"),
             (["serve", "--port", port], "choose another --port"),
@@ -201,6 +206,6 @@ def test_mistakes_get_one_line_and_nothing_runs(marked, tmp_path):
             done = marked.run(*arguments)
             assert done.returncode not in (0, None), arguments
             errors = [line for line in done.stderr.splitlines() if "error:" in line]
-            assert len(errors) == 1 and told in errors[0], done.stderr
+            assert len(errors) == 1 and expected in errors[0], done.stderr
             assert "Traceback" not in done.stderr
             assert not done.stdout

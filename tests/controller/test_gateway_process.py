@@ -1,4 +1,4 @@
-"""The real gateway as a child: how it ends is told, and that it was asked to is no failure."""
+"""The real gateway as a child process: an unexpected end is described, a requested one is no failure."""
 
 import os
 import signal
@@ -27,19 +27,19 @@ def _await_end(gateway):
 
 
 @pytest.mark.parametrize(
-    ("number", "told"),
-    # SIGTERM: it leaves in order, with code 0, though it was to serve.
+    ("number", "ending"),
+    # After SIGTERM the gateway ends with code 0, which is unexpected all the same.
     [(signal.SIGKILL, "was killed by SIGKILL"), (signal.SIGTERM, "ended with code 0")],
 )
-def test_an_end_that_was_not_asked_for(gateway, number, told):
+def test_an_unexpected_end(gateway, number, ending):
     gateway.serve(engine=ENGINE)
     assert gateway.ended() is None
     os.kill(_process_id(gateway), number)
     _await_end(gateway)
-    assert gateway.ended() == f"the gateway (process {_process_id(gateway)}) {told}"
+    assert gateway.ended() == f"the gateway (process {_process_id(gateway)}) {ending}"
 
 
-def test_an_end_that_was_asked_for(gateway):
+def test_a_requested_end(gateway):
     gateway.serve(engine=ENGINE)
     gateway.stop()
     assert gateway.ended() is None

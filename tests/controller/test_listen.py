@@ -1,4 +1,4 @@
-"""Where a gateway can listen, told before anything starts; with the machine's own sockets."""
+"""listen.check and its helpers, with the machine's own sockets."""
 
 import socket
 
@@ -27,7 +27,7 @@ def test_addresses_of_this_machine(host):
 
 
 @pytest.mark.parametrize(
-    ("host", "told"),
+    ("host", "expected"),
     [
         ("192.0.2.1", "no such address"),
         ("2001:db8::1", "no such address"),
@@ -40,17 +40,17 @@ def test_addresses_of_this_machine(host):
         ("nul\0", "no host has this name"),
     ],
 )
-def test_other_hosts_are_told_with_the_fix(host, told):
+def test_other_hosts_are_refused_with_the_fix(host, expected):
     with pytest.raises(InvalidRequest, match="--host") as refused:
         listen.check(host, 50051)
     message = str(refused.value)
-    assert told in message and "127.0.0.1" in message and len(message) < 500
+    assert expected in message and "127.0.0.1" in message and len(message) < 500
 
 
 @pytest.mark.parametrize(
     "host", ["127.0.0.1", "127.0.0.2", "localhost", pytest.param("::1", marks=NEEDS_IPV6)]
 )
-def test_a_taken_port_is_told(host):
+def test_a_taken_port_is_refused(host):
     family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
     with socket.socket(family) as taken:
         taken.bind(address)
@@ -74,7 +74,7 @@ def test_a_taken_port_is_told(host):
         ("fe80::1%lo", False),
     ],
 )
-def test_what_this_machine_alone_reaches(host, expected):
+def test_is_loopback(host, expected):
     assert listen.is_loopback(host) is expected
 
 
@@ -82,5 +82,5 @@ def test_what_this_machine_alone_reaches(host, expected):
     ("host", "expected"),
     [("::1", "[::1]"), ("[::1]", "[::1]"), ("127.0.0.1", "127.0.0.1"), ("localhost", "localhost")],
 )
-def test_ipv6_stands_in_brackets(host, expected):
+def test_ipv6_gets_brackets(host, expected):
     assert listen.bracketed(host) == expected

@@ -1,4 +1,5 @@
-"""Ray as the driver uses it: private if it is ours, untouched if it is not. Real ones, each in a process."""
+"""RayRuntime with real Rays, each in a process: a private Ray is private, another program's Ray is
+untouched."""
 
 import os
 import subprocess
@@ -28,7 +29,7 @@ class Actor:
     def environment(self):
         return dict(os.environ)
 
-for _ in "ab":  # One that was ended leaves nothing that the next one would trip over.
+for _ in range(2):  # A Ray that was stopped leaves nothing that breaks the next one.
     runtime = RayRuntime(None, dashboard=False)
     runtime.start()
     assert not [name for name in os.environ if "AUTH" in name], "not for this program's own children"
@@ -54,7 +55,7 @@ for _ in "ab":  # One that was ended leaves nothing that the next one would trip
 print("fine")
 """
 
-OF_THE_PROGRAM = """
+IN_USE = """
 import os
 import ray
 ray.init(address="local", include_dashboard=False, object_store_memory=80 << 20, logging_level="ERROR")
@@ -82,7 +83,7 @@ ray.shutdown()
 print("fine")
 """
 
-WITHOUT_ROOM = """
+WITHOUT_MEMORY = """
 import ray
 ray.init(
     address="local", include_dashboard=False, object_store_memory=80 << 20, logging_level="ERROR",
@@ -95,14 +96,14 @@ from farshore.models.config import load_config
 from farshore.models.source import resolve
 
 controller.PLACE_DEADLINE_S = 3.0
-# As in a Ray that was joined, where another node may come; and as in our own, where none comes.
-for joined, told in ((True, "not started within 3 s: attention-"), (False, "")):
+# A joined Ray, to which nodes may be added, is waited for; a private Ray is not.
+for joined, expected in ((True, "not started within 3 s: attention-"), (False, "")):
     config = ClusterConfig(kv_memory_bytes=64 << 20, ray_address="there" if joined else None)
     made = controller.Controller(config, load_config(resolve("smollm2")))
     try:
         made.place()
     except StartupError as error:
-        assert told in str(error), error
+        assert expected in str(error), error
         for part in ("64 MiB of memory", "do not fit: Ray has", " MiB on ", "--kv-memory"):
             assert part in str(error), error
     else:
@@ -114,7 +115,7 @@ print("fine")
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("code", [PRIVATE, OF_THE_PROGRAM, WITHOUT_ROOM], ids=["private", "program", "room"])
+@pytest.mark.parametrize("code", [PRIVATE, IN_USE, WITHOUT_MEMORY], ids=["private", "in use", "memory"])
 def test_ray(code, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     done = subprocess.run(

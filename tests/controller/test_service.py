@@ -1,4 +1,4 @@
-"""The controller's gRPC service with real workers' services behind it, in this process."""
+"""The controller's gRPC service over real gRPC services of workers, in this process."""
 
 import socket
 import threading
@@ -61,30 +61,30 @@ def test_every_claim_is_a_newer_epoch_and_an_old_one_cannot_end_the_sequence(stu
     stub.Release(pb.ReleaseRequest(sequence_id="s", epoch=second))
 
 
-def test_status_names_who_answers_and_who_does_not(stub, service):
+def test_status_shows_workers_that_answer_and_that_do_not(stub, service):
     server, address = serve_attention(
         AttentionService(SHARD, LocalStore(worker=SHARD, arena=Arena(MEMORY_BYTES))), "127.0.0.1:0"
     )
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        absent = f"127.0.0.1:{nobody.getsockname()[1]}"
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        absent = f"127.0.0.1:{closed.getsockname()[1]}"
         service.attention |= {SHARD: address, WorkerId("attention-1"): absent}
         service.dense[WorkerId("dense-0")] = absent
-        told = stub.Status(pb.StatusRequest())
+        status = stub.Status(pb.StatusRequest())
     server.stop(0).wait()
-    assert told.model == "smollm2" and told.max_positions == 8192
-    assert (told.kv_format, told.max_decode_stall_ms, told.speculate_tokens) == ("bf16", 200.0, 0)
-    assert {worker.worker_id: worker.state for worker in told.workers} == {
+    assert status.model == "smollm2" and status.max_positions == 8192
+    assert (status.kv_format, status.max_decode_stall_ms, status.speculate_tokens) == ("bf16", 200.0, 0)
+    assert {worker.worker_id: worker.state for worker in status.workers} == {
         "attention-0": "ready",
         "attention-1": "unreachable",
         "dense-0": "unreachable",
     }
-    assert (told.pool_budget_bytes, told.pool_free_bytes) == (MEMORY_BYTES, MEMORY_BYTES)
-    assert not told.sequences
+    assert (status.pool_budget_bytes, status.pool_free_bytes) == (MEMORY_BYTES, MEMORY_BYTES)
+    assert not status.sequences
 
 
-class Meeting(pb_grpc.EngineServicer):
-    """Engines that answer when all of them have been asked, and not before."""
+class Rendezvous(pb_grpc.EngineServicer):
+    """Engines none of which answers before all have been asked."""
 
     def __init__(self, engines):
         self.asked = threading.Barrier(engines, timeout=60)
@@ -96,9 +96,9 @@ class Meeting(pb_grpc.EngineServicer):
 
 
 @pytest.fixture
-def meeting(service):
-    """Three of them; they would all be unreachable if one were asked after the other."""
-    answering = Meeting(3)
+def rendezvous(service):
+    """Three engines, which would all be unreachable if they were asked one after the other."""
+    answering = Rendezvous(3)
     servers = []
     for index in range(3):
         server, address = rpc.serve(
@@ -114,23 +114,23 @@ def meeting(service):
         server.stop(0).wait()
 
 
-def test_workers_are_asked_at_once_and_under_one_deadline(stub, service, meeting):
+def test_workers_are_asked_at_once_and_under_one_deadline(stub, service, rendezvous):
     with socket.create_server(("127.0.0.1", 0)) as frozen:
         address = f"127.0.0.1:{frozen.getsockname()[1]}"
         service.attention |= {WorkerId(f"attention-{index}"): address for index in range(8)}
-        # Eight frozen ones in series would take more than twice this.
-        told = stub.Status(pb.StatusRequest(), timeout=3.5 * PROBE_DEADLINE_S)
-    states = [worker.state for worker in told.workers]
+        # Asking eight frozen workers one after the other would take more than twice this time.
+        status = stub.Status(pb.StatusRequest(), timeout=3.5 * PROBE_DEADLINE_S)
+    states = [worker.state for worker in status.workers]
     assert states == ["ready"] * 3 + ["unreachable"] * 8
-    assert told.pool_budget_bytes == 0
+    assert status.pool_budget_bytes == 0
 
 
-def test_an_engine_that_has_ended_is_never_ready(stub, meeting):
-    meeting.state = "failed"
+def test_an_engine_that_has_ended_is_never_ready(stub, rendezvous):
+    rendezvous.state = "failed"
     assert {worker.state for worker in stub.Status(pb.StatusRequest()).workers} == {"failed"}
 
 
-def test_workers_are_reached_past_a_web_proxy(stub, service, meeting, monkeypatch):
+def test_workers_are_reached_past_a_web_proxy(stub, service, rendezvous, monkeypatch):
     for name in ("http_proxy", "https_proxy", "grpc_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     assert {worker.state for worker in stub.Status(pb.StatusRequest()).workers} == {"ready"}

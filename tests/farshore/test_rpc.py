@@ -1,4 +1,4 @@
-"""Errors to status codes and back: what each code means here is written down once, for all of them."""
+"""The translation of errors to status codes and back, for all errors and all codes."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +7,7 @@ import grpc
 import pytest
 
 from farshore import errors, rpc
+from farshore.text import MOST_CHARS
 
 CODE = grpc.StatusCode
 
@@ -27,7 +28,7 @@ RAISED = {
     errors.Lost("x", shards=["s"]): CODE.UNAVAILABLE,
     errors.Internal("x"): CODE.INTERNAL,
     errors.StartupError("x"): CODE.INTERNAL,
-    errors.PartEnded("x"): CODE.INTERNAL,
+    errors.ProcessEnded("x"): CODE.INTERNAL,
     ValueError("x"): CODE.INTERNAL,
     RecursionError("x"): CODE.INTERNAL,
 }
@@ -71,7 +72,8 @@ class Failed(grpc.RpcError):
 
 
 def kinds(kind):
-    return {kind}.union(*(kinds(it) for it in kind.__subclasses__()))
+    """The class and all its subclasses."""
+    return {kind}.union(*map(kinds, kind.__subclasses__()))
 
 
 def test_both_tables_are_complete():
@@ -80,20 +82,20 @@ def test_both_tables_are_complete():
     assert concrete - {type(error) for error in RAISED} == {errors.FarshoreError}
 
 
-@pytest.mark.parametrize(("error", "code"), RAISED.items(), ids=lambda it: getattr(it, "name", repr(it)))
-def test_what_a_servicer_raises_leaves_with_its_code(error, code):
+@pytest.mark.parametrize(("error", "code"), RAISED.items(), ids=lambda arg: getattr(arg, "name", repr(arg)))
+def test_the_code_of_a_raised_error(error, code):
     assert rpc.status_of(error)[0] == code
 
 
-@pytest.mark.parametrize(("code", "kind"), RECEIVED.items(), ids=lambda it: getattr(it, "name", ""))
-def test_what_arrives_is_of_one_kind_and_names_what_is_not_ours(code, kind):
+@pytest.mark.parametrize(("code", "kind"), RECEIVED.items(), ids=lambda arg: getattr(arg, "name", ""))
+def test_the_error_for_a_received_code(code, kind):
     error = rpc.error_of(Failed(code, "why"), peer="shard:1")
     assert type(error) is kind and "why" in str(error)
     if kind is errors.Internal:
         assert f"shard:1: {code.name}" in str(error) and not error.retryable
 
 
-def test_a_message_that_is_too_large_is_not_sent_again():
+def test_a_message_that_is_too_large_is_not_retryable():
     def method(request, context):
         return request
 
@@ -110,35 +112,37 @@ def test_a_message_that_is_too_large_is_not_sent_again():
     assert type(error) is errors.InvalidRequest and "2000" in str(error)
 
 
-def test_a_write_that_met_the_end_of_a_call_may_be_tried_again():
-    """gRPC's own words: whether they still are, the next test asks gRPC itself."""
+def test_a_write_that_failed_because_the_call_ended_is_retryable():
+    """Recognised by gRPC's message, which the next test compares with the installed gRPC."""
     error = rpc.error_of(Failed(CODE.INTERNAL, "Internal error from Core"), peer="shard:1")
     assert type(error) is errors.TransportError and "shard:1" in str(error)
 
 
-def test_those_are_the_words_of_the_gRPC_that_is_installed():
-    async def said():
+def test_the_message_of_the_installed_grpc():
+    async def status():
         async with grpc.aio.insecure_channel("127.0.0.1:1") as channel:
             call = channel.stream_stream("/no/such")()
             call._cython_call.set_internal_error("Failed grpc_call_start_batch")
             return await call.code(), await call.details()
 
-    assert asyncio.run(said()) == (CODE.INTERNAL, rpc._FROM_CORE)
+    assert asyncio.run(status()) == (CODE.INTERNAL, rpc._FROM_CORE)
 
 
-def test_only_what_may_work_later_is_retryable():
+def test_the_retryable_codes():
     retryable = {code for code in CODE if rpc.error_of(Failed(code, "x"), peer="p").retryable}
     assert retryable == {CODE.UNAVAILABLE, CODE.RESOURCE_EXHAUSTED, CODE.DATA_LOSS}
 
 
 @pytest.mark.parametrize(
-    "error", [it for it in RAISED if isinstance(it, errors.FarshoreError)], ids=lambda it: type(it).__name__
+    "error",
+    [error for error in RAISED if isinstance(error, errors.FarshoreError)],
+    ids=lambda error: type(error).__name__,
 )
-def test_an_error_of_ours_arrives_as_what_it_was(error):
-    """Or as the nearest kind that a caller can act on."""
+def test_an_error_survives_the_way_to_the_caller(error):
+    """It arrives as its class or a base class. StartupError and ProcessEnded arrive as Internal."""
     code, message, trailing = rpc.status_of(error)
     arrived = rpc.error_of(Failed(code, message, trailing), peer="p")
-    if isinstance(error, errors.StartupError | errors.PartEnded):
+    if isinstance(error, errors.StartupError | errors.ProcessEnded):
         assert type(arrived) is errors.Internal
     else:
         assert isinstance(error, type(arrived)) and arrived.retryable == error.retryable
@@ -146,7 +150,7 @@ def test_an_error_of_ours_arrives_as_what_it_was(error):
 
 
 @pytest.mark.parametrize("free_bytes", ["", "-1", "many", b"12"])
-def test_a_trailer_that_is_no_number_is_no_trailer(free_bytes):
+def test_a_trailer_that_is_no_number_is_ignored(free_bytes):
     failed = Failed(CODE.RESOURCE_EXHAUSTED, "x", (("farshore-free-bytes", free_bytes),))
     assert type(rpc.error_of(failed, peer="p")) is errors.Overloaded
 
@@ -160,4 +164,4 @@ def test_a_message_fits_into_a_trailer(error):
 
 def test_an_unexpected_exception_echoes_little():
     _, message, _ = rpc.status_of(ValueError("v" * 10_000))
-    assert message.startswith("ValueError: vvv") and len(message) < rpc.MOST_ECHOED + 50
+    assert message.startswith("ValueError: vvv") and len(message) < MOST_CHARS + 50

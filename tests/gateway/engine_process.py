@@ -1,7 +1,8 @@
-"""An engine in a process of its own, for tests that kill or freeze it. Run by path; prints its port.
+"""An engine in its own process, for tests that kill or freeze it.
 
-``python engine_process.py PORT`` (0: any). Answers every sequence with one token and goes on when told to by
-a line on stdin: ``serving`` and ``failed`` set its health, ``finish`` ends the sequences.
+``python engine_process.py PORT`` (0: any free port), run by ``harness.EngineProcess``. Prints its port.
+Answers each sequence with one token. Lines on stdin control it: ``serving`` and ``failed`` set its health,
+``finish`` ends all sequences.
 """
 
 import asyncio

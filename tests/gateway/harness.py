@@ -1,7 +1,8 @@
-"""A gateway in this process, over real gRPC on loopback, against an engine that does as it is told.
+"""A gateway in this process, over real gRPC on loopback, with an engine that the test controls.
 
-Servers run on one event loop in a thread; tests are plain functions with blocking clients. One loop for the
-whole session: grpc.aio polls for one loop per process without noise.
+Loaded by the fixture ``harness`` of ``tests/conftest.py``. Servers run on one event loop in a thread; tests
+are plain functions with blocking clients. All tests of a session share one loop, because grpc.aio logs errors
+if several loops of a process use it.
 """
 
 import asyncio
@@ -27,6 +28,8 @@ ENGINE_SERVICE = "farshore.cluster.v1.Engine"
 
 
 class LoopThread:
+    """An event loop in a thread. ``run`` blocks for a coroutine's result."""
+
     def __init__(self):
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
@@ -42,13 +45,13 @@ class LoopThread:
 
 
 class Sequence:
-    """The engine's end of one sequence: the test feeds it."""
+    """The engine's side of one sequence: sends the events that the test gives."""
 
     def __init__(self, request, loop):
         self.request = request
         self._loop = loop
-        self.script = asyncio.Queue()
-        self.ended = threading.Event()  # however it ended
+        self.script = asyncio.Queue()  # events, (status code, message) to fail with, or None to end
+        self.ended = threading.Event()  # set when the call has ended, for any reason
 
     def _put(self, item):
         self._loop.call_soon_threadsafe(self.script.put_nowait, item)
@@ -73,12 +76,13 @@ class Sequence:
         self._put((code, message))
 
     def close(self):
-        """End the stream without Finished."""
+        """Ends the stream without Finished."""
         self._put(None)
 
 
 class FakeEngine(cluster_pb2_grpc.EngineServicer, cluster_pb2_grpc.ControllerServicer):
-    """``auto``: token ids every sequence is answered with at once; None leaves it to the test."""
+    """An engine and a controller. ``auto``: token ids with which each sequence is answered at once; None: the
+    test answers."""
 
     def __init__(self, loop):
         self._loop = loop
@@ -86,15 +90,17 @@ class FakeEngine(cluster_pb2_grpc.EngineServicer, cluster_pb2_grpc.ControllerSer
         self._live = {}
         self.auto = None
         self.ignores_cancel = False
-        self.deaf = 0  # so many cancels are ignored
+        self.cancels_to_ignore = 0
         self.cancelled = []  # (sequence id, choice or None)
         self.status = api.ClusterStatusReply(model="smollm2", dtype="bfloat16")
 
     def next_sequence(self):
+        """Blocks until a sequence arrives; each is returned once."""
         return self._arrived.get(timeout=WAIT_S)
 
     @property
     def idle(self):
+        """Whether no sequence has arrived that next_sequence() has not returned."""
         return self._arrived.empty()
 
     async def Generate(self, request, context):
@@ -118,10 +124,10 @@ class FakeEngine(cluster_pb2_grpc.EngineServicer, cluster_pb2_grpc.ControllerSer
         choice = request.choice if request.HasField("choice") else None
         self.cancelled.append((request.sequence_id, choice))
         sequence = self._live.get(request.sequence_id)
-        self.deaf -= 1
-        if sequence is not None and not self.ignores_cancel and self.deaf < 0:
-            for each in range(sequence.request.sampling.n) if choice is None else [choice]:
-                sequence.finish(api.FINISH_REASON_CANCELLED, choice=each)
+        self.cancels_to_ignore -= 1
+        if sequence is not None and not self.ignores_cancel and self.cancels_to_ignore < 0:
+            for ended in range(sequence.request.sampling.n) if choice is None else [choice]:
+                sequence.finish(api.FINISH_REASON_CANCELLED, choice=ended)
         return cluster_pb2.CancelSequenceReply()
 
     async def Status(self, request, context):
@@ -129,7 +135,7 @@ class FakeEngine(cluster_pb2_grpc.EngineServicer, cluster_pb2_grpc.ControllerSer
 
 
 class EngineProcess:
-    """engine_process.py, running."""
+    """A running engine_process.py."""
 
     def __init__(self, port=0):
         script = Path(__file__).with_name("engine_process.py")
@@ -156,6 +162,8 @@ class EngineProcess:
 
 @dataclasses.dataclass
 class Harness:
+    """A gateway, its engine and a stub of the client API."""
+
     loop_thread: LoopThread
     engine: FakeEngine
     gateway: object
@@ -176,7 +184,7 @@ class Harness:
 
 
 class Health(health.aio.HealthServicer):
-    """``answer``: what a Check does instead, if given."""
+    """A health service. ``answer``: an optional coroutine function that replaces Check."""
 
     answer = None
 
@@ -188,7 +196,7 @@ class Health(health.aio.HealthServicer):
 
 @contextlib.contextmanager
 def gateway(loop_thread, served, *, limits=None, controller=None, engine_address=None, **options):
-    """``engine_address``: of another engine than the one in this process."""
+    """Yields a Harness. ``engine_address``: use the engine at this address instead of the FakeEngine."""
 
     async def start():
         engine = FakeEngine(loop_thread.loop)
@@ -200,7 +208,7 @@ def gateway(loop_thread, served, *, limits=None, controller=None, engine_address
         await engine.health.set(ENGINE_SERVICE, health_pb2.HealthCheckResponse.SERVING)
         address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()
-        made = await create(
+        created = await create(
             served,
             listen="127.0.0.1:0",
             engine=engine_address or address,
@@ -208,15 +216,15 @@ def gateway(loop_thread, served, *, limits=None, controller=None, engine_address
             limits=limits or Limits(drain_s=0.1),
             **options,
         )
-        return engine, server, engine_address or address, made
+        return engine, server, engine_address or address, created
 
-    engine, server, address, made = loop_thread.run(start())
-    channel = grpc.insecure_channel(made.address, options=rpc.OPTIONS)
+    engine, server, address, created = loop_thread.run(start())
+    channel = grpc.insecure_channel(created.address, options=rpc.OPTIONS)
     try:
         yield Harness(
             loop_thread=loop_thread,
             engine=engine,
-            gateway=made,
+            gateway=created,
             engine_address=address,
             channel=channel,
             stub=inference_pb2_grpc.InferenceStub(channel),
@@ -224,12 +232,12 @@ def gateway(loop_thread, served, *, limits=None, controller=None, engine_address
         )
     finally:
         channel.close()
-        loop_thread.run(made.stop())
+        loop_thread.run(created.stop())
         loop_thread.run(server.stop(None))
 
 
 def text_of(events, choice=0):
-    """All text of one choice of a stream, as a client joins it."""
+    """The text of one choice, joined from a stream's events as a client does."""
     tokens = [event.token for event in events if event.HasField("token")]
     return "".join(token.text for token in tokens if token.choice == choice) + "".join(
         event.finished.choices[choice].text for event in events if event.HasField("finished")
@@ -241,7 +249,7 @@ def indices_of(events):
 
 
 def failure_of(call):
-    """The status a stream ends with; its events before that are dropped."""
+    """The error with which a stream ends. Drops the events before it."""
     try:
         for _ in call:
             pass

@@ -6,10 +6,10 @@ Called by ``engine`` from its callers' threads. It must not know how sequences r
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from farshore.defaults import MAX_DECODE_STALL_MS, SHARD_GRACE_S
 from farshore.errors import Full, InvalidRequest
 from farshore.models.config import ModelConfig
 from farshore.workers.engine.kv.cache import SequenceCache
-from farshore.workers.engine.kv.shard_queue import GRACE_S
 from farshore.workers.engine.sequence import Sampling
 
 
@@ -18,14 +18,14 @@ class EngineLimits:
     segment_tokens: int = 2048
     """Prompt tokens that go through the layers together: a multiple of 256. More pull less of the past, and
     take more memory."""
-    max_decode_stall_ms: float = 200.0
+    max_decode_stall_ms: float = MAX_DECODE_STALL_MS
     """From one token to the next of a running sequence, while prompts are prefilled beside it."""
     speculate_tokens: int = 0
     """Tokens guessed ahead by prompt lookup and verified in one step; 0: none."""
     running: int = 64
     """Completions under way at a time."""
     waiting: int = 256
-    shard_grace_s: float = GRACE_S
+    shard_grace_s: float = SHARD_GRACE_S
     """How long a shard may answer nothing before the sequences whose KV lies there fail."""
 
 

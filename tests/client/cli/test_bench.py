@@ -1,4 +1,4 @@
-"""``farshore bench`` with a benchmark that measures nothing."""
+"""``farshore bench``, with a benchmark that returns a fixed report."""
 
 import json
 
@@ -17,7 +17,7 @@ REPORT = Report(
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The options that the benchmark ``nothing`` was run with."""
+    """The options with which the benchmark ``nothing`` was run, one entry per run."""
     options = []
 
     def run_nothing(given, progress):
@@ -49,7 +49,7 @@ def test_json_on_stdout_progress_on_stderr(run, asked):
     assert "measuring nothing" in done.err
 
 
-def test_for_people(run, asked):
+def test_the_report_as_text(run, asked):
     done = run("bench", "nothing")
     assert "case: median 12 ms of 20 runs (p10 12 ms, p90 12 ms)" in done.out
     rows = [line.split() for line in done.out.splitlines()]
@@ -64,20 +64,20 @@ def test_options_reach_the_benchmark(run, asked):
     assert asked == [catalogue.Options("reference", 3, "merge"), catalogue.Options(None, None, "")]
 
 
-def test_out_writes_the_json_whatever_is_printed(run, asked, tmp_path):
+def test_out_writes_json_even_if_text_is_printed(run, asked, tmp_path):
     file = tmp_path / "nothing.json"
     done = run("bench", "nothing", "--out", str(file))
     assert done.code == 0 and "BAR" in done.out
     assert set(json.loads(file.read_text())) == {"machine", "results", "bars"}
 
 
-def test_a_missing_folder_is_told_before_measuring(run, asked, tmp_path):
+def test_a_missing_folder_is_refused_before_measuring(run, asked, tmp_path):
     done = run("bench", "nothing", "--out", str(tmp_path / "nowhere" / "x.json"))
     assert done.code == 1 and not asked
     assert "does not exist: create it" in done.err
 
 
-def test_a_file_that_cannot_be_written_still_leaves_the_report(run, asked, tmp_path):
+def test_the_report_is_printed_even_if_the_file_cannot_be_written(run, asked, tmp_path):
     done = run("bench", "nothing", "--json", "--out", str(tmp_path))
     assert done.code == 1
     assert "can't be written" in done.err and json.loads(done.out)["bars"]

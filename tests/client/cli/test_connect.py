@@ -1,4 +1,4 @@
-"""A gateway that listens is waited for, however slow it is; only where nothing listens is there none."""
+"""await_gateway waits for a gateway that listens, even a slow one; only a refused connection means none."""
 
 import contextlib
 import socket
@@ -14,21 +14,21 @@ from farshore.errors import TransportError
 
 @pytest.fixture
 def absent():
-    """An address where nothing listens, and nothing will."""
-    with socket.socket() as it:
-        it.bind(("127.0.0.1", 0))
-        yield f"127.0.0.1:{it.getsockname()[1]}"
+    """An address where nothing listens: its port is bound, so that no other process can use it."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{bound.getsockname()[1]}"
 
 
 @pytest.fixture
 def silent():
-    """An address where something listens and says nothing: a frozen gateway."""
-    with socket.create_server(("127.0.0.1", 0)) as it:
-        yield f"127.0.0.1:{it.getsockname()[1]}"
+    """The address of a listener that never answers, like a frozen gateway."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
 
 
-class Slow:
-    """Stands before a gateway and lets nothing through until `go`."""
+class SlowProxy:
+    """A TCP proxy before a gateway that forwards nothing until ``go`` is set."""
 
     def __init__(self, gateway):
         self.go = threading.Event()
@@ -48,11 +48,11 @@ class Slow:
     def _accept(self):
         with contextlib.suppress(OSError):
             while True:
-                self._start(self._pass, self._listener.accept()[0])
+                self._start(self._forward, self._listener.accept()[0])
 
-    def _pass(self, client):
+    def _forward(self, client):
         host, _, port = self._gateway.rpartition(":")
-        # Whichever end leaves first: the other is closed, too.
+        # When one side closes its connection, the other side's is closed too.
         with client, contextlib.suppress(OSError):
             assert self.go.wait(60)
             with socket.create_connection((host, int(port))) as server:
@@ -77,40 +77,42 @@ def _pump(source, target):
 
 @pytest.fixture
 def slow(farshore):
-    made = Slow(farshore.address)
-    yield made
-    made.close()
+    """A SlowProxy before a gateway."""
+    proxy = SlowProxy(farshore.address)
+    yield proxy
+    proxy.close()
 
 
 @pytest.fixture
 def no_patience(monkeypatch):
+    """Commands give up at once on a listener that does not answer."""
     monkeypatch.setattr(cli_connect, "ANSWER_DEADLINE_S", 0.0)
 
 
-def test_one_that_serves(farshore):
-    told = []
-    assert await_gateway(farshore.address, told.append)
-    assert not told
+def test_a_gateway_that_serves(farshore):
+    notes = []
+    assert await_gateway(farshore.address, notes.append)
+    assert not notes
 
 
-def test_where_nothing_listens_there_is_none(absent):
-    told = []
-    assert not await_gateway(absent, told.append)
-    assert not told
+def test_nothing_listens(absent):
+    notes = []
+    assert not await_gateway(absent, notes.append)
+    assert not notes
 
 
-def test_a_slow_one_is_waited_for(slow):
-    told = []
+def test_a_slow_gateway_is_waited_for(slow):
+    notes = []
 
     def tell(text):
-        told.append(text)
+        notes.append(text)
         slow.go.set()
 
     assert await_gateway(slow.address, tell)
-    assert len(told) == 1 and slow.address in told[0]
+    assert len(notes) == 1 and slow.address in notes[0]
 
 
-def test_a_silent_one_is_an_error_after_a_while(silent, no_patience):
+def test_a_silent_listener_is_an_error_after_the_deadline(silent, no_patience):
     with pytest.raises(TransportError, match=f"listens at {silent} did not answer as a gateway"):
         await_gateway(silent, lambda _: None)
 
@@ -132,7 +134,9 @@ def test_generate_starts_no_second_cluster_beside_a_silent_gateway(
 
 
 @pytest.mark.parametrize("command", [("generate", "Hi"), ("status",)])
-def test_a_server_that_was_named_is_told_apart(run, cluster, silent, absent, no_patience, command):
+def test_a_silent_server_and_an_absent_one_get_different_errors(
+    run, cluster, silent, absent, no_patience, command
+):
     assert "did not answer as a gateway" in run(*command, "--server", silent).err
     assert "no gateway answers" in run(*command, "--server", absent).err
     assert cluster.config is None
@@ -140,7 +144,7 @@ def test_a_server_that_was_named_is_told_apart(run, cluster, silent, absent, no_
 
 @pytest.fixture
 def web_proxy(monkeypatch):
-    """A proxy for the web in the environment; where it listens."""
+    """The listening socket of a web proxy to which the environment points."""
     with socket.create_server(("127.0.0.1", 0)) as proxy:
         proxy.settimeout(60)
         for name in ("http_proxy", "https_proxy", "grpc_proxy"):
@@ -150,14 +154,14 @@ def web_proxy(monkeypatch):
         yield proxy
 
 
-def test_a_gateway_on_this_machine_is_asked_past_a_web_proxy(web_proxy, farshore):
+def test_a_gateway_on_this_machine_is_called_without_the_web_proxy(web_proxy, farshore):
     port = farshore.address.rpartition(":")[2]
     for host in ("127.0.0.1", "localhost", "0.0.0.0"):
         with Client(f"{host}:{port}") as client:
             assert client.is_serving(timeout_s=60), host
 
 
-def test_a_gateway_elsewhere_is_asked_through_it(web_proxy):
+def test_a_gateway_elsewhere_is_called_through_the_web_proxy(web_proxy):
     with Client("gateway.invalid:50051") as client:
         asking = threading.Thread(target=client.is_serving, kwargs={"timeout_s": 60})
         asking.start()

@@ -1,4 +1,4 @@
-"""``farshore generate``: against a gateway in this process, and with a cluster of its own."""
+"""``farshore generate``, with a gateway in this process and with a FakeCluster."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from farshore.proto import cluster_pb2, inference_pb2
 
 @pytest.fixture
 def answer(farshore, served):
-    """The engine answers every prompt with this."""
+    """The text with which the engine answers every prompt."""
     text = "It scatters 🌍 light."
     farshore.engine.auto = served.tokenizer.encode(text)
     return text
@@ -64,7 +64,7 @@ def test_stop_strings(run, farshore, answer):
 
 @pytest.fixture
 def two_choices(farshore, served):
-    """The engine answers the next prompt twice; returns what it says."""
+    """The texts of two choices with which the engine answers the next prompt."""
     texts = ["One answer.", "Another 🌍"]
 
     def feed():
@@ -85,21 +85,21 @@ def two_choices(farshore, served):
     feeding.join(30)
 
 
-def test_choices_are_told_one_after_the_other(run, farshore, two_choices):
+def test_choices_are_printed_one_after_the_other(run, farshore, two_choices):
     done = run("generate", "Hi", "--server", farshore.address, "--n", "2", "--temperature", "1")
     assert (done.code, done.out) == (0, f"[0] {two_choices[0]}\n\n[1] {two_choices[1]}\n")
 
 
 def test_choices_as_json(run, farshore, served, two_choices):
     options = ["--n", "2", "--temperature", "1", "--logprobs", "1", "--json"]
-    told = json.loads(run("generate", "Hi", "--server", farshore.address, *options).out)
-    assert not told.keys() & {"text", "token_ids", "finish_reason"}
+    result = json.loads(run("generate", "Hi", "--server", farshore.address, *options).out)
+    assert not result.keys() & {"text", "token_ids", "finish_reason"}
     ids = [served.tokenizer.encode(text) for text in two_choices]
-    assert told["completion_tokens"] == sum(map(len, ids))
-    for index, choice in enumerate(told["choices"]):
+    assert result["completion_tokens"] == sum(map(len, ids))
+    for index, choice in enumerate(result["choices"]):
         assert (choice["index"], choice["text"]) == (index, two_choices[index])
         assert choice["token_ids"] == ids[index] and choice["finish_reason"] == "stop"
-        assert [it["token_id"] for it in choice["logprobs"]] == ids[index]
+        assert [token["token_id"] for token in choice["logprobs"]] == ids[index]
         first = choice["logprobs"][0]
         assert first == {
             "token_id": ids[index][0],
@@ -118,12 +118,12 @@ def test_choices_as_json(run, farshore, served, two_choices):
 def test_json(run, farshore, served, answer):
     done = run("generate", "Why blue?", "--server", farshore.address, "--json")
     assert done.code == 0 and done.out.count("\n") == 1
-    told = json.loads(done.out)
-    times = {name: told.pop(name) for name in ("ttft_ms", "tpot_ms", "total_ms")}
-    request_id = told.pop("request_id")
+    result = json.loads(done.out)
+    times = {name: result.pop(name) for name in ("ttft_ms", "tpot_ms", "total_ms")}
+    request_id = result.pop("request_id")
     assert all(isinstance(value, float) for value in times.values())
     sequence = farshore.engine.next_sequence()
-    assert told == {
+    assert result == {
         "text": answer,
         "token_ids": farshore.engine.auto,
         "prompt_tokens": len(sequence.request.prompt),
@@ -162,7 +162,7 @@ def test_bad_prompts_start_nothing(run, cluster, nothing_listens, monkeypatch, t
     assert cluster.config is None
 
 
-def test_unreachable_server_that_was_asked_for(run, cluster):
+def test_a_named_server_that_is_unreachable(run, cluster):
     done = run("generate", "Hi", "--server", "127.0.0.1:1")
     assert done.code == 1
     assert "no gateway answers at 127.0.0.1:1" in done.err and "farshore serve" in done.err
@@ -177,7 +177,8 @@ def test_gateway_errors_are_one_line(run, farshore):
 
 @pytest.fixture
 def ends_early(farshore, served):
-    """ends_early(end): the engine sends some tokens of its next answer, then does this with the sequence."""
+    """ends_early(end) -> the text of the tokens that the engine sends of its next answer before it calls
+    ``end(sequence)``."""
     text = "It scatters"
     threads = []
 
@@ -206,7 +207,7 @@ def test_an_answer_that_breaks_off_is_a_failure(run, farshore, ends_early, optio
     assert "shard lost" in done.err and "the same command asks again" in done.err
 
 
-def test_an_answer_that_fails_for_good_is_not_to_be_asked_again(run, farshore, ends_early):
+def test_an_answer_that_fails_for_good_suggests_no_retry(run, farshore, ends_early):
     ends_early(lambda sequence: sequence.fail(grpc.StatusCode.INVALID_ARGUMENT, "no such thing"))
     done = run("generate", "Hi", "--server", farshore.address)
     assert done.code == 1
@@ -215,7 +216,7 @@ def test_an_answer_that_fails_for_good_is_not_to_be_asked_again(run, farshore, e
 
 @pytest.mark.parametrize("options", [(), ("--json",)])
 def test_a_cancelled_answer_is_a_failure(run, farshore, ends_early, options):
-    """However the gateway words it: a part of an answer is never a success."""
+    """An incomplete answer is never a success, even if the stream ends normally."""
     text = ends_early(lambda sequence: sequence.finish(reason=inference_pb2.FINISH_REASON_CANCELLED))
     done = run("generate", "Hi", "--server", farshore.address, *options)
     assert done.code == 1 and text in done.out
@@ -223,7 +224,7 @@ def test_a_cancelled_answer_is_a_failure(run, farshore, ends_early, options):
 
 
 def test_a_long_prompt_shows_how_far_it_is(run, farshore, monkeypatch):
-    """On a terminal, in one line that is gone when the answer begins."""
+    """On a terminal, in one line that is removed when the answer begins."""
 
     read = threading.Event()
 
@@ -252,9 +253,9 @@ def test_a_long_prompt_shows_how_far_it_is(run, farshore, monkeypatch):
     assert run("generate", "Hi", "--server", farshore.address).code == 0
     feeding.join(30)
     clear = "\r\x1b[2K"
-    shown = terminal.getvalue().split(clear)
-    # A reader that is slower than the engine skips lines: only the newest counts.
-    assert shown[-2:] == ["reading the prompt: 1500 of 1500 tokens", ""]
+    lines = terminal.getvalue().split(clear)
+    # Earlier lines may be missing: the gateway sends only the newest progress to a slow reader.
+    assert lines[-2:] == ["reading the prompt: 1500 of 1500 tokens", ""]
 
 
 def test_starts_a_cluster_for_one_call(run, farshore, cluster, nothing_listens, answer):
@@ -277,7 +278,7 @@ def test_starts_a_cluster_for_one_call(run, farshore, cluster, nothing_listens, 
         ("--kv-format int4 --dtype float32", ("int4", 200.0, 0)),
     ],
 )
-def test_what_the_engine_is_told(run, farshore, cluster, nothing_listens, answer, options, expected):
+def test_options_reach_the_configuration(run, farshore, cluster, nothing_listens, answer, options, expected):
     cluster.address = farshore.address
     assert run("generate", "Hi", *options.split()).code == 0
     config = cluster.config

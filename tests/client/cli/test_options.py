@@ -1,4 +1,4 @@
-"""Options and their mistakes: nothing is started or asked here."""
+"""Options and wrong usage. No test here starts a cluster or calls a gateway."""
 
 import argparse
 import re
@@ -54,6 +54,7 @@ def test_addresses(text):
         ("generate", "Hi", "--top-k", "-1"),
         ("generate", "Hi", "--min-p", "1.5"),
         ("generate", "Hi", "--repetition-penalty", "0"),
+        ("generate", "Hi", "--repetition-penalty", "101"),
         ("generate", "Hi", "--presence-penalty", "nan"),
         ("generate", "Hi", "--frequency-penalty", "3"),
         ("generate", "Hi", "--logit-bias", "42"),

@@ -1,4 +1,4 @@
-"""``farshore serve`` with a cluster that only remembers, and ``farshore status`` with a real gateway."""
+"""``farshore serve`` with a FakeCluster, and ``farshore status`` with a real gateway."""
 
 import inspect
 import json
@@ -13,12 +13,12 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from farshore.client.cli.terminal import Progress, stop_signals
-from farshore.errors import PartEnded, StartupError
+from farshore.errors import ProcessEnded, StartupError
 from farshore.proto import inference_pb2 as api
 from farshore.proto import inference_pb2_grpc
 
 
-def test_serve_says_where(run, cluster):
+def test_serve_prints_the_addresses(run, cluster):
     options = [
         "--port",
         "0",
@@ -50,7 +50,7 @@ def test_signals_stop_everything(run, cluster, number):
     assert signal.getsignal(number) is before
 
 
-def test_sigterm_works_after_ray_has_taken_it(run, cluster):
+def test_sigterm_works_after_ray_has_replaced_its_handler(run, cluster):
     def as_ray_does(number, _):
         raise SystemExit(number)
 
@@ -60,7 +60,7 @@ def test_sigterm_works_after_ray_has_taken_it(run, cluster):
     assert cluster.stops == 1
 
 
-def test_sigterm_while_ray_holds_it(run, cluster):
+def test_sigterm_while_rays_handler_is_installed(run, cluster):
     def start():
         raise SystemExit(int(signal.SIGTERM))
 
@@ -68,7 +68,7 @@ def test_sigterm_while_ray_holds_it(run, cluster):
     assert run("serve").code == 0
 
 
-def test_a_second_signal_does_not_break_off_the_stop():
+def test_a_second_signal_does_not_interrupt_the_stop():
     cleaned = False
     with pytest.raises(KeyboardInterrupt), stop_signals():
         try:
@@ -79,44 +79,45 @@ def test_a_second_signal_does_not_break_off_the_stop():
     assert cleaned
 
 
-def test_the_stand_in_is_called_as_the_real_one(cluster):
-    """In a process of its own: what the client imports must not depend on this test."""
+def test_the_fake_cluster_has_the_real_ones_signatures(cluster):
+    """The real one is imported in another process, so that this process does not import Ray."""
     code = (
         "import inspect\n"
         "from farshore.controller.cluster import Cluster\n"
         "print(*inspect.signature(Cluster.start).parameters, *inspect.signature(Cluster.wait).parameters)\n"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120)
-    # A class method's own parameter, the class, is not shown.
-    start, wait = (list(inspect.signature(it).parameters) for it in (cluster.start, type(cluster).wait))
+    # inspect does not list the first parameter of a class method.
+    methods = (cluster.start, type(cluster).wait)
+    start, wait = (list(inspect.signature(method).parameters) for method in methods)
     assert done.stdout.split() == [*start, *wait], done.stderr
 
 
-def test_a_part_that_ends_is_told_at_once_and_then_the_rest_is_ended(run, cluster, capsys):
+def test_the_end_of_a_process_is_printed_before_the_others_are_ended(run, cluster, capsys):
     def end(warn):
         warn("attention-0 was killed")
-        raise PartEnded("dense-0 was killed")
+        raise ProcessEnded("dense-0 was killed")
 
-    told = []
+    printed = []
     stop = type(cluster).__exit__
 
-    def stop_and_look(*arguments):
-        told.append(capsys.readouterr().err)
+    def read_and_stop(*arguments):
+        printed.append(capsys.readouterr().err)
         stop(*arguments)
 
     cluster.on_wait = end
-    cluster.__class__ = type("Watched", (type(cluster),), {"__exit__": stop_and_look})
+    cluster.__class__ = type("Watched", (type(cluster),), {"__exit__": read_and_stop})
     done = run("serve")
     assert done.code == 1 and done.err == ""
-    assert told[0].splitlines()[-2:] == [
+    assert printed[0].splitlines()[-2:] == [
         "farshore: warning: attention-0 was killed",
         "farshore: error: dense-0 was killed",
     ]
     assert cluster.stops == 1
 
 
-@pytest.mark.parametrize("error", [StartupError("no room"), PartEnded("Ray's raylet was killed")])
-def test_a_start_that_fails_is_one_line(run, cluster, error):
+@pytest.mark.parametrize("error", [StartupError("no room"), ProcessEnded("Ray's raylet was killed")])
+def test_a_failed_start_prints_one_line(run, cluster, error):
     def fail():
         raise error
 
@@ -124,7 +125,7 @@ def test_a_start_that_fails_is_one_line(run, cluster, error):
     done = run("serve")
     assert done.code == 1 and done.out == ""
     assert done.err.endswith(f"farshore: error: {error}\n") and done.err.count("error:") == 1
-    assert cluster.stops == 0  # It has ended what it started.
+    assert cluster.stops == 0  # Cluster.start ends what it started.
 
 
 class _Terminal:
@@ -154,6 +155,7 @@ def test_progress_leaves_nothing_on_a_terminal():
 
 @pytest.fixture
 def busy(farshore):
+    """A Harness whose status shows two workers and one sequence."""
     workers = [
         api.WorkerStatus(
             worker_id="attention-0",
@@ -193,7 +195,7 @@ def busy(farshore):
     return farshore
 
 
-def test_status_shows_where_everything_is(run, busy):
+def test_status_shows_workers_connections_and_spans(run, busy):
     done = run("status", "--server", busy.address)
     assert done.code == 0
     assert "pool: 256.0 MiB of 1.0 GiB used" in done.out
@@ -211,7 +213,7 @@ def test_status_when_idle(run, farshore):
     assert "LINK" not in out
 
 
-def test_status_shows_what_is_in_force(run, farshore):
+def test_status_shows_the_settings_in_force(run, farshore):
     farshore.engine.status.MergeFrom(
         api.ClusterStatusReply(kv_format="int8", max_decode_stall_ms=50, speculate_tokens=4)
     )
@@ -220,15 +222,15 @@ def test_status_shows_what_is_in_force(run, farshore):
         "KV as int8" in out
         and "at most 50 ms from token to token beside other prompts; up to 4 tokens guessed ahead" in out
     )
-    told = json.loads(run("status", "--server", farshore.address, "--json").out)
-    assert (told["kv_format"], told["max_decode_stall_ms"], told["speculate_tokens"]) == ("int8", 50, 4)
+    status = json.loads(run("status", "--server", farshore.address, "--json").out)
+    assert (status["kv_format"], status["max_decode_stall_ms"], status["speculate_tokens"]) == ("int8", 50, 4)
 
 
 def test_status_as_json(run, busy):
-    told = json.loads(run("status", "--server", busy.address, "--json").out)
-    assert told["workers"][0]["process_id"] == 77
-    assert told["workers"][1]["links"][0]["transport"] == "shared memory"
-    assert told["sequences"][0]["spans"][0]["last"] == 512
+    status = json.loads(run("status", "--server", busy.address, "--json").out)
+    assert status["workers"][0]["process_id"] == 77
+    assert status["workers"][1]["links"][0]["transport"] == "shared memory"
+    assert status["sequences"][0]["spans"][0]["last"] == 512
 
 
 def test_status_without_a_gateway(run):
@@ -238,7 +240,7 @@ def test_status_without_a_gateway(run):
 
 
 class Failed(inference_pb2_grpc.InferenceServicer):
-    """A gateway whose engine has failed: it tells its status, and its health is NOT_SERVING."""
+    """A gateway whose engine has failed: it reports its status, and its health is NOT_SERVING."""
 
     def ClusterStatus(self, request, context):
         worker = api.WorkerStatus(worker_id="dense-0", kind="dense", state="failed")
@@ -247,6 +249,7 @@ class Failed(inference_pb2_grpc.InferenceServicer):
 
 @pytest.fixture
 def failed():
+    """The address of a server with Failed."""
     checks = health.HealthServicer()
     checks.set("farshore.inference.v1.Inference", health_pb2.HealthCheckResponse.NOT_SERVING)
     server = grpc.server(ThreadPoolExecutor(2))
@@ -259,7 +262,7 @@ def failed():
 
 
 def test_status_of_a_gateway_that_does_not_serve(run, failed):
-    """That its engine has failed is what status is asked for."""
+    """Status must be available when the engine has failed."""
     done = run("status", "--server", failed)
     assert done.code == 0, done.err
     assert ["dense-0", "dense", "failed"] in [line.split()[:3] for line in done.out.splitlines()]

@@ -13,7 +13,7 @@ def _cancel(farshore, request_id):
 
 @pytest.mark.parametrize("ignores_cancel", [False, True])
 def test_cancel_ends_the_stream(start, ignores_cancel):
-    """Also when the engine does not end the sequence by itself: its stream is cut."""
+    """The stream is cut if the engine ignores the Cancel."""
     farshore = start(limits=Limits(cancel_s=0.2))
     farshore.engine.ignores_cancel = ignores_cancel
     call = farshore.generate()
@@ -31,9 +31,9 @@ def test_cancel_ends_the_stream(start, ignores_cancel):
 
 def test_cancel_unknown(farshore):
     with pytest.raises(grpc.RpcError) as failure:
-        _cancel(farshore, "nobody")
+        _cancel(farshore, "unknown")
     assert failure.value.code() == grpc.StatusCode.NOT_FOUND
-    assert "nobody" in failure.value.details()
+    assert "'unknown'" in failure.value.details()
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_engine_goes_away(farshore, harness):
     assert f"dense worker {farshore.engine_address}" in failure.details()
 
 
-def test_engine_that_says_nothing(start, harness):
+def test_engine_that_stalls(start, harness):
     farshore = start(limits=Limits(stall_s=0.05))
     failure = harness.failure_of(farshore.generate())
     assert failure.code() == grpc.StatusCode.DEADLINE_EXCEEDED
@@ -87,7 +87,7 @@ def test_engine_that_says_nothing(start, harness):
 
 
 def test_stopping_the_gateway_fails_live_requests(harness, loop_thread, served):
-    """It does not look like an end of the answer: it says what came, and how to send it again."""
+    """The failure tells how many tokens came and how to send the request again; it is no normal end."""
     with harness.gateway(loop_thread, served) as farshore:
         call = farshore.generate()
         sequence = farshore.engine.next_sequence()

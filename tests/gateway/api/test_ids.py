@@ -1,4 +1,4 @@
-"""Ids that clients choose: keys in the gateway's log, which nothing else acts on or shows."""
+"""Ids that clients choose are keys of the request log only: no other component uses or shows them."""
 
 import logging
 import re
@@ -31,8 +31,8 @@ def _cancel(farshore, request_id):
     farshore.stub.Cancel(api.CancelRequest(request_id=request_id), timeout=30)
 
 
-def test_hostile_ids_are_requests_of_their_own(farshore):
-    """Side by side, several with forks; the end of one is the end of no other."""
+def test_hostile_ids_name_separate_requests(farshore):
+    """All run at once, with two choices each; cancelling some does not end the others."""
     calls, sequences = {}, {}
     for request_id in HOSTILE:
         calls[request_id] = farshore.generate(request_id=request_id, sampling=dict(n=2, temperature=1.0))
@@ -40,23 +40,23 @@ def test_hostile_ids_are_requests_of_their_own(farshore):
         assert next(calls[request_id]).accepted.request_id == request_id
     ids = [sequence.request.sequence_id for sequence in sequences.values()]
     assert len(set(ids)) == len(HOSTILE)
-    assert all(re.fullmatch(r"[0-9a-f]{8}-[1-9][0-9]*", each) for each in ids)
+    assert all(re.fullmatch(r"[0-9a-f]{8}-[1-9][0-9]*", sequence_id) for sequence_id in ids)
     for request_id in HOSTILE[::2]:
         _cancel(farshore, request_id)
         (done,) = calls.pop(request_id)
-        assert {it.reason for it in done.finished.choices} == {api.FINISH_REASON_CANCELLED}
-    assert {each for each, _ in farshore.engine.cancelled} == set(ids[::2])
+        assert {choice.reason for choice in done.finished.choices} == {api.FINISH_REASON_CANCELLED}
+    assert {sequence_id for sequence_id, _ in farshore.engine.cancelled} == set(ids[::2])
     for request_id, call in calls.items():
         for choice in range(2):
             sequences[request_id].tokens(10, choice=choice)
             sequences[request_id].finish(choice=choice)
         *tokens, done = call
         assert len(tokens) == 2
-        assert {it.reason for it in done.finished.choices} == {api.FINISH_REASON_STOP}
+        assert {choice.reason for choice in done.finished.choices} == {api.FINISH_REASON_STOP}
 
 
-def test_a_sequence_id_is_no_way_to_a_request(farshore, harness):
-    """Status shows them."""
+def test_a_sequence_id_does_not_name_a_request(farshore, harness):
+    """Status shows sequence ids, so they must not permit reading or cancelling a request."""
     call = farshore.generate(request_id="secret")
     sequence = farshore.engine.next_sequence().request.sequence_id
     next(call)
@@ -68,7 +68,7 @@ def test_a_sequence_id_is_no_way_to_a_request(farshore, harness):
     )
 
 
-def test_ids_of_two_gateways_and_of_one_that_returns_differ(start):
+def test_sequence_ids_of_different_gateways_differ(start):
     seen = set()
     for _ in range(3):
         farshore = start()
@@ -79,11 +79,11 @@ def test_ids_of_two_gateways_and_of_one_that_returns_differ(start):
 
 
 def test_no_id_and_no_prompt_in_what_the_engine_gets_or_the_log(farshore, harness, caplog):
-    """An exception in the gateway names the sequence only."""
+    """An exception in the gateway is logged with the sequence id only."""
     with caplog.at_level(logging.DEBUG, logger="farshore"):
         call = farshore.generate("a private prompt", request_id="secret-id")
         sequence = farshore.engine.next_sequence()
-        sequence.token(token_id=1, choice=7)  # There is no such choice.
+        sequence.token(token_id=1, choice=7)  # An unknown choice, which raises in the gateway.
         failure = harness.failure_of(call)
     assert (
         failure.code() == grpc.StatusCode.INTERNAL and failure.details() == "the gateway failed; see its log"
@@ -98,7 +98,7 @@ LONG = ["x" * 1_000_000, "\n" * 5000, "🌍" * 300_000, "'\\" * 1000]
 
 @pytest.mark.parametrize("text", LONG, ids=["x", "lines", "globes", "quotes"])
 @pytest.mark.parametrize("field", ["model", "cancel", "request_id", "cache_salt", "stop", "role", "resume"])
-def test_what_clients_send_is_shown_in_part(start, harness, field, text):
+def test_client_strings_in_messages_are_shortened(start, harness, field, text):
     farshore = start(limits=Limits(request_id_chars=1 << 20 if field == "resume" else 128, drain_s=0.1))
     if field == "cancel":
         with pytest.raises(grpc.RpcError) as refused:
@@ -115,14 +115,14 @@ def test_what_clients_send_is_shown_in_part(start, harness, field, text):
     assert len(failure.details()) <= 400
 
 
-def test_what_an_engine_says_is_passed_in_part(farshore, harness):
+def test_an_engines_message_is_shortened(farshore, harness):
     call = farshore.generate()
     farshore.engine.next_sequence().fail(grpc.StatusCode.INVALID_ARGUMENT, "x" * 5000)
     assert len(harness.failure_of(call).details()) == 1000
 
 
 @pytest.mark.parametrize(
-    "code, told",
+    "code, expected",
     [
         (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL),
         (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.INTERNAL),
@@ -131,11 +131,11 @@ def test_what_an_engine_says_is_passed_in_part(farshore, harness):
         (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNAVAILABLE),
     ],
 )
-def test_what_is_between_gateway_and_engine_names_the_engine(farshore, harness, code, told):
+def test_a_failure_between_gateway_and_engine_names_the_engine(farshore, harness, code, expected):
     call = farshore.generate()
     farshore.engine.next_sequence().fail(code, "who are you?")
     failure = harness.failure_of(call)
-    assert failure.code() == told
+    assert failure.code() == expected
     assert failure.details() == f"dense worker {farshore.engine_address}: who are you?"
 
 

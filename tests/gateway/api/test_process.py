@@ -1,4 +1,4 @@
-"""The gateway as a process: what it tells its parent, and when it leaves."""
+"""The gateway as a process: its report to its parent, and when it ends."""
 
 import json
 import signal
@@ -17,13 +17,13 @@ from farshore.errors import TransportError
 
 @pytest.fixture
 def spawn():
-    """Starts gateway processes; returns (process, the line it printed)."""
+    """start(listen=…, …) -> (a gateway process, the JSON object that it printed). Killed after the test."""
     processes = []
 
     def start(listen="127.0.0.1:0", model="smollm2", late=False, engine="127.0.0.1:1", stdin=subprocess.PIPE):
         arguments = ["--model", model, "--listen", listen]
         arguments += ["--controller", "127.0.0.1:2"]
-        # The engine's address may come later, on stdin.
+        # late: the engine's address is sent on stdin.
         arguments += [] if late else ["--engine", engine]
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "farshore.gateway", *arguments],
@@ -54,7 +54,7 @@ def _is_serving(address):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_leaves_on_a_signal(spawn, engines, number):
+def test_ends_on_a_signal(spawn, engines, number):
     process, line = spawn(engine=engines().address)
     assert _is_serving(line["address"])
     process.send_signal(number)
@@ -62,7 +62,7 @@ def test_leaves_on_a_signal(spawn, engines, number):
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_leaves_with_its_parent(spawn, engines, late):
+def test_ends_with_its_parent(spawn, engines, late):
     process, line = spawn(late=late, engine=engines().address)
     assert _is_serving(line["address"])
     process.stdin.close()
@@ -79,7 +79,7 @@ def test_stdin_that_is_closed_from_the_start_is_an_error(spawn, late):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_request_in_the_middle_when_a_signal_comes(spawn, engines, number):
-    """It does not look complete: not in the API, not in the SDK, and the process itself ends well."""
+    """The request fails, also in the SDK, and the process exits with code 0."""
     process, line = spawn(engine=engines().address)
     with Client(line["address"]) as client:
         stream = client.generate("Hello", seed=7)

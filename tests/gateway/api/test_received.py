@@ -1,4 +1,4 @@
-"""A call's bytes before they are parsed: what is counted, what is refused, and that nothing else changes."""
+"""received.parse: bytes within the limits parse as protobuf does, bytes beyond them are refused."""
 
 import grpc
 import pytest
@@ -32,7 +32,7 @@ prompts = st.one_of(
     st.builds(
         lambda ids: dict(tokens=api.TokenIds(ids=ids)), st.lists(st.integers(0, 2**32 - 1), max_size=50)
     ),
-    st.builds(lambda said: dict(chat=api.Chat(messages=said)), st.lists(messages, max_size=8)),
+    st.builds(lambda chat: dict(chat=api.Chat(messages=chat)), st.lists(messages, max_size=8)),
 )
 requests = st.builds(
     lambda prompt, **fields: api.GenerateRequest(**prompt, **fields),
@@ -47,7 +47,7 @@ requests = st.builds(
 
 @given(requests)
 @settings(max_examples=300, deadline=None)
-def test_a_request_within_limits_is_what_was_sent(request):
+def test_a_request_within_limits_is_parsed_unchanged(request):
     raw = request.SerializeToString()
     parsed, _, size_bytes = _parse(raw)
     assert parsed == request
@@ -68,17 +68,19 @@ def test_any_bytes_are_a_request_or_refused(raw):
 
 @given(requests, requests)
 @settings(max_examples=300, deadline=None)
-def test_fingerprints_are_equal_for_what_asks_for_the_same(one, other):
-    def asked(request):
+def test_fingerprints_are_equal_for_equal_prompts_and_sampling(one, other):
+    def fingerprinted(request):
         same = api.GenerateRequest.FromString(request.SerializeToString())
         for field in ("model", "request_id", "resume_from"):
             same.ClearField(field)
         return same
 
     other.sampling.CopyFrom(one.sampling)
-    fingerprints = [_parse(request.SerializeToString()).fingerprint for request in (one, other, asked(one))]
+    fingerprints = [
+        _parse(request.SerializeToString()).fingerprint for request in (one, other, fingerprinted(one))
+    ]
     assert fingerprints[0] == fingerprints[2]
-    assert (fingerprints[0] == fingerprints[1]) == (asked(one) == asked(other))
+    assert (fingerprints[0] == fingerprints[1]) == (fingerprinted(one) == fingerprinted(other))
 
 
 def test_a_map_in_another_order_is_the_same():
@@ -125,7 +127,7 @@ REFUSED = {
 def test_refused(case):
     raw, words = REFUSED[case]
     if words is None:
-        _parse(raw)  # Each is within the limit; together they are refused when they are known.
+        _parse(raw)  # Each field is within the limit; protobuf merges them, and validation refuses the sum.
         return
     with pytest.raises(InvalidRequest, match=words):
         _parse(raw)
@@ -152,7 +154,7 @@ def send(farshore):
 
 
 @pytest.mark.parametrize("case", OVERSIZE)
-def test_messages_above_the_servers_limit(farshore, harness, send, case):
+def test_messages_above_grpcs_limit(farshore, harness, send, case):
     failure = harness.failure_of(send(OVERSIZE[case]))
     assert failure.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "larger than max" in failure.details() and "4194304" in failure.details()
@@ -160,7 +162,7 @@ def test_messages_above_the_servers_limit(farshore, harness, send, case):
 
 
 @pytest.mark.parametrize("case", BIG)
-def test_messages_below_it(farshore, harness, send, case):
+def test_messages_below_grpcs_limit(farshore, harness, send, case):
     raw, words = BIG[case]
     failure = harness.failure_of(send(raw))
     assert failure.code() == grpc.StatusCode.INVALID_ARGUMENT
@@ -179,7 +181,7 @@ def test_the_limit_follows_the_model():
 def test_garbage_for_other_methods(farshore, method):
     call = farshore.channel.unary_unary(f"/farshore.inference.v1.Inference/{method}", None, None)
     if method == "ClusterStatus":
-        call(b"\xff" * 10, timeout=30)  # It asks for nothing.
+        call(b"\xff" * 10, timeout=30)  # Its request has no fields and is not parsed.
         return
     with pytest.raises(grpc.RpcError) as refused:
         call(b"\xff" * 10, timeout=30)

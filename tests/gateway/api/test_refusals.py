@@ -1,4 +1,4 @@
-"""Every refusal: its status, and that its message names the limit and the fix."""
+"""Every refusal of a request: its status, and that its message names the limit and the fix."""
 
 import grpc
 import pytest
@@ -75,7 +75,7 @@ def test_invalid(farshore, harness, case):
     assert farshore.engine.idle
 
 
-def test_both_numbers_and_what_would_fit(farshore, harness):
+def test_a_refusal_by_length_names_all_numbers(farshore, harness):
     tokens = api.TokenIds(ids=[5] * 8000)
     failure = harness.failure_of(farshore.generate(None, tokens=tokens, sampling=dict(max_tokens=500)))
     for number in ("8000", "500", "8192", "192"):
@@ -96,7 +96,7 @@ def test_overload_is_refused_with_a_hint(start, harness):
     list(farshore.generate())
 
 
-def test_a_refused_request_takes_no_place(start, harness):
+def test_a_refused_request_does_not_count_as_live(start, harness):
     farshore = start(limits=Limits(max_live_requests=1))
     too_long = dict(text=None, tokens=api.TokenIds(ids=[5] * 8192))
     for _ in range(3):

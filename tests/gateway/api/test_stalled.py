@@ -1,4 +1,4 @@
-"""Readers that read slowly or not at all, and what readers may take."""
+"""Readers that read slowly or not at all, and the bounds of readers, calls and their memory."""
 
 import time
 
@@ -9,25 +9,25 @@ from farshore.gateway.limits import Limits
 from farshore.proto import inference_pb2 as api
 from farshore.proto import inference_pb2_grpc
 
-# Many times what lies in buffers between the two ends, if these don't grow.
+# Many times the number of events that fit into the buffers between gateway and reader, if these don't grow.
 MANY = 2000
 
 
-def _until(true, limit_s=30):
+def _wait_until(condition, limit_s=30):
     deadline_s = time.monotonic() + limit_s
-    while not true():
+    while not condition():
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
 
 
-def _more_than_buffers_hold(sequence):
+def _overflow_buffers(sequence):
     for _ in range(MANY // 1000):
         sequence.tokens(*[10] * 1000)
 
 
 @pytest.fixture
 def small_window():
-    """``small_window(address)``: a stub whose connection holds 4 KiB that were not read, and no more."""
+    """small_window(address) -> a stub whose connection buffers at most 4 KiB of unread data."""
     channels = []
 
     def connect(address):
@@ -47,37 +47,37 @@ def test_a_reader_that_stalls_is_cut_off_and_others_are_not(start, harness, smal
     sequence = farshore.engine.next_sequence()
     next(stalled)
     other = farshore.generate(None, request_id="a")
-    _more_than_buffers_hold(sequence)
+    _overflow_buffers(sequence)
     sequence.finish()
     assert harness.indices_of(other) == list(range(MANY))
-    _until(lambda: not farshore.gateway.calls)
+    _wait_until(lambda: not farshore.gateway.calls)
     failure = harness.failure_of(stalled)
     assert failure.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     assert "nothing was read for 0.3 s" in failure.details() and "resume_from" in failure.details()
 
 
-def test_a_shutdown_waits_for_no_stalled_reader(harness, loop_thread, served, small_window):
-    """Which finds that its answer is incomplete, when it reads on."""
+def test_a_shutdown_does_not_wait_for_a_stalled_reader(harness, loop_thread, served, small_window):
+    """The reader gets a failure when it reads on."""
     limits = Limits(drain_s=0.1, shutdown_s=0.1)
     with harness.gateway(loop_thread, served, limits=limits) as farshore:
         asked = api.GenerateRequest(text="Hello", sampling=api.Sampling(max_tokens=MANY))
         stalled = small_window(farshore.address).Generate(asked, timeout=30)
         sequence = farshore.engine.next_sequence()
         next(stalled)
-        _more_than_buffers_hold(sequence)
+        _overflow_buffers(sequence)
         loop_thread.run(farshore.gateway.stop())
         assert sequence.ended.wait(30)
         assert harness.failure_of(stalled).code() == grpc.StatusCode.UNAVAILABLE
 
 
-def test_a_shutdown_waits_for_no_request_without_readers(harness, loop_thread, served):
+def test_a_shutdown_does_not_wait_for_requests_without_readers(harness, loop_thread, served):
     limits = Limits(drain_s=600)  # More than the test would wait for.
     with harness.gateway(loop_thread, served, limits=limits) as farshore:
         call = farshore.generate(request_id="a")
         sequence = farshore.engine.next_sequence()
         next(call)
         call.cancel()
-        _until(lambda: not farshore.gateway.calls)
+        _wait_until(lambda: not farshore.gateway.calls)
         loop_thread.run(farshore.gateway.stop())
         assert sequence.ended.wait(30)
 
@@ -86,7 +86,7 @@ def test_a_slow_reader_gets_everything(start, harness):
     farshore = start()
     call = farshore.generate(request_id="a", sampling=dict(max_tokens=MANY))
     sequence = farshore.engine.next_sequence()
-    _more_than_buffers_hold(sequence)
+    _overflow_buffers(sequence)
     sequence.finish()
     fast = list(farshore.generate(None, request_id="a"))
     assert list(call) == fast
@@ -108,11 +108,11 @@ def test_readers_of_one_request_are_bounded(start, harness):
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_readers_in_all_are_bounded_replays_too(start, harness, ended):
+def test_readers_of_all_requests_are_bounded(start, harness, ended):
     farshore = start(limits=Limits(max_readers=1, max_live_requests=8, drain_s=0.1))
     call = farshore.generate(request_id="a", sampling=dict(max_tokens=MANY))
     sequence = farshore.engine.next_sequence()
-    _more_than_buffers_hold(sequence)
+    _overflow_buffers(sequence)
     next(call)
     if ended:
         sequence.finish()
@@ -153,10 +153,10 @@ def test_values_of_live_requests_are_bounded(start, harness):
     assert len(list(farshore.generate(sampling=refused))) == 2
 
 
-def test_ended_requests_are_forgotten_while_nothing_happens(start):
-    """By a timer, not by the next call."""
+def test_ended_requests_are_forgotten_by_a_timer(start):
+    """Without any further call."""
     farshore = start(limits=Limits(replay_s=0.05, drain_s=0.1))
     farshore.engine.auto = (10, 11)
     for name in "abc":
         list(farshore.generate(request_id=name))
-    _until(lambda: not farshore.gateway.remembered_bytes)
+    _wait_until(lambda: not farshore.gateway.remembered_bytes)

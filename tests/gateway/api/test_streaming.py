@@ -1,4 +1,4 @@
-"""A request's way through the gateway when nothing goes wrong."""
+"""A request through the gateway when nothing fails."""
 
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -77,7 +77,7 @@ def test_served_model_by_name(farshore, model):
 
 @pytest.mark.parametrize("cut", [0, 1])
 def test_text_is_the_detokenised_answer(farshore, harness, served, cut):
-    """Characters of several tokens; with ``cut`` the answer ends inside one."""
+    """Some characters consist of several tokens; with ``cut`` the answer ends within one."""
     ids = served.tokenizer.encode("naïve 🌍 東京 👩‍🚀 end 🦜")
     farshore.engine.auto = ids[: len(ids) - cut]
     events = list(farshore.generate())

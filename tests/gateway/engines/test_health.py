@@ -1,4 +1,4 @@
-"""The gateway's health is its engine's: of a real process that fails, dies, freezes and returns."""
+"""The gateway's health follows the engine's: a real process that fails, is killed, freezes and returns."""
 
 import signal
 
@@ -14,7 +14,7 @@ SERVICES = ("", "farshore.inference.v1.Inference")
 
 @pytest.fixture
 def watched(start, engines):
-    """(gateway, its engine process, a function that waits for a health of both services)"""
+    """(Harness, its EngineProcess, wait_for(status), which waits for the status of both health services)"""
     engine = engines()
     farshore = start(engine_address=engine.address, limits=Limits(probe_s=0.1, cancel_s=0.5, drain_s=0.1))
     stub = health_pb2_grpc.HealthStub(farshore.channel)
@@ -75,11 +75,11 @@ def test_a_frozen_engine_keeps_what_it_runs(watched, harness):
         engine.process.send_signal(signal.SIGCONT)
     wait_for(SERVING)
     engine.tell("finish")
-    for each in (call, reader):
-        assert [event.WhichOneof("kind") for event in each] == ["finished"]
+    for stream in (call, reader):
+        assert [event.WhichOneof("kind") for event in stream] == ["finished"]
 
 
-def test_a_gateway_whose_engine_never_was(start, harness):
+def test_a_gateway_whose_engine_never_ran(start, harness):
     farshore = start(engine_address="127.0.0.1:1")
     stub = health_pb2_grpc.HealthStub(farshore.channel)
     for service in SERVICES:
@@ -87,8 +87,8 @@ def test_a_gateway_whose_engine_never_was(start, harness):
     _refused(harness, farshore)
 
 
-def test_an_engine_without_places_for_calls_lives(start, harness, loop_thread):
-    """Its server refuses what comes while all its threads are taken, health probes too."""
+def test_an_engine_that_refuses_probes_is_alive(start, harness, loop_thread):
+    """An engine's server refuses all calls, health probes too, while its threads are busy."""
     farshore = start(limits=Limits(probe_s=0.01))
 
     async def refuse(request, context):

@@ -10,15 +10,15 @@ from farshore.sampling import Sampling
 SAMPLED = dict(n=2, temperature=1.0)
 
 
-def test_choices_come_mixed_and_each_is_whole(farshore, harness, served):
+def test_choices_come_interleaved_and_each_is_complete(farshore, harness, served):
     call = farshore.generate(sampling=SAMPLED)
     sequence = farshore.engine.next_sequence()
     assert sequence.request.sampling.n == 2
     texts = ["naïve 🌍 day", "東京 by night and day"]
     streams = [served.tokenizer.encode(text) for text in texts]
-    for place in range(max(map(len, streams))):
+    for index in range(max(map(len, streams))):
         for choice, ids in enumerate(streams):
-            sequence.tokens(*ids[place : place + 1], choice=choice)
+            sequence.tokens(*ids[index : index + 1], choice=choice)
     sequence.finish(api.FINISH_REASON_LENGTH, choice=1)
     sequence.finish(api.FINISH_REASON_STOP, choice=0)
     events = list(call)
@@ -27,10 +27,10 @@ def test_choices_come_mixed_and_each_is_whole(farshore, harness, served):
         tokens = [event.token for event in events if event.token.choice == choice and event.HasField("token")]
         assert [(token.index, token.token_id) for token in tokens] == list(enumerate(ids))
     done = events[-1].finished
-    assert [it.reason for it in done.choices] == [api.FINISH_REASON_STOP, api.FINISH_REASON_LENGTH]
-    assert [it.tokens for it in done.choices] == [len(ids) for ids in streams]
+    assert [end.reason for end in done.choices] == [api.FINISH_REASON_STOP, api.FINISH_REASON_LENGTH]
+    assert [end.tokens for end in done.choices] == [len(ids) for ids in streams]
     assert done.usage.completion_tokens == sum(len(ids) for ids in streams)
-    assert [use.attended_bytes for use in done.shards] == [2 * 4096], "one entry a worker, added up"
+    assert [use.attended_bytes for use in done.shards] == [2 * 4096], "one entry per worker, with the sum"
 
 
 def test_resume_counts_the_tokens_of_all_choices(farshore, harness):
@@ -41,16 +41,16 @@ def test_resume_counts_the_tokens_of_all_choices(farshore, harness):
     received = [next(call).token for _ in range(4)][1:]
     assert [(token.choice, token.token_id) for token in received] == [(0, 10), (1, 20), (0, 11)]
     call.cancel()
-    again = farshore.generate(None, request_id="a", resume_from=len(received))
-    next(again)
+    resumed = farshore.generate(None, request_id="a", resume_from=len(received))
+    next(resumed)
     for choice in (0, 1):
         sequence.finish(choice=choice)
-    *tokens, done = again
+    *tokens, done = resumed
     assert [(event.token.choice, event.token.index, event.token.token_id) for event in tokens] == [
         (0, 2, 12),
         (1, 1, 21),
     ]
-    assert [it.tokens for it in done.finished.choices] == [3, 2]
+    assert [end.tokens for end in done.finished.choices] == [3, 2]
 
 
 def test_cancel_ends_every_choice(farshore):
@@ -62,7 +62,7 @@ def test_cancel_ends_every_choice(farshore):
     next(call)
     farshore.stub.Cancel(api.CancelRequest(request_id=request_id), timeout=30)
     done = list(call)[-1].finished
-    assert [it.reason for it in done.choices] == [api.FINISH_REASON_CANCELLED, api.FINISH_REASON_STOP]
+    assert [end.reason for end in done.choices] == [api.FINISH_REASON_CANCELLED, api.FINISH_REASON_STOP]
 
 
 def test_log_probabilities_come_with_their_text(farshore, served):
@@ -80,7 +80,7 @@ def test_log_probabilities_come_with_their_text(farshore, served):
     sequence.finish()
     _, with_logprob, without, _ = call
     assert with_logprob.token.logprob == -1.5
-    assert [(it.token_id, it.logprob, it.text) for it in with_logprob.token.top] == [
+    assert [(other.token_id, other.logprob, other.text) for other in with_logprob.token.top] == [
         (no, -0.25, " no"),
         (yes, -1.5, " yes"),
     ]
@@ -94,12 +94,12 @@ def test_zero_alternatives_is_not_none(farshore):
         assert farshore.engine.next_sequence().request.HasField("logprobs") is expected
 
 
-def test_alternatives_count_in_what_is_remembered(start, harness):
+def test_alternatives_count_in_the_bytes_of_ended_requests(start, harness):
     farshore = start(limits=Limits(replay_bytes=600))
     for name, count in (("a", 20), ("b", 2)):
         call = farshore.generate(request_id=name, sampling=dict(logprobs=20))
         sequence = farshore.engine.next_sequence()
-        alternatives = [cluster_pb2.TokenLogprob(token_id=it, logprob=-1.0) for it in range(count)]
+        alternatives = [cluster_pb2.TokenLogprob(token_id=other, logprob=-1.0) for other in range(count)]
         sequence.token(token_id=7, logprob=-1.0, top=alternatives)
         sequence.finish()
         list(call)
@@ -108,7 +108,7 @@ def test_alternatives_count_in_what_is_remembered(start, harness):
 
 
 @pytest.mark.parametrize("seeded", [False, True])
-def test_every_knob_reaches_the_engine(farshore, served, seeded):
+def test_every_parameter_reaches_the_engine(farshore, served, seeded):
     farshore.engine.auto = ()
     knobs = dict(
         temperature=0.5,

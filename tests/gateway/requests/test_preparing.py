@@ -1,4 +1,4 @@
-"""What happens to a request between its acceptance and the end of its prompt's tokenizing."""
+"""Requests whose prompt is still being tokenized."""
 
 import dataclasses
 import threading
@@ -8,12 +8,12 @@ import grpc
 import pytest
 
 from farshore.gateway.limits import Limits
-from farshore.gateway.requests.requests import RequestLog
+from farshore.gateway.requests.log import RequestLog
 from farshore.proto import inference_pb2 as api
 
 
 class HeldTokenizer:
-    """Encodes when ``go`` is set."""
+    """A tokenizer whose ``encode`` blocks until ``go`` is set. ``asked`` counts its calls."""
 
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
@@ -31,7 +31,7 @@ class HeldTokenizer:
 
 @pytest.fixture
 def held(harness, loop_thread, served):
-    """``held(limits)``: a gateway, and its tokenizer, which is let go after the test."""
+    """held(limit=…) -> (Harness, its HeldTokenizer), which is released after the test."""
     with harness.contextlib.ExitStack() as stack:
 
         def start(**limits):
@@ -49,8 +49,8 @@ def _cancel(farshore, request_id):
     farshore.stub.Cancel(api.CancelRequest(request_id=request_id), timeout=30)
 
 
-def test_cancel_in_the_very_step_in_which_it_starts(loop_thread):
-    """No task of the request has run yet."""
+def test_cancel_before_the_requests_task_has_run(loop_thread):
+    """Start and cancel in the same step of the event loop."""
 
     async def start_and_cancel():
         log = RequestLog(None, Limits(), preparing=threads, engine_problem=lambda: None)
@@ -64,18 +64,18 @@ def test_cancel_in_the_very_step_in_which_it_starts(loop_thread):
     with ThreadPoolExecutor(1) as threads:
         accepted, done = loop_thread.run(start_and_cancel())
     assert accepted.HasField("accepted")
-    assert [it.reason for it in done.finished.choices] == [api.FINISH_REASON_CANCELLED] * 2
+    assert [choice.reason for choice in done.finished.choices] == [api.FINISH_REASON_CANCELLED] * 2
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_cancel_behind_generate_ends_it_before_the_engine_hears_of_it(held, n):
+def test_a_request_that_is_cancelled_early_never_reaches_the_engine(held, n):
     farshore, tokenizer = held()
     call = farshore.generate(request_id="a", sampling=dict(n=n, temperature=1.0))
     assert tokenizer.asked.acquire(timeout=30)
     _cancel(farshore, "a")
     accepted, done = call
     assert accepted.accepted == api.Accepted(request_id="a")
-    assert [it.reason for it in done.finished.choices] == [api.FINISH_REASON_CANCELLED] * n
+    assert [choice.reason for choice in done.finished.choices] == [api.FINISH_REASON_CANCELLED] * n
     assert done.finished.usage == api.Usage()
     tokenizer.go.set()
     farshore.engine.auto = ()
@@ -84,13 +84,13 @@ def test_cancel_behind_generate_ends_it_before_the_engine_hears_of_it(held, n):
     assert farshore.engine.idle and not farshore.engine.cancelled
 
 
-def test_cancel_of_what_waits_for_a_tokenizer(held):
-    """Behind as many others as there are threads."""
+def test_cancel_of_a_request_that_waits_for_a_tokenizer_thread(held):
+    """The only thread is busy with another request."""
     farshore, tokenizer = held(tokenizer_threads=1)
     first, second = farshore.generate(request_id="a"), None
     assert tokenizer.asked.acquire(timeout=30)
     second = farshore.generate(request_id="b")
-    while True:  # Nothing tells that the gateway has accepted a call before its prompt is read.
+    while True:  # A client can't tell that the gateway has a request before its prompt is tokenized.
         try:
             _cancel(farshore, "b")
             break
@@ -127,7 +127,7 @@ def test_the_same_id_twice_runs_once(held):
         (dict(request_id="b"), grpc.StatusCode.RESOURCE_EXHAUSTED, "1 requests are running"),
     ],
 )
-def test_refusals_beside_it(held, harness, fields, code, words):
+def test_refusals_while_a_prompt_is_tokenized(held, harness, fields, code, words):
     farshore, tokenizer = held(max_live_requests=1)
     call = farshore.generate(request_id="a")
     assert tokenizer.asked.acquire(timeout=30)
@@ -138,12 +138,12 @@ def test_refusals_beside_it(held, harness, fields, code, words):
     assert len(list(call)) == 2
 
 
-def test_a_client_that_leaves_frees_its_place(held, harness):
+def test_a_client_that_leaves_ends_its_request(held, harness):
     farshore, tokenizer = held(max_live_requests=1)
     call = farshore.generate()
     assert tokenizer.asked.acquire(timeout=30)
     call.cancel()
-    while True:  # The gateway hears of it when it does.
+    while True:  # Until the gateway has noticed that the client left.
         second = farshore.generate(request_id="b")
         if tokenizer.asked.acquire(timeout=0.05):
             break
@@ -159,10 +159,10 @@ def test_a_client_that_leaves_and_comes_back(held):
     call = farshore.generate(request_id="a")
     assert tokenizer.asked.acquire(timeout=30)
     call.cancel()
-    again = farshore.generate(None, request_id="a")
+    resumed = farshore.generate(None, request_id="a")
     tokenizer.go.set()
     farshore.engine.next_sequence().finish()
-    assert [event.WhichOneof("kind") for event in again] == ["accepted", "finished"]
+    assert [event.WhichOneof("kind") for event in resumed] == ["accepted", "finished"]
 
 
 def test_a_prompt_that_is_refused_frees_its_id(held, harness, served):
@@ -181,7 +181,7 @@ def test_a_prompt_that_is_refused_frees_its_id(held, harness, served):
 
 def test_a_tokenizer_that_breaks(held, harness):
     farshore, tokenizer = held()
-    tokenizer.go.wait = lambda _: False  # Its assertion fails.
+    tokenizer.go.wait = lambda _: False  # encode's assertion fails.
     failure = harness.failure_of(farshore.generate())
     assert failure.code() == grpc.StatusCode.INTERNAL
     assert failure.details() == "the gateway failed; see its log"
@@ -201,9 +201,9 @@ def test_a_shutdown(held, harness, loop_thread):
 
 
 def test_an_engine_that_reads_the_cancel_first(start):
-    """Calls overtake each other: an engine ignores a cancel of what it doesn't know, and is told again."""
+    """An engine ignores the Cancel of a sequence that it does not know yet, so it is sent again."""
     farshore = start(limits=Limits(cancel_again_s=0.01, drain_s=0.1))
-    farshore.engine.deaf = 2
+    farshore.engine.cancels_to_ignore = 2
     call = farshore.generate(request_id="a")
     next(call)
     _cancel(farshore, "a")

@@ -1,4 +1,4 @@
-"""Readers that come back, come late, or don't come back."""
+"""Readers that reconnect, connect late, or never reconnect."""
 
 import threading
 
@@ -19,13 +19,13 @@ def test_reconnect_goes_on_where_it_was(farshore, harness):
     sequence.tokens(10, 11, 12)
     _read(call, 4)
     call.cancel()
-    again = farshore.generate(None, request_id="a", resume_from=2)
-    assert next(again).accepted.request_id == "a"
-    assert next(again).token.index == 2
+    resumed = farshore.generate(None, request_id="a", resume_from=2)
+    assert next(resumed).accepted.request_id == "a"
+    assert next(resumed).token.index == 2
     sequence.tokens(13)
-    assert next(again).token.index == 3
+    assert next(resumed).token.index == 3
     sequence.finish()
-    assert next(again).finished.usage.completion_tokens == 4
+    assert next(resumed).finished.usage.completion_tokens == 4
     assert farshore.engine.idle
 
 
@@ -43,9 +43,9 @@ def test_two_readers_see_the_same(farshore):
 
 def test_replay_after_the_end(farshore, harness):
     farshore.engine.auto = (10, 11, 12)
-    told = list(farshore.generate(request_id="a"))
-    assert list(farshore.generate(None, request_id="a")) == told
-    assert list(farshore.generate(request_id="a", resume_from=3)) == [told[0], told[-1]]
+    events = list(farshore.generate(request_id="a"))
+    assert list(farshore.generate(None, request_id="a")) == events
+    assert list(farshore.generate(request_id="a", resume_from=3)) == [events[0], events[-1]]
     farshore.engine.next_sequence()
     assert farshore.engine.idle
 
@@ -74,7 +74,7 @@ def test_ended_requests_are_bounded(start, harness, limits):
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_resume_beyond_what_exists(farshore, harness, ended):
+def test_resume_beyond_the_last_token(farshore, harness, ended):
     call = farshore.generate(request_id="a")
     sequence = farshore.engine.next_sequence()
     sequence.tokens(10)
@@ -91,7 +91,7 @@ def test_resume_beyond_what_exists(farshore, harness, ended):
     "fields",
     [dict(text="Another"), dict(sampling=dict(seed=1)), dict(text=None, tokens=api.TokenIds(ids=[5]))],
 )
-def test_an_id_means_one_prompt(farshore, harness, fields):
+def test_an_id_names_one_prompt(farshore, harness, fields):
     call = farshore.generate(request_id="a")
     next(call)
     failure = harness.failure_of(farshore.generate(request_id="a", **fields))

@@ -1,4 +1,4 @@
-"""What passes validation, the sampler can draw with: for any numbers a client can write."""
+"""The sampler can draw with all parameters that pass validation, for any numbers that a client can send."""
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from farshore.workers.engine.penalties import Seen
 from farshore.workers.engine.sequence import Sampling
 
 VOCAB = 12
-# The edges of what is allowed, on both sides, and anything at all.
+# Values at the edges of the ranges, on both sides, and far outside.
 _edges = st.sampled_from([0.0, 1.0, 2.0, -2.0, 0.01, 100.0, 1e-6, 1e-7, 1e-38, 1e-45, 3e38, 10.0])
 
 
@@ -54,13 +54,13 @@ def _resolved(asked):
 
 @given(SAMPLINGS, st.lists(st.floats(-1e4, 1e4, width=32), min_size=VOCAB, max_size=VOCAB))
 @settings(max_examples=600, deadline=None)
-def test_what_passes_can_be_drawn_with(asked, logits):
+def test_parameters_that_pass_can_be_sampled_with(asked, logits):
     try:
         sampling_limits.check(asked, vocab=VOCAB, limits=Limits())
     except InvalidRequest as error:
         assert len(str(error)) <= 200
         return
-    # Overflow to infinity is meant where a weight is next to nothing; what is invalid raises.
+    # Overflow to infinity is expected where a weight is nearly 0; invalid operations raise.
     with np.errstate(over="ignore", under="ignore", invalid="raise", divide="raise"):
         choice = sample(
             torch.tensor(logits), _resolved(asked), tokens=[1, 2, 2, 3, 3, 3], prompt_tokens=2, seen=Seen()

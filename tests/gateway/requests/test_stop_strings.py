@@ -1,4 +1,4 @@
-"""Stop strings: against a plain search in the whole text, whatever the pieces, and what is held back."""
+"""Stop strings, compared with a search in the complete text, and which text is held back."""
 
 import pytest
 from hypothesis import given, settings
@@ -15,21 +15,21 @@ from farshore.proto import inference_pb2 as api
 )
 @settings(max_examples=300, deadline=None)
 def test_pieces_of_any_size_end_before_the_first_stop_string(pieces, stops):
-    stream, out, whole = StopStrings(stops), "", ""
+    stream, released, pushed = StopStrings(stops), "", ""
     for piece in pieces:
-        whole += piece
-        out += stream.push(piece)
+        pushed += piece
+        released += stream.push(piece)
         if stream.found:
             break
-        assert whole.startswith(out)
-        held = whole[len(out) :]
-        assert not held or any(stop.startswith(held) for stop in stops), "held back for nothing"
-    at = [whole.find(stop) for stop in stops if stop in whole]
-    assert stream.found == bool(at)
-    out += stream.finish()
-    assert out == (whole[: min(at)] if at else whole)
-    if at:
-        assert stream.push("more") == "", "nothing comes behind a stop string"
+        assert pushed.startswith(released)
+        held = pushed[len(released) :]
+        assert not held or any(stop.startswith(held) for stop in stops), "held back needlessly"
+    starts = [pushed.find(stop) for stop in stops if stop in pushed]
+    assert stream.found == bool(starts)
+    released += stream.finish()
+    assert released == (pushed[: min(starts)] if starts else pushed)
+    if starts:
+        assert stream.push("more") == "", "nothing comes after a stop string"
 
 
 def _tokens(served, text):
@@ -46,14 +46,14 @@ def test_a_stop_string_across_tokens_ends_the_answer_and_tells_the_engine(farsho
     assert harness.text_of(events) == "It is a "
     done = events[-1].finished
     assert done.choices[0].reason == api.FINISH_REASON_STOP
-    # Tokens up to the one that completes the string are the answer's; those behind it are dropped.
+    # Tokens up to the one that completes the stop string belong to the answer; later ones are dropped.
     kept = len(_tokens(served, "It is a nice day"))
     assert done.usage.completion_tokens == done.choices[0].tokens == kept
     assert [event.token.token_id for event in events if event.HasField("token")] == ids[:kept]
-    assert done.shards[0].attended_bytes == 4096, "the engine's last word is waited for"
+    assert done.shards[0].attended_bytes == 4096, "the engine's Finished is waited for"
 
 
-def test_what_may_begin_a_stop_string_waits_and_nothing_else(farshore, harness, served):
+def test_only_a_possible_beginning_of_a_stop_string_is_held_back(farshore, harness, served):
     call = farshore.generate(sampling=dict(stop=[" nice night"]))
     sequence = farshore.engine.next_sequence()
     next(call)
@@ -65,10 +65,10 @@ def test_what_may_begin_a_stop_string_waits_and_nothing_else(farshore, harness, 
     sequence.tokens(*_tokens(served, " nice"))
     assert next(call).token.text == ""
     sequence.finish()
-    assert next(call).finished.choices[0].text == " nice", "it ended without becoming one"
+    assert next(call).finished.choices[0].text == " nice", "the answer ended before it became a stop string"
 
 
-def test_an_engine_that_ignores_the_cancel_does_not_hold_up_the_answer(start, harness, served):
+def test_an_engine_that_ignores_the_cancel_does_not_delay_the_answer(start, harness, served):
     farshore = start(limits=Limits(cancel_s=0.1))
     farshore.engine.ignores_cancel = True
     call = farshore.generate(sampling=dict(stop=["day"]))
@@ -87,7 +87,7 @@ def test_a_stop_string_in_one_choice_leaves_the_others_alone(farshore, harness, 
     sequence.tokens(*_tokens(served, " day"), choice=1)
     events = list(call)
     assert [harness.text_of(events, choice) for choice in (0, 1)] == ["A nice ", "A nice night "]
-    assert [it.reason for it in events[-1].finished.choices] == [api.FINISH_REASON_STOP] * 2
+    assert [choice.reason for choice in events[-1].finished.choices] == [api.FINISH_REASON_STOP] * 2
     assert farshore.engine.cancelled == [(sequence.request.sequence_id, choice) for choice in (0, 1)]
 
 

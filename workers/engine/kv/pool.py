@@ -9,9 +9,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, TypeVar
 
 from farshore.attention_offload.client.base import ShardClient
+from farshore.defaults import SHARD_GRACE_S
 from farshore.errors import FarshoreError, TransportError
 from farshore.ids import WorkerId
-from farshore.workers.engine.kv.shard_queue import GRACE_S, STALLED_S, ShardQueue
+from farshore.workers.engine.kv.shard_queue import STALLED_S, ShardQueue
 
 T = TypeVar("T")
 
@@ -28,7 +29,7 @@ class Pool:
         targets: Sequence[WorkerId],
         *,
         changed: Callable[[], None] = lambda: None,
-        grace_s: float = GRACE_S,
+        grace_s: float = SHARD_GRACE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.targets = tuple(targets)

@@ -23,6 +23,7 @@ import grpc
 
 from farshore.attention_offload.base import ShardBeat
 from farshore.attention_offload.client.base import ShardClient
+from farshore.defaults import SHARD_GRACE_S
 from farshore.errors import FarshoreError, Late, Lost, Overloaded, TransportError
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import KVLayout
@@ -39,7 +40,6 @@ STALLED_S = 1.0
 """A call that takes longer keeps new sequences away from the shard until it returns."""
 REFUSED_S = 0.5
 """A shard that refuses connections for so long is gone; a listener that is opened anew is back sooner."""
-GRACE_S = 10.0
 MOST_CALLS = 4096
 """Calls that wait; beyond, a call fails with Overloaded. Drops are never refused."""
 
@@ -66,7 +66,7 @@ class ShardQueue:
         client: ShardClient,
         *,
         changed: Callable[[], None] = lambda: None,
-        grace_s: float = GRACE_S,
+        grace_s: float = SHARD_GRACE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.worker = worker

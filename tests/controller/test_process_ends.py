@@ -1,4 +1,4 @@
-"""A part of a running `farshore serve` is killed: the command names it, and ends where it must."""
+"""A process of a running `farshore serve` is killed: the command names it, and ends if it can't go on."""
 
 import os
 import re
@@ -13,7 +13,7 @@ END_DEADLINE_S = 60
 
 
 def _processes(server, pattern):
-    """Ids of the command's descendants that are called so."""
+    """Process ids of the command's descendants whose command line matches ``pattern``."""
     return [pid for pid in _descendants(server.process.pid) if re.search(pattern, _name(pid))]
 
 
@@ -34,7 +34,7 @@ def _name(pid):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    ("pattern", "told"),
+    ("pattern", "message"),
     [
         ("farshore.gateway", "the gateway (process {}) was killed by SIGKILL"),
         ("ray::ControllerActor", "the controller (process {}) was killed"),
@@ -42,22 +42,22 @@ def _name(pid):
         ("/gcs/gcs_server", "Ray's GCS (process {}) was killed by SIGKILL"),
     ],
 )
-def test_a_part_that_nothing_goes_on_without(serve, pattern, told):
+def test_the_end_of_a_process_that_serving_needs(serve, pattern, message):
     server, _ = serve("--attention-workers", "1", "--kv-memory", "64MiB")
     (victim,) = _processes(server, pattern)
     os.kill(victim, signal.SIGKILL)
     assert server.process.wait(END_DEADLINE_S) == 1
-    server.err.await_match(re.escape(f"farshore: error: {told.format(victim)}"))
+    server.err.await_match(re.escape(f"farshore: error: {message.format(victim)}"))
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("last", ["attention", "dense"])
-def test_workers_one_after_the_other(serve, last):
-    """Serving goes on without one of two attention workers, and not without the other, nor the engine."""
+def test_the_ends_of_workers(serve, last):
+    """Serving goes on without one of two attention workers, but not without both or without the engine."""
     server, address = serve("--kv-memory", "64MiB")
     with Client(address) as client:
         workers = client.status().workers
-        attention, dense = ([it for it in workers if it.kind == kind] for kind in ("attention", "dense"))
+        attention, dense = ([w for w in workers if w.kind == kind] for kind in ("attention", "dense"))
         first, second = attention
         os.kill(first.process_id, signal.SIGKILL)
         server.err.await_match(rf"farshore: warning: {first.worker_id} \(process {first.process_id}\)")

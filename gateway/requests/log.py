@@ -1,7 +1,7 @@
-"""All requests a gateway knows: the live ones, bounded, and the ended ones for a while.
+"""The request log: all live requests, bounded, and the ended ones for ``replay_s``.
 
-Called by ``service``. Decides how long a request lives without readers; must not know how tokens are made or
-how readers are reached.
+Called by ``api.service``. Decides how long a request goes on without readers. Must not know how tokens are
+generated or how events reach readers.
 """
 
 import asyncio
@@ -23,8 +23,8 @@ from farshore.errors import FarshoreError, InvalidRequest, NotFound, Overloaded,
 from farshore.gateway.limits import Limits
 from farshore.gateway.requests.request import Failure, Request
 from farshore.gateway.requests.validate import Job
-from farshore.gateway.shown import shown
 from farshore.proto import inference_pb2 as api
+from farshore.text import quoted
 
 _logger = logging.getLogger(__name__)
 
@@ -32,19 +32,20 @@ _LEAST_TIMER_S = 0.01
 
 
 class EngineClient(Protocol):
-    """An engine, as the request log uses it. On the event loop only."""
+    """What the request log needs of an engine. Use it on the event loop only."""
 
     async def pump(self, request: Request, job: Job) -> None:
-        """Runs ``job`` and fills ``request``, which has ended when this returns, whatever happened."""
+        """Runs ``job`` and adds its events to ``request``, which has ended when this returns."""
 
     async def cancel(
         self, sequence_id: str, *, choice: int | None = None, deadline_s: float | None = None
     ) -> None:
-        """Asks the engine to end a sequence, or one choice of it. Raises nothing."""
+        """Asks the engine to end a sequence, or one choice of it. Raises nothing.
+        ``deadline_s``: the call's deadline; None: ``cancel_s``."""
 
 
 class RequestLog:
-    """On the event loop only. ``close`` ends every live request."""
+    """The requests of one gateway. Use it on the event loop only. ``close`` ends all live requests."""
 
     def __init__(
         self,
@@ -55,14 +56,15 @@ class RequestLog:
         engine_problem: Callable[[], str | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``preparing``: threads for prompts, so that a long one doesn't hold up the tokens of others.
-        ``engine_problem``: why a new request can't run at the moment."""
+        """``preparing``: threads that tokenize prompts, so that a long prompt does not delay the tokens of
+        other requests. ``engine_problem``: returns why a new request can't run now, or None."""
         self._engine = engine
         self._limits = limits
         self._preparing = preparing
         self._engine_problem = engine_problem
         self._clock = clock
-        # Ids that the cluster acts on are made here: a client's might be another's, or look like one of ours.
+        # Sequence ids are made here and not taken from clients: two clients may choose the same id, and a
+        # client's id may equal a made one.
         self._incarnation = secrets.token_hex(4)
         self._counter = itertools.count(1)
         self.calls = self._call_bytes = 0
@@ -70,19 +72,19 @@ class RequestLog:
         self._live: dict[str, Request] = {}
         self._preparations: dict[Request, asyncio.Future[Job]] = {}
         self._pumps: dict[Request, asyncio.Task] = {}
-        self._ended: OrderedDict[str, tuple[Request, float]] = OrderedDict()  # with the time of their end
+        self._ended: OrderedDict[str, tuple[Request, float]] = OrderedDict()  # (request, time of its end)
         self._forgetting: asyncio.TimerHandle | None = None
         self._leaving: dict[Request, asyncio.TimerHandle] = {}
-        self._chores: set[asyncio.Task] = set()  # the loop itself holds tasks weakly
+        self._tasks: set[asyncio.Task] = set()  # strong references: the event loop holds weak ones
 
     @property
     def ended_bytes(self) -> int:
-        """What ended requests take."""
+        """Bytes of the ended requests' events."""
         return sum(request.size_bytes for request, _ in self._ended.values())
 
     @contextlib.contextmanager
     def call(self, size_bytes: int) -> Iterator[None]:
-        """Counts an open Generate call and its message, whatever it asks for. Raises Overloaded."""
+        """Counts an open Generate call and the bytes of its message. Raises Overloaded beyond the limits."""
         if self.calls >= self._limits.max_readers:
             raise self._overloaded(f"{self.calls} calls are open, the most this gateway takes")
         if self.calls and self._call_bytes + size_bytes > self._limits.open_bytes:
@@ -96,35 +98,37 @@ class RequestLog:
             self._call_bytes -= size_bytes
 
     def find(self, request_id: str) -> Request | None:
+        """The live or ended request with this id; None if it is unknown or forgotten."""
         self._forget_old()
         if request_id in self._live:
             return self._live[request_id]
-        entry = self._ended.get(request_id)
-        if entry is None:
+        if request_id not in self._ended:
             return None
         self._ended.move_to_end(request_id)
-        return entry[0]
+        return self._ended[request_id][0]
 
     def find_same(self, request_id: str, fingerprint: bytes | None, resume_from: int) -> Request | None:
-        """The request a client reconnects to. ``fingerprint``: of what it asks for, None if it doesn't say.
+        """The request that a call reconnects to; None if the call starts a new one. ``fingerprint``: see
+        ``received``; None if the call has no prompt.
 
-        None if it must be started. Raises InvalidRequest if the id belongs to another prompt, NotFound if
-        there is nothing to go on with.
+        Raises InvalidRequest if the id belongs to a request with another fingerprint or fewer tokens than
+        ``resume_from``, and NotFound if a call that must reconnect has an unknown id.
         """
         request = self.find(request_id) if request_id else None
         if request is not None and fingerprint is not None:
             if request.failed and not resume_from and request_id in self._ended:
-                # Asked for again from the start: a retry, which must not get the old failure again.
+                # A failed request that is sent again from its start is a retry: it must not get the old
+                # failure.
                 del self._ended[request_id]
                 request = None
             elif request.fingerprint != fingerprint:
                 raise InvalidRequest(
-                    f"request_id {shown(request_id)} belongs to a request with another prompt or other "
+                    f"request_id {quoted(request_id)} belongs to a request with another prompt or other "
                     "sampling: choose a new id"
                 )
         if request is None and request_id and (resume_from or fingerprint is None):
             raise NotFound(
-                f"request {shown(request_id)} is unknown or was forgotten: "
+                f"request {quoted(request_id)} is unknown or was forgotten: "
                 "send its prompt again with resume_from 0"
             )
         if request is not None:
@@ -141,13 +145,13 @@ class RequestLog:
         values: int,
         arrived_s: float,
     ) -> Request:
-        """A new request, known from here on, before its prompt is read. Its id must be free.
+        """Starts a request. It can be found from now on, before its prompt is tokenized. ``request_id`` must
+        be unused; "": a random one is made, and the request ends with its last reader. ``prepare`` is called
+        with the sequence id, in a thread.
 
-        Raises Overloaded, and TransportError if the engine or this gateway can't take it. ``prepare`` gets
-        the sequence id, in a thread. An empty ``request_id``: one is made, and the request ends with its
-        reader.
+        Raises Overloaded, or TransportError if the engine or this gateway can't take a request now.
         """
-        self._check_room(values)
+        self._check_capacity(values)
         request = Request(
             request_id or uuid.uuid4().hex,
             sequence_id=f"{self._incarnation}-{next(self._counter)}",
@@ -166,7 +170,7 @@ class RequestLog:
         self._pumps[request] = self._spawn(self._run(request, preparation))
         return request
 
-    def _check_room(self, values: int) -> None:
+    def _check_capacity(self, values: int) -> None:
         if self._closing:
             raise TransportError("this gateway is shutting down: send the request again later, or to another")
         problem = self._engine_problem()
@@ -174,16 +178,17 @@ class RequestLog:
             raise TransportError(f"{problem}; try again in {self._limits.retry_after_ms} ms")
         if len(self._live) >= self._limits.max_live_requests:
             raise self._overloaded(f"{len(self._live)} requests are running, the most this gateway takes")
-        asked = sum(request.values for request in self._live.values())
-        if self._live and asked + values > self._limits.live_values:
-            raise self._overloaded(f"running requests may give {asked} tokens and alternatives")
+        live_values = sum(request.values for request in self._live.values())
+        if self._live and live_values + values > self._limits.live_values:
+            raise self._overloaded(f"running requests may give {live_values} tokens and alternatives")
 
     def _overloaded(self, why: str) -> Overloaded:
         return Overloaded(f"{why}: try again in {self._limits.retry_after_ms} ms")
 
     @contextlib.contextmanager
     def reading(self, request: Request) -> Iterator[None]:
-        """Counts a reader. When the last one leaves a live request, its end is near. Raises Overloaded."""
+        """Counts a reader. When the last reader of a live request leaves, the request is ended: at once if
+        this gateway made its id, else after ``grace_s``. Raises Overloaded beyond ``readers_per_request``."""
         if request.readers >= self._limits.readers_per_request:
             raise self._overloaded(f"the request has {request.readers} readers, the most it may have")
         request.readers += 1
@@ -195,17 +200,18 @@ class RequestLog:
         finally:
             request.readers -= 1
             if not request.readers and not request.ended:
-                self._abandoned(request)
+                self._end_without_readers(request)
 
     async def cancel(self, request_id: str) -> None:
-        """Returns when the request has ended. Raises NotFound."""
+        """Ends a request; returns when it has ended. Raises NotFound."""
         request = self.find(request_id)
         if request is None:
-            raise NotFound(f"request {shown(request_id)} is unknown or was forgotten")
+            raise NotFound(f"request {quoted(request_id)} is unknown or was forgotten")
         await self._end(request)
 
     async def close(self) -> None:
-        """Takes no new request, lets those that are read run for ``drain_s``, and fails the rest."""
+        """Refuses new requests, waits up to ``drain_s`` for requests that have readers, and fails the
+        rest."""
         self._closing = True
         read = [pump for request, pump in self._pumps.items() if request.readers]
         if read:
@@ -223,10 +229,10 @@ class RequestLog:
         for timer in timers:
             timer.cancel()
         self._leaving.clear()
-        for task in self._chores:
+        for task in self._tasks:
             task.cancel()
-        if self._chores:
-            await asyncio.wait(self._chores, timeout=self._limits.shutdown_s)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=self._limits.shutdown_s)
 
     async def _run(self, request: Request, preparation: asyncio.Future[Job]) -> None:
         refused = False
@@ -250,7 +256,8 @@ class RequestLog:
             self._put_away(request, refused=refused)
 
     def _put_away(self, request: Request, *, refused: bool) -> None:
-        """A refused request was none: its readers have the reason, and its id is free."""
+        """Moves a request from the live to the ended ones. A refused request is not kept, so that its id can
+        be used again; its readers got the reason."""
         del self._pumps[request]
         self._preparations.pop(request, None)
         timer = self._leaving.pop(request, None)
@@ -261,7 +268,7 @@ class RequestLog:
             self._ended[request.request_id] = (request, self._clock())
             self._forget_old()
 
-    def _abandoned(self, request: Request) -> None:
+    def _end_without_readers(self, request: Request) -> None:
         if not request.outlives_readers:
             self._spawn(self._end(request))
             return
@@ -270,14 +277,15 @@ class RequestLog:
         )
 
     async def _end(self, request: Request) -> None:
-        """Ask the engine, and cut the stream if it doesn't answer."""
+        """Asks the engine to end the request, and cuts its stream if that takes longer than ``cancel_s``."""
         self._leaving.pop(request, None)
         pump = self._pumps.get(request)
         if pump is None:
             return
         request.cancelling = True
         preparation = self._preparations.get(request)
-        # Not the pump: a task that is cancelled before its first step never runs, and would end nothing.
+        # The preparation is cancelled first, not the pump: a task that is cancelled before its first step
+        # never runs, so it would not end the request.
         if preparation is not None and preparation.cancel():
             await asyncio.wait([pump], timeout=self._limits.cancel_s)
         else:
@@ -287,17 +295,18 @@ class RequestLog:
             await asyncio.wait([pump], timeout=self._limits.cancel_s)
 
     async def _ask_to_end(self, request: Request, pump: asyncio.Task) -> None:
-        """More than once: the engine ignores ids that it doesn't know, and may not have read this one yet."""
+        """Sends Cancel repeatedly until ``pump`` ends or ``cancel_s`` has passed: the engine ignores unknown
+        ids, and a Cancel may overtake the call that brings the sequence."""
         loop = asyncio.get_running_loop()
-        deadline_s, patience_s = loop.time() + self._limits.cancel_s, self._limits.cancel_again_s
+        deadline_s, interval_s = loop.time() + self._limits.cancel_s, self._limits.cancel_again_s
         while not pump.done() and (left_s := deadline_s - loop.time()) > 0:
             await self._engine.cancel(request.sequence_id, deadline_s=left_s)
-            await asyncio.wait([pump], timeout=min(patience_s, left_s))
-            patience_s *= 2
+            await asyncio.wait([pump], timeout=min(interval_s, left_s))
+            interval_s *= 2
 
     def _forget_old(self) -> None:
-        """Runs with every use, and when the next entry is due. Entries stand in the order of their last use;
-        ages are close enough to it."""
+        """Forgets ended requests by age, number and bytes. Runs at each use, and by a timer when the next
+        request is due. Requests are kept in the order of their last use, which approximates their age."""
         if self._forgetting is not None:
             self._forgetting.cancel()
             self._forgetting = None
@@ -317,6 +326,6 @@ class RequestLog:
 
     def _spawn(self, work: Coroutine) -> asyncio.Task:
         task = asyncio.get_running_loop().create_task(work)
-        self._chores.add(task)
-        task.add_done_callback(self._chores.discard)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         return task

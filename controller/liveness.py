@@ -1,8 +1,8 @@
-"""Which workers have ended, and how: asked by the driver while a cluster runs.
+"""Finds out which workers have ended, and how.
 
-Used by the controller, in its process. Ray tells which worker's process is gone; an engine's health tells
-that it has ended inside a process that lives. A worker that is merely silent, because it is frozen or far
-away, has not ended: status shows it as unreachable.
+Called by ``controller``, on behalf of the driver, while a cluster runs. Ray reports the end of a worker's
+process; an engine's health service reports that the engine has ended while its process is alive. A worker
+that does not answer, because it is frozen or unreachable, has not ended: status shows it as unreachable.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ import ray
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from farshore import rpc
-from farshore.controller.exits import how_an_actor_ended
+from farshore.controller.exits import actor_end_in_words
 from farshore.ids import WorkerId
 from farshore.proto import cluster_pb2 as pb
 
@@ -25,41 +25,44 @@ Kind = Literal["dense", "attention"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
+class EndedWorker:
+    """A worker that ended without being told to."""
+
     worker: WorkerId
     kind: Kind
     how: str
-    """Completes "<worker> …"."""
+    """How it ended; completes "<worker> …"."""
     fatal: bool
-    """The cluster can serve nothing without it."""
+    """Whether the cluster can serve nothing without it."""
 
 
-class Parts:
-    """One thread at a time calls it."""
+class Liveness:
+    """Watches the workers that were added. Not thread-safe."""
 
     def __init__(self, *, pool_is_remote: bool) -> None:
-        """``pool_is_remote``: KV lies on the attention workers, so that one of them must live."""
+        """``pool_is_remote``: KV is stored by the attention workers, so that one of them must be alive."""
         self._pool_is_remote = pool_is_remote
         self._kinds: dict[WorkerId, Kind] = {}
         self._actors: dict[WorkerId, Any] = {}
-        self._ready: dict[WorkerId, Any] = {}  # a call that each answers as long as it lives
+        self._ready: dict[WorkerId, Any] = {}  # pending __ray_ready__ calls, which fail when the actor dies
         self._engines: dict[WorkerId, grpc.Channel] = {}
         self._how: dict[WorkerId, str] = {}
 
     def add(self, worker: WorkerId, kind: Kind, actor: Any) -> None:
+        """Watches the process of a worker's Ray actor."""
         self._kinds[worker] = kind
         self._actors[worker] = actor
 
     def add_engine(self, worker: WorkerId, address: str) -> None:
-        """Ask this dense worker's engine for its health, too."""
+        """Also asks the health service of this dense worker's engine."""
         self._kinds[worker] = "dense"
         self._engines[worker] = grpc.insecure_channel(address, options=rpc.OPTIONS)
 
-    def ended(self) -> list[Ended]:
-        """Every worker that has ended so far; takes HEALTH_DEADLINE_S at most."""
+    def ended(self) -> list[EndedWorker]:
+        """All workers that have ended so far. Blocks for at most HEALTH_DEADLINE_S."""
         for worker, how in (self._ask_ray() | self._ask_engines()).items():
             self._how.setdefault(worker, how)
-        return judged(self._how, self._kinds, pool_is_remote=self._pool_is_remote)
+        return ended_workers(self._how, self._kinds, pool_is_remote=self._pool_is_remote)
 
     def close(self) -> None:
         for channel in self._engines.values():
@@ -78,11 +81,11 @@ class Parts:
             try:
                 ray.get(self._ready.pop(worker))
             except ray.exceptions.RayActorError as error:
-                ended[worker] = how_an_actor_ended(error)
+                ended[worker] = actor_end_in_words(error)
         return ended
 
     def _ask_engines(self) -> dict[WorkerId, str]:
-        asked = {
+        calls = {
             worker: health_pb2_grpc.HealthStub(channel).Check.future(
                 health_pb2.HealthCheckRequest(service=ENGINE), timeout=HEALTH_DEADLINE_S
             )
@@ -91,19 +94,22 @@ class Parts:
         }
         return {
             worker: "lives, but its engine has ended: its health is NOT_SERVING"
-            for worker, call in asked.items()
+            for worker, call in calls.items()
             if _is_not_serving(call)
         }
 
 
-def judged(
+def ended_workers(
     how: Mapping[WorkerId, str], kinds: Mapping[WorkerId, Kind], *, pool_is_remote: bool
-) -> list[Ended]:
-    """The workers in ``how``; fatal is the loss of a dense one, and of the last that holds KV."""
+) -> list[EndedWorker]:
+    """The workers in ``how``. The end of a dense worker is fatal; if ``pool_is_remote``, so is the end of the
+    last attention worker."""
     attention = {worker for worker, kind in kinds.items() if kind == "attention"}
     pool_is_gone = pool_is_remote and attention <= how.keys()
     return [
-        Ended(worker=worker, kind=kinds[worker], how=text, fatal=kinds[worker] == "dense" or pool_is_gone)
+        EndedWorker(
+            worker=worker, kind=kinds[worker], how=text, fatal=kinds[worker] == "dense" or pool_is_gone
+        )
         for worker, text in how.items()
     ]
 
@@ -112,4 +118,4 @@ def _is_not_serving(call: grpc.Future) -> bool:
     try:
         return call.result().status == health_pb2.HealthCheckResponse.NOT_SERVING
     except grpc.RpcError:
-        return False  # Silent, which is not ended; or gone, and Ray tells that.
+        return False  # It did not answer, which is no end; if its process has ended, Ray reports it.
