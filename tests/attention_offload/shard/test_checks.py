@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from farshore import rpc
 from farshore.attention_offload import codec
 from farshore.attention_offload.client.in_process import InProcessClient
-from farshore.attention_offload.shard import checks as door
+from farshore.attention_offload.shard import checks
 from farshore.attention_offload.transport.connect import Dialler
 from farshore.attention_offload.transport.frames import REMOTE, Transport, frame_bytes, native
 from farshore.errors import Corrupt, Fenced, Full, Internal, InvalidRequest, NotFound, TransportError
@@ -143,7 +143,7 @@ class Live:
         try:
             return getattr(self.stub, method)(request, timeout=DEADLINE_S)
         except grpc.RpcError as failure:
-            return rpc.error_of(failure, client="shard")
+            return rpc.error_of(failure, peer="shard")
 
     def open(self):
         return codec.model_to_pb(self.work.model, self.work.dtype)
@@ -155,7 +155,7 @@ class Live:
             try:
                 state = next(self.stub.Attend(iter(frames), timeout=DEADLINE_S))
             except grpc.RpcError as failure:
-                return rpc.error_of(failure, client="shard")
+                return rpc.error_of(failure, peer="shard")
             return state.lse + state.o
         dialler = Dialler(self.stub, self.shard.address, [transport], purpose="frames go")
         try:
@@ -187,7 +187,7 @@ class Live:
             answer += part
         kind, count = HEADER.unpack_from(answer)[3:]
         payload = answer[HEADER.size : HEADER.size + count]
-        return codec.error_from_bytes(payload, client="shard") if kind == FAILURE else payload
+        return codec.error_from_bytes(payload, peer="shard") if kind == FAILURE else payload
 
     def _over_shared_memory(self, connection, begin, frame):
         module = native()
@@ -210,7 +210,7 @@ class Live:
             assert "due is" in str(error), error
             return None
         if failure is not None:
-            return codec.error_from_bytes(failure, client="shard")
+            return codec.error_from_bytes(failure, peer="shard")
         return out.raw[: sizes.lse + sizes.o]
 
     def check(self):
@@ -361,7 +361,7 @@ def read(**changes):
 
 
 def many_reads(step):
-    step.reads[0].reads.extend(list(step.reads[0].reads) * door.MOST_READS)
+    step.reads[0].reads.extend(list(step.reads[0].reads) * checks.MOST_READS)
 
 
 def many_batches(step):
@@ -370,13 +370,13 @@ def many_batches(step):
 
 STEPS = {
     "no rows": (rows(0), "a step of 0 rows"),
-    "too many rows": (rows(door.MOST_ROWS + 1), "a step of 4097 rows"),
+    "too many rows": (rows(checks.MOST_ROWS + 1), "a step of 4097 rows"),
     "micro-batches of other rows": (
         lambda m: m.micro_batch_rows.append(2**32 - 1),
         "micro-batches of 4294967296",
     ),
     "too many micro-batches": (many_batches, "in 257 micro-batches"),
-    "too many reads": (many_reads, f"a step of {door.MOST_READS + 1} reads"),
+    "too many reads": (many_reads, f"a step of {checks.MOST_READS + 1} reads"),
     "no reads of its class": (lambda m: m.ClearField("reads"), "reads of 0 layer classes"),
     "a position beyond 31 bits": (lambda m: m.positions.__setitem__(0, 2**31), "a row at position 2147"),
     "groups the model hasn't": (lambda m: setattr(m, "group1", 4), "head groups 0 to 4 of a model of 3"),
@@ -495,7 +495,7 @@ def test_what_a_transfer_means_is_refused_by_name_or_done(live, kind, mutation):
         try:
             tokens = sum(chunk.tokens for chunk in live.stub.Read(request, timeout=DEADLINE_S))
         except grpc.RpcError as failure:
-            assert refused_by_name(rpc.error_of(failure, client="shard"))
+            assert refused_by_name(rpc.error_of(failure, peer="shard"))
         else:
             assert tokens == request.last - request.first
         return
@@ -531,11 +531,11 @@ def test_a_span_that_makes_no_sense_is_refused_before_memory_is_taken(live, layo
 
 
 LISTS = {
-    "Hold": (lambda m: m.span_ids.extend(["x"] * door.MOST_SPANS), "names 65537 spans"),
-    "Drop": (lambda m: m.span_ids.extend(["x"] * door.MOST_SPANS), "names 65537 spans"),
-    "FindPrefix": (lambda m: m.blocks.extend(list(m.blocks) * door.MOST_BLOCKS), "names 16385 blocks"),
-    "Seal": (lambda m: m.blocks.extend(list(m.blocks) * door.MOST_BLOCKS), "names 16385 blocks"),
-    "Beat": (lambda m: m.sequences[0].span_ids.extend(["x"] * door.MOST_WANTED), "a list of 1048578"),
+    "Hold": (lambda m: m.span_ids.extend(["x"] * checks.MOST_SPANS), "names 65537 spans"),
+    "Drop": (lambda m: m.span_ids.extend(["x"] * checks.MOST_SPANS), "names 65537 spans"),
+    "FindPrefix": (lambda m: m.blocks.extend(list(m.blocks) * checks.MOST_BLOCKS), "names 16385 blocks"),
+    "Seal": (lambda m: m.blocks.extend(list(m.blocks) * checks.MOST_BLOCKS), "names 16385 blocks"),
+    "Beat": (lambda m: m.sequences[0].span_ids.extend(["x"] * checks.MOST_WANTED), "a list of 1048578"),
 }
 
 
@@ -551,7 +551,7 @@ def test_a_call_that_names_too_much_is_refused(live, method):
 
 def test_names_are_short_and_present(live):
     for method, field in (("Create", "key.sequence_id"), ("Hold", "sequence_id"), ("Beat", "caller.engine")):
-        for name in ("", "x" * (door.MOST_NAME + 1)):
+        for name in ("", "x" * (checks.MOST_ID_CHARS + 1)):
             request = honest_requests(live)[method]
             *path, last = field.split(".")
             message = request

@@ -228,8 +228,8 @@ def test_ended_sequences_are_forgotten(ground):
             ground.store.drop_sequence(name, epoch=ground.work.owner)
     ground.create("engine", A)
     ground.pass_s(1)
-    (engine,) = ground.holds._engines.values()
-    assert list(engine.brought) == [A]
+    (engine,) = ground.holds._leases.values()
+    assert list(engine.epochs) == [A]
 
 
 def test_engines_are_bounded_and_named(ground):
@@ -246,7 +246,7 @@ def test_engines_are_bounded_and_named(ground):
 
 
 def test_calls_of_one_engine_take_turns_and_wait_for_so_long(ground, monkeypatch):
-    monkeypatch.setattr(engine_holds, "TURN_S", 0.01)
+    monkeypatch.setattr(engine_holds, "CALL_WAIT_S", 0.01)
     with ground.holds.changing(ground.caller("engine"), A, ground.work.owner):
         with pytest.raises(Overloaded):
             ground.beat("engine", {})
@@ -259,7 +259,7 @@ def test_calls_of_one_engine_take_turns_and_wait_for_so_long(ground, monkeypatch
 def test_a_call_that_waits_while_its_engine_is_given_up_begins_anew(ground):
     """The lease ends in the moment between a call's coming in and its turn."""
     ground.create("engine", A)
-    engine = ground.holds._engines["engine"]
+    engine = ground.holds._leases["engine"]
     began, results = threading.Event(), []
 
     def call():
@@ -271,12 +271,12 @@ def test_a_call_that_waits_while_its_engine_is_given_up_begins_anew(ground):
         thread.start()
         assert began.wait(DEADLINE_S)
         with ground.holds._lock:
-            ground.holds._engines.pop("engine")
-        engine.is_over = True
+            ground.holds._leases.pop("engine")
+        engine.expired = True
     thread.join(DEADLINE_S)
     assert not thread.is_alive() and ground.holds.engines() == ["engine"]
     assert results[0] in ground.spans()
-    assert list(ground.holds._engines["engine"].brought) == [B]
+    assert list(ground.holds._leases["engine"].epochs) == [B]
 
 
 def test_many_engines_and_a_ticker_at_once_keep_the_books(ground):

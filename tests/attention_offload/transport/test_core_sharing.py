@@ -38,7 +38,7 @@ pytestmark = [
 def test_cores_are_too_few_for_both(monkeypatch, own, own_threads, theirs, threads, expected):
     monkeypatch.setattr(cores, "usable_cores", lambda: sorted(own))
     monkeypatch.setattr(cores.torch, "get_num_threads", lambda: own_threads)
-    assert cores.too_few_with(theirs, threads) is expected
+    assert cores.oversubscribed_with(theirs, threads) is expected
 
 
 @pytest.mark.parametrize("transport", [Transport.SHARED_MEMORY, Transport.TCP])
@@ -46,7 +46,7 @@ def test_cores_are_too_few_for_both(monkeypatch, own, own_threads, theirs, threa
 def test_both_ends_are_told_and_the_states_are_the_same(
     start_shard, reach, work, monkeypatch, transport, shared
 ):
-    monkeypatch.setattr("farshore.attention_offload.shard.service.too_few_with", lambda *_: shared)
+    monkeypatch.setattr("farshore.attention_offload.shard.service.oversubscribed_with", lambda *_: shared)
     shard = start_shard()
     client = reach(shard.address, transports=(transport,))
     step = work.step([work.sealed_span(client.store, "a", 0, 20)])
@@ -59,7 +59,7 @@ def test_the_shard_comes_to_the_core_of_an_engine_that_shares_its_cores(
     start_shard, reach, work, monkeypatch
 ):
     """And follows it to another."""
-    monkeypatch.setattr("farshore.attention_offload.shard.service.too_few_with", lambda *_: True)
+    monkeypatch.setattr("farshore.attention_offload.shard.service.oversubscribed_with", lambda *_: True)
     shard = start_shard()
     client = reach(shard.address, transports=(Transport.SHARED_MEMORY,))
     step = work.step([work.sealed_span(client.store, "a", 0, 20)])
@@ -86,7 +86,7 @@ def _new_threads(call):
 GIVES_WAY = """
 import os
 import torch
-from farshore.attention_offload.transport.core_sharing import give_way
+from farshore.attention_offload.transport.core_sharing import lower_pool_priority
 from farshore.kernels.base import AttentionSpec, State
 from farshore.kernels.cpu import extend
 
@@ -103,7 +103,7 @@ def niceness():
 compute()
 before = niceness()
 assert before.count(before[0]) == len(before), before
-give_way()
+lower_pool_priority()
 while before[0] < 19 and niceness() == before:
     compute()
 assert niceness() == [*before[:-1], min(before[0] + 3, 19)], niceness()
@@ -111,7 +111,7 @@ assert os.getpriority(os.PRIO_PROCESS, 0) == before[0]
 """
 
 
-def test_only_the_threads_that_wait_awake_give_way():
+def test_only_the_threads_that_wait_awake_lower_pool_priority():
     """In a process of their own: there is no way back."""
     found = subprocess.run(
         [sys.executable, "-P", "-c", GIVES_WAY], capture_output=True, text=True, timeout=120, check=False

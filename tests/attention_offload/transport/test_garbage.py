@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from farshore.attention_offload import codec
-from farshore.attention_offload.transport.bulk import BulkStream, Kind
+from farshore.attention_offload.transport.bulk import BulkConnection, BulkKind
 from farshore.attention_offload.transport.frames import Sent, Transport, native
-from farshore.attention_offload.transport.native_stream import FrameStream
+from farshore.attention_offload.transport.native_connection import NativeConnection
 from farshore.errors import FarshoreError, Internal, InvalidRequest, TransportError
 from farshore.kernels.base import State
 from farshore.proto import attention_pb2 as pb
@@ -149,7 +149,7 @@ def test_a_frame_out_of_order_is_refused_by_name(room, frame, error):
         connection.sendall(header(BEGIN, len(step)) + step + frame)
         failure = failure_in(read_all(connection))
         assert error in failure.message
-        assert isinstance(codec.error_from_pb(failure, client="shard"), InvalidRequest)
+        assert isinstance(codec.error_from_pb(failure, peer="shard"), InvalidRequest)
 
 
 def test_memory_that_is_none_is_refused(room, tmp_path):
@@ -185,7 +185,7 @@ def test_a_stranger_without_a_token_is_shown_the_door(room):
 def test_an_engine_survives_answers_of_all_kinds(work, answers, tail):
     """A shard gone mad: an error, never a wrong state and never a wait for ever."""
     near, far = socket.socketpair()
-    stream = FrameStream(near, Transport.TCP, "shard", work.model, work.dtype)
+    stream = NativeConnection(near, Transport.TCP, "shard", work.model, work.dtype)
     with far:
         stream.begin(work.step([], positions=(100,)), DEADLINE_S)
         sent = Sent(1, 0, 0, 1, 6)
@@ -258,7 +258,7 @@ def test_a_failure_whose_code_says_nothing_is_a_mistake_of_the_shard(work, messa
 def wait_for(work, answer):
     """As an engine whose shard gives this answer to the first frame."""
     near, far = socket.socketpair()
-    stream = FrameStream(near, Transport.TCP, "shard:1", work.model, work.dtype)
+    stream = NativeConnection(near, Transport.TCP, "shard:1", work.model, work.dtype)
     try:
         with far:
             stream.begin(work.step([]), DEADLINE_S)
@@ -315,27 +315,27 @@ def test_a_shard_survives_bulk_messages_of_all_kinds(room, kind, message, counts
 )
 def test_an_engine_survives_bulk_answers_of_all_kinds(work, kind, counts, payload):
     near, far = socket.socketpair()
-    stream = BulkStream(near, "shard", deadline_s=DEADLINE_S)
+    stream = BulkConnection(near, "shard", deadline_s=DEADLINE_S)
     k, v = torch.empty(3, 2, 32, dtype=torch.uint8), torch.empty(3, 2, 24, dtype=torch.uint8)
     with far:
         far.sendall(BULK_HEADER.pack(kind, *counts) + payload)
         far.shutdown(socket.SHUT_WR)
         with pytest.raises(FarshoreError) as caught:
             stream.read(pb.ReadRequest(span_id="x", last=2), k, v)
-    assert isinstance(caught.value, TransportError) or kind == Kind.FAILED
+    assert isinstance(caught.value, TransportError) or kind == BulkKind.FAILED
     stream.close()
 
 
 def test_bulk_garbage_is_answered_with_what_was_wrong(room):
     for data, error in (
         (BULK_HEADER.pack(9, 0, 0), "garbage: a bulk message of kind 9"),
-        (BULK_HEADER.pack(Kind.WRITE, 2**20, 0), "oversized"),
-        (BULK_HEADER.pack(Kind.DONE, 0, 0), "garbage: DONE"),
+        (BULK_HEADER.pack(BulkKind.WRITE, 2**20, 0), "oversized"),
+        (BULK_HEADER.pack(BulkKind.DONE, 0, 0), "garbage: DONE"),
     ):
         with room.bulk() as connection:
             connection.sendall(data)
             answer = read_all(connection)
-        assert answer[0] == Kind.FAILED and error in pb.Failure.FromString(answer[16:]).message
+        assert answer[0] == BulkKind.FAILED and error in pb.Failure.FromString(answer[16:]).message
 
 
 def test_a_listener_that_closes_ends_its_connections(room):
