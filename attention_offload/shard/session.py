@@ -90,9 +90,9 @@ class ShardSession:
         Keeps the kernel plans, and looks the spans up again only if a hold was dropped since. Raises as
         :meth:`begin`, and InvalidRequest if there is no previous step or a layer has a window."""
         if self._step is None:
-            raise InvalidRequest(f"step {step} is to read what the one before it did, but there was none")
+            raise InvalidRequest(f"step {step} repeats the step before it, but there was none")
         if self._model.has_windows:
-            raise InvalidRequest(f"step {step} must say its positions: a layer of the model has a window")
+            raise InvalidRequest(f"step {step} must state its positions: a layer of the model has a window")
         self.recheck_spans(step)
 
     def recheck_spans(self, number: int | None = None) -> None:
