@@ -21,7 +21,7 @@ from farshore.errors import InvalidRequest, StartupError
 from farshore.proto import inference_pb2 as api
 
 
-def test_every_kind_comes_a_hundred_times_in_the_issues_run():
+def test_every_kind_occurs_a_hundred_times_in_a_full_run():
     """Every round contains each kind once, so two rounds stand for all."""
     counts = Counter(hostile.kind for hostile in deal(3, 2 * len(HostileKind)))
     assert counts == dict.fromkeys(HostileKind, 2)
@@ -53,7 +53,7 @@ def test_requests_are_what_their_kinds_say():
             assert api.GenerateRequest.FromString(hostile.resumed).request_id == hostile.request_id
 
 
-def test_hostile_values_are_among_them():
+def test_requests_include_hostile_values():
     asked = [
         api.GenerateRequest.FromString(hostile.message).sampling for hostile in deal(2, 40 * len(HostileKind))
     ]
@@ -118,7 +118,7 @@ def test_oversize_messages_are_as_large_as_they_say():
     assert len(empty.chat.messages) == 300_000 and not any(message.role for message in empty.chat.messages)
 
 
-def test_what_was_not_measured_is_missed_and_says_why():
+def test_a_bar_without_a_measurement_is_missed_and_says_why():
     sizes = Sizes()
     measured = [
         faults_bars.hostile(HostileFindings(1), sizes, "the server ended", 1.0),
@@ -132,7 +132,7 @@ def test_what_was_not_measured_is_missed_and_says_why():
         assert all(bar["note"] == "the server ended" for bar in told["bars"])
 
 
-def test_what_was_measured_is_held_against_the_issues_bounds():
+def test_measurements_are_compared_with_the_bars():
     found = faults_freeze.FreezeFindings(
         readers=4,
         frames=1000,
@@ -179,6 +179,6 @@ def test_sixty_hostile_requests_do_not_harm_the_bystanders(machine):
         assert bars[f"hostile: {name}"].met, (bars[f"hostile: {name}"], result.figures)
 
 
-def test_the_setting_is_what_the_issue_asks_for():
+def test_the_default_sizes_are_those_of_the_bars():
     setting = Setting(Sizes(), 1, lambda _: None)
     assert (setting.sizes.requests, setting.sizes.bystanders, setting.sizes.sequences) == (2000, 4, 8)
