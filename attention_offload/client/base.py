@@ -7,7 +7,7 @@ from torch import Tensor
 from farshore.attention_offload.base import ShardBeat, ShardIdentity, Wanted
 from farshore.attention_offload.plan.step_plan import ShardStep
 from farshore.attention_offload.transport.frames import MOST_DEADLINE_S, Transport
-from farshore.attention_offload.transport.native_stream import FrameStream
+from farshore.attention_offload.transport.native_connection import NativeConnection
 from farshore.kernels.base import State
 from farshore.kvstore.base import ShardStore
 
@@ -31,7 +31,7 @@ class ShardClient(Protocol):
         """What carries its hot frames; None while nothing is connected."""
 
     @property
-    def frames(self) -> FrameStream | None:
+    def frames(self) -> NativeConnection | None:
         """Its connection for hot frames where that is native: several are served by one call of an
         :class:`~farshore.attention_offload.fanout.native_fanout.NativeFanout`. None elsewhere."""
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from farshore.attention_offload.transport.bulk import BulkStream
+from farshore.attention_offload.transport.bulk import BulkConnection
 from farshore.attention_offload.transport.connect import Dialler
 from farshore.attention_offload.transport.frames import Transport
 from farshore.errors import TransportError
@@ -25,12 +25,12 @@ class BulkLink:
         self._address = address
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
-        self._stream: BulkStream | None = None
+        self._stream: BulkConnection | None = None
         self._grpc_calls = 0
         self.transport: Transport | None = None
         """What carried the last transfer; None while there is no connection."""
 
-    def run(self, transfer: Callable[[BulkStream], None]) -> bool:
+    def run(self, transfer: Callable[[BulkConnection], None]) -> bool:
         """Whether it was done; False where gRPC has to. ``transfer`` may be run twice: the shard may have
         been away since the last one. Raises TransportError, or what the shard refuses it with."""
         with self._taken():
@@ -58,7 +58,7 @@ class BulkLink:
         finally:
             self._lock.release()
 
-    def _once(self, transfer: Callable[[BulkStream], None]) -> bool:
+    def _once(self, transfer: Callable[[BulkConnection], None]) -> bool:
         stream = self._stream or self._connect()
         if stream is None:
             return False
@@ -69,7 +69,7 @@ class BulkLink:
             raise
         return True
 
-    def _connect(self) -> BulkStream | None:
+    def _connect(self) -> BulkConnection | None:
         if self._grpc_calls:
             self._grpc_calls -= 1
             return None
@@ -78,7 +78,7 @@ class BulkLink:
             self._grpc_calls = GRPC_FOR_CALLS
             self.transport = Transport.GRPC
             return None
-        self._stream = BulkStream(connected.connection, self._address, deadline_s=self._deadline_s)
+        self._stream = BulkConnection(connected.connection, self._address, deadline_s=self._deadline_s)
         self.transport = connected.transport
         return self._stream
 

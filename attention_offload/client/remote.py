@@ -17,9 +17,15 @@ from farshore.attention_offload.base import AttentionModel, ShardBeat, ShardIden
 from farshore.attention_offload.client.remote_store import DEADLINE_S, RemoteStore
 from farshore.attention_offload.plan.step_plan import ShardStep
 from farshore.attention_offload.transport.connect import CONNECT_DEADLINE_S, Dialler, shard_error
-from farshore.attention_offload.transport.frames import MOST_DEADLINE_S, REMOTE, HotStream, Sent, Transport
-from farshore.attention_offload.transport.grpc_stream import GrpcStream
-from farshore.attention_offload.transport.native_stream import FrameStream
+from farshore.attention_offload.transport.frames import (
+    MOST_DEADLINE_S,
+    REMOTE,
+    HotConnection,
+    Sent,
+    Transport,
+)
+from farshore.attention_offload.transport.grpc_connection import GrpcConnection
+from farshore.attention_offload.transport.native_connection import NativeConnection
 from farshore.errors import FarshoreError, InvalidRequest, Late, TransportError
 from farshore.kernels.base import State
 from farshore.proto import attention_pb2 as pb
@@ -64,9 +70,9 @@ class RemoteClient:
         self._connecting = threading.Lock()
         """Held while a connection is made: one thread at a time makes one."""
         self._handover = threading.Lock()
-        self._connected: HotStream | None = None
+        self._connected: HotConnection | None = None
         """The newest connection: any thread puts it here, the loop takes it when it begins a step."""
-        self._stream: HotStream | None = None
+        self._stream: HotConnection | None = None
         """The loop's: the one that the step under way was announced on."""
         self._step: ShardStep | None = None
         """The one announced last on ``_stream``."""
@@ -82,8 +88,8 @@ class RemoteClient:
         return stream.transport if stream is not None else None
 
     @property
-    def frames(self) -> FrameStream | None:
-        return self._stream if isinstance(self._stream, FrameStream) else None
+    def frames(self) -> NativeConnection | None:
+        return self._stream if isinstance(self._stream, NativeConnection) else None
 
     @property
     def bulk_transport(self) -> Transport | None:
@@ -199,11 +205,11 @@ class RemoteClient:
             self.break_off()
             self._stream = self._connected
 
-    def _open(self, deadline_s: float) -> HotStream:
+    def _open(self, deadline_s: float) -> HotConnection:
         opening = codec.model_to_pb(self._model, self._dtype)
         connected = self._dialler.connect(opening, deadline_s=deadline_s)
         if connected is not None:
-            return FrameStream(
+            return NativeConnection(
                 connected.connection,
                 connected.transport,
                 self._address,
@@ -213,4 +219,4 @@ class RemoteClient:
             )
         # The stream opens when the loop begins a step: only a shard that answers now may be waited for then.
         self.identify(deadline_s=deadline_s)
-        return GrpcStream(self._address, self._model, self._dtype)
+        return GrpcConnection(self._address, self._model, self._dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from farshore.attention_offload.transport.frames import native
-from farshore.attention_offload.transport.native_stream import AWAKE_US, FrameStream
+from farshore.attention_offload.transport.native_connection import SPIN_US, NativeConnection
 from farshore.errors import FarshoreError
 from farshore.kernels.base import AttentionSpec, State
 
@@ -22,7 +22,7 @@ Failures = dict[int, FarshoreError]
 class Part(NamedTuple):
     """What one shard sees of the micro-batch, and where its answer goes: a state of all rows and heads."""
 
-    stream: FrameStream
+    stream: NativeConnection
     rows: tuple[int, ...]
     heads: slice
     whole: State
@@ -42,7 +42,7 @@ class NativeFanout:
         self.parts = tuple(parts)
         self._native = native()
         self._handle = self._native.native_fanout(
-            tuple(_request(part, spec, dtype) for part in parts), AWAKE_US
+            tuple(_request(part, spec, dtype) for part in parts), SPIN_US
         )
 
     def send(self, step: int, layer: int, micro_batch: int, q: Tensor) -> Failures:

@@ -14,7 +14,7 @@ from farshore.attention_offload.client.base import ShardClient
 from farshore.attention_offload.fanout.latency import LinkRecord
 from farshore.attention_offload.plan.step_plan import ShardStep, StepPlan
 from farshore.attention_offload.transport.frames import MOST_DEADLINE_S
-from farshore.attention_offload.transport.native_stream import FrameStream
+from farshore.attention_offload.transport.native_connection import NativeConnection
 from farshore.errors import FarshoreError, Late, Lost, TransportError
 from farshore.ids import WorkerId
 from farshore.kernels.base import AttentionSpec, State
@@ -55,7 +55,7 @@ class ShardRequest:
     """Of the step, divided by its frames of a layer."""
     deadline_s: float = MOST_DEADLINE_S
     """Of each of the step's frames."""
-    frames: FrameStream | None = None
+    frames: NativeConnection | None = None
     """The connection that the step was announced on, where several are served by one native call."""
     announced: bool = False
     """Its peer has begun the step."""

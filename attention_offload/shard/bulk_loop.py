@@ -1,7 +1,8 @@
-"""Bulk KV past gRPC, shard's end: the thread that serves one engine's connection. See :mod:`bulk`.
+"""Serves a bulk connection at the shard: reads and writes KV for one engine.
 
-Nothing that comes in touches a span before the store has looked at it: a piece is received whole, then
-written as any other write is.
+Called by ``shard.frame_loop``'s listener, in a thread per connection. ``transport.bulk`` defines the messages
+and the engine's end. It must not know how blocks are laid out. Received bytes reach a span only through the
+store's checks: a piece is received completely into a buffer, then written like any other write.
 """
 
 import socket
@@ -16,9 +17,9 @@ from farshore.attention_offload.shard.engine_holds import EngineHolds
 from farshore.attention_offload.transport.bulk import (
     MOST_MESSAGE_BYTES,
     PIECE_BYTES,
+    BulkKind,
+    BulkMessage,
     BulkSocket,
-    Head,
-    Kind,
     Runs,
 )
 from farshore.errors import InvalidRequest, TransportError
@@ -29,72 +30,80 @@ from farshore.kvstore.store.store import LocalStore
 from farshore.proto import attention_pb2 as pb
 
 MOST_PIECE_BYTES = 16 * PIECE_BYTES
-"""What a buffer is kept for; more than PIECE_BYTES are asked for by one token of a very wide model."""
+"""The largest piece of a write, plus one token: a single token of a very wide model exceeds PIECE_BYTES."""
 
 MOST_PAYLOAD_BYTES = 1 << 40
 DEADLINE_S = 30.0
-"""Without any byte moving, inside of a message or a piece."""
+"""How long a message or a payload may stand still, without any byte moving."""
 
 NICENESS = 5
-"""A thread that moves bulk KV gives way to one that answers a hot frame."""
+"""Added to the thread's nice value, so that threads that answer hot frames run first."""
 
 
 def serve_bulk(store: LocalStore, holds: EngineHolds, connection: socket.socket, unix: bool) -> None:
-    """Answer one engine's writes and pulls until it hangs up, or sends what cannot be a message."""
+    """Answers one engine's writes and pulls until an OSError ends the connection.
+
+    Raises ConnectionError when the engine hangs up or sends malformed data, and another OSError when the
+    connection breaks or stands still for DEADLINE_S. ``unix`` is not used; the listener passes it."""
     make_nicer(NICENESS)
-    wire = BulkSocket(connection, deadline_s=DEADLINE_S)
-    served = _Connection(store, holds, wire)
+    bulk_socket = BulkSocket(connection, deadline_s=DEADLINE_S)
+    served = _Connection(store, holds, bulk_socket)
     try:
         while True:
             served.answer()
     except ConnectionError as error:
         with suppress(OSError):
-            wire.send(Kind.FAILED, codec.failure_to_pb(TransportError(str(error))))
+            bulk_socket.send(BulkKind.FAILED, codec.failure_to_pb(TransportError(str(error))))
         raise
 
 
 class _Connection:
-    def __init__(self, store: LocalStore, holds: EngineHolds, wire: BulkSocket) -> None:
+    """Serves the requests of one bulk connection."""
+
+    def __init__(self, store: LocalStore, holds: EngineHolds, bulk_socket: BulkSocket) -> None:
         self._store = store
         self._holds = holds
-        self._wire = wire
+        self._socket = bulk_socket
         self._buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8)
 
     def answer(self) -> None:
-        head = self._wire.receive(idle=True)
-        if head.payload_bytes > MOST_PAYLOAD_BYTES or head.kind not in (Kind.WRITE, Kind.READ):
-            raise ConnectionError(f"garbage: {head.kind.name} with {head.payload_bytes} bytes, to a shard")
-        self._unread_bytes = head.payload_bytes
+        """Receives one request and answers it. Sends the store's error as FAILED; raises OSError only."""
+        request = self._socket.receive(idle=True)
+        if request.payload_bytes > MOST_PAYLOAD_BYTES or request.kind not in (BulkKind.WRITE, BulkKind.READ):
+            raise ConnectionError(
+                f"garbage: {request.kind.name} with {request.payload_bytes} bytes, to a shard"
+            )
+        self._unread_bytes = request.payload_bytes
         try:
-            (self._write if head.kind is Kind.WRITE else self._read)(head)
+            (self._write if request.kind is BulkKind.WRITE else self._read)(request)
         except OSError:
             raise
         except Exception as error:
-            # The engine reads an answer when it has sent all.
+            # The engine reads the answer only after it has sent its whole payload.
             while self._unread_bytes:
                 self._receive(min(self._unread_bytes, PIECE_BYTES))
             error = InvalidRequest(str(error)) if isinstance(error, DecodeError) else error
             failure = codec.failure_to_pb(error)
             failure.message = failure.message[: MOST_MESSAGE_BYTES // 8]
-            self._wire.send(Kind.FAILED, failure)
+            self._socket.send(BulkKind.FAILED, failure)
         else:
-            self._wire.send(Kind.DONE)
+            self._socket.send(BulkKind.DONE)
 
-    def _write(self, head: Head) -> None:
-        message = pb.BulkWrite.FromString(head.message)
+    def _write(self, received: BulkMessage) -> None:
+        message = pb.BulkWrite.FromString(received.message)
         request, token_major = message.write, message.token_major
         self._holds.renew(request.caller.engine)
         span, sequence = SpanId(request.span_id), SequenceId(request.sequence_id)
         layout = self._store.look_up(span, holder=sequence).layout
         row_bytes = stored_bytes(layout)
         k_bytes, v_bytes = layout.k_heads * row_bytes[0], layout.v_heads * row_bytes[1]
-        if head.payload_bytes != request.tokens * (k_bytes + v_bytes):
+        if received.payload_bytes != request.tokens * (k_bytes + v_bytes):
             raise InvalidRequest(
-                f"{head.payload_bytes} bytes for {request.tokens} tokens of {k_bytes + v_bytes}"
+                f"{received.payload_bytes} bytes for {request.tokens} tokens of {k_bytes + v_bytes}"
             )
         if not 0 < message.piece_tokens * (k_bytes + v_bytes) <= MOST_PIECE_BYTES + k_bytes + v_bytes:
             raise InvalidRequest(f"pieces of {message.piece_tokens} tokens: {MOST_PIECE_BYTES} bytes at most")
-        # At least one write: the store checks a range even where it is empty.
+        # At least one write, so that the store checks an empty range too.
         for first in range(0, request.tokens, message.piece_tokens) or (0,):
             count = min(message.piece_tokens, request.tokens - first)
             piece = self._receive(count * (k_bytes + v_bytes))
@@ -109,13 +118,13 @@ class _Connection:
                 epoch=Epoch(request.epoch),
             )
 
-    def _read(self, head: Head) -> None:
-        request = pb.ReadRequest.FromString(head.message)
+    def _read(self, received: BulkMessage) -> None:
+        request = pb.ReadRequest.FromString(received.message)
         self._holds.renew(request.caller.engine)
         span, sequence = SpanId(request.span_id), SequenceId(request.sequence_id)
         layout = self._store.look_up(span, holder=sequence).layout
         piece_tokens = max(1, PIECE_BYTES // layout.layer_token_bytes)
-        # At least one read: the store checks a range even where it is empty.
+        # At least one read, so that the store checks an empty range too.
         for first in range(request.first, request.last, piece_tokens) or (request.first,):
             last = min(first + piece_tokens, request.last)
             if layout.format.quantised:
@@ -130,19 +139,19 @@ class _Connection:
 
     def _send(self, piece: Runs) -> None:
         if any(piece[1::2]):
-            self._wire.send(Kind.PIECE, payload=piece)
+            self._socket.send(BulkKind.PIECE, payload=piece)
 
     def _receive(self, count: int) -> Tensor:
-        """The next bytes of the payload, until the next call."""
+        """Receives the next ``count`` bytes of the payload: ``u8[count]``, valid until the next call."""
         if count > self._buffer.nbytes:
             self._buffer = torch.empty(count, dtype=torch.uint8)
-        self._wire.receive_payload([self._buffer.data_ptr(), count])
+        self._socket.receive_payload([self._buffer.data_ptr(), count])
         self._unread_bytes -= count
         return self._buffer[:count]
 
 
-def _shaped(part: Tensor, heads: int, tokens: int, row_bytes: int, token_major: bool) -> Tensor:
-    """``u8[heads, tokens, row_bytes]``."""
+def _shaped(kv: Tensor, heads: int, tokens: int, row_bytes: int, token_major: bool) -> Tensor:
+    """Views received K or V bytes as ``u8[heads, tokens, row_bytes]``."""
     if token_major:
-        return part.view(tokens, heads, row_bytes).transpose(0, 1)
-    return part.view(heads, tokens, row_bytes)
+        return kv.view(tokens, heads, row_bytes).transpose(0, 1)
+    return kv.view(heads, tokens, row_bytes)

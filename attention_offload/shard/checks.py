@@ -1,12 +1,12 @@
-"""The shard's door: every number that an engine sends is looked at before memory is taken or a kernel is
-called.
+"""Checks every number that an engine sends before the shard takes memory or calls a kernel.
 
-Called by the servers and by ``session``. Messages are well-formed
-here; what they *mean* may be anything. Whatever makes no sense is InvalidRequest, which names it. Python's
-integers don't wrap, so products are checked here, and native code is given what fits into 32 bits.
+Called by ``shard.service`` and ``shard.session``. It must not know transports: the messages that reach it are
+well-formed, but their values may be anything. A value that makes no sense raises InvalidRequest, which names
+the value. Products are checked here, where Python's integers do not wrap; native code receives only values
+that fit into 32 bits.
 
-The bounds are beyond any model or step of today; together they bound what one connection can make a shard
-allocate beside its arena.
+The limits exceed the needs of any model or step of today. Together they limit what one connection can make a
+shard allocate outside its arena.
 """
 
 import math
@@ -26,54 +26,62 @@ from farshore.kvstore.store import forms
 MOST_CLASSES = 64
 MOST_ROWS = 4096
 MOST_MICRO_BATCHES = 256
-"""A frame's header has 8 bits for them."""
+"""A frame's header has 8 bits for a micro-batch's number."""
 
 MOST_READS = 1 << 17
 MOST_POSITIONS = 2**31
-"""Kernels count in 32 bits."""
+"""Kernels count positions in 32 bits."""
 
 MOST_STEP_BYTES = 256 << 20
-"""q, o and lse of all rows of a step, in one layer of each class, at 8 bytes an element."""
+"""The limit for q, o and lse of all rows of a step, in one layer of each class, at 8 bytes per element."""
 
 MOST_SCRATCH_BYTES = 256 << 20
-"""What a plan may take for states that are merged: one for each head of each distinct range of rows."""
+"""The limit for the states that a kernel plan merges: one per head of each distinct (rows, groups) range."""
 
-MOST_ITEMS = 1 << 21
-"""Of a plan's work list: reads times head groups times rows."""
+MOST_WORK_ITEMS = 1 << 21
+"""The limit for a kernel plan's work list: the sum of rows times head groups over all reads."""
 
-MOST_NAME = 256
-"""Characters of an id."""
+MOST_ID_CHARS = 256
+"""The longest sequence id or incarnation."""
 
 HASH_BYTES = 32
 MOST_BLOCKS = 1 << 14
 MOST_BLOCK_TOKENS = 4096
 MOST_SPANS = 1 << 16
-"""Named by one call ..."""
+"""The most spans that one call may name. The store's lock is held while they are processed."""
 
 MOST_WANTED = 1 << 20
-"""... and by one complete list. The store's lock is held for as long as they take."""
+"""The most sequences and spans in an engine's complete list, for the same reason."""
 
 
-def check_name(what: str, name: str) -> str:
-    if not 1 <= len(name) <= MOST_NAME:
-        raise InvalidRequest(f"{what} of {len(name)} characters: give 1 to {MOST_NAME}")
-    return name
+def check_id(what: str, text: str) -> str:
+    """Returns ``text`` unchanged; raises InvalidRequest unless it has 1 to MOST_ID_CHARS characters.
+
+    ``what`` names the id in the error, such as "a sequence id"."""
+    if not 1 <= len(text) <= MOST_ID_CHARS:
+        raise InvalidRequest(f"{what} of {len(text)} characters: give 1 to {MOST_ID_CHARS}")
+    return text
 
 
 def check_key(key: SpanKey) -> SpanKey:
-    check_name("a sequence id", key.sequence)
+    """Returns ``key`` unchanged; raises InvalidRequest for a bad sequence id or layer class. The store checks
+    the rest."""
+    check_id("a sequence id", key.sequence)
     if not 0 <= key.layer_class < MOST_CLASSES:
         raise InvalidRequest(f"layer class {key.layer_class}: give 0 to {MOST_CLASSES - 1}")
     return key
 
 
 def check_spans(spans: Sequence[SpanId]) -> Sequence[SpanId]:
+    """Returns ``spans`` unchanged; raises InvalidRequest if there are more than MOST_SPANS."""
     if len(spans) > MOST_SPANS:
         raise InvalidRequest(f"a call that names {len(spans)} spans: {MOST_SPANS} at most")
     return spans
 
 
 def check_blocks(blocks: Sequence[PrefixBlock]) -> Sequence[PrefixBlock]:
+    """Returns ``blocks`` unchanged; raises InvalidRequest for too many, or for one whose tokens, positions or
+    hash are out of range."""
     if len(blocks) > MOST_BLOCKS:
         raise InvalidRequest(f"a call that names {len(blocks)} blocks: {MOST_BLOCKS} at most")
     for block in blocks:
@@ -87,7 +95,8 @@ def check_blocks(blocks: Sequence[PrefixBlock]) -> Sequence[PrefixBlock]:
 
 
 def check_model(model: AttentionModel, dtype: torch.dtype) -> None:
-    """What an Open says: shapes of each layer class, how its KV lies, and which class each layer is of."""
+    """Checks the contents of an Open message: the shapes and the KV layout of each layer class, the class of
+    each layer, and ``dtype``, the type of q and o. Raises InvalidRequest."""
     classes = len(model.specs)
     if not 1 <= classes <= MOST_CLASSES or len(model.layouts) != classes:
         raise InvalidRequest(
@@ -96,7 +105,7 @@ def check_model(model: AttentionModel, dtype: torch.dtype) -> None:
         )
     if not 1 <= len(model.layer_class) <= forms.MOST_LAYERS:
         raise InvalidRequest(f"a model of {len(model.layer_class)} layers: give 1 to {forms.MOST_LAYERS}")
-    if wrong := [it for it in model.layer_class if not 0 <= it < classes]:
+    if wrong := [index for index in model.layer_class if not 0 <= index < classes]:
         raise InvalidRequest(f"a layer of class {wrong[0]} in a model of {classes} classes")
     for layer_class, (spec, layout) in enumerate(zip(model.specs, model.layouts, strict=True)):
         _check_spec(spec)
@@ -108,9 +117,9 @@ def check_model(model: AttentionModel, dtype: torch.dtype) -> None:
 
 def _check_spec(spec: AttentionSpec) -> None:
     heads = (spec.q_heads, spec.k_heads, spec.v_heads)
-    if not all(1 <= it <= forms.MOST_HEADS for it in heads):
+    if not all(1 <= count <= forms.MOST_HEADS for count in heads):
         raise InvalidRequest(f"{heads} heads of Q, K and V: give 1 to {forms.MOST_HEADS} of each")
-    if not all(1 <= it <= forms.MOST_DIM for it in (spec.k_dim, spec.v_dim)):
+    if not all(1 <= dim <= forms.MOST_DIM for dim in (spec.k_dim, spec.v_dim)):
         raise InvalidRequest(f"K of {spec.k_dim} dims, V of {spec.v_dim}: give 1 to {forms.MOST_DIM}")
     if spec.q_heads % spec.k_heads or spec.q_heads % spec.v_heads:
         raise InvalidRequest(f"{heads} heads of Q, K and V: Q's must be a multiple of K's and of V's")
@@ -138,14 +147,15 @@ def _check_agreement(spec: AttentionSpec, layout: KVLayout, *, layers: int) -> N
 
 
 def check_step(step: ShardStep, model: AttentionModel) -> None:
-    """Rows, heads, positions and sizes of a step, and that its reads are of it. What of a span may be read,
-    :func:`check_read` knows."""
+    """Checks the rows, head groups, positions and sizes of a step, and that its reads refer to them.
+
+    Raises InvalidRequest. :func:`check_read` checks each read against its span."""
     if not 1 <= len(step.rows) <= MOST_ROWS or len(step.micro_batches) > MOST_MICRO_BATCHES:
         raise InvalidRequest(
             f"a step of {len(step.rows)} rows in {len(step.micro_batches)} micro-batches: give 1 to"
             f" {MOST_ROWS} rows, in {MOST_MICRO_BATCHES} at most"
         )
-    if wrong := [it for it in step.positions if not 0 <= it < MOST_POSITIONS]:
+    if wrong := [position for position in step.positions if not 0 <= position < MOST_POSITIONS]:
         raise InvalidRequest(f"a row at position {wrong[0]}: give 0 to {MOST_POSITIONS - 1}")
     if len(step.reads) != len(model.specs):
         raise InvalidRequest(f"reads of {len(step.reads)} layer classes for a model of {len(model.specs)}")
@@ -155,11 +165,11 @@ def check_step(step: ShardStep, model: AttentionModel) -> None:
         if not 0 <= step.group0 < step.group1 <= spec.groups:
             raise InvalidRequest(f"head groups {step.group0} to {step.group1} of a model of {spec.groups}")
         for read in reads:
-            _check_shape(step, read)
+            _check_ranges(step, read)
     _check_sizes(step, model)
 
 
-def _check_shape(step: ShardStep, read: Read) -> None:
+def _check_ranges(step: ShardStep, read: Read) -> None:
     rows = read.rows
     if rows.step != 1 or not 0 <= rows.start < rows.stop <= len(step.rows):
         raise InvalidRequest(f"a read of rows {rows} in a step of {len(step.rows)}")
@@ -176,26 +186,28 @@ def _check_shape(step: ShardStep, read: Read) -> None:
 
 def _check_sizes(step: ShardStep, model: AttentionModel) -> None:
     groups = step.group1 - step.group0
-    step_bytes = scratch_bytes = items = 0
+    step_bytes = scratch_bytes = work_items = 0
     for spec, reads in zip(model.specs, step.reads, strict=True):
         per_group = spec.q_heads_per_group
         step_bytes += 8 * len(step.rows) * groups * per_group * (spec.k_dim + spec.v_dim + 1)
         state_bytes = 4 * per_group * (spec.v_dim + 1)
-        apart = {(it.rows.start, it.rows.stop, it.group0, it.group1) for it in reads}
-        scratch_bytes += sum((r1 - r0) * (g1 - g0) for r0, r1, g0, g1 in apart) * state_bytes
-        items += sum(len(it.rows) * (it.group1 - it.group0) for it in reads)
+        ranges = {(read.rows.start, read.rows.stop, read.group0, read.group1) for read in reads}
+        scratch_bytes += sum((r1 - r0) * (g1 - g0) for r0, r1, g0, g1 in ranges) * state_bytes
+        work_items += sum(len(read.rows) * (read.group1 - read.group0) for read in reads)
     for what, size, most in (
         ("q and states of {} bytes a layer", step_bytes, MOST_STEP_BYTES),
         ("{} bytes of states to merge", scratch_bytes, MOST_SCRATCH_BYTES),
-        ("{} rows to attend, each group and read by itself", items, MOST_ITEMS),
+        ("{} rows to attend, each group and read by itself", work_items, MOST_WORK_ITEMS),
     ):
         if size > most:
             raise InvalidRequest(f"a step of {what.format(size)}: {most} at most; give fewer rows")
 
 
 def check_read(read: Read, stored: Stored, layer_class: int, layout: KVLayout) -> None:
-    """``stored`` is what the store says of the span; ``layout`` the session's, of the class and all
-    groups."""
+    """Raises InvalidRequest unless ``read`` agrees with its span's layer class, layout, origin and groups.
+
+    ``stored`` is the store's description of the span; ``layout`` is the session's layout of the layer class,
+    with all groups."""
     key = stored.key
     if key.layer_class != layer_class:
         raise InvalidRequest(f"{read.span} is of layer class {key.layer_class}, the read of {layer_class}")

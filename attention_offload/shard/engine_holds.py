@@ -1,16 +1,19 @@
-"""Whose holds a shard keeps: each belongs to the incarnation of an engine, which renews its lease by calling.
+"""Leases a shard's holds to engines, and drops the holds of an engine that is dead.
 
-The store knows sequences and epochs; this book, beside it, knows which engine brought each of them here. An
-engine that makes no call for ``LEASE_S`` is taken for dead: what it brought is given back, unsealed spans and
-all, while named blocks stay as cache by the store's own rules. Content never changes once sealed, so keeping
-a hold for too long is safe, and a hold given back too early shows as NotFound, never as a wrong token.
+Called by the gRPC service, by the bulk loop, and by the ticker of ``service.serve``. It must not know memory
+or networks.
 
-A shard that was paused itself (SIGSTOP, a suspended machine) heard no engine, and may still have calls in its
-queues that their callers gave up. So the leases begin anew when its clock has jumped, and every engine is
-asked to say completely what it still wants (``must_reconcile``). What an engine sent before such a list and
-the shard meets after it is stale, and refused: the engine's own clock, sent with each call, tells.
+The store records sequences and epochs; this module records which engine created holds for them. Every call of
+an engine renews its lease. An engine that makes no call for ``LEASE_S`` is considered dead, and the holds of
+its sequences are dropped. Its unsealed spans are freed; named blocks stay in the cache by the store's rules.
+Sealed content never changes, so keeping a hold for too long is safe, and dropping one too early causes
+NotFound, never a wrong token.
 
-Called by the gRPC service and by its ticker. It must not know memory or networks.
+A shard that was paused itself (SIGSTOP, a suspended machine) received no calls, and its queues may hold calls
+that the engines have given up. When its clock has jumped, all leases start anew, and each engine must send a
+complete list of the spans that it still wants (``must_reconcile``). A call that an engine sent before such a
+list, but that the shard processes after the list, is stale and is refused. Send times are compared on the
+engine's own clock, which each call carries.
 """
 
 import logging
@@ -21,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from farshore.attention_offload.base import Caller, Wanted
-from farshore.attention_offload.shard.checks import check_name
+from farshore.attention_offload.shard.checks import check_id
 from farshore.errors import Cancelled, Overloaded
 from farshore.ids import Epoch, SequenceId, SpanId
 from farshore.kvstore.store.store import LocalStore
@@ -31,151 +34,164 @@ _LOG = logging.getLogger(__name__)
 LEASE_S = 30.0
 TICK_S = 1.0
 PAUSE_S = 2.0
-"""A tick that comes later than this behind its time means that the whole process stood still."""
+"""A tick that is later than this means that the whole process was paused."""
 
-TURN_S = 5.0
-"""How long a call waits for another one of its engine: a grant touches new memory, a second for some GiB."""
+CALL_WAIT_S = 5.0
+"""How long a call waits for another call of its engine. A grant touches new memory, which takes a second for
+some GiB."""
 
 MOST_ENGINES = 1024
 
 
 @dataclass(slots=True, eq=False)
-class _Engine:
+class _Lease:
+    """One engine's lease, and the holds that it covers."""
+
     seen_s: float
+    """When the engine's latest call came, on the shard's clock."""
     lock: threading.Lock = field(default_factory=threading.Lock)
-    """One change at a time: a call is wholly before a complete list, or wholly after it."""
-    brought: dict[SequenceId, set[Epoch]] = field(default_factory=dict)
-    newest_ns: int = 0
-    """When the newest change that was made was sent ..."""
-    listed_ns: int = 0
-    """... and the newest complete list."""
+    """Held during a change, so that a call is entirely before a complete list or entirely after it."""
+    epochs: dict[SequenceId, set[Epoch]] = field(default_factory=dict)
+    """The sequences, and their epochs, whose holds the engine has created or dropped."""
+    last_change_ns: int = 0
+    """The latest send time, on the engine's clock, of a change that was made."""
+    last_list_ns: int = 0
+    """The latest send time, on the engine's clock, of a complete list that was processed."""
     must_reconcile: bool = True
-    """A call of before the shard knew the engine may still be under way."""
-    is_over: bool = False
+    """True at first: calls that the engine sent before the lease began may still arrive."""
+    expired: bool = False
 
 
 class EngineHolds:
-    """Thread-safe. ``clock``: the shard's own, monotonic, in seconds."""
+    """The leases of all engines of a shard. Thread-safe. ``clock`` gives the shard's monotonic seconds."""
 
     def __init__(self, store: LocalStore, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._store = store
         self._clock = clock
         self._lock = threading.Lock()
-        self._engines: dict[str, _Engine] = {}
+        self._leases: dict[str, _Lease] = {}
         self._ticked_s = clock()
 
     @contextmanager
     def changing(self, caller: Caller, sequence: SequenceId, epoch: Epoch) -> Iterator[None]:
-        """A call of the engine that makes or gives back holds of the sequence. Raises Cancelled where a
-        complete list that was sent later has been acted on: the engine has given this call up."""
-        with self._turn(caller.engine) as engine:
-            if caller.sent_ns < engine.listed_ns:
+        """A context in which a call of ``caller`` creates or drops holds of the sequence. Renews the lease.
+
+        Raises Cancelled if the shard has processed a complete list that the engine sent later: the engine has
+        given this call up. Raises Overloaded if another call of the engine takes longer than CALL_WAIT_S, or
+        if MOST_ENGINES engines have leases."""
+        with self._locked(caller.engine) as lease:
+            if caller.sent_ns < lease.last_list_ns:
                 raise Cancelled(f"engine {caller.engine} has listed what it wants since it sent this call")
-            engine.newest_ns = max(engine.newest_ns, caller.sent_ns)
-            engine.brought.setdefault(sequence, set()).add(epoch)
+            lease.last_change_ns = max(lease.last_change_ns, caller.sent_ns)
+            lease.epochs.setdefault(sequence, set()).add(epoch)
             yield
 
     def beat(self, caller: Caller, wanted: Wanted | None) -> bool:
-        """Renews the engine's lease; one that is unknown is known from now on. ``wanted``: all that it wants
-        here, so the rest of what it brought is given back; None: it doesn't say. Returns whether it must say.
+        """Renews the engine's lease, or starts one. Returns whether a complete list is needed.
 
-        A list that was sent before a change that the shard has made is stale, and only renews.
+        ``wanted`` is the complete list of the spans that the engine wants here; its other holds are dropped.
+        None leaves its holds unchanged. A list is stale, and only renews the lease, if the engine sent it
+        before a change or a list that the shard has processed. Raises Overloaded as :meth:`changing`.
         """
-        with self._turn(caller.engine) as engine:
-            if wanted is not None and caller.sent_ns >= max(engine.newest_ns, engine.listed_ns):
-                engine.listed_ns = caller.sent_ns
-                self._give_back(engine, wanted)
-                engine.must_reconcile = False
-            return engine.must_reconcile
+        with self._locked(caller.engine) as lease:
+            if wanted is not None and caller.sent_ns >= max(lease.last_change_ns, lease.last_list_ns):
+                lease.last_list_ns = caller.sent_ns
+                self._drop_all_but(lease, wanted)
+                lease.must_reconcile = False
+            return lease.must_reconcile
 
     def renew(self, engine: str) -> None:
-        """A call that changes no holds: a sign of life of an engine that is known."""
+        """Renews the engine's lease, if it has one, for a call that changes no holds."""
         with self._lock:
-            if it := self._engines.get(engine):
-                it.seen_s = self._clock()
+            if lease := self._leases.get(engine):
+                lease.seen_s = self._clock()
 
     def tick(self) -> None:
-        """Once every ``TICK_S``: what dead engines brought is given back."""
+        """Drops the holds of engines whose leases have expired. Must be called every ``TICK_S``."""
         with self._lock:
             self._notice_pause()
             now_s = self._ticked_s = self._clock()
-            engines = list(self._engines.items())
-        for name, engine in engines:
-            if not engine.lock.acquire(blocking=False):
-                continue  # in the middle of a call
+            leases = list(self._leases.items())
+        for engine, lease in leases:
+            if not lease.lock.acquire(blocking=False):
+                continue  # A call of this engine is in progress.
             try:
-                if now_s - engine.seen_s >= LEASE_S:
+                if now_s - lease.seen_s >= LEASE_S:
                     with self._lock:
-                        del self._engines[name]
-                    engine.is_over = True
-                    self._give_back(engine, {})
+                        del self._leases[engine]
+                    lease.expired = True
+                    self._drop_all_but(lease, {})
                 else:
-                    self._forget_ended(engine)
+                    self._forget_ended(lease)
             finally:
-                engine.lock.release()
+                lease.lock.release()
 
     def engines(self) -> list[str]:
+        """The incarnations of the engines that have leases, sorted."""
         with self._lock:
-            return sorted(self._engines)
+            return sorted(self._leases)
 
     @contextmanager
-    def _turn(self, name: str) -> Iterator[_Engine]:
-        engine = self._enter(name)
-        while engine.is_over:  # given up while this call waited for it
-            engine.lock.release()
-            engine = self._enter(name)
+    def _locked(self, engine: str) -> Iterator[_Lease]:
+        """A context that holds the lock of the engine's lease. Renews the lease at both ends."""
+        lease = self._lock_lease(engine)
+        while lease.expired:  # It expired while this call waited for the lock.
+            lease.lock.release()
+            lease = self._lock_lease(engine)
         try:
-            yield engine
+            yield lease
         finally:
-            engine.seen_s = self._clock()
-            engine.lock.release()
+            lease.seen_s = self._clock()
+            lease.lock.release()
 
-    def _enter(self, name: str) -> _Engine:
-        check_name("an engine's incarnation", name)
+    def _lock_lease(self, engine: str) -> _Lease:
+        check_id("an engine's incarnation", engine)
         with self._lock:
             self._notice_pause()
-            engine = self._engines.get(name)
-            if engine is None:
-                if len(self._engines) >= MOST_ENGINES:
+            lease = self._leases.get(engine)
+            if lease is None:
+                if len(self._leases) >= MOST_ENGINES:
                     raise Overloaded(f"{MOST_ENGINES} engines hold leases here: try again later")
-                engine = self._engines[name] = _Engine(self._clock())
-            engine.seen_s = self._clock()
-        if not engine.lock.acquire(timeout=TURN_S):
-            raise Overloaded(f"another call of engine {name} has taken over {TURN_S:g} s: try again later")
-        return engine
+                lease = self._leases[engine] = _Lease(self._clock())
+            lease.seen_s = self._clock()
+        if not lease.lock.acquire(timeout=CALL_WAIT_S):
+            raise Overloaded(
+                f"another call of engine {engine} has taken over {CALL_WAIT_S:g} s: try again later"
+            )
+        return lease
 
     def _notice_pause(self) -> None:
-        """In the lock: all leases begin anew, with a full term, where this process stood still."""
+        """Starts all leases anew if this process was paused. The caller holds ``_lock``."""
         now_s = self._clock()
         if now_s - self._ticked_s <= TICK_S + PAUSE_S:
             return
         self._ticked_s = now_s
-        for engine in self._engines.values():
-            engine.seen_s = now_s
-            engine.must_reconcile = True
+        for lease in self._leases.values():
+            lease.seen_s = now_s
+            lease.must_reconcile = True
 
-    def _give_back(self, engine: _Engine, wanted: Wanted) -> None:
-        """All that the engine brought and doesn't want, but for what another engine brought too: that is the
-        other one's to give back."""
+    def _drop_all_but(self, lease: _Lease, wanted: Wanted) -> None:
+        """Drops the lease's holds, except those in ``wanted`` and those that another lease covers too."""
         kept: dict[SequenceId, set[SpanId]] = {}
         for (sequence, _), spans in wanted.items():
             kept.setdefault(sequence, set()).update(spans)
         with self._lock:
-            others = [it for it in self._engines.values() if it is not engine]
-        for sequence, epochs in engine.brought.items():
-            alone = epochs.difference(*(it.brought.get(sequence, ()) for it in others))
-            if alone:
-                self._store.drop_sequence(sequence, epoch=max(alone), keep=kept.get(sequence, ()))
-        self._forget_ended(engine)
+            others = [other for other in self._leases.values() if other is not lease]
+        for sequence, epochs in lease.epochs.items():
+            unshared = epochs.difference(*(other.epochs.get(sequence, ()) for other in others))
+            if unshared:
+                self._store.drop_sequence(sequence, epoch=max(unshared), keep=kept.get(sequence, ()))
+        self._forget_ended(lease)
 
-    def _forget_ended(self, engine: _Engine) -> None:
+    def _forget_ended(self, lease: _Lease) -> None:
+        """Removes sequences without holds from the lease; it would grow with every request otherwise."""
         holding = self._store.sequences()
-        for sequence in [it for it in engine.brought if it not in holding]:
-            del engine.brought[sequence]
+        for sequence in [sequence for sequence in lease.epochs if sequence not in holding]:
+            del lease.epochs[sequence]
 
 
 class Ticker:
-    """Calls ``tick`` every ``TICK_S`` in a daemon thread of its own, until :meth:`stop`."""
+    """Calls ``tick`` every ``TICK_S`` in a daemon thread, from construction until :meth:`stop`."""
 
     def __init__(self, tick: Callable[[], None]) -> None:
         self._tick = tick
@@ -184,7 +200,7 @@ class Ticker:
         self._thread.start()
 
     def stop(self) -> None:
-        """Idempotent."""
+        """Ends the thread and waits for it. Idempotent."""
         self._stopped.set()
         self._thread.join()
 
@@ -192,5 +208,5 @@ class Ticker:
         while not self._stopped.wait(TICK_S):
             try:
                 self._tick()
-            except Exception:  # the next one may do better; without any, no lease would end
+            except Exception:  # Without further ticks no lease would ever expire.
                 _LOG.exception("engines' leases were not looked at")

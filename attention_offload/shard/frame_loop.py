@@ -1,7 +1,8 @@
-"""Connections past gRPC, shard's end: who may connect, and the loop that answers hot frames.
+"""Accepts native connections at the shard, and serves those that carry hot frames.
 
-Runs in an attention worker's process beside its gRPC server, which hands out tokens: whoever connects here
-has asked over gRPC first. One thread serves one connection; while a step runs it is inside one native call.
+Called by ``shard.service``, in an attention worker's process. A connection is served only if it presents a
+token that the gRPC service has issued. One thread serves one connection; while a step runs, the thread is
+inside one native call. It must not know the store.
 """
 
 import atexit
@@ -21,7 +22,7 @@ from google.protobuf.message import DecodeError
 
 from farshore.attention_offload import codec
 from farshore.attention_offload.shard.session import ShardSession
-from farshore.attention_offload.transport.connect import WELCOME, is_near, tune
+from farshore.attention_offload.transport.connect import WELCOME, is_same_host, tune
 from farshore.attention_offload.transport.frames import native
 from farshore.errors import InvalidRequest, TransportError
 from farshore.proto import attention_pb2 as pb
@@ -30,22 +31,26 @@ _LOG = logging.getLogger(__name__)
 
 TOKEN_BYTES = 16
 MAX_TOKENS = 256
-"""Handed out and not used; the oldest is forgotten."""
+"""The most unused tokens; beyond that the oldest token becomes invalid."""
 
 MAX_CONNECTIONS = 64
-HELLO_DEADLINE_S = 5.0
+TOKEN_DEADLINE_S = 5.0
 FRAME_DEADLINE_S = 30.0
-"""For the rest of a frame that has begun, and for an engine to read an answer."""
-NEAR_AWAKE_US, FAR_AWAKE_US = 20, 400
-"""How long a shard waits for the next layer's frame awake, where frames come that soon. An engine on this
-host may need this very core for what comes before that frame."""
+"""The deadline for the rest of a frame that has begun to arrive, and for sending an answer."""
+
+SAME_HOST_SPIN_US, REMOTE_SPIN_US = 20, 400
+"""How long a shard spins for the next layer's frame before it sleeps, if frames usually arrive that soon. An
+engine on the same host may need the core on which the shard spins to compute that frame."""
 
 Serve = Callable[[socket.socket, bool], None]
-"""Serves a connection (a Unix one?) until it ends."""
+"""Serves a connection until it ends; the flag tells whether its socket is a Unix socket."""
 
 
 class FrameListener:
-    """Listens on an abstract Unix socket, which has no file, and on a TCP port of the host gRPC is at."""
+    """Listens on an abstract Unix socket, which has no file, and on a free TCP port of gRPC's host.
+
+    Thread-safe. It serves connections in daemon threads until :meth:`close`.
+    """
 
     def __init__(self, host: str) -> None:
         self._unix = socket.socket(socket.AF_UNIX)
@@ -54,22 +59,25 @@ class FrameListener:
         self._unix.listen()
         self._tcp = _listen(host)
         self.tcp_address: tuple[str, int] = self._tcp.getsockname()[:2]
-        self._stop_here, self._stop_there = socket.socketpair()
+        self._stop_sender, self._stop_receiver = socket.socketpair()
         self._lock = threading.Lock()
-        self._waiting: OrderedDict[bytes, Serve] = OrderedDict()
+        self._issued: OrderedDict[bytes, Serve] = OrderedDict()
         self._connections: dict[socket.socket, threading.Thread] = {}
         self._acceptor = threading.Thread(target=self._accept, name="frames-acceptor", daemon=True)
         self._acceptor.start()
-        # A thread inside a native call must not meet an interpreter that is gone.
+        # A thread in a native call must not return to an interpreter that has been finalised.
         atexit.register(self.close)
 
     def expect(self, serve: Serve, *, tcp: bool, shares_cores: bool = False) -> pb.ConnectReply:
-        """An offer: whoever brings its token is served, once. ``tcp``: or by the Unix socket alone."""
+        """Issues a token and returns it with the listener's addresses.
+
+        The next connection that presents the token is passed to ``serve``; a token is valid once. Without
+        ``tcp`` the reply names the Unix socket only. ``shares_cores`` is part of the reply."""
         token = secrets.token_bytes(TOKEN_BYTES)
         with self._lock:
-            self._waiting[token] = serve
-            while len(self._waiting) > MAX_TOKENS:
-                self._waiting.popitem(last=False)
+            self._issued[token] = serve
+            while len(self._issued) > MAX_TOKENS:
+                self._issued.popitem(last=False)
         return pb.ConnectReply(
             token=token,
             unix_name=self.unix_name,
@@ -78,9 +86,9 @@ class FrameListener:
         )
 
     def close(self) -> None:
-        """End every connection, and listen no more. Idempotent."""
+        """Stops listening, shuts every connection down, and waits for their threads. Idempotent."""
         atexit.unregister(self.close)
-        self._stop_here.close()
+        self._stop_sender.close()
         self._acceptor.join()
         with self._lock:
             connections = dict(self._connections)
@@ -90,15 +98,15 @@ class FrameListener:
             thread.join()
 
     def _accept(self) -> None:
-        with selectors.DefaultSelector() as selector, self._unix, self._tcp, self._stop_there:
-            for it in (self._unix, self._tcp, self._stop_there):
-                selector.register(it, selectors.EVENT_READ)
+        with selectors.DefaultSelector() as selector, self._unix, self._tcp, self._stop_receiver:
+            for watched in (self._unix, self._tcp, self._stop_receiver):
+                selector.register(watched, selectors.EVENT_READ)
             while True:
                 for key, _ in selector.select():
-                    if key.fileobj is self._stop_there:
+                    if key.fileobj is self._stop_receiver:
                         return
                     listener: Any = key.fileobj
-                    with suppress(OSError):  # gone again before it was accepted
+                    with suppress(OSError):  # The engine closed the connection before it was accepted.
                         self._start(listener.accept()[0], listener is self._unix)
 
     def _start(self, connection: socket.socket, unix: bool) -> None:
@@ -115,10 +123,10 @@ class FrameListener:
             with connection:
                 if not unix:
                     tune(connection)
-                connection.settimeout(HELLO_DEADLINE_S)
+                connection.settimeout(TOKEN_DEADLINE_S)
                 token = connection.recv(TOKEN_BYTES, socket.MSG_WAITALL)
                 with self._lock:
-                    serve = self._waiting.pop(token, None)
+                    serve = self._issued.pop(token, None)
                 if serve is None:
                     _LOG.warning("a connection without a token that we gave: closed")
                     return
@@ -132,11 +140,12 @@ class FrameListener:
 
 
 def _listen(host: str) -> socket.socket:
-    """On any free port of ``host`` and of no other address; as gRPC, on IPv4 too where that is ``::``."""
+    """Listens on a free port of ``host`` only. Like gRPC, "::" includes IPv4. Raises InvalidRequest."""
     try:
-        family, *_, where = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, *_, address = found[0]
         both = host == "::" and socket.has_dualstack_ipv6()
-        return socket.create_server(where[:2], family=family, dualstack_ipv6=both)
+        return socket.create_server(address[:2], family=family, dualstack_ipv6=both)
     except OSError as error:
         raise InvalidRequest(
             f"cannot listen on {host!r} for TCP frames: {error}; give an address of this host"
@@ -146,34 +155,39 @@ def _listen(host: str) -> socket.socket:
 def serve_frames(
     session: ShardSession, dtype: torch.dtype, shares_cores: bool, connection: socket.socket, unix: bool
 ) -> None:
-    """Answer one engine's steps until it hangs up. What it asks wrongly ends it: it is told why.
-    ``shares_cores``: with the engine, if it is on this host."""
+    """Answers one engine's steps until the engine hangs up.
+
+    An error in a step ends the connection: it is logged, and sent to the engine in a FAILURE frame.
+    ``shares_cores`` tells whether engine and shard share cores if both are on this host; it is ignored for an
+    engine on another host."""
     module = native()
-    # The native end has a descriptor of its own; ours still serves to shut the connection down.
+    # The native code gets a duplicate descriptor, so that the listener can still shut the connection down.
     if unix:
-        wire = module.shared_memory(os.dup(connection.fileno()), FRAME_DEADLINE_S, NEAR_AWAKE_US)
+        wire = module.shared_memory(os.dup(connection.fileno()), FRAME_DEADLINE_S, SAME_HOST_SPIN_US)
     else:
-        near = is_near(connection)
-        shares_cores = shares_cores and near
-        awake_us = NEAR_AWAKE_US if near else FAR_AWAKE_US
-        wire = module.stream(os.dup(connection.fileno()), FRAME_DEADLINE_S, near, awake_us)
+        same_host = is_same_host(connection)
+        shares_cores = shares_cores and same_host
+        spin_us = SAME_HOST_SPIN_US if same_host else REMOTE_SPIN_US
+        wire = module.stream(os.dup(connection.fileno()), FRAME_DEADLINE_S, same_host, spin_us)
     try:
-        asked = module.serve(wire, None, shares_cores)
-        while asked is not None:
-            if isinstance(asked, tuple):
-                session.look_again(*asked)
-            elif isinstance(asked, int):
-                session.repeat_step(asked)
+        # serve() returns when it needs Python: for a new step (bytes), for the number of a repeated step, for
+        # a recheck of the current step's spans (a tuple), or because the engine has hung up (None).
+        event = module.serve(wire, None, shares_cores)
+        while event is not None:
+            if isinstance(event, tuple):
+                session.recheck_spans(*event)
+            elif isinstance(event, int):
+                session.repeat_step(event)
             else:
-                session.begin(codec.step_from_pb(pb.Step.FromString(asked)))
-            asked = module.serve(wire, session.native_step(dtype), shares_cores)
+                session.begin(codec.step_from_pb(pb.Step.FromString(event)))
+            event = module.serve(wire, session.native_step(dtype), shares_cores)
     except Exception as error:
         _LOG.info("a connection for hot frames ends: %s", error)
         with suppress(OSError):
-            module.fail(wire, codec.failure_to_pb(_as_ours(error)).SerializeToString())
+            module.fail(wire, codec.failure_to_pb(_as_farshore_error(error)).SerializeToString())
 
 
-def _as_ours(error: Exception) -> Exception:
+def _as_farshore_error(error: Exception) -> Exception:
     if isinstance(error, OSError):
         return TransportError(str(error))
     if isinstance(error, ValueError | DecodeError):

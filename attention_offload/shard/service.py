@@ -1,8 +1,7 @@
-"""An attention worker's gRPC service over one store: cold calls, the gRPC stream of hot frames, and the offer
-of faster connections.
+"""Serves one store over gRPC: cold calls, the Attend stream of hot frames, and offers of native connections.
 
-Runs in an attention worker's process. One thread serves one call; an engine's hot stream holds one thread
-for as long as it lasts.
+Called by ``workers.attention``; runs in an attention worker's process. It must not know engines' schedules or
+the cluster. One thread serves one call; an engine's Attend stream occupies a thread for as long as it lasts.
 """
 
 import os
@@ -22,12 +21,12 @@ from torch import Tensor
 from farshore import rpc
 from farshore.attention_offload import codec
 from farshore.attention_offload.base import ShardBeat, ShardIdentity
-from farshore.attention_offload.shard import checks as door
+from farshore.attention_offload.shard import checks
 from farshore.attention_offload.shard.bulk_loop import serve_bulk
 from farshore.attention_offload.shard.engine_holds import EngineHolds, Ticker
 from farshore.attention_offload.shard.frame_loop import FrameListener, serve_frames
 from farshore.attention_offload.shard.session import AttendedBytes, ShardSession
-from farshore.attention_offload.transport.core_sharing import too_few_with
+from farshore.attention_offload.transport.core_sharing import oversubscribed_with
 from farshore.attention_offload.transport.frames import native
 from farshore.errors import Cancelled, InvalidRequest
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
@@ -38,16 +37,17 @@ from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
 
 MAX_CALLS = 64
-"""Threads, hence calls at once; hot streams of engines included."""
+"""The number of threads, and so of concurrent calls, Attend streams included."""
 
 READ_CHUNK_BYTES = 256 << 10
-"""Whoever takes a message holds the interpreter's lock, and hot frames wait: with 1 MiB their p99 was twice
-as long, and bulk KV no faster."""
+"""The KV in one message of a pull. Handling a message holds the interpreter's lock, and hot frames wait: with
+1 MiB their p99 was twice as long, and bulk KV no faster."""
 
 
 def _mapped(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A unary handler whose errors leave as status codes. A call whose caller gave it up, while this process
-    stood still or its threads were busy, does nothing."""
+    """Decorates a unary handler: errors become status codes, and an abandoned call does nothing.
+
+    A call is abandoned if its caller gave up while this process was paused or all threads were busy."""
 
     @wraps(method)
     def handler(self: "AttentionService", request: Any, context: grpc.ServicerContext) -> Any:
@@ -61,10 +61,11 @@ def _mapped(method: Callable[..., Any]) -> Callable[..., Any]:
     return handler
 
 
-class _Slot(NamedTuple):
-    """Memory that frames of one shape come into and answers leave from. Made once for all steps that read the
-    same: every operation of PyTorch gives the interpreter's lock away, and waits for gRPC's threads to return
-    it."""
+class _FrameBuffers(NamedTuple):
+    """Buffers for the queries and the answers of frames of one shape, allocated once for repeated steps.
+
+    Allocating per frame is slow: every PyTorch operation releases the interpreter's lock, and then waits for
+    gRPC's threads to return it."""
 
     q: Tensor
     out: State
@@ -73,16 +74,16 @@ class _Slot(NamedTuple):
     lse_bytes: np.ndarray
 
     @classmethod
-    def of(cls, spec: AttentionSpec, rows: int, groups: int, dtype: torch.dtype) -> "_Slot":
+    def of(cls, spec: AttentionSpec, rows: int, groups: int, dtype: torch.dtype) -> "_FrameBuffers":
         heads = groups * spec.q_heads_per_group
         q = torch.empty(rows, heads, spec.k_dim, dtype=dtype)
         out = State.identity(rows, heads, spec.v_dim, dtype=dtype)
-        o_bytes, lse_bytes = (it.view(torch.uint8).numpy() for it in out)
+        o_bytes, lse_bytes = (tensor.view(torch.uint8).numpy() for tensor in out)
         return cls(q, out, q.view(torch.uint8), o_bytes, lse_bytes)
 
 
 class AttentionService(pb_grpc.AttentionServicer):
-    """``clock``: monotonic seconds, by which engines' leases end."""
+    """The gRPC handlers of one shard. Thread-safe. ``clock`` gives monotonic seconds for engines' leases."""
 
     def __init__(
         self, worker: WorkerId, store: LocalStore, *, clock: Callable[[], float] = time.monotonic
@@ -92,9 +93,10 @@ class AttentionService(pb_grpc.AttentionServicer):
         self._attended = AttendedBytes()
         self.holds = EngineHolds(store, clock=clock)
         self.listener: FrameListener | None = None
-        """Where connections past gRPC are taken; none while the service is not served."""
+        """Accepts native connections. None until :func:`serve` sets it; then only gRPC is offered."""
 
     def identity(self) -> ShardIdentity:
+        """The worker, its process and store, and its present memory use."""
         usage = self._store.usage()
         return ShardIdentity(
             self._worker,
@@ -112,9 +114,9 @@ class AttentionService(pb_grpc.AttentionServicer):
 
     @_mapped
     def Beat(self, request: pb.BeatRequest) -> pb.BeatReply:
-        named = sum(1 + len(it.span_ids) for it in request.sequences)
-        if named > door.MOST_WANTED:
-            raise InvalidRequest(f"a list of {named} sequences and spans: {door.MOST_WANTED} at most")
+        named = sum(1 + len(sequence.span_ids) for sequence in request.sequences)
+        if named > checks.MOST_WANTED:
+            raise InvalidRequest(f"a list of {named} sequences and spans: {checks.MOST_WANTED} at most")
         wanted = codec.wanted_from_pb(request.sequences) if request.complete else None
         must_reconcile = self.holds.beat(codec.caller_from_pb(request.caller), wanted)
         identity = self.identity()
@@ -132,7 +134,7 @@ class AttentionService(pb_grpc.AttentionServicer):
     @_mapped
     def Create(self, request: pb.CreateRequest) -> pb.CreateReply:
         key, layout = codec.key_from_pb(request.key), codec.layout_from_pb(request.layout)
-        door.check_key(key)
+        checks.check_key(key)
         check_shape(key, request.capacity_tokens, layout)
         epoch = Epoch(request.epoch)
         with self.holds.changing(codec.caller_from_pb(request.caller), key.sequence, epoch):
@@ -161,13 +163,13 @@ class AttentionService(pb_grpc.AttentionServicer):
             request.tokens,
             sequence=SequenceId(request.sequence_id),
             epoch=Epoch(request.epoch),
-            blocks=door.check_blocks([codec.block_from_pb(block) for block in request.blocks]),
+            blocks=checks.check_blocks([codec.block_from_pb(block) for block in request.blocks]),
         )
         return pb.SealReply(digest=digest)
 
     @_mapped
     def FindPrefix(self, request: pb.FindPrefixRequest) -> pb.FindPrefixReply:
-        blocks = door.check_blocks([codec.block_from_pb(block) for block in request.blocks])
+        blocks = checks.check_blocks([codec.block_from_pb(block) for block in request.blocks])
         with self._changing(request) as (sequence, epoch):
             slices = self._store.find_prefix(
                 blocks, layer_class=request.layer_class, sequence=sequence, epoch=epoch
@@ -180,7 +182,7 @@ class AttentionService(pb_grpc.AttentionServicer):
             span, sequence = SpanId(request.span_id), SequenceId(request.sequence_id)
             layout = self._store.look_up(span, holder=sequence).layout
             chunk_tokens = max(1, READ_CHUNK_BYTES // layout.layer_token_bytes)
-            # At least one read: the store checks a range even where it is empty.
+            # At least one read, so that the store checks an empty range too.
             for first in range(request.first, request.last, chunk_tokens) or (request.first,):
                 last = min(first + chunk_tokens, request.last)
                 k, v = self._store.read(
@@ -192,15 +194,15 @@ class AttentionService(pb_grpc.AttentionServicer):
 
     @_mapped
     def Hold(self, request: pb.HoldRequest) -> pb.HoldReply:
-        spans = door.check_spans([SpanId(span) for span in request.span_ids])
+        spans = checks.check_spans([SpanId(span) for span in request.span_ids])
         with self._changing(request) as (sequence, epoch):
             self._store.hold(spans, sequence=sequence, epoch=epoch)
             stored = [self._store.look_up(span, holder=sequence) for span in spans]
-        return pb.HoldReply(layouts=[codec.layout_to_pb(it.layout) for it in stored])
+        return pb.HoldReply(layouts=[codec.layout_to_pb(span.layout) for span in stored])
 
     @_mapped
     def Drop(self, request: pb.HoldRequest) -> pb.DropReply:
-        spans = door.check_spans([SpanId(span) for span in request.span_ids])
+        spans = checks.check_spans([SpanId(span) for span in request.span_ids])
         with self._changing(request) as (sequence, epoch):
             self._store.drop(spans, sequence=sequence, epoch=epoch)
         return pb.DropReply()
@@ -213,15 +215,17 @@ class AttentionService(pb_grpc.AttentionServicer):
 
     @contextmanager
     def _changing(self, request: Any) -> Iterator[tuple[SequenceId, Epoch]]:
-        """The sequence of a request that makes holds or gives them back, and its epoch."""
-        sequence = SequenceId(door.check_name("a sequence id", request.sequence_id))
+        """A context for a request that creates or drops holds; yields its sequence and epoch.
+
+        Raises as :meth:`EngineHolds.changing`, and InvalidRequest for a bad sequence id."""
+        sequence = SequenceId(checks.check_id("a sequence id", request.sequence_id))
         epoch = Epoch(request.epoch)
         with self.holds.changing(codec.caller_from_pb(request.caller), sequence, epoch):
             yield sequence, epoch
 
     @_mapped
     def Fence(self, request: pb.SequenceRequest) -> pb.SequenceReply:
-        sequence = SequenceId(door.check_name("a sequence id", request.sequence_id))
+        sequence = SequenceId(checks.check_id("a sequence id", request.sequence_id))
         self._store.fence(sequence, Epoch(request.epoch))
         return pb.SequenceReply()
 
@@ -240,10 +244,10 @@ class AttentionService(pb_grpc.AttentionServicer):
             return pb.ConnectReply()
         if not request.HasField("open"):
             return self.listener.expect(partial(serve_bulk, self._store, self.holds), tcp=not secured)
-        session, dtype = self._opened(request.open)
+        session, dtype = self._open_session(request.open)
         if not session.runs_natively(dtype):
             return pb.ConnectReply()
-        shares_cores = too_few_with(request.cores, request.threads)
+        shares_cores = oversubscribed_with(request.cores, request.threads)
         serve = partial(serve_frames, session, dtype, shares_cores)
         return self.listener.expect(serve, tcp=not secured, shares_cores=shares_cores)
 
@@ -257,48 +261,49 @@ class AttentionService(pb_grpc.AttentionServicer):
         opening = next(frames, None)
         if opening is None or opening.WhichOneof("kind") != "open":
             raise InvalidRequest("the first frame of an Attend stream must be Open")
-        session, dtype = self._opened(opening.open)
-        slots: dict[tuple[AttentionSpec, int], _Slot] = {}
+        session, dtype = self._open_session(opening.open)
+        buffers: dict[tuple[AttentionSpec, int], _FrameBuffers] = {}
         groups = 0
         for frame in frames:
             kind = frame.WhichOneof("kind")
             if kind == "begin":
                 step = codec.step_from_pb(frame.begin)
                 session.begin(step)
-                slots.clear()
+                buffers.clear()
                 groups = step.group1 - step.group0
                 continue
             if kind == "again":
-                session.repeat_step(frame.repeat_step.step)
+                session.repeat_step(frame.again.step)
                 continue
             layer = frame.layer
             key = (session.spec(layer.layer), layer.micro_batch)
-            if key not in slots:
-                slots[key] = _Slot.of(key[0], session.rows(layer.micro_batch), groups, dtype)
-            slot = slots[key]
-            codec.bytes_into(slot.q_bytes, layer.q)
-            session.attend(layer.step, layer.layer, layer.micro_batch, slot.q, out=slot.out)
+            if key not in buffers:
+                buffers[key] = _FrameBuffers.of(key[0], session.rows(layer.micro_batch), groups, dtype)
+            q, out, q_bytes, o_bytes, lse_bytes = buffers[key]
+            codec.bytes_into(q_bytes, layer.q)
+            session.attend(layer.step, layer.layer, layer.micro_batch, q, out=out)
             yield pb.State(
                 step=layer.step,
                 layer=layer.layer,
                 micro_batch=layer.micro_batch,
-                o=slot.o_bytes.tobytes(),
-                lse=slot.lse_bytes.tobytes(),
+                o=o_bytes.tobytes(),
+                lse=lse_bytes.tobytes(),
             )
 
-    def _opened(self, opening: pb.Open) -> tuple[ShardSession, torch.dtype]:
+    def _open_session(self, opening: pb.Open) -> tuple[ShardSession, torch.dtype]:
+        """A session for the model that ``opening`` describes, and q's dtype. Raises InvalidRequest."""
         model, dtype = codec.model_from_pb(opening), codec.dtype_of(opening.dtype)
-        door.check_model(model, dtype)
+        checks.check_model(model, dtype)
         return ShardSession(self._store, model, self._attended), dtype
 
 
 def _secured(context: grpc.ServicerContext) -> bool:
-    """Whether gRPC encrypts or authenticates this call: no KV may then leave the host in the clear."""
+    """Whether gRPC encrypts or authenticates this call. If so, no KV may leave the host unencrypted."""
     return context.auth_context().get("transport_security_type", [b"insecure"]) != [b"insecure"]
 
 
 class AttentionServer:
-    """A service on its ports."""
+    """A running service: its gRPC server, its listener for native connections, and its lease ticker."""
 
     def __init__(self, server: grpc.Server, listener: FrameListener, leases: Ticker) -> None:
         self._server = server
@@ -306,18 +311,23 @@ class AttentionServer:
         self._leases = leases
 
     def stop(self, grace_s: float | None) -> threading.Event:
-        """End hot connections at once and calls within the grace; the event is set when all is over."""
+        """Ends native connections at once, and gRPC calls after ``grace_s`` seconds (None: at once).
+
+        Returns an event that is set when the gRPC server has stopped."""
         self._listener.close()
         self._leases.stop()
         return self._server.stop(grace_s)
 
     def wait_for_termination(self) -> None:
+        """Blocks until the gRPC server has stopped."""
         self._server.wait_for_termination()
 
 
 def serve(service: AttentionService, listen: str) -> tuple[AttentionServer, str]:
-    """Start the service; see :func:`farshore.rpc.serve`. Connections past gRPC take a free port of their
-    own."""
+    """Starts the service on ``listen``, ``host:port``. Returns the server and its address with the real port.
+
+    Native TCP connections are accepted on another, free port of the same host. Raises PortInUse as
+    :func:`farshore.rpc.serve`, and InvalidRequest if the host has no such address."""
     server, address = rpc.serve(
         lambda server: pb_grpc.add_AttentionServicer_to_server(service, server),
         service=pb.DESCRIPTOR.services_by_name["Attention"].full_name,

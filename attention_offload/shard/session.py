@@ -1,6 +1,7 @@
-"""The shard's end of the wire, whatever the transport: a step in, then one state per layer frame.
+"""Executes the steps of one connection at the shard, for all transports: a step first, then its layer frames.
 
-Called by transports. Knows the store's segments and the kernels; knows nothing of sequences' owners.
+Called by ``shard.service`` (gRPC), ``shard.frame_loop`` (native) and ``client.in_process``. It looks spans up
+in the store and calls the kernels. It must not know transports or who owns a sequence.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from farshore.attention_offload.base import AttentionModel
 from farshore.attention_offload.plan.step_plan import Read, ShardStep
-from farshore.attention_offload.shard import checks as door
+from farshore.attention_offload.shard import checks
 from farshore.attention_offload.transport.frames import frame_bytes
 from farshore.errors import InvalidRequest
 from farshore.kernels.base import AttentionSpec, Rows, Segments, State
@@ -22,21 +23,21 @@ from farshore.kernels.select import implementation
 from farshore.kvstore.base import ShardStore
 
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Of q and o, as kernels/cpu/native/api.h numbers them."""
+"""The codes of q's and o's format, as in kernels/cpu/native/runtime/api.h."""
 
 
 MOST_SEGMENTS = 1 << 18
-"""Of a step: stretches of adjacent blocks, counted anew for each micro-batch that reads them."""
+"""The most segments of a step. A segment counts once for each micro-batch that reads it."""
 
 
 class AttendedBytes:
-    """KV bytes attended to, over all connections of a shard. Thread-safe."""
+    """Counts the KV bytes that all connections of a shard have attended to. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._counted = 0
         self.native = torch.zeros(1, dtype=torch.int64)
-        """Native loops count here, atomically."""
+        """i64 [1]: the share of the native loops, which they add to atomically."""
 
     @property
     def total(self) -> int:
@@ -48,50 +49,57 @@ class AttendedBytes:
 
 
 class ShardSession:
-    """One engine's stream of steps. Not thread-safe: a stream has one reader."""
+    """Executes one connection's steps, one at a time. Not thread-safe: one thread serves a connection."""
 
     def __init__(self, store: ShardStore, model: AttentionModel, attended: AttendedBytes) -> None:
-        """``model``: checked, see :func:`farshore.attention_offload.shard.checks.check_model`."""
+        """``model`` must have passed :func:`farshore.attention_offload.shard.checks.check_model`."""
         self._store = store
         self._model = model
         self._attended = attended
         self._step: ShardStep | None = None
         self._removals = 0
-        """Of the store, when the step's spans were looked up."""
-        # Stored layers are numbered inside their class.
+        """The store's removal counter when the step's spans were looked up."""
+        # A span numbers its layers within their class.
         counts = [count() for _ in model.specs]
-        self._stored_layers = [next(counts[it]) for it in model.layer_class]
+        self._stored_layers = [next(counts[layer_class]) for layer_class in model.layer_class]
         self._kernels = [implementation(store.memory.device, layout.format.dtype) for layout in model.layouts]
-        self._prepared: list[list[tuple[Any, int]]] = []
-        self._segments = 0
+        self._plans: list[list[tuple[Any, int]]] = []
+        """[layer class][micro-batch]: the kernel plan, and the KV bytes that it reads in one layer."""
+        self._segment_count = 0
 
     def begin(self, step: ShardStep) -> None:
-        """Look every read up and prepare the kernels. Raises NotFound for a span that is not here or not held
-        by the read's holder, or InvalidRequest for a read that is not of that span, or of tokens that are not
-        sealed."""
+        """Starts a step: looks every read up and makes the kernel plans.
+
+        Raises NotFound if a span is not in the store or not held by the read's holder. Raises InvalidRequest
+        for a step beyond the limits of ``shard.checks``, a read that does not match its span, or tokens that
+        are not sealed."""
         self._step = None
-        door.check_step(step, self._model)
+        checks.check_step(step, self._model)
         removals = int(self._store.removals)
         self._look_up(step)
-        self._segments = 0
-        self._prepared = [
-            [self._prepare(step, layer_class, index) for index in range(len(step.micro_batches))]
+        self._segment_count = 0
+        self._plans = [
+            [self._plan(step, layer_class, index) for index in range(len(step.micro_batches))]
             for layer_class in range(len(step.reads))
         ]
         self._step, self._removals = step, removals
 
     def repeat_step(self, step: int) -> None:
-        """A step that reads what the one before it did: what was looked up is looked up again only where a
-        hold was given back since. Raises as :meth:`begin`."""
-        if self._step is None:
-            raise InvalidRequest(f"step {step} is to read what the one before it did, but there was none")
-        if self._model.has_windows:
-            raise InvalidRequest(f"step {step} must say its positions: a layer of the model has a window")
-        self.look_again(step)
+        """Starts step number ``step`` with the reads of the previous step.
 
-    def look_again(self, number: int | None = None) -> None:
-        """Raises NotFound where the step under way reads what was given back since it was looked up. Where it
-        lies has not changed: a span never moves. ``number``: the step's, where it is repeated."""
+        Keeps the kernel plans, and looks the spans up again only if a hold was dropped since. Raises as
+        :meth:`begin`, and InvalidRequest if there is no previous step or a layer has a window."""
+        if self._step is None:
+            raise InvalidRequest(f"step {step} repeats the step before it, but there was none")
+        if self._model.has_windows:
+            raise InvalidRequest(f"step {step} must state its positions: a layer of the model has a window")
+        self.recheck_spans(step)
+
+    def recheck_spans(self, number: int | None = None) -> None:
+        """Raises NotFound if the current step reads a span whose hold was dropped since the last look-up.
+
+        Looks spans up only if the store has removed any. The kernel plans stay valid: a span never moves.
+        ``number`` becomes the step's number if it is given."""
         step = self._step
         if step is None:
             return
@@ -106,9 +114,12 @@ class ShardSession:
     def attend(
         self, step: int, layer: int, micro_batch: int, q: Tensor, *, out: State | None = None
     ) -> State:
-        """Partial attention of one layer frame: q ``[rows of the micro-batch, heads, k_dim]`` -> o in q's
-        dtype, and lse, in ``out`` where given."""
-        self.look_again()
+        """Computes the partial attention of one layer frame.
+
+        q is ``[rows of the micro-batch, heads, k_dim]``. Returns o ``[rows, heads, v_dim]`` in q's dtype and
+        lse ``[rows, heads]``, in ``out`` if it is given. Raises InvalidRequest for a frame that does not
+        belong to the current step, and NotFound as :meth:`recheck_spans`."""
+        self.recheck_spans()
         current = self._step
         if current is None or current.step != step:
             raise InvalidRequest(f"frame of step {step}, but step {current and current.step} is under way")
@@ -118,30 +129,31 @@ class ShardSession:
         rows = self.rows(micro_batch)
         if q.shape != (rows, heads, spec.k_dim):
             raise InvalidRequest(f"q of shape {tuple(q.shape)}, expected {(rows, heads, spec.k_dim)}")
-        plan, layer_bytes = self._prepared[layer_class][micro_batch]
+        plan, layer_bytes = self._plans[layer_class][micro_batch]
         if out is None:
             out = State.identity(rows, heads, spec.v_dim, dtype=q.dtype)
         try:
             self._kernels[layer_class].partial(plan, self._stored_layers[layer], q, out=out)
         except ValueError as error:
             raise InvalidRequest(str(error)) from error
-        # Memory given back meanwhile may be another span's: what was read is good only if it is still held.
-        self.look_again()
+        # Memory freed during the computation may belong to another span already. The result is valid only if
+        # all spans are still held.
+        self.recheck_spans()
         self._attended.add(layer_bytes)
         return out
 
     def runs_natively(self, dtype: torch.dtype) -> bool:
-        """Whether a native loop can attend in this session's stead, q and o in ``dtype``."""
+        """Whether the native frame loop can serve this session, with q and o in ``dtype``."""
         native = all(kernels.__name__ == "farshore.kernels.cpu" for kernels in self._kernels)  # type: ignore[attr-defined]
         return native and dtype in _FORMATS
 
     def native_step(self, dtype: torch.dtype) -> tuple[Any, ...]:
-        """The step under way as ``attention_offload/native`` takes it; see ``serve`` there."""
+        """The current step as the argument ``step`` of ``serve`` in ``attention_offload/native``."""
         step = self._step
         assert step is not None, "no step was begun"
         groups = step.group1 - step.group0
         work = []
-        for spec, batches in zip(self._model.specs, self._prepared, strict=True):
+        for spec, batches in zip(self._model.specs, self._plans, strict=True):
             heads = groups * spec.q_heads_per_group
             work.append(
                 tuple(
@@ -150,36 +162,36 @@ class ShardSession:
                 )
             )
         layers = tuple(zip(self._model.layer_class, self._stored_layers, strict=True))
-        counted = self._attended.native.data_ptr()
-        watched = self._store.removals.data_ptr()
-        # The loop repeats a step by itself where positions do not matter.
+        counter = self._attended.native.data_ptr()
+        removals = self._store.removals.data_ptr()
+        # Without windows positions do not matter, and the native loop may repeat the step without Python.
         repeats = not self._model.has_windows
-        return step.step, _FORMATS[dtype], layers, tuple(work), counted, watched, self._removals, repeats
+        return step.step, _FORMATS[dtype], layers, tuple(work), counter, removals, self._removals, repeats
 
     def rows(self, micro_batch: int) -> int:
-        """Rows of one micro-batch's frames. Raises InvalidRequest for one the step does not have."""
+        """The rows of a micro-batch of the current step. Raises InvalidRequest for an unknown micro-batch."""
         batches = self._step.micro_batches if self._step else ()
         if not 0 <= micro_batch < len(batches):
             raise InvalidRequest(f"micro-batch {micro_batch} of a step of {len(batches)}")
         return len(batches[micro_batch])
 
     def spec(self, layer: int) -> AttentionSpec:
-        """The layer's shape. Raises InvalidRequest for a layer the model does not have."""
+        """The attention spec of a layer. Raises InvalidRequest for a layer that the model does not have."""
         if not 0 <= layer < len(self._model.layer_class):
             raise InvalidRequest(f"layer {layer} of a model of {len(self._model.layer_class)} layers")
         return self._model.specs[self._model.layer_class[layer]]
 
-    def _prepare(self, step: ShardStep, layer_class: int, micro_batch: int) -> tuple[Any, int]:
-        """The kernels' plan of one micro-batch, and the KV bytes that it reads in a layer."""
+    def _plan(self, step: ShardStep, layer_class: int, micro_batch: int) -> tuple[Any, int]:
+        """Makes a micro-batch's kernel plan. Returns it and the KV bytes that it reads in one layer."""
         spec = self._model.specs[layer_class]
         layout = self._model.layouts[layer_class]
         reads = step.micro_batch_reads(layer_class, micro_batch)
         work, segments = work_of(reads, self._store)
-        self._segments += len(work)
-        if self._segments > MOST_SEGMENTS:
-            raise InvalidRequest(f"a step of over {MOST_SEGMENTS} stretches of blocks: give fewer reads")
+        self._segment_count += len(work)
+        if self._segment_count > MOST_SEGMENTS:
+            raise InvalidRequest(f"a step of over {MOST_SEGMENTS} segments: give fewer reads")
         group_bytes = layout.of_groups(1).layer_token_bytes
-        layer_bytes = sum((it.last - it.first) * (it.group1 - it.group0) for it in reads) * group_bytes
+        group_tokens = sum((read.last - read.first) * (read.group1 - read.group0) for read in reads)
         try:
             plan = self._kernels[layer_class].plan(
                 Rows.of(work),
@@ -194,26 +206,31 @@ class ShardSession:
             )
         except ValueError as error:
             raise InvalidRequest(str(error)) from error
-        return plan, layer_bytes
+        return plan, group_tokens * group_bytes
 
     def _look_up(self, step: ShardStep) -> None:
+        """Checks every read against its span. Raises as :meth:`begin`."""
         for layer_class, (layout, reads) in enumerate(zip(self._model.layouts, step.reads, strict=True)):
             for read in reads:
                 stored = self._store.look_up(read.span, holder=read.holder)
-                door.check_read(read, stored, layer_class, layout)
+                checks.check_read(read, stored, layer_class, layout)
 
 
 def work_of(
     reads: Sequence[Read], store: ShardStore
 ) -> tuple[list[tuple[int, int, int, int, int]], list[Segments]]:
-    """What kernels are to do for ``reads``, as :meth:`Rows.of` takes it, and where in the store's memory the
-    tokens lie. Raises NotFound, or InvalidRequest for tokens that are not sealed there."""
+    """Translates reads into a kernel's work items and segments.
+
+    Returns (work, segments): work item i is (first row, rows, segment i, first group, end of groups), as
+    :meth:`Rows.of` takes it; ``segments`` has one entry per read, to be concatenated. Raises NotFound for
+    an unknown span, and InvalidRequest for tokens that are not sealed or more than MOST_SEGMENTS segments."""
     work: list[tuple[int, int, int, int, int]] = []
-    parts: list[Segments] = []
+    segments: list[Segments] = []
     for read in reads:
-        parts.append(store.segments(read.span, read.first - read.origin, read.last - read.origin))
-        for _ in range(parts[-1].size):
+        found = store.segments(read.span, read.first - read.origin, read.last - read.origin)
+        segments.append(found)
+        for _ in range(found.size):
             work.append((read.rows.start, len(read.rows), len(work), read.group0, read.group1))
         if len(work) > MOST_SEGMENTS:
-            raise InvalidRequest(f"reads of over {MOST_SEGMENTS} stretches of blocks: give fewer")
-    return work, parts
+            raise InvalidRequest(f"reads of over {MOST_SEGMENTS} segments: give fewer")
+    return work, segments

@@ -1,7 +1,10 @@
-"""Bulk KV past gRPC: writes and pulls on a connection of their own, so that no hot frame waits behind them.
+"""Transfers bulk KV (writes and pulls) on a native connection of its own, so that no hot frame waits for it.
 
-A message is a header ``kind u8, 3 unused, message bytes u32, payload bytes u64``, little-endian, a protobuf
-message, and the payload: KV as stored (:mod:`farshore.kvstore.store.forms`). A request is answered before
+Called by ``client.bulk_link`` at the engine's end; the shard's end is ``shard.bulk_loop``. It must not know
+the store.
+
+A message is a little-endian header ``kind u8, 3 unused, message bytes u32, payload bytes u64``, a protobuf
+message, and the payload: KV as stored (:mod:`farshore.kvstore.store.forms`). Each request is answered before
 the next one is sent::
 
     WRITE BulkWrite, payload: all pieces  ──▶
@@ -9,10 +12,10 @@ the next one is sent::
     READ ReadRequest                      ──▶
                                           ◀──  PIECE, payload ... DONE | FAILED Failure
 
-The engine's payloads go from and to where its tensors are. The shard moves a piece at a time between the
-socket and a buffer that stays in a core's cache, and between that and the blocks. Who is slow to read lets
-the other end's socket buffer fill up, and so makes it wait. Engine's end; the shard's is ``bulk_server``. The
-moving is native, without the interpreter's lock.
+The engine's payloads are sent from its tensors and received into them. The shard moves one piece at a time
+between the socket and a buffer that fits into a core's cache, and between that buffer and the blocks. A slow
+reader fills the sender's socket buffer and so blocks the sender. Native code moves the bytes, without the
+interpreter's lock.
 """
 
 import socket
@@ -32,17 +35,20 @@ from farshore.errors import TransportError
 from farshore.proto import attention_pb2 as pb
 
 PIECE_BYTES = 1 << 20
-"""About; of a write and of a pull. It fits into a core's cache, and bounds how long anybody holds a lock."""
+"""The approximate size of a piece. It fits into a core's cache, and bounds how long any lock is held."""
 
 MOST_MESSAGE_BYTES = 64 << 10
+"""The largest protobuf message; a longer one is refused."""
 
 Runs = list[int]
-"""Stretches of memory, one after the other: address, bytes, address, bytes, ..."""
+"""Adjacent bytes in memory, run after run: address, bytes, address, bytes, ..."""
 
 _HEADER = struct.Struct("<B3xIQ")
 
 
-class Kind(IntEnum):
+class BulkKind(IntEnum):
+    """The kinds of messages, as numbered in a message's header."""
+
     WRITE = 1
     READ = 2
     PIECE = 3
@@ -50,20 +56,19 @@ class Kind(IntEnum):
     FAILED = 5
 
 
-class Head(NamedTuple):
-    """A message, its payload still to be received."""
+class BulkMessage(NamedTuple):
+    """A received message. Its payload is still to be received."""
 
-    kind: Kind
+    kind: BulkKind
     message: bytes
     payload_bytes: int
 
 
 class BulkSocket:
-    """Messages on a connection that it owns from now on. Not thread-safe. ``deadline_s``: how long a transfer
-    may stand still, without any byte moving.
+    """Sends and receives messages; used by both ends. It owns ``connection``. Not thread-safe.
 
-    OSError where the connection breaks or is late, ConnectionError also for what cannot be a message: it is
-    then of no more use.
+    A transfer raises TimeoutError if no byte moves for ``deadline_s``, ConnectionError if malformed data
+    arrives, and another OSError if the connection breaks. The connection cannot be used after any of them.
     """
 
     def __init__(self, connection: socket.socket, *, deadline_s: float) -> None:
@@ -71,22 +76,24 @@ class BulkSocket:
         self._deadline_s = deadline_s
         self._fd = connection.fileno()
         self._native = native()
-        self._head = bytearray(_HEADER.size)
-        self._head_run = _run(self._head)
+        self._header = bytearray(_HEADER.size)
+        self._header_run = _run_of(self._header)
 
-    def send(self, kind: Kind, message: Message | None = None, payload: Runs | None = None) -> None:
+    def send(self, kind: BulkKind, message: Message | None = None, payload: Runs | None = None) -> None:
+        """Sends a message. Its payload is the bytes at ``payload``, in order."""
         text = message.SerializeToString() if message is not None else b""
         payload = payload or []
-        head = bytearray(_HEADER.pack(kind, len(text), sum(payload[1::2])) + text)
-        self._native.send_pieces(self._fd, _run(head) + payload, self._deadline_s)
+        start = bytearray(_HEADER.pack(kind, len(text), sum(payload[1::2])) + text)
+        self._native.send_pieces(self._fd, _run_of(start) + payload, self._deadline_s)
 
-    def receive(self, *, idle: bool = False) -> Head:
-        """The next message; :meth:`receive_payload` takes what comes behind it. ``idle``: none is due, so
-        wait for ever."""
-        self._native.receive_pieces(self._fd, self._head_run, -1.0 if idle else self._deadline_s)
-        number, message_bytes, payload_bytes = _HEADER.unpack(self._head)
+    def receive(self, *, idle: bool = False) -> BulkMessage:
+        """Receives the next message without its payload, for which the caller calls :meth:`receive_payload`.
+
+        If ``idle``, no message is due, and the wait for its header has no deadline."""
+        self._native.receive_pieces(self._fd, self._header_run, -1.0 if idle else self._deadline_s)
+        number, message_bytes, payload_bytes = _HEADER.unpack(self._header)
         try:
-            kind = Kind(number)
+            kind = BulkKind(number)
         except ValueError:
             raise ConnectionError(f"garbage: a bulk message of kind {number}") from None
         if message_bytes > MOST_MESSAGE_BYTES:
@@ -95,27 +102,35 @@ class BulkSocket:
             )
         message = bytearray(message_bytes)
         if message:
-            self._native.receive_pieces(self._fd, _run(message), self._deadline_s)
-        return Head(kind, bytes(message), payload_bytes)
+            self._native.receive_pieces(self._fd, _run_of(message), self._deadline_s)
+        return BulkMessage(kind, bytes(message), payload_bytes)
 
     def receive_payload(self, runs: Runs) -> None:
+        """Receives the next bytes of the current payload into ``runs``, in order."""
         self._native.receive_pieces(self._fd, runs, self._deadline_s)
 
     def close(self) -> None:
         self._connection.close()
 
 
-class BulkStream:
-    """One connection for bulk KV, engine's end. Not thread-safe. TransportError leaves it useless; what the
-    shard refuses, raised as the store itself would, does not."""
+class BulkConnection:
+    """The engine's end of a connection for bulk KV. Not thread-safe.
+
+    A call raises TransportError if the connection breaks, stands still for ``deadline_s``, or delivers
+    malformed data; the connection cannot be used afterwards. It raises the store's own error if the shard
+    refuses the request; the connection stays usable.
+    """
 
     def __init__(self, connection: socket.socket, address: str, *, deadline_s: float) -> None:
-        self._wire = BulkSocket(connection, deadline_s=deadline_s)
+        self._socket = BulkSocket(connection, deadline_s=deadline_s)
         self._address = address
         self._deadline_s = deadline_s
 
     def write(self, request: pb.WriteRequest, k: Tensor, v: Tensor) -> None:
-        """k and v as stored, ``u8[heads, tokens, bytes]``, any strides; the request is without them."""
+        """Writes k and v to the span and layer that ``request`` names.
+
+        k and v are as stored, ``u8[heads, request.tokens, bytes]`` with any strides. ``request`` carries no
+        KV itself."""
         token_major = not k.is_contiguous() and k.transpose(0, 1).is_contiguous()
         if token_major:
             k, v = k.transpose(0, 1), v.transpose(0, 1)
@@ -127,39 +142,47 @@ class BulkStream:
             payload += runs(k, first, last, token_major) + runs(v, first, last, token_major)
         message = pb.BulkWrite(write=request, piece_tokens=piece_tokens, token_major=token_major)
         with self._mapped():
-            self._wire.send(Kind.WRITE, message, payload)
-            self._answer(Kind.DONE)
+            self._socket.send(BulkKind.WRITE, message, payload)
+            self._receive_answer(BulkKind.DONE)
 
     def read(self, request: pb.ReadRequest, k: Tensor, v: Tensor) -> None:
-        """Into k and v as stored, ``u8[heads, request.last - request.first, bytes]``, contiguous."""
-        tokens, at = max(0, request.last - request.first), 0
-        each = token_bytes(k, False) + token_bytes(v, False)
+        """Pulls the tokens that ``request`` names into k and v.
+
+        k and v are as stored, contiguous ``u8[heads, request.last - request.first, bytes]``. Their contents
+        are undefined after an error."""
+        tokens, done = max(0, request.last - request.first), 0
+        bytes_per_token = token_bytes(k, False) + token_bytes(v, False)
         with self._mapped():
-            self._wire.send(Kind.READ, request)
-            while (head := self._answer(Kind.PIECE, Kind.DONE)).kind is Kind.PIECE:
-                count, rest = divmod(head.payload_bytes, each)
-                if rest or not 0 < count <= tokens - at:
+            self._socket.send(BulkKind.READ, request)
+            while (answer := self._receive_answer(BulkKind.PIECE, BulkKind.DONE)).kind is BulkKind.PIECE:
+                count, rest = divmod(answer.payload_bytes, bytes_per_token)
+                if rest or not 0 < count <= tokens - done:
                     raise ConnectionError(
-                        f"garbage: a piece of {head.payload_bytes} bytes, {tokens - at} tokens are due"
+                        f"garbage: a piece of {answer.payload_bytes} bytes, {tokens - done} tokens are due"
                     )
-                self._wire.receive_payload(runs(k, at, at + count, False) + runs(v, at, at + count, False))
-                at += count
-            if at != tokens:
-                raise ConnectionError(f"truncated: {at} tokens of {tokens}")
+                self._socket.receive_payload(
+                    runs(k, done, done + count, False) + runs(v, done, done + count, False)
+                )
+                done += count
+            if done != tokens:
+                raise ConnectionError(f"truncated: {done} tokens of {tokens}")
 
     def close(self) -> None:
-        self._wire.close()
+        self._socket.close()
 
-    def _answer(self, *due: Kind) -> Head:
-        head = self._wire.receive()
-        if head.kind is Kind.FAILED:
-            raise codec.error_from_bytes(head.message, peer=self._address)
-        if head.kind not in due:
-            raise ConnectionError(f"reordered: {head.kind.name}, due is {' or '.join(it.name for it in due)}")
-        return head
+    def _receive_answer(self, *due: BulkKind) -> BulkMessage:
+        """Receives an answer of one of the kinds ``due``; raises the error that a FAILED message carries."""
+        answer = self._socket.receive()
+        if answer.kind is BulkKind.FAILED:
+            raise codec.error_from_bytes(answer.message, peer=self._address)
+        if answer.kind not in due:
+            names = " or ".join(kind.name for kind in due)
+            raise ConnectionError(f"reordered: {answer.kind.name}, due is {names}")
+        return answer
 
     @contextmanager
     def _mapped(self) -> Iterator[None]:
+        """Turns an OSError into a TransportError."""
         try:
             yield
         except TimeoutError as error:
@@ -170,23 +193,25 @@ class BulkStream:
             raise TransportError(f"{self._address}: bulk KV: {error}") from error
 
 
-def _run(data: bytearray) -> Runs:
+def _run_of(data: bytearray) -> Runs:
     return [torch.frombuffer(data, dtype=torch.uint8).data_ptr(), len(data)]
 
 
-def token_bytes(part: Tensor, token_major: bool) -> int:
-    """Of one token in all heads."""
-    heads = part.shape[1] if token_major else part.shape[0]
-    return heads * part.shape[2]
+def token_bytes(kv: Tensor, token_major: bool) -> int:
+    """The bytes of one token, over all heads, in a K or V tensor as :func:`runs` takes it."""
+    heads = kv.shape[1] if token_major else kv.shape[0]
+    return heads * kv.shape[2]
 
 
-def runs(part: Tensor, first: int, last: int, token_major: bool) -> Runs:
-    """Tokens ``first .. last`` of a contiguous ``u8[heads, tokens, bytes]`` or ``[tokens, heads, bytes]``."""
-    base = part.data_ptr()
+def runs(kv: Tensor, first: int, last: int, token_major: bool) -> Runs:
+    """The runs of tokens ``first .. last`` (end not included) in a contiguous K or V tensor.
+
+    ``kv`` is ``u8[tokens, heads, bytes]`` if ``token_major``, else ``u8[heads, tokens, bytes]``."""
+    base = kv.data_ptr()
     if token_major:
-        token = part.shape[1] * part.shape[2]
+        token = kv.shape[1] * kv.shape[2]
         return [base + first * token, (last - first) * token]
-    heads, tokens, row = part.shape
+    heads, tokens, row = kv.shape
     if not row:
         return []
     if last - first == tokens:

@@ -1,9 +1,13 @@
-"""How an engine reaches a shard: past gRPC where it can, and what it says where it cannot.
+"""Opens native connections from an engine to a shard, and reports why one cannot be opened.
 
-The shard tells over gRPC where it listens, and gives a token: whoever brings it is served. Whether it can be
-reached so is tried by connecting, never told from names: a Unix socket in the abstract namespace is there for
-processes of one host (and network namespace), TCP is at the host by which gRPC reached the shard, whatever
-the shard calls itself. Used for hot frames and for bulk KV, each a connection of its own.
+Called by ``client.remote`` for hot frames and by ``client.remote_store`` for bulk KV; each has its own
+connection. ``shard.frame_loop`` uses the handshake's constants and socket options. It must not know what a
+connection carries.
+
+The engine asks the shard over gRPC where it listens, and receives a token that it sends first on the new
+connection. Whether a transport works is found by connecting, never inferred from host names. A Unix socket in
+the abstract namespace can be reached by processes of the same host and network namespace only. TCP connects
+to the host at which gRPC reached the shard, whatever name the shard has for itself.
 """
 
 import logging
@@ -26,19 +30,21 @@ from farshore.rpc import error_of
 _LOG = logging.getLogger(__name__)
 
 CONNECT_DEADLINE_S = 5.0
-"""To make a connection for hot frames, or to ask a shard who it is: a few round trips."""
+"""The default deadline for opening a hot connection, or for identifying a shard: a few round trips."""
 
 DIAL_DEADLINE_S = 2.0
-"""To a host that gRPC has just reached: longer means that something between drops what it does not know."""
+"""The deadline for connecting to a host that gRPC has just reached. A wait for longer means that a firewall
+drops the packets."""
 
-DIAL_AGAIN_S = 60.0
-"""After that, TCP is not tried again for so long: a step must not wait for it every time."""
+TCP_RETRY_S = 60.0
+"""How long TCP is not tried after a timeout, so that not every step waits for it."""
 
 WELCOME = b"\1"
+"""The shard's reply to a valid token."""
 
 
 def shard_error(failure: grpc.RpcError, address: str) -> FarshoreError:
-    """What a call to a shard failed with. TransportError where the shard's own words are garbage."""
+    """Converts a failed gRPC call into a FarshoreError; a malformed status becomes TransportError."""
     try:
         return refusal(error_of(failure, peer=address), address)
     except ValueError as garbage:
@@ -46,51 +52,58 @@ def shard_error(failure: grpc.RpcError, address: str) -> FarshoreError:
 
 
 def refusal(error: FarshoreError, address: str) -> FarshoreError:
-    """What a shard refuses with. Late, or cancelled by the other end, is as good as unreachable: the caller
-    gave no such order, and may try again."""
+    """Converts the error that a shard answered with into the one that a caller receives.
+
+    Cancelled and DeadlineExceeded become TransportError: the caller did not cancel, so it may retry."""
     if isinstance(error, Cancelled | DeadlineExceeded):
         return TransportError(f"{address}: {error}")
     return error
 
 
 class Connected(NamedTuple):
+    """An open socket on which the shard has accepted the token."""
+
     connection: socket.socket
     transport: Transport
     shares_cores: bool
-    """With the shard: both ends' threads are more than the cores they may run on. False on another host."""
+    """Whether the threads of engine and shard outnumber their cores. Always False on different hosts."""
 
 
 class Dialler:
-    """Ways to one shard, tried in the order of ``transports``. Not thread-safe."""
+    """Opens connections to one shard; tries ``transports`` in order. Not thread-safe."""
 
     def __init__(
         self, stub: pb_grpc.AttentionStub, address: str, transports: Sequence[Transport], *, purpose: str
     ) -> None:
-        """``address``: the shard's, ``host:port``; ``purpose``: what goes over it, for people."""
+        """``address`` is the shard's gRPC address, ``host:port``. ``purpose`` is the beginning of a warning,
+        such as "hot frames go"."""
         self._stub = stub
         self._address = address
         self._transports = tuple(transports)
         self._purpose = purpose
-        self._dial_again_s = 0.0
-        self._said = ""
+        self._retry_tcp_at_s = 0.0
+        self._last_warning = ""
 
     def connect(self, opening: pb.Open | None, *, deadline_s: float) -> Connected | None:
-        """``opening``: what hot frames will mean; None for bulk KV. None comes back where gRPC has to serve.
-        Raises TransportError where that was not asked for, or does not reach the shard either.
-        ``deadline_s``: of the call; each way that is tried then has DIAL_DEADLINE_S."""
-        failed = self._past_grpc(opening, deadline_s)
-        if isinstance(failed, Connected):
-            return failed
+        """Opens a connection, or returns None if the caller must use gRPC instead.
+
+        ``opening`` describes the model for hot frames; None asks for a connection for bulk KV. ``deadline_s``
+        bounds the gRPC call; each transport then has DIAL_DEADLINE_S. Raises TransportError if the shard
+        cannot be reached over gRPC, or if no transport works and gRPC is not one of ``transports``. Raises
+        the shard's error if it refuses ``opening``. Logs a warning when gRPC takes over for a new reason."""
+        result = self._open_native(opening, deadline_s)
+        if isinstance(result, Connected):
+            return result
         if Transport.GRPC not in self._transports:
-            raise TransportError(f"{self._address}: cannot be reached: {failed}")
-        if failed and failed != self._said:
-            _LOG.warning("%s: %s over gRPC, the slowest way: %s", self._address, self._purpose, failed)
-        self._said = failed
+            raise TransportError(f"{self._address}: cannot be reached: {result}")
+        if result and result != self._last_warning:
+            _LOG.warning("%s: %s over gRPC, the slowest way: %s", self._address, self._purpose, result)
+        self._last_warning = result
         return None
 
-    def _past_grpc(self, opening: pb.Open | None, deadline_s: float) -> Connected | str:
-        """Or why not."""
-        wanted = [it for it in self._transports if it is not Transport.GRPC]
+    def _open_native(self, opening: pb.Open | None, deadline_s: float) -> Connected | str:
+        """Returns the connection, or the reason why there is none ("" if only gRPC was asked for)."""
+        wanted = [transport for transport in self._transports if transport is not Transport.GRPC]
         if not wanted:
             return ""
         if native() is None:
@@ -100,31 +113,31 @@ class Dialler:
             offer = self._stub.Connect(request, timeout=deadline_s)
         except grpc.RpcError as failure:
             raise shard_error(failure, self._address) from failure
-        failed = []
+        reasons = []
         for transport in wanted:
             try:
                 connection = self._dial(transport, offer)
-                return Connected(connection, transport, is_near(connection) and offer.shares_cores)
+                return Connected(connection, transport, is_same_host(connection) and offer.shares_cores)
             except OSError as error:
-                failed.append(f"{transport}: {error}")
-        return "; ".join(failed)
+                reasons.append(f"{transport}: {error}")
+        return "; ".join(reasons)
 
     def _dial(self, transport: Transport, offer: pb.ConnectReply) -> socket.socket:
         if transport is Transport.SHARED_MEMORY:
             if not offer.unix_name:
                 raise ConnectionError("the shard offers none")
             connection = socket.socket(socket.AF_UNIX)
-            where: Any = f"\0{offer.unix_name}"
+            unix_address: Any = f"\0{offer.unix_name}"
         else:
             if not offer.tcp_port:
                 raise ConnectionError("the shard offers none")
-            if monotonic() < self._dial_again_s:
+            if monotonic() < self._retry_tcp_at_s:
                 raise ConnectionError(f"port {offer.tcp_port} was not reachable a moment ago")
-            connection, where = self._dial_tcp(offer.tcp_port), None
+            connection, unix_address = self._dial_tcp(offer.tcp_port), None
         try:
             connection.settimeout(DIAL_DEADLINE_S)
-            if where is not None:
-                connection.connect(where)
+            if unix_address is not None:
+                connection.connect(unix_address)
             connection.sendall(offer.token)
             if connection.recv(1) != WELCOME:
                 raise ConnectionError("the shard did not take its own token")
@@ -138,7 +151,7 @@ class Dialler:
         try:
             connection = socket.create_connection((host, port), timeout=DIAL_DEADLINE_S)
         except TimeoutError:
-            self._dial_again_s = monotonic() + DIAL_AGAIN_S
+            self._retry_tcp_at_s = monotonic() + TCP_RETRY_S
             raise ConnectionError(
                 f"no answer from {host}, port {port}, within {DIAL_DEADLINE_S:g} s: does a firewall let only"
                 " gRPC's port through?"
@@ -150,16 +163,17 @@ class Dialler:
 
 
 def tune(connection: socket.socket) -> None:
-    """A TCP connection's options, at both ends: frames leave at once, and a host that is gone is noticed."""
+    """Sets a TCP socket's options, at either end: no delay for small frames, and keepalive probes that detect
+    a dead host."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
         connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def is_near(connection: socket.socket) -> bool:
-    """Whether both ends of a connection are on this host, by their addresses."""
-    with suppress(OSError):  # broken: who uses it next will find out
+def is_same_host(connection: socket.socket) -> bool:
+    """Whether both ends of a socket have this host's address. True for a broken socket."""
+    with suppress(OSError):  # The next call on a broken socket reports the error.
         return connection.family == socket.AF_UNIX or bool(
             connection.getsockname()[0] == connection.getpeername()[0]
         )

@@ -1,7 +1,8 @@
-"""An engine and a shard that may be on one host: whether they have cores of their own.
+"""Determines whether an engine and a shard on one host compete for cores, and sets their threads up for that.
 
-Asked when they connect. Where they share cores, one of them computes at a time: the engine does its own part
-first, then hands its cores over, and the shard gives them back as soon as it has answered.
+Called when a connection is opened, and by the process of an attention worker at its start. If the two share
+cores, only one of them computes at a time: the engine computes its own share of a layer's attention first,
+then waits, so that the shard has the cores until it has answered.
 """
 
 import os
@@ -15,29 +16,38 @@ from farshore.kernels.select import implementation
 
 
 def usable_cores() -> list[int]:
-    """Where this process's threads may run."""
+    """The numbers of the cores on which this process's threads may run, ascending."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
-def too_few_with(cores: Collection[int], threads: int) -> bool:
-    """Whether this process's threads, and ``threads`` of another that may run on ``cores`` of this host, are
-    more than the cores of both, some of which are the same."""
-    own = set(usable_cores())
-    return not own.isdisjoint(cores) and torch.get_num_threads() + threads > len(own.union(cores))
+def oversubscribed_with(cores: Collection[int], threads: int) -> bool:
+    """Whether this process and another process on this host have more threads than cores.
+
+    ``cores`` and ``threads`` are the other process's usable cores and its number of computing threads.
+    Returns False if the two processes have no core in common."""
+    local_cores = set(usable_cores())
+    if local_cores.isdisjoint(cores):
+        return False
+    return torch.get_num_threads() + threads > len(local_cores.union(cores))
 
 
 def share_cores() -> None:
-    """For the process of an attention worker, before it starts threads: they run at once when they wake, and
-    give their cores up as soon as they have nothing to do."""
+    """Sets up an attention worker's process for sharing its cores with an engine.
+
+    Must be called before the process starts threads, which inherit the setting. The calling thread and the
+    threads that it starts get a short scheduler time slice (Linux 6.12 and later), so that they run as soon
+    as they wake. The kernels' threads sleep instead of spinning when they are idle."""
     if _computes_natively():
         native().share_cores()
 
 
-def give_way() -> None:
-    """For the process of an engine that shares cores with a shard: the shard's threads run as soon as they
-    wake, even where one of the engine's waits awake."""
+def lower_pool_priority() -> None:
+    """Lowers the scheduling priority of the kernels' threads in an engine that shares cores with a shard.
+
+    A shard's thread that wakes on the core of a spinning kernel thread then runs at once. The calling thread
+    keeps its priority. The change lasts until the process ends: raising a priority needs privileges."""
     if _computes_natively():
         native().give_way()
 

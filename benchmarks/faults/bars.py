@@ -1,6 +1,7 @@
-"""What the parts of ``faults`` found, against the bars of issue 15. Pure.
+"""Compares the findings of the faults benchmark with its bars. Pure.
 
-Called by ``faults``. What could not be measured is None, and missed; the note says why.
+Called by ``faults.benchmark``. A value that could not be measured is None; its bar is missed, and the bar's
+note says why.
 """
 
 from collections.abc import Mapping
@@ -8,11 +9,10 @@ from itertools import pairwise
 from typing import Any
 
 from farshore.benchmarks.cases import Measured
-from farshore.benchmarks.faults.door import Refused, Tokenized
-from farshore.benchmarks.faults.freeze import GRACE_S
-from farshore.benchmarks.faults.freeze import Found as Frozen
-from farshore.benchmarks.faults.hostile import Found as Endured
-from farshore.benchmarks.faults.requests import Kind
+from farshore.benchmarks.faults.freeze import GRACE_S, FreezeFindings
+from farshore.benchmarks.faults.hostile import HostileFindings
+from farshore.benchmarks.faults.oversize import RefuseFindings, TokenizeFindings
+from farshore.benchmarks.faults.requests import HostileKind
 from farshore.benchmarks.faults.sender import CASES
 from farshore.benchmarks.faults.setting import ISSUE_REQUESTS, Sizes
 from farshore.benchmarks.faults.stream import percentile
@@ -20,25 +20,26 @@ from farshore.benchmarks.report import Bar, Result
 from farshore.benchmarks.timing import Timing
 
 LEAST_OF_A_KIND, LEAST_GENERATED, LEAST_PARKINGS = 100, 600, 50
-"""Of ``ISSUE_REQUESTS``."""
+"""For a run of ``ISSUE_REQUESTS``; a shorter run needs its share of them."""
 MOST_RSS_PERCENT = 5.0
 MOST_DEADLINE_MS = 400.0
 MOST_OVER_DEADLINE_MS = 150.0
 MOST_FIRST_TOKEN_S = 2.0
 MOST_OVER_GRACE_S = 1.0
-MOST_WHOLE_S = 10.0
+MOST_RECOVERY_S = 10.0
 MOST_PROBE_MS = 100.0
 MOST_GAP_MS = 250.0
 MOST_LOOP_MS = 50.0
 
 
-def hostile(found: Endured, sizes: Sizes, why: str, took_s: float) -> Measured:
+def hostile(found: HostileFindings, sizes: Sizes, why: str, took_s: float) -> Measured:
+    """The result and the bars of part ``hostile``. ``why`` is the reason why the part broke off, or ""."""
     share = min(1.0, sizes.requests / ISSUE_REQUESTS)
     why = why or (f"ended early: {found.stopped}" if found.stopped else "")
     ran = found.bystander_runs > 0
     ours = {name: growth for name, growth in found.rss_growth.items() if _ours(name)}
     rays = {name: growth for name, growth in found.rss_growth.items() if not _ours(name)}
-    least = min((found.sent[str(kind)] for kind in Kind), default=0)
+    least = min((found.sent[str(kind)] for kind in HostileKind), default=0)
     failed, different = found.bystander_failures, found.bystander_differences
     bars = [
         Bar.at_most("hostile: bystanders failed", _count(failed, ran), 0, "runs", _first(why, failed)),
@@ -86,15 +87,16 @@ def hostile(found: Endured, sizes: Sizes, why: str, took_s: float) -> Measured:
     return [_result("hostile", found.times_s, took_s, figures)], bars
 
 
-def freeze(found: Frozen, sizes: Sizes, why: str, took_s: float) -> Measured:
+def freeze(found: FreezeFindings, sizes: Sizes, why: str, took_s: float) -> Measured:
+    """The result and the bars of part ``freeze``. ``why`` as in :func:`hostile`."""
     half = sizes.sequences // 2
     unequal = None if found.readers is None else abs(found.readers - half)
-    untold = why or ("" if found.deadline_ms is not None else "status tells no deadline of the link")
+    unreported = why or ("" if found.deadline_ms is not None else "status tells no deadline of the link")
     most_gap_ms = (found.deadline_ms or MOST_DEADLINE_MS) + MOST_OVER_DEADLINE_MS
     gap_ms, different = _ms(found.gap_s), found.different
     failed = found.failed if found.streams else None
-    end_s = found.hit_ended_s if found.hit_for_good else None
-    unclear = found.unclear if found.hit_for_good else None
+    end_s = found.affected_ended_s if found.affected_for_good else None
+    unclear = found.unclear if found.affected_for_good else None
     bars = [
         Bar.at_most(
             f"freeze: sequences with spans there, beside {half}",
@@ -104,10 +106,10 @@ def freeze(found: Frozen, sizes: Sizes, why: str, took_s: float) -> Measured:
             why or (f"{found.readers} of {sizes.sequences}" if unequal else ""),
         ),
         Bar.at_least("freeze: frames before", found.frames, sizes.frames, "frames", why),
-        Bar.at_most("freeze: deadline in force", found.deadline_ms, MOST_DEADLINE_MS, "ms", untold),
+        Bar.at_most("freeze: deadline in force", found.deadline_ms, MOST_DEADLINE_MS, "ms", unreported),
         Bar.at_most("freeze: streams failed", _count(failed), 0, "streams", _first(why, failed or [])),
         Bar.at_most("freeze: streams differ", _count(different), 0, "streams", _first(why, different or [])),
-        Bar.at_most("freeze: longest gap of the others", gap_ms, most_gap_ms, "ms", untold),
+        Bar.at_most("freeze: longest gap of the others", gap_ms, most_gap_ms, "ms", unreported),
         Bar.at_most("freeze: a new request's first token", found.new_first_s, MOST_FIRST_TOKEN_S, "s", why),
         Bar.at_most(
             "frozen for good: the hit ones end within",
@@ -123,16 +125,16 @@ def freeze(found: Frozen, sizes: Sizes, why: str, took_s: float) -> Measured:
             "streams",
             _first(why, unclear or []),
         ),
-        Bar.at_most("frozen for good: pool whole after a thaw", found.whole_s, MOST_WHOLE_S, "s", why),
+        Bar.at_most("frozen for good: pool whole after a thaw", found.recovered_s, MOST_RECOVERY_S, "s", why),
     ]
     figures: dict[str, Any] = {
         "broken_off": why or None,
         "readers": found.readers,
         "frames": found.frames,
         "deadline_ms": found.deadline_ms,
-        "hit_longest_gap_ms": _ms(found.hit_gap_s),
-        "for_good_hit": found.hit_for_good,
-        "for_good_hit_ended_as": dict(found.hit_errors),
+        "hit_longest_gap_ms": _ms(found.affected_gap_s),
+        "for_good_hit": found.affected_for_good,
+        "for_good_hit_ended_as": dict(found.affected_errors),
         "for_good_others_ended_as": dict(found.bystanders_for_good),
         "missing_bytes": found.missing_bytes,
         "failures": found.failed[:8],
@@ -142,7 +144,8 @@ def freeze(found: Frozen, sizes: Sizes, why: str, took_s: float) -> Measured:
     return [_result("freeze", gaps, took_s, figures)], bars
 
 
-def tokenize(found: Tokenized, sizes: Sizes, why: str, took_s: float) -> Measured:
+def tokenize(found: TokenizeFindings, sizes: Sizes, why: str, took_s: float) -> Measured:
+    """The result and the bars of part ``tokenize``. ``why`` as in :func:`hostile`."""
     p99_ms = _ms(percentile(found.probes_s, 99))
     bars = [
         Bar.at_least(
@@ -165,42 +168,45 @@ def tokenize(found: Tokenized, sizes: Sizes, why: str, took_s: float) -> Measure
     return [_result("tokenize", found.probes_s, took_s, figures)], bars
 
 
-def refuse(found: Mapping[str, Refused], why: str, took_s: float) -> Measured:
-    """The loop's time: that of its thread on a core, or how long it kept a probe waiting, whichever is
-    more. The first misses what another thread does with the interpreter's lock held; the second what is
+def refuse(found: Mapping[str, RefuseFindings], why: str, took_s: float) -> Measured:
+    """The results and the bars of part ``refuse``. ``why`` as in :func:`hostile`.
+
+    The event loop's time is the CPU time of its thread, or the longest wait of a probe, whichever is longer.
+    The CPU time misses work of other threads that hold the interpreter's lock; the wait misses work that is
     done in small pieces."""
     results, bars = [], []
     for case in CASES:
-        one = found.get(case, Refused())
-        accepted = [answer for answer in one.answers if answer.startswith("OK")]
-        loop_ms = _ms(max((*one.loop_s, *one.delay_s), default=None))
+        sent = found.get(case, RefuseFindings())
+        accepted = [answer for answer in sent.answers if answer.startswith("OK")]
+        loop_ms = _ms(max((*sent.loop_s, *sent.delay_s), default=None))
         bars += [
             Bar.at_most(f"refuse: {case}", loop_ms, MOST_LOOP_MS, "ms of the loop", why),
             Bar.at_most(
                 f"refuse: {case}, not refused",
-                len(accepted) if one.answers else None,
+                len(accepted) if sent.answers else None,
                 0,
                 "times",
-                why or (one.answers[-1] if one.answers else ""),
+                why or (sent.answers[-1] if sent.answers else ""),
             ),
         ]
         figures: dict[str, Any] = {
             "broken_off": why or None,
-            "loop_cpu_ms": _ms(max(one.loop_s, default=None)),
-            "longest_probe_ms": _ms(max(one.delay_s, default=None)),
-            "answers": one.answers,
+            "loop_cpu_ms": _ms(max(sent.loop_s, default=None)),
+            "longest_probe_ms": _ms(max(sent.delay_s, default=None)),
+            "answers": sent.answers,
         }
-        results.append(_result(f"refuse: {case}", one.took_s, took_s, figures))
+        results.append(_result(f"refuse: {case}", sent.took_s, took_s, figures))
     return results, bars
 
 
 def _result(name: str, times_s: list[float], took_s: float, figures: dict[str, Any]) -> Result:
-    """Of nothing measured the timing is the part's own."""
+    """The timing is ``times_s``, or the part's own duration if nothing was measured."""
     return Result(name, Timing(tuple(times_s) or (took_s,)), {**figures, "took_s": took_s})
 
 
 def _ours(name: str) -> bool:
-    """Workers by their ids, the gateway, the command, and our actors; the rest is Ray's."""
+    """Whether a process is Farshore's: a worker, the gateway, the command or an actor. The others are
+    Ray's."""
     return name.startswith(("attention", "dense", "gateway", "serve", "ray::Controller"))
 
 

@@ -1,7 +1,8 @@
-"""The faults benchmark: bad requests and a frozen worker against a real ``farshore serve``; what others see.
+"""The faults benchmark: measures how bad requests and a frozen worker affect other requests of a real server.
 
-Called through ``catalogue``. Each part starts servers of its own and ends them; one that breaks off reports
-what it had found, its bars as missed, and why. Bars are those of issue 15, for a quiet machine.
+Called through ``catalogue``. Each part starts its own servers (``farshore serve``) and ends them. A part that
+breaks off reports what it has found so far, and the reason; its other bars are missed. The bars hold for a
+quiet machine.
 """
 
 import asyncio
@@ -16,9 +17,9 @@ from itertools import chain
 from farshore.benchmarks import cases
 from farshore.benchmarks.cases import Measured
 from farshore.benchmarks.faults import bars as faults_bars
-from farshore.benchmarks.faults import door as faults_door
 from farshore.benchmarks.faults import freeze as faults_freeze
 from farshore.benchmarks.faults import hostile as faults_hostile
+from farshore.benchmarks.faults import oversize as faults_oversize
 from farshore.benchmarks.faults.setting import Setting, Sizes
 from farshore.benchmarks.machine import Facts
 from farshore.benchmarks.report import Report
@@ -26,7 +27,7 @@ from farshore.benchmarks.report import Report
 Part = Callable[[Setting], Awaitable[Measured]]
 
 PART_DEADLINE_S = {"hostile": 5400.0, "freeze": 1200.0, "tokenize": 900.0, "refuse": 900.0}
-"""A part that takes longer has hung."""
+"""How long each part may take before it is considered hung."""
 
 
 def run(
@@ -37,50 +38,53 @@ def run(
     only: str = "",
     progress: Callable[[str], None],
 ) -> Report:
-    """The parts whose name holds ``only``. InvalidRequest, before anything is started, if there are none."""
+    """Runs the parts whose names contain ``only``, with a random seed if none is given.
+
+    Raises InvalidRequest, before it starts a server, if there is no such part."""
     chosen = cases.choose(PARTS, only, kind="part")
-    at = Setting(sizes, secrets.randbits(32) if seed is None else seed, progress)
-    measured = asyncio.run(_all(chosen, at))
+    setting = Setting(sizes, secrets.randbits(32) if seed is None else seed, progress)
+    measured = asyncio.run(_all(chosen, setting))
     results = tuple(chain.from_iterable(each for each, _ in measured))
     bars = tuple(chain.from_iterable(each for _, each in measured))
-    return Report({**asdict(facts), "seed": at.seed}, results, bars)
+    return Report({**asdict(facts), "seed": setting.seed}, results, bars)
 
 
-async def _all(chosen: dict[str, Part], at: Setting) -> list[Measured]:
-    """On one loop: gRPC's asyncio side takes one per process. SIGTERM ends the servers too."""
+async def _all(chosen: dict[str, Part], setting: Setting) -> list[Measured]:
+    """Runs the parts on one event loop: gRPC's asyncio supports one per process. SIGTERM ends the servers
+    too."""
     task = asyncio.current_task()
     if task is not None and threading.current_thread() is threading.main_thread():
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    return [await part(at) for part in chosen.values()]
+    return [await part(setting) for part in chosen.values()]
 
 
-async def _hostile(at: Setting) -> Measured:
-    found, begun_s = faults_hostile.Found(at.seed), time.perf_counter()
-    why = await _broken(faults_hostile.measure(at, found), "hostile")
-    return faults_bars.hostile(found, at.sizes, why, time.perf_counter() - begun_s)
+async def _hostile(setting: Setting) -> Measured:
+    found, begun_s = faults_hostile.HostileFindings(setting.seed), time.perf_counter()
+    why = await _broken(faults_hostile.measure(setting, found), "hostile")
+    return faults_bars.hostile(found, setting.sizes, why, time.perf_counter() - begun_s)
 
 
-async def _freeze(at: Setting) -> Measured:
-    found, begun_s = faults_freeze.Found(), time.perf_counter()
-    why = await _broken(faults_freeze.measure(at, found), "freeze")
-    return faults_bars.freeze(found, at.sizes, why, time.perf_counter() - begun_s)
+async def _freeze(setting: Setting) -> Measured:
+    found, begun_s = faults_freeze.FreezeFindings(), time.perf_counter()
+    why = await _broken(faults_freeze.measure(setting, found), "freeze")
+    return faults_bars.freeze(found, setting.sizes, why, time.perf_counter() - begun_s)
 
 
-async def _tokenize(at: Setting) -> Measured:
-    found, begun_s = faults_door.Tokenized(), time.perf_counter()
-    why = await _broken(faults_door.tokenize(at, found), "tokenize")
-    return faults_bars.tokenize(found, at.sizes, why, time.perf_counter() - begun_s)
+async def _tokenize(setting: Setting) -> Measured:
+    found, begun_s = faults_oversize.TokenizeFindings(), time.perf_counter()
+    why = await _broken(faults_oversize.tokenize(setting, found), "tokenize")
+    return faults_bars.tokenize(found, setting.sizes, why, time.perf_counter() - begun_s)
 
 
-async def _refuse(at: Setting) -> Measured:
-    found: dict[str, faults_door.Refused] = {}
+async def _refuse(setting: Setting) -> Measured:
+    found: dict[str, faults_oversize.RefuseFindings] = {}
     begun_s = time.perf_counter()
-    why = await _broken(faults_door.refuse(at, found), "refuse")
+    why = await _broken(faults_oversize.refuse(setting, found), "refuse")
     return faults_bars.refuse(found, why, time.perf_counter() - begun_s)
 
 
 async def _broken(part: Awaitable[None], name: str) -> str:
-    """Why the part broke off, or "". Whatever it was: the other parts are measured all the same."""
+    """Runs a part; returns the reason why it broke off, or "". No error reaches the other parts."""
     try:
         async with asyncio.timeout(PART_DEADLINE_S[name]):
             await part
@@ -92,7 +96,7 @@ async def _broken(part: Awaitable[None], name: str) -> str:
 
 
 def _leaves(error: Exception) -> Iterator[Exception]:
-    """Of groups, what is in them."""
+    """Yields the errors inside of exception groups, at any depth."""
     if isinstance(error, ExceptionGroup):
         for each in error.exceptions:
             yield from _leaves(each)

@@ -1,6 +1,6 @@
-"""A client that sends one hostile request, and misbehaves as that request's kind says.
+"""A client that sends one hostile request and misbehaves as the request's kind says.
 
-Called by ``faults_hostile``, which bounds each call's time. Must not know what is held against it.
+Called by ``faults.hostile``, which limits the time of each call. Must not know the bars.
 """
 
 import asyncio
@@ -11,53 +11,58 @@ from typing import Any
 import grpc
 
 from farshore.benchmarks.faults.cluster import Server
-from farshore.benchmarks.faults.requests import Hostile, Kind
+from farshore.benchmarks.faults.requests import Hostile, HostileKind
 from farshore.proto import inference_pb2 as api
 
 MOST_READ_S = 8.0
-"""That a slow reader takes, before it reads the rest at once."""
+"""How long a slow reader reads slowly, before it reads the rest at once."""
 GARBAGE_READ_S = 1.0
 CALL_DEADLINE_S = 30.0
 SMALL_WINDOW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 12))
-"""Keeps an answer that is not read at the server."""
+"""Channel options for a small HTTP/2 window, so that an unread answer stays at the server."""
 _GENERATE = f"/{api.DESCRIPTOR.services_by_name['Inference'].full_name}/Generate"
 
 
 async def behave(server: Server, hostile: Hostile) -> tuple[str, int]:
-    """(how it ended, tokens that came). Raises grpc.aio.AioRpcError where the request was refused."""
-    if hostile.kind is Kind.GARBAGE:
+    """Sends the request. Returns (how it ended, number of tokens received).
+
+    Raises grpc.aio.AioRpcError if the server refuses the request."""
+    if hostile.kind is HostileKind.GARBAGE:
         return await _garbage(server, hostile)
-    options = SMALL_WINDOW if hostile.kind in (Kind.SLOW_READER, Kind.STALLED_READER) else ()
+    options = SMALL_WINDOW if hostile.kind in (HostileKind.SLOW_READER, HostileKind.STALLED_READER) else ()
     async with server.channel(options) as channel:
         client = _Client(channel, hostile)
         match hostile.kind:
-            case Kind.CANCEL_AT_ONCE:
+            case HostileKind.CANCEL_AT_ONCE:
                 return await client.cancel_at_once()
-            case Kind.CANCEL_MIDWAY:
+            case HostileKind.CANCEL_MIDWAY:
                 return await client.cancel_midway()
-            case Kind.CANCEL_BEFORE:
+            case HostileKind.CANCEL_BEFORE:
                 await client.cancel()
                 return await client.read_all()
-            case Kind.RESUME:
+            case HostileKind.RESUME:
                 return await client.resume()
-            case Kind.DISCONNECT:
+            case HostileKind.DISCONNECT:
                 return await client.leave()
-            case Kind.SLOW_READER:
+            case HostileKind.SLOW_READER:
                 return await client.read_slowly()
-            case Kind.STALLED_READER:
+            case HostileKind.STALLED_READER:
                 return await client.stall()
             case _:
                 return await client.read_all()
 
 
 class _Client:
+    """Sends one hostile request on a channel. Each public method is one behaviour; it returns as
+    :func:`behave`."""
+
     def __init__(self, channel: grpc.aio.Channel, hostile: Hostile) -> None:
         self._channel = channel
         self._hostile = hostile
         self._tokens = 0
 
     def _generate(self, message: bytes) -> Any:
-        """The bytes as they are: no client library is in the way."""
+        """Calls Generate with serialised bytes, which need not be a valid message."""
         call = self._channel.unary_stream(
             _GENERATE, request_serializer=bytes, response_deserializer=api.GenerateEvent.FromString
         )
@@ -76,7 +81,8 @@ class _Client:
         return "OK"
 
     async def _read(self, call: Any, *, tokens: int | None = None) -> str:
-        """Until so many tokens came, or the end."""
+        """Reads up to ``tokens`` tokens, or to the end. Returns the finish reasons, "left" or "broken
+        off"."""
         seen = 0
         async for event in call:
             kind = event.WhichOneof("kind")
@@ -93,7 +99,7 @@ class _Client:
         return await self._read(self._generate(self._hostile.message)), self._tokens
 
     async def cancel_at_once(self) -> tuple[str, int]:
-        """The Cancel is sent right behind the Generate, without waiting for an answer."""
+        """Sends Cancel directly after Generate, without waiting for an answer."""
         call = self._generate(self._hostile.message)
         cancelled = asyncio.create_task(self.cancel())
         try:
@@ -118,7 +124,7 @@ class _Client:
         return f"resumed: {await self._read(self._generate(self._hostile.resumed))}", self._tokens
 
     async def leave(self) -> tuple[str, int]:
-        """The connection is closed behind it, by the caller's channel."""
+        """Stops reading in mid-stream; the caller closes the channel, and so the connection."""
         call = self._generate(self._hostile.message)
         return await self._read(call, tokens=self._hostile.after_tokens), self._tokens
 
@@ -132,7 +138,8 @@ class _Client:
         return await self._read(call), self._tokens
 
     async def stall(self) -> tuple[str, int]:
-        """Reads a little, then nothing for seconds; what the server does meanwhile is its own affair."""
+        """Reads a few tokens, then nothing for ``hold_s`` seconds, then the rest if the server still sends
+        it."""
         call = self._generate(self._hostile.message)
         ended = await self._read(call, tokens=self._hostile.after_tokens)
         if ended != "left":

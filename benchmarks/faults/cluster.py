@@ -1,7 +1,7 @@
-"""A real ``farshore serve`` in processes of its own: started, watched, frozen in part, and ended for certain.
+"""Starts a real ``farshore serve``, observes and freezes its processes, and always ends all of them.
 
-Used by the parts of ``faults``. Everything is asyncio, on the one loop that the parts run on. Must not know
-what is asked of the server.
+Called by the parts of the faults benchmark, on their event loop. Must not know what is requested of the
+server.
 """
 
 import asyncio
@@ -25,19 +25,22 @@ from farshore.proto import inference_pb2_grpc
 READY_DEADLINE_S = 180.0
 STOP_DEADLINE_S = 45.0
 STATUS_DEADLINE_S = 15.0
-"""The controller waits for a worker that does not answer for some seconds, one after the other."""
+"""Longer than a call usually takes: the controller waits some seconds for each unresponsive worker, in
+series."""
 _ADDRESS = re.compile(r"^Farshore .* at (\S+)\s*$")
 OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
     ("grpc.use_local_subchannel_pool", 1),
 ]
-"""Of every channel: no limit here, the server's own is what is tried, and a connection of its own."""
+"""The options of every channel: no message limit, so that the server's limit is tested, and no connection
+that is shared with other channels."""
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """``started``: clock ticks after boot, so that a pid that was given again is not taken for this one."""
+    """A process of the server. ``started`` is in clock ticks after boot; with it a reused pid is
+    recognised."""
 
     pid: int
     started: int
@@ -45,13 +48,13 @@ class Process:
 
     @property
     def alive(self) -> bool:
-        """Not for a zombie."""
+        """Whether the process runs. False for a zombie, and if the pid belongs to another process now."""
         stat = _stat(self.pid)
         return stat is not None and int(stat[19]) == self.started and stat[0] != "Z"
 
     @property
     def rss_bytes(self) -> int | None:
-        """None once it has ended."""
+        """The resident memory, or None if the process has ended."""
         try:
             text = Path(f"/proc/{self.pid}/status").read_text()
         except OSError:
@@ -60,7 +63,7 @@ class Process:
         return int(found[1]) * 1024 if found and self.alive else None
 
     def main_thread_cpu_s(self) -> float:
-        """Seconds that its main thread has run on a core, to the nanosecond."""
+        """The CPU time of the main thread, in seconds, with nanosecond resolution."""
         run_ns = Path(f"/proc/{self.pid}/task/{self.pid}/schedstat").read_text().split()[0]
         return int(run_ns) / 1e9
 
@@ -71,7 +74,7 @@ class Process:
 
 
 def descendants(pid: int) -> dict[int, Process]:
-    """Of a process, by pid, itself included, as far as it lives."""
+    """The process ``pid`` and all its live descendants, by pid."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and (stat := _stat(int(entry.name))) is not None:
@@ -90,11 +93,11 @@ def descendants(pid: int) -> dict[int, Process]:
 class Server:
     """One running ``farshore serve``; made by :func:`serving`."""
 
-    def __init__(self, address: str, process: asyncio.subprocess.Process, told: list[str]) -> None:
+    def __init__(self, address: str, process: asyncio.subprocess.Process, output: list[str]) -> None:
         self.address = address
         self.pid = process.pid
         self._process = process
-        self._told = told
+        self._output = output
         self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
         self.stub = inference_pb2_grpc.InferenceStub(self._channel)
         self.health = health_pb2_grpc.HealthStub(self._channel)
@@ -107,10 +110,10 @@ class Server:
 
     @property
     def last_words(self) -> str:
-        return " ".join(line.strip() for line in self._told[-3:]) or "it said nothing"
+        return " ".join(line.strip() for line in self._output[-3:]) or "it said nothing"
 
     def processes(self) -> dict[int, Process]:
-        """All that it runs now."""
+        """The server's process and all its live descendants, by pid."""
         found = descendants(self.pid)
         self._seen |= found
         return found
@@ -126,7 +129,8 @@ class Server:
         return await self.stub.ClusterStatus(api.ClusterStatusRequest(), timeout=STATUS_DEADLINE_S)
 
     async def probe(self, *, deadline_s: float = 10.0) -> float:
-        """Seconds until the gateway has answered a health check; the deadline where it did not."""
+        """Seconds until the gateway answers a health check, or until the check fails or its deadline
+        expires."""
         begun_s = time.perf_counter()
         with contextlib.suppress(grpc.aio.AioRpcError):
             await self.health.Check(health_pb2.HealthCheckRequest(service=""), timeout=deadline_s)
@@ -134,7 +138,8 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def channel(self, options: Iterable[tuple[str, int]] = ()) -> AsyncIterator[grpc.aio.Channel]:
-        """A connection of its own, closed at the end: its calls are broken off then."""
+        """A channel with a connection of its own. The end of the context closes it and breaks its calls
+        off."""
         channel = grpc.aio.insecure_channel(self.address, options=[*OPTIONS, *options])
         try:
             yield channel
@@ -150,7 +155,7 @@ class Server:
             self.frozen.pop().send(signal.SIGCONT)
 
     async def close(self) -> None:
-        """Ends it and everything that it started, whatever state that is in."""
+        """Thaws and ends the server and every process that it has started."""
         self.thaw()
         self.processes()
         await self._channel.close()
@@ -168,64 +173,70 @@ class Server:
 
 @contextlib.asynccontextmanager
 async def serving(*options: str, progress: Callable[[str], None]) -> AsyncIterator[Server]:
-    """``farshore serve --port 0`` with these options. Raises StartupError."""
+    """Runs ``farshore serve --port 0`` with the given options. Raises StartupError.
+
+    ``progress`` receives the server's messages."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *("-P", "-m", "farshore.client.cli.main", "serve", "--port", "0", *options),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        # Ctrl-C is for the benchmark, which ends the server.
+        # Ctrl-C interrupts the benchmark only, which then ends the server.
         start_new_session=True,
     )
-    told: list[str] = []
+    output: list[str] = []
     assert process.stdout is not None and process.stderr is not None
-    # Pipes that fill up would stop it.
-    drains = [asyncio.create_task(_drain(process.stderr, told, progress))]
+    # The server would block on a full pipe.
+    drains = [asyncio.create_task(_drain(process.stderr, output, progress))]
     server: Server | None = None
     try:
-        address = await _address(process.stdout, told)
+        address = await _address(process.stdout, output)
         drains.append(asyncio.create_task(_drain(process.stdout, [], None)))
-        server = Server(address, process, told)
+        server = Server(address, process, output)
         server.processes()
         yield server
     finally:
-        # One that never told its address is ended in the same way.
-        await (server or Server("127.0.0.1:1", process, told)).close()
+        # A server that did not print its address is ended in the same way.
+        await (server or Server("127.0.0.1:1", process, output)).close()
         await asyncio.wait(drains, timeout=STOP_DEADLINE_S)
         for drain in drains:
             drain.cancel()
 
 
-async def _address(stdout: asyncio.StreamReader, told: list[str]) -> str:
+async def _address(stdout: asyncio.StreamReader, output: list[str]) -> str:
+    """The address in the server's first line. Raises StartupError, with the last message in ``output``."""
     try:
         line = (await asyncio.wait_for(stdout.readline(), READY_DEADLINE_S)).decode()
     except TimeoutError:
         line = f"it was not ready within {READY_DEADLINE_S:.0f} s"
     found = _ADDRESS.match(line)
     if found is None:
-        raise StartupError(f"farshore serve did not start: {' '.join(told[-1:]).strip() or line.strip()}")
+        raise StartupError(f"farshore serve did not start: {' '.join(output[-1:]).strip() or line.strip()}")
     return found[1]
 
 
-async def _drain(pipe: asyncio.StreamReader, told: list[str], progress: Callable[[str], None] | None) -> None:
+async def _drain(
+    pipe: asyncio.StreamReader, output: list[str], progress: Callable[[str], None] | None
+) -> None:
+    """Appends each line of ``pipe`` to ``output`` and reports it, until the pipe is closed."""
     while line := await pipe.readline():
         text = line.decode(errors="replace").strip()
-        told.append(text)
+        output.append(text)
         if progress is not None and text:
             progress(f"serve: {text[:120]}")
 
 
 async def offers(option: str) -> bool:
-    """Whether this version's ``farshore serve`` has the option."""
+    """Whether ``farshore serve`` has the option in this version."""
     command = [sys.executable, "-P", "-m", "farshore.client.cli.main", "serve", "--help"]
-    asked = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-    told, _ = await asyncio.wait_for(asked.communicate(), STOP_DEADLINE_S)
-    return option in told.decode().split()
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    help_text, _ = await asyncio.wait_for(process.communicate(), STOP_DEADLINE_S)
+    return option in help_text.decode().split()
 
 
 def _stat(pid: int) -> list[str] | None:
-    """The fields of /proc/PID/stat from the state on."""
+    """The fields of /proc/PID/stat, beginning with the state, or None if the process has ended."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -234,7 +245,7 @@ def _stat(pid: int) -> list[str] | None:
 
 
 def _name(pid: int) -> str:
-    """gateway, serve, or a Ray process by its title, as ps shows it."""
+    """The process's name: gateway, serve, or the title of a Ray process as ps shows it."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:

@@ -1,7 +1,7 @@
-"""Part ``freeze``: one of three attention workers is stopped in mid-stream, for a while and then for good.
+"""Part ``freeze``: stops one of three attention workers during streams, first for a while, then for good.
 
-Called by ``faults``, which holds what this finds against the bars. The undisturbed tokens come from a second
-server behind the first one, which no fault has touched. Must not know the bars.
+Called by ``faults.benchmark``, which compares the findings with the bars. The undisturbed tokens come from a
+second server, started after the first one, in which nothing is frozen. Must not know the bars.
 """
 
 import asyncio
@@ -15,68 +15,73 @@ import grpc
 
 from farshore.benchmarks.faults.cluster import Process, Server, offers, serving
 from farshore.benchmarks.faults.setting import Setting
-from farshore.benchmarks.faults.stream import Stream, differs, follow, longest_gap_s
+from farshore.benchmarks.faults.stream import ClientStream, differs, follow, longest_gap_s
 from farshore.errors import StartupError
 from farshore.proto import inference_pb2 as api
 
 SERVE = ("--dtype", "float32", "--attention-workers", "3")
 GRACE_S = 10.0
 NEW_REQUEST_AFTER_S = 0.5
-"""From the stop on."""
+"""After the worker is stopped."""
 STREAM_DEADLINE_S = 240.0
 CHOOSE_DEADLINE_S = 60.0
 FRAMES_DEADLINE_S = 60.0
-GOOD_DEADLINE_S = 60.0
-"""How long the streams that were hit may take to end, before the thaw comes anyway."""
-WHOLE_DEADLINE_S = 60.0
+AFFECTED_DEADLINE_S = 60.0
+"""How long affected streams may take to end, before the worker is thawed anyway."""
+RECOVERY_DEADLINE_S = 60.0
 POLL_S = 0.2
 PROMPT_TOKENS = (20, 40, 80, 160, 270, 300, 420, 530)
-"""One after the other: some fit into a tail, others need a block or two of a shard."""
+"""The lengths of successive prompts: some fit into a tail, others need a block or two in a shard."""
 _VOCAB_TOKENS = range(1000, 40_000)
 
 
 @dataclass(slots=True)
-class Found:
-    """What came of it; None where it could not be measured. Streams are *hit* if they had spans there."""
+class FreezeFindings:
+    """The findings of part ``freeze``. None: not measured.
+
+    A stream is *affected* if its sequence has spans in the stopped worker. ``*_for_good`` are of the second
+    stop."""
 
     readers: int | None = None
     frames: int | None = None
     deadline_ms: float | None = None
-    streams: list[Stream] = field(default_factory=list)
+    streams: list[ClientStream] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
-    """Streams that didn't come to their own end after the short freeze."""
+    """Streams that did not complete after the first stop, with their errors."""
     different: list[str] | None = None
     gap_s: float | None = None
-    """The longest of those that were not hit, while and after the worker was frozen."""
-    hit_gap_s: float | None = None
+    """The longest gap of the unaffected streams, from the first stop on."""
+    affected_gap_s: float | None = None
     new_first_s: float | None = None
-    hit_for_good: int | None = None
-    hit_ended_s: float | None = None
-    """From the stop to the last end of those hit; None while one had not ended."""
-    hit_errors: Counter[str] = field(default_factory=Counter)
+    affected_for_good: int | None = None
+    affected_ended_s: float | None = None
+    """From the second stop to the end of the last affected stream; None if one did not end."""
+    affected_errors: Counter[str] = field(default_factory=Counter)
     unclear: list[str] | None = None
-    """Ends of those hit that were no retryable error with words to it."""
+    """Ends of affected streams other than a retryable error with a message."""
     bystanders_for_good: Counter[str] = field(default_factory=Counter)
-    whole_s: float | None = None
-    """From the thaw on."""
+    recovered_s: float | None = None
+    """From the thaw until all memory is free."""
     missing_bytes: int | None = None
 
 
 class _Streams:
-    """Requests that run, and the sequences that they are in the server's status."""
+    """The running streams, by the ids of their sequences in the server's status."""
 
-    def __init__(self, server: Server, at: Setting, first_prompt: int) -> None:
+    def __init__(self, server: Server, setting: Setting, first_prompt: int) -> None:
         self._server = server
-        self._tokens = at.sizes.stream_tokens
+        self._tokens = setting.sizes.stream_tokens
         self._prompt = first_prompt
-        self.sequences: dict[str, Stream] = {}
-        self.tasks: dict[str, asyncio.Task[Stream]] = {}
+        self.sequences: dict[str, ClientStream] = {}
+        self.tasks: dict[str, asyncio.Task[ClientStream]] = {}
 
     async def start(self) -> None:
-        """One more; returns when it has a token and status shows it. Sequences are told apart by which of
-        them is new: their ids are the gateway's."""
+        """Starts one more stream; returns when it has a token and status shows its sequence.
+
+        The gateway makes the sequence's id, so the stream's sequence is the one that is new in status. Raises
+        StartupError if the stream ends or does not begin."""
         before = {sequence.sequence_id for sequence in (await self._server.status()).sequences}
-        stream = Stream(str(self._prompt))
+        stream = ClientStream(str(self._prompt))
         request = prompt_request(self._prompt, self._tokens)
         self._prompt += 1
         task = asyncio.create_task(follow(self._server.stub, request, stream, deadline_s=STREAM_DEADLINE_S))
@@ -95,7 +100,7 @@ class _Streams:
         raise StartupError(f"a stream did not begin: {stream.ended}: {stream.details[:200]}")
 
     async def end(self, name: str) -> None:
-        """One of them, by its client's leaving."""
+        """Ends a stream by cancelling its client."""
         del self.sequences[name]
         task = self.tasks.pop(name)
         task.cancel()
@@ -106,7 +111,7 @@ class _Streams:
             await self.end(name)
 
     async def read_from(self) -> dict[str, set[str]]:
-        """The sequences, of these, that have spans on each attention worker."""
+        """Per attention worker, the sequences of these streams that have spans there."""
         status = await self._server.status()
         found = {worker.worker_id: set[str]() for worker in status.workers if worker.kind == "attention"}
         for sequence in status.sequences:
@@ -117,8 +122,10 @@ class _Streams:
         return found
 
     async def choose(self, wanted: int, *, deadline_s: float = CHOOSE_DEADLINE_S) -> tuple[str, set[str]]:
-        """The worker that exactly ``wanted`` of these read from, while all of them run; while there is none,
-        one stream makes room for another. At the deadline the worker that comes closest."""
+        """Finds a worker from which exactly ``wanted`` streams read while all streams run.
+
+        Replaces streams one at a time until there is such a worker. Returns (worker, the sequences that read
+        from it); after ``deadline_s``, of the worker whose number of readers is closest."""
         begun_s = time.perf_counter()
         while True:
             for name in [name for name, stream in self.sequences.items() if stream.ended is not None]:
@@ -136,59 +143,63 @@ class _Streams:
                 await self.start()
 
 
-async def measure(at: Setting, found: Found) -> None:
-    """Fills ``found`` as it goes, so that what was found before a failure is not lost."""
+async def measure(setting: Setting, found: FreezeFindings) -> None:
+    """Runs the part. Fills ``found`` step by step, so that a failure does not lose earlier findings."""
     grace = ("--shard-grace", f"{GRACE_S:g}") if await offers("--shard-grace") else ()
-    async with serving(*SERVE, *grace, progress=at.progress) as server:
-        await _freeze(server, at, found)
-        await _freeze_for_good(server, at, found)
-    at.progress("freeze: the same prompts on a server without faults")
-    async with serving(*SERVE, progress=at.progress) as server:
-        await _compare(server, at, found)
+    async with serving(*SERVE, *grace, progress=setting.progress) as server:
+        await _freeze(server, setting, found)
+        await _freeze_for_good(server, setting, found)
+    setting.progress("freeze: the same prompts on a server without faults")
+    async with serving(*SERVE, progress=setting.progress) as server:
+        await _compare(server, setting, found)
 
 
 def prompt_request(number: int, tokens: int) -> api.GenerateRequest:
-    """Prompts of several lengths, none of which begins like another; greedy."""
+    """A greedy request for ``tokens`` tokens. Prompts differ in length, and begin unlike each other."""
     length = PROMPT_TOKENS[number % len(PROMPT_TOKENS)]
     first, step = _VOCAB_TOKENS[number * 37 % len(_VOCAB_TOKENS)], 13 + number
-    ids = [_VOCAB_TOKENS[(first + place * step) % len(_VOCAB_TOKENS)] for place in range(length)]
+    ids = [_VOCAB_TOKENS[(first + index * step) % len(_VOCAB_TOKENS)] for index in range(length)]
     sampling = api.Sampling(max_tokens=tokens, temperature=0.0, ignore_eos=True)
     return api.GenerateRequest(tokens=api.TokenIds(ids=ids), sampling=sampling)
 
 
 def nearest(readers: Mapping[str, set[str]], wanted: int) -> str:
-    """The worker whose readers' number comes closest; the first of several. StartupError without workers."""
+    """The worker whose number of readers is closest to ``wanted``; the first by id if several are.
+
+    Raises StartupError if there are no workers."""
     if not readers:
         raise StartupError("status shows no attention worker")
     return min(readers, key=lambda worker: (abs(len(readers[worker]) - wanted), worker))
 
 
-async def _started(server: Server, at: Setting, first_prompt: int) -> _Streams:
-    streams = _Streams(server, at, first_prompt)
-    for _ in range(at.sizes.sequences):
+async def _started(server: Server, setting: Setting, first_prompt: int) -> _Streams:
+    streams = _Streams(server, setting, first_prompt)
+    for _ in range(setting.sizes.sequences):
         await streams.start()
     return streams
 
 
-async def _freeze(server: Server, at: Setting, found: Found) -> None:
-    at.progress(f"freeze: {at.sizes.sequences} streams, half of which shall read from one worker")
-    streams = await _started(server, at, 0)
+async def _freeze(server: Server, setting: Setting, found: FreezeFindings) -> None:
+    setting.progress(f"freeze: {setting.sizes.sequences} streams, half of which shall read from one worker")
+    streams = await _started(server, setting, 0)
     try:
-        worker, hit = await streams.choose(at.sizes.sequences // 2)
-        at.progress(f"freeze: {len(hit)} read from {worker}; waiting for {at.sizes.frames} frames to it")
-        await _await_frames(server, at, worker, found)
-        # Blocks may have moved there meanwhile: chosen anew, which costs nothing if not.
-        worker, hit = await streams.choose(at.sizes.sequences // 2)
-        await _await_frames(server, at, worker, found)
-        found.readers, found.streams = len(hit), list(streams.sequences.values())
+        worker, affected = await streams.choose(setting.sizes.sequences // 2)
+        setting.progress(
+            f"freeze: {len(affected)} read from {worker}; waiting for {setting.sizes.frames} frames to it"
+        )
+        await _await_frames(server, setting, worker, found)
+        # Hand-offs may have moved blocks to this worker meanwhile, so the choice is repeated.
+        worker, affected = await streams.choose(setting.sizes.sequences // 2)
+        await _await_frames(server, setting, worker, found)
+        found.readers, found.streams = len(affected), list(streams.sequences.values())
         process = await _process_of(server, worker)
-        at.progress(f"freeze: {worker} is stopped; deadline in force: {found.deadline_ms} ms")
+        setting.progress(f"freeze: {worker} is stopped; deadline in force: {found.deadline_ms} ms")
         stopped_s = time.perf_counter()
         server.freeze(process)
         fresh = asyncio.create_task(_fresh(server, found))
-        await asyncio.sleep(max(0.0, at.sizes.frozen_s - (time.perf_counter() - stopped_s)))
+        await asyncio.sleep(max(0.0, setting.sizes.frozen_s - (time.perf_counter() - stopped_s)))
         server.thaw()
-        at.progress(f"freeze: {worker} goes on")
+        setting.progress(f"freeze: {worker} goes on")
         await asyncio.wait(streams.tasks.values(), timeout=STREAM_DEADLINE_S)
         await asyncio.wait({fresh}, timeout=STREAM_DEADLINE_S)
     finally:
@@ -196,32 +207,36 @@ async def _freeze(server: Server, at: Setting, found: Found) -> None:
         unended = dict(streams.sequences)
         await streams.end_all()
     for stream in unended.values():
-        if not stream.whole:
+        if not stream.is_complete:
             found.failed.append(f"stream {stream.name}: {stream.ended or 'cut off'}: {stream.details[:200]}")
-    found.gap_s = _longest(unended, hit, stopped_s, was_hit=False)
-    found.hit_gap_s = _longest(unended, hit, stopped_s, was_hit=True)
+    found.gap_s = _longest(unended, affected, stopped_s, was_affected=False)
+    found.affected_gap_s = _longest(unended, affected, stopped_s, was_affected=True)
 
 
-def _longest(streams: Mapping[str, Stream], hit: set[str], from_s: float, *, was_hit: bool) -> float | None:
-    """From the stop to each stream's own end; one that failed waited until it did."""
+def _longest(
+    streams: Mapping[str, ClientStream], affected: set[str], from_s: float, *, was_affected: bool
+) -> float | None:
+    """The longest gap of the affected or unaffected streams from ``from_s`` to their ends, in seconds.
+
+    A stream that failed counts until its error."""
     gaps = [
         longest_gap_s(stream.times_s, first_s=from_s, last_s=_last_s(stream))
         for name, stream in streams.items()
-        if (name in hit) == was_hit and _last_s(stream) > from_s
+        if (name in affected) == was_affected and _last_s(stream) > from_s
     ]
     return max(gaps, default=None)
 
 
-def _last_s(stream: Stream) -> float:
-    if stream.whole or stream.ended is None:
+def _last_s(stream: ClientStream) -> float:
+    if stream.is_complete or stream.ended is None:
         return stream.times_s[-1] if stream.times_s else stream.ended_s
     return stream.ended_s
 
 
-async def _fresh(server: Server, found: Found) -> None:
-    """A new request while the worker is frozen."""
+async def _fresh(server: Server, found: FreezeFindings) -> None:
+    """Sends a new request while the worker is frozen, and records the time to its first token."""
     await asyncio.sleep(NEW_REQUEST_AFTER_S)
-    stream = Stream("new")
+    stream = ClientStream("new")
     request = api.GenerateRequest(
         text="The keeper of the lighthouse said", sampling=api.Sampling(max_tokens=8, ignore_eos=True)
     )
@@ -230,8 +245,10 @@ async def _fresh(server: Server, found: Found) -> None:
         found.new_first_s = stream.times_s[0] - stream.sent_s
 
 
-async def _await_frames(server: Server, at: Setting, worker: str, found: Found) -> None:
-    """Until the engine has sent this worker so many. What it says of the deadline is kept."""
+async def _await_frames(server: Server, setting: Setting, worker: str, found: FreezeFindings) -> None:
+    """Waits until the engine has sent ``sizes.frames`` frames to the worker, or FRAMES_DEADLINE_S.
+
+    Records their number and the link's deadline."""
     begun_s = time.perf_counter()
     while time.perf_counter() - begun_s < FRAMES_DEADLINE_S:
         for dense in (await server.status()).workers:
@@ -239,7 +256,7 @@ async def _await_frames(server: Server, at: Setting, worker: str, found: Found) 
                 if link.worker_id == worker:
                     found.frames = link.frames
                     found.deadline_ms = getattr(link, "deadline_ms", None) or None
-        if (found.frames or 0) >= at.sizes.frames:
+        if (found.frames or 0) >= setting.sizes.frames:
             return
         await asyncio.sleep(POLL_S)
 
@@ -252,64 +269,65 @@ async def _process_of(server: Server, worker: str) -> Process:
     raise StartupError(f"{worker} has no process here")
 
 
-async def _freeze_for_good(server: Server, at: Setting, found: Found) -> None:
-    at.progress("freeze: for good this time")
-    streams = await _started(server, at, 1000)
+async def _freeze_for_good(server: Server, setting: Setting, found: FreezeFindings) -> None:
+    setting.progress("freeze: for good this time")
+    streams = await _started(server, setting, 1000)
     try:
-        worker, hit = await streams.choose(at.sizes.sequences // 2)
+        worker, affected = await streams.choose(setting.sizes.sequences // 2)
         process = await _process_of(server, worker)
         stopped_s = time.perf_counter()
         server.freeze(process)
-        found.hit_for_good = len(hit)
-        waiting = [streams.tasks[name] for name in hit if name in streams.tasks]
+        found.affected_for_good = len(affected)
+        waiting = [streams.tasks[name] for name in affected if name in streams.tasks]
         if waiting:
-            await asyncio.wait(waiting, timeout=GOOD_DEADLINE_S)
-        _judge([streams.sequences[name] for name in hit], stopped_s, found)
+            await asyncio.wait(waiting, timeout=AFFECTED_DEADLINE_S)
+        _judge([streams.sequences[name] for name in affected], stopped_s, found)
         found.bystanders_for_good.update(
-            stream.ended or "running" for name, stream in streams.sequences.items() if name not in hit
+            stream.ended or "running" for name, stream in streams.sequences.items() if name not in affected
         )
     finally:
         await streams.end_all()
         server.thaw()
-    await _await_whole(server, found)
+    await _await_recovery(server, found)
 
 
-def _judge(hit: Sequence[Stream], stopped_s: float, found: Found) -> None:
-    """How those that were hit ended."""
+def _judge(affected: Sequence[ClientStream], stopped_s: float, found: FreezeFindings) -> None:
+    """Records how the affected streams ended."""
     found.unclear = []
-    for stream in hit:
-        found.hit_errors[stream.ended or "running"] += 1
+    for stream in affected:
+        found.affected_errors[stream.ended or "running"] += 1
         if stream.ended != "UNAVAILABLE" or not stream.details:
             found.unclear.append(f"{stream.ended or 'running'}: {stream.details[:200] or 'no words'}")
-    if hit and all(stream.ended is not None for stream in hit):
-        found.hit_ended_s = max(stream.ended_s for stream in hit) - stopped_s
+    if affected and all(stream.ended is not None for stream in affected):
+        found.affected_ended_s = max(stream.ended_s for stream in affected) - stopped_s
 
 
-async def _await_whole(server: Server, found: Found) -> None:
-    """Until every worker answers and nothing is held any more."""
+async def _await_recovery(server: Server, found: FreezeFindings) -> None:
+    """Waits until every worker is ready and all memory is free, or RECOVERY_DEADLINE_S."""
     thawed_s = time.perf_counter()
-    while time.perf_counter() - thawed_s < WHOLE_DEADLINE_S:
+    while time.perf_counter() - thawed_s < RECOVERY_DEADLINE_S:
         with contextlib.suppress(grpc.aio.AioRpcError):
             workers = (await server.status()).workers
             found.missing_bytes = sum(worker.budget_bytes - worker.free_bytes for worker in workers)
             ready = all(worker.state == "ready" and worker.budget_bytes for worker in workers)
             if ready and not found.missing_bytes:
-                found.whole_s = time.perf_counter() - thawed_s
+                found.recovered_s = time.perf_counter() - thawed_s
                 return
         await asyncio.sleep(POLL_S)
 
 
-async def _compare(server: Server, at: Setting, found: Found) -> None:
-    """Each prompt again, all at once: in float32 the tokens don't depend on who is in the batch."""
-    undisturbed = [Stream(stream.name) for stream in found.streams]
-    requests = [prompt_request(int(stream.name), at.sizes.stream_tokens) for stream in undisturbed]
+async def _compare(server: Server, setting: Setting, found: FreezeFindings) -> None:
+    """Runs each prompt again and records differences. All run at once: in float32 tokens do not depend on the
+    batch."""
+    undisturbed = [ClientStream(stream.name) for stream in found.streams]
+    requests = [prompt_request(int(stream.name), setting.sizes.stream_tokens) for stream in undisturbed]
     async with asyncio.TaskGroup() as group:
         for stream, request in zip(undisturbed, requests, strict=True):
             group.create_task(follow(server.stub, request, stream, deadline_s=STREAM_DEADLINE_S))
     found.different = []
     for stream, wanted in zip(found.streams, undisturbed, strict=True):
-        if not wanted.whole:
+        if not wanted.is_complete:
             raise StartupError(f"undisturbed, a stream ended with {wanted.ended}: {wanted.details[:200]}")
-        place = differs(stream.tokens, wanted.tokens)
-        if place is not None:
-            found.different.append(f"stream {stream.name} at token {place}")
+        index = differs(stream.tokens, wanted.tokens)
+        if index is not None:
+            found.different.append(f"stream {stream.name} at token {index}")

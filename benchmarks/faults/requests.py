@@ -1,6 +1,6 @@
-"""The hostile requests of ``bench faults``: drawn from a seed, the same ones for the same seed.
+"""Draws the hostile requests of ``bench faults`` from a seed; the same seed gives the same requests.
 
-Pure: called by ``faults_hostile``, which sends them. Must not know what a server answers.
+Pure. Called by ``faults.hostile``, which sends them. Must not know what a server answers.
 """
 
 import math
@@ -12,10 +12,10 @@ from random import Random
 from farshore.proto import inference_pb2 as api
 
 VOCAB = 49_152
-"""SmolLM2's."""
+"""The size of SmolLM2's vocabulary."""
 MOST_UINT32 = 2**32 - 1
 TINY, HUGE = 1e-38, 3e38
-"""About the least normal number and the largest one of a float32."""
+"""About the smallest normal and the largest float32."""
 NAN, INF = math.nan, math.inf
 WORDS = (
     "sea",
@@ -34,7 +34,9 @@ WORDS = (
 )
 
 
-class Kind(StrEnum):
+class HostileKind(StrEnum):
+    """The kinds of hostile requests; each value is the kind's name in reports."""
+
     IDS = "hostile ids"
     SIZES = "sizes"
     CHOICES = "choices"
@@ -56,12 +58,15 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hostile:
-    """``message``: of Generate, on the wire; ``request_id`` is in it. ``after_tokens``: when a client
-    cancels, leaves or stalls. ``hold_s``: how long it waits there, or before each read. ``resumed``: the
-    message with which it comes back. ``garbage``: bytes for the port instead of a request."""
+    """A hostile request and the behaviour of its client.
+
+    ``message`` is the serialised GenerateRequest, which contains ``request_id``. After ``after_tokens``
+    tokens the client cancels, leaves or stalls. It waits ``hold_s`` seconds then, or before each read.
+    ``resumed`` is the serialised request with which it resumes. ``garbage`` is sent to the port instead of a
+    request."""
 
     number: int
-    kind: Kind
+    kind: HostileKind
     request_id: str = ""
     message: bytes = b""
     after_tokens: int = 0
@@ -71,9 +76,11 @@ class Hostile:
 
 
 def deal(seed: int, requests: int) -> Iterator[Hostile]:
-    """So many requests, made one by one (all of them are gigabytes); every kind as often as any other, or
-    once more. Request i is the same however many there are."""
-    dealer, kinds = Random(f"{seed} kinds"), list(Kind)
+    """Yields ``requests`` requests, one at a time: all of them take gigabytes.
+
+    The numbers of requests of any two kinds differ by one at most. Request i does not depend on
+    ``requests``."""
+    dealer, kinds = Random(f"{seed} kinds"), list(HostileKind)
     for number in range(requests):
         if number % len(kinds) == 0:
             dealer.shuffle(kinds)
@@ -86,7 +93,8 @@ def _prompt(draw: Random, *, words: int | None = None) -> str:
 
 
 def _sampling(draw: Random, **fields: object) -> api.Sampling:
-    """Some tokens of a few choices unless told otherwise; one in eight grows through several blocks."""
+    """Sampling of some tokens and a few choices, unless ``fields`` says otherwise. One in eight needs several
+    blocks."""
     length = draw.randint(200, 400) if draw.random() < 1 / 8 else draw.randint(4, 40)
     given: dict[str, object] = {"max_tokens": length, "temperature": draw.choice((0.0, 0.7, 1.0))}
     if draw.random() < 1 / 4:
@@ -100,13 +108,13 @@ def _id(draw: Random, number: int) -> str:
     return f"hostile-{number}-{draw.getrandbits(32):08x}"
 
 
-def _hostile(number: int, kind: Kind, request: api.GenerateRequest, **more: object) -> Hostile:
+def _hostile(number: int, kind: HostileKind, request: api.GenerateRequest, **more: object) -> Hostile:
     wire = request.SerializeToString(deterministic=True)
     return Hostile(number=number, kind=kind, request_id=request.request_id, message=wire, **more)
 
 
-def _ids(draw: Random, number: int, kind: Kind) -> Hostile:
-    """Ids that look like another's, like a choice of another's, like paths; the same id again and again."""
+def _ids(draw: Random, number: int, kind: HostileKind) -> Hostile:
+    """Request ids that resemble other requests' ids, their choices, or paths; some ids repeat often."""
     bystander, other = draw.randrange(8), draw.randrange(max(1, number))
     name = draw.choice(
         (
@@ -131,7 +139,7 @@ def _ids(draw: Random, number: int, kind: Kind) -> Hostile:
     return _hostile(number, kind, api.GenerateRequest(text=_prompt(draw), request_id=name, sampling=sampling))
 
 
-def _sizes(draw: Random, number: int, kind: Kind) -> Hostile:
+def _sizes(draw: Random, number: int, kind: HostileKind) -> Hostile:
     sampling = _sampling(draw)
     request = api.GenerateRequest(sampling=sampling)
     match draw.randrange(10):
@@ -155,27 +163,27 @@ def _sizes(draw: Random, number: int, kind: Kind) -> Hostile:
             request.cache_salt = "s" * draw.choice((256, 257, 100_000))
             request.text = _prompt(draw)
         case _:
-            # Blocks and more of it, which the pool has to find room for.
+            # Prompts around one block, and of several blocks, which the pool must find memory for.
             request.tokens.ids.extend(draw.choices(range(VOCAB), k=draw.choice((255, 256, 257, 600))))
     return _hostile(number, kind, request)
 
 
-def _choices(draw: Random, number: int, kind: Kind) -> Hostile:
+def _choices(draw: Random, number: int, kind: HostileKind) -> Hostile:
     n = draw.choice((0, 1, 2, 4, 8, 12, 12, 12, 12, 33, MOST_UINT32))
     sampling = _sampling(draw, n=n, temperature=draw.choice((1.0, 1.0, 1.0, 0.0)), max_tokens=32)
     return _hostile(number, kind, api.GenerateRequest(text=_prompt(draw), sampling=sampling))
 
 
-def _of_sampling(draw: Random, number: int, kind: Kind, **fields: object) -> Hostile:
+def _of_sampling(draw: Random, number: int, kind: HostileKind, **fields: object) -> Hostile:
     return _hostile(number, kind, api.GenerateRequest(text=_prompt(draw), sampling=_sampling(draw, **fields)))
 
 
-def _logprobs(draw: Random, number: int, kind: Kind) -> Hostile:
+def _logprobs(draw: Random, number: int, kind: HostileKind) -> Hostile:
     asked = draw.choice((0, 1, 5, 20, 20, 21, VOCAB, VOCAB + 1, MOST_UINT32))
     return _of_sampling(draw, number, kind, logprobs=asked)
 
 
-def _penalties(draw: Random, number: int, kind: Kind) -> Hostile:
+def _penalties(draw: Random, number: int, kind: HostileKind) -> Hostile:
     names = draw.sample(("repetition_penalty", "presence_penalty", "frequency_penalty"), draw.randint(1, 3))
     extremes: Mapping[str, tuple[float, ...]] = {
         "repetition_penalty": (TINY, 1e-45, 1e-3, 1.0, 1.3, 10.0, 10.1, 0.0, -1.0, NAN, INF),
@@ -185,7 +193,7 @@ def _penalties(draw: Random, number: int, kind: Kind) -> Hostile:
     return _of_sampling(draw, number, kind, **{name: draw.choice(extremes[name]) for name in names})
 
 
-def _temperature(draw: Random, number: int, kind: Kind) -> Hostile:
+def _temperature(draw: Random, number: int, kind: HostileKind) -> Hostile:
     fields: dict[str, object] = {
         "temperature": draw.choice((TINY, 1e-45, 0.01, 2.0, 2.0, 2.1, -1.0, NAN, INF))
     }
@@ -198,7 +206,7 @@ def _temperature(draw: Random, number: int, kind: Kind) -> Hostile:
     return _of_sampling(draw, number, kind, n=1, **fields)
 
 
-def _stops(draw: Random, number: int, kind: Kind) -> Hostile:
+def _stops(draw: Random, number: int, kind: HostileKind) -> Hostile:
     stops = draw.choice(
         (
             [" "],
@@ -216,7 +224,7 @@ def _stops(draw: Random, number: int, kind: Kind) -> Hostile:
     return _of_sampling(draw, number, kind, stop=stops, stop_token_ids=ids, ignore_eos=draw.random() < 0.5)
 
 
-def _bias(draw: Random, number: int, kind: Kind) -> Hostile:
+def _bias(draw: Random, number: int, kind: HostileKind) -> Hostile:
     count = draw.choice((1, 5, 100, 1024, 1025))
     low, high = draw.choice(((-100.0, 100.0), (100.0, 100.0), (-100.0, -100.0), (-101.0, 0.0)))
     bias = {token: draw.uniform(low, high) for token in draw.sample(range(VOCAB), count)}
@@ -225,10 +233,10 @@ def _bias(draw: Random, number: int, kind: Kind) -> Hostile:
     return _of_sampling(draw, number, kind, logit_bias=bias)
 
 
-def _own(draw: Random, number: int, kind: Kind) -> Hostile:
-    """A request that generates, under an id of its own, and whose client then misbehaves."""
-    streams = kind in (Kind.SLOW_READER, Kind.STALLED_READER)
-    # Answers large enough that an unread one fills the connection's window.
+def _misbehaving(draw: Random, number: int, kind: HostileKind) -> Hostile:
+    """A valid request with a unique id; its client misbehaves while it is answered."""
+    streams = kind in (HostileKind.SLOW_READER, HostileKind.STALLED_READER)
+    # Large enough that an unread answer fills the connection's window.
     fields: dict[str, object] = (
         {"logprobs": 20, "n": draw.randint(1, 12), "temperature": 1.0} if streams else {}
     )
@@ -237,57 +245,60 @@ def _own(draw: Random, number: int, kind: Kind) -> Hostile:
         request_id=_id(draw, number) if draw.random() < 0.8 or kind in _CANCELS else "",
         sampling=_sampling(draw, ignore_eos=True, **fields),
     )
-    hold_s = {Kind.SLOW_READER: draw.uniform(0.01, 0.1), Kind.STALLED_READER: draw.uniform(2, 10)}
+    hold_s = {
+        HostileKind.SLOW_READER: draw.uniform(0.01, 0.1),
+        HostileKind.STALLED_READER: draw.uniform(2, 10),
+    }
     return _hostile(
         number, kind, request, after_tokens=draw.randint(1, 8), hold_s=hold_s.get(kind, draw.uniform(0, 0.2))
     )
 
 
-def _resume(draw: Random, number: int, kind: Kind) -> Hostile:
+def _resume(draw: Random, number: int, kind: HostileKind) -> Hostile:
     after = draw.randint(1, 8)
     request = api.GenerateRequest(
         text=_prompt(draw), request_id=_id(draw, number), sampling=_sampling(draw, ignore_eos=True)
     )
-    again = api.GenerateRequest()
-    again.CopyFrom(request)
-    again.resume_from = draw.choice((after, after, after, 0, 1, 39, 10_000, MOST_UINT32))
+    resumed = api.GenerateRequest()
+    resumed.CopyFrom(request)
+    resumed.resume_from = draw.choice((after, after, after, 0, 1, 39, 10_000, MOST_UINT32))
     if draw.random() < 0.3:
-        again.ClearField("prompt")
+        resumed.ClearField("prompt")
     elif draw.random() < 0.2:
-        again.text = _prompt(draw)
+        resumed.text = _prompt(draw)
     return _hostile(
         number,
         kind,
         request,
         after_tokens=after,
         hold_s=draw.uniform(0, 1),
-        resumed=again.SerializeToString(deterministic=True),
+        resumed=resumed.SerializeToString(deterministic=True),
     )
 
 
-def _garbage(draw: Random, number: int, kind: Kind) -> Hostile:
+def _garbage(draw: Random, number: int, kind: HostileKind) -> Hostile:
     preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-    some = draw.randbytes(draw.randint(1, 20_000))
+    noise = draw.randbytes(draw.randint(1, 20_000))
     return Hostile(
         number=number,
         kind=kind,
         hold_s=draw.uniform(0, 1),
         garbage=draw.choice(
             (
-                some,
-                preface + some,
-                # SETTINGS, and then frames whose length is not what follows.
-                preface + b"\0\0\0\x04\0\0\0\0\0" + b"\xff\xff\xff\x00\x01\0\0\0\x01" + some,
+                noise,
+                preface + noise,
+                # SETTINGS, then a frame whose length does not match its payload.
+                preface + b"\0\0\0\x04\0\0\0\0\0" + b"\xff\xff\xff\x00\x01\0\0\0\x01" + noise,
                 preface + b"\0\0\0\x04\0\0\0\0\0" * 200,
                 b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-                b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + some,
+                b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + noise,
                 b"",
             )
         ),
     )
 
 
-def _oversize(draw: Random, number: int, kind: Kind) -> Hostile:
+def _oversize(draw: Random, number: int, kind: HostileKind) -> Hostile:
     size_bytes = draw.choice((5, 9, 9, 9, 17, 33, 65)) << 20
     request = api.GenerateRequest(sampling=_sampling(draw))
     match draw.randrange(4):
@@ -303,18 +314,20 @@ def _oversize(draw: Random, number: int, kind: Kind) -> Hostile:
     return _hostile(number, kind, request)
 
 
-_CANCELS = (Kind.CANCEL_AT_ONCE, Kind.CANCEL_MIDWAY, Kind.CANCEL_BEFORE)
-_MAKERS: Mapping[Kind, Callable[[Random, int, Kind], Hostile]] = {
-    Kind.IDS: _ids,
-    Kind.SIZES: _sizes,
-    Kind.CHOICES: _choices,
-    Kind.LOGPROBS: _logprobs,
-    Kind.PENALTIES: _penalties,
-    Kind.TEMPERATURE: _temperature,
-    Kind.STOPS: _stops,
-    Kind.BIAS: _bias,
-    Kind.RESUME: _resume,
-    Kind.GARBAGE: _garbage,
-    Kind.OVERSIZE: _oversize,
-    **dict.fromkeys((*_CANCELS, Kind.DISCONNECT, Kind.SLOW_READER, Kind.STALLED_READER), _own),
+_CANCELS = (HostileKind.CANCEL_AT_ONCE, HostileKind.CANCEL_MIDWAY, HostileKind.CANCEL_BEFORE)
+_MAKERS: Mapping[HostileKind, Callable[[Random, int, HostileKind], Hostile]] = {
+    HostileKind.IDS: _ids,
+    HostileKind.SIZES: _sizes,
+    HostileKind.CHOICES: _choices,
+    HostileKind.LOGPROBS: _logprobs,
+    HostileKind.PENALTIES: _penalties,
+    HostileKind.TEMPERATURE: _temperature,
+    HostileKind.STOPS: _stops,
+    HostileKind.BIAS: _bias,
+    HostileKind.RESUME: _resume,
+    HostileKind.GARBAGE: _garbage,
+    HostileKind.OVERSIZE: _oversize,
+    **dict.fromkeys(
+        (*_CANCELS, HostileKind.DISCONNECT, HostileKind.SLOW_READER, HostileKind.STALLED_READER), _misbehaving
+    ),
 }

@@ -1,8 +1,8 @@
-"""Sends one oversize request from a process of its own.
+"""Sends one oversize request from a separate process.
 
-``python -m farshore.benchmarks.faults.sender ADDRESS CASE``, started by ``faults_door``. Prints a line when
-it is connected and has made the message, waits for a line, sends the message, and prints one JSON object: how
-it was answered and when. Must not know what it is held against.
+Started by ``faults.oversize`` as ``python -m farshore.benchmarks.faults.sender ADDRESS CASE``. It builds the
+message, connects, prints a line, waits for a line on stdin, sends the message, and prints a JSON object with
+the answer's code, details and time. Must not know the bars.
 """
 
 import json
@@ -23,8 +23,8 @@ DEADLINE_S = 100.0
 
 
 def _token_ids() -> bytes:
-    """As much as a message of 64 MiB holds: ids below 128, one byte each. By hand: a list of 67 million
-    numbers takes gigabytes here."""
+    """A message of almost 64 MiB of one-byte token ids, encoded by hand: a list of 67 million numbers would
+    take gigabytes."""
     ids = bytes([5]) * (IDS_BYTES - ENVELOPE_BYTES)
     inner = b"\x0a" + _varint(len(ids)) + ids
     return b"\x22" + _varint(len(inner)) + inner
@@ -36,7 +36,7 @@ def _messages() -> bytes:
 
 
 def _filled_messages() -> bytes:
-    """What a check for content lets pass."""
+    """300,001 messages of a user, of which the first has content."""
     chat = api.Chat(messages=[api.Message(role="user", content="x")] + [api.Message(role="user")] * MESSAGES)
     return api.GenerateRequest(chat=chat).SerializeToString()
 
@@ -63,6 +63,7 @@ CASES: Mapping[str, Callable[[], bytes]] = {
 
 
 def main(address: str, case: str) -> None:
+    """Runs the protocol of the module's docstring for one of ``CASES``."""
     message = CASES[case]()
     options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
     with grpc.insecure_channel(address, options=options) as channel:
@@ -76,7 +77,7 @@ def main(address: str, case: str) -> None:
         begun_s = time.perf_counter()
         code, details = "OK", "it was not refused"
         try:
-            # The first event would be Accepted: what is accepted is left at once.
+            # The first event would be Accepted; an accepted request is cancelled at once.
             call = generate(message, timeout=DEADLINE_S)
             next(call)
             call.cancel()

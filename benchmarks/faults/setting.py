@@ -1,18 +1,18 @@
-"""What the parts of the faults benchmark share: how much is sent, and how long anything may take.
+"""The sizes and the setting that all parts of the faults benchmark share.
 
-Made by ``faults``. Must not know the bars.
+Made by ``faults.benchmark``. Must not know the bars.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 ISSUE_REQUESTS = 2000
-"""The run that the bars are for; a shorter one is held against its share of their counts."""
+"""The number of hostile requests of a full run; the bars of a shorter run need its share of their counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much is measured: by default what the bars say; tests make it small."""
+    """How much is measured. The defaults are those of the bars; tests use smaller sizes."""
 
     requests: int = ISSUE_REQUESTS
     concurrency: int = 24
@@ -20,20 +20,20 @@ class Sizes:
     bystanders: int = 4
     bystander_tokens: int = 160
     sequences: int = 8
-    """Streams beside a frozen shard; half of them shall have spans there."""
+    """Streams that run while a shard is frozen; half of them should have spans in it."""
     stream_tokens: int = 900
     frames: int = 1000
-    """To a shard, before it is frozen."""
+    """Frames that a shard receives before it is frozen."""
     frozen_s: float = 3.0
     prompts: int = 8
     prompt_chars: int = 2_000_000
     refusals: int = 3
-    """Times that each oversize request is sent; the slowest counts."""
+    """How often each oversize request is sent; the slowest answer counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One run of the benchmark."""
+    """One run of the benchmark. ``progress`` receives messages for the user."""
 
     sizes: Sizes
     seed: int

@@ -1,6 +1,6 @@
-"""One streamed request as its client sees it: which tokens came, when, and how it ended.
+"""Records a streamed request as its client sees it: the tokens, their times, and how the request ended.
 
-Used by the parts of ``faults``. The arithmetic on times is pure. Must not know why a request was sent.
+Called by the parts of the faults benchmark. Must not know why a request was sent.
 """
 
 import asyncio
@@ -15,12 +15,15 @@ import grpc
 from farshore.proto import inference_pb2 as api
 
 Tokens = tuple[tuple[int, int], ...]
-"""(choice, token id), as they came."""
+"""(choice, token id) in the order of arrival."""
 
 
 @dataclass(slots=True)
-class Stream:
-    """``ended``: None while it runs, "finished", "late" (its deadline ran out), or a gRPC status's name."""
+class ClientStream:
+    """The record of one request. Times are of ``time.perf_counter``.
+
+    ``ended`` is None while the request runs, then "finished", "late" (its deadline expired), "broken off"
+    (its stream ended early), or the name of a gRPC status."""
 
     name: str
     sent_s: float = 0.0
@@ -36,6 +39,7 @@ class Stream:
     first: asyncio.Event = field(default_factory=asyncio.Event)
 
     def take(self, event: api.GenerateEvent) -> None:
+        """Records an event at the present time."""
         now_s = time.perf_counter()
         kind = event.WhichOneof("kind")
         if kind == "accepted":
@@ -50,20 +54,25 @@ class Stream:
             self.end("finished")
 
     def end(self, how: str, details: str = "") -> None:
+        """Records the end, unless one is recorded already."""
         if self.ended is None:
             self.ended, self.details, self.ended_s = how, details, time.perf_counter()
         self.accepted.set()
         self.first.set()
 
     @property
-    def whole(self) -> bool:
-        """Whether it came to its own end, by length or by a stop."""
-        own = (api.FINISH_REASON_STOP, api.FINISH_REASON_LENGTH)
-        return self.ended == "finished" and all(reason in own for reason in self.reasons)
+    def is_complete(self) -> bool:
+        """Whether all choices ended by length or by a stop."""
+        complete = (api.FINISH_REASON_STOP, api.FINISH_REASON_LENGTH)
+        return self.ended == "finished" and all(reason in complete for reason in self.reasons)
 
 
-async def follow(stub: Any, request: api.GenerateRequest, stream: Stream, *, deadline_s: float) -> Stream:
-    """Reads it to its end. Raises nothing but CancelledError: the stream says how it ended."""
+async def follow(
+    stub: Any, request: api.GenerateRequest, stream: ClientStream, *, deadline_s: float
+) -> ClientStream:
+    """Sends the request and records its events in ``stream`` until it ends. Returns ``stream``.
+
+    Raises CancelledError only: ``stream.ended`` holds the server's error."""
     stream.sent_s = time.perf_counter()
     try:
         async with asyncio.timeout(deadline_s):
@@ -78,16 +87,17 @@ async def follow(stub: Any, request: api.GenerateRequest, stream: Stream, *, dea
 
 
 def differs(tokens: Sequence[tuple[int, int]], undisturbed: Sequence[tuple[int, int]]) -> int | None:
-    """The first place where a finished stream is not what it was undisturbed; None: nowhere."""
-    for place, (got, wanted) in enumerate(zip(tokens, undisturbed, strict=False)):
+    """The index of the first token that differs from the undisturbed stream, or None if they are equal."""
+    for index, (got, wanted) in enumerate(zip(tokens, undisturbed, strict=False)):
         if got != wanted:
-            return place
+            return index
     return None if len(tokens) == len(undisturbed) else min(len(tokens), len(undisturbed))
 
 
 def longest_gap_s(times_s: Sequence[float], *, first_s: float, last_s: float) -> float:
-    """The longest time without a token that overlaps ``first_s`` .. ``last_s``. The time before the first
-    token and behind the last one counts as far as it lies inside."""
+    """The longest time without a token among the gaps that overlap ``first_s .. last_s``, in seconds.
+
+    Before the first token and after the last one only the time inside the range counts."""
     inside = [time_s for time_s in times_s if first_s < time_s < last_s]
     before = max((time_s for time_s in times_s if time_s <= first_s), default=first_s)
     after = min((time_s for time_s in times_s if time_s >= last_s), default=last_s)
@@ -96,7 +106,8 @@ def longest_gap_s(times_s: Sequence[float], *, first_s: float, last_s: float) ->
 
 
 def percentile(values: Iterable[float], percent: float) -> float | None:
-    """The smallest value that ``percent`` of them do not exceed; None of none."""
+    """The smallest value that ``percent`` percent of the values do not exceed; None if there are no
+    values."""
     ordered = sorted(values)
     if not ordered:
         return None

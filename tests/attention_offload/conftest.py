@@ -18,7 +18,7 @@ from farshore.attention_offload.shard.frame_loop import FrameListener, serve_fra
 from farshore.attention_offload.shard.session import AttendedBytes, ShardSession
 from farshore.attention_offload.transport.connect import WELCOME
 from farshore.attention_offload.transport.frames import REMOTE, Sent, Transport
-from farshore.attention_offload.transport.native_stream import FrameStream
+from farshore.attention_offload.transport.native_connection import NativeConnection
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kernels.base import AttentionSpec, KVLayout, State
 from farshore.kernels.formats import KVFormat
@@ -252,7 +252,7 @@ class Room:
         assert self.fingerprint() == self.digest
         self.store.check_integrity()
         transport = Transport.SHARED_MEMORY if unix else Transport.TCP
-        stream = FrameStream(
+        stream = NativeConnection(
             self.frames(unix),
             transport,
             "shard",

@@ -15,7 +15,9 @@ def test_memory_and_undefined_behaviour(sanitiser):
         "transport/test_garbage.py",
         "transport/test_garbage_steps.py",
         "fanout/test_reads.py",
-        "shard/test_checks.py",
+        "shard/test_checks_fuzz.py",
+        "shard/test_checks_frames.py",
+        "shard/test_checks_calls.py",
     )
     tests = [here / name for name in names]
     sanitiser.run_suite("farshore.attention_offload._native", SOURCES, tests)

@@ -12,13 +12,13 @@ from farshore.models.weights import expected_shapes
 
 @pytest.fixture
 def machine():
-    """This one, with a cache so small that nothing needs to be large."""
+    """The facts of this machine, with a tiny cache, so that buffers may be small."""
     return replace(facts(threads=1), l3_bytes=4096)
 
 
 @pytest.fixture(scope="session")
 def random_llama():
-    """random_llama(config) -> a Llama of random bfloat16 weights, its embeddings tied."""
+    """random_llama(config): a Llama with random bfloat16 weights and tied embeddings."""
 
     def make(config):
         generator = torch.Generator().manual_seed(2)

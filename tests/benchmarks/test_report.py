@@ -44,7 +44,7 @@ def test_the_json_object():
 
 
 def test_what_is_met_is_decided_before_rounding():
-    """0.649999 is printed as 0.65 and still misses 0.65."""
+    """0.6499999 is printed as 0.65 and still misses a bar of 0.65."""
     (bar,) = Report({}, bars=(Bar.at_least("close", 0.6499999, 0.65, "x"),)).as_dict()["bars"]
     assert (bar["value"], bar["met"]) == (0.65, False)
 

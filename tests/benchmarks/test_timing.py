@@ -1,4 +1,4 @@
-"""Interleaving, with a clock that only the candidates move."""
+"""Interleaved measurements, on a clock that only the candidates advance."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def clock():
 
 
 def taking(clock, log, name, *durations_s):
-    """A candidate whose n-th call takes the n-th duration, and the last one from then on."""
+    """A candidate whose n-th call takes the n-th duration; further calls take the last duration."""
     left = list(durations_s)
 
     def run():
@@ -29,7 +29,7 @@ def taking(clock, log, name, *durations_s):
     return run
 
 
-def test_candidates_take_turns(clock):
+def test_candidates_alternate(clock):
     log = []
     candidates = {name: taking(clock, log, name, 1) for name in "AB"}
     interleave(candidates, rounds=3, warm_up=1, clock=clock)
@@ -85,7 +85,7 @@ def test_quantiles():
 
 
 def test_a_ratio_compares_what_ran_together():
-    """The machine slows down threefold in the middle of a comparison; A stays twice as fast as B."""
+    """The machine slows down threefold during the comparison; A stays twice as fast as B."""
     fast, slow = Timing((1.0, 1.0, 3.0, 3.0, 3.0)), Timing((2.0, 2.0, 6.0, 6.0, 6.0))
     assert slow.over(fast) == 2 and fast.over(slow) == 0.5
     disturbed = Timing((2.0, 2.0, 90.0, 6.0, 6.0))

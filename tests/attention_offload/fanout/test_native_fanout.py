@@ -10,7 +10,7 @@ import torch
 
 from farshore.attention_offload.fanout.native_fanout import NativeFanout, Part
 from farshore.attention_offload.transport.frames import Sent, Transport, native
-from farshore.attention_offload.transport.native_stream import FrameStream
+from farshore.attention_offload.transport.native_connection import NativeConnection
 from farshore.errors import InvalidRequest, Late, NotFound, TransportError
 from farshore.kernels.base import State
 from farshore.proto import attention_pb2 as pb
@@ -32,7 +32,7 @@ class Rig:
         self.work = work
         pairs = [socket.socketpair() for _ in SEEN]
         self.streams = [
-            FrameStream(near, Transport.TCP, f"shard-{i}", work.model, work.dtype)
+            NativeConnection(near, Transport.TCP, f"shard-{i}", work.model, work.dtype)
             for i, (near, _) in enumerate(pairs)
         ]
         self.far = [far for _, far in pairs]

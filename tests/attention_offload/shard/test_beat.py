@@ -1,4 +1,4 @@
-"""Beats over gRPC: an engine's lease on its holds, and a shard that was frozen, real processes."""
+"""Beats over gRPC: they renew an engine's lease on its holds, and reconcile after a shard was frozen."""
 
 import os
 import signal
@@ -16,8 +16,8 @@ from farshore.ids import SequenceId
 from farshore.proto import attention_pb2 as pb
 
 DEADLINE_S = 60.0
-WHOLE_WITHIN_S = 10.0
-"""After a thaw; the issue's bar."""
+RECOVERED_WITHIN_S = 10.0
+"""The limit for the time between a thaw and the return of all memory."""
 
 A, B = SequenceId("a"), SequenceId("b")
 
@@ -46,7 +46,7 @@ def pass_s(shard, clock, seconds):
         shard.service.holds.tick()
 
 
-def test_a_beat_says_who_answers_and_how_much_there_is(shard, reach, work):
+def test_a_beat_reports_the_shards_identity_and_memory(shard, reach, work):
     client = reach(shard.address)
     work.sealed_span(client.store, "a", 0, 20)
     beat, identity = client.store.beat(None), client.identify()
@@ -66,12 +66,12 @@ def test_every_call_of_an_engine_keeps_its_holds(shard, reach, work, clock, sign
     client, other = reach(shard.address), reach(shard.address)
     read = work.sealed_span(client.store, "a", 0, 20)
     work.sealed_span(other.store, "b", 0, 20)
-    open_ = client.store.create(work.key("a"), capacity_tokens=20, layout=work.layout, epoch=work.owner)
+    unsealed = client.store.create(work.key("a"), capacity_tokens=20, layout=work.layout, epoch=work.owner)
     pass_s(shard, clock, LEASE_S - 1)
     {
         "beat": lambda: client.store.beat(None),
         "read": lambda: client.store.read(read.span, 0, 0, 1, sequence=A),
-        "write": lambda: client.store.write(open_, 0, 0, *work.tokens(1), sequence=A, epoch=work.owner),
+        "write": lambda: client.store.write(unsealed, 0, 0, *work.tokens(1), sequence=A, epoch=work.owner),
         "seal": lambda: client.store.seal(read.span, 20, sequence=A, epoch=work.owner),
     }[sign]()
     pass_s(shard, clock, 1)
@@ -83,7 +83,7 @@ def test_every_call_of_an_engine_keeps_its_holds(shard, reach, work, clock, sign
         client.store.read(read.span, 0, 0, 1, sequence=A)
 
 
-def test_peers_of_one_engine_share_its_lease(shard, reach, work, clock):
+def test_clients_of_one_engine_share_its_lease(shard, reach, work, clock):
     first, second = (reach(shard.address, engine="one") for _ in range(2))
     read = work.sealed_span(first.store, "a", 0, 20)
     pass_s(shard, clock, LEASE_S - 1)
@@ -92,7 +92,7 @@ def test_peers_of_one_engine_share_its_lease(shard, reach, work, clock):
     assert first.store.read(read.span, 0, 0, 20, sequence=A)[0].shape[1] == 20
 
 
-def test_a_complete_beat_names_what_stays_and_the_engine_forgets_the_rest(shard, reach, work):
+def test_a_complete_beat_names_the_holds_to_keep_and_the_others_are_dropped(shard, reach, work):
     store = reach(shard.address).store
     kept, gone = (work.sealed_span(store, "a", first, first + 20).span for first in (0, 20))
     ended = work.sealed_span(store, "b", 0, 20).span
@@ -107,7 +107,7 @@ def test_a_complete_beat_names_what_stays_and_the_engine_forgets_the_rest(shard,
 
 
 @pytest.mark.parametrize("engine", ["", "x" * 300])
-def test_a_call_says_which_engine_makes_it(shard, reach, work, engine):
+def test_a_call_without_a_valid_engine_is_refused(shard, reach, work, engine):
     client = reach(shard.address)
     request = pb.HoldRequest(sequence_id="a", epoch=1, caller=pb.Caller(engine=engine))
     for method in (client._stub.Hold, client._stub.Drop):
@@ -144,8 +144,8 @@ def eventually_s(condition, within_s):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("keeps", [False, True], ids=["nothing", "one span"])
-def test_the_pool_is_whole_again_after_a_thaw(start_process, reach, work, keeps):
-    """Creates, holds and drops whose callers gave up lie in the queues of a shard that wakes."""
+def test_all_memory_is_free_again_after_a_thaw(start_process, reach, work, keeps):
+    """The queues of a thawed shard hold creates, holds and drops that their callers have given up."""
     process = start_process()
     client = reach(process.address, deadline_s=0.2)
     read = work.sealed_span(client.store, "a", 0, 20)
@@ -185,20 +185,20 @@ def test_the_pool_is_whole_again_after_a_thaw(start_process, reach, work, keeps)
             return client.store.beat(None).must_reconcile
         return False
 
-    eventually_s(asks_for_a_list, WHOLE_WITHIN_S)
+    eventually_s(asks_for_a_list, RECOVERED_WITHIN_S)
 
-    def is_whole():
+    def is_reconciled():
         with suppress(TransportError):
             beat = client.store.beat(wanted)
             held = [info.span for info in client.store.announce() if info.holders]
             return not beat.must_reconcile and held == ([read.span] if keeps else [])
         return False
 
-    eventually_s(is_whole, WHOLE_WITHIN_S)
-    assert time.monotonic() - start_s <= WHOLE_WITHIN_S
+    eventually_s(is_reconciled, RECOVERED_WITHIN_S)
+    assert time.monotonic() - start_s <= RECOVERED_WITHIN_S
     if keeps:
         assert work.run(client, work.step([read], number=2)) == expected
         client.store.beat({})
     assert client.identify().free_bytes == budget_bytes
-    # It is used as before.
+    # The shard serves steps as before.
     assert work.run(client, work.step([work.sealed_span(client.store, "a", 0, 20)], number=3)) == expected

@@ -1,4 +1,4 @@
-"""kill -9 of either end, real processes: the other one notices at once and says so, and nothing is left."""
+"""kill -9 of either end, in real processes: the other end notices at once, and no resource is left behind."""
 
 import os
 import signal
@@ -21,9 +21,9 @@ pytestmark = pytest.mark.skipif(
 
 DEADLINE_S = 60.0
 FRAME_DEADLINE_S = 600.0
-"""Far beyond a test's: a killed shard is noticed without waiting for it."""
+"""Longer than a test may take: a killed shard is noticed before any deadline."""
 
-PAST_GRPC = [Transport.SHARED_MEMORY, Transport.TCP]
+NATIVE = [Transport.SHARED_MEMORY, Transport.TCP]
 KV_BYTES = 1 << 20
 
 ENGINE = """
@@ -41,19 +41,19 @@ from farshore.kvstore.base import SpanKey
 address, transport = sys.argv[1:]
 spec = AttentionSpec(q_heads=2, k_heads=1, v_heads=1, k_dim=8, v_dim=8, scale=1.0)
 layout = KVLayout.of(spec, layers=1, format=KVFormat.FLOAT32)
-peer = RemoteClient(
+client = RemoteClient(
     address, AttentionModel((spec,), (0,), (layout,)), torch.float32, transports=(Transport(transport),)
 )
 key = SpanKey(sequence=SequenceId("dies"), layer_class=0, first=0, group0=0, group1=1)
-span = peer.store.create(key, capacity_tokens=4, layout=layout, epoch=Epoch(1))
+span = client.store.create(key, capacity_tokens=4, layout=layout, epoch=Epoch(1))
 ones = torch.ones(1, 4, 8)
-peer.store.write(span, 0, 0, ones, ones, sequence=SequenceId("dies"), epoch=Epoch(1))
-peer.store.seal(span, 4, sequence=SequenceId("dies"), epoch=Epoch(1))
+client.store.write(span, 0, 0, ones, ones, sequence=SequenceId("dies"), epoch=Epoch(1))
+client.store.seal(span, 4, sequence=SequenceId("dies"), epoch=Epoch(1))
 read = Read(span, 0, 0, 4, 0, 1, range(1), SequenceId("dies"))
-peer.connect()
-peer.begin(ShardStep(1, (0,), (9,), 0, 1, ((read,),), (range(1),)))
-peer.wait(peer.send(0, 0, torch.ones(1, 2, 8)))
-peer.send(0, 0, torch.ones(1, 2, 8))
+client.connect()
+client.begin(ShardStep(1, (0,), (9,), 0, 1, ((read,),), (range(1),)))
+client.wait(client.send(0, 0, torch.ones(1, 2, 8)))
+client.send(0, 0, torch.ones(1, 2, 8))
 print("in the middle of a step", flush=True)
 sys.stdin.read()
 """
@@ -61,7 +61,7 @@ sys.stdin.read()
 
 @contextmanager
 def running(*arguments):
-    """(process, its first line), killed in the end."""
+    """(process, its first line). Kills the process at the end."""
     command = [sys.executable, "-P", *arguments]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -77,27 +77,27 @@ def shard_process(listen="127.0.0.1:0"):
         yield process, address
 
 
-def held(process_id):
-    """What a process holds that a connection needs: sockets, memory shared with others, threads."""
-    at = Path("/proc", str(process_id))
+def resources(process_id):
+    """Counts a process's resources for connections: sockets, shared memory, threads."""
+    proc = Path("/proc", str(process_id))
     links, threads = [], []
-    for it in (at / "fd").iterdir():
-        with suppress(FileNotFoundError):  # this very look, if it is this process
-            links.append(os.readlink(it))
-    for it in (at / "task").iterdir():
-        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
-            threads.append((it / "comm").read_text().strip())
+    for descriptor in (proc / "fd").iterdir():
+        with suppress(FileNotFoundError):  # The descriptor that reads this folder, in this process.
+            links.append(os.readlink(descriptor))
+    for thread in (proc / "task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # The thread has just ended.
+            threads.append((thread / "comm").read_text().strip())
     return {
-        "sockets": sum(it.startswith("socket:") for it in links),
-        "memfds": sum("memfd:farshore" in it for it in links),
-        "mapped": (at / "maps").read_text().count("memfd:farshore"),
+        "sockets": sum(link.startswith("socket:") for link in links),
+        "memfds": sum("memfd:farshore" in link for link in links),
+        "mapped": (proc / "maps").read_text().count("memfd:farshore"),
         "frame threads": threads.count("frames"),
     }
 
 
-def named():
-    """Files that somebody could have forgotten."""
-    return {it for folder in ("/dev/shm", "/tmp") for it in Path(folder).glob("*farshore*")}
+def files_left():
+    """Files of Farshore in shared memory and in the folder for temporary files."""
+    return {file for folder in ("/dev/shm", "/tmp") for file in Path(folder).glob("*farshore*")}
 
 
 def eventually(condition):
@@ -108,7 +108,7 @@ def eventually(condition):
 
 
 def answers(client):
-    """gRPC itself looks again after up to two seconds."""
+    """Whether the shard answers. gRPC may reconnect up to two seconds late."""
     try:
         return bool(client.identify())
     except TransportError:
@@ -117,63 +117,63 @@ def answers(client):
 
 def test_killed_engines_leave_nothing_at_the_shard(reach, work):
     with shard_process() as (shard, address):
-        clients = [reach(address, transports=(it,)) for it in PAST_GRPC]
+        clients = [reach(address, transports=(transport,)) for transport in NATIVE]
         step = work.step([work.sealed_span(clients[0].store, "a", 0, 20)])
         expected = work.run(clients[0], step)
         assert work.run(clients[1], step) == expected
-        before, files = held(shard.pid), named()
-        for transport in PAST_GRPC:
+        before, files = resources(shard.pid), files_left()
+        for transport in NATIVE:
             with running("-c", ENGINE, address, str(transport)) as (engine, line):
                 assert line == "in the middle of a step"
-                there = held(shard.pid)
-                assert there["sockets"] >= before["sockets"] + 2, "hot frames, and bulk KV"
-                assert there["mapped"] == before["mapped"] + (transport is Transport.SHARED_MEMORY)
-                assert there["memfds"] == held(engine.pid)["memfds"] == 0, "mapped, and no more"
-                clients[0].store.beat(None)  # to start an engine may take half of a lease
+                during = resources(shard.pid)
+                assert during["sockets"] >= before["sockets"] + 2, "hot frames, and bulk KV"
+                assert during["mapped"] == before["mapped"] + (transport is Transport.SHARED_MEMORY)
+                assert during["memfds"] == resources(engine.pid)["memfds"] == 0, "mapped, and no more"
+                clients[0].store.beat(None)  # Starting an engine may take half of a lease.
                 engine.kill()
                 engine.wait(DEADLINE_S)
-            eventually(lambda: held(shard.pid) == before)
+            eventually(lambda: resources(shard.pid) == before)
             clients[0].store.beat(None)
-        assert named() == files
+        assert files_left() == files
         assert all(work.run(client, step) == expected for client in clients)
-        # Its spans live until their sequence's next owner, or the controller, gives them back.
+        # The killed engine's holds stay until its lease expires or its sequence is dropped.
         free = clients[0].identify().free_bytes
         clients[0].store.drop_sequence(SequenceId("dies"), epoch=work.owner)
         assert clients[0].identify().free_bytes > free
 
 
 def test_a_killed_shard_is_noticed_at_once_and_found_again(reach, work):
-    before = held(os.getpid())
+    before = resources(os.getpid())
     with shard_process() as (shard, address):
-        clients = {it: reach(address, transports=(it,)) for it in REMOTE}
-        read = {it: work.sealed_span(client.store, it, 0, 20) for it, client in clients.items()}
-        expected = {it: work.run(client, work.step([read[it]])) for it, client in clients.items()}
-        for it, client in clients.items():
-            client.begin(work.step([read[it]]))
+        clients = {transport: reach(address, transports=(transport,)) for transport in REMOTE}
+        read = {name: work.sealed_span(client.store, name, 0, 20) for name, client in clients.items()}
+        expected = {name: work.run(client, work.step([read[name]])) for name, client in clients.items()}
+        for name, client in clients.items():
+            client.begin(work.step([read[name]]))
         shard.kill()
         shard.wait(DEADLINE_S)
-        for it, client in clients.items():
+        for name, client in clients.items():
             with pytest.raises(TransportError, match=address) as caught:
                 client.wait(client.send(0, 0, work.query()), deadline_s=FRAME_DEADLINE_S)
             assert caught.value.retryable
             with pytest.raises(TransportError, match=address):
-                client.store.read(read[it].span, 0, 0, 20, sequence=read[it].holder)
+                client.store.read(read[name].span, 0, 0, 20, sequence=read[name].holder)
             assert client.transport is None
-        now = held(os.getpid())
+        now = resources(os.getpid())
         assert now["mapped"] == before["mapped"] and now["memfds"] == before["memfds"]
     with shard_process(address):
-        for it, client in clients.items():
+        for name, client in clients.items():
             eventually(lambda: answers(client))  # noqa: B023
             with pytest.raises(NotFound):
-                work.run(client, work.step([read[it]]))
-            client.store.drop_sequence(SequenceId(it), epoch=work.owner)
-            again = work.step([work.sealed_span(client.store, it, 0, 20)])
-            assert work.run(client, again) == expected[it]
-            assert client.transport is it
+                work.run(client, work.step([read[name]]))
+            client.store.drop_sequence(SequenceId(name), epoch=work.owner)
+            new_step = work.step([work.sealed_span(client.store, name, 0, 20)])
+            assert work.run(client, new_step) == expected[name]
+            assert client.transport is name
 
 
 def test_bulk_that_stalls_has_a_deadline(reach, work):
-    """A shard frozen in the middle of a transfer; awake again, it is reconnected to."""
+    """The shard is frozen during a transfer. After its thaw the client connects again."""
     with shard_process() as (shard, address):
         client = reach(address, transports=(Transport.TCP,), deadline_s=0.5)
         read = work.sealed_span(client.store, "a", 0, 20)

@@ -1,4 +1,4 @@
-"""The data plane over real gRPC on loopback: the same bits and the same errors as in process."""
+"""A shard's service over gRPC on loopback: the same bits and the same errors as in process."""
 
 import os
 
@@ -29,7 +29,7 @@ A = SequenceId("a")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_states_equal_those_of_the_in_process_peer_bit_for_bit(shard, connect, work):
+def test_states_equal_those_of_the_in_process_client_bit_for_bit(shard, connect, work):
     remote, local = connect(shard.address), InProcessClient(shard.worker, shard.store, work.model)
     a0 = work.sealed_span(remote.store, "a", 0, 20)
     a1 = work.sealed_span(remote.store, "a", 20, 57)
@@ -54,7 +54,7 @@ def test_frames_may_run_ahead_of_their_answers(shard, connect, work):
     expected = work.run(client, step)
     client.begin(step)
     sent = [client.send(layer, 0, work.query(seed=layer)) for layer in range(work.layers)]
-    assert work.raw_bytes([client.wait(it) for it in sent]) == expected
+    assert work.raw_bytes([client.wait(frame) for frame in sent]) == expected
 
 
 def test_answers_of_a_step_given_up_half_way_are_never_seen(shard, connect, work):
@@ -68,8 +68,8 @@ def test_answers_of_a_step_given_up_half_way_are_never_seen(shard, connect, work
 
 def test_fanout_puts_the_states_of_two_servers_where_they_belong(start_shard, connect, work):
     shards = {name: start_shard(worker=name) for name in (WorkerId("x"), WorkerId("y"))}
-    remote = {w: connect(it.address) for w, it in shards.items()}
-    local = {w: InProcessClient(w, it.store, work.model) for w, it in shards.items()}
+    remote = {worker: connect(shard.address) for worker, shard in shards.items()}
+    local = {worker: InProcessClient(worker, shard.store, work.model) for worker, shard in shards.items()}
     reads = {
         "y": (work.sealed_span(remote["y"].store, "a", 0, 20),),
         "x": (work.sealed_span(remote["x"].store, "a", 20, 40, 1, 3)._replace(rows=range(1, 2)),),
@@ -93,7 +93,7 @@ def test_fanout_puts_the_states_of_two_servers_where_they_belong(start_shard, co
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_micro_batches_get_the_states_of_the_whole_step(start_shard, connect, work, n):
-    """Shards that see some rows and heads, none of some micro-batches, over gRPC."""
+    """Each shard reads some rows and heads only, and has no rows of some micro-batches."""
     names = [WorkerId("x"), WorkerId("y")]
     clients = {name: connect(start_shard(worker=name).address) for name in names}
     for client in clients.values():
@@ -124,7 +124,7 @@ def test_micro_batches_get_the_states_of_the_whole_step(start_shard, connect, wo
                 total = State.identity(len(cut), 6, work.spec.v_dim)
                 merge(fanout.wait(layer, i), out=total)
                 out.append(total)
-        return [torch.cat([it[i] for it in out]) for i in (0, 1)]
+        return [torch.cat([state[i] for state in out]) for i in (0, 1)]
 
     whole = merged(split_rows(4, 1))
     cut = merged(split_rows(4, n))
@@ -171,7 +171,7 @@ def test_a_span_makes_the_round_trip(shard, connect, work):
     for layer, (k, v) in enumerate([(k0, v0), (k1, v1)]):
         got_k, got_v = store.read(span, layer, 3, 19, sequence=A)
         assert torch.equal(got_k, k[:, 3:19]) and torch.equal(got_v, v[:, 3:19])
-    assert [part.shape[1] for part in store.read(span, 0, 5, 5, sequence=A)] == [0, 0]
+    assert [kv.shape[1] for kv in store.read(span, 0, 5, 5, sequence=A)] == [0, 0]
     assert store.announce() == shard.store.announce()
     assert store.announce()[0].key == work.key("a", first=7)
     store.drop([span], sequence=SequenceId("a"), epoch=work.owner)
@@ -191,7 +191,7 @@ def test_a_span_larger_than_a_message_travels_in_chunks(start_shard, connect, wo
     assert torch.equal(got_k, k) and torch.equal(got_v, v)
 
 
-def test_a_span_stays_readable_for_as_long_as_somebody_holds_it(shard, connect, work):
+def test_a_span_stays_readable_for_as_long_as_a_sequence_holds_it(shard, connect, work):
     store = connect(shard.address).store
     span = work.sealed_span(store, "a", 0, 20).span
     b = SequenceId("b")
@@ -229,7 +229,7 @@ def test_a_prefix_is_found_read_and_held_by_a_connection_that_did_not_write_it(s
     assert [info.holders for info in finder.announce()] == [0]
     identity = connect(shard.address).identify()
     assert identity.free_bytes == identity.budget_bytes
-    # A fork, or a reader who knows the id, holds it to read it.
+    # A fork, or a reader that knows the id, holds the span in order to read it.
     writer.hold([span], sequence=SequenceId("c"), epoch=work.owner)
     assert torch.equal(writer.read(span, 0, 0, 20, sequence=SequenceId("c"))[1], data[0][1])
 
@@ -247,7 +247,7 @@ def test_drop_sequence_and_fence_reach_the_store(shard, connect, work):
         store.create(work.key("b", first=20), capacity_tokens=1, layout=work.layout, epoch=work.owner)
 
 
-ELSE = SpanId("shard/else/99")
+UNKNOWN = SpanId("shard/else/99")
 REFUSALS = {
     "full": (Full, lambda w, s, _: s.create(
         w.key("b"), capacity_tokens=1 << 20, layout=w.layout, epoch=w.owner)),
@@ -275,11 +275,11 @@ REFUSALS = {
     "another's read": (NotFound, lambda w, s, span: s.read(span, 0, 0, 20, sequence=SequenceId("b"))),
     "unsealed": (InvalidRequest, lambda w, s, span: s.read(span, 0, 0, 21, sequence=A)),
     "backwards": (InvalidRequest, lambda w, s, span: s.read(span, 0, 5, 4, sequence=A)),
-    "read what": (NotFound, lambda w, s, _: s.read(ELSE, 0, 0, 1, sequence=A)),
-    "write what": (NotFound, lambda w, s, _: s.write(ELSE, 0, 0, *w.tokens(1), sequence=A, epoch=w.owner)),
-    "seal what": (NotFound, lambda w, s, _: s.seal(ELSE, 1, sequence=A, epoch=w.owner)),
+    "read what": (NotFound, lambda w, s, _: s.read(UNKNOWN, 0, 0, 1, sequence=A)),
+    "write what": (NotFound, lambda w, s, _: s.write(UNKNOWN, 0, 0, *w.tokens(1), sequence=A, epoch=w.owner)),
+    "seal what": (NotFound, lambda w, s, _: s.seal(UNKNOWN, 1, sequence=A, epoch=w.owner)),
     "hold what": (NotFound, lambda w, s, span: s.hold(
-        [span, ELSE], sequence=SequenceId("b"), epoch=w.owner)),
+        [span, UNKNOWN], sequence=SequenceId("b"), epoch=w.owner)),
     "old hold": (Fenced, lambda w, s, span: s.hold([span], sequence=SequenceId("a"), epoch=w.old)),
     "old find": (Fenced, lambda w, s, _: s.find_prefix(
         [], layer_class=0, sequence=SequenceId("a"), epoch=w.old)),
@@ -325,7 +325,7 @@ def test_a_taken_port_is_refused(shard):
         serve(shard.service, shard.address)
 
 
-def test_a_peer_knows_who_answers(shard, connect, work):
+def test_a_client_identifies_the_shard(shard, connect, work):
     identity = connect(shard.address).identify()
     assert identity == InProcessClient(shard.worker, shard.store, work.model).identify()
     assert identity.process_id == os.getpid()

@@ -1,4 +1,4 @@
-"""The data plane over real gRPC when something breaks: a transport error, and the step can run again."""
+"""A shard or its connection fails: the engine gets a TransportError, and the step can run again."""
 
 import gc
 import os
@@ -58,7 +58,7 @@ def test_a_late_cold_call_is_a_transport_error(start_shard, connect):
         client.identify()
 
 
-def test_a_peer_works_again_when_the_server_is_back_on_its_port(shard, connect, work):
+def test_a_client_works_again_when_the_server_is_back_on_its_port(shard, connect, work):
     client = connect(shard.address)
     step = work.step([work.sealed_span(client.store, "a", 0, 20)])
     expected = work.run(client, step)
@@ -91,7 +91,7 @@ def test_every_call_to_a_stopped_server_is_a_transport_error(shard, connect, wor
 
 
 @pytest.mark.parametrize("transport", [Transport.GRPC])
-def test_closing_a_peer_with_a_stream_open_leaves_no_thread_blocked(
+def test_closing_a_client_with_an_open_stream_leaves_no_thread_blocked(
     start_shard, connect, breaking_service, work
 ):
     shard = start_shard(service=breaking_service)
@@ -103,9 +103,9 @@ def test_closing_a_peer_with_a_stream_open_leaves_no_thread_blocked(
     client.send(0, 0, work.query())
     client.close()
     assert shard.service.stream_ended.wait(DEADLINE_S), "the server still serves the stream"
-    gc.collect()  # gRPC's own thread for asyncio ends with the last call
+    gc.collect()  # gRPC's asyncio thread ends with the last call.
     for thread in set(threading.enumerate()) - before:
-        if not thread.name.startswith(shard.service_name):  # the server's idle workers
+        if not thread.name.startswith(shard.service_name):  # The server's idle threads stay.
             thread.join(DEADLINE_S)
             assert not thread.is_alive(), thread.name
 

@@ -1,4 +1,4 @@
-"""Bulk KV: every format and every way, the same bytes; pieces of bounded size; two threads at once."""
+"""Bulk KV: equal bytes in every format and over every transport, bounded pieces, concurrent threads."""
 
 import socket
 import threading
@@ -33,10 +33,12 @@ def rows(heads, tokens, dim, dtype, *, token_major):
 @pytest.mark.parametrize("format", KVFormat)
 @pytest.mark.parametrize("latent", [False, True], ids=["K and V", "V in K"])
 @pytest.mark.parametrize("token_major", [False, True], ids=["heads first", "tokens first"])
-def test_what_is_read_is_what_an_equal_local_store_gives(
+def test_a_remote_store_reads_the_same_bytes_as_a_local_store(
     shard, start_shard, connect, work, format, latent, token_major, monkeypatch
 ):
-    monkeypatch.setattr(bulk, "PIECE_BYTES", 1000)  # several pieces, none of whole blocks
+    monkeypatch.setattr(
+        bulk, "PIECE_BYTES", 1000
+    )  # Gives several pieces, none of which is a whole number of blocks.
     spec = LATENT if latent else work.spec
     layout = KVLayout.of(spec, layers=2, format=format)._replace(block_tokens=16)
     remote, local = connect(shard.address).store, start_shard().store
@@ -69,14 +71,14 @@ def test_what_is_read_is_what_an_equal_local_store_gives(
 
 @pytest.mark.parametrize("transport", [Transport.SHARED_MEMORY, Transport.TCP])
 def test_no_message_of_a_pull_is_longer_than_a_piece(shard, connect, work, transport, monkeypatch):
-    """What bounds the memory of both ends, and the time that anything else waits for."""
+    """This limits the memory of both ends, and how long other work waits."""
     sizes = []
     receive = BulkSocket.receive
 
     def noted(self, **options):
-        head = receive(self, **options)
-        sizes.append(head.payload_bytes)
-        return head
+        message = receive(self, **options)
+        sizes.append(message.payload_bytes)
+        return message
 
     monkeypatch.setattr(BulkSocket, "receive", noted)
     monkeypatch.setattr("farshore.attention_offload.shard.bulk_loop.PIECE_BYTES", 1000)
@@ -93,9 +95,9 @@ PROGRESS_S = 2.0
 
 @pytest.mark.heavy
 def test_a_transfer_is_late_when_it_stands_still_and_not_when_it_is_slow():
-    """Eight bytes take longer than the deadline in all, and none of them does; then no more come."""
+    """Eight bytes arrive, each within the deadline, in total after it. The ninth never arrives."""
     near, far = socket.socketpair()
-    wire = BulkSocket(near, deadline_s=PROGRESS_S)
+    receiver = BulkSocket(near, deadline_s=PROGRESS_S)
     room = torch.zeros(9, dtype=torch.uint8)
     pause = threading.Event()
 
@@ -108,15 +110,15 @@ def test_a_transfer_is_late_when_it_stands_still_and_not_when_it_is_slow():
         sender = threading.Thread(target=trickle)
         sender.start()
         with pytest.raises(TimeoutError):
-            wire.receive_payload([room.data_ptr(), 9])
+            receiver.receive_payload([room.data_ptr(), 9])
         sender.join(DEADLINE_S)
         assert room.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 0]
-    wire.close()
+    receiver.close()
 
 
 @pytest.mark.parametrize("transport", [Transport.TCP])
-def test_threads_take_turns(shard, connect, work, transport):
-    """An engine's hand-offs run beside its prefill, on one store."""
+def test_threads_share_a_connection(shard, connect, work, transport):
+    """An engine's hand-offs and its prefill use one store concurrently."""
     store = connect(shard.address).store
     read = work.sealed_span(store, "a", 0, 20)
     expected = store.read(read.span, 0, 0, 20, sequence=A)
@@ -132,7 +134,7 @@ def test_threads_take_turns(shard, connect, work, transport):
         for i in range(10):
             work.sealed_span(store, f"w{i}", 0, 20)
 
-    threads = [threading.Thread(target=it) for it in (reader, writer, reader)]
+    threads = [threading.Thread(target=work_on) for work_on in (reader, writer, reader)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -143,7 +145,7 @@ def test_threads_take_turns(shard, connect, work, transport):
 
 @pytest.mark.parametrize("transport", [Transport.SHARED_MEMORY, Transport.TCP])
 def test_a_refusal_leaves_the_connection_in_use(shard, connect, work, transport):
-    """The rest of a refused write is taken off the wire, however long it is."""
+    """The shard reads the rest of a refused write, however long it is."""
     store = connect(shard.address).store
     span = work.sealed_span(store, "a", 0, 20).span
     stream = store._bulk._stream

@@ -1,4 +1,4 @@
-"""An engine and a shard on one host: who finds out that they share cores, and what each does about it."""
+"""An engine and a shard on one host detect that they share cores, and adapt their threads to that."""
 
 import ctypes
 import os
@@ -11,11 +11,11 @@ import threading
 import pytest
 
 from farshore.attention_offload.client.in_process import InProcessClient
-from farshore.attention_offload.transport import core_sharing as cores
+from farshore.attention_offload.transport import core_sharing
 from farshore.attention_offload.transport.frames import Transport, native
 
 SCHED_GETATTR = {"x86_64": 315, "aarch64": 275}.get(platform.machine())
-SHORT_NS = 100_000
+SHORT_SLICE_NS = 100_000
 
 pytestmark = [
     pytest.mark.skipif(native() is None, reason="needs the native module"),
@@ -24,7 +24,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    ("own", "own_threads", "theirs", "threads", "expected"),
+    ("local", "local_threads", "other", "threads", "expected"),
     [
         ({0, 1}, 2, {0, 1}, 2, True),
         ({0, 1}, 2, {1}, 1, True),
@@ -35,10 +35,10 @@ pytestmark = [
         ({0}, 1, set(), 0, False),
     ],
 )
-def test_cores_are_too_few_for_both(monkeypatch, own, own_threads, theirs, threads, expected):
-    monkeypatch.setattr(cores, "usable_cores", lambda: sorted(own))
-    monkeypatch.setattr(cores.torch, "get_num_threads", lambda: own_threads)
-    assert cores.too_few_with(theirs, threads) is expected
+def test_oversubscription(monkeypatch, local, local_threads, other, threads, expected):
+    monkeypatch.setattr(core_sharing, "usable_cores", lambda: sorted(local))
+    monkeypatch.setattr(core_sharing.torch, "get_num_threads", lambda: local_threads)
+    assert core_sharing.oversubscribed_with(other, threads) is expected
 
 
 @pytest.mark.parametrize("transport", [Transport.SHARED_MEMORY, Transport.TCP])
@@ -46,7 +46,7 @@ def test_cores_are_too_few_for_both(monkeypatch, own, own_threads, theirs, threa
 def test_both_ends_are_told_and_the_states_are_the_same(
     start_shard, reach, work, monkeypatch, transport, shared
 ):
-    monkeypatch.setattr("farshore.attention_offload.shard.service.too_few_with", lambda *_: shared)
+    monkeypatch.setattr("farshore.attention_offload.shard.service.oversubscribed_with", lambda *_: shared)
     shard = start_shard()
     client = reach(shard.address, transports=(transport,))
     step = work.step([work.sealed_span(client.store, "a", 0, 20)])
@@ -54,23 +54,25 @@ def test_both_ends_are_told_and_the_states_are_the_same(
     assert client.frames.shares_cores is shared
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or len(cores.usable_cores()) < 2, reason="one core")
-def test_the_shard_comes_to_the_core_of_an_engine_that_shares_its_cores(
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity") or len(core_sharing.usable_cores()) < 2, reason="one core"
+)
+def test_the_shard_moves_to_the_core_of_an_engine_that_shares_its_cores(
     start_shard, reach, work, monkeypatch
 ):
-    """And follows it to another."""
-    monkeypatch.setattr("farshore.attention_offload.shard.service.too_few_with", lambda *_: True)
+    """And follows the engine when it moves to another core."""
+    monkeypatch.setattr("farshore.attention_offload.shard.service.oversubscribed_with", lambda *_: True)
     shard = start_shard()
     client = reach(shard.address, transports=(Transport.SHARED_MEMORY,))
     step = work.step([work.sealed_span(client.store, "a", 0, 20)])
-    (serving,) = [it for it in _new_threads(client.connect) if it.name == "frames"]
+    (serving,) = [thread for thread in _new_threads(client.connect) if thread.name == "frames"]
     before = os.sched_getaffinity(0)
     try:
         for core in [*sorted(before)[:2], sorted(before)[0]]:
             os.sched_setaffinity(0, {core})
             for number in range(1, 9):
                 work.run(client, work.step(step.reads[0], number=number))
-            # It was woken on another core in two of these frames, or was on this one all along.
+            # The shard moves after two frames on another core, or was on this core from the start.
             assert os.sched_getaffinity(serving.native_id) in ({core}, before)
         assert os.sched_getaffinity(serving.native_id) == {core}
     finally:
@@ -83,10 +85,10 @@ def _new_threads(call):
     return set(threading.enumerate()) - known
 
 
-GIVES_WAY = """
+LOWERS_PRIORITY = """
 import os
 import torch
-from farshore.attention_offload.transport.core_sharing import give_way
+from farshore.attention_offload.transport.core_sharing import lower_pool_priority
 from farshore.kernels.base import AttentionSpec, State
 from farshore.kernels.cpu import extend
 
@@ -98,12 +100,12 @@ def compute():
     extend(x, x.transpose(0, 1), x.transpose(0, 1), spec, **call)
 
 def niceness():
-    return sorted(os.getpriority(os.PRIO_PROCESS, int(it)) for it in os.listdir("/proc/self/task"))
+    return sorted(os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in os.listdir("/proc/self/task"))
 
 compute()
 before = niceness()
 assert before.count(before[0]) == len(before), before
-give_way()
+lower_pool_priority()
 while before[0] < 19 and niceness() == before:
     compute()
 assert niceness() == [*before[:-1], min(before[0] + 3, 19)], niceness()
@@ -111,16 +113,20 @@ assert os.getpriority(os.PRIO_PROCESS, 0) == before[0]
 """
 
 
-def test_only_the_threads_that_wait_awake_give_way():
-    """In a process of their own: there is no way back."""
+def test_only_the_pools_threads_get_a_lower_priority():
+    """In a separate process, because a priority cannot be raised again."""
     found = subprocess.run(
-        [sys.executable, "-P", "-c", GIVES_WAY], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-P", "-c", LOWERS_PRIORITY],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert found.returncode == 0, found.stderr
 
 
-def turns():
-    """This thread's policy, nice value and slice, in ns."""
+def scheduling():
+    """(policy, nice value, time slice in ns) of this thread."""
     attributes = ctypes.create_string_buffer(48)
     assert ctypes.CDLL(None).syscall(SCHED_GETATTR, 0, attributes, 48, 0) == 0
     _, policy, _, nice, _, runtime_ns, _, _ = struct.unpack("=IIQiIQQQ", attributes.raw)
@@ -128,17 +134,17 @@ def turns():
 
 
 @pytest.mark.skipif(SCHED_GETATTR is None, reason="the system call's number here is not known")
-def test_threads_started_from_then_on_take_short_turns_and_are_otherwise_as_before():
+def test_threads_started_afterwards_have_short_time_slices_and_are_otherwise_unchanged():
     seen = []
 
     def child():
-        seen.append(turns())
+        seen.append(scheduling())
 
     def worker():
-        seen.append(turns())
-        cores.share_cores()
-        cores.share_cores()
-        seen.append(turns())
+        seen.append(scheduling())
+        core_sharing.share_cores()
+        core_sharing.share_cores()
+        seen.append(scheduling())
         thread = threading.Thread(target=child)
         thread.start()
         thread.join()
@@ -149,4 +155,4 @@ def test_threads_started_from_then_on_take_short_turns_and_are_otherwise_as_befo
     before, after, inherited = seen
     assert after[:2] == before[:2]
     assert inherited == after
-    assert after[2] in (SHORT_NS, before[2]), "a kernel before 6.12 knows no slices of a thread"
+    assert after[2] in (SHORT_SLICE_NS, before[2]), "a kernel before 6.12 knows no slices of a thread"

@@ -1,7 +1,7 @@
-"""What comes in may be anything: both ends' parsers under hypothesis, over real sockets.
+"""Both ends' parsers receive arbitrary bytes, from hypothesis, over real sockets.
 
-Whatever a stranger, or a peer gone mad, sends: the connection ends with an error that says what was wrong,
-the store stays whole, and the next connection works.
+The connection must end with an error that names the fault, the store must stay intact, and the next
+connection must work.
 """
 
 import os
@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from farshore.attention_offload import codec
-from farshore.attention_offload.transport.bulk import BulkStream, Kind
+from farshore.attention_offload.transport.bulk import BulkConnection, BulkKind
 from farshore.attention_offload.transport.frames import Sent, Transport, native
-from farshore.attention_offload.transport.native_stream import FrameStream
+from farshore.attention_offload.transport.native_connection import NativeConnection
 from farshore.errors import FarshoreError, Internal, InvalidRequest, TransportError
 from farshore.kernels.base import State
 from farshore.proto import attention_pb2 as pb
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(native() is None, reason="needs the native modul
 DEADLINE_S = 60.0
 HEADER = struct.Struct("<IHBBI")
 BULK_HEADER = struct.Struct("<B3xIQ")
-LAYER, BEGIN, FAILURE, WAKE, AGAIN = range(5)
+LAYER, BEGIN, FAILURE, WAKE, REPEAT = range(5)
 FUZZ = settings(
     max_examples=40,
     deadline=None,
@@ -38,11 +38,11 @@ FUZZ = settings(
 
 
 def read_all(connection):
-    """Until the other end closes; it must, long before the deadline."""
+    """All bytes until the other end closes, which it must do long before the deadline."""
     data = b""
     try:
-        while part := connection.recv(1 << 16):
-            data += part
+        while received := connection.recv(1 << 16):
+            data += received
     except ConnectionResetError:
         pass
     return data
@@ -53,7 +53,7 @@ def header(kind, count, *, step=1, layer=0, micro_batch=0):
 
 
 def failure_in(data):
-    """The last frame, which says why the connection ended."""
+    """The last frame, which must be a FAILURE."""
     while data:
         _, _, _, kind, count = HEADER.unpack_from(data)
         payload, data = data[12 : 12 + count], data[12 + count :]
@@ -83,7 +83,7 @@ FRAMES = st.tuples(
     tail=st.binary(max_size=40),
 )
 def test_a_shard_survives_frames_of_all_kinds(room, unix, begun, frames, tail):
-    """Well-formed, truncated, reordered, oversized, and garbage."""
+    """Frames are well-formed, truncated, reordered, oversized, or malformed."""
     with room.frames(unix) as connection:
         data = b""
         if begun and not unix:
@@ -95,7 +95,7 @@ def test_a_shard_survives_frames_of_all_kinds(room, unix, begun, frames, tail):
             connection.sendall(data + tail)
             connection.shutdown(socket.SHUT_WR)
         except OSError:
-            pass  # closed already
+            pass  # The shard has closed the connection already.
         read_all(connection)
     room.check(unix)
 
@@ -109,8 +109,8 @@ def test_a_shard_survives_frames_of_all_kinds(room, unix, begun, frames, tail):
         (header(BEGIN, 2**32 - 1), "oversized: a frame of 4294967295 bytes, kind 1, where 16777216"),
         (header(LAYER, 192), "oversized: a frame of 192 bytes, kind 0, where 0"),
         (header(BEGIN, 100) + b"x", "truncated"),
-        (header(AGAIN, 0, step=7), "step 7 is to read what the one before it did, but there was none"),
-        (header(AGAIN, 1) + b"x", "oversized: a frame of 1 bytes, kind 4, where 0"),
+        (header(REPEAT, 0, step=7), "step 7 repeats the step before it, but there was none"),
+        (header(REPEAT, 1) + b"x", "oversized: a frame of 1 bytes, kind 4, where 0"),
         (header(BEGIN, 3) + b"\xff\xff\xff", "rror"),
     ],
     ids=[
@@ -120,8 +120,8 @@ def test_a_shard_survives_frames_of_all_kinds(room, unix, begun, frames, tail):
         "oversized",
         "layer before a step",
         "truncated",
-        "again after nothing",
-        "again with something",
+        "repeat without a step",
+        "repeat with a payload",
         "not a step",
     ],
 )
@@ -152,20 +152,20 @@ def test_a_frame_out_of_order_is_refused_by_name(room, frame, error):
         assert isinstance(codec.error_from_pb(failure, peer="shard"), InvalidRequest)
 
 
-def test_memory_that_is_none_is_refused(room, tmp_path):
-    """A step with a descriptor of something else than sealed memory, and one without any."""
+def test_a_step_without_sealed_shared_memory_is_refused(room, tmp_path):
+    """A descriptor of a folder, one of unsealed memory, and none."""
     step = codec.step_to_pb(room.step).SerializeToString()
     for descriptors in ([os.open(tmp_path, os.O_RDONLY)], [os.memfd_create("unsealed")], []):
         with room.frames(unix=True) as connection:
             socket.send_fds(connection, [header(BEGIN, len(step)) + step], descriptors)
             connection.shutdown(socket.SHUT_WR)
             assert "memory" in failure_in(read_all(connection)).message
-        for it in descriptors:
-            os.close(it)
+        for descriptor in descriptors:
+            os.close(descriptor)
     room.check(unix=True)
 
 
-def test_a_stranger_without_a_token_is_shown_the_door(room):
+def test_a_connection_without_a_valid_token_is_closed(room):
     for token in (b"", b"short", secrets.token_bytes(16)):
         with socket.create_connection(room.listener.tcp_address, timeout=DEADLINE_S) as connection:
             connection.sendall(token)
@@ -183,9 +183,9 @@ def test_a_stranger_without_a_token_is_shown_the_door(room):
     tail=st.binary(max_size=40),
 )
 def test_an_engine_survives_answers_of_all_kinds(work, answers, tail):
-    """A shard gone mad: an error, never a wrong state and never a wait for ever."""
+    """A faulty shard causes an error, never a wrong state or an endless wait."""
     near, far = socket.socketpair()
-    stream = FrameStream(near, Transport.TCP, "shard", work.model, work.dtype)
+    stream = NativeConnection(near, Transport.TCP, "shard", work.model, work.dtype)
     with far:
         stream.begin(work.step([], positions=(100,)), DEADLINE_S)
         sent = Sent(1, 0, 0, 1, 6)
@@ -199,9 +199,9 @@ def test_an_engine_survives_answers_of_all_kinds(work, answers, tail):
         try:
             stream.wait(sent, out, 5.0)
         except FarshoreError as error:
-            assert (out.o == 7).all() and (out.lse == 7).all(), "an answer refused must leave no trace"
-            # What the shard says is passed on; what it cannot have meant is the connection's end.
-            said = any(it[0][3] == FAILURE for it in answers)
+            assert (out.o == 7).all() and (out.lse == 7).all(), "a refused answer must not change the output"
+            # The error is the shard's own if it sent a FAILURE, else a TransportError.
+            said = any(frame[3] == FAILURE for frame, _ in answers)
             assert isinstance(error, TransportError) or said
         else:
             assert data.startswith(header(LAYER, 168)), "a state out of nothing"
@@ -249,16 +249,16 @@ def test_an_engine_says_what_was_wrong(work, answer, error):
     [(b"\x08\xe7\x07", "UNKNOWN"), (b"", "OK")],
     ids=["unknown code", "empty failure"],
 )
-def test_a_failure_whose_code_says_nothing_is_a_mistake_of_the_shard(work, message, says):
-    """The message is well-formed and the connection sound: the same step would fail again (013)."""
+def test_a_failure_with_a_meaningless_code_is_an_internal_error(work, message, says):
+    """The message and the connection are intact, so a retry would fail again (decision 013)."""
     with pytest.raises(Internal, match=f"shard:1: {says}"):
         wait_for(work, header(FAILURE, len(message)) + message)
 
 
 def wait_for(work, answer):
-    """As an engine whose shard gives this answer to the first frame."""
+    """Waits as an engine whose shard sends ``answer`` for the first frame."""
     near, far = socket.socketpair()
-    stream = FrameStream(near, Transport.TCP, "shard:1", work.model, work.dtype)
+    stream = NativeConnection(near, Transport.TCP, "shard:1", work.model, work.dtype)
     try:
         with far:
             stream.begin(work.step([]), DEADLINE_S)
@@ -315,27 +315,27 @@ def test_a_shard_survives_bulk_messages_of_all_kinds(room, kind, message, counts
 )
 def test_an_engine_survives_bulk_answers_of_all_kinds(work, kind, counts, payload):
     near, far = socket.socketpair()
-    stream = BulkStream(near, "shard", deadline_s=DEADLINE_S)
+    stream = BulkConnection(near, "shard", deadline_s=DEADLINE_S)
     k, v = torch.empty(3, 2, 32, dtype=torch.uint8), torch.empty(3, 2, 24, dtype=torch.uint8)
     with far:
         far.sendall(BULK_HEADER.pack(kind, *counts) + payload)
         far.shutdown(socket.SHUT_WR)
         with pytest.raises(FarshoreError) as caught:
             stream.read(pb.ReadRequest(span_id="x", last=2), k, v)
-    assert isinstance(caught.value, TransportError) or kind == Kind.FAILED
+    assert isinstance(caught.value, TransportError) or kind == BulkKind.FAILED
     stream.close()
 
 
 def test_bulk_garbage_is_answered_with_what_was_wrong(room):
     for data, error in (
         (BULK_HEADER.pack(9, 0, 0), "garbage: a bulk message of kind 9"),
-        (BULK_HEADER.pack(Kind.WRITE, 2**20, 0), "oversized"),
-        (BULK_HEADER.pack(Kind.DONE, 0, 0), "garbage: DONE"),
+        (BULK_HEADER.pack(BulkKind.WRITE, 2**20, 0), "oversized"),
+        (BULK_HEADER.pack(BulkKind.DONE, 0, 0), "garbage: DONE"),
     ):
         with room.bulk() as connection:
             connection.sendall(data)
             answer = read_all(connection)
-        assert answer[0] == Kind.FAILED and error in pb.Failure.FromString(answer[16:]).message
+        assert answer[0] == BulkKind.FAILED and error in pb.Failure.FromString(answer[16:]).message
 
 
 def test_a_listener_that_closes_ends_its_connections(room):

@@ -1,4 +1,4 @@
-"""Messages that come in may say anything: the codec and the shard's session under hypothesis."""
+"""The codec and the shard's session receive arbitrary messages, from hypothesis."""
 
 from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, given, settings
@@ -15,7 +15,7 @@ NUMBERS = st.integers(0, 2**32 - 1)
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(data=st.binary(max_size=200))
 def test_no_bytes_make_the_codec_raise_anything_of_its_own(data):
-    """Any bytes are a message, or DecodeError; any message is a step or a model, or InvalidRequest."""
+    """Bytes decode to a message or raise DecodeError; a message converts or raises InvalidRequest."""
     for message, decode in ((pb.Step, codec.step_from_pb), (pb.Open, codec.model_from_pb)):
         try:
             decode(message.FromString(data))
@@ -63,10 +63,10 @@ STEPS = st.builds(
 )
 @given(message=STEPS)
 def test_a_shard_looks_at_every_number_of_a_step_before_it_reads_memory(room, message):
-    """A step that is a message but makes no sense is refused before the kernels see it, or attends to what is
-    there: it never reads beyond a span."""
+    """A well-formed step with bad values is refused before the kernels see it, or reads stored tokens only;
+    no read goes beyond a span."""
     session = ShardSession(room.store, room.work.model, AttendedBytes())
-    for read in (it for part in message.reads for it in part.reads):
+    for read in (read for reads in message.reads for read in reads.reads):
         read.span_id = room.read.span if read.span_id == "here" else read.span_id
     try:
         step = codec.step_from_pb(message)

@@ -1,4 +1,4 @@
-"""Steps that read what the last one did: one header instead of a plan, for as long as the spans are there."""
+"""Repeated steps: a header is sent instead of the plan, as long as the reads and their spans are the same."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from farshore.kvstore.store.store import LocalStore
 
 @pytest.fixture
 def announced(monkeypatch):
-    """Numbers of the steps whose plan was sent."""
+    """The numbers of the steps whose plan was sent."""
     sent, encode = [], codec.step_to_pb
 
     def counted(step):
@@ -28,7 +28,7 @@ def announced(monkeypatch):
 
 
 @pytest.mark.parametrize("transport", REMOTE)
-def test_the_plan_goes_once_and_the_states_are_those_of_a_plan(start_shard, connect, work, announced):
+def test_the_plan_is_sent_once_and_repeated_steps_give_the_same_states(start_shard, connect, work, announced):
     shard = start_shard()
     client, local = connect(shard.address), InProcessClient(shard.worker, shard.store, work.model)
     read = work.sealed_span(client.store, "a", 0, 20)
@@ -39,7 +39,7 @@ def test_the_plan_goes_once_and_the_states_are_those_of_a_plan(start_shard, conn
 
 
 @pytest.mark.parametrize("transport", REMOTE)
-def test_other_reads_are_a_plan_again(start_shard, connect, work, announced):
+def test_other_reads_need_a_new_plan(start_shard, connect, work, announced):
     shard = start_shard()
     client, local = connect(shard.address), InProcessClient(shard.worker, shard.store, work.model)
     a, b = (work.sealed_span(client.store, name, 0, 20 + len(name)) for name in ("a", "bb"))
@@ -52,8 +52,8 @@ def test_other_reads_are_a_plan_again(start_shard, connect, work, announced):
 
 
 @pytest.mark.parametrize("transport", REMOTE)
-def test_a_span_that_is_gone_is_missed(shard, connect, work, announced):
-    """Another's goes: everything is looked up once more and found. Its own goes: the step says so."""
+def test_a_repeated_step_notices_a_dropped_span(shard, connect, work, announced):
+    """After another sequence's drop all spans are found again; after its own drop the step fails."""
     client = connect(shard.address)
     read, other = (work.sealed_span(client.store, name, 0, 20) for name in "ab")
     expected = work.run(client, work.step([read]))
@@ -92,20 +92,22 @@ def test_a_step_dropped_half_way_leaves_the_connection_as_it_is(shard, connect, 
 
 
 @pytest.mark.parametrize("transport", REMOTE)
-@pytest.mark.parametrize("alike", [True, False])
-def test_steps_that_are_announced_and_never_run(shard, connect, work, alike):
-    """As where another shard has no connection: more than there are slots in shared memory."""
+@pytest.mark.parametrize("repeated", [True, False])
+def test_steps_that_are_announced_and_never_run(shard, connect, work, repeated):
+    """More steps than shared memory has slots. It happens if another shard has no connection."""
     client = connect(shard.address)
     reads = [work.sealed_span(client.store, name, 0, 20) for name in "ab"]
     expected = work.run(client, work.step(reads[:1]))
     for number in range(2, 50):
-        client.begin(work.step([reads[0 if alike else number % 2]], number=number))
+        client.begin(work.step([reads[0 if repeated else number % 2]], number=number))
     assert work.run(client, work.step(reads[:1], number=50)) == expected
 
 
 @pytest.mark.parametrize("transport", [Transport.SHARED_MEMORY, Transport.TCP])
-def test_a_connection_that_the_shard_closed_between_two_steps(start_process, connect, work, announced):
-    """Is lost in the step that finds it closed; then there is none, until one is made."""
+def test_a_connection_that_the_shard_closes_between_two_steps_is_lost(
+    start_process, connect, work, announced
+):
+    """The next step raises TransportError; later steps raise Late until the client connects again."""
     process = start_process()
     client = connect(process.address)
     reads = [work.sealed_span(client.store, "a", 0, 20)]
@@ -127,7 +129,7 @@ def windowed(work):
 
 
 @pytest.mark.parametrize("transport", [Transport.SHARED_MEMORY, Transport.GRPC])
-def test_where_a_layer_has_a_window_positions_are_told_with_every_step(
+def test_a_model_with_a_window_sends_positions_with_every_step(
     start_shard, reach, work, transport, announced
 ):
     shard = start_shard()
@@ -141,7 +143,7 @@ def test_where_a_layer_has_a_window_positions_are_told_with_every_step(
     assert announced == [1, 2]
 
 
-def test_a_session_refuses_what_makes_no_sense(work):
+def test_a_session_refuses_to_repeat_no_step_or_a_windowed_one(work):
     store = LocalStore(worker=WorkerId("shard"), arena=Arena(1 << 20))
     with pytest.raises(InvalidRequest, match="there was none"):
         ShardSession(store, work.model, AttendedBytes()).repeat_step(7)
@@ -151,7 +153,7 @@ def test_a_session_refuses_what_makes_no_sense(work):
         session.repeat_step(8)
 
 
-def test_a_session_goes_by_the_new_number(work):
+def test_a_session_takes_the_repeated_steps_number(work):
     store = LocalStore(worker=WorkerId("shard"), arena=Arena(1 << 20))
     session = ShardSession(store, work.model, AttendedBytes())
     session.begin(work.step([work.sealed_span(store, "a", 0, 20)]))

@@ -1,4 +1,4 @@
-"""How an engine and a shard come together: every transport gives the same bits and gives way to the next."""
+"""How an engine connects to a shard: each transport gives the same bits, and the next one replaces it."""
 
 import logging
 import socket
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(native() is None, reason="needs the native modul
 
 
 class Offering(AttentionService):
-    """A shard whose offer is changed, as a firewall or another host would make of it."""
+    """A shard whose offer is changed, as if it were behind a firewall or on another host."""
 
     def Connect(self, request, context):
         offer = super().Connect(request, context)
@@ -30,7 +30,7 @@ class Offering(AttentionService):
 
 
 class Asked(AttentionService):
-    """A shard that notes how long its callers wait for an offer, in seconds."""
+    """A shard that records the remaining deadline, in seconds, of each request for an offer."""
 
     def __init__(self, worker, store):
         super().__init__(worker, store)
@@ -54,7 +54,9 @@ def nothing_listens():
 def said(caplog):
     """Warnings of the engine's end."""
     return [
-        r.message for r in caplog.records if r.levelno == logging.WARNING and r.name == connecting.__name__
+        record.message
+        for record in caplog.records
+        if record.levelno == logging.WARNING and record.name == connecting.__name__
     ]
 
 
@@ -70,7 +72,7 @@ FIREWALLED = {"tcp_port": nothing_listens()}
         ({"unix_name": ""}, Transport.TCP),
         (ELSEWHERE | FIREWALLED, Transport.GRPC),
         (ELSEWHERE | {"tcp_port": 0}, Transport.GRPC),
-        ({"token": b"of somebody else"}, Transport.GRPC),
+        ({"token": b"of another shard"}, Transport.GRPC),
     ],
     ids=[
         "one host",
@@ -81,7 +83,7 @@ FIREWALLED = {"tcp_port": nothing_listens()}
         "a token not given",
     ],
 )
-def test_the_fastest_way_that_connects_is_taken_and_the_slowest_one_said(
+def test_the_fastest_transport_that_connects_is_used_and_grpc_is_warned_about(
     start_shard, reach, work, changes, expected, caplog
 ):
     shard = start_shard(service=offering(**changes))
@@ -129,7 +131,7 @@ def test_a_port_that_swallows_packets_is_not_tried_for_every_step(start_shard, r
 
 
 def test_what_grpc_secures_never_leaves_the_host_in_the_clear(shard, work):
-    """A shard whose gRPC is secured offers the socket of this host, and no TCP."""
+    """A shard whose gRPC is secured offers its Unix socket, but not unencrypted TCP."""
 
     class Context:
         def __init__(self, **properties):
@@ -147,7 +149,7 @@ def test_what_grpc_secures_never_leaves_the_host_in_the_clear(shard, work):
 
 
 def test_a_secured_channel_says_so_to_its_handler():
-    """What the rule above rests on: gRPC names the security of a call's channel."""
+    """The previous test relies on this: gRPC names the security of a call's channel."""
     seen = []
 
     class Handler(grpc.GenericRpcHandler):
@@ -209,7 +211,7 @@ def has_ipv6():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("rows", "group0"), [(1, 0), (3, 1)])
 def test_a_layer_costs_the_bytes_that_the_formula_says(start_shard, reach, work, rows, group0, proxy_to):
-    """Counted on the socket, between the two ends."""
+    """A proxy between the two ends counts the bytes."""
     shard = start_shard(service=offering(**ELSEWHERE))
     counter = proxy_to(shard)
     shard.service.changes["tcp_port"] = counter.port
@@ -241,14 +243,14 @@ def test_a_query_of_another_dtype_is_refused(shard, connect, work, transport):
 
 
 def test_a_shard_is_asked_where_it_listens_within_the_callers_deadline(start_shard, reach, work):
-    """For frames and for bulk KV: a frozen shard must not keep the thread of its cold calls for longer."""
+    """For frames and for bulk KV. A frozen shard must not block its cold-call thread for longer."""
     shard = start_shard(service=Asked)
     by_default, chosen = reach(shard.address), reach(shard.address, deadline_s=3.0)
     by_default.connect()
     work.sealed_span(by_default.store, "a", 0, 20)
-    by_default.connect(deadline_s=1.0)  # is connected already
+    by_default.connect(deadline_s=1.0)  # Connected already: asks nothing.
     chosen.connect(deadline_s=2.0)
     work.sealed_span(chosen.store, "b", 0, 20)
     assert by_default.bulk_transport == chosen.bulk_transport == Transport.SHARED_MEMORY
     for wait_s, most_s in zip(shard.service.waits_s, [5.0, 5.0, 2.0, 3.0], strict=True):
-        assert 0 < wait_s <= 1.1 * most_s  # gRPC rounds what it passes on
+        assert 0 < wait_s <= 1.1 * most_s  # gRPC rounds deadlines.

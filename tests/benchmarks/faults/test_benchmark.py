@@ -1,4 +1,4 @@
-"""The faults benchmark: what it sends, how it judges; and a short run against a real server."""
+"""The faults benchmark: its requests and bars, and a short run against a real server."""
 
 import itertools
 import json
@@ -9,48 +9,54 @@ import pytest
 
 from farshore.benchmarks.faults import bars as faults_bars
 from farshore.benchmarks.faults import benchmark as faults
-from farshore.benchmarks.faults import door as faults_door
 from farshore.benchmarks.faults import freeze as faults_freeze
+from farshore.benchmarks.faults import oversize as faults_oversize
 from farshore.benchmarks.faults import sender as faults_sender
-from farshore.benchmarks.faults.hostile import Found
-from farshore.benchmarks.faults.requests import Kind, deal
+from farshore.benchmarks.faults.hostile import HostileFindings
+from farshore.benchmarks.faults.requests import HostileKind, deal
 from farshore.benchmarks.faults.setting import Setting, Sizes
-from farshore.benchmarks.faults.stream import Stream, differs, longest_gap_s, percentile
+from farshore.benchmarks.faults.stream import ClientStream, differs, longest_gap_s, percentile
 from farshore.benchmarks.report import Report
 from farshore.errors import InvalidRequest, StartupError
 from farshore.proto import inference_pb2 as api
 
 
-def test_every_kind_comes_a_hundred_times_in_the_issues_run():
-    """The deal is even within a round, so a few rounds tell of all."""
-    counts = Counter(hostile.kind for hostile in deal(3, 2 * len(Kind)))
-    assert counts == dict.fromkeys(Kind, 2)
-    assert Sizes().requests // len(Kind) >= faults_bars.LEAST_OF_A_KIND
+def test_every_kind_occurs_a_hundred_times_in_a_full_run():
+    """Every round contains each kind once, so two rounds stand for all."""
+    counts = Counter(hostile.kind for hostile in deal(3, 2 * len(HostileKind)))
+    assert counts == dict.fromkeys(HostileKind, 2)
+    assert Sizes().requests // len(HostileKind) >= faults_bars.LEAST_OF_A_KIND
 
 
 def test_the_same_seed_gives_the_same_requests_however_many():
     first = list(deal(5, 40))
     assert list(itertools.islice(deal(5, 2000), 40)) == first
-    assert [it.message for it in deal(6, 40)] != [it.message for it in first]
+    assert [hostile.message for hostile in deal(6, 40)] != [hostile.message for hostile in first]
 
 
 def test_requests_are_what_their_kinds_say():
-    for hostile in deal(1, 4 * len(Kind)):
-        if hostile.kind is Kind.GARBAGE:
+    for hostile in deal(1, 4 * len(HostileKind)):
+        if hostile.kind is HostileKind.GARBAGE:
             assert not hostile.message
             continue
         request = api.GenerateRequest.FromString(hostile.message)
         assert request.request_id == hostile.request_id
-        if hostile.kind is Kind.OVERSIZE:
+        if hostile.kind is HostileKind.OVERSIZE:
             assert len(hostile.message) > 5 << 20
-        elif hostile.kind in (Kind.CANCEL_AT_ONCE, Kind.CANCEL_MIDWAY, Kind.CANCEL_BEFORE):
+        elif hostile.kind in (
+            HostileKind.CANCEL_AT_ONCE,
+            HostileKind.CANCEL_MIDWAY,
+            HostileKind.CANCEL_BEFORE,
+        ):
             assert hostile.request_id and hostile.after_tokens
-        elif hostile.kind is Kind.RESUME:
+        elif hostile.kind is HostileKind.RESUME:
             assert api.GenerateRequest.FromString(hostile.resumed).request_id == hostile.request_id
 
 
-def test_hostile_values_are_among_them():
-    asked = [api.GenerateRequest.FromString(it.message).sampling for it in deal(2, 40 * len(Kind))]
+def test_requests_include_hostile_values():
+    asked = [
+        api.GenerateRequest.FromString(hostile.message).sampling for hostile in deal(2, 40 * len(HostileKind))
+    ]
     assert any(sampling.n == 12 for sampling in asked)
     assert any(sampling.logprobs > 49_152 for sampling in asked)
     assert any(0 < sampling.repetition_penalty < 1e-30 for sampling in asked)
@@ -61,10 +67,10 @@ def test_hostile_values_are_among_them():
     ("times", "gap"),
     [
         ([0, 1, 2, 3, 4, 5], 1),
-        ([0, 1, 9], 8),  # The pause overlaps the time asked about.
-        ([0, 1.5], 3.5),  # Nothing came until the end of it.
+        ([0, 1, 9], 8),  # The gap overlaps the range.
+        ([0, 1.5], 3.5),  # No token came until the end of the range.
         ([], 3),
-        ([4.5], 2.5),  # The time before the first token counts inside only.
+        ([4.5], 2.5),  # Before the first token only the time inside the range counts.
     ],
 )
 def test_the_longest_gap(times, gap):
@@ -85,11 +91,11 @@ def test_percentiles():
     assert percentile([3.0], 99) == 3.0
 
 
-def test_a_stream_is_whole_only_at_its_own_end():
-    stream = Stream("a")
+def test_a_stream_is_complete_only_at_its_own_end():
+    stream = ClientStream("a")
     done = api.Completion(reason=api.FINISH_REASON_CANCELLED)
     stream.take(api.GenerateEvent(finished=api.Finished(choices=[done])))
-    assert stream.ended == "finished" and not stream.whole
+    assert stream.ended == "finished" and not stream.is_complete
 
 
 def test_the_worker_to_freeze_is_the_one_whose_readers_come_closest():
@@ -99,7 +105,7 @@ def test_the_worker_to_freeze_is_the_one_whose_readers_come_closest():
 
 
 def test_long_prompts_are_as_long_as_asked_and_begin_differently():
-    texts = [faults_door.long_text("Alice was beginning. " * 500, number, 30_000) for number in range(8)]
+    texts = [faults_oversize.long_text("Alice was beginning. " * 500, number, 30_000) for number in range(8)]
     assert {len(text) for text in texts} == {30_000} and len({text[:2000] for text in texts}) == 8
 
 
@@ -109,15 +115,15 @@ def test_oversize_messages_are_as_large_as_they_say():
     assert len(request.chat.messages[0].role) == 9_000_000
     assert (64 << 20) - 64 <= len(sizes["64 MiB of token ids"]) <= 64 << 20
     empty = api.GenerateRequest.FromString(sizes["300,000 empty messages"])
-    assert len(empty.chat.messages) == 300_000 and not any(it.role for it in empty.chat.messages)
+    assert len(empty.chat.messages) == 300_000 and not any(message.role for message in empty.chat.messages)
 
 
-def test_what_was_not_measured_is_missed_and_says_why():
+def test_a_bar_without_a_measurement_is_missed_and_says_why():
     sizes = Sizes()
     measured = [
-        faults_bars.hostile(Found(1), sizes, "the server ended", 1.0),
-        faults_bars.freeze(faults_freeze.Found(), sizes, "the server ended", 1.0),
-        faults_bars.tokenize(faults_door.Tokenized(), sizes, "the server ended", 1.0),
+        faults_bars.hostile(HostileFindings(1), sizes, "the server ended", 1.0),
+        faults_bars.freeze(faults_freeze.FreezeFindings(), sizes, "the server ended", 1.0),
+        faults_bars.tokenize(faults_oversize.TokenizeFindings(), sizes, "the server ended", 1.0),
         faults_bars.refuse({}, "the server ended", 1.0),
     ]
     for results, bars in measured:
@@ -126,19 +132,19 @@ def test_what_was_not_measured_is_missed_and_says_why():
         assert all(bar["note"] == "the server ended" for bar in told["bars"])
 
 
-def test_what_was_measured_is_held_against_the_issues_bounds():
-    found = faults_freeze.Found(
+def test_measurements_are_compared_with_the_bars():
+    found = faults_freeze.FreezeFindings(
         readers=4,
         frames=1000,
         deadline_ms=180.0,
-        streams=[Stream("0")],
+        streams=[ClientStream("0")],
         different=[],
         gap_s=0.33,
         new_first_s=2.0,
-        hit_for_good=4,
-        hit_ended_s=11.0,
+        affected_for_good=4,
+        affected_ended_s=11.0,
         unclear=[],
-        whole_s=10.0,
+        recovered_s=10.0,
     )
     _, bars = faults_bars.freeze(found, Sizes(), "", 1.0)
     assert all(bar.met for bar in bars)
@@ -148,7 +154,7 @@ def test_what_was_measured_is_held_against_the_issues_bounds():
 
 
 def test_a_part_that_breaks_off_says_so(monkeypatch, machine):
-    async def fails(at, found):
+    async def fails(setting, found):
         raise StartupError("no memory")
 
     monkeypatch.setattr(faults.faults_freeze, "measure", fails)
@@ -157,13 +163,13 @@ def test_a_part_that_breaks_off_says_so(monkeypatch, machine):
     assert {bar.note for bar in report.bars} == {"StartupError: no memory"}
 
 
-def test_an_unknown_part_is_told_before_anything_starts(machine):
+def test_an_unknown_part_is_refused_before_a_server_starts(machine):
     with pytest.raises(InvalidRequest, match="no part 'dance': choose a part of hostile; freeze"):
         faults.run(machine, Sizes(), only="dance", progress=lambda _: pytest.fail("started"))
 
 
 @pytest.mark.heavy
-def test_sixty_hostile_requests_harm_nobody(machine):
+def test_sixty_hostile_requests_do_not_harm_the_bystanders(machine):
     sizes = Sizes(requests=60, concurrency=8, bystanders=2, bystander_tokens=32)
     report = faults.run(machine, sizes, seed=11, only="hostile", progress=lambda _: None)
     (result,) = report.results
@@ -173,6 +179,6 @@ def test_sixty_hostile_requests_harm_nobody(machine):
         assert bars[f"hostile: {name}"].met, (bars[f"hostile: {name}"], result.figures)
 
 
-def test_the_setting_is_what_the_issue_asks_for():
-    at = Setting(Sizes(), 1, lambda _: None)
-    assert (at.sizes.requests, at.sizes.bystanders, at.sizes.sequences) == (2000, 4, 8)
+def test_the_default_sizes_are_those_of_the_bars():
+    setting = Setting(Sizes(), 1, lambda _: None)
+    assert (setting.sizes.requests, setting.sizes.bystanders, setting.sizes.sequences) == (2000, 4, 8)

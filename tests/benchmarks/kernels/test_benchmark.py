@@ -1,4 +1,4 @@
-"""The kernel benchmark at tiny sizes: every bar is there, every layer is read. Speed does not matter here."""
+"""The kernel benchmark at tiny sizes: it reports every bar and reads every layer. Speed is not tested."""
 
 import json
 from collections import Counter
@@ -20,7 +20,7 @@ def report(reference, machine, tiny):
     return kernels.run(reference, machine, tiny, progress=lambda _: None)
 
 
-def test_the_bars_of_issue_4(report):
+def test_the_bars(report):
     bars = Counter((bar.bound, bar.unit) for bar in report.bars)
     assert bars == {
         (85, "% of read bandwidth"): 1,
@@ -45,14 +45,14 @@ def test_the_json_names_machine_results_and_bars(report):
     assert all(result["timing"]["runs"] == 3 for result in told["results"])
 
 
-def test_only_the_cases_that_are_asked_for(reference, machine, tiny):
+def test_only_the_selected_cases_run(reference, machine, tiny):
     report = kernels.run(reference, machine, tiny, only="extend on 7", progress=lambda _: None)
     assert [result.name for result in report.results] == [
         f"extend bfloat16, 5 new on 7 past, {shape}" for shape in (SMOLLM2, LLAMA_8B)
     ]
 
 
-def test_a_case_that_is_not_there_is_told_before_anything_is_measured(reference, machine, tiny):
+def test_an_unknown_case_is_refused_before_anything_is_measured(reference, machine, tiny):
     with pytest.raises(InvalidRequest, match="no case 'splits': choose a part of decode, 32/8 heads"):
         kernels.run(reference, machine, tiny, only="splits", progress=lambda _: pytest.fail("measured"))
 
@@ -64,7 +64,7 @@ def test_sdpa_gets_as_many_tokens_as_time_allows(reference, machine, tiny):
         assert [result.figures["sdpa_new_tokens"] for result in report.results] == [tokens] * 2
 
 
-def test_as_much_kv_as_asked_for_is_cycled_through(report, tiny):
+def test_the_requested_amount_of_kv_is_read_in_rotation(report, tiny):
     sizes = [result.figures["kv_bytes"] for result in report.results if "kv_bytes" in result.figures]
     assert len(sizes) == 9 and min(sizes) > tiny.kv_bytes
 
@@ -98,13 +98,13 @@ def without_native_kernels(monkeypatch):
     monkeypatch.setattr("farshore.benchmarks.kernels.implementation.import_module", importing)
 
 
-def test_the_reference_serves_where_nothing_faster_is_built(without_native_kernels):
+def test_the_reference_is_used_if_no_native_kernels_are_built(without_native_kernels):
     assert choose(None, threads=1).name == "reference"
     with pytest.raises(InvalidRequest, match="cpu kernels are not built here: no compiler"):
         choose("cpu", threads=1)
 
 
-def test_native_kernels_come_first_and_are_told_their_threads(monkeypatch):
+def test_native_kernels_are_preferred_and_get_their_thread_count(monkeypatch):
     told = {}
     native = SimpleNamespace(
         instruction_sets=["abacus 2", "abacus"],
@@ -124,6 +124,6 @@ def test_native_kernels_come_first_and_are_told_their_threads(monkeypatch):
     assert told == {"plan": {"threads": 1}, "extend": {"threads": 1}, "merge": {}}
 
 
-def test_wrong_options_are_told_before_anything_is_measured():
+def test_wrong_options_are_refused_before_anything_is_measured():
     with pytest.raises(InvalidRequest):
         BENCHMARKS["kernels"].run(Options(implementation="abacus"), lambda _: pytest.fail("measured"))

@@ -1,4 +1,4 @@
-"""What is timed is the work that it is said to be."""
+"""The timed work is the work that the kernel benchmark reports."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ STORED = [KVFormat.BFLOAT16, KVFormat.INT8, KVFormat.INT4]
 
 @pytest.mark.parametrize("format", STORED)
 def test_every_sequence_and_layer_is_filled(reference, format):
-    """All blocks hold the same random numbers, so attention gives the same everywhere."""
+    """All blocks hold the same random numbers, so every sequence and layer gives the same result."""
     kv = ColdKV(SMOLLM2, format, sequences=3, tokens=300, layers=2)
     q, out = query(SMOLLM2, 1)
     separate, states = kv.plan_separate(reference), State.identity(3, *out.o.shape[1:])
@@ -27,7 +27,7 @@ def test_every_sequence_and_layer_is_filled(reference, format):
         torch.testing.assert_close(states.lse, out.lse.expand(3, -1))
 
 
-def test_shared_rows_are_what_separate_rows_are(reference):
+def test_shared_and_separate_rows_give_the_same_states(reference):
     kv = ColdKV(SMOLLM2, KVFormat.BFLOAT16, sequences=4, tokens=50, layers=1)
     q, shared = query(SMOLLM2, 4)
     _, separate = query(SMOLLM2, 4)
@@ -37,7 +37,7 @@ def test_shared_rows_are_what_separate_rows_are(reference):
 
 
 def test_all_tokens_are_attended(reference):
-    """With q = 0 every token weighs the same: lse is ln of their number."""
+    """With q = 0 all tokens have equal weight, and lse is the logarithm of their number."""
     kv = ColdKV(SMOLLM2, KVFormat.BFLOAT16, sequences=1, tokens=777, layers=1)
     q, out = query(SMOLLM2, 1)
     reference.partial(kv.plan_separate(reference), 0, torch.zeros_like(q), out=out)
@@ -49,7 +49,7 @@ def test_all_tokens_are_attended(reference):
     [(KVFormat.BFLOAT16, 2 * 64 * 2), (KVFormat.INT8, 2 * (64 + 2)), (KVFormat.INT4, 2 * (32 + 2))],
 )
 def test_bytes_read(format, token_bytes):
-    """K and V, their scales, nothing else."""
+    """The bytes of K, V and their scales, and no others."""
     assert layer_bytes(SMOLLM2, format, sequences=2, tokens=100) == 2 * 100 * 3 * token_bytes
     kv = ColdKV(SMOLLM2, format, sequences=2, tokens=100, layers=5)
     assert kv.bytes == 5 * kv.layer_bytes <= kv.memory.numel()

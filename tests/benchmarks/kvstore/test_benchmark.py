@@ -1,4 +1,4 @@
-"""The store's benchmark at tiny sizes: every bar is there. Speed does not matter here."""
+"""The store's benchmark at tiny sizes: it reports every bar. Speed is not tested."""
 
 import json
 
@@ -28,7 +28,7 @@ def run(implementation, machine, **options):
     return kvstore.run(implementation, machine, SIZES, progress=lambda _: None, **options)
 
 
-def test_the_bars_of_issue_5(reference, machine):
+def test_the_bars(reference, machine):
     report = run(reference, machine)
     bars = [(bar.sense, bar.bound, bar.unit) for bar in report.bars]
     assert bars == [
@@ -48,7 +48,7 @@ def test_the_bars_of_issue_5(reference, machine):
     assert fork["met"] and fork["name"] == "fork of 700 tokens in 3 spans, and its drop"
 
 
-def test_only_the_cases_that_are_asked_for(reference, machine):
+def test_only_the_selected_cases_run(reference, machine):
     assert [result.name for result in run(reference, machine, only="announce").results] == [
         "announce of 20 spans"
     ]

@@ -1,4 +1,4 @@
-"""The offload benchmark at tiny sizes: every bar is there, over real processes. Speed does not matter."""
+"""The offload benchmark at tiny sizes, over real processes: it reports every bar. Speed is not tested."""
 
 import json
 from collections import Counter
@@ -28,7 +28,7 @@ SIZES = Sizes(
 
 @pytest.fixture
 def load(random_llama):
-    """A Llama of two layers of random weights, for any number of threads."""
+    """Loads a Llama with two layers of random weights, whatever the number of threads."""
     config = ModelConfig(
         name="tiny",
         layers=2,
@@ -48,7 +48,7 @@ def load(random_llama):
 
 
 @pytest.mark.heavy
-def test_the_bars_of_issue_7(load, machine):
+def test_the_bars(load, machine):
     report = offload.run(load, machine, SIZES, progress=lambda _: None)
     bars = Counter((bar.sense, bar.bound, bar.unit) for bar in report.bars)
     assert bars == {
@@ -69,13 +69,13 @@ def test_the_bars_of_issue_7(load, machine):
     assert all(bar.value == bar.value for bar in report.bars)
 
 
-def test_a_part_that_is_not_there_is_told_before_anything_is_measured(load, machine):
+def test_an_unknown_part_is_refused_before_anything_is_measured(load, machine):
     with pytest.raises(InvalidRequest, match="no part 'rdma': choose a part of hop, shared memory; "):
         offload.run(load, machine, SIZES, only="rdma", progress=lambda _: pytest.fail("measured"))
 
 
-def test_the_benchmark_runs_at_the_sizes_of_the_issue(machine, monkeypatch):
-    """8K of context, 16 sequences, a millisecond each way, as the command itself asks for them."""
+def test_the_default_sizes_are_those_of_the_bars(machine, monkeypatch):
+    """The command itself measures 8K of context, 16 sequences, and a delay of 1 ms each way."""
     asked = []
     monkeypatch.setattr(offload, "run", lambda load, facts, sizes, **options: asked.append(sizes))
     BENCHMARKS["offload"].run(Options(), lambda _: None)

@@ -1,4 +1,4 @@
-"""The quality benchmark: its scores against transformers, and its report on a tiny model."""
+"""The quality benchmark: its scores equal those of transformers; its report on a tiny model is complete."""
 
 from importlib.resources import files
 
@@ -19,7 +19,7 @@ SIZES = quality.Sizes(windows=2, window_tokens=300, haystack_tokens=200, depths=
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A Llama of random weights with SmolLM2's vocabulary."""
+    """A Llama with random weights and SmolLM2's vocabulary."""
     torch.manual_seed(3)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -58,7 +58,7 @@ def test_scores_equal_transformers_across_segments(folder):
     assert len(answer.tokens) == 3
 
 
-def test_a_report_holds_every_format_against_bf16(folder, machine):
+def test_a_report_compares_every_format_with_bf16(folder, machine):
     tokenizer = load_tokenizer(resolve(DEMO))
     told = []
 
@@ -80,7 +80,7 @@ def test_a_report_holds_every_format_against_bf16(folder, machine):
     assert [bar.name for bar in report.bars] == ["perplexity, int8, change", "needle, int8, found"]
 
 
-def test_bf16_is_read_even_where_only_another_format_is_asked_for(folder, machine):
+def test_bf16_is_measured_even_if_only_another_format_is_selected(folder, machine):
     def read(threads):
         return load(folder, torch.bfloat16), load_tokenizer(resolve(DEMO))
 
@@ -98,7 +98,7 @@ def test_the_text_is_installed_and_long_enough_and_says_where_it_is_from():
     assert "public domain" in texts.joinpath("SOURCE.md").read_text(encoding="utf-8")
 
 
-def test_the_needle_stands_where_it_is_said_to():
+def test_the_needle_is_at_the_stated_position():
     tokenizer = load_tokenizer(resolve(DEMO))
     text = "\n\n".join(f"Paragraph {i} of the hay." for i in range(200))
     for depth in (0.0, 0.3, 1.0):

@@ -1,4 +1,4 @@
-"""The serve and dense benchmarks on a model of random weights: figures are there, and mean what they say."""
+"""The serve and dense benchmarks on a model with random weights: they report their figures correctly."""
 
 import json
 import math
@@ -63,7 +63,7 @@ def setting(model):
 
 
 def test_stored_prefixes_are_found_and_read(model):
-    """A request with one prefills nothing but what is behind it, and attends to all of it."""
+    """A request with a stored prefix prefills only the tokens after it, and attends to all of the prefix."""
     prompt = [i % 50 for i in range(1300)]
     with LocalEngine(model, kv_bytes=64 << 20, limits=EngineLimits(segment_tokens=256)) as engine:
         engine.store_prefix(prompt)
@@ -156,7 +156,7 @@ def test_dense(setting):
 
 
 def test_vllm_gets_weights_that_another_environment_converted(setting, monkeypatch):
-    """Its own transformers can't read the demo model's GGUF, and no package of ours may lift its pin."""
+    """vLLM's pinned transformers cannot read the demo model's GGUF, and the pin must not be overridden."""
     commands = []
 
     def run(command, *, deadline_s):

@@ -1,4 +1,4 @@
-"""The gRPC stream of hot frames: frames leave at once, the call's end says why, and nothing stays behind."""
+"""Hot frames over gRPC: frames are sent at once, a refusal keeps its reason, and nothing is left open."""
 
 import gc
 import os
@@ -33,7 +33,7 @@ def transport():
 
 
 class Counting(AttentionService):
-    """A shard that tells when it has given ``due`` answers, and when a stream has ended."""
+    """A shard that sets ``answered`` after ``due`` answers, and ``ended`` when a stream has ended."""
 
     def __init__(self, worker, store):
         super().__init__(worker, store)
@@ -52,7 +52,7 @@ class Counting(AttentionService):
             self.ended.set()
 
 
-def test_frames_are_answered_while_nobody_waits_for_them(start_shard, connect, work):
+def test_frames_are_answered_before_the_engine_waits_for_them(start_shard, connect, work):
     shard = start_shard(service=Counting)
     client = connect(shard.address)
     step = work.step([work.sealed_span(client.store, "a", 0, 20)])
@@ -61,7 +61,7 @@ def test_frames_are_answered_while_nobody_waits_for_them(start_shard, connect, w
     client.begin(step)
     sent = [client.send(layer, 0, work.query(seed=layer)) for layer in range(work.layers)]
     assert shard.service.answered.wait(DEADLINE_S)
-    assert work.raw_bytes([client.wait(it) for it in sent]) == expected
+    assert work.raw_bytes([client.wait(frame) for frame in sent]) == expected
 
 
 def test_a_refusal_ends_the_step_whatever_is_written_meanwhile_and_the_next_one_runs(
@@ -81,7 +81,7 @@ def test_a_refusal_ends_the_step_whatever_is_written_meanwhile_and_the_next_one_
 
 
 def test_a_refusal_that_meets_a_write_arrives_as_it_is(start_shard, connect, work):
-    """Whenever it comes: frames are written without a pause until the answers are asked for."""
+    """Frames are written without a pause, so that the refusal may arrive during any of the writes."""
     shard = start_shard(service=Counting)
     client = connect(shard.address)
     read = work.sealed_span(client.store, "a", 0, 20)
@@ -102,9 +102,9 @@ def test_a_frame_before_any_step_is_refused(shard, work):
     assert isinstance(rpc.error_of(caught.value, peer="shard"), InvalidRequest)
 
 
-def test_engines_of_two_threads_do_not_turn_each_others_loop(start_shard, connect, work):
+def test_engines_of_two_threads_have_separate_event_loops(start_shard, connect, work):
     shards = [start_shard(worker=name) for name in "xy"]
-    clients = [connect(it.address) for it in shards]
+    clients = [connect(shard.address) for shard in shards]
     steps = [work.step([work.sealed_span(client.store, "a", 0, 20)]) for client in clients]
     both = threading.Barrier(2)
 
@@ -118,10 +118,10 @@ def test_engines_of_two_threads_do_not_turn_each_others_loop(start_shard, connec
 
     with ThreadPoolExecutor(2) as threads:
         mine, theirs = threads.map(engine, clients, steps)
-    assert mine == theirs and all(it == mine[0] for it in mine)
+    assert mine == theirs and all(states == mine[0] for states in mine)
 
 
-def test_a_stream_to_nobody_is_a_transport_error(shard, connect):
+def test_a_stream_to_a_stopped_shard_is_a_transport_error(shard, connect):
     client = connect(shard.address)
     shard.stop()
     with pytest.raises(TransportError, match=shard.address):
@@ -130,7 +130,7 @@ def test_a_stream_to_nobody_is_a_transport_error(shard, connect):
 
 
 def test_a_stream_to_a_shard_that_freezes_before_it_opens_is_late(start_process, connect, work):
-    """It opens with the first step, within that one's deadline; and another thread may make it."""
+    """The stream opens with the first step and within its deadline; another thread may create it."""
     process = start_process()
     client = connect(process.address)
     step = work.step([work.sealed_span(client.store, "a", 0, 20)])
@@ -162,16 +162,16 @@ def test_closed_streams_leave_no_socket_and_no_complaint(start_process, connect,
     def open_files():
         return len(list(Path("/proc/self/fd").iterdir()))
 
-    use()  # the thread's own loop stays
+    use()  # The thread's event loop stays open.
     before = open_files()
     for _ in range(5):
         use()
-    # gRPC closes what nobody uses when it comes to it.
+    # gRPC closes unused sockets some time later.
     pause, until = threading.Event(), time.monotonic() + DEADLINE_S
     while open_files() > before:
         assert time.monotonic() < until, "sockets are left behind"
         pause.wait(0.01)
-    assert not [it for it in caplog.records if it.name == "asyncio"]
+    assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
 # -- the environment of an attention worker ----------------------------------------------------------------
@@ -179,7 +179,7 @@ def test_closed_streams_leave_no_socket_and_no_complaint(start_process, connect,
 
 @pytest.mark.parametrize(("more", "known"), [("", True), (",no_such_thing", False)])
 def test_grpc_knows_what_a_worker_tells_it(more, known):
-    """It says so where it does not: a release that has dropped the names."""
+    """gRPC warns about unknown names: a release may drop those that a worker sets."""
     environment = os.environ | {name: value + more for name, value in ENVIRONMENT.items()}
     command = [sys.executable, "-P", "-c", "import grpc"]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)

@@ -1,6 +1,6 @@
-"""Parts ``tokenize`` and ``refuse``: very long prompts, and messages too large, at the gateway's door.
+"""Parts ``tokenize`` and ``refuse``: sends very long prompts and oversize messages to the gateway.
 
-Called by ``faults``, which holds what this finds against the bars. Must not know the bars.
+Called by ``faults.benchmark``, which compares the findings with the bars. Must not know the bars.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from pathlib import Path
 from farshore.benchmarks.faults.cluster import Process, Server, serving
 from farshore.benchmarks.faults.sender import CASES
 from farshore.benchmarks.faults.setting import Setting
-from farshore.benchmarks.faults.stream import Stream, follow, longest_gap_s
+from farshore.benchmarks.faults.stream import ClientStream, follow, longest_gap_s
 from farshore.errors import ModelError, StartupError
 from farshore.models.source import DEMO, resolve
 from farshore.proto import inference_pb2 as api
@@ -24,58 +24,60 @@ from farshore.proto import inference_pb2_grpc
 
 POSITIONS = 2_000_000
 TOKENIZE_SERVE = ("--dtype", "float32", "--kv-format", "int4", "--kv-memory", "4GiB")
-"""Room for 500,000 tokens: neither length nor memory refuses the prompts. The pages stay untouched."""
+"""Memory for 500,000 tokens, so that neither length nor memory refuses the prompts. The pages stay
+untouched."""
 REFUSE_SERVE = ("--dtype", "float32", "--kv-memory", "64MiB")
 PROBE_EVERY_S = 0.01
 TOKENIZE_DEADLINE_S = 180.0
 SENDER_DEADLINE_S = 120.0
 IDLE_S = 2.0
-"""Of probes alone, before and between what is measured."""
-_TEXT = Path(__file__).with_name("texts") / "alice.txt"
+"""How long only probes run, before and between measurements."""
+_TEXT = Path(__file__).parents[1] / "texts" / "alice.txt"
 
 
 @dataclass(slots=True)
-class Tokenized:
-    """What came of part ``tokenize``; None where it could not be measured."""
+class TokenizeFindings:
+    """The findings of part ``tokenize``. None: not measured."""
 
     probes_s: list[float] = field(default_factory=list)
     idle_probes_s: list[float] = field(default_factory=list)
     gap_s: float | None = None
     accepted: int | None = None
-    """Of the long prompts; each was tokenized, and cancelled then."""
+    """The number of long prompts that were tokenized; each was then cancelled."""
     refused: list[str] = field(default_factory=list)
     prompt_tokens: list[int] = field(default_factory=list)
     took_s: float | None = None
 
 
 @dataclass(slots=True)
-class Refused:
-    """One oversize request, as often as it was sent."""
+class RefuseFindings:
+    """The findings of part ``refuse`` for one oversize request; each list has one entry per sending."""
 
     answers: list[str] = field(default_factory=list)
     loop_s: list[float] = field(default_factory=list)
-    """The loop's thread on a core, less what the probes alone cost."""
+    """The CPU time of the event loop's thread, less that of the probes."""
     delay_s: list[float] = field(default_factory=list)
-    """The longest answer to a probe meanwhile."""
+    """The longest wait of a probe meanwhile."""
     took_s: list[float] = field(default_factory=list)
 
 
-async def tokenize(at: Setting, found: Tokenized) -> None:
+async def tokenize(setting: Setting, found: TokenizeFindings) -> None:
+    """Fills ``found`` with the times of probes and of a stream while long prompts are tokenized."""
     with tempfile.TemporaryDirectory(prefix="farshore-faults-") as folder:
         model = _with_positions(Path(folder), POSITIONS)
-        async with serving(*TOKENIZE_SERVE, "--model", str(model), progress=at.progress) as server:
-            await _tokenize(server, at, found)
+        async with serving(*TOKENIZE_SERVE, "--model", str(model), progress=setting.progress) as server:
+            await _tokenize(server, setting, found)
 
 
-async def _tokenize(server: Server, at: Setting, found: Tokenized) -> None:
+async def _tokenize(server: Server, setting: Setting, found: TokenizeFindings) -> None:
     text = _TEXT.read_text(encoding="utf-8")
     requests = [
         api.GenerateRequest(
-            text=long_text(text, number, at.sizes.prompt_chars), sampling=api.Sampling(max_tokens=1)
+            text=long_text(text, number, setting.sizes.prompt_chars), sampling=api.Sampling(max_tokens=1)
         )
-        for number in range(at.sizes.prompts)
+        for number in range(setting.sizes.prompts)
     ]
-    beside = Stream("beside")
+    beside = ClientStream("beside")
     sampling = api.Sampling(max_tokens=4000, temperature=0.0, ignore_eos=True)
     task = asyncio.create_task(
         follow(
@@ -90,7 +92,9 @@ async def _tokenize(server: Server, at: Setting, found: Tokenized) -> None:
         if beside.ended is not None:
             raise StartupError(f"the stream beside ended with {beside.ended}: {beside.details[:200]}")
         found.idle_probes_s = await _probing(server, asyncio.create_task(asyncio.sleep(IDLE_S)))
-        at.progress(f"tokenize: {at.sizes.prompts} prompts of {at.sizes.prompt_chars} characters")
+        setting.progress(
+            f"tokenize: {setting.sizes.prompts} prompts of {setting.sizes.prompt_chars} characters"
+        )
         begun_s = time.perf_counter()
         sent = asyncio.gather(*(_accepted(server, request, found) for request in requests))
         found.probes_s = await _probing(server, sent)
@@ -102,10 +106,12 @@ async def _tokenize(server: Server, at: Setting, found: Tokenized) -> None:
         await asyncio.wait({task})
 
 
-async def _accepted(server: Server, request: api.GenerateRequest, found: Tokenized) -> bool:
-    """Leaves as soon as the prompt has been tokenized: its prefill is not what is measured. On a connection
-    of its own: on a shared one probes would wait behind the prompt's bytes."""
-    stream = Stream("long")
+async def _accepted(server: Server, request: api.GenerateRequest, found: TokenizeFindings) -> bool:
+    """Sends a prompt and cancels it when it has been tokenized, before its prefill. Returns whether it was
+    accepted.
+
+    It uses its own connection: on a shared one probes would wait for the prompt's bytes."""
+    stream = ClientStream("long")
     async with server.channel([("grpc.use_local_subchannel_pool", 1)]) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
         task = asyncio.create_task(follow(stub, request, stream, deadline_s=TOKENIZE_DEADLINE_S))
@@ -120,7 +126,7 @@ async def _accepted(server: Server, request: api.GenerateRequest, found: Tokeniz
 
 
 async def _probing(server: Server, until: "asyncio.Future[object]") -> list[float]:
-    """The times of probes sent every 10 ms, answered or not, until something else is done."""
+    """Sends a probe every 10 ms until ``until`` is done. Returns the probes' times in seconds."""
     probes: list[asyncio.Task[float]] = []
     next_s = time.perf_counter()
     while not until.done():
@@ -131,7 +137,8 @@ async def _probing(server: Server, until: "asyncio.Future[object]") -> list[floa
 
 
 def long_text(text: str, number: int, chars: int) -> str:
-    """Prose, none of which begins like another's; every fourth is one word, or of characters beyond ASCII."""
+    """A prompt of ``chars`` characters that begins unlike any other. Every fourth one is a single word, or
+    contains non-ASCII characters; the others are prose."""
     if number % 8 == 3:
         return ("ab" * (chars // 2 + 1))[:chars]
     if number % 8 == 7:
@@ -141,35 +148,37 @@ def long_text(text: str, number: int, chars: int) -> str:
 
 
 def _with_positions(folder: Path, positions: int) -> Path:
-    """A copy of the demo model whose file claims so many positions."""
+    """Writes a copy of the demo model to ``folder``, with ``positions`` in its GGUF header."""
     source = resolve(DEMO).path
     copy = folder / source.name
     shutil.copyfile(source, copy)
     key = b"llama.context_length"
-    # GGUF: a key's length, the key, its type (4: uint32), its value; little-endian.
+    # GGUF stores a key's length, the key, its type (4: uint32) and its value, little-endian.
     before = struct.pack("<Q", len(key)) + key + struct.pack("<I", 4)
     with copy.open("r+b") as file:
-        head = file.read(1 << 20)
-        place = head.find(before)
-        if place < 0:
+        beginning = file.read(1 << 20)
+        offset = beginning.find(before)
+        if offset < 0:
             raise ModelError(f"{source}: no {key.decode()} at the beginning")
-        file.seek(place + len(before))
+        file.seek(offset + len(before))
         file.write(struct.pack("<I", positions))
     return copy
 
 
-async def refuse(at: Setting, found: dict[str, Refused]) -> None:
-    async with serving(*REFUSE_SERVE, progress=at.progress) as server:
+async def refuse(setting: Setting, found: dict[str, RefuseFindings]) -> None:
+    """Sends each oversize message several times. Fills ``found``, by the case's name."""
+    async with serving(*REFUSE_SERVE, progress=setting.progress) as server:
         gateway = server.gateway()
         for case in CASES:
-            one = found.setdefault(case, Refused())
-            for _ in range(at.sizes.refusals):
-                at.progress(f"refuse: {case}")
-                await _refuse(server, gateway, case, one)
+            case_found = found.setdefault(case, RefuseFindings())
+            for _ in range(setting.sizes.refusals):
+                setting.progress(f"refuse: {case}")
+                await _refuse(server, gateway, case, case_found)
 
 
-async def _refuse(server: Server, gateway: Process, case: str, one: Refused) -> None:
-    """The sender is a process of its own: making and sending 64 MiB would hold up the probes here."""
+async def _refuse(server: Server, gateway: Process, case: str, found: RefuseFindings) -> None:
+    """Sends one oversize message from another process: building and sending 64 MiB would delay the probes
+    here."""
     idle_cpu_s, begun_s = gateway.main_thread_cpu_s(), time.perf_counter()
     await _probing(server, asyncio.create_task(asyncio.sleep(IDLE_S)))
     idle_rate = (gateway.main_thread_cpu_s() - idle_cpu_s) / (time.perf_counter() - begun_s)
@@ -187,10 +196,10 @@ async def _refuse(server: Server, gateway: Process, case: str, one: Refused) -> 
         probes_s = await _probing(server, asyncio.create_task(asyncio.wait_for(line, SENDER_DEADLINE_S)))
         took_s = time.perf_counter() - begun_s
         answer = json.loads(await line)
-        one.answers.append(f"{answer['code']}: {answer['details'][:120]}")
-        one.loop_s.append(max(0.0, gateway.main_thread_cpu_s() - cpu_s - idle_rate * took_s))
-        one.delay_s.append(max(probes_s, default=0.0))
-        one.took_s.append(answer["took_s"])
+        found.answers.append(f"{answer['code']}: {answer['details'][:120]}")
+        found.loop_s.append(max(0.0, gateway.main_thread_cpu_s() - cpu_s - idle_rate * took_s))
+        found.delay_s.append(max(probes_s, default=0.0))
+        found.took_s.append(answer["took_s"])
     finally:
         if sender.returncode is None:
             sender.kill()

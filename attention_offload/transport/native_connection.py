@@ -1,5 +1,9 @@
-"""Hot frames over shared memory or TCP, engine's end: native calls that wait without the interpreter's
-lock."""
+"""Carries hot frames over shared memory or TCP, at the engine's end.
+
+Called by ``client.remote``; ``fanout.native_fanout`` passes several of these connections to one native call.
+The native calls block without the interpreter's lock. It must not know sequences or plans of more than one
+shard.
+"""
 
 import socket
 
@@ -9,20 +13,21 @@ from torch import Tensor
 from farshore.attention_offload import codec
 from farshore.attention_offload.base import AttentionModel
 from farshore.attention_offload.plan.step_plan import ShardStep
-from farshore.attention_offload.transport.connect import is_near, refusal
-from farshore.attention_offload.transport.core_sharing import give_way
+from farshore.attention_offload.transport.connect import is_same_host, refusal
+from farshore.attention_offload.transport.core_sharing import lower_pool_priority
 from farshore.attention_offload.transport.frames import MOST_DEADLINE_S, Sent, Transport, frame_bytes, native
 from farshore.errors import FarshoreError, InvalidRequest, Late, TransportError
 from farshore.kernels.base import State
 
-AWAKE_US = 200
-"""How long an engine waits for an answer awake, where answers come that soon: it has nothing else to do, and
-waking it takes 40 us where its core is idle and a virtual machine's."""
+SPIN_US = 200
+"""How long an engine spins for an answer before it sleeps, if answers usually arrive that soon. The engine
+has nothing else to do, and waking it takes 40 us if its core is idle on a virtual machine."""
 
 
-class FrameStream:
-    """A :class:`~farshore.attention_offload.transport.frames.HotStream` on a connection that it owns from
-    now on."""
+class NativeConnection:
+    """A :class:`~farshore.attention_offload.transport.frames.HotConnection` over shared memory or TCP.
+
+    It owns the socket that it is given."""
 
     def __init__(
         self,
@@ -34,7 +39,8 @@ class FrameStream:
         *,
         shares_cores: bool = False,
     ) -> None:
-        """``shares_cores``: with the shard; see ``connect.Connected``."""
+        """``address`` is the shard's gRPC address, for error messages. ``shares_cores`` as in
+        :class:`~farshore.attention_offload.transport.connect.Connected`."""
         self.transport = transport
         self.shares_cores = shares_cores
         self._address = address
@@ -42,12 +48,12 @@ class FrameStream:
         self._dtype = dtype
         self._native = native()
         if transport is Transport.SHARED_MEMORY:
-            self.wire = self._native.shared_memory(connection.detach(), MOST_DEADLINE_S, AWAKE_US)
+            self.wire = self._native.shared_memory(connection.detach(), MOST_DEADLINE_S, SPIN_US)
         else:
-            near = is_near(connection)
-            self.wire = self._native.stream(connection.detach(), MOST_DEADLINE_S, near, AWAKE_US)
+            same_host = is_same_host(connection)
+            self.wire = self._native.stream(connection.detach(), MOST_DEADLINE_S, same_host, SPIN_US)
         if shares_cores:
-            give_way()
+            lower_pool_priority()
 
     @property
     def under_way(self) -> int:
@@ -65,13 +71,13 @@ class FrameStream:
 
     def begin(self, step: ShardStep, deadline_s: float) -> None:
         groups, rows = step.group1 - step.group0, max(map(len, step.micro_batches), default=0)
-        most = 0
+        largest_payload_bytes = 0
         for spec in self._model.specs:
             q, lse, o = frame_bytes(spec, rows=rows, heads=groups * spec.q_heads_per_group, dtype=self._dtype)
-            most = max(most, q, lse + o)
+            largest_payload_bytes = max(largest_payload_bytes, q, lse + o)
         message = codec.step_to_pb(step).SerializeToString()
         try:
-            self._native.begin(self.wire, step.step, message, most, deadline_s)
+            self._native.begin(self.wire, step.step, message, largest_payload_bytes, deadline_s)
         except (OSError, ValueError) as error:
             raise self.mapped(error) from error
 
@@ -116,16 +122,18 @@ class FrameStream:
         self._native.shut_down(self.wire)
 
     def check_dtype(self, dtype: torch.dtype) -> None:
+        """Raises InvalidRequest if queries of ``dtype`` do not fit this connection."""
         if dtype != self._dtype:
             raise InvalidRequest(f"q is {dtype}: this connection was opened for {self._dtype}")
 
     def refusal(self, failure: bytes) -> FarshoreError:
-        """What a shard's last message says: the error that it refuses the step with, or TransportError where
-        the message is garbage."""
+        """Converts the payload of a FAILURE frame into the error with which the shard refuses the step.
+
+        A malformed payload becomes TransportError."""
         return refusal(codec.error_from_bytes(failure, peer=self._address), self._address)
 
     def mapped(self, error: Exception) -> FarshoreError:
-        """The error for what a native call on this connection failed with."""
+        """Converts an exception of a native call on this connection into a FarshoreError."""
         if isinstance(error, TimeoutError):
             return Late(f"{self._address}: no answer in time", shards=())
         if isinstance(error, OSError):
