@@ -19,7 +19,7 @@ from farshore.attention_offload.plan.step_plan import Read, ShardStep
 from farshore.errors import InvalidRequest
 from farshore.ids import SpanId
 from farshore.kernels.base import AttentionSpec, KVLayout
-from farshore.kvstore.base import SpanKey, Stored
+from farshore.kvstore.base import SpanKey, SpanShape
 from farshore.kvstore.prefix import PrefixBlock
 from farshore.kvstore.store import forms
 
@@ -193,7 +193,7 @@ def _check_sizes(step: ShardStep, model: AttentionModel) -> None:
             raise InvalidRequest(f"a step of {what.format(size)}: {most} at most; give fewer rows")
 
 
-def check_read(read: Read, stored: Stored, layer_class: int, layout: KVLayout) -> None:
+def check_read(read: Read, stored: SpanShape, layer_class: int, layout: KVLayout) -> None:
     """``stored`` is what the store says of the span; ``layout`` the session's, of the class and all
     groups."""
     key = stored.key

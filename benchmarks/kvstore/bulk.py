@@ -57,7 +57,7 @@ def digest(at: At) -> Measured:
     timed = _timed(
         at,
         {
-            "digest": lambda: transfer.digest(store.pieces(next(turn), 0, at.sizes.span_tokens)),
+            "digest": lambda: transfer.digest(store.chunk_images(next(turn), 0, at.sizes.span_tokens)),
             "memcpy": copy,
         },
     )
@@ -94,8 +94,8 @@ def encode_and_rebuild(at: At) -> Measured:
             other,
             lost,
             info.covers,
-            parity=other.pieces(group, 0, tokens),
-            survivors={span: store.pieces(span, 0, tokens) for span in survivors},
+            parity=other.chunk_images(group, 0, tokens),
+            survivors={span: store.chunk_images(span, 0, tokens) for span in survivors},
             sequence=SequenceId("rebuilt"),
             epoch=EPOCH,
         )
@@ -122,7 +122,7 @@ def encode_and_rebuild(at: At) -> Measured:
 
 def _encode(at: At, store: LocalStore, spans: list[SpanId], other: LocalStore) -> SpanId:
     tokens = at.sizes.span_tokens
-    members = {span: Member(store.pieces(span, 0, tokens), store.digest(span, tokens)) for span in spans}
+    members = {span: Member(store.chunk_images(span, 0, tokens), store.digest(span, tokens)) for span in spans}
     return parity.encode(other, members, sequence=GROUP, epoch=EPOCH)
 
 

@@ -28,7 +28,7 @@ def shards():
 
 @pytest.fixture(autouse=True)
 def several_parts(monkeypatch, layout):
-    monkeypatch.setattr(images, "PART_BYTES", 2 * layout.layer_bytes)
+    monkeypatch.setattr(images, "CHUNK_BYTES", 2 * layout.layer_bytes)
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def grouped(shards, sealed):
     def make(layout, lengths):
         members = {sealed(s, n, layout, first=9): s for s, n in zip(shards, lengths, strict=False)}
         sent = {
-            span: Member(transfer.verified(store.export(span, 0, n)), store.digest(span, n))
+            span: Member(transfer.verified_images(store.export(span, 0, n)), store.digest(span, n))
             for (span, store), n in zip(members.items(), lengths, strict=True)
         }
         span = parity.encode(shards[4], sent, sequence=GROUP, epoch=E1)
@@ -51,13 +51,15 @@ def grouped(shards, sealed):
 
 def pieces_of(members, info, *, lost):
     return {
-        it.span: members[it.span].pieces(it.span, 0, it.tokens) for it in info.covers if it.span is not lost
+        it.span: members[it.span].chunk_images(it.span, 0, it.tokens)
+        for it in info.covers
+        if it.span is not lost
     }
 
 
 def rebuild(shards, members, info, lost, **changes):
     given = {
-        "parity": shards[4].pieces(info.span, 0, info.sealed_tokens),
+        "parity": shards[4].chunk_images(info.span, 0, info.sealed_tokens),
         "survivors": pieces_of(members, info, lost=lost),
     } | changes
     return parity.rebuild(shards[3], lost, info.covers, sequence=BACK, epoch=E1, **given)
@@ -102,7 +104,7 @@ def test_parity_is_not_read_as_tokens(shards, layout, grouped):
 def test_parity_covers_what_was_sealed_and_later_tokens_change_nothing(shards, layout, sealed, tokens):
     spans = [sealed(store, 7, layout, capacity_tokens=14) for store in shards[:2]]
     sent = {
-        span: Member(store.pieces(span, 0, 7), store.digest(span, 7))
+        span: Member(store.chunk_images(span, 0, 7), store.digest(span, 7))
         for span, store in zip(spans, shards, strict=False)
     }
     group = parity.encode(shards[4], sent, sequence=GROUP, epoch=E1)
@@ -112,7 +114,7 @@ def test_parity_covers_what_was_sealed_and_later_tokens_change_nothing(shards, l
     (info,) = shards[4].announce()
     members = dict(zip(spans, shards, strict=False))
     rebuild(shards, members, info, spans[0])
-    longer = {spans[1]: shards[1].pieces(spans[1], 0, 14)}
+    longer = {spans[1]: shards[1].chunk_images(spans[1], 0, 14)}
     with pytest.raises(InvalidRequest, match=f"14 tokens of {spans[1]}: the parity is of its first 7"):
         rebuild(shards, members, info, spans[0], survivors=longer)
     assert group == info.span
@@ -122,7 +124,9 @@ def test_a_group_needs_two_spans_of_one_layout(shards, layout, sealed):
     spans = [sealed(shards[0], 7, layout), sealed(shards[0], 7, layout._replace(k_dim=4))]
     for chosen, named in [(spans[:1], "1 spans: give 2"), (spans, "stored as")]:
         with pytest.raises(InvalidRequest, match=named):
-            sent = {span: Member(shards[0].pieces(span, 0, 7), shards[0].digest(span, 7)) for span in chosen}
+            sent = {
+                span: Member(shards[0].chunk_images(span, 0, 7), shards[0].digest(span, 7)) for span in chosen
+            }
             parity.encode(shards[4], sent, sequence=GROUP, epoch=E1)
     assert shards[4].announce() == []
 
@@ -140,7 +144,7 @@ def test_every_other_span_is_needed(shards, layout, grouped):
 def test_parity_that_does_not_fit_is_refused_and_takes_nothing(shards, layout, sealed):
     shards[4] = LocalStore(worker=WorkerId("small"), arena=Arena(2 * 4096))
     spans = [sealed(shards[0], 11, layout) for _ in range(2)]
-    sent = {span: Member(shards[0].pieces(span, 0, 11), shards[0].digest(span, 11)) for span in spans}
+    sent = {span: Member(shards[0].chunk_images(span, 0, 11), shards[0].digest(span, 11)) for span in spans}
     with pytest.raises(Full):
         parity.encode(shards[4], sent, sequence=GROUP, epoch=E1)
     assert shards[4].announce() == [] and shards[4].usage().free_bytes == 2 * 4096
@@ -168,7 +172,7 @@ def test_a_damaged_chunk_leaves_no_parity(shards, layout, sealed):
     good, bad = (list(store.export(span, 0, 7)) for store, span in zip(shards, spans, strict=False))
     bad[2] = replace(bad[2], payload=bytes(len(bad[2].payload)))
     sent = {
-        span: Member(transfer.verified(chunks), store.digest(span, 7))
+        span: Member(transfer.verified_images(chunks), store.digest(span, 7))
         for span, store, chunks in zip(spans, shards, (good, bad), strict=False)
     }
     with pytest.raises(Corrupt, match="chunk 2"):
@@ -182,5 +186,5 @@ def test_parity_itself_can_move(shards, layout, grouped):
     with pytest.raises(InvalidRequest, match="parity=True, but 0 spans"):
         shards[2].import_span(sent, sequence=GROUP, epoch=E1)
     moved = shards[2].import_span(sent, sequence=GROUP, epoch=E1, covers=info.covers)
-    back = rebuild(shards, members, info, info.covers[0].span, parity=shards[2].pieces(moved, 0, 12))
+    back = rebuild(shards, members, info, info.covers[0].span, parity=shards[2].chunk_images(moved, 0, 12))
     assert shards[3].announce()[0].span == back

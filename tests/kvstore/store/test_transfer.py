@@ -28,7 +28,7 @@ def other():
 @pytest.fixture(autouse=True)
 def several_parts(monkeypatch, layout):
     """Blocks come in parts of two layers and of one."""
-    monkeypatch.setattr(images, "PART_BYTES", 2 * layout.layer_bytes)
+    monkeypatch.setattr(images, "CHUNK_BYTES", 2 * layout.layer_bytes)
 
 
 @pytest.fixture
@@ -60,19 +60,21 @@ def test_a_digest_is_of_the_content_however_it_is_cut(store, layout, sealed, mon
     span = sealed(store, 13, layout)
     digests = set()
     for size in (1, 2 * layout.layer_bytes, layout.block_bytes):
-        monkeypatch.setattr(images, "PART_BYTES", size)
-        digests.add(transfer.digest(store.pieces(span, 2, 13)))
+        monkeypatch.setattr(images, "CHUNK_BYTES", size)
+        digests.add(transfer.digest(store.chunk_images(span, 2, 13)))
     assert len(digests) == 1
-    assert store.digest(span, 13) == transfer.digest(store.pieces(span, 0, 13)) != store.digest(span, 12)
-    assert store.digest(span, 12) == transfer.digest(store.pieces(span, 0, 12))
+    assert (
+        store.digest(span, 13) == transfer.digest(store.chunk_images(span, 0, 13)) != store.digest(span, 12)
+    )
+    assert store.digest(span, 12) == transfer.digest(store.chunk_images(span, 0, 12))
     with pytest.raises(InvalidRequest):
         store.digest(span, 14)
-    assert transfer.digest(store.pieces(span, 2, 12)) not in digests
+    assert transfer.digest(store.chunk_images(span, 2, 12)) not in digests
 
 
 def test_a_header_comes_back_as_it_was_packed():
     for format in KVFormat:
-        header = transfer.Header(
+        header = transfer.ExportHeader(
             key=transfer.SpanKey(
                 sequence=SequenceId("größer/1"),
                 layer_class=3,
@@ -84,12 +86,12 @@ def test_a_header_comes_back_as_it_was_packed():
             tokens=9,
             parity=True,
         )
-        part = images.Part(0, 9, 10, 12)
+        part = images.ChunkRange(0, 9, 10, 12)
         packed = header.pack(part)
-        assert transfer.Header.unpack(packed) == (header, part)
+        assert transfer.ExportHeader.unpack(packed) == (header, part)
         for bad in (b"", packed[:50], b"FSX0" + packed[4:], packed + b"\xff"):
             with pytest.raises(ValueError):
-                transfer.Header.unpack(bad)
+                transfer.ExportHeader.unpack(bad)
 
 
 def test_every_flipped_bit_is_caught_and_named(sent, other):
@@ -146,10 +148,10 @@ def test_chunks_of_two_exports_do_not_mix(store, other, layout, sealed, sent):
 
 
 def test_an_impossible_layout_is_refused_before_memory_is_granted(other, layout, sent):
-    header, _ = transfer.Header.unpack(sent[0].header)
+    header, _ = transfer.ExportHeader.unpack(sent[0].header)
     for bad in (layout._replace(groups=3), layout._replace(v_in_k=True)):
-        part = next(images.cut(bad, 12))
-        size = images.part_layout(bad, part).block_bytes
+        part = next(images.chunk_ranges(bad, 12))
+        size = images.image_layout(bad, part).block_bytes
         packed = replace(header, layout=bad).pack(part)
         with pytest.raises(InvalidRequest):
             other.import_span([resealed(sent[0], header=packed, payload=bytes(size))], sequence=T, epoch=E1)
