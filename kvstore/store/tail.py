@@ -288,7 +288,8 @@ class TailBatch:
         return partial(self._append_native, sources, (k, v))
 
     def _append_native(self, sources: tuple[int, ...], kept: tuple[Tensor, Tensor], layer: int) -> None:
-        """``sources``: type, addresses and strides of the tensors in ``kept``, which this argument keeps alive."""
+        """``sources``: type, addresses and strides of the tensors in ``kept``, which this argument keeps
+        alive."""
         forms.check_layer(self._layout, layer)
         refused = blocks.native.append(self._native, layer, *sources)
         if refused is not None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from farshore.errors import InvalidRequest, ModelError
 from farshore.models.gguf_file import GgufFile
-from farshore.models.gguf_header import Header
+from farshore.models.gguf_header import GgufHeader
 from farshore.models.source import ModelSource
 from farshore.models.tokenizer import Tokenizer, load_tokenizer
 
@@ -194,7 +194,7 @@ GGUF = {
 
 def from_gguf(tmp_path, **changes):
     metadata = GGUF | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
-    return Tokenizer.from_gguf(GgufFile(tmp_path / "m.gguf", b"", Header(metadata, {})), "m")
+    return Tokenizer.from_gguf(GgufFile(tmp_path / "m.gguf", b"", GgufHeader(metadata, {})), "m")
 
 
 def test_gguf_beginning_of_text(tmp_path):
