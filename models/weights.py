@@ -95,7 +95,7 @@ def load_model(
                 f"{where} has shape {list(tensor.shape)}, the configuration says {list(shape)}; "
                 "take weights and configuration from the same model"
             )
-        # A tensor that was not unpacked may be a view of a memory-mapped file. A copy lets the file be closed.
+        # A tensor that was not unpacked may be a view of a memory-mapped file: a copy lets the file close.
         unpacked = quantised is not None
         loaded[name] = tensor if unpacked else torch.empty(shape, dtype=dtype, device=device).copy_(tensor)
         if progress is not None:
