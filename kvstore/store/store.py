@@ -61,9 +61,8 @@ class LocalStore:
         self._names = PrefixIndex()
         with torch.inference_mode(False):  # Any thread may count, whatever mode the store is made in.
             self.removals = torch.zeros(1, dtype=torch.int64)
-        self._cached: OrderedDict[SpanId, SpanRecord] = (
-            OrderedDict()
-        )  # spans without holds, longest without first
+        # Spans without holds, in the order in which they lost the last one.
+        self._cached: OrderedDict[SpanId, SpanRecord] = OrderedDict()
         arena.on_full(self._reclaim)
 
     def create(self, key: SpanKey, *, capacity_tokens: int, layout: KVLayout, epoch: Epoch) -> SpanId:
@@ -204,8 +203,8 @@ class LocalStore:
         header = opening.header
         if bool(covers) != header.parity:
             raise InvalidRequest(
-                f"parity={header.parity}, but {len(covers)} spans covered: say what parity covers,"
-                " and of nothing else"
+                f"parity={header.parity}, but {len(covers)} spans covered: give covers for parity, and only"
+                " for parity"
             )
         span = self.create(
             replace(header.key, sequence=sequence),
@@ -252,16 +251,16 @@ class LocalStore:
         with self._lock:
             self._holds.admit(sequence, epoch)
             slices = []
-            for found in self._names.find(blocks, layer_class=layer_class):
-                record = self._spans[found.span]
-                self._hold(found.span, sequence, epoch)
+            for match in self._names.find(blocks, layer_class=layer_class):
+                record = self._spans[match.span]
+                self._hold(match.span, sequence, epoch)
                 slices.append(
                     SpanSlice(
-                        span=found.span,
+                        span=match.span,
                         key=record.key,
                         layout=record.layout,
-                        first=found.first,
-                        last=found.last,
+                        first=match.first,
+                        last=match.last,
                     )
                 )
         return slices
@@ -319,6 +318,7 @@ class LocalStore:
         return record
 
     def _writable(self, span: SpanId, sequence: SequenceId, epoch: Epoch) -> SpanRecord:
+        """The span's record, if ``sequence`` may write it: it created the span and holds it."""
         record = self._checked_hold(span, sequence)
         if record.key.sequence != sequence:
             raise InvalidRequest(f"{span} was not granted to {sequence}: only a sequence's own spans grow")

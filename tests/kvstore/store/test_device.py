@@ -1,4 +1,4 @@
-"""The store in an accelerator's memory: the same calls, copied by PyTorch. Runs where there is one."""
+"""The store in an accelerator's memory, where PyTorch copies. Skipped without an accelerator."""
 
 import pytest
 import torch

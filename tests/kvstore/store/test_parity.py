@@ -1,4 +1,4 @@
-"""Whichever span is lost, it comes back bit for bit, or not at all."""
+"""Parity: any one span of a group is rebuilt bit for bit, or an error is raised and nothing is kept."""
 
 from dataclasses import replace
 
@@ -27,13 +27,13 @@ def shards():
 
 
 @pytest.fixture(autouse=True)
-def several_parts(monkeypatch, layout):
+def small_chunks(monkeypatch, layout):
     monkeypatch.setattr(images, "CHUNK_BYTES", 2 * layout.layer_bytes)
 
 
 @pytest.fixture
 def grouped(shards, sealed):
-    """grouped(layout, lengths) -> the members' stores by span, the parity's span and what it covers."""
+    """grouped(layout, lengths) -> (the members' stores by span, the parity's SpanInfo)."""
 
     def make(layout, lengths):
         members = {sealed(s, n, layout, first=9): s for s, n in zip(shards, lengths, strict=False)}
@@ -49,35 +49,35 @@ def grouped(shards, sealed):
     return make
 
 
-def pieces_of(members, info, *, lost):
+def images_of(members, info, *, lost):
     return {
-        it.span: members[it.span].chunk_images(it.span, 0, it.tokens)
-        for it in info.covers
-        if it.span is not lost
+        covered.span: members[covered.span].chunk_images(covered.span, 0, covered.tokens)
+        for covered in info.covers
+        if covered.span is not lost
     }
 
 
 def rebuild(shards, members, info, lost, **changes):
     given = {
         "parity": shards[4].chunk_images(info.span, 0, info.sealed_tokens),
-        "survivors": pieces_of(members, info, lost=lost),
+        "survivors": images_of(members, info, lost=lost),
     } | changes
     return parity.rebuild(shards[3], lost, info.covers, sequence=BACK, epoch=E1, **given)
 
 
 @pytest.mark.parametrize("lengths", [(13, 13, 13), (3, 12, 7, 20), (10, 1)])
-def test_any_one_of_them_is_rebuilt_bit_for_bit(copies, shards, any_layout, grouped, content, lengths):
+def test_any_one_span_is_rebuilt_bit_for_bit(copies, shards, any_layout, grouped, content, lengths):
     members, info = grouped(any_layout, lengths)
-    for it, tokens in zip(info.covers, lengths, strict=True):
-        assert it.tokens == tokens
-        back = rebuild(shards, members, info, it.span)
-        mine, theirs = (
+    for covered, tokens in zip(info.covers, lengths, strict=True):
+        assert covered.tokens == tokens
+        back = rebuild(shards, members, info, covered.span)
+        rebuilt_bytes, lost_bytes = (
             content(store, span, 0, tokens, sequence=sequence)
-            for store, span, sequence in ((shards[3], back, BACK), (members[it.span], it.span, "s"))
+            for store, span, sequence in ((shards[3], back, BACK), (members[covered.span], covered.span, "s"))
         )
-        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
-        rebuilt = next(one for one in shards[3].announce() if one.span == back)
-        assert rebuilt.key == replace(it.key, sequence=BACK) and rebuilt.sealed_tokens == tokens
+        assert all(torch.equal(a, b) for a, b in zip(rebuilt_bytes, lost_bytes, strict=True))
+        rebuilt = next(info for info in shards[3].announce() if info.span == back)
+        assert rebuilt.key == replace(covered.key, sequence=BACK) and rebuilt.sealed_tokens == tokens
         shards[3].drop([back], sequence=BACK, epoch=E1)
 
 
@@ -134,11 +134,11 @@ def test_a_group_needs_two_spans_of_one_layout(shards, layout, sealed):
 def test_every_other_span_is_needed(shards, layout, grouped):
     members, info = grouped(layout, (7, 7, 7))
     lost = info.covers[0].span
-    survivors = pieces_of(members, info, lost=lost)
+    survivors = images_of(members, info, lost=lost)
     some = dict(list(survivors.items())[:1])
-    for given, of in [(some, lost), (survivors, SpanId("nobody/7"))]:
+    for given, target in [(some, lost), (survivors, SpanId("unknown/7"))]:
         with pytest.raises(InvalidRequest, match="give all others"):
-            rebuild(shards, members, info, of, survivors=given)
+            rebuild(shards, members, info, target, survivors=given)
 
 
 def test_parity_that_does_not_fit_is_refused_and_takes_nothing(shards, layout, sealed):
@@ -150,16 +150,16 @@ def test_parity_that_does_not_fit_is_refused_and_takes_nothing(shards, layout, s
     assert shards[4].announce() == [] and shards[4].usage().free_bytes == 2 * 4096
 
 
-def damage(store, span, at):
-    """Flips a bit of stored memory: what no checksum of a chunk can tell afterwards."""
-    store.memory[store.segments(span, 0, 1).base + at] ^= 4
+def damage(store, span, offset):
+    """Flips a bit of stored memory, before any chunk's checksum is computed from it."""
+    store.memory[store.segments(span, 0, 1).base + offset] ^= 4
 
 
-@pytest.mark.parametrize("at", [0, 400, 1199])
-def test_damage_at_rest_shows_when_something_is_rebuilt_and_nothing_is_kept(shards, layout, grouped, at):
+@pytest.mark.parametrize("offset", [0, 400, 1199])
+def test_damage_in_memory_fails_a_rebuild_and_nothing_is_kept(shards, layout, grouped, offset):
     members, info = grouped(layout, (7, 7, 7))
-    lost, other, _ = (it.span for it in info.covers)
-    damage(members[other], other, at)
+    lost, other, _ = (covered.span for covered in info.covers)
+    damage(members[other], other, offset)
     with pytest.raises(
         Corrupt, match=r"shard0/\w+/0, rebuilt out of parity and shard1/\w+/0, shard2/\w+/0, has the digest"
     ):
