@@ -59,7 +59,7 @@ class CoveredSpan:
     key: SpanKey
     tokens: int
     digest: Digest
-    """Of tokens ``[0, tokens)``."""
+    """Digest of tokens ``[0, tokens)``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,13 +77,13 @@ class SpanInfo:
     holders: int
     """Number of sequences that hold the span; 0 if it is cache."""
     covers: tuple[CoveredSpan, ...] = ()
-    """Not empty: the span holds not tokens but the parity of these spans, which may lie in any store; see
+    """If not empty, the span has no tokens but the parity of these spans, which may lie in any store; see
     :mod:`farshore.kvstore.store.parity`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpanSlice:
-    """Positions ``[first, last)`` of a sequence, found in a span. The span may hold more positions."""
+    """Positions ``[first, last)`` of a sequence that a span holds. The span may hold more."""
 
     span: SpanId
     key: SpanKey
@@ -225,7 +225,7 @@ class ShardStore(Protocol):
         ...
 
     def segments(self, span: SpanId, first: int, last: int) -> Segments:
-        """Where tokens ``[first, last)`` of the span lie in ``memory``, without a copy, in token order.
+        """Locates tokens ``[first, last)`` of the span in ``memory``, without a copy, in token order.
 
         One segment per contiguous run of blocks; positions are absolute (``key.first + i``). InvalidRequest
         beyond the sealed mark.

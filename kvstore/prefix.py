@@ -99,7 +99,7 @@ class PrefixIndex:
             self._names.setdefault(span, {})[block.first] = (layer_class, block.hash)
 
     def find(self, blocks: Iterable[PrefixBlock], *, layer_class: int) -> list[PrefixMatch]:
-        """Where the blocks lie: one match per span, no (position, head group) twice.
+        """Locates the blocks: one match per span, no (position, head group) twice.
 
         A block that is not found leaves a gap, which other shards may fill. If a name is found with other
         tokens, the search ends: the names after it are computed from that collision.

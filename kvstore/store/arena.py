@@ -34,10 +34,12 @@ class Extent(NamedTuple):
 
     @property
     def bytes(self) -> int:
+        """Memory of the run, including the padding of its blocks."""
         return self.blocks * self.stride
 
     @property
     def block_bases(self) -> range:
+        """Byte offset of each block."""
         return range(self.base, self.base + self.bytes, self.stride)
 
 

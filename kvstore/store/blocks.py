@@ -108,7 +108,7 @@ def copy_out(
 
 
 def runs(memory: Tensor, layout: KVLayout, bases: Bases, *, layer: int, first: int, last: int) -> list[int]:
-    """Where the bytes of tokens ``[first, last)`` lie, as a flat list of (address, bytes).
+    """Locates the bytes of tokens ``[first, last)``: a flat list of (address, bytes).
 
     K comes before V, each head by head, a head's tokens in order: the bytes that :func:`copy_out` gives for
     uint8. Only for formats without scales.

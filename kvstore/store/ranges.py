@@ -1,7 +1,7 @@
 """Sets of integers as ranges: the written tokens of a layer, the committed bytes of an arena.
 
-Ranges, since what is added mostly adjoins a range in the set, so a few numbers represent it. Called by
-``store`` and ``pages``. It must not know what the integers stand for.
+A few ranges represent such a set, since additions mostly adjoin a range in it. Called by ``store`` and
+``pages``. It must not know the meaning of the integers.
 """
 
 

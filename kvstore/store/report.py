@@ -1,4 +1,4 @@
-"""What a store reports: its spans, its memory, and whether its records are consistent.
+"""The reports of a store: its spans, its memory, and the consistency of its records.
 
 Called by ``store`` alone, which holds its lock meanwhile. It changes nothing.
 """

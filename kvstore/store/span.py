@@ -35,7 +35,7 @@ class SpanRecord:
     digest: tuple[int, Digest] | None = None
     """(n, digest of tokens ``[0, n)``), the last one computed. It stays true: sealed KV never changes."""
     covers: tuple[CoveredSpan, ...] = ()
-    """Not empty: the span is the parity of these, and has no tokens of its own."""
+    """If not empty, the span has no tokens but the parity of these."""
     pins: int = 0
     """Calls that read the span's memory at present. The memory is not freed meanwhile."""
     removed: bool = False

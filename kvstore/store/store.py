@@ -232,7 +232,7 @@ class LocalStore:
     def stored_runs(
         self, span: SpanId, layer: int, first: int, last: int, *, sequence: SequenceId
     ) -> Iterator[list[int]]:
-        """Where sealed tokens lie, for a transport that sends them without a copy: see
+        """Locates sealed tokens, for a transport that sends them without a copy: see
         :func:`farshore.kvstore.store.blocks.runs`. The memory is not freed inside the context. NotFound
         unless ``sequence`` holds the span."""
         with self._pinned(span, holder=sequence) as record:

@@ -152,7 +152,7 @@ class Tail:
         return copy
 
     def segments(self, last: int | None = None) -> Segments:
-        """Where positions ``[start, last)`` lie in the arena's memory: one segment per run of adjacent
+        """Locates positions ``[start, last)`` in the arena's memory: one segment per run of adjacent
         blocks, none for an empty range. ``last``: ``end`` by default, at most the reserved end; else
         InvalidRequest."""
         last = self.end if last is None else last

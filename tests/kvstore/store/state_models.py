@@ -1,5 +1,4 @@
-"""What the state machine of ``test_state_machine.py`` compares a store with: spans and tails as plain
-bytes."""
+"""Models of spans and tails as plain bytes, which the state machine compares stores with."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
