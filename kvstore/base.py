@@ -1,20 +1,22 @@
 """The interface of stored KV: what a shard grants, takes in and hands out.
 
-Callers: the shard process and the engine (floor 3), step plans and prefill pulls (floor 2). Behind it stands
-:class:`farshore.kvstore.store.store.LocalStore`. Nothing here computes attention or knows networks.
+Called by the shard process and the engine (``workers``), and by step plans and prefill pulls
+(``attention_offload``). Implemented by :class:`farshore.kvstore.store.store.LocalStore`. It must not compute
+attention or know networks.
 
-A **span** holds tokens ``[key.first, key.first + capacity)`` of one sequence, for head groups
-``[key.group0, key.group1)`` of every layer in one layer class. Inside it tokens are counted from 0, and::
+A **span** holds tokens ``[key.first, key.first + capacity)`` of one sequence, for the head groups
+``[key.group0, key.group1)`` of every layer in one layer class. Tokens inside a span are counted from 0::
 
     0 ............ sealed_tokens ............ capacity_tokens
-    | readable, never changes | may be written, unreadable |
+    | readable, never changes | writable, unreadable |
 
-Who frees what: sequences hold spans, the one that created it first of all. What nobody holds is freed at
-once, or, if blocks of it have names, kept as cache until somebody finds it again or needs the room::
+Memory is freed by holds. The sequence that creates a span holds it. When the last hold is dropped, the span
+is freed at once, unless some of its blocks have prefix names that no other span has. Such a span stays as
+cache until a sequence holds it again or its memory is needed::
 
     create ──▶ held by 1 ◀──hold, find_prefix──▶ held by n
-                   │ drop, drop_sequence: nobody left
-                   ├─ no names, or all named elsewhere too ──▶ freed
+                   │ drop, drop_sequence: the last hold is gone
+                   ├─ no names, or another span has all of them ──▶ freed
                    └─ named ──▶ cache ──hold, find_prefix──▶ held by 1
                                   └─ least recently held, when memory is needed ──▶ freed
 """
@@ -31,13 +33,13 @@ from farshore.kernels.base import KVLayout, Segments
 from farshore.kvstore.prefix import PrefixBlock
 
 Digest = NewType("Digest", str)
-"""Fingerprint of sealed bytes, XXH3-64 in hex: tells corruption, not malice. Equal content, range and layout
-give equal digests on every store."""
+"""XXH3-64 of sealed bytes, in hex. It detects corruption, not malice. Equal content, token range and layout
+give equal digests in every store."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpanKey:
-    """What a span holds. Not an identity: replicas of one span share a key."""
+    """Which KV a span holds. Not an identity: replicas of one span have equal keys."""
 
     sequence: SequenceId
     layer_class: int
@@ -50,36 +52,38 @@ class SpanKey:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Covered:
-    """One span of a parity group: of its tokens ``[0, tokens)``, which never change, parity was taken."""
+class CoveredSpan:
+    """One span of a parity group. The parity includes its tokens ``[0, tokens)``, which are sealed."""
 
     span: SpanId
     key: SpanKey
     tokens: int
     digest: Digest
+    """Digest of tokens ``[0, tokens)``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpanInfo:
-    """What a store says about one span; everything else known about it elsewhere is derived from this."""
+    """A store's report on one span. Other components derive all that they know about the span from it."""
 
     span: SpanId
     key: SpanKey
     sealed_tokens: int
     capacity_tokens: int
     bytes: int
-    """Memory granted, padding to whole pages included."""
+    """Memory granted, including the padding to whole pages."""
     epoch: Epoch
-    """Of the owner that created it."""
+    """Epoch of the owner that created the span."""
     holders: int
-    """Sequences that hold it; 0: it is cache."""
-    covers: tuple[Covered, ...] = ()
-    """Not tokens but the parity of these, which lie anywhere; see :mod:`farshore.kvstore.store.parity`."""
+    """Number of sequences that hold the span; 0 if it is cache."""
+    covers: tuple[CoveredSpan, ...] = ()
+    """If not empty, the span has no tokens but the parity of these spans, which may lie in any store; see
+    :mod:`farshore.kvstore.store.parity`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpanSlice:
-    """Positions ``first .. last`` of the sequence, found in a span; it may hold more than these."""
+    """Positions ``[first, last)`` of a sequence that a span holds. The span may hold more."""
 
     span: SpanId
     key: SpanKey
@@ -88,29 +92,30 @@ class SpanSlice:
     last: int
 
 
-class Stored(NamedTuple):
-    """What a reader of a span has to agree with."""
+class SpanShape(NamedTuple):
+    """The key and layout that a read of a span is checked against."""
 
     key: SpanKey
     layout: KVLayout
-    """Of the key's groups."""
+    """Layout of the key's groups."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    """A part of an export, as bytes for any transport; see :mod:`farshore.kvstore.store.transfer`."""
+class ExportChunk:
+    """A piece of an export, as bytes for any transport; see :mod:`farshore.kvstore.store.transfer`."""
 
     header: bytes
-    """What it is of: some 100 bytes."""
+    """The export and the range that the payload is of: some 100 bytes."""
     payload: bytes | memoryview
-    """About 1 MiB at most, or one layer of a block where that is more."""
+    """At most 1 MiB, or one layer of one block where that is more."""
     checksum: int
     """XXH3-64 of the header and the payload."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """``budget - granted - free`` is held by others in the same arena (tails, spans still being read)."""
+    """Memory of a store. ``budget - granted - free`` bytes are in use by others in the same arena: tails, and
+    removed spans that calls still read."""
 
     budget_bytes: int
     granted_bytes: int
@@ -118,49 +123,52 @@ class Usage:
     """Payload below the sealed marks, without padding."""
     free_bytes: int
     cached_bytes: int
-    """Of ``granted_bytes``: what nobody holds, and goes when memory is needed."""
+    """Bytes of ``granted_bytes`` in spans without holds, which are freed when memory is needed."""
     committed_bytes: int
-    """What the machine pays for, at most: what is granted, to whomever, and freed memory kept warm."""
+    """Upper bound of the memory that the machine has committed to the arena: all grants, to the store or to
+    others, and freed memory that is kept warm."""
 
     @property
     def available_bytes(self) -> int:
-        """What can be had: free, or cache."""
+        """Bytes that can be granted now: free memory and cache."""
         return self.free_bytes + self.cached_bytes
 
 
 class ShardStore(Protocol):
-    """Spans in one worker's memory. The store is the only authority on it: it grants or refuses.
+    """Spans in one worker's memory. The store is the only authority on that memory: it grants or refuses.
 
-    Thread-safe: every call may run during every other. Changes take turns behind one lock; ``segments`` and
-    the copying in ``read`` do not, since what is sealed does not change. Who reads *through* ``segments``
-    must keep a hold for as long: after the last ``drop`` the bytes belong to somebody else.
+    Thread-safe: every call may run during every other. Changes are serialised by one lock. ``segments`` and
+    the copying in ``read`` run without it, since sealed KV does not change. A caller that reads memory
+    through ``segments`` must keep a hold meanwhile: after the last ``drop`` the memory may be granted again.
 
-    Every call on a span raises NotFound where the span is unknown or already freed. Calls that take an
-    ``epoch`` raise Fenced when a newer one has been seen. Nothing survives the process: a crash frees all.
+    Every call on a span raises NotFound if the span is unknown or already freed. Calls that take an ``epoch``
+    raise Fenced if a newer one has been seen. Nothing survives the process: a crash frees all spans.
     """
 
     @property
     def memory(self) -> Tensor:
-        """u8[budget]: the arena that ``Segments.base`` counts from. Read it; only the store writes it."""
+        """u8[budget]: the arena that ``Segments.base`` counts from. Only the store writes to it."""
         ...
 
     @property
     def removals(self) -> Tensor:
-        """i64[1]: how many times a hold was given back or a span went, so far. What :meth:`look_up` and
-        :meth:`segments` told holds until it changes; it changes before memory is granted again."""
+        """i64[1]: how many times a hold was given back or a span was removed, so far. Answers of
+        :meth:`look_up` and :meth:`segments` stay valid until it changes; it changes before the memory is
+        granted again."""
 
     @property
     def incarnation(self) -> str:
-        """Random, of this store: no other one's spans have the same ids, whatever its worker's id is."""
+        """Random id of this store. Span ids contain it, so no two stores share a span id, even under one
+        worker id."""
         ...
 
     def create(self, key: SpanKey, *, capacity_tokens: int, layout: KVLayout, epoch: Epoch) -> SpanId:
-        """Grants memory for a new span, held by ``key.sequence``. Evicts cache as far as needed; raises Full
-        (and evicts nothing) where what is held leaves too little.
+        """Grants memory for a new span, held by ``key.sequence``. Evicts cache as far as needed. Raises Full,
+        and evicts nothing, if held memory leaves too little.
 
-        ``layout`` is already narrowed to the key's groups; else InvalidRequest. Not idempotent: each call
-        grants anew. A caller that lost the reply finds the span by ``announce``, or gives everything back by
-        ``drop_sequence``.
+        ``layout`` must be narrowed to the key's groups already; otherwise InvalidRequest. Not idempotent:
+        each call grants another span. A caller that lost the reply finds the span by ``announce``, or gives
+        everything back by ``drop_sequence``.
         """
         ...
 
@@ -175,13 +183,15 @@ class ShardStore(Protocol):
         sequence: SequenceId,
         epoch: Epoch,
     ) -> None:
-        """Copies n tokens of one layer in, at token ``first`` of the span; repeating or overwriting is fine.
+        """Copies n tokens of one layer into the span, from its token ``first`` on. Unsealed tokens may be
+        written again.
 
-        k ``[k_heads, n, k_dim]``, v ``[v_heads, n, v_dim]``: heads of the span's groups, any strides, in the
-        format's dtype, or any float dtype where that is quantised, or as stored: see
-        :mod:`farshore.kvstore.store.forms`. InvalidRequest below the sealed mark, beyond the capacity, or for
-        other shapes. Only the sequence of the span's key writes and seals, and only while it holds the span:
-        NotFound for one that doesn't hold it, InvalidRequest for another that does.
+        k ``[k_heads, n, k_dim]``, v ``[v_heads, n, v_dim]``: the heads of the span's groups, with any
+        strides. Their dtype is the format's, or any float dtype if the format is quantised, or uint8 for
+        bytes as stored: see :mod:`farshore.kvstore.store.forms`. InvalidRequest below the sealed mark, beyond
+        the capacity, or for other shapes. Only the sequence of the span's key may write and seal, and only
+        while it holds the span: NotFound for a sequence that does not hold it, InvalidRequest for another
+        holder.
         """
         ...
 
@@ -194,27 +204,28 @@ class ShardStore(Protocol):
         epoch: Epoch,
         blocks: Sequence[PrefixBlock] = (),
     ) -> Digest:
-        """Makes ``[0, tokens)`` readable and unchangeable, and returns the digest of what this call sealed.
+        """Makes tokens ``[0, tokens)`` readable and final. Returns the digest of the tokens that this call
+        sealed.
 
-        Of ``blocks``, a part of the sequence's chain or all of it, those wholly within ``[0, tokens)`` can be
-        found from now on.
+        ``blocks``: any blocks of the sequence's hash chain. Those that lie wholly within ``[0, tokens)`` can
+        be found by :meth:`find_prefix` from now on.
 
-        Every layer must have been written completely below ``tokens``; else InvalidRequest, as for a mark
-        that would shrink. Idempotent: sealing the same length again returns the same digest.
+        InvalidRequest unless every layer has been written completely below ``tokens``, and for a mark below
+        the present one. Idempotent: sealing the same length again returns the same digest.
         """
         ...
 
     def digest(self, span: SpanId, tokens: int) -> Digest:
-        """Of ``[0, tokens)``: at once if these were sealed in one call, else they are read. InvalidRequest
-        beyond the sealed mark."""
+        """Digest of tokens ``[0, tokens)``. Immediate if one call sealed exactly these, or if it was computed
+        before; otherwise the tokens are read. InvalidRequest beyond the sealed mark."""
         ...
 
-    def look_up(self, span: SpanId, *, holder: SequenceId) -> Stored:
-        """What the span is. NotFound where ``holder`` does not hold it."""
+    def look_up(self, span: SpanId, *, holder: SequenceId) -> SpanShape:
+        """The span's key and layout. NotFound if ``holder`` does not hold it."""
         ...
 
     def segments(self, span: SpanId, first: int, last: int) -> Segments:
-        """Where tokens ``[first, last)`` of the span lie in ``memory``, without a copy, in token order.
+        """Locates tokens ``[first, last)`` of the span in ``memory``, without a copy, in token order.
 
         One segment per contiguous run of blocks; positions are absolute (``key.first + i``). InvalidRequest
         beyond the sealed mark.
@@ -231,81 +242,85 @@ class ShardStore(Protocol):
         sequence: SequenceId,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Copies of k ``[k_heads, n, k_dim]`` and v ``[v_heads, n, v_dim]``, n = last - first: a bulk pull
-        by ``sequence``, which holds the span (else NotFound).
+        """Copies of tokens ``[first, last)`` for a bulk pull: k ``[k_heads, n, k_dim]``, v
+        ``[v_heads, n, v_dim]``, n = last - first. NotFound unless ``sequence`` holds the span.
 
-        ``dtype``: the format's, or, where that is quantised, float32 if not given; uint8 for the bytes as
-        stored (see :mod:`farshore.kvstore.store.forms`). InvalidRequest beyond the sealed mark. Safe against
-        a ``drop`` meanwhile.
+        ``dtype``: the format's by default, or float32 if the format is quantised; uint8 for the bytes as
+        stored (see :mod:`farshore.kvstore.store.forms`). InvalidRequest beyond the sealed mark. A ``drop``
+        during the call does not free the memory before the copy is done.
         """
         ...
 
-    def export(self, span: SpanId, first: int, last: int) -> Iterator[Chunk]:
-        """Tokens ``[first, last)`` of all layers, checksummed, one chunk in memory at a time.
+    def export(self, span: SpanId, first: int, last: int) -> Iterator[ExportChunk]:
+        """Tokens ``[first, last)`` of all layers as checksummed chunks. One chunk is in memory at a time.
 
-        InvalidRequest beyond the sealed mark, and for no tokens. The span is not freed before the iterator
-        is used up, closed or gone.
+        InvalidRequest beyond the sealed mark, and for an empty range. The span is not freed before the
+        iterator is exhausted, closed or deleted.
         """
         ...
 
     def import_span(
         self,
-        chunks: Iterable[Chunk],
+        chunks: Iterable[ExportChunk],
         *,
         sequence: SequenceId,
         epoch: Epoch,
-        covers: tuple[Covered, ...] = (),
+        covers: tuple[CoveredSpan, ...] = (),
     ) -> SpanId:
-        """A new span with an export's range, all of it sealed, held by ``sequence``, whosever it was.
-        ``covers``: of parity, and of nothing else (InvalidRequest), what it covers.
+        """Creates a sealed span with the tokens of an export. ``sequence`` holds it, whichever sequence held
+        the exported span. ``covers``: given if the export is of parity, and only then (InvalidRequest).
 
-        Raises Full where it is not granted, and Corrupt, which names the chunk, where one was damaged, left
-        out or put in another order. Whatever is raised, by ``chunks`` too: nothing is kept, and nobody could
-        read it meanwhile. Not idempotent, as :meth:`create`.
+        Raises Full if the memory is not granted, and Corrupt, naming the chunk, if one is damaged, missing or
+        out of order. After any exception, also from ``chunks``, nothing is kept. No call can read the span
+        before it is complete. Not idempotent, like :meth:`create`.
         """
         ...
 
     def find_prefix(
         self, blocks: Sequence[PrefixBlock], *, layer_class: int, sequence: SequenceId, epoch: Epoch
     ) -> list[SpanSlice]:
-        """What of ``blocks`` lies here, each slice held by ``sequence`` from now on.
+        """Finds the stored KV of ``blocks``. ``sequence`` holds the span of each slice from now on.
 
-        Every position and head group once at most, and every span; but with gaps, since other stores may hold
-        those positions or heads: the caller puts the answers together, and drops what it does not use.
+        No (position, head group) and no span appears twice. There may be gaps, since other stores may hold
+        those positions or heads: the caller joins the answers of all stores and drops what it does not use.
         Idempotent.
         """
         ...
 
     def hold(self, spans: Sequence[SpanId], *, sequence: SequenceId, epoch: Epoch) -> None:
-        """``sequence`` holds all of ``spans`` (a fork does), or none of them if this raises. Idempotent."""
+        """Adds a hold of ``sequence`` on each span, as a fork does; on none of them if this raises.
+        Idempotent."""
         ...
 
     def drop(self, spans: Sequence[SpanId], *, sequence: SequenceId, epoch: Epoch) -> None:
-        """Gives back what ``sequence`` holds of ``spans`` in that epoch or an older one. Idempotent: spans it
-        does not hold, or that are gone, are passed over."""
+        """Gives back the sequence's holds on ``spans`` that are of ``epoch`` or older. Idempotent: spans that
+        it does not hold, or that are gone, are skipped."""
         ...
 
     def drop_sequence(self, sequence: SequenceId, *, epoch: Epoch) -> None:
-        """Gives back everything that ``sequence`` holds in that epoch or an older one: its own spans, those
-        it shares, those it found. Idempotent. In one process ``keep`` names spans that it goes on holding."""
+        """Gives back all of the sequence's holds that are of ``epoch`` or older: on spans that it created,
+        that it shares, and that it found. Idempotent. ``LocalStore`` also takes ``keep``: spans that the
+        sequence goes on holding."""
         ...
 
     def fence(self, sequence: SequenceId, epoch: Epoch) -> None:
-        """From now on calls of the sequence in an older epoch raise Fenced, save those that give back.
-        Idempotent, never lowered.
+        """From now on the sequence's calls with an older epoch raise Fenced, except those that give back
+        holds. Idempotent; a fence is never lowered.
 
-        What is there stays readable. Fences do not pile up: of sequences that hold nothing here only the most
-        recently fenced are remembered. Of a forgotten one an old owner could get a new, useless span, which
-        costs memory until it is dropped, never a wrong token.
+        Sealed KV stays readable. The number of fences is bounded: of the sequences that hold nothing here,
+        only the most recently fenced are remembered. An old owner of a forgotten sequence could be granted a
+        new, useless span, which costs memory until it is dropped, but never a wrong token.
         """
         ...
 
     def announce(self) -> list[SpanInfo]:
-        """All spans, as of one moment."""
+        """All spans, at one moment."""
         ...
 
-    def usage(self) -> Usage: ...
+    def usage(self) -> Usage:
+        """The store's memory, at one moment."""
+        ...
 
     def check_integrity(self) -> None:
-        """AssertionError if the books do not add up: free + held = total, no byte with two owners."""
+        """AssertionError unless free + held = total and every byte has one owner at most."""
         ...

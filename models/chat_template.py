@@ -1,7 +1,7 @@
-"""Chat templates: Jinja programs that come with a model, so somebody else's code.
+"""Renders chat templates: Jinja programs that come with a model and are not trusted.
 
-Called by ``tokenizer``. They run in Jinja's immutable sandbox with the same helpers as in transformers, since
-templates are written against those. Must not know about tokens.
+Called by ``tokenizer``. Templates run in Jinja's immutable sandbox, with the helpers that transformers gives
+them, since they are written for those. It must not know about tokens.
 """
 
 import json
@@ -25,7 +25,7 @@ class ChatTemplate:
     """A compiled template. Immutable; threads may share it."""
 
     def __init__(self, source: str, *, where: str) -> None:
-        """``where``: the model, for messages. Raises ModelError if ``source`` isn't valid Jinja."""
+        """``where``: the model's name, for messages. Raises ModelError if ``source`` isn't valid Jinja."""
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, "jinja2.ext.loopcontrols"]
         )
@@ -46,7 +46,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool,
     ) -> str:
-        """The prompt's text. Raises InvalidRequest for messages that the template refuses or can't read."""
+        """The prompt's text. Raises InvalidRequest if the template refuses the messages or fails on them."""
         try:
             return self._template.render(
                 messages=messages,
@@ -56,8 +56,7 @@ class ChatTemplate:
                 **special_tokens,
             )
         except Exception as error:
-            # A template is a program of another's making: what it raises is up to it and to the messages, and
-            # what it says may quote them at any length.
+            # A template may raise any exception, and the text may quote messages of any length.
             why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise InvalidRequest(
                 f"{self._where}: its chat template can't render these messages: {shortened(why, _MOST_CHARS)}"
@@ -65,9 +64,9 @@ class ChatTemplate:
 
 
 class _GenerationBlocks(Extension):
-    """``{% generation %}…{% endgeneration %}`` marks words for training; here it is just its body."""
+    """``{% generation %}…{% endgeneration %}`` marks text for training. Here it renders its body only."""
 
-    tags = {"generation"}  # noqa: RUF012 - Jinja's own way to declare them
+    tags = {"generation"}  # noqa: RUF012 - Jinja declares tags like this
 
     def parse(self, parser: Parser) -> Node | list[Node]:
         next(parser.stream)

@@ -1,8 +1,8 @@
-"""What a model's shape is, read from its own files and checked once.
+"""A model's shape, read from its files and checked once.
 
-Everything above sizes itself by :class:`ModelConfig`: the engine its tensors, the shards their spans, the
-gateway its limits. Called by whoever starts a cluster, by ``llama`` and by the gateway, which has no torch:
-this file must never import it. It must not know about shards, KV storage or weights.
+The engine sizes its tensors by :class:`ModelConfig`, shards their spans, and the gateway its limits. Called
+by the controller, the dense worker, ``llama``, ``weights``, and the gateway, which runs without torch: this
+module must not import it. It must not know about shards, KV storage or weights.
 """
 
 import json
@@ -21,10 +21,10 @@ SUPPORTED = "model_type 'llama', and 'mistral' without a sliding window"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Shape and constants of a Llama decoder. Counts are per model, not per shard.
+    """Shape and constants of a Llama decoder. Counts are of the whole model, not of a shard.
 
-    ``eos_token_ids``: each of them ends a generation; may be empty.
-    Raises ModelError when a value can't be that of a working model.
+    ``eos_token_ids``: each of them ends a generation; may be empty. The constructor raises ModelError for a
+    value that no working model has.
     """
 
     name: str
@@ -81,7 +81,8 @@ class ModelConfig:
     def from_hf(
         cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None, name: str
     ) -> "ModelConfig":
-        """From the objects in ``config.json`` and, where there is one, ``generation_config.json``."""
+        """Reads the objects in ``config.json`` and, if present, ``generation_config.json``. Raises
+        ModelError."""
         _refuse_other_architectures(config, name)
         try:
             heads = config["num_attention_heads"]
@@ -120,7 +121,7 @@ class ModelConfig:
 
     @classmethod
     def from_gguf(cls, file: GgufFile, name: str) -> "ModelConfig":
-        """From a GGUF file's metadata. Raises ModelError for anything but a dense 'llama' in one file."""
+        """Reads a GGUF file's metadata. Raises ModelError for everything but a dense 'llama' in one file."""
         architecture = file.get("general.architecture")
         if architecture != "llama":
             raise ModelError(
@@ -151,7 +152,7 @@ class ModelConfig:
             attention_bias="blk.0.attn_q.bias" in file.tensor_names,
             mlp_bias="blk.0.ffn_gate.bias" in file.tensor_names,
             bos_token_id=file.get("tokenizer.ggml.bos_token_id"),
-            # Llama 3 ends a turn with <|eot_id|>, which GGUF keeps apart from its end of text.
+            # Llama 3 ends a turn with <|eot_id|>, which GGUF stores apart from the end of text.
             eos_token_ids=_merged(
                 file.get("tokenizer.ggml.eos_token_id"), file.get("tokenizer.ggml.eot_token_id")
             ),
@@ -185,7 +186,8 @@ def _refuse_other_architectures(config: Mapping[str, Any], name: str) -> None:
 
 
 def _merged(*sources: Any) -> tuple[int, ...]:
-    """Ids of several places, each None, one id or a list: without repeats, first come first."""
+    """Joins ids from several sources, each None, one id or a list of ids. Removes repeats and keeps the
+    order."""
     ids: list[int] = []
     for source in sources:
         ids += [] if source is None else source if isinstance(source, list) else [source]
@@ -193,7 +195,7 @@ def _merged(*sources: Any) -> tuple[int, ...]:
 
 
 def _hashable(value: Any) -> Any:
-    """``value``, or its JSON text when it couldn't be a dict key: only so that the check can name it."""
+    """``value``, or its JSON text if it can't be a dict key, so that the check's message can show it."""
     return json.dumps(value) if isinstance(value, (list, dict)) else value
 
 

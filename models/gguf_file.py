@@ -1,7 +1,7 @@
-"""A GGUF file, checked when opened, with errors a user can act on.
+"""A GGUF file, which is checked when it is opened. Errors name the file and the fix.
 
-Called by ``config``, ``rope``, ``tokenizer`` (metadata) and ``weights`` (tensors, dequantised by PyPI's
-``gguf``). NumPy only, no torch; must not know what the metadata mean.
+Called by ``config``, ``rope`` and ``tokenizer`` (metadata) and by ``weights`` (tensors, dequantised by PyPI's
+``gguf``). It must not import torch or know what the metadata mean.
 """
 
 import math
@@ -13,13 +13,13 @@ import gguf
 import numpy as np
 
 from farshore.errors import ModelError
-from farshore.models.gguf_header import DamagedError, Header, TensorPlace, read_header
+from farshore.models.gguf_header import DamagedError, GgufHeader, TensorInfo, read_header
 
 
 class GgufFile:
-    """Metadata and tensors of one file. Memory-mapped, read-only; tensors are dequantised on request."""
+    """Metadata and tensors of one file, memory-mapped and read-only. Tensors are dequantised on request."""
 
-    def __init__(self, path: Path, data: mmap.mmap | bytes, header: Header) -> None:
+    def __init__(self, path: Path, data: mmap.mmap | bytes, header: GgufHeader) -> None:
         self.path = path
         self._data = data
         self._metadata = header.metadata
@@ -28,15 +28,15 @@ class GgufFile:
 
     @classmethod
     def open(cls, path: str | Path) -> "GgufFile":
-        """Raises ModelError if the file can't be read, isn't GGUF, or is damaged or cut short."""
+        """Opens a file. Raises ModelError if it can't be read, isn't GGUF, or is damaged or truncated."""
         path = Path(path)
         try:
             with path.open("rb") as stream:
                 empty = not stream.seek(0, 2)
                 data = b"" if empty else mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
             file = cls(path, data, read_header(data))
-            for name, place in file._tensors.items():
-                if place.offset + file._bytes(name, place) > len(data):
+            for name, info in file._tensors.items():
+                if info.offset + file._bytes(name, info) > len(data):
                     raise DamagedError(f"cut short before the end of tensor {name!r}")
         except OSError as error:
             raise ModelError(f"{path}: can't be read: {error.strerror or error}") from error
@@ -45,17 +45,18 @@ class GgufFile:
         return file
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A metadata value as Python numbers, strings or lists; ``default`` where there is none."""
+        """A metadata value as Python numbers, strings or lists; ``default`` if the key is absent."""
         return self._metadata.get(key, default)
 
     def need(self, key: str) -> Any:
-        """As ``get``; raises ModelError where there is none."""
+        """Like ``get``, but raises ModelError if the key is absent."""
         if key not in self._metadata:
             raise ModelError(f"{self.path}: metadata {key!r} is missing; convert the model again")
         return self._metadata[key]
 
     def number(self, key: str, default: float | None = None) -> Any:
-        """An int or float; ``default`` where there is none. Raises ModelError for neither."""
+        """A metadata value that is an int or float; ``default`` if the key is absent. Raises ModelError for
+        another type, and for an absent key without a default."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             found = "is missing" if value is None else f"isn't a number: {value!r:.40}"
@@ -63,16 +64,16 @@ class GgufFile:
         return value
 
     def texts(self, key: str) -> list[str]:
-        """A list of strings. Raises ModelError for anything else."""
+        """A metadata value that is a list of strings. Raises ModelError for another type or an absent key."""
         value = self.need(key)
         if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
             raise ModelError(f"{self.path}: metadata {key!r} isn't a list of texts; convert the model again")
         return value
 
     def tensor(self, name: str) -> np.ndarray:
-        """f32 array, writable, dimensions outermost first ([out, in] for a matrix).
+        """The tensor as a writable f32 array, dimensions outermost first ([out, in] for a matrix).
 
-        Raises ModelError if it is missing, or of a type ``gguf`` can't dequantise.
+        Raises ModelError if it is missing or has a type that ``gguf`` can't dequantise.
         """
         kind, raw = self.blocks(name)
         try:
@@ -82,21 +83,23 @@ class GgufFile:
         return np.require(values, np.float32, ["C", "W"]).reshape(self._tensors[name].shape[::-1])
 
     def blocks(self, name: str) -> tuple[str, np.ndarray]:
-        """(ggml's name of the type, u8 array [..., bytes] in the file itself, read-only); the dimensions but
-        the innermost are the tensor's. Raises ModelError if it is missing."""
+        """The tensor as the file stores it: (ggml's name of the type, read-only u8 array [..., bytes of a
+        row], a view of the file). All dimensions but the innermost are the tensor's own. Raises ModelError if
+        it is missing."""
         if name not in self._tensors:
             raise ModelError(f"{self.path}: tensor {name!r} is missing; convert or download the model again")
-        place = self._tensors[name]
-        outer = place.shape[:0:-1]  # ggml counts from the innermost
-        raw = np.frombuffer(self._data, np.uint8, self._bytes(name, place), place.offset)
-        return gguf.GGMLQuantizationType(place.type_id).name, raw.reshape(*outer, -1)
+        info = self._tensors[name]
+        outer = info.shape[:0:-1]  # ggml lists the innermost dimension first
+        raw = np.frombuffer(self._data, np.uint8, self._bytes(name, info), info.offset)
+        return gguf.GGMLQuantizationType(info.type_id).name, raw.reshape(*outer, -1)
 
-    def _bytes(self, name: str, place: TensorPlace) -> int:
+    def _bytes(self, name: str, info: TensorInfo) -> int:
+        """Size of the tensor's data. DamagedError for an unknown type or an impossible shape."""
         try:
-            kind = gguf.GGMLQuantizationType(place.type_id)
+            kind = gguf.GGMLQuantizationType(info.type_id)
         except ValueError as error:
-            raise DamagedError(f"tensor {name!r} has the unknown type {place.type_id}") from error
+            raise DamagedError(f"tensor {name!r} has the unknown type {info.type_id}") from error
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        if not place.shape or not all(place.shape) or place.shape[0] % block:
-            raise DamagedError(f"tensor {name!r} of type {kind.name} can't have shape {list(place.shape)}")
-        return math.prod(place.shape) // block * block_bytes
+        if not info.shape or not all(info.shape) or info.shape[0] % block:
+            raise DamagedError(f"tensor {name!r} of type {kind.name} can't have shape {list(info.shape)}")
+        return math.prod(info.shape) // block * block_bytes

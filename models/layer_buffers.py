@@ -1,8 +1,8 @@
-"""Rows on their way through all layers in memory of their own: what a decode step calls, layer by layer.
+"""Fixed buffers in which a decode step's rows pass through all layers.
 
-Made by ``Llama.passage``. This is PyTorch's; ``kernels.cpu.dense.LayerBuffers`` is the same without Python
-between
-two native calls. It must not know attention: whoever calls it fills ``o``.
+Created by ``Llama.layer_buffers``; called by the engine's decode step, layer by layer. The class here
+computes in PyTorch. ``kernels.cpu.dense.LayerBuffers`` has the same methods on native kernels. It must not
+know attention: the caller fills ``o``.
 """
 
 from typing import TYPE_CHECKING, Protocol
@@ -15,35 +15,42 @@ if TYPE_CHECKING:
 
 
 class LayerBuffers(Protocol):
-    """R rows. All tensors stay where they are but ``h``; layers are taken in order::
+    """Buffers of R rows, in the model's dtype. All tensors except ``h`` keep their addresses. The calls of a
+    step, with layers in order::
 
-    enter ─▶ project (or query, then key_value) ─▶ (o, from elsewhere) ─▶ finish ─▶ project ...
+        enter ─▶ project (or query, then key_value) ─▶ caller fills o ─▶ finish ─▶ project ...
     """
 
     positions: Tensor
-    """i64[R], the caller's to fill."""
+    """i64[R]: position of each row. The caller fills it."""
     h: Tensor
-    """[R, hidden]: what the next layer takes in."""
+    """[R, hidden]: input of the next layer."""
     q: Tensor
-    """[R, q_heads, head_dim], of the layer projected last; ``k`` and ``v`` [R, kv_heads, head_dim]."""
+    """[R, q_heads, head_dim] of the layer that was projected last."""
     k: Tensor
+    """[R, kv_heads, head_dim]; ``v`` too."""
     v: Tensor
     o: Tensor
-    """[R, q_heads, head_dim]: the attention's output, the caller's to fill before :meth:`finish`."""
+    """[R, q_heads, head_dim]: output of attention. The caller fills it before :meth:`finish`."""
 
-    def enter(self, h: Tensor) -> None: ...
+    def enter(self, h: Tensor) -> None:
+        """Takes the embedded rows, [R, hidden]."""
 
-    def query(self, layer: int) -> None: ...
+    def query(self, layer: int) -> None:
+        """Computes ``q`` from ``h``, so that it can be sent before ``k`` and ``v`` are computed."""
 
-    def key_value(self, layer: int) -> None: ...
+    def key_value(self, layer: int) -> None:
+        """Computes ``k`` and ``v``, after :meth:`query` of the same layer."""
 
-    def project(self, layer: int) -> None: ...
+    def project(self, layer: int) -> None:
+        """Computes ``q``, ``k`` and ``v``: :meth:`query` and :meth:`key_value` in one call."""
 
-    def finish(self, layer: int) -> None: ...
+    def finish(self, layer: int) -> None:
+        """Computes the layer's output from ``h`` and ``o``, and makes it ``h``."""
 
 
 class SliceLayerBuffers:
-    """A :class:`LayerBuffers` over a model's slices."""
+    """A :class:`LayerBuffers` that calls the methods of a model."""
 
     def __init__(self, model: "Llama", rows: int) -> None:
         config = model.config

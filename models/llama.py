@@ -1,12 +1,12 @@
-"""The Llama decoder, cut where attention happens elsewhere.
+"""The Llama decoder without attention, in slices that the engine calls.
 
-A layer is: ``attention_input`` → ``query`` and ``key_value`` → (attention, somewhere else) → ``finish``.
-``query`` stands apart so that it can travel before keys and values are computed; ``project`` is the three.
-Called by the engine, one call per slice and layer; R rows may belong to any mix of sequences. It must not
-know about shards, KV storage or masks. Pure: no method mutates its arguments or the model, so threads may
-share one.
+The slices of a layer are ``attention_input`` → ``query`` and ``key_value`` → (attention, elsewhere) →
+``finish``. ``query`` is separate so that queries can be sent before keys and values are computed; ``project``
+is the first three in one call. Called by the engine, once per slice and layer. R rows may belong to any mix
+of sequences. It must not know about shards, KV storage or masks. No method changes the model, or an argument
+other than ``out``, so threads may share a model.
 
-Rounding follows transformers' LlamaForCausalLM operation by operation: in bf16 the order is the result.
+Rounding follows transformers' LlamaForCausalLM operation by operation: in bf16 the order changes the result.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from farshore.models.rope import inverse_frequencies
 
 
 class LayerWeights(NamedTuple):
-    """One decoder layer; matrices [out, in] in the model's dtype, absent biases None."""
+    """Weights of one decoder layer: matrices [out, in] in the model's dtype; absent biases are None."""
 
     attention_norm: Tensor
     q: Tensor
@@ -42,7 +42,7 @@ class LayerWeights(NamedTuple):
 
 
 class LlamaWeights(NamedTuple):
-    """``embed`` and ``head``: [vocab, hidden], one and the same tensor when tied. ``norm``: [hidden]."""
+    """``embed`` and ``head``: [vocab, hidden], the same tensor if they are tied. ``norm``: [hidden]."""
 
     embed: Tensor
     layers: tuple[LayerWeights, ...]
@@ -51,10 +51,11 @@ class LlamaWeights(NamedTuple):
 
 
 class Llama:
-    """Slices of a decoder. Tensors in and out are in the weights' dtype and on their device."""
+    """A decoder's slices. Arguments and results have the dtype and device of the weights."""
 
     def __init__(self, config: ModelConfig, weights: LlamaWeights) -> None:
-        """``weights`` must fit ``config``; ``farshore.models.weights`` checks that while loading."""
+        """``weights`` must have the shapes of ``config``; ``farshore.models.weights`` checks that on
+        loading."""
         self.config = config
         self.weights = weights
         self.dtype = weights.embed.dtype
@@ -62,27 +63,28 @@ class Llama:
         self._cos, self._sin = rotation_table(config, dtype=self.dtype, device=self.device)
 
     def expect_calls(self) -> None:
-        """Told before a step: its calls follow each other closely. Changes no result."""
+        """Announces that a step's calls follow at short intervals, so that native threads wait without
+        sleeping. Changes no result."""
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """i64 [R] → h [R, hidden]. IndexError for an id outside the vocabulary (on CPU)."""
+        """token_ids i64 [R] → h [R, hidden]. IndexError for an id outside the vocabulary (on CPU)."""
         return embedding(token_ids, self.weights.embed)
 
     def attention_input(self, layer: int, h: Tensor) -> Tensor:
-        """h [R, hidden] → normed [R, hidden], what ``query`` and ``key_value`` take."""
+        """h [R, hidden] → normed [R, hidden], the input of ``query`` and ``key_value``."""
         return rms_norm(h, self.weights.layers[layer].attention_norm, self.config.rms_eps)
 
     def query(self, layer: int, normed: Tensor, positions: Tensor) -> Tensor:
         """normed [R, hidden], positions i64 [R] → q [R, q_heads, head_dim], rotated, not scaled.
 
-        Positions run below ``config.max_positions``; IndexError beyond (on CPU).
+        IndexError for a position of ``config.max_positions`` or above (on CPU).
         """
         w = self.weights.layers[layer]
         q = linear(normed, w.q, w.q_bias).view(-1, self.config.q_heads, self.config.head_dim)
         return self._rotate(q, positions)
 
     def key_value(self, layer: int, normed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """As ``query`` → (k rotated, v), each [R, kv_heads, head_dim]."""
+        """normed [R, hidden], positions i64 [R] → (k rotated, v), each [R, kv_heads, head_dim]."""
         w = self.weights.layers[layer]
         k = linear(normed, w.k, w.k_bias).view(-1, self.config.kv_heads, self.config.head_dim)
         v = linear(normed, w.v, w.v_bias).view(-1, self.config.kv_heads, self.config.head_dim)
@@ -96,19 +98,20 @@ class Llama:
         *,
         out: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """h [R, hidden] → (q, k, v) as ``query`` and ``key_value`` give them, where q has nowhere to go; in
-        the contiguous memory of ``out`` if given."""
+        """h [R, hidden], positions i64 [R] → (q, k, v): ``query`` and ``key_value`` in one call, for rows
+        whose query need not be sent first. The result is written to the contiguous tensors of ``out`` if
+        given."""
         normed = self.attention_input(layer, h)
-        made = self.query(layer, normed, positions), *self.key_value(layer, normed, positions)
+        qkv = self.query(layer, normed, positions), *self.key_value(layer, normed, positions)
         if out is None:
-            return made
-        for to, values in zip(out, made, strict=True):
-            to.copy_(values)
+            return qkv
+        for target, values in zip(out, qkv, strict=True):
+            target.copy_(values)
         return out
 
     def finish(self, layer: int, h: Tensor, o: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """The layer's input h [R, hidden] and its attention output o [R, q_heads, head_dim] → next h; in the
-        contiguous memory of ``out`` if given, which may be h's own."""
+        """The layer's input h [R, hidden], attention output o [R, q_heads, head_dim] → the next layer's h
+        [R, hidden]. It is written to the contiguous tensor ``out`` if given, which may be h."""
         w = self.weights.layers[layer]
         h = h + linear(o.flatten(1), w.o, w.o_bias)
         normed = rms_norm(h, w.mlp_norm, self.config.rms_eps)
@@ -117,16 +120,18 @@ class Llama:
         return h if out is None else out.copy_(h)
 
     def layer_buffers(self, rows: int) -> LayerBuffers:
-        """Memory for ``rows`` rows on their way through all of the layers, 1 or more."""
+        """Buffers for ``rows`` rows, 1 or more, and the calls that take them through all layers."""
         return SliceLayerBuffers(self, rows)
 
     def logits(self, h: Tensor) -> Tensor:
-        """The last layer's h [R, hidden] → f32 [R, vocab]. Pass only the rows that are sampled from."""
+        """The last layer's h [R, hidden] → logits f32 [R, vocab]. Pass only the rows that are sampled
+        from."""
         normed = rms_norm(h, self.weights.norm, self.config.rms_eps)
         return linear(normed, self.weights.head).float()
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x [R, heads, head_dim] → the same, its two halves turned as pairs by each row's angles."""
+        """x [R, heads, head_dim] → the same shape. Elements i and i + head_dim/2 are rotated as a pair by the
+        angles of the row's position."""
         cos = self._cos[positions].unsqueeze(1)
         sin = self._sin[positions].unsqueeze(1)
         first, second = x.chunk(2, dim=-1)
@@ -134,16 +139,17 @@ class Llama:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [R, hidden] over its root mean square, in float32; cast back *before* the weight is applied."""
+    """x [R, hidden] divided by its root mean square in float32, cast back, then multiplied by ``weight``. The
+    cast comes before the weight, as in transformers."""
     wide = x.to(torch.float32)
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * (wide * scale).to(x.dtype)
 
 
 def rotation_table(config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each [max_positions, head_dim/2] in ``dtype``; angles and their cosines in float32.
+    """(cos, sin), each [max_positions, head_dim/2] in ``dtype``, computed in float32.
 
-    A table, since every layer needs the same angles twice; 2 MB in bf16 for 8,192 positions of SmolLM2.
+    A table, because every layer uses the same angles twice. 2 MB in bf16 for 8,192 positions of SmolLM2.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     frequencies = inverse_frequencies(config.rope, exponents)

@@ -1,7 +1,7 @@
-"""The sliced decoder on native CPU kernels; the same slices in PyTorch, its base class, are its reference.
+"""The decoder's slices on native CPU kernels. The base class, in PyTorch, is the reference.
 
-Made by ``weights`` where the native kernels are built and the weights' dtype is one of theirs. The weights
-are the base class's own tensors, so that each call may be served by either.
+Created by ``weights`` if the native kernels are built and take the weights' dtype. Both classes share the
+weight tensors, so each call may run in either. It must not know how weights are read.
 """
 
 import sys
@@ -18,11 +18,11 @@ from farshore.models.llama import Llama, LlamaWeights
 
 
 class NativeLlama(Llama):
-    """As :class:`Llama`; ``threads`` serve each call.
+    """Like :class:`Llama`, with ``threads`` threads per call.
 
-    ``blocks``: matrices that the file quantises, by the names of ``weights``. Few rows are multiplied by
-    these where that is faster: the values are the same, the bytes fewer.
-    Where the CPU has a matrix unit, more than a few rows of bfloat16 are PyTorch's.
+    ``blocks``: the matrices that the model file quantises, by the names of ``models.weights``. Calls with few
+    rows read these where that is faster: the values are equal, and there are fewer bytes to read. If the CPU
+    has a matrix unit, calls with more than ``dense.FEW_ROWS`` rows of bfloat16 run in PyTorch.
     """
 
     def __init__(
@@ -34,8 +34,8 @@ class NativeLlama(Llama):
         threads: int,
     ) -> None:
         super().__init__(config, weights)
-        of_pytorch = self.dtype == torch.bfloat16 and dense.MATRIX_UNIT
-        self._most_rows = dense.FEW_ROWS if of_pytorch else sys.maxsize
+        many_rows_in_pytorch = self.dtype == torch.bfloat16 and dense.MATRIX_UNIT
+        self._most_rows = dense.FEW_ROWS if many_rows_in_pytorch else sys.maxsize
         common = {"eps": config.rms_eps, "threads": threads}
 
         def linear(name: str, weight: Tensor, bias: Tensor | None = None) -> dense.Linear:

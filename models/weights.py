@@ -1,7 +1,7 @@
-"""From files to a ready :class:`Llama`: names, shapes and layouts of two formats.
+"""Loads a :class:`Llama` from model files of two formats: names, shapes and row orders.
 
-Called once by each engine process. A missing tensor, a wrong shape or a damaged file is a ModelError of one
-line here, not a puzzle during generation. Must not know what is done with the weights.
+Called once by each dense worker. A missing tensor, a wrong shape or a damaged file is a ModelError of one
+line at loading, instead of a wrong result later. It must not know how the weights are used.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,11 +21,12 @@ from farshore.models.llama import LayerWeights, Llama, LlamaWeights
 from farshore.models.source import ModelSource, read_json
 
 Progress = Callable[[int, int], None]
+"""(tensors read so far, tensors in all)."""
 
 Quantised = tuple[str, str, Tensor]
-"""(where it was found, ggml's name of the type, u8 [out, bytes])."""
+"""(file and tensor name, for messages; ggml's name of the type; u8 [out, bytes of a row])."""
 
-# Our field → (Hugging Face, ggml), after the layer's prefix and before ".weight" or ".bias".
+# Our name → (Hugging Face's, ggml's), between the layer's prefix and ".weight" or ".bias".
 _MATRICES = {
     "attention_norm": ("input_layernorm", "attn_norm"),
     "q": ("self_attn.q_proj", "attn_q"),
@@ -42,13 +43,14 @@ _MLP = ("gate", "up", "down")
 
 
 class _Tensors(Protocol):
-    """A file's tensors under our names: ``embed``, ``norm``, ``head``, ``3.q``, ``3.q_bias``."""
+    """A model's tensors under our names: ``embed``, ``norm``, ``head``, and by layer ``3.q``,
+    ``3.q_bias``."""
 
     def read(self, name: str) -> tuple[str, Tensor]:
-        """(where it was found, for messages; the tensor in the file's own or float32 precision)."""
+        """(file and tensor name, for messages; the tensor in the file's precision or in float32)."""
 
     def blocks(self, name: str) -> Quantised | None:
-        """A matrix as the file quantises it; None where it does not."""
+        """A matrix in the file's quantised form; None if it has none."""
 
 
 def load_model(
@@ -60,15 +62,15 @@ def load_model(
     progress: Progress | None = None,
     threads: int | None = None,
 ) -> Llama:
-    """Read all weights, converted to ``dtype`` tensor by tensor.
+    """Loads a model, converting its weights to ``dtype`` tensor by tensor.
 
-    ``config`` replaces the model's own (say, with more positions); its shapes must fit the files.
-    ``progress`` is told (tensors read, tensors in all). ``threads`` serve the model where the native kernels
-    do; None: as many as PyTorch's. Raises ModelError, naming file and fix.
+    ``config`` replaces the model's own, for example to allow more positions; its shapes must fit the files.
+    ``progress`` is called after every tensor. ``threads``: number of threads of the native kernels, if these
+    are used; None: PyTorch's number. Raises ModelError, which names the file and the fix.
     """
     tensors: _Tensors
     if source.kind == "gguf":
-        # One parse serves both: it takes two seconds.
+        # The file is parsed once, for configuration and weights.
         file = GgufFile.open(source.path)
         config = config or ModelConfig.from_gguf(file, source.name)
         tensors = _Gguf(file, config)
@@ -81,10 +83,10 @@ def load_model(
     loaded: dict[str, Tensor] = {}
     blocks: dict[str, Any] = {}
     for done, (name, shape) in enumerate(shapes.items(), start=1):
-        of_file = tensors.blocks(name) if native is not None else None
-        quantised = native.Blocks.of(*of_file[1:]) if of_file is not None else None
+        stored = tensors.blocks(name) if native is not None else None
+        quantised = native.Blocks.of(*stored[1:]) if stored is not None else None
         if quantised is not None:
-            where, tensor = of_file[0], quantised.unpack(dtype, threads=threads)
+            where, tensor = stored[0], quantised.unpack(dtype, threads=threads)
             blocks[name] = quantised
         else:
             where, tensor = tensors.read(name)
@@ -93,9 +95,9 @@ def load_model(
                 f"{where} has shape {list(tensor.shape)}, the configuration says {list(shape)}; "
                 "take weights and configuration from the same model"
             )
-        # A copy, so that no tensor keeps a memory-mapped file alive.
-        ours = quantised is not None
-        loaded[name] = tensor if ours else torch.empty(shape, dtype=dtype, device=device).copy_(tensor)
+        # A tensor that was not unpacked may be a view of a memory-mapped file: a copy lets the file close.
+        unpacked = quantised is not None
+        loaded[name] = tensor if unpacked else torch.empty(shape, dtype=dtype, device=device).copy_(tensor)
         if progress is not None:
             progress(done, len(shapes))
     weights = _assembled(config, loaded)
@@ -105,19 +107,19 @@ def load_model(
 
 
 def _native(dtype: torch.dtype, device: torch.device) -> Any:
-    """The module of the class on native kernels; None where they are not built, or not for this dtype or
+    """The module ``native_llama``; None if the native kernels were not built or do not take this dtype or
     device."""
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return None
     try:
         return import_module("farshore.models.native_llama")
     except ImportError:
-        # kernels.select, which misses them too, says so and what it costs.
+        # kernels.select misses them too, and reports that and its cost.
         return None
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor the model needs, by our names, in the order they are read."""
+    """The shape of every tensor that the model needs, by our names, in the order of reading."""
     q, kv = config.q_heads * config.head_dim, config.kv_heads * config.head_dim
     rows = {"q": q, "k": kv, "v": kv, "o": config.hidden}
     rows |= {"gate": config.intermediate, "up": config.intermediate, "down": config.hidden}
@@ -145,7 +147,7 @@ def _assembled(config: ModelConfig, loaded: Mapping[str, Tensor]) -> LlamaWeight
 
 
 class _Safetensors:
-    """A Hugging Face directory: one ``model.safetensors``, or several behind an index."""
+    """A Hugging Face directory: one ``model.safetensors``, or several files and an index."""
 
     def __init__(self, folder: Path) -> None:
         index = folder / "model.safetensors.index.json"
@@ -189,7 +191,7 @@ class _Safetensors:
 
 
 class _Gguf:
-    """A GGUF file: dequantised to float32, and Q and K rows put back into Hugging Face's order."""
+    """A GGUF file. Tensors are dequantised to float32; rows of Q and K are put into Hugging Face's order."""
 
     def __init__(self, file: GgufFile, config: ModelConfig) -> None:
         self._file = file
@@ -204,7 +206,7 @@ class _Gguf:
         kind, rows = self._file.blocks(full)
         if rows.ndim != 2:
             return None
-        # A copy: PyTorch warns of memory that it must not write to.
+        # A copy, because PyTorch warns about read-only memory.
         return f"{self._file.path}: {full!r}", kind, torch.from_numpy(self._in_order(name, rows).copy())
 
     def _in_order(self, name: str, rows: np.ndarray) -> np.ndarray:
@@ -215,35 +217,40 @@ class _Gguf:
 
 
 def _halves(rows: np.ndarray, heads: int) -> np.ndarray:
-    """ggml's llama turns neighbouring rows of a head together; we turn row i with i + head_dim/2."""
+    """Reorders the rows of Q or K: ggml's llama rotates adjacent rows of a head as a pair, and we rotate rows
+    i and i + head_dim/2."""
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _hf_name(name: str) -> str:
-    whole = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
-    if name in whole:
-        return whole[name]
+    global_names = {
+        "embed": "model.embed_tokens.weight",
+        "norm": "model.norm.weight",
+        "head": "lm_head.weight",
+    }
+    if name in global_names:
+        return global_names[name]
     layer, _, field = name.partition(".")
-    return f"model.layers.{layer}.{_MATRICES[field.removesuffix('_bias')][0]}.{_part(field)}"
+    return f"model.layers.{layer}.{_MATRICES[field.removesuffix('_bias')][0]}.{_suffix(field)}"
 
 
 def _gguf_name(name: str) -> str:
-    whole = {"embed": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"}
-    if name in whole:
-        return whole[name]
+    global_names = {"embed": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"}
+    if name in global_names:
+        return global_names[name]
     layer, _, field = name.partition(".")
-    return f"blk.{layer}.{_MATRICES[field.removesuffix('_bias')][1]}.{_part(field)}"
+    return f"blk.{layer}.{_MATRICES[field.removesuffix('_bias')][1]}.{_suffix(field)}"
 
 
-def _part(field: str) -> str:
+def _suffix(field: str) -> str:
     return "bias" if field.endswith("_bias") else "weight"
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     files = read_json(index).get("weight_map")
-    # Plain names only: an index must not reach outside its folder.
+    # Plain file names only: an index must not point outside of its folder.
     if not isinstance(files, dict) or not all(
-        isinstance(f, str) and Path(f).name == f for f in files.values()
+        isinstance(file, str) and Path(file).name == file for file in files.values()
     ):
         raise ModelError(f"{index}: 'weight_map' must name files beside it; download it again")
     return files

@@ -20,7 +20,7 @@ from farshore.kernels.base import KVLayout
 from farshore.kvstore.base import Digest, SpanInfo, SpanKey, SpanSlice
 from farshore.kvstore.prefix import PrefixBlock
 from farshore.kvstore.store import forms
-from farshore.kvstore.store.holds import Holds
+from farshore.kvstore.store.holds import HoldTable
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
 
@@ -61,7 +61,7 @@ class RemoteStore:
         dialler = Dialler(stub, address, transports, purpose="bulk KV goes")
         self._bulk = BulkLink(dialler, address, deadline_s=deadline_s)
         self._lock = threading.Lock()
-        self._holds = Holds(fences=0)
+        self._holds = HoldTable(fences=0)
         self._layouts: dict[SpanId, KVLayout] = {}
         """Of the spans held."""
 

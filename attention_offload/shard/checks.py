@@ -19,7 +19,7 @@ from farshore.attention_offload.plan.step_plan import Read, ShardStep
 from farshore.errors import InvalidRequest
 from farshore.ids import SpanId
 from farshore.kernels.base import AttentionSpec, KVLayout
-from farshore.kvstore.base import SpanKey, Stored
+from farshore.kvstore.base import SpanKey, SpanShape
 from farshore.kvstore.prefix import PrefixBlock
 from farshore.kvstore.store import forms
 
@@ -203,7 +203,7 @@ def _check_sizes(step: ShardStep, model: AttentionModel) -> None:
             raise InvalidRequest(f"a step of {what.format(size)}: {most} at most; give fewer rows")
 
 
-def check_read(read: Read, stored: Stored, layer_class: int, layout: KVLayout) -> None:
+def check_read(read: Read, stored: SpanShape, layer_class: int, layout: KVLayout) -> None:
     """Raises InvalidRequest unless ``read`` agrees with its span's layer class, layout, origin and groups.
 
     ``stored`` is the store's description of the span; ``layout`` is the session's layout of the layer class,

@@ -1,4 +1,4 @@
-"""The store's benchmark: its copies against memcpy, its calls against the bars of issue 5.
+"""The benchmark of the KV store: its copies compared with memcpy, and its calls with fixed bars.
 
 Called through ``catalogue``.
 """
@@ -11,10 +11,10 @@ from farshore.benchmarks.kernels.implementation import Implementation
 from farshore.benchmarks.kvstore import bulk as kvstore_bulk
 from farshore.benchmarks.kvstore import calls as kvstore_calls
 from farshore.benchmarks.kvstore import decode as kvstore_decode
-from farshore.benchmarks.kvstore.setting import At, StoreSizes
+from farshore.benchmarks.kvstore.setting import Setting, StoreSizes
 from farshore.benchmarks.report import Report
 
-CASES: Mapping[str, Callable[[At], cases.Measured]] = {
+CASES: Mapping[str, Callable[[Setting], cases.Measured]] = {
     "bulk write": kvstore_bulk.write,
     "digest": kvstore_bulk.digest,
     "export and import": kvstore_bulk.move,
@@ -34,9 +34,10 @@ def run(
     only: str = "",
     progress: Callable[[str], None],
 ) -> Report:
-    """The cases whose name holds ``only``. InvalidRequest, before anything is measured, if there are none."""
+    """Measures the cases whose name contains ``only``. InvalidRequest, before any measurement, if there are
+    none."""
     chosen = cases.choose(CASES, only)
     rates = machine.measure(facts, sizes.machine, progress=progress)
-    at = At(implementation, facts, rates, sizes)
-    results, bars = cases.measure(chosen, at, progress=progress)
+    setting = Setting(implementation, facts, rates, sizes)
+    results, bars = cases.measure(chosen, setting, progress=progress)
     return Report({**asdict(facts), **asdict(rates)}, tuple(results), tuple(bars))

@@ -1,6 +1,6 @@
-"""The decode kernel over a store's segments against the same over one plain tensor.
+"""The decode kernel over a store's segments, compared with the same kernel over one plain tensor.
 
-Called by ``kvstore``. Both read another layer at each call, too many for any cache.
+Called by ``benchmark``. Each call reads the next layer, and all layers together exceed every cache.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch import Tensor
 from farshore.benchmarks.cases import Measured
 from farshore.benchmarks.kernels.cold import query
 from farshore.benchmarks.kernels.shapes import SMOLLM2
-from farshore.benchmarks.kvstore.setting import EPOCH, At, key, random_bytes, store_for
+from farshore.benchmarks.kvstore.setting import EPOCH, Setting, key, random_bytes, store_for
 from farshore.benchmarks.report import Bar, Result
 from farshore.benchmarks.timing import AWAKE_S, interleave
 from farshore.ids import SequenceId
@@ -22,11 +22,12 @@ from farshore.kernels.formats import KVFormat
 BAR_OF_PLAIN = 0.98
 
 
-def against_plain(at: At) -> Measured:
-    tokens = at.sizes.decode_tokens
+def against_plain(setting: Setting) -> Measured:
+    """Decodes over a sealed span and over the same KV in one tensor, in turn."""
+    tokens = setting.sizes.decode_tokens
     one_layer = KVLayout.of(SMOLLM2.spec, layers=1, format=KVFormat.BFLOAT16)
-    layout = one_layer._replace(layers=at.sizes.decode_kv_bytes // (tokens * one_layer.token_bytes) + 1)
-    # [layer][K|V][head][token][dim]: what a block is, if it is as long as the sequence.
+    layout = one_layer._replace(layers=setting.sizes.decode_kv_bytes // (tokens * one_layer.token_bytes) + 1)
+    # A block as long as the sequence is one plain tensor, [layer][K|V][head][token][dim].
     plain = layout._replace(block_tokens=tokens)
     memory = random_bytes(plain.block_bytes)
     store = store_for(tokens, spans=1, layout=layout)
@@ -34,17 +35,17 @@ def against_plain(at: At) -> Measured:
     for layer in range(layout.layers):
         store.write(span, layer, 0, *plain.views(memory, layer), sequence=SequenceId("s"), epoch=EPOCH)
     store.seal(span, tokens, sequence=SequenceId("s"), epoch=EPOCH)
-    one = Segments.of([(0, plain.block_bytes, 0, tokens, 0, 0, plain.groups)])
+    plain_segments = Segments.of([(0, plain.block_bytes, 0, tokens, 0, 0, plain.groups)])
     stored = store.segments(span, 0, tokens)
 
-    over_plain = _partial(at, one, memory, plain)
-    over_store = _partial(at, stored, store.memory, layout, first_layer=layout.layers // 2)
+    over_plain = _partial(setting, plain_segments, memory, plain)
+    over_store = _partial(setting, stored, store.memory, layout, first_layer=layout.layers // 2)
     timed = interleave(
         {"plain": over_plain, "store": over_store},
-        rounds=at.sizes.rounds * 2,
+        rounds=setting.sizes.rounds * 2,
         warm_up=layout.layers,
         least_run_s=AWAKE_S,
-        limit_s=at.sizes.limit_s,
+        limit_s=setting.sizes.limit_s,
     )
     of_plain = timed["plain"].over(timed["store"])
     layer_bytes = tokens * one_layer.token_bytes
@@ -61,12 +62,12 @@ def against_plain(at: At) -> Measured:
 
 
 def _partial(
-    at: At, segments: Segments, memory: Tensor, layout: KVLayout, *, first_layer: int = 0
+    setting: Setting, segments: Segments, memory: Tensor, layout: KVLayout, *, first_layer: int = 0
 ) -> Callable[[], None]:
-    """Attends in the next layer at each call."""
+    """A function that computes partial attention in the next layer at each call."""
     rows = Rows.of([(0, 1, segment, 0, layout.groups) for segment in range(segments.size)])
-    positions = torch.tensor([at.sizes.decode_tokens])
-    plan = at.implementation.plan(rows, segments, memory, layout, SMOLLM2.spec, positions=positions)
+    positions = torch.tensor([setting.sizes.decode_tokens])
+    plan = setting.implementation.plan(rows, segments, memory, layout, SMOLLM2.spec, positions=positions)
     q, out = query(SMOLLM2, 1)
     layers = cycle(chain(range(first_layer, layout.layers), range(first_layer)))
-    return lambda: at.implementation.partial(plan, next(layers), q, out=out)
+    return lambda: setting.implementation.partial(plan, next(layers), q, out=out)

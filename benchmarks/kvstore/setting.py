@@ -1,6 +1,6 @@
-"""What the store's benchmarks share: sizes, stores to measure in, and memcpy to compare with.
+"""Shared by the store's benchmarks: sizes, stores to measure, and the memcpy to compare with.
 
-Used by ``kvstore`` and its cases.
+Called by ``benchmark`` and its cases.
 """
 
 from collections.abc import Callable
@@ -24,38 +24,38 @@ from farshore.kvstore.store.arena import Arena, stride_bytes
 from farshore.kvstore.store.store import LocalStore
 
 LAYERS = 30
-"""SmolLM2's."""
+"""Layers of SmolLM2."""
 LAYOUT = KVLayout.of(SMOLLM2.spec, layers=LAYERS, format=KVFormat.BFLOAT16)
 EPOCH = Epoch(1)
 
 
 @dataclass(frozen=True, slots=True)
 class StoreSizes:
-    """How much is measured: by default what the bars say; tests make it tiny."""
+    """Sizes of the measurements. The defaults are those of the bars; tests use tiny ones."""
 
     span_tokens: int = 8 << 10
     members: int = 4
     """Spans of a parity group."""
     prefix_tokens: int = 32 << 10
     prefix_span_tokens: int = 512
-    """The prefix is in spans of so many, as prefill leaves it where a shard gets a segment at a time."""
+    """Tokens in each span of the prefix, as prefill creates them if a shard gets a segment at a time."""
     batch: int = 64
-    """Sequences that get a token."""
+    """Sequences that a step appends a token to."""
     spans: int = 10_000
-    """To announce."""
+    """Spans in the store that announces them."""
     decode_tokens: int = 32 << 10
     decode_kv_bytes: int = 1 << 30
-    """Cycled through, twice: on one plain tensor and in the store."""
+    """KV that the calls cycle through; it exists twice, in one plain tensor and in the store."""
     rounds: int = ROUNDS
     calls: int = 20
-    """Per timed run, of what takes microseconds."""
+    """Calls in one timed run, for cases that take microseconds."""
     limit_s: float = 8.0
-    """Per comparison; see ``timing.interleave``."""
+    """Time limit of one comparison; see ``timing.interleave``."""
     machine: MachineSizes = field(default_factory=MachineSizes)
 
 
-class At(NamedTuple):
-    """What every case is measured with."""
+class Setting(NamedTuple):
+    """The arguments of every case."""
 
     implementation: Implementation
     machine: Facts
@@ -68,14 +68,15 @@ def key(sequence: str, *, layout: KVLayout = LAYOUT, first: int = 0) -> SpanKey:
 
 
 def store_for(tokens: int, *, spans: int, layout: KVLayout = LAYOUT, name: str = "bench") -> LocalStore:
-    """With room for that many spans, and an arena that stays warm."""
+    """An empty store with memory for ``spans`` spans of ``tokens`` tokens. Its arena keeps all freed memory
+    committed."""
     blocks = spans * -(-tokens // layout.block_tokens)
     budget_bytes = blocks * stride_bytes(layout.block_bytes)
     return LocalStore(worker=WorkerId(name), arena=Arena(budget_bytes, spare_bytes=budget_bytes))
 
 
 def random_bytes(size_bytes: int) -> Tensor:
-    """``u8[size]`` in huge pages: 1 MiB of random bf16 values over and over."""
+    """``u8[size_bytes]`` in huge pages: 1 MiB of random bf16 values, repeated."""
     memory = allocate(size_bytes)
     values = torch.randn(1 << 19, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
     for piece in memory.split(2 << 19):
@@ -84,7 +85,7 @@ def random_bytes(size_bytes: int) -> Tensor:
 
 
 def memcpy(source: Tensor) -> Callable[[], None]:
-    """Copies it all at each call, in one thread, to memory that was touched before."""
-    to = allocate(source.numel())
-    to.fill_(1)
-    return lambda: np.copyto(to.numpy(), source.numpy())
+    """A function that copies ``source``, in one thread, to memory that was touched before."""
+    target = allocate(source.numel())
+    target.fill_(1)
+    return lambda: np.copyto(target.numpy(), source.numpy())

@@ -1,7 +1,8 @@
-"""What a KV format costs in quality: perplexity of a text, and finding a needle in it, each against bf16.
+"""The quality of each KV format: perplexity of a text, and finding a needle in it, each compared with bf16.
 
-Called through ``catalogue``. Everything runs through the engine's own prefill, stores and decode steps, with
-KV as the format stores it; the formats read the same tokens, so their differences are not chance.
+Called through ``catalogue``. All tokens pass through the engine's own prefill, stores and decode steps, with
+KV in the format measured. All formats read the same tokens, so differences between them are not due to
+sampling.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,26 +32,26 @@ QUESTION = "\n\nThe secret number of the old lighthouse is"
 NUMBERS = ("48213", "70596", "31847")
 
 Load = Callable[[int], tuple[Llama, Tokenizer]]
-"""A model that ``threads`` threads serve, and its tokenizer."""
+"""Called with a number of threads; returns a model that uses them, and its tokenizer."""
 
-Held = tuple[Result, list[Bar]]
+Comparison = tuple[Result, list[Bar]]
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much is read; tests make it tiny."""
+    """How much text is read. Tests use tiny sizes."""
 
     windows: int = 2
-    """Stretches of text, each read as one prompt."""
+    """Ranges of the text, each read as one prompt."""
     window_tokens: int = 4608
     haystack_tokens: int = 4096
     depths: tuple[float, ...] = (0.1, 0.5, 0.9)
-    """Where the needle stands, from the beginning (0) to the end (1)."""
+    """Positions of the needle, from the beginning (0) to the end (1)."""
 
 
 def run(load: Load, facts: Facts, sizes: Sizes, *, only: str = "", progress: Callable[[str], None]) -> Report:
-    """The cases whose name holds ``only``, and bf16's beside them: everything is held against it.
-    InvalidRequest, before anything is read, if there are none."""
+    """Measures the cases whose name contains ``only``, and the same case in bf16 to compare with.
+    InvalidRequest, before any text is read, if there are none."""
     names = {case: [f for f in FORMATS if only in f"{case}, {f}"] for case in ("perplexity", "needle")}
     if not any(names.values()):
         raise InvalidRequest(f"no case holds {only!r}: choose from perplexity, needle, {', '.join(FORMATS)}")
@@ -58,20 +59,20 @@ def run(load: Load, facts: Facts, sizes: Sizes, *, only: str = "", progress: Cal
     text = files("farshore.benchmarks").joinpath(TEXT).read_text(encoding="utf-8")
     results: list[Result] = []
     bars: list[Bar] = []
-    cases: tuple[tuple[str, Callable[..., Any], Callable[..., Held]], ...] = (
-        ("perplexity", _perplexity, _held_perplexity),
-        ("needle", _needles, _held_needles),
+    cases: tuple[tuple[str, Callable[..., Any], Callable[..., Comparison]], ...] = (
+        ("perplexity", _perplexity, _compare_perplexity),
+        ("needle", _needles, _compare_needles),
     )
-    for case, measure, held in cases:
+    for case, measure, compare in cases:
         measured = {}
         for format in dict.fromkeys(("bf16", *names[case])) if names[case] else ():
             progress(f"{case}, {format}")
             with Reader(model, FORMATS[format]) as reader:
                 measured[format] = measure(reader, tokenizer, text, sizes)
-        for format, it in measured.items():
-            result, its_bars = held(format, it, measured["bf16"])
+        for format, measurement in measured.items():
+            result, new_bars = compare(format, measurement, measured["bf16"])
             results.append(result)
-            bars += its_bars
+            bars += new_bars
     return Report(asdict(facts) | {"model": DEMO, "text": TEXT}, tuple(results), tuple(bars))
 
 
@@ -89,7 +90,7 @@ def _perplexity(reader: Reader, tokenizer: Tokenizer, text: str, sizes: Sizes) -
     return Score.joined(reader.score(tokens[i * size : (i + 1) * size]) for i in range(sizes.windows))
 
 
-def _held_perplexity(format: str, score: Score, bf16: Score) -> Held:
+def _compare_perplexity(format: str, score: Score, bf16: Score) -> Comparison:
     name = f"perplexity, {format}"
     change_percent = (score.perplexity / bf16.perplexity - 1) * 100
     figures = {
@@ -117,7 +118,7 @@ class _Needle:
 
 
 def _needles(reader: Reader, tokenizer: Tokenizer, text: str, sizes: Sizes) -> list[_Needle]:
-    """At each depth: the number, and what the model says instead or as well."""
+    """For each depth, the number that was hidden and the model's answer."""
     needles = []
     for depth, number in zip(sizes.depths, NUMBERS, strict=False):
         expected = tokenizer.encode(f" {number}")
@@ -127,20 +128,20 @@ def _needles(reader: Reader, tokenizer: Tokenizer, text: str, sizes: Sizes) -> l
     return needles
 
 
-def _held_needles(format: str, needles: Sequence[_Needle], bf16: Sequence[_Needle]) -> Held:
+def _compare_needles(format: str, needles: Sequence[_Needle], bf16: Sequence[_Needle]) -> Comparison:
     name = f"needle, {format}"
     found, of_bf16 = (sum(needle.found for needle in each) for each in (needles, bf16))
     depths = {True: "found_at_depths", False: "missed_at_depths"}
     figures: dict[str, float | int | str | None] = {"found": found, "of": len(needles)} | {
-        key: " ".join(f"{it.depth:g}" for it in needles if it.found is which) or None
+        key: " ".join(f"{needle.depth:g}" for needle in needles if needle.found is which) or None
         for which, key in depths.items()
     }
     bars = [Bar.at_least(f"{name}, found", found, of_bf16, "needles, as bf16")] if format == "int8" else []
-    return Result(name, Timing(tuple(it.answer.seconds for it in needles)), figures), bars
+    return Result(name, Timing(tuple(needle.answer.seconds for needle in needles)), figures), bars
 
 
 def _haystack(tokenizer: Tokenizer, text: str, tokens: int, depth: float, needle: str) -> str:
-    """The text's first paragraphs, ``tokens`` long at most, with the needle between two of them."""
+    """The first paragraphs of the text, at most ``tokens`` tokens, with the needle between two of them."""
     paragraphs: list[str] = []
     before, length = None, 0
     for paragraph in text.split("\n\n"):

@@ -1,6 +1,6 @@
-"""Reading text with KV in one format: the engine's prefill, its stores and its decode steps, in this process.
+"""Reads text with KV in one format, by the engine's prefill, stores and decode steps in this process.
 
-Used by ``quality``. Must not know what is read or what is expected of it.
+Called by ``benchmark``. It must not know which text is read or which result is expected.
 """
 
 import queue
@@ -31,7 +31,7 @@ from farshore.workers.engine.sequence import Event, Failed, Finished, Sampled, S
 
 ARENA_BYTES = 1 << 30
 SEGMENT_TOKENS = 512
-"""Rows whose logits are held at a time: 100 MB of SmolLM2's."""
+"""Rows whose logits are in memory at a time: 100 MB for SmolLM2."""
 DEADLINE_S = 600.0
 
 _WORKER = WorkerId("reader")
@@ -39,20 +39,21 @@ _WORKER = WorkerId("reader")
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Of every token but the first, given those before it: its log-probability (natural) ``f32[n]``, and the
-    likeliest token instead ``i64[n]``."""
+    """The model's predictions of all tokens of a text but the first, each given the tokens before it."""
 
     logprobs: Tensor
+    """f32[n]: natural logarithm of the probability of each token."""
     best: Tensor
+    """i64[n]: the most probable token at each place."""
     seconds: float
 
     @classmethod
     def joined(cls, scores: Iterable["Score"]) -> "Score":
-        parts = list(scores)
+        scores = list(scores)
         return cls(
-            torch.cat([it.logprobs for it in parts]),
-            torch.cat([it.best for it in parts]),
-            sum(it.seconds for it in parts),
+            torch.cat([score.logprobs for score in scores]),
+            torch.cat([score.best for score in scores]),
+            sum(score.seconds for score in scores),
         )
 
     @property
@@ -67,7 +68,7 @@ class Answer:
 
 
 class Reader:
-    """A context manager: an engine with its own memory, KV in ``format``."""
+    """An engine with its own memory and KV in ``format``. A context manager, which starts and stops it."""
 
     def __init__(self, model: Llama, format: KVFormat) -> None:
         self._model = model
@@ -94,7 +95,8 @@ class Reader:
         self._engine.stop()
 
     def answer(self, prompt: list[int], *, most_tokens: int) -> Answer:
-        """What the model goes on with, greedily. Raises what the engine failed with."""
+        """The model's greedy continuation of ``prompt``. Raises the engine's error if the sequence fails, and
+        DeadlineExceeded after ``DEADLINE_S`` without an event."""
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         start_s = time.perf_counter()
         self._engine.submit(self._name(), prompt, Sampling(max_tokens=most_tokens), events.put)
@@ -113,8 +115,8 @@ class Reader:
 
     @torch.inference_mode()
     def score(self, tokens: list[int]) -> Score:
-        """Read ``tokens`` as one prompt, segment by segment, each attending to the stored KV of those before
-        it."""
+        """Reads ``tokens`` as one prompt, segment by segment. Each segment attends to the stored KV of the
+        segments before it."""
         start_s = time.perf_counter()
         name = self._name()
         sequence = Sequence(
@@ -126,7 +128,7 @@ class Reader:
             sampling=Sampling(max_tokens=1),
             emit=lambda event: None,
             arrived_s=time.monotonic(),
-            # A prefix that is stored already would not be read again, and so not be scored.
+            # A salt of its own: a prefix found in the store would not be computed, and so not scored.
             fingerprint=fingerprint(self._model.config, self._attention, revision="", salt=name),
         )
         pool = Pool(self._clients, [_WORKER])
@@ -150,7 +152,7 @@ class Reader:
         return Score(torch.cat(logprobs), torch.cat(best), time.perf_counter() - start_s)
 
     def _read(self, sequence: Sequence, first: int, last: int, pool: Pool) -> Tensor:
-        """Logits ``f32[last - first, vocab]``."""
+        """Computes positions ``[first, last)``. Returns their logits ``f32[last - first, vocab]``."""
         segment = Segment(
             sequence,
             first,

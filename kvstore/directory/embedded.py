@@ -1,8 +1,8 @@
-"""Who is there, who owns which sequence, and where its spans are.
+"""The directory: which workers are registered, which engine owns each sequence, and where its spans are.
 
-Asked by the controller and by engines when a sequence is taken over; never on the token path. All of it is
-soft state: workers register again and owners claim and publish again, so it can be lost at any time. It must
-not know stores or transports. :class:`EmbeddedDirectory` lives in one process.
+Called by the controller, and by an engine when it takes a sequence over; never on the token path. All of it
+is soft state, which may be lost at any time: workers register again, and owners claim and publish again. It
+must not know stores or transports. :class:`EmbeddedDirectory` is the implementation in one process.
 """
 
 import threading
@@ -20,16 +20,18 @@ from farshore.kvstore.base import SpanInfo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerRecord:
+    """A registered worker."""
+
     worker: WorkerId
     kind: str
-    """What it does, engine or shard; not interpreted here."""
+    """The worker's role, such as engine or shard. Not interpreted here."""
     address: str
     capabilities: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """A worker's claim to be there. Renew it within ``ttl_s``, or stop working."""
+    """A worker's registration, valid for ``ttl_s`` after it was made or last renewed."""
 
     worker: WorkerId
     serial: int
@@ -38,57 +40,63 @@ class Lease:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
+    """The owner of a sequence and the spans that the sequence holds."""
+
     owner: WorkerId
     epoch: Epoch
     spans: Mapping[WorkerId, Sequence[SpanInfo]]
-    """By the worker that lends the memory."""
+    """By lender: the worker whose memory the spans use."""
 
 
 class Directory(Protocol):
-    """Thread-safe."""
+    """The interface of a directory. Thread-safe."""
 
     def register(
         self, worker: WorkerId, *, kind: str, address: str, capabilities: Mapping[str, str], ttl_s: float
     ) -> Lease:
-        """Enters a worker, or enters it anew: an earlier lease of the same worker is void then."""
+        """Registers a worker for ``ttl_s``. An earlier lease of the same worker becomes void. InvalidRequest
+        unless ``ttl_s`` is positive."""
         ...
 
     def renew(self, lease: Lease) -> None:
-        """Extends the lease by its ``ttl_s`` from now. NotFound if it ran out or is void: register again."""
+        """Makes the lease valid for its ``ttl_s`` from now. NotFound if it has expired or is void: the worker
+        must register again."""
         ...
 
     def workers(self) -> list[WorkerRecord]:
-        """Those whose lease holds, in order of registration."""
+        """The workers with a valid lease, in order of registration."""
         ...
 
     def claim(self, sequence: SequenceId, owner: WorkerId) -> Epoch:
-        """Makes ``owner`` the owner, atomically; returns its epoch: higher than any before, of any sequence.
+        """Makes ``owner`` the owner, atomically. Returns its epoch, which is higher than every epoch before,
+        of any sequence.
 
-        Spans published earlier stay listed until the new owner publishes. Not idempotent: a repeated claim
-        is a new epoch, which is harmless.
+        Spans that an earlier owner published stay listed until the new owner publishes. Not idempotent: a
+        repeated claim gets another epoch, which is harmless.
         """
         ...
 
     def publish(
         self, sequence: SequenceId, epoch: Epoch, spans: Mapping[WorkerId, Sequence[SpanInfo]]
     ) -> None:
-        """Replaces the sequence's spans, given by lender. Idempotent.
+        """Replaces the list of the sequence's spans, which is by lender. Idempotent.
 
-        Fenced if a newer epoch was claimed; NotFound if the sequence was never claimed or is forgotten (also:
-        the directory was lost). InvalidRequest for an epoch that was not given out here.
+        Fenced if a newer epoch was claimed. NotFound if the sequence was never claimed or is forgotten, also
+        because the directory was lost. InvalidRequest for an epoch that this directory did not give out.
         """
         ...
 
     def lookup(self, sequence: SequenceId) -> Placement:
-        """NotFound if the sequence was never claimed or is forgotten."""
+        """The sequence's owner and spans. NotFound if it was never claimed or is forgotten."""
         ...
 
     def forget(self, sequence: SequenceId, epoch: Epoch) -> None:
-        """The sequence is over. Idempotent. Fenced and InvalidRequest as for ``publish``."""
+        """Removes a sequence that has ended. Idempotent. Fenced and InvalidRequest as for ``publish``."""
         ...
 
     def debts(self) -> Mapping[tuple[WorkerId, WorkerId], int]:
-        """Bytes lent, by (lender, owner); computed from the published spans. What is its own nobody owes."""
+        """Bytes lent, by (lender, owner), computed from the published spans. Spans that an owner stores
+        itself are not debts."""
         ...
 
 
@@ -100,12 +108,12 @@ class _Registration:
 
 
 class EmbeddedDirectory:
-    """See :class:`Directory` for the contract. One lock; no call waits for anything else.
+    """See :class:`Directory` for the contract. Calls wait for one lock and for nothing else.
 
-    Epochs come from one counter for all sequences, so that forgetting a sequence forgets everything about it
-    and its next claim is still higher. ``first_epoch``: where the counter starts. Stores remember fences for
-    longer than this object lives, so a process that replaces a lost directory passes something higher than
-    before (the time in microseconds, say).
+    One counter gives the epochs of all sequences, so a forgotten sequence leaves nothing behind and its next
+    claim still gets a higher epoch. ``first_epoch``: where the counter starts. Stores remember fences for
+    longer than this object exists, so a process that replaces a lost directory must pass a higher epoch than
+    any before, such as the time in microseconds. ``clock``: seconds, monotonic.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic, first_epoch: int = 1) -> None:
@@ -183,11 +191,13 @@ class EmbeddedDirectory:
         try:
             return self._placements[sequence]
         except KeyError:
-            raise NotFound(f"nobody has claimed {sequence}, or it is over") from None
+            raise NotFound(f"{sequence} was never claimed, or it has ended") from None
 
     def _expire(self) -> None:
+        """Removes the workers whose lease has expired. Called with the lock held."""
         now_s = self._clock()
-        for worker in [w for w, r in self._registrations.items() if r.expires_s <= now_s]:
+        expired = [worker for worker, entry in self._registrations.items() if entry.expires_s <= now_s]
+        for worker in expired:
             del self._registrations[worker]
 
 

@@ -1,12 +1,11 @@
-"""The memory behind KV: one mapping with a hard budget, handed out in blocks.
+"""The memory of KV: one mapping with a hard budget, granted in blocks.
 
-Exists so that all KV of a worker lies in one buffer that kernels index by byte offset, and so that the budget
-is kept by construction: there is no memory beside it. The store and the tails allocate here. It must not know
-what a block holds.
+All KV of a worker lies in one buffer, which kernels index by byte offset. The budget cannot be exceeded,
+since there is no other memory. Called by the store and by tails. It must not know what a block holds.
 
-Address space is reserved at once; what is granted was touched before, so that nobody's copy waits for pages;
-what is freed goes back to the system but for a spare part: see ``pages``. A grant may
-hold what its last owner left there: who reads a block has written it first.
+Address space is reserved at once. Granted memory is committed first, so that no copy waits for page faults;
+freed memory goes back to the system except for a spare share: see ``pages``. A granted block may contain the
+bytes of its last owner, so its new owner must write a block before it reads it.
 """
 
 import mmap
@@ -22,11 +21,11 @@ from farshore.errors import Full, InvalidRequest
 from farshore.kvstore.store.pages import pages
 
 SPARE_SHARE = 8
-"""One part in so many of the budget may lie free and committed, if nothing else is asked for."""
+"""By default, 1/8 of the budget may be free and committed."""
 
 
 class Extent(NamedTuple):
-    """A contiguous run of ``blocks`` blocks, ``stride`` bytes from each to the next."""
+    """A run of ``blocks`` adjacent blocks, ``stride`` bytes from each to the next."""
 
     base: int
     """Byte offset in the arena's memory; a page multiple."""
@@ -35,25 +34,27 @@ class Extent(NamedTuple):
 
     @property
     def bytes(self) -> int:
+        """Memory of the run, including the padding of its blocks."""
         return self.blocks * self.stride
 
     @property
     def block_bases(self) -> range:
+        """Byte offset of each block."""
         return range(self.base, self.base + self.bytes, self.stride)
 
 
 def stride_bytes(block_bytes: int) -> int:
-    """``block_bytes`` rounded up to whole pages: what one block takes."""
+    """Bytes that one block takes in an arena: ``block_bytes`` rounded up to whole pages."""
     return -(-block_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 class Arena:
     """First-fit allocator of page-aligned blocks. Thread-safe.
 
-    ``budget_bytes`` is rounded down to whole pages; less than one page, or more than the machine can reserve,
-    is InvalidRequest. ``spare_bytes`` is how much freed memory is kept, to be granted again at once (None: an
-    eighth of the budget); in whole pages of whatever size the arena has, so it may be a little more.
-    ``device``: whose memory; that of an accelerator is never given back.
+    ``budget_bytes`` is rounded down to whole pages. Less than one page, or more than the machine can reserve,
+    is InvalidRequest. ``spare_bytes`` is how much freed memory stays committed, to be granted again at once
+    (None: an eighth of the budget). It is kept in whole pages, huge ones in a large arena, so it may be a
+    little more. ``device``: the memory's device. An accelerator's memory is never given back.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Arena:
         self.memory: Tensor = self._pages.memory
         """u8[budget_bytes]."""
         self._lock = threading.Lock()
-        # Free ranges in address order, never touching each other, as parallel lists.
+        # Free ranges in address order, as parallel lists. No two are adjacent.
         self._free_starts = [0]
         self._free_sizes = [self.budget_bytes]
         self._held: dict[int, int] = {}  # base of each held block -> its stride
@@ -76,26 +77,28 @@ class Arena:
 
     @property
     def free_bytes(self) -> int:
+        """Bytes of the budget that are not granted."""
         with self._lock:
             return sum(self._free_sizes)
 
     @property
     def committed_bytes(self) -> int:
-        """What the machine pays for, at most: granted memory, the rest of huge pages, and the spare part."""
+        """Upper bound of the memory that the machine has committed: grants, the rest of their huge pages, and
+        spare memory."""
         with self._lock:
             return self._pages.committed_bytes
 
     def on_full(self, reclaim: Callable[[int], int]) -> None:
-        """Who is asked for memory before it is refused: ``reclaim(missing_bytes)`` frees that much or more of
-        what nobody needs, or nothing where it has less; returns how much it had. Called without the lock."""
+        """Sets the function that is called before a grant is refused. ``reclaim(missing_bytes)`` frees that
+        much cache or more, or nothing if it has less. It returns how many bytes of cache it had. It is called
+        without the arena's lock."""
         self._reclaim = reclaim
 
     def allocate(self, blocks: int, block_bytes: int) -> list[Extent]:
-        """Takes ``blocks`` blocks: one contiguous run if any free range is long enough, else several runs.
+        """Grants ``blocks`` blocks: one run if a free range is long enough, otherwise several runs.
 
-        All or nothing: raises Full and takes nothing when they do not fit, or the machine itself has no
-        memory left; InvalidRequest below one block. A large grant of new memory takes time: a second for
-        some GiB.
+        Raises Full, and grants nothing, if they do not fit or if the machine has no memory left.
+        InvalidRequest for less than one block. Committing new memory takes time: about a second for some GiB.
         """
         if blocks < 1 or block_bytes < 1:
             raise InvalidRequest(
@@ -104,7 +107,7 @@ class Arena:
         stride = stride_bytes(block_bytes)
         extents, cold = self._grant(blocks, stride)
         try:
-            for extent in cold:  # Without the lock: nobody else touches what is granted.
+            for extent in cold:  # Without the lock: granted memory is this call's alone.
                 self._pages.populate(extent.base, extent.bytes)
         except MemoryError as error:
             self.free(extents)
@@ -112,8 +115,8 @@ class Arena:
         return extents
 
     def free(self, extents: Iterable[Extent]) -> None:
-        """Gives blocks back; an extent may be freed in parts. InvalidRequest, and nothing freed, if any block
-        of them is not held."""
+        """Frees blocks; an extent may be freed piece by piece. InvalidRequest, and nothing is freed, if any
+        of the blocks is not granted."""
         extents = list(extents)
         bases = [base for extent in extents for base in extent.block_bases]
         with self._lock:
@@ -123,46 +126,47 @@ class Arena:
             for base in bases:
                 del self._held[base]
             for extent in extents:
-                self._give_back(extent.base, extent.bytes)
+                self._insert_free(extent.base, extent.bytes)
             free = list(zip(self._free_starts, self._free_sizes, strict=True))
             self._pages.trim(free, held_bytes=self.budget_bytes - sum(self._free_sizes))
 
     def holds(self, base: int, stride: int) -> bool:
-        """Whether a block of ``stride`` bytes at ``base`` is allocated."""
+        """Whether a block of ``stride`` bytes at ``base`` is granted."""
         with self._lock:
             return self._held.get(base) == stride
 
     def check_integrity(self) -> None:
-        """AssertionError unless free and held ranges cover the budget exactly once, free ones merged, and
-        what is held is committed."""
+        """AssertionError unless free and granted ranges cover the budget exactly once, no two free ranges are
+        adjacent, and all granted memory is committed."""
         with self._lock:
             cold = [base for base, stride in self._held.items() if not self._pages.holds(base, stride)]
             assert not cold, f"held, but not committed: {cold}"
             free = list(zip(self._free_starts, self._free_sizes, strict=True))
             held = list(self._held.items())
-        at = 0
+        end = 0
         for start, size in sorted(free + held):
-            assert start == at, f"{'hole' if start > at else 'overlap'} between {at} and {start}"
+            assert start == end, f"{'hole' if start > end else 'overlap'} between {end} and {start}"
             assert size > 0 and size % mmap.PAGESIZE == 0, f"range of {size} bytes at {start}"
-            at += size
-        assert at == self.budget_bytes, f"free + held = {at}, total = {self.budget_bytes}"
+            end += size
+        assert end == self.budget_bytes, f"free + held = {end}, total = {self.budget_bytes}"
         ends = {start + size for start, size in free}
         assert not ends & {start for start, _ in free}, "free ranges touch"
 
     def _grant(self, blocks: int, stride: int) -> tuple[list[Extent], list[Extent]]:
-        """The extents, and which of them are not all committed; evicts cache where it takes that."""
+        """(extents, those of them that are not fully committed). Evicts cache if needed."""
         while True:
             try:
                 with self._lock:
                     extents = [Extent(start, count, stride) for start, count in self._choose(blocks, stride)]
                     for extent in extents:
                         self._take(extent)
-                    cold = [it for it in extents if not self._pages.holds(it.base, it.bytes)]
+                    cold = [extent for extent in extents if not self._committed(extent)]
                     for extent in cold:
                         self._pages.mark(extent.base, extent.bytes)
                     return extents, cold
             except Full as full:
-                # Ranges shorter than a block are free too, but of no use: one block more, then.
+                # Free ranges shorter than a block count as free but cannot be granted: ask for one block
+                # more.
                 missing_bytes = max(blocks * stride - full.free_bytes, stride)
                 reclaimable_bytes = self._reclaim(missing_bytes)
                 if reclaimable_bytes < missing_bytes:
@@ -170,11 +174,11 @@ class Arena:
                     raise
 
     def _choose(self, blocks: int, stride: int) -> list[tuple[int, int]]:
-        """(start, blocks) of the runs to take."""
+        """(start, blocks) of the runs to grant. Full if there are too few blocks."""
         for start, size in zip(self._free_starts, self._free_sizes, strict=True):
             if size >= blocks * stride:
                 return [(start, blocks)]
-        # The longest ranges first: the fewest runs, so the fewest segments for kernels.
+        # The longest ranges first, since each run becomes a segment for kernels.
         runs, missing = [], blocks
         by_size = sorted(zip(self._free_sizes, self._free_starts, strict=True), reverse=True)
         for size, start in by_size:
@@ -191,6 +195,9 @@ class Arena:
             )
         return runs
 
+    def _committed(self, extent: Extent) -> bool:
+        return self._pages.holds(extent.base, extent.bytes)
+
     def _take(self, extent: Extent) -> None:
         """Cuts an extent off the beginning of a free range."""
         i = bisect_left(self._free_starts, extent.base)
@@ -201,8 +208,8 @@ class Arena:
             del self._free_starts[i], self._free_sizes[i]
         self._held.update((base, extent.stride) for base in extent.block_bases)
 
-    def _give_back(self, start: int, size: int) -> None:
-        """Inserts a free range and merges it with its neighbours."""
+    def _insert_free(self, start: int, size: int) -> None:
+        """Inserts a free range and merges it with adjacent ones."""
         starts, sizes = self._free_starts, self._free_sizes
         i = bisect_left(starts, start)
         if i < len(starts) and start + size == starts[i]:

@@ -1,11 +1,11 @@
-"""Tokens in blocks: copying runs of tokens into and out of them, and describing them to kernels.
+"""Copies tokens into and out of blocks, and describes blocks to kernels.
 
-Spans and tails keep their tokens alike: a list of block bases (byte offsets in one memory), token i at slot
-``i % block_tokens`` of block ``i // block_tokens``. This is the arithmetic both share. It must not know whose
-the blocks are.
+Spans and tails store tokens in the same way: a list of block bases (byte offsets in one memory), with token i
+at slot ``i % block_tokens`` of block ``i // block_tokens``. This module has the arithmetic that both share.
+Called by ``store``, ``tail`` and ``images``. It must not know which span or tail a block belongs to.
 
-The copies are native, one call for any number of blocks; without the native module PyTorch makes them, block
-by block, as it does in the memory of an accelerator.
+The native module copies any number of blocks in one call. Without it, and in the memory of an accelerator,
+PyTorch copies block by block.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,8 +24,9 @@ except ImportError:
     native = None
 
 Bases = Sequence[int] | Mapping[int, int]
-"""Byte offset in the memory of each block, by its index."""
+"""Byte offset in the memory of each block, by the block's index."""
 
+# The native module's numbers for formats and element types.
 _FORMATS = {"int8": 1, "int4": 2}
 _STORED = 0
 _TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
@@ -42,18 +43,18 @@ def copy_in(
     v: Tensor,
     threads: int = 1,
 ) -> None:
-    """Writes the n tokens of k, v to tokens ``first .. first + n`` of one layer; for their forms see
-    :mod:`farshore.kvstore.store.forms`."""
+    """Writes the n tokens of k and v to tokens ``[first, first + n)`` of one layer. For their forms see
+    :mod:`farshore.kvstore.store.forms`; the caller has checked them."""
     last = first + k.shape[1]
     if native_for(memory) is None:
         stored = to_stored(layout, k, v)
-        for at, piece in _pieces(memory, layout, bases, layer, first, last):
-            for rows, payload, scales in zip(stored, piece[::2], piece[1::2], strict=True):
-                here = rows[:, at : at + payload.shape[1]].split(
+        for done, block in _stored_views(memory, layout, bases, layer, first, last):
+            for rows, payload, scales in zip(stored, block[::2], block[1::2], strict=True):
+                source = rows[:, done : done + payload.shape[1]].split(
                     (payload.shape[2], 2 * scales.shape[2]), dim=-1
                 )
-                payload.copy_(here[0])
-                scales.view(torch.uint8).copy_(here[1])
+                payload.copy_(source[0])
+                scales.view(torch.uint8).copy_(source[1])
         return
     k, v = dense_rows(k), dense_rows(v)
     native.scatter(
@@ -65,7 +66,7 @@ def copy_in(
         *native_rows(v[None]),
         *native_layout(layout),
         memory.data_ptr(),
-        stretches(layout, bases, first, last),
+        slot_ranges(layout, bases, first, last),
     )
 
 
@@ -80,37 +81,41 @@ def copy_out(
     dtype: torch.dtype | None = None,
     threads: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Copies of tokens ``[first, last)``: k ``[layers, k_heads, n, k_dim]``, v likewise.
+    """Copies of tokens ``[first, last)``: k ``[layers, k_heads, n, k_dim]``, v
+    ``[layers, v_heads, n, v_dim]``.
 
-    ``dtype``: the format's, or, where that is quantised, float32 if not given; uint8 for the bytes as stored.
+    ``dtype``: the format's by default, or float32 if the format is quantised; uint8 for the bytes as stored.
     """
     if dtype is None:
         dtype = torch.float32 if layout.format.quantised else layout.format.dtype
-    at_hand = native_for(memory) is not None
-    if at_hand and layout.format.quantised and dtype == torch.float32:
+    has_native = native_for(memory) is not None
+    if has_native and layout.format.quantised and dtype == torch.float32:
         return _dequantised(memory, layout, bases, layers, first, last, threads)
     k, v = (
         torch.empty(len(layers), heads, last - first, row_bytes, dtype=torch.uint8, device=memory.device)
         for heads, row_bytes in zip((layout.k_heads, layout.v_heads), stored_bytes(layout), strict=True)
     )
-    if not at_hand:
+    if not has_native:
         for i, layer in enumerate(layers):
-            for at, piece in _pieces(memory, layout, bases, layer, first, last):
-                for rows, payload, scales in zip((k[i], v[i]), piece[::2], piece[1::2], strict=True):
-                    here = rows[:, at : at + payload.shape[1]]
-                    here[..., : payload.shape[2]] = payload
-                    here[..., payload.shape[2] :] = scales.view(torch.uint8)
+            for done, block in _stored_views(memory, layout, bases, layer, first, last):
+                for rows, payload, scales in zip((k[i], v[i]), block[::2], block[1::2], strict=True):
+                    target = rows[:, done : done + payload.shape[1]]
+                    target[..., : payload.shape[2]] = payload
+                    target[..., payload.shape[2] :] = scales.view(torch.uint8)
     else:
         _gather(memory, layout, bases, layers, first, last, threads, _STORED, k, v)
     return (k, v) if dtype == torch.uint8 else from_stored(layout, k, v, dtype=dtype)
 
 
 def runs(memory: Tensor, layout: KVLayout, bases: Bases, *, layer: int, first: int, last: int) -> list[int]:
-    """Where the bytes of tokens ``[first, last)`` lie: (address, bytes), one after the other, K's first, head
-    by head, tokens in order: as :func:`copy_out` gives them for uint8. Only for formats without scales."""
-    assert not layout.format.quantised, "scales do not lie behind their rows"
+    """Locates the bytes of tokens ``[first, last)``: a flat list of (address, bytes).
+
+    K comes before V, each head by head, a head's tokens in order: the bytes that :func:`copy_out` gives for
+    uint8. Only for formats without scales.
+    """
+    assert not layout.format.quantised, "scales are not adjacent to their rows"
     start = memory.data_ptr() + layer * layout.layer_bytes
-    places = stretches(layout, bases, first, last)
+    slots = slot_ranges(layout, bases, first, last)
     flat: list[int] = []
     v_start = start + layout.k_heads * layout.k_run_bytes
     for side, heads, run, row in (
@@ -118,37 +123,38 @@ def runs(memory: Tensor, layout: KVLayout, bases: Bases, *, layer: int, first: i
         (v_start, layout.v_heads, layout.v_run_bytes, layout.v_row_bytes),
     ):
         for head in range(heads if row else 0):
-            for at in range(0, len(places), 3):
-                base, slot, count = places[at : at + 3]
+            for i in range(0, len(slots), 3):
+                base, slot, count = slots[i : i + 3]
                 flat += (side + base + head * run + slot * row, count * row)
     return flat
 
 
-def describe(
+def to_segments(
     layout: KVLayout, bases: Bases, *, first: int, last: int, position: int, group0: int
 ) -> Segments:
-    """Tokens ``[first, last)``, one segment per run of adjacent blocks; ``position`` is that of ``first``."""
+    """Describes tokens ``[first, last)`` to kernels: one segment per run of adjacent blocks. ``position``:
+    the position in the sequence of token ``first``. ``group0``: the first head group in the blocks."""
     stride, group1 = stride_bytes(layout.block_bytes), group0 + layout.groups
     runs: list[tuple[int, int, int, int, int, int, int]] = []
-    at = first
-    while at < last:
-        block, slot = divmod(at, layout.block_tokens)
+    token = first
+    while token < last:
+        block, slot = divmod(token, layout.block_tokens)
         base, end = bases[block], (block + 1) * layout.block_tokens
         while end < last and bases[block + 1] == bases[block] + stride:
             block, end = block + 1, end + layout.block_tokens
-        count = min(end, last) - at
-        runs.append((base, stride, slot, count, position + at - first, group0, group1))
-        at += count
+        count = min(end, last) - token
+        runs.append((base, stride, slot, count, position + token - first, group0, group1))
+        token += count
     return Segments.of(runs)
 
 
 def native_for(memory: Tensor) -> ModuleType | None:
-    """The native module, where it is built and the memory is the CPU's."""
+    """The native module if it was built and ``memory`` is the CPU's, otherwise None."""
     return native if memory.device.type == "cpu" else None
 
 
 def native_layout(layout: KVLayout) -> list[int]:
-    """The layout as the native copies take it."""
+    """The layout as the arguments of the native module's copies."""
     return [
         _FORMATS.get(layout.format.value, 0),
         layout.block_tokens,
@@ -169,18 +175,21 @@ def native_layout(layout: KVLayout) -> list[int]:
 
 
 def native_type(layout: KVLayout, rows: Tensor) -> int:
-    """What the native copies make of rows of that dtype; an unquantised format's are bytes to them."""
+    """The native module's number for the element type of ``rows``. Rows of an unquantised format are copied
+    as bytes."""
     return _TYPES.get(rows.dtype, _STORED) if layout.format.quantised else _STORED
 
 
 def native_rows(rows: Tensor) -> tuple[int, int, int, int]:
-    """Address and strides of ``[layers, heads, n, dim]``, the last dense."""
+    """Address of ``rows`` ``[layers, heads, n, dim]`` and their strides in bytes, by layer, head and token.
+    The elements of a row must be adjacent."""
     size = rows.element_size()
     layer, head, token, _ = rows.stride()
     return rows.data_ptr(), layer * size, head * size, token * size
 
 
 def dense_rows(rows: Tensor) -> Tensor:
+    """``rows``, copied unless the elements of each row are adjacent."""
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
@@ -218,32 +227,32 @@ def _gather(
         *native_rows(v),
         *native_layout(layout),
         memory.data_ptr(),
-        stretches(layout, bases, first, last),
+        slot_ranges(layout, bases, first, last),
     )
 
 
-def stretches(layout: KVLayout, bases: Bases, first: int, last: int) -> list[int]:
-    """(base, slot, tokens) of each block's part of ``[first, last)``, one after the other."""
+def slot_ranges(layout: KVLayout, bases: Bases, first: int, last: int) -> list[int]:
+    """The slots of tokens ``[first, last)`` as a flat list of (base of the block, first slot, tokens)."""
     flat: list[int] = []
-    at = first
-    while at < last:
-        block, slot = divmod(at, layout.block_tokens)
-        count = min(layout.block_tokens - slot, last - at)
+    token = first
+    while token < last:
+        block, slot = divmod(token, layout.block_tokens)
+        count = min(layout.block_tokens - slot, last - token)
         flat += (bases[block], slot, count)
-        at += count
+        token += count
     return flat
 
 
-def _pieces(
+def _stored_views(
     memory: Tensor, layout: KVLayout, bases: Bases, layer: int, first: int, last: int
 ) -> Iterator[tuple[int, StoredKV]]:
-    """How many tokens lie before it, and one block's part of ``[first, last)``: views of what is stored."""
-    at = 0
-    flat = iter(stretches(layout, bases, first, last))
+    """For each block: (tokens before it, views of its tokens in ``[first, last)``)."""
+    done = 0
+    flat = iter(slot_ranges(layout, bases, first, last))
     for base, slot, count in zip(flat, flat, flat, strict=True):
         block = layout.stored(memory[base : base + layout.block_bytes], layer)
         k, k_scales, v, v_scales = (field[:, slot : slot + count] for field in block)
         if layout.v_in_k:
             v, v_scales = v[..., :0], v_scales[..., :0]
-        yield at, StoredKV(k, k_scales, v, v_scales)
-        at += count
+        yield done, StoredKV(k, k_scales, v, v_scales)
+        done += count

@@ -1,11 +1,13 @@
-"""Tokens outside of blocks: as elements, and as the bytes that a block stores.
+"""The two forms of tokens outside of blocks: elements, and the bytes that a block stores.
 
-**As elements** k is ``[k_heads, n, k_dim]`` and v ``[v_heads, n, v_dim]``, any strides: in the format's
-dtype, or, for a quantised format, in any float dtype. **As stored** they are ``u8[k_heads, n, bytes]`` and
-``u8[v_heads, n, bytes]``, a row's scales behind its payload: nothing is lost, and few bytes go over a wire.
-If V is the beginning of K, ``v`` as elements is not looked at, and as stored has no bytes.
+**As elements**, k is ``[k_heads, n, k_dim]`` and v is ``[v_heads, n, v_dim]``, with any strides, in the
+format's dtype, or in any float dtype if the format is quantised. **As stored**, k is
+``u8[k_heads, n, bytes]`` and v is ``u8[v_heads, n, bytes]``: each row's payload, then its scales. This form
+loses nothing and is the smaller one on a wire. If V is the beginning of K (``v_in_k``), v as elements is
+ignored, and v as stored has 0 bytes a row.
 
-Called by whoever copies tokens: blocks, tails, stores and their remote ends. It must not know blocks.
+Called by everything that copies tokens: blocks, tails, stores, and the clients and servers of remote stores.
+It must not know blocks.
 """
 
 import torch
@@ -19,12 +21,12 @@ MOST_LAYERS = 4096
 MOST_HEADS = 4096
 MOST_DIM = 1 << 14
 MOST_BLOCK_TOKENS = 1 << 16
-"""Beyond any model of today. With these bounds a block takes less than 2^61 bytes, so that no product of a
-layout's sizes overflows the 64 bits that native code counts in."""
+"""These bounds exceed every present model. With them a block takes less than 2^61 bytes, so no product of a
+layout's sizes overflows the 64-bit integers of native code."""
 
 
 def stored_bytes(layout: KVLayout) -> tuple[int, int]:
-    """Bytes of one token of one head as stored, scales included: of K and of V."""
+    """(K, V): bytes of one token of one head as stored, including its scales."""
     return (
         layout.k_row_bytes + 2 * layout.k_scales,
         layout.v_row_bytes + 2 * layout.v_scales,
@@ -33,7 +35,7 @@ def stored_bytes(layout: KVLayout) -> tuple[int, int]:
 
 def check_layout(layout: KVLayout) -> None:
     """InvalidRequest for sizes outside of the bounds above, for blocks whose scales would lie at odd
-    addresses, or whose V would not fit into K."""
+    addresses, and for ``v_in_k`` layouts whose V does not fit into K."""
     sizes_and_bounds = (
         ("layers", layout.layers, MOST_LAYERS),
         ("groups", layout.groups, MOST_HEADS),
@@ -60,14 +62,15 @@ def check_layout(layout: KVLayout) -> None:
 
 
 def check_layer(layout: KVLayout, layer: int) -> None:
+    """InvalidRequest unless the layout has that layer."""
     if not 0 <= layer < layout.layers:
         raise InvalidRequest(f"layer {layer} is not one of the {layout.layers} stored")
 
 
 def check_tokens(layout: KVLayout, layer: int, k: Tensor, v: Tensor) -> int:
-    """The number of tokens in k and v, as elements or as stored.
+    """Returns n, the number of tokens in k and v, which are elements or as stored.
 
-    InvalidRequest if the shapes or dtypes are not the layout's, or the layer is none of its layers.
+    InvalidRequest if the layout has other shapes or dtypes, or lacks the layer.
     """
     check_layer(layout, layer)
     n = k.shape[1] if k.dim() == 3 else 0
@@ -80,16 +83,19 @@ def check_tokens(layout: KVLayout, layer: int, k: Tensor, v: Tensor) -> int:
 
 
 def check_dtypes(layout: KVLayout, k: Tensor, v: Tensor) -> None:
-    """InvalidRequest unless k and v are of one dtype that the layout's format takes in."""
+    """InvalidRequest unless k and v have one dtype and the layout's format takes it."""
     format = layout.format
-    takes = k.dtype == torch.uint8 or (k.is_floating_point() if format.quantised else k.dtype == format.dtype)
-    if k.dtype != v.dtype or not takes:
+    accepted = k.dtype == torch.uint8 or (
+        k.is_floating_point() if format.quantised else k.dtype == format.dtype
+    )
+    if k.dtype != v.dtype or not accepted:
         want = "one float dtype" if format.quantised else format.dtype
         raise InvalidRequest(f"k is {k.dtype}, v is {v.dtype}: give {want}, or both as stored")
 
 
 def to_stored(layout: KVLayout, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """k and v as stored: quantised if the format says so; no copy where they are or can be viewed so."""
+    """Converts k and v to bytes as stored. Quantises if the format does. Returns views where no conversion is
+    needed."""
     if k.dtype == torch.uint8:
         return k, v
     if layout.v_in_k:
@@ -98,8 +104,8 @@ def to_stored(layout: KVLayout, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def from_stored(layout: KVLayout, k: Tensor, v: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Elements of k and v as stored, in ``dtype``: exact in float32, see
-    :func:`farshore.kernels.formats.dequantise`. If V lies in K, v is a view of k."""
+    """Converts k and v from bytes as stored to elements in ``dtype``. Exact in float32, see
+    :func:`farshore.kernels.formats.dequantise`. If V lies in K, the returned v is a view of k."""
     k = _rows_from_stored(k, layout.format, layout.k_dim, dtype)
     if layout.v_in_k:
         return k, k[..., : layout.v_dim]
@@ -107,7 +113,8 @@ def from_stored(layout: KVLayout, k: Tensor, v: Tensor, *, dtype: torch.dtype) -
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The elements' bytes in row-major order; copied only if the tensor is not contiguous, or a device's."""
+    """The elements' bytes in row-major order. Copies only a tensor that is not contiguous or is on a
+    device."""
     return memoryview(tensor.cpu().contiguous().view(torch.uint8).numpy()).cast("B")
 
 
@@ -120,7 +127,7 @@ def _rows_to_stored(rows: Tensor, format: KVFormat) -> Tensor:
 
 def _rows_from_stored(rows: Tensor, format: KVFormat, dim: int, dtype: torch.dtype) -> Tensor:
     payload, scales = rows.split((format.row_bytes(dim), 2 * format.scales(dim)), dim=-1)
-    # A copy is aligned, as `view` wants it; `contiguous` makes none of a single row, or of none.
+    # `view` needs aligned scales, so they are copied. `contiguous` would not copy a single row, or none.
     if format.quantised:
         scales = scales.clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
     return dequantise(payload.contiguous(), scales, format, dim, dtype=dtype)

@@ -1,8 +1,9 @@
-"""Who holds which span, in which epoch, and which epochs are over.
+"""Which sequence holds which span, in which epoch, and which epochs are over.
 
-The store asks before every change to a span; a remote store keeps the same books for its own connection.
-Every hold belongs to a sequence, so that a new owner can give back what a dead one had, forks and prefix hits
-included. Kept by sequence, so that no call looks at what other sequences have. It must not know memory.
+Called by ``store`` before every change to a span; a remote store keeps the same table for its own connection.
+Every hold belongs to a sequence, so that a new owner of the sequence can give back the holds of a dead one,
+including those of forks and prefix hits. The table is by sequence, so that no call looks at the holds of
+other sequences. It must not know memory.
 """
 
 from collections import OrderedDict
@@ -12,22 +13,22 @@ from farshore.errors import Fenced
 from farshore.ids import Epoch, SequenceId, SpanId
 
 
-class Holds:
-    """A sequence holds a span or it does not: holding twice is holding once. Not thread-safe.
+class HoldTable:
+    """A sequence holds a span or does not: a second hold on the same span changes nothing. Not thread-safe.
 
-    ``fences``: of how many sequences that hold nothing the last fence is remembered at most.
+    ``fences``: the number of fences that are remembered of sequences without holds.
     """
 
     def __init__(self, *, fences: int) -> None:
         self._fence_limit = fences
         self._fences: OrderedDict[SequenceId, Epoch] = OrderedDict()
-        self._newest: dict[SequenceId, Epoch] = {}  # of the sequences in _held
+        self._newest: dict[SequenceId, Epoch] = {}  # newest epoch of each sequence in _held
         self._held: dict[SequenceId, dict[SpanId, Epoch]] = {}
         self._holders: dict[SpanId, set[SequenceId]] = {}
 
     def admit(self, sequence: SequenceId, epoch: Epoch) -> None:
-        """Raises Fenced if a newer epoch of the sequence has been seen; else older ones are over from now on,
-        for as long as the sequence holds anything."""
+        """Raises Fenced if a newer epoch of the sequence has been seen. Otherwise older epochs are over from
+        now on, for as long as the sequence holds a span."""
         newest = max(self._newest.get(sequence, epoch), self._fences.get(sequence, epoch))
         if epoch < newest:
             raise Fenced(f"epoch {epoch} of {sequence} is over: {newest} owns it")
@@ -35,6 +36,7 @@ class Holds:
             self._newest[sequence] = epoch
 
     def fence(self, sequence: SequenceId, epoch: Epoch) -> None:
+        """Ends all epochs of the sequence below ``epoch``. Never lowers an earlier fence."""
         self._fences[sequence] = max(epoch, self._fences.get(sequence, epoch))
         self._fences.move_to_end(sequence)
         if sequence in self._newest:
@@ -43,15 +45,15 @@ class Holds:
             self._fences.popitem(last=False)
 
     def add(self, sequence: SequenceId, span: SpanId, epoch: Epoch) -> None:
-        """The sequence holds the span, in this epoch or the newer one it already held it in."""
+        """The sequence holds the span, in ``epoch`` or in the newer one of an earlier hold."""
         held = self._held.setdefault(sequence, {})
         held[span] = max(epoch, held.get(span, epoch))
         self._newest[sequence] = max(epoch, self._newest.get(sequence, epoch))
         self._holders.setdefault(span, set()).add(sequence)
 
     def remove(self, sequence: SequenceId, spans: Iterable[SpanId], epoch: Epoch) -> list[SpanId]:
-        """Gives back what the sequence holds of ``spans`` in that epoch or an older one; returns which of
-        them nobody holds any more."""
+        """Gives back the sequence's holds on ``spans`` that are of ``epoch`` or older. Returns the spans
+        whose last hold that was."""
         held = self._held.get(sequence, {})
         unheld = []
         for span in spans:
@@ -67,26 +69,33 @@ class Holds:
         return unheld
 
     def of(self, sequence: SequenceId) -> list[SpanId]:
+        """The spans that the sequence holds."""
         return list(self._held.get(sequence, ()))
 
     def all(self) -> list[tuple[SequenceId, SpanId, Epoch]]:
-        """Every hold, and its epoch."""
-        return [(s, span, epoch) for s, held in self._held.items() for span, epoch in held.items()]
+        """Every hold with its epoch."""
+        return [
+            (sequence, span, epoch) for sequence, held in self._held.items() for span, epoch in held.items()
+        ]
 
     def sequences(self) -> frozenset[SequenceId]:
-        """Those that hold anything."""
+        """The sequences that hold a span."""
         return frozenset(self._held)
 
     def holders(self, span: SpanId) -> int:
+        """How many sequences hold the span."""
         return len(self._holders.get(span, ()))
 
-    def holds(self, sequence: SequenceId, span: SpanId) -> bool:
+    def has(self, sequence: SequenceId, span: SpanId) -> bool:
+        """Whether the sequence holds the span."""
         return span in self._held.get(sequence, ())
 
     def check_integrity(self, spans: Collection[SpanId]) -> None:
-        """AssertionError unless both views agree and name none but ``spans``."""
+        """AssertionError unless all tables agree and name only ``spans``."""
         pairs = {(sequence, span) for sequence, held in self._held.items() for span in held}
-        assert pairs == {(s, span) for span, holders in self._holders.items() for s in holders}, "two views"
+        assert pairs == {
+            (sequence, span) for span, holders in self._holders.items() for sequence in holders
+        }, "the tables by sequence and by span differ"
         assert all(self._held.values()) and all(self._holders.values()), "an empty entry was left"
         assert self._newest.keys() == self._held.keys(), "epochs of sequences that hold nothing"
         assert self._holders.keys() <= set(spans), "a hold on a span that is not there"

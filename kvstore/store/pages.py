@@ -1,11 +1,13 @@
-"""Where an arena's bytes lie, and when the machine pays for them.
+"""The memory of an arena: address space, and when the machine commits pages to it.
 
-:class:`HostPages` reserves address space at once. Pages are committed when they are granted, all in one call
-(first touches inside a copy run at a half to a quarter of its speed: docs/decisions/007), and go back to the
-system when more than ``spare_bytes`` of them lie free. Huge pages where they fit: what is granted is read
-whole, again and again. :class:`DevicePages` is memory of an accelerator, taken once and kept.
+:class:`HostPages` reserves the address space at once. The pages of a grant are committed in one call, since
+first touches inside a copy slow it down to a half or a quarter of its speed (docs/decisions/007). They go
+back to the system when more than ``spare_bytes`` of them are free. Large arenas ask for huge pages, because
+granted blocks are read completely, again and again. :class:`DevicePages` takes memory of an accelerator once
+and keeps it.
 
-For ``arena`` alone, which guards all but ``populate``. It must not know who holds what.
+Called by ``arena`` alone, which calls everything but ``populate`` under its lock. It must not know what the
+memory is granted for.
 """
 
 import ctypes
@@ -23,51 +25,55 @@ from farshore.kvstore.store.ranges import Ranges
 
 HUGE_PAGE_BYTES = 2 << 20
 HUGE_FROM_BYTES = 32 << 20
-"""Smaller reservations keep to ordinary pages: a granted block would commit a large part of them."""
+"""Smaller reservations use ordinary pages: one block would commit a large share of their huge pages."""
 
 MADV_POPULATE_WRITE = 23
-"""Linux 5.14 and later; not in Python's ``mmap``."""
+"""Linux 5.14 and later. Python's ``mmap`` lacks it."""
 
-# Not mmap.madvise: that keeps the interpreter's lock, and to commit a gigabyte takes up to a second.
+# Not mmap.madvise, which keeps the interpreter's lock: committing a gigabyte takes up to a second.
 _madvise = ctypes.CDLL(None, use_errno=True).madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class Pages(Protocol):
+    """One range of memory, committed and given back in pages."""
+
     memory: Tensor
     """u8[bytes]"""
 
     @property
     def committed_bytes(self) -> int:
-        """What of it the machine pays for, at most: granted memory, and free memory kept warm."""
+        """Upper bound of the memory that the machine has committed: grants, and free memory kept warm."""
         ...
 
     def holds(self, base: int, size: int) -> bool:
-        """Whether all of a range is committed."""
+        """Whether all of ``[base, base + size)`` is committed."""
         ...
 
     def mark(self, base: int, size: int) -> None:
-        """Counts a range as committed, which is to be populated then."""
+        """Counts a range as committed. The caller populates it next."""
         ...
 
     def populate(self, base: int, size: int) -> None:
-        """Touches a granted range. MemoryError where the machine has no more."""
+        """Commits a granted range. MemoryError if the machine has no memory left. Called without a lock."""
         ...
 
     def trim(self, free: Sequence[tuple[int, int]], *, held_bytes: int) -> None:
-        """Gives back what is too much, ``free`` being all ranges (start, size) that nobody holds."""
+        """Gives excess free memory back to the system. ``free``: all free ranges, as (start, size) in address
+        order. ``held_bytes``: the size of all grants."""
         ...
 
 
 def pages(size_bytes: int, *, spare_bytes: int, device: torch.device) -> Pages:
+    """Memory of ``device``. InvalidRequest if it cannot be had."""
     if device.type == "cpu":
         return HostPages(size_bytes, spare_bytes=spare_bytes)
     return DevicePages(size_bytes, device)
 
 
 class HostPages:
-    """Private memory of this process: its death gives everything back. InvalidRequest where the machine
-    cannot reserve so much."""
+    """Private memory of this process, which the system takes back when the process ends. InvalidRequest if
+    the machine cannot reserve that much."""
 
     def __init__(self, size_bytes: int, *, spare_bytes: int) -> None:
         huge = size_bytes >= HUGE_FROM_BYTES
@@ -83,7 +89,7 @@ class HostPages:
         self.memory: Tensor = memory[lead : lead + size_bytes]
         self._committed = Ranges()
         if huge and hasattr(mmap, "MADV_HUGEPAGE"):
-            self._advise(0, size_bytes, mmap.MADV_HUGEPAGE)  # A kernel without them: ordinary pages, then.
+            self._advise(0, size_bytes, mmap.MADV_HUGEPAGE)  # On failure the pages are ordinary ones.
 
     @property
     def committed_bytes(self) -> int:
@@ -93,19 +99,20 @@ class HostPages:
         return self._committed.cover(base, base + size)
 
     def mark(self, base: int, size: int) -> None:
-        # One touch commits a whole huge page.
+        # The first touch commits a whole huge page.
         end = -(-(base + size) // self._unit) * self._unit
         self._committed.add(base // self._unit * self._unit, min(end, self.memory.numel()))
 
     def populate(self, base: int, size: int) -> None:
         error = self._advise(base, size, MADV_POPULATE_WRITE)
-        if error == EINVAL:  # an older kernel, or none of Linux
+        if error == EINVAL:  # a kernel without MADV_POPULATE_WRITE
             self.memory[base : base + size : mmap.PAGESIZE] = 0
         elif error:
             raise MemoryError(f"{size} bytes could not be committed: {os.strerror(error)}")
 
     def trim(self, free: Sequence[tuple[int, int]], *, held_bytes: int) -> None:
-        """From the top down: the arena grants from the bottom up, so what stays warm is granted next."""
+        """Goes from the top down. The arena grants from the bottom up, so the pages that stay warm are
+        granted next."""
         excess = self._committed.size - held_bytes - self._spare_bytes
         for start, size in reversed(free):
             if excess <= 0:
@@ -120,18 +127,22 @@ class HostPages:
                     excess -= b - a
 
     def _advise(self, base: int, size: int, advice: int) -> int:
-        """0, or the error's number."""
+        """0, or the errno of the failure."""
         return _madvise(self.memory.data_ptr() + base, size, advice) and ctypes.get_errno()
 
 
 class DevicePages:
-    """Memory of an accelerator: all of it is taken at once, since its drivers serialise on every later
-    allocation, and nobody else could use it meanwhile."""
+    """Memory of an accelerator. All of it is taken at once and never given back: its driver serialises on
+    every later allocation, and no other program could use the memory meanwhile. InvalidRequest if the device
+    cannot give that much."""
 
     def __init__(self, size_bytes: int, device: torch.device) -> None:
         try:
             self.memory: Tensor = torch.empty(size_bytes, dtype=torch.uint8, device=device)
-        except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without it
+        except (
+            RuntimeError,
+            AssertionError,
+        ) as error:  # AssertionError: PyTorch was built without the device
             raise InvalidRequest(f"{device} cannot give {size_bytes} bytes: {error}") from error
 
     @property

@@ -1,12 +1,12 @@
-"""Sets of integer ranges: which tokens of a layer were written, which bytes of an arena are committed.
+"""Sets of integers as ranges: the written tokens of a layer, the committed bytes of an arena.
 
-Kept as a few numbers, since what is added mostly adjoins what is there. It must not know what the ranges are
-of.
+A few ranges represent such a set, since additions mostly adjoin a range in it. Called by ``store`` and
+``pages``. It must not know the meaning of the integers.
 """
 
 
 class Ranges:
-    """A set of integers kept as disjoint, ordered half-open ranges that do not touch. Not thread-safe."""
+    """A set of integers as disjoint half-open ranges, in order, that do not touch. Not thread-safe."""
 
     __slots__ = ("_ranges",)
 
@@ -19,17 +19,19 @@ class Ranges:
         return sum(b - a for a, b in self._ranges)
 
     def add(self, first: int, last: int) -> None:
+        """Adds ``[first, last)``."""
         if first >= last:
             return
-        apart = []
+        disjoint = []
         for a, b in self._ranges:
             if b < first or a > last:
-                apart.append((a, b))
+                disjoint.append((a, b))
             else:
                 first, last = min(a, first), max(b, last)
-        self._ranges = sorted([*apart, (first, last)])
+        self._ranges = sorted([*disjoint, (first, last)])
 
     def remove(self, first: int, last: int) -> None:
+        """Removes ``[first, last)``."""
         kept = []
         for a, b in self._ranges:
             kept += [(a, min(b, first)), (max(a, last), b)] if a < last and first < b else [(a, b)]
@@ -40,6 +42,6 @@ class Ranges:
         return first >= last or any(a <= first and last <= b for a, b in self._ranges)
 
     def within(self, first: int, last: int) -> list[tuple[int, int]]:
-        """The parts of ``[first, last)`` that are in the set, in order."""
+        """The ranges of ``[first, last)`` that are in the set, in order."""
         cut = [(max(a, first), min(b, last)) for a, b in self._ranges]
         return [(a, b) for a, b in cut if a < b]

@@ -1,6 +1,6 @@
-"""What a store says about itself: its spans, its memory, and whether its books add up.
+"""The reports of a store: its spans, its memory, and the consistency of its records.
 
-For :mod:`farshore.kvstore.store.store` alone, which calls it in its lock. It changes nothing.
+Called by ``store`` alone, which holds its lock meanwhile. It changes nothing.
 """
 
 from collections.abc import Collection, Mapping
@@ -8,48 +8,55 @@ from collections.abc import Collection, Mapping
 from farshore.ids import SpanId
 from farshore.kvstore.base import SpanInfo, Usage
 from farshore.kvstore.store.arena import Arena
-from farshore.kvstore.store.holds import Holds
-from farshore.kvstore.store.span import Span
+from farshore.kvstore.store.holds import HoldTable
+from farshore.kvstore.store.span import SpanRecord
 
 
-def infos(spans: Mapping[SpanId, Span], holds: Holds) -> list[SpanInfo]:
+def infos(spans: Mapping[SpanId, SpanRecord], holds: HoldTable) -> list[SpanInfo]:
+    """One :class:`SpanInfo` per span, in the order of the mapping."""
     return [
         SpanInfo(
             span=span,
-            key=it.key,
-            sealed_tokens=it.sealed_tokens,
-            capacity_tokens=it.capacity_tokens,
-            bytes=it.bytes,
-            epoch=it.epoch,
+            key=record.key,
+            sealed_tokens=record.sealed_tokens,
+            capacity_tokens=record.capacity_tokens,
+            bytes=record.bytes,
+            epoch=record.epoch,
             holders=holds.holders(span),
-            covers=it.covers,
+            covers=record.covers,
         )
-        for span, it in spans.items()
+        for span, record in spans.items()
     ]
 
 
-def usage(spans: Collection[Span], cached: Collection[Span], arena: Arena) -> Usage:
+def usage(spans: Collection[SpanRecord], cached: Collection[SpanRecord], arena: Arena) -> Usage:
+    """Memory of all ``spans``, of which those in ``cached`` have no holds."""
     return Usage(
         budget_bytes=arena.budget_bytes,
-        granted_bytes=sum(it.bytes for it in spans),
-        sealed_bytes=sum(it.sealed_tokens * it.layout.token_bytes for it in spans),
+        granted_bytes=sum(record.bytes for record in spans),
+        sealed_bytes=sum(record.sealed_tokens * record.layout.token_bytes for record in spans),
         free_bytes=arena.free_bytes,
-        cached_bytes=sum(it.bytes for it in cached),
+        cached_bytes=sum(record.bytes for record in cached),
         committed_bytes=arena.committed_bytes,
     )
 
 
-def check_spans(spans: Mapping[SpanId, Span], holds: Holds, cached: Collection[SpanId], arena: Arena) -> None:
-    """AssertionError unless every span is held or cache, within its marks, and alone in its blocks."""
+def check_spans(
+    spans: Mapping[SpanId, SpanRecord], holds: HoldTable, cached: Collection[SpanId], arena: Arena
+) -> None:
+    """AssertionError unless every span is either held or cache, has its marks in order, and shares none of
+    its blocks with another span."""
     owned: set[int] = set()
-    for span, it in spans.items():
+    for span, record in spans.items():
         holders = holds.holders(span)
         assert (span in cached) == (not holders), f"{span}: cache, with {holders} holders"
-        assert it.pins >= 0, f"{span}: {it.pins} pins"
-        assert it.sealed_before <= it.sealed_tokens <= it.capacity_tokens, f"{span}: marks"
-        assert len(it.bases) * it.layout.block_tokens >= it.capacity_tokens, f"{span}: too few blocks"
-        assert not owned.intersection(it.bases), f"{span} shares blocks with another span"
-        owned.update(it.bases)
-        for extent in it.extents:
-            held = all(arena.holds(base, extent.stride) for base in extent.block_bases)
-            assert held, f"{span} has {extent}, which the arena has not granted"
+        assert record.pins >= 0, f"{span}: {record.pins} pins"
+        assert record.sealed_before <= record.sealed_tokens <= record.capacity_tokens, f"{span}: marks"
+        assert len(record.bases) * record.layout.block_tokens >= record.capacity_tokens, (
+            f"{span}: too few blocks"
+        )
+        assert not owned.intersection(record.bases), f"{span} shares blocks with another span"
+        owned.update(record.bases)
+        for extent in record.extents:
+            granted = all(arena.holds(base, extent.stride) for base in extent.block_bases)
+            assert granted, f"{span} has {extent}, which the arena has not granted"

@@ -1,6 +1,7 @@
-"""One span in this process's arena: the record that the store keeps, and what may be asked of it.
+"""The record that a store keeps of one span, and the checks of requests against it.
 
-For :mod:`farshore.kvstore.store.store` alone, which guards every change. It must not know who holds it.
+Called by ``store``, which guards every change with its lock; the shard service calls :func:`check_shape`
+before it grants. It must not know holds.
 """
 
 from dataclasses import dataclass, field
@@ -8,41 +9,62 @@ from dataclasses import dataclass, field
 from farshore.errors import InvalidRequest
 from farshore.ids import Epoch, SpanId
 from farshore.kernels.base import KVLayout
-from farshore.kvstore.base import Covered, Digest, SpanKey
+from farshore.kvstore.base import CoveredSpan, Digest, SpanKey
 from farshore.kvstore.store import forms
 from farshore.kvstore.store.arena import Extent
 from farshore.kvstore.store.ranges import Ranges
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Span:
+class SpanRecord:
+    """One span in this process's arena."""
+
     key: SpanKey
     layout: KVLayout
     capacity_tokens: int
     epoch: Epoch
-    """Of creation."""
+    """The epoch in which the span was created."""
     extents: list[Extent]
     bases: list[int]
+    """Byte offset in the arena of each block, in token order."""
     written: list[Ranges]
-    """Per layer, the tokens at or above the sealed mark that were written (below it: all)."""
+    """Per layer, the written tokens at or above the sealed mark. Below the mark all tokens are written."""
     sealed_tokens: int = 0
     sealed_before: int = 0
-    """The mark before the last seal: the last digest is of [sealed_before, sealed_tokens)."""
+    """The mark before the last seal, whose digest is of ``[sealed_before, sealed_tokens)``."""
     digest: tuple[int, Digest] | None = None
-    """The last one known of tokens ``[0, n)``, and n: what is sealed never changes."""
-    covers: tuple[Covered, ...] = ()
-    """Of what this is the parity; then it has no tokens of its own."""
+    """(n, digest of tokens ``[0, n)``), the last one computed. It stays true: sealed KV never changes."""
+    covers: tuple[CoveredSpan, ...] = ()
+    """If not empty, the span has no tokens but the parity of these."""
     pins: int = 0
-    """Calls that read its memory right now: it is not freed meanwhile."""
+    """Calls that read the span's memory at present. The memory is not freed meanwhile."""
     removed: bool = False
-    """Not in the store any more; only pins keep its memory."""
+    """The span has left the store; only pins keep its memory."""
     bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.bytes = sum(extent.bytes for extent in self.extents)
 
+    def seal(self, span: SpanId, tokens: int) -> None:
+        """Moves the sealed mark to ``tokens``. InvalidRequest, which names ``span``, for a mark below the
+        present one or above the capacity, and if a layer has gaps below it."""
+        if not self.sealed_tokens <= tokens <= self.capacity_tokens:
+            raise InvalidRequest(
+                f"{span} cannot be sealed at {tokens} tokens: the mark is at {self.sealed_tokens} and only"
+                f" rises, to {self.capacity_tokens} at most"
+            )
+        if tokens == self.sealed_tokens:
+            return
+        for layer, written in enumerate(self.written):
+            if not written.cover(self.sealed_tokens, tokens):
+                raise InvalidRequest(f"{span} cannot be sealed at {tokens}: layer {layer} has gaps")
+        for written in self.written:
+            written.remove(0, tokens)
+        self.sealed_before, self.sealed_tokens = self.sealed_tokens, tokens
+
 
 def check_shape(key: SpanKey, capacity_tokens: int, layout: KVLayout) -> None:
+    """InvalidRequest unless a span of that key, capacity and layout can be granted."""
     forms.check_layout(layout)
     # The upper bounds are those of the integers in Segments.
     if key.first < 0 or capacity_tokens < 1 or key.first + capacity_tokens > 2**31 - 1:
@@ -57,13 +79,23 @@ def check_shape(key: SpanKey, capacity_tokens: int, layout: KVLayout) -> None:
         )
 
 
-def check_readable(span: SpanId, it: Span, first: int, last: int) -> None:
-    """As :func:`check_sealed`, and that these are tokens."""
-    if it.covers:
-        raise InvalidRequest(f"{span} is the parity of {len(it.covers)} spans: export it to rebuild one")
-    check_sealed(span, it, first, last)
+def check_unsealed(span: SpanId, record: SpanRecord, first: int, last: int) -> None:
+    """InvalidRequest unless tokens ``[first, last)`` lie between the sealed mark and the capacity."""
+    if not record.sealed_tokens <= first <= last <= record.capacity_tokens:
+        raise InvalidRequest(
+            f"tokens {first} to {last} of {span}: write from {record.sealed_tokens} (sealed below)"
+            f" to {record.capacity_tokens} (capacity)"
+        )
 
 
-def check_sealed(span: SpanId, it: Span, first: int, last: int) -> None:
-    if not 0 <= first <= last <= it.sealed_tokens:
-        raise InvalidRequest(f"tokens {first} to {last} of {span}: sealed are 0 to {it.sealed_tokens}")
+def check_readable(span: SpanId, record: SpanRecord, first: int, last: int) -> None:
+    """Like :func:`check_sealed`, and InvalidRequest if the span is parity, which can only be exported."""
+    if record.covers:
+        raise InvalidRequest(f"{span} is the parity of {len(record.covers)} spans: export it to rebuild one")
+    check_sealed(span, record, first, last)
+
+
+def check_sealed(span: SpanId, record: SpanRecord, first: int, last: int) -> None:
+    """InvalidRequest unless tokens ``[first, last)`` are sealed. They may be none."""
+    if not 0 <= first <= last <= record.sealed_tokens:
+        raise InvalidRequest(f"tokens {first} to {last} of {span}: sealed are 0 to {record.sealed_tokens}")

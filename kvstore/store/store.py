@@ -1,12 +1,12 @@
-"""Spans in this process's arena: the one implementation of :class:`~farshore.kvstore.base.ShardStore`.
+"""Spans in this process's arena: the implementation of :class:`~farshore.kvstore.base.ShardStore`.
 
-Called by the shard process for its peers and by the engine for what it keeps itself ("everything local" is a
-placement, not a mode). It must not know who asks, where its peers are, or what attention is.
+Called by the shard process for its engines, and by the engine for KV that it keeps itself (a worker that
+keeps everything is a placement, not a mode). It must not know its callers, other shards, or attention.
 
-How the one lock is used: it guards the table of spans and every change to a span, the copying in ``write``
-included, so that no late write lands in memory that was freed or sealed meanwhile. Long work on sealed bytes
-(``read``, the digest) runs without it; the span is *pinned* for as long, which puts off freeing its memory.
-The arena comes back through the same lock when it is full and wants cache freed, so it is a reentrant one.
+One lock guards the table of spans and every change to a span, including the copying in ``write``, so that no
+late write reaches memory that was freed or sealed meanwhile. Long work on sealed KV (``read``, digests) runs
+without the lock; the span is *pinned* meanwhile, so its memory is not freed. The lock is reentrant: a full
+arena calls back to evict cache, possibly under the lock.
 """
 
 import secrets
@@ -23,20 +23,30 @@ from torch import Tensor
 from farshore.errors import Fenced, InvalidRequest, NotFound
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import KVLayout, Segments
-from farshore.kvstore.base import Chunk, Covered, Digest, SpanInfo, SpanKey, SpanSlice, Stored, Usage
+from farshore.kvstore.base import (
+    CoveredSpan,
+    Digest,
+    ExportChunk,
+    SpanInfo,
+    SpanKey,
+    SpanShape,
+    SpanSlice,
+    Usage,
+)
 from farshore.kvstore.prefix import PrefixBlock, PrefixIndex
-from farshore.kvstore.store import blocks, forms, images, report, transfer
+from farshore.kvstore.store import blocks, forms, report, transfer
 from farshore.kvstore.store.arena import Arena
-from farshore.kvstore.store.holds import Holds
+from farshore.kvstore.store.holds import HoldTable
+from farshore.kvstore.store.images import chunk_ranges, read_image, write_image
 from farshore.kvstore.store.ranges import Ranges
-from farshore.kvstore.store.span import Span, check_readable, check_sealed, check_shape
-from farshore.kvstore.store.transfer import Header, Piece
+from farshore.kvstore.store.span import SpanRecord, check_readable, check_sealed, check_shape, check_unsealed
+from farshore.kvstore.store.transfer import ChunkImage, ExportHeader
 
 
 class LocalStore:
     """See :class:`~farshore.kvstore.base.ShardStore` for the contract. The arena may be shared with tails.
 
-    ``fences``: of how many sequences that hold nothing the last fence is remembered at most.
+    ``fences``: the number of fences that are remembered of sequences without holds.
     """
 
     def __init__(self, *, worker: WorkerId, arena: Arena, fences: int = 65_536) -> None:
@@ -46,19 +56,20 @@ class LocalStore:
         self.incarnation = secrets.token_hex(8)
         self._lock = threading.RLock()
         self._serials = count()
-        self._spans: dict[SpanId, Span] = {}
-        self._holds = Holds(fences=fences)
+        self._spans: dict[SpanId, SpanRecord] = {}
+        self._holds = HoldTable(fences=fences)
         self._names = PrefixIndex()
-        with torch.inference_mode(False):  # Counted in any thread, whatever mode the store is made in.
+        with torch.inference_mode(False):  # Any thread may count, whatever mode the store is made in.
             self.removals = torch.zeros(1, dtype=torch.int64)
-        self._cached: OrderedDict[SpanId, Span] = OrderedDict()  # held by nobody, longest first
+        # Spans without holds, in the order in which they lost the last one.
+        self._cached: OrderedDict[SpanId, SpanRecord] = OrderedDict()
         arena.on_full(self._reclaim)
 
     def create(self, key: SpanKey, *, capacity_tokens: int, layout: KVLayout, epoch: Epoch) -> SpanId:
         check_shape(key, capacity_tokens, layout)
         with self._lock:
             self._holds.admit(key.sequence, epoch)
-        # Without the lock: to touch new memory may take a second.
+        # Without the lock: committing new memory may take a second.
         extents = self._arena.allocate(-(-capacity_tokens // layout.block_tokens), layout.block_bytes)
         with self._lock:
             try:
@@ -67,7 +78,7 @@ class LocalStore:
                 self._arena.free(extents)
                 raise
             span = SpanId(f"{self._worker}/{self.incarnation}/{next(self._serials)}")
-            self._spans[span] = Span(
+            self._spans[span] = SpanRecord(
                 key=key,
                 layout=layout,
                 capacity_tokens=capacity_tokens,
@@ -91,15 +102,11 @@ class LocalStore:
         epoch: Epoch,
     ) -> None:
         with self._lock:
-            it = self._writable(span, sequence, epoch)
-            last = first + forms.check_tokens(it.layout, layer, k, v)
-            if not it.sealed_tokens <= first <= last <= it.capacity_tokens:
-                raise InvalidRequest(
-                    f"tokens {first} to {last} of {span}: write from {it.sealed_tokens} (sealed below)"
-                    f" to {it.capacity_tokens} (capacity)"
-                )
-            blocks.copy_in(self.memory, it.layout, it.bases, layer=layer, first=first, k=k, v=v)
-            it.written[layer].add(first, last)
+            record = self._writable(span, sequence, epoch)
+            last = first + forms.check_tokens(record.layout, layer, k, v)
+            check_unsealed(span, record, first, last)
+            blocks.copy_in(self.memory, record.layout, record.bases, layer=layer, first=first, k=k, v=v)
+            record.written[layer].add(first, last)
 
     def seal(
         self,
@@ -111,35 +118,35 @@ class LocalStore:
         blocks: Sequence[PrefixBlock] = (),
     ) -> Digest:
         with self._lock:
-            it = self._writable(span, sequence, epoch)
-            self._seal(span, it, tokens)
-            key, last = it.key, it.key.first + tokens
+            record = self._writable(span, sequence, epoch)
+            record.seal(span, tokens)
+            key, last = record.key, record.key.first + tokens
             within = [block for block in blocks if key.first <= block.first and block.last <= last]
             self._names.name(span, within, layer_class=key.layer_class, group0=key.group0, group1=key.group1)
-            first = it.sealed_before
-            it.pins += 1
+            first = record.sealed_before
+            record.pins += 1
         try:
-            sealed = transfer.digest(self._pieces(it, first, tokens))
+            sealed = transfer.digest(self._images(record, first, tokens))
             if not first:
-                it.digest = (tokens, sealed)
+                record.digest = (tokens, sealed)
             return sealed
         finally:
-            self._unpin(it)
+            self._unpin(record)
 
     def digest(self, span: SpanId, tokens: int) -> Digest:
-        with self._pinned(span) as it:
-            check_sealed(span, it, 0, tokens)
-            known = it.digest
+        with self._pinned(span) as record:
+            check_sealed(span, record, 0, tokens)
+            known = record.digest
             if known is None or known[0] != tokens:
-                it.digest = known = (tokens, transfer.digest(self._pieces(it, 0, tokens)))
+                record.digest = known = (tokens, transfer.digest(self._images(record, 0, tokens)))
             return known[1]
 
     def segments(self, span: SpanId, first: int, last: int) -> Segments:
-        it = self._span(span)
-        check_readable(span, it, first, last)
-        key = it.key
-        return blocks.describe(
-            it.layout, it.bases, first=first, last=last, position=key.first + first, group0=key.group0
+        record = self._span(span)
+        check_readable(span, record, first, last)
+        key = record.key
+        return blocks.to_segments(
+            record.layout, record.bases, first=first, last=last, position=key.first + first, group0=key.group0
         )
 
     def read(
@@ -152,52 +159,52 @@ class LocalStore:
         sequence: SequenceId,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
-        with self._pinned(span, holder=sequence) as it:
-            check_readable(span, it, first, last)
-            forms.check_layer(it.layout, layer)
+        with self._pinned(span, holder=sequence) as record:
+            check_readable(span, record, first, last)
+            forms.check_layer(record.layout, layer)
             layers = range(layer, layer + 1)
             k, v = blocks.copy_out(
-                self.memory, it.layout, it.bases, layers=layers, first=first, last=last, dtype=dtype
+                self.memory, record.layout, record.bases, layers=layers, first=first, last=last, dtype=dtype
             )
             return k[0], v[0]
 
-    def pieces(self, span: SpanId, first: int, last: int) -> Iterator[Piece]:
-        """What :meth:`export` sends, for use in this process: not copied, not checksummed."""
+    def chunk_images(self, span: SpanId, first: int, last: int) -> Iterator[ChunkImage]:
+        """Like :meth:`export`, for use in this process: neither copied nor checksummed."""
         check_sealed(span, self._span(span), first, last)
         if first == last:
             raise InvalidRequest(f"an export of no tokens: {span} from {first} to {last}")
-        return self._pinned_pieces(span, first, last)
+        return self._pinned_images(span, first, last)
 
-    def export(self, span: SpanId, first: int, last: int) -> Iterator[Chunk]:
-        return transfer.chunks(self.pieces(span, first, last))
+    def export(self, span: SpanId, first: int, last: int) -> Iterator[ExportChunk]:
+        return transfer.to_chunks(self.chunk_images(span, first, last))
 
     def import_span(
         self,
-        chunks: Iterable[Chunk],
+        chunks: Iterable[ExportChunk],
         *,
         sequence: SequenceId,
         epoch: Epoch,
-        covers: tuple[Covered, ...] = (),
+        covers: tuple[CoveredSpan, ...] = (),
     ) -> SpanId:
-        pieces = transfer.verified(chunks)
-        return self.import_pieces(pieces, sequence=sequence, epoch=epoch, covers=covers)
+        images = transfer.verified_images(chunks)
+        return self.import_images(images, sequence=sequence, epoch=epoch, covers=covers)
 
-    def import_pieces(
+    def import_images(
         self,
-        pieces: Iterable[Piece],
+        images: Iterable[ChunkImage],
         *,
         sequence: SequenceId,
         epoch: Epoch,
-        covers: tuple[Covered, ...] = (),
+        covers: tuple[CoveredSpan, ...] = (),
     ) -> SpanId:
-        """As :meth:`import_span`, of pieces that were checked or never left this process, one or more."""
-        pieces = iter(pieces)
-        opening = next(pieces)
+        """Like :meth:`import_span`, for one or more images that were verified or never left this process."""
+        images_left = iter(images)
+        opening = next(images_left)
         header = opening.header
         if bool(covers) != header.parity:
             raise InvalidRequest(
-                f"parity={header.parity}, but {len(covers)} spans covered: say what parity covers,"
-                " and of nothing else"
+                f"parity={header.parity}, but {len(covers)} spans covered: give covers for parity, and only"
+                " for parity"
             )
         span = self.create(
             replace(header.key, sequence=sequence),
@@ -206,16 +213,16 @@ class LocalStore:
             epoch=epoch,
         )
         try:
-            for piece in chain((opening,), pieces):
+            for _, chunk, image in chain((opening,), images_left):
                 with self._lock:
-                    it, part = self._writable(span, sequence, epoch), piece.part
-                    images.restore(self.memory, it.layout, it.bases, part, piece.image)
-                    for written in it.written[part.layer0 : part.layer1]:
-                        written.add(part.first, part.last)
+                    record = self._writable(span, sequence, epoch)
+                    write_image(self.memory, record.layout, record.bases, chunk, image)
+                    for written in record.written[chunk.layer0 : chunk.layer1]:
+                        written.add(chunk.first, chunk.last)
             with self._lock:
-                it = self._writable(span, sequence, epoch)
-                it.covers = covers
-                self._seal(span, it, header.tokens)
+                record = self._writable(span, sequence, epoch)
+                record.covers = covers
+                record.seal(span, header.tokens)
         except BaseException:
             self.drop([span], sequence=sequence, epoch=epoch)
             raise
@@ -225,17 +232,18 @@ class LocalStore:
     def stored_runs(
         self, span: SpanId, layer: int, first: int, last: int, *, sequence: SequenceId
     ) -> Iterator[list[int]]:
-        """Where sealed tokens lie, for a transport that sends them from there: see
-        :func:`farshore.kvstore.store.blocks.runs`. They stay for as long as the context lasts."""
-        with self._pinned(span, holder=sequence) as it:
-            check_readable(span, it, first, last)
-            forms.check_layer(it.layout, layer)
-            yield blocks.runs(self.memory, it.layout, it.bases, layer=layer, first=first, last=last)
+        """Locates sealed tokens, for a transport that sends them without a copy: see
+        :func:`farshore.kvstore.store.blocks.runs`. The memory is not freed inside the context. NotFound
+        unless ``sequence`` holds the span."""
+        with self._pinned(span, holder=sequence) as record:
+            check_readable(span, record, first, last)
+            forms.check_layer(record.layout, layer)
+            yield blocks.runs(self.memory, record.layout, record.bases, layer=layer, first=first, last=last)
 
-    def look_up(self, span: SpanId, *, holder: SequenceId) -> Stored:
+    def look_up(self, span: SpanId, *, holder: SequenceId) -> SpanShape:
         with self._lock:
-            it = self._held(span, holder)
-            return Stored(it.key, it.layout)
+            record = self._checked_hold(span, holder)
+            return SpanShape(record.key, record.layout)
 
     def find_prefix(
         self, blocks: Sequence[PrefixBlock], *, layer_class: int, sequence: SequenceId, epoch: Epoch
@@ -243,12 +251,16 @@ class LocalStore:
         with self._lock:
             self._holds.admit(sequence, epoch)
             slices = []
-            for found in self._names.find(blocks, layer_class=layer_class):
-                it = self._spans[found.span]
-                self._hold(found.span, sequence, epoch)
+            for match in self._names.find(blocks, layer_class=layer_class):
+                record = self._spans[match.span]
+                self._hold(match.span, sequence, epoch)
                 slices.append(
                     SpanSlice(
-                        span=found.span, key=it.key, layout=it.layout, first=found.first, last=found.last
+                        span=match.span,
+                        key=record.key,
+                        layout=record.layout,
+                        first=match.first,
+                        last=match.last,
                     )
                 )
         return slices
@@ -267,9 +279,10 @@ class LocalStore:
 
     def drop_sequence(self, sequence: SequenceId, *, epoch: Epoch, keep: Collection[SpanId] = ()) -> None:
         with self._lock:
-            self._give_back(sequence, (it for it in self._holds.of(sequence) if it not in keep), epoch)
+            self._give_back(sequence, (span for span in self._holds.of(sequence) if span not in keep), epoch)
 
     def sequences(self) -> frozenset[SequenceId]:
+        """The sequences that hold a span."""
         with self._lock:
             return self._holds.sequences()
 
@@ -292,80 +305,66 @@ class LocalStore:
             self._names.check_integrity(self._spans)
             report.check_spans(self._spans, self._holds, self._cached, self._arena)
 
-    def _span(self, span: SpanId) -> Span:
+    def _span(self, span: SpanId) -> SpanRecord:
         try:
             return self._spans[span]
         except KeyError:
             raise NotFound(f"no span {span} on {self._worker}: dropped by its last holder?") from None
 
-    def _held(self, span: SpanId, sequence: SequenceId) -> Span:
-        it = self._span(span)
-        if not self._holds.holds(sequence, span):
+    def _checked_hold(self, span: SpanId, sequence: SequenceId) -> SpanRecord:
+        record = self._span(span)
+        if not self._holds.has(sequence, span):
             raise NotFound(f"{sequence} does not hold {span}: it never did, or gave it back")
-        return it
+        return record
 
-    def _writable(self, span: SpanId, sequence: SequenceId, epoch: Epoch) -> Span:
-        it = self._held(span, sequence)
-        if it.key.sequence != sequence:
+    def _writable(self, span: SpanId, sequence: SequenceId, epoch: Epoch) -> SpanRecord:
+        """The span's record, if ``sequence`` may write it: it created the span and holds it."""
+        record = self._checked_hold(span, sequence)
+        if record.key.sequence != sequence:
             raise InvalidRequest(f"{span} was not granted to {sequence}: only a sequence's own spans grow")
         self._holds.admit(sequence, epoch)
-        return it
+        return record
 
-    def _seal(self, span: SpanId, it: Span, tokens: int) -> None:
-        """Moves the mark, in the lock."""
-        if not it.sealed_tokens <= tokens <= it.capacity_tokens:
-            raise InvalidRequest(
-                f"{span} cannot be sealed at {tokens} tokens: the mark is at {it.sealed_tokens} and only"
-                f" rises, to {it.capacity_tokens} at most"
-            )
-        if tokens == it.sealed_tokens:
-            return
-        for layer, written in enumerate(it.written):
-            if not written.cover(it.sealed_tokens, tokens):
-                raise InvalidRequest(f"{span} cannot be sealed at {tokens}: layer {layer} has gaps")
-        for written in it.written:
-            written.remove(0, tokens)
-        it.sealed_before, it.sealed_tokens = it.sealed_tokens, tokens
+    def _pinned_images(self, span: SpanId, first: int, last: int) -> Iterator[ChunkImage]:
+        with self._pinned(span) as record:
+            yield from self._images(record, first, last)
 
-    def _pinned_pieces(self, span: SpanId, first: int, last: int) -> Iterator[Piece]:
-        with self._pinned(span) as it:
-            yield from self._pieces(it, first, last)
-
-    def _pieces(self, it: Span, first: int, last: int) -> Iterator[Piece]:
-        """Of sealed tokens of a pinned span."""
-        key = replace(it.key, first=it.key.first + first)
-        header = Header(key=key, layout=it.layout, tokens=last - first, parity=bool(it.covers))
-        for part in images.cut(it.layout, last - first):
-            yield Piece(header, part, images.image(self.memory, it.layout, it.bases, part, offset=first))
+    def _images(self, record: SpanRecord, first: int, last: int) -> Iterator[ChunkImage]:
+        """Images of sealed tokens of a pinned span."""
+        key = replace(record.key, first=record.key.first + first)
+        header = ExportHeader(key=key, layout=record.layout, tokens=last - first, parity=bool(record.covers))
+        for chunk in chunk_ranges(record.layout, last - first):
+            image = read_image(self.memory, record.layout, record.bases, chunk, offset=first)
+            yield ChunkImage(header, chunk, image)
 
     @contextmanager
-    def _pinned(self, span: SpanId, *, holder: SequenceId | None = None) -> Iterator[Span]:
-        """The span, whose memory is not freed inside the context even if its last holder drops it.
-        ``holder``: must hold it."""
+    def _pinned(self, span: SpanId, *, holder: SequenceId | None = None) -> Iterator[SpanRecord]:
+        """A context in which the span's memory is not freed, even if its last hold is dropped. NotFound
+        unless ``holder``, if given, holds the span."""
         with self._lock:
-            it = self._span(span) if holder is None else self._held(span, holder)
-            it.pins += 1
+            record = self._span(span) if holder is None else self._checked_hold(span, holder)
+            record.pins += 1
         try:
-            yield it
+            yield record
         finally:
-            self._unpin(it)
+            self._unpin(record)
 
-    def _unpin(self, it: Span) -> None:
+    def _unpin(self, record: SpanRecord) -> None:
         with self._lock:
-            it.pins -= 1
-            self._free_if_unused(it)
+            record.pins -= 1
+            self._free_if_unused(record)
 
     def _hold(self, span: SpanId, sequence: SequenceId, epoch: Epoch) -> None:
         self._holds.add(sequence, span, epoch)
         self._cached.pop(span, None)
 
     def _give_back(self, sequence: SequenceId, spans: Iterable[SpanId], epoch: Epoch) -> None:
-        held = [span for span in spans if self._holds.holds(sequence, span)]
+        held = [span for span in spans if self._holds.has(sequence, span)]
         if not held:
             return
         unheld = self._holds.remove(sequence, held, epoch)
         self.removals += 1
-        # The end of a prefix is of no use without its beginning, so it is to be evicted first.
+        # The end of a prefix is useless without its beginning, so it is evicted first.
         for span in sorted(unheld, key=lambda span: -self._spans[span].key.first):
             if self._names.redundant(span):
                 self._remove(span)
@@ -373,10 +372,10 @@ class LocalStore:
                 self._cached[span] = self._spans[span]
 
     def _reclaim(self, missing_bytes: int) -> int:
-        """Called by the arena when it is full: evicts cache of ``missing_bytes`` or more. Where there is
-        less, evicts nothing; returns how much there was."""
+        """Called by the arena when it is full. Evicts ``missing_bytes`` of cache or more, or nothing if there
+        is less. Returns how many bytes of cache there were."""
         with self._lock:
-            idle = [(span, it.bytes) for span, it in self._cached.items() if not it.pins]
+            idle = [(span, record.bytes) for span, record in self._cached.items() if not record.pins]
             total = sum(size for _, size in idle)
             if total >= missing_bytes:
                 for span, size in idle:
@@ -388,12 +387,12 @@ class LocalStore:
         return total
 
     def _remove(self, span: SpanId) -> None:
-        it = self._spans.pop(span)
+        record = self._spans.pop(span)
         self._names.forget(span)
-        it.removed = True
+        record.removed = True
         self.removals += 1
-        self._free_if_unused(it)
+        self._free_if_unused(record)
 
-    def _free_if_unused(self, it: Span) -> None:
-        if it.removed and not it.pins:
-            self._arena.free(it.extents)
+    def _free_if_unused(self, record: SpanRecord) -> None:
+        if record.removed and not record.pins:
+            self._arena.free(record.extents)

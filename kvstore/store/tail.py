@@ -1,15 +1,16 @@
 """The newest tokens of one sequence, in the engine's own arena.
 
-The engine appends here in every decode step and attends to it next to the remote spans; when blocks are full
-it reads them, writes them to a shard, seals them there and releases them here. Same blocks as a span's, so
-kernels read both alike. It must not know shards, epochs, or what is committed.
+The engine appends to a tail in every decode step and attends to it beside the remote spans. When blocks are
+full, the hand-off reads them, writes and seals them at a shard, and releases them here. Blocks have the same
+form as a span's, so kernels read both alike. Called by the engine and its hand-off. It must not know shards
+or epochs, nor which tokens are committed.
 
-Positions are absolute, and blocks are aligned to them::
+Positions are absolute, and blocks are aligned to position 0::
 
     start ............. end ............... reserved
     | complete          | scratch: any layer's next tokens |
 
-A decode step appends one row each to many tails: :class:`TailBatch`, one native call a layer.
+A decode step appends one token to each of many tails by a :class:`TailBatch`, in one native call per layer.
 """
 
 from array import array
@@ -25,15 +26,16 @@ from farshore.kernels.base import KVLayout, Segments
 from farshore.kvstore.store import blocks, forms
 from farshore.kvstore.store.arena import Arena, Extent, stride_bytes
 
-# Indices into a tail's marks, which native appends check and move too (`Growth` in native/copy.h).
+# Indices into a tail's marks. The native append checks and moves the marks too, see native/copy.h.
 _FREED, _END, _WRITTEN = 0, 1, 2
 
 
 class Tail:
-    """Tokens ``[start, end)`` of every layer and group of one layer class, and scratch above.
+    """Tokens ``[start, end)`` of every layer and group of one layer class, and scratch from ``end`` on.
 
-    For one thread, the engine's. One exception: ``read`` below ``end`` may run in another (the hand-off),
-    as long as the engine does not release, truncate or free those positions meanwhile.
+    Not thread-safe: for the engine's thread only. Exception: ``read`` and ``read_layers`` below ``end`` may
+    run in another thread (the hand-off's) while the engine does not release, truncate or free those
+    positions.
     """
 
     def __init__(self, *, arena: Arena, layout: KVLayout, start: int) -> None:
@@ -44,10 +46,10 @@ class Tail:
         self._layout = layout
         self._stride = stride_bytes(layout.block_bytes)
         self._start = start
-        # How often blocks at or above the end were freed; the end; per layer, the end of what was written
-        # without a hole since `start`.
+        # How often blocks at or above the end were freed; the end; for each layer, one past the last token
+        # that was written without a gap.
         self._marks = array("q", [0, start, *[start] * layout.layers])
-        # position // block_tokens -> base of the block; consecutive from start's block on.
+        # position // block_tokens -> base of the block. Consecutive, from the block of `start` on.
         self._blocks: dict[int, int] = {}
 
     @property
@@ -57,30 +59,31 @@ class Tail:
 
     @property
     def end(self) -> int:
-        """One past the last token that every layer has."""
+        """One past the position of the last complete token, which every layer has."""
         return self._marks[_END]
 
     @property
     def layout(self) -> KVLayout:
+        """Layout of the tail's blocks."""
         return self._layout
 
     @property
     def bases(self) -> tuple[int, ...]:
-        """Where its blocks lie in the arena's memory, reserved ones included, in token order."""
+        """Byte offset in the arena of each block, including reserved ones, in token order."""
         return tuple(self._blocks.values())
 
     @property
     def bytes(self) -> int:
-        """Memory held, reserved scratch included."""
+        """Memory granted to the tail, including reserved scratch."""
         return len(self._blocks) * self._stride
 
     @staticmethod
     def bytes_for(layout: KVLayout, start: int, end: int) -> int:
-        """Arena memory that a tail takes once ``[start, end)`` is reserved: every block that a position lies
-        in, in whole pages. 0 for an empty range.
+        """Arena memory that a tail takes once ``[start, end)`` is reserved: all blocks with a position of the
+        range, each in whole pages. 0 for an empty range.
 
-        Blocks are aligned to position 0, so a tail that starts in mid-block takes one block more than its
-        length alone asks for. Releasing up to a position in mid-block keeps that position's block.
+        Blocks are aligned to position 0, so a tail that starts inside a block may take one block more than
+        its length needs. Releasing up to a position inside a block keeps that block.
         """
         if end <= start:
             return 0
@@ -88,19 +91,19 @@ class Tail:
         return blocks * stride_bytes(layout.block_bytes)
 
     def reserve(self, last: int) -> None:
-        """Allocates the blocks of ``[start, last)``, so that ``segments(last)`` is valid before the data is
-        written. Idempotent. Full: nothing was allocated."""
+        """Allocates the blocks of ``[start, last)``, so that ``segments(last)`` is valid before the tokens
+        are written. Idempotent. Raises Full, and allocates nothing, if they do not fit."""
         missing = self._missing_blocks(last)
         if missing:
             extents = self._arena.allocate(missing, self._layout.block_bytes)
             self._take_blocks([base for extent in extents for base in extent.block_bases])
 
     def append(self, layer: int, position: int, k: Tensor, v: Tensor) -> None:
-        """Copies n tokens of one layer in, at ``position``: k ``[k_heads, n, k_dim]``, v likewise; see
-        :mod:`farshore.kvstore.store.forms` for their dtypes.
+        """Copies n tokens of one layer to positions ``[position, position + n)``: k ``[k_heads, n, k_dim]``,
+        v ``[v_heads, n, v_dim]``; see :mod:`farshore.kvstore.store.forms` for their dtypes.
 
-        Allocates as needed (Full: nothing was written). Scratch may be overwritten; InvalidRequest below
-        ``end``, or where it would leave a hole behind the layer's newest token.
+        Allocates blocks as needed; after Full nothing is written. Scratch may be written again.
+        InvalidRequest below ``end``, and beyond the layer's next token, which would leave a gap.
         """
         last = position + forms.check_tokens(self._layout, layer, k, v)
         self._check_append(layer, position)
@@ -109,7 +112,7 @@ class Tail:
         self._marks[_WRITTEN + layer] = max(self._marks[_WRITTEN + layer], last)
 
     def _check_append(self, layer: int, position: int) -> None:
-        """InvalidRequest unless a token at ``position`` is scratch, and no hole is below it."""
+        """InvalidRequest unless ``position`` is scratch and the layer has every token below it."""
         if not self.end <= position <= self._marks[_WRITTEN + layer]:
             raise InvalidRequest(
                 f"layer {layer} at position {position}: append from {self.end} (complete below)"
@@ -117,14 +120,16 @@ class Tail:
             )
 
     def advance(self, end: int) -> None:
-        """Makes ``[start, end)`` complete. InvalidRequest if a layer lags behind, or the end would shrink."""
+        """Makes ``[start, end)`` complete. InvalidRequest if a layer lacks tokens of it, and for an end below
+        the present one."""
         written = min(self._marks[_WRITTEN:])
         if not self.end <= end <= written:
             raise InvalidRequest(f"cannot advance from {self.end} to {end}: layers are written to {written}")
         self._marks[_END] = end
 
     def truncate(self, end: int) -> None:
-        """Forgets everything from ``end`` on, scratch and reservations included, and frees its blocks."""
+        """Discards all tokens from ``end`` on, with scratch and reservations, and frees their blocks.
+        InvalidRequest outside of ``[start, end]``."""
         if not self._start <= end <= self.end:
             raise InvalidRequest(f"cannot truncate to {end}: the tail is [{self._start}, {self.end})")
         written = [min(written, end) for written in self._marks[_WRITTEN:]]
@@ -135,7 +140,8 @@ class Tail:
         self._free_blocks(freed)
 
     def fork(self) -> "Tail":
-        """Another tail with copies of ``[start, end)``, and no scratch. Full: nothing was allocated."""
+        """Copies ``[start, end)``, without scratch, to another tail. Raises Full, and allocates nothing, if
+        the copy does not fit."""
         copy = Tail(arena=self._arena, layout=self._layout, start=self._start)
         copy.reserve(self.end)
         memory, size = self._arena.memory, self._layout.block_bytes
@@ -146,20 +152,21 @@ class Tail:
         return copy
 
     def segments(self, last: int | None = None) -> Segments:
-        """Where ``[start, last)`` lies in the arena's memory; ``last`` is ``end`` if not given, and may reach
-        as far as is reserved. One segment per run of adjacent blocks; of an empty range none."""
+        """Locates positions ``[start, last)`` in the arena's memory: one segment per run of adjacent
+        blocks, none for an empty range. ``last``: ``end`` by default, at most the reserved end; else
+        InvalidRequest."""
         last = self.end if last is None else last
         if last < self._start or (last > self._start and self._blocks_below(last) - 1 not in self._blocks):
             raise InvalidRequest(f"position {last} is not in the tail from {self._start}: reserve it first")
-        return blocks.describe(
+        return blocks.to_segments(
             self._layout, self._blocks, first=self._start, last=last, position=self._start, group0=0
         )
 
     def read(
         self, layer: int, first: int, last: int, *, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Copies of positions ``[first, last)``, all complete: k ``[k_heads, n, k_dim]``, v likewise; in
-        ``dtype`` as in :func:`farshore.kvstore.store.blocks.copy_out`.
+        """Copies of positions ``[first, last)`` of one layer: k ``[k_heads, n, k_dim]``, v
+        ``[v_heads, n, v_dim]``; in ``dtype`` as in :func:`farshore.kvstore.store.blocks.copy_out`.
 
         InvalidRequest outside of ``[start, end)``."""
         forms.check_layer(self._layout, layer)
@@ -169,12 +176,13 @@ class Tail:
     def read_layers(
         self, first: int, last: int, *, dtype: torch.dtype | None = None, threads: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """As :meth:`read`, of all layers in one call: k ``[layers, k_heads, n, k_dim]``, v likewise."""
+        """Like :meth:`read`, for all layers in one call: k ``[layers, k_heads, n, k_dim]``, v
+        ``[layers, v_heads, n, v_dim]``. ``threads`` share the copy."""
         return self._read(range(self._layout.layers), first, last, dtype, threads)
 
     def release_below(self, position: int) -> None:
-        """Moves ``start`` up to ``position`` and frees the blocks wholly below it. InvalidRequest outside of
-        ``[start, end]``."""
+        """Moves ``start`` to ``position`` and frees the blocks that lie completely below it. InvalidRequest
+        outside of ``[start, end]``."""
         if not self._start <= position <= self.end:
             raise InvalidRequest(f"cannot release below {position}: the tail is [{self._start}, {self.end})")
         self._start = position
@@ -182,18 +190,18 @@ class Tail:
         self._free_blocks([block for block in self._blocks if block < first_block])
 
     def free(self) -> None:
-        """Gives all memory back; the tail is empty at ``start`` then. Idempotent."""
+        """Frees all memory. The tail is then empty, at ``start``. Idempotent."""
         self.truncate(self._start)
 
     def _missing_blocks(self, last: int) -> int:
-        """How many blocks ``[start, last)`` needs beyond those held."""
+        """How many blocks ``[start, last)`` needs beyond those that the tail has."""
         if last <= self._start:
             return 0
-        held = self._start // self._layout.block_tokens + len(self._blocks)
-        return max(0, self._blocks_below(last) - held)
+        reserved = self._start // self._layout.block_tokens + len(self._blocks)
+        return max(0, self._blocks_below(last) - reserved)
 
     def _take_blocks(self, bases: list[int]) -> None:
-        """Blocks that the caller allocated become the tail's next ones."""
+        """Appends blocks that the caller allocated to the tail."""
         first_block = self._start // self._layout.block_tokens
         for base in bases:
             self._blocks[first_block + len(self._blocks)] = base
@@ -215,52 +223,56 @@ class Tail:
         )
 
     def _blocks_below(self, position: int) -> int:
-        """Index of the first block wholly at or above ``position``."""
+        """Index of the first block that lies completely at or above ``position``."""
         return -(-position // self._layout.block_tokens)
 
     def _free_blocks(self, indices: list[int]) -> None:
         self._arena.free([Extent(self._blocks.pop(index), 1, self._stride) for index in indices])
 
 
-class _Stretch(NamedTuple):
-    """Rows of one tail, at following positions."""
+class _TailAppend(NamedTuple):
+    """One tail's share of a batch: its rows, and the consecutive positions ``[first, last)`` that they go
+    to."""
 
     tail: Tail
     row: int
+    """Index in the batch of the first row."""
     first: int
     last: int
     freed: int
-    """The tail's mark when the batch was made."""
+    """How often the tail had freed blocks when the batch was made (its ``_FREED`` mark)."""
 
 
 class TailBatch:
-    """What a decode step appends: one row to each of ``tails`` at its one of ``positions``.
+    """The tokens that a decode step appends: row i goes to ``positions[i]`` of ``tails[i]``.
 
-    Blocks are reserved for all of them or, with Full, for none. The tails share an arena and a layout. One
-    tail's rows come one after the other, at following positions from its end on; else InvalidRequest. If a
-    truncated tail loses blocks, its batches refuse to append. For the engine's thread.
+    The constructor reserves blocks for all rows, or raises Full and reserves none. All tails have one arena
+    and one layout. The rows of one tail are adjacent and have consecutive positions, the first at or above
+    its end; otherwise InvalidRequest. After a tail was truncated and lost blocks, its batches refuse to
+    append. For the engine's thread.
     """
 
     def __init__(self, tails: Sequence[Tail], positions: Sequence[int]) -> None:
-        stretches = _stretches(tails, positions)
+        appends = _grouped_by_tail(tails, positions)
         self._rows = len(tails)
         self._layout = tails[0]._layout
-        _reserve(stretches)
-        self._stretches = [it._replace(freed=it.tail._marks[_FREED]) for it in stretches]
-        self._native = blocks.native_for(tails[0]._arena.memory) and self._places()
+        _reserve(appends)
+        self._appends = [append._replace(freed=append.tail._marks[_FREED]) for append in appends]
+        self._native = blocks.native_for(tails[0]._arena.memory) and self._native_batch()
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """One layer of every row: k ``[R, k_heads, k_dim]``, v ``[R, v_heads, v_dim]``; as elements in any
-        dtype that :mod:`farshore.kvstore.store.forms` takes, or as stored.
+        """Copies one layer of every row: k ``[R, k_heads, k_dim]``, v ``[R, v_heads, v_dim]``, as elements in
+        a dtype that :mod:`farshore.kvstore.store.forms` takes, or as stored.
 
-        InvalidRequest, and nothing is written, for other shapes and dtypes, where a tail was truncated, or
-        where the layer would get a hole. Repeating it is fine.
+        InvalidRequest, and nothing is written, for other shapes and dtypes, if a tail was truncated, or if
+        the layer would get a gap. May be repeated.
         """
         self.bind(k, v)(layer)
 
     def bind(self, k: Tensor, v: Tensor) -> Callable[[int], None]:
-        """:meth:`append` of the same k and v, whatever they hold by then, to the layer that is given: their
-        shapes are checked now, once. What is returned keeps both."""
+        """Returns a function that appends k and v, with their content at the time of its call, to the layer
+        that it is given, like :meth:`append`. Their shapes are checked once, here. The function keeps k and v
+        alive."""
         forms.check_tokens(self._layout, 0, k.transpose(0, 1), v.transpose(0, 1))
         if k.shape[0] != self._rows:
             raise InvalidRequest(f"k and v of {k.shape[0]} rows: the batch has {self._rows}")
@@ -268,49 +280,53 @@ class TailBatch:
             return lambda layer: self._append_each(layer, k, v)
         if k.stride(-1) != 1 or v.stride(-1) != 1:
             return lambda layer: self.append(layer, blocks.dense_rows(k), blocks.dense_rows(v))
-        where = (
+        sources = (
             blocks.native_type(self._layout, k),
             *blocks.native_rows(k.transpose(0, 1)[None]),
             *blocks.native_rows(v.transpose(0, 1)[None]),
         )
-        return partial(self._append_native, where, (k, v))
+        return partial(self._append_native, sources, (k, v))
 
-    def _append_native(self, where: tuple[int, ...], kept: tuple[Tensor, Tensor], layer: int) -> None:
-        """``where``: the addresses of what is ``kept`` alive meanwhile."""
+    def _append_native(self, sources: tuple[int, ...], kept: tuple[Tensor, Tensor], layer: int) -> None:
+        """``sources``: type, addresses and strides of the tensors in ``kept``, which this argument keeps
+        alive."""
         forms.check_layer(self._layout, layer)
-        refused = blocks.native.append(self._native, layer, *where)
+        refused = blocks.native.append(self._native, layer, *sources)
         if refused is not None:
-            self._refuse(self._stretches[refused], layer)
+            self._check(self._appends[refused], layer)
 
     def _append_each(self, layer: int, k: Tensor, v: Tensor) -> None:
         forms.check_layer(self._layout, layer)
-        for it in self._stretches:
-            if it.freed != it.tail._marks[_FREED]:
-                self._refuse(it, layer)
-            it.tail._check_append(layer, it.first)
-        for it in self._stretches:
-            rows = slice(it.row, it.row + it.last - it.first)
-            it.tail.append(layer, it.first, k[rows].transpose(0, 1), v[rows].transpose(0, 1))
+        for append in self._appends:
+            self._check(append, layer)
+        for append in self._appends:
+            rows = slice(append.row, append.row + append.last - append.first)
+            append.tail.append(layer, append.first, k[rows].transpose(0, 1), v[rows].transpose(0, 1))
 
-    def _refuse(self, it: _Stretch, layer: int) -> None:
-        if it.freed != it.tail._marks[_FREED]:
-            raise InvalidRequest(f"the tail was truncated to {it.tail.end} since the batch: make a new one")
-        it.tail._check_append(layer, it.first)
+    def _check(self, append: _TailAppend, layer: int) -> None:
+        """InvalidRequest unless the tail takes its rows in this layer."""
+        if append.freed != append.tail._marks[_FREED]:
+            raise InvalidRequest(
+                f"the tail was truncated to {append.tail.end} since the batch: make a new one"
+            )
+        append.tail._check_append(layer, append.first)
 
-    def _places(self) -> object:
-        places: list[int] = []
+    def _native_batch(self) -> object:
+        """The native module's counterpart of this batch."""
+        slots: list[int] = []
         marks: list[int] = []
-        for it in self._stretches:
-            places += blocks.stretches(self._layout, it.tail._blocks, it.first, it.last)
-            marks += (it.tail._marks.buffer_info()[0], it.first, it.last)
-        memory = self._stretches[0].tail._arena.memory
-        return blocks.native.batch(marks, *blocks.native_layout(self._layout), memory.data_ptr(), places)
+        for tail, _, first, last, _ in self._appends:
+            slots += blocks.slot_ranges(self._layout, tail._blocks, first, last)
+            marks += (tail._marks.buffer_info()[0], first, last)
+        memory = self._appends[0].tail._arena.memory
+        return blocks.native.batch(marks, *blocks.native_layout(self._layout), memory.data_ptr(), slots)
 
 
-def _stretches(tails: Sequence[Tail], positions: Sequence[int]) -> list[_Stretch]:
+def _grouped_by_tail(tails: Sequence[Tail], positions: Sequence[int]) -> list[_TailAppend]:
+    """One entry per tail, in the order of its rows. InvalidRequest for rows that make no batch."""
     if not tails or len(tails) != len(positions):
         raise InvalidRequest(f"{len(tails)} tails, {len(positions)} positions: give one of each per row")
-    found: list[_Stretch] = []
+    found: list[_TailAppend] = []
     seen: set[int] = set()
     for row, (tail, position) in enumerate(zip(tails, positions, strict=True)):
         if found and found[-1].tail is tail and found[-1].last == position:
@@ -324,17 +340,18 @@ def _stretches(tails: Sequence[Tail], positions: Sequence[int]) -> list[_Stretch
         if tail.layout != tails[0]._layout or tail._arena is not tails[0]._arena:
             raise InvalidRequest("tails of different layouts or arenas: make a batch for each")
         seen.add(id(tail))
-        found.append(_Stretch(tail, row, position, position + 1, 0))
+        found.append(_TailAppend(tail, row, position, position + 1, 0))
     return found
 
 
-def _reserve(stretches: list[_Stretch]) -> None:
-    missing = [it.tail._missing_blocks(it.last) for it in stretches]
+def _reserve(appends: list[_TailAppend]) -> None:
+    """Allocates the missing blocks of all tails in one call, so that Full leaves none of them changed."""
+    missing = [append.tail._missing_blocks(append.last) for append in appends]
     if not any(missing):
         return
-    first = stretches[0].tail
-    extents = first._arena.allocate(sum(missing), first.layout.block_bytes)
+    first_tail = appends[0].tail
+    extents = first_tail._arena.allocate(sum(missing), first_tail.layout.block_bytes)
     bases = [base for extent in extents for base in extent.block_bases]
-    for it, count in zip(stretches, missing, strict=True):
-        it.tail._take_blocks(bases[:count])
+    for append, count in zip(appends, missing, strict=True):
+        append.tail._take_blocks(bases[:count])
         del bases[:count]

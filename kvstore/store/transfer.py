@@ -1,10 +1,12 @@
-"""Sealed tokens on their way from one store to another: chunks that carry their own checksum.
+"""Moves sealed tokens between stores as checksummed chunks.
 
-A migration, a replica and parity all move sealed ranges. An export is a stream of **chunks**, a part of the
-range each (see ``images``), plain bytes that any transport carries, one at a time in memory.
-The other end checks each before it uses it: what was damaged, cut short, left out, repeated or put in another
-order is refused by name. :class:`Piece` is a chunk's content on either side, where nobody has to check it.
-Called by the store. It must not know networks, nor whose memory it is.
+Migration, replicas and parity all move sealed ranges. An export is a sequence of **export chunks**, each with
+one chunk range of the exported tokens (see ``images``). Chunks are plain bytes, so any transport can carry
+them, one at a time in memory. The receiver checks each chunk before it uses it: a damaged, truncated,
+missing, repeated or reordered chunk is refused, and the error names it. A :class:`ChunkImage` is the content
+of a chunk inside a process, where no check is needed.
+
+Called by ``store`` and ``parity``. It must not know networks or which store the memory belongs to.
 """
 
 import struct
@@ -20,29 +22,29 @@ from farshore.errors import Corrupt
 from farshore.ids import SequenceId
 from farshore.kernels.base import KVLayout
 from farshore.kernels.formats import KVFormat
-from farshore.kvstore.base import Chunk, Digest, SpanKey
+from farshore.kvstore.base import Digest, ExportChunk, SpanKey
 from farshore.kvstore.store.forms import as_bytes
-from farshore.kvstore.store.images import Part, cut, part_layout
+from farshore.kvstore.store.images import ChunkRange, chunk_ranges, image_layout
 
-# Name and version, layout (format, V in K, 7 sizes), key, parity, tokens, part; then the sequence in UTF-8.
+# Magic, layout (format, V in K, 7 sizes), key, parity, tokens, chunk range; the sequence follows in UTF-8.
 _HEADER = struct.Struct("<4s 8s? 7I IIHH ?I 4I")
 _MAGIC = b"FSX1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Header:
-    """What an export is of."""
+class ExportHeader:
+    """Which tokens an export has. Equal in all chunks of one export."""
 
     key: SpanKey
-    """Of the range: ``key.first`` is its first token's position."""
+    """Key of the exported range: ``key.first`` is the position of its first token."""
     layout: KVLayout
     tokens: int
-    """In the whole range."""
+    """Number of tokens in the whole range."""
     parity: bool
-    """Not tokens: their parity."""
+    """The range is the parity of tokens, not tokens."""
 
-    def pack(self, part: Part) -> bytes:
-        """With what one chunk holds of it."""
+    def pack(self, chunk: ChunkRange) -> bytes:
+        """The header of one chunk: this and the chunk's range."""
         key, layout = self.key, self.layout
         return (
             _HEADER.pack(
@@ -62,20 +64,20 @@ class Header:
                 key.group1,
                 self.parity,
                 self.tokens,
-                *part,
+                *chunk,
             )
             + key.sequence.encode()
         )
 
     @classmethod
-    def unpack(cls, data: bytes) -> "tuple[Header, Part]":
-        """ValueError for anything but what :meth:`pack` makes."""
+    def unpack(cls, data: bytes) -> "tuple[ExportHeader, ChunkRange]":
+        """Reverses :meth:`pack`. ValueError for other bytes."""
         if len(data) < _HEADER.size:
             raise ValueError(f"a header of {len(data)} bytes, fewer than {_HEADER.size}")
         magic, format, v_in_k, *numbers = _HEADER.unpack_from(data)
         if magic != _MAGIC:
             raise ValueError(f"a header that begins with {magic!r}, not {_MAGIC!r}")
-        sizes, (layer_class, first, group0, group1, parity, tokens, *part) = numbers[:7], numbers[7:]
+        sizes, (layer_class, first, group0, group1, parity, tokens, *chunk) = numbers[:7], numbers[7:]
         if not all(sizes):
             raise ValueError(f"a layout of sizes {sizes}: none may be 0")
         *shape, block_tokens = sizes
@@ -91,71 +93,74 @@ class Header:
             tokens=tokens,
             parity=parity,
         )
-        return header, Part(*part)
+        return header, ChunkRange(*chunk)
 
 
-class Piece(NamedTuple):
-    header: Header
-    """The same one in all pieces of an export."""
-    part: Part
+class ChunkImage(NamedTuple):
+    """The content of one chunk of an export."""
+
+    header: ExportHeader
+    """Equal in all images of an export."""
+    chunk: ChunkRange
     image: Tensor
-    """u8[bytes]: valid until the next piece is asked for."""
+    """u8[bytes]: valid until the next image is taken from the iterator."""
 
 
-def chunks(pieces: Iterable[Piece]) -> Iterator[Chunk]:
-    """Each piece as a chunk with bytes of its own."""
-    for piece in pieces:
-        header, payload = piece.header.pack(piece.part), memoryview(piece.image.cpu().numpy().copy())
-        yield Chunk(header=header, payload=payload, checksum=_checksum(header, payload))
+def to_chunks(images: Iterable[ChunkImage]) -> Iterator[ExportChunk]:
+    """Makes a checksummed chunk of each image. The payload is a copy."""
+    for header, chunk, image in images:
+        packed, payload = header.pack(chunk), memoryview(image.cpu().numpy().copy())
+        yield ExportChunk(header=packed, payload=payload, checksum=_checksum(packed, payload))
 
 
-def verified(chunks: Iterable[Chunk]) -> Iterator[Piece]:
-    """The pieces of one whole export, in order. Raises Corrupt, which names the chunk, at the first that is
-    not what was sent or not the next one, and after the last if some are missing."""
-    opening: Header | None = None
-    parts: Iterator[Part] = iter(())
+def verified_images(chunks: Iterable[ExportChunk]) -> Iterator[ChunkImage]:
+    """The images of one whole export, in order. Raises Corrupt, naming the chunk, at the first chunk that is
+    damaged or is not the next one, and after the last chunk if some are missing."""
+    opening: ExportHeader | None = None
+    ranges: Iterator[ChunkRange] = iter(())
     number = -1
     for number, chunk in enumerate(chunks):
         name = f"chunk {number}" + (f" of {opening.key}" if opening else "")
         if _checksum(chunk.header, chunk.payload) != chunk.checksum:
             raise Corrupt(f"{name} was damaged on its way: its checksum does not match; send it again")
         try:
-            header, part = Header.unpack(chunk.header)
+            header, chunk_range = ExportHeader.unpack(chunk.header)
         except ValueError as error:
             raise Corrupt(f"{name}: {error}") from error
         if opening is None:
-            opening, parts = header, cut(header.layout, header.tokens)
-        expected = next(parts, None)
+            opening, ranges = header, chunk_ranges(header.layout, header.tokens)
+        expected = next(ranges, None)
         if header != opening:
             raise Corrupt(f"{name} is of another export: {header}")
-        if part != expected:
-            raise Corrupt(f"{name} holds {part}; {expected or 'nothing more'} had to come")
-        size = part_layout(header.layout, part).block_bytes
+        if chunk_range != expected:
+            raise Corrupt(f"{name} holds {chunk_range}; {expected or 'nothing more'} had to come")
+        size = image_layout(header.layout, chunk_range).block_bytes
         if len(chunk.payload) != size:
-            raise Corrupt(f"{name} has {len(chunk.payload)} bytes for {part}, which take {size}")
-        # A tensor wants memory that may be written.
+            raise Corrupt(f"{name} has {len(chunk.payload)} bytes for {chunk_range}, which take {size}")
+        # A tensor needs writable memory.
         payload = memoryview(chunk.payload)
         writable = bytearray(payload) if payload.readonly else payload
-        yield Piece(opening, part, torch.frombuffer(writable, dtype=torch.uint8))
-    missing = next(parts, None)
+        yield ChunkImage(opening, chunk_range, torch.frombuffer(writable, dtype=torch.uint8))
+    missing = next(ranges, None)
     if opening is None or missing is not None:
         raise Corrupt(f"the export ended after chunk {number}: {missing or 'everything'} is missing")
 
 
-def digest(pieces: Iterable[Piece]) -> Digest:
-    """Of the content: equal wherever it lies, and however its layers were cut into pieces."""
+def digest(images: Iterable[ChunkImage]) -> Digest:
+    """Digest of the images' bytes. It does not depend on where the blocks lie or on how many layers a chunk
+    has."""
     hashed = xxhash.xxh3_64()
-    for piece in pieces:
-        hashed.update(as_bytes(piece.image))
+    for image in images:
+        hashed.update(as_bytes(image.image))
     return Digest(hashed.hexdigest())
 
 
-def matching(pieces: Iterable[Piece], expected: Digest, name: str) -> Iterator[Piece]:
-    """The same pieces; Corrupt after the last if ``expected`` is not their digest."""
+def with_digest_check(images: Iterable[ChunkImage], expected: Digest, name: str) -> Iterator[ChunkImage]:
+    """Passes the images on. Raises Corrupt after the last one if ``expected`` is not their digest."""
     hashed = xxhash.xxh3_64()
-    for piece in pieces:
-        hashed.update(as_bytes(piece.image))
-        yield piece
+    for image in images:
+        hashed.update(as_bytes(image.image))
+        yield image
     if hashed.hexdigest() != expected:
         raise Corrupt(f"{name} has the digest {hashed.hexdigest()}; when it was sealed it was {expected}")
 

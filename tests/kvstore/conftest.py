@@ -1,4 +1,4 @@
-"""Small shapes with nothing divisible by anything: 5-token blocks, 3 K heads over 1 V head per group."""
+"""Stores and layouts with small, odd shapes: 5-token blocks, 3 K heads and 1 V head per group."""
 
 from collections.abc import Callable, Iterator
 
@@ -34,7 +34,7 @@ def layout() -> KVLayout:
 
 @pytest.fixture(params=["native", "pytorch"])
 def copies(request, monkeypatch) -> str:
-    """Runs a test with the native copies and with those that serve where there is no compiler."""
+    """Runs a test with the native copies and with PyTorch's, which are used if no compiler was present."""
     if request.param == "pytorch":
         monkeypatch.setattr(blocks, "native", None)
     elif blocks.native is None:
@@ -71,7 +71,7 @@ def tokens() -> Tokens:
 
 @pytest.fixture
 def sealed(tokens):
-    """sealed(store, n, layout, ...) -> a span of n random sealed tokens, written as its format takes them."""
+    """sealed(store, n, layout, ...) -> a span with n random sealed tokens."""
 
     def make(store, n, layout, *, sequence="s", first=0, epoch=1, capacity_tokens=None) -> SpanId:
         epoch = Epoch(epoch)
@@ -90,15 +90,14 @@ def sealed(tokens):
 
 @pytest.fixture
 def content():
-    """content(store, span, first, last, sequence=...) -> the bytes of these tokens, layer by layer, as
-    stored."""
+    """content(store, span, first, last, sequence=...) -> the tokens as stored: K and V of each layer."""
 
     def read(store, span, first, last, *, sequence="s") -> list[Tensor]:
         holder = SequenceId(sequence)
         return [
-            it
+            tensor
             for layer in range(store.look_up(span, holder=holder).layout.layers)
-            for it in store.read(span, layer, first, last, sequence=holder, dtype=torch.uint8)
+            for tensor in store.read(span, layer, first, last, sequence=holder, dtype=torch.uint8)
         ]
 
     return read
@@ -106,7 +105,7 @@ def content():
 
 @pytest.fixture(params=["odd bfloat16", "int8", "int4", "float32, V in K"])
 def any_layout(request, layout) -> KVLayout:
-    """Layouts of several formats; of the quantised ones with scales at odd addresses if tokens are odd."""
+    """Layouts of several formats. The scales of the quantised ones are at odd addresses if tokens are odd."""
     return {
         "odd bfloat16": layout,
         "int8": layout._replace(format=KVFormat.INT8, k_dim=65, v_dim=7, block_tokens=6),
@@ -117,13 +116,15 @@ def any_layout(request, layout) -> KVLayout:
 
 @pytest.fixture
 def gather() -> Gather:
-    """Reads segments the slow way, token by token: k, v and the positions."""
+    """gather(memory, layout, segments, layer) -> (k, v, positions), read token by token."""
 
     def read(
         memory: Tensor, layout: KVLayout, segments: Segments, layer: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         ks, vs, positions = [], [], []
-        for base, stride, first, count, position, *_ in zip(*(f.tolist() for f in segments), strict=True):
+        for base, stride, first, count, position, *_ in zip(
+            *(field.tolist() for field in segments), strict=True
+        ):
             for i in range(count):
                 block, slot = divmod(first + i, layout.block_tokens)
                 start = base + block * stride

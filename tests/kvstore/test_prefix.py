@@ -1,4 +1,5 @@
-"""Sealed blocks found again by their tokens: by whom, for how long, and never somebody else's."""
+"""Prefixes: sealed blocks are found by their tokens, held by their finders, and never confused with
+others."""
 
 import pytest
 import torch
@@ -11,25 +12,27 @@ from farshore.kvstore.prefix import PrefixBlock, chain
 
 E1, E2 = Epoch(1), Epoch(2)
 BLOCK = 5
-"""Blocks of this many tokens are as good as of 256 to a store: the chain decides."""
+"""Tokens in a block of these tests. A store takes blocks of any size; only ``chain`` makes them of 256."""
 
 
 def blocks(tokens, *, fingerprint=b"model"):
-    """A chain of short blocks: every name depends on all tokens before."""
+    """A chain of short blocks, in which every name depends on all tokens before it."""
     cuts = range(0, len(tokens) - BLOCK + 1, BLOCK)
-    whole = [tuple(tokens[first : first + BLOCK]) for first in cuts]
-    names = [repr((fingerprint, whole[: i + 1])).encode() for i in range(len(whole))]
-    return [PrefixBlock(name, block, first) for name, block, first in zip(names, whole, cuts, strict=True)]
+    contents = [tuple(tokens[first : first + BLOCK]) for first in cuts]
+    names = [repr((fingerprint, contents[: i + 1])).encode() for i in range(len(contents))]
+    return [
+        PrefixBlock(name, content, first) for name, content, first in zip(names, contents, cuts, strict=True)
+    ]
 
 
 class Writer:
-    """Computes KV, which is random, of a prompt into a store."""
+    """Writes random KV of prompts to a store, and finds it."""
 
     def __init__(self, store, layout, tokens):
         self.store, self.layout, self.tokens = store, layout, tokens
 
     def span(self, sequence, prompt, first, last, *, group0=0, group1=2, named=None):
-        """A sealed span of positions first .. last; the chain of ``prompt`` names its blocks."""
+        """A sealed span with positions [first, last). Its blocks have the names of the prompt's chain."""
         layout = self.layout.of_groups(group1 - group0)
         key = SpanKey(sequence=SequenceId(sequence), layer_class=0, first=first, group0=group0, group1=group1)
         span = self.store.create(key, capacity_tokens=last - first, layout=layout, epoch=E1)
@@ -48,7 +51,7 @@ class Writer:
             sequence=SequenceId(sequence),
             epoch=epoch,
         )
-        return [(it.span, it.first, it.last) for it in found]
+        return [(match.span, match.first, match.last) for match in found]
 
     def end(self, sequence, epoch=E1):
         self.store.drop_sequence(SequenceId(sequence), epoch=epoch)
@@ -110,24 +113,24 @@ def test_other_tokens_another_model_or_another_class_are_misses(writer):
 
 
 def test_a_name_with_other_tokens_ends_the_search(store, writer):
-    """As after a hash collision: what follows builds on tokens that are not the finder's."""
+    """As after a hash collision: the following names are computed from tokens that are not the finder's."""
     a, b = list(range(20)), list(range(100, 120))
     span = writer.span("a", a, 0, 20)
     pairs = zip(blocks(a), blocks(b), strict=True)
     forged = [PrefixBlock(mine.hash, other.tokens, mine.first) for mine, other in pairs]
     mixed = [blocks(a)[0], forged[1], *blocks(a)[2:]]
     found = store.find_prefix(mixed, layer_class=0, sequence=SequenceId("b"), epoch=E1)
-    assert [(it.span, it.first, it.last) for it in found] == [(span, 0, 5)]
+    assert [(match.span, match.first, match.last) for match in found] == [(span, 0, 5)]
     shifted = [block._replace(first=block.first + BLOCK) for block in blocks(a)]
     assert store.find_prefix(shifted, layer_class=0, sequence=SequenceId("c"), epoch=E1) == []
-    # Nor does naming them take the names over.
+    # A span with the same names and other tokens does not take the names over.
     writer.span("b", b, 0, 20, named=forged)
     assert writer.find(a) == [(span, 0, 20)]
     store.check_integrity()
 
 
 def test_a_block_has_one_name_in_a_span(store, writer):
-    """Else names would take memory without a bound: the same tokens can be given any number of hashes."""
+    """Otherwise names would take unbounded memory: a caller can give the same tokens any number of hashes."""
     prompt = list(range(20))
     span = writer.span("a", prompt, 0, 20)
     again = blocks(prompt)
@@ -163,12 +166,12 @@ def test_a_store_answers_for_what_it_holds_gaps_and_head_groups_included(writer)
     assert sorted(writer.find(prompt)) == [(left, 0, 10), (right, 0, 15), (later, 30, 40)]
 
 
-def test_of_copies_one_is_found_and_one_kept(store, writer):
+def test_of_two_copies_one_is_found_and_one_is_kept(store, writer):
     prompt = list(range(30))
     short, long = writer.span("a", prompt, 0, 20), writer.span("b", prompt, 0, 30)
     assert writer.find(prompt) == [(short, 0, 20), (long, 20, 30)]
     writer.end("finder")
-    writer.end("a")  # all that it names, the other one names too
+    writer.end("a")  # the other span has all of its names
     assert writer.holders() == {long: 1}
     writer.end("b")
     assert writer.find(prompt) == [(long, 0, 30)]
@@ -205,7 +208,7 @@ def test_a_dead_finders_holds_are_given_back_by_its_successor(store, writer):
 
 
 def test_memory_comes_from_the_longest_unheld_cache_the_end_of_a_prefix_first(store, layout, arena, writer):
-    """64 blocks: four spans of 16 fill the arena."""
+    """The arena has 64 blocks, which four spans of 16 fill."""
     prompts = [list(range(i * 1000, i * 1000 + 160)) for i in range(3)]
     a0, a1 = writer.span("a", prompts[0], 0, 80), writer.span("a", prompts[0], 80, 160)
     b = writer.span("b", prompts[1], 0, 80)
@@ -223,10 +226,9 @@ def test_memory_comes_from_the_longest_unheld_cache_the_end_of_a_prefix_first(st
     assert writer.find(prompts[0]) == writer.find(prompts[1]) == writer.find(prompts[2]) == []
 
 
-def test_what_is_held_is_never_evicted_and_a_refusal_evicts_nothing(store, layout, arena, writer):
-    held, cached = list(range(160)), list(range(1000, 1080))
-    used = writer.span("a", held, 0, 160)
-    idle = writer.span("b", cached, 0, 80)
+def test_held_spans_are_never_evicted_and_a_refusal_evicts_nothing(store, layout, arena, writer):
+    used = writer.span("a", list(range(160)), 0, 160)
+    idle = writer.span("b", list(range(1000, 1080)), 0, 80)
     writer.end("b")
     key = SpanKey(sequence=SequenceId("new"), layer_class=0, first=0, group0=0, group1=2)
     with pytest.raises(Full) as caught:
@@ -237,7 +239,7 @@ def test_what_is_held_is_never_evicted_and_a_refusal_evicts_nothing(store, layou
     assert idle not in writer.holders()
 
 
-def test_a_tail_in_the_same_arena_gets_what_cache_has(store, arena, layout, writer):
+def test_a_tail_in_the_same_arena_gets_the_memory_of_cache(store, arena, layout, writer):
     writer.span("a", list(range(160)), 0, 160)
     writer.end("a")
     extents = arena.allocate(64, layout.block_bytes)

@@ -1,6 +1,7 @@
-"""The native copies and XOR under sanitisers: no access outside of what they are given.
+"""The native copies and XOR under sanitisers: they access no memory outside of their arguments.
 
-Rows, chunks and sums lie in memory of their own, between guards; the arena itself is one mapping.
+Rows, chunks and XOR results are separate allocations with guards around them. The arena is one mapping,
+inside of which no access is detected.
 """
 
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Models for these tests: tiny random ones written by transformers, and the demo model if it is installed."""
+"""Models for these tests: tiny random ones that transformers writes, and the demo model if it is
+installed."""
 
 import os
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from farshore.errors import ModelError
 from farshore.models.llama import Llama
 from farshore.models.source import ModelSource, resolve
 
-# Nothing here may reach for the network.
+# These tests must not use the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 TINY: dict[str, Any] = dict(
@@ -33,17 +34,17 @@ TINY: dict[str, Any] = dict(
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., tuple[Any, Path]]:
-    """make(dtype=…, shard=…, **config) → (transformers' model, its folder)."""
+    """tiny(dtype=…, shard=…, **config) → (transformers' model, its folder)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     def make(*, dtype: torch.dtype = torch.float32, shard: str = "50GB", **changes: Any) -> tuple[Any, Path]:
         torch.manual_seed(5)
         model = LlamaForCausalLM(LlamaConfig(**(TINY | changes)))
         for parameter in model.parameters():
-            # Biases and norms start as constants, which would hide a mix-up.
+            # Biases and norms are constants at first, which would hide swapped tensors.
             torch.nn.init.normal_(parameter, mean=0.3 if parameter.ndim == 1 else 0.0, std=0.15)
         model.to(dtype).save_pretrained(tmp_path, max_shard_size=shard)
-        # Loaded again, since .to() has rounded the rotary frequencies too, as loading doesn't.
+        # Loaded again: .to() has rounded the rotary frequencies too, and loading does not.
         return LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval(), tmp_path
 
     return make
@@ -59,7 +60,7 @@ def demo() -> ModelSource:
 
 @pytest.fixture(scope="session")
 def forward() -> Callable[..., torch.Tensor]:
-    """run(model, ids, first_position=0) → f32 [R, vocab], with plain causal attention."""
+    """forward(model, ids, first_position=0) → logits f32 [R, vocab], with plain causal attention."""
 
     @torch.inference_mode()
     def run(model: Llama, ids: list[int], *, first_position: int = 0) -> torch.Tensor:

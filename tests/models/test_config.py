@@ -1,4 +1,4 @@
-"""Shapes read from config.json and GGUF metadata, and what is refused."""
+"""Model shapes from config.json and GGUF metadata, and the configurations that are refused."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""GGUF: damage is named, and healthy files give transformers' very bits."""
+"""GGUF files: damage is reported, and intact files give the same bits as transformers."""
 
 from contextlib import suppress
 
@@ -18,7 +18,7 @@ from farshore.models.weights import expected_shapes, load_model
 
 
 def written(path, *, architecture="llama", drop=(), extra=()):
-    """A tiny but whole GGUF llama, by gguf's own writer."""
+    """A tiny, complete GGUF llama by gguf's own writer."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(1)
     writer.add_context_length(32)
@@ -59,12 +59,12 @@ def load(source):
     return load_model(source, dtype=torch.float32)
 
 
-def test_whole_file(tmp_path):
+def test_intact_file(tmp_path):
     model = load(written(tmp_path / "m.gguf"))
     config = model.config
     assert (config.layers, config.head_dim, config.vocab, config.tied_embeddings) == (1, 8, 11, False)
     raw = GgufFile.open(tmp_path / "m.gguf").tensor("blk.0.attn_q.weight")
-    # Second head: file rows 8..15 are pairs; ours are first all evens, then all odds.
+    # Second head: rows 8 to 15 of the file are pairs; ours are the even ones, then the odd ones.
     order = [8, 10, 12, 14, 9, 11, 13, 15]
     assert np.array_equal(model.weights.layers[0].q[8:16].numpy(), raw[order])
     assert np.array_equal(
@@ -83,8 +83,8 @@ def test_reads_metadata_as_gguf_does(demo):
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.3, 0.9, 0.999])
 def test_truncated(tmp_path, share):
     source = written(tmp_path / "m.gguf")
-    whole = source.path.read_bytes()
-    source.path.write_bytes(whole[: int(len(whole) * share)])
+    intact = source.path.read_bytes()
+    source.path.write_bytes(intact[: int(len(intact) * share)])
     for read in (load_config, load):
         with pytest.raises(
             ModelError, match=r"m\.gguf: .*(cut short|not a GGUF).*download it again"
@@ -110,20 +110,20 @@ def test_absent_and_folder(tmp_path):
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_damage_never_escapes_as_another_error(data, tmp_path_factory):
-    """Flipped bytes in the front either still read, or raise what callers catch."""
+    """Changed bytes in the header either can be read, or raise the errors that callers catch."""
     folder = tmp_path_factory.getbasetemp()
     path = folder / "fuzz.gguf"
     if not path.exists():
         written(path)
-    whole = bytearray(path.read_bytes()[:2000])
+    intact = bytearray(path.read_bytes()[:2000])
     for _ in range(data.draw(st.integers(1, 4))):
-        whole[data.draw(st.integers(4, len(whole) - 1))] = data.draw(st.integers(0, 255))
+        intact[data.draw(st.integers(4, len(intact) - 1))] = data.draw(st.integers(0, 255))
     try:
-        header = read_header(bytes(whole))
+        header = read_header(bytes(intact))
     except DamagedError:
         return
     with suppress(ModelError):
-        ModelConfig.from_gguf(GgufFile(path, bytes(whole), header), "fuzz")
+        ModelConfig.from_gguf(GgufFile(path, bytes(intact), header), "fuzz")
 
 
 @pytest.mark.parametrize(

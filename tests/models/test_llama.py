@@ -1,4 +1,4 @@
-"""The sliced decoder against transformers' whole one."""
+"""The sliced decoder compared with transformers' LlamaForCausalLM."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_logits_equal_transformers(tiny, forward, tied, rope, bias):
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_slice_rounds_like_transformers(tiny, rope, dtype):
-    """Bit for bit, given the same attention: the order of roundings is part of the contract."""
+    """Bit for bit with the same attention: the order of roundings is part of the contract."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -63,7 +63,7 @@ def test_every_slice_rounds_like_transformers(tiny, rope, dtype):
     theirs.set_attn_implementation("farshore_probe")
     expected = reference(theirs, IDS)
     loaded = load_model(resolve(str(folder)), dtype=dtype)
-    ours = Llama(loaded.config, loaded.weights)  # In PyTorch: native kernels sum in an order of their own.
+    ours = Llama(loaded.config, loaded.weights)  # In PyTorch: native kernels sum in another order.
     assert ours.dtype == dtype
     positions = torch.arange(len(IDS))
     h = ours.embed(torch.tensor(IDS))
@@ -82,7 +82,7 @@ def test_sharded_safetensors_and_progress(tiny, forward):
     theirs, folder = tiny(shard="30KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     seen = []
-    ours = load_model(resolve(str(folder)), dtype=torch.float32, progress=lambda *at: seen.append(at))
+    ours = load_model(resolve(str(folder)), dtype=torch.float32, progress=lambda *counts: seen.append(counts))
     torch.testing.assert_close(forward(ours, IDS), reference(theirs, IDS), atol=1e-5, rtol=1e-5)
     assert seen == [(done, len(seen)) for done in range(1, len(seen) + 1)]
 

@@ -1,4 +1,5 @@
-"""The native dense slices against PyTorch's, for every instruction set; weights as a file packs them."""
+"""The native dense slices compared with PyTorch's, for every instruction set, with plain and packed
+weights."""
 
 import gguf
 import numpy as np
@@ -16,8 +17,8 @@ from farshore.kernels.cpu.packed import Blocks, Packed, Storage  # noqa: E402
 from farshore.models.native_llama import NativeLlama  # noqa: E402
 
 ROWS = [1, 2, 3, 4, 7, 8, 9, 12, 13, 32, 33, 300]
-"""Of few rows and of many, in whole blocks and not."""
-# 3 blocks of 32 and 23: odd numbers, so that the last pair is filled up; and more than one block of a panel.
+"""Few rows and many, multiples of a kernel's block of rows and others."""
+# 3 and 23 blocks of 32 elements: odd numbers, so that the last pair is padded, and more than one panel block.
 CONFIG = ModelConfig(
     name="test",
     layers=1,
@@ -43,7 +44,7 @@ def instruction_set(request):
 
 
 def quantised(kind: str, shape: tuple[int, int], seed: int) -> tuple[torch.Tensor, Blocks]:
-    """Random weights that ``kind`` can hold: (their values as gguf gives them, blocks)."""
+    """Random weights that ``kind`` can represent: (their values by gguf, their blocks)."""
     values = np.random.default_rng(seed).normal(0, shape[1] ** -0.5, shape).astype(np.float32)
     blocks = gguf.quantize(values, gguf.GGMLQuantizationType[kind])
     values = gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind])
@@ -51,7 +52,7 @@ def quantised(kind: str, shape: tuple[int, int], seed: int) -> tuple[torch.Tenso
 
 
 def weights(dtype: torch.dtype, *, kind: str = "Q8_0", biased: bool = True):
-    """(LlamaWeights, blocks of its matrices)."""
+    """(LlamaWeights, the blocks of its matrices by name)."""
     generator = torch.Generator().manual_seed(1)
 
     def vector(n: int) -> torch.Tensor:
@@ -68,41 +69,41 @@ def weights(dtype: torch.dtype, *, kind: str = "Q8_0", biased: bool = True):
 
 
 def slices(model: Llama, rows: int, seed: int = 0):
-    """What every slice gives for random inputs."""
+    """The results of all slices for random inputs. Asserts that combined calls equal the single ones."""
     generator = torch.Generator().manual_seed(seed)
     h = torch.randn(rows, 96, generator=generator).to(model.dtype)
     o = torch.randn(rows, 6, 16, generator=generator).to(model.dtype)
     positions = torch.randint(64, (rows,), generator=generator)
     normed = model.attention_input(0, h)
     query, (k, v) = model.query(0, normed, positions), model.key_value(0, normed, positions)
-    for together, alone in zip(model.project(0, h, positions), (query, k, v), strict=True):
-        assert torch.equal(together, alone)
+    for combined, single in zip(model.project(0, h, positions), (query, k, v), strict=True):
+        assert torch.equal(combined, single)
     out = torch.empty_like(query), torch.empty_like(k), torch.empty_like(v)
     model.project(0, h, positions, out=out)
-    for there, alone in zip(out, (query, k, v), strict=True):
-        assert torch.equal(there, alone)
-    behind = model.finish(0, h, o)
-    over = h.clone()
-    assert model.finish(0, over, o, out=over) is over and torch.equal(over, behind)
-    way = model.layer_buffers(rows)
-    way.positions.copy_(positions)
-    way.enter(h)
-    way.project(0)
-    assert all(torch.equal(*pair) for pair in zip((way.q, way.k, way.v), out, strict=True))
-    for it in (way.q, way.k, way.v):
-        it.zero_()
-    way.query(0)
-    way.key_value(0)
-    assert all(torch.equal(*pair) for pair in zip((way.q, way.k, way.v), out, strict=True))
-    way.o.copy_(o)
-    way.finish(0)
-    assert torch.equal(way.h, behind)
+    for combined, single in zip(out, (query, k, v), strict=True):
+        assert torch.equal(combined, single)
+    next_h = model.finish(0, h, o)
+    in_place = h.clone()
+    assert model.finish(0, in_place, o, out=in_place) is in_place and torch.equal(in_place, next_h)
+    buffers = model.layer_buffers(rows)
+    buffers.positions.copy_(positions)
+    buffers.enter(h)
+    buffers.project(0)
+    assert all(torch.equal(*pair) for pair in zip((buffers.q, buffers.k, buffers.v), out, strict=True))
+    for tensor in (buffers.q, buffers.k, buffers.v):
+        tensor.zero_()
+    buffers.query(0)
+    buffers.key_value(0)
+    assert all(torch.equal(*pair) for pair in zip((buffers.q, buffers.k, buffers.v), out, strict=True))
+    buffers.o.copy_(o)
+    buffers.finish(0)
+    assert torch.equal(buffers.h, next_h)
     return {
         "normed": normed,
         "q": query,
         "k": k,
         "v": v,
-        "h": behind,
+        "h": next_h,
         "logits": model.logits(h),
     }
 
@@ -112,9 +113,9 @@ def slices(model: Llama, rows: int, seed: int = 0):
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-6)], ids=["float32", "bfloat16"]
 )
 def test_every_slice_equals_pytorch(dtype, tolerance, biased):
-    """In bfloat16 up to a step of the format, where sums in another order round to the other side."""
-    held, _ = weights(dtype, biased=biased)
-    ours, theirs = NativeLlama(CONFIG, held, blocks={}, threads=2), Llama(CONFIG, held)
+    """In bfloat16 up to one unit in the last place, since sums in another order may round differently."""
+    given, _ = weights(dtype, biased=biased)
+    ours, theirs = NativeLlama(CONFIG, given, blocks={}, threads=2), Llama(CONFIG, given)
     for rows in ROWS:
         expected = slices(theirs, rows)
         for name, value in slices(ours, rows).items():
@@ -126,9 +127,9 @@ def test_every_slice_equals_pytorch(dtype, tolerance, biased):
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
 def test_packed_weights_change_no_bit(kind):
-    held, blocks = weights(torch.bfloat16, kind=kind)
-    packed = NativeLlama(CONFIG, held, blocks=blocks, threads=2)
-    plain = NativeLlama(CONFIG, held, blocks={}, threads=2)
+    given, blocks = weights(torch.bfloat16, kind=kind)
+    packed = NativeLlama(CONFIG, given, blocks=blocks, threads=2)
+    plain = NativeLlama(CONFIG, given, blocks={}, threads=2)
     for rows in ROWS:
         expected = slices(plain, rows)
         for name, value in slices(packed, rows).items():
@@ -136,9 +137,9 @@ def test_packed_weights_change_no_bit(kind):
 
 
 def test_a_row_does_not_depend_on_the_others():
-    """As long as few rows stay few."""
-    held, blocks = weights(torch.bfloat16, kind="Q4_1")
-    model = NativeLlama(CONFIG, held, blocks=blocks, threads=2)
+    """For up to FEW_ROWS rows."""
+    given, blocks = weights(torch.bfloat16, kind="Q4_1")
+    model = NativeLlama(CONFIG, given, blocks=blocks, threads=2)
     h = torch.randn(dense.FEW_ROWS, 96, generator=torch.Generator().manual_seed(3)).bfloat16()
     together = model.logits(h)
     for rows in (1, 2, 3, 5, 8, 9, 12, 13, 31):
@@ -152,7 +153,7 @@ def test_blocks_are_dequantised_as_gguf_does(kind):
         assert torch.equal(blocks.unpack(dtype, threads=2), values.to(dtype))
 
 
-def test_blocks_of_another_kind_are_left_to_others():
+def test_blocks_of_an_unsupported_kind_are_none():
     assert Blocks.of("Q6_K", torch.zeros(4, 210, dtype=torch.uint8)) is None
 
 

@@ -1,4 +1,4 @@
-"""Names users type, and what they are told when nothing is found."""
+"""The names of models that users give, and the errors if nothing is found."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Ids and text against transformers' own tokenizer, chat templates, streams that never split a character."""
+"""The tokenizer compared with transformers' one, chat templates, and streams that never split a character."""
 # ruff: noqa: RUF001 - the texts are in many alphabets
 
 import json
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from farshore.errors import InvalidRequest, ModelError
 from farshore.models.gguf_file import GgufFile
-from farshore.models.gguf_header import Header
+from farshore.models.gguf_header import GgufHeader
 from farshore.models.source import ModelSource
 from farshore.models.tokenizer import Tokenizer, load_tokenizer
 
@@ -154,7 +154,7 @@ def test_template_errors(saved, tmp_path):
         "{% include 'other' %}",
     ],
 )
-def test_whatever_a_template_raises_is_a_short_refusal(saved, tmp_path, template):
+def test_every_exception_of_a_template_is_a_short_refusal(saved, tmp_path, template):
     with pytest.raises(InvalidRequest, match="can't render these messages") as refused:
         in_folder(saved, tmp_path, template).apply_chat([{"role": "user", "content": "Hello you"}])
     message = str(refused.value)
@@ -162,7 +162,7 @@ def test_whatever_a_template_raises_is_a_short_refusal(saved, tmp_path, template
 
 
 def test_long_texts_leave_the_interpreter_to_others(ours):
-    """Encoding a million characters takes most of a second, in which another thread runs on all the time."""
+    """Another thread keeps running while a million characters are encoded, which takes most of a second."""
     text, ids, passes = "word " * 200_000, [], 0
     encoding = threading.Thread(target=lambda: ids.extend(ours.encode(text)))
     encoding.start()
@@ -170,7 +170,7 @@ def test_long_texts_leave_the_interpreter_to_others(ours):
         passes += 1
         encoding.join(0.001)
     assert len(ids) >= 200_000
-    # With the lock held there are a handful, before and after.
+    # If encoding held the interpreter's lock, there would be a few passes, before and after it.
     assert passes > 20
 
 
@@ -194,7 +194,7 @@ GGUF = {
 
 def from_gguf(tmp_path, **changes):
     metadata = GGUF | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
-    return Tokenizer.from_gguf(GgufFile(tmp_path / "m.gguf", b"", Header(metadata, {})), "m")
+    return Tokenizer.from_gguf(GgufFile(tmp_path / "m.gguf", b"", GgufHeader(metadata, {})), "m")
 
 
 def test_gguf_beginning_of_text(tmp_path):
@@ -239,7 +239,7 @@ def test_stream_joins_to_decode_of_any_ids(ours, ids):
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_stream_joins_to_decode_of_broken_bytes(ours, data):
-    """The worst: single-byte tokens in any order, with specials between."""
+    """The hardest case: single-byte tokens in any order, with special tokens between them."""
     alphabet = [t for t in range(17, 17 + 256)] + [0, 2]
     ids = data.draw(st.lists(st.sampled_from(alphabet), max_size=60))
     pieces, rest = streamed(ours, ids)
@@ -251,7 +251,7 @@ def test_stream_joins_to_decode_of_broken_bytes(ours, data):
 def test_stream_of_real_text_never_splits_a_character(ours, text):
     pieces, rest = streamed(ours, ours.encode(text))
     assert "".join(pieces) + rest == ours.decode(ours.encode(text))
-    # SmolLM2 lacks tokens for a few bytes, which it drops: such characters can't come out whole.
+    # SmolLM2 has no tokens for a few bytes and drops them, so their characters are incomplete.
     if "\ufffd" not in ours.decode(ours.encode(text)):
         assert not any("\ufffd" in piece for piece in pieces)
         assert rest == ""

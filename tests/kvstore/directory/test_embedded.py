@@ -1,3 +1,5 @@
+"""The embedded directory: leases, epochs, published spans and debts."""
+
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -56,9 +58,9 @@ def test_a_worker_is_listed_while_its_lease_holds(directory, clock):
     clock.now_s += 4
     directory.renew(lease)
     clock.now_s += 4
-    assert [r.worker for r in directory.workers()] == [SHARD, OTHER]
+    assert [record.worker for record in directory.workers()] == [SHARD, OTHER]
     clock.now_s += 1
-    assert [r.worker for r in directory.workers()] == [OTHER]
+    assert [record.worker for record in directory.workers()] == [OTHER]
     with pytest.raises(NotFound):
         directory.renew(lease)
 
@@ -66,13 +68,13 @@ def test_a_worker_is_listed_while_its_lease_holds(directory, clock):
 def test_registering_again_voids_the_earlier_lease(directory):
     old = register(directory)
     new = register(directory, address="b:2")
-    assert [r.address for r in directory.workers()] == ["b:2"]
+    assert [record.address for record in directory.workers()] == ["b:2"]
     with pytest.raises(NotFound):
         directory.renew(old)
     directory.renew(new)
 
 
-def test_a_lease_takes_time(directory):
+def test_a_lease_needs_a_positive_ttl(directory):
     with pytest.raises(InvalidRequest):
         register(directory, ttl_s=0)
 
@@ -102,7 +104,7 @@ def test_only_the_owner_publishes_and_forgets(directory):
     old = directory.claim(S, ENGINE)
     directory.publish(S, old, {SHARD: [info()]})
     new = directory.claim(S, OTHER)
-    assert directory.lookup(S).spans == {SHARD: (info(),)}  # what the new owner may take over
+    assert directory.lookup(S).spans == {SHARD: (info(),)}  # the new owner may take these over
     for call in (lambda: directory.publish(S, old, {}), lambda: directory.forget(S, old)):
         with pytest.raises(Fenced):
             call()
@@ -112,7 +114,7 @@ def test_only_the_owner_publishes_and_forgets(directory):
         directory.publish(S, Epoch(new + 1), {})
 
 
-def test_what_is_unknown_or_forgotten_is_not_found(directory):
+def test_unknown_and_forgotten_sequences_are_not_found(directory):
     with pytest.raises(NotFound):
         directory.lookup(S)
     with pytest.raises(NotFound):
@@ -126,7 +128,7 @@ def test_what_is_unknown_or_forgotten_is_not_found(directory):
         directory.publish(S, epoch, {})
 
 
-def test_debts_are_what_others_lend(directory):
+def test_debts_are_the_bytes_that_others_lend(directory):
     epoch = directory.claim(S, ENGINE)
     directory.publish(S, epoch, {SHARD: [info(), info("x/1")], ENGINE: [info("e/0")], OTHER: []})
     directory.publish(T, directory.claim(T, ENGINE), {SHARD: [info("x/2", bytes=100)]})

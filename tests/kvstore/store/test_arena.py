@@ -1,3 +1,5 @@
+"""The arena: grants, frees, and the memory that the machine commits."""
+
 import ctypes
 import errno
 import mmap
@@ -19,7 +21,7 @@ requests = st.tuples(st.integers(1, 9), st.integers(1, 3 * PAGE))
 
 @settings(deadline=None)
 @given(st.lists(st.one_of(requests, st.integers(0, 100)), max_size=60))
-def test_books_add_up_whatever_is_taken_and_given_back(steps):
+def test_free_and_granted_add_up_after_any_calls(steps):
     arena = Arena(40 * PAGE)
     held: list[list[Extent]] = []
     for step in steps:
@@ -75,7 +77,7 @@ def test_an_extent_can_be_freed_in_parts():
 
 
 def resident_bytes() -> int:
-    """Of this process, as the system counts it."""
+    """Resident memory of this process, by the system's count."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
 
 
@@ -83,7 +85,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="
 
 
 @needs_proc
-def test_what_is_granted_was_touched_and_what_is_freed_goes_back_but_for_the_spare_part():
+def test_grants_are_committed_and_freed_memory_goes_back_except_for_the_spare_bytes():
     before = resident_bytes()
     arena = Arena(256 * MIB, spare_bytes=8 * MIB)
     assert resident_bytes() - before < 8 * MIB and arena.committed_bytes == 0
@@ -96,7 +98,7 @@ def test_what_is_granted_was_touched_and_what_is_freed_goes_back_but_for_the_spa
     arena.check_integrity()
 
 
-def test_what_stays_warm_is_granted_next():
+def test_committed_memory_is_granted_next():
     arena = Arena(64 * MIB, spare_bytes=4 * MIB)
     low, high = arena.allocate(1, 8 * MIB)[0], arena.allocate(1, 8 * MIB)[0]
     arena.memory[: 16 * MIB] = 7
@@ -112,8 +114,8 @@ def test_what_stays_warm_is_granted_next():
 @pytest.mark.parametrize("budget_bytes", [24 * PAGE, 33 * MIB + 5 * PAGE])
 @settings(deadline=None)
 @given(st.data())
-def test_whatever_is_given_back_leaves_no_more_than_the_spare_part(budget_bytes, data):
-    """In ordinary pages exactly; where pages are huge, what shares one with something held stays, too."""
+def test_freed_memory_leaves_no_more_committed_than_the_spare_bytes(budget_bytes, data):
+    """Exact for ordinary pages. A huge page also stays committed if a grant shares it."""
     spare_bytes = data.draw(st.sampled_from([0, 3 * PAGE, 5 * MIB]))
     arena = Arena(budget_bytes, spare_bytes=spare_bytes)
     held: list[list[Extent]] = []
@@ -134,7 +136,7 @@ def test_whatever_is_given_back_leaves_no_more_than_the_spare_part(budget_bytes,
 
 @pytest.fixture
 def populating_fails(monkeypatch):
-    """populating_fails(errno): from now on the system answers so when it is to commit memory."""
+    """populating_fails(errno): from now on the system fails to commit memory, with that errno."""
     madvise = pages._madvise
 
     def fail(number):

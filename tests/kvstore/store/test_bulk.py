@@ -1,4 +1,5 @@
-"""Native copies past the caches, and XOR, at sizes and addresses that fit no vector."""
+"""Native copies that bypass the caches, and XOR, at sizes and addresses that are not multiples of a
+vector."""
 
 import os
 import subprocess
@@ -32,7 +33,7 @@ def test_a_streamed_copy_writes_these_bytes_and_no_others(size, offset):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("sources", [0, 1, 2, 5])
-def test_a_sum_is_of_all_sources(size, sources):
+def test_an_xor_is_of_all_sources(size, sources):
     given = [random_bytes(size + i, i)[i:] for i in range(sources)]
     to = random_bytes(size + 64, 9)
     expected = to.clone()
@@ -45,7 +46,7 @@ def test_a_sum_is_of_all_sources(size, sources):
 
 @pytest.mark.parametrize("number", [2**31, 2**32, 2**32 + 1, -(2**31) - 1])
 def test_a_number_that_32_bits_cannot_hold_is_refused(layout, number):
-    """And not cut to what they can: 2^32 layers or threads would be none, and 2^32 + 1 one."""
+    """Truncated to 32 bits, 2^32 layers or threads would be 0, and 2^32 + 1 would be 1."""
     memory = torch.zeros(layout.block_bytes, dtype=torch.uint8)
     k, v = (
         torch.ones(heads, 1, dim).bfloat16()
@@ -58,7 +59,7 @@ def test_a_number_that_32_bits_cannot_hold_is_refused(layout, number):
 
 
 def test_large_writes_are_the_same_bytes(layout):
-    """From 1 MiB on they go past the caches."""
+    """Writes of 1 MiB and more bypass the caches."""
     wide = layout._replace(layers=1, k_dim=64, v_dim=64, block_tokens=64)
     memory = torch.zeros(3200 // 64 * wide.block_bytes, dtype=torch.uint8)
     bases = range(0, memory.numel(), wide.block_bytes)
@@ -76,7 +77,7 @@ from farshore.kernels.base import KVLayout
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore.store import blocks
 
-torch.set_num_threads(1)  # its own pool ends the process where there are no threads
+torch.set_num_threads(1)  # PyTorch's pool ends the process if it gets no threads
 layout = KVLayout(4, 2, 1, 1, 64, 64, KVFormat.FLOAT32)
 memory = torch.randn(8 * layout.block_bytes // 4).view(torch.uint8)
 bases = range(0, memory.numel(), layout.block_bytes)
@@ -84,17 +85,17 @@ def copy(threads):
     return blocks.copy_out(memory, layout, bases, layers=range(4), first=0, last=2000, threads=threads)
 alone = copy(1)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-bytes = sum(it.numel() * 4 for it in alone)
-resource.setrlimit(resource.RLIMIT_AS, (used + bytes + (4 << 20), -1))  # less than a thread's stack beside it
-for one, other in zip(alone, copy(4), strict=True):
-    assert torch.equal(one, other)
+size = sum(tensor.numel() * 4 for tensor in alone)
+resource.setrlimit(resource.RLIMIT_AS, (used + size + (4 << 20), -1))  # too little for a thread's stack
+for expected, got in zip(alone, copy(4), strict=True):
+    assert torch.equal(expected, got)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="measures its own memory by /proc")
 @pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="asan takes the memory")
-def test_threads_that_cannot_be_had_are_done_without(tmp_path):
-    """A shard at its limit of threads copies more slowly, and refuses nothing."""
+def test_a_copy_succeeds_without_the_threads_it_asks_for(tmp_path):
+    """A shard at its limit of threads or memory copies more slowly, and refuses nothing."""
     done = subprocess.run(
         [sys.executable, "-P", "-c", NO_THREADS], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )

@@ -1,4 +1,4 @@
-"""The store in an accelerator's memory: the same calls, copied by PyTorch. Runs where there is one."""
+"""The store in an accelerator's memory, where PyTorch copies. Skipped without an accelerator."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_a_store_on_a_device_holds_moves_and_rebuilds(any_layout, sealed, conten
         )
     )
     members = {
-        span: parity.Member(device.pieces(span, 0, n), device.digest(span, n))
+        span: parity.Member(device.chunk_images(span, 0, n), device.digest(span, n))
         for span, n in zip(spans, (13, 7), strict=True)
     }
     group = parity.encode(host, members, sequence=SequenceId("g"), epoch=1)
@@ -34,8 +34,8 @@ def test_a_store_on_a_device_holds_moves_and_rebuilds(any_layout, sealed, conten
         device,
         spans[0],
         info.covers,
-        parity=host.pieces(group, 0, 13),
-        survivors={spans[1]: device.pieces(spans[1], 0, 7)},
+        parity=host.chunk_images(group, 0, 13),
+        survivors={spans[1]: device.chunk_images(spans[1], 0, 7)},
         sequence=SequenceId("r"),
         epoch=1,
     )

@@ -1,4 +1,4 @@
-"""Continuations of one sequence: everything sealed is shared, the tail is copied."""
+"""Forks of a tail. Sealed spans are shared by holds; only the tail is copied."""
 
 import pytest
 import torch
@@ -29,8 +29,8 @@ def test_a_forked_tail_has_the_same_tokens_and_its_own_future(arena, layout, tok
     for layer in range(layout.layers):
         got_k, got_v = fork.read(layer, start, start + count)
         assert torch.equal(got_k, k) and torch.equal(got_v, v)
-        mine, theirs = (t.read(layer, start + count, start + count + 3)[0] for t in (tail, fork))
-        assert not torch.equal(mine, theirs)
+        new, forked = (t.read(layer, start + count, start + count + 3)[0] for t in (tail, fork))
+        assert not torch.equal(new, forked)
     tail.free()
     assert torch.equal(fork.read(2, start, start + count)[1], v)
     fork.free()

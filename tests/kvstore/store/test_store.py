@@ -1,4 +1,4 @@
-"""What goes in comes out: writing, sealing, reading."""
+"""Writing, sealing and reading of spans: tokens that were written are read unchanged."""
 
 import pytest
 import torch
@@ -22,10 +22,10 @@ def fill(store, span, layout, k, v, *, first=0, epoch=E1):
 
 
 def fragment(arena):
-    """Leaves free pages with holes between them, so that a span needs several runs."""
+    """Allocates every third page, so that a span needs several runs. Returns the allocated pages."""
     pages = [arena.allocate(1, 1)[0] for _ in range(arena.free_bytes // 4096)]
-    arena.free(p for i, p in enumerate(pages) if i % 3 != 1)
-    return [p for i, p in enumerate(pages) if i % 3 == 1]
+    arena.free(page for i, page in enumerate(pages) if i % 3 != 1)
+    return [page for i, page in enumerate(pages) if i % 3 == 1]
 
 
 def test_it_is_a_shard_store(store):
@@ -42,13 +42,13 @@ def test_what_was_written_is_read_byte_for_byte(store, arena, layout, tokens, ga
     total, position = sum(steps), 1003
     span = store.create(key(first=position), capacity_tokens=total, layout=layout, epoch=E1)
     data = [tokens(layout, total) for _ in range(layout.layers)]
-    at = 0
+    done = 0
     for n in steps:
         for layer in reversed(range(layout.layers)):
             k, v = data[layer]
-            store.write(span, layer, at, k[:, at : at + n], v[:, at : at + n], sequence=S, epoch=E1)
-        at += n
-        store.seal(span, at, sequence=S, epoch=E1)
+            store.write(span, layer, done, k[:, done : done + n], v[:, done : done + n], sequence=S, epoch=E1)
+        done += n
+        store.seal(span, done, sequence=S, epoch=E1)
 
     for first, last in {(0, total), (total // 2, total), (total // 3, total // 2 + 1)}:
         segments = store.segments(span, first, last)
@@ -73,7 +73,7 @@ def test_what_was_written_is_read_byte_for_byte(store, arena, layout, tokens, ga
         ({"v_in_k": True, "v_heads_per_group": 3, "v_dim": 9}, "inside K"),
     ],
 )
-def test_layouts_that_have_no_place_for_something_are_refused(store, layout, changes, named):
+def test_layouts_whose_scales_or_v_do_not_fit_are_refused(store, layout, changes, named):
     with pytest.raises(InvalidRequest, match=named):
         store.create(key(), capacity_tokens=1, layout=layout._replace(**changes), epoch=E1)
     assert store.announce() == [] and store.usage().granted_bytes == 0
@@ -164,12 +164,12 @@ def test_a_digest_is_of_the_content_wherever_it_lies(store, arena, layout, token
         fill(store, span, layout, k, v)
         return store.seal(span, 12, sequence=S, epoch=E1)
 
-    whole = digest(k, v)
+    in_one_run = digest(k, v)
     fragment(arena)
-    assert digest(k, v) == whole
+    assert digest(k, v) == in_one_run
     changed = v.clone()
     changed[1, 11, 5] += 1
-    assert digest(k, changed) != whole
+    assert digest(k, changed) != in_one_run
 
 
 def test_full_says_what_is_left_and_takes_nothing(store, arena, layout):

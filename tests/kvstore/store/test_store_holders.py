@@ -1,4 +1,4 @@
-"""Who may write, who holds, and many at once."""
+"""Epochs and fences, holds, write permission, and concurrent calls."""
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -95,7 +95,9 @@ def test_fences_are_bounded_but_spans_keep_theirs(arena, layout, tokens):
             store.create(key(sequence), capacity_tokens=1, layout=layout, epoch=E1)
     with pytest.raises(Fenced):
         store.write(span, 0, 0, *tokens(layout, 1), sequence=S, epoch=E1)
-    store.create(key("a"), capacity_tokens=1, layout=layout, epoch=E1)  # forgotten: the least recent
+    store.create(
+        key("a"), capacity_tokens=1, layout=layout, epoch=E1
+    )  # its fence, the least recent one, is forgotten
 
 
 def test_the_last_holder_frees(store, arena, layout):
@@ -138,7 +140,7 @@ def test_dropping_a_sequence_spares_newer_epochs_other_sequences_and_holders(sto
         store.segments(shared, 0, 0)
 
 
-def test_what_a_newer_epoch_holds_an_older_one_cannot_give_back(store, layout):
+def test_an_older_epoch_cannot_give_back_the_hold_of_a_newer_one(store, layout):
     span = store.create(key(), capacity_tokens=1, layout=layout, epoch=E1)
     hold(store, span, "s", E2)
     drop(store, span, "s", E1)
@@ -184,7 +186,7 @@ def test_only_the_sequence_that_created_a_span_and_holds_it_writes(store, layout
     assert store.look_up(span, holder=SequenceId("child")) == (key(), layout)
 
 
-def test_an_attempt_on_another_sequences_span_fences_nobody(store, layout, tokens):
+def test_a_refused_write_to_another_sequences_span_fences_no_sequence(store, layout, tokens):
     span = store.create(key(), capacity_tokens=9, layout=layout, epoch=E1)
     hold(store, span, "child")
     for other, error in (("child", InvalidRequest), ("stranger", NotFound)):
@@ -195,13 +197,13 @@ def test_an_attempt_on_another_sequences_span_fences_nobody(store, layout, token
 
 
 def test_two_stores_of_one_worker_never_share_an_id(layout):
-    """A worker that starts again under its old id is another store."""
+    """A worker that restarts under its old id has another store."""
     stores = [LocalStore(worker=WorkerId("w"), arena=Arena(64 * 4096)) for _ in range(2)]
     spans = [
         {store.create(key(), capacity_tokens=1, layout=layout, epoch=E1) for _ in range(20)}
         for store in stores
     ]
-    assert not spans[0] & spans[1] and all(len(it) == 20 for it in spans)
+    assert not spans[0] & spans[1] and all(len(ids) == 20 for ids in spans)
     assert stores[0].incarnation != stores[1].incarnation
     for call in (
         lambda span: stores[1].look_up(span, holder=S),
@@ -214,7 +216,7 @@ def test_two_stores_of_one_worker_never_share_an_id(layout):
 
 
 def test_a_hold_given_back_is_counted_though_the_span_stays(store, layout):
-    """What watches the count looks up again whether it still holds what it reads."""
+    """A session that reads the count then looks up again whether its holders still hold their spans."""
     span = store.create(key(), capacity_tokens=1, layout=layout, epoch=E1)
     hold(store, span, "child")
     before = int(store.removals)

@@ -1,3 +1,5 @@
+"""Tails: appending, truncating, releasing, and the memory that they take."""
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,12 +14,12 @@ from farshore.kvstore.store.tail import Tail
 PAGE = 4096
 
 
-def append(tail, layout, k, v, *, at=None):
-    """Appends to every layer, layer l getting the values times 2^l, and advances."""
-    at = tail.end if at is None else at
+def append(tail, layout, k, v):
+    """Appends the values times 2^layer to every layer, and advances."""
+    position = tail.end
     for layer in range(layout.layers):
-        tail.append(layer, at, k * 2**layer, v * 2**layer)
-    tail.advance(at + k.shape[1])
+        tail.append(layer, position, k * 2**layer, v * 2**layer)
+    tail.advance(position + k.shape[1])
 
 
 @pytest.mark.parametrize("start", [0, 3, 5, 12])
@@ -25,11 +27,11 @@ def test_appended_tokens_are_where_the_segments_say(arena, layout, tokens, gathe
     tail = Tail(arena=arena, layout=layout, start=start)
     assert (tail.start, tail.end, tail.bytes, tail.segments().size) == (start, start, 0, 0)
     k, v = tokens(layout, 13)
-    at = 0
+    done = 0
     for n in (1, 1, 4, 7):
-        append(tail, layout, k[:, at : at + n], v[:, at : at + n])
-        arena.allocate(1, 1)  # so that blocks are not all adjacent
-        at += n
+        append(tail, layout, k[:, done : done + n], v[:, done : done + n])
+        arena.allocate(1, 1)  # so that not all blocks are adjacent
+        done += n
     assert tail.end == start + 13
     assert tail.segments().size > 1
     for layer in range(layout.layers):
@@ -68,8 +70,8 @@ def test_scratch_may_be_overwritten_and_the_rest_not(arena, layout, tokens):
     tail = Tail(arena=arena, layout=layout, start=0)
     k, v = tokens(layout, 4)
     append(tail, layout, k, v)
-    tail.append(0, 4, k, v)  # a step that fails half way
-    append(tail, layout, k * 2, v * 2)  # and is run again
+    tail.append(0, 4, k, v)  # as in a step that fails half way
+    append(tail, layout, k * 2, v * 2)  # and runs again
     assert torch.equal(tail.read(0, 4, 8)[0], k * 2)
     for position in (0, 7, 9):
         with pytest.raises(InvalidRequest):
@@ -154,7 +156,7 @@ def test_a_tail_starts_at_a_position(arena, layout):
     format=st.sampled_from(list(KVFormat)),
     block_tokens=st.sampled_from([4, 16, 256]),
 )
-def test_the_bytes_of_a_range_are_told_before_it_is_reserved(start, tokens, format, block_tokens):
+def test_bytes_for_equals_the_bytes_that_reserve_takes(start, tokens, format, block_tokens):
     layout = KVLayout(2, 1, 1, 1, 64, 64, format, block_tokens=block_tokens)
     arena = Arena(1 << 24)
     tail = Tail(arena=arena, layout=layout, start=start)
@@ -164,7 +166,7 @@ def test_the_bytes_of_a_range_are_told_before_it_is_reserved(start, tokens, form
 
 
 def test_the_bytes_of_smollm2_tails():
-    """A tail of one token takes what one of 256 takes, and two tokens across a block's edge take two."""
+    """A tail takes whole blocks: 1 token and 256 take one, and 2 tokens across a block's end take two."""
     bfloat16 = KVLayout(30, 3, 1, 1, 64, 64, KVFormat.BFLOAT16)
     float32 = bfloat16._replace(format=KVFormat.FLOAT32)
     block = 256 * 23_040
@@ -179,7 +181,7 @@ commands = st.tuples(st.sampled_from(["append", "truncate", "release", "reserve"
 
 
 @given(st.integers(0, 7), st.lists(commands, max_size=30))
-def test_a_tail_is_a_window_on_a_list(start, steps):
+def test_a_tail_behaves_like_a_window_on_a_list(start, steps):
     layout = KVLayout(1, 1, 1, 1, 1, 1, KVFormat.FLOAT32, block_tokens=4)
     arena = Arena(1 << 20)
     tail = Tail(arena=arena, layout=layout, start=start)

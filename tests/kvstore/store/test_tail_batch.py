@@ -1,4 +1,4 @@
-"""A step's appends, in one call a layer: the same bytes and the same refusals as one by one."""
+"""TailBatch: one call per layer stores and refuses the same as an append to each tail."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def rows_of(layout, rows, *, dtype=torch.float32, seed=0):
 
 
 def grown(arena, layout, *, start, tokens):
-    """A tail with something in it."""
+    """A tail with ``tokens`` random tokens from position ``start`` on."""
     tail = Tail(arena=arena, layout=layout, start=start)
     k, v = rows_of(layout, tokens, seed=start)
     for layer in range(layout.layers):
@@ -41,7 +41,7 @@ def as_stored(tail):
 def test_a_batch_stores_what_single_appends_store(layout, format, dtype):
     layout = layout._replace(format=format, block_tokens=6)
     arena = Arena(1 << 20)
-    # Five rows: one a tail, save that the second tail gets three. Ends of blocks inside and between.
+    # Five rows: the second tail gets three and the others one each. Blocks end inside and between rows.
     sizes, counts = [(0, 6), (3, 2), (7, 4)], [1, 3, 1]
     batched, single = ([grown(arena, layout, start=s, tokens=n) for s, n in sizes] for _ in range(2))
     tails = [tail for tail, count in zip(batched, counts, strict=True) for _ in range(count)]
@@ -54,10 +54,10 @@ def test_a_batch_stores_what_single_appends_store(layout, format, dtype):
         for tail, count in zip(single, counts, strict=True):
             rows = slice(row, row := row + count)
             tail.append(layer, tail.end, k[rows].transpose(0, 1), v[rows].transpose(0, 1))
-    for one, other, count in zip(batched, single, counts, strict=True):
-        one.advance(one.end + count)
-        other.advance(other.end + count)
-        assert all(torch.equal(a, b) for a, b in zip(as_stored(one), as_stored(other), strict=True))
+    for tail, expected, count in zip(batched, single, counts, strict=True):
+        tail.advance(tail.end + count)
+        expected.advance(expected.end + count)
+        assert all(torch.equal(a, b) for a, b in zip(as_stored(tail), as_stored(expected), strict=True))
 
 
 def test_a_batch_reserves_for_all_or_for_none(layout):
@@ -68,14 +68,14 @@ def test_a_batch_reserves_for_all_or_for_none(layout):
     assert [tail.bytes for tail in tails] == [0, 0, 0]
     batch = TailBatch(tails, [0, 5, 9])
     assert arena.free_bytes == 0
-    TailBatch(tails, [0, 5, 9])  # a step that is run again
+    TailBatch(tails, [0, 5, 9])  # as when a step runs again
     k, v = rows_of(layout, 3)
     batch.append(0, k, v)
     assert [tail.segments(tail.end + 1).count.tolist() for tail in tails] == [[1], [1], [1]]
     assert [tail.end for tail in tails] == [0, 5, 9]
 
 
-def test_what_a_layer_lacks_no_tail_advances_over(arena, layout):
+def test_no_tail_advances_over_tokens_that_a_layer_lacks(arena, layout):
     tails = [grown(arena, layout, start=start, tokens=2) for start in (0, 4)]
     batch = TailBatch(tails, [2, 6])
     k, v = rows_of(layout, 2)
@@ -118,22 +118,22 @@ def test_a_refused_layer_writes_nothing_to_any_tail(arena, layout):
 
 
 def test_rows_that_make_no_batch(arena, layout):
-    one, other = (grown(arena, layout, start=start, tokens=2) for start in (0, 4))
+    first, second = (grown(arena, layout, start=start, tokens=2) for start in (0, 4))
     half = Tail(arena=arena, layout=layout.of_groups(1), start=0)
     elsewhere = Tail(arena=Arena(4096), layout=layout, start=0)
     for tails, positions in [
         ([], []),
-        ([one], [2, 3]),
-        ([one, other, one], [2, 6, 3]),
-        ([one, one], [2, 4]),
-        ([one, one], [2, 2]),
-        ([one], [1]),
-        ([one, half], [2, 0]),
-        ([one, elsewhere], [2, 0]),
+        ([first], [2, 3]),
+        ([first, second, first], [2, 6, 3]),
+        ([first, first], [2, 4]),
+        ([first, first], [2, 2]),
+        ([first], [1]),
+        ([first, half], [2, 0]),
+        ([first, elsewhere], [2, 0]),
     ]:
         with pytest.raises(InvalidRequest):
             TailBatch(tails, positions)
-    assert (one.bytes, other.bytes) == (4096, 8192)  # tokens 4 and 5 are in two blocks
+    assert (first.bytes, second.bytes) == (4096, 8192)  # tokens 4 and 5 are in two blocks
 
 
 def test_rejected_speculation_is_truncated_and_appended_again(arena, layout):

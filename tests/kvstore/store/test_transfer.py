@@ -1,4 +1,4 @@
-"""Exports arrive as they were sent, or not at all."""
+"""Exports: an import has exactly the exported bytes, or raises an error and keeps nothing."""
 
 from dataclasses import replace
 
@@ -26,9 +26,9 @@ def other():
 
 
 @pytest.fixture(autouse=True)
-def several_parts(monkeypatch, layout):
-    """Blocks come in parts of two layers and of one."""
-    monkeypatch.setattr(images, "PART_BYTES", 2 * layout.layer_bytes)
+def small_chunks(monkeypatch, layout):
+    """Each block takes two chunks: one of two layers and one of one layer."""
+    monkeypatch.setattr(images, "CHUNK_BYTES", 2 * layout.layer_bytes)
 
 
 @pytest.fixture
@@ -60,19 +60,21 @@ def test_a_digest_is_of_the_content_however_it_is_cut(store, layout, sealed, mon
     span = sealed(store, 13, layout)
     digests = set()
     for size in (1, 2 * layout.layer_bytes, layout.block_bytes):
-        monkeypatch.setattr(images, "PART_BYTES", size)
-        digests.add(transfer.digest(store.pieces(span, 2, 13)))
+        monkeypatch.setattr(images, "CHUNK_BYTES", size)
+        digests.add(transfer.digest(store.chunk_images(span, 2, 13)))
     assert len(digests) == 1
-    assert store.digest(span, 13) == transfer.digest(store.pieces(span, 0, 13)) != store.digest(span, 12)
-    assert store.digest(span, 12) == transfer.digest(store.pieces(span, 0, 12))
+    assert (
+        store.digest(span, 13) == transfer.digest(store.chunk_images(span, 0, 13)) != store.digest(span, 12)
+    )
+    assert store.digest(span, 12) == transfer.digest(store.chunk_images(span, 0, 12))
     with pytest.raises(InvalidRequest):
         store.digest(span, 14)
-    assert transfer.digest(store.pieces(span, 2, 12)) not in digests
+    assert transfer.digest(store.chunk_images(span, 2, 12)) not in digests
 
 
 def test_a_header_comes_back_as_it_was_packed():
     for format in KVFormat:
-        header = transfer.Header(
+        header = transfer.ExportHeader(
             key=transfer.SpanKey(
                 sequence=SequenceId("größer/1"),
                 layer_class=3,
@@ -84,22 +86,22 @@ def test_a_header_comes_back_as_it_was_packed():
             tokens=9,
             parity=True,
         )
-        part = images.Part(0, 9, 10, 12)
-        packed = header.pack(part)
-        assert transfer.Header.unpack(packed) == (header, part)
+        chunk = images.ChunkRange(0, 9, 10, 12)
+        packed = header.pack(chunk)
+        assert transfer.ExportHeader.unpack(packed) == (header, chunk)
         for bad in (b"", packed[:50], b"FSX0" + packed[4:], packed + b"\xff"):
             with pytest.raises(ValueError):
-                transfer.Header.unpack(bad)
+                transfer.ExportHeader.unpack(bad)
 
 
 def test_every_flipped_bit_is_caught_and_named(sent, other):
     chunk = sent[3]
     for field in ("header", "payload"):
         data = bytearray(getattr(chunk, field))
-        for at in range(0, 8 * len(data), 7):
-            data[at // 8] ^= 1 << at % 8
+        for bit in range(0, 8 * len(data), 7):
+            data[bit // 8] ^= 1 << bit % 8
             damaged = [*sent[:3], replace(chunk, **{field: bytes(data)}), *sent[4:]]
-            data[at // 8] ^= 1 << at % 8
+            data[bit // 8] ^= 1 << bit % 8
             with pytest.raises(Corrupt, match=r"chunk 3 of .*'s'.* damaged"):
                 other.import_span(damaged, sequence=T, epoch=E1)
     with pytest.raises(Corrupt, match="chunk 3"):
@@ -122,16 +124,14 @@ def test_every_flipped_bit_is_caught_and_named(sent, other):
         (lambda sent: [resealed(sent[0], header=b"FSX1"), *sent[1:]], "chunk 0: a header of 4 bytes"),
     ],
 )  # fmt: skip
-def test_what_is_left_out_repeated_reordered_or_of_another_size_is_refused_and_named(
-    sent, other, spoil, named
-):
+def test_missing_repeated_reordered_and_resized_chunks_are_refused_and_named(sent, other, spoil, named):
     with pytest.raises(Corrupt, match=named):
         other.import_span(spoil(sent), sequence=T, epoch=E1)
     assert other.announce() == [] and other.usage().free_bytes == other.usage().budget_bytes
 
 
 def resealed(chunk, **changes):
-    """The chunk with other content and a checksum that fits: a sender's mistake, not the line's."""
+    """The chunk with other content and a valid checksum: a mistake of the sender, not of the transport."""
     chunk = replace(chunk, **changes)
     return replace(chunk, checksum=transfer._checksum(chunk.header, chunk.payload))
 
@@ -146,11 +146,11 @@ def test_chunks_of_two_exports_do_not_mix(store, other, layout, sealed, sent):
 
 
 def test_an_impossible_layout_is_refused_before_memory_is_granted(other, layout, sent):
-    header, _ = transfer.Header.unpack(sent[0].header)
+    header, _ = transfer.ExportHeader.unpack(sent[0].header)
     for bad in (layout._replace(groups=3), layout._replace(v_in_k=True)):
-        part = next(images.cut(bad, 12))
-        size = images.part_layout(bad, part).block_bytes
-        packed = replace(header, layout=bad).pack(part)
+        chunk = next(images.chunk_ranges(bad, 12))
+        size = images.image_layout(bad, chunk).block_bytes
+        packed = replace(header, layout=bad).pack(chunk)
         with pytest.raises(InvalidRequest):
             other.import_span([resealed(sent[0], header=packed, payload=bytes(size))], sequence=T, epoch=E1)
     assert other.announce() == []
@@ -166,7 +166,7 @@ def test_full_grants_nothing(sent, other, arena):
     assert big in {info.span for info in other.announce()}
 
 
-def test_nothing_can_be_read_before_all_is_there_and_nothing_is_kept_of_a_broken_stream(sent, other):
+def test_an_import_is_unreadable_until_complete_and_a_broken_one_leaves_nothing(sent, other):
     def breaking():
         yield from sent[:4]
         (info,) = other.announce()
@@ -217,7 +217,7 @@ def test_a_span_being_exported_outlives_its_last_holder(store, arena, layout, se
         store.export(span, 0, 12)
 
 
-def test_an_export_that_nobody_reads_to_its_end_lets_go(store, arena, layout, sealed):
+def test_a_closed_export_frees_its_span(store, arena, layout, sealed):
     chunks = store.export(sealed(store, 12, layout), 0, 12)
     next(chunks)
     store.drop_sequence(S, epoch=E1)
@@ -225,7 +225,7 @@ def test_an_export_that_nobody_reads_to_its_end_lets_go(store, arena, layout, se
     assert arena.free_bytes == arena.budget_bytes
 
 
-def test_a_chunk_is_a_part_of_a_block_however_long_the_span(store, layout, sealed):
+def test_a_chunk_is_no_larger_than_a_block_however_long_the_span(store, layout, sealed):
     chunks = list(store.export(sealed(store, 60, layout), 0, 60))
     assert len(chunks) == 12 * 2
     assert max(len(chunk.payload) for chunk in chunks) == 2 * layout.layer_bytes
