@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from farshore.kernels.base import KVLayout, Segments, StoredKV
+from farshore.kernels.formats import CODES, DTYPE_CODES
 from farshore.kvstore.store.arena import stride_bytes
 from farshore.kvstore.store.forms import from_stored, stored_bytes, to_stored
 
@@ -26,9 +27,8 @@ except ImportError:
 Bases = Sequence[int] | Mapping[int, int]
 """Byte offset in the memory of each block, by its index."""
 
-_FORMATS = {"int8": 1, "int4": 2}
-_STORED = 0
-_TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
+_STORED = -1
+"""In place of a dtype's code: rows are bytes, as they are stored."""
 
 
 def copy_in(
@@ -150,7 +150,7 @@ def native_for(memory: Tensor) -> ModuleType | None:
 def native_layout(layout: KVLayout) -> list[int]:
     """The layout as the native copies take it."""
     return [
-        _FORMATS.get(layout.format.value, 0),
+        CODES[layout.format],
         layout.block_tokens,
         layout.layer_bytes,
         layout.k_heads,
@@ -170,7 +170,7 @@ def native_layout(layout: KVLayout) -> list[int]:
 
 def native_type(layout: KVLayout, rows: Tensor) -> int:
     """What the native copies make of rows of that dtype; an unquantised format's are bytes to them."""
-    return _TYPES.get(rows.dtype, _STORED) if layout.format.quantised else _STORED
+    return DTYPE_CODES.get(rows.dtype, _STORED) if layout.format.quantised else _STORED
 
 
 def native_rows(rows: Tensor) -> tuple[int, int, int, int]:
@@ -193,7 +193,7 @@ def _dequantised(
         if layout.v_in_k
         else torch.empty(len(layers), layout.v_heads, last - first, layout.v_dim)
     )
-    _gather(memory, layout, bases, layers, first, last, threads, _TYPES[torch.float32], k, v)
+    _gather(memory, layout, bases, layers, first, last, threads, DTYPE_CODES[torch.float32], k, v)
     return k, v
 
 
