@@ -82,6 +82,9 @@ CODES = {
 DTYPE_CODES = {format.dtype: code for format, code in CODES.items() if not format.quantised}
 """The same numbers by element dtype, for tensors that are not quantised."""
 
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of q, of outputs and of unquantised KV that the native kernels support."""
+
 
 def quantise(x: Tensor, format: KVFormat) -> tuple[Tensor, Tensor]:
     """Converts rows ``x [..., dim]`` of any float dtype into (payload ``u8[..., row_bytes]``, scales

@@ -17,13 +17,10 @@ from farshore.attention_offload.plan.step_plan import Read, ShardStep
 from farshore.attention_offload.shard import checks as door
 from farshore.attention_offload.transport.frames import frame_bytes
 from farshore.errors import InvalidRequest
-from farshore.kernels.base import AttentionSpec, Rows, Segments, State
+from farshore.kernels.base import AttentionSpec, Segments, State, WorkList
+from farshore.kernels.formats import DTYPE_CODES, NATIVE_DTYPES
 from farshore.kernels.select import implementation
 from farshore.kvstore.base import ShardStore
-
-_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Of q and o, as kernels/cpu/native/api.h numbers them."""
-
 
 MOST_SEGMENTS = 1 << 18
 """Of a step: stretches of adjacent blocks, counted anew for each micro-batch that reads them."""
@@ -132,8 +129,7 @@ class ShardSession:
 
     def runs_natively(self, dtype: torch.dtype) -> bool:
         """Whether a native loop can attend in this session's stead, q and o in ``dtype``."""
-        native = all(kernels.__name__ == "farshore.kernels.cpu" for kernels in self._kernels)  # type: ignore[attr-defined]
-        return native and dtype in _FORMATS
+        return all(kernels.native for kernels in self._kernels) and dtype in NATIVE_DTYPES
 
     def native_step(self, dtype: torch.dtype) -> tuple[Any, ...]:
         """The step under way as ``attention_offload/native`` takes it; see ``serve`` there."""
@@ -154,7 +150,7 @@ class ShardSession:
         watched = self._store.removals.data_ptr()
         # The loop repeats a step by itself where positions do not matter.
         repeats = not self._model.has_windows
-        return step.step, _FORMATS[dtype], layers, tuple(work), counted, watched, self._removals, repeats
+        return step.step, DTYPE_CODES[dtype], layers, tuple(work), counted, watched, self._removals, repeats
 
     def rows(self, micro_batch: int) -> int:
         """Rows of one micro-batch's frames. Raises InvalidRequest for one the step does not have."""
@@ -182,7 +178,7 @@ class ShardSession:
         layer_bytes = sum((it.last - it.first) * (it.group1 - it.group0) for it in reads) * group_bytes
         try:
             plan = self._kernels[layer_class].plan(
-                Rows.of(work),
+                WorkList.of(work),
                 Segments.concat(segments),
                 self._store.memory,
                 layout,
@@ -206,7 +202,7 @@ class ShardSession:
 def work_of(
     reads: Sequence[Read], store: ShardStore
 ) -> tuple[list[tuple[int, int, int, int, int]], list[Segments]]:
-    """What kernels are to do for ``reads``, as :meth:`Rows.of` takes it, and where in the store's memory the
+    """The kernels' work for ``reads``, as :meth:`WorkList.of` takes it, and where in the store's memory the
     tokens lie. Raises NotFound, or InvalidRequest for tokens that are not sealed there."""
     work: list[tuple[int, int, int, int, int]] = []
     parts: list[Segments] = []

@@ -10,7 +10,6 @@ from collections.abc import Collection
 import torch
 
 from farshore.attention_offload.transport.frames import native
-from farshore.kernels import reference
 from farshore.kernels.select import implementation
 
 
@@ -43,4 +42,4 @@ def give_way() -> None:
 
 
 def _computes_natively() -> bool:
-    return native() is not None and implementation(torch.device("cpu"), torch.float32) is not reference
+    return native() is not None and implementation(torch.device("cpu"), torch.float32).native

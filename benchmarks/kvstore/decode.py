@@ -16,7 +16,7 @@ from farshore.benchmarks.kvstore.setting import EPOCH, At, key, random_bytes, st
 from farshore.benchmarks.report import Bar, Result
 from farshore.benchmarks.timing import AWAKE_S, interleave
 from farshore.ids import SequenceId
-from farshore.kernels.base import KVLayout, Rows, Segments
+from farshore.kernels.base import KVLayout, Segments, WorkList
 from farshore.kernels.formats import KVFormat
 
 BAR_OF_PLAIN = 0.98
@@ -64,7 +64,7 @@ def _partial(
     at: At, segments: Segments, memory: Tensor, layout: KVLayout, *, first_layer: int = 0
 ) -> Callable[[], None]:
     """Attends in the next layer at each call."""
-    rows = Rows.of([(0, 1, segment, 0, layout.groups) for segment in range(segments.size)])
+    rows = WorkList.of([(0, 1, segment, 0, layout.groups) for segment in range(segments.size)])
     positions = torch.tensor([at.sizes.decode_tokens])
     plan = at.implementation.plan(rows, segments, memory, layout, SMOLLM2.spec, positions=positions)
     q, out = query(SMOLLM2, 1)
