@@ -14,7 +14,7 @@ from farshore.benchmarks.kernels.cold import query
 from farshore.benchmarks.kernels.shapes import SMOLLM2
 from farshore.benchmarks.kvstore.setting import EPOCH, At, key, random_bytes, store_for
 from farshore.benchmarks.report import Bar, Result
-from farshore.benchmarks.timing import AWAKE_S, interleave
+from farshore.benchmarks.timing import LEAST_RUN_S, interleave
 from farshore.ids import SequenceId
 from farshore.kernels.base import KVLayout, Segments, WorkList
 from farshore.kernels.formats import KVFormat
@@ -43,7 +43,7 @@ def against_plain(at: At) -> Measured:
         {"plain": over_plain, "store": over_store},
         rounds=at.sizes.rounds * 2,
         warm_up=layout.layers,
-        least_run_s=AWAKE_S,
+        least_run_s=LEAST_RUN_S,
         limit_s=at.sizes.limit_s,
     )
     of_plain = timed["plain"].over(timed["store"])
