@@ -11,7 +11,7 @@ constexpr int SCALE_ELEMENTS = 64;
 enum class Format { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4, FLOAT64 };
 
 // Of the rows on the other side of a copy. STORED: the bytes of a stored row, its scales behind its payload.
-enum class Type { STORED = -1, FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, FLOAT64 = 5 };
+enum class Type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, FLOAT64 = 5, STORED = 6 };
 
 // K or V of a layer: `heads` runs of [token][payload], then [token][scales].
 struct Side {

@@ -27,7 +27,7 @@ except ImportError:
 Bases = Sequence[int] | Mapping[int, int]
 """Byte offset in the memory of each block, by its index."""
 
-_STORED = -1
+_STORED = len(CODES)
 """In place of a dtype's code: rows are bytes, as they are stored."""
 
 
