@@ -1,1 +1,1 @@
-"""What Farshore's speed is measured with. Above every floor; only ``farshore bench`` imports it."""
+"""The benchmarks of Farshore. Above every floor; only ``farshore bench`` imports them."""

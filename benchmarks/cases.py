@@ -1,6 +1,6 @@
-"""Cases by name: which of them a run measures, and the loop over them.
+"""Chooses cases by name and measures them in order.
 
-Used by every benchmark that has more than one case. Must not know what a case measures.
+Used by every benchmark that has several cases. Must not know what a case measures.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,11 +12,11 @@ from farshore.errors import InvalidRequest
 Measured = tuple[list[Result], list[Bar]]
 
 Case = TypeVar("Case")
-At = TypeVar("At")
+SettingT = TypeVar("SettingT")
 
 
 def choose(cases: Mapping[str, Case], only: str, *, kind: str = "case") -> dict[str, Case]:
-    """Those whose name holds ``only``. InvalidRequest, naming all of them, if there are none."""
+    """The cases whose name contains ``only``. Raises InvalidRequest, naming all cases, if there are none."""
     chosen = {name: case for name, case in cases.items() if only in name}
     if not chosen:
         raise InvalidRequest(f"no {kind} {only!r}: choose a part of {'; '.join(cases)}")
@@ -24,14 +24,18 @@ def choose(cases: Mapping[str, Case], only: str, *, kind: str = "case") -> dict[
 
 
 def measure(
-    cases: Mapping[str, Callable[[At], Measured]], at: At, *, progress: Callable[[str], None]
+    cases: Mapping[str, Callable[[SettingT], Measured]],
+    setting: SettingT,
+    *,
+    progress: Callable[[str], None],
 ) -> Measured:
-    """What all of them say, in order, each told to ``progress`` as it begins."""
+    """Measures all cases in order and returns their results and bars. ``progress`` gets the name of each case
+    before it is measured."""
     results: list[Result] = []
     bars: list[Bar] = []
     for name, case in cases.items():
         progress(name)
-        measured, held = case(at)
-        results += measured
-        bars += held
+        case_results, case_bars = case(setting)
+        results += case_results
+        bars += case_bars
     return results, bars

@@ -1,6 +1,6 @@
-"""The benchmarks by name: what ``farshore bench`` can run.
+"""The benchmarks that ``farshore bench`` can run, by name.
 
-Called by ``client.cli_bench``. A benchmark is a function from options to a report.
+Called by ``client.cli.bench``. A benchmark is a function from options to a report.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,20 +30,20 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the command line can say to a benchmark."""
+    """The command line's options for a benchmark."""
 
     implementation: str | None = None
-    """Of the kernels; None: the fastest that is available."""
+    """The kernels to measure; None: the fastest ones that are installed."""
     threads: int | None = None
-    """None: as many as this process may use."""
+    """None: one per core that this process may use."""
     only: str = ""
-    """Cases whose name holds this."""
+    """Only cases whose name contains this are measured."""
     peer: str | None = None
-    """Another server to measure instead of ours."""
+    """Another server to measure in place of ours."""
     requests: int = 2000
-    """Of the hostile ones that ``faults`` sends."""
+    """Number of hostile requests that ``faults`` sends."""
     seed: int | None = None
-    """Of these requests; None: a new one."""
+    """Seed of the hostile requests; None: a random one."""
 
     def facts(self) -> machine.Facts:
         return machine.facts(self.threads or len(usable_cores()))

@@ -1,10 +1,10 @@
-"""A network of a given delay and rate, where the kernel has no netem: a proxy for TCP connections.
+"""A proxy that delays TCP connections and limits their rate, for kernels without netem.
 
-``python -m farshore.benchmarks.delay`` listens on the same ports as its target, at another address, so that
-whoever is told one of the target's ports finds it at the proxy, too. Bytes leave in order, each ``delay``
-after it came and at most ``rate`` in a second: what a link does, without loss. It ends when its input does.
+``python -m farshore.benchmarks.delay`` listens on the same ports as its target, at another address, so that a
+port of the target is valid at the proxy too. Bytes leave in order, each ``delay`` seconds after it came and
+at most ``rate`` per second, as on a link without loss. The process ends when its standard input does.
 
-On Linux all of 127.0.0.0/8 is this host: the benchmark's proxy is 127.0.0.2 for a worker on 127.0.0.1.
+On Linux all of 127.0.0.0/8 is this host: the benchmarks' proxy is 127.0.0.2 for a worker on 127.0.0.1.
 """
 
 import argparse
@@ -22,15 +22,16 @@ from farshore.errors import StartupError
 
 CHUNK_BYTES = 256 << 10
 CONNECT_DEADLINE_S = 5.0
-HELD_CHUNKS = 4096
-"""Of one direction; beyond, the sender has to wait."""
+QUEUED_CHUNKS = 4096
+"""Chunks in flight in one direction. Beyond, the sender is blocked."""
 
 _PR_SET_TIMERSLACK = 29
 
 
 @contextmanager
 def proxy(*, listen: str, target: str, ports: list[int], delay_s: float) -> Iterator[None]:
-    """A proxy in a process of its own, listening by the time the block begins, until it ends."""
+    """Runs the proxy in a process of its own while the block runs. The proxy listens when the block begins.
+    Raises StartupError if it ends before that."""
     command = [sys.executable, "-P", "-m", "farshore.benchmarks.delay", "--listen", listen]
     command += ["--target", target, "--delay-s", str(delay_s), "--ports", *map(str, ports)]
     pipe = subprocess.PIPE
@@ -45,17 +46,17 @@ def proxy(*, listen: str, target: str, ports: list[int], delay_s: float) -> Iter
 
 
 class _Direction:
-    """Bytes from one socket to the other. Two threads: one waits for bytes, one for their time."""
+    """Moves bytes from one socket to the other. One thread waits for bytes, another for the time to send."""
 
     def __init__(self, source: socket.socket, to: socket.socket, delay_s: float, rate: float) -> None:
         self._source, self._to = source, to
         self._delay_s, self._rate = delay_s, rate
-        self._held: queue.Queue[tuple[float, bytes]] = queue.Queue(HELD_CHUNKS)
+        self._queued: queue.Queue[tuple[float, bytes]] = queue.Queue(QUEUED_CHUNKS)
         for run in (self._receive, self._send):
             threading.Thread(target=run, daemon=True).start()
 
     def _receive(self) -> None:
-        free_s = 0.0  # when the link has sent what came before
+        free_s = 0.0  # The time when the link has sent all earlier bytes.
         chunk = b"-"
         while chunk:
             try:
@@ -63,11 +64,11 @@ class _Direction:
             except OSError:
                 chunk = b""
             free_s = max(free_s, time.monotonic()) + len(chunk) / self._rate
-            self._held.put((free_s + self._delay_s, chunk))
+            self._queued.put((free_s + self._delay_s, chunk))
 
     def _send(self) -> None:
         while True:
-            due_s, chunk = self._held.get()
+            due_s, chunk = self._queued.get()
             left_s = due_s - time.monotonic()
             if left_s > 0:
                 time.sleep(left_s)
@@ -84,17 +85,17 @@ class _Direction:
 
 def _accept(listener: socket.socket, target: tuple[str, int], delay_s: float, rate: float) -> None:
     while True:
-        here, _ = listener.accept()
+        accepted, _ = listener.accept()
         try:
-            there = socket.create_connection(target, timeout=CONNECT_DEADLINE_S)
+            connected = socket.create_connection(target, timeout=CONNECT_DEADLINE_S)
         except OSError:
-            here.close()
+            accepted.close()
             continue
-        there.settimeout(None)
-        for it in (here, there):
-            it.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        _Direction(here, there, delay_s, rate)
-        _Direction(there, here, delay_s, rate)
+        connected.settimeout(None)
+        for end in (accepted, connected):
+            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        _Direction(accepted, connected, delay_s, rate)
+        _Direction(connected, accepted, delay_s, rate)
 
 
 def main() -> None:
@@ -105,7 +106,7 @@ def main() -> None:
     parser.add_argument("--delay-s", default=0.0, type=float, metavar="S", help="one way")
     parser.add_argument("--rate", default=float("inf"), type=float, metavar="BYTES/S", help="each way")
     args = parser.parse_args()
-    # Sleeps otherwise last up to 50 µs longer than asked for.
+    # Without this, a sleep lasts up to 50 µs too long.
     ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(1))
     for port in args.ports:
         listener = socket.create_server((args.listen, port))

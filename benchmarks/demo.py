@@ -1,4 +1,4 @@
-"""The demo model as benchmarks run it. Used by ``offload`` and ``serve``, through ``catalogue``."""
+"""Loads the demo model for the benchmarks ``offload`` and ``serve``."""
 
 from dataclasses import replace
 
@@ -10,11 +10,11 @@ from farshore.models.source import DEMO, resolve
 from farshore.models.weights import load_model
 
 POSITIONS = 40_960
-"""SmolLM2 has 8,192; contexts that are measured reach 32K, with a tail behind. No time depends on it."""
+"""SmolLM2 has 8,192; measured contexts reach 32K tokens and a tail. Times do not depend on this number."""
 
 
 def load_demo(threads: int) -> Llama:
-    """SmolLM2 in bfloat16, served by ``threads`` threads, with room for every context that is measured."""
+    """SmolLM2 in bfloat16 on ``threads`` threads, with positions for every measured context."""
     source = resolve(DEMO)
     config = replace(load_config(source), max_positions=POSITIONS)
     return load_model(source, dtype=torch.bfloat16, config=config, threads=threads)

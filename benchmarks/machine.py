@@ -1,6 +1,6 @@
-"""What machine a figure was measured on: its facts, and the rates that kernels are compared with.
+"""The machine that a benchmark runs on: its facts, and the rates that kernels are compared with.
 
-Used by every benchmark; ``farshore bench machine`` prints it by itself. Must not know any kernel.
+Used by every benchmark; ``farshore bench machine`` prints only this. Must not know any kernel.
 """
 
 import os
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from farshore.benchmarks.memory import allocate
-from farshore.benchmarks.timing import AWAKE_S, ROUNDS, interleave
+from farshore.benchmarks.timing import LEAST_RUN_S, ROUNDS, interleave
 
 ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
 CACHES_PER_BUFFER = 8
@@ -26,32 +26,34 @@ READERS: Mapping[str, Callable[[Tensor], object]] = {
     "torch.sum(float32)": lambda memory: memory.view(torch.float32).sum(),
     "torch.aminmax(int32)": lambda memory: memory.view(torch.int32).aminmax(),
 }
-"""Each reads every byte of a ``u8`` buffer once. Which is fastest depends on the machine."""
+"""Functions that read every byte of a ``u8`` buffer once. Which is fastest depends on the machine."""
 
 
 @dataclass(frozen=True, slots=True)
 class MachineSizes:
-    """How much is measured; tests make it tiny."""
+    """How much is measured. Tests use tiny sizes."""
 
     buffer_bytes: int | None = None
-    """None: 8 x L3, at most 4 GiB and a third of the memory."""
+    """Bytes read and copied; None: 8 x L3, at most 4 GiB and a third of the memory."""
     gemm: tuple[int, ...] = (512, 2048, 4096)
-    """n of the n x n x n products, rising; the first is always measured."""
+    """n of the n x n x n products, ascending; the first is always measured."""
     gemm_run_s: float = 0.25
-    """A larger one is measured if, at the rate of the one before, a run of it takes less than this."""
-    least_run_s: float = AWAKE_S
-    """Of a timed run; see ``timing.interleave``."""
+    """A larger product is measured if a run would take less than this at the rate of the previous one."""
+    least_run_s: float = LEAST_RUN_S
+    """The least length of a timed run; see ``timing.interleave``."""
     rounds: int = ROUNDS
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
+    """What the system reports about the machine and the process."""
+
     cpu: str
     architecture: str
     physical_cores: int
-    """Visible to this machine (or VM), not only to this process."""
+    """Cores of this machine or VM, not only of this process."""
     l3_bytes: int | None
-    """As the system claims it: a VM may be told of more than its share."""
+    """The size that the system reports, which in a VM may be more than its share; None if unknown."""
     memory_bytes: int
     """The machine's, or the container's limit if that is less."""
     isa: tuple[str, ...]
@@ -59,13 +61,15 @@ class Facts:
     torch: str
     threads: int
     load_average_1m: float
-    """Before measuring: above 0 somebody else was at work."""
+    """Before the measurement. Above 0, other processes were running."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
+    """What the machine does at best. GB/s and GFLOP/s are powers of ten."""
+
     read_gbps: float
-    """Of the fastest reader."""
+    """The read bandwidth of the fastest reader."""
     reader: str
     read_gbps_by_reader: Mapping[str, float]
     read_buffer_bytes: int
@@ -73,10 +77,10 @@ class Rates:
     copy_gbps: float
     """Bytes copied per second; each is read once and written once."""
     gemm: str
-    """The fastest product, by dtype and n: what ``extend`` is held against. PyTorch's bfloat16 product takes
-    100 times as long as its float32 one where the CPU has no instructions for it."""
+    """The dtype and n of the fastest product, with which ``extend`` is compared. Without instructions for
+    bfloat16, PyTorch's bfloat16 product takes 100 times as long as its float32 one."""
     gemm_gflops: Mapping[str, float]
-    """By dtype; the best of the sizes."""
+    """By dtype, at the fastest n."""
     gemm_gflops_by_size: Mapping[str, float]
     """By dtype and n."""
 
@@ -99,7 +103,7 @@ def facts(threads: int) -> Facts:
 
 
 def measure(machine: Facts, sizes: MachineSizes, *, progress: Callable[[str], None]) -> Rates:
-    """Takes well under a minute. Reads and copies use as many threads as ``machine`` says."""
+    """Measures the rates with ``machine.threads`` threads, in well under a minute. Sets PyTorch's threads."""
     torch.set_num_threads(machine.threads)
     size_bytes = sizes.buffer_bytes or cold_bytes(machine)
     progress(f"read and copy bandwidth, over {size_bytes >> 20} MiB")
@@ -123,7 +127,8 @@ def measure(machine: Facts, sizes: MachineSizes, *, progress: Callable[[str], No
 
 
 def gemm(which: str) -> tuple[Callable[[], Tensor], int]:
-    """One n x n x n product into memory that is there already, named as in ``Rates.gemm``; and its FLOPs."""
+    """A function that computes one n x n x n product into allocated memory, and its FLOPs. ``which`` is a
+    dtype and n, as in ``Rates.gemm``."""
     name, size = which.split()
     dtype, n = getattr(torch, name), int(size)
     generator = torch.Generator().manual_seed(n)
@@ -134,14 +139,15 @@ def gemm(which: str) -> tuple[Callable[[], Tensor], int]:
 
 
 def cold_bytes(machine: Facts) -> int:
-    """Enough to read that nothing of it is still cached when it is read again."""
+    """The size of a buffer so large that none of it is still cached when it is read again."""
     l3 = machine.l3_bytes or UNKNOWN_L3_BYTES
     size_bytes = min(CACHES_PER_BUFFER * l3, MOST_BUFFER_BYTES, machine.memory_bytes // 3)
     return size_bytes // 4096 * 4096
 
 
 def l3_bytes(caches: Path) -> int | None:
-    """The last-level cache's size under a ``/sys/devices/system/cpu/cpu0/cache``; None if it is not told."""
+    """The size of the L3 cache, read from ``caches``, such as /sys/devices/system/cpu/cpu0/cache; None if it
+    is not there."""
     for index in sorted(caches.glob("index*")):
         if (index / "level").read_text().strip() == "3":
             text = (index / "size").read_text().strip()
@@ -150,7 +156,8 @@ def l3_bytes(caches: Path) -> int | None:
 
 
 def physical_cores(cpus: Path) -> int:
-    """Distinct (package, core) pairs under a ``/sys/devices/system/cpu``; logical CPUs if it is not told."""
+    """The number of distinct (package, core) pairs under ``cpus``, such as /sys/devices/system/cpu; the
+    number of logical CPUs if it has none."""
     cores = {
         ((topology / "physical_package_id").read_text(), (topology / "core_id").read_text())
         for topology in cpus.glob("cpu[0-9]*/topology")
@@ -159,19 +166,22 @@ def physical_cores(cpus: Path) -> int:
 
 
 def available_bytes(machine: Facts) -> int:
-    """Memory that nobody uses now; half of all of it where the system does not tell."""
-    told = _pairs(Path("/proc/meminfo")).get("MemAvailable")
-    return min(int(told.split()[0]) << 10 if told else machine.memory_bytes // 2, machine.memory_bytes)
+    """Free memory in bytes; half of all memory if the system does not report it."""
+    reported = _pairs(Path("/proc/meminfo")).get("MemAvailable")
+    return min(
+        int(reported.split()[0]) << 10 if reported else machine.memory_bytes // 2, machine.memory_bytes
+    )
 
 
 def name_of(dtype: torch.dtype) -> str:
+    """For example "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def _bandwidths(size_bytes: int, rounds: int) -> tuple[dict[str, float], float]:
-    """GB/s of each reader, and of copying one half onto the other."""
+    """GB/s of each reader, and of copying one half of the buffer to the other."""
     memory = allocate(size_bytes)
-    memory.fill_(1)  # Untouched pages would all be one page of zeros: a cached one.
+    memory.fill_(1)  # Untouched pages would all map to one page of zeros, which would be cached.
     to, source = memory[: size_bytes // 2], memory[size_bytes // 2 :]
     reads = {name: partial(reader, memory) for name, reader in READERS.items()}
     by_reader = {
@@ -209,7 +219,7 @@ def _cgroup_bytes() -> float:
 
 
 def _pairs(file: Path) -> dict[str, str]:
-    """The first ``name : value`` of each name in a /proc file; empty where there is none."""
+    """The first ``name : value`` of each name in a /proc file; empty if the file does not exist."""
     pairs: dict[str, str] = {}
     if file.is_file():
         for line in file.read_text().splitlines():

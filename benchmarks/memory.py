@@ -1,7 +1,7 @@
-"""Large buffers to measure in, of huge pages where the system grants them.
+"""Allocates large buffers for benchmarks, in huge pages if the system grants them.
 
 On a 2-core Sapphire Rapids VM the first touch of 3.75 GiB took 11 s in 4 KiB pages and 1.6 s in huge ones,
-and reads ran 10 to 50% faster. Used for the machine's own rates and for stored KV alike, so that a kernel is
+and reads were 10 to 50% faster. Called for the machine's rates and for stored KV alike, so that a kernel is
 compared with bandwidth measured in the same kind of memory.
 """
 

@@ -1,6 +1,6 @@
-"""What a benchmark says: the machine, its results, and the bars they are held against.
+"""The report of a benchmark: the machine, the results, and the bars that they must meet.
 
-Filled by the benchmarks, printed by ``client.cli_bench``. Must not know how anything is measured.
+Made by the benchmarks, printed by ``client.cli.bench``. Must not know how anything is measured.
 """
 
 from collections.abc import Mapping
@@ -23,9 +23,9 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A figure that was promised, and whether the measured value keeps the promise.
+    """A bound that a measured value must keep.
 
-    ``value``: None where it could not be measured. ``note``: why, or how it was measured.
+    ``value`` is None if it could not be measured; ``note`` says why, or how it was measured.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Bar:
 
     @property
     def met(self) -> bool:
-        """Never for None or NaN: what could not be measured is not met."""
+        """Whether the value keeps the bound. False for None and NaN: a value that was not measured fails."""
         if self.value is None:
             return False
         return self.value >= self.bound if self.sense == ">=" else self.value <= self.bound
@@ -63,7 +63,8 @@ class Report:
             {
                 "machine": dict(self.machine),
                 "results": [
-                    {"name": it.name, **it.figures, "timing": it.timing.summary()} for it in self.results
+                    {"name": result.name, **result.figures, "timing": result.timing.summary()}
+                    for result in self.results
                 ],
                 "bars": [_bar(bar) for bar in self.bars],
             }
@@ -71,13 +72,13 @@ class Report:
 
 
 def _bar(bar: Bar) -> dict[str, Any]:
-    """As the JSON holds it: a note only where there is one."""
-    told = {**asdict(bar), "met": bar.met}
-    return told if bar.note else {name: value for name, value in told.items() if name != "note"}
+    """The JSON object of a bar, without an empty note."""
+    fields = {**asdict(bar), "met": bar.met}
+    return fields if bar.note else {name: value for name, value in fields.items() if name != "note"}
 
 
 def _rounded(value: Any) -> Any:
-    """Floats to the digits that mean something, all the way down."""
+    """``value`` with all floats in it, at any depth, rounded to SIGNIFICANT_DIGITS."""
     if isinstance(value, float):
         return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
     if isinstance(value, dict):

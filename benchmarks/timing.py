@@ -1,4 +1,4 @@
-"""Runs what is compared in turns, A B A B ..., so that a drift of the machine (heat, neighbours) hits both.
+"""Times candidates alternately, A B A B ..., so that a drift of the machine (heat, neighbours) affects all.
 
 Used by every benchmark. Must not know what is measured, nor what counts as fast.
 """
@@ -10,12 +10,14 @@ from math import ceil
 from statistics import median, quantiles
 
 ROUNDS = 20
-"""Runs behind a median that a bar is held against."""
+"""Runs whose median is compared with a bar."""
 LEAST_ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
+    """The runs of one candidate."""
+
     samples_s: tuple[float, ...]
     """Seconds per call of each timed run, in the order of the rounds."""
 
@@ -24,7 +26,7 @@ class Timing:
         return median(self.samples_s)
 
     def summary(self) -> dict[str, float | int]:
-        """What a report says of it."""
+        """A report's figures: number of runs; median, 10th and 90th percentile and minimum in seconds."""
         several = len(self.samples_s) > 1
         tenths = quantiles(self.samples_s, n=10, method="inclusive") if several else self.samples_s * 9
         return {
@@ -36,21 +38,22 @@ class Timing:
         }
 
     def over(self, other: "Timing") -> float:
-        """How many times as long as ``other`` it took: the median of the rounds' own ratios.
+        """How many times as long as ``other`` this took: the median of the ratios of each round.
 
-        Not the ratio of the medians: on a shared machine whose speed doubles and halves within a comparison
-        (bf16 GEMM on a 2-core VM: 730 to 2,490 GFLOP/s within minutes), these may come from different speeds.
+        The ratio of the medians would be wrong on a shared machine whose speed doubles and halves within a
+        comparison (bf16 GEMM on a 2-core VM: 730 to 2,490 GFLOP/s within minutes), because the two medians
+        may come from different speeds.
         """
         return median(a / b for a, b in zip(self.samples_s, other.samples_s, strict=True))
 
 
 SETTLE_S = 0.02
-"""Before each timed run. PyTorch's threads spin for milliseconds after its last call, on cores that the next
-candidate's threads need."""
-AWAKE_S = 0.05
-"""Least length of a run of what has threads of its own and is called over and over in use. Threads that a
-run wakes may start on one core, and it takes the scheduler milliseconds to part them: a GEMM of 1 ms told a
-rate of 50 GFLOP/s where ten in a row told 330."""
+"""Pause before each timed run. PyTorch's threads spin for milliseconds after its last call, on cores that
+the next candidate's threads need."""
+LEAST_RUN_S = 0.05
+"""Least length of a run whose code has threads of its own and is called repeatedly in use. Threads that a
+run wakes may start on one core, and the scheduler takes milliseconds to part them: single GEMMs of 1 ms gave
+a rate of 50 GFLOP/s, ten in a row 330."""
 
 
 def interleave(
@@ -63,11 +66,11 @@ def interleave(
     limit_s: float = 120.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Times each candidate ``rounds`` times, in turns, after ``warm_up`` rounds that do not count.
+    """Times each candidate ``rounds`` times, alternately, after ``warm_up`` rounds that do not count.
 
-    A timed run is ``calls`` calls, for what is too short for the clock; more where, at the speed of the last
-    warm-up, these take less than ``least_run_s``. After ``limit_s`` seconds no further round starts once
-    ``LEAST_ROUNDS`` are done: a slow implementation gets fewer runs, as the report says.
+    A timed run makes ``calls`` calls, because one may be too short for the clock; more if they would take
+    less than ``least_run_s`` at the speed of the last warm-up. After ``limit_s`` seconds no further round
+    starts once ``LEAST_ROUNDS`` are done: a slow candidate gets fewer runs, and the report says how many.
     """
     begun = clock()
     calls_of = dict.fromkeys(candidates, calls)
@@ -80,7 +83,7 @@ def interleave(
             if call_s > 0:
                 calls_of[name] = max(calls, ceil(least_run_s / call_s))
         if clock() - begun > limit_s / 10:
-            break  # Warm by now, and the limit is for the runs that count.
+            break  # The limit is for the runs that count.
     samples_s: dict[str, list[float]] = {name: [] for name in candidates}
     for done in range(rounds):
         if done >= LEAST_ROUNDS and clock() - begun > limit_s:

@@ -1,15 +1,17 @@
-"""What a kernel is given and what it returns: the vocabulary of floor 0.
+"""The contract of the attention kernels: their arguments, their results, and :class:`Kernels` itself.
 
-Callers (shards, the engine) describe stored KV as *segments* and work as *rows*; kernels know nothing of
-sequences, spans or networks. Symbols: R query rows of a step, G = gcd(K heads, V heads) head groups.
+Used by every implementation and every caller (shards, the engine, the store, benchmarks). Callers describe
+stored KV as *segments* and what to compute as a *work list*. Kernels must not know sequences, spans or
+networks. Symbols: R query rows, G = gcd(K heads, V heads) head groups.
 
-**Attention state.** Over any token set S, attention is (o, lse): o the softmax-weighted mean of V over S,
-lse = ln sum exp(scale * q.k), natural log. States of disjoint sets merge exactly (see :func:`merge` of each
-implementation); the identity is (0, -inf).
+**Attention state.** The attention of a query over a set of tokens is the pair (o, lse): o is the mean of V
+weighted by softmax, and lse = ln sum exp(scale * q.k), in natural logarithm. States of disjoint sets merge
+exactly (:meth:`Kernels.merge`). The state of no tokens, the identity, is (0, -inf).
 """
 
+from collections.abc import Sequence
 from math import gcd
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,11 +19,15 @@ from torch import Tensor
 from farshore.kernels.formats import SCALE_ELEMENTS, KVFormat
 
 BLOCK_TOKENS = 256
-"""Tokens in a block of stored KV. A (layer, group) run of 256 SmolLM2 rows is 32 KiB, whole OS pages."""
+"""Tokens in a block of stored KV. One layer and group of SmolLM2 then takes 32 KiB, whole OS pages."""
 
 
 class AttentionSpec(NamedTuple):
-    """Static shape of attention in one layer class."""
+    """Shape of attention in one layer class.
+
+    A row at position p sees the tokens at positions 0 to p, or only the last ``window_tokens`` of them.
+    ``soft_cap`` c replaces a logit x by c * tanh(x / c).
+    """
 
     q_heads: int
     k_heads: int
@@ -32,11 +38,11 @@ class AttentionSpec(NamedTuple):
     soft_cap: float | None = None
     window_tokens: int | None = None
     v_in_k: bool = False
-    """V is the first ``v_dim`` elements of K and not stored again (MLA's latent: K 576, V 512)."""
+    """V is the first ``v_dim`` elements of K and is not stored separately (MLA's latent: K 576, V 512)."""
 
     @property
     def groups(self) -> int:
-        """Head groups: the finest unit that heads can be sharded by."""
+        """KV-head groups. Heads can be split between shards at the borders of groups only."""
         return gcd(self.k_heads, self.v_heads)
 
     @property
@@ -45,12 +51,12 @@ class AttentionSpec(NamedTuple):
 
 
 class StoredKV(NamedTuple):
-    """One layer of a block as it is stored, whatever its format; see :mod:`farshore.kernels.formats`."""
+    """One layer of a block as stored bytes, in any format; see :mod:`farshore.kernels.formats`."""
 
     k: Tensor
     """u8[k_heads, block_tokens, row bytes]"""
     k_scales: Tensor
-    """bf16[k_heads, block_tokens, scales]; no scales unless quantised"""
+    """bf16[k_heads, block_tokens, scales]; scales = 0 if the format is not quantised"""
     v: Tensor
     """u8[v_heads, block_tokens, row bytes]"""
     v_scales: Tensor
@@ -58,11 +64,11 @@ class StoredKV(NamedTuple):
 
 
 class KVLayout(NamedTuple):
-    """Shape of stored KV inside one block: ``[layer][K|V][group][head of group]`` of runs.
+    """How one block of stored KV is laid out: ``[layer][K|V][group][head of the group]`` of runs.
 
-    A run is one head's tokens: ``[token][payload of the row]``, then, if quantised, ``[token][scales]`` in
-    bfloat16. Head-major runs, all layers of a block together, so that export, spill and parity act on one
-    range. A span that holds fewer groups has a smaller block (``of_groups``).
+    A run holds the block's tokens of one head: ``[token][payload of the row]``, then, if quantised,
+    ``[token][scales]`` in bfloat16. All layers of a block are adjacent, so that export, spill and parity act
+    on one byte range. A span that holds fewer groups has smaller blocks (:meth:`of_groups`).
     """
 
     layers: int
@@ -73,14 +79,17 @@ class KVLayout(NamedTuple):
     v_dim: int
     format: KVFormat
     block_tokens: int = BLOCK_TOKENS
-    """Even if rows have an odd number of payload bytes (odd dims), so that scales lie at even addresses."""
+    """Must be even if rows have an odd number of payload bytes, so that scales lie at even addresses."""
     v_in_k: bool = False
-    """V takes no bytes of its own: it is the beginning of each row of K."""
+    """V takes no bytes: it is the beginning of each row of K."""
 
     @classmethod
     def of(cls, spec: AttentionSpec, *, layers: int, format: KVFormat) -> "KVLayout":
-        """Of a layer class. ValueError where V cannot be read out of K as ``v_in_k`` asks: the K heads are
-        not the V heads, or a quantised V would end inside of a group that shares a scale."""
+        """The layout of a layer class whose blocks hold all groups.
+
+        Raises ValueError if ``v_in_k`` is asked for and V cannot be read out of K: the numbers of K and V
+        heads differ, V is wider than K, or a quantised V would end inside a group that shares a scale.
+        """
         if spec.v_in_k:
             ends_inside = spec.v_dim < spec.k_dim and spec.v_dim % SCALE_ELEMENTS
             if spec.k_heads != spec.v_heads or spec.v_dim > spec.k_dim or (format.quantised and ends_inside):
@@ -102,6 +111,7 @@ class KVLayout(NamedTuple):
         )
 
     def of_groups(self, groups: int) -> "KVLayout":
+        """The same layout for blocks that hold ``groups`` head groups."""
         return self._replace(groups=groups)
 
     @property
@@ -119,7 +129,7 @@ class KVLayout(NamedTuple):
 
     @property
     def v_row_bytes(self) -> int:
-        """Payload bytes of one token of one V head: those that V takes itself, so 0 if ``v_in_k``."""
+        """Payload bytes of one token of one V head; 0 if ``v_in_k``."""
         return 0 if self.v_in_k else self.format.row_bytes(self.v_dim)
 
     @property
@@ -139,6 +149,7 @@ class KVLayout(NamedTuple):
 
     @property
     def v_run_bytes(self) -> int:
+        """Bytes of one V head of one layer in one block; 0 if ``v_in_k``."""
         return self.block_tokens * (self.v_row_bytes + 2 * self.v_scales)
 
     @property
@@ -148,7 +159,7 @@ class KVLayout(NamedTuple):
 
     @property
     def layer_token_bytes(self) -> int:
-        """Bytes of one token in one layer, K and V of every group."""
+        """Bytes of one token in one layer: K, V and scales of every group."""
         return self.layer_bytes // self.block_tokens
 
     @property
@@ -161,7 +172,7 @@ class KVLayout(NamedTuple):
         return self.layers * self.layer_bytes
 
     def stored(self, block: Tensor, layer: int) -> StoredKV:
-        """One layer of a block given as bytes ``u8[block_bytes]``, without a copy, in any format.
+        """Views of one layer of a block, given as bytes ``u8[block_bytes]``. Works in every format.
 
         If ``v_in_k``, ``v`` and ``v_scales`` are views of the beginning of each row of ``k``.
         """
@@ -175,21 +186,21 @@ class KVLayout(NamedTuple):
         return StoredKV(k, k_scales, v, v_scales)
 
     def views(self, block: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """K ``[k_heads, block_tokens, k_dim]`` and V ``[v_heads, block_tokens, v_dim]`` of one layer,
-        without a copy, from a block given as bytes ``u8[block_bytes]``. ValueError for quantised formats,
-        whose elements have no address: see :meth:`stored`."""
+        """Views of K ``[k_heads, block_tokens, k_dim]`` and V ``[v_heads, block_tokens, v_dim]`` of one layer
+        of a block, given as bytes ``u8[block_bytes]``. Raises ValueError for a quantised format, whose
+        elements have no addresses: use :meth:`stored`."""
         if self.format.quantised:
             raise ValueError(f"{self.format.value} elements cannot be viewed: dequantise what is stored")
-        # Not through `stored`: a tail appends to a view in every layer, and this takes a fifth of the time.
-        t = self.block_tokens
+        # Does not call `stored`: tails append to views in every layer, and this takes a fifth of the time.
+        tokens = self.block_tokens
         elements = block.view(self.format.dtype)
-        k_elements = self.k_heads * t * self.k_dim
-        v_elements = 0 if self.v_in_k else self.v_heads * t * self.v_dim
+        k_elements = self.k_heads * tokens * self.k_dim
+        v_elements = 0 if self.v_in_k else self.v_heads * tokens * self.v_dim
         middle = layer * (k_elements + v_elements) + k_elements
-        k = elements[middle - k_elements : middle].view(self.k_heads, t, self.k_dim)
+        k = elements[middle - k_elements : middle].view(self.k_heads, tokens, self.k_dim)
         if self.v_in_k:
             return k, k[..., : self.v_dim]
-        return k, elements[middle : middle + v_elements].view(self.v_heads, t, self.v_dim)
+        return k, elements[middle : middle + v_elements].view(self.v_heads, tokens, self.v_dim)
 
     def _runs(self, runs: Tensor, heads: int, row_bytes: int) -> tuple[Tensor, Tensor]:
         """Payload ``u8[heads, block_tokens, row_bytes]`` and scales ``bf16[heads, block_tokens, n]``."""
@@ -201,45 +212,52 @@ class KVLayout(NamedTuple):
         )
 
 
+SEGMENT_DTYPES = (torch.int64,) * 2 + (torch.int32,) * 3 + (torch.int16,) * 2
+"""The dtypes of the fields of :class:`Segments`."""
+WORK_DTYPES = (torch.int32,) * 3 + (torch.int16,) * 2
+"""The dtypes of the fields of :class:`WorkList`."""
+
+
 class Segments(NamedTuple):
-    """N stretches of stored KV. Inside one, token i lies in block ``(first + i) // block_tokens`` of a run
-    of blocks at constant stride, at slot ``(first + i) % block_tokens``."""
+    """N segments of stored KV in one memory.
+
+    A segment's blocks lie at a constant stride. Its token i is in block ``(first + i) // block_tokens``, at
+    slot ``(first + i) % block_tokens``.
+    """
 
     base: Tensor
-    """i64[N]: byte offset of the run's first block in the memory."""
+    """i64[N]: byte offset of the segment's first block in the memory"""
     stride: Tensor
-    """i64[N]: bytes from one block of the run to the next."""
+    """i64[N]: bytes from one block to the next"""
     first: Tensor
-    """i32[N]: slot of the first token, counted from the run's first block."""
+    """i32[N]: slot of the first token, counted from slot 0 of the first block"""
     count: Tensor
-    """i32[N]: tokens."""
+    """i32[N]: tokens"""
     position: Tensor
-    """i32[N]: position of the first token in its sequence."""
+    """i32[N]: position of the first token in its sequence"""
     group0: Tensor
-    """i16[N]: first head group the run holds ..."""
+    """i16[N]: the first head group that the blocks hold"""
     group1: Tensor
-    """i16[N]: ... and one past its last; block size follows from group1 - group0."""
+    """i16[N]: the last one plus 1; ``group1 - group0`` gives the size of the blocks"""
 
     @classmethod
-    def concat(cls, parts: "list[Segments]") -> "Segments":
-        return cls(*(torch.cat(field) for field in zip(*parts, strict=True))) if parts else cls.of([])
+    def concat(cls, lists: "Sequence[Segments]") -> "Segments":
+        return cls(*(torch.cat(field) for field in zip(*lists, strict=True))) if lists else cls.of([])
 
     @classmethod
-    def of(cls, runs: "list[tuple[int, int, int, int, int, int, int]]") -> "Segments":
+    def of(cls, segments: "Sequence[tuple[int, int, int, int, int, int, int]]") -> "Segments":
         """From tuples (base, stride, first, count, position, group0, group1)."""
-        dtypes = (torch.int64, torch.int64, torch.int32, torch.int32, torch.int32, torch.int16, torch.int16)
-        columns = list(zip(*runs, strict=True)) if runs else [()] * len(dtypes)
-        return cls(*(torch.tensor(c, dtype=d) for c, d in zip(columns, dtypes, strict=True)))
+        return cls(*_columns(segments, SEGMENT_DTYPES))
 
     @property
     def size(self) -> int:
         return self.base.numel()
 
 
-class Rows(NamedTuple):
-    """Work list of W items: rows ``row .. row + rows`` attend to ``segment`` in groups ``group0 .. group1``.
+class WorkList(NamedTuple):
+    """W items of work: rows ``row .. row + rows`` attend to ``segment`` in groups ``group0 .. group1``.
 
-    One row on many segments is a paged or selected read; many rows on one segment a shared prefix.
+    One row on many segments is a paged or selected read; many rows on one segment share a prefix.
     """
 
     row: Tensor
@@ -254,10 +272,14 @@ class Rows(NamedTuple):
     """i16[W]"""
 
     @classmethod
-    def of(cls, items: "list[tuple[int, int, int, int, int]]") -> "Rows":
-        dtypes = (torch.int32, torch.int32, torch.int32, torch.int16, torch.int16)
-        columns = list(zip(*items, strict=True)) if items else [()] * len(dtypes)
-        return cls(*(torch.tensor(c, dtype=d) for c, d in zip(columns, dtypes, strict=True)))
+    def of(cls, items: "Sequence[tuple[int, int, int, int, int]]") -> "WorkList":
+        """From tuples (row, rows, segment, group0, group1)."""
+        return cls(*_columns(items, WORK_DTYPES))
+
+
+def _columns(items: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    columns = list(zip(*items, strict=True)) if items else [()] * len(dtypes)
+    return [torch.tensor(column, dtype=dtype) for column, dtype in zip(columns, dtypes, strict=True)]
 
 
 class State(NamedTuple):
@@ -268,9 +290,99 @@ class State(NamedTuple):
 
     @classmethod
     def identity(cls, rows: int, heads: int, v_dim: int, *, dtype: torch.dtype = torch.float32) -> "State":
-        """The neutral element of merge: no token seen yet."""
+        """A new state of no tokens, the neutral element of merge. ``dtype`` is that of o."""
         lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         return cls(
             torch.zeros(rows, heads, v_dim, dtype=dtype),
             torch.full((rows, heads), -torch.inf, dtype=lse_dtype),
         )
+
+
+Plan = TypeVar("Plan")
+"""What an implementation prepares in ``plan``; callers pass it to that implementation's ``partial``."""
+
+
+class Kernels(Protocol[Plan]):
+    """The functions of one implementation, which is a module; :mod:`farshore.kernels.select` chooses it.
+
+    This is the contract of all of them. An implementation's docstrings say only what differs there.
+    Functions write to ``out``, whose o may have any float dtype the implementation knows and gets the result
+    rounded once. They raise ValueError for shapes, dtypes, devices or numbers that do not fit.
+    ``threads`` is a number of native threads; PyTorch and GPUs have their own and ignore it. Thread-safe,
+    except that a plan serves one call at a time.
+    """
+
+    @property
+    def native(self) -> bool:
+        """Whether these are the compiled CPU kernels. Only their plans can be run by native loops, which call
+        them without Python."""
+
+    def plan(
+        self,
+        work: WorkList,
+        segments: Segments,
+        memory: Tensor,
+        layout: KVLayout,
+        spec: AttentionSpec,
+        *,
+        positions: Tensor,
+        group0: int = 0,
+        group1: int | None = None,
+        threads: int = 1,
+        checked: bool = False,
+    ) -> Plan:
+        """Prepares the partial attention of one step, for every layer of one layer class.
+
+        ``memory`` is ``u8[bytes]``, which the segments' bases refer to; the plan keeps it alive. ``layout``
+        describes blocks that hold every group; a segment's own group range narrows it. ``positions`` is
+        ``i64[R]``. q and the output hold the heads of groups ``group0 .. group1`` (default: all), because a
+        shard may be asked for some groups only. ``checked=True`` skips the slow checks: the same work list
+        and segments have been planned before, and only positions and counts moved, inside the same blocks.
+        Raises ValueError for work outside the groups of the call or of a segment.
+        """
+
+    def partial(self, plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
+        """Writes each row's attention state over the tokens that the work list names for it.
+
+        q ``[R, heads, k_dim]``; out.o ``[R, heads, v_dim]``, out.lse ``[R, heads]``. A row sees no key above
+        its position nor outside the window. A row without work, or that sees no key, gets the identity.
+        """
+
+    def partial_async(self, plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
+        """Starts :meth:`partial`, which may end only when :meth:`wait` returns.
+
+        The same thread must call :meth:`wait`. Until then q and the stored tokens that are read must not
+        change, and the contents of ``out`` are undefined. A thread has at most one call under way: another
+        call of the kernels may wait for it first.
+        """
+
+    def wait(self) -> None:
+        """Blocks until this thread's ``partial_async`` is done, and raises its error. Returns at once if
+        there is none."""
+
+    def extend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spec: AttentionSpec,
+        *,
+        q_positions: Tensor,
+        k_position: int,
+        out: State,
+        threads: int = 1,
+    ) -> None:
+        """Attention of n new tokens over m adjacent tokens: themselves or their past (prefill).
+
+        q ``[n, heads, k_dim]``, k ``[k_heads, m, k_dim]``, v ``[v_heads, m, v_dim]``, k and v in one dtype;
+        the heads may be those of some groups only. q_positions ``i64[n]``; ``k_position`` is the position of
+        the first key. Causal by position. Writes o ``[n, heads, v_dim]`` and lse ``[n, heads]``.
+        """
+
+    def merge(self, states: Sequence[State], *, sink: Tensor | None = None, out: State) -> None:
+        """Merges one or more states of disjoint token sets, in the order given.
+
+        lse = ln sum exp(lse_i), o = sum o_i exp(lse_i - lse). A state whose lse is -inf has weight 0, and its
+        o, which may be NaN, is ignored: merging empty states gives the identity. ``sink`` is a learned logit
+        per head ``[heads]``, added once to the denominator. ``out`` must not share memory with a state.
+        """

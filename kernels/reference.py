@@ -1,9 +1,8 @@
-"""The reference kernels: plain PyTorch, any float dtype, on any device PyTorch runs on.
+"""The reference kernels, in PyTorch: every float dtype and KV format, on every device that PyTorch supports.
 
-They are the oracle of every faster kernel (in float64) and the implementation of last resort. Arithmetic is
-done in float32, or in float64 for float64 input, whatever the stored format: quantised KV is dequantised.
-
-Called by shards and the engine. Allocates freely; faster implementations keep the signatures and do not.
+Tests compare every faster kernel with them (in float64), and :mod:`farshore.kernels.select` falls back to
+them. :class:`farshore.kernels.base.Kernels` says what the functions do. Arithmetic is float32, or float64 if
+q is float64, in every stored format: quantised KV is dequantised first. Memory is allocated in every call.
 """
 
 from collections.abc import Sequence
@@ -12,38 +11,43 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farshore.kernels.base import AttentionSpec, KVLayout, Rows, Segments, State
+from farshore.kernels.base import AttentionSpec, KVLayout, Segments, State, WorkList
 from farshore.kernels.formats import dequantise
 
+native = False
+
 QUERY_CHUNK = 512
-"""Query rows per pass of :func:`extend`: bounds the logits to ``QUERY_CHUNK * keys * heads``."""
+"""Query rows per pass of :func:`extend`. Limits the logits to ``QUERY_CHUNK * keys * heads``."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Work:
-    """One item of the work list, as plain integers."""
+class _Item:
+    """One item of the work list whose segment is not empty."""
 
     rows: slice
     heads: slice
-    run: tuple[int, int, int, int]  # base, stride, first, count (1 or more) of the segment
+    base: int
+    stride: int
+    first: int
+    count: int
     position: int
-    stored: KVLayout  # of the segment's blocks
-    k_heads: slice  # of the stored ones
+    layout: KVLayout
+    """The layout of the segment's blocks, which hold some groups only."""
+    k_heads: slice
+    """The item's K heads among those that the blocks hold."""
     v_heads: slice
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A step's work, prepared once and run for every layer of one layer class."""
-
-    work: tuple[_Work, ...]
+    items: tuple[_Item, ...]
     memory: Tensor
     spec: AttentionSpec
     positions: Tensor
 
 
 def plan(
-    rows: Rows,
+    work: WorkList,
     segments: Segments,
     memory: Tensor,
     layout: KVLayout,
@@ -55,51 +59,40 @@ def plan(
     threads: int = 1,
     checked: bool = False,
 ) -> Plan:
-    """Prepare one step's partial attention over stored KV.
-
-    ``memory`` is ``u8[bytes]``, what the segments' bases refer to; ``layout`` describes blocks holding every
-    group (a segment's own group range narrows it); ``positions`` is ``i64[R]``. q and the output hold the
-    heads of groups ``group0`` up to ``group1`` (all by default): a shard may see only some.
-    ``threads``: of native kernels; PyTorch has its own. ``checked``: the same rows and segments have been
-    planned before, and only positions and counts moved, inside of the same blocks: not looked at again
-    where looking takes long.
-    Raises ValueError for work outside of these groups, or outside a segment's.
-    """
+    """Checks the groups only."""
     group1 = spec.groups if group1 is None else group1
-    runs = list(zip(*(field.tolist() for field in segments), strict=True))
-    work = []
+    listed = list(zip(*(field.tolist() for field in segments), strict=True))
+    items = []
     per_group = spec.q_heads_per_group
-    for row, n_rows, segment, g0, g1 in zip(*(field.tolist() for field in rows), strict=True):
-        base, stride, first, count, position, stored0, stored1 = runs[segment]
+    ks, vs = layout.k_heads_per_group, layout.v_heads_per_group
+    for row, n_rows, segment, g0, g1 in zip(*(field.tolist() for field in work), strict=True):
+        base, stride, first, count, position, stored0, stored1 = listed[segment]
         if not max(stored0, group0) <= g0 < g1 <= min(stored1, group1):
             raise ValueError(f"groups {g0}..{g1} asked of a segment holding {stored0}..{stored1}")
         if not count:
             continue
-        ks, vs = layout.k_heads_per_group, layout.v_heads_per_group
-        work.append(
-            _Work(
+        items.append(
+            _Item(
                 rows=slice(row, row + n_rows),
                 heads=slice((g0 - group0) * per_group, (g1 - group0) * per_group),
-                run=(base, stride, first, count),
+                base=base,
+                stride=stride,
+                first=first,
+                count=count,
                 position=position,
-                stored=layout.of_groups(stored1 - stored0),
+                layout=layout.of_groups(stored1 - stored0),
                 k_heads=slice((g0 - stored0) * ks, (g1 - stored0) * ks),
                 v_heads=slice((g0 - stored0) * vs, (g1 - stored0) * vs),
             )
         )
-    return Plan(tuple(work), memory, spec, positions)
+    return Plan(tuple(items), memory, spec, positions)
 
 
 def partial(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
-    """Attention state of each row over the tokens its work list names, written to ``out``.
-
-    q ``[R, heads, k_dim]``; out.o ``[R, heads, v_dim]`` any float dtype, out.lse ``[R, heads]``. A row never
-    sees a key above its own position, nor one outside the window. Rows without work get the identity.
-    """
-    total = State.identity(*q.shape[:2], plan.spec.v_dim, dtype=_compute_dtype(q.dtype))
-    for item in plan.work:
-        k, v = _gather(plan.memory, item, layer, dtype=total.o.dtype)
-        state = _attend(
+    state = State.identity(*q.shape[:2], plan.spec.v_dim, dtype=_compute_dtype(q.dtype))
+    for item in plan.items:
+        k, v = _gather(plan.memory, item, layer, dtype=state.o.dtype)
+        new = _attend(
             q[item.rows, item.heads],
             k,
             v,
@@ -107,20 +100,19 @@ def partial(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
             q_positions=plan.positions[item.rows],
             k_position=item.position,
         )
-        here = State(total.o[item.rows, item.heads], total.lse[item.rows, item.heads])
-        merge([State(here.o.clone(), here.lse.clone()), state], out=here)
-    out.o.copy_(total.o)
-    out.lse.copy_(total.lse)
+        merged = State(state.o[item.rows, item.heads], state.lse[item.rows, item.heads])
+        merge([State(merged.o.clone(), merged.lse.clone()), new], out=merged)
+    out.o.copy_(state.o)
+    out.lse.copy_(state.lse)
 
 
-def offer(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
-    """As :func:`partial`, but it may be done only when :func:`complete` returns, which the same thread calls:
-    what is given must stay as it is until then, and ``out`` holds nothing. One at a time."""
+def partial_async(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
+    """Computes before it returns."""
     partial(plan, layer, q, out=out)
 
 
-def complete() -> None:
-    """What was offered is done."""
+def wait() -> None:
+    """Returns at once, because :func:`partial_async` has computed."""
 
 
 def extend(
@@ -134,12 +126,6 @@ def extend(
     out: State,
     threads: int = 1,
 ) -> None:
-    """Attention of a chunk of new tokens on a contiguous stretch of keys: itself, or its past (prefill).
-
-    q ``[n, q_heads, k_dim]``, k ``[k_heads, m, k_dim]``, v ``[v_heads, m, v_dim]`` head-major; q_positions
-    ``i64[n]``; k_position: position of the first key. Causal by position. Writes o ``[n, q_heads, v_dim]``
-    and lse ``[n, q_heads]``. ``threads``: of native kernels; PyTorch has its own.
-    """
     for start in range(0, q.shape[0], QUERY_CHUNK):
         rows = slice(start, start + QUERY_CHUNK)
         state = _attend(q[rows], k, v, spec, q_positions=q_positions[rows], k_position=k_position)
@@ -148,54 +134,51 @@ def extend(
 
 
 def merge(states: Sequence[State], *, sink: Tensor | None = None, out: State) -> None:
-    """Merge states of disjoint token sets, in the order given; any number of them, 1 or more.
-
-    lse = ln sum exp(lse_i), o = sum o_i exp(lse_i - lse), with weight 0 where lse_i is -inf, so that merging
-    empty states gives the empty state. ``sink``: learned logit per head ``[heads]``, which joins the
-    denominator once, here. ``out`` gets the cast to its own dtype; it may alias none of the states.
-    """
-    lses = torch.stack([s.lse for s in states])
-    peak = lses.amax(dim=0)
+    lses = torch.stack([state.lse for state in states])
+    row_max = lses.amax(dim=0)
     if sink is not None:
-        peak = torch.maximum(peak, sink.to(peak.dtype))
-    peak = torch.where(peak == -torch.inf, 0.0, peak)
-    # Not relative to the total: around 1e4 float32 rounds that so far off that the weights' sum is not 1.
-    weights = torch.exp(lses - peak)
-    mass = weights.sum(dim=0)
+        row_max = torch.maximum(row_max, sink.to(row_max.dtype))
+    row_max = torch.where(row_max == -torch.inf, 0.0, row_max)
+    # Relative to the maximum, not to the merged lse: float32 rounds an lse around 1e4 so coarsely that the
+    # weights would not sum to 1.
+    weights = torch.exp(lses - row_max)
+    row_sum = weights.sum(dim=0)
     if sink is not None:
-        mass = mass + torch.exp(sink.to(peak.dtype) - peak)
-    total = peak + torch.log(mass)
-    weights = weights / torch.where(mass == 0, 1.0, mass)
+        row_sum = row_sum + torch.exp(sink.to(row_max.dtype) - row_max)
+    lse = row_max + torch.log(row_sum)
+    weights = weights / torch.where(row_sum == 0, 1.0, row_sum)
     o = torch.zeros_like(states[0].o, dtype=lses.dtype)
     for state, weight in zip(states, weights, strict=True):
-        # An empty state's o carries no information, so not even a NaN in it may count.
+        # The o of an empty state may be NaN and must not count.
         o += torch.where(weight[..., None] == 0, 0.0, state.o.to(o.dtype) * weight[..., None])
     out.o.copy_(o)
-    out.lse.copy_(total)
+    out.lse.copy_(lse)
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _gather(memory: Tensor, item: _Work, layer: int, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """K ``[k_heads, count, k_dim]`` and V of one work item, as stored or, if quantised, in ``dtype``."""
-    layout = item.stored
-    base, stride, first, count = item.run
+def _gather(memory: Tensor, item: _Item, layer: int, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """K ``[k_heads, count, k_dim]`` and V ``[v_heads, count, v_dim]`` of one work item, in ``dtype`` if the
+    format is quantised, else as stored."""
+    layout, first, last = item.layout, item.first, item.first + item.count
     ks, vs = [], []
-    for index in range(first // layout.block_tokens, (first + count - 1) // layout.block_tokens + 1):
-        start = base + index * stride
+    for index in range(first // layout.block_tokens, (last - 1) // layout.block_tokens + 1):
+        start = item.base + index * item.stride
         block = memory[start : start + layout.block_bytes]
-        t0 = max(first - index * layout.block_tokens, 0)
-        t1 = min(first + count - index * layout.block_tokens, layout.block_tokens)
-        in_k, in_v = (item.k_heads, slice(t0, t1)), (item.v_heads, slice(t0, t1))
+        slots = slice(
+            max(first - index * layout.block_tokens, 0),
+            min(last - index * layout.block_tokens, layout.block_tokens),
+        )
+        in_k, in_v = (item.k_heads, slots), (item.v_heads, slots)
         if layout.format.quantised:
-            q = layout.stored(block, layer)
-            k = dequantise(q.k[in_k], q.k_scales[in_k], layout.format, layout.k_dim, dtype=dtype)
-            v = dequantise(q.v[in_v], q.v_scales[in_v], layout.format, layout.v_dim, dtype=dtype)
+            stored = layout.stored(block, layer)
+            k = dequantise(stored.k[in_k], stored.k_scales[in_k], layout.format, layout.k_dim, dtype=dtype)
+            v = dequantise(stored.v[in_v], stored.v_scales[in_v], layout.format, layout.v_dim, dtype=dtype)
         else:
-            whole_k, whole_v = layout.views(block, layer)
-            k, v = whole_k[in_k], whole_v[in_v]
+            block_k, block_v = layout.views(block, layer)
+            k, v = block_k[in_k], block_v[in_v]
         ks.append(k)
         vs.append(v)
     return (
@@ -207,14 +190,14 @@ def _gather(memory: Tensor, item: _Work, layer: int, *, dtype: torch.dtype) -> t
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, *, q_positions: Tensor, k_position: int
 ) -> State:
-    """q ``[n, heads, k_dim]`` on k ``[k_heads, m, k_dim]``, v ``[v_heads, m, v_dim]``."""
+    """The state of q ``[n, heads, k_dim]`` over k ``[k_heads, m, k_dim]`` and v ``[v_heads, m, v_dim]``."""
     n, heads, _ = q.shape
     tokens = k.shape[1]
     dtype = _compute_dtype(q.dtype)
     if tokens == 0:
         return State.identity(n, heads, spec.v_dim, dtype=dtype)
     k_heads, v_heads = k.shape[0], v.shape[0]
-    # Query heads that share a K head form one matrix product: [k_heads, group * n, tokens].
+    # The query heads that share a K head make one matrix product: [k_heads, heads per K head * n, tokens].
     queries = q.to(dtype).transpose(0, 1).reshape(k_heads, -1, q.shape[2])
     logits = torch.bmm(queries, k.to(dtype).transpose(1, 2)).view(heads, n, tokens)
     logits *= spec.scale
@@ -230,11 +213,11 @@ def _attend(
         if spec.window_tokens is not None:
             hidden |= distance >= spec.window_tokens
         logits.masked_fill_(hidden, -torch.inf)
-    peak = logits.amax(dim=-1, keepdim=True)
-    peak = torch.where(peak == -torch.inf, 0.0, peak)
-    weights = torch.exp(logits - peak)
-    mass = weights.sum(dim=-1, keepdim=True)
+    row_max = logits.amax(dim=-1, keepdim=True)
+    row_max = torch.where(row_max == -torch.inf, 0.0, row_max)
+    weights = torch.exp(logits - row_max)
+    row_sum = weights.sum(dim=-1, keepdim=True)
     values = torch.bmm(weights.view(v_heads, -1, tokens), v.to(dtype)).view(heads, n, spec.v_dim)
-    o = torch.where(mass == 0, 0.0, values / mass)
-    lse = (peak + torch.log(mass)).squeeze(-1)
+    o = torch.where(row_sum == 0, 0.0, values / row_sum)
+    lse = (row_max + torch.log(row_sum)).squeeze(-1)
     return State(o.transpose(0, 1), lse.transpose(0, 1))

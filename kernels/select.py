@@ -1,54 +1,43 @@
-"""Which implementation of the kernels a caller gets: the fastest that is here.
+"""Chooses the kernels for a device and a dtype: the fastest implementation that is installed.
 
-Called by shards and the engine, which call what they get by the reference's signatures. No implementation is
-imported before it is asked for: the GPU's needs triton, the native ones a compiler at installation.
+Called by shards, the engine and the choice of transports. An implementation is imported when it is first
+asked for: the GPU's needs triton, the native one a C++ compiler at installation.
 """
 
 import logging
-from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 
 from farshore.kernels import reference
+from farshore.kernels.base import Kernels
 
 _LOG = logging.getLogger(__name__)
 
 
-class Kernels(Protocol):
-    """What every implementation offers; :mod:`farshore.kernels.reference` says what each function does."""
+def implementation(device: torch.device, dtype: torch.dtype) -> Kernels[Any]:
+    """The kernels for stored KV on ``device`` and q in ``dtype``. Only the reference computes in float64.
 
-    plan: Callable[..., Any]
-    partial: Callable[..., None]
-    offer: Callable[..., None]
-    complete: Callable[[], None]
-    extend: Callable[..., None]
-    merge: Callable[..., None]
-
-
-def implementation(device: torch.device, dtype: torch.dtype) -> Kernels:
-    """The kernels for stored KV on ``device`` with q in ``dtype``; float64 is the reference's alone.
-
-    Without the native kernels the reference serves the CPU, which is logged once.
+    Returns the reference for a CPU without native kernels, and logs that once.
     """
     if dtype != torch.float64:
         if device.type == "cuda":
-            return cast(Kernels, import_module("farshore.kernels.gpu.ops"))
+            return cast(Kernels[Any], import_module("farshore.kernels.gpu.ops"))
         if device.type == "cpu":
             return _for_cpu()
-    return cast(Kernels, reference)
+    return reference
 
 
 @cache
-def _for_cpu() -> Kernels:
+def _for_cpu() -> Kernels[Any]:
     try:
-        return cast(Kernels, import_module("farshore.kernels.cpu"))
+        return cast(Kernels[Any], import_module("farshore.kernels.cpu.attention"))
     except ImportError as error:
         _LOG.warning(
             "the native kernels are not built (%s): PyTorch serves, and attention in bfloat16 decode takes"
             " 10 to 30 times as long. Install g++, then farshore again, by pip's --force-reinstall --no-deps",
             error,
         )
-        return cast(Kernels, reference)
+        return reference

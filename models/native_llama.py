@@ -61,7 +61,7 @@ class NativeLlama(Llama):
             for i, w in enumerate(weights.layers)
         ]
         vocabulary = linear("embed" if config.tied_embeddings else "head", weights.head)
-        self._head = dense.head(norm=weights.norm, vocabulary=vocabulary, **common)
+        self._head = dense.lm_head(norm=weights.norm, vocabulary=vocabulary, **common)
 
     def expect_calls(self) -> None:
         dense.expect_calls()

@@ -18,13 +18,10 @@ from farshore.attention_offload.plan.step_plan import Read, ShardStep
 from farshore.attention_offload.shard import checks
 from farshore.attention_offload.transport.frames import frame_bytes
 from farshore.errors import InvalidRequest
-from farshore.kernels.base import AttentionSpec, Rows, Segments, State
+from farshore.kernels.base import AttentionSpec, Segments, State, WorkList
+from farshore.kernels.formats import DTYPE_CODES, NATIVE_DTYPES
 from farshore.kernels.select import implementation
 from farshore.kvstore.base import ShardStore
-
-_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""The codes of q's and o's format, as in kernels/cpu/native/runtime/api.h."""
-
 
 MOST_SEGMENTS = 1 << 18
 """The most segments of a step. A segment counts once for each micro-batch that reads it."""
@@ -144,8 +141,7 @@ class ShardSession:
 
     def runs_natively(self, dtype: torch.dtype) -> bool:
         """Whether the native frame loop can serve this session, with q and o in ``dtype``."""
-        native = all(kernels.__name__ == "farshore.kernels.cpu" for kernels in self._kernels)  # type: ignore[attr-defined]
-        return native and dtype in _FORMATS
+        return all(kernels.native for kernels in self._kernels) and dtype in NATIVE_DTYPES
 
     def native_step(self, dtype: torch.dtype) -> tuple[Any, ...]:
         """The current step as the argument ``step`` of ``serve`` in ``attention_offload/native``."""
@@ -166,7 +162,7 @@ class ShardSession:
         removals = self._store.removals.data_ptr()
         # Without windows positions do not matter, and the native loop may repeat the step without Python.
         repeats = not self._model.has_windows
-        return step.step, _FORMATS[dtype], layers, tuple(work), counter, removals, self._removals, repeats
+        return step.step, DTYPE_CODES[dtype], layers, tuple(work), counter, removals, self._removals, repeats
 
     def rows(self, micro_batch: int) -> int:
         """The rows of a micro-batch of the current step. Raises InvalidRequest for an unknown micro-batch."""
@@ -194,7 +190,7 @@ class ShardSession:
         group_tokens = sum((read.last - read.first) * (read.group1 - read.group0) for read in reads)
         try:
             plan = self._kernels[layer_class].plan(
-                Rows.of(work),
+                WorkList.of(work),
                 Segments.concat(segments),
                 self._store.memory,
                 layout,
@@ -222,7 +218,7 @@ def work_of(
     """Translates reads into a kernel's work items and segments.
 
     Returns (work, segments): work item i is (first row, rows, segment i, first group, end of groups), as
-    :meth:`Rows.of` takes it; ``segments`` has one entry per read, to be concatenated. Raises NotFound for
+    :meth:`WorkList.of` takes it; ``segments`` has one entry per read, to be concatenated. Raises NotFound for
     an unknown span, and InvalidRequest for tokens that are not sealed or more than MOST_SEGMENTS segments."""
     work: list[tuple[int, int, int, int, int]] = []
     segments: list[Segments] = []

@@ -11,7 +11,6 @@ from collections.abc import Collection
 import torch
 
 from farshore.attention_offload.transport.frames import native
-from farshore.kernels import reference
 from farshore.kernels.select import implementation
 
 
@@ -53,4 +52,4 @@ def lower_pool_priority() -> None:
 
 
 def _computes_natively() -> bool:
-    return native() is not None and implementation(torch.device("cpu"), torch.float32) is not reference
+    return native() is not None and implementation(torch.device("cpu"), torch.float32).native

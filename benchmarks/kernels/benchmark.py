@@ -1,6 +1,6 @@
-"""The kernel benchmark: attention at the shapes and against the bars of issue 4.
+"""The kernel benchmark: attention kernels against bars, which are shares of the machine's rates or ratios.
 
-Called through ``catalogue``. One implementation a run; what it is compared with runs in turns with it.
+Called by ``catalogue``. A run measures one implementation, alternating with what it is compared with.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,9 @@ from farshore.benchmarks.report import Report
 from farshore.kernels.formats import KVFormat
 
 PERCENT_OF_READ = {LLAMA_8B: 85.0, SMOLLM2: 75.0, WIDE: 70.0}
+"""Bars of decode in bfloat16: percent of the read bandwidth."""
 TIMES_BFLOAT16 = {KVFormat.INT8: 1.6, KVFormat.INT4: 2.0}
+"""Bars of decode in quantised formats: times the tokens/s of bfloat16."""
 
 
 def run(
@@ -26,17 +28,17 @@ def run(
     only: str = "",
     progress: Callable[[str], None],
 ) -> Report:
-    """The cases whose name holds ``only``. InvalidRequest, before anything is measured, if there are none."""
+    """Measures the cases whose name contains ``only``. Raises InvalidRequest at once if there are none."""
     chosen = cases.choose(dict(_cases(sizes)), only)
     rates = machine.measure(facts, sizes.machine, progress=progress)
-    at = Setting(implementation, facts, rates, sizes)
-    results, bars = cases.measure(chosen, at, progress=progress)
+    setting = Setting(implementation, facts, rates, sizes)
+    results, bars = cases.measure(chosen, setting, progress=progress)
     kernels = {"implementation": implementation.name, "instruction_set": implementation.instruction_set}
     return Report({**kernels, **asdict(facts), **asdict(rates)}, tuple(results), tuple(bars))
 
 
 def _cases(sizes: Sizes) -> Iterator[tuple[str, Callable[[Setting], cases.Measured]]]:
-    """What can be measured, by name, and what measures it."""
+    """All cases: name and function."""
     for shape, percent in PERCENT_OF_READ.items():
         yield (
             f"decode, {shape}",

@@ -1,4 +1,4 @@
-"""KV as shards store it, filled fast and too much to be cached: what the partial-attention benchmarks read.
+"""KV stored as shards store it, too large to be cached, for the benchmarks of ``partial``.
 
 Called by ``decode`` and ``overhead``. Blocks hold all layers, as a shard's do.
 """
@@ -11,13 +11,13 @@ from torch import Tensor
 from farshore.benchmarks.kernels.implementation import Implementation
 from farshore.benchmarks.kernels.shapes import Shape
 from farshore.benchmarks.memory import allocate
-from farshore.kernels.base import KVLayout, Rows, Segments, State
+from farshore.kernels.base import KVLayout, Segments, State, WorkList
 from farshore.kernels.formats import KVFormat, quantise
 from farshore.kvstore.store.arena import stride_bytes
 
 
 class ColdKV:
-    """``sequences`` sequences of ``tokens`` tokens in ``layers`` layers, one segment each."""
+    """Random KV of ``sequences`` sequences of ``tokens`` tokens in ``layers`` layers, one segment each."""
 
     def __init__(self, shape: Shape, format: KVFormat, *, sequences: int, tokens: int, layers: int) -> None:
         self.shape, self.sequences, self.tokens, self.layers = shape, sequences, tokens, layers
@@ -36,23 +36,23 @@ class ColdKV:
 
     @property
     def bytes(self) -> int:
-        """Of the KV itself, without what rounding to blocks and pages adds."""
+        """Bytes of the KV, without the rounding to blocks and pages."""
         return self.layers * self.layer_bytes
 
     def plan_separate(self, implementation: Implementation) -> Any:
-        """A row for each sequence, on its own KV."""
+        """A plan of one row per sequence, which reads that sequence."""
         items = [(row, 1, row, 0, self.layout.groups) for row in range(self.sequences)]
         return self._plan(implementation, items, self.sequences)
 
     def plan_shared(self, implementation: Implementation, rows: int) -> Any:
-        """``rows`` rows, all on the first sequence's KV."""
+        """A plan of ``rows`` rows, which all read the first sequence."""
         return self._plan(implementation, [(0, rows, 0, 0, self.layout.groups)], rows)
 
     def _plan(
         self, implementation: Implementation, items: list[tuple[int, int, int, int, int]], rows: int
     ) -> Any:
         return implementation.plan(
-            Rows.of(items),
+            WorkList.of(items),
             self.segments,
             self.memory,
             self.layout,
@@ -61,7 +61,7 @@ class ColdKV:
         )
 
     def _fill(self, stride: int) -> None:
-        """One layer of one block is random and copied to all: to generate gigabytes would take minutes."""
+        """Copies one random layer of one block to all, because generating gigabytes would take minutes."""
         generator = torch.Generator().manual_seed(0)
         block = torch.zeros(self.layout.block_bytes, dtype=torch.uint8)
         stored = self.layout.stored(block, 0)
@@ -76,11 +76,11 @@ class ColdKV:
 
 
 def layer_bytes(shape: Shape, format: KVFormat, *, sequences: int, tokens: int) -> int:
-    """What the attention of that many sequences reads in one layer."""
+    """Bytes that attention of ``sequences`` sequences reads in one layer."""
     return sequences * tokens * KVLayout.of(shape.spec, layers=1, format=format).token_bytes
 
 
 def query(shape: Shape, rows: int) -> tuple[Tensor, State]:
-    """bf16 q of ``rows`` rows, and room for their state."""
+    """A random q of ``rows`` rows in bf16, and memory for their state."""
     q = torch.randn(rows, shape.q_heads, shape.dim, generator=torch.Generator().manual_seed(1))
     return q.to(torch.bfloat16), State.identity(rows, shape.q_heads, shape.dim)

@@ -1,7 +1,7 @@
-"""``partial`` in decode: one query row on a long sequence reads all of its KV once and does little with it.
+"""Cases of ``partial`` in decode, where a query row reads all KV of a long sequence once and computes little.
 
-Called by ``kernels``. What is compared runs in turns, layer after layer, so that each layer's KV comes from
-memory: between two reads of it, everything else is read.
+Called by ``benchmark``. The candidates alternate and take one layer after another, so that each layer's KV
+comes from memory: all other KV is read between two reads of a layer.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,34 +22,34 @@ from farshore.kernels.formats import KVFormat
 
 MOST_KV_BYTES = 8 << 30
 READ_BYTES = 64 << 20
-"""Of one call of the reader: enough to drown what it costs. All of the memory, many times a cache, is read
-before it comes to a piece again."""
+"""Bytes that one call of the reader reads: enough to make its overhead negligible. The pieces of the memory,
+which is many times a cache, are read in turn."""
 BAR_TIMES_SDPA = 3.0
 BAR_TIMES_SEPARATE = 4.0
 
 
 def against_bandwidth(
-    at: Setting, *, shape: Shape, bar_percent: float, bar_sdpa: bool
+    setting: Setting, *, shape: Shape, bar_percent: float, bar_sdpa: bool
 ) -> tuple[list[Result], list[Bar]]:
-    """One sequence in bf16 against the machine's fastest reader, and against PyTorch's SDPA."""
-    kv = _cold(at, shape, KVFormat.BFLOAT16, sequences=1, tokens=at.sizes.context_tokens)
+    """One sequence in bf16, compared with the machine's fastest reader and PyTorch's SDPA."""
+    kv = _cold(setting, shape, KVFormat.BFLOAT16, sequences=1, tokens=setting.sizes.context_tokens)
     contiguous = _random(kv.bytes)
     read_bytes = min(READ_BYTES, kv.bytes)
     timed = _timed(
-        at,
+        setting,
         {
-            "partial": _partial(at, kv),
+            "partial": _partial(setting, kv),
             "sdpa": _sdpa(kv, contiguous),
-            "read": _read(contiguous, read_bytes, READERS[at.rates.reader]),
+            "read": _read(contiguous, read_bytes, READERS[setting.rates.reader]),
         },
         bytes_a_round=2 * kv.layer_bytes + read_bytes,
-        least_run_s=at.sizes.machine.least_run_s,
+        least_run_s=setting.sizes.machine.least_run_s,
     )
-    figures = _figures(at, kv, timed["partial"])
-    # A reader disturbed in its turns must not flatter what ran beside it: its better figure counts.
+    figures = _figures(setting, kv, timed["partial"])
+    # A reader that was disturbed here would make the percentage too high, so its better rate counts.
     percent = min(
         100 * timed["read"].over(timed["partial"]) * kv.layer_bytes / read_bytes,
-        100 * kv.layer_bytes / timed["partial"].median_s / 1e9 / at.rates.read_gbps,
+        100 * kv.layer_bytes / timed["partial"].median_s / 1e9 / setting.rates.read_gbps,
     )
     times = timed["sdpa"].over(timed["partial"])
     figures |= {
@@ -67,20 +67,20 @@ def against_bandwidth(
 
 
 def against_bfloat16(
-    at: Setting, *, shape: Shape, format: KVFormat, bar_times: float
+    setting: Setting, *, shape: Shape, format: KVFormat, bar_times: float
 ) -> tuple[list[Result], list[Bar]]:
-    """One sequence in a quantised format against the same in bf16, in tokens a second."""
-    tokens = at.sizes.context_tokens
-    plain = _cold(at, shape, KVFormat.BFLOAT16, sequences=1, tokens=tokens)
-    quantised = _cold(at, shape, format, sequences=1, tokens=tokens)
+    """One sequence in a quantised format, compared with the same in bf16, in tokens per second."""
+    tokens = setting.sizes.context_tokens
+    plain = _cold(setting, shape, KVFormat.BFLOAT16, sequences=1, tokens=tokens)
+    quantised = _cold(setting, shape, format, sequences=1, tokens=tokens)
     timed = _timed(
-        at,
-        {"bfloat16": _partial(at, plain), "quantised": _partial(at, quantised)},
+        setting,
+        {"bfloat16": _partial(setting, plain), "quantised": _partial(setting, quantised)},
         bytes_a_round=plain.layer_bytes + quantised.layer_bytes,
-        least_run_s=at.sizes.machine.least_run_s,
+        least_run_s=setting.sizes.machine.least_run_s,
     )
     times = timed["bfloat16"].over(timed["quantised"])
-    figures = _figures(at, quantised, timed["quantised"]) | {
+    figures = _figures(setting, quantised, timed["quantised"]) | {
         "bfloat16_ms_in_turn": timed["bfloat16"].median_s * 1e3,
         "times_faster_than_bfloat16": times,
     }
@@ -90,22 +90,22 @@ def against_bfloat16(
     ]
 
 
-def shared_against_separate(at: Setting, *, shape: Shape) -> tuple[list[Result], list[Bar]]:
-    """Rows that share one stretch of KV against as many rows, each on its own."""
-    rows, tokens = at.sizes.shared_rows, at.sizes.shared_tokens
-    kv = _cold(at, shape, KVFormat.BFLOAT16, sequences=rows, tokens=tokens)
+def shared_against_separate(setting: Setting, *, shape: Shape) -> tuple[list[Result], list[Bar]]:
+    """Rows that share one segment, compared with as many rows on segments of their own."""
+    rows, tokens = setting.sizes.shared_rows, setting.sizes.shared_tokens
+    kv = _cold(setting, shape, KVFormat.BFLOAT16, sequences=rows, tokens=tokens)
     timed = _timed(
-        at,
+        setting,
         {
-            "separate": _partial(at, kv),
-            # Separate rows read the shared sequence, too: half of all layers earlier, so it is cold again.
-            "shared": _partial(at, kv, shared_rows=rows, first_layer=kv.layers // 2),
+            "separate": _partial(setting, kv),
+            # Separate rows read the shared sequence too, half of all layers earlier, so it is not cached.
+            "shared": _partial(setting, kv, shared_rows=rows, first_layer=kv.layers // 2),
         },
         bytes_a_round=kv.layer_bytes,
-        # A tenth: of more, the shared segment's layers would come round while they are still cached.
-        least_run_s=at.sizes.machine.least_run_s / 10,
+        # In longer runs the shared segment's layers would be read again while they are still cached.
+        least_run_s=setting.sizes.machine.least_run_s / 10,
     )
-    separate = Result(_name(kv), timed["separate"], _figures(at, kv, timed["separate"]))
+    separate = Result(_name(kv), timed["separate"], _figures(setting, kv, timed["separate"]))
     times = timed["separate"].over(timed["shared"])
     shared = Result(
         f"decode bfloat16, {rows} rows on one {tokens} tokens, {shape}",
@@ -120,51 +120,50 @@ def shared_against_separate(at: Setting, *, shape: Shape) -> tuple[list[Result],
     ]
 
 
-def _cold(at: Setting, shape: Shape, format: KVFormat, *, sequences: int, tokens: int) -> ColdKV:
-    """With so many layers that it is too much for any cache, where memory allows."""
-    l3_bytes = at.machine.l3_bytes or UNKNOWN_L3_BYTES
-    # Two of them are compared, and somebody else may need memory, too.
-    wanted = min(CACHES_PER_BUFFER * l3_bytes, MOST_KV_BYTES, available_bytes(at.machine) // 4)
+def _cold(setting: Setting, shape: Shape, format: KVFormat, *, sequences: int, tokens: int) -> ColdKV:
+    """KV with so many layers that it does not fit in a cache, if there is enough memory."""
+    l3_bytes = setting.machine.l3_bytes or UNKNOWN_L3_BYTES
+    # Two of them are compared, and other processes may need memory.
+    wanted = min(CACHES_PER_BUFFER * l3_bytes, MOST_KV_BYTES, available_bytes(setting.machine) // 4)
     one_layer = layer_bytes(shape, format, sequences=sequences, tokens=tokens)
-    layers = (at.sizes.kv_bytes or wanted) // one_layer + 1
+    layers = (setting.sizes.kv_bytes or wanted) // one_layer + 1
     return ColdKV(shape, format, sequences=sequences, tokens=tokens, layers=layers)
 
 
 def _timed(
-    at: Setting,
+    setting: Setting,
     candidates: Mapping[str, Callable[[], object]],
     *,
     bytes_a_round: int,
     least_run_s: float = 0.0,
 ) -> dict[str, Timing]:
-    """In turns; the warm-up reads what filling the memory left in the caches out of them, twice over.
-
-    ``bytes_a_round``: where each is called once."""
-    l3_bytes = at.machine.l3_bytes or UNKNOWN_L3_BYTES
+    """Times the candidates alternately. The warm-up reads twice the size of the cache, so nothing remains
+    cached from filling the memory. ``bytes_a_round``: the bytes that one call of each candidate reads."""
+    l3_bytes = setting.machine.l3_bytes or UNKNOWN_L3_BYTES
     return interleave(
         candidates,
-        rounds=at.sizes.rounds,
+        rounds=setting.sizes.rounds,
         warm_up=2 + 2 * l3_bytes // bytes_a_round,
         least_run_s=least_run_s,
-        limit_s=at.sizes.limit_s,
+        limit_s=setting.sizes.limit_s,
     )
 
 
 def _partial(
-    at: Setting, kv: ColdKV, *, shared_rows: int | None = None, first_layer: int = 0
+    setting: Setting, kv: ColdKV, *, shared_rows: int | None = None, first_layer: int = 0
 ) -> Callable[[], None]:
-    """Attends in the next layer at each call."""
+    """A function that calls ``partial`` for the next layer each time."""
     if shared_rows is None:
-        plan = kv.plan_separate(at.implementation)
+        plan = kv.plan_separate(setting.implementation)
     else:
-        plan = kv.plan_shared(at.implementation, shared_rows)
+        plan = kv.plan_shared(setting.implementation, shared_rows)
     q, out = query(kv.shape, shared_rows or kv.sequences)
     layers = cycle(chain(range(first_layer, kv.layers), range(first_layer)))
-    return lambda: at.implementation.partial(plan, next(layers), q, out=out)
+    return lambda: setting.implementation.partial(plan, next(layers), q, out=out)
 
 
 def _sdpa(kv: ColdKV, memory: Tensor) -> Callable[[], Tensor]:
-    """The same work in the form that SDPA likes best: one contiguous K and V a layer."""
+    """A function that does the same work by SDPA, in its best layout: contiguous K and V per layer."""
     shape = kv.shape
     layers = memory.view(torch.bfloat16).view(kv.layers, 2, 1, shape.kv_heads, kv.tokens, shape.dim)
     q = query(shape, 1)[0].view(1, shape.q_heads, 1, shape.dim)
@@ -173,7 +172,7 @@ def _sdpa(kv: ColdKV, memory: Tensor) -> Callable[[], Tensor]:
 
 
 def _read(memory: Tensor, read_bytes: int, reader: Callable[[Tensor], object]) -> Callable[[], object]:
-    """Reads the next piece at each call."""
+    """A function that reads the next piece each time."""
     pieces = memory[: memory.numel() // read_bytes * read_bytes].split(read_bytes)
     middle = len(pieces) // 2
     piece = cycle(pieces[middle:] + pieces[:middle])
@@ -181,7 +180,7 @@ def _read(memory: Tensor, read_bytes: int, reader: Callable[[Tensor], object]) -
 
 
 def _random(size_bytes: int) -> Tensor:
-    """Random bf16 values, as bytes: 1 MiB of them over and over."""
+    """Random bf16 values as bytes; 1 MiB of them is repeated."""
     memory = allocate(size_bytes)
     values = torch.randn(1 << 19, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
     for piece in memory.view(torch.bfloat16).split(values.numel()):
@@ -193,8 +192,8 @@ def _name(kv: ColdKV) -> str:
     return f"decode {kv.layout.format.value}, {kv.sequences} x {kv.tokens} tokens, {kv.shape}"
 
 
-def _figures(at: Setting, kv: ColdKV, timing: Timing) -> dict[str, float | int | None]:
-    l3_bytes = at.machine.l3_bytes
+def _figures(setting: Setting, kv: ColdKV, timing: Timing) -> dict[str, float | int | None]:
+    l3_bytes = setting.machine.l3_bytes
     return {
         "tokens_per_s_in_a_layer": kv.sequences / timing.median_s,
         "gbps": kv.layer_bytes / timing.median_s / 1e9,

@@ -1,6 +1,7 @@
-"""The implementations of the kernels, found by name, with their thread count bound.
+"""Finds the implementation of the kernels by name, and binds its number of threads.
 
-Used by the kernel benchmarks, which call what they get here by one signature: that of ``kernels.reference``.
+Called by ``catalogue``. The kernel and store benchmarks call the result by the signatures of
+:class:`farshore.kernels.base.Kernels`, without ``threads``.
 """
 
 from collections.abc import Callable
@@ -14,13 +15,14 @@ from farshore.benchmarks.kernels.shapes import Sizes
 from farshore.benchmarks.machine import Facts, Rates
 from farshore.errors import InvalidRequest
 
-FASTEST_FIRST = ("cpu", "reference")
+MODULES = {"cpu": "farshore.kernels.cpu.attention", "reference": "farshore.kernels.reference"}
+"""The modules of the implementations by name, the fastest first."""
 
 
 class Implementation(NamedTuple):
     name: str
     instruction_set: str | None
-    """Of the native kernels: the one that is in use."""
+    """The instruction set that native kernels use; None for others."""
     plan: Callable[..., Any]
     partial: Callable[..., None]
     extend: Callable[..., None]
@@ -28,7 +30,7 @@ class Implementation(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What every case is measured with."""
+    """The arguments of every case."""
 
     implementation: Implementation
     machine: Facts
@@ -37,16 +39,16 @@ class Setting(NamedTuple):
 
 
 def choose(name: str | None, *, threads: int) -> Implementation:
-    """The implementation ``name``, or the fastest that can be imported here. Sets PyTorch's threads, too.
+    """The implementation ``name``, or the fastest that is built. Also sets the number of PyTorch's threads.
 
-    InvalidRequest for one that is unknown or not built.
+    Raises InvalidRequest for an implementation that is unknown or not built.
     """
-    if name is not None and name not in FASTEST_FIRST:
-        raise InvalidRequest(f"no kernels {name!r}: choose from {', '.join(FASTEST_FIRST)}")
+    if name is not None and name not in MODULES:
+        raise InvalidRequest(f"no kernels {name!r}: choose from {', '.join(MODULES)}")
     torch.set_num_threads(threads)
-    for candidate in FASTEST_FIRST if name is None else (name,):
+    for candidate in MODULES if name is None else (name,):
         try:
-            kernels = import_module(f"farshore.kernels.{candidate}")
+            kernels = import_module(MODULES[candidate])
         except ImportError as error:
             missing = error
             continue

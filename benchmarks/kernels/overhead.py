@@ -1,6 +1,6 @@
-"""What a call costs when there is next to nothing to compute: merge, and partial on single tokens.
+"""The cost of calls that compute very little: ``merge``, and ``partial`` on single tokens.
 
-Called by ``kernels``. Both are called from Python, once a layer of every step: their time is latency.
+Called by ``benchmark``. Both are called from Python once per layer of every step, so their time is latency.
 """
 
 import torch
@@ -16,9 +16,10 @@ from farshore.kernels.formats import KVFormat
 ROWS = 16
 STATES = 8
 BAR_US = 10.0
+"""The greatest time of a call."""
 
 
-def merge(at: Setting) -> tuple[list[Result], list[Bar]]:
+def merge(setting: Setting) -> tuple[list[Result], list[Bar]]:
     generator = torch.Generator().manual_seed(0)
     shape = (ROWS, SMOLLM2.q_heads, SMOLLM2.dim)
     states = [
@@ -27,25 +28,25 @@ def merge(at: Setting) -> tuple[list[Result], list[Bar]]:
     ]
     out = State.identity(*shape)
     timed = interleave(
-        {"merge": lambda: at.implementation.merge(states, out=out)},
-        rounds=at.sizes.rounds,
-        calls=at.sizes.calls,
+        {"merge": lambda: setting.implementation.merge(states, out=out)},
+        rounds=setting.sizes.rounds,
+        calls=setting.sizes.calls,
     )
     name = f"merge of {STATES} states x {ROWS} rows x {SMOLLM2.q_heads} heads x {SMOLLM2.dim}"
-    return _held(name, timed["merge"])
+    return _result(name, timed["merge"])
 
 
-def tiny_partial(at: Setting) -> tuple[list[Result], list[Bar]]:
+def tiny_partial(setting: Setting) -> tuple[list[Result], list[Bar]]:
     kv = ColdKV(SMOLLM2, KVFormat.BFLOAT16, sequences=ROWS, tokens=1, layers=1)
-    plan = kv.plan_separate(at.implementation)
+    plan = kv.plan_separate(setting.implementation)
     q, out = query(SMOLLM2, ROWS)
     timed = interleave(
-        {"partial": lambda: at.implementation.partial(plan, 0, q, out=out)},
-        rounds=at.sizes.rounds,
-        calls=at.sizes.calls,
+        {"partial": lambda: setting.implementation.partial(plan, 0, q, out=out)},
+        rounds=setting.sizes.rounds,
+        calls=setting.sizes.calls,
     )
-    return _held(f"partial, {ROWS} rows of 1 token each, bfloat16, {SMOLLM2}", timed["partial"])
+    return _result(f"partial, {ROWS} rows of 1 token each, bfloat16, {SMOLLM2}", timed["partial"])
 
 
-def _held(name: str, timing: Timing) -> tuple[list[Result], list[Bar]]:
+def _result(name: str, timing: Timing) -> tuple[list[Result], list[Bar]]:
     return [Result(name, timing)], [Bar.at_most(name, timing.median_s * 1e6, BAR_US, "µs")]

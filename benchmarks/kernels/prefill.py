@@ -1,6 +1,6 @@
-"""``extend``: new tokens on their past and themselves, as a share of the rate of a matrix product.
+"""Cases of ``extend``: new tokens over their past and themselves, as a share of the GEMM rate.
 
-Called by ``kernels``. PyTorch's SDPA and the product run in turns with it.
+Called by ``benchmark``. PyTorch's SDPA and a matrix product alternate with it.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,9 @@ from farshore.kernels.base import State
 BAR_PERCENT_OF_GEMM = 65.0
 
 
-def measure(at: Setting, *, shape: Shape, past_tokens: int) -> tuple[list[Result], list[Bar]]:
-    new = at.sizes.new_tokens
+def measure(setting: Setting, *, shape: Shape, past_tokens: int) -> tuple[list[Result], list[Bar]]:
+    """``setting.sizes.new_tokens`` new tokens after ``past_tokens``, in bf16."""
+    new = setting.sizes.new_tokens
     generator = torch.Generator().manual_seed(past_tokens)
 
     def random(*dims: int) -> torch.Tensor:
@@ -30,19 +31,19 @@ def measure(at: Setting, *, shape: Shape, past_tokens: int) -> tuple[list[Result
     k, v = (random(shape.kv_heads, past_tokens + new, shape.dim) for _ in "kv")
     out = State.identity(new, shape.q_heads, shape.dim, dtype=torch.bfloat16)
     positions = torch.arange(past_tokens, past_tokens + new)
-    sdpa, sdpa_new = _sdpa(q, k, v, run_s=at.sizes.sdpa_run_s)
-    product, gemm_flops = gemm(at.rates.gemm)
+    sdpa, sdpa_new = _sdpa(q, k, v, run_s=setting.sizes.sdpa_run_s)
+    product, gemm_flops = gemm(setting.rates.gemm)
     timed = interleave(
         {
-            "extend": lambda: at.implementation.extend(
+            "extend": lambda: setting.implementation.extend(
                 q, k, v, shape.spec, q_positions=positions, k_position=0, out=out
             ),
             "sdpa": sdpa,
             "gemm": product,
         },
-        rounds=at.sizes.rounds,
-        least_run_s=at.sizes.machine.least_run_s,
-        limit_s=at.sizes.limit_s,
+        rounds=setting.sizes.rounds,
+        least_run_s=setting.sizes.machine.least_run_s,
+        limit_s=setting.sizes.limit_s,
     )
     work_flops = flops(shape, new, past_tokens)
     sdpa_flops = flops(shape, sdpa_new, past_tokens + new - sdpa_new)
@@ -69,8 +70,8 @@ def measure(at: Setting, *, shape: Shape, past_tokens: int) -> tuple[list[Result
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, run_s: float) -> tuple[Callable[[], Tensor], int]:
-    """PyTorch's attention of the last new tokens, of so many that a run takes about ``run_s``: how many is
-    told, too. At its slowest (bfloat16 on a CPU without such products) all of them would take minutes."""
+    """PyTorch's attention of some of the last new tokens, and their number, chosen so that a run takes about
+    ``run_s``. All of them would take minutes in bfloat16 on a CPU without instructions for it."""
 
     def of_last(new: int) -> Callable[[], Tensor]:
         past = k.shape[1] - new
@@ -82,19 +83,19 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, run_s: float) -> tuple[Callable[[]
 
     new = q.shape[0]
     few = max(new // 32, 1)
-    took = interleave({"few": of_last(few)}, rounds=1, warm_up=1)["few"].median_s
-    new = min(new, max(few, int(few * run_s / took)))
+    few_s = interleave({"few": of_last(few)}, rounds=1, warm_up=1)["few"].median_s
+    new = min(new, max(few, int(few * run_s / few_s)))
     return of_last(new), new
 
 
 def flops(shape: Shape, new_tokens: int, past_tokens: int) -> int:
-    """Of q.k and of weights.v, over the pairs that are attended: half of the new tokens' own square."""
+    """The FLOPs of q.k and weights.v over all pairs of a query and a key that it sees."""
     pairs = new_tokens * past_tokens + new_tokens * (new_tokens + 1) // 2
     return 4 * shape.dim * shape.q_heads * pairs
 
 
 def causal_mask(new_tokens: int, past_tokens: int) -> torch.Tensor:
-    """``bf16[new, past + new]``, 0 or -inf. SDPA's own ``is_causal`` knows no past; on CPU an additive mask
-    in q's dtype took 20 to 50% less time than a boolean one."""
+    """``bf16[new, past + new]``, 0 or -inf. SDPA's ``is_causal`` does not support a past. On a CPU an
+    additive mask in q's dtype took 20 to 50% less time than a boolean one."""
     seen = torch.ones(new_tokens, past_tokens + new_tokens, dtype=torch.bool).tril(past_tokens)
     return torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill_(~seen, -torch.inf)

@@ -1,7 +1,4 @@
-"""The attention shapes that the bars name, and the sizes they are measured at.
-
-Used by the kernel benchmarks.
-"""
+"""The shapes and sizes of the kernel benchmarks. The store and offload benchmarks use the shapes too."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -12,9 +9,11 @@ from farshore.kernels.base import AttentionSpec
 
 
 class Shape(NamedTuple):
+    """Attention with equal K and V heads."""
+
     kv_heads: int
     group: int
-    """Query heads on each KV head."""
+    """Query heads per KV head."""
     dim: int
 
     @property
@@ -34,25 +33,25 @@ class Shape(NamedTuple):
 LLAMA_8B = Shape(kv_heads=8, group=4, dim=128)
 SMOLLM2 = Shape(kv_heads=3, group=3, dim=64)
 WIDE = Shape(kv_heads=8, group=8, dim=128)
-"""Llama 70B's: the arithmetic per byte is twice that of 8B."""
+"""Llama 70B's shape, with twice the arithmetic per byte of LLAMA_8B."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much is measured: by default what the bars say; tests make it tiny."""
+    """How much is measured. The defaults are those of the bars; tests use tiny sizes."""
 
     context_tokens: int = 32 << 10
     shared_tokens: int = 8 << 10
     shared_rows: int = 16
     kv_bytes: int | None = None
-    """Least KV that is cycled through in each comparison; None: enough that none of it is still cached."""
+    """The least KV that each comparison cycles through; None: so much that none of it remains cached."""
     new_tokens: int = 2048
     past_tokens: tuple[int, ...] = (0, 8 << 10, 32 << 10)
     sdpa_run_s: float = 1.0
-    """PyTorch's SDPA is measured on so many of the new tokens that a run takes about this at most."""
+    """The approximate length of a run of PyTorch's SDPA, which takes only some of the new tokens."""
     rounds: int = ROUNDS
     calls: int = 100
-    """Per timed run, of what takes microseconds."""
+    """Calls per timed run, of functions that take microseconds."""
     limit_s: float = 12.0
-    """Per comparison; see ``timing.interleave``."""
+    """The limit of one comparison; see ``timing.interleave``."""
     machine: MachineSizes = field(default_factory=MachineSizes)

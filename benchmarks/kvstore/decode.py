@@ -14,9 +14,9 @@ from farshore.benchmarks.kernels.cold import query
 from farshore.benchmarks.kernels.shapes import SMOLLM2
 from farshore.benchmarks.kvstore.setting import EPOCH, Setting, key, random_bytes, store_for
 from farshore.benchmarks.report import Bar, Result
-from farshore.benchmarks.timing import AWAKE_S, interleave
+from farshore.benchmarks.timing import LEAST_RUN_S, interleave
 from farshore.ids import SequenceId
-from farshore.kernels.base import KVLayout, Rows, Segments
+from farshore.kernels.base import KVLayout, Segments, WorkList
 from farshore.kernels.formats import KVFormat
 
 BAR_OF_PLAIN = 0.98
@@ -44,7 +44,7 @@ def against_plain(setting: Setting) -> Measured:
         {"plain": over_plain, "store": over_store},
         rounds=setting.sizes.rounds * 2,
         warm_up=layout.layers,
-        least_run_s=AWAKE_S,
+        least_run_s=LEAST_RUN_S,
         limit_s=setting.sizes.limit_s,
     )
     of_plain = timed["plain"].over(timed["store"])
@@ -65,9 +65,9 @@ def _partial(
     setting: Setting, segments: Segments, memory: Tensor, layout: KVLayout, *, first_layer: int = 0
 ) -> Callable[[], None]:
     """A function that computes partial attention in the next layer at each call."""
-    rows = Rows.of([(0, 1, segment, 0, layout.groups) for segment in range(segments.size)])
+    work = WorkList.of([(0, 1, segment, 0, layout.groups) for segment in range(segments.size)])
     positions = torch.tensor([setting.sizes.decode_tokens])
-    plan = setting.implementation.plan(rows, segments, memory, layout, SMOLLM2.spec, positions=positions)
+    plan = setting.implementation.plan(work, segments, memory, layout, SMOLLM2.spec, positions=positions)
     q, out = query(SMOLLM2, 1)
     layers = cycle(chain(range(first_layer, layout.layers), range(first_layer)))
     return lambda: setting.implementation.partial(plan, next(layers), q, out=out)

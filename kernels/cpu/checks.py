@@ -1,15 +1,20 @@
-"""What the native kernels trust is checked here, so that no argument can make them read or write elsewhere.
+"""Checks of the arguments that the native kernels trust, so that no call reads or writes other memory.
 
-Once per step: a plan's calls check the little that is theirs. ValueError names what is wrong.
+Called by ``attention``, once per plan; the calls of a plan check only their own arguments. Every function
+raises ValueError, which names the wrong argument.
 """
 
 import torch
 from torch import Tensor
 
-from farshore.kernels.base import AttentionSpec, KVLayout, Rows, Segments
-
-_SEGMENT_DTYPES = (torch.int64, torch.int64, torch.int32, torch.int32, torch.int32, torch.int16, torch.int16)
-_ROW_DTYPES = (torch.int32, torch.int32, torch.int32, torch.int16, torch.int16)
+from farshore.kernels.base import (
+    SEGMENT_DTYPES,
+    WORK_DTYPES,
+    AttentionSpec,
+    KVLayout,
+    Segments,
+    WorkList,
+)
 
 
 def check_spec(spec: AttentionSpec) -> None:
@@ -32,7 +37,7 @@ def check_layout(layout: KVLayout, spec: AttentionSpec, memory: Tensor) -> None:
 
 
 def check_work(
-    rows: Rows,
+    work: WorkList,
     segments: Segments,
     layout: KVLayout,
     memory_bytes: int,
@@ -41,25 +46,26 @@ def check_work(
     group0: int,
     group1: int,
 ) -> None:
-    """The work list may name rows, segments and groups that exist, and segments lie inside of the memory."""
-    for fields, dtypes in ((rows, _ROW_DTYPES), (segments, _SEGMENT_DTYPES)):
+    """Checks that the work list names existing rows, segments and groups, and that every segment lies inside
+    the memory."""
+    for fields, dtypes in ((work, WORK_DTYPES), (segments, SEGMENT_DTYPES)):
         for field, dtype in zip(fields, dtypes, strict=True):
             if (field.dtype, field.shape) != (dtype, fields[0].shape) or not field.is_contiguous():
                 raise ValueError(f"{type(fields).__name__}: {field.dtype} {tuple(field.shape)}, not {dtype}")
     if segments.size:
         _check_inside(segments, layout, memory_bytes)
-    if not rows.row.numel():
+    if not work.row.numel():
         return
-    if (rows.segment < 0).any() or (rows.segment >= segments.size).any():
+    if (work.segment < 0).any() or (work.segment >= segments.size).any():
         raise ValueError(f"work for segments that are not among the {segments.size}")
-    stored0, stored1 = segments.group0[rows.segment], segments.group1[rows.segment]
+    stored0, stored1 = segments.group0[work.segment], segments.group1[work.segment]
     if (
-        (rows.group0 < torch.clamp(stored0, min=group0))
-        | (rows.group1 > torch.clamp(stored1, max=group1))
-        | (rows.group0 >= rows.group1)
+        (work.group0 < torch.clamp(stored0, min=group0))
+        | (work.group1 > torch.clamp(stored1, max=group1))
+        | (work.group0 >= work.group1)
     ).any():
         raise ValueError(f"groups asked of a segment that does not hold them, or outside {group0}..{group1}")
-    if (rows.row < 0).any() or (rows.rows < 1).any() or (rows.rows > n_rows - rows.row).any():
+    if (work.row < 0).any() or (work.rows < 1).any() or (work.rows > n_rows - work.row).any():
         raise ValueError(f"work for rows that are not among the step's {n_rows}")
 
 
@@ -69,6 +75,6 @@ def _check_inside(segments: Segments, layout: KVLayout, memory_bytes: int) -> No
     last = (segments.first.long() + segments.count - 1) // layout.block_tokens * segments.stride
     low, high = torch.minimum(begin, last) + segments.base, torch.maximum(begin, last) + segments.base
     outside = (segments.first < 0) | (segments.count < 0) | (low < 0) | (high + block_bytes > memory_bytes)
-    # An empty segment is not read, wherever it lies.
+    # An empty segment may lie anywhere, because it is not read.
     if (outside & (segments.count != 0)).any():
         raise ValueError(f"a segment outside of the {memory_bytes} bytes of memory")

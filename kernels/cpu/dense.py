@@ -1,11 +1,13 @@
-"""A decoder layer's slices outside of attention, in native code: launchers with checks over its ``dense_*``.
+"""The native slices of a decoder layer, except attention: checks the arguments, then calls the C++ code.
 
-Called by ``models.native_llama``, whose base class holds the same slices in PyTorch: that is the reference.
-Weights lie as PyTorch has them and are shared with it. Must not know how a model is loaded, nor attention.
+Called by ``models.native_llama``, whose base class has the same slices in PyTorch; tests compare the two.
+Weights are PyTorch's own tensors, without a copy. Must not know how a model is loaded, nor attention.
 
-Floors (B bytes of weights a call reads, n weights, R rows): time >= B / read bandwidth, and
->= 2 n R / float32 FMA rate. Up to some 8 rows the first is the greater one for plain weights. Packed
-ones cost 7 cycles per 64 more than their FMAs, about what memory takes to give them.
+Functions raise ValueError for a wrong shape, dtype or device, IndexError for a position or id out of range.
+
+Lower bounds of the time (B bytes of weights that a call reads, n weights, R rows): B / read bandwidth and
+2 n R / float32 FMA rate. For plain weights the first is the greater one up to about 8 rows. 64 packed weights
+take 7 cycles more than their FMAs, about as long as memory takes to deliver them.
 """
 
 from collections.abc import Sequence
@@ -18,41 +20,45 @@ from torch import Tensor
 
 from farshore.kernels.cpu import _native
 from farshore.kernels.cpu.packed import Packed
+from farshore.kernels.formats import DTYPE_CODES
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-"""What weights and rows may be, and their numbers in ``native/plan.h``."""
+DTYPES = (torch.float32, torch.bfloat16)
+"""Dtypes of weights and rows."""
 
-AWAKE_US = 60
-"""How long threads wait awake between a step's calls. Over two attention workers on the same two cores a
-layer took 277 us more than alone with 20, 207 with 60, 233 with 200: who is not let in at once waits so
-long."""
+SPIN_US = 60
+"""How long pool threads spin between a step's calls before they sleep. With two attention workers on the same
+two cores a layer took 277 us longer than alone with 20, 207 with 60 and 233 with 200, because a thread that
+finds no free core waits as long as another one spins."""
 
 FEW_ROWS = 32
-"""Up to these a call reads the weights as they lie; their number does not change a row's bits."""
+"""Up to this number of rows, a call reads the weights as they are stored. The number of rows does not change
+the bits of a row's result."""
 
 MATRIX_UNIT = "amx" in _native.instruction_sets()
-"""Whether the CPU multiplies matrices of bfloat16: PyTorch then does many rows at ten times our rate."""
+"""Whether the CPU multiplies bfloat16 matrices. If so, PyTorch is ten times as fast with many rows."""
 
 READS_PACKED = "avx512" in _native.instruction_sets()
-"""Whether this CPU's kernels expand packed weights: every one with AVX-512, where a table is one register."""
+"""Whether the kernels can expand packed weights: if the CPU has AVX-512, where a table fits in a register."""
 
 
 class Linear(NamedTuple):
-    """``weight`` [out, in]; ``bias`` [out] or None; ``packed``, the same values in fewer bytes, or None: what
-    few rows are multiplied by."""
+    """The weights of one linear map."""
 
     weight: Tensor
+    """[out, in]"""
     bias: Tensor | None
+    """[out]"""
     packed: Packed | None = None
+    """The same weights in fewer bytes, used for few rows in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A decoder layer's weights, checked. Immutable: threads may share one."""
+    """The checked weights of a decoder layer. Immutable; threads may share it."""
 
     native: Any
     kept: tuple[object, ...]
-    """Alive as long as the native layer, which points into them."""
+    """Tensors that the native layer points into, kept alive."""
     dtype: torch.dtype
     hidden: int
     head_dim: int
@@ -61,8 +67,8 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
-    """The last norm and the vocabulary's weights, checked."""
+class LMHead:
+    """The checked weights of the last norm and of the vocabulary."""
 
     native: Any
     kept: tuple[object, ...]
@@ -86,8 +92,11 @@ def layer(
     eps: float,
     threads: int,
 ) -> Layer:
-    """``rotation``: (cos, sin), each [positions, head_dim / 2]; norms [hidden]. All in one dtype of DTYPES,
-    on the CPU, contiguous. ValueError where shapes do not fit one another.
+    """Checks the weights of a decoder layer.
+
+    Norms are [hidden]; ``rotation`` is (cos, sin), each [positions, head_dim / 2]. All are in one dtype of
+    DTYPES, on the CPU and contiguous. Calls of the layer use ``threads`` threads. Raises ValueError for
+    shapes that do not fit one another.
     """
     cos, sin = rotation
     positions, half = cos.shape
@@ -105,29 +114,29 @@ def layer(
     if q_out % (2 * half) or kv_out % (2 * half):
         raise ValueError(f"{q_out} and {kv_out} outputs are no whole heads of {2 * half}")
     pointers = (x.data_ptr() for x in (cos, sin, attention_norm, mlp_norm))
-    native = _native.dense_layer(DTYPES[dtype], threads, eps, 2 * half, positions, *pointers, *arguments)
+    native = _native.dense_layer(DTYPE_CODES[dtype], threads, eps, 2 * half, positions, *pointers, *arguments)
     return Layer(native, tuple(kept), dtype, hidden, 2 * half, q_out // (2 * half), kv_out // (2 * half))
 
 
-def head(*, norm: Tensor, vocabulary: Linear, eps: float, threads: int) -> Head:
-    """``vocabulary`` [vocab, hidden], ``norm`` [hidden]; as :func:`layer`."""
+def lm_head(*, norm: Tensor, vocabulary: Linear, eps: float, threads: int) -> LMHead:
+    """Checks the weights ``norm`` [hidden] and ``vocabulary`` [vocab, hidden], as :func:`layer` does."""
     vocab, hidden = vocabulary.weight.shape
     dtype = vocabulary.weight.dtype
     _check("norm", (norm,), (hidden,), dtype)
     linear = _linear(vocabulary, (vocab, hidden), dtype)
-    native = _native.dense_head(DTYPES[dtype], threads, eps, norm.data_ptr(), *linear)
-    return Head(native, (norm, *vocabulary), dtype, hidden, vocab)
+    native = _native.dense_head(DTYPE_CODES[dtype], threads, eps, norm.data_ptr(), *linear)
+    return LMHead(native, (norm, *vocabulary), dtype, hidden, vocab)
 
 
 def expect_calls() -> None:
-    """A step's calls follow each other closely: threads wait for the next one awake, up to ``AWAKE_US``. For
-    the whole process."""
-    _native.wait_awake(AWAKE_US)
+    """Makes the process's pool threads spin up to ``SPIN_US`` for the next call, because a step's calls
+    follow each other closely. Lasts until the process sets another time."""
+    _native.wait_awake(SPIN_US)
 
 
 def attention_input(layer: Layer, h: Tensor) -> Tensor:
-    """h [R, hidden] -> its RMS norm, weighted; [R, hidden]."""
-    h = _rows(h, layer.hidden, layer.dtype)
+    """The weighted RMS norm of h [R, hidden]: [R, hidden]."""
+    h = _checked_rows(h, layer.hidden, layer.dtype)
     out = torch.empty_like(h)
     if len(h):
         _native.dense_input(layer.native, len(h), h.data_ptr(), out.data_ptr())
@@ -135,27 +144,27 @@ def attention_input(layer: Layer, h: Tensor) -> Tensor:
 
 
 def query(layer: Layer, normed: Tensor, positions: Tensor) -> Tensor:
-    """normed [R, hidden], positions i64 [R] -> q [R, q_heads, head_dim], rotated. IndexError for a position
-    outside of the rotation table."""
-    normed = _rows(normed, layer.hidden, layer.dtype)
+    """q [R, q_heads, head_dim], rotated, of normed [R, hidden] at positions i64[R]. Raises IndexError for a
+    position outside the rotation table."""
+    normed = _checked_rows(normed, layer.hidden, layer.dtype)
     rows = len(normed)
     out = normed.new_empty(rows, layer.q_heads, layer.head_dim)
     if rows:
-        at = _positions(positions, rows)
-        _native.dense_query(layer.native, rows, normed.data_ptr(), at.data_ptr(), out.data_ptr())
+        positions = _checked_numbers(positions, rows)
+        _native.dense_query(layer.native, rows, normed.data_ptr(), positions.data_ptr(), out.data_ptr())
     return out
 
 
 def key_value(layer: Layer, normed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """As :func:`query` -> (k rotated, v), each [R, kv_heads, head_dim]."""
-    normed = _rows(normed, layer.hidden, layer.dtype)
+    """(k, rotated, and v), each [R, kv_heads, head_dim], of normed [R, hidden] at positions i64[R]."""
+    normed = _checked_rows(normed, layer.hidden, layer.dtype)
     rows = len(normed)
     k = normed.new_empty(rows, layer.kv_heads, layer.head_dim)
     v = torch.empty_like(k)
     if rows:
-        at = _positions(positions, rows)
+        positions = _checked_numbers(positions, rows)
         _native.dense_key_value(
-            layer.native, rows, normed.data_ptr(), at.data_ptr(), k.data_ptr(), v.data_ptr()
+            layer.native, rows, normed.data_ptr(), positions.data_ptr(), k.data_ptr(), v.data_ptr()
         )
     return k, v
 
@@ -163,29 +172,29 @@ def key_value(layer: Layer, normed: Tensor, positions: Tensor) -> tuple[Tensor, 
 def project(
     layer: Layer, h: Tensor, positions: Tensor, *, out: tuple[Tensor, Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`attention_input`, then :func:`query` and :func:`key_value`, in one call: h -> (q, k, v), in the
-    contiguous memory of ``out`` if given."""
-    h = _rows(h, layer.hidden, layer.dtype)
+    """(q, k, v) of h [R, hidden]: :func:`attention_input`, :func:`query` and :func:`key_value` in one call.
+    Written to ``out``, which must be contiguous, if given."""
+    h = _checked_rows(h, layer.hidden, layer.dtype)
     rows = len(h)
     shapes = [(rows, heads, layer.head_dim) for heads in (layer.q_heads, layer.kv_heads, layer.kv_heads)]
     if out is None:
         q, k, v = (h.new_empty(shape) for shape in shapes)
     else:
         q, k, v = out
-        for it, shape in zip(out, shapes, strict=True):
-            _check("out", (it,), shape, layer.dtype)
+        for tensor, shape in zip(out, shapes, strict=True):
+            _check("out", (tensor,), shape, layer.dtype)
     if rows:
-        at = _positions(positions, rows)
+        positions = _checked_numbers(positions, rows)
         pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr())
-        _native.dense_project(layer.native, rows, h.data_ptr(), at.data_ptr(), *pointers)
+        _native.dense_project(layer.native, rows, h.data_ptr(), positions.data_ptr(), *pointers)
     return q, k, v
 
 
 def finish(layer: Layer, h: Tensor, o: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """The layer's input h [R, hidden] and its attention's output o [R, q_heads, head_dim] -> next h, in the
-    contiguous memory of ``out`` if given, which may be h's own."""
-    h = _rows(h, layer.hidden, layer.dtype)
-    o = _rows(o.flatten(1), layer.q_heads * layer.head_dim, layer.dtype)
+    """The layer's output [R, hidden], from its input h [R, hidden] and the attention's o [R, q_heads,
+    head_dim]. Written to ``out``, which must be contiguous and may be h, if given."""
+    h = _checked_rows(h, layer.hidden, layer.dtype)
+    o = _checked_rows(o.flatten(1), layer.q_heads * layer.head_dim, layer.dtype)
     if len(o) != len(h):
         raise ValueError(f"{len(h)} rows of h, {len(o)} of o")
     if out is None:
@@ -197,9 +206,9 @@ def finish(layer: Layer, h: Tensor, o: Tensor, *, out: Tensor | None = None) -> 
     return out
 
 
-def logits(head: Head, h: Tensor) -> Tensor:
-    """h [R, hidden] -> f32 [R, vocab], rounded to the head's dtype."""
-    h = _rows(h, head.hidden, head.dtype)
+def logits(head: LMHead, h: Tensor) -> Tensor:
+    """Logits f32[R, vocab] of h [R, hidden], rounded to the weights' dtype."""
+    h = _checked_rows(h, head.hidden, head.dtype)
     out = torch.empty(len(h), head.vocab, dtype=torch.float32)
     if len(h):
         _native.dense_logits(head.native, len(h), h.data_ptr(), out.data_ptr())
@@ -207,11 +216,12 @@ def logits(head: Head, h: Tensor) -> Tensor:
 
 
 class LayerBuffers:
-    """The slices of all layers on R rows, in memory that stays where it is: checked once, nothing allocated.
+    """The slices of all layers on R rows, in memory allocated once: calls check and allocate nothing.
 
-    ``positions`` i64[R]; ``h`` [R, hidden], in front of layer 0 or behind the layer finished last; ``q``
-    [R, q_heads, head_dim], ``k`` and ``v`` [R, kv_heads, head_dim], of the layer projected last; ``o`` as
-    ``q``, the caller's to fill before :meth:`finish`. Layers are taken in order.
+    ``positions`` i64[R] is the caller's to fill. ``h`` [R, hidden] is the input of layer 0 or the output of
+    the layer finished last. ``q`` [R, q_heads, head_dim] and ``k``, ``v`` [R, kv_heads, head_dim] are those
+    of the layer projected last. ``o``, shaped as ``q``, is the caller's to fill before :meth:`finish`. The
+    caller takes the layers in order. Not thread-safe.
     """
 
     def __init__(self, layers: Sequence[Layer], rows: int) -> None:
@@ -222,82 +232,87 @@ class LayerBuffers:
         self.q, self.o = (new(rows, first.q_heads, first.head_dim) for _ in range(2))
         self.k, self.v = (new(rows, first.kv_heads, first.head_dim) for _ in range(2))
         self._normed = new(rows, first.hidden)
-        # A layer reads the one and writes the other.
+        # A layer reads one buffer and writes the other.
         self._h = [new(rows, first.hidden) for _ in range(2)]
         self.h = self._h[0]
-        at, normed, q, k, v, o = (
+        positions, normed, q, k, v, o = (
             x.data_ptr() for x in (self.positions, self._normed, self.q, self.k, self.v, self.o)
         )
-        ends = [x.data_ptr() for x in self._h]
-        turns = [(layer.native, rows, ends[i % 2], ends[(i + 1) % 2]) for i, layer in enumerate(layers)]
-        self._project = [(native, n, h, at, q, k, v) for native, n, h, _ in turns]
-        self._input = [(native, n, h, normed) for native, n, h, _ in turns]
-        self._query = [(native, n, normed, at, q) for native, n, _, _ in turns]
-        self._key_value = [(native, n, normed, at, k, v) for native, n, _, _ in turns]
-        self._finish = [(native, n, h, o, behind) for native, n, h, behind in turns]
+        # The arguments of each layer's native calls.
+        h = [x.data_ptr() for x in self._h]
+        calls = [(layer.native, h[i % 2], h[(i + 1) % 2]) for i, layer in enumerate(layers)]
+        self._project = [(native, rows, before, positions, q, k, v) for native, before, _ in calls]
+        self._input = [(native, rows, before, normed) for native, before, _ in calls]
+        self._query = [(native, rows, normed, positions, q) for native, _, _ in calls]
+        self._key_value = [(native, rows, normed, positions, k, v) for native, _, _ in calls]
+        self._finish = [(native, rows, before, o, after) for native, before, after in calls]
 
     def enter(self, h: Tensor) -> None:
-        """h [R, hidden] goes in front of layer 0."""
+        """Copies h [R, hidden] in as the input of layer 0."""
         self.h = self._h[0].copy_(h)
 
     def query(self, layer: int) -> None:
-        """As :func:`attention_input` and :func:`query`."""
+        """Computes ``q``: :func:`attention_input` and :func:`query`."""
         _native.dense_input(*self._input[layer])
         _native.dense_query(*self._query[layer])
 
     def key_value(self, layer: int) -> None:
-        """Behind :meth:`query` of the layer."""
+        """Computes ``k`` and ``v``. Called after :meth:`query` of the same layer."""
         _native.dense_key_value(*self._key_value[layer])
 
     def project(self, layer: int) -> None:
+        """Computes ``q``, ``k`` and ``v``."""
         _native.dense_project(*self._project[layer])
 
     def finish(self, layer: int) -> None:
+        """Computes the layer's output from ``o``, and puts it into ``h``."""
         _native.dense_finish(*self._finish[layer])
         self.h = self._h[(layer + 1) % 2]
 
 
 def gather(table: Tensor, ids: Tensor) -> Tensor:
-    """Rows of ``table`` [n, width] by number, i64 [R]. IndexError for one outside of it."""
+    """The rows of ``table`` [n, width] with numbers ``ids`` i64[R]: [R, width]. Raises IndexError for an id
+    that is not in 0 .. n."""
     if not (table.is_cpu and table.is_contiguous() and table.dim() == 2):
         raise ValueError(f"a table {tuple(table.shape)} on {table.device}: give contiguous rows on the CPU")
     out = table.new_empty(len(ids), table.shape[1])
-    at = _positions(ids, len(ids))
+    ids = _checked_numbers(ids, len(ids))
     row_bytes = table.shape[1] * table.element_size()
-    _native.dense_gather(table.data_ptr(), len(table), row_bytes, at.data_ptr(), len(at), out.data_ptr())
+    _native.dense_gather(table.data_ptr(), len(table), row_bytes, ids.data_ptr(), len(ids), out.data_ptr())
     return out
 
 
 def _linear(linear: Linear, shape: tuple[int, int], dtype: torch.dtype) -> tuple[int, ...]:
+    """The native arguments for a checked linear map."""
     weight, bias, packed = linear
     _check("weight", (weight,), shape, dtype)
     if bias is not None:
         _check("bias", (bias,), shape[:1], dtype)
-    second = (0, 0)
+    packed_arguments = (0, 0)
     if packed is not None and dtype == torch.bfloat16:
         packed.check(shape)
-        second = (packed.rows.data_ptr(), packed.storage)
-    return weight.data_ptr(), 0 if bias is None else bias.data_ptr(), *shape, *second
+        packed_arguments = (packed.rows.data_ptr(), packed.storage)
+    return weight.data_ptr(), 0 if bias is None else bias.data_ptr(), *shape, *packed_arguments
 
 
-def _check(what: str, tensors: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> None:
+def _check(name: str, tensors: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> None:
     if dtype not in DTYPES:
-        raise ValueError(f"{what} in {dtype}: give float32 or bfloat16")
-    for it in tensors:
-        if it.shape != shape or it.dtype != dtype or not it.is_cpu or not it.is_contiguous():
+        raise ValueError(f"{name} in {dtype}: give float32 or bfloat16")
+    for tensor in tensors:
+        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous():
             raise ValueError(
-                f"{what} {tuple(it.shape)} {it.dtype} on {it.device}: expected {tuple(shape)} {dtype},"
-                " contiguous, on the CPU"
+                f"{name} {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}:"
+                f" expected {tuple(shape)} {dtype}, contiguous, on the CPU"
             )
 
 
-def _rows(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+def _checked_rows(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     if x.dim() != 2 or x.shape[1] != width or x.dtype != dtype or not x.is_cpu:
         raise ValueError(f"rows {tuple(x.shape)} {x.dtype} on {x.device}: expected [R, {width}] {dtype}")
     return x.contiguous()
 
 
-def _positions(positions: Tensor, rows: int) -> Tensor:
-    if positions.shape != (rows,) or positions.dtype != torch.int64 or not positions.is_cpu:
-        raise ValueError(f"{tuple(positions.shape)} {positions.dtype} numbers: expected int64 [{rows}]")
-    return positions.contiguous()
+def _checked_numbers(numbers: Tensor, rows: int) -> Tensor:
+    if numbers.shape != (rows,) or numbers.dtype != torch.int64 or not numbers.is_cpu:
+        raise ValueError(f"{tuple(numbers.shape)} {numbers.dtype} numbers: expected int64 [{rows}]")
+    return numbers.contiguous()

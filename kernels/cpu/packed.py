@@ -1,14 +1,18 @@
-"""Quantised weights in the order that the native dense kernels read them: the values are the file's own.
+"""Quantised weights of GGUF files, packed in the order in which the native dense kernels read them.
 
-A GGUF block is 32 weights and a scale: d i (Q8_0), d i + m (Q4_1) or d (i - 8) (Q4_0). Kernels expand them
-to the very bfloat16 values that dequantising the file gives, so that reading 0.31 (four bits) or 0.53 (eight)
-of the bytes changes no result. Called by ``models.native_llama``. Must not know files.
+Called by ``models.native_llama``. Must not know files.
 
-A packed row, w = in / 32 blocks, in four bits filled up with zeros to an even number:
+A GGUF block holds integers i of 32 weights and their scale; a weight is d i (Q8_0), d i + m (Q4_1) or
+d (i - 8) (Q4_0). Kernels expand packed weights to exactly the bfloat16 values that dequantising the file
+gives, so packing changes no result. It reads 0.31 (four bits) or 0.53 (eight bits) of the bytes of bfloat16.
 
-- four bits: of each four blocks 16 words; nibbles 2k and 2k + 1 of word l are weights 2l and 2l + 1 of block
-  k. Two blocks that are left make 16 half words. Behind them for each block float16 d, m.
-- eight bits: of each block 16 int8, the even weights, then the 16 odd ones; behind them w times float16 d.
+A packed row of w = in / 32 blocks:
+
+- Four bits: w is first rounded up to an even number with blocks of zeros. Every four blocks make 16 words of
+  32 bits; nibbles 2k and 2k + 1 of word l are weights 2l and 2l + 1 of block k. Two remaining blocks make 16
+  half words. The float16 pairs d, m of all blocks follow.
+- Eight bits: every block makes 16 int8, its even weights, then 16 for its odd weights. The float16 d of all
+  blocks follow.
 """
 
 from enum import IntEnum
@@ -18,29 +22,31 @@ import torch
 from torch import Tensor
 
 from farshore.kernels.cpu import _native
+from farshore.kernels.formats import DTYPE_CODES
 
 BLOCK = 32
 """Weights that share a scale."""
 
 
 class Storage(IntEnum):
-    """As in ``native/dense.h``."""
+    """Bits of a weight. The numbers are those of ``native/dense/dense.h``."""
 
     FOUR_BITS = 1
     EIGHT_BITS = 2
 
 
-_BYTES = {Storage.FOUR_BITS: 20, Storage.EIGHT_BITS: 34}
-"""Of a block."""
+_BLOCK_BYTES = {Storage.FOUR_BITS: 20, Storage.EIGHT_BITS: 34}
 
 
 class Packed(NamedTuple):
+    """A packed matrix."""
+
     storage: Storage
     rows: Tensor
-    """u8 [out, bytes]."""
+    """u8[out, bytes of a packed row]"""
 
     def check(self, shape: tuple[int, int]) -> None:
-        """ValueError unless it is a matrix of ``shape`` [out, in]."""
+        """Raises ValueError unless this is a matrix of ``shape`` [out, in]."""
         out, inner = shape
         row_bytes = _row_bytes(self.storage, inner // BLOCK)
         rows = self.rows
@@ -57,42 +63,44 @@ class Packed(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """A matrix as a GGUF file quantises it."""
+    """A matrix in blocks as in a GGUF file."""
 
     storage: Storage
     rows: Tensor
-    """u8 [out, blocks, bytes]: float16 d, m and 16 bytes, i of weights 0..15 low and 16..31 high; or float16
-    d and 32 int8."""
+    """u8[out, blocks, bytes of a block]. Four bits: float16 d, m, then 16 bytes with the integers of weights
+    0..15 in the low nibbles and of 16..31 in the high ones. Eight bits: float16 d, then 32 int8."""
 
     @classmethod
     def of(cls, kind: str, rows: Tensor) -> "Blocks | None":
-        """``rows`` u8 [out, bytes] of ``kind``, one of ggml's names; None for one that is not known here."""
+        """From ``rows`` u8[out, bytes] of ggml's type ``kind``. Returns None for a type other than Q8_0, Q4_1
+        and Q4_0."""
         if kind == "Q8_0":
-            return cls(Storage.EIGHT_BITS, rows.view(len(rows), -1, _BYTES[Storage.EIGHT_BITS]).contiguous())
+            return cls(
+                Storage.EIGHT_BITS, rows.view(len(rows), -1, _BLOCK_BYTES[Storage.EIGHT_BITS]).contiguous()
+            )
         if kind == "Q4_1":
-            return cls(Storage.FOUR_BITS, rows.view(len(rows), -1, _BYTES[Storage.FOUR_BITS]).contiguous())
+            return cls(
+                Storage.FOUR_BITS, rows.view(len(rows), -1, _BLOCK_BYTES[Storage.FOUR_BITS]).contiguous()
+            )
         if kind == "Q4_0":
-            parts = rows.view(len(rows), -1, 18)
-            d = parts[..., :2].contiguous().view(torch.float16)
+            blocks = rows.view(len(rows), -1, 18)
+            # d (i - 8) = d i + m with m = -8 d.
+            d = blocks[..., :2].contiguous().view(torch.float16)
             scales = torch.cat((d, -8 * d), dim=-1).view(torch.uint8)
-            return cls(Storage.FOUR_BITS, torch.cat((scales, parts[..., 2:]), dim=-1))
+            return cls(Storage.FOUR_BITS, torch.cat((scales, blocks[..., 2:]), dim=-1))
         return None
 
     def unpack(self, dtype: torch.dtype, *, threads: int) -> Tensor:
-        """[out, in] in float32 or bfloat16, as dequantising the file gives it, rounded once."""
+        """The weights [out, in], dequantised and rounded once to ``dtype``, which is float32 or bfloat16."""
         out, blocks, _ = self.rows.shape
         values = torch.empty(out, blocks * BLOCK, dtype=dtype)
-        at = (
-            self.rows.data_ptr(),
-            out,
-            blocks,
-            {torch.float32: 0, torch.bfloat16: 1}[dtype],
-            values.data_ptr(),
+        _native.dense_unpack(
+            self.storage, self.rows.data_ptr(), out, blocks, DTYPE_CODES[dtype], values.data_ptr(), threads
         )
-        _native.dense_unpack(self.storage, *at, threads)
         return values
 
     def pack(self, *, threads: int) -> Packed:
+        """The same matrix in the order of the kernels."""
         out, blocks, _ = self.rows.shape
         rows = torch.empty(out, _row_bytes(self.storage, blocks), dtype=torch.uint8)
         _native.dense_pack(self.storage, self.rows.data_ptr(), out, blocks, rows.data_ptr(), threads)

@@ -1,4 +1,4 @@
-"""The GPU's kernels, in Triton. ``farshore.kernels.gpu.ops`` holds the public functions.
+"""The GPU kernels, in Triton. ``farshore.kernels.gpu.ops`` holds the public functions.
 
-Named gpu, not triton: inside a folder of that name a stray ``sys.path`` entry would hide the real one.
+The folder is named gpu because one named triton, if it came onto ``sys.path``, would hide the real package.
 """

@@ -1,8 +1,11 @@
-"""What ``partial`` and ``extend`` share on the device: the sweep of a tile of query rows over keys.
+"""Device functions of the ``partial`` and ``extend`` kernels: attention of a tile of queries over keys.
 
-A tile is M = rows x heads queries that share one K head and one V head (M packs whole rows: m = row * heads
-+ head), so grouped-query attention feeds the matrix units instead of reading K once per head. Softmax runs
-online in base 2, where the hardware's exponential is; only the final lse is natural.
+A tile is M = rows x heads queries that share one K head and one V head, in whole rows (m = row * heads +
+head), so that grouped-query attention fills the matrix units instead of reading K once per head. The softmax
+is online and in base 2, because the hardware's exponential is; only the final lse is natural.
+
+**Softmax sums** of M queries over the keys read so far: row_max ``[M]``, the greatest logit; row_sum ``[M]``,
+the sum of the weights 2^(logit - row_max); acc ``[M, V_BLOCK]``, the sum of V by weight. All are float32.
 """
 
 import triton
@@ -15,18 +18,18 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def multiply(a, b, total):
-    """total + a @ b with float32 accumulation. Float32 operands are multiplied in full, never as TF32."""
+def multiply(a, b, acc):
+    """acc + a @ b, accumulated in float32. Float32 operands are multiplied in full, never as TF32."""
     if INTERPRETED:
         # numpy has no bfloat16; products of bfloat16 are exact in float32, as they are on tensor cores.
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
 def tanh(x):
-    """Accurate near 0 too, where the exponential form cancels."""
+    """tanh(x). Near 0, where the exponential form cancels, it is a polynomial."""
     e = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
     far = (1.0 - e) / (1.0 + e)
     s = x * x
@@ -40,19 +43,20 @@ def load_rows(
     FIRST: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
     SCALES: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """DTYPE[tokens, BLOCK]: dims FIRST .. FIRST + BLOCK of stored rows, 0 where masked or beyond DIM.
+    """DTYPE[tokens, BLOCK]: dims FIRST .. FIRST + BLOCK of the stored rows at element offsets ``at``; 0 where
+    ``keep`` is false or beyond DIM. Not MASKED: ``keep`` is true everywhere.
 
-    int8 rows are dequantised here with their SCALES bfloat16 scales (0: not quantised), one per 64 dims; the
-    product is rounded to DTYPE once, no more than storing it as DTYPE would have done.
+    Rows with SCALES > 0 are int8 and are dequantised with that many bfloat16 scales, at element offsets
+    ``scale_at``, one per 64 dims. The product is rounded to DTYPE once, as if it had been stored as DTYPE.
     """
     dims = FIRST + tl.arange(0, BLOCK)
-    place = memory + at[:, None] + dims[None, :]
+    addresses = memory + at[:, None] + dims[None, :]
     if FIRST + BLOCK > DIM:
-        x = tl.load(place, mask=keep[:, None] & (dims < DIM)[None, :], other=0)
+        x = tl.load(addresses, mask=keep[:, None] & (dims < DIM)[None, :], other=0)
     elif MASKED:
-        x = tl.load(place, mask=keep[:, None], other=0)
+        x = tl.load(addresses, mask=keep[:, None], other=0)
     else:
-        x = tl.load(place)
+        x = tl.load(addresses)
     if SCALES > 0:
         GROUPS: tl.constexpr = (BLOCK + SCALE_GROUP - 1) // SCALE_GROUP
         group = FIRST // SCALE_GROUP + tl.arange(0, GROUPS)
@@ -77,8 +81,18 @@ def load_queries(
 
 
 @triton.jit
-def sweep(
-    queries, queries_rest, positions, peak, mass, total,
+def no_keys(M: tl.constexpr, V_BLOCK: tl.constexpr):
+    """The softmax sums (row_max, row_sum, acc) of M queries over no keys."""
+    return (
+        tl.full((M,), float("-inf"), tl.float32),
+        tl.zeros((M,), tl.float32),
+        tl.zeros((M, V_BLOCK), tl.float32),
+    )
+
+
+@triton.jit
+def attend_to_keys(
+    queries, queries_rest, positions, row_max, row_sum, acc,
     k, v, k_scales, v_scales, k_token, v_token, block_stride, first, k_position, start, stop, scale,
     K_DIM: tl.constexpr, K_MAIN: tl.constexpr, K_REST: tl.constexpr,
     V_DIM: tl.constexpr, V_BLOCK: tl.constexpr,
@@ -86,14 +100,14 @@ def sweep(
     SOFT_CAP: tl.constexpr, WINDOW: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Let the queries see keys ``start .. stop``; returns the online softmax's (peak, mass, total).
+    """Adds keys ``start .. stop`` to the queries' softmax sums; returns (row_max, row_sum, acc).
 
-    queries ``[M, K_MAIN]`` and queries_rest ``[M, K_REST]``: the K dims in two parts, a power of two and what
-    is left (96 = 64 + 32), so that few lanes are padding. k, v: pointers to the head's first stored row;
-    tokens lie k_token, v_token elements apart, and every BLOCK_TOKENS of them the next block begins
-    block_stride elements after the last (None: one contiguous stretch). Not MASKED: every query sees every
-    key, whole tiles only. V_IS_KEYS: the first V_BLOCK = K_MAIN elements of a key are its value (MLA), so it
-    is loaded once.
+    queries ``[M, K_MAIN]`` and queries_rest ``[M, K_REST]`` hold the K dims in two pieces, a power of two and
+    the rest (96 = 64 + 32), so that little is padding. k and v point to the head's first stored row. Tokens
+    lie k_token and v_token elements apart; a block holds BLOCK_TOKENS of them, and the next block begins
+    block_stride elements later (None: all tokens are adjacent). Not MASKED: every query sees every key, and
+    stop - start is a multiple of BLOCK_N. V_IS_KEYS: the first V_BLOCK = K_MAIN elements of a key are its
+    value (MLA), which is loaded once.
     """
     for tile in range(start, stop, BLOCK_N):
         token = tile + tl.arange(0, BLOCK_N)
@@ -108,7 +122,7 @@ def sweep(
             slot = slot % BLOCK_TOKENS
             k_at = block_at + slot * k_token
             v_at = block_at + slot * v_token
-        # Strides are in stored elements, one byte each where there are scales, and a scale has two bytes.
+        # With scales a stored element has one byte, so block_at is in bytes; a scale has two.
         k_scale_at = block_at // 2 + slot * K_SCALES
         v_scale_at = block_at // 2 + slot * V_SCALES
 
@@ -132,27 +146,29 @@ def sweep(
                 seen = seen & (distance < WINDOW)
             logits = tl.where(seen, logits, float("-inf"))
 
-        new_peak = tl.maximum(peak, tl.max(logits, axis=1))
-        # A row that has seen nothing yet has peak -inf; subtracting it from itself would give NaN.
-        floor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weights = tl.exp2(logits - floor[:, None])
-        fade = tl.exp2(peak - floor)
-        mass = mass * fade + tl.sum(weights, axis=1)
+        new_max = tl.maximum(row_max, tl.max(logits, axis=1))
+        # A row that has seen no key has row_max -inf; subtracting it from itself would give NaN.
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)
+        weights = tl.exp2(logits - base[:, None])
+        rescale = tl.exp2(row_max - base)
+        row_sum = row_sum * rescale + tl.sum(weights, axis=1)
         if V_IS_KEYS:
             values = keys
         else:
             values = load_rows(
                 v, v_scales, v_at, v_scale_at, inside, 0, V_BLOCK, V_DIM, V_SCALES, MASKED, queries.dtype
             )
-        total = multiply(weights.to(queries.dtype), values, total * fade[:, None])
-        peak = new_peak
-    return peak, mass, total
+        acc = multiply(weights.to(queries.dtype), values, acc * rescale[:, None])
+        row_max = new_max
+    return row_max, row_sum, acc
 
 
 @triton.jit
-def finish(peak, mass, total):
-    """(o ``[M, V_BLOCK]``, natural lse ``[M]``) of the online softmax; (0, -inf) of rows that saw nothing."""
-    some = mass > 0
-    o = tl.where(some[:, None], total / tl.where(some, mass, 1.0)[:, None], 0.0)
-    lse = tl.where(some, (peak + tl.log2(tl.where(some, mass, 1.0))) * LN_2, float("-inf"))
+def normalise(row_max, row_sum, acc):
+    """The state (o ``[M, V_BLOCK]``, natural lse ``[M]``) of base-2 softmax sums; (0, -inf) for rows that saw
+    no key."""
+    seen = row_sum > 0
+    divisor = tl.where(seen, row_sum, 1.0)
+    o = tl.where(seen[:, None], acc / divisor[:, None], 0.0)
+    lse = tl.where(seen, (row_max + tl.log2(divisor)) * LN_2, float("-inf"))
     return o, lse

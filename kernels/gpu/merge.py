@@ -1,27 +1,34 @@
-"""Merging states on the device, one kernel for n of them."""
+"""The ``merge`` kernel, which merges n states in one launch, and its device functions. Called by ``ops``.
+
+Merged states are kept as softmax sums (see ``attend``) in base e: acc / row_sum is their o, and
+row_max + ln(row_sum) their lse.
+"""
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def absorb(peak, mass, total, lse, o):
-    """One more state (lse ``[H]``, o ``[H, V_BLOCK]``) into those merged so far: total / mass is their mean,
-    peak + ln(mass) their lse. A state with lse -inf changes nothing, provided its o is finite."""
-    new_peak = tl.maximum(peak, lse)
-    # Nothing seen so far: subtracting the peak from itself would give NaN.
-    floor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    fade = tl.exp(peak - floor)
-    weight = tl.exp(lse - floor)
-    return new_peak, mass * fade + weight, total * fade[:, None] + o * weight[:, None]
+from farshore.kernels.gpu.attend import no_keys
 
 
 @triton.jit
-def settle(peak, mass, total):
-    """(o, lse) of what was absorbed; (0, -inf) of nothing."""
-    some = mass > 0
-    o = tl.where(some[:, None], total / tl.where(some, mass, 1.0)[:, None], 0.0)
-    return o, tl.where(some, peak + tl.log(tl.where(some, mass, 1.0)), float("-inf"))
+def add_state(row_max, row_sum, acc, lse, o):
+    """Merges one more state (lse ``[H]``, o ``[H, V_BLOCK]``) into the sums. A state with lse -inf changes
+    nothing if its o is finite."""
+    new_max = tl.maximum(row_max, lse)
+    # Only empty states so far: subtracting row_max from itself would give NaN.
+    base = tl.where(new_max == float("-inf"), 0.0, new_max)
+    rescale = tl.exp(row_max - base)
+    weight = tl.exp(lse - base)
+    return new_max, row_sum * rescale + weight, acc * rescale[:, None] + o * weight[:, None]
+
+
+@triton.jit
+def normalise_base_e(row_max, row_sum, acc):
+    """The state (o, lse) of the sums; (0, -inf) if all states were empty."""
+    seen = row_sum > 0
+    divisor = tl.where(seen, row_sum, 1.0)
+    o = tl.where(seen[:, None], acc / divisor[:, None], 0.0)
+    return o, tl.where(seen, row_max + tl.log(divisor), float("-inf"))
 
 
 @triton.jit
@@ -29,14 +36,14 @@ def merge_kernel(
     states, strides, sink, o, o_row, o_head, lse, lse_row, lse_head, heads,
     V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """One program: one row, BLOCK_H heads. states: n pairs of pointers (o, lse); strides: of each, in
-    elements, (o row, o head, lse row, lse head); sink: [heads], or None.
+    """One program: one row, BLOCK_H heads. ``states`` are n pairs of pointers (o, lse); ``strides`` are n
+    tuples (o row, o head, lse row, lse head), in elements; ``sink`` is ``[heads]`` or None.
 
-    Compiled once for each n: a table of pointers would have to be copied to the device first.
+    It is compiled once for each n, because a table of pointers would have to be copied to the device first.
 
-    Roofline, a row and head: (n + 1) V_DIM elements moved, 2 FLOPs each: bound by memory, in practice by the
-    launch (8 states x 16 rows x 9 heads x 64 in float32 are 0.3 MB: a tenth of a microsecond of an H200's
-    HBM).
+    Roofline, per row and head: (n + 1) V_DIM elements moved, 2 FLOPs each. Bound by memory, in practice by
+    the launch: 8 states x 16 rows x 9 heads x 64 in float32 are 0.3 MB, a tenth of a microsecond of an H200's
+    HBM.
     """
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -44,22 +51,21 @@ def merge_kernel(
     dims = tl.arange(0, V_BLOCK)
     keep = used[:, None] & (dims < V_DIM)[None, :]
 
-    peak = tl.full((BLOCK_H,), float("-inf"), tl.float32)
-    mass = tl.zeros((BLOCK_H,), tl.float32)
-    total = tl.zeros((BLOCK_H, V_BLOCK), tl.float32)
+    row_max, row_sum, acc = no_keys(BLOCK_H, V_BLOCK)
     if sink is not None:
-        # A state whose o is 0.
-        peak = tl.load(sink + head, mask=used, other=float("-inf")).to(tl.float32)
-        mass = tl.where(peak == float("-inf"), 0.0, 1.0)
+        # The sink is a state whose o is 0.
+        row_max = tl.load(sink + head, mask=used, other=float("-inf")).to(tl.float32)
+        row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
     for i in tl.static_range(len(states)):
-        at = row * strides[i][2] + head * strides[i][3]
-        part = tl.load(states[i][1] + at, mask=used, other=float("-inf"))
-        at = row * strides[i][0] + head[:, None] * strides[i][1] + dims[None, :]
-        # An empty state's o carries no information, so not even a NaN in it may count.
-        values = tl.load(states[i][0] + at, mask=keep & (part != float("-inf"))[:, None], other=0.0)
-        peak, mass, total = absorb(peak, mass, total, part, values.to(tl.float32))
-    mean, natural = settle(peak, mass, total)
+        state_at = row * strides[i][2] + head * strides[i][3]
+        state_lse = tl.load(states[i][1] + state_at, mask=used, other=float("-inf"))
+        state_at = row * strides[i][0] + head[:, None] * strides[i][1] + dims[None, :]
+        # The o of an empty state may be NaN and must not count.
+        nonempty = keep & (state_lse != float("-inf"))[:, None]
+        state_o = tl.load(states[i][0] + state_at, mask=nonempty, other=0.0)
+        row_max, row_sum, acc = add_state(row_max, row_sum, acc, state_lse, state_o.to(tl.float32))
+    o_values, lse_values = normalise_base_e(row_max, row_sum, acc)
 
     o_at = row * o_row + head[:, None] * o_head + dims[None, :]
-    tl.store(o + o_at, mean.to(o.dtype.element_ty), mask=keep)
-    tl.store(lse + row * lse_row + head * lse_head, natural, mask=used)
+    tl.store(o + o_at, o_values.to(o.dtype.element_ty), mask=keep)
+    tl.store(lse + row * lse_row + head * lse_head, lse_values, mask=used)

@@ -1,12 +1,13 @@
-"""The GPU's kernels behind the reference's signatures: checks, then one or two launches.
+"""The GPU kernels' public functions: check the arguments, then launch kernels on the current stream.
 
-Called by shards and the engine on an accelerator. All tensors live on one device, which must be the current
-one; work lists may lie on the CPU. q, stored KV and outputs: float32, bfloat16 or float16; stored KV also
-int8. Products are taken in q's dtype where KV has it too or is int8, else in float32; sums always in
-float32.
+Chosen by :mod:`farshore.kernels.select`; :class:`farshore.kernels.base.Kernels` says what the functions do.
+All tensors lie on one device, which must be the current one; work lists and segments may lie on the CPU. q,
+stored KV and outputs are float32, bfloat16 or float16; stored KV may be int8 too. Products are in q's dtype
+if KV has the same dtype or is int8, else in float32; sums are always float32.
 
-A plan is for one stream at a time: it owns the scratch between its two kernels. How a long segment is split
-depends on the step's other work, so the last bits of a row's result may too; equal steps give equal bits.
+A plan serves one stream at a time, because it owns the scratch between its two kernels. How a long segment
+is split depends on the step's other work, and so do the last bits of a row's result. Equal steps give equal
+bits.
 """
 
 from collections.abc import Sequence
@@ -18,14 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from farshore.kernels.base import AttentionSpec, KVLayout, Rows, Segments, State
+from farshore.kernels.base import AttentionSpec, KVLayout, Segments, State, WorkList
 from farshore.kernels.formats import KVFormat
 from farshore.kernels.gpu.extend import extend_kernel
 from farshore.kernels.gpu.merge import merge_kernel
 from farshore.kernels.gpu.partial import partial_kernel, reduce_kernel
 from farshore.kernels.gpu.tuning import (
     NARROW_M,
-    Tiles,
+    TileShape,
     device_of,
     dims_constants,
     extend_tiles,
@@ -36,6 +37,8 @@ from farshore.kernels.gpu.tuning import (
 )
 from farshore.kernels.gpu.work import Heads, flatten
 
+native = False
+
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _STORED = {
     KVFormat.FLOAT32: torch.float32,
@@ -43,43 +46,44 @@ _STORED = {
     KVFormat.FLOAT16: torch.float16,
     KVFormat.INT8: torch.int8,
 }
+"""Formats of stored KV and the dtypes in which the kernels load them."""
 _LOAD_BYTES = 16
-# States that one launch merges. To compile it for sm_90 takes 1.7 s for 16; for 64 24 s, and registers spill.
+# States that one launch merges. Compiling for sm_90 takes 1.7 s for 16; for 64 it takes 24 s and spills.
 _MERGED_AT_ONCE = 16
-# Multiply-add in one instruction: triton 3.9's default, which it warns is going to change.
+# Fused multiply-add is the default of triton 3.9, which warns that the default will change.
 _FUSED = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A step's work on the device, with its scratch, for every layer of one layer class."""
+    """The tiles on the device, with their scratch."""
 
     spec: AttentionSpec
     layout: KVLayout
     heads: Heads
     group0: int
     q_heads: int
-    """Those of the groups that q shows."""
+    """Query heads of the groups of the call."""
     positions: Tensor
     kv: Tensor
-    """The memory in elements of the format."""
+    """The memory, in elements of the format."""
     scales: Tensor
-    """The memory as bf16."""
+    """The same memory as bf16, if the format is quantised."""
     align_bytes: int
-    """What every base, stride and run is a multiple of."""
+    """Every base, stride and run is a multiple of this."""
     segments: tuple[Tensor, ...]
-    """The fields that the kernel reads: all but the count, which the tiles hold."""
+    """The fields of the segments, except the count, which the tiles hold."""
     tiles: Tensor
-    launches: tuple[tuple[int, int, Tiles], ...]
-    """(first tile, tiles, shape) of each launch of the partial kernel"""
-    parts: Tensor
+    launches: tuple[tuple[int, int, TileShape], ...]
+    """(first tile, number of tiles, shape) of each launch of the partial kernel"""
+    slots: Tensor
     starts: Tensor
-    part_o: Tensor
-    part_lse: Tensor
+    split_o: Tensor
+    split_lse: Tensor
 
 
 def plan(
-    rows: Rows,
+    work: WorkList,
     segments: Segments,
     memory: Tensor,
     layout: KVLayout,
@@ -91,8 +95,8 @@ def plan(
     threads: int = 1,
     checked: bool = False,
 ) -> Plan:
-    """As :func:`farshore.kernels.reference.plan`. ValueError also for int4 and float64 KV, for rows that are
-    not among ``positions``, and for addresses that are no multiple of the element size (scales: 2 bytes)."""
+    """Raises ValueError also for int4 and float64 KV, for rows beyond ``positions``, and for addresses that
+    are not multiples of the element size (of 2 bytes, if there are scales)."""
     if layout.format not in _STORED:
         raise ValueError(
             f"{layout.format.value} KV has no GPU kernel: use one of {[f.value for f in _STORED]}"
@@ -100,8 +104,8 @@ def plan(
     stored = _STORED[layout.format]
     group1 = spec.groups if group1 is None else group1
     item_bytes = max(stored.itemsize, 2 if layout.format.quantised else 1)
-    numbers = torch.cat([segments.base, segments.stride]).tolist()
-    align = gcd(_LOAD_BYTES, layout.k_run_bytes, layout.v_run_bytes, *numbers)
+    addresses = torch.cat([segments.base, segments.stride]).tolist()
+    align = gcd(_LOAD_BYTES, layout.k_run_bytes, layout.v_run_bytes, *addresses)
     if align % item_bytes:
         raise ValueError(
             f"segments in {layout.format.value} must lie at multiples of {item_bytes} bytes, not {align}"
@@ -111,8 +115,8 @@ def plan(
     device = device_of(memory.device.index if memory.is_cuda else None)
     wide = partial_tiles(device.arch, spec.k_dim, layout.format)
     heads = Heads.of(spec, wide_m=wide.block_m)
-    work = flatten(
-        rows,
+    listed = flatten(
+        work,
         segments,
         spec,
         heads,
@@ -124,21 +128,21 @@ def plan(
         block_n=wide.block_n,
         processors=device.processors,
     )
-    narrow, total = work.narrow, work.tiles.shape[0]
-    launches = ((0, narrow, wide._replace(block_m=NARROW_M)), (narrow, total - narrow, wide))
-    there = memory.device
+    narrow, n_tiles = listed.narrow, listed.tiles.shape[0]
+    launches = ((0, narrow, wide._replace(block_m=NARROW_M)), (narrow, n_tiles - narrow, wide))
+    to = memory.device
     return Plan(
         spec=spec,
         layout=layout,
         heads=heads,
         group0=group0,
         q_heads=(group1 - group0) * spec.q_heads_per_group,
-        positions=positions.to(there, torch.int64),
+        positions=positions.to(to, torch.int64),
         kv=memory.view(stored),
         scales=memory.view(torch.bfloat16) if layout.format.quantised else memory,
         align_bytes=align,
         segments=tuple(
-            field.to(there)
+            field.to(to)
             for field in (
                 segments.base,
                 segments.stride,
@@ -148,17 +152,17 @@ def plan(
                 segments.group1,
             )
         ),
-        tiles=work.tiles.to(there),
+        tiles=listed.tiles.to(to),
         launches=tuple(launch for launch in launches if launch[1]),
-        parts=work.parts.to(there),
-        starts=work.starts.to(there),
-        part_o=torch.empty(work.slots, spec.v_dim, device=there),
-        part_lse=torch.empty(work.slots, device=there),
+        slots=listed.slots.to(to),
+        starts=listed.starts.to(to),
+        split_o=torch.empty(listed.split_states, spec.v_dim, device=to),
+        split_lse=torch.empty(listed.split_states, device=to),
     )
 
 
 def partial(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
-    """As :func:`farshore.kernels.reference.partial`; at most three launches, nothing allocated."""
+    """At most three launches. Allocates no memory."""
     spec, layout, heads = plan.spec, plan.layout, plan.heads
     n_rows, q_heads = plan.positions.numel(), plan.q_heads
     if q.shape != (n_rows, q_heads, spec.k_dim):
@@ -177,8 +181,8 @@ def partial(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
             *plan.segments,
             plan.tiles,
             first_tile,
-            plan.part_o,
-            plan.part_lse,
+            plan.split_o,
+            plan.split_lse,
             layer,
             plan.group0,
             spec.scale,
@@ -196,9 +200,9 @@ def partial(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
         merging = reduce_constants(spec, heads)
         cuts = triton.cdiv(heads.tile_heads, merging["BLOCK_H"])
         reduce_kernel[(n_rows, q_heads // heads.heads * heads.head_tiles * cuts)](
-            plan.part_o,
-            plan.part_lse,
-            plan.parts,
+            plan.split_o,
+            plan.split_lse,
+            plan.slots,
             plan.starts,
             out.o,
             *out_strides[:2],
@@ -209,13 +213,13 @@ def partial(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
         )
 
 
-def offer(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
-    """As :func:`farshore.kernels.reference.offer`: no launch waits for the one before it to end."""
+def partial_async(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
+    """As :func:`partial`, because a launch returns before the kernel ends."""
     partial(plan, layer, q, out=out)
 
 
-def complete() -> None:
-    """As :func:`farshore.kernels.reference.complete`: what follows in the stream finds it done."""
+def wait() -> None:
+    """Returns at once: later work in the stream runs after the kernels."""
 
 
 def extend(
@@ -229,7 +233,7 @@ def extend(
     out: State,
     threads: int = 1,
 ) -> None:
-    """As :func:`farshore.kernels.reference.extend`; k and v in one dtype, their elements contiguous."""
+    """The elements of each row of q, k and v must be adjacent."""
     n, q_heads, _ = q.shape
     groups = q_heads // spec.q_heads_per_group
     k_per_group, v_per_group = spec.k_heads // spec.groups, spec.v_heads // spec.groups
@@ -281,9 +285,8 @@ def extend(
 
 
 def merge(states: Sequence[State], *, sink: Tensor | None = None, out: State) -> None:
-    """As :func:`farshore.kernels.reference.merge`, which one kernel does, compiled anew for each number of
-    states; of more than 16, the first ones are merged into one in float32, again and again. ValueError for
-    no states, or for shapes that differ from ``out``'s."""
+    """One kernel, compiled once for each number of states. Of more than 16 states, the first 16 are merged
+    into one in float32, repeatedly."""
     rows, heads, v_dim = out.o.shape
     if not states or (sink is not None and sink.shape != (heads,)):
         raise ValueError(f"{len(states)} states, a sink of {None if sink is None else tuple(sink.shape)}")
@@ -310,19 +313,19 @@ def merge(states: Sequence[State], *, sink: Tensor | None = None, out: State) ->
     )
 
 
-def _launch(tile: Tiles) -> dict[str, int | bool]:
+def _launch(tile: TileShape) -> dict[str, int | bool]:
     return {"num_warps": tile.warps, "num_stages": tile.stages, **_FUSED}
 
 
 def _product_dtype(q: Tensor, kv: Tensor) -> tl.dtype:
-    """ValueError unless both are dtypes the kernels know."""
+    """The dtype of products. Raises ValueError unless the kernels know both dtypes."""
     if q.dtype not in _DTYPES or kv.dtype not in (*_DTYPES, torch.int8):
         raise ValueError(f"q {q.dtype} on KV {kv.dtype}: not float32, bfloat16, float16 (KV: int8)")
     return _DTYPES[q.dtype] if kv.dtype in (q.dtype, torch.int8) else tl.float32
 
 
 def _strides(x: Tensor) -> tuple[int, int]:
-    """The outer two strides of a tensor whose rows are contiguous."""
+    """The outer two strides. Raises ValueError unless the elements of the last dimension are adjacent."""
     if x.stride(2) != 1 and x.shape[2] != 1:
         raise ValueError(f"rows must be contiguous, not {x.stride()} apart")
     return x.stride()[:2]

@@ -1,9 +1,9 @@
-"""Tile sizes and launch constants: a small table by K dims and device, instead of autotuning at run time.
+"""Tile shapes and launch constants: a small table by K dims and device, instead of autotuning at run time.
 
-None of it has been timed on a GPU yet: these are large tiles that compile without spills within the device's
-shared memory (tests/kernels/test_gpu_compile.py prints and bounds both), with stages enough to keep loads in
-flight. Two exceptions on gfx942, both of some scalar registers into vector ones and none into memory: int8 at
-MLA's K dim of 576, and ``extend`` with soft cap and window.
+Called by ``ops``. No value has been timed on a GPU yet. They are large tiles that compile without spills
+within the device's shared memory (tests/kernels/test_gpu_compile.py prints and bounds both), with enough
+stages to keep loads in flight. There are two exceptions on gfx942, where some scalar registers spill into
+vector registers and none into memory: int8 at MLA's K dim of 576, and ``extend`` with soft cap and window.
 """
 
 from functools import cache
@@ -17,35 +17,33 @@ from farshore.kernels.formats import KVFormat
 from farshore.kernels.gpu.work import Heads
 
 NARROW_M = 16
-"""Queries of a decode tile when few rows share a segment: the least M of the matrix instructions."""
-
+"""Queries of a decode tile if few rows share a segment: the least M of the matrix instructions."""
 
 REDUCE_STAGES = 3
-"""Part states in flight while they are merged."""
+"""Split states in flight while they are merged."""
 
 
-class Tiles(NamedTuple):
+class TileShape(NamedTuple):
     block_m: int
-    """Queries (rows x heads) of a tile; the wide one for decoding."""
+    """Queries (rows x heads) of a tile; for decoding, those of a wide tile."""
     block_n: int
-    """Keys per step of the sweep."""
+    """Keys per iteration."""
     warps: int
     stages: int
 
 
 class Device(NamedTuple):
-    """What tuning depends on: an NVIDIA compute capability (80, 90), "gfx942", or None in the interpreter."""
-
     arch: int | str | None
+    """An NVIDIA compute capability (80, 90), "gfx942", or None in triton's interpreter."""
     processors: int
     """SMs or compute units."""
 
 
 @cache
 def device_of(index: int | None) -> Device:
-    """Of the CUDA or HIP device with that index; None: the interpreter's, on the CPU."""
+    """The CUDA or HIP device with that index; None: triton's interpreter on the CPU."""
     if index is None:
-        # Few processors and small tiles: the tests reach every path with short sequences.
+        # With few processors and small tiles, tests reach every path with short sequences.
         return Device(None, 4)
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
@@ -53,58 +51,60 @@ def device_of(index: int | None) -> Device:
     return Device(properties.major * 10 + properties.minor, properties.multi_processor_count)
 
 
-def partial_tiles(arch: int | str | None, k_dim: int, format: KVFormat) -> Tiles:
-    """For decoding, by the format of the stored KV."""
+def partial_tiles(arch: int | str | None, k_dim: int, format: KVFormat) -> TileShape:
+    """The wide tile for decoding, by the format of the stored KV."""
     if arch is None:
-        return Tiles(32, 16, 4, 1)
+        return TileShape(32, 16, 4, 1)
     if format is KVFormat.FLOAT32:
         return _full_precision_tiles(arch, k_dim)
     if isinstance(arch, str):
         return _cdna_partial_tiles(k_dim, quantised=format.quantised)
     if k_dim > 256:
-        return Tiles(32, 32, 8, 2)
+        return TileShape(32, 32, 8, 2)
     if k_dim > 128:
-        return Tiles(32, 32, 4, 3)
-    # Two or more programs an SM, each with some 32 KiB of K and V in flight, cover latency x bandwidth.
-    return Tiles(64, 64, 4, 4) if k_dim <= 64 else Tiles(64, 64 if arch >= 90 else 32, 4, 3)
+        return TileShape(32, 32, 4, 3)
+    # Two or more programs per SM, each with about 32 KiB of K and V in flight, cover latency x bandwidth.
+    return TileShape(64, 64, 4, 4) if k_dim <= 64 else TileShape(64, 64 if arch >= 90 else 32, 4, 3)
 
 
-def _cdna_partial_tiles(k_dim: int, *, quantised: bool) -> Tiles:
-    """Masks live in scalar registers there, and more than 32 keys, 16 where scales are read, take too many.
-    MLA's latent leaves 64 KiB of LDS room for one stage only."""
+def _cdna_partial_tiles(k_dim: int, *, quantised: bool) -> TileShape:
+    """AMD's CDNA keeps masks in scalar registers: more than 32 keys, or 16 if scales are read, take too many.
+    With MLA's latent, 64 KiB of LDS hold one stage only."""
     if k_dim > 256:
-        return Tiles(16, 16, 4, 1)
-    return Tiles(64 if k_dim <= 64 else 32, 16 if quantised else 32, 4, 1 if quantised and k_dim > 128 else 2)
+        return TileShape(16, 16, 4, 1)
+    return TileShape(
+        64 if k_dim <= 64 else 32, 16 if quantised else 32, 4, 1 if quantised and k_dim > 128 else 2
+    )
 
 
-def extend_tiles(arch: int | str | None, k_dim: int, *, full_precision: bool) -> Tiles:
-    """For prefill; ``full_precision``: products in float32."""
+def extend_tiles(arch: int | str | None, k_dim: int, *, full_precision: bool) -> TileShape:
+    """The tile for prefill. ``full_precision``: products are float32."""
     if arch is None:
-        return Tiles(32, 16, 4, 1)
+        return TileShape(32, 16, 4, 1)
     if full_precision:
         return _full_precision_tiles(arch, k_dim)
     if isinstance(arch, str):
         if k_dim > 256:
-            return Tiles(32, 16, 4, 1)
-        return Tiles(128 if k_dim <= 128 else 64, 32, 4, 1)
+            return TileShape(32, 16, 4, 1)
+        return TileShape(128 if k_dim <= 128 else 64, 32, 4, 1)
     if k_dim > 256:
-        return Tiles(32, 32, 8, 2)
+        return TileShape(32, 32, 8, 2)
     if k_dim > 128:
-        return Tiles(64, 32, 8, 3)
-    # 128 queries: two warp groups of the 64 that Hopper's matrix instruction wants. For sm_80 the compiler
+        return TileShape(64, 32, 8, 3)
+    # 128 queries are two warp groups of 64, as Hopper's matrix instruction wants. For sm_80 the compiler
     # spills with two stages, and with 64 keys of 128 dims under a soft cap and a window.
-    return Tiles(128, 64 if k_dim <= 64 or arch >= 90 else 32, 8, 3)
+    return TileShape(128, 64 if k_dim <= 64 or arch >= 90 else 32, 8, 3)
 
 
-def _full_precision_tiles(arch: int | str, k_dim: int) -> Tiles:
-    """Float32 products run on ordinary ALUs with their operands in registers, so tiles are small."""
+def _full_precision_tiles(arch: int | str, k_dim: int) -> TileShape:
+    """Float32 products run on ordinary ALUs with operands in registers, so tiles are small."""
     if k_dim > 256:
-        return Tiles(16, 16, 4, 1) if isinstance(arch, str) else Tiles(16, 16, 8, 2)
-    return Tiles(16, 32 if k_dim <= 64 else 16, 4, 2)
+        return TileShape(16, 16, 4, 1) if isinstance(arch, str) else TileShape(16, 16, 8, 2)
+    return TileShape(16, 32 if k_dim <= 64 else 16, 4, 2)
 
 
 def dims_constants(spec: AttentionSpec) -> dict[str, int]:
-    """K dims in two parts that the matrix instructions take, and V's in one; see ``sweep``."""
+    """The K dims in two pieces that the matrix instructions take, and V's in one; see ``attend_to_keys``."""
     main = max(16, 1 << (spec.k_dim.bit_length() - 1))
     rest = max(16, triton.next_power_of_2(spec.k_dim - main)) if spec.k_dim > main else 0
     v_block = max(16, triton.next_power_of_2(spec.v_dim))
@@ -127,7 +127,7 @@ def stored_constants(layout: KVLayout) -> dict[str, int | bool]:
 
 def reduce_constants(spec: AttentionSpec, heads: Heads) -> dict[str, int]:
     v_block = triton.next_power_of_2(spec.v_dim)
-    # 1,024 elements a program: eight registers a thread, and enough programs where rows are few.
+    # 1,024 elements per program: eight registers per thread, and enough programs if rows are few.
     block_h = min(triton.next_power_of_2(heads.tile_heads), max(1, 1024 // v_block))
     return {
         "HEADS": heads.heads,

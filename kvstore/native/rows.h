@@ -7,10 +7,11 @@ namespace farshore::kv {
 
 constexpr int SCALE_ELEMENTS = 64;
 
-enum class Format { PLAIN, INT8, INT4 };
+// Formats and types have the numbers of CODES in kernels/formats.py.
+enum class Format { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4, FLOAT64 };
 
 // Of the rows on the other side of a copy. STORED: the bytes of a stored row, its scales behind its payload.
-enum class Type { STORED, FLOAT32, BFLOAT16, FLOAT16, FLOAT64 };
+enum class Type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, FLOAT64 = 5, STORED = 6 };
 
 // K or V of a layer: `heads` runs of [token][payload], then [token][scales].
 struct Side {

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from farshore.kernels.base import KVLayout, Segments, StoredKV
+from farshore.kernels.formats import CODES, DTYPE_CODES
 from farshore.kvstore.store.arena import stride_bytes
 from farshore.kvstore.store.forms import from_stored, stored_bytes, to_stored
 
@@ -26,10 +27,8 @@ except ImportError:
 Bases = Sequence[int] | Mapping[int, int]
 """Byte offset in the memory of each block, by the block's index."""
 
-# The native module's numbers for formats and element types.
-_FORMATS = {"int8": 1, "int4": 2}
-_STORED = 0
-_TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
+_STORED = len(CODES)
+"""In place of a dtype's code: rows are bytes, as they are stored."""
 
 
 def copy_in(
@@ -156,7 +155,7 @@ def native_for(memory: Tensor) -> ModuleType | None:
 def native_layout(layout: KVLayout) -> list[int]:
     """The layout as the arguments of the native module's copies."""
     return [
-        _FORMATS.get(layout.format.value, 0),
+        CODES[layout.format],
         layout.block_tokens,
         layout.layer_bytes,
         layout.k_heads,
@@ -177,7 +176,7 @@ def native_layout(layout: KVLayout) -> list[int]:
 def native_type(layout: KVLayout, rows: Tensor) -> int:
     """The native module's number for the element type of ``rows``. Rows of an unquantised format are copied
     as bytes."""
-    return _TYPES.get(rows.dtype, _STORED) if layout.format.quantised else _STORED
+    return DTYPE_CODES.get(rows.dtype, _STORED) if layout.format.quantised else _STORED
 
 
 def native_rows(rows: Tensor) -> tuple[int, int, int, int]:
@@ -202,7 +201,7 @@ def _dequantised(
         if layout.v_in_k
         else torch.empty(len(layers), layout.v_heads, last - first, layout.v_dim)
     )
-    _gather(memory, layout, bases, layers, first, last, threads, _TYPES[torch.float32], k, v)
+    _gather(memory, layout, bases, layers, first, last, threads, DTYPE_CODES[torch.float32], k, v)
     return k, v
 
 

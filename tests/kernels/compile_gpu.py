@@ -1,8 +1,9 @@
-"""Compile the GPU's kernels ahead of time, without a GPU, and print what each takes, a JSON object a line.
+"""Compiles the GPU kernels without a GPU and prints each one's resources, one JSON object per line.
 
-test_gpu_compile.py runs it in a process of its own: triton interprets or compiles, but not both in one. The
-public functions are called on CPU tensors, with a driver that claims to be the target and launches nothing:
-so what is compiled is what they would launch, specialised for the same strides and alignments.
+test_gpu_compile.py runs it in a process of its own, because a process either interprets or compiles triton
+kernels. The public functions are called on CPU tensors, with a driver that claims to be the target and
+launches nothing. So the compiled kernels are those that a launch would use, with the same specialisations for
+strides and alignments.
 
     python -P tests/kernels/compile_gpu.py cuda:90 64,128 bfloat16,int8 [capped]
 """
@@ -20,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from farshore.kernels.base import AttentionSpec, KVLayout, Rows, Segments, State
+from farshore.kernels.base import AttentionSpec, KVLayout, Segments, State, WorkList
 from farshore.kernels.formats import KVFormat
 from farshore.kernels.gpu import ops
 from farshore.kernels.gpu.tuning import NARROW_M, Device
@@ -33,7 +34,7 @@ MERGED_STATES = 8
 
 
 class Driver:
-    """As much of triton's driver as compiling asks for."""
+    """The methods of triton's driver that compiling calls."""
 
     def __init__(self, target):
         self.target = target
@@ -49,7 +50,7 @@ class Driver:
 
 
 def pretend(name):
-    """Let triton and our launchers see the named target; returns it and the list that fills with kernels."""
+    """Makes triton and our launchers see the named target. Returns it and a list that launches append to."""
     backend, arch = name.split(":")
     target = GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
     compiled, run = [], JITFunction.run
@@ -67,8 +68,8 @@ def pretend(name):
 
 
 def call_all(k_dim, format, *, capped):
-    """Every public function at 8 KV heads and group 4; at K dim 576 MLA's shape, one group of 128.
-    ``capped``: with a soft cap and a window, as Gemma has them."""
+    """Calls every public function with 8 KV heads and 4 query heads each; at K dim 576 with MLA's shape, one
+    group of 128 query heads. ``capped``: with a soft cap and a window, as Gemma has them."""
     spec = AttentionSpec(32, 8, 8, k_dim, k_dim, 0.1)
     if k_dim == 576:
         spec = AttentionSpec(128, 1, 1, 576, 512, 0.1, v_in_k=True)
@@ -79,15 +80,15 @@ def call_all(k_dim, format, *, capped):
     q = torch.zeros(ROWS, spec.q_heads, k_dim, dtype=dtype)
     out = State.identity(ROWS, spec.q_heads, spec.v_dim, dtype=torch.bfloat16)
 
-    # All rows on a shared segment, wide tiles, and one row on a segment of its own, narrow ones.
+    # All rows on a shared segment take wide tiles; one row on a segment of its own takes narrow ones.
     memory = torch.zeros(layout.block_bytes * (TOKENS // layout.block_tokens + 1), dtype=torch.uint8)
     run = (0, layout.block_bytes, 0, TOKENS, 0, 0, spec.groups)
-    work = Rows.of([(0, ROWS, 0, 0, spec.groups), (0, 1, 1, 0, spec.groups)])
+    work = WorkList.of([(0, ROWS, 0, 0, spec.groups), (0, 1, 1, 0, spec.groups)])
     positions = torch.full((ROWS,), TOKENS)
     plan = ops.plan(work, Segments.of([run, run]), memory, layout, spec, positions=positions)
     ops.partial(plan, 1, q, out=out)
     if format.quantised:
-        # Only `partial` reads stored KV: `extend` is given plain tensors, and states are never quantised.
+        # Only `partial` reads stored KV; `extend` takes plain tensors, and states are never quantised.
         return
     k = torch.zeros(spec.k_heads, TOKENS, k_dim, dtype=dtype)
     v = torch.zeros(spec.v_heads, TOKENS, spec.v_dim, dtype=dtype)
@@ -96,8 +97,8 @@ def call_all(k_dim, format, *, capped):
 
 
 def resources(binary, target):
-    """Registers of a thread, what it spills for want of them, bytes of shared memory of a program, and
-    whether it reads memory 16 bytes at a time."""
+    """Registers and spills of a thread, bytes of shared memory of a program, and whether it loads 16 bytes at
+    a time."""
     row = {"threads": binary.metadata.num_warps * target.warp_size, "shared": binary.metadata.shared}
     if target.backend == "hip":
         assembly = binary.asm["amdgcn"]
@@ -111,7 +112,7 @@ def resources(binary, target):
             file.flush()
             command = [CUOBJDUMP, "--dump-resource-usage", file.name]
             report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        # Spilled registers lie on the stack; LOCAL is what a kernel asks for itself.
+        # Spilled registers are on the stack; LOCAL is memory that the kernel asks for.
         names = ("REG", "STACK", "LOCAL")
         registers, *spills = (int(re.search(rf"{name}:(\d+)", report)[1]) for name in names)
         wide = "cp.async.cg" in binary.asm["ptx"]

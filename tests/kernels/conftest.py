@@ -1,8 +1,9 @@
-"""What every implementation of the kernels is held against: the textbook in float64, and KV in blocks.
+"""Shared by the kernels' tests: implementations, textbook attention in float64, and KV stored in blocks.
 
-Fixtures that return functions or strategies, of the whole session, so that hypothesis can use them.
+Most fixtures return functions or strategies and have session scope, so that hypothesis can use them.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,27 +15,28 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from farshore.kernels import reference
-from farshore.kernels.base import AttentionSpec, KVLayout, State
+from farshore.kernels.base import AttentionSpec, Kernels, KVLayout, Segments, State, WorkList
 from farshore.kernels.formats import KVFormat, dequantise, quantise
 
 try:
-    from farshore.kernels import cpu
+    from farshore.kernels.cpu import attention as cpu
 except ImportError:
     cpu = None
 
 INSTRUCTION_SETS = cpu.instruction_sets if cpu else []
 BFLOAT16_PRODUCTS = ("amx", "avx512-bf16")
 SIXTEEN_BIT_PRODUCTS = ("avx512", "avx2")
-"""Of integers with a bfloat16 q, where few queries share them; BFLOAT16_PRODUCTS, too."""
-# For runs that are slow; see test_sanitised.
+"""These, and BFLOAT16_PRODUCTS, multiply a bfloat16 q of few queries with quantised KV as 16-bit integers."""
+# Used by test_sanitised, where every example is slow.
 settings.register_profile("few", max_examples=20, derandomize=True)
 _ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
-class Kernels(NamedTuple):
+class Implementation(NamedTuple):
     """An implementation that runs on the CPU: the reference, or native kernels of one instruction set."""
 
     name: str
+    native: bool
     plan: Callable
     partial: Callable
     extend: Callable
@@ -42,15 +44,11 @@ class Kernels(NamedTuple):
     q_dtypes: tuple[torch.dtype, ...]
     formats: tuple[KVFormat, ...]
 
-    @property
-    def native(self) -> bool:
-        return self.name != "reference"
-
     def tolerance(self, q_dtype: torch.dtype, stored: KVFormat) -> float:
-        """Of what the arithmetic adds, whatever was lost before: the textbook reads the same q, K and V."""
+        """The error of the arithmetic alone, because the textbook reads the same q, K and V."""
         if q_dtype == torch.float64:
             return 1e-12
-        # bfloat16 K and V, and integers, go into products with a bfloat16 q as they are.
+        # Products of a bfloat16 q with bfloat16 or quantised KV are not float32.
         exact = (torch.float32, torch.float16)
         if self.name in SIXTEEN_BIT_PRODUCTS and stored.quantised and q_dtype not in exact:
             return 1e-3
@@ -64,7 +62,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(scope="package", autouse=True)
 def one_torch_thread():
-    """The tests' tensors are small: on busy cores PyTorch's threads wait 10 ms for each other."""
+    """The tests' tensors are small, and on busy cores PyTorch's threads would wait 10 ms for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -75,19 +73,35 @@ def one_torch_thread():
 def kernels(request):
     """Each implementation in turn."""
     module = reference if request.param == "reference" else cpu
-    functions = (module.plan, module.partial, module.extend, module.merge)
+    functions = (module.native, module.plan, module.partial, module.extend, module.merge)
     if module is reference:
-        yield Kernels("reference", *functions, (torch.float64, *_FLOATS), tuple(KVFormat))
+        yield Implementation("reference", *functions, (torch.float64, *_FLOATS), tuple(KVFormat))
         return
     cpu._native.use(request.param)
     formats = tuple(format for format in KVFormat if format is not KVFormat.FLOAT64)
-    yield Kernels(request.param, *functions, _FLOATS, formats)
+    yield Implementation(request.param, *functions, _FLOATS, formats)
     cpu._native.use(INSTRUCTION_SETS[0])
 
 
 @pytest.fixture(scope="session")
+def assert_protocol():
+    """assert_protocol(module, *, native): the module's functions have the signatures of ``Kernels``."""
+
+    def parameters(function):
+        listed = inspect.signature(function).parameters.values()
+        return [(each.name, each.kind, each.default) for each in listed if each.name != "self"]
+
+    def check(module, *, native: bool) -> None:
+        assert module.native is native
+        for name in ("plan", "partial", "partial_async", "wait", "extend", "merge"):
+            assert parameters(getattr(module, name)) == parameters(getattr(Kernels, name))
+
+    return check
+
+
+@pytest.fixture(scope="session")
 def specs():
-    """A strategy: 1 to 3 groups of few or many heads, dims that fit vectors and groups of scales or not."""
+    """A strategy: 1 to 3 groups of few or many heads; dims may be multiples of vectors and scale groups."""
     dims = [(64, 64), (128, 128), (80, 96), (96, 80), (112, 20), (192, 128), (256, 64)]
     odd = [(8, 12), (20, 8), (12, 64), (64, 65), (97, 80), (1, 3)]
     inside = [(80, 64), (20, 20), (576, 512)]
@@ -130,21 +144,21 @@ class Textbook(NamedTuple):
 class StoredTokens(NamedTuple):
     layout: KVLayout
     memory: Tensor
-    """u8: NaN in every float format, and in every scale, wherever no token was written"""
+    """u8; where no token was written, all bytes are 0xFF, which is NaN in every float format and scale"""
     stride: int
     k: Tensor
-    """f64[k_heads, tokens, k_dim]: the values that are stored, dequantised"""
+    """f64[k_heads, tokens, k_dim]: the stored values, dequantised"""
     v: Tensor
+    """f64[v_heads, tokens, v_dim]"""
 
 
 @pytest.fixture(scope="session")
 def textbook():
-    """textbook(q, k, v, spec, *, q_positions, k_position=0) -> Textbook; one query at a time."""
+    """textbook(q, k, v, spec, *, q_positions, k_position=0) -> Textbook, computed one query at a time."""
 
     def attend(q, k, v, spec, *, q_positions, k_position=0):
         q, k, v = q.double(), k.double(), v.double()
-        o = torch.zeros(*q.shape[:2], spec.v_dim, dtype=torch.float64)
-        lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float64)
+        o, lse = State.identity(*q.shape[:2], spec.v_dim, dtype=torch.float64)
         largest = 0.0
         for row in range(q.shape[0]):
             distance = int(q_positions[row]) - torch.arange(k_position, k_position + k.shape[1])
@@ -165,10 +179,10 @@ def textbook():
 
 @pytest.fixture(scope="session")
 def assert_close():
-    """assert_close(state, expected, tolerance): o within tolerance x max|V| x max(1, max|logit| / 64), and
-    the cast to its own dtype.
+    """assert_close(state, expected, tolerance).
 
-    lse within tolerance x max(1, max|logit|): float32's numbers around 1e4 already lie 1e-3 apart.
+    The bound of o is tolerance x max|V| x max(1, max|logit| / 64), plus the rounding to its dtype. That of
+    lse is tolerance x max(1, max|logit|), because float32 numbers around 1e4 are 1e-3 apart.
     """
 
     def check(state: State, expected: Textbook, tolerance: float) -> None:
@@ -186,9 +200,9 @@ def assert_close():
 
 @pytest.fixture(scope="session")
 def store_tokens():
-    """store_tokens(spec, format, tokens, *, seed=0, ...) -> StoredTokens, random, in layer 1 of 2.
+    """store_tokens(spec, format, tokens, *, seed=0, ...) -> StoredTokens: random tokens in layer 1 of 2.
 
-    Token 0 lies at slot ``first`` of the first block, and ``gap_blocks`` blocks lie between one and the next.
+    Token 0 is at slot ``first`` of the first block, and ``gap_blocks`` unused blocks follow each block.
     """
 
     def store(spec, format, tokens, *, seed=0, block_tokens=4, first=0, gap_blocks=0):
@@ -212,3 +226,53 @@ def store_tokens():
         return StoredTokens(layout, memory, stride, values["k"], values["v"])
 
     return store
+
+
+class LongSequence(NamedTuple):
+    """A sequence long enough for five threads to share, in float32 blocks of 256, token 0 at slot 9."""
+
+    spec: AttentionSpec
+    tokens: int
+    stored: StoredTokens
+
+    def plan(self, *, rows=2, positions=None, **options):
+        """A native plan in which every row reads the whole sequence."""
+        return cpu.plan(
+            WorkList.of([(0, rows, 0, 0, 2)]),
+            Segments.of([(0, self.stored.stride, 9, self.tokens, 0, 0, 2)]),
+            self.stored.memory,
+            self.stored.layout,
+            self.spec,
+            positions=torch.full((rows,), self.tokens) if positions is None else positions,
+            **options,
+        )
+
+    def queries(self, rows=2, seed=0):
+        return torch.randn(rows, 4, 64, generator=torch.Generator().manual_seed(seed))
+
+    def run(self, plan, q):
+        out = State.identity(*q.shape[:2], 64)
+        cpu.partial(plan, 1, q, out=out)
+        return out
+
+
+@pytest.fixture(scope="session")
+def sequence(store_tokens):
+    spec = AttentionSpec(4, 2, 2, 64, 64, scale=0.125)
+    return LongSequence(spec, 3000, store_tokens(spec, KVFormat.FLOAT32, 3000, block_tokens=256, first=9))
+
+
+@pytest.fixture(scope="session")
+def textbook_merge():
+    """textbook_merge(states, *, sink=None) -> the merged state in float64. Ignores the o of empty states."""
+
+    def merge(states, *, sink=None):
+        lses = torch.stack([state.lse for state in states]).double()
+        lse = torch.logsumexp(lses, dim=0)
+        if sink is not None:
+            lse = torch.logaddexp(lse, sink.double().expand_as(lse))
+        weights = torch.exp(lses - lse.nan_to_num(neginf=0.0))
+        values = (state.o.double().nan_to_num() for state in states)
+        return State(sum(w[..., None] * o for w, o in zip(weights, values, strict=True)), lse)
+
+    return merge

@@ -1,4 +1,4 @@
-"""Causal attention of new tokens on plain keys, of every implementation that runs on the CPU."""
+"""``extend`` of every implementation that runs on the CPU against dense float64 attention."""
 
 import math
 
@@ -18,21 +18,22 @@ def random(*shape, seed, dtype=torch.float64):
 
 
 def inside(*shape, dtype):
-    """A view whose rows, heads and elements lie apart from their neighbours, which are NaN; and all of it."""
-    whole = torch.full(tuple(size + 2 for size in shape), torch.nan, dtype=dtype)
-    return whole[tuple(slice(1, -1) for _ in shape)], whole
+    """A strided view of ``shape`` inside a tensor of NaN, and that tensor."""
+    surrounding = torch.full(tuple(size + 2 for size in shape), torch.nan, dtype=dtype)
+    return surrounding[tuple(slice(1, -1) for _ in shape)], surrounding
 
 
 def extend(kernels, q, k, v, spec, *, o_dtype=None, **options):
-    """Everything strided; what lies beside the output must stay as it is."""
+    """Writes to strided views and checks that nothing beside them changes."""
     if kernels.native:
         options = {"threads": 1, **options}
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     o, all_o = inside(*q.shape[:2], spec.v_dim, dtype=o_dtype or wide)
     lse, all_lse = inside(*q.shape[:2], dtype=wide)
     kernels.extend(q, k, v, spec, out=State(o, lse), **options)
-    for part, whole in ((o, all_o), (lse, all_lse)):
-        assert whole.isnan().sum() - part.isnan().sum() == whole.numel() - part.numel()
+    for view, surrounding in ((o, all_o), (lse, all_lse)):
+        beside = surrounding.numel() - view.numel()
+        assert surrounding.isnan().sum() - view.isnan().sum() == beside
     return State(o, lse)
 
 
@@ -43,8 +44,8 @@ def strided(x):
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_parts_are_the_whole(kernels, specs, textbook, assert_close, data):
-    """Rows at any positions on keys cut anywhere, at any position; K and V strided views, V perhaps of K."""
+def test_keys_in_pieces_equal_the_textbook(kernels, specs, textbook, assert_close, data):
+    """Rows and keys at any positions, keys cut anywhere; K and V are strided, V may be part of K."""
     spec = data.draw(specs)
     q_dtype = data.draw(st.sampled_from(kernels.q_dtypes))
     kv_dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
@@ -66,13 +67,13 @@ def test_parts_are_the_whole(kernels, specs, textbook, assert_close, data):
         options["o_dtype"] = data.draw(st.sampled_from([None, torch.bfloat16, torch.float16]))
     states, begin = [], 0
     for length in lengths:
-        part = slice(begin, begin + length)
+        piece = slice(begin, begin + length)
         states.append(
             extend(
                 kernels,
                 strided(q),
-                k[:, part],
-                v[:, part],
+                k[:, piece],
+                v[:, piece],
                 spec,
                 q_positions=positions,
                 k_position=k_position + begin,
@@ -89,7 +90,7 @@ def test_parts_are_the_whole(kernels, specs, textbook, assert_close, data):
 
 
 def test_keys_and_values_as_any_format_stores_them(kernels, textbook, assert_close, store_tokens):
-    """The store is the truth: prefill attends to what is stored, dequantised."""
+    """Prefill attends to the values as stored, dequantised (invariant 5, docs/architecture.md)."""
     spec = AttentionSpec(6, 2, 2, 64, 80, scale=0.125)
     for format in set(kernels.formats) - {KVFormat.FLOAT64}:
         stored = store_tokens(spec, format, 33)
@@ -100,18 +101,18 @@ def test_keys_and_values_as_any_format_stores_them(kernels, textbook, assert_clo
 
 
 def test_some_of_the_groups(kernels, textbook, assert_close):
-    """A span that holds one group of three: q, K and V of its heads alone."""
+    """A span that holds one group of three: q, K and V have only its heads."""
     spec = AttentionSpec(q_heads=12, k_heads=3, v_heads=6, k_dim=16, v_dim=8, scale=0.25)
-    one = spec._replace(q_heads=4, k_heads=1, v_heads=2)
+    one_group = spec._replace(q_heads=4, k_heads=1, v_heads=2)
     q, k, v = (random(*shape, seed=3, dtype=torch.float32) for shape in ((5, 4, 16), (1, 9, 16), (2, 9, 8)))
     positions = torch.arange(5) + 4
     out = extend(kernels, q, k, v, spec, q_positions=positions, k_position=0)
-    assert_close(out, textbook(q, k, v, one, q_positions=positions), 2e-6)
+    assert_close(out, textbook(q, k, v, one_group, q_positions=positions), 2e-6)
 
 
 @pytest.mark.parametrize("shape", [(2048, 0, 1), (700, 3000, 3)], ids=str)
 def test_many_tokens(kernels, textbook, assert_close, shape):
-    """A chunk on itself, or on a long past; a few rows of it are looked at."""
+    """New tokens over themselves, or over a long past; some rows are compared."""
     rows, past, threads = shape
     spec = AttentionSpec(3, 1, 1, 64, 64, scale=0.125)
     for dtype in (torch.float32, torch.bfloat16):
@@ -146,8 +147,8 @@ def test_nothing_to_attend_to(kernels):
 
 @pytest.mark.parametrize("tokens", [1, 3, 40, 300])
 @pytest.mark.parametrize("where", ["q", "k"])
-def test_a_nan_that_is_seen_comes_out(kernels, where, tokens):
-    """Of a broken model, rather than a plausible answer; rows that do not see it are as they were."""
+def test_rows_that_see_a_nan_are_nan(kernels, where, tokens):
+    """A NaN of a broken model must show in every row that sees it, and in no other."""
     spec = AttentionSpec(1, 1, 1, 16, 16, scale=0.25)
     for dtype in (torch.float32, torch.bfloat16):
         q, k, v = (random(*s, seed=1, dtype=dtype) for s in ((3, 1, 16), (1, tokens, 16), (1, tokens, 16)))

@@ -1,4 +1,4 @@
-"""KV formats: what a row looks like in memory, how exact it is, and where layouts put it."""
+"""KV formats and layouts: the bytes of a row, the error of quantising, and where layouts put rows."""
 
 import math
 
@@ -21,7 +21,7 @@ seeds = st.integers(0, 2**31)
 
 
 def rows(shape, dim, seed):
-    """float32 rows of all sizes, denormal to the largest; the elements of one spread over 8 binary orders."""
+    """float32 rows of all magnitudes, from denormal up; a row's elements spread over 8 binary orders."""
     random = torch.Generator().manual_seed(seed)
     exponents = 254 * torch.rand(*shape, 1, generator=random) - 126
     spread = -8 * torch.rand(*shape, dim, generator=random)
@@ -33,7 +33,7 @@ def scale_of_each(scales, dim):
 
 
 def decoded(payload, scales, format, dim):
-    """One row's elements, byte by byte, as the module docstring describes them."""
+    """One row's elements, decoded byte by byte as the docstring of ``formats`` says."""
     payload, scales = payload.tolist(), scales.double().tolist()
     elements = []
     for i in range(dim):
@@ -170,14 +170,14 @@ def layout_of(format, *, v_in_k=False, block_tokens=4):
 
 
 def offsets(view, block):
-    """Byte offset in the block of each of a view's elements' first bytes: [heads, tokens, elements]."""
+    """The byte offset in the block of each element of a view: [heads, tokens, elements]."""
     heads, tokens, elements = (torch.arange(n) for n in view.shape)
-    at = (
+    index = (
         heads[:, None, None] * view.stride(0)
         + tokens[None, :, None] * view.stride(1)
         + elements * view.stride(2)
     )
-    return (at + view.storage_offset()) * view.element_size() - block.storage_offset()
+    return (index + view.storage_offset()) * view.element_size() - block.storage_offset()
 
 
 @pytest.mark.parametrize("format", KVFormat)
@@ -188,8 +188,8 @@ def test_every_byte_of_a_block_has_one_place(format, v_in_k):
     used = torch.zeros(layout.block_bytes, dtype=torch.int64)
     for layer in range(layout.layers):
         stored = layout.stored(block, layer)
-        own = [stored.k, stored.k_scales] if v_in_k else list(stored)
-        for view in own:
+        views = [stored.k, stored.k_scales] if v_in_k else list(stored)
+        for view in views:
             for byte in range(view.element_size()):
                 used.index_add_(0, offsets(view, block).flatten() + byte, torch.ones(view.numel()).long())
     assert (used == 1).all()

@@ -1,4 +1,4 @@
-"""The GPU's kernels against the textbook: on a GPU where there is one, else in triton's interpreter."""
+"""The GPU kernels against the textbook, on a GPU if there is one, else in triton's interpreter."""
 
 import math
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farshore.kernels.base import AttentionSpec, KVLayout, Rows, Segments, State
+from farshore.kernels.base import AttentionSpec, KVLayout, Segments, State, WorkList
 from farshore.kernels.formats import KVFormat
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -16,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @contextmanager
 def interpreting():
-    """TRITON_INTERPRET where there is no GPU, and only here: see tests/conftest.py."""
+    """Sets TRITON_INTERPRET for a while if there is no GPU; see tests/conftest.py."""
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
             patch.setenv("TRITON_INTERPRET", "1")
@@ -29,7 +29,7 @@ with interpreting():
 
 @pytest.fixture(autouse=True, scope="module")
 def interpreter():
-    """It asks again when it imports the rest of itself, at the first launch."""
+    """Triton reads the variable again at the first launch, when it imports its remaining modules."""
     with interpreting():
         yield
 
@@ -70,8 +70,8 @@ def random(*shape, seed, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def empty_state(*shape, dtype=torch.float32):
-    """NaN, so that whatever a kernel forgets to write is seen."""
+def unwritten_state(*shape, dtype=torch.float32):
+    """A state of NaN, so that an element that a kernel does not write is noticed."""
     return State(
         torch.full(shape, torch.nan, dtype=dtype, device=DEVICE),
         torch.full(shape[:2], torch.nan, device=DEVICE),
@@ -81,7 +81,7 @@ def empty_state(*shape, dtype=torch.float32):
 def partial(spec, layout, memory, q, positions, *, runs, work, groups=None):
     group0, group1 = groups or (0, spec.groups)
     plan = ops.plan(
-        Rows.of(work),
+        WorkList.of(work),
         Segments.of(runs),
         memory.to(DEVICE),
         layout,
@@ -90,23 +90,27 @@ def partial(spec, layout, memory, q, positions, *, runs, work, groups=None):
         group0=group0,
         group1=group1,
     )
-    out = empty_state(*q.shape[:2], spec.v_dim)
+    out = unwritten_state(*q.shape[:2], spec.v_dim)
     ops.partial(plan, 1, q.to(DEVICE), out=out)
     return State(out.o.cpu(), out.lse.cpu())
 
 
 def extend(q, k, v, spec, *, q_positions, k_position):
-    out = empty_state(*q.shape[:2], spec.v_dim)
+    out = unwritten_state(*q.shape[:2], spec.v_dim)
     q, k, v, q_positions = (x.to(DEVICE) for x in (q, k, v, q_positions))
     ops.extend(q, k, v, spec, q_positions=q_positions, k_position=k_position, out=out)
     return out
 
 
 def merge(states, *, sink=None, dtype=torch.float32):
-    out = empty_state(*states[0].o.shape, dtype=dtype)
+    out = unwritten_state(*states[0].o.shape, dtype=dtype)
     states = [State(state.o.to(DEVICE), state.lse.to(DEVICE)) for state in states]
     ops.merge(states, sink=None if sink is None else sink.to(DEVICE), out=out)
     return State(out.o.cpu(), out.lse.cpu())
+
+
+def test_the_module_keeps_the_protocol(assert_protocol):
+    assert_protocol(ops, native=False)
 
 
 @settings(deadline=None, max_examples=40)
@@ -147,7 +151,7 @@ def test_partial_over_any_cut_equals_the_textbook(
 
 
 def test_rows_choose_their_segments_and_groups(textbook, assert_close, store_tokens):
-    """Forty rows share a prefix; some read on, alone or in some groups only; one has no work."""
+    """Forty rows share a prefix. Some also read a second segment, in all or some groups; one has no work."""
     spec = AttentionSpec(q_heads=6, k_heads=3, v_heads=3, k_dim=16, v_dim=16, scale=0.25)
     kv = store_tokens(spec, KVFormat.FLOAT32, 60, block_tokens=8)
     rows = 41
@@ -157,16 +161,16 @@ def test_rows_choose_their_segments_and_groups(textbook, assert_close, store_tok
     work = [(0, 40, 0, 0, 3), (1, 1, 1, 0, 3), (2, 1, 1, 1, 2), (5, 3, 1, 2, 3)]
     out = partial(spec, kv.layout, kv.memory, q, positions, runs=runs, work=work)
 
-    whole = textbook(q, kv.k, kv.v, spec, q_positions=positions)
+    all_tokens = textbook(q, kv.k, kv.v, spec, q_positions=positions)
     expected = textbook(q, kv.k[:, :37], kv.v[:, :37], spec, q_positions=positions)
     for seen in ((1, slice(None)), (2, slice(2, 4)), (slice(5, 8), slice(4, 6))):
-        expected.o[seen], expected.lse[seen] = whole.o[seen], whole.lse[seen]
+        expected.o[seen], expected.lse[seen] = all_tokens.o[seen], all_tokens.lse[seen]
     expected.o[40], expected.lse[40] = 0.0, -torch.inf
     assert_close(out, expected, 2e-6)
 
 
 def test_a_shard_of_some_heads_numbers_them_from_its_first(textbook, assert_close, store_tokens):
-    """Blocks hold group 2 of 4 alone, and q shows the heads of groups 1 and 2."""
+    """Blocks hold group 2 of 4 only, and q has the heads of groups 1 and 2."""
     spec = AttentionSpec(q_heads=16, k_heads=4, v_heads=8, k_dim=8, v_dim=8, scale=0.3)
     one_group = spec._replace(q_heads=4, k_heads=1, v_heads=2)
     kv = store_tokens(one_group, KVFormat.FLOAT32, 21)
@@ -189,7 +193,7 @@ def test_a_shard_of_some_heads_numbers_them_from_its_first(textbook, assert_clos
 
 @pytest.mark.parametrize("precision", PRECISIONS[:2] + PRECISIONS[-1:])
 @pytest.mark.parametrize("k_dim", [64, 80, 96, 112, 128, 192, 256])
-def test_every_head_size(textbook, assert_close, store_tokens, k_dim, precision):
+def test_every_head_dim(textbook, assert_close, store_tokens, k_dim, precision):
     dtype, format = precision
     spec = AttentionSpec(
         q_heads=4, k_heads=1, v_heads=1, k_dim=k_dim, v_dim=min(k_dim, 128), scale=k_dim**-0.5
@@ -204,8 +208,8 @@ def test_every_head_size(textbook, assert_close, store_tokens, k_dim, precision)
 @pytest.mark.parametrize("dims", [(576, 512), (192, 64)])
 @pytest.mark.parametrize("precision", [PRECISIONS[0], PRECISIONS[1], PRECISIONS[-1]])
 def test_latent_attention_reads_v_out_of_k(textbook, assert_close, store_tokens, precision, dims):
-    """MLA: K 576, V its first 512, a part of K that is loaded anyway; the first 64 of 192 are not. A group of
-    40 heads, more than a tile takes."""
+    """MLA: V is the first 512 of 576 dims of K, which are loaded with K; the first 64 of 192 are loaded anew.
+    The group has 40 heads, more than a tile takes."""
     dtype, format = precision
     spec = AttentionSpec(40, 1, 1, *dims, scale=dims[0] ** -0.5, v_in_k=True)
     kv = store_tokens(spec, format, 19, block_tokens=16, first=5)
@@ -244,10 +248,10 @@ def test_rows_before_the_segment_or_past_the_window_see_nothing(store_tokens):
     late=st.integers(0, 3),
     seed=st.integers(0, 99),
 )
-def test_extend_in_parts_then_merge_equals_the_textbook(
+def test_extend_in_pieces_then_merge_equals_the_textbook(
     textbook, assert_close, spec, dtype, lengths, rows, late, seed
 ):
-    """``late``: how far the last row's position lies beyond the last key, or the first's before the first."""
+    """The last row is ``late`` positions after the last key; the first ones of many rows see no key."""
     tokens = sum(lengths)
     q = random(rows, spec.q_heads, spec.k_dim, seed=seed, dtype=dtype)
     k = random(spec.k_heads, tokens, spec.k_dim, seed=seed + 1, dtype=dtype)
@@ -255,8 +259,8 @@ def test_extend_in_parts_then_merge_equals_the_textbook(
     positions = torch.arange(rows) + 50 + tokens - rows + late
     states, start = [], 0
     for length in lengths:
-        part = slice(start, start + length)
-        states.append(extend(q, k[:, part], v[:, part], spec, q_positions=positions, k_position=50 + start))
+        piece = slice(start, start + length)
+        states.append(extend(q, k[:, piece], v[:, piece], spec, q_positions=positions, k_position=50 + start))
         start += length
     expected = textbook(q, k, v, spec, q_positions=positions, k_position=50)
     assert_close(merge(states), expected, TOLERANCE[dtype])
@@ -279,46 +283,40 @@ def test_huge_logits_stay_finite(size):
     with_sink=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_merge_weighs_states_by_their_mass(empties, shape, dtype, with_sink, seed):
-    """Empty states hold NaN; lse may be transposed, o a slice of heads."""
-    check_merge(empties, shape, dtype=dtype, with_sink=with_sink, seed=seed)
+def test_merge_equals_the_textbook(textbook_merge, empties, shape, dtype, with_sink, seed):
+    """The o of empty states is NaN; lse is transposed, o a slice of heads."""
+    check_merge(textbook_merge, empties, shape, dtype=dtype, with_sink=with_sink, seed=seed)
 
 
 @pytest.mark.parametrize("count", [16, 17, 31, 65, 130])
-def test_merge_of_more_states_than_one_launch_takes(count):
+def test_merge_of_more_states_than_one_launch_takes(textbook_merge, count):
     empties = [(0.2, 0.9)[i % 2] for i in range(count)]
-    check_merge(empties, (1, 2, 4), dtype=torch.float32, with_sink=True, seed=count)
+    check_merge(textbook_merge, empties, (1, 2, 4), dtype=torch.float32, with_sink=True, seed=count)
 
 
-def check_merge(empties, shape, *, dtype, with_sink, seed):
-    """Of one state for each share of empty rows and heads."""
+def check_merge(textbook_merge, empties, shape, *, dtype, with_sink, seed):
+    """Merges one state for each share of empty (row, head) pairs."""
     rows, heads, _ = shape
     states = []
     for i, share in enumerate(empties):
-        o, lse = (
+        state = State(
             random(rows, heads + 1, shape[2], seed=seed + i, dtype=dtype)[:, 1:],
-            random(heads, rows, seed=i).T,
+            random(heads, rows, seed=i).T * 5,
         )
         empty = random(rows, heads, seed=seed + i).sigmoid() < share
-        o[empty], lse[empty] = torch.nan, -torch.inf
-        states.append(State(o, lse * 5))
+        state.o[empty], state.lse[empty] = torch.nan, -torch.inf
+        states.append(state)
     sink = random(heads, seed=seed) if with_sink else None
 
-    lses = torch.stack([state.lse for state in states]).double()
-    total = torch.logsumexp(lses, dim=0)
-    if with_sink:
-        total = torch.logaddexp(total, sink.double().expand_as(total))
-    weights = torch.exp(lses - total.nan_to_num(neginf=0.0))
-    o = sum(w[..., None] * state.o.double().nan_to_num() for w, state in zip(weights, states, strict=True))
-
+    o, lse = textbook_merge(states, sink=sink)
     out = merge(states, sink=sink, dtype=dtype)
-    assert torch.equal(out.lse == -torch.inf, total == -torch.inf)
-    seen = total > -torch.inf
-    assert torch.allclose(out.lse[seen].double(), total[seen], rtol=1e-6, atol=2e-6)
+    assert torch.equal(out.lse == -torch.inf, lse == -torch.inf)
+    seen = lse > -torch.inf
+    assert torch.allclose(out.lse[seen].double(), lse[seen], rtol=1e-6, atol=2e-6)
     assert torch.allclose(out.o.double(), o, rtol=0.0, atol=TOLERANCE[dtype] * 5)
 
 
-def test_what_the_kernels_do_not_know_is_refused(store_tokens):
+def test_wrong_arguments_are_refused(store_tokens):
     spec = AttentionSpec(q_heads=3, k_heads=3, v_heads=3, k_dim=16, v_dim=16, scale=1.0)
     kv = store_tokens(spec, KVFormat.FLOAT32, 3)
     run = (0, kv.stride, 0, 3, 0, 1, 3)
@@ -328,7 +326,7 @@ def test_what_the_kernels_do_not_know_is_refused(store_tokens):
         layout = kv.layout._replace(format=format)
         positions = torch.zeros(rows, dtype=torch.long)
         return ops.plan(
-            Rows.of(work), Segments.of([run]), kv.memory.to(DEVICE), layout, spec, positions=positions
+            WorkList.of(work), Segments.of([run]), kv.memory.to(DEVICE), layout, spec, positions=positions
         )
 
     for format in (KVFormat.INT4, KVFormat.FLOAT64):
@@ -337,22 +335,22 @@ def test_what_the_kernels_do_not_know_is_refused(store_tokens):
     with pytest.raises(ValueError, match=r"groups 0\.\.3 asked of a segment holding 1\.\.3"):
         plan(work=[(0, 1, 0, 0, 3)])
     with pytest.raises(ValueError, match="is not of 1 rows and 3 heads"):
-        ops.partial(plan(), 0, torch.zeros(1, 2, 16, device=DEVICE), out=empty_state(1, 2, 16))
+        ops.partial(plan(), 0, torch.zeros(1, 2, 16, device=DEVICE), out=unwritten_state(1, 2, 16))
     with pytest.raises(ValueError, match="rows that are not among the step's 1"):
         plan(work=[(0, 2, 0, 1, 3)])
     with pytest.raises(ValueError, match="must lie at multiples of 4 bytes, not 2"):
         plan(run=(2, *run[1:]))
     with pytest.raises(ValueError, match="layer 2 of 2"):
-        ops.partial(plan(), 2, torch.zeros(1, 3, 16, device=DEVICE), out=empty_state(1, 3, 16))
+        ops.partial(plan(), 2, torch.zeros(1, 3, 16, device=DEVICE), out=unwritten_state(1, 3, 16))
     with pytest.raises(ValueError, match="float64 on KV"):
         q = torch.zeros(1, 3, 16, dtype=torch.float64, device=DEVICE)
-        ops.partial(plan(), 0, q, out=empty_state(1, 3, 16))
+        ops.partial(plan(), 0, q, out=unwritten_state(1, 3, 16))
     with pytest.raises(ValueError, match="do not match"):
         extend(
             torch.zeros(1, 3, 16), *torch.zeros(2, 2, 5, 16), spec, q_positions=torch.zeros(1), k_position=0
         )
     with pytest.raises(ValueError, match="0 states"):
-        ops.merge([], out=empty_state(1, 3, 16))
+        ops.merge([], out=unwritten_state(1, 3, 16))
 
 
 @pytest.mark.heavy

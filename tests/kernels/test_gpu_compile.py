@@ -1,4 +1,4 @@
-"""The GPU's kernels compile ahead of time for the GPUs we name, within their registers and shared memory."""
+"""The GPU kernels compile for the GPUs in SHARED_BYTES, within their registers and shared memory."""
 
 import json
 import os
@@ -10,13 +10,13 @@ import pytest
 
 SHARED_BYTES = {"cuda:80": 163 * 1024, "cuda:90": 227 * 1024, "hip:gfx942": 64 * 1024}
 PROGRAMS_A_PROCESSOR = {"partial narrow": 2, "partial wide": 2, "extend": 1, "reduce": 4, "merge": 4}
-"""At the usual head sizes. Decoding hides latency by having several programs on an SM or compute unit."""
+"""At K dims 64 and 128. Decoding hides latency with several programs per SM or compute unit."""
 REGISTERS = {"cuda": 65536, "hip": 4 * 512 * 64}
-"""Of an SM; of a compute unit."""
+"""Per SM or compute unit."""
 
 
 def compiled(target, k_dims, formats, cache, *variant):
-    """What compile_gpu.py prints, from an empty cache. It fails if a kernel does not compile."""
+    """The objects that compile_gpu.py prints, from an empty cache. Fails if a kernel does not compile."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-P", Path(__file__).with_name("compile_gpu.py"), target, k_dims, formats, *variant],
@@ -34,7 +34,7 @@ def compiled(target, k_dims, formats, cache, *variant):
 
 @pytest.mark.parametrize("target", SHARED_BYTES)
 def test_kernels_fit_without_spills(target, tmp_path):
-    """Each kernel at K dims 64 and 128 in bfloat16, and int8 where stored KV is read."""
+    """Every kernel at K dims 64 and 128 in bfloat16, and those that read stored KV also in int8."""
     rows = compiled(target, "64,128", "bfloat16,int8", tmp_path)
     titles = [(row["kernel"], row["k_dim"], row["kv"]) for row in rows]
     assert {(kernel, k_dim, "bfloat16") for kernel in PROGRAMS_A_PROCESSOR for k_dim in (64, 128)} <= {
@@ -52,7 +52,7 @@ def test_kernels_fit_without_spills(target, tmp_path):
 @pytest.mark.heavy
 @pytest.mark.parametrize("target", SHARED_BYTES)
 def test_rarer_shapes_fit_without_spills(target, tmp_path):
-    """K dim 256 and MLA's 576, soft caps and windows, float32; what gfx942 leaves out is in tuning.py."""
+    """K dim 256 and MLA's 576, soft caps and windows, float32. tuning.py lists the exceptions of gfx942."""
     rows = compiled(target, "256", "bfloat16,int8", tmp_path)
     if target.startswith("hip"):
         rows += compiled(target, "576", "bfloat16", tmp_path)

@@ -1,4 +1,4 @@
-"""Merging attention states, of every implementation that runs on the CPU: an algebra."""
+"""``merge`` of every implementation that runs on the CPU: values, and the laws of its algebra."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ shapes = st.sampled_from([(1, 1, 1), (2, 3, 4), (3, 5, 20), (2, 9, 64), (1, 2, 6
 
 
 def random_state(shape, generator, *, dtype, empty_share):
-    """Strided; lse transposed; NaN in the o of empty states."""
+    """o is a strided view, lse is transposed, and the o of empty states is NaN."""
     rows, heads, dim = shape
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     o = torch.randn(rows, heads + 1, dim + 2, generator=generator).to(dtype)[:, 1:, 1:-1]
@@ -24,18 +24,18 @@ def random_state(shape, generator, *, dtype, empty_share):
 
 def merged(kernels, states, *, dtype, **options):
     rows, heads, dim = states[0].o.shape
-    whole = torch.full((rows, heads + 2, dim + 1), torch.nan, dtype=dtype)
+    surrounding = torch.full((rows, heads + 2, dim + 1), torch.nan, dtype=dtype)
     lse_dtype = torch.float64 if states[0].o.dtype == torch.float64 else torch.float32
-    out = State(whole[:, 1:-1, 1:], torch.full((heads, rows), torch.nan, dtype=lse_dtype).T)
+    out = State(surrounding[:, 1:-1, 1:], torch.full((heads, rows), torch.nan, dtype=lse_dtype).T)
     kernels.merge(states, out=out, **options)
-    assert whole.isnan().sum() == whole.numel() - out.o.numel()
+    assert surrounding.isnan().sum() == surrounding.numel() - out.o.numel()
     return out
 
 
 @settings(deadline=None)
 @given(data=st.data())
-def test_states_weigh_by_their_mass(kernels, data):
-    """Any number of them, in one dtype or several, with a sink or none, some of them empty, or all."""
+def test_merge_equals_the_textbook(kernels, textbook_merge, data):
+    """Any number of states, in one or several dtypes, with or without a sink; some or all may be empty."""
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
     shape, count = data.draw(shapes), data.draw(st.integers(1, 9) | st.sampled_from([63, 64, 65, 129, 300]))
     dtypes = [torch.float64] if torch.float64 in kernels.q_dtypes and data.draw(st.booleans()) else None
@@ -51,16 +51,11 @@ def test_states_weigh_by_their_mass(kernels, data):
     dtype = data.draw(st.sampled_from([*dtypes, torch.bfloat16]))
     out = merged(kernels, states, dtype=dtype, sink=sink)
 
-    lses = torch.stack([state.lse for state in states]).double()
-    total = torch.logsumexp(lses, dim=0)
-    if sink is not None:
-        total = torch.logaddexp(total, sink.double().expand_as(total))
-    weights = torch.exp(lses - total.nan_to_num(neginf=0.0))
-    o = sum(w[..., None] * state.o.double().nan_to_num() for w, state in zip(weights, states, strict=True))
-    seen = total > -torch.inf
+    o, lse = textbook_merge(states, sink=sink)
+    seen = lse > -torch.inf
     arithmetic = BITS[states[0].lse.dtype]
     assert torch.equal(out.lse > -torch.inf, seen)
-    assert torch.allclose(out.lse[seen].double(), total[seen], rtol=0.0, atol=arithmetic * 32)
+    assert torch.allclose(out.lse[seen].double(), lse[seen], rtol=0.0, atol=arithmetic * 32)
     bound = 6 * (arithmetic * 4 + (BITS[dtype] if dtype != torch.float32 else 0))
     assert (out.o.double() - o).abs().max() <= bound
     assert (out.o[~seen] == 0).all()
@@ -77,14 +72,14 @@ def test_merge_is_associative_commutative_and_has_an_identity(kernels, seed, sha
     def merge(*states):
         return merged(kernels, states, dtype=dtype)
 
-    whole = merge(a, b, c)
+    merged_once = merge(a, b, c)
     for other in (merge(merge(a, b), c), merge(a, merge(b, c)), merge(c, a, b)):
-        assert torch.allclose(whole.o, other.o, **close)
-        assert torch.allclose(whole.lse, other.lse, **close)
+        assert torch.allclose(merged_once.o, other.o, **close)
+        assert torch.allclose(merged_once.lse, other.lse, **close)
     same = merge(a, State.identity(2, 3, 20, dtype=dtype))
     seen = a.lse > -torch.inf
     assert torch.equal(same.lse, a.lse) and torch.equal(same.o[seen], a.o[seen])
-    assert (same.o[~seen] == 0).all() and not whole.o.isnan().any()
+    assert (same.o[~seen] == 0).all() and not merged_once.o.isnan().any()
 
 
 def test_a_sink_joins_the_denominator_once(kernels):
@@ -98,8 +93,8 @@ def test_a_sink_joins_the_denominator_once(kernels):
 
 
 @pytest.mark.parametrize("lse", [1e4, -1e4, 80.0])
-def test_far_lses(kernels, lse):
-    """One state outweighs the other wholly, or they are equal."""
+def test_lses_far_apart(kernels, lse):
+    """The other states have weight 0, or two states have equal weights."""
     state = State(torch.ones(1, 1, 4), torch.full((1, 1), lse))
     other = State(torch.full((1, 1, 4), 3.0), torch.full((1, 1), lse - 200))
     out = merged(kernels, [other, state, other], dtype=torch.float32)

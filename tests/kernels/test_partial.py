@@ -1,4 +1,4 @@
-"""Partial attention of every implementation that runs on the CPU against dense float64 attention."""
+"""``partial`` of every implementation that runs on the CPU against dense float64 attention."""
 
 from functools import cache
 from typing import NamedTuple
@@ -9,11 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from farshore.kernels import reference
-from farshore.kernels.base import AttentionSpec, KVLayout, Rows, Segments, State
+from farshore.kernels.base import AttentionSpec, KVLayout, Segments, State, WorkList
 from farshore.kernels.formats import KVFormat
 
 LENGTHS = [0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 255, 256, 257, 513]
-"""Around the ends of blocks and of the kernels' tiles."""
+"""Around multiples of blocks and of the kernels' tiles."""
 seeds = st.integers(0, 99)
 DIMS = [(64, 64), (80, 80), (96, 96), (112, 112), (128, 128), (192, 128), (256, 256), (8, 12), (20, 7)]
 slow = settings(deadline=None, suppress_health_check=[HealthCheck.data_too_large, HealthCheck.too_slow])
@@ -25,32 +25,38 @@ def queries(spec, rows, dtype, seed, *, size=1.0):
 
 
 def unwritten(rows, heads, v_dim, dtype, o_dtype):
-    """A state of strided views of NaN, so that what is not written, or written elsewhere, is seen."""
+    """A state of NaN in strided views, which shows elements that are not written or written elsewhere."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     o = torch.full((rows, heads + 1, v_dim + 3), torch.nan, dtype=o_dtype or wide)[:, 1:, 1 : v_dim + 1]
     return State(o, torch.full((heads, rows + 1), torch.nan, dtype=wide)[:, :rows].T)
 
 
 def run(kernels, q, memory, layout, spec, *, runs, work, positions, o_dtype=None, **options):
-    """One layer of one plan; q comes in a strided view."""
+    """Runs one layer of one plan, with q in a strided view."""
     if kernels.native:
         options = {"threads": 1, **options}
     plan = kernels.plan(
-        Rows.of(work), Segments.of(runs), memory, layout, spec, positions=torch.tensor(positions), **options
+        WorkList.of(work),
+        Segments.of(runs),
+        memory,
+        layout,
+        spec,
+        positions=torch.tensor(positions),
+        **options,
     )
     wide = torch.full((q.shape[0], q.shape[1] + 2, q.shape[2] + 1), torch.nan, dtype=q.dtype)
     view = wide[:, 1:-1, 1:]
     view.copy_(q)
     out = unwritten(*q.shape[:2], spec.v_dim, q.dtype, o_dtype)
     kernels.partial(plan, 1, view, out=out)
-    for part in out:
-        whole = part._base
-        assert whole.isnan().sum() - part.isnan().sum() == whole.numel() - part.numel()
+    for view in out:
+        surrounding = view._base
+        assert surrounding.isnan().sum() - view.isnan().sum() == surrounding.numel() - view.numel()
     return out
 
 
-class Held(NamedTuple):
-    """A segment in memory of its own, of head groups [group0, group1)."""
+class Stored(NamedTuple):
+    """A segment in its own memory, holding head groups [group0, group1)."""
 
     stored: tuple
     first: int
@@ -61,7 +67,7 @@ class Held(NamedTuple):
 
 @st.composite
 def batches(draw, specs, kernels):
-    """A step: segments that hold some groups each, and a work list of any rows on any of them."""
+    """A step: segments that each hold some groups, and a work list of any rows on any segments."""
     spec, format = draw(specs), draw(st.sampled_from(kernels.formats))
     group0 = draw(st.integers(0, spec.groups - 1))
     group1 = draw(st.integers(group0 + 1, spec.groups))
@@ -97,7 +103,7 @@ def batches(draw, specs, kernels):
 
 
 def of_groups(spec, groups):
-    """The spec of a shard that holds so many of its groups."""
+    """The spec of a shard that holds ``groups`` of the groups."""
     return spec._replace(
         q_heads=groups * spec.q_heads_per_group,
         k_heads=spec.k_heads // spec.groups * groups,
@@ -107,34 +113,34 @@ def of_groups(spec, groups):
 
 @pytest.fixture(scope="session")
 def textbook_of_batch(textbook):
-    """The textbook, of every work item by itself, and then the sum."""
+    """The textbook's states of all work items, merged."""
 
-    def attend(q, spec, held, work, positions):
+    def attend(q, spec, segments, work, positions):
         positions = torch.tensor(positions)
-        nothing = (torch.zeros(heads, 0, dim) for heads, dim in zip(spec[1:3], spec[3:5], strict=True))
-        whole = textbook(q, *nothing, spec, q_positions=positions)
-        states = [State(whole.o, whole.lse)]
+        no_tokens = (torch.zeros(heads, 0, dim) for heads, dim in zip(spec[1:3], spec[3:5], strict=True))
+        total = textbook(q, *no_tokens, spec, q_positions=positions)
+        states = [State(total.o, total.lse)]
         for row, count, segment, g0, g1 in work:
-            it, per_group = held[segment], spec.q_heads_per_group
+            kv, per_group = segments[segment], spec.q_heads_per_group
             ks, vs = spec.k_heads // spec.groups, spec.v_heads // spec.groups
             seen = slice(row, row + count), slice(g0 * per_group, g1 * per_group)
-            here = textbook(
+            state = textbook(
                 q[seen],
-                it.stored.k[(g0 - it.group0) * ks : (g1 - it.group0) * ks],
-                it.stored.v[(g0 - it.group0) * vs : (g1 - it.group0) * vs],
+                kv.stored.k[(g0 - kv.group0) * ks : (g1 - kv.group0) * ks],
+                kv.stored.v[(g0 - kv.group0) * vs : (g1 - kv.group0) * vs],
                 of_groups(spec, g1 - g0),
                 q_positions=positions[row : row + count],
-                k_position=it.position,
+                k_position=kv.position,
             )
             states.append(State.identity(*q.shape[:2], spec.v_dim, dtype=torch.float64))
-            states[-1].o[seen], states[-1].lse[seen] = here.o, here.lse
-            whole = whole._replace(
-                largest_logit=max(whole.largest_logit, here.largest_logit),
-                largest_v=max(whole.largest_v, here.largest_v),
+            states[-1].o[seen], states[-1].lse[seen] = state.o, state.lse
+            total = total._replace(
+                largest_logit=max(total.largest_logit, state.largest_logit),
+                largest_v=max(total.largest_v, state.largest_v),
             )
-        total = State.identity(*q.shape[:2], spec.v_dim, dtype=torch.float64)
-        reference.merge(states, out=total)
-        return whole._replace(o=total.o, lse=total.lse)
+        merged = State.identity(*q.shape[:2], spec.v_dim, dtype=torch.float64)
+        reference.merge(states, out=merged)
+        return total._replace(o=merged.o, lse=merged.lse)
 
     return attend
 
@@ -145,7 +151,7 @@ def test_any_rows_on_any_segments(kernels, specs, textbook_of_batch, assert_clos
     batch = data.draw(batches(specs, kernels))
     spec, format, dtype, seed = batch["spec"], batch["format"], batch["dtype"], batch["seed"]
     shift = batch["shift"]
-    memory, held, runs = [torch.full((shift,), 0xFF, dtype=torch.uint8)], [], []
+    memory, segments, runs = [torch.full((shift,), 0xFF, dtype=torch.uint8)], [], []
     base = shift
     for i, (tokens, first, gap, position, stored0, stored1) in enumerate(batch["segments"]):
         stored = store_tokens(
@@ -157,17 +163,17 @@ def test_any_rows_on_any_segments(kernels, specs, textbook_of_batch, assert_clos
             first=first,
             gap_blocks=gap,
         )
-        held.append(Held(stored, first, position, stored0, stored1))
+        segments.append(Stored(stored, first, position, stored0, stored1))
         runs.append((base, stored.stride, first, tokens, position, stored0, stored1))
         memory.append(stored.memory)
         base += stored.memory.numel()
     q = queries(spec, len(batch["positions"]), dtype, seed)
     group0, group1 = batch["groups"]
-    shown = slice(group0 * spec.q_heads_per_group, group1 * spec.q_heads_per_group)
+    heads = slice(group0 * spec.q_heads_per_group, group1 * spec.q_heads_per_group)
     options = {"threads": batch["threads"]} if kernels.native else {}
     out = run(
         kernels,
-        q[:, shown],
+        q[:, heads],
         torch.cat(memory),
         KVLayout.of(spec, layers=2, format=format)._replace(block_tokens=batch["block_tokens"]),
         spec,
@@ -179,14 +185,14 @@ def test_any_rows_on_any_segments(kernels, specs, textbook_of_batch, assert_clos
         group1=group1,
         **options,
     )
-    expected = textbook_of_batch(q, spec, held, batch["work"], batch["positions"])
-    expected = expected._replace(o=expected.o[:, shown], lse=expected.lse[:, shown])
+    expected = textbook_of_batch(q, spec, segments, batch["work"], batch["positions"])
+    expected = expected._replace(o=expected.o[:, heads], lse=expected.lse[:, heads])
     assert_close(out, expected, kernels.tolerance(dtype, format))
 
 
-def attend(kernels, q, stored, spec, stretches, *, first=0, positions, k_position=0, **options):
-    """The state of one plan over stretches (begin, end) of the stored tokens, a segment each."""
-    runs = [(0, stored.stride, first + a, b - a, k_position + a, 0, spec.groups) for a, b in stretches]
+def attend(kernels, q, stored, spec, ranges, *, first=0, positions, k_position=0, **options):
+    """The state of one plan over ranges (begin, end) of the stored tokens, one segment each."""
+    runs = [(0, stored.stride, first + a, b - a, k_position + a, 0, spec.groups) for a, b in ranges]
     work = [(0, q.shape[0], segment, 0, spec.groups) for segment in range(len(runs))]
     return run(
         kernels, q, stored.memory, stored.layout, spec, runs=runs, work=work, positions=positions, **options
@@ -200,8 +206,8 @@ def bounds(lengths):
 
 @slow
 @given(data=st.data())
-def test_parts_are_the_whole(kernels, specs, textbook, assert_close, store_tokens, data):
-    """A segment each in one plan, or a plan each and a merge: where the tokens are cut does not matter."""
+def test_tokens_in_pieces_equal_the_textbook(kernels, specs, textbook, assert_close, store_tokens, data):
+    """The tokens are cut anywhere: into segments of one plan, or into plans whose states are merged."""
     spec, format = data.draw(specs), data.draw(st.sampled_from(kernels.formats))
     dtype = data.draw(st.sampled_from(kernels.q_dtypes))
     lengths = data.draw(st.lists(st.integers(0, 70) | st.sampled_from(LENGTHS), min_size=1, max_size=5))
@@ -209,28 +215,28 @@ def test_parts_are_the_whole(kernels, specs, textbook, assert_close, store_token
     tokens = sum(lengths)
     stored = store_tokens(spec, format, tokens, seed=seed, first=first, block_tokens=32)
     q = queries(spec, rows, dtype, seed)
-    place = dict(first=first, positions=[max(tokens - 2, 0) + i for i in range(rows)])
+    options = dict(first=first, positions=[max(tokens - 2, 0) + i for i in range(rows)])
     if data.draw(st.booleans()):
-        out = attend(kernels, q, stored, spec, bounds(lengths), **place)
+        out = attend(kernels, q, stored, spec, bounds(lengths), **options)
     else:
-        states = [attend(kernels, q, stored, spec, [part], **place) for part in bounds(lengths)]
+        states = [attend(kernels, q, stored, spec, [piece], **options) for piece in bounds(lengths)]
         out = unwritten(*q.shape[:2], spec.v_dim, dtype, None)
         kernels.merge(states, out=out)
-    expected = textbook(q, stored.k, stored.v, spec, q_positions=torch.tensor(place["positions"]))
+    expected = textbook(q, stored.k, stored.v, spec, q_positions=torch.tensor(options["positions"]))
     assert_close(out, expected, kernels.tolerance(dtype, format))
 
 
 @pytest.fixture(scope="session")
 def ragged(textbook, store_tokens):
-    """ragged(dims, format, dtype): one set of stored tokens and rows that see LENGTHS of them, and what they
-    must get; the same for every implementation."""
+    """ragged(dims, format, dtype) -> (spec, stored tokens, q, the textbook's states of rows that see LENGTHS
+    of the tokens). Computed once for all implementations."""
 
     @cache
     def make(dims, format, dtype):
         spec = AttentionSpec(6, 2, 2, *dims, scale=dims[0] ** -0.5)
         stored = store_tokens(spec, format, LENGTHS[-1], block_tokens=256, first=7)
         q = queries(spec, len(LENGTHS), dtype, 1)
-        # By position each row sees as many tokens of the whole.
+        # The position of a row limits how many of the tokens it sees.
         expected = textbook(q, stored.k, stored.v, spec, q_positions=torch.tensor(LENGTHS) - 1)
         return spec, stored, q, expected
 
@@ -239,7 +245,7 @@ def ragged(textbook, store_tokens):
 
 @pytest.mark.parametrize("dims", DIMS, ids=str)
 def test_lengths_around_tiles_and_blocks(kernels, ragged, assert_close, dims):
-    """A ragged batch: each row sees a length of its own, of a segment of its own."""
+    """A ragged batch: each row has its own segment, of its own length."""
     for format in set(kernels.formats) - {KVFormat.FLOAT64}:
         for dtype in (torch.float32, torch.bfloat16):
             spec, stored, q, expected = ragged(dims, format, dtype)
@@ -259,8 +265,8 @@ def test_lengths_around_tiles_and_blocks(kernels, ragged, assert_close, dims):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("format", [f for f in KVFormat if f is not KVFormat.FLOAT64])
-def test_a_latent_shared_by_every_head(kernels, textbook, assert_close, store_tokens, format, dtype):
-    """MLA: one K head of 576, whose first 512 are V, and 128 query heads."""
+def test_a_latent_shared_by_all_heads(kernels, textbook, assert_close, store_tokens, format, dtype):
+    """MLA: one K head of 576 dims, whose first 512 are V, and 128 query heads."""
     spec = AttentionSpec(128, 1, 1, 576, 512, scale=576**-0.5, v_in_k=True)
     stored = store_tokens(spec, format, 300, block_tokens=256, first=3)
     assert torch.equal(stored.v, stored.k[..., :512])
@@ -274,7 +280,7 @@ def test_a_latent_shared_by_every_head(kernels, textbook, assert_close, store_to
 @pytest.mark.parametrize("soft_cap", [None, 30.0])
 @pytest.mark.parametrize("size", [1e4, -1e4])
 def test_huge_logits(kernels, textbook, assert_close, store_tokens, size, soft_cap, tokens):
-    """K near one direction, so that all logits are near +-1e4."""
+    """q is a multiple of the first key, so that its logit is +-1e4."""
     spec = AttentionSpec(2, 1, 1, 64, 64, scale=64**-0.5, soft_cap=soft_cap)
     for format in kernels.formats:
         if format.quantised:
@@ -290,7 +296,7 @@ def test_huge_logits(kernels, textbook, assert_close, store_tokens, size, soft_c
 
 
 def test_rows_without_work_and_rows_that_see_nothing(kernels, store_tokens):
-    """Row 0 has no work, row 1 an empty segment, row 2 lies before the segment, row 3 past its window."""
+    """Row 0 has no work, row 1 an empty segment, row 2 is before the segment, row 3 past its window."""
     spec = AttentionSpec(2, 1, 1, 16, 20, scale=0.25, window_tokens=4)
     stored = store_tokens(spec, KVFormat.FLOAT32, 20)
     q = queries(spec, 5, torch.float32, 0)
@@ -313,7 +319,7 @@ def test_rows_without_work_and_rows_that_see_nothing(kernels, store_tokens):
         assert (out.o[:4] == 0).all() and (out.lse[:4] == -torch.inf).all()
 
 
-def test_a_step_without_work(kernels, store_tokens):
+def test_no_work(kernels, store_tokens):
     spec = AttentionSpec(4, 2, 2, 16, 8, scale=0.25)
     stored = store_tokens(spec, KVFormat.BFLOAT16, 3)
     for rows in (0, 3):
@@ -325,8 +331,8 @@ def test_a_step_without_work(kernels, store_tokens):
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_a_token_that_overflowed_comes_out_as_nan(kernels, store_tokens, tokens):
-    """Its scale is NaN, if it is quantised."""
+def test_a_nan_in_k_makes_the_state_nan(kernels, store_tokens, tokens):
+    """The NaN is in an element of K or, if quantised, in its scale, as after an overflow."""
     spec = AttentionSpec(2, 1, 1, 64, 64, scale=0.125)
     for format in kernels.formats:
         stored = store_tokens(spec, format, tokens, block_tokens=64)

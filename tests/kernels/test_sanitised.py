@@ -1,11 +1,17 @@
-"""The native kernels under sanitisers: no access outside of memory, no undefined behaviour, no race."""
+"""The native kernels under sanitisers: no access outside their memory, no undefined behaviour, no race."""
 
 from pathlib import Path
 
 import pytest
 
 SOURCES = Path(__file__).parents[2] / "kernels" / "cpu" / "native"
-SUITE = ["test_partial.py", "test_extend.py", "test_merge.py", "test_cpu.py"]
+SUITE = [
+    "test_partial.py",
+    "test_extend.py",
+    "test_merge.py",
+    "test_cpu_threads.py",
+    "test_cpu_arguments.py",
+]
 
 RACES = """
 #include <atomic>
@@ -46,7 +52,7 @@ pytestmark = pytest.mark.heavy
 
 
 def test_memory_and_undefined_behaviour(sanitiser):
-    """Every instruction set against the textbook, with guards around everything PyTorch allocates."""
+    """Runs SUITE with every instruction set, and with guards around the memory that PyTorch allocates."""
     tests = [Path(__file__).parent / name for name in SUITE]
     sanitiser.run_suite(
         "farshore.kernels.cpu._native", SOURCES, tests, "--hypothesis-profile=few", "-k", "not reference"

@@ -1,6 +1,5 @@
-"""Which kernels a caller gets, and what it hears where the fast ones are missing."""
+"""Which kernels ``select`` returns, and its warning if the native ones are not built."""
 
-import inspect
 import logging
 import sys
 
@@ -14,7 +13,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def afresh():
-    """Nobody has asked yet; forgotten again after the test."""
+    """Before and after the test, the choice for CPUs has not been made yet."""
     select._for_cpu.cache_clear()
     yield
     select._for_cpu.cache_clear()
@@ -22,7 +21,9 @@ def afresh():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_native_kernels_serve_the_cpu(dtype):
-    cpu = pytest.importorskip("farshore.kernels.cpu", reason="the native kernels are not built here")
+    cpu = pytest.importorskip(
+        "farshore.kernels.cpu.attention", reason="the native kernels are not built here"
+    )
     assert select.implementation(CPU, dtype) is cpu
 
 
@@ -39,9 +40,8 @@ def test_a_gpu_gets_its_own(monkeypatch):
 
 
 def test_without_native_kernels_the_reference_serves_and_says_so_once(afresh, monkeypatch, caplog):
-    # None in sys.modules is how Python spells "cannot be imported".
-    monkeypatch.delitem(sys.modules, "farshore.kernels.cpu", raising=False)
-    monkeypatch.setitem(sys.modules, "farshore.kernels.cpu._native", None)
+    # None in sys.modules makes an import raise ImportError.
+    monkeypatch.setitem(sys.modules, "farshore.kernels.cpu.attention", None)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             assert select.implementation(CPU, torch.float32) is reference
@@ -49,9 +49,9 @@ def test_without_native_kernels_the_reference_serves_and_says_so_once(afresh, mo
     assert "10 to 30 times as long" in warning.getMessage() and "Install g++" in warning.getMessage()
 
 
-def test_every_implementation_has_the_references_signatures():
-    cpu = pytest.importorskip("farshore.kernels.cpu", reason="the native kernels are not built here")
-    for name in ("plan", "partial", "extend", "merge"):
-        parameters = (inspect.signature(getattr(it, name)).parameters.values() for it in (cpu, reference))
-        ours, expected = ([(p.name, p.kind, p.default) for p in each] for each in parameters)
-        assert ours == expected
+def test_implementations_keep_the_protocol(assert_protocol):
+    cpu = pytest.importorskip(
+        "farshore.kernels.cpu.attention", reason="the native kernels are not built here"
+    )
+    for module, native in ((reference, False), (cpu, True)):
+        assert_protocol(module, native=native)

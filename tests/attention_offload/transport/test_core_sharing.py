@@ -90,7 +90,7 @@ import os
 import torch
 from farshore.attention_offload.transport.core_sharing import lower_pool_priority
 from farshore.kernels.base import AttentionSpec, State
-from farshore.kernels.cpu import extend
+from farshore.kernels.cpu.attention import extend
 
 spec = AttentionSpec(4, 4, 4, 64, 64, 0.125)
 x = torch.zeros(512, 4, 64)

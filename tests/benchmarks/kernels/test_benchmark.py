@@ -91,7 +91,7 @@ def test_kernels_are_chosen_by_name():
 @pytest.fixture
 def without_native_kernels(monkeypatch):
     def importing(name):
-        if name.endswith(".cpu"):
+        if name.endswith(".cpu.attention"):
             raise ImportError("no compiler")
         return import_module(name)
 
@@ -115,7 +115,7 @@ def test_native_kernels_are_preferred_and_get_their_thread_count(monkeypatch):
     )
     monkeypatch.setattr(
         "farshore.benchmarks.kernels.implementation.import_module",
-        {"farshore.kernels.cpu": native}.__getitem__,
+        {"farshore.kernels.cpu.attention": native}.__getitem__,
     )
     chosen = choose(None, threads=1)
     assert (chosen.name, chosen.instruction_set) == ("cpu", "abacus 2")

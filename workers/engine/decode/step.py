@@ -25,8 +25,8 @@ from farshore.attention_offload.base import AttentionModel, Shards
 from farshore.attention_offload.plan.step_plan import Read, StepPlan, cut_reads, split_rows
 from farshore.attention_offload.shard.session import work_of
 from farshore.ids import WorkerId
-from farshore.kernels.base import Rows, Segments, State
-from farshore.kernels.select import Kernels, implementation
+from farshore.kernels.base import Kernels, Segments, State, WorkList
+from farshore.kernels.select import implementation
 from farshore.kvstore.base import ShardStore
 from farshore.kvstore.store.tail import Tail, TailBatch
 from farshore.models.llama import Llama
@@ -83,7 +83,7 @@ class Steps:
                         batch.start(layer + 1)
         finally:
             # Also where a shard was lost: nobody may read the tails any more when they are cut back.
-            self._kernels.complete()
+            self._kernels.wait()
         return self._model.logits(torch.cat([batch.h for batch in batches]))
 
     def _sized(self, cuts: Sequence[range]) -> "list[_MicroBatch]":
@@ -107,7 +107,7 @@ class _MicroBatch:
     ``start(1)``, ..."""
 
     def __init__(
-        self, rows: int, *, model: Llama, attention: AttentionModel, local: LocalKV, kernels: Kernels
+        self, rows: int, *, model: Llama, attention: AttentionModel, local: LocalKV, kernels: Kernels[Any]
     ) -> None:
         spec = attention.specs[0]
         self.rows = rows
@@ -164,7 +164,7 @@ class _MicroBatch:
         else:
             way.project(layer)
             self._append(layer)
-            kernels.offer(self._plan, layer, way.q, out=self._local)
+            kernels.partial_async(self._plan, layer, way.q, out=self._local)
             shards.send(layer, self._index, way.q)
 
     def finish(self, layer: int) -> None:
@@ -172,7 +172,7 @@ class _MicroBatch:
         rest."""
         if self._shards is not None:
             states = self._shards.wait(layer, self._index)
-            self._kernels.complete()
+            self._kernels.wait()
             self._kernels.merge([*states, self._local], out=self._out)
         self._buffers.finish(layer)
 
@@ -188,7 +188,7 @@ class _Plans:
         self._local = local
         self._plan = plan
         self._places: object = None
-        self._work = Rows.of([])
+        self._work = WorkList.of([])
         self._segments = Segments.of([])
         self._ends: list[tuple[int, int]] = []
         """Of each tail: its last segment, and the position of that one's first token."""
@@ -232,7 +232,7 @@ class _Plans:
             parts.append(it.tail.segments(it.newest + 1))
             work += [(it.row, it.rows, len(work) + i, 0, groups) for i in range(parts[-1].size)]
             self._ends.append((len(work) - 1, int(parts[-1].position[-1])))
-        self._work, self._segments = Rows.of(work), Segments.concat(parts)
+        self._work, self._segments = WorkList.of(work), Segments.concat(parts)
 
 
 class _Stretch(NamedTuple):
