@@ -1,24 +1,5 @@
-// partial, extend and merge for one instruction set. Included by each isa_*.cpp, which then defines
-// `const Kernels& NAME()` from these. Order matters, and so does when: see simd.h.
-#include "simd/simd.h"
-#include "attention/pack.h"
-#include "attention/merge.h"
-#include "attention/integers.h"
-#include "attention/decode.h"
-#include "attention/prefill_f32.h"
-#if defined(HAS_BF16_DOT)
-#include "simd/gemm.h"
-#include "simd/amx.h"
-#include "attention/prefill_bf16.h"
-#endif
-#if !defined(HAS_AMX)  // they have no use for tiles
-#include "dense/values.h"
-#include "dense/weights.h"
-#include "dense/few.h"
-#include "dense/many.h"
-#include "dense/product.h"
-#include "dense/layer.h"
-#endif
+// The entry points partial() and extend() of one instruction set. Included by simd/isa_kernels.h after the
+// attention headers.
 
 namespace farshore {
 namespace ISA {
