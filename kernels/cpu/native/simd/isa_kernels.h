@@ -17,8 +17,8 @@
 #if !defined(HAS_AMX)
 #include "dense/values.h"
 #include "dense/weights.h"
-#include "dense/few.h"
-#include "dense/many.h"
+#include "dense/few_rows.h"
+#include "dense/many_rows.h"
 #include "dense/product.h"
 #include "dense/layer.h"
 #endif

@@ -1,17 +1,19 @@
-// x W^T for few rows of x: dot products along the rows of W, which are read once, at memory's speed. In float32,
-// whatever the format: a bfloat16 dot product takes an Intel CPU twice the time of two float32 ones.
-// Included after dense_weights.h.
+// x W^T for up to FEW_ROWS rows of x: dot products along the rows of W. Included by simd/isa_kernels.h after
+// weights.h.
+//
+// W is read once, which is bound by memory bandwidth. Computes in float32 for every format: on Intel CPUs a
+// bfloat16 dot product instruction takes twice the time of the two float32 ones that it replaces.
 
 namespace farshore {
 namespace ISA {
-namespace slices {
+namespace dense_ops {
 
 constexpr int FEW_ROWS = 32;
-// More rows than these are multiplied by plain weights: their bytes are more, and unpacking costs instructions for
-// each of the blocks that the rows are cut into.
+// Most rows for which packed weights are read. More rows are multiplied in several blocks, and unpacking
+// costs instructions for each block; plain weights then take less time, though they have more bytes.
 constexpr int PACKED_ROWS = 8;
 
-// Columns whose sums, of M rows, fit into the registers with their weights.
+// Columns of W whose sums with M rows of x, and whose weights, fit into the registers.
 template <int M>
 constexpr int columns_at_once() {
 #if WIDTH == 16
@@ -21,13 +23,14 @@ constexpr int columns_at_once() {
 #endif
 }
 
-// A multiple of all of these.
+// A common multiple of them.
 constexpr int COLUMNS = 24;
 
-// Elements of a row of x, padded with zeros to a multiple of what any weights are read in.
+// Elements of a row of x with padding, to a multiple of the elements that every kind of weights is read in.
 constexpr int padded(int in) { return round_up(in, 64); }
 
-// x as [padded(in) / WIDTH][rows][WIDTH] float32s, of each step of bfloat16s the even elements first.
+// Converts x [rows][in] to float32 [padded(in) / WIDTH][rows][WIDTH], padded with zeros; of each STEP of
+// bfloat16 elements the even ones come first, then the odd ones.
 template <Format F>
 void spread(const void* x, int rows, int in, float* to) {
     for (int p = 0; p < padded(in); p += STEP<F>)
@@ -43,14 +46,15 @@ void spread(const void* x, int rows, int in, float* to) {
         }
 }
 
-// c[M][N] = the lanes' sums, added in an order that depends on neither M nor N.
+// c[M][ldc] = sums of the lanes of sums[M][N]. The order of additions does not depend on M or N, so that the
+// bits of a row do not depend on the number of rows.
 template <int M, int N>
 inline void put_lane_sums(const vf (&sums)[M][N], float* c, int ldc) {
 #if WIDTH == 16
-    unrolled<(M * N + 3) / 4>([&](auto group) INLINE {
-        constexpr int at = 4 * group;
+    unrolled<(M * N + 3) / 4>([&](auto quad) INLINE {
+        constexpr int first = 4 * quad;
         const auto sum = [&](auto i) INLINE {
-            constexpr int k = at + i;
+            constexpr int k = first + i;
             if constexpr (k < M * N)
                 return (__m512)sums[k / N][k % N];
             else
@@ -64,7 +68,7 @@ inline void put_lane_sums(const vf (&sums)[M][N], float* c, int ldc) {
         four = _mm512_add_ps(four, _mm512_permute_ps(four, 0x4e));
         four = _mm512_add_ps(four, _mm512_permute_ps(four, 0xb1));
         unrolled<4>([&](auto i) INLINE {
-            constexpr int k = at + i;
+            constexpr int k = first + i;
             if constexpr (k < M * N)
                 _mm_store_ss(c + (int64_t)(k / N) * ldc + k % N, _mm512_extractf32x4_ps(four, i));
         });
@@ -75,43 +79,44 @@ inline void put_lane_sums(const vf (&sums)[M][N], float* c, int ldc) {
 #endif
 }
 
-// c[M][N] = x[M] . w[N], where x lies among `rows` rows.
+// c[i][j] = x_i . w_j for M rows of x, which is spread with `rows` rows, and N rows of weights.
 template <class Weights, int M, int N>
 void dots(const float* x, int rows, const Weights& w, float* c, int ldc) {
     vf sums[M][N] = {};
-    w.template each<N>([&](const vf(&of)[N]) INLINE {
+    w.template for_vectors<N>([&](const vf(&weights)[N]) INLINE {
         unrolled<M>([&](auto i) INLINE {
             vf a = load(x + i * WIDTH);
 #if WIDTH == 16
-            asm("" : "+v"(a));  // Loaded once, not once for each column.
+            asm("" : "+v"(a));  // keeps it in a register; gcc would load it again for each column
 #endif
-            unrolled<N>([&](auto j) INLINE { sums[i][j] += a * of[j]; });
+            unrolled<N>([&](auto j) INLINE { sums[i][j] += a * weights[j]; });
         });
         x += rows * WIDTH;
     });
     put_lane_sums<M, N>(sums, c, ldc);
 }
 
-// All rows by n columns from `col` on: the rows in blocks of M, then of M - 1, for each few columns.
+// c[rows][ldc] = x . rows [col, col + n) of w: for each few columns all rows, in blocks of M rows and then of
+// one less.
 template <class Weights, int M>
 void dot_columns(const float* x, int rows, const Linear& w, int col, int n, float* c, int ldc) {
     constexpr int N = columns_at_once<M>();
-    constexpr int LESS = M > 1 ? M - 1 : 1;
+    constexpr int FEWER = M > 1 ? M - 1 : 1;
     const int blocks = (rows + M - 1) / M;
     const int large = rows - blocks * (M - 1);
-    const auto columns = [&](auto width, int j) {
-        constexpr int WIDE = decltype(width)::value;
+    const auto columns = [&](auto count, int j) {
+        constexpr int COUNT = decltype(count)::value;
         const Weights from(w, col + j);
         int i = 0;
         for (int b = 0; b < blocks; b++) {
             const float* a = x + i * WIDTH;
             float* to = c + (int64_t)i * ldc + j;
             if (b < large) {
-                dots<Weights, M, WIDE>(a, rows, from, to, ldc);
+                dots<Weights, M, COUNT>(a, rows, from, to, ldc);
                 i += M;
             } else {
-                dots<Weights, LESS, WIDE>(a, rows, from, to, ldc);
-                i += LESS;
+                dots<Weights, FEWER, COUNT>(a, rows, from, to, ldc);
+                i += FEWER;
             }
         }
     };
@@ -120,30 +125,33 @@ void dot_columns(const float* x, int rows, const Linear& w, int col, int n, floa
     for (; j < n; j++) columns(std::integral_constant<int, 1>{}, j);
 }
 
-// The rows in as few blocks of at most MOST as can be, of about one size.
-template <class Weights, int MOST, int M = 1>
-void in_blocks(const float* x, int rows, const Linear& w, int col, int n, float* c, int ldc) {
-    const int blocks = (rows + MOST - 1) / MOST;
-    if constexpr (M < MOST)
-        if (M * blocks < rows) return in_blocks<Weights, MOST, M + 1>(x, rows, w, col, n, c, ldc);
+// As dot_columns, with the smallest M that gives the fewest blocks of at most MAX_ROWS rows.
+template <class Weights, int MAX_ROWS, int M = 1>
+void multiply_in_blocks(const float* x, int rows, const Linear& w, int col, int n, float* c, int ldc) {
+    const int blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    if constexpr (M < MAX_ROWS)
+        if (M * blocks < rows)
+            return multiply_in_blocks<Weights, MAX_ROWS, M + 1>(x, rows, w, col, n, c, ldc);
     dot_columns<Weights, M>(x, rows, w, col, n, c, ldc);
 }
 
-// c[rows][n] = x . rows [col, col + n) of w.
+// c[i][j] = x_i . w_(col + j) for i < rows <= FEW_ROWS, j < n.
+//   x    as `spread` stores it
+//   c    float32 [rows][ldc]
 template <Format F>
 void few_rows(const float* x, int rows, const Linear& w, int col, int n, float* c, int ldc) {
 #if WIDTH == 16
     const Storage storage = F == Format::f32 || rows > PACKED_ROWS ? Storage::none : w.storage;
-    if (storage == Storage::q4) return in_blocks<Q4, PACKED_ROWS>(x, rows, w, col, n, c, ldc);
-    if (storage == Storage::q8) return in_blocks<Q8, PACKED_ROWS>(x, rows, w, col, n, c, ldc);
-    // Twelve rows by two columns take more loads than eight by three, but fewer instructions than twice six.
-    if (rows <= 12) return in_blocks<Plain<F>, 12>(x, rows, w, col, n, c, ldc);
-    in_blocks<Plain<F>, 8>(x, rows, w, col, n, c, ldc);
+    if (storage == Storage::q4) return multiply_in_blocks<Q4, PACKED_ROWS>(x, rows, w, col, n, c, ldc);
+    if (storage == Storage::q8) return multiply_in_blocks<Q8, PACKED_ROWS>(x, rows, w, col, n, c, ldc);
+    // 12 rows by 2 columns need more loads than 8 by 3, but fewer instructions than two blocks of 6 rows.
+    if (rows <= 12) return multiply_in_blocks<Plain<F>, 12>(x, rows, w, col, n, c, ldc);
+    multiply_in_blocks<Plain<F>, 8>(x, rows, w, col, n, c, ldc);
 #else
-    in_blocks<Plain<F>, 4>(x, rows, w, col, n, c, ldc);
+    multiply_in_blocks<Plain<F>, 4>(x, rows, w, col, n, c, ldc);
 #endif
 }
 
-}  // namespace slices
+}  // namespace dense_ops
 }  // namespace ISA
 }  // namespace farshore
