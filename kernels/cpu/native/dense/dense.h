@@ -57,11 +57,9 @@ struct DenseKernels {
     // q from x.
     void (*query)(const DecoderLayer&, const void* x, int rows, const int64_t* positions, void* q);
     // k and v from x.
-    void (*key_value)(const DecoderLayer&, const void* x, int rows, const int64_t* positions, void* k,
-                      void* v);
+    void (*key_value)(const DecoderLayer&, const void* x, int rows, const int64_t* positions, void* k, void* v);
     // q, k and v from h: input, query and key_value together.
-    void (*project)(const DecoderLayer&, const void* h, int rows, const int64_t* positions, void* q, void* k,
-                    void* v);
+    void (*project)(const DecoderLayer&, const void* h, int rows, const int64_t* positions, void* q, void* k, void* v);
     // out = the layer's output, from its input h and the attention output o.
     void (*finish)(const DecoderLayer&, const void* h, const void* o, int rows, void* out);
     // out: float32 [rows][vocabulary], of values rounded to the format.

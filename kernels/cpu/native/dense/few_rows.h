@@ -35,7 +35,7 @@ template <Format F>
 void spread(const void* x, int rows, int in, float* to) {
     for (int p = 0; p < padded(in); p += STEP<F>)
         for (int r = 0; r < rows; r++, to += WIDTH) {
-            const vu words = p < in ? words_at<F>(at<F>(x, (int64_t)r * in), p, in) : vu{};
+            const vu words = p < in ? words_at<F>(address<F>(x, (int64_t)r * in), p, in) : vu{};
             if constexpr (F == Format::f32) {
                 store(to, (vf)words);
             } else {
@@ -49,7 +49,7 @@ void spread(const void* x, int rows, int in, float* to) {
 // c[M][ldc] = sums of the lanes of sums[M][N]. The order of additions does not depend on M or N, so that the
 // bits of a row do not depend on the number of rows.
 template <int M, int N>
-inline void put_lane_sums(const vf (&sums)[M][N], float* c, int ldc) {
+inline void store_lane_sums(const vf (&sums)[M][N], float* c, int ldc) {
 #if WIDTH == 16
     unrolled<(M * N + 3) / 4>([&](auto quad) INLINE {
         constexpr int first = 4 * quad;
@@ -69,8 +69,7 @@ inline void put_lane_sums(const vf (&sums)[M][N], float* c, int ldc) {
         four = _mm512_add_ps(four, _mm512_permute_ps(four, 0xb1));
         unrolled<4>([&](auto i) INLINE {
             constexpr int k = first + i;
-            if constexpr (k < M * N)
-                _mm_store_ss(c + (int64_t)(k / N) * ldc + k % N, _mm512_extractf32x4_ps(four, i));
+            if constexpr (k < M * N) _mm_store_ss(c + (int64_t)(k / N) * ldc + k % N, _mm512_extractf32x4_ps(four, i));
         });
     });
 #else
@@ -93,7 +92,7 @@ void dots(const float* x, int rows, const Weights& w, float* c, int ldc) {
         });
         x += rows * WIDTH;
     });
-    put_lane_sums<M, N>(sums, c, ldc);
+    store_lane_sums<M, N>(sums, c, ldc);
 }
 
 // c[rows][ldc] = x . rows [col, col + n) of w: for each few columns all rows, in blocks of M rows and then of
@@ -130,8 +129,7 @@ template <class Weights, int MAX_ROWS, int M = 1>
 void multiply_in_blocks(const float* x, int rows, const Linear& w, int col, int n, float* c, int ldc) {
     const int blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
     if constexpr (M < MAX_ROWS)
-        if (M * blocks < rows)
-            return multiply_in_blocks<Weights, MAX_ROWS, M + 1>(x, rows, w, col, n, c, ldc);
+        if (M * blocks < rows) return multiply_in_blocks<Weights, MAX_ROWS, M + 1>(x, rows, w, col, n, c, ldc);
     dot_columns<Weights, M>(x, rows, w, col, n, c, ldc);
 }
 

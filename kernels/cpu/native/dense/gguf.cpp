@@ -87,8 +87,8 @@ void pack_q8(const uint8_t* from, int64_t blocks, uint8_t* to) {
 
 }  // namespace
 
-void unpack_blocks(Storage storage, const uint8_t* from, int64_t rows, int64_t blocks, Format format,
-                   void* to, int threads) {
+void unpack_blocks(Storage storage, const uint8_t* from, int64_t rows, int64_t blocks, Format format, void* to,
+                   int threads) {
     const int size = storage == Storage::q8 ? Q8_BYTES : Q4_BYTES;
     over_rows(rows, threads, [&](int64_t row) {
         for (int64_t block = row * blocks; block < (row + 1) * blocks; block++) {
@@ -104,8 +104,7 @@ void unpack_blocks(Storage storage, const uint8_t* from, int64_t rows, int64_t b
     });
 }
 
-void pack_blocks(Storage storage, const uint8_t* from, int64_t rows, int64_t blocks, uint8_t* to,
-                 int threads) {
+void pack_blocks(Storage storage, const uint8_t* from, int64_t rows, int64_t blocks, uint8_t* to, int threads) {
     over_rows(rows, threads, [&](int64_t row) {
         if (storage == Storage::q8)
             pack_q8(from + row * blocks * Q8_BYTES, blocks, to + row * blocks * Q8_BYTES);

@@ -12,11 +12,10 @@ namespace farshore {
 
 // Dequantises rows [rows][blocks] of GGUF blocks at `from` to [rows][32 * blocks] at `to`, in `format`, f32
 // or bf16 (rounded to nearest even). Runs on at most `threads` threads.
-void unpack_blocks(Storage storage, const uint8_t* from, int64_t rows, int64_t blocks, Format format,
-                   void* to, int threads);
+void unpack_blocks(Storage storage, const uint8_t* from, int64_t rows, int64_t blocks, Format format, void* to,
+                   int threads);
 
 // Reorders rows [rows][blocks] of GGUF blocks to packed rows at `to`, which lie end to end. Keeps all bits.
-void pack_blocks(Storage storage, const uint8_t* from, int64_t rows, int64_t blocks, uint8_t* to,
-                 int threads);
+void pack_blocks(Storage storage, const uint8_t* from, int64_t rows, int64_t blocks, uint8_t* to, int threads);
 
 }  // namespace farshore

@@ -22,8 +22,8 @@ void over_rows(int rows, int threads, Body&& body) {
 template <Format F>
 void norm_rows(const void* weight, float eps, const void* x, int rows, int n, int threads, void* out) {
     over_rows(rows, threads, [&](int r) {
-        const uint8_t* row = at<F>(x, (int64_t)r * n);
-        uint8_t* to = at<F>(out, (int64_t)r * n);
+        const uint8_t* row = address<F>(x, (int64_t)r * n);
+        uint8_t* to = address<F>(out, (int64_t)r * n);
         vf squares{};
         for (int i = 0; i < n; i += WIDTH) {
             const vf v = get<F>(row, i, n);
@@ -41,11 +41,11 @@ template <Format F>
 void rotate(const DecoderLayer& d, void* x, int rows, int heads, const int64_t* positions) {
     const int half = d.head_dim / 2;
     over_rows(rows, d.threads, [&](int r) {
-        const uint8_t* cos = at<F>(d.cos, positions[r] * half);
-        const uint8_t* sin = at<F>(d.sin, positions[r] * half);
+        const uint8_t* cos = address<F>(d.cos, positions[r] * half);
+        const uint8_t* sin = address<F>(d.sin, positions[r] * half);
         for (int head = 0; head < heads; head++) {
-            uint8_t* first = at<F>(x, ((int64_t)r * heads + head) * d.head_dim);
-            uint8_t* second = at<F>(first, half);
+            uint8_t* first = address<F>(x, ((int64_t)r * heads + head) * d.head_dim);
+            uint8_t* second = address<F>(first, half);
             for (int i = 0; i < half; i += WIDTH) {
                 const vf a = get<F>(first, i, half), b = get<F>(second, i, half);
                 const vf c = get<F>(cos, i, half), s = get<F>(sin, i, half);
@@ -61,7 +61,7 @@ void rotate(const DecoderLayer& d, void* x, int rows, int heads, const int64_t* 
 template <Format F>
 inline vf value(const SumBlock& sums, const Linear& w, int matrix, int row, int i) {
     vf x = load(sums.c[matrix] + (int64_t)row * sums.ld + i);
-    if (w.bias) x += get<F>(at<F>(w.bias, sums.col), i, sums.cols);
+    if (w.bias) x += get<F>(address<F>(w.bias, sums.col), i, sums.cols);
     return rounded<F>(x);
 }
 
@@ -69,7 +69,7 @@ inline vf value(const SumBlock& sums, const Linear& w, int matrix, int row, int 
 template <Format F, class Value>
 void put_sums(const SumBlock& sums, void* out, int n, Value&& element) {
     for (int r = 0; r < sums.rows; r++) {
-        uint8_t* to = at<F>(out, (int64_t)(sums.row + r) * n + sums.col);
+        uint8_t* to = address<F>(out, (int64_t)(sums.row + r) * n + sums.col);
         for (int i = 0; i < sums.cols; i += WIDTH) put<F>(to, i, sums.cols, element(r, i));
     }
 }
@@ -83,8 +83,7 @@ void query_of(const DecoderLayer& d, const void* x, int rows, const int64_t* pos
 }
 
 template <Format F>
-void key_value_of(const DecoderLayer& d, const void* x, int rows, const int64_t* positions, void* k,
-                  void* v) {
+void key_value_of(const DecoderLayer& d, const void* x, int rows, const int64_t* positions, void* k, void* v) {
     product<F>(x, rows, {&d.k, &d.v}, d.threads, [&](const SumBlock& sums) {
         put_sums<F>(sums, k, d.k.out, [&](int r, int i) { return value<F>(sums, d.k, 0, r, i); });
         put_sums<F>(sums, v, d.v.out, [&](int r, int i) { return value<F>(sums, d.v, 1, r, i); });
@@ -93,8 +92,7 @@ void key_value_of(const DecoderLayer& d, const void* x, int rows, const int64_t*
 }
 
 template <Format F>
-void project_of(const DecoderLayer& d, const void* h, int rows, const int64_t* positions, void* q, void* k,
-                void* v) {
+void project_of(const DecoderLayer& d, const void* h, int rows, const int64_t* positions, void* q, void* k, void* v) {
     void* normed = scratch(size_of(F) * rows * d.q.in, 2);
     norm_rows<F>(d.attention_norm, d.eps, h, rows, d.q.in, d.threads, normed);
     const Linear* const w[] = {&d.q, &d.k, &d.v};
@@ -111,7 +109,7 @@ template <Format F>
 void add_product(const Linear& w, const void* x, const void* h, int rows, int threads, void* out) {
     product<F>(x, rows, {&w}, threads, [&](const SumBlock& sums) {
         put_sums<F>(sums, out, w.out, [&](int r, int i) {
-            const uint8_t* row = at<F>(h, (int64_t)(sums.row + r) * w.out + sums.col);
+            const uint8_t* row = address<F>(h, (int64_t)(sums.row + r) * w.out + sums.col);
             return get<F>(row, i, sums.cols) + value<F>(sums, w, 0, r, i);
         });
     });
@@ -121,8 +119,8 @@ template <Format F>
 void finish_of(const DecoderLayer& d, const void* h, const void* o, int rows, void* out) {
     const int hidden = d.o.out, inner = d.gate.out;
     uint8_t* after = static_cast<uint8_t*>(scratch(size_of(F) * rows * (2L * hidden + inner), 2));
-    uint8_t* normed = at<F>(after, (int64_t)rows * hidden);
-    uint8_t* gated = at<F>(normed, (int64_t)rows * hidden);
+    uint8_t* normed = address<F>(after, (int64_t)rows * hidden);
+    uint8_t* gated = address<F>(normed, (int64_t)rows * hidden);
     add_product<F>(d.o, o, h, rows, d.threads, after);
     norm_rows<F>(d.mlp_norm, d.eps, after, rows, hidden, d.threads, normed);
     product<F>(normed, rows, {&d.gate, &d.up}, d.threads, [&](const SumBlock& sums) {
@@ -152,13 +150,10 @@ void query(const DecoderLayer& d, const void* x, int rows, const int64_t* positi
     (d.format == Format::f32 ? query_of<Format::f32> : query_of<Format::bf16>)(d, x, rows, positions, q);
 }
 void key_value(const DecoderLayer& d, const void* x, int rows, const int64_t* positions, void* k, void* v) {
-    (d.format == Format::f32 ? key_value_of<Format::f32> : key_value_of<Format::bf16>)(d, x, rows, positions,
-                                                                                       k, v);
+    (d.format == Format::f32 ? key_value_of<Format::f32> : key_value_of<Format::bf16>)(d, x, rows, positions, k, v);
 }
-void project(const DecoderLayer& d, const void* h, int rows, const int64_t* positions, void* q, void* k,
-             void* v) {
-    (d.format == Format::f32 ? project_of<Format::f32> : project_of<Format::bf16>)(d, h, rows, positions, q,
-                                                                                   k, v);
+void project(const DecoderLayer& d, const void* h, int rows, const int64_t* positions, void* q, void* k, void* v) {
+    (d.format == Format::f32 ? project_of<Format::f32> : project_of<Format::bf16>)(d, h, rows, positions, q, k, v);
 }
 void finish(const DecoderLayer& d, const void* h, const void* o, int rows, void* out) {
     (d.format == Format::f32 ? finish_of<Format::f32> : finish_of<Format::bf16>)(d, h, o, rows, out);

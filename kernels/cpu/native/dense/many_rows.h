@@ -52,8 +52,7 @@ inline void tile(const uint32_t* a, int lda, const uint32_t* b, int words, float
 
 // tile for m <= M rows.
 template <Format F, int M>
-inline void tile_of_rows(int m, const uint32_t* a, int lda, const uint32_t* b, int words, float* c, int ldc,
-                         bool add) {
+inline void tile_of_rows(int m, const uint32_t* a, int lda, const uint32_t* b, int words, float* c, int ldc, bool add) {
     if constexpr (M > 0) {
         if (m == M) return tile<F, M>(a, lda, b, words, c, ldc, add);
         tile_of_rows<F, M - 1>(m, a, lda, b, words, c, ldc, add);
@@ -66,7 +65,7 @@ template <Format F>
 void block_of_rows(const void* x, int rows, int n, int p0, int k, uint32_t* to) {
     constexpr int AT_ONCE = WIDTH * PER_WORD<F>;
     for (int r = 0; r < rows; r++) {
-        const uint8_t* row = at<F>(x, (int64_t)r * n);
+        const uint8_t* row = address<F>(x, (int64_t)r * n);
         for (int p = p0; p < p0 + k; p += AT_ONCE, to += WIDTH) {
             if (p >= n)
                 store_as(to, vu{});
@@ -86,8 +85,7 @@ void pack_panel(const uint8_t* w, int rows, int n, int p0, int k, uint32_t* to) 
         for (int p = 0; p < k; p += STEP<F>) {
             vu r[WIDTH];
             for (int l = 0; l < WIDTH; l++)
-                r[l] = j + l < rows && p0 + p < n ? words_at<F>(at<F>(w, (int64_t)(j + l) * n), p0 + p, n)
-                                                  : vu{};
+                r[l] = j + l < rows && p0 + p < n ? words_at<F>(address<F>(w, (int64_t)(j + l) * n), p0 + p, n) : vu{};
             transpose(r);
             uint32_t* out = to + p / PER_WORD<F> * PANEL + j;
             for (int l = 0; l < WIDTH; l++) {
@@ -106,7 +104,7 @@ template <Format F>
 inline void fetch(const uint8_t* w, int j0, int j1, int n, int p0, int k) {
     for (int j = j0; j < j1; j++)
         for (int64_t b = 0; b < k * size_of(F); b += 64)
-            __builtin_prefetch(at<F>(w, (int64_t)j * n + p0) + b, 0, 2);
+            __builtin_prefetch(address<F>(w, (int64_t)j * n + p0) + b, 0, 2);
 }
 
 // Words of scratch memory that many_rows needs behind c.
@@ -117,8 +115,7 @@ inline int64_t many_rows_words(int rows) { return (int64_t)(rows + PANEL) * (BLO
 //   w    [matrices], all with the same `in`
 //   c    float32 [matrices][rows][ldc], with many_rows_words(rows) words of scratch memory behind it
 template <Format F>
-void many_rows(const void* x, int rows, const Linear* const* w, int matrices, int col, int cols, float* c,
-               int ldc) {
+void many_rows(const void* x, int rows, const Linear* const* w, int matrices, int col, int cols, float* c, int ldc) {
     constexpr int BLOCK_IN = BLOCK_WORDS * PER_WORD<F>;
     const int in = w[0]->in;
     const int blocks = (in + BLOCK_IN - 1) / BLOCK_IN;
@@ -131,17 +128,16 @@ void many_rows(const void* x, int rows, const Linear* const* w, int matrices, in
         for (int m = 0; m < matrices; m++)
             for (int panel = 0; panel < panels; panel++) {
                 const int j = panel * PANEL;
-                const uint8_t* from = at<F>(w[m]->weight, (int64_t)(col + j) * in);
+                const uint8_t* from = address<F>(w[m]->weight, (int64_t)(col + j) * in);
                 pack_panel<F>(from, std::min(PANEL, cols - j), in, p0, k, b);
                 const int next = std::min(PANEL, cols - j - PANEL);
                 float* to = c + (int64_t)m * rows * ldc + j;
                 for (int t = 0; t < tiles; t++) {
                     const int i = t * TILE_ROWS;
                     if (next > 0)
-                        fetch<F>(from + PANEL * in * size_of(F), t * next / tiles, (t + 1) * next / tiles, in,
-                                 p0, k);
-                    tile_of_rows<F, TILE_ROWS>(std::min(TILE_ROWS, rows - i), a + (int64_t)i * words, words,
-                                               b, words, to + (int64_t)i * ldc, ldc, p0 > 0);
+                        fetch<F>(from + PANEL * in * size_of(F), t * next / tiles, (t + 1) * next / tiles, in, p0, k);
+                    tile_of_rows<F, TILE_ROWS>(std::min(TILE_ROWS, rows - i), a + (int64_t)i * words, words, b, words,
+                                               to + (int64_t)i * ldc, ldc, p0 > 0);
                 }
             }
     }

@@ -48,8 +48,7 @@ struct InputRows {
 
 // Computes one unit and calls use(sums).
 template <Format F, int MATRICES, class Use>
-void run_unit(const InputRows<F>& x, const Linear* const (&w)[MATRICES], const UnitGrid& grid, int unit,
-              Use&& use) {
+void run_unit(const InputRows<F>& x, const Linear* const (&w)[MATRICES], const UnitGrid& grid, int unit, Use&& use) {
     SumBlock sums;
     sums.row = unit % grid.row_blocks * grid.block_rows;
     sums.rows = std::min(grid.block_rows, x.rows - sums.row);
@@ -60,8 +59,7 @@ void run_unit(const InputRows<F>& x, const Linear* const (&w)[MATRICES], const U
     float* c = static_cast<float*>(scratch(4L * ((int64_t)MATRICES * sums.rows * ld + more)));
     for (int m = 0; m < MATRICES; m++) sums.c[m] = c + (int64_t)m * sums.rows * ld;
     if (!x.spread_rows)
-        many_rows<F>(at<F>(x.x, (int64_t)sums.row * x.in), sums.rows, w, MATRICES, sums.col, sums.cols, c,
-                     ld);
+        many_rows<F>(address<F>(x.x, (int64_t)sums.row * x.in), sums.rows, w, MATRICES, sums.col, sums.cols, c, ld);
     else
         for (int m = 0; m < MATRICES; m++)
             few_rows<F>(x.spread_rows, x.rows, *w[m], sums.col, sums.cols, c + (int64_t)m * x.rows * ld, ld);

@@ -18,18 +18,18 @@ inline vf rounded(vf x) {
 
 // The address of element i of a row.
 template <Format F>
-inline const uint8_t* at(const void* row, int64_t i) {
+inline const uint8_t* address(const void* row, int64_t i) {
     return static_cast<const uint8_t*>(row) + i * size_of(F);
 }
 template <Format F>
-inline uint8_t* at(void* row, int64_t i) {
+inline uint8_t* address(void* row, int64_t i) {
     return static_cast<uint8_t*>(row) + i * size_of(F);
 }
 
 // Elements [i, i + WIDTH) of a row of n; zeros beyond its end.
 template <Format F>
 inline vf get(const void* row, int i, int n) {
-    const uint8_t* from = at<F>(row, i);
+    const uint8_t* from = address<F>(row, i);
     uint8_t padded[4 * WIDTH] = {};
     if (i + WIDTH > n) {
         std::memcpy(padded, from, (n - i) * size_of(F));
@@ -42,7 +42,7 @@ inline vf get(const void* row, int i, int n) {
 // Stores x, rounded, as elements [i, i + WIDTH) of a row of n, up to its end.
 template <Format F>
 inline void put(void* row, int i, int n, vf x) {
-    uint8_t* to = at<F>(row, i);
+    uint8_t* to = address<F>(row, i);
     if (F == Format::f32) {
         if (i + WIDTH <= n) return store_as(to, x);
         std::memcpy(to, &x, 4L * (n - i));

@@ -36,9 +36,9 @@ inline vf dot_pairs(vf sum, vu a, vu b) {
 // Elements [i, i + STEP) of a row of n as words; zeros beyond its end.
 template <Format F>
 inline vu words_at(const void* row, int i, int n) {
-    if (i + STEP<F> <= n) return load_as<vu>(at<F>(row, i));
+    if (i + STEP<F> <= n) return load_as<vu>(address<F>(row, i));
     uint8_t padded[4 * WIDTH] = {};
-    std::memcpy(padded, at<F>(row, i), (n - i) * size_of(F));
+    std::memcpy(padded, address<F>(row, i), (n - i) * size_of(F));
     return load_as<vu>(padded);
 }
 
@@ -50,9 +50,7 @@ inline vu words_at(const void* row, int i, int n) {
 template <Format F>
 struct Plain {
     Plain(const Linear& w, int row)
-        : in(w.in),
-          row_bytes(in * size_of(F)),
-          first(static_cast<const uint8_t*>(w.weight) + row * row_bytes) {}
+        : in(w.in), row_bytes(in * size_of(F)), first(static_cast<const uint8_t*>(w.weight) + row * row_bytes) {}
 
     template <int N, class Multiply>
     INLINE void for_vectors(Multiply&& multiply) const {
@@ -63,7 +61,7 @@ struct Plain {
             unrolled<N>([&](auto j) INLINE {
                 words[j] = words_at<F>(first + j * row_bytes, i, in);
                 values[j] = F == Format::f32 ? (vf)words[j] : even(words[j]);
-                __builtin_prefetch(at<F>(first + j * row_bytes, i) + ahead);
+                __builtin_prefetch(address<F>(first + j * row_bytes, i) + ahead);
             });
             multiply(values);
             if (F == Format::f32) continue;
@@ -102,14 +100,12 @@ inline void load_scales(const uint8_t* from, float* to) {
 // which is looked up by the nibbles. d * i is exact in float32, so the values equal those of dequantising the
 // file (gguf.h).
 struct Q4 {
-    Q4(const Linear& w, int row)
-        : pairs((w.in + 63) / 64), row_bytes(40L * pairs), first(w.packed + row * row_bytes) {}
+    Q4(const Linear& w, int row) : pairs((w.in + 63) / 64), row_bytes(40L * pairs), first(w.packed + row * row_bytes) {}
 
     template <int N, class Multiply>
     INLINE void for_vectors(Multiply&& multiply) const {
         const uint8_t *line = first, *scales = first + 32L * pairs;
-        for (int pair = 0; pair + 2 <= pairs; pair += 2, line += 64, scales += 16)
-            blocks<N, 4>(line, scales, multiply);
+        for (int pair = 0; pair + 2 <= pairs; pair += 2, line += 64, scales += 16) blocks<N, 4>(line, scales, multiply);
         if (pairs % 2) blocks<N, 2>(line, scales, multiply);
     }
 

@@ -4,7 +4,8 @@
 
 #include "attention/pack.h"
 #include "attention/merge.h"
-#include "attention/integers.h"
+#include "attention/integer_products.h"
+#include "attention/vector_pair.h"
 #include "attention/decode.h"
 #include "attention/prefill_f32.h"
 #if defined(HAS_BF16_DOT)

@@ -7,7 +7,6 @@
 #include "simd/isa_kernels.h"
 
 const farshore::Kernels& farshore::portable_kernels() {
-    static const Kernels kernels{"portable", portable::partial, portable::extend, portable::merge,
-                                 portable::dense};
+    static const Kernels kernels{"portable", portable::partial, portable::extend, portable::merge, portable::dense};
     return kernels;
 }
