@@ -178,6 +178,7 @@ struct Bf16Pairs {
     }
     static constexpr int WEIGHT_VECTORS = 2;
     // Stores the weights of 32 tokens, p[0] and p[1], as words of tokens l and 16 + l, the order of pack_v.
+    // Rounds to nearest, ties away from zero, which takes fewer instructions than ties to even.
     static void store_weights(uint16_t* dst, const vf* p) {
         store_as(dst, (((vu)p[0] + 0x8000) >> 16) | (((vu)p[1] + 0x8000) & 0xffff0000));
     }

@@ -5,6 +5,7 @@ namespace farshore {
 namespace ISA {
 namespace dense_ops {
 
+// Bytes of an element.
 constexpr int64_t size_of(Format f) { return f == Format::f32 ? 4 : 2; }
 
 // x rounded to F, to nearest even. NaN stays NaN.
