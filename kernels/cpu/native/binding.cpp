@@ -118,8 +118,8 @@ PyObject* make_plan(PyObject*, PyObject* const* args, Py_ssize_t count) {
 struct Partial {
     Plan* plan;
     int layer;
-    Array q;
-    Out out;
+    RowArray q;
+    StateArray out;
 
     void run() const { chosen->partial(*plan, layer, q, out); }
 };
@@ -172,7 +172,7 @@ void run_contiguous(void* capsule_content, int layer, const void* q, int format,
     const int64_t heads = static_cast<int64_t>(plan.groups) * plan.shape.q_heads;
     const int64_t k_dim = plan.shape.k_dim, v_dim = plan.shape.v_dim;
     const auto kind = static_cast<Format>(format);
-    const Out out{{o, heads * v_dim, v_dim, kind}, lse, heads, 1};
+    const StateArray out{{o, heads * v_dim, v_dim, kind}, lse, heads, 1};
     chosen->partial(plan, layer, {const_cast<void*>(q), heads * k_dim, k_dim, kind}, out);
 }
 
@@ -181,7 +181,7 @@ const Api api{run_contiguous, wait_awake, give_way};
 PyObject* run_extend(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return guarded([&]() -> PyObject* {
         Arguments a{args, args + count};
-        Extension e{};
+        ExtendArguments e{};
         e.shape = a.shape();
         e.groups = a.small();
         e.format = static_cast<Format>(a.small());
@@ -199,8 +199,8 @@ PyObject* run_extend(PyObject*, PyObject* const* args, Py_ssize_t count) {
         e.rows = a.small();
         e.positions = a.pointer<const int64_t>();
         e.threads = a.small();
-        const Array q = a.array();
-        const Out out = a.out();
+        const RowArray q = a.array();
+        const StateArray out = a.out();
         {
             WithoutGil released;
             chosen->extend(e, q, out);
@@ -215,7 +215,7 @@ PyObject* run_merge(PyObject*, PyObject* const* args, Py_ssize_t count) {
         if (count != 4) throw std::runtime_error("states, sink, o and lse");
         const Owned states{PySequence_Fast(args[0], "states must be a sequence")};
         if (!states.it) throw std::runtime_error("states");
-        Merge m;
+        MergeArguments m;
         m.count = static_cast<int>(PySequence_Fast_GET_SIZE(states.it));
         if (m.count < 1) throw std::invalid_argument("merge of no states: give 1 or more");
         const View shape = view_of(args[2], "o");
@@ -224,9 +224,9 @@ PyObject* run_merge(PyObject*, PyObject* const* args, Py_ssize_t count) {
         m.heads = static_cast<int>(shape.shape[1]);
         m.v_dim = static_cast<int>(shape.shape[2]);
         Arguments outs{args + 2, args + 4};
-        const Out out = outs.state(m.rows, m.heads, m.v_dim);
+        const StateArray out = outs.state(m.rows, m.heads, m.v_dim);
         // Kept from call to call: a merge allocates nothing.
-        thread_local std::vector<Out> parts;
+        thread_local std::vector<StateArray> parts;
         parts.resize(m.count);
         for (int i = 0; i < m.count; i++) {
             const Owned pair{PySequence_Fast(PySequence_Fast_GET_ITEM(states.it, i), "a state is (o, lse)")};

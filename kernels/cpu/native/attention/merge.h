@@ -1,17 +1,22 @@
-// Rows of q and o, and the merging of states. Included after pack.h.
+// Access to rows of q and o, and the merge of attention states. Included by simd/isa_kernels.h after pack.h.
+//
+// An attention state over a set of tokens is (o, lse): o is the softmax-weighted mean of V, lse the natural
+// logarithm of the sum of exp(logit). States of disjoint sets merge as
+//   lse = ln(sum_i exp(lse_i)),  o = sum_i o_i exp(lse_i - lse),
+// and a state with lse = -inf (no tokens) has weight 0, whatever its o holds.
 
 namespace farshore {
 namespace ISA {
 
 inline int element_size(Format f) { return f == Format::f32 ? 4 : 2; }
 
-inline void* at(const Array& a, int64_t row, int64_t head) {
+inline void* row_address(const RowArray& a, int64_t row, int64_t head) {
     return static_cast<uint8_t*>(a.data) + (row * a.row_stride + head * a.head_stride) * element_size(a.format);
 }
 
-// x f32[n] -> out row, cast; x may be read up to n rounded up to WIDTH.
-inline void put_row(const Array& out, int64_t row, int64_t head, const float* x, int n) {
-    void* to = at(out, row, head);
+// Converts x, float32 [n], to out's format and stores it as row (row, head) of out.
+inline void write_row(const RowArray& out, int64_t row, int64_t head, const float* x, int n) {
+    void* to = row_address(out, row, head);
     int i = 0;
     if (out.format == Format::f32) {
         std::memcpy(to, x, 4L * n);
@@ -23,12 +28,14 @@ inline void put_row(const Array& out, int64_t row, int64_t head, const float* x,
     for (; i < n; i++) h[i] = bf16 ? to_bf16(x[i]) : to_f16(x[i]);
 }
 
-inline void put_lse(const Out& out, int64_t row, int64_t head, float lse) {
+// Stores lse (natural log) of (row, head).
+inline void write_lse(const StateArray& out, int64_t row, int64_t head, float lse) {
     out.lse[row * out.lse_row_stride + head * out.lse_head_stride] = lse;
 }
 
-inline void add_scaled(float* o, const Array& a, int64_t row, int64_t head, float weight, int n) {
-    const void* from = at(a, row, head);
+// o[i] += weight * a[row, head, i] for i < n. o: float32 [n].
+inline void add_scaled(float* o, const RowArray& a, int64_t row, int64_t head, float weight, int n) {
+    const void* from = row_address(a, row, head);
     const float* f = static_cast<const float*>(from);
     const uint16_t* h = static_cast<const uint16_t*>(from);
     int i = 0;
@@ -42,54 +49,59 @@ inline void add_scaled(float* o, const Array& a, int64_t row, int64_t head, floa
         o[i] += weight * (a.format == Format::f32 ? f[i] : a.format == Format::bf16 ? from_bf16(h[i]) : from_f16(h[i]));
 }
 
-// Merges n states of one (row, head): lse of state i is lse(i), and add_rows(which, weights, count) adds each of
-// these states' o, times its weight, to `o`; there are at most WIDTH of them.
-template <class Lse, class Rows>
-void merge_one(int n, Lse&& lse, Rows&& add_rows, int v_dim, float* o, float* out_lse) {
-    float peak = -INFINITY;
+// Merges n states of one (row, head).
+//   lse       lse(i) is the lse of state i, natural log
+//   add_rows  add_rows(states, weights, count), count <= WIDTH, adds weights[c] * (o of states[c]) to `o`
+//   o         float32 [v_dim rounded up to WIDTH], written; 0 if all states are empty
+//   out_lse   natural log, written; -inf if all states are empty
+// A NaN in any lse makes the result NaN.
+template <class Lse, class AddRows>
+void merge_states(int n, Lse&& lse, AddRows&& add_rows, int v_dim, float* o, float* out_lse) {
+    float max_lse = -INFINITY;
     for (int i = 0; i < n; i++) {
         const float x = lse(i);
-        if (x > peak) peak = x;
+        if (x > max_lse) max_lse = x;
     }
     std::memset(o, 0, 4L * round_up(v_dim, WIDTH));
     *out_lse = -INFINITY;
-    if (peak == -INFINITY) {
-        bool broken = false;  // no comparison is true of a NaN, which must come out
-        for (int i = 0; i < n; i++) broken |= std::isnan(lse(i));
-        if (!broken) return;
-        peak = NAN;
+    if (max_lse == -INFINITY) {
+        bool has_nan = false;  // comparisons with a NaN are false, so max_lse does not show it
+        for (int i = 0; i < n; i++) has_nan |= std::isnan(lse(i));
+        if (!has_nan) return;
+        max_lse = NAN;
     }
-    alignas(64) float some[WIDTH];
-    int which[WIDTH];
-    if (n == 1 && !std::isnan(peak)) {
-        which[0] = 0, some[0] = 1.0f;
-        add_rows(which, some, 1);
-        *out_lse = peak;
+    alignas(64) float weights_of[WIDTH];
+    int states[WIDTH];
+    if (n == 1 && !std::isnan(max_lse)) {
+        states[0] = 0, weights_of[0] = 1.0f;
+        add_rows(states, weights_of, 1);
+        *out_lse = max_lse;
         return;
     }
-    float mass = 0.0f;
+    float weight_sum = 0.0f;
     for (int i = 0; i < n; i += WIDTH) {
-        for (int l = 0; l < WIDTH; l++) some[l] = i + l < n ? lse(i + l) : -INFINITY;
-        const vf lses = load(some);
-        vf weights = exp2<true>(lses, peak, LOG2_E);
+        for (int l = 0; l < WIDTH; l++) weights_of[l] = i + l < n ? lse(i + l) : -INFINITY;
+        const vf lses = load(weights_of);
+        vf weights = exp2<true>(lses, max_lse, LOG2_E);
         weights = lses == -INFINITY ? vf{} : weights;
-        mass += hsum(weights);
-        // An empty state's o carries no information, so not even a NaN in it may count.
+        weight_sum += hsum(weights);
+        // The o of an empty state is skipped, not multiplied by 0: it may hold NaN.
         int count = 0;
         for (int l = 0; l < WIDTH && i + l < n; l++)
-            if (some[l] != -INFINITY) which[count] = i + l, some[count++] = weights[l];
-        add_rows(which, some, count);
+            if (weights_of[l] != -INFINITY) states[count] = i + l, weights_of[count++] = weights[l];
+        add_rows(states, weights_of, count);
     }
-    *out_lse = peak + std::log(mass);
-    for (int d = 0; d < v_dim; d += WIDTH) store(o + d, load(o + d) * (1.0f / mass));
+    *out_lse = max_lse + std::log(weight_sum);
+    for (int d = 0; d < v_dim; d += WIDTH) store(o + d, load(o + d) * (1.0f / weight_sum));
 }
 
-// to = (ADD: +=) the sum of weights[i] rows[i], n elements of each, float32: what is summed stays in registers.
+// to[d] = (ADD: to[d] +) sum_i weights[i] * rows[i][d] for d < n and i < count; all float32. Runs over the
+// rows inside and over the elements outside, so that the sums stay in registers.
 template <bool ADD>
-inline void weigh_floats(float* to, const float* const* rows, const float* weights, int count, int n) {
+inline void weighted_sum(float* to, const float* const* rows, const float* weights, int count, int n) {
     const auto before = [&](int d) { return ADD ? load(to + d) : vf{}; };
     int d = 0;
-    for (; d + 4 * WIDTH <= n; d += 4 * WIDTH) {  // four sums, none of which waits for another
+    for (; d + 4 * WIDTH <= n; d += 4 * WIDTH) {  // four independent sums hide the latency of the adds
         vf a = before(d), b = before(d + WIDTH), c = before(d + 2 * WIDTH), e = before(d + 3 * WIDTH);
         for (int i = 0; i < count; i++) {
             const float* row = rows[i] + d;
@@ -110,96 +122,103 @@ inline void weigh_floats(float* to, const float* const* rows, const float* weigh
     }
 }
 
-// The first `lanes` of a vector of numbers `stride` apart; the others are -inf.
-inline vf lses_of(const float* from, int64_t stride, int lanes) {
+// Loads `heads` <= WIDTH values that lie `stride` elements apart, one head a lane; the other lanes are -inf.
+inline vf load_lses(const float* from, int64_t stride, int heads) {
 #if WIDTH == 16
-    if (stride == 1) return (vf)_mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), (1u << lanes) - 1, from);
+    if (stride == 1) return (vf)_mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), (1u << heads) - 1, from);
 #endif
-    alignas(64) float some[WIDTH];
-    for (int l = 0; l < WIDTH; l++) some[l] = l < lanes ? from[l * stride] : -INFINITY;
-    return load(some);
+    alignas(64) float lses[WIDTH];
+    for (int l = 0; l < WIDTH; l++) lses[l] = l < heads ? from[l * stride] : -INFINITY;
+    return load(lses);
 }
 
-// What one merge works with, in the thread's scratch: any number of states.
+// The working memory of one merge, in the thread's scratch memory; the number of states has no limit.
 struct MergeScratch {
-    explicit MergeScratch(const Merge& m) {
+    explicit MergeScratch(const MergeArguments& m) {
         const int64_t o_bytes = 4L * round_up(m.v_dim, WIDTH);
-        const int64_t state_bytes = sizeof *weights + sizeof *here + sizeof *rows + sizeof *some + sizeof *which;
+        const int64_t state_bytes =
+            sizeof *weights + sizeof *head0_o + sizeof *head_o + sizeof *head_weights + sizeof *head_states;
         uint8_t* next = static_cast<uint8_t*>(scratch(o_bytes + state_bytes * m.count));
         o = reinterpret_cast<float*>(next);
-        weights = reinterpret_cast<float(*)[WIDTH]>(next += o_bytes);
-        here = reinterpret_cast<const float**>(next += sizeof *weights * m.count);
-        rows = reinterpret_cast<const float**>(next += sizeof *here * m.count);
-        some = reinterpret_cast<float*>(next += sizeof *rows * m.count);
-        which = reinterpret_cast<int*>(next + sizeof *some * m.count);
+        weights = reinterpret_cast<float (*)[WIDTH]>(next += o_bytes);
+        head0_o = reinterpret_cast<const float**>(next += sizeof *weights * m.count);
+        head_o = reinterpret_cast<const float**>(next += sizeof *head0_o * m.count);
+        head_weights = reinterpret_cast<float*>(next += sizeof *head_o * m.count);
+        head_states = reinterpret_cast<int*>(next + sizeof *head_weights * m.count);
     }
 
-    float* o;                   // of one row and head
-    float (*weights)[WIDTH];    // of each state, by head
-    const float **here, **rows; // o of each state, of the first head and of one head's states that weigh something
-    float* some;                // those states' weights
-    int* which;                 // and their numbers
+    float* o;                 // [v_dim], of one row and head
+    float (*weights)[WIDTH];  // [states][head], of up to WIDTH heads
+    const float** head0_o;    // [states], o of the first of these heads
+    // The states of one head whose weight is not 0:
+    const float** head_o;
+    float* head_weights;
+    int* head_states;  // their indices in MergeArguments::states
 };
 
-// The o of `lanes` heads of a row; `floats`: so are all states'.
-inline void merge_heads(const Merge& m, const Out& out, int row, int head0, int lanes, bool floats, MergeScratch s) {
-    for (int i = 0; i < m.count; i++) s.here[i] = static_cast<const float*>(at(m.states[i].o, row, head0));
-    for (int l = 0; l < lanes; l++) {
+// Writes o of the heads [head0, head0 + heads) of a row, from the weights in s. all_f32: every state's o is
+// float32.
+inline void merge_heads(const MergeArguments& m, const StateArray& out, int row, int head0, int heads, bool all_f32,
+                        MergeScratch s) {
+    for (int i = 0; i < m.count; i++) s.head0_o[i] = static_cast<const float*>(row_address(m.states[i].o, row, head0));
+    for (int l = 0; l < heads; l++) {
         int count = 0;
-        // An empty state's o carries no information, so not even a NaN in it may count.
+        // The o of an empty state is skipped, not multiplied by 0: it may hold NaN.
         for (int i = 0; i < m.count; i++) {
             const float weight = s.weights[i][l];
             if (weight == 0.0f) continue;
-            s.which[count] = i, s.some[count] = weight;
-            s.rows[count++] = s.here[i] + l * m.states[i].o.head_stride;
+            s.head_states[count] = i, s.head_weights[count] = weight;
+            s.head_o[count++] = s.head0_o[i] + l * m.states[i].o.head_stride;
         }
-        if (floats) {
-            const bool there = out.o.format == Format::f32;
-            float* to = there ? static_cast<float*>(at(out.o, row, head0 + l)) : s.o;
-            weigh_floats<false>(to, s.rows, s.some, count, m.v_dim);
-            if (there) continue;
+        if (all_f32) {
+            const bool in_place = out.o.format == Format::f32;
+            float* to = in_place ? static_cast<float*>(row_address(out.o, row, head0 + l)) : s.o;
+            weighted_sum<false>(to, s.head_o, s.head_weights, count, m.v_dim);
+            if (in_place) continue;
         } else {
             std::memset(s.o, 0, 4L * round_up(m.v_dim, WIDTH));
             for (int i = 0; i < count; i++)
-                add_scaled(s.o, m.states[s.which[i]].o, row, head0 + l, s.some[i], m.v_dim);
+                add_scaled(s.o, m.states[s.head_states[i]].o, row, head0 + l, s.head_weights[i], m.v_dim);
         }
-        put_row(out.o, row, head0 + l, s.o, m.v_dim);
+        write_row(out.o, row, head0 + l, s.o, m.v_dim);
     }
 }
 
-// Weights of WIDTH heads at a time: one by one, each would wait for its own sum, logarithm and division.
-void merge(const Merge& m, const Out& out) {
+// Merges m.states into `out`, and adds m.sink, a logit without a value, to each head's sum. Computes the
+// weights of WIDTH heads at a time, one head a lane: head by head, each sum, logarithm and division would
+// wait for the one before. See Kernels::merge.
+void merge(const MergeArguments& m, const StateArray& out) {
     const MergeScratch s(m);
-    bool floats = true;
-    for (int i = 0; i < m.count; i++) floats = floats && m.states[i].o.format == Format::f32;
+    bool all_f32 = true;
+    for (int i = 0; i < m.count; i++) all_f32 = all_f32 && m.states[i].o.format == Format::f32;
     alignas(64) float lses[WIDTH];
     for (int row = 0; row < m.rows; row++)
         for (int head0 = 0; head0 < m.heads; head0 += WIDTH) {
-            const int lanes = std::min(WIDTH, m.heads - head0);
-            const vf sink = m.sink ? lses_of(m.sink + head0, 1, lanes) : splat(-INFINITY);
-            vf peak = sink;
+            const int heads = std::min(WIDTH, m.heads - head0);
+            const vf sink = m.sink ? load_lses(m.sink + head0, 1, heads) : splat(-INFINITY);
+            vf max_lse = sink;
             for (int i = 0; i < m.count; i++) {
-                const Out& state = m.states[i];
+                const StateArray& state = m.states[i];
                 const int64_t stride = state.lse_head_stride;
-                const vf lse = lses_of(state.lse + row * state.lse_row_stride + head0 * stride, stride, lanes);
+                const vf lse = load_lses(state.lse + row * state.lse_row_stride + head0 * stride, stride, heads);
                 store(s.weights[i], lse);
-                peak = max(lse, peak);  // in this order a NaN is passed over; its weight will be one
+                max_lse = max(lse, max_lse);  // this operand order skips NaN; its weight is NaN below
             }
-            const auto weigh = [&](vf lse) {
-                const vf weight = exp2<true>(lse, peak, LOG2_E);
+            const auto weight_of = [&](vf lse) {
+                const vf weight = exp2<true>(lse, max_lse, LOG2_E);
                 return lse == -INFINITY ? vf{} : weight;
             };
-            vf mass = weigh(sink);
+            vf weight_sum = weight_of(sink);
             for (int i = 0; i < m.count; i++) {
-                const vf weight = weigh(load(s.weights[i]));
+                const vf weight = weight_of(load(s.weights[i]));
                 store(s.weights[i], weight);
-                mass += weight;
+                weight_sum += weight;
             }
-            const vf share = mass == 0.0f ? vf{} : 1.0f / mass;
-            store(lses, mass == 0.0f ? splat(-INFINITY) : log(mass) + peak);
-            for (int i = 0; i < m.count; i++) store(s.weights[i], load(s.weights[i]) * share);
-            merge_heads(m, out, row, head0, lanes, floats, s);
-            for (int l = 0; l < lanes; l++) put_lse(out, row, head0 + l, lses[l]);
+            const vf inverse = weight_sum == 0.0f ? vf{} : 1.0f / weight_sum;
+            store(lses, weight_sum == 0.0f ? splat(-INFINITY) : log(weight_sum) + max_lse);
+            for (int i = 0; i < m.count; i++) store(s.weights[i], load(s.weights[i]) * inverse);
+            merge_heads(m, out, row, head0, heads, all_f32, s);
+            for (int l = 0; l < heads; l++) write_lse(out, row, head0 + l, lses[l]);
         }
 }
 

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <memory>
 
-#include "attention/blocks.h"
+#include "dense/gguf.h"
 #include "dense/dense.h"
 #include "runtime/pool.h"
 
@@ -44,7 +44,7 @@ Linear linear(Arguments& a) {
 PyObject* make_layer(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return guarded([&]() -> PyObject* {
         Arguments a{args, args + count};
-        auto d = std::make_unique<Dense>();
+        auto d = std::make_unique<DecoderLayer>();
         d->format = static_cast<Format>(a.small());
         d->threads = a.small();
         d->eps = a.real();
@@ -62,7 +62,7 @@ PyObject* make_layer(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyObject* make_head(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return guarded([&]() -> PyObject* {
         Arguments a{args, args + count};
-        auto head = std::make_unique<Head>();
+        auto head = std::make_unique<LmHead>();
         head->format = static_cast<Format>(a.small());
         head->threads = a.small();
         head->eps = a.real();
@@ -74,7 +74,7 @@ PyObject* make_head(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 // What every slice takes: (layer, rows, pointers...).
 struct Call {
-    const Dense& layer;
+    const DecoderLayer& layer;
     Arguments rest;
     int rows;
 };
@@ -83,7 +83,7 @@ template <class Run>
 PyObject* on_layer(PyObject* const* args, Py_ssize_t count, Run&& run) {
     return guarded([&]() -> PyObject* {
         if (count < 1) throw std::runtime_error("too few arguments");
-        Call call{held<Dense>(args[0], LAYER), {args + 1, args + count}, 0};
+        Call call{held<DecoderLayer>(args[0], LAYER), {args + 1, args + count}, 0};
         call.rows = call.rest.small();
         if (!run(call)) return nullptr;
         Py_RETURN_NONE;
@@ -91,7 +91,7 @@ PyObject* on_layer(PyObject* const* args, Py_ssize_t count, Run&& run) {
 }
 
 // The rotation table's rows for these positions exist, or an IndexError says which does not.
-bool inside(const Dense& layer, const int64_t* positions, int rows) {
+bool inside(const DecoderLayer& layer, const int64_t* positions, int rows) {
     for (int r = 0; r < rows; r++)
         if (positions[r] < 0 || positions[r] >= layer.positions) {
             PyErr_Format(PyExc_IndexError, "position %lld of %lld", static_cast<long long>(positions[r]),
@@ -164,7 +164,7 @@ PyObject* run_finish(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyObject* run_logits(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return guarded([&]() -> PyObject* {
         if (count < 1) throw std::runtime_error("too few arguments");
-        const Head& head = held<Head>(args[0], HEAD);
+        const LmHead& head = held<LmHead>(args[0], HEAD);
         Arguments a{args + 1, args + count};
         const int rows = a.small();
         const void* h = a.pointer<const void>();

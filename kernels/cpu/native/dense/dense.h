@@ -1,51 +1,69 @@
-// What a decoder layer computes outside of attention: norms, projections, rotation, the gated MLP. Memory is the
-// caller's; weights lie as PyTorch has them, [out][in], in one format with the activations.
+// The types of the dense kernels: what a decoder layer computes outside of attention, that is, norms,
+// projections, rotary embedding and the gated MLP. Called by dense/binding.cpp.
+//
+// All memory belongs to the caller and must outlive the call. Weights and activations have one format, f32 or
+// bf16.
 #pragma once
 
 #include "attention/plan.h"
 
 namespace farshore {
 
-// A matrix's second form, for few rows: `packed` in kernels/cpu/dense.py says how it lies.
+// How packed weights are stored: not at all, or quantised to four or eight bits. kernels/cpu/packed.py gives
+// the layout.
 enum class Storage : int32_t { none, q4, q8 };
 
+// A matrix, and the same matrix packed. Packed rows hold exactly the values of `weight` in fewer bytes;
+// products with few rows read them instead.
 struct Linear {
-    const void* weight;
-    const void* bias;  // null: none
+    const void* weight;  // [out][in]
+    const void* bias;    // [out]; null: none
     int out, in;
-    const uint8_t* packed;  // the very values of `weight`, in fewer bytes; null where storage is none
+    const uint8_t* packed;  // rows [out]; null if storage is none
     Storage storage;
 };
 
-struct Dense {
+// The weights of one decoder layer.
+struct DecoderLayer {
     Format format;  // f32 or bf16
     int threads;
     float eps;
     int head_dim;
-    int64_t positions;  // rows of the rotation table
-    const void *cos, *sin;
-    const void *attention_norm, *mlp_norm;
+    int64_t positions;                      // rows of cos and sin
+    const void *cos, *sin;                  // [positions][head_dim / 2]
+    const void *attention_norm, *mlp_norm;  // [hidden]
     Linear q, k, v, o, gate, up, down;
 };
 
-// The last norm and the vocabulary.
-struct Head {
+// The final norm and the projection to the vocabulary.
+struct LmHead {
     Format format;
     int threads;
     float eps;
-    const void* norm;
+    const void* norm;  // [hidden]
     Linear vocabulary;
 };
 
-// Rows of x and out lie end to end. Values are rounded to the format where PyTorch's operations round them, and
-// summed in float32. A row's bits depend on the other rows only through their number: up to FEW_ROWS, or more.
+// The dense kernels of one instruction set. Arrays are contiguous [rows][n], in the layer's format. Sums are
+// float32; results are rounded to the format wherever PyTorch's operations round. The bits of a row depend on
+// the other rows only through their number: whether it is above FEW_ROWS (dense/few_rows.h).
+//   x            [rows][hidden], normalised (in `input`: not normalised)
+//   h            [rows][hidden], the residual stream
+//   positions    [rows], each < DecoderLayer::positions; q and k are rotated by them
+//   q, k, v, o   [rows][heads * head_dim]
 struct DenseKernels {
-    void (*input)(const Dense&, const void* x, int rows, void* out);
-    void (*query)(const Dense&, const void* x, int rows, const int64_t* positions, void* q);
-    void (*key_value)(const Dense&, const void* x, int rows, const int64_t* positions, void* k, void* v);
-    void (*project)(const Dense&, const void* h, int rows, const int64_t* positions, void* q, void* k, void* v);
-    void (*finish)(const Dense&, const void* h, const void* o, int rows, void* out);
-    void (*logits)(const Head&, const void* h, int rows, float* out);
+    // out = norm(x), by attention_norm.
+    void (*input)(const DecoderLayer&, const void* x, int rows, void* out);
+    // q from x.
+    void (*query)(const DecoderLayer&, const void* x, int rows, const int64_t* positions, void* q);
+    // k and v from x.
+    void (*key_value)(const DecoderLayer&, const void* x, int rows, const int64_t* positions, void* k, void* v);
+    // q, k and v from h: input, query and key_value together.
+    void (*project)(const DecoderLayer&, const void* h, int rows, const int64_t* positions, void* q, void* k, void* v);
+    // out = the layer's output, from its input h and the attention output o.
+    void (*finish)(const DecoderLayer&, const void* h, const void* o, int rows, void* out);
+    // out: float32 [rows][vocabulary], of values rounded to the format.
+    void (*logits)(const LmHead&, const void* h, int rows, float* out);
 };
 
 }  // namespace farshore

@@ -41,16 +41,16 @@ struct Arguments {
     T* pointer() {
         return reinterpret_cast<T*>(integer());
     }
-    Array array() {
-        Array a;
+    RowArray array() {
+        RowArray a;
         a.data = pointer<void>();
         a.row_stride = integer();
         a.head_stride = integer();
         a.format = static_cast<Format>(small());
         return a;
     }
-    Out out() {
-        Out o;
+    StateArray out() {
+        StateArray o;
         o.o = array();
         o.lse = pointer<float>();
         o.lse_row_stride = integer();
@@ -58,7 +58,7 @@ struct Arguments {
         return o;
     }
     // A tensor [rows, heads, dim] on the CPU whose last dimension is contiguous.
-    Array rows(const char* name, int64_t rows, int64_t heads, int64_t dim) {
+    RowArray rows(const char* name, int64_t rows, int64_t heads, int64_t dim) {
         const View x = tensor(name);
         const bool fits = x.dims == 3 && x.shape[0] == rows && x.shape[1] == heads && x.shape[2] == dim;
         if (!fits) throw std::invalid_argument(mismatch(name, x, {rows, heads, dim}));
@@ -67,8 +67,8 @@ struct Arguments {
         return {x.data, x.strides[0], x.strides[1], x.format};
     }
     // A state, two tensors: o [rows, heads, dim] and lse float32 [rows, heads].
-    Out state(int64_t rows, int64_t heads, int64_t dim) {
-        Out out;
+    StateArray state(int64_t rows, int64_t heads, int64_t dim) {
+        StateArray out;
         out.o = this->rows("o", rows, heads, dim);
         const View lse = tensor("lse");
         if (lse.dims != 2 || lse.shape[0] != rows || lse.shape[1] != heads)

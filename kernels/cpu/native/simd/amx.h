@@ -1,35 +1,40 @@
-// Matrix products on AMX tiles: the operands of Pairs, 16 x 32 or 32 x 32 of C at a time. Rows of C beyond m are computed and
-// stored too: C has room for m rounded up to 16. Included after gemm.h.
+// Matrix products with AMX tiles, on the operands that Bf16Pairs packs. Included by simd/isa_kernels.h after
+// gemm.h.
+//
+// A product computes 16 x 32 or 32 x 32 elements of C at a time. Rows of C beyond m are computed and stored
+// too: A and C must have room for m rounded up to 16 rows.
 #if defined(HAS_AMX)
 
 namespace farshore {
 namespace ISA {
 
+// The operand of LDTILECFG: palette 1, eight tiles of 16 rows x 64 bytes.
 struct alignas(64) TileConfig {
     uint8_t palette, start_row, reserved[14];
     uint16_t row_bytes[16];
     uint8_t rows[16];
 };
-const TileConfig config{
-    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+const TileConfig config{1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-struct Tiles : Pairs {
-    // Few queries: K's rows are used where they lie, as the left operand; see scores.
-    static bool by_rows(int queries, const Shape&) { return queries <= 16; }
+struct AmxTiles : Bf16Pairs {
+    // Up to 16 queries fill one tile, so K's rows can be the left operand as they lie, and packing K is
+    // saved.
+    static bool uses_k_rows(int queries, const Shape&) { return queries <= 16; }
 
-    // Every tile is 16 rows of 64 bytes, for as long as this lives. The configuration is static because the
-    // compiler takes _tile_loadconfig to read 8 of its 64 bytes.
-    struct Session {
-        Session() { _tile_loadconfig(&config); }
-        ~Session() { _tile_release(); }
-        Session(const Session&) = delete;
-        Session& operator=(const Session&) = delete;
+    // Configures the thread's tiles while it lives. `config` is a static constant because gcc assumes that
+    // _tile_loadconfig reads only 8 of the 64 bytes, and would drop the stores to the others of a local one.
+    struct TileScope {
+        TileScope() { _tile_loadconfig(&config); }
+        ~TileScope() { _tile_release(); }
+        TileScope(const TileScope&) = delete;
+        TileScope& operator=(const TileScope&) = delete;
     };
 
-    // Row-major bfloat16 rows of K for scores, where they lie if that will do,
-    // else converted into `dst` [n rounded up to 32][k_pad]. Returns the rows and sets their stride in bytes.
+    // Returns K of n tokens as bfloat16 rows [n rounded up to 32][k_pad], and sets *stride, in bytes. These
+    // are the stored rows if they need neither conversion nor padding; otherwise they are converted into
+    // `dst`.
     template <Format F>
-    static const uint8_t* rows_k(uint16_t* dst, const uint8_t* k, int64_t* stride, int n, int dim, int k_pad) {
+    static const uint8_t* k_rows_bf16(uint16_t* dst, const uint8_t* k, int64_t* stride, int n, int dim, int k_pad) {
         if (F == Format::bf16 && dim == k_pad && n % 32 == 0) return k;
         const int n_rows = round_up(n, 32);
         for (int t = 0; t < n_rows; t++) {
@@ -40,9 +45,12 @@ struct Tiles : Pairs {
         return reinterpret_cast<const uint8_t*>(dst);
     }
 
-    // logits[i][t] of up to 16 queries, k elements from `rows` on; q: [k / 2][16] words.
-    static void scores(const uint16_t* q, const uint8_t* rows, int64_t stride, int n, int queries, float* logits,
-                       int ld, int k) {
+    // logits[i][t] = q_i . row_t over k elements, for i < queries <= 16 and t < n.
+    //   q       words [k / 2][16]: pairs of elements down, queries across
+    //   rows    bfloat16, `stride` bytes apart, as k_rows_bf16 returns them
+    //   logits  float32 [queries][ld]: q.k
+    static void multiply_k_rows(const uint16_t* q, const uint8_t* rows, int64_t stride, int n, int queries,
+                                float* logits, int ld, int k) {
         alignas(64) float c[4][256];
         for (int t = 0; t < n; t += 64) {
             const int left = n - t;
@@ -67,7 +75,6 @@ struct Tiles : Pairs {
                     _tile_loadd(5, a + 48 * stride + 2 * p, stride);
                     _tile_dpbf16ps(3, 5, 4);
                 }
-
             }
             _tile_stored(0, c[0], 64);
             if (left > 16) _tile_stored(1, c[1], 64);
@@ -77,16 +84,15 @@ struct Tiles : Pairs {
                 vu r[WIDTH];
                 for (int l = 0; l < WIDTH; l++) r[l] = load_as<vu>(c[j] + 16 * l);
                 transpose(r);
-
                 for (int i = 0; i < queries; i++) store_as(logits + i * ld + t + 16 * j, r[i]);
             }
         }
     }
 };
 
-// C [up to 16][n], n a multiple of 32.
-inline void gemm_low(const uint16_t* a, long a_stride, const uint32_t* b, long ldb, float* c, long c_stride, int n,
-                     int k, bool add, Prefetch& next) {
+// gemm for up to 16 rows of C. a_stride and c_stride in bytes.
+inline void gemm_16_rows(const uint16_t* a, long a_stride, const uint32_t* b, long ldb, float* c, long c_stride, int n,
+                         int k, bool add, Prefetch& prefetch) {
     for (int j = 0; j < n; j += 32, c += 32) {
         if (add) {
             _tile_loadd(0, c, c_stride);
@@ -102,16 +108,16 @@ inline void gemm_low(const uint16_t* a, long a_stride, const uint32_t* b, long l
             _tile_dpbf16ps(0, 4, 6);
             _tile_loadd(7, b0 + 16, 4 * ldb);
             _tile_dpbf16ps(1, 4, 7);
-            next.tick(5);
+            prefetch.tick(5);
         }
         _tile_stored(0, c, c_stride);
         _tile_stored(1, c + 16, c_stride);
     }
 }
 
-// C [32][n]: two rows of tiles by two columns.
-inline void gemm_high(const uint16_t* a, long lda, const uint32_t* b, long ldb, float* c, long ldc, int n, int k,
-                      bool add) {
+// gemm for 17 to 32 rows of C: two rows of tiles by two columns.
+inline void gemm_32_rows(const uint16_t* a, long lda, const uint32_t* b, long ldb, float* c, long ldc, int n, int k,
+                         bool add) {
     const long a_stride = 2 * lda, b_stride = 4 * ldb, c_stride = 4 * ldc;
     for (int j = 0; j < n; j += 32, c += 32) {
         float* c1 = c + 16 * ldc;
@@ -145,13 +151,12 @@ inline void gemm_high(const uint16_t* a, long lda, const uint32_t* b, long ldb, 
 }
 
 template <>
-inline void gemm<Tiles>(const uint16_t* a, int lda, const uint16_t* b, int ldb, float* c, int ldc, int m, int n,
-                        int k, bool add, Prefetch& next) {
+inline void gemm<AmxTiles>(const uint16_t* a, int lda, const uint16_t* b, int ldb, float* c, int ldc, int m, int n,
+                           int k, bool add, Prefetch& prefetch) {
     const uint32_t* words = reinterpret_cast<const uint32_t*>(b);
     int i = 0;
-    for (; m - i > 16; i += 32) gemm_high(a + (long)i * lda, lda, words, ldb, c + (long)i * ldc, ldc, n, k, add);
-    if (i < m)
-        gemm_low(a + (long)i * lda, 2L * lda, words, ldb, c + (long)i * ldc, 4L * ldc, n, k, add, next);
+    for (; m - i > 16; i += 32) gemm_32_rows(a + (long)i * lda, lda, words, ldb, c + (long)i * ldc, ldc, n, k, add);
+    if (i < m) gemm_16_rows(a + (long)i * lda, 2L * lda, words, ldb, c + (long)i * ldc, 4L * ldc, n, k, add, prefetch);
 }
 
 }  // namespace ISA

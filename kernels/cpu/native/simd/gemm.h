@@ -1,15 +1,21 @@
-// C[m][n] (+)= A[m][k] B[k][n] on packed operands; every dimension but m is padded to its multiple. lda in
-// elements, ldb and ldc in columns. Included after pack.h.
+// C[m][n] (+)= A[m][k] B[k][n] with bfloat16 operands and float32 sums. Included by simd/isa_kernels.h after
+// pack.h.
+//   a    bfloat16 [m][lda]
+//   b    packed by pack.h: words [k / 2][ldb], word (p, j) holding rows 2p and 2p + 1 of column j
+//   c    float32 [m][ldc]
+//   n, k are multiples of Products::STEP; lda counts elements, ldb and ldc columns.
+//   add  adds to C; otherwise overwrites it
 
 namespace farshore {
 namespace ISA {
 
-// Registers: ROWS x COLS accumulators, COLS vectors of B, and A by broadcast from memory.
+// The block of C that lives in registers, in rows x vectors. GEMM_COLS vectors of B, and A broadcast from
+// memory, fit beside it into 32 registers.
 constexpr int GEMM_ROWS = 6, GEMM_COLS = 4;
 
 template <int ROWS, int COLS>
-inline void block(Pairs, const uint16_t* a, int lda, const uint16_t* b, int ldb, float* c, int ldc, int k,
-                  bool add, Prefetch& next) {
+inline void gemm_block(Bf16Pairs, const uint16_t* a, int lda, const uint16_t* b, int ldb, float* c, int ldc, int k,
+                       bool add, Prefetch& prefetch) {
     const uint32_t* words = reinterpret_cast<const uint32_t*>(b);
     vf acc[ROWS][COLS];
     for (int i = 0; i < ROWS; i++)
@@ -23,36 +29,42 @@ inline void block(Pairs, const uint16_t* a, int lda, const uint16_t* b, int ldb,
             const __m512bh av = (__m512bh)_mm512_set1_epi32(pair);
             for (int j = 0; j < COLS; j++) acc[i][j] = (vf)_mm512_dpbf16_ps((__m512)acc[i][j], av, bv[j]);
         }
-        next.tick(1);
+        prefetch.tick(1);
     }
     for (int i = 0; i < ROWS; i++)
         for (int j = 0; j < COLS; j++) store(c + i * ldc + j * WIDTH, acc[i][j]);
 }
 
-template <class Math, int ROWS>
-inline void rows_of(const typename Math::Element* a, int lda, const typename Math::Element* b, int ldb, float* c,
-                    int ldc, int n, int k, bool add, Prefetch& next) {
-    constexpr int PER_COLUMN = 4 / Math::element_bytes;  // elements of B under one column
+template <class Products, int ROWS>
+inline void gemm_rows(const typename Products::Element* a, int lda, const typename Products::Element* b, int ldb,
+                      float* c, int ldc, int n, int k, bool add, Prefetch& prefetch) {
+    constexpr int PER_COLUMN = 4 / Products::element_bytes;  // elements of B in one column of words
     int j = 0;
     for (; j + GEMM_COLS * WIDTH <= n; j += GEMM_COLS * WIDTH)
-        block<ROWS, GEMM_COLS>(Math{}, a, lda, b + j * PER_COLUMN, ldb, c + j, ldc, k, add, next);
-    for (; j < n; j += WIDTH) block<ROWS, 1>(Math{}, a, lda, b + j * PER_COLUMN, ldb, c + j, ldc, k, add, next);
+        gemm_block<ROWS, GEMM_COLS>(Products{}, a, lda, b + j * PER_COLUMN, ldb, c + j, ldc, k, add, prefetch);
+    for (; j < n; j += WIDTH)
+        gemm_block<ROWS, 1>(Products{}, a, lda, b + j * PER_COLUMN, ldb, c + j, ldc, k, add, prefetch);
 }
 
-template <class Math>
-inline void gemm(const typename Math::Element* a, int lda, const typename Math::Element* b, int ldb, float* c,
-                 int ldc, int m, int n, int k, bool add, Prefetch& next) {
+template <class Products>
+inline void gemm(const typename Products::Element* a, int lda, const typename Products::Element* b, int ldb, float* c,
+                 int ldc, int m, int n, int k, bool add, Prefetch& prefetch) {
     int i = 0;
     for (; i + GEMM_ROWS <= m; i += GEMM_ROWS)
-        rows_of<Math, GEMM_ROWS>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, n, k, add, next);
+        gemm_rows<Products, GEMM_ROWS>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, n, k, add, prefetch);
     a += i * lda;
     c += i * ldc;
     switch (m - i) {
-        case 1: return rows_of<Math, 1>(a, lda, b, ldb, c, ldc, n, k, add, next);
-        case 2: return rows_of<Math, 2>(a, lda, b, ldb, c, ldc, n, k, add, next);
-        case 3: return rows_of<Math, 3>(a, lda, b, ldb, c, ldc, n, k, add, next);
-        case 4: return rows_of<Math, 4>(a, lda, b, ldb, c, ldc, n, k, add, next);
-        case 5: return rows_of<Math, 5>(a, lda, b, ldb, c, ldc, n, k, add, next);
+        case 1:
+            return gemm_rows<Products, 1>(a, lda, b, ldb, c, ldc, n, k, add, prefetch);
+        case 2:
+            return gemm_rows<Products, 2>(a, lda, b, ldb, c, ldc, n, k, add, prefetch);
+        case 3:
+            return gemm_rows<Products, 3>(a, lda, b, ldb, c, ldc, n, k, add, prefetch);
+        case 4:
+            return gemm_rows<Products, 4>(a, lda, b, ldb, c, ldc, n, k, add, prefetch);
+        case 5:
+            return gemm_rows<Products, 5>(a, lda, b, ldb, c, ldc, n, k, add, prefetch);
     }
 }
 

@@ -1,20 +1,10 @@
-// Four lanes, without naming an instruction: SSE2, NEON, or whatever the compiler has.
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <numeric>
-#include <tuple>
-#include <type_traits>
-#include <utility>
-
-#include "dense/dense.h"
-#include "attention/plan.h"
-#include "runtime/pool.h"
+// Kernels for any CPU: vectors of four float32 lanes, which the compiler maps to its default target (SSE2,
+// NEON).
+#include "simd/isa.h"
 
 #define ISA portable
 #define WIDTH 4
-#include "attention/kernels.h"
+#include "simd/isa_kernels.h"
 
 const farshore::Kernels& farshore::portable_kernels() {
     static const Kernels kernels{"portable", portable::partial, portable::extend, portable::merge, portable::dense};

@@ -1,13 +1,13 @@
-// Vectors of WIDTH floats, for whichever instruction set the including file has switched on. Written with the
-// compiler's vector types: the same source is AVX-512, AVX2, SSE or NEON; only conversions and the bfloat16
-// dot product name instructions.
+// Vectors of WIDTH float32 lanes and what the kernels compute with them. Included first by
+// simd/isa_kernels.h; see simd/isa.h for ISA, WIDTH and HAS_*.
 //
-// Included by each isa_*.cpp after its `#pragma GCC target`, which defines ISA (a namespace), WIDTH and what
-// else it has: HAS_F16C, HAS_BF16_DOT, HAS_AMX.
+// It uses the compiler's vector types, so that one source compiles to AVX-512, AVX2, SSE or NEON. Only
+// conversions, reductions and table look-ups name instructions.
 
 namespace farshore {
 namespace ISA {
 
+// float32, int32, uint32; of half the size uint16; of a quarter int8 and uint8.
 typedef float vf __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t vi __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t vu __attribute__((vector_size(4 * WIDTH)));
@@ -57,37 +57,46 @@ inline float hsum(vf v) {
 #endif
 }
 
-// Fetches what the next tile will read while this one is worked on. Only work on data in L1 ticks: a line on its
-// way from memory holds one of the core's 16 line buffers, and while those are full a load from L2 waits for
-// memory too. (Measured, in GB/s of 32: no prefetch 18, ticks in every loop 21, this 26.) Each piece of work says
-// how long it takes, in units of some 2 ns; how many units a tile has is known from the last one.
+// Prefetches the bytes that the next tile will read, spread over the work on this tile. Loops call tick(n)
+// after work of about n * 2 ns; expect(n) announces how many ticks the tile will have, which is the number
+// that the last tile had.
+//
+// Only loops on data in L1 tick: a line on its way from memory holds one of the core's 16 line buffers, and
+// while all are taken a load from L2 waits for memory too. (Measured, in GB/s of 32: no prefetch 18, ticks in
+// every loop 21, this 26.)
 class Prefetch {
   public:
-    Prefetch() = default;
+    Prefetch() = default;  // of nothing
+    // Two ranges of memory, `a` first.
     Prefetch(const uint8_t* a, int64_t a_bytes, const uint8_t* b, int64_t b_bytes)
-        : at_(a), end_(a + a_bytes), then_(b), then_end_(b + b_bytes), lines_((int)((a_bytes + b_bytes) / 64) + 2) {}
+        : next_(a),
+          end_(a + a_bytes),
+          second_(b),
+          second_end_(b + b_bytes),
+          lines_((int)((a_bytes + b_bytes) / 64) + 2) {}
 
-    void expect(int units) { per_unit_ = lines_ * 256 / (units + 1) + 1; }
-    int units() const { return units_; }
-    void tick(int units) {
-        units_ += units;
-        for (due_ += units * per_unit_; due_ >= 256; due_ -= 256) {
-            if (at_ >= end_) {
-                if (then_ >= then_end_) return;
-                at_ = then_, end_ = then_end_;
-                then_ = then_end_;
+    void expect(int ticks) { lines_per_tick_ = lines_ * 256 / (ticks + 1) + 1; }
+    int ticks() const { return ticks_; }
+    void tick(int ticks) {
+        ticks_ += ticks;
+        for (due_ += ticks * lines_per_tick_; due_ >= 256; due_ -= 256) {
+            if (next_ >= end_) {
+                if (second_ >= second_end_) return;
+                next_ = second_, end_ = second_end_;
+                second_ = second_end_;
             }
-            __builtin_prefetch(at_, 0, 2);
-            at_ += 64;
+            __builtin_prefetch(next_, 0, 2);
+            next_ += 64;
         }
     }
 
   private:
-    const uint8_t *at_ = nullptr, *end_ = nullptr, *then_ = nullptr, *then_end_ = nullptr;
-    int lines_ = 0, per_unit_ = 0, due_ = 0, units_ = 0;
+    const uint8_t *next_ = nullptr, *end_ = nullptr, *second_ = nullptr, *second_end_ = nullptr;
+    int lines_ = 0, lines_per_tick_ = 0, due_ = 0, ticks_ = 0;
 };
 
-// -- widening, by name: the compiler's own conversion of these goes element by element (gcc 12) ---------------
+// -- widening --------------------------------------------------------------------------------
+// Named instructions: gcc 12 converts these vectors element by element.
 
 inline vi widen(vb v) {
 #if WIDTH == 16
@@ -121,18 +130,16 @@ inline vu widen(vh v) {
 #endif
 }
 
-// -- 16-bit floats ---------------------------------------------------------------------------------------
+// -- 16-bit floats ---------------------------------------------------------------------------
 
-inline vf from_bf16(const uint16_t* p) {
-    return bits_to_float(widen(load_as<vh>(p)) << 16);
-}
+inline vf from_bf16(const uint16_t* p) { return bits_to_float(widen(load_as<vh>(p)) << 16); }
 inline float from_bf16(uint16_t x) {
     const uint32_t bits = uint32_t{x} << 16;
     float f;
     std::memcpy(&f, &bits, 4);
     return f;
 }
-// Rounds to nearest even; a NaN stays one.
+// Rounds to nearest even. NaN stays NaN.
 inline vh to_bf16(vf x) {
 #if defined(HAS_BF16_DOT)
     return (vh)_mm512_cvtneps_pbh((__m512)x);
@@ -148,8 +155,8 @@ inline uint16_t to_bf16(float x) {
     return x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : bits >> 16 | 0x40;
 }
 
-// float16 by integers: shift exponent and mantissa into place, then scale by 2^112 so that the exponent's
-// bias and denormals come out right. For machines without a conversion instruction.
+// Converts float16 with integer operations, for CPUs without an instruction for it: shifts exponent and
+// mantissa into place, then multiplies by 2^112, which corrects the exponent's bias and normalises denormals.
 inline float from_f16(uint16_t h) {
     const uint32_t magnitude = (h & 0x7fffu) << 13;
     float f;
@@ -203,15 +210,17 @@ inline vh to_f16(vf x) {
 
 constexpr float LOG2_E = 1.44269504f;
 
-// -- exp2 ------------------------------------------------------------------------------------------------
+// -- exp2, log and tanh ----------------------------------------------------------------------
 
-// 2^((x - peak) * scale) for x <= peak. Relative error 2e-7 (EXACT), or 1e-4 and that of a product in float32,
-// below the bfloat16 rounding of what it feeds. Below 2^-126 it gives about that.
-template <bool EXACT, class Peak>  // float, or one for each lane
-inline vf exp2(vf x, Peak peak, float scale) {
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    x = EXACT ? (x - peak) * scale : x * scale - peak * scale;
-    x = max(splat(-126.0f), x);  // in this order a NaN stays one
+// 2^((x - row_max) * scale) for x <= row_max. row_max: a float, or a vf with one value a lane. For softmax
+// weights, scale is log2(e) times the factor of the logits. Relative error: 2e-7 if EXACT; otherwise 1e-4
+// plus the rounding of x * scale in float32, which is less than the rounding of the result to bfloat16.
+// Results below 2^-126 become about 2^-126. NaN stays NaN.
+template <bool EXACT, class Max>
+inline vf exp2(vf x, Max row_max, float scale) {
+    const float magic = 12582912.0f;  // 1.5 * 2^23: the sum is rounded to an integer
+    x = EXACT ? (x - row_max) * scale : x * scale - row_max * scale;
+    x = max(splat(-126.0f), x);  // this operand order keeps NaN
     const vf t = x + magic;
     const vf r = x - (t - magic);
     vf p;
@@ -232,7 +241,8 @@ inline vf exp2(vf x, Peak peak, float scale) {
     return bits_to_float((vu)p + ((vu)t << 23));
 }
 
-// 2^y for y <= 0, of a y that is right to a part in 2^24 of itself: relative error 1e-7. Below 2^-126 it gives that.
+// 2^y for y <= 0. Relative error 1e-7, besides what the rounding of y itself causes. Results below 2^-126
+// become 2^-126.
 inline vf exp2_near(vf y) {
     const float magic = 12582912.0f;
     y = max(splat(-126.0f), y);
@@ -247,7 +257,7 @@ inline vf exp2_near(vf y) {
     return bits_to_float((vu)p + ((vu)t << 23));
 }
 
-// ln x of a normal x; a NaN stays one. Relative error 2e-7, absolute near 1.
+// ln(x) of a normal x > 0. NaN stays NaN. Relative error 2e-7; near x = 1, absolute error 2e-7.
 inline vf log(vf x) {
     // x = 2^e (1 + f), 1 + f within a factor of sqrt 2 of 1; ln(1 + f) = 2 atanh(f / (2 + f)).
     const vi e = ((vi)x - 0x3f3504f3) >> 23;
@@ -261,16 +271,17 @@ inline vf tanh(vf x) {
     const vf size = max(x, -x);
     const vf e = exp2<true>(size, 0.0f, -2.0f * LOG2_E);
     const vf far = (1.0f - e) / (1.0f + e);
-    // Near 0 that cancels.
+    // Near 0, 1 - e cancels; a series is used there.
     const vf s = x * x;
     const vf near = size * (1.0f + s * (-1.0f / 3 + s * (2.0f / 15 + s * (-17.0f / 315 + s * (62.0f / 2835)))));
     const vf y = size < 0.25f ? near : far;
     return x < 0.0f ? -y : y;
 }
 
-// -- transposition ---------------------------------------------------------------------------------------
+// -- transposition ---------------------------------------------------------------------------
 
-// r[i][j] <-> r[j][i] for WIDTH vectors of 32-bit lanes, by butterflies.
+// Transposes WIDTH vectors of 32-bit lanes: r[i][j] <-> r[j][i]. A stage exchanges lanes and vectors whose
+// numbers differ in bit H, for N vectors.
 template <int H, int N = WIDTH>
 inline void transpose_stage(vu* r) {
     vi low, high;
@@ -296,12 +307,12 @@ inline void transpose(vu* r) {
     transpose_stage<1>(r);
 }
 
-// -- horizontal sums -----------------------------------------------------------------------------------------
+// -- horizontal sums -------------------------------------------------------------------------
 
-typedef float four __attribute__((vector_size(16)));
+typedef float vf4 __attribute__((vector_size(16)));
 
-// The sums of a's, b's, c's and d's lanes.
-inline four sums(vf a, vf b, vf c, vf d) {
+// {sum of a's lanes, sum of b's lanes, of c's, of d's}.
+inline vf4 lane_sums(vf a, vf b, vf c, vf d) {
     vi low, high, even, odd;
     for (int l = 0; l < WIDTH; l += 4) {
         low[l] = l, low[l + 1] = WIDTH + l, low[l + 2] = l + 1, low[l + 3] = WIDTH + l + 1;
@@ -314,9 +325,9 @@ inline four sums(vf a, vf b, vf c, vf d) {
     const vf all = __builtin_shuffle(ab, cd, even) + __builtin_shuffle(ab, cd, odd);
 #if WIDTH == 16
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)all), _mm512_extractf32x8_ps((__m512)all, 1));
-    return (four)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    return (vf4)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 #elif WIDTH == 8
-    return (four)_mm_add_ps(_mm256_castps256_ps128((__m256)all), _mm256_extractf128_ps((__m256)all, 1));
+    return (vf4)_mm_add_ps(_mm256_castps256_ps128((__m256)all), _mm256_extractf128_ps((__m256)all, 1));
 #else
     return all;
 #endif

@@ -1,9 +1,9 @@
-// x W^T for many rows of x: blocks of W are turned into panels [in][PANEL] of words, multiplied from L1 and L2.
-// Included after dense_weights.h.
+// x W^T for many rows of x: blocks of W are transposed into panels of words [in][PANEL] and multiplied from
+// L1 and L2. Included by simd/isa_kernels.h after weights.h.
 
 namespace farshore {
 namespace ISA {
-namespace slices {
+namespace dense_ops {
 
 #if WIDTH == 16
 constexpr int TILE_ROWS = 14, TILE_VECTORS = 2;
@@ -12,18 +12,19 @@ constexpr int TILE_ROWS = 6, TILE_VECTORS = 2;
 #else
 constexpr int TILE_ROWS = 3, TILE_VECTORS = 3;
 #endif
-constexpr int PANEL = TILE_VECTORS * WIDTH;
-// A block of x, [BLOCK_ROWS][BLOCK_WORDS], and the sums it adds to share L2; a panel of W and a tile's rows of x share
-// L1. (With 320 words, which do not fit into 48 KiB, 4% slower.)
+constexpr int PANEL = TILE_VECTORS * WIDTH;  // columns
+// A block of x, [BLOCK_ROWS][BLOCK_WORDS], and the sums that it adds to fit together into L2; a panel of W
+// and the rows of x of a tile fit into L1. (Measured: 320 words, which do not fit into 48 KiB, are 4%
+// slower.)
 constexpr int BLOCK_ROWS = 280, BLOCK_WORDS = 192;
-// Columns of a block, of one matrix or of each of two: whole panels.
+// Columns of a block: for one matrix, and for each of two.
 constexpr int BLOCK_OUT[] = {288, 192};
 
-// Elements in a factor of the inner loop: a pair, or one.
+// Elements that the inner loop multiplies at a time in each lane.
 template <Format F>
 constexpr int PER_WORD = PAIRS<F> ? 2 : 1;
 
-// c[M][PANEL] (+)= a[M][words] b[words][PANEL]; the sums of the next M rows are fetched meanwhile.
+// c[M][PANEL] (+)= a[M][words] b[words][PANEL]. lda in words. Prefetches the sums of the next M rows.
 template <Format F, int M>
 inline void tile(const uint32_t* a, int lda, const uint32_t* b, int words, float* c, int ldc, bool add) {
     vf sums[M][TILE_VECTORS];
@@ -49,20 +50,22 @@ inline void tile(const uint32_t* a, int lda, const uint32_t* b, int words, float
     });
 }
 
+// tile for m <= M rows.
 template <Format F, int M>
-inline void last_tile(int m, const uint32_t* a, int lda, const uint32_t* b, int words, float* c, int ldc, bool add) {
+inline void tile_of_rows(int m, const uint32_t* a, int lda, const uint32_t* b, int words, float* c, int ldc, bool add) {
     if constexpr (M > 0) {
         if (m == M) return tile<F, M>(a, lda, b, words, c, ldc, add);
-        last_tile<F, M - 1>(m, a, lda, b, words, c, ldc, add);
+        tile_of_rows<F, M - 1>(m, a, lda, b, words, c, ldc, add);
     }
 }
 
-// Elements [p0, p0 + k) of `rows` rows of n -> words, row by row, zeros beyond n. k is a multiple of STEP.
+// Copies elements [p0, p0 + k) of x [rows][n] as words to `to`, row by row; zeros beyond n. k is a multiple
+// of STEP.
 template <Format F>
 void block_of_rows(const void* x, int rows, int n, int p0, int k, uint32_t* to) {
     constexpr int AT_ONCE = WIDTH * PER_WORD<F>;
     for (int r = 0; r < rows; r++) {
-        const uint8_t* row = at<F>(x, (int64_t)r * n);
+        const uint8_t* row = address<F>(x, (int64_t)r * n);
         for (int p = p0; p < p0 + k; p += AT_ONCE, to += WIDTH) {
             if (p >= n)
                 store_as(to, vu{});
@@ -74,14 +77,15 @@ void block_of_rows(const void* x, int rows, int n, int p0, int k, uint32_t* to) 
     }
 }
 
-// Elements [p0, p0 + k) of `rows` <= PANEL rows of W -> words [][PANEL], zeros where there are none.
+// Transposes elements [p0, p0 + k) of `rows` <= PANEL rows of w, [rows][n], to words [k / PER_WORD][PANEL];
+// zeros beyond n and beyond `rows`.
 template <Format F>
 void pack_panel(const uint8_t* w, int rows, int n, int p0, int k, uint32_t* to) {
     for (int j = 0; j < PANEL; j += WIDTH)
         for (int p = 0; p < k; p += STEP<F>) {
             vu r[WIDTH];
             for (int l = 0; l < WIDTH; l++)
-                r[l] = j + l < rows && p0 + p < n ? words_at<F>(at<F>(w, (int64_t)(j + l) * n), p0 + p, n) : vu{};
+                r[l] = j + l < rows && p0 + p < n ? words_at<F>(address<F>(w, (int64_t)(j + l) * n), p0 + p, n) : vu{};
             transpose(r);
             uint32_t* out = to + p / PER_WORD<F> * PANEL + j;
             for (int l = 0; l < WIDTH; l++) {
@@ -95,17 +99,21 @@ void pack_panel(const uint8_t* w, int rows, int n, int p0, int k, uint32_t* to) 
         }
 }
 
-// Lines of rows [j0, j1) of W, elements [p0, p0 + k).
+// Prefetches elements [p0, p0 + k) of rows [j0, j1) of w.
 template <Format F>
 inline void fetch(const uint8_t* w, int j0, int j1, int n, int p0, int k) {
     for (int j = j0; j < j1; j++)
-        for (int64_t b = 0; b < k * size_of(F); b += 64) __builtin_prefetch(at<F>(w, (int64_t)j * n + p0) + b, 0, 2);
+        for (int64_t b = 0; b < k * size_of(F); b += 64)
+            __builtin_prefetch(address<F>(w, (int64_t)j * n + p0) + b, 0, 2);
 }
 
-// Words that many_rows needs behind its sums.
+// Words of scratch memory that many_rows needs behind c.
 inline int64_t many_rows_words(int rows) { return (int64_t)(rows + PANEL) * (BLOCK_WORDS + WIDTH); }
 
-// c[matrix][rows][ldc] = x . rows [col, col + cols) of each matrix; scratch follows c.
+// c[m][i][j] = x_i . (row col + j of matrix m), for i < rows, j < cols.
+//   x    [rows][in], in format F
+//   w    [matrices], all with the same `in`
+//   c    float32 [matrices][rows][ldc], with many_rows_words(rows) words of scratch memory behind it
 template <Format F>
 void many_rows(const void* x, int rows, const Linear* const* w, int matrices, int col, int cols, float* c, int ldc) {
     constexpr int BLOCK_IN = BLOCK_WORDS * PER_WORD<F>;
@@ -120,7 +128,7 @@ void many_rows(const void* x, int rows, const Linear* const* w, int matrices, in
         for (int m = 0; m < matrices; m++)
             for (int panel = 0; panel < panels; panel++) {
                 const int j = panel * PANEL;
-                const uint8_t* from = at<F>(w[m]->weight, (int64_t)(col + j) * in);
+                const uint8_t* from = address<F>(w[m]->weight, (int64_t)(col + j) * in);
                 pack_panel<F>(from, std::min(PANEL, cols - j), in, p0, k, b);
                 const int next = std::min(PANEL, cols - j - PANEL);
                 float* to = c + (int64_t)m * rows * ldc + j;
@@ -128,13 +136,13 @@ void many_rows(const void* x, int rows, const Linear* const* w, int matrices, in
                     const int i = t * TILE_ROWS;
                     if (next > 0)
                         fetch<F>(from + PANEL * in * size_of(F), t * next / tiles, (t + 1) * next / tiles, in, p0, k);
-                    last_tile<F, TILE_ROWS>(std::min(TILE_ROWS, rows - i), a + (int64_t)i * words, words, b, words,
-                                            to + (int64_t)i * ldc, ldc, p0 > 0);
+                    tile_of_rows<F, TILE_ROWS>(std::min(TILE_ROWS, rows - i), a + (int64_t)i * words, words, b, words,
+                                               to + (int64_t)i * ldc, ldc, p0 > 0);
                 }
             }
     }
 }
 
-}  // namespace slices
+}  // namespace dense_ops
 }  // namespace ISA
 }  // namespace farshore
