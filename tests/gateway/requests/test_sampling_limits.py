@@ -10,7 +10,7 @@ from farshore.gateway.limits import Limits
 from farshore.gateway.requests import sampling as sampling_limits
 from farshore.proto import inference_pb2 as api
 from farshore.workers.engine.decode.sampler import sample
-from farshore.workers.engine.penalties import Seen
+from farshore.workers.engine.penalties import TokenCounts
 from farshore.workers.engine.sequence import Sampling
 
 VOCAB = 12
@@ -80,7 +80,11 @@ def test_what_passes_can_be_drawn_with(asked, logits):
     # Overflow to infinity is meant where a weight is next to nothing; what is invalid raises.
     with np.errstate(over="ignore", under="ignore", invalid="raise", divide="raise"):
         choice = sample(
-            torch.tensor(logits), _resolved(asked), tokens=[1, 2, 2, 3, 3, 3], prompt_tokens=2, seen=Seen()
+            torch.tensor(logits),
+            _resolved(asked),
+            tokens=[1, 2, 2, 3, 3, 3],
+            prompt_tokens=2,
+            counts=TokenCounts(),
         )
     assert 0 <= choice.token < VOCAB
     assert len(choice.top) == (asked.logprobs if asked.HasField("logprobs") else 0)
