@@ -62,8 +62,8 @@ class Planner:
 def _reads(entries: Seq[StepEntry]) -> dict[WorkerId, tuple[Read, ...]]:
     """Returns the reads by worker. Adjacent rows that attend to the same range of a span share one read."""
     reads: dict[WorkerId, list[Read]] = {}
+    # Range of a span -> the list that holds its newest read, and the index in that list.
     last_read: dict[tuple[str, int, int, int, int], tuple[list[Read], int]] = {}
-    """Range of a span -> the list that holds its newest read, and the index in that list."""
     row = 0
     for entry in entries:
         end = row + entry.rows

@@ -38,7 +38,7 @@ class Outcome(NamedTuple):
     done: bool = False
     """Whether the whole prompt is sealed. It is then removed from :class:`Prompts`."""
     logits: Tensor | None = None
-    """f32[vocab] after the prompt's last token; None if the next token was drawn before a parking."""
+    """f32[vocab] after the last token, if ``done``; None if the sequence was parked after its first draw."""
     error: Exception | None = None
     """The error of the unit. The caller must :meth:`Prompts.remove` the sequence."""
 

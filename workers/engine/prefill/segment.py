@@ -132,13 +132,13 @@ class PrefillSegment:
                 yield partial(self._project, layer, index)
             writes = self._start_writing(layer)
             chunk_rows = self._attending_rows(layer)
-            for past_range in range(len(self._past_ranges) if chunk_rows else 0):
-                pull = self._pull(layer, past_range)
+            for range_index in range(len(self._past_ranges) if chunk_rows else 0):
+                pull = self._pull(layer, range_index)
                 yield pull
                 self._pulled = pull.result()
-                self._pull_next(layer, past_range)
+                self._pull_next(layer, range_index)
                 for index, rows in chunk_rows:
-                    yield partial(self._attend, past_range, index, rows)
+                    yield partial(self._attend, range_index, index, rows)
             for index, rows in chunk_rows:
                 yield partial(self._finish, layer, index, rows)
             yield from writes
@@ -147,10 +147,7 @@ class PrefillSegment:
             yield self._compute_logits
 
     def close(self) -> None:
-        """Cancels the pulls that have not started.
-
-        Running calls continue, with memory that they keep alive.
-        """
+        """Cancels the pulls that have not started. Running calls continue; they keep their memory alive."""
         for pull in self._pulls.values():
             pull.cancel()
         self._pulls.clear()
