@@ -59,6 +59,7 @@ class EngineService(pb_grpc.EngineServicer):
     def Generate(
         self, request: pb.SequenceRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.SequenceEvent]:
+        """Streams a request's events until all of its completions have ended; cancels it with the call."""
         sequence = SequenceId(request.sequence_id)
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         sampling = _sampling(request)
@@ -82,11 +83,13 @@ class EngineService(pb_grpc.EngineServicer):
             self._release(sequence)
 
     def Cancel(self, request: pb.CancelSequence, context: grpc.ServicerContext) -> pb.CancelSequenceReply:
+        """Cancels a request or one of its completions. Unknown ids are ignored."""
         choice = request.choice if request.HasField("choice") else None
         self._engine.cancel(SequenceId(request.sequence_id), choice=choice)
         return pb.CancelSequenceReply()
 
     def Status(self, request: pb.EngineStatusRequest, context: grpc.ServicerContext) -> pb.EngineStatus:
+        """Reports the worker's memory and load, its links to shards, and its sequences."""
         usage = self._store.usage()
         load = self._engine.load()
         return pb.EngineStatus(

@@ -32,8 +32,7 @@ from farshore.models.llama import Llama
 
 
 class LocalKV(NamedTuple):
-    """KV in the engine's own memory: the tails, and the spans of ``store`` (of ``worker``), if there is
-    one."""
+    """KV in the engine's own memory: the tails, and the spans of ``store`` (of ``worker``), if any."""
 
     memory: Tensor
     worker: WorkerId | None = None
