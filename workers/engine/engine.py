@@ -214,8 +214,7 @@ class Engine:
         self._scheduler.fail_all(ending)
 
     def _survive(self, error: Exception) -> None:
-        """Handles an error that belongs to no sequence: ends the engine if a probe of the model fails,
-        too."""
+        """Handles an error that belongs to no sequence: ends the engine if the probe fails, too."""
         _log.exception("a round of the engine failed")
         self._failed_rounds += 1
         try:
