@@ -211,7 +211,7 @@ class SequenceCache:
         )
 
     def _spread(self, tokens: int, bytes_of: Mapping[WorkerId, int]) -> tuple[list[HeadClass], list[Share]]:
-        """Cuts ``tokens`` into shares for workers with ``bytes_of`` bytes; returns (head classes, shares).
+        """Cuts ``tokens`` into shares for workers of ``bytes_of`` bytes; returns (group placements, shares).
 
         Raises Full if they do not fit.
         """

@@ -29,7 +29,7 @@ that a step of a long answer reads few spans, and a short answer holds little mo
 
 
 class _Target(NamedTuple):
-    """Destination of one head class's share of the blocks: the rest of an existing span, or a new span."""
+    """Destination of the blocks of one placement of head groups: the rest of a span, or a new span."""
 
     share: Share
     """Worker, positions and groups; a new span is granted for all of it."""
@@ -93,14 +93,14 @@ class HandOffs:
         return [move for move in pending.moves if not move.cancel() and not move.done()] if pending else []
 
     def _targets(self, sequence: Sequence, boundary: int) -> list[_Target]:
-        """Chooses a target for each head class.
+        """Chooses a target for each placement of head groups.
 
-        It is the rest of the span that the class's last blocks went to; else a new span on the worker that
+        It is the rest of the span that its last blocks went to; else a new span on the worker that
         answers, did not refuse the last time, and stores the fewest tokens of this sequence.
         """
         start = sequence.placed_tail.start
         stored_tokens: dict[WorkerId, int] = {
-            room.worker: 0 for head_class in sequence.classes for room in head_class.workers
+            free.worker: 0 for placement in sequence.classes for free in placement.workers
         }
         for span in sequence.spans:
             if span.worker in stored_tokens:
@@ -111,8 +111,8 @@ class HandOffs:
             return worker in silent, worker in sequence.refused_by, stored_tokens[worker], worker
 
         targets = []
-        for head_class in sequence.classes:
-            group0, group1 = head_class.group0, head_class.group1
+        for placement in sequence.classes:
+            group0, group1 = placement.group0, placement.group1
             handed_off = [
                 span
                 for span in sequence.spans
@@ -127,7 +127,7 @@ class HandOffs:
             most = sequence.prompt_tokens + sequence.sampling.max_tokens
             wanted = start // BLOCK_TOKENS * BLOCK_TOKENS + min(2 * blocks, MOST_BLOCKS) * BLOCK_TOKENS
             last = max(boundary, min(wanted, most))
-            worker = min((room.worker for room in head_class.workers), key=rank)
+            worker = min((free.worker for free in placement.workers), key=rank)
             targets.append(_Target(Share(worker, start, last, group0, group1), None))
         return targets
 
@@ -205,7 +205,7 @@ class HandOffs:
                 for move, target in zip(pending.moves, pending.targets, strict=True)
                 if move.cancelled() or move.exception() is not None
             }
-            workers = {room.worker for head_class in sequence.classes for room in head_class.workers}
+            workers = {free.worker for placement in sequence.classes for free in placement.workers}
             if workers <= sequence.refused_by:
                 # Every worker refused. The scheduler clears refused_boundary when memory is given back.
                 sequence.refused_boundary = pending.boundary
