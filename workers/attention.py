@@ -1,10 +1,11 @@
-"""The attention worker: one shard store behind one gRPC service, in a process of its own.
+"""The attention worker: a process that runs one shard behind one gRPC service.
 
-Placed by the controller as a Ray actor; Ray only starts and ends it, every byte of KV and every frame goes
-over gRPC. It does not know models: an engine says what its frames mean when it opens a stream.
+The controller starts it as a Ray actor. Ray only starts and ends it; KV and frames travel over gRPC and the
+hot connections. The worker knows no models: an engine describes its model when it connects.
 
-``python -m farshore.workers.attention`` is the same without Ray, for benchmarks and tests of real hosts: it
-prints its address, and ends when its input does, so that it never outlives who started it.
+``python -m farshore.workers.attention`` starts the same worker without Ray, for benchmarks and for tests that
+use several hosts. It prints its address, and ends when its standard input is closed, so that it never
+outlives its parent process.
 """
 
 import argparse
@@ -20,16 +21,19 @@ from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 
 ENVIRONMENT = {"GRPC_EXPERIMENTS": "-event_engine_client,-event_engine_listener"}
-"""What its process is to be started with: whoever waits for a message then reads its socket itself, instead
-of being woken by gRPC's event engine, whose threads wake each other: a third of a hop. gRPC reads this when
-it is imported."""
+"""Environment to start the process with. gRPC reads it on import.
+
+It disables gRPC's event engine, whose threads wake one another. A thread that waits for a message then reads
+its socket itself, which saves a third of a gRPC hop's time."""
 
 STOP_GRACE_S = 1.0
 
 
 class AttentionWorker:
+    """One shard and its server. It serves from construction until :meth:`stop`."""
+
     def __init__(self, *, worker: WorkerId, kv_memory_bytes: int, listen: str, threads: int) -> None:
-        """``listen`` is ``host:port``, port 0 for any. Raises PortInUse."""
+        """``listen`` is ``host:port``; port 0 takes any free port. Raises PortInUse."""
         torch.set_num_threads(threads)
         share_cores()
         store = LocalStore(worker=worker, arena=Arena(kv_memory_bytes))
@@ -37,10 +41,11 @@ class AttentionWorker:
         self._server, self._address = serve(AttentionService(worker, store), listen)
 
     def address(self) -> str:
+        """Returns the address that the worker listens on."""
         return self._address
 
     def stop(self) -> None:
-        """End open streams and give the port back. Idempotent."""
+        """Ends open streams and frees the port. Idempotent."""
         self._server.stop(STOP_GRACE_S).wait()
 
 

@@ -1,7 +1,8 @@
-"""The dense worker: one engine behind one gRPC service, in a process of its own.
+"""The dense worker: a process that runs one engine behind one gRPC service.
 
-Placed by the controller as a Ray actor; Ray only starts and ends it. It reaches shards and controller over
-gRPC, and goes on with what it has when the controller is away.
+The controller starts it as a Ray actor; Ray only starts and ends it. The worker reaches shards and controller
+over gRPC, and keeps serving its running requests while the controller is unreachable. It must not decide
+global placement.
 """
 
 from collections.abc import Mapping
@@ -32,7 +33,7 @@ from farshore.workers.engine.engine import Engine
 from farshore.workers.engine_service import EngineService
 
 MAX_CALLS = 512
-"""Threads; every request under way or waiting holds one."""
+"""Threads of the gRPC server. Each running or waiting request occupies one."""
 
 CONTROLLER_DEADLINE_S = 10.0
 STOP_GRACE_S = 1.0
@@ -48,16 +49,18 @@ _FORMATS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseConfig:
+    """Configuration of one dense worker; made by the controller."""
+
     worker: WorkerId
     model: str
-    """What :func:`farshore.models.source.resolve` takes."""
+    """Folder or name of the model, as :func:`farshore.models.source.resolve` takes it."""
     dtype: str
     kv_format: str
-    """How keys and values are stored: bf16, float32, int8 or int4."""
+    """Format of stored KV: bf16, float32, int8 or int4."""
     kv_memory_bytes: int
-    """The engine's own memory: tails, and spans where ``targets`` names the worker itself."""
+    """Size of the engine's arena: it holds the tails, and spans if ``targets`` names this worker itself."""
     targets: tuple[WorkerId, ...]
-    """Who gets new spans."""
+    """Workers that new spans are placed on."""
     shard_by: ShardBy
     controller: str
     listen: str
@@ -66,7 +69,10 @@ class DenseConfig:
 
 
 class DenseWorker:
-    """Construct, :meth:`load`, then :meth:`serve`. ``loading`` may be asked from another thread."""
+    """One dense worker. Construct it, call :meth:`load`, then :meth:`serve`.
+
+    :meth:`loading` may be called from another thread at any time.
+    """
 
     def __init__(self, config: DenseConfig) -> None:
         self._config = config
@@ -79,15 +85,17 @@ class DenseWorker:
         self._checks = health.HealthServicer()
 
     def load(self) -> None:
-        """Load the model; attention workers may start meanwhile. Raises ModelError."""
+        """Loads the model. Attention workers may start at the same time. Raises ModelError."""
         config = self._config
         self._source = resolve(config.model)
         self._model = load_model(self._source, dtype=dtype_of(config.dtype), progress=self._progress)
 
     def serve(self, shards: Mapping[WorkerId, str]) -> str:
-        """Connect to the attention workers at ``shards``, and serve. Returns the address.
+        """Connects to the attention workers, starts the engine, and returns the address that it listens on.
 
-        Raises TransportError for a shard that does not answer, PortInUse."""
+        ``shards`` maps worker ids to addresses. Raises TransportError if a shard does not answer, PortInUse
+        if the configured port is taken.
+        """
         config, model = self._config, self._model
         attention = attention_model(model.config, model.dtype, _FORMATS[config.kv_format])
         arena = Arena(config.kv_memory_bytes)
@@ -131,18 +139,18 @@ class DenseWorker:
         return address
 
     def loading(self) -> tuple[int, int]:
-        """(tensors loaded, tensors in all)."""
+        """Progress of :meth:`load`: (tensors loaded, total tensors)."""
         return self._loading
 
     def stop(self) -> None:
-        """End every stream, then the engine."""
+        """Ends every stream, then stops the engine and closes its shard clients."""
         self._server.stop(STOP_GRACE_S).wait()
         self._engine.stop()
         for client in self._clients.values():
             client.close()
 
     def _stop_serving(self) -> None:
-        """The engine can't go on: health is NOT_SERVING from now on, whatever is set later."""
+        """Called when the engine fails. Health stays NOT_SERVING from now on, whatever is set later."""
         self._checks.enter_graceful_shutdown()
 
     def _progress(self, done: int, total: int) -> None:
@@ -158,7 +166,10 @@ class DenseWorker:
         return epoch
 
     def _release(self, sequence: SequenceId) -> None:
-        """Tell the directory; it drops what nobody owns by itself when this does not arrive."""
+        """Reports the end of a sequence to the controller's directory.
+
+        An error is ignored: the directory drops sequences without an owner by itself.
+        """
         epoch = self._epochs.pop(sequence)
         try:
             request = pb.ReleaseRequest(sequence_id=sequence, epoch=epoch)

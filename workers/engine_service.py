@@ -1,6 +1,7 @@
-"""The engine's door: the gRPC Engine service that the gateway streams from.
+"""The gRPC ``Engine`` service of a dense worker; the gateway streams tokens from it.
 
-Turns calls into engine calls and events into messages; decides nothing.
+Translates gRPC calls into engine calls and engine events into messages. Created by ``dense``. It must not
+know how sequences run.
 """
 
 import os
@@ -24,7 +25,8 @@ from farshore.workers.engine.engine import Engine
 from farshore.workers.engine.sequence import Event, Failed, Finished, Prefilled, Reason, Sampled
 
 PROMPT_SLICE_TOKENS = 16_384
-"""0.4 ms of the interpreter's lock; two million tokens at once took 81 ms."""
+"""Prompt tokens converted in one call. One slice holds the interpreter's lock for 0.4 ms; two million tokens
+in one call held it for 81 ms."""
 
 _REASONS = {
     Reason.STOP: api.FINISH_REASON_STOP,
@@ -34,7 +36,11 @@ _REASONS = {
 
 
 class EngineService(pb_grpc.EngineServicer):
-    """``shards`` are the identities that this engine's peers gave when it connected."""
+    """Serves one engine.
+
+    ``shards`` maps every worker whose spans the engine reads to the identity that the worker reported when
+    the engine connected. ``release`` is called once for each accepted sequence, when its stream ends.
+    """
 
     def __init__(
         self,
@@ -54,6 +60,7 @@ class EngineService(pb_grpc.EngineServicer):
     def Generate(
         self, request: pb.SequenceRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.SequenceEvent]:
+        """Streams a request's events until all of its completions have ended; cancels it with the call."""
         sequence = SequenceId(request.sequence_id)
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         sampling = Sampling.from_message(request.sampling)
@@ -62,7 +69,7 @@ class EngineService(pb_grpc.EngineServicer):
             self._engine.submit(sequence, _tokens(request), sampling, events.put, salt=request.cache_salt)
         except FarshoreError as error:
             abort(context, error)
-        # Runs at once where the caller has gone already; the engine then ends the stream below.
+        # add_callback returns False if the client has already disconnected. The engine then ends the stream.
         if not context.add_callback(lambda: self._engine.cancel(sequence)):
             self._engine.cancel(sequence)
         live = sampling.n
@@ -77,11 +84,13 @@ class EngineService(pb_grpc.EngineServicer):
             self._release(sequence)
 
     def Cancel(self, request: pb.CancelSequence, context: grpc.ServicerContext) -> pb.CancelSequenceReply:
+        """Cancels a request or one of its completions. Unknown ids are ignored."""
         choice = request.choice if request.HasField("choice") else None
         self._engine.cancel(SequenceId(request.sequence_id), choice=choice)
         return pb.CancelSequenceReply()
 
     def Status(self, request: pb.EngineStatusRequest, context: grpc.ServicerContext) -> pb.EngineStatus:
+        """Reports the worker's memory and load, its links to shards, and its sequences."""
         usage = self._store.usage()
         load = self._engine.load()
         return pb.EngineStatus(
@@ -151,11 +160,11 @@ class EngineService(pb_grpc.EngineServicer):
                         reason=_REASONS[reason], queued_ms=queued_s * 1e3, shards=uses, choice=choice
                     )
                 )
-        raise AssertionError(f"an event nobody knows: {event}")
+        raise AssertionError(f"unknown event: {event}")
 
 
 def _tokens(request: pb.SequenceRequest) -> list[int]:
-    """The prompt, a slice at a time: other threads run between two slices, and not inside of one."""
+    """Converts the prompt slice by slice, so that other threads can run between two slices."""
     tokens: list[int] = []
     for first in range(0, len(request.prompt), PROMPT_SLICE_TOKENS):
         tokens += request.prompt[first : first + PROMPT_SLICE_TOKENS]

@@ -26,7 +26,7 @@ from farshore.kvstore.store.tail import Tail
 from farshore.models.llama import Llama
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
-from farshore.workers.engine.decode.step import LocalKV, Steps
+from farshore.workers.engine.decode.step import LayerLoop, LocalKV
 
 EPOCH = Epoch(1)
 TAIL_TOKENS = BLOCK_TOKENS // 2
@@ -77,7 +77,7 @@ class Ground:
         self._own = LocalKV(self._arena.memory, own, stores[own] if own is not None else None)
         self._tails = [_tail(self._arena, self._layout, context_tokens) for _ in self._names]
         self._spans = [_spans(self._layout, name, context_tokens, stores) for name in self._names]
-        self._steps: dict[Fanout, Steps] = {}
+        self._steps: dict[Fanout, LayerLoop] = {}
         self._numbers = count(1)
         self._remote = [store for store in stores.values() if isinstance(store, RemoteStore)]
         self._beat_s = monotonic()
@@ -121,8 +121,8 @@ class Ground:
     def _run(self, plan: StepPlan, shards: Fanout, micro_batches: int) -> None:
         tails = self._tails[: len(plan.sequences)]
         if shards not in self._steps:
-            self._steps[shards] = Steps(
-                model=self._model, attention=self._attention, shards=shards, own=self._own
+            self._steps[shards] = LayerLoop(
+                model=self._model, attention=self._attention, shards=shards, local=self._own
             )
         steps = self._steps[shards]
         with torch.inference_mode():

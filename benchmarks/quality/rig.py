@@ -24,9 +24,9 @@ from farshore.models.llama import Llama
 from farshore.workers.engine.attention_model import attention_model
 from farshore.workers.engine.engine import Engine
 from farshore.workers.engine.kv.cache import SequenceCache
-from farshore.workers.engine.kv.pool import Pool
+from farshore.workers.engine.kv.pool import ShardPool
 from farshore.workers.engine.kv.prefix import fingerprint
-from farshore.workers.engine.prefill.segment import Segment
+from farshore.workers.engine.prefill.segment import PrefillSegment
 from farshore.workers.engine.sequence import Event, Failed, Finished, Sampled, Sampling, Sequence
 
 ARENA_BYTES = 1 << 30
@@ -131,7 +131,7 @@ class Reader:
             # A salt of its own: a prefix found in the store would not be computed, and so not scored.
             fingerprint=fingerprint(self._model.config, self._attention, revision="", salt=name),
         )
-        pool = Pool(self._clients, [_WORKER])
+        pool = ShardPool(self._clients, [_WORKER])
         cache = SequenceCache(arena=self._arena, pool=pool, model=self._attention, shard_by="range")
         cache.place(sequence, promised_tokens=0)
         logprobs, best = [], []
@@ -151,9 +151,9 @@ class Reader:
             pool.close()
         return Score(torch.cat(logprobs), torch.cat(best), time.perf_counter() - start_s)
 
-    def _read(self, sequence: Sequence, first: int, last: int, pool: Pool) -> Tensor:
+    def _read(self, sequence: Sequence, first: int, last: int, pool: ShardPool) -> Tensor:
         """Computes positions ``[first, last)``. Returns their logits ``f32[last - first, vocab]``."""
-        segment = Segment(
+        segment = PrefillSegment(
             sequence,
             first,
             last,

@@ -1,4 +1,4 @@
-"""Engines over in-process shards, for tests of floor 3."""
+"""Fixtures of the workers' tests: models, engines over in-process shards, and collected events."""
 
 import importlib.util
 import queue
@@ -30,7 +30,7 @@ EMPTY_DEADLINE_S = 20.0
 
 @pytest.fixture(scope="session")
 def demo_model(demo_source):
-    """dtype -> our own model."""
+    """demo_model(dtype) -> the demo model, loaded by this package."""
     loaded = {}
 
     def load(dtype: torch.dtype):
@@ -43,7 +43,7 @@ def demo_model(demo_source):
 
 @pytest.fixture(scope="session")
 def tiny():
-    """A Llama of random weights, small enough for hundreds of steps a second."""
+    """A transformers Llama with random weights, small enough for hundreds of steps per second."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(3)
@@ -64,7 +64,7 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def tiny_folder(tiny, tmp_path_factory):
-    """Its files."""
+    """A folder with the files of the tiny model."""
     folder = tmp_path_factory.mktemp("tiny")
     tiny.save_pretrained(folder)
     return folder
@@ -72,14 +72,14 @@ def tiny_folder(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_folder):
-    """Our own model of the same weights."""
+    """The tiny model, loaded by this package, in float32."""
     model = load_model(resolve(str(tiny_folder)), dtype=torch.float32)
     assert isinstance(model, Llama) and isinstance(model.config, ModelConfig)
     return model
 
 
 class Rig:
-    """One model, its shards in this process, and whatever engine a test builds on them."""
+    """One model, its shards in this process, and the engines that a test builds on them."""
 
     def __init__(
         self, model, *, shards=2, shard_by="range", local=False, memory_bytes=1 << 30, wrap=None, format=None
@@ -99,12 +99,13 @@ class Rig:
         self.epochs = count(1)
 
     def resize(self, memory_bytes):
-        """Other memory for the engine itself, before it is made."""
+        """Gives the engine's own memory another size. Call it before the engine is made."""
         self.arenas[ENGINE] = Arena(memory_bytes)
         self.stores[ENGINE] = LocalStore(worker=ENGINE, arena=self.arenas[ENGINE])
         self.clients[ENGINE] = InProcessClient(ENGINE, self.stores[ENGINE], self.attention)
 
     def engine(self, **options):
+        """Returns a new engine that is not started."""
         return Engine(
             model=self.model,
             attention=self.attention,
@@ -117,7 +118,7 @@ class Rig:
         )
 
     def settle(self):
-        """Wait until no span is held: drops come in their turn."""
+        """Waits until no span is held: the shards' queues make the drops later."""
         end_s = time.monotonic() + EMPTY_DEADLINE_S
         pause = threading.Event()
         while any(info.holders for store in self.stores.values() for info in store.announce()):
@@ -125,7 +126,7 @@ class Rig:
             pause.wait(0.01)
 
     def check_empty(self):
-        """No sequence left anything behind, anywhere."""
+        """Asserts that all memory of the engine and the shards is available and no span is held."""
         self.settle()
         for worker, arena in self.arenas.items():
             self.stores[worker].check_integrity()
@@ -136,19 +137,20 @@ class Rig:
 
 
 class Collected:
-    """Everything one sequence emitted."""
+    """The events of one request."""
 
     def __init__(self):
         self.events = queue.SimpleQueue()
         self.choices = defaultdict(list)
-        """Tokens of each completion."""
+        """Choice -> its tokens so far."""
 
     @property
     def tokens(self):
+        """The tokens of the first choice."""
         return self.choices[0]
 
     def result(self):
-        """Wait for the next completion's end; returns the Finished or Failed event."""
+        """Waits for the end of the next completion; returns its Finished or Failed event."""
         while True:
             event = self.events.get(timeout=EVENT_DEADLINE_S)
             if isinstance(event, Sampled):
@@ -157,7 +159,7 @@ class Collected:
                 return event
 
     def results(self, n):
-        """Wait for the ends of ``n`` completions: by choice."""
+        """Waits for the ends of ``n`` completions; returns choice -> Finished."""
         ends = [self.result() for _ in range(n)]
         assert all(isinstance(end, Finished) for end in ends), ends
         assert sorted(end.choice for end in ends) == list(range(n))
@@ -167,7 +169,7 @@ class Collected:
 
 @pytest.fixture
 def rig():
-    """rig(model, ...) -> Rig; engines started through ``run`` are stopped and every store checked."""
+    """rig(model, ...) -> Rig. Engines started by ``start`` are stopped, and every store is checked."""
     engines, rigs = [], []
 
     def build(model, **options):
@@ -192,7 +194,7 @@ def rig():
 
 @pytest.fixture(scope="session")
 def mortal():
-    """The class MortalClient, which wraps an in-process peer; see dead_shard.py."""
+    """The class MortalClient, which wraps an in-process shard client; see dead_shard.py."""
     path = Path(__file__).parent / "engine" / "dead_shard.py"
     spec = importlib.util.spec_from_file_location("farshore_dead_shard", path)
     module = importlib.util.module_from_spec(spec)

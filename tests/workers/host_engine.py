@@ -1,8 +1,8 @@
-"""An engine on a host of its own, for ``test_hosts``: run by path inside a network namespace. Takes commands
-on standard input, says in JSON objects what comes of them, and ends with its input.
+"""An engine as a program, for ``test_hosts``: it runs by path inside a network namespace.
 
-Argument: a JSON object of ``folder``, ``shards`` (worker to address), ``transports``.
-Commands: a JSON object of ``prompt`` and ``max_tokens``.
+Its argument is a JSON object with ``folder`` (the model), ``shards`` (worker to address) and ``transports``.
+Each line of standard input is a JSON object with ``prompt`` and ``max_tokens``; the program prints a JSON
+object for each token and for the end of the request. It ends when its input is closed.
 """
 
 import json

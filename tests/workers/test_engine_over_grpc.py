@@ -1,4 +1,4 @@
-"""An engine over real connections on loopback: the tokens are those in process, and a break loses nothing."""
+"""An engine over loopback connections: its tokens equal those in process, and a break loses nothing."""
 
 import pytest
 
@@ -8,13 +8,16 @@ from farshore.errors import TransportError
 from farshore.workers.engine.sequence import Finished, Sampling
 
 PROMPTS = {"a": list(range(5, 50)), "long": [n % 90 for n in range(762)]}
-"""The long one lies on both shards; behind it, the tail's first block is handed to one of them meanwhile."""
+"""The long prompt is on both shards, and its tail's first block is handed off during decoding."""
 GREEDY = Sampling(max_tokens=20, temperature=0.0)
 
 
 class Counted:
-    """A peer that counts its waits and its errors; ``before`` does something just before chosen waits, or the
-    next ones that have more of their step behind them (a break between two steps is no error)."""
+    """A shard client that counts its waits and errors.
+
+    ``before`` maps the number of a wait to a function that is called just before the first wait for layer 0
+    from that one on. A step is then under way: a break between two steps is no error.
+    """
 
     def __init__(self, client, before):
         self._client = client
@@ -25,7 +28,7 @@ class Counted:
         return getattr(self._client, name)
 
     def begin(self, step, **options):
-        """Connects first where there is no connection, as the engine does beside its loop."""
+        """Connects if there is no connection, as the engine does outside its loop."""
 
         def connected():
             self._client.connect()
@@ -37,16 +40,16 @@ class Counted:
         return self._counted(lambda: self._client.send(layer, micro_batch, q))
 
     def wait(self, sent, **options):
-        self.waited_for(sent.layer)
+        self.count_wait(sent.layer)
         return self._counted(lambda: self._client.wait(sent, **options))
 
-    def waited_for(self, layer):
+    def count_wait(self, layer):
         self.waits += 1
         if self._before and self.waits >= self._before[0][0] and layer == 0:
             self._before.pop(0)[1]()
 
     def break_off(self):
-        """Told by what waited for several at once."""
+        """Called by the native fan-out, which waits for several clients at once."""
         self.errors += 1
         self._client.break_off()
 
@@ -59,17 +62,17 @@ class Counted:
 
 
 @pytest.fixture
-def count_exchanges(monkeypatch):
-    """count_exchanges(peers): each has been waited for, too, where one call waits for several."""
+def count_fanout_waits(monkeypatch):
+    """count_fanout_waits(clients) counts a wait for each client when one native call waits for several."""
     wait = NativeFanout.wait
 
     def count(clients):
-        def counted(exchange, step, layer, *how):
-            streams = [part.stream for part in exchange.parts]
+        def counted(fanout, step, layer, *how):
+            streams = [part.stream for part in fanout.parts]
             for client in clients:
                 if client.frames in streams:
-                    client.waited_for(layer)
-            return wait(exchange, step, layer, *how)
+                    client.count_wait(layer)
+            return wait(fanout, step, layer, *how)
 
         monkeypatch.setattr(NativeFanout, "wait", counted)
 
@@ -77,21 +80,21 @@ def count_exchanges(monkeypatch):
 
 
 @pytest.fixture
-def run_engine(tiny_model, serve_store, connect, rig, submit, breaking_service, count_exchanges):
-    """run(transport, shard_by, before=...) -> tokens over it, those over in-process peers, and its peers."""
+def run_engine(tiny_model, serve_store, connect, rig, submit, breaking_service, count_fanout_waits):
+    """run(transport, shard_by, before=...) -> (its tokens, tokens with in-process shards, its clients)."""
 
     def generate(cluster):
-        """The tokens of every prompt, batched in one engine. Keeps nothing."""
+        """Returns the tokens of every prompt, from one engine that is then stopped."""
         engine = cluster.engine()
         collected = {name: submit(engine, name, prompt, GREEDY) for name, prompt in PROMPTS.items()}
         engine.start()
-        for it in collected.values():
-            result = it.result()
+        for answer in collected.values():
+            result = answer.result()
             assert isinstance(result, Finished), result
         engine.stop()
         identities = [cluster.clients[worker].identify() for worker in cluster.targets]
-        assert all(it.free_bytes == it.budget_bytes for it in identities)
-        return {name: it.tokens for name, it in collected.items()}
+        assert all(identity.free_bytes == identity.budget_bytes for identity in identities)
+        return {name: answer.tokens for name, answer in collected.items()}
 
     def run(transport, shard_by, before=lambda _: {}):
         expected = generate(rig(tiny_model, shard_by=shard_by, memory_bytes=32 << 20))
@@ -101,7 +104,7 @@ def run_engine(tiny_model, serve_store, connect, rig, submit, breaking_service, 
             client = connect(shard.address, model=cluster.attention, transports=[transport])
             cluster.clients[worker] = Counted(client, before(shard))
         clients = [cluster.clients[worker] for worker in cluster.targets]
-        count_exchanges(clients)
+        count_fanout_waits(clients)
         return generate(cluster), expected, clients
 
     return run
@@ -110,7 +113,10 @@ def run_engine(tiny_model, serve_store, connect, rig, submit, breaking_service, 
 needs_native = pytest.mark.skipif(native() is None, reason="built without a C++ compiler: gRPC serves")
 over_every_transport = pytest.mark.parametrize(
     "transport",
-    [pytest.param(it, marks=() if it is Transport.GRPC else needs_native) for it in REMOTE],
+    [
+        pytest.param(transport, marks=() if transport is Transport.GRPC else needs_native)
+        for transport in REMOTE
+    ],
 )
 
 
@@ -119,27 +125,27 @@ over_every_transport = pytest.mark.parametrize(
 def test_an_engine_over_a_transport_gives_the_tokens_of_one_in_process(run_engine, transport, shard_by):
     tokens, expected, clients = run_engine(transport, shard_by)
     assert tokens == expected
-    assert all(len(it) == GREEDY.max_tokens for it in tokens.values())
+    assert all(len(answer) == GREEDY.max_tokens for answer in tokens.values())
     assert all(client.waits and not client.errors for client in clients)
     assert {client.transport for client in clients} == {transport}
 
 
 @over_every_transport
 def test_a_server_restarted_in_the_middle_of_a_step_loses_nothing(run_engine, transport):
-    """Each in a step of its own: a step that one shard breaks is over before another's break is noticed."""
-    at = iter([(5, 40), (17, 52)])
+    """Each shard breaks in another step: a break ends the step before a second one could be noticed."""
+    wait_numbers = iter([(5, 40), (17, 52)])
     tokens, expected, clients = run_engine(
-        transport, "range", lambda shard: dict.fromkeys(next(at), shard.restart)
+        transport, "range", lambda shard: dict.fromkeys(next(wait_numbers), shard.restart)
     )
     assert tokens == expected
     assert all(client.errors for client in clients)
 
 
 def test_a_call_cancelled_in_the_middle_of_a_step_loses_nothing(run_engine):
-    at = iter([(4, 29), (11, 40)])
+    wait_numbers = iter([(4, 29), (11, 40)])
 
     def cancel_soon(shard):
-        shard.service.do = dict.fromkeys(next(at), lambda context: context.cancel())
+        shard.service.do = dict.fromkeys(next(wait_numbers), lambda context: context.cancel())
         return {}
 
     tokens, expected, clients = run_engine(Transport.GRPC, "range", cancel_soon)

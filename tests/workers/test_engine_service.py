@@ -1,4 +1,4 @@
-"""The engine's gRPC door: what callers send reaches the engine."""
+"""The engine's gRPC service passes the fields of a request on to the engine."""
 
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import inference_pb2 as api
@@ -10,7 +10,7 @@ class Context:
         return True
 
 
-def test_who_gives_another_salt_finds_no_stored_prefix(tiny_model, rig):
+def test_a_request_with_another_salt_finds_no_stored_prefix(tiny_model, rig):
     cluster = rig(tiny_model, memory_bytes=64 << 20)
     engine = cluster.start()
     service = EngineService(
@@ -37,5 +37,5 @@ def test_who_gives_another_salt_finds_no_stored_prefix(tiny_model, rig):
 
 
 def written(cluster):
-    """Tokens in spans with a whole block: those stay, as a cache, when no sequence holds them any more."""
+    """Returns the sealed tokens in all stores; full blocks stay cached after their sequences end."""
     return sum(info.sealed_tokens for store in cluster.stores.values() for info in store.announce())

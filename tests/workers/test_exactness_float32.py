@@ -1,4 +1,4 @@
-"""Greedy tokens in float32 equal transformers', token for token, however the KV cache is cut."""
+"""Greedy tokens in float32 equal those of transformers, for every placement of the KV."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from farshore.workers.engine.sequence import Finished, Sampling
 
 NEW_TOKENS = 16
 NO_TOKEN = 10**9
-"""No end-of-text for transformers, no stop tokens for us: both go on to NEW_TOKENS."""
+"""No token has this id, so transformers does not stop before NEW_TOKENS."""
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,10 @@ def expected(hugging_face, prompts):
 
 @pytest.fixture(scope="module")
 def fresh_blocks(prompts):
-    """By prompt: whole blocks of it that no other prompt begins with."""
+    """Prompt name -> number of its full blocks that no other prompt begins with."""
 
     def shared(a, b):
-        return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
     return {
         name: len(ids) // 256
@@ -58,7 +58,7 @@ def fresh_blocks(prompts):
 def test_greedy_tokens_equal_transformers(
     demo_model, rig, submit, prompts, expected, fresh_blocks, shards, shard_by, local, classes
 ):
-    """``classes``: how many shards split the tokens of each range of head groups."""
+    """``classes``: for each range of head groups, the number of shards that split its tokens."""
     cluster = rig(demo_model(torch.float32), shards=shards, shard_by=shard_by, local=local)
     engine = cluster.start()
     sampling = Sampling(max_tokens=NEW_TOKENS, temperature=0.0)
@@ -69,6 +69,8 @@ def test_greedy_tokens_equal_transformers(
         assert collected.tokens == expected[name], name
         used = {worker for worker, size in result.attended_bytes.items() if size}
         assert used <= set(cluster.targets)
-        assert len(used) >= sum(min(of_class, max(1, fresh_blocks[name])) for of_class in classes), name
+        assert len(used) >= sum(min(class_shards, max(1, fresh_blocks[name])) for class_shards in classes), (
+            name
+        )
         if name in ("two blocks", "long"):
             assert fresh_blocks[name] >= 2

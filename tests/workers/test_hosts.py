@@ -1,5 +1,6 @@
-"""Hosts that are apart: engine and shards in network namespaces of their own, with veth links between them
-that are slow, lose packets, or are cut."""
+"""Engine and shards on hosts of their own: network namespaces, joined by veth links that are slow, lose
+packets or are cut.
+"""
 
 import itertools
 import json
@@ -18,13 +19,13 @@ from farshore.workers.engine.sequence import Finished, Sampling
 pytestmark = pytest.mark.heavy
 
 PROMPT_TOKENS = 762
-"""On both shards; the tail's first block is handed to one over the link while decoding goes on."""
+"""The prompt is on both shards, and its tail's first block is handed off during decoding."""
 TOKENS = 24
 COMMAND_S = 20.0
 LISTENS = "0A"
-"""In /proc/net/tcp."""
+"""State of a listening socket in /proc/net/tcp."""
 MENDED_S = 60.0
-"""gRPC tries to connect again every few seconds."""
+"""Longest wait for a repaired link: gRPC tries to connect again every few seconds."""
 
 
 def ip(*command):
@@ -49,7 +50,7 @@ def may_have_hosts():
 
 
 class Hosts:
-    """An engine's host and two shards', each shard's linked to the engine's."""
+    """One host for an engine and two for shards; each shard's host is linked to the engine's."""
 
     def __init__(self, stack):
         self.engine = self._host(stack, "e")
@@ -72,7 +73,7 @@ class Hosts:
             )
             self._up(self.engine, here, f"10.77.{index}.1/29")
             self._up(shard, there, f"10.77.{index}.2/29")
-            # Where the fallback for netem listens.
+            # The address of the proxy that replaces netem.
             self._must("-n", shard, "address", "add", f"10.77.{index}.3/29", "dev", there)
 
     def _host(self, stack, name):
@@ -97,7 +98,7 @@ class Hosts:
         self._must("-n", self.engine, "link", "set", f"eth{index}", "up")
 
     def impair(self, stack, index, *netem):
-        """Whether the kernel could, in both directions, until ``stack`` is closed."""
+        """Impairs both directions of a link until ``stack`` is closed. Returns False if the kernel cannot."""
         for host, device in ((self.engine, f"eth{index}"), (self.shards[index], "eth0")):
             on = ("tc", "-n", host, "qdisc")
             where = ("dev", device, "root", "netem")
@@ -123,7 +124,7 @@ def hosts(may_have_hosts):
 
 @pytest.fixture(scope="module")
 def shards(hosts, worker_process):
-    """An attention worker on each shard's host: by name, as seen from the engine's."""
+    """Worker name -> an attention worker on each shard's host."""
     with ExitStack() as made:
         started = {}
         for index, host in enumerate(hosts.shards):
@@ -134,7 +135,7 @@ def shards(hosts, worker_process):
 
 
 class RemoteEngine:
-    """An engine's process on its host."""
+    """The process of an engine on its host."""
 
     def __init__(self, stack, host, options, prompt):
         self._prompt = prompt
@@ -145,14 +146,14 @@ class RemoteEngine:
         stack.callback(self._process.kill)
 
     def generate(self, at_token=lambda count: None):
-        """The tokens, and what is said at the end; ``at_token(n)`` when the n-th was there."""
+        """Returns the tokens and the last message. Calls ``at_token(n)`` after the n-th token."""
         self._process.stdin.write(json.dumps({"prompt": self._prompt, "max_tokens": TOKENS}) + "\n")
         self._process.stdin.flush()
         tokens = []
-        while "token" in (said := json.loads(self._process.stdout.readline())):
-            tokens.append(said["token"])
+        while "token" in (message := json.loads(self._process.stdout.readline())):
+            tokens.append(message["token"])
             at_token(len(tokens))
-        return tokens, said
+        return tokens, message
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,7 @@ def prompts():
 
 @pytest.fixture
 def prompt(prompts):
-    """One of this test's own: where the shards' spans go must not depend on what earlier tests stored."""
+    """A prompt that no other test uses, so that stored prefixes do not change where spans are placed."""
     return next(prompts)
 
 
@@ -177,7 +178,7 @@ def start_engine(hosts, stack, tiny_folder, prompt):
 
 @pytest.fixture
 def expected(tiny_model, rig, submit, prompt):
-    """The tokens of an engine with everything in its own memory."""
+    """The tokens of an engine with all KV in its own memory."""
     engine = rig(tiny_model, local=True, memory_bytes=32 << 20).start()
     collected = submit(engine, "local", prompt, Sampling(max_tokens=TOKENS, temperature=0.0))
     assert isinstance(collected.result(), Finished)
@@ -187,11 +188,11 @@ def expected(tiny_model, rig, submit, prompt):
 @pytest.mark.parametrize(
     ("transports", "used"),
     [(["shared memory", "TCP", "gRPC"], "TCP"), (["gRPC"], "gRPC")],
-    ids=["whatever connects", "gRPC"],
+    ids=["first that connects", "gRPC"],
 )
-def test_an_engine_whose_shards_are_on_other_hosts(shards, start_engine, expected, transports, used):
-    """Hosts do not share memory, and the engine finds out by trying."""
-    engine = start_engine({name: it.address for name, it in shards.items()}, transports)
+def test_shards_on_other_hosts(shards, start_engine, expected, transports, used):
+    """Shared memory is tried first, and fails between hosts."""
+    engine = start_engine({name: shard.address for name, shard in shards.items()}, transports)
     tokens, end = engine.generate()
     assert tokens == expected
     assert end == {"finished": "length", "links": {name: [used, 0] for name in shards}}
@@ -199,8 +200,8 @@ def test_an_engine_whose_shards_are_on_other_hosts(shards, start_engine, expecte
 
 @pytest.mark.parametrize("transports", [["TCP"], ["gRPC"]], ids=["TCP", "gRPC"])
 def test_a_link_that_is_cut(hosts, shards, start_engine, expected, transports):
-    """No answer and no hang-up: the frame's deadline tells. The shard comes back with the link."""
-    addresses = {name: it.address for name, it in shards.items()}
+    """A cut link gives no answer and no hang-up, so the frame's deadline ends the wait."""
+    addresses = {name: shard.address for name, shard in shards.items()}
     engine = start_engine(addresses, transports)
 
     def cut(count):
@@ -228,10 +229,10 @@ def test_a_link_that_is_cut(hosts, shards, start_engine, expected, transports):
     ids=["delay", "rate", "loss"],
 )
 def test_links_that_are_slow_or_lose_packets(hosts, shards, stack, start_engine, expected, netem, instead):
-    addresses = {name: it.address for name, it in shards.items()}
+    addresses = {name: shard.address for name, shard in shards.items()}
     if not hosts.impair(stack, 0, *netem):
         if instead is None:
-            pytest.skip("this kernel has no netem, and the proxy loses nothing")
+            pytest.skip("this kernel has no netem, and the proxy cannot lose packets")
         addresses["shard0"] = proxied(stack, hosts.shards[0], shards["shard0"], instead)
     tokens, end = start_engine(addresses, ["TCP"]).generate()
     assert tokens == expected
@@ -239,15 +240,15 @@ def test_links_that_are_slow_or_lose_packets(hosts, shards, stack, start_engine,
 
 
 def proxied(stack, host, shard, options):
-    """The shard's address behind a proxy on its own host, which is what the link would be."""
-    own, _, port = shard.address.rpartition(":")
-    near = own.rpartition(".")[0] + ".3"
+    """Starts a proxy on the shard's host that behaves as the slow link; returns the address behind it."""
+    host_address, _, port = shard.address.rpartition(":")
+    near = host_address.rpartition(".")[0] + ".3"
     net = Path(f"/proc/{shard.process.pid}/net")
     sockets = [line.split() for name in ("tcp", "tcp6") for line in (net / name).read_text().splitlines()[1:]]
     ports = {str(int(local.rpartition(":")[2], 16)) for _, local, _, state, *_ in sockets if state == LISTENS}
     assert port in ports
     command = ["ip", "netns", "exec", host, sys.executable, "-P", "-m", "farshore.benchmarks.delay"]
-    command += ["--listen", near, "--target", own, "--ports", *ports, *options]
+    command += ["--listen", near, "--target", host_address, "--ports", *ports, *options]
     process = stack.enter_context(
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     )

@@ -1,4 +1,4 @@
-"""What an engine takes on: its limits, what it refuses at once, and why.
+"""The limits of an engine, and the checks that refuse a request before it is queued.
 
 Called by ``engine`` from its callers' threads. It must not know how sequences run.
 """
@@ -15,22 +15,28 @@ from farshore.workers.engine.sequence import Sampling
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
+    """Bounds on what one engine runs at a time."""
+
     segment_tokens: int = 2048
-    """Prompt tokens that go through the layers together: a multiple of 256. More pull less of the past, and
-    take more memory."""
+    """Prompt tokens in one prefill segment: a multiple of 256. A larger segment pulls less past KV from the
+    shards and takes more memory."""
     max_decode_stall_ms: float = MAX_DECODE_STALL_MS
-    """From one token to the next of a running sequence, while prompts are prefilled beside it."""
+    """Longest time, in milliseconds, between two tokens of a running sequence while prompts are prefilled."""
     speculate_tokens: int = 0
-    """Tokens guessed ahead by prompt lookup and verified in one step; 0: none."""
+    """Tokens guessed by prompt lookup and verified in one step; 0 disables guessing."""
     running: int = 64
-    """Completions under way at a time."""
+    """Most completions that run at a time."""
     waiting: int = 256
+    """Most requests that wait for their first placement; the engine refuses further ones."""
     shard_grace_s: float = SHARD_GRACE_S
-    """How long a shard may answer nothing before the sequences whose KV lies there fail."""
+    """Seconds that a shard may stay silent before the sequences whose KV it holds fail."""
 
 
 def check_size(prompt_tokens: int, sampling: Sampling, *, config: ModelConfig, cache: SequenceCache) -> None:
-    """InvalidRequest for what can never run here, whatever the prompt's tokens are."""
+    """Raises InvalidRequest if a request of this size can never run on this engine.
+
+    Checks the prompt's length, ``max_tokens`` and ``n`` against the model's positions and the KV pool.
+    """
     if not prompt_tokens:
         raise InvalidRequest("the prompt is empty: give at least one token")
     if sampling.max_tokens < 1:
@@ -54,7 +60,7 @@ def check_size(prompt_tokens: int, sampling: Sampling, *, config: ModelConfig, c
 
 
 def check_tokens(prompt: Sequence[int], *, config: ModelConfig) -> None:
-    """InvalidRequest for token ids outside of the vocabulary."""
+    """Raises InvalidRequest if a token id of ``prompt`` (not empty) is outside the vocabulary."""
     for token in (min(prompt), max(prompt)):
         if not 0 <= token < config.vocab:
             raise InvalidRequest(f"token id {token} is not in the vocabulary of {config.vocab}")

@@ -1,4 +1,7 @@
-"""What a model's configuration means for the attention planes: spec, layout, format."""
+"""Derives the attention model (spec, layout and format of KV) from a model's configuration.
+
+Called by ``dense``, benchmarks and tests. It must not know weights or shards.
+"""
 
 import torch
 
@@ -11,7 +14,10 @@ from farshore.models.config import ModelConfig
 def attention_model(
     config: ModelConfig, dtype: torch.dtype, format: KVFormat | None = None
 ) -> AttentionModel:
-    """One layer class; its KV is stored in ``format``, or as the model's dtype."""
+    """Returns an AttentionModel with one layer class.
+
+    ``format`` is the format of stored KV; None stores it in ``dtype``, the model's dtype.
+    """
     spec = AttentionSpec(
         q_heads=config.q_heads,
         k_heads=config.kv_heads,

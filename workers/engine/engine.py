@@ -1,11 +1,15 @@
-"""The engine: schedule, plan, run, commit; one thread beside the model, which waits for frames alone.
+"""The engine of a dense worker: it owns sequences and produces their tokens.
 
-Every round admits what fits, prefills for as long as running sequences may wait, and decodes a token or more
-for each of them. Callers submit and cancel from other threads; tokens leave through each request's ``emit``.
+One thread runs rounds. A round admits waiting sequences while there is memory, prefills prompts for as long
+as running sequences can wait, and decodes at least one token for each running sequence. This thread waits for
+frames and for nothing else (invariant 9, docs/architecture.md). Callers submit and cancel from other threads;
+tokens leave through each request's ``emit``.
 
-A request is one sequence until its prompt is prefilled, and then one for each of its completions, which
-share the prompt's KV. What a round does is ``scheduler``'s; whether there is another one is decided here: the
-engine ends only when it can't compute a token any more.
+A request is one sequence until its prompt is prefilled, then one sequence for each of its completions; these
+share the prompt's KV. ``scheduler`` decides what a round does. This module decides whether another round
+follows: the engine ends only if it can no longer compute a token (invariant 8, docs/architecture.md).
+
+Called by ``dense`` and ``engine_service``. It must not know gRPC or global placement.
 """
 
 import logging
@@ -29,33 +33,37 @@ from farshore.models.llama import Llama
 from farshore.workers.engine import admission
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.decode.micro_batch_tuner import MicroBatchTuner
-from farshore.workers.engine.decode.step import LocalKV, Steps
+from farshore.workers.engine.decode.step import LayerLoop, LocalKV
 from farshore.workers.engine.kv.cache import SequenceCache
-from farshore.workers.engine.kv.pool import Pool
+from farshore.workers.engine.kv.pool import ShardPool
 from farshore.workers.engine.kv.prefix import fingerprint
 from farshore.workers.engine.prefill.prompts import Prompts
-from farshore.workers.engine.prefill.segment import Segment
+from farshore.workers.engine.prefill.segment import PrefillSegment
 from farshore.workers.engine.requests import Requests
-from farshore.workers.engine.retry import Decoder
+from farshore.workers.engine.retry import StepRunner
 from farshore.workers.engine.scheduler import Scheduler
 from farshore.workers.engine.sequence import Event, Holder, Sampling, Sequence
 from farshore.workers.engine.views import EngineLoad, SequenceView, view
 
 _log = logging.getLogger(__name__)
 
-MOST_ESCAPES = 3
-"""Rounds in a row that end with an error which is no sequence's own."""
-HEARD_DEADLINE_S = 5.0
-"""How long a starting engine waits for its shards' first words."""
-LOOK_S = 0.1
-"""How soon a round follows one in which nothing could be done: shards become lost by the clock."""
+MOST_FAILED_ROUNDS = 3
+"""The engine ends after this many failed rounds without progress in between."""
+FIRST_BEAT_DEADLINE_S = 5.0
+"""How long a starting engine waits for the first beat of its shards."""
+IDLE_ROUND_S = 0.1
+"""Longest pause after a round without progress: shards become lost by the clock, without any event."""
 
 
 class Engine:
-    """``peers`` maps every worker whose spans this engine reads, itself included; ``targets`` are those that
-    new spans go to. ``claim`` gives the epoch that a new sequence is owned under. ``revision`` names the
-    weights: engines that share a prefix cache must not name different ones alike. ``on_failed`` is called
-    once if the engine can't go on, before any request hears of it."""
+    """One engine. Construct it, then :meth:`start`. Other threads may call every public method.
+
+    ``clients`` maps every worker whose spans the engine reads, itself included, to its shard client;
+    ``targets`` are the workers that new spans are placed on. ``claim`` returns the epoch under which a new
+    sequence is owned. ``revision`` identifies the weights: engines that share a prefix cache must not use one
+    revision for different weights. ``on_failed`` is called once if the engine fails, before any request gets
+    its Failed event.
+    """
 
     def __init__(
         self,
@@ -79,7 +87,7 @@ class Engine:
         self._on_failed = on_failed
         self._requests = Requests(limits.waiting)
         local = _local(arena, clients)
-        self._pool = Pool(clients, targets, changed=self._requests.wake, grace_s=limits.shard_grace_s)
+        self._pool = ShardPool(clients, targets, changed=self._requests.wake, grace_s=limits.shard_grace_s)
         self._cache = SequenceCache(
             arena=arena, pool=self._pool, model=attention, shard_by=shard_by, store=local.store
         )
@@ -95,27 +103,30 @@ class Engine:
                 cache=self._cache,
                 segment_tokens=limits.segment_tokens,
             ),
-            decoder=Decoder(
-                Steps(model=model, attention=attention, shards=self._shards, local=local),
+            runner=StepRunner(
+                LayerLoop(model=model, attention=attention, shards=self._shards, local=local),
                 attention,
                 MicroBatchTuner(lambda: self._shards.waited_s),
                 suspect=self._suspect,
             ),
             limits=limits,
         )
-        self._escapes = 0
+        self._failed_rounds = 0
         self._failure = ""
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     # -- from other threads ------------------------------------------------------------------------------
 
     def start(self) -> None:
-        self._pool.await_beats(HEARD_DEADLINE_S)
+        """Waits for the shards' first beats, at most ``FIRST_BEAT_DEADLINE_S``, and starts the loop."""
+        self._pool.await_beats(FIRST_BEAT_DEADLINE_S)
         self._thread.start()
 
     def stop(self, timeout_s: float = 60.0) -> None:
-        """End the loop after the round under way; every live request gets a Failed event. Raises
-        DeadlineExceeded where that round does not end in time."""
+        """Ends the loop after the current round. Every live request gets a Failed event.
+
+        Raises DeadlineExceeded if that round does not end within ``timeout_s``.
+        """
         self._requests.stop(TransportError("the engine is stopping: send the request again"))
         if self._thread.is_alive():
             self._thread.join(timeout_s)
@@ -125,7 +136,7 @@ class Engine:
         self._pool.close()
 
     def check_size(self, prompt_tokens: int, sampling: Sampling) -> None:
-        """Raises InvalidRequest for a prompt that can never run here, before its tokens are looked at."""
+        """Raises InvalidRequest if a prompt of this size can never run here. The tokens are not needed."""
         admission.check_size(prompt_tokens, sampling, config=self._model.config, cache=self._cache)
 
     def submit(
@@ -137,17 +148,17 @@ class Engine:
         *,
         salt: str = "",
     ) -> None:
-        """Queue a request. ``emit`` is called from the engine's thread and must not block. What is stored
-        already of a prompt that was given with the same ``salt`` is not computed again.
+        """Queues a request. ``emit`` is called from the engine's thread and must not block.
 
-        Raises InvalidRequest for a prompt that can never run here, Overloaded when the queue is full,
-        Internal when the engine has failed, TransportError when it is stopping.
+        A stored prefix is reused only for prompts with the same ``salt``. Raises InvalidRequest for a prompt
+        that can never run here and for a sequence id in use, Overloaded if the queue is full, Internal if the
+        engine has failed, TransportError if it is stopping.
         """
         self.check_size(len(prompt), sampling)
         admission.check_tokens(prompt, config=self._model.config)
-        print_ = fingerprint(self._model.config, self._attention, revision=self._revision, salt=salt)
-        blocks = chain(prompt, fingerprint=print_)
-        # Refused before an epoch is claimed, so that a refusal leaves nothing to give back.
+        kv_fingerprint = fingerprint(self._model.config, self._attention, revision=self._revision, salt=salt)
+        blocks = chain(prompt, fingerprint=kv_fingerprint)
+        # reserve() raises before an epoch is claimed, so that a refused request leaves no epoch to release.
         with self._requests.reserve(sequence) as order:
             self._requests.add(
                 Sequence(
@@ -159,58 +170,62 @@ class Engine:
                     sampling=sampling,
                     emit=emit,
                     arrived_s=time.monotonic(),
-                    fingerprint=print_,
+                    fingerprint=kv_fingerprint,
                     blocks=blocks,
                 )
             )
 
     def cancel(self, sequence: SequenceId, *, choice: int | None = None) -> None:
-        """End all of a request, or one of its completions, within one step. Unknown ids are ignored."""
+        """Ends a request, or one of its completions, in the next round. Unknown ids are ignored."""
         self._requests.cancel(sequence, choice=choice)
 
     @property
     def failure(self) -> str:
-        """Why the engine can't go on; empty while it can."""
+        """The reason why the engine failed; empty while it runs."""
         return self._failure
 
     def load(self) -> EngineLoad:
+        """Returns how many requests run, wait and are parked."""
         return EngineLoad(*self._requests.load(), self._scheduler.parkings)
 
     def links(self) -> list[Link]:
-        """What frames to each shard have taken."""
+        """Returns the measured latencies and failures of frames, for each shard."""
         return self._shards.links()
 
     def views(self) -> list[SequenceView]:
-        """Live sequences that have memory. A snapshot: the engine goes on meanwhile."""
-        return [seen for it in self._requests.all() if (seen := view(it)) is not None]
+        """Returns a snapshot of the live sequences that have memory."""
+        views = (view(sequence) for sequence in self._requests.all())
+        return [sequence_view for sequence_view in views if sequence_view is not None]
 
     # -- the loop ----------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
-        patience_s: float | None = None
+        timeout_s: float | None = None
         with torch.inference_mode():
-            while not self._failure and self._requests.await_news(patience_s):
+            while not self._failure and self._requests.await_news(timeout_s):
                 try:
                     progress = self._scheduler.round()
-                    self._escapes = 0 if progress else self._escapes
-                    patience_s = 0.0 if progress else LOOK_S if self._requests.all() else None
+                    self._failed_rounds = 0 if progress else self._failed_rounds
+                    timeout_s = 0.0 if progress else IDLE_ROUND_S if self._requests.all() else None
                 except Exception as error:
                     self._survive(error)
-                    patience_s = LOOK_S
+                    timeout_s = IDLE_ROUND_S
         ending = Internal(self._failure) if self._failure else TransportError("the engine was stopped")
         self._scheduler.fail_all(ending)
 
     def _survive(self, error: Exception) -> None:
-        """An error that is no sequence's own. The engine goes on if it can still compute a token."""
+        """Handles an error that belongs to no sequence: ends the engine if the probe fails, too."""
         _log.exception("a round of the engine failed")
-        self._escapes += 1
+        self._failed_rounds += 1
         try:
-            if self._escapes >= MOST_ESCAPES:
+            if self._failed_rounds >= MOST_FAILED_ROUNDS:
                 raise error
             probe(self._model, self._attention, self._pool)
-        except Exception as last:
+        except Exception as last_error:
             _log.exception("the engine ends")
-            self._failure = f"the engine failed with {type(last).__name__}: {last}; restart the cluster"
+            self._failure = (
+                f"the engine failed with {type(last_error).__name__}: {last_error}; restart the cluster"
+            )
             self._on_failed()
             self._requests.stop(Internal(self._failure))
 
@@ -220,18 +235,18 @@ class Engine:
 
 
 def _local(arena: Arena, clients: Mapping[WorkerId, ShardClient]) -> LocalKV:
-    """The engine's memory, and whose spans lie in it."""
+    """Returns the engine's memory, with the in-process store in the same arena if there is one."""
     for worker, client in clients.items():
         if client.transport is Transport.IN_PROCESS and client.store.memory is arena.memory:
             return LocalKV(arena.memory, worker, client.store)
     return LocalKV(arena.memory)
 
 
-def probe(model: Llama, attention: AttentionModel, pool: Pool) -> None:
-    """A built-in request of one token: whether the engine can still compute. Takes no memory of any store.
+def probe(model: Llama, attention: AttentionModel, pool: ShardPool) -> None:
+    """Checks that the engine can still compute: prefills a built-in prompt of one token.
 
-    Prefills a prompt of one token, of which nothing is stored. Raises what that raises, or Internal for
-    logits that are not numbers."""
+    Takes no memory of any store. Raises the error of the prefill, or Internal if the logits are not finite.
+    """
     sequence = Sequence(
         id=SequenceId("probe"),
         epoch=Epoch(0),
@@ -244,7 +259,7 @@ def probe(model: Llama, attention: AttentionModel, pool: Pool) -> None:
         fingerprint=b"",
         holder=Holder(SequenceId("probe"), Epoch(0)),
     )
-    segment = Segment(sequence, 0, 1, model=model, attention=attention, pool=pool, logits_of=1)
+    segment = PrefillSegment(sequence, 0, 1, model=model, attention=attention, pool=pool, logits_of=1)
     for unit in segment.units():
         assert callable(unit), "a segment without spans waits for no shard"
         unit()

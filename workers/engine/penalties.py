@@ -1,10 +1,11 @@
-"""Bias and penalties on a row of logits, and the counts of token ids that they need.
+"""Bias and penalties on one row of logits, and the counts of token ids that penalties need.
 
-Called by ``sampler``. A sequence keeps one :class:`Seen`: recounting its whole context for every token costs
-0.8 ms at 32K tokens, following it costs what is new. Must not know sequences or how a token is drawn.
+Called by ``decode.sampler``. Each sequence keeps one :class:`TokenCounts`: counting a whole context anew for
+each token costs 0.8 ms at 32K tokens; updating the counts costs only the new tokens. It must not know
+sequences or how a token is drawn.
 
-Every function changes the row in place, ignores ids outside the vocabulary, and leaves finite logits finite:
-what float32 cannot hold becomes its largest or smallest number. Logits that end there are ties.
+Every function changes the row in index, ignores ids outside the vocabulary, and keeps finite logits finite: a
+value outside float32's range becomes the largest or smallest float32. Logits that reach that limit are ties.
 """
 
 from array import array
@@ -19,10 +20,10 @@ Ids = NDArray[np.int64]
 LARGEST = float(np.finfo(np.float32).max)
 
 
-class Seen:
-    """Which token ids a sequence holds, and how often its completion holds each, in order of first sight.
+class TokenCounts:
+    """The distinct token ids of a sequence, and the count of each id in its completion.
 
-    For one thread, the engine's.
+    Ids are in order of first occurrence. Not thread-safe: only the engine's thread uses it.
     """
 
     def __init__(self) -> None:
@@ -30,34 +31,33 @@ class Seen:
 
     @property
     def ids(self) -> Ids:
-        """Ids of prompt and completion, each once. A view: drop it before the next ``follow``."""
+        """Distinct ids of prompt and completion, i64. A view: do not keep it past the next ``update``."""
         return np.asarray(self._ids)
 
     @property
     def generated(self) -> tuple[Ids, Row]:
-        """Ids of the completion, each once, and how often it holds them; views as ``ids``."""
+        """(distinct ids of the completion, i64; their counts, f32). Views, as ``ids``."""
         return np.asarray(self._generated), np.asarray(self._counts)
 
-    def follow(self, tokens: Sequence[int], prompt_tokens: int) -> None:
-        """Counts ``tokens``, of which the first ``prompt_tokens`` are the prompt, in time that grows with
-        the difference to the last call's.
+    def update(self, tokens: Sequence[int], prompt_tokens: int) -> None:
+        """Counts ``tokens``, whose first ``prompt_tokens`` are the prompt.
 
-        The completion may have been cut since then, but must not have grown again before this call: what
-        was cut is told by the length alone.
+        The time is proportional to the difference from the last call. Between two calls the completion may be
+        extended or truncated, but not truncated and then extended: only its length is compared.
         """
         if prompt_tokens != self._prompt_tokens:
             self._start(tokens[:prompt_tokens], prompt_tokens)
         while len(self._completion) > len(tokens) - prompt_tokens:
-            self._forget_last()
+            self._remove_last()
         for token in tokens[prompt_tokens + len(self._completion) :]:
             self._add(token)
 
-    def copy(self) -> "Seen":
-        """The same counts, for a fork: each follows its own completion from here on."""
-        copy = Seen()
+    def copy(self) -> "TokenCounts":
+        """Returns an independent copy, for a fork."""
+        copy = TokenCounts()
         copy._prompt_tokens, copy._prompt_ids = self._prompt_tokens, self._prompt_ids
         copy._ids, copy._completion = self._ids[:], self._completion[:]
-        copy._places = dict(self._places)
+        copy._index_of = dict(self._index_of)
         copy._generated, copy._counts = self._generated[:], self._counts[:]
         return copy
 
@@ -66,29 +66,30 @@ class Seen:
         self._ids = array("q", dict.fromkeys(prompt))
         self._prompt_ids = frozenset(self._ids)
         self._completion = array("q")
-        self._places: dict[int, int] = {}  # id -> its index in the next two
+        self._index_of: dict[int, int] = {}
+        """Token id -> its index in ``_generated`` and ``_counts``."""
         self._generated = array("q")
         self._counts = array("f")
 
     def _add(self, token: int) -> None:
         self._completion.append(token)
-        place = self._places.setdefault(token, len(self._generated))
-        if place < len(self._generated):
-            self._counts[place] += 1
+        index = self._index_of.setdefault(token, len(self._generated))
+        if index < len(self._generated):
+            self._counts[index] += 1
             return
         self._generated.append(token)
         self._counts.append(1)
         if token not in self._prompt_ids:
             self._ids.append(token)
 
-    def _forget_last(self) -> None:
+    def _remove_last(self) -> None:
         token = self._completion.pop()
-        place = self._places[token]
-        self._counts[place] -= 1
-        if self._counts[place]:
+        index = self._index_of[token]
+        self._counts[index] -= 1
+        if self._counts[index]:
             return
-        # Everything first seen behind this token is forgotten already, so it is the last in every list.
-        del self._places[token]
+        # Ids that first occurred after this token are already removed, so this id is the last of every list.
+        del self._index_of[token]
         self._generated.pop()
         self._counts.pop()
         if token not in self._prompt_ids:
@@ -96,7 +97,7 @@ class Seen:
 
 
 def add_bias(row: Row, biases: Mapping[int, float]) -> None:
-    """Adds to the logits of the given ids."""
+    """Adds ``biases[id]`` to the logit of each id."""
     inside = {id: bias for id, bias in biases.items() if 0 <= id < row.size}
     ids = np.fromiter(inside.keys(), dtype=np.int64, count=len(inside))
     values = np.fromiter(inside.values(), dtype=np.float64, count=len(inside))
@@ -105,8 +106,10 @@ def add_bias(row: Row, biases: Mapping[int, float]) -> None:
 
 
 def penalise_repetition(row: Row, ids: Ids, penalty: float) -> None:
-    """Divides the logits of ``ids`` by the penalty where positive, else multiplies (CTRL, Keskar et al. 2019,
-    §4.1)."""
+    """Divides the positive logits of ``ids`` by ``penalty`` and multiplies the others by it.
+
+    Source: CTRL, Keskar et al. 2019, section 4.1.
+    """
     ids = _inside(row, ids)
     values, factor = row[ids], np.float32(finite(penalty))
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
@@ -114,7 +117,7 @@ def penalise_repetition(row: Row, ids: Ids, penalty: float) -> None:
 
 
 def penalise_counts(row: Row, ids: Ids, counts: Row, *, presence: float, frequency: float) -> None:
-    """Lowers the logits of ``ids`` by ``presence``, and by ``frequency`` times their counts (OpenAI)."""
+    """Subtracts ``presence + frequency * count`` from the logit of each id (OpenAI's formula)."""
     inside = _inside(row, ids)
     if inside.size < ids.size:
         counts = counts[(ids >= 0) & (ids < row.size)]
@@ -123,14 +126,14 @@ def penalise_counts(row: Row, ids: Ids, counts: Row, *, presence: float, frequen
 
 
 def _inside(row: Row, ids: Ids) -> Ids:
-    """Those of ``ids`` that are in the vocabulary."""
+    """Returns the ids that are in the vocabulary."""
     if ids.size and (ids.min() < 0 or ids.max() >= row.size):
         return ids[(ids >= 0) & (ids < row.size)]
     return ids
 
 
 def finite(value: float) -> float:
-    """``value`` in float32's range."""
+    """Clips ``value`` to float32's range."""
     return min(max(value, -LARGEST), LARGEST)
 
 

@@ -1,7 +1,8 @@
-"""Requests that an engine has taken on: what its callers' threads and its own share, behind one lock.
+"""The accepted requests of an engine: state that its callers' threads and its own share behind one lock.
 
-Callers reserve, add and cancel; the engine's thread waits for news, takes what waits first, and forgets what
-has ended. It must not know memory, models or how sequences run.
+Callers reserve, add and cancel; the engine's thread waits for news, takes the first waiting sequence and
+forgets finished ones. Called by ``engine`` and ``scheduler``. It must not know memory, models or how
+sequences run.
 """
 
 import threading
@@ -16,33 +17,39 @@ from farshore.workers.engine.sequence import Sequence
 
 
 class Requests:
-    """A request is one sequence until it is forked, then one for each completion. ``most_waiting``: beyond,
-    requests are refused."""
+    """The live requests of one engine. Thread-safe.
 
-    def __init__(self, most_waiting: int) -> None:
-        self._most_waiting = most_waiting
+    A request is one sequence until it is forked, then one sequence for each of its completions. At most
+    ``max_waiting`` requests wait for their first placement; further ones are refused.
+    """
+
+    def __init__(self, max_waiting: int) -> None:
+        self._max_waiting = max_waiting
         self._wake = threading.Condition()
         self._news = False
         self._ending: FarshoreError | None = None
         self._orders = count()
         self._reserved: set[SequenceId] = set()
-        self._live: dict[SequenceId, list[Sequence]] = {}  # by request: its sequences that are not complete
-        self._waiting: list[Sequence] = []  # by order, then choice
-        self._new = 0  # of those that wait: never placed yet
+        self._live: dict[SequenceId, list[Sequence]] = {}
+        """Request id -> its sequences that have not ended."""
+        self._waiting: list[Sequence] = []
+        """Sorted by order, then choice."""
+        self._new = 0
+        """Number of waiting sequences that were never placed."""
 
     @contextmanager
     def reserve(self, request: SequenceId) -> Iterator[int]:
-        """A place in the queue, for :meth:`add` inside the context: the order of the request.
+        """Reserves a place in the queue; yields the request's order. Call :meth:`add` inside the context.
 
-        Raises what :meth:`stop` was given where the engine is stopping, InvalidRequest for an id that is in
-        use, Overloaded when the queue is full.
+        Raises the error given to :meth:`stop` if the engine is stopping, InvalidRequest if the id is in use,
+        Overloaded if the queue is full.
         """
         with self._wake:
             self._refuse_if_stopping()
             if request in self._live or request in self._reserved:
                 raise InvalidRequest(f"sequence {request} is running already: choose another id")
-            if self._new + len(self._reserved) >= self._most_waiting:
-                raise Overloaded(f"{self._most_waiting} requests are waiting: try again in a few seconds")
+            if self._new + len(self._reserved) >= self._max_waiting:
+                raise Overloaded(f"{self._max_waiting} requests are waiting: try again in a few seconds")
             self._reserved.add(request)
             order = next(self._orders)
         try:
@@ -52,48 +59,53 @@ class Requests:
                 self._reserved.discard(request)
 
     def add(self, sequence: Sequence) -> None:
-        """It waits. Raises where the engine stopped meanwhile."""
+        """Queues a new request's sequence.
+
+        Raises the error given to :meth:`stop` if the engine is stopping.
+        """
         with self._wake:
             self._refuse_if_stopping()
             self._live[sequence.id] = [sequence]
             self._new += 1
-            self._wait_in_order(sequence)
+            self._queue_in_order(sequence)
 
     def add_fork(self, sequence: Sequence, fork: Sequence) -> None:
-        """Another completion of the request of ``sequence``; cancelled if that is."""
+        """Adds another completion of the request of ``sequence``; cancels it if ``sequence`` is cancelled."""
         with self._wake:
             self._live[sequence.id].append(fork)
             if sequence.cancelled.is_set():
                 fork.cancelled.set()
 
     def park(self, sequence: Sequence) -> None:
-        """A sequence that ran waits again, before all that were taken on later."""
+        """Queues a sequence that ran, ahead of every sequence of a later request."""
         with self._wake:
-            self._wait_in_order(sequence)
+            self._queue_in_order(sequence)
 
     def cancel(self, request: SequenceId, *, choice: int | None = None) -> None:
-        """Mark all of a request, or one of its completions. Unknown ones are ignored."""
+        """Marks a request, or one of its completions, as cancelled. Unknown ids are ignored."""
         with self._wake:
-            for it in self._live.get(request, ()):
-                if choice is None or choice == it.choice:
-                    it.cancelled.set()
+            for sequence in self._live.get(request, ()):
+                if choice is None or choice == sequence.choice:
+                    sequence.cancelled.set()
         self.wake()
 
     def stop(self, ending: FarshoreError) -> None:
-        """Nothing is added from now on: callers get ``ending``. :meth:`await_news` returns False."""
+        """Refuses new requests from now on with ``ending``, and makes :meth:`await_news` return False."""
         with self._wake:
             self._ending = self._ending or ending
         self.wake()
 
     def wake(self) -> None:
-        """There is news for the engine's thread."""
+        """Wakes the engine's thread: something changed that it may act on."""
         with self._wake:
             self._news = True
             self._wake.notify_all()
 
     def await_news(self, timeout_s: float | None) -> bool:
-        """Wait until there is news since the last call, or ``timeout_s`` is over (0: not at all; None: there
-        is a request at least); False: stop instead."""
+        """Blocks until there is news since the last call, for ``timeout_s`` at most. Returns False to stop.
+
+        0 does not block; None blocks until there is at least one live request.
+        """
         with self._wake:
             if timeout_s is None:
                 self._wake.wait_for(lambda: self._ending or self._live)
@@ -103,47 +115,49 @@ class Requests:
             return self._ending is None
 
     def first_waiting(self) -> Sequence | None:
+        """Returns the waiting sequence that is to be placed next, or None."""
         with self._wake:
             return self._waiting[0] if self._waiting else None
 
-    def begin(self, sequence: Sequence) -> None:
-        """It waits no more."""
+    def mark_placed(self, sequence: Sequence) -> None:
+        """Removes a placed sequence from the queue. Call it before ``sequence.queued_s`` is set."""
         with self._wake:
-            self._leave(sequence)
+            self._unqueue(sequence)
 
     def forget(self, sequence: Sequence) -> bool:
-        """It is complete. False: it was before."""
+        """Removes a sequence that has ended. Returns False if it was removed before."""
         with self._wake:
-            together = self._live.get(sequence.id, [])
-            if sequence not in together:
+            siblings = self._live.get(sequence.id, [])
+            if sequence not in siblings:
                 return False
-            together.remove(sequence)
-            if not together:
+            siblings.remove(sequence)
+            if not siblings:
                 del self._live[sequence.id]
             if sequence in self._waiting:
-                self._leave(sequence)
+                self._unqueue(sequence)
             return True
 
     def of(self, request: SequenceId) -> list[Sequence]:
-        """A request's sequences that are not complete."""
+        """Returns the request's sequences that have not ended."""
         with self._wake:
             return list(self._live.get(request, ()))
 
     def all(self) -> list[Sequence]:
+        """Returns all sequences that have not ended."""
         with self._wake:
             return [sequence for sequences in self._live.values() for sequence in sequences]
 
     def load(self) -> tuple[int, int, int]:
-        """Requests (running or prefilling, waiting for their first placement), and parked choices."""
+        """Returns (requests that were placed, requests that were not placed yet, parked choices)."""
         with self._wake:
             return len(self._live) - self._new, self._new, len(self._waiting) - self._new
 
-    def _wait_in_order(self, sequence: Sequence) -> None:
-        insort(self._waiting, sequence, key=lambda it: (it.order, it.choice))
+    def _queue_in_order(self, sequence: Sequence) -> None:
+        insort(self._waiting, sequence, key=lambda other: (other.order, other.choice))
         self._news = True
         self._wake.notify_all()
 
-    def _leave(self, sequence: Sequence) -> None:
+    def _unqueue(self, sequence: Sequence) -> None:
         self._waiting.remove(sequence)
         self._new -= sequence.queued_s is None
 

@@ -1,8 +1,8 @@
-"""Runs decode steps so that one sequence's fault stays its own (design §2.8).
+"""Runs decode steps, and retries after an error so that only the sequence that caused it fails.
 
-A step that fails is dropped and run again: without the sequences that read from a shard which is late or
-lost; after any other error one sequence at a time. Called by ``engine``, which says what becomes of a
-sequence that failed; it must not know requests or memory.
+A failed step is dropped and retried: without the sequences that read from a late or lost shard, or, after any
+other error, one sequence at a time (invariant 8, docs/architecture.md). Called by ``scheduler``, which
+decides what happens to a failed sequence. It must not know requests or memory.
 """
 
 import logging
@@ -12,27 +12,30 @@ from collections.abc import Sequence as Seq
 from farshore.attention_offload.base import AttentionModel
 from farshore.errors import Internal, Late, Lost, TransportError
 from farshore.ids import WorkerId
-from farshore.workers.engine.decode import step_entry as decode
+from farshore.workers.engine.decode import step_entry
 from farshore.workers.engine.decode.micro_batch_tuner import MicroBatchTuner
 from farshore.workers.engine.decode.planner import Planner
-from farshore.workers.engine.decode.step import Steps
+from farshore.workers.engine.decode.step import LayerLoop
 from farshore.workers.engine.decode.step_entry import StepEntry
 
 _log = logging.getLogger(__name__)
 
 
-class Decoder:
-    """``suspect`` is told of shards whose frames failed."""
+class StepRunner:
+    """Runs the decode steps of one engine. Not thread-safe: only the engine's thread calls it.
+
+    ``suspect`` is called with the workers of shards whose frames failed.
+    """
 
     def __init__(
         self,
-        steps: Steps,
+        layer_loop: LayerLoop,
         attention: AttentionModel,
         tuner: MicroBatchTuner,
         *,
         suspect: Callable[[Iterable[WorkerId], TransportError], None],
     ) -> None:
-        self._steps = steps
+        self._layer_loop = layer_loop
         self._attention = attention
         self._tuner = tuner
         self._suspect = suspect
@@ -40,8 +43,11 @@ class Decoder:
         self._step = 0
 
     def run(self, entries: Seq[StepEntry]) -> None:
-        """A step of the turns, whose tails have room. Then each has drawn tokens, which are committed; or an
-        error of its own; or neither, since a shard that it reads from is late or lost."""
+        """Runs one step of ``entries``, whose tails must have room for their rows.
+
+        Afterwards each entry has drawn tokens, which are committed, or an error of its own, or neither if a
+        shard that it reads from is late or lost.
+        """
         together = [entry for entry in entries if not entry.sequence.runs_alone]
         while together:
             try:
@@ -64,8 +70,11 @@ class Decoder:
                 self._run_alone(entry)
 
     def _run_alone(self, entry: StepEntry) -> None:
-        """A sequence of a step that failed. It runs alone until that succeeded or raised, which may take
-        several rounds: a refusal ends the shard's connection."""
+        """Runs one sequence of a failed step alone, and clears ``runs_alone`` once it succeeds or raises.
+
+        If its shard is late or lost, the flag stays set for a later round: a refused step closes the shard's
+        connection, so a retry may find it closed.
+        """
         try:
             self._run([entry])
         except (Late, Lost) as error:
@@ -77,19 +86,19 @@ class Decoder:
             entry.sequence.runs_alone = False
 
     def _run(self, entries: Seq[StepEntry]) -> None:
-        """A step, committed, its tokens drawn; one that raises leaves no trace."""
+        """Runs one step, draws its tokens and commits them. A step that raises leaves no trace."""
         self._step += 1
         try:
             plan = self._planner.plan(self._step, entries)
             with self._tuner.step(len(plan.sequences)) as micro_batches:
-                logits = self._steps.run(
+                logits = self._layer_loop.run(
                     plan,
                     [token for entry in entries for token in (entry.sequence.tokens[-1], *entry.guesses)],
                     [entry.sequence.placed_tail for entry in entries for _ in range(entry.rows)],
                     micro_batches=micro_batches,
                 )
         except Exception:
-            decode.drop_scratch(entries)
+            step_entry.truncate_tails(entries)
             raise
-        decode.draw(entries, logits)
-        decode.commit(plan, entries, self._attention)
+        step_entry.draw_tokens(entries, logits)
+        step_entry.commit(plan, entries, self._attention)

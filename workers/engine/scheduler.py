@@ -1,13 +1,13 @@
-"""What an engine does in a round: admit, prefill, decode; and what becomes of sequences that find no memory,
-or whose part of the work fails.
+"""The rounds of an engine: admission, prefill, decode, and what happens to a sequence after an error.
 
-Called by ``engine``'s loop, in its thread. A sequence that finds no memory is parked: it gives back what it
-has, and waits::
+Called by ``engine``'s loop, in its thread. A sequence that finds no memory is parked: it gives back its
+memory and waits::
 
     waiting ──place──▶ prefill ──▶ running ──▶ finished, or failed
        ▲─────────── parked ◀──────────┘
 
-An error belongs to the sequence whose part of the work raised it (design §2.8).
+An error belongs to the sequence whose work raised it (invariant 8, docs/architecture.md). The scheduler must
+not know gRPC or how shards are called.
 """
 
 import logging
@@ -21,41 +21,41 @@ from farshore.errors import FarshoreError, Full, Internal, InvalidPlan, Lost, Tr
 from farshore.ids import SequenceId
 from farshore.kernels.base import BLOCK_TOKENS
 from farshore.workers.engine.admission import EngineLimits
-from farshore.workers.engine.decode import step_entry as decode
+from farshore.workers.engine.decode import step_entry
 from farshore.workers.engine.decode.step_entry import StepEntry
 from farshore.workers.engine.kv.cache import SequenceCache
-from farshore.workers.engine.kv.pool import Pool
-from farshore.workers.engine.lookup import Lookup
+from farshore.workers.engine.kv.pool import ShardPool
+from farshore.workers.engine.lookup import PromptLookup
 from farshore.workers.engine.prefill.pacer import PrefillPacer
 from farshore.workers.engine.prefill.prompts import Outcome, Prompts
 from farshore.workers.engine.requests import Requests
-from farshore.workers.engine.retry import Decoder
+from farshore.workers.engine.retry import StepRunner
 from farshore.workers.engine.sequence import Failed, Finished, Reason, Sampled, Sequence
 
 _log = logging.getLogger(__name__)
 
 MOST_FAILURES = 8
-"""Retryable errors of one sequence in a row; the last of them ends it."""
+"""A sequence fails at this many consecutive retryable errors."""
 
 
 class Scheduler:
-    """Not thread-safe: the engine's thread calls it."""
+    """Schedules the sequences of one engine. Not thread-safe: only the engine's thread calls it."""
 
     def __init__(
         self,
         *,
         requests: Requests,
-        pool: Pool,
+        pool: ShardPool,
         cache: SequenceCache,
         prompts: Prompts,
-        decoder: Decoder,
+        runner: StepRunner,
         limits: EngineLimits,
     ) -> None:
         self._requests = requests
         self._pool = pool
         self._cache = cache
         self._prompts = prompts
-        self._decoder = decoder
+        self._runner = runner
         self._limits = limits
         self._pacer = PrefillPacer(limits.max_decode_stall_ms)
         self._running: list[Sequence] = []
@@ -63,75 +63,76 @@ class Scheduler:
         self._placing: tuple[Sequence, int, Future[None]] | None = None
         """(sequence, value of ``_freed`` at start, pending result)."""
         self._freed = 0
-        """How often memory was given back."""
+        """Number of times that a sequence gave memory back."""
         self._full_at: int | None = None
-        """Value of ``_freed`` when the sequence that waits first found no room."""
-        self._ran = False
-        """Whether a prompt had a unit to run in the last turn of prefill."""
+        """Value of ``_freed`` when the first waiting sequence found no room; None if it was not refused."""
+        self._prefilled = False
+        """Whether prefill ran a unit in this round."""
         self.parkings = 0
+        """Number of times that a sequence was parked."""
 
     def round(self) -> bool:
-        """Whether anything could be done."""
+        """Runs one round. Returns whether it made progress."""
         self._reap()
         progress = self._admit()
         if self._prompts:
-            self._ran = False
-            self._pacer.turn(self._prefill_unit)
-            progress |= self._ran
+            self._prefilled = False
+            self._pacer.run_units(self._prefill_unit)
+            progress |= self._prefilled
         if self._running:
             with self._pacer.step():
                 progress |= self._decode()
         return progress
 
     def fail_all(self, error: FarshoreError) -> None:
+        """Fails every live request with ``error``."""
         for sequence in self._requests.all():
             self._fail(sequence, error)
 
     def close(self) -> None:
-        """Ends placing; what was placed last is given back. After :meth:`fail_all`."""
+        """Ends the placing thread and gives back its last result. Call it after :meth:`fail_all`."""
         self._placer.shutdown(wait=True)
         if self._placing is not None:
             self._cache.release(self._placing[0])
 
     def _reap(self) -> None:
-        """Cancelled requests free their memory before anything else is done, and so do those whose KV is
-        lost."""
+        """Ends cancelled sequences and those whose KV is lost, which frees their memory for this round."""
         for sequence in self._requests.all():
             if sequence.cancelled.is_set():
                 self._finish(sequence, Reason.CANCELLED)
         if lost := self._pool.lost():
             for sequence in list(self._live()):
-                if hit := sequence.workers & lost.keys():
-                    why = "; ".join(lost[worker] for worker in sorted(hit))
-                    self._fail(sequence, Lost(f"{why}: send the request again", shards=hit))
+                if lost_workers := sequence.workers & lost.keys():
+                    reasons = "; ".join(lost[worker] for worker in sorted(lost_workers))
+                    self._fail(sequence, Lost(f"{reasons}: send the request again", shards=lost_workers))
 
     def _live(self) -> Iterator[Sequence]:
-        """Sequences that have memory, but for one that is being placed."""
+        """Yields the sequences that have memory, except the one that is being placed."""
         yield from self._prompts
         yield from self._running
 
     # -- admission ---------------------------------------------------------------------------------------
 
     def _admit(self) -> bool:
-        """First come, first served: grant memory to waiting sequences while there is any. Whether any was
-        placed."""
+        """Places waiting sequences in order while there is memory. Returns whether it made progress."""
         progress = False
         while self._placing is not None or self._start_placing():
             assert self._placing is not None
             sequence, freed, placed = self._placing
             if not placed.done():
-                return progress  # others go on meanwhile: to touch new memory, or to ask a shard, takes time
+                # Other sequences run meanwhile: first touches of memory and calls to shards take time.
+                return progress
             self._placing = None
-            progress |= self._placed(sequence, freed, placed.exception())
+            progress |= self._finish_placing(sequence, freed, placed.exception())
         return progress
 
-    def _placed(self, sequence: Sequence, freed: int, error: BaseException | None) -> bool:
-        """Placing came to its end."""
+    def _finish_placing(self, sequence: Sequence, freed: int, error: BaseException | None) -> bool:
+        """Handles the end of a placement. Returns False if the sequence has to wait."""
         if sequence not in self._requests.of(sequence.id):
-            self._cache.release(sequence)  # it was cancelled meanwhile
+            self._cache.release(sequence)  # It was cancelled meanwhile.
             return True
         if error is None:
-            self._requests.begin(sequence)
+            self._requests.mark_placed(sequence)
             if sequence.queued_s is None:
                 sequence.queued_s = time.monotonic() - sequence.arrived_s
             if sequence.committed < sequence.prefill_tokens:
@@ -141,26 +142,27 @@ class Scheduler:
             return True
         waits = isinstance(error, TransportError | Full) and self._pool.may_answer()
         if isinstance(error, Full) and (list(self._live()) or freed != self._freed):
-            self._full_at = freed  # memory will be given back, or was meanwhile
+            # Other sequences will give memory back, or have done so since this placement started.
+            self._full_at = freed
             waits = True
         if not waits:
-            self._set_back(sequence, error, park=False)
+            self._retry_or_fail(sequence, error, park=False)
         return not waits
 
     def _start_placing(self) -> bool:
-        """Place the sequence that waits first, beside the loop. False: none waits, or it has to wait."""
+        """Starts to place the first waiting sequence, in another thread. Returns False if it has to wait."""
         sequence = self._requests.first_waiting()
         if sequence is None or self._full_at == self._freed:
             return False
         live = list(self._live())
-        if live and sum(s.completions for s in (*live, sequence)) > self._limits.running:
+        if live and sum(other.completions for other in (*live, sequence)) > self._limits.running:
             return False
-        # Next to others, one block is left for the next of them that needs another.
+        # While others run, one tail block stays free for the next of them that fills its own.
         if self._cache.tail_blocks_free() < (2 if live else 1):
             return False
         if not self._pool.placeable() and self._pool.may_answer():
             return False
-        promised = sum(min(s.growth_tokens, BLOCK_TOKENS) * s.completions for s in live)
+        promised = sum(min(other.growth_tokens, BLOCK_TOKENS) * other.completions for other in live)
         placed = self._placer.submit(self._cache.place, sequence, promised_tokens=promised)
         placed.add_done_callback(lambda _: self._requests.wake())
         self._placing = sequence, self._freed, placed
@@ -169,50 +171,55 @@ class Scheduler:
     # -- prefill -----------------------------------------------------------------------------------------
 
     def _prefill_unit(self) -> bool:
-        """One unit of a prompt; behind the last one, the first tokens. Whether there are more."""
+        """Runs one prefill unit, and draws first tokens after a prompt's last.
+
+        Returns whether prompts remain.
+        """
         outcome = self._prompts.run_unit()
         if outcome is None:
             return False
-        self._ran = True
+        self._prefilled = True
         try:
-            self._take_in(outcome)
+            self._apply_outcome(outcome)
         except Exception as error:
             self._fail(outcome.sequence, error)
         return len(self._prompts) > 0
 
-    def _take_in(self, outcome: Outcome) -> None:
+    def _apply_outcome(self, outcome: Outcome) -> None:
         sequence, error = outcome.sequence, outcome.error
         if outcome.sealed:
             sequence.failures = 0
         if error is not None:
-            self._set_back(sequence, error, park=True)
+            self._retry_or_fail(sequence, error, park=True)
         elif outcome.logits is not None:
-            self._begin(sequence, outcome.logits)
+            self._fork_prompt(sequence, outcome.logits)
         elif outcome.done:
             self._running.append(sequence)
 
-    def _begin(self, sequence: Sequence, logits: Tensor) -> None:
-        """The prompt is sealed: a sequence for each of its completions, and each one's first token. Those
-        whose tails find no room are parked."""
+    def _fork_prompt(self, sequence: Sequence, logits: Tensor) -> None:
+        """Forks a prefilled prompt into its completions and draws the first token of each.
+
+        Completions whose tails find no room are parked. ``logits`` is ``f32[vocab]``.
+        """
         choices = [sequence]
-        for choice in range(1, sequence.sampling.n):
-            child = sequence.fork(choice)
+        for number in range(1, sequence.sampling.n):
+            child = sequence.fork(number)
             choices.append(child)
             self._requests.add_fork(sequence, child)
         sequence.forked = True
-        entries = [StepEntry(it, [], [decode.draw_one(it, logits)]) for it in choices]
-        for it in choices:
+        entries = [StepEntry(choice, [], [step_entry.draw_token(choice, logits)]) for choice in choices]
+        for choice in choices:
             if self._limits.speculate_tokens:
-                it.lookup = Lookup(self._limits.speculate_tokens)
-            if it is sequence or self._fork(sequence, it):
-                self._running.append(it)
+                choice.lookup = PromptLookup(self._limits.speculate_tokens)
+            if choice is sequence or self._fork(sequence, choice):
+                self._running.append(choice)
             else:
-                self._wait_again(it)
+                self._queue_parked(choice)
         for entry in entries:
             self._emit(entry)
 
     def _fork(self, sequence: Sequence, child: Sequence) -> bool:
-        """Whether there was room for the child's tail, and a block left."""
+        """Gives ``child`` a copy of the tail. Returns False unless one tail block stays free beside it."""
         if self._cache.tail_blocks_free() < 2:
             return False
         try:
@@ -224,23 +231,26 @@ class Scheduler:
     # -- decode ------------------------------------------------------------------------------------------
 
     def _decode(self) -> bool:
-        """A token or more for every running sequence whose shards answer. Whether any got one, or ended."""
+        """Runs one step of the running sequences whose shards answer.
+
+        Returns whether any advanced or ended.
+        """
         unreadable = self._pool.unreadable()
         entries = [
             StepEntry(sequence, [], [])
-            for sequence in decode.order(self._running)
+            for sequence in step_entry.order_by_spans(self._running)
             if not sequence.workers & unreadable
         ]
         if self._limits.speculate_tokens:
-            decode.guess(entries)
-        before = len(self._running)
+            step_entry.add_guesses(entries)
+        running_before = len(self._running)
         entries = self._reserve(entries)
-        self._decoder.run(entries)
+        self._runner.run(entries)
         for entry in entries:
             sequence = entry.sequence
             try:
                 if entry.error is not None:
-                    self._set_back(sequence, entry.error, park=False)
+                    self._retry_or_fail(sequence, entry.error, park=False)
                 elif entry.drawn:
                     sequence.failures = 0
                     self._emit(entry)
@@ -248,36 +258,39 @@ class Scheduler:
                         self._cache.hand_off(sequence)
             except Exception as error:
                 self._fail(sequence, error)
-        return any(entry.drawn or entry.error for entry in entries) or len(self._running) != before
+        return any(entry.drawn or entry.error for entry in entries) or len(self._running) != running_before
 
     def _reserve(self, entries: list[StepEntry]) -> list[StepEntry]:
-        """Room in the tails, for the oldest first; others are parked for it. The turns that have room."""
+        """Reserves room in the tails, oldest first, parking newer sequences.
+
+        Returns the entries with room.
+        """
         ready: set[tuple[SequenceId, int]] = set()
         for entry in sorted(entries, key=lambda entry: (entry.sequence.order, entry.sequence.choice)):
             while entry.sequence.tail is not None:
                 try:
-                    decode.reserve(entry)
+                    step_entry.reserve_tail(entry)
                     ready.add(entry.sequence.key)
                     break
                 except Full as error:
                     if not self._make_room():
-                        # Alone, and still no room. Memory may be on its way back.
+                        # No other sequence is left to park. A cold call may still give memory back.
                         if self._pool.is_idle():
                             self._fail(entry.sequence, error)
                         break
         return [entry for entry in entries if entry.sequence.key in ready and entry.sequence.tail is not None]
 
     def _make_room(self) -> bool:
-        """Park what was taken on last. False: only one sequence is left."""
+        """Parks the newest request. Returns False if only one sequence has memory."""
         parked = victims(self._live())
         for sequence in parked:
             self._park(sequence)
         return bool(parked)
 
-    # -- what becomes of a sequence ----------------------------------------------------------------------
+    # -- ends and errors of sequences --------------------------------------------------------------------
 
     def _emit(self, entry: StepEntry) -> None:
-        """Tell a sequence's new tokens, and finish it if they are its last."""
+        """Emits the drawn tokens of a sequence, and finishes it after its last one."""
         sequence = entry.sequence
         for drawn in entry.drawn:
             sequence.emit(Sampled(drawn.token, sequence.choice, drawn.logprob, drawn.top))
@@ -286,16 +299,19 @@ class Scheduler:
             self._finish(sequence, reason)
 
     def _park(self, sequence: Sequence) -> None:
-        """It gives its memory back, and waits for it again."""
-        self._leave(sequence)
-        self._wait_again(sequence)
+        """Takes the sequence's memory back and queues it again."""
+        self._release(sequence)
+        self._queue_parked(sequence)
 
-    def _wait_again(self, sequence: Sequence) -> None:
+    def _queue_parked(self, sequence: Sequence) -> None:
         self.parkings += 1
         self._requests.park(sequence)
 
-    def _set_back(self, sequence: Sequence, error: BaseException, *, park: bool) -> None:
-        """Its part of the work failed: it tries again, or fails. ``park``: where it finds other memory."""
+    def _retry_or_fail(self, sequence: Sequence, error: BaseException, *, park: bool) -> None:
+        """Counts an error of the sequence: it retries after a retryable one, and fails otherwise.
+
+        ``park`` parks it for the retry, so that it is placed anew.
+        """
         sequence.failures += 1
         retryable = isinstance(error, FarshoreError) and (error.retryable or isinstance(error, Full))
         if not retryable or sequence.failures >= MOST_FAILURES:
@@ -304,7 +320,7 @@ class Scheduler:
             self._park(sequence)
 
     def _finish(self, sequence: Sequence, reason: Reason) -> None:
-        """One completion is complete; all of the request's where it is not forked yet."""
+        """Ends a completion, or all completions of a request that is not forked yet."""
         if not self._forget(sequence):
             return
         for choice in range(sequence.choice, sequence.choice + sequence.completions):
@@ -312,38 +328,44 @@ class Scheduler:
             sequence.emit(Finished(reason, queued_s, dict(sequence.attended_bytes), choice))
 
     def _fail(self, sequence: Sequence, error: BaseException) -> None:
-        """All of its request ends."""
+        """Fails the whole request of ``sequence``.
+
+        Errors outside the tree of FarshoreError become Internal.
+        """
         if not isinstance(error, FarshoreError) or isinstance(error, InvalidPlan):
             _log.error("sequence %s failed", sequence.key, exc_info=error)
             error = Internal(f"the engine failed with {type(error).__name__}: {error}")
-        together = self._requests.of(sequence.id)
-        for it in together:
-            self._forget(it)
-        if together:
+        siblings = self._requests.of(sequence.id)
+        for sibling in siblings:
+            self._forget(sibling)
+        if siblings:
             sequence.emit(Failed(error))
 
     def _forget(self, sequence: Sequence) -> bool:
-        """A sequence's memory is free, and the engine knows it no more. False: it did not."""
+        """Removes a sequence and frees its memory. Returns False if it was removed before."""
         if not self._requests.forget(sequence):
             return False
-        self._leave(sequence)
+        self._release(sequence)
         return True
 
-    def _leave(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence) -> None:
+        """Takes a sequence out of prefill and decode, and gives its memory back."""
         self._prompts.remove(sequence)
         if sequence in self._running:
             self._running.remove(sequence)
         if self._placing is None or self._placing[0] is not sequence:
             self._cache.release(sequence)
         self._freed += 1
-        for it in self._running:
-            it.refused_at = None  # there may be room for its blocks now
+        for running in self._running:
+            running.refused_boundary = None  # Its hand-off may find room now.
 
 
 def victims(placed: Iterable[Sequence]) -> list[Sequence]:
-    """Of the sequences that have memory: all choices of the request that was taken on last. The oldest
-    request keeps its first choice, so that it always finishes: where there is no other request, its last
-    choice, and [] where there is only one choice."""
+    """Chooses the sequences to park among those that have memory: all choices of the newest request.
+
+    If only one request has memory, chooses its last choice, and [] if that is its only one. So the first
+    choice of the oldest request always finishes (invariant 11, docs/architecture.md).
+    """
     by_age = sorted(placed, key=lambda sequence: (sequence.order, sequence.choice))
     if len(by_age) < 2:
         return []

@@ -1,4 +1,7 @@
-"""One sequence as its engine knows it: what was asked, what is committed, where its KV lies."""
+"""The state of one sequence in its engine: its request, its committed tokens, and the location of its KV.
+
+Shared by all modules of the engine. It must not know how steps or prefill run.
+"""
 
 import threading
 from collections import defaultdict
@@ -13,13 +16,15 @@ from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kvstore.prefix import PrefixBlock
 from farshore.kvstore.store.tail import Tail
 from farshore.sampling import Sampling
-from farshore.workers.engine.lookup import Lookup
-from farshore.workers.engine.penalties import Seen
+from farshore.workers.engine.lookup import PromptLookup
+from farshore.workers.engine.penalties import TokenCounts
 
 
 class Holder:
-    """One placement of one sequence. It holds spans until it is closed; then whatever a call that was still
-    under way obtains for it is given back at once."""
+    """The claim of one placement of a sequence on its spans.
+
+    Once ``closed`` is set, a span that a running call still obtains for this holder is given back at once.
+    """
 
     __slots__ = ("closed", "epoch", "sequence")
 
@@ -30,18 +35,25 @@ class Holder:
 
 
 class Reason(Enum):
+    """Why a completion ended."""
+
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
 
 
 class Prefilled(NamedTuple):
+    """Progress of a prompt's prefill, in tokens."""
+
     done_tokens: int
     total_tokens: int
 
 
 class Sampled(NamedTuple):
-    """The next token of completion ``choice``; ``logprob`` and ``top`` as ``sampler.Choice`` has them."""
+    """The next token of completion ``choice``.
+
+    ``logprob`` and ``top`` are those of ``sampler.DrawnToken``.
+    """
 
     token_id: int
     choice: int = 0
@@ -50,8 +62,11 @@ class Sampled(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """Completion ``choice`` has ended. Every one of the n says so, however it ended (cancelled before there
-    was more than the prompt, too); only Failed speaks for all."""
+    """Completion ``choice`` has ended. Each of a request's n completions emits one, unless the request fails.
+
+    This includes completions that are cancelled before the prompt is prefilled. ``queued_s`` is the time that
+    the request waited for its first placement. ``attended_bytes`` counts KV bytes read, by worker.
+    """
 
     reason: Reason
     queued_s: float
@@ -60,7 +75,7 @@ class Finished(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """All of the request's completions end here."""
+    """The request failed: all of its completions have ended."""
 
     error: FarshoreError
 
@@ -70,7 +85,7 @@ Event = Prefilled | Sampled | Finished | Failed
 
 @dataclass(slots=True)
 class PlacedSpan:
-    """Positions ``first .. last``, groups ``group0 .. group1``, in ``span`` on ``worker``."""
+    """Positions ``first .. last`` and groups ``group0 .. group1`` (ends excluded) in a span of a worker."""
 
     worker: WorkerId
     span: SpanId
@@ -79,73 +94,72 @@ class PlacedSpan:
     group0: int
     group1: int
     sealed: int
-    """Position up to which it is sealed."""
+    """End of the sealed positions."""
     origin: int
-    """Position of the span's own first token: the store counts from there."""
+    """Position of the span's first token. The store counts tokens from there."""
     capacity: int
-    """Position up to which it was granted; above ``last`` it is still to be filled."""
+    """End of the granted positions. Those from ``last`` on are not written yet."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
-    """One completion of one request. Mutated by the engine's thread alone, but for ``cancelled``, which
-    anybody may set.
+    """One completion of one request. Only the engine's thread changes it; any thread may set ``cancelled``.
 
-    ``tokens`` is the prompt and everything sampled; KV exists for ``[0, committed)``: spans hold
-    ``[0, tail.start)`` and the tail the rest.
+    ``tokens`` is the prompt followed by all sampled tokens. KV exists for positions ``[0, committed)``: spans
+    hold ``[0, tail.start)`` and the tail holds the rest.
     """
 
     id: SequenceId
-    """Of the request; its choices share it."""
+    """The id of the request. All of its choices share it."""
     epoch: Epoch
     order: int
-    """Place in the order in which requests were taken on."""
+    """Number of the request in the order of arrival."""
     prompt_tokens: int
     tokens: list[int]
     sampling: Sampling
     emit: Callable[[Event], None]
     arrived_s: float
     fingerprint: bytes
-    """All that its KV depends on beside its tokens: see ``kv.prefix.fingerprint``."""
+    """Digest of everything that the KV depends on except the tokens: see ``kv.prefix.fingerprint``."""
     blocks: list[PrefixBlock] = field(default_factory=list)
-    """Names of its whole blocks, as far as they were needed so far."""
+    """Hashes of its full blocks, computed as they are needed."""
     choice: int = 0
-    """Which of the request's completions this is."""
+    """The number of this completion in its request."""
     forked: bool = False
-    """Whether the request's other completions are sequences of their own already."""
-    lookup: Lookup | None = None
-    """Proposes what may come next; None: nobody does."""
-    seen: Seen = field(default_factory=Seen)
-    """Its token ids as penalties count them."""
+    """Whether the request's other completions have their own sequences."""
+    lookup: PromptLookup | None = None
+    """Guesses the next tokens; None disables guessing."""
+    token_counts: TokenCounts = field(default_factory=TokenCounts)
+    """Counts of token ids, for penalties."""
     queued_s: float | None = None
-    """How long the request waited for its first placement; None: it waits still."""
+    """Seconds that the request waited for its first placement; None before that placement."""
     failures: int = 0
-    """Retryable errors in a row."""
+    """Number of consecutive retryable errors."""
     runs_alone: bool = False
-    """Whether its next step is its own: one with others failed, and whose fault that was is not known."""
+    """Whether its next step runs without other sequences: a step of several failed for an unknown cause."""
     prefill_tokens: int = 0
-    """Of the placement in force: tokens that prefill computes or finds, the tail begins behind them."""
+    """Tokens that the current placement computes by prefill or finds stored. The tail starts after them."""
     committed: int = 0
     classes: list[HeadClass] = field(default_factory=list)
     spans: list[PlacedSpan] = field(default_factory=list)
-    """Changed in place or replaced: then :meth:`spans_changed`."""
+    """Call :meth:`spans_changed` after each change of the list or of a span in it."""
     version: int = 0
-    """Of ``spans``: equal versions mean equal reads."""
+    """Version of ``spans``: equal versions mean equal reads."""
     workers: frozenset[WorkerId] = frozenset()
-    """Where the spans lie."""
+    """Workers that store the spans."""
     tail: Tail | None = None
     holder: Holder | None = None
-    """Of the placement in force; None: it has no memory."""
+    """Holder of the current placement; None while the sequence has no memory."""
     refused_by: set[WorkerId] = field(default_factory=set)
-    """Workers that did not take the tail's full blocks when last asked: dead, or full."""
-    refused_at: int | None = None
-    """Up to where no worker took them; None: some may."""
+    """Workers that refused or did not answer the last hand-off of the tail's full blocks."""
+    refused_boundary: int | None = None
+    """End of the blocks that every worker refused; None if some worker may take them."""
     attended_bytes: dict[WorkerId, int] = field(default_factory=lambda: defaultdict(int))
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     @property
     def key(self) -> tuple[SequenceId, int]:
-        """Names this choice among all sequences."""
+        """Identifies this choice among all sequences of the engine."""
         return self.id, self.choice
 
     @property
@@ -154,56 +168,57 @@ class Sequence:
 
     @property
     def completions(self) -> int:
-        """How many completions come of it: all of the request's until it is forked."""
+        """Number of completions that this sequence stands for: n until it is forked, then 1."""
         return 1 if self.forked else self.sampling.n
 
     @property
     def known_tokens(self) -> int:
-        """Tokens whose KV comes before the next draw: the prompt; and later, all but the newest token."""
+        """Tokens whose KV must precede the next draw: the prompt, or after the fork all but the newest."""
         return len(self.tokens) - 1 if self.forked else self.prompt_tokens
 
     @property
     def growth_tokens(self) -> int:
-        """The most KV there can be of this choice beyond ``known_tokens``."""
+        """Most tokens of KV that this choice can need beyond ``known_tokens``."""
         return self.prompt_tokens + self.sampling.max_tokens - self.known_tokens
 
     @property
     def placed_holder(self) -> Holder:
-        """Its holder, which it has while it is placed."""
+        """The current holder. The sequence must be placed."""
         assert self.holder is not None, f"sequence {self.key} has not been placed"
         return self.holder
 
     def spans_changed(self) -> None:
+        """Updates ``version`` and ``workers`` after a change of ``spans``."""
         self.version += 1
         self.workers = frozenset(span.worker for span in self.spans)
 
     @property
     def placed_tail(self) -> Tail:
-        """Its tail, which it has while it is placed."""
+        """The current tail. The sequence must be placed."""
         assert self.tail is not None, f"sequence {self.key} has not been placed"
         return self.tail
 
     def fork(self, choice: int) -> "Sequence":
-        """Another completion of the same request, as yet without memory."""
+        """Returns another completion of the same request, without memory."""
         return replace(
             self,
             choice=choice,
             forked=True,
             tokens=list(self.tokens),
             blocks=list(self.blocks),
-            seen=self.seen.copy(),
+            token_counts=self.token_counts.copy(),
             spans=[],
             tail=None,
             holder=None,
             refused_by=set(),
-            refused_at=None,
+            refused_boundary=None,
             failures=0,
             attended_bytes=defaultdict(int),
             cancelled=threading.Event(),
         )
 
     def finish_reason(self) -> Reason | None:
-        """Why it is complete, or None while it is not."""
+        """Returns why the completion is complete, or None if it is not."""
         if self.completion_tokens and self.tokens[-1] in self.sampling.stop_token_ids:
             return Reason.STOP
         if self.completion_tokens >= self.sampling.max_tokens:

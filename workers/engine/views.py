@@ -1,4 +1,7 @@
-"""What status shows of an engine and its sequences. Made by ``engine``, told by ``engine_service``."""
+"""Snapshots of an engine and its sequences for status calls.
+
+Made by ``engine``, sent by ``engine_service``. They must not hold references to live engine state.
+"""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,18 +11,22 @@ from farshore.workers.engine.sequence import Sequence
 
 
 class EngineLoad(NamedTuple):
+    """How many requests an engine runs and how many wait."""
+
     running: int
     """Requests that have been placed and have not ended."""
     waiting: int
     """Requests that wait for their first placement."""
     parked: int
-    """Choices that gave their memory back and wait for it again."""
+    """Choices that gave their memory back and wait for new memory."""
     parkings: int
-    """How often a choice had to, since the engine started."""
+    """Number of times that a choice was parked since the engine started."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceView:
+    """One sequence that has memory. Token counts and positions are in tokens."""
+
     id: SequenceId
     choice: int
     epoch: Epoch
@@ -30,7 +37,7 @@ class SequenceView:
 
 
 def view(sequence: Sequence) -> SequenceView | None:
-    """None for one without memory. From any thread."""
+    """Returns a snapshot of ``sequence``, or None if it has no memory. May be called from any thread."""
     tail = sequence.tail
     if tail is None:
         return None
@@ -40,5 +47,7 @@ def view(sequence: Sequence) -> SequenceView | None:
         epoch=sequence.epoch,
         committed=sequence.committed,
         tail_first=tail.start,
-        spans=tuple((s.worker, s.first, s.last, s.group0, s.group1) for s in list(sequence.spans)),
+        spans=tuple(
+            (span.worker, span.first, span.last, span.group0, span.group1) for span in list(sequence.spans)
+        ),
     )

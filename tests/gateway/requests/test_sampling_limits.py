@@ -10,7 +10,7 @@ from farshore.gateway.limits import Limits
 from farshore.gateway.requests import sampling as sampling_limits
 from farshore.proto import inference_pb2 as api
 from farshore.workers.engine.decode.sampler import sample
-from farshore.workers.engine.penalties import Seen
+from farshore.workers.engine.penalties import TokenCounts
 from farshore.workers.engine.sequence import Sampling
 
 VOCAB = 12
@@ -63,7 +63,11 @@ def test_parameters_that_pass_can_be_sampled_with(asked, logits):
     # Overflow to infinity is expected where a weight is nearly 0; invalid operations raise.
     with np.errstate(over="ignore", under="ignore", invalid="raise", divide="raise"):
         choice = sample(
-            torch.tensor(logits), _resolved(asked), tokens=[1, 2, 2, 3, 3, 3], prompt_tokens=2, seen=Seen()
+            torch.tensor(logits),
+            _resolved(asked),
+            tokens=[1, 2, 2, 3, 3, 3],
+            prompt_tokens=2,
+            counts=TokenCounts(),
         )
     assert 0 <= choice.token < VOCAB
     assert len(choice.top) == (asked.logprobs if asked.HasField("logprobs") else 0)

@@ -1,7 +1,8 @@
-"""A shard that is dead for every call: frames, the store's calls, and asking what it is.
+"""A shard client that can be made dead for every call: frames, store calls and identify.
 
-For engines over in-process shards. ``conftest`` loads it by path, since test folders are no packages; take it
-by the fixture ``mortal``. A shard that is a process can be frozen, thawed and killed: see ``start_process``.
+It wraps in-process shards. ``conftest`` loads this file by path, since test folders are no packages; tests
+use the fixture ``mortal``. A shard in a process of its own can be frozen and killed instead: see
+``start_process``.
 """
 
 from collections import Counter
@@ -10,11 +11,11 @@ from farshore.attention_offload.transport.frames import Transport
 from farshore.errors import TransportError
 
 LOCAL = {"close", "break_off"}
-"""Calls that only end something at the engine's end, so the shard's death makes no difference to them."""
+"""Calls that only act on the engine's side, so they succeed while the shard is dead."""
 
 
 class _Life:
-    """One shard's, whatever it is reached by."""
+    """Whether one shard is dead, and its call counts; shared by all of its clients."""
 
     def __init__(self):
         self.calls = Counter()
@@ -31,7 +32,7 @@ class _Life:
 
 
 class _Mortal:
-    """Attributes of ``inner``; its methods raise while the shard is dead, and are counted by name."""
+    """Forwards to ``inner``. Its methods are counted by name, and raise while the shard is dead."""
 
     def __init__(self, inner, life):
         self._inner = inner
@@ -50,24 +51,24 @@ class _Mortal:
 
 
 class MortalClient(_Mortal):
-    """A peer that can die: at once, or in the middle of whatever a test waits for.
+    """A shard client whose shard can die, at once or at a chosen call.
 
-    The store behind it lives on, as the memory of a shard does that was cut off: after :meth:`revive` it has
-    what could not be dropped meanwhile.
+    Its store keeps its memory, like a shard that the network cut off: after :meth:`revive` it still has the
+    spans that could not be dropped meanwhile.
     """
 
-    transport = bulk_transport = Transport.TCP  # An engine takes an in-process peer for one that never fails.
+    transport = bulk_transport = Transport.TCP  # An engine expects no failures of an IN_PROCESS client.
     frames = None
 
     def __init__(self, client, life=None):
-        assert client.frames is None, "frames that are sent natively would pass this by"
+        assert client.frames is None, "frames that are sent natively would bypass this wrapper"
         super().__init__(client, life or _Life())
         self.store = _Mortal(client.store, self._life)
         self._second = None
 
     @property
     def calls(self):
-        """How often each call was made, the store's and those that failed included."""
+        """Name -> number of calls, including store calls and failed calls."""
         return self._life.calls
 
     @property
@@ -75,15 +76,17 @@ class MortalClient(_Mortal):
         return self._life.error is not None
 
     def die(self, error=lambda: TransportError("the shard is dead")):
-        """From now on every call raises what ``error()`` makes."""
+        """Makes every call from now on raise ``error()``."""
         self._life.error = error
 
     def revive(self):
         self._life.error = None
 
     def before(self, name, count, action):
-        """``action()`` runs just before the ``count``-th call of ``name`` from now on: ``peer.die``, or a
-        function that raises what this one call is to fail with."""
+        """Calls ``action()`` just before the ``count``-th call of ``name`` from now on.
+
+        ``action`` is ``client.die``, or a function that raises the error of this one call.
+        """
         self._life.plan[name, self.calls[name] + count] = action
 
     def second_connection(self):

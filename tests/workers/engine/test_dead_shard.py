@@ -1,4 +1,4 @@
-"""The shards that other tests kill are dead in every way."""
+"""A shard that a test declares dead fails every call: MortalClient, and frozen or killed processes."""
 
 from pathlib import Path
 
@@ -14,14 +14,14 @@ from farshore.kvstore.base import ShardStore, SpanKey
 
 EPOCH = Epoch(1)
 LAYOUT = KVLayout(3, 3, 1, 1, 8, 8, KVFormat.FLOAT32)
-"""The tiny model's."""
+"""The layout of the tiny model."""
 A = SequenceId("a")
 STORE_CALLS = sorted(
     name
     for name, value in vars(ShardStore).items()
     if callable(value) and not name.startswith("_") and name != "check_integrity"
 )
-PEER_CALLS = ["identify", "begin", "send", "wait"]
+CLIENT_CALLS = ["identify", "begin", "send", "wait"]
 
 
 @pytest.fixture
@@ -55,31 +55,31 @@ def attend(client, span):
     return client.wait(client.send(0, 0, torch.ones(1, 6, 8)))
 
 
-def test_alive_it_is_what_it_wraps(shard):
+def test_a_living_shard_behaves_as_the_wrapped_client(shard):
     span = placed(shard)
     state = attend(shard, span)
     assert torch.allclose(state.o, torch.ones(1, 6, 8))
     assert shard.identify().worker == "shard0" and not shard.dead
-    assert shard.store.memory.dtype == torch.uint8, "what is no call passes"
+    assert shard.store.memory.dtype == torch.uint8, "attributes that are not methods pass through"
     assert shard.calls["create"] == shard.calls["seal"] == shard.calls["wait"] == 1
 
 
-@pytest.mark.parametrize("name", [*PEER_CALLS, *STORE_CALLS])
-def test_dead_it_is_dead_for_every_call(shard, name):
+@pytest.mark.parametrize("name", [*CLIENT_CALLS, *STORE_CALLS])
+def test_a_dead_shard_fails_every_call(shard, name):
     span = placed(shard)
     second_connection = shard.second_connection()
     assert second_connection is shard.second_connection()
     shard.die()
-    for way in (shard, second_connection):
+    for client in (shard, second_connection):
         with pytest.raises(TransportError, match="the shard is dead"):
-            getattr(way if name in PEER_CALLS else way.store, name)()
+            getattr(client if name in CLIENT_CALLS else client.store, name)()
     shard.break_off()
     shard.revive()
     attend(shard, span)
     attend(second_connection, span)
 
 
-def test_what_could_not_be_dropped_is_there_when_it_is_back(shard):
+def test_spans_that_could_not_be_dropped_are_there_after_revive(shard):
     span = placed(shard)
     shard.die()
     with pytest.raises(TransportError):
@@ -88,7 +88,7 @@ def test_what_could_not_be_dropped_is_there_when_it_is_back(shard):
     assert [info.span for info in shard.store.announce()] == [span]
 
 
-def test_it_dies_in_the_middle_of_what_a_test_waits_for(shard):
+def test_a_shard_dies_at_a_chosen_call(shard):
     span = placed(shard)
     shard.before("wait", 2, shard.die)
     attend(shard, span)
@@ -99,7 +99,7 @@ def test_it_dies_in_the_middle_of_what_a_test_waits_for(shard):
         shard.identify()
 
 
-def test_a_single_call_fails_with_what_is_asked_for(shard):
+def test_a_single_call_fails_with_the_chosen_error(shard):
     span = placed(shard)
 
     def late():
@@ -125,7 +125,7 @@ def test_a_process_is_frozen_thawed_and_killed(start_process, connect, tiny_mode
     assert client.identify().worker == "shard7"
     assert torch.allclose(attend(client, span).o, torch.ones(1, 6, 8))
     shard.freeze()
-    shard.kill()  # a frozen one, too
+    shard.kill()  # It is frozen.
     assert not state.exists()
     with pytest.raises(TransportError):
         client.identify()

@@ -1,4 +1,4 @@
-"""Sampling in the engine: the same tokens alone, in a batch and elsewhere; penalties over time."""
+"""Sampling in an engine: seeded tokens do not depend on the batch, and penalties count over time."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ MEMORY_BYTES = 64 << 20
 
 
 def ended(collected, n=1):
-    """The Sampled events of a request whose n completions must finish, and its Finished events by choice."""
+    """Waits for n completions; returns their Sampled events and choice -> Finished. Fails on Failed."""
     events, ends = [], {}
     while len(ends) < n:
         event = collected.events.get(timeout=60)
@@ -26,7 +26,7 @@ def ended(collected, n=1):
 
 
 def sampled(collected):
-    """The Sampled events of a sequence that must finish."""
+    """Waits for one completion; returns its Sampled events."""
     return ended(collected)[0]
 
 
@@ -34,24 +34,26 @@ def tokens_of(events, choice=0):
     return [event.token_id for event in events if event.choice == choice]
 
 
-def test_a_seeded_answer_depends_on_nothing_else(tiny_model, rig, submit):
-    """Alone, in a batch of others, and on another engine."""
+def test_a_seeded_answer_is_the_same_alone_in_a_batch_and_elsewhere(tiny_model, rig, submit):
+    """The tokens are the same alone, in a batch, and on another engine."""
     engine = rig(tiny_model, memory_bytes=MEMORY_BYTES).start()
     (alone,) = [sampled(submit(engine, "alone", PROMPT, WARM))]
     other = Sampling(max_tokens=40, temperature=1.0, seed=8)
     crowd = [submit(engine, f"crowd{i}", PROMPT[i:], other) for i in range(4)]
     batched = submit(engine, "batched", PROMPT, WARM)
     elsewhere = rig(tiny_model, shards=3, shard_by="head", memory_bytes=MEMORY_BYTES).start()
-    tokens = [it.token_id for it in alone]
-    assert [it.token_id for it in sampled(batched)] == tokens
-    assert [it.token_id for it in sampled(submit(elsewhere, "alone", PROMPT, WARM))] == tokens
-    assert len({tuple(it.token_id for it in sampled(one)) for one in crowd}) == len(crowd)
+    tokens = [event.token_id for event in alone]
+    assert [event.token_id for event in sampled(batched)] == tokens
+    assert [event.token_id for event in sampled(submit(elsewhere, "alone", PROMPT, WARM))] == tokens
+    assert len({tuple(event.token_id for event in sampled(other_answer)) for other_answer in crowd}) == len(
+        crowd
+    )
 
 
 def test_log_probabilities_are_those_of_transformers(tiny, tiny_model, rig, submit):
     engine = rig(tiny_model, memory_bytes=MEMORY_BYTES).start()
     events = sampled(submit(engine, "a", PROMPT, WARM))
-    ids = torch.tensor([PROMPT + [it.token_id for it in events]])
+    ids = torch.tensor([PROMPT + [event.token_id for event in events]])
     with torch.inference_mode():
         logits = tiny(ids).logits[0, len(PROMPT) - 1 : -1].double()
     expected = torch.log_softmax(logits, dim=-1)
@@ -66,7 +68,7 @@ def test_log_probabilities_are_those_of_transformers(tiny, tiny_model, rig, subm
 def test_a_repetition_penalty_gives_the_tokens_of_transformers(tiny, tiny_model, rig, submit, penalty):
     engine = rig(tiny_model, memory_bytes=MEMORY_BYTES).start()
     asked = Sampling(max_tokens=30, repetition_penalty=penalty)
-    ours = [it.token_id for it in sampled(submit(engine, "a", PROMPT, asked))]
+    ours = [event.token_id for event in sampled(submit(engine, "a", PROMPT, asked))]
     with torch.inference_mode():
         ids = torch.tensor([PROMPT])
         expected = tiny.generate(
@@ -81,17 +83,17 @@ def test_a_repetition_penalty_gives_the_tokens_of_transformers(tiny, tiny_model,
     assert ours == expected
 
 
-def test_a_frequency_penalty_wears_a_token_out(tiny_model, rig, submit):
-    """A bias that makes one token certain, against a penalty that grows with each time it came."""
+def test_a_frequency_penalty_ends_the_repetition_of_a_token(tiny_model, rig, submit):
+    """A bias makes one token certain until the penalty, which grows with its count, outweighs it."""
     engine = rig(tiny_model, memory_bytes=MEMORY_BYTES).start()
     asked = Sampling(max_tokens=40, logit_bias={3: 30.0}, frequency_penalty=2.0)
-    tokens = [it.token_id for it in sampled(submit(engine, "a", [3] * 50, asked))]
+    tokens = [event.token_id for event in sampled(submit(engine, "a", [3] * 50, asked))]
     times = tokens.count(3)
-    assert tokens[:times] == [3] * times and 10 <= times < 20, "the prompt's fifty do not count"
+    assert tokens[:times] == [3] * times and 10 <= times < 20, "the prompt's fifty tokens do not count"
 
 
-def test_choices_share_a_prompt_and_nothing_else(tiny_model, rig, submit):
-    """Each as if it were alone: the first is what one completion would have been."""
+def test_choices_of_a_request_are_independent(tiny_model, rig, submit):
+    """The first choice equals the answer of a request with one completion."""
     engine = rig(tiny_model, memory_bytes=MEMORY_BYTES).start()
     events, ends = ended(submit(engine, "a", PROMPT, replace(WARM, n=3)), 3)
     answers = [tokens_of(events, choice) for choice in range(3)]
@@ -102,7 +104,7 @@ def test_choices_share_a_prompt_and_nothing_else(tiny_model, rig, submit):
     assert {choice: end.reason for choice, end in ends.items()} == dict.fromkeys(range(3), Reason.LENGTH)
 
 
-def test_one_choice_is_cancelled_and_the_others_go_on(tiny_model, rig, submit):
+def test_a_choice_is_cancelled_and_the_others_continue(tiny_model, rig, submit):
     engine = rig(tiny_model, memory_bytes=MEMORY_BYTES).start()
     collected = submit(engine, "a", PROMPT, Sampling(max_tokens=400, temperature=1.0, n=3))
     while not isinstance(collected.events.get(timeout=60), Sampled):

@@ -1,4 +1,4 @@
-"""Stored as int8 or int4, KV is what the store says it is: wherever it lies, and however it came there."""
+"""Engines with int8 or int4 KV: tokens do not depend on where KV is stored or on how it got there."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.sequence import Finished, Sampling
 
 SAMPLING = Sampling(max_tokens=180, temperature=0.0)
-"""Over a block boundary: some KV is handed over as it is stored."""
+"""The answer crosses a block boundary, so quantised KV is handed off."""
 
 
 def prompt_of(length, seed=0):
@@ -18,7 +18,7 @@ def prompt_of(length, seed=0):
 
 @pytest.mark.parametrize("format", [KVFormat.INT8, KVFormat.INT4])
 def test_tokens_do_not_depend_on_where_quantised_kv_lies(tiny_model, rig, submit, format):
-    """Local in one segment, over shards in segments with a past, and by head; with guesses; found again."""
+    """Local in one segment; on shards in several segments; by head with guesses; and from a stored prefix."""
     prompt = prompt_of(600)
     answers = []
     for options, limits in (
@@ -29,9 +29,9 @@ def test_tokens_do_not_depend_on_where_quantised_kv_lies(tiny_model, rig, submit
         cluster = rig(tiny_model, memory_bytes=64 << 20, format=format, **options)
         engine = cluster.start(limits=limits)
         for name in "ab":
-            it = submit(engine, name, prompt, SAMPLING)
-            assert isinstance(it.result(), Finished)
-            answers.append(it.tokens)
+            collected = submit(engine, name, prompt, SAMPLING)
+            assert isinstance(collected.result(), Finished)
+            answers.append(collected.tokens)
     assert all(tokens == answers[0] for tokens in answers)
     plain = submit(rig(tiny_model, memory_bytes=64 << 20).start(), "a", prompt, SAMPLING)
     plain.result()
@@ -41,8 +41,7 @@ def test_tokens_do_not_depend_on_where_quantised_kv_lies(tiny_model, rig, submit
 
 @pytest.mark.parametrize("format", [KVFormat.INT8, KVFormat.INT4])
 def test_prefill_attends_to_the_values_as_stored(tiny_model, rig, submit, format):
-    """A prompt, and the same as a short prompt and tokens forced behind it: the same KV, byte for byte, but
-    for what float32 rounds differently in another order."""
+    """Prefill in segments of 256 and of 2048 tokens stores the same KV, up to float32 rounding."""
     stored = []
     for segment_tokens in (256, 2048):
         cluster = rig(tiny_model, shards=1, memory_bytes=64 << 20, format=format)
@@ -54,8 +53,8 @@ def test_prefill_attends_to_the_values_as_stored(tiny_model, rig, submit, format
         store.hold([info.span], sequence=reader, epoch=Epoch(1))
         layers = range(tiny_model.config.layers)
         read = [store.read(info.span, layer, 0, 600, sequence=reader) for layer in layers]
-        stored.append(torch.stack([torch.stack(it) for it in read]))
+        stored.append(torch.stack([torch.stack(k_and_v) for k_and_v in read]))
         store.drop_sequence(reader, epoch=Epoch(1))
     scale = stored[0].abs().amax() / (127 if format is KVFormat.INT8 else 7)
-    apart = (stored[0] - stored[1]).abs()
-    assert (apart > 1e-4).float().mean() < 0.01 and apart.max() <= 1.01 * scale
+    difference = (stored[0] - stored[1]).abs()
+    assert (difference > 1e-4).float().mean() < 0.01 and difference.max() <= 1.01 * scale

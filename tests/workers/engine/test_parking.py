@@ -1,4 +1,4 @@
-"""Which sequences give their memory back: the newest request, never the oldest's first choice."""
+"""The choice of the sequences to park: the newest request, never the first choice of the oldest."""
 
 from types import SimpleNamespace
 
@@ -13,14 +13,14 @@ def placed(*keys):
 
 
 def keys(found):
-    return [(it.order, it.choice) for it in found]
+    return [(sequence.order, sequence.choice) for sequence in found]
 
 
-def test_all_choices_of_the_newest_request_go():
+def test_all_choices_of_the_newest_request_are_parked():
     assert keys(victims(placed((7, 1), (3, 0), (7, 0), (5, 0)))) == [(7, 0), (7, 1)]
 
 
-def test_the_only_request_gives_up_its_last_choice():
+def test_the_only_request_parks_its_last_choice():
     assert keys(victims(placed((3, 2), (3, 0), (3, 5)))) == [(3, 5)]
     assert victims(placed((3, 0))) == []
     assert victims([]) == []
@@ -28,7 +28,7 @@ def test_the_only_request_gives_up_its_last_choice():
 
 @given(st.sets(st.tuples(st.integers(0, 5), st.integers(0, 5))))
 def test_the_oldest_always_stays_and_parking_ends(live):
-    """Parking again and again leaves the first choice of the oldest request alone."""
+    """Repeated parking leaves only the first choice of the oldest request."""
     left = set(live)
     while found := keys(victims(placed(*left))):
         assert set(found) <= left

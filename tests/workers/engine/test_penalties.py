@@ -1,19 +1,19 @@
-"""What is counted as it comes equals what is counted anew, bit for bit; so do the penalties."""
+"""Incremental counts of token ids equal a recount, and the penalties computed from both are bitwise equal."""
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farshore.workers.engine.decode.sampler import adjusted
-from farshore.workers.engine.penalties import Seen, penalise_counts, penalise_repetition
+from farshore.workers.engine.penalties import TokenCounts, penalise_counts, penalise_repetition
 from farshore.workers.engine.sequence import Sampling
 
 VOCAB = 50
 ids = st.integers(0, VOCAB - 1)
 
 
-def counted_anew(row, sampling, tokens, prompt_tokens):
-    """The whole context converted and counted for one row."""
+def recounted(row, sampling, tokens, prompt_tokens):
+    """Applies the penalties with counts of the whole context."""
     row = row.copy()
     if sampling.repetition_penalty != 1.0:
         marks = np.zeros(row.size, dtype=bool)
@@ -34,8 +34,8 @@ def counted_anew(row, sampling, tokens, prompt_tokens):
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=200, deadline=None)
-def test_following_a_sequence_that_is_cut_and_forked_equals_counting_anew(prompt, steps, knobs, seed):
-    """A step cuts the sequence back, as a failed one does, or forks it, and draws some tokens."""
+def test_updates_of_a_truncated_and_forked_sequence_equal_a_recount(prompt, steps, knobs, seed):
+    """Each step truncates the sequence, as a failed step does, may fork it, and draws some tokens."""
     logits = np.random.default_rng(seed).normal(0, 3, VOCAB).astype(np.float32)
     repetition, presence, frequency = knobs
     sampling = Sampling(
@@ -44,50 +44,50 @@ def test_following_a_sequence_that_is_cut_and_forked_equals_counting_anew(prompt
         presence_penalty=presence,
         frequency_penalty=frequency,
     )
-    tokens, seen = list(prompt), Seen()
-    left_behind: list[tuple[Seen, list[int]]] = []
+    tokens, counts = list(prompt), TokenCounts()
+    abandoned_forks: list[tuple[TokenCounts, list[int]]] = []
     for cut, drawn in steps:
         if cut % 3 == 0:
-            left_behind.append((seen, list(tokens)))
-            seen = seen.copy()
+            abandoned_forks.append((counts, list(tokens)))
+            counts = counts.copy()
         del tokens[max(len(prompt), len(tokens) - cut) :]
         for token in [*drawn, None]:
-            ours = adjusted(logits, sampling, tokens=tokens, prompt_tokens=len(prompt), seen=seen)
-            expected = counted_anew(logits, sampling, tokens, len(prompt))
+            ours = adjusted(logits, sampling, tokens=tokens, prompt_tokens=len(prompt), counts=counts)
+            expected = recounted(logits, sampling, tokens, len(prompt))
             assert (ours.view(np.int32) == expected.view(np.int32)).all()
             tokens += [] if token is None else [token]
-    for fork, of_fork in left_behind:
-        ours = adjusted(logits, sampling, tokens=of_fork, prompt_tokens=len(prompt), seen=fork)
-        expected = counted_anew(logits, sampling, of_fork, len(prompt))
+    for fork, of_fork in abandoned_forks:
+        ours = adjusted(logits, sampling, tokens=of_fork, prompt_tokens=len(prompt), counts=fork)
+        expected = recounted(logits, sampling, of_fork, len(prompt))
         assert (ours.view(np.int32) == expected.view(np.int32)).all()
 
 
-def test_counts_stand_in_order_of_first_sight():
-    seen = Seen()
-    seen.follow([7, 5, 5], 3)
-    assert seen.ids.tolist() == [7, 5] and seen.generated[0].size == 0
-    seen.follow([7, 5, 5, 9, 5, 9], 3)
-    assert seen.ids.tolist() == [7, 5, 9]
-    assert [part.tolist() for part in seen.generated] == [[9, 5], [2, 1]]
-    seen.follow([7, 5, 5, 9], 3)
-    assert seen.ids.tolist() == [7, 5, 9]
-    assert [part.tolist() for part in seen.generated] == [[9], [1]]
-    seen.follow([7, 5, 5], 3)
-    assert seen.ids.tolist() == [7, 5] and seen.generated[0].size == 0
+def test_ids_are_in_order_of_first_occurrence():
+    counts = TokenCounts()
+    counts.update([7, 5, 5], 3)
+    assert counts.ids.tolist() == [7, 5] and counts.generated[0].size == 0
+    counts.update([7, 5, 5, 9, 5, 9], 3)
+    assert counts.ids.tolist() == [7, 5, 9]
+    assert [values.tolist() for values in counts.generated] == [[9, 5], [2, 1]]
+    counts.update([7, 5, 5, 9], 3)
+    assert counts.ids.tolist() == [7, 5, 9]
+    assert [values.tolist() for values in counts.generated] == [[9], [1]]
+    counts.update([7, 5, 5], 3)
+    assert counts.ids.tolist() == [7, 5] and counts.generated[0].size == 0
 
 
-def test_another_prompt_is_counted_from_its_beginning():
-    seen = Seen()
-    seen.follow([1, 2, 3], 1)
-    seen.follow([1, 2, 3, 4], 3)
-    assert seen.ids.tolist() == [1, 2, 3, 4]
-    assert [part.tolist() for part in seen.generated] == [[4], [1]]
+def test_another_prompt_is_counted_from_its_start():
+    counts = TokenCounts()
+    counts.update([1, 2, 3], 1)
+    counts.update([1, 2, 3, 4], 3)
+    assert counts.ids.tolist() == [1, 2, 3, 4]
+    assert [values.tolist() for values in counts.generated] == [[4], [1]]
 
 
-def test_ids_outside_the_vocabulary_are_nothing_to_a_row():
+def test_ids_outside_the_vocabulary_are_ignored():
     row = np.array([4.0, -2.0, 1.0], dtype=np.float32)
     penalise_repetition(row, np.array([-1, 0, 3, 1 << 40]), 2.0)
     assert row.tolist() == [2.0, -2.0, 1.0]
-    stray, counts = np.array([7, 2, -3]), np.array([9, 2, 9], dtype=np.float32)
-    penalise_counts(row, stray, counts, presence=1.0, frequency=0.5)
+    stray_ids, counts = np.array([7, 2, -3]), np.array([9, 2, 9], dtype=np.float32)
+    penalise_counts(row, stray_ids, counts, presence=1.0, frequency=0.5)
     assert row.tolist() == [2.0, -2.0, -1.0]

@@ -1,11 +1,12 @@
-"""How many micro-batches a step's rows are cut into.
+"""Chooses the number of micro-batches of a step by trying.
 
-With n of them a layer takes max(n·d, n·a, d + a + RTT): d and a the dense and the attention time of one of
-them, RTT the way to the shards and back. More of them hide more of the way, and cost more: d shrinks less
-than n grows, since each reads the layer's weights. None of the three is known apart from the others, so the
-engine tries: the double of n where it waits for shards, and the half, and keeps what is faster.
+With n micro-batches a layer takes max(n·d, n·a, d + a + RTT), where d and a are the dense time and the
+attention time of one micro-batch, and RTT is the round trip to the shards. More micro-batches hide more of
+the round trip, but cost more: each of them reads the layer's weights, so d shrinks by less than n grows. The
+three times cannot be measured apart. So the tuner tries twice the number while the engine waits for shards,
+and half the number, and keeps the faster.
 
-Used by ``engine``, one step after another. It must not know what a step does.
+Called by ``retry``, once per step. It must not know what a step does.
 """
 
 import time
@@ -16,17 +17,22 @@ from statistics import median
 
 MOST_MICRO_BATCHES = 8
 TRIAL_STEPS = 3
+"""Steps per trial; medians of this many times are compared."""
 TRIAL_EVERY_STEPS = 64
-"""Between trials that change nothing: even at twice the time they are 1 in 20 of it."""
+"""Steps between trials that change nothing. Even if a trial takes twice the time, trials cost 1/20 in all."""
 WORTH_HIDING = 0.05
-"""Share of a step spent waiting below which more micro-batches can gain nothing."""
+"""More micro-batches are tried only if the engine waits for at least this share of a step."""
 BETTER = 0.97
+"""A trial wins if its median is below this multiple of the current median."""
 ALIKE = 1 / 8
-"""How far the number of rows may move before older times say nothing any more."""
+"""Times are forgotten if the number of rows changes by more than this share."""
 
 
 class MicroBatchTuner:
-    """``waited_s`` tells how long the engine has waited for answers so far."""
+    """Chooses the number of micro-batches of one engine's steps. Not thread-safe.
+
+    ``waited_s`` returns the seconds that the engine has waited for shards since it started.
+    """
 
     def __init__(
         self, waited_s: Callable[[], float], *, clock: Callable[[], float] = time.perf_counter
@@ -44,7 +50,10 @@ class MicroBatchTuner:
 
     @contextmanager
     def step(self, rows: int) -> Iterator[int]:
-        """The number of micro-batches for a step of ``rows`` rows. Its time counts if it succeeds."""
+        """Yields the number of micro-batches for a step of ``rows`` rows.
+
+        Only a step that succeeds is measured.
+        """
         if abs(rows - self._rows) > self._rows * ALIKE:
             self._rows, self._until_trial, self._trial = rows, 0, None
             self._times.clear()
@@ -55,16 +64,16 @@ class MicroBatchTuner:
         yield micro_batches
         seconds = self._clock() - start_s
         if self._trial is not None:
-            self._judge(seconds)
+            self._end_trial_step(seconds)
             return
         self._waiting_share = (self._waited_s() - waited_s) / seconds
         self._times.append(seconds)
         self._until_trial -= 1
         if len(self._times) == TRIAL_STEPS and self._until_trial <= 0:
-            self._try(most)
+            self._start_trial(most)
 
-    def _try(self, most: int) -> None:
-        """Whatever is next to what is settled takes its turn."""
+    def _start_trial(self, most: int) -> None:
+        """Starts a trial of half or twice the settled number, alternately."""
         neighbours = [self._settled // 2] if self._settled > 1 else []
         if self._waiting_share >= WORTH_HIDING and self._settled < most:
             neighbours.append(min(2 * self._settled, most))
@@ -72,7 +81,8 @@ class MicroBatchTuner:
             self._trials += 1
             self._trial, self._trial_times = neighbours[self._trials % len(neighbours)], []
 
-    def _judge(self, seconds: float) -> None:
+    def _end_trial_step(self, seconds: float) -> None:
+        """Adds a trial step's time; after the last one, keeps the faster number."""
         self._trial_times.append(seconds)
         if len(self._trial_times) < TRIAL_STEPS:
             return

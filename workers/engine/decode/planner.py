@@ -1,7 +1,7 @@
-"""Step plans of one engine, each proven before it is used.
+"""Makes an engine's step plans, each proven before it is used.
 
-From one step to the next the same sequences mostly read the same spans. What they read is then neither built
-nor proven again: only where the rows stand is. Called by ``decoder``; it must not know shards.
+Successive steps mostly read the same spans for the same sequences. The planner then reuses the reads and
+their proof, and checks only the positions of the rows. Called by ``retry``. It must not know shards.
 """
 
 from collections.abc import Sequence as Seq
@@ -14,14 +14,20 @@ from farshore.workers.engine.decode.step_entry import StepEntry
 
 
 class Planner:
+    """Makes the step plans of one engine. Not thread-safe."""
+
     def __init__(self, attention: AttentionModel) -> None:
         self._groups = attention.specs[0].groups
         self._shape: object = None
-        """What the last plan's reads follow from."""
+        """Everything that the last plan's reads depend on."""
         self._plan: StepPlan | None = None
 
     def plan(self, step: int, entries: Seq[StepEntry]) -> StepPlan:
-        """Rows from each sequence's committed length on. Raises InvalidPlan; nothing has been sent then."""
+        """Returns the plan of step number ``step``; each entry's rows start at its committed length.
+
+        Raises InvalidPlan if the plan does not cover each row's positions exactly once (invariant 1,
+        docs/architecture.md).
+        """
         shape = [
             (entry.sequence, entry.sequence.version, entry.sequence.placed_tail.start, entry.rows)
             for entry in entries
@@ -54,20 +60,21 @@ class Planner:
 
 
 def _reads(entries: Seq[StepEntry]) -> dict[WorkerId, tuple[Read, ...]]:
-    """A span that rows one after the other attend to alike is read once."""
+    """Returns the reads by worker. Adjacent rows that attend to the same range of a span share one read."""
     reads: dict[WorkerId, list[Read]] = {}
-    newest: dict[tuple[str, int, int, int, int], tuple[list[Read], int]] = {}
+    # Range of a span -> the list that holds its newest read, and the index in that list.
+    last_read: dict[tuple[str, int, int, int, int], tuple[list[Read], int]] = {}
     row = 0
     for entry in entries:
         end = row + entry.rows
         for span in entry.sequence.spans:
             key = (span.span, span.first, span.last, span.group0, span.group1)
-            where, index = newest.get(key, (None, 0))
-            if where is not None and where[index].rows.stop == row:
-                where[index] = where[index]._replace(rows=range(where[index].rows.start, end))
+            of_worker, index = last_read.get(key, (None, 0))
+            if of_worker is not None and of_worker[index].rows.stop == row:
+                of_worker[index] = of_worker[index]._replace(rows=range(of_worker[index].rows.start, end))
                 continue
             of_worker = reads.setdefault(span.worker, [])
-            newest[key] = of_worker, len(of_worker)
+            last_read[key] = of_worker, len(of_worker)
             of_worker.append(
                 Read(
                     span.span,
@@ -81,4 +88,4 @@ def _reads(entries: Seq[StepEntry]) -> dict[WorkerId, tuple[Read, ...]]:
                 )
             )
         row = end
-    return {worker: tuple(its) for worker, its in reads.items()}
+    return {worker: tuple(of_worker) for worker, of_worker in reads.items()}

@@ -1,20 +1,20 @@
-"""From logits to the next token.
+"""Draws the next token from logits.
 
-What a row goes through, in this order::
+The stages that one row passes, in this order::
 
     logits ─▶ bias ─▶ repetition penalty ─▶ presence, frequency penalties ─▶ greedy: the likeliest
       │                                                                  └─▶ temperature ─▶ top-k ─▶ top-p
       └─▶ log-probabilities: of the model itself                                   ─▶ min-p ─▶ draw
 
-Bias and penalties before temperature, as vLLM does; top-k, top-p, min-p as transformers does, each on what
-the one before it left. Log-probabilities are those of the untouched logits, vLLM's default. Whatever finite
-numbers a request asks for, some token with a weight above 0 is drawn: adjusted logits stay in float32's
-range, each knob is taken as the nearest value that means something, and of equal logits greedy takes the
-smallest id.
+Bias and penalties precede the temperature, as in vLLM. top-k, top-p and min-p work as in transformers, each
+on the tokens that the previous stage kept. Log-probabilities are those of the unchanged logits, vLLM's
+default. For any finite parameters a token with a positive weight is drawn: adjusted logits stay in float32's
+range, and a parameter outside its meaningful range is clipped to it. Greedy takes the smallest id among equal
+logits.
 
-A draw takes one random number, a hash of (seed, choice, position): a step that is run again, on this engine
-or another, in whatever batch, draws the same token. Called by ``engine``; must not know sequences or batches.
-numpy, since its sort and its sums of one row of 49K take a tenth of PyTorch's time.
+A draw uses one random number, a hash of (seed, choice, position). So a repeated step draws the same token, on
+any engine and in any batch. Called by ``decode.step_entry``. It must not know sequences or batches. It uses
+numpy: sorting and summing one row of 49K logits takes a tenth of PyTorch's time.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from torch import Tensor
 from farshore.errors import FarshoreError
 from farshore.workers.engine.penalties import (
     Row,
-    Seen,
+    TokenCounts,
     add_bias,
     finite,
     penalise_counts,
@@ -37,15 +37,19 @@ from farshore.workers.engine.penalties import (
 from farshore.workers.engine.sequence import Sampling
 
 _BLOCK = 256
-"""Values added up at a time, so that a draw needs running sums of one block and of the blocks' sums only."""
+"""Weights per partial sum. A draw needs the running sums of the partial sums and of one block only."""
 
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio
 
 
-class Choice(NamedTuple):
-    """``logprob`` of ``token`` and the likeliest ``top`` (token, logprob), best first: natural logarithms, of
-    the model's distribution before bias, penalties and temperature. None and empty where not asked for."""
+class DrawnToken(NamedTuple):
+    """A drawn token and its log-probability.
+
+    ``top`` lists the likeliest (token, log-probability) pairs, best first. Log-probabilities are natural
+    logarithms under the model's distribution before bias, penalties and temperature. If they are not
+    requested, ``logprob`` is None and ``top`` is empty.
+    """
 
     token: int
     logprob: float | None = None
@@ -58,37 +62,37 @@ def sample(
     *,
     tokens: Sequence[int],
     prompt_tokens: int,
-    seen: Seen,
+    counts: TokenCounts,
     choice: int = 0,
-) -> Choice:
-    """logits ``f32[vocab]``, left as they are, -> the token behind ``tokens``, of which the first
-    ``prompt_tokens`` are the prompt. ``seen`` is the sequence's, and follows ``tokens`` where penalties need
-    it. ``choice``: which of the request's ``n`` completions this is.
+) -> DrawnToken:
+    """Draws the token that follows ``tokens`` from ``logits`` (``f32[vocab]``, not changed).
 
-    Raises FarshoreError for logits that are not numbers, and nothing else.
+    The first ``prompt_tokens`` of ``tokens`` are the prompt. ``counts`` belongs to the sequence; it is
+    updated if a penalty needs it. ``choice`` is the number of the completion in its request. Raises
+    FarshoreError if a logit is not finite, and nothing else.
     """
-    own: Row = logits.cpu().numpy()
-    # NaN is both the largest and the smallest.
-    if not (isfinite(own.max()) and isfinite(own.min())):
+    model_row: Row = logits.cpu().numpy()
+    # max() and min() both return NaN if there is one.
+    if not (isfinite(model_row.max()) and isfinite(model_row.min())):
         raise FarshoreError("the model's logits are not numbers: its weights or the stored KV are damaged")
-    row = adjusted(own, sampling, tokens=tokens, prompt_tokens=prompt_tokens, seen=seen)
+    row = adjusted(model_row, sampling, tokens=tokens, prompt_tokens=prompt_tokens, counts=counts)
     temperature = np.float32(finite(sampling.temperature))
     if temperature <= 0.0:
         token = int(row.argmax())
     else:
         ids, weights = candidates(row, sampling)
-        token = int(ids[_reaching(weights, uniform(sampling.seed, choice, len(tokens)))])
+        token = int(ids[_index_beyond(weights, uniform(sampling.seed, choice, len(tokens)))])
     if sampling.logprobs is None:
-        return Choice(token)
-    return _with_logprobs(own, token, sampling.logprobs)
+        return DrawnToken(token)
+    return _with_logprobs(model_row, token, sampling.logprobs)
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
-    """The random number in [0, 1) of a key: its words go one after another through splitmix64's finaliser."""
+    """Returns the random number in [0, 1) of a key: splitmix64's finaliser applied to each word in turn."""
     word = 0
     for key in (seed, choice, position):
         word = _mixed((word + _GOLDEN * (key + 1)) & _WORD)
-    # 52 bits: times a sum in float64 it stays below that sum, whatever the rounding.
+    # With 52 bits, its product with a float64 sum rounds to less than that sum.
     return (word >> 12) * 2.0**-52
 
 
@@ -98,10 +102,13 @@ def _mixed(word: int) -> int:
     return word ^ word >> 31
 
 
-def adjusted(row: Row, sampling: Sampling, *, tokens: Sequence[int], prompt_tokens: int, seen: Seen) -> Row:
-    """``row`` itself, or a copy with bias and penalties applied, finite like ``row``.
+def adjusted(
+    row: Row, sampling: Sampling, *, tokens: Sequence[int], prompt_tokens: int, counts: TokenCounts
+) -> Row:
+    """Returns ``row``, or a copy with bias and penalties applied; finite if ``row`` is.
 
-    Repetition counts tokens of prompt and completion; presence and frequency the completion's alone.
+    The repetition penalty counts prompt and completion; the presence and frequency penalties count the
+    completion only.
     """
     counted = sampling.presence_penalty or sampling.frequency_penalty
     repeated = sampling.repetition_penalty != 1.0
@@ -111,19 +118,22 @@ def adjusted(row: Row, sampling: Sampling, *, tokens: Sequence[int], prompt_toke
     if sampling.logit_bias:
         add_bias(row, sampling.logit_bias)
     if repeated or counted:
-        seen.follow(tokens, prompt_tokens)
+        counts.update(tokens, prompt_tokens)
     if repeated:
-        penalise_repetition(row, seen.ids, sampling.repetition_penalty)
+        penalise_repetition(row, counts.ids, sampling.repetition_penalty)
     if counted:
         presence, frequency = sampling.presence_penalty, sampling.frequency_penalty
-        penalise_counts(row, *seen.generated, presence=presence, frequency=frequency)
+        penalise_counts(row, *counts.generated, presence=presence, frequency=frequency)
     return row
 
 
 def candidates(row: Row, sampling: Sampling) -> tuple[NDArray[np.intp], Row]:
-    """Token ids that may be drawn, ascending and never none, and their weights: the likeliest's is 1. The
-    temperature is above 0."""
-    # Largest first subtracted: nothing overflows but to -inf, a weight of 0, however low the temperature.
+    """Returns the token ids that may be drawn, ascending, and their weights, f32; the largest weight is 1.
+
+    There is at least one id. The temperature must be above 0.
+    """
+    # The maximum is subtracted before the division: at a low temperature a logit can only overflow to -inf,
+    # which is a weight of 0.
     with np.errstate(over="ignore"):
         logits = (row - row.max()) / np.float32(finite(sampling.temperature))
     ids = None
@@ -142,52 +152,59 @@ def candidates(row: Row, sampling: Sampling) -> tuple[NDArray[np.intp], Row]:
 
 
 def _nucleus(weights: Row, top_p: float) -> NDArray[np.intp]:
-    """Indices of the smallest set of heaviest ones that holds ``top_p`` of the weight; of equal ones the
-    first."""
+    """Returns the indices of the smallest set of largest weights whose sum reaches ``top_p`` of the total.
+
+    Among equal weights the first ones are in the set.
+    """
     total = weights.sum(dtype=np.float64)
-    # Those that weigh less than this weigh less than 1 - top_p together: none of them is inside. Of most rows
-    # a few hundred are left to sort.
-    in_question = np.flatnonzero(weights >= np.float32(total * (1.0 - top_p) / weights.size))
-    candidates = weights[in_question]
-    heaviest = np.sort(candidates)[::-1]
-    count = 1 + _reaching(heaviest, top_p * total / heaviest.sum(dtype=np.float64), exactly=True)
-    lightest = heaviest[count - 1]
-    equal = np.flatnonzero(candidates == lightest)
-    surplus = int(np.count_nonzero(candidates >= lightest)) - count
-    inside = candidates >= lightest
+    # All weights below this bound together are less than 1 - top_p of the total, so none of them is in the
+    # set. For most rows a few hundred weights remain to be sorted.
+    large = np.flatnonzero(weights >= np.float32(total * (1.0 - top_p) / weights.size))
+    large_weights = weights[large]
+    descending = np.sort(large_weights)[::-1]
+    count = 1 + _index_beyond(descending, top_p * total / descending.sum(dtype=np.float64), or_equal=True)
+    smallest = descending[count - 1]
+    equal = np.flatnonzero(large_weights == smallest)
+    surplus = int(np.count_nonzero(large_weights >= smallest)) - count
+    inside = large_weights >= smallest
     inside[equal[len(equal) - surplus :]] = False
-    return in_question[inside]
+    return large[inside]
 
 
-def _reaching(weights: Row, share: float, *, exactly: bool = False) -> int:
-    """The first index at which the running sum of the weights goes beyond ``share`` of their sum, or with
-    ``exactly`` reaches it; its weight is above 0, as the sum is."""
+def _index_beyond(weights: Row, share: float, *, or_equal: bool = False) -> int:
+    """Returns the first index at which the running sum of ``weights`` exceeds ``share`` of their sum.
+
+    With ``or_equal``, reaching it suffices. The weight at the index is above 0. The sum must be above 0.
+    """
     blocks = np.add.reduceat(weights, np.arange(0, weights.size, _BLOCK), dtype=np.float64)
     sums = blocks.cumsum()
     target = share * sums[-1]
-    block = _first_reaching(sums, target, exactly=exactly)
+    block = _first_beyond(sums, target, or_equal=or_equal)
     first = block * _BLOCK
     inside = weights[first : first + _BLOCK].cumsum(dtype=np.float64)
-    return first + _first_reaching(inside, target - (sums[block - 1] if block else 0.0), exactly=exactly)
+    return first + _first_beyond(inside, target - (sums[block - 1] if block else 0.0), or_equal=or_equal)
 
 
-def _first_reaching(sums: NDArray[np.float64], target: float, *, exactly: bool) -> int:
-    """The first index at which the running ``sums`` are above ``target`` (or with ``exactly`` equal to it),
-    but never one beyond the last that adds to them: two ways of adding up may differ in the last bit."""
-    index = int(np.searchsorted(sums, target, side="left" if exactly else "right"))
+def _first_beyond(sums: NDArray[np.float64], target: float, *, or_equal: bool) -> int:
+    """Returns the first index at which the running ``sums`` exceed ``target``, or with ``or_equal`` reach it.
+
+    The index is at most that of the last positive weight: sums of blocks and sums of weights may differ in
+    the last bit, so ``target`` may exceed the last sum.
+    """
+    index = int(np.searchsorted(sums, target, side="left" if or_equal else "right"))
     return min(index, int(np.searchsorted(sums, sums[-1], side="left")))
 
 
-def _with_logprobs(own: Row, token: int, count: int) -> Choice:
-    """``count`` alternatives, or as many as the vocabulary has."""
-    largest = float(own.max())
+def _with_logprobs(model_row: Row, token: int, count: int) -> DrawnToken:
+    """Adds the log-probabilities of ``token`` and of the ``count`` likeliest tokens."""
+    largest = float(model_row.max())
     with np.errstate(over="ignore"):
-        log_sum = largest + float(np.log(np.exp(own - np.float32(largest)).sum(dtype=np.float64)))
+        log_sum = largest + float(np.log(np.exp(model_row - np.float32(largest)).sum(dtype=np.float64)))
     top: tuple[tuple[int, float], ...] = ()
-    count = min(count, own.size)
+    count = min(count, model_row.size)
     if count > 0:
-        kth = np.partition(own, -count)[-count]
-        ids = np.flatnonzero(own >= kth)
-        ids = ids[np.argsort(-own[ids], kind="stable")][:count]
-        top = tuple((int(id), float(own[id]) - log_sum) for id in ids)
-    return Choice(token, float(own[token]) - log_sum, top)
+        kth = np.partition(model_row, -count)[-count]
+        ids = np.flatnonzero(model_row >= kth)
+        ids = ids[np.argsort(-model_row[ids], kind="stable")][:count]
+        top = tuple((int(id), float(model_row[id]) - log_sum) for id in ids)
+    return DrawnToken(token, float(model_row[token]) - log_sum, top)

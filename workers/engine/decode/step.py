@@ -1,17 +1,16 @@
-"""The layer loop of one decode step: what the engine runs between a plan and its commit.
+"""The layer loop of one decode step: projections, attention, merge and the rest of each layer.
 
-While the shards work on a layer of one micro-batch, the engine computes its keys and values, attends to what
-lies in its own memory, and goes on with the other micro-batches::
+While the shards work on a layer of one micro-batch, the engine computes its keys and values, attends to the
+KV in its own memory, and continues with the other micro-batches::
 
-    engine   A: q k v own   B: q k v own │ A: merge, finish, q k v own │ B: merge, finish, q k v own │
-    shards         A ━━━━━━━━━━━━━━━━━━━━━━       B ━━━━━━━━━━━━━━━━━━━━━━━━━      A ━━━━━━━━━━━━━
+    engine   A: q k v local   B: q k v local │ A: merge, finish, q k v local │ B: merge, finish, q k v local │
+    shards           A ━━━━━━━━━━━━━━━━━━━━━━━━      B ━━━━━━━━━━━━━━━━━━━━━━━━━━━      A ━━━━━━━━━━━━━
 
-LocalKV are the tails, and spans where they were placed with the engine: one call of the kernels for both.
-Where
-everything is its own, nobody is sent anything.
+"local" is attention to the engine's own memory: the tails, and the spans that were placed on the engine
+itself. One kernel call attends to both. A step that reads only local KV sends no frames.
 
-Every row goes through the same operations however the rows are cut. Called by ``engine``; it must not know
-sequences, placement or what becomes of the logits.
+The result does not depend on how rows are cut into micro-batches, up to float rounding of matrix products.
+Called by ``retry``. It must not know sequences, placement or how tokens are drawn.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,16 +32,18 @@ from farshore.models.llama import Llama
 
 
 class LocalKV(NamedTuple):
-    """The engine's own memory: where the tails are, and the spans of the store ``worker``, if it has one."""
+    """KV in the engine's own memory: the tails, and the spans of ``store`` (of ``worker``), if any."""
 
     memory: Tensor
     worker: WorkerId | None = None
     store: ShardStore | None = None
 
 
-class Steps:
-    """One engine's steps. Not thread-safe: its loop calls them. Memory and kernels' plans are kept from one
-    step to the next, for as long as these are alike."""
+class LayerLoop:
+    """Runs the steps of one engine. Not thread-safe.
+
+    Buffers and kernel plans are kept from step to step while micro-batches keep their sizes and reads.
+    """
 
     def __init__(self, *, model: Llama, attention: AttentionModel, shards: Shards, local: LocalKV) -> None:
         self._model = model
@@ -55,23 +56,24 @@ class Steps:
     def run(
         self, plan: StepPlan, tokens: Sequence[int], tails: Sequence[Tail], *, micro_batches: int
     ) -> Tensor:
-        """Logits ``f32[R, vocab]`` of the plan's rows: row r is ``tokens[r]`` at ``plan.positions[r]``, its
-        KV goes to ``tails[r]`` (several rows in a tail follow each other), in the engine's memory.
+        """Runs one step; returns the logits ``f32[R, vocab]`` of the plan's R rows.
 
-        Writes scratch into the tails and nothing else. Raises TransportError when a shard did not answer: cut
-        the tails back to what is committed, then plan and run again; Full where a tail finds no room.
+        Row r is ``tokens[r]`` at ``plan.positions[r]``; its KV goes to ``tails[r]``, in the engine's memory.
+        Rows of one tail are adjacent. The step writes uncommitted KV into the tails and changes nothing else.
+        Raises TransportError if a shard does not answer: truncate the tails to the committed length, then
+        plan and run again. Raises Full if a tail finds no room.
         """
         local = self._local.worker
-        elsewhere = plan.without((local,)) if local is not None else plan
-        shards = self._shards if elsewhere is not None and any(elsewhere.reads) else None
+        remote_plan = plan.without((local,)) if local is not None else plan
+        shards = self._shards if remote_plan is not None and any(remote_plan.reads) else None
         cuts = split_rows(len(tokens), micro_batches)
-        if shards is not None and elsewhere is not None:
-            shards.begin(elsewhere, cuts)
+        if shards is not None and remote_plan is not None:
+            shards.begin(remote_plan, cuts)
         reads = plan.reads[0].get(local, ()) if local is not None else ()
-        batches = self._sized(cuts)
+        batches = self._batches_for(cuts)
         for index, (batch, rows) in enumerate(zip(batches, cuts, strict=True)):
             cut = slice(rows.start, rows.stop)
-            batch.take(index, tokens[cut], plan.positions[cut], tails[cut], cut_reads(reads, rows), shards)
+            batch.begin(index, tokens[cut], plan.positions[cut], tails[cut], cut_reads(reads, rows), shards)
         self._model.expect_calls()
         try:
             for batch in batches:
@@ -82,12 +84,12 @@ class Steps:
                     if layer + 1 < self._model.config.layers:
                         batch.start(layer + 1)
         finally:
-            # Also where a shard was lost: nobody may read the tails any more when they are cut back.
+            # After an error, too: no kernel may read the tails while they are truncated.
             self._kernels.wait()
         return self._model.logits(torch.cat([batch.h for batch in batches]))
 
-    def _sized(self, cuts: Sequence[range]) -> "list[_MicroBatch]":
-        """Micro-batches of these sizes: the last step's, where they are as many."""
+    def _batches_for(self, cuts: Sequence[range]) -> "list[_MicroBatch]":
+        """Returns micro-batches with as many rows as ``cuts``; the last step's if the sizes are equal."""
         if [batch.rows for batch in self._batches] != [len(cut) for cut in cuts]:
             self._batches = [
                 _MicroBatch(
@@ -103,8 +105,7 @@ class Steps:
 
 
 class _MicroBatch:
-    """Some rows of a step, on their way through the layers: ``take``, then ``start(0)``, ``finish(0)``,
-    ``start(1)``, ..."""
+    """Some rows of a step. Call ``begin``, then ``start(0)``, ``finish(0)``, ``start(1)``, and so on."""
 
     def __init__(
         self, rows: int, *, model: Llama, attention: AttentionModel, local: LocalKV, kernels: Kernels[Any]
@@ -113,13 +114,13 @@ class _MicroBatch:
         self.rows = rows
         self._overlaps = False
         self._model = model
-        self._buffers = way = model.layer_buffers(rows)
+        self._buffers = model.layer_buffers(rows)
         self._kernels = kernels
-        self._plans = _Plans(attention, local, kernels.plan)
-        # Attention's output is rounded once: here where nothing is merged into it, else by the merge.
-        wide = torch.float64 if model.dtype == torch.float64 else torch.float32
-        self._local = State.identity(rows, spec.q_heads, spec.v_dim, dtype=wide)
-        self._out = State(way.o, torch.empty_like(self._local.lse))
+        self._plans = _KernelPlans(attention, local, kernels.plan)
+        # States to be merged are float32 or float64, so that the output is rounded only once.
+        state_dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+        self._local = State.identity(rows, spec.q_heads, spec.v_dim, dtype=state_dtype)
+        self._out = State(self._buffers.o, torch.empty_like(self._local.lse))
         self._index = 0
         self._shards: Shards | None = None
         self._append: Callable[[int], None]
@@ -127,9 +128,10 @@ class _MicroBatch:
 
     @property
     def h(self) -> Tensor:
+        """Hidden states ``[rows, hidden]``."""
         return self._buffers.h
 
-    def take(
+    def begin(
         self,
         index: int,
         tokens: Sequence[int],
@@ -138,38 +140,45 @@ class _MicroBatch:
         reads: Sequence[Read],
         shards: Shards | None,
     ) -> None:
-        """The rows of a step, which has begun at the ``shards``; None: nothing is read from any."""
+        """Takes the micro-batch's rows of a new step.
+
+        ``index`` is the micro-batch's number in the step. ``shards`` must have begun the step; None if the
+        step reads from no shard.
+        """
         self._index, self._shards = index, shards
         self._overlaps = shards is not None and shards.overlaps(index)
-        way = self._buffers
-        way.positions.copy_(torch.tensor(positions))
-        way.enter(self._model.embed(torch.tensor(tokens)))
-        self._append = TailBatch(tails, positions).bind(way.k, way.v)
-        self._plan = self._plans.of(tails, positions, reads, way.positions)
+        buffers = self._buffers
+        buffers.positions.copy_(torch.tensor(positions))
+        buffers.enter(self._model.embed(torch.tensor(tokens)))
+        self._append = TailBatch(tails, positions).bind(buffers.k, buffers.v)
+        self._plan = self._plans.plan(tails, positions, reads, buffers.positions)
 
     def start(self, layer: int) -> None:
-        """Send q off, and attend to what is the engine's own: beside the shards where they have cores of
-        their own; else first, or on a core that they have not taken yet."""
-        way, shards, kernels = self._buffers, self._shards, self._kernels
+        """Sends q to the shards and attends to local KV.
+
+        If the shards run on cores of their own, q is sent first, so that both run at the same time. If they
+        share the engine's cores, the local kernel call is started before q is sent: it may run on a core that
+        the shards do not use yet.
+        """
+        buffers, shards, kernels = self._buffers, self._shards, self._kernels
         if shards is None:
-            way.project(layer)
+            buffers.project(layer)
             self._append(layer)
-            kernels.partial(self._plan, layer, way.q, out=self._out)
+            kernels.partial(self._plan, layer, buffers.q, out=self._out)
         elif self._overlaps:
-            way.query(layer)
-            shards.send(layer, self._index, way.q)
-            way.key_value(layer)
+            buffers.query(layer)
+            shards.send(layer, self._index, buffers.q)
+            buffers.key_value(layer)
             self._append(layer)
-            kernels.partial(self._plan, layer, way.q, out=self._local)
+            kernels.partial(self._plan, layer, buffers.q, out=self._local)
         else:
-            way.project(layer)
+            buffers.project(layer)
             self._append(layer)
-            kernels.partial_async(self._plan, layer, way.q, out=self._local)
-            shards.send(layer, self._index, way.q)
+            kernels.partial_async(self._plan, layer, buffers.q, out=self._local)
+            shards.send(layer, self._index, buffers.q)
 
     def finish(self, layer: int) -> None:
-        """Merge what the shards say, in span order, and what the engine has, and go through the layer's
-        rest."""
+        """Merges the shards' states, in span order, with the local state, and runs the rest of the layer."""
         if self._shards is not None:
             states = self._shards.wait(layer, self._index)
             self._kernels.wait()
@@ -177,79 +186,87 @@ class _MicroBatch:
         self._buffers.finish(layer)
 
 
-class _Plans:
-    """The kernels' plan of one micro-batch's reads in the engine's own memory, step after step.
+class _KernelPlans:
+    """Makes the kernel plans of one micro-batch's reads of local KV.
 
-    From one step to the next the same rows mostly read the same places, one token more of each tail: rows and
-    segments stay as they are, and are not checked again."""
+    In successive steps the same rows mostly read the same memory, with one more token of each tail. Rows and
+    segments are then reused, and not checked again.
+    """
 
-    def __init__(self, attention: AttentionModel, local: LocalKV, plan: Callable[..., Any]) -> None:
+    def __init__(self, attention: AttentionModel, local: LocalKV, make_plan: Callable[..., Any]) -> None:
         self._attention = attention
         self._local = local
-        self._plan = plan
-        self._places: object = None
+        self._make_plan = make_plan
+        self._reads_key: object = None
+        """Everything that the rows and segments of the last plan depend on, except the tails' last tokens."""
         self._work = WorkList.of([])
         self._segments = Segments.of([])
         self._ends: list[tuple[int, int]] = []
-        """Of each tail: its last segment, and the position of that one's first token."""
+        """For each tail: (index of its last segment, position of that segment's first token)."""
 
-    def of(
-        self, tails: Sequence[Tail], positions: Sequence[int], reads: Sequence[Read], tensor: Tensor
+    def plan(
+        self, tails: Sequence[Tail], positions: Sequence[int], reads: Sequence[Read], position_tensor: Tensor
     ) -> Any:
-        """Every row on ``reads``, and on its tail up to itself. Rows that follow each other in one tail read
-        it together: no row sees what is above its position. ``tensor``: the positions."""
-        stretches = _stretches(tails, positions)
+        """Returns the plan by which each row attends to ``reads`` and to its tail, up to its own position.
+
+        Adjacent rows of one tail share its segments; kernels mask positions above a row's own.
+        ``position_tensor`` holds ``positions``.
+        """
+        runs = _tail_runs(tails, positions)
         block = self._attention.layouts[0].block_tokens
-        places = (
-            [(it.rows, it.tail.start, it.tail.bases, it.newest // block) for it in stretches],
+        key = (
+            [(run.rows, run.tail.start, run.tail.bases, run.newest // block) for run in runs],
             list(reads),
         )
-        known = places == self._places
-        if known:
-            for (segment, first), it in zip(self._ends, stretches, strict=True):
-                self._segments.count[segment] = it.newest + 1 - first
+        unchanged = key == self._reads_key
+        if unchanged:
+            for (segment, first), run in zip(self._ends, runs, strict=True):
+                self._segments.count[segment] = run.newest + 1 - first
         else:
-            self._places = None
-            self._lay_out(stretches, reads)
-        plan = self._plan(
+            self._reads_key = None
+            self._build(runs, reads)
+        plan = self._make_plan(
             self._work,
             self._segments,
             self._local.memory,
             self._attention.layouts[0],
             self._attention.specs[0],
-            positions=tensor,
+            positions=position_tensor,
             threads=torch.get_num_threads(),
-            checked=known,
+            checked=unchanged,
         )
-        self._places = places
+        self._reads_key = key
         return plan
 
-    def _lay_out(self, stretches: "list[_Stretch]", reads: Sequence[Read]) -> None:
-        work, parts = work_of(reads, self._local.store) if self._local.store is not None else ([], [])
+    def _build(self, runs: "list[_TailRun]", reads: Sequence[Read]) -> None:
+        """Builds rows and segments: those of ``reads`` first, then those of the tails."""
+        work, segments = work_of(reads, self._local.store) if self._local.store is not None else ([], [])
         groups = self._attention.specs[0].groups
         self._ends = []
-        for it in stretches:
-            parts.append(it.tail.segments(it.newest + 1))
-            work += [(it.row, it.rows, len(work) + i, 0, groups) for i in range(parts[-1].size)]
-            self._ends.append((len(work) - 1, int(parts[-1].position[-1])))
-        self._work, self._segments = WorkList.of(work), Segments.concat(parts)
+        for run in runs:
+            of_tail = run.tail.segments(run.newest + 1)
+            segments.append(of_tail)
+            work += [(run.row, run.rows, len(work) + i, 0, groups) for i in range(of_tail.size)]
+            self._ends.append((len(work) - 1, int(of_tail.position[-1])))
+        self._work, self._segments = WorkList.of(work), Segments.concat(segments)
 
 
-class _Stretch(NamedTuple):
-    """Rows that follow each other in one tail."""
+class _TailRun(NamedTuple):
+    """Adjacent rows of one tail."""
 
     tail: Tail
     row: int
+    """Index of the first row."""
     rows: int
     newest: int
-    """The last one's position."""
+    """Position of the last row."""
 
 
-def _stretches(tails: Sequence[Tail], positions: Sequence[int]) -> list[_Stretch]:
-    found: list[_Stretch] = []
+def _tail_runs(tails: Sequence[Tail], positions: Sequence[int]) -> list[_TailRun]:
+    runs: list[_TailRun] = []
     row = 0
-    for _, it in groupby(tails, key=id):
-        count = len(list(it))
-        found.append(_Stretch(tails[row], row, count, positions[row + count - 1]))
+    for _, same_tail in groupby(tails, key=id):
+        count = len(list(same_tail))
+        runs.append(_TailRun(tails[row], row, count, positions[row + count - 1]))
         row += count
-    return found
+    return runs

@@ -1,13 +1,14 @@
-"""One decode step's rows: guess, draw, commit. A step that fails leaves no trace.
+"""The sequences of one decode step: their guesses, their rows, and the tokens drawn from its logits.
 
-A sequence brings one row, or more where there are guesses at what comes next: each guess is a row too, and
-all are verified at once. The step's last word has the sampler: a guess is taken if it is the token drawn at
-its place, so that what is generated is what steps of one row would have generated::
+A sequence has one row, plus one row for each guess; a step verifies all guesses at once. A guess is accepted
+if the sampler draws the same token at its position, so the tokens equal those of steps without guesses::
 
     committed        row 0       row 1       row 2
     ... the  cat │   sat         on          a           tokens
                      ↓           ↓           ↓
                      on  = on    the ≠ a     (dropped)   drawn: "on", "the"
+
+Called by ``scheduler`` and ``retry``. It must not know shards or how a step runs.
 """
 
 from collections.abc import Sequence as Seq
@@ -18,41 +19,42 @@ from torch import Tensor
 from farshore.attention_offload.base import AttentionModel
 from farshore.attention_offload.plan.step_plan import StepPlan
 from farshore.errors import Full
-from farshore.workers.engine.decode.sampler import Choice, sample
+from farshore.workers.engine.decode.sampler import DrawnToken, sample
 from farshore.workers.engine.sequence import Sequence
 
 
 @dataclass(slots=True)
 class StepEntry:
-    """One sequence in one step."""
+    """One sequence's rows of a step: its newest token and its guesses."""
 
     sequence: Sequence
     guesses: list[int]
-    drawn: list[Choice]
-    """Its next tokens, once the step has run: one, and one more for each guess that was right."""
+    drawn: list[DrawnToken]
+    """The next tokens, after the step: one, and one more for each accepted guess."""
     error: Exception | None = None
-    """Why its own part of the step failed."""
+    """The error of this sequence alone, if drawing or committing failed."""
 
     @property
     def rows(self) -> int:
+        """Number of the sequence's rows in the step."""
         return 1 + len(self.guesses)
 
 
-def order(batch: Seq[Sequence]) -> list[Sequence]:
-    """Sequences that share spans one after the other: what they share is read once for all of them."""
+def order_by_spans(batch: Seq[Sequence]) -> list[Sequence]:
+    """Sorts sequences so that those that share spans are adjacent: a step reads a shared span once."""
     return sorted(batch, key=lambda sequence: [span.span for span in sequence.spans])
 
 
-MOST_GUESSING_ROWS = 16
-"""Rows of a step that guesses may fill up: beyond, a row costs more than the guess is worth."""
+MOST_ROWS_WITH_GUESSES = 16
+"""Guesses are added while the step has fewer rows than this. Beyond, a row costs more than a guess gains."""
 
 
-def guess(entries: Seq[StepEntry]) -> None:
-    """Let the sequences guess what comes next, as far as the step has room for rows."""
-    room = MOST_GUESSING_ROWS - len(entries)
+def add_guesses(entries: Seq[StepEntry]) -> None:
+    """Adds guesses to the entries, up to ``MOST_ROWS_WITH_GUESSES`` rows in all."""
+    room = MOST_ROWS_WITH_GUESSES - len(entries)
     for index, entry in enumerate(entries):
         sequence = entry.sequence
-        # The last token that is asked for needs no guess behind it.
+        # No guess is needed for the token after the last requested one.
         most = min(
             room // (len(entries) - index), sequence.sampling.max_tokens - sequence.completion_tokens - 1
         )
@@ -61,31 +63,35 @@ def guess(entries: Seq[StepEntry]) -> None:
             room -= len(entry.guesses)
 
 
-def draw(entries: Seq[StepEntry], logits: Tensor) -> None:
-    """Draw every sequence's next tokens from the step's logits ``f32[rows, vocab]``; they become its own."""
+def draw_tokens(entries: Seq[StepEntry], logits: Tensor) -> None:
+    """Draws each sequence's next tokens from the step's logits, ``f32[rows, vocab]``, and appends them.
+
+    Drawing for a sequence stops at its first wrong guess and at its last token. An error is stored in the
+    entry and does not affect the others.
+    """
     row = 0
     for entry in entries:
         entry.drawn = []
         try:
-            for guess, behind in zip([*entry.guesses, None], logits[row : row + entry.rows], strict=True):
-                entry.drawn.append(draw_one(entry.sequence, behind))
+            for guess, row_logits in zip([*entry.guesses, None], logits[row : row + entry.rows], strict=True):
+                entry.drawn.append(draw_token(entry.sequence, row_logits))
                 if entry.drawn[-1].token != guess or entry.sequence.finish_reason() is not None:
                     break
         except Exception as error:
             entry.error = error
         if entry.guesses and entry.sequence.lookup is not None:
-            entry.sequence.lookup.judge(len(entry.guesses), len(entry.drawn) - 1)
+            entry.sequence.lookup.record(len(entry.guesses), len(entry.drawn) - 1)
         row += entry.rows
 
 
-def draw_one(sequence: Sequence, logits: Tensor) -> Choice:
-    """The token behind all of the sequence's, now the last of them."""
+def draw_token(sequence: Sequence, logits: Tensor) -> DrawnToken:
+    """Draws the sequence's next token from ``logits`` (``f32[vocab]``) and appends it to the sequence."""
     drawn = sample(
         logits,
         sequence.sampling,
         tokens=sequence.tokens,
         prompt_tokens=sequence.prompt_tokens,
-        seen=sequence.seen,
+        counts=sequence.token_counts,
         choice=sequence.choice,
     )
     sequence.tokens.append(drawn.token)
@@ -93,14 +99,17 @@ def draw_one(sequence: Sequence, logits: Tensor) -> Choice:
 
 
 def commit(plan: StepPlan, entries: Seq[StepEntry], attention: AttentionModel) -> None:
-    """The KV of the tokens drawn from becomes part of every sequence, the rest is dropped. What the shards
-    attended to is counted, shared reads for the first of those that share."""
+    """Commits the KV of the rows that tokens were drawn from, and truncates the tails above it.
+
+    Adds the bytes that shards attended to to ``attended_bytes``; a shared read counts for its first sequence.
+    An error is stored in the entry.
+    """
     group_bytes = attention.layouts[0].of_groups(1).token_bytes
-    of_row = [entry.sequence for entry in entries for _ in range(entry.rows)]
+    sequence_of_row = [entry.sequence for entry in entries for _ in range(entry.rows)]
     for worker, reads in plan.reads[0].items():
         for read in reads:
             size = (read.last - read.first) * (read.group1 - read.group0) * group_bytes
-            of_row[read.rows.start].attended_bytes[worker] += size
+            sequence_of_row[read.rows.start].attended_bytes[worker] += size
     for entry in entries:
         if entry.error is not None:
             continue
@@ -114,15 +123,17 @@ def commit(plan: StepPlan, entries: Seq[StepEntry], attention: AttentionModel) -
             entry.error = error
 
 
-def drop_scratch(entries: Seq[StepEntry]) -> None:
-    """After a failed step: nothing above the committed lengths remains."""
+def truncate_tails(entries: Seq[StepEntry]) -> None:
+    """Truncates the tails to the committed lengths, after a failed step."""
     for entry in entries:
         entry.sequence.placed_tail.truncate(entry.sequence.committed)
 
 
-def reserve(entry: StepEntry) -> None:
-    """Make room in the sequence's tail; guesses are dropped where there is none for them. Raises Full where
-    there is none for a single row."""
+def reserve_tail(entry: StepEntry) -> None:
+    """Reserves room for the entry's rows in the tail; drops the guesses if there is no room for them.
+
+    Raises Full if there is no room for one row.
+    """
     sequence, tail = entry.sequence, entry.sequence.placed_tail
     try:
         tail.reserve(sequence.committed + entry.rows)

@@ -1,7 +1,7 @@
-"""Where a sequence's KV goes: finds what is stored already, grants the rest, forks, gives everything back.
+"""Placement of sequences' KV: finds stored prefixes, grants spans, seals, forks, hands off and releases.
 
-The engine's side of the shard stores. It decides nothing global: which shards may be used, and how sequences
-are cut, it is told.
+This is the engine's side of the shard stores. Called by ``scheduler``, ``prefill.prompts`` and ``admission``.
+It must not decide global placement: which shards may be used, and how a sequence is cut, is configured.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,57 +18,59 @@ from farshore.kvstore.base import ShardStore, SpanSlice
 from farshore.kvstore.prefix import chain
 from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.tail import Tail
-from farshore.workers.engine.kv import span_writer as spans
+from farshore.workers.engine.kv import span_writer
 from farshore.workers.engine.kv.handoff import HandOffs
-from farshore.workers.engine.kv.pool import Pool
+from farshore.workers.engine.kv.pool import ShardPool
 from farshore.workers.engine.kv.prefix import assemble
 from farshore.workers.engine.sequence import Holder, PlacedSpan, Sequence
 
 
 class SequenceCache:
-    """KV of all sequences of one engine.
+    """The KV of all sequences of one engine.
 
-    ``arena`` is the engine's own memory, for tails. :meth:`place` runs beside the engine's thread and waits
-    for shards; all other calls come from the engine's thread and wait for nothing.
+    ``arena`` is the engine's own memory, which holds the tails. ``store`` is the store in the same arena, if
+    there is one: its cached blocks can be evicted for tails. :meth:`place` blocks on shards and runs in a
+    thread of its own. :meth:`fits_ever` may be called from any thread. All other methods belong to the
+    engine's thread and never block.
     """
 
     def __init__(
         self,
         *,
         arena: Arena,
-        pool: Pool,
+        pool: ShardPool,
         model: AttentionModel,
         shard_by: ShardBy,
         store: ShardStore | None = None,
     ) -> None:
-        """``store``: the one in the same arena, if there is one; what it caches can go for tails."""
         self._arena = arena
         self._store = store
         self._pool = pool
-        self._layout = model.layouts[spans.LAYER_CLASS]
+        self._layout = model.layouts[span_writer.LAYER_CLASS]
         self._shard_by: ShardBy = shard_by
         self._hand_offs = HandOffs(pool, self._layout)
 
     def fits_ever(self, tokens: int) -> None:
-        """Raises Full where one completion of ``tokens``, prompt included, would not fit even into the empty
-        pool. Of a pool whose size is not known, since a shard has never answered, nothing is said."""
+        """Raises Full if ``tokens`` tokens, prompt and completion, do not fit into the empty pool.
+
+        Does nothing while the pool's size is unknown because a shard has never answered.
+        """
         budgets = self._pool.budgets()
         if budgets is not None:
             self._spread(tokens, budgets)
 
     def tail_blocks_free(self) -> int:
-        """How many more blocks of tails fit into the engine's memory."""
+        """Returns the number of tail blocks that still fit into the engine's memory."""
         free_bytes = self._store.usage().available_bytes if self._store else self._arena.free_bytes
         return free_bytes // Tail.bytes_for(self._layout, 0, BLOCK_TOKENS)
 
     def place(self, sequence: Sequence, *, promised_tokens: int) -> None:
-        """Find the longest stored prefix of what is to be prefilled, and commit it; grant spans for the rest;
-        open the tail. By the shards that answer: one that turns silent meanwhile is left out, and placing
-        begins anew.
+        """Commits the longest stored prefix of a sequence, grants spans for the rest, and opens the tail.
 
-        Raises Full, with nothing kept, where the rest of the prompt and a block of what it generates don't
-        fit next to ``promised_tokens`` that running sequences will need soon; TransportError where no shard
-        answers.
+        Only shards that answer are used; if one becomes silent meanwhile, placing restarts without it. Raises
+        Full if the rest of the prompt and one block of its completion do not fit beside ``promised_tokens``,
+        the tokens that running sequences will need soon; TransportError if no shard answers. Atomic: after an
+        error the sequence holds no memory.
         """
         tokens = sequence.prefill_tokens = sequence.known_tokens
         sequence.blocks = chain(
@@ -86,69 +88,80 @@ class SequenceCache:
                     raise
 
     def _place(self, sequence: Sequence, holder: Holder, promised_tokens: int, failed: set[WorkerId]) -> None:
-        """``failed``: shards that did not answer while this sequence was placed; more may be added."""
+        """Places once. Adds shards that did not answer to ``failed``, the shards to leave out."""
         found, free = self._find_prefix(sequence, holder, failed)
         if not free:
             raise TransportError(f"no attention worker answers: {', '.join(self._pool.targets)}")
         sequence.spans = found
-        hit = max((span.last for span in found), default=0)
+        prefix_tokens = max((span.last for span in found), default=0)
         tokens = sequence.prefill_tokens
         promised_bytes = promised_tokens * self._layout.token_bytes // len(free)
         promised_free = {worker: size - promised_bytes for worker, size in free.items()}
-        self._spread(tokens - hit + min(BLOCK_TOKENS, sequence.growth_tokens), promised_free)
-        sequence.classes, shares = self._spread(tokens - hit, promised_free)
-        shares = [share._replace(first=share.first + hit, last=share.last + hit) for share in shares]
+        self._spread(tokens - prefix_tokens + min(BLOCK_TOKENS, sequence.growth_tokens), promised_free)
+        sequence.classes, shares = self._spread(tokens - prefix_tokens, promised_free)
+        shares = [
+            share._replace(first=share.first + prefix_tokens, last=share.last + prefix_tokens)
+            for share in shares
+        ]
         granted, failures = self._pool.gather({share.worker: self._grant(share, holder) for share in shares})
         for share in shares:
             if share.worker in failures:
                 failed.update(failures)
                 raise failures[share.worker]
-            sequence.spans.append(spans.placed(share, granted[share.worker]))
+            sequence.spans.append(span_writer.placed(share, granted[share.worker]))
         sequence.spans_changed()
         sequence.tail = Tail(arena=self._arena, layout=self._layout, start=tokens)
-        sequence.committed = hit
+        sequence.committed = prefix_tokens
 
     def seal(self, sequence: Sequence, until: int) -> list[Future[None]]:
-        """Begins to seal every span of what is prefilled up to position ``until``, and to name its blocks.
-        Idempotent. Once all have succeeded: :meth:`sealed`."""
+        """Starts to seal all spans up to position ``until``, with the hashes of their blocks.
+
+        All positions below ``until`` must be written. Returns the calls; after all have succeeded, call
+        :meth:`sealed`. Idempotent.
+        """
         calls = []
         for span in sequence.spans:
             last = min(until, span.last)
             if last > span.sealed:
                 names = [block for block in sequence.blocks if span.sealed < block.last <= last]
-                seal = partial(spans.seal, span=span, last=last, names=names, holder=sequence.placed_holder)
+                holder = sequence.placed_holder
+                seal = partial(span_writer.seal, span=span, last=last, names=names, holder=holder)
                 calls.append(self._pool[span.worker].submit(seal))
         return calls
 
     def sealed(self, sequence: Sequence, until: int) -> None:
-        """Everything up to ``until`` is sealed, and so committed."""
+        """Records that all spans are sealed up to position ``until``, and commits these positions."""
         for span in sequence.spans:
             span.sealed = max(span.sealed, min(until, span.last))
         sequence.committed = until
 
     def fork(self, sequence: Sequence, child: Sequence) -> None:
-        """``child``, another choice, shares the spans of ``sequence`` and has a copy of its tail. Raises
-        Full, with nothing kept."""
+        """Gives ``child``, another choice, the spans of ``sequence`` and a copy of its tail.
+
+        Atomic. Raises Full if there is no room for the tail.
+        """
         tail = sequence.placed_tail.fork()
         child.holder = Holder(child.id, child.epoch)
         child.spans = [replace(span) for span in sequence.spans]
         child.spans_changed()
         child.classes = sequence.classes
         for worker in {span.worker for span in child.spans}:
-            held = [span.span for span in child.spans if span.worker == worker]
-            self._pool[worker].retain(child.holder, held)
+            shared = [span.span for span in child.spans if span.worker == worker]
+            self._pool[worker].retain(child.holder, shared)
         child.tail = tail
         child.prefill_tokens = sequence.prefill_tokens
         child.committed = sequence.committed
 
     def hand_off(self, sequence: Sequence) -> None:
-        """Start, or finish, moving the tail's full blocks to shards. Never waits."""
+        """Starts or finishes the hand-off of the tail's full blocks to shards."""
         self._hand_offs.advance(sequence)
 
     def release(self, sequence: Sequence) -> None:
-        """Give back everything the sequence has, wherever it is. Never waits: shards hear of it in their
-        turn, and one that does not answer when it is back. The tail's memory is free now, or when the
-        hand-off that reads it has ended."""
+        """Gives back all memory of the sequence.
+
+        Shards drop its spans when their queues reach the call, or when they answer again. The tail's memory
+        is freed at once, or when the hand-off that reads it has ended.
+        """
         busy = self._hand_offs.forget(sequence)
         tail, sequence.tail = sequence.tail, None
         if tail is not None:
@@ -164,27 +177,32 @@ class SequenceCache:
     def _find_prefix(
         self, sequence: Sequence, holder: Holder, failed: set[WorkerId]
     ) -> tuple[list[PlacedSpan], dict[WorkerId, int]]:
-        """Held spans of the longest stored prefix, and the free bytes of the shards that answered. Never all
-        of a prompt: logits are wanted of its end."""
-        below = sequence.prefill_tokens + sequence.forked
-        blocks = [block for block in sequence.blocks if block.last < below]
+        """Returns the spans of the longest stored prefix, held by ``holder``, and free bytes by shard.
+
+        Only shards that answered are in the second. The prefix never includes the last token of a prompt that
+        is not forked: prefill must compute that token's logits.
+        """
+        limit = sequence.prefill_tokens + sequence.forked
+        blocks = [block for block in sequence.blocks if block.last < limit]
         calls = {
-            worker: self._pool[worker].find(holder, blocks, layer_class=spans.LAYER_CLASS)
+            worker: self._pool[worker].find(holder, blocks, layer_class=span_writer.LAYER_CLASS)
             for worker in self._pool.placeable()
             if worker not in failed
         }
         found, failures = self._pool.gather(calls)
-        failed.update(failures)  # less of a hit
-        slices: dict[WorkerId, list[SpanSlice]] = {worker: its for worker, (its, _) in found.items()}
+        failed.update(failures)  # Their blocks are not found, so the prefix may be shorter.
+        slices: dict[WorkerId, list[SpanSlice]] = {
+            worker: of_worker for worker, (of_worker, _) in found.items()
+        }
         placed = assemble(slices, groups=self._layout.groups)
         used = {span.span for span in placed}
-        for worker, its in slices.items():
-            if unused := [it.span for it in its if it.span not in used]:
+        for worker, of_worker in slices.items():
+            if unused := [span_slice.span for span_slice in of_worker if span_slice.span not in used]:
                 self._pool[worker].release(holder, unused)
         return placed, {worker: free_bytes for worker, (_, free_bytes) in found.items()}
 
     def _grant(self, share: Share, holder: Holder) -> Future[SpanId]:
-        key = spans.key_of(share, holder)
+        key = span_writer.key_of(share, holder)
         return self._pool[share.worker].create(
             holder,
             key,
@@ -193,8 +211,12 @@ class SequenceCache:
         )
 
     def _spread(self, tokens: int, bytes_of: Mapping[WorkerId, int]) -> tuple[list[HeadClass], list[Share]]:
+        """Cuts ``tokens`` into shares for workers of ``bytes_of`` bytes; returns (group placements, shares).
+
+        Raises Full if they do not fit.
+        """
         layout = self._layout
-        # A share ends in a partly filled block, and so does the growth behind it: plan for both.
+        # One block per worker is left out: a share and the growth after it both end in a partly filled block.
         rooms = [
             Room(worker, max(0, size // layout.block_bytes - 1) * BLOCK_TOKENS)
             for worker, size in bytes_of.items()
@@ -204,12 +226,12 @@ class SequenceCache:
             return classes, spread(classes, tokens=tokens, groups=layout.groups)
         except Full as error:
             silent = self._pool.silent()
-            why = f"; attention workers that do not answer: {', '.join(silent)}" if silent else ""
-            raise Full(f"{error}{why}", free_bytes=sum(bytes_of.values())) from None
+            note = f"; attention workers that do not answer: {', '.join(silent)}" if silent else ""
+            raise Full(f"{error}{note}", free_bytes=sum(bytes_of.values())) from None
 
 
 def _when_done(calls: list[Future[PlacedSpan]], then: Callable[[], None]) -> None:
-    """Calls ``then`` once, when all ``calls`` have ended."""
+    """Calls ``then`` once, after all ``calls`` have ended."""
     if not calls:
         then()
         return

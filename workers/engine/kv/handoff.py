@@ -1,7 +1,8 @@
-"""Full blocks of tails on their way to shards, in the background.
+"""Hand-off: moves full blocks of tails to shards, in the background.
 
-When the shards have sealed them the tail lets go, and the next step plan reads them there. Called by
-``cache`` from the engine's thread; the moves run in the shards' queues.
+When the shards have sealed a block, the tail releases it, and the next step plan reads it from the shards.
+Called by ``cache`` from the engine's thread; the moves run in the shards' queues. It must not know steps or
+how sequences are scheduled.
 """
 
 from concurrent.futures import Future
@@ -17,26 +18,27 @@ from farshore.ids import SequenceId, WorkerId
 from farshore.kernels.base import BLOCK_TOKENS, KVLayout
 from farshore.kvstore.prefix import PrefixBlock, chain
 from farshore.kvstore.store.tail import Tail
-from farshore.workers.engine.kv import span_writer as spans
-from farshore.workers.engine.kv.pool import Pool, first_error
+from farshore.workers.engine.kv import span_writer
+from farshore.workers.engine.kv.pool import ShardPool, first_error
 from farshore.workers.engine.kv.shard_queue import ShardQueue
 from farshore.workers.engine.sequence import Holder, PlacedSpan, Sequence
 
 MOST_BLOCKS = 8
-"""Of a span that tails grow into: each is granted twice the one before it, so that a step of a long answer
-reads few spans, and a short answer holds little more than it needs."""
+"""Most blocks of a span that a hand-off creates. Each is granted twice as many blocks as the previous one, so
+that a step of a long answer reads few spans, and a short answer holds little more than it needs."""
 
 
 class _Target(NamedTuple):
-    """Where a head class's part of the blocks goes: behind what is in a span, or to a new one."""
+    """Destination of the blocks of one placement of head groups: the rest of a span, or a new span."""
 
     share: Share
-    """What a new one is granted; its worker and groups are the old one's otherwise."""
+    """Worker, positions and groups; a new span is granted for all of it."""
     into: PlacedSpan | None
+    """The existing span; None for a new one."""
 
 
 class _HandOff(NamedTuple):
-    """A move under way: up to where, to which targets, and the spans that will hold it."""
+    """A hand-off under way: the end of its positions, its targets, and the calls that return their spans."""
 
     boundary: int
     targets: list[_Target]
@@ -44,17 +46,21 @@ class _HandOff(NamedTuple):
 
 
 class HandOffs:
-    """``layout``: of blocks with all head groups."""
+    """The hand-offs of one engine. Not thread-safe: only the engine's thread calls it.
 
-    def __init__(self, pool: Pool, layout: KVLayout) -> None:
+    ``layout`` is the layout of blocks with all head groups.
+    """
+
+    def __init__(self, pool: ShardPool, layout: KVLayout) -> None:
         self._pool = pool
         self._layout = layout
         self._under_way: dict[tuple[SequenceId, int], _HandOff] = {}
 
     def advance(self, sequence: Sequence) -> None:
-        """Start, or finish, moving the full blocks of the sequence's tail. Never waits.
+        """Starts or finishes the hand-off of the tail's full blocks. Never blocks.
 
-        A refusal keeps them in the tail: the next full block tries again.
+        Refused blocks stay in the tail; the hand-off is tried again with the next full block. Raises an error
+        of a move that is not a FarshoreError.
         """
         pending = self._under_way.get(sequence.key)
         if pending is not None:
@@ -63,12 +69,14 @@ class HandOffs:
             return
         tail = sequence.placed_tail
         boundary = sequence.committed // BLOCK_TOKENS * BLOCK_TOKENS
-        if boundary > tail.start and boundary != sequence.refused_at:
+        if boundary > tail.start and boundary != sequence.refused_boundary:
             sequence.blocks = chain(
                 sequence.tokens[:boundary], fingerprint=sequence.fingerprint, begun=sequence.blocks
             )
             targets = self._targets(sequence, boundary)
-            boundary = min([boundary, *(it.into.capacity for it in targets if it.into is not None)])
+            boundary = min(
+                [boundary, *(target.into.capacity for target in targets if target.into is not None)]
+            )
             names = [
                 block for block in sequence.blocks if tail.start <= block.first and block.last <= boundary
             ]
@@ -80,37 +88,47 @@ class HandOffs:
             self._under_way[sequence.key] = _HandOff(boundary, targets, moves)
 
     def forget(self, sequence: Sequence) -> list[Future[PlacedSpan]]:
-        """Cancels the sequence's own, and returns the moves that run already: they read its tail."""
+        """Cancels the sequence's hand-off; returns the moves that already run and so still read its tail."""
         pending = self._under_way.pop(sequence.key, None)
         return [move for move in pending.moves if not move.cancel() and not move.done()] if pending else []
 
     def _targets(self, sequence: Sequence, boundary: int) -> list[_Target]:
-        """For each head class: what is left of the span that its last blocks went to; else the worker that
-        has least of this sequence, answers, and did not refuse the last time."""
+        """Chooses a target for each placement of head groups.
+
+        It is the rest of the span that its last blocks went to; else a new span on the worker that
+        answers, did not refuse the last time, and stores the fewest tokens of this sequence.
+        """
         start = sequence.placed_tail.start
-        held: dict[WorkerId, int] = {room.worker: 0 for c in sequence.classes for room in c.workers}
+        stored_tokens: dict[WorkerId, int] = {
+            free.worker: 0 for placement in sequence.classes for free in placement.workers
+        }
         for span in sequence.spans:
-            if span.worker in held:
-                held[span.worker] += span.last - span.first
+            if span.worker in stored_tokens:
+                stored_tokens[span.worker] += span.last - span.first
         silent = set(self._pool.silent())
 
         def rank(worker: WorkerId) -> tuple[bool, bool, int, WorkerId]:
-            return worker in silent, worker in sequence.refused_by, held[worker], worker
+            return worker in silent, worker in sequence.refused_by, stored_tokens[worker], worker
 
         targets = []
-        for c in sequence.classes:
-            mine = [s for s in sequence.spans if s.origin >= sequence.prefill_tokens and s.group0 == c.group0]
-            newest = max(mine, key=lambda span: span.first, default=None)
+        for placement in sequence.classes:
+            group0, group1 = placement.group0, placement.group1
+            handed_off = [
+                span
+                for span in sequence.spans
+                if span.origin >= sequence.prefill_tokens and span.group0 == group0
+            ]
+            newest = max(handed_off, key=lambda span: span.first, default=None)
             if newest and newest.capacity > start and newest.worker not in sequence.refused_by | silent:
-                share = Share(newest.worker, start, newest.capacity, c.group0, c.group1)
+                share = Share(newest.worker, start, newest.capacity, group0, group1)
                 targets.append(_Target(share, newest))
                 continue
             blocks = -(-(newest.capacity - newest.origin) // BLOCK_TOKENS) if newest else 0
             most = sequence.prompt_tokens + sequence.sampling.max_tokens
             wanted = start // BLOCK_TOKENS * BLOCK_TOKENS + min(2 * blocks, MOST_BLOCKS) * BLOCK_TOKENS
             last = max(boundary, min(wanted, most))
-            worker = min((room.worker for room in c.workers), key=rank)
-            targets.append(_Target(Share(worker, start, last, c.group0, c.group1), None))
+            worker = min((free.worker for free in placement.workers), key=rank)
+            targets.append(_Target(Share(worker, start, last, group0, group1), None))
         return targets
 
     def _move(
@@ -123,26 +141,30 @@ class HandOffs:
         names: list[PrefixBlock],
         client: ShardClient,
     ) -> PlacedSpan:
-        """Runs in the shard's queue. What went behind an old span's end and is not told of is scratch; a new
-        span that failed is given back."""
-        span = target.into or self._granted(queue, holder, target.share, boundary)
+        """Writes the blocks to the target and seals them; returns its span. Runs in the shard's queue.
+
+        If it fails, tokens after the old ``last`` of an existing span are overwritten by the retry; a new
+        span is given back.
+        """
+        span = target.into or self._grant_or_less(queue, holder, target.share, boundary)
         first = tail.start
         try:
-            at = max(first, span.sealed)  # sealed in an attempt that failed elsewhere
-            if at < boundary:
-                k, v = tail.read_layers(at, boundary, dtype=torch.uint8)
+            # A hand-off that failed on another shard may have sealed some of the blocks here.
+            position = max(first, span.sealed)
+            if position < boundary:
+                k, v = tail.read_layers(position, boundary, dtype=torch.uint8)
                 for layer in range(self._layout.layers):
-                    spans.write(
+                    span_writer.write(
                         client,
                         span=span,
                         layer=layer,
-                        position=at,
+                        position=position,
                         k=k[layer],
                         v=v[layer],
                         layout=self._layout,
                         holder=holder,
                     )
-            spans.seal(client, span=span, last=boundary, names=names, holder=holder)
+            span_writer.seal(client, span=span, last=boundary, names=names, holder=holder)
         except FarshoreError:
             if target.into is None:
                 queue.release(holder, [span.span])
@@ -150,8 +172,8 @@ class HandOffs:
         span.sealed = boundary
         return span
 
-    def _granted(self, queue: ShardQueue, holder: Holder, share: Share, boundary: int) -> PlacedSpan:
-        """A new span; where the shard has no room to grow into, one that is no longer than it must be."""
+    def _grant_or_less(self, queue: ShardQueue, holder: Holder, share: Share, boundary: int) -> PlacedSpan:
+        """Grants a span for ``share``, or one that ends at ``boundary`` if the shard lacks room for all."""
         try:
             return self._grant(queue, holder, share)
         except Full:
@@ -162,34 +184,35 @@ class HandOffs:
     def _grant(self, queue: ShardQueue, holder: Holder, share: Share) -> PlacedSpan:
         span = queue.grant(
             holder,
-            spans.key_of(share, holder),
+            span_writer.key_of(share, holder),
             capacity_tokens=share.last - share.first,
             layout=self._layout.of_groups(share.group1 - share.group0),
         )
-        return spans.placed(share, span)
+        return span_writer.placed(share, span)
 
     def _settle(self, sequence: Sequence) -> None:
+        """Ends a hand-off whose moves are done: releases the tail's blocks, or records the refusals."""
         pending = self._under_way.pop(sequence.key)
         error = first_error(pending.moves)
         if error is not None:
-            new = [it for it in zip(pending.moves, pending.targets, strict=True) if it[1].into is None]
-            for move, target in new:
-                if not move.cancelled() and move.exception() is None:
+            for move, target in zip(pending.moves, pending.targets, strict=True):
+                if target.into is None and not move.cancelled() and move.exception() is None:
                     self._pool[target.share.worker].release(sequence.placed_holder, [move.result().span])
             if not isinstance(error, FarshoreError):
                 raise error
             sequence.refused_by |= {
-                it.share.worker
-                for move, it in zip(pending.moves, pending.targets, strict=True)
+                target.share.worker
+                for move, target in zip(pending.moves, pending.targets, strict=True)
                 if move.cancelled() or move.exception() is not None
             }
-            if {room.worker for c in sequence.classes for room in c.workers} <= sequence.refused_by:
-                # Nothing has room: not before there is another block, or memory was given back.
-                sequence.refused_at = pending.boundary
+            workers = {free.worker for placement in sequence.classes for free in placement.workers}
+            if workers <= sequence.refused_by:
+                # Every worker refused. The scheduler clears refused_boundary when memory is given back.
+                sequence.refused_boundary = pending.boundary
                 sequence.refused_by.clear()
             return
         sequence.refused_by.clear()
-        sequence.refused_at = None
+        sequence.refused_boundary = None
         for move, target in zip(pending.moves, pending.targets, strict=True):
             span = move.result()
             span.last = pending.boundary

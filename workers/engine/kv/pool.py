@@ -1,6 +1,7 @@
-"""The shards of one engine: which of them answer, what they have free, which are lost.
+"""The shards of one engine: which of them answer, how much memory they have, and which are lost.
 
-Called by ``engine`` and ``cache``. It must not know what is placed.
+Called by ``engine``, ``scheduler``, ``prefill`` and the other modules of ``kv``. It must not know what is
+placed.
 """
 
 import time
@@ -17,11 +18,15 @@ from farshore.workers.engine.kv.shard_queue import STALLED_S, ShardQueue
 T = TypeVar("T")
 
 GATHER_DEADLINE_S = 30.0
-"""For shards whose queues go on, but slowly."""
+"""Longest wait of :meth:`ShardPool.gather` for calls whose queues make progress, but slowly."""
 
 
-class Pool:
-    """``targets``: those of ``peers`` that new spans go to. ``changed``: see :class:`ShardQueue`."""
+class ShardPool:
+    """One :class:`ShardQueue` for each shard client of an engine. Thread-safe.
+
+    ``targets`` are the workers among ``clients`` that new spans are placed on. ``changed`` and ``grace_s``
+    are those of :class:`ShardQueue`.
+    """
 
     def __init__(
         self,
@@ -43,31 +48,31 @@ class Pool:
         return self._queues[worker]
 
     def placeable(self) -> list[WorkerId]:
-        """Targets that answer."""
+        """Returns the targets that answer."""
         return [worker for worker in self.targets if self._queues[worker].is_placeable]
 
     def silent(self) -> list[WorkerId]:
-        """Targets that do not."""
+        """Returns the targets that do not answer."""
         return [worker for worker in self.targets if not self._queues[worker].is_placeable]
 
     def unreadable(self) -> set[WorkerId]:
-        """Shards that no frame may be sent to now."""
+        """Returns the shards that no frame may be sent to now."""
         return {worker for worker, queue in self._queues.items() if not queue.is_readable}
 
     def lost(self) -> dict[WorkerId, str]:
-        """Shards whose spans are given up, and why."""
-        return {worker: why for worker, queue in self._queues.items() if (why := queue.lost)}
+        """Returns the lost shards, with the reason."""
+        return {worker: reason for worker, queue in self._queues.items() if (reason := queue.lost_reason)}
 
     def may_answer(self) -> bool:
-        """Whether there is a target that does not answer now and is not lost."""
-        return any(not self._queues[worker].lost for worker in self.silent())
+        """Returns whether a target that does not answer now is not lost, and so may answer again."""
+        return any(not self._queues[worker].lost_reason for worker in self.silent())
 
     def is_idle(self) -> bool:
-        """Whether every cold call so far has ended: nothing is about to be given back."""
+        """Returns whether all cold calls have ended, so that no memory is about to be given back."""
         return all(queue.is_idle for queue in self._queues.values())
 
     def budgets(self) -> dict[WorkerId, int] | None:
-        """Bytes of each target; None where one has never answered, so that the pool's size is unknown."""
+        """Returns each target's budget in bytes; None if one has never answered."""
         beats = {worker: self._queues[worker].beat for worker in self.targets}
         if any(beat is None for beat in beats.values()):
             return None
@@ -76,16 +81,19 @@ class Pool:
     def gather(
         self, calls: Mapping[WorkerId, Future[T]]
     ) -> tuple[dict[WorkerId, T], dict[WorkerId, FarshoreError]]:
-        """What the calls returned, and what they failed with. A call to a shard that answers nothing counts
-        as failed with Late after STALLED_S, and goes on. Never called by the token loop. Raises what is no
-        FarshoreError."""
-        until_s = self._clock() + GATHER_DEADLINE_S
+        """Waits for ``calls``; returns (results, errors) by worker.
+
+        A call to a shard that stops answering counts as failed with Late or Lost, about STALLED_S after it
+        started; the call itself continues. Blocks for GATHER_DEADLINE_S at most, so the token loop must not
+        call it. Raises any error that is not a FarshoreError.
+        """
+        end_s = self._clock() + GATHER_DEADLINE_S
         results: dict[WorkerId, T] = {}
         failures: dict[WorkerId, FarshoreError] = {}
-        left = dict(calls)
-        while left:
-            wait(left.values(), timeout=STALLED_S / 4, return_when=FIRST_COMPLETED)
-            for worker, future in list(left.items()):
+        pending = dict(calls)
+        while pending:
+            wait(pending.values(), timeout=STALLED_S / 4, return_when=FIRST_COMPLETED)
+            for worker, future in list(pending.items()):
                 if future.done():
                     error = future.exception()
                     if error is None:
@@ -94,26 +102,30 @@ class Pool:
                         failures[worker] = error
                     else:
                         raise error
-                elif not self._queues[worker].is_placeable or self._clock() > until_s:
+                elif not self._queues[worker].is_placeable or self._clock() > end_s:
                     failures[worker] = self._queues[worker].unanswered()
                 else:
                     continue
-                del left[worker]
+                del pending[worker]
         return results, failures
 
     def await_beats(self, deadline_s: float) -> None:
-        """Waits until every shard has answered or failed to, for ``deadline_s`` at most."""
-        until_s = self._clock() + deadline_s
+        """Blocks until the first beat of each shard was answered or failed, for ``deadline_s`` at most."""
+        end_s = self._clock() + deadline_s
         for queue in self._queues.values():
-            queue.await_look(max(0.0, until_s - self._clock()))
+            queue.await_first_beat(max(0.0, end_s - self._clock()))
 
     def close(self) -> None:
+        """Closes every queue, after the calls that wait in it."""
         for queue in self._queues.values():
             queue.close()
 
 
 def first_error(futures: Iterable[Future[Any]]) -> BaseException | None:
-    """Of futures that are done; one that was cancelled counts as a TransportError."""
+    """Returns the first error of ``futures``, all done, or None.
+
+    A cancelled one counts as a TransportError.
+    """
     for future in futures:
         if future.cancelled():
             return TransportError("the call was cancelled")

@@ -1,7 +1,8 @@
-"""Prompts whose beginning is stored already: what stands for a model's KV, and how hits are put together.
+"""Stored prefixes: the fingerprint of what KV depends on, and the assembly of hits from all shards.
 
-Every store answers for itself, with gaps; a prefix is of use only where all head groups of all its positions
-lie somewhere. Called by ``cache`` and by whoever starts an engine. It must not talk to stores.
+Each store reports the blocks that it holds, possibly with gaps. A prefix can be used only up to the first
+position that is not stored for all head groups. Called by ``cache`` and ``engine``. It must not talk to
+stores.
 """
 
 import hashlib
@@ -17,60 +18,76 @@ from farshore.workers.engine.sequence import PlacedSpan
 
 
 def fingerprint(config: ModelConfig, attention: AttentionModel, *, revision: str, salt: str = "") -> bytes:
-    """Stands for all that KV depends on beside tokens: the model's shape and constants, which weights
-    (``revision``), how KV is stored, and whose it is (``salt``: tenants do not share)."""
-    parts = (repr(config), repr(attention.specs), repr(attention.layouts), revision, salt)
-    # Lengths first, so that no two lists of parts look alike.
-    return hashlib.sha256("".join(f"{len(part)}:{part}" for part in parts).encode()).digest()
+    """Returns the SHA-256 digest of everything that KV depends on except the tokens.
+
+    These are the model's shape and constants, its weights (named by ``revision``), the layout and format of
+    KV, and ``salt``: tenants with different salts share no KV (invariant 6, docs/architecture.md).
+    """
+    fields = (repr(config), repr(attention.specs), repr(attention.layouts), revision, salt)
+    # Each field is prefixed with its length, so that different fields never concatenate to the same text.
+    return hashlib.sha256("".join(f"{len(field)}:{field}" for field in fields).encode()).digest()
 
 
 def assemble(found: Mapping[WorkerId, Sequence[SpanSlice]], *, groups: int) -> list[PlacedSpan]:
-    """The longest prefix that lies somewhere in all of its head groups, each position and group once, as
-    sealed spans in span order."""
+    """Returns the longest prefix that is stored for all head groups, as sealed spans in span order.
+
+    Each position and group is covered once. ``found`` holds the slices that each worker reported.
+    """
     by_block: dict[int, list[tuple[WorkerId, SpanSlice]]] = defaultdict(list)
     for worker, slices in found.items():
-        for it in slices:
-            for first in range(it.first, it.last, BLOCK_TOKENS):
-                by_block[first].append((worker, it))
+        for span_slice in slices:
+            for first in range(span_slice.first, span_slice.last, BLOCK_TOKENS):
+                by_block[first].append((worker, span_slice))
     placed: list[PlacedSpan] = []
-    reached = 0
-    going_on: dict[tuple[WorkerId, str], PlacedSpan] = {}
-    while cover := _cover(by_block[reached], groups, going_on):
-        before, going_on = going_on, {}
-        for worker, it in cover:
-            span = before.get((worker, it.span))
+    end = 0
+    last_cover: dict[tuple[WorkerId, str], PlacedSpan] = {}
+    while cover := _cover(by_block[end], groups, last_cover):
+        before, last_cover = last_cover, {}
+        for worker, span_slice in cover:
+            span = before.get((worker, span_slice.span))
             if span is None:
-                key = it.key
+                key = span_slice.key
                 span = PlacedSpan(
                     worker,
-                    it.span,
-                    reached,
-                    reached,
+                    span_slice.span,
+                    end,
+                    end,
                     key.group0,
                     key.group1,
-                    sealed=reached,
+                    sealed=end,
                     origin=key.first,
-                    capacity=reached,
+                    capacity=end,
                 )
                 placed.append(span)
-            span.last = span.sealed = span.capacity = reached + BLOCK_TOKENS
-            going_on[worker, it.span] = span
-        reached += BLOCK_TOKENS
+            span.last = span.sealed = span.capacity = end + BLOCK_TOKENS
+            last_cover[worker, span_slice.span] = span
+        end += BLOCK_TOKENS
     return placed
 
 
 def _cover(
-    here: list[tuple[WorkerId, SpanSlice]], groups: int, before: Mapping[tuple[WorkerId, str], PlacedSpan]
+    block_slices: list[tuple[WorkerId, SpanSlice]],
+    groups: int,
+    before: Mapping[tuple[WorkerId, str], PlacedSpan],
 ) -> list[tuple[WorkerId, SpanSlice]]:
-    """Of the slices that hold a block, some that hold each head group once; those of the block before first,
-    then those that hold most. None: no such some."""
+    """Chooses slices of one block that cover each head group once; returns [] unless all groups are covered.
+
+    Prefers spans that cover the previous block (``before``), then slices with more groups.
+    """
     cover: list[tuple[WorkerId, SpanSlice]] = []
     group = 0
     while group < groups:
-        options = [option for option in here if option[1].key.group0 == group]
+        options = [option for option in block_slices if option[1].key.group0 == group]
         if not options:
             return []
-        worker, best = max(options, key=lambda it: ((it[0], it[1].span) in before, it[1].key.group1, it[0]))
+        worker, best = max(
+            options,
+            key=lambda option: (
+                (option[0], option[1].span) in before,
+                option[1].key.group1,
+                option[0],
+            ),
+        )
         cover.append((worker, best))
         group = best.key.group1
     return cover

@@ -1,14 +1,14 @@
-"""Cold calls to one shard: grants, holds, writes, seals and drops, in order, in a thread of their own.
+"""Cold calls to one shard: grants, holds, writes, seals and drops, made in order by a thread of their own.
 
-The token loop hands calls over and goes on (design §2, invariant 9). The same thread keeps the books of what
-this engine holds at the shard, and asks a shard that does not answer whether it is back. Called by ``pool``,
-``cache``, ``handoff`` and ``prefill``; it must not know why a call is made.
+The token loop enqueues calls and continues (invariant 9, docs/architecture.md). The same thread records which
+spans this engine holds at the shard, sends beats, and probes a shard that does not answer. Called by
+``pool``, ``cache``, ``handoff`` and ``prefill``. It must not know why a call is made.
 
 States of a shard, as its engine sees them::
 
     answering ──frame late──▶ late ──silent for grace_s, refused, or another process──▶ lost
         ▲                      │                                                         │
-        └──── a beat answered, the connection for frames made anew ◀── the same process ─┘
+        └──── a beat is answered and the hot connections are made anew ◀─ same process ──┘
 """
 
 import logging
@@ -34,30 +34,36 @@ from farshore.workers.engine.sequence import Holder
 T = TypeVar("T")
 
 BEAT_S = 1.0
+"""Time between two beats to a shard that answers."""
 PROBE_S = 0.1
-"""Between two beats to a shard that does not answer."""
+"""Time between two beats to a shard that does not answer."""
 STALLED_S = 1.0
-"""A call that takes longer keeps new sequences away from the shard until it returns."""
+"""While a call takes longer than this, no sequence is placed on the shard."""
 REFUSED_S = 0.5
-"""A shard that refuses connections for so long is gone; a listener that is opened anew is back sooner."""
+"""A shard that refuses connections for this long is gone; a server that reopens its listener is faster."""
 MOST_CALLS = 4096
-"""Calls that wait; beyond, a call fails with Overloaded. Drops are never refused."""
+"""Most calls that wait in a queue; further ones fail with Overloaded. Changes of holds are never refused."""
 
 _LOG = logging.getLogger(__name__)
 
 
 class _Call(NamedTuple):
+    """A call that waits in the queue, and the future of its result."""
+
     run: Callable[[], Any]
     future: Future[Any]
-    keeps_books: bool
-    """It is made even when the shard does not answer, since it changes what is wanted."""
+    updates_holds: bool
+    """Whether the call changes the recorded holds. Such a call runs even if the shard does not answer."""
 
 
 class ShardQueue:
-    """``changed`` is called, from the queue's thread, when a call has ended or the shard's state changed.
+    """The cold calls to one shard, in order, and the spans that this engine holds there.
 
-    A shard holds spans by sequence. Here each of a sequence's choices is a :class:`Holder`: a span is dropped
-    at the shard when the last of the sequence's holders lets go.
+    ``changed`` is called from the queue's thread when a call has ended or the shard's state has changed.
+    ``grace_s`` is the time that the shard may stay silent before it is lost.
+
+    A shard records holds by sequence. Here each choice of a sequence has a :class:`Holder`; a span is dropped
+    at the shard when the last of its holders releases it.
     """
 
     def __init__(
@@ -78,19 +84,21 @@ class ShardQueue:
         self._calls: deque[_Call] = deque()
         self._closed = False
         self._late = False
-        """Frames were late, or their connection broke."""
+        """A frame was late, or the hot connection broke."""
         self._silent = False
         """A cold call was not answered."""
         self._silent_since_s: float | None = None
-        self._gone = ""
-        """Why the process that this queue was made for is known to be gone; empty: it is not."""
-        self._why = ""
+        self._gone_reason = ""
+        """Why the shard's process is known to be gone; empty if it is not."""
+        self._last_error = ""
+        """Text of the last error by which the shard was found late or silent."""
         self._refused_since_s: float | None = None
         self._call_began_s: float | None = None
         self._beat: ShardBeat | None = None
         self._beat_s = clock() - BEAT_S
-        self._reconcile = False
-        self._looked = threading.Event()
+        self._must_reconcile = False
+        """Whether the next beat lists all wanted spans, since the shard may hold others."""
+        self._beat_tried = threading.Event()
         self._holders: dict[tuple[SequenceId, SpanId], set[Holder]] = defaultdict(set)
         self._thread = threading.Thread(target=self._loop, name=f"shard {worker}", daemon=True)
         self._thread.start()
@@ -99,68 +107,76 @@ class ShardQueue:
 
     @property
     def is_readable(self) -> bool:
-        """Whether steps may send frames to it."""
-        return not self._late and not self._gone
+        """Whether steps may send frames to the shard."""
+        return not self._late and not self._gone_reason
 
     @property
     def is_placeable(self) -> bool:
-        """Whether it answers cold calls, so that spans may be placed there."""
+        """Whether the shard answers cold calls, so that spans may be placed on it."""
         began_s = self._call_began_s
         stalled = began_s is not None and self._clock() - began_s > STALLED_S
         return self.is_readable and not self._silent and not stalled
 
     @property
-    def lost(self) -> str:
-        """Why what lies there is given up; empty while it is not."""
+    def lost_reason(self) -> str:
+        """Why the shard is lost; empty if it is not."""
         since_s = self._silent_since_s
-        if self._gone or since_s is None or self._clock() - since_s <= self._grace_s:
-            return self._gone
-        return f"attention worker {self.worker} has not answered for {self._grace_s:g} s: {self._why}"
+        if self._gone_reason or since_s is None or self._clock() - since_s <= self._grace_s:
+            return self._gone_reason
+        return f"attention worker {self.worker} has not answered for {self._grace_s:g} s: {self._last_error}"
 
     @property
     def beat(self) -> ShardBeat | None:
-        """What the shard said last of its memory; None: it has never answered."""
+        """The shard's last beat, with its memory; None if it has never answered."""
         return self._beat
 
     @property
     def is_idle(self) -> bool:
-        """Whether every call so far has ended."""
+        """Whether all calls so far have ended."""
         return not self._calls and self._call_began_s is None
 
-    def await_look(self, timeout_s: float) -> None:
-        """Waits until the shard was asked for the first time, and has answered or not."""
-        self._looked.wait(timeout_s)
+    def await_first_beat(self, timeout_s: float) -> None:
+        """Blocks until the first beat has been answered or has failed, for ``timeout_s`` at most."""
+        self._beat_tried.wait(timeout_s)
 
     def unanswered(self) -> FarshoreError:
-        """The error of a call that is not made because the shard does not answer."""
-        if lost := self.lost:
-            return Lost(lost, shards=[self.worker])
-        return Late(f"attention worker {self.worker} does not answer: {self._why}", shards=[self.worker])
+        """Returns the error of a call that is not made since the shard does not answer: Lost or Late."""
+        if reason := self.lost_reason:
+            return Lost(reason, shards=[self.worker])
+        return Late(
+            f"attention worker {self.worker} does not answer: {self._last_error}", shards=[self.worker]
+        )
 
     def suspect(self, error: TransportError) -> None:
-        """Frames to the shard failed. It is late until it answers a beat and is connected again."""
+        """Marks the shard late, since a frame failed, until it answers a beat and is connected again."""
         with self._wake:
             self._late = True
-            self._why = str(error)
+            self._last_error = str(error)
             if self._silent_since_s is None:
                 self._silent_since_s = self._clock()
             self._wake.notify_all()
 
     def submit(self, call: Callable[[ShardClient], T]) -> Future[T]:
-        """Makes ``call`` behind those before it. The future fails with what the call raised; with Late or
-        Lost, and no call made, while the shard does not answer; with Overloaded where too many wait."""
+        """Enqueues ``call``, which runs in the queue's thread after all earlier ones.
+
+        The future fails with the call's error. It fails with Late or Lost if the shard does not answer, and
+        with Overloaded if MOST_CALLS wait; the call is then not made.
+        """
         return self._enqueue(lambda: call(self._client))
 
     def create(
         self, holder: Holder, key: SpanKey, *, capacity_tokens: int, layout: KVLayout
     ) -> Future[SpanId]:
-        """Grants a span, which ``holder`` holds."""
+        """Enqueues the grant of a span, which ``holder`` then holds. Fails as :meth:`submit` or with Full."""
         return self._enqueue(lambda: self.grant(holder, key, capacity_tokens=capacity_tokens, layout=layout))
 
     def find(
         self, holder: Holder, blocks: Sequence[PrefixBlock], *, layer_class: int
     ) -> Future[tuple[list[SpanSlice], int]]:
-        """What lies there of ``blocks``, held by ``holder``, and the shard's free bytes."""
+        """Enqueues a search for ``blocks``; ``holder`` then holds the slices that are found.
+
+        The result is (slices, free bytes of the shard).
+        """
 
         def run() -> tuple[list[SpanSlice], int]:
             slices: list[SpanSlice] = []
@@ -168,24 +184,25 @@ class ShardQueue:
                 slices = self._client.store.find_prefix(
                     blocks, layer_class=layer_class, sequence=holder.sequence, epoch=holder.epoch
                 )
-                self._hold(holder, [it.span for it in slices])
-            return slices, self._ask().free_bytes
+                self._hold(holder, [span_slice.span for span_slice in slices])
+            return slices, self._send_beat().free_bytes
 
         return self._enqueue(run)
 
     def retain(self, holder: Holder, spans: Sequence[SpanId]) -> None:
-        """``holder`` shares ``spans`` that another holder of its sequence has. Nothing is asked of the
-        shard."""
-        self._enqueue(lambda: self._hold(holder, spans), keeps_books=True)
+        """Adds ``holder`` to ``spans``, which another choice holds. Makes no call to the shard."""
+        self._enqueue(lambda: self._hold(holder, spans), updates_holds=True)
 
     def release(self, holder: Holder, spans: Iterable[SpanId] | None = None) -> None:
-        """Gives back ``spans``, or all that a closed ``holder`` has. What the shard does not hear of now it
-        hears when it answers again."""
-        named = None if spans is None else list(spans)
-        self._enqueue(lambda: self._let_go(holder, named), keeps_books=True)
+        """Releases ``spans``, or all spans of a closed ``holder`` if None.
+
+        If the shard does not answer, it learns of the drops by the first beat that it answers.
+        """
+        released = None if spans is None else list(spans)
+        self._enqueue(lambda: self._unhold(holder, released), updates_holds=True)
 
     def close(self) -> None:
-        """Makes the calls that wait, then ends the thread. Nothing may be submitted any more."""
+        """Makes the calls that wait, then ends the thread. No call may be enqueued afterwards."""
         with self._wake:
             self._closed = True
             self._wake.notify_all()
@@ -194,29 +211,29 @@ class ShardQueue:
     # -- in the queue's thread ---------------------------------------------------------------------------
 
     def grant(self, holder: Holder, key: SpanKey, *, capacity_tokens: int, layout: KVLayout) -> SpanId:
-        """As :meth:`create`, inside a submitted call."""
+        """Grants a span as :meth:`create` does; for use inside a submitted call."""
         span = self._client.store.create(
             key, capacity_tokens=capacity_tokens, layout=layout, epoch=holder.epoch
         )
         self._hold(holder, [span])
         return span
 
-    def _enqueue(self, run: Callable[[], Any], *, keeps_books: bool = False) -> Future[Any]:
+    def _enqueue(self, run: Callable[[], Any], *, updates_holds: bool = False) -> Future[Any]:
         future: Future[Any] = Future()
         with self._wake:
-            if not keeps_books and not self._answers():
+            if not updates_holds and not self._answers():
                 future.set_exception(self.unanswered())
-            elif not keeps_books and len(self._calls) >= MOST_CALLS:
+            elif not updates_holds and len(self._calls) >= MOST_CALLS:
                 future.set_exception(
                     Overloaded(f"{MOST_CALLS} calls to attention worker {self.worker} wait already")
                 )
             else:
-                self._calls.append(_Call(run, future, keeps_books))
+                self._calls.append(_Call(run, future, updates_holds))
                 self._wake.notify_all()
         return future
 
     def _answers(self) -> bool:
-        return not self._late and not self._silent and not self._gone
+        return not self._late and not self._silent and not self._gone_reason
 
     def _loop(self) -> None:
         while True:
@@ -229,21 +246,21 @@ class ShardQueue:
                 if call is None and self._closed:
                     return
             if call is not None:
-                self._make(call)
+                self._run(call)
             elif self._until_beat_s() <= 0:
-                self._look()
+                self._probe()
             elif not self._answers():
-                # Late was the news; the next beat is due soon.
+                # The thread woke because the shard became late. It sleeps until the next beat is due.
                 time.sleep(self._until_beat_s())
 
     def _until_beat_s(self) -> float:
-        period_s = BEAT_S if self._gone or self._answers() else PROBE_S
+        period_s = BEAT_S if self._gone_reason or self._answers() else PROBE_S
         return max(0.0, self._beat_s + period_s - self._clock())
 
-    def _make(self, call: _Call) -> None:
+    def _run(self, call: _Call) -> None:
         if not call.future.set_running_or_notify_cancel():
             return
-        if not call.keeps_books and not self._answers():
+        if not call.updates_holds and not self._answers():
             call.future.set_exception(self.unanswered())
             self._changed()
             return
@@ -252,10 +269,10 @@ class ShardQueue:
             result = call.run()
         except Exception as error:
             if isinstance(error, TransportError):
-                self._unheard(error, began_s)
-            elif call.keeps_books:  # its future has no reader
+                self._mark_silent(error, began_s)
+            elif call.updates_holds:  # No caller reads its future.
                 _LOG.error("attention worker %s did not take spans back", self.worker, exc_info=error)
-                self._reconcile = True
+                self._must_reconcile = True
             call.future.set_exception(error)
         else:
             call.future.set_result(result)
@@ -263,22 +280,24 @@ class ShardQueue:
             self._call_began_s = None
         self._changed()
 
-    def _unheard(self, error: TransportError, began_s: float) -> None:
-        """A call was not answered: whether the shard did what it asks is unknown."""
+    def _mark_silent(self, error: TransportError, began_s: float) -> None:
+        """Marks the shard silent. It may have carried out the unanswered call, so its holds may differ."""
         with self._wake:
-            self._silent = self._reconcile = True
-            self._why = str(error)
+            self._silent = self._must_reconcile = True
+            self._last_error = str(error)
             if self._silent_since_s is None:
                 self._silent_since_s = began_s
-            self._beat_s = self._clock() - BEAT_S  # ask now
+            self._beat_s = self._clock() - BEAT_S  # The next beat is due now.
 
     def _hold(self, holder: Holder, spans: Iterable[SpanId]) -> None:
+        """Records that ``holder`` holds ``spans``; releases them at once if it is closed."""
         for span in spans:
             self._holders[holder.sequence, span].add(holder)
         if holder.closed:
-            self._let_go(holder, list(spans))
+            self._unhold(holder, list(spans))
 
-    def _let_go(self, holder: Holder, spans: Sequence[SpanId] | None) -> None:
+    def _unhold(self, holder: Holder, spans: Sequence[SpanId] | None) -> None:
+        """Removes ``holder`` from ``spans`` (all if None), and drops spans without holders at the shard."""
         if spans is None:
             spans = [span for (_, span), holders in self._holders.items() if holder in holders]
         unheld = []
@@ -291,15 +310,15 @@ class ShardQueue:
         if not unheld:
             return
         if not self._answers():
-            self._reconcile = True
+            self._must_reconcile = True
             return
         try:
             self._client.store.drop(unheld, sequence=holder.sequence, epoch=holder.epoch)
         except TransportError as error:
-            self._unheard(error, self._clock())
+            self._mark_silent(error, self._clock())
         except FarshoreError:
             _LOG.exception("attention worker %s refused to take spans back", self.worker)
-            self._reconcile = True
+            self._must_reconcile = True
 
     def _wanted(self) -> dict[tuple[SequenceId, Epoch], list[SpanId]]:
         wanted: dict[tuple[SequenceId, Epoch], list[SpanId]] = {}
@@ -308,58 +327,63 @@ class ShardQueue:
             wanted.setdefault((sequence, epoch), []).append(span)
         return wanted
 
-    def _ask(self) -> ShardBeat:
-        """A beat: renews this engine's holds, and tells what the shard has free. With the list of all that is
-        wanted where the shard may hold more than that."""
-        beat = self._client.beat(self._wanted() if self._reconcile else None)
+    def _send_beat(self) -> ShardBeat:
+        """Sends a beat, which renews this engine's holds, and returns the answer.
+
+        The beat lists all wanted spans if the shard may hold others. Raises Lost if another process or
+        another incarnation answers.
+        """
+        beat = self._client.beat(self._wanted() if self._must_reconcile else None)
         known = self._beat.incarnation if self._beat is not None else beat.incarnation
         if (beat.worker, beat.incarnation) != (self.worker, known):
-            self._gone = (
+            self._gone_reason = (
                 f"attention worker {self.worker} was restarted: {beat.worker} {beat.incarnation} is at its"
                 " address, without what was stored"
             )
-            raise Lost(self._gone, shards=[self.worker])
-        self._reconcile = beat.must_reconcile
+            raise Lost(self._gone_reason, shards=[self.worker])
+        self._must_reconcile = beat.must_reconcile
         self._beat = beat
         self._beat_s = self._clock()
         return beat
 
-    def _look(self) -> None:
-        """Asks the shard whether it is there, and makes its connections anew where it was not."""
+    def _probe(self) -> None:
+        """Sends a beat and reconnects the hot connections that are closed; updates the shard's state."""
         began_s = self._call_began_s = self._clock()
         was_answering = self._answers()
         try:
-            if self._ask().must_reconcile:
-                self._ask()
+            if self._send_beat().must_reconcile:
+                self._send_beat()
             self._client.connect()
         except Exception as error:
-            unheard = error if isinstance(error, TransportError) else TransportError(repr(error))
             if not isinstance(error, Lost):
-                self._unheard(unheard, began_s)
+                silence = error if isinstance(error, TransportError) else TransportError(repr(error))
+                self._mark_silent(silence, began_s)
             self._beat_s = now_s = self._clock()
             if not _is_refused(error):
                 self._refused_since_s = None
             elif self._refused_since_s is None:
                 self._refused_since_s = now_s
             elif now_s - self._refused_since_s >= REFUSED_S:
-                self._gone = f"attention worker {self.worker} is gone: {error}"
+                self._gone_reason = f"attention worker {self.worker} is gone: {error}"
         else:
             with self._wake:
                 self._late = self._silent = False
                 self._silent_since_s = self._refused_since_s = None
-                self._gone = ""
+                self._gone_reason = ""
         finally:
             self._call_began_s = None
-            self._looked.set()
+            self._beat_tried.set()
         if was_answering != self._answers():
             _LOG.warning(
-                "attention worker %s %s", self.worker, "answers again" if self._answers() else self._why
+                "attention worker %s %s",
+                self.worker,
+                "answers again" if self._answers() else self._last_error,
             )
         self._changed()
 
 
 def _is_refused(error: BaseException | None) -> bool:
-    """Whether the shard's host answered that nothing listens at its address: its process is gone."""
+    """Returns whether the shard's host refused the connection: no process listens at the address."""
     while error is not None:
         if isinstance(error, ConnectionRefusedError):
             return True

@@ -1,6 +1,7 @@
-"""One span from its owner's side: granted by a shard, written head by head, sealed.
+"""Writes one span on a shard: its key, its description as placed, KV by layer, and the seal.
 
-Called by ``cache``, ``handoff`` and ``prefill``, which say where and when.
+Called by ``kv.cache``, ``kv.handoff`` and ``prefill.segment``, which decide what is written and when. It must
+not know why a span is written.
 """
 
 from collections.abc import Sequence
@@ -16,10 +17,11 @@ from farshore.kvstore.prefix import PrefixBlock
 from farshore.workers.engine.sequence import Holder, PlacedSpan
 
 LAYER_CLASS = 0
-"""Models served so far have one kind of attention layer."""
+"""The only layer class: supported models have one kind of attention layer."""
 
 
 def key_of(share: Share, holder: Holder) -> SpanKey:
+    """Returns the key under which a span for ``share`` is granted."""
     return SpanKey(
         sequence=holder.sequence,
         layer_class=LAYER_CLASS,
@@ -30,7 +32,7 @@ def key_of(share: Share, holder: Holder) -> SpanKey:
 
 
 def placed(share: Share, span: SpanId) -> PlacedSpan:
-    """A span that was granted for ``share``; nothing of it is written yet."""
+    """Describes a span that was granted for ``share`` and is not written yet."""
     return PlacedSpan(
         worker=share.worker,
         span=span,
@@ -55,8 +57,11 @@ def write(
     layout: KVLayout,
     holder: Holder,
 ) -> None:
-    """k, v of all heads from ``position`` on: the span takes those of its groups. ``layout``: of all head
-    groups."""
+    """Writes one layer of tokens, from ``position`` on, to the span.
+
+    ``k`` and ``v`` are ``[heads, tokens, dim or bytes]`` of all heads of ``layout``; the heads of the span's
+    groups are written. Raises the errors of ``ShardStore.write``.
+    """
     k_heads = slice(span.group0 * layout.k_heads_per_group, span.group1 * layout.k_heads_per_group)
     v_heads = slice(span.group0 * layout.v_heads_per_group, span.group1 * layout.v_heads_per_group)
     client.store.write(
@@ -73,7 +78,11 @@ def write(
 def seal(
     client: ShardClient, *, span: PlacedSpan, last: int, names: Sequence[PrefixBlock], holder: Holder
 ) -> None:
-    """Everything of the span below position ``last`` is written."""
+    """Seals the span below position ``last``, whose tokens are all written.
+
+    ``names`` are the hashes of full blocks in the newly sealed range. Raises the errors of
+    ``ShardStore.seal``.
+    """
     client.store.seal(
         span.span, last - span.origin, sequence=holder.sequence, epoch=holder.epoch, blocks=names
     )

@@ -1,10 +1,11 @@
-"""Prompts on their way: which one's next unit runs.
+"""The prompts under prefill, and the choice of the prompt whose unit runs next.
 
-A prompt is runnable, or waits for a call to a shard; the engine's loop runs units of runnable ones only
-(design §5). One segment is under way at a time, so that one segment's memory is held; others begin while it
-waits. Turns go to the oldest prompt and to the one with least left by turns: a short prompt does not wait for
-a long one's end, nor a long one for all short ones'. Called by ``engine``; it must not know what happens
-between two units.
+A prompt is runnable, or waits for a call to a shard; only runnable prompts run units, so the engine's thread
+never waits for a shard. One segment runs at a time, which bounds memory; others start only while it waits.
+New segments alternate between the oldest prompt and the prompt with the fewest tokens left: a short prompt
+does not wait for the end of a long one, and a long prompt does not wait for all short ones.
+
+Called by ``scheduler``. It must not know what happens between two units.
 """
 
 import time
@@ -18,37 +19,43 @@ from torch import Tensor
 from farshore.attention_offload.base import AttentionModel
 from farshore.models.llama import Llama
 from farshore.workers.engine.kv.cache import SequenceCache
-from farshore.workers.engine.kv.pool import Pool
-from farshore.workers.engine.prefill.segment import Segment, Unit
+from farshore.workers.engine.kv.pool import ShardPool
+from farshore.workers.engine.prefill.segment import PrefillSegment, Unit
 from farshore.workers.engine.sequence import Prefilled, Sequence
 
 PROGRESS_S = 0.5
-"""Between two events of one segment."""
+"""Least time between two progress events of one segment."""
 MOST_SEGMENTS = 4
-"""Under way at a time: all but one of them wait for shards."""
+"""Most segments in memory at a time; all but one of them wait for shards."""
 
 
 class Outcome(NamedTuple):
-    """What became of ``sequence`` in a unit. ``error``: remove it. ``sealed``: a segment of it is. ``done``:
-    everything of it is, and it is not here any more."""
+    """The result of one unit."""
 
     sequence: Sequence
     sealed: bool = False
+    """Whether the unit sealed a segment of the prompt."""
     done: bool = False
+    """Whether the whole prompt is sealed. It is then removed from :class:`Prompts`."""
     logits: Tensor | None = None
-    """f32[vocab], behind the prompt; None where the next token was drawn long ago."""
+    """f32[vocab] after the last token, if ``done``; None if the sequence was parked after its first draw."""
     error: Exception | None = None
+    """The error of the unit. The caller must :meth:`Prompts.remove` the sequence."""
 
 
 @dataclass(slots=True, eq=False)
 class _Prompt:
+    """A sequence and its segment under way, if any."""
+
     sequence: Sequence
-    segment: Segment | None = None
-    steps: Iterator[Unit | Future[Any]] = field(default_factory=lambda: iter(()))
+    segment: PrefillSegment | None = None
+    units: Iterator[Unit | Future[Any]] = field(default_factory=lambda: iter(()))
     waits_for: list[Future[Any]] = field(default_factory=list)
-    """Calls that must succeed before the next step."""
+    """Calls that must succeed before the next unit."""
     sealing: bool = False
-    told_s: float = 0.0
+    """Whether all units have run, and ``waits_for`` holds the seals."""
+    reported_s: float = 0.0
+    """Clock time of the last progress event."""
 
     @property
     def is_runnable(self) -> bool:
@@ -56,14 +63,17 @@ class _Prompt:
 
 
 class Prompts:
-    """``segment_tokens``: tokens that go through the layers together."""
+    """The prompts of one engine under prefill. Not thread-safe; no call waits for a shard.
+
+    ``segment_tokens`` is the length of a prefill segment.
+    """
 
     def __init__(
         self,
         *,
         model: Llama,
         attention: AttentionModel,
-        pool: Pool,
+        pool: ShardPool,
         cache: SequenceCache,
         segment_tokens: int,
         clock: Callable[[], float] = time.monotonic,
@@ -75,7 +85,7 @@ class Prompts:
         self._segment_tokens = segment_tokens
         self._clock = clock
         self._queue: list[_Prompt] = []
-        self._turns = 0
+        self._starts = 0
         self._current: _Prompt | None = None
 
     def __iter__(self) -> Iterator[Sequence]:
@@ -85,11 +95,14 @@ class Prompts:
         return len(self._queue)
 
     def add(self, sequence: Sequence) -> None:
-        """A sequence that is placed, some of it not prefilled yet."""
+        """Adds a placed sequence with tokens that are not prefilled yet."""
         self._queue.append(_Prompt(sequence))
 
     def remove(self, sequence: Sequence) -> None:
-        """Give up. What was not sealed was never there. Unknown ones are ignored."""
+        """Stops the prefill of a sequence.
+
+        KV that is not sealed is discarded. Unknown sequences are ignored.
+        """
         for prompt in [prompt for prompt in self._queue if prompt.sequence is sequence]:
             if prompt.segment is not None:
                 prompt.segment.close()
@@ -98,7 +111,7 @@ class Prompts:
                 self._current = None
 
     def run_unit(self) -> Outcome | None:
-        """Run the next unit of a prompt that is runnable; None where there is none."""
+        """Runs one unit of a runnable prompt. Returns None if no prompt is runnable."""
         prompt = self._choose()
         if prompt is None:
             return None
@@ -113,32 +126,35 @@ class Prompts:
             call.result()
         prompt.waits_for = []
         if prompt.sealing:
-            return self._sealed(prompt)
+            return self._finish_segment(prompt)
         if prompt.segment is None:
-            self._begin(prompt)
+            self._start_segment(prompt)
         segment = prompt.segment
         assert segment is not None
-        for step in prompt.steps:
-            if isinstance(step, Future):
-                prompt.waits_for = [step]
-                if step.done():
+        for unit in prompt.units:
+            if isinstance(unit, Future):
+                prompt.waits_for = [unit]
+                if unit.done():
                     return self._advance(prompt)
             else:
-                step()
-                if self._clock() - prompt.told_s > PROGRESS_S and sequence.committed < segment.done_tokens:
-                    self._tell(prompt, segment.done_tokens)
+                unit()
+                if (
+                    self._clock() - prompt.reported_s > PROGRESS_S
+                    and sequence.committed < segment.done_tokens
+                ):
+                    self._report_progress(prompt, segment.done_tokens)
             return Outcome(sequence)
         prompt.waits_for = self._cache.seal(sequence, segment.last)
         prompt.sealing = True
         return self._advance(prompt) if prompt.is_runnable else Outcome(sequence)
 
-    def _sealed(self, prompt: _Prompt) -> Outcome:
+    def _finish_segment(self, prompt: _Prompt) -> Outcome:
         sequence, segment = prompt.sequence, prompt.segment
         assert segment is not None
         self._cache.sealed(sequence, segment.last)
         prompt.segment, prompt.sealing = None, False
         self._current = None
-        self._tell(prompt, segment.last)
+        self._report_progress(prompt, segment.last)
         if segment.last < sequence.prefill_tokens:
             return Outcome(sequence, sealed=True)
         self._queue.remove(prompt)
@@ -146,29 +162,31 @@ class Prompts:
         return Outcome(sequence, sealed=True, done=True, logits=logits)
 
     def _choose(self) -> _Prompt | None:
-        """The prompt whose segment is under way while it is runnable, else another one."""
+        """Chooses the current prompt while it is runnable, else another one."""
         if self._current is not None and self._current.is_runnable:
             return self._current
-        begun = [prompt for prompt in self._queue if prompt.segment is not None]
-        runnable = [prompt for prompt in begun if prompt.is_runnable]
-        if not runnable and len(begun) < MOST_SEGMENTS:
-            runnable = self._next([prompt for prompt in self._queue if prompt.segment is None])
+        started = [prompt for prompt in self._queue if prompt.segment is not None]
+        runnable = [prompt for prompt in started if prompt.is_runnable]
+        if not runnable and len(started) < MOST_SEGMENTS:
+            runnable = self._next_to_start([prompt for prompt in self._queue if prompt.segment is None])
         self._current = runnable[0] if runnable else None
         return self._current
 
-    def _next(self, prompts: list[_Prompt]) -> list[_Prompt]:
+    def _next_to_start(self, prompts: list[_Prompt]) -> list[_Prompt]:
+        """Returns the one of ``prompts`` that starts a segment next, or []: alternately the oldest and the
+        one with the fewest tokens left."""
         if not prompts:
             return []
-        self._turns += 1
-        if self._turns % 2:
+        self._starts += 1
+        if self._starts % 2:
             return prompts[:1]
         return [min(prompts, key=lambda prompt: prompt.sequence.prefill_tokens - prompt.sequence.committed)]
 
-    def _begin(self, prompt: _Prompt) -> None:
+    def _start_segment(self, prompt: _Prompt) -> None:
         sequence = prompt.sequence
         first = sequence.committed
         last = min(first + self._segment_tokens, sequence.prefill_tokens)
-        prompt.segment = Segment(
+        prompt.segment = PrefillSegment(
             sequence,
             first,
             last,
@@ -177,11 +195,11 @@ class Prompts:
             pool=self._pool,
             logits_of=int(last == sequence.prefill_tokens and not sequence.forked),
         )
-        prompt.steps = prompt.segment.units()
-        prompt.told_s = self._clock()
+        prompt.units = prompt.segment.units()
+        prompt.reported_s = self._clock()
 
-    def _tell(self, prompt: _Prompt, done_tokens: int) -> None:
-        prompt.told_s = self._clock()
+    def _report_progress(self, prompt: _Prompt, done_tokens: int) -> None:
+        prompt.reported_s = self._clock()
         sequence = prompt.sequence
-        if not sequence.forked:  # else tokens were emitted already
+        if not sequence.forked:  # A forked sequence has emitted tokens already.
             sequence.emit(Prefilled(done_tokens, sequence.prefill_tokens))

@@ -1,16 +1,17 @@
-"""Prefill of one segment of one prompt, layer by layer, in units that decode steps may come between (design
-§5).
+"""Prefill of one segment of a prompt, layer by layer, in units between which decode steps may run.
 
-A segment of S tokens is cut into chunks; in each layer::
+A segment of S tokens is cut into chunks. The work of one layer::
 
     project   each chunk: q, k, v                                  ─▶ k, v to their shards, in the background
-    attend    each piece of the past, pulled one ahead, × each chunk: its state is merged into the chunk's
-    finish    each chunk: attention to the segment itself, merge, the layer's rest
+    attend    each past range, pulled one ahead, × each chunk: its state is merged into the chunk's
+    finish    each chunk: attention to the segment itself, merge, the rest of the layer
 
-A unit is one of these for one chunk. The past is pulled once a segment, so the larger S, the less is pulled.
-Memory is bounded by S hidden states and states of one layer, and two pieces of past KV of one layer, however
-long the prompt is. Pulls and writes go through the shards' queues: a segment says what it waits for, and
-never waits itself. Called by ``prompts``; it must not know what is decoded meanwhile.
+A unit is one of these operations for one chunk. Past KV is pulled once per segment, so a larger S pulls less.
+Memory is bounded by S hidden states, the q, k, v and states of one layer, and two past ranges of one layer,
+independent of the prompt's length. Pulls and writes run in the shards' queues: a segment yields the calls
+that it depends on, and never waits for one.
+
+Called by ``prompts``, by the engine's probe, and by benchmarks. It must not know what is decoded meanwhile.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,33 +27,34 @@ from farshore.kernels.base import State
 from farshore.kernels.select import implementation
 from farshore.kvstore.store import forms
 from farshore.models.llama import Llama
-from farshore.workers.engine.kv import span_writer as spans
-from farshore.workers.engine.kv.pool import Pool
+from farshore.workers.engine.kv import span_writer
+from farshore.workers.engine.kv.pool import ShardPool
 from farshore.workers.engine.sequence import PlacedSpan, Sequence
 
 CHUNK_TOKENS = 256
-"""Rows of a unit: 2 to 20 ms of SmolLM2 on two cores, and its states stay in the cache of one."""
+"""Rows of a unit. A unit takes 2 to 20 ms (SmolLM2, two cores), and its states fit in one core's cache."""
 
-PIECE_TOKENS = 4096
-"""Past tokens attended to in a unit."""
+PAST_RANGE_TOKENS = 4096
+"""Most past tokens that a unit attends to."""
 
 Unit = Callable[[], None]
-"""Part of the work."""
+"""One unit of work; runs on the engine's thread."""
 
 
-class _Piece(NamedTuple):
-    """Positions ``first .. last`` of the past, in a span."""
+class _PastRange(NamedTuple):
+    """Positions ``first .. last`` (end excluded) before the segment, stored in one span."""
 
     span: PlacedSpan
     first: int
     last: int
 
 
-class Segment:
-    """Positions ``first .. last`` of a sequence's prompt on their way through the layers.
+class PrefillSegment:
+    """Computes positions ``first .. last`` (end excluded) of a sequence's prompt. Not thread-safe.
 
-    Take all of :meth:`units`, then seal: only then are they committed. To give up half way, :meth:`close` it,
-    and begin anew. ``logits_of``: how many positions at its end logits are wanted of.
+    Run all of :meth:`units`, then seal the spans: only sealed positions may be committed. To stop before the
+    end, call :meth:`close`; the segment cannot be resumed. ``logits_of`` is the number of positions at the
+    segment's end whose logits are computed.
     """
 
     def __init__(
@@ -63,13 +65,13 @@ class Segment:
         *,
         model: Llama,
         attention: AttentionModel,
-        pool: Pool,
+        pool: ShardPool,
         logits_of: int,
     ) -> None:
         self.sequence = sequence
         self.first, self.last = first, last
         self.logits: Tensor | None = None
-        """f32[logits_of, vocab], once all units have run, if wanted."""
+        """f32[logits_of, vocab] after all units have run; None if ``logits_of`` is 0."""
         self.layers_done = 0
         self._model = model
         self._attention = attention
@@ -79,18 +81,19 @@ class Segment:
         self._spec = spec = attention.specs[0]
         self._kernels = implementation(model.device, model.dtype)
         self._chunks = [
-            slice(a, min(a + CHUNK_TOKENS, last - first)) for a in range(0, last - first, CHUNK_TOKENS)
+            slice(start, min(start + CHUNK_TOKENS, last - first))
+            for start in range(0, last - first, CHUNK_TOKENS)
         ]
         self._positions = torch.arange(first, last)
         self._h = model.embed(torch.tensor(sequence.tokens[first:last]))
         n = last - first
         self._q = torch.empty(n, spec.q_heads, spec.k_dim, dtype=model.dtype)
-        # Token by token, as they are computed; `extend` and the stores take heads that lie apart.
+        # Token-major, as projections write them. `extend` and the stores take the head-major views below.
         self._projected = (
             torch.empty(n, layout.k_heads, layout.k_dim, dtype=model.dtype),
             torch.empty(n, layout.v_heads, layout.v_dim, dtype=model.dtype),
         )
-        self._k, self._v = (x.transpose(0, 1) for x in self._projected)
+        self._k, self._v = (tensor.transpose(0, 1) for tensor in self._projected)
         self._stored = (self._k, self._v)
         if layout.format.quantised:
             k_bytes, v_bytes = forms.stored_bytes(layout)
@@ -98,62 +101,68 @@ class Segment:
                 torch.empty(layout.k_heads, n, k_bytes, dtype=torch.uint8),
                 torch.empty(layout.v_heads, n, v_bytes, dtype=torch.uint8),
             )
-        wide = torch.float64 if model.dtype == torch.float64 else torch.float32
-        self._past = [
-            State.identity(c.stop - c.start, spec.q_heads, spec.v_dim, dtype=wide) for c in self._chunks
+        state_dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+        self._past_states = [
+            State.identity(chunk.stop - chunk.start, spec.q_heads, spec.v_dim, dtype=state_dtype)
+            for chunk in self._chunks
         ]
-        most = min(n, CHUNK_TOKENS)
-        self._states = [State.identity(most, spec.q_heads, spec.v_dim, dtype=wide) for _ in range(2)]
-        self._out = State.identity(most, spec.q_heads, spec.v_dim, dtype=model.dtype)
-        self._pieces = _pieces(sequence, first)
+        chunk_rows = min(n, CHUNK_TOKENS)
+        self._states = [
+            State.identity(chunk_rows, spec.q_heads, spec.v_dim, dtype=state_dtype) for _ in range(2)
+        ]
+        self._out = State.identity(chunk_rows, spec.q_heads, spec.v_dim, dtype=model.dtype)
+        self._past_ranges = _past_ranges(sequence, first)
         self._pulls: dict[int, Future[tuple[Tensor, Tensor]]] = {}
         self._pulled: tuple[Tensor, Tensor] | None = None
-        """The piece that is attended to now."""
+        """k and v of the past range that is attended to now."""
 
     @property
     def done_tokens(self) -> int:
-        """Prompt tokens done so far, those half way through the layers in part."""
+        """Prompt tokens done so far. The segment's tokens count in proportion to the layers done."""
         return self.first + (self.last - self.first) * self.layers_done // self._model.config.layers
 
     def units(self) -> Iterator[Unit | Future[Any]]:
-        """What is to be run, in order; and calls to shards, each of which must have succeeded before what
-        comes behind it."""
+        """Yields units, in order, and calls to shards that must succeed before the next item is taken.
+
+        Raises the error of a failed pull when the item after it is taken.
+        """
         layers = self._model.config.layers
         for layer in range(layers):
             for index in range(len(self._chunks)):
                 yield partial(self._project, layer, index)
             writes = self._start_writing(layer)
-            rows = self._attending(layer)
-            for piece in range(len(self._pieces) if rows else 0):
-                pull = self._pull(layer, piece)
+            chunk_rows = self._attending_rows(layer)
+            for range_index in range(len(self._past_ranges) if chunk_rows else 0):
+                pull = self._pull(layer, range_index)
                 yield pull
                 self._pulled = pull.result()
-                self._pull_next(layer, piece)
-                for index, part in rows:
-                    yield partial(self._attend, piece, index, part)
-            for index, part in rows:
-                yield partial(self._finish, layer, index, part)
+                self._pull_next(layer, range_index)
+                for index, rows in chunk_rows:
+                    yield partial(self._attend, range_index, index, rows)
+            for index, rows in chunk_rows:
+                yield partial(self._finish, layer, index, rows)
             yield from writes
             self.layers_done = layer + 1
         if self._logits_of:
-            yield self._to_logits
+            yield self._compute_logits
 
     def close(self) -> None:
-        """Cancels the pulls that have not begun. Calls that run go on: they read and fill memory that is
-        theirs until they end."""
+        """Cancels the pulls that have not started. Running calls continue; they keep their memory alive."""
         for pull in self._pulls.values():
             pull.cancel()
         self._pulls.clear()
 
-    def _attending(self, layer: int) -> list[tuple[int, slice]]:
-        """Which rows of which chunks go through attention: behind the last layer's k and v there is nobody
-        but the rows that logits are wanted of."""
-        last_layer = layer + 1 == self._model.config.layers
-        wanted = self.last - self.first - self._logits_of if last_layer else 0
+    def _attending_rows(self, layer: int) -> list[tuple[int, slice]]:
+        """Returns (chunk index, rows in that chunk) for the rows that need attention in ``layer``.
+
+        All rows do, except in the last layer: there only the rows whose logits are computed do.
+        """
+        is_last_layer = layer + 1 == self._model.config.layers
+        first_row = self.last - self.first - self._logits_of if is_last_layer else 0
         return [
-            (index, slice(max(0, wanted - c.start), c.stop - c.start))
-            for index, c in enumerate(self._chunks)
-            if c.stop > wanted
+            (index, slice(max(0, first_row - chunk.start), chunk.stop - chunk.start))
+            for index, chunk in enumerate(self._chunks)
+            if chunk.stop > first_row
         ]
 
     def _project(self, layer: int, index: int) -> None:
@@ -162,48 +171,48 @@ class Segment:
         out = self._q[chunk], k[chunk], v[chunk]
         self._model.project(layer, self._h[chunk], self._positions[chunk], out=out)
         if self._layout.format.quantised:
-            # The store is the truth: attend to the values as they are stored.
+            # Prefill attends to the values as stored (invariant 5, docs/architecture.md).
             stored = forms.to_stored(self._layout, self._k[:, chunk], self._v[:, chunk])
-            for to, rows in zip(self._stored, stored, strict=True):
-                to[:, chunk] = rows
-            whole = forms.from_stored(self._layout, *stored, dtype=self._model.dtype)
-            self._k[:, chunk], self._v[:, chunk] = whole
+            for buffer, of_chunk in zip(self._stored, stored, strict=True):
+                buffer[:, chunk] = of_chunk
+            dequantised = forms.from_stored(self._layout, *stored, dtype=self._model.dtype)
+            self._k[:, chunk], self._v[:, chunk] = dequantised
 
-    def _attend(self, piece: int, index: int, part: slice) -> None:
-        """One chunk's rows on one piece of the past, which was pulled."""
+    def _attend(self, range_index: int, index: int, rows: slice) -> None:
+        """Attends with one chunk's rows to the pulled past range, and merges the state into the chunk's."""
         assert self._pulled is not None
-        where = self._pieces[piece]
+        past_range = self._past_ranges[range_index]
         k, v = self._pulled
-        group0, group1 = where.span.group0, where.span.group1
+        group0, group1 = past_range.span.group0, past_range.span.group1
         heads = slice(group0 * self._spec.q_heads_per_group, group1 * self._spec.q_heads_per_group)
-        past = _of(self._past[index], part, heads)
-        row, n = self._chunks[index].start + part.start, part.stop - part.start
+        past = _view(self._past_states[index], rows, heads)
+        row, n = self._chunks[index].start + rows.start, rows.stop - rows.start
         q = self._q[row : row + n, heads]
-        if where.first == 0:  # the heads' first piece: there is nothing to merge it with
-            self._extend(q, k, v, row, where.first, past)
+        if past_range.first == 0:  # The first range of these heads: there is no state to merge with yet.
+            self._extend(q, k, v, row, past_range.first, past)
             return
-        new, both = (_of(state, slice(0, n), heads) for state in self._states)
-        self._extend(q, k, v, row, where.first, new)
-        self._kernels.merge([past, new], out=both)
+        new, merged = (_view(state, slice(0, n), heads) for state in self._states)
+        self._extend(q, k, v, row, past_range.first, new)
+        self._kernels.merge([past, new], out=merged)
         if past.o.shape == self._states[1].o.shape:
-            self._past[index], self._states[1] = self._states[1], self._past[index]
+            self._past_states[index], self._states[1] = self._states[1], self._past_states[index]
         else:
-            past.o.copy_(both.o)
-            past.lse.copy_(both.lse)
+            past.o.copy_(merged.o)
+            past.lse.copy_(merged.lse)
 
-    def _finish(self, layer: int, index: int, part: slice) -> None:
-        """One chunk's rows on the segment itself, and through the layer's rest."""
-        n, heads = part.stop - part.start, slice(0, self._spec.q_heads)
+    def _finish(self, layer: int, index: int, rows: slice) -> None:
+        """Attends with one chunk's rows to the segment itself, merges, and runs the rest of the layer."""
+        n, heads = rows.stop - rows.start, slice(0, self._spec.q_heads)
         chunk = self._chunks[index]
-        local, out = _of(self._states[0], slice(0, n), heads), _of(self._out, slice(0, n), heads)
-        rows = slice(chunk.start + part.start, chunk.start + part.stop)
-        q, k, v = self._q[rows], self._k[:, : rows.stop], self._v[:, : rows.stop]
-        if self._pieces:
-            self._extend(q, k, v, rows.start, self.first, local)
-            self._kernels.merge([_of(self._past[index], part, heads), local], out=out)
+        within, out = _view(self._states[0], slice(0, n), heads), _view(self._out, slice(0, n), heads)
+        segment_rows = slice(chunk.start + rows.start, chunk.start + rows.stop)
+        q, k, v = self._q[segment_rows], self._k[:, : segment_rows.stop], self._v[:, : segment_rows.stop]
+        if self._past_ranges:
+            self._extend(q, k, v, segment_rows.start, self.first, within)
+            self._kernels.merge([_view(self._past_states[index], rows, heads), within], out=out)
         else:
-            self._extend(q, k, v, rows.start, self.first, out)
-        self._model.finish(layer, self._h[rows], out.o, out=self._h[rows])
+            self._extend(q, k, v, segment_rows.start, self.first, out)
+        self._model.finish(layer, self._h[segment_rows], out.o, out=self._h[segment_rows])
 
     def _extend(self, q: Tensor, k: Tensor, v: Tensor, row: int, k_position: int, out: State) -> None:
         self._kernels.extend(
@@ -217,22 +226,23 @@ class Segment:
             threads=torch.get_num_threads(),
         )
 
-    def _pull(self, layer: int, piece: int) -> Future[tuple[Tensor, Tensor]]:
-        """The piece's k and v."""
-        at = layer * len(self._pieces) + piece
-        return self._pulls.pop(at, None) or self._send_for(at)
+    def _pull(self, layer: int, range_index: int) -> Future[tuple[Tensor, Tensor]]:
+        """Returns the pull of a past range's k and v; starts it unless it was started ahead."""
+        number = layer * len(self._past_ranges) + range_index
+        return self._pulls.pop(number, None) or self._start_pull(number)
 
-    def _pull_next(self, layer: int, piece: int) -> None:
-        """The piece behind this one is sent for, to come while this one is attended to."""
-        after = layer * len(self._pieces) + piece + 1
-        if after < self._model.config.layers * len(self._pieces) and self._attending(
-            after // len(self._pieces)
+    def _pull_next(self, layer: int, range_index: int) -> None:
+        """Starts the pull of the next past range, to overlap it with attention to the current one."""
+        number = layer * len(self._past_ranges) + range_index + 1
+        if number < self._model.config.layers * len(self._past_ranges) and self._attending_rows(
+            number // len(self._past_ranges)
         ):
-            self._pulls[after] = self._send_for(after)
+            self._pulls[number] = self._start_pull(number)
 
-    def _send_for(self, at: int) -> Future[tuple[Tensor, Tensor]]:
-        layer, piece = divmod(at, len(self._pieces))
-        span, first, last = self._pieces[piece]
+    def _start_pull(self, number: int) -> Future[tuple[Tensor, Tensor]]:
+        """Pulls are numbered layer by layer, past range by past range."""
+        layer, range_index = divmod(number, len(self._past_ranges))
+        span, first, last = self._past_ranges[range_index]
         return self._pool[span.worker].submit(
             lambda client: client.store.read(
                 span.span,
@@ -245,19 +255,19 @@ class Segment:
         )
 
     def _start_writing(self, layer: int) -> list[Future[None]]:
-        """This layer's k and v go to their spans."""
+        """Starts the writes of one layer's k and v to the spans that are not sealed yet."""
         k, v = self._stored
         holder = self.sequence.placed_holder
         calls = []
         for span in self.sequence.spans:
-            a, b = max(self.first, span.sealed), min(self.last, span.last)
-            if a < b:
-                tokens = slice(a - self.first, b - self.first)
+            start, end = max(self.first, span.sealed), min(self.last, span.last)
+            if start < end:
+                tokens = slice(start - self.first, end - self.first)
                 call = partial(
-                    spans.write,
+                    span_writer.write,
                     span=span,
                     layer=layer,
-                    position=a,
+                    position=start,
                     k=k[:, tokens],
                     v=v[:, tokens],
                     layout=self._layout,
@@ -266,18 +276,18 @@ class Segment:
                 calls.append(self._pool[span.worker].submit(call))
         return calls
 
-    def _to_logits(self) -> None:
+    def _compute_logits(self) -> None:
         self.logits = self._model.logits(self._h[len(self._h) - self._logits_of :])
 
 
-def _pieces(sequence: Sequence, until: int) -> list[_Piece]:
-    """``[0, until)`` in span order."""
-    pieces = []
+def _past_ranges(sequence: Sequence, until: int) -> list[_PastRange]:
+    """Cuts positions ``[0, until)`` into past ranges, in span order."""
+    past_ranges = []
     for span in sorted(sequence.spans, key=lambda span: (span.first, span.group0)):
-        for first in range(span.first, min(span.last, until), PIECE_TOKENS):
-            pieces.append(_Piece(span, first, min(first + PIECE_TOKENS, span.last, until)))
-    return pieces
+        for first in range(span.first, min(span.last, until), PAST_RANGE_TOKENS):
+            past_ranges.append(_PastRange(span, first, min(first + PAST_RANGE_TOKENS, span.last, until)))
+    return past_ranges
 
 
-def _of(state: State, rows: slice, heads: slice) -> State:
+def _view(state: State, rows: slice, heads: slice) -> State:
     return State(state.o[rows, heads], state.lse[rows, heads])

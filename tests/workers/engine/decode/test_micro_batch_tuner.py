@@ -1,4 +1,4 @@
-"""The number of micro-batches follows what a layer takes, by the clock alone."""
+"""The number of micro-batches follows the measured times of steps."""
 
 import time
 from statistics import median
@@ -24,7 +24,7 @@ LAYERS = 30
 
 
 class Machine:
-    """Steps that take max(n·d, n·a, d + a + RTT) a layer, in a time of its own."""
+    """Simulated steps that take max(n·d, n·a, d + a + RTT) per layer, on a simulated clock."""
 
     def __init__(self, *, weights_ms, row_ms, attention_ms, rtt_ms):
         self.weights_ms, self.row_ms, self.attention_ms, self.rtt_ms = (
@@ -43,7 +43,7 @@ class Machine:
         return max(n * d, n * a, d + a + self.rtt_ms)
 
     def run(self, rows, steps=8 * (TRIAL_EVERY_STEPS + TRIAL_STEPS)):
-        """The number that most of the last steps ran with."""
+        """Runs ``steps`` steps; returns the number of micro-batches that most of the last ones had."""
         self.ran.clear()
         for _ in range(steps):
             with self.tuner.step(rows) as n:
@@ -70,25 +70,25 @@ class Machine:
         (Machine(weights_ms=0.1, row_ms=0.1, attention_ms=2, rtt_ms=8), 1, 1),
     ],
 )
-def test_it_settles_on_the_fastest(machine, rows, expected):
+def test_the_tuner_settles_on_the_fastest_number(machine, rows, expected):
     assert rows == 1 or machine.best(rows) == expected
     assert machine.run(rows) == expected
 
 
-def test_it_follows_the_network_up_and_down():
+def test_the_tuner_follows_the_round_trip_up_and_down():
     machine = Machine(weights_ms=1.2, row_ms=0.1, attention_ms=1, rtt_ms=0)
     for machine.rtt_ms, expected in ((0, 1), (6, 4), (0, 1), (3, 2)):
         assert machine.best(16) == machine.run(16) == expected
 
 
-def test_where_nothing_is_waited_for_nothing_is_tried():
+def test_without_waiting_no_other_number_is_tried():
     machine = Machine(weights_ms=1, row_ms=0.1, attention_ms=0, rtt_ms=0)
     machine.run(16)
     assert set(machine.ran) == {1}
 
 
 @pytest.mark.parametrize(("rows", "row_ms", "most"), [(64, 1, MOST_MICRO_BATCHES), (3, 30, 3)])
-def test_no_more_of_them_than_rows_and_a_bound(rows, row_ms, most):
+def test_the_number_is_bounded_by_the_rows_and_a_constant(rows, row_ms, most):
     machine = Machine(weights_ms=0.001, row_ms=row_ms, attention_ms=0.1, rtt_ms=100)
     assert machine.run(rows) == max(machine.ran) == most
 
@@ -111,9 +111,9 @@ def test_a_step_that_fails_does_not_count():
     rtt_ms=st.floats(0, 20),
     rows=st.sampled_from([1, 2, 3, 8, 16, 64]),
 )
-def test_whatever_a_layer_takes_it_settles_near_the_best(rows, **times_ms):
-    """What it may miss: a step of the climb that gains less than ``BETTER`` says, one where hardly anything
-    is waited for, and what both leave to the climb behind them."""
+def test_the_tuner_settles_near_the_best_number_for_any_times(rows, **times_ms):
+    """The tuner may miss a doubling that gains less than ``BETTER`` or that ``WORTH_HIDING`` rules out,
+    and the doublings after it."""
     machine = Machine(**times_ms)
     chosen = machine.run(rows)
     tried = [n for n in (1, 2, 4, 8) if n <= rows] or [1]
@@ -122,8 +122,10 @@ def test_whatever_a_layer_takes_it_settles_near_the_best(rows, **times_ms):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("delay_s", [0.0, 0.004])
-def test_over_a_real_delay_it_decides_as_the_times_say(tiny_model, start_process, connect, delay_s):
-    """Steps of real shards, behind a proxy: every trial is judged by what was measured, whatever that was."""
+def test_over_a_real_delay_the_tuner_decides_by_the_measured_times(
+    tiny_model, start_process, connect, delay_s
+):
+    """Steps over a real shard behind a proxy: each trial's outcome follows from its measured times."""
     attention = attention_model(tiny_model.config, tiny_model.dtype)
     worker, process = WorkerId("shard"), start_process()
     transports = [Transport.TCP]
@@ -146,15 +148,18 @@ def test_over_a_real_delay_it_decides_as_the_times_say(tiny_model, start_process
             ran.append(n)
     seconds = [end - start for start, end in zip(clock[::2], clock[1::2], strict=True)]
     assert 2 in ran, "nearly all of a step is waiting: more micro-batches are tried"
-    settled, at = 1, 0
-    while at + TRIAL_STEPS < len(ran):
-        if ran[at] == settled:
-            at += 1
+    settled, step = 1, 0
+    while step + TRIAL_STEPS < len(ran):
+        if ran[step] == settled:
+            step += 1
             continue
-        trial, before = ran[at], [s for n, s in zip(ran[:at], seconds[:at], strict=True) if n == settled]
-        assert ran[at : at + TRIAL_STEPS] == [trial] * TRIAL_STEPS
-        measured = seconds[at : at + TRIAL_STEPS]
+        trial, before = (
+            ran[step],
+            [s for n, s in zip(ran[:step], seconds[:step], strict=True) if n == settled],
+        )
+        assert ran[step : step + TRIAL_STEPS] == [trial] * TRIAL_STEPS
+        measured = seconds[step : step + TRIAL_STEPS]
         if median(measured) < BETTER * median(before[-TRIAL_STEPS:]):
             settled = trial
-        at += TRIAL_STEPS
-        assert ran[at] == settled
+        step += TRIAL_STEPS
+        assert ran[step] == settled

@@ -1,4 +1,6 @@
-"""The sampler against Hugging Face's processors, knob by knob, and its draws against the distribution."""
+"""The sampler against the processors of transformers, parameter by parameter, and its draws against the
+distribution.
+"""
 
 import dataclasses
 import math
@@ -14,7 +16,7 @@ from transformers.generation import logits_process as hf
 from farshore.errors import FarshoreError
 from farshore.workers.engine.decode import sampler
 from farshore.workers.engine.decode.sampler import candidates, uniform
-from farshore.workers.engine.penalties import LARGEST, Seen, finite
+from farshore.workers.engine.penalties import LARGEST, TokenCounts, finite
 from farshore.workers.engine.sequence import Sampling
 
 VOCAB = 1000
@@ -31,11 +33,11 @@ def asked(**knobs):
 
 
 def sample(logits, sampling, **context):
-    return sampler.sample(logits, sampling, seen=Seen(), **context)
+    return sampler.sample(logits, sampling, counts=TokenCounts(), **context)
 
 
 def adjusted(row, sampling, **context):
-    return sampler.adjusted(row, sampling, seen=Seen(), **context)
+    return sampler.adjusted(row, sampling, counts=TokenCounts(), **context)
 
 
 def draw(logits, sampling, position=0, choice=0):
@@ -51,7 +53,7 @@ def probabilities(logits, sampling):
 
 
 def close_to(chi_square, freedom):
-    """Within 4.5 standard deviations of what chance gives: the seeds are fixed, so it is always the same."""
+    """Whether ``chi_square`` is within 4.5 standard deviations of its mean. Seeds are fixed."""
     return abs(chi_square - freedom) < 4.5 * math.sqrt(2 * freedom)
 
 
@@ -117,10 +119,10 @@ def test_bias_and_repetition_penalty_equal_transformers(knobs, processors):
         scores = processor(torch.tensor([TOKENS]), scores)
     ours = adjusted(logits.numpy(), asked(**knobs), tokens=TOKENS, prompt_tokens=PROMPT_TOKENS)
     assert torch.equal(torch.from_numpy(ours), scores[0])
-    assert torch.equal(logits, before), "the caller's logits are its own"
+    assert torch.equal(logits, before), "the caller's logits must not change"
 
 
-def test_presence_and_frequency_count_the_completion_alone():
+def test_presence_and_frequency_count_the_completion_only():
     """OpenAI's formula: logit - count * frequency - (count > 0) * presence."""
     logits = row(12)
     ours = adjusted(
@@ -133,10 +135,10 @@ def test_presence_and_frequency_count_the_completion_alone():
     for token, count in Counter(TOKENS[PROMPT_TOKENS:]).items():
         expected[token] -= 0.5 + 0.25 * count
     assert np.allclose(ours, expected.numpy(), atol=1e-6)
-    assert ours[17] == logits[17], "a token of the prompt alone is free"
+    assert ours[17] == logits[17], "a token that is in the prompt only has no penalty"
 
 
-def test_the_untouched_row_is_not_even_copied():
+def test_a_row_without_bias_and_penalties_is_not_copied():
     logits = row(13).numpy()
     assert adjusted(logits, asked(presence_penalty=0.0), tokens=TOKENS, prompt_tokens=4) is logits
 
@@ -151,8 +153,8 @@ def test_penalties_and_bias_reach_greedy_and_come_before_temperature():
         ({"logit_bias": {7: 50.0}}, 7),
     ):
         for temperature in (0.0, 1e-3):
-            it = asked(temperature=temperature, **knobs)
-            assert sample(logits, it, tokens=[2, 2, 3], prompt_tokens=0).token == expected, knobs
+            sampling = asked(temperature=temperature, **knobs)
+            assert sample(logits, sampling, tokens=[2, 2, 3], prompt_tokens=0).token == expected, knobs
 
 
 @given(
@@ -163,7 +165,7 @@ def test_penalties_and_bias_reach_greedy_and_come_before_temperature():
 )
 @settings(max_examples=60, deadline=None)
 def test_candidates_are_the_smallest_sets(grains, top_p, top_k, min_p):
-    """Also with ties: logits are multiples of 1/4, as coarse as bfloat16's. Against plain Python."""
+    """Compares with plain Python. Logits are multiples of 1/4, coarse as bfloat16, so there are ties."""
     logits = torch.tensor(grains, dtype=torch.float32) / 4
     weights = [math.exp(x - max(logits.tolist())) for x in logits.tolist()]
     order = sorted(range(len(weights)), key=lambda i: (-weights[i], i))
@@ -171,7 +173,7 @@ def test_candidates_are_the_smallest_sets(grains, top_p, top_k, min_p):
         order = [i for i in order if weights[i] >= weights[order[top_k - 1]]]
     total, running, kept = sum(weights[i] for i in order), 0.0, []
     for i in order:
-        # What lies this near to the limit may fall on either side of it.
+        # So near to the limit, rounding decides on which side a token falls.
         if abs(running - top_p * total) < 1e-6 * total and kept:
             return
         if running < top_p * total:
@@ -203,8 +205,8 @@ def test_draws_follow_the_distribution(knobs, along):
     assert close_to(chi_square, possible.sum() - 1)
 
 
-def test_a_draw_is_the_inverse_of_the_running_sum_over_a_whole_vocabulary():
-    """Blocks are added up apart; the token is that of one long sum all the same."""
+def test_a_draw_inverts_the_running_sum_of_a_whole_vocabulary():
+    """Partial sums of blocks give the same token as one running sum."""
     logits = row(2, vocab=49_152)
     sampling = asked(temperature=1.0, seed=5)
     ids, weights = candidates(logits.numpy(), sampling)
@@ -219,7 +221,7 @@ def test_a_draw_is_the_inverse_of_the_running_sum_over_a_whole_vocabulary():
 
 
 def test_random_numbers_are_uniform_and_neighbours_independent():
-    """Seeds, choices and positions that follow each other: the keys that are used."""
+    """Keys are successive seeds, choices and positions, as in use."""
     numbers = np.array(
         [
             [[uniform(s, c, p) for p in range(30)] for c in range(30)]
@@ -231,13 +233,14 @@ def test_random_numbers_are_uniform_and_neighbours_independent():
     cells = np.bincount((numbers.ravel() * 64).astype(int), minlength=64)
     assert close_to(((cells - numbers.size / 64) ** 2 / (numbers.size / 64)).sum(), 63)
     for axis in range(3):
-        one, next_one = np.moveaxis(numbers, axis, 0)[:-1].ravel(), np.moveaxis(numbers, axis, 0)[1:].ravel()
-        pairs = np.histogram2d(one, next_one, bins=8, range=[[0, 1], [0, 1]])[0]
-        assert close_to(((pairs - one.size / 64) ** 2 / (one.size / 64)).sum(), 63), axis
+        along = np.moveaxis(numbers, axis, 0)
+        first, second = along[:-1].ravel(), along[1:].ravel()
+        pairs = np.histogram2d(first, second, bins=8, range=[[0, 1], [0, 1]])[0]
+        assert close_to(((pairs - first.size / 64) ** 2 / (first.size / 64)).sum(), 63), axis
 
 
 def test_log_probabilities_are_the_models_own():
-    """Before bias, penalties and temperature; the likeliest first, of equal ones the smaller id."""
+    """They precede bias, penalties and temperature; among equal tokens the smaller id is first."""
     logits = row(4)
     logits[[700, 800]] = logits.max() + 1
     expected = torch.log_softmax(logits.double(), dim=-1)
@@ -255,14 +258,14 @@ def test_log_probabilities_are_the_models_own():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("damage", [[math.nan], [math.inf], [-math.inf], [math.nan, math.inf]])
 @pytest.mark.parametrize("knobs", [{}, {"repetition_penalty": 2.0}, {"logit_bias": {10: 1.0}}], ids=str)
-def test_logits_that_are_no_numbers_are_refused(temperature, damage, knobs):
+def test_logits_that_are_not_finite_are_refused(temperature, damage, knobs):
     logits = row(6)
     logits[10 : 10 + len(damage)] = torch.tensor(damage)
     with pytest.raises(FarshoreError, match="not numbers"):
         sample(logits, asked(temperature=temperature, **knobs), tokens=[10], prompt_tokens=1)
 
 
-def test_as_many_alternatives_as_the_vocabulary_has():
+def test_alternatives_are_bounded_by_the_vocabulary():
     logits = torch.tensor([1.0, 3.0, 2.0])
     for count, expected in ((1, [1]), (3, [1, 2, 0]), (4, [1, 2, 0]), (1 << 40, [1, 2, 0]), (-1, [])):
         drawn = sample(logits, asked(logprobs=count), tokens=[0], prompt_tokens=1)
@@ -284,23 +287,23 @@ def test_as_many_alternatives_as_the_vocabulary_has():
     ],
     ids=str,
 )
-def test_what_float32_cannot_hold_ends_at_its_limits(knobs, expected):
+def test_logits_outside_float32_are_clipped_to_its_limits(knobs, expected):
     logits = np.array([4.0, -2.0, 0.0, 3.0], dtype=np.float32)
     ours = adjusted(logits, asked(**knobs), tokens=[0, 1, 2, 2], prompt_tokens=1)
     assert np.allclose(ours, np.array(expected, dtype=np.float32), rtol=1e-6, atol=0.0)
     drawn = sample(torch.from_numpy(logits), asked(**knobs), tokens=[0, 1, 2, 2], prompt_tokens=1)
-    assert drawn.token == int(np.argmax(expected)), "of equal logits the smallest id"
+    assert drawn.token == int(np.argmax(expected)), "among equal logits the smallest id is drawn"
 
 
-@pytest.mark.parametrize("exactly", [False, True])
+@pytest.mark.parametrize("or_equal", [False, True])
 @pytest.mark.parametrize("weights", [[1.0], [1.0, 0.0, 0.0], [0.5, 0.5, *[0.0] * 300], [*[0.0] * 300, 1.0]])
-def test_a_share_that_rounding_takes_beyond_the_whole_ends_at_the_last_weight(weights, exactly):
+def test_a_share_that_rounding_lifts_above_1_ends_at_the_last_weight(weights, or_equal):
     weights = np.array(weights, dtype=np.float32)
     last = int(np.flatnonzero(weights)[-1])
-    assert sampler._reaching(weights, 1 + 2**-52, exactly=exactly) == last
+    assert sampler._index_beyond(weights, 1 + 2**-52, or_equal=or_equal) == last
 
 
-# Any finite float64, those of float32's edges and the usual ones more often than by chance.
+# Any finite float64; float32's limits and usual values are drawn more often.
 floats = st.one_of(
     st.floats(allow_nan=False, allow_infinity=False),
     st.sampled_from([0.0, -0.0, 1.0, 1e-38, 1e-45, 1e-46, 5e-324, LARGEST, -LARGEST, 1e300, -1e300, 100.0]),
@@ -322,8 +325,8 @@ anything = st.builds(
     seed=integers,
 )
 up_to_2 = st.floats(-2.0, 2.0, width=32)
-# What gateway/sampling.py lets through, as float32, which is what the wire carries.
-let_through = st.builds(
+# Values that the gateway accepts (gateway/requests/sampling_limits.py), in float32 as on the wire.
+accepted = st.builds(
     Sampling,
     max_tokens=st.just(1),
     temperature=st.floats(0.0, 2.0, width=32),
@@ -344,7 +347,7 @@ logit = st.one_of(
 )
 rows_of_logits = st.one_of(
     st.lists(logit, min_size=1, max_size=40),
-    # More than one block of a running sum.
+    # Rows of more than one block of the partial sums.
     st.builds(
         lambda values, vocab: [values[i % len(values)] for i in range(vocab)],
         st.lists(logit, min_size=1, max_size=5),
@@ -353,9 +356,9 @@ rows_of_logits = st.one_of(
 )
 
 
-@given(st.one_of(anything, let_through), rows_of_logits, st.lists(st.integers(0, 60), max_size=20), st.data())
+@given(st.one_of(anything, accepted), rows_of_logits, st.lists(st.integers(0, 60), max_size=20), st.data())
 @settings(max_examples=400, deadline=None)
-def test_any_sampling_of_any_finite_logits_draws_a_token_of_some_weight(sampling, values, tokens, data):
+def test_any_sampling_of_any_finite_logits_draws_a_token_with_positive_weight(sampling, values, tokens, data):
     logits = torch.tensor(values, dtype=torch.float32)
     before = logits.clone()
     prompt_tokens = data.draw(st.integers(0, len(tokens)))

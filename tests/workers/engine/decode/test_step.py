@@ -1,4 +1,4 @@
-"""The layer loop: however rows are cut, and wherever their KV is, they get the same logits."""
+"""The layer loop: logits do not depend on how rows are cut or on where their KV is."""
 
 import pytest
 import torch
@@ -9,29 +9,29 @@ from farshore.errors import TransportError
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kvstore.base import SpanKey
 from farshore.kvstore.store.tail import Tail
-from farshore.workers.engine.decode.step import LocalKV, Steps
+from farshore.workers.engine.decode.step import LayerLoop, LocalKV
 
 ENGINE = WorkerId("engine")
 EPOCH = Epoch(1)
 LENGTHS = {"a": 40, "b": 300, "c": 7, "d": 1, "e": 90}
-"""Tokens in spans; the tail begins behind them."""
+"""Sequence -> its tokens in spans. The tail starts after them."""
 
 
-class Ground:
-    """Sequences of random KV over shards, the engine's own store among them, and tails."""
+class StepHarness:
+    """Sequences with random KV in the stores of shards and of the engine, and with tails."""
 
     def __init__(self, cluster, tail_tokens):
         self.cluster = cluster
         self.layout = cluster.attention.layouts[0]
-        self.steps = self.made()
+        self.layer_loop = self.make_layer_loop()
         self.random = torch.Generator().manual_seed(1)
         self.reads = {name: self._spans(name, length) for name, length in LENGTHS.items()}
         self.tails = {name: self._tail(length, tail_tokens) for name, length in LENGTHS.items()}
 
-    def made(self, local=True):
-        """Steps as an engine has them; ``own`` False: its own store is a shard like the others."""
+    def make_layer_loop(self, local=True):
+        """Returns an engine's layer loop. Unless ``local``, the engine's own store is read like a shard."""
         memory = self.cluster.arenas["engine"].memory
-        return Steps(
+        return LayerLoop(
             model=self.cluster.model,
             attention=self.cluster.attention,
             shards=Fanout(self.cluster.clients, self.cluster.attention),
@@ -47,8 +47,11 @@ class Ground:
             assert store.announce() == [], worker
 
     def logits(self, rows, micro_batches, *, commit=False):
-        """``rows``: a name for each row; rows of one name follow each other. A token depends on its position
-        alone."""
+        """Runs a step; returns its logits.
+
+        ``rows`` names the sequence of each row; rows of one sequence are adjacent. The token of a row depends
+        on its position only. Without ``commit`` the tails are truncated afterwards.
+        """
         positions = [self.tails[name].end + rows[:row].count(name) for row, name in enumerate(rows)]
         reads = {}
         for name in dict.fromkeys(rows):
@@ -62,10 +65,10 @@ class Ground:
             sequences=tuple(SequenceId(name) for name in rows),
             positions=tuple(positions),
             epochs={SequenceId(name): EPOCH for name in rows},
-            reads=({worker: tuple(it) for worker, it in reads.items()},),
+            reads=({worker: tuple(of_worker) for worker, of_worker in reads.items()},),
         )
         with torch.inference_mode():
-            out = self.steps.run(
+            out = self.layer_loop.run(
                 plan,
                 [(7 * position + 3) % 97 for position in positions],
                 [self.tails[name] for name in rows],
@@ -83,15 +86,17 @@ class Ground:
         return k, torch.randn(self.layout.v_heads, count, self.layout.v_dim, generator=self.random)
 
     def _spans(self, name, length):
-        """By range over all shards, or, every second sequence, by head group over two: the same KV however
-        many shards there are."""
+        """Stores random KV: by head group on two shards if ``length`` is odd, else by range on all shards.
+
+        The KV does not depend on the number of shards.
+        """
         workers = list(self.cluster.clients)
         if length % 2:
             cuts = [(workers[0], 0, length, 0, 1), (workers[1], 0, length, 1, self.layout.groups)]
         else:
             edges = [length * i // len(workers) for i in range(len(workers) + 1)]
-            parts = zip(workers, edges, edges[1:], strict=False)
-            cuts = [(worker, a, b, 0, self.layout.groups) for worker, a, b in parts if a < b]
+            ranges = zip(workers, edges, edges[1:], strict=False)
+            cuts = [(worker, a, b, 0, self.layout.groups) for worker, a, b in ranges if a < b]
         kv = [self._tokens(length) for _ in range(self.layout.layers)]
         reads = []
         for worker, first, last, group0, group1 in cuts:
@@ -120,94 +125,96 @@ class Ground:
 
 @pytest.fixture
 def over(tiny_model, rig):
-    """over(shards) -> Ground."""
+    """over(shards) -> StepHarness."""
     made = []
 
     def build(shards):
-        made.append(Ground(rig(tiny_model, shards=shards, memory_bytes=64 << 20), tail_tokens=5))
+        made.append(StepHarness(rig(tiny_model, shards=shards, memory_bytes=64 << 20), tail_tokens=5))
         return made[-1]
 
     yield build
-    for it in made:
-        it.close()
+    for harness in made:
+        harness.close()
 
 
 @pytest.fixture
-def ground(over):
+def harness(over):
     return over(2)
 
 
 @pytest.mark.parametrize("shards", [64, 130])
-def test_a_sequence_may_lie_on_any_number_of_shards(ground, over, shards):
-    """64 shards' states and the engine's own are 65 to merge in every layer."""
+def test_a_sequence_may_lie_on_any_number_of_shards(harness, over, shards):
+    """With 64 shards, 65 states are merged in every layer, the local one included."""
     many = over(shards)
     for rows in (["b"], ["a", "b", "b", "c", "e"]):
-        torch.testing.assert_close(many.logits(rows, 1), ground.logits(rows, 1), rtol=0, atol=1e-5)
+        torch.testing.assert_close(many.logits(rows, 1), harness.logits(rows, 1), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("micro_batches", [2, 3, 4, 8])
-def test_micro_batches_change_nothing(ground, micro_batches):
+def test_micro_batches_change_nothing(harness, micro_batches):
     rows = ["a", "b", "b", "b", "c", "d", "e", "e"]
-    whole = ground.logits(rows, 1)
-    cut = ground.logits(rows, micro_batches)
+    whole = harness.logits(rows, 1)
+    cut = harness.logits(rows, micro_batches)
     assert torch.equal(cut.argmax(-1), whole.argmax(-1))
     # PyTorch's float32 products of one row and of several differ in the last bits.
     torch.testing.assert_close(cut, whole, rtol=0, atol=1e-5)
 
 
-def test_every_row_is_what_it_would_be_alone(ground):
+def test_rows_of_a_batch_equal_rows_alone(harness):
     rows = ["a", "c", "d", "e"]
-    together = ground.logits(rows, 2)
+    together = harness.logits(rows, 2)
     for row, name in enumerate(rows):
-        torch.testing.assert_close(together[row], ground.logits([name], 1)[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(together[row], harness.logits([name], 1)[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_rows_that_follow_each_other_are_steps_that_follow_each_other(ground, micro_batches):
-    together = ground.logits(["b"] * 4, micro_batches)
+def test_adjacent_rows_of_a_sequence_equal_successive_steps(harness, micro_batches):
+    together = harness.logits(["b"] * 4, micro_batches)
     for row in range(4):
-        (alone,) = ground.logits(["b"], 1, commit=True)
+        (alone,) = harness.logits(["b"], 1, commit=True)
         torch.testing.assert_close(together[row], alone, rtol=0, atol=1e-5)
 
 
-def test_what_the_engine_has_may_as_well_be_a_shards(ground):
+def test_local_spans_may_be_read_like_those_of_a_shard(harness):
     rows = ["a", "b", "c", "d", "e"]
-    local = ground.logits(rows, 2)
-    ground.steps = ground.made(local=False)
-    torch.testing.assert_close(ground.logits(rows, 2), local, rtol=0, atol=1e-5)
+    local = harness.logits(rows, 2)
+    harness.layer_loop = harness.make_layer_loop(local=False)
+    torch.testing.assert_close(harness.logits(rows, 2), local, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("overlaps", [True, False])
-def test_shards_beside_the_engine_or_in_turns_with_it(ground, monkeypatch, overlaps, micro_batches):
-    """And a step that a shard breaks leaves nothing behind either way."""
+def test_shards_that_overlap_with_the_engine_or_share_its_cores(
+    harness, monkeypatch, overlaps, micro_batches
+):
+    """In both cases a step that a shard breaks leaves no trace."""
     monkeypatch.setattr(Fanout, "overlaps", lambda *_: overlaps)
     rows = ["a", "b", "b", "c", "e"]
-    expected = ground.logits(rows, micro_batches)
-    client = ground.cluster.clients[WorkerId("shard1")]
+    expected = harness.logits(rows, micro_batches)
+    client = harness.cluster.clients[WorkerId("shard1")]
     for call in ("send", "wait"):
         with monkeypatch.context() as broken:
             broken.setattr(client, call, _break)
             with pytest.raises(TransportError, match="broken"):
-                ground.logits(rows, micro_batches)
-        for tail in ground.tails.values():
+                harness.logits(rows, micro_batches)
+        for tail in harness.tails.values():
             tail.truncate(tail.end)
-        assert torch.equal(ground.logits(rows, micro_batches), expected)
+        assert torch.equal(harness.logits(rows, micro_batches), expected)
 
 
 def _break(*args, **options):
     raise TransportError("broken")
 
 
-def test_a_step_like_the_last_one_is_what_it_is_after_none(ground):
-    """Plans are kept while tails grow into new blocks, rows are retried, and sequences come and go."""
-    tail = ground.tails["b"]
+def test_a_reused_plan_gives_the_logits_of_a_new_one(harness):
+    """Tails grow into new blocks, rows are retried, and sequences come and go between the steps."""
+    tail = harness.tails["b"]
     for step in range(260 - tail.end % 256 + 3):
         rows = ["b", "c", "e"] if step % 50 else ["c", "e", "e"]
-        kept = ground.logits(rows, 1)
+        kept = harness.logits(rows, 1)
         if step % 40 == 0 or tail.end % 256 in (255, 0, 1):
-            steps, ground.steps = ground.steps, ground.made()
-            fresh = ground.logits(rows, 1)
-            ground.steps = steps
+            layer_loop, harness.layer_loop = harness.layer_loop, harness.make_layer_loop()
+            fresh = harness.logits(rows, 1)
+            harness.layer_loop = layer_loop
             assert torch.equal(kept, fresh), step
-        ground.logits(["b"] if step % 3 else ["b", "c"], 1, commit=True)
+        harness.logits(["b"] if step % 3 else ["b", "c"], 1, commit=True)

@@ -1,4 +1,4 @@
-"""Cold calls to shards: in order, off the token loop, with books that survive a shard's silence."""
+"""Shard queues and the pool: calls run in order and off the token loop, and holds survive a silent shard."""
 
 import threading
 from concurrent.futures import CancelledError
@@ -11,7 +11,7 @@ from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import KVLayout
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore.base import SpanKey
-from farshore.workers.engine.kv.pool import Pool, first_error
+from farshore.workers.engine.kv.pool import ShardPool, first_error
 from farshore.workers.engine.kv.shard_queue import ShardQueue
 from farshore.workers.engine.sequence import Holder
 
@@ -23,7 +23,7 @@ DEADLINE_S = 30.0
 
 
 class Shard:
-    """What the queue sees of a shard: its store, and an answer to beats."""
+    """A shard as its queue sees it: store calls, and answers to beats."""
 
     def __init__(self, worker=A):
         self.worker = worker
@@ -90,7 +90,7 @@ def queue_of():
         news = threading.Event()
         queue = ShardQueue(shard.worker, shard, changed=news.set, **options)
         queue.news = news
-        queue.await_look(DEADLINE_S)
+        queue.await_first_beat(DEADLINE_S)
         made.append((shard, queue))
         return queue
 
@@ -110,7 +110,7 @@ def create(queue, holder):
     return queue.create(holder, KEY, capacity_tokens=8, layout=LAYOUT)
 
 
-def test_calls_are_made_in_order_and_a_blocked_one_holds_nobody_up(queue_of):
+def test_calls_run_in_order_and_do_not_block_their_callers(queue_of):
     shard = Shard()
     queue = queue_of(shard)
     shard.gate.clear()
@@ -124,7 +124,7 @@ def test_calls_are_made_in_order_and_a_blocked_one_holds_nobody_up(queue_of):
     assert order == [0, 1, 2, 3, 4]
 
 
-def test_a_span_is_dropped_when_the_last_choice_of_its_sequence_lets_go(queue_of):
+def test_a_span_is_dropped_when_the_last_choice_of_its_sequence_releases_it(queue_of):
     shard = Shard()
     queue = queue_of(shard)
     parent, fork = Holder(S, Epoch(1)), Holder(S, Epoch(1))
@@ -139,7 +139,7 @@ def test_a_span_is_dropped_when_the_last_choice_of_its_sequence_lets_go(queue_of
     assert queue.submit(lambda _: dict(shard.held)).result(DEADLINE_S) == {S: set()}
 
 
-def test_what_a_call_obtains_for_a_holder_that_was_closed_meanwhile_is_given_back(queue_of):
+def test_a_span_granted_to_a_holder_that_was_closed_meanwhile_is_dropped(queue_of):
     shard = Shard()
     queue = queue_of(shard)
     shard.gate.clear()
@@ -171,8 +171,8 @@ def test_a_cancelled_call_is_not_made(queue_of):
     assert isinstance(first_error([call]), TransportError)
 
 
-def test_what_a_silent_shard_could_not_be_told_it_hears_when_it_answers(queue_of):
-    """A lost reply leaves a span that the engine does not know: it goes with the rest."""
+def test_a_silent_shard_learns_of_drops_when_it_answers(queue_of):
+    """A lost reply leaves a span that the engine does not know; it is dropped, too."""
     shard = Shard()
     queue = queue_of(shard)
     kept, released = Holder(S, Epoch(1)), Holder(T, Epoch(2))
@@ -192,7 +192,7 @@ def test_what_a_silent_shard_could_not_be_told_it_hears_when_it_answers(queue_of
     assert shard.held[S] == {span}
 
 
-def test_a_shard_that_asks_what_is_wanted_is_told(queue_of):
+def test_a_shard_that_must_reconcile_gets_the_wanted_spans(queue_of):
     shard = Shard()
     queue = queue_of(shard)
     holder = Holder(S, Epoch(1))
@@ -208,7 +208,7 @@ def test_late_frames_make_a_shard_unreadable_until_it_is_connected_again(queue_o
     before = shard.connections
     shard.error = TransportError("frozen")
     queue.suspect(TransportError("late"))
-    assert not queue.is_readable and not queue.is_placeable and not queue.lost
+    assert not queue.is_readable and not queue.is_placeable and not queue.lost_reason
     shard.error = None
     until(queue, lambda: queue.is_readable)
     assert shard.connections > before
@@ -220,39 +220,39 @@ def test_a_shard_is_lost_after_its_grace_and_may_come_back(queue_of):
     shard.error = TransportError("frozen")
     queue.suspect(TransportError("late"))
     clock.now_s = 9.9
-    assert not queue.lost
+    assert not queue.lost_reason
     clock.now_s = 10.1
-    assert "has not answered for 10 s" in queue.lost
+    assert "has not answered for 10 s" in queue.lost_reason
     assert isinstance(create(queue, Holder(S, Epoch(1))).exception(DEADLINE_S), Lost)
     shard.error = None
     while not queue.is_readable:
         clock.now_s += 0.2
         queue.news.wait(0.05)
-    assert not queue.lost
+    assert not queue.lost_reason
 
 
 @pytest.mark.parametrize("changed", [{"worker": B}, {"incarnation": "second"}])
-def test_another_process_at_the_address_is_a_loss(queue_of, changed):
+def test_a_shard_is_lost_if_another_process_answers_at_its_address(queue_of, changed):
     shard = Shard()
     queue = queue_of(shard)
     vars(shard).update(changed)
     queue.suspect(TransportError("the connection broke"))
-    until(queue, lambda: queue.lost)
-    assert "was restarted" in queue.lost and not queue.is_readable
+    until(queue, lambda: queue.lost_reason)
+    assert "was restarted" in queue.lost_reason and not queue.is_readable
 
 
-def test_a_refused_connection_is_a_loss(queue_of):
+def test_a_shard_that_refuses_connections_is_lost(queue_of):
     shard = Shard()
     queue = queue_of(shard)
     refused = TransportError("connection refused")
     refused.__cause__ = ConnectionRefusedError()
     shard.error = refused
     queue.suspect(TransportError("the connection broke"))
-    until(queue, lambda: queue.lost)
-    assert "is gone" in queue.lost
+    until(queue, lambda: queue.lost_reason)
+    assert "is gone" in queue.lost_reason
 
 
-def test_a_refusal_is_no_silence(queue_of):
+def test_a_shard_that_refuses_a_call_is_not_silent(queue_of):
     shard = Shard()
     queue = queue_of(shard)
     shard.error = Full("no room", free_bytes=0)
@@ -262,9 +262,9 @@ def test_a_refusal_is_no_silence(queue_of):
     assert queue.is_placeable
 
 
-def test_gathering_gives_a_stalled_call_up_and_keeps_the_others():
+def test_gather_gives_up_a_stalled_call_and_keeps_the_others():
     clients = {A: Shard(A), B: Shard(B)}
-    pool = Pool(clients, [A, B])
+    pool = ShardPool(clients, [A, B])
     pool.await_beats(DEADLINE_S)
     assert pool.budgets() == {A: 100, B: 100} and pool.placeable() == [A, B]
     clients[B].gate.clear()

@@ -1,4 +1,4 @@
-"""Prefixes that are stored already, and completions that share a prompt."""
+"""Sharing of KV: stored prefixes, and completions of one prompt."""
 
 from collections import defaultdict
 
@@ -23,7 +23,7 @@ def prompt_of(length, seed=0):
 
 
 class Counting:
-    """A store that counts the tokens written to each layer 0."""
+    """A store that counts the tokens written to layer 0."""
 
     def __init__(self, store):
         self._store = store
@@ -39,7 +39,7 @@ class Counting:
 
 @pytest.fixture
 def counted(rig):
-    """counted(model, ...) -> a cluster whose stores count, and a way to ask how many tokens were written."""
+    """counted(model, ...) -> (a rig, a function that returns the tokens written since its last call)."""
 
     def build(model, **options):
         cluster = rig(model, **({"memory_bytes": 64 << 20} | options))
@@ -48,11 +48,11 @@ def counted(rig):
             cluster.clients[worker].store = store
 
         def written():
-            before, totals = [store.tokens for store in stores], sum(store.tokens for store in stores)
+            assert stores
+            total = sum(store.tokens for store in stores)
             for store in stores:
                 store.tokens = 0
-            assert before
-            return totals
+            return total
 
         return cluster, written
 
@@ -68,33 +68,31 @@ def counted(rig):
         {"shards": 5, "shard_by": "both"},
     ],
 )
-def test_a_prompt_given_again_computes_only_what_is_left(tiny_model, counted, submit, options):
+def test_a_repeated_prompt_computes_only_its_last_partial_block(tiny_model, counted, submit, options):
     cluster, written = counted(tiny_model, **options)
     engine = cluster.start()
     prompt = prompt_of(1300)
     first = submit(engine, "a", prompt, GREEDY)
     assert isinstance(first.result(), Finished)
-    all_of_it = written()
+    prompt_written = written()
     again, longer = (
         submit(engine, "b", prompt, GREEDY),
         submit(engine, "c", prompt + prompt_of(50, 1), GREEDY),
     )
     assert isinstance(again.result(), Finished) and isinstance(longer.result(), Finished)
-    classes = all_of_it // 1300
-    assert all_of_it == classes * 1300
+    classes = prompt_written // 1300
+    assert prompt_written == classes * 1300
     assert written() == classes * (1300 - 1280 + 1350 - 1280)
     assert again.tokens == first.tokens
-    fresh = submit(rig_alone(cluster), "d", prompt + prompt_of(50, 1), GREEDY)
+    fresh = submit(engine_of_another_revision(cluster), "d", prompt + prompt_of(50, 1), GREEDY)
     assert isinstance(fresh.result(), Finished)
     assert longer.tokens == fresh.tokens
 
 
 @pytest.mark.parametrize("length", [256, 300, 700, 1300])
 @pytest.mark.parametrize("shards", [1, 3, 5])
-def test_all_whole_blocks_are_shared_however_many_shards_there_are(
-    tiny_model, counted, submit, shards, length
-):
-    """Few blocks over many shards: every cut is between two blocks, so each of them has a name."""
+def test_all_full_blocks_are_shared_for_any_number_of_shards(tiny_model, counted, submit, shards, length):
+    """Prompts are cut between blocks only, even with few blocks on many shards."""
     cluster, written = counted(tiny_model, shards=shards)
     engine = cluster.start()
     first = submit(engine, "a", prompt_of(length), GREEDY)
@@ -108,12 +106,12 @@ def test_all_whole_blocks_are_shared_however_many_shards_there_are(
     assert again.tokens == first.tokens
 
 
-def rig_alone(cluster):
-    """An engine of another revision on the same shards: it finds nothing."""
+def engine_of_another_revision(cluster):
+    """Starts an engine on the same shards that finds no stored prefix."""
     return cluster.start(revision="another")
 
 
-def test_what_the_kv_depends_on_beside_tokens_is_not_shared(tiny_model, counted, submit):
+def test_kv_is_not_shared_across_fingerprints(tiny_model, counted, submit):
     cluster, written = counted(tiny_model)
     engine = cluster.start()
     prompt = prompt_of(600)
@@ -133,27 +131,27 @@ def test_what_the_kv_depends_on_beside_tokens_is_not_shared(tiny_model, counted,
     assert len(prints) == 4
 
 
-def test_cache_gives_way_to_who_needs_memory(tiny_model, rig, submit):
-    """Room for one prompt and its completion: each finds nothing of the one before the last."""
+def test_cached_blocks_are_evicted_for_new_prompts(tiny_model, rig, submit):
+    """The shard has room for one prompt and its completion."""
     layout = rig(tiny_model).attention.layouts[0]
     cluster = rig(tiny_model, shards=1, memory_bytes=layout.block_bytes * 9)
     engine = cluster.start()
     answers = defaultdict(list)
-    for turn, seed in enumerate((0, 1, 0, 2, 1)):
-        it = submit(engine, f"s{turn}", prompt_of(1300, seed), GREEDY)
-        assert isinstance(it.result(), Finished)
-        answers[seed].append(it.tokens)
-    assert all(len({tuple(tokens) for tokens in it}) == 1 for it in answers.values())
+    for number, seed in enumerate((0, 1, 0, 2, 1)):
+        collected = submit(engine, f"s{number}", prompt_of(1300, seed), GREEDY)
+        assert isinstance(collected.result(), Finished)
+        answers[seed].append(collected.tokens)
+    assert all(len({tuple(tokens) for tokens in of_seed}) == 1 for of_seed in answers.values())
 
 
-def test_a_shard_that_cannot_be_asked_is_less_of_a_hit(tiny_model, rig, submit):
+def test_a_prefix_ends_where_a_shard_does_not_answer(tiny_model, rig, submit):
     cluster = rig(tiny_model, shards=2, memory_bytes=64 << 20)
     engine = cluster.start()
     first = submit(engine, "a", prompt_of(1300), GREEDY)
     assert isinstance(first.result(), Finished)
 
     def unreachable(*_, **__):
-        raise TransportError("nobody answers")
+        raise TransportError("no answer")
 
     cluster.stores[cluster.targets[0]].find_prefix = unreachable
     again = submit(engine, "b", prompt_of(1300), GREEDY)
@@ -173,7 +171,7 @@ def slice_of(span, first, last, group0, group1, origin=None):
     return SpanSlice(span=span, key=key, layout=None, first=first, last=last)
 
 
-def test_hits_are_put_together_from_all_head_groups():
+def test_a_prefix_is_assembled_from_all_head_groups():
     a, b, c = (WorkerId(name) for name in "abc")
     found = {
         a: [slice_of("a/0", 0, 512, 0, 1), slice_of("a/1", 512, 1024, 0, 3)],
@@ -197,26 +195,26 @@ def test_completions_share_the_prompt_and_draw_their_own(tiny_model, counted, su
     engine = cluster.start()
     prompt = prompt_of(700)
     sampling = Sampling(max_tokens=30, n=4, temperature=1.0, seed=5)
-    it = submit(engine, "a", prompt, sampling)
-    ends = it.results(4)
-    assert all(len(tokens) == 30 for tokens in it.choices.values())
-    assert len({tuple(tokens) for tokens in it.choices.values()}) == 4
+    collected = submit(engine, "a", prompt, sampling)
+    ends = collected.results(4)
+    assert all(len(tokens) == 30 for tokens in collected.choices.values())
+    assert len({tuple(tokens) for tokens in collected.choices.values()}) == 4
     assert written() == 700 * (1 if len(cluster.targets) == 1 else 2), (
         "the prompt was prefilled more than once"
     )
     again = submit(engine, "b", prompt, sampling)
     again.results(4)
-    assert again.choices == it.choices
+    assert again.choices == collected.choices
     alone = submit(engine, "c", prompt, Sampling(max_tokens=30, temperature=1.0, seed=5))
     alone.results(1)
-    assert alone.tokens == it.tokens
-    # What they share is read once for all of them.
+    assert alone.tokens == collected.tokens
+    # Shared spans are read once for all completions.
     config = tiny_model.config
     token_bytes = config.layers * config.kv_heads * 2 * config.head_dim * 4
     assert sum(sum(end.attended_bytes.values()) for end in ends.values()) == 29 * 700 * token_bytes
 
 
-def test_forks_beyond_a_block_hand_their_own_tails_over(tiny_model, rig, submit):
+def test_forks_hand_off_their_own_tails(tiny_model, rig, submit):
     engine = rig(tiny_model, shards=2, memory_bytes=64 << 20).start()
     both = submit(engine, "a", prompt_of(300), Sampling(max_tokens=300, n=2, temperature=1.0, seed=1))
     both.results(2)
@@ -227,31 +225,31 @@ def test_forks_beyond_a_block_hand_their_own_tails_over(tiny_model, rig, submit)
 
 @pytest.mark.parametrize("length", [300, 1900])
 def test_cancelling_ends_all_completions_once(tiny_model, rig, submit, length):
-    """Behind the first token, and before there are several."""
+    """After the first token, and before the request is forked."""
     engine = rig(tiny_model, shards=2, memory_bytes=64 << 20).start()
-    it = submit(engine, "a", prompt_of(length), Sampling(max_tokens=100, n=3))
-    while length == 300 and not isinstance(it.events.get(timeout=60), Sampled):
+    collected = submit(engine, "a", prompt_of(length), Sampling(max_tokens=100, n=3))
+    while length == 300 and not isinstance(collected.events.get(timeout=60), Sampled):
         pass
     engine.cancel(SequenceId("a"))
-    assert [end.reason for end in it.results(3).values()] == [Reason.CANCELLED] * 3
+    assert [end.reason for end in collected.results(3).values()] == [Reason.CANCELLED] * 3
     assert engine.views() == []
 
 
-def test_completions_whose_tails_find_no_room_are_parked_and_go_on(tiny, tiny_model, rig, submit):
-    """Twelve tails, memory for five: a few choices run at a time, all of them end as they would alone."""
+def test_completions_whose_tails_find_no_room_are_parked_and_continue(tiny, tiny_model, rig, submit):
+    """Of twelve tails five fit: a few choices run at a time, and get the tokens of an engine with room."""
     cluster = rig(tiny_model, shards=1, memory_bytes=64 << 20)
     cluster.resize(5 * stride_bytes(cluster.attention.layouts[0].block_bytes))
     engine = cluster.start()
     sampling = Sampling(max_tokens=32, temperature=1.0, seed=5, n=12)
-    it = submit(engine, "a", prompt_of(300), sampling)
+    collected = submit(engine, "a", prompt_of(300), sampling)
     bystander = submit(engine, "b", prompt_of(40, 1), Sampling(max_tokens=300))
-    it.results(12)
+    collected.results(12)
     assert isinstance(bystander.result(), Finished)
     assert engine.load().parkings >= 7
     roomy = rig(tiny_model, shards=1, memory_bytes=64 << 20).start()
     alone = submit(roomy, "a", prompt_of(300), sampling)
     alone.results(12)
-    assert it.choices == alone.choices
+    assert collected.choices == alone.choices
     quiet = submit(roomy, "b", prompt_of(40, 1), Sampling(max_tokens=300))
     assert isinstance(quiet.result(), Finished) and quiet.tokens == bystander.tokens
     assert not roomy.load().parkings

@@ -1,4 +1,4 @@
-"""Prefill in units: the same logits whatever comes between, in memory that does not grow with the prompt."""
+"""Prefill in units: correct logits for any interleaving, in memory that does not grow with the prompt."""
 
 import threading
 from concurrent.futures import Future
@@ -10,26 +10,26 @@ from farshore.errors import TransportError
 from farshore.ids import SequenceId
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.kv.cache import SequenceCache
-from farshore.workers.engine.kv.pool import Pool
-from farshore.workers.engine.prefill import segment as prefill
+from farshore.workers.engine.kv.pool import ShardPool
 from farshore.workers.engine.prefill.pacer import PrefillPacer
 from farshore.workers.engine.prefill.prompts import Prompts
 from farshore.workers.engine.sequence import Failed, Finished, Prefilled, Sampling, Sequence
 
 GREEDY = Sampling(max_tokens=8, temperature=0.0)
+PAST_RANGE_TOKENS = "farshore.workers.engine.prefill.segment.PAST_RANGE_TOKENS"
 
 
 def prompt_of(length, seed=0):
     return torch.randint(97, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-class Ground:
-    """Prefill without an engine's loop around it."""
+class PrefillHarness:
+    """Prefill without an engine's loop."""
 
     def __init__(self, cluster, segment_tokens):
         self.cluster = cluster
         self.news = threading.Event()
-        self.pool = Pool(cluster.clients, cluster.targets, changed=self.news.set)
+        self.pool = ShardPool(cluster.clients, cluster.targets, changed=self.news.set)
         self.cache = SequenceCache(
             arena=cluster.arenas["engine"],
             pool=self.pool,
@@ -62,14 +62,14 @@ class Ground:
         return sequence
 
     def finish(self):
-        """Logits behind the next prompt that is done."""
+        """Runs units until a prompt is done; returns the logits after it."""
         with torch.inference_mode():
             while not (outcome := self.run_unit()).done:
                 assert outcome.error is None, outcome.error
         return outcome.logits
 
     def run_unit(self):
-        """What becomes of the next unit, once a prompt is runnable."""
+        """Waits for a runnable prompt and runs a unit; returns its outcome."""
         while (outcome := self.prompts.run_unit()) is None:
             assert self.news.wait(60)
             self.news.clear()
@@ -77,16 +77,16 @@ class Ground:
 
 
 @pytest.fixture
-def ground(rig):
+def make_prefill(rig):
     made = []
 
     def build(model, *, segment_tokens=512, **options):
-        made.append(Ground(rig(model, **options), segment_tokens))
+        made.append(PrefillHarness(rig(model, **options), segment_tokens))
         return made[-1]
 
     yield build
-    for it in made:
-        it.pool.close()
+    for harness in made:
+        harness.pool.close()
 
 
 def expected_logits(tiny, tokens):
@@ -99,61 +99,62 @@ def expected_logits(tiny, tokens):
     [{"local": True}, {"shards": 2}, {"shards": 3, "shard_by": "head"}, {"shards": 5, "shard_by": "both"}],
 )
 @pytest.mark.parametrize("length", [1, 255, 700, 1300])
-def test_logits_behind_a_prompt_are_transformers(tiny, tiny_model, ground, monkeypatch, options, length):
-    """However it is cut: segments of 512, pieces of the past of 200."""
-    monkeypatch.setattr(prefill, "PIECE_TOKENS", 200)
-    it = ground(tiny_model, memory_bytes=64 << 20, **options)
-    sequence = it.add(prompt_of(length))
-    torch.testing.assert_close(it.finish(), expected_logits(tiny, prompt_of(length)), rtol=0, atol=2e-5)
+def test_logits_after_a_prompt_equal_transformers(
+    tiny, tiny_model, make_prefill, monkeypatch, options, length
+):
+    """Segments of 512 tokens, past ranges of 200."""
+    monkeypatch.setattr(PAST_RANGE_TOKENS, 200)
+    prefill = make_prefill(tiny_model, memory_bytes=64 << 20, **options)
+    sequence = prefill.add(prompt_of(length))
+    torch.testing.assert_close(prefill.finish(), expected_logits(tiny, prompt_of(length)), rtol=0, atol=2e-5)
     assert sequence.committed == length
-    it.cache.release(sequence)
+    prefill.cache.release(sequence)
 
 
-def test_progress_is_told_and_only_rises(tiny_model, ground, monkeypatch):
+def test_progress_is_reported_and_only_rises(tiny_model, make_prefill, monkeypatch):
     monkeypatch.setattr("farshore.workers.engine.prefill.prompts.PROGRESS_S", 0.0)
-    it = ground(tiny_model, memory_bytes=64 << 20)
-    sequence = it.add(prompt_of(1300))
-    it.finish()
-    it.cache.release(sequence)
-    done = [event.done_tokens for _, event in it.events]
-    assert all(isinstance(event, Prefilled) and event.total_tokens == 1300 for _, event in it.events)
+    prefill = make_prefill(tiny_model, memory_bytes=64 << 20)
+    sequence = prefill.add(prompt_of(1300))
+    prefill.finish()
+    prefill.cache.release(sequence)
+    done = [event.done_tokens for _, event in prefill.events]
+    assert all(isinstance(event, Prefilled) and event.total_tokens == 1300 for _, event in prefill.events)
     assert done == sorted(done) and {512, 1024, 1300} <= set(done)
-    assert any(done_tokens % 256 for done_tokens in done[:-1]), "nothing between two segments"
+    assert any(done_tokens % 256 for done_tokens in done[:-1]), "no progress within a segment"
 
 
-def held(it):
-    """Storages of all tensors that an object of ours holds: address -> bytes."""
-    if isinstance(it, torch.Tensor):
-        return {it.untyped_storage().data_ptr(): it.untyped_storage().nbytes()}
-    if isinstance(it, Future):
-        return held(it.result())
-    if isinstance(it, dict):
-        it = list(it.values())
+def held(value):
+    """Storages of all tensors in ``value``, recursively: address -> bytes."""
+    if isinstance(value, torch.Tensor):
+        return {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()}
+    if isinstance(value, Future):
+        return held(value.result())
+    if isinstance(value, dict):
+        value = list(value.values())
     found = {}
-    for part in it if isinstance(it, list | tuple) else ():
-        found |= held(part)
+    for element in value if isinstance(value, list | tuple) else ():
+        found |= held(element)
     return found
 
 
-def most_held(ground, model, length):
-    it = ground(model, memory_bytes=64 << 20)
-    sequence = it.add(prompt_of(length))
+def most_held_bytes(make_prefill, model, length):
+    prefill = make_prefill(model, memory_bytes=64 << 20)
+    sequence = prefill.add(prompt_of(length))
     weights = held(list(vars(model.weights).values()) if hasattr(model.weights, "__dict__") else [])
     most = 0
     with torch.inference_mode():
-        while not it.run_unit().done:
-            segment = it.prompts._queue[0].segment
-            parts = [] if segment is None else [getattr(segment, name) for name in vars(segment)]
-            now = held(parts)
-            most = max(most, sum(size for at, size in now.items() if at not in weights))
-    it.cache.release(sequence)
+        while not prefill.run_unit().done:
+            segment = prefill.prompts._queue[0].segment
+            storages = held([] if segment is None else [getattr(segment, name) for name in vars(segment)])
+            most = max(most, sum(size for address, size in storages.items() if address not in weights))
+    prefill.cache.release(sequence)
     return most
 
 
-def test_memory_does_not_grow_with_the_prompt(tiny_model, ground, monkeypatch, capsys):
-    """Between any two units a segment holds S hidden states, states and KV of one layer, and two pieces."""
-    monkeypatch.setattr(prefill, "PIECE_TOKENS", 256)
-    short, long = (most_held(ground, tiny_model, length) for length in (1100, 2047))
+def test_memory_does_not_grow_with_the_prompt(tiny_model, make_prefill, monkeypatch, capsys):
+    """Between units a segment holds S hidden states, one layer's q, k, v and states, and 2 past ranges."""
+    monkeypatch.setattr(PAST_RANGE_TOKENS, 256)
+    short, long = (most_held_bytes(make_prefill, tiny_model, length) for length in (1100, 2047))
     config = tiny_model.config
     rows = (
         config.hidden
@@ -161,29 +162,29 @@ def test_memory_does_not_grow_with_the_prompt(tiny_model, ground, monkeypatch, c
         + config.q_heads
         + 2 * config.kv_heads * config.head_dim
     )
-    pieces = 2 * 256 * 2 * config.kv_heads * config.head_dim
+    past_ranges = 2 * 256 * 2 * config.kv_heads * config.head_dim
     scratch = 3 * 256 * config.q_heads * (config.head_dim + 1)
-    bound = 4 * (512 * rows + pieces + scratch) + 8 * 512
+    bound = 4 * (512 * rows + past_ranges + scratch) + 8 * 512
     with capsys.disabled():
         print(f"\nprefill holds {short:,} bytes at 1,100 tokens, {long:,} at 2,047; bound {bound:,}")
     assert short == long <= bound
 
 
 def test_a_prompt_far_longer_than_the_engines_own_memory_runs(tiny, tiny_model, rig, submit):
-    """The engine has two blocks for its tail; the prompt is seven, on the shards."""
+    """The engine's own memory has two blocks, for the tail; the prompt takes seven blocks on the shards."""
     cluster = rig(tiny_model, shards=2, memory_bytes=64 << 20)
     cluster.resize(2 * cluster.attention.layouts[0].block_bytes)
-    it = submit(cluster.start(limits=EngineLimits(segment_tokens=512)), "a", prompt_of(1800), GREEDY)
-    assert isinstance(it.result(), Finished)
+    collected = submit(cluster.start(limits=EngineLimits(segment_tokens=512)), "a", prompt_of(1800), GREEDY)
+    assert isinstance(collected.result(), Finished)
     ids = prompt_of(1800)
     with torch.inference_mode():
-        for token in it.tokens:
+        for token in collected.tokens:
             assert token == int(tiny(torch.tensor([ids])).logits[0, -1].argmax())
             ids.append(token)
 
 
 class Failing:
-    """A store whose chosen calls break once: what a network does."""
+    """A store whose chosen calls fail once, as over a network."""
 
     def __init__(self, store, broken):
         self._store = store
@@ -195,55 +196,55 @@ class Failing:
         if name not in ("read", "write", "seal"):
             return call
 
-        def through(*args, **options):
+        def counted(*args, **options):
             self.calls += 1
             if self.calls in self._broken:
                 raise TransportError(f"{name} broke")
             return call(*args, **options)
 
-        return through
+        return counted
 
 
 @pytest.mark.parametrize("broken", [{1}, {2, 9}, {5, 6, 7}, {14, 40}, {20}])
 def test_a_failed_call_loses_nothing(tiny, tiny_model, rig, submit, monkeypatch, broken):
-    """Chosen reads, writes and seals break: the prompt is placed again, and what is sealed is found."""
-    monkeypatch.setattr(prefill, "PIECE_TOKENS", 200)
+    """Chosen reads, writes and seals fail; the prompt is placed again, and sealed blocks are found."""
+    monkeypatch.setattr(PAST_RANGE_TOKENS, 200)
     cluster = rig(tiny_model, shards=2, memory_bytes=64 << 20)
     failing = [Failing(cluster.clients[worker].store, broken) for worker in cluster.targets]
     for worker, store in zip(cluster.targets, failing, strict=True):
         cluster.clients[worker].store = store
-    it = submit(cluster.start(limits=EngineLimits(segment_tokens=256)), "a", prompt_of(900), GREEDY)
-    assert isinstance(it.result(), Finished)
+    collected = submit(cluster.start(limits=EngineLimits(segment_tokens=256)), "a", prompt_of(900), GREEDY)
+    assert isinstance(collected.result(), Finished)
     assert any(store.calls > min(broken) for store in failing)
     ids = prompt_of(900)
     with torch.inference_mode():
-        for token in it.tokens:
+        for token in collected.tokens:
             assert token == int(tiny(torch.tensor([ids])).logits[0, -1].argmax())
             ids.append(token)
 
 
-def test_a_prompt_given_up_in_any_unit_leaves_nothing(tiny_model, ground):
-    it = ground(tiny_model, shards=2, memory_bytes=64 << 20)
+def test_a_prompt_removed_after_any_unit_leaves_nothing(tiny_model, make_prefill):
+    prefill = make_prefill(tiny_model, shards=2, memory_bytes=64 << 20)
     for after in range(0, 40, 3):
-        sequence = it.add(prompt_of(700))
+        sequence = prefill.add(prompt_of(700))
         with torch.inference_mode():
             for _ in range(after):
-                if it.run_unit().done:
+                if prefill.run_unit().done:
                     break
-        it.prompts.remove(sequence)
-        it.cache.release(sequence)
-        assert len(it.prompts) == 0
-    it.cluster.check_empty()
+        prefill.prompts.remove(sequence)
+        prefill.cache.release(sequence)
+        assert len(prefill.prompts) == 0
+    prefill.cluster.check_empty()
 
 
-def test_a_short_prompt_does_not_wait_for_a_long_one(tiny_model, ground):
-    it = ground(tiny_model, memory_bytes=64 << 20, segment_tokens=256)
-    sequences = [it.add(prompt_of(2000), "long"), it.add(prompt_of(300, 1), "short")]
-    it.finish()
-    assert [name for name, _ in it.events].count("long") <= 3
-    it.finish()
+def test_a_short_prompt_does_not_wait_for_a_long_one(tiny_model, make_prefill):
+    prefill = make_prefill(tiny_model, memory_bytes=64 << 20, segment_tokens=256)
+    sequences = [prefill.add(prompt_of(2000), "long"), prefill.add(prompt_of(300, 1), "short")]
+    prefill.finish()
+    assert [name for name, _ in prefill.events].count("long") <= 3
+    prefill.finish()
     for sequence in sequences:
-        it.cache.release(sequence)
+        prefill.cache.release(sequence)
 
 
 class Clock:
@@ -254,7 +255,7 @@ class Clock:
         return self.now
 
 
-def test_prefill_takes_what_running_sequences_can_wait():
+def test_prefill_uses_the_time_that_running_sequences_can_wait():
     clock = Clock()
     pacer = PrefillPacer(200, clock=clock)
     took = {"unit": 0.010, "step": 0.030}
@@ -265,7 +266,7 @@ def test_prefill_takes_what_running_sequences_can_wait():
 
     def between_tokens():
         start = clock.now
-        pacer.turn(unit)
+        pacer.run_units(unit)
         with pacer.step():
             clock.now += took["step"]
         return clock.now - start
@@ -275,13 +276,13 @@ def test_prefill_takes_what_running_sequences_can_wait():
     took["step"] = 0.1
     between_tokens()
     assert all(0.17 <= between_tokens() <= 0.2 for _ in range(20))
-    took["unit"] = 0.5  # longer than all of it: one at a time, for it must go on
+    took["unit"] = 0.5  # Longer than the whole stall: one unit runs between two steps.
     between_tokens()
     assert between_tokens() == pytest.approx(0.6)
 
 
-def test_decoding_goes_on_while_a_long_prompt_is_prefilled(tiny, tiny_model, rig, submit):
-    """With no time to stall there is one unit between two tokens; the tokens are the same."""
+def test_decoding_continues_while_a_long_prompt_is_prefilled(tiny, tiny_model, rig, submit):
+    """With a stall of 0 ms one unit runs between two tokens; the tokens are the same."""
     cluster = rig(tiny_model, shards=2, memory_bytes=64 << 20)
     limits = EngineLimits(max_decode_stall_ms=0.0, segment_tokens=512)
     engine = cluster.start(limits=limits)
