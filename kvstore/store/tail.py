@@ -15,7 +15,7 @@ A decode step appends one row each to many tails: :class:`TailBatch`, one native
 from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -270,13 +270,13 @@ class TailBatch:
             return lambda layer: self.append(layer, blocks.dense_rows(k), blocks.dense_rows(v))
         where = (
             blocks.native_type(self._layout, k),
-            *blocks.native_rows(k.transpose(0, 1)[None]),
-            *blocks.native_rows(v.transpose(0, 1)[None]),
+            blocks.native_rows(k.transpose(0, 1)[None]),
+            blocks.native_rows(v.transpose(0, 1)[None]),
         )
         return partial(self._append_native, where, (k, v))
 
-    def _append_native(self, where: tuple[int, ...], kept: tuple[Tensor, Tensor], layer: int) -> None:
-        """``where``: the addresses of what is ``kept`` alive meanwhile."""
+    def _append_native(self, where: tuple[Any, ...], kept: tuple[Tensor, Tensor], layer: int) -> None:
+        """``where``: type, k and v of the native append, which are addresses in the tensors ``kept``."""
         forms.check_layer(self._layout, layer)
         refused = blocks.native.append(self._native, layer, *where)
         if refused is not None:
@@ -304,7 +304,12 @@ class TailBatch:
             places += blocks.stretches(self._layout, it.tail._blocks, it.first, it.last)
             marks += (it.tail._marks.buffer_info()[0], it.first, it.last)
         memory = self._stretches[0].tail._arena.memory
-        return blocks.native.batch(marks, *blocks.native_layout(self._layout), memory.data_ptr(), places)
+        return blocks.native.batch(
+            tails=marks,
+            layout=blocks.native_layout(self._layout),
+            memory=memory.data_ptr(),
+            blocks=places,
+        )
 
 
 def _stretches(tails: Sequence[Tail], positions: Sequence[int]) -> list[_Stretch]:
