@@ -30,7 +30,16 @@ _FORMATS = {
     KVFormat.INT8: 3,
     KVFormat.INT4: 4,
 }
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ELEMENTS = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.uint8: 3,
+    torch.int16: 4,
+    torch.int32: 5,
+    torch.int64: 6,
+}
+"""The numbers of ``Element`` in ``native/runtime/tensors.h``."""
 
 instruction_sets: list[str] = _native.instruction_sets()
 """Those this machine has, best first; the first is in use."""
@@ -72,28 +81,17 @@ def plan(
         check_spec(spec)
         check_layout(layout, spec, memory)
         check_work(rows, segments, layout, memory.numel(), n_rows=n_rows, group0=group0, group1=group1)
-    positions = positions.to(torch.int64).contiguous()
     native = _native.plan(
-        *_shape(spec),
-        _FORMATS[layout.format],
-        spec.v_in_k,
-        spec.window_tokens or 0,
-        layout.block_tokens,
-        layout.k_row_bytes,
-        (layout.k_row_bytes if spec.v_in_k else layout.v_row_bytes),
-        layout.k_run_bytes,
-        (layout.k_run_bytes if spec.v_in_k else layout.v_run_bytes),
-        layout.k_scales,
-        (layout.k_scales if spec.v_in_k else layout.v_scales),
-        memory.data_ptr(),
-        n_rows,
-        groups,
-        threads,
-        positions.data_ptr(),
-        rows.row.numel(),
-        *(field.data_ptr() for field in rows),
-        *(field.data_ptr() for field in segments),
-        group0,
+        shape=_shape(spec),
+        layout=_layout(layout, spec),
+        window_tokens=spec.window_tokens or 0,
+        memory=memory,
+        positions=positions.to(torch.int64).contiguous(),
+        rows=rows,
+        segments=segments,
+        group0=group0,
+        groups=groups,
+        threads=threads,
     )
     return Plan(native, memory, layout.layers)
 
@@ -141,27 +139,18 @@ def extend(
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not match {spec}")
     if k.dtype != v.dtype or not (k.is_cpu and v.is_cpu):
         raise ValueError(f"k {k.dtype} on {k.device}, v {v.dtype} on {v.device}")
-    k, v = _dense_rows(k), _dense_rows(v)
-    size = k.element_size()
-    positions = q_positions.to(torch.int64).contiguous()
     _native.extend(
-        *_shape(spec),
-        groups,
-        _dtype(k),
-        spec.window_tokens or 0,
-        k.data_ptr(),
-        k.stride(1) * size,
-        k.stride(0) * size,
-        v.data_ptr(),
-        v.stride(1) * size,
-        v.stride(0) * size,
-        keys,
-        k_position,
-        rows,
-        positions.data_ptr(),
-        threads,
-        *_array(_dense_rows(q)),
-        *_state(out, (rows, heads, spec.v_dim)),
+        shape=_shape(spec),
+        groups=groups,
+        window_tokens=spec.window_tokens or 0,
+        q=_dense_rows(q),
+        k=_dense_rows(k),
+        v=_dense_rows(v),
+        k_position=k_position,
+        q_positions=q_positions.to(torch.int64).contiguous(),
+        o=out.o,
+        lse=out.lse,
+        threads=threads,
     )
 
 
@@ -185,35 +174,21 @@ def _shape(spec: AttentionSpec) -> tuple[float, ...]:
     )
 
 
+def _layout(layout: KVLayout, spec: AttentionSpec) -> tuple[int, ...]:
+    """``layout`` of the native ``plan``. A V that is the beginning of K has K's strides."""
+    k = (layout.k_row_bytes, layout.k_run_bytes, layout.k_scales)
+    v = k if spec.v_in_k else (layout.v_row_bytes, layout.v_run_bytes, layout.v_scales)
+    sizes = (size for pair in zip(k, v, strict=True) for size in pair)
+    return (_FORMATS[layout.format], spec.v_in_k, layout.block_tokens, *sizes)
+
+
 def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _array(x: Tensor) -> tuple[int, int, int, int]:
-    row_stride, head_stride, element_stride = x.stride()
-    if element_stride != 1:
-        raise ValueError("the last dimension must be contiguous")
-    return x.data_ptr(), row_stride, head_stride, _dtype(x)
-
-
-def _dtype(x: Tensor) -> int:
-    if x.dtype not in _DTYPES or not x.is_cpu:
-        raise ValueError(f"{x.dtype} on {x.device}: give float32, bfloat16 or float16 on the CPU")
-    return _DTYPES[x.dtype]
-
-
-def _state(state: State, shape: Sequence[int]) -> tuple[int, ...]:
-    o, lse = state
-    if o.shape != shape or lse.shape != shape[:2] or lse.dtype != torch.float32:
-        raise ValueError(
-            f"a state of o {tuple(o.shape)}, lse {tuple(lse.shape)} {lse.dtype}; expected o {tuple(shape)}"
-        )
-    return (*_array(o), lse.data_ptr(), *lse.stride())
-
-
 def _describe(x: Tensor) -> tuple[int, ...]:
-    """(address, *shape, *strides, format) for the native side, where torch has no such table."""
-    return (x.data_ptr(), *x.shape, *x.stride(), _DTYPES.get(x.dtype, -1) if x.is_cpu else -1)
+    """(address, *shape, *strides, element) for ``set_tensors`` in ``native/runtime/tensors.h``."""
+    return (x.data_ptr(), *x.shape, *x.stride(), _ELEMENTS.get(x.dtype, -1) if x.is_cpu else -1)
 
 
 _native.use_tensors(Tensor, getattr(Tensor, "__dlpack_c_exchange_api__", None), _describe)

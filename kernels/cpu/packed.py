@@ -82,20 +82,13 @@ class Blocks(NamedTuple):
         """[out, in] in float32 or bfloat16, as dequantising the file gives it, rounded once."""
         out, blocks, _ = self.rows.shape
         values = torch.empty(out, blocks * BLOCK, dtype=dtype)
-        at = (
-            self.rows.data_ptr(),
-            out,
-            blocks,
-            {torch.float32: 0, torch.bfloat16: 1}[dtype],
-            values.data_ptr(),
-        )
-        _native.dense_unpack(self.storage, *at, threads)
+        _native.dense_unpack(self.storage, self.rows, values, threads)
         return values
 
     def pack(self, *, threads: int) -> Packed:
         out, blocks, _ = self.rows.shape
         rows = torch.empty(out, _row_bytes(self.storage, blocks), dtype=torch.uint8)
-        _native.dense_pack(self.storage, self.rows.data_ptr(), out, blocks, rows.data_ptr(), threads)
+        _native.dense_pack(self.storage, self.rows, rows, threads)
         return Packed(self.storage, rows)
 
 
