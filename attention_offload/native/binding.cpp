@@ -95,15 +95,16 @@ PyMethodDef methods[] = {
         "give_way()\n\nLowers the priority of the kernels' threads, not of this one: give_way in runtime/pool.h. For an"
         " engine that shares its cores with an attention worker."),
     connection_method<"serve", serve>(
-        "serve(connection, step, shares_cores)\n\nAnswers layer frames of a step. step: None, or (number, format, layers,"
-        " frames, attended_bytes, removals, seen_removals, repeatable): layers ((layer class, stored layer), ...);"
-        " frames[layer class][micro-batch] (plan, q_bytes, lse_bytes, o_bytes, read_bytes); addresses of the int64"
-        " counters attended_bytes and removals. Returns what Python must look up: a new step's message; the number of a"
-        " step that repeats the last; (number,) if spans of the current step were removed; None if the engine has hung"
-        " up."),
+        "serve(connection, step, shares_cores)\n\n"
+        "Answers layer frames of a step. step: None, or (number, format, layers, frames, attended_bytes, removals,"
+        " seen_removals, repeatable): layers ((layer class, stored layer), ...); frames[layer class][micro-batch] (plan,"
+        " q_bytes, lse_bytes, o_bytes, read_bytes); addresses of the int64 counters attended_bytes and removals."
+        " Returns what Python must look up: a new step's message; the number of a step that repeats the last; (number,)"
+        " if spans of the current step were removed; None if the engine has hung up."),
     connection_method<"share_cores", share_cores>(
-        "share_cores()\n\nThis thread, and those that it starts, run as soon as they wake and give their core up as soon"
-        " as they are idle. For an attention worker's process beside an engine."),
+        "share_cores()\n\n"
+        "This thread, and those that it starts, run as soon as they wake and give their core up as soon as they are"
+        " idle. For an attention worker's process beside an engine."),
     connection_method<"fail", fail>(
         "fail(connection, message)\n\nSends a message Failure as the connection's last frame."),
     connection_method<"shut_down", shut_down>(

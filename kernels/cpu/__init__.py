@@ -108,12 +108,12 @@ def offer(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
     if none does, :func:`complete` comes to it."""
     if not 0 <= layer < plan.layers:
         raise ValueError(f"layer {layer} of {plan.layers}")
-    _native.offer(plan.native, layer, q, *out)
+    _native.partial_async(plan.native, layer, q, *out)
 
 
 def complete() -> None:
     """As :func:`farshore.kernels.reference.complete`."""
-    _native.complete()
+    _native.wait()
 
 
 def extend(

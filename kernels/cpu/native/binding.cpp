@@ -331,15 +331,17 @@ PyMethodDef methods[] = {
         " the plan. positions i64[query rows]. rows, segments: the columns of kernels/base.py. The plan's query rows"
         " hold `groups` groups from group0."),
     method<"partial", run_partial>("partial(plan, layer, q, o, lse)\n\nWrites the attention state of one layer."),
-    method<"offer", run_partial_async>(
-        "offer(plan, layer, q, o, lse)\n\nStarts partial on a thread that waits busily, if there is one. The result is"
-        " there after complete()."),
-    method<"complete", run_wait>("complete()\n\nWaits for this thread's last offer; computes it if no thread did."),
+    method<"partial_async", run_partial_async>(
+        "partial_async(plan, layer, q, o, lse)\n\n"
+        "Starts partial on a thread that waits busily, if there is one. The result is there after wait()."),
+    method<"wait", run_wait>(
+        "wait()\n\nWaits for this thread's last partial_async; computes it here if no thread took it."),
     method<"extend", run_extend>(
         "extend(shape, groups, window_tokens, q, k, v, k_position, q_positions, o, lse, threads)\n\n"
         "Causal attention of q [rows, heads, k_dim] on k, v [heads, keys, dim], the first key at k_position."),
     method<"merge", run_merge>(
-        "merge(states, sink, o, lse)\n\nMerges the states (o, lse) in the order given. sink: float32 [heads], or None."),
+        "merge(states, sink, o, lse)\n\n"
+        "Merges the states (o, lse) in the order given. sink: float32 [heads], or None."),
     method<"use_tensors", use_tensors>(
         "use_tensors(type, exchange_api, describe)\n\nSets how tensors are read: set_tensors in runtime/tensors.h."),
     method<"instruction_sets", instruction_sets>(

@@ -200,10 +200,10 @@ class Live:
         sizes = frame_bytes(spec, rows=1, heads=6, dtype=self.work.dtype)
         try:
             module.begin(wire, begin.step, begin.SerializeToString(), room, DEADLINE_S)
-            module.send(wire, frame.step, layer, micro_batch, 1, at(q), len(frame.q), len(frame.q))
+            module.send(wire, frame.step, layer, micro_batch, 1, (at(q), len(frame.q), len(frame.q)))
             failure = module.wait(
                 wire, frame.step, layer, micro_batch, 1,
-                at(out), sizes.lse, sizes.lse, at(out) + sizes.lse, sizes.o, sizes.o, DEADLINE_S,
+                (at(out), sizes.lse, sizes.lse), (at(out) + sizes.lse, sizes.o, sizes.o), DEADLINE_S,
             )  # fmt: skip
         except OSError as error:
             # An answer of another size than this client takes: it was computed, and no error.
