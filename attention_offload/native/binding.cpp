@@ -97,8 +97,8 @@ PyMethodDef methods[] = {
     connection_method<"serve", serve>(
         "serve(connection, step, shares_cores)\n\n"
         "Answers layer frames of a step. step: None, or (number, format, layers, frames, attended_bytes, removals,"
-        " seen_removals, repeatable): layers ((layer class, stored layer), ...); frames[layer class][micro-batch] (plan,"
-        " q_bytes, lse_bytes, o_bytes, read_bytes); addresses of the int64 counters attended_bytes and removals."
+        " seen_removals, repeatable): layers ((layer class, stored layer), ...); frames[layer class][micro-batch]"
+        " (plan, q_bytes, lse_bytes, o_bytes, read_bytes); addresses of the int64 counters attended_bytes and removals."
         " Returns what Python must look up: a new step's message; the number of a step that repeats the last; (number,)"
         " if spans of the current step were removed; None if the engine has hung up."),
     connection_method<"share_cores", share_cores>(

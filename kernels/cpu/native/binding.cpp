@@ -243,8 +243,12 @@ Keys keys_of(PyObject* tensor, const char* name, int64_t dim) {
     if (view.dims != 3) throw std::invalid_argument(std::string(name) + " must be [heads, keys, dim]");
     const Array rows = rows_of(tensor, name, view.shape[0], view.shape[1], dim);
     const int64_t bytes = rows.format == Format::f32 ? 4 : 2;
-    return {static_cast<const uint8_t*>(rows.data), rows.head_stride * bytes, rows.row_stride * bytes, rows.format,
-            view.shape[0], view.shape[1]};
+    Keys keys;
+    keys.data = static_cast<const uint8_t*>(rows.data);
+    keys.token_stride = rows.head_stride * bytes, keys.head_stride = rows.row_stride * bytes;
+    keys.format = rows.format;
+    keys.heads = view.shape[0], keys.count = view.shape[1];
+    return keys;
 }
 
 void run_extend(Arguments& arguments) {

@@ -39,8 +39,9 @@ View weights_of(Arguments& arguments, const char* name, int dims, std::optional<
 Linear linear_of(Arguments& arguments, const char* name, std::optional<Format>& format) {
     Arguments items = arguments.items(name);
     const View weight = weights_of(items, "weight", 2, format);
-    Linear linear{weight.data, nullptr, static_cast<int>(weight.shape[0]), static_cast<int>(weight.shape[1]), nullptr,
-                  Storage::none};
+    Linear linear{};
+    linear.weight = weight.data;
+    linear.out = static_cast<int>(weight.shape[0]), linear.in = static_cast<int>(weight.shape[1]);
     PyObject* bias = items.object("bias");
     if (bias != Py_None) {
         const std::string where = items.where("bias");
