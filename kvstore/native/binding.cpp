@@ -1,5 +1,5 @@
-// The Python module farshore.kvstore._native. Called by kvstore/store (blocks, tail, images, parity), which checks shapes
-// and dtypes and keeps memory alive. Memory comes as addresses: nothing here knows PyTorch.
+// The Python module farshore.kvstore._native. Called by kvstore/store (blocks, tail, images, parity), which checks
+// shapes and dtypes and keeps memory alive. Memory comes as addresses: nothing here knows PyTorch.
 
 #include <memory>
 #include <vector>

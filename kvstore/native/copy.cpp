@@ -63,8 +63,8 @@ void each_run(const StoredTokens& stored, int first_layer, int last_layer, const
         const TokenRows& rows = is_k ? k : v;
         const int64_t head_of_side = is_k ? head : head - layout.k.heads;
         const BlockTokens& range = stored.blocks[i];
-        uint8_t* run = range.block + (first_layer + layer) * layout.layer_bytes + side.offset +
-                       head_of_side * side.run_bytes;
+        uint8_t* run =
+            range.block + (first_layer + layer) * layout.layer_bytes + side.offset + head_of_side * side.run_bytes;
         copy(side,
              rows.data + layer * rows.layer_stride + head_of_side * rows.head_stride +
                  tokens_before[i] * rows.token_stride,

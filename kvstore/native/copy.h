@@ -13,8 +13,8 @@ struct StoredTokens {
     std::vector<BlockTokens> blocks;
 };
 
-// Copies the rows of layers [first_layer, last_layer) between k, v and the blocks, on at most `threads` threads: scatter
-// writes the blocks, gather reads them. k and v hold the same layers, and as many tokens as the blocks' ranges.
+// Copies the rows of layers [first_layer, last_layer) between k, v and the blocks, on at most `threads` threads:
+// scatter writes the blocks, gather reads them. k and v hold the same layers, and as many tokens as the blocks' ranges.
 void scatter(const StoredTokens&, int first_layer, int last_layer, RowType, const TokenRows& k, const TokenRows& v,
              int threads);
 void gather(const StoredTokens&, int first_layer, int last_layer, RowType, const TokenRows& k, const TokenRows& v,

@@ -101,7 +101,7 @@ void plain_copy(uint8_t* to, const uint8_t* from, int64_t bytes) { std::memcpy(t
 }  // namespace
 
 void write_rows(const Layout& layout, const Side& side, RowType type, const uint8_t* rows, int64_t stride, uint8_t* run,
-         int slot, int count, bool stream) {
+                int slot, int count, bool stream) {
     auto quantise_with = [&](auto quantise) {
         for (int i = 0; i < count; i++) {
             const Slot to = slot_of(layout, side, run, slot + i);
@@ -127,7 +127,7 @@ void write_rows(const Layout& layout, const Side& side, RowType type, const uint
 }
 
 void read_rows(const Layout& layout, const Side& side, RowType type, uint8_t* rows, int64_t stride, const uint8_t* run,
-          int slot, int count) {
+               int slot, int count) {
     if (type == RowType::STORED && !side.scales && stride == side.row_bytes) {
         std::memcpy(rows, run + slot * side.row_bytes, count * side.row_bytes);
         return;

@@ -54,9 +54,7 @@ struct FanoutContent {
     std::optional<Fanout> fanout;
 };
 
-Fanout& fanout_of(Arguments& arguments) {
-    return *arguments.content<FanoutContent>("fanout", FANOUT_CAPSULE).fanout;
-}
+Fanout& fanout_of(Arguments& arguments) { return *arguments.content<FanoutContent>("fanout", FANOUT_CAPSULE).fanout; }
 
 // (connection, rows, q, lse, o); q is (offset, row_bytes, stride_bytes), lse and o as for rows_of.
 ShardRequest request_of(Arguments& requests, FanoutContent& content) {

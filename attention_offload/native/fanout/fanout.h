@@ -69,7 +69,7 @@ class Fanout {
     size_t on_this_core() const;
 
     AdaptiveWait wait_;
-    size_t waits_ = 0;  // calls of `wait`
+    size_t waits_ = 0;                                           // calls of `wait`
     std::optional<std::chrono::steady_clock::time_point> sent_;  // none if another Fanout sent the frame
     std::vector<RequestFailure> failures_;                       // of the current call
 };

@@ -32,8 +32,8 @@ struct PreparedStep {
     std::vector<Layer> layers;
     std::vector<std::vector<PreparedFrame>> frames;  // [layer class][micro-batch]
     int64_t* attended_bytes = nullptr;
-    // The store's count of removed spans, and its value at the look-up. While the count is unchanged, no memory that the
-    // plans read was given to another span.
+    // The store's count of removed spans, and its value at the look-up. While the count is unchanged, no memory that
+    // the plans read was given to another span.
     int64_t* removals = nullptr;
     int64_t seen_removals = 0;
     bool repeatable = false;  // positions do not matter, so the plans serve the next step too
@@ -55,8 +55,8 @@ constexpr int64_t MAX_LAYER_BYTES = 1 << 30;
 
 uint32_t checked_bytes(int64_t bytes) {
     if (bytes < 0 || bytes > MAX_LAYER_BYTES)
-        throw std::out_of_range(std::to_string(bytes) + " bytes in a layer's frame: " +
-                                std::to_string(MAX_LAYER_BYTES) + " are the most");
+        throw std::out_of_range(std::to_string(bytes) +
+                                " bytes in a layer's frame: " + std::to_string(MAX_LAYER_BYTES) + " are the most");
     return static_cast<uint32_t>(bytes);
 }
 
@@ -119,8 +119,8 @@ const PreparedFrame& frame_for(const PreparedStep& step, const Header& header) {
         throw Refused("frame of step " + std::to_string(header.step) + ", but step " +
                       (step.number ? std::to_string(*step.number) : "None") + " is under way");
     if (header.layer >= step.layers.size())
-        throw Refused("layer " + std::to_string(header.layer) + " of a model of " +
-                      std::to_string(step.layers.size()) + " layers");
+        throw Refused("layer " + std::to_string(header.layer) + " of a model of " + std::to_string(step.layers.size()) +
+                      " layers");
     const auto& batches = step.frames[step.layers[header.layer].layer_class];
     if (header.micro_batch >= batches.size())
         throw Refused("micro-batch " + std::to_string(header.micro_batch) + " of a step of " +

@@ -51,7 +51,7 @@ void move_pieces(int fd, std::vector<iovec>& pieces, short events, const char* w
 
 void send_pieces(int fd, std::vector<iovec> pieces, double idle_s) {
     move_pieces(fd, pieces, POLLOUT, "send", idle_s,
-              [&](msghdr& message) { return sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL); });
+                [&](msghdr& message) { return sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL); });
 }
 
 void receive_pieces(int fd, std::vector<iovec> pieces, double idle_s) {

@@ -89,8 +89,8 @@ class Mapping {
     uint32_t slot_bytes_ = 0;
 };
 
-// Messages that are not layer frames go over the socket. For a step, a slot of kind BEGIN keeps its order among the layer
-// frames; a FAILURE comes after all of them.
+// Messages that are not layer frames go over the socket. For a step, a slot of kind BEGIN keeps its order among the
+// layer frames; a FAILURE comes after all of them.
 class SharedMemoryConnection : public Connection {
   public:
     using Connection::Connection;
@@ -237,7 +237,7 @@ class SharedMemoryConnection : public Connection {
     Mapping map_;
     int out_ = 1, in_ = 0;  // directions of a shard; `begin` makes them an engine's
     uint32_t sent_ = 0, taken_ = 0;
-    uint32_t other_taken_ = 0;  // engine: frames that the shard had taken at the last check
+    uint32_t other_taken_ = 0;       // engine: frames that the shard had taken at the last check
     int passed_ = -1;                // a descriptor that came with a message not yet read
     std::optional<Header> message_;  // from the socket, not yet returned
     std::vector<uint8_t> payload_;   // of message_

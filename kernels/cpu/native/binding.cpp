@@ -161,8 +161,8 @@ PyObject* make_plan(Arguments& arguments) {
     plan->shape = shape_of(arguments);
     read_layout(arguments, *plan);
     plan->window = window_of(arguments);
-    plan->memory = static_cast<const uint8_t*>(
-        contiguous_view(arguments.object("memory"), "memory", Element::u8, 1).data);
+    plan->memory =
+        static_cast<const uint8_t*>(contiguous_view(arguments.object("memory"), "memory", Element::u8, 1).data);
     const View positions = contiguous_view(arguments.object("positions"), "positions", Element::i64, 1);
     const auto* first = static_cast<const int64_t*>(positions.data);
     plan->positions.assign(first, first + positions.shape[0]);
@@ -298,8 +298,7 @@ const float* sink_of(PyObject* tensor, int heads) {
 }
 
 void run_merge(Arguments& arguments) {
-    const Reference states =
-        Reference::owned(PySequence_Fast(arguments.object("states"), "states must be a sequence"));
+    const Reference states = Reference::owned(PySequence_Fast(arguments.object("states"), "states must be a sequence"));
     PyObject* sink = arguments.object("sink");
     PyObject* o = arguments.object("o");
     PyObject* lse = arguments.object("lse");
@@ -343,9 +342,8 @@ PyMethodDef methods[] = {
     method<"extend", run_extend>(
         "extend(shape, groups, window_tokens, q, k, v, k_position, q_positions, o, lse, threads)\n\n"
         "Causal attention of q [rows, heads, k_dim] on k, v [heads, keys, dim], the first key at k_position."),
-    method<"merge", run_merge>(
-        "merge(states, sink, o, lse)\n\n"
-        "Merges the states (o, lse) in the order given. sink: float32 [heads], or None."),
+    method<"merge", run_merge>("merge(states, sink, o, lse)\n\n"
+                               "Merges the states (o, lse) in the order given. sink: float32 [heads], or None."),
     method<"use_tensors", use_tensors>(
         "use_tensors(type, exchange_api, describe)\n\nSets how tensors are read: set_tensors in runtime/tensors.h."),
     method<"instruction_sets", instruction_sets>(

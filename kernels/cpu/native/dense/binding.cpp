@@ -200,9 +200,7 @@ void run_gather(Arguments& arguments) {
 constexpr int BLOCK = 32;  // weights of a GGUF block
 
 // u8 [rows, blocks, bytes of a block].
-View blocks_of(Arguments& arguments) {
-    return contiguous_view(arguments.object("blocks"), "blocks", Element::u8, 3);
-}
+View blocks_of(Arguments& arguments) { return contiguous_view(arguments.object("blocks"), "blocks", Element::u8, 3); }
 
 void run_unpack(Arguments& arguments) {
     const auto storage = arguments.choice("storage", Storage::q8);

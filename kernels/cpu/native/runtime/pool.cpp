@@ -116,8 +116,7 @@ class Pool {
         if (sched_getaffinity(getpid(), sizeof others, &others) != 0) return;
         CPU_CLR(core, &others);
         if (CPU_COUNT(&others) == 0) return;
-        for (std::thread& thread : threads_)
-            pthread_setaffinity_np(thread.native_handle(), sizeof others, &others);
+        for (std::thread& thread : threads_) pthread_setaffinity_np(thread.native_handle(), sizeof others, &others);
     }
 #endif
 

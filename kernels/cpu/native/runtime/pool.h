@@ -11,8 +11,7 @@ void parallel_for(int count, int threads, void (*body)(void*, int), void* contex
 
 template <class Body>
 void parallel_for(int count, int threads, Body&& body) {
-    parallel_for(
-        count, threads, [](void* context, int i) { (*static_cast<Body*>(context))(i); }, &body);
+    parallel_for(count, threads, [](void* context, int i) { (*static_cast<Body*>(context))(i); }, &body);
 }
 
 // Offers body(context, 0) to a pool thread that is waiting busily, and returns at once. If the pool is in use, the
