@@ -209,6 +209,7 @@ void run_unpack(Arguments& arguments) {
     const int threads = arguments.integer<int>("threads");
     arguments.end();
     const View values = contiguous_view(tensor, "values", float_view(tensor, "values").element, 2);
+    if (values.element == Element::f16) throw std::invalid_argument("values: give float32 or bfloat16");
     if (values.shape[0] != blocks.shape[0] || values.shape[1] != BLOCK * blocks.shape[1])
         throw std::invalid_argument(mismatch("values", values, {blocks.shape[0], BLOCK * blocks.shape[1]}));
     without_gil([&] {
