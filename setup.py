@@ -1,4 +1,4 @@
-"""Builds the native modules where there is a compiler; everything else is in pyproject.toml."""
+"""Builds the native modules if there is a C++ compiler. All other settings are in pyproject.toml."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from pybind11.setup_helpers import ParallelCompile
 from setuptools import Extension, setup
 
 RUNTIME = "kernels/cpu/native"
-"""The headers in its ``runtime/`` serve all three modules."""
+"""All three modules include headers of its ``runtime/``."""
 
 MODULES = {
     "farshore.attention_offload._native": "attention_offload/native",
@@ -21,7 +21,8 @@ def extension(name: str, folder: str) -> Extension:
         sources=sorted(str(path) for path in Path(folder).rglob("*.cpp")),
         depends=sorted(str(path) for root in (folder, RUNTIME) for path in Path(root).rglob("*.h")),
         include_dirs=[folder, RUNTIME],
-        # A file that wants an instruction set names it itself; the choice is made at import.
+        # No -march: the files of kernels/cpu/native/simd enable their instruction sets themselves, and the
+        # module chooses one at import.
         extra_compile_args=[
             "-std=c++20",
             "-O3",
@@ -31,11 +32,11 @@ def extension(name: str, folder: str) -> Extension:
             "-fno-trapping-math",
         ],
         extra_link_args=["-pthread"],
-        # Without a compiler PyTorch serves, and says what that costs.
+        # Without a compiler the installation goes on. PyTorch then does the work, and logs what that costs.
         optional=True,
     )
 
 
-# An instruction set's kernels are one file, and take up to a minute: setuptools compiles one after the other.
+# setuptools alone compiles one file after another, and the file of one instruction set takes up to a minute.
 with ParallelCompile():
     setup(ext_modules=[extension(name, folder) for name, folder in MODULES.items()])

@@ -1,139 +1,128 @@
-// The Python module farshore.attention_offload._native: both ends of a connection for hot frames. Pointers and
-// sizes come as integers from attention_offload/frame_stream.py and shard.py, which keep the memory alive.
+// The Python module farshore.attention_offload._native: both ends of hot connections, and bulk KV. Called by
+// transport/native_stream.py, transport/bulk.py, fanout/native_fanout.py and shard/frame_loop.py, which keep the memory
+// behind addresses alive. The functions themselves are in engine/ and shard/.
 
-#include "wire/bulk.h"
 #include "calls.h"
+#include "wire/bulk.h"
 
 using namespace farshore;
 using namespace farshore::wire;
 
 namespace {
 
-PyObject* capsule_of(std::unique_ptr<Wire> wire) {
-    return PyCapsule_New(wire.release(), WIRE_CAPSULE, [](PyObject* capsule) {
-        delete static_cast<Wire*>(PyCapsule_GetPointer(capsule, WIRE_CAPSULE));
-    });
+PyObject* make_stream(Arguments& arguments) {
+    const int fd = arguments.count("fd");
+    const double frame_s = arguments.real("frame_s");
+    const bool near = arguments.boolean("near");
+    const std::chrono::microseconds busy{arguments.count("busy_us")};
+    arguments.end();
+    return capsule_of<Connection>(std::make_unique<SocketConnection>(fd, frame_s, near, busy), CONNECTION_CAPSULE);
 }
 
-PyObject* make_stream(PyObject*, PyObject* args) {
-    return guarded([&] {
-        int fd, near, awake_us;
-        double frame_s;
-        parse(args, "idpi", &fd, &frame_s, &near, &awake_us);
-        return capsule_of(std::make_unique<Stream>(fd, frame_s, near, std::chrono::microseconds(awake_us)));
-    });
+PyObject* make_shared_memory(Arguments& arguments) {
+    const int fd = arguments.count("fd");
+    const double frame_s = arguments.real("frame_s");
+    const std::chrono::microseconds busy{arguments.count("busy_us")};
+    arguments.end();
+    return capsule_of(shared_memory_connection(fd, frame_s, busy), CONNECTION_CAPSULE);
 }
 
-PyObject* make_shared_memory(PyObject*, PyObject* args) {
-    return guarded([&] {
-        int fd, awake_us;
-        double frame_s;
-        parse(args, "idi", &fd, &frame_s, &awake_us);
-        return capsule_of(shared_memory(fd, frame_s, std::chrono::microseconds(awake_us)));
-    });
-}
-
-PyObject* shut_down(PyObject*, PyObject* args) {
-    return guarded([&]() -> PyObject* {
-        PyObject* capsule;
-        parse(args, "O", &capsule);
-        wire_of(capsule).shut_down();
-        Py_RETURN_NONE;
-    });
-}
-
-// -- bulk KV, both ends ------------------------------------------------------------------------------------
-
-std::vector<iovec> pieces_of(PyObject* list) {
-    if (!PyList_Check(list) || PyList_GET_SIZE(list) % 2) throw std::invalid_argument("not a list of pairs");
-    std::vector<iovec> pieces;
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); i += 2) {
-        void* address = PyLong_AsVoidPtr(PyList_GET_ITEM(list, i));
-        const size_t bytes = PyLong_AsSize_t(PyList_GET_ITEM(list, i + 1));
-        if (PyErr_Occurred()) throw Raised();
-        pieces.push_back({address, bytes});
-    }
-    return pieces;
+void shut_down(Arguments& arguments) {
+    Connection& connection = connection_of(arguments);
+    arguments.end();
+    connection.shut_down();
 }
 
 template <void (*MOVE)(int, std::vector<iovec>, double)>
-PyObject* move_pieces(PyObject*, PyObject* args) {
-    return guarded([&]() -> PyObject* {
-        int fd;
-        PyObject* list;
-        double idle_s;
-        parse(args, "iOd", &fd, &list, &idle_s);
-        std::vector<iovec> pieces = pieces_of(list);
-        {
-            WithoutGil released;
-            MOVE(fd, std::move(pieces), idle_s);
+void move_pieces(Arguments& arguments) {
+    const int fd = arguments.count("fd");
+    std::vector<iovec> pieces;
+    {
+        Arguments items = arguments.items("pieces");
+        pieces.reserve(items.left() / 2);
+        while (items.left()) {
+            void* address = items.address_or_null<void>("address");
+            pieces.push_back({address, static_cast<size_t>(items.integer<int64_t>("bytes", 0))});
         }
-        Py_RETURN_NONE;
-    });
+    }
+    const double idle_s = arguments.real("idle_s");
+    arguments.end();
+    without_gil([&] { MOVE(fd, std::move(pieces), idle_s); });
+}
+
+template <MethodName NAME, auto FUNCTION>
+PyMethodDef connection_method(const char* text) {
+    return method<NAME, FUNCTION, connection_exception>(text);
 }
 
 PyMethodDef methods[] = {
-    {"stream", make_stream, METH_VARARGS,
-     "stream(fd, frame_s, near, awake_us): frames on a socket, which it owns from now on. near: the other end is on"
-     " this host. It waits for a frame awake for so long, where they come that soon."},
-    {"shared_memory", make_shared_memory, METH_VARARGS,
-     "shared_memory(fd, frame_s, awake_us): as `stream`, layer frames in shared memory; Unix sockets."},
-    {"begin", begin, METH_VARARGS,
-     "begin(wire, step, message, max_layer_bytes, frame_s): frame_s bounds each send from now on, and the rest of a"
-     " frame that has begun."},
-    {"again", again, METH_VARARGS, "again(wire, step, frame_s): a step that reads what the one begun last does."},
-    {"send", send, METH_VARARGS, "send(wire, step, layer, micro_batch, rows, q, row_bytes, stride_bytes)"},
-    {"wait", wait, METH_VARARGS,
-     "wait(wire, step, layer, micro_batch, rows, lse, row_bytes, stride_bytes, o, row_bytes, stride_bytes, s);"
-     " returns None, or a message Failure"},
-    {"under_way", under_way, METH_VARARGS, "under_way(wire): layer frames that were sent and not answered"},
-    {"is_open", is_open, METH_VARARGS,
-     "is_open(wire): whether the other end has not closed the connection. From any thread."},
-    {"drain", drain, METH_VARARGS,
-     "drain(wire, s): reads the answers that are owed, and forgets them."},
-    {"exchange", make_exchange, METH_VARARGS,
-     "exchange(lanes, awake_us): one micro-batch's frames to several shards. lanes: a tuple of (wire, rows, q offset,"
-     " row_bytes, stride_bytes, lse, row_bytes, stride_bytes, o, row_bytes, stride_bytes), lse and o of all rows"},
-    {"send_all", send_all, METH_VARARGS,
-     "send_all(exchange, step, layer, micro_batch, q): returns None, or what lanes failed with, while all others were"
-     " sent it: [(lane, type of an exception, its text), or (lane, None, a message Failure), ...]"},
-    {"wait_all", wait_all, METH_VARARGS,
-     "wait_all(exchange, step, layer, micro_batch, (s, ...), passed_s): until each lane has answered, or its deadline,"
-     " of which passed_s are over; returns as `send_all` does, when all others have answered"},
-    {"times", times, METH_VARARGS,
-     "times(exchange): since it was asked last, (seconds waited, [(answers, [seconds from sending to one that was seen"
-     " coming, ...]), ...])"},
-    {"give_way", give_way, METH_NOARGS,
-     "give_way(): the kernels' threads, not this one, leave their cores to others that wake there. For an engine that"
-     " shares its cores with an attention worker."},
-    {"serve", serve, METH_VARARGS,
-     "serve(wire, step, shares_cores): answers its layer frames. step: None, or (number, format, layers, work, counter,"
-     " removals, seen removals, repeats) with layers (class, stored layer), work[class][micro-batch] (plan, bytes of q,"
-     " lse, o, and attended to), and whether the step may be repeated. Returns what is to be looked up before it goes"
-     " on: a step's message; the number of one that repeats the last; (number,): the step under way, once more, since"
-     " removals has changed; None when the engine has hung up"},
-    {"share_cores", share_cores, METH_NOARGS,
-     "share_cores(): this thread, and those it starts, run at once when they wake, and give their core up as soon as"
-     " they have nothing to do. For the process of an attention worker, which an engine may be beside."},
-    {"fail", fail, METH_VARARGS, "fail(wire, message): the shard's last frame; ends the connection."},
-    {"shut_down", shut_down, METH_VARARGS, "From any thread: whoever waits finds the connection closed."},
-    {"send_pieces", move_pieces<send_pieces>, METH_VARARGS,
-     "send_pieces(fd, [address, bytes, ...], s): all of them, in order; TimeoutError when no byte has moved for s"
-     " seconds, unless s < 0."},
-    {"receive_pieces", move_pieces<receive_pieces>, METH_VARARGS, "receive_pieces(fd, [address, bytes, ...], s)"},
-    {nullptr, nullptr, 0, nullptr},
+    connection_method<"stream", make_stream>(
+        "stream(fd, frame_s, near, busy_us)\n\nMakes a connection of a socket, which it takes over, and returns a"
+        " capsule. frame_s: time limit of one send and of the rest of a frame that has begun. near: the other end is on"
+        " this host. busy_us: for how long to wait busily for a frame, where frames come that soon."),
+    connection_method<"shared_memory", make_shared_memory>(
+        "shared_memory(fd, frame_s, busy_us)\n\nAs stream, for a Unix socket; layer frames go through shared memory."),
+    connection_method<"begin", begin>(
+        "begin(connection, step, message, max_layer_bytes, frame_s)\n\nAnnounces a step: a message Step, and the most"
+        " bytes of its layer frames and answers. frame_s replaces the connection's."),
+    connection_method<"repeat_step", repeat_step>(
+        "repeat_step(connection, step, frame_s)\n\nAnnounces a step with the reads of the last one."),
+    connection_method<"send", send>(
+        "send(connection, step, layer, micro_batch, rows, q)\n\nSends a layer frame. q: (address, row_bytes,"
+        " stride_bytes) of `rows` rows."),
+    connection_method<"wait", wait>(
+        "wait(connection, step, layer, micro_batch, rows, lse, o, deadline_s)\n\nWaits for the answer and writes it to"
+        " lse and o, each as q of send. Returns None, or the shard's message Failure."),
+    connection_method<"under_way", under_way>(
+        "under_way(connection)\n\nThe number of layer frames that are sent and not answered."),
+    connection_method<"is_open", is_open>(
+        "is_open(connection)\n\nWhether the other end has not closed the connection. Thread-safe."),
+    connection_method<"drain", drain>("drain(connection, deadline_s)\n\nReads and drops the answers that are owed."),
+    connection_method<"native_fanout", make_fanout>(
+        "native_fanout(requests, busy_us)\n\nPrepares layer frames of one micro-batch to several shards and returns a"
+        " capsule. Each request is (connection, rows, q, lse, o): the rows of the micro-batch that it reads, q as"
+        " (offset, row_bytes, stride_bytes) and lse, o as (address, row_bytes, stride_bytes), of all rows."),
+    connection_method<"send_all", send_all>(
+        "send_all(fanout, step, layer, micro_batch, q)\n\nSends the layer frame to all shards; q is an address. Returns"
+        " None, or the requests that failed: [(index, exception type, text) or (index, None, message Failure), ...]."
+        " All others were sent."),
+    connection_method<"wait_all", wait_all>(
+        "wait_all(fanout, step, layer, micro_batch, deadlines_s, passed_s)\n\nWaits for each shard's answer until its"
+        " deadline, of which passed_s are over. Returns as send_all; all others have answered."),
+    connection_method<"times", times>(
+        "times(fanout)\n\nSince its last call: (seconds in wait_all, [(answers, [exact latency in s, ...]), ...])."),
+    connection_method<"give_way", give_way>(
+        "give_way()\n\nLowers the priority of the kernels' threads, not of this one: give_way in runtime/pool.h. For an"
+        " engine that shares its cores with an attention worker."),
+    connection_method<"serve", serve>(
+        "serve(connection, step, shares_cores)\n\n"
+        "Answers layer frames of a step. step: None, or (number, format, layers, frames, attended_bytes, removals,"
+        " seen_removals, repeatable): layers ((layer class, stored layer), ...); frames[layer class][micro-batch]"
+        " (plan, q_bytes, lse_bytes, o_bytes, read_bytes); addresses of the int64 counters attended_bytes and removals."
+        " Returns what Python must look up: a new step's message; the number of a step that repeats the last; (number,)"
+        " if spans of the current step were removed; None if the engine has hung up."),
+    connection_method<"share_cores", share_cores>(
+        "share_cores()\n\n"
+        "This thread, and those that it starts, run as soon as they wake and give their core up as soon as they are"
+        " idle. For an attention worker's process beside an engine."),
+    connection_method<"fail", fail>(
+        "fail(connection, message)\n\nSends a message Failure as the connection's last frame."),
+    connection_method<"shut_down", shut_down>(
+        "shut_down(connection)\n\nMakes all waits at both ends find the connection closed. Thread-safe."),
+    connection_method<"send_pieces", move_pieces<send_pieces>>(
+        "send_pieces(fd, pieces, idle_s)\n\nSends memory given as a flat list (address, bytes, ...), in order. Raises"
+        " TimeoutError when no byte has moved for idle_s seconds; below 0: no limit."),
+    connection_method<"receive_pieces", move_pieces<receive_pieces>>(
+        "receive_pieces(fd, pieces, idle_s)\n\nReceives into memory; as send_pieces."),
+    NO_MORE_METHODS,
 };
 
-PyModuleDef module{PyModuleDef_HEAD_INIT, "_native", "Connections for hot frames.", -1, methods, nullptr, nullptr,
-                   nullptr, nullptr};
+PyModuleDef definition = module_definition("Hot connections and bulk KV.", methods);
 
 }  // namespace
 
 PyMODINIT_FUNC PyInit__native() {
-    PyObject* it = PyModule_Create(&module);
-    if (it && PyModule_AddIntConstant(it, "MAX_UNDER_WAY", MAX_UNDER_WAY) < 0) {
-        Py_DECREF(it);
-        return nullptr;
-    }
-    return it;
+    return make_module(definition, [](PyObject* module) {
+        if (PyModule_AddIntConstant(module, "MAX_UNDER_WAY", MAX_UNDER_WAY) < 0) throw PythonError();
+    });
 }

@@ -94,7 +94,7 @@ class NativeConnection:
             q = q.contiguous()
         size = q.element_size()
         try:
-            self._native.send(self.wire, *sent[:4], q.data_ptr(), heads * dim * size, q.stride(0) * size)
+            self._native.send(self.wire, *sent[:4], (q.data_ptr(), heads * dim * size, q.stride(0) * size))
         except (OSError, ValueError) as error:
             raise self.mapped(error) from error
 
@@ -105,12 +105,8 @@ class NativeConnection:
             failure = self._native.wait(
                 self.wire,
                 *sent[:4],
-                lse.data_ptr(),
-                sent.heads * 4,
-                lse.stride(0) * 4,
-                o.data_ptr(),
-                sent.heads * o.shape[2] * size,
-                o.stride(0) * size,
+                (lse.data_ptr(), sent.heads * 4, lse.stride(0) * 4),
+                (o.data_ptr(), sent.heads * o.shape[2] * size, o.stride(0) * size),
                 deadline_s,
             )
         except (OSError, ValueError) as error:

@@ -30,6 +30,10 @@ native = True
 instruction_sets: list[str] = _native.instruction_sets()
 """The instruction sets that this machine has, best first. The first one is in use."""
 
+_ELEMENTS = {dtype: DTYPE_CODES[dtype] for dtype in NATIVE_DTYPES}
+_ELEMENTS |= {torch.uint8: 3, torch.int16: 4, torch.int32: 5, torch.int64: 6}
+"""The numbers of ``Element`` in ``native/runtime/tensors.h``."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -65,28 +69,17 @@ def plan(
         check_spec(spec)
         check_layout(layout, spec, memory)
         check_work(work, segments, layout, memory.numel(), n_rows=n_rows, group0=group0, group1=group1)
-    positions = positions.to(torch.int64).contiguous()
     native_plan = _native.plan(
-        *_shape(spec),
-        CODES[layout.format],
-        spec.v_in_k,
-        spec.window_tokens or 0,
-        layout.block_tokens,
-        layout.k_row_bytes,
-        (layout.k_row_bytes if spec.v_in_k else layout.v_row_bytes),
-        layout.k_run_bytes,
-        (layout.k_run_bytes if spec.v_in_k else layout.v_run_bytes),
-        layout.k_scales,
-        (layout.k_scales if spec.v_in_k else layout.v_scales),
-        memory.data_ptr(),
-        n_rows,
-        groups,
-        threads,
-        positions.data_ptr(),
-        work.row.numel(),
-        *(field.data_ptr() for field in work),
-        *(field.data_ptr() for field in segments),
-        group0,
+        shape=_shape(spec),
+        layout=_layout(layout, spec),
+        window_tokens=spec.window_tokens or 0,
+        memory=memory,
+        positions=positions.to(torch.int64).contiguous(),
+        rows=work,
+        segments=segments,
+        group0=group0,
+        groups=groups,
+        threads=threads,
     )
     return Plan(native_plan, memory, layout.layers)
 
@@ -101,11 +94,11 @@ def partial_async(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
     """A pool thread that spins for the next call takes it. If none does, :func:`wait` computes it."""
     if not 0 <= layer < plan.layers:
         raise ValueError(f"layer {layer} of {plan.layers}")
-    _native.offer(plan.native, layer, q, *out)
+    _native.partial_async(plan.native, layer, q, *out)
 
 
 def wait() -> None:
-    _native.complete()
+    _native.wait()
 
 
 def extend(
@@ -130,27 +123,18 @@ def extend(
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not match {spec}")
     if k.dtype != v.dtype or not (k.is_cpu and v.is_cpu):
         raise ValueError(f"k {k.dtype} on {k.device}, v {v.dtype} on {v.device}")
-    k, v = _contiguous_rows(k), _contiguous_rows(v)
-    size = k.element_size()
-    positions = q_positions.to(torch.int64).contiguous()
     _native.extend(
-        *_shape(spec),
-        groups,
-        _dtype(k),
-        spec.window_tokens or 0,
-        k.data_ptr(),
-        k.stride(1) * size,
-        k.stride(0) * size,
-        v.data_ptr(),
-        v.stride(1) * size,
-        v.stride(0) * size,
-        keys,
-        k_position,
-        rows,
-        positions.data_ptr(),
-        threads,
-        *_array(_contiguous_rows(q)),
-        *_state(out, (rows, heads, spec.v_dim)),
+        shape=_shape(spec),
+        groups=groups,
+        window_tokens=spec.window_tokens or 0,
+        q=_contiguous_rows(q),
+        k=_contiguous_rows(k),
+        v=_contiguous_rows(v),
+        k_position=k_position,
+        q_positions=q_positions.to(torch.int64).contiguous(),
+        o=out.o,
+        lse=out.lse,
+        threads=threads,
     )
 
 
@@ -174,39 +158,22 @@ def _shape(spec: AttentionSpec) -> tuple[float, ...]:
     )
 
 
+def _layout(layout: KVLayout, spec: AttentionSpec) -> tuple[int, ...]:
+    """The native arguments for a layout. A V that is the beginning of K has K's strides."""
+    k = (layout.k_row_bytes, layout.k_run_bytes, layout.k_scales)
+    v = k if spec.v_in_k else (layout.v_row_bytes, layout.v_run_bytes, layout.v_scales)
+    sizes = (size for pair in zip(k, v, strict=True) for size in pair)
+    return (CODES[layout.format], spec.v_in_k, layout.block_tokens, *sizes)
+
+
 def _contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _array(x: Tensor) -> tuple[int, int, int, int]:
-    """(address, row stride, head stride, dtype code) of ``[rows, heads, dim]``, with strides in elements."""
-    row_stride, head_stride, element_stride = x.stride()
-    if element_stride != 1:
-        raise ValueError("the last dimension must be contiguous")
-    return x.data_ptr(), row_stride, head_stride, _dtype(x)
-
-
-def _dtype(x: Tensor) -> int:
-    if x.dtype not in NATIVE_DTYPES or not x.is_cpu:
-        raise ValueError(f"{x.dtype} on {x.device}: give float32, bfloat16 or float16 on the CPU")
-    return DTYPE_CODES[x.dtype]
-
-
-def _state(state: State, shape: Sequence[int]) -> tuple[int, ...]:
-    """The native arguments for a state whose o has ``shape``."""
-    o, lse = state
-    if o.shape != shape or lse.shape != shape[:2] or lse.dtype != torch.float32:
-        raise ValueError(
-            f"a state of o {tuple(o.shape)}, lse {tuple(lse.shape)} {lse.dtype}; expected o {tuple(shape)}"
-        )
-    return (*_array(o), lse.data_ptr(), *lse.stride())
-
-
 def _describe(x: Tensor) -> tuple[int, ...]:
-    """(address, *shape, *strides, code of the dtype or -1), for the native code where this torch version has
-    no C table of functions that read tensors."""
-    known = x.is_cpu and x.dtype in NATIVE_DTYPES
-    return (x.data_ptr(), *x.shape, *x.stride(), DTYPE_CODES[x.dtype] if known else -1)
+    """(address, *shape, *strides, number of the Element or -1), for the native code where this torch version
+    has no C table of functions that read tensors."""
+    return (x.data_ptr(), *x.shape, *x.stride(), _ELEMENTS.get(x.dtype, -1) if x.is_cpu else -1)
 
 
 _native.use_tensors(Tensor, getattr(Tensor, "__dlpack_c_exchange_api__", None), _describe)

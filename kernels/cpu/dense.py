@@ -20,7 +20,6 @@ from torch import Tensor
 
 from farshore.kernels.cpu import _native
 from farshore.kernels.cpu.packed import Packed
-from farshore.kernels.formats import DTYPE_CODES
 
 DTYPES = (torch.float32, torch.bfloat16)
 """Dtypes of weights and rows."""
@@ -104,17 +103,25 @@ def layer(
     dtype = q.weight.dtype
     _check("norms", (attention_norm, mlp_norm), (hidden,), dtype)
     _check("rotation", rotation, (positions, half), dtype)
-    arguments: list[int] = []
+    matrices: dict[str, _NativeLinear] = {}
     kept: list[object] = [*rotation, attention_norm, mlp_norm]
     shapes = ((q_out, hidden), (kv_out, hidden), (kv_out, hidden), (hidden, q_out))
     shapes += ((inner, hidden), (inner, hidden), (hidden, inner))
-    for linear, shape in zip((q, k, v, o, gate, up, down), shapes, strict=True):
-        arguments += _linear(linear, shape, dtype)
+    linears = {"q": q, "k": k, "v": v, "o": o, "gate": gate, "up": up, "down": down}
+    for (name, linear), shape in zip(linears.items(), shapes, strict=True):
+        matrices[name] = _linear(linear, shape, dtype)
         kept += linear
     if q_out % (2 * half) or kv_out % (2 * half):
         raise ValueError(f"{q_out} and {kv_out} outputs are no whole heads of {2 * half}")
-    pointers = (x.data_ptr() for x in (cos, sin, attention_norm, mlp_norm))
-    native = _native.dense_layer(DTYPE_CODES[dtype], threads, eps, 2 * half, positions, *pointers, *arguments)
+    native = _native.dense_layer(
+        threads=threads,
+        eps=eps,
+        cos=cos,
+        sin=sin,
+        attention_norm=attention_norm,
+        mlp_norm=mlp_norm,
+        **matrices,
+    )
     return Layer(native, tuple(kept), dtype, hidden, 2 * half, q_out // (2 * half), kv_out // (2 * half))
 
 
@@ -124,14 +131,14 @@ def lm_head(*, norm: Tensor, vocabulary: Linear, eps: float, threads: int) -> LM
     dtype = vocabulary.weight.dtype
     _check("norm", (norm,), (hidden,), dtype)
     linear = _linear(vocabulary, (vocab, hidden), dtype)
-    native = _native.dense_head(DTYPE_CODES[dtype], threads, eps, norm.data_ptr(), *linear)
+    native = _native.dense_head(threads=threads, eps=eps, norm=norm, vocabulary=linear)
     return LMHead(native, (norm, *vocabulary), dtype, hidden, vocab)
 
 
 def expect_calls() -> None:
     """Makes the process's pool threads spin up to ``SPIN_US`` for the next call, because a step's calls
     follow each other closely. Lasts until the process sets another time."""
-    _native.wait_awake(SPIN_US)
+    _native.set_spin_us(SPIN_US)
 
 
 def attention_input(layer: Layer, h: Tensor) -> Tensor:
@@ -276,23 +283,23 @@ def gather(table: Tensor, ids: Tensor) -> Tensor:
     if not (table.is_cpu and table.is_contiguous() and table.dim() == 2):
         raise ValueError(f"a table {tuple(table.shape)} on {table.device}: give contiguous rows on the CPU")
     out = table.new_empty(len(ids), table.shape[1])
-    ids = _checked_numbers(ids, len(ids))
-    row_bytes = table.shape[1] * table.element_size()
-    _native.dense_gather(table.data_ptr(), len(table), row_bytes, ids.data_ptr(), len(ids), out.data_ptr())
+    _native.dense_gather(table, _checked_numbers(ids, len(ids)), out)
     return out
 
 
-def _linear(linear: Linear, shape: tuple[int, int], dtype: torch.dtype) -> tuple[int, ...]:
-    """The native arguments for a checked linear map."""
+_NativeLinear = tuple[Tensor, Tensor | None, Tensor | None, int]
+
+
+def _linear(linear: Linear, shape: tuple[int, int], dtype: torch.dtype) -> _NativeLinear:
+    """(weight, bias, packed rows, storage) for the native side; packed rows are used for bfloat16 only."""
     weight, bias, packed = linear
     _check("weight", (weight,), shape, dtype)
     if bias is not None:
         _check("bias", (bias,), shape[:1], dtype)
-    packed_arguments = (0, 0)
-    if packed is not None and dtype == torch.bfloat16:
-        packed.check(shape)
-        packed_arguments = (packed.rows.data_ptr(), packed.storage)
-    return weight.data_ptr(), 0 if bias is None else bias.data_ptr(), *shape, *packed_arguments
+    if packed is None or dtype != torch.bfloat16:
+        return weight, bias, None, 0
+    packed.check(shape)
+    return weight, bias, packed.rows, packed.storage
 
 
 def _check(name: str, tensors: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> None:

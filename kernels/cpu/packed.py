@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from farshore.kernels.cpu import _native
-from farshore.kernels.formats import DTYPE_CODES
 
 BLOCK = 32
 """Weights that share a scale."""
@@ -94,16 +93,14 @@ class Blocks(NamedTuple):
         """The weights [out, in], dequantised and rounded once to ``dtype``, which is float32 or bfloat16."""
         out, blocks, _ = self.rows.shape
         values = torch.empty(out, blocks * BLOCK, dtype=dtype)
-        _native.dense_unpack(
-            self.storage, self.rows.data_ptr(), out, blocks, DTYPE_CODES[dtype], values.data_ptr(), threads
-        )
+        _native.dense_unpack(self.storage, self.rows, values, threads)
         return values
 
     def pack(self, *, threads: int) -> Packed:
         """The same matrix in the order of the kernels."""
         out, blocks, _ = self.rows.shape
         rows = torch.empty(out, _row_bytes(self.storage, blocks), dtype=torch.uint8)
-        _native.dense_pack(self.storage, self.rows.data_ptr(), out, blocks, rows.data_ptr(), threads)
+        _native.dense_pack(self.storage, self.rows, rows, threads)
         return Packed(self.storage, rows)
 
 

@@ -1,210 +1,165 @@
-// The Python module farshore.kvstore._native. Pointers and strides come as integers from kvstore/blocks.py and
-// kvstore/tail.py, which check shapes and dtypes and keep the memory alive; nothing here knows PyTorch.
+// The Python module farshore.kvstore._native. Called by kvstore/store (blocks, tail, images, parity), which checks
+// shapes and dtypes and keeps memory alive. Memory comes as addresses: nothing here knows PyTorch.
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
-#include <climits>
-#include <exception>
 #include <memory>
-#include <new>
-#include <stdexcept>
-#include <string>
+#include <vector>
 
-#include "bulk.h"
+#include "bytes.h"
 #include "copy.h"
+#include "runtime/arguments.h"
+#include "runtime/gil.h"
+#include "runtime/module.h"
 
+using namespace farshore;
 using namespace farshore::kv;
 
 namespace {
 
-// Reads integers from left to right. The callers give the right number.
-struct Arguments {
-    PyObject* const* next;
-    PyObject* const* end;
+using kv::Format;
 
-    PyObject* object() {
-        if (next == end) throw std::runtime_error("too few arguments");
-        return *next++;
-    }
-    int64_t integer() {
-        const long long value = PyLong_AsLongLong(object());
-        if (value == -1 && PyErr_Occurred()) throw std::runtime_error("not an integer");
-        return value;
-    }
-    // Python's integers have no bound; what does not fit must not lose its upper bits.
-    int small() {
-        const int64_t value = integer();
-        if (value < INT_MIN || value > INT_MAX)
-            throw std::invalid_argument(std::to_string(value) + " does not fit into 32 bits");
-        return static_cast<int>(value);
-    }
-    uint8_t* pointer() { return reinterpret_cast<uint8_t*>(integer()); }
-    // A list of integers.
-    Arguments list() {
-        PyObject* it = object();
-        if (!PyList_Check(it)) throw std::runtime_error("not a list");
-        PyObject** items = reinterpret_cast<PyListObject*>(it)->ob_item;
-        return {items, items + PyList_GET_SIZE(it)};
-    }
-    Side side() {
-        Side s;
-        s.heads = small();
-        s.dim = small();
-        s.row_bytes = integer();
-        s.scales = small();
-        s.run_bytes = integer();
-        s.offset = integer();
-        return s;
-    }
-    Places places() {
-        Places p;
-        p.layout.format = static_cast<Format>(small());
-        p.layout.block_tokens = small();
-        p.layout.layer_bytes = integer();
-        p.layout.k = side();
-        p.layout.v = side();
-        uint8_t* memory = pointer();
-        for (Arguments at = list(); at.next != at.end;) {
-            Stretch s;
-            s.block = memory + at.integer();
-            s.slot = at.small();
-            s.count = at.small();
-            p.stretches.push_back(s);
-        }
-        return p;
-    }
-    Rows rows() {
-        Rows r;
-        r.data = pointer();
-        r.layer_stride = integer();
-        r.head_stride = integer();
-        r.token_stride = integer();
-        return r;
-    }
-};
+constexpr const char* APPEND_CAPSULE = "farshore.kvstore.append";
 
-template <class Call>
-PyObject* guarded(Call&& call) {
-    try {
-        return call();
-    } catch (const std::bad_alloc&) {
-        return PyErr_NoMemory();
-    } catch (const std::exception& error) {
-        if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, error.what());
-        return nullptr;
-    }
+// (heads, dim, row_bytes, scales, run_bytes, offset).
+Side side_of(Arguments& layout, const char* name) {
+    Arguments items = layout.items(name);
+    Side side;
+    side.heads = items.count("heads");
+    side.dim = items.count("dim");
+    side.row_bytes = items.integer<int64_t>("row_bytes", 0);
+    side.scales = items.count("scales");
+    side.run_bytes = items.integer<int64_t>("run_bytes", 0);
+    side.offset = items.integer<int64_t>("offset", 0);
+    items.end();
+    return side;
 }
 
-struct WithoutGil {
-    WithoutGil() : state(PyEval_SaveThread()) {}
-    ~WithoutGil() { PyEval_RestoreThread(state); }
-    PyThreadState* state;
-};
+// layout: (format, block_tokens, layer_bytes, k, v). memory: the arena's address. blocks: for each range of tokens
+// (offset of its block in the memory, first slot, tokens), all in one flat sequence.
+StoredTokens stored_tokens(Arguments& arguments) {
+    StoredTokens stored;
+    {
+        Arguments items = arguments.items("layout");
+        stored.layout.format = items.choice("format", Format::FLOAT64);
+        stored.layout.block_tokens = items.integer<int>("block_tokens", 1);
+        stored.layout.layer_bytes = items.integer<int64_t>("layer_bytes", 0);
+        stored.layout.k = side_of(items, "k");
+        stored.layout.v = side_of(items, "v");
+        items.end();
+    }
+    auto* memory = arguments.address<uint8_t>("memory");
+    Arguments blocks = arguments.items("blocks");
+    stored.blocks.reserve(blocks.left() / 3);
+    while (blocks.left()) {
+        BlockTokens range;
+        range.block = memory + blocks.integer<int64_t>("base", 0);
+        range.slot = blocks.integer<int>("slot", 0, stored.layout.block_tokens);
+        range.count = blocks.integer<int>("tokens", 0, stored.layout.block_tokens - range.slot);
+        stored.blocks.push_back(range);
+    }
+    return stored;
+}
 
-template <class Copy>
-PyObject* copied(PyObject* const* args, Py_ssize_t count, Copy copy) {
-    return guarded([&]() -> PyObject* {
-        Arguments a{args, args + count};
-        const int first_layer = a.small(), last_layer = a.small(), threads = a.small();
-        const Type type = static_cast<Type>(a.small());
-        const Rows k = a.rows(), v = a.rows();
-        const Places places = a.places();
-        {
-            WithoutGil released;
-            copy(places, first_layer, last_layer, type, k, v, threads);
-        }
-        Py_RETURN_NONE;
+// (address, layer stride, head stride, token stride), strides in bytes.
+TokenRows rows_of(Arguments& arguments, const char* name) {
+    Arguments items = arguments.items(name);
+    TokenRows rows;
+    rows.data = items.address_or_null<uint8_t>("address");  // null: no rows
+    rows.layer_stride = items.integer<int64_t>("layer_stride");
+    rows.head_stride = items.integer<int64_t>("head_stride");
+    rows.token_stride = items.integer<int64_t>("token_stride");
+    items.end();
+    return rows;
+}
+
+template <auto COPY>
+void run_copy(Arguments& arguments) {
+    const int first_layer = arguments.count("first_layer"), last_layer = arguments.count("last_layer");
+    const int threads = arguments.integer<int>("threads");
+    const auto type = arguments.choice("type", RowType::STORED);
+    const TokenRows k = rows_of(arguments, "k"), v = rows_of(arguments, "v");
+    const StoredTokens stored = stored_tokens(arguments);
+    arguments.end();
+    without_gil([&] { COPY(stored, first_layer, last_layer, type, k, v, threads); });
+}
+
+PyObject* make_append(Arguments& arguments) {
+    auto step = std::make_unique<StepAppend>();
+    Arguments tails = arguments.items("tails");
+    while (tails.left()) {
+        TailAppend tail;
+        tail.marks = tails.address<int64_t>("marks");
+        tail.freed = tail.marks[TailAppend::FREED];
+        tail.first = tails.integer<int64_t>("first", 0);
+        tail.last = tails.integer<int64_t>("last", tail.first);
+        step->tails.push_back(tail);
+    }
+    step->tokens = stored_tokens(arguments);
+    arguments.end();
+    return capsule_of(std::move(step), APPEND_CAPSULE);
+}
+
+// Keeps the GIL: an append takes some 10 us, and taking the GIL back from another thread may take 5 ms. The GIL also
+// keeps the tails' marks from changing meanwhile.
+PyObject* run_append(Arguments& arguments) {
+    const auto& step = arguments.content<StepAppend>("batch", APPEND_CAPSULE);
+    const int layer = arguments.count("layer");
+    const auto type = arguments.choice("type", RowType::STORED);
+    const TokenRows k = rows_of(arguments, "k"), v = rows_of(arguments, "v");
+    arguments.end();
+    const int refused = append(step, layer, type, k, v);
+    if (refused >= 0) return PyLong_FromLong(refused);
+    Py_RETURN_NONE;
+}
+
+// Addresses of no bytes may be 0.
+void run_xor(Arguments& arguments) {
+    auto* to = arguments.address_or_null<uint8_t>("to");
+    Arguments addresses = arguments.items("sources");
+    std::vector<const uint8_t*> sources;
+    while (addresses.left()) sources.push_back(addresses.address_or_null<const uint8_t>("source"));
+    const auto bytes = arguments.integer<int64_t>("bytes", 0);
+    arguments.end();
+    without_gil([&] { exclusive_or(to, sources, bytes); });
+}
+
+void run_stream(Arguments& arguments) {
+    auto* to = arguments.address_or_null<uint8_t>("to");
+    const auto* from = arguments.address_or_null<const uint8_t>("from");
+    const auto bytes = arguments.integer<int64_t>("bytes", 0);
+    arguments.end();
+    without_gil([&] {
+        stream_copy(to, from, bytes);
+        flush_streamed();
     });
 }
 
-PyObject* run_scatter(PyObject*, PyObject* const* args, Py_ssize_t count) { return copied(args, count, scatter); }
-
-PyObject* run_gather(PyObject*, PyObject* const* args, Py_ssize_t count) { return copied(args, count, gather); }
-
-PyObject* make_batch(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    return guarded([&]() -> PyObject* {
-        Arguments a{args, args + count};
-        auto batch = std::make_unique<Batch>();
-        for (Arguments at = a.list(); at.next != at.end;) {
-            Growth g;
-            g.marks = reinterpret_cast<int64_t*>(at.pointer());
-            g.freed = g.marks[Growth::FREED];
-            g.first = at.integer();
-            g.last = at.integer();
-            batch->growths.push_back(g);
-        }
-        batch->places = a.places();
-        return PyCapsule_New(batch.release(), "farshore.batch", [](PyObject* capsule) {
-            delete static_cast<Batch*>(PyCapsule_GetPointer(capsule, "farshore.batch"));
-        });
-    });
-}
-
-// The GIL stays: a batch takes some 10 µs, and to get it back from another thread may take 5 ms. It also keeps
-// the marks from moving meanwhile.
-PyObject* run_append(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    return guarded([&]() -> PyObject* {
-        Arguments a{args, args + count};
-        void* batch = PyCapsule_GetPointer(a.object(), "farshore.batch");
-        if (!batch) throw std::runtime_error("not a batch");
-        const int layer = a.small();
-        const Type type = static_cast<Type>(a.small());
-        const Rows k = a.rows(), v = a.rows();
-        const int refused = append(*static_cast<Batch*>(batch), layer, type, k, v);
-        if (refused >= 0) return PyLong_FromLong(refused);
-        Py_RETURN_NONE;
-    });
-}
-
-PyObject* run_xor(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    return guarded([&]() -> PyObject* {
-        Arguments a{args, args + count};
-        uint8_t* const to = a.pointer();
-        std::vector<const uint8_t*> sources;
-        for (Arguments at = a.list(); at.next != at.end;) sources.push_back(at.pointer());
-        const int64_t bytes = a.integer();
-        {
-            WithoutGil released;
-            exclusive_or(to, sources, bytes);
-        }
-        Py_RETURN_NONE;
-    });
-}
-
-PyObject* run_stream(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    return guarded([&]() -> PyObject* {
-        Arguments a{args, args + count};
-        uint8_t* const to = a.pointer();
-        const uint8_t* const from = a.pointer();
-        const int64_t bytes = a.integer();
-        {
-            WithoutGil released;
-            stream_copy(to, from, bytes);
-            fence();
-        }
-        Py_RETURN_NONE;
-    });
-}
-
-template <class F>
-PyMethodDef method(const char* name, F function, const char* text) {
-    return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, text};
+// An argument out of range is a defect of the calling module, not of a request: RuntimeError, since ValueError would
+// pass for the latter.
+PyObject* defect_type(const std::exception& error) {
+    PyObject* type = exception_type(error);
+    return type == PyExc_ValueError ? PyExc_RuntimeError : type;
 }
 
 PyMethodDef methods[] = {
-    method("scatter", run_scatter, "Copy rows into blocks."),
-    method("gather", run_gather, "Copy rows out of blocks."),
-    method("batch", make_batch, "Where a step's rows go; returns a capsule."),
-    method("append", run_append, "append(batch, layer, k, v); None, or the tail that refuses it."),
-    method("xor", run_xor, "xor(to, [source, ...], bytes)"),
-    method("stream", run_stream, "stream(to, from, bytes): a copy past the caches"),
-    {nullptr, nullptr, 0, nullptr},
+    method<"scatter", run_copy<scatter>, defect_type>(
+        "scatter(first_layer, last_layer, threads, type, k, v, layout, memory, blocks)\n\n"
+        "Copies rows into blocks. k, v: (address, layer stride, head stride, token stride). layout: (format,"
+        " block_tokens, layer_bytes, k, v), k and v (heads, dim, row_bytes, scales, run_bytes, offset). blocks: flat"
+        " (base, slot, tokens) of each range of tokens."),
+    method<"gather", run_copy<gather>, defect_type>(
+        "gather(first_layer, last_layer, threads, type, k, v, layout, memory, blocks)\n\nCopies rows out of blocks."),
+    method<"batch", make_append, defect_type>(
+        "batch(tails, layout, memory, blocks)\n\nPrepares the appends of a step and returns them as a capsule. tails:"
+        " flat (address of the marks, first, last) of each tail."),
+    method<"append", run_append, defect_type>(
+        "append(batch, layer, type, k, v)\n\nWrites one layer. Returns None, or the index of the tail that refuses."),
+    method<"xor", run_xor, defect_type>("xor(to, sources, bytes)\n\nAddresses. Writes the XOR of the sources."),
+    method<"stream", run_stream, defect_type>("stream(to, from, bytes)\n\nCopies past the caches."),
+    NO_MORE_METHODS,
 };
 
-PyModuleDef module{
-    PyModuleDef_HEAD_INIT, "_native", "Copies of KV, natively.", -1, methods, nullptr, nullptr, nullptr, nullptr};
+PyModuleDef definition = module_definition("Copies of KV.", methods);
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__native() { return make_module(definition); }

@@ -4,110 +4,118 @@
 #include <system_error>
 #include <thread>
 
-#include "bulk.h"
+#include "bytes.h"
 
 namespace farshore::kv {
 namespace {
 
-// Less than this a thread: starting one takes as long as copying it. (20 µs at 10 GB/s.)
+// A thread copies at least this much: to start it takes as long as to copy this (20 us at 10 GB/s).
 constexpr int64_t LEAST_BYTES_A_THREAD = 256 << 10;
 
-// From here on a write goes past the caches: half of a core's own, and who reads it comes after the other layers.
+// Writes of at least this much go past the caches: it is half of a core's own cache, and the reader comes after the
+// other layers were written.
 constexpr int64_t LEAST_BYTES_STREAMED = 1 << 20;
 
-// Calls body(i) for each i in [0, count), cut into `threads` equal parts. Plain threads: a bulk copy takes
-// milliseconds, and a pool would have to sleep between two of them anyway.
+// Calls body(i) for each i in [0, count), in equal shares on `threads` threads. The threads are started for each call:
+// a large copy takes milliseconds, and a pool's threads would sleep between two copies anyway.
 template <class Body>
 void parallel(int64_t count, int64_t bytes, int threads, const Body& body) {
-    const int64_t parts = std::clamp<int64_t>(std::min(bytes / LEAST_BYTES_A_THREAD, count), 1, std::max(threads, 1));
-    auto part = [&](int64_t i) {
-        for (int64_t at = count * i / parts; at < count * (i + 1) / parts; at++) body(at);
+    const int64_t shares = std::clamp<int64_t>(std::min(bytes / LEAST_BYTES_A_THREAD, count), 1, std::max(threads, 1));
+    auto run_share = [&](int64_t share) {
+        for (int64_t i = count * share / shares; i < count * (share + 1) / shares; i++) body(i);
     };
     std::vector<std::jthread> helpers;
     int64_t started = 1;
     try {
-        for (; started < parts; started++) helpers.emplace_back(part, started);
+        for (; started < shares; started++) helpers.emplace_back(run_share, started);
     } catch (const std::system_error&) {
-        // The machine gives no more threads: what they would have copied is this one's.
+        // The system starts no more threads: this thread runs the remaining shares.
     }
-    part(0);
-    for (int64_t i = started; i < parts; i++) part(i);
+    run_share(0);
+    for (int64_t share = started; share < shares; share++) run_share(share);
 }
 
-int64_t bytes_of(const Places& places, int layers) {
+int64_t bytes_of(const StoredTokens& stored, int layers) {
     int64_t tokens = 0;
-    for (const Stretch& it : places.stretches) tokens += it.count;
-    return layers * tokens * places.layout.layer_bytes / places.layout.block_tokens;
+    for (const BlockTokens& range : stored.blocks) tokens += range.count;
+    return layers * tokens * stored.layout.layer_bytes / stored.layout.block_tokens;
 }
 
-// Calls copy(side, rows of the stretch's first token, run, stretch) for each run of each stretch and layer.
+// Calls copy(side, rows, stride of rows, run, range) for each range of tokens, layer and head; `rows` is the row of the
+// range's first token.
 template <class Copy>
-void each_run(const Places& places, int first_layer, int last_layer, const Rows& k, const Rows& v, int threads,
-              const Copy& copy) {
-    const Layout& layout = places.layout;
-    std::vector<int64_t> before;  // tokens before each stretch
+void each_run(const StoredTokens& stored, int first_layer, int last_layer, const TokenRows& k, const TokenRows& v,
+              int threads, const Copy& copy) {
+    const Layout& layout = stored.layout;
+    std::vector<int64_t> tokens_before;  // of each range
     int64_t tokens = 0;
-    for (const Stretch& it : places.stretches) {
-        before.push_back(tokens);
-        tokens += it.count;
+    for (const BlockTokens& range : stored.blocks) {
+        tokens_before.push_back(tokens);
+        tokens += range.count;
     }
-    const int64_t heads = layout.k.heads + layout.v.heads, stretches = places.stretches.size();
+    const int64_t heads = layout.k.heads + layout.v.heads, ranges = stored.blocks.size();
     const int64_t layers = last_layer - first_layer;
-    // A layer's stretches outermost: what one thread copies is adjacent in each block.
-    parallel(layers * stretches * heads, bytes_of(places, layers), threads, [&](int64_t item) {
-        const int64_t layer = item / (stretches * heads), i = item / heads % stretches, head = item % heads;
+    // Heads vary fastest, so that a thread's share is adjacent memory in each block.
+    parallel(layers * ranges * heads, bytes_of(stored, layers), threads, [&](int64_t item) {
+        const int64_t layer = item / (ranges * heads), i = item / heads % ranges, head = item % heads;
         const bool is_k = head < layout.k.heads;
         const Side& side = is_k ? layout.k : layout.v;
-        const Rows& rows = is_k ? k : v;
-        const int64_t own = is_k ? head : head - layout.k.heads;
-        const Stretch& to = places.stretches[i];
-        copy(side, rows.data + layer * rows.layer_stride + own * rows.head_stride + before[i] * rows.token_stride,
-             rows.token_stride, to.block + (first_layer + layer) * layout.layer_bytes + side.offset + own * side.run_bytes,
-             to);
+        const TokenRows& rows = is_k ? k : v;
+        const int64_t head_of_side = is_k ? head : head - layout.k.heads;
+        const BlockTokens& range = stored.blocks[i];
+        uint8_t* run =
+            range.block + (first_layer + layer) * layout.layer_bytes + side.offset + head_of_side * side.run_bytes;
+        copy(side,
+             rows.data + layer * rows.layer_stride + head_of_side * rows.head_stride +
+                 tokens_before[i] * rows.token_stride,
+             rows.token_stride, run, range);
     });
 }
 
 }  // namespace
 
-void scatter(const Places& places, int first_layer, int last_layer, Type type, const Rows& k, const Rows& v, int threads) {
-    const bool stream = bytes_of(places, last_layer - first_layer) >= LEAST_BYTES_STREAMED;
-    each_run(places, first_layer, last_layer, k, v, threads,
-             [&](const Side& side, const uint8_t* rows, int64_t stride, uint8_t* run, const Stretch& to) {
-                 put(places.layout, side, type, rows, stride, run, to.slot, to.count, stream);
-                 if (stream) fence();
+void scatter(const StoredTokens& stored, int first_layer, int last_layer, RowType type, const TokenRows& k,
+             const TokenRows& v, int threads) {
+    const bool stream = bytes_of(stored, last_layer - first_layer) >= LEAST_BYTES_STREAMED;
+    each_run(stored, first_layer, last_layer, k, v, threads,
+             [&](const Side& side, const uint8_t* rows, int64_t stride, uint8_t* run, const BlockTokens& range) {
+                 write_rows(stored.layout, side, type, rows, stride, run, range.slot, range.count, stream);
+                 if (stream) flush_streamed();
              });
 }
 
-void gather(const Places& places, int first_layer, int last_layer, Type type, const Rows& k, const Rows& v, int threads) {
-    each_run(places, first_layer, last_layer, k, v, threads,
-             [&](const Side& side, uint8_t* rows, int64_t stride, const uint8_t* run, const Stretch& from) {
-                 take(places.layout, side, type, rows, stride, run, from.slot, from.count);
+void gather(const StoredTokens& stored, int first_layer, int last_layer, RowType type, const TokenRows& k,
+            const TokenRows& v, int threads) {
+    each_run(stored, first_layer, last_layer, k, v, threads,
+             [&](const Side& side, uint8_t* rows, int64_t stride, const uint8_t* run, const BlockTokens& range) {
+                 read_rows(stored.layout, side, type, rows, stride, run, range.slot, range.count);
              });
 }
 
-int append(const Batch& batch, int layer, Type type, const Rows& k, const Rows& v) {
-    for (size_t i = 0; i < batch.growths.size(); i++) {
-        const Growth& it = batch.growths[i];
-        const int64_t* marks = it.marks;
-        if (marks[Growth::FREED] != it.freed || it.first < marks[Growth::END] || it.first > marks[Growth::WRITTEN + layer])
+int append(const StepAppend& step, int layer, RowType type, const TokenRows& k, const TokenRows& v) {
+    for (size_t i = 0; i < step.tails.size(); i++) {
+        const TailAppend& tail = step.tails[i];
+        const int64_t* marks = tail.marks;
+        if (marks[TailAppend::FREED] != tail.freed || tail.first < marks[TailAppend::END] ||
+            tail.first > marks[TailAppend::WRITTEN + layer])
             return static_cast<int>(i);
     }
-    const Layout& layout = batch.places.layout;
-    const auto one = [&](const Side& side, const Rows& rows) {
+    const Layout& layout = step.tokens.layout;
+    const auto write_side = [&](const Side& side, const TokenRows& rows) {
         const uint8_t* from = rows.data;
-        for (const Stretch& to : batch.places.stretches) {
-            uint8_t* run = to.block + layer * layout.layer_bytes + side.offset;
+        for (const BlockTokens& range : step.tokens.blocks) {
+            uint8_t* run = range.block + layer * layout.layer_bytes + side.offset;
             for (int head = 0; head < side.heads; head++)
-                put(layout, side, type, from + head * rows.head_stride, rows.token_stride, run + head * side.run_bytes,
-                    to.slot, to.count);
-            from += to.count * rows.token_stride;
+                write_rows(layout, side, type, from + head * rows.head_stride, rows.token_stride,
+                           run + head * side.run_bytes, range.slot, range.count);
+            from += range.count * rows.token_stride;
         }
     };
-    one(layout.k, k);
-    one(layout.v, v);
-    for (const Growth& it : batch.growths) {
-        int64_t& written = it.marks[Growth::WRITTEN + layer];
-        written = std::max(written, it.last);
+    write_side(layout.k, k);
+    write_side(layout.v, v);
+    for (const TailAppend& tail : step.tails) {
+        int64_t& written = tail.marks[TailAppend::WRITTEN + layer];
+        written = std::max(written, tail.last);
     }
     return -1;
 }

@@ -1,4 +1,4 @@
-// Whole calls: many stretches of tokens at once, and a decode step's appends.
+// The copies that Python calls: many ranges of tokens at once, and the appends of a decode step.
 #pragma once
 
 #include <vector>
@@ -7,32 +7,35 @@
 
 namespace farshore::kv {
 
-// Where n tokens lie, in token order.
-struct Places {
+// Where consecutive tokens lie: one range of slots per block, in token order.
+struct StoredTokens {
     Layout layout;
-    std::vector<Stretch> stretches;
+    std::vector<BlockTokens> blocks;
 };
 
-// The k and v of layers [first_layer, last_layer), heads and tokens at the strides given.
-void scatter(const Places&, int first_layer, int last_layer, Type, const Rows& k, const Rows& v, int threads);
-void gather(const Places&, int first_layer, int last_layer, Type, const Rows& k, const Rows& v, int threads);
+// Copies the rows of layers [first_layer, last_layer) between k, v and the blocks, on at most `threads` threads:
+// scatter writes the blocks, gather reads them. k and v hold the same layers, and as many tokens as the blocks' ranges.
+void scatter(const StoredTokens&, int first_layer, int last_layer, RowType, const TokenRows& k, const TokenRows& v,
+             int threads);
+void gather(const StoredTokens&, int first_layer, int last_layer, RowType, const TokenRows& k, const TokenRows& v,
+            int threads);
 
-// A tail's marks, as kvstore/tail.py keeps them, and what one step appends to it.
-struct Growth {
+// What one step appends to one tail: tokens [first, last). kvstore/store/tail.py keeps the tail's marks.
+struct TailAppend {
     enum { FREED, END, WRITTEN };  // indices into marks; WRITTEN + layer: one past the layer's last token
     int64_t* marks;
-    int64_t freed;  // as it was when the places were taken
+    int64_t freed;  // the mark FREED when the step's blocks were reserved
     int64_t first;
     int64_t last;
 };
 
-struct Batch {
-    Places places;
-    std::vector<Growth> growths;
+struct StepAppend {
+    StoredTokens tokens;
+    std::vector<TailAppend> tails;
 };
 
-// One token of each row in one layer, and the marks moved. Or, where a tail's marks forbid it, nothing is done
-// and its index in `growths` returned; -1 if done.
-int append(const Batch&, int layer, Type, const Rows& k, const Rows& v);
+// Writes one layer of all rows and moves the marks; returns -1. If a tail was truncated since, or would get a hole in
+// this layer, nothing is written and the tail's index is returned. Not thread-safe for one tail.
+int append(const StepAppend&, int layer, RowType, const TokenRows& k, const TokenRows& v);
 
 }  // namespace farshore::kv

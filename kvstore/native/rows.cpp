@@ -5,27 +5,13 @@
 #include <cfloat>
 #include <cstring>
 
-#include "bulk.h"
+#include "bytes.h"
+#include "runtime/float16.h"
 
 namespace farshore::kv {
 namespace {
 
-constexpr uint32_t INFINITE = 0x7f800000;
-
-float widen(uint16_t bfloat16) { return std::bit_cast<float>(static_cast<uint32_t>(bfloat16) << 16); }
-
-// Of a finite number: to nearest, ties to even.
-uint16_t narrow(float x) {
-    const uint32_t bits = std::bit_cast<uint32_t>(x);
-    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-float half(uint16_t x) {
-    // The exponent's bias differs by 112; denormals come out normal by the same product.
-    const float magnitude = std::bit_cast<float>(static_cast<uint32_t>(x & 0x7fff) << 13) * 0x1p112f;
-    const uint32_t special = (x & 0x7c00) == 0x7c00 ? INFINITE : 0;
-    return std::bit_cast<float>(std::bit_cast<uint32_t>(magnitude) | special | static_cast<uint32_t>(x & 0x8000) << 16);
-}
+constexpr uint32_t INFINITY_BITS = 0x7f800000;
 
 template <class T>
 T element(const uint8_t* row, int i) {
@@ -34,32 +20,33 @@ T element(const uint8_t* row, int i) {
     return x;
 }
 
-float load(Type type, const uint8_t* row, int i) {
+float load(RowType type, const uint8_t* row, int i) {
     switch (type) {
-        case Type::BFLOAT16: return widen(element<uint16_t>(row, i));
-        case Type::FLOAT16: return half(element<uint16_t>(row, i));
-        case Type::FLOAT64: return static_cast<float>(element<double>(row, i));
+        case RowType::BFLOAT16: return float_of_bfloat16(element<uint16_t>(row, i));
+        case RowType::FLOAT16: return float_of_float16(element<uint16_t>(row, i));
+        case RowType::FLOAT64: return static_cast<float>(element<double>(row, i));
         default: return element<float>(row, i);
     }
 }
 
-// One group of n <= 64 elements, bit for bit as kernels/formats.py does it. Returns the scale's bits.
+// Quantises one group of n <= SCALE_ELEMENTS elements, with the bits that kernels/formats.py gives. Returns the scale
+// as bfloat16. A group with an infinity or a NaN becomes zeros with a NaN scale.
 uint16_t quantise(const float* x, int n, int largest, int8_t* q) {
-    uint32_t peak = 0;  // As integers, magnitudes are in order, with infinity and NaN above all numbers.
-    for (int i = 0; i < n; i++) peak = std::max(peak, std::bit_cast<uint32_t>(x[i]) & 0x7fffffff);
-    if (peak >= INFINITE) {
+    uint32_t largest_bits = 0;  // as integers, magnitudes are in order, infinity and NaN above all numbers
+    for (int i = 0; i < n; i++) largest_bits = std::max(largest_bits, std::bit_cast<uint32_t>(x[i]) & 0x7fffffff);
+    if (largest_bits >= INFINITY_BITS) {
         std::memset(q, 0, n);
         return 0x7fc0;
     }
-    const uint16_t bits = narrow(std::max(std::bit_cast<float>(peak) / largest, 0x1p-126f));
-    const float scale = widen(bits);
+    const uint16_t bits = bfloat16_of_float(std::max(std::bit_cast<float>(largest_bits) / largest, 0x1p-126f));
+    const float scale = float_of_bfloat16(bits);
     // |x / scale| <= 127.5: adding 1.5 * 2^23 leaves the nearest integer, ties to even, in the low bits.
     constexpr float MAGIC = 0x1.8p23f;
     for (int i = 0; i < n; i++) q[i] = static_cast<int8_t>(std::bit_cast<uint32_t>(x[i] / scale + MAGIC));
     return bits;
 }
 
-template <Type TYPE>
+template <RowType TYPE>
 void quantise_row(Format format, int dim, const uint8_t* row, uint8_t* payload, uint8_t* scales) {
     float x[SCALE_ELEMENTS];
     int8_t q[SCALE_ELEMENTS + 1];
@@ -73,7 +60,7 @@ void quantise_row(Format format, int dim, const uint8_t* row, uint8_t* payload, 
             continue;
         }
         const int bytes = (n + 1) / 2;
-        q[n] = 0;  // an odd group's last high nibble
+        q[n] = 0;  // the last high nibble of an odd group
         for (int i = 0; i < bytes; i++)
             payload[at / 2 + i] = static_cast<uint8_t>((q[i] + 8) | (q[bytes + i] + 8) << 4);
     }
@@ -83,7 +70,7 @@ void dequantise_row(Format format, int dim, const uint8_t* payload, const uint8_
     float x[SCALE_ELEMENTS + 1];
     for (int at = 0; at < dim; at += SCALE_ELEMENTS) {
         const int n = std::min(SCALE_ELEMENTS, dim - at);
-        const float scale = widen(element<uint16_t>(scales, at / SCALE_ELEMENTS));
+        const float scale = float_of_bfloat16(element<uint16_t>(scales, at / SCALE_ELEMENTS));
         if (format == Format::INT8) {
             for (int i = 0; i < n; i++) x[i] = static_cast<int8_t>(payload[at + i]) * scale;
         } else {
@@ -93,13 +80,13 @@ void dequantise_row(Format format, int dim, const uint8_t* payload, const uint8_
                 x[bytes + i] = ((payload[at / 2 + i] >> 4) - 8) * scale;
             }
         }
-        // Not std::clamp's order: what compares false, a NaN, stays.
+        // Unlike std::clamp, this keeps a NaN, which compares false.
         for (int i = 0; i < n; i++) x[i] = x[i] > FLT_MAX ? FLT_MAX : x[i] < -FLT_MAX ? -FLT_MAX : x[i];
         std::memcpy(row + at * sizeof(float), x, n * sizeof(float));
     }
 }
 
-// Payload and scales of one slot.
+// Where one token's elements and scales lie in a run.
 struct Slot {
     uint8_t* payload;
     uint8_t* scales;
@@ -113,8 +100,8 @@ void plain_copy(uint8_t* to, const uint8_t* from, int64_t bytes) { std::memcpy(t
 
 }  // namespace
 
-void put(const Layout& layout, const Side& side, Type type, const uint8_t* rows, int64_t stride, uint8_t* run,
-         int slot, int count, bool stream) {
+void write_rows(const Layout& layout, const Side& side, RowType type, const uint8_t* rows, int64_t stride, uint8_t* run,
+                int slot, int count, bool stream) {
     auto quantise_with = [&](auto quantise) {
         for (int i = 0; i < count; i++) {
             const Slot to = slot_of(layout, side, run, slot + i);
@@ -122,11 +109,11 @@ void put(const Layout& layout, const Side& side, Type type, const uint8_t* rows,
         }
     };
     switch (type) {
-        case Type::STORED: break;
-        case Type::FLOAT32: return quantise_with(quantise_row<Type::FLOAT32>);
-        case Type::BFLOAT16: return quantise_with(quantise_row<Type::BFLOAT16>);
-        case Type::FLOAT16: return quantise_with(quantise_row<Type::FLOAT16>);
-        case Type::FLOAT64: return quantise_with(quantise_row<Type::FLOAT64>);
+        case RowType::STORED: break;
+        case RowType::FLOAT32: return quantise_with(quantise_row<RowType::FLOAT32>);
+        case RowType::BFLOAT16: return quantise_with(quantise_row<RowType::BFLOAT16>);
+        case RowType::FLOAT16: return quantise_with(quantise_row<RowType::FLOAT16>);
+        case RowType::FLOAT64: return quantise_with(quantise_row<RowType::FLOAT64>);
     }
     if (!side.scales && stride == side.row_bytes) {
         (stream ? stream_copy : plain_copy)(run + slot * side.row_bytes, rows, count * side.row_bytes);
@@ -139,16 +126,16 @@ void put(const Layout& layout, const Side& side, Type type, const uint8_t* rows,
     }
 }
 
-void take(const Layout& layout, const Side& side, Type type, uint8_t* rows, int64_t stride, const uint8_t* run,
-          int slot, int count) {
-    if (type == Type::STORED && !side.scales && stride == side.row_bytes) {
+void read_rows(const Layout& layout, const Side& side, RowType type, uint8_t* rows, int64_t stride, const uint8_t* run,
+               int slot, int count) {
+    if (type == RowType::STORED && !side.scales && stride == side.row_bytes) {
         std::memcpy(rows, run + slot * side.row_bytes, count * side.row_bytes);
         return;
     }
     for (int i = 0; i < count; i++) {
         const Slot from = slot_of(layout, side, const_cast<uint8_t*>(run), slot + i);
         uint8_t* row = rows + i * stride;
-        if (type == Type::FLOAT32) {
+        if (type == RowType::FLOAT32) {
             dequantise_row(layout.format, side.dim, from.payload, from.scales, row);
             continue;
         }

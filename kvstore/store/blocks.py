@@ -57,15 +57,15 @@ def copy_in(
         return
     k, v = dense_rows(k), dense_rows(v)
     native.scatter(
-        layer,
-        layer + 1,
-        threads,
-        native_type(layout, k),
-        *native_rows(k[None]),
-        *native_rows(v[None]),
-        *native_layout(layout),
-        memory.data_ptr(),
-        slot_ranges(layout, bases, first, last),
+        first_layer=layer,
+        last_layer=layer + 1,
+        threads=threads,
+        type=native_type(layout, k),
+        k=native_rows(k[None]),
+        v=native_rows(v[None]),
+        layout=native_layout(layout),
+        memory=memory.data_ptr(),
+        blocks=slot_ranges(layout, bases, first, last),
     )
 
 
@@ -152,25 +152,21 @@ def native_for(memory: Tensor) -> ModuleType | None:
     return native if memory.device.type == "cpu" else None
 
 
-def native_layout(layout: KVLayout) -> list[int]:
-    """The layout as the arguments of the native module's copies."""
-    return [
+_NativeSide = tuple[int, int, int, int, int, int]
+
+
+def native_layout(layout: KVLayout) -> tuple[int, int, int, _NativeSide, _NativeSide]:
+    """The layout as the native copies take it: (format, block_tokens, layer_bytes, k, v), where k and v are
+    (heads, dim, row_bytes, scales, run_bytes, offset)."""
+    v_heads = 0 if layout.v_in_k else layout.v_heads
+    v_offset = layout.k_heads * layout.k_run_bytes
+    return (
         CODES[layout.format],
         layout.block_tokens,
         layout.layer_bytes,
-        layout.k_heads,
-        layout.k_dim,
-        layout.k_row_bytes,
-        layout.k_scales,
-        layout.k_run_bytes,
-        0,
-        0 if layout.v_in_k else layout.v_heads,
-        layout.v_dim,
-        layout.v_row_bytes,
-        layout.v_scales,
-        layout.v_run_bytes,
-        layout.k_heads * layout.k_run_bytes,
-    ]
+        (layout.k_heads, layout.k_dim, layout.k_row_bytes, layout.k_scales, layout.k_run_bytes, 0),
+        (v_heads, layout.v_dim, layout.v_row_bytes, layout.v_scales, layout.v_run_bytes, v_offset),
+    )
 
 
 def native_type(layout: KVLayout, rows: Tensor) -> int:
@@ -218,15 +214,15 @@ def _gather(
     v: Tensor,
 ) -> None:
     native.gather(
-        layers.start,
-        layers.stop,
-        threads,
-        type,
-        *native_rows(k),
-        *native_rows(v),
-        *native_layout(layout),
-        memory.data_ptr(),
-        slot_ranges(layout, bases, first, last),
+        first_layer=layers.start,
+        last_layer=layers.stop,
+        threads=threads,
+        type=type,
+        k=native_rows(k),
+        v=native_rows(v),
+        layout=native_layout(layout),
+        memory=memory.data_ptr(),
+        blocks=slot_ranges(layout, bases, first, last),
     )
 
 

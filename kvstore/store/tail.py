@@ -16,7 +16,7 @@ A decode step appends one token to each of many tails by a :class:`TailBatch`, i
 from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -282,14 +282,14 @@ class TailBatch:
             return lambda layer: self.append(layer, blocks.dense_rows(k), blocks.dense_rows(v))
         sources = (
             blocks.native_type(self._layout, k),
-            *blocks.native_rows(k.transpose(0, 1)[None]),
-            *blocks.native_rows(v.transpose(0, 1)[None]),
+            blocks.native_rows(k.transpose(0, 1)[None]),
+            blocks.native_rows(v.transpose(0, 1)[None]),
         )
         return partial(self._append_native, sources, (k, v))
 
-    def _append_native(self, sources: tuple[int, ...], kept: tuple[Tensor, Tensor], layer: int) -> None:
-        """``sources``: type, addresses and strides of the tensors in ``kept``, which this argument keeps
-        alive."""
+    def _append_native(self, sources: tuple[Any, ...], kept: tuple[Tensor, Tensor], layer: int) -> None:
+        """``sources``: type, k and v of the native append: addresses and strides of the tensors in ``kept``,
+        which this argument keeps alive."""
         forms.check_layer(self._layout, layer)
         refused = blocks.native.append(self._native, layer, *sources)
         if refused is not None:
@@ -319,7 +319,12 @@ class TailBatch:
             slots += blocks.slot_ranges(self._layout, tail._blocks, first, last)
             marks += (tail._marks.buffer_info()[0], first, last)
         memory = self._appends[0].tail._arena.memory
-        return blocks.native.batch(marks, *blocks.native_layout(self._layout), memory.data_ptr(), slots)
+        return blocks.native.batch(
+            tails=marks,
+            layout=blocks.native_layout(self._layout),
+            memory=memory.data_ptr(),
+            blocks=slots,
+        )
 
 
 def _grouped_by_tail(tails: Sequence[Tail], positions: Sequence[int]) -> list[_TailAppend]:

@@ -167,7 +167,7 @@ def test_extensions_of_other_shapes_are_refused():
         (dict(k=k.double(), v=v.double()), "float64"),
         (dict(q=q.to(torch.int32)), "int32"),
         (dict(k=k.to("meta"), v=v.to("meta")), "meta"),
-        (dict(out=State.identity(3, 4, 64)), "a state of"),
+        (dict(out=State.identity(3, 4, 64)), "o of shape"),
         (dict(spec=SPEC._replace(window_tokens=-1)), "a window of -1"),
     ]
     for change, match in cases:

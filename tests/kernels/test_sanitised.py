@@ -35,8 +35,8 @@ int main() {
                     done[i]++;
                 });
                 int offered = 0;
-                farshore::offer([](void* it, int) { ++*static_cast<int*>(it); }, &offered);
-                farshore::complete();
+                farshore::start_async([](void* it, int) { ++*static_cast<int*>(it); }, &offered);
+                farshore::wait_async();
                 for (int it : done)
                     if (it != 1 || offered != 1) std::abort();
             }

@@ -1,4 +1,4 @@
-// The engine's end, as Python calls it: steps and layer frames out, answers in.
+// The Python functions of the engine's end: send steps and layer frames, wait for answers.
 
 #include <memory>
 #include <numeric>
@@ -10,276 +10,230 @@
 namespace farshore::wire {
 namespace {
 
-constexpr const char* EXCHANGE_CAPSULE = "farshore.exchange";
+constexpr const char* FANOUT_CAPSULE = "farshore.fanout";
 
-Header layer_header(unsigned step, unsigned layer, unsigned micro_batch) {
-    return {step, static_cast<uint16_t>(layer), static_cast<uint8_t>(micro_batch), LAYER, 0};
+// What identifies a layer frame and its answer: `step`, `layer` and `micro_batch`.
+Header layer_header(Arguments& arguments) {
+    Header header{};
+    header.step = arguments.integer<uint32_t>("step");
+    header.layer = arguments.integer<uint16_t>("layer");
+    header.micro_batch = arguments.integer<uint8_t>("micro_batch");
+    header.kind = LAYER;
+    return header;
 }
 
-// Until the next call on the connection; None: there is none.
-PyObject* message_of(const std::optional<Frame>& failure) {
+// (address, row_bytes, stride_bytes).
+StridedRows rows_of(Arguments& arguments, const char* name) {
+    Arguments items = arguments.items(name);
+    StridedRows rows;
+    rows.data = items.address_or_null<uint8_t>("address");  // null: no rows
+    rows.row_bytes = items.integer<uint32_t>("row_bytes");
+    rows.stride_bytes = items.integer<int64_t>("stride_bytes", 0);
+    items.end();
+    return rows;
+}
+
+// A request of the rows 0 .. rows.
+ShardRequest request_of_all_rows(Connection& connection, int rows) {
+    ShardRequest request{};
+    request.connection = &connection;
+    request.rows.resize(rows);
+    std::iota(request.rows.begin(), request.rows.end(), 0);
+    return request;
+}
+
+// The message of a FAILURE, or None.
+PyObject* failure_message(const std::optional<Frame>& failure) {
     if (!failure) Py_RETURN_NONE;
     return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(failure->payload), failure->header.bytes);
 }
 
-std::vector<uint32_t> all_rows(Py_ssize_t count) {
-    std::vector<uint32_t> rows(count);
-    std::iota(rows.begin(), rows.end(), 0);
-    return rows;
-}
-
-// An exchange, and the connections that it uses.
-struct Held {
-    ~Held() {
-        for (PyObject* wire : wires) Py_DECREF(wire);
-    }
-    std::vector<PyObject*> wires;
-    std::optional<Exchange> exchange;
+// A fan-out, and references that keep its connections.
+struct FanoutContent {
+    std::vector<Reference> connections;
+    std::optional<Fanout> fanout;
 };
 
-Exchange& exchange_of(PyObject* capsule) {
-    void* it = PyCapsule_GetPointer(capsule, EXCHANGE_CAPSULE);
-    if (!it) throw Raised();
-    return *static_cast<Held*>(it)->exchange;
+Fanout& fanout_of(Arguments& arguments) { return *arguments.content<FanoutContent>("fanout", FANOUT_CAPSULE).fanout; }
+
+// (connection, rows, q, lse, o); q is (offset, row_bytes, stride_bytes), lse and o as for rows_of.
+ShardRequest request_of(Arguments& requests, FanoutContent& content) {
+    Arguments items = requests.items("request");
+    ShardRequest request{};
+    PyObject* capsule = items.object("connection");
+    void* connection = PyCapsule_GetPointer(capsule, CONNECTION_CAPSULE);
+    if (!connection) items.wrong_kind("connection", CONNECTION_CAPSULE, capsule);
+    request.connection = static_cast<Connection*>(connection);
+    content.connections.push_back(Reference::borrowed(capsule));
+    Arguments rows = items.items("rows");
+    request.rows.reserve(rows.left());
+    while (rows.left()) request.rows.push_back(rows.integer<uint32_t>("row"));
+    Arguments q = items.items("q");
+    request.q_offset = q.integer<int64_t>("offset", 0);
+    request.q_row_bytes = q.integer<uint32_t>("row_bytes");
+    request.q_stride_bytes = q.integer<int64_t>("stride_bytes", 0);
+    q.end();
+    request.lse = rows_of(items, "lse");
+    request.o = rows_of(items, "o");
+    items.end();
+    return request;
 }
 
-Lane lane_of(PyObject* description, Held& held) {
-    PyObject *wire, *rows;
-    unsigned long long lse, o;
-    Lane it{};
-    parse(description, "OO!nnnKnnKnn", &wire, &PyTuple_Type, &rows, &it.q_offset, &it.q_row_bytes, &it.q_stride_bytes,
-          &lse, &it.lse.row_bytes, &it.lse.stride_bytes, &o, &it.o.row_bytes, &it.o.stride_bytes);
-    it.wire = &wire_of(wire);
-    it.lse.data = reinterpret_cast<uint8_t*>(lse);
-    it.o.data = reinterpret_cast<uint8_t*>(o);
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(rows); i++) {
-        it.rows.push_back(static_cast<uint32_t>(PyLong_AsUnsignedLong(PyTuple_GET_ITEM(rows, i))));
-        if (PyErr_Occurred()) throw Raised();
-    }
-    Py_INCREF(wire);
-    held.wires.push_back(wire);
-    return it;
-}
-
-// (lane, type of the exception, its text), or (lane, None, the shard's Failure).
-PyObject* tuple_of(const Failed& failed) {
-    const auto lane = static_cast<Py_ssize_t>(failed.lane);
-    if (!failed.error) return Py_BuildValue("nON", lane, Py_None, message_of(failed.refusal));
+// (index of the request, type of the exception, its text), or (index, None, the shard's message Failure).
+PyObject* failure_tuple(const RequestFailure& failed) {
+    const auto index = static_cast<Py_ssize_t>(failed.request);
+    if (!failed.error) return Py_BuildValue("nON", index, Py_None, failure_message(failed.failure));
     try {
         std::rethrow_exception(failed.error);
     } catch (const std::exception& error) {
-        return Py_BuildValue("nOs", lane, type_of(error), error.what());
+        return Py_BuildValue("nOs", index, connection_exception(error), error.what());
     }
 }
 
-// None where no lane failed.
-PyObject* list_of(const std::vector<Failed>& failed) {
-    if (failed.empty()) Py_RETURN_NONE;
-    PyObject* list = PyList_New(0);
-    if (!list) throw Raised();
-    for (const Failed& it : failed) {
-        PyObject* tuple = tuple_of(it);
-        const bool added = tuple && PyList_Append(list, tuple) == 0;
-        Py_XDECREF(tuple);
-        if (!added) {
-            Py_DECREF(list);
-            throw Raised();
-        }
+// None if no request failed.
+PyObject* failure_list(const std::vector<RequestFailure>& failures) {
+    if (failures.empty()) Py_RETURN_NONE;
+    Reference list = Reference::owned(PyList_New(0));
+    for (const RequestFailure& failed : failures) {
+        const Reference tuple = Reference::owned(failure_tuple(failed));
+        if (PyList_Append(list.get(), tuple.get()) != 0) throw PythonError();
     }
-    return list;
+    return list.release();
 }
 
 }  // namespace
 
-PyObject* begin(PyObject*, PyObject* args) {
-    return guarded([&]() -> PyObject* {
-        PyObject* capsule;
-        unsigned step, max_layer_bytes;
-        Py_buffer message;
-        double frame_s;
-        parse(args, "OIy*Id", &capsule, &step, &message, &max_layer_bytes, &frame_s);
-        const std::unique_ptr<Py_buffer, void (*)(Py_buffer*)> owned(&message, PyBuffer_Release);
-        if (message.len > MAX_CONTROL_BYTES) throw Refused("a step of more than 16 MiB of reads");
-        Wire& wire = wire_of(capsule);
-        wire.allow(frame_s);
-        {
-            WithoutGil released;
-            wire.begin({step, 0, 0, BEGIN, static_cast<uint32_t>(message.len)}, message.buf, max_layer_bytes);
+// -- one connection ----------------------------------------------------------------------------------------
+
+void begin(Arguments& arguments) {
+    Connection& connection = connection_of(arguments);
+    const auto step = arguments.integer<uint32_t>("step");
+    const Bytes message = arguments.bytes("message");
+    const auto max_layer_bytes = arguments.integer<uint32_t>("max_layer_bytes");
+    const double frame_s = arguments.real("frame_s");
+    arguments.end();
+    if (message.size() > MAX_CONTROL_BYTES) throw Refused("a step of more than 16 MiB of reads");
+    connection.allow(frame_s);
+    const Header header{step, 0, 0, BEGIN, static_cast<uint32_t>(message.size())};
+    without_gil([&] { connection.begin(header, message.data(), max_layer_bytes); });
+}
+
+void repeat_step(Arguments& arguments) {
+    Connection& connection = connection_of(arguments);
+    const auto step = arguments.integer<uint32_t>("step");
+    const double frame_s = arguments.real("frame_s");
+    arguments.end();
+    connection.allow(frame_s);
+    without_gil([&] { connection.repeat_step(step); });
+}
+
+void send(Arguments& arguments) {
+    Connection& connection = connection_of(arguments);
+    const Header header = layer_header(arguments);
+    ShardRequest request = request_of_all_rows(connection, arguments.count("rows"));
+    const StridedRows q = rows_of(arguments, "q");
+    arguments.end();
+    request.q_row_bytes = q.row_bytes, request.q_stride_bytes = q.stride_bytes;
+    without_gil([&] { send_frame(request, header, q.data); });
+}
+
+PyObject* wait(Arguments& arguments) {
+    Connection& connection = connection_of(arguments);
+    const Header header = layer_header(arguments);
+    ShardRequest request = request_of_all_rows(connection, arguments.count("rows"));
+    request.lse = rows_of(arguments, "lse");
+    request.o = rows_of(arguments, "o");
+    const double deadline_s = arguments.real("deadline_s");
+    arguments.end();
+    std::optional<Frame> failure;
+    without_gil([&] {
+        const Frame answer = connection.receive(after(deadline_s));
+        if (!take_answer(request, header, answer)) failure = answer;
+    });
+    return failure_message(failure);
+}
+
+PyObject* under_way(Arguments& arguments) {
+    const Connection& connection = connection_of(arguments);
+    arguments.end();
+    return PyLong_FromUnsignedLong(connection.under_way);
+}
+
+PyObject* is_open(Arguments& arguments) {
+    const Connection& connection = connection_of(arguments);
+    arguments.end();
+    return PyBool_FromLong(connection.is_open());
+}
+
+void drain(Arguments& arguments) {
+    Connection& connection = connection_of(arguments);
+    const double deadline_s = arguments.real("deadline_s");
+    arguments.end();
+    without_gil([&] { drain(connection, after(deadline_s)); });
+}
+
+// -- fan-out -----------------------------------------------------------------------------------------------
+
+PyObject* make_fanout(Arguments& arguments) {
+    auto content = std::make_unique<FanoutContent>();
+    std::vector<ShardRequest> requests;
+    {
+        Arguments items = arguments.items("requests");
+        while (items.left()) requests.push_back(request_of(items, *content));
+    }
+    const std::chrono::microseconds busy{arguments.count("busy_us")};
+    arguments.end();
+    if (requests.empty()) throw std::invalid_argument("a fan-out of no requests: give 1 or more");
+    content->fanout.emplace(std::move(requests), busy);
+    return capsule_of(std::move(content), FANOUT_CAPSULE);
+}
+
+PyObject* send_all(Arguments& arguments) {
+    Fanout& fanout = fanout_of(arguments);
+    const Header header = layer_header(arguments);
+    const auto* q = arguments.address_or_null<const uint8_t>("q");
+    arguments.end();
+    std::vector<RequestFailure> failures;
+    without_gil([&] { failures = fanout.send(header, q); });
+    return failure_list(failures);
+}
+
+PyObject* wait_all(Arguments& arguments) {
+    Fanout& fanout = fanout_of(arguments);
+    const Header header = layer_header(arguments);
+    Arguments deadlines_s = arguments.items("deadlines_s");
+    const double passed_s = arguments.real("passed_s");
+    arguments.end();
+    if (deadlines_s.left() != static_cast<Py_ssize_t>(fanout.requests.size()))
+        throw std::invalid_argument("deadlines_s: give one for each request");
+    std::vector<Deadline> deadlines;
+    deadlines.reserve(fanout.requests.size());
+    while (deadlines_s.left()) deadlines.push_back(after(deadlines_s.real("deadline_s") - passed_s));
+    std::vector<RequestFailure> failures;
+    without_gil([&] { failures = fanout.wait(header, deadlines); });
+    return failure_list(failures);
+}
+
+PyObject* times(Arguments& arguments) {
+    Fanout& fanout = fanout_of(arguments);
+    arguments.end();
+    Reference requests = Reference::owned(PyList_New(0));
+    for (ShardRequest& request : fanout.requests) {
+        Reference latencies = Reference::owned(PyList_New(0));
+        for (const double seconds : std::exchange(request.latencies_s, {})) {
+            const Reference latency = Reference::owned(PyFloat_FromDouble(seconds));
+            if (PyList_Append(latencies.get(), latency.get()) != 0) throw PythonError();
         }
-        Py_RETURN_NONE;
-    });
+        const Reference tuple =
+            Reference::owned(Py_BuildValue("IO", std::exchange(request.answers, 0), latencies.get()));
+        if (PyList_Append(requests.get(), tuple.get()) != 0) throw PythonError();
+    }
+    return Py_BuildValue("dO", std::exchange(fanout.waited_s, 0), requests.get());
 }
 
-PyObject* again(PyObject*, PyObject* args) {
-    return guarded([&]() -> PyObject* {
-        PyObject* capsule;
-        unsigned step;
-        double frame_s;
-        parse(args, "OId", &capsule, &step, &frame_s);
-        Wire& wire = wire_of(capsule);
-        wire.allow(frame_s);
-        {
-            WithoutGil released;
-            wire.again(step);
-        }
-        Py_RETURN_NONE;
-    });
-}
-
-PyObject* under_way(PyObject*, PyObject* args) {
-    return guarded([&]() -> PyObject* {
-        PyObject* capsule;
-        parse(args, "O", &capsule);
-        return PyLong_FromUnsignedLong(wire_of(capsule).under_way);
-    });
-}
-
-PyObject* is_open(PyObject*, PyObject* args) {
-    return guarded([&]() -> PyObject* {
-        PyObject* capsule;
-        parse(args, "O", &capsule);
-        return PyBool_FromLong(wire_of(capsule).is_open());
-    });
-}
-
-PyObject* drain(PyObject*, PyObject* args) {
-    return guarded([&]() -> PyObject* {
-        PyObject* capsule;
-        double deadline_s;
-        parse(args, "Od", &capsule, &deadline_s);
-        Wire& wire = wire_of(capsule);
-        {
-            WithoutGil released;
-            drain(wire, after(deadline_s));
-        }
-        Py_RETURN_NONE;
-    });
-}
-
-PyObject* send(PyObject*, PyObject* args) {
-    return guarded([&]() -> PyObject* {
-        PyObject* capsule;
-        unsigned step, layer, micro_batch;
-        Py_ssize_t rows;
-        unsigned long long q;
-        Lane lane{};
-        parse(args, "OIIInKnn", &capsule, &step, &layer, &micro_batch, &rows, &q, &lane.q_row_bytes,
-              &lane.q_stride_bytes);
-        lane.wire = &wire_of(capsule);
-        lane.rows = all_rows(rows);
-        {
-            WithoutGil released;
-            send_frame(lane, layer_header(step, layer, micro_batch), reinterpret_cast<const uint8_t*>(q));
-        }
-        Py_RETURN_NONE;
-    });
-}
-
-PyObject* wait(PyObject*, PyObject* args) {
-    return guarded([&]() -> PyObject* {
-        PyObject* capsule;
-        unsigned step, layer, micro_batch;
-        Py_ssize_t rows;
-        unsigned long long lse, o;
-        Lane lane{};
-        double deadline_s;
-        parse(args, "OIIInKnnKnnd", &capsule, &step, &layer, &micro_batch, &rows, &lse, &lane.lse.row_bytes,
-              &lane.lse.stride_bytes, &o, &lane.o.row_bytes, &lane.o.stride_bytes, &deadline_s);
-        lane.wire = &wire_of(capsule);
-        lane.rows = all_rows(rows);
-        lane.lse.data = reinterpret_cast<uint8_t*>(lse);
-        lane.o.data = reinterpret_cast<uint8_t*>(o);
-        std::optional<Frame> failure;
-        {
-            WithoutGil released;
-            const Frame answer = lane.wire->receive(after(deadline_s));
-            if (!take_answer(lane, layer_header(step, layer, micro_batch), answer)) failure = answer;
-        }
-        return message_of(failure);
-    });
-}
-
-PyObject* make_exchange(PyObject*, PyObject* args) {
-    return guarded([&]() -> PyObject* {
-        PyObject* descriptions;
-        int awake_us;
-        parse(args, "O!i", &PyTuple_Type, &descriptions, &awake_us);
-        auto held = std::make_unique<Held>();
-        std::vector<Lane> lanes;
-        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(descriptions); i++)
-            lanes.push_back(lane_of(PyTuple_GET_ITEM(descriptions, i), *held));
-        held->exchange.emplace(std::move(lanes), std::chrono::microseconds(awake_us));
-        return PyCapsule_New(held.release(), EXCHANGE_CAPSULE, [](PyObject* capsule) {
-            delete static_cast<Held*>(PyCapsule_GetPointer(capsule, EXCHANGE_CAPSULE));
-        });
-    });
-}
-
-PyObject* send_all(PyObject*, PyObject* args) {
-    return guarded([&]() -> PyObject* {
-        PyObject* capsule;
-        unsigned step, layer, micro_batch;
-        unsigned long long q;
-        parse(args, "OIIIK", &capsule, &step, &layer, &micro_batch, &q);
-        Exchange& exchange = exchange_of(capsule);
-        std::vector<Failed> failed;
-        {
-            WithoutGil released;
-            failed = exchange.send(layer_header(step, layer, micro_batch), reinterpret_cast<const uint8_t*>(q));
-        }
-        return list_of(failed);
-    });
-}
-
-PyObject* wait_all(PyObject*, PyObject* args) {
-    return guarded([&]() -> PyObject* {
-        PyObject *capsule, *deadlines_s;
-        unsigned step, layer, micro_batch;
-        double passed_s;
-        parse(args, "OIIIO!d", &capsule, &step, &layer, &micro_batch, &PyTuple_Type, &deadlines_s, &passed_s);
-        Exchange& exchange = exchange_of(capsule);
-        if (PyTuple_GET_SIZE(deadlines_s) != static_cast<Py_ssize_t>(exchange.lanes.size()))
-            throw std::invalid_argument("a deadline for each lane");
-        std::vector<Deadline> until;
-        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(deadlines_s); i++) {
-            until.push_back(after(PyFloat_AsDouble(PyTuple_GET_ITEM(deadlines_s, i)) - passed_s));
-            if (PyErr_Occurred()) throw Raised();
-        }
-        std::vector<Failed> failed;
-        {
-            WithoutGil released;
-            failed = exchange.wait(layer_header(step, layer, micro_batch), until);
-        }
-        return list_of(failed);
-    });
-}
-
-PyObject* give_way(PyObject*, PyObject*) {
-    return guarded([&]() -> PyObject* {
-        kernels_api().give_way();
-        Py_RETURN_NONE;
-    });
-}
-
-PyObject* times(PyObject*, PyObject* args) {
-    return guarded([&]() -> PyObject* {
-        PyObject* capsule;
-        parse(args, "O", &capsule);
-        Exchange& exchange = exchange_of(capsule);
-        PyObject* lanes = PyList_New(0);
-        for (Lane& lane : exchange.lanes) {
-            PyObject* taken = PyList_New(0);
-            for (const double seconds : std::exchange(lane.taken_s, {})) {
-                PyObject* it = PyFloat_FromDouble(seconds);
-                PyList_Append(taken, it);
-                Py_DECREF(it);
-            }
-            PyObject* of_lane = Py_BuildValue("IN", std::exchange(lane.answers, 0), taken);
-            PyList_Append(lanes, of_lane);
-            Py_DECREF(of_lane);
-        }
-        return Py_BuildValue("dN", std::exchange(exchange.waited_s, 0), lanes);
-    });
+void give_way(Arguments& arguments) {
+    arguments.end();
+    kernels_api().give_way();
 }
 
 }  // namespace farshore::wire

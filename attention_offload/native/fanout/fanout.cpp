@@ -21,123 +21,128 @@ void check_answer(const Header& got, const Header& due) {
 
 }  // namespace
 
-void send_frame(const Lane& lane, Header header, const uint8_t* q) {
-    if (lane.wire->under_way == MAX_UNDER_WAY)
+void send_frame(const ShardRequest& request, Header header, const uint8_t* q) {
+    Connection& connection = *request.connection;
+    if (connection.under_way == MAX_UNDER_WAY)
         throw Refused(std::to_string(MAX_UNDER_WAY) + " frames are under way: wait for one before the next");
-    header.bytes = lane.q_bytes();
-    uint8_t* out = lane.wire->reserve(header.bytes);
-    for (const uint32_t row : lane.rows) {
-        std::memcpy(out, q + lane.q_offset + row * lane.q_stride_bytes, lane.q_row_bytes);
-        out += lane.q_row_bytes;
+    header.bytes = request.q_bytes();
+    uint8_t* out = connection.reserve(header.bytes);
+    for (const uint32_t row : request.rows) {
+        std::memcpy(out, q + request.q_offset + row * request.q_stride_bytes, request.q_row_bytes);
+        out += request.q_row_bytes;
     }
-    lane.wire->under_way++;
+    connection.under_way++;
     try {
-        lane.wire->publish(header);
+        connection.publish(header);
     } catch (const HungUp&) {
     }
 }
 
-bool take_answer(const Lane& lane, Header header, const Frame& answer) {
+bool take_answer(const ShardRequest& request, Header header, const Frame& answer) {
     if (answer.header.kind == FAILURE) return false;
-    header.bytes = lane.answer_bytes();
+    header.bytes = request.answer_bytes();
     check_answer(answer.header, header);
     const uint8_t* from = answer.payload;
-    for (const Rows& part : {lane.lse, lane.o})
-        for (const uint32_t row : lane.rows) {
-            std::memcpy(part.data + row * part.stride_bytes, from, part.row_bytes);
-            from += part.row_bytes;
+    for (const StridedRows& to : {request.lse, request.o})
+        for (const uint32_t row : request.rows) {
+            std::memcpy(to.data + row * to.stride_bytes, from, to.row_bytes);
+            from += to.row_bytes;
         }
-    lane.wire->under_way--;
+    request.connection->under_way--;
     return true;
 }
 
-void drain(Wire& wire, Deadline until) {
-    for (; wire.under_way > 0; wire.under_way--) {
-        const uint8_t kind = wire.next(until).header.kind;
+void drain(Connection& connection, Deadline deadline) {
+    for (; connection.under_way > 0; connection.under_way--) {
+        const uint8_t kind = connection.next(deadline).header.kind;
         if (kind == FAILURE) throw Broken("the shard refused a step that was dropped, and ended the connection");
         if (kind != LAYER) throw Broken("garbage: a frame of kind " + std::to_string(kind) + " for an answer");
     }
 }
 
-std::vector<Failed> Exchange::send(const Header& header, const uint8_t* q) {
-    for (Lane& lane : lanes) lane.sent = false;
-    failed_.clear();
+std::vector<RequestFailure> Fanout::send(const Header& header, const uint8_t* q) {
+    for (ShardRequest& request : requests) request.sent = false;
+    failures_.clear();
     sent_ = Clock::now();
-    // Who was on this core comes last: woken, it runs here at once, and if the others waited for their frames
-    // meanwhile, a layer would take a second attention's time.
-    const uint32_t here = this_core();
-    for (const bool on_this_core : {false, true})
-        for (size_t i = 0; i < lanes.size(); i++) {
-            Lane& lane = lanes[i];
-            if (lane.sent || (!on_this_core && lane.wire->other_core() == here)) continue;
+    // A shard that last ran on this core is sent its frame last. It runs here as soon as it wakes; the other shards
+    // would get their frames only after its attention, and the layer would take the time of two.
+    const uint32_t core = this_core();
+    for (const bool with_this_core : {false, true})
+        for (size_t i = 0; i < requests.size(); i++) {
+            ShardRequest& request = requests[i];
+            if (request.sent || (!with_this_core && request.connection->other_core() == core)) continue;
             try {
-                send_frame(lane, header, q);
+                send_frame(request, header, q);
             } catch (const std::exception&) {
-                failed_.push_back({i, std::current_exception(), {}});
+                failures_.push_back({i, std::current_exception(), {}});
             }
-            lane.sent = true;
+            request.sent = true;
         }
-    return std::exchange(failed_, {});
+    return std::exchange(failures_, {});
 }
 
-std::vector<Failed> Exchange::wait(const Header& header, const std::vector<Deadline>& until) {
+std::vector<RequestFailure> Fanout::wait(const Header& header, const std::vector<Deadline>& deadlines) {
     const auto start = Clock::now();
-    for (Lane& lane : lanes) lane.done = false;
-    failed_.clear();
-    // An answer that is there may have come long ago: its time counts for one shard only, in turns.
-    const size_t turn = turns_++ % lanes.size();
+    for (ShardRequest& request : requests) request.answered = false;
+    failures_.clear();
+    // An answer that was there before the first wait may have arrived long ago, so the time until now is only an
+    // upper bound of its latency. It is recorded for one request of each call, in turn.
+    const size_t recorded = waits_++ % requests.size();
     bool waited = false;
-    for (size_t due = lanes.size(); due > 0;) {
-        for (size_t i = 0; i < lanes.size(); i++) {
-            if (lanes[i].done || !lanes[i].wire->ready()) continue;
-            take(i, header, until[i], waited || i == turn);
-            due--;
+    for (size_t left = requests.size(); left > 0;) {
+        for (size_t i = 0; i < requests.size(); i++) {
+            if (requests[i].answered || !requests[i].connection->ready()) continue;
+            take(i, header, deadlines[i], waited || i == recorded);
+            left--;
         }
-        if (due == 0) break;
+        if (left == 0) break;
         waited = true;
-        // Asleep for one of them, who needs this core if there is such a one: to wake for each costs switches.
+        // Sleeps on one shard, preferably one that shares this core and needs it to answer: to wake for each answer
+        // costs context switches.
         size_t next = on_this_core();
-        const bool in_the_way = next < lanes.size();
-        if (!in_the_way) {
-            if (patience_.wait([&] { return any_ready(); }, [&] { return on_this_core() < lanes.size(); })) continue;
-            for (next = 0; lanes[next].done;) next++;
+        const bool shares_core = next < requests.size();
+        if (!shares_core) {
+            if (wait_.wait([&] { return any_ready(); }, [&] { return on_this_core() < requests.size(); })) continue;
+            for (next = 0; requests[next].answered;) next++;
         }
-        take(next, header, until[next], true);
-        due--;
-        if (!in_the_way) patience_.slept();
+        // The reply arrives during this wait, so its latency is exact.
+        take(next, header, deadlines[next], true);
+        left--;
+        if (!shares_core) wait_.slept();
     }
     waited_s += seconds_since(start);
-    return std::exchange(failed_, {});
+    return std::exchange(failures_, {});
 }
 
-void Exchange::take(size_t lane, const Header& header, Deadline deadline, bool timed) {
-    Lane& it = lanes[lane];
-    it.done = true;
+// Waits for the answer of a request, writes it or records the failure. `exact`: records the latency.
+void Fanout::take(size_t index, const Header& header, Deadline deadline, bool exact) {
+    ShardRequest& request = requests[index];
+    request.answered = true;
     try {
-        const Frame frame = it.wire->next(deadline);
-        if (!take_answer(it, header, frame)) {
-            failed_.push_back({lane, nullptr, frame});
+        const Frame frame = request.connection->next(deadline);
+        if (!take_answer(request, header, frame)) {
+            failures_.push_back({index, nullptr, frame});
             return;
         }
     } catch (const std::exception&) {
-        failed_.push_back({lane, std::current_exception(), {}});
+        failures_.push_back({index, std::current_exception(), {}});
         return;
     }
-    it.answers++;
-    if (timed && sent_) it.taken_s.push_back(seconds_since(*sent_));
+    request.answers++;
+    if (exact && sent_) request.latencies_s.push_back(seconds_since(*sent_));
 }
 
-bool Exchange::any_ready() const {
-    for (const Lane& lane : lanes)
-        if (!lane.done && lane.wire->ready()) return true;
+bool Fanout::any_ready() const {
+    for (const ShardRequest& request : requests)
+        if (!request.answered && request.connection->ready()) return true;
     return false;
 }
 
-size_t Exchange::on_this_core() const {
-    const uint32_t here = this_core();
-    for (size_t i = 0; i < lanes.size(); i++)
-        if (!lanes[i].done && lanes[i].wire->other_core() == here) return i;
-    return lanes.size();
+size_t Fanout::on_this_core() const {
+    const uint32_t core = this_core();
+    for (size_t i = 0; i < requests.size(); i++)
+        if (!requests[i].answered && requests[i].connection->other_core() == core) return i;
+    return requests.size();
 }
 
 }  // namespace farshore::wire

@@ -1,4 +1,4 @@
-// The shard's end, as Python calls it: one call answers the layer frames of a step and of all that read the same.
+// The Python functions of the shard's end. One native call answers the layer frames of a step and of its repetitions.
 
 #include <sched.h>
 #include <sys/syscall.h>
@@ -6,247 +6,248 @@
 
 #include <algorithm>
 #include <atomic>
+#include <optional>
 
 #include "calls.h"
 
 namespace farshore::wire {
 namespace {
 
-// One layer frame of the step under way, by its layer class and micro-batch.
-struct Work {
-    void* plan;
+// What answers the layer frames of one layer class and micro-batch.
+struct PreparedFrame {
+    void* plan;  // a kernel plan
     uint32_t q_bytes, lse_bytes, o_bytes;
-    long long read_bytes;
+    int64_t read_bytes;  // of stored KV
 };
 
 struct Layer {
-    unsigned layer_class;
-    int stored_layer;
+    uint32_t layer_class;
+    int stored_layer;  // its index among the layers of its class
 };
 
-struct Step {
-    long long number = -1;  // none
-    int format = 0;
+// A step whose spans were looked up, in Python.
+struct PreparedStep {
+    std::optional<uint32_t> number;  // none before the first step
+    int format = 0;                  // of q and o, as in runtime/api.h
     std::vector<Layer> layers;
-    std::vector<std::vector<Work>> work;  // [layer class][micro-batch]
+    std::vector<std::vector<PreparedFrame>> frames;  // [layer class][micro-batch]
     int64_t* attended_bytes = nullptr;
-    // The store's count, and what it was when the spans were looked up: memory is another span's only after it rose.
+    // The store's count of removed spans, and its value at the look-up. While the count is unchanged, no memory that
+    // the plans read was given to another span.
     int64_t* removals = nullptr;
-    long long seen_removals = 0;
-    bool repeats = false;
+    int64_t seen_removals = 0;
+    bool repeatable = false;  // positions do not matter, so the plans serve the next step too
 
     bool still_holds() const { return std::atomic_ref(*removals).load(std::memory_order_acquire) == seen_removals; }
 
     uint32_t max_layer_bytes() const {
         uint32_t most = 0;
-        for (const auto& batches : work)
-            for (const Work& it : batches) most = std::max({most, it.q_bytes, it.lse_bytes + it.o_bytes});
+        for (const auto& batches : frames)
+            for (const PreparedFrame& frame : batches)
+                most = std::max({most, frame.q_bytes, frame.lse_bytes + frame.o_bytes});
         return most;
     }
 };
 
-// Of a frame or of an answer: more than attention_offload/door.py lets a step have, and lengths and their sums fit
-// into a header's 32 bits.
-constexpr long long MAX_LAYER_BYTES = 1 << 30;
+// The most bytes of a layer frame or of its answer. attention_offload/shard/checks.py allows a step less; the limit
+// keeps lengths and their sums within a header's 32 bits.
+constexpr int64_t MAX_LAYER_BYTES = 1 << 30;
 
-// PyArg's own "I" drops the upper bits of what is longer.
-uint32_t checked_bytes(long long bytes) {
+uint32_t checked_bytes(int64_t bytes) {
     if (bytes < 0 || bytes > MAX_LAYER_BYTES)
-        throw std::out_of_range(std::to_string(bytes) + " bytes in a layer's frame: " +
-                                std::to_string(MAX_LAYER_BYTES) + " are the most");
+        throw std::out_of_range(std::to_string(bytes) +
+                                " bytes in a layer's frame: " + std::to_string(MAX_LAYER_BYTES) + " are the most");
     return static_cast<uint32_t>(bytes);
 }
 
-Work work_of(PyObject* description) {
-    Work it;
-    PyObject* capsule;
-    long long q_bytes, lse_bytes, o_bytes;
-    parse(description, "OLLLL", &capsule, &q_bytes, &lse_bytes, &o_bytes, &it.read_bytes);
-    it.q_bytes = checked_bytes(q_bytes);
-    it.lse_bytes = checked_bytes(lse_bytes);
-    it.o_bytes = checked_bytes(o_bytes);
-    checked_bytes(lse_bytes + o_bytes);
-    it.plan = PyCapsule_GetPointer(capsule, PLAN_CAPSULE);
-    if (!it.plan) throw Raised();
-    return it;
+// (plan, q_bytes, lse_bytes, o_bytes, read_bytes).
+PreparedFrame prepared_frame(Arguments& batches) {
+    Arguments items = batches.items("frame");
+    PyObject* plan = items.object("plan");
+    PreparedFrame frame;
+    frame.q_bytes = checked_bytes(items.integer<int64_t>("q_bytes"));
+    frame.lse_bytes = checked_bytes(items.integer<int64_t>("lse_bytes"));
+    frame.o_bytes = checked_bytes(items.integer<int64_t>("o_bytes"));
+    checked_bytes(int64_t{frame.lse_bytes} + frame.o_bytes);
+    frame.read_bytes = items.integer<int64_t>("read_bytes", 0);
+    items.end();
+    frame.plan = PyCapsule_GetPointer(plan, PLAN_CAPSULE);
+    if (!frame.plan) items.wrong_kind("plan", PLAN_CAPSULE, plan);
+    return frame;
 }
 
-Step step_of(PyObject* description) {
-    Step step;
+// (layer class, stored layer), checked against the step's classes and the number of layers before it.
+Layer layer_of(Arguments& layers, size_t classes, size_t layers_before) {
+    Arguments items = layers.items("layer");
+    const auto layer_class = items.integer<int64_t>("layer_class"), stored = items.integer<int64_t>("stored_layer");
+    items.end();
+    if (layer_class < 0 || layer_class >= static_cast<int64_t>(classes)) throw std::out_of_range("a layer of no class");
+    if (stored < 0 || stored > static_cast<int64_t>(layers_before))
+        throw std::out_of_range("a layer of its class that is not there");
+    return {static_cast<uint32_t>(layer_class), static_cast<int>(stored)};
+}
+
+// None, or a step as `serve` of binding.cpp describes it.
+PreparedStep prepared_step(Arguments& arguments) {
+    PreparedStep step;
+    PyObject* description = arguments.object("step");
     if (description == Py_None) return step;
-    PyObject *layers, *classes;
-    unsigned long long counter, removals;
-    int repeats;
-    parse(description, "LiO!O!KKLp", &step.number, &step.format, &PyTuple_Type, &layers, &PyTuple_Type, &classes,
-          &counter, &removals, &step.seen_removals, &repeats);
-    step.attended_bytes = reinterpret_cast<int64_t*>(counter);
-    step.removals = reinterpret_cast<int64_t*>(removals);
-    step.repeats = repeats;
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(classes); i++) {
-        PyObject* batches = PyTuple_GET_ITEM(classes, i);
-        step.work.emplace_back();
-        for (Py_ssize_t j = 0; j < PyTuple_Size(batches); j++)
-            step.work.back().push_back(work_of(PyTuple_GET_ITEM(batches, j)));
+    if (!PyTuple_Check(description)) arguments.wrong_kind("step", "a tuple or None", description);
+    Arguments items("serve: step", reinterpret_cast<PyTupleObject*>(description)->ob_item,
+                    PyTuple_GET_SIZE(description), nullptr);
+    step.number = items.integer<uint32_t>("number");
+    step.format = items.integer<int>("format", 0, 2);
+    Arguments layers = items.items("layers");
+    Arguments classes = items.items("frames");
+    while (classes.left()) {
+        Arguments batches = classes.items("layer_class");
+        std::vector<PreparedFrame>& frames = step.frames.emplace_back();
+        while (batches.left()) frames.push_back(prepared_frame(batches));
     }
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(layers); i++) {
-        long long layer_class, stored_layer;
-        parse(PyTuple_GET_ITEM(layers, i), "LL", &layer_class, &stored_layer);
-        if (layer_class < 0 || layer_class >= static_cast<long long>(step.work.size()))
-            throw std::out_of_range("a layer of no class");
-        if (stored_layer < 0 || stored_layer > i) throw std::out_of_range("a layer of its class that is not there");
-        step.layers.push_back({static_cast<unsigned>(layer_class), static_cast<int>(stored_layer)});
-    }
+    while (layers.left()) step.layers.push_back(layer_of(layers, step.frames.size(), step.layers.size()));
+    step.attended_bytes = items.address<int64_t>("attended_bytes");
+    step.removals = items.address<int64_t>("removals");
+    step.seen_removals = items.integer<int64_t>("seen_removals");
+    step.repeatable = items.boolean("repeatable");
+    items.end();
     return step;
 }
 
-const Work& work_for(const Step& step, const Header& header) {
+// What answers a layer frame. Throws Refused if the step has no such frame.
+const PreparedFrame& frame_for(const PreparedStep& step, const Header& header) {
     if (step.number != header.step)
         throw Refused("frame of step " + std::to_string(header.step) + ", but step " +
-                      (step.number < 0 ? "None" : std::to_string(step.number)) + " is under way");
+                      (step.number ? std::to_string(*step.number) : "None") + " is under way");
     if (header.layer >= step.layers.size())
-        throw Refused("layer " + std::to_string(header.layer) + " of a model of " +
-                      std::to_string(step.layers.size()) + " layers");
-    const auto& batches = step.work[step.layers[header.layer].layer_class];
+        throw Refused("layer " + std::to_string(header.layer) + " of a model of " + std::to_string(step.layers.size()) +
+                      " layers");
+    const auto& batches = step.frames[step.layers[header.layer].layer_class];
     if (header.micro_batch >= batches.size())
         throw Refused("micro-batch " + std::to_string(header.micro_batch) + " of a step of " +
                       std::to_string(batches.size()));
-    const Work& it = batches[header.micro_batch];
-    if (header.bytes != it.q_bytes)
-        throw Refused("q of " + std::to_string(header.bytes) + " bytes, expected " + std::to_string(it.q_bytes));
-    return it;
+    const PreparedFrame& frame = batches[header.micro_batch];
+    if (header.bytes != frame.q_bytes)
+        throw Refused("q of " + std::to_string(header.bytes) + " bytes, expected " + std::to_string(frame.q_bytes));
+    return frame;
 }
 
-// Where an engine shares its cores with this thread, this thread stays on the engine's: the engine sleeps there
-// meanwhile, and to wake a thread on one's own core takes 2 us, on another 11 to 20.
-class Follower {
+// Keeps this thread on the engine's core where the two share cores. The engine sleeps there while the shard computes,
+// and to wake a thread takes 2 us on the same core, 11 to 20 us on another.
+class CoreFollower {
   public:
-    Follower() {
+    CoreFollower() {
         if (sched_getaffinity(0, sizeof usable_, &usable_) != 0) CPU_ZERO(&usable_);
     }
 
-    // `core`: the engine's, from 1; 0: not known.
+    // Called for each frame. `core`: the engine's, counted from 1; 0: not known.
     void follow(uint32_t core) {
         if (core == 0 || core == this_core() || core > CPU_SETSIZE || !CPU_ISSET(core - 1, &usable_)) {
-            apart_ = 0;
-        } else if (++apart_ == PATIENCE) {
-            cpu_set_t there;
-            CPU_ZERO(&there);
-            CPU_SET(core - 1, &there);
-            sched_setaffinity(0, sizeof there, &there);
-            apart_ = 0;
+            frames_apart_ = 0;
+        } else if (++frames_apart_ == MOVE_AFTER) {
+            cpu_set_t only;
+            CPU_ZERO(&only);
+            CPU_SET(core - 1, &only);
+            sched_setaffinity(0, sizeof only, &only);
+            frames_apart_ = 0;
         }
     }
 
   private:
-    static constexpr int PATIENCE = 2;  // frames
+    static constexpr int MOVE_AFTER = 2;  // frames in a row from another core
     cpu_set_t usable_;
-    int apart_ = 0;
+    int frames_apart_ = 0;
 };
 
-// Answers layer frames until a step comes whose reads are to be looked up, or until those of the step under way are
-// to be looked up again: its layer frame is then `wire.unanswered`. False: the engine has hung up.
-bool answer(Wire& wire, Step& step, const Api& api, bool shares_cores, Frame& frame) {
-    thread_local Follower follower;
-    wire.expect(step.max_layer_bytes());
+// Answers layer frames until Python must look up a step's spans: a step other than a repetition comes (it is put into
+// `frame`), or spans of the current step were removed (its layer frame is then connection.unanswered). Returns false
+// when the engine has hung up.
+bool answer_frames(Connection& connection, PreparedStep& step, const Api& api, bool shares_cores, Frame& frame) {
+    thread_local CoreFollower follower;
+    connection.expect(step.max_layer_bytes());
     for (;;) {
-        if (wire.unanswered) {
-            frame = *wire.unanswered;
-            wire.unanswered.reset();
+        if (connection.unanswered) {
+            frame = *connection.unanswered;
+            connection.unanswered.reset();
         } else {
             try {
-                frame = wire.receive(NEVER);
+                frame = connection.receive(NEVER);
             } catch (const HungUp&) {
                 return false;
             }
         }
-        if (frame.header.kind == AGAIN && step.repeats && step.still_holds()) {
+        if (frame.header.kind == REPEAT_STEP && step.repeatable && step.still_holds()) {
             step.number = frame.header.step;
             continue;
         }
-        if (frame.header.kind == BEGIN || frame.header.kind == AGAIN) return true;
+        if (frame.header.kind == BEGIN || frame.header.kind == REPEAT_STEP) return true;
         if (frame.header.kind != LAYER) throw Broken("garbage: a shard was sent a failure");
-        if (shares_cores) follower.follow(wire.other_core());
+        if (shares_cores) follower.follow(connection.other_core());
         Header header = frame.header;
-        const Work& it = work_for(step, header);
-        header.bytes = it.lse_bytes + it.o_bytes;
-        uint8_t* out = wire.reserve(header.bytes);
+        const PreparedFrame& prepared = frame_for(step, header);
+        header.bytes = prepared.lse_bytes + prepared.o_bytes;
+        uint8_t* out = connection.reserve(header.bytes);
         if (step.still_holds())
-            api.partial(it.plan, step.layers[header.layer].stored_layer, frame.payload, step.format,
-                        out + it.lse_bytes, reinterpret_cast<float*>(out));
-        // Memory that was given back meanwhile may be another span's by now: such an answer must not leave.
+            api.partial(prepared.plan, step.layers[header.layer].stored_layer, frame.payload, step.format,
+                        out + prepared.lse_bytes, reinterpret_cast<float*>(out));
+        // If a span was removed meanwhile, its memory may already hold another span: such an answer must not be sent.
         std::atomic_thread_fence(std::memory_order_acquire);
         if (!step.still_holds()) {
-            wire.unanswered = frame;
+            connection.unanswered = frame;
             return true;
         }
-        std::atomic_ref(*step.attended_bytes).fetch_add(it.read_bytes, std::memory_order_relaxed);
-        wire.publish(header);
+        std::atomic_ref(*step.attended_bytes).fetch_add(prepared.read_bytes, std::memory_order_relaxed);
+        connection.publish(header);
     }
 }
 
-// Linux's struct sched_attr, as far as it is needed; see sched_setattr(2).
-struct Turns {
+// The fields of Linux's struct sched_attr that exist in all versions; see sched_setattr(2).
+struct SchedulingAttributes {
     uint32_t bytes, policy;
     uint64_t flags;
     int32_t nice;
     uint32_t priority;
     uint64_t runtime_ns, deadline_ns, period_ns;
 };
-static_assert(sizeof(Turns) == 48);
+static_assert(sizeof(SchedulingAttributes) == 48);
 
-// A slice shorter than the others' (3 ms) has a thread that wakes run at once (Linux 6.12 and later), rather than
-// when an engine's thread that waits awake on its core has given up. What the kernel doesn't grant is not needed.
-constexpr uint64_t TURN_NS = 100'000;
+// A time slice shorter than that of other threads (3 ms) lets a thread run as soon as it wakes (Linux 6.12 and later),
+// rather than when an engine's thread that waits busily on its core has given up. Kernels without it ignore it.
+constexpr uint64_t SLICE_NS = 100'000;
 
 }  // namespace
 
-PyObject* serve(PyObject*, PyObject* args) {
-    return guarded([&]() -> PyObject* {
-        PyObject *capsule, *description;
-        int shares_cores;
-        parse(args, "OOp", &capsule, &description, &shares_cores);
-        Wire& wire = wire_of(capsule);
-        const Api& api = kernels_api();
-        Step step = step_of(description);
-        Frame frame;
-        bool more;
-        {
-            WithoutGil released;
-            more = answer(wire, step, api, shares_cores, frame);
-        }
-        if (!more) Py_RETURN_NONE;
-        if (wire.unanswered) return Py_BuildValue("(L)", step.number);
-        if (frame.header.kind == AGAIN) return PyLong_FromUnsignedLong(frame.header.step);
-        return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(frame.payload), frame.header.bytes);
-    });
+PyObject* serve(Arguments& arguments) {
+    Connection& connection = connection_of(arguments);
+    PreparedStep step = prepared_step(arguments);
+    const bool shares_cores = arguments.boolean("shares_cores");
+    arguments.end();
+    const Api& api = kernels_api();
+    Frame frame;
+    const bool asks = without_gil([&] { return answer_frames(connection, step, api, shares_cores, frame); });
+    if (!asks) Py_RETURN_NONE;
+    // Only frames of a step stay unanswered, so the step has a number.
+    if (connection.unanswered) return Py_BuildValue("(I)", *step.number);
+    if (frame.header.kind == REPEAT_STEP) return PyLong_FromUnsignedLong(frame.header.step);
+    return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(frame.payload), frame.header.bytes);
 }
 
-PyObject* share_cores(PyObject*, PyObject*) {
-    return guarded([&]() -> PyObject* {
-        Turns turns{};
-        if (syscall(SYS_sched_getattr, 0, &turns, sizeof turns, 0) == 0) {
-            turns.runtime_ns = TURN_NS;
-            syscall(SYS_sched_setattr, 0, &turns, 0);
-        }
-        // An engine on this host needs the cores as soon as the answer is out.
-        kernels_api().wait_awake(0);
-        Py_RETURN_NONE;
-    });
+void share_cores(Arguments& arguments) {
+    arguments.end();
+    SchedulingAttributes attributes{};
+    if (syscall(SYS_sched_getattr, 0, &attributes, sizeof attributes, 0) == 0) {
+        attributes.runtime_ns = SLICE_NS;
+        syscall(SYS_sched_setattr, 0, &attributes, 0);
+    }
+    // An engine on this host needs the cores as soon as the answer is sent.
+    kernels_api().set_spin_us(0);
 }
 
-PyObject* fail(PyObject*, PyObject* args) {
-    return guarded([&]() -> PyObject* {
-        PyObject* capsule;
-        Py_buffer message;
-        parse(args, "Oy*", &capsule, &message);
-        const std::unique_ptr<Py_buffer, void (*)(Py_buffer*)> owned(&message, PyBuffer_Release);
-        Wire& wire = wire_of(capsule);
-        {
-            WithoutGil released;
-            wire.fail(message.buf, static_cast<uint32_t>(std::min<Py_ssize_t>(message.len, MAX_CONTROL_BYTES)));
-        }
-        Py_RETURN_NONE;
-    });
+void fail(Arguments& arguments) {
+    Connection& connection = connection_of(arguments);
+    const Bytes message = arguments.bytes("message");
+    arguments.end();
+    const auto bytes = static_cast<uint32_t>(std::min<Py_ssize_t>(message.size(), MAX_CONTROL_BYTES));
+    without_gil([&] { connection.fail(message.data(), bytes); });
 }
 
 }  // namespace farshore::wire

@@ -1,4 +1,4 @@
-// How a connection's end waits for the next frame: awake for a bounded time, then asleep.
+// How one end of a connection waits for the next frame: busily for a bounded time, then asleep.
 #pragma once
 
 #include <algorithm>
@@ -8,28 +8,29 @@
 
 namespace farshore::wire {
 
-// Learns from a connection's own waits whether being awake is any use (as the kernel's haltpoll does): where
-// frames come later than that, or somebody else had the core meanwhile, sleep comes at once. So an idle connection
-// costs nothing, and neither does one whose ends share their cores.
-class Patience {
+// Learns from past waits whether busy waiting pays, as the Linux kernel's haltpoll does. It sleeps at once where frames
+// came later than the busy wait would have lasted, or where another thread had the core meanwhile. So neither an idle
+// connection nor one whose ends share their cores costs any time.
+class AdaptiveWait {
   public:
-    // `most`: how long to wait awake.
-    explicit Patience(std::chrono::nanoseconds most) : most_(most) {}
+    // `longest`: the bound of a busy wait.
+    explicit AdaptiveWait(std::chrono::nanoseconds longest) : longest_(longest) {}
 
-    // Waits awake until `ready()`; or false: sleep, then call `slept`. `in_the_way()`: whether who is to send the
-    // frame needs this very core (waiting awake for it took 61 us a hop, 23 asleep).
-    template <class Ready, class InTheWay>
-    bool wait(Ready&& ready, InTheWay&& in_the_way) {
+    // Waits busily until `ready()` and returns true; or returns false: the caller then sleeps until the frame is there
+    // and calls slept(). `needs_core()`: whether the sender of the frame needs the core of this thread, so that a busy
+    // wait would delay it (measured: a hop took 61 us with a busy wait, 23 us asleep).
+    template <class Ready, class NeedsCore>
+    bool wait(Ready&& ready, NeedsCore&& needs_core) {
         if (ready()) return true;
         since_ = Clock::now();
-        if (hopes_ > 0) {
-            for (Awake awake{most_}; !in_the_way() && awake.once_more();) {
+        if (credit_ > 0) {
+            for (SpinWait spin{longest_}; !needs_core() && spin.keep_spinning();) {
                 if (ready()) {
-                    hopes_ = MOST_HOPES;
+                    credit_ = MAX_CREDIT;
                     return true;
                 }
-                if (awake.interrupted()) {
-                    hopes_ = 0;
+                if (spin.interrupted()) {
+                    credit_ = 0;
                     break;
                 }
             }
@@ -37,20 +38,20 @@ class Patience {
         return false;
     }
 
-    // A frame is there for which `wait` did not suffice.
+    // The frame came after `wait` returned false.
     void slept() {
-        const bool soon = Clock::now() - since_ <= most_ + WAKING;
-        hopes_ = std::clamp(hopes_ + (soon ? 1 : -1), 0, MOST_HOPES);
+        const bool in_reach = Clock::now() - since_ <= longest_ + WAKING;
+        credit_ = std::clamp(credit_ + (in_reach ? 1 : -1), 0, MAX_CREDIT);
     }
 
   private:
     using Clock = std::chrono::steady_clock;
-    static constexpr int MOST_HOPES = 4;
-    // What it takes to wake a thread on an idle core of a virtual machine.
+    static constexpr int MAX_CREDIT = 4;
+    // The time to wake a thread on an idle core of a virtual machine.
     static constexpr std::chrono::microseconds WAKING{50};
 
-    std::chrono::nanoseconds most_;
-    int hopes_ = 1;
+    std::chrono::nanoseconds longest_;
+    int credit_ = 1;  // waits busily while above 0
     Clock::time_point since_;
 };
 

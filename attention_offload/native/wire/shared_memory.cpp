@@ -8,47 +8,50 @@
 #include <cstring>
 #include <thread>
 
-#include "wire/wire.h"
+#include "wire/connection.h"
 
 namespace farshore::wire {
 namespace {
 
 constexpr size_t PAGE = 4096;
-constexpr size_t SLOT_HEADER = 64;  // the frame's header, and the payload aligned
-// A power of two, so that counters may overflow; above MAX_UNDER_WAY, for a step's BEGIN ahead of its frames.
+constexpr size_t SLOT_HEADER = 64;  // bytes before the payload: the frame's header, and padding to align the payload
+// Slots of one direction. A power of two, so that counters may wrap around; above MAX_UNDER_WAY, since a step's BEGIN
+// takes a slot ahead of its frames.
 constexpr uint32_t SLOTS = 2 * MAX_UNDER_WAY;
-constexpr std::chrono::microseconds NAP{50};  // between two looks for a free slot
+constexpr std::chrono::microseconds NAP{50};  // between two checks for a free slot
 
-// One direction. Frame n lies in slot n % SLOTS.
+// The counters of one direction. Frame n lies in slot n % SLOTS.
 struct alignas(128) Ring {
-    std::atomic<uint32_t> published;  // frames so far; by the sender
-    std::atomic<uint32_t> sleeping;   // the receiver wants a WAKE on the socket; taken back by who sends it
-    std::atomic<uint32_t> core;       // where the sender was seen last, from 1; a hint
-    // Frames taken so far; by the receiver, so on a line that the sender writes nothing to.
+    std::atomic<uint32_t> published;  // number of frames sent; written by the sender
+    std::atomic<uint32_t> sleeping;   // 1: the receiver needs a WAKE on the socket; the sender of the WAKE sets 0
+    std::atomic<uint32_t> core;       // of the sender, at its last frame, counted from 1; a hint
+    // Number of frames taken; written by the receiver, so on a cache line that the sender does not write.
     alignas(64) std::atomic<uint32_t> taken;
 };
 static_assert(std::atomic<uint32_t>::is_always_lock_free);
 
+// The mapped memory: a page with the two rings, then the slots of each direction.
 class Mapping {
   public:
     Mapping() = default;
     Mapping(const Mapping&) = delete;
     ~Mapping() { unmap(); }
 
-    // A descriptor of new memory, to be passed on.
+    // Makes and maps memory. Returns its descriptor, which the caller passes to the other end and closes.
     int create(uint32_t slot_bytes) {
         const int fd = memfd_create("farshore-frames", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-        if (fd < 0) broken("memfd_create");
+        if (fd < 0) throw_errno("memfd_create");
         const size_t bytes = PAGE + 2 * SLOTS * static_cast<size_t>(slot_bytes);
-        // Sealed against shrinking: the other end must not be hit by a bus error in the middle of a frame.
+        // Sealed against shrinking, which would cause a bus error at the other end in the middle of a frame.
         if (ftruncate(fd, bytes) != 0 || fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
             close(fd);
-            broken("shared memory");
+            throw_errno("shared memory");
         }
         map(fd, bytes);
         return fd;
     }
 
+    // Maps memory of the other end, after checks of its seals and size.
     void attach(int fd) {
         struct stat status;
         const int seals = fcntl(fd, F_GET_SEALS);
@@ -71,7 +74,7 @@ class Mapping {
   private:
     void map(int fd, size_t bytes) {
         void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-        if (memory == MAP_FAILED) broken("mmap");
+        if (memory == MAP_FAILED) throw_errno("mmap");
         unmap();
         memory_ = static_cast<uint8_t*>(memory);
         bytes_ = bytes;
@@ -86,12 +89,12 @@ class Mapping {
     uint32_t slot_bytes_ = 0;
 };
 
-// Longer messages go over the socket. A slot of kind BEGIN holds their place among the layer frames; a FAILURE
-// is the last of all.
-class SharedMemory : public Wire {
+// Messages that are not layer frames go over the socket. For a step, a slot of kind BEGIN keeps its order among the
+// layer frames; a FAILURE comes after all of them.
+class SharedMemoryConnection : public Connection {
   public:
-    using Wire::Wire;
-    ~SharedMemory() override {
+    using Connection::Connection;
+    ~SharedMemoryConnection() override {
         if (passed_ >= 0) close(passed_);
     }
 
@@ -106,9 +109,9 @@ class SharedMemory : public Wire {
         publish({header.step, 0, 0, BEGIN, 0});
     }
 
-    void again(uint32_t step) override {
+    void repeat_step(uint32_t step) override {
         socket_.expect_open();
-        publish({step, 0, 0, AGAIN, 0});
+        publish({step, 0, 0, REPEAT_STEP, 0});
     }
 
     uint8_t* reserve(uint32_t bytes) override {
@@ -137,17 +140,17 @@ class SharedMemory : public Wire {
             if (ready()) {
                 const Frame frame = take();
                 if (frame.header.kind != BEGIN) return frame;
-                while (!message_ || message_->kind != BEGIN) read_socket(soon());
+                while (!message_ || message_->kind != BEGIN) read_socket(frame_deadline());
                 return message();
             }
             if (map_) {
-                // Either the sender sees this, or we see its frame.
+                // Either the sender sees this flag, or this thread sees the sender's frame.
                 map_.ring(in_).sleeping.store(1);
                 if (ready()) continue;
             }
             try {
                 read_socket(deadline);
-                // Wake-ups alone, however many, are no frame.
+                // Wake-ups without a frame must not extend the wait.
                 if (deadline != NEVER && std::chrono::steady_clock::now() >= deadline && !ready())
                     throw Late("the deadline passed");
             } catch (const HungUp&) {
@@ -161,10 +164,11 @@ class SharedMemory : public Wire {
     uint32_t other_core() override { return map_ ? map_.ring(in_).core.load(std::memory_order_relaxed) : 0; }
 
   private:
-    // An engine may announce step after step and send no frame of them, faster than the shard takes them.
+    // Engine: waits for a free slot. Layer frames always find one, but an engine may announce steps without frames
+    // faster than the shard takes them.
     void await_room() {
         if (out_ != 0 || sent_ - other_taken_ < SLOTS) return;
-        for (const Deadline deadline = soon();; std::this_thread::sleep_for(NAP)) {
+        for (const Deadline deadline = frame_deadline();; std::this_thread::sleep_for(NAP)) {
             other_taken_ = map_.ring(0).taken.load(std::memory_order_acquire);
             if (sent_ - other_taken_ < SLOTS) return;
             if (std::chrono::steady_clock::now() >= deadline) throw Late("the deadline passed");
@@ -172,7 +176,7 @@ class SharedMemory : public Wire {
     }
 
     void begin_in_new_memory(const Header& header, const void* step, uint32_t max_layer_bytes) {
-        // Twice what is asked for: a batch that grows by one sequence needs no new memory each time.
+        // Twice the size asked for, so that a batch that grows by a sequence a step rarely needs new memory.
         const size_t slot = (2 * static_cast<size_t>(max_layer_bytes) + SLOT_HEADER + PAGE - 1) / PAGE * PAGE;
         const int fd = map_.create(static_cast<uint32_t>(slot));
         sent_ = taken_ = other_taken_ = 0;
@@ -185,6 +189,7 @@ class SharedMemory : public Wire {
         close(fd);
     }
 
+    // Returns the frame in the next slot.
     Frame take() {
         const uint32_t waiting = map_.ring(in_).published.load() - taken_;
         if (waiting > SLOTS)
@@ -194,30 +199,33 @@ class SharedMemory : public Wire {
         std::memcpy(&frame.header, slot, sizeof frame.header);
         frame.payload = slot + SLOT_HEADER;
         const Header& header = frame.header;
-        const bool of_a_step = in_ == 0 && (header.kind == BEGIN || header.kind == AGAIN);
-        if ((header.kind != LAYER && !of_a_step) || header.bytes > map_.slot_bytes() - SLOT_HEADER)
+        const bool is_step = in_ == 0 && (header.kind == BEGIN || header.kind == REPEAT_STEP);
+        if ((header.kind != LAYER && !is_step) || header.bytes > map_.slot_bytes() - SLOT_HEADER)
             throw Broken("garbage: a slot with a frame of kind " + std::to_string(header.kind) + ", " +
                          std::to_string(header.bytes) + " bytes");
         map_.ring(in_).taken.store(++taken_, std::memory_order_release);
         return frame;
     }
 
+    // Reads one message or wake-up.
     void read_socket(Deadline deadline) {
         const Frame frame = reader_.next(socket_, deadline, 0, &passed_);
         if (frame.header.kind == WAKE) return;
-        if (message_) throw Broken("reordered: a message before the last one's turn");
+        if (message_) throw Broken("reordered: a message before the last one was taken");
         if (passed_ >= 0) attach(frame);
         if (!map_ && frame.header.kind == BEGIN) throw Broken("a step without memory to share");
         message_ = frame.header;
         payload_.assign(frame.payload, frame.payload + frame.header.bytes);
     }
 
+    // Returns the message that was read.
     Frame message() {
         const Frame frame{*message_, payload_.data()};
         message_.reset();
         return frame;
     }
 
+    // Maps the memory that came with a step.
     void attach(const Frame& frame) {
         if (frame.header.kind != BEGIN || out_ == 0) throw Broken("shared memory without a step");
         map_.attach(passed_);
@@ -227,18 +235,18 @@ class SharedMemory : public Wire {
     }
 
     Mapping map_;
-    int out_ = 1, in_ = 0;  // directions; an engine's, from its first step on, are the other way round
+    int out_ = 1, in_ = 0;  // directions of a shard; `begin` makes them an engine's
     uint32_t sent_ = 0, taken_ = 0;
-    uint32_t other_taken_ = 0;  // an engine's: what the shard had taken when it was looked at last
-    int passed_ = -1;
-    std::optional<Header> message_;  // read ahead of its turn
-    std::vector<uint8_t> payload_;
+    uint32_t other_taken_ = 0;       // engine: frames that the shard had taken at the last check
+    int passed_ = -1;                // a descriptor that came with a message not yet read
+    std::optional<Header> message_;  // from the socket, not yet returned
+    std::vector<uint8_t> payload_;   // of message_
 };
 
 }  // namespace
 
-std::unique_ptr<Wire> shared_memory(int fd, double frame_s, std::chrono::nanoseconds awake) {
-    return std::make_unique<SharedMemory>(fd, frame_s, true, awake);
+std::unique_ptr<Connection> shared_memory_connection(int fd, double frame_s, std::chrono::nanoseconds busy) {
+    return std::make_unique<SharedMemoryConnection>(fd, frame_s, true, busy);
 }
 
 }  // namespace farshore::wire

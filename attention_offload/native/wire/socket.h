@@ -1,4 +1,4 @@
-// A stream socket whose every wait has a deadline, and frames read from it.
+// A stream socket on which every wait has a deadline, and a reader of frames from it.
 #pragma once
 
 #include <poll.h>
@@ -9,70 +9,79 @@
 
 namespace farshore::wire {
 
-// Until the socket is ready for the events; Late at the deadline.
+// Blocks until the socket is ready for `events` (of poll). Throws Late at the deadline, HungUp or Broken on errors.
 void wait_for(int fd, short events, Deadline deadline);
-// Throws what errno says: HungUp or Broken.
-[[noreturn]] void broken(const char* what);
+// Throws the error that errno holds, as HungUp or Broken; `what` names the failed call.
+[[noreturn]] void throw_errno(const char* what);
 
 class Socket {
   public:
+    // Takes over the descriptor.
     explicit Socket(int fd) : fd_(fd) {}
     Socket(const Socket&) = delete;
     ~Socket();
 
-    // All of it, with a file descriptor passed along (-1: none).
+    // Sends all bytes, and with them the file descriptor `passed` (-1: none), which stays the caller's. Throws Late at
+    // the deadline, HungUp or Broken.
     void send(const void* data, size_t bytes, Deadline deadline, int passed = -1);
-    // Sends if that takes no waiting; otherwise nothing.
+    // Sends all bytes if the socket's buffer has room for them, and nothing otherwise. Errors are ignored: the next
+    // wait on this socket reports them.
     void try_send(const void* data, size_t bytes);
-    // At least one byte; HungUp at the end. A file descriptor that comes along is put into `passed`, the
-    // caller's from then on; Broken where none is due (null), or one was there already.
+    // Receives at least one byte and returns how many. Throws Late at the deadline, HungUp at the stream's end. A file
+    // descriptor that comes along goes to `passed` and is then the caller's. Throws Broken if `passed` is null or
+    // already holds one.
     size_t receive(void* data, size_t bytes, Deadline deadline, int* passed);
-    // The same of what is there; it never waits. `over`: there is the end, or an error, which `receive` will tell.
+    // Receives what is there without waiting and returns how many bytes. `over`: whether the stream ended or failed;
+    // the next `receive` reports which.
     size_t try_receive(void* data, size_t bytes, bool* over);
-    // Where the other end, on this host too, was when it sent last, from 1; 0: not known.
+    // The core on which the other end ran when it last sent, counted from 1; 0 if not known. Only for an end on this
+    // host.
     uint32_t other_core() const;
-    // HungUp if there is anything to read, its end included.
+    // Throws HungUp if there is anything to read, which includes the stream's end.
     void expect_silence();
-    // Whether the other end has not closed it, whatever there is to read. From any thread.
+    // Whether the other end has not closed the connection, whatever there is to read. Thread-safe.
     bool is_open() const;
-    // HungUp if it is not.
+    // Throws HungUp unless is_open().
     void expect_open();
-    // No more will be sent; reads what still comes until the other end closes, or the deadline. Without this,
-    // closing with something unread would throw away what was sent last.
+    // Sends the stream's end, then reads and drops bytes until the other end closes, or the deadline. Closing a socket
+    // with unread bytes would discard what was sent last.
     void finish(Deadline deadline);
-    // From any thread: whoever waits here, at either end, finds the connection closed.
+    // Makes all waits at both ends find the connection closed. Thread-safe.
     void shut_down();
 
   private:
     int fd_;
 };
 
-// The core that this thread is on, from 1.
+// The core that the calling thread runs on, counted from 1.
 uint32_t this_core();
 
-// Reads ahead, so that a small frame takes one system call.
+// Reads frames from a socket. It reads ahead, so that a small frame takes one system call.
 class Reader {
   public:
     explicit Reader(double frame_s) : frame_s(frame_s) {}
 
-    // Waits until `first` for a frame, or, where that is NEVER, `frame_s` from its first byte on. Broken for what
-    // cannot be a frame; its length is refused before memory is taken for it.
+    // Returns the next frame. The whole frame must be there by `first`; if that is NEVER, within `frame_s` of its first
+    // byte; and also within `frame_s` of this call if some of its bytes had been read ahead. Throws Late at these
+    // deadlines, HungUp at the stream's end, and Broken for bytes that are no frame. An excessive length is refused
+    // before memory is allocated for it. `passed` as in Socket::receive.
     Frame next(Socket& socket, Deadline first, uint32_t max_layer_bytes, int* passed);
-    // Whether `next` would not wait for a frame's first byte: reads what is there, never waits.
+    // Whether the first byte of a frame, or the stream's end, is there. Never waits.
     bool has_begun(Socket& socket);
 
     double frame_s;
 
   private:
-    // A frame starts here, so that its payload is aligned to 64 bytes.
-    static constexpr size_t START = 64 - sizeof(Header), ROOM = 4096;
+    // Frames start at this offset, so that payloads are aligned to 64 bytes.
+    static constexpr size_t START = 64 - sizeof(Header);
+    static constexpr size_t READ_AHEAD = 4096;  // bytes
 
-    void fill(Socket& socket, size_t until, int* passed);
-    size_t held() const { return end_ - begin_; }
+    void fill(Socket& socket, size_t bytes, int* passed);
+    size_t available() const { return end_ - begin_; }
 
     std::vector<uint8_t> data_ = std::vector<uint8_t>(64 << 10);
     size_t begin_ = START, end_ = START;
-    size_t last_bytes_ = 0;  // of the frame given out last, header included
+    size_t last_bytes_ = 0;  // of the frame returned last, its header included
     Deadline deadline_ = NEVER;
 };
 

@@ -130,10 +130,11 @@ class Live:
         sizes = frame_bytes(spec, rows=1, heads=6, dtype=self.work.dtype)
         try:
             module.begin(wire, begin.step, begin.SerializeToString(), room, DEADLINE_S)
-            module.send(wire, frame.step, layer, micro_batch, 1, address(q), len(frame.q), len(frame.q))
+            module.send(wire, frame.step, layer, micro_batch, 1, (address(q), len(frame.q), len(frame.q)))
             failure = module.wait(
                 wire, frame.step, layer, micro_batch, 1,
-                address(out), sizes.lse, sizes.lse, address(out) + sizes.lse, sizes.o, sizes.o, DEADLINE_S,
+                (address(out), sizes.lse, sizes.lse), (address(out) + sizes.lse, sizes.o, sizes.o),
+                DEADLINE_S,
             )  # fmt: skip
         except OSError as error:
             # The shard has computed an answer whose size differs from the one that this client expects.

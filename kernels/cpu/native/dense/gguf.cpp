@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "runtime/float16.h"
 #include "runtime/pool.h"
 
 namespace farshore {
@@ -13,20 +14,11 @@ constexpr int ROWS_PER_UNIT = 64;  // rows that a thread takes at a time
 
 constexpr int Q4_BYTES = 20, Q8_BYTES = 34;  // of a GGUF block
 
-// The float16 at p, which need not be aligned: shifts exponent and mantissa into place, then multiplies by
-// 2^112, which corrects the exponent's bias and normalises denormals.
+// The float16 at p, which need not be aligned.
 float float16_at(const uint8_t* p) {
-    uint16_t h;
-    std::memcpy(&h, p, 2);
-    uint32_t bits = (h & 0x7fffu) << 13;
-    float f;
-    std::memcpy(&f, &bits, 4);
-    f *= 0x1p112f;
-    std::memcpy(&bits, &f, 4);
-    if ((h & 0x7c00) == 0x7c00) bits |= 0x7f800000;
-    bits |= (h & 0x8000u) << 16;
-    std::memcpy(&f, &bits, 4);
-    return f;
+    uint16_t value;
+    std::memcpy(&value, p, 2);
+    return float_of_float16(value);
 }
 
 // Writes the 32 weights of a block. d * integer is exact in float32, so only d * integer + m rounds: the
@@ -42,12 +34,6 @@ void dequantise(Storage storage, const uint8_t* block, float* to) {
         to[i] = d * (block[4 + i] & 15) + m;
         to[i + BLOCK / 2] = d * (block[4 + i] >> 4) + m;
     }
-}
-
-uint16_t to_bf16(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : bits >> 16 | 0x40;
 }
 
 template <class Body>
@@ -98,7 +84,7 @@ void unpack_blocks(Storage storage, const uint8_t* from, int64_t rows, int64_t b
                 std::memcpy(static_cast<float*>(to) + block * BLOCK, values, sizeof values);
             } else {
                 uint16_t* out = static_cast<uint16_t*>(to) + block * BLOCK;
-                for (int i = 0; i < BLOCK; i++) out[i] = to_bf16(values[i]);
+                for (int i = 0; i < BLOCK; i++) out[i] = bfloat16_of_float(values[i]);
             }
         }
     });

@@ -28,17 +28,17 @@
 namespace farshore {
 namespace {
 
-// How long a worker waits awake for the next task. Longer takes the core from others.
+// For how long a pool thread waits busily for the next task. A longer wait takes the core from other threads.
 std::atomic<int> spin_us{SPIN_US};
 
-// Whether workers add this to their niceness, once, before they wait next.
+// Whether each pool thread adds GIVING_WAY_NICE to its nice value, once, before its next wait.
 std::atomic<bool> giving_way{false};
 constexpr int GIVING_WAY_NICE = 3;
 
 static_assert(sizeof(std::atomic<uint32_t>) == sizeof(uint32_t) && std::atomic<uint32_t>::is_always_lock_free);
 
-// Sleeps until `word` is woken, unless it is no longer `seen`. Not std::atomic::wait, which yields before it sleeps:
-// see awake.h.
+// Sleeps until wake_all(word). Returns at once if `word` is not `seen`. std::atomic::wait is not used on Linux, since
+// it yields before it sleeps; spin_wait.h says why that is slow.
 void sleep_while(std::atomic<uint32_t>& word, uint32_t seen) {
 #if defined(__linux__)
     syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
@@ -55,28 +55,28 @@ void wake_all(std::atomic<uint32_t>& word) {
 #endif
 }
 
-// One task at a time. A worker joins the task only by incrementing `inside` while it is open, so that the
-// owner knows when the last one has left and the task's memory may go.
+// Runs one task at a time. A pool thread joins a task by incrementing `inside_` while the task is open, so that the
+// owner knows when the last thread has left the task and its memory may be freed.
 class Pool {
   public:
     void run(int count, int threads, void (*body)(void*, int), void* context) {
-        while (static_cast<int>(workers_.size()) < threads - 1) {
+        while (static_cast<int>(threads_.size()) < threads - 1) {
             try {
-                workers_.emplace_back([this, id = static_cast<int>(workers_.size())] { work(id); });
+                threads_.emplace_back([this, id = static_cast<int>(threads_.size())] { run_thread(id); });
             } catch (const std::system_error&) {
-                break;  // The machine gives no more threads: those there are do the work.
+                break;  // The system starts no more threads: the existing ones do the work.
             }
             caller_core_ = -1;
         }
 #if defined(__linux__)
-        leave_to(sched_getcpu());
+        keep_off(sched_getcpu());
 #endif
         open(count, threads - 1, body, context);
         if (asleep_.load() > 0) wake_all(generation_);
         close();
     }
 
-    // For whoever is awake.
+    // Publishes a task. Threads that wait busily join it; sleeping threads are not woken.
     void open(int count, int helpers, void (*body)(void*, int), void* context) {
         body_ = body;
         context_ = context;
@@ -89,9 +89,10 @@ class Pool {
         generation_.fetch_add(1);
     }
 
+    // Works on the task, then ends it. Throws what a body threw.
     void close() {
-        take();
-        // Closed: who comes now stays out. Then wait for those inside; they have at most one item left.
+        take_items();
+        // Closed: no further thread joins. Threads inside have at most one item left each.
         inside_.fetch_sub(OPEN, std::memory_order_acq_rel);
         while (inside_.load(std::memory_order_acquire) != 0) relax();
         if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
@@ -103,24 +104,25 @@ class Pool {
     static constexpr int OPEN = 1 << 20;
 
 #if defined(__linux__)
-    // Keeps the workers off the caller's core. Woken from sleep they often start on it, and it takes the
-    // scheduler milliseconds to move one of two running threads away. (Measured on 2 cores after 100 ms of
-    // rest: a 5.6 ms task took a median of 11.)
-    void leave_to(int core) {
+    // Keeps the pool's threads off the caller's core. A thread woken from sleep often starts on that core, and the
+    // scheduler takes milliseconds to move one of two running threads away. (Measured on 2 cores after 100 ms of
+    // idling: a task of 5.6 ms took a median of 11 ms.)
+    void keep_off(int core) {
         if (core == caller_core_ || core < 0) return;
         caller_core_ = core;
         cpu_set_t others;
-        // The process's: the caller itself may be kept on one core (attention_offload/native/shard.cpp).
+        // The affinity of the process, since that of the caller may be a single core: CoreFollower in
+        // attention_offload/native/shard/shard.cpp sets it.
         if (sched_getaffinity(getpid(), sizeof others, &others) != 0) return;
         CPU_CLR(core, &others);
         if (CPU_COUNT(&others) == 0) return;
-        for (std::thread& worker : workers_)
-            pthread_setaffinity_np(worker.native_handle(), sizeof others, &others);
+        for (std::thread& thread : threads_) pthread_setaffinity_np(thread.native_handle(), sizeof others, &others);
     }
 #endif
 
-    // What a body throws (scratch that cannot be had) is kept for the caller, and no further item starts.
-    void take() noexcept {
+    // Runs items until none is left. Keeps the first exception of a body (scratch memory may run out) for the caller;
+    // no further item starts after it.
+    void take_items() noexcept {
         try {
             for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) body_(context_, i);
         } catch (...) {
@@ -129,31 +131,31 @@ class Pool {
         }
     }
 
-    void work(int id) {
+    void run_thread(int id) {
         uint32_t seen = 0;
-        [[maybe_unused]] bool gives_way = false;
+        [[maybe_unused]] bool gave_way = false;
         for (;;) {
 #if defined(__linux__)
-            // This thread's alone: Linux has it so.
-            if (!gives_way && giving_way.load(std::memory_order_relaxed)) {
-                gives_way = true;
+            // On Linux this changes the calling thread only.
+            if (!gave_way && giving_way.load(std::memory_order_relaxed)) {
+                gave_way = true;
                 setpriority(PRIO_PROCESS, 0, getpriority(PRIO_PROCESS, 0) + GIVING_WAY_NICE);
             }
 #endif
-            Awake awake{std::chrono::microseconds(spin_us.load(std::memory_order_relaxed))};
-            uint32_t now;
-            while ((now = generation_.load()) == seen) {
-                if (awake.once_more()) continue;
-                // Either the caller sees this, or the new generation is seen here.
+            SpinWait spin{std::chrono::microseconds(spin_us.load(std::memory_order_relaxed))};
+            uint32_t generation;
+            while ((generation = generation_.load()) == seen) {
+                if (spin.keep_spinning()) continue;
+                // Either the caller of run sees this increment, or this thread sees the new generation.
                 asleep_.fetch_add(1);
                 sleep_while(generation_, seen);
                 asleep_.fetch_sub(1);
             }
-            seen = now;
+            seen = generation;
             int inside = inside_.load(std::memory_order_acquire);
             while (inside >= OPEN && !inside_.compare_exchange_weak(inside, inside + 1)) relax();
             if (inside < OPEN) continue;
-            if (id < helpers_) take();
+            if (id < helpers_) take_items();
             inside_.fetch_sub(1, std::memory_order_acq_rel);
         }
     }
@@ -169,7 +171,7 @@ class Pool {
     int count_ = 0;
     int helpers_ = 0;
     int caller_core_ = -1;
-    std::vector<std::thread> workers_;
+    std::vector<std::thread> threads_;
 };
 
 std::atomic<Pool*> current{nullptr};
@@ -178,7 +180,7 @@ Pool& pool() {
     static std::once_flag once;
     std::call_once(once, [] {
         current = new Pool;
-        // A forked child has none of the threads: it starts over.
+        // A forked child has none of the threads: it gets a new pool.
         pthread_atfork(nullptr, nullptr, [] { current = new Pool; });
     });
     return *current;
@@ -190,52 +192,52 @@ struct Scratch {
     long bytes = 0;
 };
 
-// Held from `offer` to `complete`.
-thread_local std::unique_lock<std::mutex> offering;
+// The pool's lock from start_async to wait_async.
+thread_local std::unique_lock<std::mutex> async_lock;
 
 }  // namespace
 
 void parallel_for(int count, int threads, void (*body)(void*, int), void* context) {
-    complete();
+    wait_async();
     if (count > 1 && threads > 1) {
-        Pool& it = pool();
-        std::unique_lock lock(it.busy, std::try_to_lock);
-        if (lock) return it.run(count, threads < count ? threads : count, body, context);
+        Pool& shared = pool();
+        std::unique_lock lock(shared.busy, std::try_to_lock);
+        if (lock) return shared.run(count, threads < count ? threads : count, body, context);
     }
     for (int i = 0; i < count; i++) body(context, i);
 }
 
-void offer(void (*body)(void*, int), void* context) {
-    complete();
-    Pool& it = pool();
-    std::unique_lock lock(it.busy, std::try_to_lock);
+void start_async(void (*body)(void*, int), void* context) {
+    wait_async();
+    Pool& shared = pool();
+    std::unique_lock lock(shared.busy, std::try_to_lock);
     if (!lock) return body(context, 0);
-    it.open(1, 1, body, context);
-    offering = std::move(lock);
+    shared.open(1, 1, body, context);
+    async_lock = std::move(lock);
 }
 
-void complete() {
-    if (!offering.owns_lock()) return;
-    const std::unique_lock lock = std::move(offering);
+void wait_async() {
+    if (!async_lock.owns_lock()) return;
+    const std::unique_lock lock = std::move(async_lock);
     pool().close();
 }
 
-void wait_awake(int microseconds) { spin_us.store(microseconds, std::memory_order_relaxed); }
+void set_spin_us(int microseconds) { spin_us.store(microseconds, std::memory_order_relaxed); }
 
 void give_way() { giving_way.store(true, std::memory_order_relaxed); }
 
-void* scratch(long bytes, int which) {
-    thread_local Scratch kept[3];
-    Scratch& own = kept[which];
-    if (own.bytes < bytes) {
-        std::free(own.memory);
-        own.memory = nullptr, own.bytes = 0;
+void* scratch(long bytes, int buffer) {
+    thread_local Scratch buffers[3];
+    Scratch& kept = buffers[buffer];
+    if (kept.bytes < bytes) {
+        std::free(kept.memory);
+        kept.memory = nullptr, kept.bytes = 0;
         const long rounded = (bytes + 4095) / 4096 * 4096;
-        own.memory = std::aligned_alloc(4096, rounded);
-        if (!own.memory) throw std::bad_alloc();
-        own.bytes = rounded;
+        kept.memory = std::aligned_alloc(4096, rounded);
+        if (!kept.memory) throw std::bad_alloc();
+        kept.bytes = rounded;
     }
-    return own.memory;
+    return kept.memory;
 }
 
 }  // namespace farshore

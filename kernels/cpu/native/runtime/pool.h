@@ -1,37 +1,40 @@
-// Threads that compute: they spin briefly for the next layer's work, then sleep.
+// The thread pool of the kernels. Its threads wait busily for a short time between two tasks, then sleep.
 #pragma once
 
 namespace farshore {
 
-// Calls body(context, i) once for each i in [0, count) on at most `threads` threads, the caller's included,
-// and returns when all are done. When another caller has the pool, everything runs on this thread: waiting
-// for the pool would take longer. What a body throws is thrown here, once all threads are done.
+// Calls body(context, i) once for each i in [0, count), on at most `threads` threads including the caller's, and
+// returns when all calls are done. While another thread uses the pool, all calls run on the caller's thread: waiting
+// for the pool would take longer. The first exception that a body throws is thrown here when all threads are done;
+// items that have not started by then are left out.
 void parallel_for(int count, int threads, void (*body)(void*, int), void* context);
 
 template <class Body>
 void parallel_for(int count, int threads, Body&& body) {
-    parallel_for(
-        count, threads, [](void* context, int i) { (*static_cast<Body*>(context))(i); }, &body);
+    parallel_for(count, threads, [](void* context, int i) { (*static_cast<Body*>(context))(i); }, &body);
 }
 
-// Hands body(context, 0) to a worker that waits awake, if there is one, and returns. `complete` runs it if nobody does,
-// and returns when it is done; so does whatever this thread gives the pool next. What it throws is thrown there.
-void offer(void (*body)(void*, int), void* context);
-void complete();
+// Offers body(context, 0) to a pool thread that is waiting busily, and returns at once. If the pool is in use, the
+// body runs here instead. The task ends in wait_async, which every later use of the pool by this thread begins with.
+void start_async(void (*body)(void*, int), void* context);
+// Waits for this thread's task from start_async; runs it here if no pool thread took it. Throws what the body threw.
+// Returns at once if there is no such task.
+void wait_async();
 
-// Workers wait awake for the next task for that long (see awake.h), then sleep. At first SPIN_US, which bridges the
-// gap between calls of one native loop. Where Python comes between two calls of a step, or an attention worker that
-// shares the cores, that is too little.
+// For how long pool threads wait busily for the next task (see spin_wait.h) before they sleep. The default bridges
+// the gap between two calls of one native loop. It is too short where Python runs between two calls of a step, or
+// where an attention worker shares the cores.
 constexpr int SPIN_US = 20;
-void wait_awake(int microseconds);
+void set_spin_us(int microseconds);
 
-// From now on workers, not their callers, have a somewhat lower priority (Linux): whoever wakes on the core where one
-// waits awake runs at once. Measured beside attention workers on the same two cores: 16 us until it ran, or 50 in
-// every second layer, when the kernel held that it had had its share. There is no way back without privileges.
+// From now on the pool's threads, not their callers, have a lower priority (Linux only), so that a thread which wakes
+// on the core of a busily waiting pool thread runs at once. Measured beside attention workers on the same two cores:
+// the woken thread ran after 16 us, against 50 us in every second layer, in which the scheduler found that it had had
+// its share. An unprivileged process cannot undo this.
 void give_way();
 
-// At least this many bytes of the thread's own scratch, aligned to 64; kept until the thread ends or more is
-// asked for. A thread has three: a task takes 0, so that what runs it can hold 1 and 2.
-void* scratch(long bytes, int which = 0);
+// Scratch memory of the calling thread: at least `bytes`, aligned to 64. It is valid until the thread ends or asks
+// the same buffer for more. A thread has three buffers: tasks use 0, the code that starts tasks uses 1 and 2.
+void* scratch(long bytes, int buffer = 0);
 
 }  // namespace farshore

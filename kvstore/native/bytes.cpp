@@ -1,4 +1,4 @@
-#include "bulk.h"
+#include "bytes.h"
 
 #include <algorithm>
 #include <cstring>
@@ -13,9 +13,9 @@ namespace farshore::kv {
 
 void stream_copy(uint8_t* to, const uint8_t* from, int64_t bytes) {
     constexpr int64_t LINE = 64;
-    const int64_t head = std::min<int64_t>(-reinterpret_cast<uintptr_t>(to) & (LINE - 1), bytes);
-    std::memcpy(to, from, head);
-    int64_t at = head;
+    const int64_t before_line = std::min<int64_t>(-reinterpret_cast<uintptr_t>(to) & (LINE - 1), bytes);
+    std::memcpy(to, from, before_line);
+    int64_t at = before_line;
     for (; at + LINE <= bytes; at += LINE) {
         const __m128i* source = reinterpret_cast<const __m128i*>(from + at);
         __m128i* target = reinterpret_cast<__m128i*>(to + at);
@@ -29,19 +29,19 @@ void stream_copy(uint8_t* to, const uint8_t* from, int64_t bytes) {
     std::memcpy(to + at, from + at, bytes - at);
 }
 
-void fence() { _mm_sfence(); }
+void flush_streamed() { _mm_sfence(); }
 
 #else
 
 void stream_copy(uint8_t* to, const uint8_t* from, int64_t bytes) { std::memcpy(to, from, bytes); }
 
-void fence() {}
+void flush_streamed() {}
 
 #endif
 
-// All sources at once: memory answers more of them in the time of one, and `to` is written once.
+// Reads all sources side by side: memory serves several streams in the time of one, and `to` is written once.
 void exclusive_or(uint8_t* to, const std::vector<const uint8_t*>& sources, int64_t bytes) {
-    typedef uint64_t Line __attribute__((vector_size(64)));  // in registers of whatever width there are
+    typedef uint64_t Line __attribute__((vector_size(64)));  // the compiler splits it into registers
     int64_t at = 0;
     for (; at + int64_t{sizeof(Line)} <= bytes; at += sizeof(Line)) {
         Line sum = {};
