@@ -153,7 +153,7 @@ class DenseWorker:
         try:
             epoch = Epoch(self._controller.Claim(request, timeout=CONTROLLER_DEADLINE_S).epoch)
         except grpc.RpcError as failure:
-            raise rpc.error_of(failure, client="the controller") from failure
+            raise rpc.error_of(failure, peer="the controller") from failure
         self._epochs[sequence] = epoch
         return epoch
 

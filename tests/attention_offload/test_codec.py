@@ -28,19 +28,19 @@ def test_a_model_arrives_as_it_was_sent(format):
 
 @pytest.mark.parametrize("code", [-1 % 2**32, 17, 99, 2**31])
 def test_a_failure_with_a_code_that_gRPC_does_not_have_is_a_mistake(code):
-    error = codec.error_from_pb(codec.pb.Failure(code=code, message="why"), client="shard:1")
+    error = codec.error_from_pb(codec.pb.Failure(code=code, message="why"), peer="shard:1")
     assert type(error) is Internal and "shard:1" in str(error) and "why" in str(error)
 
 
 @pytest.mark.parametrize("code", grpc.StatusCode)
 def test_a_failure_means_what_gRPC_s_status_does(code):
     failure = codec.pb.Failure(code=code.value[0], message="why")
-    error = codec.error_from_bytes(failure.SerializeToString(), client="p")
-    assert type(error) is type(rpc.error_of_status(code, "why", client="p"))
+    error = codec.error_from_bytes(failure.SerializeToString(), peer="p")
+    assert type(error) is type(rpc.error_of_status(code, "why", peer="p"))
 
 
 def test_a_failure_that_is_no_message_is_a_transport_error():
-    error = codec.error_from_bytes(b"\xff\xff", client="shard:1")
+    error = codec.error_from_bytes(b"\xff\xff", peer="shard:1")
     assert type(error) is TransportError and "shard:1: garbage" in str(error)
 
 

@@ -149,7 +149,7 @@ def test_a_frame_out_of_order_is_refused_by_name(room, frame, error):
         connection.sendall(header(BEGIN, len(step)) + step + frame)
         failure = failure_in(read_all(connection))
         assert error in failure.message
-        assert isinstance(codec.error_from_pb(failure, client="shard"), InvalidRequest)
+        assert isinstance(codec.error_from_pb(failure, peer="shard"), InvalidRequest)
 
 
 def test_memory_that_is_none_is_refused(room, tmp_path):
