@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import NamedTuple
 
-from farshore.attention_offload.plan.placement import HeadClass
+from farshore.attention_offload.plan.placement import GroupPlacement
 from farshore.errors import FarshoreError
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kvstore.prefix import PrefixBlock
@@ -153,7 +153,7 @@ class Sequence:
     prefill_tokens: int = 0
     """Of the placement in force: tokens that prefill computes or finds, the tail begins behind them."""
     committed: int = 0
-    classes: list[HeadClass] = field(default_factory=list)
+    classes: list[GroupPlacement] = field(default_factory=list)
     spans: list[PlacedSpan] = field(default_factory=list)
     """Changed in place or replaced: then :meth:`spans_changed`."""
     version: int = 0
