@@ -67,7 +67,7 @@ def count_exchanges(monkeypatch):
         def counted(exchange, step, layer, *how):
             streams = [part.stream for part in exchange.parts]
             for client in clients:
-                if client.frames in streams:
+                if client.native_connection in streams:
                     client.waited_for(layer)
             return wait(exchange, step, layer, *how)
 

@@ -57,10 +57,10 @@ class MortalClient(_Mortal):
     """
 
     transport = bulk_transport = Transport.TCP  # An engine takes an in-process peer for one that never fails.
-    frames = None
+    native_connection = None
 
     def __init__(self, client, life=None):
-        assert client.frames is None, "frames that are sent natively would pass this by"
+        assert client.native_connection is None, "frames that are sent natively would pass this by"
         super().__init__(client, life or _Life())
         self.store = _Mortal(client.store, self._life)
         self._second = None
