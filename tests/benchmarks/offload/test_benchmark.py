@@ -1,4 +1,4 @@
-"""The offload benchmark at tiny sizes: every bar is there, over real processes. Speed does not matter."""
+"""Runs the offload benchmark at tiny sizes over real processes, and checks that every bar is reported."""
 
 import json
 from collections import Counter
