@@ -196,8 +196,8 @@ def _kv_bytes(attention: AttentionModel, sequences: int, tokens: int) -> int:
 
 
 def _core_shares(threads: int, shares: int) -> list[list[int]]:
-    """Divides ``threads`` cores into ``shares`` equal shares. With fewer cores than shares, a share without a core
-    of its own gets all of them."""
+    """Divides ``threads`` cores into ``shares`` equal shares. With fewer cores than shares, a share without a
+    core of its own gets all of them."""
     cores = usable_cores()[:threads]
     return [cores[len(cores) * i // shares : len(cores) * (i + 1) // shares] or cores for i in range(shares)]
 
