@@ -88,7 +88,7 @@ class Shards(Protocol):
 
     def overlaps(self, micro_batch: int) -> bool:
         """Whether a shard can compute this micro-batch while the engine computes. The engine should then send
-        q before its own part of the attention."""
+        q before it computes the attention over its own tokens."""
 
     def send(self, layer: int, micro_batch: int, q: Tensor) -> None:
         """Sends q ``[rows of the micro-batch, q_heads, k_dim]`` to every shard of the step. The caller must

@@ -44,7 +44,8 @@ class ShardClient(Protocol):
     def bulk_transport(self) -> Transport | None:
         """The transport of bulk KV. None while there is no connection for it."""
 
-    def identify(self) -> ShardIdentity: ...
+    def identify(self) -> ShardIdentity:
+        """Asks the shard for its identity and its free memory. Raises TransportError if it does not answer."""
 
     @property
     def ready(self) -> bool:
@@ -82,7 +83,9 @@ class ShardClient(Protocol):
         """Closes the connection for hot frames, because it failed or must not be used any more."""
 
     def second_connection(self) -> "ShardClient":
-        """A client with a second connection to the same shard, for a step that runs beside one on this
-        client. Every call returns the same client. It is connected and closed together with this one."""
+        """A client with a second connection to the same shard, for a step that runs at the same time
+        as one on this client. Every call returns the same client. It is connected and closed together with
+        this one."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Closes all connections to the shard."""

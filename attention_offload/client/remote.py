@@ -30,8 +30,8 @@ BEAT_DEADLINE_S = 1.0
 """The deadline of a beat. A beat is a small call, so a shard that takes longer counts as not answering."""
 
 MAX_UNDER_WAY = 16
-"""The largest number of unanswered frames. An engine usually has one for each micro-batch; shared memory has
-this many slots."""
+"""The largest number of unanswered frames of a connection. An engine usually has one for each micro-batch;
+shared memory has this many slots."""
 
 
 class RemoteClient:

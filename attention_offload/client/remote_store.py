@@ -43,7 +43,7 @@ takes longer is frozen."""
 class RemoteStore:
     """A client of a shard's store, with the calls and errors of the store itself. Thread-safe.
 
-    It has no :meth:`segments` and no ``memory``: these need the shard's address space. It reads and writes
+    It has no ``segments`` and no ``memory``: these need the shard's address space. It reads and writes
     only spans that it holds, that is, that it created, found or held: the shard's reply to those calls tells
     it the span's layout.
     """

@@ -51,7 +51,7 @@ def place_groups(free: Sequence[FreeTokens], *, groups: int, shard_by: ShardBy) 
     """
     workers = sorted(free, key=lambda shard: (-shard.tokens, shard.worker))
     if not workers:
-        raise Full("no attention worker is there to hold the sequence", free_bytes=0)
+        raise Full("there is no attention worker to hold the sequence", free_bytes=0)
     count = {
         "range": 1,
         "head": min(groups, len(workers)),

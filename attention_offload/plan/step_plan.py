@@ -187,8 +187,8 @@ class StepPlan:
     def check_rows(
         self, committed: Mapping[SequenceKey, int], tails: Mapping[SequenceKey, PositionRange]
     ) -> None:
-        """The part of :meth:`check` that depends on the positions of the rows and not on the reads. It
-        suffices for a step with the same reads as a checked one. Raises InvalidPlan."""
+        """Those checks of :meth:`check` that depend on the positions of the rows and not on the reads. They
+        suffice for a step with the same reads as a checked one. Raises InvalidPlan."""
         following = dict(committed)
         for row, (sequence, position) in enumerate(zip(self.sequences, self.positions, strict=True)):
             if sequence not in self.epochs or sequence not in tails or sequence not in committed:

@@ -80,7 +80,7 @@ class Workload:
 
     def run(self, client, step):
         """Runs a step and returns the states of all layers as raw bytes, which must be equal for all clients.
-        Connects first if there is no connection, as the engine does beside its loop."""
+        Connects first if there is no connection, as the engine does outside its loop."""
         client.connect()
         client.begin(step)
         states = []

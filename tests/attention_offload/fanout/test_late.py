@@ -147,7 +147,7 @@ def test_all_late_shards_are_named(engine, processes):
     assert all(map(torch.equal, engine.step(), expected))
 
 
-def test_connecting_beside_the_loop_disturbs_no_live_connection(engine):
+def test_connecting_in_another_thread_disturbs_no_live_connection(engine):
     """Another thread connects all clients repeatedly while steps run, and while the loop breaks one
     connection off."""
     expected = engine.step()

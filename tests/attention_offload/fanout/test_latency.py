@@ -70,7 +70,7 @@ def slow(records):
     return {link.worker_id for link in links(records, dict.fromkeys(records, Transport.TCP)) if link.slow}
 
 
-def test_a_shard_is_slow_beside_the_others():
+def test_a_shard_is_slow_compared_with_the_others():
     records = {
         "a": record_of(1),
         "b": record_of(1.1),
@@ -89,7 +89,7 @@ def test_a_shard_that_has_more_to_do_is_not_slow():
     assert slow({"a": record_of(1, work=800), "b": record_of(9, work=100)}) == {"b"}
 
 
-def test_a_shard_is_slow_beside_its_own_past():
+def test_a_shard_is_slow_compared_with_its_own_past():
     record = record_of(1, frames=WINDOW_FRAMES)
     answer(record, 9, 2 * RECENT_FRAMES)
     assert slow({"a": record}) == {"a"}

@@ -27,7 +27,8 @@ def store_and_client(request, start_shard, reach, work):
 
 
 def sealed(store, work, *, layout=None, layer_class=0, first=5, group0=0, group1=3, name="a"):
-    """(a read of an honest span, a read of a full span of 20 tokens of the given layout and class)."""
+    """Creates two full spans of 20 tokens. Returns the read of the first, which is valid, and a read of the
+    second, which has the given layout, class and groups."""
     layout = (layout or work.layout).of_groups(group1 - group0)
     key = work.key(name, first=first, group0=group0, group1=group1)
     key = type(key)(sequence=key.sequence, layer_class=layer_class, first=first, group0=group0, group1=group1)
