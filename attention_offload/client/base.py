@@ -45,7 +45,8 @@ class ShardClient(Protocol):
         """The transport of bulk KV. None while there is no connection for it."""
 
     def identify(self) -> ShardIdentity:
-        """Asks the shard for its identity and its free memory. Raises TransportError if it does not answer."""
+        """Asks the shard for its identity and its free memory. Raises TransportError if it does not
+        answer."""
 
     @property
     def ready(self) -> bool:
