@@ -65,7 +65,7 @@ def count_exchanges(monkeypatch):
 
     def count(clients):
         def counted(exchange, step, layer, *how):
-            streams = [part.stream for part in exchange.parts]
+            streams = [request.connection for request in exchange.requests]
             for client in clients:
                 if client.native_connection in streams:
                     client.waited_for(layer)
