@@ -153,7 +153,7 @@ class BulkStream:
     def _answer(self, *due: Kind) -> Head:
         head = self._wire.receive()
         if head.kind is Kind.FAILED:
-            raise codec.error_from_bytes(head.message, peer=self._address)
+            raise codec.error_from_bytes(head.message, client=self._address)
         if head.kind not in due:
             raise ConnectionError(f"reordered: {head.kind.name}, due is {' or '.join(it.name for it in due)}")
         return head

@@ -40,7 +40,7 @@ WELCOME = b"\1"
 def shard_error(failure: grpc.RpcError, address: str) -> FarshoreError:
     """What a call to a shard failed with. TransportError where the shard's own words are garbage."""
     try:
-        return refusal(error_of(failure, peer=address), address)
+        return refusal(error_of(failure, client=address), address)
     except ValueError as garbage:
         return TransportError(f"{address}: garbage: a status that makes no sense: {garbage}")
 

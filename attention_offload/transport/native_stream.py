@@ -122,7 +122,7 @@ class FrameStream:
     def refusal(self, failure: bytes) -> FarshoreError:
         """What a shard's last message says: the error that it refuses the step with, or TransportError where
         the message is garbage."""
-        return refusal(codec.error_from_bytes(failure, peer=self._address), self._address)
+        return refusal(codec.error_from_bytes(failure, client=self._address), self._address)
 
     def mapped(self, error: Exception) -> FarshoreError:
         """The error for what a native call on this connection failed with."""

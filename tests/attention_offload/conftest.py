@@ -273,7 +273,7 @@ class ListeningShard:
 
 
 @pytest.fixture
-def target(work):
+def room(work):
     shard = ListeningShard(work)
     yield shard
     shard.listener.close()

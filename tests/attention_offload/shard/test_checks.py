@@ -143,7 +143,7 @@ class Live:
         try:
             return getattr(self.stub, method)(request, timeout=DEADLINE_S)
         except grpc.RpcError as failure:
-            return rpc.error_of(failure, peer="shard")
+            return rpc.error_of(failure, client="shard")
 
     def open(self):
         return codec.model_to_pb(self.work.model, self.work.dtype)
@@ -155,7 +155,7 @@ class Live:
             try:
                 state = next(self.stub.Attend(iter(frames), timeout=DEADLINE_S))
             except grpc.RpcError as failure:
-                return rpc.error_of(failure, peer="shard")
+                return rpc.error_of(failure, client="shard")
             return state.lse + state.o
         dialler = Dialler(self.stub, self.shard.address, [transport], purpose="frames go")
         try:
@@ -187,7 +187,7 @@ class Live:
             answer += part
         kind, count = HEADER.unpack_from(answer)[3:]
         payload = answer[HEADER.size : HEADER.size + count]
-        return codec.error_from_bytes(payload, peer="shard") if kind == FAILURE else payload
+        return codec.error_from_bytes(payload, client="shard") if kind == FAILURE else payload
 
     def _over_shared_memory(self, connection, begin, frame):
         module = native()
@@ -210,7 +210,7 @@ class Live:
             assert "due is" in str(error), error
             return None
         if failure is not None:
-            return codec.error_from_bytes(failure, peer="shard")
+            return codec.error_from_bytes(failure, client="shard")
         return out.raw[: sizes.lse + sizes.o]
 
     def check(self):
@@ -495,7 +495,7 @@ def test_what_a_transfer_means_is_refused_by_name_or_done(live, kind, mutation):
         try:
             tokens = sum(chunk.tokens for chunk in live.stub.Read(request, timeout=DEADLINE_S))
         except grpc.RpcError as failure:
-            assert refused_by_name(rpc.error_of(failure, peer="shard"))
+            assert refused_by_name(rpc.error_of(failure, client="shard"))
         else:
             assert tokens == request.last - request.first
         return

@@ -62,12 +62,12 @@ STEPS = st.builds(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(message=STEPS)
-def test_a_shard_looks_at_every_number_of_a_step_before_it_reads_memory(target, message):
+def test_a_shard_looks_at_every_number_of_a_step_before_it_reads_memory(room, message):
     """A step that is a message but makes no sense is refused before the kernels see it, or attends to what is
     there: it never reads beyond a span."""
-    session = ShardSession(target.store, target.work.model, AttendedBytes())
+    session = ShardSession(room.store, room.work.model, AttendedBytes())
     for read in (it for part in message.reads for it in part.reads):
-        read.span_id = target.read.span if read.span_id == "here" else read.span_id
+        read.span_id = room.read.span if read.span_id == "here" else read.span_id
     try:
         step = codec.step_from_pb(message)
         session.begin(step)
@@ -75,6 +75,6 @@ def test_a_shard_looks_at_every_number_of_a_step_before_it_reads_memory(target, 
         return
     for index, batch in enumerate(step.micro_batches):
         if len(batch):
-            q = target.work.query(rows=len(batch), groups=step.group1 - step.group0)
+            q = room.work.query(rows=len(batch), groups=step.group1 - step.group0)
             state = session.attend(step.step, 0, index, q)
             assert not state.o.isnan().any()

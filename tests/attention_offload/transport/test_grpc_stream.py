@@ -99,7 +99,7 @@ def test_a_frame_before_any_step_is_refused(shard, work):
     frames = [pb.Frame(open=codec.model_to_pb(work.model, work.dtype)), pb.Frame(layer=layer)]
     with grpc.insecure_channel(shard.address) as channel, pytest.raises(grpc.RpcError) as caught:
         next(pb_grpc.AttentionStub(channel).Attend(iter(frames), timeout=DEADLINE_S))
-    assert isinstance(rpc.error_of(caught.value, peer="shard"), InvalidRequest)
+    assert isinstance(rpc.error_of(caught.value, client="shard"), InvalidRequest)
 
 
 def test_engines_of_two_threads_do_not_turn_each_others_loop(start_shard, connect, work):
