@@ -214,7 +214,7 @@ class RemoteClient:
                 self._dtype,
                 shares_cores=connected.shares_cores,
             )
-        # A GrpcStream opens its call only when the loop begins a step. The shard must answer a call now, so
-        # that the loop does not wait for a shard that is gone.
+        # A GrpcStream opens its call only when the loop begins a step. The shard must answer a call now,
+        # so that the loop does not wait for a shard that is gone.
         self.identify(deadline_s=deadline_s)
         return GrpcStream(self._address, self._model, self._dtype)
