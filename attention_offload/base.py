@@ -1,6 +1,9 @@
-"""What an engine and its shards agree on, and how an engine sees all of its shards together.
+"""Defines what an engine and its shards agree on, and the engine's interface to all of its shards.
 
-A hot frame is a pure read: it may be retried or thrown away, and nothing remote changes.
+Used by the engine's decode step and by every folder of this package but ``plan``. It must not know transports
+or stores.
+
+A hot frame is a pure read: the engine may retry or discard it, and nothing changes at the shard.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -14,21 +17,25 @@ from farshore.kernels.base import AttentionSpec, KVLayout, State
 
 
 class AttentionModel(NamedTuple):
-    """What both ends must agree on before a frame makes sense. One layer class per entry of ``specs``."""
+    """The attention shapes of a model. Both ends of a connection use the same one to interpret frames."""
 
     specs: tuple[AttentionSpec, ...]
+    """The shape of each layer class."""
     layer_class: tuple[int, ...]
+    """The layer class of each layer of the model."""
     layouts: tuple[KVLayout, ...]
-    """Blocks that hold every group of the class; a span narrows it to its own groups."""
+    """The layout of each layer class in blocks that hold all its KV-head groups. A span with fewer groups has
+    the layout ``of_groups``."""
 
     @property
     def has_windows(self) -> bool:
-        """Whether what a layer attends to depends on where its rows stand, and not on the reads alone."""
+        """Whether a layer class has a window. The positions of a step's rows then decide, besides the reads,
+        which tokens a row attends to."""
         return any(spec.window_tokens for spec in self.specs)
 
 
 class ShardIdentity(NamedTuple):
-    """Who answers at the other end."""
+    """A shard's answer to ``Identify``."""
 
     worker: WorkerId
     process_id: int
@@ -36,25 +43,27 @@ class ShardIdentity(NamedTuple):
     budget_bytes: int
     free_bytes: int
     attended_bytes: int
-    """KV bytes this shard has attended to since it started."""
+    """The KV bytes that this shard has attended to since it started."""
     incarnation: str
-    """Of its store: another one has other spans, whatever its worker's id is."""
+    """The incarnation of the shard's store. A store of another incarnation has other spans, even if the
+    worker id is the same."""
 
 
 class Caller(NamedTuple):
-    """Which engine makes a call to a shard, and when it sent the call, on its own monotonic clock."""
+    """Identifies the engine that makes a cold call, and the call."""
 
     engine: str
     """The engine's incarnation."""
     sent_ns: int
+    """When the engine sent the call, by the engine's monotonic clock."""
 
 
 Wanted = Mapping[tuple[SequenceId, Epoch], Collection[SpanId]]
-"""All spans that an engine still wants of one shard."""
+"""All spans that an engine still wants to hold at one shard, by sequence and epoch."""
 
 
 class ShardBeat(NamedTuple):
-    """What a shard answers to the beat of an engine, which renews the lease on the engine's holds."""
+    """A shard's answer to an engine's beat. The beat renews the lease on the engine's holds."""
 
     worker: WorkerId
     incarnation: str
@@ -62,23 +71,29 @@ class ShardBeat(NamedTuple):
     free_bytes: int
     attended_bytes: int
     must_reconcile: bool
-    """The next beat must say all that the engine wants: the shard may hold what the engine gave up."""
+    """The engine's next beat must list all spans that the engine wants: the shard may still hold spans that
+    the engine has given up."""
 
 
 class Shards(Protocol):
-    """All the shards of one engine. ``begin``, ``send`` and ``wait`` raise Late or Lost, which name the
-    shards, or what a shard refused; the step must then be dropped."""
+    """All the shards of one engine. Not thread-safe: the engine's loop calls it.
+
+    ``begin``, ``send`` and ``wait`` raise Late or Lost, which name the shards, or the error with which a
+    shard refused the step. The caller must then drop the step.
+    """
 
     def begin(self, plan: StepPlan, micro_batches: Sequence[range]) -> None:
-        """Announce a step whose rows come in ``micro_batches``, in order and without a gap."""
+        """Announces a step to the shards that it reads from. ``micro_batches`` are ranges of the step's rows,
+        in order and without a gap."""
 
     def overlaps(self, micro_batch: int) -> bool:
-        """Whether a shard works on the micro-batch beside the engine, so that q should go early."""
+        """Whether a shard can compute this micro-batch while the engine computes. The engine should then send
+        q before it computes the attention over its own tokens."""
 
     def send(self, layer: int, micro_batch: int, q: Tensor) -> None:
-        """q ``[rows of the micro-batch, q_heads, k_dim]`` goes to every shard of the plan at once; it must
-        stay as it is until :meth:`wait`."""
+        """Sends q ``[rows of the micro-batch, q_heads, k_dim]`` to every shard of the step. The caller must
+        not change q before :meth:`wait` returns."""
 
     def wait(self, layer: int, micro_batch: int) -> Sequence[State]:
-        """One state per shard, each over all rows and heads of the micro-batch, in span order. Frames are
-        waited for in the order they were sent."""
+        """Blocks until all shards have answered the frame. Returns one state per shard, in span order, each
+        over all rows and heads of the micro-batch. Frames must be waited for in the order of the sends."""

@@ -1,4 +1,11 @@
-"""Our types to protobuf messages and back. Tensors travel as raw bytes of a shape both ends know."""
+"""Converts the package's types to protobuf messages and back.
+
+Called by the transports, the shard clients and the shard's service. It must not know connections or stores.
+
+A message carries a tensor as its raw little-endian bytes in row-major order. Both ends derive the shape and
+the dtype from the layout, the model or the step, so messages do not repeat them. Reading a layout raises
+InvalidRequest if its format is unknown.
+"""
 
 import math
 import sys
@@ -24,13 +31,15 @@ from farshore.kvstore.store.forms import stored_bytes
 from farshore.proto import attention_pb2 as pb
 from farshore.text import quoted
 
-assert sys.byteorder == "little", "the wire is little-endian and tensors are not swapped"
+assert sys.byteorder == "little", "the wire is little-endian, and tensors are sent without swapping bytes"
 
 DTYPES = {format.value: format.dtype for format in KVFormat if not format.quantised}
+"""The dtypes that a message can name: those of the formats that are not quantised."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def dtype_of(name: str) -> torch.dtype:
+    """The dtype called ``name``. Raises InvalidRequest if no dtype has that name."""
     if name not in DTYPES:
         raise InvalidRequest(f"unknown dtype {quoted(name)}: use one of {', '.join(DTYPES)}")
     return DTYPES[name]
@@ -41,32 +50,35 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def to_bytes(tensor: Tensor) -> bytes:
-    """In row-major order. One copy, by this thread alone: PyTorch's threads would wait for each other."""
+    """The elements of ``tensor`` in row-major order. Makes one copy, in the calling thread only: a copy by
+    PyTorch would use its thread pool, whose threads would wait for each other."""
     if not tensor.numel():
         return b""
     return (tensor if tensor.stride(-1) == 1 else tensor.contiguous()).view(torch.uint8).numpy().tobytes()
 
 
 def from_bytes(data: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor of its own. Raises InvalidRequest where the size does not fit the shape."""
+    """A new tensor with the elements in ``data``. Raises InvalidRequest if the size does not match ``shape``
+    and ``dtype``."""
     if len(data) != math.prod(shape) * dtype.itemsize:
         raise InvalidRequest(f"{len(data)} bytes for a {dtype} tensor of shape {shape}")
     if not data:
         return torch.empty(shape, dtype=dtype)
-    # A bytearray, because a tensor must be writable memory.
+    # A bytearray, because a tensor's memory must be writable.
     return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
 
 
 def bytes_into(out: Tensor, data: bytes) -> None:
-    """Fills u8 ``out``, any strides, in row-major order. InvalidRequest where the size does not fit."""
+    """Copies ``data`` to the uint8 tensor ``out``, which may have any strides, in row-major order. Raises
+    InvalidRequest if the sizes differ."""
     if len(data) != out.numel():
         raise InvalidRequest(f"{len(data)} bytes for a tensor of shape {tuple(out.shape)}")
     out.numpy()[...] = np.frombuffer(data, np.uint8).reshape(out.shape)
 
 
 def tokens_from_bytes(k: bytes, v: bytes, layout: KVLayout, tokens: int) -> tuple[Tensor, Tensor]:
-    """k and v of one layer as stored, ``u8[heads, tokens, bytes]``: see
-    :mod:`farshore.kvstore.store.forms`."""
+    """k and v of one layer as stored (:mod:`farshore.kvstore.store.forms`): two tensors
+    ``u8[heads, tokens, bytes]``. Raises InvalidRequest if a size does not match ``layout`` and ``tokens``."""
     k_bytes, v_bytes = stored_bytes(layout)
     return (
         from_bytes(k, (layout.k_heads, tokens, k_bytes), torch.uint8),
@@ -75,6 +87,7 @@ def tokens_from_bytes(k: bytes, v: bytes, layout: KVLayout, tokens: int) -> tupl
 
 
 def format_of(name: str) -> KVFormat:
+    """The KV format called ``name``. Raises InvalidRequest if no format has that name."""
     try:
         return KVFormat(name)
     except ValueError:
@@ -152,13 +165,13 @@ def block_from_pb(message: pb.PrefixBlock) -> PrefixBlock:
     return PrefixBlock(message.hash, tuple(message.tokens), message.first)
 
 
-def slice_to_pb(found: SpanSlice) -> pb.SpanSlice:
+def slice_to_pb(span_slice: SpanSlice) -> pb.SpanSlice:
     return pb.SpanSlice(
-        span_id=found.span,
-        key=key_to_pb(found.key),
-        layout=layout_to_pb(found.layout),
-        first=found.first,
-        last=found.last,
+        span_id=span_slice.span,
+        key=key_to_pb(span_slice.key),
+        layout=layout_to_pb(span_slice.layout),
+        first=span_slice.first,
+        last=span_slice.last,
     )
 
 
@@ -201,10 +214,11 @@ def wanted_to_pb(wanted: Wanted) -> list[pb.Wanted]:
 
 
 def wanted_from_pb(messages: Iterable[pb.Wanted]) -> dict[tuple[SequenceId, Epoch], set[SpanId]]:
+    """The spans by sequence and epoch. Messages that name the same sequence and epoch are united."""
     wanted: dict[tuple[SequenceId, Epoch], set[SpanId]] = {}
-    for it in messages:
-        key = (SequenceId(it.sequence_id), Epoch(it.epoch))
-        wanted.setdefault(key, set()).update(map(SpanId, it.span_ids))
+    for message in messages:
+        holder = (SequenceId(message.sequence_id), Epoch(message.epoch))
+        wanted.setdefault(holder, set()).update(map(SpanId, message.span_ids))
     return wanted
 
 
@@ -225,18 +239,21 @@ def beat_from_pb(message: pb.BeatReply) -> ShardBeat:
 
 
 def failure_to_pb(error: Exception) -> pb.Failure:
+    """The message that tells the engine, on a native connection, why the shard ends it."""
     code, message, _ = rpc.status_of(error)
     return pb.Failure(code=code.value[0], message=message)
 
 
 def error_from_pb(message: pb.Failure, *, peer: str) -> FarshoreError:
-    """What a connection past gRPC ended with; a code that gRPC does not have is Internal."""
-    code = next((it for it in grpc.StatusCode if it.value[0] == message.code), grpc.StatusCode.UNKNOWN)
+    """The error in a Failure message, with which the shard ended a native connection. ``peer`` names the
+    shard in the error's text. A code that is not a gRPC status code becomes Internal."""
+    code = next((code for code in grpc.StatusCode if code.value[0] == message.code), grpc.StatusCode.UNKNOWN)
     return rpc.error_of_status(code, message.message, peer=peer)
 
 
 def error_from_bytes(data: bytes, *, peer: str) -> FarshoreError:
-    """As :func:`error_from_pb`, of a message as it came; TransportError where it is none."""
+    """Like :func:`error_from_pb`, for a serialised message. Data that is no Failure message becomes
+    TransportError."""
     try:
         return error_from_pb(pb.Failure.FromString(data), peer=peer)
     except DecodeError as error:
@@ -294,16 +311,17 @@ def step_to_pb(step: ShardStep) -> pb.Step:
                         rows=len(read.rows),
                         holder=read.holder,
                     )
-                    for read in reads
+                    for read in class_reads
                 ]
             )
-            for reads in step.reads
+            for class_reads in step.reads
         ],
     )
 
 
 def step_from_pb(message: pb.Step) -> ShardStep:
-    """Rows are numbered as the shard sees them. Raises InvalidRequest where micro-batches miss some."""
+    """The shard's step. Its rows are numbered from 0: the message does not say which rows of the whole step
+    they are. Raises InvalidRequest if the micro-batches do not contain every row."""
     ends = list(accumulate(message.micro_batch_rows, initial=0))
     if ends[-1] != len(message.positions):
         raise InvalidRequest(f"micro-batches of {ends[-1]} rows in a step of {len(message.positions)}")
@@ -325,9 +343,9 @@ def step_from_pb(message: pb.Step) -> ShardStep:
                     range(read.row, read.row + read.rows),
                     SequenceId(read.holder),
                 )
-                for read in part.reads
+                for read in class_reads.reads
             )
-            for part in message.reads
+            for class_reads in message.reads
         ),
         micro_batches=tuple(range(first, last) for first, last in pairwise(ends)),
     )

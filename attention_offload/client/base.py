@@ -1,4 +1,8 @@
-"""The interface between an engine and one shard. Implemented in this folder, by every transport alike."""
+"""Defines the engine's interface to one shard, the same for every transport.
+
+Implemented by ``in_process`` and ``remote``. Called by the fan-out for steps, and by the engine's KV code for
+cold calls. It must not know what else the engine reads from.
+"""
 
 from typing import Any, Protocol
 
@@ -13,67 +17,76 @@ from farshore.kvstore.base import ShardStore
 
 
 class ShardClient(Protocol):
-    """One engine's connection to one shard. Hot calls (``begin``, ``send``, ``wait``,
-    ``break_off``) come from the engine's loop alone, and never connect; ``connect``, ``ready`` and
-    ``identify`` from any thread.
+    """One engine's client of one shard.
 
-    Every wait has a deadline. A hot call raises :class:`~farshore.errors.Late` where the deadline ran out or
-    there is no connection, another :class:`~farshore.errors.TransportError` where the connection broke, or
-    what the shard refuses with. After any of these the connection is closed, and the loop goes on without
-    this shard until :meth:`connect` has made a new one.
+    Only the engine's loop makes the hot calls: ``begin``, ``send``, ``wait`` and ``break_off``. They never
+    connect. ``connect``, ``ready`` and ``identify`` are thread-safe.
+
+    Every wait has a deadline. A hot call raises :class:`~farshore.errors.Late` if its deadline expires or if
+    there is no connection, another :class:`~farshore.errors.TransportError` if the connection breaks, and
+    otherwise the error with which the shard refuses the call. After any of these errors the connection is
+    closed, and the shard cannot be used in steps until :meth:`connect` has made a new connection.
     """
 
     store: ShardStore
-    """The shard's store, for the cold calls: create, write, seal, read, drop."""
+    """The shard's store, for cold calls: create, write, seal, read, drop."""
 
     @property
     def transport(self) -> Transport | None:
-        """What carries its hot frames; None while nothing is connected."""
+        """The transport of hot frames. None while there is no connection for them."""
 
     @property
-    def frames(self) -> NativeConnection | None:
-        """Its connection for hot frames where that is native: several are served by one call of an
-        :class:`~farshore.attention_offload.fanout.native_fanout.NativeFanout`. None elsewhere."""
+    def native_connection(self) -> NativeConnection | None:
+        """The connection for hot frames if it is native (shared memory or TCP); None otherwise. One native
+        call of :class:`~farshore.attention_offload.fanout.native_fanout.NativeFanout` serves several."""
 
     @property
     def bulk_transport(self) -> Transport | None:
-        """What carries the store's KV; None while nothing is connected."""
+        """The transport of bulk KV. None while there is no connection for it."""
 
-    def identify(self) -> ShardIdentity: ...
+    def identify(self) -> ShardIdentity:
+        """Asks the shard for its identity and its free memory. Raises TransportError if it does not
+        answer."""
 
     @property
     def ready(self) -> bool:
-        """Whether there is a connection for hot frames; the second connection's too, where there is a
-        second connection."""
+        """Whether there is an open connection for hot frames; also for the second connection, if
+        :meth:`second_connection` was called."""
 
     def connect(self) -> Transport:
-        """Makes the connections that :attr:`ready` asks for, and leaves live ones alone. Blocks up to a
-        deadline of its own. Raises TransportError. The next :meth:`begin` takes what was made."""
+        """Makes each connection that :attr:`ready` reports as missing and leaves open ones alone. Returns the
+        transport. The next :meth:`begin` uses the new connection. Blocks until a deadline that the
+        implementation sets, then raises TransportError."""
 
     def beat(self, wanted: Wanted | None) -> ShardBeat:
-        """Renews what the engine holds at the shard. ``wanted``: everything that it wants to hold there; the
-        rest is given back. None: only renew."""
+        """Renews the lease on the engine's holds at the shard. ``wanted`` lists every span that the engine
+        wants to hold there; the shard drops its other holds. None renews without dropping any."""
 
     def begin(
         self, step: ShardStep, *, deadline_s: float = MOST_DEADLINE_S, drain_s: float = MOST_DEADLINE_S
     ) -> None:
-        """Announce a step. Answers that are owed, of a step that was dropped, are read first and forgotten,
-        within ``drain_s``. ``deadline_s`` bounds each send of the step, this one too."""
+        """Announces a step. First reads and discards the outstanding answers of a dropped step, for at most
+        ``drain_s``. ``deadline_s`` bounds this send and each later send of the step."""
 
     def send(self, layer: int, micro_batch: int, q: Tensor) -> Any:
-        """Send q ``[rows, heads, k_dim]`` of the rows and heads that the shard sees of the micro-batch, never
-        none; returns a token for :meth:`wait`. Rows may lie apart, as where its heads are a slice of more."""
+        """Sends q ``[rows, heads, k_dim]``: the rows and heads that the shard sees of the micro-batch, at
+        least one row. Returns a token for :meth:`wait`. The rows need not be contiguous: q may be a slice of
+        the heads of a larger tensor."""
 
     def wait(self, sent: Any, *, out: State | None = None, deadline_s: float = MOST_DEADLINE_S) -> State:
-        """The shard's state: o ``[rows, heads, v_dim]`` in q's dtype, lse f32 (f64) ``[rows, heads]``.
-        Valid until the next wait. In the memory of ``out`` where given: rows may lie apart in it, the heads
-        of a row may not."""
+        """Blocks until the shard answers the frame ``sent``. Raises Late after ``deadline_s``.
+
+        Returns the shard's state: o ``[rows, heads, v_dim]`` in q's dtype, and lse ``[rows, heads]`` in
+        float32 (float64 if q is float64). The state is valid until the next wait. If ``out`` is given, the
+        result is written there; its rows need not be contiguous, but the heads of each row must be."""
 
     def break_off(self) -> None:
-        """Closes the connection for hot frames: it failed, or must not be used any more."""
+        """Closes the connection for hot frames, because it failed or must not be used any more."""
 
     def second_connection(self) -> "ShardClient":
-        """A second connection to the same shard, for a step beside this one's. Always the same; connected
-        and closed with this one."""
+        """A client with a second connection to the same shard, for a step that runs at the same time
+        as one on this client. Every call returns the same client. It is connected and closed together with
+        this one."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Closes all connections to the shard."""

@@ -1,6 +1,6 @@
-"""One store's way for bulk KV: a connection made when it is first needed, shared by the engine's threads.
+"""Keeps one native connection for bulk KV to a shard, made on first use and shared by the engine's threads.
 
-Called by ``remote_store``, which falls back to gRPC where there is no such connection.
+Called by ``remote_store``, which transfers over gRPC if there is no such connection. It must not know spans.
 """
 
 import threading
@@ -13,57 +13,62 @@ from farshore.attention_offload.transport.frames import Transport
 from farshore.errors import TransportError
 
 GRPC_FOR_CALLS = 256
-"""After a connection was tried in vain, so many transfers go over gRPC before it is tried again."""
+"""The number of transfers that go over gRPC after a connection failed, before the next try to connect."""
 
 
 class BulkLink:
-    """Thread-safe: transfers take turns. ``deadline_s``: how long one may stand still, without any byte
-    moving, how long another one waits for its turn, and of the call that asks the shard where it listens."""
+    """The connection for bulk KV to one shard. Thread-safe; it carries one transfer at a time."""
 
     def __init__(self, dialler: Dialler, address: str, *, deadline_s: float) -> None:
+        """``deadline_s`` bounds the time in which no byte of a transfer moves, the wait of a transfer for
+        another one to end, and the call that asks the shard where it listens."""
         self._dialler = dialler
         self._address = address
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
-        self._stream: BulkConnection | None = None
+        self._connection: BulkConnection | None = None
         self._grpc_calls = 0
         self.transport: Transport | None = None
-        """What carried the last transfer; None while there is no connection."""
+        """The transport of the last transfer. None while there is no connection."""
 
     def run(self, transfer: Callable[[BulkConnection], None]) -> bool:
-        """Whether it was done; False where gRPC has to. ``transfer`` may be run twice: the shard may have
-        been away since the last one. Raises TransportError, or what the shard refuses it with."""
-        with self._taken():
-            used = self._stream is not None
+        """Runs ``transfer`` on the connection. Returns False, without running it, if there is no connection
+        and the caller must use gRPC.
+
+        Runs ``transfer`` a second time, on a new connection, if an existing connection breaks: the shard may
+        have restarted since the last transfer. Raises TransportError, or the error with which the shard
+        refuses the transfer."""
+        with self._locked():
+            reused = self._connection is not None
             try:
-                return self._once(transfer)
+                return self._run_once(transfer)
             except TransportError as error:
-                if not used or isinstance(error.__cause__, TimeoutError):
+                if not reused or isinstance(error.__cause__, TimeoutError):
                     raise
-            return self._once(transfer)
+            return self._run_once(transfer)
 
     def close(self) -> None:
-        """After the transfer under way, if there is one."""
-        with self._taken():
+        """Closes the connection once the current transfer, if any, has ended."""
+        with self._locked():
             self._drop()
 
     @contextmanager
-    def _taken(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[None]:
         if not self._lock.acquire(timeout=self._deadline_s):
             raise TransportError(
-                f"{self._address}: bulk KV of another thread took over {self._deadline_s:g} s"
+                f"{self._address}: bulk KV of another thread took more than {self._deadline_s:g} s"
             )
         try:
             yield
         finally:
             self._lock.release()
 
-    def _once(self, transfer: Callable[[BulkConnection], None]) -> bool:
-        stream = self._stream or self._connect()
-        if stream is None:
+    def _run_once(self, transfer: Callable[[BulkConnection], None]) -> bool:
+        connection = self._connection or self._connect()
+        if connection is None:
             return False
         try:
-            transfer(stream)
+            transfer(connection)
         except TransportError:
             self._drop()
             raise
@@ -78,11 +83,11 @@ class BulkLink:
             self._grpc_calls = GRPC_FOR_CALLS
             self.transport = Transport.GRPC
             return None
-        self._stream = BulkConnection(connected.connection, self._address, deadline_s=self._deadline_s)
+        self._connection = BulkConnection(connected.connection, self._address, deadline_s=self._deadline_s)
         self.transport = connected.transport
-        return self._stream
+        return self._connection
 
     def _drop(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-        self._stream = self.transport = None
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = self.transport = None

@@ -1,6 +1,7 @@
-"""The transport without a wire: the shard lives in the engine's own process.
+"""Implements the shard client for a store in the engine's own process, without a transport.
 
-It serves spans in the engine's local store (placement ``local``) and unit tests of everything above.
+Called by the dense worker for spans in the engine's local store (placement ``local``), and by tests. It must
+not know connections.
 """
 
 import os
@@ -18,11 +19,11 @@ from farshore.kvstore.base import ShardStore
 
 
 class InProcessClient:
-    """A :class:`~farshore.attention_offload.client.base.ShardClient` by direct calls; never raises
-    TransportError."""
+    """A :class:`~farshore.attention_offload.client.base.ShardClient` that calls the shard's session directly.
+    It never raises TransportError."""
 
     transport = bulk_transport = Transport.IN_PROCESS
-    frames = None
+    native_connection = None
     ready = True
 
     def __init__(
@@ -33,7 +34,7 @@ class InProcessClient:
         *,
         attended: AttendedBytes | None = None,
     ) -> None:
-        """``attended``: where the bytes are counted; None: by themselves."""
+        """``attended`` counts the KV bytes that this client attends to; None for a new counter."""
         self.store = store
         self._worker = worker
         self._model = model
@@ -58,7 +59,8 @@ class InProcessClient:
         return self.transport
 
     def beat(self, wanted: Wanted | None) -> ShardBeat:
-        """No call is ever lost here, so there is nothing to give back: ``wanted`` is what is held."""
+        """Reports the store's memory. ``wanted`` is ignored: no call can be lost in process, so the engine
+        holds exactly the spans that it wants."""
         usage = self.store.usage()
         return ShardBeat(
             self._worker,
@@ -85,7 +87,8 @@ class InProcessClient:
         out: State | None = None,
         deadline_s: float = MOST_DEADLINE_S,
     ) -> State:
-        """Attends now: the engine calls it when the frames to other shards are under way."""
+        """Computes the attention. The fan-out calls this after the frames to the other shards were sent, so
+        that all compute at the same time."""
         return self._session.attend(self._step, *sent, out=out)
 
     def second_connection(self) -> "InProcessClient":

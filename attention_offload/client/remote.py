@@ -1,5 +1,5 @@
-"""An attention worker in another process, as its engine sees it: cold calls over gRPC, hot frames over the
-fastest transport that connects.
+"""Implements the shard client for an attention worker in another process. Cold calls go over gRPC, hot frames
+over the fastest transport that connects.
 
 Called by the dense worker. It must not know what else the engine reads from.
 """
@@ -33,15 +33,19 @@ from farshore.proto import attention_pb2_grpc as pb_grpc
 from farshore.rpc import OPTIONS
 
 BEAT_DEADLINE_S = 1.0
-"""A beat is a small call: a shard that takes longer does not answer."""
+"""The deadline of a beat. A beat is a small call, so a shard that takes longer counts as not answering."""
 
 MAX_UNDER_WAY = 16
-"""Frames unanswered at a time: one a micro-batch is usual, and shared memory has slots for so many."""
+"""The largest number of unanswered frames of a connection. An engine usually has one for each micro-batch;
+shared memory has this many slots."""
 
 
 class RemoteClient:
-    """A :class:`~farshore.attention_offload.client.base.ShardClient`. ``transports`` are tried in the
-    order given."""
+    """A :class:`~farshore.attention_offload.client.base.ShardClient` of the attention worker at an address.
+
+    Any thread may connect; only the engine's loop uses the connection. ``connect`` therefore puts a new
+    connection into ``_newest``, and the loop takes it over into ``_connection`` when it begins a step.
+    """
 
     store: RemoteStore
 
@@ -55,8 +59,9 @@ class RemoteClient:
         engine: str | None = None,
         deadline_s: float = DEADLINE_S,
     ) -> None:
-        """``engine``: the incarnation of the engine whose peer this is; None: one of its own. ``deadline_s``:
-        of cold calls."""
+        """``address`` is ``host:port`` of the shard's gRPC server. ``dtype`` is the dtype of q and o.
+        ``transports`` are tried in the given order. ``engine`` is the incarnation of the engine that owns
+        this client; None for a new one. ``deadline_s`` bounds each cold call."""
         self._engine = engine or uuid4().hex
         self._deadline_s = deadline_s
         self._address = address
@@ -68,14 +73,14 @@ class RemoteClient:
         self._channel = grpc.insecure_channel(address, options=OPTIONS)
         self._stub = pb_grpc.AttentionStub(self._channel)
         self._connecting = threading.Lock()
-        """Held while a connection is made: one thread at a time makes one."""
+        """Held while a connection is made, so that one thread at a time makes one."""
         self._handover = threading.Lock()
-        self._connected: HotConnection | None = None
-        """The newest connection: any thread puts it here, the loop takes it when it begins a step."""
-        self._stream: HotConnection | None = None
-        """The loop's: the one that the step under way was announced on."""
+        self._newest: HotConnection | None = None
+        """The newest connection. Written by any thread, under ``_handover``."""
+        self._connection: HotConnection | None = None
+        """The connection on which the current step was announced. Used by the loop only."""
         self._step: ShardStep | None = None
-        """The one announced last on ``_stream``."""
+        """The step that was announced last on ``_connection``."""
         self._dialler = Dialler(self._stub, address, transports, purpose="hot frames go")
         self.store = RemoteStore(
             self._stub, address, engine=self._engine, deadline_s=deadline_s, transports=transports
@@ -83,13 +88,12 @@ class RemoteClient:
 
     @property
     def transport(self) -> Transport | None:
-        """Of hot frames; None while there is no connection for them."""
-        stream = self._connected
-        return stream.transport if stream is not None else None
+        connection = self._newest
+        return connection.transport if connection is not None else None
 
     @property
-    def frames(self) -> NativeConnection | None:
-        return self._stream if isinstance(self._stream, NativeConnection) else None
+    def native_connection(self) -> NativeConnection | None:
+        return self._connection if isinstance(self._connection, NativeConnection) else None
 
     @property
     def bulk_transport(self) -> Transport | None:
@@ -107,57 +111,56 @@ class RemoteClient:
 
     @property
     def ready(self) -> bool:
-        stream, second_connection = self._connected, self._second_connection
-        return (
-            stream is not None and stream.is_open and (second_connection is None or second_connection.ready)
-        )
+        connection, second = self._newest, self._second_connection
+        return connection is not None and connection.is_open and (second is None or second.ready)
 
     def connect(self, *, deadline_s: float = CONNECT_DEADLINE_S) -> Transport:
-        """``deadline_s``: of the call that asks the shard; dialling has DIAL_DEADLINE_S for each way."""
+        """``deadline_s`` bounds the call that asks the shard where it listens; each transport that is then
+        tried has DIAL_DEADLINE_S to connect."""
         with self._connecting:
-            stream = self._connected
-            if stream is None or not stream.is_open:
-                stream = self._open(deadline_s)
+            connection = self._newest
+            if connection is None or not connection.is_open:
+                connection = self._open(deadline_s)
                 with self._handover:
-                    self._connected = stream
+                    self._newest = connection
         if self._second_connection is not None:
             self._second_connection.connect(deadline_s=deadline_s)
-        return stream.transport
+        return connection.transport
 
     def begin(
         self, step: ShardStep, *, deadline_s: float = MOST_DEADLINE_S, drain_s: float = MOST_DEADLINE_S
     ) -> None:
         self._take_newest()
-        stream = self._stream
-        if stream is None:
+        connection = self._connection
+        if connection is None:
             raise Late(f"{self._address}: there is no connection for hot frames now", shards=())
         try:
-            if stream.under_way:
-                stream.drain(drain_s)
+            if connection.under_way:
+                connection.drain(drain_s)
             if self._step is not None and not self._model.has_windows and step.reads_as(self._step):
-                stream.repeat_step(step.step, deadline_s)
+                connection.repeat_step(step.step, deadline_s)
             else:
-                stream.begin(step, deadline_s)
+                connection.begin(step, deadline_s)
         except FarshoreError:
             self.break_off()
             raise
         self._step = step
 
     def send(self, layer: int, micro_batch: int, q: Tensor) -> Sent:
-        if self._stream is None or self._step is None:
+        if self._connection is None or self._step is None:
             raise TransportError(f"{self._address}: the connection is closed; begin the step again")
-        if self._stream.under_way == MAX_UNDER_WAY:
+        if self._connection.under_way == MAX_UNDER_WAY:
             raise InvalidRequest(f"{MAX_UNDER_WAY} frames are under way: wait for one before the next")
         sent = Sent(self._step.step, layer, micro_batch, q.shape[0], q.shape[1])
         try:
-            self._stream.send(sent, q)
+            self._connection.send(sent, q)
         except FarshoreError:
             self.break_off()
             raise
         return sent
 
     def wait(self, sent: Sent, *, out: State | None = None, deadline_s: float = MOST_DEADLINE_S) -> State:
-        if self._stream is None or self._step is None:
+        if self._connection is None or self._step is None:
             raise TransportError(f"{self._address}: the connection is closed; begin the step again")
         if out is None:
             v_dim = self._model.specs[self._model.layer_class[sent.layer]].v_dim
@@ -166,7 +169,7 @@ class RemoteClient:
                 torch.empty(sent.rows, sent.heads, dtype=self._lse_dtype),
             )
         try:
-            self._stream.wait(sent, out, deadline_s)
+            self._connection.wait(sent, out, deadline_s)
         except FarshoreError:
             self.break_off()
             raise
@@ -185,12 +188,12 @@ class RemoteClient:
         return self._second_connection
 
     def break_off(self) -> None:
-        stream, self._stream, self._step = self._stream, None, None
-        if stream is not None:
-            stream.close()
+        connection, self._connection, self._step = self._connection, None, None
+        if connection is not None:
+            connection.close()
             with self._handover:
-                if self._connected is stream:
-                    self._connected = None
+                if self._newest is connection:
+                    self._newest = None
 
     def close(self) -> None:
         if self._second_connection is not None:
@@ -201,9 +204,9 @@ class RemoteClient:
         self._channel.close()
 
     def _take_newest(self) -> None:
-        if self._connected is not self._stream:
+        if self._newest is not self._connection:
             self.break_off()
-            self._stream = self._connected
+            self._connection = self._newest
 
     def _open(self, deadline_s: float) -> HotConnection:
         opening = codec.model_to_pb(self._model, self._dtype)
@@ -217,6 +220,7 @@ class RemoteClient:
                 self._dtype,
                 shares_cores=connected.shares_cores,
             )
-        # The stream opens when the loop begins a step: only a shard that answers now may be waited for then.
+        # A GrpcConnection opens its call only when the loop begins a step. The shard must answer a call now,
+        # so that the loop does not wait for a shard that is gone.
         self.identify(deadline_s=deadline_s)
         return GrpcConnection(self._address, self._model, self._dtype)

@@ -1,4 +1,8 @@
-"""A shard's store as its peers see it: cold calls over gRPC, bulk KV over the fastest way that connects."""
+"""Implements the store interface for a shard in another process. Calls go over gRPC, bulk KV over the fastest
+transport that connects.
+
+Called by the engine's KV code through :attr:`ShardClient.store`. It must not know steps or hot frames.
+"""
 
 import threading
 import time
@@ -25,25 +29,24 @@ from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
 
 WRITE_CHUNK_BYTES = 256 << 10
-"""As ``READ_CHUNK_BYTES`` at the shard."""
+"""The size of the messages in which gRPC carries a write; the shard's ``READ_CHUNK_BYTES`` is the same for
+reads."""
 
 SLOWEST_BYTES_PER_S = 16 << 20
-"""Of KV over gRPC: a transfer that is slower than this is late."""
+"""The slowest accepted rate of a KV transfer over gRPC; it sets the transfer's deadline."""
 
 DEADLINE_S = 5.0
-"""Of a cold call: some KiB, or a grant of memory that is new. A shard that is slower than that is frozen."""
+"""The deadline of a cold call, which carries some KiB or grants memory that was never touched. A shard that
+takes longer is frozen."""
 
 
 class RemoteStore:
-    """A shard's store: the same calls, with the same errors, as the store itself. Thread-safe too.
+    """A client of a shard's store, with the calls and errors of the store itself. Thread-safe.
 
-    Everything but :meth:`segments` and ``memory``, which are for whoever shares the shard's address space.
-    Spans are read and written through a connection that holds them: that created, found or held them, and so
-    was told their shape.
-
-    ``engine``: the incarnation of the engine that calls. The shard gives its holds back when it hears nothing
-    of it for 30 s: see :meth:`beat`. ``deadline_s``: of every call; of a transfer of KV, how long it may
-    stand still."""
+    It has no ``segments`` and no ``memory``: these need the shard's address space. It reads and writes
+    only spans that it holds, that is, that it created, found or held: the shard's reply to those calls tells
+    it the span's layout.
+    """
 
     def __init__(
         self,
@@ -54,6 +57,9 @@ class RemoteStore:
         deadline_s: float = DEADLINE_S,
         transports: Sequence[Transport] = REMOTE,
     ) -> None:
+        """``engine`` is the incarnation of the engine that calls. The shard drops the engine's holds if it
+        receives no beat for 30 s, see :meth:`beat`. ``deadline_s`` bounds every call; for a bulk transfer,
+        the time in which no byte moves."""
         self._stub = stub
         self._address = address
         self._engine = engine
@@ -63,28 +69,29 @@ class RemoteStore:
         self._lock = threading.Lock()
         self._holds = HoldTable(fences=0)
         self._layouts: dict[SpanId, KVLayout] = {}
-        """Of the spans held."""
+        """The layouts of the held spans."""
 
     @property
     def transport(self) -> Transport | None:
-        """What carries KV; None while nothing is connected."""
+        """The transport of bulk KV. None while there is no connection for it."""
         return self._bulk.transport
 
     def beat(self, wanted: Wanted | None, *, deadline_s: float | None = None) -> ShardBeat:
-        """Renews the engine's lease on its holds. ``wanted``: all that it wants here, by sequence and epoch;
-        what else it brought is given back. None: it doesn't say; the answer tells whether it must.
+        """Renews the lease on the engine's holds. ``wanted`` lists all spans that the engine wants to hold
+        here, by sequence and epoch; the shard drops the engine's other holds. With None the shard drops none,
+        and its answer says whether the next beat must list them.
 
-        No other call that makes or gives back holds may be under way meanwhile: the shard takes one that is
-        for given up, and refuses it."""
+        No other call that adds or drops holds may run at the same time: the shard takes such a call for one
+        that the engine has given up, and refuses it."""
         request = pb.BeatRequest(caller=self._caller(), complete=wanted is not None)
         if wanted is not None:
             request.sequences.extend(codec.wanted_to_pb(wanted))
         reply = self._call(self._stub.Beat, request, deadline_s=deadline_s)
         if wanted is not None:
-            named = {(sequence, span) for (sequence, _), spans in wanted.items() for span in spans}
+            kept = {(sequence, span) for (sequence, _), spans in wanted.items() for span in spans}
             with self._lock:
                 for sequence, span, epoch in self._holds.all():
-                    if (sequence, span) not in named:
+                    if (sequence, span) not in kept:
                         self._forget([span], sequence, epoch)
         return codec.beat_from_pb(reply)
 
@@ -112,7 +119,7 @@ class RemoteStore:
         epoch: Epoch,
     ) -> None:
         layout = self._layout(span)
-        forms.check_tokens(layout, layer, k, v)  # here, where shapes and dtypes are still known
+        forms.check_tokens(layout, layer, k, v)  # the shard receives bytes, without shapes and dtypes
         k, v = forms.to_stored(layout, k, v)
         request = pb.WriteRequest(
             span_id=span,
@@ -123,9 +130,9 @@ class RemoteStore:
             epoch=epoch,
             caller=self._caller(),
         )
-        if not self._bulk.run(lambda stream: stream.write(request, k, v)):
-            pieces = _write_pieces(request, k, v, layout)
-            self._call(self._stub.Write, pieces, deadline_s=self._transfer_deadline_s(k.nbytes + v.nbytes))
+        if not self._bulk.run(lambda connection: connection.write(request, k, v)):
+            chunks = _write_chunks(request, k, v, layout)
+            self._call(self._stub.Write, chunks, deadline_s=self._transfer_deadline_s(k.nbytes + v.nbytes))
 
     def seal(
         self,
@@ -172,8 +179,8 @@ class RemoteStore:
                 (layout.k_heads, layout.v_heads), forms.stored_bytes(layout), strict=True
             )
         )
-        if not self._bulk.run(lambda stream: stream.read(request, k, v)):
-            self._read(request, k, v)
+        if not self._bulk.run(lambda connection: connection.read(request, k, v)):
+            self._read_over_grpc(request, k, v)
         if dtype is None:
             dtype = torch.float32 if layout.format.quantised else layout.format.dtype
         return (k, v) if dtype == torch.uint8 else forms.from_stored(layout, k, v, dtype=dtype)
@@ -188,9 +195,10 @@ class RemoteStore:
             epoch=epoch,
             caller=self._caller(),
         )
-        slices = [codec.slice_from_pb(it) for it in self._call(self._stub.FindPrefix, request).slices]
-        for found in slices:
-            self._learn(found.span, found.layout, sequence, epoch)
+        reply = self._call(self._stub.FindPrefix, request)
+        slices = [codec.slice_from_pb(message) for message in reply.slices]
+        for span_slice in slices:
+            self._learn(span_slice.span, span_slice.layout, sequence, epoch)
         return slices
 
     def hold(self, spans: Sequence[SpanId], *, sequence: SequenceId, epoch: Epoch) -> None:
@@ -213,27 +221,28 @@ class RemoteStore:
         self._call(self._stub.Fence, pb.SequenceRequest(sequence_id=sequence, epoch=epoch))
 
     def announce(self) -> list[SpanInfo]:
-        return [codec.info_from_pb(i) for i in self._call(self._stub.Announce, pb.AnnounceRequest()).spans]
+        reply = self._call(self._stub.Announce, pb.AnnounceRequest())
+        return [codec.info_from_pb(message) for message in reply.spans]
 
     def close(self) -> None:
-        """Ends the connection for bulk KV; the next transfer makes another."""
+        """Closes the connection for bulk KV. The next transfer makes a new one."""
         self._bulk.close()
 
-    def _read(self, request: pb.ReadRequest, k: Tensor, v: Tensor) -> None:
-        at = 0
+    def _read_over_grpc(self, request: pb.ReadRequest, k: Tensor, v: Tensor) -> None:
+        start = 0
         try:
             deadline_s = self._transfer_deadline_s(k.nbytes + v.nbytes)
             for chunk in self._stub.Read(request, timeout=deadline_s):
-                end = at + chunk.tokens
-                for whole, data in ((k, chunk.k), (v, chunk.v)):
-                    codec.bytes_into(whole[:, at:end], data)
-                at = end
+                end = start + chunk.tokens
+                for tensor, data in ((k, chunk.k), (v, chunk.v)):
+                    codec.bytes_into(tensor[:, start:end], data)
+                start = end
         except grpc.RpcError as failure:
             raise shard_error(failure, self._address) from failure
 
-    def _transfer_deadline_s(self, count: int) -> float:
-        """Over gRPC, which knows no deadline on progress."""
-        return self._deadline_s + count / SLOWEST_BYTES_PER_S
+    def _transfer_deadline_s(self, transfer_bytes: int) -> float:
+        """The deadline of a whole transfer over gRPC, which has no deadline on progress."""
+        return self._deadline_s + transfer_bytes / SLOWEST_BYTES_PER_S
 
     def _layout(self, span: SpanId) -> KVLayout:
         with self._lock:
@@ -247,7 +256,7 @@ class RemoteStore:
             self._layouts[span] = layout
 
     def _forget(self, spans: Sequence[SpanId], sequence: SequenceId, epoch: Epoch) -> None:
-        """In the lock."""
+        """Removes holds, and the layouts of spans that are no longer held. The caller holds the lock."""
         for span in self._holds.remove(sequence, spans, epoch):
             del self._layouts[span]
 
@@ -264,20 +273,20 @@ class RemoteStore:
             raise shard_error(failure, self._address) from failure
 
 
-def _write_pieces(
+def _write_chunks(
     request: pb.WriteRequest, k: Tensor, v: Tensor, layout: KVLayout
 ) -> Iterator[pb.WriteRequest]:
-    """The request, cut into messages."""
-    piece_tokens = max(1, WRITE_CHUNK_BYTES // layout.layer_token_bytes)
-    for first in range(0, request.tokens, piece_tokens) or (0,):
-        part = slice(first, min(first + piece_tokens, request.tokens))
+    """Cuts a write into messages of about WRITE_CHUNK_BYTES of KV each; at least one message."""
+    chunk_tokens = max(1, WRITE_CHUNK_BYTES // layout.layer_token_bytes)
+    for first in range(0, request.tokens, chunk_tokens) or (0,):
+        chunk = slice(first, min(first + chunk_tokens, request.tokens))
         yield pb.WriteRequest(
             span_id=request.span_id,
             layer=request.layer,
             first=request.first + first,
-            tokens=part.stop - first,
-            k=codec.to_bytes(k[:, part]),
-            v=codec.to_bytes(v[:, part]),
+            tokens=chunk.stop - first,
+            k=codec.to_bytes(k[:, chunk]),
+            v=codec.to_bytes(v[:, chunk]),
             sequence_id=request.sequence_id,
             epoch=request.epoch,
             caller=request.caller,

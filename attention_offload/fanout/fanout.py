@@ -1,12 +1,15 @@
-"""All shards of one engine behind one :class:`~farshore.attention_offload.base.Shards`.
+"""Implements :class:`~farshore.attention_offload.base.Shards`: fans a step out to all shards of one engine.
 
-Announces each shard's part of a step, sends each layer to all at once over their channels, and hands back the
-states in span order: the order in which they are merged, so that the same plan always gives the same bits.
+Called by the engine's loop and its decode step. It must not know how a lost span is recovered.
 
-A shard that fails, in whatever layer, is given up for this step. Where all it reads is replicated, its frames
-under way go to the replicas again, over channels of their own, and so do those of the layers that follow.
-Else the step fails, with one error for all such shards, and the engine decides what to run next. Nothing here
-connects: a shard without a connection is late.
+The fan-out announces each shard's share of a step, sends each layer's queries to all shards over their
+channels, and returns the states in span order. States are merged in that order, so the same plan always gives
+the same bits.
+
+A shard that fails is given up for the rest of the step. If all its reads have replicas, the fan-out sends its
+outstanding frames, and those of the following layers, to the replicas over new channels. Otherwise the step
+fails, with one error for all failed shards without replicas, and the engine decides what to run next. The
+fan-out never connects: a shard without a connection is late.
 """
 
 import logging
@@ -19,7 +22,7 @@ from farshore.attention_offload.base import AttentionModel
 from farshore.attention_offload.client.base import ShardClient
 from farshore.attention_offload.fanout.channel import ShardChannel, channels_to
 from farshore.attention_offload.fanout.latency import Link, LinkRecord, SlowShards, links
-from farshore.attention_offload.fanout.shard_request import ShardRequest, as_one
+from farshore.attention_offload.fanout.shard_request import ShardRequest, combined_error
 from farshore.attention_offload.plan.step_plan import ShardStep, StepPlan
 from farshore.attention_offload.transport.frames import Transport
 from farshore.errors import FarshoreError, Lost, NotFound, TransportError
@@ -27,13 +30,13 @@ from farshore.ids import WorkerId
 from farshore.kernels.base import State
 
 AVOID_S = 30.0
-"""How long a shard that was given up is not asked again where there are replicas: a frozen shard would cost
-every step a deadline."""
+"""For how long replicas are read instead of a shard that was given up. A frozen shard that is asked again
+costs the step a deadline."""
 LOOK_EVERY_STEPS = 64
-"""For slow shards."""
+"""The number of steps between two checks for slow shards."""
 
 _REPLACEABLE = (TransportError, NotFound)
-"""What a replica helps against: a shard that is gone or late, or a new one in its place, without the
+"""The errors after which replicas are read: the shard is gone or late, or was restarted and has lost its
 spans."""
 
 _LOG = logging.getLogger(__name__)
@@ -42,73 +45,83 @@ Failed = dict[ShardRequest, FarshoreError]
 
 
 class Fanout:
-    """Not thread-safe: one engine loop calls it."""
+    """All shards of one engine. Not thread-safe, except for :meth:`links`: the engine's loop calls it."""
 
     def __init__(self, clients: Mapping[WorkerId, ShardClient], model: AttentionModel) -> None:
-        """``peers``: a worker that is not there is lost. It may change between steps."""
+        """``clients`` holds a client for each worker; a read from any other worker raises Lost. The caller
+        may change the mapping between steps."""
         self._clients = clients
         self._model = model
         self._plan: StepPlan | None = None
-        """The last one, if another of the same reads may take the same lanes."""
+        """The plan of the last step, if a step with the same reads may use the same requests; else None."""
         self._micro_batches: tuple[range, ...] = ()
         self._requests: list[ShardRequest] = []
-        """In span order."""
+        """The requests of the current step, in span order."""
         self._channels: list[ShardChannel] = []
         self._under_way: dict[tuple[int, int], Tensor] = {}
-        """q by layer and micro-batch."""
+        """The q of each frame under way, by layer and micro-batch."""
         self._states: dict[tuple[int, int], list[State]] = {}
-        """By layer class and micro-batch, for as long as the lanes are the same."""
+        """The states that :meth:`wait` returns, by layer class and micro-batch. Valid while the requests stay
+        the same."""
         self._records = {worker: LinkRecord() for worker in clients}
-        self._given_up_s: dict[WorkerId, float] = {}
-        self._avoids = False
-        """Some lanes are to replicas, since a shard was given up."""
+        self._given_up_at_s: dict[WorkerId, float] = {}
+        """When each shard was given up, for AVOID_S."""
+        self._reads_replicas = False
+        """Whether the step reads replicas because a shard was given up before it began."""
         self._slow = SlowShards()
         self._steps = 0
         self._waited_s = 0.0
 
     def links(self) -> list[Link]:
-        """What frames to each shard have taken, those of the last step perhaps not yet. May be asked from
-        another thread."""
-        ways = {worker: _ways(client) for worker, client in list(self._clients.items())}
-        return links({w: it for w, it in list(self._records.items()) if w in ways}, ways)
+        """The latencies and transports of all shards, for status. The frames of the last step may be missing.
+        Thread-safe."""
+        transports = {worker: _shown_transports(client) for worker, client in list(self._clients.items())}
+        records = {worker: record for worker, record in list(self._records.items()) if worker in transports}
+        return links(records, transports)
 
     @property
     def waited_s(self) -> float:
-        """For other processes' answers, so far."""
+        """The seconds that this object has waited for other processes' answers, in all."""
         self._settle()
         return self._waited_s
 
     def begin(self, plan: StepPlan, micro_batches: Sequence[range]) -> None:
-        """Announce the step to every shard it reads from, where they have no replicas: raises Late for those
-        that have no connection, Lost for those whose connection has ended, or what one refused."""
+        """Announces the step to every shard that it reads from. ``micro_batches`` are ranges of the step's
+        rows, in order and without a gap.
+
+        For shards without replicas, raises Late if they have no connection, Lost if their connection has
+        ended, or the error with which one refuses the step."""
         self._steps += 1
         if self._steps % LOOK_EVERY_STEPS == 0:
             self._slow.look(self.links())
         self._settle()
         now_s = perf_counter()
-        self._given_up_s = {w: at_s for w, at_s in self._given_up_s.items() if now_s - at_s < AVOID_S}
-        if self._is_alike(plan, micro_batches):
+        self._given_up_at_s = {
+            worker: at_s for worker, at_s in self._given_up_at_s.items() if now_s - at_s < AVOID_S
+        }
+        if self._has_same_reads(plan, micro_batches):
             for request in self._requests:
                 request.repeat(plan)
         else:
-            self._take(plan, micro_batches)
+            self._make_requests(plan, micro_batches)
         self._under_way.clear()
-        # Not while a shard is avoided, so that this ends when the time is over.
-        self._plan = None if self._avoids else plan
+        # Requests to replicas are not reused: each step checks whether AVOID_S is over.
+        self._plan = None if self._reads_replicas else plan
         self._announce_all()
 
     def overlaps(self, micro_batch: int) -> bool:
-        """Whether a shard works on the micro-batch beside the engine, so that q should go early. One that
-        needs the engine's own cores would only be in its way."""
+        """Whether a shard can compute this micro-batch while the engine computes, so that q should be sent
+        early. A shard that shares the engine's cores would only slow the engine down."""
         return any(
             request.client.transport is not Transport.IN_PROCESS
-            and not (request.frames is not None and request.frames.shares_cores)
+            and not (request.native_connection is not None and request.native_connection.shares_cores)
             for request in self._requests
             if request.rows[micro_batch]
         )
 
     def send(self, layer: int, micro_batch: int, q: Tensor) -> None:
-        """q ``[rows of the micro-batch, q_heads, k_dim]``; it must stay as it is until :meth:`wait`."""
+        """Sends q ``[rows of the micro-batch, q_heads, k_dim]`` to every shard. The caller must not change q
+        before :meth:`wait` returns."""
         q = q.contiguous()
         failed: Failed = {}
         for channel in self._channels:
@@ -118,14 +131,15 @@ class Fanout:
                 if not channel.failed:
                     raise
                 failed |= channel.failed
-        # Only now: what replaces a channel is sent all frames that are under way.
+        # After the sends: _replace sends all frames under way to the replicas.
         self._under_way[layer, micro_batch] = q
         if failed:
             self._replace(failed)
 
     def wait(self, layer: int, micro_batch: int) -> list[State]:
-        """One state per shard over all rows of the micro-batch and all heads, in span order; the identity
-        where a shard had nothing to read. In the same memory for every layer of a class in a step."""
+        """Blocks until all shards have answered. Returns one state per shard, in span order, over all rows of
+        the micro-batch and all heads; it is the identity where a shard had nothing to read. All layers of a
+        class use the same memory, so a state is valid until the next wait for the class and micro-batch."""
         channels = self._channels
         while channels:
             since_s = perf_counter()
@@ -142,12 +156,12 @@ class Fanout:
         key = self._model.layer_class[layer], micro_batch
         if key not in self._states:
             self._states[key] = [
-                request.buffers[key].whole for request in self._requests if request.rows[micro_batch]
+                request.buffers[key].state for request in self._requests if request.rows[micro_batch]
             ]
         return self._states[key]
 
-    def _is_alike(self, plan: StepPlan, micro_batches: Sequence[range]) -> bool:
-        """Whether all reads of a step, and who reads them, are those of the last one, which has ended."""
+    def _has_same_reads(self, plan: StepPlan, micro_batches: Sequence[range]) -> bool:
+        """Whether the last step has ended and had the same reads, by the same rows, as ``plan``."""
         last = self._plan
         return (
             last is not None
@@ -157,36 +171,37 @@ class Fanout:
             and self._micro_batches == tuple(micro_batches)
         )
 
-    def _take(self, plan: StepPlan, micro_batches: Sequence[range]) -> None:
-        """New lanes, for a plan unlike the last one."""
+    def _make_requests(self, plan: StepPlan, micro_batches: Sequence[range]) -> None:
+        """Makes new requests, for a plan with other reads than the last one."""
         self._micro_batches = tuple(micro_batches)
         self._requests, self._channels = [], []
         self._states.clear()
-        self._avoids = False
+        self._reads_replicas = False
         for worker, step in plan.shard_steps(micro_batches).items():
-            avoided = step.on_replicas(self._usable()) if worker in self._given_up_s else None
-            self._avoids |= avoided is not None
-            for at, part in (avoided or {worker: step}).items():
-                self._requests.append(self._request(at, part, plan.groups))
+            on_replicas = step.on_replicas(self._usable()) if worker in self._given_up_at_s else None
+            self._reads_replicas |= on_replicas is not None
+            for reader, reader_step in (on_replicas or {worker: step}).items():
+                self._requests.append(self._request(reader, reader_step, plan.groups))
 
     def _request(self, worker: WorkerId, step: ShardStep, groups: int) -> ShardRequest:
         if worker not in self._clients:
             raise Lost(f"attention worker {worker} is unknown here", shards=[worker])
         client = self._clients[worker]
         used = {request.client for request in self._requests}
-        while client in used:  # for its own part of the step
+        while client in used:  # a shard that also reads a replica needs a connection for each request
             client = client.second_connection()
         rows = [
-            tuple(step.rows[row] - batch.start for row in mine)
-            for mine, batch in zip(step.micro_batches, self._micro_batches, strict=True)
+            tuple(step.rows[row] - batch.start for row in seen)
+            for seen, batch in zip(step.micro_batches, self._micro_batches, strict=True)
         ]
         record = self._records.setdefault(worker, LinkRecord())
         return ShardRequest(worker, client, record, step, groups, rows, step.work / sum(map(bool, rows)))
 
     def _announce_all(self) -> None:
-        before = [request.frames for request in self._requests]
+        """Announces the step for all requests, and makes new channels if a connection has changed."""
+        before = [request.native_connection for request in self._requests]
         failed = self._announce(self._requests)
-        if not self._channels or before != [request.frames for request in self._requests]:
+        if not self._channels or before != [request.native_connection for request in self._requests]:
             self._settle()
             self._channels = channels_to(
                 [request for request in self._requests if request not in failed], self._model
@@ -195,7 +210,9 @@ class Fanout:
             self._replace(failed)
 
     def _announce(self, requests: Sequence[ShardRequest]) -> Failed:
-        """The step, to each lane's peer. One deadline is paid for all that owe answers of a dropped step."""
+        """Announces the step for ``requests``. Returns the errors of those that failed. The time spent on
+        reading the outstanding answers of a dropped step is bounded by one deadline for all shards together.
+        """
         failed: Failed = {}
         start_s = perf_counter()
         for request in requests:
@@ -205,28 +222,30 @@ class Fanout:
                 left_s = max(0.0, request.deadline_s - (perf_counter() - start_s))
                 request.client.begin(request.step, deadline_s=request.deadline_s, drain_s=left_s)
             except FarshoreError as error:
-                failed[request] = request.named(error)
+                failed[request] = request.shard_error(error)
             else:
                 request.announced = True
-            request.frames = request.client.frames
+            request.native_connection = request.client.native_connection
         return failed
 
     def _replace(self, failed: Failed) -> list[ShardChannel]:
-        """Has replicas take the place of lanes that failed. Returns the channels to them, which have been
-        sent all frames under way. Raises for lanes without replicas."""
+        """Replaces failed requests by requests to replicas. Returns the channels to the replicas; all frames
+        under way have been sent on them. Raises the combined error of the requests without replicas."""
         self._settle()
         self._states.clear()
         self._plan = None
         tried: set[WorkerId] = set()
-        instead: list[ShardRequest] = []
+        replacements: list[ShardRequest] = []
         while failed:
             tried |= {request.worker for request in failed}
             steps = self._on_replicas(failed, tried)
-            self._channels = [it for channel in self._channels if (it := _without(failed, channel))]
-            found = self._exchanged(steps)
-            instead += found
-            failed = self._announce(found)
-            for channel in channels_to([request for request in found if request not in failed], self._model):
+            kept = (_without(failed, channel) for channel in self._channels)
+            self._channels = [channel for channel in kept if channel is not None]
+            requests = self._replace_requests(steps)
+            replacements += requests
+            failed = self._announce(requests)
+            announced = [request for request in requests if request not in failed]
+            for channel in channels_to(announced, self._model):
                 self._channels.append(channel)
                 for (layer, micro_batch), q in self._under_way.items():
                     try:
@@ -235,29 +254,29 @@ class Fanout:
                         if not channel.failed:
                             raise
                         failed |= channel.failed
-        return [channel for channel in self._channels if channel.requests[0] in instead]
+        return [channel for channel in self._channels if channel.requests[0] in replacements]
 
     def _on_replicas(
         self, failed: Failed, tried: set[WorkerId]
     ) -> dict[ShardRequest, dict[WorkerId, ShardStep]]:
-        """The steps of lanes that failed, as replicas read them elsewhere than at workers ``tried``. Raises
-        for lanes without replicas."""
+        """For each failed request, the steps that read its replicas at workers other than ``tried``. Raises
+        the combined error of the requests without replicas."""
         now_s = perf_counter()
         for request in failed:
             request.record.failures += 1
-            # A second connection that is missing says nothing of the shard.
+            # A missing second connection does not mean that the shard has failed.
             if request.announced or request.client is self._clients[request.worker]:
-                self._given_up_s[request.worker] = now_s
+                self._given_up_at_s[request.worker] = now_s
         usable = self._usable() - tried
         steps = {
-            request: found
+            request: replica_steps
             for request, error in failed.items()
-            if isinstance(error, _REPLACEABLE) and (found := request.step.on_replicas(usable))
+            if isinstance(error, _REPLACEABLE) and (replica_steps := request.step.on_replicas(usable))
         }
-        alone = {request: error for request, error in failed.items() if request not in steps}
-        if alone:
+        unreplicated = {request: error for request, error in failed.items() if request not in steps}
+        if unreplicated:
             self._requests, self._channels = [], []
-            raise as_one(alone)
+            raise combined_error(unreplicated)
         for request, error in failed.items():
             _LOG.warning(
                 "attention worker %s is given up for %g s: replicas at %s are read instead: %s",
@@ -268,34 +287,38 @@ class Fanout:
             )
         return steps
 
-    def _exchanged(self, steps: Mapping[ShardRequest, Mapping[WorkerId, ShardStep]]) -> list[ShardRequest]:
-        """New lanes for the steps, each in the place of the one it comes from."""
+    def _replace_requests(
+        self, steps: Mapping[ShardRequest, Mapping[WorkerId, ShardStep]]
+    ) -> list[ShardRequest]:
+        """Replaces each request by requests for its ``steps``, at the same place in span order. Returns the
+        new requests."""
         new = []
-        for request, parts in steps.items():
-            at = self._requests.index(request)
-            del self._requests[at]
-            for worker, step in parts.items():
+        for request, replica_steps in steps.items():
+            index = self._requests.index(request)
+            del self._requests[index]
+            for worker, step in replica_steps.items():
                 new.append(self._request(worker, step, request.groups))
-                self._requests.insert(at, new[-1])
-                at += 1
+                self._requests.insert(index, new[-1])
+                index += 1
         return new
 
     def _usable(self) -> set[WorkerId]:
-        return self._clients.keys() - self._given_up_s.keys()
+        return self._clients.keys() - self._given_up_at_s.keys()
 
     def _settle(self) -> None:
-        """Books what the channels have counted."""
+        """Adds what the channels have measured to the records and to the waited time."""
         for channel in self._channels:
             self._waited_s += channel.settle()
 
 
 def _without(failed: Failed, channel: ShardChannel) -> ShardChannel | None:
+    """The channel without the failed requests; None if none remain."""
     return channel if failed.keys().isdisjoint(channel.requests) else channel.without(failed)
 
 
-def _ways(client: ShardClient) -> str:
-    """How a shard is reached, for people; empty while it is not."""
-    frames, kv = client.transport, client.bulk_transport
-    if frames is None or kv is None or kv is frames:
-        return frames or ""
-    return f"{frames}, KV over {kv}"
+def _shown_transports(client: ShardClient) -> str:
+    """The client's transports as status shows them. Empty while there is no connection for hot frames."""
+    hot, bulk = client.transport, client.bulk_transport
+    if hot is None or bulk is None or bulk is hot:
+        return hot or ""
+    return f"{hot}, KV over {bulk}"

@@ -1,7 +1,8 @@
-"""One micro-batch's layer frames to all shards that are reached natively: one call to send, one to wait.
+"""Sends one micro-batch's layer frames to all native shards with one native call, and waits for their answers
+with another.
 
-Made by ``channel``. The answers go where their rows and heads belong in the states that are given, and
-nowhere else. It must not know replicas, or what becomes of a lost shard.
+Called by ``channel``. The native code writes each answer into its rows and heads of a state that covers the
+whole micro-batch. It must not know replicas, or what happens after a shard is lost.
 """
 
 from collections.abc import Sequence
@@ -16,71 +17,84 @@ from farshore.errors import FarshoreError
 from farshore.kernels.base import AttentionSpec, State
 
 Failures = dict[int, FarshoreError]
-"""What shards failed with, by the index of their part."""
+"""The errors of the shards that failed, by the index of their request."""
 
 
-class Part(NamedTuple):
-    """What one shard sees of the micro-batch, and where its answer goes: a state of all rows and heads."""
+class NativeRequest(NamedTuple):
+    """One shard's share of a micro-batch, and the state that its answers are written to."""
 
-    stream: NativeConnection
+    connection: NativeConnection
     rows: tuple[int, ...]
+    """The rows of the micro-batch that the shard sees, ascending."""
     heads: slice
-    whole: State
+    """The query heads that the shard sees."""
+    state: State
+    """A state over all rows and heads of the micro-batch. The native code writes to its memory, which the
+    :class:`NativeFanout` keeps alive."""
 
 
 class NativeFanout:
-    """Layer frames of one shape, one under way at a time. Not thread-safe.
+    """Exchanges layer frames of one shape with several shards; one frame at a time is under way. Not
+    thread-safe.
 
-    A shard that fails keeps no other from being sent its frame, or from being waited for.
+    If one shard fails, the others are still sent their frames and waited for.
     """
 
-    def __init__(self, parts: Sequence[Part], spec: AttentionSpec, dtype: torch.dtype) -> None:
-        """One part or more, no stream twice. ``dtype``: of q; InvalidRequest where a connection was opened
-        for another."""
-        for part in parts:
-            part.stream.check_dtype(dtype)
-        self.parts = tuple(parts)
+    def __init__(self, requests: Sequence[NativeRequest], spec: AttentionSpec, dtype: torch.dtype) -> None:
+        """``requests`` holds at least one request, each on another connection. ``dtype`` is the dtype of q
+        and o. Raises InvalidRequest if a connection was opened for another dtype."""
+        for request in requests:
+            request.connection.check_dtype(dtype)
+        self.requests = tuple(requests)
         self._native = native()
         self._handle = self._native.native_fanout(
-            tuple(_request(part, spec, dtype) for part in parts), SPIN_US
+            tuple(_native_arguments(request, spec, dtype) for request in requests), SPIN_US
         )
 
     def send(self, step: int, layer: int, micro_batch: int, q: Tensor) -> Failures:
-        """q ``[rows of the micro-batch, q_heads, k_dim]``, contiguous; it may change as soon as this
-        returns."""
+        """Sends each shard its rows and heads of q ``[rows of the micro-batch, q_heads, k_dim]``, which must
+        be contiguous. The caller may change q as soon as this returns. Returns the errors of the shards that
+        were not sent theirs."""
         failed = self._native.send_all(self._handle, step, layer, micro_batch, q.data_ptr())
         return {} if failed is None else self._mapped(failed)
 
     def wait(
         self, step: int, layer: int, micro_batch: int, deadlines_s: tuple[float, ...], passed_s: float
     ) -> Failures:
-        """For the answers to a frame that was sent, by this exchange or by one with more parts: for each
-        until its own deadline, of which ``passed_s`` are over."""
+        """Blocks until each shard has answered the frame or its deadline has expired. Returns the errors of
+        the shards that did not answer.
+
+        ``deadlines_s`` holds one deadline for each request, of which ``passed_s`` have passed already. The
+        frame may have been sent by another :class:`NativeFanout` that had these connections among others."""
         failed = self._native.wait_all(self._handle, step, layer, micro_batch, deadlines_s, passed_s)
         return {} if failed is None else self._mapped(failed)
 
     def times(self) -> tuple[float, list[tuple[int, list[float]]]]:
-        """Since it was asked last: seconds that :meth:`wait` took; and, by part, how many answers came, and
-        the seconds from sending to those that were seen coming."""
+        """Returns what was measured since the last call: the seconds spent in :meth:`wait`, and for each
+        request the number of answers and the latencies, in seconds, of those answers whose arrival was
+        observed."""
         return self._native.times(self._handle)  # type: ignore[no-any-return]
 
     def _mapped(self, failed: Sequence[tuple[int, type[Exception] | None, Any]]) -> Failures:
-        found = {}
+        """Converts the native failures to errors. A failure without an exception type carries the shard's
+        Failure message."""
+        errors = {}
         for index, kind, text in failed:
-            stream = self.parts[index].stream
-            found[index] = stream.refusal(text) if kind is None else stream.mapped(kind(text))
-        return found
+            connection = self.requests[index].connection
+            errors[index] = connection.refusal(text) if kind is None else connection.mapped(kind(text))
+        return errors
 
 
-def _request(part: Part, spec: AttentionSpec, dtype: torch.dtype) -> tuple[Any, ...]:
-    """As ``native/binding.cpp`` takes it."""
-    first, heads = part.heads.start, part.heads.stop - part.heads.start
+def _native_arguments(request: NativeRequest, spec: AttentionSpec, dtype: torch.dtype) -> tuple[Any, ...]:
+    """The request in the form that ``native_fanout`` in ``native/binding.cpp`` takes: offsets, lengths and
+    strides in bytes."""
+    first_head, heads = request.heads.start, request.heads.stop - request.heads.start
     k_bytes, v_bytes = spec.k_dim * dtype.itemsize, spec.v_dim * dtype.itemsize
-    o, lse = part.whole
+    o, lse = request.state
     return (
-        part.stream.wire,
-        part.rows,
-        (first * k_bytes, heads * k_bytes, spec.q_heads * k_bytes),
-        (lse.data_ptr() + first * lse.itemsize, heads * lse.itemsize, lse.stride(0) * lse.itemsize),
-        (o.data_ptr() + first * v_bytes, heads * v_bytes, o.stride(0) * o.itemsize),
+        request.connection.wire,
+        request.rows,
+        (first_head * k_bytes, heads * k_bytes, spec.q_heads * k_bytes),
+        (lse.data_ptr() + first_head * lse.itemsize, heads * lse.itemsize, lse.stride(0) * lse.itemsize),
+        (o.data_ptr() + first_head * v_bytes, heads * v_bytes, o.stride(0) * o.itemsize),
     )

@@ -1,6 +1,8 @@
-"""Where the spans of a new sequence go: by token range, by head group, or by both.
+"""Decides which shards hold a new sequence's spans: by token range, by head group, or by both.
 
-A pure rule over what the shards say is free. Which shards an engine may use is the controller's business.
+Called by the engine's KV cache (``workers.engine.kv.cache``). The functions are pure: they depend only on the
+free memory that the shards reported. Which shards an engine may use is the controller's decision, which this
+module must not know.
 """
 
 from collections.abc import Sequence
@@ -13,15 +15,16 @@ from farshore.kernels.base import BLOCK_TOKENS
 ShardBy = Literal["range", "head", "both"]
 
 
-class Room(NamedTuple):
-    """What a shard has free. ``tokens`` counts tokens with every head group of the model."""
+class FreeTokens(NamedTuple):
+    """The free memory of one shard, in tokens. A token counts with all head groups of the model."""
 
     worker: WorkerId
     tokens: int
 
 
 class Share(NamedTuple):
-    """Positions ``first .. last``, head groups ``group0 .. group1``: one worker's future span."""
+    """A future span at one worker: positions ``first .. last``, head groups ``group0 .. group1``, ends not
+    included."""
 
     worker: WorkerId
     first: int
@@ -30,24 +33,25 @@ class Share(NamedTuple):
     group1: int
 
 
-class HeadClass(NamedTuple):
-    """A range of head groups, and the shards that split the sequence's tokens among them."""
+class GroupPlacement(NamedTuple):
+    """A range of head groups, and the shards among which the sequence's tokens are divided for it."""
 
     group0: int
     group1: int
-    workers: tuple[Room, ...]
-    """The emptiest first; of equally empty ones the smaller id."""
+    workers: tuple[FreeTokens, ...]
+    """The shards, in descending order of free tokens; equal ones in ascending order of id."""
 
 
-def head_classes(rooms: Sequence[Room], *, groups: int, shard_by: ShardBy) -> list[HeadClass]:
-    """Divide workers and head groups into classes, the emptiest workers first.
+def place_groups(free: Sequence[FreeTokens], *, groups: int, shard_by: ShardBy) -> list[GroupPlacement]:
+    """Divides the model's ``groups`` head groups into ranges, and the workers among the ranges.
 
-    ``range``: one class of all groups. ``head``: as many classes as groups or workers allow, one worker each
-    (a worker beyond that holds nothing of this sequence). ``both``: classes of about two workers.
+    ``range``: one range of all groups. ``head``: as many ranges as there are groups or workers, whichever is
+    less, with one worker each; further workers hold nothing of this sequence. ``both``: ranges with about two
+    workers each. Each range gets workers from the emptiest to the fullest. Raises Full if there is no worker.
     """
-    workers = sorted(rooms, key=lambda room: (-room.tokens, room.worker))
+    workers = sorted(free, key=lambda shard: (-shard.tokens, shard.worker))
     if not workers:
-        raise Full("no attention worker is there to hold the sequence", free_bytes=0)
+        raise Full("there is no attention worker to hold the sequence", free_bytes=0)
     count = {
         "range": 1,
         "head": min(groups, len(workers)),
@@ -55,24 +59,25 @@ def head_classes(rooms: Sequence[Room], *, groups: int, shard_by: ShardBy) -> li
     }[shard_by]
     if shard_by == "head":
         workers = workers[:count]
-    group_cuts = _cuts(groups, count)
-    return [HeadClass(group_cuts[i], group_cuts[i + 1], tuple(workers[i::count])) for i in range(count)]
+    cuts = [groups * i // count for i in range(count + 1)]
+    return [GroupPlacement(cuts[i], cuts[i + 1], tuple(workers[i::count])) for i in range(count)]
 
 
-def spread(classes: Sequence[HeadClass], *, tokens: int, groups: int) -> list[Share]:
-    """Cut positions ``0 .. tokens`` of every class into shares, in position order; raises Full.
+def spread(placements: Sequence[GroupPlacement], *, tokens: int, groups: int) -> list[Share]:
+    """Divides positions ``0 .. tokens`` of every placement into shares, in position order. Raises Full if the
+    workers of a placement do not have enough free memory. ``groups`` is the model's number of head groups.
 
-    Cuts fall on block boundaries, so that a span holds whole blocks but for the sequence's last one: only
-    whole blocks can be named and shared. A share is a block or more, unless ``tokens`` is less: every further
-    worker costs a block and a hop, so a short sequence goes to few of them, the emptiest. Blocks are divided
-    evenly among those; one without room for its even part takes what it can, and further workers take part
-    only where the room of the first is not enough.
+    Cuts lie on block boundaries, so that only the sequence's last block may be partly filled: only whole
+    blocks can be named and shared. A share has at least one block, unless ``tokens`` is less than that: each
+    further worker costs a block and a hop, so a short sequence goes to few workers, the emptiest ones. The
+    blocks are divided evenly among these; a worker with less free memory than its even number takes what it
+    can. Further workers are used only if the emptiest ones are too small.
     """
     blocks = -(-tokens // BLOCK_TOKENS)
     shares = []
-    for head_class in classes:
-        held = head_class.group1 - head_class.group0
-        limits = [room.tokens * groups // held // BLOCK_TOKENS for room in head_class.workers]
+    for placement in placements:
+        placed_groups = placement.group1 - placement.group0
+        limits = [shard.tokens * groups // placed_groups // BLOCK_TOKENS for shard in placement.workers]
         if sum(limits) < blocks:
             raise Full(
                 f"a sequence of {tokens} tokens does not fit: its shards have room for"
@@ -80,34 +85,31 @@ def spread(classes: Sequence[HeadClass], *, tokens: int, groups: int) -> list[Sh
                 free_bytes=0,
             )
         first = 0
-        for worker, count in _even_parts(blocks, limits, most_parts=max(1, tokens // BLOCK_TOKENS)):
+        for index, count in _even_counts(blocks, limits, most_shares=max(1, tokens // BLOCK_TOKENS)):
             last = min(first + count * BLOCK_TOKENS, tokens)
-            shares.append(
-                Share(head_class.workers[worker].worker, first, last, head_class.group0, head_class.group1)
-            )
+            worker = placement.workers[index].worker
+            shares.append(Share(worker, first, last, placement.group0, placement.group1))
             first = last
     return shares
 
 
-def _cuts(total: int, parts: int) -> list[int]:
-    return [total * i // parts for i in range(parts + 1)]
+def _even_counts(blocks: int, limits: Sequence[int], *, most_shares: int) -> list[tuple[int, int]]:
+    """Divides ``blocks`` among the workers with the first ``limits``. Returns (index into ``limits``, number
+    of blocks) for each worker that takes any.
 
-
-def _even_parts(blocks: int, limits: Sequence[int], *, most_parts: int) -> list[tuple[int, int]]:
-    """(index, blocks) for as many of ``limits`` as take any, at most ``most_parts`` unless those are too
-    small together. ``limits`` descend, and are enough in all.
-
-    The largest limit comes last, with what does not divide evenly: the last part is the one whose last block
-    may be almost empty.
+    At most ``most_shares`` workers take blocks, or as many as are needed if these are too small together.
+    ``limits`` must be in descending order, and their sum at least ``blocks``. The worker with the largest
+    limit comes last and takes the remainder of an uneven division: the last block of the last share may be
+    almost empty.
     """
-    parts = min(most_parts, len(limits))
-    while sum(limits[:parts]) < blocks:
-        parts += 1
-    found = []
-    for index in reversed(range(parts)):
-        # The smallest first: what it cannot take is divided among the others.
+    used = min(most_shares, len(limits))
+    while sum(limits[:used]) < blocks:
+        used += 1
+    counts = []
+    for index in reversed(range(used)):
+        # From the smallest limit up: blocks that a worker cannot take are divided among the larger ones.
         count = min(limits[index], blocks // (index + 1))
         blocks -= count
         if count:
-            found.append((index, count))
-    return found
+            counts.append((index, count))
+    return counts

@@ -1,7 +1,9 @@
-"""Step plans: who reads what in one decode step, and the proof that nothing is missed or counted twice.
+"""Defines step plans: which rows read which spans from which shard in one decode step. Proves that no token
+is missed or counted twice.
 
-The engine builds a :class:`StepPlan` once per step; each shard is sent its :class:`ShardStep`. A read names
-absolute positions, so that the proof is about the sequence and not about where its KV happens to lie.
+The engine builds and checks a :class:`StepPlan` for each step; the fan-out cuts it into one
+:class:`ShardStep` per shard. The module is pure: it must not know stores, connections or kernels. A read
+names absolute positions of its sequence, so the proof does not depend on where a store keeps the tokens.
 """
 
 from bisect import bisect_left
@@ -14,37 +16,36 @@ from farshore.errors import InvalidPlan
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 
 SequenceKey = tuple[SequenceId, int]
-"""A sequence's id, and which of its choices."""
+"""(sequence, choice): a fork of a sequence."""
 
 
 class Replica(NamedTuple):
-    """The same sealed tokens as a span, from the same first one on, at another worker."""
+    """An equal copy of a span at another worker: the same sealed tokens, beginning at the same position."""
 
     worker: WorkerId
     span: SpanId
 
 
 class Read(NamedTuple):
-    """Rows ``rows`` attend to positions ``first .. last``, head groups ``group0 .. group1``, in ``span``.
-
-    ``origin`` is the position of the span's own first token: the store counts from there. ``holder`` is a
-    sequence that holds the span, and every replica of it: the shard refuses the read otherwise. Where the
-    span is not reached, any of its ``replicas`` is read; they are the engine's business, and no shard is
-    told."""
+    """The rows ``rows`` attend to positions ``first .. last`` and head groups ``group0 .. group1`` of a span,
+    ends not included."""
 
     span: SpanId
     origin: int
+    """The position of the span's first token. The store numbers the span's tokens from there."""
     first: int
     last: int
     group0: int
     group1: int
     rows: range
     holder: SequenceId
+    """A sequence that holds the span and all its replicas. The shard refuses the read if it does not."""
     replicas: tuple[Replica, ...] = ()
+    """The engine reads one of these if the span's shard does not answer. They are not sent to shards."""
 
 
-class Stretch(NamedTuple):
-    """Positions ``first .. last``, end not included."""
+class PositionRange(NamedTuple):
+    """Positions ``first .. last`` of a sequence, end not included."""
 
     first: int
     last: int
@@ -52,31 +53,32 @@ class Stretch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ShardStep:
-    """One shard's part of a step plan.
-
-    ``rows``: which rows of the step it sees, ascending; reads' rows index into them. It sees the query heads
-    of groups ``group0 .. group1`` only. Its rows come in ``micro_batches``, one layer frame each.
-    """
+    """One shard's share of a step plan: its reads, and the rows and heads that they need."""
 
     step: int
+    """The step's number."""
     rows: tuple[int, ...]
+    """The rows of the step that the shard sees, ascending. The rows of ``reads`` and ``micro_batches`` are
+    indices into this tuple."""
     positions: tuple[int, ...]
+    """The position of each of ``rows``."""
     group0: int
     group1: int
+    """The shard sees the query heads of head groups ``group0 .. group1`` only, end not included."""
     reads: tuple[tuple[Read, ...], ...]
-    """Per layer class."""
+    """The reads of each layer class."""
     micro_batches: tuple[range, ...]
-    """Stretches of its rows, in order: each micro-batch of the step as far as this shard sees it, so some may
-    be empty (no frame comes then)."""
+    """The rows that the shard sees of each micro-batch of the step, in order. A layer frame is sent for each
+    range that is not empty."""
 
     @property
     def first_position(self) -> int:
-        """Where this shard comes in span order: the lowest position it reads."""
+        """The lowest position that the shard reads. It decides the shard's place in span order."""
         return min(read.first for reads in self.reads for read in reads)
 
     @property
     def work(self) -> int:
-        """Tokens times head groups times rows that it reads."""
+        """A measure of the shard's work: the sum of tokens x head groups x rows over all reads."""
         return sum(
             (read.last - read.first) * (read.group1 - read.group0) * len(read.rows)
             for reads in self.reads
@@ -84,33 +86,38 @@ class ShardStep:
         )
 
     def reads_as(self, other: "ShardStep") -> bool:
-        """Whether it asks for the same work as ``other``: all but its number, and where its rows stand."""
+        """Whether this step equals ``other`` except for its number and the positions of its rows."""
         return replace(other, step=self.step, positions=self.positions) == self
 
     def on_replicas(self, usable: Collection[WorkerId]) -> dict[WorkerId, "ShardStep"] | None:
-        """The same reads from replicas at ``usable`` workers, in span order: at one that has all of them,
-        else each at the first that has it. None where a read has no such replica."""
-        alive = [
-            {it.worker: it for it in read.replicas if it.worker in usable}
+        """The steps that replace this one if its reads go to replicas at ``usable`` workers, by worker and in
+        span order. Returns None if a read has no replica there.
+
+        All reads go to one worker if one has replicas of all of them; else each goes to the worker of its
+        first usable replica."""
+        candidates = [
+            {replica.worker: replica for replica in read.replicas if replica.worker in usable}
             for reads in self.reads
             for read in reads
         ]
-        if not all(alive):
+        if not all(candidates):
             return None
-        everywhere = [worker for worker in alive[0] if all(worker in replicas for replicas in alive)]
+        common = [worker for worker in candidates[0] if all(worker in by_worker for by_worker in candidates)]
         chosen = iter(
-            [replicas[everywhere[0]] if everywhere else next(iter(replicas.values())) for replicas in alive]
+            [by_worker[common[0]] if common else next(iter(by_worker.values())) for by_worker in candidates]
         )
         moved = [[(next(chosen), read) for read in reads] for reads in self.reads]
-        workers = {replica.worker for part in moved for replica, _ in part}
+        workers = {replica.worker for class_reads in moved for replica, _ in class_reads}
         steps = {
             worker: replace(
                 self,
                 reads=tuple(
                     tuple(
-                        read._replace(span=replica.span) for replica, read in part if replica.worker == worker
+                        read._replace(span=replica.span)
+                        for replica, read in class_reads
+                        if replica.worker == worker
                     )
-                    for part in moved
+                    for class_reads in moved
                 ),
             )
             for worker in workers
@@ -118,64 +125,70 @@ class ShardStep:
         return dict(sorted(steps.items(), key=lambda item: (item[1].first_position, item[0])))
 
     def micro_batch_reads(self, layer_class: int, micro_batch: int) -> list[Read]:
-        """The reads of one micro-batch, rows counted from its first. A read that several micro-batches share
-        is in each of them."""
+        """The reads of one micro-batch, with rows numbered from its first row. A read whose rows are in
+        several micro-batches occurs in each of them."""
         return cut_reads(self.reads[layer_class], self.micro_batches[micro_batch])
 
 
 def cut_reads(reads: Sequence[Read], rows: range) -> list[Read]:
-    """What of ``reads`` concerns ``rows``, counted from the first of these."""
-    parts = []
+    """The reads that ``rows`` make, with rows numbered from the first of ``rows``. A read that other rows
+    make too is cut."""
+    cut = []
     for read in reads:
         first, last = max(read.rows.start, rows.start), min(read.rows.stop, rows.stop)
         if first < last:
-            parts.append(read._replace(rows=range(first - rows.start, last - rows.start)))
-    return parts
+            cut.append(read._replace(rows=range(first - rows.start, last - rows.start)))
+    return cut
 
 
 def split_rows(rows: int, micro_batches: int) -> tuple[range, ...]:
-    """At most ``micro_batches`` stretches of ``rows`` rows, none empty, in size one row apart at most."""
+    """Divides ``rows`` rows into ``min(rows, micro_batches)`` adjacent ranges, at least one. Their sizes
+    differ by at most one row."""
     n = max(1, min(rows, micro_batches))
     return tuple(range(rows * i // n, rows * (i + 1) // n) for i in range(n))
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """All reads of one step. R rows; a row is one new token of one sequence."""
+    """All reads of one step with R rows. A row is one new token of one sequence."""
 
     step: int
     groups: int
     sequences: tuple[SequenceKey, ...]
-    """[R] the sequence of each row."""
+    """[R] The sequence of each row."""
     positions: tuple[int, ...]
-    """[R] the position of each row's token."""
+    """[R] The position of each row's token."""
     epochs: Mapping[SequenceKey, Epoch]
     reads: tuple[Mapping[WorkerId, tuple[Read, ...]], ...]
-    """Per layer class: what every worker reads."""
+    """The reads at each worker, for each layer class."""
 
-    def check(self, committed: Mapping[SequenceKey, int], tails: Mapping[SequenceKey, Stretch]) -> None:
-        """Prove design invariant 1, or raise :class:`InvalidPlan`.
+    def check(self, committed: Mapping[SequenceKey, int], tails: Mapping[SequenceKey, PositionRange]) -> None:
+        """Proves invariant 1 (docs/architecture.md) for this step, or raises :class:`InvalidPlan`.
 
-        For every row, layer class and head group, the reads cover ``[0, tail.first)`` exactly once and the
-        tail covers ``[tail.first, position]``; rows of a sequence stand at its committed length and above.
-        ``tails`` are the stretches that the engine's own tails hold, scratch positions included.
+        For every row, layer class and head group, the reads must cover the positions ``[0, tail.first)``
+        exactly once, and the tail must cover ``[tail.first, position]``. The rows of a sequence must have
+        consecutive positions from its committed length on. ``tails`` are the position ranges of the engine's
+        tails, uncommitted positions included.
         """
         self.check_rows(committed, tails)
         for layer_class, by_worker in enumerate(self.reads):
-            cover: dict[tuple[int, int], list[Stretch]] = defaultdict(list)
+            cover: dict[tuple[int, int], list[PositionRange]] = defaultdict(list)
             for reads in by_worker.values():
                 for read in reads:
                     self._check_read(read)
                     for row in read.rows:
                         for group in range(read.group0, read.group1):
-                            cover[row, group].append(Stretch(read.first, read.last))
+                            cover[row, group].append(PositionRange(read.first, read.last))
             for row, sequence in enumerate(self.sequences):
                 for group in range(self.groups):
                     where = f"row {row} (sequence {sequence}), layer class {layer_class}, head group {group}"
                     _check_cover(cover[row, group], tails[sequence].first, where)
 
-    def check_rows(self, committed: Mapping[SequenceKey, int], tails: Mapping[SequenceKey, Stretch]) -> None:
-        """What of :meth:`check` depends on where the rows stand, and not on the reads. Raises InvalidPlan."""
+    def check_rows(
+        self, committed: Mapping[SequenceKey, int], tails: Mapping[SequenceKey, PositionRange]
+    ) -> None:
+        """Those checks of :meth:`check` that depend on the positions of the rows and not on the reads. They
+        suffice for a step with the same reads as a checked one. Raises InvalidPlan."""
         following = dict(committed)
         for row, (sequence, position) in enumerate(zip(self.sequences, self.positions, strict=True)):
             if sequence not in self.epochs or sequence not in tails or sequence not in committed:
@@ -198,28 +211,29 @@ class StepPlan:
             raise InvalidPlan(f"read of {read.span} names rows {read.rows}")
 
     def without(self, workers: Collection[WorkerId]) -> "StepPlan | None":
-        """What others than ``workers`` read; None if nobody does."""
+        """The plan without the reads at ``workers``. Returns None if no read remains."""
         reads = tuple(
-            {worker: its for worker, its in by_worker.items() if worker not in workers}
+            {worker: reads for worker, reads in by_worker.items() if worker not in workers}
             for by_worker in self.reads
         )
         return replace(self, reads=reads) if any(reads) else None
 
     def shard_steps(self, micro_batches: Sequence[range]) -> dict[WorkerId, ShardStep]:
-        """Each worker's part, workers in span order (ties by id): the order their states are merged in.
+        """Each worker's share of the step, in the order in which the states are merged: span order, then
+        worker id.
 
-        ``micro_batches`` cut the step's rows without a gap, as :func:`split_rows` does.
+        ``micro_batches`` are adjacent ranges of all the step's rows, as :func:`split_rows` returns them.
         """
         assert [row for batch in micro_batches for row in batch] == list(range(len(self.sequences)))
-        parts = {}
-        for worker in {w for by_worker in self.reads for w in by_worker}:
+        steps = {}
+        for worker in {worker for by_worker in self.reads for worker in by_worker}:
             per_class = [by_worker.get(worker, ()) for by_worker in self.reads]
-            reads = [read for part in per_class for read in part]
+            reads = [read for class_reads in per_class for read in class_reads]
             if not reads:
                 continue
             rows = tuple(sorted({row for read in reads for row in read.rows}))
-            local = {row: i for i, row in enumerate(rows)}
-            parts[worker] = ShardStep(
+            index_of = {row: index for index, row in enumerate(rows)}
+            steps[worker] = ShardStep(
                 step=self.step,
                 rows=rows,
                 positions=tuple(self.positions[row] for row in rows),
@@ -227,28 +241,29 @@ class StepPlan:
                 group1=max(read.group1 for read in reads),
                 reads=tuple(
                     tuple(
-                        read._replace(rows=range(local[read.rows.start], local[read.rows[-1]] + 1))
-                        for read in part
+                        read._replace(rows=range(index_of[read.rows.start], index_of[read.rows[-1]] + 1))
+                        for read in class_reads
                     )
-                    for part in per_class
+                    for class_reads in per_class
                 ),
                 micro_batches=tuple(
                     range(bisect_left(rows, batch.start), bisect_left(rows, batch.stop))
                     for batch in micro_batches
                 ),
             )
-        return dict(sorted(parts.items(), key=lambda item: (item[1].first_position, item[0])))
+        return dict(sorted(steps.items(), key=lambda item: (item[1].first_position, item[0])))
 
 
-def _check_cover(stretches: list[Stretch], until: int, where: str) -> None:
+def _check_cover(ranges: list[PositionRange], until: int, where: str) -> None:
+    """Raises InvalidPlan, with ``where`` in its text, unless ``ranges`` cover ``[0, until)`` exactly once."""
     reached = 0
-    for stretch in sorted(stretches):
-        if stretch.first > reached:
-            raise InvalidPlan(f"{where}: nobody reads positions {reached}..{stretch.first}")
-        if stretch.first < reached:
-            raise InvalidPlan(f"{where}: positions {stretch.first}..{reached} are read twice")
-        reached = stretch.last
+    for positions in sorted(ranges):
+        if positions.first > reached:
+            raise InvalidPlan(f"{where}: positions {reached}..{positions.first} are not read")
+        if positions.first < reached:
+            raise InvalidPlan(f"{where}: positions {positions.first}..{reached} are read twice")
+        reached = positions.last
     if reached < until:
-        raise InvalidPlan(f"{where}: nobody reads positions {reached}..{until}")
+        raise InvalidPlan(f"{where}: positions {reached}..{until} are not read")
     if reached > until:
         raise InvalidPlan(f"{where}: positions {until}..{reached} are in the tail too")

@@ -1,7 +1,8 @@
-"""The offload benchmark: what the wire costs, and what of it a step still pays, against the bars of issue 7.
+"""Runs the offload benchmark: the cost of the wire, and the cost that remains in a decode step, with bars.
 
-Called through ``catalogue``. Attention workers are real processes on this machine, reached by the engine's
-own code. All parts share one run's hops: a bar on a step is held against the hop measured beside it.
+Called by ``catalogue``. The attention workers are real processes on this machine, and the benchmark reaches
+them with the engine's own code. All cases of a run use the same hop measurement, so that a bar on a step
+compares it with a hop of the same run.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,23 +21,26 @@ from farshore.benchmarks.timing import Timing
 
 MOST_HOP_US = {Transport.SHARED_MEMORY: 40.0, Transport.TCP: 80.0, Transport.GRPC: 300.0}
 LEAST_OF_RAW_PERCENT = 70.0
+"""The least rate of bulk KV over TCP, as a share of the rate of a raw socket."""
 LEAST_GRPC_GBPS = 0.6
 MOST_TIMES_IDLE = 3.0
+"""The largest p99 of a hop during bulk KV, as a multiple of the p99 without it."""
 
 
 def run(
     load: LoadModel, facts: machine.Facts, sizes: Sizes, *, only: str = "", progress: Callable[[str], None]
 ) -> Report:
-    """The parts whose name holds ``only``. InvalidRequest, before anything is measured, if there are none."""
-    chosen = cases.choose(dict(_parts()), only, kind="part")
+    """Measures the cases whose names contain ``only``. Raises InvalidRequest before any measurement if there
+    are none."""
+    chosen = cases.choose(dict(_cases()), only, kind="part")
     rates = machine.measure(facts, sizes.machine, progress=progress)
-    with Setting(load, facts, sizes) as at:
-        results, bars = cases.measure(chosen, at, progress=progress)
+    with Setting(load, facts, sizes) as setting:
+        results, bars = cases.measure(chosen, setting, progress=progress)
     return Report({**asdict(facts), **asdict(rates)}, tuple(results), tuple(bars))
 
 
-def _parts() -> Iterator[tuple[str, Callable[[Setting], Measured]]]:
-    """What can be measured, by name, and what measures it."""
+def _cases() -> Iterator[tuple[str, Callable[[Setting], Measured]]]:
+    """The name of each case, and the function that measures it."""
     for transport in REMOTE:
         yield f"hop, {transport}", partial(_hop, transport=transport)
     for transport in (Transport.TCP, Transport.GRPC):
@@ -47,12 +51,12 @@ def _parts() -> Iterator[tuple[str, Callable[[Setting], Measured]]]:
     yield "16 sequences at 8K, 1 ms away", offload_step.staggered
 
 
-def _hop(at: Setting, *, transport: Transport) -> Measured:
-    name, times_s = f"hop, {transport}", at.hop_times_s(transport)
+def _hop(setting: Setting, *, transport: Transport) -> Measured:
+    name, times_s = f"hop, {transport}", setting.hop_times_s(transport)
     p50_us = median(times_s) * 1e6
     figures = {
         "p50_us": p50_us,
-        "rested_p50_us": median(at.hop_times_s(transport, rested=True)) * 1e6,
+        "rested_p50_us": median(setting.hop_times_s(transport, rested=True)) * 1e6,
         "p99_us": offload_hop.percentile(times_s, 99) * 1e6,
         "q_bytes": offload_hop.HOP.q_heads * offload_hop.HOP.k_dim * offload_hop.DTYPE.itemsize,
     }
@@ -60,9 +64,9 @@ def _hop(at: Setting, *, transport: Transport) -> Measured:
     return [Result(name, Timing(times_s), figures)], [bar]
 
 
-def _bulk(at: Setting, *, transport: Transport) -> Measured:
+def _bulk(setting: Setting, *, transport: Transport) -> Measured:
     name = f"bulk, {transport}"
-    rates = offload_hop.bulk_rates(at.address, transport, rounds=at.sizes.bulk_rounds)
+    rates = offload_hop.bulk_rates(setting.address, transport, rounds=setting.sizes.bulk_rounds)
     layer_bytes = offload_hop.BULK_TOKENS * offload_hop.bulk_layout().layer_token_bytes
     results, bars = [], []
     for direction, rates_bps, raw_bps, over_raw in (
@@ -70,10 +74,9 @@ def _bulk(at: Setting, *, transport: Transport) -> Measured:
         ("read", rates.read, rates.raw_read, rates.read_over_raw),
     ):
         gbps, percent = median(rates_bps) / 1e9, 100 * over_raw
-        figures = {"raw_tcp_gbps": median(raw_bps) / 1e9}
-        seconds = Timing(tuple(layer_bytes / rate for rate in rates_bps))
-        of_it = {"gbps": gbps, "percent_of_raw": percent, **figures}
-        results.append(Result(f"{name}, {direction}", seconds, of_it))
+        timing = Timing(tuple(layer_bytes / rate for rate in rates_bps))
+        figures = {"gbps": gbps, "percent_of_raw": percent, "raw_tcp_gbps": median(raw_bps) / 1e9}
+        results.append(Result(f"{name}, {direction}", timing, figures))
         if transport is Transport.TCP:
             bars.append(
                 Bar.at_least(f"{name}, {direction}", percent, LEAST_OF_RAW_PERCENT, "% of a raw socket")
@@ -83,12 +86,12 @@ def _bulk(at: Setting, *, transport: Transport) -> Measured:
     return results, bars
 
 
-def _hop_during_bulk(at: Setting, *, transport: Transport) -> Measured:
+def _hop_during_bulk(setting: Setting, *, transport: Transport) -> Measured:
     name = f"hop during bulk, {transport}"
-    calls = at.sizes.hop_calls
-    idle = offload_hop.hop_times_s(at.address, transport, calls=calls, think_s=LAYER_DENSE_S)
-    with offload_hop.bulk_load(at.address, transport):
-        busy = offload_hop.hop_times_s(at.address, transport, calls=calls, think_s=LAYER_DENSE_S)
+    calls = setting.sizes.hop_calls
+    idle = offload_hop.hop_times_s(setting.address, transport, calls=calls, think_s=LAYER_DENSE_S)
+    with offload_hop.bulk_load(setting.address, transport):
+        busy = offload_hop.hop_times_s(setting.address, transport, calls=calls, think_s=LAYER_DENSE_S)
     idle_p99, busy_p99 = (offload_hop.percentile(times, 99) for times in (idle, busy))
     figures = {
         "p99_us": busy_p99 * 1e6,

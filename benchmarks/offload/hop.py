@@ -1,8 +1,9 @@
-"""What the wire itself costs: a hop's time, and the rate of bulk KV, by transport, to a real shard process.
+"""Measures the cost of the wire by transport: the time of a hop and the rate of bulk KV, to a real shard
+process.
 
-Called by ``offload``. A hop carries 16 KiB of q there and 16 KiB of o back (and lse), and attends to one
-token: next to nothing. Bulk KV is written into, and read from, a span of Llama-8B's shape. The raw socket it
-is held against sends from one process to another, through one TCP connection on loopback.
+Called by ``benchmark``, ``setting`` and ``step``. A hop carries 16 KiB of q to the shard and 16 KiB of o, and
+lse, back; the attention to one token takes almost no time. Bulk KV is written to and read from a span of
+Llama-8B's shape. It is compared with a raw socket: one TCP connection on loopback between two processes.
 """
 
 import os
@@ -33,7 +34,7 @@ from farshore.workers.attention import ENVIRONMENT
 
 DTYPE = torch.bfloat16
 HOP = AttentionSpec(q_heads=64, k_heads=1, v_heads=1, k_dim=128, v_dim=128, scale=128**-0.5)
-"""A row of it is 16 KiB of q and of o."""
+"""The shape of a hop: q and o of one row have 16 KiB each."""
 
 BULK_TOKENS = 2048
 BULK_LAYERS = 4
@@ -41,7 +42,7 @@ SHARD_MEMORY_BYTES = 512 << 20
 RAW_CHUNK_BYTES = 1 << 20
 
 _EPOCH = Epoch(1)
-_RAW_PEER = """
+_RAW_CHILD = """
 import socket, sys
 port, count, chunk = map(int, sys.argv[1:])
 data, buffer = bytes(count), memoryview(bytearray(chunk))
@@ -65,7 +66,8 @@ bulk_until_eof(sys.argv[1], Transport(sys.argv[2]))
 
 @dataclass(frozen=True, slots=True)
 class BulkRates:
-    """Bytes a second, sample by sample in turns: of KV, and of as many bytes through a raw socket."""
+    """Rates in bytes per second, one for each sample. Sample i of KV and sample i of the raw socket moved the
+    same number of bytes, one right after the other."""
 
     write: tuple[float, ...]
     raw_write: tuple[float, ...]
@@ -74,7 +76,7 @@ class BulkRates:
 
     @property
     def write_over_raw(self) -> float:
-        """The median of the turns' own ratios."""
+        """The median of the ratios of each pair of samples."""
         return median(a / b for a, b in zip(self.write, self.raw_write, strict=True))
 
     @property
@@ -84,7 +86,8 @@ class BulkRates:
 
 @contextmanager
 def shard_process(*, threads: int, memory_bytes: int = SHARD_MEMORY_BYTES) -> Iterator[str]:
-    """The address of an attention worker's process; it ends with the context, or with this process."""
+    """Starts an attention worker and yields its address. The process ends with the context, or with this
+    process."""
     options = ("--worker", "shard", "--kv-memory-bytes", str(memory_bytes), "--threads", str(threads))
     with _child("-m", "farshore.workers.attention", *options, environment=ENVIRONMENT) as child:
         assert child.stdout is not None
@@ -94,11 +97,11 @@ def shard_process(*, threads: int, memory_bytes: int = SHARD_MEMORY_BYTES) -> It
 def hop_times_s(
     address: str, transport: Transport, *, calls: int, think_s: float = 0.0, warm_up: int = 200
 ) -> tuple[float, ...]:
-    """Seconds from q's leaving to the answer, of ``calls`` frames one after the other.
+    """The times of ``calls`` consecutive frames, in seconds from the send of q to the answer.
 
-    ``think_s``: computing between an answer and the next frame, as an engine's dense layers do; longer than
-    a shard spins, it has gone to sleep when the frame comes. Raises TransportError for a transport that does
-    not connect.
+    ``think_s`` is the time that this process computes between an answer and the next frame, as an engine's
+    dense layers do. If it is longer than the shard spins, the shard is asleep when the frame arrives. Raises
+    TransportError if ``transport`` does not connect.
     """
     layout = KVLayout.of(HOP, layers=1, format=KVFormat.of(DTYPE))
     with _client(address, transport, HOP, layout) as client:
@@ -119,8 +122,8 @@ def hop_times_s(
 
 
 def bulk_rates(address: str, transport: Transport, *, rounds: int) -> BulkRates:
-    """Writes and reads of one layer of 2,048 tokens (8 MiB) at a time, each next to a raw transfer of as much
-    to, or from, a third process."""
+    """Measures writes and reads of one layer of 2,048 tokens (8 MiB). Each is followed by a raw transfer of
+    the same size to or from a third process. Takes ``rounds`` samples of each layer."""
     layout = bulk_layout()
     count = BULK_TOKENS * layout.layer_token_bytes
     k, v = _kv(layout, BULK_TOKENS)
@@ -128,18 +131,18 @@ def bulk_rates(address: str, transport: Transport, *, rounds: int) -> BulkRates:
     with _bulk_client(address, transport) as client, _raw_client(count) as raw:
         span = _span(client, layout, "bulk", BULK_TOKENS)
         for layer in range(layout.layers):
-            _write(client, "bulk", span, layer, k, v)  # the first touch of the span's memory
+            _write(client, "bulk", span, layer, k, v)  # touches the span's memory for the first time
         data, buffer = bytes(count), memoryview(bytearray(count))
-        turns: dict[str, Callable[[int], object]] = {
+        transfers: dict[str, Callable[[int], object]] = {
             "write": lambda layer: _write(client, "bulk", span, layer, k, v),
             "raw_write": lambda _: _raw_write(raw, data),
             "read": lambda layer: client.store.read(span, layer, 0, BULK_TOKENS, sequence=SequenceId("bulk")),
             "raw_read": lambda _: _raw_read(raw, buffer),
         }
         for names in (("write", "raw_write"), ("read", "raw_read")):
-            for turn in range(rounds * layout.layers):
+            for index in range(rounds * layout.layers):
                 for name in names:
-                    taken_s = _timed(partial(turns[name], turn % layout.layers))
+                    taken_s = _timed(partial(transfers[name], index % layout.layers))
                     samples[name].append(count / taken_s)
             client.store.seal(span, BULK_TOKENS, sequence=SequenceId("bulk"), epoch=_EPOCH)
         client.store.drop_sequence(SequenceId("bulk"), epoch=_EPOCH)
@@ -148,10 +151,10 @@ def bulk_rates(address: str, transport: Transport, *, rounds: int) -> BulkRates:
 
 @contextmanager
 def _raw_client(count: int) -> Iterator[socket.socket]:
-    """A TCP connection on loopback to a process that takes, or gives, ``count`` bytes at a time."""
+    """A TCP connection on loopback to a process that receives or sends ``count`` bytes at a time."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        with _child("-c", _RAW_PEER, str(port), str(count), str(RAW_CHUNK_BYTES)):
+        with _child("-c", _RAW_CHILD, str(port), str(count), str(RAW_CHUNK_BYTES)):
             connection, _ = server.accept()
             with connection:
                 tune(connection)
@@ -166,14 +169,14 @@ def _raw_write(connection: socket.socket, data: bytes) -> None:
 
 def _raw_read(connection: socket.socket, buffer: memoryview) -> None:
     connection.sendall(b"r")
-    at = 0
-    while at < len(buffer):
-        at += connection.recv_into(buffer[at:])
+    received = 0
+    while received < len(buffer):
+        received += connection.recv_into(buffer[received:])
 
 
 @contextmanager
 def bulk_load(address: str, transport: Transport) -> Iterator[None]:
-    """Another process writes and reads bulk KV, without a pause, for as long as the context lasts."""
+    """Runs another process that writes and reads bulk KV without a pause until the context ends."""
     with _child("-c", _BULK_CLIENT, address, str(transport)) as child:
         assert child.stdout is not None
         child.stdout.readline()
@@ -181,7 +184,7 @@ def bulk_load(address: str, transport: Transport) -> Iterator[None]:
 
 
 def bulk_until_eof(address: str, transport: Transport) -> None:
-    """What that process does, until its standard input ends."""
+    """Writes and reads bulk KV until standard input ends. The process of :func:`bulk_load` runs this."""
     with _bulk_client(address, transport) as client:
         layout = bulk_layout()
         k, v = _kv(layout, BULK_TOKENS)
@@ -202,7 +205,7 @@ def percentile(samples: Sequence[float], percent: int) -> float:
 
 
 def bulk_layout() -> KVLayout:
-    """Of the spans that bulk KV is written into."""
+    """The layout of the spans for bulk KV."""
     return KVLayout.of(LLAMA_8B.spec, layers=BULK_LAYERS, format=KVFormat.of(DTYPE))
 
 
@@ -239,7 +242,8 @@ def _sealed(client: RemoteClient, layout: KVLayout, name: str, *, tokens: int) -
 
 
 def _kv(layout: KVLayout, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """As a model's projections give them: a token's heads together, the heads in front."""
+    """k and v ``[heads, tokens, dim]`` with the strides that a model's projections give: a token's heads are
+    adjacent in memory."""
     k = torch.randn(tokens, layout.k_heads, layout.k_dim).to(DTYPE).transpose(0, 1)
     v = torch.randn(tokens, layout.v_heads, layout.v_dim).to(DTYPE).transpose(0, 1)
     return k, v
@@ -263,7 +267,8 @@ def _at_eof() -> bool:
 
 @contextmanager
 def _child(*arguments: str, environment: Mapping[str, str] = {}) -> Iterator[subprocess.Popen[str]]:
-    """A Python process that ends when its standard input does, so that it outlives nobody."""
+    """Starts a Python process that must end when its standard input ends, so that it does not outlive this
+    process."""
     command = [sys.executable, "-P", *arguments]
     pipe, env = subprocess.PIPE, {**os.environ, **environment}
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env) as child:
@@ -279,7 +284,7 @@ def _child(*arguments: str, environment: Mapping[str, str] = {}) -> Iterator[sub
 
 
 def _main() -> None:
-    """A quick look, by itself; ``farshore bench offload`` reports."""
+    """Prints hops and bulk rates, for a quick look. ``farshore bench offload`` makes the report."""
     remote = (Transport.SHARED_MEMORY, Transport.TCP, Transport.GRPC)
 
     def micros(times_s: Sequence[float]) -> str:
@@ -287,20 +292,20 @@ def _main() -> None:
 
     with shard_process(threads=1) as address:
         for think_s in (0.0, 200e-6):
-            for it in remote:
-                times_s = hop_times_s(address, it, calls=2000, think_s=think_s)
-                print(f"hop, {it}, {think_s * 1e6:.0f} us apart: {micros(times_s)}", flush=True)
-        for it in remote:
-            rates = bulk_rates(address, it, rounds=6)
+            for transport in remote:
+                times_s = hop_times_s(address, transport, calls=2000, think_s=think_s)
+                print(f"hop, {transport}, {think_s * 1e6:.0f} us apart: {micros(times_s)}", flush=True)
+        for transport in remote:
+            rates = bulk_rates(address, transport, rounds=6)
             text = ", ".join(f"{name} {median(rate) / 1e9:.2f} GB/s" for name, rate in asdict(rates).items())
             print(
-                f"bulk, {it}: {text}; {rates.write_over_raw:.0%} and {rates.read_over_raw:.0%} of raw",
+                f"bulk, {transport}: {text}; {rates.write_over_raw:.0%} and {rates.read_over_raw:.0%} of raw",
                 flush=True,
             )
-            idle = hop_times_s(address, it, calls=2000, think_s=200e-6)
-            with bulk_load(address, it):
-                busy = hop_times_s(address, it, calls=2000, think_s=200e-6)
-            print(f"hop, {it}: idle {micros(idle)}; during bulk {micros(busy)}", flush=True)
+            idle = hop_times_s(address, transport, calls=2000, think_s=200e-6)
+            with bulk_load(address, transport):
+                busy = hop_times_s(address, transport, calls=2000, think_s=200e-6)
+            print(f"hop, {transport}: idle {micros(idle)}; during bulk {micros(busy)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""What the offload benchmark drives: the engine's own layer loop, over sequences whose KV is stored.
+"""Runs the engine's layer loop for the offload benchmark, over sequences whose KV is in stores.
 
-The KV is random: no time of a step depends on its values. Must not know what is compared with what.
+Called by ``step`` and by the test of the micro-batch tuner. The KV is random: the time of a step does not
+depend on its values. It must not know which measurements are compared.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,18 +31,19 @@ from farshore.workers.engine.decode.step import LayerLoop, LocalKV
 
 EPOCH = Epoch(1)
 TAIL_TOKENS = BLOCK_TOKENS // 2
-"""Complete in a tail: half of what it holds before it is handed off."""
+"""The tokens in each tail: half of a block. A full block of a tail would be handed off."""
 
 NEAR, FAR = "127.0.0.1", "127.0.0.2"
-"""Two addresses of this host: workers listen at one, the delaying proxy at the other."""
+"""Two addresses of this host. Workers listen at NEAR, the delaying proxy at FAR."""
 CALL_DEADLINE_S = 10.0
 BEAT_S = 10.0
-"""Between two signs of life to the shards, which give up an engine's spans after 30 s without any."""
+"""The interval of beats to the shards, which drop an engine's holds after 30 s without one."""
 
 
 @contextmanager
 def delayed(address: str, attention: AttentionModel, dtype: torch.dtype, delay_s: float) -> Iterator[str]:
-    """The address of the worker at ``address``, on ``NEAR``, as seen from ``delay_s`` away."""
+    """Starts a proxy that delays all bytes to and from the worker at ``address``, which listens on NEAR, by
+    ``delay_s`` each way. Yields the proxy's address."""
     port = int(address.rpartition(":")[2])
     with grpc.insecure_channel(address) as channel:
         request = pb.ConnectRequest(open=codec.model_to_pb(attention, dtype))
@@ -50,10 +52,12 @@ def delayed(address: str, attention: AttentionModel, dtype: torch.dtype, delay_s
         yield f"{FAR}:{port}"
 
 
-class Ground:
-    """``sequences`` of ``context_tokens`` each in spans, by token range over ``stores``, and a tail behind.
+class StepRig:
+    """Sequences with ``context_tokens`` tokens each in spans, divided by token range over ``stores``, and a
+    tail.
 
-    Each call runs a step, or a part of one, as the engine does, and leaves no trace: the next is the same.
+    Each call runs a step, or one side of it, as the engine does, and truncates the tails afterwards, so that
+    all calls do the same work.
     """
 
     def __init__(
@@ -65,16 +69,17 @@ class Ground:
         sequences: int,
         context_tokens: int,
         arena: Arena | None = None,
-        own: WorkerId | None = None,
+        local: WorkerId | None = None,
     ) -> None:
-        """``arena``: the tails' memory, and that of the store ``own``, if there is one."""
+        """``arena`` holds the tails, and the spans of the store ``local``, which is the engine's own, if one
+        is given."""
         self._model = model
         self._attention = attention
         self._layout = attention.layouts[0]
         self._names = [SequenceId(f"{context_tokens} tokens, {i}") for i in range(sequences)]
         self._position = context_tokens + TAIL_TOKENS
         self._arena = arena or Arena(sequences * 2 * self._layout.block_bytes)
-        self._own = LocalKV(self._arena.memory, own, stores[own] if own is not None else None)
+        self._local = LocalKV(self._arena.memory, local, stores[local] if local is not None else None)
         self._tails = [_tail(self._arena, self._layout, context_tokens) for _ in self._names]
         self._spans = [_spans(self._layout, name, context_tokens, stores) for name in self._names]
         self._steps: dict[Fanout, LayerLoop] = {}
@@ -83,16 +88,16 @@ class Ground:
         self._beat_s = monotonic()
 
     def step(self, shards: Fanout, *, micro_batches: int = 1) -> None:
-        """One token of every sequence."""
+        """Runs a step with one row of every sequence."""
         self._run(self._plan(len(self._names)), shards, micro_batches)
 
     def dense(self, rows: int) -> None:
-        """A step of ``rows`` of the sequences as if there were nothing but their tails."""
+        """Runs a step with ``rows`` of the sequences that attends to their tails only."""
         plan = self._plan(rows, spans=False)
         self._run(plan, Fanout({}, self._attention), 1)
 
     def attention(self, shards: Fanout, rows: int) -> None:
-        """What the shards do in a step of ``rows`` of the sequences, a frame a layer, and nothing else."""
+        """Runs only the shards' side of a step with ``rows`` of the sequences: one frame per layer."""
         spec = self._attention.specs[0]
         q = torch.ones(rows, spec.q_heads, spec.k_dim, dtype=self._model.dtype)
         shards.begin(self._plan(rows), [range(rows)])
@@ -106,8 +111,8 @@ class Ground:
                 store.beat(None)
             self._beat_s = monotonic()
         reads: dict[WorkerId, list[Read]] = {}
-        for row, stored in enumerate(self._spans[:rows] if spans else []):
-            for worker, read in stored:
+        for row, sequence_reads in enumerate(self._spans[:rows] if spans else []):
+            for worker, read in sequence_reads:
                 reads.setdefault(worker, []).append(read._replace(rows=range(row, row + 1)))
         return StepPlan(
             step=next(self._numbers),
@@ -115,14 +120,14 @@ class Ground:
             sequences=tuple(self._names[:rows]),
             positions=(self._position,) * rows,
             epochs=dict.fromkeys(self._names[:rows], EPOCH),
-            reads=({worker: tuple(it) for worker, it in reads.items()},),
+            reads=({worker: tuple(worker_reads) for worker, worker_reads in reads.items()},),
         )
 
     def _run(self, plan: StepPlan, shards: Fanout, micro_batches: int) -> None:
         tails = self._tails[: len(plan.sequences)]
         if shards not in self._steps:
             self._steps[shards] = LayerLoop(
-                model=self._model, attention=self._attention, shards=shards, local=self._own
+                model=self._model, attention=self._attention, shards=shards, local=self._local
             )
         steps = self._steps[shards]
         with torch.inference_mode():
@@ -143,7 +148,8 @@ def _tail(arena: Arena, layout: KVLayout, start: int) -> Tail:
 def _spans(
     layout: KVLayout, sequence: SequenceId, tokens: int, stores: Mapping[WorkerId, ShardStore]
 ) -> list[tuple[WorkerId, Read]]:
-    """Written and sealed, an even part in each store; rows are the caller's to say."""
+    """Writes and seals a sequence's spans, with an equal share of its tokens in each store. Returns their
+    reads by worker; the caller sets the rows."""
     cuts = [tokens * i // len(stores) for i in range(len(stores) + 1)]
     return [
         (worker, _span(layout, sequence, first, last, store))

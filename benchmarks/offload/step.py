@@ -1,9 +1,10 @@
-"""Steps over attention workers on this machine: one sequence against an all-local step, and many sequences
-behind a delay, against what the parts take by themselves.
+"""Measures decode steps over attention workers on this machine: steps of one sequence against a local step,
+and steps of many sequences over a delayed network against a model of their sides measured alone.
 
-Called by ``offload``. Everything runs on as many cores as the run has threads: an engine and one worker that
-take turns have them all; two workers, or an engine and a worker that work at once, have a half each, and stay
-on it: the scheduler puts two threads that one wakes on one core, and leaves them there for a millisecond.
+Called by ``benchmark``. All processes together use as many cores as the run has threads. An engine and one
+worker that work in turn both use all cores. Two workers, or an engine and a worker that work at the same
+time, are pinned to half of the cores each: otherwise the scheduler puts two threads that are woken by one
+thread on the same core, and leaves them there for a millisecond.
 """
 
 import os
@@ -21,7 +22,7 @@ from farshore.attention_offload.transport.core_sharing import usable_cores
 from farshore.attention_offload.transport.frames import REMOTE, Transport
 from farshore.benchmarks.cases import Measured
 from farshore.benchmarks.offload import hop as offload_hop
-from farshore.benchmarks.offload.rig import Ground, delayed
+from farshore.benchmarks.offload.rig import StepRig, delayed
 from farshore.benchmarks.offload.setting import Setting
 from farshore.benchmarks.report import Bar, Result
 from farshore.benchmarks.timing import Timing, interleave
@@ -34,29 +35,34 @@ from farshore.workers.engine.attention_model import attention_model
 from farshore.workers.engine.decode.micro_batch_tuner import TRIAL_STEPS, MicroBatchTuner
 
 MOST_TIMES_LOCAL = 1.10
+"""The largest time of a step over shared memory, as a multiple of the local step."""
 MOST_TIMES_HOPS = 1.2
+"""The largest time that TCP or gRPC adds to a step, as a multiple of layers x hop."""
 MOST_TIMES_MODEL = 1.2
+"""The largest time of a step of many sequences, as a multiple of the model in ``_held_against_model``."""
 LEAST_GAIN = 1.2
+"""The least factor by which two micro-batches are faster than one over a delayed network."""
 
 STEPS_A_RUN = 10
-"""As in decoding, nearly all steps follow another, which has left caches and threads as they are. The first
-one behind a pause takes 3 to 5% longer, whatever else."""
+"""The number of consecutive steps in a sample. In decoding nearly every step follows another, so that caches
+and threads are warm. The first step after a pause takes 3 to 5% longer in every setting."""
 
 _ENGINE = WorkerId("engine")
 
 
-def decode(at: Setting) -> Measured:
-    """One sequence: over every transport to one and to two workers, each in turns with the local step alone.
+def decode(setting: Setting) -> Measured:
+    """Measures one sequence over each transport to one and to two workers, each interleaved with the local
+    step only.
 
-    All in turns would favour whoever comes right behind another transport to the same workers: it would find
-    their KV in the cache.
+    Interleaving all transports would favour a transport that follows another one to the same workers: it
+    would find their KV in the cache.
     """
-    threads, tokens = at.machine.threads, at.sizes.context_tokens
-    model = at.model(threads)
+    threads, tokens = setting.machine.threads, setting.sizes.context_tokens
+    model = setting.model(threads)
     attention = attention_model(model.config, model.dtype)
     arena = Arena(_kv_bytes(attention, 2, tokens))
     store = LocalStore(worker=_ENGINE, arena=arena)
-    local = Ground(
+    local = StepRig(
         model, attention, {_ENGINE: store}, sequences=1, context_tokens=tokens, arena=arena, local=_ENGINE
     )
     local_step = partial(local.step, Fanout({_ENGINE: InProcessClient(_ENGINE, store, attention)}, attention))
@@ -66,30 +72,33 @@ def decode(at: Setting) -> Measured:
         with ExitStack() as stack:
             addresses = [
                 stack.enter_context(_worker(attention, 1, tokens, cores=cores))
-                for cores in _parts(threads, workers)
+                for cores in _core_shares(threads, workers)
             ]
-            clients = {it: stack.enter_context(_clients(addresses, model, attention, it)) for it in REMOTE}
+            clients = {
+                transport: stack.enter_context(_clients(addresses, model, attention, transport))
+                for transport in REMOTE
+            }
             stores = {worker: client.store for worker, client in clients[Transport.GRPC].items()}
-            ground = Ground(model, attention, stores, sequences=1, context_tokens=tokens)
+            rig = StepRig(model, attention, stores, sequences=1, context_tokens=tokens)
             for transport in REMOTE:
-                step = partial(ground.step, Fanout(clients[transport], attention))
+                step = partial(rig.step, Fanout(clients[transport], attention))
                 timings = interleave(
-                    {"local": local_step, "offloaded": step}, rounds=at.sizes.rounds, calls=STEPS_A_RUN
+                    {"local": local_step, "offloaded": step}, rounds=setting.sizes.rounds, calls=STEPS_A_RUN
                 )
-                result, bar = _held_against_local(at, timings, transport, workers, model.config.layers)
+                result, bar = _held_against_local(setting, timings, transport, workers, model.config.layers)
                 results.append(result)
                 bars.append(bar)
     return results, bars
 
 
 def _held_against_local(
-    at: Setting, timings: Mapping[str, Timing], transport: Transport, workers: int, layers: int
+    setting: Setting, timings: Mapping[str, Timing], transport: Transport, workers: int, layers: int
 ) -> tuple[Result, Bar]:
     name = f"decode at 8K, {transport}, {workers} attention worker{'s' if workers > 1 else ''}"
     local, timing = timings["local"], timings["offloaded"]
     added_s = median(a - b for a, b in zip(timing.samples_s, local.samples_s, strict=True))
-    hop_s = median(at.hop_times_s(transport))
-    rested_hop_s = median(at.hop_times_s(transport, rested=True))
+    hop_s = median(setting.hop_times_s(transport))
+    rested_hop_s = median(setting.hop_times_s(transport, rested=True))
     figures = {
         "local_median_s": local.median_s,
         "times_local": timing.over(local),
@@ -105,55 +114,57 @@ def _held_against_local(
     return Result(name, timing, figures), bar
 
 
-def staggered(at: Setting) -> Measured:
-    """Many sequences on one worker behind a delay, in one and in two micro-batches."""
-    sizes = at.sizes
-    own_cores, worker_cores = _parts(at.machine.threads, 2)
-    model = at.model(len(own_cores))
+def staggered(setting: Setting) -> Measured:
+    """Measures many sequences on one worker over a delayed network, in one and in two micro-batches."""
+    sizes = setting.sizes
+    engine_cores, worker_cores = _core_shares(setting.machine.threads, 2)
+    model = setting.model(len(engine_cores))
     attention = attention_model(model.config, model.dtype)
     with (
         _worker(attention, sizes.sequences, sizes.context_tokens, cores=worker_cores) as address,
         delayed(address, attention, model.dtype, sizes.delay_s) as far_address,
         _clients([address], model, attention, Transport.TCP) as near,
         _clients([far_address], model, attention, Transport.TCP) as far,
-        _on(own_cores),
+        _on(engine_cores),
     ):
         stores = {worker: client.store for worker, client in near.items()}
-        ground, one_token = (
-            Ground(model, attention, stores, sequences=sizes.sequences, context_tokens=tokens)
+        rig, one_token = (
+            StepRig(model, attention, stores, sequences=sizes.sequences, context_tokens=tokens)
             for tokens in (sizes.context_tokens, 1)
         )
-        here, there = Fanout(near, attention), Fanout(far, attention)
+        near_fanout, far_fanout = Fanout(near, attention), Fanout(far, attention)
         candidates: dict[str, Callable[[], object]] = {
-            "hop": partial(one_token.attention, here, sizes.sequences),
-            "delayed hop": partial(one_token.attention, there, sizes.sequences),
+            "hop": partial(one_token.attention, near_fanout, sizes.sequences),
+            "delayed hop": partial(one_token.attention, far_fanout, sizes.sequences),
         }
         for n in (1, 2):
             rows = sizes.sequences // n
             candidates |= {
-                f"dense {n}": partial(ground.dense, rows),
-                f"attention {n}": partial(ground.attention, here, rows),
-                f"step {n}": partial(ground.step, there, micro_batches=n),
+                f"dense {n}": partial(rig.dense, rows),
+                f"attention {n}": partial(rig.attention, near_fanout, rows),
+                f"step {n}": partial(rig.step, far_fanout, micro_batches=n),
             }
         timings = interleave(candidates, rounds=sizes.staggered_rounds, warm_up=1)
-        chosen = _chosen(ground, there, sizes.sequences, steps=sizes.settling_steps)
+        chosen = _chosen(rig, far_fanout, sizes.sequences, steps=sizes.settling_steps)
     results, bars = _held_against_model(timings, layers=model.config.layers, delay_s=sizes.delay_s)
-    return [replace(it, figures={**it.figures, "engine_chose": chosen}) for it in results], bars
+    return [replace(result, figures={**result.figures, "engine_chose": chosen}) for result in results], bars
 
 
-def _chosen(ground: Ground, shards: Fanout, rows: int, *, steps: int) -> int:
-    """What the engine itself, which measures nothing but its steps, settles on."""
+def _chosen(rig: StepRig, shards: Fanout, rows: int, *, steps: int) -> int:
+    """The number of micro-batches that the engine's tuner chooses. The tuner measures only its own steps."""
     tuner = MicroBatchTuner(lambda: shards.waited_s)
     ran = []
     for _ in range(steps):
         with tuner.step(rows) as n:
-            ground.step(shards, micro_batches=n)
+            rig.step(shards, micro_batches=n)
         ran.append(n)
     return max(set(ran[-TRIAL_STEPS * 2 :]), key=ran.count)
 
 
 def _held_against_model(timings: Mapping[str, Timing], *, layers: int, delay_s: float) -> Measured:
-    """``attention`` was measured through a hop, which is not attention: it is taken off."""
+    """Compares steps with the model ``layers x max(n d, n a, d + a + RTT)`` for n micro-batches, where d is
+    the dense time and a the attention time of a micro-batch in a layer. ``attention`` was measured with a
+    hop, whose time is subtracted."""
     layer_s = {name: timing.median_s / layers for name, timing in timings.items()}
     results, bars = [], []
     for n in (1, 2):
@@ -179,20 +190,21 @@ def _held_against_model(timings: Mapping[str, Timing], *, layers: int, delay_s: 
 
 
 def _kv_bytes(attention: AttentionModel, sequences: int, tokens: int) -> int:
-    """What that many sequences take, and as many short ones; blocks are filled in part."""
+    """The KV bytes of ``sequences`` sequences of ``tokens`` tokens and as many short ones, with partly filled
+    blocks."""
     return attention.layouts[0].token_bytes * sequences * (tokens + 3 * BLOCK_TOKENS)
 
 
-def _parts(threads: int, parts: int) -> list[list[int]]:
-    """The cores that each of ``parts`` has, of the ``threads`` that all have together; with fewer cores than
-    parts they share one."""
+def _core_shares(threads: int, shares: int) -> list[list[int]]:
+    """Divides ``threads`` cores into ``shares`` equal shares. With fewer cores than shares, a share without a
+    core of its own gets all of them."""
     cores = usable_cores()[:threads]
-    return [cores[len(cores) * i // parts : len(cores) * (i + 1) // parts] or cores for i in range(parts)]
+    return [cores[len(cores) * i // shares : len(cores) * (i + 1) // shares] or cores for i in range(shares)]
 
 
 @contextmanager
 def _on(cores: list[int]) -> Iterator[None]:
-    """This thread, and what it starts, stay on ``cores``."""
+    """Pins this thread, and the threads and processes that it starts meanwhile, to ``cores``."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     try:
@@ -203,7 +215,7 @@ def _on(cores: list[int]) -> Iterator[None]:
 
 @contextmanager
 def _worker(attention: AttentionModel, sequences: int, tokens: int, *, cores: list[int]) -> Iterator[str]:
-    """The address of an attention worker in a process on ``cores``, a thread on each."""
+    """Starts an attention worker pinned to ``cores``, with a thread for each, and yields its address."""
     memory_bytes = _kv_bytes(attention, sequences, tokens)
     with ExitStack() as stack:
         with _on(cores):

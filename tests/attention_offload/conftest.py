@@ -1,4 +1,5 @@
-"""Shards to talk to, and something small to say: spans, steps and queries of random numbers."""
+"""Fixtures of the offload tests: shards, clients of them, and a small workload of random spans, steps and
+queries."""
 
 import socket
 import threading
@@ -30,14 +31,14 @@ DEADLINE_S = 60.0
 
 
 class Workload:
-    """What an engine of a small model would ask of its shards."""
+    """The spans, steps and queries of an engine with a small model."""
 
     spec = AttentionSpec(q_heads=6, k_heads=3, v_heads=3, k_dim=8, v_dim=6, scale=8**-0.5)
     layers = 2
     old, owner, new = Epoch(1), Epoch(2), Epoch(3)
 
     def __init__(self, dtype):
-        """Blocks of 16 tokens, so that short spans cross several."""
+        """Blocks have 16 tokens, so that short spans need several."""
         self.dtype = dtype
         self.layout = KVLayout.of(self.spec, layers=self.layers, format=KVFormat.of(dtype))
         self.layout = self.layout._replace(block_tokens=16)
@@ -46,7 +47,7 @@ class Workload:
         )
 
     def tokens(self, count, *, seed=0, **changes):
-        """Random k and v of ``count`` tokens, as the layout or a changed one shapes them."""
+        """Random k and v of ``count`` tokens, in the shape of the layout with ``changes``."""
         layout = self.layout._replace(**changes)
         random = torch.Generator().manual_seed(seed)
         k = torch.randn(layout.k_heads, count, layout.k_dim, generator=random)
@@ -57,7 +58,8 @@ class Workload:
         return SpanKey(sequence=SequenceId(name), layer_class=0, first=first, group0=group0, group1=group1)
 
     def sealed_span(self, store, name, first, last, group0=0, group1=3):
-        """A full span of random tokens; returns the read of all of it."""
+        """Creates and seals a span of random tokens at positions ``first .. last``. Returns a read of all of
+        it."""
         layout = self.layout.of_groups(group1 - group0)
         key = self.key(name, first=first, group0=group0, group1=group1)
         span = store.create(key, capacity_tokens=last - first, layout=layout, epoch=self.owner)
@@ -77,8 +79,8 @@ class Workload:
         return q.to(self.dtype)
 
     def run(self, client, step):
-        """Every layer's state, as raw bytes: what two peers must agree on. Connects first where there is no
-        connection, as the engine does beside its loop."""
+        """Runs a step and returns the states of all layers as raw bytes, which must be equal for all clients.
+        Connects first if there is no connection, as the engine does outside its loop."""
         client.connect()
         client.begin(step)
         states = []
@@ -94,7 +96,7 @@ class Workload:
 
 @pytest.fixture
 def dtype():
-    """Of the work; a test may parametrize it."""
+    """The dtype of the workload. A test may parametrize it."""
     return torch.float32
 
 
@@ -121,15 +123,14 @@ def shard(start_shard):
 
 @pytest.fixture(params=REMOTE)
 def transport(request):
-    """Of hot frames, where it can be; a test of one alone may parametrize it."""
+    """The first transport that clients try for hot frames. A test of a single one may parametrize it."""
     return request.param
 
 
 @pytest.fixture
 def reach(work):
-    """reach(address, ...) -> RemoteClient of the work's model that tries all transports, or those given;
-    closed
-    after the test."""
+    """reach(address, ...) -> RemoteClient of the workload's model that tries all transports, or those given.
+    It is closed after the test."""
     clients = []
 
     def to(address, **options):
@@ -143,12 +144,12 @@ def reach(work):
 
 @pytest.fixture
 def connect(connect, work, transport):
-    """connect(address, ...) -> RemoteClient of the work's model."""
+    """connect(address, ...) -> RemoteClient of the workload's model, which tries ``transport``, then gRPC."""
     return partial(connect, model=work.model, transports=(transport, Transport.GRPC))
 
 
 class CountingProxy:
-    """Between an engine and a shard's TCP port: how many bytes went there, and how many back."""
+    """Forwards connections to a shard's TCP port and counts the bytes in both directions."""
 
     def __init__(self, target):
         self._server = socket.create_server(("127.0.0.1", 0))
@@ -161,15 +162,16 @@ class CountingProxy:
         self._threads[0].start()
 
     def counts(self):
+        """(bytes to the shard, bytes back)."""
         with self._lock:
             return tuple(self._counts)
 
     def close(self):
         self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()
-        for near in self._connections:
+        for connection in self._connections:
             with suppress(OSError):
-                near.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join(60)
             assert not thread.is_alive()
@@ -187,7 +189,7 @@ class CountingProxy:
                 self._threads[-1].start()
 
     def _pass_on(self, source, sink, direction):
-        # Counted before it is passed on: whoever has an answer finds it counted.
+        # Counted before the bytes are sent, so that a test that has received an answer finds it counted.
         with source, suppress(OSError):
             while data := source.recv(1 << 16):
                 with self._lock:
@@ -199,7 +201,7 @@ class CountingProxy:
 
 @pytest.fixture
 def proxy_to():
-    """proxy_to(shard) -> CountingProxy to where the shard takes TCP connections."""
+    """proxy_to(shard) -> CountingProxy to the shard's TCP port."""
     proxies = []
 
     def start(shard):
@@ -211,8 +213,9 @@ def proxy_to():
         proxy.close()
 
 
-class Room:
-    """A store, a listener as a shard has it, and a span that must not change."""
+class ListeningShard:
+    """A store with one sealed span, and a listener that serves its native connections. Tests send it
+    malformed data and check that the span does not change."""
 
     def __init__(self, work):
         self.work = work
@@ -223,15 +226,16 @@ class Room:
         self.digest = self.fingerprint()
 
     def fingerprint(self):
+        """The span's digest and contents."""
         span, holder = self.read.span, self.read.holder
         return self.store.seal(span, 20, sequence=holder, epoch=self.work.owner), [
-            part.tolist()
+            tensor.tolist()
             for layer in range(2)
-            for part in self.store.read(span, layer, 0, 20, sequence=holder)
+            for tensor in self.store.read(span, layer, 0, 20, sequence=holder)
         ]
 
     def knock(self, serve, unix=True):
-        """A welcomed connection to a thread that runs ``serve``."""
+        """An accepted connection to a thread that runs ``serve``."""
         offer = self.listener.expect(serve, tcp=True)
         connection = socket.socket(socket.AF_UNIX if unix else socket.AF_INET)
         connection.settimeout(DEADLINE_S)
@@ -241,31 +245,27 @@ class Room:
         return connection
 
     def frames(self, unix):
+        """A connection for hot frames: for shared memory if ``unix``, else TCP."""
         session = ShardSession(self.store, self.work.model, AttendedBytes())
         return self.knock(partial(serve_frames, session, self.work.dtype, False), unix)
 
     def bulk(self):
+        """A connection for bulk KV."""
         return self.knock(partial(serve_bulk, self.store, EngineHolds(self.store)))
 
     def check(self, unix):
-        """Everything is as it was, and an honest engine is served."""
+        """Checks that the store has not changed, and that an engine that sends valid frames is served."""
         assert self.fingerprint() == self.digest
         self.store.check_integrity()
         transport = Transport.SHARED_MEMORY if unix else Transport.TCP
-        stream = NativeConnection(
-            self.frames(unix),
-            transport,
-            "shard",
-            self.work.model,
-            self.work.dtype,
-        )
-        stream.begin(self.step, DEADLINE_S)
+        connection = NativeConnection(self.frames(unix), transport, "shard", self.work.model, self.work.dtype)
+        connection.begin(self.step, DEADLINE_S)
         sent = Sent(1, 0, 0, 1, 6)
         out = State(torch.empty(1, 6, self.work.spec.v_dim), torch.empty(1, 6))
         q = self.work.query()
-        stream.send(sent, q)
-        stream.wait(sent, out, DEADLINE_S)
-        stream.close()
+        connection.send(sent, q)
+        connection.wait(sent, out, DEADLINE_S)
+        connection.close()
         local = InProcessClient(WorkerId("shard"), self.store, self.work.model)
         local.begin(self.step)
         expected = local.wait(local.send(0, 0, q))
@@ -273,8 +273,8 @@ class Room:
 
 
 @pytest.fixture
-def room(work):
-    it = Room(work)
-    yield it
-    it.listener.close()
-    it.store.check_integrity()
+def target(work):
+    shard = ListeningShard(work)
+    yield shard
+    shard.listener.close()
+    shard.store.check_integrity()

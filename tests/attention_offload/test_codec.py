@@ -1,4 +1,4 @@
-"""What a layout and a model mean is the same on both ends of the wire."""
+"""Tests of the conversion of models, layouts and failures to messages and back."""
 
 import grpc
 import pytest
@@ -27,13 +27,13 @@ def test_a_model_arrives_as_it_was_sent(format):
 
 
 @pytest.mark.parametrize("code", [-1 % 2**32, 17, 99, 2**31])
-def test_a_failure_with_a_code_that_gRPC_does_not_have_is_a_mistake(code):
+def test_a_failure_with_a_code_that_gRPC_does_not_have_is_internal(code):
     error = codec.error_from_pb(codec.pb.Failure(code=code, message="why"), peer="shard:1")
     assert type(error) is Internal and "shard:1" in str(error) and "why" in str(error)
 
 
 @pytest.mark.parametrize("code", grpc.StatusCode)
-def test_a_failure_means_what_gRPC_s_status_does(code):
+def test_a_failure_has_the_same_meaning_as_a_gRPC_status(code):
     failure = codec.pb.Failure(code=code.value[0], message="why")
     error = codec.error_from_bytes(failure.SerializeToString(), peer="p")
     assert type(error) is type(rpc.error_of_status(code, "why", peer="p"))

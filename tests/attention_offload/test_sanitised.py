@@ -1,4 +1,4 @@
-"""Both native ends of the wire under sanitisers, fed with garbage: no access outside of memory."""
+"""Runs the tests of malformed input against native code built with sanitisers, for both ends of the wire."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.heavy
 
 
 def test_memory_and_undefined_behaviour(sanitiser):
-    here = Path(__file__).parent
+    folder = Path(__file__).parent
     names = (
         "transport/test_garbage.py",
         "transport/test_garbage_steps.py",
@@ -19,5 +19,5 @@ def test_memory_and_undefined_behaviour(sanitiser):
         "shard/test_checks_frames.py",
         "shard/test_checks_calls.py",
     )
-    tests = [here / name for name in names]
+    tests = [folder / name for name in names]
     sanitiser.run_suite("farshore.attention_offload._native", SOURCES, tests)

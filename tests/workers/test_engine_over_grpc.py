@@ -68,9 +68,9 @@ def count_fanout_waits(monkeypatch):
 
     def count(clients):
         def counted(fanout, step, layer, *how):
-            streams = [part.stream for part in fanout.parts]
+            streams = [request.connection for request in fanout.requests]
             for client in clients:
-                if client.frames in streams:
+                if client.native_connection in streams:
                     client.count_wait(layer)
             return wait(fanout, step, layer, *how)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import NamedTuple
 
-from farshore.attention_offload.plan.placement import HeadClass
+from farshore.attention_offload.plan.placement import GroupPlacement
 from farshore.errors import FarshoreError
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kvstore.prefix import PrefixBlock
@@ -140,7 +140,7 @@ class Sequence:
     prefill_tokens: int = 0
     """Tokens that the current placement computes by prefill or finds stored. The tail starts after them."""
     committed: int = 0
-    classes: list[HeadClass] = field(default_factory=list)
+    classes: list[GroupPlacement] = field(default_factory=list)
     spans: list[PlacedSpan] = field(default_factory=list)
     """Call :meth:`spans_changed` after each change of the list or of a span in it."""
     version: int = 0

@@ -1,5 +1,5 @@
-"""The kinds of channel: whatever the order of sends and waits, the same bits, the same times kept, and errors
-that name the same shards."""
+"""Tests of all kinds of channels: each gives the same bits in any order of sends and waits, keeps the same
+records, and raises errors that name the same shards."""
 
 from types import SimpleNamespace
 
@@ -25,7 +25,8 @@ SEQUENCES = tuple(SequenceId(f"row {row}") for row in range(ROWS))
 
 
 class Ground:
-    """Three shards, one of which sees some heads of scattered rows; reached by every kind of channel."""
+    """Three shards, and clients of them for every kind of channel. One shard sees some heads of scattered
+    rows."""
 
     def __init__(self, work, start_shard, reach):
         self.work = work
@@ -39,7 +40,7 @@ class Ground:
         self.clients[Transport.IN_PROCESS] = {
             name: InProcessClient(name, shard.store, work.model) for name, shard in self.shards.items()
         }
-        # All of them at once: a step may use any kind for any shard.
+        # One step may use different kinds of channels.
         kinds = (Transport.IN_PROCESS, Transport.TCP, Transport.GRPC)
         mixed = {
             name: InProcessClient(name, self.shards[name].store, work.model)
@@ -49,9 +50,8 @@ class Ground:
         }
         self.clients["mixed"] = mixed
         x, y, z = (shard.store for shard in self.shards.values())
-        every = range(ROWS)
         self.reads = {
-            NAMES[0]: (work.sealed_span(x, SEQUENCES[0], 0, 20)._replace(rows=every),),
+            NAMES[0]: (work.sealed_span(x, SEQUENCES[0], 0, 20)._replace(rows=range(ROWS)),),
             NAMES[1]: tuple(
                 work.sealed_span(y, SEQUENCES[row], 20, 33, 1, 3)._replace(rows=range(row, row + 1))
                 for row in (0, 2, 3)
@@ -90,8 +90,8 @@ KINDS = [*REMOTE, Transport.IN_PROCESS, "mixed"]
 def test_all_kinds_give_the_same_bits_in_whatever_order_frames_are_sent_and_waited_for(
     ground, batches, ahead
 ):
-    """Frames are waited for in the order in which they are sent; how far sending runs ahead is drawn. Steps
-    are dropped half way, too: what they leave unanswered is never seen."""
+    """Frames are waited for in the order of the sends; the lead of the sends over the waits is drawn. A step
+    is dropped half way; its outstanding answers must not appear in the next step."""
     cuts = split_rows(ROWS, batches)
     frames = [(layer, index) for layer in range(ground.work.layers) for index in range(len(cuts))]
     leads = [ahead.draw(st.integers(1, len(cuts)), label="lead") for _ in frames]
@@ -107,24 +107,26 @@ def test_all_kinds_give_the_same_bits_in_whatever_order_frames_are_sent_and_wait
         for step in (2, 3):  # the second of them is like the first
             fanout.begin(ground.plan(step), cuts)
             due, states = list(frames), []
-            for at, lead in enumerate(leads):
-                # A lane's answers have one place a micro-batch, so a layer waits for the one before.
-                while due and frames.index(due[0]) < min(at + lead, at + len(cuts)):
+            for waited, lead in enumerate(leads):
+                # A request has one reply buffer per micro-batch, so a layer is sent after the wait for the
+                # layer before.
+                while due and frames.index(due[0]) < min(waited + lead, waited + len(cuts)):
                     layer, index = due.pop(0)
                     fanout.send(layer, index, ground.query(layer, cuts[index]))
-                states += [(state.o.clone(), state.lse.clone()) for state in fanout.wait(*frames[at])]
+                states += [(state.o.clone(), state.lse.clone()) for state in fanout.wait(*frames[waited])]
             if step == 2:
                 first = states
         assert all(map(_equal, first, states))
         found[kind] = states
-        assert not any(client.frames.under_way for client in ground.clients[kind].values() if client.frames)
+        connections = [client.native_connection for client in ground.clients[kind].values()]
+        assert not any(connection.under_way for connection in connections if connection)
     for kind in KINDS:
         assert len(found[kind]) == len(found[Transport.IN_PROCESS])
         assert all(map(_equal, found[kind], found[Transport.IN_PROCESS])), kind
 
 
 def _equal(a, b):
-    return all(torch.equal(mine, theirs) for mine, theirs in zip(a, b, strict=True))
+    return all(map(torch.equal, a, b))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -165,27 +167,27 @@ def test_without_a_connection_all_such_shards_are_late_at_once(ground, kind):
 
 @pytest.mark.parametrize("kind", REMOTE)
 @pytest.mark.parametrize("when", ["between two steps", "in the middle"])
-def test_all_that_are_lost_are_named_and_the_other_goes_on_without_a_new_connection(ground, kind, when):
+def test_all_lost_shards_are_named_and_the_other_keeps_its_connection(ground, kind, when):
     clients = ground.connect(kind)
     fanout = Fanout(clients, ground.work.model)
-    whole = (range(ROWS),)
-    fanout.begin(ground.plan(1), whole)
-    fanout.send(0, 0, ground.query(0, whole[0]))
+    all_rows = range(ROWS)
+    fanout.begin(ground.plan(1), (all_rows,))
+    fanout.send(0, 0, ground.query(0, all_rows))
     fanout.wait(0, 0)
     for name in NAMES[:2]:
         ground.shards[name].stop()
-    stays = clients[NAMES[2]]._connected
+    connection = clients[NAMES[2]]._newest
     with pytest.raises(Lost) as lost:
         if when == "between two steps":
-            fanout.begin(ground.plan(2), whole)
-        fanout.send(1, 0, ground.query(1, whole[0]))
+            fanout.begin(ground.plan(2), (all_rows,))
+        fanout.send(1, 0, ground.query(1, all_rows))
         fanout.wait(1, 0)
     assert lost.value.shards == set(NAMES[:2])
-    fanout.begin(ground.plan(3, {NAMES[2]: ground.reads[NAMES[2]]}), whole)
-    fanout.send(0, 0, ground.query(0, whole[0]))
+    fanout.begin(ground.plan(3, {NAMES[2]: ground.reads[NAMES[2]]}), (all_rows,))
+    fanout.send(0, 0, ground.query(0, all_rows))
     (state,) = fanout.wait(0, 0)
     assert state.lse[1].isfinite().all() and state.lse[0].isneginf().all()
-    assert clients[NAMES[2]]._connected is stays
+    assert clients[NAMES[2]]._newest is connection
     assert {link.worker_id: link.failures for link in fanout.links()} == dict(
         zip(NAMES, (1, 1, 0), strict=True)
     )
@@ -193,7 +195,7 @@ def test_all_that_are_lost_are_named_and_the_other_goes_on_without_a_new_connect
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_refusal_is_raised_as_it_is(ground, kind):
-    """And not as a shard's that is lost."""
+    """A refusal does not mean that the shard is lost."""
     fanout = Fanout(ground.connect(kind), ground.work.model)
     name = NAMES[1]
     gone = ground.reads | {name: (ground.reads[name][0]._replace(span="y/99"),)}
@@ -210,7 +212,7 @@ def test_a_worker_that_is_unknown_is_lost(ground):
     assert lost.value.shards <= set(NAMES)
 
 
-def test_what_a_peer_itself_fails_with_is_named(ground, monkeypatch):
+def test_an_error_of_a_client_names_its_shard(ground, monkeypatch):
     clients = ground.connect(Transport.IN_PROCESS)
     fanout = Fanout(clients, ground.work.model)
 
@@ -227,7 +229,8 @@ def test_what_a_peer_itself_fails_with_is_named(ground, monkeypatch):
 
 
 def test_one_deadline_is_paid_once_for_all(ground, monkeypatch):
-    """A shard that is waited for second has what the first one left: nothing."""
+    """The deadline counts from the beginning of the wait: if the first shard is late, no time is left for the
+    others."""
     clients = ground.connect(Transport.IN_PROCESS)
     fanout = Fanout(clients, ground.work.model)
     clock, given = SimpleNamespace(now_s=100.0), []
@@ -243,15 +246,16 @@ def test_one_deadline_is_paid_once_for_all(ground, monkeypatch):
     for module in (channel, fanout_module):
         monkeypatch.setattr(module, "perf_counter", lambda: clock.now_s)
     fanout.send(0, 0, ground.query(0, range(ROWS)))
-    clock.now_s += 5  # busy with something else: the shards may have been, too
+    clock.now_s += 5  # time between send and wait does not count: the shards may have been stopped too
     with pytest.raises(Late) as failed:
         fanout.wait(0, 0)
     assert failed.value.shards == set(NAMES)
     assert given == [1.0, 0.0, 0.0]
 
 
-def test_kinds_are_waited_for_here_first_then_natively_then_over_grpc(ground):
+def test_the_order_of_waits_is_in_process_then_native_then_grpc(ground):
     fanout = Fanout(ground.connect("mixed"), ground.work.model)
     fanout.begin(ground.plan(1), (range(ROWS),))
     channels = channels_to(fanout._requests, ground.work.model)
-    assert [[request.worker for request in it.requests] for it in channels] == [[name] for name in NAMES]
+    workers = [[request.worker for request in each.requests] for each in channels]
+    assert workers == [[name] for name in NAMES]

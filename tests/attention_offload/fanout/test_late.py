@@ -1,5 +1,5 @@
-"""A frozen attention worker among three, real processes: late at the deadline in force, while the others stay
-as they are; and one that is killed is lost."""
+"""Tests with three attention workers in real processes. A frozen worker is late at the current deadline and
+the others are not disturbed; a killed worker is lost."""
 
 import signal
 import threading
@@ -20,95 +20,106 @@ pytestmark = pytest.mark.skipif(native() is None, reason="needs the native modul
 
 NAMES = tuple(WorkerId(name) for name in "xyz")
 SEQUENCE = SequenceId("a")
-WHOLE = (range(1),)
+ONE_BATCH = (range(1),)
 
 
 @pytest.fixture(scope="module")
 def processes(worker_process):
     started = {name: worker_process(worker=name) for name in NAMES}
     yield started
-    for it in started.values():
-        it.process.send_signal(signal.SIGCONT)
-        it.kill()
+    for worker in started.values():
+        worker.process.send_signal(signal.SIGCONT)
+        worker.kill()
 
 
 class Engine:
-    """What an engine does of a step, over three shards that each hold a third of one sequence."""
+    """Runs steps as an engine does, over three shards that each hold a third of one sequence."""
 
     def __init__(self, work, clients):
         self.work = work
         self.clients = clients
         self.fanout = Fanout(clients, work.model)
         self.reads = {}
-        for at, (name, client) in enumerate(clients.items()):
+        for index, (name, client) in enumerate(clients.items()):
             client.store.drop_sequence(SEQUENCE, epoch=work.owner)
-            self.reads[name] = (work.sealed_span(client.store, SEQUENCE, 20 * at, 20 * at + 20),)
+            self.reads[name] = (work.sealed_span(client.store, SEQUENCE, 20 * index, 20 * index + 20),)
             client.connect()
         self.number = 0
 
     def step(self, *, of=NAMES, during=lambda layer: None):
-        """Every layer's states."""
+        """Runs a step that reads from the shards ``of``. Returns the flattened states of all layers."""
         self.number += 1
         reads = {name: self.reads[name] for name in of}
         epochs = {SEQUENCE: self.work.owner}
-        self.fanout.begin(StepPlan(self.number, 3, (SEQUENCE,), (60,), epochs, (reads,)), WHOLE)
+        self.fanout.begin(StepPlan(self.number, 3, (SEQUENCE,), (60,), epochs, (reads,)), ONE_BATCH)
         states = []
         for layer in range(self.work.layers):
             during(layer)
             self.fanout.send(layer, 0, self.work.query(seed=layer))
-            states += [torch.cat([it.flatten() for it in state]) for state in self.fanout.wait(layer, 0)]
+            states += [
+                torch.cat([field.flatten() for field in state]) for state in self.fanout.wait(layer, 0)
+            ]
         return states
 
     def settle(self):
-        """Until deadlines follow from what was seen."""
+        """Runs steps until the deadlines are derived from the latencies."""
         for _ in range(DEADLINE_LEAST_FRAMES // self.work.layers + 2):
             self.step()
         assert all(0.1 <= self.deadline_s(name) <= 0.4 for name in NAMES)
 
     def deadline_s(self, name):
-        """In force."""
-        (found,) = [link.deadline_ms for link in self.fanout.links() if link.worker_id == name]
-        return found / 1e3
+        """The current deadline of frames to the shard."""
+        (deadline_ms,) = [link.deadline_ms for link in self.fanout.links() if link.worker_id == name]
+        return deadline_ms / 1e3
 
     def connections(self):
-        return [self.clients[name]._connected for name in NAMES]
+        return [self.clients[name]._newest for name in NAMES]
 
 
 @pytest.fixture
 def engine(work, reach, processes, transport):
-    return Engine(work, {name: reach(it.address, transports=(transport,)) for name, it in processes.items()})
+    return engine_over(processes, work, reach, transport)
 
 
-def freezing(*processes, at):
-    def during(layer):
-        if layer == at:
-            for it in processes:
-                it.freeze()
+def engine_over(processes, work, reach, transport):
+    clients = {name: reach(worker.address, transports=(transport,)) for name, worker in processes.items()}
+    return Engine(work, clients)
+
+
+def freezing(*processes, layer):
+    """A function for ``Engine.step(during=)`` that freezes the processes before the layer's frames."""
+
+    def during(current_layer):
+        if current_layer == layer:
+            for worker in processes:
+                worker.freeze()
 
     return during
 
 
 def thaw(*processes):
-    for it in processes:
-        it.process.send_signal(signal.SIGCONT)
+    for worker in processes:
+        worker.process.send_signal(signal.SIGCONT)
 
 
-@pytest.mark.parametrize("at", [0, 1])
-def test_a_frozen_shard_is_late_by_the_deadline_in_force_and_exact_again_when_it_wakes(engine, processes, at):
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_frozen_shard_is_late_by_the_current_deadline_and_exact_again_when_it_wakes(
+    engine, processes, layer
+):
     expected = engine.step()
     engine.settle()
     before = engine.connections()
     frozen = processes[NAMES[1]]
     with pytest.raises(Late, match=frozen.address) as late:
-        engine.step(during=freezing(frozen, at=at))
+        engine.step(during=freezing(frozen, layer=layer))
     assert late.value.shards == {NAMES[1]} and late.value.retryable
     assert f"no answer in time: {engine.deadline_s(NAMES[1]):.3g} s" in str(late.value)
-    # The others: at once, on the connections that they had, whatever they owe.
+    # The other shards serve steps at once, on their old connections, although they owe answers.
     others = (NAMES[0], NAMES[2])
     for _ in range(3):
         found = engine.step(of=others)
-        assert all(map(torch.equal, found, [it for i, it in enumerate(expected) if i % 3 != 1]))
-    # With it: at once again, without another deadline.
+        assert all(map(torch.equal, found, [state for i, state in enumerate(expected) if i % 3 != 1]))
+    # A step that reads from the frozen shard fails at once, without another deadline.
     with pytest.raises(Late, match="no connection") as late:
         engine.step()
     assert late.value.shards == {NAMES[1]}
@@ -124,11 +135,11 @@ def test_a_frozen_shard_is_late_by_the_deadline_in_force_and_exact_again_when_it
     assert failures == {NAMES[0]: 0, NAMES[1]: 2, NAMES[2]: 0}
 
 
-def test_all_that_are_late_are_named(engine, processes):
+def test_all_late_shards_are_named(engine, processes):
     expected = engine.step()
     frozen = [processes[name] for name in NAMES[:2]]
     with pytest.raises(Late) as late:
-        engine.step(during=freezing(*frozen, at=1))
+        engine.step(during=freezing(*frozen, layer=1))
     assert late.value.shards == set(NAMES[:2])
     thaw(*frozen)
     for name in NAMES[:2]:
@@ -136,8 +147,9 @@ def test_all_that_are_late_are_named(engine, processes):
     assert all(map(torch.equal, engine.step(), expected))
 
 
-def test_connecting_beside_the_loop_disturbs_no_live_connection(engine):
-    """Another thread connects, again and again, while steps run; and while one connection is broken off."""
+def test_connecting_in_another_thread_disturbs_no_live_connection(engine):
+    """Another thread connects all clients repeatedly while steps run, and while the loop breaks one
+    connection off."""
     expected = engine.step()
     over = threading.Event()
 
@@ -169,9 +181,7 @@ def test_connecting_beside_the_loop_disturbs_no_live_connection(engine):
 
 def test_a_killed_shard_is_lost(work, reach, start_process, transport):
     processes = {name: start_process(worker=name) for name in NAMES}
-    engine = Engine(
-        work, {name: reach(it.address, transports=(transport,)) for name, it in processes.items()}
-    )
+    engine = engine_over(processes, work, reach, transport)
     expected = engine.step()
 
     def kill(layer):
@@ -182,7 +192,7 @@ def test_a_killed_shard_is_lost(work, reach, start_process, transport):
         engine.step(during=kill)
     assert lost.value.shards == {NAMES[2]} and lost.value.retryable
     found = engine.step(of=NAMES[:2])
-    assert all(map(torch.equal, found, [it for i, it in enumerate(expected) if i % 3 != 2]))
+    assert all(map(torch.equal, found, [state for i, state in enumerate(expected) if i % 3 != 2]))
     with pytest.raises(Late) as late:
         engine.step()
     assert late.value.shards == {NAMES[2]}

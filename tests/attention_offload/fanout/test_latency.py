@@ -1,4 +1,4 @@
-"""The histogram's quantiles, and who counts as slow."""
+"""Tests of latency records: the quantiles of the histogram, slow shards, and deadlines."""
 
 from types import SimpleNamespace
 
@@ -37,13 +37,13 @@ def test_a_quantile_is_right_to_within_its_bucket(samples, share):
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1e-9, 1e6])
-def test_what_is_off_the_scale_counts_at_its_end(seconds):
+def test_a_latency_outside_the_range_counts_in_the_nearest_bucket(seconds):
     histogram = Histogram()
     histogram.add(bucket(seconds))
     assert histogram.quantile_s(0.5) > 0
 
 
-def test_what_was_slow_long_ago_is_forgotten():
+def test_old_latencies_are_forgotten():
     histogram = Histogram()
     assert histogram.quantile_s(0.5) == 0.0
     for seconds in (1.0, 1e-3, 1e-3):
@@ -53,68 +53,71 @@ def test_what_was_slow_long_ago_is_forgotten():
     assert histogram.count == 3 * WINDOW_FRAMES
 
 
-def record(ms, frames=SLOW_LEAST_FRAMES, work=1):
-    it = LinkRecord(frames=frames)
-    it.expect(work)
-    answer(it, ms, frames)
-    return it
+def record_of(ms, frames=SLOW_LEAST_FRAMES, work=1):
+    """The record of a shard that answered ``frames`` frames in ``ms`` each."""
+    record = LinkRecord(frames=frames)
+    record.expect(work)
+    answer(record, ms, frames)
+    return record
 
 
-def answer(it, ms, frames):
+def answer(record, ms, frames):
     for _ in range(frames):
-        it.answered(ms / 1e3)
+        record.answered(ms / 1e3)
 
 
 def slow(records):
-    found = links(records, dict.fromkeys(records, Transport.TCP))
-    return {it.worker_id for it in found if it.slow}
+    return {link.worker_id for link in links(records, dict.fromkeys(records, Transport.TCP)) if link.slow}
 
 
-def test_a_shard_is_slow_beside_the_others():
+def test_a_shard_is_slow_compared_with_the_others():
     records = {
-        "a": record(1),
-        "b": record(1.1),
-        "c": record(9),
-        "new": record(9, frames=3),
+        "a": record_of(1),
+        "b": record_of(1.1),
+        "c": record_of(9),
+        "new": record_of(9, frames=3),
         "unused": LinkRecord(),
     }
-    found = {it.worker_id: it for it in links(records, dict.fromkeys(records, Transport.TCP))}
+    found = {link.worker_id: link for link in links(records, dict.fromkeys(records, Transport.TCP))}
     assert slow(records) == {"c"}
     assert "unused" not in found
     assert found["c"].transport == Transport.TCP and 9 <= found["c"].p50_ms <= 9 * BUCKET
 
 
 def test_a_shard_that_has_more_to_do_is_not_slow():
-    assert slow({"a": record(1, work=100), "b": record(9, work=800)}) == set()
-    assert slow({"a": record(1, work=800), "b": record(9, work=100)}) == {"b"}
+    assert slow({"a": record_of(1, work=100), "b": record_of(9, work=800)}) == set()
+    assert slow({"a": record_of(1, work=800), "b": record_of(9, work=100)}) == {"b"}
 
 
-def test_a_shard_is_slow_beside_its_own_past():
-    it = record(1, frames=WINDOW_FRAMES)
-    answer(it, 9, 2 * RECENT_FRAMES)
-    assert slow({"a": it}) == {"a"}
-    answer(it, 1, 2 * RECENT_FRAMES)
-    assert slow({"a": it}) == set()
+def test_a_shard_is_slow_compared_with_its_own_past():
+    record = record_of(1, frames=WINDOW_FRAMES)
+    answer(record, 9, 2 * RECENT_FRAMES)
+    assert slow({"a": record}) == {"a"}
+    answer(record, 1, 2 * RECENT_FRAMES)
+    assert slow({"a": record}) == set()
 
 
 def test_a_shard_that_got_more_to_do_is_not_slow():
-    it = record(1, frames=WINDOW_FRAMES)
+    record = record_of(1, frames=WINDOW_FRAMES)
     for _ in range(32):
-        it.expect(9)
-    answer(it, 7, 2 * RECENT_FRAMES)
-    assert slow({"a": it}) == set()
+        record.expect(9)
+    answer(record, 7, 2 * RECENT_FRAMES)
+    assert slow({"a": record}) == set()
 
 
-def test_what_a_hop_takes_more_by_one_transport_than_by_another_is_not_slow():
-    assert slow({"a": record(0.01), "b": record(0.1)}) == set()
+def test_a_difference_between_two_transports_does_not_make_a_shard_slow():
+    assert slow({"a": record_of(0.01), "b": record_of(0.1)}) == set()
 
 
 def test_one_shard_alone_is_not_slow_and_a_failure_shows():
     failed = LinkRecord(failures=2)
-    (alone,) = links({"a": record(100)}, {"a": Transport.TCP})
+    (alone,) = links({"a": record_of(100)}, {"a": Transport.TCP})
     assert not alone.slow
-    found = links({"a": record(100), "b": failed}, {"a": Transport.TCP, "b": Transport.GRPC})
-    assert [(it.worker_id, it.failures, it.slow) for it in found] == [("a", 0, False), ("b", 2, False)]
+    found = links({"a": record_of(100), "b": failed}, {"a": Transport.TCP, "b": Transport.GRPC})
+    assert [(link.worker_id, link.failures, link.slow) for link in found] == [
+        ("a", 0, False),
+        ("b", 2, False),
+    ]
 
 
 # -- deadlines ---------------------------------------------------------------------------------------------
@@ -138,14 +141,14 @@ def test_a_deadline_is_100_ms_and_4_times_what_is_expected_and_1_s_at_most(frame
 
 
 def steady(ms, frames):
-    """A record whose every frame took as long, and a step that asks for work 1."""
-    it = LinkRecord()
+    """The record of ``frames`` frames that took ``ms`` each, in a step whose frames ask for work 1."""
+    record = LinkRecord()
     for done in range(0, frames, 100):
-        it.expect(1)
-        answer(it, ms, 100)
-        it.frames = done + 100
-    it.expect(1)
-    return it
+        record.expect(1)
+        answer(record, ms, 100)
+        record.frames = done + 100
+    record.expect(1)
+    return record
 
 
 def test_the_deadline_follows_the_median_once_enough_frames_were_seen():
@@ -154,54 +157,57 @@ def test_the_deadline_follows_the_median_once_enough_frames_were_seen():
 
 
 @pytest.mark.parametrize(("work", "times"), [(1, 1), (5, 5), (0.1, 1), (100, 100)])
-def test_the_deadline_is_scaled_by_what_a_frame_asks_more_than_those_before(work, times):
-    it = steady(10, DEADLINE_LEAST_FRAMES)
-    at_once_s = it.deadline_s - 0.1
-    it.expect(work)
-    assert it.deadline_s == pytest.approx(min(0.1 + times * at_once_s, 1.0))
-    it.expect(1)
-    assert it.deadline_s == pytest.approx(0.1 + at_once_s, rel=0.01)
+def test_the_deadline_grows_with_the_work_of_a_frame(work, times):
+    record = steady(10, DEADLINE_LEAST_FRAMES)
+    above_least_s = record.deadline_s - 0.1
+    record.expect(work)
+    assert record.deadline_s == pytest.approx(min(0.1 + times * above_least_s, 1.0))
+    record.expect(1)
+    assert record.deadline_s == pytest.approx(0.1 + above_least_s, rel=0.01)
 
 
-def test_the_deadline_forgets_what_was_slow_long_ago():
-    it = steady(100, DEADLINE_LEAST_FRAMES)
-    assert it.deadline_s >= 0.5
+def test_the_deadline_forgets_old_latencies():
+    record = steady(100, DEADLINE_LEAST_FRAMES)
+    assert record.deadline_s >= 0.5
     for _ in range(2 * WINDOW_FRAMES // 100 + 3):
-        answer(it, 1, 100)
-        it.frames += 100
-        it.expect(1)
-    assert it.deadline_s <= 0.11
+        answer(record, 1, 100)
+        record.frames += 100
+        record.expect(1)
+    assert record.deadline_s <= 0.11
 
 
-def test_a_link_tells_the_deadline_in_force():
-    (found,) = links({"a": steady(10, DEADLINE_LEAST_FRAMES)}, {"a": Transport.TCP})
-    assert 140 <= found.deadline_ms <= 100 + 40 * BUCKET
+def test_a_link_reports_the_current_deadline():
+    (link,) = links({"a": steady(10, DEADLINE_LEAST_FRAMES)}, {"a": Transport.TCP})
+    assert 140 <= link.deadline_ms <= 100 + 40 * BUCKET
 
 
 def test_the_log_says_once_that_a_shard_is_slow_and_once_that_it_is_not(caplog):
     caplog.set_level("INFO")
-    watch, it = SlowShards(), record(1, frames=WINDOW_FRAMES)
+    slow_shards, record = SlowShards(), record_of(1, frames=WINDOW_FRAMES)
     for ms in (1, 9, 9, 1, 1):
-        answer(it, ms, 2 * RECENT_FRAMES)
-        watch.look(links({"a": it}, {"a": Transport.TCP}))
-    assert [(r.levelname, r.getMessage().split(":")[0]) for r in caplog.records] == [
+        answer(record, ms, 2 * RECENT_FRAMES)
+        slow_shards.look(links({"a": record}, {"a": Transport.TCP}))
+    assert [(entry.levelname, entry.getMessage().split(":")[0]) for entry in caplog.records] == [
         ("WARNING", "attention worker a is slow"),
         ("INFO", "attention worker a is as fast as before"),
     ]
 
 
-def test_status_names_both_ways_where_kv_goes_by_another():
-    ways = {
+def test_status_shows_both_transports_if_hot_frames_and_kv_use_different_ones():
+    transports = {
         "a": (Transport.SHARED_MEMORY, Transport.SHARED_MEMORY),
         "b": (Transport.SHARED_MEMORY, Transport.GRPC),
         "c": (Transport.TCP, None),
         "d": (None, Transport.TCP),
     }
-    clients = {w: SimpleNamespace(transport=it[0], bulk_transport=it[1]) for w, it in ways.items()}
+    clients = {
+        worker: SimpleNamespace(transport=hot, bulk_transport=bulk)
+        for worker, (hot, bulk) in transports.items()
+    }
     fanout = Fanout(clients, AttentionModel(specs=(), layer_class=(), layouts=()))
     for record in fanout._records.values():
         record.failures = 1
-    assert [it.transport for it in fanout.links()] == [
+    assert [link.transport for link in fanout.links()] == [
         "shared memory",
         "shared memory, KV over gRPC",
         "TCP",

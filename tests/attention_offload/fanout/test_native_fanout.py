@@ -1,5 +1,5 @@
-"""One call for several shards: states where they belong, who failed, and all others sent to and waited
-for."""
+"""Tests of NativeFanout: answers go to their rows and heads, failed shards are named, and the others are
+still sent their frames and waited for."""
 
 import socket
 import struct
@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from farshore.attention_offload.fanout.native_fanout import NativeFanout, Part
+from farshore.attention_offload.fanout.native_fanout import NativeFanout, NativeRequest
 from farshore.attention_offload.transport.frames import Sent, Transport, native
 from farshore.attention_offload.transport.native_connection import NativeConnection
 from farshore.errors import InvalidRequest, Late, NotFound, TransportError
@@ -22,34 +22,37 @@ LAYER, FAILURE = 0, 2
 ROWS = 3
 DEADLINE_S = 60.0
 SEEN = (((0, 2), slice(0, 6)), ((1,), slice(2, 6)))
-"""By shard: rows of three, and heads of six."""
+"""For each shard, the rows (of three) and the heads (of six) that it sees."""
 
 
 class Rig:
-    """Two shards that answer what a test says, over the two ends of sockets."""
+    """A NativeFanout to two shards. The test plays the shards, at the other ends of socket pairs."""
 
     def __init__(self, work):
         self.work = work
         pairs = [socket.socketpair() for _ in SEEN]
-        self.streams = [
+        self.connections = [
             NativeConnection(near, Transport.TCP, f"shard-{i}", work.model, work.dtype)
             for i, (near, _) in enumerate(pairs)
         ]
         self.far = [far for _, far in pairs]
-        for stream in self.streams:
-            stream.begin(work.step([], positions=(100,) * ROWS), DEADLINE_S)
+        for connection in self.connections:
+            connection.begin(work.step([], positions=(100,) * ROWS), DEADLINE_S)
         for far in self.far:
             self._frame(far)
-        self.wholes = [State.identity(ROWS, 6, work.spec.v_dim) for _ in SEEN]
-        parts = [Part(s, *seen, w) for s, seen, w in zip(self.streams, SEEN, self.wholes, strict=True)]
-        self.native_fanout = NativeFanout(parts, work.spec, work.dtype)
+        self.states = [State.identity(ROWS, 6, work.spec.v_dim) for _ in SEEN]
+        self.requests = [
+            NativeRequest(connection, *seen, state)
+            for connection, seen, state in zip(self.connections, SEEN, self.states, strict=True)
+        ]
+        self.native_fanout = NativeFanout(self.requests, work.spec, work.dtype)
 
     def wait(self, *, layer=0, deadlines_s=(DEADLINE_S, DEADLINE_S), passed_s=0.0):
         return self.native_fanout.wait(1, layer, 0, deadlines_s, passed_s)
 
     def close(self):
-        for stream, far in zip(self.streams, self.far, strict=True):
-            stream.close()
+        for connection, far in zip(self.connections, self.far, strict=True):
+            connection.close()
             far.close()
 
     def _frame(self, far):
@@ -57,14 +60,14 @@ class Rig:
         return header, far.recv(count, socket.MSG_WAITALL) if count else b""
 
     def received(self, shard):
-        """(step, layer, micro-batch) and q."""
+        """(step, layer, micro-batch) and q of the next frame that the shard receives."""
         header, payload = self._frame(self.far[shard])
         rows, heads = SEEN[shard]
         q = torch.frombuffer(bytearray(payload), dtype=torch.float32)
         return header[:3], q.view(len(rows), heads.stop - heads.start, self.work.spec.k_dim)
 
     def answer(self, shard, value, *, layer=0):
-        """Everything ``value``, lse and o."""
+        """Answers a frame; every element of lse and o is ``value``."""
         rows, heads = SEEN[shard]
         numbers = len(rows) * (heads.stop - heads.start) * (1 + self.work.spec.v_dim)
         payload = torch.full((numbers,), float(value)).numpy().tobytes()
@@ -77,13 +80,13 @@ class Rig:
 
 @pytest.fixture
 def rig(work):
-    it = Rig(work)
-    yield it
-    it.close()
+    rig = Rig(work)
+    yield rig
+    rig.close()
 
 
-def whole(shard, value, work):
-    """The state that a shard's answer of ``value`` makes."""
+def expected_state(shard, value, work):
+    """The state after the shard has answered ``value``."""
     rows, heads = SEEN[shard]
     state = State.identity(ROWS, 6, work.spec.v_dim)
     for row in rows:
@@ -106,17 +109,17 @@ def test_each_shard_gets_what_it_sees_and_answers_where_that_belongs(rig, work, 
         for shard in order:
             rig.answer(shard, 10 * layer + shard, layer=layer)
         assert rig.wait(layer=layer) == {}
-        for shard, found in enumerate(rig.wholes):
-            assert_same(found, whole(shard, 10 * layer + shard, work))
-    waited_s, parts = rig.native_fanout.times()
-    assert waited_s > 0 and [answers for answers, _ in parts] == [3, 3]
-    assert all(0 < seconds < 60 for _, times in parts for seconds in times)
+        for shard, found in enumerate(rig.states):
+            assert_same(found, expected_state(shard, 10 * layer + shard, work))
+    waited_s, measured = rig.native_fanout.times()
+    assert waited_s > 0 and [answers for answers, _ in measured] == [3, 3]
+    assert all(0 < seconds < 60 for _, times in measured for seconds in times)
     assert rig.native_fanout.times() == (0, [(0, []), (0, [])])
 
 
 @pytest.mark.parametrize("lost", [0, 1])
 @pytest.mark.parametrize("how", ["closed", "garbage", "no message", "refused"])
-def test_one_that_fails_is_named_and_the_other_is_waited_for(rig, work, lost, how):
+def test_a_shard_that_fails_is_named_and_the_other_is_waited_for(rig, work, lost, how):
     other = 1 - lost
     rig.native_fanout.send(1, 0, 0, work.query(rows=ROWS))
     if how == "closed":
@@ -128,17 +131,17 @@ def test_one_that_fails_is_named_and_the_other_is_waited_for(rig, work, lost, ho
     else:
         rig.fail(lost, 5)
     rig.answer(other, 3)
-    (found,) = rig.wait().items()
-    assert found[0] == lost
-    assert isinstance(found[1], NotFound if how == "refused" else TransportError)
-    assert not isinstance(found[1], Late)
-    assert ("gone" if how == "refused" else f"shard-{lost}") in str(found[1])
-    assert_same(rig.wholes[other], whole(other, 3, work))
-    assert_same(rig.wholes[lost], State.identity(ROWS, 6, work.spec.v_dim))
-    assert rig.streams[other].under_way == 0
+    ((index, error),) = rig.wait().items()
+    assert index == lost
+    assert isinstance(error, NotFound if how == "refused" else TransportError)
+    assert not isinstance(error, Late)
+    assert ("gone" if how == "refused" else f"shard-{lost}") in str(error)
+    assert_same(rig.states[other], expected_state(other, 3, work))
+    assert_same(rig.states[lost], State.identity(ROWS, 6, work.spec.v_dim))
+    assert rig.connections[other].under_way == 0
 
 
-def test_both_that_fail_are_named(rig, work):
+def test_two_shards_that_fail_are_both_named(rig, work):
     rig.native_fanout.send(1, 0, 0, work.query(rows=ROWS))
     rig.far[0].close()
     rig.fail(1, 5)
@@ -147,9 +150,9 @@ def test_both_that_fail_are_named(rig, work):
     assert isinstance(found[0], TransportError) and isinstance(found[1], NotFound)
 
 
-def test_a_send_that_fails_keeps_no_other_from_being_sent(rig, work):
+def test_after_a_failed_send_the_other_shard_is_still_sent_its_frame(rig, work):
     for _ in range(native().MAX_UNDER_WAY):
-        rig.streams[0].send(Sent(1, 0, 0, 2, 6), work.query(rows=2))
+        rig.connections[0].send(Sent(1, 0, 0, 2, 6), work.query(rows=2))
     found = rig.native_fanout.send(1, 1, 0, work.query(rows=ROWS))
     assert found.keys() == {0}
     assert isinstance(found[0], InvalidRequest) and "16 frames" in str(found[0])
@@ -157,20 +160,19 @@ def test_a_send_that_fails_keeps_no_other_from_being_sent(rig, work):
     assert frame == (1, 1, 0)
 
 
-def test_the_others_exchange_waits_for_what_was_sent_before(rig, work):
+def test_a_fanout_to_the_remaining_shards_waits_for_frames_sent_by_the_first(rig, work):
     rig.native_fanout.send(1, 0, 0, work.query(rows=ROWS))
     rig.far[0].close()
-    part = Part(rig.streams[1], *SEEN[1], rig.wholes[1])
-    others = NativeFanout([part], work.spec, work.dtype)
+    others = NativeFanout([rig.requests[1]], work.spec, work.dtype)
     rig.answer(1, 4)
     assert others.wait(1, 0, 0, (DEADLINE_S,), 0.0) == {}
-    assert_same(rig.wholes[1], whole(1, 4, work))
+    assert_same(rig.states[1], expected_state(1, 4, work))
     ((frames, times_s),) = others.times()[1]
-    assert (frames, times_s) == (1, []), "sent by another exchange: it is not known when"
+    assert (frames, times_s) == (1, []), "another NativeFanout sent the frame, so its latency is unknown"
 
 
 @pytest.mark.parametrize("deadlines_s", [(0.05, 0.05), (0.01, 0.05), (0.05, 0.01)])
-def test_all_that_are_late_are_named(rig, work, deadlines_s):
+def test_all_late_shards_are_named(rig, work, deadlines_s):
     rig.native_fanout.send(1, 0, 0, work.query(rows=ROWS))
     found = rig.wait(deadlines_s=deadlines_s)
     assert found.keys() == {0, 1}
@@ -178,26 +180,25 @@ def test_all_that_are_late_are_named(rig, work, deadlines_s):
         assert isinstance(error, Late) and f"shard-{index}" in str(error)
 
 
-def test_a_deadline_that_is_over_takes_what_is_there(rig, work):
+def test_an_answer_that_is_there_is_taken_after_the_deadline(rig, work):
     rig.native_fanout.send(1, 0, 0, work.query(rows=ROWS))
     rig.answer(1, 4)
     found = rig.wait(deadlines_s=(1.0, 1.0), passed_s=2.0)
     assert found.keys() == {0} and isinstance(found[0], Late)
-    assert_same(rig.wholes[1], whole(1, 4, work))
+    assert_same(rig.states[1], expected_state(1, 4, work))
 
 
-def test_each_is_late_by_its_own_deadline(rig, work):
-    """One that is soon late delays no answer of another, which may take longer."""
+def test_each_shard_is_late_by_its_own_deadline(rig, work):
+    """A shard with a short deadline is late without ending the wait for the other shard."""
     rig.native_fanout.send(1, 0, 0, work.query(rows=ROWS))
     with ThreadPoolExecutor(1) as thread:
         waiting = thread.submit(rig.wait, deadlines_s=(0.01, DEADLINE_S))
         rig.answer(1, 4)
         found = waiting.result()
     assert found.keys() == {0} and isinstance(found[0], Late)
-    assert_same(rig.wholes[1], whole(1, 4, work))
+    assert_same(rig.states[1], expected_state(1, 4, work))
 
 
 def test_queries_of_another_dtype_than_a_connection_was_opened_for_are_refused(rig, work):
-    part = Part(rig.streams[0], *SEEN[0], rig.wholes[0])
     with pytest.raises(InvalidRequest, match="bfloat16"):
-        NativeFanout([part], work.spec, torch.bfloat16)
+        NativeFanout(rig.requests[:1], work.spec, torch.bfloat16)

@@ -1,4 +1,5 @@
-"""A step's read must agree with the span it names, whatever carries it, until the answer leaves."""
+"""Tests of the shard's checks of reads, over every transport: a read must agree with the span it names, and
+the span must be held until the answer is sent."""
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ A, B = SequenceId("a"), SequenceId("b")
 
 
 @pytest.fixture(params=[*REMOTE, "in process"])
-def way(request, start_shard, reach, work):
-    """(the shard's store, how to get a peer of the work's model that reaches it)."""
+def store_and_client(request, start_shard, reach, work):
+    """(the shard's store, a function that makes a client of the shard)."""
     shard = start_shard()
     if request.param == "in process":
         return shard.store, lambda: InProcessClient(shard.worker, shard.store, work.model)
@@ -26,7 +27,8 @@ def way(request, start_shard, reach, work):
 
 
 def sealed(store, work, *, layout=None, layer_class=0, first=5, group0=0, group1=3, name="a"):
-    """The read of a full span of 20 tokens, which may be of another layout or class."""
+    """Creates two full spans of 20 tokens. Returns the read of the first, which is valid, and a read of the
+    second, which has the given layout, class and groups."""
     layout = (layout or work.layout).of_groups(group1 - group0)
     key = work.key(name, first=first, group0=group0, group1=group1)
     key = type(key)(sequence=key.sequence, layer_class=layer_class, first=first, group0=group0, group1=group1)
@@ -61,13 +63,15 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("error", "stored", "asked", "says"), WRONG.values(), ids=WRONG)
-def test_a_read_that_does_not_fit_its_span_is_refused_by_name(way, work, error, stored, asked, says):
-    store, reach = way
+def test_a_read_that_does_not_fit_its_span_is_refused_by_name(
+    store_and_client, work, error, stored, asked, says
+):
+    store, make_client = store_and_client
     stored = dict(stored)
     if "layout" in stored:
         stored["layout"] = work.layout._replace(**stored["layout"])
     honest, read = sealed(store, work, **stored)
-    client = reach()
+    client = make_client()
     expected = work.run(client, work.step([honest]))
     with pytest.raises(error, match=says):
         work.run(client, work.step([read._replace(**asked)], number=2))
@@ -76,16 +80,17 @@ def test_a_read_that_does_not_fit_its_span_is_refused_by_name(way, work, error, 
         store.drop_sequence(SequenceId(name), epoch=work.owner)
 
 
-def test_a_class_reads_spans_of_its_own(way, work):
-    """Two classes of one shape: a span of the one is none of the other, though their bytes lie alike."""
-    store, reach = way
+def test_a_class_reads_spans_of_its_own(store_and_client, work):
+    """A span of one layer class cannot be read as a span of another class of equal shape, although their
+    bytes have the same layout."""
+    store, make_client = store_and_client
     layout = work.layout._replace(layers=1)
     work.layers, work.layout = 2, layout
     work.model = AttentionModel(specs=(work.spec,) * 2, layer_class=(0, 1), layouts=(layout,) * 2)
     first, _ = sealed(store, work)
     _, second = sealed(store, work, layer_class=1)
     step = work.step([first])
-    client = reach()
+    client = make_client()
     both = type(step)(1, step.rows, step.positions, 0, 3, ((first,), (second,)), step.micro_batches)
     assert work.run(client, both)
     swapped = type(step)(2, step.rows, step.positions, 0, 3, ((second,), (first,)), step.micro_batches)
@@ -95,11 +100,11 @@ def test_a_class_reads_spans_of_its_own(way, work):
         store.drop_sequence(SequenceId(name), epoch=work.owner)
 
 
-def test_a_hold_given_back_is_noticed_by_a_repeated_step_though_the_span_stays(way, work):
-    store, reach = way
+def test_a_repeated_step_notices_a_dropped_hold_although_the_span_stays(store_and_client, work):
+    store, make_client = store_and_client
     read = work.sealed_span(store, "a", 0, 20)
     store.hold([read.span], sequence=B, epoch=work.owner)
-    client = reach()
+    client = make_client()
     expected = work.run(client, work.step([read]))
     assert work.run(client, work.step([read], number=2)) == expected
     store.drop([read.span], sequence=A, epoch=work.owner)
@@ -109,11 +114,11 @@ def test_a_hold_given_back_is_noticed_by_a_repeated_step_though_the_span_stays(w
     store.drop_sequence(B, epoch=work.owner)
 
 
-def test_a_span_given_back_in_the_middle_of_a_step_is_not_read_on(way, work):
-    """Its memory may be another's by the next layer: an engine may sleep through its lease in a step."""
-    store, reach = way
+def test_a_span_dropped_in_the_middle_of_a_step_is_not_read_any_more(store_and_client, work):
+    """At the next layer the memory may belong to another span: an engine's lease may expire during a step."""
+    store, make_client = store_and_client
     read = work.sealed_span(store, "a", 0, 20)
-    client = reach()
+    client = make_client()
     client.connect()
     client.begin(work.step([read]))
     client.wait(client.send(0, 0, work.query(seed=0)))
@@ -125,10 +130,10 @@ def test_a_span_given_back_in_the_middle_of_a_step_is_not_read_on(way, work):
     store.drop_sequence(B, epoch=work.owner)
 
 
-def test_others_may_come_and_go_in_the_middle_of_a_step(way, work):
-    store, reach = way
+def test_other_spans_may_come_and_go_in_the_middle_of_a_step(store_and_client, work):
+    store, make_client = store_and_client
     read = work.sealed_span(store, "a", 0, 20)
-    client = reach()
+    client = make_client()
     step = work.step([read])
     expected = work.run(client, step)
     client.begin(work.step([read], number=2))
@@ -141,8 +146,8 @@ def test_others_may_come_and_go_in_the_middle_of_a_step(way, work):
     store.drop_sequence(A, epoch=work.owner)
 
 
-def test_an_answer_out_of_memory_that_was_given_back_meanwhile_does_not_leave(work, monkeypatch):
-    """Between the look at the count and the answer, while the kernels read."""
+def test_an_answer_is_not_sent_if_its_span_was_dropped_during_the_computation(work, monkeypatch):
+    """The span is dropped while the kernels read it, after the check before the computation."""
     store = LocalStore(worker=WorkerId("shard"), arena=Arena(1 << 20))
     read = work.sealed_span(store, "a", 0, 20)
     session = ShardSession(store, work.model, AttendedBytes())

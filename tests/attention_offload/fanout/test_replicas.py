@@ -1,5 +1,5 @@
-"""A shard that is lost in the middle of a step: its part is read from replicas, to the same bits, or the step
-fails and can run again."""
+"""Tests of a shard that is lost in the middle of a step: its replicas are read instead, with the same bits,
+or the step fails and can run again."""
 
 import pytest
 import torch
@@ -16,29 +16,30 @@ from farshore.kvstore.store.store import LocalStore
 A, B, C = (WorkerId(name) for name in "abc")
 ROWS = 3
 SPANS = {A: [(0, 20), (60, 80)], B: [(20, 60)]}
-"""Whose positions are whose; all of it is every row's."""
+"""The position ranges at each worker; every row reads all of them."""
 ROUNDING = {"rtol": 0.0, "atol": 2e-6}
-"""Of float32 states that others computed, of other parts."""
+"""The tolerance between float32 states that were computed by different workers over different ranges."""
 
 
 def reads(work, clients, replicas_at):
-    """What everybody reads, copies of A's spans at the workers named, one of ``replicas_at`` a span."""
-    found = {}
-    for worker, stretches in SPANS.items():
-        for index, (first, last) in enumerate(stretches):
+    """The reads by worker. A's span number i has replicas at the workers ``replicas_at[i]``."""
+    by_worker = {}
+    for worker, ranges in SPANS.items():
+        for index, (first, last) in enumerate(ranges):
             read = work.sealed_span(clients[worker].store, "x", first, last)._replace(rows=range(ROWS))
             if worker == A:
-                copies = [
-                    (at, work.sealed_span(clients[at].store, "x", first, last).span)
+                replicas = [
+                    Replica(at, work.sealed_span(clients[at].store, "x", first, last).span)
                     for at in replicas_at[index]
                 ]
-                read = read._replace(replicas=tuple(Replica(*it) for it in copies))
-            found.setdefault(worker, []).append(read)
-    return {worker: tuple(it) for worker, it in found.items()}
+                read = read._replace(replicas=tuple(replicas))
+            by_worker.setdefault(worker, []).append(read)
+    return {worker: tuple(worker_reads) for worker, worker_reads in by_worker.items()}
 
 
 def run(work, fanout, all_reads, *, step, batches=(range(0, 2), range(2, ROWS)), during=lambda frame: None):
-    """Every layer's states, two micro-batches at a time; ``during(frame)`` when that many were sent."""
+    """Runs a step, all micro-batches of a layer at a time. Returns the states of each frame. Calls
+    ``during(frames)`` after each send, with the number of frames sent."""
     sequence = SequenceId("x")
     plan = StepPlan(
         step=step,
@@ -56,7 +57,7 @@ def run(work, fanout, all_reads, *, step, batches=(range(0, 2), range(2, ROWS)),
             sent += 1
             during(sent)
         for index in range(len(batches)):
-            states.append([tuple(x.clone() for x in state) for state in fanout.wait(layer, index)])
+            states.append([tuple(field.clone() for field in state) for state in fanout.wait(layer, index)])
     return states
 
 
@@ -68,7 +69,7 @@ def assert_same(states, expected):
 
 @pytest.fixture(scope="module")
 def holder(worker_process):
-    """A process with copies; nothing happens to it."""
+    """A process that holds replicas and stays alive."""
     process = worker_process(worker=B)
     yield process
     process.kill()
@@ -88,9 +89,10 @@ def holder(worker_process):
     ],
 )
 def test_a_process_that_is_lost(holder, start_process, connect, work, transport, what, sent):
-    """When ``sent`` frames of the step were; the holder of the copies is busy with its own part."""
+    """The process is lost after ``sent`` frames of the step. The holder of the replicas also serves its own
+    share of the step."""
     shards = {A: start_process(worker=A), B: holder}
-    clients = {worker: connect(it.address, transports=(transport,)) for worker, it in shards.items()}
+    clients = {worker: connect(shard.address, transports=(transport,)) for worker, shard in shards.items()}
     clients[B].second_connection()
     for client in clients.values():
         client.connect()
@@ -104,9 +106,9 @@ def test_a_process_that_is_lost(holder, start_process, connect, work, transport,
 
     during(0)
     assert_same(run(work, fanout, all_reads, step=2, during=during), expected)
-    # It is not asked again for a while: a frozen one would cost a deadline each time.
+    # The lost shard is not asked again for a while: a frozen one would cost a deadline each time.
     assert_same(run(work, fanout, all_reads, step=3), expected)
-    assert {it.worker_id: it.failures for it in fanout.links()} == {A: 1, B: 0}
+    assert {link.worker_id: link.failures for link in fanout.links()} == {A: 1, B: 0}
 
 
 @pytest.mark.parametrize("transport", [Transport.TCP])
@@ -114,7 +116,7 @@ def test_without_replicas_the_step_fails_and_runs_again_when_the_spans_are_back(
     holder, start_process, connect, work
 ):
     shards = {A: start_process(worker=A), B: holder}
-    clients = {worker: connect(it.address) for worker, it in shards.items()}
+    clients = {worker: connect(shard.address) for worker, shard in shards.items()}
     for client in clients.values():
         client.connect()
     fanout = Fanout(clients, work.model)
@@ -127,7 +129,7 @@ def test_without_replicas_the_step_fails_and_runs_again_when_the_spans_are_back(
         run(work, fanout, all_reads, step=3)
     assert lost.value.shards == late.value.shards == {A}
     clients[A].connect()
-    with pytest.raises(NotFound):  # another process, which has none of the spans
+    with pytest.raises(NotFound):  # the restarted process has none of the spans
         run(work, fanout, all_reads, step=3)
     clients[A] = connect(shards[A].address)
     clients[A].connect()
@@ -136,15 +138,19 @@ def test_without_replicas_the_step_fails_and_runs_again_when_the_spans_are_back(
     assert_same(run(work, fanout, all_reads, step=4), expected)
 
 
-class Local:
-    """Three shards in this process, each of which breaks when it is told to."""
+class LocalShards:
+    """Three shards in this process, with clients that can be made to fail."""
 
     def __init__(self, work):
-        self.stores = {w: LocalStore(worker=w, arena=Arena(8 << 20)) for w in (A, B, C)}
-        self.clients = {w: Breaking(w, store, work.model) for w, store in self.stores.items()}
+        self.stores = {worker: LocalStore(worker=worker, arena=Arena(8 << 20)) for worker in (A, B, C)}
+        self.clients = {
+            worker: BreakingClient(worker, store, work.model) for worker, store in self.stores.items()
+        }
 
 
-class Breaking(InProcessClient):
+class BreakingClient(InProcessClient):
+    """Raises TransportError in the calls named in ``broken``."""
+
     transport = bulk_transport = Transport.TCP
     broken = frozenset()
 
@@ -165,7 +171,7 @@ class Breaking(InProcessClient):
         return super().wait(*args, **options)
 
     def second_connection(self):
-        second_connection = Breaking(self._worker, self.store, self._model)
+        second_connection = BreakingClient(self._worker, self.store, self._model)
         second_connection.broken = self.broken
         return second_connection
 
@@ -173,7 +179,7 @@ class Breaking(InProcessClient):
 @pytest.mark.parametrize("call", ["begin", "send", "wait"])
 @pytest.mark.parametrize("replicas_at", [[(B,), (B,)], [(C,), (C,)], [(B, C), (C,)], [(B,), (C,)]])
 def test_replicas_at_one_worker_or_at_several(work, call, replicas_at):
-    local = Local(work)
+    local = LocalShards(work)
     fanout = Fanout(local.clients, work.model)
     all_reads = reads(work, local.clients, replicas_at)
     expected = merged(run(work, fanout, all_reads, step=1))
@@ -182,8 +188,8 @@ def test_replicas_at_one_worker_or_at_several(work, call, replicas_at):
     torch.testing.assert_close(merged(found), expected, **ROUNDING)
 
 
-def test_replicas_that_break_too(work):
-    local = Local(work)
+def test_a_replica_may_break_too(work):
+    local = LocalShards(work)
     all_reads = reads(work, local.clients, [(C, B), (C, B)])
     expected = merged(run(work, Fanout(local.clients, work.model), all_reads, step=1))
     local.clients[A].broken = {"wait"}
@@ -194,21 +200,21 @@ def test_replicas_that_break_too(work):
 
 
 def test_when_every_copy_is_gone_the_step_fails(work):
-    local = Local(work)
+    local = LocalShards(work)
     fanout = Fanout(local.clients, work.model)
     all_reads = reads(work, local.clients, [(C,), (C,)])
     for worker in (A, C):
         local.clients[worker].broken = {"wait"}
     with pytest.raises(Lost) as lost:
         run(work, fanout, all_reads, step=1)
-    assert lost.value.shards == {C}, "A's part was C's by then"
+    assert lost.value.shards == {C}, "C had taken over A's reads"
 
 
 def test_a_second_connection_that_is_missing_is_late_and_no_reason_to_avoid_the_shard(
     start_shard, connect, work
 ):
     shards = {worker: start_shard(worker=worker) for worker in (A, B)}
-    clients = {worker: connect(it.address) for worker, it in shards.items()}
+    clients = {worker: connect(shard.address) for worker, shard in shards.items()}
     for client in clients.values():
         client.connect()
     fanout = Fanout(clients, work.model)
@@ -225,7 +231,8 @@ def test_a_second_connection_that_is_missing_is_late_and_no_reason_to_avoid_the_
 
 
 def merged(states):
-    """[frame] -> o over all shards, in float64: who answers what does not matter."""
+    """o of each frame, merged over all shards in float64. The result does not depend on which shard read
+    what."""
     outs = []
     for shards in states:
         lse = torch.stack([lse.double() for _, lse in shards])

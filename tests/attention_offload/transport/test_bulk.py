@@ -148,9 +148,9 @@ def test_a_refusal_leaves_the_connection_in_use(shard, connect, work, transport)
     """The shard reads the rest of a refused write, however long it is."""
     store = connect(shard.address).store
     span = work.sealed_span(store, "a", 0, 20).span
-    stream = store._bulk._stream
+    stream = store._bulk._connection
     for tokens in (1, 20, 20_000):
         with pytest.raises(Exception, match="write from 20"):
             store.write(span, 0, 0, *work.tokens(tokens), sequence=A, epoch=work.owner)
     assert store.read(span, 0, 0, 20, sequence=A)[0].shape[1] == 20
-    assert store._bulk._stream is stream is not None
+    assert store._bulk._connection is stream is not None

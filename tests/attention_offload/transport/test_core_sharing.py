@@ -51,7 +51,7 @@ def test_both_ends_are_told_and_the_states_are_the_same(
     client = reach(shard.address, transports=(transport,))
     step = work.step([work.sealed_span(client.store, "a", 0, 20)])
     assert work.run(client, step) == work.run(InProcessClient(shard.worker, shard.store, work.model), step)
-    assert client.frames.shares_cores is shared
+    assert client.native_connection.shares_cores is shared
 
 
 @pytest.mark.skipif(

@@ -82,12 +82,12 @@ FRAMES = st.tuples(
     frames=st.lists(st.tuples(FRAMES, st.binary(max_size=200)), max_size=4),
     tail=st.binary(max_size=40),
 )
-def test_a_shard_survives_frames_of_all_kinds(room, unix, begun, frames, tail):
+def test_a_shard_survives_frames_of_all_kinds(target, unix, begun, frames, tail):
     """Frames are well-formed, truncated, reordered, oversized, or malformed."""
-    with room.frames(unix) as connection:
+    with target.frames(unix) as connection:
         data = b""
         if begun and not unix:
-            step = codec.step_to_pb(room.step).SerializeToString()
+            step = codec.step_to_pb(target.step).SerializeToString()
             data = header(BEGIN, len(step)) + step
         for (step, layer, micro_batch, kind, count), payload in frames:
             data += HEADER.pack(step, layer, micro_batch, kind, count) + payload
@@ -97,7 +97,7 @@ def test_a_shard_survives_frames_of_all_kinds(room, unix, begun, frames, tail):
         except OSError:
             pass  # The shard has closed the connection already.
         read_all(connection)
-    room.check(unix)
+    target.check(unix)
 
 
 @pytest.mark.parametrize(
@@ -125,12 +125,12 @@ def test_a_shard_survives_frames_of_all_kinds(room, unix, begun, frames, tail):
         "not a step",
     ],
 )
-def test_a_shard_says_what_was_wrong(room, data, error):
-    with room.frames(unix=False) as connection:
+def test_a_shard_says_what_was_wrong(target, data, error):
+    with target.frames(unix=False) as connection:
         connection.sendall(data)
         connection.shutdown(socket.SHUT_WR)
         assert error in failure_in(read_all(connection)).message
-    room.check(unix=False)
+    target.check(unix=False)
 
 
 @pytest.mark.parametrize(
@@ -143,35 +143,35 @@ def test_a_shard_says_what_was_wrong(room, data, error):
     ],
     ids=["step", "layer", "micro-batch", "bytes"],
 )
-def test_a_frame_out_of_order_is_refused_by_name(room, frame, error):
-    step = codec.step_to_pb(room.step).SerializeToString()
-    with room.frames(unix=False) as connection:
+def test_a_frame_out_of_order_is_refused_by_name(target, frame, error):
+    step = codec.step_to_pb(target.step).SerializeToString()
+    with target.frames(unix=False) as connection:
         connection.sendall(header(BEGIN, len(step)) + step + frame)
         failure = failure_in(read_all(connection))
         assert error in failure.message
         assert isinstance(codec.error_from_pb(failure, peer="shard"), InvalidRequest)
 
 
-def test_a_step_without_sealed_shared_memory_is_refused(room, tmp_path):
+def test_a_step_without_sealed_shared_memory_is_refused(target, tmp_path):
     """A descriptor of a folder, one of unsealed memory, and none."""
-    step = codec.step_to_pb(room.step).SerializeToString()
+    step = codec.step_to_pb(target.step).SerializeToString()
     for descriptors in ([os.open(tmp_path, os.O_RDONLY)], [os.memfd_create("unsealed")], []):
-        with room.frames(unix=True) as connection:
+        with target.frames(unix=True) as connection:
             socket.send_fds(connection, [header(BEGIN, len(step)) + step], descriptors)
             connection.shutdown(socket.SHUT_WR)
             assert "memory" in failure_in(read_all(connection)).message
         for descriptor in descriptors:
             os.close(descriptor)
-    room.check(unix=True)
+    target.check(unix=True)
 
 
-def test_a_connection_without_a_valid_token_is_closed(room):
+def test_a_connection_without_a_valid_token_is_closed(target):
     for token in (b"", b"short", secrets.token_bytes(16)):
-        with socket.create_connection(room.listener.tcp_address, timeout=DEADLINE_S) as connection:
+        with socket.create_connection(target.listener.tcp_address, timeout=DEADLINE_S) as connection:
             connection.sendall(token)
             connection.shutdown(socket.SHUT_WR)
             assert read_all(connection) == b""
-    room.check(unix=False)
+    target.check(unix=False)
 
 
 # -- the engine's end, hot frames --------------------------------------------------------------------------
@@ -291,20 +291,20 @@ def wait_for(work, answer):
     ),
     pieces=st.integers(0, 2**32 - 1) | st.integers(0, 3),
 )
-def test_a_shard_survives_bulk_messages_of_all_kinds(room, kind, message, counts, payload, fields, pieces):
+def test_a_shard_survives_bulk_messages_of_all_kinds(target, kind, message, counts, payload, fields, pieces):
     if message is None:
-        write = pb.WriteRequest(span_id=room.read.span, epoch=2, **fields)
+        write = pb.WriteRequest(span_id=target.read.span, epoch=2, **fields)
         message = pb.BulkWrite(write=write, piece_tokens=pieces).SerializeToString()
     counts = counts or (len(message), len(payload))
-    with room.bulk() as connection:
+    with target.bulk() as connection:
         try:
             connection.sendall(BULK_HEADER.pack(kind, *counts) + message + payload)
             connection.shutdown(socket.SHUT_WR)
         except OSError:
             pass
         read_all(connection)
-    assert room.fingerprint() == room.digest
-    room.store.check_integrity()
+    assert target.fingerprint() == target.digest
+    target.store.check_integrity()
 
 
 @FUZZ
@@ -326,23 +326,23 @@ def test_an_engine_survives_bulk_answers_of_all_kinds(work, kind, counts, payloa
     stream.close()
 
 
-def test_bulk_garbage_is_answered_with_what_was_wrong(room):
+def test_bulk_garbage_is_answered_with_what_was_wrong(target):
     for data, error in (
         (BULK_HEADER.pack(9, 0, 0), "garbage: a bulk message of kind 9"),
         (BULK_HEADER.pack(BulkKind.WRITE, 2**20, 0), "oversized"),
         (BULK_HEADER.pack(BulkKind.DONE, 0, 0), "garbage: DONE"),
     ):
-        with room.bulk() as connection:
+        with target.bulk() as connection:
             connection.sendall(data)
             answer = read_all(connection)
         assert answer[0] == BulkKind.FAILED and error in pb.Failure.FromString(answer[16:]).message
 
 
-def test_a_listener_that_closes_ends_its_connections(room):
-    with room.frames(unix=False) as connection:
+def test_a_listener_that_closes_ends_its_connections(target):
+    with target.frames(unix=False) as connection:
         threads = [thread for thread in threading.enumerate() if thread.name == "frames"]
         assert threads
-        room.listener.close()
+        target.listener.close()
         read_all(connection)
     for thread in threads:
         thread.join(DEADLINE_S)

@@ -62,12 +62,12 @@ STEPS = st.builds(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(message=STEPS)
-def test_a_shard_looks_at_every_number_of_a_step_before_it_reads_memory(room, message):
+def test_a_shard_looks_at_every_number_of_a_step_before_it_reads_memory(target, message):
     """A well-formed step with bad values is refused before the kernels see it, or reads stored tokens only;
     no read goes beyond a span."""
-    session = ShardSession(room.store, room.work.model, AttendedBytes())
+    session = ShardSession(target.store, target.work.model, AttendedBytes())
     for read in (read for reads in message.reads for read in reads.reads):
-        read.span_id = room.read.span if read.span_id == "here" else read.span_id
+        read.span_id = target.read.span if read.span_id == "here" else read.span_id
     try:
         step = codec.step_from_pb(message)
         session.begin(step)
@@ -75,6 +75,6 @@ def test_a_shard_looks_at_every_number_of_a_step_before_it_reads_memory(room, me
         return
     for index, batch in enumerate(step.micro_batches):
         if len(batch):
-            q = room.work.query(rows=len(batch), groups=step.group1 - step.group0)
+            q = target.work.query(rows=len(batch), groups=step.group1 - step.group0)
             state = session.attend(step.step, 0, index, q)
             assert not state.o.isnan().any()

@@ -58,10 +58,10 @@ class MortalClient(_Mortal):
     """
 
     transport = bulk_transport = Transport.TCP  # An engine expects no failures of an IN_PROCESS client.
-    frames = None
+    native_connection = None
 
     def __init__(self, client, life=None):
-        assert client.frames is None, "frames that are sent natively would bypass this wrapper"
+        assert client.native_connection is None, "frames that are sent natively would bypass this wrapper"
         super().__init__(client, life or _Life())
         self.store = _Mortal(client.store, self._life)
         self._second = None

@@ -18,7 +18,7 @@ class FlakyClient:
         self._client = client
         self.store = client.store
         self.transport = self.bulk_transport = Transport.TCP
-        self.frames = None
+        self.native_connection = None
         self.waits = 0
         self.break_at = set()
         self.die_at = None

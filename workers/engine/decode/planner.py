@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 
 from farshore.attention_offload.base import AttentionModel
-from farshore.attention_offload.plan.step_plan import Read, StepPlan, Stretch
+from farshore.attention_offload.plan.step_plan import PositionRange, Read, StepPlan
 from farshore.ids import WorkerId
 from farshore.workers.engine.decode.step_entry import StepEntry
 
@@ -35,7 +35,7 @@ class Planner:
         positions = tuple(entry.sequence.committed + i for entry in entries for i in range(entry.rows))
         committed = {entry.sequence.key: entry.sequence.committed for entry in entries}
         tails = {
-            entry.sequence.key: Stretch(
+            entry.sequence.key: PositionRange(
                 entry.sequence.placed_tail.start, entry.sequence.committed + entry.rows
             )
             for entry in entries

@@ -10,7 +10,14 @@ from dataclasses import replace
 from functools import partial
 
 from farshore.attention_offload.base import AttentionModel
-from farshore.attention_offload.plan.placement import HeadClass, Room, ShardBy, Share, head_classes, spread
+from farshore.attention_offload.plan.placement import (
+    FreeTokens,
+    GroupPlacement,
+    ShardBy,
+    Share,
+    place_groups,
+    spread,
+)
 from farshore.errors import FarshoreError, Full, TransportError
 from farshore.ids import SpanId, WorkerId
 from farshore.kernels.base import BLOCK_TOKENS
@@ -210,18 +217,20 @@ class SequenceCache:
             layout=self._layout.of_groups(share.group1 - share.group0),
         )
 
-    def _spread(self, tokens: int, bytes_of: Mapping[WorkerId, int]) -> tuple[list[HeadClass], list[Share]]:
+    def _spread(
+        self, tokens: int, bytes_of: Mapping[WorkerId, int]
+    ) -> tuple[list[GroupPlacement], list[Share]]:
         """Cuts ``tokens`` into shares for workers of ``bytes_of`` bytes; returns (group placements, shares).
 
         Raises Full if they do not fit.
         """
         layout = self._layout
         # One block per worker is left out: a share and the growth after it both end in a partly filled block.
-        rooms = [
-            Room(worker, max(0, size // layout.block_bytes - 1) * BLOCK_TOKENS)
+        free = [
+            FreeTokens(worker, max(0, size // layout.block_bytes - 1) * BLOCK_TOKENS)
             for worker, size in bytes_of.items()
         ]
-        classes = head_classes(rooms, groups=layout.groups, shard_by=self._shard_by)
+        classes = place_groups(free, groups=layout.groups, shard_by=self._shard_by)
         try:
             return classes, spread(classes, tokens=tokens, groups=layout.groups)
         except Full as error:

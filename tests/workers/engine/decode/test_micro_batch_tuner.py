@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from farshore.attention_offload.fanout.fanout import Fanout
 from farshore.attention_offload.transport.frames import Transport
-from farshore.benchmarks.offload.rig import Ground, delayed
+from farshore.benchmarks.offload.rig import StepRig, delayed
 from farshore.ids import WorkerId
 from farshore.workers.engine.attention_model import attention_model
 from farshore.workers.engine.decode.micro_batch_tuner import (
@@ -131,7 +131,7 @@ def test_over_a_real_delay_the_tuner_decides_by_the_measured_times(
     transports = [Transport.TCP]
     with delayed(process.address, attention, tiny_model.dtype, delay_s) as far:
         store = connect(process.address, model=attention).store
-        ground = Ground(tiny_model, attention, {worker: store}, sequences=8, context_tokens=600)
+        rig = StepRig(tiny_model, attention, {worker: store}, sequences=8, context_tokens=600)
         client = connect(far, model=attention, transports=transports)
         client.connect()
         shards = Fanout({worker: client}, attention)
@@ -144,7 +144,7 @@ def test_over_a_real_delay_the_tuner_decides_by_the_measured_times(
         tuner, ran = MicroBatchTuner(lambda: shards.waited_s, clock=now_s), []
         for _ in range(12 * TRIAL_STEPS):
             with tuner.step(8) as n:
-                ground.step(shards, micro_batches=n)
+                rig.step(shards, micro_batches=n)
             ran.append(n)
     seconds = [end - start for start, end in zip(clock[::2], clock[1::2], strict=True)]
     assert 2 in ran, "nearly all of a step is waiting: more micro-batches are tried"
