@@ -19,6 +19,10 @@ from farshore.errors import StartupError
 READY_DEADLINE_S = 60.0
 STOP_DEADLINE_S = 10.0
 
+_ALLOCATOR = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "262144"}
+"""For glibc, unless the environment says otherwise. A long prompt takes megabytes for a moment, in any thread
+of several. By default each thread keeps such memory in an arena of its own, and the process only grows."""
+
 
 class GatewayProcess:
     """The constructor starts the process, which loads the tokenizer; :meth:`serve` completes the start."""
@@ -31,6 +35,7 @@ class GatewayProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=_ALLOCATOR | os.environ,
             # Ctrl-C in a terminal must reach only the driver, which ends the processes in order.
             start_new_session=True,
         )

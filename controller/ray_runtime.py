@@ -26,6 +26,8 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # Ray starts its workers at niceness 15: an engine then gets 3% of a core that another process uses. A gateway
 # that tokenized long prompts stopped all answers for two seconds.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# The GCS remembers the newest 100,000 task events by default, and the driver makes one every half second.
+os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "1000")
 
 import ray
 

@@ -7,7 +7,37 @@ and one message, so that an option is named in one place. It must not know what 
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
+
+_ROUNDED = 1e-6
+"""Relative tolerance of a lower bound: 0.01 travels as a float32 slightly below 0.01."""
+
+
+class Range(NamedTuple):
+    """The numbers from ``low`` to ``high``; without ``low`` itself if ``above``. NaN is in no range."""
+
+    low: float
+    high: float
+    words: str
+    """Completes "use a number ..."."""
+    above: bool = False
+
+    def has(self, value: float) -> bool:
+        low = self.low * (1 - _ROUNDED) if self.low > 0 else self.low
+        return low <= value <= self.high and not (self.above and value == self.low)
+
+
+RANGES = {
+    "temperature": Range(0.0, 2.0, "from 0 (greedy) to 2"),
+    "top_p": Range(0.0, 1.0, "above 0, up to 1", above=True),
+    "min_p": Range(0.0, 1.0, "from 0 (off) to 1"),
+    # transformers and vLLM accept any number above 0. Far from 1, logits exceed the range of float32.
+    "repetition_penalty": Range(0.01, 100.0, "from 0.01 to 100; 1 is none"),
+    "presence_penalty": Range(-2.0, 2.0, "from -2 to 2"),
+    "frequency_penalty": Range(-2.0, 2.0, "from -2 to 2"),
+    "logit_bias": Range(-100.0, 100.0, "from -100 to 100"),
+}
+"""By option. The command line refuses other numbers before it starts anything, the gateway always."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,24 +6,11 @@ is started for the call. Must not know how the values are used.
 
 import argparse
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from farshore.client.cli.options import number, positive, whole
-
-_SAME_NAME = (
-    "max_tokens",
-    "n",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "logprobs",
-    "seed",
-    "ignore_eos",
-)
+from farshore.sampling import RANGES, Sampling
 
 
 def seed(text: str) -> int:
@@ -33,13 +20,14 @@ def seed(text: str) -> int:
     return value
 
 
-def number_in(low: float, high: float, words: str, *, above: bool = False) -> Callable[[str], float]:
-    """A type for argparse: ``low`` to ``high``, with ``above`` without ``low`` itself. NaN is in no range."""
+def in_range(option: str) -> Callable[[str], float]:
+    """A type for argparse: the numbers that ``option`` of :class:`farshore.sampling.Sampling` may be."""
+    allowed = RANGES[option]
 
     def parse(text: str) -> float:
         value = number(text)
-        if not low <= value <= high or (above and value == low):
-            raise argparse.ArgumentTypeError(f"{text}: use a number {words}")
+        if not allowed.has(value):
+            raise argparse.ArgumentTypeError(f"{text}: use a number {allowed.words}")
         return value
 
     return parse
@@ -56,7 +44,7 @@ def bias(text: str) -> tuple[int, float]:
     token, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r}: write TOKEN=BIAS, such as 42=-100")
-    return not_negative(token), number_in(-100, 100, "from -100 to 100")(value)
+    return not_negative(token), in_range("logit_bias")(value)
 
 
 def add_sampling_options(group: argparse._ArgumentGroup) -> None:
@@ -65,26 +53,26 @@ def add_sampling_options(group: argparse._ArgumentGroup) -> None:
     add("--n", type=positive, metavar="N", help="choices: answers to the one prompt (default: 1)")
     add(
         "--temperature",
-        type=number_in(0, 2, "from 0 (greedy) to 2"),
+        type=in_range("temperature"),
         metavar="T",
         help="0 (greedy) to 2 (default: 0)",
     )
     add("--top-k", type=not_negative, metavar="K", help="sample from the K likeliest tokens (default: all)")
     add(
         "--top-p",
-        type=number_in(0, 1, "above 0, up to 1", above=True),
+        type=in_range("top_p"),
         metavar="P",
         help="sample from the likeliest tokens of this total probability (default: 1)",
     )
     add(
         "--min-p",
-        type=number_in(0, 1, "from 0 to 1"),
+        type=in_range("min_p"),
         metavar="P",
         help="leave out tokens less likely than this share of the likeliest's probability (default: 0)",
     )
     add(
         "--repetition-penalty",
-        type=number_in(0.01, 100, "from 0.01 to 100"),
+        type=in_range("repetition_penalty"),
         metavar="R",
         help="0.01 to 100; above 1: avoid tokens of prompt and answer (default: 1)",
     )
@@ -92,7 +80,7 @@ def add_sampling_options(group: argparse._ArgumentGroup) -> None:
         each = "for every time it came" if name == "frequency" else "if it came at all"
         add(
             f"--{name}-penalty",
-            type=number_in(-2, 2, "from -2 to 2"),
+            type=in_range(f"{name}_penalty"),
             metavar="X",
             help=f"lower a token's logit by X {each} in the answer (default: 0)",
         )
@@ -127,7 +115,8 @@ def asked(args: argparse.Namespace) -> dict[str, Any]:
         args.usage_error(f"--n {args.n} would give {args.n} times the same answer: add --temperature")
     if args.logprobs is not None and not args.json:
         args.usage_error("--logprobs are told in JSON only: add --json")
-    return {name: getattr(args, name) for name in _SAME_NAME} | {
+    options = {option.name: getattr(args, option.name, None) for option in fields(Sampling)}
+    return options | {
         "logit_bias": dict(args.logit_bias or ()),
         "stop": args.stop or (),
         "stop_token_ids": args.stop_token_id or (),

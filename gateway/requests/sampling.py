@@ -8,22 +8,10 @@ from collections.abc import Iterable
 from farshore.errors import InvalidRequest
 from farshore.gateway.limits import Limits
 from farshore.proto import inference_pb2 as api
+from farshore.sampling import RANGES, Range
 
-_UP_TO_2 = (-2.0, 2.0, "a number from -2 to 2")
-# NaN is in no range: it compares false with everything.
-_RANGES = {
-    "temperature": (0.0, 2.0, "a number from 0 (greedy) to 2"),
-    "min_p": (0.0, 1.0, "a number from 0 (off) to 1"),
-    "presence_penalty": _UP_TO_2,
-    "frequency_penalty": _UP_TO_2,
-}
-# transformers and vLLM accept any number above 0; with numbers far from 1, logits exceed the range of
-# float32.
-_REPETITION = (0.01, 100.0)
-# Logits divided by a lower temperature may exceed the range of float32, too.
-_LEAST_TEMPERATURE = 1e-6
-_ROUNDED = 1e-6  # relative tolerance: 0.01 arrives as a float32 slightly below 0.01
-_MOST_BIAS = 100.0
+# Logits divided by a lower temperature may exceed the range of float32.
+_TEMPERATURES = Range(1e-6, 2.0, "0 (greedy), or 1e-06 to 2")
 
 
 def check(sampling: api.Sampling, *, vocab: int, limits: Limits) -> None:
@@ -31,24 +19,16 @@ def check(sampling: api.Sampling, *, vocab: int, limits: Limits) -> None:
     model."""
     if sampling.HasField("max_tokens") and sampling.max_tokens < 1:
         raise InvalidRequest("max_tokens is 0: ask for at least 1, or leave it unset")
-    for name, (low, high, fix) in _RANGES.items():
-        value = getattr(sampling, name)
-        if not low <= value <= high:
-            raise InvalidRequest(f"{name} {value:g}: use {fix}")
-    if 0 < sampling.temperature < _LEAST_TEMPERATURE * (1 - _ROUNDED):
-        raise InvalidRequest(
-            f"temperature {sampling.temperature:g}: use 0 (greedy), or {_LEAST_TEMPERATURE:g} to 2"
-        )
-    if sampling.HasField("top_p") and not 0 < sampling.top_p <= 1:
-        raise InvalidRequest(f"top_p {sampling.top_p:g}: use a number above 0, up to 1")
-    low, high = _REPETITION
-    if sampling.HasField("repetition_penalty") and not (
-        low * (1 - _ROUNDED) <= sampling.repetition_penalty <= high
-    ):
-        raise InvalidRequest(
-            f"repetition_penalty {sampling.repetition_penalty:g}: use a number from {low:g} to {high:g}; "
-            "1 is none"
-        )
+    for name, allowed in RANGES.items():
+        field = sampling.DESCRIPTOR.fields_by_name[name]
+        if (
+            field.has_presence
+            and sampling.HasField(name)
+            and not allowed.has(value := getattr(sampling, name))
+        ):
+            raise InvalidRequest(f"{name} {value:g}: use a number {allowed.words}")
+    if sampling.temperature and not _TEMPERATURES.has(sampling.temperature):
+        raise InvalidRequest(f"temperature {sampling.temperature:g}: use {_TEMPERATURES.words}")
     most = min(limits.logprobs, vocab)
     if sampling.logprobs > most:
         raise InvalidRequest(f"logprobs {sampling.logprobs}: ask for at most {most} alternatives a token")
@@ -76,9 +56,9 @@ def _check_bias(sampling: api.Sampling, vocab: int, limits: Limits) -> None:
         )
     _check_ids("logit_bias", sampling.logit_bias, vocab)
     for token, bias in sampling.logit_bias.items():
-        if not -_MOST_BIAS <= bias <= _MOST_BIAS:
+        if not RANGES["logit_bias"].has(bias):
             raise InvalidRequest(
-                f"logit_bias {bias:g} of token {token}: use a number from {-_MOST_BIAS:g} to {_MOST_BIAS:g}"
+                f"logit_bias {bias:g} of token {token}: use a number {RANGES['logit_bias'].words}"
             )
 
 

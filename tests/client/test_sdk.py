@@ -42,7 +42,7 @@ def test_choices_and_log_probabilities(client, farshore, served):
     asked = dict(n=2, temperature=1.0, logprobs=1, logit_bias={yes: 1.0}, stop="zzz", stop_token_ids=[no])
     stream = client.generate("Hello", **asked)
     sequence = farshore.engine.next_sequence()
-    sent = sequence.request
+    sent = sequence.request.sampling
     assert (sent.n, sent.logprobs, dict(sent.logit_bias)) == (2, 1, {yes: 1.0})
     top = [cluster_pb2.TokenLogprob(token_id=no, logprob=-0.5)]
     sequence.token(token_id=yes, choice=1, logprob=-1.5, top=top)

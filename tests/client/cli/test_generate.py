@@ -48,13 +48,14 @@ def test_sampling_options(run, farshore, answer):
         "--stop-token-id 11 --ignore-eos --cache-salt ours"
     )
     run("generate", "Hi", "--server", farshore.address, *options)
-    sent = farshore.engine.next_sequence().request
+    request = farshore.engine.next_sequence().request
+    sent = request.sampling
     assert (sent.max_tokens, sent.temperature, sent.top_k, sent.top_p) == (7, 0.5, 40, 0.5)
     assert (sent.min_p, sent.repetition_penalty) == (0.25, 1.5)
     assert (sent.presence_penalty, sent.frequency_penalty, sent.seed) == (-0.5, 2, 9)
     assert dict(sent.logit_bias) == {42: -100, 7: 2.5}
     assert list(sent.stop_token_ids) == [11]
-    assert sent.cache_salt == "ours"
+    assert request.cache_salt == "ours"
 
 
 def test_stop_strings(run, farshore, answer):
