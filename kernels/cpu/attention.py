@@ -21,18 +21,14 @@ import torch
 from torch import Tensor
 
 from farshore.kernels.base import AttentionSpec, KVLayout, Segments, State, WorkList
-from farshore.kernels.cpu import _native
 from farshore.kernels.cpu.checks import check_layout, check_spec, check_work
-from farshore.kernels.formats import CODES, DTYPE_CODES, NATIVE_DTYPES, KVFormat
+from farshore.kernels.cpu.native_module import native as _native
+from farshore.kernels.formats import CODES, KVFormat
 
 native = True
 
 instruction_sets: list[str] = _native.instruction_sets()
 """The instruction sets that this machine has, best first. The first one is in use."""
-
-_ELEMENTS = {dtype: DTYPE_CODES[dtype] for dtype in NATIVE_DTYPES}
-_ELEMENTS |= {torch.uint8: 3, torch.int16: 4, torch.int32: 5, torch.int64: 6}
-"""The numbers of ``Element`` in ``native/runtime/tensors.h``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,12 +164,3 @@ def _layout(layout: KVLayout, spec: AttentionSpec) -> tuple[int, ...]:
 
 def _contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _describe(x: Tensor) -> tuple[int, ...]:
-    """(address, *shape, *strides, number of the Element or -1), for the native code where this torch version
-    has no C table of functions that read tensors."""
-    return (x.data_ptr(), *x.shape, *x.stride(), _ELEMENTS.get(x.dtype, -1) if x.is_cpu else -1)
-
-
-_native.use_tensors(Tensor, getattr(Tensor, "__dlpack_c_exchange_api__", None), _describe)

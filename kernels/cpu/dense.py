@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from farshore.kernels.cpu import _native
+from farshore.kernels.cpu.native_module import native as _native
 from farshore.kernels.cpu.packed import Packed
 
 DTYPES = (torch.float32, torch.bfloat16)

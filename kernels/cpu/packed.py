@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from farshore.kernels.cpu import _native
+from farshore.kernels.cpu.native_module import native as _native
 
 BLOCK = 32
 """Weights that share a scale."""

@@ -15,7 +15,6 @@ enum class Format { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4, FLOAT64 };
 // elements.
 enum class RowType { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, FLOAT64 = 5, STORED = 6 };
 
-
 // K or V of one layer in a block: a run for each head; a run holds the elements of all tokens, then all their scales.
 struct Side {
     int heads;

@@ -1,5 +1,8 @@
 """The arguments of the native kernels: wrong ones are refused, and rows may have many scales."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -7,6 +10,8 @@ from farshore.kernels.base import AttentionSpec, KVLayout, Segments, State, Work
 from farshore.kernels.formats import KVFormat
 
 cpu = pytest.importorskip("farshore.kernels.cpu.attention", reason="the native kernels are not built here")
+from farshore.kernels.cpu import native_module  # noqa: E402
+
 every_instruction_set = pytest.mark.parametrize("kernels", cpu.instruction_sets, indirect=True)
 
 SPEC = AttentionSpec(4, 2, 2, 64, 64, scale=0.125)
@@ -137,14 +142,14 @@ def test_tensors_are_read_through_python_without_torchs_table(sequence):
     )
     cpu.partial(plan, 1, q, out=expected)
     api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    cpu._native.use_tensors(torch.Tensor, None, cpu._describe)
+    cpu._native.use_tensors(torch.Tensor, None, native_module.describe)
     try:
         cpu.partial(plan, 1, q, out=out)
         for other in (q.double(), q.to("meta"), q[:1], q[0, 0, None, None, None], None):
             with refused("q"):
                 cpu.partial(plan, 1, other, out=out)
     finally:
-        cpu._native.use_tensors(torch.Tensor, api, cpu._describe)
+        cpu._native.use_tensors(torch.Tensor, api, native_module.describe)
     assert torch.equal(out.o, expected.o) and torch.equal(out.lse, expected.lse)
 
 
@@ -204,3 +209,15 @@ def test_rows_with_many_scales(kernels, textbook, assert_close, store_tokens, fo
     assert_close(
         out, textbook(q, kv.k, kv.v, spec, q_positions=positions), kernels.tolerance(q.dtype, format)
     )
+
+
+@pytest.mark.parametrize("module", ["attention", "dense", "packed"])
+def test_each_module_alone_makes_natives_read_tensors(module):
+    """In a process of its own: importing one module must not depend on another one's import."""
+    use = (
+        f"import torch, farshore.kernels.cpu.{module} as module\n"
+        "blocks, values = torch.zeros(2, 1, 34, dtype=torch.uint8), torch.ones(2, 32)\n"
+        "module._native.dense_unpack(2, blocks, values, 1)\n"
+        "assert not values.any()"
+    )
+    subprocess.run([sys.executable, "-P", "-c", use], check=True, timeout=60)

@@ -91,7 +91,7 @@ def test_zero_alternatives_is_not_none(farshore):
     farshore.engine.auto = ()
     for asked, expected in ((dict(logprobs=0), True), ({}, False)):
         list(farshore.generate(sampling=asked))
-        assert farshore.engine.next_sequence().request.HasField("logprobs") is expected
+        assert farshore.engine.next_sequence().request.sampling.HasField("logprobs") is expected
 
 
 def test_alternatives_count_in_the_bytes_of_ended_requests(start, harness):

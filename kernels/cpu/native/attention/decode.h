@@ -167,19 +167,11 @@ class DecodeAttention {
             for (int i = 0; i < per_head; i += QUERIES_AT_ONCE) {
                 const int first = head * per_head + i;
                 switch (std::min(QUERIES_AT_ONCE, per_head - i)) {
-                    case 1:
-                        body(head, first, std::integral_constant<int, 1>{});
-                        break;
-                    case 2:
-                        body(head, first, std::integral_constant<int, 2>{});
-                        break;
+                    case 1: body(head, first, std::integral_constant<int, 1>{}); break;
+                    case 2: body(head, first, std::integral_constant<int, 2>{}); break;
 #if WIDTH == 16
-                    case 3:
-                        body(head, first, std::integral_constant<int, 3>{});
-                        break;
-                    case 4:
-                        body(head, first, std::integral_constant<int, 4>{});
-                        break;
+                    case 3: body(head, first, std::integral_constant<int, 3>{}); break;
+                    case 4: body(head, first, std::integral_constant<int, 4>{}); break;
 #endif
                 }
             }

@@ -255,27 +255,18 @@ void dispatch([[maybe_unused]] const Shape& shape, Format stored, [[maybe_unused
     use_bf16 = use_bf16 && shape.k_heads == 1 && shape.v_heads == 1;
 #endif
     if (use_bf16) switch (stored) {
-            case Format::bf16:
-                return run.template operator()<Bf16Arithmetic, Format::bf16>();
-            case Format::i8:
-                return run.template operator()<Bf16Arithmetic, Format::i8>();
-            case Format::i4:
-                return run.template operator()<Bf16Arithmetic, Format::i4>();
-            default:
-                break;
+            case Format::bf16: return run.template operator()<Bf16Arithmetic, Format::bf16>();
+            case Format::i8: return run.template operator()<Bf16Arithmetic, Format::i8>();
+            case Format::i4: return run.template operator()<Bf16Arithmetic, Format::i4>();
+            default: break;
         }
 #endif
     switch (stored) {
-        case Format::f32:
-            return run.template operator()<F32Arithmetic, Format::f32>();
-        case Format::f16:
-            return run.template operator()<F32Arithmetic, Format::f16>();
-        case Format::i8:
-            return run.template operator()<F32Arithmetic, Format::i8>();
-        case Format::i4:
-            return run.template operator()<F32Arithmetic, Format::i4>();
-        case Format::bf16:
-            return run.template operator()<F32Arithmetic, Format::bf16>();
+        case Format::f32: return run.template operator()<F32Arithmetic, Format::f32>();
+        case Format::f16: return run.template operator()<F32Arithmetic, Format::f16>();
+        case Format::i8: return run.template operator()<F32Arithmetic, Format::i8>();
+        case Format::i4: return run.template operator()<F32Arithmetic, Format::i4>();
+        case Format::bf16: return run.template operator()<F32Arithmetic, Format::bf16>();
     }
 }
 

@@ -92,12 +92,9 @@ class PrefillF32 {
         std::memset(row_sum_, 0, 4L * columns_);
         std::memset(o_, 0, 4L * columns_ * v_pad_);
         switch (q.format) {
-            case Format::f32:
-                return transpose_query<Format::f32>(q);
-            case Format::bf16:
-                return transpose_query<Format::bf16>(q);
-            default:
-                return transpose_query<Format::f16>(q);
+            case Format::f32: return transpose_query<Format::f32>(q);
+            case Format::bf16: return transpose_query<Format::bf16>(q);
+            default: return transpose_query<Format::f16>(q);
         }
     }
 
@@ -116,15 +113,9 @@ class PrefillF32 {
                 widen_rows(v_ + (long)head * v_pad_ * tile_tokens, tile.v + head * tile.v_head_stride, tile.v_stride,
                            tile.v_scales + head * tile.v_head_stride, tile.v_scale_stride, tile.count, s_.v_dim);
         for (int i = 0; i < panel_count_; i++) switch (panels_[i].vectors) {
-                case 1:
-                    update_panel<1>(panels_[i], tile, prefetch);
-                    break;
-                case 2:
-                    update_panel<2>(panels_[i], tile, prefetch);
-                    break;
-                case 3:
-                    update_panel<3>(panels_[i], tile, prefetch);
-                    break;
+                case 1: update_panel<1>(panels_[i], tile, prefetch); break;
+                case 2: update_panel<2>(panels_[i], tile, prefetch); break;
+                case 3: update_panel<3>(panels_[i], tile, prefetch); break;
             }
         ticks_ = prefetch.ticks();
     }

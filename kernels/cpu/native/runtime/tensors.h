@@ -14,7 +14,7 @@
 
 namespace farshore {
 
-// Types of elements; the first three have the numbers of Format. `_ELEMENTS` in kernels/cpu/attention.py has the same
+// Types of elements; the first three have the numbers of Format. `_ELEMENTS` in kernels/cpu/native_module.py has the same
 // numbers.
 enum class Element : int { f32, bf16, f16, u8, i16, i32, i64 };
 

@@ -55,16 +55,11 @@ inline void gemm(const typename Products::Element* a, int lda, const typename Pr
     a += i * lda;
     c += i * ldc;
     switch (m - i) {
-        case 1:
-            return gemm_rows<Products, 1>(a, lda, b, ldb, c, ldc, n, k, add, prefetch);
-        case 2:
-            return gemm_rows<Products, 2>(a, lda, b, ldb, c, ldc, n, k, add, prefetch);
-        case 3:
-            return gemm_rows<Products, 3>(a, lda, b, ldb, c, ldc, n, k, add, prefetch);
-        case 4:
-            return gemm_rows<Products, 4>(a, lda, b, ldb, c, ldc, n, k, add, prefetch);
-        case 5:
-            return gemm_rows<Products, 5>(a, lda, b, ldb, c, ldc, n, k, add, prefetch);
+        case 1: return gemm_rows<Products, 1>(a, lda, b, ldb, c, ldc, n, k, add, prefetch);
+        case 2: return gemm_rows<Products, 2>(a, lda, b, ldb, c, ldc, n, k, add, prefetch);
+        case 3: return gemm_rows<Products, 3>(a, lda, b, ldb, c, ldc, n, k, add, prefetch);
+        case 4: return gemm_rows<Products, 4>(a, lda, b, ldb, c, ldc, n, k, add, prefetch);
+        case 5: return gemm_rows<Products, 5>(a, lda, b, ldb, c, ldc, n, k, add, prefetch);
     }
 }
 
