@@ -185,12 +185,12 @@ def slice_from_pb(message: pb.SpanSlice) -> SpanSlice:
     )
 
 
-def identity_to_pb(identity: ShardIdentity) -> pb.Identity:
+def identity_to_pb(identity: ShardIdentity) -> pb.ShardIdentity:
     fields = identity._asdict()
-    return pb.Identity(worker_id=fields.pop("worker"), **fields)
+    return pb.ShardIdentity(worker_id=fields.pop("worker"), **fields)
 
 
-def identity_from_pb(message: pb.Identity) -> ShardIdentity:
+def identity_from_pb(message: pb.ShardIdentity) -> ShardIdentity:
     return ShardIdentity(
         worker=WorkerId(message.worker_id),
         process_id=message.process_id,
@@ -206,14 +206,14 @@ def caller_from_pb(message: pb.Caller) -> Caller:
     return Caller(message.engine, message.sent_ns)
 
 
-def wanted_to_pb(wanted: Wanted) -> list[pb.Wanted]:
+def wanted_to_pb(wanted: Wanted) -> list[pb.WantedSpans]:
     return [
-        pb.Wanted(sequence_id=sequence, epoch=epoch, span_ids=spans)
+        pb.WantedSpans(sequence_id=sequence, epoch=epoch, span_ids=spans)
         for (sequence, epoch), spans in wanted.items()
     ]
 
 
-def wanted_from_pb(messages: Iterable[pb.Wanted]) -> dict[tuple[SequenceId, Epoch], set[SpanId]]:
+def wanted_from_pb(messages: Iterable[pb.WantedSpans]) -> dict[tuple[SequenceId, Epoch], set[SpanId]]:
     """The spans by sequence and epoch. Messages that name the same sequence and epoch are united."""
     wanted: dict[tuple[SequenceId, Epoch], set[SpanId]] = {}
     for message in messages:
@@ -298,16 +298,16 @@ def step_to_pb(step: ShardStep) -> pb.Step:
         group1=step.group1,
         micro_batch_rows=[len(batch) for batch in step.micro_batches],
         reads=[
-            pb.ReadList(
+            pb.StepReads(
                 reads=[
-                    pb.ReadItem(
+                    pb.StepRead(
                         span_id=read.span,
                         origin=read.origin,
                         first=read.first,
                         last=read.last,
                         group0=read.group0,
                         group1=read.group1,
-                        row=read.rows.start,
+                        first_row=read.rows.start,
                         rows=len(read.rows),
                         holder=read.holder,
                     )
@@ -340,7 +340,7 @@ def step_from_pb(message: pb.Step) -> ShardStep:
                     read.last,
                     read.group0,
                     read.group1,
-                    range(read.row, read.row + read.rows),
+                    range(read.first_row, read.first_row + read.rows),
                     SequenceId(read.holder),
                 )
                 for read in class_reads.reads

@@ -10,7 +10,7 @@ class IdentifyRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
-class Identity(_message.Message):
+class ShardIdentity(_message.Message):
     __slots__ = ("worker_id", "process_id", "host", "budget_bytes", "free_bytes", "attended_bytes", "incarnation")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     PROCESS_ID_FIELD_NUMBER: _ClassVar[int]
@@ -93,10 +93,10 @@ class CreateReply(_message.Message):
     def __init__(self, span_id: _Optional[str] = ...) -> None: ...
 
 class WriteRequest(_message.Message):
-    __slots__ = ("span_id", "layer", "first", "tokens", "k", "v", "epoch", "sequence_id", "caller")
+    __slots__ = ("span_id", "layer", "first_token", "tokens", "k", "v", "epoch", "sequence_id", "caller")
     SPAN_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
-    FIRST_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
     V_FIELD_NUMBER: _ClassVar[int]
@@ -105,14 +105,14 @@ class WriteRequest(_message.Message):
     CALLER_FIELD_NUMBER: _ClassVar[int]
     span_id: str
     layer: int
-    first: int
+    first_token: int
     tokens: int
     k: bytes
     v: bytes
     epoch: int
     sequence_id: str
     caller: Caller
-    def __init__(self, span_id: _Optional[str] = ..., layer: _Optional[int] = ..., first: _Optional[int] = ..., tokens: _Optional[int] = ..., k: _Optional[bytes] = ..., v: _Optional[bytes] = ..., epoch: _Optional[int] = ..., sequence_id: _Optional[str] = ..., caller: _Optional[_Union[Caller, _Mapping]] = ...) -> None: ...
+    def __init__(self, span_id: _Optional[str] = ..., layer: _Optional[int] = ..., first_token: _Optional[int] = ..., tokens: _Optional[int] = ..., k: _Optional[bytes] = ..., v: _Optional[bytes] = ..., epoch: _Optional[int] = ..., sequence_id: _Optional[str] = ..., caller: _Optional[_Union[Caller, _Mapping]] = ...) -> None: ...
 
 class WriteReply(_message.Message):
     __slots__ = ()
@@ -195,22 +195,22 @@ class FindPrefixReply(_message.Message):
     def __init__(self, slices: _Optional[_Iterable[_Union[SpanSlice, _Mapping]]] = ...) -> None: ...
 
 class ReadRequest(_message.Message):
-    __slots__ = ("span_id", "layer", "first", "last", "sequence_id", "caller")
+    __slots__ = ("span_id", "layer", "first_token", "end_token", "sequence_id", "caller")
     SPAN_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
-    FIRST_FIELD_NUMBER: _ClassVar[int]
-    LAST_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    END_TOKEN_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     CALLER_FIELD_NUMBER: _ClassVar[int]
     span_id: str
     layer: int
-    first: int
-    last: int
+    first_token: int
+    end_token: int
     sequence_id: str
     caller: Caller
-    def __init__(self, span_id: _Optional[str] = ..., layer: _Optional[int] = ..., first: _Optional[int] = ..., last: _Optional[int] = ..., sequence_id: _Optional[str] = ..., caller: _Optional[_Union[Caller, _Mapping]] = ...) -> None: ...
+    def __init__(self, span_id: _Optional[str] = ..., layer: _Optional[int] = ..., first_token: _Optional[int] = ..., end_token: _Optional[int] = ..., sequence_id: _Optional[str] = ..., caller: _Optional[_Union[Caller, _Mapping]] = ...) -> None: ...
 
-class KVChunk(_message.Message):
+class KVTokens(_message.Message):
     __slots__ = ("tokens", "k", "v")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
@@ -284,7 +284,7 @@ class Announcement(_message.Message):
     spans: _containers.RepeatedCompositeFieldContainer[SpanInfo]
     def __init__(self, spans: _Optional[_Iterable[_Union[SpanInfo, _Mapping]]] = ...) -> None: ...
 
-class Wanted(_message.Message):
+class WantedSpans(_message.Message):
     __slots__ = ("sequence_id", "epoch", "span_ids")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -295,14 +295,14 @@ class Wanted(_message.Message):
     def __init__(self, sequence_id: _Optional[str] = ..., epoch: _Optional[int] = ..., span_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class BeatRequest(_message.Message):
-    __slots__ = ("caller", "sequences", "complete")
+    __slots__ = ("caller", "wanted", "complete")
     CALLER_FIELD_NUMBER: _ClassVar[int]
-    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    WANTED_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
     caller: Caller
-    sequences: _containers.RepeatedCompositeFieldContainer[Wanted]
+    wanted: _containers.RepeatedCompositeFieldContainer[WantedSpans]
     complete: bool
-    def __init__(self, caller: _Optional[_Union[Caller, _Mapping]] = ..., sequences: _Optional[_Iterable[_Union[Wanted, _Mapping]]] = ..., complete: bool = ...) -> None: ...
+    def __init__(self, caller: _Optional[_Union[Caller, _Mapping]] = ..., wanted: _Optional[_Iterable[_Union[WantedSpans, _Mapping]]] = ..., complete: bool = ...) -> None: ...
 
 class BeatReply(_message.Message):
     __slots__ = ("worker_id", "incarnation", "budget_bytes", "free_bytes", "attended_bytes", "must_reconcile")
@@ -354,15 +354,15 @@ class Open(_message.Message):
     dtype: str
     def __init__(self, specs: _Optional[_Iterable[_Union[AttentionSpec, _Mapping]]] = ..., layouts: _Optional[_Iterable[_Union[Layout, _Mapping]]] = ..., layer_class: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ...) -> None: ...
 
-class ReadItem(_message.Message):
-    __slots__ = ("span_id", "origin", "first", "last", "group0", "group1", "row", "rows", "holder")
+class StepRead(_message.Message):
+    __slots__ = ("span_id", "origin", "first", "last", "group0", "group1", "first_row", "rows", "holder")
     SPAN_ID_FIELD_NUMBER: _ClassVar[int]
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
     GROUP0_FIELD_NUMBER: _ClassVar[int]
     GROUP1_FIELD_NUMBER: _ClassVar[int]
-    ROW_FIELD_NUMBER: _ClassVar[int]
+    FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     HOLDER_FIELD_NUMBER: _ClassVar[int]
     span_id: str
@@ -371,16 +371,16 @@ class ReadItem(_message.Message):
     last: int
     group0: int
     group1: int
-    row: int
+    first_row: int
     rows: int
     holder: str
-    def __init__(self, span_id: _Optional[str] = ..., origin: _Optional[int] = ..., first: _Optional[int] = ..., last: _Optional[int] = ..., group0: _Optional[int] = ..., group1: _Optional[int] = ..., row: _Optional[int] = ..., rows: _Optional[int] = ..., holder: _Optional[str] = ...) -> None: ...
+    def __init__(self, span_id: _Optional[str] = ..., origin: _Optional[int] = ..., first: _Optional[int] = ..., last: _Optional[int] = ..., group0: _Optional[int] = ..., group1: _Optional[int] = ..., first_row: _Optional[int] = ..., rows: _Optional[int] = ..., holder: _Optional[str] = ...) -> None: ...
 
-class ReadList(_message.Message):
+class StepReads(_message.Message):
     __slots__ = ("reads",)
     READS_FIELD_NUMBER: _ClassVar[int]
-    reads: _containers.RepeatedCompositeFieldContainer[ReadItem]
-    def __init__(self, reads: _Optional[_Iterable[_Union[ReadItem, _Mapping]]] = ...) -> None: ...
+    reads: _containers.RepeatedCompositeFieldContainer[StepRead]
+    def __init__(self, reads: _Optional[_Iterable[_Union[StepRead, _Mapping]]] = ...) -> None: ...
 
 class Step(_message.Message):
     __slots__ = ("step", "positions", "group0", "group1", "reads", "micro_batch_rows")
@@ -394,11 +394,11 @@ class Step(_message.Message):
     positions: _containers.RepeatedScalarFieldContainer[int]
     group0: int
     group1: int
-    reads: _containers.RepeatedCompositeFieldContainer[ReadList]
+    reads: _containers.RepeatedCompositeFieldContainer[StepReads]
     micro_batch_rows: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, step: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., group0: _Optional[int] = ..., group1: _Optional[int] = ..., reads: _Optional[_Iterable[_Union[ReadList, _Mapping]]] = ..., micro_batch_rows: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, step: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., group0: _Optional[int] = ..., group1: _Optional[int] = ..., reads: _Optional[_Iterable[_Union[StepReads, _Mapping]]] = ..., micro_batch_rows: _Optional[_Iterable[int]] = ...) -> None: ...
 
-class Again(_message.Message):
+class RepeatStep(_message.Message):
     __slots__ = ("step",)
     STEP_FIELD_NUMBER: _ClassVar[int]
     step: int
@@ -417,16 +417,16 @@ class LayerFrame(_message.Message):
     def __init__(self, step: _Optional[int] = ..., layer: _Optional[int] = ..., micro_batch: _Optional[int] = ..., q: _Optional[bytes] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("open", "begin", "layer", "again")
+    __slots__ = ("open", "begin", "layer", "repeat_step")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     BEGIN_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
-    AGAIN_FIELD_NUMBER: _ClassVar[int]
+    REPEAT_STEP_FIELD_NUMBER: _ClassVar[int]
     open: Open
     begin: Step
     layer: LayerFrame
-    again: Again
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., begin: _Optional[_Union[Step, _Mapping]] = ..., layer: _Optional[_Union[LayerFrame, _Mapping]] = ..., again: _Optional[_Union[Again, _Mapping]] = ...) -> None: ...
+    repeat_step: RepeatStep
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., begin: _Optional[_Union[Step, _Mapping]] = ..., layer: _Optional[_Union[LayerFrame, _Mapping]] = ..., repeat_step: _Optional[_Union[RepeatStep, _Mapping]] = ...) -> None: ...
 
 class State(_message.Message):
     __slots__ = ("step", "layer", "micro_batch", "o", "lse")

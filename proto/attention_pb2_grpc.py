@@ -37,7 +37,7 @@ class AttentionStub(object):
         self.Identify = channel.unary_unary(
                 '/farshore.attention.v1.Attention/Identify',
                 request_serializer=farshore_dot_proto_dot_attention__pb2.IdentifyRequest.SerializeToString,
-                response_deserializer=farshore_dot_proto_dot_attention__pb2.Identity.FromString,
+                response_deserializer=farshore_dot_proto_dot_attention__pb2.ShardIdentity.FromString,
                 _registered_method=True)
         self.Create = channel.unary_unary(
                 '/farshore.attention.v1.Attention/Create',
@@ -62,7 +62,7 @@ class AttentionStub(object):
         self.Read = channel.unary_stream(
                 '/farshore.attention.v1.Attention/Read',
                 request_serializer=farshore_dot_proto_dot_attention__pb2.ReadRequest.SerializeToString,
-                response_deserializer=farshore_dot_proto_dot_attention__pb2.KVChunk.FromString,
+                response_deserializer=farshore_dot_proto_dot_attention__pb2.KVTokens.FromString,
                 _registered_method=True)
         self.Hold = channel.unary_unary(
                 '/farshore.attention.v1.Attention/Hold',
@@ -110,96 +110,99 @@ class AttentionServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Identify(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Returns the shard's identity and memory use.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Create(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Grants memory for a span; the sequence holds it. RESOURCE_EXHAUSTED if there is not enough.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Write(self, request_iterator, context):
-        """One layer's K and V for some tokens above the sealed mark, in pieces that follow each other. Idempotent.
+        """Writes K and V of one layer for tokens that are not sealed, in consecutive pieces. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Seal(self, request, context):
-        """Everything written below becomes immutable and readable, its named blocks can be found. Idempotent.
+        """Makes the tokens below a length immutable and readable, and their named blocks findable. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def FindPrefix(self, request, context):
-        """Where blocks of a prompt lie here already; held for the sequence from now on. Idempotent.
+        """Finds the stored blocks of a prompt. The sequence holds the spans that are found. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Read(self, request, context):
-        """Bulk pull of sealed tokens of one layer.
+        """Pulls sealed tokens of one layer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Hold(self, request, context):
-        """The sequence holds all of the spans, or the call fails. Idempotent.
+        """Makes the sequence hold all of the spans, or fails without a change. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Drop(self, request, context):
-        """Gives back what the sequence holds of the spans, up to an epoch. Idempotent.
+        """Drops the sequence's holds on the spans, in the given epoch and older ones. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DropSequence(self, request, context):
-        """Gives back all that a sequence holds, up to an epoch. Idempotent.
+        """Drops all holds of the sequence, in the given epoch and older ones. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Fence(self, request, context):
-        """Refuses older epochs from now on. Idempotent.
+        """Refuses calls of older epochs of the sequence from now on. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Announce(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Lists the spans in the store.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Beat(self, request, context):
-        """Renews an engine's lease on its holds; says which of them it still wants. Idempotent.
+        """Renews an engine's lease on its holds. A complete list names the holds that it keeps. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Attend(self, request_iterator, context):
-        """Open once, then for every step: Step, or Again, then one frame per layer and micro-batch, each answered by
-        one State.
+        """Carries hot frames: Open once, then for every step Step or RepeatStep, and one LayerFrame per layer and
+        micro-batch. Each LayerFrame is answered by one State, in order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Connect(self, request, context):
-        """Where an engine may connect past gRPC: for hot frames as Attend's, or for bulk KV.
+        """Offers a native connection, for hot frames as in Attend, or for bulk KV.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -211,7 +214,7 @@ def add_AttentionServicer_to_server(servicer, server):
             'Identify': grpc.unary_unary_rpc_method_handler(
                     servicer.Identify,
                     request_deserializer=farshore_dot_proto_dot_attention__pb2.IdentifyRequest.FromString,
-                    response_serializer=farshore_dot_proto_dot_attention__pb2.Identity.SerializeToString,
+                    response_serializer=farshore_dot_proto_dot_attention__pb2.ShardIdentity.SerializeToString,
             ),
             'Create': grpc.unary_unary_rpc_method_handler(
                     servicer.Create,
@@ -236,7 +239,7 @@ def add_AttentionServicer_to_server(servicer, server):
             'Read': grpc.unary_stream_rpc_method_handler(
                     servicer.Read,
                     request_deserializer=farshore_dot_proto_dot_attention__pb2.ReadRequest.FromString,
-                    response_serializer=farshore_dot_proto_dot_attention__pb2.KVChunk.SerializeToString,
+                    response_serializer=farshore_dot_proto_dot_attention__pb2.KVTokens.SerializeToString,
             ),
             'Hold': grpc.unary_unary_rpc_method_handler(
                     servicer.Hold,
@@ -305,7 +308,7 @@ class Attention(object):
             target,
             '/farshore.attention.v1.Attention/Identify',
             farshore_dot_proto_dot_attention__pb2.IdentifyRequest.SerializeToString,
-            farshore_dot_proto_dot_attention__pb2.Identity.FromString,
+            farshore_dot_proto_dot_attention__pb2.ShardIdentity.FromString,
             options,
             channel_credentials,
             insecure,
@@ -440,7 +443,7 @@ class Attention(object):
             target,
             '/farshore.attention.v1.Attention/Read',
             farshore_dot_proto_dot_attention__pb2.ReadRequest.SerializeToString,
-            farshore_dot_proto_dot_attention__pb2.KVChunk.FromString,
+            farshore_dot_proto_dot_attention__pb2.KVTokens.FromString,
             options,
             channel_credentials,
             insecure,

@@ -85,7 +85,7 @@ class RemoteStore:
         that the engine has given up, and refuses it."""
         request = pb.BeatRequest(caller=self._caller(), complete=wanted is not None)
         if wanted is not None:
-            request.sequences.extend(codec.wanted_to_pb(wanted))
+            request.wanted.extend(codec.wanted_to_pb(wanted))
         reply = self._call(self._stub.Beat, request, deadline_s=deadline_s)
         if wanted is not None:
             kept = {(sequence, span) for (sequence, _), spans in wanted.items() for span in spans}
@@ -124,7 +124,7 @@ class RemoteStore:
         request = pb.WriteRequest(
             span_id=span,
             layer=layer,
-            first=first,
+            first_token=first,
             tokens=k.shape[1],
             sequence_id=sequence,
             epoch=epoch,
@@ -167,8 +167,8 @@ class RemoteStore:
         request = pb.ReadRequest(
             span_id=span,
             layer=layer,
-            first=first,
-            last=last,
+            first_token=first,
+            end_token=last,
             sequence_id=sequence,
             caller=self._caller(),
         )
@@ -283,7 +283,7 @@ def _write_chunks(
         yield pb.WriteRequest(
             span_id=request.span_id,
             layer=request.layer,
-            first=request.first + first,
+            first_token=request.first_token + first,
             tokens=chunk.stop - first,
             k=codec.to_bytes(k[:, chunk]),
             v=codec.to_bytes(v[:, chunk]),

@@ -111,7 +111,7 @@ class _Connection:
             self._store.write(
                 span,
                 request.layer,
-                request.first + first,
+                request.first_token + first,
                 _shaped(k, layout.k_heads, count, row_bytes[0], token_major),
                 _shaped(v, layout.v_heads, count, row_bytes[1], token_major),
                 sequence=sequence,
@@ -125,8 +125,8 @@ class _Connection:
         layout = self._store.look_up(span, holder=sequence).layout
         piece_tokens = max(1, PIECE_BYTES // layout.layer_token_bytes)
         # At least one read, so that the store checks an empty range too.
-        for first in range(request.first, request.last, piece_tokens) or (request.first,):
-            last = min(first + piece_tokens, request.last)
+        for first in range(request.first_token, request.end_token, piece_tokens) or (request.first_token,):
+            last = min(first + piece_tokens, request.end_token)
             if layout.format.quantised:
                 k, v = self._store.read(
                     span, request.layer, first, last, sequence=sequence, dtype=torch.uint8

@@ -109,15 +109,15 @@ class AttentionService(pb_grpc.AttentionServicer):
         )
 
     @_mapped
-    def Identify(self, request: pb.IdentifyRequest) -> pb.Identity:
+    def Identify(self, request: pb.IdentifyRequest) -> pb.ShardIdentity:
         return codec.identity_to_pb(self.identity())
 
     @_mapped
     def Beat(self, request: pb.BeatRequest) -> pb.BeatReply:
-        named = sum(1 + len(sequence.span_ids) for sequence in request.sequences)
+        named = sum(1 + len(sequence.span_ids) for sequence in request.wanted)
         if named > checks.MOST_WANTED:
             raise InvalidRequest(f"a list of {named} sequences and spans: {checks.MOST_WANTED} at most")
-        wanted = codec.wanted_from_pb(request.sequences) if request.complete else None
+        wanted = codec.wanted_from_pb(request.wanted) if request.complete else None
         must_reconcile = self.holds.beat(codec.caller_from_pb(request.caller), wanted)
         identity = self.identity()
         return codec.beat_to_pb(
@@ -151,7 +151,7 @@ class AttentionService(pb_grpc.AttentionServicer):
             layout = self._store.look_up(span, holder=sequence).layout
             k, v = codec.tokens_from_bytes(request.k, request.v, layout, request.tokens)
             self._store.write(
-                span, request.layer, request.first, k, v, sequence=sequence, epoch=Epoch(request.epoch)
+                span, request.layer, request.first_token, k, v, sequence=sequence, epoch=Epoch(request.epoch)
             )
         return pb.WriteReply()
 
@@ -176,19 +176,21 @@ class AttentionService(pb_grpc.AttentionServicer):
             )
         return pb.FindPrefixReply(slices=[codec.slice_to_pb(found) for found in slices])
 
-    def Read(self, request: pb.ReadRequest, context: grpc.ServicerContext) -> Iterator[pb.KVChunk]:
+    def Read(self, request: pb.ReadRequest, context: grpc.ServicerContext) -> Iterator[pb.KVTokens]:
         try:
             self.holds.renew(request.caller.engine)
             span, sequence = SpanId(request.span_id), SequenceId(request.sequence_id)
             layout = self._store.look_up(span, holder=sequence).layout
             chunk_tokens = max(1, READ_CHUNK_BYTES // layout.layer_token_bytes)
             # At least one read, so that the store checks an empty range too.
-            for first in range(request.first, request.last, chunk_tokens) or (request.first,):
-                last = min(first + chunk_tokens, request.last)
+            for first in range(request.first_token, request.end_token, chunk_tokens) or (
+                request.first_token,
+            ):
+                last = min(first + chunk_tokens, request.end_token)
                 k, v = self._store.read(
                     span, request.layer, first, last, sequence=sequence, dtype=torch.uint8
                 )
-                yield pb.KVChunk(tokens=last - first, k=codec.to_bytes(k), v=codec.to_bytes(v))
+                yield pb.KVTokens(tokens=last - first, k=codec.to_bytes(k), v=codec.to_bytes(v))
         except Exception as error:
             rpc.abort(context, error)
 
@@ -272,8 +274,8 @@ class AttentionService(pb_grpc.AttentionServicer):
                 buffers.clear()
                 groups = step.group1 - step.group0
                 continue
-            if kind == "again":
-                session.repeat_step(frame.again.step)
+            if kind == "repeat_step":
+                session.repeat_step(frame.repeat_step.step)
                 continue
             layer = frame.layer
             key = (session.spec(layer.layer), layer.micro_batch)

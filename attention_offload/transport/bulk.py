@@ -148,9 +148,9 @@ class BulkConnection:
     def read(self, request: pb.ReadRequest, k: Tensor, v: Tensor) -> None:
         """Pulls the tokens that ``request`` names into k and v.
 
-        k and v are as stored, contiguous ``u8[heads, request.last - request.first, bytes]``. Their contents
-        are undefined after an error."""
-        tokens, done = max(0, request.last - request.first), 0
+        k and v are as stored, contiguous ``u8[heads, request.end_token - request.first_token, bytes]``. Their
+        contents are undefined after an error."""
+        tokens, done = max(0, request.end_token - request.first_token), 0
         bytes_per_token = token_bytes(k, False) + token_bytes(v, False)
         with self._mapped():
             self._socket.send(BulkKind.READ, request)

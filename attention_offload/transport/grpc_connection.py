@@ -87,7 +87,7 @@ class GrpcConnection:
 
     def repeat_step(self, step: int, deadline_s: float) -> None:
         self._deadline_s = deadline_s
-        self._write(pb.Frame(again=pb.Again(step=step)))
+        self._write(pb.Frame(repeat_step=pb.RepeatStep(step=step)))
 
     def send(self, sent: Sent, q: Tensor) -> None:
         frame = pb.LayerFrame(

@@ -73,7 +73,7 @@ class Live:
             "Connect": pb.ConnectRequest(open=self.open(), cores=[0], threads=1),
             "Beat": pb.BeatRequest(
                 caller=caller,
-                sequences=[pb.Wanted(sequence_id=other, epoch=owner, span_ids=[span])],
+                wanted=[pb.WantedSpans(sequence_id=other, epoch=owner, span_ids=[span])],
                 complete=True,
             ),
         }

@@ -40,7 +40,7 @@ LISTS = {
     "Drop": (lambda m: m.span_ids.extend(["x"] * checks.MOST_SPANS), "names 65537 spans"),
     "FindPrefix": (lambda m: m.blocks.extend(list(m.blocks) * checks.MOST_BLOCKS), "names 16385 blocks"),
     "Seal": (lambda m: m.blocks.extend(list(m.blocks) * checks.MOST_BLOCKS), "names 16385 blocks"),
-    "Beat": (lambda m: m.sequences[0].span_ids.extend(["x"] * checks.MOST_WANTED), "a list of 1048578"),
+    "Beat": (lambda m: m.wanted[0].span_ids.extend(["x"] * checks.MOST_WANTED), "a list of 1048578"),
 }
 
 

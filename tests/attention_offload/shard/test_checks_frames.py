@@ -118,7 +118,7 @@ STEPS = {
     "groups backwards": (lambda m: setattr(m, "group0", 3), "head groups 3 to 3"),
     "a read of rows it hasn't": (read(rows=2), "a read of rows range.0, 2. in a step of 1"),
     "a read of no rows": (read(rows=0), "a read of rows"),
-    "a read of rows that wrap": (read(row=1, rows=2**32 - 1), "a read of rows"),
+    "a read of rows that wrap": (read(first_row=1, rows=2**32 - 1), "a read of rows"),
     "a read of groups it hasn't": (read(group1=2**32 - 1), "a read of head groups"),
     "a read of no tokens": (read(last=0), "a read of positions 0 to 0"),
     "a read that is backwards": (read(first=9, last=3), "a read of positions 9 to 3"),

@@ -162,15 +162,15 @@ def test_altered_cold_calls_are_refused_by_name_or_done(live, method, mutation):
 @given(mutation=mutations())
 def test_altered_transfers_are_refused_by_name_or_done(live, kind, mutation):
     work, layout = live.work, live.work.layout
-    name = dict(span_id=live.read.span, layer=1, first=0, sequence_id="a")
+    name = dict(span_id=live.read.span, layer=1, first_token=0, sequence_id="a")
     if kind == "Read":
-        request = mutate(pb.ReadRequest(**name, last=20), mutation)
+        request = mutate(pb.ReadRequest(**name, end_token=20), mutation)
         try:
             tokens = sum(chunk.tokens for chunk in live.stub.Read(request, timeout=DEADLINE_S))
         except grpc.RpcError as failure:
             assert live.refused_by_name(rpc.error_of(failure, peer="shard"))
         else:
-            assert tokens == request.last - request.first
+            assert tokens == request.end_token - request.first_token
         return
     k, v = (codec.to_bytes(tensor) for tensor in work.tokens(2))
     request = mutate(pb.WriteRequest(**name, tokens=2, epoch=work.owner, k=k, v=v), mutation)

@@ -285,7 +285,7 @@ def wait_for(work, answer):
     fields=st.fixed_dictionaries(
         {
             "layer": st.integers(0, 3),
-            "first": st.integers(0, 40),
+            "first_token": st.integers(0, 40),
             "tokens": st.integers(0, 2**32 - 1) | st.integers(0, 4),
         }
     ),
@@ -321,7 +321,7 @@ def test_an_engine_survives_bulk_answers_of_all_kinds(work, kind, counts, payloa
         far.sendall(BULK_HEADER.pack(kind, *counts) + payload)
         far.shutdown(socket.SHUT_WR)
         with pytest.raises(FarshoreError) as caught:
-            stream.read(pb.ReadRequest(span_id="x", last=2), k, v)
+            stream.read(pb.ReadRequest(span_id="x", end_token=2), k, v)
     assert isinstance(caught.value, TransportError) or kind == BulkKind.FAILED
     stream.close()
 

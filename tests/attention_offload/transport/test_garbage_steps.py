@@ -32,10 +32,10 @@ STEPS = st.builds(
     micro_batch_rows=st.lists(st.integers(0, 3) | NUMBERS, max_size=3),
     reads=st.lists(
         st.builds(
-            pb.ReadList,
+            pb.StepReads,
             reads=st.lists(
                 st.builds(
-                    pb.ReadItem,
+                    pb.StepRead,
                     span_id=st.sampled_from(["here", "here", "here", "shard/9"]),
                     holder=st.sampled_from(["a", "a", "a", "b"]),
                     origin=st.just(0) | st.integers(0, 30),
@@ -43,7 +43,7 @@ STEPS = st.builds(
                     last=st.integers(0, 30) | st.integers(0, 2**64 - 1),
                     group0=st.integers(0, 4) | NUMBERS,
                     group1=st.integers(0, 4) | NUMBERS,
-                    row=st.integers(0, 3) | NUMBERS,
+                    first_row=st.integers(0, 3) | NUMBERS,
                     rows=st.integers(0, 3) | NUMBERS,
                 ),
                 max_size=3,

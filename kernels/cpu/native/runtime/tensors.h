@@ -14,8 +14,8 @@
 
 namespace farshore {
 
-// Types of elements; the first three have the numbers of Format. `_ELEMENTS` in kernels/cpu/native_module.py has the same
-// numbers.
+// Types of elements; the first three have the numbers of Format. `_ELEMENTS` in kernels/cpu/native_module.py has the
+// same numbers.
 enum class Element : int { f32, bf16, f16, u8, i16, i32, i64 };
 
 template <class T>
