@@ -125,8 +125,8 @@ class Usage:
     cached_bytes: int
     """Bytes of ``granted_bytes`` in spans without holds, which are freed when memory is needed."""
     committed_bytes: int
-    """Upper bound of the memory that the machine has committed to the arena: all grants, to the store or to
-    others, and freed memory that is kept warm."""
+    """Upper bound of the memory that the machine has committed to the arena: what was written of the grants,
+    to the store or to others, and freed memory that is kept warm."""
 
     @property
     def available_bytes(self) -> int:

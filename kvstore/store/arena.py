@@ -3,9 +3,10 @@
 All KV of a worker lies in one buffer, which kernels index by byte offset. The budget cannot be exceeded,
 since there is no other memory. Called by the store and by tails. It must not know what a block holds.
 
-Address space is reserved at once. Granted memory is committed first, so that no copy waits for page faults;
-freed memory goes back to the system except for a spare share: see ``pages``. A granted block may contain the
-bytes of its last owner, so its new owner must write a block before it reads it.
+Address space is reserved at once. Granted memory is committed with the grant, or by :meth:`Arena.commit`
+before the first write, so that no copy waits for page faults. Freed memory goes back to the system except for
+a spare share: see ``pages``. A granted block may contain the bytes of its last owner, so its new owner must
+write a block before it reads it.
 """
 
 import mmap
@@ -94,25 +95,38 @@ class Arena:
         without the arena's lock."""
         self._reclaim = reclaim
 
-    def allocate(self, blocks: int, block_bytes: int) -> list[Extent]:
+    def allocate(self, blocks: int, block_bytes: int, *, commit: bool = True) -> list[Extent]:
         """Grants ``blocks`` blocks: one run if a free range is long enough, otherwise several runs.
 
         Raises Full, and grants nothing, if they do not fit or if the machine has no memory left.
-        InvalidRequest for less than one block. Committing new memory takes time: about a second for some GiB.
+        InvalidRequest for less than one block. ``commit``: commit the memory now, which takes a second or
+        more for some GiB. False: the caller calls :meth:`commit` before it writes.
         """
         if blocks < 1 or block_bytes < 1:
             raise InvalidRequest(
                 f"cannot allocate {blocks} blocks of {block_bytes} bytes: give at least 1 each"
             )
         stride = stride_bytes(block_bytes)
-        extents, cold = self._grant(blocks, stride)
+        extents = self._grant(blocks, stride)
         try:
-            for extent in cold:  # Without the lock: granted memory is this call's alone.
+            if commit:
+                self.commit(extents)
+        except Full:
+            self.free(extents)
+            raise
+        return extents
+
+    def commit(self, extents: Iterable[Extent]) -> None:
+        """Commits granted memory. Full if the machine has no memory left."""
+        with self._lock:
+            cold = [extent for extent in extents if not self._pages.holds(extent.base, extent.bytes)]
+            for extent in cold:
+                self._pages.mark(extent.base, extent.bytes)
+        try:
+            for extent in cold:  # Without the lock: other calls need not wait.
                 self._pages.populate(extent.base, extent.bytes)
         except MemoryError as error:
-            self.free(extents)
             raise Full(f"the machine has less than the budget: {error}", free_bytes=0) from error
-        return extents
 
     def free(self, extents: Iterable[Extent]) -> None:
         """Frees blocks; an extent may be freed piece by piece. InvalidRequest, and nothing is freed, if any
@@ -135,12 +149,15 @@ class Arena:
         with self._lock:
             return self._held.get(base) == stride
 
-    def check_integrity(self) -> None:
-        """AssertionError unless free and granted ranges cover the budget exactly once, no two free ranges are
-        adjacent, and all granted memory is committed."""
+    def is_committed(self, base: int, size: int) -> bool:
+        """Whether all of ``[base, base + size)`` is committed."""
         with self._lock:
-            cold = [base for base, stride in self._held.items() if not self._pages.holds(base, stride)]
-            assert not cold, f"held, but not committed: {cold}"
+            return self._pages.holds(base, size)
+
+    def check_integrity(self) -> None:
+        """AssertionError unless free and granted ranges cover the budget exactly once, and no two free ranges
+        are adjacent."""
+        with self._lock:
             free = list(zip(self._free_starts, self._free_sizes, strict=True))
             held = list(self._held.items())
         end = 0
@@ -152,18 +169,15 @@ class Arena:
         ends = {start + size for start, size in free}
         assert not ends & {start for start, _ in free}, "free ranges touch"
 
-    def _grant(self, blocks: int, stride: int) -> tuple[list[Extent], list[Extent]]:
-        """(extents, those of them that are not fully committed). Evicts cache if needed."""
+    def _grant(self, blocks: int, stride: int) -> list[Extent]:
+        """Evicts cache if needed."""
         while True:
             try:
                 with self._lock:
                     extents = [Extent(start, count, stride) for start, count in self._choose(blocks, stride)]
                     for extent in extents:
                         self._take(extent)
-                    cold = [extent for extent in extents if not self._committed(extent)]
-                    for extent in cold:
-                        self._pages.mark(extent.base, extent.bytes)
-                    return extents, cold
+                    return extents
             except Full as full:
                 # Free ranges shorter than a block count as free but cannot be granted: ask for one block
                 # more.
@@ -194,9 +208,6 @@ class Arena:
                 free_bytes=free,
             )
         return runs
-
-    def _committed(self, extent: Extent) -> bool:
-        return self._pages.holds(extent.base, extent.bytes)
 
     def _take(self, extent: Extent) -> None:
         """Cuts an extent off the beginning of a free range."""

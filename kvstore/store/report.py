@@ -57,6 +57,11 @@ def check_spans(
         )
         assert not owned.intersection(record.bases), f"{span} shares blocks with another span"
         owned.update(record.bases)
+        size = record.layout.block_bytes
+        cold = [
+            base for base in record.bases[: record.committed_blocks] if not arena.is_committed(base, size)
+        ]
+        assert not cold, f"{span}: written blocks that are not committed: {cold}"
         for extent in record.extents:
             granted = all(arena.holds(base, extent.stride) for base in extent.block_bases)
             assert granted, f"{span} has {extent}, which the arena has not granted"

@@ -6,12 +6,15 @@ before it grants. It must not know holds.
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from farshore.errors import InvalidRequest
 from farshore.ids import Epoch, SpanId
 from farshore.kernels.base import KVLayout
 from farshore.kvstore.base import CoveredSpan, Digest, SpanKey
-from farshore.kvstore.store import forms
+from farshore.kvstore.store import blocks, forms, images
 from farshore.kvstore.store.arena import Extent
+from farshore.kvstore.store.images import ChunkRange
 from farshore.kvstore.store.ranges import Ranges
 
 
@@ -25,10 +28,8 @@ class SpanRecord:
     epoch: Epoch
     """The epoch in which the span was created."""
     extents: list[Extent]
-    bases: list[int]
-    """Byte offset in the arena of each block, in token order."""
-    written: list[Ranges]
-    """Per layer, the written tokens at or above the sealed mark. Below the mark all tokens are written."""
+    committed_blocks: int = 0
+    """How many blocks from the first are committed memory. No token is written beyond them."""
     sealed_tokens: int = 0
     sealed_before: int = 0
     """The mark before the last seal, whose digest is of ``[sealed_before, sealed_tokens)``."""
@@ -40,10 +41,36 @@ class SpanRecord:
     """Calls that read the span's memory at present. The memory is not freed meanwhile."""
     removed: bool = False
     """The span has left the store; only pins keep its memory."""
+    bases: list[int] = field(init=False)
+    """Byte offset in the arena of each block, in token order."""
+    written: list[Ranges] = field(init=False)
+    """Per layer, the written tokens at or above the sealed mark. Below the mark all tokens are written."""
     bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.bases = [base for extent in self.extents for base in extent.block_bases]
+        self.written = [Ranges() for _ in range(self.layout.layers)]
         self.bytes = sum(extent.bytes for extent in self.extents)
+
+    def uncommitted(self, tokens: int) -> list[Extent]:
+        """The blocks of the tokens below ``tokens`` that are not committed yet."""
+        last = -(-tokens // self.layout.block_tokens)
+        return [Extent(base, 1, self.extents[0].stride) for base in self.bases[self.committed_blocks : last]]
+
+    def committed(self, tokens: int) -> None:
+        """The blocks of the tokens below ``tokens`` are committed now."""
+        self.committed_blocks = max(self.committed_blocks, -(-tokens // self.layout.block_tokens))
+
+    def write(self, memory: Tensor, layer: int, first: int, k: Tensor, v: Tensor) -> None:
+        """Stores tokens from ``first`` on in one layer. The caller has checked them."""
+        blocks.copy_in(memory, self.layout, self.bases, layer=layer, first=first, k=k, v=v)
+        self.written[layer].add(first, first + k.shape[1])
+
+    def write_image(self, memory: Tensor, chunk: ChunkRange, image: Tensor) -> None:
+        """Stores an imported chunk."""
+        images.write_image(memory, self.layout, self.bases, chunk, image)
+        for written in self.written[chunk.layer0 : chunk.layer1]:
+            written.add(chunk.first, chunk.last)
 
     def seal(self, span: SpanId, tokens: int) -> None:
         """Moves the sealed mark to ``tokens``. InvalidRequest, which names ``span``, for a mark below the

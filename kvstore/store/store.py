@@ -37,8 +37,7 @@ from farshore.kvstore.prefix import PrefixBlock, PrefixIndex
 from farshore.kvstore.store import blocks, forms, report, transfer
 from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.holds import HoldTable
-from farshore.kvstore.store.images import chunk_ranges, read_image, write_image
-from farshore.kvstore.store.ranges import Ranges
+from farshore.kvstore.store.images import chunk_ranges, read_image
 from farshore.kvstore.store.span import SpanRecord, check_readable, check_sealed, check_shape, check_unsealed
 from farshore.kvstore.store.transfer import ChunkImage, ExportHeader
 
@@ -69,8 +68,9 @@ class LocalStore:
         check_shape(key, capacity_tokens, layout)
         with self._lock:
             self._holds.admit(key.sequence, epoch)
-        # Without the lock: committing new memory may take a second.
-        extents = self._arena.allocate(-(-capacity_tokens // layout.block_tokens), layout.block_bytes)
+        # Memory is committed by writes: a long prompt's takes seconds, and the prompt may be cancelled.
+        count = -(-capacity_tokens // layout.block_tokens)
+        extents = self._arena.allocate(count, layout.block_bytes, commit=False)
         with self._lock:
             try:
                 self._holds.admit(key.sequence, epoch)
@@ -84,8 +84,6 @@ class LocalStore:
                 capacity_tokens=capacity_tokens,
                 epoch=epoch,
                 extents=extents,
-                bases=[base for extent in extents for base in extent.block_bases],
-                written=[Ranges() for _ in range(layout.layers)],
             )
             self._holds.add(key.sequence, span, epoch)
         return span
@@ -101,12 +99,15 @@ class LocalStore:
         sequence: SequenceId,
         epoch: Epoch,
     ) -> None:
-        with self._lock:
-            record = self._writable(span, sequence, epoch)
-            last = first + forms.check_tokens(record.layout, layer, k, v)
-            check_unsealed(span, record, first, last)
-            blocks.copy_in(self.memory, record.layout, record.bases, layer=layer, first=first, k=k, v=v)
-            record.written[layer].add(first, last)
+        while True:
+            with self._lock:
+                record = self._writable(span, sequence, epoch)
+                last = first + forms.check_tokens(record.layout, layer, k, v)
+                check_unsealed(span, record, first, last)
+                if not (cold := record.uncommitted(last)):
+                    return record.write(self.memory, layer, first, k, v)
+            self._arena.commit(cold)
+            record.committed(last)
 
     def seal(
         self,
@@ -216,9 +217,9 @@ class LocalStore:
             for _, chunk, image in chain((opening,), images_left):
                 with self._lock:
                     record = self._writable(span, sequence, epoch)
-                    write_image(self.memory, record.layout, record.bases, chunk, image)
-                    for written in record.written[chunk.layer0 : chunk.layer1]:
-                        written.add(chunk.first, chunk.last)
+                    self._arena.commit(record.uncommitted(chunk.last))
+                    record.committed(chunk.last)
+                    record.write_image(self.memory, chunk, image)
             with self._lock:
                 record = self._writable(span, sequence, epoch)
                 record.covers = covers

@@ -289,7 +289,6 @@ class Stores(ExportRules, TailRules, RuleBasedStateMachine):
             assert usage.granted_bytes == sum(info.bytes for info in announced.values())
             assert usage.granted_bytes + tails + usage.free_bytes == usage.budget_bytes
             assert usage.sealed_bytes == sum(model.sealed * model.layout.token_bytes for model in present)
-            assert usage.budget_bytes - usage.free_bytes <= arena.committed_bytes
             assert arena.committed_bytes <= usage.budget_bytes - usage.free_bytes + 2 * 4096
 
     @invariant()

@@ -213,6 +213,6 @@ def test_announcement_and_usage(store, arena, layout, tokens):
         sealed_bytes=4 * layout.token_bytes,
         free_bytes=60 * 4096,
         cached_bytes=0,
-        committed_bytes=4 * 4096,
+        committed_bytes=2 * 4096,
     )
     arena.free(tail)

@@ -65,9 +65,9 @@ def test_a_store_made_under_inference_mode_counts_in_any_thread(layout):
 def test_a_fence_that_comes_while_memory_is_granted_takes_it_back(store, arena, layout, monkeypatch):
     allocate = arena.allocate
 
-    def fenced_meanwhile(*asked):
+    def fenced_meanwhile(*asked, **options):
         store.fence(SequenceId("s"), E2)
-        return allocate(*asked)
+        return allocate(*asked, **options)
 
     monkeypatch.setattr(arena, "allocate", fenced_meanwhile)
     with pytest.raises(Fenced):
