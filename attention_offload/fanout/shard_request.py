@@ -71,7 +71,7 @@ class ShardRequest:
         return slice(self.step.group0 * per_group, self.step.group1 * per_group)
 
     def query(self, micro_batch: int, q: Tensor, spec: AttentionSpec) -> Tensor:
-        """The rows and heads that the shard sees of q ``[rows of the micro-batch, q_heads, k_dim]``."""
+        """The part of q ``[rows of the micro-batch, q_heads, k_dim]`` that is sent to this shard."""
         rows = self.rows[micro_batch]
         if len(rows) == len(q) and self.step.group1 - self.step.group0 == self.groups:
             return q

@@ -123,6 +123,6 @@ def check_readable(span: SpanId, record: SpanRecord, first: int, last: int) -> N
 
 
 def check_sealed(span: SpanId, record: SpanRecord, first: int, last: int) -> None:
-    """InvalidRequest unless tokens ``[first, last)`` are sealed. They may be none."""
+    """InvalidRequest unless tokens ``[first, last)`` are sealed. The range may be empty."""
     if not 0 <= first <= last <= record.sealed_tokens:
         raise InvalidRequest(f"tokens {first} to {last} of {span}: sealed are 0 to {record.sealed_tokens}")

@@ -171,7 +171,7 @@ class Scheduler:
     # -- prefill -----------------------------------------------------------------------------------------
 
     def _prefill_unit(self) -> bool:
-        """Runs one prefill unit, and draws first tokens after a prompt's last.
+        """Runs one prefill unit. After a prompt's last unit, draws the first token of each of its completions.
 
         Returns whether prompts remain.
         """
