@@ -21,13 +21,14 @@ from farshore.kernels.formats import KVFormat
 from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 from farshore.models.llama import Llama
+from farshore.sampling import Sampling
 from farshore.workers.engine.attention_model import attention_model
 from farshore.workers.engine.engine import Engine
 from farshore.workers.engine.kv.cache import SequenceCache
 from farshore.workers.engine.kv.pool import ShardPool
 from farshore.workers.engine.kv.prefix import fingerprint
 from farshore.workers.engine.prefill.segment import PrefillSegment
-from farshore.workers.engine.sequence import Event, Failed, Finished, Sampled, Sampling, Sequence
+from farshore.workers.engine.sequence import Event, Failed, Finished, Sampled, Sequence
 
 ARENA_BYTES = 1 << 30
 SEGMENT_TOKENS = 512

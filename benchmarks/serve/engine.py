@@ -20,11 +20,12 @@ from farshore.kvstore.prefix import chain
 from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 from farshore.models.llama import Llama
+from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.attention_model import attention_model
 from farshore.workers.engine.engine import Engine
 from farshore.workers.engine.kv.prefix import fingerprint
-from farshore.workers.engine.sequence import Event, Failed, Finished, Prefilled, Sampled, Sampling
+from farshore.workers.engine.sequence import Event, Failed, Finished, Prefilled, Sampled
 
 WORKER = WorkerId("dense")
 DEADLINE_S = 3600.0

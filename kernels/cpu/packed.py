@@ -28,7 +28,7 @@ BLOCK = 32
 
 
 class Storage(IntEnum):
-    """How many bits a packed weight takes. The values are those of ``Storage`` in ``native/dense/dense.h``."""
+    """How many bits a packed weight takes. The values are those of ``Storage`` in native/dense/dense.h."""
 
     FOUR_BITS = 1
     EIGHT_BITS = 2

@@ -19,9 +19,10 @@ from farshore.ids import SequenceId, WorkerId
 from farshore.kvstore.store.arena import Arena
 from farshore.models.source import resolve
 from farshore.models.weights import load_model
+from farshore.sampling import Sampling
 from farshore.workers.engine.attention_model import attention_model
 from farshore.workers.engine.engine import Engine
-from farshore.workers.engine.sequence import Failed, Finished, Sampled, Sampling
+from farshore.workers.engine.sequence import Failed, Finished, Sampled
 
 
 def say(**fields):

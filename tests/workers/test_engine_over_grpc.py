@@ -5,7 +5,8 @@ import pytest
 from farshore.attention_offload.fanout.native_fanout import NativeFanout
 from farshore.attention_offload.transport.frames import REMOTE, Transport, native
 from farshore.errors import TransportError
-from farshore.workers.engine.sequence import Finished, Sampling
+from farshore.sampling import Sampling
+from farshore.workers.engine.sequence import Finished
 
 PROMPTS = {"a": list(range(5, 50)), "long": [n % 90 for n in range(762)]}
 """The long prompt is on both shards, and its tail's first block is handed off during decoding."""

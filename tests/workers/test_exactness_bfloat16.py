@@ -9,6 +9,7 @@ import torch
 
 from farshore.attention_offload.fanout.fanout import Fanout
 from farshore.ids import Epoch, SequenceId
+from farshore.sampling import Sampling
 from farshore.workers.engine.decode import step_entry
 from farshore.workers.engine.decode.planner import Planner
 from farshore.workers.engine.decode.sampler import DrawnToken
@@ -17,7 +18,7 @@ from farshore.workers.engine.decode.step_entry import StepEntry
 from farshore.workers.engine.kv.cache import SequenceCache
 from farshore.workers.engine.kv.pool import ShardPool
 from farshore.workers.engine.prefill.prompts import Prompts
-from farshore.workers.engine.sequence import Sampling, Sequence
+from farshore.workers.engine.sequence import Sequence
 
 NEW_TOKENS = 40
 LONGEST_PROMPT = 800

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from farshore.workers.engine.sequence import Finished, Sampling
+from farshore.sampling import Sampling
+from farshore.workers.engine.sequence import Finished
 
 NEW_TOKENS = 16
 NO_TOKEN = 10**9

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from farshore.workers.engine.sequence import Finished, Sampling
+from farshore.sampling import Sampling
+from farshore.workers.engine.sequence import Finished
 
 pytestmark = pytest.mark.heavy
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from farshore.defaults import MAX_DECODE_STALL_MS, SHARD_GRACE_S
 from farshore.errors import Full, InvalidRequest
 from farshore.models.config import ModelConfig
+from farshore.sampling import Sampling
 from farshore.workers.engine.kv.cache import SequenceCache
-from farshore.workers.engine.sequence import Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

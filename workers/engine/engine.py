@@ -30,6 +30,7 @@ from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kvstore.prefix import chain
 from farshore.kvstore.store.arena import Arena
 from farshore.models.llama import Llama
+from farshore.sampling import Sampling
 from farshore.workers.engine import admission
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.decode.micro_batch_tuner import MicroBatchTuner
@@ -42,7 +43,7 @@ from farshore.workers.engine.prefill.segment import PrefillSegment
 from farshore.workers.engine.requests import Requests
 from farshore.workers.engine.retry import StepRunner
 from farshore.workers.engine.scheduler import Scheduler
-from farshore.workers.engine.sequence import Event, Holder, Sampling, Sequence
+from farshore.workers.engine.sequence import Event, Holder, Sequence
 from farshore.workers.engine.views import EngineLoad, SequenceView, view
 
 _log = logging.getLogger(__name__)

@@ -171,7 +171,7 @@ class Scheduler:
     # -- prefill -----------------------------------------------------------------------------------------
 
     def _prefill_unit(self) -> bool:
-        """Runs one prefill unit. After a prompt's last unit, draws the first token of each of its completions.
+        """Runs one prefill unit. After a prompt's last unit, draws the first token of each completion.
 
         Returns whether prompts remain.
         """

@@ -9,9 +9,9 @@ from farshore.errors import InvalidRequest
 from farshore.gateway.limits import Limits
 from farshore.gateway.requests import sampling as sampling_limits
 from farshore.proto import inference_pb2 as api
+from farshore.sampling import Sampling
 from farshore.workers.engine.decode.sampler import sample
 from farshore.workers.engine.penalties import TokenCounts
-from farshore.workers.engine.sequence import Sampling
 
 VOCAB = 12
 # Values at the edges of the ranges, on both sides, and far outside.

@@ -6,8 +6,9 @@ import pytest
 
 from farshore.errors import InvalidRequest, Overloaded
 from farshore.ids import SequenceId
+from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits
-from farshore.workers.engine.sequence import Finished, Reason, Sampling
+from farshore.workers.engine.sequence import Finished, Reason
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0)
 PROMPT = list(range(5, 50))

@@ -4,8 +4,9 @@ import pytest
 
 from farshore.attention_offload.transport.frames import Transport
 from farshore.errors import Internal, TransportError
+from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits
-from farshore.workers.engine.sequence import Failed, Finished, Sampling
+from farshore.workers.engine.sequence import Failed, Finished
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0)
 PROMPT = list(range(5, 50))

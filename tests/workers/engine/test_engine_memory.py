@@ -5,7 +5,8 @@ import pytest
 from farshore.errors import Full, InvalidRequest, NotFound
 from farshore.ids import SequenceId
 from farshore.kvstore.store.arena import Arena, stride_bytes
-from farshore.workers.engine.sequence import Finished, Reason, Sampling
+from farshore.sampling import Sampling
+from farshore.workers.engine.sequence import Finished, Reason
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0)
 PROMPT = list(range(5, 50))

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from farshore.workers.engine.sequence import Failed, Finished, Reason, Sampled, Sampling
+from farshore.sampling import Sampling
+from farshore.workers.engine.sequence import Failed, Finished, Reason, Sampled
 
 PROMPT = list(range(5, 45))
 WARM = Sampling(max_tokens=24, temperature=1.2, top_p=0.95, min_p=0.01, seed=7, logprobs=2)

@@ -5,8 +5,9 @@ import torch
 
 from farshore.ids import Epoch, SequenceId
 from farshore.kernels.formats import KVFormat
+from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits
-from farshore.workers.engine.sequence import Finished, Sampling
+from farshore.workers.engine.sequence import Finished
 
 SAMPLING = Sampling(max_tokens=180, temperature=0.0)
 """The answer crosses a block boundary, so quantised KV is handed off."""

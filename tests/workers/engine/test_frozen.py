@@ -8,8 +8,9 @@ import torch
 
 from farshore.errors import Lost
 from farshore.ids import SequenceId, WorkerId
+from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits
-from farshore.workers.engine.sequence import Failed, Finished, Sampled, Sampling
+from farshore.workers.engine.sequence import Failed, Finished, Sampled
 
 SHARDS = 3
 LONG = Sampling(max_tokens=1500)

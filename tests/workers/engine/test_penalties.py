@@ -4,9 +4,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from farshore.sampling import Sampling
 from farshore.workers.engine.decode.sampler import adjusted
 from farshore.workers.engine.penalties import TokenCounts, penalise_counts, penalise_repetition
-from farshore.workers.engine.sequence import Sampling
 
 VOCAB = 50
 ids = st.integers(0, VOCAB - 1)

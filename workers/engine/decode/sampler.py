@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from farshore.errors import FarshoreError
+from farshore.sampling import Sampling
 from farshore.workers.engine.penalties import (
     Row,
     TokenCounts,
@@ -34,7 +35,6 @@ from farshore.workers.engine.penalties import (
     penalise_counts,
     penalise_repetition,
 )
-from farshore.workers.engine.sequence import Sampling
 
 _BLOCK = 256
 """Weights per partial sum. A draw needs the running sums of the partial sums and of one block only."""

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
 from farshore.errors import FarshoreError
+from farshore.sampling import Sampling
 from farshore.workers.engine.decode import sampler
 from farshore.workers.engine.decode.sampler import candidates, uniform
 from farshore.workers.engine.penalties import LARGEST, TokenCounts, finite
-from farshore.workers.engine.sequence import Sampling
 
 VOCAB = 1000
 TOKENS = [5, 17, 17, 400, 999, 3, 3, 3]

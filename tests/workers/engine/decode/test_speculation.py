@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farshore.errors import TransportError
+from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.lookup import NGRAMS, PromptLookup
-from farshore.workers.engine.sequence import Finished, Reason, Sampling
+from farshore.workers.engine.sequence import Finished, Reason
 
 REPEATING = [5, 6, 7, 8, 9, 10, 11, 12] * 6
 

@@ -11,9 +11,10 @@ from farshore.kernels.base import KVLayout
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore.base import SpanKey, SpanSlice
 from farshore.kvstore.store.arena import stride_bytes
+from farshore.sampling import Sampling
 from farshore.workers.engine.attention_model import attention_model
 from farshore.workers.engine.kv.prefix import assemble, fingerprint
-from farshore.workers.engine.sequence import Finished, Reason, Sampled, Sampling
+from farshore.workers.engine.sequence import Finished, Reason, Sampled
 
 GREEDY = Sampling(max_tokens=10, temperature=0.0)
 

@@ -8,12 +8,13 @@ import torch
 
 from farshore.errors import TransportError
 from farshore.ids import SequenceId
+from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.kv.cache import SequenceCache
 from farshore.workers.engine.kv.pool import ShardPool
 from farshore.workers.engine.prefill.pacer import PrefillPacer
 from farshore.workers.engine.prefill.prompts import Prompts
-from farshore.workers.engine.sequence import Failed, Finished, Prefilled, Sampling, Sequence
+from farshore.workers.engine.sequence import Failed, Finished, Prefilled, Sequence
 
 GREEDY = Sampling(max_tokens=8, temperature=0.0)
 PAST_RANGE_TOKENS = "farshore.workers.engine.prefill.segment.PAST_RANGE_TOKENS"
