@@ -169,7 +169,8 @@ def test_a_wheel_contains_every_module_and_nothing_else(tmp_path):
     """An editable install hides a forgotten package; a wheel does not."""
     source = tmp_path / "source"
     for folder in FOLDERS.values():
-        shutil.copytree(folder, source / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
+        if folder.parent == ROOT:
+            shutil.copytree(folder, source / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = (sys.executable, "-P", "-m", "pip", "wheel", "--no-deps", "--no-build-isolation")
