@@ -35,9 +35,11 @@ RANGES = {
     "repetition_penalty": Range(0.01, 100.0, "from 0.01 to 100; 1 is none"),
     "presence_penalty": Range(-2.0, 2.0, "from -2 to 2"),
     "frequency_penalty": Range(-2.0, 2.0, "from -2 to 2"),
-    "logit_bias": Range(-100.0, 100.0, "from -100 to 100"),
 }
 """By option. The command line refuses other numbers before it starts anything, the gateway always."""
+
+BIASES = Range(-100.0, 100.0, "from -100 to 100")
+"""The values of ``logit_bias``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -285,3 +285,42 @@ def start_process():
     yield start
     for process in started:
         process.kill()
+
+
+class Clock:
+    """A clock that only the test advances."""
+
+    def __init__(self):
+        self.now_s = 0.0
+
+    def __call__(self):
+        return self.now_s
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture(scope="session")
+def new_environment():
+    """new_environment(folder, *packages, **variables) -> the python of a virtual environment with packages
+    and all that they require. Skips the test where no package index can be reached."""
+
+    def make(folder, *packages, **variables):
+        subprocess.run([sys.executable, "-P", "-m", "venv", folder / "venv"], check=True, timeout=120)
+        python = folder / "venv" / "bin" / "python"
+        done = subprocess.run(
+            [python, "-P", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            cwd=folder,
+            env=os.environ | variables,
+        )
+        if "from versions: none" in done.stderr:
+            pytest.skip("no package index can be reached")
+        assert done.returncode == 0, done.stderr
+        return python
+
+    return make

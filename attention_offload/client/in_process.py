@@ -4,14 +4,11 @@ Called by the dense worker for spans in the engine's local store (placement ``lo
 not know connections.
 """
 
-import os
-import socket
-
 from torch import Tensor
 
 from farshore.attention_offload.base import AttentionModel, ShardBeat, ShardIdentity, Wanted
 from farshore.attention_offload.plan.step_plan import ShardStep
-from farshore.attention_offload.shard.session import AttendedBytes, ShardSession
+from farshore.attention_offload.shard.session import AttendedBytes, ShardSession, identity_of
 from farshore.attention_offload.transport.frames import MOST_DEADLINE_S, Transport
 from farshore.ids import WorkerId
 from farshore.kernels.base import State
@@ -44,16 +41,7 @@ class InProcessClient:
         self._second_connection: InProcessClient | None = None
 
     def identify(self) -> ShardIdentity:
-        usage = self.store.usage()
-        return ShardIdentity(
-            self._worker,
-            os.getpid(),
-            socket.gethostname(),
-            usage.budget_bytes,
-            usage.available_bytes,
-            self._attended.total,
-            self.store.incarnation,
-        )
+        return identity_of(self._worker, self.store, self._attended)
 
     def connect(self) -> Transport:
         return self.transport

@@ -125,12 +125,7 @@ class Fanout:
         q = q.contiguous()
         failed: Failed = {}
         for channel in self._channels:
-            try:
-                channel.send(layer, micro_batch, q)
-            except FarshoreError:
-                if not channel.failed:
-                    raise
-                failed |= channel.failed
+            failed |= _send(channel, layer, micro_batch, q)
         # After the sends: _replace sends all frames under way to the replicas.
         self._under_way[layer, micro_batch] = q
         if failed:
@@ -248,12 +243,7 @@ class Fanout:
             for channel in channels_to(announced, self._model):
                 self._channels.append(channel)
                 for (layer, micro_batch), q in self._under_way.items():
-                    try:
-                        channel.send(layer, micro_batch, q)
-                    except FarshoreError:
-                        if not channel.failed:
-                            raise
-                        failed |= channel.failed
+                    failed |= _send(channel, layer, micro_batch, q)
         return [channel for channel in self._channels if channel.requests[0] in replacements]
 
     def _on_replicas(
@@ -322,3 +312,14 @@ def _shown_transports(client: ShardClient) -> str:
     if hot is None or bulk is None or bulk is hot:
         return hot or ""
     return f"{hot}, KV over {bulk}"
+
+
+def _send(channel: ShardChannel, layer: int, micro_batch: int, q: Tensor) -> Failed:
+    """Sends to all shards of a channel. Returns the requests that failed; raises an error of another kind."""
+    try:
+        channel.send(layer, micro_batch, q)
+    except FarshoreError:
+        if not channel.failed:
+            raise
+        return channel.failed
+    return {}

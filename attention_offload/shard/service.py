@@ -4,8 +4,6 @@ Called by ``workers.attention``; runs in an attention worker's process. It must 
 the cluster. One thread serves one call; an engine's Attend stream occupies a thread for as long as it lasts.
 """
 
-import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +23,7 @@ from farshore.attention_offload.shard import checks
 from farshore.attention_offload.shard.bulk_loop import serve_bulk
 from farshore.attention_offload.shard.engine_holds import EngineHolds, Ticker
 from farshore.attention_offload.shard.frame_loop import FrameListener, serve_frames
-from farshore.attention_offload.shard.session import AttendedBytes, ShardSession
+from farshore.attention_offload.shard.session import AttendedBytes, ShardSession, identity_of
 from farshore.attention_offload.transport.core_sharing import oversubscribed_with
 from farshore.attention_offload.transport.frames import native
 from farshore.errors import Cancelled, InvalidRequest
@@ -97,16 +95,7 @@ class AttentionService(pb_grpc.AttentionServicer):
 
     def identity(self) -> ShardIdentity:
         """The worker, its process and store, and its present memory use."""
-        usage = self._store.usage()
-        return ShardIdentity(
-            self._worker,
-            os.getpid(),
-            socket.gethostname(),
-            usage.budget_bytes,
-            usage.available_bytes,
-            self._attended.total,
-            self._store.incarnation,
-        )
+        return identity_of(self._worker, self._store, self._attended)
 
     @_mapped
     def Identify(self, request: pb.IdentifyRequest) -> pb.ShardIdentity:

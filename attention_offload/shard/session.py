@@ -4,6 +4,8 @@ Called by ``shard.service`` (gRPC), ``shard.frame_loop`` (native) and ``client.i
 in the store and calls the kernels. It must not know transports or who owns a sequence.
 """
 
+import os
+import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
@@ -13,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farshore.attention_offload.base import AttentionModel
+from farshore.attention_offload.base import AttentionModel, ShardIdentity
 from farshore.attention_offload.plan.step_plan import Read, ShardStep
 from farshore.attention_offload.shard import checks
 from farshore.attention_offload.transport.frames import frame_bytes
 from farshore.errors import InvalidRequest
+from farshore.ids import WorkerId
 from farshore.kernels.base import AttentionSpec, Segments, State, WorkList
 from farshore.kernels.formats import DTYPE_CODES, NATIVE_DTYPES
 from farshore.kernels.select import implementation
@@ -43,6 +46,20 @@ class AttendedBytes:
     def add(self, count: int) -> None:
         with self._lock:
             self._counted += count
+
+
+def identity_of(worker: WorkerId, store: ShardStore, attended: AttendedBytes) -> ShardIdentity:
+    """The worker, this process, its store, and the store's present memory use."""
+    usage = store.usage()
+    return ShardIdentity(
+        worker,
+        os.getpid(),
+        socket.gethostname(),
+        usage.budget_bytes,
+        usage.available_bytes,
+        attended.total,
+        store.incarnation,
+    )
 
 
 class ShardSession:

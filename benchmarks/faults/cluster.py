@@ -227,14 +227,6 @@ async def _drain(
             progress(f"serve: {text[:120]}")
 
 
-async def offers(option: str) -> bool:
-    """Whether ``farshore serve`` has the option in this version."""
-    command = [sys.executable, "-P", "-m", "farshore.client.cli.main", "serve", "--help"]
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-    help_text, _ = await asyncio.wait_for(process.communicate(), STOP_DEADLINE_S)
-    return option in help_text.decode().split()
-
-
 def _stat(pid: int) -> list[str] | None:
     """The fields of /proc/PID/stat, beginning with the state, or None if the process has ended."""
     try:

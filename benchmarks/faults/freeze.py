@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from farshore.benchmarks.faults.cluster import Process, Server, offers, serving
+from farshore.benchmarks.faults.cluster import Process, Server, serving
 from farshore.benchmarks.faults.setting import Setting
 from farshore.benchmarks.faults.stream import ClientStream, differs, follow, longest_gap_s
 from farshore.errors import StartupError
@@ -145,8 +145,7 @@ class _Streams:
 
 async def measure(setting: Setting, found: FreezeFindings) -> None:
     """Runs the part. Fills ``found`` step by step, so that a failure does not lose earlier findings."""
-    grace = ("--shard-grace", f"{GRACE_S:g}") if await offers("--shard-grace") else ()
-    async with serving(*SERVE, *grace, progress=setting.progress) as server:
+    async with serving(*SERVE, "--shard-grace", f"{GRACE_S:g}", progress=setting.progress) as server:
         await _freeze(server, setting, found)
         await _freeze_for_good(server, setting, found)
     setting.progress("freeze: the same prompts on a server without faults")

@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 from farshore.client.cli.options import number, positive, whole
-from farshore.sampling import RANGES, Sampling
+from farshore.sampling import BIASES, RANGES, Range, Sampling
 
 
 def seed(text: str) -> int:
@@ -20,9 +20,8 @@ def seed(text: str) -> int:
     return value
 
 
-def in_range(option: str) -> Callable[[str], float]:
-    """A type for argparse: the numbers that ``option`` of :class:`farshore.sampling.Sampling` may be."""
-    allowed = RANGES[option]
+def in_range(allowed: Range) -> Callable[[str], float]:
+    """A type for argparse: the numbers of the range."""
 
     def parse(text: str) -> float:
         value = number(text)
@@ -44,7 +43,7 @@ def bias(text: str) -> tuple[int, float]:
     token, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r}: write TOKEN=BIAS, such as 42=-100")
-    return not_negative(token), in_range("logit_bias")(value)
+    return not_negative(token), in_range(BIASES)(value)
 
 
 def add_sampling_options(group: argparse._ArgumentGroup) -> None:
@@ -53,26 +52,26 @@ def add_sampling_options(group: argparse._ArgumentGroup) -> None:
     add("--n", type=positive, metavar="N", help="choices: answers to the one prompt (default: 1)")
     add(
         "--temperature",
-        type=in_range("temperature"),
+        type=in_range(RANGES["temperature"]),
         metavar="T",
         help="0 (greedy) to 2 (default: 0)",
     )
     add("--top-k", type=not_negative, metavar="K", help="sample from the K likeliest tokens (default: all)")
     add(
         "--top-p",
-        type=in_range("top_p"),
+        type=in_range(RANGES["top_p"]),
         metavar="P",
         help="sample from the likeliest tokens of this total probability (default: 1)",
     )
     add(
         "--min-p",
-        type=in_range("min_p"),
+        type=in_range(RANGES["min_p"]),
         metavar="P",
         help="leave out tokens less likely than this share of the likeliest's probability (default: 0)",
     )
     add(
         "--repetition-penalty",
-        type=in_range("repetition_penalty"),
+        type=in_range(RANGES["repetition_penalty"]),
         metavar="R",
         help="0.01 to 100; above 1: avoid tokens of prompt and answer (default: 1)",
     )
@@ -80,7 +79,7 @@ def add_sampling_options(group: argparse._ArgumentGroup) -> None:
         each = "for every time it came" if name == "frequency" else "if it came at all"
         add(
             f"--{name}-penalty",
-            type=in_range(f"{name}_penalty"),
+            type=in_range(RANGES[f"{name}_penalty"]),
             metavar="X",
             help=f"lower a token's logit by X {each} in the answer (default: 0)",
         )

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from farshore.errors import InvalidRequest
 from farshore.gateway.limits import Limits
 from farshore.proto import inference_pb2 as api
-from farshore.sampling import RANGES, Range
+from farshore.sampling import BIASES, RANGES, Range
 
 # Logits divided by a lower temperature may exceed the range of float32.
 _TEMPERATURES = Range(1e-6, 2.0, "0 (greedy), or 1e-06 to 2")
@@ -20,12 +20,7 @@ def check(sampling: api.Sampling, *, vocab: int, limits: Limits) -> None:
     if sampling.HasField("max_tokens") and sampling.max_tokens < 1:
         raise InvalidRequest("max_tokens is 0: ask for at least 1, or leave it unset")
     for name, allowed in RANGES.items():
-        field = sampling.DESCRIPTOR.fields_by_name[name]
-        if (
-            field.has_presence
-            and sampling.HasField(name)
-            and not allowed.has(value := getattr(sampling, name))
-        ):
+        if sampling.HasField(name) and not allowed.has(value := getattr(sampling, name)):
             raise InvalidRequest(f"{name} {value:g}: use a number {allowed.words}")
     if sampling.temperature and not _TEMPERATURES.has(sampling.temperature):
         raise InvalidRequest(f"temperature {sampling.temperature:g}: use {_TEMPERATURES.words}")
@@ -56,10 +51,8 @@ def _check_bias(sampling: api.Sampling, vocab: int, limits: Limits) -> None:
         )
     _check_ids("logit_bias", sampling.logit_bias, vocab)
     for token, bias in sampling.logit_bias.items():
-        if not RANGES["logit_bias"].has(bias):
-            raise InvalidRequest(
-                f"logit_bias {bias:g} of token {token}: use a number {RANGES['logit_bias'].words}"
-            )
+        if not BIASES.has(bias):
+            raise InvalidRequest(f"logit_bias {bias:g} of token {token}: use a number {BIASES.words}")
 
 
 def _check_stops(sampling: api.Sampling, vocab: int, limits: Limits) -> None:

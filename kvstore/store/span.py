@@ -13,7 +13,7 @@ from farshore.ids import Epoch, SpanId
 from farshore.kernels.base import KVLayout
 from farshore.kvstore.base import CoveredSpan, Digest, SpanKey
 from farshore.kvstore.store import blocks, forms, images
-from farshore.kvstore.store.arena import Extent
+from farshore.kvstore.store.arena import Arena, Extent
 from farshore.kvstore.store.images import ChunkRange
 from farshore.kvstore.store.ranges import Ranges
 
@@ -52,14 +52,15 @@ class SpanRecord:
         self.written = [Ranges() for _ in range(self.layout.layers)]
         self.bytes = sum(extent.bytes for extent in self.extents)
 
-    def uncommitted(self, tokens: int) -> list[Extent]:
-        """The blocks of the tokens below ``tokens`` that are not committed yet."""
-        last = -(-tokens // self.layout.block_tokens)
-        return [Extent(base, 1, self.extents[0].stride) for base in self.bases[self.committed_blocks : last]]
+    def is_committed(self, tokens: int) -> bool:
+        """Whether the blocks of all tokens below ``tokens`` are committed."""
+        return tokens <= self.committed_blocks * self.layout.block_tokens
 
-    def committed(self, tokens: int) -> None:
-        """The blocks of the tokens below ``tokens`` are committed now."""
-        self.committed_blocks = max(self.committed_blocks, -(-tokens // self.layout.block_tokens))
+    def commit(self, arena: Arena, tokens: int) -> None:
+        """Commits the blocks of the tokens below ``tokens``. Full if the machine has no memory left."""
+        last, stride = -(-tokens // self.layout.block_tokens), self.extents[0].stride
+        arena.commit([Extent(base, 1, stride) for base in self.bases[self.committed_blocks : last]])
+        self.committed_blocks = max(self.committed_blocks, last)
 
     def write(self, memory: Tensor, layer: int, first: int, k: Tensor, v: Tensor) -> None:
         """Stores tokens from ``first`` on in one layer. The caller has checked them."""

@@ -104,10 +104,9 @@ class LocalStore:
                 record = self._writable(span, sequence, epoch)
                 last = first + forms.check_tokens(record.layout, layer, k, v)
                 check_unsealed(span, record, first, last)
-                if not (cold := record.uncommitted(last)):
+                if record.is_committed(last):
                     return record.write(self.memory, layer, first, k, v)
-            self._arena.commit(cold)
-            record.committed(last)
+            record.commit(self._arena, last)  # without the lock: it may take long
 
     def seal(
         self,
@@ -217,8 +216,7 @@ class LocalStore:
             for _, chunk, image in chain((opening,), images_left):
                 with self._lock:
                     record = self._writable(span, sequence, epoch)
-                    self._arena.commit(record.uncommitted(chunk.last))
-                    record.committed(chunk.last)
+                    record.commit(self._arena, chunk.last)
                     record.write_image(self.memory, chunk, image)
             with self._lock:
                 record = self._writable(span, sequence, epoch)

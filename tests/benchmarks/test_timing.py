@@ -5,19 +5,6 @@ import pytest
 from farshore.benchmarks.timing import LEAST_ROUNDS, Timing, interleave
 
 
-class Clock:
-    def __init__(self):
-        self.now_s = 0.0
-
-    def __call__(self):
-        return self.now_s
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
 def taking(clock, log, name, *durations_s):
     """A candidate whose n-th call takes the n-th duration; further calls take the last duration."""
     left = list(durations_s)

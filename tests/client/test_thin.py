@@ -1,15 +1,12 @@
 """The base installation in an environment of its own: SDK and command line; no torch, Ray or compiler."""
 
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-INSTALL_DEADLINE_S = 600
 RUN_DEADLINE_S = 60
 HEAVY = ("torch", "ray", "numpy", "tokenizers", "redis")
 
@@ -24,28 +21,12 @@ print(type(events[-1]).__name__, client.address)
 
 
 @pytest.fixture(scope="module")
-def thin(tmp_path_factory):
+def thin(tmp_path_factory, new_environment):
     """The python of an environment with the base installation, made where no compiler works."""
     folder = tmp_path_factory.mktemp("thin")
-    subprocess.run(
-        [sys.executable, "-P", "-m", "venv", folder / "venv"], check=True, timeout=INSTALL_DEADLINE_S
-    )
-    python = folder / "venv" / "bin" / "python"
     source = folder / "source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "*.so", "tests"))
-    without_compiler = os.environ | {"CC": "/bin/false", "CXX": "/bin/false"}
-    done = subprocess.run(
-        [python, "-P", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", source],
-        capture_output=True,
-        text=True,
-        timeout=INSTALL_DEADLINE_S,
-        cwd=folder,
-        env=without_compiler,
-    )
-    if "from versions: none" in done.stderr:
-        pytest.skip("no package index can be reached")
-    assert done.returncode == 0, done.stderr
-    return python
+    return new_environment(folder, source, CC="/bin/false", CXX="/bin/false")
 
 
 @pytest.fixture

@@ -22,19 +22,6 @@ RECOVERED_WITHIN_S = 10.0
 A, B = SequenceId("a"), SequenceId("b")
 
 
-class Clock:
-    def __init__(self):
-        self.now_s = 1000.0
-
-    def __call__(self):
-        return self.now_s
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
 @pytest.fixture
 def shard(start_shard, clock):
     return start_shard(service=partial(AttentionService, clock=clock))

@@ -13,20 +13,8 @@ ENGINE, OTHER, SHARD = WorkerId("engine"), WorkerId("other"), WorkerId("shard")
 S, T = SequenceId("s"), SequenceId("t")
 
 
-class Clock:
-    now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def directory(clock: Clock) -> EmbeddedDirectory:
+def directory(clock) -> EmbeddedDirectory:
     return EmbeddedDirectory(clock=clock)
 
 

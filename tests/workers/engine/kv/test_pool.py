@@ -74,14 +74,6 @@ class Shard:
         self.connections += 1
 
 
-class Clock:
-    def __init__(self):
-        self.now_s = 0.0
-
-    def __call__(self):
-        return self.now_s
-
-
 @pytest.fixture
 def queue_of():
     made = []
@@ -214,8 +206,8 @@ def test_late_frames_make_a_shard_unreadable_until_it_is_connected_again(queue_o
     assert shard.connections > before
 
 
-def test_a_shard_is_lost_after_its_grace_and_may_come_back(queue_of):
-    shard, clock = Shard(), Clock()
+def test_a_shard_is_lost_after_its_grace_and_may_come_back(queue_of, clock):
+    shard = Shard()
     queue = queue_of(shard, clock=clock, grace_s=10.0)
     shard.error = TransportError("frozen")
     queue.suspect(TransportError("late"))

@@ -248,29 +248,20 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(tiny_model, make_prefill):
         prefill.cache.release(sequence)
 
 
-class Clock:
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
-def test_prefill_uses_the_time_that_running_sequences_can_wait():
-    clock = Clock()
+def test_prefill_uses_the_time_that_running_sequences_can_wait(clock):
     pacer = PrefillPacer(200, clock=clock)
     took = {"unit": 0.010, "step": 0.030}
 
     def unit():
-        clock.now += took["unit"]
+        clock.now_s += took["unit"]
         return True
 
     def between_tokens():
-        start = clock.now
+        start = clock.now_s
         pacer.run_units(unit)
         with pacer.step():
-            clock.now += took["step"]
-        return clock.now - start
+            clock.now_s += took["step"]
+        return clock.now_s - start
 
     gaps = [between_tokens() for _ in range(20)]
     assert all(gap <= 0.231 for gap in gaps) and gaps[-1] > 0.18
