@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import torch
 
-from farshore.models.config import load_config
+from farshore.models.config.load import load_config
+from farshore.models.files.source import DEMO, resolve
 from farshore.models.llama import Llama
-from farshore.models.source import DEMO, resolve
-from farshore.models.weights import load_model
+from farshore.models.weights.load import load_model
 
 POSITIONS = 40_960
 """SmolLM2 has 8,192; measured contexts reach 32K tokens and a tail. Times do not depend on this number."""

@@ -23,8 +23,9 @@ from farshore.controller.liveness import EndedWorker
 from farshore.controller.ray_runtime import RayRuntime
 from farshore.errors import FarshoreError, ProcessEnded, StartupError
 from farshore.ids import WorkerId
-from farshore.models.config import ModelConfig, load_config
-from farshore.models.source import DEMO, resolve
+from farshore.models.config.load import load_config
+from farshore.models.config.model import ModelConfig
+from farshore.models.files.source import DEMO, resolve
 
 POLL_S = 0.5
 """How often the driver checks its child processes while it waits."""

@@ -21,7 +21,7 @@ from farshore.controller.service import ControllerService
 from farshore.errors import StartupError
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
-from farshore.models.config import ModelConfig
+from farshore.models.config.model import ModelConfig
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 from farshore.workers.attention import ENVIRONMENT, AttentionWorker

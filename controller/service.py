@@ -17,7 +17,7 @@ from farshore.errors import FarshoreError
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kvstore.base import SpanInfo
 from farshore.kvstore.directory.embedded import Directory
-from farshore.models.config import ModelConfig
+from farshore.models.config.model import ModelConfig
 from farshore.proto import attention_pb2 as attention_pb
 from farshore.proto import attention_pb2_grpc as attention_grpc
 from farshore.proto import cluster_pb2 as pb

@@ -6,9 +6,11 @@ Loaded once by ``__main__``; read by validation and by the engine client. Must n
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from farshore.models.config import ModelConfig, load_config
-from farshore.models.source import resolve
-from farshore.models.tokenizer import Tokenizer, load_tokenizer
+from farshore.models.config.load import load_config
+from farshore.models.config.model import ModelConfig
+from farshore.models.files.source import resolve
+from farshore.models.tokenizer.load import load_tokenizer
+from farshore.models.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear, silu
 
-from farshore.models.config import ModelConfig
+from farshore.models.config.model import ModelConfig
+from farshore.models.config.rope import inverse_frequencies
 from farshore.models.layer_buffers import LayerBuffers, SliceLayerBuffers
-from farshore.models.rope import inverse_frequencies
 
 
 class LayerWeights(NamedTuple):
@@ -54,7 +54,7 @@ class Llama:
     """A decoder's slices. Arguments and results have the dtype and device of the weights."""
 
     def __init__(self, config: ModelConfig, weights: LlamaWeights) -> None:
-        """``weights`` must have the shapes of ``config``; ``farshore.models.weights`` checks that on
+        """``weights`` must have the shapes of ``config``; ``farshore.models.weights.load`` checks that on
         loading."""
         self.config = config
         self.weights = weights

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from farshore.kernels.cpu import dense
 from farshore.kernels.cpu.packed import Blocks
-from farshore.models.config import ModelConfig
+from farshore.models.config.model import ModelConfig
 from farshore.models.layer_buffers import LayerBuffers
 from farshore.models.llama import Llama, LlamaWeights
 

@@ -39,14 +39,14 @@ def _load(name, path):
 
 @pytest.fixture(scope="session")
 def demo_source():
-    from farshore.models.source import resolve
+    from farshore.models.files.source import resolve
 
     return resolve("smollm2")
 
 
 @pytest.fixture(scope="session")
 def tokenizer(demo_source):
-    from farshore.models.tokenizer import load_tokenizer
+    from farshore.models.tokenizer.load import load_tokenizer
 
     return load_tokenizer(demo_source)
 

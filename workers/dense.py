@@ -23,8 +23,8 @@ from farshore.interpreter import share_interpreter
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.store import LocalStore
-from farshore.models.source import resolve
-from farshore.models.weights import load_model
+from farshore.models.files.source import resolve
+from farshore.models.weights.load import load_model
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 from farshore.workers.engine.admission import EngineLimits
@@ -53,7 +53,7 @@ class DenseConfig:
 
     worker: WorkerId
     model: str
-    """Folder or name of the model, as :func:`farshore.models.source.resolve` takes it."""
+    """Folder or name of the model, as :func:`farshore.models.files.source.resolve` takes it."""
     dtype: str
     kv_format: str
     """Format of stored KV: bf16, float32, int8 or int4."""

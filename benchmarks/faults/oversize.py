@@ -18,7 +18,7 @@ from farshore.benchmarks.faults.sender import CASES
 from farshore.benchmarks.faults.setting import Setting
 from farshore.benchmarks.faults.stream import ClientStream, follow, longest_gap_s
 from farshore.errors import ModelError, StartupError
-from farshore.models.source import DEMO, resolve
+from farshore.models.files.source import DEMO, resolve
 from farshore.proto import inference_pb2 as api
 from farshore.proto import inference_pb2_grpc
 

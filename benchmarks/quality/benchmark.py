@@ -18,10 +18,11 @@ from farshore.benchmarks.report import Bar, Report, Result
 from farshore.benchmarks.timing import Timing
 from farshore.errors import InvalidRequest
 from farshore.kernels.formats import KVFormat
+from farshore.models.files.source import DEMO, resolve
 from farshore.models.llama import Llama
-from farshore.models.source import DEMO, resolve
-from farshore.models.tokenizer import Tokenizer, load_tokenizer
-from farshore.models.weights import load_model
+from farshore.models.tokenizer.load import load_tokenizer
+from farshore.models.tokenizer.tokenizer import Tokenizer
+from farshore.models.weights.load import load_model
 
 FORMATS = {"bf16": KVFormat.BFLOAT16, "int8": KVFormat.INT8, "int4": KVFormat.INT4}
 MOST_INT8_CHANGE_PERCENT = 0.5

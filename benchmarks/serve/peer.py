@@ -21,7 +21,7 @@ from farshore.benchmarks.report import Bar, Result
 from farshore.benchmarks.serve.setting import Setting, Sizes
 from farshore.benchmarks.timing import Timing
 from farshore.errors import InvalidRequest
-from farshore.models.source import DEMO, resolve
+from farshore.models.files.source import DEMO, resolve
 
 PACKAGES = {
     "transformers": ("torch>=2.8,<=2.13.0", "transformers>=5.23,<6", "accelerate>=1", "gguf>=0.17"),

@@ -13,9 +13,9 @@ from farshore.benchmarks.demo import load_demo
 from farshore.benchmarks.memory import allocate
 from farshore.benchmarks.timing import interleave
 from farshore.kernels.base import KVLayout
-from farshore.models.config import ModelConfig
+from farshore.models.config.model import ModelConfig
 from farshore.models.llama import Llama
-from farshore.models.weights import expected_shapes
+from farshore.models.weights.names import expected_shapes
 from farshore.workers.engine.attention_model import attention_model
 
 

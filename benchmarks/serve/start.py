@@ -18,7 +18,7 @@ from farshore.benchmarks.report import Result
 from farshore.benchmarks.serve.setting import Setting
 from farshore.benchmarks.timing import Timing
 from farshore.errors import StartupError
-from farshore.models.source import DEMO, resolve
+from farshore.models.files.source import DEMO, resolve
 
 READY_DEADLINE_S = 180.0
 STOP_DEADLINE_S = 60.0

@@ -7,7 +7,7 @@ readers.
 from farshore.gateway.requests.completion import Completion
 from farshore.gateway.requests.request import Request
 from farshore.gateway.requests.validate import Job
-from farshore.models.tokenizer import Tokenizer
+from farshore.models.tokenizer.tokenizer import Tokenizer
 from farshore.proto import cluster_pb2 as cluster
 from farshore.proto import inference_pb2 as api
 

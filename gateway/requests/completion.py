@@ -5,7 +5,7 @@ Created by ``answer`` for each choice. Must not know where tokens come from or w
 
 from farshore.gateway.requests.stop_strings import StopStrings
 from farshore.gateway.requests.validate import Job
-from farshore.models.tokenizer import Tokenizer
+from farshore.models.tokenizer.tokenizer import Tokenizer
 from farshore.proto import inference_pb2 as api
 
 

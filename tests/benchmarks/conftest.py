@@ -7,7 +7,7 @@ from farshore.benchmarks.kernels.implementation import choose
 from farshore.benchmarks.kernels.shapes import Sizes
 from farshore.benchmarks.machine import MachineSizes, facts
 from farshore.models.llama import LayerWeights, Llama, LlamaWeights
-from farshore.models.weights import expected_shapes
+from farshore.models.weights.names import expected_shapes
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from farshore.client.events import Token
 from farshore.client.sdk import Client
 from farshore.errors import InvalidRequest, TransportError
-from farshore.models.source import resolve
+from farshore.models.files.source import resolve
 from farshore.proto import inference_pb2 as api
 from farshore.proto import inference_pb2_grpc
 

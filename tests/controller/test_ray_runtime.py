@@ -92,8 +92,8 @@ ray.init(
 from farshore.controller import controller
 from farshore.controller.config import ClusterConfig
 from farshore.errors import StartupError
-from farshore.models.config import load_config
-from farshore.models.source import resolve
+from farshore.models.config.load import load_config
+from farshore.models.files.source import resolve
 
 controller.PLACE_DEADLINE_S = 3.0
 # A joined Ray, to which nodes may be added, is waited for; a private Ray is not.

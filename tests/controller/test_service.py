@@ -15,8 +15,8 @@ from farshore.ids import SequenceId, WorkerId
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
 from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.store import LocalStore
-from farshore.models.config import load_config
-from farshore.models.source import resolve
+from farshore.models.config.load import load_config
+from farshore.models.files.source import resolve
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 from farshore.proto import inference_pb2 as api

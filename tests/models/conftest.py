@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from farshore.errors import ModelError
+from farshore.models.files.source import ModelSource, resolve
 from farshore.models.llama import Llama
-from farshore.models.source import ModelSource, resolve
 
 # These tests must not use the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

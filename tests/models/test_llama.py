@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from farshore.errors import ModelError
-from farshore.models.config import load_config
+from farshore.models.config.load import load_config
+from farshore.models.files.source import resolve
 from farshore.models.llama import Llama
-from farshore.models.source import resolve
-from farshore.models.weights import load_model
+from farshore.models.weights.load import load_model
 
 IDS = [1, 17, 5, 96, 5, 5, 42, 0, 33, 12, 80]
 ROPES = {

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from farshore.models.config import ModelConfig
+from farshore.models.config.model import ModelConfig
+from farshore.models.config.rope import RopeConfig
 from farshore.models.llama import LayerWeights, Llama, LlamaWeights
-from farshore.models.rope import RopeConfig
 
 cpu = pytest.importorskip("farshore.kernels.cpu.attention", reason="the native kernels are not built here")
 

@@ -15,10 +15,10 @@ from farshore.attention_offload.client.in_process import InProcessClient
 from farshore.ids import SequenceId, WorkerId
 from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.store import LocalStore
-from farshore.models.config import ModelConfig
+from farshore.models.config.model import ModelConfig
+from farshore.models.files.source import resolve
 from farshore.models.llama import Llama
-from farshore.models.source import resolve
-from farshore.models.weights import load_model
+from farshore.models.weights.load import load_model
 from farshore.workers.engine.attention_model import attention_model
 from farshore.workers.engine.engine import Engine
 from farshore.workers.engine.sequence import Failed, Finished, Sampled

@@ -17,8 +17,8 @@ from farshore.attention_offload.transport.frames import Transport
 from farshore.errors import FarshoreError
 from farshore.ids import SequenceId, WorkerId
 from farshore.kvstore.store.arena import Arena
-from farshore.models.source import resolve
-from farshore.models.weights import load_model
+from farshore.models.files.source import resolve
+from farshore.models.weights.load import load_model
 from farshore.sampling import Sampling
 from farshore.workers.engine.attention_model import attention_model
 from farshore.workers.engine.engine import Engine

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from farshore.defaults import MAX_DECODE_STALL_MS, SHARD_GRACE_S
 from farshore.errors import Full, InvalidRequest
-from farshore.models.config import ModelConfig
+from farshore.models.config.model import ModelConfig
 from farshore.sampling import Sampling
 from farshore.workers.engine.kv.cache import SequenceCache
 

@@ -8,7 +8,7 @@ import torch
 from farshore.attention_offload.base import AttentionModel
 from farshore.kernels.base import AttentionSpec, KVLayout
 from farshore.kernels.formats import KVFormat
-from farshore.models.config import ModelConfig
+from farshore.models.config.model import ModelConfig
 
 
 def attention_model(

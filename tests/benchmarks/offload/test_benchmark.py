@@ -10,8 +10,8 @@ from farshore.benchmarks.machine import MachineSizes
 from farshore.benchmarks.offload import benchmark as offload
 from farshore.benchmarks.offload.setting import Sizes
 from farshore.errors import InvalidRequest
-from farshore.models.config import ModelConfig
-from farshore.models.rope import RopeConfig
+from farshore.models.config.model import ModelConfig
+from farshore.models.config.rope import RopeConfig
 
 SIZES = Sizes(
     machine=MachineSizes(buffer_bytes=8192, gemm=(8,), least_run_s=0, rounds=1),

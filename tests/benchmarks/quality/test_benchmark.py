@@ -10,9 +10,9 @@ from farshore.benchmarks.quality import benchmark as quality
 from farshore.benchmarks.quality.rig import SEGMENT_TOKENS, Reader
 from farshore.errors import InvalidRequest
 from farshore.kernels.formats import KVFormat
-from farshore.models.source import DEMO, resolve
-from farshore.models.tokenizer import load_tokenizer
-from farshore.models.weights import load_model
+from farshore.models.files.source import DEMO, resolve
+from farshore.models.tokenizer.load import load_tokenizer
+from farshore.models.weights.load import load_model
 
 SIZES = quality.Sizes(windows=2, window_tokens=300, haystack_tokens=200, depths=(0.2, 0.8))
 

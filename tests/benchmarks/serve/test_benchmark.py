@@ -16,8 +16,8 @@ from farshore.benchmarks.serve import start as serve_start
 from farshore.benchmarks.serve.engine import LocalEngine
 from farshore.benchmarks.serve.setting import Setting, Sizes, prefill_flops, step_bytes, weight_elements
 from farshore.errors import InvalidRequest, StartupError
-from farshore.models.config import ModelConfig
-from farshore.models.rope import RopeConfig
+from farshore.models.config.model import ModelConfig
+from farshore.models.config.rope import RopeConfig
 from farshore.workers.engine.admission import EngineLimits
 
 CONFIG = ModelConfig(

@@ -13,7 +13,7 @@ from farshore.attention_offload.base import AttentionModel
 from farshore.ids import WorkerId
 from farshore.kernels.base import BLOCK_TOKENS
 from farshore.kvstore.base import SpanSlice
-from farshore.models.config import ModelConfig
+from farshore.models.config.model import ModelConfig
 from farshore.workers.engine.sequence import PlacedSpan
 
 

@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 
 from farshore.errors import ModelError
-from farshore.models.gguf_header import DamagedError, GgufHeader, TensorInfo, read_header
+from farshore.models.files.gguf_header import DamagedError, GgufHeader, TensorInfo, read_header
 
 
 class GgufFile:

@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farshore.errors import ModelError
-from farshore.models.config import ModelConfig, load_config
-from farshore.models.gguf_file import GgufFile
-from farshore.models.gguf_header import DamagedError, read_header
-from farshore.models.source import ModelSource
-from farshore.models.weights import expected_shapes, load_model
+from farshore.models.config.gguf import from_gguf
+from farshore.models.config.load import load_config
+from farshore.models.files.gguf import GgufFile
+from farshore.models.files.gguf_header import DamagedError, read_header
+from farshore.models.files.source import ModelSource
+from farshore.models.weights.load import load_model
+from farshore.models.weights.names import expected_shapes
 
 
 def written(path, *, architecture="llama", drop=(), extra=()):
@@ -123,7 +125,7 @@ def test_damage_never_escapes_as_another_error(data, tmp_path_factory):
     except DamagedError:
         return
     with suppress(ModelError):
-        ModelConfig.from_gguf(GgufFile(path, bytes(intact), header), "fuzz")
+        from_gguf(GgufFile(path, bytes(intact), header), "fuzz")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +179,7 @@ def test_demo_weights_are_transformers_bits(demo):
 @pytest.mark.heavy
 @torch.inference_mode()
 def test_demo_answers(demo, forward):
-    from farshore.models.tokenizer import load_tokenizer
+    from farshore.models.tokenizer.load import load_tokenizer
 
     model, tokenizer = load_model(demo, dtype=torch.float32), load_tokenizer(demo)
     ids = tokenizer.encode_chat([{"role": "user", "content": "What is the capital of France?"}])

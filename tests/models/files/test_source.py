@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from farshore.errors import ModelError
-from farshore.models.config import load_config
-from farshore.models.source import resolve
+from farshore.models.config.load import load_config
+from farshore.models.files.source import resolve
 
 
 def test_directory(tiny):
@@ -90,7 +90,7 @@ def test_hub_cache(monkeypatch, tiny):
 
 def test_config_and_tokenizer_need_no_torch():
     code = (
-        "import json, sys, farshore.models.config, farshore.models.tokenizer, farshore.models.source;"
+        "import json, sys, farshore.models.config.load, farshore.models.tokenizer.load;"
         "heavy = ('torch', 'transformers', 'farshore.models.llama');"
         "print(json.dumps([name for name in heavy if name in sys.modules]))"
     )

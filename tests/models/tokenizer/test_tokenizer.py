@@ -10,10 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farshore.errors import InvalidRequest, ModelError
-from farshore.models.gguf_file import GgufFile
-from farshore.models.gguf_header import GgufHeader
-from farshore.models.source import ModelSource
-from farshore.models.tokenizer import Tokenizer, load_tokenizer
+from farshore.models.files.gguf import GgufFile
+from farshore.models.files.gguf_header import GgufHeader
+from farshore.models.files.source import ModelSource
+from farshore.models.tokenizer import gguf as gguf_tokenizer
+from farshore.models.tokenizer.hf import from_hf
+from farshore.models.tokenizer.load import load_tokenizer
+from farshore.models.tokenizer.tokenizer import Tokenizer
 
 TEXTS = [
     "",
@@ -84,7 +87,7 @@ def test_decode_equals_transformers_and_round_trips(ours, theirs):
 
 
 def test_folder_equals_gguf(ours, saved):
-    folder = Tokenizer.from_hf(saved, "saved")
+    folder = from_hf(saved, "saved")
     for text in TEXTS:
         assert folder.encode(text) == ours.encode(text)
     assert folder.eos_ids == ours.eos_ids == (2,)
@@ -105,7 +108,7 @@ def in_folder(saved, tmp_path, template, **changes):
     if template is not None:
         config["chat_template"] = template
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    return Tokenizer.from_hf(tmp_path, "here")
+    return from_hf(tmp_path, "here")
 
 
 def test_template_helpers(saved, tmp_path):
@@ -122,7 +125,7 @@ def test_named_templates_and_file_beside(saved, tmp_path):
     named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
     assert in_folder(saved, tmp_path, named).apply_chat([]) == "D"
     (tmp_path / "chat_template.jinja").write_text("F")
-    assert Tokenizer.from_hf(tmp_path, "here").apply_chat([]) == "F"
+    assert from_hf(tmp_path, "here").apply_chat([]) == "F"
 
 
 def test_no_template(saved, tmp_path):
@@ -176,7 +179,7 @@ def test_long_texts_leave_the_interpreter_to_others(ours):
 
 def test_damaged_folder(tmp_path):
     with pytest.raises(ModelError, match=r"no tokenizer\.json"):
-        Tokenizer.from_hf(tmp_path, "here")
+        from_hf(tmp_path, "here")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match="not a readable tokenizer"):
         load_tokenizer(ModelSource("here", tmp_path, "hf"))
@@ -194,7 +197,7 @@ GGUF = {
 
 def from_gguf(tmp_path, **changes):
     metadata = GGUF | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
-    return Tokenizer.from_gguf(GgufFile(tmp_path / "m.gguf", b"", GgufHeader(metadata, {})), "m")
+    return gguf_tokenizer.from_gguf(GgufFile(tmp_path / "m.gguf", b"", GgufHeader(metadata, {})), "m")
 
 
 def test_gguf_beginning_of_text(tmp_path):

@@ -3,8 +3,9 @@
 import pytest
 
 from farshore.errors import ModelError
-from farshore.models.config import ModelConfig, load_config
-from farshore.models.rope import RopeConfig
+from farshore.models.config.hf import from_hf
+from farshore.models.config.load import load_config
+from farshore.models.config.rope import RopeConfig
 
 BASE = dict(
     model_type="llama",
@@ -21,7 +22,7 @@ LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_ma
 
 
 def parsed(generation=None, **changes):
-    return ModelConfig.from_hf(BASE | changes, generation, "m")
+    return from_hf(BASE | changes, generation, "m")
 
 
 def test_defaults():
@@ -86,7 +87,7 @@ def test_refused(changes, message):
 
 def test_missing_key_is_named():
     with pytest.raises(ModelError, match="'hidden_size'"):
-        ModelConfig.from_hf({k: v for k, v in BASE.items() if k != "hidden_size"}, None, "m")
+        from_hf({k: v for k, v in BASE.items() if k != "hidden_size"}, None, "m")
 
 
 def test_demo(demo):

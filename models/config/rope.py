@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from farshore.errors import ModelError
-from farshore.models.gguf_file import GgufFile
+from farshore.models.files.gguf import GgufFile
 
 if TYPE_CHECKING:
     from torch import Tensor
