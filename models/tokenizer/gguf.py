@@ -1,84 +1,214 @@
 """Builds a tokenizer from a GGUF file's metadata.
 
-Called by ``load``. It must not know about weights.
+A GGUF file has no ``tokenizer.json``, but the vocabulary, and merges or scores, under llama.cpp's keys. Two
+kinds are rebuilt so that they give the ids of the model's own tokenizer: byte-level BPE ("gpt2") with a known
+split, and SentencePiece BPE ("llama"). Called by ``load``. It must not know about weights.
 """
 
+import math
+from collections.abc import Mapping
+
 import tokenizers
-from tokenizers import AddedToken, decoders, pre_tokenizers, processors
-from tokenizers.models import BPE
+from tokenizers import processors
 
 from farshore.errors import ModelError
 from farshore.models.files.gguf import GgufFile
+from farshore.models.tokenizer.gguf_splits import SPLITS, Split
+from farshore.models.tokenizer.spm import PieceType, add_whole_tokens, build_spm
 from farshore.models.tokenizer.tokenizer import SPECIAL, Tokenizer
 
-_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
-# The supported values of tokenizer.ggml.pre, which says how text is split before merging. Listed are the
-# splits that were compared with transformers token for token. SmolLM2 was trained with digits split off
-# first. transformers ignores that when it reads the GGUF file, and so does this module: ids differ only where
-# several blanks or newlines precede a digit.
-_SPLITS = {"smollm", "gpt-2"}
+# Role -> its key: tokenizer.ggml.<key>_token_id.
+_ROLES = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "eot_token": "eot",  # end of turn
+    "eom_token": "eom",  # end of message: a tool call
+    "unk_token": "unknown",
+    "pad_token": "padding",
+}
+_ENDS = ("eos_token", "eot_token", "eom_token")
+# The ids of SentencePiece's trainer, which old files leave out.
+_SPM_IDS = {"bos_token": 1, "eos_token": 2, "unk_token": 0}
+# Tokens that end a turn though the file may not say so, as in llama.cpp. A chat template often ends turns
+# with a token that is not the end of text.
+_END_TEXTS = frozenset(
+    {
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+        "<end_of_turn>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<｜end▁of▁sentence｜>",  # noqa: RUF001 - DeepSeek's bars are wide
+        "<EOT>",
+        "_<EOT>",
+        "<end_of_utterance>",
+    }
+)
+# A vocabulary with these two is gpt-oss's, where <|end|> ends a message but not the answer.
+_HARMONY_ENDS = frozenset({"<|return|>", "<|call|>"})
+_WHOLE = (PieceType.CONTROL, PieceType.USER_DEFINED)
+# Their SentencePiece vocabularies are read differently, which the metadata don't say.
+_OTHER_SPM = ("gemma", "phi3")
 
 
 def from_gguf(file: GgufFile, name: str) -> Tokenizer:
-    """Reads ``tokenizer.*`` metadata. Raises ModelError for all but byte-level BPE with a known split."""
-    model, split = file.need("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre")
-    if model != "gpt2" or split not in _SPLITS:
-        known = ", ".join(f"'gpt2' with split {name!r}" for name in sorted(_SPLITS))
-        raise ModelError(
-            f"{file.path}: tokenizer {model!r} with split {split!r} is unsupported; supported: {known}; "
-            "or give the model's Hugging Face directory"
-        )
+    """Reads ``tokenizer.*`` metadata. Raises ModelError, also for all other kinds and splits."""
+    kind, pre = file.need("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre")
+    architecture = str(file.get("general.architecture"))
+    split = SPLITS.get(pre) if kind == "gpt2" and isinstance(pre, str) else None
+    if split is None and (kind != "llama" or architecture.startswith(_OTHER_SPM)):
+        raise _unsupported(file, kind, pre, architecture)
     tokens = file.texts("tokenizer.ggml.tokens")
-    backend = _byte_level(file, tokens)
-    ids = _special_ids(file, len(tokens))
-    if file.get("tokenizer.ggml.add_bos_token") is True and "bos_token" in ids:
-        bos = tokens[ids["bos_token"]]
-        backend.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"], special_tokens=[(bos, ids["bos_token"])]
-        )
+    if len(set(tokens)) < len(tokens):
+        raise ModelError(f"{file.path}: two tokens have the same text; convert the model again")
+    types = _types(file, len(tokens))
+    ids = _special_ids(file, types, is_spm=split is None)
+    for token in _made_special(ids, types):
+        types[token] = PieceType.CONTROL
+    backend = _spm(file, tokens, types) if split is None else _byte_level(file, split, tokens, types)
+    backend.post_processor = _around(
+        tokens,
+        bos=_added(file, "bos_token", default=split is None or split.adds_bos, ids=ids),
+        eos=_added(file, "eos_token", default=False, ids=ids),
+    )
+    template = file.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise ModelError(f"{file.path}: tokenizer.chat_template isn't a text; convert the model again")
     return Tokenizer(
         backend,
         name=name,
         special_tokens={role: tokens[token] for role, token in ids.items() if role in SPECIAL},
-        # Llama 3 ends a turn with its own token.
-        eos_ids=tuple(dict.fromkeys(ids[role] for role in ("eos_token", "eot_token") if role in ids)),
-        chat_template=file.get("tokenizer.chat_template"),
+        eos_ids=_end_ids(ids, tokens, types),
+        chat_template=template,
     )
 
 
-def _byte_level(file: GgufFile, tokens: list[str]) -> tokenizers.Tokenizer:
-    merges = [tuple(merge.split(" ", 1)) for merge in file.texts("tokenizer.ggml.merges")]
-    vocabulary = {text: token for token, text in enumerate(tokens)}
-    if len(vocabulary) < len(tokens):
-        raise ModelError(f"{file.path}: two tokens have the same text; convert the model again")
-    try:
-        backend = tokenizers.Tokenizer(BPE(vocab=vocabulary, merges=merges))
-    except Exception as error:  # tokenizers raises plain Exception, over several lines
-        raise ModelError(f"{file.path}: merges don't fit the vocabulary; convert the model again") from error
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    backend.decoder = decoders.ByteLevel()
-    kinds = list(zip(tokens, file.get("tokenizer.ggml.token_type", []), strict=False))
-    backend.add_special_tokens(
-        [AddedToken(text, normalized=False) for text, kind in kinds if kind == _CONTROL]
+def _unsupported(file: GgufFile, kind: object, pre: object, architecture: str) -> ModelError:
+    asked = f"{kind!r} with split {pre!r}" if kind == "gpt2" else f"{kind!r} of architecture {architecture!r}"
+    return ModelError(
+        f"{file.path}: tokenizer {asked} is unsupported; supported: 'llama' (SentencePiece), and 'gpt2' with "
+        f"split {', '.join(sorted(SPLITS))}; give the model's Hugging Face directory instead"
     )
-    backend.add_tokens([AddedToken(text, normalized=False) for text, kind in kinds if kind == _USER_DEFINED])
-    return backend
 
 
-def _special_ids(file: GgufFile, count: int) -> dict[str, int]:
-    """The ids of special tokens by role. ModelError unless all are below ``count``."""
-    keys = {
-        "bos_token": "bos",
-        "eos_token": "eos",
-        "eot_token": "eot",
-        "unk_token": "unknown",
-        "pad_token": "padding",
-    }
-    given = {role: file.get(f"tokenizer.ggml.{key}_token_id") for role, key in keys.items()}
-    ids = {role: token for role, token in given.items() if token is not None}
-    for role, token in ids.items():
-        if type(token) is not int or not 0 <= token < count:
+def _types(file: GgufFile, count: int) -> list[int]:
+    """The type of each token, NORMAL if the file gives none."""
+    types = file.get("tokenizer.ggml.token_type", [PieceType.NORMAL] * count)
+    if not isinstance(types, list) or len(types) != count or not all(isinstance(kind, int) for kind in types):
+        raise ModelError(
+            f"{file.path}: tokenizer.ggml.token_type isn't a list of {count} numbers; convert the model again"
+        )
+    return list(types)
+
+
+def _special_ids(file: GgufFile, types: list[int], *, is_spm: bool) -> dict[str, int]:
+    """The ids of special tokens by role. ModelError unless all are ids of the vocabulary."""
+    ids = {}
+    for role, key in _ROLES.items():
+        token = file.get(f"tokenizer.ggml.{key}_token_id")
+        if token is None and is_spm and role in _SPM_IDS and _SPM_IDS[role] < len(types):
+            default = _SPM_IDS[role]
+            token = default if types[default] in (PieceType.CONTROL, PieceType.UNKNOWN) else None
+        if token is None:
+            continue
+        if type(token) is not int or not 0 <= token < len(types):
             raise ModelError(
                 f"{file.path}: {role} {token!r} lies outside the vocabulary; convert the model again"
             )
+        ids[role] = token
     return ids
+
+
+def _made_special(ids: Mapping[str, int], types: list[int]) -> set[int]:
+    """The tokens that a role makes special whatever their type says: files of 2023 call all tokens normal.
+    Padding is often the id of a normal token, such as "!", which must stay one."""
+    special = {ids[role] for role in ("bos_token", *_ENDS) if role in ids}
+    if "pad_token" in ids and types[ids["pad_token"]] == PieceType.UNUSED:
+        special.add(ids["pad_token"])
+    return {token for token in special if types[token] != PieceType.UNKNOWN}
+
+
+def _byte_level(file: GgufFile, split: Split, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
+    # A first half may begin with a blank.
+    cuts = ((merge, merge.find(" ", 1)) for merge in file.texts("tokenizer.ggml.merges"))
+    merges = [(merge[:cut], merge[cut + 1 :]) for merge, cut in cuts]
+    try:
+        backend = split.attach({text: token for token, text in enumerate(tokens)}, merges)
+    except Exception as error:  # tokenizers raises plain Exception, over several lines
+        raise ModelError(f"{file.path}: merges don't fit the vocabulary; convert the model again") from error
+    add_whole_tokens(backend, tokens, types)
+    return backend
+
+
+def _spm(file: GgufFile, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
+    scores = file.need("tokenizer.ggml.scores")
+    if (
+        not isinstance(scores, list)
+        or len(scores) != len(tokens)
+        or not all(isinstance(score, int | float) and math.isfinite(score) for score in scores)
+    ):
+        raise ModelError(
+            f"{file.path}: tokenizer.ggml.scores isn't a list of {len(tokens)} numbers; "
+            "convert the model again"
+        )
+    normal = {score for score, kind in zip(scores, types, strict=True) if kind == PieceType.NORMAL}
+    if len(normal) == 1:
+        raise ModelError(
+            f"{file.path}: all tokens have the same score, so their merges are unknown; "
+            "convert the model again with its tokenizer.model beside it"
+        )
+    for key in ("precompiled_charsmap", "remove_extra_whitespaces"):
+        if file.get(f"tokenizer.ggml.{key}"):
+            raise ModelError(
+                f"{file.path}: tokenizer.ggml.{key} is unsupported; give the model's Hugging Face directory"
+            )
+    known = set(tokens)
+    if PieceType.UNKNOWN not in types and not all(f"<0x{byte:02X}>" in known for byte in range(256)):
+        raise ModelError(f"{file.path}: no token spells unknown characters; convert the model again")
+    space_prefix = _flag(file, "add_space_prefix", default=True)
+    return build_spm(tokens, scores, types, space_prefix=space_prefix)
+
+
+def _flag(file: GgufFile, key: str, *, default: bool) -> bool:
+    value = file.get(f"tokenizer.ggml.{key}", default)
+    if not isinstance(value, bool):
+        raise ModelError(f"{file.path}: tokenizer.ggml.{key} isn't true or false; convert the model again")
+    return value
+
+
+def _added(file: GgufFile, role: str, *, default: bool, ids: Mapping[str, int]) -> int | None:
+    """The id of ``role`` if the tokenizer puts that token around every text, else None."""
+    if not _flag(file, f"add_{role}", default=default):
+        return None
+    if role not in ids:
+        raise ModelError(
+            f"{file.path}: adds the {role} to texts, but has no tokenizer.ggml.{_ROLES[role]}_token_id; "
+            "convert the model again"
+        )
+    return ids[role]
+
+
+def _around(tokens: list[str], *, bos: int | None, eos: int | None) -> processors.PostProcessor | None:
+    """Puts ``bos`` before and ``eos`` after a text."""
+    order = [("bos", bos), ("$A", None), ("eos", eos)]
+    special = [
+        {"id": name, "ids": [token], "tokens": [tokens[token]]} for name, token in order if token is not None
+    ]
+    if not special:
+        return None
+    single = [name for name, token in order if name == "$A" or token is not None]
+    return processors.TemplateProcessing(single=single, special_tokens=special)
+
+
+def _end_ids(ids: Mapping[str, int], tokens: list[str], types: list[int]) -> tuple[int, ...]:
+    """The ids that end an answer: those of the ends' roles, then those of known texts."""
+    whole = {tokens[token]: token for token, kind in enumerate(types) if kind in _WHOLE}
+    known = _END_TEXTS & whole.keys()
+    if known >= _HARMONY_ENDS:
+        known -= {"<|end|>"}
+    named = (ids[role] for role in _ENDS if role in ids)
+    return tuple(dict.fromkeys((*named, *sorted(whole[text] for text in known))))

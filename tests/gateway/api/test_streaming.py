@@ -40,9 +40,9 @@ def test_defaults_reach_the_engine(farshore, served):
     list(farshore.generate())
     second = farshore.engine.next_sequence().request.sampling
     assert Sampling.from_message(first) == Sampling(
-        max_tokens=256, seed=first.seed, stop_token_ids=frozenset(served.config.eos_token_ids)
+        max_tokens=256, seed=first.seed, stop_token_ids=frozenset(served.stop_ids)
     )
-    assert list(first.stop_token_ids) == list(served.config.eos_token_ids)
+    assert list(first.stop_token_ids) == list(served.stop_ids)
     assert first.seed != second.seed
 
 
