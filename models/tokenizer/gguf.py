@@ -67,8 +67,7 @@ def from_gguf(file: GgufFile, name: str) -> Tokenizer:
         raise ModelError(f"{file.path}: two tokens have the same text; convert the model again")
     types = _types(file, len(tokens))
     ids = _special_ids(file, types, is_spm=split is None)
-    for token in _made_special(ids, types):
-        types[token] = PieceType.CONTROL
+    _type_roles(ids, types, is_spm=split is None)
     backend = _spm(file, tokens, types) if split is None else _byte_level(file, split, tokens, types)
     backend.post_processor = _around(
         tokens,
@@ -123,13 +122,16 @@ def _special_ids(file: GgufFile, types: list[int], *, is_spm: bool) -> dict[str,
     return ids
 
 
-def _made_special(ids: Mapping[str, int], types: list[int]) -> set[int]:
-    """The tokens that a role makes special whatever their type says: files of 2023 call all tokens normal.
-    Padding is often the id of a normal token, such as "!", which must stay one."""
+def _type_roles(ids: Mapping[str, int], types: list[int], *, is_spm: bool) -> None:
+    """Gives tokens the types that their roles demand: files of 2023 call all tokens normal. Padding is often
+    the id of a normal token, such as "!", which must stay one."""
     special = {ids[role] for role in ("bos_token", *_ENDS) if role in ids}
     if "pad_token" in ids and types[ids["pad_token"]] == PieceType.UNUSED:
         special.add(ids["pad_token"])
-    return {token for token in special if types[token] != PieceType.UNKNOWN}
+    for token in special:
+        types[token] = PieceType.CONTROL
+    if is_spm and "unk_token" in ids:
+        types[ids["unk_token"]] = PieceType.UNKNOWN
 
 
 def _byte_level(file: GgufFile, split: Split, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:

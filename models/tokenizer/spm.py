@@ -35,8 +35,8 @@ def build_spm(
 
     Of two possible merges, the one to the piece with the higher score comes first. A character that no piece
     spells becomes its UTF-8 bytes, or else the piece of type UNKNOWN. ``space_prefix``: encoding puts a blank
-    before a text unless it begins with one, and decoding takes a leading blank away. Raises ValueError if two
-    pieces are equal.
+    before a text unless it begins with one, and decoding takes a leading blank away. So transformers does it;
+    SentencePiece puts a blank before a blank, too. Raises ValueError if two pieces are equal.
     """
     vocabulary = {piece: token for token, piece in enumerate(pieces)}
     if len(vocabulary) < len(pieces):
@@ -85,7 +85,7 @@ def merges_by_score(
         for token, piece in enumerate(pieces)
         if piece in known
         for cut in range(1, len(piece))
-        if piece[:cut] in known and piece[cut:] in known
+        if piece[cut:] in known and piece[:cut] in known
     ]
     merges.sort()
     return [(pieces[token][:-left], pieces[token][-left:]) for _, left, _, token in merges]

@@ -106,6 +106,9 @@ def test_tokens_of_roles_are_special_whatever_their_type(tmp_path):
     assert tokenizer.decode([0, 3, 5, 4]) == "ab!"
     unused = with_tokens(tmp_path, ("<pad>", UNUSED), padding_token_id=6)
     assert unused.decode([3, 6]) == "ab"
+    ids = dict(bos_token_id=1, eos_token_id=2, unknown_token_id=0)
+    spm = build(tmp_path, SPM, token_type=None, **ids)
+    assert spm.encode("ab c<unk>") == build(tmp_path, SPM).encode("ab c<unk>") == [1, 7, 6, 0, 0]
 
 
 def test_user_defined_tokens_stay_whole_and_are_text(tmp_path):
