@@ -135,11 +135,11 @@ def _type_roles(ids: Mapping[str, int], types: list[int], *, is_spm: bool) -> No
 
 
 def _byte_level(file: GgufFile, split: Split, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
-    # A first half may begin with a blank.
-    cuts = ((merge, merge.find(" ", 1)) for merge in file.texts("tokenizer.ggml.merges"))
-    merges = [(merge[:cut], merge[cut + 1 :]) for merge, cut in cuts]
+    # The halves are joined by a blank, and the first half may begin with one.
+    texts = file.texts("tokenizer.ggml.merges")
     try:
-        backend = split.attach({text: token for token, text in enumerate(tokens)}, merges)
+        merges = [(text[: (cut := text.index(" ", 1))], text[cut + 1 :]) for text in texts]
+        backend = split.build({text: token for token, text in enumerate(tokens)}, merges)
     except Exception as error:  # tokenizers raises plain Exception, over several lines
         raise ModelError(f"{file.path}: merges don't fit the vocabulary; convert the model again") from error
     add_whole_tokens(backend, tokens, types)

@@ -1,8 +1,8 @@
 """How a byte-level tokenizer of a GGUF file normalizes and splits text before it merges bytes.
 
-A GGUF file gives the split's name only (``tokenizer.ggml.pre``). Here are the names whose split is known for
-certain: the model's own ``tokenizer.json`` has it, and the vocabulary's ids of llama.cpp's check text are the
-ones that gave the name to the model. Called by ``gguf``. It must not know about files.
+A GGUF file has only the split's name (``tokenizer.ggml.pre``). Listed are the names whose split was verified:
+the pattern is the one of the models' own ``tokenizer.json``, and real vocabularies give the ids that
+llama.cpp expects for its check text. Called by ``gguf``. It must not know about files.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Split:
     adds_bos: bool = False
     """The default of ``tokenizer.ggml.add_bos_token``, as in llama.cpp."""
 
-    def attach(self, vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    def build(self, vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
         """A tokenizer that splits so and then merges. Raises what ``tokenizers`` raises for merges that don't
         fit the vocabulary."""
         model = BPE(vocab=vocabulary, merges=merges, ignore_merges=self.ignore_merges)
@@ -64,8 +64,9 @@ SPLITS = {
     "llama3": _LLAMA_3,
     # transformers composes to NFC with the model's own files, but not when it reads them from GGUF.
     "qwen2": Split(_CL100K.replace("{digits}", ""), nfc=True),
-    # transformers ignores this split when it reads GGUF. Ids differ where several blanks precede a digit: the
-    # model has learned the last blank as part of the blanks, not of the digit.
+    # SmolLM's tokenizer.json and llama.cpp split digits off first; transformers drops that step when it reads
+    # GGUF. Ids differ where several blanks precede a digit: the model has learned the last blank as part of
+    # the blanks, not of the digit.
     "smollm": Split(digits_first=True),
     "tekken": Split(_TEKKEN, ignore_merges=True, adds_bos=True),
 }

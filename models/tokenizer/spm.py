@@ -22,8 +22,7 @@ class PieceType(IntEnum):
     BYTE = 6
 
 
-BLANK = "\N{LOWER ONE EIGHTH BLOCK}"
-"""Stands for a blank inside pieces."""
+_BLANK = "\N{LOWER ONE EIGHTH BLOCK}"  # stands for a blank inside pieces
 # Text never merges to these, even if it spells them.
 _NEVER_MERGED = frozenset({PieceType.UNKNOWN, PieceType.CONTROL, PieceType.BYTE})
 
@@ -31,30 +30,29 @@ _NEVER_MERGED = frozenset({PieceType.UNKNOWN, PieceType.CONTROL, PieceType.BYTE}
 def build_spm(
     pieces: Sequence[str], scores: Sequence[float], types: Sequence[int], *, space_prefix: bool
 ) -> tokenizers.Tokenizer:
-    """A tokenizer of ``pieces``, whose ids are their indexes. All three sequences have one entry a piece.
+    """A tokenizer of ``pieces``, which are distinct; their ids are their indexes. All three sequences have
+    one entry a piece.
 
     Of two possible merges, the one to the piece with the higher score comes first. A character that no piece
     spells becomes its UTF-8 bytes, or else the piece of type UNKNOWN. ``space_prefix``: encoding puts a blank
     before a text unless it begins with one, and decoding takes a leading blank away. So transformers does it;
-    SentencePiece puts a blank before a blank, too. Raises ValueError if two pieces are equal.
+    SentencePiece puts a blank before a blank, too.
     """
     vocabulary = {piece: token for token, piece in enumerate(pieces)}
-    if len(vocabulary) < len(pieces):
-        raise ValueError("two pieces are equal")
     unknown = next(
         (piece for piece, kind in zip(pieces, types, strict=True) if kind == PieceType.UNKNOWN), None
     )
     skipped = {piece for piece, kind in zip(pieces, types, strict=True) if kind in _NEVER_MERGED}
-    merges = merges_by_score(pieces, scores, skipped)
+    merges = _merges_by_score(pieces, scores, skipped)
     backend = tokenizers.Tokenizer(
         BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
-    # "first": a text after a special token gets no blank.
+    # "first": a text after a special token gets no blank, as in transformers. llama.cpp would add one.
     scheme = "first" if space_prefix else "never"
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=BLANK, prepend_scheme=scheme, split=False)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_BLANK, prepend_scheme=scheme, split=False)
     strip = [decoders.Strip(content=" ", left=1)] if space_prefix else []
     backend.decoder = decoders.Sequence(
-        [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+        [decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
     add_whole_tokens(backend, pieces, types)
     return backend
@@ -73,7 +71,7 @@ def add_whole_tokens(backend: tokenizers.Tokenizer, pieces: Sequence[str], types
     )
 
 
-def merges_by_score(
+def _merges_by_score(
     pieces: Sequence[str], scores: Sequence[float], skipped: set[str]
 ) -> list[tuple[str, str]]:
     """All pairs of pieces that join to a piece, those of the highest score first. Pairs that join to equally
