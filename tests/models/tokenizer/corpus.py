@@ -3,8 +3,6 @@
 
 import random
 
-import pytest
-
 WORDS = {
     "latin": "I'll it's WE'VE don't she'd you're I'M naïve façade Straße œuvre Łódź Việt Hello the",
     "cyrillic": "Привет мир съешь ещё этих мягких булок да выпей чаю Україна їжак Ђорђе нещо на Български",
@@ -76,8 +74,7 @@ def _string(rng, own, others):
     return text + rng.choice(ENDS)
 
 
-@pytest.fixture(scope="session")
-def corpus() -> list[str]:
+def make_corpus() -> list[str]:
     rng = random.Random(17)
     words = {script: text.split() for script, text in WORDS.items()}
     every = [word for own in words.values() for word in own]
