@@ -4,7 +4,9 @@ A thin layer over Hugging Face's ``tokenizers``. A model's folder has its config
 is assembled from metadata. Called by the gateway, which has no torch. It must not know about weights.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 import tokenizers
@@ -12,14 +14,18 @@ import tokenizers
 from farshore.errors import ModelError
 from farshore.models.chat.template import ChatTemplate
 from farshore.models.tokenizer.stream import TextStream
+from farshore.models.tokenizer.token_bytes import TokenBytes
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# A UTF-8 character has at most four bytes, and a token at least one.
+_TAIL_TOKENS = 4
 
 
 class Tokenizer:
     """A model's tokenizer and chat template. Immutable, so threads may share it.
 
-    ``eos_ids``: the end tokens that the tokenizer's files name; may be empty.
+    ``eos_ids``: the end tokens that the tokenizer's files name; may be empty. ``special_tokens``: texts by
+    role, such as ``bos_token``, for the chat template. ``chat_template``: its source, or None.
     """
 
     def __init__(
@@ -31,13 +37,18 @@ class Tokenizer:
         eos_ids: tuple[int, ...],
         chat_template: str | None,
     ) -> None:
-        """``special_tokens``: texts by role, such as ``bos_token``, for the chat template."""
+        """``name``: for messages. Raises ModelError if the template or the decoder is unusable."""
         self._backend = backend
         self._name = name
-        self._special_tokens = dict(special_tokens)
+        # A prompt is never cut or padded, whatever lengths the tokenizer was trained or exported with.
+        backend.no_truncation()
+        backend.no_padding()
+        self.special_tokens: Mapping[str, str] = MappingProxyType(dict(special_tokens))
+        self.chat_template = chat_template
         self._chat = None if chat_template is None else ChatTemplate(chat_template, where=name)
         added = backend.get_added_tokens_decoder()
-        self._special_ids = frozenset(token for token, entry in added.items() if entry.special)
+        special = (token for token, entry in added.items() if entry.special)
+        self._tokens = TokenBytes(backend, silent=special, name=name)
         self.eos_ids = eos_ids
         self.vocab_size = backend.get_vocab_size()
 
@@ -65,7 +76,7 @@ class Tokenizer:
             raise ModelError(
                 f"{self._name}: has no chat template; send a plain prompt, or use an instruct model"
             )
-        return self._chat.render(messages, self._special_tokens, add_generation_prompt=add_generation_prompt)
+        return self._chat.render(messages, self.special_tokens, add_generation_prompt=add_generation_prompt)
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
@@ -73,9 +84,16 @@ class Tokenizer:
         """``apply_chat``, then ``encode`` without a second beginning-of-text token."""
         return self.encode(self.apply_chat(messages, add_generation_prompt), add_special_tokens=False)
 
-    def stream(self) -> TextStream:
-        """A new incremental decoder for one generation."""
-        return TextStream(self, is_silent=self._is_silent)
+    def token_text(self, token_id: int) -> str:
+        """The text of one token by itself: with its blank, bytes that form no character as <0xE2>, and a
+        special token as its name. "" for an id outside the vocabulary."""
+        return self._tokens.text(token_id)
 
-    def _is_silent(self, token_id: int) -> bool:
-        return token_id in self._special_ids or self._backend.id_to_token(token_id) is None
+    def tail(self, prompt: Sequence[int]) -> tuple[int, ...]:
+        """The last ids of ``prompt`` that have text, at most four: what a stream needs to know about it."""
+        visible = (token for token in reversed(prompt) if not self._tokens.is_silent(token))
+        return tuple(islice(visible, _TAIL_TOKENS))[::-1]
+
+    def stream(self, tail: Iterable[int] = ()) -> TextStream:
+        """A new incremental decoder for one generation. ``tail``: of its prompt, from ``tail()``."""
+        return TextStream(self._tokens, tail)
