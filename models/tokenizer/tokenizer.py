@@ -11,7 +11,7 @@ from typing import Any
 
 import tokenizers
 
-from farshore.errors import ModelError
+from farshore.errors import InvalidRequest, ModelError
 from farshore.models.chat.template import ChatTemplate
 from farshore.models.tokenizer.stream import TextStream
 from farshore.models.tokenizer.token_bytes import TokenBytes
@@ -56,10 +56,14 @@ class Tokenizer:
         """Ids of ``text``. A special token written in the text becomes its id.
 
         ``add_special_tokens``: add the special tokens that the model's tokenizer puts around every text. Pass
-        False for the result of ``apply_chat``, which has them already.
+        False for the result of ``apply_chat``, which has them already. Raises InvalidRequest for a character
+        that the vocabulary can't spell and has no unknown token for.
         """
         # `encode` keeps the interpreter's lock, for seconds if the text is long; a batch of one releases it.
-        (encoded,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        try:
+            (encoded,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        except Exception as error:  # tokenizers raises plain Exception, for a character without any token
+            raise InvalidRequest(f"{self._name}: its tokenizer can't encode this text ({error})") from error
         return encoded.ids
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""The tokenizer compared with transformers' one, chat templates, and streams that never split a character."""
+"""The demo model's tokenizer compared with transformers' one, and chat templates."""
 # ruff: noqa: RUF001 - the texts are in many alphabets
 
 import json
@@ -6,8 +6,6 @@ import random
 import threading
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from farshore.errors import InvalidRequest, ModelError
 from farshore.models.files.gguf import GgufFile
@@ -16,7 +14,6 @@ from farshore.models.files.source import ModelSource
 from farshore.models.tokenizer import gguf as gguf_tokenizer
 from farshore.models.tokenizer.hf import from_hf
 from farshore.models.tokenizer.load import load_tokenizer
-from farshore.models.tokenizer.tokenizer import Tokenizer
 
 TEXTS = [
     "",
@@ -43,11 +40,6 @@ CHATS = [
         {"role": "user", "content": "日本"},
     ],
 ]
-
-
-@pytest.fixture(scope="session")
-def ours(demo) -> Tokenizer:
-    return load_tokenizer(demo)
 
 
 @pytest.fixture(scope="session")
@@ -225,45 +217,3 @@ def test_gguf_refused(tmp_path, changes, message):
     with pytest.raises(ModelError, match=message) as caught:
         from_gguf(tmp_path, **changes)
     assert "\n" not in str(caught.value)
-
-
-def streamed(tokenizer, ids):
-    stream = tokenizer.stream()
-    return [stream.push(token) for token in ids], stream.finish()
-
-
-@settings(max_examples=300, deadline=None)
-@given(ids=st.lists(st.integers(0, 49151 + 100), max_size=40))
-def test_stream_joins_to_decode_of_any_ids(ours, ids):
-    pieces, rest = streamed(ours, ids)
-    assert "".join(pieces) + rest == ours.decode(ids)
-
-
-@settings(max_examples=300, deadline=None)
-@given(data=st.data())
-def test_stream_joins_to_decode_of_broken_bytes(ours, data):
-    """The hardest case: single-byte tokens in any order, with special tokens between them."""
-    alphabet = [t for t in range(17, 17 + 256)] + [0, 2]
-    ids = data.draw(st.lists(st.sampled_from(alphabet), max_size=60))
-    pieces, rest = streamed(ours, ids)
-    assert "".join(pieces) + rest == ours.decode(ids)
-
-
-@settings(max_examples=200, deadline=None)
-@given(text=st.text(max_size=60))
-def test_stream_of_real_text_never_splits_a_character(ours, text):
-    pieces, rest = streamed(ours, ours.encode(text))
-    assert "".join(pieces) + rest == ours.decode(ours.encode(text))
-    # SmolLM2 has no tokens for a few bytes and drops them, so their characters are incomplete.
-    if "\ufffd" not in ours.decode(ours.encode(text)):
-        assert not any("\ufffd" in piece for piece in pieces)
-        assert rest == ""
-
-
-def test_stream_state_stays_small(ours):
-    emoji, broken = ours.encode("👩‍👩‍👧‍👦 and so on, "), ours.encode("😀")[:1]
-    for ids in (emoji * 50, broken * 500):
-        stream = ours.stream()
-        for token in ids:
-            stream.push(token)
-            assert len(stream._utf_8.getstate()[0]) < 4
