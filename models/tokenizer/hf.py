@@ -19,30 +19,29 @@ from farshore.models.tokenizer.hf_settings import HfSettings, Token
 from farshore.models.tokenizer.sentencepiece_file import SentencePieceFile
 from farshore.models.tokenizer.tokenizer import Tokenizer
 
-_CONVERT = "transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+_FIX = "get the tokenizer.json, or convert: transformers.AutoTokenizer.from_pretrained(…).save_pretrained(…)"
 
 
 def from_hf(path: Path, name: str) -> Tokenizer:
-    """``path``: a folder with ``tokenizer.json`` or ``tokenizer.model`` and the files beside it, or a
-    ``tokenizer.json`` by itself, which then has no special roles and no chat template. Raises ModelError."""
-    if path.is_file():
-        return Tokenizer(_read(path), name=name, special_tokens={}, eos_ids=(), chat_template=None)
-    file = path / "tokenizer.json"
-    backend = _read(file) if file.is_file() else None
-    settings = HfSettings.read(path, backend)
-    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    byte_level = backend is not None and '"ByteLevel"' in _read_text(file)
-    chosen = hf_class.choose(path, config, settings.options, byte_level=byte_level)
+    """``path``: a folder with ``tokenizer.json`` or ``tokenizer.model`` and the files beside it; or one such
+    file, which is then read by itself. Raises ModelError."""
+    folder, file = (None, path) if path.is_file() else (path, _vocabulary(path))
+    backend = _read(file) if file.suffix == ".json" else None
+    settings, config, chosen = HfSettings({}), {}, GENERAL
+    if folder is not None:
+        settings = HfSettings.read(folder, backend)
+        config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        byte_level = backend is not None and '"ByteLevel"' in _read_text(file)
+        chosen = hf_class.choose(folder, config, settings.options, byte_level=byte_level)
     if backend is None:
-        backend = _from_sentencepiece(path, chosen, settings)
+        backend = _from_sentencepiece(file, chosen, settings)
+        roles = _add_tokens(backend, settings, chosen)
+        _add_around(backend, settings.options, roles)
     else:
         if backend.padding and "pad_token" not in chosen.defaults:
             settings.roles.setdefault("pad_token", backend.padding["pad_token"])
         backend = hf_class.rebuilt(backend, chosen, settings.options, file)
-    roles = settings.named(chosen.defaults)
-    _add_tokens(backend, settings, roles, resets_flags=chosen.resets_flags)
-    if not file.is_file():
-        _add_around(backend, settings.options, roles)
+        roles = _add_tokens(backend, settings, chosen)
     _refuse_unsupported(path, config, settings.options, backend)
     backend.encode_special_tokens = bool(settings.options.get("split_special_tokens"))
     eos = backend.token_to_id(str(roles["eos_token"])) if "eos_token" in roles else None
@@ -51,11 +50,22 @@ def from_hf(path: Path, name: str) -> Tokenizer:
         name=name,
         special_tokens={role: str(token) for role, token in roles.items()},
         eos_ids=() if eos is None else (eos,),
-        chat_template=_template_text(path, settings.options),
+        chat_template=None if folder is None else _templates(folder, settings.options),
+    )
+
+
+def _vocabulary(folder: Path) -> Path:
+    for name in ("tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.model"):
+        if (folder / name).is_file():
+            return folder / name
+    raise ModelError(
+        f"{folder}: no tokenizer.json or tokenizer.model; save the model's fast tokenizer with transformers"
     )
 
 
 def _read(path: Path) -> tokenizers.Tokenizer:
+    if path.name.startswith("tekken"):
+        raise ModelError(f"{path}: Mistral's own format is unsupported; {_FIX}")
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exception
@@ -69,24 +79,15 @@ def _read_text(path: Path) -> str:
         raise ModelError(f"{path}: can't be read as UTF-8 text; download it again") from error
 
 
-def _from_sentencepiece(folder: Path, chosen: TokenizerClass, settings: HfSettings) -> tokenizers.Tokenizer:
+def _from_sentencepiece(path: Path, chosen: TokenizerClass, settings: HfSettings) -> tokenizers.Tokenizer:
     """Also completes ``settings`` with what the file says about special tokens."""
-    path = folder / "tokenizer.model"
-    if not path.is_file():
-        for other in ("tekken.json", "tiktoken.model"):
-            if (folder / other).is_file():
-                raise ModelError(f"{folder}: {other} alone is unsupported; convert it: {_CONVERT}")
-        raise ModelError(
-            f"{folder}: no tokenizer.json and no tokenizer.model; save the model's fast tokenizer with "
-            "transformers"
-        )
     file = SentencePieceFile.read(path)
     if chosen is LLAMA:
         settings.old_extra = sentencepiece.whole_pieces(file, user_defined=True)
         return chosen.build(sentencepiece.llama_model(file), settings.options)
     if chosen is not GENERAL:
         raise ModelError(
-            f"{folder}: tokenizer_class {chosen.name} can't read tokenizer.model; get the tokenizer.json"
+            f"{path}: tokenizer_class {chosen.name} doesn't read SentencePiece; get the tokenizer.json"
         )
     settings.old_extra = sentencepiece.whole_pieces(file, user_defined=False)
     names = {token_id: token.content for token_id, token in settings.added.items()}
@@ -103,10 +104,11 @@ def _from_sentencepiece(folder: Path, chosen: TokenizerClass, settings: HfSettin
 
 
 def _add_tokens(
-    backend: tokenizers.Tokenizer, settings: HfSettings, roles: Mapping[str, Token], *, resets_flags: bool
-) -> None:
+    backend: tokenizers.Tokenizer, settings: HfSettings, chosen: TokenizerClass
+) -> Mapping[str, Token]:
     """Adds the tokens that the settings name: with the id that the vocabulary has for their text, or else the
-    next free one."""
+    next free one. Returns the special ones by role."""
+    roles = settings.named(chosen.defaults)
     tokens: list[Token] = [settings.added[token_id] for token_id in sorted(settings.added)]
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     known.update(str(token) for token in tokens)
@@ -119,8 +121,9 @@ def _add_tokens(
     for token in whole:
         token.special = token.special or token.content in named
     backend.add_tokens(whole)
-    if resets_flags:
+    if chosen.resets_flags:
         backend.add_tokens([AddedToken(str(token), special=True) for token in (*roles.values(), *extra)])
+    return roles
 
 
 def _add_around(
@@ -137,9 +140,9 @@ def _add_around(
 
 
 def _refuse_unsupported(
-    folder: Path, config: Mapping[str, Any], options: Mapping[str, Any], backend: tokenizers.Tokenizer
+    path: Path, config: Mapping[str, Any], options: Mapping[str, Any], backend: tokenizers.Tokenizer
 ) -> None:
-    settings = folder / "tokenizer_config.json"
+    settings = path / "tokenizer_config.json"
     if set(options.get("fast_tokenizer_files") or ()) - {"tokenizer.json"}:
         raise ModelError(f"{settings}: fast_tokenizer_files is unsupported; keep tokenizer.json alone")
     forced = options.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
@@ -153,19 +156,17 @@ def _refuse_unsupported(
         raise ModelError(f"{settings}: fix_mistral_regex is unsupported; save it again with transformers 5")
 
 
-def _template_text(folder: Path, options: Mapping[str, Any]) -> str | None:
-    """The chat template: of the files ``chat_template.jinja`` and ``additional_chat_templates/*.jinja``, or
-    else of the configuration; of several named ones, the one named default."""
-    more = folder / "additional_chat_templates"
-    for path in (more / "default.jinja", folder / "chat_template.jinja"):
-        if path.is_file():
-            return _read_text(path)
+def _templates(folder: Path, options: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """The chat template, or several by name: those in files of their own, or else the configuration's."""
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+    if texts := {name: _read_text(path) for name, path in files.items() if path.is_file()}:
+        return texts
     template = options.get("chat_template")
-    if any(more.glob("*.jinja")):
-        template = None
     if isinstance(template, list):
         entries = (entry for entry in template if isinstance(entry, Mapping))
         template = {entry.get("name"): entry.get("template") for entry in entries}
     if isinstance(template, Mapping):
-        template = template.get("default")
+        pairs = template.items()
+        return {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
     return template if isinstance(template, str) else None

@@ -25,7 +25,8 @@ class Tokenizer:
     """A model's tokenizer and chat template. Immutable, so threads may share it.
 
     ``eos_ids``: the end tokens that the tokenizer's files name; may be empty. ``special_tokens``: texts by
-    role, such as ``bos_token``, for the chat template. ``chat_template``: its source, or None.
+    role, such as ``bos_token``, for the chat template. ``chat_template``: its Jinja source, or
+    several by name, or None.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class Tokenizer:
         name: str,
         special_tokens: Mapping[str, str],
         eos_ids: tuple[int, ...],
-        chat_template: str | None,
+        chat_template: str | Mapping[str, str] | None,
     ) -> None:
         """``name``: for messages. Raises ModelError if the template or the decoder is unusable."""
         self._backend = backend
@@ -45,7 +46,8 @@ class Tokenizer:
         backend.no_padding()
         self.special_tokens: Mapping[str, str] = MappingProxyType(dict(special_tokens))
         self.chat_template = chat_template
-        self._chat = None if chat_template is None else ChatTemplate(chat_template, where=name)
+        template = chat_template.get("default") if isinstance(chat_template, Mapping) else chat_template
+        self._chat = None if template is None else ChatTemplate(template, where=name)
         added = backend.get_added_tokens_decoder()
         special = (token for token, entry in added.items() if entry.special)
         self._tokens = TokenBytes(backend, silent=special, name=name)

@@ -105,7 +105,10 @@ def test_a_cut_file_is_refused(pieces, tmp_path):
         from_hf(tmp_path, "here")
 
 
-def test_tekken_alone_is_refused(tmp_path):
-    (tmp_path / "tekken.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"tekken\.json alone is unsupported; convert it: transformers"):
-        from_hf(tmp_path, "here")
+@pytest.mark.parametrize("name", ["tekken.json", "tekken_240911.json"])
+def test_tekken_alone_is_refused(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    paths = [tmp_path / name, *([tmp_path] if name == "tekken.json" else [])]
+    for path in paths:
+        with pytest.raises(ModelError, match="Mistral's own format is unsupported; get the tokenizer"):
+            from_hf(path, "here")
