@@ -8,6 +8,7 @@ know how text is split.
 import base64
 from dataclasses import dataclass
 from enum import IntEnum
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,10 @@ class SentencePieceFile:
     def _check(self, *, has_denormalizer: bool) -> None:
         if not self.pieces:
             raise ModelError(f"{self.path}: not a SentencePiece model; download it again")
+        if not 0 <= self.trainer.unk_id < len(self.pieces):
+            raise ModelError(f"{self.path}: unk_id lies outside the pieces; download it again")
+        if not all(isfinite(score) for _, score, _ in self.pieces):
+            raise ModelError(f"{self.path}: a piece's score is not a number; download it again")
         if self.trainer.model_type not in (UNIGRAM, BPE):
             raise ModelError(
                 f"{self.path}: SentencePiece model_type {self.trainer.model_type} is unsupported; "

@@ -15,10 +15,12 @@ from farshore.errors import InvalidRequest, ModelError
 from farshore.models.chat.template import ChatTemplate
 from farshore.models.tokenizer.stream import TextStream
 from farshore.models.tokenizer.token_bytes import TokenBytes
+from farshore.text import shortened
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # A UTF-8 character has at most four bytes, and a token at least one.
 _TAIL_TOKENS = 4
+_MOST_CHARS = 120
 
 
 class Tokenizer:
@@ -58,14 +60,19 @@ class Tokenizer:
         """Ids of ``text``. A special token written in the text becomes its id.
 
         ``add_special_tokens``: add the special tokens that the model's tokenizer puts around every text. Pass
-        False for the result of ``apply_chat``, which has them already. Raises InvalidRequest for a character
-        that the vocabulary can't spell and has no unknown token for.
+        False for the result of ``apply_chat``, which has them already. Raises InvalidRequest if the
+        tokenizer can't, such as for a character without any token.
         """
         # `encode` keeps the interpreter's lock, for seconds if the text is long; a batch of one releases it.
         try:
             (encoded,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        except Exception as error:  # tokenizers raises plain Exception, for a character without any token
-            raise InvalidRequest(f"{self._name}: its tokenizer can't encode this text ({error})") from error
+        except BaseException as error:
+            # tokenizers raises plain Exception, and for damaged tables a panic that is none.
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            raise InvalidRequest(
+                f"{self._name}: its tokenizer can't encode this text: {shortened(str(error), _MOST_CHARS)}"
+            ) from error
         return encoded.ids
 
     def decode(self, ids: Sequence[int]) -> str:

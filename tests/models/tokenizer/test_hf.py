@@ -172,7 +172,7 @@ def test_text_without_tokens_is_refused(tmp_path):
     backend.save(str(folder_of(tmp_path) / "tokenizer.json"))
     tokenizer = from_hf(tmp_path, "here")
     assert tokenizer.encode("aa") == [0, 0]
-    with pytest.raises(InvalidRequest, match=r"here: its tokenizer can't encode this text .*Unk token"):
+    with pytest.raises(InvalidRequest, match="here: its tokenizer can't encode this text: Unk token"):
         tokenizer.encode("ab")
 
 

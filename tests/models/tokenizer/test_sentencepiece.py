@@ -4,7 +4,7 @@ import base64
 
 import pytest
 
-from farshore.errors import ModelError
+from farshore.errors import InvalidRequest, ModelError
 from farshore.models.tokenizer.hf import from_hf
 
 from .made import TEXTS, folder_of, same_as_transformers, train_sentencepiece
@@ -103,6 +103,41 @@ def test_a_cut_file_is_refused(pieces, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(pieces.llama.read_bytes()[:1001])
     with pytest.raises(ModelError, match="not a SentencePiece model"):
         from_hf(tmp_path, "here")
+
+
+def changed(pieces, folder, change):
+    """A folder with the Unigram model after ``change(message)``."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    message = sentencepiece_model_pb2.ModelProto.FromString(pieces.unigram.read_bytes())
+    change(message)
+    (folder / "tokenizer.model").write_bytes(message.SerializeToString())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: setattr(m.trainer_spec, "unk_id", 10**6), "unk_id lies outside"),
+        (lambda m: setattr(m.trainer_spec, "unk_id", -1), "unk_id lies outside"),
+        (lambda m: setattr(m.pieces[9], "score", float("nan")), "score is not a number"),
+        (lambda m: setattr(m.pieces[9], "piece", m.pieces[8].piece), "two pieces have the same text"),
+        (lambda m: setattr(m.normalizer_spec, "precompiled_charsmap", b"x"), "normalisation map is damaged"),
+        (lambda m: setattr(m.denormalizer_spec, "precompiled_charsmap", b"x"), "a denormaliser is unsupp"),
+    ],
+)
+def test_damaged_values_are_refused(pieces, tmp_path, change, message):
+    with pytest.raises(ModelError, match=message):
+        from_hf(changed(pieces, tmp_path, change), "here")
+
+
+def test_a_panic_of_the_library_is_a_refusal(pieces, tmp_path):
+    """Tables that lead outside themselves are found only by use."""
+    table = b"\x04\0\0\0" + b"abcdefgh"
+    folder = changed(pieces, tmp_path, lambda m: setattr(m.normalizer_spec, "precompiled_charsmap", table))
+    tokenizer = from_hf(folder, "here")
+    with pytest.raises(InvalidRequest, match="can't encode this text: index out of bounds"):
+        tokenizer.encode("text")
 
 
 @pytest.mark.parametrize("name", ["tekken.json", "tekken_240911.json"])
