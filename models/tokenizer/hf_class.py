@@ -115,7 +115,14 @@ def choose(
         )
     auto_map = options.get("auto_map")
     own_code = auto_map is not None and (not isinstance(auto_map, Mapping) or "AutoTokenizer" in auto_map)
-    if declared is None or (kind in _ALWAYS_GENERAL and not own_code):
+    if kind in _ALWAYS_GENERAL and (declared is None or not own_code):
+        return GENERAL
+    if declared is None:
+        if own_code:
+            raise ModelError(
+                f"{folder}: its tokenizer needs code from the folder (auto_map), which is not run; "
+                "save the tokenizer as PreTrainedTokenizerFast"
+            )
         return GENERAL
     name = str(declared).removesuffix("Fast")
     if name == LLAMA.name and byte_level and not own_code:

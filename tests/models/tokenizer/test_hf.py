@@ -136,6 +136,7 @@ def test_class_of_the_model_configuration(byte_level, pieces_json, tmp_path):
     [
         (dict(tokenizer_class="BertTokenizer"), "tokenizer_class 'BertTokenizer' is unsupported; supported"),
         (dict(tokenizer_class="MyOwn", auto_map={"AutoTokenizer": [None, "m.T"]}), "'MyOwn' is unsupported"),
+        (dict(auto_map=["m.T", None]), "needs code from the folder"),
         (dict(fast_tokenizer_files=["tokenizer.json", "tokenizer.4.0.json"]), "fast_tokenizer_files"),
         (dict(fix_mistral_regex=True), "fix_mistral_regex is unsupported"),
         (dict(bos_token=7), "'bos_token' doesn't name tokens"),
@@ -148,6 +149,12 @@ def test_refused_by_name(byte_level, tmp_path, settings, message):
     with pytest.raises(ModelError, match=message) as caught:
         from_hf(folder_of(tmp_path, settings=settings, tokenizer=byte_level), "here")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_a_known_class_counts_before_own_code(pieces_json, tmp_path, kind):
+    settings = dict(tokenizer_class="LlamaTokenizerFast", auto_map={"AutoTokenizer": ["m.T", None]})
+    same_as_transformers(folder_of(tmp_path, kind=kind, settings=settings, tokenizer=pieces_json))
 
 
 def test_other_model_types_are_refused(byte_level, tmp_path):
