@@ -36,7 +36,7 @@ def from_hf(path: Path, name: str) -> Tokenizer:
     if backend is None:
         backend = _from_sentencepiece(file, chosen, settings)
         roles = _add_tokens(backend, settings, chosen)
-        _add_around(backend, settings.options, roles)
+        _add_around(backend, settings.options, roles, file)
     else:
         if backend.padding and "pad_token" not in chosen.defaults:
             settings.roles.setdefault("pad_token", backend.padding["pad_token"])
@@ -127,16 +127,18 @@ def _add_tokens(
 
 
 def _add_around(
-    backend: tokenizers.Tokenizer, options: Mapping[str, Any], roles: Mapping[str, Token]
+    backend: tokenizers.Tokenizer, options: Mapping[str, Any], roles: Mapping[str, Token], path: Path
 ) -> None:
     """Puts the tokens around a text that ``add_bos_token`` and ``add_eos_token`` ask for. With a
     ``tokenizer.json`` transformers ignores these two: the file's post-processor counts."""
     bos = [str(roles["bos_token"])] if options.get("add_bos_token") and "bos_token" in roles else []
     eos = [str(roles["eos_token"])] if options.get("add_eos_token") and "eos_token" in roles else []
-    backend.post_processor = processors.TemplateProcessing(
-        single=[*bos, "$A", *eos],
-        special_tokens=[(text, backend.token_to_id(text)) for text in dict.fromkeys((*bos, *eos))],
-    )
+    added = [(text, backend.token_to_id(text)) for text in dict.fromkeys((*bos, *eos))]
+    try:
+        backend.post_processor = processors.TemplateProcessing([*bos, "$A", *eos], special_tokens=added)
+    except Exception as error:  # tokenizers raises plain Exception for texts that it reads as a pattern
+        texts = " and ".join((*bos, *eos))
+        raise ModelError(f"{path}: can't put {texts!r} around texts; set add_bos_token to false") from error
 
 
 def _refuse_unsupported(

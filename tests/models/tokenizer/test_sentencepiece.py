@@ -77,6 +77,12 @@ def test_unigram_of_the_llama_class_is_refused(pieces, tmp_path):
         from_hf(folder_of(tmp_path, settings=LLAMA, model=pieces.unigram), "here")
 
 
+def test_a_beginning_that_reads_as_a_pattern_is_refused(pieces, tmp_path):
+    settings = dict(bos_token="a:b:c", add_bos_token=True)
+    with pytest.raises(ModelError, match=r"tokenizer\.model: can't put 'a:b:c' around texts"):
+        from_hf(folder_of(tmp_path, settings=settings, model=pieces.llama), "here")
+
+
 @pytest.mark.parametrize("options", [dict(model_type="char"), dict(treat_whitespace_as_suffix=True)])
 def test_other_kinds_are_refused(tmp_path, options):
     model = train_sentencepiece(tmp_path / "tokenizer.model", **options)
