@@ -25,14 +25,14 @@ _CHUNK = 1 << 14
 class Job:
     """A validated request.
 
-    ``stop_token_ids``: the client's, and the model's unless ``ignore_eos`` is set. ``prompt_tail``: the last
-    ids of the prompt that have text, from ``Tokenizer.tail``. ``message``: the
+    ``stop_token_ids``: the client's, and the model's unless ``ignore_eos`` is set. ``prompt_end``: the last
+    ids of the prompt that have text, from ``Tokenizer.prompt_end``. ``message``: the
     serialised SequenceRequest for the engine, with the prompt. A list of the prompt's ids would take ten
     times the memory, and serialising it would block the event loop.
     """
 
     prompt_tokens: int
-    prompt_tail: tuple[int, ...]
+    prompt_end: tuple[int, ...]
     n: int
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
@@ -97,7 +97,7 @@ def prepare(request: api.GenerateRequest, served: Served, limits: Limits, *, seq
     message.cache_salt = request.cache_salt
     return Job(
         prompt_tokens=count,
-        prompt_tail=served.tokenizer.tail(message.prompt),
+        prompt_end=served.tokenizer.prompt_end(message.prompt),
         n=sampling.n,
         stop=tuple(asked.stop),
         stop_token_ids=tuple(sampling.stop_token_ids),

@@ -22,16 +22,15 @@ class TextStream:
     bytes, which a stream has returned already.
     """
 
-    def __init__(self, tokens: TokenBytes, tail: Iterable[int]) -> None:
-        """``tail``: the last ids of the prompt that have text (``Tokenizer.tail``); none if the generation is
-        the text's start. An unfinished character at their end is completed by the stream."""
+    def __init__(self, tokens: TokenBytes, prompt_end: Iterable[int]) -> None:
+        """``prompt_end``: the last ids of the prompt that have text (``Tokenizer.prompt_end``); none if the
+        generation is the text's start. An unfinished character at their end is completed by the stream."""
         self._tokens = tokens
         self._utf_8 = _UTF_8(tokens.errors)
         self._at_start = True
-        self._strips_left = tokens.strips[1]
-        for token_id in tail:
+        self._strips = tokens.strips
+        for token_id in prompt_end:
             self.push(token_id)
-            self._strips_left = 0
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; "" while a character is unfinished, and for special tokens."""
@@ -47,10 +46,7 @@ class TextStream:
         return self._stripped(self._utf_8.decode(b"", final=True))
 
     def _stripped(self, text: str) -> str:
-        while text and self._strips_left:
-            if not text.startswith(self._tokens.strips[0]):
-                self._strips_left = 0
-                break
-            self._strips_left -= 1
-            text = text[1:]
+        if self._strips and text:
+            text = text.removeprefix(self._strips)
+            self._strips = ""
         return text

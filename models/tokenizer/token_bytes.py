@@ -54,21 +54,21 @@ _BYTE_OF = _byte_level_characters()
 @dataclass(slots=True)
 class _Rule:
     """A decoder's settings. ``replacements``: done in each piece, in order. ``first_drops``: a text that is
-    left out of the first piece. ``strips``: (character, how many of it at most) at the text's start.
+    left out of the first piece. ``strips``: a character that is left out at the text's start, once.
     ``separator``: text between pieces."""
 
     byte_level: bool = False
     replacements: tuple[tuple[str, str], ...] = ()
     byte_fallback: bool = False
     first_drops: str = ""
-    strips: tuple[str, int] = ("", 0)
+    strips: str = ""
     separator: bytes = b""
 
 
 class TokenBytes:
     """The bytes of tokens in a text. Threads may share it.
 
-    ``strips``: (character, count): the decoder leaves out up to this many at the start of a text.
+    ``strips``: a character that the decoder leaves out at the start of a text, once; "" if none.
     ``errors``: how undecodable bytes become text, for ``bytes.decode``.
     """
 
@@ -164,7 +164,6 @@ def _read_sequence(rule: _Rule, steps: list[Mapping[str, Any]]) -> bool:
         rule.byte_fallback = True
     if rest and rest[0]["type"] == "Fuse":
         rest.pop(0)
-        if rest and rest[0]["type"] == "Strip" and rest[0]["stop"] == 0:
-            strip = rest.pop(0)
-            rule.strips = (strip["content"], strip["start"])
+        if rest and rest[0]["type"] == "Strip" and (rest[0]["start"], rest[0]["stop"]) == (1, 0):
+            rule.strips = rest.pop(0)["content"]
     return not rest

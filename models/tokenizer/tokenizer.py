@@ -19,7 +19,7 @@ from farshore.text import shortened
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # A UTF-8 character has at most four bytes, and a token at least one.
-_TAIL_TOKENS = 4
+_END_TOKENS = 4
 _MOST_CHARS = 120
 
 
@@ -102,11 +102,12 @@ class Tokenizer:
         special token as its name. "" for an id outside the vocabulary."""
         return self._tokens.text(token_id)
 
-    def tail(self, prompt: Sequence[int]) -> tuple[int, ...]:
+    def prompt_end(self, prompt: Sequence[int]) -> tuple[int, ...]:
         """The last ids of ``prompt`` that have text, at most four: what a stream needs to know about it."""
         visible = (token for token in reversed(prompt) if not self._tokens.is_silent(token))
-        return tuple(islice(visible, _TAIL_TOKENS))[::-1]
+        return tuple(islice(visible, _END_TOKENS))[::-1]
 
-    def stream(self, tail: Iterable[int] = ()) -> TextStream:
-        """A new incremental decoder for one generation. ``tail``: of its prompt, from ``tail()``."""
-        return TextStream(self._tokens, tail)
+    def stream(self, prompt_end: Iterable[int] = ()) -> TextStream:
+        """A new incremental decoder for one generation. ``prompt_end``: from the method
+        of this name; none if the generation is the text's start."""
+        return TextStream(self._tokens, prompt_end)

@@ -183,12 +183,22 @@ def test_text_without_tokens_is_refused(tmp_path):
         tokenizer.encode("ab")
 
 
-@pytest.mark.parametrize("decoder", [decoders.WordPiece(), decoders.CTC(), decoders.BPEDecoder()])
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        decoders.WordPiece(),
+        decoders.CTC(),
+        decoders.BPEDecoder(),
+        decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 2, 0)]),
+        decoders.Sequence([decoders.ByteFallback(), decoders.Strip(" ", 1, 0)]),
+        decoders.Sequence([decoders.Replace(tokenizers.Regex("a|b"), " ")]),
+    ],
+)
 def test_decoders_that_streams_cannot_follow_are_refused(byte_level, tmp_path, decoder):
     backend = tokenizers.Tokenizer.from_file(str(byte_level))
     backend.decoder = decoder
     backend.save(str(folder_of(tmp_path) / "tokenizer.json"))
-    with pytest.raises(ModelError, match=r"decoder \w+ is unsupported; supported: ByteLevel"):
+    with pytest.raises(ModelError, match=r"decoder [\w+]+ is unsupported; supported: ByteLevel"):
         from_hf(tmp_path, "here")
 
 

@@ -37,7 +37,7 @@ KINDS = ["byte_level", "llama", "general", "unigram"]
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int], prompt: list[int] = ()) -> tuple[list[str], str]:
-    stream = tokenizer.stream(tokenizer.tail(prompt))
+    stream = tokenizer.stream(tokenizer.prompt_end(prompt))
     return [stream.push(token) for token in ids], stream.finish()
 
 
@@ -121,7 +121,7 @@ def test_blanks_before_the_prompts_end_do_not_count(made):
     tokenizer = made.llama
     prompt = [*tokenizer.encode("the fox"), *tokenizer.encode("[INST][INST][INST][INST][INST]")]
     check_prolongs(tokenizer, prompt, tokenizer.encode("dog"))
-    assert len(tokenizer.tail(prompt * 100)) == 4
+    assert len(tokenizer.prompt_end(prompt * 100)) == 4
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "llama"])
@@ -145,9 +145,9 @@ def test_an_unfinished_character_at_the_end(made, kind, marks):
 def test_bytes_between_texts_that_form_no_character(made):
     """Byte fallback writes one mark a byte; whole characters beside them stay, unlike in ``decode``."""
     tokenizer = made.llama
-    lead, tail = tokenizer.encode("\xaa", add_special_tokens=False)[-2:]
+    lead, trail = tokenizer.encode("\xaa", add_special_tokens=False)[-2:]
     fox = tokenizer.encode("fox", add_special_tokens=False)
-    pieces, rest = streamed(tokenizer, [*fox, tail, *fox, lead, *fox, lead, tail, tail])
+    pieces, rest = streamed(tokenizer, [*fox, trail, *fox, lead, *fox, lead, trail, trail])
     expected = f"fox{UNFINISHED} fox{UNFINISHED} fox\xaa{UNFINISHED}"
     assert ("".join(pieces) + rest).replace(" ", "") == expected.replace(" ", "")
 
@@ -170,7 +170,7 @@ def test_texts_of_single_tokens(made, ours):
         None,
         decoders.Metaspace(),
         decoders.Metaspace(prepend_scheme="never"),
-        decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 2, 0)]),
+        decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]),
         decoders.Sequence([decoders.Sequence([decoders.ByteLevel()])]),
         decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()]),
         decoders.Fuse(),
