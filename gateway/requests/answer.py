@@ -63,7 +63,7 @@ class Answer:
                 api.Alternative(
                     token_id=other.token_id,
                     logprob=other.logprob,
-                    text=self._tokenizer.decode([other.token_id]),
+                    text=self._tokenizer.token_text(other.token_id),
                 )
                 for other in token.top
             ],

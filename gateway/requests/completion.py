@@ -14,7 +14,7 @@ class Completion:
 
     def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
         self._silent_ids = frozenset(job.stop_token_ids)
-        self._text = tokenizer.stream()
+        self._text = tokenizer.stream(job.prompt_end)
         self._stops = StopStrings(job.stop)
         self._tokens = 0
         self._rest = ""

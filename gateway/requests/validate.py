@@ -25,12 +25,14 @@ _CHUNK = 1 << 14
 class Job:
     """A validated request.
 
-    ``stop_token_ids``: the client's, and the model's unless ``ignore_eos`` is set. ``message``: the
+    ``stop_token_ids``: the client's, and the model's unless ``ignore_eos`` is set. ``prompt_end``: the last
+    ids of the prompt that have text, from ``Tokenizer.prompt_end``. ``message``: the
     serialised SequenceRequest for the engine, with the prompt. A list of the prompt's ids would take ten
     times the memory, and serialising it would block the event loop.
     """
 
     prompt_tokens: int
+    prompt_end: tuple[int, ...]
     n: int
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
@@ -95,6 +97,7 @@ def prepare(request: api.GenerateRequest, served: Served, limits: Limits, *, seq
     message.cache_salt = request.cache_salt
     return Job(
         prompt_tokens=count,
+        prompt_end=served.tokenizer.prompt_end(message.prompt),
         n=sampling.n,
         stop=tuple(asked.stop),
         stop_token_ids=tuple(sampling.stop_token_ids),
@@ -171,6 +174,8 @@ def _add_prompt(
         )
         _check_chars(len(text), served, limits)
         ids = served.tokenizer.encode(text, add_special_tokens=False)
+    # A tokenizer may know more tokens than the model, such as one added for padding.
+    _check_token_ids(ids, served)
     for first in range(0, len(ids), _CHUNK):
         message.prompt.extend(ids[first : first + _CHUNK])
 

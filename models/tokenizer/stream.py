@@ -1,80 +1,52 @@
 """Decodes generated tokens to text one by one, without splitting a character.
 
-A token may end inside a UTF-8 character, and its text may depend on the token before it. So each push decodes
-a short window of recent tokens and returns the text that is new. Created by ``Tokenizer.stream``; called by
-the gateway, which streams the text to clients. It must not know where tokens come from.
+Created by ``Tokenizer.stream``; called by the gateway, which streams the text to clients. It must not know
+where tokens come from.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+import codecs
+from collections.abc import Iterable
 
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-# A UTF-8 character has at most four bytes, so a longer run that can't be decoded is not one unfinished
-# character.
-_LONGEST_RUN_TOKENS = 8
+from farshore.models.tokenizer.token_bytes import TokenBytes
 
-
-class TokenDecoder(Protocol):
-    """The part of a tokenizer that a stream calls."""
-
-    def decode(self, ids: Sequence[int]) -> str: ...
+_UTF_8 = codecs.getincrementaldecoder("utf-8")
 
 
 class TextStream:
     """The text of one generation. Not thread-safe.
 
-    The results of all pushes and of ``finish``, joined, equal ``decode`` of all ids; exactly so for
-    byte-level tokenizers. A push decodes only the tokens of the last returned text and those after it.
+    The results of all pushes and of ``finish``, joined, are the text by which the generation prolongs its
+    prompt's text: with an empty prompt, ``decode`` of all ids. So a blank that decoders strip from the start
+    of a text is kept after a prompt. Bytes that form no character become U+FFFD, as the tokenizer's decoder
+    writes them, with one exception: byte-fallback decoders also replace the whole characters next to such
+    bytes, which a stream has returned already.
     """
 
-    def __init__(self, tokenizer: TokenDecoder, *, is_silent: Callable[[int], bool]) -> None:
-        """``is_silent``: true for ids without text (special or unknown ones), which the stream ignores."""
-        self._decode = tokenizer.decode
-        self._is_silent = is_silent
-        # [context | pending]: the context's text was returned already; it only affects how the pending tokens
-        # are decoded.
-        self._window: list[int] = []
-        self._context_tokens = 0
-        self._context_text = ""
+    def __init__(self, tokens: TokenBytes, prompt_end: Iterable[int]) -> None:
+        """``prompt_end``: the last ids of the prompt that have text (``Tokenizer.prompt_end``); none if the
+        generation is the text's start. An unfinished character at their end is completed by the stream."""
+        self._tokens = tokens
+        self._utf_8 = _UTF_8(tokens.errors)
+        self._at_start = True
+        self._strips = tokens.strips
+        for token_id in prompt_end:
+            self.push(token_id)
 
     def push(self, token_id: int) -> str:
-        """The text that this token completes; "" while a character is unfinished."""
-        if self._is_silent(token_id):
+        """The text that this token completes; "" while a character is unfinished, and for special tokens."""
+        tokens = self._tokens
+        added = tokens.first(token_id) if self._at_start else tokens.following(token_id)
+        if added is None:
             return ""
-        self._window.append(token_id)
-        text = self._decode(self._window)
-        if not text.endswith(_UNFINISHED):
-            return self._take_new(text)
-        pending_tokens = len(self._window) - self._context_tokens
-        if pending_tokens % _LONGEST_RUN_TOKENS == 0:
-            return self._take_settled(text)
-        return ""
+        self._at_start = False
+        return self._stripped(self._utf_8.decode(added))
 
     def finish(self) -> str:
-        """The remaining text: bytes of an unfinished character, as replacement characters. Resets the
-        stream."""
-        text = self._decode(self._window)[len(self._context_text) :]
-        self._window, self._context_tokens, self._context_text = [], 0, ""
+        """The remaining text: bytes of an unfinished character, as replacement characters."""
+        return self._stripped(self._utf_8.decode(b"", final=True))
+
+    def _stripped(self, text: str) -> str:
+        if self._strips and text:
+            text = text.removeprefix(self._strips)
+            self._strips = ""
         return text
-
-    def _take_new(self, text: str) -> str:
-        """Returns the text after the context. The pending tokens become the context."""
-        new = text[len(self._context_text) :]
-        self._window = self._window[self._context_tokens :]
-        self._context_tokens = len(self._window)
-        self._context_text = self._decode(self._window)
-        return new
-
-    def _take_settled(self, text: str) -> str:
-        """Returns a long undecodable run except for its end, which a later token may still change.
-
-        If the two halves of a cut decode to the same text as the whole, later tokens change only the second
-        one.
-        """
-        for cut in range(len(self._window) - 1, self._context_tokens, -1):
-            settled = self._decode(self._window[:cut])
-            if settled + self._decode(self._window[cut:]) == text:
-                new = settled[len(self._context_text) :]
-                self._window, self._context_tokens, self._context_text = self._window[cut:], 0, ""
-                return new
-        return ""

@@ -4,22 +4,31 @@ A thin layer over Hugging Face's ``tokenizers``. A model's folder has its config
 is assembled from metadata. Called by the gateway, which has no torch. It must not know about weights.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 import tokenizers
 
-from farshore.errors import ModelError
+from farshore.errors import InvalidRequest, ModelError
 from farshore.models.chat.template import ChatTemplate
 from farshore.models.tokenizer.stream import TextStream
+from farshore.models.tokenizer.token_bytes import TokenBytes
+from farshore.text import shortened
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# A UTF-8 character has at most four bytes, and a token at least one.
+_END_TOKENS = 4
+_MOST_CHARS = 120
 
 
 class Tokenizer:
     """A model's tokenizer and chat template. Immutable, so threads may share it.
 
-    ``eos_ids``: the end tokens that the tokenizer's files name; may be empty.
+    ``eos_ids``: the end tokens that the tokenizer's files name; may be empty. ``special_tokens``: texts by
+    role, such as ``bos_token``, for the chat template. ``chat_template``: its Jinja source, or
+    several by name, or None.
     """
 
     def __init__(
@@ -29,15 +38,21 @@ class Tokenizer:
         name: str,
         special_tokens: Mapping[str, str],
         eos_ids: tuple[int, ...],
-        chat_template: str | None,
+        chat_template: str | Mapping[str, str] | None,
     ) -> None:
-        """``special_tokens``: texts by role, such as ``bos_token``, for the chat template."""
+        """``name``: for messages. Raises ModelError if the template or the decoder is unusable."""
         self._backend = backend
         self._name = name
-        self._special_tokens = dict(special_tokens)
-        self._chat = None if chat_template is None else ChatTemplate(chat_template, where=name)
+        # A prompt is never cut or padded, whatever lengths the tokenizer was trained or exported with.
+        backend.no_truncation()
+        backend.no_padding()
+        self.special_tokens: Mapping[str, str] = MappingProxyType(dict(special_tokens))
+        self.chat_template = chat_template
+        template = chat_template.get("default") if isinstance(chat_template, Mapping) else chat_template
+        self._chat = None if template is None else ChatTemplate(template, where=name)
         added = backend.get_added_tokens_decoder()
-        self._special_ids = frozenset(token for token, entry in added.items() if entry.special)
+        special = (token for token, entry in added.items() if entry.special)
+        self._tokens = TokenBytes(backend, silent=special, name=name)
         self.eos_ids = eos_ids
         self.vocab_size = backend.get_vocab_size()
 
@@ -45,10 +60,19 @@ class Tokenizer:
         """Ids of ``text``. A special token written in the text becomes its id.
 
         ``add_special_tokens``: add the special tokens that the model's tokenizer puts around every text. Pass
-        False for the result of ``apply_chat``, which has them already.
+        False for the result of ``apply_chat``, which has them already. Raises InvalidRequest if the
+        tokenizer can't, such as for a character without any token.
         """
         # `encode` keeps the interpreter's lock, for seconds if the text is long; a batch of one releases it.
-        (encoded,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        try:
+            (encoded,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        except BaseException as error:
+            # tokenizers raises plain Exception, and for damaged tables a panic that is none.
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            raise InvalidRequest(
+                f"{self._name}: its tokenizer can't encode this text: {shortened(str(error), _MOST_CHARS)}"
+            ) from error
         return encoded.ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -65,7 +89,7 @@ class Tokenizer:
             raise ModelError(
                 f"{self._name}: has no chat template; send a plain prompt, or use an instruct model"
             )
-        return self._chat.render(messages, self._special_tokens, add_generation_prompt=add_generation_prompt)
+        return self._chat.render(messages, self.special_tokens, add_generation_prompt=add_generation_prompt)
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
@@ -73,9 +97,17 @@ class Tokenizer:
         """``apply_chat``, then ``encode`` without a second beginning-of-text token."""
         return self.encode(self.apply_chat(messages, add_generation_prompt), add_special_tokens=False)
 
-    def stream(self) -> TextStream:
-        """A new incremental decoder for one generation."""
-        return TextStream(self, is_silent=self._is_silent)
+    def token_text(self, token_id: int) -> str:
+        """The text of one token by itself: with its blank, bytes that form no character as <0xE2>, and a
+        special token as its name. "" for an id outside the vocabulary."""
+        return self._tokens.text(token_id)
 
-    def _is_silent(self, token_id: int) -> bool:
-        return token_id in self._special_ids or self._backend.id_to_token(token_id) is None
+    def prompt_end(self, prompt: Sequence[int]) -> tuple[int, ...]:
+        """The last ids of ``prompt`` that have text, at most four: what a stream needs to know about it."""
+        visible = (token for token in reversed(prompt) if not self._tokens.is_silent(token))
+        return tuple(islice(visible, _END_TOKENS))[::-1]
+
+    def stream(self, prompt_end: Iterable[int] = ()) -> TextStream:
+        """A new incremental decoder for one generation. ``prompt_end``: from the method
+        of this name; none if the generation is the text's start."""
+        return TextStream(self._tokens, prompt_end)

@@ -1,4 +1,4 @@
-"""The tokenizer compared with transformers' one, chat templates, and streams that never split a character."""
+"""The demo model's tokenizer compared with transformers' one, and chat templates."""
 # ruff: noqa: RUF001 - the texts are in many alphabets
 
 import json
@@ -6,15 +6,12 @@ import random
 import threading
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 from farshore.errors import InvalidRequest, ModelError
 from farshore.models.files.source import ModelSource
 from farshore.models.tokenizer.hf import from_hf
 from farshore.models.tokenizer.load import load_tokenizer
-from farshore.models.tokenizer.tokenizer import Tokenizer
 
 TEXTS = [
     "",
@@ -41,11 +38,6 @@ CHATS = [
         {"role": "user", "content": "日本"},
     ],
 ]
-
-
-@pytest.fixture(scope="session")
-def ours(demo) -> Tokenizer:
-    return load_tokenizer(demo)
 
 
 @pytest.fixture(scope="session")
@@ -182,50 +174,8 @@ def test_long_texts_leave_the_interpreter_to_others(ours):
 
 
 def test_damaged_folder(tmp_path):
-    with pytest.raises(ModelError, match=r"no tokenizer\.json"):
+    with pytest.raises(ModelError, match=r"no tokenizer\.json or"):
         from_hf(tmp_path, "here")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match="not a readable tokenizer"):
         load_tokenizer(ModelSource("here", tmp_path, "hf"))
-
-
-def streamed(tokenizer, ids):
-    stream = tokenizer.stream()
-    return [stream.push(token) for token in ids], stream.finish()
-
-
-@settings(max_examples=300, deadline=None)
-@given(ids=st.lists(st.integers(0, 49151 + 100), max_size=40))
-def test_stream_joins_to_decode_of_any_ids(ours, ids):
-    pieces, rest = streamed(ours, ids)
-    assert "".join(pieces) + rest == ours.decode(ids)
-
-
-@settings(max_examples=300, deadline=None)
-@given(data=st.data())
-def test_stream_joins_to_decode_of_broken_bytes(ours, data):
-    """The hardest case: single-byte tokens in any order, with special tokens between them."""
-    alphabet = [t for t in range(17, 17 + 256)] + [0, 2]
-    ids = data.draw(st.lists(st.sampled_from(alphabet), max_size=60))
-    pieces, rest = streamed(ours, ids)
-    assert "".join(pieces) + rest == ours.decode(ids)
-
-
-@settings(max_examples=200, deadline=None)
-@given(text=st.text(max_size=60))
-def test_stream_of_real_text_never_splits_a_character(ours, text):
-    pieces, rest = streamed(ours, ours.encode(text))
-    assert "".join(pieces) + rest == ours.decode(ours.encode(text))
-    # SmolLM2 has no tokens for a few bytes and drops them, so their characters are incomplete.
-    if "\ufffd" not in ours.decode(ours.encode(text)):
-        assert not any("\ufffd" in piece for piece in pieces)
-        assert rest == ""
-
-
-def test_stream_window_stays_small(ours):
-    emoji, broken = ours.encode("👩‍👩‍👧‍👦 and so on, "), ours.encode("😀")[:1]
-    for ids in (emoji * 50, broken * 500):
-        stream = ours.stream()
-        for token in ids:
-            stream.push(token)
-            assert len(stream._window) < 32
