@@ -35,6 +35,6 @@ class Served:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Token ids that end an answer. A GGUF file or an old configuration may name them in one of the two
-        places only."""
-        return tuple(dict.fromkeys((*self.config.eos_token_ids, *self.tokenizer.eos_ids)))
+        """Token ids that end an answer: those at which transformers' generate stops. Where the model's
+        configuration names none, as in every GGUF file, they are the tokenizer's."""
+        return self.config.eos_token_ids or self.tokenizer.eos_ids

@@ -37,6 +37,14 @@ def _load(name, path):
     return sys.modules[name]
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leaves out long forms unless the marker expression names them, as ``-m soak`` does."""
+    if "soak" not in config.getoption("markexpr"):
+        long_forms = [item for item in items if item.get_closest_marker("soak")]
+        items[:] = [item for item in items if item not in long_forms]
+        config.hook.pytest_deselected(items=long_forms)
+
+
 @pytest.fixture(scope="session")
 def demo_source():
     from farshore.models.files.source import resolve

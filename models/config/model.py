@@ -15,7 +15,9 @@ from farshore.models.config.rope import RopeConfig
 class ModelConfig:
     """Shape and constants of a Llama decoder. Counts are of the whole model, not of a shard.
 
-    ``eos_token_ids``: each of them ends a generation; may be empty. The constructor raises ModelError for a
+    ``max_positions``: the served length; no sequence has more tokens. ``biases``: the matrices that have one,
+    in the order q, k, v, o, gate, up, down. ``eos_token_ids``: each of them ends a generation. Empty: the
+    tokenizer's files name the end tokens, as in every GGUF file. The constructor raises ModelError for a
     value that no working model has.
     """
 
@@ -31,9 +33,7 @@ class ModelConfig:
     rms_eps: float
     rope: RopeConfig
     tied_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    bos_token_id: int | None = None
+    biases: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -50,7 +50,7 @@ class ModelConfig:
         for field in counts:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ModelError(f"{self.name}: {field} must be a positive whole number, not {value!r}")
+                raise ModelError(f"{self.name}: {field} must be a positive whole number, not {value!r:.80}")
         if self.q_heads % self.kv_heads:
             raise ModelError(
                 f"{self.name}: {self.q_heads} query heads can't share {self.kv_heads} KV heads evenly"
@@ -60,11 +60,21 @@ class ModelConfig:
         if not isinstance(self.rms_eps, float) or not self.rms_eps > 0:
             raise ModelError(f"{self.name}: rms_eps must be a positive number, not {self.rms_eps!r}")
         self.rope.check(self.name, head_dim=self.head_dim)
-        for token in (self.bos_token_id, *self.eos_token_ids):
-            if token is not None and not (type(token) is int and 0 <= token < self.vocab):
-                raise ModelError(f"{self.name}: special token id {token!r} lies outside 0..{self.vocab - 1}")
 
     @property
     def group(self) -> int:
         """Query heads per KV head."""
         return self.q_heads // self.kv_heads
+
+    @property
+    def length_warning(self) -> str | None:
+        """For the operator: that sequences of up to the original length are rotated by other angles than in
+        transformers. None if they are not."""
+        original = int(self.rope.original_positions)
+        if not self.rope.by_length or self.max_positions <= original:
+            return None
+        return (
+            f"{self.name}: RoPE kind {self.rope.kind!r} depends on a sequence's length; every sequence is "
+            f"rotated like one of {self.max_positions} tokens. For exact answers up to {original} tokens: "
+            f"--max-model-len {original}"
+        )

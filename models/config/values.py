@@ -1,23 +1,12 @@
-"""Checks of single values in a model's configuration files. Called by ``hf`` and ``gguf``."""
+"""Checks of single values in a model's configuration files. Called by ``hf``, ``gguf`` and
+``rope_parameters``.
 
-import json
+Messages begin with the model's name and show at most 80 characters of a wrong value.
+"""
+
 from typing import Any
 
 from farshore.errors import ModelError
-
-
-def merged(*sources: Any) -> tuple[int, ...]:
-    """Joins ids from several sources, each None, one id or a list of ids. Removes repeats and keeps the
-    order."""
-    ids: list[int] = []
-    for source in sources:
-        ids += [] if source is None else source if isinstance(source, list) else [source]
-    return tuple(dict.fromkeys(_hashable(token) for token in ids))
-
-
-def _hashable(value: Any) -> Any:
-    """``value``, or its JSON text if it can't be a dict key, so that the check's message can show it."""
-    return json.dumps(value) if isinstance(value, (list, dict)) else value
 
 
 def positive(value: Any) -> bool:
@@ -26,5 +15,11 @@ def positive(value: Any) -> bool:
 
 def number(value: Any, what: str, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ModelError(f"{name}: {what} must be a number, not {value!r}")
+        raise ModelError(f"{name}: {what} must be a number, not {value!r:.80}")
     return float(value)
+
+
+def boolean(value: Any, what: str, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise ModelError(f"{name}: {what} must be true or false, not {value!r:.80}")
+    return value

@@ -17,8 +17,6 @@ _MATRICES = {
     "up": ("mlp.up_proj", "ffn_up"),
     "down": ("mlp.down_proj", "ffn_down"),
 }
-_ATTENTION = ("q", "k", "v", "o")
-_MLP = ("gate", "up", "down")
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -27,7 +25,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     rows = {"q": q, "k": kv, "v": kv, "o": config.hidden}
     rows |= {"gate": config.intermediate, "up": config.intermediate, "down": config.hidden}
     columns = dict.fromkeys(rows, config.hidden) | {"o": q, "down": config.intermediate}
-    biased = (_ATTENTION if config.attention_bias else ()) + (_MLP if config.mlp_bias else ())
+    biased = [field for field in _MATRICES if field in config.biases]
     shapes: dict[str, tuple[int, ...]] = {"embed": (config.vocab, config.hidden)}
     for layer in range(config.layers):
         for field in _MATRICES:

@@ -21,6 +21,12 @@ ROPES = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 16,
     },
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 50000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
 }
 
 
@@ -85,6 +91,23 @@ def test_sharded_safetensors_and_progress(tiny, forward):
     ours = load_model(resolve(str(folder)), dtype=torch.float32, progress=lambda *counts: seen.append(counts))
     torch.testing.assert_close(forward(ours, IDS), reference(theirs, IDS), atol=1e-5, rtol=1e-5)
     assert seen == [(done, len(seen)) for done in range(1, len(seen) + 1)]
+
+
+def test_mistral_up_to_its_window(tmp_path, forward):
+    """A window hides nothing from a sequence that is no longer than it."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(5)
+    shape = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2)
+    heads = dict(num_attention_heads=6, num_key_value_heads=2, sliding_window=len(IDS))
+    theirs = MistralForCausalLM(MistralConfig(**shape, **heads)).eval()
+    theirs.save_pretrained(tmp_path)
+    source = resolve(str(tmp_path))
+    with pytest.raises(ModelError, match=f"--max-model-len {len(IDS)}"):
+        load_model(source, dtype=torch.float32)
+    config = load_config(source, max_model_len=len(IDS))
+    ours = load_model(source, dtype=torch.float32, config=config)
+    torch.testing.assert_close(forward(ours, IDS), reference(theirs, IDS), atol=1e-5, rtol=1e-5)
 
 
 def test_config_override_adds_positions(tiny):

@@ -1,70 +1,139 @@
-"""Model shapes from config.json and GGUF metadata, and the configurations that are refused."""
+"""Model shapes from config.json equal transformers', and configurations that are refused."""
+
+import json
 
 import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 from farshore.errors import ModelError
 from farshore.models.config.hf import from_hf
 from farshore.models.config.load import load_config
-from farshore.models.config.rope import RopeConfig
-
-BASE = dict(
-    model_type="llama",
-    num_hidden_layers=2,
-    hidden_size=64,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    intermediate_size=96,
-    vocab_size=100,
-    max_position_embeddings=128,
-    rms_norm_eps=1e-5,
-)
-LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+from farshore.models.files.source import ModelSource
+from farshore.models.weights.names import expected_shapes, hf_name
 
 
-def parsed(generation=None, **changes):
-    return from_hf(BASE | changes, generation, "m")
+@pytest.fixture(scope="session")
+def parsed(base):
+    return lambda generation=None, **changes: from_hf(base | changes, generation, "m")
 
 
-def test_defaults():
+def test_defaults(parsed):
     config = parsed()
-    assert (config.head_dim, config.group, config.eos_token_ids) == (8, 4, ())
-    assert config.rope == RopeConfig(theta=10000.0)
-    assert parsed(num_key_value_heads=None).kv_heads == 8
-    assert parsed(head_dim=16).head_dim == 16
-    assert parsed(model_type="mistral", sliding_window=None).layers == 2
+    assert (config.head_dim, config.group, config.eos_token_ids) == (16, 2, ())
+    assert (config.tied_embeddings, config.biases) == (False, ())
+    assert parsed(hidden_act="swish").layers == 2
 
 
-def test_rope_old_and_new_spelling():
-    old = parsed(rope_theta=5e5, rope_scaling={"rope_type": "llama3"} | LLAMA3)
-    new = parsed(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5} | LLAMA3)
-    assert old.rope == new.rope
-    assert (new.rope.kind, new.rope.theta, new.rope.original_positions) == ("llama3", 5e5, 8192)
-    assert parsed(rope_scaling={"type": "linear", "factor": 2.0}).rope == RopeConfig(
-        kind="linear", factor=2.0
-    )
-    assert parsed(rope_scaling=None, rope_theta=7.0).rope.theta == 7.0
+@pytest.fixture(scope="session")
+def their_shapes(their_config):
+    """their_shapes(config.json's object) -> the shapes of transformers' parameters, by name."""
+    from transformers import LlamaForCausalLM, MistralForCausalLM
+
+    def shapes(config):
+        family = {"llama": LlamaForCausalLM, "mistral": MistralForCausalLM}[config["model_type"]]
+        with torch.device("meta"):
+            model = family(their_config(config))
+        found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        return found, model.config
+
+    return shapes
 
 
-def test_eos_ids_of_both_files_without_repeats():
-    assert parsed({"eos_token_id": [5, 7]}, eos_token_id=7).eos_token_ids == (5, 7)
-    assert parsed({"eos_token_id": 3}, eos_token_id=[9]).eos_token_ids == (3, 9)
+def absent_or(*values):
+    return st.sampled_from(["absent", *values])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    family=st.sampled_from(["llama", "mistral"]),
+    keys=st.fixed_dictionaries(
+        {
+            "hidden_size": st.sampled_from([32, 64]),
+            "num_attention_heads": st.sampled_from([4, 8, 16]),
+            "num_key_value_heads": absent_or(None, 1, 2, 4, 8),
+            "head_dim": absent_or(None, 4, 16),
+            "attention_bias": absent_or(True, False),
+            "mlp_bias": absent_or(True, False),
+            "tie_word_embeddings": absent_or(True, False),
+            "rms_norm_eps": absent_or(1e-5, 1e-6),
+            "vocab_size": st.sampled_from([100, 128]),
+            "pretraining_tp": absent_or(1, 2),
+            "attn_logit_softcapping": absent_or(None, 30.0),
+        }
+    ),
+)
+def test_shapes_are_transformers(base, their_shapes, family, keys):
+    # transformers 5 refuses null for a Mistral's KV heads; earlier versions took it for num_attention_heads.
+    assume(family == "llama" or keys["num_key_value_heads"] is not None)
+    config = {k: v for k, v in (base | keys).items() if v != "absent"} | {"model_type": family}
+    try:
+        ours = from_hf(config, None, "m")
+    except ModelError:
+        heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
+        # A Mistral without the key has 8 KV heads.
+        assert heads % (kv_heads or (8 if "num_key_value_heads" not in config else heads))
+        return
+    found, theirs = their_shapes(config)
+    assert {hf_name(name): shape for name, shape in expected_shapes(ours).items()} == found
+    assert (ours.rms_eps, ours.tied_embeddings) == (theirs.rms_norm_eps, theirs.tie_word_embeddings)
+
+
+ABSENT = "absent"
+GENERATIONS = [ABSENT, {}, {"eos_token_id": None}, {"eos_token_id": 7}, {"eos_token_id": [7, 8, 7]}]
+
+
+@pytest.mark.parametrize("ours", [ABSENT, None, 5, [5, 6], [], -1, [7, 97]], ids=str)
+def test_end_tokens_are_those_of_generate(tiny, ours):
+    """generation_config.json replaces config.json's, also by none. Ids outside the vocabulary can't be
+    sampled."""
+    from transformers import LlamaForCausalLM
+
+    _, folder = tiny()
+    file, generation_file = folder / "config.json", folder / "generation_config.json"
+    config = json.loads(file.read_text()) | {"eos_token_id": ours}
+    file.write_text(json.dumps({key: value for key, value in config.items() if value != ABSENT}))
+    for generation in GENERATIONS:
+        generation_file.unlink(missing_ok=True)
+        if generation != ABSENT:
+            generation_file.write_text(json.dumps(generation))
+        theirs = LlamaForCausalLM.from_pretrained(folder).generation_config.eos_token_id
+        theirs = theirs if isinstance(theirs, list) else [theirs]
+        expected = {token for token in theirs if token is not None and 0 <= token < config["vocab_size"]}
+        got = load_config(ModelSource("m", folder, "hf")).eos_token_ids
+        assert set(got) == expected and len(got) == len(expected), generation
+
+
+@pytest.mark.parametrize("token", ["2", 2.0, True, [[1]], {"id": 2}, [None]])
+def test_end_tokens_that_are_no_numbers(parsed, token):
+    for arguments in (dict(eos_token_id=token), dict(generation={"eos_token_id": token})):
+        with pytest.raises(ModelError, match="eos_token_id must be a token id"):
+            parsed(**arguments)
+
+
+@pytest.mark.parametrize("bos", [None, -1, 100, 10**9, [1]])
+def test_an_unused_begin_token_refuses_nothing(parsed, bos):
+    assert parsed(bos_token_id=bos, pad_token_id=bos).layers == 2
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(model_type="gpt_neox"), "supported: model_type 'llama'"),
+        (dict(model_type="gpt_neox"), "supported: model_type 'llama' and 'mistral'"),
         (dict(model_type=None), "supported"),
-        (dict(model_type="mistral", sliding_window=4096), "sliding window"),
         (dict(hidden_act="gelu"), "silu"),
-        (dict(quantization_config={"quant_method": "gptq"}), "GGUF"),
-        (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "'yarn' is unsupported"),
-        (dict(rope_scaling={"rope_type": "linear"}), "'factor'"),
-        (dict(rope_scaling="linear"), "object"),
-        (dict(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}), "partial_rotary"),
-        (dict(rope_theta="big"), "theta"),
-        (dict(rope_theta=float("inf")), "theta"),
-        (dict(rope_scaling={"rope_type": "llama3"} | LLAMA3 | {"low_freq_factor": 4.0}), "high_freq"),
+        (dict(hidden_act=None), "silu"),
+        (dict(quantization_config={"quant_method": "gptq"}), r"\(gptq\) are unsupported.*GGUF"),
+        (dict(compression_config={"format": "pack"}), "quantised safetensors"),
+        (dict(per_layer_config={"0": {"intermediate_size": 8}}), "per_layer_config"),
+        (dict(kv_sharing_modes=["reuse", None]), "kv_sharing_modes"),
+        (dict(text_config={"model_type": "llama"}), "text_config"),
+        (dict(transformers_weights="other.safetensors"), "transformers_weights"),
+        (dict(is_causal=False), "no causal decoder"),
+        (dict(is_encoder_decoder=True), "no causal decoder"),
+        (dict(max_position_embeddings=0), "max_position_embeddings"),
+        (dict(max_position_embeddings=128.0), "max_position_embeddings"),
         (dict(num_hidden_layers=0), "layers"),
         (dict(num_hidden_layers=True), "layers"),
         (dict(vocab_size="many"), "vocab"),
@@ -72,22 +141,27 @@ def test_eos_ids_of_both_files_without_repeats():
         (dict(num_attention_heads=0), "heads"),
         (dict(num_key_value_heads=3), "evenly"),
         (dict(head_dim=7), "even"),
+        (dict(head_dim=0), "head_dim"),
         (dict(rms_norm_eps=0), "rms_eps"),
+        (dict(rms_norm_eps=None), "rms_norm_eps"),
         (dict(rms_norm_eps="x"), "rms_norm_eps"),
-        (dict(eos_token_id=100), "outside"),
-        (dict(eos_token_id=[[1]]), "outside"),
-        (dict(bos_token_id=-1), "outside"),
+        (dict(tie_word_embeddings=None), "tie_word_embeddings must be true or false"),
+        (dict(attention_bias="no"), "attention_bias must be true or false"),
+        (dict(mlp_bias=1), "mlp_bias must be true or false"),
+        (dict(rope_theta="big"), "theta"),
+        (dict(rope_theta=float("inf")), "theta"),
     ],
 )
-def test_refused(changes, message):
+def test_refused(parsed, changes, message):
     with pytest.raises(ModelError, match=message) as caught:
         parsed(**changes)
     assert "\n" not in str(caught.value)
 
 
-def test_missing_key_is_named():
-    with pytest.raises(ModelError, match="'hidden_size'"):
-        from_hf({k: v for k, v in BASE.items() if k != "hidden_size"}, None, "m")
+def test_missing_key_is_named(base):
+    for key in ("hidden_size", "max_position_embeddings", "vocab_size"):
+        with pytest.raises(ModelError, match=repr(key)):
+            from_hf({k: v for k, v in base.items() if k != key}, None, "m")
 
 
 def test_demo(demo):
@@ -95,4 +169,3 @@ def test_demo(demo):
     assert (config.layers, config.hidden, config.q_heads, config.kv_heads) == (30, 576, 9, 3)
     assert (config.head_dim, config.vocab, config.max_positions) == (64, 49152, 8192)
     assert config.tied_embeddings and config.rope.theta == 100000.0
-    assert config.eos_token_ids == (2,)

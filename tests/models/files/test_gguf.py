@@ -133,12 +133,16 @@ def test_damage_never_escapes_as_another_error(data, tmp_path_factory):
     [
         (dict(architecture="gemma"), "'gemma' is unsupported"),
         (dict(drop=("blk.0.ffn_up",)), r"'blk\.0\.ffn_up\.weight' is missing"),
-        (dict(extra=[("llama.expert_count", 8)]), "experts"),
+        (dict(extra=[("llama.expert_count", 8)]), "mixtures of experts"),
         (dict(extra=[("split.count", 2)]), "one of several parts"),
-        (dict(extra=[("llama.rope.scaling.type", "yarn")]), "'yarn'"),
+        (dict(extra=[("llama.rope.scaling.type", "dynamic")]), "'dynamic' is unsupported"),
         (dict(extra=[("llama.rope.dimension_count", 4)]), "part of each head"),
         (dict(extra=[("llama.rope.freq_base", "x")]), "isn't a number"),
-        (dict(extra=[("llama.attention.key_length", 16)]), "take weights and configuration"),
+        (dict(extra=[("llama.attention.key_length", 16)]), "of different lengths"),
+        (
+            dict(extra=[(f"llama.attention.{kind}_length", 16) for kind in ("key", "value")]),
+            "take weights and configuration",
+        ),
     ],
 )
 def test_refused(tmp_path, options, message):
