@@ -11,7 +11,7 @@ from farshore.models.files.gguf import GgufFile
 
 
 def from_gguf(file: GgufFile, name: str) -> ModelConfig:
-    """Reads a GGUF file's metadata. Raises ModelError for everything but a dense 'llama' in one file."""
+    """Reads a GGUF file's metadata. Raises ModelError for everything but a dense 'llama'."""
     architecture = file.get("general.architecture")
     if architecture != "llama":
         raise ModelError(
@@ -19,8 +19,6 @@ def from_gguf(file: GgufFile, name: str) -> ModelConfig:
         )
     if file.number("llama.expert_count", 0):
         raise ModelError(f"{file.path}: mixtures of experts are unsupported; supported: dense 'llama'")
-    if file.number("split.count", 1) > 1:
-        raise ModelError(f"{file.path}: one of several parts; join them with llama-gguf-split --merge")
     hidden = file.number("llama.embedding_length")
     heads = file.number("llama.attention.head_count")
     head_dim = file.get("llama.attention.key_length")
