@@ -17,6 +17,7 @@ import numpy as np
 
 from farshore.errors import ModelError
 from farshore.models.files.gguf_header import DamagedError, GgufHeader, TensorInfo, read_header
+from farshore.models.files.identity import FileIdentity
 
 DEQUANTISED = tuple(
     name
@@ -53,6 +54,8 @@ class Part(NamedTuple):
     path: Path
     data: mmap.mmap | bytes
     header: GgufHeader
+    identity: FileIdentity | None = None
+    """None for data that are in no file."""
 
 
 class GgufFile:
@@ -61,13 +64,20 @@ class GgufFile:
     ``path``: the first file, which has the metadata.
     """
 
-    def __init__(self, path: Path, data: mmap.mmap | bytes, header: GgufHeader, *others: Part) -> None:
-        """``others``: the second and further parts of a split model. Raises ModelError if two parts have a
-        tensor of the same name."""
+    def __init__(
+        self,
+        path: Path,
+        data: mmap.mmap | bytes,
+        header: GgufHeader,
+        identity: FileIdentity | None = None,
+        *others: Part,
+    ) -> None:
+        """The first four: those of a :class:`Part`. ``others``: the second and further parts of a split
+        model. Raises ModelError if two parts have a tensor of the same name."""
         self.path = path
         self._metadata = header.metadata
         self._tensors: dict[str, tuple[Part, TensorInfo]] = {}
-        for part in (Part(path, data, header), *others):
+        for part in (Part(path, data, header, identity), *others):
             for name, info in part.header.tensors.items():
                 if name in self._tensors:
                     raise ModelError(
@@ -121,8 +131,8 @@ class GgufFile:
             raise ModelError(f"{self.path}: metadata {key!r} isn't a list of texts; convert the model again")
         return value
 
-    def find(self, name: str) -> tuple[Path, TensorInfo]:
-        """The file that has the tensor, and where. Raises ModelError if it is missing or has a type that
+    def find(self, name: str) -> tuple[Part, TensorInfo]:
+        """The part that has the tensor, and where. Raises ModelError if it is missing or has a type that
         ``gguf`` can't dequantise."""
         if name not in self._tensors:
             raise ModelError(f"{self.path}: tensor {name!r} is missing; convert or download the model again")
@@ -133,7 +143,7 @@ class GgufFile:
                 f"{part.path}: {name!r} is {kind}, which is unsupported; use a file of another quantisation; "
                 f"supported: {', '.join(DEQUANTISED)}"
             )
-        return part.path, info
+        return part, info
 
     def tensor(self, name: str) -> np.ndarray:
         """The tensor as a writable f32 array, dimensions outermost first ([out, in] for a matrix). Raises
@@ -205,6 +215,7 @@ def stored_bytes(name: str, info: TensorInfo) -> int:
 def _opened(path: Path) -> Part:
     try:
         with path.open("rb") as stream:
+            identity = FileIdentity.of(stream.fileno())
             empty = not stream.seek(0, 2)
             data = b"" if empty else mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         header = read_header(data)
@@ -215,7 +226,7 @@ def _opened(path: Path) -> Part:
         raise ModelError(f"{path}: can't be read: {error.strerror or error}") from error
     except DamagedError as error:
         raise ModelError(f"{path}: {error}; {error.fix}") from error
-    return Part(path, data, header)
+    return Part(path, data, header, identity)
 
 
 def _parts(given: Part, count: Any) -> list[Part]:
