@@ -37,8 +37,8 @@ def chain(
     """The whole blocks of a sequence that begins with ``tokens``. Tokens after the last whole block are
     ignored. ``begun``: the first blocks, if the caller has them already.
 
-    ``fingerprint`` stands for everything else that the KV depends on or must not be shared across: model,
-    revision, format, policy, tenant salt. InvalidRequest for token ids outside of [0, 2^32).
+    ``fingerprint`` stands for everything else that the KV depends on or must not be shared across: the
+    model's content, format, policy, tenant salt. InvalidRequest for token ids outside of [0, 2^32).
     """
     fingerprint_hash = hashlib.sha256(fingerprint).digest()
     blocks = list(begun)

@@ -56,6 +56,10 @@ class LlamaWeights(NamedTuple):
 class Llama:
     """A decoder's slices. Arguments and results have the dtype and device of the weights."""
 
+    content: str = ""
+    """Digest of the configuration and the weights, set by ``weights.load``. Models of equal content compute
+    equal KV."""
+
     def __init__(self, config: ModelConfig, weights: LlamaWeights) -> None:
         """``weights`` must have the shapes of ``config``; ``farshore.models.weights.load`` checks that on
         loading."""

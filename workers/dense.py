@@ -87,8 +87,8 @@ class DenseWorker:
     def load(self) -> None:
         """Loads the model. Attention workers may start at the same time. Raises ModelError."""
         config = self._config
-        self._source = resolve(config.model)
-        self._model = load_model(self._source, dtype=dtype_of(config.dtype), progress=self._progress)
+        source = resolve(config.model)
+        self._model = load_model(source, dtype=dtype_of(config.dtype), progress=self._progress)
 
     def serve(self, shards: Mapping[WorkerId, str]) -> str:
         """Connects to the attention workers, starts the engine, and returns the address that it listens on.
@@ -117,7 +117,6 @@ class DenseWorker:
             targets=list(config.targets),
             shard_by=config.shard_by,
             claim=self._claim,
-            revision=f"{self._source.path} {self._source.path.stat().st_mtime_ns}",
             limits=config.limits,
             on_failed=self._stop_serving,
         )

@@ -130,7 +130,7 @@ class Reader:
             emit=lambda event: None,
             arrived_s=time.monotonic(),
             # A salt of its own: a prefix found in the store would not be computed, and so not scored.
-            fingerprint=fingerprint(self._model.config, self._attention, revision="", salt=name),
+            fingerprint=fingerprint(self._attention, model_content=self._model.content, salt=name),
         )
         pool = ShardPool(self._clients, [_WORKER])
         cache = SequenceCache(arena=self._arena, pool=pool, model=self._attention, shard_by="range")

@@ -114,7 +114,7 @@ class LocalEngine:
     def store_prefix(self, prompt: Sequence[int]) -> None:
         """Stores random KV for the full blocks of ``prompt``, sealed and named as if it had been prefilled,
         so that a request with this prompt reuses it. The values change no kernel's time."""
-        model_fingerprint = fingerprint(self._model.config, self._attention, revision="")
+        model_fingerprint = fingerprint(self._attention, model_content=self._model.content)
         blocks = chain(prompt, fingerprint=model_fingerprint)
         layout, tokens = self._attention.layouts[0], blocks[-1].last
         name, epoch = SequenceId(f"stored-{next(self._ids)}"), Epoch(1)

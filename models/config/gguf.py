@@ -56,8 +56,8 @@ def from_gguf(
     rope_scaling: Mapping[str, Any] | None = None,
 ) -> ModelConfig:
     """Reads a GGUF file's metadata. ``max_model_len``, ``rope_scaling``: see ``load_config``. End tokens
-    belong to a GGUF file's tokenizer, which reads them. Raises ModelError for everything but a dense 'llama'
-    in one file."""
+    belong to a GGUF file's tokenizer, which reads them. Raises ModelError for everything but a dense
+    'llama'."""
     architecture = file.get("general.architecture")
     if architecture != "llama":
         raise ModelError(
@@ -68,8 +68,6 @@ def from_gguf(
     for key, neutral in _NEUTRAL.items():
         if file.get(key, neutral[0]) not in neutral:
             raise ModelError(f"{file.path}: {key} {file.get(key)!r:.80} is unsupported; use another model")
-    if file.number("split.count", 1) > 1:
-        raise ModelError(f"{file.path}: one of several parts; join them with llama-gguf-split --merge")
     layers = file.number("llama.block_count")
     hidden = file.number("llama.embedding_length")
     heads = file.number("llama.attention.head_count")

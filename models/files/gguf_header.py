@@ -2,7 +2,7 @@
 
 PyPI's ``gguf`` has a reader too, but that takes two seconds for a vocabulary of 50,000, and a damaged file
 makes it raise arbitrary NumPy errors. This reader takes a tenth of the time, and checks every length against
-the end of the file before it uses it. Called by ``gguf_file`` alone. It must not know what the metadata mean
+the end of the file before it uses it. Called by ``gguf`` alone. It must not know what the metadata mean
 or how tensors are encoded.
 
 Format: little-endian; magic, version, counts, key-value pairs, tensor infos, aligned data.
@@ -20,8 +20,12 @@ _MAX_DIMENSIONS = 4
 
 
 class DamagedError(ValueError):
-    """The header contradicts itself or the file's size. The message gives the reason without the file's
-    name."""
+    """The header contradicts itself or the file's size, or is of a kind that is not read. The message gives
+    the reason without the file's name; ``fix`` is what the user can do."""
+
+    def __init__(self, reason: str, *, fix: str = "download it again") -> None:
+        super().__init__(reason)
+        self.fix = fix
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,15 @@ def read_header(data: mmap | bytes) -> GgufHeader:
     cursor = _Cursor(data, 4)
     version = cursor.number("I")
     if version not in _VERSIONS:
-        raise DamagedError(f"GGUF version {version} is unsupported (supported: 2 and 3, little-endian)")
+        if int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS:
+            raise DamagedError(
+                "big-endian GGUF is unsupported",
+                fix="convert it with gguf-convert-endian FILE little, of PyPI's gguf",
+            )
+        raise DamagedError(
+            f"GGUF version {version} is unsupported (supported: 2 and 3, little-endian)",
+            fix="download it again, or convert the model again",
+        )
     tensor_count, pair_count = cursor.number("Q"), cursor.number("Q")
     metadata: dict[str, Any] = {}
     for _ in range(pair_count):

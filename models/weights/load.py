@@ -5,9 +5,12 @@ line at loading, instead of a wrong result later. It must not know how the weigh
 """
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,23 +22,16 @@ from farshore.models.config.model import ModelConfig
 from farshore.models.files.gguf import GgufFile
 from farshore.models.files.source import ModelSource
 from farshore.models.llama import LayerWeights, Llama, LlamaWeights
-from farshore.models.weights.gguf import GgufReader, Quantised
+from farshore.models.weights.content import Content, user_cache
+from farshore.models.weights.gguf import GgufReader
 from farshore.models.weights.names import expected_shapes
 from farshore.models.weights.safetensors import SafetensorsReader
+from farshore.models.weights.stored import Reader, Update
 
 Progress = Callable[[int, int], None]
 """(tensors read so far, tensors in all)."""
-
-
-class _Tensors(Protocol):
-    """A model's tensors under our names: ``embed``, ``norm``, ``head``, and by layer ``3.q``,
-    ``3.q_bias``."""
-
-    def read(self, name: str) -> tuple[str, Tensor]:
-        """(file and tensor name, for messages; the tensor in the file's precision or in float32)."""
-
-    def blocks(self, name: str) -> Quantised | None:
-        """A matrix in the file's quantised form; None if it has none."""
+_MOST_READERS = 8
+"""Threads that read, hash and convert tensors. Disks need few; hashing needs a core for each 1 to 2 GB/s."""
 
 
 def load_model(
@@ -47,13 +43,14 @@ def load_model(
     progress: Progress | None = None,
     threads: int | None = None,
 ) -> Llama:
-    """Loads a model, converting its weights to ``dtype`` tensor by tensor.
+    """Loads a model, converting its weights to ``dtype`` piece by piece, and computes its content.
 
     ``config`` replaces the model's own, for example to allow more positions; its shapes must fit the files.
     ``progress`` is called after every tensor. ``threads``: number of threads of the native kernels, if these
-    are used; None: PyTorch's number. Raises ModelError, which names the file and the fix.
+    are used, and most threads that read; None: PyTorch's number. Raises ModelError, which names the file and
+    the fix.
     """
-    tensors: _Tensors
+    tensors: Reader
     if source.kind == "gguf":
         # The file is parsed once, for configuration and weights.
         file = GgufFile.open(source.path)
@@ -62,33 +59,91 @@ def load_model(
     else:
         config = config or load_config(source)
         tensors = SafetensorsReader(Path(source.path))
-    native = _native(dtype, torch.device(device))
     threads = threads or torch.get_num_threads()
-    shapes = expected_shapes(config)
-    loaded: dict[str, Tensor] = {}
-    blocks: dict[str, Any] = {}
-    for done, (name, shape) in enumerate(shapes.items(), start=1):
-        stored = tensors.blocks(name) if native is not None else None
-        quantised = native.Blocks.of(*stored[1:]) if stored is not None else None
-        if quantised is not None:
-            where, tensor = stored[0], quantised.unpack(dtype, threads=threads)
-            blocks[name] = quantised
-        else:
-            where, tensor = tensors.read(name)
-        if tuple(tensor.shape) != shape:
-            raise ModelError(
-                f"{where} has shape {list(tensor.shape)}, the configuration says {list(shape)}; "
-                "take weights and configuration from the same model"
-            )
-        # A tensor that was not unpacked may be a view of a memory-mapped file: a copy lets the file close.
-        unpacked = quantised is not None
-        loaded[name] = tensor if unpacked else torch.empty(shape, dtype=dtype, device=device).copy_(tensor)
-        if progress is not None:
-            progress(done, len(shapes))
+    content = Content(user_cache())
+    with closing(tensors):
+        native = _native(dtype, torch.device(device))
+        job = _Job(tensors, native, dtype, torch.device(device), threads)
+        loaded, blocks = job.run(_wanted(config, tensors), content, progress)
+        config = _tied(config, loaded)
     weights = _assembled(config, loaded)
     if native is None:
-        return Llama(config, weights)
-    return native.NativeLlama(config, weights, blocks=blocks, threads=threads)
+        model = Llama(config, weights)
+    else:
+        model = native.NativeLlama(config, weights, blocks=blocks, threads=threads)
+    model.content = content.digest(config, str(dtype))
+    return model
+
+
+class _Job(NamedTuple):
+    """How tensors are read."""
+
+    tensors: Reader
+    native: Any
+    dtype: torch.dtype
+    device: torch.device
+    threads: int
+
+    def run(
+        self, shapes: Mapping[str, tuple[int, ...]], content: Content, progress: Progress | None
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Reads the tensors in the order of the files. Returns them, and the blocks of quantised ones."""
+        found = {name: self.tensors.find(name) for name in shapes}
+        for name, stored in found.items():
+            if stored.shape != shapes[name]:
+                raise ModelError(
+                    f"{stored} has shape {list(stored.shape)}, the configuration says {list(shapes[name])}; "
+                    "take weights and configuration from the same model"
+                )
+        names = sorted(found, key=lambda name: (found[name].path, found[name].offset))
+        hashes = {name: content.start(name, found[name]) for name in names}
+        loaded: dict[str, Tensor] = {}
+        blocks: dict[str, Any] = {}
+        pool = ThreadPoolExecutor(min(self.threads, _MOST_READERS), thread_name_prefix="weights")
+        try:
+            results = pool.map(lambda name: self._read(name, hashes[name].update), names)
+            for done, (name, (tensor, quantised)) in enumerate(zip(names, results, strict=True), start=1):
+                loaded[name] = tensor
+                if quantised is not None:
+                    blocks[name] = quantised
+                if progress is not None:
+                    progress(done, len(names))
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return loaded, blocks
+
+    def _read(self, name: str, update: Update) -> tuple[Tensor, Any]:
+        """(the tensor, its blocks if it is quantised and the native kernels take it)."""
+        stored = self.tensors.blocks(name) if self.native is not None else None
+        quantised = self.native.Blocks.of(stored.kind, stored.rows) if stored is not None else None
+        if stored is not None and quantised is not None:
+            update(stored.stored)
+            tensor = quantised.unpack(self.dtype, threads=self.threads)
+        else:
+            tensor = self.tensors.read(name, self.dtype, update)
+        self.tensors.release(name)
+        return tensor.to(self.device), quantised
+
+
+def _wanted(config: ModelConfig, tensors: Reader) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors to read. With tied embeddings: either of the two, or both."""
+    shapes = expected_shapes(config)
+    if config.tied_embeddings and tensors.has("head"):
+        shapes["head"] = shapes["embed"]
+        if not tensors.has("embed"):
+            del shapes["embed"]
+    return shapes
+
+
+def _tied(config: ModelConfig, loaded: dict[str, Tensor]) -> ModelConfig:
+    """Ties the embeddings as transformers does: if the configuration says so, unless the file has two tensors
+    that differ. Returns the configuration of what was loaded."""
+    if config.tied_embeddings and "head" in loaded:
+        head = loaded.pop("head")
+        if not torch.equal(head, loaded.setdefault("embed", head)):
+            loaded["head"] = head
+            return replace(config, tied_embeddings=False)
+    return config
 
 
 def _native(dtype: torch.dtype, device: torch.device) -> Any:

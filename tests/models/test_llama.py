@@ -185,6 +185,7 @@ def test_truncated_safetensors(tiny, keep):
 def test_index_must_stay_in_its_folder(tiny):
     _, folder = tiny()
     index = folder / "model.safetensors.index.json"
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
     index.write_text('{"weight_map": {"x": "../secret.safetensors"}}')
     with pytest.raises(ModelError, match="beside it"):
         load_model(resolve(str(folder)), dtype=torch.float32)

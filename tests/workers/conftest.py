@@ -107,7 +107,7 @@ class Rig:
     def engine(self, **options):
         """Returns a new engine that is not started."""
         return Engine(
-            model=self.model,
+            model=options.pop("model", self.model),
             attention=self.attention,
             arena=self.arenas[ENGINE],
             clients=self.clients,

@@ -61,9 +61,8 @@ class Engine:
 
     ``clients`` maps every worker whose spans the engine reads, itself included, to its shard client;
     ``targets`` are the workers that new spans are placed on. ``claim`` returns the epoch under which a new
-    sequence is owned. ``revision`` identifies the weights: engines that share a prefix cache must not use one
-    revision for different weights. ``on_failed`` is called once if the engine fails, before any request gets
-    its Failed event.
+    sequence is owned. Engines whose models have equal ``content`` share stored prefixes. ``on_failed`` is
+    called once if the engine fails, before any request gets its Failed event.
     """
 
     def __init__(
@@ -76,14 +75,12 @@ class Engine:
         targets: list[WorkerId],
         shard_by: ShardBy,
         claim: Callable[[SequenceId], Epoch],
-        revision: str = "",
         limits: EngineLimits | None = None,
         on_failed: Callable[[], None] = lambda: None,
     ) -> None:
         self._model = model
         self._attention = attention
         self._claim = claim
-        self._revision = revision
         self._limits = limits = limits or EngineLimits()
         self._on_failed = on_failed
         self._requests = Requests(limits.waiting)
@@ -157,7 +154,7 @@ class Engine:
         """
         self.check_size(len(prompt), sampling)
         admission.check_tokens(prompt, config=self._model.config)
-        kv_fingerprint = fingerprint(self._model.config, self._attention, revision=self._revision, salt=salt)
+        kv_fingerprint = fingerprint(self._attention, model_content=self._model.content, salt=salt)
         blocks = chain(prompt, fingerprint=kv_fingerprint)
         # reserve() raises before an epoch is claimed, so that a refused request leaves no epoch to release.
         with self._requests.reserve(sequence) as order:

@@ -13,17 +13,17 @@ from farshore.attention_offload.base import AttentionModel
 from farshore.ids import WorkerId
 from farshore.kernels.base import BLOCK_TOKENS
 from farshore.kvstore.base import SpanSlice
-from farshore.models.config.model import ModelConfig
 from farshore.workers.engine.sequence import PlacedSpan
 
 
-def fingerprint(config: ModelConfig, attention: AttentionModel, *, revision: str, salt: str = "") -> bytes:
+def fingerprint(attention: AttentionModel, *, model_content: str, salt: str = "") -> bytes:
     """Returns the SHA-256 digest of everything that KV depends on except the tokens.
 
-    These are the model's shape and constants, its weights (named by ``revision``), the layout and format of
-    KV, and ``salt``: tenants with different salts share no KV (invariant 6, docs/architecture.md).
+    These are the model's constants and weights (``model_content``, see models.weights.content), the layout
+    and format of KV, and ``salt``: tenants with different salts share no KV (invariant 6,
+    docs/architecture.md).
     """
-    fields = (repr(config), repr(attention.specs), repr(attention.layouts), revision, salt)
+    fields = (repr(attention.specs), repr(attention.layouts), model_content, salt)
     # Each field is prefixed with its length, so that different fields never concatenate to the same text.
     return hashlib.sha256("".join(f"{len(field)}:{field}" for field in fields).encode()).digest()
 

@@ -1,6 +1,7 @@
 """Sharing of KV: stored prefixes, and completions of one prompt."""
 
 from collections import defaultdict
+from copy import copy
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_a_repeated_prompt_computes_only_its_last_partial_block(tiny_model, coun
     assert prompt_written == classes * 1300
     assert written() == classes * (1300 - 1280 + 1350 - 1280)
     assert again.tokens == first.tokens
-    fresh = submit(engine_of_another_revision(cluster), "d", prompt + prompt_of(50, 1), GREEDY)
+    fresh = submit(engine_of_another_content(cluster), "d", prompt + prompt_of(50, 1), GREEDY)
     assert isinstance(fresh.result(), Finished)
     assert longer.tokens == fresh.tokens
 
@@ -107,9 +108,11 @@ def test_all_full_blocks_are_shared_for_any_number_of_shards(tiny_model, counted
     assert again.tokens == first.tokens
 
 
-def engine_of_another_revision(cluster):
+def engine_of_another_content(cluster):
     """Starts an engine on the same shards that finds no stored prefix."""
-    return cluster.start(revision="another")
+    model = copy(cluster.model)
+    model.content = "another"
+    return cluster.start(model=model)
 
 
 def test_kv_is_not_shared_across_fingerprints(tiny_model, counted, submit):
@@ -124,10 +127,10 @@ def test_kv_is_not_shared_across_fingerprints(tiny_model, counted, submit):
     (spec,) = plain.specs
     int8 = plain._replace(layouts=(KVLayout.of(spec, layers=config.layers, format=KVFormat.INT8),))
     prints = {
-        fingerprint(config, plain, revision="1"),
-        fingerprint(config, plain, revision="2"),
-        fingerprint(config, plain, revision="1", salt="a"),
-        fingerprint(config, int8, revision="1"),
+        fingerprint(plain, model_content="1"),
+        fingerprint(plain, model_content="2"),
+        fingerprint(plain, model_content="1", salt="a"),
+        fingerprint(int8, model_content="1"),
     }
     assert len(prints) == 4
 
