@@ -19,7 +19,8 @@ DEMO = "smollm2"
 
 SpecialTokens = Literal["text", "parse"]
 
-MOST_MODEL_LEN = 1 << 30
+LEAST_MODEL_LEN, MOST_MODEL_LEN = 2, 1 << 30
+"""A token of the prompt and one of the answer, at least."""
 MOST_NAME_CHARS = 256
 
 
@@ -50,9 +51,9 @@ class ModelSpec:
         for option in ("model", "revision", "tokenizer", "chat_template"):
             if getattr(self, option) == "":
                 raise InvalidRequest(f"--{option.replace('_', '-')} is empty: give a value, or leave it out")
-        if self.max_model_len is not None and not 1 <= self.max_model_len <= MOST_MODEL_LEN:
+        if self.max_model_len is not None and not LEAST_MODEL_LEN <= self.max_model_len <= MOST_MODEL_LEN:
             raise InvalidRequest(
-                f"--max-model-len {self.max_model_len}: use 1 to {MOST_MODEL_LEN} tokens, such as 8192 or 32K"
+                f"--max-model-len {self.max_model_len}: use {LEAST_MODEL_LEN} to {MOST_MODEL_LEN} tokens"
             )
         if self.rope_scaling is not None:
             _check_rope_scaling(self.rope_scaling)

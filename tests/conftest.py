@@ -137,8 +137,9 @@ def harness():
 def served():
     """The demo model as a gateway serves it."""
     from farshore.gateway.served import Served
+    from farshore.model_spec import ModelSpec
 
-    return Served.load("smollm2")
+    return Served.load(ModelSpec())
 
 
 @pytest.fixture(scope="session")

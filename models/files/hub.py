@@ -116,7 +116,10 @@ class _Cached:
 def _download(wanted: Wanted, progress: Progress) -> Snapshot:
     """Raises ModelError for a repository that holds no such model, and any exception of the hub's client."""
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.utils import logging
 
+    # Its warnings, of retries and of downloads without a token, would break the lines of our own progress.
+    logging.set_verbosity_error()
     repository = wanted.repository
     info = HfApi().model_info(
         repository, revision=wanted.revision, files_metadata=True, timeout=_LISTING_DEADLINE_S

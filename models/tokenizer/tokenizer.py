@@ -4,6 +4,7 @@ A thin layer over Hugging Face's ``tokenizers``. A model's folder has its config
 is assembled from metadata. Called by the gateway, which has no torch. It must not know about weights.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,6 +73,13 @@ class Tokenizer:
     ) -> list[int]:
         """``apply_chat``, then ``encode`` without a second beginning-of-text token."""
         return self.encode(self.apply_chat(messages, add_generation_prompt), add_special_tokens=False)
+
+    def with_chat_template(self, source: str, *, where: str) -> "Tokenizer":
+        """The same tokenizer with another chat template. ``where``: its origin, for messages. Raises
+        ModelError."""
+        changed = copy.copy(self)
+        changed._chat = ChatTemplate(source, where=where)
+        return changed
 
     def stream(self) -> TextStream:
         """A new incremental decoder for one generation."""

@@ -51,7 +51,7 @@ def test_other_json_is_refused(text):
     [
         ({"model": ""}, "--model is empty"),
         ({"chat_template": ""}, "--chat-template is empty"),
-        ({"max_model_len": 0}, "--max-model-len 0: use 1 to"),
+        ({"max_model_len": 1}, "--max-model-len 1: use 2 to"),
         ({"max_model_len": 1 << 40}, "--max-model-len 1099511627776"),
         ({"rope_scaling": [1]}, "--rope-scaling .* JSON object"),
         ({"rope_scaling": {"factor": 2}}, "name a rope_type"),

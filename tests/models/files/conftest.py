@@ -109,8 +109,10 @@ class _Handler(BaseHTTPRequestHandler):
         if (repository := self._found(name, revision)) is None:
             return
         siblings = [{"rfilename": file, "size": len(data)} for file, data in repository.files.items()]
+        # The client prints this on stderr, unless it is told not to.
+        warning = {"X-HF-Warning": "unauthenticated; please set a token"}
         info = {"id": name, "sha": repository.revisions[revision], "siblings": siblings}
-        self._answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+        self._answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"} | warning)
 
     def _file(self, name, revision, file, *, redirected):
         if (repository := self._found(name, revision)) is None:
