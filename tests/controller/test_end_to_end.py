@@ -128,13 +128,21 @@ def test_a_small_pool_of_int8_kv_local_placement_choices_and_a_relative_path(mar
 
 
 @pytest.mark.heavy
-def test_names_a_shorter_model_and_another_chat_template(marked, serve, tmp_path):
-    """The template asks the same question whatever the message says."""
+def test_a_hub_model_under_other_names_shorter_and_with_another_template(marked, serve, hub_server, tmp_path):
+    """The hub is a stand-in. The template asks the same question whatever the message says."""
+    demo = resolve("smollm2").path
+    hub_server.add("org/demo", {demo.name: demo.read_bytes(), "demo-Q8_0.gguf": "not fetched"})
+    marked.set_environment(
+        HF_ENDPOINT=hub_server.url, HF_HUB_CACHE=str(tmp_path / "cache"), HF_HUB_OFFLINE="0", no_proxy="*"
+    )
     template = tmp_path / "france.jinja"
     # Jinja drops a newline at the end of a template.
     template.write_text(f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant{{{{ '\\n' }}}}")
     options = ["--served-model-name", "france", "paris", "--max-model-len", "64", "--attention-workers", "1"]
-    _, address = serve(*options, "--kv-memory", "64MiB", "--chat-template", str(template))
+    options += ["--model", "org/demo:Q4_1", "--revision", "v1", "--chat-template", str(template)]
+    server, address = serve(*options, "--kv-memory", "64MiB")
+    assert hub_server.downloads() == [demo.name]
+    server.err.await_match("downloading org/demo:Q4_1: 0.0. GB of 0.10 GB")
     for name in ("france", "paris"):
         done = marked.run(
             "generate", "--json", "--server", address, "--model", name, "Hi", "--max-tokens", "20"
