@@ -59,8 +59,10 @@ class GatewayProcess:
             raise
 
     def check_start(self) -> None:
-        """Raises the error that the gateway has reported, if it ended while it was loading. Does not
-        block."""
+        """Raises the error that the gateway has reported, if it ended while it was loading. Blocks only for
+        the report of a process that has ended."""
+        if self._process.poll() is not None:
+            self._reported.wait(STOP_DEADLINE_S)
         if self._reported.is_set() and self._report:
             self._address()
 

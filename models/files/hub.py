@@ -55,7 +55,7 @@ def fetch(wanted: Wanted, progress: Progress) -> Snapshot:
     holds completely needs no network. A hub that can't be reached is no error if the cache holds the revision
     completely. Raises ModelError, which names the fix."""
     # Imported here: the hub's client takes a third of a second, and most starts are local.
-    from huggingface_hub.errors import RevisionNotFoundError
+    from huggingface_hub.errors import OfflineModeIsEnabled, RevisionNotFoundError
 
     cached = _Cached.find(wanted)
     if cached.certain and cached.snapshot is not None and cached.snapshot.commit == wanted.revision:
@@ -70,8 +70,9 @@ def fetch(wanted: Wanted, progress: Progress) -> Snapshot:
             raise hub_errors.explained(
                 error, name=wanted.name, revision=wanted.revision, missing=cached.missing
             ) from error
-        commit = cached.snapshot.commit[:7]
-        progress(f"{wanted.name}: the hub refused or gave no answer; using commit {commit} from the cache")
+        is_offline = isinstance(error, OfflineModeIsEnabled)
+        why = "HF_HUB_OFFLINE is set" if is_offline else "the hub refused or gave no answer"
+        progress(f"{wanted.name}: {why}; using commit {cached.snapshot.commit[:7]} from the cache")
         return cached.snapshot
 
 

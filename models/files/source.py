@@ -56,17 +56,9 @@ def resolve(
 def resolve_tokenizer(name: str, *, progress: Callable[[str], None] = lambda words: None) -> ModelSource:
     """Finds a tokenizer's files: a directory with ``tokenizer.json`` or ``tokenizer.model``, one such file,
     or anything that :func:`resolve` takes, whose weights are not downloaded. Raises ModelError."""
-    path = _expanded(name)
-    if path.is_dir() and selection.has_vocabulary([file.name for file in path.iterdir()]):
-        return ModelSource(name, path.resolve(), "hf")
-    if path.is_file() and path.suffix.lower() in (".json", ".model"):
-        return ModelSource(name, path.absolute(), "hf")
-    if path.is_dir() and not selection.gguf_models(file.name for file in path.iterdir()):
-        raise ModelError(
-            f"--tokenizer {name}: has no {' or '.join(selection.VOCABULARIES)}; give another folder"
-        )
     try:
-        return _found(name) or _from_hub(name, revision=None, tokenizer_only=True, progress=progress)
+        local = _found(name, tokenizer_only=True)
+        return local or _from_hub(name, revision=None, tokenizer_only=True, progress=progress)
     except ModelError as error:
         raise ModelError(f"--tokenizer {error}") from error
 
@@ -132,10 +124,11 @@ def _expanded(name: str) -> Path:
         return Path(name)
 
 
-def _found(name: str) -> ModelSource | None:
-    """The model of this name on this machine; None if it can only be a hub id. Raises ModelError."""
+def _found(name: str, *, tokenizer_only: bool = False) -> ModelSource | None:
+    """The model of this name on this machine; None if it can only be a hub id. ``tokenizer_only``: it needs
+    no weights. Raises ModelError."""
     try:
-        return _local(name)
+        return (_local_tokenizer(name) if tokenizer_only else None) or _local(name)
     except OSError as error:
         raise ModelError(f"{shortened(name)}: can't be read: {error.strerror or error}") from error
 
@@ -160,6 +153,20 @@ def _local(name: str) -> ModelSource | None:
         )
     if hub_id is None:
         raise ModelError(f"unknown model {quoted(name)}{_similar(path)}; give {FORMS}")
+    return None
+
+
+def _local_tokenizer(name: str) -> ModelSource | None:
+    """A tokenizer's folder or file. None: the name may be a model's. Raises ModelError or OSError."""
+    path = _expanded(name)
+    if name and path.is_dir():
+        names = [file.name for file in path.iterdir()]
+        if selection.has_vocabulary(names):
+            return ModelSource(name, path.resolve(), "hf")
+        if not selection.gguf_models(names):
+            raise ModelError(f"{name}: has no {' or '.join(selection.VOCABULARIES)}; give another folder")
+    if path.is_file() and path.suffix.lower() in (".json", ".model"):
+        return ModelSource(name, path.absolute(), "hf")
     return None
 
 

@@ -229,7 +229,8 @@ def test_offline_with_a_whole_and_a_partial_cache(hub, monkeypatch):
     go_offline(monkeypatch)
     said = []
     assert resolve("org/tiny", progress=said.append) == source
-    assert "using commit aaaaaaa from the cache" in said[0] and hub.requests == []
+    assert said == ["org/tiny: HF_HUB_OFFLINE is set; using commit aaaaaaa from the cache"]
+    assert hub.requests == []
     (source.path / "model-00002-of-00002.safetensors").unlink()
     text = refused("org/tiny")
     assert "in the hub's cache without model-00002-of-00002.safetensors, and HF_HUB_OFFLINE" in text
