@@ -87,7 +87,7 @@ class ClusterConfig:
                 f"--dtype {self.dtype} is unsupported: use bfloat16, which takes the same memory, or float32"
             )
         if self.dtype not in get_args(Dtype):
-            raise InvalidRequest(f"--dtype {self.dtype}: use one of auto, {', '.join(get_args(Dtype))}")
+            raise InvalidRequest(f"--dtype {self.dtype}: use bfloat16 (also auto) or float32")
         # Unquantised KV has the type of the arithmetic: kernels take no other float type.
         kv_formats = ("int8", "int4", _FORMAT_OF_DTYPE[self.dtype])
         for name, value, choices in (

@@ -91,12 +91,15 @@ class ModelSpec:
         anything else than an object of these fields."""
         try:
             given = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidRequest(f"the model's options are not JSON: {quoted(text)}") from error
         known = {field.name for field in fields(cls)}
         if not isinstance(given, dict) or not known.issuperset(given):
             raise InvalidRequest(f"the model's options must be an object of {', '.join(sorted(known))}")
-        return cls(**given | {"served_names": tuple(given.get("served_names", ()))})
+        try:
+            return cls(**given | {"served_names": tuple(given.get("served_names", ()))})
+        except TypeError as error:
+            raise InvalidRequest(f"the model's options have a value of another type: {error}") from error
 
 
 def _check_rope_scaling(given: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import re
 from typing import Any, get_args
 
 from farshore.model_spec import ModelSpec, SpecialTokens
+from farshore.text import quoted
 
 _TOKENS = re.compile(r"(\d+(?:\.\d+)?)([kKmMgG]?)")
 _TOKEN_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -31,13 +32,13 @@ def json_object(text: str) -> dict[str, Any]:
     """Parses a JSON object."""
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not JSON ({error}): write it in single quotes, such as "
+            f"{quoted(text)} is not JSON ({error}): write it in single quotes, such as "
             """'{"rope_type": "yarn", "factor": 4.0}'"""
         ) from error
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object: write it in braces")
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is no JSON object: write it in braces")
     return value
 
 

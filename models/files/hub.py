@@ -185,7 +185,7 @@ def _index(folder: Path) -> list[str]:
         files = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
         if all(name == Path(name).name for name in files):
             return files
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path}: not a readable index of weights; download it again") from error
     raise ModelError(
         f"{path}: names files in other folders, which are not loaded; use another copy of the model"

@@ -40,7 +40,20 @@ def test_json_carries_everything():
     assert ModelSpec.from_json("{}") == ModelSpec()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"nodel": "x"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        '{"nodel": "x"}',
+        '{"max_model_len": "x"}',
+        '{"served_names": 3}',
+        "[" * 100_000,
+    ],
+    ids=lambda text: text[:20],
+)
 def test_other_json_is_refused(text):
     with pytest.raises(InvalidRequest, match="options"):
         ModelSpec.from_json(text)

@@ -31,7 +31,9 @@ def test_other_numbers_of_tokens_name_the_form(text):
         tokens(text)
 
 
-@pytest.mark.parametrize("text", ["", "yarn", "{rope_type: yarn}", "[1]", "3"])
+@pytest.mark.parametrize(
+    "text", ["", "yarn", "{rope_type: yarn}", "[1]", "3", "[" * 100_000], ids=lambda text: text[:9]
+)
 def test_other_things_than_json_objects(text):
     with pytest.raises(argparse.ArgumentTypeError, match="JSON"):
         json_object(text)
@@ -100,7 +102,7 @@ def test_names_of_types(run, cluster, given, dtype):
     [
         (("--dtype", "float16"), "--dtype float16 is unsupported: use bfloat16"),
         (("--dtype", "half"), "--dtype half is unsupported: use bfloat16"),
-        (("--dtype", "int8"), "--dtype int8: use one of auto, bfloat16, float32"),
+        (("--dtype", "int8"), "--dtype int8: use bfloat16 (also auto) or float32"),
         (("--max-model-len", "0"), "--max-model-len 0: use 2 to"),
         (("--max-model-len", "lots"), "is no number of tokens"),
         (("--rope-scaling", "yarn"), "is not JSON"),

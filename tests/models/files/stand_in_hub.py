@@ -31,7 +31,8 @@ class Repository:
 
 class StandInHub(ThreadingHTTPServer):
     """``requests``: (method, path without query) of every request. ``status``: answer everything with this
-    error. ``on_request``: called with method and path before a request is answered."""
+    error. ``breaks_off``: send half of every weight file. ``on_request``: called with method and path before
+    a request is answered."""
 
     daemon_threads = True
 
@@ -41,6 +42,7 @@ class StandInHub(ThreadingHTTPServer):
         self.repositories = {}
         self.requests = []
         self.status = None
+        self.breaks_off = False
         self.on_request = lambda method, path: None
         self.thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
         self.thread.start()
@@ -126,9 +128,9 @@ class _Handler(BaseHTTPRequestHandler):
             linked = {"X-Linked-ETag": etag, "X-Linked-Size": str(len(data))}
             location = {"Location": f"/{name}/cdn/{revision}/{file}"}
             return self._answer(302, b"", commit | linked | location)
-        self._answer(200, data, commit | {"ETag": etag})
+        self._answer(200, data, commit | {"ETag": etag}, cut=redirected and self.server.breaks_off)
 
-    def _answer(self, status, body, headers=None):
+    def _answer(self, status, body, headers=None, *, cut=False):
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
@@ -136,4 +138,5 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             with suppress(ConnectionError):
-                self.wfile.write(body)
+                self.wfile.write(body[: len(body) // 2] if cut else body)
+        self.close_connection = cut

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -279,6 +280,18 @@ def test_an_error_while_a_file_is_written(hub, monkeypatch, error, expected):
     monkeypatch.setattr("huggingface_hub.file_download.http_get", fail)
     with pytest.raises(ModelError, match=expected):
         resolve("org/tiny")
+
+
+def test_a_download_that_breaks_off_and_is_tried_again(hub, monkeypatch):
+    # The client waits a second before each of its retries.
+    monkeypatch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda seconds: None))
+    hub.add("org/tiny", PLAIN)
+    hub.breaks_off = True
+    assert f"{hub.url} can't be reached or broke off" in refused("org/tiny")
+    hub.breaks_off = False
+    hub.requests.clear()
+    assert (resolve("org/tiny").path / "model.safetensors").read_bytes() == PLAIN["model.safetensors"]
+    assert hub.downloads() == ["model.safetensors"]
 
 
 FETCH = """

@@ -42,7 +42,7 @@ def test_missing_gguf():
         resolve("/no/such/model.gguf")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '"x"'])
+@pytest.mark.parametrize("text", ["", "{", "[1]", '"x"', "[" * 100_000], ids=lambda text: text[:9])
 def test_damaged_config_json(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     (tmp_path / "model.safetensors").write_bytes(b"")
