@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,9 +22,9 @@ from farshore.controller.liveness import EndedWorker
 from farshore.controller.ray_runtime import RayRuntime
 from farshore.errors import FarshoreError, ProcessEnded, StartupError
 from farshore.ids import WorkerId
-from farshore.models.config.load import load_config
+from farshore.models.config.load import load_spec
 from farshore.models.config.model import ModelConfig
-from farshore.models.files.source import DEMO, resolve
+from farshore.models.files.source import pinned
 
 POLL_S = 0.5
 """How often the driver checks its child processes while it waits."""
@@ -58,7 +57,7 @@ class ControllerActor:
     def load(self) -> dict[Any, str]:
         return self._controller.load()
 
-    def loading(self) -> tuple[int, int]:
+    def loading(self) -> str:
         return self._controller.loading()
 
     def ended(self) -> list[EndedWorker]:
@@ -89,7 +88,9 @@ class Cluster:
         Raises InvalidRequest (also ModelError, PortInUse), StartupError, ProcessEnded.
         """
         listen.check(config.host, config.port)
-        model = load_config(resolve(config.model))
+        # A download happens now, before anything is started; the cluster's processes find the cache filled.
+        config = replace(config, spec=pinned(config.spec, progress=progress))
+        _, model = load_spec(config.spec)
         cluster = cls(config)
         try:
             cluster._start(model, progress)
@@ -148,11 +149,11 @@ class Cluster:
         progress("starting the controller")
         # Three calls at once: place or load, loading, and stop.
         controller_actor = ray.remote(ControllerActor).options(num_cpus=0, max_concurrency=3)
-        self._controller = controller_actor.remote(_with_absolute_model(config), model)
+        self._controller = controller_actor.remote(config, model)
         controller = self._ask(self._controller.address.remote(), "the controller", START_DEADLINE_S)
         # Started now, so that it loads its tokenizer while the workers start.
         self._gateway = GatewayProcess(
-            model=config.model,
+            spec=config.spec,
             listen=f"{listen.bracketed(config.host)}:{config.port}",
             controller=controller,
         )
@@ -166,15 +167,16 @@ class Cluster:
         self.endpoints = {"gateway": self.address, "controller": controller, **dense, **attention}
 
     def _load(self, progress: Callable[[str], None]) -> dict[str, str]:
-        progress(f"loading {self._config.model}")
-        reported = (0, 0)
+        name = self._config.spec.name
+        progress(f"loading {name}")
+        reported = ""
 
         def report() -> None:
             nonlocal reported
-            done_total = self._ask(self._controller.loading.remote(), "the controller", START_DEADLINE_S)
-            if done_total != reported and done_total[1]:
-                reported = done_total
-                progress(f"loading {self._config.model}: {reported[0]} of {reported[1]} tensors")
+            words = self._ask(self._controller.loading.remote(), "the controller", START_DEADLINE_S)
+            if words not in ("", reported):
+                reported = words
+                progress(f"loading {name}: {words}")
 
         loading = self._controller.load.remote()
         return self._ask(loading, "the controller", LOAD_DEADLINE_S + MARGIN_S, meanwhile=report)
@@ -203,7 +205,10 @@ class Cluster:
             raise StartupError(f"{callee} did not answer: {error}") from error
 
     def _check_processes(self) -> None:
-        """Raises ProcessEnded if a process that the driver itself started has ended: the gateway or Ray."""
+        """Raises ProcessEnded if a process that the driver itself started has ended, the gateway or Ray, or
+        the error that the gateway reported instead of serving."""
+        if self._gateway is not None:
+            self._gateway.check_start()
         gone = self._ray.ended() or (self._gateway.ended() if self._gateway else None)
         if gone:
             raise ProcessEnded(gone)
@@ -213,11 +218,3 @@ class Cluster:
             return ray.get(call)
         except ray.exceptions.RayActorError as error:
             raise ProcessEnded(f"the controller {actor_end_in_words(error)}") from error
-
-
-def _with_absolute_model(config: ClusterConfig) -> ClusterConfig:
-    """The configuration with an absolute model path: workers have other working directories."""
-    path = Path(config.model).expanduser()
-    if config.model == DEMO or not path.exists():
-        return config
-    return replace(config, model=str(path.absolute()))

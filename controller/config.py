@@ -4,17 +4,20 @@ Created by the command line and by tests, read by the driver, the controller and
 heavy. Must not know how a cluster is started.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from farshore.defaults import MAX_DECODE_STALL_MS, SHARD_GRACE_S
 from farshore.errors import InvalidRequest
+from farshore.model_spec import ModelSpec
 
 Placement = Literal["offload", "local"]
 ShardBy = Literal["range", "head", "both"]
 Dtype = Literal["bfloat16", "float32"]
 KvFormat = Literal["bf16", "float32", "int8", "int4"]
 
+_HALF = ("float16", "half", "fp16")
+"""Names of a type that weights may be stored in, and that nothing computes in."""
 _FORMAT_OF_DTYPE: dict[Dtype, KvFormat] = {"bfloat16": "bf16", "float32": "float32"}
 
 PLACE_DEADLINE_S = 120.0
@@ -34,9 +37,10 @@ MOST_SPECULATED = 16
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
     """Raises InvalidRequest, with the option's name and the fix, for values that can't work. The field names
-    are those of the options of ``farshore serve``."""
+    are those of the options of ``farshore serve``, and ``spec`` contains those that say what is loaded."""
 
-    model: str = "smollm2"
+    spec: ModelSpec = field(default_factory=ModelSpec)
+    """The model, and how to read it."""
     dtype: Dtype = "bfloat16"
     """Element type of weights and arithmetic."""
     kv_format: KvFormat | None = None
@@ -78,12 +82,17 @@ class ClusterConfig:
                 f"--kv-memory {self.kv_memory_bytes}:"
                 f" give each worker at least {MIN_KV_MEMORY_BYTES >> 20}MiB"
             )
+        if self.dtype in _HALF:
+            raise InvalidRequest(
+                f"--dtype {self.dtype} is unsupported: use bfloat16, which takes the same memory, or float32"
+            )
+        if self.dtype not in get_args(Dtype):
+            raise InvalidRequest(f"--dtype {self.dtype}: use bfloat16 (also auto) or float32")
         # Unquantised KV has the type of the arithmetic: kernels take no other float type.
-        kv_formats = ("int8", "int4", _FORMAT_OF_DTYPE.get(self.dtype, "float32"))
+        kv_formats = ("int8", "int4", _FORMAT_OF_DTYPE[self.dtype])
         for name, value, choices in (
             ("--placement", self.placement, get_args(Placement)),
             ("--shard-by", self.shard_by, get_args(ShardBy)),
-            ("--dtype", self.dtype, get_args(Dtype)),
             ("--kv-format", self.stored_format, kv_formats),
         ):
             if value not in choices:

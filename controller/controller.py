@@ -113,7 +113,7 @@ class Controller:
         worker = _worker_id("dense", 0)
         dense_config = DenseConfig(
             worker=worker,
-            model=config.model,
+            spec=config.spec,
             dtype=config.dtype,
             kv_format=config.stored_format,
             kv_memory_bytes=config.kv_memory_bytes,
@@ -135,14 +135,14 @@ class Controller:
         self._dense[worker] = actor
         self._models[worker] = actor.load.remote()
 
-    def loading(self) -> tuple[int, int]:
-        """(tensors loaded, tensors in all) of the model; (0, 0) if unknown. Read-only."""
+    def loading(self) -> str:
+        """How far the model is loaded, in a few words; empty if unknown. Read-only."""
         if not self._dense:
-            return (0, 0)
+            return ""
         try:
             return ray.get(next(iter(self._dense.values())).loading.remote(), timeout=PLACE_DEADLINE_S)
         except ray.exceptions.RayActorError:
-            return (0, 0)  # `load` reports the end of the worker.
+            return ""  # `load` reports the end of the worker.
 
     def ended(self) -> list[EndedWorker]:
         """All workers that have ended without being told to. Blocks for a second at most. Idempotent."""

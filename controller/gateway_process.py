@@ -10,11 +10,11 @@ import os
 import subprocess
 import sys
 import threading
-from queue import Empty, SimpleQueue
 
 from farshore import errors
 from farshore.controller.exits import exit_in_words
 from farshore.errors import StartupError
+from farshore.model_spec import ModelSpec
 
 READY_DEADLINE_S = 60.0
 STOP_DEADLINE_S = 10.0
@@ -27,8 +27,8 @@ of several. By default each thread keeps such memory in an arena of its own, and
 class GatewayProcess:
     """The constructor starts the process, which loads the tokenizer; :meth:`serve` completes the start."""
 
-    def __init__(self, *, model: str, listen: str, controller: str) -> None:
-        arguments = ["--model", model, "--listen", listen, "--controller", controller]
+    def __init__(self, *, spec: ModelSpec, listen: str, controller: str) -> None:
+        arguments = ["--spec", spec.to_json(), "--listen", listen, "--controller", controller]
         self._process = subprocess.Popen(
             # -P keeps the current directory, which may be a checkout, off sys.path.
             [sys.executable, "-P", "-m", "farshore.gateway", *arguments],
@@ -40,6 +40,9 @@ class GatewayProcess:
             start_new_session=True,
         )
         self._stopping = False
+        self._report = ""
+        self._reported = threading.Event()
+        threading.Thread(target=self._read_report, daemon=True).start()
 
     def serve(self, *, engine: str) -> str:
         """Sends the engine's address and blocks until the gateway serves. Returns the gateway's address.
@@ -55,6 +58,14 @@ class GatewayProcess:
             self.stop()
             raise
 
+    def check_start(self) -> None:
+        """Raises the error that the gateway has reported, if it ended while it was loading. Blocks only for
+        the report of a process that has ended."""
+        if self._process.poll() is not None:
+            self._reported.wait(STOP_DEADLINE_S)
+        if self._reported.is_set() and self._report:
+            self._address()
+
     def ended(self) -> str | None:
         """How the gateway ended, if it ended without :meth:`stop`; None while it runs. An exit code of 0 is
         an unexpected end too: nothing serves any more."""
@@ -67,28 +78,33 @@ class GatewayProcess:
         """Closes stdin, which ends the gateway, and kills it after STOP_DEADLINE_S. Sends no SIGTERM, which
         would arrive while the gateway is already closing. Idempotent."""
         self._stopping = True
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
         try:
             self._process.wait(STOP_DEADLINE_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait(STOP_DEADLINE_S)
+        # Closed last: closing waits for the thread that reads, which sees the end of the process.
+        self._reported.wait(STOP_DEADLINE_S)
+        self._process.stdout.close()
+
+    def _read_report(self) -> None:
+        assert self._process.stdout is not None
+        self._report = self._process.stdout.readline().strip()
+        self._reported.set()
 
     def _await_report(self) -> str:
-        lines: SimpleQueue[str] = SimpleQueue()
-        stdout = self._process.stdout
-        assert stdout is not None
-        threading.Thread(target=lambda: lines.put(stdout.readline()), daemon=True).start()
-        try:
-            line = lines.get(timeout=READY_DEADLINE_S)
-        except Empty:
-            raise StartupError(f"the gateway was not ready within {READY_DEADLINE_S:.0f} s") from None
-        if not line.strip():
+        if not self._reported.wait(READY_DEADLINE_S):
+            raise StartupError(f"the gateway was not ready within {READY_DEADLINE_S:.0f} s")
+        if not self._report:
             code = self._process.wait(STOP_DEADLINE_S)
             raise StartupError(f"the gateway (process {self._process.pid}) {exit_in_words(code)}")
-        report = json.loads(line)
+        return self._address()
+
+    def _address(self) -> str:
+        """The address that the gateway has reported. Raises the error that it reported instead."""
+        report = json.loads(self._report)
         if "error" in report:
             kind = getattr(errors, report.get("kind", ""), StartupError)
             raise kind(report["error"])

@@ -89,7 +89,7 @@ class ControllerService(pb_grpc.ControllerServicer):
         pool_kind = "dense" if config.placement == "local" else "attention"
         pool = [w for w in workers if w.kind == pool_kind and w.state == "ready"]
         return api.ClusterStatusReply(
-            model=self._model.name,
+            model=config.spec.name,
             dtype=config.dtype,
             max_positions=self._model.max_positions,
             placement=config.placement,

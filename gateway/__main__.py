@@ -21,6 +21,7 @@ from farshore.gateway.api.server import create
 from farshore.gateway.limits import Limits
 from farshore.gateway.served import Served
 from farshore.interpreter import share_interpreter
+from farshore.model_spec import ModelSpec
 
 _STDIN_ADVICE = (
     "the gateway runs as long as its stdin is open: keep it open, as in "
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupted while starting."""
     args = _parser().parse_args(argv)
     try:
-        served = Served.load(args.model)
+        served = Served.load(ModelSpec.from_json(args.spec))
         share_interpreter()
         engine = args.engine or sys.stdin.readline().strip()
         if not engine:
@@ -54,7 +55,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Serve the client API of a running cluster. Prints one line of JSON when ready; "
         "ends when its stdin does, so keep that open.",
     )
-    parser.add_argument("--model", required=True, help="the model that the engine runs")
+    parser.add_argument(
+        "--spec",
+        required=True,
+        metavar="JSON",
+        help='the model that the engine runs and how to read it, such as {"model": "smollm2"}',
+    )
     parser.add_argument("--listen", required=True, metavar="HOST:PORT", help="port 0: any free one")
     parser.add_argument(
         "--engine",

@@ -1,37 +1,41 @@
-"""The model that a gateway serves: its configuration, its tokenizer and its names.
+"""The model that a gateway serves: its configuration, its tokenizer, its chat template and its names.
 
 Loaded once by ``__main__``; read by validation and by the engine client. Must not know about weights.
 """
 
 from dataclasses import dataclass
-from pathlib import PurePath
 
-from farshore.models.config.load import load_config
+from farshore.model_spec import ModelSpec
+from farshore.models.config.load import load_spec
 from farshore.models.config.model import ModelConfig
-from farshore.models.files.source import resolve
+from farshore.models.files.source import read_template, resolve_tokenizer
 from farshore.models.tokenizer.load import load_tokenizer
 from farshore.models.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """Immutable; threads may share it."""
+    """Immutable; threads may share it. ``spec``: what the cluster was asked to serve."""
 
-    name: str
+    spec: ModelSpec
     config: ModelConfig
     tokenizer: Tokenizer
 
     @classmethod
-    def load(cls, name: str) -> "Served":
-        """``name``: a model directory, a ``.gguf`` file, a Hugging Face id or "smollm2". Raises ModelError
-        with the fix."""
-        source = resolve(name)
-        return cls(name=name, config=load_config(source), tokenizer=load_tokenizer(source))
+    def load(cls, spec: ModelSpec) -> "Served":
+        """Raises ModelError or InvalidRequest with the fix."""
+        source, config = load_spec(spec)
+        tokenizer = load_tokenizer(resolve_tokenizer(spec.tokenizer) if spec.tokenizer else source)
+        if (template := read_template(spec)) is not None:
+            tokenizer = tokenizer.with_chat_template(template, where=f"--chat-template {spec.chat_template}")
+        return cls(spec=spec, config=config, tokenizer=tokenizer)
 
     @property
-    def alias(self) -> str:
-        """The short name: the last component of the path or hub id, without ``.gguf``."""
-        return PurePath(self.name).name.removesuffix(".gguf")
+    def positions(self) -> str:
+        """The longest prompt and answer together, for messages: "8192 positions", and the option that says
+        so."""
+        option = "" if self.spec.max_model_len is None else " (--max-model-len)"
+        return f"{self.config.max_positions} positions{option}"
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

@@ -141,12 +141,21 @@ def harness():
     return _load("gateway_harness", "gateway/harness.py")
 
 
+@pytest.fixture
+def hub_server():
+    """A StandInHub, see models/files/stand_in_hub.py. Closed after the test."""
+    server = _load("stand_in_hub", "models/files/stand_in_hub.py").StandInHub()
+    yield server
+    server.close()
+
+
 @pytest.fixture(scope="session")
 def served():
     """The demo model as a gateway serves it."""
     from farshore.gateway.served import Served
+    from farshore.model_spec import ModelSpec
 
-    return Served.load("smollm2")
+    return Served.load(ModelSpec())
 
 
 @pytest.fixture(scope="session")

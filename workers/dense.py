@@ -23,7 +23,8 @@ from farshore.interpreter import share_interpreter
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.store import LocalStore
-from farshore.models.files.source import resolve
+from farshore.model_spec import ModelSpec
+from farshore.models.config.load import load_spec
 from farshore.models.weights.load import load_model
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
@@ -52,8 +53,8 @@ class DenseConfig:
     """Configuration of one dense worker; made by the controller."""
 
     worker: WorkerId
-    model: str
-    """Folder or name of the model, as :func:`farshore.models.files.source.resolve` takes it."""
+    spec: ModelSpec
+    """The model, and how to read it."""
     dtype: str
     kv_format: str
     """Format of stored KV: bf16, float32, int8 or int4."""
@@ -76,7 +77,7 @@ class DenseWorker:
 
     def __init__(self, config: DenseConfig) -> None:
         self._config = config
-        self._loading = (0, 0)
+        self._loading = ""
         torch.set_num_threads(config.threads)
         self._controller = pb_grpc.ControllerStub(
             grpc.insecure_channel(config.controller, options=rpc.OPTIONS)
@@ -87,8 +88,13 @@ class DenseWorker:
     def load(self) -> None:
         """Loads the model. Attention workers may start at the same time. Raises ModelError."""
         config = self._config
-        source = resolve(config.model)
-        self._model = load_model(source, dtype=dtype_of(config.dtype), progress=self._progress)
+        source, model_config = load_spec(config.spec, progress=self._progress)
+        self._model = load_model(
+            source,
+            dtype=dtype_of(config.dtype),
+            config=model_config,
+            progress=lambda done, total: self._progress(f"{done} of {total} tensors"),
+        )
 
     def serve(self, shards: Mapping[WorkerId, str]) -> str:
         """Connects to the attention workers, starts the engine, and returns the address that it listens on.
@@ -137,8 +143,8 @@ class DenseWorker:
         )
         return address
 
-    def loading(self) -> tuple[int, int]:
-        """Progress of :meth:`load`: (tensors loaded, total tensors)."""
+    def loading(self) -> str:
+        """Progress of :meth:`load` in a few words, such as "12 of 290 tensors"; empty before it begins."""
         return self._loading
 
     def stop(self) -> None:
@@ -152,8 +158,8 @@ class DenseWorker:
         """Called when the engine fails. Health stays NOT_SERVING from now on, whatever is set later."""
         self._checks.enter_graceful_shutdown()
 
-    def _progress(self, done: int, total: int) -> None:
-        self._loading = (done, total)
+    def _progress(self, words: str) -> None:
+        self._loading = words
 
     def _claim(self, sequence: SequenceId) -> Epoch:
         request = pb.ClaimRequest(sequence_id=sequence, owner=self._config.worker)

@@ -14,9 +14,9 @@ from typing import Any
 
 from farshore.client import events
 from farshore.client.cli.connect import await_gateway
+from farshore.client.cli.model_options import add_model_options
 from farshore.client.cli.options import (
     DEFAULT_SERVER,
-    DEMO_MODEL,
     add_cluster_options,
     cluster_config,
     no_gateway,
@@ -26,6 +26,7 @@ from farshore.client.cli.sampling import add_sampling_options, asked
 from farshore.client.cli.terminal import Progress, stop_signals
 from farshore.client.sdk import Client
 from farshore.errors import Cancelled, FarshoreError, InvalidRequest, TransportError
+from farshore.model_spec import DEMO
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -63,7 +64,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="share stored prefixes with requests of the same salt only (default: with all that have none)",
     )
     add_sampling_options(parser.add_argument_group("sampling"))
-    add_cluster_options(parser.add_argument_group("only if a cluster is started"))
+    started = parser.add_argument_group("only if a cluster is started")
+    add_model_options(started)
+    add_cluster_options(started)
     parser.set_defaults(run=run, usage_error=parser.error)
 
 
@@ -116,7 +119,7 @@ def _gateway(args: argparse.Namespace, progress: Progress, take_signals: Callabl
         return
     if args.server:
         raise no_gateway(address)
-    config = cluster_config(args, (), model=args.model or DEMO_MODEL, port=0)
+    config = cluster_config(args, (), model=args.model or DEMO, port=0)
     # Imported here: Ray takes most of a second, which a call to a running gateway need not pay.
     from farshore.controller.cluster import Cluster
 
@@ -207,13 +210,12 @@ def _write(text: str) -> None:
 
 
 def _model_name(client: Client, args: argparse.Namespace) -> str | None:
-    """The model's name; None if the gateway can't report it now, since the answer is printed all the same."""
-    if args.model:
-        return args.model
+    """The model's first name. If the gateway can't report it now, since the answer is printed all the same:
+    the one that was asked for, or None."""
     try:
         return client.status().model
     except FarshoreError:
-        return None
+        return args.model
 
 
 def _summary(

@@ -8,12 +8,12 @@ import re
 from collections.abc import Sequence
 from typing import get_args
 
-from farshore.controller.config import ClusterConfig, Dtype, KvFormat, Placement, ShardBy
+from farshore.client.cli.model_options import model_spec
+from farshore.controller.config import ClusterConfig, KvFormat, Placement, ShardBy
 from farshore.defaults import MAX_DECODE_STALL_MS, SHARD_GRACE_S
 from farshore.errors import InvalidRequest, TransportError
 
 DEFAULT_SERVER = "127.0.0.1:50051"
-DEMO_MODEL = "smollm2"
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
@@ -80,12 +80,6 @@ def no_gateway(address: str) -> TransportError:
 def add_cluster_options(group: argparse._ArgumentGroup) -> None:
     """Adds the options of ``serve`` that also apply to a cluster which ``generate`` starts."""
     group.add_argument(
-        "--dtype",
-        choices=get_args(Dtype),
-        default="bfloat16",
-        help="type of weights and KV; float32 matches Transformers token for token (default: %(default)s)",
-    )
-    group.add_argument(
         "--kv-format",
         choices=get_args(KvFormat),
         help="how KV is stored; int8 takes half of bf16's memory, int4 a quarter; their cost in accuracy "
@@ -144,11 +138,14 @@ def add_cluster_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def cluster_config(args: argparse.Namespace, names: Sequence[str], **fixed: object) -> ClusterConfig:
-    """The configuration from the options of :func:`add_cluster_options`, the options ``names`` and the values
-    ``fixed``. A value that can't work is a usage error: exit code 2."""
+def cluster_config(
+    args: argparse.Namespace, names: Sequence[str], *, model: str, **fixed: object
+) -> ClusterConfig:
+    """The configuration from the options of :func:`add_cluster_options` and of ``add_model_options``, the
+    options ``names`` and the values ``fixed``. A value that can't work is a usage error: exit code 2."""
     try:
         return ClusterConfig(
+            spec=model_spec(args, model),
             dtype=args.dtype,
             attention_workers=args.attention_workers,
             kv_memory_bytes=args.kv_memory,

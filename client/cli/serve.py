@@ -7,12 +7,14 @@ import argparse
 from collections.abc import Callable
 
 from farshore import __version__
-from farshore.client.cli.options import DEMO_MODEL, add_cluster_options, cluster_config
+from farshore.client.cli.model_options import add_model_options
+from farshore.client.cli.options import add_cluster_options, cluster_config
 from farshore.client.cli.terminal import Progress, stop_signals
 from farshore.controller.config import ClusterConfig
 from farshore.errors import ProcessEnded
+from farshore.model_spec import DEMO
 
-_OPTIONS = ("model", "dense_workers", "host", "port", "ray_address", "dashboard")
+_OPTIONS = ("dense_workers", "host", "port", "ray_address", "dashboard")
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -25,14 +27,22 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument(
         "--model",
-        default=DEMO_MODEL,
-        help="a model directory, a .gguf file, a Hugging Face id, or smollm2, the demo model "
-        "(default: %(default)s)",
+        default=DEMO,
+        help="a model directory, a .gguf file, a Hugging Face id (org/name, or org/name:Q4_K_M for one of "
+        "its GGUF files), or smollm2, the demo model (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        help="names by which requests may call the model; answers and status show the first (default: what "
+        "--model says, and the last part of it)",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument(
         "--port", type=int, default=50051, help="port of the API; 0 for any free one (default: %(default)s)"
     )
+    add_model_options(parser.add_argument_group("model"))
     cluster = parser.add_argument_group("cluster")
     cluster.add_argument(
         "--dense-workers",
@@ -50,7 +60,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(args: argparse.Namespace) -> int:
-    config = cluster_config(args, _OPTIONS)
+    config = cluster_config(args, _OPTIONS, model=args.model)
     progress = Progress()
     try:
         with stop_signals() as take_signals:
@@ -68,7 +78,7 @@ def _serve(config: ClusterConfig, progress: Progress, take_signals: Callable[[],
     with Cluster.start(config, progress=progress.step) as cluster:
         take_signals()
         progress.clear()
-        print(f"Farshore {__version__} serves {config.model} at {cluster.address}")
+        print(f"Farshore {__version__} serves {config.spec.name} at {cluster.address}")
         width = max((len(name) for name in cluster.endpoints), default=0)
         for name, address in cluster.endpoints.items():
             print(f"  {name:{width}}  {address}")

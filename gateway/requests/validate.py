@@ -85,7 +85,7 @@ def prepare(request: api.GenerateRequest, served: Served, limits: Limits, *, seq
     count = len(message.prompt)
     sampling = message.sampling
     sampling.CopyFrom(asked)
-    sampling.max_tokens = _max_tokens(count, asked, served.config.max_positions, limits)
+    sampling.max_tokens = _max_tokens(count, asked, served, limits)
     sampling.n = asked.n or 1
     if not asked.HasField("seed"):
         sampling.seed = secrets.randbits(64)
@@ -106,9 +106,11 @@ def prepare(request: api.GenerateRequest, served: Served, limits: Limits, *, seq
 
 
 def _check_model(name: str, served: Served) -> None:
-    if name and name not in (served.name, served.alias):
+    names = served.spec.names
+    if name and name not in names:
         raise ModelError(
-            f"unknown model {quoted(name)}: this gateway serves {served.name!r}; leave model empty for it"
+            f"unknown model {quoted(name)}: this gateway serves {' and '.join(map(repr, names))};"
+            " leave model empty for it"
         )
 
 
@@ -136,7 +138,7 @@ def _check_chars(chars: int, served: Served, limits: Limits) -> None:
     most = served.config.max_positions * limits.chars_per_position
     if chars > most:
         raise InvalidRequest(
-            f"the prompt has {chars} characters; a model of {served.config.max_positions} positions "
+            f"the prompt has {chars} characters; a model of {served.positions} "
             f"takes at most {most}: shorten it"
         )
 
@@ -192,11 +194,12 @@ def _check_token_ids(ids: Sequence[int], served: Served) -> None:
             )
 
 
-def _max_tokens(prompt_tokens: int, sampling: api.Sampling, max_positions: int, limits: Limits) -> int:
+def _max_tokens(prompt_tokens: int, sampling: api.Sampling, served: Served, limits: Limits) -> int:
+    max_positions = served.config.max_positions
     left = max_positions - prompt_tokens
     if left < 1:
         raise InvalidRequest(
-            f"the prompt has {prompt_tokens} tokens and the model {max_positions} positions: "
+            f"the prompt has {prompt_tokens} tokens and the model {served.positions}: "
             f"shorten the prompt to at most {max_positions - 1} tokens"
         )
     if not sampling.HasField("max_tokens"):
@@ -204,6 +207,6 @@ def _max_tokens(prompt_tokens: int, sampling: api.Sampling, max_positions: int, 
     if sampling.max_tokens > left:
         raise InvalidRequest(
             f"prompt of {prompt_tokens} tokens + max_tokens {sampling.max_tokens} is more than the model's "
-            f"{max_positions} positions: ask for at most {left} tokens, or shorten the prompt"
+            f"{served.positions}: ask for at most {left} tokens, or shorten the prompt"
         )
     return sampling.max_tokens

@@ -3,15 +3,26 @@
 Called by the controller, the gateway and the dense worker. It must not import torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from farshore.model_spec import ModelSpec
 from farshore.models.config.gguf import from_gguf
 from farshore.models.config.hf import from_hf
 from farshore.models.config.model import ModelConfig
 from farshore.models.files.gguf import GgufFile
-from farshore.models.files.source import ModelSource, read_json
+from farshore.models.files.source import ModelSource, read_json, resolve
+
+
+def load_spec(
+    spec: ModelSpec, *, progress: Callable[[str], None] = lambda words: None
+) -> tuple[ModelSource, ModelConfig]:
+    """The source and the shape of the model that a cluster was asked for: every process takes them from here,
+    so that all have the same. Raises ModelError."""
+    source = resolve(spec.model, revision=spec.revision, progress=progress)
+    config = load_config(source, max_model_len=spec.max_model_len, rope_scaling=spec.rope_scaling)
+    return source, config
 
 
 def load_config(

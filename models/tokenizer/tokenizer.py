@@ -4,6 +4,7 @@ A thin layer over Hugging Face's ``tokenizers``. A model's folder has its config
 is assembled from metadata. Called by the gateway, which has no torch. It must not know about weights.
 """
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from types import MappingProxyType
@@ -101,6 +102,13 @@ class Tokenizer:
         """The text of one token by itself: with its blank, bytes that form no character as <0xE2>, and a
         special token as its name. "" for an id outside the vocabulary."""
         return self._tokens.text(token_id)
+
+    def with_chat_template(self, source: str, *, where: str) -> "Tokenizer":
+        """The same tokenizer with another chat template. ``where``: its origin, for messages. Raises
+        ModelError."""
+        changed = copy.copy(self)
+        changed._chat = ChatTemplate(source, where=where)
+        return changed
 
     def prompt_end(self, prompt: Sequence[int]) -> tuple[int, ...]:
         """The last ids of ``prompt`` that have text, at most four: what a stream needs to know about it."""

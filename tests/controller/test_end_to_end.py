@@ -128,6 +128,36 @@ def test_a_small_pool_of_int8_kv_local_placement_choices_and_a_relative_path(mar
 
 
 @pytest.mark.heavy
+def test_a_hub_model_under_other_names_shorter_and_with_another_template(marked, serve, hub_server, tmp_path):
+    """The hub is a stand-in. The template asks the same question whatever the message says."""
+    demo = resolve("smollm2").path
+    hub_server.add("org/demo", {demo.name: demo.read_bytes(), "demo-Q8_0.gguf": "not fetched"})
+    marked.set_environment(
+        HF_ENDPOINT=hub_server.url, HF_HUB_CACHE=str(tmp_path / "cache"), HF_HUB_OFFLINE="0", no_proxy="*"
+    )
+    template = tmp_path / "france.jinja"
+    # Jinja drops a newline at the end of a template.
+    template.write_text(f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant{{{{ '\\n' }}}}")
+    options = ["--served-model-name", "france", "paris", "--max-model-len", "64", "--attention-workers", "1"]
+    options += ["--model", "org/demo:Q4_1", "--revision", "v1", "--chat-template", str(template)]
+    server, address = serve(*options, "--kv-memory", "64MiB")
+    assert hub_server.downloads() == [demo.name]
+    server.err.await_match("downloading org/demo:Q4_1: 0.0. GB of 0.10 GB")
+    for name in ("france", "paris"):
+        done = marked.run(
+            "generate", "--json", "--server", address, "--model", name, "Hi", "--max-tokens", "20"
+        )
+        answer = json.loads(done.stdout)
+        assert (answer["text"], answer["model"]) == ("The capital of France is Paris.", "france"), done.stderr
+    refused = marked.run("generate", "--server", address, "--model", "smollm2", "Hi")
+    assert "this gateway serves 'france' and 'paris'" in refused.stderr
+    refused = marked.run("generate", "--server", address, "Hi", "--max-tokens", "60")
+    assert "64 positions (--max-model-len)" in refused.stderr
+    printed = marked.run("status", "--server", address)
+    assert printed.stdout.startswith("france (bfloat16, 64 positions)"), printed.stdout
+
+
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("number", "stage"),
     [
@@ -186,6 +216,8 @@ def test_another_loopback_address_behind_a_web_proxy_until_sigterm(marked, serve
 @pytest.mark.heavy
 def test_mistakes_get_one_line_and_nothing_runs(marked, tmp_path):
     truncated = tmp_path / "truncated.gguf"
+    template = tmp_path / "bad.jinja"
+    template.write_text("{% for %}")
     truncated.write_bytes(resolve("smollm2").path.read_bytes()[:100_000])
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -194,6 +226,9 @@ def test_mistakes_get_one_line_and_nothing_runs(marked, tmp_path):
         for arguments, expected in (
             (["serve", "--port", "0", "--model", str(tmp_path / "nowhere.gguf")], "nowhere.gguf"),
             (["serve", "--port", "0", "--model", str(truncated)], "truncated.gguf"),
+            (["serve", "--port", "0", "--chat-template", str(template)], "bad.jinja"),
+            (["serve", "--port", "0", "--max-model-len", "9000"], "--max-model-len 9000"),
+            (["serve", "--port", "0", "--model", str(tmp_path), "--revision", "v1"], "leave --revision out"),
             (["serve", "--port", port], "choose another --port"),
             (["serve", "--port", "0", "--host", "192.0.2.1"], "no such address"),
             (["serve", "--port", "0", "--host", "127.0.0.1x"], "no host has this name"),

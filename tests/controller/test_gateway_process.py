@@ -6,14 +6,15 @@ import signal
 import pytest
 
 from farshore.controller.gateway_process import GatewayProcess
-from farshore.errors import StartupError
+from farshore.errors import ModelError, StartupError
+from farshore.model_spec import ModelSpec
 
 ENGINE = "127.0.0.1:1"
 
 
 @pytest.fixture
 def gateway():
-    made = GatewayProcess(model="smollm2", listen="127.0.0.1:0", controller="127.0.0.1:2")
+    made = GatewayProcess(spec=ModelSpec(), listen="127.0.0.1:0", controller="127.0.0.1:2")
     yield made
     made.stop()
 
@@ -32,7 +33,9 @@ def _await_end(gateway):
     [(signal.SIGKILL, "was killed by SIGKILL"), (signal.SIGTERM, "ended with code 0")],
 )
 def test_an_unexpected_end(gateway, number, ending):
+    gateway.check_start()
     gateway.serve(engine=ENGINE)
+    gateway.check_start()
     assert gateway.ended() is None
     os.kill(_process_id(gateway), number)
     _await_end(gateway)
@@ -43,6 +46,20 @@ def test_a_requested_end(gateway):
     gateway.serve(engine=ENGINE)
     gateway.stop()
     assert gateway.ended() is None
+
+
+def test_an_error_while_it_loads_is_told_before_it_is_asked_to_serve(tmp_path):
+    template = tmp_path / "bad.jinja"
+    template.write_text("{% for %}")
+    spec = ModelSpec(chat_template=str(template))
+    gateway = GatewayProcess(spec=spec, listen="127.0.0.1:0", controller="127.0.0.1:2")
+    try:
+        _await_end(gateway)
+        gateway._reported.wait()
+        with pytest.raises(ModelError, match="--chat-template"):
+            gateway.check_start()
+    finally:
+        gateway.stop()
 
 
 def test_an_end_before_it_serves(gateway):

@@ -15,8 +15,8 @@ from farshore.ids import SequenceId, WorkerId
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
 from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.store import LocalStore
-from farshore.models.config.load import load_config
-from farshore.models.files.source import resolve
+from farshore.model_spec import ModelSpec
+from farshore.models.config.load import load_spec
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 from farshore.proto import inference_pb2 as api
@@ -32,7 +32,7 @@ def directory():
 
 @pytest.fixture
 def service(directory):
-    made = ControllerService(ClusterConfig(), load_config(resolve("smollm2")), directory)
+    made = ControllerService(ClusterConfig(), load_spec(ModelSpec())[1], directory)
     yield made
     made.close()
 
@@ -134,3 +134,10 @@ def test_workers_are_reached_past_a_web_proxy(stub, service, rendezvous, monkeyp
     for name in ("http_proxy", "https_proxy", "grpc_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     assert {worker.state for worker in stub.Status(pb.StatusRequest()).workers} == {"ready"}
+
+
+def test_status_tells_the_first_name_and_the_length(directory):
+    spec = ModelSpec(served_names=("one", "two"), max_model_len=99)
+    service = ControllerService(ClusterConfig(spec=spec), load_spec(spec)[1], directory)
+    status = service.Status(pb.StatusRequest(), None)
+    assert (status.model, status.max_positions) == ("one", 99)

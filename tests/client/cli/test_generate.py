@@ -265,7 +265,7 @@ def test_starts_a_cluster_for_one_call(run, farshore, cluster, nothing_listens, 
     assert (done.code, done.out) == (0, answer + "\n")
     assert "starting a cluster" in done.err and "starting workers" in done.err
     config = cluster.config
-    assert (config.port, config.model, config.attention_workers) == (0, "smollm2", 3)
+    assert (config.port, config.spec.model, config.attention_workers) == (0, "smollm2", 3)
     assert (config.kv_memory_bytes, config.dtype) == (64 << 20, "float32")
     assert cluster.stops == 1
 

@@ -21,7 +21,7 @@ def spawn():
     processes = []
 
     def start(listen="127.0.0.1:0", model="smollm2", late=False, engine="127.0.0.1:1", stdin=subprocess.PIPE):
-        arguments = ["--model", model, "--listen", listen]
+        arguments = ["--spec", json.dumps({"model": model}), "--listen", listen]
         arguments += ["--controller", "127.0.0.1:2"]
         # late: the engine's address is sent on stdin.
         arguments += [] if late else ["--engine", engine]

@@ -1,10 +1,12 @@
 """Sampling in an engine: seeded tokens do not depend on the batch, and penalties count over time."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
+from farshore.models.llama import Llama
 from farshore.sampling import Sampling
 from farshore.workers.engine.sequence import Failed, Finished, Reason, Sampled
 
@@ -65,7 +67,7 @@ def test_log_probabilities_are_those_of_transformers(tiny, tiny_model, rig, subm
         assert [value for _, value in event.top] == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
-@pytest.mark.parametrize("penalty", [1.3, 3.0])
+@pytest.mark.parametrize("penalty", [1.3, 3.0, 0.01, 1e-39])
 def test_a_repetition_penalty_gives_the_tokens_of_transformers(tiny, tiny_model, rig, submit, penalty):
     engine = rig(tiny_model, memory_bytes=MEMORY_BYTES).start()
     asked = Sampling(max_tokens=30, repetition_penalty=penalty)
@@ -82,6 +84,32 @@ def test_a_repetition_penalty_gives_the_tokens_of_transformers(tiny, tiny_model,
             pad_token_id=0,
         )[0, len(PROMPT) :].tolist()
     assert ours == expected
+
+
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"repetition_penalty": 1e-39, "temperature": 1.0},
+        {"repetition_penalty": 1e-300, "frequency_penalty": 1e300, "presence_penalty": -1e300},
+        {"logit_bias": {3: 1e39, 4: -1e39}, "repetition_penalty": 1e-300, "temperature": 1e-300},
+        {"temperature": 1e-40, "top_p": 0.5, "min_p": 0.1, "frequency_penalty": -1e39},
+    ],
+    ids=str,
+)
+def test_parameters_that_overflow_are_no_damage_of_the_model(tiny_model, rig, submit, extreme):
+    engine = rig(tiny_model, memory_bytes=MEMORY_BYTES).start()
+    answer = sampled(submit(engine, "a", PROMPT, Sampling(max_tokens=10, logprobs=2, seed=1, **extreme)))
+    assert len(answer) == 10 and all(math.isfinite(event.logprob) for event in answer)
+
+
+@pytest.mark.parametrize("damage", [math.nan, math.inf])
+@pytest.mark.parametrize("knobs", [{}, {"repetition_penalty": 1e-39, "temperature": 1.0}], ids=str)
+def test_damaged_weights_are_told_whatever_the_parameters(tiny_model, rig, submit, damage, knobs):
+    norm = torch.full_like(tiny_model.weights.norm, damage)
+    model = Llama(tiny_model.config, tiny_model.weights._replace(norm=norm))
+    engine = rig(model, memory_bytes=MEMORY_BYTES).start()
+    result = submit(engine, "a", PROMPT, Sampling(max_tokens=10, **knobs)).result()
+    assert isinstance(result, Failed) and "its weights or the stored KV are damaged" in str(result.error)
 
 
 def test_a_frequency_penalty_ends_the_repetition_of_a_token(tiny_model, rig, submit):
