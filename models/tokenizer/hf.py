@@ -15,8 +15,8 @@ from farshore.models.tokenizer.tokenizer import SPECIAL, Tokenizer
 
 
 def from_hf(folder: Path, name: str) -> Tokenizer:
-    """Reads ``tokenizer.json`` and, if present, ``tokenizer_config.json`` and ``chat_template.jinja``.
-    Raises ModelError."""
+    """Reads ``tokenizer.json`` and, if present, ``tokenizer_config.json`` and the files of chat
+    templates. Raises ModelError."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ModelError(f"{folder}: no tokenizer.json; save the model's fast tokenizer with transformers")
@@ -33,20 +33,20 @@ def from_hf(folder: Path, name: str) -> Tokenizer:
         name=name,
         special_tokens=special,
         eos_ids=() if eos is None else (eos,),
-        chat_template=_template_text(folder, config),
+        chat_template=_templates(folder, config),
     )
 
 
-def _template_text(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The chat template: ``chat_template.jinja``, or else the configuration's; of several named ones, the one
-    named default."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
+def _templates(folder: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """The chat template, or several by name: those in files of their own, or else the configuration's."""
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+    if texts := {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}:
+        return texts
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
-        template = named.get("default")
+        return {name: text for name, text in named.items() if isinstance(name, str) and isinstance(text, str)}
     return template if isinstance(template, str) else None
 
 
