@@ -18,7 +18,7 @@ class Tokenizer:
 
     ``eos_ids``: the end tokens that the tokenizer's files name; may be empty. ``chat_template``: Jinja source
     that came with the tokenizer, or several by name. ``special_tokens``: texts by role, such as
-    ``bos_token``, for the chat template. ``backend``: for modules of this package.
+    ``bos_token``, for the chat template.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Tokenizer:
         eos_ids: tuple[int, ...],
         chat_template: str | Mapping[str, str] | None,
     ) -> None:
-        self.backend = self._backend = backend
+        self._backend = backend
         self.name = name
         self.special_tokens = dict(special_tokens)
         self.chat_template = chat_template
@@ -38,6 +38,11 @@ class Tokenizer:
         self._special_ids = frozenset(token for token, entry in added.items() if entry.special)
         self.eos_ids = eos_ids
         self.vocab_size = backend.get_vocab_size()
+
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """For modules of this package, and for tests."""
+        return self._backend
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of ``text``. A special token written in the text becomes its id.
