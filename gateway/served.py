@@ -6,6 +6,7 @@ Loaded once by ``__main__``; read by validation and by the engine client. Must n
 from dataclasses import dataclass
 
 from farshore.model_spec import ModelSpec
+from farshore.models.chat.prompts import ChatPrompts
 from farshore.models.config.load import load_spec
 from farshore.models.config.model import ModelConfig
 from farshore.models.files.source import read_template, resolve_tokenizer
@@ -20,15 +21,21 @@ class Served:
     spec: ModelSpec
     config: ModelConfig
     tokenizer: Tokenizer
+    chat: ChatPrompts
 
     @classmethod
     def load(cls, spec: ModelSpec) -> "Served":
-        """Raises ModelError or InvalidRequest with the fix."""
+        """Raises ModelError or InvalidRequest with the fix; ``chat.await_compiled`` raises it for the chat
+        template, which is compiled in the background."""
         source, config = load_spec(spec)
         tokenizer = load_tokenizer(resolve_tokenizer(spec.tokenizer) if spec.tokenizer else source)
-        if (template := read_template(spec)) is not None:
-            tokenizer = tokenizer.with_chat_template(template, where=f"--chat-template {spec.chat_template}")
-        return cls(spec=spec, config=config, tokenizer=tokenizer)
+        chat = ChatPrompts(
+            tokenizer,
+            template=read_template(spec),
+            stop_ids=config.eos_token_ids,
+            special_tokens_in_chat=spec.special_tokens_in_chat,
+        )
+        return cls(spec=spec, config=config, tokenizer=tokenizer, chat=chat)
 
     @property
     def positions(self) -> str:

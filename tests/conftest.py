@@ -60,6 +60,16 @@ def tokenizer(demo_source):
 
 
 @pytest.fixture(scope="session")
+def encode_chat(tokenizer):
+    """encode_chat(messages) -> ids of the demo model's prompt."""
+    from farshore.models.chat.prompts import ChatPrompts, Conversation
+
+    prompts = ChatPrompts(tokenizer)
+    yield lambda messages: prompts.encode(Conversation(messages=messages), most_chars=1 << 20)
+    prompts.close()
+
+
+@pytest.fixture(scope="session")
 def hugging_face(demo_source):
     """load(dtype, attention implementation) -> transformers' model, loaded from the same GGUF file."""
     from transformers import AutoModelForCausalLM, GgufConfig
@@ -81,11 +91,11 @@ def hugging_face(demo_source):
 
 
 @pytest.fixture(scope="session")
-def prompts(tokenizer):
+def prompts(tokenizer, encode_chat):
     """24 varied prompts, name -> token ids, that all tests of correctness use."""
 
     def chat(text):
-        return tokenizer.encode_chat([{"role": "user", "content": text}])
+        return encode_chat([{"role": "user", "content": text}])
 
     story = " ".join(
         f"On day {n} the keeper of lighthouse number {n * 7 % 101} wrote: the wind came from the"
@@ -104,7 +114,7 @@ def prompts(tokenizer):
         "sum": chat("What is 17 + 25? Answer with the number only."),
         "list": chat("Name five fruits, one on each line."),
         "translate": chat("Translate 'good morning' into French, German and Spanish."),
-        "system": tokenizer.encode_chat(
+        "system": encode_chat(
             [
                 {"role": "system", "content": "You are a pirate. Answer like one."},
                 {"role": "user", "content": "How is the weather today?"},
@@ -155,7 +165,9 @@ def served():
     from farshore.gateway.served import Served
     from farshore.model_spec import ModelSpec
 
-    return Served.load(ModelSpec())
+    model = Served.load(ModelSpec())
+    yield model
+    model.chat.close()
 
 
 @pytest.fixture(scope="session")
