@@ -4,7 +4,6 @@ Runs inside ``cluster.ControllerActor``; the driver calls it through Ray. It is 
 engines and gateway go on without it. If it crashes while it starts workers, Ray ends these with the driver.
 """
 
-import time
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,7 +19,6 @@ from farshore.controller.liveness import EndedWorker, Liveness
 from farshore.controller.service import ControllerService
 from farshore.errors import StartupError
 from farshore.ids import WorkerId
-from farshore.kvstore.directory.embedded import EmbeddedDirectory
 from farshore.models.config.model import ModelConfig
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
@@ -42,9 +40,7 @@ class Controller:
         self._dense: dict[WorkerId, Any] = {}
         self._models: dict[WorkerId, Any] = {}  # pending calls of DenseWorker.load
         self._liveness = Liveness(pool_is_remote=config.placement == "offload")
-        # A controller that replaces another one must give out greater epochs.
-        directory = EmbeddedDirectory(first_epoch=time.time_ns() // 1000)
-        self._service = ControllerService(config, model, directory)
+        self._service = ControllerService(config, model)
         self._server, self._address = rpc.serve(
             lambda server: pb_grpc.add_ControllerServicer_to_server(self._service, server),
             service=pb.DESCRIPTOR.services_by_name["Controller"].full_name,
@@ -119,7 +115,6 @@ class Controller:
             kv_memory_bytes=config.kv_memory_bytes,
             targets=tuple(shards) if config.placement == "offload" else (worker,),
             shard_by=config.shard_by if config.placement == "offload" else "range",
-            controller=self._address,
             listen=self._listen(),
             threads=_node_cores(),
             limits=EngineLimits(

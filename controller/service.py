@@ -1,7 +1,6 @@
-"""The controller's gRPC service: epochs of sequences, and the status of the cluster.
+"""The controller's gRPC service: the status of the cluster.
 
-Called by the gateway (Status) and by dense workers (Claim, Release), never on the token path. All its state
-is soft: each Status asks the workers for their state and spans, and publishes the spans to the directory.
+Called by the gateway, never on the token path. It keeps no state: each call asks the workers.
 """
 
 import threading
@@ -13,10 +12,8 @@ import grpc
 from farshore import __version__, rpc
 from farshore.attention_offload.codec import identity_from_pb, info_from_pb
 from farshore.controller.config import ClusterConfig
-from farshore.errors import FarshoreError
-from farshore.ids import Epoch, SequenceId, WorkerId
+from farshore.ids import SequenceId, WorkerId
 from farshore.kvstore.base import SpanInfo
-from farshore.kvstore.directory.embedded import Directory
 from farshore.models.config.model import ModelConfig
 from farshore.proto import attention_pb2 as attention_pb
 from farshore.proto import attention_pb2_grpc as attention_grpc
@@ -32,31 +29,16 @@ class ControllerService(pb_grpc.ControllerServicer):
     """``attention`` and ``dense`` map workers to their addresses; the controller adds to them while it starts
     the cluster. Thread-safe."""
 
-    def __init__(self, config: ClusterConfig, model: ModelConfig, directory: Directory) -> None:
+    def __init__(self, config: ClusterConfig, model: ModelConfig) -> None:
         self._config = config
         self._model = model
-        self._directory = directory
         self.attention: dict[WorkerId, str] = {}
         self.dense: dict[WorkerId, str] = {}
         self._channels: dict[str, grpc.Channel] = {}
         self._lock = threading.Lock()
 
-    def Claim(self, request: pb.ClaimRequest, context: grpc.ServicerContext) -> pb.ClaimReply:
-        """Gives the caller ownership of a sequence, with an epoch greater than all before. Not idempotent."""
-        epoch = self._directory.claim(SequenceId(request.sequence_id), WorkerId(request.owner))
-        return pb.ClaimReply(epoch=epoch)
-
-    def Release(self, request: pb.ReleaseRequest, context: grpc.ServicerContext) -> pb.ReleaseReply:
-        """Forgets a sequence. ABORTED if the epoch is not the newest. Idempotent."""
-        try:
-            self._directory.forget(SequenceId(request.sequence_id), Epoch(request.epoch))
-        except FarshoreError as error:
-            rpc.abort(context, error)
-        return pb.ReleaseReply()
-
     def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> api.ClusterStatusReply:
-        """Asks every worker, publishes the spans of running sequences to the directory, and answers from the
-        workers' replies."""
+        """Asks every worker, and answers from the workers' replies."""
         workers: list[api.WorkerStatus] = []
         sequences: dict[SequenceId, api.SequenceStatus] = {}
         dense, attention = dict(self.dense), dict(self.attention)
@@ -74,7 +56,6 @@ class ControllerService(pb_grpc.ControllerServicer):
                 spans[info.key.sequence].setdefault(worker, []).append(info)
         for sequence, by_worker in spans.items():
             if sequence in sequences:
-                self._publish(sequences[sequence], by_worker)
                 _add_spans(sequences[sequence], by_worker)
         return self._reply(workers, list(sequences.values()))
 
@@ -114,13 +95,6 @@ class ControllerService(pb_grpc.ControllerServicer):
             stub.Identify.future(attention_pb.IdentifyRequest(), timeout=PROBE_DEADLINE_S),
             stub.Announce.future(attention_pb.AnnounceRequest(), timeout=PROBE_DEADLINE_S),
         )
-
-    def _publish(self, sequence: api.SequenceStatus, by_worker: Mapping[WorkerId, list[SpanInfo]]) -> None:
-        try:
-            self._directory.publish(SequenceId(sequence.sequence_id), Epoch(sequence.epoch), by_worker)
-        except FarshoreError:
-            # The sequence ended, or got another owner, since the workers were asked.
-            return
 
     def _channel(self, address: str) -> grpc.Channel:
         with self._lock:

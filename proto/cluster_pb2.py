@@ -25,43 +25,35 @@ _sym_db = _symbol_database.Default()
 from farshore.proto import inference_pb2 as farshore_dot_proto_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x61rshore/proto/cluster.proto\x12\x13\x66\x61rshore.cluster.v1\x1a\x1e\x66\x61rshore/proto/inference.proto\"}\n\x0fSequenceRequest\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\r\x12\x31\n\x08sampling\x18\x03 \x01(\x0b\x32\x1f.farshore.inference.v1.Sampling\x12\x12\n\ncache_salt\x18\x04 \x01(\t\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\x82\x01\n\x0cSampledToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12.\n\x03top\x18\x04 \x03(\x0b\x32!.farshore.cluster.v1.TokenLogprobB\n\n\x08_logprob\"\x9b\x01\n\x10SequenceFinished\x12\x33\n\x06reason\x18\x01 \x01(\x0e\x32#.farshore.inference.v1.FinishReason\x12\x11\n\tqueued_ms\x18\x02 \x01(\x01\x12/\n\x06shards\x18\x03 \x03(\x0b\x32\x1f.farshore.inference.v1.ShardUse\x12\x0e\n\x06\x63hoice\x18\x04 \x01(\r\"\xc1\x01\n\rSequenceEvent\x12\x39\n\x07prefill\x18\x01 \x01(\x0b\x32&.farshore.inference.v1.PrefillProgressH\x00\x12\x32\n\x05token\x18\x02 \x01(\x0b\x32!.farshore.cluster.v1.SampledTokenH\x00\x12\x39\n\x08\x66inished\x18\x03 \x01(\x0b\x32%.farshore.cluster.v1.SequenceFinishedH\x00\x42\x06\n\x04kind\"E\n\x0e\x43\x61ncelSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x13\n\x06\x63hoice\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\t\n\x07_choice\"\x15\n\x13\x43\x61ncelSequenceReply\"\x15\n\x13\x45ngineStatusRequest\"}\n\x0c\x45ngineStatus\x12\x33\n\x06worker\x18\x01 \x01(\x0b\x32#.farshore.inference.v1.WorkerStatus\x12\x38\n\tsequences\x18\x02 \x03(\x0b\x32%.farshore.inference.v1.SequenceStatus\"\x0f\n\rStatusRequest\"2\n\x0c\x43laimRequest\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05owner\x18\x02 \x01(\t\"\x1b\n\nClaimReply\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"4\n\x0eReleaseRequest\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\x0e\n\x0cReleaseReply2\x90\x02\n\x06\x45ngine\x12V\n\x08Generate\x12$.farshore.cluster.v1.SequenceRequest\x1a\".farshore.cluster.v1.SequenceEvent0\x01\x12W\n\x06\x43\x61ncel\x12#.farshore.cluster.v1.CancelSequence\x1a(.farshore.cluster.v1.CancelSequenceReply\x12U\n\x06Status\x12(.farshore.cluster.v1.EngineStatusRequest\x1a!.farshore.cluster.v1.EngineStatus2\x85\x02\n\nController\x12W\n\x06Status\x12\".farshore.cluster.v1.StatusRequest\x1a).farshore.inference.v1.ClusterStatusReply\x12K\n\x05\x43laim\x12!.farshore.cluster.v1.ClaimRequest\x1a\x1f.farshore.cluster.v1.ClaimReply\x12Q\n\x07Release\x12#.farshore.cluster.v1.ReleaseRequest\x1a!.farshore.cluster.v1.ReleaseReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x61rshore/proto/cluster.proto\x12\x13\x66\x61rshore.cluster.v1\x1a\x1e\x66\x61rshore/proto/inference.proto\"\x8c\x01\n\x0fSequenceRequest\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\r\x12\x31\n\x08sampling\x18\x03 \x01(\x0b\x32\x1f.farshore.inference.v1.Sampling\x12\x12\n\ncache_salt\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\x82\x01\n\x0cSampledToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12.\n\x03top\x18\x04 \x03(\x0b\x32!.farshore.cluster.v1.TokenLogprobB\n\n\x08_logprob\"\x9b\x01\n\x10SequenceFinished\x12\x33\n\x06reason\x18\x01 \x01(\x0e\x32#.farshore.inference.v1.FinishReason\x12\x11\n\tqueued_ms\x18\x02 \x01(\x01\x12/\n\x06shards\x18\x03 \x03(\x0b\x32\x1f.farshore.inference.v1.ShardUse\x12\x0e\n\x06\x63hoice\x18\x04 \x01(\r\"\xc1\x01\n\rSequenceEvent\x12\x39\n\x07prefill\x18\x01 \x01(\x0b\x32&.farshore.inference.v1.PrefillProgressH\x00\x12\x32\n\x05token\x18\x02 \x01(\x0b\x32!.farshore.cluster.v1.SampledTokenH\x00\x12\x39\n\x08\x66inished\x18\x03 \x01(\x0b\x32%.farshore.cluster.v1.SequenceFinishedH\x00\x42\x06\n\x04kind\"E\n\x0e\x43\x61ncelSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x13\n\x06\x63hoice\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\t\n\x07_choice\"\x15\n\x13\x43\x61ncelSequenceReply\"\x15\n\x13\x45ngineStatusRequest\"}\n\x0c\x45ngineStatus\x12\x33\n\x06worker\x18\x01 \x01(\x0b\x32#.farshore.inference.v1.WorkerStatus\x12\x38\n\tsequences\x18\x02 \x03(\x0b\x32%.farshore.inference.v1.SequenceStatus\"\x0f\n\rStatusRequest2\x90\x02\n\x06\x45ngine\x12V\n\x08Generate\x12$.farshore.cluster.v1.SequenceRequest\x1a\".farshore.cluster.v1.SequenceEvent0\x01\x12W\n\x06\x43\x61ncel\x12#.farshore.cluster.v1.CancelSequence\x1a(.farshore.cluster.v1.CancelSequenceReply\x12U\n\x06Status\x12(.farshore.cluster.v1.EngineStatusRequest\x1a!.farshore.cluster.v1.EngineStatus2e\n\nController\x12W\n\x06Status\x12\".farshore.cluster.v1.StatusRequest\x1a).farshore.inference.v1.ClusterStatusReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'farshore.proto.cluster_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SEQUENCEREQUEST']._serialized_start=85
-  _globals['_SEQUENCEREQUEST']._serialized_end=210
-  _globals['_TOKENLOGPROB']._serialized_start=212
-  _globals['_TOKENLOGPROB']._serialized_end=261
-  _globals['_SAMPLEDTOKEN']._serialized_start=264
-  _globals['_SAMPLEDTOKEN']._serialized_end=394
-  _globals['_SEQUENCEFINISHED']._serialized_start=397
-  _globals['_SEQUENCEFINISHED']._serialized_end=552
-  _globals['_SEQUENCEEVENT']._serialized_start=555
-  _globals['_SEQUENCEEVENT']._serialized_end=748
-  _globals['_CANCELSEQUENCE']._serialized_start=750
-  _globals['_CANCELSEQUENCE']._serialized_end=819
-  _globals['_CANCELSEQUENCEREPLY']._serialized_start=821
-  _globals['_CANCELSEQUENCEREPLY']._serialized_end=842
-  _globals['_ENGINESTATUSREQUEST']._serialized_start=844
-  _globals['_ENGINESTATUSREQUEST']._serialized_end=865
-  _globals['_ENGINESTATUS']._serialized_start=867
-  _globals['_ENGINESTATUS']._serialized_end=992
-  _globals['_STATUSREQUEST']._serialized_start=994
-  _globals['_STATUSREQUEST']._serialized_end=1009
-  _globals['_CLAIMREQUEST']._serialized_start=1011
-  _globals['_CLAIMREQUEST']._serialized_end=1061
-  _globals['_CLAIMREPLY']._serialized_start=1063
-  _globals['_CLAIMREPLY']._serialized_end=1090
-  _globals['_RELEASEREQUEST']._serialized_start=1092
-  _globals['_RELEASEREQUEST']._serialized_end=1144
-  _globals['_RELEASEREPLY']._serialized_start=1146
-  _globals['_RELEASEREPLY']._serialized_end=1160
-  _globals['_ENGINE']._serialized_start=1163
-  _globals['_ENGINE']._serialized_end=1435
-  _globals['_CONTROLLER']._serialized_start=1438
-  _globals['_CONTROLLER']._serialized_end=1699
+  _globals['_SEQUENCEREQUEST']._serialized_start=86
+  _globals['_SEQUENCEREQUEST']._serialized_end=226
+  _globals['_TOKENLOGPROB']._serialized_start=228
+  _globals['_TOKENLOGPROB']._serialized_end=277
+  _globals['_SAMPLEDTOKEN']._serialized_start=280
+  _globals['_SAMPLEDTOKEN']._serialized_end=410
+  _globals['_SEQUENCEFINISHED']._serialized_start=413
+  _globals['_SEQUENCEFINISHED']._serialized_end=568
+  _globals['_SEQUENCEEVENT']._serialized_start=571
+  _globals['_SEQUENCEEVENT']._serialized_end=764
+  _globals['_CANCELSEQUENCE']._serialized_start=766
+  _globals['_CANCELSEQUENCE']._serialized_end=835
+  _globals['_CANCELSEQUENCEREPLY']._serialized_start=837
+  _globals['_CANCELSEQUENCEREPLY']._serialized_end=858
+  _globals['_ENGINESTATUSREQUEST']._serialized_start=860
+  _globals['_ENGINESTATUSREQUEST']._serialized_end=881
+  _globals['_ENGINESTATUS']._serialized_start=883
+  _globals['_ENGINESTATUS']._serialized_end=1008
+  _globals['_STATUSREQUEST']._serialized_start=1010
+  _globals['_STATUSREQUEST']._serialized_end=1025
+  _globals['_ENGINE']._serialized_start=1028
+  _globals['_ENGINE']._serialized_end=1300
+  _globals['_CONTROLLER']._serialized_start=1302
+  _globals['_CONTROLLER']._serialized_end=1403
 # @@protoc_insertion_point(module_scope)

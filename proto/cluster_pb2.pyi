@@ -8,16 +8,18 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class SequenceRequest(_message.Message):
-    __slots__ = ("sequence_id", "prompt", "sampling", "cache_salt")
+    __slots__ = ("sequence_id", "prompt", "sampling", "cache_salt", "epoch")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
     sampling: _inference_pb2.Sampling
     cache_salt: str
-    def __init__(self, sequence_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    epoch: int
+    def __init__(self, sequence_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., cache_salt: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
     __slots__ = ("token_id", "logprob")
@@ -86,31 +88,5 @@ class EngineStatus(_message.Message):
     def __init__(self, worker: _Optional[_Union[_inference_pb2.WorkerStatus, _Mapping]] = ..., sequences: _Optional[_Iterable[_Union[_inference_pb2.SequenceStatus, _Mapping]]] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
-
-class ClaimRequest(_message.Message):
-    __slots__ = ("sequence_id", "owner")
-    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
-    OWNER_FIELD_NUMBER: _ClassVar[int]
-    sequence_id: str
-    owner: str
-    def __init__(self, sequence_id: _Optional[str] = ..., owner: _Optional[str] = ...) -> None: ...
-
-class ClaimReply(_message.Message):
-    __slots__ = ("epoch",)
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
-    epoch: int
-    def __init__(self, epoch: _Optional[int] = ...) -> None: ...
-
-class ReleaseRequest(_message.Message):
-    __slots__ = ("sequence_id", "epoch")
-    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
-    sequence_id: str
-    epoch: int
-    def __init__(self, sequence_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
-
-class ReleaseReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

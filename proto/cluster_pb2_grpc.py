@@ -202,16 +202,6 @@ class ControllerStub(object):
                 request_serializer=farshore_dot_proto_dot_cluster__pb2.StatusRequest.SerializeToString,
                 response_deserializer=farshore_dot_proto_dot_inference__pb2.ClusterStatusReply.FromString,
                 _registered_method=True)
-        self.Claim = channel.unary_unary(
-                '/farshore.cluster.v1.Controller/Claim',
-                request_serializer=farshore_dot_proto_dot_cluster__pb2.ClaimRequest.SerializeToString,
-                response_deserializer=farshore_dot_proto_dot_cluster__pb2.ClaimReply.FromString,
-                _registered_method=True)
-        self.Release = channel.unary_unary(
-                '/farshore.cluster.v1.Controller/Release',
-                request_serializer=farshore_dot_proto_dot_cluster__pb2.ReleaseRequest.SerializeToString,
-                response_deserializer=farshore_dot_proto_dot_cluster__pb2.ReleaseReply.FromString,
-                _registered_method=True)
 
 
 class ControllerServicer(object):
@@ -223,20 +213,6 @@ class ControllerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Claim(self, request, context):
-        """A new ownership term for a sequence: greater than every term given before.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Release(self, request, context):
-        """The owner is done with a sequence. Idempotent.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
 
 def add_ControllerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -244,16 +220,6 @@ def add_ControllerServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=farshore_dot_proto_dot_cluster__pb2.StatusRequest.FromString,
                     response_serializer=farshore_dot_proto_dot_inference__pb2.ClusterStatusReply.SerializeToString,
-            ),
-            'Claim': grpc.unary_unary_rpc_method_handler(
-                    servicer.Claim,
-                    request_deserializer=farshore_dot_proto_dot_cluster__pb2.ClaimRequest.FromString,
-                    response_serializer=farshore_dot_proto_dot_cluster__pb2.ClaimReply.SerializeToString,
-            ),
-            'Release': grpc.unary_unary_rpc_method_handler(
-                    servicer.Release,
-                    request_deserializer=farshore_dot_proto_dot_cluster__pb2.ReleaseRequest.FromString,
-                    response_serializer=farshore_dot_proto_dot_cluster__pb2.ReleaseReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -283,60 +249,6 @@ class Controller(object):
             '/farshore.cluster.v1.Controller/Status',
             farshore_dot_proto_dot_cluster__pb2.StatusRequest.SerializeToString,
             farshore_dot_proto_dot_inference__pb2.ClusterStatusReply.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Claim(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/farshore.cluster.v1.Controller/Claim',
-            farshore_dot_proto_dot_cluster__pb2.ClaimRequest.SerializeToString,
-            farshore_dot_proto_dot_cluster__pb2.ClaimReply.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Release(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/farshore.cluster.v1.Controller/Release',
-            farshore_dot_proto_dot_cluster__pb2.ReleaseRequest.SerializeToString,
-            farshore_dot_proto_dot_cluster__pb2.ReleaseReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,14 +1,12 @@
 """The dense worker: a process that runs one engine behind one gRPC service.
 
-The controller starts it as a Ray actor; Ray only starts and ends it. The worker reaches shards and controller
-over gRPC, and keeps serving its running requests while the controller is unreachable. It must not decide
-global placement.
+The controller starts it as a Ray actor; Ray only starts and ends it. The worker reaches shards over gRPC, and
+serves requests without the controller. It must not decide global placement.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import grpc
 import torch
 from grpc_health.v1 import health
 
@@ -18,7 +16,7 @@ from farshore.attention_offload.client.in_process import InProcessClient
 from farshore.attention_offload.client.remote import RemoteClient
 from farshore.attention_offload.codec import dtype_of
 from farshore.attention_offload.plan.placement import ShardBy
-from farshore.ids import Epoch, SequenceId, WorkerId
+from farshore.ids import WorkerId
 from farshore.interpreter import share_interpreter
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore.store.arena import Arena
@@ -35,7 +33,6 @@ from farshore.workers.engine_service import EngineService
 MAX_CALLS = 512
 """Threads of the gRPC server. Each running or waiting request occupies one."""
 
-CONTROLLER_DEADLINE_S = 10.0
 STOP_GRACE_S = 1.0
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["Engine"].full_name
@@ -62,7 +59,6 @@ class DenseConfig:
     targets: tuple[WorkerId, ...]
     """Workers that new spans are placed on."""
     shard_by: ShardBy
-    controller: str
     listen: str
     threads: int
     limits: EngineLimits
@@ -78,10 +74,6 @@ class DenseWorker:
         self._config = config
         self._loading = (0, 0)
         torch.set_num_threads(config.threads)
-        self._controller = pb_grpc.ControllerStub(
-            grpc.insecure_channel(config.controller, options=rpc.OPTIONS)
-        )
-        self._epochs: dict[SequenceId, Epoch] = {}
         self._checks = health.HealthServicer()
 
     def load(self) -> None:
@@ -116,7 +108,6 @@ class DenseWorker:
             clients=self._clients,
             targets=list(config.targets),
             shard_by=config.shard_by,
-            claim=self._claim,
             revision=f"{self._source.path} {self._source.path.stat().st_mtime_ns}",
             limits=config.limits,
             on_failed=self._stop_serving,
@@ -127,7 +118,6 @@ class DenseWorker:
             engine=self._engine,
             store=store,
             shards=identities,
-            release=self._release,
         )
         self._server, address = rpc.serve(
             lambda server: pb_grpc.add_EngineServicer_to_server(service, server),
@@ -155,24 +145,3 @@ class DenseWorker:
 
     def _progress(self, done: int, total: int) -> None:
         self._loading = (done, total)
-
-    def _claim(self, sequence: SequenceId) -> Epoch:
-        request = pb.ClaimRequest(sequence_id=sequence, owner=self._config.worker)
-        try:
-            epoch = Epoch(self._controller.Claim(request, timeout=CONTROLLER_DEADLINE_S).epoch)
-        except grpc.RpcError as failure:
-            raise rpc.error_of(failure, peer="the controller") from failure
-        self._epochs[sequence] = epoch
-        return epoch
-
-    def _release(self, sequence: SequenceId) -> None:
-        """Reports the end of a sequence to the controller's directory.
-
-        An error is ignored: the directory drops sequences without an owner by itself.
-        """
-        epoch = self._epochs.pop(sequence)
-        try:
-            request = pb.ReleaseRequest(sequence_id=sequence, epoch=epoch)
-            self._controller.Release(request, timeout=CONTROLLER_DEADLINE_S)
-        except grpc.RpcError:
-            return

@@ -7,14 +7,14 @@ know how sequences run.
 import os
 import queue
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grpc
 
 from farshore.attention_offload.base import ShardIdentity
-from farshore.errors import FarshoreError
-from farshore.ids import SequenceId, WorkerId
+from farshore.errors import FarshoreError, InvalidRequest
+from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kvstore.store.store import LocalStore
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
@@ -39,7 +39,7 @@ class EngineService(pb_grpc.EngineServicer):
     """Serves one engine.
 
     ``shards`` maps every worker whose spans the engine reads to the identity that the worker reported when
-    the engine connected. ``release`` is called once for each accepted sequence, when its stream ends.
+    the engine connected.
     """
 
     def __init__(
@@ -49,13 +49,11 @@ class EngineService(pb_grpc.EngineServicer):
         engine: Engine,
         store: LocalStore,
         shards: Mapping[WorkerId, ShardIdentity],
-        release: Callable[[SequenceId], None],
     ) -> None:
         self._worker = worker
         self._engine = engine
         self._store = store
         self._shards = shards
-        self._release = release
 
     def Generate(
         self, request: pb.SequenceRequest, context: grpc.ServicerContext
@@ -65,23 +63,29 @@ class EngineService(pb_grpc.EngineServicer):
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         sampling = Sampling.from_message(request.sampling)
         try:
+            if not request.epoch:
+                raise InvalidRequest("epoch 0: the gateway counts a sequence's epochs from 1")
             self._engine.check_size(len(request.prompt), sampling)
-            self._engine.submit(sequence, _tokens(request), sampling, events.put, salt=request.cache_salt)
+            self._engine.submit(
+                sequence,
+                _tokens(request),
+                sampling,
+                events.put,
+                epoch=Epoch(request.epoch),
+                salt=request.cache_salt,
+            )
         except FarshoreError as error:
             abort(context, error)
         # add_callback returns False if the client has already disconnected. The engine then ends the stream.
         if not context.add_callback(lambda: self._engine.cancel(sequence)):
             self._engine.cancel(sequence)
         live = sampling.n
-        try:
-            while live:
-                event = events.get()
-                if isinstance(event, Failed):
-                    abort(context, event.error)
-                yield self._message(event)
-                live -= isinstance(event, Finished)
-        finally:
-            self._release(sequence)
+        while live:
+            event = events.get()
+            if isinstance(event, Failed):
+                abort(context, event.error)
+            yield self._message(event)
+            live -= isinstance(event, Finished)
 
     def Cancel(self, request: pb.CancelSequence, context: grpc.ServicerContext) -> pb.CancelSequenceReply:
         """Cancels a request or one of its completions. Unknown ids are ignored."""

@@ -11,8 +11,7 @@ from farshore.attention_offload.shard.service import AttentionService
 from farshore.attention_offload.shard.service import serve as serve_attention
 from farshore.controller.config import ClusterConfig
 from farshore.controller.service import PROBE_DEADLINE_S, ControllerService
-from farshore.ids import SequenceId, WorkerId
-from farshore.kvstore.directory.embedded import EmbeddedDirectory
+from farshore.ids import WorkerId
 from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 from farshore.models.config.load import load_config
@@ -26,13 +25,8 @@ MEMORY_BYTES = 64 << 20
 
 
 @pytest.fixture
-def directory():
-    return EmbeddedDirectory()
-
-
-@pytest.fixture
-def service(directory):
-    made = ControllerService(ClusterConfig(), load_config(resolve("smollm2")), directory)
+def service():
+    made = ControllerService(ClusterConfig(), load_config(resolve("smollm2")))
     yield made
     made.close()
 
@@ -48,17 +42,6 @@ def stub(service):
     with grpc.insecure_channel(address) as channel:
         yield pb_grpc.ControllerStub(channel)
     server.stop(0).wait()
-
-
-def test_every_claim_is_a_newer_epoch_and_an_old_one_cannot_end_the_sequence(stub, directory):
-    first, second = (stub.Claim(pb.ClaimRequest(sequence_id="s", owner=o)).epoch for o in ("a", "b"))
-    assert first < second
-    with pytest.raises(grpc.RpcError) as refused:
-        stub.Release(pb.ReleaseRequest(sequence_id="s", epoch=first))
-    assert refused.value.code() is grpc.StatusCode.ABORTED
-    assert directory.lookup(SequenceId("s")).owner == "b"
-    stub.Release(pb.ReleaseRequest(sequence_id="s", epoch=second))
-    stub.Release(pb.ReleaseRequest(sequence_id="s", epoch=second))
 
 
 def test_status_shows_workers_that_answer_and_that_do_not(stub, service):

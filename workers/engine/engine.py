@@ -60,10 +60,9 @@ class Engine:
     """One engine. Construct it, then :meth:`start`. Other threads may call every public method.
 
     ``clients`` maps every worker whose spans the engine reads, itself included, to its shard client;
-    ``targets`` are the workers that new spans are placed on. ``claim`` returns the epoch under which a new
-    sequence is owned. ``revision`` identifies the weights: engines that share a prefix cache must not use one
-    revision for different weights. ``on_failed`` is called once if the engine fails, before any request gets
-    its Failed event.
+    ``targets`` are the workers that new spans are placed on. ``revision`` identifies the weights: engines
+    that share a prefix cache must not use one revision for different weights. ``on_failed`` is called once if
+    the engine fails, before any request gets its Failed event.
     """
 
     def __init__(
@@ -75,14 +74,12 @@ class Engine:
         clients: Mapping[WorkerId, ShardClient],
         targets: list[WorkerId],
         shard_by: ShardBy,
-        claim: Callable[[SequenceId], Epoch],
         revision: str = "",
         limits: EngineLimits | None = None,
         on_failed: Callable[[], None] = lambda: None,
     ) -> None:
         self._model = model
         self._attention = attention
-        self._claim = claim
         self._revision = revision
         self._limits = limits = limits or EngineLimits()
         self._on_failed = on_failed
@@ -147,9 +144,11 @@ class Engine:
         sampling: Sampling,
         emit: Callable[[Event], None],
         *,
+        epoch: Epoch,
         salt: str = "",
     ) -> None:
-        """Queues a request. ``emit`` is called from the engine's thread and must not block.
+        """Queues a request. ``emit`` is called from the engine's thread and must not block. Shards refuse
+        what an older ``epoch`` of the sequence writes.
 
         A stored prefix is reused only for prompts with the same ``salt``. Raises InvalidRequest for a prompt
         that can never run here and for a sequence id in use, Overloaded if the queue is full, Internal if the
@@ -159,12 +158,11 @@ class Engine:
         admission.check_tokens(prompt, config=self._model.config)
         kv_fingerprint = fingerprint(self._model.config, self._attention, revision=self._revision, salt=salt)
         blocks = chain(prompt, fingerprint=kv_fingerprint)
-        # reserve() raises before an epoch is claimed, so that a refused request leaves no epoch to release.
         with self._requests.reserve(sequence) as order:
             self._requests.add(
                 Sequence(
                     id=sequence,
-                    epoch=self._claim(sequence),
+                    epoch=epoch,
                     order=order,
                     prompt_tokens=len(prompt),
                     tokens=list(prompt),
