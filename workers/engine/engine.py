@@ -38,6 +38,7 @@ from farshore.workers.engine.decode.step import LayerLoop, LocalKV
 from farshore.workers.engine.kv.cache import SequenceCache
 from farshore.workers.engine.kv.pool import ShardPool
 from farshore.workers.engine.kv.prefix import fingerprint
+from farshore.workers.engine.membership import Change, Membership
 from farshore.workers.engine.prefill.prompts import Prompts
 from farshore.workers.engine.prefill.segment import PrefillSegment
 from farshore.workers.engine.requests import Requests
@@ -59,7 +60,7 @@ IDLE_ROUND_S = 0.1
 class Engine:
     """One engine. Construct it, then :meth:`start`. Other threads may call every public method.
 
-    ``clients`` maps every worker whose spans the engine reads, itself included, to its shard client;
+    ``clients`` maps the first workers whose spans the engine reads, itself included, to their shard clients;
     ``targets`` are the workers that new spans are placed on. ``revision`` identifies the weights: engines
     that share a prefix cache must not use one revision for different weights. ``on_failed`` is called once if
     the engine fails, before any request gets its Failed event.
@@ -85,7 +86,14 @@ class Engine:
         self._on_failed = on_failed
         self._requests = Requests(limits.waiting)
         local = _local(arena, clients)
-        self._pool = ShardPool(clients, targets, changed=self._requests.wake, grace_s=limits.shard_grace_s)
+        # Fan-out and membership share the mapping; it changes between steps only.
+        clients = dict(clients)
+        self._pool = ShardPool(
+            clients,
+            targets,
+            changed=self._requests.wake,
+            grace_s=limits.shard_grace_s,
+        )
         self._cache = SequenceCache(
             arena=arena, pool=self._pool, model=attention, shard_by=shard_by, store=local.store
         )
@@ -108,6 +116,9 @@ class Engine:
                 suspect=self._suspect,
             ),
             limits=limits,
+        )
+        self._membership = Membership(
+            clients, pool=self._pool, fanout=self._shards, is_used=self._scheduler.uses
         )
         self._failed_rounds = 0
         self._failure = ""
@@ -178,6 +189,11 @@ class Engine:
         """Ends a request, or one of its completions, in the next round. Unknown ids are ignored."""
         self._requests.cancel(sequence, choice=choice)
 
+    def announce(self, change: Change) -> None:
+        """Tells the engine that a shard joined, left, or changed; applied between two steps. Never blocks."""
+        self._membership.announce(change)
+        self._requests.rouse()
+
     @property
     def failure(self) -> str:
         """The reason why the engine failed; empty while it runs."""
@@ -186,6 +202,10 @@ class Engine:
     def load(self) -> EngineLoad:
         """Returns how many requests run, wait and are parked."""
         return EngineLoad(*self._requests.load(), self._scheduler.parkings)
+
+    def shards(self) -> dict[WorkerId, bool]:
+        """Returns the shards that the engine knows, and whether each answers."""
+        return self._pool.answering()
 
     def links(self) -> list[Link]:
         """Returns the measured latencies and failures of frames, for each shard."""
@@ -203,6 +223,7 @@ class Engine:
         with torch.inference_mode():
             while not self._failure and self._requests.await_news(timeout_s):
                 try:
+                    self._membership.apply()
                     progress = self._scheduler.round()
                     self._failed_rounds = 0 if progress else self._failed_rounds
                     timeout_s = 0.0 if progress else IDLE_ROUND_S if self._requests.all() else None
