@@ -258,3 +258,210 @@ class Controller(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class DirectoryStub(object):
+    """The workers of the cluster, where they listen, and until when that is known. Served by the controller.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Renew = channel.unary_unary(
+                '/farshore.cluster.v1.Directory/Renew',
+                request_serializer=farshore_dot_proto_dot_cluster__pb2.WorkerRecord.SerializeToString,
+                response_deserializer=farshore_dot_proto_dot_cluster__pb2.DirectoryReply.FromString,
+                _registered_method=True)
+        self.Withdraw = channel.unary_unary(
+                '/farshore.cluster.v1.Directory/Withdraw',
+                request_serializer=farshore_dot_proto_dot_cluster__pb2.WithdrawRequest.SerializeToString,
+                response_deserializer=farshore_dot_proto_dot_cluster__pb2.DirectoryReply.FromString,
+                _registered_method=True)
+        self.Close = channel.unary_unary(
+                '/farshore.cluster.v1.Directory/Close',
+                request_serializer=farshore_dot_proto_dot_cluster__pb2.CloseRequest.SerializeToString,
+                response_deserializer=farshore_dot_proto_dot_cluster__pb2.DirectoryReply.FromString,
+                _registered_method=True)
+        self.List = channel.unary_unary(
+                '/farshore.cluster.v1.Directory/List',
+                request_serializer=farshore_dot_proto_dot_cluster__pb2.ListRequest.SerializeToString,
+                response_deserializer=farshore_dot_proto_dot_cluster__pb2.Listing.FromString,
+                _registered_method=True)
+
+
+class DirectoryServicer(object):
+    """The workers of the cluster, where they listen, and until when that is known. Served by the controller.
+    """
+
+    def Renew(self, request, context):
+        """Lists a worker for the time of a lease, with this record. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Withdraw(self, request, context):
+        """Removes a worker that ends. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Close(self, request, context):
+        """Makes these workers, and no others, the ones on which nothing new is placed. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def List(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_DirectoryServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Renew': grpc.unary_unary_rpc_method_handler(
+                    servicer.Renew,
+                    request_deserializer=farshore_dot_proto_dot_cluster__pb2.WorkerRecord.FromString,
+                    response_serializer=farshore_dot_proto_dot_cluster__pb2.DirectoryReply.SerializeToString,
+            ),
+            'Withdraw': grpc.unary_unary_rpc_method_handler(
+                    servicer.Withdraw,
+                    request_deserializer=farshore_dot_proto_dot_cluster__pb2.WithdrawRequest.FromString,
+                    response_serializer=farshore_dot_proto_dot_cluster__pb2.DirectoryReply.SerializeToString,
+            ),
+            'Close': grpc.unary_unary_rpc_method_handler(
+                    servicer.Close,
+                    request_deserializer=farshore_dot_proto_dot_cluster__pb2.CloseRequest.FromString,
+                    response_serializer=farshore_dot_proto_dot_cluster__pb2.DirectoryReply.SerializeToString,
+            ),
+            'List': grpc.unary_unary_rpc_method_handler(
+                    servicer.List,
+                    request_deserializer=farshore_dot_proto_dot_cluster__pb2.ListRequest.FromString,
+                    response_serializer=farshore_dot_proto_dot_cluster__pb2.Listing.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'farshore.cluster.v1.Directory', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('farshore.cluster.v1.Directory', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Directory(object):
+    """The workers of the cluster, where they listen, and until when that is known. Served by the controller.
+    """
+
+    @staticmethod
+    def Renew(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farshore.cluster.v1.Directory/Renew',
+            farshore_dot_proto_dot_cluster__pb2.WorkerRecord.SerializeToString,
+            farshore_dot_proto_dot_cluster__pb2.DirectoryReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Withdraw(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farshore.cluster.v1.Directory/Withdraw',
+            farshore_dot_proto_dot_cluster__pb2.WithdrawRequest.SerializeToString,
+            farshore_dot_proto_dot_cluster__pb2.DirectoryReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Close(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farshore.cluster.v1.Directory/Close',
+            farshore_dot_proto_dot_cluster__pb2.CloseRequest.SerializeToString,
+            farshore_dot_proto_dot_cluster__pb2.DirectoryReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def List(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farshore.cluster.v1.Directory/List',
+            farshore_dot_proto_dot_cluster__pb2.ListRequest.SerializeToString,
+            farshore_dot_proto_dot_cluster__pb2.Listing.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
