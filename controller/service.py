@@ -14,6 +14,7 @@ from farshore.attention_offload.codec import identity_from_pb, info_from_pb
 from farshore.controller.config import ClusterConfig
 from farshore.ids import SequenceId, WorkerId
 from farshore.kvstore.base import SpanInfo
+from farshore.kvstore.directory.base import Directory
 from farshore.models.config.model import ModelConfig
 from farshore.proto import attention_pb2 as attention_pb
 from farshore.proto import attention_pb2_grpc as attention_grpc
@@ -26,14 +27,12 @@ PROBE_DEADLINE_S = 2.0
 
 
 class ControllerService(pb_grpc.ControllerServicer):
-    """``attention`` and ``dense`` map workers to their addresses; the controller adds to them while it starts
-    the cluster. Thread-safe."""
+    """Asks the workers that ``directory`` lists. Thread-safe."""
 
-    def __init__(self, config: ClusterConfig, model: ModelConfig) -> None:
+    def __init__(self, config: ClusterConfig, model: ModelConfig, directory: Directory) -> None:
         self._config = config
         self._model = model
-        self.attention: dict[WorkerId, str] = {}
-        self.dense: dict[WorkerId, str] = {}
+        self._directory = directory
         self._channels: dict[str, grpc.Channel] = {}
         self._lock = threading.Lock()
 
@@ -41,7 +40,11 @@ class ControllerService(pb_grpc.ControllerServicer):
         """Asks every worker, and answers from the workers' replies."""
         workers: list[api.WorkerStatus] = []
         sequences: dict[SequenceId, api.SequenceStatus] = {}
-        dense, attention = dict(self.dense), dict(self.attention)
+        records = [record for record in self._directory.listing().workers if record.address]
+        dense, attention = (
+            {record.worker: record.address for record in records if record.kind == kind}
+            for kind in ("dense", "attention")
+        )
         dense_calls = {worker: self._ask_dense(address) for worker, address in dense.items()}
         attention_calls = {worker: self._ask_attention(address) for worker, address in attention.items()}
         for worker, call in dense_calls.items():

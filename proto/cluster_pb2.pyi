@@ -80,19 +80,37 @@ class EngineStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class EngineStatus(_message.Message):
-    __slots__ = ("worker", "sequences")
+    __slots__ = ("worker", "sequences", "shards", "readers")
+    class ShardsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bool
+        def __init__(self, key: _Optional[str] = ..., value: bool = ...) -> None: ...
+    class ReadersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     WORKER_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    READERS_FIELD_NUMBER: _ClassVar[int]
     worker: _inference_pb2.WorkerStatus
     sequences: _containers.RepeatedCompositeFieldContainer[_inference_pb2.SequenceStatus]
-    def __init__(self, worker: _Optional[_Union[_inference_pb2.WorkerStatus, _Mapping]] = ..., sequences: _Optional[_Iterable[_Union[_inference_pb2.SequenceStatus, _Mapping]]] = ...) -> None: ...
+    shards: _containers.ScalarMap[str, bool]
+    readers: _containers.ScalarMap[str, int]
+    def __init__(self, worker: _Optional[_Union[_inference_pb2.WorkerStatus, _Mapping]] = ..., sequences: _Optional[_Iterable[_Union[_inference_pb2.SequenceStatus, _Mapping]]] = ..., shards: _Optional[_Mapping[str, bool]] = ..., readers: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class WorkerRecord(_message.Message):
-    __slots__ = ("worker_id", "kind", "slot", "address", "host", "process_id", "state", "done", "total")
+    __slots__ = ("worker_id", "kind", "slot", "address", "host", "process_id", "state", "done", "total", "shards", "failure")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
@@ -102,6 +120,8 @@ class WorkerRecord(_message.Message):
     STATE_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
     TOTAL_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     kind: str
     slot: str
@@ -111,7 +131,9 @@ class WorkerRecord(_message.Message):
     state: str
     done: int
     total: int
-    def __init__(self, worker_id: _Optional[str] = ..., kind: _Optional[str] = ..., slot: _Optional[str] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., process_id: _Optional[int] = ..., state: _Optional[str] = ..., done: _Optional[int] = ..., total: _Optional[int] = ...) -> None: ...
+    shards: int
+    failure: str
+    def __init__(self, worker_id: _Optional[str] = ..., kind: _Optional[str] = ..., slot: _Optional[str] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., process_id: _Optional[int] = ..., state: _Optional[str] = ..., done: _Optional[int] = ..., total: _Optional[int] = ..., shards: _Optional[int] = ..., failure: _Optional[str] = ...) -> None: ...
 
 class WithdrawRequest(_message.Message):
     __slots__ = ("worker_id",)

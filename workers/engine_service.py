@@ -114,6 +114,8 @@ class EngineService(pb_grpc.EngineServicer):
                 links=[api.ShardLink(**link._asdict()) for link in self._engine.links()],
             ),
             sequences=self._sequences(),
+            shards=self._engine.shards(),
+            readers=self._engine.readers(),
         )
 
     def _sequences(self) -> list[api.SequenceStatus]:

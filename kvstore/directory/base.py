@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 from farshore.ids import WorkerId
 
 WorkerKind = Literal["dense", "attention"]
-WorkerState = Literal["loading", "serving"]
+WorkerState = Literal["loading", "serving", "failed"]
 
 LEASE_S = 2.0
 """For how long a worker is listed after it was heard of."""
@@ -41,6 +41,10 @@ class WorkerRecord:
     done: int = 0
     """Tensors loaded, of ``total``, while it loads its model."""
     total: int = 0
+    shards: int = 0
+    """Attention workers that answer it, if it is a dense worker."""
+    failure: str = ""
+    """Why it failed to start."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,10 +1,13 @@
 """Converts directory records and listings to messages and back, for ``remote`` and ``service``."""
 
 from dataclasses import asdict
+from typing import get_args
 
 from farshore.ids import WorkerId
-from farshore.kvstore.directory.base import Listing, WorkerRecord
+from farshore.kvstore.directory.base import Listing, WorkerRecord, WorkerState
 from farshore.proto import cluster_pb2 as pb
+
+_STATES: dict[str, WorkerState] = {state: state for state in get_args(WorkerState)}
 
 
 def record_to_pb(record: WorkerRecord) -> pb.WorkerRecord:
@@ -20,9 +23,11 @@ def record_from_pb(message: pb.WorkerRecord) -> WorkerRecord:
         address=message.address,
         host=message.host,
         process_id=message.process_id,
-        state="loading" if message.state == "loading" else "serving",
+        state=_STATES[message.state],
         done=message.done,
         total=message.total,
+        shards=message.shards,
+        failure=message.failure,
     )
 
 

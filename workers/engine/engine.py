@@ -15,6 +15,7 @@ Called by ``dense`` and ``engine_service``. It must not know gRPC or global plac
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -143,6 +144,7 @@ class Engine:
                 raise DeadlineExceeded(f"the engine's round did not end within {timeout_s:.0f} s")
         self._scheduler.close()
         self._pool.close()
+        self._membership.close()
 
     def check_size(self, prompt_tokens: int, sampling: Sampling) -> None:
         """Raises InvalidRequest if a prompt of this size can never run here. The tokens are not needed."""
@@ -206,6 +208,10 @@ class Engine:
     def shards(self) -> dict[WorkerId, bool]:
         """Returns the shards that the engine knows, and whether each answers."""
         return self._pool.answering()
+
+    def readers(self) -> dict[WorkerId, int]:
+        """Returns the number of sequences that read from each worker."""
+        return dict(Counter(worker for sequence in self._requests.all() for worker in sequence.workers))
 
     def links(self) -> list[Link]:
         """Returns the measured latencies and failures of frames, for each shard."""

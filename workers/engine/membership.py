@@ -64,6 +64,7 @@ class Membership:
         self._is_used = is_used
         self._announced: SimpleQueue[Change] = SimpleQueue()
         self._leaving: set[WorkerId] = set()
+        self._joined: dict[WorkerId, ShardClient] = {}
 
     def announce(self, change: Change) -> None:
         """Queues a change. Any thread may call it. A worker that is unknown, or joins twice, is ignored."""
@@ -85,7 +86,7 @@ class Membership:
         if isinstance(change, Joined):
             if worker in self._clients:
                 return
-            self._clients[worker] = change.client
+            self._clients[worker] = self._joined[worker] = change.client
             self._pool.add(worker, change.client)
             self._pool.open(worker)
         elif worker in self._clients:
@@ -97,8 +98,14 @@ class Membership:
             if isinstance(change, Left):
                 self._leaving.add(worker)
 
+    def close(self) -> None:
+        """Closes the clients of the shards that joined. Call it when the engine's thread has ended."""
+        for client in self._joined.values():
+            client.close()
+
     def _remove(self, worker: WorkerId) -> None:
         client = self._clients.pop(worker)
+        self._joined.pop(worker, None)
         self._fanout.forget(worker)
         queue = self._pool.remove(worker)
 
