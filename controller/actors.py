@@ -112,13 +112,22 @@ class DenseActor(_Worker):
 class ControllerActor:
     """The controller. Ray starts it again, with the same arguments, when its process ends."""
 
-    def __init__(self, config: ClusterConfig, model: ModelConfig, *, namespace: str, listen: str) -> None:
+    def __init__(
+        self, config: ClusterConfig, model: ModelConfig, *, namespace: str, listen: str, state_folder: str
+    ) -> None:
         import ray
 
         from farshore.controller.controller import Controller
 
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
-        self._controller = Controller(config, model, namespace=namespace, listen=listen, restarted=restarted)
+        self._controller = Controller(
+            config,
+            model,
+            namespace=namespace,
+            listen=listen,
+            state_folder=state_folder,
+            restarted=restarted,
+        )
 
     def __repr__(self) -> str:
         return f"controller at {self._controller.address}"

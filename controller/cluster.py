@@ -81,9 +81,10 @@ class Cluster:
         return cluster
 
     def wait(self, *, warn: Callable[[str], None]) -> None:
-        """Blocks until :meth:`stop`. Raises ProcessEnded, with the process's name and how it ended, when the
-        gateway or Ray has ended. ``warn`` is called with each event: workers that are lost, and what replaced
-        them."""
+        """Blocks until :meth:`stop`, or until an operator ends the cluster. Raises ProcessEnded, with the
+        process's name and how it ended, when the gateway or Ray has ended. ``warn`` is called with what
+        happens to workers: they are lost, and replaced.
+        """
         call, seen = None, self._last_event
         while not self._stopped.wait(POLL_S):
             self._check_processes()
@@ -100,7 +101,10 @@ class Cluster:
                 continue
             for event in events:
                 seen = event.number
-                warn(f"{event.subject} {event.kind}{': ' if event.detail else ''}{event.detail}")
+                if event.kind == "down":
+                    return
+                if (event.kind != "started" and event.subject not in self.endpoints) or event.kind == "lost":
+                    warn(f"{event.subject} {event.kind}{': ' if event.detail else ''}{event.detail}")
 
     def stop(self) -> None:
         """Ends everything that this cluster started. Idempotent."""
@@ -173,6 +177,7 @@ class Cluster:
                 model,
                 namespace=NAMESPACE,
                 listen=f"{listen.bracketed(host)}:{listen.free_port(host)}",
+                state_folder=str(self._ray.state_folder(NAMESPACE)),
             )
         )
 

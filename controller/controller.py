@@ -4,8 +4,10 @@ Made by :class:`farshore.controller.actors.ControllerActor`. It is never on the 
 gateways go on without it, new requests too. All that it knows is observed, so a restarted one continues.
 """
 
+import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -14,20 +16,25 @@ from ray._private.state import available_resources_per_node
 from farshore import rpc
 from farshore.controller.actors import AttentionActor, DenseActor, WorkerArguments
 from farshore.controller.config import ClusterConfig
+from farshore.controller.desired import Desired
 from farshore.controller.events import Events
 from farshore.controller.launch import RayLauncher
 from farshore.controller.listen import is_loopback
 from farshore.controller.loop import Loop
 from farshore.controller.probes import WorkerProbes
 from farshore.controller.reconcile import Kind, Slot
-from farshore.controller.service import ControllerService
+from farshore.controller.service import AdminService
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
-from farshore.kvstore.directory.service import DirectoryService
+from farshore.kvstore.directory.remote import DirectoryService
 from farshore.models.config.model import ModelConfig
+from farshore.proto import admin_pb2_grpc as admin_grpc
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 
 MAX_CALLS = 64
+WATCH_S = 1.0
+"""For the driver and other watchers to see the event before everything ends."""
+
 STOP_DEADLINE_S = 15.0
 """For the workers to end their streams; then they are killed."""
 
@@ -36,25 +43,39 @@ class Controller:
     """It observes and acts from construction until :meth:`down`. Thread-safe."""
 
     def __init__(
-        self, config: ClusterConfig, model: ModelConfig, *, namespace: str, listen: str, restarted: bool
+        self,
+        config: ClusterConfig,
+        model: ModelConfig,
+        *,
+        namespace: str,
+        listen: str,
+        state_folder: str,
+        restarted: bool,
     ) -> None:
         """``namespace``: of the workers' actors. ``listen``: HOST:PORT, the same after a restart, since
-        workers and gateways know it. ``restarted``: workers of an earlier controller may run. Raises
-        PortInUse."""
+        workers and gateways know it. ``state_folder``: where the last scale is
+        stored. ``restarted``: workers of an earlier controller may run. Raises PortInUse."""
         self._config = config
         self.events = Events()
         self._directory = EmbeddedDirectory(restarted=restarted)
-        self._status = ControllerService(config, model, self._directory)
+        self._desired = Desired(
+            {"dense": config.dense_workers, "attention": config.attention_workers},
+            Path(state_folder) / "desired.json",
+            placement=config.placement,
+            keep=restarted,
+        )
+        self._admin = AdminService(config, model, self._directory, self)
+        self._going_down = threading.Event()
         self._server, self.address = rpc.serve(
             self._register,
-            service=pb.DESCRIPTOR.services_by_name["Controller"].full_name,
+            service=pb.DESCRIPTOR.services_by_name["Directory"].full_name,
             listen=listen,
             threads=MAX_CALLS,
         )
         self._launcher = RayLauncher(namespace, self._new_worker)
         self._probes = WorkerProbes(self._directory)
         self._loop = Loop(
-            desired=self._desired,
+            desired=self._desired.counts,
             directory=self._directory,
             launcher=self._launcher,
             probes=self._probes,
@@ -62,6 +83,19 @@ class Controller:
             grace_s=config.shard_grace_s,
         )
         self._loop.start()
+
+    def scale(self, changes: Mapping[Kind, int]) -> Mapping[Kind, int]:
+        """See :class:`~farshore.controller.service.Operations`."""
+        counts = self._desired.scale(changes)
+        self.events.add("scaled", " ".join(f"{kind}={count}" for kind, count in counts.items()))
+        return counts
+
+    def begin_down(self) -> None:
+        """See :class:`~farshore.controller.service.Operations`."""
+        if not self._going_down.is_set():
+            self._going_down.set()
+            self.events.add("down", "cluster")
+            threading.Thread(target=self._end, name="down", daemon=True).start()
 
     def problem(self) -> str | None:
         """Why workers wait for a node: the missing memory and the fix; None if none waits."""
@@ -83,14 +117,17 @@ class Controller:
             self._launcher.kill(slot)
         self._probes.stop()
         self._server.stop(0).wait()
-        self._status.close()
+        self._admin.close()
+
+    def _end(self) -> None:
+        time.sleep(WATCH_S)
+        self.down()
+        # Ray starts a controller that merely ends again.
+        ray.kill(ray.get_runtime_context().current_actor)
 
     def _register(self, server: Any) -> None:
-        pb_grpc.add_ControllerServicer_to_server(self._status, server)
+        admin_grpc.add_AdminServicer_to_server(self._admin, server)
         pb_grpc.add_DirectoryServicer_to_server(DirectoryService(self._directory), server)
-
-    def _desired(self) -> dict[Kind, int]:
-        return {"dense": self._config.dense_workers, "attention": self._config.attention_workers}
 
     def _new_worker(self, slot: Slot) -> tuple[type, dict[str, Any], dict[str, Any]]:
         """See :class:`RayLauncher`."""

@@ -75,6 +75,16 @@ class RayRuntime:
             fix = f"check --ray-address {self._address}, that Ray runs there, and RAY_AUTH_MODE and its token"
             self._init({"address": self._address}, fix)
 
+    def state_folder(self, name: str) -> Path:
+        """Where the cluster ``name`` stores what a restarted controller needs: a private Ray's own folder, or
+        one of the user's."""
+        if self._private is not None:
+            return self._private
+        base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+        folder = Path(base) / "farshore" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
     def ended(self) -> str | None:
         """Which essential process of a private Ray ended, and how; None if all run. Always None for a joined
         Ray, whose processes are not ours to watch: the end of its actors is noticed elsewhere."""

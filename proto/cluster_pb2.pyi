@@ -1,3 +1,4 @@
+from farshore.proto import admin_pb2 as _admin_pb2
 from farshore.proto import inference_pb2 as _inference_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -99,15 +100,11 @@ class EngineStatus(_message.Message):
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     READERS_FIELD_NUMBER: _ClassVar[int]
-    worker: _inference_pb2.WorkerStatus
-    sequences: _containers.RepeatedCompositeFieldContainer[_inference_pb2.SequenceStatus]
+    worker: _admin_pb2.WorkerStatus
+    sequences: _containers.RepeatedCompositeFieldContainer[_admin_pb2.SequenceStatus]
     shards: _containers.ScalarMap[str, bool]
     readers: _containers.ScalarMap[str, int]
-    def __init__(self, worker: _Optional[_Union[_inference_pb2.WorkerStatus, _Mapping]] = ..., sequences: _Optional[_Iterable[_Union[_inference_pb2.SequenceStatus, _Mapping]]] = ..., shards: _Optional[_Mapping[str, bool]] = ..., readers: _Optional[_Mapping[str, int]] = ...) -> None: ...
-
-class StatusRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    def __init__(self, worker: _Optional[_Union[_admin_pb2.WorkerStatus, _Mapping]] = ..., sequences: _Optional[_Iterable[_Union[_admin_pb2.SequenceStatus, _Mapping]]] = ..., shards: _Optional[_Mapping[str, bool]] = ..., readers: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class WorkerRecord(_message.Message):
     __slots__ = ("worker_id", "kind", "slot", "address", "host", "process_id", "state", "done", "total", "shards", "failure")

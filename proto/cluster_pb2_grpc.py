@@ -4,7 +4,6 @@ import grpc
 import warnings
 
 from farshore.proto import cluster_pb2 as farshore_dot_proto_dot_cluster__pb2
-from farshore.proto import inference_pb2 as farshore_dot_proto_dot_inference__pb2
 
 GRPC_GENERATED_VERSION = '1.80.0'
 GRPC_VERSION = grpc.__version__
@@ -177,78 +176,6 @@ class Engine(object):
             '/farshore.cluster.v1.Engine/Status',
             farshore_dot_proto_dot_cluster__pb2.EngineStatusRequest.SerializeToString,
             farshore_dot_proto_dot_cluster__pb2.EngineStatus.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-
-class ControllerStub(object):
-    """Missing associated documentation comment in .proto file."""
-
-    def __init__(self, channel):
-        """Constructor.
-
-        Args:
-            channel: A grpc.Channel.
-        """
-        self.Status = channel.unary_unary(
-                '/farshore.cluster.v1.Controller/Status',
-                request_serializer=farshore_dot_proto_dot_cluster__pb2.StatusRequest.SerializeToString,
-                response_deserializer=farshore_dot_proto_dot_inference__pb2.ClusterStatusReply.FromString,
-                _registered_method=True)
-
-
-class ControllerServicer(object):
-    """Missing associated documentation comment in .proto file."""
-
-    def Status(self, request, context):
-        """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-
-def add_ControllerServicer_to_server(servicer, server):
-    rpc_method_handlers = {
-            'Status': grpc.unary_unary_rpc_method_handler(
-                    servicer.Status,
-                    request_deserializer=farshore_dot_proto_dot_cluster__pb2.StatusRequest.FromString,
-                    response_serializer=farshore_dot_proto_dot_inference__pb2.ClusterStatusReply.SerializeToString,
-            ),
-    }
-    generic_handler = grpc.method_handlers_generic_handler(
-            'farshore.cluster.v1.Controller', rpc_method_handlers)
-    server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('farshore.cluster.v1.Controller', rpc_method_handlers)
-
-
- # This class is part of an EXPERIMENTAL API.
-class Controller(object):
-    """Missing associated documentation comment in .proto file."""
-
-    @staticmethod
-    def Status(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/farshore.cluster.v1.Controller/Status',
-            farshore_dot_proto_dot_cluster__pb2.StatusRequest.SerializeToString,
-            farshore_dot_proto_dot_inference__pb2.ClusterStatusReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -16,6 +16,7 @@ from farshore.attention_offload.base import ShardIdentity
 from farshore.errors import FarshoreError, InvalidRequest
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kvstore.store.store import LocalStore
+from farshore.proto import admin_pb2 as admin
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 from farshore.proto import inference_pb2 as api
@@ -98,7 +99,7 @@ class EngineService(pb_grpc.EngineServicer):
         usage = self._store.usage()
         load = self._engine.load()
         return pb.EngineStatus(
-            worker=api.WorkerStatus(
+            worker=admin.WorkerStatus(
                 worker_id=self._worker,
                 kind="dense",
                 host=socket.gethostname(),
@@ -111,19 +112,19 @@ class EngineService(pb_grpc.EngineServicer):
                 waiting=load.waiting,
                 parked=load.parked,
                 parkings=load.parkings,
-                links=[api.ShardLink(**link._asdict()) for link in self._engine.links()],
+                links=[admin.ShardLink(**link._asdict()) for link in self._engine.links()],
             ),
             sequences=self._sequences(),
             shards=self._engine.shards(),
             readers=self._engine.readers(),
         )
 
-    def _sequences(self) -> list[api.SequenceStatus]:
-        local: dict[SequenceId, list[api.SpanStatus]] = {}
+    def _sequences(self) -> list[admin.SequenceStatus]:
+        local: dict[SequenceId, list[admin.SpanStatus]] = {}
         for info in self._store.announce():
             key = info.key
             local.setdefault(key.sequence, []).append(
-                api.SpanStatus(
+                admin.SpanStatus(
                     worker_id=self._worker,
                     first=key.first,
                     last=key.first + info.sealed_tokens,
@@ -133,7 +134,7 @@ class EngineService(pb_grpc.EngineServicer):
                 )
             )
         return [
-            api.SequenceStatus(
+            admin.SequenceStatus(
                 sequence_id=f"{view.id}/{view.choice}" if view.choice else view.id,
                 owner=self._worker,
                 epoch=view.epoch,

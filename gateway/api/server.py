@@ -17,6 +17,8 @@ from grpc_reflection.v1alpha import reflection
 
 from farshore import rpc
 from farshore.errors import InvalidRequest, PortInUse
+from farshore.gateway.api import admin
+from farshore.gateway.api.admin import AdminProxy
 from farshore.gateway.api.service import InferenceService
 from farshore.gateway.engines.discovery import EngineDiscovery
 from farshore.gateway.engines.engine_client import GrpcEngineClient
@@ -25,7 +27,7 @@ from farshore.gateway.limits import Limits
 from farshore.gateway.requests.log import RequestLog
 from farshore.gateway.served import Served
 from farshore.interpreter import make_nicer
-from farshore.proto import cluster_pb2_grpc, inference_pb2
+from farshore.proto import inference_pb2
 
 NICENESS = 10
 """Added to the niceness of tokenizing threads, so that the event loop's threads run first."""
@@ -126,14 +128,15 @@ async def create(
     service = InferenceService(
         served=served,
         log=log,
-        controller=cluster_pb2_grpc.ControllerStub(controller_channel),
-        controller_address=controller,
         limits=limits,
         clock=clock,
     )
-    server.add_generic_rpc_handlers((service.handler(),))
+    operators = AdminProxy(controller_channel, controller, limits)
+    server.add_generic_rpc_handlers((service.handler(), operators.handler()))
     health_pb2_grpc.add_HealthServicer_to_server(health_state, server)
-    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    reflection.enable_server_reflection(
+        (SERVICE, admin.NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+    )
     await engine_health.probe()
     await server.start()
     return Gateway(

@@ -1,6 +1,6 @@
-"""The directory of another process, over gRPC.
+"""The directory over gRPC: its client, used by workers, and its service, registered by the controller.
 
-Used by workers and by the gateway. See ``base`` for the contract.
+See ``base`` for the contract.
 """
 
 from collections.abc import Collection
@@ -10,7 +10,7 @@ import grpc
 from farshore import rpc
 from farshore.ids import WorkerId
 from farshore.kvstore.directory import codec
-from farshore.kvstore.directory.base import Listing, WorkerRecord
+from farshore.kvstore.directory.base import Directory, Listing, WorkerRecord
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 
@@ -45,3 +45,25 @@ class RemoteDirectory:
             return method(request, timeout=DEADLINE_S)
         except grpc.RpcError as failure:
             raise rpc.error_of(failure, peer="the directory") from failure
+
+
+class DirectoryService(pb_grpc.DirectoryServicer):
+    """Passes calls on to a directory."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+
+    def Renew(self, request: pb.WorkerRecord, context: grpc.ServicerContext) -> pb.DirectoryReply:
+        self._directory.renew(codec.record_from_pb(request))
+        return pb.DirectoryReply()
+
+    def Withdraw(self, request: pb.WithdrawRequest, context: grpc.ServicerContext) -> pb.DirectoryReply:
+        self._directory.withdraw(WorkerId(request.worker_id))
+        return pb.DirectoryReply()
+
+    def Close(self, request: pb.CloseRequest, context: grpc.ServicerContext) -> pb.DirectoryReply:
+        self._directory.close([WorkerId(worker) for worker in request.worker_ids])
+        return pb.DirectoryReply()
+
+    def List(self, request: pb.ListRequest, context: grpc.ServicerContext) -> pb.Listing:
+        return codec.listing_to_pb(self._directory.listing())

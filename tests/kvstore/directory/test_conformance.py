@@ -9,8 +9,7 @@ from farshore.errors import TransportError
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import LEASE_S, SETTLE_S, WorkerRecord
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
-from farshore.kvstore.directory.remote import RemoteDirectory
-from farshore.kvstore.directory.service import DirectoryService
+from farshore.kvstore.directory.remote import DirectoryService, RemoteDirectory
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 
