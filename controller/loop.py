@@ -31,6 +31,8 @@ from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import Directory, Listing, WorkerRecord
 
 ROUND_S = 0.5
+ANNOUNCE_S = 30.0
+"""A worker whose process runs announces itself within this time."""
 SETTLE_ROUNDS_S = 5.0
 """A round that starts this much later than planned: the controller was paused, and what it remembers about
 time is worth nothing."""
@@ -44,6 +46,9 @@ class Probes(Protocol):
     def silent_s(self, suspects: Mapping[WorkerId, str]) -> dict[WorkerId, float]:
         """For how long each of the suspected workers (id to address) has answered no probe and been reported
         alive by no engine; 0.0 if it answers. Never blocks: it reads the newest answers."""
+
+    def alive(self) -> set[WorkerId]:
+        """The attention workers that an engine reports alive. Never blocks."""
 
     def readers(self) -> dict[WorkerId, int] | None:
         """The number of sequences that read from each attention worker or run on each dense one; None while a
@@ -175,29 +180,28 @@ class Loop:
             if seen.record is not None and seen.record.worker not in listed
         }
         silent_s = self._probes.silent_s(suspects)
+        # Such a worker may be one that this controller has not heard of.
+        nameless_may_live = bool(self._probes.alive() - listed)
         readers = self._probes.readers() if self._closed else None
-        return Observed(
-            processes={
-                slot: self._process(slot, seen, readers, silent_s) for slot, seen in self._seen.items()
-            },
-            deaths=self._deaths,
-            settled=settled,
-        )
+        processes = {}
+        for slot, seen in self._seen.items():
+            if seen.record is not None:
+                frozen = silent_s.get(seen.record.worker, 0.0) >= self._grace_s
+            else:
+                late = bool(seen.occupant.node) and now_s - seen.since_s >= ANNOUNCE_S + self._grace_s
+                frozen = late and not nameless_may_live
+            processes[slot] = self._process(slot, seen, readers, frozen=frozen)
+        return Observed(processes=processes, deaths=self._deaths, settled=settled)
 
     def _process(
-        self,
-        slot: Slot,
-        seen: _Seen,
-        readers: Mapping[WorkerId, int] | None,
-        silent_s: Mapping[WorkerId, float],
+        self, slot: Slot, seen: _Seen, readers: Mapping[WorkerId, int] | None, *, frozen: bool
     ) -> Process:
         worker = seen.record.worker if seen.record is not None else None
-        known = worker is not None
         return Process(
             slot=slot,
             worker=worker,
-            closed=known and worker in self._closed,
-            readers=None if readers is None or not known else readers.get(worker, 0),
-            frozen=known and silent_s.get(worker, 0.0) >= self._grace_s,
+            closed=worker is not None and worker in self._closed,
+            readers=None if readers is None or worker is None else readers.get(worker, 0),
+            frozen=frozen,
             killed_s=seen.killed_s,
         )

@@ -31,6 +31,7 @@ class WorkerProbes:
         self._suspects: Mapping[WorkerId, str] = {}
         self._silent_since_s: dict[WorkerId, float] = {}
         self._readers: dict[WorkerId, int] | None = None
+        self._alive: set[WorkerId] = set()
         self._channels: dict[str, grpc.Channel] = {}
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._ask, name="probe", daemon=True)
@@ -48,6 +49,9 @@ class WorkerProbes:
         since_s = dict(self._silent_since_s)
         return {worker: now_s - since_s[worker] if worker in since_s else 0.0 for worker in suspects}
 
+    def alive(self) -> set[WorkerId]:
+        return self._alive
+
     def readers(self) -> dict[WorkerId, int] | None:
         return self._readers
 
@@ -61,18 +65,19 @@ class WorkerProbes:
             }
             statuses = {worker: self._status(address) for worker, address in engines.items()}
             checks = {worker: self._check(address) for worker, address in suspects.items() if address}
-            alive = {worker for worker, call in checks.items() if call.exception() is None}
+            reported: set[WorkerId] = set()
             readers: Counter[WorkerId] | None = Counter()
             for worker, call in statuses.items():
                 if call.exception() is not None:
                     readers = None
                     continue
                 status = call.result()
-                alive |= {WorkerId(shard) for shard, answers in status.shards.items() if answers}
+                reported |= {WorkerId(shard) for shard, answers in status.shards.items() if answers}
                 if readers is not None:
                     readers.update({WorkerId(shard): count for shard, count in status.readers.items()})
                     readers[worker] += len(status.sequences)
-            self._readers = readers
+            self._readers, self._alive = readers, reported
+            alive = reported | {worker for worker, call in checks.items() if call.exception() is None}
             now_s = self._clock()
             self._silent_since_s = {
                 worker: self._silent_since_s.get(worker, now_s) for worker in suspects if worker not in alive
