@@ -50,7 +50,8 @@ STOP_DEADLINE_S = 30.0
 
 class Cluster:
     """Made by :meth:`start`; a context manager that stops the cluster. ``address``: the gateway's.
-    ``endpoints``: name -> address of the gateway, the controller and each worker."""
+    ``endpoints``: name -> address of the gateway, the controller and each worker. ``notice``: what an
+    operator should know; may be empty."""
 
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
@@ -62,6 +63,7 @@ class Cluster:
         self._stopped = threading.Event()
         self.endpoints: dict[str, str] = {}
         self.address = ""
+        self.notice = ""
 
     @classmethod
     def start(cls, config: ClusterConfig, *, progress: Callable[[str], None]) -> Self:
@@ -137,6 +139,7 @@ class Cluster:
         config = self._config
         progress(f"joining Ray at {config.ray_address}" if config.ray_address else "starting Ray")
         self._ray.start()
+        self._ray.note_processes()
         progress("starting the controller")
         self._controller = self._start_controller(_with_absolute_model(config), model)
         controller = self._ask(self._controller.address.remote(), "the controller", START_DEADLINE_S)
@@ -160,6 +163,11 @@ class Cluster:
         """Starts the controller on this node, or finds the one that runs. Its port is chosen here, since a
         restarted controller must have the same."""
         host = "127.0.0.1" if config.ray_address is None else ray.util.get_node_ip_address()
+        if not listen.is_loopback(host):
+            self.notice = (
+                f"controller and workers listen on their nodes' addresses, such as {host}, without "
+                "authentication: let only hosts that you trust reach these"
+            )
         node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = {"num_cpus": 0, "max_concurrency": CONTROLLER_CALLS, "scheduling_strategy": node}
         return (

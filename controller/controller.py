@@ -19,7 +19,6 @@ from farshore.controller.config import ClusterConfig
 from farshore.controller.desired import Desired
 from farshore.controller.events import Events
 from farshore.controller.launch import RayLauncher
-from farshore.controller.listen import is_loopback
 from farshore.controller.loop import Loop
 from farshore.controller.probes import WorkerProbes
 from farshore.controller.reconcile import Kind, Slot
@@ -133,12 +132,11 @@ class Controller:
         """See :class:`RayLauncher`."""
         config = self._config
         nodes = max(1, len(_nodes()))
-        several = config.ray_address is not None and (nodes > 1 or not is_loopback(config.host))
         arguments = WorkerArguments(
             slot=str(slot),
             config=config,
             directory=self.address,
-            network=several,
+            network=config.ray_address is not None,
             workers_per_node=1 if slot.kind == "dense" else -(-config.attention_workers // nodes),
         )
         options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 2}

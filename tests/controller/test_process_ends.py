@@ -127,3 +127,30 @@ def test_without_its_controller_the_cluster_goes_on_and_a_new_one_starts_nothing
         os.kill(shard.process_id, signal.SIGKILL)
         _replaced(client, shard, count=1)
         assert _until(lambda: _answer(client), "no answer") == "The capital of France is Paris."
+
+
+@pytest.mark.heavy
+def test_operators_scale_watch_and_end_a_cluster(marked, serve):
+    server, address = serve("--kv-memory", "64MiB", "--attention-workers", "1")
+    with Client(address) as client:
+        done = marked.run("scale", "--server", address, "attention=2")
+        assert (done.returncode, done.stdout) == (0, "dense=1 attention=2\n"), done.stderr
+        _until(lambda: len(_workers(client, "attention")) == 2, "no worker was added")
+        done = marked.run("scale", "--server", address, "attention=0")
+        assert done.returncode == 1 and "give at least 1" in done.stderr
+        marked.run("scale", "--server", address, "attention=1")
+        _until(lambda: len(_workers(client, "attention")) == 1, "no worker retired")
+        assert _answer(client) == "The capital of France is Paris."
+    shown = marked.run("events", "--server", address).stdout
+    assert "joined    attention-1-" in shown and "retired   attention-1" in shown
+    assert marked.run("down", "--server", address).returncode == 0
+    assert server.process.wait(END_DEADLINE_S) == 0
+
+
+@pytest.mark.heavy
+def test_a_killed_serve_leaves_nothing(marked):
+    server = marked.start("serve", "--port", "0", "--kv-memory", "64MiB", "--attention-workers", "1")
+    server.out.await_match(r"serves \S+ at (\S+)")
+    server.process.kill()
+    server.process.wait(END_DEADLINE_S)
+    marked.check_nothing_left()
