@@ -108,6 +108,7 @@ class ShardWatch:
             identity = client.identify()
             if identity.worker != record.worker:
                 raise FarshoreError(f"{identity.worker} is at the address of {record.worker}")
+            client.connect()  # Refused by a worker of another wire version.
             self._identified(record.worker, identity)
             self._engine.announce(Joined(record.worker, client))
         except FarshoreError as error:
