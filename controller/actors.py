@@ -7,11 +7,14 @@ actor's ``__repr__`` is what the Ray dashboard shows.
 
 import os
 import threading
+import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from farshore.controller.config import ClusterConfig
+from farshore.controller.gauges import Gauges, Sample
 from farshore.controller.listen import bracketed
 from farshore.ids import WorkerId
 from farshore.models.config.model import ModelConfig
@@ -63,6 +66,13 @@ class AttentionActor(_Worker):
             threads=self._threads,
             directory=self._directory,
         )
+        Gauges(self._slot, self._sample)
+
+    def _sample(self) -> Iterator[Sample]:
+        identity = self._worker.memory()
+        yield Sample("farshore_kv_budget_bytes", identity.budget_bytes)
+        yield Sample("farshore_kv_free_bytes", identity.free_bytes)
+        yield Sample("farshore_attended_bytes", identity.attended_bytes)
 
     def leave(self) -> None:
         """Withdraws and ends the process."""
@@ -102,6 +112,27 @@ class DenseActor(_Worker):
             host=self._host,
         )
         threading.Thread(target=self._worker.run, name="load", daemon=True).start()
+        self._tokens = (time.monotonic(), 0)
+        Gauges(self._slot, self._sample)
+
+    def _sample(self) -> Iterator[Sample]:
+        now = self._worker.load_now()
+        if now is None:
+            return
+        load, links, usage = now
+        (then_s, before), now_s = self._tokens, time.monotonic()
+        self._tokens = now_s, load.tokens
+        yield Sample("farshore_kv_budget_bytes", usage.budget_bytes)
+        yield Sample("farshore_kv_free_bytes", usage.available_bytes)
+        yield Sample("farshore_requests_running", load.running)
+        yield Sample("farshore_requests_waiting", load.waiting)
+        yield Sample("farshore_choices_parked", load.parked)
+        yield Sample("farshore_tokens", load.tokens)
+        yield Sample("farshore_tokens_per_second", (load.tokens - before) / max(now_s - then_s, 1e-9))
+        for link in links:
+            yield Sample("farshore_shard_latency_p50_ms", link.p50_ms, link.worker_id)
+            yield Sample("farshore_shard_latency_p99_ms", link.p99_ms, link.worker_id)
+            yield Sample("farshore_shard_failures", link.failures, link.worker_id)
 
     def leave(self) -> None:
         """Withdraws, ends the streams, and ends the process."""

@@ -14,6 +14,7 @@ import sys
 
 import torch
 
+from farshore.attention_offload.base import ShardIdentity
 from farshore.attention_offload.shard.service import AttentionService, serve
 from farshore.attention_offload.transport.core_sharing import share_cores
 from farshore.ids import WorkerId
@@ -45,7 +46,8 @@ class AttentionWorker:
         share_cores()
         store = LocalStore(worker=worker, arena=Arena(kv_memory_bytes))
         share_interpreter()
-        self._server, self._address = serve(AttentionService(worker, store), listen)
+        self._service = AttentionService(worker, store)
+        self._server, self._address = serve(self._service, listen)
         record = WorkerRecord(
             worker=worker,
             kind="attention",
@@ -60,6 +62,10 @@ class AttentionWorker:
     def address(self) -> str:
         """Returns the address that the worker listens on."""
         return self._address
+
+    def memory(self) -> ShardIdentity:
+        """The shard's identity, with its memory and what it attended to."""
+        return self._service.identity()
 
     def stop(self) -> None:
         """Withdraws from the directory, ends open streams and frees the port. Idempotent."""

@@ -14,11 +14,13 @@ from farshore import rpc
 from farshore.attention_offload.client.in_process import InProcessClient
 from farshore.attention_offload.client.remote import RemoteClient
 from farshore.attention_offload.codec import dtype_of
+from farshore.attention_offload.fanout.latency import Link
 from farshore.attention_offload.plan.placement import ShardBy
 from farshore.errors import FarshoreError
 from farshore.ids import WorkerId
 from farshore.interpreter import share_interpreter
 from farshore.kernels.formats import KVFormat
+from farshore.kvstore.base import Usage
 from farshore.kvstore.directory.base import Directory, WorkerRecord
 from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.store import LocalStore
@@ -29,6 +31,7 @@ from farshore.proto import cluster_pb2_grpc as pb_grpc
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.attention_model import attention_model
 from farshore.workers.engine.engine import Engine
+from farshore.workers.engine.views import EngineLoad
 from farshore.workers.engine_service import EngineService
 from farshore.workers.lease import Lease
 from farshore.workers.shard_watch import ShardWatch
@@ -108,7 +111,7 @@ class DenseWorker:
         config, model = self._config, self._model
         attention = attention_model(model.config, model.dtype, _FORMATS[config.kv_format])
         arena = Arena(config.kv_memory_bytes)
-        store = LocalStore(worker=config.worker, arena=arena)
+        self._store = store = LocalStore(worker=config.worker, arena=arena)
         local = InProcessClient(config.worker, store, attention)
         share_interpreter()
         identities = {config.worker: local.identify()}
@@ -158,6 +161,12 @@ class DenseWorker:
         if self._watch is not None:
             self._watch.stop()
         self._engine.stop()
+
+    def load_now(self) -> tuple[EngineLoad, list[Link], Usage] | None:
+        """The engine's load, its links to shards, and its own memory; None before it serves."""
+        if self._engine is None:
+            return None
+        return self._engine.load(), self._engine.links(), self._store.usage()
 
     def _record(self) -> WorkerRecord:
         done, total = self._loading

@@ -133,6 +133,7 @@ class Reader:
             fingerprint=fingerprint(self._model.config, self._attention, revision="", salt=name),
         )
         pool = ShardPool(self._clients, [_WORKER])
+        pool.await_beats(DEADLINE_S)
         cache = SequenceCache(arena=self._arena, pool=pool, model=self._attention, shard_by="range")
         cache.place(sequence, promised_tokens=0)
         logprobs, best = [], []

@@ -167,7 +167,9 @@ def ray_address():
 
 @pytest.fixture
 def two_nodes():
-    """(address of a Ray, the Background of its second node): 127.0.0.2 and 127.0.0.3 of this machine."""
+    """(address of a Ray, the Background of its second node, the second's metrics port): 127.0.0.2 and
+    127.0.0.3 of this machine."""
+    metrics_port = free_port()
     port = str(free_port("127.0.0.2"))
     common = ("--memory", str(2 << 30), "--num-cpus", "2")
     head = start_node(
@@ -178,12 +180,12 @@ def two_nodes():
         "--address",
         address,
         "--node-ip-address=127.0.0.3",
-        f"--metrics-export-port={free_port()}",
+        f"--metrics-export-port={metrics_port}",
         "--min-worker-port=32000",
         "--max-worker-port=32999",
         *common,
     )
-    yield address, second
+    yield address, second, metrics_port
     for node in (second, head):
         if node.process.poll() is None:
             node.end(signal.SIGTERM)

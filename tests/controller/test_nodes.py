@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+import urllib.request
 
 import psutil
 import pytest
@@ -19,6 +20,14 @@ DEADLINE_S = 90.0
 
 def _answer(client):
     return "".join(getattr(event, "text", "") for event in client.generate(messages=QUESTION, max_tokens=8))
+
+
+def _fetched(port):
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
+            return page.read()
+    except OSError:
+        return b""
 
 
 def _attention(client):
@@ -38,7 +47,7 @@ def _until(condition, what):
 
 @pytest.mark.heavy
 def test_workers_spread_over_nodes_and_a_lost_node_is_replaced(two_nodes, marked, serve):
-    address, second = two_nodes
+    address, second, metrics_port = two_nodes
     marked.set_environment(RAY_AUTH_MODE="disabled")
     _, gateway = serve("--ray-address", address, "--kv-memory", "256MiB", "--attention-workers", "2")
     with Client(gateway) as client:
@@ -48,6 +57,9 @@ def test_workers_spread_over_nodes_and_a_lost_node_is_replaced(two_nodes, marked
         _until(lambda: len(_attention(client)) == 6, "not all workers joined")
         hosts = {each.partition(":")[0] for each in _attention(client).values()}
         assert hosts == {"127.0.0.2", "127.0.0.3"}
+        _until(
+            lambda: b"ray_farshore_kv_budget_bytes" in _fetched(metrics_port), "no gauges on the second node"
+        )
         before = _attention(client)
         on_second = {worker for worker, each in before.items() if each.startswith("127.0.0.3:")}
         family = psutil.Process(second.process.pid).children(recursive=True)

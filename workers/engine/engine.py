@@ -203,7 +203,7 @@ class Engine:
 
     def load(self) -> EngineLoad:
         """Returns how many requests run, wait and are parked."""
-        return EngineLoad(*self._requests.load(), self._scheduler.parkings)
+        return EngineLoad(*self._requests.load(), self._scheduler.parkings, self._scheduler.tokens)
 
     def shards(self) -> dict[WorkerId, bool]:
         """Returns the shards that the engine knows, and whether each answers."""

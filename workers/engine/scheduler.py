@@ -70,6 +70,8 @@ class Scheduler:
         """Whether prefill ran a unit in this round."""
         self.parkings = 0
         """Number of times that a sequence was parked."""
+        self.tokens = 0
+        """Number of tokens that were drawn."""
 
     def round(self) -> bool:
         """Runs one round. Returns whether it made progress."""
@@ -301,6 +303,7 @@ class Scheduler:
     def _emit(self, entry: StepEntry) -> None:
         """Emits the drawn tokens of a sequence, and finishes it after its last one."""
         sequence = entry.sequence
+        self.tokens += len(entry.drawn)
         for drawn in entry.drawn:
             sequence.emit(Sampled(drawn.token, sequence.choice, drawn.logprob, drawn.top))
         reason = sequence.finish_reason()
