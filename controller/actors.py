@@ -13,10 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import ray
+
 from farshore.controller.config import ClusterConfig
 from farshore.controller.gauges import Gauges, Sample
 from farshore.controller.listen import bracketed
 from farshore.ids import WorkerId
+from farshore.kvstore.directory.remote import RemoteDirectory
 from farshore.models.config.model import ModelConfig
 
 
@@ -36,10 +39,6 @@ class WorkerArguments:
 
 class _Worker:
     def __init__(self, arguments: WorkerArguments) -> None:
-        import ray
-
-        from farshore.kvstore.directory.remote import RemoteDirectory
-
         self._slot = arguments.slot
         self._id = WorkerId(f"{arguments.slot}-{uuid.uuid4().hex[:6]}")
         self._host = ray.util.get_node_ip_address() if arguments.network else "127.0.0.1"
@@ -77,7 +76,7 @@ class AttentionActor(_Worker):
     def leave(self) -> None:
         """Withdraws and ends the process."""
         self._worker.stop()
-        _exit()
+        ray.actor.exit_actor()
 
 
 class DenseActor(_Worker):
@@ -137,7 +136,7 @@ class DenseActor(_Worker):
     def leave(self) -> None:
         """Withdraws, ends the streams, and ends the process."""
         self._worker.stop()
-        _exit()
+        ray.actor.exit_actor()
 
 
 class ControllerActor:
@@ -146,8 +145,6 @@ class ControllerActor:
     def __init__(
         self, config: ClusterConfig, model: ModelConfig, *, namespace: str, listen: str, state_folder: str
     ) -> None:
-        import ray
-
         from farshore.controller.controller import Controller
 
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
@@ -178,9 +175,3 @@ class ControllerActor:
     def down(self) -> None:
         """Ends all workers, and this controller's loop."""
         self._controller.down()
-
-
-def _exit() -> None:
-    import ray
-
-    ray.actor.exit_actor()

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from ray.util.metrics import Gauge
+
 PERIOD_S = 2.0
 
 DESCRIPTIONS = {
@@ -19,14 +21,14 @@ DESCRIPTIONS = {
     "farshore_choices_parked": "Completions that gave their memory back and wait for it.",
     "farshore_tokens": "Tokens that an engine has generated since it started.",
     "farshore_tokens_per_second": "Tokens that an engine generates per second, over the last period.",
-    "farshore_shard_latency_p50_ms": "Median time from sending a layer's queries to having the answer.",
+    "farshore_shard_latency_p50_ms": "Median time from sending a layer's queries to the answer.",
     "farshore_shard_latency_p99_ms": "99th percentile of that time.",
     "farshore_shard_failures": "Steps that ran again because a shard did not answer in time.",
 }
 
 
 class Sample(NamedTuple):
-    """One value. ``name``: a key of DESCRIPTIONS. ``shard``: the attention worker that it is about, if any."""
+    """One value. ``name``: a key of DESCRIPTIONS. ``shard``: the attention worker it is about, if any."""
 
     name: str
     value: float
@@ -38,9 +40,6 @@ class Gauges:
     name."""
 
     def __init__(self, worker: str, sample: Callable[[], Iterable[Sample]]) -> None:
-        # Imported here: a worker's process has Ray, other users of this module need only the names.
-        from ray.util.metrics import Gauge
-
         self._worker = worker
         self._sample = sample
         self._gauges = {
