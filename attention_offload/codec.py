@@ -33,6 +33,10 @@ from farshore.text import quoted
 
 assert sys.byteorder == "little", "the wire is little-endian, and tensors are sent without swapping bytes"
 
+WIRE_VERSION = 1
+"""Of frames and messages between engines and shards. A change that the other end would misread increases
+it."""
+
 DTYPES = {format.value: format.dtype for format in KVFormat if not format.quantised}
 """The dtypes that a message can name: those of the formats that are not quantised."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -266,10 +270,17 @@ def model_to_pb(model: AttentionModel, dtype: torch.dtype) -> pb.Open:
         layouts=[layout_to_pb(layout) for layout in model.layouts],
         layer_class=model.layer_class,
         dtype=dtype_name(dtype),
+        wire_version=WIRE_VERSION,
     )
 
 
 def model_from_pb(message: pb.Open) -> AttentionModel:
+    """Raises InvalidRequest for an engine of another wire version."""
+    if message.wire_version != WIRE_VERSION:
+        raise InvalidRequest(
+            f"the engine's wire version is {message.wire_version}, this attention worker's is "
+            f"{WIRE_VERSION}: run the same version of Farshore on all nodes"
+        )
     return AttentionModel(
         specs=tuple(
             AttentionSpec(

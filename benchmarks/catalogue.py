@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from farshore.attention_offload.transport.core_sharing import usable_cores
 from farshore.benchmarks import machine
+from farshore.benchmarks.cluster import benchmark as cluster
 from farshore.benchmarks.demo import load_demo
 from farshore.benchmarks.faults import benchmark as faults
 from farshore.benchmarks.faults import setting as faults_setting
@@ -101,6 +102,10 @@ def _faults(options: Options, progress: Progress) -> Report:
     return faults.run(facts, sizes, seed=options.seed, only=options.only, progress=progress)
 
 
+def _cluster(options: Options, progress: Progress) -> Report:
+    return cluster.run(options.facts(), cluster.Sizes(), only=options.only, progress=progress)
+
+
 BENCHMARKS: Mapping[str, Benchmark] = {
     "machine": Benchmark("what this machine is and how fast it reads, copies and multiplies", _machine),
     "offload": Benchmark("hops, bulk KV and decode steps over attention workers on this machine", _offload),
@@ -108,6 +113,9 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "dense": Benchmark("the model's products against read bandwidth, GEMM rate and PyTorch", _dense),
     "serve": Benchmark("decode, prefill and start-up of the real engine and server; peers", _serve),
     "faults": Benchmark("bad requests and frozen workers against a real server: what others see", _faults),
+    "cluster": Benchmark(
+        "workers and a controller that are killed, and scaling: how long it takes", _cluster
+    ),
     "kernels": Benchmark("attention kernels against the machine's rates and PyTorch's SDPA", _kernels),
     "kvstore": Benchmark("the KV store: copies against memcpy, parity, appends, forks", _kvstore),
 }

@@ -177,3 +177,16 @@ class ClusterStatus:
     """Tokens guessed ahead per step by prompt lookup; 0: off."""
     workers: tuple[Worker, ...]
     sequences: tuple[Sequence, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterEvent:
+    """Something that happened to the cluster's workers."""
+
+    number: int
+    unix_s: float
+    kind: str
+    """started, joined, lost, replaced, killed, retired, scaled or down."""
+    subject: str
+    """A worker's id, or its slot before it has one."""
+    detail: str

@@ -17,8 +17,9 @@ from farshore import rpc
 from farshore.client import events
 from farshore.client.chat import chat_of
 from farshore.errors import FarshoreError, InvalidRequest, TransportError
+from farshore.proto import admin_pb2 as admin
+from farshore.proto import admin_pb2_grpc, inference_pb2_grpc
 from farshore.proto import inference_pb2 as api
-from farshore.proto import inference_pb2_grpc
 from farshore.sampling import Sampling
 
 _Value = TypeVar("_Value")
@@ -39,6 +40,7 @@ class Client:
         self._timeout_s = timeout_s
         self._channel = grpc.insecure_channel(address, options=_options(address))
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+        self._operators = admin_pb2_grpc.AdminStub(self._channel)
 
     def __enter__(self) -> Self:
         return self
@@ -123,7 +125,7 @@ class Client:
 
     def status(self) -> events.ClusterStatus:
         """The cluster's status. Raises TransportError if the gateway or the controller does not answer."""
-        reply = self._call(self._stub.ClusterStatus, api.ClusterStatusRequest())
+        reply = self._call(self._operators.ClusterStatus, admin.ClusterStatusRequest())
         return _plain(
             events.ClusterStatus,
             reply,
@@ -140,6 +142,31 @@ class Client:
                 for sequence in reply.sequences
             ),
         )
+
+    def scale(self, *, dense: int | None = None, attention: int | None = None) -> dict[str, int]:
+        """Changes how many workers there are to be; None: as it is. Returns the numbers in force, by kind;
+        workers start and retire meanwhile. Raises InvalidRequest for a number that can't work, TransportError
+        if the gateway or the controller does not answer."""
+        request = admin.ScaleRequest(dense_workers=dense, attention_workers=attention)
+        reply = self._call(self._operators.Scale, request)
+        return {"dense": reply.dense_workers, "attention": reply.attention_workers}
+
+    def down(self) -> None:
+        """Begins to end the cluster: all workers and the controller. Raises TransportError if the gateway or
+        the controller does not answer."""
+        self._call(self._operators.Down, admin.DownRequest())
+
+    def watch_events(self, *, since: int = 0, follow: bool = False) -> Iterator[events.ClusterEvent]:
+        """The cluster's events with numbers above ``since``; with ``follow`` also those to come. The iterator
+        raises TransportError if the gateway or the controller does not answer."""
+        call = self._operators.WatchEvents(admin.WatchEventsRequest(since=since, follow=follow))
+        try:
+            for event in call:
+                yield _plain(events.ClusterEvent, event)
+        except grpc.RpcError as error:
+            raise self._error(error) from error
+        finally:
+            call.cancel()
 
     def is_serving(self, *, timeout_s: float = 1.0) -> bool:
         """Whether a gateway answers and is ready. Returns at once if nothing listens."""

@@ -13,15 +13,18 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from farshore.controller import listen
+from farshore.controller.actors import ControllerActor
 from farshore.controller.config import LOAD_DEADLINE_S, PLACE_DEADLINE_S, ClusterConfig
+from farshore.controller.events import ClusterEvent
 from farshore.controller.exits import actor_end_in_words
 from farshore.controller.gateway_process import GatewayProcess
-from farshore.controller.liveness import EndedWorker
 from farshore.controller.ray_runtime import RayRuntime
-from farshore.errors import FarshoreError, ProcessEnded, StartupError
-from farshore.ids import WorkerId
+from farshore.errors import FarshoreError, ModelError, ProcessEnded, StartupError, TransportError
+from farshore.kvstore.directory.base import WorkerRecord
+from farshore.kvstore.directory.remote import RemoteDirectory
 from farshore.models.config.load import load_spec
 from farshore.models.config.model import ModelConfig
 from farshore.models.files.source import pinned
@@ -32,53 +35,34 @@ POLL_S = 0.5
 START_DEADLINE_S = 120.0
 """For the controller's process to answer its first call."""
 
-MARGIN_S = 30.0
-"""The driver waits this much longer than the controller, whose own error names what is missing."""
+START_POLL_S = 0.1
+"""How often the driver looks for the workers while they start."""
+
+CONTROLLER_CALLS = 8
+"""Calls of the driver that the controller takes at once."""
+
+NAMESPACE = "farshore-default"
+"""Ray's namespace of the controller and the workers."""
 
 STOP_DEADLINE_S = 30.0
 
 
-class ControllerActor:
-    """:class:`farshore.controller.controller.Controller` as a Ray actor. Ray needs the actor's class in the
-    driver. This class wraps the controller so that only the actor's process imports it: its imports include
-    PyTorch, which takes two seconds."""
-
-    def __init__(self, config: ClusterConfig, model: ModelConfig) -> None:
-        from farshore.controller.controller import Controller
-
-        self._controller = Controller(config, model)
-
-    def address(self) -> str:
-        return self._controller.address()
-
-    def place(self) -> dict[Any, str]:
-        return self._controller.place()
-
-    def load(self) -> dict[Any, str]:
-        return self._controller.load()
-
-    def loading(self) -> str:
-        return self._controller.loading()
-
-    def ended(self) -> list[EndedWorker]:
-        return self._controller.ended()
-
-    def stop(self) -> None:
-        self._controller.stop()
-
-
 class Cluster:
     """Made by :meth:`start`; a context manager that stops the cluster. ``address``: the gateway's.
-    ``endpoints``: name -> address of the gateway, the controller and each worker."""
+    ``endpoints``: name -> address of the gateway, the controller and each worker. ``notices``:
+    what an operator should know; may be empty."""
 
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
         self._ray = RayRuntime(config.ray_address, dashboard=config.dashboard)
         self._controller: Any = None
         self._gateway: GatewayProcess | None = None
+        self._directory: RemoteDirectory | None = None
+        self._last_event = 0
         self._stopped = threading.Event()
         self.endpoints: dict[str, str] = {}
         self.address = ""
+        self.notices: list[str] = []
 
     @classmethod
     def start(cls, config: ClusterConfig, *, progress: Callable[[str], None]) -> Self:
@@ -100,22 +84,30 @@ class Cluster:
         return cluster
 
     def wait(self, *, warn: Callable[[str], None]) -> None:
-        """Blocks until :meth:`stop`. Raises ProcessEnded, with the process's name and how it ended, when the
-        cluster can serve nothing without it. ``warn`` is called once for each other worker that ends."""
-        warned: set[WorkerId] = set()
-        call = None
+        """Blocks until :meth:`stop`, or until an operator ends the cluster. Raises ProcessEnded, with the
+        process's name and how it ended, when the gateway or Ray has ended. ``warn`` is called with what
+        happens to workers: they are lost, and replaced.
+        """
+        call, seen = None, self._last_event
         while not self._stopped.wait(POLL_S):
             self._check_processes()
-            call = call or self._controller.ended.remote()
+            call = call or self._controller.events.remote(seen)
             if not ray.wait([call], timeout=0)[0]:
                 continue
-            workers, call = self._ended_workers(call), None
-            if fatal := [f"{ended.worker} {ended.how}" for ended in workers if ended.fatal]:
-                raise ProcessEnded("; ".join(fatal))
-            for ended in workers:
-                if ended.worker not in warned:
-                    warned.add(ended.worker)
-                    warn(f"{ended.worker} {ended.how}: requests whose KV was there fail, the others go on")
+            pending, call = call, None
+            try:
+                events = ray.get(pending)
+            except ray.exceptions.RayActorError as error:
+                if seen:
+                    warn(f"the controller {actor_end_in_words(error)}: it is started again, serving goes on")
+                seen = 0
+                continue
+            for event in events:
+                seen = event.number
+                if event.kind == "down":
+                    return
+                if (event.kind != "started" and event.subject not in self.endpoints) or event.kind == "lost":
+                    warn(f"{event.subject} {event.kind}{': ' if event.detail else ''}{event.detail}")
 
     def stop(self) -> None:
         """Ends everything that this cluster started. Idempotent."""
@@ -124,10 +116,12 @@ class Cluster:
         self._stopped.set()
         if self._gateway is not None:
             self._gateway.stop()
+        if self._directory is not None:
+            self._directory.disconnect()
         if self._controller is not None and self._ray.ended() is None:
-            # If the controller is dead or stuck, the kill below and the end of Ray still end all workers.
+            # If the controller is dead or stuck, the end of a private Ray still ends all workers.
             with contextlib.suppress(ray.exceptions.RayError):
-                ray.get(self._controller.stop.remote(), timeout=STOP_DEADLINE_S)
+                ray.get(self._controller.down.remote(), timeout=STOP_DEADLINE_S)
             ray.kill(self._controller)
         self._ray.stop()
 
@@ -144,42 +138,103 @@ class Cluster:
 
     def _start(self, model: ModelConfig, progress: Callable[[str], None]) -> None:
         config = self._config
+        self.notices += [model.length_warning] if model.length_warning else []
         progress(f"joining Ray at {config.ray_address}" if config.ray_address else "starting Ray")
         self._ray.start()
+        self._ray.note_processes()
         progress("starting the controller")
-        # Three calls at once: place or load, loading, and stop.
-        controller_actor = ray.remote(ControllerActor).options(num_cpus=0, max_concurrency=3)
-        self._controller = controller_actor.remote(config, model)
+        self._controller = self._start_controller(config, model)
         controller = self._ask(self._controller.address.remote(), "the controller", START_DEADLINE_S)
+        self._directory = RemoteDirectory(controller)
         # Started now, so that it loads its tokenizer while the workers start.
         self._gateway = GatewayProcess(
             spec=config.spec,
             listen=f"{listen.bracketed(config.host)}:{config.port}",
             controller=controller,
         )
-        progress(f"starting {config.attention_workers} attention workers")
-        placing = self._controller.place.remote()
-        attention = self._ask(placing, "the controller", PLACE_DEADLINE_S + MARGIN_S)
-        dense = self._load(progress)
+        workers = self._await_workers(progress)
         progress("starting the gateway")
-        self.address = self._gateway.serve(engine=next(iter(dense.values())))
+        dense = next(record for record in workers if record.kind == "dense")
+        self.address = self._gateway.serve(engine=dense.address)
+        self._last_event = max((event.number for event in self._events()), default=0)
         self._ray.note_processes()
-        self.endpoints = {"gateway": self.address, "controller": controller, **dense, **attention}
+        self.endpoints = {"gateway": self.address, "controller": controller}
+        self.endpoints |= {record.worker: record.address for record in workers}
 
-    def _load(self, progress: Callable[[str], None]) -> dict[str, str]:
-        name = self._config.spec.name
-        progress(f"loading {name}")
-        reported = ""
+    def _start_controller(self, config: ClusterConfig, model: ModelConfig) -> Any:
+        """Starts the controller on this node, or finds the one that runs. Its port is chosen here, since a
+        restarted controller must have the same."""
+        host = "127.0.0.1" if config.ray_address is None else ray.util.get_node_ip_address()
+        if not listen.is_loopback(host):
+            self.notices.append(
+                f"controller and workers listen on their nodes' addresses, such as {host}, without "
+                "authentication: let only hosts that you trust reach these"
+            )
+        node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        options = {"num_cpus": 0, "max_concurrency": CONTROLLER_CALLS, "scheduling_strategy": node}
+        return (
+            ray.remote(ControllerActor)
+            .options(
+                name="controller",
+                namespace=NAMESPACE,
+                lifetime="detached",
+                get_if_exists=True,
+                max_restarts=-1,
+                **options,
+            )
+            .remote(
+                config,
+                model,
+                namespace=NAMESPACE,
+                listen=f"{listen.bracketed(host)}:{listen.free_port(host)}",
+                state_folder=str(self._ray.state_folder(NAMESPACE)),
+            )
+        )
 
-        def report() -> None:
-            nonlocal reported
-            words = self._ask(self._controller.loading.remote(), "the controller", START_DEADLINE_S)
-            if words not in ("", reported):
-                reported = words
-                progress(f"loading {name}: {words}")
+    def _await_workers(self, progress: Callable[[str], None]) -> tuple[WorkerRecord, ...]:
+        """Blocks until the dense worker serves and all attention workers have joined it. Raises ModelError if
+        the model can't be loaded, StartupError if workers find no room or a deadline passes."""
+        config, began_s = self._config, time.monotonic()
+        told = ""
+        while True:
+            self._check_processes()
+            waited_s = time.monotonic() - began_s
+            records = self._listed()
+            attention = sum(record.kind == "attention" for record in records)
+            dense = next((record for record in records if record.kind == "dense"), None)
+            if dense is not None and dense.state == "failed":
+                raise ModelError(dense.failure)
+            placed = attention >= config.attention_workers
+            needed = config.attention_workers if config.placement == "offload" else 0
+            if placed and dense is not None and dense.state == "serving" and dense.shards >= needed:
+                return records
+            if not placed:
+                self._check_room(waited_s)
+            if waited_s > LOAD_DEADLINE_S:
+                raise StartupError(f"not serving after {waited_s:.0f} s: see Ray's logs")
+            told = _told(progress, told, config, dense if placed else None)
+            self._stopped.wait(START_POLL_S)
 
-        loading = self._controller.load.remote()
-        return self._ask(loading, "the controller", LOAD_DEADLINE_S + MARGIN_S, meanwhile=report)
+    def _check_room(self, waited_s: float) -> None:
+        """Raises StartupError if workers do not fit: at once in a private Ray, which has one node, after
+        PLACE_DEADLINE_S in a joined Ray, where nodes may still come."""
+        late = waited_s > PLACE_DEADLINE_S
+        if self._config.ray_address is not None and not late:
+            return
+        problem = self._ask(self._controller.problem.remote(), "the controller", START_DEADLINE_S)
+        if problem is not None or late:
+            cause = problem or "see the logs of Ray on its nodes"
+            raise StartupError(f"attention workers are not started after {waited_s:.0f} s: {cause}")
+
+    def _listed(self) -> tuple[WorkerRecord, ...]:
+        assert self._directory is not None
+        try:
+            return self._directory.listing().workers
+        except TransportError:
+            return ()  # The controller restarts.
+
+    def _events(self) -> list[ClusterEvent]:
+        return self._ask(self._controller.events.remote(0), "the controller", START_DEADLINE_S)
 
     def _ask(
         self, call: Any, callee: str, deadline_s: float, *, meanwhile: Callable[[], None] = lambda: None
@@ -213,8 +268,17 @@ class Cluster:
         if gone:
             raise ProcessEnded(gone)
 
-    def _ended_workers(self, call: Any) -> list[EndedWorker]:
-        try:
-            return ray.get(call)
-        except ray.exceptions.RayActorError as error:
-            raise ProcessEnded(f"the controller {actor_end_in_words(error)}") from error
+
+def _told(
+    progress: Callable[[str], None], told: str, config: ClusterConfig, dense: WorkerRecord | None
+) -> str:
+    """Shows what is waited for, if it differs from ``told``. Returns it."""
+    if dense is None:
+        text = f"starting {config.attention_workers} attention workers"
+    elif dense.state == "serving":
+        text = f"connecting {config.attention_workers} attention workers"
+    else:
+        text = f"loading {config.spec.name}{f': {dense.progress}' if dense.progress else ''}"
+    if text != told:
+        progress(text)
+    return text

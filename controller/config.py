@@ -26,6 +26,7 @@ PLACE_DEADLINE_S = 120.0
 LOAD_DEADLINE_S = 1800.0
 """For the dense worker to load its model."""
 
+MOST_WORKERS = 1000
 MIN_KV_MEMORY_BYTES = 64 << 20
 MOST_STALL_MS = 60_000
 LEAST_GRACE_S, MOST_GRACE_S = 1.0, 3600.0
@@ -71,12 +72,7 @@ class ClusterConfig:
         return self.kv_format or _FORMAT_OF_DTYPE[self.dtype]
 
     def __post_init__(self) -> None:
-        if self.dense_workers != 1:
-            raise InvalidRequest(f"--dense-workers {self.dense_workers}: this release runs exactly 1")
-        if self.attention_workers < 0 or (self.placement == "offload" and self.attention_workers < 1):
-            raise InvalidRequest(
-                f"--attention-workers {self.attention_workers}: give at least 1, or use --placement local"
-            )
+        check_counts(self.dense_workers, self.attention_workers, placement=self.placement)
         if self.kv_memory_bytes < MIN_KV_MEMORY_BYTES:
             raise InvalidRequest(
                 f"--kv-memory {self.kv_memory_bytes}:"
@@ -109,3 +105,15 @@ class ClusterConfig:
             raise InvalidRequest(f"--speculate {self.speculate}: use 0 (off) to {MOST_SPECULATED} tokens")
         if not 0 <= self.port <= 65535:
             raise InvalidRequest(f"--port {self.port}: use 0 (any) to 65535")
+
+
+def check_counts(dense_workers: int, attention_workers: int, *, placement: str) -> None:
+    """Raises InvalidRequest for numbers of workers that can't work."""
+    if dense_workers != 1:
+        raise InvalidRequest(f"--dense-workers {dense_workers}: this release runs exactly 1")
+    if attention_workers < 0 or (placement == "offload" and attention_workers < 1):
+        raise InvalidRequest(
+            f"--attention-workers {attention_workers}: give at least 1, or use --placement local"
+        )
+    if attention_workers > MOST_WORKERS:
+        raise InvalidRequest(f"--attention-workers {attention_workers}: give at most {MOST_WORKERS}")

@@ -1,190 +1,153 @@
-"""The controller: places the workers as Ray actors and watches them.
+"""The controller: keeps the workers that the configuration asks for running.
 
-Runs inside ``cluster.ControllerActor``; the driver calls it through Ray. It is never on the token path:
-engines and gateway go on without it. If it crashes while it starts workers, Ray ends these with the driver.
+Made by :class:`farshore.controller.actors.ControllerActor`. It is never on the token path: engines and
+gateways go on without it, new requests too. All that it knows is observed, so a restarted one continues.
 """
 
+import threading
 import time
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray._private.state import available_resources_per_node
 
 from farshore import rpc
-from farshore.controller.config import LOAD_DEADLINE_S, PLACE_DEADLINE_S, ClusterConfig
-from farshore.controller.exits import actor_end_in_words
-from farshore.controller.listen import bracketed, is_loopback
-from farshore.controller.liveness import EndedWorker, Liveness
-from farshore.controller.service import ControllerService
-from farshore.errors import StartupError
-from farshore.ids import WorkerId
+from farshore.controller.actors import AttentionActor, DenseActor, WorkerArguments
+from farshore.controller.config import ClusterConfig
+from farshore.controller.desired import Desired
+from farshore.controller.events import Events
+from farshore.controller.launch import RayLauncher
+from farshore.controller.loop import Loop
+from farshore.controller.probes import WorkerProbes
+from farshore.controller.reconcile import Kind, Slot
+from farshore.controller.service import AdminService
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
+from farshore.kvstore.directory.remote import DirectoryService
 from farshore.models.config.model import ModelConfig
+from farshore.proto import admin_pb2_grpc as admin_grpc
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
-from farshore.workers.attention import ENVIRONMENT, AttentionWorker
-from farshore.workers.dense import DenseConfig, DenseWorker
-from farshore.workers.engine.admission import EngineLimits
 
 MAX_CALLS = 64
+WATCH_S = 1.0
+"""For the driver and other watchers to see the event before everything ends."""
+
 STOP_DEADLINE_S = 15.0
+"""For the workers to end their streams; then they are killed."""
 
 
 class Controller:
-    """Call :meth:`place`, then :meth:`load`, then :meth:`ended` from time to time. :meth:`loading` and
-    :meth:`stop` may be called from other threads meanwhile."""
+    """It observes and acts from construction until :meth:`down`. Thread-safe."""
 
-    def __init__(self, config: ClusterConfig, model: ModelConfig) -> None:
+    def __init__(
+        self,
+        config: ClusterConfig,
+        model: ModelConfig,
+        *,
+        namespace: str,
+        listen: str,
+        state_folder: str,
+        restarted: bool,
+    ) -> None:
+        """``namespace``: of the workers' actors. ``listen``: HOST:PORT, the same after a restart, since
+        workers and gateways know it. ``state_folder``: where the last scale is
+        stored. ``restarted``: workers of an earlier controller may run. Raises PortInUse."""
         self._config = config
-        self._actors: list[Any] = []
-        self._dense: dict[WorkerId, Any] = {}
-        self._models: dict[WorkerId, Any] = {}  # pending calls of DenseWorker.load
-        self._liveness = Liveness(pool_is_remote=config.placement == "offload")
-        # A controller that replaces another one must give out greater epochs.
-        directory = EmbeddedDirectory(first_epoch=time.time_ns() // 1000)
-        self._service = ControllerService(config, model, directory)
-        self._server, self._address = rpc.serve(
-            lambda server: pb_grpc.add_ControllerServicer_to_server(self._service, server),
-            service=pb.DESCRIPTOR.services_by_name["Controller"].full_name,
-            listen=self._listen(),
+        self.events = Events()
+        self._directory = EmbeddedDirectory(restarted=restarted)
+        self._desired = Desired(
+            {"dense": config.dense_workers, "attention": config.attention_workers},
+            Path(state_folder) / "desired.json",
+            placement=config.placement,
+            keep=restarted,
+        )
+        self._admin = AdminService(config, model, self._directory, self)
+        self._going_down = threading.Event()
+        self._server, self.address = rpc.serve(
+            self._register,
+            service=pb.DESCRIPTOR.services_by_name["Directory"].full_name,
+            listen=listen,
             threads=MAX_CALLS,
         )
-
-    def address(self) -> str:
-        """The HOST:PORT at which the controller's gRPC service answers."""
-        return self._address
-
-    def place(self) -> dict[WorkerId, str]:
-        """Starts the attention workers, spread over nodes with enough memory, and the dense worker, which
-        starts to load its model. Blocks until the attention workers answer, and returns their addresses. Not
-        idempotent; after a crash in the middle Ray ends the workers with the driver.
-
-        Raises StartupError if the workers do not fit: at once in a private Ray, which has one node, after
-        PLACE_DEADLINE_S in a joined Ray, where nodes may still come.
-        """
-        config = self._config
-        if config.ray_address is None and (missing := self._too_little(_total_memory())):
-            raise StartupError(missing)
-        workers = [_worker_id("attention", i) for i in range(config.attention_workers)]
-        actors = {
-            worker: ray.remote(AttentionWorker)
-            .options(
-                num_cpus=0,
-                memory=config.kv_memory_bytes,
-                scheduling_strategy="SPREAD",
-                runtime_env={"env_vars": ENVIRONMENT},
-            )
-            .remote(
-                worker=worker,
-                kv_memory_bytes=config.kv_memory_bytes,
-                listen=self._listen(),
-                threads=max(1, _node_cores() // config.attention_workers),
-            )
-            for worker in workers
-        }
-        self._actors += actors.values()
-        for worker, actor in actors.items():
-            self._liveness.add(worker, "attention", actor)
-        self._start_dense(workers)
-        addresses = _results(
-            {worker: actor.address.remote() for worker, actor in actors.items()},
-            deadline_s=PLACE_DEADLINE_S,
-            why=lambda waiting: self._too_little(_free_memory(), workers=waiting),
+        self._launcher = RayLauncher(namespace, self._new_worker)
+        self._probes = WorkerProbes(self._directory)
+        self._loop = Loop(
+            desired=self._desired.counts,
+            directory=self._directory,
+            launcher=self._launcher,
+            probes=self._probes,
+            events=self.events,
+            grace_s=config.shard_grace_s,
         )
-        self._service.attention.update(addresses)
-        return addresses
+        self._loop.start()
 
-    def load(self) -> dict[WorkerId, str]:
-        """Blocks until the dense worker has loaded its model, and makes it serve. Returns the dense workers'
-        addresses. Raises the error that loading raised, or StartupError after LOAD_DEADLINE_S."""
-        _results(self._models, deadline_s=LOAD_DEADLINE_S)
-        shards = dict(self._service.attention)
-        serving = {worker: actor.serve.remote(shards) for worker, actor in self._dense.items()}
-        addresses = _results(serving, deadline_s=LOAD_DEADLINE_S)
-        for worker, address in addresses.items():
-            self._liveness.add_engine(worker, address)
-        self._service.dense.update(addresses)
-        return addresses
+    def scale(self, changes: Mapping[Kind, int]) -> Mapping[Kind, int]:
+        """See :class:`~farshore.controller.service.Operations`."""
+        counts = self._desired.scale(changes)
+        self.events.add("scaled", " ".join(f"{kind}={count}" for kind, count in counts.items()))
+        return counts
 
-    def _start_dense(self, shards: list[WorkerId]) -> None:
-        config = self._config
-        worker = _worker_id("dense", 0)
-        dense_config = DenseConfig(
-            worker=worker,
-            spec=config.spec,
-            dtype=config.dtype,
-            kv_format=config.stored_format,
-            kv_memory_bytes=config.kv_memory_bytes,
-            targets=tuple(shards) if config.placement == "offload" else (worker,),
-            shard_by=config.shard_by if config.placement == "offload" else "range",
-            controller=self._address,
-            listen=self._listen(),
-            threads=_node_cores(),
-            limits=EngineLimits(
-                max_decode_stall_ms=config.max_decode_stall_ms,
-                speculate_tokens=config.speculate,
-                shard_grace_s=config.shard_grace_s,
-            ),
-        )
-        # Two calls at once: load and loading.
-        actor = ray.remote(DenseWorker).options(num_cpus=0, max_concurrency=2).remote(dense_config)
-        self._actors.append(actor)
-        self._liveness.add(worker, "dense", actor)
-        self._dense[worker] = actor
-        self._models[worker] = actor.load.remote()
+    def begin_down(self) -> None:
+        """See :class:`~farshore.controller.service.Operations`."""
+        if not self._going_down.is_set():
+            self._going_down.set()
+            self.events.add("down", "cluster")
+            threading.Thread(target=self._end, name="down", daemon=True).start()
 
-    def loading(self) -> str:
-        """How far the model is loaded, in a few words; empty if unknown. Read-only."""
-        if not self._dense:
-            return ""
-        try:
-            return ray.get(next(iter(self._dense.values())).loading.remote(), timeout=PLACE_DEADLINE_S)
-        except ray.exceptions.RayActorError:
-            return ""  # `load` reports the end of the worker.
+    def problem(self) -> str | None:
+        """Why workers wait for a node: the missing memory and the fix; None if none waits."""
+        waiting = sum(not occupant.node for occupant in self._launcher.occupants().values())
+        if not waiting:
+            return None
+        return too_little_memory(_free_memory(), workers=waiting, each_bytes=self._config.kv_memory_bytes)
 
-    def ended(self) -> list[EndedWorker]:
-        """All workers that have ended without being told to. Blocks for a second at most. Idempotent."""
-        return self._liveness.ended()
-
-    def stop(self) -> None:
-        """Ends the workers, first their streams and then their processes, and this controller's server.
-        Idempotent."""
-        stopping = [actor.stop.remote() for actor in reversed(self._actors)]
-        ray.wait(stopping, num_returns=len(stopping), timeout=STOP_DEADLINE_S) if stopping else None
-        for actor in self._actors:
-            ray.kill(actor)
-        self._actors = []
+    def down(self) -> None:
+        """Ends the loop, then all workers: their streams first, and what is left after STOP_DEADLINE_S by
+        force. Idempotent."""
+        self._loop.stop()
+        end_s = time.monotonic() + STOP_DEADLINE_S
+        for slot in self._launcher.occupants():
+            self._launcher.stop(slot)
+        while (left := self._launcher.occupants()) and time.monotonic() < end_s:
+            time.sleep(0.05)
+        for slot in left:
+            self._launcher.kill(slot)
+        self._probes.stop()
         self._server.stop(0).wait()
-        self._service.close()
-        self._liveness.close()
+        self._admin.close()
 
-    def _listen(self) -> str:
-        """The address for workers to listen on, with any free port: loopback, or the node's address in a
-        joined Ray if the gateway listens on the network too."""
-        if self._config.ray_address is None or is_loopback(self._config.host):
-            return "127.0.0.1:0"
-        return f"{bracketed(ray.util.get_node_ip_address())}:0"
+    def _end(self) -> None:
+        time.sleep(WATCH_S)
+        self.down()
+        # Ray starts a controller that merely ends again.
+        ray.kill(ray.get_runtime_context().current_actor)
 
-    def _too_little(self, nodes: Mapping[str, int], *, workers: int | None = None) -> str | None:
+    def _register(self, server: Any) -> None:
+        admin_grpc.add_AdminServicer_to_server(self._admin, server)
+        pb_grpc.add_DirectoryServicer_to_server(DirectoryService(self._directory), server)
+
+    def _new_worker(self, slot: Slot) -> tuple[type, dict[str, Any], dict[str, Any]]:
+        """See :class:`RayLauncher`."""
         config = self._config
-        count = config.attention_workers if workers is None else workers
-        return too_little_memory(nodes, workers=count, each_bytes=config.kv_memory_bytes)
-
-
-def _worker_id(kind: str, index: int) -> WorkerId:
-    """The random suffix is the incarnation, so that a restarted worker gets another id."""
-    return WorkerId(f"{kind}-{index}-{uuid.uuid4().hex[:6]}")
-
-
-def _node_cores() -> int:
-    return max(1, int(ray.cluster_resources().get("CPU", 1)) // max(1, len(ray.nodes())))
-
-
-def _total_memory() -> dict[str, int]:
-    """Address of each node -> bytes of memory that Ray gives to actors there in all."""
-    return {node["NodeManagerAddress"]: int(node["Resources"].get("memory", 0)) for node in _nodes()}
+        nodes = max(1, len(_nodes()))
+        arguments = WorkerArguments(
+            slot=str(slot),
+            config=config,
+            directory=self.address,
+            network=config.ray_address is not None,
+            workers_per_node=1 if slot.kind == "dense" else -(-config.attention_workers // nodes),
+        )
+        options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 2}
+        if slot.kind == "dense":
+            return DenseActor, options, {"arguments": arguments}
+        options |= {
+            "memory": config.kv_memory_bytes,
+            "scheduling_strategy": "SPREAD",
+            "runtime_env": {"env_vars": rpc.SHARD_ENVIRONMENT},
+        }
+        return AttentionActor, options, {"arguments": arguments}
 
 
 def _free_memory() -> dict[str, int]:
@@ -197,34 +160,6 @@ def _free_memory() -> dict[str, int]:
 
 def _nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
-
-
-def _results(
-    pending: dict[WorkerId, Any],
-    *,
-    deadline_s: float,
-    why: Callable[[int], str | None] = lambda _: None,
-) -> dict[WorkerId, str]:
-    """Each worker's answer. Raises StartupError after ``deadline_s``. ``why``: called with the number of
-    workers that did not answer; returns the reason, or None if it is unknown."""
-    _, waiting = ray.wait(list(pending.values()), num_returns=len(pending), timeout=deadline_s)
-    if waiting:
-        names = ", ".join(worker for worker, call in pending.items() if call in waiting)
-        cause = why(len(waiting)) or "see the logs of Ray on its nodes"
-        raise StartupError(f"not started within {deadline_s:.0f} s: {names}: {cause}")
-    return {worker: _result(worker, call) for worker, call in pending.items()}
-
-
-def _result(worker: WorkerId, call: Any) -> str:
-    try:
-        return ray.get(call)
-    except ray.exceptions.RayTaskError as error:
-        # Farshore's errors keep their class and message across processes.
-        raise error.cause if error.cause is not None else error from None
-    except ray.exceptions.RayActorError as error:
-        raise StartupError(
-            f"{worker} {actor_end_in_words(error)}, while it started: is there memory?"
-        ) from error
 
 
 def too_little_memory(nodes: Mapping[str, int], *, workers: int, each_bytes: int) -> str | None:

@@ -24,6 +24,14 @@ def is_loopback(host: str) -> bool:
     return all(ipaddress.ip_address(_scopeless(address[0])).is_loopback for _, address in _resolved(host, 0))
 
 
+def free_port(host: str) -> int:
+    """A port of ``host``, an address of this machine, that nothing listens on now."""
+    (family, address), *_ = _resolved(host, 0)
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.bind(address)
+        return probe.getsockname()[1]
+
+
 def check(host: str, port: int) -> None:
     """Raises PortInUse, or InvalidRequest with the fix, if ``host:port`` can't be listened on.
 

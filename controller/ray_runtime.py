@@ -38,6 +38,7 @@ from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config
 
 from farshore.controller.exits import exit_in_words
+from farshore.controller.reaper import Reaper
 from farshore.errors import StartupError
 
 OBJECT_STORE_BYTES = 80 << 20
@@ -61,6 +62,7 @@ class RayRuntime:
         self._connected = False
         self._private: Path | None = None  # the folder of a private Ray's token; None for a joined Ray
         self._processes: set[psutil.Process] = set()
+        self._reaper: Reaper | None = None
 
     def start(self) -> None:
         """Starts or joins Ray. Raises StartupError with the fix; nothing that it started runs on then."""
@@ -75,6 +77,16 @@ class RayRuntime:
             fix = f"check --ray-address {self._address}, that Ray runs there, and RAY_AUTH_MODE and its token"
             self._init({"address": self._address}, fix)
 
+    def state_folder(self, name: str) -> Path:
+        """Where the cluster ``name`` stores what a restarted controller needs: a private Ray's own folder, or
+        one of the user's."""
+        if self._private is not None:
+            return self._private
+        base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+        folder = Path(base) / "farshore" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
     def ended(self) -> str | None:
         """Which essential process of a private Ray ended, and how; None if all run. Always None for a joined
         Ray, whose processes are not ours to watch: the end of its actors is noticed elsewhere."""
@@ -86,11 +98,14 @@ class RayRuntime:
         return None
 
     def note_processes(self) -> None:
-        """Records the processes of a private Ray, to end them in :meth:`stop`. Call it when everything has
-        started: the children of a process can't be found any more after it has died."""
+        """Records the processes of a private Ray, to end them in :meth:`stop`, or after this process was
+        killed. Call it when everything has started: the children of a process can't be found any more after
+        it has died."""
         node = ray._private.worker._global_node
         if self._private is not None and node is not None:
             self._processes |= _family(node)
+            self._reaper = self._reaper or Reaper()
+            self._reaper.note(process.pid for process in self._processes)
 
     def stop(self) -> None:
         """Ends what :meth:`start` started, or disconnects from a joined Ray. Idempotent."""
@@ -101,6 +116,9 @@ class RayRuntime:
             self._processes.clear()
             self._connected = False
             _reread()
+        if self._reaper is not None:
+            self._reaper.dismiss()
+            self._reaper = None
         if self._private is not None:
             shutil.rmtree(self._private, ignore_errors=True)
             self._private = None

@@ -1,65 +1,111 @@
-"""The controller's gRPC service: epochs of sequences, and the status of the cluster.
+"""The operators' calls, ``farshore.admin.v1``: status, scale, down, events.
 
-Called by the gateway (Status) and by dense workers (Claim, Release), never on the token path. All its state
-is soft: each Status asks the workers for their state and spans, and publishes the spans to the directory.
+Registered by ``controller``; gateways pass their clients' calls on. Never on the token path. Must not know
+Ray.
 """
 
 import threading
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 import grpc
 
 from farshore import __version__, rpc
 from farshore.attention_offload.codec import identity_from_pb, info_from_pb
 from farshore.controller.config import ClusterConfig
+from farshore.controller.events import Events
+from farshore.controller.reconcile import Kind
 from farshore.errors import FarshoreError
-from farshore.ids import Epoch, SequenceId, WorkerId
+from farshore.ids import SequenceId, WorkerId
 from farshore.kvstore.base import SpanInfo
-from farshore.kvstore.directory.embedded import Directory
+from farshore.kvstore.directory.base import Directory
 from farshore.models.config.model import ModelConfig
+from farshore.proto import admin_pb2 as admin
+from farshore.proto import admin_pb2_grpc as admin_grpc
 from farshore.proto import attention_pb2 as attention_pb
 from farshore.proto import attention_pb2_grpc as attention_grpc
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
-from farshore.proto import inference_pb2 as api
 
 PROBE_DEADLINE_S = 2.0
 """For all workers, which are asked at once. A worker that does not answer in time is shown as unreachable."""
 
 
-class ControllerService(pb_grpc.ControllerServicer):
-    """``attention`` and ``dense`` map workers to their addresses; the controller adds to them while it starts
-    the cluster. Thread-safe."""
+EVENTS_POLL_S = 1.0
+"""How often a stream of events looks whether its reader is gone."""
 
-    def __init__(self, config: ClusterConfig, model: ModelConfig, directory: Directory) -> None:
+
+class Operations(Protocol):
+    """What the calls do to the cluster. Thread-safe."""
+
+    events: Events
+
+    def scale(self, changes: Mapping[Kind, int]) -> Mapping[Kind, int]:
+        """Changes the numbers of workers. Returns those in force. Raises InvalidRequest."""
+
+    def begin_down(self) -> None:
+        """Begins to end the cluster, and returns. Idempotent."""
+
+
+class AdminService(admin_grpc.AdminServicer):
+    """Asks the workers that ``directory`` lists. Thread-safe."""
+
+    def __init__(
+        self, config: ClusterConfig, model: ModelConfig, directory: Directory, operations: Operations
+    ) -> None:
         self._config = config
         self._model = model
         self._directory = directory
-        self.attention: dict[WorkerId, str] = {}
-        self.dense: dict[WorkerId, str] = {}
+        self._operations = operations
         self._channels: dict[str, grpc.Channel] = {}
         self._lock = threading.Lock()
 
-    def Claim(self, request: pb.ClaimRequest, context: grpc.ServicerContext) -> pb.ClaimReply:
-        """Gives the caller ownership of a sequence, with an epoch greater than all before. Not idempotent."""
-        epoch = self._directory.claim(SequenceId(request.sequence_id), WorkerId(request.owner))
-        return pb.ClaimReply(epoch=epoch)
-
-    def Release(self, request: pb.ReleaseRequest, context: grpc.ServicerContext) -> pb.ReleaseReply:
-        """Forgets a sequence. ABORTED if the epoch is not the newest. Idempotent."""
+    def Scale(self, request: admin.ScaleRequest, context: grpc.ServicerContext) -> admin.ScaleReply:
+        """Returns when the new numbers are stored; workers start and retire meanwhile."""
+        changes: dict[Kind, int] = {}
+        if request.HasField("dense_workers"):
+            changes["dense"] = request.dense_workers
+        if request.HasField("attention_workers"):
+            changes["attention"] = request.attention_workers
         try:
-            self._directory.forget(SequenceId(request.sequence_id), Epoch(request.epoch))
+            counts = self._operations.scale(changes)
         except FarshoreError as error:
             rpc.abort(context, error)
-        return pb.ReleaseReply()
+        return admin.ScaleReply(dense_workers=counts["dense"], attention_workers=counts["attention"])
 
-    def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> api.ClusterStatusReply:
-        """Asks every worker, publishes the spans of running sequences to the directory, and answers from the
-        workers' replies."""
-        workers: list[api.WorkerStatus] = []
-        sequences: dict[SequenceId, api.SequenceStatus] = {}
-        dense, attention = dict(self.dense), dict(self.attention)
+    def Down(self, request: admin.DownRequest, context: grpc.ServicerContext) -> admin.DownReply:
+        self._operations.begin_down()
+        return admin.DownReply()
+
+    def WatchEvents(
+        self, request: admin.WatchEventsRequest, context: grpc.ServicerContext
+    ) -> Iterator[admin.ClusterEvent]:
+        seen = request.since
+        while context.is_active():
+            timeout_s = EVENTS_POLL_S if request.follow else 0.0
+            for event in self._operations.events.since(seen, timeout_s=timeout_s):
+                seen = event.number
+                yield admin.ClusterEvent(**event._asdict())
+            if not request.follow:
+                return
+
+    def ClusterStatus(
+        self, request: admin.ClusterStatusRequest, context: grpc.ServicerContext
+    ) -> admin.ClusterStatusReply:
+        """Asks every worker, and answers from the workers' replies."""
+        records = [record for record in self._directory.listing().workers if record.address]
+        dense, attention = (
+            {record.worker: record.address for record in records if record.kind == kind}
+            for kind in ("dense", "attention")
+        )
+        workers: list[admin.WorkerStatus] = []
+        sequences: dict[SequenceId, admin.SequenceStatus] = {}
+        records = [record for record in self._directory.listing().workers if record.address]
+        dense, attention = (
+            {record.worker: record.address for record in records if record.kind == kind}
+            for kind in ("dense", "attention")
+        )
         dense_calls = {worker: self._ask_dense(address) for worker, address in dense.items()}
         attention_calls = {worker: self._ask_attention(address) for worker, address in attention.items()}
         for worker, call in dense_calls.items():
@@ -74,7 +120,6 @@ class ControllerService(pb_grpc.ControllerServicer):
                 spans[info.key.sequence].setdefault(worker, []).append(info)
         for sequence, by_worker in spans.items():
             if sequence in sequences:
-                self._publish(sequences[sequence], by_worker)
                 _add_spans(sequences[sequence], by_worker)
         return self._reply(workers, list(sequences.values()))
 
@@ -83,12 +128,12 @@ class ControllerService(pb_grpc.ControllerServicer):
             channel.close()
 
     def _reply(
-        self, workers: list[api.WorkerStatus], sequences: list[api.SequenceStatus]
-    ) -> api.ClusterStatusReply:
+        self, workers: list[admin.WorkerStatus], sequences: list[admin.SequenceStatus]
+    ) -> admin.ClusterStatusReply:
         config = self._config
         pool_kind = "dense" if config.placement == "local" else "attention"
         pool = [w for w in workers if w.kind == pool_kind and w.state == "ready"]
-        return api.ClusterStatusReply(
+        return admin.ClusterStatusReply(
             model=config.spec.name,
             dtype=config.dtype,
             max_positions=self._model.max_positions,
@@ -115,13 +160,6 @@ class ControllerService(pb_grpc.ControllerServicer):
             stub.Announce.future(attention_pb.AnnounceRequest(), timeout=PROBE_DEADLINE_S),
         )
 
-    def _publish(self, sequence: api.SequenceStatus, by_worker: Mapping[WorkerId, list[SpanInfo]]) -> None:
-        try:
-            self._directory.publish(SequenceId(sequence.sequence_id), Epoch(sequence.epoch), by_worker)
-        except FarshoreError:
-            # The sequence ended, or got another owner, since the workers were asked.
-            return
-
     def _channel(self, address: str) -> grpc.Channel:
         with self._lock:
             if address not in self._channels:
@@ -131,7 +169,7 @@ class ControllerService(pb_grpc.ControllerServicer):
 
 def _dense(
     worker: WorkerId, address: str, call: grpc.Future
-) -> tuple[api.WorkerStatus, list[api.SequenceStatus]]:
+) -> tuple[admin.WorkerStatus, list[admin.SequenceStatus]]:
     try:
         answer = call.result()
     except grpc.RpcError:
@@ -142,12 +180,12 @@ def _dense(
 
 def _attention(
     worker: WorkerId, address: str, identify: grpc.Future, announce: grpc.Future
-) -> tuple[api.WorkerStatus, list[SpanInfo]]:
+) -> tuple[admin.WorkerStatus, list[SpanInfo]]:
     try:
         identity, spans = identity_from_pb(identify.result()), announce.result().spans
     except grpc.RpcError:
         return _unreachable(worker, "attention", address), []
-    status = api.WorkerStatus(
+    status = admin.WorkerStatus(
         worker_id=worker,
         kind="attention",
         address=address,
@@ -161,9 +199,9 @@ def _attention(
     return status, [info_from_pb(span) for span in spans]
 
 
-def _add_spans(status: api.SequenceStatus, by_worker: Mapping[WorkerId, list[SpanInfo]]) -> None:
+def _add_spans(status: admin.SequenceStatus, by_worker: Mapping[WorkerId, list[SpanInfo]]) -> None:
     found = [
-        api.SpanStatus(
+        admin.SpanStatus(
             worker_id=worker,
             first=info.key.first,
             last=info.key.first + info.sealed_tokens,
@@ -178,5 +216,5 @@ def _add_spans(status: api.SequenceStatus, by_worker: Mapping[WorkerId, list[Spa
     status.spans.extend(sorted(found, key=lambda span: (span.first, span.group0)))
 
 
-def _unreachable(worker: WorkerId, kind: str, address: str) -> api.WorkerStatus:
-    return api.WorkerStatus(worker_id=worker, kind=kind, address=address, state="unreachable")
+def _unreachable(worker: WorkerId, kind: str, address: str) -> admin.WorkerStatus:
+    return admin.WorkerStatus(worker_id=worker, kind=kind, address=address, state="unreachable")

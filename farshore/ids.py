@@ -12,5 +12,7 @@ SpanId = NewType("SpanId", str)
 """One span in one store: ``<worker id>/<incarnation of the store>/<serial>``. Never reused."""
 
 Epoch = NewType("Epoch", int)
-"""The number of one ownership of a sequence. Each claim gets a greater one; stores and gateways refuse
-writes of an older epoch."""
+"""The number of one ownership of a sequence, counted from 1 by the gateway that made the sequence's id.
+Stores and gateways refuse writes of an older epoch."""
+
+FIRST_EPOCH = Epoch(1)

@@ -34,6 +34,12 @@ OPTIONS = [
     ("grpc.enable_http_proxy", 0),
 ]
 
+SHARD_ENVIRONMENT = {"GRPC_EXPERIMENTS": "-event_engine_client,-event_engine_listener"}
+"""Environment to start the process with. gRPC reads it on import.
+
+It disables gRPC's event engine, whose threads wake one another. A thread that waits for a message then reads
+its socket itself, which saves a third of a gRPC hop's time."""
+
 # The most specific class first: the first match wins.
 _CODES: tuple[tuple[type[errors.FarshoreError], grpc.StatusCode], ...] = (
     (errors.InvalidPlan, grpc.StatusCode.FAILED_PRECONDITION),

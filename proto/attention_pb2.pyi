@@ -343,16 +343,18 @@ class AttentionSpec(_message.Message):
     def __init__(self, q_heads: _Optional[int] = ..., k_heads: _Optional[int] = ..., v_heads: _Optional[int] = ..., k_dim: _Optional[int] = ..., v_dim: _Optional[int] = ..., scale: _Optional[float] = ..., soft_cap: _Optional[float] = ..., window_tokens: _Optional[int] = ..., v_in_k: bool = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("specs", "layouts", "layer_class", "dtype")
+    __slots__ = ("specs", "layouts", "layer_class", "dtype", "wire_version")
     SPECS_FIELD_NUMBER: _ClassVar[int]
     LAYOUTS_FIELD_NUMBER: _ClassVar[int]
     LAYER_CLASS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
     specs: _containers.RepeatedCompositeFieldContainer[AttentionSpec]
     layouts: _containers.RepeatedCompositeFieldContainer[Layout]
     layer_class: _containers.RepeatedScalarFieldContainer[int]
     dtype: str
-    def __init__(self, specs: _Optional[_Iterable[_Union[AttentionSpec, _Mapping]]] = ..., layouts: _Optional[_Iterable[_Union[Layout, _Mapping]]] = ..., layer_class: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ...) -> None: ...
+    wire_version: int
+    def __init__(self, specs: _Optional[_Iterable[_Union[AttentionSpec, _Mapping]]] = ..., layouts: _Optional[_Iterable[_Union[Layout, _Mapping]]] = ..., layer_class: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., wire_version: _Optional[int] = ...) -> None: ...
 
 class StepRead(_message.Message):
     __slots__ = ("span_id", "origin", "first", "last", "group0", "group1", "first_row", "rows", "holder")

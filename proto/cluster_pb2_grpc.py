@@ -4,7 +4,6 @@ import grpc
 import warnings
 
 from farshore.proto import cluster_pb2 as farshore_dot_proto_dot_cluster__pb2
-from farshore.proto import inference_pb2 as farshore_dot_proto_dot_inference__pb2
 
 GRPC_GENERATED_VERSION = '1.80.0'
 GRPC_VERSION = grpc.__version__
@@ -188,8 +187,9 @@ class Engine(object):
             _registered_method=True)
 
 
-class ControllerStub(object):
-    """Missing associated documentation comment in .proto file."""
+class DirectoryStub(object):
+    """The workers of the cluster, where they listen, and until when that is known. Served by the controller.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -197,77 +197,96 @@ class ControllerStub(object):
         Args:
             channel: A grpc.Channel.
         """
-        self.Status = channel.unary_unary(
-                '/farshore.cluster.v1.Controller/Status',
-                request_serializer=farshore_dot_proto_dot_cluster__pb2.StatusRequest.SerializeToString,
-                response_deserializer=farshore_dot_proto_dot_inference__pb2.ClusterStatusReply.FromString,
+        self.Renew = channel.unary_unary(
+                '/farshore.cluster.v1.Directory/Renew',
+                request_serializer=farshore_dot_proto_dot_cluster__pb2.WorkerRecord.SerializeToString,
+                response_deserializer=farshore_dot_proto_dot_cluster__pb2.DirectoryReply.FromString,
                 _registered_method=True)
-        self.Claim = channel.unary_unary(
-                '/farshore.cluster.v1.Controller/Claim',
-                request_serializer=farshore_dot_proto_dot_cluster__pb2.ClaimRequest.SerializeToString,
-                response_deserializer=farshore_dot_proto_dot_cluster__pb2.ClaimReply.FromString,
+        self.Withdraw = channel.unary_unary(
+                '/farshore.cluster.v1.Directory/Withdraw',
+                request_serializer=farshore_dot_proto_dot_cluster__pb2.WithdrawRequest.SerializeToString,
+                response_deserializer=farshore_dot_proto_dot_cluster__pb2.DirectoryReply.FromString,
                 _registered_method=True)
-        self.Release = channel.unary_unary(
-                '/farshore.cluster.v1.Controller/Release',
-                request_serializer=farshore_dot_proto_dot_cluster__pb2.ReleaseRequest.SerializeToString,
-                response_deserializer=farshore_dot_proto_dot_cluster__pb2.ReleaseReply.FromString,
+        self.Close = channel.unary_unary(
+                '/farshore.cluster.v1.Directory/Close',
+                request_serializer=farshore_dot_proto_dot_cluster__pb2.CloseRequest.SerializeToString,
+                response_deserializer=farshore_dot_proto_dot_cluster__pb2.DirectoryReply.FromString,
+                _registered_method=True)
+        self.List = channel.unary_unary(
+                '/farshore.cluster.v1.Directory/List',
+                request_serializer=farshore_dot_proto_dot_cluster__pb2.ListRequest.SerializeToString,
+                response_deserializer=farshore_dot_proto_dot_cluster__pb2.Listing.FromString,
                 _registered_method=True)
 
 
-class ControllerServicer(object):
-    """Missing associated documentation comment in .proto file."""
+class DirectoryServicer(object):
+    """The workers of the cluster, where they listen, and until when that is known. Served by the controller.
+    """
 
-    def Status(self, request, context):
+    def Renew(self, request, context):
+        """Lists a worker for the time of a lease, with this record. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Withdraw(self, request, context):
+        """Removes a worker that ends. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Close(self, request, context):
+        """Makes these workers, and no others, the ones on which nothing new is placed. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def List(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Claim(self, request, context):
-        """A new ownership term for a sequence: greater than every term given before.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
 
-    def Release(self, request, context):
-        """The owner is done with a sequence. Idempotent.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-
-def add_ControllerServicer_to_server(servicer, server):
+def add_DirectoryServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Status': grpc.unary_unary_rpc_method_handler(
-                    servicer.Status,
-                    request_deserializer=farshore_dot_proto_dot_cluster__pb2.StatusRequest.FromString,
-                    response_serializer=farshore_dot_proto_dot_inference__pb2.ClusterStatusReply.SerializeToString,
+            'Renew': grpc.unary_unary_rpc_method_handler(
+                    servicer.Renew,
+                    request_deserializer=farshore_dot_proto_dot_cluster__pb2.WorkerRecord.FromString,
+                    response_serializer=farshore_dot_proto_dot_cluster__pb2.DirectoryReply.SerializeToString,
             ),
-            'Claim': grpc.unary_unary_rpc_method_handler(
-                    servicer.Claim,
-                    request_deserializer=farshore_dot_proto_dot_cluster__pb2.ClaimRequest.FromString,
-                    response_serializer=farshore_dot_proto_dot_cluster__pb2.ClaimReply.SerializeToString,
+            'Withdraw': grpc.unary_unary_rpc_method_handler(
+                    servicer.Withdraw,
+                    request_deserializer=farshore_dot_proto_dot_cluster__pb2.WithdrawRequest.FromString,
+                    response_serializer=farshore_dot_proto_dot_cluster__pb2.DirectoryReply.SerializeToString,
             ),
-            'Release': grpc.unary_unary_rpc_method_handler(
-                    servicer.Release,
-                    request_deserializer=farshore_dot_proto_dot_cluster__pb2.ReleaseRequest.FromString,
-                    response_serializer=farshore_dot_proto_dot_cluster__pb2.ReleaseReply.SerializeToString,
+            'Close': grpc.unary_unary_rpc_method_handler(
+                    servicer.Close,
+                    request_deserializer=farshore_dot_proto_dot_cluster__pb2.CloseRequest.FromString,
+                    response_serializer=farshore_dot_proto_dot_cluster__pb2.DirectoryReply.SerializeToString,
+            ),
+            'List': grpc.unary_unary_rpc_method_handler(
+                    servicer.List,
+                    request_deserializer=farshore_dot_proto_dot_cluster__pb2.ListRequest.FromString,
+                    response_serializer=farshore_dot_proto_dot_cluster__pb2.Listing.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'farshore.cluster.v1.Controller', rpc_method_handlers)
+            'farshore.cluster.v1.Directory', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('farshore.cluster.v1.Controller', rpc_method_handlers)
+    server.add_registered_method_handlers('farshore.cluster.v1.Directory', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
-class Controller(object):
-    """Missing associated documentation comment in .proto file."""
+class Directory(object):
+    """The workers of the cluster, where they listen, and until when that is known. Served by the controller.
+    """
 
     @staticmethod
-    def Status(request,
+    def Renew(request,
             target,
             options=(),
             channel_credentials=None,
@@ -280,9 +299,9 @@ class Controller(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/farshore.cluster.v1.Controller/Status',
-            farshore_dot_proto_dot_cluster__pb2.StatusRequest.SerializeToString,
-            farshore_dot_proto_dot_inference__pb2.ClusterStatusReply.FromString,
+            '/farshore.cluster.v1.Directory/Renew',
+            farshore_dot_proto_dot_cluster__pb2.WorkerRecord.SerializeToString,
+            farshore_dot_proto_dot_cluster__pb2.DirectoryReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -294,7 +313,7 @@ class Controller(object):
             _registered_method=True)
 
     @staticmethod
-    def Claim(request,
+    def Withdraw(request,
             target,
             options=(),
             channel_credentials=None,
@@ -307,9 +326,9 @@ class Controller(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/farshore.cluster.v1.Controller/Claim',
-            farshore_dot_proto_dot_cluster__pb2.ClaimRequest.SerializeToString,
-            farshore_dot_proto_dot_cluster__pb2.ClaimReply.FromString,
+            '/farshore.cluster.v1.Directory/Withdraw',
+            farshore_dot_proto_dot_cluster__pb2.WithdrawRequest.SerializeToString,
+            farshore_dot_proto_dot_cluster__pb2.DirectoryReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -321,7 +340,7 @@ class Controller(object):
             _registered_method=True)
 
     @staticmethod
-    def Release(request,
+    def Close(request,
             target,
             options=(),
             channel_credentials=None,
@@ -334,9 +353,36 @@ class Controller(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/farshore.cluster.v1.Controller/Release',
-            farshore_dot_proto_dot_cluster__pb2.ReleaseRequest.SerializeToString,
-            farshore_dot_proto_dot_cluster__pb2.ReleaseReply.FromString,
+            '/farshore.cluster.v1.Directory/Close',
+            farshore_dot_proto_dot_cluster__pb2.CloseRequest.SerializeToString,
+            farshore_dot_proto_dot_cluster__pb2.DirectoryReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def List(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farshore.cluster.v1.Directory/List',
+            farshore_dot_proto_dot_cluster__pb2.ListRequest.SerializeToString,
+            farshore_dot_proto_dot_cluster__pb2.Listing.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,11 +44,6 @@ class InferenceStub(object):
                 request_serializer=farshore_dot_proto_dot_inference__pb2.CancelRequest.SerializeToString,
                 response_deserializer=farshore_dot_proto_dot_inference__pb2.CancelReply.FromString,
                 _registered_method=True)
-        self.ClusterStatus = channel.unary_unary(
-                '/farshore.inference.v1.Inference/ClusterStatus',
-                request_serializer=farshore_dot_proto_dot_inference__pb2.ClusterStatusRequest.SerializeToString,
-                response_deserializer=farshore_dot_proto_dot_inference__pb2.ClusterStatusReply.FromString,
-                _registered_method=True)
 
 
 class InferenceServicer(object):
@@ -70,12 +65,6 @@ class InferenceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def ClusterStatus(self, request, context):
-        """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -88,11 +77,6 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Cancel,
                     request_deserializer=farshore_dot_proto_dot_inference__pb2.CancelRequest.FromString,
                     response_serializer=farshore_dot_proto_dot_inference__pb2.CancelReply.SerializeToString,
-            ),
-            'ClusterStatus': grpc.unary_unary_rpc_method_handler(
-                    servicer.ClusterStatus,
-                    request_deserializer=farshore_dot_proto_dot_inference__pb2.ClusterStatusRequest.FromString,
-                    response_serializer=farshore_dot_proto_dot_inference__pb2.ClusterStatusReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -149,33 +133,6 @@ class Inference(object):
             '/farshore.inference.v1.Inference/Cancel',
             farshore_dot_proto_dot_inference__pb2.CancelRequest.SerializeToString,
             farshore_dot_proto_dot_inference__pb2.CancelReply.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def ClusterStatus(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/farshore.inference.v1.Inference/ClusterStatus',
-            farshore_dot_proto_dot_inference__pb2.ClusterStatusRequest.SerializeToString,
-            farshore_dot_proto_dot_inference__pb2.ClusterStatusReply.FromString,
             options,
             channel_credentials,
             insecure,

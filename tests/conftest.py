@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 
 from farshore.attention_offload.client.remote import RemoteClient
 from farshore.attention_offload.shard.service import AttentionService, serve
-from farshore.workers.attention import ENVIRONMENT
+from farshore.rpc import SHARD_ENVIRONMENT
 
 STOP_DEADLINE_S = 60.0
 LONG_TEXT_TOKENS = 4100
@@ -270,7 +270,11 @@ class WorkerProcess:
             listen,
         ]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | ENVIRONMENT
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | SHARD_ENVIRONMENT,
         )
         self.address = self.process.stdout.readline().strip()
         assert self.address, f"the attention worker ended with {self.process.wait()}"

@@ -9,22 +9,20 @@ outlives its parent process.
 """
 
 import argparse
+import os
 import sys
 
 import torch
 
+from farshore.attention_offload.base import ShardIdentity
 from farshore.attention_offload.shard.service import AttentionService, serve
 from farshore.attention_offload.transport.core_sharing import share_cores
 from farshore.ids import WorkerId
 from farshore.interpreter import share_interpreter
+from farshore.kvstore.directory.base import Directory, WorkerRecord
 from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.store import LocalStore
-
-ENVIRONMENT = {"GRPC_EXPERIMENTS": "-event_engine_client,-event_engine_listener"}
-"""Environment to start the process with. gRPC reads it on import.
-
-It disables gRPC's event engine, whose threads wake one another. A thread that waits for a message then reads
-its socket itself, which saves a third of a gRPC hop's time."""
+from farshore.workers.lease import Lease
 
 STOP_GRACE_S = 1.0
 
@@ -32,20 +30,47 @@ STOP_GRACE_S = 1.0
 class AttentionWorker:
     """One shard and its server. It serves from construction until :meth:`stop`."""
 
-    def __init__(self, *, worker: WorkerId, kv_memory_bytes: int, listen: str, threads: int) -> None:
-        """``listen`` is ``host:port``; port 0 takes any free port. Raises PortInUse."""
+    def __init__(
+        self,
+        *,
+        worker: WorkerId,
+        kv_memory_bytes: int,
+        listen: str,
+        threads: int,
+        slot: str = "",
+        directory: Directory | None = None,
+    ) -> None:
+        """``listen`` is ``host:port``; port 0 takes any free port. ``directory``: lists the worker, in
+        ``slot``, until :meth:`stop`; None: nothing does. Raises PortInUse."""
         torch.set_num_threads(threads)
         share_cores()
         store = LocalStore(worker=worker, arena=Arena(kv_memory_bytes))
         share_interpreter()
-        self._server, self._address = serve(AttentionService(worker, store), listen)
+        self._service = AttentionService(worker, store)
+        self._server, self._address = serve(self._service, listen)
+        record = WorkerRecord(
+            worker=worker,
+            kind="attention",
+            slot=slot,
+            address=self._address,
+            host=listen.rpartition(":")[0],
+            process_id=os.getpid(),
+            state="serving",
+        )
+        self._lease = Lease(directory, lambda: record) if directory is not None else None
 
     def address(self) -> str:
         """Returns the address that the worker listens on."""
         return self._address
 
+    def memory(self) -> ShardIdentity:
+        """The shard's identity, with its memory and what it attended to."""
+        return self._service.identity()
+
     def stop(self) -> None:
-        """Ends open streams and frees the port. Idempotent."""
+        """Withdraws from the directory, ends open streams and frees the port. Idempotent."""
+        if self._lease is not None:
+            self._lease.end()
         self._server.stop(STOP_GRACE_S).wait()
 
 

@@ -1,26 +1,27 @@
 """The dense worker: a process that runs one engine behind one gRPC service.
 
-The controller starts it as a Ray actor; Ray only starts and ends it. The worker reaches shards and controller
-over gRPC, and keeps serving its running requests while the controller is unreachable. It must not decide
-global placement.
+The controller starts it as a Ray actor; Ray only starts and ends it. The worker reaches shards over gRPC, and
+serves requests without the controller. It must not decide global placement.
 """
 
-from collections.abc import Mapping
+import os
 from dataclasses import dataclass
 
-import grpc
 import torch
 from grpc_health.v1 import health
 
 from farshore import rpc
-from farshore.attention_offload.client.base import ShardClient
 from farshore.attention_offload.client.in_process import InProcessClient
 from farshore.attention_offload.client.remote import RemoteClient
 from farshore.attention_offload.codec import dtype_of
+from farshore.attention_offload.fanout.latency import Link
 from farshore.attention_offload.plan.placement import ShardBy
-from farshore.ids import Epoch, SequenceId, WorkerId
+from farshore.errors import FarshoreError
+from farshore.ids import WorkerId
 from farshore.interpreter import share_interpreter
 from farshore.kernels.formats import KVFormat
+from farshore.kvstore.base import Usage
+from farshore.kvstore.directory.base import Directory, WorkerRecord
 from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 from farshore.model_spec import ModelSpec
@@ -31,12 +32,14 @@ from farshore.proto import cluster_pb2_grpc as pb_grpc
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.attention_model import attention_model
 from farshore.workers.engine.engine import Engine
+from farshore.workers.engine.views import EngineLoad
 from farshore.workers.engine_service import EngineService
+from farshore.workers.lease import Lease
+from farshore.workers.shard_watch import ShardWatch
 
 MAX_CALLS = 512
 """Threads of the gRPC server. Each running or waiting request occupies one."""
 
-CONTROLLER_DEADLINE_S = 10.0
 STOP_GRACE_S = 1.0
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["Engine"].full_name
@@ -53,37 +56,40 @@ class DenseConfig:
     """Configuration of one dense worker; made by the controller."""
 
     worker: WorkerId
+    slot: str
+    """The name of the worker's place in the cluster."""
     spec: ModelSpec
     """The model, and how to read it."""
     dtype: str
     kv_format: str
     """Format of stored KV: bf16, float32, int8 or int4."""
     kv_memory_bytes: int
-    """Size of the engine's arena: it holds the tails, and spans if ``targets`` names this worker itself."""
-    targets: tuple[WorkerId, ...]
-    """Workers that new spans are placed on."""
+    """Size of the engine's arena: it holds the tails, and spans unless ``offload``."""
+    offload: bool
+    """Whether spans are placed on the attention workers that the directory lists; else in the arena."""
     shard_by: ShardBy
-    controller: str
     listen: str
     threads: int
     limits: EngineLimits
 
 
 class DenseWorker:
-    """One dense worker. Construct it, call :meth:`load`, then :meth:`serve`.
+    """One dense worker. Construct it, then call :meth:`run`. It is listed in ``directory`` from construction
+    until :meth:`stop`."""
 
-    :meth:`loading` may be called from another thread at any time.
-    """
-
-    def __init__(self, config: DenseConfig) -> None:
+    def __init__(self, config: DenseConfig, directory: Directory, *, host: str) -> None:
+        """``host``: the address of the worker's node."""
         self._config = config
+        self._directory = directory
+        self._host = host
         self._loading = ""
+        self._address = ""
+        self._failure = ""
+        self._engine: Engine | None = None
+        self._watch: ShardWatch | None = None
         torch.set_num_threads(config.threads)
-        self._controller = pb_grpc.ControllerStub(
-            grpc.insecure_channel(config.controller, options=rpc.OPTIONS)
-        )
-        self._epochs: dict[SequenceId, Epoch] = {}
         self._checks = health.HealthServicer()
+        self._lease = Lease(directory, self._record)
 
     def load(self) -> None:
         """Loads the model. Attention workers may start at the same time. Raises ModelError."""
@@ -96,63 +102,92 @@ class DenseWorker:
             progress=lambda done, total: self._progress(f"{done} of {total} tensors"),
         )
 
-    def serve(self, shards: Mapping[WorkerId, str]) -> str:
-        """Connects to the attention workers, starts the engine, and returns the address that it listens on.
+    def run(self) -> None:
+        """Loads and serves. A model that can't be loaded is reported to the directory, and raised."""
+        try:
+            self.load()
+            self.serve()
+        except FarshoreError as error:
+            self._failure = str(error)
+            raise
 
-        ``shards`` maps worker ids to addresses. Raises TransportError if a shard does not answer, PortInUse
-        if the configured port is taken.
-        """
+    def serve(self) -> str:
+        """Starts the engine, and returns the address that it listens on. Attention workers join it when the
+        directory lists them. Raises PortInUse if the configured port is taken."""
         config, model = self._config, self._model
         attention = attention_model(model.config, model.dtype, _FORMATS[config.kv_format])
         arena = Arena(config.kv_memory_bytes)
-        store = LocalStore(worker=config.worker, arena=arena)
-        self._clients: dict[WorkerId, ShardClient] = {
-            config.worker: InProcessClient(config.worker, store, attention),
-            **{
-                worker: RemoteClient(address, attention, model.dtype, engine=config.worker)
-                for worker, address in shards.items()
-            },
-        }
+        self._store = store = LocalStore(worker=config.worker, arena=arena)
+        local = InProcessClient(config.worker, store, attention)
         share_interpreter()
-        identities = {worker: client.identify() for worker, client in self._clients.items()}
-        self._engine = Engine(
+        identities = {config.worker: local.identify()}
+        engine = Engine(
             model=model,
             attention=attention,
             arena=arena,
-            clients=self._clients,
-            targets=list(config.targets),
+            clients={config.worker: local},
+            targets=[] if config.offload else [config.worker],
             shard_by=config.shard_by,
-            claim=self._claim,
             limits=config.limits,
             on_failed=self._stop_serving,
         )
-        self._engine.start()
+        engine.start()
+        if config.offload:
+            self._watch = ShardWatch(
+                self._directory,
+                engine,
+                connect=lambda address: RemoteClient(address, attention, model.dtype, engine=config.worker),
+                local=config.worker,
+                identified=identities.__setitem__,
+            )
         service = EngineService(
             worker=config.worker,
-            engine=self._engine,
+            engine=engine,
             store=store,
             shards=identities,
-            release=self._release,
         )
-        self._server, address = rpc.serve(
+        self._server, self._address = rpc.serve(
             lambda server: pb_grpc.add_EngineServicer_to_server(service, server),
             service=_SERVICE,
             listen=config.listen,
             threads=MAX_CALLS,
             checks=self._checks,
         )
-        return address
-
-    def loading(self) -> str:
-        """Progress of :meth:`load` in a few words, such as "12 of 290 tensors"; empty before it begins."""
-        return self._loading
+        self._engine = engine
+        return self._address
 
     def stop(self) -> None:
-        """Ends every stream, then stops the engine and closes its shard clients."""
+        """Withdraws from the directory, ends every stream, then stops the engine and closes its shard
+        clients."""
+        self._lease.end()
+        if self._engine is None:
+            return
         self._server.stop(STOP_GRACE_S).wait()
+        if self._watch is not None:
+            self._watch.stop()
         self._engine.stop()
-        for client in self._clients.values():
-            client.close()
+
+    def load_now(self) -> tuple[EngineLoad, list[Link], Usage] | None:
+        """The engine's load, its links to shards, and its own memory; None before it serves."""
+        if self._engine is None:
+            return None
+        return self._engine.load(), self._engine.links(), self._store.usage()
+
+    def _record(self) -> WorkerRecord:
+        engine = self._engine
+        shards = engine.shards() if engine is not None else {}
+        return WorkerRecord(
+            worker=self._config.worker,
+            kind="dense",
+            slot=self._config.slot,
+            address=self._address,
+            host=self._host,
+            process_id=os.getpid(),
+            state="failed" if self._failure else "serving" if engine is not None else "loading",
+            progress=self._loading,
+            shards=sum(answers for worker, answers in shards.items() if worker != self._config.worker),
+            failure=self._failure,
+        )
 
     def _stop_serving(self) -> None:
         """Called when the engine fails. Health stays NOT_SERVING from now on, whatever is set later."""
@@ -160,24 +195,3 @@ class DenseWorker:
 
     def _progress(self, words: str) -> None:
         self._loading = words
-
-    def _claim(self, sequence: SequenceId) -> Epoch:
-        request = pb.ClaimRequest(sequence_id=sequence, owner=self._config.worker)
-        try:
-            epoch = Epoch(self._controller.Claim(request, timeout=CONTROLLER_DEADLINE_S).epoch)
-        except grpc.RpcError as failure:
-            raise rpc.error_of(failure, peer="the controller") from failure
-        self._epochs[sequence] = epoch
-        return epoch
-
-    def _release(self, sequence: SequenceId) -> None:
-        """Reports the end of a sequence to the controller's directory.
-
-        An error is ignored: the directory drops sequences without an owner by itself.
-        """
-        epoch = self._epochs.pop(sequence)
-        try:
-            request = pb.ReleaseRequest(sequence_id=sequence, epoch=epoch)
-            self._controller.Release(request, timeout=CONTROLLER_DEADLINE_S)
-        except grpc.RpcError:
-            return

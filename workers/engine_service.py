@@ -7,15 +7,16 @@ know how sequences run.
 import os
 import queue
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grpc
 
 from farshore.attention_offload.base import ShardIdentity
-from farshore.errors import FarshoreError
-from farshore.ids import SequenceId, WorkerId
+from farshore.errors import FarshoreError, InvalidRequest
+from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kvstore.store.store import LocalStore
+from farshore.proto import admin_pb2 as admin
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 from farshore.proto import inference_pb2 as api
@@ -39,7 +40,7 @@ class EngineService(pb_grpc.EngineServicer):
     """Serves one engine.
 
     ``shards`` maps every worker whose spans the engine reads to the identity that the worker reported when
-    the engine connected. ``release`` is called once for each accepted sequence, when its stream ends.
+    the engine connected.
     """
 
     def __init__(
@@ -49,13 +50,11 @@ class EngineService(pb_grpc.EngineServicer):
         engine: Engine,
         store: LocalStore,
         shards: Mapping[WorkerId, ShardIdentity],
-        release: Callable[[SequenceId], None],
     ) -> None:
         self._worker = worker
         self._engine = engine
         self._store = store
         self._shards = shards
-        self._release = release
 
     def Generate(
         self, request: pb.SequenceRequest, context: grpc.ServicerContext
@@ -65,23 +64,29 @@ class EngineService(pb_grpc.EngineServicer):
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         sampling = Sampling.from_message(request.sampling)
         try:
+            if not request.epoch:
+                raise InvalidRequest("epoch 0: the gateway counts a sequence's epochs from 1")
             self._engine.check_size(len(request.prompt), sampling)
-            self._engine.submit(sequence, _tokens(request), sampling, events.put, salt=request.cache_salt)
+            self._engine.submit(
+                sequence,
+                _tokens(request),
+                sampling,
+                events.put,
+                epoch=Epoch(request.epoch),
+                salt=request.cache_salt,
+            )
         except FarshoreError as error:
             abort(context, error)
         # add_callback returns False if the client has already disconnected. The engine then ends the stream.
         if not context.add_callback(lambda: self._engine.cancel(sequence)):
             self._engine.cancel(sequence)
         live = sampling.n
-        try:
-            while live:
-                event = events.get()
-                if isinstance(event, Failed):
-                    abort(context, event.error)
-                yield self._message(event)
-                live -= isinstance(event, Finished)
-        finally:
-            self._release(sequence)
+        while live:
+            event = events.get()
+            if isinstance(event, Failed):
+                abort(context, event.error)
+            yield self._message(event)
+            live -= isinstance(event, Finished)
 
     def Cancel(self, request: pb.CancelSequence, context: grpc.ServicerContext) -> pb.CancelSequenceReply:
         """Cancels a request or one of its completions. Unknown ids are ignored."""
@@ -94,7 +99,7 @@ class EngineService(pb_grpc.EngineServicer):
         usage = self._store.usage()
         load = self._engine.load()
         return pb.EngineStatus(
-            worker=api.WorkerStatus(
+            worker=admin.WorkerStatus(
                 worker_id=self._worker,
                 kind="dense",
                 host=socket.gethostname(),
@@ -107,17 +112,19 @@ class EngineService(pb_grpc.EngineServicer):
                 waiting=load.waiting,
                 parked=load.parked,
                 parkings=load.parkings,
-                links=[api.ShardLink(**link._asdict()) for link in self._engine.links()],
+                links=[admin.ShardLink(**link._asdict()) for link in self._engine.links()],
             ),
             sequences=self._sequences(),
+            shards=self._engine.shards(),
+            readers=self._engine.readers(),
         )
 
-    def _sequences(self) -> list[api.SequenceStatus]:
-        local: dict[SequenceId, list[api.SpanStatus]] = {}
+    def _sequences(self) -> list[admin.SequenceStatus]:
+        local: dict[SequenceId, list[admin.SpanStatus]] = {}
         for info in self._store.announce():
             key = info.key
             local.setdefault(key.sequence, []).append(
-                api.SpanStatus(
+                admin.SpanStatus(
                     worker_id=self._worker,
                     first=key.first,
                     last=key.first + info.sealed_tokens,
@@ -127,7 +134,7 @@ class EngineService(pb_grpc.EngineServicer):
                 )
             )
         return [
-            api.SequenceStatus(
+            admin.SequenceStatus(
                 sequence_id=f"{view.id}/{view.choice}" if view.choice else view.id,
                 owner=self._worker,
                 epoch=view.epoch,

@@ -155,6 +155,16 @@ class Fanout:
             ]
         return self._states[key]
 
+    def forget(self, worker: WorkerId) -> None:
+        """Forgets the requests and latencies of a worker that left. Call it between steps, before its client
+        is closed."""
+        self._settle()
+        self._plan = None
+        self._requests, self._channels = [], []
+        self._states.clear()
+        self._records.pop(worker, None)
+        self._given_up_at_s.pop(worker, None)
+
     def _has_same_reads(self, plan: StepPlan, micro_batches: Sequence[range]) -> bool:
         """Whether the last step has ended and had the same reads, by the same rows, as ``plan``."""
         last = self._plan

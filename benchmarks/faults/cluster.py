@@ -19,8 +19,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from farshore.errors import StartupError
-from farshore.proto import inference_pb2 as api
-from farshore.proto import inference_pb2_grpc
+from farshore.proto import admin_pb2 as admin
+from farshore.proto import admin_pb2_grpc, inference_pb2_grpc
 
 READY_DEADLINE_S = 180.0
 STOP_DEADLINE_S = 45.0
@@ -100,6 +100,7 @@ class Server:
         self._output = output
         self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
         self.stub = inference_pb2_grpc.InferenceStub(self._channel)
+        self._operators = admin_pb2_grpc.AdminStub(self._channel)
         self.health = health_pb2_grpc.HealthStub(self._channel)
         self._seen: dict[int, Process] = {}
         self.frozen: list[Process] = []
@@ -124,9 +125,9 @@ class Server:
                 return process
         raise StartupError("the gateway's process is gone")
 
-    async def status(self) -> api.ClusterStatusReply:
+    async def status(self) -> admin.ClusterStatusReply:
         """Raises grpc.aio.AioRpcError."""
-        return await self.stub.ClusterStatus(api.ClusterStatusRequest(), timeout=STATUS_DEADLINE_S)
+        return await self._operators.ClusterStatus(admin.ClusterStatusRequest(), timeout=STATUS_DEADLINE_S)
 
     async def probe(self, *, deadline_s: float = 10.0) -> float:
         """Seconds until the gateway answers a health check, or until the check fails or its deadline

@@ -30,7 +30,7 @@ from farshore.ids import Epoch, SequenceId, SpanId
 from farshore.kernels.base import AttentionSpec, KVLayout
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore.base import SpanKey
-from farshore.workers.attention import ENVIRONMENT
+from farshore.rpc import SHARD_ENVIRONMENT
 
 DTYPE = torch.bfloat16
 HOP = AttentionSpec(q_heads=64, k_heads=1, v_heads=1, k_dim=128, v_dim=128, scale=128**-0.5)
@@ -89,7 +89,7 @@ def shard_process(*, threads: int, memory_bytes: int = SHARD_MEMORY_BYTES) -> It
     """Starts an attention worker and yields its address. The process ends with the context, or with this
     process."""
     options = ("--worker", "shard", "--kv-memory-bytes", str(memory_bytes), "--threads", str(threads))
-    with _child("-m", "farshore.workers.attention", *options, environment=ENVIRONMENT) as child:
+    with _child("-m", "farshore.workers.attention", *options, environment=SHARD_ENVIRONMENT) as child:
         assert child.stdout is not None
         yield child.stdout.readline().strip()
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from farshore.attention_offload.client.in_process import InProcessClient
 from farshore.errors import DeadlineExceeded
-from farshore.ids import Epoch, SequenceId, WorkerId
+from farshore.ids import FIRST_EPOCH, Epoch, SequenceId, WorkerId
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.store import LocalStore
@@ -85,7 +85,6 @@ class Reader:
             clients=self._clients,
             targets=[_WORKER],
             shard_by="range",
-            claim=lambda _: Epoch(next(self._numbers)),
         )
 
     def __enter__(self) -> Self:
@@ -100,7 +99,8 @@ class Reader:
         DeadlineExceeded after ``DEADLINE_S`` without an event."""
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         start_s = time.perf_counter()
-        self._engine.submit(self._name(), prompt, Sampling(max_tokens=most_tokens), events.put)
+        sampling = Sampling(max_tokens=most_tokens)
+        self._engine.submit(self._name(), prompt, sampling, events.put, epoch=FIRST_EPOCH)
         tokens: list[int] = []
         while True:
             try:
@@ -133,6 +133,7 @@ class Reader:
             fingerprint=fingerprint(self._attention, model_content=self._model.content, salt=name),
         )
         pool = ShardPool(self._clients, [_WORKER])
+        pool.await_beats(DEADLINE_S)
         cache = SequenceCache(arena=self._arena, pool=pool, model=self._attention, shard_by="range")
         cache.place(sequence, promised_tokens=0)
         logprobs, best = [], []

@@ -14,7 +14,7 @@ import torch
 
 from farshore.attention_offload.client.in_process import InProcessClient
 from farshore.errors import DeadlineExceeded
-from farshore.ids import Epoch, SequenceId, WorkerId
+from farshore.ids import FIRST_EPOCH, SequenceId, WorkerId
 from farshore.kvstore.base import SpanKey
 from farshore.kvstore.prefix import chain
 from farshore.kvstore.store.arena import Arena
@@ -85,7 +85,6 @@ class LocalEngine:
         arena = Arena(kv_bytes)
         self._store = LocalStore(worker=WORKER, arena=arena)
         self._ids = count()
-        epochs = count(1)
         self._engine = Engine(
             model=model,
             attention=self._attention,
@@ -93,7 +92,6 @@ class LocalEngine:
             clients={WORKER: InProcessClient(WORKER, self._store, self._attention)},
             targets=[WORKER],
             shard_by="range",
-            claim=lambda _: Epoch(next(epochs)),
             limits=limits,
         )
 
@@ -108,7 +106,8 @@ class LocalEngine:
         """Submits a prompt for greedy decoding."""
         name = SequenceId(f"request-{next(self._ids)}")
         request = Request(partial(self._engine.cancel, name))
-        self._engine.submit(name, list(prompt), Sampling(max_tokens=max_tokens), request.emit)
+        sampling = Sampling(max_tokens=max_tokens)
+        self._engine.submit(name, list(prompt), sampling, request.emit, epoch=FIRST_EPOCH)
         return request
 
     def store_prefix(self, prompt: Sequence[int]) -> None:
@@ -117,7 +116,7 @@ class LocalEngine:
         model_fingerprint = fingerprint(self._attention, model_content=self._model.content)
         blocks = chain(prompt, fingerprint=model_fingerprint)
         layout, tokens = self._attention.layouts[0], blocks[-1].last
-        name, epoch = SequenceId(f"stored-{next(self._ids)}"), Epoch(1)
+        name, epoch = SequenceId(f"stored-{next(self._ids)}"), FIRST_EPOCH
         key = SpanKey(sequence=name, layer_class=0, first=0, group0=0, group1=layout.groups)
         span = self._store.create(key, capacity_tokens=tokens, layout=layout, epoch=epoch)
         generator = torch.Generator().manual_seed(0)

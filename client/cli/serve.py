@@ -82,6 +82,8 @@ def _serve(config: ClusterConfig, progress: Progress, take_signals: Callable[[],
         width = max((len(name) for name in cluster.endpoints), default=0)
         for name, address in cluster.endpoints.items():
             print(f"  {name:{width}}  {address}")
+        for notice in cluster.notices:
+            progress.note(f"farshore: warning: {notice}")
         print(f'Try: farshore generate --server {cluster.address} "Hello"    Ctrl-C stops.', flush=True)
         try:
             cluster.wait(warn=lambda text: progress.note(f"farshore: warning: {text}"))

@@ -8,7 +8,7 @@ import errno
 import functools
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -17,14 +17,17 @@ from grpc_reflection.v1alpha import reflection
 
 from farshore import rpc
 from farshore.errors import InvalidRequest, PortInUse
+from farshore.gateway.api import admin
+from farshore.gateway.api.admin import AdminProxy
 from farshore.gateway.api.service import InferenceService
+from farshore.gateway.engines.discovery import EngineDiscovery
 from farshore.gateway.engines.engine_client import GrpcEngineClient
 from farshore.gateway.engines.health import EngineHealth
 from farshore.gateway.limits import Limits
 from farshore.gateway.requests.log import RequestLog
 from farshore.gateway.served import Served
 from farshore.interpreter import make_nicer
-from farshore.proto import cluster_pb2_grpc, inference_pb2
+from farshore.proto import inference_pb2
 
 NICENESS = 10
 """Added to the niceness of tokenizing threads, so that the event loop's threads run first."""
@@ -43,7 +46,7 @@ class Gateway:
         health_state: health.aio.HealthServicer,
         log: RequestLog,
         engine: GrpcEngineClient,
-        probing: asyncio.Task,
+        watching: Sequence[asyncio.Task[None]],
         controller: grpc.aio.Channel,
         tokenizing: ThreadPoolExecutor,
         limits: Limits,
@@ -53,7 +56,7 @@ class Gateway:
         self._health = health_state
         self._log = log
         self._engine = engine
-        self._probing = probing
+        self._watching = watching
         self._controller = controller
         self._tokenizing = tokenizing
         self._limits = limits
@@ -75,8 +78,9 @@ class Gateway:
         # The log is closed first, which ends its readers, so that the server has no calls to wait for.
         await self._log.close()
         await self._server.stop(self._limits.shutdown_s)
-        self._probing.cancel()
-        await asyncio.wait([self._probing])
+        for task in self._watching:
+            task.cancel()
+        await asyncio.wait(self._watching)
         await self._engine.close()
         await self._controller.close()
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
@@ -105,9 +109,7 @@ async def create(
     port = _bind(server, listen)
     engine_client = GrpcEngineClient(engine, served=served, limits=limits)
     health_state = health.aio.HealthServicer()
-    engine_health = EngineHealth(
-        engine_client.channel, engine, limits=limits, changed=functools.partial(_tell, health_state)
-    )
+    engine_health = EngineHealth(engine_client, limits=limits, changed=functools.partial(_tell, health_state))
     tokenizing = ThreadPoolExecutor(
         limits.tokenizer_threads,
         thread_name_prefix="tokenizing",
@@ -122,17 +124,19 @@ async def create(
         clock=clock,
     )
     controller_channel = grpc.aio.insecure_channel(controller, options=rpc.OPTIONS)
+    discovery = EngineDiscovery(engine_client, controller_channel)
     service = InferenceService(
         served=served,
         log=log,
-        controller=cluster_pb2_grpc.ControllerStub(controller_channel),
-        controller_address=controller,
         limits=limits,
         clock=clock,
     )
-    server.add_generic_rpc_handlers((service.handler(),))
+    operators = AdminProxy(controller_channel, controller, limits)
+    server.add_generic_rpc_handlers((service.handler(), operators.handler()))
     health_pb2_grpc.add_HealthServicer_to_server(health_state, server)
-    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    reflection.enable_server_reflection(
+        (SERVICE, admin.NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+    )
     await engine_health.probe()
     await server.start()
     return Gateway(
@@ -141,7 +145,7 @@ async def create(
         health_state=health_state,
         log=log,
         engine=engine_client,
-        probing=asyncio.create_task(engine_health.watch()),
+        watching=[asyncio.create_task(engine_health.watch()), asyncio.create_task(discovery.watch())],
         controller=controller_channel,
         tokenizing=tokenizing,
         limits=limits,

@@ -1,4 +1,4 @@
-"""The client API over gRPC: Generate, Cancel, ClusterStatus.
+"""The client API over gRPC: Generate, Cancel.
 
 Registered by ``server``. Translates calls to the request log's operations, and all errors to statuses. Must
 not know how a request is run. Never logs a prompt.
@@ -23,7 +23,6 @@ from farshore.gateway.requests import validate
 from farshore.gateway.requests.log import RequestLog
 from farshore.gateway.requests.request import Request, RequestFailed
 from farshore.gateway.served import Served
-from farshore.proto import cluster_pb2, cluster_pb2_grpc
 from farshore.proto import inference_pb2 as api
 from farshore.text import shortened
 
@@ -40,15 +39,11 @@ class InferenceService:
         *,
         served: Served,
         log: RequestLog,
-        controller: cluster_pb2_grpc.ControllerStub,
-        controller_address: str,
         limits: Limits,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._served = served
         self._log = log
-        self._controller = controller
-        self._controller_address = controller_address
         self._limits = limits
         self._clock = clock
 
@@ -79,20 +74,6 @@ class InferenceService:
         """Ends a request; returns when it has ended."""
         await self._log.cancel(_parsed(api.CancelRequest, raw).request_id)
         return api.CancelReply().SerializeToString()
-
-    async def ClusterStatus(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
-        """The controller's status, passed on. UNAVAILABLE if the controller does not answer."""
-        try:
-            reply = await self._controller.Status(
-                cluster_pb2.StatusRequest(), timeout=self._limits.controller_s
-            )
-        except grpc.aio.AioRpcError as error:
-            await context.abort(
-                grpc.StatusCode.UNAVAILABLE,
-                f"the controller at {self._controller_address} does not answer ({error.code().name}): "
-                "status is unknown, generation goes on",
-            )
-        return reply.SerializeToString()
 
     def _open(self, raw: bytes, arrived_s: float) -> tuple[Request, int]:
         """(the request to read, the index of the first token to send). Finds the request or starts it. Never

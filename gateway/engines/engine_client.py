@@ -44,9 +44,20 @@ class GrpcEngineClient:
     ``close``. Use it on the event loop only."""
 
     def __init__(self, address: str, *, served: Served, limits: Limits) -> None:
-        self._address = address
         self._served = served
         self._limits = limits
+        self._closing: set[asyncio.Task[None]] = set()  # strong references: the event loop holds weak ones
+        self._connect(address)
+
+    def move(self, address: str) -> None:
+        """Sends new requests to the engine at another address. Streams from the old one go on."""
+        closing = asyncio.create_task(self._channel.close(self._limits.stall_s))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+        self._connect(address)
+
+    def _connect(self, address: str) -> None:
+        self.address = address
         self._channel = grpc.aio.insecure_channel(address, options=rpc.OPTIONS)
         self._stub = cluster_pb2_grpc.EngineStub(self._channel)
         # A job's message was serialised by the thread that prepared it.
@@ -61,6 +72,8 @@ class GrpcEngineClient:
         return self._channel
 
     async def close(self) -> None:
+        for closing in list(self._closing):
+            closing.cancel()
         await self._channel.close()
 
     async def pump(self, request: Request, job: Job) -> None:
@@ -83,7 +96,7 @@ class GrpcEngineClient:
                 answer,
                 Failure(
                     grpc.StatusCode.DEADLINE_EXCEEDED,
-                    f"dense worker {self._address} sent nothing for {self._limits.stall_s:g} s",
+                    f"dense worker {self.address} sent nothing for {self._limits.stall_s:g} s",
                 ),
             )
         except grpc.aio.AioRpcError as error:
@@ -134,7 +147,7 @@ class GrpcEngineClient:
         if code == grpc.StatusCode.OK:
             return Failure(
                 grpc.StatusCode.UNAVAILABLE,
-                f"dense worker {self._address} ended the stream without finishing",
+                f"dense worker {self.address} ended the stream without finishing",
             )
         return self._as_failure(code, await call.details(), await call.trailing_metadata())
 
@@ -149,7 +162,7 @@ class GrpcEngineClient:
         message = shortened(details or "no details", ERROR_MESSAGE_CHARS)
         if code not in _REFUSALS:
             # Without the engine's address the failure would look like the gateway's.
-            message = f"dense worker {self._address}: {message}"
+            message = f"dense worker {self.address}: {message}"
             code = _CONNECTION_STATUSES.get(code, grpc.StatusCode.INTERNAL)
         trailing = tuple((key, value) for key, value in metadata or () if key.startswith("farshore-"))
         return Failure(code, message, trailing)

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from farshore.gateway.engines.engine_client import GrpcEngineClient
 from farshore.gateway.limits import Limits
 from farshore.proto import cluster_pb2
 from farshore.text import shortened
@@ -22,20 +23,18 @@ class EngineHealth:
 
     def __init__(
         self,
-        channel: grpc.aio.Channel,
-        address: str,
+        engine: GrpcEngineClient,
         *,
         limits: Limits,
         changed: Callable[[bool], Awaitable[None]],
     ) -> None:
         """``changed`` is called with whether the engine serves: after the first probe, and at each change."""
-        self._stub = health_pb2_grpc.HealthStub(channel)
-        self._address = address
+        self._engine = engine
         self._limits = limits
         self._changed = changed
         self._missed = 0
         self._known = False
-        self.problem: str | None = f"dense worker {address} has not answered yet"
+        self.problem: str | None = f"dense worker {engine.address} has not answered yet"
 
     async def watch(self) -> None:
         """Probes every ``probe_s`` until the task is cancelled."""
@@ -54,13 +53,14 @@ class EngineHealth:
     async def _ask(self) -> str | None:
         request = health_pb2.HealthCheckRequest(service=_SERVICE)
         try:
-            reply = await self._stub.Check(request, timeout=self._limits.probe_s)
+            stub = health_pb2_grpc.HealthStub(self._engine.channel)
+            reply = await stub.Check(request, timeout=self._limits.probe_s)
         except grpc.aio.AioRpcError as error:
             return self._without_answer(error)
         self._missed = 0
         if reply.status == health_pb2.HealthCheckResponse.SERVING:
             return None
-        return f"dense worker {self._address} cannot go on: see its log"
+        return f"dense worker {self._engine.address} cannot go on: see its log"
 
     def _without_answer(self, error: grpc.aio.AioRpcError) -> str | None:
         code = error.code()
@@ -72,6 +72,8 @@ class EngineHealth:
             if self._missed < self._limits.missed_probes and self._known:
                 return self.problem
             silent_s = self._missed * self._limits.probe_s
-            return f"dense worker {self._address} has not answered for {silent_s:g} s"
+            return f"dense worker {self._engine.address} has not answered for {silent_s:g} s"
         self._missed = 0
-        return f"dense worker {self._address} is gone ({code.name}: {shortened(error.details() or '')})"
+        return (
+            f"dense worker {self._engine.address} is gone ({code.name}: {shortened(error.details() or '')})"
+        )

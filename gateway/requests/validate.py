@@ -14,6 +14,7 @@ from farshore.gateway.limits import Limits
 from farshore.gateway.requests import chat
 from farshore.gateway.requests import sampling as sampling_limits
 from farshore.gateway.served import Served
+from farshore.ids import FIRST_EPOCH
 from farshore.proto import cluster_pb2 as cluster
 from farshore.proto import inference_pb2 as api
 from farshore.text import quoted
@@ -79,7 +80,7 @@ def prepare(request: api.GenerateRequest, served: Served, limits: Limits, *, seq
     """Tokenizes the prompt, checks lengths and makes the job. Slow for long prompts: call it in a thread. It
     never holds the interpreter's lock for long. Raises InvalidRequest."""
     asked = request.sampling
-    message = cluster.SequenceRequest(sequence_id=sequence_id)
+    message = cluster.SequenceRequest(sequence_id=sequence_id, epoch=FIRST_EPOCH)
     _add_prompt(message, request, served, limits)
     if not message.prompt:
         raise InvalidRequest("the prompt is empty: send at least one token")

@@ -49,3 +49,11 @@ def test_an_unknown_format_is_refused_by_name():
     message.format = "fp3"
     with pytest.raises(InvalidRequest, match=r"'fp3': use one of float32, .*int4"):
         codec.layout_from_pb(message)
+
+
+@pytest.mark.parametrize("version", [0, codec.WIRE_VERSION + 1])
+def test_another_wire_version_is_refused_by_name(version):
+    opening = codec.model_to_pb(AttentionModel((), (), ()), torch.float32)
+    opening.wire_version = version
+    with pytest.raises(InvalidRequest, match=f"wire version is {version}.*same version of Farshore"):
+        codec.model_from_pb(opening)

@@ -38,6 +38,7 @@ class FakeCluster:
     def __init__(self, address):
         self.address = address
         self.endpoints = {"gateway": address, "attention-0": "127.0.0.1:7"}
+        self.notices = []
         self.config = None
         self.stops = 0
         self.on_start = lambda: None

@@ -6,8 +6,8 @@ import pytest
 from farshore.client import events
 from farshore.client.sdk import Client
 from farshore.errors import InvalidRequest, NotFound, Overloaded, TransportError
+from farshore.proto import admin_pb2 as admin
 from farshore.proto import cluster_pb2
-from farshore.proto import inference_pb2 as api
 
 
 @pytest.fixture
@@ -133,10 +133,10 @@ def test_cancel(client, farshore):
 
 def test_status(client, farshore):
     farshore.engine.status.MergeFrom(
-        api.ClusterStatusReply(
-            workers=[api.WorkerStatus(worker_id="dense-0", kind="dense", budget_bytes=10)],
+        admin.ClusterStatusReply(
+            workers=[admin.WorkerStatus(worker_id="dense-0", kind="dense", budget_bytes=10)],
             sequences=[
-                api.SequenceStatus(sequence_id="a", tokens=9, spans=[api.SpanStatus(last=8, bytes=5)])
+                admin.SequenceStatus(sequence_id="a", tokens=9, spans=[admin.SpanStatus(last=8, bytes=5)])
             ],
         )
     )

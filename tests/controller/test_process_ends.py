@@ -1,15 +1,20 @@
-"""A process of a running `farshore serve` is killed: the command names it, and ends if it can't go on."""
+"""Processes of a running `farshore serve` are killed or frozen: what must be is replaced, the rest ends."""
 
+import contextlib
 import os
 import re
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from farshore.client.sdk import Client
+from farshore.errors import FarshoreError
 
 END_DEADLINE_S = 60
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 def _processes(server, pattern):
@@ -32,12 +37,41 @@ def _name(pid):
         return ""
 
 
+def _until(result, what):
+    """Calls ``result`` until it returns something true, and returns that. Errors count as false."""
+    end_s = time.monotonic() + END_DEADLINE_S
+    pause = threading.Event()
+    while time.monotonic() < end_s:
+        with contextlib.suppress(FarshoreError):
+            if found := result():
+                return found
+        pause.wait(0.1)
+    raise AssertionError(what)
+
+
+def _workers(client, kind):
+    return {worker.worker_id: worker for worker in client.status().workers if worker.kind == kind}
+
+
+def _replaced(client, victim, *, count):
+    """The workers of the victim's kind, when ``count`` are ready without it."""
+
+    def ready():
+        workers = _workers(client, victim.kind)
+        return len(workers) == count and victim.worker_id not in workers and workers
+
+    return _until(ready, f"{victim.worker_id} was not replaced")
+
+
+def _answer(client):
+    return "".join(getattr(event, "text", "") for event in client.generate(messages=QUESTION, max_tokens=8))
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
         ("farshore.gateway", "the gateway (process {}) was killed by SIGKILL"),
-        ("ray::ControllerActor", "the controller (process {}) was killed"),
         ("/raylet/raylet", "Ray's raylet (process {}) was killed by SIGKILL"),
         ("/gcs/gcs_server", "Ray's GCS (process {}) was killed by SIGKILL"),
     ],
@@ -51,23 +85,72 @@ def test_the_end_of_a_process_that_serving_needs(serve, pattern, message):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("last", ["attention", "dense"])
-def test_the_ends_of_workers(serve, last):
-    """Serving goes on without one of two attention workers, but not without both or without the engine."""
-    server, address = serve("--kv-memory", "64MiB")
+def test_workers_that_are_killed_or_frozen_are_replaced(serve):
+    server, address = serve("--kv-memory", "64MiB", "--shard-grace", "2")
     with Client(address) as client:
-        workers = client.status().workers
-        attention, dense = ([w for w in workers if w.kind == kind] for kind in ("attention", "dense"))
-        first, second = attention
+        first, second = _workers(client, "attention").values()
         os.kill(first.process_id, signal.SIGKILL)
-        server.err.await_match(rf"farshore: warning: {first.worker_id} \(process {first.process_id}\)")
-        states = {worker.worker_id: worker.state for worker in client.status().workers}
-        assert states.pop(first.worker_id) == "unreachable"
-        assert set(states.values()) == {"ready"}
-    assert server.process.poll() is None
-    (victim,) = dense if last == "dense" else [second]
-    os.kill(victim.process_id, signal.SIGKILL)
-    assert server.process.wait(END_DEADLINE_S) == 1
-    server.err.await_match(
-        rf"farshore: error: .*{victim.worker_id} \(process {victim.process_id}\) was killed"
-    )
+        server.err.await_match(rf"{first.worker_id} lost: \(process {first.process_id}\) was killed")
+        workers = _replaced(client, first, count=2)
+        assert second.worker_id in workers
+        (new,) = workers.keys() - {second.worker_id}
+        assert new.rpartition("-")[0] == first.worker_id.rpartition("-")[0]  # the same slot
+        server.err.await_match(f"{new} replaced")
+        assert _answer(client) == "The capital of France is Paris."
+
+        (dense,) = _workers(client, "dense").values()
+        os.kill(dense.process_id, signal.SIGKILL)
+        assert _until(lambda: _answer(client), "no engine answers") == "The capital of France is Paris."
+        assert dense.worker_id not in _workers(client, "dense")
+
+        os.kill(second.process_id, signal.SIGSTOP)
+        _replaced(client, second, count=2)
+        _until(lambda: not Path(f"/proc/{second.process_id}").exists(), "the frozen process was not killed")
+        assert _until(lambda: _answer(client), "no answer") == "The capital of France is Paris."
+
+
+@pytest.mark.heavy
+def test_without_its_controller_the_cluster_goes_on_and_a_new_one_starts_nothing(serve):
+    server, address = serve("--kv-memory", "64MiB", "--attention-workers", "1")
+    with Client(address) as client:
+        before = client.status().workers
+        workers = {worker.process_id for worker in before}
+        controllers = set(_processes(server, "ray::ControllerActor")) - workers
+        for controller in controllers:
+            os.kill(controller, signal.SIGKILL)
+        assert _answer(client) == "The capital of France is Paris."
+        server.err.await_match("the controller .*: it is started again, serving goes on")
+        after = _until(lambda: len(client.status().workers) == 2 and client.status().workers, "no status")
+        assert [worker.worker_id for worker in after] == [worker.worker_id for worker in before]
+        # The new controller replaces what dies from now on.
+        (shard,) = _workers(client, "attention").values()
+        os.kill(shard.process_id, signal.SIGKILL)
+        _replaced(client, shard, count=1)
+        assert _until(lambda: _answer(client), "no answer") == "The capital of France is Paris."
+
+
+@pytest.mark.heavy
+def test_operators_scale_watch_and_end_a_cluster(marked, serve):
+    server, address = serve("--kv-memory", "64MiB", "--attention-workers", "1")
+    with Client(address) as client:
+        done = marked.run("scale", "--server", address, "attention=2")
+        assert (done.returncode, done.stdout) == (0, "dense=1 attention=2\n"), done.stderr
+        _until(lambda: len(_workers(client, "attention")) == 2, "no worker was added")
+        done = marked.run("scale", "--server", address, "attention=0")
+        assert done.returncode == 1 and "give at least 1" in done.stderr
+        marked.run("scale", "--server", address, "attention=1")
+        _until(lambda: len(_workers(client, "attention")) == 1, "no worker retired")
+        assert _answer(client) == "The capital of France is Paris."
+    shown = marked.run("events", "--server", address).stdout
+    assert "joined    attention-1-" in shown and "retired   attention-1" in shown
+    assert marked.run("down", "--server", address).returncode == 0
+    assert server.process.wait(END_DEADLINE_S) == 0
+
+
+@pytest.mark.heavy
+def test_a_killed_serve_leaves_nothing(marked):
+    server = marked.start("serve", "--port", "0", "--kv-memory", "64MiB", "--attention-workers", "1")
+    server.out.await_match(r"serves \S+ at (\S+)")
+    server.process.kill()
+    server.process.wait(END_DEADLINE_S)
+    marked.check_nothing_left()

@@ -10,16 +10,20 @@ from farshore import rpc
 from farshore.attention_offload.shard.service import AttentionService
 from farshore.attention_offload.shard.service import serve as serve_attention
 from farshore.controller.config import ClusterConfig
-from farshore.controller.service import PROBE_DEADLINE_S, ControllerService
-from farshore.ids import SequenceId, WorkerId
+from farshore.controller.events import Events
+from farshore.controller.service import PROBE_DEADLINE_S, AdminService
+from farshore.errors import InvalidRequest
+from farshore.ids import WorkerId
+from farshore.kvstore.directory.base import WorkerRecord
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
 from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 from farshore.model_spec import ModelSpec
 from farshore.models.config.load import load_spec
+from farshore.proto import admin_pb2 as admin
+from farshore.proto import admin_pb2_grpc
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
-from farshore.proto import inference_pb2 as api
 
 SHARD = WorkerId("attention-0")
 MEMORY_BYTES = 64 << 20
@@ -30,9 +34,52 @@ def directory():
     return EmbeddedDirectory()
 
 
+class Recorded:
+    """Operations that record what they are asked."""
+
+    def __init__(self):
+        self.events = Events()
+        self.counts = {"dense": 1, "attention": 2}
+        self.downs = 0
+
+    def scale(self, changes):
+        if changes.get("attention") == 0:
+            raise InvalidRequest("--attention-workers 0: give at least 1")
+        self.counts |= changes
+        return self.counts
+
+    def begin_down(self):
+        self.downs += 1
+
+
 @pytest.fixture
-def service(directory):
-    made = ControllerService(ClusterConfig(), load_spec(ModelSpec())[1], directory)
+def operations():
+    return Recorded()
+
+
+@pytest.fixture
+def listed(directory):
+    """listed(worker, kind, address): lists a worker in the directory."""
+
+    def renew(worker, kind, address):
+        directory.renew(
+            WorkerRecord(
+                worker=WorkerId(worker),
+                kind=kind,
+                slot=worker,
+                address=address,
+                host="127.0.0.1",
+                process_id=1,
+                state="serving",
+            )
+        )
+
+    return renew
+
+
+@pytest.fixture
+def service(directory, operations):
+    made = AdminService(ClusterConfig(), load_spec(ModelSpec())[1], directory, operations)
     yield made
     made.close()
 
@@ -40,37 +87,27 @@ def service(directory):
 @pytest.fixture
 def stub(service):
     server, address = rpc.serve(
-        lambda server: pb_grpc.add_ControllerServicer_to_server(service, server),
-        service=pb.DESCRIPTOR.services_by_name["Controller"].full_name,
+        lambda server: admin_pb2_grpc.add_AdminServicer_to_server(service, server),
+        service=admin.DESCRIPTOR.services_by_name["Admin"].full_name,
         listen="127.0.0.1:0",
         threads=2,
     )
     with grpc.insecure_channel(address) as channel:
-        yield pb_grpc.ControllerStub(channel)
+        yield admin_pb2_grpc.AdminStub(channel)
     server.stop(0).wait()
 
 
-def test_every_claim_is_a_newer_epoch_and_an_old_one_cannot_end_the_sequence(stub, directory):
-    first, second = (stub.Claim(pb.ClaimRequest(sequence_id="s", owner=o)).epoch for o in ("a", "b"))
-    assert first < second
-    with pytest.raises(grpc.RpcError) as refused:
-        stub.Release(pb.ReleaseRequest(sequence_id="s", epoch=first))
-    assert refused.value.code() is grpc.StatusCode.ABORTED
-    assert directory.lookup(SequenceId("s")).owner == "b"
-    stub.Release(pb.ReleaseRequest(sequence_id="s", epoch=second))
-    stub.Release(pb.ReleaseRequest(sequence_id="s", epoch=second))
-
-
-def test_status_shows_workers_that_answer_and_that_do_not(stub, service):
+def test_status_shows_workers_that_answer_and_that_do_not(stub, listed):
     server, address = serve_attention(
         AttentionService(SHARD, LocalStore(worker=SHARD, arena=Arena(MEMORY_BYTES))), "127.0.0.1:0"
     )
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         absent = f"127.0.0.1:{closed.getsockname()[1]}"
-        service.attention |= {SHARD: address, WorkerId("attention-1"): absent}
-        service.dense[WorkerId("dense-0")] = absent
-        status = stub.Status(pb.StatusRequest())
+        listed(SHARD, "attention", address)
+        listed("attention-1", "attention", absent)
+        listed("dense-0", "dense", absent)
+        status = stub.ClusterStatus(admin.ClusterStatusRequest())
     server.stop(0).wait()
     assert status.model == "smollm2" and status.max_positions == 8192
     assert (status.kv_format, status.max_decode_stall_ms, status.speculate_tokens) == ("bf16", 200.0, 0)
@@ -92,11 +129,11 @@ class Rendezvous(pb_grpc.EngineServicer):
 
     def Status(self, request, context):
         self.asked.wait()
-        return pb.EngineStatus(worker=api.WorkerStatus(worker_id="dense", kind="dense", state=self.state))
+        return pb.EngineStatus(worker=admin.WorkerStatus(worker_id="dense", kind="dense", state=self.state))
 
 
 @pytest.fixture
-def rendezvous(service):
+def rendezvous(listed):
     """Three engines, which would all be unreachable if they were asked one after the other."""
     answering = Rendezvous(3)
     servers = []
@@ -108,18 +145,19 @@ def rendezvous(service):
             threads=2,
         )
         servers.append(server)
-        service.dense[WorkerId(f"dense-{index}")] = address
+        listed(f"dense-{index}", "dense", address)
     yield answering
     for server in servers:
         server.stop(0).wait()
 
 
-def test_workers_are_asked_at_once_and_under_one_deadline(stub, service, rendezvous):
+def test_workers_are_asked_at_once_and_under_one_deadline(stub, listed, rendezvous):
     with socket.create_server(("127.0.0.1", 0)) as frozen:
         address = f"127.0.0.1:{frozen.getsockname()[1]}"
-        service.attention |= {WorkerId(f"attention-{index}"): address for index in range(8)}
+        for index in range(8):
+            listed(f"attention-{index}", "attention", address)
         # Asking eight frozen workers one after the other would take more than twice this time.
-        status = stub.Status(pb.StatusRequest(), timeout=3.5 * PROBE_DEADLINE_S)
+        status = stub.ClusterStatus(admin.ClusterStatusRequest(), timeout=3.5 * PROBE_DEADLINE_S)
     states = [worker.state for worker in status.workers]
     assert states == ["ready"] * 3 + ["unreachable"] * 8
     assert status.pool_budget_bytes == 0
@@ -127,17 +165,43 @@ def test_workers_are_asked_at_once_and_under_one_deadline(stub, service, rendezv
 
 def test_an_engine_that_has_ended_is_never_ready(stub, rendezvous):
     rendezvous.state = "failed"
-    assert {worker.state for worker in stub.Status(pb.StatusRequest()).workers} == {"failed"}
+    assert {worker.state for worker in stub.ClusterStatus(admin.ClusterStatusRequest()).workers} == {"failed"}
 
 
-def test_workers_are_reached_past_a_web_proxy(stub, service, rendezvous, monkeypatch):
+def test_workers_are_reached_past_a_web_proxy(stub, rendezvous, monkeypatch):
     for name in ("http_proxy", "https_proxy", "grpc_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
-    assert {worker.state for worker in stub.Status(pb.StatusRequest()).workers} == {"ready"}
+    assert {worker.state for worker in stub.ClusterStatus(admin.ClusterStatusRequest()).workers} == {"ready"}
 
 
-def test_status_tells_the_first_name_and_the_length(directory):
+def test_scale_changes_what_is_named_and_refuses_what_cannot_work(stub, operations):
+    reply = stub.Scale(admin.ScaleRequest(attention_workers=4))
+    assert (reply.dense_workers, reply.attention_workers) == (1, 4)
+    with pytest.raises(grpc.RpcError) as refused:
+        stub.Scale(admin.ScaleRequest(attention_workers=0))
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert operations.counts == {"dense": 1, "attention": 4}
+
+
+def test_down_begins_once_for_each_call(stub, operations):
+    stub.Down(admin.DownRequest())
+    assert operations.downs == 1
+
+
+def test_events_are_streamed_from_a_number_on_and_as_they_come(stub, operations):
+    for index in range(3):
+        operations.events.add("joined", f"attention-{index}")
+    kept = list(stub.WatchEvents(admin.WatchEventsRequest(since=1)))
+    assert [(event.number, event.subject) for event in kept] == [(2, "attention-1"), (3, "attention-2")]
+    following = stub.WatchEvents(admin.WatchEventsRequest(since=3, follow=True), timeout=30)
+    operations.events.add("lost", "attention-0", "it was killed")
+    event = next(following)
+    assert (event.kind, event.detail) == ("lost", "it was killed")
+    following.cancel()
+
+
+def test_status_tells_the_first_name_and_the_length(directory, operations):
     spec = ModelSpec(served_names=("one", "two"), max_model_len=99)
-    service = ControllerService(ClusterConfig(spec=spec), load_spec(spec)[1], directory)
-    status = service.Status(pb.StatusRequest(), None)
+    service = AdminService(ClusterConfig(spec=spec), load_spec(spec)[1], directory, operations)
+    status = service.ClusterStatus(admin.ClusterStatusRequest(), None)
     assert (status.model, status.max_positions) == ("one", 99)

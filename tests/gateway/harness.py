@@ -20,7 +20,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from farshore import rpc
 from farshore.gateway.api.server import create
 from farshore.gateway.limits import Limits
-from farshore.proto import cluster_pb2, cluster_pb2_grpc, inference_pb2_grpc
+from farshore.proto import admin_pb2 as admin
+from farshore.proto import admin_pb2_grpc, cluster_pb2, cluster_pb2_grpc, inference_pb2_grpc
 from farshore.proto import inference_pb2 as api
 
 WAIT_S = 30
@@ -80,7 +81,7 @@ class Sequence:
         self._put(None)
 
 
-class FakeEngine(cluster_pb2_grpc.EngineServicer, cluster_pb2_grpc.ControllerServicer):
+class FakeEngine(cluster_pb2_grpc.EngineServicer, admin_pb2_grpc.AdminServicer):
     """An engine and a controller. ``auto``: token ids with which each sequence is answered at once; None: the
     test answers."""
 
@@ -92,7 +93,7 @@ class FakeEngine(cluster_pb2_grpc.EngineServicer, cluster_pb2_grpc.ControllerSer
         self.ignores_cancel = False
         self.cancels_to_ignore = 0
         self.cancelled = []  # (sequence id, choice or None)
-        self.status = api.ClusterStatusReply(model="smollm2", dtype="bfloat16")
+        self.status = admin.ClusterStatusReply(model="smollm2", dtype="bfloat16")
 
     def next_sequence(self):
         """Blocks until a sequence arrives; each is returned once."""
@@ -130,7 +131,7 @@ class FakeEngine(cluster_pb2_grpc.EngineServicer, cluster_pb2_grpc.ControllerSer
                 sequence.finish(api.FINISH_REASON_CANCELLED, choice=ended)
         return cluster_pb2.CancelSequenceReply()
 
-    async def Status(self, request, context):
+    async def ClusterStatus(self, request, context):
         return self.status
 
 
@@ -170,6 +171,7 @@ class Harness:
     engine_address: str
     channel: grpc.Channel
     stub: inference_pb2_grpc.InferenceStub
+    operators: admin_pb2_grpc.AdminStub
     stop_engine: object
 
     @property
@@ -202,7 +204,7 @@ def gateway(loop_thread, served, *, limits=None, controller=None, engine_address
         engine = FakeEngine(loop_thread.loop)
         server = grpc.aio.server(options=rpc.OPTIONS)
         cluster_pb2_grpc.add_EngineServicer_to_server(engine, server)
-        cluster_pb2_grpc.add_ControllerServicer_to_server(engine, server)
+        admin_pb2_grpc.add_AdminServicer_to_server(engine, server)
         engine.health = Health()
         health_pb2_grpc.add_HealthServicer_to_server(engine.health, server)
         await engine.health.set(ENGINE_SERVICE, health_pb2.HealthCheckResponse.SERVING)
@@ -228,6 +230,7 @@ def gateway(loop_thread, served, *, limits=None, controller=None, engine_address
             engine_address=address,
             channel=channel,
             stub=inference_pb2_grpc.InferenceStub(channel),
+            operators=admin_pb2_grpc.AdminStub(channel),
             stop_engine=lambda: loop_thread.run(server.stop(None)),
         )
     finally:

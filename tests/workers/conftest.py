@@ -113,7 +113,6 @@ class Rig:
             clients=self.clients,
             targets=self.targets,
             shard_by=self.shard_by,
-            claim=lambda _: next(self.epochs),
             **options,
         )
 
@@ -204,10 +203,13 @@ def mortal():
 
 @pytest.fixture
 def submit():
-    """submit(engine, name, prompt, sampling, ...) -> Collected."""
+    """submit(engine, name, prompt, sampling, ...) -> Collected. A name may be used again: each request has a
+    newer epoch."""
+    epochs = count(1)
 
     def call(engine, name, prompt, sampling, **options):
         collected = Collected()
+        options = {"epoch": next(epochs)} | options
         engine.submit(SequenceId(name), list(prompt), sampling, collected.events.put, **options)
         return collected
 

@@ -8,14 +8,13 @@ object for each token and for the end of the request. It ends when its input is 
 import json
 import queue
 import sys
-from itertools import count
 
 import torch
 
 from farshore.attention_offload.client.remote import RemoteClient
 from farshore.attention_offload.transport.frames import Transport
 from farshore.errors import FarshoreError
-from farshore.ids import SequenceId, WorkerId
+from farshore.ids import FIRST_EPOCH, SequenceId, WorkerId
 from farshore.kvstore.store.arena import Arena
 from farshore.models.files.source import resolve
 from farshore.models.weights.load import load_model
@@ -43,7 +42,6 @@ def main():
         )
         for worker, address in options["shards"].items()
     }
-    epochs = count(1)
     engine = Engine(
         model=model,
         attention=attention,
@@ -51,7 +49,6 @@ def main():
         clients=clients,
         targets=list(clients),
         shard_by="range",
-        claim=lambda _: next(epochs),
     )
     engine.start()
     for number, line in enumerate(sys.stdin):
@@ -59,7 +56,7 @@ def main():
         events = queue.SimpleQueue()
         sampling = Sampling(max_tokens=command["max_tokens"], temperature=0.0)
         try:
-            engine.submit(SequenceId(str(number)), command["prompt"], sampling, events.put)
+            engine.submit(SequenceId(str(number)), command["prompt"], sampling, events.put, epoch=FIRST_EPOCH)
         except FarshoreError as error:
             events.put(Failed(error))
         event = None

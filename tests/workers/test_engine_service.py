@@ -18,12 +18,12 @@ def test_a_request_with_another_salt_finds_no_stored_prefix(tiny_model, rig):
         engine=engine,
         store=cluster.stores["engine"],
         shards={worker: client.identify() for worker, client in cluster.clients.items()},
-        release=lambda sequence: None,
     )
     new = []
     for name, salt in (("a", ""), ("b", "mine"), ("c", ""), ("d", "mine"), ("e", "another's")):
         request = pb.SequenceRequest(
             sequence_id=name,
+            epoch=1,
             prompt=[i % 90 for i in range(700)],
             sampling=api.Sampling(max_tokens=2),
             cache_salt=salt,

@@ -37,6 +37,7 @@ def argmaxes(model, prompt, answer):
 def our_argmaxes(cluster, prompts, answers):
     """Returns the argmaxes of the engine's prefill and decode layer_loop, with the answer's tokens forced."""
     pool = ShardPool(cluster.clients, cluster.targets)
+    pool.await_beats(60.0)
     cache = SequenceCache(
         arena=cluster.arenas["engine"], pool=pool, model=cluster.attention, shard_by=cluster.shard_by
     )

@@ -15,6 +15,7 @@ Called by ``dense`` and ``engine_service``. It must not know gRPC or global plac
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -38,6 +39,7 @@ from farshore.workers.engine.decode.step import LayerLoop, LocalKV
 from farshore.workers.engine.kv.cache import SequenceCache
 from farshore.workers.engine.kv.pool import ShardPool
 from farshore.workers.engine.kv.prefix import fingerprint
+from farshore.workers.engine.membership import Change, Membership
 from farshore.workers.engine.prefill.prompts import Prompts
 from farshore.workers.engine.prefill.segment import PrefillSegment
 from farshore.workers.engine.requests import Requests
@@ -59,10 +61,10 @@ IDLE_ROUND_S = 0.1
 class Engine:
     """One engine. Construct it, then :meth:`start`. Other threads may call every public method.
 
-    ``clients`` maps every worker whose spans the engine reads, itself included, to its shard client;
-    ``targets`` are the workers that new spans are placed on. ``claim`` returns the epoch under which a new
-    sequence is owned. Engines whose models have equal ``content`` share stored prefixes. ``on_failed`` is
-    called once if the engine fails, before any request gets its Failed event.
+    ``clients`` maps the first workers whose spans the engine reads, itself included, to their shard clients;
+    ``targets`` are the workers that new spans are placed on. Engines whose models have equal ``content``
+    share stored prefixes. ``on_failed`` is called once if the engine fails, before any request gets its
+    Failed event.
     """
 
     def __init__(
@@ -74,18 +76,23 @@ class Engine:
         clients: Mapping[WorkerId, ShardClient],
         targets: list[WorkerId],
         shard_by: ShardBy,
-        claim: Callable[[SequenceId], Epoch],
         limits: EngineLimits | None = None,
         on_failed: Callable[[], None] = lambda: None,
     ) -> None:
         self._model = model
         self._attention = attention
-        self._claim = claim
         self._limits = limits = limits or EngineLimits()
         self._on_failed = on_failed
         self._requests = Requests(limits.waiting)
         local = _local(arena, clients)
-        self._pool = ShardPool(clients, targets, changed=self._requests.wake, grace_s=limits.shard_grace_s)
+        # Fan-out and membership share the mapping; it changes between steps only.
+        clients = dict(clients)
+        self._pool = ShardPool(
+            clients,
+            targets,
+            changed=self._requests.wake,
+            grace_s=limits.shard_grace_s,
+        )
         self._cache = SequenceCache(
             arena=arena, pool=self._pool, model=attention, shard_by=shard_by, store=local.store
         )
@@ -108,6 +115,9 @@ class Engine:
                 suspect=self._suspect,
             ),
             limits=limits,
+        )
+        self._membership = Membership(
+            clients, pool=self._pool, fanout=self._shards, is_used=self._scheduler.uses
         )
         self._failed_rounds = 0
         self._failure = ""
@@ -132,6 +142,7 @@ class Engine:
                 raise DeadlineExceeded(f"the engine's round did not end within {timeout_s:.0f} s")
         self._scheduler.close()
         self._pool.close()
+        self._membership.close()
 
     def check_size(self, prompt_tokens: int, sampling: Sampling) -> None:
         """Raises InvalidRequest if a prompt of this size can never run here. The tokens are not needed."""
@@ -144,9 +155,11 @@ class Engine:
         sampling: Sampling,
         emit: Callable[[Event], None],
         *,
+        epoch: Epoch,
         salt: str = "",
     ) -> None:
-        """Queues a request. ``emit`` is called from the engine's thread and must not block.
+        """Queues a request. ``emit`` is called from the engine's thread and must not block. Shards refuse
+        what an older ``epoch`` of the sequence writes.
 
         A stored prefix is reused only for prompts with the same ``salt``. Raises InvalidRequest for a prompt
         that can never run here and for a sequence id in use, Overloaded if the queue is full, Internal if the
@@ -156,12 +169,11 @@ class Engine:
         admission.check_tokens(prompt, config=self._model.config)
         kv_fingerprint = fingerprint(self._attention, model_content=self._model.content, salt=salt)
         blocks = chain(prompt, fingerprint=kv_fingerprint)
-        # reserve() raises before an epoch is claimed, so that a refused request leaves no epoch to release.
         with self._requests.reserve(sequence) as order:
             self._requests.add(
                 Sequence(
                     id=sequence,
-                    epoch=self._claim(sequence),
+                    epoch=epoch,
                     order=order,
                     prompt_tokens=len(prompt),
                     tokens=list(prompt),
@@ -177,6 +189,11 @@ class Engine:
         """Ends a request, or one of its completions, in the next round. Unknown ids are ignored."""
         self._requests.cancel(sequence, choice=choice)
 
+    def announce(self, change: Change) -> None:
+        """Tells the engine that a shard joined, left, or changed; applied between two steps. Never blocks."""
+        self._membership.announce(change)
+        self._requests.rouse()
+
     @property
     def failure(self) -> str:
         """The reason why the engine failed; empty while it runs."""
@@ -184,7 +201,15 @@ class Engine:
 
     def load(self) -> EngineLoad:
         """Returns how many requests run, wait and are parked."""
-        return EngineLoad(*self._requests.load(), self._scheduler.parkings)
+        return EngineLoad(*self._requests.load(), self._scheduler.parkings, self._scheduler.tokens)
+
+    def shards(self) -> dict[WorkerId, bool]:
+        """Returns the shards that the engine knows, and whether each answers."""
+        return self._pool.answering()
+
+    def readers(self) -> dict[WorkerId, int]:
+        """Returns the number of sequences that read from each worker."""
+        return dict(Counter(worker for sequence in self._requests.all() for worker in sequence.workers))
 
     def links(self) -> list[Link]:
         """Returns the measured latencies and failures of frames, for each shard."""
@@ -202,6 +227,7 @@ class Engine:
         with torch.inference_mode():
             while not self._failure and self._requests.await_news(timeout_s):
                 try:
+                    self._membership.apply()
                     progress = self._scheduler.round()
                     self._failed_rounds = 0 if progress else self._failed_rounds
                     timeout_s = 0.0 if progress else IDLE_ROUND_S if self._requests.all() else None

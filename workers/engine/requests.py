@@ -27,6 +27,7 @@ class Requests:
         self._max_waiting = max_waiting
         self._wake = threading.Condition()
         self._news = False
+        self._roused = False
         self._ending: FarshoreError | None = None
         self._orders = count()
         self._reserved: set[SequenceId] = set()
@@ -101,17 +102,23 @@ class Requests:
             self._news = True
             self._wake.notify_all()
 
+    def rouse(self) -> None:
+        """Wakes the engine's thread even if there is no live request."""
+        with self._wake:
+            self._news = self._roused = True
+            self._wake.notify_all()
+
     def await_news(self, timeout_s: float | None) -> bool:
         """Blocks until there is news since the last call, for ``timeout_s`` at most. Returns False to stop.
 
-        0 does not block; None blocks until there is at least one live request.
+        0 does not block; None blocks until there is at least one live request, or until :meth:`rouse`.
         """
         with self._wake:
             if timeout_s is None:
-                self._wake.wait_for(lambda: self._ending or self._live)
+                self._wake.wait_for(lambda: self._ending or self._live or self._roused)
             else:
                 self._wake.wait_for(lambda: self._ending or self._news, timeout=timeout_s)
-            self._news = False
+            self._news = self._roused = False
             return self._ending is None
 
     def first_waiting(self) -> Sequence | None:

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from torch import Tensor
 
 from farshore.errors import FarshoreError, Full, Internal, InvalidPlan, Lost, TransportError
-from farshore.ids import SequenceId
+from farshore.ids import SequenceId, WorkerId
 from farshore.kernels.base import BLOCK_TOKENS
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.decode import step_entry
@@ -70,6 +70,8 @@ class Scheduler:
         """Whether prefill ran a unit in this round."""
         self.parkings = 0
         """Number of times that a sequence was parked."""
+        self.tokens = 0
+        """Number of tokens that were drawn."""
 
     def round(self) -> bool:
         """Runs one round. Returns whether it made progress."""
@@ -105,6 +107,15 @@ class Scheduler:
                 if lost_workers := sequence.workers & lost.keys():
                     reasons = "; ".join(lost[worker] for worker in sorted(lost_workers))
                     self._fail(sequence, Lost(f"{reasons}: send the request again", shards=lost_workers))
+
+    def uses(self, worker: WorkerId) -> bool:
+        """Returns whether a sequence or a call under way needs the worker."""
+        return (
+            self._placing is not None
+            or any(worker in sequence.workers for sequence in self._live())
+            or self._cache.moves_to(worker)
+            or not (self._pool[worker].is_idle or self._pool[worker].lost_reason)
+        )
 
     def _live(self) -> Iterator[Sequence]:
         """Yields the sequences that have memory, except the one that is being placed."""
@@ -292,6 +303,7 @@ class Scheduler:
     def _emit(self, entry: StepEntry) -> None:
         """Emits the drawn tokens of a sequence, and finishes it after its last one."""
         sequence = entry.sequence
+        self.tokens += len(entry.drawn)
         for drawn in entry.drawn:
             sequence.emit(Sampled(drawn.token, sequence.choice, drawn.logprob, drawn.top))
         reason = sequence.finish_reason()

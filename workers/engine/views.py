@@ -21,6 +21,8 @@ class EngineLoad(NamedTuple):
     """Choices that gave their memory back and wait for new memory."""
     parkings: int
     """Number of times that a choice was parked since the engine started."""
+    tokens: int
+    """Tokens generated since the engine started."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

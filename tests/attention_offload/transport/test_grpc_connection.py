@@ -22,7 +22,7 @@ from farshore.errors import InvalidRequest, Late, NotFound, TransportError
 from farshore.ids import SpanId
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
-from farshore.workers.attention import ENVIRONMENT
+from farshore.rpc import SHARD_ENVIRONMENT
 
 DEADLINE_S = 60.0
 
@@ -180,7 +180,7 @@ def test_closed_streams_leave_no_socket_and_no_complaint(start_process, connect,
 @pytest.mark.parametrize(("more", "known"), [("", True), (",no_such_thing", False)])
 def test_grpc_knows_what_a_worker_tells_it(more, known):
     """gRPC warns about unknown names: a release may drop those that a worker sets."""
-    environment = os.environ | {name: value + more for name, value in ENVIRONMENT.items()}
+    environment = os.environ | {name: value + more for name, value in SHARD_ENVIRONMENT.items()}
     command = [sys.executable, "-P", "-c", "import grpc"]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
     assert ran.returncode == 0 and ("Unknown experiment" not in ran.stderr) is known, ran.stderr

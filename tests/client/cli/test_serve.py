@@ -14,8 +14,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from farshore.client.cli.terminal import Progress, stop_signals
 from farshore.errors import ProcessEnded, StartupError
-from farshore.proto import inference_pb2 as api
-from farshore.proto import inference_pb2_grpc
+from farshore.proto import admin_pb2 as admin
+from farshore.proto import admin_pb2_grpc
 
 
 def test_serve_prints_the_addresses(run, cluster):
@@ -157,7 +157,7 @@ def test_progress_leaves_nothing_on_a_terminal():
 def busy(farshore):
     """A Harness whose status shows two workers and one sequence."""
     workers = [
-        api.WorkerStatus(
+        admin.WorkerStatus(
             worker_id="attention-0",
             kind="attention",
             address="127.0.0.1:7",
@@ -166,11 +166,11 @@ def busy(farshore):
             budget_bytes=1 << 30,
             free_bytes=3 << 28,
         ),
-        api.WorkerStatus(
+        admin.WorkerStatus(
             worker_id="dense-0",
             kind="dense",
             links=[
-                api.ShardLink(
+                admin.ShardLink(
                     worker_id="attention-0",
                     transport="shared memory",
                     frames=90,
@@ -183,12 +183,12 @@ def busy(farshore):
             ],
         ),
     ]
-    spans = [api.SpanStatus(worker_id="attention-0", first=0, last=512, group0=0, group1=3, bytes=9 << 20)]
-    sequence = api.SequenceStatus(
+    spans = [admin.SpanStatus(worker_id="attention-0", first=0, last=512, group0=0, group1=3, bytes=9 << 20)]
+    sequence = admin.SequenceStatus(
         sequence_id="abc", owner="dense-0", epoch=1, tokens=600, tail_first=512, spans=spans
     )
     farshore.engine.status.MergeFrom(
-        api.ClusterStatusReply(
+        admin.ClusterStatusReply(
             workers=workers, sequences=[sequence], pool_budget_bytes=1 << 30, pool_free_bytes=3 << 28
         )
     )
@@ -215,7 +215,7 @@ def test_status_when_idle(run, farshore):
 
 def test_status_shows_the_settings_in_force(run, farshore):
     farshore.engine.status.MergeFrom(
-        api.ClusterStatusReply(kv_format="int8", max_decode_stall_ms=50, speculate_tokens=4)
+        admin.ClusterStatusReply(kv_format="int8", max_decode_stall_ms=50, speculate_tokens=4)
     )
     out = run("status", "--server", farshore.address).out
     assert (
@@ -239,12 +239,12 @@ def test_status_without_a_gateway(run):
     assert "no gateway answers at 127.0.0.1:1" in done.err
 
 
-class Failed(inference_pb2_grpc.InferenceServicer):
+class Failed(admin_pb2_grpc.AdminServicer):
     """A gateway whose engine has failed: it reports its status, and its health is NOT_SERVING."""
 
     def ClusterStatus(self, request, context):
-        worker = api.WorkerStatus(worker_id="dense-0", kind="dense", state="failed")
-        return api.ClusterStatusReply(workers=[worker])
+        worker = admin.WorkerStatus(worker_id="dense-0", kind="dense", state="failed")
+        return admin.ClusterStatusReply(workers=[worker])
 
 
 @pytest.fixture
@@ -254,7 +254,7 @@ def failed():
     checks.set("farshore.inference.v1.Inference", health_pb2.HealthCheckResponse.NOT_SERVING)
     server = grpc.server(ThreadPoolExecutor(2))
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    inference_pb2_grpc.add_InferenceServicer_to_server(Failed(), server)
+    admin_pb2_grpc.add_AdminServicer_to_server(Failed(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     yield f"127.0.0.1:{port}"

@@ -4,6 +4,7 @@ import grpc
 import pytest
 
 from farshore.gateway.limits import Limits
+from farshore.proto import admin_pb2 as admin
 from farshore.proto import inference_pb2 as api
 
 
@@ -127,7 +128,7 @@ def test_a_refused_request_does_not_count_as_live(start, harness):
 def test_unreachable_controller(start, harness):
     farshore = start(controller="127.0.0.1:1")
     with pytest.raises(grpc.RpcError) as failure:
-        farshore.stub.ClusterStatus(api.ClusterStatusRequest(), timeout=30)
+        farshore.operators.ClusterStatus(admin.ClusterStatusRequest(), timeout=30)
     assert failure.value.code() == grpc.StatusCode.UNAVAILABLE
     assert "controller" in failure.value.details()
     farshore.engine.auto = (5,)

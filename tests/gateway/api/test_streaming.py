@@ -4,6 +4,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from farshore.proto import admin_pb2 as admin
 from farshore.proto import inference_pb2 as api
 from farshore.sampling import Sampling
 
@@ -94,7 +95,9 @@ def test_stop_token_is_counted_but_no_text(farshore, harness, served):
 
 def test_status_is_the_controllers(farshore):
     farshore.engine.status.pool_free_bytes = 123
-    assert farshore.stub.ClusterStatus(api.ClusterStatusRequest(), timeout=30) == farshore.engine.status
+    assert (
+        farshore.operators.ClusterStatus(admin.ClusterStatusRequest(), timeout=30) == farshore.engine.status
+    )
 
 
 def test_health(farshore):

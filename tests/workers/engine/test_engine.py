@@ -119,12 +119,10 @@ def test_a_full_queue_and_a_known_id_are_refused(tiny_model, rig, submit):
     cluster = rig(tiny_model, memory_bytes=64 << 20)
     engine = cluster.engine(limits=EngineLimits(waiting=1))
     submit(engine, "a", PROMPT, GREEDY)  # The engine is not started, so the request waits.
-    claimed = next(cluster.epochs)
     with pytest.raises(InvalidRequest, match="running already"):
         submit(engine, "a", PROMPT, GREEDY)
     with pytest.raises(Overloaded, match="waiting"):
         submit(engine, "b", PROMPT, GREEDY)
-    assert next(cluster.epochs) == claimed + 1  # A refused request claims no epoch.
     engine.start()
     engine.stop()
 

@@ -107,7 +107,7 @@ def test_a_long_answer_grows_into_few_spans(tiny_model, rig, submit, shard_by):
     sampling = Sampling(max_tokens=1000, temperature=0.0)
     seen = []
     collected = submit(engine, "a", PROMPT, sampling)
-    engine.submit(SequenceId("b"), PROMPT, sampling, lambda event: seen.append(engine.views()))
+    engine.submit(SequenceId("b"), PROMPT, sampling, lambda event: seen.append(engine.views()), epoch=1)
     assert isinstance(collected.result(), Finished)
     local = submit(rig(tiny_model, local=True, memory_bytes=64 << 20).start(), "a", PROMPT, sampling)
     assert isinstance(local.result(), Finished)

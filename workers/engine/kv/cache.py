@@ -55,7 +55,7 @@ class SequenceCache:
         self._pool = pool
         self._layout = model.layouts[span_writer.LAYER_CLASS]
         self._shard_by: ShardBy = shard_by
-        self._hand_offs = HandOffs(pool, self._layout)
+        self._hand_offs = HandOffs(pool, self._layout, shard_by=shard_by)
 
     def fits_ever(self, tokens: int) -> None:
         """Raises Full if ``tokens`` tokens, prompt and completion, do not fit into the empty pool.
@@ -98,7 +98,10 @@ class SequenceCache:
         """Places once. Adds shards that did not answer to ``failed``, the shards to leave out."""
         found, free = self._find_prefix(sequence, holder, failed)
         if not free:
-            raise TransportError(f"no attention worker answers: {', '.join(self._pool.targets)}")
+            names = ", ".join(self._pool.targets)
+            raise TransportError(
+                f"no attention worker answers: {names}" if names else "no attention worker has joined"
+            )
         sequence.spans = found
         prefix_tokens = max((span.last for span in found), default=0)
         tokens = sequence.prefill_tokens
@@ -163,6 +166,10 @@ class SequenceCache:
         """Starts or finishes the hand-off of the tail's full blocks to shards."""
         self._hand_offs.advance(sequence)
 
+    def moves_to(self, worker: WorkerId) -> bool:
+        """Returns whether blocks of a tail are on their way to the worker."""
+        return self._hand_offs.moves_to(worker)
+
     def release(self, sequence: Sequence) -> None:
         """Gives back all memory of the sequence.
 
@@ -177,7 +184,8 @@ class SequenceCache:
         if holder is not None:
             holder.closed = True
             for worker in {*self._pool.targets, *(span.worker for span in sequence.spans)}:
-                self._pool[worker].release(holder)
+                if worker in self._pool:
+                    self._pool[worker].release(holder)
         sequence.spans = []
         sequence.spans_changed()
 

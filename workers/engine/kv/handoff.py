@@ -5,6 +5,7 @@ Called by ``cache`` from the engine's thread; the moves run in the shards' queue
 how sequences are scheduled.
 """
 
+from collections import Counter
 from concurrent.futures import Future
 from functools import partial
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from farshore.attention_offload.client.base import ShardClient
-from farshore.attention_offload.plan.placement import Share
+from farshore.attention_offload.plan.placement import GroupPlacement, ShardBy, Share
 from farshore.errors import FarshoreError, Full
 from farshore.ids import SequenceId, WorkerId
 from farshore.kernels.base import BLOCK_TOKENS, KVLayout
@@ -51,8 +52,9 @@ class HandOffs:
     ``layout`` is the layout of blocks with all head groups.
     """
 
-    def __init__(self, pool: ShardPool, layout: KVLayout) -> None:
+    def __init__(self, pool: ShardPool, layout: KVLayout, *, shard_by: ShardBy) -> None:
         self._pool = pool
+        self._shard_by: ShardBy = shard_by
         self._layout = layout
         self._under_way: dict[tuple[SequenceId, int], _HandOff] = {}
 
@@ -69,7 +71,7 @@ class HandOffs:
             return
         tail = sequence.placed_tail
         boundary = sequence.committed // BLOCK_TOKENS * BLOCK_TOKENS
-        if boundary > tail.start and boundary != sequence.refused_boundary:
+        if boundary > tail.start and boundary != sequence.refused_boundary and self._pool.targets:
             sequence.blocks = chain(
                 sequence.tokens[:boundary], fingerprint=sequence.fingerprint, begun=sequence.blocks
             )
@@ -87,6 +89,14 @@ class HandOffs:
                 moves.append(queue.submit(move))
             self._under_way[sequence.key] = _HandOff(boundary, targets, moves)
 
+    def moves_to(self, worker: WorkerId) -> bool:
+        """Returns whether a hand-off to the worker is under way."""
+        return any(
+            target.share.worker == worker
+            for pending in self._under_way.values()
+            for target in pending.targets
+        )
+
     def forget(self, sequence: Sequence) -> list[Future[PlacedSpan]]:
         """Cancels the sequence's hand-off; returns the moves that already run and so still read its tail."""
         pending = self._under_way.pop(sequence.key, None)
@@ -99,13 +109,11 @@ class HandOffs:
         answers, did not refuse the last time, and stores the fewest tokens of this sequence.
         """
         start = sequence.placed_tail.start
-        stored_tokens: dict[WorkerId, int] = {
-            free.worker: 0 for placement in sequence.classes for free in placement.workers
-        }
+        stored_tokens: Counter[WorkerId] = Counter()
         for span in sequence.spans:
-            if span.worker in stored_tokens:
-                stored_tokens[span.worker] += span.last - span.first
+            stored_tokens[span.worker] += span.last - span.first
         silent = set(self._pool.silent())
+        targets_now = set(self._pool.targets)
 
         def rank(worker: WorkerId) -> tuple[bool, bool, int, WorkerId]:
             return worker in silent, worker in sequence.refused_by, stored_tokens[worker], worker
@@ -119,7 +127,8 @@ class HandOffs:
                 if span.origin >= sequence.prefill_tokens and span.group0 == group0
             ]
             newest = max(handed_off, key=lambda span: span.first, default=None)
-            if newest and newest.capacity > start and newest.worker not in sequence.refused_by | silent:
+            usable = targets_now - silent - sequence.refused_by
+            if newest and newest.capacity > start and newest.worker in usable:
                 share = Share(newest.worker, start, newest.capacity, group0, group1)
                 targets.append(_Target(share, newest))
                 continue
@@ -127,9 +136,20 @@ class HandOffs:
             most = sequence.prompt_tokens + sequence.sampling.max_tokens
             wanted = start // BLOCK_TOKENS * BLOCK_TOKENS + min(2 * blocks, MOST_BLOCKS) * BLOCK_TOKENS
             last = max(boundary, min(wanted, most))
-            worker = min((free.worker for free in placement.workers), key=rank)
+            worker = min(self._workers(sequence, placement), key=rank)
             targets.append(_Target(Share(worker, start, last, group0, group1), None))
         return targets
+
+    def _workers(self, sequence: Sequence, placement: GroupPlacement) -> set[WorkerId]:
+        """The workers that may store the next blocks of a placement of head groups: its own, without those
+        that take no new spans now, and those that joined since the sequence was placed. A placement by head
+        keeps to its own workers while one is left, since each further worker of a group costs a hop."""
+        targets = set(self._pool.targets)
+        own = {free.worker for free in placement.workers} & targets
+        placed = {free.worker for other in sequence.classes for free in other.workers}
+        if self._shard_by == "head":
+            return own or targets
+        return own | (targets - placed) or targets
 
     def _move(
         self,
@@ -205,8 +225,8 @@ class HandOffs:
                 for move, target in zip(pending.moves, pending.targets, strict=True)
                 if move.cancelled() or move.exception() is not None
             }
-            workers = {free.worker for placement in sequence.classes for free in placement.workers}
-            if workers <= sequence.refused_by:
+            candidates = (self._workers(sequence, placement) for placement in sequence.classes)
+            if any(workers <= sequence.refused_by for workers in candidates):
                 # Every worker refused. The scheduler clears refused_boundary when memory is given back.
                 sequence.refused_boundary = pending.boundary
                 sequence.refused_by.clear()

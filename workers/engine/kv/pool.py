@@ -22,10 +22,12 @@ GATHER_DEADLINE_S = 30.0
 
 
 class ShardPool:
-    """One :class:`ShardQueue` for each shard client of an engine. Thread-safe.
+    """One :class:`ShardQueue` for each shard client of an engine. Any thread may read; only the engine's
+    thread adds and removes, between steps.
 
     ``targets`` are the workers among ``clients`` that new spans are placed on. ``changed`` and ``grace_s``
-    are those of :class:`ShardQueue`.
+    are those of :class:`ShardQueue`. For ``grace_s`` a pool without a target counts as one whose shards may
+    answer again: a new one may join.
     """
 
     def __init__(
@@ -37,15 +39,48 @@ class ShardPool:
         grace_s: float = SHARD_GRACE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.targets = tuple(targets)
+        self.targets: tuple[WorkerId, ...] = ()
+        self._changed = changed
+        self._grace_s = grace_s
         self._clock = clock
-        self._queues = {
-            worker: ShardQueue(worker, client, changed=changed, grace_s=grace_s, clock=clock)
-            for worker, client in clients.items()
-        }
+        self._had_target_s = clock()
+        # Replaced and never changed, so that other threads may iterate.
+        self._queues: Mapping[WorkerId, ShardQueue] = {}
+        for worker, client in clients.items():
+            self.add(worker, client)
+        for worker in targets:
+            self.open(worker)
 
     def __getitem__(self, worker: WorkerId) -> ShardQueue:
         return self._queues[worker]
+
+    def __contains__(self, worker: WorkerId) -> bool:
+        return worker in self._queues
+
+    def add(self, worker: WorkerId, client: ShardClient) -> None:
+        """Adds a shard that is not in the pool. It is no target yet."""
+        queue = ShardQueue(worker, client, changed=self._changed, grace_s=self._grace_s, clock=self._clock)
+        self._queues = {**self._queues, worker: queue}
+
+    def open(self, worker: WorkerId) -> None:
+        """Makes a shard of the pool a target. Idempotent."""
+        self.targets = (*(target for target in self.targets if target != worker), worker)
+
+    def shut(self, worker: WorkerId) -> None:
+        """Places no new spans on a shard from now on. Idempotent."""
+        self._had_target_s = self._clock() if self.targets else self._had_target_s
+        self.targets = tuple(target for target in self.targets if target != worker)
+
+    def remove(self, worker: WorkerId) -> ShardQueue:
+        """Takes a shard out of the pool. The caller closes the queue, which may block."""
+        self.shut(worker)
+        queue = self._queues[worker]
+        self._queues = {other: queue for other, queue in self._queues.items() if other != worker}
+        return queue
+
+    def answering(self) -> dict[WorkerId, bool]:
+        """Returns all shards, and whether each answers."""
+        return {worker: queue.is_placeable for worker, queue in self._queues.items()}
 
     def placeable(self) -> list[WorkerId]:
         """Returns the targets that answer."""
@@ -64,7 +99,10 @@ class ShardPool:
         return {worker: reason for worker, queue in self._queues.items() if (reason := queue.lost_reason)}
 
     def may_answer(self) -> bool:
-        """Returns whether a target that does not answer now is not lost, and so may answer again."""
+        """Returns whether a target that does not answer now is not lost, and so may answer again; or whether
+        a first target may still join."""
+        if not self.targets:
+            return self._clock() - self._had_target_s < self._grace_s
         return any(not self._queues[worker].lost_reason for worker in self.silent())
 
     def is_idle(self) -> bool:
@@ -72,9 +110,9 @@ class ShardPool:
         return all(queue.is_idle for queue in self._queues.values())
 
     def budgets(self) -> dict[WorkerId, int] | None:
-        """Returns each target's budget in bytes; None if one has never answered."""
+        """Returns each target's budget in bytes; None if there is none, or if one has never answered."""
         beats = {worker: self._queues[worker].beat for worker in self.targets}
-        if any(beat is None for beat in beats.values()):
+        if not beats or any(beat is None for beat in beats.values()):
             return None
         return {worker: beat.budget_bytes for worker, beat in beats.items() if beat is not None}
 
@@ -91,6 +129,7 @@ class ShardPool:
         results: dict[WorkerId, T] = {}
         failures: dict[WorkerId, FarshoreError] = {}
         pending = dict(calls)
+        queues = self._queues
         while pending:
             wait(pending.values(), timeout=STALLED_S / 4, return_when=FIRST_COMPLETED)
             for worker, future in list(pending.items()):
@@ -102,8 +141,8 @@ class ShardPool:
                         failures[worker] = error
                     else:
                         raise error
-                elif not self._queues[worker].is_placeable or self._clock() > end_s:
-                    failures[worker] = self._queues[worker].unanswered()
+                elif not queues[worker].is_placeable or self._clock() > end_s:
+                    failures[worker] = queues[worker].unanswered()
                 else:
                     continue
                 del pending[worker]

@@ -112,10 +112,11 @@ class ShardQueue:
 
     @property
     def is_placeable(self) -> bool:
-        """Whether the shard answers cold calls, so that spans may be placed on it."""
+        """Whether the shard answers cold calls, so that spans may be placed on it. False before its first
+        beat."""
         began_s = self._call_began_s
         stalled = began_s is not None and self._clock() - began_s > STALLED_S
-        return self.is_readable and not self._silent and not stalled
+        return self._beat is not None and self.is_readable and not self._silent and not stalled
 
     @property
     def lost_reason(self) -> str:

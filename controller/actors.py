@@ -1,0 +1,177 @@
+"""The Ray actors: the controller and the workers as Ray sees them.
+
+Used by ``launch`` and ``cluster``. Ray needs an actor's class in the process that starts it. These classes
+wrap the real ones, so that only the actor's own process imports these: PyTorch alone takes two seconds. An
+actor's ``__repr__`` is what the Ray dashboard shows.
+"""
+
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from farshore.controller.config import ClusterConfig
+from farshore.controller.gauges import Gauges, Sample
+from farshore.controller.listen import bracketed
+from farshore.ids import WorkerId
+from farshore.kvstore.directory.remote import RemoteDirectory
+from farshore.models.config.model import ModelConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerArguments:
+    """What every worker is started with. Small: Ray keeps it in its GCS."""
+
+    slot: str
+    config: ClusterConfig
+    directory: str
+    """HOST:PORT of the controller."""
+    network: bool
+    """Whether to listen on the address of the worker's node; else on loopback."""
+    workers_per_node: int
+    """Workers of this kind that share a node's cores."""
+
+
+class _Worker:
+    def __init__(self, arguments: WorkerArguments) -> None:
+        self._slot = arguments.slot
+        self._id = WorkerId(f"{arguments.slot}-{uuid.uuid4().hex[:6]}")
+        self._host = ray.util.get_node_ip_address() if arguments.network else "127.0.0.1"
+        self._listen = f"{bracketed(self._host)}:0"
+        self._threads = max(1, len(os.sched_getaffinity(0)) // arguments.workers_per_node)
+        self._directory = RemoteDirectory(arguments.directory)
+
+    def __repr__(self) -> str:
+        return f"{self._slot} on {self._host} ({self._id})"
+
+
+class AttentionActor(_Worker):
+    """An attention worker. It serves from construction on."""
+
+    def __init__(self, arguments: WorkerArguments) -> None:
+        super().__init__(arguments)
+        from farshore.workers.attention import AttentionWorker
+
+        self._worker = AttentionWorker(
+            worker=self._id,
+            slot=self._slot,
+            kv_memory_bytes=arguments.config.kv_memory_bytes,
+            listen=self._listen,
+            threads=self._threads,
+            directory=self._directory,
+        )
+        Gauges(self._slot, self._sample)
+
+    def _sample(self) -> Iterator[Sample]:
+        identity = self._worker.memory()
+        yield Sample("farshore_kv_budget_bytes", identity.budget_bytes)
+        yield Sample("farshore_kv_free_bytes", identity.free_bytes)
+        yield Sample("farshore_attended_bytes", identity.attended_bytes)
+
+    def leave(self) -> None:
+        """Withdraws and ends the process."""
+        self._worker.stop()
+        ray.actor.exit_actor()
+
+
+class DenseActor(_Worker):
+    """A dense worker. It loads its model in a thread, and serves when that is done."""
+
+    def __init__(self, arguments: WorkerArguments) -> None:
+        super().__init__(arguments)
+        from farshore.workers.dense import DenseConfig, DenseWorker
+        from farshore.workers.engine.admission import EngineLimits
+
+        config = arguments.config
+        offload = config.placement == "offload"
+        self._worker = DenseWorker(
+            DenseConfig(
+                worker=self._id,
+                slot=self._slot,
+                spec=config.spec,
+                dtype=config.dtype,
+                kv_format=config.stored_format,
+                kv_memory_bytes=config.kv_memory_bytes,
+                offload=offload,
+                shard_by=config.shard_by if offload else "range",
+                listen=self._listen,
+                threads=self._threads,
+                limits=EngineLimits(
+                    max_decode_stall_ms=config.max_decode_stall_ms,
+                    speculate_tokens=config.speculate,
+                    shard_grace_s=config.shard_grace_s,
+                ),
+            ),
+            self._directory,
+            host=self._host,
+        )
+        threading.Thread(target=self._worker.run, name="load", daemon=True).start()
+        self._tokens = (time.monotonic(), 0)
+        Gauges(self._slot, self._sample)
+
+    def _sample(self) -> Iterator[Sample]:
+        now = self._worker.load_now()
+        if now is None:
+            return
+        load, links, usage = now
+        (then_s, before), now_s = self._tokens, time.monotonic()
+        self._tokens = now_s, load.tokens
+        yield Sample("farshore_kv_budget_bytes", usage.budget_bytes)
+        yield Sample("farshore_kv_free_bytes", usage.available_bytes)
+        yield Sample("farshore_requests_running", load.running)
+        yield Sample("farshore_requests_waiting", load.waiting)
+        yield Sample("farshore_choices_parked", load.parked)
+        yield Sample("farshore_tokens", load.tokens)
+        yield Sample("farshore_tokens_per_second", (load.tokens - before) / max(now_s - then_s, 1e-9))
+        for link in links:
+            yield Sample("farshore_shard_latency_p50_ms", link.p50_ms, link.worker_id)
+            yield Sample("farshore_shard_latency_p99_ms", link.p99_ms, link.worker_id)
+            yield Sample("farshore_shard_failures", link.failures, link.worker_id)
+
+    def leave(self) -> None:
+        """Withdraws, ends the streams, and ends the process."""
+        self._worker.stop()
+        ray.actor.exit_actor()
+
+
+class ControllerActor:
+    """The controller. Ray starts it again, with the same arguments, when its process ends."""
+
+    def __init__(
+        self, config: ClusterConfig, model: ModelConfig, *, namespace: str, listen: str, state_folder: str
+    ) -> None:
+        from farshore.controller.controller import Controller
+
+        restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        self._controller = Controller(
+            config,
+            model,
+            namespace=namespace,
+            listen=listen,
+            state_folder=state_folder,
+            restarted=restarted,
+        )
+
+    def __repr__(self) -> str:
+        return f"controller at {self._controller.address}"
+
+    def address(self) -> str:
+        """The HOST:PORT of its gRPC services."""
+        return self._controller.address
+
+    def problem(self) -> str | None:
+        """Why the cluster can't be started as it is configured; None if nothing speaks against it."""
+        return self._controller.problem()
+
+    def events(self, since: int) -> list[Any]:
+        """The events with numbers above ``since``."""
+        return self._controller.events.since(since)
+
+    def down(self) -> None:
+        """Ends all workers, and this controller's loop."""
+        self._controller.down()

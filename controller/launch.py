@@ -1,0 +1,130 @@
+"""Starts and ends workers as named, detached Ray actors: one actor name a slot.
+
+Called by ``loop``. Ray makes starting idempotent: a name has at most one actor. It must not know how many
+workers there are to be.
+"""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ray
+from ray._private import state
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from farshore.controller.exits import actor_end_in_words
+from farshore.controller.reconcile import KINDS, Slot
+
+KILL_DEADLINE_S = 2.0
+"""For a node to end a process. A node that does not answer is left to Ray's verdict."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Occupant:
+    """The actor in a slot. Two actors are equal if they are the same incarnation."""
+
+    actor: str
+    node: str
+    """The address of its node; empty while Ray has found none for it."""
+    process_id: int
+
+
+class Launcher(Protocol):
+    """Starts and ends the workers of one cluster. Raises nothing: what fails shows in the next
+    :meth:`occupants`."""
+
+    def occupants(self) -> Mapping[Slot, Occupant]:
+        """The slots that are taken, whether or not their workers answer."""
+
+    def start(self, slot: Slot) -> None:
+        """Starts a worker in a slot. Idempotent; returns before it runs. After a crash in the middle the
+        worker either runs or does not."""
+
+    def stop(self, slot: Slot) -> None:
+        """Ends a worker: it withdraws, ends its streams, then its process ends. Idempotent."""
+
+    def kill(self, slot: Slot) -> None:
+        """Ends a worker's process by SIGKILL, also one that is frozen. Idempotent."""
+
+    def end_in_words(self, occupant: Occupant) -> str:
+        """How an occupant ended, such as "(process 7) was killed"; "ended" if that is unknown."""
+
+
+class RayLauncher:
+    """See :class:`Launcher`. ``namespace``: of the actors. ``new_worker``: called with a slot, returns the
+    actor class, the options beside the name, and the arguments."""
+
+    def __init__(
+        self, namespace: str, new_worker: Callable[[Slot], tuple[type, dict[str, Any], dict[str, Any]]]
+    ) -> None:
+        self._namespace = namespace
+        self._new_worker = new_worker
+
+    def occupants(self) -> Mapping[Slot, Occupant]:
+        named = ray.util.list_named_actors(all_namespaces=True)
+        slots = {
+            entry["name"]: slot
+            for entry in named
+            if entry["namespace"] == self._namespace and (slot := _slot_of(entry["name"])) is not None
+        }
+        details = state.actors()
+        found: dict[Slot, Occupant] = {}
+        for name, slot in slots.items():
+            with contextlib.suppress(ValueError):  # It ended meanwhile.
+                actor = ray.get_actor(name, self._namespace)._actor_id.hex()
+                detail = details.get(actor, {})
+                address = detail.get("Address", {})
+                found[slot] = Occupant(
+                    actor=actor, node=address.get("IPAddress", ""), process_id=detail.get("Pid", 0)
+                )
+        return found
+
+    def start(self, slot: Slot) -> None:
+        actor_class, options, arguments = self._new_worker(slot)
+        ray.remote(actor_class).options(
+            name=str(slot),
+            namespace=self._namespace,
+            lifetime="detached",
+            get_if_exists=True,
+            max_restarts=0,
+            **options,
+        ).remote(**arguments)
+
+    def stop(self, slot: Slot) -> None:
+        with contextlib.suppress(ValueError):
+            ray.get_actor(str(slot), self._namespace).leave.remote()
+
+    def kill(self, slot: Slot) -> None:
+        with contextlib.suppress(ValueError, ray.exceptions.RayError):
+            handle = ray.get_actor(str(slot), self._namespace)
+            detail = state.actors(handle._actor_id.hex())
+            _kill_process(detail.get("Address", {}).get("NodeID", ""), detail.get("Pid", 0))
+            ray.kill(handle)
+
+    def end_in_words(self, occupant: Occupant) -> str:
+        detail = state.actors(occupant.actor) or {}
+        return actor_end_in_words(Exception(f"pid: {occupant.process_id} {detail.get('DeathCause', '')}"))
+
+
+def _slot_of(name: str) -> Slot | None:
+    kind, _, index = name.rpartition("-")
+    if not index.isdecimal():
+        return None
+    return next((Slot(known, int(index)) for known in KINDS if known == kind), None)
+
+
+def _kill_process(node: str, process_id: int) -> None:
+    """Kills a process on a node: Ray itself only asks it to end, and a frozen one does not hear that."""
+    if not (node and process_id):
+        return
+    strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+    killing = ray.remote(_sigkill).options(num_cpus=0, scheduling_strategy=strategy).remote(process_id)
+    ray.wait([killing], timeout=KILL_DEADLINE_S)
+
+
+def _sigkill(process_id: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process_id, signal.SIGKILL)

@@ -1,0 +1,97 @@
+"""Asks workers directly, from a thread of its own: those that the directory lost, and the engines.
+
+Called by ``loop`` and by ``service``. It must not know what follows from the answers.
+"""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from farshore import rpc
+from farshore.ids import WorkerId
+from farshore.kvstore.directory.base import Directory
+from farshore.proto import cluster_pb2 as pb
+from farshore.proto import cluster_pb2_grpc as pb_grpc
+
+PERIOD_S = 0.5
+DEADLINE_S = 1.0
+
+
+class WorkerProbes:
+    """Implements :class:`~farshore.controller.loop.Probes` over gRPC. Asks from construction until
+    :meth:`stop`."""
+
+    def __init__(self, directory: Directory, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._directory = directory
+        self._clock = clock
+        self._suspects: Mapping[WorkerId, str] = {}
+        self._silent_since_s: dict[WorkerId, float] = {}
+        self._readers: dict[WorkerId, int] | None = None
+        self._alive: set[WorkerId] = set()
+        self._channels: dict[str, grpc.Channel] = {}
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._ask, name="probe", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+        for channel in self._channels.values():
+            channel.close()
+
+    def silent_s(self, suspects: Mapping[WorkerId, str]) -> dict[WorkerId, float]:
+        self._suspects = dict(suspects)
+        now_s = self._clock()
+        since_s = dict(self._silent_since_s)
+        return {worker: now_s - since_s[worker] if worker in since_s else 0.0 for worker in suspects}
+
+    def alive(self) -> set[WorkerId]:
+        return self._alive
+
+    def readers(self) -> dict[WorkerId, int] | None:
+        return self._readers
+
+    def _ask(self) -> None:
+        while not self._stopped.wait(PERIOD_S):
+            suspects = self._suspects
+            engines = {
+                record.worker: record.address
+                for record in self._directory.listing().workers
+                if record.kind == "dense" and record.address
+            }
+            statuses = {worker: self._status(address) for worker, address in engines.items()}
+            checks = {worker: self._check(address) for worker, address in suspects.items() if address}
+            reported: set[WorkerId] = set()
+            readers: Counter[WorkerId] | None = Counter()
+            for worker, call in statuses.items():
+                if call.exception() is not None:
+                    readers = None
+                    continue
+                status = call.result()
+                reported |= {WorkerId(shard) for shard, answers in status.shards.items() if answers}
+                if readers is not None:
+                    readers.update({WorkerId(shard): count for shard, count in status.readers.items()})
+                    readers[worker] += len(status.sequences)
+            self._readers, self._alive = readers, reported
+            alive = reported | {worker for worker, call in checks.items() if call.exception() is None}
+            now_s = self._clock()
+            self._silent_since_s = {
+                worker: self._silent_since_s.get(worker, now_s) for worker in suspects if worker not in alive
+            }
+
+    def _status(self, address: str) -> grpc.Future:
+        stub = pb_grpc.EngineStub(self._channel(address))
+        return stub.Status.future(pb.EngineStatusRequest(), timeout=DEADLINE_S)
+
+    def _check(self, address: str) -> grpc.Future:
+        stub = health_pb2_grpc.HealthStub(self._channel(address))
+        return stub.Check.future(health_pb2.HealthCheckRequest(), timeout=DEADLINE_S)
+
+    def _channel(self, address: str) -> grpc.Channel:
+        if address not in self._channels:
+            self._channels[address] = grpc.insecure_channel(address, options=rpc.OPTIONS)
+        return self._channels[address]

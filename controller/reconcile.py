@@ -1,0 +1,164 @@
+"""Decides what to start, close, stop and kill, so that the observed cluster becomes the desired one.
+
+Called by ``loop``, once a round. Pure: it asks nothing and changes nothing. Every action is idempotent, and a
+round is computed from what is observed alone, so a controller that crashes anywhere leaves what the next
+round mends. It must not know Ray or gRPC.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, get_args
+
+from farshore.ids import WorkerId
+
+Kind = Literal["dense", "attention"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+KILL_GRACE_S = 3.0
+"""How long a killed worker may keep its slot before its replacement takes another one: its node does not
+answer then."""
+
+HEALTHY_S = 60.0
+"""After this time without a death a slot's deaths are forgotten."""
+
+MOST_BACKOFF_S = 60.0
+
+
+class Slot(NamedTuple):
+    """A named place for one worker, such as ``attention-3``: the name of its Ray actor."""
+
+    kind: Kind
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.index}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """The process that occupies a slot. ``worker``: its incarnation; None until it has registered."""
+
+    slot: Slot
+    worker: WorkerId | None = None
+    closed: bool = False
+    """Whether engines were told to place no new spans or sequences on it."""
+    readers: int | None = 0
+    """Sequences that read from it or run on it; None while an engine does not answer."""
+    frozen: bool = False
+    """Whether it is to be given up: its lease ran out, it answers no probe, no engine reports it alive."""
+    killed_s: float | None = None
+    """When this controller first killed it."""
+
+
+class Deaths(NamedTuple):
+    """How often a slot's worker died since the slot was last healthy, and when it died last."""
+
+    count: int
+    last_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """The cluster as one round found it. Times are of the clock that gives ``now_s``."""
+
+    processes: Mapping[Slot, Process]
+    deaths: Mapping[Slot, Deaths] = field(default_factory=dict)
+    settled: bool = True
+    """False while the directory or this controller has just started or was paused: silence proves nothing
+    then, and nothing is started or stopped."""
+
+
+class Start(NamedTuple):
+    """Start a worker in a free slot. Idempotent: a slot has at most one process."""
+
+    slot: Slot
+
+
+class Close(NamedTuple):
+    """Tell the engines and gateways to place nothing new on this worker."""
+
+    slot: Slot
+    worker: WorkerId
+
+
+class Open(NamedTuple):
+    """Undo Close."""
+
+    slot: Slot
+    worker: WorkerId
+
+
+class Stop(NamedTuple):
+    """End a worker that nothing reads from."""
+
+    slot: Slot
+
+
+class Kill(NamedTuple):
+    """End a frozen worker by SIGKILL, so that its slot and its resources become free."""
+
+    slot: Slot
+
+
+Action = Start | Close | Open | Stop | Kill
+
+
+def reconcile(desired: Mapping[Kind, int], observed: Observed, now_s: float) -> tuple[Action, ...]:
+    """The actions of one round. ``desired``: the number of workers of each kind."""
+    if not observed.settled:
+        return ()
+    actions: list[Action] = []
+    for kind in KINDS:
+        processes = sorted((p for p in observed.processes.values() if p.slot.kind == kind), key=_index)
+        actions += _of_kind(kind, desired.get(kind, 0), processes, observed, now_s)
+    return tuple(actions)
+
+
+def backoff_s(deaths: int) -> float:
+    """The time between a slot's last death and its next start. The first replacement starts at once."""
+    return 0.0 if deaths <= 1 else min(2.0 ** (deaths - 2), MOST_BACKOFF_S)
+
+
+def _of_kind(
+    kind: Kind, count: int, processes: list[Process], observed: Observed, now_s: float
+) -> Iterable[Action]:
+    kept = [process for process in processes if not process.frozen]
+    given_up = [process for process in processes if process.frozen]
+    yield from (Kill(process.slot) for process in given_up)
+    surplus = kept[count:]
+    yield from (
+        Open(process.slot, process.worker)
+        for process in kept[:count]
+        if process.closed and process.worker is not None
+    )
+    yield from _retired(surplus)
+    dying = sum(process.killed_s is None or now_s - process.killed_s < KILL_GRACE_S for process in given_up)
+    yield from _started(kind, count - len(kept) - dying, processes, observed, now_s)
+
+
+def _retired(surplus: Iterable[Process]) -> Iterable[Action]:
+    for process in surplus:
+        if process.worker is None or (process.closed and process.readers == 0):
+            yield Stop(process.slot)
+        elif not process.closed:
+            yield Close(process.slot, process.worker)
+
+
+def _started(
+    kind: Kind, missing: int, processes: list[Process], observed: Observed, now_s: float
+) -> Iterable[Action]:
+    """The lowest free slots. A slot in back-off counts as started: another one must not take its turn."""
+    occupied = {process.slot.index for process in processes}
+    index = 0
+    while missing > 0:
+        if index not in occupied:
+            slot = Slot(kind, index)
+            missing -= 1
+            deaths = observed.deaths.get(slot)
+            if deaths is None or now_s >= deaths.last_s + backoff_s(deaths.count):
+                yield Start(slot)
+        index += 1
+
+
+def _index(process: Process) -> int:
+    return process.slot.index

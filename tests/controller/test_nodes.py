@@ -1,0 +1,76 @@
+"""A cluster over two Ray nodes: workers use their own nodes' addresses, and outlive the loss of a node."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+import urllib.request
+
+import psutil
+import pytest
+
+from farshore.client.sdk import Client
+from farshore.errors import FarshoreError
+
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+ANSWER = "The capital of France is Paris."
+DEADLINE_S = 90.0
+
+
+def _answer(client):
+    return "".join(getattr(event, "text", "") for event in client.generate(messages=QUESTION, max_tokens=8))
+
+
+def _fetched(port):
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
+            return page.read()
+    except OSError:
+        return b""
+
+
+def _attention(client):
+    return {w.worker_id: w.address for w in client.status().workers if w.kind == "attention"}
+
+
+def _until(condition, what):
+    end_s = time.monotonic() + DEADLINE_S
+    pause = threading.Event()
+    while time.monotonic() < end_s:
+        with contextlib.suppress(FarshoreError):
+            if condition():
+                return
+        pause.wait(0.1)
+    raise AssertionError(what)
+
+
+@pytest.mark.heavy
+def test_workers_spread_over_nodes_and_a_lost_node_is_replaced(two_nodes, marked, serve):
+    address, second, metrics_port = two_nodes
+    marked.set_environment(RAY_AUTH_MODE="disabled")
+    _, gateway = serve("--ray-address", address, "--kv-memory", "256MiB", "--attention-workers", "2")
+    with Client(gateway) as client:
+        assert _answer(client) == ANSWER
+        # More than one node can hold.
+        client.scale(attention=6)
+        _until(lambda: len(_attention(client)) == 6, "not all workers joined")
+        hosts = {each.partition(":")[0] for each in _attention(client).values()}
+        assert hosts == {"127.0.0.2", "127.0.0.3"}
+        _until(
+            lambda: b"ray_farshore_kv_budget_bytes" in _fetched(metrics_port), "no gauges on the second node"
+        )
+        before = _attention(client)
+        on_second = {worker for worker, each in before.items() if each.startswith("127.0.0.3:")}
+        family = psutil.Process(second.process.pid).children(recursive=True)
+        for process in family:
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(signal.SIGKILL)
+        os.kill(second.process.pid, signal.SIGKILL)
+        _until(
+            lambda: len(_attention(client)) == 6 and not on_second & _attention(client).keys(),
+            "the lost node's workers were not replaced",
+        )
+        assert {each.partition(":")[0] for each in _attention(client).values()} == {"127.0.0.2"}
+        assert before.keys() - on_second <= _attention(client).keys()
+        _until(lambda: _answer(client) == ANSWER, "no answer after the loss of a node")

@@ -1,0 +1,66 @@
+"""A worker's lease: renewed from a thread of its own, whatever the directory does."""
+
+import threading
+
+import pytest
+
+from farshore.errors import TransportError
+from farshore.ids import WorkerId
+from farshore.kvstore.directory.base import WorkerRecord
+from farshore.kvstore.directory.embedded import EmbeddedDirectory
+from farshore.workers.lease import Lease
+
+DEADLINE_S = 30.0
+RECORD = WorkerRecord(
+    worker=WorkerId("attention-0-aa"),
+    kind="attention",
+    slot="attention-0",
+    address="127.0.0.1:7",
+    host="127.0.0.1",
+    process_id=1,
+    state="serving",
+)
+
+
+class Directory(EmbeddedDirectory):
+    """Counts renewals, and can be away."""
+
+    def __init__(self):
+        super().__init__()
+        self.away = False
+        self.tried = threading.Semaphore(0)
+
+    def renew(self, record):
+        self.tried.release()
+        if self.away:
+            raise TransportError("the directory: UNAVAILABLE")
+        super().renew(record)
+
+    def await_renewals(self, count):
+        for _ in range(count):
+            assert self.tried.acquire(timeout=DEADLINE_S)
+
+
+@pytest.fixture
+def directory():
+    return Directory()
+
+
+def test_it_is_listed_until_it_ends(directory):
+    lease = Lease(directory, lambda: RECORD, period_s=0.01)
+    directory.await_renewals(3)
+    assert directory.listing().workers == (RECORD,)
+    for _ in range(2):
+        lease.end()
+    assert directory.listing().workers == ()
+
+
+def test_a_directory_that_is_away_is_asked_again(directory):
+    directory.away = True
+    lease = Lease(directory, lambda: RECORD, period_s=0.01)
+    directory.await_renewals(3)
+    assert directory.listing().workers == ()
+    directory.away = False
+    directory.await_renewals(2)
+    assert directory.listing().workers == (RECORD,)
+    lease.end()

@@ -1,0 +1,164 @@
+"""The watch tells the engine which shards the directory lists; what it may conclude from silence."""
+
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+from farshore.attention_offload.base import ShardIdentity
+from farshore.errors import InvalidRequest, TransportError
+from farshore.ids import WorkerId
+from farshore.kvstore.directory.base import Listing, WorkerRecord
+from farshore.workers.engine.membership import Joined, Left, Opened, Shut
+from farshore.workers.shard_watch import ShardWatch
+
+DEADLINE_S = 30.0
+LOCAL, A, B, C = (WorkerId(f"{slot}-x") for slot in ("dense-0", "attention-0", "attention-1", "attention-2"))
+
+
+def record(worker, address):
+    return WorkerRecord(
+        worker=worker,
+        kind="attention",
+        slot=worker.rpartition("-")[0],
+        address=address,
+        host="10.0.0.1",
+        process_id=1,
+        state="serving",
+    )
+
+
+class Directory:
+    """Answers with the test's listing, and counts how often it was asked."""
+
+    def __init__(self):
+        self.answer = Listing(workers=(), closed=frozenset(), settled=True)
+        self.away = False
+        self._asked = threading.Semaphore(0)
+
+    def listing(self):
+        self._asked.release()
+        if self.away:
+            raise TransportError("the directory: UNAVAILABLE")
+        return self.answer
+
+    def await_look(self):
+        """Waits until a look that began after this call has been compared."""
+        while self._asked.acquire(blocking=False):
+            pass
+        for _ in range(2):
+            assert self._asked.acquire(timeout=DEADLINE_S)
+
+    def lists(self, *records, closed=(), settled=True):
+        self.answer = Listing(workers=records, closed=frozenset(closed), settled=settled)
+
+
+class Engine:
+    """Applies changes at once."""
+
+    def __init__(self):
+        self.known = {LOCAL: True}
+        self.changes = []
+
+    def announce(self, change):
+        self.changes.append(change)
+        if isinstance(change, Joined):
+            self.known[change.worker] = True
+
+    def shards(self):
+        return dict(self.known)
+
+
+class Client:
+    """A shard that answers with an identity."""
+
+    def __init__(self, worker):
+        self.worker = worker
+        self.closed = self.refuses = False
+
+    def identify(self):
+        if self.worker is None:
+            raise TransportError("refused")
+        return ShardIdentity(self.worker, 7, "host", 1, 1, 0, "i")
+
+    def connect(self):
+        if self.refuses:
+            raise InvalidRequest("the engine's wire version is 2")
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """(directory, engine, address -> client, identities)"""
+    monkeypatch.setattr("farshore.workers.shard_watch.PERIOD_S", 0.01)
+    directory, engine = Directory(), Engine()
+    clients, identities = {"a": Client(A), "b": Client(B)}, {}
+    watch = ShardWatch(
+        directory, engine, connect=clients.__getitem__, local=LOCAL, identified=identities.__setitem__
+    )
+    yield directory, engine, clients, identities
+    watch.stop()
+
+
+def until(condition):
+    end_s = time.monotonic() + DEADLINE_S
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < end_s
+        pause.wait(0.005)
+
+
+def test_listed_workers_join_once_with_their_identity(watched):
+    directory, engine, _, identities = watched
+    directory.lists(record(A, "a"), record(B, "b"), replace(record(LOCAL, ""), kind="dense"))
+    until(lambda: {A, B} <= engine.known.keys())
+    directory.await_look()
+    assert sorted(change.worker for change in engine.changes) == [A, B]
+    assert identities[A].process_id == 7
+
+
+def test_another_worker_at_the_address_or_one_that_refuses_does_not_join(watched):
+    directory, engine, clients, _ = watched
+    clients |= {"a": Client(WorkerId("other")), "b": Client(None), "c": Client(C)}
+    clients["c"].refuses = True
+    directory.lists(record(A, "a"), record(B, "b"), record(C, "c"))
+    until(lambda: all(client.closed for client in clients.values()))
+    assert engine.changes == []
+
+
+def test_a_closed_worker_is_shut_and_opened_again(watched):
+    directory, engine, _, _ = watched
+    directory.lists(record(A, "a"))
+    until(lambda: A in engine.known)
+    directory.lists(record(A, "a"), closed=[A])
+    directory.await_look()
+    directory.lists(record(A, "a"))
+    directory.await_look()
+    assert engine.changes[1:] == [Shut(A), Opened(A)]
+
+
+def test_silence_of_a_worker_shuts_it_and_only_its_own_silence_makes_it_leave(watched):
+    directory, engine, _, _ = watched
+    directory.lists(record(A, "a"))
+    until(lambda: A in engine.known)
+    directory.lists(settled=False)
+    directory.await_look()
+    assert len(engine.changes) == 1  # A directory that has just started proves nothing.
+    directory.lists()
+    directory.await_look()
+    assert engine.changes[1:] == [Shut(A)]
+    engine.known[A] = False
+    directory.await_look()
+    assert Left(A) in engine.changes
+
+
+def test_a_directory_that_is_away_changes_nothing(watched):
+    directory, engine, _, _ = watched
+    directory.lists(record(A, "a"))
+    until(lambda: A in engine.known)
+    directory.away = True
+    directory.await_look()
+    assert len(engine.changes) == 1

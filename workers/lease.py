@@ -1,0 +1,40 @@
+"""Keeps a worker listed in the directory, from a thread of its own.
+
+Called by ``dense`` and ``attention``. A directory that does not answer is asked again: a worker never ends,
+and gives nothing up, because of it. It must not know what the worker does.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable
+
+from farshore.errors import FarshoreError
+from farshore.kvstore.directory.base import RENEW_S, Directory, WorkerRecord
+
+
+class Lease:
+    """Renews from construction until :meth:`end`. ``record``: returns what the worker announces now; called
+    from the lease's thread."""
+
+    def __init__(
+        self, directory: Directory, record: Callable[[], WorkerRecord], *, period_s: float = RENEW_S
+    ) -> None:
+        self._directory = directory
+        self._record = record
+        self._period_s = period_s
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Withdraws the worker, if the directory answers. Idempotent."""
+        self._ended.set()
+        self._thread.join()
+        with contextlib.suppress(FarshoreError):
+            self._directory.withdraw(self._record().worker)
+
+    def _keep(self) -> None:
+        while not self._ended.is_set():
+            with contextlib.suppress(FarshoreError):
+                self._directory.renew(self._record())
+            self._ended.wait(self._period_s)

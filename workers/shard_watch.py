@@ -1,0 +1,117 @@
+"""Tells an engine which attention workers the directory lists, from a thread of its own.
+
+Called by ``dense``. A worker that is listed joins, once it has answered with its identity. One that is closed
+or listed no longer gets nothing new; it leaves only if it does not answer the engine either: a directory's
+silence never costs KV (invariant 3, docs/architecture.md). It must not know what the engine stores.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+from farshore.attention_offload.base import ShardIdentity
+from farshore.attention_offload.client.base import ShardClient
+from farshore.errors import FarshoreError
+from farshore.ids import WorkerId
+from farshore.kvstore.directory.base import Directory, Listing, WorkerRecord
+from farshore.workers.engine.membership import Change, Joined, Left, Opened, Shut
+
+PERIOD_S = 0.5
+"""Time between two looks at the directory."""
+MOST_CONNECTING = 8
+"""Workers that are asked for their identity at a time. One that is frozen takes a deadline."""
+
+_LOG = logging.getLogger(__name__)
+
+
+class Members(Protocol):
+    """The part of an engine that the watch calls."""
+
+    def announce(self, change: Change) -> None: ...
+
+    def shards(self) -> dict[WorkerId, bool]:
+        """The shards that the engine knows, and whether each answers."""
+
+
+class ShardWatch:
+    """Watches from construction until :meth:`stop`.
+
+    ``connect``: makes a client of the shard at an address, without asking it anything. ``local``: the worker
+    of the engine's own store, which is not the directory's business. ``identified``: called with each new
+    shard's identity before the shard joins.
+    """
+
+    def __init__(
+        self,
+        directory: Directory,
+        engine: Members,
+        *,
+        connect: Callable[[str], ShardClient],
+        local: WorkerId,
+        identified: Callable[[WorkerId, ShardIdentity], None],
+    ) -> None:
+        self._directory = directory
+        self._engine = engine
+        self._connect = connect
+        self._local = local
+        self._identified = identified
+        self._connecting: set[WorkerId] = set()
+        self._shut: set[WorkerId] = set()
+        self._stopped = threading.Event()
+        self._askers = ThreadPoolExecutor(MOST_CONNECTING, thread_name_prefix="identify")
+        self._thread = threading.Thread(target=self._watch, name="shard-watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the threads. Idempotent."""
+        self._stopped.set()
+        self._thread.join()
+        self._askers.shutdown(wait=False, cancel_futures=True)
+
+    def _watch(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                self._compare(self._directory.listing())
+            except FarshoreError as error:
+                _LOG.debug("the directory does not answer: %s", error)
+            self._stopped.wait(PERIOD_S)
+
+    def _compare(self, listing: Listing) -> None:
+        records = {record.worker: record for record in listing.workers if record.kind == "attention"}
+        known = {
+            worker: answers for worker, answers in self._engine.shards().items() if worker != self._local
+        }
+        self._connecting -= known.keys()
+        for worker, record in records.items():
+            if worker not in known and worker not in self._connecting and worker not in listing.closed:
+                self._connecting.add(worker)
+                self._askers.submit(self._join, record)
+        for worker, answers in known.items():
+            listed = worker in records or not listing.settled
+            if listed and worker not in listing.closed:
+                if worker in self._shut:
+                    self._shut.discard(worker)
+                    self._engine.announce(Opened(worker))
+                continue
+            if worker not in self._shut:
+                self._shut.add(worker)
+                self._engine.announce(Shut(worker))
+            if not listed and not answers:
+                self._engine.announce(Left(worker))
+        self._shut &= known.keys()
+
+    def _join(self, record: WorkerRecord) -> None:
+        client = self._connect(record.address)
+        try:
+            identity = client.identify()
+            if identity.worker != record.worker:
+                raise FarshoreError(f"{identity.worker} is at the address of {record.worker}")
+            client.connect()  # Refused by a worker of another wire version.
+            self._identified(record.worker, identity)
+            self._engine.announce(Joined(record.worker, client))
+        except FarshoreError as error:
+            _LOG.warning("attention worker %s can't join: %s", record.worker, error)
+            client.close()
+            self._connecting.discard(record.worker)
