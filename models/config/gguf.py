@@ -19,6 +19,11 @@ def from_gguf(file: GgufFile, name: str) -> ModelConfig:
         )
     if file.number("llama.expert_count", 0):
         raise ModelError(f"{file.path}: mixtures of experts are unsupported; supported: dense 'llama'")
+    if file.get("general.type", "model") != "model":
+        raise ModelError(
+            f"{file.path}: is of general.type {file.get('general.type')!r:.40}, not a model; merge a LoRA "
+            "adapter into its model with llama-export-lora, or give the model's own file"
+        )
     hidden = file.number("llama.embedding_length")
     heads = file.number("llama.attention.head_count")
     head_dim = file.get("llama.attention.key_length")
