@@ -18,6 +18,7 @@ from farshore.benchmarks.kernels.implementation import choose
 from farshore.benchmarks.kernels.shapes import Sizes
 from farshore.benchmarks.kvstore import benchmark as kvstore
 from farshore.benchmarks.kvstore.setting import StoreSizes
+from farshore.benchmarks.load import benchmark as load
 from farshore.benchmarks.offload import benchmark as offload
 from farshore.benchmarks.offload import setting as offload_setting
 from farshore.benchmarks.quality import benchmark as quality
@@ -84,6 +85,11 @@ def _kvstore(options: Options, progress: Progress) -> Report:
     return kvstore.run(implementation, facts, StoreSizes(), only=options.only, progress=progress)
 
 
+def _load(options: Options, progress: Progress) -> Report:
+    facts = options.facts()
+    return load.run(facts, load.Sizes(), only=options.only, progress=progress)
+
+
 def _dense(options: Options, progress: Progress) -> Report:
     facts = options.facts()
     setting = serve_setting.Setting(facts, serve_setting.Sizes(), progress)
@@ -117,5 +123,6 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         "workers and a controller that are killed, and scaling: how long it takes", _cluster
     ),
     "kernels": Benchmark("attention kernels against the machine's rates and PyTorch's SDPA", _kernels),
+    "load": Benchmark("loading a checkpoint of 2 GB: memory, and speed against a plain read", _load),
     "kvstore": Benchmark("the KV store: copies against memcpy, parity, appends, forks", _kvstore),
 }

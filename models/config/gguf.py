@@ -65,6 +65,11 @@ def from_gguf(
         )
     if file.number("llama.expert_count", 0):
         raise ModelError(f"{file.path}: mixtures of experts are unsupported; supported: dense 'llama'")
+    if file.get("general.type", "model") != "model":
+        raise ModelError(
+            f"{file.path}: is of general.type {file.get('general.type')!r:.40}, not a model; merge a LoRA "
+            "adapter into its model with llama-export-lora, or give the model's own file"
+        )
     for key, neutral in _NEUTRAL.items():
         if file.get(key, neutral[0]) not in neutral:
             raise ModelError(f"{file.path}: {key} {file.get(key)!r:.80} is unsupported; use another model")

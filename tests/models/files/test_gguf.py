@@ -133,7 +133,8 @@ def test_damage_never_escapes_as_another_error(data, tmp_path_factory):
     [
         (dict(architecture="gemma"), "'gemma' is unsupported"),
         (dict(drop=("blk.0.ffn_up",)), r"'blk\.0\.ffn_up\.weight' is missing"),
-        (dict(extra=[("llama.expert_count", 8)]), "mixtures of experts"),
+        (dict(extra=[("llama.expert_count", 8)]), "experts"),
+        (dict(extra=[("general.type", "adapter")], drop=("output",)), "'adapter', not a model; merge a LoRA"),
         (dict(extra=[("split.count", 2)]), r"one of 2 parts.*-00001-of-00002\.gguf"),
         (dict(extra=[("llama.rope.scaling.type", "dynamic")]), "'dynamic' is unsupported"),
         (dict(extra=[("llama.rope.dimension_count", 4)]), "part of each head"),
