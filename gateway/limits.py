@@ -38,6 +38,10 @@ class Limits:
     message_overhead_chars: int = 16
     """Characters counted for each chat message in addition to its role and content: templates add some."""
     role_chars: int = 64
+    """Longest role, name, tool call's id or function's name of a message."""
+    tools: int = 512
+    chat_json_chars: int = 1 << 20
+    """JSON texts of one chat together: tools, arguments of tool calls, template arguments."""
     sampling_bytes: int = 64 << 10
     """Largest serialised ``Sampling``."""
     chars_per_position: int = 256

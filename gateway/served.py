@@ -1,4 +1,4 @@
-"""The model that a gateway serves: its configuration, its tokenizer and its names.
+"""The model that a gateway serves: its configuration, its tokenizer, its chat template and its names.
 
 Loaded once by ``__main__``; read by validation and by the engine client. Must not know about weights.
 """
@@ -6,6 +6,7 @@ Loaded once by ``__main__``; read by validation and by the engine client. Must n
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from farshore.models.chat.prompts import ChatPrompts, SpecialTokensInChat
 from farshore.models.config.load import load_config
 from farshore.models.config.model import ModelConfig
 from farshore.models.files.source import resolve
@@ -20,13 +21,20 @@ class Served:
     name: str
     config: ModelConfig
     tokenizer: Tokenizer
+    chat: ChatPrompts
 
     @classmethod
-    def load(cls, name: str) -> "Served":
-        """``name``: a model directory, a ``.gguf`` file, a Hugging Face id or "smollm2". Raises ModelError
-        with the fix."""
+    def load(cls, name: str, *, special_tokens_in_chat: SpecialTokensInChat = "text") -> "Served":
+        """``name``: a model directory, a ``.gguf`` file, a Hugging Face id or "smollm2".
+        ``special_tokens_in_chat``: whether a special token that a user types in a chat stays text. Raises
+        ModelError with the fix; ``chat.await_compiled`` raises it for the chat template, which is compiled in
+        the background."""
         source = resolve(name)
-        return cls(name=name, config=load_config(source), tokenizer=load_tokenizer(source))
+        config, tokenizer = load_config(source), load_tokenizer(source)
+        chat = ChatPrompts(
+            tokenizer, stop_ids=config.eos_token_ids, special_tokens_in_chat=special_tokens_in_chat
+        )
+        return cls(name=name, config=config, tokenizer=tokenizer, chat=chat)
 
     @property
     def alias(self) -> str:

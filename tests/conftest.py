@@ -52,6 +52,16 @@ def tokenizer(demo_source):
 
 
 @pytest.fixture(scope="session")
+def encode_chat(tokenizer):
+    """encode_chat(messages) -> ids of the demo model's prompt."""
+    from farshore.models.chat.prompts import ChatPrompts, Conversation
+
+    prompts = ChatPrompts(tokenizer)
+    yield lambda messages: prompts.encode(Conversation(messages=messages), most_chars=1 << 20)
+    prompts.close()
+
+
+@pytest.fixture(scope="session")
 def hugging_face(demo_source):
     """load(dtype, attention implementation) -> transformers' model, loaded from the same GGUF file."""
     from transformers import AutoModelForCausalLM, GgufConfig
@@ -73,11 +83,11 @@ def hugging_face(demo_source):
 
 
 @pytest.fixture(scope="session")
-def prompts(tokenizer):
+def prompts(tokenizer, encode_chat):
     """24 varied prompts, name -> token ids, that all tests of correctness use."""
 
     def chat(text):
-        return tokenizer.encode_chat([{"role": "user", "content": text}])
+        return encode_chat([{"role": "user", "content": text}])
 
     story = " ".join(
         f"On day {n} the keeper of lighthouse number {n * 7 % 101} wrote: the wind came from the"
@@ -96,7 +106,7 @@ def prompts(tokenizer):
         "sum": chat("What is 17 + 25? Answer with the number only."),
         "list": chat("Name five fruits, one on each line."),
         "translate": chat("Translate 'good morning' into French, German and Spanish."),
-        "system": tokenizer.encode_chat(
+        "system": encode_chat(
             [
                 {"role": "system", "content": "You are a pirate. Answer like one."},
                 {"role": "user", "content": "How is the weather today?"},
@@ -138,7 +148,9 @@ def served():
     """The demo model as a gateway serves it."""
     from farshore.gateway.served import Served
 
-    return Served.load("smollm2")
+    model = Served.load("smollm2")
+    yield model
+    model.chat.close()
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,8 @@ from farshore.proto import inference_pb2 as api
 _FIELDS = api.GenerateRequest.DESCRIPTOR.fields_by_name
 _CHAT, _TEXT, _TOKENS = (_FIELDS[name].number for name in ("chat", "text", "tokens"))
 _SAMPLING, _SALT = (_FIELDS[name].number for name in ("sampling", "cache_salt"))
+_MESSAGES = api.Chat.DESCRIPTOR.fields_by_name["messages"].number
+_TOOL_CALLS = api.Message.DESCRIPTOR.fields_by_name["tool_calls"].number
 
 _VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5  # wire types
 _FIELDS_OF_A_MESSAGE = 4
@@ -85,8 +87,8 @@ class _WireFields:
             self._left -= 1
             if self._left < 0:
                 raise InvalidRequest(
-                    f"the request has too many fields: use at most {self._limits.messages} messages, "
-                    "each with one role and one content, and token ids packed"
+                    f"the request has too many fields: use at most {self._limits.messages} messages, fewer "
+                    "with many parts or tool calls, and token ids packed"
                 )
             tag, offset = self._varint(offset, end)
             wire_type = tag & 7
@@ -105,15 +107,24 @@ class _WireFields:
             offset = last
 
     def check_chat(self, chat: _Field) -> None:
-        """Counts the messages of a chat and their fields."""
-        for index, message in enumerate(self.walk(chat.start, chat.end)):
-            if index >= self._limits.messages:
+        """Counts the messages of a chat and the fields of these and of their tool calls."""
+        messages = 0
+        for field in self.walk(chat.start, chat.end):
+            if field.number != _MESSAGES:
+                continue
+            messages += 1
+            if messages > self._limits.messages:
                 raise InvalidRequest(
                     f"the chat has more than {self._limits.messages} messages: leave out the oldest, "
                     "or join some"
                 )
-            if message.wire_type == _BYTES:
-                for _ in self.walk(message.start, message.end):
+            if field.wire_type == _BYTES:
+                self._count_fields_of_message(field)
+
+    def _count_fields_of_message(self, message: _Field) -> None:
+        for field in self.walk(message.start, message.end):
+            if field.number == _TOOL_CALLS and field.wire_type == _BYTES:
+                for _ in self.walk(field.start, field.end):
                     pass
 
     def check_tokens(self, tokens: _Field, max_positions: int) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from farshore.errors import InvalidRequest, ModelError
 from farshore.gateway.limits import Limits
+from farshore.gateway.requests import chat
 from farshore.gateway.requests import sampling as sampling_limits
 from farshore.gateway.served import Served
 from farshore.proto import cluster_pb2 as cluster
@@ -125,7 +126,7 @@ def _check_prompt(request: api.GenerateRequest, served: Served, limits: Limits) 
         if not request.tokens.ids:
             raise InvalidRequest("the prompt is empty: send at least one token id")
     elif kind == "chat":
-        _check_chars(_chat_chars(request.chat, limits), served, limits)
+        _check_chars(chat.checked_chars(request.chat, limits), served, limits)
     elif not request.text:
         raise InvalidRequest("the prompt is empty: give chat messages, text or token ids")
     else:
@@ -133,7 +134,7 @@ def _check_prompt(request: api.GenerateRequest, served: Served, limits: Limits) 
 
 
 def _check_chars(chars: int, served: Served, limits: Limits) -> None:
-    most = served.config.max_positions * limits.chars_per_position
+    most = _most_chars(served, limits)
     if chars > most:
         raise InvalidRequest(
             f"the prompt has {chars} characters; a model of {served.config.max_positions} positions "
@@ -141,21 +142,8 @@ def _check_chars(chars: int, served: Served, limits: Limits) -> None:
         )
 
 
-def _chat_chars(chat: api.Chat, limits: Limits) -> int:
-    chars, empty = 0, True
-    for index, message in enumerate(chat.messages):
-        role, content = message.role, message.content
-        if not role:
-            raise InvalidRequest(f"message {index} has no role: use 'system', 'user' or 'assistant'")
-        if len(role) > limits.role_chars:
-            raise InvalidRequest(
-                f"the role of message {index} has {len(role)} characters: use at most {limits.role_chars}"
-            )
-        chars += len(role) + len(content) + limits.message_overhead_chars
-        empty = empty and not content
-    if empty:
-        raise InvalidRequest("the prompt is empty: give at least one message with content")
-    return chars
+def _most_chars(served: Served, limits: Limits) -> int:
+    return served.config.max_positions * limits.chars_per_position
 
 
 def _add_prompt(
@@ -169,11 +157,7 @@ def _add_prompt(
     if kind == "text":
         ids = served.tokenizer.encode(request.text)
     else:
-        text = served.tokenizer.apply_chat(
-            [{"role": entry.role, "content": entry.content} for entry in request.chat.messages]
-        )
-        _check_chars(len(text), served, limits)
-        ids = served.tokenizer.encode(text, add_special_tokens=False)
+        ids = served.chat.encode(chat.conversation(request.chat), most_chars=_most_chars(served, limits))
     # A tokenizer may know more tokens than the model, such as one added for padding.
     _check_token_ids(ids, served)
     for first in range(0, len(ids), _CHUNK):

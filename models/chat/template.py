@@ -1,95 +1,215 @@
-"""Renders chat templates: Jinja programs that come with a model and are not trusted.
+"""Renders conversations with a model's chat templates, as transformers' ``apply_chat_template`` does.
 
-Called by ``tokenizer``. Templates run in Jinja's immutable sandbox, with the helpers that transformers gives
-them, since they are written for those. It must not know about tokens.
+Called by ``process``, so it runs under that process's limits. A template is not trusted, and neither is a
+conversation: either may make the other run for ever. It must not know about pipes or tokens' ids.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jinja2
-from jinja2.ext import Extension
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from farshore.models.chat.environment import Environment, Raised, takes_parts
+from farshore.models.chat.marks import Marker
+from farshore.models.chat.protocol import MOST_DEPTH, TEMPLATE_FIELDS
+from farshore.text import quoted, shortened
 
-from farshore.errors import InvalidRequest, ModelError
-from farshore.text import shortened
-
-_MOST_CHARS = 120
+_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+"""Stands behind the final message while it is rendered; transformers uses the same."""
 
 
-class ChatTemplate:
-    """A compiled template. Immutable; threads may share it."""
+class Refused(Exception):
+    """A conversation that can't be rendered. The text is for the user."""
 
-    def __init__(self, source: str, *, where: str) -> None:
-        """``where``: the model's name, for messages. Raises ModelError if ``source`` isn't valid Jinja."""
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, "jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals |= {"raise_exception": _refuse, "strftime_now": _strftime_now}
-        self._where = where
+
+class CompiledTemplate:
+    """One template. ``takes_parts``: see ``environment.takes_parts``."""
+
+    def __init__(self, source: str) -> None:
+        """Raises jinja2.TemplateError, or any other error: templates are untrusted programs."""
+        environment = Environment()
+        self.source = source
+        self.takes_parts = takes_parts(environment.parse(source))
+        self._template = environment.from_string(source)
+
+    def render(self, values: Mapping[str, Any], most_chars: int) -> str:
+        """Raises Refused if the text has more than ``most_chars`` characters, else what the template
+        raises."""
+        pieces, chars = [], 0
+        for piece in self._template.generate(values):
+            chars += len(piece)
+            if chars > most_chars:
+                raise Refused(
+                    f"the prompt has more than {most_chars} characters after the chat template: shorten it"
+                )
+            pieces.append(piece)
+        return "".join(pieces)
+
+
+class ChatTemplates:
+    """The templates of one model, by name."""
+
+    def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
+        """``special_tokens``: texts by role, such as ``bos_token``."""
+        self._templates = {name: CompiledTemplate(source) for name, source in sources.items()}
+        self._special_tokens = dict(special_tokens)
+
+    @property
+    def sources(self) -> list[str]:
+        return [template.source for template in self._templates.values()]
+
+    def render(self, conversation: Mapping[str, Any], marker: Marker, *, most_chars: int) -> str:
+        """The prompt's text, with the marks that ``marker`` put into the user's strings.
+
+        ``conversation``: the fields of ``prompts.Conversation``. Raises Refused with a short text without
+        marks.
+        """
         try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise ModelError(
-                f"{where}: its chat template isn't valid Jinja ({error}); use another model"
-            ) from error
-
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        special_tokens: Mapping[str, str],
-        *,
-        add_generation_prompt: bool,
-    ) -> str:
-        """The prompt's text. Raises InvalidRequest if the template refuses the messages or fails on them."""
-        try:
-            return self._template.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **special_tokens,
-            )
+            given = _given(conversation)
+            template = self._choose(given["tools"])
+            if not template.takes_parts:
+                given["messages"] = [_joined(message) for message in given["messages"]]
+            marked = marker.mark(given)
+            return self._render(template, marked, conversation, most_chars)
+        except (Refused, MemoryError):
+            raise
+        except Raised as error:
+            raise Refused(_cannot(marker.unmarked(str(error)))) from error
         except Exception as error:
             # A template may raise any exception, and the text may quote messages of any length.
-            why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            raise InvalidRequest(
-                f"{self._where}: its chat template can't render these messages: {shortened(why, _MOST_CHARS)}"
-            ) from error
+            text = marker.unmarked(str(error))
+            name = type(error).__name__
+            raise Refused(_cannot(f"{name}: {text}" if text else name)) from error
+
+    def _choose(self, tools: Any) -> CompiledTemplate:
+        """The template named tool_use if there are tools and it exists; else the one named default."""
+        if tools is not None and "tool_use" in self._templates:
+            return self._templates["tool_use"]
+        if "default" not in self._templates:
+            raise Refused(f"the model has no default chat template, only {sorted(self._templates)}")
+        return self._templates["default"]
+
+    def _render(
+        self,
+        template: CompiledTemplate,
+        given: Mapping[str, Any],
+        conversation: Mapping[str, Any],
+        most_chars: int,
+    ) -> str:
+        messages = [_with_reasoning(message) for message in given["messages"]]
+        final = None
+        if conversation["continue_final_message"]:
+            final, messages[-1] = _tagged(messages[-1], template.source)
+            most_chars += len(_TAG)
+        values = {"documents": None} | self._special_tokens | given["template_arguments"]
+        values |= {
+            "messages": messages,
+            "tools": given["tools"],
+            "add_generation_prompt": conversation["add_generation_prompt"],
+        }
+        text = template.render(values, most_chars)
+        return text if final is None else _without_tag(text, final)
 
 
-class _GenerationBlocks(Extension):
-    """``{% generation %}…{% endgeneration %}`` marks text for training. Here it renders its body only."""
-
-    tags = {"generation"}  # noqa: RUF012 - Jinja declares tags like this
-
-    def parse(self, parser: Parser) -> Node | list[Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+def _cannot(why: str) -> str:
+    return f"its chat template can't render these messages: {shortened(why)}"
 
 
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def _given(conversation: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a user gives to a template, with JSON texts parsed."""
+    tools = [_json_object(tool, f"tool {index}") for index, tool in enumerate(conversation["tools"])]
+    arguments = _json_object(conversation["template_arguments"] or {}, "template_arguments")
+    if taken := sorted(TEMPLATE_FIELDS & arguments.keys()):
+        raise Refused(f"template_arguments can't set {', '.join(map(repr, taken))}: it has another field")
+    messages = [_with_calls(message, index) for index, message in enumerate(conversation["messages"])]
+    return {"messages": messages, "tools": tools or None, "template_arguments": arguments}
 
 
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes HTML, which a model would see as text.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+def _with_calls(message: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """The message with its tool calls' arguments as objects: templates print them as JSON."""
+    if "tool_calls" not in message:
+        return dict(message)
+    calls = []
+    for number, call in enumerate(message["tool_calls"]):
+        function = call["function"]
+        arguments = _json_object(
+            function.get("arguments") or {}, f"the arguments of tool call {number} of message {index}"
+        )
+        calls.append({**call, "function": {**function, "arguments": arguments}})
+    return {**message, "tool_calls": calls}
 
 
-def _strftime_now(form: str) -> str:
-    # Local time without a zone, as transformers gives it.
-    return datetime.now().strftime(form)
+def _joined(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its parts as one string."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    return {**message, "content": "\n".join(part["text"] for part in content)}
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its reasoning also under the name that gpt-oss's template reads."""
+    reasoning = message.get("reasoning_content")
+    return message if reasoning is None else {"thinking": reasoning, **message}
+
+
+def _tagged(message: dict[str, Any], source: str) -> tuple[str, dict[str, Any]]:
+    """(the text to continue, the message with the tag behind it)."""
+    content = message.get("content")
+    if content is None or content == []:
+        raise Refused("continue_final_message: the final message has no content to continue")
+    if "content" not in source:
+        raise Refused("continue_final_message: the chat template shows no content")
+    if isinstance(content, str):
+        return content, {**message, "content": content + _TAG}
+    *before, last = content
+    return last["text"], {**message, "content": [*before, {**last, "text": last["text"] + _TAG}]}
+
+
+def _without_tag(text: str, final: str) -> str:
+    """``text`` up to the tag; without trailing blanks if the template has trimmed the tag's."""
+    tag = text.rfind(_TAG.strip())
+    if tag < 0 or final.strip() not in text:
+        raise Refused(
+            "continue_final_message: the chat template does not show the final message as it is; "
+            "leave continue_final_message out"
+        )
+    return text[:tag] if text.startswith(_TAG, tag) else text[:tag].rstrip()
+
+
+def _json_object(given: Any, what: str) -> dict[str, Any]:
+    """``given``, or what it says if it is a JSON text. Raises Refused unless that is an object that is nested
+    at most MOST_DEPTH deep."""
+    value = given
+    if isinstance(given, str):
+        try:
+            value = json.loads(given, parse_constant=_no_constant, parse_float=_finite)
+        except RecursionError:
+            raise Refused(f"{what}: nested more than {MOST_DEPTH} deep") from None
+        except ValueError as error:
+            raise Refused(f"{what}: not valid JSON ({shortened(str(error), 100)})") from error
+    if not isinstance(value, dict):
+        raise Refused(f"{what}: must be a JSON object, not {quoted(json.dumps(value)[:100], 60)}")
+    level: Sequence[Any] = [value]
+    for _ in range(MOST_DEPTH):
+        level = [child for parent in level for child in _children(parent)]
+        if not level:
+            return value
+    raise Refused(f"{what}: nested more than {MOST_DEPTH} deep")
+
+
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError("a number is too large")
+    return value

@@ -1,4 +1,4 @@
-"""Converts text to token ids and back, and chat messages to a prompt.
+"""Converts text to token ids and back.
 
 A thin layer over Hugging Face's ``tokenizers``. A model's folder has its configuration; from a GGUF file it
 is assembled from metadata. Called by the gateway, which has no torch. It must not know about weights.
@@ -7,12 +7,10 @@ is assembled from metadata. Called by the gateway, which has no torch. It must n
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from types import MappingProxyType
-from typing import Any
 
 import tokenizers
 
-from farshore.errors import InvalidRequest, ModelError
-from farshore.models.chat.template import ChatTemplate
+from farshore.errors import InvalidRequest
 from farshore.models.tokenizer.stream import TextStream
 from farshore.models.tokenizer.token_bytes import TokenBytes
 from farshore.text import shortened
@@ -24,11 +22,11 @@ _MOST_CHARS = 120
 
 
 class Tokenizer:
-    """A model's tokenizer and chat template. Immutable, so threads may share it.
+    """A model's tokenizer. Immutable, so threads may share it.
 
     ``eos_ids``: the end tokens that the tokenizer's files name; may be empty. ``special_tokens``: texts by
-    role, such as ``bos_token``, for the chat template. ``chat_template``: its Jinja source, or
-    several by name, or None.
+    role, such as ``bos_token``, for the chat template. ``chat_template``: the Jinja source that came with the
+    tokenizer, or several by name, or None.
     """
 
     def __init__(
@@ -40,27 +38,30 @@ class Tokenizer:
         eos_ids: tuple[int, ...],
         chat_template: str | Mapping[str, str] | None,
     ) -> None:
-        """``name``: for messages. Raises ModelError if the template or the decoder is unusable."""
+        """``name``: for messages. Raises ModelError if the decoder is unusable."""
         self._backend = backend
-        self._name = name
+        self.name = name
         # A prompt is never cut or padded, whatever lengths the tokenizer was trained or exported with.
         backend.no_truncation()
         backend.no_padding()
         self.special_tokens: Mapping[str, str] = MappingProxyType(dict(special_tokens))
         self.chat_template = chat_template
-        template = chat_template.get("default") if isinstance(chat_template, Mapping) else chat_template
-        self._chat = None if template is None else ChatTemplate(template, where=name)
         added = backend.get_added_tokens_decoder()
         special = (token for token, entry in added.items() if entry.special)
         self._tokens = TokenBytes(backend, silent=special, name=name)
         self.eos_ids = eos_ids
         self.vocab_size = backend.get_vocab_size()
 
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """For modules of this package, and for tests."""
+        return self._backend
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of ``text``. A special token written in the text becomes its id.
 
         ``add_special_tokens``: add the special tokens that the model's tokenizer puts around every text. Pass
-        False for the result of ``apply_chat``, which has them already. Raises InvalidRequest if the
+        False for the text of a chat template, which has them already. Raises InvalidRequest if the
         tokenizer can't, such as for a character without any token.
         """
         # `encode` keeps the interpreter's lock, for seconds if the text is long; a batch of one releases it.
@@ -71,7 +72,7 @@ class Tokenizer:
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             raise InvalidRequest(
-                f"{self._name}: its tokenizer can't encode this text: {shortened(str(error), _MOST_CHARS)}"
+                f"{self.name}: its tokenizer can't encode this text: {shortened(str(error), _MOST_CHARS)}"
             ) from error
         return encoded.ids
 
@@ -79,23 +80,12 @@ class Tokenizer:
         """Text of ``ids`` without special tokens. Bytes that form no character become U+FFFD."""
         return self._backend.decode(ids, skip_special_tokens=True)
 
-    def apply_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """The prompt text of ``messages`` (each with 'role' and 'content').
-
-        Raises ModelError if the model has no chat template, InvalidRequest if the template refuses the
-        messages.
-        """
-        if self._chat is None:
-            raise ModelError(
-                f"{self._name}: has no chat template; send a plain prompt, or use an instruct model"
-            )
-        return self._chat.render(messages, self.special_tokens, add_generation_prompt=add_generation_prompt)
-
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
-    ) -> list[int]:
-        """``apply_chat``, then ``encode`` without a second beginning-of-text token."""
-        return self.encode(self.apply_chat(messages, add_generation_prompt), add_special_tokens=False)
+    def control_ids(self, stop_ids: Iterable[int] = ()) -> frozenset[int]:
+        """Ids of the added tokens that control a conversation: those declared special, and those that end an
+        answer (``eos_ids`` and ``stop_ids``)."""
+        ends = {*self.eos_ids, *stop_ids}
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(token for token, entry in added.items() if entry.special or token in ends)
 
     def token_text(self, token_id: int) -> str:
         """The text of one token by itself: with its blank, bytes that form no character as <0xE2>, and a

@@ -63,12 +63,12 @@ def test_choices_and_log_probabilities(client, farshore, served):
     assert done.completion_tokens == 2 and (done.reason, done.text) == ("stop", "")
 
 
-def test_prompts_of_each_kind(client, farshore, served):
+def test_prompts_of_each_kind(client, farshore, served, encode_chat):
     farshore.engine.auto = ()
     messages = [{"role": "user", "content": "Hi"}]
     for asked, ids in (
         (dict(prompt="Hi"), served.tokenizer.encode("Hi")),
-        (dict(messages=messages), served.tokenizer.encode_chat(messages)),
+        (dict(messages=messages), encode_chat(messages)),
         (dict(token_ids=range(5, 9)), [5, 6, 7, 8]),
     ):
         list(client.generate(**asked))

@@ -26,14 +26,15 @@ def _prompt(farshore):
     return list(farshore.engine.next_sequence().request.prompt)
 
 
-def _chat_ids(served, text):
-    return served.tokenizer.encode_chat([{"role": "user", "content": text}])
+@pytest.fixture
+def chat_ids(encode_chat):
+    return lambda text: encode_chat([{"role": "user", "content": text}])
 
 
-def test_prints_the_answer(run, farshore, served, answer):
+def test_prints_the_answer(run, farshore, chat_ids, answer):
     done = run("generate", "Why blue?", "--server", farshore.address)
     assert (done.code, done.out, done.err) == (0, answer + "\n", "")
-    assert _prompt(farshore) == _chat_ids(served, "Why blue?")
+    assert _prompt(farshore) == chat_ids("Why blue?")
 
 
 def test_raw(run, farshore, served, answer):
@@ -137,16 +138,16 @@ def test_json(run, farshore, served, answer):
     assert request_id and request_id != sequence.request.sequence_id
 
 
-def test_prompt_from_stdin(run, farshore, served, answer, monkeypatch):
+def test_prompt_from_stdin(run, farshore, chat_ids, answer, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("From a pipe\n"))
     run("generate", "-", "--server", farshore.address)
-    assert _prompt(farshore) == _chat_ids(served, "From a pipe\n")
+    assert _prompt(farshore) == chat_ids("From a pipe\n")
 
 
-def test_prompt_from_a_file(run, farshore, served, answer, tmp_path):
+def test_prompt_from_a_file(run, farshore, chat_ids, answer, tmp_path):
     (tmp_path / "long.txt").write_text("Größe 東京", encoding="utf-8")
     run("generate", f"@{tmp_path / 'long.txt'}", "--server", farshore.address)
-    assert _prompt(farshore) == _chat_ids(served, "Größe 東京")
+    assert _prompt(farshore) == chat_ids("Größe 東京")
 
 
 @pytest.mark.parametrize(

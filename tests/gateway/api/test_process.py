@@ -144,10 +144,36 @@ def test_unknown_model(spawn):
     assert line["kind"] == "ModelError"
 
 
+def test_a_chat_template_that_is_not_valid(spawn, served, tmp_path):
+    config = dict(
+        architectures=["LlamaForCausalLM"],
+        model_type="llama",
+        vocab_size=49152,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        rms_norm_eps=1e-5,
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")  # No tensors.
+    (tmp_path / "tokenizer.json").write_text(served.tokenizer.backend.to_str())
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}")
+    process, line = spawn(model=str(tmp_path))
+    assert process.wait(30) == 1
+    assert line["kind"] == "ModelError"
+    assert (
+        "its chat template isn't valid Jinja (TemplateSyntaxError: Unexpected end of template"
+        in line["error"]
+    )
+
+
 def test_imports_nothing_heavy():
     code = (
         "import sys, farshore.gateway.__main__\n"
-        "heavy = ('torch', 'ray', 'transformers', 'farshore.kernels', 'farshore.kvstore',\n"
+        "heavy = ('torch', 'jinja2', 'ray', 'transformers', 'farshore.kernels', 'farshore.kvstore',\n"
         "         'farshore.attention_offload', 'farshore.workers', 'farshore.controller')\n"
         "print([name for name in heavy if name in sys.modules])\n"
     )

@@ -18,7 +18,25 @@ def _parse(raw):
     return received.parse(raw, max_positions=POSITIONS, limits=LIMITS)
 
 
-messages = st.builds(api.Message, role=st.text(max_size=3), content=st.text(max_size=20))
+calls = st.builds(
+    api.ToolCall, id=st.text(max_size=3), name=st.text(max_size=3), arguments=st.text(max_size=9)
+)
+messages = st.builds(
+    api.Message,
+    role=st.text(max_size=3),
+    content=st.none() | st.text(max_size=20),
+    text_parts=st.lists(st.text(max_size=5), max_size=2),
+    tool_calls=st.lists(calls, max_size=1),
+    name=st.text(max_size=3),
+)
+chats = st.builds(
+    api.Chat,
+    messages=st.lists(messages, max_size=4),
+    tools=st.lists(st.text(max_size=5), max_size=3),
+    template_arguments=st.text(max_size=5),
+    add_generation_prompt=st.none() | st.booleans(),
+    continue_final_message=st.booleans(),
+)
 samplings = st.builds(
     api.Sampling,
     max_tokens=st.none() | st.integers(0, 2**32 - 1),
@@ -32,7 +50,7 @@ prompts = st.one_of(
     st.builds(
         lambda ids: dict(tokens=api.TokenIds(ids=ids)), st.lists(st.integers(0, 2**32 - 1), max_size=50)
     ),
-    st.builds(lambda chat: dict(chat=api.Chat(messages=chat)), st.lists(messages, max_size=8)),
+    st.builds(lambda chat: dict(chat=chat), chats),
 )
 requests = st.builds(
     lambda prompt, **fields: api.GenerateRequest(**prompt, **fields),
@@ -114,6 +132,10 @@ REFUSED = {
     "messages": (_field(2, USER * 9), "more than 8 messages"),
     "empty messages": (_field(2, b"\x0a\x00" * 300_000), "more than 8 messages"),
     "roles of one message": (_field(2, _field(1, b"\x0a\x00" * 300_000)), "too many fields"),
+    "tool calls of one message": (_field(2, _field(1, b"\x22\x00" * 300_000)), "too many fields"),
+    "fields of a tool call": (_field(2, _field(1, _field(4, b"\x0a\x00" * 300_000))), "too many fields"),
+    "parts of one message": (_field(2, _field(1, b"\x1a\x00" * 300_000)), "too many fields"),
+    "tools": (_field(2, b"\x12\x00" * 300_000), "too many fields"),
     "unknown fields": (b"\xf8\x01\x01" * 300_000, "too many fields"),
     "sampling": (_field(5, b"\x62\x00" * 40_000), "at most 65536"),
     "group": (b"\x0b\x0c", "no GenerateRequest"),
@@ -143,6 +165,11 @@ BIG = {
     "4 MB of ids": (_field(4, _field(1, b"\x05" * 4_000_000)), "8192 positions"),
     "a role of 3 MB": (_field(2, _field(1, _field(1, b"r" * 3_000_000) + _field(2, b"Hi"))), "at most 64"),
     "many bare messages": (_field(2, USER * 4096), "at least one message with content"),
+    "300,000 tool calls": (_field(2, _field(1, b"\x22\x00" * 300_000)), "too many fields"),
+    "a tool of 3 MB": (
+        _field(2, _field(1, _field(1, b"user") + _field(2, b"Hi")) + _field(2, b"x" * 3_000_000)),
+        "at most 1048576",
+    ),
     "garbage": (b"\xff" * 1000, "no GenerateRequest"),
 }
 

@@ -11,7 +11,26 @@ def _chat(*messages):
     return api.Chat(messages=[api.Message(role=role, content=content) for role, content in messages])
 
 
+def _message(*tools, **fields):
+    message = api.Message(**{"role": "user", "content": "Hi"} | fields)
+    return dict(text=None, chat=api.Chat(messages=[message], tools=tools))
+
+
 BAD = {
+    "content twice": (_message(text_parts=["a"]), "message 0 has content and text_parts"),
+    "long role": (_message(role="r" * 65), "the role of message 0 has 65 characters: use at most 64"),
+    "long name": (_message(name="n" * 65), "the name of message 0 has 65 characters"),
+    "long call": (_message(tool_calls=[api.ToolCall(name="n" * 65)]), "a tool call's name of message 0"),
+    "long call id": (_message(tool_calls=[api.ToolCall(id="n" * 65)]), "a tool call's id of message 0"),
+    "long id of a result": (_message(tool_call_id="n" * 65), "tool_call_id of message 0"),
+    "many tools": (_message(*["{}"] * 513), "513 tools: use at most 512"),
+    "bad tool": (_message("{}", "["), "tool 1: not valid JSON"),
+    "deep tool": (_message('{"a":' * 70 + "1" + "}" * 70), "tool 0: nested more than 64 deep"),
+    "bad call": (
+        _message(tool_calls=[api.ToolCall(name="f", arguments="[]")]),
+        "the arguments of tool call 0 of message 0: must be a JSON object",
+    ),
+    "huge chat": (_message(content="a" * (8192 * 256)), "characters; a model of 8192 positions"),
     "empty text": (dict(text=""), "empty"),
     "no prompt": (dict(text=None), "empty"),
     "no ids": (dict(text=None, tokens=api.TokenIds()), "empty"),

@@ -62,11 +62,11 @@ def test_unset_max_tokens_is_what_positions_leave(farshore, served):
     assert farshore.engine.next_sequence().request.sampling.max_tokens == 9
 
 
-def test_chat_goes_through_the_template(farshore, served):
+def test_chat_goes_through_the_template(farshore, encode_chat):
     farshore.engine.auto = ()
     messages = [dict(role="system", content="Be brief."), dict(role="user", content="Hi")]
     list(farshore.generate(None, chat=api.Chat(messages=[api.Message(**message) for message in messages])))
-    assert list(farshore.engine.next_sequence().request.prompt) == served.tokenizer.encode_chat(messages)
+    assert list(farshore.engine.next_sequence().request.prompt) == encode_chat(messages)
 
 
 @pytest.mark.parametrize("model", ["smollm2", ""])

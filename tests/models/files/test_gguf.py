@@ -178,11 +178,9 @@ def test_demo_weights_are_transformers_bits(demo):
 
 @pytest.mark.heavy
 @torch.inference_mode()
-def test_demo_answers(demo, forward):
-    from farshore.models.tokenizer.load import load_tokenizer
-
-    model, tokenizer = load_model(demo, dtype=torch.float32), load_tokenizer(demo)
-    ids = tokenizer.encode_chat([{"role": "user", "content": "What is the capital of France?"}])
+def test_demo_answers(demo, forward, tokenizer, encode_chat):
+    model = load_model(demo, dtype=torch.float32)
+    ids = encode_chat([{"role": "user", "content": "What is the capital of France?"}])
     stream, answer = tokenizer.stream(), ""
     for _ in range(20):
         token = int(forward(model, ids)[-1].argmax())

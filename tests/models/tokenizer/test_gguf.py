@@ -161,18 +161,18 @@ def test_other_ends(tmp_path):
     assert build(tmp_path, eos_token_id=None).eos_ids == ()
 
 
-def test_the_template_of_a_chat_names_the_files_tokens(tmp_path):
+def test_the_template_of_a_chat_names_the_files_tokens(tmp_path, chat_ids):
     metadata = {f"tokenizer.ggml.{key}": value for key, value in BPE.items()}
     metadata["tokenizer.chat_template"] = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
     tokenizer = gguf_tokenizer.from_gguf(header(tmp_path, metadata), "m")
-    assert tokenizer.encode_chat([{"role": "user", "content": "ab"}]) == [0, 3, 4]
+    assert chat_ids(tokenizer, [{"role": "user", "content": "ab"}]) == [0, 3, 4]
     metadata["tokenizer.chat_template"] = 7
     with pytest.raises(ModelError, match="chat_template isn't a text"):
         gguf_tokenizer.from_gguf(header(tmp_path, metadata), "m")
 
 
 @pytest.mark.heavy
-def test_an_answer_stops_at_the_end_that_only_the_template_names(demo, forward, tmp_path):
+def test_an_answer_stops_at_the_end_that_only_the_template_names(demo, forward, tmp_path, chat_ids):
     """The demo's file, changed to say that <|endoftext|> ends a text. Its answers end with <|im_end|>."""
     content = bytearray(demo.path.read_bytes())
     key = b"tokenizer.ggml.eos_token_id" + struct.pack("<I", gguf.GGUFValueType.UINT32)
@@ -184,7 +184,7 @@ def test_an_answer_stops_at_the_end_that_only_the_template_names(demo, forward, 
     model, tokenizer = load_model(source, dtype=torch.float32), load_tokenizer(source)
     assert model.config.eos_token_ids == (0,)
     assert tokenizer.eos_ids == (0, 2)
-    ids = tokenizer.encode_chat([{"role": "user", "content": "What is the capital of France?"}])
+    ids = chat_ids(tokenizer, [{"role": "user", "content": "What is the capital of France?"}])
     prompt_tokens = len(ids)
     with torch.inference_mode():
         while ids[-1] not in tokenizer.eos_ids or len(ids) == prompt_tokens:
