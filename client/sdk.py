@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from farshore import rpc
 from farshore.client import events
+from farshore.client.chat import chat_of
 from farshore.errors import FarshoreError, InvalidRequest, TransportError
 from farshore.proto import inference_pb2 as api
 from farshore.proto import inference_pb2_grpc
@@ -53,8 +54,12 @@ class Client:
         self,
         prompt: str | None = None,
         *,
-        messages: Iterable[Mapping[str, str]] | None = None,
+        messages: Iterable[Mapping[str, Any]] | None = None,
         token_ids: Iterable[int] | None = None,
+        tools: Iterable[Mapping[str, Any] | str] | None = None,
+        template_arguments: Mapping[str, Any] | str | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
         model: str = "",
         cache_salt: str = "",
         request_id: str = "",
@@ -64,11 +69,17 @@ class Client:
     ) -> Iterator[events.Event]:
         """Streams a completion: Accepted, Prefill (not always), Tokens, Finished.
 
-        Give one of ``prompt`` (text, used as it is), ``messages`` (each with role and content, formatted by
-        the model's chat template) and ``token_ids``. Or give none of them but the ``request_id`` of an
-        earlier call, to resume that request from token ``resume_from``, counted over all choices. Closing the
-        iterator ends the request: at once if it has no ``request_id`` of yours, else within seconds.
-        ``deadline_s``: the deadline of the whole call.
+        Give one of ``prompt`` (text, used as it is), ``messages`` (a chat) and ``token_ids``. Or give none of
+        them but the ``request_id`` of an earlier call, to resume that request from token ``resume_from``,
+        counted over all choices. Closing the iterator ends the request: at once if it has no ``request_id``
+        of yours, else within seconds. ``deadline_s``: the deadline of the whole call.
+
+        ``messages`` are formatted by the model's chat template, which rules the roles. Each is in OpenAI's
+        shape: role, content (a string, or parts of the type text), tool_calls, tool_call_id, name,
+        reasoning_content. With them may come ``tools`` (JSON objects, or their texts), ``template_arguments``
+        (variables of the template, such as ``{"enable_thinking": False}``), ``continue_final_message`` (the
+        answer goes on with the last message) and ``add_generation_prompt`` (default: unless the last message
+        is continued).
 
         Raises InvalidRequest at the call if a value does not fit the request. The iterator raises the
         gateway's errors, such as InvalidRequest, NotFound, Overloaded and TransportError.
@@ -92,9 +103,17 @@ class Client:
                 resume_from=resume_from,
                 cache_salt=cache_salt,
                 sampling=api.Sampling(**given),
-                **_prompt(prompt, messages, token_ids),
+                **_prompt(
+                    prompt,
+                    messages,
+                    token_ids,
+                    tools=tools,
+                    template_arguments=template_arguments,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                ),
             )
-        except (TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise InvalidRequest(f"a value does not fit the request: {error}") from error
         return self._events(self._stub.Generate(request, timeout=deadline_s))
 
@@ -193,8 +212,9 @@ def _too_large(details: str) -> InvalidRequest | None:
 
 def _prompt(
     prompt: str | None,
-    messages: Iterable[Mapping[str, str]] | None,
+    messages: Iterable[Mapping[str, Any]] | None,
     token_ids: Iterable[int] | None,
+    **chat: Any,
 ) -> dict[str, Any]:
     given = [
         name
@@ -203,10 +223,12 @@ def _prompt(
     ]
     if len(given) > 1:
         raise InvalidRequest(f"{' and '.join(given)} were given: give one of prompt, messages and token_ids")
+    if messages is not None:
+        return {"chat": chat_of(messages, **chat)}
+    if unused := sorted(name for name, value in chat.items() if value):
+        raise InvalidRequest(f"{' and '.join(unused)} can only be given with messages")
     if prompt is not None:
         return {"text": prompt}
-    if messages is not None:
-        return {"chat": api.Chat(messages=[api.Message(**message) for message in messages])}
     if token_ids is not None:
         return {"tokens": api.TokenIds(ids=token_ids)}
     return {}

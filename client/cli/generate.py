@@ -26,6 +26,9 @@ from farshore.client.cli.sampling import add_sampling_options, asked
 from farshore.client.cli.terminal import Progress, stop_signals
 from farshore.client.sdk import Client
 from farshore.errors import Cancelled, FarshoreError, InvalidRequest, TransportError
+from farshore.text import quoted
+
+_CHAT = ("messages", "tools", "template_arguments", "add_generation_prompt", "continue_final_message")
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -41,7 +44,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "prompt", metavar="PROMPT", help="the text; - reads it from stdin, @FILE from a UTF-8 file"
     )
-    parser.add_argument("--raw", action="store_true", help="send the text without the chat template")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--raw", action="store_true", help="send the text without the chat template")
+    form.add_argument(
+        "--chat",
+        action="store_true",
+        help=f"the text is JSON: a list of messages as OpenAI's, or an object with {', '.join(_CHAT)}",
+    )
     parser.add_argument(
         "--json",
         action="store_true",
@@ -69,7 +78,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace) -> int:
     sampling = asked(args)
-    prompt = read_prompt(args.prompt)
+    prompt = _prompt(args, read_prompt(args.prompt))
     progress = Progress()
     # A cluster that was started for this call must be ended after SIGTERM, too.
     with stop_signals() as take_signals:
@@ -104,6 +113,25 @@ def read_prompt(argument: str) -> str:
     if not text.strip():
         raise InvalidRequest(f"{where} is empty: write something to answer")
     return text
+
+
+def _prompt(args: argparse.Namespace, text: str) -> dict[str, Any]:
+    """The prompt as arguments of ``Client.generate``. Raises InvalidRequest for --chat if ``text`` is no
+    chat."""
+    if args.raw:
+        return {"prompt": text}
+    if not args.chat:
+        return {"messages": [{"role": "user", "content": text}]}
+    try:
+        given = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"--chat: the text is no JSON: {error}") from error
+    chat = given if isinstance(given, dict) else {"messages": given}
+    if unknown := sorted(chat.keys() - set(_CHAT)):
+        raise InvalidRequest(f"--chat: unknown field {quoted(unknown[0], 60)}: use {', '.join(_CHAT)}")
+    if not isinstance(chat.get("messages"), list):
+        raise InvalidRequest("--chat: give a list of messages, or an object with messages")
+    return chat
 
 
 @contextlib.contextmanager
@@ -142,11 +170,14 @@ class _Choice:
 
 
 def _answer(
-    client: Client, args: argparse.Namespace, prompt: str, sampling: dict[str, Any], progress: Progress
+    client: Client,
+    args: argparse.Namespace,
+    prompt: dict[str, Any],
+    sampling: dict[str, Any],
+    progress: Progress,
 ) -> None:
     """Generates and prints the answer. Raises Cancelled, after printing, if another client cancelled it."""
-    given = {"prompt": prompt} if args.raw else {"messages": [{"role": "user", "content": prompt}]}
-    stream = client.generate(**given, model=args.model or "", cache_salt=args.cache_salt, **sampling)
+    stream = client.generate(**prompt, model=args.model or "", cache_salt=args.cache_salt, **sampling)
     choices = [_Choice() for _ in range(args.n or 1)]
     live = len(choices) == 1 and not args.json
     try:

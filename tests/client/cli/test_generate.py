@@ -42,6 +42,29 @@ def test_raw(run, farshore, served, answer):
     assert _prompt(farshore) == served.tokenizer.encode("Once upon")
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_chat(run, farshore, encode_chat, answer, whole):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why blue?"}]
+    chat = {"messages": messages, "add_generation_prompt": True, "tools": [], "template_arguments": {"x": 1}}
+    run("generate", json.dumps(chat if whole else messages), "--chat", "--server", farshore.address)
+    assert _prompt(farshore) == encode_chat(messages)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Hi", "--chat: the text is no JSON: Expecting value"),
+        ("5", "--chat: give a list of messages, or an object with messages"),
+        ('{"message": []}', "--chat: unknown field 'message': use messages, tools"),
+        ('[{"role": "user", "text": "x"}]', "message 0 has the unknown field 'text'"),
+    ],
+)
+def test_text_that_is_no_chat(run, farshore, text, words):
+    done = run("generate", text, "--chat", "--server", farshore.address)
+    assert done.code != 0 and words in done.err
+    assert farshore.engine.idle
+
+
 def test_sampling_options(run, farshore, answer):
     options = shlex.split(
         "--max-tokens 7 --temperature 0.5 --top-k 40 --top-p 0.5 --min-p 0.25 --repetition-penalty 1.5 "
