@@ -27,8 +27,7 @@ class ControlTokens:
         """``texts``: of two characters or more."""
         # Of two tokens that begin alike the longer one is found, as tokenizers do.
         longest_first = sorted(set(texts), key=len, reverse=True)
-        self.pattern = "|".join(map(re.escape, longest_first)) or "(?!)"
-        self.compiled = re.compile(self.pattern)
+        self.compiled = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self.longest = max(map(len, longest_first), default=0)
         self.beginnings = {text[:end] for text in longest_first for end in range(1, len(text))}
         self.ends = {text[start:] for text in longest_first for start in range(1, len(text))}
@@ -48,26 +47,31 @@ class Marker:
         """``value`` (a string, or lists and mappings of such) with a mark in each control token, in keys
         too. A string that ends or begins with a piece of a control token gets a mark there as well, so that
         it makes none together with its neighbour; identifiers don't."""
+        if not self._tokens.longest:
+            return value
         self._mark = _unused_character([*self._besides, *_strings(value)])
         return _mapped(value, self._marked)
 
     def unmarked(self, text: str) -> str:
         """``text`` without marks."""
-        return text.replace(self._mark, "") if self._mark else text
+        return self._unescaped(text).replace(self._mark, "") if self._mark else text
 
     def unmark(self, text: str, names: Mapping[str, str]) -> str:
         """``text`` without marks, and with the name of each control token that the template wrote."""
+        # The marks keep typed tokens from being found, so they go last.
+        named = self._tokens.compiled.sub(lambda found: names[found[0]], self._unescaped(text))
+        return named.replace(self._mark, "")
 
-        def replace(found: re.Match[str]) -> str:
-            return "" if found[0] == self._mark else names[found[0]]
-
-        # A template may have escaped the marks: `tojson(ensure_ascii=true)`.
-        text = text.replace(_escape(self._mark), self._mark)
-        return re.sub(f"{self._mark}|{self._tokens.pattern}", replace, text)
+    def _unescaped(self, text: str) -> str:
+        for escape in _escapes(self._mark):
+            text = text.replace(escape, self._mark)
+        return text
 
     def _marked(self, text: str) -> str:
-        mark = self._mark
-        marked = self._tokens.compiled.sub(lambda found: f"{found[0][0]}{mark}{found[0][1:]}", text)
+        mark, marked, before = self._mark, text, None
+        while marked != before:  # Tokens may overlap, or contain others.
+            before = marked
+            marked = self._tokens.compiled.sub(lambda found: f"{found[0][0]}{mark}{found[0][1:]}", marked)
         if not text.isidentifier():  # Roles and keys are, and templates compare them.
             # A template may trim the string.
             end = marked.rstrip()
@@ -83,10 +87,9 @@ class Marker:
         return any(cut(size) in pieces for size in range(1, min(length + 1, self._tokens.longest)))
 
 
-def _escape(mark: str) -> str:
-    """``mark`` in a JSON text in ASCII. No text of a user's can imitate it there, since its backslashes are
-    escaped as well."""
-    return json.dumps(mark)[1:-1]
+def _escapes(mark: str) -> tuple[str, str]:
+    """What templates make of ``mark`` by ``tojson(ensure_ascii=true)``, and by printing a list or mapping."""
+    return json.dumps(mark)[1:-1], repr(mark)[1:-1]
 
 
 def _unused_character(texts: list[str]) -> str:
@@ -94,7 +97,7 @@ def _unused_character(texts: list[str]) -> str:
     that no text can make the search long."""
     for _ in range(_MOST_TRIES):
         mark = chr(random.randint(_FIRST_MARK, _LAST_MARK))
-        if not any(mark in text or _escape(mark) in text for text in texts):
+        if not any(form in text for form in (mark, *_escapes(mark)) for text in texts):
             return mark
     raise ValueError("the conversation has too many different private characters")
 

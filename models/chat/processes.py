@@ -6,6 +6,7 @@ A process lives as long as the gateway, since a start takes a tenth of a second 
 millisecond. It must not know what templates or conversations contain.
 """
 
+import contextlib
 import json
 import os
 import select
@@ -49,7 +50,7 @@ class TemplateProcesses:
         self._free = threading.BoundedSemaphore(PROCESSES)
         self._idle = [_Process(self._greeting)]
         self._lock = threading.Lock()
-        self.close = weakref.finalize(self, _end_all, self._idle)
+        self.close = weakref.finalize(self, _end_all, self._idle, self._lock)
 
     def await_compiled(self) -> None:
         """Blocks until the templates are compiled. Raises ModelError if they are not valid."""
@@ -163,7 +164,8 @@ class _Process:
         """Kills the process. Idempotent."""
         self.ended = True
         self._child.kill()
-        self._child.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(GRACE_S)
         for pipe in (self._child.stdin, self._child.stdout):
             if pipe is not None:
                 pipe.close()
@@ -229,9 +231,10 @@ class _Process:
         return False
 
 
-def _end_all(processes: list[_Process]) -> None:
-    while processes:
-        processes.pop().end()
+def _end_all(processes: list[_Process], lock: threading.Lock) -> None:
+    with lock:
+        while processes:
+            processes.pop().end()
 
 
 def _frame(value: Mapping[str, Any]) -> bytes:

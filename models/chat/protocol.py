@@ -30,4 +30,4 @@ MOST_DEPTH = 64
 TEMPLATE_FIELDS = frozenset(
     {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
 )
-"""Names that template arguments can't set: these have fields of their own, or don't exist here."""
+"""Names that template arguments can't set: they have fields of their own, or are no variables."""

@@ -120,7 +120,7 @@ def _given(conversation: Mapping[str, Any]) -> dict[str, Any]:
     tools = [_json_object(tool, f"tool {index}") for index, tool in enumerate(conversation["tools"])]
     arguments = _json_object(conversation["template_arguments"] or {}, "template_arguments")
     if taken := sorted(TEMPLATE_FIELDS & arguments.keys()):
-        raise Refused(f"template_arguments can't set {', '.join(map(repr, taken))}: it has another field")
+        raise Refused(f"template_arguments can't set {', '.join(map(repr, taken))}: leave them out")
     messages = [_with_calls(message, index) for index, message in enumerate(conversation["messages"])]
     return {"messages": messages, "tools": tools or None, "template_arguments": arguments}
 

@@ -61,7 +61,7 @@ class LiteralEncoder:
         }
         self._texts = {token: entry.content for token, entry in controls.items()}
         # The model gives the unknown token's id to any text, so that one may come from text.
-        for token in self._encode(_UNKNOWN):
+        for token in self._tried(_UNKNOWN):
             self._texts.pop(token, None)
         self._divide_vocabulary_words()
 
@@ -89,6 +89,13 @@ class LiteralEncoder:
         (encoded,) = self._clone.encode_batch_fast([text], add_special_tokens=False)
         return encoded.ids
 
+    def _tried(self, text: str) -> list[int]:
+        """As ``_encode``; [] if the model can't encode the text, as one without an unknown token."""
+        try:
+            return self._encode(text)
+        except Exception:  # tokenizers raises plain Exception.
+            return []
+
     def _skip_ids_of_model(self, count: int) -> None:
         """Adds tokens until the next ``count`` new ones get ids that the model does not use: the first new id
         is the number of the model's tokens, and its ids may have gaps."""
@@ -104,7 +111,7 @@ class LiteralEncoder:
         """Keeps the model from making a control token of its text: SentencePiece vocabularies contain
         ``</s>`` as a word like others. Its text is cut before its last character, and the model joins nothing
         across a cut."""
-        words = [text for token, text in self._texts.items() if token in self._encode(text)]
+        words = [text for token, text in self._texts.items() if token in self._tried(text)]
         if not words:
             return
         cut = "|".join(

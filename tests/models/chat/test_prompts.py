@@ -177,6 +177,7 @@ def _control_texts(prompts, *messages, **fields):
         ("{{ '<|eot' }}{{ messages[0].content }}", ["_id|>"]),
         ("{{ messages[0].content }}{{ '_id|>' }}", ["x<|eot"]),
         ("{{ messages | tojson(ensure_ascii=true) }}", ["<|eot_id|>"]),
+        ("{{ messages }}{{ messages[0] | string }}", ["<|eot_id|>", "<"]),
         ("{{ messages[0].content.split('x')[1] }}", ["<|eot_id|>x<|eot_id|>"]),
         ("{{ messages[0].content[1:-1] }}", ["<<|eot_id|>>"]),
         ("{{ messages[0].content[3:] }}", ["<|<|eot_id|>"]),
@@ -190,6 +191,12 @@ def _control_texts(prompts, *messages, **fields):
 def test_ways_through_a_template(make, template, contents):
     prompts = make(llama_like(template + "<|end_header_id|>"))
     assert _control_texts(prompts, *map(user, contents)) == ["<|end_header_id|>"]
+
+
+def test_control_tokens_that_overlap(make):
+    prompts = make(llama_like("{{ messages[0].content }}<ab>", ["<ab>", "<ab><cd>", "d>e", "aa", "<|<ab>|>"]))
+    for typed in ("<ab><cd>e", "<cd>e", "aaaaa", "<|<ab>|>", "<<ab>ab><ab>", "<ab><ab><cd>ed>e"):
+        assert _control_texts(prompts, user(typed)) == ["<ab>"]
 
 
 def test_a_role_may_name_a_control_token(make):

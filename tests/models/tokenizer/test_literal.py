@@ -190,6 +190,13 @@ def test_unknown_text_is_no_control_token():
     assert encoder.count([0, 0, 2]) == 1
 
 
+def test_a_model_that_knows_no_unknown_token():
+    backend = tokenizers.Tokenizer(models.Unigram([("a", 0.0), ("</s>", 0.0)]))
+    backend.add_special_tokens([AddedToken("</s>", normalized=False)])
+    encoder = LiteralEncoder(backend, [1])
+    assert encoder.encode("a" + encoder.names["</s>"]) == [0, 1]
+
+
 def test_ids_with_gaps():
     """A tokenizer's new tokens begin at the number of its words, which may be another word's id."""
     backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 5, "c": 6, "</s>": 9}, unk_token="a"))
