@@ -146,8 +146,9 @@ def transformers_renders():
 
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>"))
 
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
     def render(template, conversation):
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
         tokenizer.chat_template = template
         given = dict(conversation)
         arguments = given.pop("template_arguments", {})

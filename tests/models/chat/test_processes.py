@@ -141,6 +141,7 @@ def test_a_process_that_is_killed_while_idle(start):
     assert processes.render(request("Hello")).text == "Hello"
 
 
+@pytest.mark.heavy
 def test_a_process_that_is_stopped(start):
     processes = start()
     processes.await_compiled()

@@ -92,7 +92,7 @@ typed = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(contents=st.lists(typed, min_size=1, max_size=3))
 def test_typed_control_tokens_are_text(smollm, tokenizer, contents):
     messages = [user(content) for content in contents]

@@ -128,7 +128,7 @@ _letters = st.characters(exclude_categories=["Cs"]).filter(
 texts = st.lists(_pieces | st.text(_letters, max_size=4), max_size=12).map("".join)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(text=texts)
 def test_named_tokens_get_the_ids_of_the_tokenizer(made, text):
     backend, _, encoder = made
@@ -136,7 +136,7 @@ def test_named_tokens_get_the_ids_of_the_tokenizer(made, text):
     assert encoder.encode(_named(text, encoder)) == expected
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(before=texts, typed=st.sampled_from(SPECIALS), after=texts)
 def test_typed_tokens_are_text(made, before, typed, after):
     backend, controls, encoder = made
