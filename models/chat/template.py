@@ -121,6 +121,11 @@ def _given(conversation: Mapping[str, Any]) -> dict[str, Any]:
     arguments = _json_object(conversation["template_arguments"] or {}, "template_arguments")
     if taken := sorted(TEMPLATE_FIELDS & arguments.keys()):
         raise Refused(f"template_arguments can't set {', '.join(map(repr, taken))}: leave them out")
+    documents = arguments.get("documents")
+    if documents is not None and not (
+        isinstance(documents, list) and all(isinstance(document, dict) for document in documents)
+    ):
+        raise Refused("template_arguments: documents must be a list of objects")
     messages = [_with_calls(message, index) for index, message in enumerate(conversation["messages"])]
     return {"messages": messages, "tools": tools or None, "template_arguments": arguments}
 

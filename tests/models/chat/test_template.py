@@ -1,9 +1,12 @@
 """Our rendering of templates against transformers' ``apply_chat_template``, and what templates may do."""
 
+import functools
 import json
 
 import jinja2
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from farshore.models.chat.environment import Environment, takes_parts
 from farshore.models.chat.marks import ControlTokens, Marker
@@ -12,11 +15,24 @@ from farshore.models.chat.template import ChatTemplates, Refused
 FAMILIES = ["llama3", "mistral", "qwen25", "qwen3", "gemma", "gpt_oss", "smollm", "smollm3"]
 NAMES = [*FAMILIES, "constructs"]  # constructs: the rest of Jinja.
 TAKE_PARTS = {"qwen3", "gemma"}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "f",
+        "description": "d",
+        "parameters": {"type": "object", "properties": {"x": {"type": "string", "default": "y"}}},
+    },
+}
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 
 
+@functools.cache
+def _compiled(source):
+    return ChatTemplates({"default": source}, SPECIAL)
+
+
 def render(source, request, most_chars=1 << 20):
-    templates = ChatTemplates(source if isinstance(source, dict) else {"default": source}, SPECIAL)
+    templates = ChatTemplates(source, SPECIAL) if isinstance(source, dict) else _compiled(source)
     return templates.render(request, Marker(ControlTokens(()), besides=()), most_chars=most_chars)
 
 
@@ -112,6 +128,7 @@ def test_numbers_stay_as_they_are(request_of):
         (dict(template_arguments='{"a": NaN}'), "NaN is no JSON number"),
         (dict(template_arguments='{"a": 1e999}'), "a number is too large"),
         (dict(template_arguments='{"a": ' + "9" * 5000 + "}"), "not valid JSON"),
+        (dict(template_arguments='{"documents": ["a"]}'), "documents must be a list of objects"),
         (dict(template_arguments='{"messages": [], "tools": 1}'), "can't set 'messages', 'tools'"),
         (
             dict(messages=[{"role": "a", "tool_calls": [{"function": {"name": "f", "arguments": "x"}}]}]),
@@ -173,3 +190,61 @@ def test_long_output(request_of):
     assert len(render(source, request, most_chars=100_000)) == 100_000
     with pytest.raises(Refused, match="more than 99999 characters after the chat template"):
         render(source, request, most_chars=99_999)
+
+
+_words = st.sampled_from(["Hi", " x ", "\n", "", "</think>", "<think>", "é<&'\"", "/no_think", "{{ x }}"])
+_texts = st.lists(_words, max_size=4).map("".join)
+_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | _texts,
+    lambda children: st.lists(children, max_size=2) | st.dictionaries(_words, children, max_size=2),
+    max_leaves=4,
+)
+_objects = st.dictionaries(_words, _values, max_size=3)
+_calls = st.fixed_dictionaries(
+    {"type": st.just("function"), "function": st.fixed_dictionaries({"name": _texts, "arguments": _objects})},
+    optional={"id": st.sampled_from(["abcdefghi", "1"])},
+)
+_messages = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "tool", "developer"])},
+    optional={
+        "content": _texts | st.lists(_texts.map(lambda text: {"type": "text", "text": text}), min_size=1),
+        "tool_calls": st.lists(_calls, min_size=1, max_size=2),
+        "reasoning_content": _texts,
+        "name": _texts,
+        "tool_call_id": st.sampled_from(["abcdefghi", "1"]),
+    },
+)
+_conversations = st.fixed_dictionaries(
+    {"messages": st.lists(_messages, min_size=1, max_size=5)},
+    optional={
+        "tools": st.lists(st.sampled_from([TOOL, {**TOOL, "type": "other"}]), min_size=1)
+        | st.lists(_objects, min_size=1),
+        "template_arguments": st.fixed_dictionaries(
+            {},
+            optional={
+                "enable_thinking": st.booleans(),
+                "date_string": _texts,
+                "documents": st.lists(_objects, max_size=2),
+            },
+        ),
+    },
+)
+_ends = st.sampled_from(
+    [{}, {"add_generation_prompt": False}, {"add_generation_prompt": False, "continue_final_message": True}]
+)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=150, deadline=None)
+@given(conversation=_conversations, end=_ends)
+def test_any_conversation_equals_transformers(
+    name, template_source, request_of, transformers_renders, conversation, end
+):
+    source, conversation = template_source(name), conversation | end
+    expected = transformers_renders(source, conversation if name in TAKE_PARTS else _joined(conversation))
+    if isinstance(expected, str):
+        assert render(source, request_of(conversation)) == expected
+    else:
+        with pytest.raises(Refused):
+            render(source, request_of(conversation))
