@@ -82,7 +82,9 @@ class Tokenizer:
 
     def control_ids(self, stop_ids: Iterable[int] = ()) -> frozenset[int]:
         """Ids of the added tokens that control a conversation: those declared special, and those that end an
-        answer (``eos_ids`` and ``stop_ids``)."""
+        answer (``eos_ids`` and ``stop_ids``). None if this tokenizer reads special tokens as text."""
+        if self._backend.encode_special_tokens:
+            return frozenset()
         ends = {*self.eos_ids, *stop_ids}
         added = self._backend.get_added_tokens_decoder()
         return frozenset(token for token, entry in added.items() if entry.special or token in ends)
