@@ -13,9 +13,11 @@ import tokenizers
 from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from farshore.errors import InvalidRequest
+from farshore.text import shortened
 
 _UNKNOWN = "\U0010fffe"
 """A character in no vocabulary."""
+_MOST_CHARS = 120
 _CHUNK = 1 << 14
 """Ids counted in one native call: other threads get the interpreter's lock between two calls."""
 
@@ -86,14 +88,22 @@ class LiteralEncoder:
 
     def _encode(self, text: str) -> list[int]:
         # As in Tokenizer.encode: a batch of one releases the interpreter's lock.
-        (encoded,) = self._clone.encode_batch_fast([text], add_special_tokens=False)
+        try:
+            (encoded,) = self._clone.encode_batch_fast([text], add_special_tokens=False)
+        except BaseException as error:
+            # tokenizers raises plain Exception, and for damaged tables a panic that is none.
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            raise InvalidRequest(
+                f"the tokenizer can't encode this text: {shortened(str(error), _MOST_CHARS)}"
+            ) from error
         return encoded.ids
 
     def _tried(self, text: str) -> list[int]:
         """As ``_encode``; [] if the model can't encode the text, as one without an unknown token."""
         try:
             return self._encode(text)
-        except Exception:  # tokenizers raises plain Exception.
+        except InvalidRequest:
             return []
 
     def _skip_ids_of_model(self, count: int) -> None:

@@ -25,8 +25,8 @@ class Tokenizer:
     """A model's tokenizer. Immutable, so threads may share it.
 
     ``eos_ids``: the end tokens that the tokenizer's files name; may be empty. ``special_tokens``: texts by
-    role, such as ``bos_token``, for the chat template. ``chat_template``: its Jinja source, or
-    several by name, or None.
+    role, such as ``bos_token``, for the chat template. ``chat_template``: the Jinja source that came with the
+    tokenizer, or several by name, or None.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class Tokenizer:
         """Ids of ``text``. A special token written in the text becomes its id.
 
         ``add_special_tokens``: add the special tokens that the model's tokenizer puts around every text. Pass
-        False for the text of a chat template, which has them already. Raises InvalidRequest if the tokenizer
-        can't, such as for a character without any token.
+        False for the text of a chat template, which has them already. Raises InvalidRequest if the
+        tokenizer can't, such as for a character without any token.
         """
         # `encode` keeps the interpreter's lock, for seconds if the text is long; a batch of one releases it.
         try:
@@ -82,7 +82,9 @@ class Tokenizer:
 
     def control_ids(self, stop_ids: Iterable[int] = ()) -> frozenset[int]:
         """Ids of the added tokens that control a conversation: those declared special, and those that end an
-        answer (``eos_ids`` and ``stop_ids``)."""
+        answer (``eos_ids`` and ``stop_ids``). None if this tokenizer reads special tokens as text."""
+        if self._backend.encode_special_tokens:
+            return frozenset()
         ends = {*self.eos_ids, *stop_ids}
         added = self._backend.get_added_tokens_decoder()
         return frozenset(token for token, entry in added.items() if entry.special or token in ends)

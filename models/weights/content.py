@@ -32,7 +32,7 @@ _MOST_FILES = 1000
 """Most entries of the cache; the oldest are removed."""
 _RACE_NS = 2_000_000_000
 """A file that changed this recently may change again within the same tick of the file system's clock."""
-_IRRELEVANT = ("name", "bos_token_id", "eos_token_ids")
+_IRRELEVANT = ("name", "eos_token_ids")
 """Fields of ModelConfig that change no KV."""
 
 

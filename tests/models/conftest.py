@@ -2,7 +2,7 @@
 installed."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from farshore.errors import ModelError
+from farshore.models.chat.prompts import ChatPrompts, Conversation
 from farshore.models.files.source import ModelSource, resolve
 from farshore.models.llama import Llama
+from farshore.models.tokenizer.tokenizer import Tokenizer
 
 # These tests must not use the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -56,6 +58,20 @@ def demo() -> ModelSource:
         return resolve("smollm2")
     except ModelError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def chat_ids() -> Iterator[Callable[..., list[int]]]:
+    """chat_ids(tokenizer, messages) → the ids of the prompt that the tokenizer's chat template makes."""
+    made = []
+
+    def encode(tokenizer: Tokenizer, messages: list[dict[str, Any]], **options: Any) -> list[int]:
+        made.append(ChatPrompts(tokenizer))
+        return made[-1].encode(Conversation(messages=messages, **options), most_chars=1 << 20)
+
+    yield encode
+    for prompts in made:
+        prompts.close()
 
 
 @pytest.fixture(scope="session")

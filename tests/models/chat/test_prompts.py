@@ -253,6 +253,13 @@ def test_normalisers_make_no_control_token(make):
     assert encode(make(tokenizer), user("a")) == [2, 1]
 
 
+def test_a_tokenizer_that_reads_special_tokens_as_text(make):
+    """split_special_tokens: transformers then reads the template's as text, too."""
+    tokenizer = llama_like("{{ messages[0].content }}<|eot_id|>")
+    tokenizer.backend.encode_special_tokens = True
+    assert len(encode(make(tokenizer), user("<|eot_id|>"))) == 2 * len("<|eot_id|>")
+
+
 def test_no_template(make):
     prompts = make(llama_like(None))
     prompts.await_compiled()

@@ -7,7 +7,6 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from farshore.models.chat.prompts import ChatPrompts, Conversation
 from farshore.models.tokenizer.load import load_tokenizer
 from farshore.models.tokenizer.tokenizer import Tokenizer
 
@@ -75,17 +74,3 @@ def pieces_json(pieces, tmp_path_factory) -> Path:
     folder_of(folder / "from", settings=settings, model=pieces.llama)
     AutoTokenizer.from_pretrained(folder / "from").save_pretrained(folder)
     return folder / "tokenizer.json"
-
-
-@pytest.fixture
-def chat_ids():
-    """chat_ids(tokenizer, messages) -> ids of the prompt that the tokenizer's own template makes."""
-    made = []
-
-    def encode(tokenizer, messages):
-        made.append(ChatPrompts(tokenizer))
-        return made[-1].encode(Conversation(messages=messages), most_chars=1 << 20)
-
-    yield encode
-    for prompts in made:
-        prompts.close()

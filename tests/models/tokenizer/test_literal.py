@@ -195,6 +195,8 @@ def test_a_model_that_knows_no_unknown_token():
     backend.add_special_tokens([AddedToken("</s>", normalized=False)])
     encoder = LiteralEncoder(backend, [1])
     assert encoder.encode("a" + encoder.names["</s>"]) == [0, 1]
+    with pytest.raises(InvalidRequest, match="can't encode this text: Encountered an unknown token"):
+        encoder.encode("b")
 
 
 def test_ids_with_gaps():
