@@ -149,7 +149,7 @@ def _gateway(args: argparse.Namespace, progress: Progress, take_signals: Callabl
         raise no_gateway(address)
     config = cluster_config(args, (), model=args.model or DEMO, port=0)
     # Imported here: Ray takes most of a second, which a call to a running gateway need not pay.
-    from farshore.controller.cluster import Cluster
+    from farshore.controller.driver.cluster import Cluster
 
     progress.note(
         f"farshore: no gateway at {address}: starting a cluster for this call (`farshore serve` keeps one)"

@@ -1,6 +1,6 @@
 """``farshore serve``: starts a cluster and runs it until a signal.
 
-Called by ``main``. Must not know how a cluster is started: ``controller.cluster`` does.
+Called by ``main``. Must not know how a cluster is started: ``controller.driver.cluster`` does.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 def _serve(config: ClusterConfig, progress: Progress, take_signals: Callable[[], None]) -> int:
     """Returns the exit code when everything has ended. Raises KeyboardInterrupt after a signal."""
     # Imported here: Ray takes most of a second to import, which other commands must not pay.
-    from farshore.controller.cluster import Cluster
+    from farshore.controller.driver.cluster import Cluster
 
     with Cluster.start(config, progress=progress.step) as cluster:
         take_signals()

@@ -14,6 +14,7 @@ from farshore.models.config.positions import served_length
 from farshore.models.config.rope import RopeConfig
 from farshore.models.config.rope_parameters import FLAG, ORIGINAL, check_flag, read_rope
 from farshore.models.config.values import boolean, number, positive
+from farshore.models.files import checkpoint
 
 SUPPORTED = "model_type 'llama' and 'mistral'"
 _MISTRAL_WINDOW = 4096
@@ -25,7 +26,6 @@ _REFUSED = {
     "per_layer_config": "layers of different shapes",
     "kv_sharing_modes": "layers that share KV",
     "text_config": "a model of several parts",
-    "transformers_weights": "weights under a name of their own",
 }
 """Key of config.json that must be absent or null → what it asks for."""
 
@@ -98,7 +98,7 @@ def _checked_family(config: Mapping[str, Any], name: str) -> str:
             method = config[key].get("quant_method") if isinstance(config[key], Mapping) else None
             raise ModelError(
                 f"{name}: quantised safetensors ({method or key}) are unsupported; use the unquantised model "
-                "or a GGUF file"
+                f"or a GGUF file; supported: {checkpoint.SUPPORTED}"
             )
     for key, meaning in _REFUSED.items():
         if config.get(key) is not None:

@@ -29,7 +29,7 @@ def run(capsys):
 
 
 class FakeCluster:
-    """Replaces controller.cluster.Cluster in tests of options. Records its configuration and starts nothing;
+    """Replaces driver.cluster.Cluster in tests of options. Records its configuration and starts nothing;
     its methods may be called only in the states in which the real ones may.
 
     Real clusters are tested in tests/controller.
@@ -72,7 +72,7 @@ class FakeCluster:
 def cluster(monkeypatch):
     """The FakeCluster that the commands start. The test may set its address."""
     fake = FakeCluster("127.0.0.1:1")
-    module = ModuleType("farshore.controller.cluster")
+    module = ModuleType("farshore.controller.driver.cluster")
     module.Cluster = fake
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return fake

@@ -83,7 +83,7 @@ def test_the_fake_cluster_has_the_real_ones_signatures(cluster):
     """The real one is imported in another process, so that this process does not import Ray."""
     code = (
         "import inspect\n"
-        "from farshore.controller.cluster import Cluster\n"
+        "from farshore.controller.driver.cluster import Cluster\n"
         "print(*inspect.signature(Cluster.start).parameters, *inspect.signature(Cluster.wait).parameters)\n"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120)

@@ -129,7 +129,6 @@ def test_an_unused_begin_token_refuses_nothing(parsed, bos):
         (dict(per_layer_config={"0": {"intermediate_size": 8}}), "per_layer_config"),
         (dict(kv_sharing_modes=["reuse", None]), "kv_sharing_modes"),
         (dict(text_config={"model_type": "llama"}), "text_config"),
-        (dict(transformers_weights="other.safetensors"), "transformers_weights"),
         (dict(is_causal=False), "no causal decoder"),
         (dict(is_encoder_decoder=True), "no causal decoder"),
         (dict(max_position_embeddings=0), "max_position_embeddings"),

@@ -37,8 +37,8 @@ import psutil
 from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config
 
+from farshore.controller.driver.reaper import Reaper
 from farshore.controller.exits import exit_in_words
-from farshore.controller.reaper import Reaper
 from farshore.errors import StartupError
 
 OBJECT_STORE_BYTES = 80 << 20

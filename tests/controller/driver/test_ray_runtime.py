@@ -12,7 +12,7 @@ DEADLINE_S = 180
 PRIVATE = """
 import os, stat
 import grpc, ray, psutil
-from farshore.controller.ray_runtime import RayRuntime
+from farshore.controller.driver.ray_runtime import RayRuntime
 
 def is_refused(address, metadata):
     with grpc.insecure_channel(address) as channel:
@@ -67,7 +67,7 @@ class Actor:
 
 actor = Actor.remote()
 
-from farshore.controller.cluster import Cluster
+from farshore.controller.driver.cluster import Cluster
 from farshore.controller.config import ClusterConfig
 from farshore.errors import StartupError
 

@@ -18,10 +18,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from farshore.controller import listen
 from farshore.controller.actors import ControllerActor
 from farshore.controller.config import LOAD_DEADLINE_S, PLACE_DEADLINE_S, ClusterConfig
+from farshore.controller.driver.gateway_process import GatewayProcess
+from farshore.controller.driver.ray_runtime import RayRuntime
 from farshore.controller.events import ClusterEvent
 from farshore.controller.exits import actor_end_in_words
-from farshore.controller.gateway_process import GatewayProcess
-from farshore.controller.ray_runtime import RayRuntime
 from farshore.errors import FarshoreError, ModelError, ProcessEnded, StartupError, TransportError
 from farshore.kvstore.directory.base import WorkerRecord
 from farshore.kvstore.directory.remote import RemoteDirectory

@@ -1,8 +1,9 @@
-"""Ends a private Ray's processes after the driver was killed: ``python -m farshore.controller.reaper``.
+"""Ends a private Ray's processes after the driver was killed.
 
-Started by ``ray_runtime``, which writes the processes to its stdin, one "pid start" a line. When stdin
-closes, the driver has ended. Most of Ray's processes then end by themselves; its agents do not. A process
-that has ended meanwhile is not mistaken for another with its number: the start time tells.
+Run as ``python -m farshore.controller.driver.reaper``. Started by ``ray_runtime``, which writes the processes
+to its stdin, one "pid start" a line. When stdin closes, the driver has ended. Most of Ray's processes then end
+by themselves; its agents do not. A process that has ended meanwhile is not mistaken for another with its
+number: the start time tells.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ class Reaper:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "farshore.controller.reaper"],
+            [sys.executable, "-P", "-m", "farshore.controller.driver.reaper"],
             stdin=subprocess.PIPE,
             text=True,
             start_new_session=True,

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from farshore.controller.gateway_process import GatewayProcess
+from farshore.controller.driver.gateway_process import GatewayProcess
 from farshore.errors import ModelError, StartupError
 from farshore.model_spec import ModelSpec
 
