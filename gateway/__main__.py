@@ -2,8 +2,8 @@
 
 Started by ``controller.driver.gateway_process``, which reads one line of JSON from stdout (the address, or
 the error) and keeps the write end of stdin open. When stdin closes, the parent has ended, and the gateway
-ends too. A stdin that is closed before the gateway serves is an error, also when the process is started by hand.
-Must not know how the engine and the controller are run.
+ends too. A stdin that is closed before the gateway serves is an error, also when the process is started by
+hand. Must not know how the engine and the controller are run.
 """
 
 import argparse

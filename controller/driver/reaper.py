@@ -1,8 +1,8 @@
 """Ends a private Ray's processes after the driver was killed.
 
 Run as ``python -m farshore.controller.driver.reaper``. Started by ``ray_runtime``, which writes the processes
-to its stdin, one "pid start" a line. When stdin closes, the driver has ended. Most of Ray's processes then end
-by themselves; its agents do not. A process that has ended meanwhile is not mistaken for another with its
+to its stdin, one "pid start" a line. When stdin closes, the driver has ended. Most of Ray's processes then
+end by themselves; its agents do not. A process that has ended meanwhile is not mistaken for another with its
 number: the start time tells.
 """
 
