@@ -31,6 +31,7 @@ class PrefillHarness:
         self.cluster = cluster
         self.news = threading.Event()
         self.pool = ShardPool(cluster.clients, cluster.targets, changed=self.news.set)
+        self.pool.await_beats(60)
         self.cache = SequenceCache(
             arena=cluster.arenas["engine"],
             pool=self.pool,
