@@ -4,14 +4,17 @@ Called by ``main``. Must not know how a cluster is started: ``controller.driver.
 """
 
 import argparse
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 from farshore import __version__
+from farshore.client.cli.layers import Layers
 from farshore.client.cli.model_options import add_model_options
 from farshore.client.cli.options import add_cluster_options, cluster_config
 from farshore.client.cli.terminal import Progress, stop_signals
 from farshore.controller.config import ClusterConfig
-from farshore.errors import ProcessEnded
+from farshore.errors import InvalidRequest, ProcessEnded
 from farshore.model_spec import DEMO
 
 _OPTIONS = ("dense_workers", "host", "port", "ray_address", "dashboard")
@@ -56,10 +59,22 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--ray-address", metavar="HOST:PORT", help="join this Ray cluster instead of starting one"
     )
     cluster.add_argument("--dashboard", action="store_true", help="start Ray's dashboard, too")
-    parser.set_defaults(run=run, usage_error=parser.error)
+    layers = Layers(parser)
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="a YAML file with these options by name, such as `attention-workers: 4`; an option here and an "
+        "environment variable such as FARSHORE_ATTENTION_WORKERS go before it",
+    )
+    parser.set_defaults(run=run, usage_error=parser.error, layers=layers)
 
 
 def run(args: argparse.Namespace) -> int:
+    try:
+        args.layers.complete(args, file=args.config, environment=os.environ)
+    except InvalidRequest as error:
+        args.usage_error(str(error))
     config = cluster_config(args, _OPTIONS, model=args.model)
     progress = Progress()
     try:
