@@ -36,10 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         served = Served.load(ModelSpec.from_json(args.spec))
         share_interpreter()
+        served.chat.await_compiled()
         engine = args.engine or sys.stdin.readline().strip()
         if not engine:
             raise StartupError(f"stdin ended before it gave the engine's address; {_STDIN_ADVICE}")
-        served.chat.await_compiled()
         asyncio.run(_serve(served, engine, args))
     except FarshoreError as error:
         _report({"error": str(error), "kind": type(error).__name__})

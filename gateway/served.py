@@ -32,6 +32,7 @@ class Served:
         chat = ChatPrompts(
             tokenizer,
             template=read_template(spec),
+            where=f"--chat-template {spec.chat_template}" if spec.chat_template else None,
             stop_ids=config.eos_token_ids,
             special_tokens_in_chat=spec.special_tokens_in_chat,
         )

@@ -42,12 +42,14 @@ class ChatPrompts:
         tokenizer: Tokenizer,
         *,
         template: str | Mapping[str, str] | None = None,
+        where: str | None = None,
         stop_ids: Sequence[int] = (),
         special_tokens_in_chat: SpecialTokens = "text",
     ) -> None:
         """Starts a process in the background. ``template``: Jinja source, or several by name; None: the
-        tokenizer's own. ``stop_ids``: ids that end an answer, besides the tokenizer's
-        own: those among its added tokens are control tokens even if they are not declared special."""
+        tokenizer's own. ``where``: its origin, for messages; None: the tokenizer's name. ``stop_ids``: ids
+        that end an answer, besides the tokenizer's own: those among its added tokens are control tokens even
+        if they are not declared special."""
         self._tokenizer = tokenizer
         self._mark = special_tokens_in_chat == "text"
         self._literal = LiteralEncoder(tokenizer.backend, tokenizer.control_ids(stop_ids))
@@ -59,7 +61,7 @@ class ChatPrompts:
                 "special_tokens": tokenizer.special_tokens,
                 "control_tokens": self._literal.names,
             }
-            self._processes = TemplateProcesses(greeting, where=tokenizer.name)
+            self._processes = TemplateProcesses(greeting, where=where or tokenizer.name)
 
     def await_compiled(self) -> None:
         """Blocks until the chat template is compiled, if there is one. Raises ModelError if it is not

@@ -61,7 +61,7 @@ def test_a_shorter_model_length_limits_requests_and_names_its_option(gateway, ha
 
 
 def test_a_longer_model_length_needs_scaling():
-    with pytest.raises(ModelError, match=r"--max-model-len 10000: .*8192 positions.*--rope-scaling"):
+    with pytest.raises(ModelError, match=r"--max-model-len 10000 .*8192 positions.*--rope-scaling"):
         Served.load(ModelSpec(max_model_len=10_000))
     scaling = {"rope_type": "linear", "factor": 2.0}
     config = Served.load(ModelSpec(max_model_len=10_000, rope_scaling=scaling)).config
@@ -80,8 +80,10 @@ def test_another_chat_template_makes_the_prompt(gateway, tmp_path, served):
 
 def test_a_chat_template_that_is_none(tmp_path):
     (tmp_path / "bad.jinja").write_text("{% for %}")
+    served = Served.load(ModelSpec(chat_template=str(tmp_path / "bad.jinja")))
     with pytest.raises(ModelError, match=r"--chat-template .*bad\.jinja"):
-        Served.load(ModelSpec(chat_template=str(tmp_path / "bad.jinja")))
+        served.chat.await_compiled()
+    served.chat.close()
     with pytest.raises(InvalidRequest, match=r"--chat-template .*No such file"):
         Served.load(ModelSpec(chat_template=str(tmp_path / "none.jinja")))
 
