@@ -18,7 +18,7 @@ from farshore.models.config.load import load_config
 from farshore.models.config.model import ModelConfig
 from farshore.models.files.gguf import GgufFile
 from farshore.models.files.source import ModelSource
-from farshore.models.llama import LayerWeights, Llama, LlamaWeights
+from farshore.models.llama import LayerWeights, Llama, LlamaWeights, Matrix
 from farshore.models.weights.gguf import GgufReader, Quantised
 from farshore.models.weights.names import expected_shapes
 from farshore.models.weights.safetensors import SafetensorsReader
@@ -47,7 +47,8 @@ def load_model(
     progress: Progress | None = None,
     threads: int | None = None,
 ) -> Llama:
-    """Loads a model, converting its weights to ``dtype`` tensor by tensor.
+    """Loads a model, converting its weights to ``dtype`` tensor by tensor. For bfloat16 on native kernels,
+    quantised matrices of the types that these read stay quantised; for float32 all are dequantised.
 
     ``config`` replaces the model's own, for example to allow more positions; its shapes must fit the files.
     ``progress`` is called after every tensor. ``threads``: number of threads of the native kernels, if these
@@ -65,30 +66,35 @@ def load_model(
     native = _native(dtype, torch.device(device))
     threads = threads or torch.get_num_threads()
     shapes = expected_shapes(config)
-    loaded: dict[str, Tensor] = {}
-    blocks: dict[str, Any] = {}
+    loaded: dict[str, Matrix] = {}
     for done, (name, shape) in enumerate(shapes.items(), start=1):
-        stored = tensors.blocks(name) if native is not None else None
-        quantised = native.Blocks.of(*stored[1:]) if stored is not None else None
-        if quantised is not None:
-            where, tensor = stored[0], quantised.unpack(dtype, threads=threads)
-            blocks[name] = quantised
-        else:
-            where, tensor = tensors.read(name)
-        if tuple(tensor.shape) != shape:
+        where, matrix = _read(tensors, name, native, dtype, threads)
+        if tuple(matrix.shape) != shape:
             raise ModelError(
-                f"{where} has shape {list(tensor.shape)}, the configuration says {list(shape)}; "
+                f"{where} has shape {list(matrix.shape)}, the configuration says {list(shape)}; "
                 "take weights and configuration from the same model"
             )
-        # A tensor that was not unpacked may be a view of a memory-mapped file: a copy lets the file close.
-        unpacked = quantised is not None
-        loaded[name] = tensor if unpacked else torch.empty(shape, dtype=dtype, device=device).copy_(tensor)
+        if isinstance(matrix, Tensor):
+            # It may be a view of a memory-mapped file: a copy lets the file close.
+            matrix = torch.empty(shape, dtype=dtype, device=device).copy_(matrix)
+        loaded[name] = matrix
         if progress is not None:
             progress(done, len(shapes))
     weights = _assembled(config, loaded)
     if native is None:
         return Llama(config, weights)
-    return native.NativeLlama(config, weights, blocks=blocks, threads=threads)
+    return native.NativeLlama(config, weights, threads=threads)
+
+
+def _read(tensors: _Tensors, name: str, native: Any, dtype: torch.dtype, threads: int) -> tuple[str, Matrix]:
+    """(file and tensor name, for messages; the tensor as ``_Tensors.read`` gives it, or packed)."""
+    stored = tensors.blocks(name) if native is not None else None
+    if stored is not None:
+        where, kind, rows = stored
+        matrix = native.matrix(kind, rows, dtype=dtype, threads=threads)
+        if matrix is not None:
+            return where, matrix
+    return tensors.read(name)
 
 
 def _native(dtype: torch.dtype, device: torch.device) -> Any:
@@ -103,7 +109,7 @@ def _native(dtype: torch.dtype, device: torch.device) -> Any:
         return None
 
 
-def _assembled(config: ModelConfig, loaded: Mapping[str, Tensor]) -> LlamaWeights:
+def _assembled(config: ModelConfig, loaded: Mapping[str, Any]) -> LlamaWeights:
     layers = tuple(
         LayerWeights(**{field: loaded.get(f"{layer}.{field}") for field in LayerWeights._fields})
         for layer in range(config.layers)
