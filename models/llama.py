@@ -71,14 +71,17 @@ class LlamaWeights(NamedTuple):
 
     def dense(self) -> "LlamaWeights":
         """The same weights with every packed matrix as a tensor."""
-        embed = _dense(self.embed)
-        head = embed if self.head is self.embed else _dense(self.head)
-        layers = tuple(LayerWeights(*map(_dense, layer)) for layer in self.layers)
+        embed = as_tensor(self.embed)
+        head = embed if self.head is self.embed else as_tensor(self.head)
+        layers = tuple(
+            LayerWeights(*(None if matrix is None else as_tensor(matrix) for matrix in layer))
+            for layer in self.layers
+        )
         return LlamaWeights(embed, layers, self.norm, head)
 
 
-def _dense(matrix: Matrix | None) -> Tensor | None:
-    return matrix if matrix is None or isinstance(matrix, Tensor) else matrix.dense()
+def as_tensor(matrix: Matrix) -> Tensor:
+    return matrix if isinstance(matrix, Tensor) else matrix.dense()
 
 
 class Llama:

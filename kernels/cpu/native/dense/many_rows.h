@@ -115,8 +115,8 @@ inline void fetch(const Linear& w, int j0, int j1, int p0, int k) {
     }
 }
 
-// pack_panel of rows [row, row + rows) of any w. `memory` holds PANEL * PACKED_GROUP bfloat16; k is PACKED_GROUP if w
-// is packed.
+// pack_panel of rows [row, row + rows) of any w. `memory` holds PANEL * PACKED_GROUP bfloat16. p0 is a multiple of
+// PACKED_GROUP, and k at most that, if w is packed.
 template <Format F>
 void panel_of(const Linear& w, int row, int rows, int p0, int k, uint32_t* to, uint32_t* memory) {
     if (w.storage == Storage::plain)
@@ -144,13 +144,13 @@ void many_rows(const void* x, int rows, const Linear* const* w, int matrices, in
     const int in = w[0]->in;
     const int blocks = (in + BLOCK_IN - 1) / BLOCK_IN;
     const bool packed = std::any_of(w, w + matrices, [](const Linear* m) { return m->storage != Storage::plain; });
-    const int k = packed ? PACKED_GROUP : round_up((in + blocks - 1) / blocks, STEP<F>);
-    const int words = k / PER_WORD<F>;
+    const int most = packed ? PACKED_GROUP : round_up((in + blocks - 1) / blocks, STEP<F>);
     uint32_t* a = reinterpret_cast<uint32_t*>(c + (int64_t)matrices * rows * ldc);
-    uint32_t* b = a + (int64_t)rows * words;
-    uint32_t* memory = b + (int64_t)PANEL * words;
+    uint32_t* b = a + (int64_t)rows * (most / PER_WORD<F>);
+    uint32_t* memory = b + (int64_t)PANEL * (most / PER_WORD<F>);
     const int panels = (cols + PANEL - 1) / PANEL, tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    for (int p0 = 0; p0 < in; p0 += k) {
+    for (int p0 = 0; p0 < in; p0 += most) {
+        const int k = std::min(most, round_up(in - p0, STEP<F>)), words = k / PER_WORD<F>;
         block_of_rows<F>(x, rows, in, p0, k, a);
         for (int m = 0; m < matrices; m++)
             for (int panel = 0; panel < panels; panel++) {
