@@ -9,7 +9,7 @@ other than ``out``, so threads may share a model.
 Rounding follows transformers' LlamaForCausalLM operation by operation: in bf16 the order changes the result.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,18 +23,38 @@ _TABLE_ROWS = 16_384
 """Positions whose angles are computed at once."""
 
 
+class PackedMatrix(Protocol):
+    """A matrix [out, in] in the model's dtype, stored in fewer bytes: ``kernels.cpu.packed.Packed``."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def gather(self, ids: Tensor) -> Tensor:
+        """The rows with numbers ``ids`` i64[R]: [R, in]."""
+
+    def dense(self) -> Tensor:
+        """The values, [out, in]."""
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [R, in] → x W^T + bias, [R, out]."""
+
+
+Matrix = Tensor | PackedMatrix
+
+
 class LayerWeights(NamedTuple):
-    """Weights of one decoder layer: matrices [out, in] in the model's dtype; absent biases are None."""
+    """Weights of one decoder layer: matrices [out, in], in the model's dtype or packed; absent biases are
+    None."""
 
     attention_norm: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
+    q: Matrix
+    k: Matrix
+    v: Matrix
+    o: Matrix
     mlp_norm: Tensor
-    gate: Tensor
-    up: Tensor
-    down: Tensor
+    gate: Matrix
+    up: Matrix
+    down: Matrix
     q_bias: Tensor | None = None
     k_bias: Tensor | None = None
     v_bias: Tensor | None = None
@@ -45,12 +65,26 @@ class LayerWeights(NamedTuple):
 
 
 class LlamaWeights(NamedTuple):
-    """``embed`` and ``head``: [vocab, hidden], the same tensor if they are tied. ``norm``: [hidden]."""
+    """``embed`` and ``head``: [vocab, hidden], the same object if they are tied. ``norm``: [hidden]."""
 
-    embed: Tensor
+    embed: Matrix
     layers: tuple[LayerWeights, ...]
     norm: Tensor
-    head: Tensor
+    head: Matrix
+
+    def dense(self) -> "LlamaWeights":
+        """The same weights with every packed matrix as a tensor."""
+        embed = as_tensor(self.embed)
+        head = embed if self.head is self.embed else as_tensor(self.head)
+        layers = tuple(
+            LayerWeights(*(None if matrix is None else as_tensor(matrix) for matrix in layer))
+            for layer in self.layers
+        )
+        return LlamaWeights(embed, layers, self.norm, head)
+
+
+def as_tensor(matrix: Matrix) -> Tensor:
+    return matrix if isinstance(matrix, Tensor) else matrix.dense()
 
 
 class Llama:
@@ -65,8 +99,8 @@ class Llama:
         loading."""
         self.config = config
         self.weights = weights
-        self.dtype = weights.embed.dtype
-        self.device = weights.embed.device
+        self.dtype = weights.norm.dtype
+        self.device = weights.norm.device
         self._cos, self._sin = rotation_table(config, dtype=self.dtype, device=self.device)
 
     def expect_calls(self) -> None:
@@ -75,7 +109,8 @@ class Llama:
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids i64 [R] → h [R, hidden]. IndexError for an id outside the vocabulary (on CPU)."""
-        return embedding(token_ids, self.weights.embed)
+        table = self.weights.embed
+        return embedding(token_ids, table) if isinstance(table, Tensor) else table.gather(token_ids)
 
     def attention_input(self, layer: int, h: Tensor) -> Tensor:
         """h [R, hidden] → normed [R, hidden], the input of ``query`` and ``key_value``."""
@@ -87,14 +122,14 @@ class Llama:
         IndexError for a position of ``config.max_positions`` or above (on CPU).
         """
         w = self.weights.layers[layer]
-        q = linear(normed, w.q, w.q_bias).view(-1, self.config.q_heads, self.config.head_dim)
+        q = _linear(normed, w.q, w.q_bias).view(-1, self.config.q_heads, self.config.head_dim)
         return self._rotate(q, positions)
 
     def key_value(self, layer: int, normed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """normed [R, hidden], positions i64 [R] → (k rotated, v), each [R, kv_heads, head_dim]."""
         w = self.weights.layers[layer]
-        k = linear(normed, w.k, w.k_bias).view(-1, self.config.kv_heads, self.config.head_dim)
-        v = linear(normed, w.v, w.v_bias).view(-1, self.config.kv_heads, self.config.head_dim)
+        k = _linear(normed, w.k, w.k_bias).view(-1, self.config.kv_heads, self.config.head_dim)
+        v = _linear(normed, w.v, w.v_bias).view(-1, self.config.kv_heads, self.config.head_dim)
         return self._rotate(k, positions), v
 
     def project(
@@ -120,10 +155,10 @@ class Llama:
         """The layer's input h [R, hidden], attention output o [R, q_heads, head_dim] → the next layer's h
         [R, hidden]. It is written to the contiguous tensor ``out`` if given, which may be h."""
         w = self.weights.layers[layer]
-        h = h + linear(o.flatten(1), w.o, w.o_bias)
+        h = h + _linear(o.flatten(1), w.o, w.o_bias)
         normed = rms_norm(h, w.mlp_norm, self.config.rms_eps)
-        inner = silu(linear(normed, w.gate, w.gate_bias)) * linear(normed, w.up, w.up_bias)
-        h = h + linear(inner, w.down, w.down_bias)
+        inner = silu(_linear(normed, w.gate, w.gate_bias)) * _linear(normed, w.up, w.up_bias)
+        h = h + _linear(inner, w.down, w.down_bias)
         return h if out is None else out.copy_(h)
 
     def layer_buffers(self, rows: int) -> LayerBuffers:
@@ -134,7 +169,7 @@ class Llama:
         """The last layer's h [R, hidden] → logits f32 [R, vocab]. Pass only the rows that are sampled
         from."""
         normed = rms_norm(h, self.weights.norm, self.config.rms_eps)
-        return linear(normed, self.weights.head).float()
+        return _linear(normed, self.weights.head).float()
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [R, heads, head_dim] → the same shape. Elements i and i + head_dim/2 are rotated as a pair by the
@@ -143,6 +178,10 @@ class Llama:
         sin = self._sin[positions].unsqueeze(1)
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _linear(x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
+    return linear(x, matrix, bias) if isinstance(matrix, Tensor) else matrix.linear(x, bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

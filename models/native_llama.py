@@ -1,11 +1,10 @@
 """The decoder's slices on native CPU kernels. The base class, in PyTorch, is the reference.
 
 Created by ``weights`` if the native kernels are built and take the weights' dtype. Both classes share the
-weight tensors, so each call may run in either. It must not know how weights are read.
+weights, so each call may run in either. It must not know how weights are read.
 """
 
 import sys
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -14,54 +13,46 @@ from farshore.kernels.cpu import dense
 from farshore.kernels.cpu.packed import Blocks
 from farshore.models.config.model import ModelConfig
 from farshore.models.layer_buffers import LayerBuffers
-from farshore.models.llama import Llama, LlamaWeights
+from farshore.models.llama import Llama, LlamaWeights, Matrix
+
+
+def matrix(kind: str, rows: Tensor, *, dtype: torch.dtype, threads: int) -> Matrix | None:
+    """The weights of ``rows`` u8[out, bytes], blocks of ggml's type ``kind``: packed for bfloat16,
+    dequantised for float32. None for a type that the kernels do not read."""
+    blocks = Blocks.of(kind, rows)
+    if blocks is None:
+        return None
+    if dtype == torch.float32:
+        return blocks.dequantise(threads=threads)
+    return blocks.pack(threads=threads)
 
 
 class NativeLlama(Llama):
-    """Like :class:`Llama`, with ``threads`` threads per call.
+    """Like :class:`Llama`, with ``threads`` threads per call. If the CPU has a matrix unit, calls with more
+    than ``dense.FEW_ROWS`` rows of bfloat16 run in PyTorch."""
 
-    ``blocks``: the matrices that the model file quantises, by the names of ``models.weights``. Calls with few
-    rows read these where that is faster: the values are equal, and there are fewer bytes to read. If the CPU
-    has a matrix unit, calls with more than ``dense.FEW_ROWS`` rows of bfloat16 run in PyTorch.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        weights: LlamaWeights,
-        *,
-        blocks: Mapping[str, Blocks],
-        threads: int,
-    ) -> None:
+    def __init__(self, config: ModelConfig, weights: LlamaWeights, *, threads: int) -> None:
         super().__init__(config, weights)
         many_rows_in_pytorch = self.dtype == torch.bfloat16 and dense.MATRIX_UNIT
         self._most_rows = dense.FEW_ROWS if many_rows_in_pytorch else sys.maxsize
         common = {"eps": config.rms_eps, "threads": threads}
-
-        def linear(name: str, weight: Tensor, bias: Tensor | None = None) -> dense.Linear:
-            packed = None
-            if self.dtype == torch.bfloat16 and dense.READS_PACKED and name in blocks:
-                packed = blocks[name].pack(threads=threads)
-            return dense.Linear(weight, bias, packed)
-
         self._layers = [
             dense.layer(
                 attention_norm=w.attention_norm,
-                q=linear(f"{i}.q", w.q, w.q_bias),
-                k=linear(f"{i}.k", w.k, w.k_bias),
-                v=linear(f"{i}.v", w.v, w.v_bias),
-                o=linear(f"{i}.o", w.o, w.o_bias),
+                q=dense.Linear(w.q, w.q_bias),
+                k=dense.Linear(w.k, w.k_bias),
+                v=dense.Linear(w.v, w.v_bias),
+                o=dense.Linear(w.o, w.o_bias),
                 mlp_norm=w.mlp_norm,
-                gate=linear(f"{i}.gate", w.gate, w.gate_bias),
-                up=linear(f"{i}.up", w.up, w.up_bias),
-                down=linear(f"{i}.down", w.down, w.down_bias),
+                gate=dense.Linear(w.gate, w.gate_bias),
+                up=dense.Linear(w.up, w.up_bias),
+                down=dense.Linear(w.down, w.down_bias),
                 rotation=(self._cos, self._sin),
                 **common,
             )
-            for i, w in enumerate(weights.layers)
+            for w in weights.layers
         ]
-        vocabulary = linear("embed" if config.tied_embeddings else "head", weights.head)
-        self._head = dense.lm_head(norm=weights.norm, vocabulary=vocabulary, **common)
+        self._head = dense.lm_head(norm=weights.norm, vocabulary=dense.Linear(weights.head), **common)
 
     def expect_calls(self) -> None:
         dense.expect_calls()

@@ -6,20 +6,25 @@ int8 product.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 
 from farshore.benchmarks import cases
+from farshore.benchmarks.cases import Measured
 from farshore.benchmarks.report import Bar, Report, Result
+from farshore.benchmarks.serve import quantised
 from farshore.benchmarks.serve.setting import Setting, weight_elements
 from farshore.benchmarks.timing import interleave
-from farshore.models.llama import Llama
+from farshore.models.llama import Llama, LlamaWeights
 
 READ_PERCENT = 85.0
 """Bar at one row, in percent of the read bandwidth, with the weights counted as bfloat16."""
 GEMM_PERCENT = 80.0
 """Bar of chunks, in percent of the GEMM rate."""
+Q4_K_STEP_OVER_BF16 = 0.6
+"""Bar of a decode step of a quantised model."""
 MOST_STEP_ROWS = 64
 """With more rows than this, the rows are a chunk of a prompt and logits are computed for the last row
 only."""
@@ -34,36 +39,52 @@ class Sizes:
     rounds: int = 9
     limit_s: float = 20.0
     """Time limit of one case; see ``timing.interleave``."""
+    q4_k: quantised.Sizes = field(default_factory=quantised.Sizes)
 
 
 def run(setting: Setting, sizes: Sizes, *, only: str = "") -> Report:
     """Runs the cases whose name contains ``only``. Raises InvalidRequest before anything is measured if no
     case matches."""
-    names = {f"{rows} rows": rows for rows in (*sizes.step_rows, *sizes.chunk_rows)}
-    chosen = cases.choose(names, only)
-    results: list[Result] = []
-    bars: list[Bar] = []
+    available: dict[str, Callable[[Setting], Measured]] = {
+        f"{rows} rows": partial(_rows, sizes=sizes, rows=rows)
+        for rows in (*sizes.step_rows, *sizes.chunk_rows)
+    }
+    available[quantised.NAME] = partial(_quantised, sizes=sizes)
+    chosen = cases.choose(available, only)
     with torch.inference_mode():
-        for name, rows in chosen.items():
-            setting.progress(name)
-            result = _measure(setting, sizes, name, rows)
-            results.append(result)
-            if rows == 1:
-                percent = float(result.figures["percent_of_read"])
-                bars.append(Bar.at_least(name, percent, READ_PERCENT, "% of read bandwidth"))
-            if rows > MOST_STEP_ROWS:
-                percent = float(result.figures["percent_of_gemm"])
-                bars.append(Bar.at_least(name, percent, GEMM_PERCENT, "% of GEMM rate"))
+        results, bars = cases.measure(chosen, setting, progress=setting.progress)
     return Report(asdict(setting.facts), tuple(results), tuple(bars))
+
+
+def _rows(setting: Setting, *, sizes: Sizes, rows: int) -> Measured:
+    name = f"{rows} rows"
+    result = _measure(setting, sizes, name, rows)
+    bars: list[Bar] = []
+    if rows == 1:
+        percent = float(result.figures["percent_of_read"])
+        bars.append(Bar.at_least(name, percent, READ_PERCENT, "% of read bandwidth"))
+    if rows > MOST_STEP_ROWS:
+        percent = float(result.figures["percent_of_gemm"])
+        bars.append(Bar.at_least(name, percent, GEMM_PERCENT, "% of GEMM rate"))
+    return [result], bars
+
+
+def _quantised(setting: Setting, *, sizes: Sizes) -> Measured:
+    result = quantised.measure(sizes.q4_k, threads=setting.facts.threads)
+    value = None if result is None else float(result.figures["q4_k_step_over_bf16"])
+    note = "the native kernels are not built" if result is None else ""
+    bar = Bar.at_most("q4_k_step_over_bf16", value, Q4_K_STEP_OVER_BF16, "times", note)
+    return [] if result is None else [result], [bar]
 
 
 def _measure(setting: Setting, sizes: Sizes, name: str, rows: int) -> Result:
     model = setting.model
     layers, vocabulary = weight_elements(model.config)
+    weights = model.weights.dense()
     before = setting.limits()
-    candidates = {"ours": slices(model, rows), "pytorch": slices(Llama(model.config, model.weights), rows)}
+    candidates = {"ours": slices(model, rows), "pytorch": slices(Llama(model.config, weights), rows)}
     if rows <= MOST_STEP_ROWS:
-        candidates["int8"] = int8_products(model, rows)
+        candidates["int8"] = int8_products(weights, model.dtype, rows)
     timed = interleave(candidates, rounds=sizes.rounds, warm_up=1, limit_s=sizes.limit_s)
     after = setting.limits()
     seconds = timed["ours"].median_s
@@ -104,16 +125,15 @@ def slices(model: Llama, rows: int) -> Callable[[], object]:
     return run
 
 
-def int8_products(model: Llama, rows: int) -> Callable[[], object]:
+def int8_products(weights: LlamaWeights, dtype: torch.dtype, rows: int) -> Callable[[], object]:
     """A function that computes the products of ``slices`` with int8 weights and a scale per row, by PyTorch's
     kernel: half the bytes, and approximate values. Without norms, rotations and activations."""
-    weights = model.weights
     matrices = [m for w in weights.layers for m in (w.q, w.k, w.v, w.o, w.gate, w.up, w.down)]
-    quantised = [_int8(matrix) for matrix in (*matrices, weights.head)]
-    inputs = {q.shape[1]: torch.randn(rows, q.shape[1]).to(model.dtype) for q, _ in quantised}
+    products = [_int8(matrix) for matrix in (*matrices, weights.head)]
+    inputs = {q.shape[1]: torch.randn(rows, q.shape[1]).to(dtype) for q, _ in products}
 
     def run() -> object:
-        for q, scales in quantised:
+        for q, scales in products:
             last = torch.ops.aten._weight_int8pack_mm(inputs[q.shape[1]], q, scales)
         return last
 

@@ -1,7 +1,8 @@
 """The native slices of a decoder layer, except attention: checks the arguments, then calls the C++ code.
 
 Called by ``models.native_llama``, whose base class has the same slices in PyTorch; tests compare the two.
-Weights are PyTorch's own tensors, without a copy. Must not know how a model is loaded, nor attention.
+Weights are PyTorch's own tensors or packed matrices, without a copy. Must not know how a model is loaded, nor
+attention.
 
 Functions raise ValueError for a wrong shape, dtype or device, IndexError for a position or id out of range.
 
@@ -36,19 +37,14 @@ the bits of a row's result."""
 MATRIX_UNIT = "amx" in _native.instruction_sets()
 """Whether the CPU multiplies bfloat16 matrices. If so, PyTorch is ten times as fast with many rows."""
 
-READS_PACKED = "avx512" in _native.instruction_sets()
-"""Whether the kernels can expand packed weights: if the CPU has AVX-512, where a table fits in a register."""
-
 
 class Linear(NamedTuple):
     """The weights of one linear map."""
 
-    weight: Tensor
-    """[out, in]"""
-    bias: Tensor | None
+    matrix: Tensor | Packed
+    """[out, in]; packed only beside tensors in bfloat16."""
+    bias: Tensor | None = None
     """[out]"""
-    packed: Packed | None = None
-    """The same weights in fewer bytes, used for few rows in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +95,8 @@ def layer(
     """
     cos, sin = rotation
     positions, half = cos.shape
-    (q_out, hidden), (kv_out, _), (inner, _) = q.weight.shape, k.weight.shape, gate.weight.shape
-    dtype = q.weight.dtype
+    (q_out, hidden), (kv_out, _), (inner, _) = q.matrix.shape, k.matrix.shape, gate.matrix.shape
+    dtype = attention_norm.dtype
     _check("norms", (attention_norm, mlp_norm), (hidden,), dtype)
     _check("rotation", rotation, (positions, half), dtype)
     matrices: dict[str, _NativeLinear] = {}
@@ -127,8 +123,8 @@ def layer(
 
 def lm_head(*, norm: Tensor, vocabulary: Linear, eps: float, threads: int) -> LMHead:
     """Checks the weights ``norm`` [hidden] and ``vocabulary`` [vocab, hidden], as :func:`layer` does."""
-    vocab, hidden = vocabulary.weight.shape
-    dtype = vocabulary.weight.dtype
+    vocab, hidden = vocabulary.matrix.shape
+    dtype = norm.dtype
     _check("norm", (norm,), (hidden,), dtype)
     linear = _linear(vocabulary, (vocab, hidden), dtype)
     native = _native.dense_head(threads=threads, eps=eps, norm=norm, vocabulary=linear)
@@ -277,29 +273,34 @@ class LayerBuffers:
         self.h = self._h[(layer + 1) % 2]
 
 
-def gather(table: Tensor, ids: Tensor) -> Tensor:
+def gather(table: Tensor | Packed, ids: Tensor) -> Tensor:
     """The rows of ``table`` [n, width] with numbers ``ids`` i64[R]: [R, width]. Raises IndexError for an id
     that is not in 0 .. n."""
+    ids = _checked_numbers(ids, len(ids))
+    if not isinstance(table, Tensor):
+        return table.gather(ids)
     if not (table.is_cpu and table.is_contiguous() and table.dim() == 2):
         raise ValueError(f"a table {tuple(table.shape)} on {table.device}: give contiguous rows on the CPU")
     out = table.new_empty(len(ids), table.shape[1])
-    _native.dense_gather(table, _checked_numbers(ids, len(ids)), out)
+    _native.dense_gather(table, ids, out)
     return out
 
 
-_NativeLinear = tuple[Tensor, Tensor | None, Tensor | None, int]
+_NativeLinear = tuple[int, int, int, Tensor, Tensor | None]
 
 
 def _linear(linear: Linear, shape: tuple[int, int], dtype: torch.dtype) -> _NativeLinear:
-    """(weight, bias, packed rows, storage) for the native side; packed rows are used for bfloat16 only."""
-    weight, bias, packed = linear
-    _check("weight", (weight,), shape, dtype)
+    """(storage, out, in, rows, bias) for the native side."""
+    matrix, bias = linear
     if bias is not None:
         _check("bias", (bias,), shape[:1], dtype)
-    if packed is None or dtype != torch.bfloat16:
-        return weight, bias, None, 0
-    packed.check(shape)
-    return weight, bias, packed.rows, packed.storage
+    if isinstance(matrix, Tensor):
+        _check("weight", (matrix,), shape, dtype)
+        return 0, *shape, matrix, bias
+    if dtype != torch.bfloat16:
+        raise ValueError(f"packed weights beside {dtype}: give bfloat16")
+    matrix.check(shape)
+    return matrix.storage, *shape, matrix.rows, bias
 
 
 def _check(name: str, tensors: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> None:

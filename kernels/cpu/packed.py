@@ -1,18 +1,31 @@
 """Quantised weights of GGUF files, packed in the order in which the native dense kernels read them.
 
-Called by ``models.native_llama``. Must not know files.
+Called by ``models.native_llama`` and ``kernels.cpu.dense``. Must not know files.
 
-A GGUF block holds integers i of 32 weights and their scale; a weight is d i (Q8_0), d i + m (Q4_1) or
-d (i - 8) (Q4_0). Kernels expand packed weights to exactly the bfloat16 values that dequantising the file
-gives, so packing changes no result. It reads 0.31 (four bits) or 0.53 (eight bits) of the bytes of bfloat16.
+A block of a GGUF file holds integers i of 32 or 256 weights and their scales. A weight is
 
-A packed row of w = in / 32 blocks:
+- Q8_0: d i,
+- Q4_1: d i + m, and Q4_0: d (i - 8), which is packed as Q4_1,
+- Q4_K: d s i - m t, with s and t of each 32 weights, d and m of each 256,
+- Q6_K: d s (i - 32), with s of each 16 weights, d of each 256.
 
-- Four bits: w is first rounded up to an even number with blocks of zeros. Every four blocks make 16 words of
-  32 bits; nibbles 2k and 2k + 1 of word l are weights 2l and 2l + 1 of block k. Two remaining blocks make 16
-  half words. The float16 pairs d, m of all blocks follow.
-- Eight bits: every block makes 16 int8, its even weights, then 16 for its odd weights. The float16 d of all
-  blocks follow.
+Kernels expand packed weights to exactly the bfloat16 values that dequantising the file in float32 and
+rounding once gives (for finite values up to 2^110), so packing changes no result. The bytes of bfloat16
+that are read: 0.53 (Q8_0), 0.31 (Q4_1, Q4_0), 0.29 (Q4_K), 0.41 (Q6_K).
+
+A packed matrix has its rows in eights; the last ones are padded with rows of zeros. Eight rows are a
+sequence of chunks: of some blocks the integers of each of the eight rows, then the scales of each.
+
+- Q4: the number of blocks in a row is first rounded up to an even number with blocks of zeros. A chunk has
+  four blocks; 16 words of 32 bits hold their integers: nibbles 2k and 2k + 1 of word l are weights 2l and
+  2l + 1 of block k. Two remaining blocks make a chunk of 16 half words. The scales are float16 pairs d, m.
+- Q8: a chunk has four blocks, or one at the end; a block is 16 int8, its even weights, then 16 for its odd
+  weights. The scales are float16 d.
+- Q4_K: a chunk has one block; its 32 words are those of eight Q4 blocks. The scales are eight pairs s, t
+  (u8), then float16 d and -m.
+- Q6_K: a chunk has one block in 3 x 16 words. Bits 6k .. 6k + 5 of word l of the j-th 16 words, k < 5, are
+  the integer of weight 16 (5j + k) + l; bits 30 and 31 of the three words are bits 0 and 1, 2 and 3, 4 and
+  5 of the integer of weight 240 + l. The scales are 16 int8 s, then float16 d.
 """
 
 from enum import IntEnum
@@ -20,45 +33,93 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from farshore.kernels.cpu.native_module import native as _native
 
-BLOCK = 32
-"""Weights that share a scale."""
+UNPACKED_BYTES = 8 << 20
+"""Of a matrix that PyTorch multiplies, so much is unpacked at a time: it stays in the CPU's caches."""
 
 
 class Storage(IntEnum):
-    """How many bits a packed weight takes. The values are those of ``Storage`` in native/dense/dense.h."""
+    """How packed weights are stored. The values are those of ``Storage`` in native/dense/dense.h."""
 
-    FOUR_BITS = 1
-    EIGHT_BITS = 2
+    Q4 = 1
+    Q8 = 2
+    Q4_K = 3
+    Q6_K = 4
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """(weights, bytes) of a GGUF block."""
+        return _BLOCKS[self]
+
+    def packed_bytes(self, shape: tuple[int, int]) -> int:
+        """Bytes of a packed matrix [out, in]."""
+        out, inner = shape
+        blocks = inner // self.block[0]
+        row_bytes = -(-blocks // 2) * 40 if self is Storage.Q4 else blocks * _PACKED_BLOCK_BYTES[self]
+        return -(-out // ROWS_TOGETHER) * ROWS_TOGETHER * row_bytes
 
 
-_BLOCK_BYTES = {Storage.FOUR_BITS: 20, Storage.EIGHT_BITS: 34}
+_BLOCKS = {Storage.Q4: (32, 20), Storage.Q8: (32, 34), Storage.Q4_K: (256, 144), Storage.Q6_K: (256, 210)}
+_PACKED_BLOCK_BYTES = {Storage.Q8: 34, Storage.Q4_K: 148, Storage.Q6_K: 210}
+ROWS_TOGETHER = 8
 
 
 class Packed(NamedTuple):
-    """A packed matrix."""
+    """A packed matrix, which stands for values in bfloat16 on the CPU. Immutable."""
 
     storage: Storage
+    shape: tuple[int, int]
+    """(out, in)"""
     rows: Tensor
-    """u8[out, bytes of a packed row]"""
+    """u8[bytes]"""
 
     def check(self, shape: tuple[int, int]) -> None:
         """Raises ValueError unless this is a matrix of ``shape`` [out, in]."""
-        out, inner = shape
-        row_bytes = _row_bytes(self.storage, inner // BLOCK)
-        rows = self.rows
+        size, rows = self.storage.packed_bytes(shape), self.rows
         if (
-            rows.shape != (out, row_bytes)
-            or inner % BLOCK
+            rows.shape != (size,)
+            or self.shape != tuple(shape)
+            or shape[1] % self.storage.block[0]
             or rows.dtype != torch.uint8
+            or not rows.is_cpu
             or not rows.is_contiguous()
         ):
             raise ValueError(
-                f"packed rows {tuple(rows.shape)} {rows.dtype} of {self.storage.name}:"
-                f" expected u8 [{out}, {row_bytes}], contiguous"
+                f"packed rows {tuple(rows.shape)} {rows.dtype} of {self.storage.name} for {list(self.shape)}:"
+                f" expected u8 [{size}] for {list(shape)}, contiguous"
             )
+
+    def gather(self, ids: Tensor) -> Tensor:
+        """The rows with numbers ``ids`` i64[R], contiguous: bf16[R, in]. Raises IndexError for an id that is
+        not in 0 .. out."""
+        values = torch.empty(len(ids), self.shape[1], dtype=torch.bfloat16)
+        self._unpack(ids, values)
+        return values
+
+    def dense(self) -> Tensor:
+        """The values, bf16[out, in]."""
+        return self.gather(torch.arange(self.shape[0]))
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x bf16[R, in] → x W^T + bias, [R, out], by PyTorch."""
+        out, inner = self.shape
+        step = min(out, max(1, UNPACKED_BYTES // (2 * inner)))
+        values, numbers = torch.empty(step, inner, dtype=torch.bfloat16), torch.arange(out)
+        result = x.new_empty(len(x), out)
+        for first in range(0, out, step):
+            part = slice(first, min(out, first + step))
+            weight = values[: part.stop - first]
+            self._unpack(numbers[part], weight)
+            result[:, part] = linear(x, weight, None if bias is None else bias[part])
+        return result
+
+    def _unpack(self, ids: Tensor, values: Tensor) -> None:
+        _native.dense_gather_packed(
+            self.storage, *self.shape, self.rows, ids, values, torch.get_num_threads()
+        )
 
 
 class Blocks(NamedTuple):
@@ -66,43 +127,44 @@ class Blocks(NamedTuple):
 
     storage: Storage
     rows: Tensor
-    """u8[out, blocks, bytes of a block]. Four bits: float16 d, m, then 16 bytes with the integers of weights
-    0..15 in the low nibbles and of 16..31 in the high ones. Eight bits: float16 d, then 32 int8."""
+    """u8[out, blocks, bytes of a block]: GGUF's blocks of Q4_1, Q8_0, Q4_K or Q6_K; native/dense/gguf.h gives
+    their layouts."""
 
     @classmethod
     def of(cls, kind: str, rows: Tensor) -> "Blocks | None":
-        """From ``rows`` u8[out, bytes] of ggml's type ``kind``. Returns None for a type other than Q8_0, Q4_1
-        and Q4_0."""
-        if kind == "Q8_0":
-            return cls(
-                Storage.EIGHT_BITS, rows.view(len(rows), -1, _BLOCK_BYTES[Storage.EIGHT_BITS]).contiguous()
-            )
-        if kind == "Q4_1":
-            return cls(
-                Storage.FOUR_BITS, rows.view(len(rows), -1, _BLOCK_BYTES[Storage.FOUR_BITS]).contiguous()
-            )
+        """From ``rows`` u8[out, bytes] of ggml's type ``kind``. Returns None for a type that cannot be
+        packed."""
         if kind == "Q4_0":
             blocks = rows.view(len(rows), -1, 18)
             # d (i - 8) = d i + m with m = -8 d.
             d = blocks[..., :2].contiguous().view(torch.float16)
-            scales = torch.cat((d, -8 * d), dim=-1).view(torch.uint8)
-            return cls(Storage.FOUR_BITS, torch.cat((scales, blocks[..., 2:]), dim=-1))
-        return None
+            m = -8 * d
+            if not m.isfinite().all():
+                return None
+            scales = torch.cat((d, m), dim=-1).view(torch.uint8)
+            return cls(Storage.Q4, torch.cat((scales, blocks[..., 2:]), dim=-1))
+        storage = _KINDS.get(kind)
+        if storage is None:
+            return None
+        return cls(storage, rows.view(len(rows), -1, storage.block[1]).contiguous())
 
-    def unpack(self, dtype: torch.dtype, *, threads: int) -> Tensor:
-        """The weights [out, in], dequantised and rounded once to ``dtype``, which is float32 or bfloat16."""
-        out, blocks, _ = self.rows.shape
-        values = torch.empty(out, blocks * BLOCK, dtype=dtype)
-        _native.dense_unpack(self.storage, self.rows, values, threads)
+    @property
+    def inner(self) -> int:
+        """Weights of a row."""
+        return self.rows.shape[1] * self.storage.block[0]
+
+    def dequantise(self, *, threads: int) -> Tensor:
+        """The weights, f32[out, in]."""
+        values = torch.empty(len(self.rows), self.inner)
+        _native.dense_dequantise(self.storage, self.rows, values, threads)
         return values
 
     def pack(self, *, threads: int) -> Packed:
         """The same matrix in the order of the kernels."""
-        out, blocks, _ = self.rows.shape
-        rows = torch.empty(out, _row_bytes(self.storage, blocks), dtype=torch.uint8)
+        shape = (len(self.rows), self.inner)
+        rows = torch.empty(self.storage.packed_bytes(shape), dtype=torch.uint8)
         _native.dense_pack(self.storage, self.rows, rows, threads)
-        return Packed(self.storage, rows)
+        return Packed(self.storage, shape, rows)
 
 
-def _row_bytes(storage: Storage, blocks: int) -> int:
-    return -(-blocks // 2) * 40 if storage is Storage.FOUR_BITS else blocks * 34
+_KINDS = {"Q4_1": Storage.Q4, "Q8_0": Storage.Q8, "Q4_K": Storage.Q4_K, "Q6_K": Storage.Q6_K}

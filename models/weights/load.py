@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from farshore.errors import ModelError
 from farshore.models.config.gguf import from_gguf
@@ -21,7 +20,7 @@ from farshore.models.config.load import load_config
 from farshore.models.config.model import ModelConfig
 from farshore.models.files.gguf import GgufFile
 from farshore.models.files.source import ModelSource
-from farshore.models.llama import LayerWeights, Llama, LlamaWeights
+from farshore.models.llama import LayerWeights, Llama, LlamaWeights, Matrix, as_tensor
 from farshore.models.weights.content import Content, user_cache
 from farshore.models.weights.gguf import GgufReader
 from farshore.models.weights.names import expected_shapes
@@ -43,7 +42,9 @@ def load_model(
     progress: Progress | None = None,
     threads: int | None = None,
 ) -> Llama:
-    """Loads a model, converting its weights to ``dtype`` piece by piece, and computes its content.
+    """Loads a model, converting its weights to ``dtype`` piece by piece, and computes its content. For bfloat16
+    on native kernels, quantised matrices of the types that these read stay quantised; for float32 all are
+    dequantised.
 
     ``config`` replaces the model's own, for example to allow more positions; its shapes must fit the files.
     ``progress`` is called after every tensor. ``threads``: number of threads of the native kernels, if these
@@ -64,13 +65,13 @@ def load_model(
     with closing(tensors):
         native = _native(dtype, torch.device(device))
         job = _Job(tensors, native, dtype, torch.device(device), threads)
-        loaded, blocks = job.run(_wanted(config, tensors), content, progress)
+        loaded = job.run(_wanted(config, tensors), content, progress)
         config = _tied(config, loaded)
     weights = _assembled(config, loaded)
     if native is None:
         model = Llama(config, weights)
     else:
-        model = native.NativeLlama(config, weights, blocks=blocks, threads=threads)
+        model = native.NativeLlama(config, weights, threads=threads)
     model.content = content.digest(config, str(dtype))
     return model
 
@@ -86,8 +87,8 @@ class _Job(NamedTuple):
 
     def run(
         self, shapes: Mapping[str, tuple[int, ...]], content: Content, progress: Progress | None
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Reads the tensors in the order of the files. Returns them, and the blocks of quantised ones."""
+    ) -> dict[str, Matrix]:
+        """Reads the tensors in the order of the files."""
         found = {name: self.tensors.find(name) for name in shapes}
         for name, stored in found.items():
             if stored.shape != shapes[name]:
@@ -97,32 +98,30 @@ class _Job(NamedTuple):
                 )
         names = sorted(found, key=lambda name: (found[name].path, found[name].offset))
         hashes = {name: content.start(name, found[name]) for name in names}
-        loaded: dict[str, Tensor] = {}
-        blocks: dict[str, Any] = {}
+        loaded: dict[str, Matrix] = {}
         pool = ThreadPoolExecutor(min(self.threads, _MOST_READERS), thread_name_prefix="weights")
         try:
             results = pool.map(lambda name: self._read(name, hashes[name].update), names)
-            for done, (name, (tensor, quantised)) in enumerate(zip(names, results, strict=True), start=1):
-                loaded[name] = tensor
-                if quantised is not None:
-                    blocks[name] = quantised
+            for done, (name, matrix) in enumerate(zip(names, results, strict=True), start=1):
+                loaded[name] = matrix
                 if progress is not None:
                     progress(done, len(names))
         finally:
             pool.shutdown(cancel_futures=True)
-        return loaded, blocks
+        return loaded
 
-    def _read(self, name: str, update: Update) -> tuple[Tensor, Any]:
-        """(the tensor, its blocks if it is quantised and the native kernels take it)."""
+    def _read(self, name: str, update: Update) -> Matrix:
+        """The tensor; as the file quantises it if the native kernels compute with that."""
         stored = self.tensors.blocks(name) if self.native is not None else None
-        quantised = self.native.Blocks.of(stored.kind, stored.rows) if stored is not None else None
-        if stored is not None and quantised is not None:
-            update(stored.stored)
-            tensor = quantised.unpack(self.dtype, threads=self.threads)
+        matrix: Matrix | None = None
+        if stored is not None:
+            matrix = self.native.matrix(stored.kind, stored.rows, dtype=self.dtype, threads=self.threads)
+        if stored is None or matrix is None:
+            matrix = self.tensors.read(name, self.dtype, update).to(self.device)
         else:
-            tensor = self.tensors.read(name, self.dtype, update)
+            update(stored.stored)
         self.tensors.release(name)
-        return tensor.to(self.device), quantised
+        return matrix
 
 
 def _wanted(config: ModelConfig, tensors: Reader) -> dict[str, tuple[int, ...]]:
@@ -135,12 +134,13 @@ def _wanted(config: ModelConfig, tensors: Reader) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _tied(config: ModelConfig, loaded: dict[str, Tensor]) -> ModelConfig:
+def _tied(config: ModelConfig, loaded: dict[str, Matrix]) -> ModelConfig:
     """Ties the embeddings as transformers does: if the configuration says so, unless the file has two tensors
     that differ. Returns the configuration of what was loaded."""
     if config.tied_embeddings and "head" in loaded:
         head = loaded.pop("head")
-        if not torch.equal(head, loaded.setdefault("embed", head)):
+        embed = loaded.setdefault("embed", head)
+        if embed is not head and not torch.equal(as_tensor(head), as_tensor(embed)):
             loaded["head"] = head
             return replace(config, tied_embeddings=False)
     return config
@@ -158,7 +158,7 @@ def _native(dtype: torch.dtype, device: torch.device) -> Any:
         return None
 
 
-def _assembled(config: ModelConfig, loaded: Mapping[str, Tensor]) -> LlamaWeights:
+def _assembled(config: ModelConfig, loaded: Mapping[str, Any]) -> LlamaWeights:
     layers = tuple(
         LayerWeights(**{field: loaded.get(f"{layer}.{field}") for field in LayerWeights._fields})
         for layer in range(config.layers)

@@ -11,6 +11,7 @@ SUITE = [
     "test_merge.py",
     "test_cpu_threads.py",
     "test_cpu_arguments.py",
+    "test_packed.py",
 ]
 
 RACES = """

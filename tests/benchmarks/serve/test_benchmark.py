@@ -9,7 +9,7 @@ import pytest
 
 from farshore.benchmarks.machine import facts
 from farshore.benchmarks.serve import benchmark as serve
-from farshore.benchmarks.serve import dense
+from farshore.benchmarks.serve import dense, quantised
 from farshore.benchmarks.serve import load as serve_load
 from farshore.benchmarks.serve import peer as serve_peer
 from farshore.benchmarks.serve import start as serve_start
@@ -145,12 +145,14 @@ def test_a_peer_that_cannot_be_installed_says_why(setting, monkeypatch, tmp_path
 
 
 def test_dense(setting):
-    sizes = dense.Sizes(step_rows=(1, 3), chunk_rows=(70,), rounds=2)
+    tiny = quantised.Sizes(layers=1, hidden=256, intermediate=256, vocab=300, rounds=1, tokens=2)
+    sizes = dense.Sizes(step_rows=(1, 3), chunk_rows=(70,), rounds=2, q4_k=tiny)
     told = dense.run(setting, sizes).as_dict()
     json.dumps(told, allow_nan=False)
-    assert [result["name"] for result in told["results"]] == ["1 rows", "3 rows", "70 rows"]
-    assert [bar["unit"] for bar in told["bars"]] == ["% of read bandwidth", "% of GEMM rate"]
-    assert all(math.isfinite(result["gflops"]) for result in told["results"])
+    assert [result["name"] for result in told["results"]] == ["1 rows", "3 rows", "70 rows", "q4_k step"]
+    assert [bar["unit"] for bar in told["bars"]] == ["% of read bandwidth", "% of GEMM rate", "times"]
+    assert all(math.isfinite(result["gflops"]) for result in told["results"][:3])
+    assert told["bars"][2]["value"] == told["results"][3]["q4_k_step_over_bf16"] > 0
     with pytest.raises(InvalidRequest, match="70 rows"):
         dense.run(setting, sizes, only="nothing")
 

@@ -35,31 +35,43 @@ View weights_of(Arguments& arguments, const char* name, int dims, std::optional<
     return contiguous_view(tensor, where.c_str(), static_cast<Element>(*format), dims);
 }
 
-// A matrix as (weight [out, in], bias [out] or None, packed u8 [out, bytes] or None, storage of the packed form).
+Storage packed_storage(Arguments& arguments) {
+    return static_cast<Storage>(
+        arguments.integer<int>("storage", static_cast<int>(Storage::q4), static_cast<int>(Storage::q6_k)));
+}
+
+// A packed matrix [out][in] in u8 [packed_bytes].
+Linear packed_matrix(Arguments& arguments, Storage storage, int out, int in) {
+    const std::string where = arguments.where("rows");
+    if (in % block_size(storage).weights)
+        throw std::invalid_argument(where + ": " + std::to_string(in) + " weights a row are no whole blocks");
+    const auto* rows = vector_of<uint8_t>(arguments.object("rows"), where.c_str(), packed_bytes(storage, out, in));
+    return {rows, nullptr, out, in, storage};
+}
+
+// A matrix as (storage, out, in, rows, bias [out] or None): rows are values [out, in], or packed.
 Linear linear_of(Arguments& arguments, const char* name, std::optional<Format>& format) {
     Arguments items = arguments.items(name);
-    const View weight = weights_of(items, "weight", 2, format);
+    const auto storage = items.choice("storage", Storage::q6_k);
+    const int out = items.count("out"), in = items.count("in");
     Linear linear{};
-    linear.weight = weight.data;
-    linear.out = static_cast<int>(weight.shape[0]), linear.in = static_cast<int>(weight.shape[1]);
+    if (storage != Storage::plain) {
+        if (format && *format != Format::bf16)
+            throw std::invalid_argument(items.where("rows") + ": packed weights need a layer in bfloat16");
+        linear = packed_matrix(items, storage, out, in);
+    } else {
+        const View rows = weights_of(items, "rows", 2, format);
+        if (rows.shape[0] != out || rows.shape[1] != in)
+            throw std::invalid_argument(mismatch(items.where("rows").c_str(), rows, {out, in}));
+        linear = {rows.data, nullptr, out, in, storage};
+    }
     PyObject* bias = items.object("bias");
+    items.end();
     if (bias != Py_None) {
         const std::string where = items.where("bias");
         const View view = contiguous_view(bias, where.c_str(), static_cast<Element>(*format), 1);
         if (view.shape[0] != linear.out) throw std::invalid_argument(mismatch(where.c_str(), view, {linear.out}));
         linear.bias = view.data;
-    }
-    PyObject* packed = items.object("packed");
-    linear.storage = items.choice("storage", Storage::q8);
-    items.end();
-    if ((packed == Py_None) != (linear.storage == Storage::none))
-        throw std::invalid_argument(items.where("storage") + ": give it with packed rows, 0 without");
-    if (packed != Py_None) {
-        const std::string where = items.where("packed");
-        const View view = contiguous_view(packed, where.c_str(), Element::u8, 2);
-        if (view.shape[0] != linear.out)
-            throw std::invalid_argument(mismatch(where.c_str(), view, {linear.out, view.shape[1]}));
-        linear.packed = static_cast<const uint8_t*>(view.data);
     }
     return linear;
 }
@@ -175,6 +187,14 @@ void run_logits(Arguments& arguments) {
 
 // -- tables and files --------------------------------------------------------------------------------------
 
+// Raises IndexError for an id that is not in 0 .. rows.
+void check_ids(const int64_t* ids, int64_t count, int64_t rows) {
+    for (int64_t i = 0; i < count; i++)
+        if (ids[i] < 0 || ids[i] >= rows)
+            raise(PyExc_IndexError, "token id %lld of %lld", static_cast<long long>(ids[i]),
+                  static_cast<long long>(rows));
+}
+
 void run_gather(Arguments& arguments) {
     PyObject* table_tensor = arguments.object("table");
     const View ids = contiguous_view(arguments.object("ids"), "ids", Element::i64, 1);
@@ -188,47 +208,63 @@ void run_gather(Arguments& arguments) {
     const int64_t row_bytes = table.shape[1] * (element == Element::f32 ? 4 : 2);
     const auto* from = static_cast<const uint8_t*>(table.data);
     auto* to = static_cast<uint8_t*>(out.data);
-    for (int64_t r = 0; r < ids.shape[0]; r++) {
-        const int64_t id = static_cast<const int64_t*>(ids.data)[r];
-        if (id < 0 || id >= table.shape[0])
-            raise(PyExc_IndexError, "token id %lld of %lld", static_cast<long long>(id),
-                  static_cast<long long>(table.shape[0]));
-        std::memcpy(to + r * row_bytes, from + id * row_bytes, row_bytes);
-    }
+    const auto* numbers = static_cast<const int64_t*>(ids.data);
+    check_ids(numbers, ids.shape[0], table.shape[0]);
+    for (int64_t r = 0; r < ids.shape[0]; r++)
+        std::memcpy(to + r * row_bytes, from + numbers[r] * row_bytes, row_bytes);
 }
 
-constexpr int BLOCK = 32;  // weights of a GGUF block
-
-// u8 [rows, blocks, bytes of a block].
-View blocks_of(Arguments& arguments) { return contiguous_view(arguments.object("blocks"), "blocks", Element::u8, 3); }
-
-void run_unpack(Arguments& arguments) {
-    const auto storage = arguments.choice("storage", Storage::q8);
-    const View blocks = blocks_of(arguments);
-    PyObject* tensor = arguments.object("values");
+void run_gather_packed(Arguments& arguments) {
+    const Storage storage = packed_storage(arguments);
+    const int rows = arguments.count("out"), in = arguments.count("in");
+    const Linear matrix = packed_matrix(arguments, storage, rows, in);
+    const View ids = contiguous_view(arguments.object("ids"), "ids", Element::i64, 1);
+    const View values = contiguous_view(arguments.object("values"), "values", Element::bf16, 2);
     const int threads = arguments.integer<int>("threads");
     arguments.end();
-    const View values = contiguous_view(tensor, "values", float_view(tensor, "values").element, 2);
-    if (values.element == Element::f16) throw std::invalid_argument("values: give float32 or bfloat16");
-    if (values.shape[0] != blocks.shape[0] || values.shape[1] != BLOCK * blocks.shape[1])
-        throw std::invalid_argument(mismatch("values", values, {blocks.shape[0], BLOCK * blocks.shape[1]}));
+    if (values.shape[0] != ids.shape[0] || values.shape[1] != in)
+        throw std::invalid_argument(mismatch("values", values, {ids.shape[0], in}));
+    const auto* numbers = static_cast<const int64_t*>(ids.data);
+    check_ids(numbers, ids.shape[0], matrix.out);
+    without_gil(
+        [&] { kernels().dense.unpack(matrix, numbers, ids.shape[0], threads, static_cast<uint16_t*>(values.data)); });
+}
+
+// u8 [rows, blocks, bytes of a block].
+View blocks_of(Arguments& arguments, Storage storage) {
+    const View blocks = contiguous_view(arguments.object("blocks"), "blocks", Element::u8, 3);
+    const BlockSize size = block_size(storage);
+    if (blocks.shape[2] != size.bytes)
+        throw std::invalid_argument(mismatch("blocks", blocks, {blocks.shape[0], blocks.shape[1], size.bytes}));
+    return blocks;
+}
+
+void run_dequantise(Arguments& arguments) {
+    const Storage storage = packed_storage(arguments);
+    const View blocks = blocks_of(arguments, storage);
+    const View values = contiguous_view(arguments.object("values"), "values", Element::f32, 2);
+    const int threads = arguments.integer<int>("threads");
+    arguments.end();
+    const int64_t in = block_size(storage).weights * blocks.shape[1];
+    if (values.shape[0] != blocks.shape[0] || values.shape[1] != in)
+        throw std::invalid_argument(mismatch("values", values, {blocks.shape[0], in}));
     without_gil([&] {
-        unpack_blocks(storage, static_cast<const uint8_t*>(blocks.data), blocks.shape[0], blocks.shape[1],
-                      values.format(), values.data, threads);
+        dequantise_blocks(storage, static_cast<const uint8_t*>(blocks.data), blocks.shape[0], blocks.shape[1],
+                          static_cast<float*>(values.data), threads);
     });
 }
 
 void run_pack(Arguments& arguments) {
-    const auto storage = arguments.choice("storage", Storage::q8);
-    const View blocks = blocks_of(arguments);
-    const View packed = contiguous_view(arguments.object("packed"), "packed", Element::u8, 2);
+    const Storage storage = packed_storage(arguments);
+    const View blocks = blocks_of(arguments, storage);
+    const int64_t in = block_size(storage).weights * blocks.shape[1];
+    auto* packed = const_cast<uint8_t*>(
+        vector_of<uint8_t>(arguments.object("packed"), "packed", packed_bytes(storage, blocks.shape[0], in)));
     const int threads = arguments.integer<int>("threads");
     arguments.end();
-    if (packed.shape[0] != blocks.shape[0])
-        throw std::invalid_argument(mismatch("packed", packed, {blocks.shape[0], packed.shape[1]}));
     without_gil([&] {
-        pack_blocks(storage, static_cast<const uint8_t*>(blocks.data), blocks.shape[0], blocks.shape[1],
-                    static_cast<uint8_t*>(packed.data), threads);
+        pack_blocks(storage, static_cast<const uint8_t*>(blocks.data), blocks.shape[0], blocks.shape[1], packed,
+                    threads);
     });
 }
 
@@ -244,8 +280,8 @@ PyMethodDef farshore::dense_methods[] = {
     method<"dense_layer", make_layer>(
         "dense_layer(threads, eps, cos, sin, attention_norm, mlp_norm, q, k, v, o, gate, up, down)\n\n"
         "Points to a decoder layer's weights and returns a capsule. cos, sin [positions, head_dim / 2]; norms [hidden];"
-        " each matrix (weight, bias or None, packed rows or None, storage). All float32 or all bfloat16; contiguous;"
-        " they must outlive the capsule."),
+        " each matrix (storage, out, in, rows, bias or None). All float32 or all bfloat16; packed rows u8 [bytes], for"
+        " bfloat16; contiguous; they must outlive the capsule."),
     method<"dense_head", make_head>(
         "dense_head(threads, eps, norm, vocabulary)\n\nThe last norm and the vocabulary's matrix, as dense_layer."),
     method<"dense_input", run_input>("dense_input(layer, rows, h, out)\n\nAddresses, as in all slices."),
@@ -256,10 +292,14 @@ PyMethodDef farshore::dense_methods[] = {
     method<"dense_logits", run_logits>("dense_logits(head, rows, h, out)"),
     method<"dense_gather", run_gather>(
         "dense_gather(table, ids, out)\n\nCopies rows of table [n, width] by number, i64, to out [ids, width]."),
-    method<"dense_unpack", run_unpack>(
-        "dense_unpack(storage, blocks, values, threads)\n\nGGUF blocks u8 [rows, blocks, bytes] to values [rows, in]."),
+    method<"dense_gather_packed", run_gather_packed>(
+        "dense_gather_packed(storage, out, in, rows, ids, values, threads)\n\nUnpacks rows of a packed matrix by number,"
+        " i64, to values, bfloat16 [ids, in]."),
+    method<"dense_dequantise", run_dequantise>(
+        "dense_dequantise(storage, blocks, values, threads)\n\nGGUF blocks u8 [rows, blocks, bytes] to values, float32"
+        " [rows, in]."),
     method<"dense_pack", run_pack>(
-        "dense_pack(storage, blocks, packed, threads)\n\nGGUF blocks to the packed rows of kernels/cpu/packed.py."),
+        "dense_pack(storage, blocks, packed, threads)\n\nGGUF blocks to a packed matrix, u8 [bytes]."),
     method<"set_spin_us", run_set_spin_us>(
         "set_spin_us(microseconds)\n\nFor how long the pool's threads wait busily before they sleep."),
     NO_MORE_METHODS,

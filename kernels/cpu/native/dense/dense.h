@@ -9,17 +9,39 @@
 
 namespace farshore {
 
-// How packed weights are stored: not at all, or quantised to four or eight bits. kernels/cpu/packed.py gives
-// the layout.
-enum class Storage : int32_t { none, q4, q8 };
+// How the rows of a matrix are stored: as values in the layer's format, or packed, with the integers and scales of
+// GGUF's types Q4_1, Q8_0, Q4_K or Q6_K. kernels/cpu/packed.py gives the layouts of packed rows.
+enum class Storage : int32_t { plain, q4, q8, q4_k, q6_k };
 
-// A matrix, and the same matrix packed. Packed rows hold exactly the values of `weight` in fewer bytes;
-// products with few rows read them instead.
+// Packed rows start a new chunk at every multiple of so many weights.
+constexpr int PACKED_GROUP = 256;
+// Rows whose chunks lie together, because kernels read so many rows at once: one stream of memory is read faster than
+// several. The number of rows is padded to a multiple.
+constexpr int PACKED_ROWS_TOGETHER = 8;
+
+// Bytes that a packed row takes, of `in` weights, a multiple of 32, or of 256 for q4_k and q6_k.
+constexpr int64_t packed_row_bytes(Storage storage, int64_t in) {
+    switch (storage) {
+        case Storage::q4: return (in + 63) / 64 * 40;
+        case Storage::q8: return in / 32 * 34;
+        case Storage::q4_k: return in / PACKED_GROUP * 148;
+        case Storage::q6_k: return in / PACKED_GROUP * 210;
+        case Storage::plain: break;
+    }
+    return 0;
+}
+
+// Bytes of a packed matrix.
+constexpr int64_t packed_bytes(Storage storage, int64_t out, int64_t in) {
+    const int64_t rows = (out + PACKED_ROWS_TOGETHER - 1) / PACKED_ROWS_TOGETHER * PACKED_ROWS_TOGETHER;
+    return rows * packed_row_bytes(storage, in);
+}
+
+// A matrix. Packed weights stand for bfloat16 values, so a layer with packed matrices has the format bf16.
 struct Linear {
-    const void* weight;  // [out][in]
-    const void* bias;    // [out]; null: none
+    const void* rows;  // [out][in] values, or packed
+    const void* bias;  // [out]; null: none
     int out, in;
-    const uint8_t* packed;  // rows [out]; null if storage is none
     Storage storage;
 };
 
@@ -64,6 +86,8 @@ struct DenseKernels {
     void (*finish)(const DecoderLayer&, const void* h, const void* o, int rows, void* out);
     // out: float32 [rows][vocabulary], of values rounded to the format.
     void (*logits)(const LmHead&, const void* h, int rows, float* out);
+    // out: bfloat16 [count][in], rows `numbers` [count] of a packed matrix. Each number is below matrix.out.
+    void (*unpack)(const Linear& matrix, const int64_t* numbers, int64_t count, int threads, uint16_t* out);
 };
 
 }  // namespace farshore

@@ -1,5 +1,5 @@
 // x W^T for up to FEW_ROWS rows of x: dot products along the rows of W. Included by simd/isa_kernels.h after
-// weights.h.
+// packed.h.
 //
 // W is read once, which is bound by memory bandwidth. Computes in float32 for every format: on Intel CPUs a
 // bfloat16 dot product instruction takes twice the time of the two float32 ones that it replaces.
@@ -9,14 +9,23 @@ namespace ISA {
 namespace dense_ops {
 
 constexpr int FEW_ROWS = 32;
-// Most rows for which packed weights are read. More rows are multiplied in several blocks, and unpacking
-// costs instructions for each block; plain weights then take less time, though they have more bytes.
+// Most rows that are multiplied with packed weights as these are read. For more rows, which take several blocks, a few
+// rows of weights are unpacked to memory and read from the cache for each block; so are they where a table of the
+// values does not fit into a register.
+#if WIDTH == 16
 constexpr int PACKED_ROWS = 8;
+#else
+constexpr int PACKED_ROWS = 0;
+#endif
+// Rows of weights that are unpacked at a time: a multiple of columns_at_once of most numbers of rows.
+constexpr int UNPACKED = 12;
 
-// Columns of W whose sums with M rows of x, and whose weights, fit into the registers.
-template <int M>
+// Columns of W whose sums with M rows of x, and whose weights, fit into the registers. Packed columns also divide
+// PACKED_ROWS_TOGETHER.
+template <class Weights, int M>
 constexpr int columns_at_once() {
 #if WIDTH == 16
+    if (std::is_base_of_v<PackedRows, Weights>) return M <= 2 ? 8 : M <= 5 ? 4 : 2;
     return M <= 2 ? 8 : M == 3 ? 6 : M == 4 ? 4 : M <= 8 ? 3 : 2;
 #else
     return M <= 2 ? 6 : M == 3 ? 4 : 3;
@@ -99,13 +108,13 @@ void dots(const float* x, int rows, const Weights& w, float* c, int ldc) {
 // one less.
 template <class Weights, int M>
 void dot_columns(const float* x, int rows, const Linear& w, int col, int n, float* c, int ldc) {
-    constexpr int N = columns_at_once<M>();
+    constexpr int N = columns_at_once<Weights, M>();
     constexpr int FEWER = M > 1 ? M - 1 : 1;
     const int blocks = (rows + M - 1) / M;
     const int large = rows - blocks * (M - 1);
     const auto columns = [&](auto count, int j) {
         constexpr int COUNT = decltype(count)::value;
-        const Weights from(w, col + j);
+        const Weights from(w, col + j, 0, w.in);
         int i = 0;
         for (int b = 0; b < blocks; b++) {
             const float* a = x + i * WIDTH;
@@ -133,21 +142,42 @@ void multiply_in_blocks(const float* x, int rows, const Linear& w, int col, int 
     dot_columns<Weights, M>(x, rows, w, col, n, c, ldc);
 }
 
-// c[i][j] = x_i . w_(col + j) for i < rows <= FEW_ROWS, j < n.
+// c[i][j] = x_i . w_(col + j) for i < rows <= FEW_ROWS, j < n, where w is not packed.
 //   x    as `spread` stores it
 //   c    float32 [rows][ldc]
 template <Format F>
-void few_rows(const float* x, int rows, const Linear& w, int col, int n, float* c, int ldc) {
+void few_plain_rows(const float* x, int rows, const Linear& w, int col, int n, float* c, int ldc) {
 #if WIDTH == 16
-    const Storage storage = F == Format::f32 || rows > PACKED_ROWS ? Storage::none : w.storage;
-    if (storage == Storage::q4) return multiply_in_blocks<Q4, PACKED_ROWS>(x, rows, w, col, n, c, ldc);
-    if (storage == Storage::q8) return multiply_in_blocks<Q8, PACKED_ROWS>(x, rows, w, col, n, c, ldc);
     // 12 rows by 2 columns need more loads than 8 by 3, but fewer instructions than two blocks of 6 rows.
     if (rows <= 12) return multiply_in_blocks<Plain<F>, 12>(x, rows, w, col, n, c, ldc);
     multiply_in_blocks<Plain<F>, 8>(x, rows, w, col, n, c, ldc);
 #else
     multiply_in_blocks<Plain<F>, 4>(x, rows, w, col, n, c, ldc);
 #endif
+}
+
+// Words of scratch memory that few_rows needs.
+inline int64_t few_rows_words(const Linear& w) { return w.storage == Storage::plain ? 0 : UNPACKED / 2L * w.in; }
+
+// As few_plain_rows, for any w. `memory` has few_rows_words.
+template <Format F>
+void few_rows(const float* x, int rows, const Linear& w, int col, int n, float* c, int ldc, void* memory) {
+    if (w.storage == Storage::plain) return few_plain_rows<F>(x, rows, w, col, n, c, ldc);
+    if constexpr (F == Format::bf16) {
+#if WIDTH == 16
+        if (rows <= PACKED_ROWS)
+            return with_reader(w, 0, 0, 0, [&]<class Weights>(const Weights&) {
+                multiply_in_blocks<Weights, PACKED_ROWS>(x, rows, w, col, n, c, ldc);
+            });
+#endif
+        uint16_t* unpacked = static_cast<uint16_t*>(memory);
+        const Linear plain{unpacked, nullptr, UNPACKED, w.in, Storage::plain};
+        for (int j = 0; j < n; j += UNPACKED) {
+            const int count = std::min(UNPACKED, n - j);
+            for (int row = 0; row < count; row++) unpack_row(w, col + j + row, 0, w.in, unpacked + (int64_t)row * w.in);
+            few_plain_rows<F>(x, rows, plain, 0, count, c + j, ldc);
+        }
+    }
 }
 
 }  // namespace dense_ops

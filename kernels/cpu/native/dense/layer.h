@@ -162,10 +162,15 @@ void logits(const LmHead& head, const void* h, int rows, float* out) {
     (head.format == Format::f32 ? logits_of<Format::f32> : logits_of<Format::bf16>)(head, h, rows, out);
 }
 
+void unpack(const Linear& matrix, const int64_t* numbers, int64_t count, int threads, uint16_t* out) {
+    over_rows(count, threads,
+              [&](int r) { unpack_row(matrix, numbers[r], 0, matrix.in, out + (int64_t)r * matrix.in); });
+}
+
 }  // namespace dense_ops
 
-constexpr DenseKernels dense{dense_ops::input,   dense_ops::query,  dense_ops::key_value,
-                             dense_ops::project, dense_ops::finish, dense_ops::logits};
+constexpr DenseKernels dense{dense_ops::input,  dense_ops::query,  dense_ops::key_value, dense_ops::project,
+                             dense_ops::finish, dense_ops::logits, dense_ops::unpack};
 
 }  // namespace ISA
 }  // namespace farshore

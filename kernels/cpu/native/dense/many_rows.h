@@ -1,5 +1,5 @@
 // x W^T for many rows of x: blocks of W are transposed into panels of words [in][PANEL] and multiplied from
-// L1 and L2. Included by simd/isa_kernels.h after weights.h.
+// L1 and L2. Included by simd/isa_kernels.h after packed.h.
 
 namespace farshore {
 namespace ISA {
@@ -101,14 +101,38 @@ void pack_panel(const uint8_t* w, int rows, int n, int p0, int k, uint32_t* to) 
 
 // Prefetches elements [p0, p0 + k) of rows [j0, j1) of w.
 template <Format F>
-inline void fetch(const uint8_t* w, int j0, int j1, int n, int p0, int k) {
-    for (int j = j0; j < j1; j++)
-        for (int64_t b = 0; b < k * size_of(F); b += 64)
-            __builtin_prefetch(address<F>(w, (int64_t)j * n + p0) + b, 0, 2);
+inline void fetch(const Linear& w, int j0, int j1, int p0, int k) {
+    const bool packed = w.storage != Storage::plain;
+    const int64_t row_bytes = packed ? packed_row_bytes(w.storage, w.in) : w.in * size_of(F);
+    const int64_t begin = p0 * row_bytes / w.in, bytes = std::min(k, w.in - p0) * row_bytes / w.in;
+    for (int j = j0; j < j1; j++) {
+        // Packed rows that lie together are prefetched in equal parts.
+        const int slot = packed ? j % PACKED_ROWS_TOGETHER : 0;
+        const int64_t from =
+            packed ? (j - slot) * row_bytes + PACKED_ROWS_TOGETHER * begin + slot * bytes : j * row_bytes + begin;
+        for (int64_t b = 0; b < bytes; b += 64)
+            __builtin_prefetch(static_cast<const uint8_t*>(w.rows) + from + b, 0, 2);
+    }
+}
+
+// pack_panel of rows [row, row + rows) of any w. `memory` holds PANEL * PACKED_GROUP bfloat16. p0 is a multiple of
+// PACKED_GROUP, and k at most that, if w is packed.
+template <Format F>
+void panel_of(const Linear& w, int row, int rows, int p0, int k, uint32_t* to, uint32_t* memory) {
+    if (w.storage == Storage::plain)
+        return pack_panel<F>(address<F>(w.rows, (int64_t)row * w.in), rows, w.in, p0, k, to);
+    if constexpr (F == Format::bf16) {
+        uint16_t* unpacked = reinterpret_cast<uint16_t*>(memory);
+        const int n = std::min(k, w.in - p0);
+        for (int j = 0; j < rows; j++) unpack_row(w, row + j, p0, n, unpacked + (int64_t)j * n);
+        pack_panel<F>(reinterpret_cast<const uint8_t*>(unpacked), rows, n, 0, k, to);
+    }
 }
 
 // Words of scratch memory that many_rows needs behind c.
-inline int64_t many_rows_words(int rows) { return (int64_t)(rows + PANEL) * (BLOCK_WORDS + WIDTH); }
+inline int64_t many_rows_words(int rows) {
+    return (int64_t)(rows + PANEL) * std::max(BLOCK_WORDS + WIDTH, PACKED_GROUP) + PANEL * PACKED_GROUP / 2;
+}
 
 // c[m][i][j] = x_i . (row col + j of matrix m), for i < rows, j < cols.
 //   x    [rows][in], in format F
@@ -119,23 +143,24 @@ void many_rows(const void* x, int rows, const Linear* const* w, int matrices, in
     constexpr int BLOCK_IN = BLOCK_WORDS * PER_WORD<F>;
     const int in = w[0]->in;
     const int blocks = (in + BLOCK_IN - 1) / BLOCK_IN;
-    const int k = round_up((in + blocks - 1) / blocks, STEP<F>), words = k / PER_WORD<F>;
+    const bool packed = std::any_of(w, w + matrices, [](const Linear* m) { return m->storage != Storage::plain; });
+    const int most = packed ? PACKED_GROUP : round_up((in + blocks - 1) / blocks, STEP<F>);
     uint32_t* a = reinterpret_cast<uint32_t*>(c + (int64_t)matrices * rows * ldc);
-    uint32_t* b = a + (int64_t)rows * words;
+    uint32_t* b = a + (int64_t)rows * (most / PER_WORD<F>);
+    uint32_t* memory = b + (int64_t)PANEL * (most / PER_WORD<F>);
     const int panels = (cols + PANEL - 1) / PANEL, tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    for (int p0 = 0; p0 < in; p0 += k) {
+    for (int p0 = 0; p0 < in; p0 += most) {
+        const int k = std::min(most, round_up(in - p0, STEP<F>)), words = k / PER_WORD<F>;
         block_of_rows<F>(x, rows, in, p0, k, a);
         for (int m = 0; m < matrices; m++)
             for (int panel = 0; panel < panels; panel++) {
                 const int j = panel * PANEL;
-                const uint8_t* from = address<F>(w[m]->weight, (int64_t)(col + j) * in);
-                pack_panel<F>(from, std::min(PANEL, cols - j), in, p0, k, b);
+                panel_of<F>(*w[m], col + j, std::min(PANEL, cols - j), p0, k, b, memory);
                 const int next = std::min(PANEL, cols - j - PANEL);
                 float* to = c + (int64_t)m * rows * ldc + j;
                 for (int t = 0; t < tiles; t++) {
-                    const int i = t * TILE_ROWS;
-                    if (next > 0)
-                        fetch<F>(from + PANEL * in * size_of(F), t * next / tiles, (t + 1) * next / tiles, in, p0, k);
+                    const int i = t * TILE_ROWS, ahead = col + j + PANEL;
+                    if (next > 0) fetch<F>(*w[m], ahead + t * next / tiles, ahead + (t + 1) * next / tiles, p0, k);
                     tile_of_rows<F, TILE_ROWS>(std::min(TILE_ROWS, rows - i), a + (int64_t)i * words, words, b, words,
                                                to + (int64_t)i * ldc, ldc, p0 > 0);
                 }

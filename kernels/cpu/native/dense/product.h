@@ -55,14 +55,19 @@ void run_unit(const InputRows<F>& x, const Linear* const (&w)[MATRICES], const U
     sums.col = unit / grid.row_blocks * grid.cols;
     sums.cols = std::min(grid.cols, w[0]->out - sums.col);
     const int ld = sums.ld = round_up(grid.cols, PANEL);
-    const int64_t more = x.spread_rows ? 0 : many_rows_words(sums.rows);
+    int64_t more = 0;
+    if (!x.spread_rows)
+        more = many_rows_words(sums.rows);
+    else
+        for (const Linear* matrix : w) more = std::max(more, few_rows_words(*matrix));
     float* c = static_cast<float*>(scratch(4L * ((int64_t)MATRICES * sums.rows * ld + more)));
     for (int m = 0; m < MATRICES; m++) sums.c[m] = c + (int64_t)m * sums.rows * ld;
     if (!x.spread_rows)
         many_rows<F>(address<F>(x.x, (int64_t)sums.row * x.in), sums.rows, w, MATRICES, sums.col, sums.cols, c, ld);
     else
         for (int m = 0; m < MATRICES; m++)
-            few_rows<F>(x.spread_rows, x.rows, *w[m], sums.col, sums.cols, c + (int64_t)m * x.rows * ld, ld);
+            few_rows<F>(x.spread_rows, x.rows, *w[m], sums.col, sums.cols, c + (int64_t)m * x.rows * ld, ld,
+                        c + (int64_t)MATRICES * x.rows * ld);
     use(sums);
 }
 

@@ -18,6 +18,7 @@
 #if !defined(HAS_AMX)
 #include "dense/values.h"
 #include "dense/weights.h"
+#include "dense/packed.h"
 #include "dense/few_rows.h"
 #include "dense/many_rows.h"
 #include "dense/product.h"
