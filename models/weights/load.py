@@ -42,9 +42,9 @@ def load_model(
     progress: Progress | None = None,
     threads: int | None = None,
 ) -> Llama:
-    """Loads a model, converting its weights to ``dtype`` piece by piece, and computes its content. For bfloat16
-    on native kernels, quantised matrices of the types that these read stay quantised; for float32 all are
-    dequantised.
+    """Loads a model, converting its weights to ``dtype`` piece by piece, and computes its content. For
+    bfloat16 on native kernels, quantised matrices of the types that these read stay quantised; for float32
+    all are dequantised.
 
     ``config`` replaces the model's own, for example to allow more positions; its shapes must fit the files.
     ``progress`` is called after every tensor. ``threads``: number of threads of the native kernels, if these
@@ -68,10 +68,7 @@ def load_model(
         loaded = job.run(_wanted(config, tensors), content, progress)
         config = _tied(config, loaded)
     weights = _assembled(config, loaded)
-    if native is None:
-        model = Llama(config, weights)
-    else:
-        model = native.NativeLlama(config, weights, threads=threads)
+    model = Llama(config, weights) if native is None else native.NativeLlama(config, weights, threads=threads)
     model.content = content.digest(config, str(dtype))
     return model
 
