@@ -47,7 +47,8 @@ class Tokenizer:
         self.special_tokens: Mapping[str, str] = MappingProxyType(dict(special_tokens))
         self.chat_template = chat_template
         added = backend.get_added_tokens_decoder()
-        special = (token for token, entry in added.items() if entry.special)
+        # As decode leaves them out: not special tokens whose text the normaliser changes.
+        special = (token for token, entry in added.items() if entry.special and not backend.decode([token]))
         self._tokens = TokenBytes(backend, silent=special, name=name)
         self.eos_ids = eos_ids
         self.vocab_size = backend.get_vocab_size()

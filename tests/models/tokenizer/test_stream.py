@@ -152,6 +152,16 @@ def test_bytes_between_texts_that_form_no_character(made):
     assert ("".join(pieces) + rest).replace(" ", "") == expected.replace(" ", "")
 
 
+def test_special_tokens_that_decode_writes_are_streamed():
+    """tokenizers writes one whose text the normaliser has changed."""
+    backend = tokenizers.Tokenizer(models.BPE({"<s>": 0, "a": 1}, []))
+    backend.normalizer = tokenizers.normalizers.Prepend("_")
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([AddedToken("<s>", normalized=True), AddedToken("<e>", normalized=False)])
+    tokenizer = Tokenizer(backend, name="m", special_tokens={}, eos_ids=(), chat_template=None)
+    assert "".join(streamed(tokenizer, [1, 0, 2, 1])[0]) == tokenizer.decode([1, 0, 2, 1]) == "a_<s>a"
+
+
 def test_texts_of_single_tokens(made, ours):
     llama = made.llama
     by_text = {llama.token_text(token): token for token in range(llama.vocab_size)}
