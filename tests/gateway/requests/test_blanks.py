@@ -44,7 +44,7 @@ def test_texts_of_alternatives_differ_by_the_blank(stripping):
 
 
 def test_ids_that_only_the_tokenizer_knows_are_refused(stripping):
-    config = dataclasses.replace(stripping.config, vocab=4, bos_token_id=None, eos_token_ids=())
+    config = dataclasses.replace(stripping.config, vocab=4, eos_token_ids=())
     served = dataclasses.replace(stripping, config=config)
     with pytest.raises(InvalidRequest, match="token id 4 at index 1 is outside the vocabulary"):
         prepare(api.GenerateRequest(text="the cat"), served, Limits(), sequence_id="s")
