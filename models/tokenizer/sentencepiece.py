@@ -12,7 +12,8 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from farshore.errors import ModelError
-from farshore.models.tokenizer.sentencepiece_file import UNIGRAM, PieceType, SentencePieceFile
+from farshore.models.tokenizer.sentencepiece_file import UNIGRAM, SentencePieceFile
+from farshore.models.tokenizer.spm import PieceType
 
 _BLANK = "\N{LOWER ONE EIGHTH BLOCK}"
 

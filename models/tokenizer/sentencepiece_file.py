@@ -7,7 +7,6 @@ know how text is split.
 
 import base64
 from dataclasses import dataclass
-from enum import IntEnum
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -42,17 +41,6 @@ _FIELDS: dict[str, dict[str, tuple[int, int, str | None]]] = {
 }
 UNIGRAM, BPE = 1, 2
 """Kinds of models (``model_type``)."""
-
-
-class PieceType(IntEnum):
-    """What a piece is."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
 
 
 @dataclass(frozen=True, slots=True)
