@@ -181,8 +181,8 @@ def two_nodes():
         address,
         "--node-ip-address=127.0.0.3",
         f"--metrics-export-port={metrics_port}",
-        "--min-worker-port=32000",
-        "--max-worker-port=32999",
+        "--min-worker-port=31000",
+        "--max-worker-port=31999",
         *common,
     )
     yield address, second, metrics_port
