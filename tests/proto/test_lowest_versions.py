@@ -15,19 +15,19 @@ CALL = """
 import sys, importlib.metadata
 import grpc
 from farshore import rpc
-from farshore.proto import attention_pb2_grpc, cluster_pb2, cluster_pb2_grpc, inference_pb2_grpc
+from farshore.proto import admin_pb2, admin_pb2_grpc, attention_pb2_grpc, cluster_pb2_grpc, inference_pb2_grpc
 
-class Controller(cluster_pb2_grpc.ControllerServicer):
-    def Claim(self, request, context):
-        return cluster_pb2.ClaimReply(epoch=len(request.sequence_id))
+class Admin(admin_pb2_grpc.AdminServicer):
+    def Scale(self, request, context):
+        return admin_pb2.ScaleReply(attention_workers=request.attention_workers)
 
 server, address = rpc.serve(
-    lambda server: cluster_pb2_grpc.add_ControllerServicer_to_server(Controller(), server),
-    service="farshore.cluster.v1.Controller", listen="127.0.0.1:0", threads=2,
+    lambda server: admin_pb2_grpc.add_AdminServicer_to_server(Admin(), server),
+    service="farshore.admin.v1.Admin", listen="127.0.0.1:0", threads=2,
 )
 with grpc.insecure_channel(address, options=rpc.OPTIONS) as channel:
-    stub = cluster_pb2_grpc.ControllerStub(channel)
-    assert stub.Claim(cluster_pb2.ClaimRequest(sequence_id="abc"), timeout=30).epoch == 3
+    stub = admin_pb2_grpc.AdminStub(channel)
+    assert stub.Scale(admin_pb2.ScaleRequest(attention_workers=3), timeout=30).attention_workers == 3
 server.stop(0).wait()
 print(*(f"{name}=={importlib.metadata.version(name)}" for name in sys.argv[1:]))
 """

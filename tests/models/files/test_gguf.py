@@ -189,7 +189,7 @@ def test_demo_answers(demo, forward, tokenizer, encode_chat):
     stream, answer = tokenizer.stream(), ""
     for _ in range(20):
         token = int(forward(model, ids)[-1].argmax())
-        if token in model.config.eos_token_ids:
+        if token in tokenizer.eos_ids:
             break
         ids.append(token)
         answer += stream.push(token)

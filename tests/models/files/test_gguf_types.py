@@ -8,6 +8,7 @@ import torch
 from farshore.errors import ModelError
 from farshore.models.files.gguf import DEQUANTISED, GgufFile
 from farshore.models.files.source import ModelSource
+from farshore.models.llama import as_tensor
 from farshore.models.weights.load import load_model
 
 TYPES = [kind.name for kind in gguf.GGMLQuantizationType]
@@ -102,7 +103,7 @@ def test_values(tmp_path, kind, monkeypatch):
     assert np.array_equal(GgufFile.open(path).tensor(UP), expected)
     for dtype in (torch.float32, torch.bfloat16):
         weights = load(path, dtype).weights
-        assert torch.equal(weights.layers[0].up, torch.from_numpy(expected).to(dtype))
+        assert torch.equal(as_tensor(weights.layers[0].up), torch.from_numpy(expected).to(dtype))
 
 
 @pytest.mark.parametrize("kind", DEQUANTISED)
