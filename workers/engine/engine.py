@@ -230,7 +230,8 @@ class Engine:
                     self._membership.apply()
                     progress = self._scheduler.round()
                     self._failed_rounds = 0 if progress else self._failed_rounds
-                    timeout_s = 0.0 if progress else IDLE_ROUND_S if self._requests.all() else None
+                    pending = self._requests.all() or self._membership.is_waiting
+                    timeout_s = 0.0 if progress else IDLE_ROUND_S if pending else None
                 except Exception as error:
                     self._survive(error)
                     timeout_s = IDLE_ROUND_S

@@ -70,6 +70,11 @@ class Membership:
         """Queues a change. Any thread may call it. A worker that is unknown, or joins twice, is ignored."""
         self._announced.put(change)
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a worker that is to leave is still used. The engine's thread asks."""
+        return bool(self._leaving)
+
     def apply(self) -> None:
         """Applies the announced changes. Never blocks."""
         while True:
