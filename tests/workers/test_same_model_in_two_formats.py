@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from farshore.models.chat.prompts import ChatPrompts, Conversation
 from farshore.models.files.source import resolve
 from farshore.models.tokenizer.load import load_tokenizer
 from farshore.models.weights.load import load_model
@@ -32,7 +33,10 @@ def test_same_tokens(demo_source, converted, rig, submit, dtype):
     for source in (demo_source, resolve(str(converted))):
         tokenizer, model = load_tokenizer(source), load_model(source, dtype=dtype)
         engine = rig(model, shards=1).start()
-        prompts = [tokenizer.encode_chat([{"role": "user", "content": question}]) for question in QUESTIONS]
+        chat = ChatPrompts(tokenizer)
+        conversations = [Conversation(messages=[{"role": "user", "content": q}]) for q in QUESTIONS]
+        prompts = [chat.encode(conversation, most_chars=1 << 20) for conversation in conversations]
+        chat.close()
         prompts += [tokenizer.encode(question) for question in QUESTIONS]
         requests = [submit(engine, str(number), prompt, GREEDY) for number, prompt in enumerate(prompts)]
         assert all(isinstance(request.result(), Finished) for request in requests)
