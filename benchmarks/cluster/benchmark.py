@@ -27,8 +27,8 @@ from farshore.kvstore.directory.embedded import EmbeddedDirectory
 
 DEADLINE_S = 120.0
 POLL_S = 0.05
-PROMPT_TOKENS = 600
-"""Enough blocks for both attention workers."""
+PROMPT_TOKENS = 900
+"""Enough blocks for three attention workers: a short sequence goes to few."""
 
 
 @dataclass(frozen=True, slots=True)
