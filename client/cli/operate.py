@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 
 from farshore.client.cli.connect import await_gateway
-from farshore.client.cli.options import DEFAULT_SERVER, no_gateway, server_address, whole
+from farshore.client.cli.options import add_server_option, no_gateway, whole
 from farshore.client.cli.terminal import Progress
 from farshore.client.events import ClusterEvent
 from farshore.client.sdk import Client
@@ -44,13 +44,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     events.add_argument("--json", action="store_true", help="print one JSON object a line")
     events.set_defaults(run=run_events)
     for parser in (scale, down, events):
-        parser.add_argument(
-            "--server",
-            type=server_address,
-            default=DEFAULT_SERVER,
-            metavar="HOST:PORT",
-            help="the gateway (default: %(default)s)",
-        )
+        add_server_option(parser)
         parser.set_defaults(usage_error=parser.error)
 
 

@@ -70,6 +70,17 @@ def server_address(text: str) -> str:
     return text
 
 
+def add_server_option(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--server`` for a command that needs a running gateway."""
+    parser.add_argument(
+        "--server",
+        type=server_address,
+        default=DEFAULT_SERVER,
+        metavar="HOST:PORT",
+        help="the gateway (default: %(default)s)",
+    )
+
+
 def no_gateway(address: str) -> TransportError:
     """The error of a command that needs a running gateway."""
     return TransportError(

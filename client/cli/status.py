@@ -8,7 +8,7 @@ import dataclasses
 import json
 
 from farshore.client.cli.connect import await_gateway
-from farshore.client.cli.options import DEFAULT_SERVER, no_gateway, server_address
+from farshore.client.cli.options import add_server_option, no_gateway
 from farshore.client.cli.terminal import Progress, size, table
 from farshore.client.events import ClusterStatus, Sequence
 from farshore.client.sdk import Client
@@ -20,13 +20,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="show workers, memory and where sequences live",
         description="Show a running cluster's workers, its memory, and where each live sequence's KV is.",
     )
-    parser.add_argument(
-        "--server",
-        type=server_address,
-        default=DEFAULT_SERVER,
-        metavar="HOST:PORT",
-        help="the gateway (default: %(default)s)",
-    )
+    add_server_option(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run, usage_error=parser.error)
 
