@@ -164,9 +164,9 @@ class ControllerActor:
         """The HOST:PORT of its gRPC services."""
         return self._controller.address
 
-    def problem(self) -> str | None:
-        """Why the cluster can't be started as it is configured; None if nothing speaks against it."""
-        return self._controller.problem()
+    def problem(self, *, free: bool) -> str | None:
+        """See :meth:`farshore.controller.controller.Controller.problem`."""
+        return self._controller.problem(free=free)
 
     def events(self, since: int) -> list[Any]:
         """The events with numbers above ``since``."""

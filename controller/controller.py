@@ -96,12 +96,15 @@ class Controller:
             self.events.add("down", "cluster")
             threading.Thread(target=self._end, name="down", daemon=True).start()
 
-    def problem(self) -> str | None:
-        """Why workers wait for a node: the missing memory and the fix; None if none waits."""
-        waiting = sum(not occupant.node for occupant in self._launcher.occupants().values())
-        if not waiting:
-            return None
-        return too_little_memory(_free_memory(), workers=waiting, each_bytes=self._config.kv_memory_bytes)
+    def problem(self, *, free: bool) -> str | None:
+        """The missing memory and the fix, if attention workers do not fit; None if they do. ``free``: those
+        that wait for a node, into what is free now; else all of them, into what the nodes have."""
+        if free:
+            nodes, slots = _free_memory(), self._launcher.occupants().items()
+            workers = sum(slot.kind == "attention" and not occupant.node for slot, occupant in slots)
+        else:
+            nodes, workers = _total_memory(), self._desired.counts()["attention"]
+        return too_little_memory(nodes, workers=workers, each_bytes=self._config.kv_memory_bytes)
 
     def down(self) -> None:
         """Ends the loop, then all workers: their streams first, and what is left after STOP_DEADLINE_S by
@@ -148,6 +151,11 @@ class Controller:
             "runtime_env": {"env_vars": rpc.SHARD_ENVIRONMENT},
         }
         return AttentionActor, options, {"arguments": arguments}
+
+
+def _total_memory() -> dict[str, int]:
+    """Address of each node -> bytes of memory that Ray gives to actors there in all."""
+    return {node["NodeManagerAddress"]: int(node["Resources"].get("memory", 0)) for node in _nodes()}
 
 
 def _free_memory() -> dict[str, int]:

@@ -33,9 +33,6 @@ from farshore.kvstore.directory.base import Directory, Listing, WorkerRecord
 ROUND_S = 0.5
 ANNOUNCE_S = 30.0
 """A worker whose process runs announces itself within this time."""
-SETTLE_ROUNDS_S = 5.0
-"""A round that starts this much later than planned: the controller was paused, and what it remembers about
-time is worth nothing."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -94,7 +91,6 @@ class Loop:
         self._seen: dict[Slot, _Seen] = {}
         self._deaths: dict[Slot, Deaths] = {}
         self._closed: frozenset[WorkerId] = frozenset()
-        self._last_round_s = clock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reconcile", daemon=True)
 
@@ -110,11 +106,9 @@ class Loop:
     def round(self) -> None:
         """Observes, decides and acts once."""
         now_s = self._clock()
-        paused = now_s - self._last_round_s > SETTLE_ROUNDS_S
-        self._last_round_s = now_s
         listing = self._directory.listing()
         self._notice(self._launcher.occupants(), listing, now_s)
-        observed = self._observed(listing, settled=listing.settled and not paused, now_s=now_s)
+        observed = self._observed(listing, now_s=now_s)
         closed = set(self._closed)
         for action in reconcile(self._desired(), observed, now_s):
             match action:
@@ -172,7 +166,7 @@ class Loop:
                 self._events.add(kind, record.worker, f"at {record.address}")
             seen.record = record
 
-    def _observed(self, listing: Listing, *, settled: bool, now_s: float) -> Observed:
+    def _observed(self, listing: Listing, *, now_s: float) -> Observed:
         listed = {record.worker for record in listing.workers}
         suspects = {
             seen.record.worker: seen.record.address
@@ -191,7 +185,7 @@ class Loop:
                 late = bool(seen.occupant.node) and now_s - seen.since_s >= ANNOUNCE_S + self._grace_s
                 frozen = late and not nameless_may_live
             processes[slot] = self._process(slot, seen, readers, frozen=frozen)
-        return Observed(processes=processes, deaths=self._deaths, settled=settled)
+        return Observed(processes=processes, deaths=self._deaths, settled=listing.settled)
 
     def _process(
         self, slot: Slot, seen: _Seen, readers: Mapping[WorkerId, int] | None, *, frozen: bool

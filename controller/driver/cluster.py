@@ -196,6 +196,9 @@ class Cluster:
         the model can't be loaded, StartupError if workers find no room or a deadline passes."""
         config, began_s = self._config, time.monotonic()
         told = ""
+        # A private Ray has one node; nodes of a joined Ray may still come.
+        if config.ray_address is None and (problem := self._problem(free=False)):
+            raise StartupError(problem)
         while True:
             self._check_processes()
             waited_s = time.monotonic() - began_s
@@ -208,23 +211,16 @@ class Cluster:
             needed = config.attention_workers if config.placement == "offload" else 0
             if placed and dense is not None and dense.state == "serving" and dense.shards >= needed:
                 return records
-            if not placed:
-                self._check_room(waited_s)
+            if not placed and waited_s > PLACE_DEADLINE_S:
+                problem = self._problem(free=True) or "see the logs of Ray on its nodes"
+                raise StartupError(f"attention workers are not started after {waited_s:.0f} s: {problem}")
             if waited_s > LOAD_DEADLINE_S:
                 raise StartupError(f"not serving after {waited_s:.0f} s: see Ray's logs")
             told = _told(progress, told, config, dense if placed else None)
             self._stopped.wait(START_POLL_S)
 
-    def _check_room(self, waited_s: float) -> None:
-        """Raises StartupError if workers do not fit: at once in a private Ray, which has one node, after
-        PLACE_DEADLINE_S in a joined Ray, where nodes may still come."""
-        late = waited_s > PLACE_DEADLINE_S
-        if self._config.ray_address is not None and not late:
-            return
-        problem = self._ask(self._controller.problem.remote(), "the controller", START_DEADLINE_S)
-        if problem is not None or late:
-            cause = problem or "see the logs of Ray on its nodes"
-            raise StartupError(f"attention workers are not started after {waited_s:.0f} s: {cause}")
+    def _problem(self, *, free: bool) -> str | None:
+        return self._ask(self._controller.problem.remote(free=free), "the controller", START_DEADLINE_S)
 
     def _listed(self) -> tuple[WorkerRecord, ...]:
         assert self._directory is not None
@@ -236,18 +232,15 @@ class Cluster:
     def _events(self) -> list[ClusterEvent]:
         return self._ask(self._controller.events.remote(0), "the controller", START_DEADLINE_S)
 
-    def _ask(
-        self, call: Any, callee: str, deadline_s: float, *, meanwhile: Callable[[], None] = lambda: None
-    ) -> Any:
-        """Blocks for the call's result; calls ``meanwhile`` every POLL_S. ``callee``: the called process, for
-        messages. Raises the call's FarshoreError; Ray's errors and a missed deadline become StartupError.
-        Raises ProcessEnded if the gateway or Ray ends meanwhile."""
+    def _ask(self, call: Any, callee: str, deadline_s: float) -> Any:
+        """Blocks for the call's result. ``callee``: the called process, for messages. Raises the call's
+        FarshoreError; Ray's errors and a missed deadline become StartupError. Raises ProcessEnded if the
+        gateway or Ray ends meanwhile."""
         until_s = time.monotonic() + deadline_s
         while not ray.wait([call], timeout=POLL_S)[0]:
             self._check_processes()
             if time.monotonic() > until_s:
                 raise StartupError(f"{callee} did not answer within {deadline_s:.0f} s: see Ray's logs")
-            meanwhile()
         try:
             return ray.get(call)
         except ray.exceptions.RayTaskError as error:

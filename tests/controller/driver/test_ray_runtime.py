@@ -104,10 +104,11 @@ made = Controller(
     restarted=False,
 )
 end_s = time.monotonic() + 60
-while (problem := made.problem()) is None:
+while (waiting := made.problem(free=True)) is None:
     assert time.monotonic() < end_s
-for part in ("64 MiB of memory", "do not fit: Ray has", " MiB on ", "--kv-memory"):
-    assert part in problem, problem
+for problem in (waiting, made.problem(free=False)):
+    for part in ("64 MiB of memory", "do not fit: Ray has", " MiB on ", "--kv-memory"):
+        assert part in problem, problem
 made.down()
 ray.shutdown()
 print("fine")
