@@ -19,7 +19,7 @@ from farshore.controller.config import ClusterConfig
 from farshore.controller.gauges import Gauges, Sample
 from farshore.controller.listen import bracketed
 from farshore.ids import WorkerId
-from farshore.kvstore.directory.remote import RemoteDirectory
+from farshore.kvstore.directory.connect import open_directory
 from farshore.models.config.model import ModelConfig
 
 
@@ -30,7 +30,7 @@ class WorkerArguments:
     slot: str
     config: ClusterConfig
     directory: str
-    """HOST:PORT of the controller."""
+    """URL of the directory: see :func:`~farshore.kvstore.directory.connect.open_directory`."""
     network: bool
     """Whether to listen on the address of the worker's node; else on loopback."""
     workers_per_node: int
@@ -44,7 +44,7 @@ class _Worker:
         self._host = ray.util.get_node_ip_address() if arguments.network else "127.0.0.1"
         self._listen = f"{bracketed(self._host)}:0"
         self._threads = max(1, len(os.sched_getaffinity(0)) // arguments.workers_per_node)
-        self._directory = RemoteDirectory(arguments.directory)
+        self._directory = open_directory(arguments.directory)
 
     def __repr__(self) -> str:
         return f"{self._slot} on {self._host} ({self._id})"

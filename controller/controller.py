@@ -138,7 +138,7 @@ class Controller:
         arguments = WorkerArguments(
             slot=str(slot),
             config=config,
-            directory=self.address,
+            directory=f"grpc://{self.address}",
             network=config.ray_address is not None,
             workers_per_node=1 if slot.kind == "dense" else -(-config.attention_workers // nodes),
         )

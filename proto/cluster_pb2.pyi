@@ -107,7 +107,7 @@ class EngineStatus(_message.Message):
     def __init__(self, worker: _Optional[_Union[_admin_pb2.WorkerStatus, _Mapping]] = ..., sequences: _Optional[_Iterable[_Union[_admin_pb2.SequenceStatus, _Mapping]]] = ..., shards: _Optional[_Mapping[str, bool]] = ..., readers: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class WorkerRecord(_message.Message):
-    __slots__ = ("worker_id", "kind", "slot", "address", "host", "process_id", "state", "progress", "shards", "failure")
+    __slots__ = ("worker_id", "kind", "slot", "address", "host", "process_id", "state", "progress", "shards", "failure", "content", "load", "zone")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
@@ -118,6 +118,9 @@ class WorkerRecord(_message.Message):
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    ZONE_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     kind: str
     slot: str
@@ -128,7 +131,24 @@ class WorkerRecord(_message.Message):
     progress: str
     shards: int
     failure: str
-    def __init__(self, worker_id: _Optional[str] = ..., kind: _Optional[str] = ..., slot: _Optional[str] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., process_id: _Optional[int] = ..., state: _Optional[str] = ..., progress: _Optional[str] = ..., shards: _Optional[int] = ..., failure: _Optional[str] = ...) -> None: ...
+    content: str
+    load: Load
+    zone: str
+    def __init__(self, worker_id: _Optional[str] = ..., kind: _Optional[str] = ..., slot: _Optional[str] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., process_id: _Optional[int] = ..., state: _Optional[str] = ..., progress: _Optional[str] = ..., shards: _Optional[int] = ..., failure: _Optional[str] = ..., content: _Optional[str] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., zone: _Optional[str] = ...) -> None: ...
+
+class Load(_message.Message):
+    __slots__ = ("running", "waiting", "parked", "free_bytes", "budget_bytes")
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    PARKED_FIELD_NUMBER: _ClassVar[int]
+    FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    running: int
+    waiting: int
+    parked: int
+    free_bytes: int
+    budget_bytes: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., parked: _Optional[int] = ..., free_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ...) -> None: ...
 
 class WithdrawRequest(_message.Message):
     __slots__ = ("worker_id",)
@@ -137,10 +157,12 @@ class WithdrawRequest(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ...) -> None: ...
 
 class CloseRequest(_message.Message):
-    __slots__ = ("worker_ids",)
+    __slots__ = ("worker_ids", "draining")
     WORKER_IDS_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     worker_ids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, worker_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+    draining: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, worker_ids: _Optional[_Iterable[str]] = ..., draining: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DirectoryReply(_message.Message):
     __slots__ = ()
@@ -151,11 +173,51 @@ class ListRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Listing(_message.Message):
-    __slots__ = ("workers", "closed", "settled")
+    __slots__ = ("workers", "closed", "settled", "draining")
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     CLOSED_FIELD_NUMBER: _ClassVar[int]
     SETTLED_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     workers: _containers.RepeatedCompositeFieldContainer[WorkerRecord]
     closed: _containers.RepeatedScalarFieldContainer[str]
     settled: bool
-    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerRecord, _Mapping]]] = ..., closed: _Optional[_Iterable[str]] = ..., settled: bool = ...) -> None: ...
+    draining: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, workers: _Optional[_Iterable[_Union[WorkerRecord, _Mapping]]] = ..., closed: _Optional[_Iterable[str]] = ..., settled: bool = ..., draining: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class BlockAnnouncement(_message.Message):
+    __slots__ = ("worker_id", "since", "until", "added", "removed")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    UNTIL_FIELD_NUMBER: _ClassVar[int]
+    ADDED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    since: int
+    until: int
+    added: _containers.RepeatedScalarFieldContainer[bytes]
+    removed: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, worker_id: _Optional[str] = ..., since: _Optional[int] = ..., until: _Optional[int] = ..., added: _Optional[_Iterable[bytes]] = ..., removed: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class BlockAnnouncementReply(_message.Message):
+    __slots__ = ("known",)
+    KNOWN_FIELD_NUMBER: _ClassVar[int]
+    known: int
+    def __init__(self, known: _Optional[int] = ...) -> None: ...
+
+class FindPrefixRequest(_message.Message):
+    __slots__ = ("hashes",)
+    HASHES_FIELD_NUMBER: _ClassVar[int]
+    hashes: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, hashes: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class FindPrefixReply(_message.Message):
+    __slots__ = ("blocks",)
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    blocks: _containers.RepeatedCompositeFieldContainer[BlockHolders]
+    def __init__(self, blocks: _Optional[_Iterable[_Union[BlockHolders, _Mapping]]] = ...) -> None: ...
+
+class BlockHolders(_message.Message):
+    __slots__ = ("worker_ids",)
+    WORKER_IDS_FIELD_NUMBER: _ClassVar[int]
+    worker_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, worker_ids: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -217,6 +217,16 @@ class DirectoryStub(object):
                 request_serializer=farshore_dot_proto_dot_cluster__pb2.ListRequest.SerializeToString,
                 response_deserializer=farshore_dot_proto_dot_cluster__pb2.Listing.FromString,
                 _registered_method=True)
+        self.Announce = channel.unary_unary(
+                '/farshore.cluster.v1.Directory/Announce',
+                request_serializer=farshore_dot_proto_dot_cluster__pb2.BlockAnnouncement.SerializeToString,
+                response_deserializer=farshore_dot_proto_dot_cluster__pb2.BlockAnnouncementReply.FromString,
+                _registered_method=True)
+        self.FindPrefix = channel.unary_unary(
+                '/farshore.cluster.v1.Directory/FindPrefix',
+                request_serializer=farshore_dot_proto_dot_cluster__pb2.FindPrefixRequest.SerializeToString,
+                response_deserializer=farshore_dot_proto_dot_cluster__pb2.FindPrefixReply.FromString,
+                _registered_method=True)
 
 
 class DirectoryServicer(object):
@@ -250,6 +260,20 @@ class DirectoryServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Announce(self, request, context):
+        """Notes which named blocks a worker with a lease holds. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FindPrefix(self, request, context):
+        """Which workers announced these blocks: a hint.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DirectoryServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -272,6 +296,16 @@ def add_DirectoryServicer_to_server(servicer, server):
                     servicer.List,
                     request_deserializer=farshore_dot_proto_dot_cluster__pb2.ListRequest.FromString,
                     response_serializer=farshore_dot_proto_dot_cluster__pb2.Listing.SerializeToString,
+            ),
+            'Announce': grpc.unary_unary_rpc_method_handler(
+                    servicer.Announce,
+                    request_deserializer=farshore_dot_proto_dot_cluster__pb2.BlockAnnouncement.FromString,
+                    response_serializer=farshore_dot_proto_dot_cluster__pb2.BlockAnnouncementReply.SerializeToString,
+            ),
+            'FindPrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindPrefix,
+                    request_deserializer=farshore_dot_proto_dot_cluster__pb2.FindPrefixRequest.FromString,
+                    response_serializer=farshore_dot_proto_dot_cluster__pb2.FindPrefixReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -383,6 +417,60 @@ class Directory(object):
             '/farshore.cluster.v1.Directory/List',
             farshore_dot_proto_dot_cluster__pb2.ListRequest.SerializeToString,
             farshore_dot_proto_dot_cluster__pb2.Listing.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Announce(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farshore.cluster.v1.Directory/Announce',
+            farshore_dot_proto_dot_cluster__pb2.BlockAnnouncement.SerializeToString,
+            farshore_dot_proto_dot_cluster__pb2.BlockAnnouncementReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindPrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farshore.cluster.v1.Directory/FindPrefix',
+            farshore_dot_proto_dot_cluster__pb2.FindPrefixRequest.SerializeToString,
+            farshore_dot_proto_dot_cluster__pb2.FindPrefixReply.FromString,
             options,
             channel_credentials,
             insecure,

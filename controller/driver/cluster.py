@@ -23,8 +23,8 @@ from farshore.controller.driver.ray_runtime import RayRuntime
 from farshore.controller.events import ClusterEvent
 from farshore.controller.exits import actor_end_in_words
 from farshore.errors import FarshoreError, ModelError, ProcessEnded, StartupError, TransportError
-from farshore.kvstore.directory.base import WorkerRecord
-from farshore.kvstore.directory.remote import RemoteDirectory
+from farshore.kvstore.directory.base import Directory, WorkerRecord
+from farshore.kvstore.directory.connect import open_directory
 from farshore.models.config.load import load_spec
 from farshore.models.config.model import ModelConfig
 from farshore.models.files.source import pinned
@@ -57,7 +57,7 @@ class Cluster:
         self._ray = RayRuntime(config.ray_address, dashboard=config.dashboard)
         self._controller: Any = None
         self._gateway: GatewayProcess | None = None
-        self._directory: RemoteDirectory | None = None
+        self._directory: Directory | None = None
         self._last_event = 0
         self._stopped = threading.Event()
         self.endpoints: dict[str, str] = {}
@@ -145,7 +145,7 @@ class Cluster:
         progress("starting the controller")
         self._controller = self._start_controller(config, model)
         controller = self._ask(self._controller.address.remote(), "the controller", START_DEADLINE_S)
-        self._directory = RemoteDirectory(controller)
+        self._directory = open_directory(f"grpc://{controller}")
         # Started now, so that it loads its tokenizer while the workers start.
         self._gateway = GatewayProcess(
             spec=config.spec,

@@ -1,19 +1,21 @@
-"""The directory's interface: which workers there are, where they listen, and until when that is known.
+"""The directory's interface: which workers there are, where they listen, and which prefixes they hold.
 
-Called by workers, which keep their lease, and by engines, gateways and the controller, which look workers up;
-never on the token path. All of it is soft state: it may be lost at any time, and workers announce themselves
-again. A lease is for discovery only: a worker whose lease ran out gets no new work, and nothing else follows
-(invariant 3, docs/architecture.md). It must not know stores or transports.
+Called by workers, which keep their lease and announce blocks, and by engines, gateways and the controller,
+which look them up; never on the token path. All of it is soft state: it may be lost at any time, and workers
+announce themselves again. A lease is for discovery only: a worker whose lease ran out gets no new work, and
+nothing else follows (invariant 3, docs/architecture.md). It must not know stores or transports.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from farshore.errors import InvalidRequest
 from farshore.ids import WorkerId
 
 WorkerKind = Literal["dense", "attention"]
-WorkerState = Literal["loading", "serving", "failed"]
+WorkerState = Literal["loading", "serving", "draining", "failed"]
+"""``draining``: the worker serves what it has, takes nothing new, and then ends."""
 
 LEASE_S = 2.0
 """For how long a worker is listed after it was heard of."""
@@ -21,6 +23,30 @@ RENEW_S = 0.5
 """Time between two renewals of a lease."""
 SETTLE_S = 3 * LEASE_S
 """How long a directory that started again, or was paused, reports that its list is not settled."""
+
+NAME_BYTES = 16
+"""A directory keeps only the first bytes of a block's name: what it finds is a hint, and the worker compares
+the tokens."""
+MOST_HASHES = 4096
+"""Block names in one look-up: a prompt of a million tokens."""
+MOST_BLOCKS = 1 << 17
+"""Blocks that a directory remembers of one worker. It ignores those announced beyond."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """How busy a worker is. Gateways compare these to route, so a value may be a renewal old."""
+
+    running: int = 0
+    """Requests that are being computed. Of a dense worker, as the next two."""
+    waiting: int = 0
+    """Requests that are not admitted yet."""
+    parked: int = 0
+    """Choices that gave their memory back and wait."""
+    free_bytes: int = 0
+    """Bytes of its store that it can grant now."""
+    budget_bytes: int = 0
+    """Bytes that its store may use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +70,12 @@ class WorkerRecord:
     """Attention workers that answer it, if it is a dense worker."""
     failure: str = ""
     """Why it failed to start."""
+    content: str = ""
+    """Digest of the model's weights, if it is a dense worker that has loaded them: equal on every host."""
+    load: Load | None = None
+    """None until it serves."""
+    zone: str = ""
+    """The failure domain or rack of its node, as the operator names it; empty if not named."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,21 +87,67 @@ class Listing:
     """Workers on which nothing new is to be placed."""
     settled: bool
     """Whether a worker that is missing from the list has really been silent. False for SETTLE_S after the
-    directory started again or was paused."""
+    directory started again, was paused, or could not be reached."""
+    draining: frozenset[WorkerId] = frozenset()
+    """The closed workers whose spans or sequences are to go elsewhere now."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Announcement:
+    """What changed in a worker's named blocks between two of its numbers. Names are SHA-256 hashes of
+    :mod:`farshore.kvstore.prefix`, or their first NAME_BYTES or more."""
+
+    since: int
+    """The number of the announcement before; 0: ``added`` is all that the worker holds."""
+    until: int
+    """The number of this one, at least ``since``. A worker counts its changes, from 1."""
+    added: tuple[bytes, ...] = ()
+    removed: tuple[bytes, ...] = ()
 
 
 class Directory(Protocol):
-    """Thread-safe. Every call ends within a deadline of a second or so. A remote directory raises
-    TransportError if it does not answer."""
+    """Thread-safe. Every call ends within a deadline of a second or so. A directory in another process raises
+    TransportError if it does not answer. Every call is idempotent."""
 
     def renew(self, record: WorkerRecord) -> None:
-        """Lists the worker for LEASE_S from now, with this record. Idempotent."""
+        """Lists the worker for LEASE_S from now, with this record."""
 
     def withdraw(self, worker: WorkerId) -> None:
-        """Removes a worker that ends. Idempotent."""
+        """Removes a worker that ends, and what it announced."""
 
-    def close(self, workers: Collection[WorkerId]) -> None:
-        """Makes these, and no others, the closed workers. Idempotent."""
+    def close(self, workers: Collection[WorkerId], *, draining: Collection[WorkerId] = ()) -> None:
+        """Makes these and the draining ones, and no others, the closed workers; and ``draining``, and no
+        others, the draining ones."""
 
     def listing(self) -> Listing:
         """The workers that are known now."""
+
+    def announce(self, worker: WorkerId, blocks: Announcement) -> int:
+        """Notes which named blocks the worker holds. They are forgotten when its lease runs out.
+
+        Returns the number up to which the directory knows this worker's changes; 0 for a worker without a
+        lease. If this is not ``blocks.until``, the directory lost or missed a change: announce everything,
+        with ``since=0``. Announce nothing new (``since == until``) now and then to learn of that.
+        """
+
+    def find_prefix(self, hashes: Sequence[bytes]) -> list[frozenset[WorkerId]]:
+        """For each block name, the workers that announced it: a hint, since blocks come and go. Raises
+        InvalidRequest for more than MOST_HASHES names."""
+
+    def disconnect(self) -> None:
+        """Closes connections, if it has any. Further calls fail."""
+
+
+def block_keys(names: Sequence[bytes]) -> list[bytes]:
+    """The first NAME_BYTES of each block name. InvalidRequest for a shorter name."""
+    shortest = min(map(len, names), default=NAME_BYTES)
+    if shortest < NAME_BYTES:
+        raise InvalidRequest(f"a block's name of {shortest} bytes: give {NAME_BYTES} at least")
+    return [name[:NAME_BYTES] for name in names]
+
+
+def look_up_keys(hashes: Sequence[bytes]) -> list[bytes]:
+    """As :func:`block_keys`, for a look-up. InvalidRequest for more than MOST_HASHES names."""
+    if len(hashes) > MOST_HASHES:
+        raise InvalidRequest(f"a look-up of {len(hashes)} blocks: ask for {MOST_HASHES} at most")
+    return block_keys(hashes)

@@ -4,7 +4,14 @@ from dataclasses import asdict
 from typing import get_args
 
 from farshore.ids import WorkerId
-from farshore.kvstore.directory.base import Listing, WorkerRecord, WorkerState
+from farshore.kvstore.directory.base import (
+    Announcement,
+    Listing,
+    Load,
+    WorkerRecord,
+    WorkerState,
+    block_keys,
+)
 from farshore.proto import cluster_pb2 as pb
 
 _STATES: dict[str, WorkerState] = {state: state for state in get_args(WorkerState)}
@@ -12,7 +19,8 @@ _STATES: dict[str, WorkerState] = {state: state for state in get_args(WorkerStat
 
 def record_to_pb(record: WorkerRecord) -> pb.WorkerRecord:
     fields = asdict(record)
-    return pb.WorkerRecord(worker_id=fields.pop("worker"), **fields)
+    load = fields.pop("load")
+    return pb.WorkerRecord(worker_id=fields.pop("worker"), load=pb.Load(**load) if load else None, **fields)
 
 
 def record_from_pb(message: pb.WorkerRecord) -> WorkerRecord:
@@ -27,6 +35,19 @@ def record_from_pb(message: pb.WorkerRecord) -> WorkerRecord:
         progress=message.progress,
         shards=message.shards,
         failure=message.failure,
+        content=message.content,
+        load=_load_from_pb(message.load) if message.HasField("load") else None,
+        zone=message.zone,
+    )
+
+
+def _load_from_pb(message: pb.Load) -> Load:
+    return Load(
+        running=message.running,
+        waiting=message.waiting,
+        parked=message.parked,
+        free_bytes=message.free_bytes,
+        budget_bytes=message.budget_bytes,
     )
 
 
@@ -35,6 +56,7 @@ def listing_to_pb(listing: Listing) -> pb.Listing:
         workers=[record_to_pb(record) for record in listing.workers],
         closed=sorted(listing.closed),
         settled=listing.settled,
+        draining=sorted(listing.draining),
     )
 
 
@@ -43,4 +65,24 @@ def listing_from_pb(message: pb.Listing) -> Listing:
         workers=tuple(record_from_pb(record) for record in message.workers),
         closed=frozenset(WorkerId(worker) for worker in message.closed),
         settled=message.settled,
+        draining=frozenset(WorkerId(worker) for worker in message.draining),
+    )
+
+
+def announcement_to_pb(worker: WorkerId, blocks: Announcement) -> pb.BlockAnnouncement:
+    return pb.BlockAnnouncement(
+        worker_id=worker,
+        since=blocks.since,
+        until=blocks.until,
+        added=block_keys(blocks.added),
+        removed=block_keys(blocks.removed),
+    )
+
+
+def announcement_from_pb(message: pb.BlockAnnouncement) -> Announcement:
+    return Announcement(
+        since=message.since,
+        until=message.until,
+        added=tuple(message.added),
+        removed=tuple(message.removed),
     )

@@ -5,10 +5,11 @@ See ``base`` for the contract. It must not know gRPC.
 
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from farshore.ids import WorkerId
-from farshore.kvstore.directory.base import LEASE_S, SETTLE_S, Listing, WorkerRecord
+from farshore.kvstore.directory.base import LEASE_S, SETTLE_S, Announcement, Listing, WorkerRecord
+from farshore.kvstore.directory.locations import Locations
 
 
 class EmbeddedDirectory:
@@ -24,6 +25,8 @@ class EmbeddedDirectory:
         self._records: dict[WorkerId, WorkerRecord] = {}
         self._expires_s: dict[WorkerId, float] = {}
         self._closed: frozenset[WorkerId] = frozenset()
+        self._draining: frozenset[WorkerId] = frozenset()
+        self._locations = Locations()
         now_s = clock()
         self._called_s = now_s
         self._settles_s = now_s + SETTLE_S if restarted else now_s
@@ -37,25 +40,49 @@ class EmbeddedDirectory:
     def withdraw(self, worker: WorkerId) -> None:
         with self._lock:
             self._notice_pause()
-            self._records.pop(worker, None)
-            self._expires_s.pop(worker, None)
+            self._forget(worker)
 
-    def close(self, workers: Collection[WorkerId]) -> None:
+    def close(self, workers: Collection[WorkerId], *, draining: Collection[WorkerId] = ()) -> None:
         with self._lock:
             self._notice_pause()
-            self._closed = frozenset(workers)
+            self._draining = frozenset(draining)
+            self._closed = self._draining.union(workers)
 
     def listing(self) -> Listing:
         with self._lock:
-            now_s = self._notice_pause()
-            for worker in [worker for worker, end_s in self._expires_s.items() if end_s <= now_s]:
-                del self._records[worker], self._expires_s[worker]
+            now_s = self._expire()
             records = sorted(self._records.values(), key=lambda record: (record.slot, record.worker))
             return Listing(
                 workers=tuple(records),
                 closed=self._closed & self._records.keys(),
                 settled=now_s >= self._settles_s,
+                draining=self._draining & self._records.keys(),
             )
+
+    def announce(self, worker: WorkerId, blocks: Announcement) -> int:
+        with self._lock:
+            self._expire()
+            return self._locations.announce(worker, blocks) if worker in self._records else 0
+
+    def find_prefix(self, hashes: Sequence[bytes]) -> list[frozenset[WorkerId]]:
+        with self._lock:
+            self._expire()
+            return self._locations.find(hashes)
+
+    def disconnect(self) -> None:
+        """Does nothing: there is no connection."""
+
+    def _expire(self) -> float:
+        """Drops the workers whose lease ran out. Returns the time now."""
+        now_s = self._notice_pause()
+        for worker in [worker for worker, end_s in self._expires_s.items() if end_s <= now_s]:
+            self._forget(worker)
+        return now_s
+
+    def _forget(self, worker: WorkerId) -> None:
+        self._records.pop(worker, None)
+        self._expires_s.pop(worker, None)
+        self._locations.forget(worker)
 
     def _notice_pause(self) -> float:
         """The time now. A gap of LEASE_S between two calls means that this process was paused, since its

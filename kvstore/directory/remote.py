@@ -3,14 +3,16 @@
 See ``base`` for the contract.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import grpc
 
 from farshore import rpc
+from farshore.errors import FarshoreError
 from farshore.ids import WorkerId
 from farshore.kvstore.directory import codec
-from farshore.kvstore.directory.base import Directory, Listing, WorkerRecord
+from farshore.kvstore.directory.base import Announcement, Directory, Listing, WorkerRecord, look_up_keys
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 
@@ -30,17 +32,23 @@ class RemoteDirectory:
     def withdraw(self, worker: WorkerId) -> None:
         self._call(self._stub.Withdraw, pb.WithdrawRequest(worker_id=worker))
 
-    def close(self, workers: Collection[WorkerId]) -> None:
-        self._call(self._stub.Close, pb.CloseRequest(worker_ids=sorted(workers)))
+    def close(self, workers: Collection[WorkerId], *, draining: Collection[WorkerId] = ()) -> None:
+        self._call(self._stub.Close, pb.CloseRequest(worker_ids=sorted(workers), draining=sorted(draining)))
 
     def listing(self) -> Listing:
         return codec.listing_from_pb(self._call(self._stub.List, pb.ListRequest()))
 
+    def announce(self, worker: WorkerId, blocks: Announcement) -> int:
+        return self._call(self._stub.Announce, codec.announcement_to_pb(worker, blocks)).known
+
+    def find_prefix(self, hashes: Sequence[bytes]) -> list[frozenset[WorkerId]]:
+        reply = self._call(self._stub.FindPrefix, pb.FindPrefixRequest(hashes=look_up_keys(hashes)))
+        return [frozenset(WorkerId(worker) for worker in block.worker_ids) for block in reply.blocks]
+
     def disconnect(self) -> None:
-        """Closes the connection."""
         self._channel.close()
 
-    def _call(self, method: grpc.UnaryUnaryMultiCallable, request: object) -> pb.Listing:
+    def _call(self, method: grpc.UnaryUnaryMultiCallable, request: object) -> Any:
         try:
             return method(request, timeout=DEADLINE_S)
         except grpc.RpcError as failure:
@@ -62,8 +70,29 @@ class DirectoryService(pb_grpc.DirectoryServicer):
         return pb.DirectoryReply()
 
     def Close(self, request: pb.CloseRequest, context: grpc.ServicerContext) -> pb.DirectoryReply:
-        self._directory.close([WorkerId(worker) for worker in request.worker_ids])
+        closed, draining = (
+            [WorkerId(worker) for worker in workers] for workers in (request.worker_ids, request.draining)
+        )
+        self._directory.close(closed, draining=draining)
         return pb.DirectoryReply()
 
     def List(self, request: pb.ListRequest, context: grpc.ServicerContext) -> pb.Listing:
         return codec.listing_to_pb(self._directory.listing())
+
+    def Announce(
+        self, request: pb.BlockAnnouncement, context: grpc.ServicerContext
+    ) -> pb.BlockAnnouncementReply:
+        blocks = codec.announcement_from_pb(request)
+        try:
+            return pb.BlockAnnouncementReply(
+                known=self._directory.announce(WorkerId(request.worker_id), blocks)
+            )
+        except FarshoreError as error:
+            rpc.abort(context, error)
+
+    def FindPrefix(self, request: pb.FindPrefixRequest, context: grpc.ServicerContext) -> pb.FindPrefixReply:
+        try:
+            found = self._directory.find_prefix(request.hashes)
+        except FarshoreError as error:
+            rpc.abort(context, error)
+        return pb.FindPrefixReply(blocks=[pb.BlockHolders(worker_ids=sorted(workers)) for workers in found])

@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 
 from farshore import rpc
-from farshore.errors import TransportError
+from farshore.errors import InvalidRequest, TransportError
 from farshore.ids import WorkerId
-from farshore.kvstore.directory.base import LEASE_S, SETTLE_S, WorkerRecord
+from farshore.kvstore.directory.base import LEASE_S, MOST_HASHES, SETTLE_S, Announcement, Load, WorkerRecord
+from farshore.kvstore.directory.connect import open_directory
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
-from farshore.kvstore.directory.remote import DirectoryService, RemoteDirectory
+from farshore.kvstore.directory.remote import DirectoryService
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 
@@ -21,6 +22,8 @@ RECORD = WorkerRecord(
     host="127.0.0.1",
     process_id=12,
     state="serving",
+    load=Load(free_bytes=3 << 40, budget_bytes=4 << 40),
+    zone="rack-3",
 )
 OTHER = replace(
     RECORD,
@@ -29,6 +32,8 @@ OTHER = replace(
     slot="dense-0",
     state="loading",
     progress="3 of 9 tensors",
+    content="sha256:ab",
+    load=None,
 )
 
 
@@ -39,7 +44,7 @@ def through_grpc(directory):
         listen="127.0.0.1:0",
         threads=2,
     )
-    return server, RemoteDirectory(address)
+    return server, open_directory(f"grpc://{address}")
 
 
 @pytest.fixture(params=["embedded", "remote"])
@@ -112,6 +117,16 @@ def test_closed_workers_are_those_named_last(directory):
     assert directory.listing().closed == {OTHER.worker}
 
 
+def test_draining_workers_are_closed(directory):
+    directory.renew(RECORD)
+    directory.renew(OTHER)
+    directory.close([RECORD.worker], draining=[OTHER.worker, WorkerId("unknown")])
+    listing = directory.listing()
+    assert listing.closed == {RECORD.worker, OTHER.worker} and listing.draining == {OTHER.worker}
+    directory.close([OTHER.worker])
+    assert directory.listing().closed == {OTHER.worker} and not directory.listing().draining
+
+
 def test_a_restarted_directory_settles_late(make, clock):
     directory = make(restarted=True)
     assert not directory.listing().settled
@@ -129,6 +144,72 @@ def test_a_paused_directory_loses_nobody(directory, clock):
     pass_time(clock, directory, 0.5)
     listing = directory.listing()
     assert listing.settled and not listing.workers
+
+
+def block(number):
+    return number.to_bytes(32)
+
+
+def holders(directory, *numbers):
+    return [set(workers) for workers in directory.find_prefix([block(number) for number in numbers])]
+
+
+def announce(directory, record, since, until, *, added=(), removed=()):
+    changes = (tuple(map(block, numbers)) for numbers in (added, removed))
+    added, removed = changes
+    return directory.announce(
+        record.worker, Announcement(since=since, until=until, added=added, removed=removed)
+    )
+
+
+def test_a_prefix_is_found_at_the_workers_that_announced_it(directory):
+    directory.renew(RECORD)
+    directory.renew(OTHER)
+    assert announce(directory, RECORD, 0, 1, added=[1 << 200, 2 << 200]) == 1
+    assert announce(directory, OTHER, 0, 7, added=[2 << 200]) == 7
+    both = {RECORD.worker, OTHER.worker}
+    assert holders(directory, 2 << 200, 3 << 200, 1 << 200) == [both, set(), {RECORD.worker}]
+    assert announce(directory, OTHER, 7, 8, added=[3 << 200], removed=[2 << 200, 9 << 200]) == 8
+    assert holders(directory, 2 << 200, 3 << 200) == [{RECORD.worker}, {OTHER.worker}]
+    assert directory.find_prefix([]) == []
+
+
+def test_announcements_are_numbered(directory):
+    directory.renew(RECORD)
+    first, second, third = 1 << 200, 2 << 200, 3 << 200
+    assert announce(directory, RECORD, 4, 5, added=[first]) == 0
+    assert announce(directory, RECORD, 0, 5, added=[first]) == 5
+    assert announce(directory, RECORD, 6, 7, added=[second]) == 5  # One was missed: nothing is added.
+    for _ in range(2):
+        assert announce(directory, RECORD, 5, 6, added=[second]) == 6
+    assert announce(directory, RECORD, 6, 6) == 6
+    assert holders(directory, first, second) == [{RECORD.worker}] * 2
+    assert announce(directory, RECORD, 0, 9, added=[third]) == 9  # Replaces the rest.
+    assert holders(directory, first, second, third) == [set(), set(), {RECORD.worker}]
+
+
+def test_announcements_end_with_the_lease(directory, clock):
+    number = 1 << 200
+    assert announce(directory, RECORD, 0, 1, added=[number]) == 0
+    for record in (RECORD, OTHER):
+        directory.renew(record)
+        assert announce(directory, record, 0, 1, added=[number]) == 1
+    directory.withdraw(OTHER.worker)
+    assert holders(directory, number) == [{RECORD.worker}]
+    pass_time(clock, directory, LEASE_S)
+    assert holders(directory, number) == [set()]
+    directory.renew(RECORD)
+    assert holders(directory, number) == [set()]
+    assert announce(directory, RECORD, 1, 1) == 0
+
+
+def test_look_ups_are_bounded(directory):
+    for hashes in ([block(1)] * (MOST_HASHES + 1), [b"short"], [b""]):
+        with pytest.raises(InvalidRequest, match="block"):
+            directory.find_prefix(hashes)
+    directory.renew(RECORD)
+    with pytest.raises(InvalidRequest, match="bytes"):
+        directory.announce(RECORD.worker, Announcement(since=0, until=1, added=(b"short",)))
 
 
 def test_a_directory_that_does_not_answer_raises():
