@@ -24,7 +24,7 @@ PLACE_DEADLINE_S = 120.0
 """A worker process imports torch and opens a port in seconds; longer means that no node has room for it."""
 
 LOAD_DEADLINE_S = 1800.0
-"""For the dense worker to load its model."""
+"""For the dense workers to load their model."""
 
 MOST_WORKERS = 1000
 MIN_KV_MEMORY_BYTES = 64 << 20
@@ -47,6 +47,7 @@ class ClusterConfig:
     kv_format: KvFormat | None = None
     """Format of stored keys and values; None: that of ``dtype``. Use :attr:`stored_format`."""
     dense_workers: int = 1
+    """Engines. Each loads the whole model, and all share the attention workers."""
     attention_workers: int = 2
     kv_memory_bytes: int = 1 << 30
     """KV budget of each worker; a dense worker's holds tails and, with local placement, spans."""
@@ -109,11 +110,14 @@ class ClusterConfig:
 
 def check_counts(dense_workers: int, attention_workers: int, *, placement: str) -> None:
     """Raises InvalidRequest for numbers of workers that can't work."""
-    if dense_workers != 1:
-        raise InvalidRequest(f"--dense-workers {dense_workers}: this release runs exactly 1")
+    if dense_workers < 1:
+        raise InvalidRequest(
+            f"--dense-workers {dense_workers}: give at least 1; `farshore down` ends a whole cluster"
+        )
     if attention_workers < 0 or (placement == "offload" and attention_workers < 1):
         raise InvalidRequest(
             f"--attention-workers {attention_workers}: give at least 1, or use --placement local"
         )
-    if attention_workers > MOST_WORKERS:
-        raise InvalidRequest(f"--attention-workers {attention_workers}: give at most {MOST_WORKERS}")
+    for option, count in (("--dense-workers", dense_workers), ("--attention-workers", attention_workers)):
+        if count > MOST_WORKERS:
+            raise InvalidRequest(f"{option} {count}: give at most {MOST_WORKERS}")

@@ -140,14 +140,13 @@ class Controller:
             config=config,
             directory=f"grpc://{self.address}",
             network=config.ray_address is not None,
-            workers_per_node=1 if slot.kind == "dense" else -(-config.attention_workers // nodes),
+            workers_per_node=max(1, -(-self._desired.counts()[slot.kind] // nodes)),
         )
-        options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 2}
+        options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 2, "scheduling_strategy": "SPREAD"}
         if slot.kind == "dense":
             return DenseActor, options, {"arguments": arguments}
         options |= {
             "memory": config.kv_memory_bytes,
-            "scheduling_strategy": "SPREAD",
             "runtime_env": {"env_vars": rpc.SHARD_ENVIRONMENT},
         }
         return AttentionActor, options, {"arguments": arguments}

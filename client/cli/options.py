@@ -114,7 +114,8 @@ def add_cluster_options(group: argparse._ArgumentGroup) -> None:
         "--placement",
         choices=get_args(Placement),
         default="offload",
-        help="where KV lives: on the attention workers, or local to the dense worker (default: %(default)s)",
+        help="where KV lives: on the attention workers, which all dense workers share, or local to the dense "
+        "worker that made it (default: %(default)s)",
     )
     group.add_argument(
         "--shard-by",

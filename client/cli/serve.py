@@ -52,7 +52,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         type=int,
         default=1,
         metavar="N",
-        help="processes that run the model's layers; 1 in this release (default: %(default)s)",
+        help="processes that run the model's layers; each loads the whole model and they share the attention "
+        "workers (default: %(default)s)",
     )
     add_cluster_options(cluster)
     cluster.add_argument(

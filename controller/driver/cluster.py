@@ -7,7 +7,7 @@ no token's path.
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
@@ -154,6 +154,7 @@ class Cluster:
         )
         workers = self._await_workers(progress)
         progress("starting the gateway")
+        # The gateway finds the other dense workers in the directory.
         dense = next(record for record in workers if record.kind == "dense")
         self.address = self._gateway.serve(engine=dense.address)
         self._last_event = max((event.number for event in self._events()), default=0)
@@ -192,8 +193,8 @@ class Cluster:
         )
 
     def _await_workers(self, progress: Callable[[str], None]) -> tuple[WorkerRecord, ...]:
-        """Blocks until the dense worker serves and all attention workers have joined it. Raises ModelError if
-        the model can't be loaded, StartupError if workers find no room or a deadline passes."""
+        """Blocks until every dense worker serves and all attention workers have joined each of them. Raises
+        ModelError if one can't load the model, StartupError if workers find no room or a deadline passes."""
         config, began_s = self._config, time.monotonic()
         told = ""
         # A private Ray has one node; nodes of a joined Ray may still come.
@@ -204,19 +205,21 @@ class Cluster:
             waited_s = time.monotonic() - began_s
             records = self._listed()
             attention = sum(record.kind == "attention" for record in records)
-            dense = next((record for record in records if record.kind == "dense"), None)
-            if dense is not None and dense.state == "failed":
-                raise ModelError(dense.failure)
+            dense = [record for record in records if record.kind == "dense"]
+            for record in dense:
+                if record.state == "failed":
+                    raise ModelError(record.failure)
             placed = attention >= config.attention_workers
             needed = config.attention_workers if config.placement == "offload" else 0
-            if placed and dense is not None and dense.state == "serving" and dense.shards >= needed:
+            ready = sum(record.state == "serving" and record.shards >= needed for record in dense)
+            if placed and ready >= config.dense_workers:
                 return records
             if not placed and waited_s > PLACE_DEADLINE_S:
                 problem = self._problem(free=True) or "see the logs of Ray on its nodes"
                 raise StartupError(f"attention workers are not started after {waited_s:.0f} s: {problem}")
             if waited_s > LOAD_DEADLINE_S:
                 raise StartupError(f"not serving after {waited_s:.0f} s: see Ray's logs")
-            told = _told(progress, told, config, dense if placed else None)
+            told = _told(progress, told, config, dense if placed else [])
             self._stopped.wait(START_POLL_S)
 
     def _problem(self, *, free: bool) -> str | None:
@@ -263,15 +266,22 @@ class Cluster:
 
 
 def _told(
-    progress: Callable[[str], None], told: str, config: ClusterConfig, dense: WorkerRecord | None
+    progress: Callable[[str], None], told: str, config: ClusterConfig, dense: Sequence[WorkerRecord]
 ) -> str:
-    """Shows what is waited for, if it differs from ``told``. Returns it."""
-    if dense is None:
+    """Shows what is waited for, if it differs from ``told``. Returns it. ``dense``: the dense workers that
+    are listed; none while attention workers are missing."""
+    loading = [record for record in dense if record.state != "serving"]
+    serving = len(dense) - len(loading)
+    if loading:
+        text = f"loading {config.spec.name}"
+        if config.dense_workers > 1:
+            text += f", {serving} of {config.dense_workers} dense workers ready"
+        text += f": {loading[0].progress}" if loading[0].progress else ""
+    elif serving < config.dense_workers:
         text = f"starting {config.attention_workers} attention workers"
-    elif dense.state == "serving":
-        text = f"connecting {config.attention_workers} attention workers"
+        text += f" and {config.dense_workers} dense workers" if config.dense_workers > 1 else ""
     else:
-        text = f"loading {config.spec.name}{f': {dense.progress}' if dense.progress else ''}"
+        text = f"connecting {config.attention_workers} attention workers"
     if text != told:
         progress(text)
     return text

@@ -21,7 +21,12 @@ def test_scale_changes_the_named_numbers_and_is_kept(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"attention": 0}, "at least 1"), ({"attention": 2000}, "at most"), ({"dense": 2}, "exactly 1")],
+    [
+        ({"attention": 0}, "at least 1"),
+        ({"attention": 2000}, "at most"),
+        ({"dense": 0}, "at least 1"),
+        ({"dense": 2000}, "at most"),
+    ],
 )
 def test_numbers_that_cannot_work_are_refused_and_change_nothing(tmp_path, changes, message):
     made = desired(tmp_path, keep=False)

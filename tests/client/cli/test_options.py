@@ -77,7 +77,7 @@ def test_addresses(text):
         ("serve", "--kv-memory", "lots"),
         ("serve", "--kv-memory", "1MiB"),
         ("serve", "--attention-workers", "0"),
-        ("serve", "--dense-workers", "2"),
+        ("serve", "--dense-workers", "0"),
         ("serve", "--shard-by", "colour"),
         ("serve", "--dtype", "int1"),
         ("serve", "--port", "70000"),
