@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private.utils import get_num_cpus
 
+from farshore.controller import resources
 from farshore.controller.config import ClusterConfig
 from farshore.controller.gauges import Gauges, Sample
 from farshore.controller.listen import bracketed
+from farshore.controller.reconcile import Kind
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.connect import open_directory
 from farshore.models.config.model import ModelConfig
@@ -33,8 +36,11 @@ class WorkerArguments:
     """URL of the directory: see :func:`~farshore.kvstore.directory.connect.open_directory`."""
     network: bool
     """Whether to listen on the address of the worker's node; else on loopback."""
-    workers_per_node: int
-    """Workers of this kind that share a node's cores."""
+    kind: Kind
+    workers: int
+    """How many of its kind there are to be; for its part of its node's cores."""
+    worker_bytes: int
+    """The memory that Ray gives to a worker of this kind."""
 
 
 class _Worker:
@@ -43,11 +49,23 @@ class _Worker:
         self._id = WorkerId(f"{arguments.slot}-{uuid.uuid4().hex[:6]}")
         self._host = ray.util.get_node_ip_address() if arguments.network else "127.0.0.1"
         self._listen = f"{bracketed(self._host)}:0"
-        self._threads = max(1, len(os.sched_getaffinity(0)) // arguments.workers_per_node)
+        self._threads = resources.threads(
+            arguments.kind,
+            resources.all_nodes(),
+            here=ray.get_runtime_context().get_node_id(),
+            cores=_usable_cores(),
+            each_bytes=arguments.worker_bytes,
+            workers=arguments.workers,
+        )
         self._directory = open_directory(arguments.directory)
 
     def __repr__(self) -> str:
         return f"{self._slot} on {self._host} ({self._id})"
+
+
+def _usable_cores() -> int:
+    """The cores that this process may use: of its affinity, and of its container's quota."""
+    return max(1, min(len(os.sched_getaffinity(0)), int(get_num_cpus(override_docker_cpu_warning=True))))
 
 
 class AttentionActor(_Worker):

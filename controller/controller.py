@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private.state import available_resources_per_node
 
 from farshore import rpc
+from farshore.controller import resources
 from farshore.controller.actors import AttentionActor, DenseActor, WorkerArguments
 from farshore.controller.config import ClusterConfig
 from farshore.controller.desired import Desired
@@ -21,7 +21,7 @@ from farshore.controller.events import Events
 from farshore.controller.launch import RayLauncher
 from farshore.controller.loop import Loop
 from farshore.controller.probes import WorkerProbes
-from farshore.controller.reconcile import Kind, Slot
+from farshore.controller.reconcile import KINDS, Kind, Slot
 from farshore.controller.service import AdminService
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
 from farshore.kvstore.directory.remote import DirectoryService
@@ -53,8 +53,9 @@ class Controller:
     ) -> None:
         """``namespace``: of the workers' actors. ``listen``: HOST:PORT, the same after a restart, since
         workers and gateways know it. ``state_folder``: where the last scale is
-        stored. ``restarted``: workers of an earlier controller may run. Raises PortInUse."""
+        stored. ``restarted``: workers of an earlier controller may run. Raises PortInUse, ModelError."""
         self._config = config
+        self._worker_bytes = resources.worker_bytes(config, model)
         self.events = Events()
         self._directory = EmbeddedDirectory(restarted=restarted)
         self._desired = Desired(
@@ -97,14 +98,21 @@ class Controller:
             threading.Thread(target=self._end, name="down", daemon=True).start()
 
     def problem(self, *, free: bool) -> str | None:
-        """The missing memory and the fix, if attention workers do not fit; None if they do. ``free``: those
-        that wait for a node, into what is free now; else all of them, into what the nodes have."""
+        """The missing resource and the fix, if workers do not fit; None if they do. ``free``: those that wait
+        for a node, into what is free now; else all of them, into what the nodes have."""
+        nodes = resources.all_nodes()
+        declared = resources.are_declared(nodes)
+        counts = self._desired.counts()
         if free:
-            nodes, slots = _free_memory(), self._launcher.occupants().items()
-            workers = sum(slot.kind == "attention" and not occupant.node for slot, occupant in slots)
-        else:
-            nodes, workers = _total_memory(), self._desired.counts()["attention"]
-        return too_little_memory(nodes, workers=workers, each_bytes=self._config.kv_memory_bytes)
+            nodes, taken = resources.free_nodes(), self._launcher.occupants().items()
+            waiting = [slot.kind for slot, occupant in taken if not occupant.node]
+            counts = {kind: waiting.count(kind) for kind in KINDS}
+        for kind in KINDS:
+            each = {"workers": counts[kind], "each_bytes": self._worker_bytes[kind]}
+            if problem := resources.missing(kind, nodes, **each, declared=declared):
+                return problem
+            nodes = resources.beside(nodes, kind, **each, declared=declared)
+        return None
 
     def down(self) -> None:
         """Ends the loop, then all workers: their streams first, and what is left after STOP_DEADLINE_S by
@@ -133,57 +141,19 @@ class Controller:
 
     def _new_worker(self, slot: Slot) -> tuple[type, dict[str, Any], dict[str, Any]]:
         """See :class:`RayLauncher`."""
-        config = self._config
-        nodes = max(1, len(_nodes()))
+        workers, each_bytes = self._desired.counts()[slot.kind], self._worker_bytes[slot.kind]
         arguments = WorkerArguments(
             slot=str(slot),
-            config=config,
+            config=self._config,
             directory=f"grpc://{self.address}",
-            network=config.ray_address is not None,
-            workers_per_node=max(1, -(-self._desired.counts()[slot.kind] // nodes)),
+            network=self._config.ray_address is not None,
+            kind=slot.kind,
+            workers=workers,
+            worker_bytes=each_bytes,
         )
-        options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 2, "scheduling_strategy": "SPREAD"}
+        options = {"max_concurrency": 2}
+        options |= resources.asked(slot.kind, resources.all_nodes(), each_bytes=each_bytes, workers=workers)
         if slot.kind == "dense":
             return DenseActor, options, {"arguments": arguments}
-        options |= {
-            "memory": config.kv_memory_bytes,
-            "runtime_env": {"env_vars": rpc.SHARD_ENVIRONMENT},
-        }
+        options |= {"runtime_env": {"env_vars": rpc.SHARD_ENVIRONMENT}}
         return AttentionActor, options, {"arguments": arguments}
-
-
-def _total_memory() -> dict[str, int]:
-    """Address of each node -> bytes of memory that Ray gives to actors there in all."""
-    return {node["NodeManagerAddress"]: int(node["Resources"].get("memory", 0)) for node in _nodes()}
-
-
-def _free_memory() -> dict[str, int]:
-    """Address of each node -> bytes of memory that Ray has not given to actors yet."""
-    free = available_resources_per_node()
-    return {
-        node["NodeManagerAddress"]: int(free.get(node["NodeID"], {}).get("memory", 0)) for node in _nodes()
-    }
-
-
-def _nodes() -> list[dict[str, Any]]:
-    return [node for node in ray.nodes() if node["Alive"]]
-
-
-def too_little_memory(nodes: Mapping[str, int], *, workers: int, each_bytes: int) -> str | None:
-    """A message with the missing memory and the fix, or None if the workers fit. ``nodes``: address ->
-    bytes."""
-    if sum(memory // each_bytes for memory in nodes.values()) >= workers:
-        return None
-    have = (
-        ", ".join(f"{_mib(memory)} on {node}" for node, memory in sorted(nodes.items())) or "no node at all"
-    )
-    each = " each" if workers > 1 else ""
-    return (
-        f"{workers} attention worker{'s' if workers > 1 else ''} with {_mib(each_bytes)} of memory{each} "
-        f"({_mib(workers * each_bytes)} in all) do not fit: Ray has {have}; lower --kv-memory or "
-        "--attention-workers, or add nodes"
-    )
-
-
-def _mib(count_bytes: int) -> str:
-    return f"{count_bytes / (1 << 20):,.0f} MiB"

@@ -15,7 +15,7 @@ from typing import Any, Self
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from farshore.controller import listen
+from farshore.controller import listen, resources
 from farshore.controller.actors import ControllerActor
 from farshore.controller.config import LOAD_DEADLINE_S, PLACE_DEADLINE_S, ClusterConfig
 from farshore.controller.driver.gateway_process import GatewayProcess
@@ -52,9 +52,14 @@ class Cluster:
     ``endpoints``: name -> address of the gateway, the controller and each worker. ``notices``:
     what an operator should know; may be empty."""
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(self, config: ClusterConfig, model: ModelConfig) -> None:
         self._config = config
-        self._ray = RayRuntime(config.ray_address, dashboard=config.dashboard)
+        self._model = model
+        self._ray = RayRuntime(
+            config.ray_address,
+            dashboard=config.dashboard,
+            worker_bytes=resources.worker_bytes(config, model),
+        )
         self._controller: Any = None
         self._gateway: GatewayProcess | None = None
         self._directory: Directory | None = None
@@ -75,9 +80,9 @@ class Cluster:
         # A download happens now, before anything is started; the cluster's processes find the cache filled.
         config = replace(config, spec=pinned(config.spec, progress=progress))
         _, model = load_spec(config.spec)
-        cluster = cls(config)
+        cluster = cls(config, model)
         try:
-            cluster._start(model, progress)
+            cluster._start(progress)
         except BaseException:
             cluster.stop()
             raise
@@ -136,12 +141,14 @@ class Cluster:
     ) -> None:
         self.stop()
 
-    def _start(self, model: ModelConfig, progress: Callable[[str], None]) -> None:
-        config = self._config
+    def _start(self, progress: Callable[[str], None]) -> None:
+        config, model = self._config, self._model
         self.notices += [model.length_warning] if model.length_warning else []
         progress(f"joining Ray at {config.ray_address}" if config.ray_address else "starting Ray")
         self._ray.start()
         self._ray.note_processes()
+        if config.ray_address is not None:
+            self.notices += resources.warnings(resources.all_nodes())
         progress("starting the controller")
         self._controller = self._start_controller(config, model)
         controller = self._ask(self._controller.address.remote(), "the controller", START_DEADLINE_S)
@@ -214,9 +221,9 @@ class Cluster:
             ready = sum(record.state == "serving" and record.shards >= needed for record in dense)
             if placed and ready >= config.dense_workers:
                 return records
-            if not placed and waited_s > PLACE_DEADLINE_S:
+            if (dense is None or not placed) and waited_s > PLACE_DEADLINE_S:
                 problem = self._problem(free=True) or "see the logs of Ray on its nodes"
-                raise StartupError(f"attention workers are not started after {waited_s:.0f} s: {problem}")
+                raise StartupError(f"workers are not started after {waited_s:.0f} s: {problem}")
             if waited_s > LOAD_DEADLINE_S:
                 raise StartupError(f"not serving after {waited_s:.0f} s: see Ray's logs")
             told = _told(progress, told, config, dense if placed else [])

@@ -20,14 +20,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from farshore.controller.ray_settings import ENVIRONMENT, OBJECT_STORE_BYTES
+
 # Ray reads these when it is imported or started.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# Ray starts its workers at niceness 15: an engine then gets 3% of a core that another process uses. A gateway
-# that tokenized long prompts stopped all answers for two seconds.
-os.environ.setdefault("RAY_worker_niceness", "0")
-# The GCS remembers the newest 100,000 task events by default, and the driver makes one every half second.
-os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "1000")
+os.environ.update(ENVIRONMENT | os.environ)
 
 import ray
 
@@ -35,14 +31,12 @@ import ray
 # Ray's copy, which importing Ray puts on sys.path.
 import psutil
 from ray._private import ray_constants
+from ray._private.utils import estimate_available_memory
 from ray._raylet import AuthenticationTokenLoader, Config
 
 from farshore.controller.driver.reaper import Reaper
 from farshore.controller.exits import exit_in_words
 from farshore.errors import StartupError
-
-OBJECT_STORE_BYTES = 80 << 20
-"""The smallest size that Ray allows, instead of 30% of memory: KV and frames do not use the object store."""
 
 ESSENTIAL = {"raylet": "Ray's raylet", "gcs_server": "Ray's GCS"}
 """Ray's processes that place actors and notice their end. Its other processes only display and log."""
@@ -55,9 +49,14 @@ END_DEADLINE_S = 2.0
 class RayRuntime:
     """Call :meth:`start`, then :meth:`stop`. At most one per process at a time. Not thread-safe."""
 
-    def __init__(self, address: str | None, *, dashboard: bool) -> None:
-        """``address``: join the Ray at this HOST:PORT; None: start a private Ray."""
+    def __init__(
+        self, address: str | None, *, dashboard: bool, worker_bytes: Mapping[str, int] | None = None
+    ) -> None:
+        """``address``: join the Ray at this HOST:PORT; None: start a private Ray. ``worker_bytes``: custom
+        resource -> memory of a process that asks for 1 of it; a private Ray declares as many as its memory
+        holds."""
         self._address = address
+        self._worker_bytes = worker_bytes or {}
         self._dashboard = dashboard
         self._connected = False
         self._private: Path | None = None  # the folder of a private Ray's token; None for a joined Ray
@@ -129,10 +128,13 @@ class RayRuntime:
         descriptor = os.open(token, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         with open(descriptor, "w", encoding="ascii") as file:
             file.write(secrets.token_hex(32))
+        memory_bytes = estimate_available_memory() - OBJECT_STORE_BYTES
         options = {
             "address": "local",
             "include_dashboard": self._dashboard,
             "object_store_memory": OBJECT_STORE_BYTES,
+            "_memory": memory_bytes,
+            "resources": {name: memory_bytes // each for name, each in self._worker_bytes.items()},
         }
         # Set only while Ray's processes start: other children of this program, and a Ray that it starts
         # later, must not inherit them.

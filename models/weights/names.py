@@ -1,7 +1,10 @@
 """The names and shapes of a Llama decoder's tensors: ours, Hugging Face's and ggml's.
 
-Called by ``load`` and by the readers of the file formats. It must not know how tensors are read.
+Called by ``load``, by the readers of the file formats, and by the controller, which runs without torch. It
+must not know how tensors are read.
 """
+
+from math import prod
 
 from farshore.models.config.model import ModelConfig
 
@@ -36,6 +39,11 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tied_embeddings:
         shapes["head"] = (config.vocab, config.hidden)
     return shapes
+
+
+def parameters(config: ModelConfig) -> int:
+    """The number of the model's weights."""
+    return sum(prod(shape) for shape in expected_shapes(config).values())
 
 
 def hf_name(name: str) -> str:
