@@ -14,6 +14,7 @@ from torch import Tensor
 from farshore.attention_offload.plan.step_plan import StepPlan
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import AttentionSpec, KVLayout, State
+from farshore.kvstore.base import SpanKey
 
 
 class AttentionModel(NamedTuple):
@@ -73,6 +74,18 @@ class ShardBeat(NamedTuple):
     must_reconcile: bool
     """The engine's next beat must list all spans that the engine wants: the shard may still hold spans that
     the engine has given up."""
+
+
+class Imported(NamedTuple):
+    """A span in a shard's store that is the copy of another shard's span."""
+
+    span: SpanId
+    key: SpanKey
+    """Its positions and groups are those of the copied span. Its sequence is none that runs, so that no
+    sequence may write to the span."""
+    layout: KVLayout
+    tokens: int
+    """The number of its tokens. All of them are sealed."""
 
 
 class Shards(Protocol):

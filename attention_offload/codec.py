@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from farshore import rpc
-from farshore.attention_offload.base import AttentionModel, Caller, ShardBeat, ShardIdentity, Wanted
+from farshore.attention_offload.base import AttentionModel, Caller, Imported, ShardBeat, ShardIdentity, Wanted
 from farshore.attention_offload.plan.step_plan import Read, ShardStep
 from farshore.errors import FarshoreError, InvalidRequest, TransportError
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
@@ -186,6 +186,21 @@ def slice_from_pb(message: pb.SpanSlice) -> SpanSlice:
         layout=layout_from_pb(message.layout),
         first=message.first,
         last=message.last,
+    )
+
+
+def imported_to_pb(imported: Imported) -> pb.ImportReply:
+    return pb.ImportReply(
+        span_id=imported.span,
+        key=key_to_pb(imported.key),
+        layout=layout_to_pb(imported.layout),
+        tokens=imported.tokens,
+    )
+
+
+def imported_from_pb(message: pb.ImportReply) -> Imported:
+    return Imported(
+        SpanId(message.span_id), key_from_pb(message.key), layout_from_pb(message.layout), message.tokens
     )
 
 

@@ -127,6 +127,14 @@ class PrefixIndex:
         prefix. True for a span without names."""
         return all(self._named_elsewhere(span, name) for name in self._names.get(span, {}).values())
 
+    def names_of(self, span: SpanId) -> list[PrefixBlock]:
+        """The named blocks of the span, by position."""
+        blocks = []
+        for first, name in sorted(self._names.get(span, {}).items()):
+            tokens = next(entry.tokens for entry in self._entries[name] if entry.span == span)
+            blocks.append(PrefixBlock(name[1], struct.unpack(f"<{len(tokens) // 4}I", tokens), first))
+        return blocks
+
     def forget(self, span: SpanId) -> None:
         """Removes the span's names."""
         for name in self._names.pop(span, {}).values():

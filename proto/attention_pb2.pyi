@@ -256,6 +256,52 @@ class SequenceReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class ImportRequest(_message.Message):
+    __slots__ = ("address", "span")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    SPAN_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    span: ExportRequest
+    def __init__(self, address: _Optional[str] = ..., span: _Optional[_Union[ExportRequest, _Mapping]] = ...) -> None: ...
+
+class ImportReply(_message.Message):
+    __slots__ = ("span_id", "key", "layout", "tokens")
+    SPAN_ID_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    span_id: str
+    key: SpanKey
+    layout: Layout
+    tokens: int
+    def __init__(self, span_id: _Optional[str] = ..., key: _Optional[_Union[SpanKey, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., tokens: _Optional[int] = ...) -> None: ...
+
+class ExportRequest(_message.Message):
+    __slots__ = ("span_id", "tokens", "sequence_id")
+    SPAN_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    span_id: str
+    tokens: int
+    sequence_id: str
+    def __init__(self, span_id: _Optional[str] = ..., tokens: _Optional[int] = ..., sequence_id: _Optional[str] = ...) -> None: ...
+
+class ExportPiece(_message.Message):
+    __slots__ = ("header", "checksum", "payload_bytes", "payload", "digest", "blocks")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    header: bytes
+    checksum: int
+    payload_bytes: int
+    payload: bytes
+    digest: str
+    blocks: _containers.RepeatedCompositeFieldContainer[PrefixBlock]
+    def __init__(self, header: _Optional[bytes] = ..., checksum: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., payload: _Optional[bytes] = ..., digest: _Optional[str] = ..., blocks: _Optional[_Iterable[_Union[PrefixBlock, _Mapping]]] = ...) -> None: ...
+
 class AnnounceRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -84,6 +84,16 @@ class AttentionStub(object):
                 request_serializer=farshore_dot_proto_dot_attention__pb2.SequenceRequest.SerializeToString,
                 response_deserializer=farshore_dot_proto_dot_attention__pb2.SequenceReply.FromString,
                 _registered_method=True)
+        self.Import = channel.unary_unary(
+                '/farshore.attention.v1.Attention/Import',
+                request_serializer=farshore_dot_proto_dot_attention__pb2.ImportRequest.SerializeToString,
+                response_deserializer=farshore_dot_proto_dot_attention__pb2.ImportReply.FromString,
+                _registered_method=True)
+        self.Export = channel.unary_stream(
+                '/farshore.attention.v1.Attention/Export',
+                request_serializer=farshore_dot_proto_dot_attention__pb2.ExportRequest.SerializeToString,
+                response_deserializer=farshore_dot_proto_dot_attention__pb2.ExportPiece.FromString,
+                _registered_method=True)
         self.Announce = channel.unary_unary(
                 '/farshore.attention.v1.Attention/Announce',
                 request_serializer=farshore_dot_proto_dot_attention__pb2.AnnounceRequest.SerializeToString,
@@ -179,6 +189,21 @@ class AttentionServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Import(self, request, context):
+        """Copies a sealed span of another shard into this one, with its block names, and keeps the copy for some seconds,
+        in which a sequence must Hold it. Idempotent: while the copy exists, the same span is not copied again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Export(self, request, context):
+        """Sends the sealed tokens of a span to another shard, if no native connection carries them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Announce(self, request, context):
         """Lists the spans in the store.
         """
@@ -260,6 +285,16 @@ def add_AttentionServicer_to_server(servicer, server):
                     servicer.Fence,
                     request_deserializer=farshore_dot_proto_dot_attention__pb2.SequenceRequest.FromString,
                     response_serializer=farshore_dot_proto_dot_attention__pb2.SequenceReply.SerializeToString,
+            ),
+            'Import': grpc.unary_unary_rpc_method_handler(
+                    servicer.Import,
+                    request_deserializer=farshore_dot_proto_dot_attention__pb2.ImportRequest.FromString,
+                    response_serializer=farshore_dot_proto_dot_attention__pb2.ImportReply.SerializeToString,
+            ),
+            'Export': grpc.unary_stream_rpc_method_handler(
+                    servicer.Export,
+                    request_deserializer=farshore_dot_proto_dot_attention__pb2.ExportRequest.FromString,
+                    response_serializer=farshore_dot_proto_dot_attention__pb2.ExportPiece.SerializeToString,
             ),
             'Announce': grpc.unary_unary_rpc_method_handler(
                     servicer.Announce,
@@ -552,6 +587,60 @@ class Attention(object):
             '/farshore.attention.v1.Attention/Fence',
             farshore_dot_proto_dot_attention__pb2.SequenceRequest.SerializeToString,
             farshore_dot_proto_dot_attention__pb2.SequenceReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Import(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farshore.attention.v1.Attention/Import',
+            farshore_dot_proto_dot_attention__pb2.ImportRequest.SerializeToString,
+            farshore_dot_proto_dot_attention__pb2.ImportReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Export(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/farshore.attention.v1.Attention/Export',
+            farshore_dot_proto_dot_attention__pb2.ExportRequest.SerializeToString,
+            farshore_dot_proto_dot_attention__pb2.ExportPiece.FromString,
             options,
             channel_credentials,
             insecure,

@@ -8,10 +8,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from farshore.attention_offload.base import ShardBeat, ShardIdentity, Wanted
+from farshore.attention_offload.base import Imported, ShardBeat, ShardIdentity, Wanted
 from farshore.attention_offload.plan.step_plan import ShardStep
 from farshore.attention_offload.transport.frames import MOST_DEADLINE_S, Transport
 from farshore.attention_offload.transport.native_connection import NativeConnection
+from farshore.ids import SequenceId, SpanId
 from farshore.kernels.base import State
 from farshore.kvstore.base import ShardStore
 
@@ -30,6 +31,11 @@ class ShardClient(Protocol):
 
     store: ShardStore
     """The shard's store, for cold calls: create, write, seal, read, drop."""
+
+    @property
+    def address(self) -> str:
+        """``host:port`` at which other shards reach the shard, to import its spans. Empty if they cannot: the
+        store is in the engine's process."""
 
     @property
     def transport(self) -> Transport | None:
@@ -61,6 +67,16 @@ class ShardClient(Protocol):
     def beat(self, wanted: Wanted | None) -> ShardBeat:
         """Renews the lease on the engine's holds at the shard. ``wanted`` lists every span that the engine
         wants to hold there; the shard drops its other holds. None renews without dropping any."""
+
+    def import_span(
+        self, address: str, span: SpanId, *, tokens: int, holder: SequenceId, deadline_s: float
+    ) -> Imported:
+        """Lets the shard copy a span of the shard at ``address``, of which at least the first ``tokens`` are
+        sealed and which ``holder`` holds there. Thread-safe; blocks until the copy is made.
+
+        The shard keeps the copy for some seconds: a sequence must hold it meanwhile. Idempotent: while the
+        copy exists, the same span is not copied again. Raises Full, Overloaded, Corrupt, TransportError, and
+        what the other shard answers: NotFound, InvalidRequest."""
 
     def begin(
         self, step: ShardStep, *, deadline_s: float = MOST_DEADLINE_S, drain_s: float = MOST_DEADLINE_S

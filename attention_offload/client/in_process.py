@@ -6,11 +6,12 @@ not know connections.
 
 from torch import Tensor
 
-from farshore.attention_offload.base import AttentionModel, ShardBeat, ShardIdentity, Wanted
+from farshore.attention_offload.base import AttentionModel, Imported, ShardBeat, ShardIdentity, Wanted
 from farshore.attention_offload.plan.step_plan import ShardStep
 from farshore.attention_offload.shard.session import AttendedBytes, ShardSession, identity_of
 from farshore.attention_offload.transport.frames import MOST_DEADLINE_S, Transport
-from farshore.ids import WorkerId
+from farshore.errors import InvalidRequest
+from farshore.ids import SequenceId, SpanId, WorkerId
 from farshore.kernels.base import State
 from farshore.kvstore.base import ShardStore
 
@@ -22,6 +23,7 @@ class InProcessClient:
     transport = bulk_transport = Transport.IN_PROCESS
     native_connection = None
     ready = True
+    address = ""
 
     def __init__(
         self,
@@ -58,6 +60,12 @@ class InProcessClient:
             self._attended.total,
             must_reconcile=False,
         )
+
+    def import_span(
+        self, address: str, span: SpanId, *, tokens: int, holder: SequenceId, deadline_s: float
+    ) -> Imported:
+        """InvalidRequest: an engine's own store imports nothing."""
+        raise InvalidRequest(f"{self._worker} is in the engine's process: it imports no spans")
 
     def begin(
         self, step: ShardStep, *, deadline_s: float = MOST_DEADLINE_S, drain_s: float = MOST_DEADLINE_S

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from farshore.attention_offload import codec
-from farshore.attention_offload.base import AttentionModel, ShardBeat, ShardIdentity, Wanted
+from farshore.attention_offload.base import AttentionModel, Imported, ShardBeat, ShardIdentity, Wanted
 from farshore.attention_offload.client.remote_store import DEADLINE_S, RemoteStore
 from farshore.attention_offload.plan.step_plan import ShardStep
 from farshore.attention_offload.transport.connect import CONNECT_DEADLINE_S, Dialler, shard_error
@@ -27,6 +27,7 @@ from farshore.attention_offload.transport.frames import (
 from farshore.attention_offload.transport.grpc_connection import GrpcConnection
 from farshore.attention_offload.transport.native_connection import NativeConnection
 from farshore.errors import FarshoreError, InvalidRequest, Late, TransportError
+from farshore.ids import SequenceId, SpanId
 from farshore.kernels.base import State
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
@@ -87,6 +88,10 @@ class RemoteClient:
         )
 
     @property
+    def address(self) -> str:
+        return self._address
+
+    @property
     def transport(self) -> Transport | None:
         connection = self._newest
         return connection.transport if connection is not None else None
@@ -126,6 +131,16 @@ class RemoteClient:
         if self._second_connection is not None:
             self._second_connection.connect(deadline_s=deadline_s)
         return connection.transport
+
+    def import_span(
+        self, address: str, span: SpanId, *, tokens: int, holder: SequenceId, deadline_s: float
+    ) -> Imported:
+        wanted = pb.ExportRequest(span_id=span, tokens=tokens, sequence_id=holder)
+        try:
+            reply = self._stub.Import(pb.ImportRequest(address=address, span=wanted), timeout=deadline_s)
+        except grpc.RpcError as failure:
+            raise shard_error(failure, self._address) from failure
+        return codec.imported_from_pb(reply)
 
     def begin(
         self, step: ShardStep, *, deadline_s: float = MOST_DEADLINE_S, drain_s: float = MOST_DEADLINE_S

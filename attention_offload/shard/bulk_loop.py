@@ -1,4 +1,4 @@
-"""Serves a bulk connection at the shard: reads and writes KV for one engine.
+"""Serves a bulk connection at the shard: reads and writes KV for one engine, or exports spans to a shard.
 
 Called by ``shard.frame_loop``'s listener, in a thread per connection. ``transport.bulk`` defines the messages
 and the engine's end. It must not know how blocks are laid out. Received bytes reach a span only through the
@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from farshore.attention_offload import codec
+from farshore.attention_offload.shard import exports
 from farshore.attention_offload.shard.engine_holds import EngineHolds
 from farshore.attention_offload.transport.bulk import (
     MOST_MESSAGE_BYTES,
@@ -69,13 +70,18 @@ class _Connection:
     def answer(self) -> None:
         """Receives one request and answers it. Sends the store's error as FAILED; raises OSError only."""
         request = self._socket.receive(idle=True)
-        if request.payload_bytes > MOST_PAYLOAD_BYTES or request.kind not in (BulkKind.WRITE, BulkKind.READ):
+        serve = {
+            BulkKind.WRITE: self._write,
+            BulkKind.READ: self._read,
+            BulkKind.EXPORT: self._export,
+        }.get(request.kind)
+        if request.payload_bytes > MOST_PAYLOAD_BYTES or serve is None:
             raise ConnectionError(
                 f"garbage: {request.kind.name} with {request.payload_bytes} bytes, to a shard"
             )
         self._unread_bytes = request.payload_bytes
         try:
-            (self._write if request.kind is BulkKind.WRITE else self._read)(request)
+            serve(request)
         except OSError:
             raise
         except Exception as error:
@@ -136,6 +142,10 @@ class _Connection:
                 stored = self._store.stored_runs(span, request.layer, first, last, sequence=sequence)
                 with stored as runs:
                     self._send(runs)
+
+    def _export(self, received: BulkMessage) -> None:
+        for piece, payload in exports.pieces(self._store, pb.ExportRequest.FromString(received.message)):
+            self._socket.send(BulkKind.PIECE, piece, [payload.data_ptr(), payload.nbytes])
 
     def _send(self, piece: Runs) -> None:
         if any(piece[1::2]):

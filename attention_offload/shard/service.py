@@ -19,10 +19,11 @@ from torch import Tensor
 from farshore import rpc
 from farshore.attention_offload import codec
 from farshore.attention_offload.base import ShardBeat, ShardIdentity
-from farshore.attention_offload.shard import checks
+from farshore.attention_offload.shard import checks, exports
 from farshore.attention_offload.shard.bulk_loop import serve_bulk
 from farshore.attention_offload.shard.engine_holds import EngineHolds, Ticker
 from farshore.attention_offload.shard.frame_loop import FrameListener, serve_frames
+from farshore.attention_offload.shard.imports import SpanImports
 from farshore.attention_offload.shard.session import AttendedBytes, ShardSession, identity_of
 from farshore.attention_offload.transport.core_sharing import oversubscribed_with
 from farshore.attention_offload.transport.frames import native
@@ -36,6 +37,9 @@ from farshore.proto import attention_pb2_grpc as pb_grpc
 
 MAX_CALLS = 64
 """The number of threads, and so of concurrent calls, Attend streams included."""
+
+MOST_IMPORT_S = 120.0
+"""How long a call waits for an import at most, whatever its own deadline."""
 
 READ_CHUNK_BYTES = 256 << 10
 """The KV in one message of a pull. Handling a message holds the interpreter's lock, and hot frames wait: with
@@ -90,6 +94,7 @@ class AttentionService(pb_grpc.AttentionServicer):
         self._store = store
         self._attended = AttendedBytes()
         self.holds = EngineHolds(store, clock=clock)
+        self.imports = SpanImports(store, clock=clock)
         self.listener: FrameListener | None = None
         """Accepts native connections. None until :func:`serve` sets it; then only gRPC is offered."""
 
@@ -220,6 +225,24 @@ class AttentionService(pb_grpc.AttentionServicer):
         self._store.fence(sequence, Epoch(request.epoch))
         return pb.SequenceReply()
 
+    def Import(self, request: pb.ImportRequest, context: grpc.ServicerContext) -> pb.ImportReply:
+        try:
+            deadline_s = min(context.time_remaining() or MOST_IMPORT_S, MOST_IMPORT_S)
+            return codec.imported_to_pb(self.imports.import_span(request, deadline_s=deadline_s))
+        except Exception as error:
+            rpc.abort(context, error)
+
+    def Export(self, request: pb.ExportRequest, context: grpc.ServicerContext) -> Iterator[pb.ExportPiece]:
+        try:
+            yield from exports.messages(self._store, request)
+        except Exception as error:
+            rpc.abort(context, error)
+
+    def tick(self) -> None:
+        """Ends leases and holds whose time is over. Must be called every ``TICK_S``."""
+        self.holds.tick()
+        self.imports.tick()
+
     @_mapped
     def Announce(self, request: pb.AnnounceRequest) -> pb.Announcement:
         return pb.Announcement(spans=[codec.info_to_pb(info) for info in self._store.announce()])
@@ -294,19 +317,21 @@ def _secured(context: grpc.ServicerContext) -> bool:
 
 
 class AttentionServer:
-    """A running service: its gRPC server, its listener for native connections, and its lease ticker."""
+    """A running service: its gRPC server, its listener for native connections, and its ticker."""
 
-    def __init__(self, server: grpc.Server, listener: FrameListener, leases: Ticker) -> None:
+    def __init__(self, server: grpc.Server, service: AttentionService, listener: FrameListener) -> None:
         self._server = server
+        self._service = service
         self._listener = listener
-        self._leases = leases
+        self._ticker = Ticker(service.tick)
 
     def stop(self, grace_s: float | None) -> threading.Event:
         """Ends native connections at once, and gRPC calls after ``grace_s`` seconds (None: at once).
 
         Returns an event that is set when the gRPC server has stopped."""
+        self._service.imports.end_copies()
         self._listener.close()
-        self._leases.stop()
+        self._ticker.stop()
         return self._server.stop(grace_s)
 
     def wait_for_termination(self) -> None:
@@ -326,4 +351,4 @@ def serve(service: AttentionService, listen: str) -> tuple[AttentionServer, str]
         threads=MAX_CALLS,
     )
     service.listener = FrameListener(listen.rpartition(":")[0].strip("[]"))
-    return AttentionServer(server, service.listener, Ticker(service.holds.tick)), address
+    return AttentionServer(server, service, service.listener), address

@@ -1,7 +1,7 @@
 """Transfers bulk KV (writes and pulls) on a native connection of its own, so that no hot frame waits for it.
 
-Called by ``client.bulk_link`` at the engine's end; the shard's end is ``shard.bulk_loop``. It must not know
-the store.
+Called by ``client.bulk_link`` at the engine's end, and by ``shard.imports``; the answering end is
+``shard.bulk_loop``. It must not know the store.
 
 A message is a little-endian header ``kind u8, 3 unused, message bytes u32, payload bytes u64``, a protobuf
 message, and the payload: KV as stored (:mod:`farshore.kvstore.store.forms`). Each request is answered before
@@ -11,11 +11,14 @@ the next one is sent::
                                           ◀──  DONE                    | FAILED Failure
     READ ReadRequest                      ──▶
                                           ◀──  PIECE, payload ... DONE | FAILED Failure
+    EXPORT ExportRequest                  ──▶
+                                          ◀──  PIECE ExportPiece, payload ... DONE | FAILED Failure
 
-The engine's payloads are sent from its tensors and received into them. The shard moves one piece at a time
-between the socket and a buffer that fits into a core's cache, and between that buffer and the blocks. A slow
-reader fills the sender's socket buffer and so blocks the sender. Native code moves the bytes, without the
-interpreter's lock.
+An engine writes and reads; a shard that imports a span asks another shard for an export. The engine's
+payloads are sent from its tensors and received into them. The shard moves one piece at a time between the
+socket and a buffer that fits into a core's cache, and between that buffer and the blocks; exported pieces are
+sent from the blocks. A slow reader fills the sender's socket buffer and so blocks the sender. Native code
+moves the bytes, without the interpreter's lock.
 """
 
 import socket
@@ -26,7 +29,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 import torch
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from torch import Tensor
 
 from farshore.attention_offload import codec
@@ -36,6 +39,9 @@ from farshore.proto import attention_pb2 as pb
 
 PIECE_BYTES = 1 << 20
 """The approximate size of a piece. It fits into a core's cache, and bounds how long any lock is held."""
+
+MOST_EXPORT_PIECE_BYTES = 256 << 20
+"""The largest payload of an exported piece: one layer of one block of a very wide model."""
 
 MOST_MESSAGE_BYTES = 64 << 10
 """The largest protobuf message; a longer one is refused."""
@@ -54,6 +60,7 @@ class BulkKind(IntEnum):
     PIECE = 3
     DONE = 4
     FAILED = 5
+    EXPORT = 6
 
 
 class BulkMessage(NamedTuple):
@@ -167,6 +174,26 @@ class BulkConnection:
             if done != tokens:
                 raise ConnectionError(f"truncated: {done} tokens of {tokens}")
 
+    def export(self, request: pb.ExportRequest) -> Iterator[tuple[pb.ExportPiece, memoryview]]:
+        """Asks a shard for an export. Yields its pieces with their payloads, each valid until the next one is
+        taken. Unless the iterator was exhausted, the connection cannot be used afterwards."""
+        buffer = bytearray(PIECE_BYTES)
+        with self._mapped():
+            self._socket.send(BulkKind.EXPORT, request)
+            while (answer := self._receive_answer(BulkKind.PIECE, BulkKind.DONE)).kind is BulkKind.PIECE:
+                if answer.payload_bytes > MOST_EXPORT_PIECE_BYTES:
+                    raise ConnectionError(f"oversized: a piece of {answer.payload_bytes} bytes")
+                if answer.payload_bytes > len(buffer):
+                    buffer = bytearray(answer.payload_bytes)
+                payload = memoryview(buffer)[: answer.payload_bytes]
+                if payload:
+                    self._socket.receive_payload([_address(buffer), len(payload)])
+                try:
+                    piece = pb.ExportPiece.FromString(answer.message)
+                except DecodeError as error:
+                    raise ConnectionError(f"garbage: {error}") from None
+                yield piece, payload
+
     def close(self) -> None:
         self._socket.close()
 
@@ -193,8 +220,12 @@ class BulkConnection:
             raise TransportError(f"{self._address}: bulk KV: {error}") from error
 
 
+def _address(data: bytearray) -> int:
+    return torch.frombuffer(data, dtype=torch.uint8).data_ptr()
+
+
 def _run_of(data: bytearray) -> Runs:
-    return [torch.frombuffer(data, dtype=torch.uint8).data_ptr(), len(data)]
+    return [_address(data), len(data)]
 
 
 def token_bytes(kv: Tensor, token_major: bool) -> int:

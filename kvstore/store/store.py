@@ -141,6 +141,11 @@ class LocalStore:
                 record.digest = known = (tokens, transfer.digest(self._images(record, 0, tokens)))
             return known[1]
 
+    def sealed(self, span: SpanId, *, holder: SequenceId) -> tuple[int, list[PrefixBlock]]:
+        """(number of sealed tokens, the named ones of their blocks). NotFound unless ``holder`` holds it."""
+        with self._lock:
+            return self._checked_hold(span, holder).sealed_tokens, self._names.names_of(span)
+
     def segments(self, span: SpanId, first: int, last: int) -> Segments:
         record = self._span(span)
         check_readable(span, record, first, last)
@@ -201,11 +206,7 @@ class LocalStore:
         images_left = iter(images)
         opening = next(images_left)
         header = opening.header
-        if bool(covers) != header.parity:
-            raise InvalidRequest(
-                f"parity={header.parity}, but {len(covers)} spans covered: give covers for parity, and only"
-                " for parity"
-            )
+        header.check_covers(covers)
         span = self.create(
             replace(header.key, sequence=sequence),
             capacity_tokens=header.tokens,
@@ -214,10 +215,10 @@ class LocalStore:
         )
         try:
             for _, chunk, image in chain((opening,), images_left):
-                with self._lock:
-                    record = self._writable(span, sequence, epoch)
-                    record.commit(self._arena, chunk.last)
-                    record.write_image(self.memory, chunk, image)
+                with self._pinned(span, holder=sequence) as record:
+                    record.commit(self._arena, chunk.last)  # without the lock: it may take long
+                    with self._lock:
+                        self._writable(span, sequence, epoch).write_image(self.memory, chunk, image)
             with self._lock:
                 record = self._writable(span, sequence, epoch)
                 record.covers = covers

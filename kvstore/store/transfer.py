@@ -10,7 +10,7 @@ Called by ``store`` and ``parity``. It must not know networks or which store the
 """
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from farshore.errors import Corrupt
+from farshore.errors import Corrupt, InvalidRequest
 from farshore.ids import SequenceId
 from farshore.kernels.base import KVLayout
 from farshore.kernels.formats import KVFormat
@@ -42,6 +42,15 @@ class ExportHeader:
     """Number of tokens in the whole range."""
     parity: bool
     """The range is the parity of tokens, not tokens."""
+
+    def check_covers(self, covers: Collection[object]) -> None:
+        """InvalidRequest unless ``covers``, the spans that an importer says the range is the parity of, are
+        given for parity, and only for parity."""
+        if bool(covers) != self.parity:
+            raise InvalidRequest(
+                f"parity={self.parity}, but {len(covers)} spans covered: give covers for parity, and only"
+                " for parity"
+            )
 
     def pack(self, chunk: ChunkRange) -> bytes:
         """The header of one chunk: this and the chunk's range."""
@@ -109,8 +118,13 @@ class ChunkImage(NamedTuple):
 def to_chunks(images: Iterable[ChunkImage]) -> Iterator[ExportChunk]:
     """Makes a checksummed chunk of each image. The payload is a copy."""
     for header, chunk, image in images:
-        packed, payload = header.pack(chunk), memoryview(image.cpu().numpy().copy())
-        yield ExportChunk(header=packed, payload=payload, checksum=_checksum(packed, payload))
+        yield to_chunk(ChunkImage(header, chunk, image.cpu().clone()))
+
+
+def to_chunk(image: ChunkImage) -> ExportChunk:
+    """The checksummed chunk of an image in the CPU's memory. Its payload is the image's own memory."""
+    packed, payload = image.header.pack(image.chunk), as_bytes(image.image)
+    return ExportChunk(header=packed, payload=payload, checksum=_checksum(packed, payload))
 
 
 def verified_images(chunks: Iterable[ExportChunk]) -> Iterator[ChunkImage]:
