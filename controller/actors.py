@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from ray._private.utils import get_num_cpus
 
+from farshore.cluster_token import ClusterToken
 from farshore.controller import resources
 from farshore.controller.config import ClusterConfig
 from farshore.controller.gauges import Gauges, Sample
@@ -57,7 +58,8 @@ class _Worker:
             each_bytes=arguments.worker_bytes,
             workers=arguments.workers,
         )
-        self._directory = open_directory(arguments.directory)
+        self._token = ClusterToken.of_node(arguments.config.token_file)
+        self._directory = open_directory(arguments.directory, token=self._token)
 
     def __repr__(self) -> str:
         return f"{self._slot} on {self._host} ({self._id})"
@@ -81,6 +83,7 @@ class AttentionActor(_Worker):
             kv_memory_bytes=arguments.config.kv_memory_bytes,
             listen=self._listen,
             threads=self._threads,
+            token=self._token,
             directory=self._directory,
         )
         Gauges(self._slot, self._sample)
@@ -119,6 +122,7 @@ class DenseActor(_Worker):
                 shard_by=config.shard_by if offload else "range",
                 listen=self._listen,
                 threads=self._threads,
+                token=self._token,
                 limits=EngineLimits(
                     max_decode_stall_ms=config.max_decode_stall_ms,
                     speculate_tokens=config.speculate,

@@ -64,6 +64,8 @@ class ClusterConfig:
     """Port of the gateway; 0 for any free one."""
     ray_address: str | None = None
     """Join this Ray cluster instead of starting one."""
+    token_file: str | None = None
+    """The cluster's token: a file with this path on every node. None: a private Ray's cluster makes one."""
     dashboard: bool = False
     """Start Ray's dashboard."""
 

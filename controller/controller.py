@@ -13,6 +13,7 @@ from typing import Any
 import ray
 
 from farshore import rpc
+from farshore.cluster_token import ClusterToken
 from farshore.controller import resources
 from farshore.controller.actors import AttentionActor, DenseActor, WorkerArguments
 from farshore.controller.config import ClusterConfig
@@ -64,16 +65,18 @@ class Controller:
             placement=config.placement,
             keep=restarted,
         )
-        self._admin = AdminService(config, model, self._directory, self)
+        token = ClusterToken.of_node(config.token_file)
+        self._admin = AdminService(config, model, self._directory, self, token=token)
         self._going_down = threading.Event()
         self._server, self.address = rpc.serve(
             self._register,
             service=pb.DESCRIPTOR.services_by_name["Directory"].full_name,
             listen=listen,
             threads=MAX_CALLS,
+            token=token,
         )
         self._launcher = RayLauncher(namespace, self._new_worker)
-        self._probes = WorkerProbes(self._directory)
+        self._probes = WorkerProbes(self._directory, token=token)
         self._loop = Loop(
             desired=self._desired.counts,
             directory=self._directory,

@@ -5,7 +5,6 @@ choose where workers listen. Must not know gRPC: the gateway binds the address i
 """
 
 import errno
-import ipaddress
 import socket
 
 from farshore.errors import InvalidRequest, PortInUse
@@ -17,11 +16,6 @@ def bracketed(host: str) -> str:
     """``host`` as written in HOST:PORT: an IPv6 address in brackets, whether or not it had them."""
     bare = host.strip("[]")
     return f"[{bare}]" if ":" in bare else bare
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach ``host``. Raises InvalidRequest if the name does not resolve."""
-    return all(ipaddress.ip_address(_scopeless(address[0])).is_loopback for _, address in _resolved(host, 0))
 
 
 def free_port(host: str) -> int:
@@ -60,11 +54,6 @@ def _resolved(host: str, port: int) -> list[tuple[int, tuple]]:
     except (OSError, ValueError) as error:  # ValueError: an invalid name, such as one of 300 letters
         raise InvalidRequest(f"--host {host[:200]}: no host has this name: {ADVICE}") from error
     return [(family, address) for family, _, _, _, address in found]
-
-
-def _scopeless(address: str) -> str:
-    """An IPv6 address without its scope (``%interface``)."""
-    return address.partition("%")[0]
 
 
 def _bind(family: int, address: tuple) -> None:

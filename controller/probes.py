@@ -12,6 +12,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from farshore import rpc
+from farshore.cluster_token import ClusterToken
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import Directory
 from farshore.proto import cluster_pb2 as pb
@@ -25,7 +26,14 @@ class WorkerProbes:
     """Implements :class:`~farshore.controller.loop.Probes` over gRPC. Asks from construction until
     :meth:`stop`."""
 
-    def __init__(self, directory: Directory, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        *,
+        token: ClusterToken | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._token = token
         self._directory = directory
         self._clock = clock
         self._suspects: Mapping[WorkerId, str] = {}
@@ -93,5 +101,5 @@ class WorkerProbes:
 
     def _channel(self, address: str) -> grpc.Channel:
         if address not in self._channels:
-            self._channels[address] = grpc.insecure_channel(address, options=rpc.OPTIONS)
+            self._channels[address] = rpc.channel(address, self._token)
         return self._channels[address]

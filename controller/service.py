@@ -13,6 +13,7 @@ import grpc
 
 from farshore import __version__, rpc
 from farshore.attention_offload.codec import identity_from_pb, info_from_pb
+from farshore.cluster_token import ClusterToken
 from farshore.controller.config import ClusterConfig
 from farshore.controller.events import Events
 from farshore.controller.reconcile import Kind
@@ -52,8 +53,15 @@ class AdminService(admin_grpc.AdminServicer):
     """Asks the workers that ``directory`` lists. Thread-safe."""
 
     def __init__(
-        self, config: ClusterConfig, model: ModelConfig, directory: Directory, operations: Operations
+        self,
+        config: ClusterConfig,
+        model: ModelConfig,
+        directory: Directory,
+        operations: Operations,
+        *,
+        token: ClusterToken | None = None,
     ) -> None:
+        self._token = token
         self._config = config
         self._model = model
         self._directory = directory
@@ -163,7 +171,7 @@ class AdminService(admin_grpc.AdminServicer):
     def _channel(self, address: str) -> grpc.Channel:
         with self._lock:
             if address not in self._channels:
-                self._channels[address] = grpc.insecure_channel(address, options=rpc.OPTIONS)
+                self._channels[address] = rpc.channel(address, self._token)
             return self._channels[address]
 
 

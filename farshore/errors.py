@@ -16,7 +16,8 @@
     ├── DeadlineExceeded        a wait reached its deadline
     ├── TransportError          no connection, or a broken one   (retryable: reads lose nothing)
     │   ├── Late                shards that missed a frame's deadline: go on without them, retry later
-    │   └── Lost                shards that are gone: connection refused, restarted, or silent for too long
+    │   ├── Lost                shards that are gone: connection refused, restarted, or silent for too long
+    │   └── Unauthenticated     processes that do not share the cluster token, or whose clocks differ
     ├── Internal                a bug in this process or in the one it called: the same call fails again
     ├── StartupError            the cluster could not be started
     └── ProcessEnded            a process or engine that a running cluster needs has ended
@@ -101,6 +102,10 @@ class Late(_ShardsError):
 
 
 class Lost(_ShardsError):
+    pass
+
+
+class Unauthenticated(TransportError):
     pass
 
 

@@ -1,17 +1,21 @@
-"""gRPC servers, channel options, and the translation of errors to status codes and back.
+"""gRPC servers and channels, and the translation of errors to status codes and back.
 
 Used by every process that serves or calls gRPC, so that each code has one meaning. Must not know any service.
 """
 
+import ipaddress
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from farshore import errors
+from farshore.cluster_token import ClusterToken
+from farshore.peers import ProofCheck, SignedChannel
 from farshore.text import shortened
 
 MAX_MESSAGE_BYTES = 64 << 20
@@ -34,6 +38,12 @@ OPTIONS = [
     ("grpc.enable_http_proxy", 0),
 ]
 
+_SERVER_OPTIONS = [
+    *OPTIONS,
+    # A stranger that connects and sends nothing is disconnected.
+    ("grpc.server_handshake_timeout_ms", 5_000),
+]
+
 SHARD_ENVIRONMENT = {"GRPC_EXPERIMENTS": "-event_engine_client,-event_engine_listener"}
 """Environment to start the process with. gRPC reads it on import.
 
@@ -51,6 +61,7 @@ _CODES: tuple[tuple[type[errors.FarshoreError], grpc.StatusCode], ...] = (
     (errors.Fenced, grpc.StatusCode.ABORTED),
     (errors.Cancelled, grpc.StatusCode.CANCELLED),
     (errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (errors.Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
     (errors.TransportError, grpc.StatusCode.UNAVAILABLE),
     (errors.Internal, grpc.StatusCode.INTERNAL),
 )
@@ -61,7 +72,6 @@ _CODES: tuple[tuple[type[errors.FarshoreError], grpc.StatusCode], ...] = (
 _REFUSALS = {
     grpc.StatusCode.OUT_OF_RANGE,
     grpc.StatusCode.ALREADY_EXISTS,
-    grpc.StatusCode.UNAUTHENTICATED,
     grpc.StatusCode.PERMISSION_DENIED,
 }
 
@@ -104,21 +114,29 @@ def serve(
     service: str,
     listen: str,
     threads: int,
+    token: ClusterToken | None,
     checks: health.HealthServicer | None = None,
 ) -> tuple[grpc.Server, str]:
     """Starts a server with one service, health checking and reflection.
 
     ``register`` adds the service whose full name is ``service``. ``listen``: ``host:port``, port 0 for any
-    free one. ``threads``: calls served at once; further calls are refused. ``checks``: the health servicer,
-    set to SERVING for the names "" and ``service``, which the caller may change later; None: SERVING until
-    the server stops.
+    free one. ``threads``: calls served at once; further calls are refused. ``token``: every call but a health
+    check must prove it; None: none need to, which is allowed on a loopback address only. ``checks``: the
+    health servicer, set to SERVING for the names "" and ``service``, which the caller may change later; None:
+    SERVING until the server stops.
 
-    Returns the server and its address with the real port. Raises PortInUse.
+    Returns the server and its address with the real port. Raises PortInUse, and InvalidRequest for another
+    address than loopback without a token.
     """
+    if token is None and not is_loopback(listen.rpartition(":")[0]):
+        raise errors.InvalidRequest(
+            f"other hosts can reach {listen}: give --token-file, the file of the cluster's token"
+        )
     server = grpc.server(
         ThreadPoolExecutor(threads, thread_name_prefix=service),
-        options=OPTIONS,
+        options=_SERVER_OPTIONS,
         maximum_concurrent_rpcs=threads,
+        interceptors=[] if token is None else [ProofCheck(token)],
     )
     register(server)
     checks = checks or health.HealthServicer()
@@ -132,6 +150,27 @@ def serve(
     for name in ("", service):
         checks.set(name, health_pb2.HealthCheckResponse.SERVING)
     return server, f"{listen.rpartition(':')[0]}:{port}"
+
+
+def channel(address: str, token: ClusterToken | None) -> grpc.Channel:
+    """A channel to a server of :func:`serve`, whose calls prove ``token``. None: for a server without one."""
+    plain = grpc.insecure_channel(address, options=OPTIONS)
+    return plain if token is None else cast(grpc.Channel, SignedChannel(plain, token))
+
+
+def aio_channel(address: str, token: ClusterToken | None) -> grpc.aio.Channel:
+    """As :func:`channel`, for asyncio."""
+    plain = grpc.aio.insecure_channel(address, options=OPTIONS)
+    return plain if token is None else cast(grpc.aio.Channel, SignedChannel(plain, token))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``. False for a name that does not resolve."""
+    try:
+        found = socket.getaddrinfo(host.strip("[]") or "?", 0, type=socket.SOCK_STREAM)
+    except (OSError, ValueError):  # ValueError: an invalid name, such as one of 300 letters
+        return False
+    return all(ipaddress.ip_address(address[0].partition("%")[0]).is_loopback for *_, address in found)
 
 
 def error_of(failure: grpc.RpcError, *, peer: str) -> errors.FarshoreError:
@@ -158,6 +197,8 @@ def error_of_status(code: grpc.StatusCode, message: str, *, peer: str) -> errors
     named = f"{peer}: {code.name}: {message}"
     if code == grpc.StatusCode.UNAVAILABLE or (code == grpc.StatusCode.INTERNAL and message == _FROM_CORE):
         return errors.TransportError(named)
+    if code == grpc.StatusCode.UNAUTHENTICATED:
+        return errors.Unauthenticated(f"{peer}: {message}")
     if code in _REFUSALS:
         return errors.InvalidRequest(named)
     for kind, kind_code in _CODES:

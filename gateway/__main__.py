@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 
+from farshore.cluster_token import VARIABLE, ClusterToken
 from farshore.errors import FarshoreError, StartupError
 from farshore.gateway.api.server import create
 from farshore.gateway.limits import Limits
@@ -34,13 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupted while starting."""
     args = _parser().parse_args(argv)
     try:
+        token = ClusterToken.read(args.token_file) if args.token_file else None
         served = Served.load(ModelSpec.from_json(args.spec))
         share_interpreter()
         served.chat.await_compiled()
         engine = args.engine or sys.stdin.readline().strip()
         if not engine:
             raise StartupError(f"stdin ended before it gave the engine's address; {_STDIN_ADVICE}")
-        asyncio.run(_serve(served, engine, args))
+        asyncio.run(_serve(served, engine, token, args))
     except FarshoreError as error:
         _report({"error": str(error), "kind": type(error).__name__})
         return 1
@@ -69,11 +71,17 @@ def _parser() -> argparse.ArgumentParser:
         help="address of the dense worker (default: the first line of stdin, read when all else is ready)",
     )
     parser.add_argument("--controller", required=True, metavar="HOST:PORT", help="asked for status only")
+    parser.add_argument(
+        "--token-file",
+        default=os.environ.get(VARIABLE),
+        metavar="FILE",
+        help=f"the cluster's token, proved to engine and controller (default: ${VARIABLE})",
+    )
     parser.add_argument("--max-live-requests", type=int, default=Limits().max_live_requests)
     return parser
 
 
-async def _serve(served: Served, engine: str, args: argparse.Namespace) -> None:
+async def _serve(served: Served, engine: str, token: ClusterToken | None, args: argparse.Namespace) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -83,6 +91,7 @@ async def _serve(served: Served, engine: str, args: argparse.Namespace) -> None:
         listen=args.listen,
         engine=engine,
         controller=args.controller,
+        token=token,
         limits=Limits(max_live_requests=args.max_live_requests),
     )
     try:

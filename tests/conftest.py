@@ -255,8 +255,11 @@ def breaking_service():
 class WorkerProcess:
     """An attention worker in its own process, which can be frozen, killed and restarted."""
 
-    def __init__(self, listen="127.0.0.1:0", *, prefix=(), worker="shard", kv_memory_bytes=8 << 20):
+    def __init__(
+        self, listen="127.0.0.1:0", *, prefix=(), worker="shard", kv_memory_bytes=8 << 20, token_file=None
+    ):
         self._prefix, self._worker, self._kv_memory_bytes = prefix, worker, kv_memory_bytes
+        self._token_file = token_file
         self._start(listen)
 
     def _start(self, listen):
@@ -269,6 +272,7 @@ class WorkerProcess:
             "--listen",
             listen,
         ]
+        command += ["--token-file", self._token_file] if self._token_file else []
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

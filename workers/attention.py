@@ -17,6 +17,8 @@ import torch
 from farshore.attention_offload.base import ShardIdentity
 from farshore.attention_offload.shard.service import AttentionService, serve
 from farshore.attention_offload.transport.core_sharing import share_cores
+from farshore.cluster_token import VARIABLE, ClusterToken
+from farshore.errors import InvalidRequest
 from farshore.ids import WorkerId
 from farshore.interpreter import share_interpreter
 from farshore.kvstore.directory.base import Directory, WorkerRecord
@@ -37,16 +39,18 @@ class AttentionWorker:
         kv_memory_bytes: int,
         listen: str,
         threads: int,
+        token: ClusterToken | None,
         slot: str = "",
         directory: Directory | None = None,
     ) -> None:
-        """``listen`` is ``host:port``; port 0 takes any free port. ``directory``: lists the worker, in
+        """``listen`` is ``host:port``; port 0 takes any free port. ``token``: what callers must prove; None
+        is allowed on a loopback address only. ``directory``: lists the worker, in
         ``slot``, until :meth:`stop`; None: nothing does. Raises PortInUse."""
         torch.set_num_threads(threads)
         share_cores()
         store = LocalStore(worker=worker, arena=Arena(kv_memory_bytes))
         share_interpreter()
-        self._service = AttentionService(worker, store)
+        self._service = AttentionService(worker, store, token=token)
         self._server, self._address = serve(self._service, listen)
         record = WorkerRecord(
             worker=worker,
@@ -80,16 +84,31 @@ def main() -> None:
     parser.add_argument("--kv-memory-bytes", required=True, type=int, metavar="N")
     parser.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT")
     parser.add_argument("--threads", default=1, type=int, metavar="N")
+    parser.add_argument(
+        "--token-file",
+        default=os.environ.get(VARIABLE),
+        metavar="FILE",
+        help=f"the cluster's token, which engines must prove (default: ${VARIABLE}, else none, which is "
+        "allowed on a loopback address only)",
+    )
     args = parser.parse_args()
-    worker = AttentionWorker(
+    try:
+        worker = _worker(args)
+    except InvalidRequest as error:
+        parser.error(str(error))
+    print(worker.address(), flush=True)
+    sys.stdin.read()
+    worker.stop()
+
+
+def _worker(args: argparse.Namespace) -> AttentionWorker:
+    return AttentionWorker(
         worker=WorkerId(args.worker),
         kv_memory_bytes=args.kv_memory_bytes,
         listen=args.listen,
         threads=args.threads,
+        token=ClusterToken.read(args.token_file) if args.token_file else None,
     )
-    print(worker.address(), flush=True)
-    sys.stdin.read()
-    worker.stop()
 
 
 if __name__ == "__main__":

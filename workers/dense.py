@@ -16,6 +16,7 @@ from farshore.attention_offload.client.remote import RemoteClient
 from farshore.attention_offload.codec import dtype_of
 from farshore.attention_offload.fanout.latency import Link
 from farshore.attention_offload.plan.placement import ShardBy
+from farshore.cluster_token import ClusterToken
 from farshore.errors import FarshoreError
 from farshore.ids import WorkerId
 from farshore.interpreter import share_interpreter
@@ -69,6 +70,8 @@ class DenseConfig:
     """Whether spans are placed on the attention workers that the directory lists; else in the arena."""
     shard_by: ShardBy
     listen: str
+    token: ClusterToken | None
+    """The cluster's token; None, on a loopback address only: calls need no proof."""
     threads: int
     limits: EngineLimits
 
@@ -136,7 +139,9 @@ class DenseWorker:
             self._watch = ShardWatch(
                 self._directory,
                 engine,
-                connect=lambda address: RemoteClient(address, attention, model.dtype, engine=config.worker),
+                connect=lambda address: RemoteClient(
+                    address, attention, model.dtype, engine=config.worker, token=config.token
+                ),
                 local=config.worker,
                 identified=identities.__setitem__,
             )
@@ -151,6 +156,7 @@ class DenseWorker:
             service=_SERVICE,
             listen=config.listen,
             threads=MAX_CALLS,
+            token=config.token,
             checks=self._checks,
         )
         self._engine = engine

@@ -26,12 +26,13 @@ from farshore.attention_offload.transport.frames import (
 )
 from farshore.attention_offload.transport.grpc_connection import GrpcConnection
 from farshore.attention_offload.transport.native_connection import NativeConnection
+from farshore.cluster_token import ClusterToken
 from farshore.errors import FarshoreError, InvalidRequest, Late, TransportError
 from farshore.ids import SequenceId, SpanId
 from farshore.kernels.base import State
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
-from farshore.rpc import OPTIONS
+from farshore.rpc import channel
 
 BEAT_DEADLINE_S = 1.0
 """The deadline of a beat. A beat is a small call, so a shard that takes longer counts as not answering."""
@@ -58,11 +59,14 @@ class RemoteClient:
         *,
         transports: Sequence[Transport] = REMOTE,
         engine: str | None = None,
+        token: ClusterToken | None = None,
         deadline_s: float = DEADLINE_S,
     ) -> None:
         """``address`` is ``host:port`` of the shard's gRPC server. ``dtype`` is the dtype of q and o.
         ``transports`` are tried in the given order. ``engine`` is the incarnation of the engine that owns
-        this client; None for a new one. ``deadline_s`` bounds each cold call."""
+        this client; None for a new one. ``token`` is the cluster's; None for a shard without one.
+        ``deadline_s`` bounds each cold call."""
+        self._token = token
         self._engine = engine or uuid4().hex
         self._deadline_s = deadline_s
         self._address = address
@@ -71,7 +75,7 @@ class RemoteClient:
         self._lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._transports = tuple(transports)
         self._second_connection: RemoteClient | None = None
-        self._channel = grpc.insecure_channel(address, options=OPTIONS)
+        self._channel = channel(address, token)
         self._stub = pb_grpc.AttentionStub(self._channel)
         self._connecting = threading.Lock()
         """Held while a connection is made, so that one thread at a time makes one."""
@@ -82,9 +86,14 @@ class RemoteClient:
         """The connection on which the current step was announced. Used by the loop only."""
         self._step: ShardStep | None = None
         """The step that was announced last on ``_connection``."""
-        self._dialler = Dialler(self._stub, address, transports, purpose="hot frames go")
+        self._dialler = Dialler(self._stub, address, transports, token=token, purpose="hot frames go")
         self.store = RemoteStore(
-            self._stub, address, engine=self._engine, deadline_s=deadline_s, transports=transports
+            self._stub,
+            address,
+            engine=self._engine,
+            token=token,
+            deadline_s=deadline_s,
+            transports=transports,
         )
 
     @property
@@ -198,6 +207,7 @@ class RemoteClient:
                 self._dtype,
                 transports=self._transports,
                 engine=self._engine,
+                token=self._token,
                 deadline_s=self._deadline_s,
             )
         return self._second_connection
@@ -238,4 +248,4 @@ class RemoteClient:
         # A GrpcConnection opens its call only when the loop begins a step. The shard must answer a call now,
         # so that the loop does not wait for a shard that is gone.
         self.identify(deadline_s=deadline_s)
-        return GrpcConnection(self._address, self._model, self._dtype)
+        return GrpcConnection(self._address, self._model, self._dtype, token=self._token)

@@ -18,6 +18,7 @@ from farshore.attention_offload.base import ShardBeat, Wanted
 from farshore.attention_offload.client.bulk_link import BulkLink
 from farshore.attention_offload.transport.connect import Dialler, shard_error
 from farshore.attention_offload.transport.frames import REMOTE, Transport
+from farshore.cluster_token import ClusterToken
 from farshore.errors import NotFound
 from farshore.ids import Epoch, SequenceId, SpanId
 from farshore.kernels.base import KVLayout
@@ -54,17 +55,18 @@ class RemoteStore:
         address: str,
         *,
         engine: str,
+        token: ClusterToken | None,
         deadline_s: float = DEADLINE_S,
         transports: Sequence[Transport] = REMOTE,
     ) -> None:
         """``engine`` is the incarnation of the engine that calls. The shard drops the engine's holds if it
-        receives no beat for 30 s, see :meth:`beat`. ``deadline_s`` bounds every call; for a bulk transfer,
-        the time in which no byte moves."""
+        receives no beat for 30 s, see :meth:`beat`. ``token`` is the cluster's, for bulk transfers.
+        ``deadline_s`` bounds every call; for a bulk transfer, the time in which no byte moves."""
         self._stub = stub
         self._address = address
         self._engine = engine
         self._deadline_s = deadline_s
-        dialler = Dialler(stub, address, transports, purpose="bulk KV goes")
+        dialler = Dialler(stub, address, transports, token=token, purpose="bulk KV goes")
         self._bulk = BulkLink(dialler, address, deadline_s=deadline_s)
         self._lock = threading.Lock()
         self._holds = HoldTable(fences=0)

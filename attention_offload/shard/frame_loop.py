@@ -1,8 +1,8 @@
 """Accepts native connections at the shard, and serves those that carry hot frames.
 
-Called by ``shard.service``, in an attention worker's process. A connection is served only if it presents a
-token that the gRPC service has issued. One thread serves one connection; while a step runs, the thread is
-inside one native call. It must not know the store.
+Called by ``shard.service``, in an attention worker's process. A connection is served only if it presents an
+offer that the gRPC service has made, and proves the cluster token. One thread serves one connection; while a
+step runs, the thread is inside one native call. It must not know the store.
 """
 
 import atexit
@@ -12,6 +12,7 @@ import secrets
 import selectors
 import socket
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,19 +23,34 @@ from google.protobuf.message import DecodeError
 
 from farshore.attention_offload import codec
 from farshore.attention_offload.shard.session import ShardSession
-from farshore.attention_offload.transport.connect import WELCOME, is_same_host, tune
+from farshore.attention_offload.transport.connect import is_same_host, tune
 from farshore.attention_offload.transport.frames import native
+from farshore.attention_offload.transport.handshake import (
+    OFFER_BYTES,
+    WELCOME,
+    check_as_shard,
+    is_own_user,
+)
+from farshore.cluster_token import ClusterToken
 from farshore.errors import InvalidRequest, TransportError
 from farshore.proto import attention_pb2 as pb
 
 _LOG = logging.getLogger(__name__)
 
-TOKEN_BYTES = 16
-MAX_TOKENS = 256
-"""The most unused tokens; beyond that the oldest token becomes invalid."""
+MAX_OFFERS = 256
+"""The most unused offers; beyond that the oldest offer becomes invalid."""
 
 MAX_CONNECTIONS = 64
-TOKEN_DEADLINE_S = 5.0
+"""Connections of engines that are served at once."""
+
+MAX_UNPROVEN = 64
+"""Connections in their handshake. A further one takes the place of the oldest, so that strangers who connect
+and send nothing keep no engine out. A handshake takes about a millisecond."""
+
+HANDSHAKE_DEADLINE_S = 5.0
+ACCEPT_RETRY_S = 0.1
+"""After an error of the system, such as too many open files, for which the listener stays readable."""
+
 FRAME_DEADLINE_S = 30.0
 """The deadline for the rest of a frame that has begun to arrive, and for sending an answer."""
 
@@ -49,10 +65,12 @@ Serve = Callable[[socket.socket, bool], None]
 class FrameListener:
     """Listens on an abstract Unix socket, which has no file, and on a free TCP port of gRPC's host.
 
-    Thread-safe. It serves connections in daemon threads until :meth:`close`.
+    Thread-safe. It serves connections in daemon threads until :meth:`close`. ``token``: what an engine must
+    prove; None: an offer is enough.
     """
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, *, token: ClusterToken | None) -> None:
+        self._token = token
         self._unix = socket.socket(socket.AF_UNIX)
         self.unix_name = f"farshore-{os.getpid()}-{secrets.token_hex(8)}"
         self._unix.bind(f"\0{self.unix_name}")
@@ -61,25 +79,27 @@ class FrameListener:
         self.tcp_address: tuple[str, int] = self._tcp.getsockname()[:2]
         self._stop_sender, self._stop_receiver = socket.socketpair()
         self._lock = threading.Lock()
-        self._issued: OrderedDict[bytes, Serve] = OrderedDict()
+        self._offers: OrderedDict[bytes, Serve] = OrderedDict()
         self._connections: dict[socket.socket, threading.Thread] = {}
+        self._unproven: OrderedDict[socket.socket, None] = OrderedDict()
+        """Those of ``_connections`` that are in their handshake, oldest first."""
         self._acceptor = threading.Thread(target=self._accept, name="frames-acceptor", daemon=True)
         self._acceptor.start()
         # A thread in a native call must not return to an interpreter that has been finalised.
         atexit.register(self.close)
 
     def expect(self, serve: Serve, *, tcp: bool, shares_cores: bool = False) -> pb.ConnectReply:
-        """Issues a token and returns it with the listener's addresses.
+        """Makes an offer and returns it with the listener's addresses.
 
-        The next connection that presents the token is passed to ``serve``; a token is valid once. Without
+        The next connection that presents the offer is passed to ``serve``; an offer is valid once. Without
         ``tcp`` the reply names the Unix socket only. ``shares_cores`` is part of the reply."""
-        token = secrets.token_bytes(TOKEN_BYTES)
+        offer = secrets.token_bytes(OFFER_BYTES)
         with self._lock:
-            self._issued[token] = serve
-            while len(self._issued) > MAX_TOKENS:
-                self._issued.popitem(last=False)
+            self._offers[offer] = serve
+            while len(self._offers) > MAX_OFFERS:
+                self._offers.popitem(last=False)
         return pb.ConnectReply(
-            token=token,
+            token=offer,
             unix_name=self.unix_name,
             tcp_port=self.tcp_address[1] if tcp else 0,
             shares_cores=shares_cores,
@@ -106,16 +126,32 @@ class FrameListener:
                     if key.fileobj is self._stop_receiver:
                         return
                     listener: Any = key.fileobj
-                    with suppress(OSError):  # The engine closed the connection before it was accepted.
-                        self._start(listener.accept()[0], listener is self._unix)
+                    try:
+                        connection = listener.accept()[0]
+                    except ConnectionError:
+                        continue  # The engine closed the connection before it was accepted.
+                    except OSError as error:
+                        _LOG.warning("can't accept a connection: %s", error)
+                        time.sleep(ACCEPT_RETRY_S)
+                        continue
+                    self._start(connection, listener is self._unix)
 
     def _start(self, connection: socket.socket, unix: bool) -> None:
+        if not is_own_user(connection):
+            connection.close()
+            return
         thread = threading.Thread(target=self._serve, args=(connection, unix), name="frames", daemon=True)
         with self._lock:
-            if len(self._connections) >= MAX_CONNECTIONS:
+            if len(self._unproven) >= MAX_UNPROVEN:
+                oldest, _ = self._unproven.popitem(last=False)
+                with suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)
+            # More only while threads that were shut down have not run yet.
+            if len(self._connections) >= MAX_CONNECTIONS + 2 * MAX_UNPROVEN:
                 connection.close()
                 return
             self._connections[connection] = thread
+            self._unproven[connection] = None
         thread.start()
 
     def _serve(self, connection: socket.socket, unix: bool) -> None:
@@ -123,13 +159,8 @@ class FrameListener:
             with connection:
                 if not unix:
                     tune(connection)
-                connection.settimeout(TOKEN_DEADLINE_S)
-                token = connection.recv(TOKEN_BYTES, socket.MSG_WAITALL)
-                with self._lock:
-                    serve = self._issued.pop(token, None)
-                if serve is None:
-                    _LOG.warning("a connection without a token that we gave: closed")
-                    return
+                serve = self._admit(connection)
+                connection.settimeout(HANDSHAKE_DEADLINE_S)
                 connection.sendall(WELCOME)
                 serve(connection, unix)
         except OSError as error:
@@ -137,6 +168,20 @@ class FrameListener:
         finally:
             with self._lock:
                 del self._connections[connection]
+                self._unproven.pop(connection, None)
+
+    def _admit(self, connection: socket.socket) -> Serve:
+        """Makes the handshake and takes the offer. Raises OSError for a connection that is not served."""
+        offer = check_as_shard(
+            connection, self._token, offered=self._offers.__contains__, deadline_s=HANDSHAKE_DEADLINE_S
+        )
+        with self._lock:
+            serve = self._offers.pop(offer, None)
+            proven = len(self._connections) - len(self._unproven)
+            if serve is None or proven >= MAX_CONNECTIONS:
+                raise ConnectionError("an offer that was used meanwhile, or too many connections")
+            self._unproven.pop(connection, None)
+        return serve
 
 
 def _listen(host: str) -> socket.socket:

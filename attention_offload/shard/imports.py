@@ -28,6 +28,7 @@ from farshore.attention_offload.shard import checks
 from farshore.attention_offload.transport.bulk import MOST_EXPORT_PIECE_BYTES, BulkConnection
 from farshore.attention_offload.transport.connect import Dialler, shard_error
 from farshore.attention_offload.transport.frames import REMOTE
+from farshore.cluster_token import ClusterToken
 from farshore.errors import Cancelled, Corrupt, DeadlineExceeded, NotFound, Overloaded, TransportError
 from farshore.ids import Epoch, SequenceId, SpanId
 from farshore.interpreter import make_nicer
@@ -38,7 +39,7 @@ from farshore.kvstore.store.store import LocalStore
 from farshore.kvstore.store.transfer import ChunkImage
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
-from farshore.rpc import OPTIONS
+from farshore.rpc import channel
 
 MOST_COPYING = 2
 """Copies that are made at a time. Each has one piece in memory."""
@@ -81,10 +82,18 @@ class _Copy:
 
 
 class SpanImports:
-    """The imports of one shard. Thread-safe. ``clock`` gives monotonic seconds."""
+    """The imports of one shard. Thread-safe. ``token`` is the cluster's, proved to other shards; ``clock``
+    gives monotonic seconds."""
 
-    def __init__(self, store: LocalStore, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        store: LocalStore,
+        *,
+        token: ClusterToken | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._store = store
+        self._token = token
         self._clock = clock
         self._holder = SequenceId(f"imports of {secrets.token_hex(8)}")
         """Holds the copies; unlike a sequence's, its holds are under no engine's lease."""
@@ -181,7 +190,7 @@ class SpanImports:
     def _make(self, copy: _Copy, request: pb.ImportRequest) -> None:
         try:
             self._check_wanted(copy)
-            with _export(request) as pieces:
+            with _export(request, self._token) as pieces:
                 imported = self._store_copy(copy, pieces)
         except Exception as error:
             copy.made.set_exception(error)
@@ -229,11 +238,11 @@ def _checked(images: Iterable[ChunkImage]) -> Iterator[ChunkImage]:
 
 
 @contextmanager
-def _export(request: pb.ImportRequest) -> Iterator[Iterator[_Piece]]:
+def _export(request: pb.ImportRequest, token: ClusterToken | None) -> Iterator[Iterator[_Piece]]:
     """The pieces of the export that the request asks another shard for, over the fastest transport."""
-    with grpc.insecure_channel(request.address, options=OPTIONS) as channel:
-        stub = pb_grpc.AttentionStub(channel)
-        dialler = Dialler(stub, request.address, REMOTE, purpose="imported KV comes")
+    with channel(request.address, token) as source:
+        stub = pb_grpc.AttentionStub(source)
+        dialler = Dialler(stub, request.address, REMOTE, token=token, purpose="imported KV comes")
         connected = dialler.connect(None, deadline_s=PROGRESS_S)
         if connected is None:
             yield _over_grpc(stub, request)

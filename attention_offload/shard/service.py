@@ -27,6 +27,7 @@ from farshore.attention_offload.shard.imports import SpanImports
 from farshore.attention_offload.shard.session import AttendedBytes, ShardSession, identity_of
 from farshore.attention_offload.transport.core_sharing import oversubscribed_with
 from farshore.attention_offload.transport.frames import native
+from farshore.cluster_token import ClusterToken
 from farshore.errors import Cancelled, InvalidRequest
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import AttentionSpec, State
@@ -85,16 +86,24 @@ class _FrameBuffers(NamedTuple):
 
 
 class AttentionService(pb_grpc.AttentionServicer):
-    """The gRPC handlers of one shard. Thread-safe. ``clock`` gives monotonic seconds for engines' leases."""
+    """The gRPC handlers of one shard. Thread-safe."""
 
     def __init__(
-        self, worker: WorkerId, store: LocalStore, *, clock: Callable[[], float] = time.monotonic
+        self,
+        worker: WorkerId,
+        store: LocalStore,
+        *,
+        token: ClusterToken | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """``token``: what callers must prove, and what this shard proves to others; None: nothing, which is
+        allowed on a loopback address only. ``clock``: monotonic seconds for engines' leases."""
+        self.token = token
         self._worker = worker
         self._store = store
         self._attended = AttendedBytes()
         self.holds = EngineHolds(store, clock=clock)
-        self.imports = SpanImports(store, clock=clock)
+        self.imports = SpanImports(store, token=token, clock=clock)
         self.listener: FrameListener | None = None
         """Accepts native connections. None until :func:`serve` sets it; then only gRPC is offered."""
 
@@ -343,12 +352,14 @@ def serve(service: AttentionService, listen: str) -> tuple[AttentionServer, str]
     """Starts the service on ``listen``, ``host:port``. Returns the server and its address with the real port.
 
     Native TCP connections are accepted on another, free port of the same host. Raises PortInUse as
-    :func:`farshore.rpc.serve`, and InvalidRequest if the host has no such address."""
+    :func:`farshore.rpc.serve`, and InvalidRequest if the host has no such address, or if it is not loopback
+    and the service has no token."""
     server, address = rpc.serve(
         lambda server: pb_grpc.add_AttentionServicer_to_server(service, server),
         service=pb.DESCRIPTOR.services_by_name["Attention"].full_name,
         listen=listen,
         threads=MAX_CALLS,
+        token=service.token,
     )
-    service.listener = FrameListener(listen.rpartition(":")[0].strip("[]"))
+    service.listener = FrameListener(listen.rpartition(":")[0].strip("[]"), token=service.token)
     return AttentionServer(server, service, service.listener), address

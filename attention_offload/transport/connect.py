@@ -1,13 +1,13 @@
 """Opens native connections from an engine to a shard, and reports why one cannot be opened.
 
 Called by ``client.remote`` for hot frames and by ``client.remote_store`` for bulk KV; each has its own
-connection. ``shard.frame_loop`` uses the handshake's constants and socket options. It must not know what a
-connection carries.
+connection. ``shard.frame_loop`` uses the socket options. It must not know what a connection carries.
 
-The engine asks the shard over gRPC where it listens, and receives a token that it sends first on the new
-connection. Whether a transport works is found by connecting, never inferred from host names. A Unix socket in
-the abstract namespace can be reached by processes of the same host and network namespace only. TCP connects
-to the host at which gRPC reached the shard, whatever name the shard has for itself.
+The engine asks the shard over gRPC where it listens, and receives an offer that it presents first on the new
+connection (``transport.handshake``). Whether a transport works is found by connecting, never inferred from
+host names. A Unix socket in the abstract namespace can be reached by processes of the same host and network
+namespace only. TCP connects to the host at which gRPC reached the shard, whatever name the shard has for
+itself.
 """
 
 import logging
@@ -22,7 +22,9 @@ import torch
 
 from farshore.attention_offload.transport.core_sharing import usable_cores
 from farshore.attention_offload.transport.frames import Transport, native
-from farshore.errors import Cancelled, DeadlineExceeded, FarshoreError, TransportError
+from farshore.attention_offload.transport.handshake import prove_as_engine
+from farshore.cluster_token import ClusterToken
+from farshore.errors import Cancelled, DeadlineExceeded, FarshoreError, TransportError, Unauthenticated
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
 from farshore.rpc import error_of
@@ -38,9 +40,6 @@ drops the packets."""
 
 TCP_RETRY_S = 60.0
 """How long TCP is not tried after a timeout, so that not every step waits for it."""
-
-WELCOME = b"\1"
-"""The shard's reply to a valid token."""
 
 
 def shard_error(failure: grpc.RpcError, address: str) -> FarshoreError:
@@ -61,7 +60,7 @@ def refusal(error: FarshoreError, address: str) -> FarshoreError:
 
 
 class Connected(NamedTuple):
-    """An open socket on which the shard has accepted the token."""
+    """An open socket that the shard serves; each end has proved the cluster token to the other."""
 
     connection: socket.socket
     transport: Transport
@@ -73,12 +72,19 @@ class Dialler:
     """Opens connections to one shard; tries ``transports`` in order. Not thread-safe."""
 
     def __init__(
-        self, stub: pb_grpc.AttentionStub, address: str, transports: Sequence[Transport], *, purpose: str
+        self,
+        stub: pb_grpc.AttentionStub,
+        address: str,
+        transports: Sequence[Transport],
+        *,
+        token: ClusterToken | None,
+        purpose: str,
     ) -> None:
-        """``address`` is the shard's gRPC address, ``host:port``. ``purpose`` is the beginning of a warning,
-        such as "hot frames go"."""
+        """``address`` is the shard's gRPC address, ``host:port``. ``token``: None if the shard has none.
+        ``purpose`` is the beginning of a warning, such as "hot frames go"."""
         self._stub = stub
         self._address = address
+        self._token = token
         self._transports = tuple(transports)
         self._purpose = purpose
         self._retry_tcp_at_s = 0.0
@@ -89,8 +95,9 @@ class Dialler:
 
         ``opening`` describes the model for hot frames; None asks for a connection for bulk KV. ``deadline_s``
         bounds the gRPC call; each transport then has DIAL_DEADLINE_S. Raises TransportError if the shard
-        cannot be reached over gRPC, or if no transport works and gRPC is not one of ``transports``. Raises
-        the shard's error if it refuses ``opening``. Logs a warning when gRPC takes over for a new reason."""
+        cannot be reached over gRPC, or if no transport works and gRPC is not one of ``transports``; raises
+        Unauthenticated, which is one, if the shard does not prove the cluster token. Raises the shard's error
+        if it refuses ``opening``. Logs a warning when gRPC takes over for a new reason."""
         result = self._open_native(opening, deadline_s)
         if isinstance(result, Connected):
             return result
@@ -138,11 +145,12 @@ class Dialler:
             connection.settimeout(DIAL_DEADLINE_S)
             if unix_address is not None:
                 connection.connect(unix_address)
-            connection.sendall(offer.token)
-            if connection.recv(1) != WELCOME:
-                raise ConnectionError("the shard did not take its own token")
-        except BaseException:
+            prove_as_engine(connection, offer.token, self._token, deadline_s=DIAL_DEADLINE_S)
+            connection.settimeout(DIAL_DEADLINE_S)
+        except BaseException as error:
             connection.close()
+            if isinstance(error, Unauthenticated):
+                raise Unauthenticated(f"{self._address}: {error}") from None
             raise
         return connection
 

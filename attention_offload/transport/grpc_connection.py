@@ -25,11 +25,12 @@ from farshore.attention_offload.base import AttentionModel
 from farshore.attention_offload.plan.step_plan import ShardStep
 from farshore.attention_offload.transport.connect import shard_error
 from farshore.attention_offload.transport.frames import MOST_DEADLINE_S, Sent, Transport
+from farshore.cluster_token import ClusterToken
 from farshore.errors import Late, TransportError
 from farshore.kernels.base import State
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
-from farshore.rpc import OPTIONS
+from farshore.rpc import aio_channel
 
 
 class _EventLoop(asyncio.SelectorEventLoop):
@@ -62,8 +63,11 @@ class GrpcConnection:
 
     transport = Transport.GRPC
 
-    def __init__(self, address: str, model: AttentionModel, dtype: torch.dtype) -> None:
+    def __init__(
+        self, address: str, model: AttentionModel, dtype: torch.dtype, *, token: ClusterToken | None = None
+    ) -> None:
         self.under_way = 0
+        self._token = token
         self._address = address
         self._opening = pb.Frame(open=codec.model_to_pb(model, dtype))
         self._deadline_s = MOST_DEADLINE_S
@@ -81,7 +85,7 @@ class GrpcConnection:
     def begin(self, step: ShardStep, deadline_s: float) -> None:
         self._deadline_s = deadline_s
         if self._call is None:
-            self._call = _AttendCall(self._address)
+            self._call = _AttendCall(self._address, self._token)
             self._write(self._opening)
         self._write(pb.Frame(begin=codec.step_to_pb(step)))
 
@@ -149,11 +153,11 @@ class GrpcConnection:
 class _AttendCall:
     """An Attend call on its thread's event loop, with its latest write and the read of its next answer."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, token: ClusterToken | None) -> None:
         """Starts the call. Does not wait for a connection; the first write does."""
         self.loop = _THREAD.loop
         self._channel, self.call, self._connected = _run_task(
-            self.loop, _start_call(address), MOST_DEADLINE_S
+            self.loop, _start_call(address, token), MOST_DEADLINE_S
         )
         self._writing = _EagerCoroutine(_await(self._connected))
         self.reading = _EagerCoroutine(self.call.read())
@@ -244,9 +248,11 @@ def _run_until(loop: asyncio.AbstractEventLoop, awaited: asyncio.Future[Any], de
     timer.cancel()
 
 
-async def _start_call(address: str) -> tuple[grpc.aio.Channel, Any, "asyncio.Task[None]"]:
+async def _start_call(
+    address: str, token: ClusterToken | None
+) -> tuple[grpc.aio.Channel, Any, "asyncio.Task[None]"]:
     """Starts an Attend call; returns (channel, call, task that ends when the call is connected)."""
-    channel = grpc.aio.insecure_channel(address, options=OPTIONS)
+    channel = aio_channel(address, token)
     call = pb_grpc.AttentionStub(channel).Attend()
     return channel, call, asyncio.get_running_loop().create_task(call.wait_for_connection())
 

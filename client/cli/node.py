@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from farshore.client.cli.options import server_address, size_bytes, whole
+from farshore.cluster_token import VARIABLE, ClusterToken
 from farshore.controller.ray_settings import ENVIRONMENT, MARK, OBJECT_STORE_BYTES, QUICK_VERDICT
 from farshore.errors import InvalidRequest
 
@@ -68,7 +69,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--token-file",
         type=Path,
         metavar="FILE",
-        default=os.environ.get("FARSHORE_TOKEN_FILE"),
+        default=os.environ.get(VARIABLE),
         help="the cluster's token, the same on every node (default: $FARSHORE_TOKEN_FILE)",
     )
     parser.add_argument("ray_options", nargs="*", metavar="-- RAY_OPTION", help="more options of `ray start`")
@@ -99,24 +100,12 @@ def ray_start(args: argparse.Namespace) -> RayStart:
 
 
 def _authentication(token_file: Path | str | None) -> dict[str, str]:
-    """Raises InvalidRequest if there is no token and nothing says that none is wanted: who reaches a Ray
-    without one can run any code on it."""
+    """Raises InvalidRequest without a token: a client of a Ray without one can run any code on it."""
     if token_file is None:
-        if "RAY_AUTH_MODE" in os.environ:
-            return {}
         raise InvalidRequest(
             "give --token-file FILE, the same on every node; make one with "
-            "`(umask 077; openssl rand -hex 32 > token)`. RAY_AUTH_MODE=disabled does without: then all that "
-            "reach this host may run code on it"
+            "`(umask 077; openssl rand -hex 32 > FILE)`"
         )
     path = Path(token_file).absolute()
-    if not os.access(path, os.R_OK):
-        raise InvalidRequest(
-            f"--token-file {path}: can't be read; copy the cluster's, or make one with "
-            f"`(umask 077; openssl rand -hex 32 > {path})`"
-        )
-    return {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(path),
-        "FARSHORE_TOKEN_FILE": str(path),
-    }
+    ClusterToken.read(path)
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path), VARIABLE: str(path)}

@@ -17,7 +17,7 @@ from farshore.controller.config import ClusterConfig
 from farshore.errors import InvalidRequest, ProcessEnded
 from farshore.model_spec import DEMO
 
-_OPTIONS = ("dense_workers", "host", "port", "ray_address", "dashboard")
+_OPTIONS = ("dense_workers", "host", "port", "ray_address", "token_file", "dashboard")
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -57,7 +57,16 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     add_cluster_options(cluster)
     cluster.add_argument(
-        "--ray-address", metavar="HOST:PORT", help="join this Ray cluster instead of starting one"
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="join this Ray cluster instead of starting one; it must require a token (RAY_AUTH_MODE=token)",
+    )
+    cluster.add_argument(
+        "--token-file",
+        metavar="FILE",
+        help="the cluster's token: 64 hex digits in a file of mode 600, the same on every node; it is Ray's "
+        "token, too, unless RAY_AUTH_TOKEN_PATH names another (default: RAY_AUTH_TOKEN_PATH with "
+        "--ray-address, else a token is made)",
     )
     cluster.add_argument("--dashboard", action="store_true", help="start Ray's dashboard, too")
     layers = Layers(parser)

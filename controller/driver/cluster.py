@@ -5,24 +5,36 @@ no token's path.
 """
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from farshore import rpc
+from farshore.cluster_token import ClusterToken
 from farshore.controller import listen, resources
 from farshore.controller.actors import ControllerActor
 from farshore.controller.config import LOAD_DEADLINE_S, PLACE_DEADLINE_S, ClusterConfig
+from farshore.controller.driver import ray_access
 from farshore.controller.driver.gateway_process import GatewayProcess
 from farshore.controller.driver.ray_runtime import RayRuntime
 from farshore.controller.events import ClusterEvent
 from farshore.controller.exits import actor_end_in_words
-from farshore.errors import FarshoreError, ModelError, ProcessEnded, StartupError, TransportError
+from farshore.errors import (
+    FarshoreError,
+    InvalidRequest,
+    ModelError,
+    ProcessEnded,
+    StartupError,
+    TransportError,
+)
 from farshore.kvstore.directory.base import Directory, WorkerRecord
 from farshore.kvstore.directory.connect import open_directory
 from farshore.models.config.load import load_spec
@@ -58,6 +70,7 @@ class Cluster:
         self._ray = RayRuntime(
             config.ray_address,
             dashboard=config.dashboard,
+            token_file=config.token_file,
             worker_bytes=resources.worker_bytes(config, model),
         )
         self._controller: Any = None
@@ -77,6 +90,7 @@ class Cluster:
         Raises InvalidRequest (also ModelError, PortInUse), StartupError, ProcessEnded.
         """
         listen.check(config.host, config.port)
+        config = _with_token_file(config)
         # A download happens now, before anything is started; the cluster's processes find the cache filled.
         config = replace(config, spec=pinned(config.spec, progress=progress))
         _, model = load_spec(config.spec)
@@ -149,15 +163,19 @@ class Cluster:
         self._ray.note_processes()
         if config.ray_address is not None:
             self.notices += resources.warnings(resources.all_nodes())
+        config = replace(config, token_file=self._ray.token_file)
         progress("starting the controller")
         self._controller = self._start_controller(config, model)
         controller = self._ask(self._controller.address.remote(), "the controller", START_DEADLINE_S)
-        self._directory = open_directory(f"grpc://{controller}")
+        self._directory = open_directory(
+            f"grpc://{controller}", token=ClusterToken.read(self._ray.token_file)
+        )
         # Started now, so that it loads its tokenizer while the workers start.
         self._gateway = GatewayProcess(
             spec=config.spec,
             listen=f"{listen.bracketed(config.host)}:{config.port}",
             controller=controller,
+            token_file=self._ray.token_file,
         )
         workers = self._await_workers(progress)
         progress("starting the gateway")
@@ -173,10 +191,10 @@ class Cluster:
         """Starts the controller on this node, or finds the one that runs. Its port is chosen here, since a
         restarted controller must have the same."""
         host = "127.0.0.1" if config.ray_address is None else ray.util.get_node_ip_address()
-        if not listen.is_loopback(host):
+        if not rpc.is_loopback(host):
             self.notices.append(
-                f"controller and workers listen on their nodes' addresses, such as {host}, without "
-                "authentication: let only hosts that you trust reach these"
+                f"controller and workers listen on their nodes' addresses, such as {host}: they take only "
+                "callers with the cluster's token, but nothing is encrypted"
             )
         node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = {"num_cpus": 0, "max_concurrency": CONTROLLER_CALLS, "scheduling_strategy": node}
@@ -270,6 +288,22 @@ class Cluster:
         gone = self._ray.ended() or (self._gateway.ended() if self._gateway else None)
         if gone:
             raise ProcessEnded(gone)
+
+
+def _with_token_file(config: ClusterConfig) -> ClusterConfig:
+    """The configuration with the absolute path of the token's file; unchanged if a private Ray is to make the
+    token. Raises InvalidRequest for a file that is missing or can't be used."""
+    path = config.token_file or (os.environ.get(ray_access.TOKEN_PATH) if config.ray_address else None)
+    if path is None:
+        if config.ray_address is None:
+            return config
+        raise InvalidRequest(
+            "--ray-address needs --token-file FILE, the same file on every node: make one with "
+            "`(umask 077; openssl rand -hex 32 > FILE)`"
+        )
+    path = str(Path(path).absolute())
+    ClusterToken.read(path)
+    return replace(config, token_file=path)
 
 
 def _told(

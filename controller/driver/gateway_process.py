@@ -27,8 +27,11 @@ of several. By default each thread keeps such memory in an arena of its own, and
 class GatewayProcess:
     """The constructor starts the process, which loads the tokenizer; :meth:`serve` completes the start."""
 
-    def __init__(self, *, spec: ModelSpec, listen: str, controller: str) -> None:
+    def __init__(
+        self, *, spec: ModelSpec, listen: str, controller: str, token_file: str | None = None
+    ) -> None:
         arguments = ["--spec", spec.to_json(), "--listen", listen, "--controller", controller]
+        arguments += ["--token-file", token_file] if token_file else []
         self._process = subprocess.Popen(
             # -P keeps the current directory, which may be a checkout, off sys.path.
             [sys.executable, "-P", "-m", "farshore.gateway", *arguments],

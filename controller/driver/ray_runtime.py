@@ -3,14 +3,13 @@
 Used by ``cluster``. Must not know what runs on Ray.
 
 A private Ray listens on the loopback device only and requires a token that is made for it, because a client
-that may start actors can run any code as this user. A joined Ray is used as its owner configured it: the
-environment's settings apply, and it is never stopped. If the program has already connected to a Ray, no
-cluster is started: a process can have only one Ray.
+that may start actors can run any code as this user. A joined Ray must require a token, too; it is used as its
+owner configured it, and never stopped. If the program has already connected to a Ray, no cluster is started:
+a process can have only one Ray.
 """
 
 import contextlib
 import os
-import secrets
 import shutil
 import signal
 import sys
@@ -34,6 +33,8 @@ from ray._private import ray_constants
 from ray._private.utils import estimate_available_memory
 from ray._raylet import AuthenticationTokenLoader, Config
 
+from farshore.cluster_token import VARIABLE, ClusterToken
+from farshore.controller.driver import ray_access
 from farshore.controller.driver.reaper import Reaper
 from farshore.controller.exits import exit_in_words
 from farshore.errors import StartupError
@@ -41,7 +42,6 @@ from farshore.errors import StartupError
 ESSENTIAL = {"raylet": "Ray's raylet", "gcs_server": "Ray's GCS"}
 """Ray's processes that place actors and notice their end. Its other processes only display and log."""
 
-TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
 END_DEADLINE_S = 2.0
 """How long Ray's processes may take to end before they are killed."""
 
@@ -50,12 +50,19 @@ class RayRuntime:
     """Call :meth:`start`, then :meth:`stop`. At most one per process at a time. Not thread-safe."""
 
     def __init__(
-        self, address: str | None, *, dashboard: bool, worker_bytes: Mapping[str, int] | None = None
+        self,
+        address: str | None,
+        *,
+        dashboard: bool,
+        token_file: str | None = None,
+        worker_bytes: Mapping[str, int] | None = None,
     ) -> None:
-        """``address``: join the Ray at this HOST:PORT; None: start a private Ray. ``worker_bytes``: custom
-        resource -> memory of a process that asks for 1 of it; a private Ray declares as many as its memory
-        holds."""
+        """``address``: join the Ray at this HOST:PORT; None: start a private Ray. ``token_file``: the
+        cluster's token, needed to join; None: that of a private Ray, which :attr:`token_file` names.
+        ``worker_bytes``: custom resource -> memory of a process that asks for 1 of it; a private Ray declares
+        as many as its memory holds."""
         self._address = address
+        self._token_file = token_file
         self._worker_bytes = worker_bytes or {}
         self._dashboard = dashboard
         self._connected = False
@@ -73,8 +80,12 @@ class RayRuntime:
         if self._address is None:
             self._start_private()
         else:
-            fix = f"check --ray-address {self._address}, that Ray runs there, and RAY_AUTH_MODE and its token"
-            self._init({"address": self._address}, fix)
+            self._join(self._address)
+
+    @property
+    def token_file(self) -> str:
+        """The file of the cluster's token. Call it after :meth:`start`."""
+        return self._token_file or str(self._private_token)
 
     def state_folder(self, name: str) -> Path:
         """Where the cluster ``name`` stores what a restarted controller needs: a private Ray's own folder, or
@@ -122,12 +133,20 @@ class RayRuntime:
             shutil.rmtree(self._private, ignore_errors=True)
             self._private = None
 
+    @property
+    def _private_token(self) -> Path:
+        assert self._private is not None, "no private Ray runs"
+        return self._private / "token"
+
+    def _join(self, address: str) -> None:
+        assert self._token_file is not None, "a Ray is joined with a token"
+        ray_access.check(address, self._token_file)
+        with _environment(ray_access.settings(self._token_file)):
+            self._init({"address": address}, f"check --ray-address {address}, and that Ray runs there")
+
     def _start_private(self) -> None:
         self._private = Path(tempfile.mkdtemp(prefix="farshore-"))  # mode 0700
-        token = self._private / "token"
-        descriptor = os.open(token, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        with open(descriptor, "w", encoding="ascii") as file:
-            file.write(secrets.token_hex(32))
+        ClusterToken.make(self._private_token)
         memory_bytes = estimate_available_memory() - OBJECT_STORE_BYTES
         options = {
             "address": "local",
@@ -138,7 +157,12 @@ class RayRuntime:
         }
         # Set only while Ray's processes start: other children of this program, and a Ray that it starts
         # later, must not inherit them.
-        secured = {"RAY_AUTH_MODE": "token", TOKEN_PATH: str(token), "RAY_AUTH_TOKEN": None}
+        secured = {
+            ray_access.MODE: "token",
+            ray_access.TOKEN_PATH: str(self._private_token),
+            ray_access.TOKEN: None,
+            VARIABLE: None,  # The workers' file is the configuration's.
+        }
         try:
             with _environment(secured), _loopback_only():
                 self._init(options, "see Ray's log under /tmp/ray")

@@ -16,6 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from farshore import rpc
+from farshore.cluster_token import ClusterToken
 from farshore.errors import InvalidRequest, PortInUse
 from farshore.gateway.api import admin
 from farshore.gateway.api.admin import AdminProxy
@@ -92,11 +93,14 @@ async def create(
     listen: str,
     engine: str,
     controller: str,
+    token: ClusterToken | None = None,
     limits: Limits | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Gateway:
     """Starts a gateway on the running event loop. ``listen``: HOST:PORT, port 0 for any free one. ``engine``
-    and ``controller``: their addresses; neither must answer yet. The gateway's health follows the engine's.
+    and ``controller``: their addresses; neither must answer yet. ``token``: the
+    cluster's, which this gateway proves to both; its own clients prove nothing. The gateway's health follows
+    the engine's.
 
     Raises PortInUse, or InvalidRequest, if the gateway can't listen on ``listen``.
     """
@@ -107,7 +111,7 @@ async def create(
         maximum_concurrent_rpcs=limits.max_readers + limits.other_calls,
     )
     port = _bind(server, listen)
-    engine_client = GrpcEngineClient(engine, served=served, limits=limits)
+    engine_client = GrpcEngineClient(engine, served=served, limits=limits, token=token)
     health_state = health.aio.HealthServicer()
     engine_health = EngineHealth(engine_client, limits=limits, changed=functools.partial(_tell, health_state))
     tokenizing = ThreadPoolExecutor(
@@ -123,7 +127,7 @@ async def create(
         engine_problem=lambda: engine_health.problem,
         clock=clock,
     )
-    controller_channel = grpc.aio.insecure_channel(controller, options=rpc.OPTIONS)
+    controller_channel = rpc.aio_channel(controller, token)
     discovery = EngineDiscovery(engine_client, controller_channel)
     service = InferenceService(
         served=served,

@@ -9,6 +9,7 @@ import asyncio
 import grpc
 
 from farshore import rpc
+from farshore.cluster_token import ClusterToken
 from farshore.gateway.limits import ERROR_MESSAGE_CHARS, Limits
 from farshore.gateway.requests.answer import Answer
 from farshore.gateway.requests.request import Failure, Request
@@ -43,7 +44,10 @@ class GrpcEngineClient:
     """Implements :class:`~farshore.gateway.requests.log.EngineClient` over gRPC. Owns the channel until
     ``close``. Use it on the event loop only."""
 
-    def __init__(self, address: str, *, served: Served, limits: Limits) -> None:
+    def __init__(
+        self, address: str, *, served: Served, limits: Limits, token: ClusterToken | None = None
+    ) -> None:
+        self._token = token
         self._served = served
         self._limits = limits
         self._closing: set[asyncio.Task[None]] = set()  # strong references: the event loop holds weak ones
@@ -58,7 +62,7 @@ class GrpcEngineClient:
 
     def _connect(self, address: str) -> None:
         self.address = address
-        self._channel = grpc.aio.insecure_channel(address, options=rpc.OPTIONS)
+        self._channel = rpc.aio_channel(address, self._token)
         self._stub = cluster_pb2_grpc.EngineStub(self._channel)
         # A job's message was serialised by the thread that prepared it.
         self._generate = self._channel.unary_stream(

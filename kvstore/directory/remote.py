@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 
 from farshore import rpc
+from farshore.cluster_token import ClusterToken
 from farshore.errors import FarshoreError
 from farshore.ids import WorkerId
 from farshore.kvstore.directory import codec
@@ -22,8 +23,8 @@ DEADLINE_S = 1.0
 class RemoteDirectory:
     """A :class:`~farshore.kvstore.directory.base.Directory` at HOST:PORT ``address``."""
 
-    def __init__(self, address: str) -> None:
-        self._channel = grpc.insecure_channel(address, options=rpc.OPTIONS)
+    def __init__(self, address: str, *, token: ClusterToken | None = None) -> None:
+        self._channel = rpc.channel(address, token)
         self._stub = pb_grpc.DirectoryStub(self._channel)
 
     def renew(self, record: WorkerRecord) -> None:

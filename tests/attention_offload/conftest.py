@@ -17,8 +17,8 @@ from farshore.attention_offload.shard.bulk_loop import serve_bulk
 from farshore.attention_offload.shard.engine_holds import EngineHolds
 from farshore.attention_offload.shard.frame_loop import FrameListener, serve_frames
 from farshore.attention_offload.shard.session import AttendedBytes, ShardSession
-from farshore.attention_offload.transport.connect import WELCOME
 from farshore.attention_offload.transport.frames import REMOTE, Sent, Transport
+from farshore.attention_offload.transport.handshake import prove_as_engine
 from farshore.attention_offload.transport.native_connection import NativeConnection
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kernels.base import AttentionSpec, KVLayout, State
@@ -220,7 +220,7 @@ class ListeningShard:
     def __init__(self, work):
         self.work = work
         self.store = LocalStore(worker=WorkerId("shard"), arena=Arena(1 << 20))
-        self.listener = FrameListener("127.0.0.1")
+        self.listener = FrameListener("127.0.0.1", token=None)
         self.read = work.sealed_span(self.store, "a", 0, 20)
         self.step = work.step([self.read])
         self.digest = self.fingerprint()
@@ -240,8 +240,8 @@ class ListeningShard:
         connection = socket.socket(socket.AF_UNIX if unix else socket.AF_INET)
         connection.settimeout(DEADLINE_S)
         connection.connect(f"\0{offer.unix_name}" if unix else self.listener.tcp_address)
-        connection.sendall(offer.token)
-        assert connection.recv(1) == WELCOME
+        prove_as_engine(connection, offer.token, None, deadline_s=DEADLINE_S)
+        connection.settimeout(DEADLINE_S)
         return connection
 
     def frames(self, unix):

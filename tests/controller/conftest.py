@@ -6,12 +6,16 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
+from functools import cache
 from pathlib import Path
 
 import pytest
+
+from farshore.cluster_token import VARIABLE, ClusterToken
 
 COMMAND = Path(sys.executable).parent / "farshore"
 REPOSITORY = Path(__file__).parents[2]
@@ -20,13 +24,27 @@ END_DEADLINE_S = 60.0
 MARK = "FARSHORE_TEST_MARK"
 
 
+@cache
+def token_folder():
+    """A folder with the token of the Rays that tests start, and of the clusters that join them."""
+    return tempfile.TemporaryDirectory(prefix="farshore-tests-")
+
+
+def token_file():
+    path = Path(token_folder().name) / "token"
+    if not path.exists():
+        ClusterToken.make(path)
+    return str(path)
+
+
 class Marked:
-    """Runs commands and finds their descendants, which inherit an environment variable."""
+    """Runs commands and finds their descendants, which inherit an environment variable. A command that joins
+    a Ray gets the token of :func:`token_file`."""
 
     def __init__(self):
         self.mark = uuid.uuid4().hex
         # Unset, since a private Ray must be private without these variables, too.
-        unset = ("PYTHONSAFEPATH", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+        unset = ("PYTHONSAFEPATH", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", VARIABLE)
         environment = {name: value for name, value in os.environ.items() if name not in unset}
         # In the checkout, whose folders would be imported if the current directory were on sys.path.
         self._options = {"env": environment | {MARK: self.mark}, "cwd": REPOSITORY, "text": True}
@@ -47,7 +65,10 @@ class Marked:
 
     def start(self, *arguments):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return Background(subprocess.Popen([COMMAND, *arguments], **pipes, **self._options))
+        options = dict(self._options)
+        if "--ray-address" in arguments:
+            options["env"] = {VARIABLE: token_file()} | options["env"]
+        return Background(subprocess.Popen([COMMAND, *arguments], **pipes, **options))
 
     def check_nothing_left(self):
         """Asserts that no marked process and no new shared-memory file remains."""
@@ -133,13 +154,15 @@ QUICK_VERDICT = {
 def start_node(*options):
     """A Ray node as a Background, which has started."""
     options = ("--block", "--object-store-memory=80000000", *options)
+    environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
+    environment["RAY_AUTH_TOKEN_PATH"] = token_file()
     node = Background(
         subprocess.Popen(
             [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | QUICK_VERDICT | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"},
+            env=os.environ | QUICK_VERDICT | environment,
             cwd=COMMAND.parent,
         )
     )
@@ -155,8 +178,8 @@ def free_port(host="127.0.0.1"):
 
 @pytest.fixture
 def ray_address():
-    """Address of a Ray that runs on, with auth off. Request this fixture before `marked`, so that its
-    processes are not checked as leftovers."""
+    """Address of a Ray that runs on, with :func:`token_file`. Request this fixture before `marked`, so that
+    its processes are not checked as leftovers."""
     port = str(free_port())
     head = start_node("--head", "--include-dashboard=false", "--port", port)
     yield f"127.0.0.1:{port}"

@@ -172,7 +172,6 @@ def test_a_signal_while_starting_leaves_nothing(marked, number, stage):
 
 @pytest.mark.heavy
 def test_a_cluster_joins_a_running_ray_and_leaves_it_running(ray_address, marked, serve):
-    marked.set_environment(RAY_AUTH_MODE="disabled")
     server, address = serve("--ray-address", ray_address)
     done = marked.run("generate", "--server", address, QUESTION)
     assert (done.returncode, done.stdout.strip()) == (0, "The capital of France is Paris."), done.stderr

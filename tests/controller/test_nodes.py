@@ -48,7 +48,6 @@ def _until(condition, what):
 @pytest.mark.heavy
 def test_workers_spread_over_nodes_and_a_lost_node_is_replaced(two_nodes, marked, serve):
     address, second, metrics_port = two_nodes
-    marked.set_environment(RAY_AUTH_MODE="disabled")
     _, gateway = serve("--ray-address", address, "--kv-memory", "256MiB", "--attention-workers", "2")
     with Client(gateway) as client:
         assert _answer(client) == ANSWER

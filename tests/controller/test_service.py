@@ -91,6 +91,7 @@ def stub(service):
         service=admin.DESCRIPTOR.services_by_name["Admin"].full_name,
         listen="127.0.0.1:0",
         threads=2,
+        token=None,
     )
     with grpc.insecure_channel(address) as channel:
         yield admin_pb2_grpc.AdminStub(channel)
@@ -143,6 +144,7 @@ def rendezvous(listed):
             service=pb.DESCRIPTOR.services_by_name["Engine"].full_name,
             listen="127.0.0.1:0",
             threads=2,
+            token=None,
         )
         servers.append(server)
         listed(f"dense-{index}", "dense", address)

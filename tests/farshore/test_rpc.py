@@ -26,6 +26,7 @@ RAISED = {
     errors.TransportError("x"): CODE.UNAVAILABLE,
     errors.Late("x", shards=["s"]): CODE.UNAVAILABLE,
     errors.Lost("x", shards=["s"]): CODE.UNAVAILABLE,
+    errors.Unauthenticated("x"): CODE.UNAUTHENTICATED,
     errors.Internal("x"): CODE.INTERNAL,
     errors.StartupError("x"): CODE.INTERNAL,
     errors.ProcessEnded("x"): CODE.INTERNAL,
@@ -50,7 +51,7 @@ RECEIVED = {
     CODE.INTERNAL: errors.Internal,
     CODE.UNAVAILABLE: errors.TransportError,
     CODE.DATA_LOSS: errors.Corrupt,
-    CODE.UNAUTHENTICATED: errors.InvalidRequest,
+    CODE.UNAUTHENTICATED: errors.Unauthenticated,
 }
 
 
@@ -130,7 +131,7 @@ def test_the_message_of_the_installed_grpc():
 
 def test_the_retryable_codes():
     retryable = {code for code in CODE if rpc.error_of(Failed(code, "x"), peer="p").retryable}
-    assert retryable == {CODE.UNAVAILABLE, CODE.RESOURCE_EXHAUSTED, CODE.DATA_LOSS}
+    assert retryable == {CODE.UNAVAILABLE, CODE.UNAUTHENTICATED, CODE.RESOURCE_EXHAUSTED, CODE.DATA_LOSS}
 
 
 @pytest.mark.parametrize(
@@ -165,3 +166,23 @@ def test_a_message_fits_into_a_trailer(error):
 def test_an_unexpected_exception_echoes_little():
     _, message, _ = rpc.status_of(ValueError("v" * 10_000))
     assert message.startswith("ValueError: vvv") and len(message) < MOST_CHARS + 50
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", True),
+        ("127.1.2.3", True),
+        ("localhost", True),
+        ("::1", True),
+        ("[::1]", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("192.0.2.1", False),
+        ("fe80::1%lo", False),
+        ("no.such.host.invalid", False),
+        ("", False),
+    ],
+)
+def test_is_loopback(host, expected):
+    assert rpc.is_loopback(host) is expected

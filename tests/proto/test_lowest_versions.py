@@ -23,7 +23,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
 
 server, address = rpc.serve(
     lambda server: admin_pb2_grpc.add_AdminServicer_to_server(Admin(), server),
-    service="farshore.admin.v1.Admin", listen="127.0.0.1:0", threads=2,
+    service="farshore.admin.v1.Admin", listen="127.0.0.1:0", threads=2, token=None,
 )
 with grpc.insecure_channel(address, options=rpc.OPTIONS) as channel:
     stub = admin_pb2_grpc.AdminStub(channel)

@@ -1,6 +1,7 @@
 """An engine as a program, for ``test_hosts``: it runs by path inside a network namespace.
 
-Its argument is a JSON object with ``folder`` (the model), ``shards`` (worker to address) and ``transports``.
+Its argument is a JSON object with ``folder`` (the model), ``shards`` (worker to address), ``transports`` and
+``token_file``.
 Each line of standard input is a JSON object with ``prompt`` and ``max_tokens``; the program prints a JSON
 object for each token and for the end of the request. It ends when its input is closed.
 """
@@ -13,6 +14,7 @@ import torch
 
 from farshore.attention_offload.client.remote import RemoteClient
 from farshore.attention_offload.transport.frames import Transport
+from farshore.cluster_token import ClusterToken
 from farshore.errors import FarshoreError
 from farshore.ids import FIRST_EPOCH, SequenceId, WorkerId
 from farshore.kvstore.store.arena import Arena
@@ -39,6 +41,7 @@ def main():
             attention,
             model.dtype,
             transports=[Transport(name) for name in options["transports"]],
+            token=ClusterToken.read(options["token_file"]),
         )
         for worker, address in options["shards"].items()
     }

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from farshore.cluster_token import ClusterToken
 from farshore.sampling import Sampling
 from farshore.workers.engine.sequence import Finished
 
@@ -124,13 +125,21 @@ def hosts(may_have_hosts):
 
 
 @pytest.fixture(scope="module")
-def shards(hosts, worker_process):
+def token_file(tmp_path_factory):
+    """The token of the cluster. Shards on other hosts do not start without one."""
+    return str(ClusterToken.make(tmp_path_factory.mktemp("cluster") / "token").path)
+
+
+@pytest.fixture(scope="module")
+def shards(hosts, worker_process, token_file):
     """Worker name -> an attention worker on each shard's host."""
     with ExitStack() as made:
         started = {}
         for index, host in enumerate(hosts.shards):
             name, prefix = f"shard{index}", ("ip", "netns", "exec", host)
-            started[name] = worker_process(f"10.77.{index}.2:0", prefix=prefix, worker=name)
+            started[name] = worker_process(
+                f"10.77.{index}.2:0", prefix=prefix, worker=name, token_file=token_file
+            )
             made.callback(started[name].kill)
         yield started
 
@@ -169,9 +178,10 @@ def prompt(prompts):
 
 
 @pytest.fixture
-def start_engine(hosts, stack, tiny_folder, prompt):
+def start_engine(hosts, stack, tiny_folder, prompt, token_file):
     def start(addresses, transports):
         options = {"folder": str(tiny_folder), "shards": addresses, "transports": transports}
+        options["token_file"] = token_file
         return RemoteEngine(stack, hosts.engine, options, prompt)
 
     return start

@@ -87,7 +87,7 @@ class Live:
             except grpc.RpcError as failure:
                 return rpc.error_of(failure, peer="shard")
             return state.lse + state.o
-        dialler = Dialler(self.stub, self.shard.address, [transport], purpose="frames go")
+        dialler = Dialler(self.stub, self.shard.address, [transport], token=None, purpose="frames go")
         try:
             connected = dialler.connect(opening, deadline_s=DEADLINE_S)
         except TransportError as error:

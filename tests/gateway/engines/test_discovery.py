@@ -25,6 +25,7 @@ def directory():
         service=pb.DESCRIPTOR.services_by_name["Directory"].full_name,
         listen="127.0.0.1:0",
         threads=2,
+        token=None,
     )
     yield made, address, lambda: server.stop(0).wait()
     server.stop(0).wait()

@@ -43,6 +43,7 @@ def through_grpc(directory):
         service=pb.DESCRIPTOR.services_by_name["Directory"].full_name,
         listen="127.0.0.1:0",
         threads=2,
+        token=None,
     )
     return server, open_directory(f"grpc://{address}")
 

@@ -1,0 +1,68 @@
+"""Finds out within seconds whether a Ray can be joined, and with which token.
+
+Called by ``ray_runtime`` before it joins. Ray itself reports a wrong token after 20 s, as a Ray that is not
+there. A client of Ray can run programs on its nodes, and Ray listens on every interface: a Ray that asks for
+no token is refused. Must not know what runs on Ray.
+"""
+
+import os
+from pathlib import Path
+
+import grpc
+
+from farshore import rpc
+from farshore.errors import StartupError
+
+MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+"""Ray's settings, as environment variables. It prefers the token to the path."""
+
+DEADLINE_S = 3.0
+_METHOD = "/ray.rpc.NodeInfoGcsService/GetClusterId"
+"""Ray's first call when it joins. It changes nothing, and its request has no field that is needed."""
+
+
+def settings(token_file: str) -> dict[str, str | None]:
+    """The environment in which to join a Ray: the one that is set, or else ``token_file`` as Ray's token."""
+    given = TOKEN in os.environ or TOKEN_PATH in os.environ
+    return {MODE: "token"} if given else {MODE: "token", TOKEN_PATH: token_file}
+
+
+def check(address: str, token_file: str) -> None:
+    """Asks the Ray at HOST:PORT ``address`` with and without the token of :func:`settings`. Raises
+    StartupError, with the fix, if it does not answer within DEADLINE_S, asks for no token, or refuses it."""
+    path = os.environ.get(TOKEN_PATH, token_file)
+    if TOKEN in os.environ:
+        token, origin = os.environ[TOKEN], f"${TOKEN}"
+    else:
+        token, origin = _read(path), path
+    with rpc.channel(address, None) as channel:
+        ask = channel.unary_unary(_METHOD)
+        proven, bare = (
+            ask.future(b"", metadata=metadata, timeout=DEADLINE_S)
+            for metadata in ([("authorization", f"Bearer {token.strip()}")], [])
+        )
+        refused = [call.code() is grpc.StatusCode.UNAUTHENTICATED for call in (proven, bare)]
+        errors = [call.exception() for call in (proven, bare)]
+    if refused[0]:
+        raise StartupError(
+            f"the Ray at {address} refuses the token in {origin}: give --token-file, or {TOKEN_PATH}, the "
+            "file with which its nodes were started"
+        )
+    if errors[0] is not None:
+        why = f"{errors[0].code().name}: {errors[0].details()}"
+        raise StartupError(
+            f"no Ray answers at {address} within {DEADLINE_S:g} s ({why}): check --ray-address HOST:PORT, "
+            "and that Ray runs there"
+        )
+    if not refused[1]:
+        raise StartupError(
+            f"the Ray at {address} asks for no token, so that its whole network can run programs on its "
+            f"nodes: start each node with {MODE}=token {TOKEN_PATH}={path}"
+        )
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"Ray's token file {path} can't be read: {error}: correct {TOKEN_PATH}") from error
