@@ -72,7 +72,7 @@ class RedisClient:
 
     def call(self, action: Callable[[redis.Redis], T]) -> T:
         """Runs ``action`` with redis-py's client. Raises TransportError if Redis does not answer, is full or
-        can't be written to now, and InvalidRequest if it refuses this client."""
+        can't be written to now, and InvalidRequest if it refuses this client or is no Redis."""
         try:
             return action(self._redis)
         except exceptions.RedisError as error:
@@ -127,6 +127,8 @@ def _error_of(error: exceptions.RedisError, shown: str) -> errors.FarshoreError:
             f"{shown} refuses the user, the password or what the user may do ({why}): check the URL, "
             "--redis-password-file and the user's ACL"
         )
+    if isinstance(error, exceptions.InvalidResponse):
+        return errors.InvalidRequest(f"{shown} is no Redis ({why}): check host and port of the URL")
     if isinstance(error, exceptions.OutOfMemoryError):
         return errors.TransportError(f"{shown} is full: raise its maxmemory ({why})")
     if isinstance(error, _UNREACHABLE):

@@ -2,6 +2,8 @@
 
 import datetime
 import ipaddress
+import socket
+import threading
 import time
 
 import pytest
@@ -208,6 +210,23 @@ def test_a_redis_that_hangs_while_it_is_connected_to(tmp_path, secured):
     for address in (url, f"redis://127.0.0.1:{server.port}"):
         with pytest.raises(TransportError, match="does not answer"):
             RedisDirectory(RedisAddress.parse(address)).listing()
+
+
+def test_another_server_is_no_redis():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+
+        def answer():
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(InvalidRequest, match="is no Redis"):
+            RedisDirectory(RedisAddress.parse(f"redis://127.0.0.1:{port}")).listing()
+        thread.join()
 
 
 def test_time_that_is_set_forward_loses_no_worker(here):
