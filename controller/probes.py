@@ -3,6 +3,7 @@
 Called by ``loop`` and by ``service``. It must not know what follows from the answers.
 """
 
+import contextlib
 import threading
 import time
 from collections import Counter
@@ -13,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from farshore import rpc
 from farshore.cluster_token import ClusterToken
+from farshore.errors import FarshoreError
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import Directory
 from farshore.proto import cluster_pb2 as pb
@@ -64,13 +66,16 @@ class WorkerProbes:
         return self._readers
 
     def _ask(self) -> None:
+        engines: dict[WorkerId, str] = {}
         while not self._stopped.wait(PERIOD_S):
             suspects = self._suspects
-            engines = {
-                record.worker: record.address
-                for record in self._directory.listing().workers
-                if record.kind == "dense" and record.address
-            }
+            # While the directory does not answer, the last known engines are asked.
+            with contextlib.suppress(FarshoreError):
+                engines = {
+                    record.worker: record.address
+                    for record in self._directory.listing().workers
+                    if record.kind == "dense" and record.address
+                }
             statuses = {worker: self._status(address) for worker, address in engines.items()}
             checks = {worker: self._check(address) for worker, address in suspects.items() if address}
             reported: set[WorkerId] = set()

@@ -6,9 +6,9 @@ announce themselves again. A lease is for discovery only: a worker whose lease r
 nothing else follows (invariant 3, docs/architecture.md). It must not know stores or transports.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from farshore.errors import InvalidRequest
 from farshore.ids import WorkerId
@@ -31,6 +31,8 @@ MOST_HASHES = 4096
 """Block names in one look-up: a prompt of a million tokens."""
 MOST_BLOCKS = 1 << 17
 """Blocks that a directory remembers of one worker. It ignores those announced beyond."""
+MOST_EVENTS = 1000
+"""The newest ones, which are kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +137,39 @@ class Directory(Protocol):
         InvalidRequest for more than MOST_HASHES names."""
 
     def disconnect(self) -> None:
-        """Closes connections, if it has any. Further calls fail."""
+        """Closes connections, if it has any."""
+
+
+class ClusterEvent(NamedTuple):
+    """What happened to the cluster. ``kind``: started, joined, lost, replaced, killed or retired."""
+
+    number: int
+    """From 1, rising."""
+    unix_s: float
+    kind: str
+    subject: str
+    """A worker's id, or its slot before it has one."""
+    detail: str
+
+
+class DurableDirectory(Directory, Protocol):
+    """A directory that outlives the controller, which therefore keeps its own state there."""
+
+    def claim(self) -> None:
+        """Begins a new cluster, of which no worker runs: its list is settled at once. Waits for the leases of
+        an earlier cluster of the same name to run out. Raises InvalidRequest if they do not."""
+
+    def load_state(self) -> dict[str, Any] | None:
+        """What was stored last; None if nothing was, or if it was lost."""
+
+    def store_state(self, state: Mapping[str, Any]) -> None:
+        """Stores an object of JSON that does not expire. As durable as the directory's own storage is."""
+
+    def publish(self, event: ClusterEvent) -> None:
+        """Adds an event. Ignores one whose number is not above those of all others."""
+
+    def events(self, since: int = 0) -> list[ClusterEvent]:
+        """The kept events with numbers above ``since``, oldest first."""
 
 
 def block_keys(names: Sequence[bytes]) -> list[bytes]:

@@ -1,21 +1,37 @@
 """Opens the directory that a URL names.
 
-Called by workers, gateways and the driver, which get the URL as an argument. A URL carries no secret: what
-authenticates is in files, which it may name.
+Called by workers, gateways, the driver and the controller, which get the URL as an argument. A URL carries no
+secret: it names files that hold them.
 """
 
 from urllib.parse import urlsplit
 
 from farshore.cluster_token import ClusterToken
 from farshore.errors import InvalidRequest
-from farshore.kvstore.directory.base import Directory
+from farshore.kvstore.directory.base import Directory, DurableDirectory
+from farshore.kvstore.directory.redis import address
 from farshore.kvstore.directory.remote import RemoteDirectory
 
 
 def open_directory(url: str, *, token: ClusterToken | None = None) -> Directory:
-    """The directory at ``grpc://HOST:PORT``, which a controller serves and whose calls prove ``token``.
-    Connects with the first call. Raises InvalidRequest for another URL."""
-    parts = urlsplit(url)
-    if parts.scheme != "grpc" or not parts.netloc:
-        raise InvalidRequest(f"directory {url}: use grpc://HOST:PORT")
-    return RemoteDirectory(parts.netloc, token=token)
+    """The directory at ``grpc://HOST:PORT``, which a controller serves and whose calls prove ``token``, or in
+    Redis: see :func:`open_redis`. Connects with the first call. Raises InvalidRequest for another URL."""
+    scheme, _, place = url.partition("://")
+    if scheme in address.SCHEMES:
+        return open_redis(url)
+    if scheme != "grpc" or urlsplit(url).netloc != place or not place:
+        # Not echoed: it may hold a password.
+        raise InvalidRequest(f"this is no URL of a directory: use grpc://HOST:PORT, or {address.FORM}")
+    return RemoteDirectory(place, token=token)
+
+
+def open_redis(url: str) -> DurableDirectory:
+    """The directory in the Redis at a URL of :meth:`RedisAddress.parse`. Connects with the first call. Raises
+    InvalidRequest for another URL, and where the redis package or a named file is missing."""
+    place = address.RedisAddress.parse(url)
+    try:
+        # An optional backend: a process without it need not load it.
+        from farshore.kvstore.directory.redis.directory import RedisDirectory
+    except ModuleNotFoundError as error:
+        raise InvalidRequest(f"{place}: install the redis package: pip install redis") from error
+    return RedisDirectory(place)

@@ -1,18 +1,15 @@
-"""Every directory keeps the same contract: the embedded one, and the same through its gRPC service."""
+"""Every directory keeps the same contract: embedded, behind gRPC, in Redis and in Valkey."""
 
 from dataclasses import replace
 
 import pytest
 
-from farshore import rpc
 from farshore.errors import InvalidRequest, TransportError
 from farshore.ids import WorkerId
-from farshore.kvstore.directory.base import LEASE_S, MOST_HASHES, SETTLE_S, Announcement, Load, WorkerRecord
-from farshore.kvstore.directory.connect import open_directory
+from farshore.kvstore.directory.base import MOST_HASHES, Announcement, Load, WorkerRecord
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
-from farshore.kvstore.directory.remote import DirectoryService
-from farshore.proto import cluster_pb2 as pb
-from farshore.proto import cluster_pb2_grpc as pb_grpc
+
+from .conftest import through_grpc
 
 RECORD = WorkerRecord(
     worker=WorkerId("attention-0-aa"),
@@ -37,68 +34,39 @@ OTHER = replace(
 )
 
 
-def through_grpc(directory):
-    server, address = rpc.serve(
-        lambda server: pb_grpc.add_DirectoryServicer_to_server(DirectoryService(directory), server),
-        service=pb.DESCRIPTOR.services_by_name["Directory"].full_name,
-        listen="127.0.0.1:0",
-        threads=2,
-        token=None,
-    )
-    return server, open_directory(f"grpc://{address}")
-
-
-@pytest.fixture(params=["embedded", "remote"])
-def make(request, clock):
-    """make(restarted=…) -> a directory on the test's clock."""
-    running = []
-
-    def build(**options):
-        directory = EmbeddedDirectory(clock=clock, **options)
-        if request.param == "embedded":
-            return directory
-        server, remote = through_grpc(directory)
-        running.append((server, remote))
-        return remote
-
-    yield build
-    for server, remote in running:
-        remote.disconnect()
-        server.stop(0).wait()
-
-
 @pytest.fixture
-def directory(make):
-    return make()
+def directory(place):
+    return place().directory
 
 
 def names(directory):
     return [record.worker for record in directory.listing().workers]
 
 
-def pass_time(clock, directory, seconds, step_s=0.5):
-    """Lets time pass while the directory's owner lists the workers, as the controller does."""
-    for _ in range(round(seconds / step_s)):
-        clock.now_s += step_s
-        directory.listing()
-
-
-def test_a_worker_is_listed_with_its_record_while_its_lease_holds(directory, clock):
+def test_a_worker_is_listed_with_its_record(directory):
     directory.renew(RECORD)
     directory.renew(OTHER)
     assert directory.listing().workers == (RECORD, OTHER)
-    pass_time(clock, directory, LEASE_S - 0.5)
-    directory.renew(replace(OTHER, state="serving"))
-    pass_time(clock, directory, 0.5)
-    assert directory.listing().workers == (replace(OTHER, state="serving"),)
+    directory.renew(replace(OTHER, state="draining"))
+    assert directory.listing().workers == (RECORD, replace(OTHER, state="draining"))
     assert directory.listing().settled
 
 
-def test_a_worker_that_was_away_is_listed_again_as_the_same(directory, clock):
-    directory.renew(RECORD)
-    pass_time(clock, directory, 2 * LEASE_S)
-    assert names(directory) == []
-    directory.renew(RECORD)
+def test_a_worker_is_listed_while_its_lease_holds(place):
+    here = place(expires=True)
+    directory = here.directory
+    for record in (RECORD, OTHER):
+        directory.renew(record)
+    serving = replace(OTHER, state="serving")
+
+    def only_other_is_left():
+        directory.renew(serving)
+        return directory.listing().workers == (serving,)
+
+    here.until(only_other_is_left)
+    assert directory.listing().settled
+    here.until(lambda: names(directory) == [])
+    directory.renew(RECORD)  # It was away, and is the same.
     assert directory.listing().workers == (RECORD,)
 
 
@@ -128,23 +96,25 @@ def test_draining_workers_are_closed(directory):
     assert directory.listing().closed == {OTHER.worker} and not directory.listing().draining
 
 
-def test_a_restarted_directory_settles_late(make, clock):
-    directory = make(restarted=True)
-    assert not directory.listing().settled
-    pass_time(clock, directory, SETTLE_S)
-    assert directory.listing().settled
+def test_a_restarted_directory_settles_late(place):
+    here = place(restarted=True, expires=True)
+    assert not here.directory.listing().settled
+    here.until(lambda: here.directory.listing().settled)
 
 
-def test_a_paused_directory_loses_nobody(directory, clock):
-    directory.renew(RECORD)
-    clock.now_s += 30
-    listing = directory.listing()
-    assert not listing.settled and [record.worker for record in listing.workers] == [RECORD.worker]
-    pass_time(clock, directory, SETTLE_S - 0.5)
-    assert names(directory) == [RECORD.worker]
-    pass_time(clock, directory, 0.5)
-    listing = directory.listing()
-    assert listing.settled and not listing.workers
+def test_a_paused_directory_reports_no_worker_lost(place):
+    here = place(expires=True)
+    here.directory.renew(RECORD)
+    assert here.directory.listing().settled
+    here.pause()
+    assert not here.directory.listing().settled
+
+    def settled():
+        listing = here.directory.listing()
+        assert not (listing.settled and listing.workers)
+        return listing.settled
+
+    here.until(settled)
 
 
 def block(number):
@@ -189,19 +159,40 @@ def test_announcements_are_numbered(directory):
     assert holders(directory, first, second, third) == [set(), set(), {RECORD.worker}]
 
 
-def test_announcements_end_with_the_lease(directory, clock):
-    number = 1 << 200
+def test_announcements_end_with_the_lease(place):
+    here = place(expires=True)
+    directory, number = here.directory, 1 << 200
     assert announce(directory, RECORD, 0, 1, added=[number]) == 0
     for record in (RECORD, OTHER):
         directory.renew(record)
         assert announce(directory, record, 0, 1, added=[number]) == 1
     directory.withdraw(OTHER.worker)
     assert holders(directory, number) == [{RECORD.worker}]
-    pass_time(clock, directory, LEASE_S)
-    assert holders(directory, number) == [set()]
+    here.until(lambda: holders(directory, number) == [set()])
     directory.renew(RECORD)
     assert holders(directory, number) == [set()]
     assert announce(directory, RECORD, 1, 1) == 0
+
+
+def test_a_worker_announces_many_blocks(directory):
+    """More than one call to Redis takes."""
+    directory.renew(RECORD)
+    numbers = [number << 200 for number in range(1, 4_001)]
+    assert announce(directory, RECORD, 0, 1, added=numbers) == 1
+    assert announce(directory, RECORD, 1, 2, removed=numbers[:3_000], added=[5_000 << 200]) == 2
+    assert holders(directory, *numbers) == [set()] * 3_000 + [{RECORD.worker}] * 1_000
+    assert holders(directory, 5_000 << 200) == [{RECORD.worker}]
+
+
+def test_blocks_beyond_the_limit_are_ignored(directory, monkeypatch):
+    for module in ("locations", "redis.directory"):
+        monkeypatch.setattr(f"farshore.kvstore.directory.{module}.MOST_BLOCKS", 3)
+    directory.renew(RECORD)
+    numbers = [number << 200 for number in range(1, 6)]
+    assert announce(directory, RECORD, 0, 1, added=numbers) == 1
+    assert holders(directory, *numbers) == [{RECORD.worker}] * 3 + [set()] * 2
+    assert announce(directory, RECORD, 1, 2, removed=numbers[:1], added=numbers[3:]) == 2
+    assert holders(directory, *numbers) == [set()] + [{RECORD.worker}] * 3 + [set()]
 
 
 def test_look_ups_are_bounded(directory):

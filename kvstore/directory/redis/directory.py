@@ -1,0 +1,175 @@
+"""The directory in a Redis or Valkey, which outlives the controller and serves several gateways and engines.
+
+Opened by ``connect``. See ``base`` for the contract, and ``scripts`` for the keys. It must not know what
+decides the desired state.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from farshore.errors import InvalidRequest
+from farshore.ids import WorkerId
+from farshore.kvstore.directory import codec
+from farshore.kvstore.directory.base import (
+    LEASE_S,
+    MOST_BLOCKS,
+    MOST_EVENTS,
+    SETTLE_S,
+    Announcement,
+    ClusterEvent,
+    Listing,
+    WorkerRecord,
+    block_keys,
+    look_up_keys,
+)
+from farshore.kvstore.directory.redis import scripts
+from farshore.kvstore.directory.redis.address import RedisAddress
+from farshore.kvstore.directory.redis.client import RedisClient
+from farshore.proto import cluster_pb2 as pb
+
+PIECE_BLOCKS = 2_000
+"""Blocks in one call of an announcement: Redis serves no other call for about 2 ms."""
+PIECE_HASHES = 512
+"""As PIECE_BLOCKS, of a look-up, which asks every worker's set."""
+
+
+class RedisDirectory:
+    """A :class:`~farshore.kvstore.directory.base.DurableDirectory`. ``lease_s``: shorter in tests."""
+
+    def __init__(
+        self,
+        address: RedisAddress,
+        *,
+        lease_s: float = LEASE_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._address = address
+        self._lease_ms = round(lease_s * 1000)
+        self._settle_s = lease_s * SETTLE_S / LEASE_S
+        self._clock = clock
+        self._client = RedisClient(address)
+        self._renew = self._client.script(scripts.RENEW)
+        self._withdraw = self._client.script(scripts.WITHDRAW)
+        self._store = self._client.script(scripts.STORE)
+        self._list = self._client.script(scripts.LIST)
+        self._claim = self._client.script(scripts.CLAIM)
+        self._announce = self._client.script(scripts.ANNOUNCE)
+        self._find = self._client.script(scripts.FIND)
+        self._publish = self._client.script(scripts.PUBLISH)
+        self._lock = threading.Lock()
+        self._listed_s: float | None = None
+        self._settles_s = clock()
+
+    def renew(self, record: WorkerRecord) -> None:
+        message = codec.record_to_pb(record).SerializeToString()
+        self._run(self._renew, record.worker, message, self._lease_ms, scripts.KEEP_MS)
+
+    def withdraw(self, worker: WorkerId) -> None:
+        self._run(self._withdraw, worker)
+
+    def close(self, workers: Collection[WorkerId], *, draining: Collection[WorkerId] = ()) -> None:
+        marks = json.dumps({"closed": sorted({*workers, *draining}), "draining": sorted(draining)})
+        self._run(self._store, "marks", marks)
+
+    def listing(self) -> Listing:
+        settled, marks, messages = self._run(
+            self._list, self._lease_ms, round(self._settle_s * 1000), scripts.KEEP_MS
+        )
+        records = [codec.record_from_pb(pb.WorkerRecord.FromString(message)) for message in messages]
+        known = frozenset(record.worker for record in records)
+        marked = json.loads(marks) if marks else {"closed": (), "draining": ()}
+        return Listing(
+            workers=tuple(sorted(records, key=lambda record: (record.slot, record.worker))),
+            closed=known.intersection(marked["closed"]),
+            settled=self._notice_gap() and bool(settled),
+            draining=known.intersection(marked["draining"]),
+        )
+
+    def announce(self, worker: WorkerId, blocks: Announcement) -> int:
+        removed, added = block_keys(blocks.removed), block_keys(blocks.added)
+        # The first pieces are of removed blocks: room for the added ones.
+        pieces = [((), removed[at : at + PIECE_BLOCKS]) for at in range(0, len(removed), PIECE_BLOCKS)]
+        pieces += [(added[at : at + PIECE_BLOCKS], ()) for at in range(0, len(added), PIECE_BLOCKS)]
+        pieces = pieces or [((), ())]
+        known = blocks.since
+        for number, (more, less) in enumerate(pieces, start=1):
+            first, last = number == 1, number == len(pieces)
+            fixed = (worker, blocks.since, blocks.until, int(first), int(last), MOST_BLOCKS, len(more))
+            known = self._run(self._announce, *fixed, *more, *less)
+            if known != blocks.since:
+                break
+        return known
+
+    def find_prefix(self, hashes: Sequence[bytes]) -> list[frozenset[WorkerId]]:
+        keys = look_up_keys(hashes)
+        found: list[set[WorkerId]] = [set() for _ in keys]
+        for begin in range(0, len(keys), PIECE_HASHES):
+            for worker, *hits in self._run(self._find, *keys[begin : begin + PIECE_HASHES]):
+                for hit in hits:
+                    found[begin + hit].add(WorkerId(worker.decode()))
+        return [frozenset(workers) for workers in found]
+
+    def disconnect(self) -> None:
+        self._client.close()
+
+    def claim(self) -> None:
+        """See :class:`~farshore.kvstore.directory.base.DurableDirectory`."""
+        end_s = self._clock() + 2 * self._lease_ms / 1000
+        while workers := self.listing().workers:
+            if self._clock() >= end_s:
+                first = workers[0]
+                raise InvalidRequest(
+                    f"a cluster named {self._address.cluster} runs with {self._address}: its {first.slot} is "
+                    f"at {first.address or first.host}; give this one another name or database"
+                )
+            time.sleep(self._lease_ms / 20_000)
+        self._run(self._claim, scripts.KEEP_MS)
+
+    def load_state(self) -> dict[str, Any] | None:
+        stored = self._client.call(lambda redis: redis.get(self._key("state")))
+        return json.loads(stored) if stored else None
+
+    def store_state(self, state: Mapping[str, Any]) -> None:
+        self._run(self._store, "state", json.dumps(state))
+
+    def publish(self, event: ClusterEvent) -> None:
+        named = event._asdict() | {"unix_s": repr(event.unix_s)}
+        number = named.pop("number")
+        fields = [item for pair in named.items() for item in pair]
+        self._run(self._publish, number, MOST_EVENTS, scripts.EVENTS_MS, *fields)
+
+    def events(self, since: int = 0) -> list[ClusterEvent]:
+        found = self._client.call(
+            lambda redis: redis.xrevrange(self._key("events"), min=f"{since + 1}-0", count=MOST_EVENTS)
+        )
+        return [_event(number, fields) for number, fields in reversed(found)]
+
+    def _key(self, name: str) -> str:
+        return self._address.prefix + name
+
+    def _run(self, script: Callable[..., Any], *arguments: object) -> Any:
+        return self._client.call(lambda _: script(keys=[self._address.prefix], args=arguments))
+
+    def _notice_gap(self) -> bool:
+        """Whether this client has listed the workers without a gap of a lease for as long as a list takes to
+        settle: in a gap it could not reach Redis, or was paused itself."""
+        with self._lock:
+            now_s = self._clock()
+            if self._listed_s is not None and now_s - self._listed_s >= self._lease_ms / 1000:
+                self._settles_s = now_s + self._settle_s
+            self._listed_s = now_s
+            return now_s >= self._settles_s
+
+
+def _event(number: bytes, fields: Mapping[bytes, bytes]) -> ClusterEvent:
+    texts = {name.decode(): value.decode() for name, value in fields.items()}
+    return ClusterEvent(
+        number=int(number.partition(b"-")[0]),
+        unix_s=float(texts["unix_s"]),
+        kind=texts["kind"],
+        subject=texts["subject"],
+        detail=texts["detail"],
+    )

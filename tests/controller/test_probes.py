@@ -1,0 +1,76 @@
+"""The probes go on while the directory does not answer."""
+
+import threading
+import time
+
+import pytest
+
+from farshore import rpc
+from farshore.controller.probes import WorkerProbes
+from farshore.errors import TransportError
+from farshore.ids import WorkerId
+from farshore.kvstore.directory.base import WorkerRecord
+from farshore.kvstore.directory.embedded import EmbeddedDirectory
+from farshore.proto import cluster_pb2 as pb
+from farshore.proto import cluster_pb2_grpc as pb_grpc
+
+DEADLINE_S = 60.0
+
+
+class Engine(pb_grpc.EngineServicer):
+    readers = 1
+
+    def Status(self, request, context):
+        return pb.EngineStatus(readers={"attention-0-aa": self.readers}, shards={"attention-0-aa": True})
+
+
+class Directory(EmbeddedDirectory):
+    away = False
+
+    def listing(self):
+        if self.away:
+            raise TransportError("the directory does not answer")
+        return super().listing()
+
+
+@pytest.fixture
+def engine():
+    made = Engine()
+    server, made.address = rpc.serve(
+        lambda server: pb_grpc.add_EngineServicer_to_server(made, server),
+        service=pb.DESCRIPTOR.services_by_name["Engine"].full_name,
+        listen="127.0.0.1:0",
+        threads=2,
+    )
+    yield made
+    server.stop(0).wait()
+
+
+def until(check):
+    end_s = time.monotonic() + DEADLINE_S
+    while not check():
+        assert time.monotonic() < end_s
+        threading.Event().wait(0.02)
+
+
+def test_the_last_known_engines_are_asked(engine, monkeypatch):
+    monkeypatch.setattr("farshore.controller.probes.PERIOD_S", 0.02)
+    directory = Directory()
+    directory.renew(
+        WorkerRecord(
+            worker=WorkerId("dense-0-bb"),
+            kind="dense",
+            slot="dense-0",
+            address=engine.address,
+            host="127.0.0.1",
+            process_id=1,
+            state="serving",
+        )
+    )
+    probes = WorkerProbes(directory)
+    try:
+        until(lambda: (probes.readers() or {}).get("attention-0-aa") == 1)
+        directory.away, engine.readers = True, 2
+        until(lambda: (probes.readers() or {}).get("attention-0-aa") == 2)
+    finally:
+        probes.stop()

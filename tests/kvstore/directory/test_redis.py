@@ -1,0 +1,258 @@
+"""The directory in Redis: what it leaves there, who may use it, and a Redis that is full."""
+
+import datetime
+import ipaddress
+import socket
+import threading
+import time
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from farshore.benchmarks.engines.redis_server import RedisServer
+from farshore.errors import InvalidRequest, TransportError
+from farshore.kvstore.directory.base import MOST_EVENTS, Announcement, ClusterEvent
+from farshore.kvstore.directory.redis.address import RedisAddress
+from farshore.kvstore.directory.redis.directory import RedisDirectory
+
+from .conftest import QUICK_LEASE_S, VALKEY, RealTime, server_binary, until
+from .test_conformance import OTHER, RECORD, announce, holders, names
+
+PERMISSIONS = "~farshore:* +@read +@write +@scripting +@connection +time"
+"""What the documentation tells an operator to allow."""
+
+
+def command(directory, *words):
+    return directory._client.call(lambda redis: redis.execute_command(*words))
+
+
+@pytest.fixture(params=["redis", VALKEY])
+def here(request, servers):
+    made = RealTime(servers(request.param), restarted=False, lease_s=60.0)
+    yield made
+    made.end()
+
+
+def event(number):
+    return ClusterEvent(number, 1.5 + number, "joined", "dense-0-bb", "at 127.0.0.1:7, ä")
+
+
+def test_every_key_expires_but_the_desired_state_and_the_marks(here):
+    directory = here.directory
+    for record in (RECORD, OTHER):
+        directory.renew(record)
+        announce(directory, record, 0, 1, added=[1 << 200])
+    announce(directory, RECORD, 1, 2, removed=[1 << 200], added=[2 << 200])
+    directory.close([RECORD.worker])
+    directory.store_state({"counts": {"dense": 1}})
+    directory.publish(event(1))
+    directory.listing()
+    keys = [key.decode() for key in command(directory, "KEYS", "*")]
+    assert all(key.startswith("farshore:{default}:") for key in keys)
+    lasting = {key.rpartition(":")[2] for key in keys if command(directory, "PTTL", key) == -1}
+    assert lasting == {"state", "marks"}
+    for record in (RECORD, OTHER):
+        directory.withdraw(record.worker)
+    assert not [key for key in command(directory, "KEYS", "*") if b"-0-" in key]
+
+
+def test_the_desired_state_is_kept(here):
+    assert here.directory.load_state() is None
+    state = {"counts": {"dense": 2, "attention": 3}, "draining": ["a"]}
+    here.directory.store_state(state)
+    assert here.other().load_state() == state
+
+
+def test_the_newest_events_are_kept(here):
+    directory = here.directory
+    assert directory.events() == []
+    for number in (3, 4, 4, 2):
+        directory.publish(event(number))
+    assert directory.events() == [event(3), event(4)]
+    assert directory.events(3) == [event(4)]
+    for number in range(5, MOST_EVENTS + 10):
+        directory.publish(event(number))
+    assert [kept.number for kept in directory.events()] == list(range(10, MOST_EVENTS + 10))
+
+
+def test_clusters_of_two_names_share_a_redis(here):
+    blue = here.other(cluster="blue")
+    here.directory.renew(RECORD)
+    here.directory.store_state({"a": 1})
+    assert names(blue) == [] and blue.load_state() is None
+    blue.renew(OTHER)
+    assert names(here.directory) == [RECORD.worker]
+
+
+def test_a_name_that_is_in_use_is_refused(here):
+    here.directory.renew(RECORD)
+    other = RedisDirectory(here.address, lease_s=0.05)
+    with pytest.raises(InvalidRequest, match=r"attention-0 is at 127\.0\.0\.1:7; give this one another name"):
+        other.claim()
+
+
+def test_the_leases_of_an_ended_cluster_run_out(here):
+    other = RedisDirectory(here.address, lease_s=QUICK_LEASE_S)
+    other.renew(RECORD)
+    other.claim()
+    listing = other.listing()
+    assert listing.settled and not listing.workers
+
+
+def test_a_full_redis_keeps_leases(here):
+    directory = here.directory
+    try:
+        directory.renew(RECORD)
+        command(directory, "CONFIG", "SET", "maxmemory", "1")
+        with pytest.raises(TransportError, match="maxmemory"):
+            directory.announce(RECORD.worker, Announcement(since=0, until=1, added=(bytes(32),)))
+        directory.renew(OTHER)
+        assert names(directory) == [RECORD.worker, OTHER.worker]
+        assert holders(directory, 1) == [set()]
+        directory.withdraw(OTHER.worker)
+        directory.close([RECORD.worker])
+        directory.store_state({"a": 1})
+        assert directory.listing().closed == {RECORD.worker}
+    finally:
+        command(directory, "CONFIG", "SET", "maxmemory", "0")
+
+
+def signed(name, folder, issuer=None):
+    """(certificate, key) for 127.0.0.1, written to ``folder``; signed by itself, or by ``issuer``."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    authority, signer = issuer or (None, key)
+    now = datetime.datetime.now(datetime.UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(authority.subject if authority else subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
+        )
+    )
+    certificate = builder.sign(signer, hashes.SHA256())
+    (folder / f"{name}.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    private = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / f"{name}.key").write_bytes(key.private_bytes(*private))
+    return certificate, key
+
+
+@pytest.fixture
+def secured(tmp_path):
+    """(a Redis with TLS, client certificates and an ACL; the URL; the password's file)"""
+    authority = signed("ca", tmp_path)
+    for name in ("server", "client"):
+        signed(name, tmp_path, authority)
+    password = tmp_path / "password"
+    password.write_text("pass word\n")
+    (tmp_path / "users.acl").write_text(
+        f"user default off\nuser farshore on #{_sha256('pass word')} {PERMISSIONS}\n"
+    )
+    server = RedisServer(server_binary("redis"), tmp_path)
+    files = {
+        "tls-cert-file": "server.crt",
+        "tls-key-file": "server.key",
+        "tls-ca-cert-file": "ca.crt",
+        "aclfile": "users.acl",
+    }
+    options = [text for name, file in files.items() for text in (f"--{name}", str(tmp_path / file))]
+    server.start("--port", "0", "--tls-port", str(server.port), *options)
+    url = f"rediss://farshore@127.0.0.1:{server.port}/0?ca_file={tmp_path}/ca.crt&password_file={password}"
+    yield server, f"{url}&cert_file={tmp_path}/client.crt&key_file={tmp_path}/client.key", password
+    server.kill()
+
+
+def _sha256(text):
+    digest = hashes.Hash(hashes.SHA256())
+    digest.update(text.encode())
+    return digest.finalize().hex()
+
+
+def test_tls_certificates_and_a_user_with_few_rights(secured, tmp_path):
+    server, url, password = secured
+    directory = RedisDirectory(RedisAddress.parse(url))
+    directory.claim()
+    directory.renew(RECORD)
+    directory.close([RECORD.worker])
+    assert announce(directory, RECORD, 0, 1, added=[1 << 200]) == 1
+    assert holders(directory, 1 << 200) == [{RECORD.worker}]
+    directory.store_state({"a": 1})
+    directory.publish(event(1))
+    assert directory.load_state() == {"a": 1} and directory.events() == [event(1)]
+    assert directory.listing().closed == {RECORD.worker}
+    directory.withdraw(RECORD.worker)
+
+    password.write_text("another")
+    directory.disconnect()
+    with pytest.raises(InvalidRequest, match=r"^rediss://127.0.0.1:\d+/0 refuses .*--redis-password-file"):
+        directory.listing()
+    password.unlink()
+    with pytest.raises(InvalidRequest, match="No such file"):
+        directory.listing()
+    with pytest.raises(TransportError, match="CERTIFICATE_VERIFY_FAILED"):
+        RedisDirectory(RedisAddress.parse(url.replace(f"ca_file={tmp_path}/ca.crt&", ""))).listing()
+    with pytest.raises(TransportError, match="does not answer"):  # It expects TLS.
+        RedisDirectory(RedisAddress.parse(f"redis://127.0.0.1:{server.port}")).listing()
+
+
+def test_a_redis_that_hangs_while_it_is_connected_to(tmp_path, secured):
+    server, url, _ = secured
+    server.freeze()
+    for address in (url, f"redis://127.0.0.1:{server.port}"):
+        with pytest.raises(TransportError, match="does not answer"):
+            RedisDirectory(RedisAddress.parse(address)).listing()
+
+
+def test_another_server_is_no_redis():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+
+        def answer():
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(InvalidRequest, match="is no Redis"):
+            RedisDirectory(RedisAddress.parse(f"redis://127.0.0.1:{port}")).listing()
+        thread.join()
+
+
+def test_time_that_is_set_forward_loses_no_worker(here):
+    """As leases that ran out while the process was paused."""
+    directory = here.directory
+    directory.renew(RECORD)
+    assert directory.listing().settled
+    before_ms = round((time.time() - 3600) * 1000)
+    command(directory, "HSET", "farshore:{default}:clock", "listed", before_ms)
+    assert not directory.listing().settled
+    assert not here.other().listing().settled
+
+
+def test_a_client_that_was_away_is_unsettled_alone(here):
+    """Its own pause, or a network that was cut."""
+    now_s = 0.0
+    directory = RedisDirectory(here.address, lease_s=2.0, clock=lambda: now_s)
+    assert directory.listing().settled
+    now_s = 2.0
+    assert not directory.listing().settled
+    assert here.other().listing().settled
+
+    def settled():
+        nonlocal now_s
+        now_s += 0.5
+        return directory.listing().settled
+
+    until(lambda: None, settled)
+    assert now_s == 8.0
