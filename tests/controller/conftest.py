@@ -23,13 +23,15 @@ MARK = "FARSHORE_TEST_MARK"
 class Marked:
     """Runs commands and finds their descendants, which inherit an environment variable."""
 
-    def __init__(self):
+    def __init__(self, state_home):
+        """``state_home``: where clusters on a Ray that they join keep their state."""
         self.mark = uuid.uuid4().hex
         # Unset, since a private Ray must be private without these variables, too.
         unset = ("PYTHONSAFEPATH", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
         environment = {name: value for name, value in os.environ.items() if name not in unset}
         # In the checkout, whose folders would be imported if the current directory were on sys.path.
-        self._options = {"env": environment | {MARK: self.mark}, "cwd": REPOSITORY, "text": True}
+        environment |= {MARK: self.mark, "XDG_STATE_HOME": state_home}
+        self._options = {"env": environment, "cwd": REPOSITORY, "text": True}
         self._shared_memory = _shared_memory()
 
     def run(self, *arguments):
@@ -192,9 +194,9 @@ def two_nodes():
 
 
 @pytest.fixture
-def marked():
+def marked(tmp_path):
     """A Marked, which is checked for leftovers after the test."""
-    made = Marked()
+    made = Marked(str(tmp_path / "state"))
     yield made
     made.check_nothing_left()
 
