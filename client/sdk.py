@@ -151,6 +151,14 @@ class Client:
         reply = self._call(self._operators.Scale, request)
         return {"dense": reply.dense_workers, "attention": reply.attention_workers}
 
+    def drain(self, worker: str, *, timeout_s: float | None = None) -> str:
+        """Begins to drain a worker, named by its id or its slot, and returns its id: it gets nothing new,
+        what it has ends or goes elsewhere, then it ends, and another one takes its place. ``timeout_s``: what
+        is left then fails; None: the cluster's for a dense worker, for an attention worker as long as it
+        takes. Raises NotFound if it does not run, TransportError as :meth:`down`."""
+        request = admin.DrainRequest(worker_id=worker, timeout_s=timeout_s)
+        return self._call(self._operators.Drain, request).worker_id
+
     def down(self) -> None:
         """Begins to end the cluster: all workers and the controller. Raises TransportError if the gateway or
         the controller does not answer."""

@@ -6,10 +6,11 @@ actor's ``__repr__`` is what the Ray dashboard shows.
 """
 
 import os
+import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ from farshore.controller.reconcile import Kind
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.connect import open_directory
 from farshore.models.config.model import ModelConfig
+from farshore.workers.ending import Ending
+from farshore.workers.ending import Worker as EndingWorker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +63,17 @@ class _Worker:
         )
         self._token = ClusterToken.of_node(arguments.config.token_file)
         self._directory = open_directory(arguments.directory, token=self._token)
+        self._drain_timeout_s = arguments.config.drain_timeout_s
+
+    def _end_with(self, worker: EndingWorker) -> None:
+        """Makes :meth:`leave` and SIGTERM drain and end ``worker``, then this process. Ray constructs actors
+        in the main thread, which signal handlers need."""
+        self._ending = Ending(worker)
+        self._ending.on_sigterm(self._drain_timeout_s)
+
+    def leave(self, grace_s: float) -> None:
+        """Begins to end the worker: see :class:`~farshore.workers.ending.Ending`."""
+        self._ending.begin(grace_s)
 
     def __repr__(self) -> str:
         return f"{self._slot} on {self._host} ({self._id})"
@@ -86,6 +100,7 @@ class AttentionActor(_Worker):
             token=self._token,
             directory=self._directory,
         )
+        self._end_with(self._worker)
         Gauges(self._slot, self._sample)
 
     def _sample(self) -> Iterator[Sample]:
@@ -93,11 +108,6 @@ class AttentionActor(_Worker):
         yield Sample("farshore_kv_budget_bytes", identity.budget_bytes)
         yield Sample("farshore_kv_free_bytes", identity.free_bytes)
         yield Sample("farshore_attended_bytes", identity.attended_bytes)
-
-    def leave(self) -> None:
-        """Withdraws and ends the process."""
-        self._worker.stop()
-        ray.actor.exit_actor()
 
 
 class DenseActor(_Worker):
@@ -132,6 +142,7 @@ class DenseActor(_Worker):
             self._directory,
             host=self._host,
         )
+        self._end_with(self._worker)
         threading.Thread(target=self._worker.run, name="load", daemon=True).start()
         self._tokens = (time.monotonic(), 0)
         Gauges(self._slot, self._sample)
@@ -155,29 +166,34 @@ class DenseActor(_Worker):
             yield Sample("farshore_shard_latency_p99_ms", link.p99_ms, link.worker_id)
             yield Sample("farshore_shard_failures", link.failures, link.worker_id)
 
-    def leave(self) -> None:
-        """Withdraws, ends the streams, and ends the process."""
-        self._worker.stop()
-        ray.actor.exit_actor()
-
 
 class ControllerActor:
     """The controller. Ray starts it again, with the same arguments, when its process ends."""
 
     def __init__(
-        self, config: ClusterConfig, model: ModelConfig, *, namespace: str, listen: str, state_folder: str
+        self,
+        config: ClusterConfig,
+        model: ModelConfig,
+        *,
+        given: Collection[Kind],
+        creator: str,
+        listen: str,
+        state_folder: str,
     ) -> None:
+        """``creator``: names the driver that starts the controller."""
         from farshore.controller.controller import Controller
 
-        restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        self._creator = creator
         self._controller = Controller(
             config,
             model,
-            namespace=namespace,
+            given=given,
             listen=listen,
             state_folder=state_folder,
-            restarted=restarted,
+            restarted=ray.get_runtime_context().was_current_actor_reconstructed,
         )
+        # Ray starts it again; workers go on meanwhile.
+        signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=self._end).start())
 
     def __repr__(self) -> str:
         return f"controller at {self._controller.address}"
@@ -185,6 +201,18 @@ class ControllerActor:
     def address(self) -> str:
         """The HOST:PORT of its gRPC services."""
         return self._controller.address
+
+    def creator(self) -> str:
+        """The driver that started it."""
+        return self._creator
+
+    def join(self, config: ClusterConfig, given: Collection[Kind]) -> None:
+        """See :meth:`farshore.controller.controller.Controller.join`."""
+        self._controller.join(config, given)
+
+    def counts(self) -> dict[Kind, int]:
+        """The number of workers of each kind that there are to be."""
+        return self._controller.counts()
 
     def problem(self, *, free: bool) -> str | None:
         """See :meth:`farshore.controller.controller.Controller.problem`."""
@@ -194,6 +222,16 @@ class ControllerActor:
         """The events with numbers above ``since``."""
         return self._controller.events.since(since)
 
+    def begin_down(self) -> None:
+        """Begins to end the cluster, this actor included. Idempotent."""
+        self._controller.begin_down()
+
     def down(self) -> None:
         """Ends all workers, and this controller's loop."""
         self._controller.down()
+
+    def _end(self) -> None:
+        try:
+            self._controller.pause()
+        finally:
+            os._exit(0)

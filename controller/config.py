@@ -4,12 +4,14 @@ Created by the command line and by tests, read by the driver, the controller and
 heavy. Must not know how a cluster is started.
 """
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
-from farshore.defaults import MAX_DECODE_STALL_MS, SHARD_GRACE_S
+from farshore.defaults import DRAIN_TIMEOUT_S, MAX_DECODE_STALL_MS, SHARD_GRACE_S
 from farshore.errors import InvalidRequest
 from farshore.model_spec import ModelSpec
+from farshore.text import quoted
 
 Placement = Literal["offload", "local"]
 ShardBy = Literal["range", "head", "both"]
@@ -29,10 +31,15 @@ LOAD_DEADLINE_S = 1800.0
 MOST_WORKERS = 1000
 MIN_KV_MEMORY_BYTES = 64 << 20
 MOST_STALL_MS = 60_000
+MOST_DRAIN_S = 86_400.0
 LEAST_GRACE_S, MOST_GRACE_S = 1.0, 3600.0
 """At least a second: a frame may be that late before the engine asks whether the shard is alive."""
 MOST_SPECULATED = 16
 """Each guessed token is a row of the step; more than these cost more than they can save."""
+
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
+_OF_ONE_DRIVER = {"dense_workers", "attention_workers", "host", "port", "ray_address", "dashboard"}
+"""Fields in which two drivers of one cluster may differ."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +49,8 @@ class ClusterConfig:
 
     spec: ModelSpec = field(default_factory=ModelSpec)
     """The model, and how to read it."""
+    name: str = "default"
+    """The cluster's name: several clusters may share one Ray."""
     dtype: Dtype = "bfloat16"
     """Element type of weights and arithmetic."""
     kv_format: KvFormat | None = None
@@ -57,6 +66,8 @@ class ClusterConfig:
     """Longest time from one token of an answer to its next while other prompts are prefilled."""
     shard_grace_s: float = SHARD_GRACE_S
     """How long an attention worker may answer nothing before the requests whose KV it stores fail."""
+    drain_timeout_s: float = DRAIN_TIMEOUT_S
+    """How long the requests of a dense worker that is drained may go on before they fail."""
     speculate: int = 0
     """Tokens guessed ahead per step by prompt lookup; 0: off."""
     host: str = "127.0.0.1"
@@ -74,7 +85,13 @@ class ClusterConfig:
         """The format that KV is stored in."""
         return self.kv_format or _FORMAT_OF_DTYPE[self.dtype]
 
+    @property
+    def namespace(self) -> str:
+        """Ray's namespace of the controller and the workers."""
+        return namespace(self.name)
+
     def __post_init__(self) -> None:
+        check_name(self.name)
         check_counts(self.dense_workers, self.attention_workers, placement=self.placement)
         if self.kv_memory_bytes < MIN_KV_MEMORY_BYTES:
             raise InvalidRequest(
@@ -100,6 +117,10 @@ class ClusterConfig:
             raise InvalidRequest(
                 f"--shard-grace {self.shard_grace_s:g}: use {LEAST_GRACE_S:g} to {MOST_GRACE_S:g} seconds"
             )
+        if not 0 <= self.drain_timeout_s <= MOST_DRAIN_S:
+            raise InvalidRequest(
+                f"--drain-timeout {self.drain_timeout_s:g}: use 0 to {MOST_DRAIN_S:g} seconds"
+            )
         if not 1 <= self.max_decode_stall_ms <= MOST_STALL_MS:
             raise InvalidRequest(
                 f"--max-decode-stall-ms {self.max_decode_stall_ms:g}: use a number from 1 to {MOST_STALL_MS}"
@@ -108,6 +129,43 @@ class ClusterConfig:
             raise InvalidRequest(f"--speculate {self.speculate}: use 0 (off) to {MOST_SPECULATED} tokens")
         if not 0 <= self.port <= 65535:
             raise InvalidRequest(f"--port {self.port}: use 0 (any) to 65535")
+
+
+def check_name(name: str) -> None:
+    """Raises InvalidRequest for a name that no cluster can have."""
+    if not _NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"--name {quoted(name)}: use 1 to 40 lower-case letters, digits and inner hyphens, such as blue-2"
+        )
+
+
+def namespace(name: str) -> str:
+    """Ray's namespace of the cluster ``name``."""
+    return f"farshore-{name}"
+
+
+def check_same(running: ClusterConfig, asked: ClusterConfig) -> None:
+    """Raises InvalidRequest unless ``asked`` describes the cluster that runs, apart from the numbers of its
+    workers and from what each driver chooses for itself."""
+    differing = [
+        _option(each.name)
+        for each in fields(ClusterConfig)
+        if each.name not in _OF_ONE_DRIVER and getattr(running, each.name) != getattr(asked, each.name)
+    ]
+    if differing:
+        raise InvalidRequest(
+            f"the cluster {running.name} runs {running.spec.name} with other values of"
+            f" {', '.join(differing)}: give the same values, or end it first with `farshore down`, or choose"
+            " another --name"
+        )
+
+
+def _option(name: str) -> str:
+    """The option of ``farshore serve`` that sets a field."""
+    if name == "spec":
+        return "the model's options"
+    bare = name.removesuffix("_bytes").removesuffix("_s")
+    return "--" + bare.replace("_", "-")
 
 
 def check_counts(dense_workers: int, attention_workers: int, *, placement: str) -> None:

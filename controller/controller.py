@@ -6,30 +6,34 @@ gateways go on without it, new requests too. All that it knows is observed, so a
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
+from grpc_health.v1 import health
 
 from farshore import rpc
 from farshore.cluster_token import ClusterToken
 from farshore.controller import resources
 from farshore.controller.actors import AttentionActor, DenseActor, WorkerArguments
-from farshore.controller.config import ClusterConfig
-from farshore.controller.desired import Desired
+from farshore.controller.config import ClusterConfig, check_same
+from farshore.controller.desired import Desired, StateFile
 from farshore.controller.events import Events
-from farshore.controller.launch import RayLauncher
+from farshore.controller.launch import RayLauncher, end_workers
 from farshore.controller.loop import Loop
 from farshore.controller.probes import WorkerProbes
 from farshore.controller.reconcile import KINDS, Kind, Slot
 from farshore.controller.service import AdminService
+from farshore.errors import NotFound
+from farshore.ids import WorkerId
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
 from farshore.kvstore.directory.remote import DirectoryService
 from farshore.models.config.model import ModelConfig
 from farshore.proto import admin_pb2_grpc as admin_grpc
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
+from farshore.text import quoted
 
 MAX_CALLS = 64
 WATCH_S = 1.0
@@ -47,55 +51,90 @@ class Controller:
         config: ClusterConfig,
         model: ModelConfig,
         *,
-        namespace: str,
+        given: Collection[Kind],
         listen: str,
         state_folder: str,
         restarted: bool,
     ) -> None:
-        """``namespace``: of the workers' actors. ``listen``: HOST:PORT, the same after a restart, since
-        workers and gateways know it. ``state_folder``: where the last scale is
-        stored. ``restarted``: workers of an earlier controller may run. Raises PortInUse, ModelError."""
+        """``given``: the kinds whose numbers an operator chose. ``listen``: HOST:PORT, the same after a
+        restart, since workers and gateways know it. ``state_folder``: where the desired state is stored.
+        ``restarted``: Ray started this controller again. Raises PortInUse, ModelError, and InvalidRequest for
+        a stored state that can't be read."""
         self._config = config
         self._worker_bytes = resources.worker_bytes(config, model)
         self.events = Events()
-        self._directory = EmbeddedDirectory(restarted=restarted)
+        self._launcher = RayLauncher(config.namespace, self._new_worker)
+        # A controller that is lost for good leaves its workers to the next one.
+        self._directory = EmbeddedDirectory(restarted=restarted or bool(self._launcher.occupants()))
+        state = StateFile(Path(state_folder) / "desired.json")
         self._desired = Desired(
-            {"dense": config.dense_workers, "attention": config.attention_workers},
-            Path(state_folder) / "desired.json",
+            counts_of(config),
+            given=given,
+            load=state.load,
+            store=state.store,
             placement=config.placement,
-            keep=restarted,
+            restarted=restarted,
         )
         token = ClusterToken.of_node(config.token_file)
         self._admin = AdminService(config, model, self._directory, self, token=token)
         self._going_down = threading.Event()
+        self._checks = health.HealthServicer()
         self._server, self.address = rpc.serve(
             self._register,
             service=pb.DESCRIPTOR.services_by_name["Directory"].full_name,
             listen=listen,
             threads=MAX_CALLS,
             token=token,
+            checks=self._checks,
         )
-        self._launcher = RayLauncher(namespace, self._new_worker)
         self._probes = WorkerProbes(self._directory, token=token)
         self._loop = Loop(
-            desired=self._desired.counts,
+            desired=self._desired,
             directory=self._directory,
             launcher=self._launcher,
             probes=self._probes,
             events=self.events,
             grace_s=config.shard_grace_s,
+            drain_timeout_s=config.drain_timeout_s,
         )
-        self._loop.start()
+        if self._desired.ends:
+            self.begin_down()
+        else:
+            self._loop.start()
+
+    def counts(self) -> dict[Kind, int]:
+        """The number of workers of each kind that there are to be."""
+        return self._desired.counts()
+
+    def join(self, config: ClusterConfig, given: Collection[Kind]) -> None:
+        """Takes the configuration of another driver, which starts no controller of its own. ``given``: the
+        kinds whose numbers its operator chose. Raises InvalidRequest if it describes another cluster."""
+        check_same(self._config, config)
+        before, asked = self._desired.counts(), counts_of(config)
+        counts = self._desired.configure({kind: asked[kind] for kind in given})
+        if counts != before:
+            self._tell_scaled(counts)
 
     def scale(self, changes: Mapping[Kind, int]) -> Mapping[Kind, int]:
         """See :class:`~farshore.controller.service.Operations`."""
         counts = self._desired.scale(changes)
-        self.events.add("scaled", " ".join(f"{kind}={count}" for kind, count in counts.items()))
+        self._tell_scaled(counts)
         return counts
+
+    def drain(self, worker: str, timeout_s: float | None) -> WorkerId:
+        """See :class:`~farshore.controller.service.Operations`."""
+        records = self._directory.listing().workers
+        record = next((record for record in records if worker in (record.worker, record.slot)), None)
+        if record is None:
+            running = ", ".join(record.worker for record in records) or "no worker runs"
+            raise NotFound(f"no worker {quoted(worker)} runs: choose one of {running}")
+        self._desired.drain(record.worker, timeout_s)
+        return record.worker
 
     def begin_down(self) -> None:
         """See :class:`~farshore.controller.service.Operations`."""
         if not self._going_down.is_set():
+            self._desired.end()
             self._going_down.set()
             self.events.add("down", "cluster")
             threading.Thread(target=self._end, name="down", daemon=True).start()
@@ -120,19 +159,28 @@ class Controller:
     def down(self) -> None:
         """Ends the loop, then all workers: their streams first, and what is left after STOP_DEADLINE_S by
         force. Idempotent."""
+        self._checks.enter_graceful_shutdown()
         self._loop.stop()
-        end_s = time.monotonic() + STOP_DEADLINE_S
-        for slot in self._launcher.occupants():
-            self._launcher.stop(slot)
-        while (left := self._launcher.occupants()) and time.monotonic() < end_s:
-            time.sleep(0.05)
-        for slot in left:
-            self._launcher.kill(slot)
+        end_workers(self._launcher, deadline_s=STOP_DEADLINE_S)
+        self._desired.clear()
+        self._close()
+
+    def pause(self) -> None:
+        """Ends this controller after its round. The workers go on, and the next controller finds them."""
+        self._checks.enter_graceful_shutdown()
+        self._loop.stop()
+        self._close()
+
+    def _close(self) -> None:
         self._probes.stop()
         self._server.stop(0).wait()
         self._admin.close()
 
+    def _tell_scaled(self, counts: Mapping[Kind, int]) -> None:
+        self.events.add("scaled", " ".join(f"{kind}={count}" for kind, count in counts.items()))
+
     def _end(self) -> None:
+        self._checks.enter_graceful_shutdown()
         time.sleep(WATCH_S)
         self.down()
         # Ray starts a controller that merely ends again.
@@ -160,3 +208,8 @@ class Controller:
             return DenseActor, options, {"arguments": arguments}
         options |= {"runtime_env": {"env_vars": rpc.SHARD_ENVIRONMENT}}
         return AttentionActor, options, {"arguments": arguments}
+
+
+def counts_of(config: ClusterConfig) -> dict[Kind, int]:
+    """The numbers of workers of a configuration."""
+    return {"dense": config.dense_workers, "attention": config.attention_workers}

@@ -1,59 +1,159 @@
-"""How many workers of each kind there are to be: the configuration's numbers, or those of the last scale.
+"""What the cluster is to be: how many workers of each kind, and which of them are drained.
 
-Used by ``controller``. A restarted controller gets its first configuration again, so what ``scale`` changed
-is kept in a file.
+Used by ``controller``. The state is durable, one JSON object, since a restarted controller gets its first
+configuration again: numbers of the last ``scale``, the numbers that were configured, and drain marks. It must
+not know where the state is stored.
 """
 
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from farshore.controller.config import check_counts
 from farshore.controller.reconcile import KINDS, Kind
 from farshore.errors import InvalidRequest
+from farshore.ids import WorkerId
+
+State = dict[str, Any]
 
 
 class Desired:
-    """Thread-safe. ``file``: where the numbers are kept; its folder exists. ``keep``: whether numbers in the
-    file win, because the controller restarted; else the file is replaced."""
+    """Thread-safe. Each change is durable when its call returns; one that can't be stored changes nothing.
 
-    def __init__(self, first: Mapping[Kind, int], file: Path, *, placement: str, keep: bool) -> None:
-        self._file = file
+    ``configured``: the configuration's numbers. ``given``: those of them that an operator chose, not a
+    default. ``load`` returns the stored state, None if there is none; ``store`` replaces it. ``restarted``:
+    this controller was started again with its first arguments, which say nothing new.
+
+    Of a state that is stored, a number that an operator configures now and did not configure last time gives
+    way to the new one; every other number is the last scale's.
+    """
+
+    def __init__(
+        self,
+        configured: Mapping[Kind, int],
+        *,
+        given: Collection[Kind] = KINDS,
+        load: Callable[[], State | None],
+        store: Callable[[State], None],
+        placement: str,
+        restarted: bool,
+    ) -> None:
+        self._store = store
         self._placement = placement
         self._lock = threading.Lock()
-        self._counts = dict(first)
-        if keep and file.exists():
-            stored = json.loads(file.read_text(encoding="utf-8"))
-            self._counts = {kind: int(stored[kind]) for kind in KINDS}
+        state = load()
+        self.ends = state is not None and "down" in state and restarted
+        """Whether an operator ended the cluster, which the controller before has not completed."""
+        if state is None or "down" in state:
+            self._configured, self._counts = dict(configured), dict(configured)
+            self._drains: dict[WorkerId, float | None] = {}
+            if not self.ends:
+                self._change()
         else:
-            self._store()
+            self._configured = {kind: int(state["configured"][kind]) for kind in KINDS}
+            self._counts = {kind: int(state["counts"][kind]) for kind in KINDS}
+            self._drains = {WorkerId(worker): limit for worker, limit in state["drains"].items()}
+            if not restarted:
+                self.configure({kind: configured[kind] for kind in given})
 
     def counts(self) -> dict[Kind, int]:
         """The number of workers of each kind."""
         with self._lock:
             return dict(self._counts)
 
-    def scale(self, changes: Mapping[Kind, int]) -> dict[Kind, int]:
-        """Changes the numbers; durable when it returns. Returns those in force. Raises InvalidRequest for a
-        number that can't work."""
+    def drains(self) -> dict[WorkerId, float | None]:
+        """The workers that are to be drained, and for how many seconds each may take; None: without end."""
         with self._lock:
-            counts = self._counts | changes
-            check_counts(counts["dense"], counts["attention"], placement=self._placement)
-            self._counts = counts
-            self._store()
-            return dict(counts)
+            return dict(self._drains)
 
-    def _store(self) -> None:
+    def configure(self, configured: Mapping[Kind, int]) -> dict[Kind, int]:
+        """Takes the numbers of a configuration that an operator starts with. Those that were configured last
+        time, too, change nothing. Returns the numbers in force. Raises InvalidRequest as :meth:`scale`."""
+        with self._lock:
+            changed = {kind: count for kind, count in configured.items() if count != self._configured[kind]}
+            if changed:
+                self._change(counts=self._checked(changed), configured=self._configured | changed)
+            return dict(self._counts)
+
+    def scale(self, changes: Mapping[Kind, int]) -> dict[Kind, int]:
+        """Changes the numbers. Returns those in force. Raises InvalidRequest for a number that can't work."""
+        with self._lock:
+            self._change(counts=self._checked(changes))
+            return dict(self._counts)
+
+    def drain(self, worker: WorkerId, timeout_s: float | None) -> None:
+        """Marks a worker. The mark ends with the worker: see :meth:`forget_drains`."""
+        with self._lock:
+            self._change(drains=self._drains | {worker: timeout_s})
+
+    def forget_drains(self, ended: Collection[WorkerId]) -> None:
+        """Removes the marks of workers that have ended."""
+        with self._lock:
+            left = {worker: limit for worker, limit in self._drains.items() if worker not in ended}
+            if len(left) < len(self._drains):
+                self._change(drains=left)
+
+    def end(self) -> None:
+        """Notes that the cluster is to end, whatever happens to this controller."""
+        with self._lock:
+            self._store({"down": True})
+
+    def clear(self) -> None:
+        """Forgets everything: the cluster has ended. The next one of its name starts as it is configured."""
+        with self._lock:
+            self._store({})
+
+    def _checked(self, changes: Mapping[Kind, int]) -> dict[Kind, int]:
+        counts = self._counts | changes
+        check_counts(counts["dense"], counts["attention"], placement=self._placement)
+        return counts
+
+    def _change(
+        self,
+        *,
+        counts: dict[Kind, int] | None = None,
+        configured: dict[Kind, int] | None = None,
+        drains: dict[WorkerId, float | None] | None = None,
+    ) -> None:
+        """Stores the state with these changes, then applies them."""
+        new_counts = self._counts if counts is None else counts
+        new_configured = self._configured if configured is None else configured
+        new_drains = self._drains if drains is None else drains
+        self._store({"counts": new_counts, "configured": new_configured, "drains": new_drains})
+        self._counts, self._configured, self._drains = new_counts, new_configured, new_drains
+
+
+class StateFile:
+    """Keeps the state in a file, for a directory that stores nothing itself. The file's folder exists."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def load(self) -> State | None:
+        """The stored state. Raises InvalidRequest if the file can't be read."""
+        try:
+            return json.loads(self._file.read_text(encoding="utf-8")) or None
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise InvalidRequest(
+                f"{self._file}: the cluster's state can't be read ({error}): remove the file to start as "
+                "configured"
+            ) from error
+
+    def store(self, state: State) -> None:
+        """Replaces the state; durable when it returns. Raises InvalidRequest if it can't be stored."""
         new = self._file.with_suffix(".new")
         try:
             with new.open("w", encoding="utf-8") as file:
-                json.dump(self._counts, file)
+                json.dump(state, file)
                 file.flush()
                 os.fsync(file.fileno())
             new.replace(self._file)
         except OSError as error:
             raise InvalidRequest(
-                f"{self._file}: the numbers can't be stored: {error.strerror or error}"
+                f"{self._file}: the cluster's state can't be stored: {error.strerror or error}"
             ) from error

@@ -1,12 +1,13 @@
 """Starts and ends workers as named, detached Ray actors: one actor name a slot.
 
-Called by ``loop``. Ray makes starting idempotent: a name has at most one actor. It must not know how many
-workers there are to be.
+Called by ``loop``, and by the driver to end a cluster whose controller is gone. Ray makes starting
+idempotent: a name has at most one actor. It must not know how many workers there are to be.
 """
 
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -43,8 +44,9 @@ class Launcher(Protocol):
         """Starts a worker in a slot. Idempotent; returns before it runs. After a crash in the middle the
         worker either runs or does not."""
 
-    def stop(self, slot: Slot) -> None:
-        """Ends a worker: it withdraws, ends its streams, then its process ends. Idempotent."""
+    def stop(self, slot: Slot, *, grace_s: float) -> None:
+        """Ends a worker: it takes nothing new, lets what it has go on for ``grace_s`` at most, withdraws,
+        ends its streams, then its process ends. Returns at once. Idempotent."""
 
     def kill(self, slot: Slot) -> None:
         """Ends a worker's process by SIGKILL, also one that is frozen. Idempotent."""
@@ -53,15 +55,11 @@ class Launcher(Protocol):
         """How an occupant ended, such as "(process 7) was killed"; "ended" if that is unknown."""
 
 
-class RayLauncher:
-    """See :class:`Launcher`. ``namespace``: of the actors. ``new_worker``: called with a slot, returns the
-    actor class, the options beside the name, and the arguments."""
+class RaySlots:
+    """The workers of one cluster, which starts none. ``namespace``: of the actors."""
 
-    def __init__(
-        self, namespace: str, new_worker: Callable[[Slot], tuple[type, dict[str, Any], dict[str, Any]]]
-    ) -> None:
+    def __init__(self, namespace: str) -> None:
         self._namespace = namespace
-        self._new_worker = new_worker
 
     def occupants(self) -> Mapping[Slot, Occupant]:
         named = ray.util.list_named_actors(all_namespaces=True)
@@ -82,6 +80,34 @@ class RayLauncher:
                 )
         return found
 
+    def stop(self, slot: Slot, *, grace_s: float) -> None:
+        with contextlib.suppress(ValueError, ray.exceptions.RayError):
+            handle = ray.get_actor(str(slot), self._namespace)
+            if state.actors(handle._actor_id.hex()).get("State") == "ALIVE":
+                handle.leave.remote(grace_s)
+            else:
+                # It may wait for room for ever, and the call with it.
+                ray.kill(handle)
+
+    def kill(self, slot: Slot) -> None:
+        with contextlib.suppress(ValueError, ray.exceptions.RayError):
+            kill_actor(ray.get_actor(str(slot), self._namespace))
+
+    def end_in_words(self, occupant: Occupant) -> str:
+        detail = state.actors(occupant.actor) or {}
+        return actor_end_in_words(Exception(f"pid: {occupant.process_id} {detail.get('DeathCause', '')}"))
+
+
+class RayLauncher(RaySlots):
+    """See :class:`Launcher`. ``new_worker``: called with a slot, returns the actor class, the options beside
+    the name, and the arguments."""
+
+    def __init__(
+        self, namespace: str, new_worker: Callable[[Slot], tuple[type, dict[str, Any], dict[str, Any]]]
+    ) -> None:
+        super().__init__(namespace)
+        self._new_worker = new_worker
+
     def start(self, slot: Slot) -> None:
         actor_class, options, arguments = self._new_worker(slot)
         ray.remote(actor_class).options(
@@ -93,20 +119,24 @@ class RayLauncher:
             **options,
         ).remote(**arguments)
 
-    def stop(self, slot: Slot) -> None:
-        with contextlib.suppress(ValueError):
-            ray.get_actor(str(slot), self._namespace).leave.remote()
 
-    def kill(self, slot: Slot) -> None:
-        with contextlib.suppress(ValueError, ray.exceptions.RayError):
-            handle = ray.get_actor(str(slot), self._namespace)
-            detail = state.actors(handle._actor_id.hex())
-            _kill_process(detail.get("Address", {}).get("NodeID", ""), detail.get("Pid", 0))
-            ray.kill(handle)
+def end_workers(workers: RaySlots, *, deadline_s: float) -> None:
+    """Ends all workers: their streams first, and what is left after ``deadline_s`` by force."""
+    end_s = time.monotonic() + deadline_s
+    for slot in workers.occupants():
+        workers.stop(slot, grace_s=0.0)
+    while (left := workers.occupants()) and time.monotonic() < end_s:
+        time.sleep(0.05)
+    for slot in left:
+        workers.kill(slot)
 
-    def end_in_words(self, occupant: Occupant) -> str:
-        detail = state.actors(occupant.actor) or {}
-        return actor_end_in_words(Exception(f"pid: {occupant.process_id} {detail.get('DeathCause', '')}"))
+
+def kill_actor(handle: Any) -> None:
+    """Ends an actor for good by SIGKILL, also one that is frozen: Ray itself only asks it to end. Raises
+    Ray's errors."""
+    detail = state.actors(handle._actor_id.hex())
+    _kill_process(detail.get("Address", {}).get("NodeID", ""), detail.get("Pid", 0))
+    ray.kill(handle)
 
 
 def _slot_of(name: str) -> Slot | None:
@@ -117,7 +147,7 @@ def _slot_of(name: str) -> Slot | None:
 
 
 def _kill_process(node: str, process_id: int) -> None:
-    """Kills a process on a node: Ray itself only asks it to end, and a frozen one does not hear that."""
+    """Kills a process on a node."""
     if not (node and process_id):
         return
     strategy = NodeAffinitySchedulingStrategy(node, soft=False)

@@ -7,16 +7,16 @@ It must not know Ray.
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from farshore.controller.events import Events
 from farshore.controller.launch import Launcher, Occupant
 from farshore.controller.reconcile import (
     HEALTHY_S,
-    Close,
     Deaths,
+    Drain,
     Kill,
     Kind,
     Observed,
@@ -34,7 +34,24 @@ ROUND_S = 0.5
 ANNOUNCE_S = 30.0
 """A worker whose process runs announces itself within this time."""
 
+HEARD_S = 2.0
+"""After this time every engine and gateway that can has heard that a worker drains, and the probes have asked
+again: only then does the number of its readers tell whether it can end."""
+
 _LOG = logging.getLogger(__name__)
+
+
+class DesiredState(Protocol):
+    """What the cluster is to be. Thread-safe."""
+
+    def counts(self) -> Mapping[Kind, int]:
+        """The number of workers of each kind."""
+
+    def drains(self) -> Mapping[WorkerId, float | None]:
+        """The workers that an operator drains, and for how many seconds each may take; None: without end."""
+
+    def forget_drains(self, ended: Collection[WorkerId]) -> None:
+        """Removes the marks of workers that have ended."""
 
 
 class Probes(Protocol):
@@ -59,6 +76,8 @@ class _Seen:
     occupant: Occupant
     since_s: float
     record: WorkerRecord | None = None
+    drained_s: float | None = None
+    """Since when it drains."""
     stopped: bool = False
     killed_s: float | None = None
 
@@ -66,19 +85,20 @@ class _Seen:
 class Loop:
     """Call :meth:`round` every ROUND_S, or :meth:`start` to have a thread do it.
 
-    ``desired``: returns the number of workers of each kind. ``grace_s``: how long a worker without a lease
-    may be silent before it is killed. ``clock``: seconds, monotonic.
+    ``grace_s``: how long a worker without a lease may be silent before it is killed. ``drain_timeout_s``: how
+    long a dense worker may drain, unless its mark says otherwise. ``clock``: seconds, monotonic.
     """
 
     def __init__(
         self,
         *,
-        desired: Callable[[], Mapping[Kind, int]],
+        desired: DesiredState,
         directory: Directory,
         launcher: Launcher,
         probes: Probes,
         events: Events,
         grace_s: float,
+        drain_timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._desired = desired
@@ -87,10 +107,10 @@ class Loop:
         self._probes = probes
         self._events = events
         self._grace_s = grace_s
+        self._drain_timeout_s = drain_timeout_s
         self._clock = clock
         self._seen: dict[Slot, _Seen] = {}
         self._deaths: dict[Slot, Deaths] = {}
-        self._closed: frozenset[WorkerId] = frozenset()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reconcile", daemon=True)
 
@@ -108,30 +128,64 @@ class Loop:
         now_s = self._clock()
         listing = self._directory.listing()
         self._notice(self._launcher.occupants(), listing, now_s)
-        observed = self._observed(listing, now_s=now_s)
-        closed = set(self._closed)
-        for action in reconcile(self._desired(), observed, now_s):
+        drains = self._desired.drains()
+        observed = self._observed(listing, drains, now_s=now_s)
+        for action in reconcile(self._desired.counts(), observed, now_s):
             match action:
-                case Close(_, worker):
-                    closed.add(worker)
-                case Open(_, worker):
-                    closed.discard(worker)
+                case Drain(slot, worker):
+                    self._seen[slot].drained_s = now_s
+                    self._events.add("draining", worker, self._why_draining(slot, drains))
+                case Open(slot, _):
+                    self._seen[slot].drained_s = None
                 case Start(slot):
                     self._events.add("started", str(slot))
                     self._launcher.start(slot)
                 case Stop(slot):
-                    if not self._seen[slot].stopped:
-                        self._events.add("retired", str(slot))
-                    self._seen[slot].stopped = True
-                    self._launcher.stop(slot)
+                    self._stop(slot, observed.processes[slot])
                 case Kill(slot):
                     seen = self._seen[slot]
                     if seen.killed_s is None:
                         seen.killed_s = now_s
                         self._events.add("killed", str(slot), "it has answered nothing for too long")
                     self._launcher.kill(slot)
-        self._closed = frozenset(closed & {record.worker for record in listing.workers})
-        self._directory.close(self._closed)
+        draining = self._draining()
+        self._directory.close(draining, draining=draining)
+        if listing.settled:
+            self._forget_drains(drains, listing)
+
+    def _stop(self, slot: Slot, process: Process) -> None:
+        seen = self._seen[slot]
+        if not seen.stopped and process.worker is not None:
+            left = f"{process.readers} sequences were left" if process.readers else ""
+            self._events.add("drained", process.worker, left)
+        seen.stopped = True
+        # A sequence that came before the whole cluster had heard of the drain may end, too.
+        waits = process.readers == 0 and process.worker is not None
+        self._launcher.stop(slot, grace_s=self._drain_timeout_s if waits else 0.0)
+
+    def _why_draining(self, slot: Slot, drains: Mapping[WorkerId, float | None]) -> str:
+        record = self._seen[slot].record
+        if record is not None and record.worker in drains:
+            return "an operator drains it"
+        told = record is not None and record.state == "draining"
+        return "its process was told to end" if told else "there are more than desired"
+
+    def _draining(self) -> frozenset[WorkerId]:
+        return frozenset(
+            seen.record.worker
+            for seen in self._seen.values()
+            if seen.record is not None and seen.drained_s is not None
+        )
+
+    def _forget_drains(self, drains: Collection[WorkerId], listing: Listing) -> None:
+        """Removes marks of workers that run no more. A process that has not registered yet may be any worker
+        of its slot."""
+        running = {record.worker for record in listing.workers}
+        running |= {seen.record.worker for seen in self._seen.values() if seen.record is not None}
+        unknown = tuple(f"{slot}-" for slot, seen in self._seen.items() if seen.record is None)
+        ended = [worker for worker in drains if worker not in running and not worker.startswith(unknown)]
+        if ended:
+            self._desired.forget_drains(ended)
 
     def _run(self) -> None:
         while not self._ended.is_set():
@@ -148,11 +202,13 @@ class Loop:
             if occupants.get(slot, seen.occupant).actor == seen.occupant.actor and slot in occupants:
                 continue
             del self._seen[slot]
-            if not seen.stopped:
+            name = seen.record.worker if seen.record is not None else str(slot)
+            if seen.stopped or (seen.record is not None and seen.record.state == "draining"):
+                self._events.add("retired", name)
+            else:
                 count = self._deaths[slot].count if slot in self._deaths else 0
                 healthy = now_s - seen.since_s >= HEALTHY_S
                 self._deaths[slot] = Deaths(1 if healthy else count + 1, now_s)
-                name = seen.record.worker if seen.record is not None else str(slot)
                 self._events.add("lost", name, self._launcher.end_in_words(seen.occupant))
         records = {record.slot: record for record in listing.workers}
         for slot, occupant in occupants.items():
@@ -166,7 +222,9 @@ class Loop:
                 self._events.add(kind, record.worker, f"at {record.address}")
             seen.record = record
 
-    def _observed(self, listing: Listing, *, now_s: float) -> Observed:
+    def _observed(
+        self, listing: Listing, drains: Mapping[WorkerId, float | None], *, now_s: float
+    ) -> Observed:
         listed = {record.worker for record in listing.workers}
         suspects = {
             seen.record.worker: seen.record.address
@@ -176,7 +234,7 @@ class Loop:
         silent_s = self._probes.silent_s(suspects)
         # Such a worker may be one that this controller has not heard of.
         nameless_may_live = bool(self._probes.alive() - listed)
-        readers = self._probes.readers() if self._closed else None
+        readers = self._probes.readers() if self._draining() else None
         processes = {}
         for slot, seen in self._seen.items():
             if seen.record is not None:
@@ -184,18 +242,32 @@ class Loop:
             else:
                 late = bool(seen.occupant.node) and now_s - seen.since_s >= ANNOUNCE_S + self._grace_s
                 frozen = late and not nameless_may_live
-            processes[slot] = self._process(slot, seen, readers, frozen=frozen)
+            process = Process(slot=slot, frozen=frozen, killed_s=seen.killed_s)
+            if seen.record is not None:
+                process = self._drain_of(process, seen.record, seen.drained_s, drains, readers, now_s)
+            processes[slot] = process
         return Observed(processes=processes, deaths=self._deaths, settled=listing.settled)
 
-    def _process(
-        self, slot: Slot, seen: _Seen, readers: Mapping[WorkerId, int] | None, *, frozen: bool
+    def _drain_of(
+        self,
+        process: Process,
+        record: WorkerRecord,
+        drained_s: float | None,
+        drains: Mapping[WorkerId, float | None],
+        readers: Mapping[WorkerId, int] | None,
+        now_s: float,
     ) -> Process:
-        worker = seen.record.worker if seen.record is not None else None
-        return Process(
-            slot=slot,
+        """Adds to a registered worker's process how far its drain is."""
+        worker = record.worker
+        for_s = 0.0 if drained_s is None else now_s - drained_s
+        limit_s = drains.get(worker)
+        if limit_s is None and record.kind == "dense":
+            limit_s = self._drain_timeout_s
+        return replace(
+            process,
             worker=worker,
-            closed=worker is not None and worker in self._closed,
-            readers=None if readers is None or worker is None else readers.get(worker, 0),
-            frozen=frozen,
-            killed_s=seen.killed_s,
+            leaving=worker in drains or record.state == "draining",
+            closed=drained_s is not None,
+            readers=None if readers is None or for_s < HEARD_S else readers.get(worker, 0),
+            overdue=limit_s is not None and drained_s is not None and for_s >= limit_s,
         )

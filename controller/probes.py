@@ -88,7 +88,7 @@ class WorkerProbes:
                 reported |= {WorkerId(shard) for shard, answers in status.shards.items() if answers}
                 if readers is not None:
                     readers.update({WorkerId(shard): count for shard, count in status.readers.items()})
-                    readers[worker] += len(status.sequences)
+                    readers[worker] += status.worker.running + status.worker.waiting
             self._readers, self._alive = readers, reported
             alive = reported | {worker for worker, call in checks.items() if call.exception() is None}
             now_s = self._clock()

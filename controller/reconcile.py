@@ -1,4 +1,4 @@
-"""Decides what to start, close, stop and kill, so that the observed cluster becomes the desired one.
+"""Decides what to start, drain, stop and kill, so that the observed cluster becomes the desired one.
 
 Called by ``loop``, once a round. Pure: it asks nothing and changes nothing. Every action is idempotent, and a
 round is computed from what is observed alone, so a controller that crashes anywhere leaves what the next
@@ -40,10 +40,15 @@ class Process:
 
     slot: Slot
     worker: WorkerId | None = None
+    leaving: bool = False
+    """Whether it is to end though its kind has none too many: an operator drains it, or its process was told
+    to end."""
     closed: bool = False
-    """Whether engines were told to place no new spans or sequences on it."""
+    """Whether engines and gateways were told to place nothing new on it, and to move what they can."""
     readers: int | None = 0
-    """Sequences that read from it or run on it; None while an engine does not answer."""
+    """Sequences that read from it or run on it; None while that is unknown."""
+    overdue: bool = False
+    """Whether it has drained for longer than it may."""
     frozen: bool = False
     """Whether it is to be given up: its lease ran out, it answers no probe, no engine reports it alive."""
     killed_s: float | None = None
@@ -74,22 +79,22 @@ class Start(NamedTuple):
     slot: Slot
 
 
-class Close(NamedTuple):
-    """Tell the engines and gateways to place nothing new on this worker."""
+class Drain(NamedTuple):
+    """Tell the engines and gateways to place nothing new on this worker, and to move what they can."""
 
     slot: Slot
     worker: WorkerId
 
 
 class Open(NamedTuple):
-    """Undo Close."""
+    """Undo Drain."""
 
     slot: Slot
     worker: WorkerId
 
 
 class Stop(NamedTuple):
-    """End a worker that nothing reads from."""
+    """End a worker that nothing reads from, or whose time to drain is over."""
 
     slot: Slot
 
@@ -100,7 +105,7 @@ class Kill(NamedTuple):
     slot: Slot
 
 
-Action = Start | Close | Open | Stop | Kill
+Action = Start | Drain | Open | Stop | Kill
 
 
 def reconcile(desired: Mapping[Kind, int], observed: Observed, now_s: float) -> tuple[Action, ...]:
@@ -122,26 +127,29 @@ def backoff_s(deaths: int) -> float:
 def _of_kind(
     kind: Kind, count: int, processes: list[Process], observed: Observed, now_s: float
 ) -> Iterable[Action]:
-    kept = [process for process in processes if not process.frozen]
     given_up = [process for process in processes if process.frozen]
+    leaving = [process for process in processes if process.leaving and not process.frozen]
+    kept = [process for process in processes if not (process.leaving or process.frozen)]
     yield from (Kill(process.slot) for process in given_up)
-    surplus = kept[count:]
     yield from (
         Open(process.slot, process.worker)
         for process in kept[:count]
         if process.closed and process.worker is not None
     )
-    yield from _retired(surplus)
-    dying = sum(process.killed_s is None or now_s - process.killed_s < KILL_GRACE_S for process in given_up)
+    yield from _drained([*leaving, *kept[count:]])
+    dying = sum(
+        not process.leaving and (process.killed_s is None or now_s - process.killed_s < KILL_GRACE_S)
+        for process in given_up
+    )
     yield from _started(kind, count - len(kept) - dying, processes, observed, now_s)
 
 
-def _retired(surplus: Iterable[Process]) -> Iterable[Action]:
-    for process in surplus:
-        if process.worker is None or (process.closed and process.readers == 0):
+def _drained(processes: Iterable[Process]) -> Iterable[Action]:
+    for process in processes:
+        if process.worker is None or (process.closed and (process.readers == 0 or process.overdue)):
             yield Stop(process.slot)
         elif not process.closed:
-            yield Close(process.slot, process.worker)
+            yield Drain(process.slot, process.worker)
 
 
 def _started(

@@ -1,12 +1,14 @@
-"""The operators' calls, ``farshore.admin.v1``: status, scale, down, events.
+"""The operators' calls, ``farshore.admin.v1``: status, scale, drain, down, events.
 
 Registered by ``controller``; gateways pass their clients' calls on. Never on the token path. Must not know
 Ray.
 """
 
 import threading
+import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from typing import Protocol
 
 import grpc
@@ -14,10 +16,10 @@ import grpc
 from farshore import __version__, rpc
 from farshore.attention_offload.codec import identity_from_pb, info_from_pb
 from farshore.cluster_token import ClusterToken
-from farshore.controller.config import ClusterConfig
+from farshore.controller.config import MOST_DRAIN_S, ClusterConfig
 from farshore.controller.events import Events
 from farshore.controller.reconcile import Kind
-from farshore.errors import FarshoreError
+from farshore.errors import FarshoreError, InvalidRequest
 from farshore.ids import SequenceId, WorkerId
 from farshore.kvstore.base import SpanInfo
 from farshore.kvstore.directory.base import Directory
@@ -31,7 +33,9 @@ from farshore.proto import cluster_pb2_grpc as pb_grpc
 
 PROBE_DEADLINE_S = 2.0
 """For all workers, which are asked at once. A worker that does not answer in time is shown as unreachable."""
-
+STATUS_AGE_S = 0.5
+"""An answer is given to every caller that asks within this time after it was complete, or while it is made:
+asking all workers costs each of them."""
 
 EVENTS_POLL_S = 1.0
 """How often a stream of events looks whether its reader is gone."""
@@ -44,6 +48,10 @@ class Operations(Protocol):
 
     def scale(self, changes: Mapping[Kind, int]) -> Mapping[Kind, int]:
         """Changes the numbers of workers. Returns those in force. Raises InvalidRequest."""
+
+    def drain(self, worker: str, timeout_s: float | None) -> WorkerId:
+        """Marks a worker, given by its id or its slot, to be drained; ``timeout_s``: for how long at most.
+        Returns its id. Raises NotFound if it does not run."""
 
     def begin_down(self) -> None:
         """Begins to end the cluster, and returns. Idempotent."""
@@ -60,14 +68,18 @@ class AdminService(admin_grpc.AdminServicer):
         operations: Operations,
         *,
         token: ClusterToken | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._token = token
         self._config = config
         self._model = model
         self._directory = directory
         self._operations = operations
+        self._clock = clock
         self._channels: dict[str, grpc.Channel] = {}
         self._lock = threading.Lock()
+        self._status: Future[tuple[admin.ClusterStatusReply, float]] | None = None
+        """The newest answer and the time of its completion."""
 
     def Scale(self, request: admin.ScaleRequest, context: grpc.ServicerContext) -> admin.ScaleReply:
         """Returns when the new numbers are stored; workers start and retire meanwhile."""
@@ -82,8 +94,22 @@ class AdminService(admin_grpc.AdminServicer):
             rpc.abort(context, error)
         return admin.ScaleReply(dense_workers=counts["dense"], attention_workers=counts["attention"])
 
+    def Drain(self, request: admin.DrainRequest, context: grpc.ServicerContext) -> admin.DrainReply:
+        """Returns when the mark is stored."""
+        timeout_s = request.timeout_s if request.HasField("timeout_s") else None
+        try:
+            if timeout_s is not None and not 0 <= timeout_s <= MOST_DRAIN_S:
+                raise InvalidRequest(f"--timeout {timeout_s:g}: use 0 to {MOST_DRAIN_S:g} seconds")
+            worker = self._operations.drain(request.worker_id, timeout_s)
+        except FarshoreError as error:
+            rpc.abort(context, error)
+        return admin.DrainReply(worker_id=worker)
+
     def Down(self, request: admin.DownRequest, context: grpc.ServicerContext) -> admin.DownReply:
-        self._operations.begin_down()
+        try:
+            self._operations.begin_down()
+        except FarshoreError as error:
+            rpc.abort(context, error)
         return admin.DownReply()
 
     def WatchEvents(
@@ -101,35 +127,54 @@ class AdminService(admin_grpc.AdminServicer):
     def ClusterStatus(
         self, request: admin.ClusterStatusRequest, context: grpc.ServicerContext
     ) -> admin.ClusterStatusReply:
-        """Asks every worker, and answers from the workers' replies."""
-        records = [record for record in self._directory.listing().workers if record.address]
-        dense, attention = (
-            {record.worker: record.address for record in records if record.kind == kind}
-            for kind in ("dense", "attention")
-        )
-        workers: list[admin.WorkerStatus] = []
-        sequences: dict[SequenceId, admin.SequenceStatus] = {}
-        records = [record for record in self._directory.listing().workers if record.address]
+        """Asks every worker, and answers from the workers' replies. Callers share an answer: see
+        STATUS_AGE_S."""
+        with self._lock:
+            makes = self._status is None or self._is_old(self._status)
+            if makes:
+                self._status = Future()
+            status = self._status
+        assert status is not None
+        if makes:
+            try:
+                status.set_result((self._ask_workers(), self._clock()))
+            except BaseException as error:
+                status.set_exception(error)
+                raise
+        return status.result()[0]
+
+    def _is_old(self, status: "Future[tuple[admin.ClusterStatusReply, float]]") -> bool:
+        if not status.done():
+            return False
+        return status.exception() is not None or self._clock() - status.result()[1] >= STATUS_AGE_S
+
+    def _ask_workers(self) -> admin.ClusterStatusReply:
+        listing = self._directory.listing()
+        records = [record for record in listing.workers if record.address]
         dense, attention = (
             {record.worker: record.address for record in records if record.kind == kind}
             for kind in ("dense", "attention")
         )
         dense_calls = {worker: self._ask_dense(address) for worker, address in dense.items()}
         attention_calls = {worker: self._ask_attention(address) for worker, address in attention.items()}
+        workers: dict[WorkerId, admin.WorkerStatus] = {}
+        sequences: dict[SequenceId, admin.SequenceStatus] = {}
         for worker, call in dense_calls.items():
-            status, owned = _dense(worker, dense[worker], call)
-            workers.append(status)
+            workers[worker], owned = _dense(worker, dense[worker], call)
             sequences |= {SequenceId(s.sequence_id): s for s in owned}
         spans: dict[SequenceId, dict[WorkerId, list[SpanInfo]]] = defaultdict(dict)
         for worker, calls in attention_calls.items():
-            status, infos = _attention(worker, attention[worker], *calls)
-            workers.append(status)
+            workers[worker], infos = _attention(worker, attention[worker], *calls)
             for info in infos:
                 spans[info.key.sequence].setdefault(worker, []).append(info)
         for sequence, by_worker in spans.items():
             if sequence in sequences:
                 _add_spans(sequences[sequence], by_worker)
-        return self._reply(workers, list(sequences.values()))
+        draining = listing.draining.union(r.worker for r in records if r.state == "draining")
+        for worker in draining & workers.keys():
+            if workers[worker].state == "ready":
+                workers[worker].state = "draining"
+        return self._reply(list(workers.values()), list(sequences.values()))
 
     def close(self) -> None:
         for channel in self._channels.values():

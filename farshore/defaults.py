@@ -9,3 +9,6 @@ MAX_DECODE_STALL_MS = 200.0
 
 SHARD_GRACE_S = 10.0
 """How long a shard may answer nothing before the sequences whose KV it stores fail."""
+
+DRAIN_TIMEOUT_S = 60.0
+"""How long the requests of a dense worker that is drained may go on before they fail."""

@@ -44,6 +44,11 @@ class AdminStub(object):
                 request_serializer=farshore_dot_proto_dot_admin__pb2.ScaleRequest.SerializeToString,
                 response_deserializer=farshore_dot_proto_dot_admin__pb2.ScaleReply.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/farshore.admin.v1.Admin/Drain',
+                request_serializer=farshore_dot_proto_dot_admin__pb2.DrainRequest.SerializeToString,
+                response_deserializer=farshore_dot_proto_dot_admin__pb2.DrainReply.FromString,
+                _registered_method=True)
         self.Down = channel.unary_unary(
                 '/farshore.admin.v1.Admin/Down',
                 request_serializer=farshore_dot_proto_dot_admin__pb2.DownRequest.SerializeToString,
@@ -68,6 +73,14 @@ class AdminServicer(object):
 
     def Scale(self, request, context):
         """Changes how many workers there are to be. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Marks a worker to be drained, durably, and returns: it gets nothing new, what it has ends or goes elsewhere,
+        then it ends; another one takes its place. NOT_FOUND if it does not run. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -99,6 +112,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Scale,
                     request_deserializer=farshore_dot_proto_dot_admin__pb2.ScaleRequest.FromString,
                     response_serializer=farshore_dot_proto_dot_admin__pb2.ScaleReply.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=farshore_dot_proto_dot_admin__pb2.DrainRequest.FromString,
+                    response_serializer=farshore_dot_proto_dot_admin__pb2.DrainReply.SerializeToString,
             ),
             'Down': grpc.unary_unary_rpc_method_handler(
                     servicer.Down,
@@ -165,6 +183,33 @@ class Admin(object):
             '/farshore.admin.v1.Admin/Scale',
             farshore_dot_proto_dot_admin__pb2.ScaleRequest.SerializeToString,
             farshore_dot_proto_dot_admin__pb2.ScaleReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farshore.admin.v1.Admin/Drain',
+            farshore_dot_proto_dot_admin__pb2.DrainRequest.SerializeToString,
+            farshore_dot_proto_dot_admin__pb2.DrainReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -5,25 +5,29 @@ hot connections. The worker knows no models: an engine describes its model when 
 
 ``python -m farshore.workers.attention`` starts the same worker without Ray, for benchmarks and for tests that
 use several hosts. It prints its address, and ends when its standard input is closed, so that it never
-outlives its parent process.
+outlives its parent process. After SIGTERM it drains first.
 """
 
 import argparse
 import os
 import sys
+from dataclasses import replace
 
 import torch
+from grpc_health.v1 import health
 
 from farshore.attention_offload.base import ShardIdentity
 from farshore.attention_offload.shard.service import AttentionService, serve
 from farshore.attention_offload.transport.core_sharing import share_cores
 from farshore.cluster_token import VARIABLE, ClusterToken
+from farshore.defaults import DRAIN_TIMEOUT_S
 from farshore.errors import InvalidRequest
 from farshore.ids import WorkerId
 from farshore.interpreter import share_interpreter
 from farshore.kvstore.directory.base import Directory, WorkerRecord
 from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.store import LocalStore
+from farshore.workers.ending import Ending
 from farshore.workers.lease import Lease
 
 STOP_GRACE_S = 1.0
@@ -48,11 +52,12 @@ class AttentionWorker:
         ``slot``, until :meth:`stop`; None: nothing does. Raises PortInUse."""
         torch.set_num_threads(threads)
         share_cores()
-        store = LocalStore(worker=worker, arena=Arena(kv_memory_bytes))
+        self._store = LocalStore(worker=worker, arena=Arena(kv_memory_bytes))
         share_interpreter()
-        self._service = AttentionService(worker, store, token=token)
-        self._server, self._address = serve(self._service, listen)
-        record = WorkerRecord(
+        self._service = AttentionService(worker, self._store, token=token)
+        self._checks = health.HealthServicer()
+        self._server, self._address = serve(self._service, listen, checks=self._checks)
+        self._record = WorkerRecord(
             worker=worker,
             kind="attention",
             slot=slot,
@@ -61,7 +66,7 @@ class AttentionWorker:
             process_id=os.getpid(),
             state="serving",
         )
-        self._lease = Lease(directory, lambda: record) if directory is not None else None
+        self._lease = Lease(directory, lambda: self._record) if directory is not None else None
 
     def address(self) -> str:
         """Returns the address that the worker listens on."""
@@ -70,6 +75,17 @@ class AttentionWorker:
     def memory(self) -> ShardIdentity:
         """The shard's identity, with its memory and what it attended to."""
         return self._service.identity()
+
+    def begin_drain(self) -> None:
+        """Says in the directory and in its health that the worker takes nothing new: engines move their
+        spans elsewhere. Idempotent."""
+        self._record = replace(self._record, state="draining")
+        self._checks.enter_graceful_shutdown()
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether no sequence of an engine holds a span here. Cached prefixes are given up."""
+        return not self._store.sequences()
 
     def stop(self) -> None:
         """Withdraws from the directory, ends open streams and frees the port. Idempotent."""
@@ -91,11 +107,20 @@ def main() -> None:
         help=f"the cluster's token, which engines must prove (default: ${VARIABLE}, else none, which is "
         "allowed on a loopback address only)",
     )
+    parser.add_argument(
+        "--drain-timeout",
+        default=DRAIN_TIMEOUT_S,
+        type=float,
+        metavar="S",
+        dest="drain_timeout_s",
+        help="how long engines may go on reading from it after SIGTERM",
+    )
     args = parser.parse_args()
     try:
         worker = _worker(args)
     except InvalidRequest as error:
         parser.error(str(error))
+    Ending(worker).on_sigterm(args.drain_timeout_s)
     print(worker.address(), flush=True)
     sys.stdin.read()
     worker.stop()

@@ -5,10 +5,11 @@ serves requests without the controller. It must not decide global placement.
 """
 
 import os
+import threading
 from dataclasses import dataclass
 
 import torch
-from grpc_health.v1 import health
+from grpc_health.v1 import health, health_pb2
 
 from farshore import rpc
 from farshore.attention_offload.client.in_process import InProcessClient
@@ -17,12 +18,12 @@ from farshore.attention_offload.codec import dtype_of
 from farshore.attention_offload.fanout.latency import Link
 from farshore.attention_offload.plan.placement import ShardBy
 from farshore.cluster_token import ClusterToken
-from farshore.errors import FarshoreError
+from farshore.errors import FarshoreError, TransportError
 from farshore.ids import WorkerId
 from farshore.interpreter import share_interpreter
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore.base import Usage
-from farshore.kvstore.directory.base import Directory, WorkerRecord
+from farshore.kvstore.directory.base import Directory, Listing, WorkerRecord, WorkerState
 from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 from farshore.model_spec import ModelSpec
@@ -90,9 +91,13 @@ class DenseWorker:
         self._failure = ""
         self._engine: Engine | None = None
         self._watch: ShardWatch | None = None
+        self._lock = threading.Lock()
+        self._ends = False
+        """Whether the process is to end: it drains, whatever the directory says."""
+        self._drains = False
         torch.set_num_threads(config.threads)
         self._checks = health.HealthServicer()
-        self._lease = Lease(directory, self._record)
+        self._lease = Lease(directory, self._record, heard=self._hear)
 
     def load(self) -> None:
         """Loads the model. Attention workers may start at the same time. Raises ModelError."""
@@ -150,6 +155,7 @@ class DenseWorker:
             engine=engine,
             store=store,
             shards=identities,
+            is_draining=lambda: self._drains,
         )
         self._server, self._address = rpc.serve(
             lambda server: pb_grpc.add_EngineServicer_to_server(service, server),
@@ -162,16 +168,31 @@ class DenseWorker:
         self._engine = engine
         return self._address
 
+    def begin_drain(self) -> None:
+        """Refuses new requests from now on, and says so in the directory and in its health. Idempotent."""
+        with self._lock:
+            self._ends = True
+            self._set_draining(True)
+        self._checks.enter_graceful_shutdown()
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether no request runs or waits."""
+        load = self._engine.load() if self._engine is not None else None
+        return load is None or not (load.running or load.waiting)
+
     def stop(self) -> None:
-        """Withdraws from the directory, ends every stream, then stops the engine and closes its shard
-        clients."""
+        """Withdraws from the directory, stops the engine and closes its shard clients. Each request that is
+        left fails with a TransportError that says what to do."""
         self._lease.end()
         if self._engine is None:
             return
-        self._server.stop(STOP_GRACE_S).wait()
         if self._watch is not None:
             self._watch.stop()
-        self._engine.stop()
+        why = f"dense worker {self._config.worker} was {'drained' if self._ends else 'stopped'}"
+        # Before the server, so that the streams end with this reason.
+        self._engine.stop(reason=why)
+        self._server.stop(STOP_GRACE_S).wait()
 
     def load_now(self) -> tuple[EngineLoad, list[Link], Usage] | None:
         """The engine's load, its links to shards, and its own memory; None before it serves."""
@@ -189,11 +210,34 @@ class DenseWorker:
             address=self._address,
             host=self._host,
             process_id=os.getpid(),
-            state="failed" if self._failure else "serving" if engine is not None else "loading",
+            state=self._state(),
             progress=self._loading,
             shards=sum(answers for worker, answers in shards.items() if worker != self._config.worker),
             failure=self._failure,
         )
+
+    def _state(self) -> WorkerState:
+        if self._failure:
+            return "failed"
+        if self._ends:
+            return "draining"
+        return "loading" if self._engine is None else "serving"
+
+    def _hear(self, listing: Listing) -> None:
+        """Follows what the directory says: the controller may drain this worker, and change its mind."""
+        with self._lock:
+            self._set_draining(self._ends or self._config.worker in listing.draining)
+
+    def _set_draining(self, draining: bool) -> None:
+        """The caller holds the lock."""
+        if draining == self._drains or self._engine is None:
+            return
+        self._drains = draining
+        refusal = TransportError(f"dense worker {self._config.worker} is draining: send the request again")
+        self._engine.refuse(refusal if draining else None)
+        reply = health_pb2.HealthCheckResponse
+        for name in ("", _SERVICE):
+            self._checks.set(name, reply.NOT_SERVING if draining else reply.SERVING)
 
     def _stop_serving(self) -> None:
         """Called when the engine fails. Health stays NOT_SERVING from now on, whatever is set later."""

@@ -7,7 +7,7 @@ know how sequences run.
 import os
 import queue
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grpc
@@ -40,7 +40,8 @@ class EngineService(pb_grpc.EngineServicer):
     """Serves one engine.
 
     ``shards`` maps every worker whose spans the engine reads to the identity that the worker reported when
-    the engine connected.
+    the engine connected. ``is_draining``: whether the engine refuses new requests because its worker is to
+    end.
     """
 
     def __init__(
@@ -50,11 +51,13 @@ class EngineService(pb_grpc.EngineServicer):
         engine: Engine,
         store: LocalStore,
         shards: Mapping[WorkerId, ShardIdentity],
+        is_draining: Callable[[], bool] = lambda: False,
     ) -> None:
         self._worker = worker
         self._engine = engine
         self._store = store
         self._shards = shards
+        self._is_draining = is_draining
 
     def Generate(
         self, request: pb.SequenceRequest, context: grpc.ServicerContext
@@ -104,7 +107,7 @@ class EngineService(pb_grpc.EngineServicer):
                 kind="dense",
                 host=socket.gethostname(),
                 process_id=os.getpid(),
-                state="failed" if self._engine.failure else "ready",
+                state="failed" if self._engine.failure else "draining" if self._is_draining() else "ready",
                 budget_bytes=usage.budget_bytes,
                 free_bytes=usage.available_bytes,
                 attended_bytes=self._shards[self._worker].attended_bytes,

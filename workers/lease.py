@@ -9,18 +9,25 @@ import threading
 from collections.abc import Callable
 
 from farshore.errors import FarshoreError
-from farshore.kvstore.directory.base import RENEW_S, Directory, WorkerRecord
+from farshore.kvstore.directory.base import RENEW_S, Directory, Listing, WorkerRecord
 
 
 class Lease:
-    """Renews from construction until :meth:`end`. ``record``: returns what the worker announces now; called
-    from the lease's thread."""
+    """Renews from construction until :meth:`end`. ``record``: returns what the worker announces now;
+    ``heard`` is called with the directory's listing after each renewal. Both are called from the lease's
+    thread."""
 
     def __init__(
-        self, directory: Directory, record: Callable[[], WorkerRecord], *, period_s: float = RENEW_S
+        self,
+        directory: Directory,
+        record: Callable[[], WorkerRecord],
+        *,
+        heard: Callable[[Listing], None] | None = None,
+        period_s: float = RENEW_S,
     ) -> None:
         self._directory = directory
         self._record = record
+        self._heard = heard
         self._period_s = period_s
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
@@ -37,4 +44,6 @@ class Lease:
         while not self._ended.is_set():
             with contextlib.suppress(FarshoreError):
                 self._directory.renew(self._record())
+                if self._heard is not None:
+                    self._heard(self._directory.listing())
             self._ended.wait(self._period_s)

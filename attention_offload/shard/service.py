@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import grpc
 import numpy as np
 import torch
+from grpc_health.v1 import health
 from torch import Tensor
 
 from farshore import rpc
@@ -348,8 +349,11 @@ class AttentionServer:
         self._server.wait_for_termination()
 
 
-def serve(service: AttentionService, listen: str) -> tuple[AttentionServer, str]:
+def serve(
+    service: AttentionService, listen: str, *, checks: health.HealthServicer | None = None
+) -> tuple[AttentionServer, str]:
     """Starts the service on ``listen``, ``host:port``. Returns the server and its address with the real port.
+    ``checks``: see :func:`farshore.rpc.serve`.
 
     Native TCP connections are accepted on another, free port of the same host. Raises PortInUse as
     :func:`farshore.rpc.serve`, and InvalidRequest if the host has no such address, or if it is not loopback
@@ -360,6 +364,7 @@ def serve(service: AttentionService, listen: str) -> tuple[AttentionServer, str]
         listen=listen,
         threads=MAX_CALLS,
         token=service.token,
+        checks=checks,
     )
     service.listener = FrameListener(listen.rpartition(":")[0].strip("[]"), token=service.token)
     return AttentionServer(server, service, service.listener), address

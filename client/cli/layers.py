@@ -37,20 +37,26 @@ class Layers:
     def complete(
         self, args: argparse.Namespace, *, file: Path | None, environment: Mapping[str, str]
     ) -> None:
-        """Sets each option that the command line did not give. Raises InvalidRequest, which names the file
+        """Sets each option that the command line did not give, and ``args.given``: the destinations of those
+        that the command line, the environment or the file gives. Raises InvalidRequest, which names the file
         or the variable and the key, for a value that the option would refuse and for an unknown key."""
-        given = self._read(file) if file is not None else {}
+        written = self._read(file) if file is not None else {}
+        given = {action.dest for action in self._actions.values() if hasattr(args, action.dest)}
         for name, action in self._actions.items():
             if hasattr(args, action.dest):
                 continue
             variable = PREFIX + name.replace("-", "_").upper()
             if variable in environment:
                 value = _converted(action, environment[variable], variable)
-            elif name in given:
-                value = _converted(action, given[name], f"{file}: {name}")
+            elif name in written:
+                value = _converted(action, written[name], f"{file}: {name}")
             else:
-                value = _converted(action, self._defaults[name], f"--{name}", is_default=True)
+                default = _converted(action, self._defaults[name], f"--{name}", is_default=True)
+                setattr(args, action.dest, default)
+                continue
+            given.add(action.dest)
             setattr(args, action.dest, value)
+        args.given = frozenset(given)
 
     def _read(self, file: Path) -> dict[str, Any]:
         import yaml

@@ -1,21 +1,25 @@
-"""``farshore scale``, ``farshore down`` and ``farshore events``: an operator's commands on a running cluster.
+"""``farshore scale``, ``drain``, ``down`` and ``events``: an operator's commands on a running cluster.
 
-Called by ``main``. Must not know anything but the SDK.
+Called by ``main``. Must not know anything but the SDK, and what ends a cluster that has no gateway.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Sequence
 
 from farshore.client.cli.connect import await_gateway
-from farshore.client.cli.options import add_server_option, no_gateway, whole
+from farshore.client.cli.options import add_server_option, no_gateway, number, whole
 from farshore.client.cli.terminal import Progress
 from farshore.client.events import ClusterEvent
 from farshore.client.sdk import Client
+from farshore.cluster_token import VARIABLE
+from farshore.errors import TransportError
 
 KINDS = ("attention", "dense")
+POLL_S = 0.5
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -28,22 +32,55 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     scale.add_argument("counts", nargs="+", type=_count, metavar="KIND=N", help="attention=N or dense=N")
     scale.set_defaults(run=run_scale)
+    drain = commands.add_parser(
+        "drain",
+        help="end a worker without failing requests",
+        description="End a worker: it gets nothing new; an attention worker's KV moves to others while its "
+        "sequences go on, a dense worker's requests end. Another worker takes its place. Waits until it has "
+        "ended; Ctrl-C ends the waiting only.",
+        epilog="example: farshore drain attention-1",
+    )
+    drain.add_argument("worker", metavar="WORKER", help="the id or the slot that `farshore status` shows")
+    drain.add_argument(
+        "--timeout",
+        type=number,
+        metavar="S",
+        help="what is left after this time fails and must be sent again (default: serve's --drain-timeout "
+        "for a dense worker; none for an attention worker)",
+    )
+    drain.add_argument("--no-wait", action="store_true", help="only begin")
+    drain.set_defaults(run=run_drain)
     down = commands.add_parser(
         "down",
         help="end a cluster",
         description="End all workers and the controller of a cluster, also of one whose `farshore serve` is "
         "gone.",
     )
+    down.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="end a cluster on this Ray, whether or not a gateway runs",
+    )
+    down.add_argument(
+        "--name", default="default", help="with --ray-address, the cluster's name (default: %(default)s)"
+    )
+    down.add_argument(
+        "--token-file",
+        default=os.environ.get(VARIABLE),
+        metavar="FILE",
+        help=f"with --ray-address, the cluster's token (default: ${VARIABLE}, else $RAY_AUTH_TOKEN_PATH)",
+    )
     down.set_defaults(run=run_down)
     events = commands.add_parser(
         "events",
         help="show what happened to the workers",
-        description="Show what happened to the workers: started, joined, lost, replaced, killed, retired.",
+        description="Show what happened to the workers: started, joined, lost, replaced, killed, draining, "
+        "drained, retired.",
     )
     events.add_argument("--follow", action="store_true", help="wait for new events until Ctrl-C")
     events.add_argument("--json", action="store_true", help="print one JSON object a line")
     events.set_defaults(run=run_events)
-    for parser in (scale, down, events):
+    for parser in (scale, drain, down, events):
         add_server_option(parser)
         parser.set_defaults(usage_error=parser.error)
 
@@ -55,7 +92,50 @@ def run_scale(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_drain(args: argparse.Namespace) -> int:
+    progress = Progress()
+    with _connected(args) as client:
+        worker = client.drain(args.worker, timeout_s=args.timeout)
+        if args.no_wait:
+            return 0
+        told = ""
+        try:
+            while (left := _left(client, worker)) is not None:
+                if left != told:
+                    progress.step(told := left)
+                time.sleep(POLL_S)
+        finally:
+            progress.clear()
+    print(f"{worker} has ended")
+    return 0
+
+
+def _left(client: Client, worker: str) -> str | None:
+    """What the drain of a worker waits for; None when the worker is gone."""
+    try:
+        status = client.status()
+    except TransportError as error:
+        return f"draining {worker}: {error}"
+    if all(each.worker_id != worker for each in status.workers):
+        return None
+    needing = sum(
+        sequence.owner == worker or any(span.worker_id == worker for span in sequence.spans)
+        for sequence in status.sequences
+    )
+    return f"draining {worker}: {needing} sequence{'' if needing == 1 else 's'} left"
+
+
 def run_down(args: argparse.Namespace) -> int:
+    if args.ray_address is not None:
+        # Imported here: Ray takes most of a second to import, which other commands must not pay.
+        from farshore.controller.driver.finding import end_cluster
+
+        progress = Progress()
+        try:
+            end_cluster(args.ray_address, args.name, token_file=args.token_file, progress=progress.step)
+        finally:
+            progress.clear()
+        return 0
     with _connected(args) as client:
         client.down()
     return 0

@@ -10,7 +10,7 @@ from typing import get_args
 
 from farshore.client.cli.model_options import model_spec
 from farshore.controller.config import ClusterConfig, KvFormat, Placement, ShardBy
-from farshore.defaults import MAX_DECODE_STALL_MS, SHARD_GRACE_S
+from farshore.defaults import DRAIN_TIMEOUT_S, MAX_DECODE_STALL_MS, SHARD_GRACE_S
 from farshore.errors import InvalidRequest, TransportError
 
 DEFAULT_SERVER = "127.0.0.1:50051"
@@ -141,6 +141,15 @@ def add_cluster_options(group: argparse._ArgumentGroup) -> None:
         "until then they wait for it, and others go on (default: %(default)g)",
     )
     group.add_argument(
+        "--drain-timeout",
+        type=number,
+        default=DRAIN_TIMEOUT_S,
+        metavar="S",
+        dest="drain_timeout_s",
+        help="how long the requests of a dense worker that is drained may go on before they fail and must be "
+        "sent again (default: %(default)g)",
+    )
+    group.add_argument(
         "--speculate",
         type=whole,
         default=0,
@@ -166,6 +175,7 @@ def cluster_config(
             kv_format=args.kv_format,
             max_decode_stall_ms=args.max_decode_stall_ms,
             shard_grace_s=args.shard_grace_s,
+            drain_timeout_s=args.drain_timeout_s,
             speculate=args.speculate,
             **{name: getattr(args, name) for name in names},
             **fixed,

@@ -5,7 +5,7 @@ Called by ``main``. Must not know how a cluster is started: ``controller.driver.
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from farshore import __version__
@@ -17,7 +17,7 @@ from farshore.controller.config import ClusterConfig
 from farshore.errors import InvalidRequest, ProcessEnded
 from farshore.model_spec import DEMO
 
-_OPTIONS = ("dense_workers", "host", "port", "ray_address", "token_file", "dashboard")
+_OPTIONS = ("name", "dense_workers", "host", "port", "ray_address", "token_file", "dashboard")
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -25,7 +25,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "serve",
         help="start a cluster on this machine (or on a Ray cluster) and serve a model",
         description="Start a cluster and serve a model over gRPC until Ctrl-C or SIGTERM. When a process "
-        "ends that it can't serve without, the command names it and ends with exit code 1.",
+        "ends that it can't serve without, the command names it and ends with exit code 1. On a Ray that it "
+        "joins, the cluster outlives the command: run it again to add a gateway, end it by `farshore down`.",
         epilog="example: farshore serve --model smollm2 --attention-workers 4 --kv-memory 512MiB",
     )
     parser.add_argument(
@@ -68,6 +69,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "token, too, unless RAY_AUTH_TOKEN_PATH names another (default: RAY_AUTH_TOKEN_PATH with "
         "--ray-address, else a token is made)",
     )
+    cluster.add_argument(
+        "--name",
+        default="default",
+        help="the cluster's name, by which --ray-address finds one that runs (default: %(default)s)",
+    )
     cluster.add_argument("--dashboard", action="store_true", help="start Ray's dashboard, too")
     layers = Layers(parser)
     parser.add_argument(
@@ -89,18 +95,20 @@ def run(args: argparse.Namespace) -> int:
     progress = Progress()
     try:
         with stop_signals() as take_signals:
-            return _serve(config, progress, take_signals)
+            return _serve(config, args.given, progress, take_signals)
     except KeyboardInterrupt:
         progress.clear()
     return 0
 
 
-def _serve(config: ClusterConfig, progress: Progress, take_signals: Callable[[], None]) -> int:
+def _serve(
+    config: ClusterConfig, given: Collection[str], progress: Progress, take_signals: Callable[[], None]
+) -> int:
     """Returns the exit code when everything has ended. Raises KeyboardInterrupt after a signal."""
     # Imported here: Ray takes most of a second to import, which other commands must not pay.
     from farshore.controller.driver.cluster import Cluster
 
-    with Cluster.start(config, progress=progress.step) as cluster:
+    with Cluster.start(config, given=given, progress=progress.step) as cluster:
         take_signals()
         progress.clear()
         print(f"Farshore {__version__} serves {config.spec.name} at {cluster.address}")
@@ -113,10 +121,10 @@ def _serve(config: ClusterConfig, progress: Progress, take_signals: Callable[[],
         try:
             cluster.wait(warn=lambda text: progress.note(f"farshore: warning: {text}"))
         except KeyboardInterrupt:
-            progress.step("stopping")
+            progress.note(cluster.goes_on) if cluster.goes_on else progress.step("stopping")
             raise
         except ProcessEnded as error:
             # Printed before the other processes are ended, which takes seconds.
-            progress.note(f"farshore: error: {error}")
+            progress.note(f"farshore: error: {error}{f'; {cluster.goes_on}' if cluster.goes_on else ''}")
             return 1
     return 0

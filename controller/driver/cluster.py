@@ -1,16 +1,17 @@
 """Starts a whole cluster from its driver process, in order, and ends it in reverse order.
 
+A cluster on a joined Ray outlives its drivers: a further driver finds its controller and adds a gateway only.
+
 Called by ``farshore serve``, and by ``farshore generate`` for a cluster that lasts one call. The driver is on
 no token's path.
 """
 
 import contextlib
-import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,14 +23,14 @@ from farshore.cluster_token import ClusterToken
 from farshore.controller import listen, resources
 from farshore.controller.actors import ControllerActor
 from farshore.controller.config import LOAD_DEADLINE_S, PLACE_DEADLINE_S, ClusterConfig
-from farshore.controller.driver import ray_access
+from farshore.controller.driver import finding, ray_access
 from farshore.controller.driver.gateway_process import GatewayProcess
 from farshore.controller.driver.ray_runtime import RayRuntime
 from farshore.controller.events import ClusterEvent
 from farshore.controller.exits import actor_end_in_words
+from farshore.controller.reconcile import KINDS, Kind
 from farshore.errors import (
     FarshoreError,
-    InvalidRequest,
     ModelError,
     ProcessEnded,
     StartupError,
@@ -53,20 +54,21 @@ START_POLL_S = 0.1
 CONTROLLER_CALLS = 8
 """Calls of the driver that the controller takes at once."""
 
-NAMESPACE = "farshore-default"
-"""Ray's namespace of the controller and the workers."""
-
 STOP_DEADLINE_S = 30.0
 
 
 class Cluster:
     """Made by :meth:`start`; a context manager that stops the cluster. ``address``: the gateway's.
     ``endpoints``: name -> address of the gateway, the controller and each worker. ``notices``:
-    what an operator should know; may be empty."""
+    what an operator should know; may be empty. ``goes_on``: what remains after :meth:`stop`, and how to end
+    it; empty if nothing does."""
 
-    def __init__(self, config: ClusterConfig, model: ModelConfig) -> None:
+    def __init__(self, config: ClusterConfig, model: ModelConfig, given: Collection[Kind]) -> None:
         self._config = config
         self._model = model
+        self._given = given
+        self._creator = uuid.uuid4().hex
+        self._is_found = False
         self._ray = RayRuntime(
             config.ray_address,
             dashboard=config.dashboard,
@@ -81,11 +83,19 @@ class Cluster:
         self.endpoints: dict[str, str] = {}
         self.address = ""
         self.notices: list[str] = []
+        self.goes_on = ""
 
     @classmethod
-    def start(cls, config: ClusterConfig, *, progress: Callable[[str], None]) -> Self:
-        """Starts a cluster. On any error, everything that was started is ended again. ``progress`` is called
-        with a few words at each stage.
+    def start(
+        cls,
+        config: ClusterConfig,
+        *,
+        given: Collection[str] = (),
+        progress: Callable[[str], None],
+    ) -> Self:
+        """Starts a cluster, or finds the one of this name. On any error, everything that was started is ended
+        again. ``given``: the fields of ``config`` that an operator chose: numbers of workers among them go
+        before those that a running cluster has. ``progress`` is called with a few words at each stage.
 
         Raises InvalidRequest (also ModelError, PortInUse), StartupError, ProcessEnded.
         """
@@ -94,7 +104,7 @@ class Cluster:
         # A download happens now, before anything is started; the cluster's processes find the cache filled.
         config = replace(config, spec=pinned(config.spec, progress=progress))
         _, model = load_spec(config.spec)
-        cluster = cls(config, model)
+        cluster = cls(config, model, [kind for kind in KINDS if f"{kind}_workers" in given])
         try:
             cluster._start(progress)
         except BaseException:
@@ -117,6 +127,9 @@ class Cluster:
             try:
                 events = ray.get(pending)
             except ray.exceptions.RayActorError as error:
+                if finding.has_ended(self._controller):
+                    self.goes_on = ""
+                    raise ProcessEnded(f"the controller {actor_end_in_words(error)}, for good") from error
                 if seen:
                     warn(f"the controller {actor_end_in_words(error)}: it is started again, serving goes on")
                 seen = 0
@@ -124,12 +137,13 @@ class Cluster:
             for event in events:
                 seen = event.number
                 if event.kind == "down":
+                    self.goes_on = ""
                     return
                 if (event.kind != "started" and event.subject not in self.endpoints) or event.kind == "lost":
                     warn(f"{event.subject} {event.kind}{': ' if event.detail else ''}{event.detail}")
 
     def stop(self) -> None:
-        """Ends everything that this cluster started. Idempotent."""
+        """Ends everything that this cluster started, except what :attr:`goes_on` says. Idempotent."""
         if self._stopped.is_set():
             return
         self._stopped.set()
@@ -138,10 +152,13 @@ class Cluster:
         if self._directory is not None:
             self._directory.disconnect()
         if self._controller is not None and self._ray.ended() is None:
-            # If the controller is dead or stuck, the end of a private Ray still ends all workers.
-            with contextlib.suppress(ray.exceptions.RayError):
-                ray.get(self._controller.down.remote(), timeout=STOP_DEADLINE_S)
-            ray.kill(self._controller)
+            if self._config.ray_address is None:
+                # If the controller is dead or stuck, the end of a private Ray still ends all workers.
+                with contextlib.suppress(ray.exceptions.RayError):
+                    ray.get(self._controller.down.remote(), timeout=STOP_DEADLINE_S)
+                ray.kill(self._controller)
+            elif not (self._is_found or self.address):
+                finding.end(self._config.name)
         self._ray.stop()
 
     def __enter__(self) -> Self:
@@ -165,8 +182,12 @@ class Cluster:
             self.notices += resources.warnings(resources.all_nodes())
         config = replace(config, token_file=self._ray.token_file)
         progress("starting the controller")
-        self._controller = self._start_controller(config, model)
-        controller = self._ask(self._controller.address.remote(), "the controller", START_DEADLINE_S)
+        self._controller = self._find_or_start_controller(config, model)
+        controller = self._ask_controller("address")
+        self._is_found = self._ask_controller("creator") != self._creator
+        if self._is_found:
+            progress(f"joining the cluster {config.name}")
+            self._ask_controller("join", config, self._given)
         self._directory = open_directory(
             f"grpc://{controller}", token=ClusterToken.read(self._ray.token_file)
         )
@@ -186,10 +207,20 @@ class Cluster:
         self._ray.note_processes()
         self.endpoints = {"gateway": self.address, "controller": controller}
         self.endpoints |= {record.worker: record.address for record in workers}
+        if config.ray_address is not None:
+            self.goes_on = (
+                f"the cluster {config.name} goes on; `farshore down --ray-address {config.ray_address} --name"
+                f" {config.name}` ends it, the same `farshore serve` adds a gateway"
+            )
 
-    def _start_controller(self, config: ClusterConfig, model: ModelConfig) -> Any:
-        """Starts the controller on this node, or finds the one that runs. Its port is chosen here, since a
+    def _find_or_start_controller(self, config: ClusterConfig, model: ModelConfig) -> Any:
+        """Finds the controller that runs, or starts one on this node. Its port is chosen here, since a
         restarted controller must have the same."""
+        found = finding.controller(config.name)
+        if found is not None:
+            # Noted at once: what is found is not to be ended, also if it does not answer.
+            self._is_found = True
+            return found
         host = "127.0.0.1" if config.ray_address is None else ray.util.get_node_ip_address()
         if not rpc.is_loopback(host):
             self.notices.append(
@@ -201,8 +232,8 @@ class Cluster:
         return (
             ray.remote(ControllerActor)
             .options(
-                name="controller",
-                namespace=NAMESPACE,
+                name=finding.CONTROLLER,
+                namespace=config.namespace,
                 lifetime="detached",
                 get_if_exists=True,
                 max_restarts=-1,
@@ -211,16 +242,22 @@ class Cluster:
             .remote(
                 config,
                 model,
-                namespace=NAMESPACE,
+                given=self._given,
+                creator=self._creator,
                 listen=f"{listen.bracketed(host)}:{listen.free_port(host)}",
-                state_folder=str(self._ray.state_folder(NAMESPACE)),
+                state_folder=str(self._ray.state_folder(config.name)),
             )
         )
 
     def _await_workers(self, progress: Callable[[str], None]) -> tuple[WorkerRecord, ...]:
-        """Blocks until every dense worker serves and all attention workers have joined each of them. Raises
-        ModelError if one can't load the model, StartupError if workers find no room or a deadline passes."""
-        config, began_s = self._config, time.monotonic()
+        """Blocks until every dense worker serves and all attention workers have joined each of them; in a
+        cluster that was found, one of each kind. Raises ModelError if one can't load the model, StartupError
+        if workers find no room or a deadline passes."""
+        counts = self._ask_controller("counts")
+        if self._is_found:
+            counts = {kind: min(count, 1) for kind, count in counts.items()}
+        config = replace(self._config, dense_workers=counts["dense"], attention_workers=counts["attention"])
+        began_s = time.monotonic()
         told = ""
         # A private Ray has one node; nodes of a joined Ray may still come.
         if config.ray_address is None and (problem := self._problem(free=False)):
@@ -231,15 +268,15 @@ class Cluster:
             records = self._listed()
             attention = sum(record.kind == "attention" for record in records)
             dense = [record for record in records if record.kind == "dense"]
-            for record in dense:
-                if record.state == "failed":
-                    raise ModelError(record.failure)
             placed = attention >= config.attention_workers
             needed = config.attention_workers if config.placement == "offload" else 0
             ready = sum(record.state == "serving" and record.shards >= needed for record in dense)
             if placed and ready >= config.dense_workers:
                 return records
-            if (dense is None or not placed) and waited_s > PLACE_DEADLINE_S:
+            for record in dense:
+                if record.state == "failed":
+                    raise ModelError(record.failure)
+            if not (dense and placed) and waited_s > PLACE_DEADLINE_S:
                 problem = self._problem(free=True) or "see the logs of Ray on its nodes"
                 raise StartupError(f"workers are not started after {waited_s:.0f} s: {problem}")
             if waited_s > LOAD_DEADLINE_S:
@@ -248,7 +285,7 @@ class Cluster:
             self._stopped.wait(START_POLL_S)
 
     def _problem(self, *, free: bool) -> str | None:
-        return self._ask(self._controller.problem.remote(free=free), "the controller", START_DEADLINE_S)
+        return self._ask_controller("problem", free=free)
 
     def _listed(self) -> tuple[WorkerRecord, ...]:
         assert self._directory is not None
@@ -258,7 +295,11 @@ class Cluster:
             return ()  # The controller restarts.
 
     def _events(self) -> list[ClusterEvent]:
-        return self._ask(self._controller.events.remote(0), "the controller", START_DEADLINE_S)
+        return self._ask_controller("events", 0)
+
+    def _ask_controller(self, method: str, *arguments: Any, **named: Any) -> Any:
+        call = getattr(self._controller, method).remote(*arguments, **named)
+        return self._ask(call, "the controller", START_DEADLINE_S)
 
     def _ask(self, call: Any, callee: str, deadline_s: float) -> Any:
         """Blocks for the call's result. ``callee``: the called process, for messages. Raises the call's
@@ -293,17 +334,9 @@ class Cluster:
 def _with_token_file(config: ClusterConfig) -> ClusterConfig:
     """The configuration with the absolute path of the token's file; unchanged if a private Ray is to make the
     token. Raises InvalidRequest for a file that is missing or can't be used."""
-    path = config.token_file or (os.environ.get(ray_access.TOKEN_PATH) if config.ray_address else None)
-    if path is None:
-        if config.ray_address is None:
-            return config
-        raise InvalidRequest(
-            "--ray-address needs --token-file FILE, the same file on every node: make one with "
-            "`(umask 077; openssl rand -hex 32 > FILE)`"
-        )
-    path = str(Path(path).absolute())
-    ClusterToken.read(path)
-    return replace(config, token_file=path)
+    if config.token_file is None and config.ray_address is None:
+        return config
+    return replace(config, token_file=ray_access.token_file(config.token_file))
 
 
 def _told(

@@ -11,7 +11,8 @@ from pathlib import Path
 import grpc
 
 from farshore import rpc
-from farshore.errors import StartupError
+from farshore.cluster_token import ClusterToken
+from farshore.errors import InvalidRequest, StartupError
 
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 """Ray's settings, as environment variables. It prefers the token to the path."""
@@ -19,6 +20,20 @@ MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PAT
 DEADLINE_S = 3.0
 _METHOD = "/ray.rpc.NodeInfoGcsService/GetClusterId"
 """Ray's first call when it joins. It changes nothing, and its request has no field that is needed."""
+
+
+def token_file(given: str | None) -> str:
+    """The absolute path of the cluster's token: ``given``, or else the file of Ray's token that the
+    environment names. Raises InvalidRequest for a file that is missing or can't be used."""
+    path = given or os.environ.get(TOKEN_PATH)
+    if path is None:
+        raise InvalidRequest(
+            "--ray-address needs --token-file FILE, the same file on every node: make one with "
+            "`(umask 077; openssl rand -hex 32 > FILE)`"
+        )
+    path = str(Path(path).absolute())
+    ClusterToken.read(path)
+    return path
 
 
 def settings(token_file: str) -> dict[str, str | None]:

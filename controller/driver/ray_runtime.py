@@ -89,11 +89,11 @@ class RayRuntime:
 
     def state_folder(self, name: str) -> Path:
         """Where the cluster ``name`` stores what a restarted controller needs: a private Ray's own folder, or
-        one of the user's."""
+        one of the user's for this cluster of this Ray."""
         if self._private is not None:
             return self._private
         base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-        folder = Path(base) / "farshore" / name
+        folder = Path(base) / "farshore" / f"{name}@{ray.get_runtime_context().gcs_address}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 

@@ -39,15 +39,17 @@ class FakeCluster:
         self.address = address
         self.endpoints = {"gateway": address, "attention-0": "127.0.0.1:7"}
         self.notices = []
+        self.goes_on = ""
+        self.given = None
         self.config = None
         self.stops = 0
         self.on_start = lambda: None
         self.on_wait = lambda warn: None
         self._running = False
 
-    def start(self, config, *, progress):
+    def start(self, config, *, given=(), progress):
         assert isinstance(config, ClusterConfig) and not self._running
-        self.config = config
+        self.config, self.given = config, given
         progress("starting workers")
         self.on_start()
         self._running = True

@@ -41,13 +41,15 @@ class Marked:
     """Runs commands and finds their descendants, which inherit an environment variable. A command that joins
     a Ray gets the token of :func:`token_file`."""
 
-    def __init__(self):
+    def __init__(self, state_home):
+        """``state_home``: where clusters on a Ray that they join keep their state."""
         self.mark = uuid.uuid4().hex
         # Unset, since a private Ray must be private without these variables, too.
         unset = ("PYTHONSAFEPATH", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", VARIABLE)
         environment = {name: value for name, value in os.environ.items() if name not in unset}
         # In the checkout, whose folders would be imported if the current directory were on sys.path.
-        self._options = {"env": environment | {MARK: self.mark}, "cwd": REPOSITORY, "text": True}
+        environment |= {MARK: self.mark, "XDG_STATE_HOME": state_home}
+        self._options = {"env": environment, "cwd": REPOSITORY, "text": True}
         self._shared_memory = _shared_memory()
 
     def run(self, *arguments):
@@ -56,7 +58,7 @@ class Marked:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=START_DEADLINE_S,
-            **self._options,
+            **self._options_of(arguments),
         )
 
     def set_environment(self, **variables):
@@ -65,10 +67,14 @@ class Marked:
 
     def start(self, *arguments):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return Background(subprocess.Popen([COMMAND, *arguments], **pipes, **self._options_of(arguments)))
+
+    def _options_of(self, arguments):
+        """The options of the process; a command that joins a Ray gets the token of the tests' Rays."""
         options = dict(self._options)
         if "--ray-address" in arguments:
             options["env"] = {VARIABLE: token_file()} | options["env"]
-        return Background(subprocess.Popen([COMMAND, *arguments], **pipes, **options))
+        return options
 
     def check_nothing_left(self):
         """Asserts that no marked process and no new shared-memory file remains."""
@@ -215,9 +221,9 @@ def two_nodes():
 
 
 @pytest.fixture
-def marked():
+def marked(tmp_path):
     """A Marked, which is checked for leftovers after the test."""
-    made = Marked()
+    made = Marked(str(tmp_path / "state"))
     yield made
     made.check_nothing_left()
 

@@ -1,22 +1,90 @@
-"""The desired numbers of workers: what scale changes survives a restart of the controller."""
+"""The desired state: what scale and drain change survives a restart, and what is configured anew wins."""
 
 import pytest
 
-from farshore.controller.desired import Desired
+from farshore.controller.desired import Desired, StateFile
 from farshore.errors import InvalidRequest
+from farshore.ids import WorkerId
 
 FIRST = {"dense": 1, "attention": 2}
+WORKER = WorkerId("attention-1-aa")
 
 
-def desired(folder, *, keep):
-    return Desired(FIRST, folder / "desired.json", placement="offload", keep=keep)
+@pytest.fixture
+def file(tmp_path):
+    return StateFile(tmp_path / "desired.json")
 
 
-def test_scale_changes_the_named_numbers_and_is_kept(tmp_path):
-    made = desired(tmp_path, keep=False)
+@pytest.fixture
+def desired(file):
+    """desired(configured, restarted=…, given=…): made from the state that is stored."""
+
+    def make(configured=FIRST, **options):
+        options = {"restarted": False} | options
+        return Desired(configured, load=file.load, store=file.store, placement="offload", **options)
+
+    return make
+
+
+def test_scale_changes_the_named_numbers_and_survives_a_restart(desired):
+    made = desired()
     assert made.scale({"attention": 5}) == {"dense": 1, "attention": 5} == made.counts()
-    assert desired(tmp_path, keep=True).counts() == {"dense": 1, "attention": 5}
-    assert desired(tmp_path, keep=False).counts() == FIRST
+    assert desired(restarted=True).counts() == {"dense": 1, "attention": 5}
+
+
+def test_the_last_scale_goes_before_what_was_configured_already(desired):
+    desired().scale({"attention": 5})
+    assert desired().counts()["attention"] == 5
+
+
+def test_a_changed_configuration_goes_before_the_last_scale(desired):
+    desired().scale({"attention": 5})
+    changed = FIRST | {"attention": 3}
+    assert desired(changed).counts()["attention"] == 3
+    # From now on it is what was configured last.
+    made = desired(changed)
+    made.scale({"attention": 4})
+    assert desired(changed).counts()["attention"] == 4
+    # A restarted controller still has the first configuration.
+    assert desired(restarted=True).counts()["attention"] == 4
+
+
+def test_a_number_that_no_operator_chose_says_nothing(desired):
+    desired(FIRST | {"attention": 7})
+    assert desired(FIRST, given=["dense"]).counts()["attention"] == 7
+    assert desired(FIRST, given=["attention"]).counts()["attention"] == 2
+
+
+def test_a_second_driver_configures_a_running_controller(desired):
+    made = desired()
+    made.scale({"attention": 5})
+    assert made.configure({"attention": 2})["attention"] == 5
+    assert made.configure({"attention": 3})["attention"] == 3
+    with pytest.raises(InvalidRequest, match="at least 1"):
+        made.configure({"attention": 0})
+    assert desired(restarted=True).counts()["attention"] == 3
+
+
+def test_drain_marks_are_durable_and_end_with_the_worker(desired):
+    made = desired()
+    made.drain(WORKER, 5.0)
+    made.drain(WorkerId("dense-0-bb"), None)
+    assert desired(restarted=True).drains() == {WORKER: 5.0, "dense-0-bb": None}
+    assert desired().drains() == made.drains()
+    made.forget_drains([WORKER, "attention-9-zz"])
+    assert desired(restarted=True).drains() == made.drains() == {"dense-0-bb": None}
+
+
+def test_the_end_of_a_cluster_is_completed_by_a_restarted_controller_and_forgotten_then(desired):
+    made = desired()
+    made.scale({"attention": 5})
+    made.end()
+    assert desired(restarted=True).ends
+    made = desired()
+    assert not made.ends and made.counts() == FIRST
+    made.scale({"attention": 5})
+    made.clear()
+    assert desired().counts() == FIRST
 
 
 @pytest.mark.parametrize(
@@ -28,8 +96,31 @@ def test_scale_changes_the_named_numbers_and_is_kept(tmp_path):
         ({"dense": 2000}, "at most"),
     ],
 )
-def test_numbers_that_cannot_work_are_refused_and_change_nothing(tmp_path, changes, message):
-    made = desired(tmp_path, keep=False)
+def test_numbers_that_cannot_work_are_refused_and_change_nothing(desired, changes, message):
+    made = desired()
     with pytest.raises(InvalidRequest, match=message):
         made.scale(changes)
-    assert made.counts() == FIRST == desired(tmp_path, keep=True).counts()
+    assert made.counts() == FIRST == desired(restarted=True).counts()
+
+
+def test_what_cannot_be_stored_changes_nothing(file):
+    full = []
+
+    def store(state):
+        if full:
+            raise InvalidRequest("the disk is full")
+        file.store(state)
+
+    made = Desired(FIRST, load=file.load, store=store, placement="offload", restarted=False)
+    full.append(True)
+    with pytest.raises(InvalidRequest):
+        made.scale({"attention": 5})
+    with pytest.raises(InvalidRequest):
+        made.drain(WORKER, None)
+    assert made.counts() == FIRST and not made.drains()
+
+
+def test_a_state_that_cannot_be_read_names_the_fix(desired, tmp_path):
+    (tmp_path / "desired.json").write_text("{")
+    with pytest.raises(InvalidRequest, match="remove the file"):
+        desired()

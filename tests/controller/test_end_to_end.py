@@ -171,18 +171,6 @@ def test_a_signal_while_starting_leaves_nothing(marked, number, stage):
 
 
 @pytest.mark.heavy
-def test_a_cluster_joins_a_running_ray_and_leaves_it_running(ray_address, marked, serve):
-    server, address = serve("--ray-address", ray_address)
-    done = marked.run("generate", "--server", address, QUESTION)
-    assert (done.returncode, done.stdout.strip()) == (0, "The capital of France is Paris."), done.stderr
-    with Client(address) as client:
-        workers = client.status().workers
-    assert len(workers) == 3
-    assert server.end(signal.SIGTERM) == 0
-    marked.check_gone([worker.process_id for worker in workers])
-
-
-@pytest.mark.heavy
 @pytest.mark.parametrize("host", ["127.0.0.2", "::1"])
 def test_another_loopback_address_behind_a_web_proxy_until_sigterm(marked, serve, host):
     """No call uses the proxy. An answer that is cut off by the end of the server is a failure."""

@@ -7,15 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from farshore.controller.desired import Desired
 from farshore.controller.events import Events
 from farshore.controller.launch import Occupant
-from farshore.controller.loop import ANNOUNCE_S, ROUND_S, Loop
+from farshore.controller.loop import ANNOUNCE_S, HEARD_S, ROUND_S, Loop
 from farshore.controller.reconcile import MOST_BACKOFF_S, Slot
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import LEASE_S, SETTLE_S, WorkerRecord
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
 
 GRACE_S = 5.0
+DRAIN_S = 20.0
 
 
 class Clock:
@@ -31,6 +33,8 @@ class FakeRay:
     def __init__(self):
         self.taken = {}
         self.frozen = set()
+        self.told = set()
+        self.graces = []
         self.lost_nodes = set()
         self.starts = Counter()
         self._serial = 0
@@ -44,7 +48,8 @@ class FakeRay:
             self.starts[slot] += 1
             self.taken[slot] = Occupant(actor=f"a{self._serial}", node="10.0.0.1", process_id=self._serial)
 
-    def stop(self, slot):
+    def stop(self, slot, *, grace_s):
+        self.graces.append(grace_s)
         if slot not in self.frozen:
             self.die(slot)
 
@@ -58,12 +63,14 @@ class FakeRay:
     def die(self, slot):
         self.taken.pop(slot, None)
         self.frozen.discard(slot)
+        self.told.discard(slot)
         self.lost_nodes.discard(slot)
 
     def announce(self, directory):
         for slot, occupant in self.taken.items():
             if slot not in self.frozen:
-                directory.renew(record_of(slot, occupant))
+                state = "draining" if slot in self.told else "serving"
+                directory.renew(replace(record_of(slot, occupant), state=state))
 
 
 def record_of(slot, occupant):
@@ -103,27 +110,49 @@ class FakeProbes:
 class Cluster:
     def __init__(self, *, dense=1, attention=3):
         self.clock, self.ray = Clock(), FakeRay()
-        self.desired = {"dense": dense, "attention": attention}
+        self.configured = {"dense": dense, "attention": attention}
+        self.stored = []
+        self.desired = self._desired()
         self.directory = EmbeddedDirectory(clock=self.clock)
         self.probes = FakeProbes(self.clock, self.ray)
         self.events = Events()
         self.loop = self._loop()
 
+    def _desired(self, **options):
+        return Desired(
+            self.configured,
+            load=lambda: self.stored[-1] if self.stored else None,
+            store=self.stored.append,
+            placement="offload",
+            **{"restarted": bool(self.stored)} | options,
+        )
+
     def _loop(self):
         return Loop(
-            desired=lambda: self.desired,
+            desired=self.desired,
             directory=self.directory,
             launcher=self.ray,
             probes=self.probes,
             events=self.events,
             grace_s=GRACE_S,
+            drain_timeout_s=DRAIN_S,
             clock=self.clock,
         )
 
     def restart_controller(self):
         self.directory = EmbeddedDirectory(restarted=True, clock=self.clock)
         self.events = Events()
+        self.desired = self._desired()
         self.loop = self._loop()
+
+    def configure(self, attention):
+        """A controller that a driver starts with a changed configuration."""
+        self.configured = self.configured | {"attention": attention}
+        self.restart_controller()
+        self.desired.configure(self.configured)
+
+    def worker(self, slot):
+        return WorkerId(f"{slot}-{self.ray.taken[slot].process_id}")
 
     def run(self, seconds=0.0):
         for _ in range(max(1, round(seconds / ROUND_S))):
@@ -202,19 +231,81 @@ def test_a_controller_that_was_paused_loses_and_replaces_nobody(cluster):
 
 
 def test_a_surplus_worker_retires_when_nothing_reads_from_it(cluster):
-    (worker,) = (
-        record.worker for record in cluster.directory.listing().workers if record.slot == str(slot(2))
-    )
+    worker = cluster.worker(slot(2))
     cluster.probes.reading = {worker: 1}
-    cluster.desired["attention"] = 2
+    cluster.desired.scale({"attention": 2})
     cluster.run(3)
-    assert cluster.slots() == [0, 1, 2] and cluster.directory.listing().closed == {worker}
+    listing = cluster.directory.listing()
+    assert cluster.slots() == [0, 1, 2] and listing.closed == listing.draining == {worker}
     cluster.probes.reading = {}
     cluster.run(1)
     assert cluster.slots() == [0, 1]
-    assert cluster.kinds()[-1] == "retired"
     cluster.run(2)
-    assert "lost" not in cluster.kinds()
+    assert cluster.kinds()[-3:] == ["draining", "drained", "retired"]
+
+
+def test_a_drained_worker_is_replaced_in_another_slot_and_its_mark_ends_with_it(cluster):
+    worker = cluster.worker(slot(1))
+    cluster.probes.reading = {worker: 2}
+    cluster.desired.drain(worker, None)
+    cluster.run(10 * DRAIN_S)
+    assert cluster.slots() == [0, 1, 2, 3] and cluster.directory.listing().draining == {worker}
+    # Another controller, which has only the mark, goes on with it.
+    cluster.restart_controller()
+    cluster.run(2 * SETTLE_S)
+    assert cluster.slots() == [0, 1, 2, 3] and cluster.directory.listing().draining == {worker}
+    cluster.probes.reading = {}
+    cluster.run(LEASE_S + 1)
+    assert cluster.slots() == [0, 2, 3] and not cluster.desired.drains()
+    cluster.desired.scale({"attention": 4})
+    cluster.run(1)
+    assert cluster.slots() == [0, 1, 2, 3] and not cluster.directory.listing().draining
+
+
+def test_readers_count_only_when_all_can_have_heard_of_the_drain(cluster):
+    cluster.probes.reading = {}
+    cluster.desired.drain(cluster.worker(slot(1)), None)
+    cluster.run(HEARD_S - ROUND_S)
+    assert 1 in cluster.slots()
+    cluster.run(3 * ROUND_S)
+    assert 1 not in cluster.slots() and cluster.ray.graces == [DRAIN_S]
+
+
+@pytest.mark.parametrize(("kind", "limit_s", "ends_s"), [("attention", 7.0, 7.0), ("dense", None, DRAIN_S)])
+def test_what_is_left_when_the_drain_has_taken_too_long_is_ended(cluster, kind, limit_s, ends_s):
+    drained = Slot(kind, 0)
+    worker = cluster.worker(drained)
+    cluster.probes.reading = {worker: 3}
+    cluster.desired.drain(worker, limit_s)
+    cluster.run(ends_s)
+    assert 0 in cluster.slots(kind)
+    cluster.run(2 * ROUND_S)
+    assert 0 not in cluster.slots(kind) and cluster.ray.graces == [0.0]
+    (event,) = [event for event in cluster.events.since(0) if event.kind == "drained"]
+    assert (event.subject, event.detail) == (worker, "3 sequences were left")
+
+
+def test_a_worker_whose_process_was_told_to_end_is_replaced_and_did_not_die(cluster):
+    cluster.probes.reading = {cluster.worker(slot(0)): 1}
+    cluster.ray.told.add(slot(0))
+    cluster.run(2)
+    assert cluster.slots() == [0, 1, 2, 3]
+    assert cluster.directory.listing().draining == {cluster.worker(slot(0))}
+    cluster.ray.die(slot(0))
+    cluster.run(1)
+    assert cluster.slots() == [1, 2, 3]
+    assert cluster.kinds()[-1] == "retired" and "lost" not in cluster.kinds()
+
+
+def test_a_mark_outlives_a_frozen_worker_that_a_new_controller_has_not_heard_of(cluster):
+    worker = cluster.worker(slot(1))
+    cluster.desired.drain(worker, None)
+    cluster.ray.frozen.add(slot(1))
+    cluster.restart_controller()
+    cluster.run(SETTLE_S + 2)
+    assert cluster.desired.drains() == {worker: None}
+    cluster.run(ANNOUNCE_S + 2 * GRACE_S)
+    assert not cluster.desired.drains() and len(cluster.slots()) == 3
 
 
 def test_a_worker_that_keeps_dying_waits_longer_each_time(cluster):
@@ -228,9 +319,12 @@ def test_a_worker_that_keeps_dying_waits_longer_each_time(cluster):
 
 faults = st.lists(
     st.one_of(
-        st.tuples(st.sampled_from(["die", "freeze", "thaw", "lose node", "verdict"]), st.integers(0, 20)),
+        st.tuples(
+            st.sampled_from(["die", "freeze", "thaw", "lose node", "verdict", "drain", "told", "read"]),
+            st.integers(0, 20),
+        ),
         st.tuples(st.sampled_from(["restart", "pause", "wait"]), st.integers(1, 12)),
-        st.tuples(st.just("scale"), st.integers(1, 5)),
+        st.tuples(st.sampled_from(["scale", "configure"]), st.integers(1, 5)),
     ),
     max_size=25,
 )
@@ -257,20 +351,29 @@ def test_any_history_ends_in_the_desired_cluster(history):
             case "verdict":
                 for lost in list(cluster.ray.lost_nodes):
                     cluster.ray.die(lost)
+            case "drain" if chosen:
+                cluster.desired.drain(cluster.worker(chosen), number if number % 2 else None)
+            case "told" if chosen:
+                cluster.ray.told.add(chosen)
+            case "read" if chosen:
+                cluster.probes.reading = {cluster.worker(chosen): 1}
             case "restart":
                 cluster.restart_controller()
             case "pause":
                 cluster.pause(float(number))
             case "scale":
-                cluster.desired["attention"] = number
+                cluster.desired.scale({"attention": number})
+            case "configure":
+                cluster.configure(number)
         cluster.run(number * ROUND_S if fault == "wait" else 0)
     for lost in list(cluster.ray.lost_nodes):
         cluster.ray.die(lost)
-    cluster.run(2 * SETTLE_S + 2 * GRACE_S + ANNOUNCE_S + MOST_BACKOFF_S + 10)
-    for kind, count in cluster.desired.items():
+    cluster.probes.reading = {}
+    cluster.run(2 * SETTLE_S + 2 * GRACE_S + ANNOUNCE_S + MOST_BACKOFF_S + DRAIN_S + 10)
+    for kind, count in cluster.desired.counts().items():
         assert len(cluster.slots(kind)) == count
-    assert not cluster.ray.frozen
-    assert not cluster.directory.listing().closed
+    assert not cluster.ray.frozen and not cluster.ray.told
+    assert not cluster.directory.listing().closed and not cluster.desired.drains()
     starts = cluster.ray.starts.total()
     cluster.run(5)
     assert cluster.ray.starts.total() == starts

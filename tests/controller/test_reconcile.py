@@ -10,8 +10,8 @@ from farshore.controller.reconcile import (
     KILL_GRACE_S,
     KINDS,
     MOST_BACKOFF_S,
-    Close,
     Deaths,
+    Drain,
     Kill,
     Observed,
     Open,
@@ -48,12 +48,33 @@ def test_a_complete_cluster_needs_nothing():
     assert decide(2, attention(0), attention(1, worker=None)) == ()
 
 
-def test_what_is_too_much_closes_first_and_stops_when_nothing_reads_it():
-    assert decide(1, attention(0), attention(2)) == (Close(Slot("attention", 2), WorkerId("attention-2-a")),)
+def test_what_is_too_much_drains_first_and_stops_when_nothing_reads_it():
+    assert decide(1, attention(0), attention(2)) == (Drain(Slot("attention", 2), WorkerId("attention-2-a")),)
     for readers in (3, None):
         assert decide(1, attention(0), attention(2, closed=True, readers=readers)) == ()
     assert decide(1, attention(0), attention(2, closed=True)) == (Stop(Slot("attention", 2)),)
     assert decide(1, attention(0), attention(2, worker=None)) == (Stop(Slot("attention", 2)),)
+    assert decide(1, attention(0), attention(2, closed=True, readers=3, overdue=True)) == (
+        Stop(Slot("attention", 2)),
+    )
+
+
+def test_a_worker_that_leaves_drains_and_is_replaced_in_another_slot_at_once():
+    drain, start = Drain(Slot("attention", 1), WorkerId("attention-1-a")), Start(Slot("attention", 2))
+    leaving = attention(1, leaving=True)
+    assert decide(2, attention(0), leaving) == (drain, start)
+    closed = replace(leaving, closed=True, readers=3)
+    assert decide(2, attention(0), closed) == (start,)
+    assert decide(2, attention(0), closed, attention(2)) == ()
+    assert decide(2, attention(0), replace(closed, readers=0), attention(2)) == (Stop(leaving.slot),)
+    # Needed less, it leaves all the same; needed more, it stays closed.
+    assert decide(1, attention(0), replace(closed, readers=0)) == (Stop(leaving.slot),)
+    assert decide(3, attention(0), closed, attention(2)) == (Start(Slot("attention", 3)),)
+
+
+def test_a_frozen_worker_that_leaves_is_killed_and_holds_no_replacement_back():
+    kill = Kill(Slot("attention", 0))
+    assert decide(1, attention(0, leaving=True, frozen=True)) == (kill, Start(Slot("attention", 1)))
 
 
 def test_a_closed_worker_that_is_needed_again_opens():
@@ -111,7 +132,7 @@ class World:
                 self.processes[slot] = Process(slot=slot, worker=worker)
             case Stop():
                 process = self.processes.pop(slot)
-                assert process.readers == 0, f"{slot} was stopped while sequences read from it"
+                assert process.readers == 0 or process.overdue, f"{slot} was stopped while it was read from"
             case Kill():
                 process = self.processes[slot]
                 assert process.frozen
@@ -119,7 +140,7 @@ class World:
                     self.processes[slot] = replace(process, killed_s=process.killed_s or self.now_s)
                 else:
                     self.die(slot)
-            case Close():
+            case Drain():
                 self.processes[slot] = replace(self.processes[slot], closed=True)
             case Open():
                 self.processes[slot] = replace(self.processes[slot], closed=False)
@@ -150,6 +171,10 @@ class World:
                 if slot in self.unreachable:
                     self.unreachable.discard(slot)
                     self.processes[slot] = replace(process, frozen=False, killed_s=None)
+            case "drain":
+                self.processes[slot] = replace(process, leaving=True)
+            case "overdue" if process.closed:
+                self.processes[slot] = replace(process, overdue=True)
             case "read":
                 self.processes[slot] = replace(process, readers=1)
             case "finish":
@@ -157,12 +182,12 @@ class World:
 
     def serving(self, kind):
         return sum(
-            p.slot.kind == kind and not p.frozen and not p.closed and p.worker is not None
+            p.slot.kind == kind and not (p.frozen or p.closed or p.leaving) and p.worker is not None
             for p in self.processes.values()
         )
 
 
-EVENTS = ("crash", "freeze", "lose node", "verdict", "return", "read", "finish")
+EVENTS = ("crash", "freeze", "lose node", "verdict", "return", "read", "finish", "drain", "overdue")
 changes = st.lists(
     st.one_of(
         st.tuples(st.sampled_from(EVENTS), st.integers(0, 30)),

@@ -2,6 +2,8 @@
 
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -11,8 +13,8 @@ from farshore.attention_offload.shard.service import AttentionService
 from farshore.attention_offload.shard.service import serve as serve_attention
 from farshore.controller.config import ClusterConfig
 from farshore.controller.events import Events
-from farshore.controller.service import PROBE_DEADLINE_S, AdminService
-from farshore.errors import InvalidRequest
+from farshore.controller.service import PROBE_DEADLINE_S, STATUS_AGE_S, AdminService
+from farshore.errors import InvalidRequest, NotFound
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import WorkerRecord
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
@@ -41,12 +43,19 @@ class Recorded:
         self.events = Events()
         self.counts = {"dense": 1, "attention": 2}
         self.downs = 0
+        self.drains = []
 
     def scale(self, changes):
         if changes.get("attention") == 0:
             raise InvalidRequest("--attention-workers 0: give at least 1")
         self.counts |= changes
         return self.counts
+
+    def drain(self, worker, timeout_s):
+        if worker != SHARD:
+            raise NotFound(f"no worker {worker!r} runs")
+        self.drains.append((worker, timeout_s))
+        return worker
 
     def begin_down(self):
         self.downs += 1
@@ -78,8 +87,15 @@ def listed(directory):
 
 
 @pytest.fixture
-def service(directory, operations):
-    made = AdminService(ClusterConfig(), load_spec(ModelSpec())[1], directory, operations)
+def clock():
+    """Stands still unless the test changes ``now_s``."""
+    return SimpleNamespace(now_s=0.0)
+
+
+@pytest.fixture
+def service(directory, operations, clock):
+    model = load_spec(ModelSpec())[1]
+    made = AdminService(ClusterConfig(), model, directory, operations, clock=lambda: clock.now_s)
     yield made
     made.close()
 
@@ -90,7 +106,7 @@ def stub(service):
         lambda server: admin_pb2_grpc.add_AdminServicer_to_server(service, server),
         service=admin.DESCRIPTOR.services_by_name["Admin"].full_name,
         listen="127.0.0.1:0",
-        threads=2,
+        threads=8,
         token=None,
     )
     with grpc.insecure_channel(address) as channel:
@@ -127,9 +143,11 @@ class Rendezvous(pb_grpc.EngineServicer):
     def __init__(self, engines):
         self.asked = threading.Barrier(engines, timeout=60)
         self.state = "ready"
+        self.calls = 0
 
     def Status(self, request, context):
-        self.asked.wait()
+        if self.asked.wait() == 0:
+            self.calls += 1
         return pb.EngineStatus(worker=admin.WorkerStatus(worker_id="dense", kind="dense", state=self.state))
 
 
@@ -168,6 +186,42 @@ def test_workers_are_asked_at_once_and_under_one_deadline(stub, listed, rendezvo
 def test_an_engine_that_has_ended_is_never_ready(stub, rendezvous):
     rendezvous.state = "failed"
     assert {worker.state for worker in stub.ClusterStatus(admin.ClusterStatusRequest()).workers} == {"failed"}
+
+
+def test_callers_share_an_answer_that_is_new_or_being_made(stub, rendezvous, clock):
+    def ask(_):
+        return len(stub.ClusterStatus(admin.ClusterStatusRequest()).workers)
+
+    with ThreadPoolExecutor(6) as callers:
+        assert list(callers.map(ask, range(6))) == [3] * 6
+    assert rendezvous.calls == 1
+    rendezvous.state = "failed"
+    clock.now_s += STATUS_AGE_S / 2
+    assert stub.ClusterStatus(admin.ClusterStatusRequest()).workers[0].state == "ready"
+    clock.now_s += STATUS_AGE_S / 2
+    assert stub.ClusterStatus(admin.ClusterStatusRequest()).workers[0].state == "failed"
+    assert rendezvous.calls == 2
+
+
+def test_status_shows_who_drains(stub, listed, directory, rendezvous):
+    directory.close([], draining=["dense-1"])
+    status = stub.ClusterStatus(admin.ClusterStatusRequest())
+    assert [worker.state for worker in status.workers] == ["ready", "draining", "ready"]
+
+
+def test_drain_marks_a_worker_that_runs(stub, operations):
+    assert stub.Drain(admin.DrainRequest(worker_id=SHARD)).worker_id == SHARD
+    stub.Drain(admin.DrainRequest(worker_id=SHARD, timeout_s=0))
+    assert operations.drains == [(SHARD, None), (SHARD, 0.0)]
+    for request, code in (
+        (admin.DrainRequest(worker_id="attention-9"), grpc.StatusCode.NOT_FOUND),
+        (admin.DrainRequest(worker_id=SHARD, timeout_s=-1), grpc.StatusCode.INVALID_ARGUMENT),
+        (admin.DrainRequest(worker_id=SHARD, timeout_s=float("nan")), grpc.StatusCode.INVALID_ARGUMENT),
+    ):
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.Drain(request)
+        assert refused.value.code() is code
+    assert len(operations.drains) == 2
 
 
 def test_workers_are_reached_past_a_web_proxy(stub, rendezvous, monkeypatch):

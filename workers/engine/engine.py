@@ -26,7 +26,7 @@ from farshore.attention_offload.fanout.fanout import Fanout
 from farshore.attention_offload.fanout.latency import Link
 from farshore.attention_offload.plan.placement import ShardBy
 from farshore.attention_offload.transport.frames import Transport
-from farshore.errors import DeadlineExceeded, Internal, TransportError
+from farshore.errors import DeadlineExceeded, FarshoreError, Internal, TransportError
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kvstore.prefix import chain
 from farshore.kvstore.store.arena import Arena
@@ -130,12 +130,16 @@ class Engine:
         self._pool.await_beats(FIRST_BEAT_DEADLINE_S)
         self._thread.start()
 
-    def stop(self, timeout_s: float = 60.0) -> None:
-        """Ends the loop after the current round. Every live request gets a Failed event.
+    def refuse(self, refusal: FarshoreError | None) -> None:
+        """Refuses new requests from now on with ``refusal``; None: accepts them again."""
+        self._requests.refuse(refusal)
+
+    def stop(self, timeout_s: float = 60.0, *, reason: str = "the engine was stopped") -> None:
+        """Ends the loop after the current round. Every live request gets a Failed event, with ``reason``.
 
         Raises DeadlineExceeded if that round does not end within ``timeout_s``.
         """
-        self._requests.stop(TransportError("the engine is stopping: send the request again"))
+        self._requests.stop(TransportError(f"{reason}: send the request again"))
         if self._thread.is_alive():
             self._thread.join(timeout_s)
             if self._thread.is_alive():
@@ -163,7 +167,7 @@ class Engine:
 
         A stored prefix is reused only for prompts with the same ``salt``. Raises InvalidRequest for a prompt
         that can never run here and for a sequence id in use, Overloaded if the queue is full, Internal if the
-        engine has failed, TransportError if it is stopping.
+        engine has failed, TransportError if it is stopping, and what :meth:`refuse` was given.
         """
         self.check_size(len(prompt), sampling)
         admission.check_tokens(prompt, config=self._model.config)
@@ -235,8 +239,7 @@ class Engine:
                 except Exception as error:
                     self._survive(error)
                     timeout_s = IDLE_ROUND_S
-        ending = Internal(self._failure) if self._failure else TransportError("the engine was stopped")
-        self._scheduler.fail_all(ending)
+        self._scheduler.fail_all(self._requests.ending or Internal(self._failure))
 
     def _survive(self, error: Exception) -> None:
         """Handles an error that belongs to no sequence: ends the engine if the probe fails, too."""

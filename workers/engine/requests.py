@@ -29,6 +29,7 @@ class Requests:
         self._news = False
         self._roused = False
         self._ending: FarshoreError | None = None
+        self._refusal: FarshoreError | None = None
         self._orders = count()
         self._reserved: set[SequenceId] = set()
         self._live: dict[SequenceId, list[Sequence]] = {}
@@ -42,11 +43,11 @@ class Requests:
     def reserve(self, request: SequenceId) -> Iterator[int]:
         """Reserves a place in the queue; yields the request's order. Call :meth:`add` inside the context.
 
-        Raises the error given to :meth:`stop` if the engine is stopping, InvalidRequest if the id is in use,
+        Raises the error given to :meth:`refuse` or :meth:`stop`, InvalidRequest if the id is in use,
         Overloaded if the queue is full.
         """
         with self._wake:
-            self._refuse_if_stopping()
+            self._refuse_if_told()
             if request in self._live or request in self._reserved:
                 raise InvalidRequest(f"sequence {request} is running already: choose another id")
             if self._new + len(self._reserved) >= self._max_waiting:
@@ -62,10 +63,10 @@ class Requests:
     def add(self, sequence: Sequence) -> None:
         """Queues a new request's sequence.
 
-        Raises the error given to :meth:`stop` if the engine is stopping.
+        Raises the error given to :meth:`refuse` or :meth:`stop`.
         """
         with self._wake:
-            self._refuse_if_stopping()
+            self._refuse_if_told()
             self._live[sequence.id] = [sequence]
             self._new += 1
             self._queue_in_order(sequence)
@@ -89,6 +90,11 @@ class Requests:
                 if choice is None or choice == sequence.choice:
                     sequence.cancelled.set()
         self.wake()
+
+    def refuse(self, refusal: FarshoreError | None) -> None:
+        """Refuses new requests from now on with ``refusal``; None: accepts them again."""
+        with self._wake:
+            self._refusal = refusal
 
     def stop(self, ending: FarshoreError) -> None:
         """Refuses new requests from now on with ``ending``, and makes :meth:`await_news` return False."""
@@ -154,6 +160,11 @@ class Requests:
         with self._wake:
             return [sequence for sequences in self._live.values() for sequence in sequences]
 
+    @property
+    def ending(self) -> FarshoreError | None:
+        """The error given to :meth:`stop`; None while the engine runs."""
+        return self._ending
+
     def load(self) -> tuple[int, int, int]:
         """Returns (requests that were placed, requests that were not placed yet, parked choices)."""
         with self._wake:
@@ -168,6 +179,6 @@ class Requests:
         self._waiting.remove(sequence)
         self._new -= sequence.queued_s is None
 
-    def _refuse_if_stopping(self) -> None:
-        if self._ending is not None:
-            raise self._ending.with_traceback(None)
+    def _refuse_if_told(self) -> None:
+        if refusal := self._ending or self._refusal:
+            raise refusal.with_traceback(None)

@@ -1,0 +1,200 @@
+"""Workers that end: what they serve drains first, for a limited time, and health and directory say so."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import grpc
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from farshore.attention_offload.base import AttentionModel
+from farshore.attention_offload.client.remote import RemoteClient
+from farshore.ids import Epoch, SequenceId, WorkerId
+from farshore.kernels.base import AttentionSpec, KVLayout
+from farshore.kernels.formats import KVFormat
+from farshore.kvstore.base import SpanKey
+from farshore.kvstore.directory.embedded import EmbeddedDirectory
+from farshore.model_spec import ModelSpec
+from farshore.proto import cluster_pb2 as pb
+from farshore.proto import cluster_pb2_grpc as pb_grpc
+from farshore.proto import inference_pb2 as api
+from farshore.workers.attention import AttentionWorker
+from farshore.workers.dense import DenseConfig, DenseWorker
+from farshore.workers.ending import Ending
+from farshore.workers.engine.admission import EngineLimits
+
+DEADLINE_S = 60.0
+WORKER = WorkerId("dense-0-aa")
+HEALTH = health_pb2.HealthCheckResponse
+LONG = 1900
+SPEC = AttentionSpec(q_heads=2, k_heads=1, v_heads=1, k_dim=8, v_dim=8, scale=1.0)
+LAYOUT = KVLayout.of(SPEC, layers=1, format=KVFormat.FLOAT32)
+
+
+def until(condition, what):
+    end_s = time.monotonic() + DEADLINE_S
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < end_s, what
+        pause.wait(0.02)
+
+
+class Dense:
+    """A dense worker in this process, with its gRPC service."""
+
+    def __init__(self, folder):
+        self.directory = EmbeddedDirectory()
+        config = DenseConfig(
+            worker=WORKER,
+            slot="dense-0",
+            spec=ModelSpec(model=str(folder)),
+            dtype="float32",
+            kv_format="float32",
+            kv_memory_bytes=64 << 20,
+            offload=False,
+            shard_by="range",
+            listen="127.0.0.1:0",
+            threads=1,
+            limits=EngineLimits(),
+        )
+        self.worker = DenseWorker(config, self.directory, host="127.0.0.1")
+        self.worker.run()
+        until(lambda: self.state() == "serving", "it is not listed")
+        (record,) = self.directory.listing().workers
+        self.channel = grpc.insecure_channel(record.address)
+        self.stub = pb_grpc.EngineStub(self.channel)
+        self.ended = threading.Event()
+        self.ending = Ending(self.worker, then=self.ended.set)
+
+    def state(self):
+        return next((record.state for record in self.directory.listing().workers), None)
+
+    def health(self):
+        request = health_pb2.HealthCheckRequest(service="farshore.cluster.v1.Engine")
+        return health_pb2_grpc.HealthStub(self.channel).Check(request, timeout=DEADLINE_S).status
+
+    def generate(self, name, tokens):
+        sampling = api.Sampling(max_tokens=tokens, temperature=0)
+        request = pb.SequenceRequest(sequence_id=name, epoch=1, prompt=[1, 2, 3], sampling=sampling)
+        return self.stub.Generate(request, timeout=DEADLINE_S)
+
+    def running(self, name, tokens):
+        """The stream of a request that has generated a token."""
+        stream = self.generate(name, tokens)
+        assert next(event for event in stream if event.HasField("token"))
+        return stream
+
+
+@pytest.fixture
+def dense(tiny_folder):
+    made = Dense(tiny_folder)
+    yield made
+    made.ending.begin(0.0)
+    assert made.ended.wait(DEADLINE_S)
+    made.channel.close()
+
+
+def refused(call):
+    with pytest.raises(grpc.RpcError) as error:
+        list(call)
+    assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+    return error.value.details()
+
+
+def test_a_drained_dense_worker_refuses_new_requests_and_ends_with_its_last_one(dense):
+    stream = dense.running("a", LONG)
+    dense.ending.begin(DEADLINE_S)
+    until(lambda: dense.state() == "draining", "the directory does not say so")
+    assert dense.health() == HEALTH.NOT_SERVING
+    assert dense.stub.Status(pb.EngineStatusRequest()).worker.state == "draining"
+    assert "dense-0-aa is draining: send the request again" in refused(dense.generate("b", 1))
+    events = list(stream)
+    assert events[-1].HasField("finished") and sum(e.HasField("token") for e in events) == LONG - 1
+    assert dense.ended.wait(DEADLINE_S)
+    assert dense.state() is None
+
+
+def test_what_is_left_after_the_drain_fails_and_says_what_to_do(dense):
+    stream = dense.running("a", LONG)
+    dense.ending.begin(DEADLINE_S)
+    # A second call, as when the whole cluster ends, only shortens the time.
+    dense.ending.begin(0.0)
+    assert "dense worker dense-0-aa was drained: send the request again" in refused(stream)
+    assert dense.ended.wait(DEADLINE_S)
+
+
+def test_the_directory_drains_a_dense_worker_and_opens_it_again(dense):
+    stream = dense.running("a", LONG)
+    dense.directory.close([], draining=[WORKER])
+    until(lambda: dense.health() == HEALTH.NOT_SERVING, "health says nothing of the drain")
+    assert "is draining" in refused(dense.generate("b", 1))
+    assert dense.state() == "serving" and not dense.ended.is_set()
+    dense.directory.close([])
+    until(lambda: dense.health() == HEALTH.SERVING, "it does not open again")
+    assert list(dense.generate("c", 1))[-1].HasField("finished")
+    stream.cancel()
+
+
+def key(sequence):
+    return SpanKey(sequence=SequenceId(sequence), layer_class=0, first=0, group0=0, group1=1)
+
+
+@contextlib.contextmanager
+def client_of(address):
+    client = RemoteClient(address, AttentionModel((SPEC,), (0,), (LAYOUT,)), torch.float32)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def test_an_attention_worker_drains_until_no_sequence_holds_a_span():
+    directory = EmbeddedDirectory()
+    worker = AttentionWorker(
+        worker=WorkerId("attention-0-aa"),
+        kv_memory_bytes=8 << 20,
+        listen="127.0.0.1:0",
+        threads=1,
+        slot="attention-0",
+        directory=directory,
+    )
+    ended = threading.Event()
+    ending = Ending(worker, then=ended.set)
+    with client_of(worker.address()) as client, grpc.insecure_channel(worker.address()) as channel:
+        span = client.store.create(key("a"), capacity_tokens=4, layout=LAYOUT, epoch=Epoch(1))
+        ending.begin(DEADLINE_S)
+        until(lambda: [r.state for r in directory.listing().workers] == ["draining"], "not listed so")
+        check = health_pb2.HealthCheckRequest(service="farshore.attention.v1.Attention")
+        assert health_pb2_grpc.HealthStub(channel).Check(check).status == HEALTH.NOT_SERVING
+        assert not worker.is_drained and not ended.is_set()
+        client.store.drop([span], sequence=SequenceId("a"), epoch=Epoch(1))
+        assert ended.wait(DEADLINE_S)
+    assert not directory.listing().workers
+
+
+def test_sigterm_drains_an_attention_worker_that_runs_as_a_program():
+    command = [sys.executable, "-P", "-m", "farshore.workers.attention"]
+    options = ["--worker", "shard", "--kv-memory-bytes", str(8 << 20), "--drain-timeout", str(DEADLINE_S)]
+    with subprocess.Popen(
+        [*command, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        address = process.stdout.readline().strip()
+        with client_of(address) as client:
+            span = client.store.create(key("a"), capacity_tokens=4, layout=LAYOUT, epoch=Epoch(1))
+            os.kill(process.pid, signal.SIGTERM)
+            with grpc.insecure_channel(address) as channel:
+                check = health_pb2.HealthCheckRequest()
+                health = health_pb2_grpc.HealthStub(channel)
+                until(lambda: health.Check(check).status == HEALTH.NOT_SERVING, "SIGTERM was not heard")
+            ones = torch.ones(1, 4, 8)
+            client.store.write(span, 0, 0, ones, ones, sequence=SequenceId("a"), epoch=Epoch(1))
+            assert process.poll() is None
+            client.store.drop([span], sequence=SequenceId("a"), epoch=Epoch(1))
+            assert process.wait(DEADLINE_S) == 0
+        process.stdin.close()
