@@ -22,6 +22,8 @@ def actor_end_in_words(error: Exception) -> str:
     text = str(error)
     process = re.search(r"pid: (\d+)", text)
     named = f"(process {process[1]}) " if process else ""
+    if "node has died" in text:
+        return f"{named}ended with its node, which is lost"
     if "connection error code 2" in text:
         return f"{named}was killed, ran out of memory or crashed"
     detail = re.search(r"Worker exit detail: (.+?)(?:\. |$)", text)

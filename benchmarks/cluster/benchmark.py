@@ -1,7 +1,7 @@
 """``farshore bench cluster``: what the loss of workers or of the controller costs, and the time to scale.
 
-A real ``farshore serve`` on this machine, with real kills; and the controller's loop over a thousand workers
-that are not real. Called by the catalogue.
+A real ``farshore serve`` on this machine, with real kills; three nodes that share nothing but a network; and
+the controller's loop over a thousand workers that are not real. Called by the catalogue.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ from itertools import pairwise
 from signal import SIGCONT, SIGKILL, SIGSTOP
 from statistics import quantiles
 
+from farshore.benchmarks.cluster import three_nodes
 from farshore.benchmarks.cluster.fake import FakeWorkers
 from farshore.benchmarks.faults.cluster import Process, Server, serving
 from farshore.benchmarks.machine import Facts
@@ -42,7 +43,7 @@ class Sizes:
 
 
 def run(facts: Facts, sizes: Sizes, *, only: str, progress: Callable[[str], None]) -> Report:
-    """Measures the parts ``loop`` and ``live`` whose name contains ``only``."""
+    """Measures the parts ``loop``, ``live`` and ``nodes`` whose name contains ``only``."""
     results: list[Result] = []
     bars: list[Bar] = []
     if only in "loop":
@@ -53,6 +54,8 @@ def run(facts: Facts, sizes: Sizes, *, only: str, progress: Callable[[str], None
         bars.append(Bar.at_most("round_p99", p99_s * 1e3, 100, "ms"))
     if only in "live":
         bars += asyncio.run(_live(sizes, progress))
+    if only in "nodes":
+        bars += asyncio.run(three_nodes.run(progress))
     return Report(asdict(facts), tuple(results), tuple(bars))
 
 

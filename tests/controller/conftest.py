@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from farshore.cluster_token import VARIABLE, ClusterToken
+from farshore.controller.ray_settings import QUICK_VERDICT
 
 COMMAND = Path(sys.executable).parent / "farshore"
 REPOSITORY = Path(__file__).parents[2]
@@ -148,17 +149,9 @@ def _shared_memory():
     return {str(path) for path in Path("/dev/shm").iterdir()}
 
 
-# So that a node whose processes are killed is lost in two seconds instead of fifteen.
-QUICK_VERDICT = {
-    "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "3",
-    "RAY_health_check_initial_delay_ms": "1000",
-}
-
-
 def start_node(*options):
-    """A Ray node as a Background, which has started."""
+    """A Ray node as a Background, which has started. It declares nothing of what it takes: see
+    test_three_nodes for nodes that do."""
     options = ("--block", "--object-store-memory=80000000", *options)
     environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
     environment["RAY_AUTH_TOKEN_PATH"] = token_file()
@@ -200,7 +193,7 @@ def two_nodes():
     127.0.0.3 of this machine."""
     metrics_port = free_port()
     port = str(free_port("127.0.0.2"))
-    common = ("--memory", str(2 << 30), "--num-cpus", "2")
+    common = ("--memory", str(5 << 30), "--num-cpus", "2")
     head = start_node(
         "--head", "--include-dashboard=false", "--node-ip-address=127.0.0.2", "--port", port, *common
     )

@@ -51,7 +51,6 @@ def test_workers_spread_over_nodes_and_a_lost_node_is_replaced(two_nodes, marked
     _, gateway = serve("--ray-address", address, "--kv-memory", "256MiB", "--attention-workers", "2")
     with Client(gateway) as client:
         assert _answer(client) == ANSWER
-        # More than one node can hold.
         client.scale(attention=6)
         _until(lambda: len(_attention(client)) == 6, "not all workers joined")
         hosts = {each.partition(":")[0] for each in _attention(client).values()}

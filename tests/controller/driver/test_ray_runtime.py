@@ -87,7 +87,7 @@ WITHOUT_MEMORY = """
 import ray
 ray.init(
     address="local", include_dashboard=False, object_store_memory=80 << 20, logging_level="ERROR",
-    _memory=100 << 20,
+    _memory=600 << 20,  # Enough for the dense worker.
 )
 import tempfile, time
 from farshore.controller.config import ClusterConfig
@@ -107,7 +107,7 @@ end_s = time.monotonic() + 60
 while (waiting := made.problem(free=True)) is None:
     assert time.monotonic() < end_s
 for problem in (waiting, made.problem(free=False)):
-    for part in ("64 MiB of memory", "do not fit: Ray has", " MiB on ", "--kv-memory"):
+    for part in ("384 MiB of memory", "do not fit: Ray has", " MiB on ", "--kv-memory"):
         assert part in problem, problem
 made.down()
 ray.shutdown()
