@@ -23,6 +23,7 @@ class Engine(cluster_pb2_grpc.EngineServicer):
         self.finish = asyncio.Event()
 
     async def Generate(self, request, context):
+        await context.send_initial_metadata(((rpc.TAKEN, "1"),))
         await context.write(cluster_pb2.SequenceEvent(token=cluster_pb2.SampledToken(token_id=5)))
         await self.finish.wait()
         done = cluster_pb2.SequenceFinished(reason=api.FINISH_REASON_STOP)

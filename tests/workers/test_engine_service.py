@@ -9,6 +9,9 @@ class Context:
     def add_callback(self, callback):
         return True
 
+    def send_initial_metadata(self, metadata):
+        self.initial_metadata = dict(metadata)
+
 
 def test_a_request_with_another_salt_finds_no_stored_prefix(tiny_model, rig):
     cluster = rig(tiny_model, memory_bytes=64 << 20)
