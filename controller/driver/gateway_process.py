@@ -13,6 +13,7 @@ import threading
 
 from farshore import errors
 from farshore.controller.exits import exit_in_words
+from farshore.defaults import GATEWAY_ALLOCATOR
 from farshore.errors import StartupError
 from farshore.model_spec import ModelSpec
 
@@ -20,10 +21,6 @@ READY_DEADLINE_S = 60.0
 STOP_DEADLINE_S = 10.0
 DRAIN_S = 3.0
 """How long running requests go on when the cluster is stopped."""
-
-_ALLOCATOR = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "262144"}
-"""For glibc, unless the environment says otherwise. A long prompt takes megabytes for a moment, in any thread
-of several. By default each thread keeps such memory in an arena of its own, and the process only grows."""
 
 
 class GatewayProcess:
@@ -40,7 +37,7 @@ class GatewayProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=_ALLOCATOR | os.environ,
+            env=GATEWAY_ALLOCATOR | os.environ,
             # Ctrl-C in a terminal must reach only the driver, which ends the processes in order.
             start_new_session=True,
         )
