@@ -58,6 +58,8 @@ class _Stream:
     call: grpc.aio.UnaryStreamCall
     taken: bool = False
     """Whether the engine has confirmed the request, or sent an event of it."""
+    given_up: Failure | None = None
+    """How it fails, once it is to wait no longer."""
 
 
 class EngineClient:
@@ -69,7 +71,8 @@ class EngineClient:
         self.name = f"dense worker {worker} ({address})"
         self._limits = limits
         self._broke = broke
-        self._timers: set[asyncio.Timeout] = set()
+        self._timers: dict[asyncio.Timeout, _Stream] = {}
+        self._doubted: Failure | None = None
         self._lost: Failure | None = None
         self.heard_s = asyncio.get_running_loop().time()
         """When the engine sent something last, by the event loop's clock."""
@@ -85,18 +88,31 @@ class EngineClient:
     async def close(self) -> None:
         await self.channel.close()
 
-    def lose(self, why: str) -> None:
-        """Fails all requests that the engine runs, and those that come until :meth:`found`. ``why``: what the
+    def doubt(self, why: str) -> None:
+        """Gives up the requests that the engine has not confirmed, until :meth:`found`. ``why``: what the
         engine did not do, in words."""
-        self._lost = self._lost_failure(why)
-        now_s = asyncio.get_running_loop().time()
-        for timer in self._timers:
-            if not timer.expired():
-                timer.reschedule(now_s)
+        self._doubted = self._lost_failure(why)
+        self._end_waits()
+
+    def lose(self, why: str) -> None:
+        """As :meth:`doubt`, and fails all requests that the engine runs."""
+        self._doubted = self._lost = self._lost_failure(why)
+        self._end_waits()
 
     def found(self) -> None:
         """The engine answers again."""
-        self._lost = None
+        self._doubted = self._lost = None
+
+    def _end_waits(self) -> None:
+        now_s = asyncio.get_running_loop().time()
+        for timer, stream in self._timers.items():
+            if self._is_given_up(stream) and not timer.expired():
+                timer.reschedule(now_s)
+
+    def _is_given_up(self, stream: _Stream) -> bool:
+        """Whether a stream is to wait no longer; notes how it fails."""
+        stream.given_up = stream.given_up or (self._lost if stream.taken else self._doubted)
+        return stream.given_up is not None
 
     async def run(self, request: Request, message: bytes, answer: Answer) -> None:
         """Runs a serialised SequenceRequest and adds its events to ``answer``, whose request has ended when
@@ -109,21 +125,21 @@ class EngineClient:
         timer = asyncio.timeout(None)
         try:
             async with timer:
-                self._timers.add(timer)
+                self._timers[timer] = stream
                 await self._follow(stream, timer)
         except asyncio.CancelledError:
             if request.cancelling:
                 await answer.end(api.FINISH_REASON_CANCELLED)
             raise
         except TimeoutError:
-            await self._break(stream, self._lost or self._stalled(), certain=False)
+            await self._break(stream, stream.given_up or self._stalled(), certain=False)
         except grpc.aio.AioRpcError as error:
             if request.cancelling and error.code() == grpc.StatusCode.CANCELLED:
                 await answer.end(api.FINISH_REASON_CANCELLED)
             else:
                 await self._fail(stream, error.code(), error.details(), error.trailing_metadata())
         finally:
-            self._timers.discard(timer)
+            self._timers.pop(timer, None)
             stream.call.cancel()
 
     async def cancel(
@@ -142,11 +158,11 @@ class EngineClient:
     async def _follow(self, stream: _Stream, timer: asyncio.Timeout) -> None:
         loop, call = asyncio.get_running_loop(), stream.call
         timer.reschedule(loop.time() + self._limits.stall_s)
-        if self._lost is not None:
+        if self._is_given_up(stream):
             raise TimeoutError
         stream.taken = rpc.TAKEN in dict(await call.initial_metadata())
         while not stream.request.ended:
-            if self._lost is not None:
+            if self._is_given_up(stream):
                 raise TimeoutError
             patience_s = self._limits.cancel_s if stream.answer.complete else self._limits.stall_s
             timer.reschedule(loop.time() + patience_s)

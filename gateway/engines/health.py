@@ -1,7 +1,8 @@
 """Probes one engine's health service, to know whether the engine takes requests.
 
 Created by ``known`` for each engine. A killed engine is noticed when its connection breaks, a frozen one
-after ``missed_probes``; its requests fail after ``lost_s``. Must not know the other engines.
+after ``missed_probes``, when requests that it has not confirmed go elsewhere; those that it runs fail after
+``lost_s``. Must not know the other engines.
 """
 
 import asyncio
@@ -94,7 +95,10 @@ class EngineHealth:
             self._client.lose(f"it answered nothing for {self._limits.lost_s:g} s")
         if self._missed < self._limits.missed_probes and self._known:
             return self.problem
-        return f"{self._client.name} has not answered for {self._missed * self._limits.probe_s:g} s"
+        missed_s = self._missed * self._limits.probe_s
+        if silent_s < self._limits.lost_s:
+            self._client.doubt(f"it answered nothing for {missed_s:g} s")
+        return f"{self._client.name} has not answered for {missed_s:g} s"
 
     def _answered(self) -> None:
         self._missed = 0

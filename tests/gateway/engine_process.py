@@ -2,7 +2,7 @@
 
 ``python engine_process.py PORT`` (0: any free port), run by ``harness.EngineProcess``. Prints its port.
 Answers each sequence with one token. Lines on stdin control it: ``serving`` and ``failed`` set its health,
-``finish`` ends all sequences.
+``finish`` ends all sequences, those to come too, until ``hold``.
 """
 
 import asyncio
@@ -52,6 +52,8 @@ async def main(port):
                 await checks.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
             case "finish":
                 engine.finish.set()
+            case "hold":
+                engine.finish.clear()
         print("done", flush=True)
     await server.stop(None)
 

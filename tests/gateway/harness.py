@@ -93,6 +93,8 @@ class FakeEngine(cluster_pb2_grpc.EngineServicer, admin_pb2_grpc.AdminServicer):
         self._arrived = queue.Queue()
         self._live = {}
         self.auto = None
+        self.confirms = asyncio.Event()  # a new sequence waits for it
+        self.confirms.set()
         self.refuses = None  # the arguments of abort, for each new sequence
         self.ignores_cancel = False
         self.cancels_to_ignore = 0
@@ -111,6 +113,7 @@ class FakeEngine(cluster_pb2_grpc.EngineServicer, admin_pb2_grpc.AdminServicer):
     async def Generate(self, request, context):
         if self.refuses is not None:
             await context.abort(*self.refuses)
+        await self.confirms.wait()
         await context.send_initial_metadata(((rpc.TAKEN, "1"),))
         sequence = Sequence(request, self._loop)
         self._live[request.sequence_id] = sequence

@@ -1,11 +1,13 @@
 """One gateway over several engines: refusals, epochs, losses, cancellation, draining."""
 
+import asyncio
 import contextlib
 import threading
 import time
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2
 
 from farshore import rpc
 from farshore.gateway.limits import Limits
@@ -111,6 +113,32 @@ def test_a_connection_that_breaks_before_the_engine_confirms(cluster):
     assert sequence.request.epoch == 2 and list(sequence.request.prompt) == LONG
     sequence.finish()
     list(call)
+
+
+def test_what_a_frozen_engine_has_not_confirmed_goes_elsewhere(cluster):
+    """What it runs waits for it longer."""
+    farshore, engines = cluster
+    call = farshore.generate(**tokens(LONG))
+    frozen, running = await_sequence(engines)
+    engine = engines[frozen]
+    thawed = asyncio.Event()
+
+    async def late(request, context):
+        await thawed.wait()
+        return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+
+    engine.confirms.clear()
+    engine.health.answer = late
+    other = farshore.generate(**tokens(LONG))
+    _, sequence = await_sequence({name: e for name, e in engines.items() if name != frozen})
+    assert sequence.request.epoch == 2
+    sequence.finish()
+    assert len(list(other)) == 2
+    for event in (thawed, engine.confirms):
+        farshore.loop_thread.loop.call_soon_threadsafe(event.set)
+    running.tokens(10)
+    running.finish()
+    assert len(list(call)) == 3
 
 
 def test_a_lost_engine_fails_what_it_has_taken_only(cluster, harness):
