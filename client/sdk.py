@@ -1,24 +1,22 @@
 """The Python client: a gateway's API as plain calls and values.
 
 Used by programs and by the command line. Raises the errors of ``farshore.errors``, never gRPC's. Must not
-know what runs behind the gateway.
+know what runs behind the gateways.
 """
 
 import dataclasses
-import ipaddress
-import re
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Self, TypeVar
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
-from farshore import rpc
 from farshore.client import events
 from farshore.client.chat import chat_of
-from farshore.errors import FarshoreError, InvalidRequest, TransportError
+from farshore.client.gateways import Gateway, Gateways
+from farshore.errors import DeadlineExceeded, FarshoreError, InvalidRequest, NotFound, TransportError
 from farshore.proto import admin_pb2 as admin
-from farshore.proto import admin_pb2_grpc, inference_pb2_grpc
 from farshore.proto import inference_pb2 as api
 from farshore.sampling import Sampling
 
@@ -26,21 +24,31 @@ _Value = TypeVar("_Value")
 
 _SAMPLING = {option.name for option in dataclasses.fields(Sampling)}
 
-_TOO_LARGE = re.compile(r"(?:SERVER: Received|CLIENT: Sent) message larger than max \((\d+) vs\. (\d+)\)")
-
 
 class Client:
-    """A connection to one gateway; a context manager. Thread-safe."""
+    """A connection to the gateways of one cluster; a context manager. Thread-safe.
 
-    def __init__(self, address: str, *, timeout_s: float = 10.0) -> None:
-        """``address``: HOST:PORT. ``timeout_s``: deadline of each call except ``generate``. Connects with the
-        first call: directly to a gateway on this machine, else through the proxy that the environment
-        variables ``http_proxy`` and ``no_proxy`` configure."""
-        self.address = address
+    Calls go to the gateway that answered last. If it is not reached, or reports that the cluster's part which
+    the call needs is not, the other gateways are asked in turn; the last error is raised if all fail.
+    """
+
+    def __init__(self, address: str | Iterable[str], *, timeout_s: float = 10.0) -> None:
+        """``address``: HOST:PORT, or several: a list, or one string with commas between them. ``timeout_s``:
+        deadline of each call except ``generate``, at each gateway. Connects with the first call: directly to
+        a gateway on this machine, else through the proxy that the environment variables ``http_proxy`` and
+        ``no_proxy`` configure. Raises InvalidRequest if there is no address."""
+        self._gateways = Gateways(address)
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(address, options=_options(address))
-        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
-        self._operators = admin_pb2_grpc.AdminStub(self._channel)
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The addresses of all gateways, as they were given."""
+        return self._gateways.addresses
+
+    @property
+    def address(self) -> str:
+        """The address of the gateway that answered last; the first one until one has."""
+        return self._gateways.preferred.address
 
     def __enter__(self) -> Self:
         return self
@@ -49,8 +57,8 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Closes the connection, which ends the streams that are being read."""
-        self._channel.close()
+        """Closes the connections, which ends the streams that are being read."""
+        self._gateways.close()
 
     def generate(
         self,
@@ -75,6 +83,10 @@ class Client:
         them but the ``request_id`` of an earlier call, to resume that request from token ``resume_from``,
         counted over all choices. Closing the iterator ends the request: at once if it has no ``request_id``
         of yours, else within seconds. ``deadline_s``: the deadline of the whole call.
+
+        With several gateways, a request whose gateway or engine is lost before its first token goes to the
+        next gateway, and Accepted comes again. After its first token it fails with a TransportError, which
+        is retryable: send the request again.
 
         ``messages`` are formatted by the model's chat template, which rules the roles. Each is in OpenAI's
         shape: role, content (a string, or parts of the type text), tool_calls, tool_call_id, name,
@@ -117,15 +129,31 @@ class Client:
             )
         except (AttributeError, TypeError, ValueError) as error:
             raise InvalidRequest(f"a value does not fit the request: {error}") from error
-        return self._events(self._stub.Generate(request, timeout=deadline_s))
+        until_s = time.monotonic() + deadline_s
+        return self._stream(
+            lambda gateway: gateway.inference.Generate(request, timeout=max(0.0, until_s - time.monotonic())),
+            read=_event,
+            begins=lambda event: isinstance(event, events.Token),
+            # A request that is read again is in the log of one gateway.
+            elsewhere=NotFound if resume_from or request.WhichOneof("prompt") is None else None,
+        )
 
     def cancel(self, request_id: str) -> None:
-        """Ends a request; returns when its memory is free. Raises NotFound if it is unknown."""
-        self._call(self._stub.Cancel, api.CancelRequest(request_id=request_id))
+        """Ends a request; returns when its memory is free. Raises NotFound if no gateway knows it, and
+        TransportError if one that may know it is not reached."""
+        request = api.CancelRequest(request_id=request_id)
+        failures: list[FarshoreError] = []
+        for gateway in self._gateways.in_turn():
+            try:
+                gateway.inference.Cancel(request, timeout=self._timeout_s)
+                return
+            except grpc.RpcError as error:
+                failures.append(gateway.error(error))
+        raise next((failed for failed in failures if not isinstance(failed, NotFound)), failures[0])
 
     def status(self) -> events.ClusterStatus:
         """The cluster's status. Raises TransportError if the gateway or the controller does not answer."""
-        reply = self._call(self._operators.ClusterStatus, admin.ClusterStatusRequest())
+        reply = self._call(lambda gateway: gateway.operators.ClusterStatus, admin.ClusterStatusRequest())
         return _plain(
             events.ClusterStatus,
             reply,
@@ -148,7 +176,7 @@ class Client:
         workers start and retire meanwhile. Raises InvalidRequest for a number that can't work, TransportError
         if the gateway or the controller does not answer."""
         request = admin.ScaleRequest(dense_workers=dense, attention_workers=attention)
-        reply = self._call(self._operators.Scale, request)
+        reply = self._call(lambda gateway: gateway.operators.Scale, request)
         return {"dense": reply.dense_workers, "attention": reply.attention_workers}
 
     def drain(self, worker: str, *, timeout_s: float | None = None) -> str:
@@ -162,87 +190,98 @@ class Client:
     def down(self) -> None:
         """Begins to end the cluster: all workers and the controller. Raises TransportError if the gateway or
         the controller does not answer."""
-        self._call(self._operators.Down, admin.DownRequest())
+        self._call(lambda gateway: gateway.operators.Down, admin.DownRequest())
 
     def watch_events(self, *, since: int = 0, follow: bool = False) -> Iterator[events.ClusterEvent]:
         """The cluster's events with numbers above ``since``; with ``follow`` also those to come. The iterator
         raises TransportError if the gateway or the controller does not answer."""
-        call = self._operators.WatchEvents(admin.WatchEventsRequest(since=since, follow=follow))
-        try:
-            for event in call:
-                yield _plain(events.ClusterEvent, event)
-        except grpc.RpcError as error:
-            raise self._error(error) from error
-        finally:
-            call.cancel()
+        request = admin.WatchEventsRequest(since=since, follow=follow)
+        return self._stream(
+            lambda gateway: gateway.operators.WatchEvents(request),
+            read=lambda event: _plain(events.ClusterEvent, event),
+            begins=lambda event: True,
+        )
 
     def is_serving(self, *, timeout_s: float = 1.0) -> bool:
-        """Whether a gateway answers and is ready. Returns at once if nothing listens."""
-        return self._health(timeout_s) == health_pb2.HealthCheckResponse.SERVING
+        """Whether a gateway answers and is ready; that one is used from now on. Returns at once if nothing
+        listens. ``timeout_s``: for each gateway."""
+        return self._prefer_one(lambda status: status == health_pb2.HealthCheckResponse.SERVING, timeout_s)
 
     def is_up(self, *, timeout_s: float = 1.0) -> bool:
-        """Whether a gateway answers, ready or not. Returns at once if nothing listens."""
-        return self._health(timeout_s) is not None
+        """As :meth:`is_serving`, but whether a gateway answers, ready or not."""
+        return self._prefer_one(lambda status: status is not None, timeout_s)
 
-    def _health(self, timeout_s: float) -> int | None:
-        """The health status; None if nothing answers, or something other than a gateway."""
-        health = health_pb2_grpc.HealthStub(self._channel)
-        service = api.DESCRIPTOR.services_by_name["Inference"].full_name
-        request = health_pb2.HealthCheckRequest(service=service)
-        try:
-            return self._call(health.Check, request, timeout_s=timeout_s).status
-        except FarshoreError:
-            return None
+    def _prefer_one(self, wanted: Callable[[int | None], bool], timeout_s: float) -> bool:
+        for gateway in self._gateways.in_turn():
+            if wanted(_health(gateway, timeout_s)):
+                self._gateways.prefer(gateway)
+                return True
+        return False
 
-    def _call(self, method: Any, request: Any, *, timeout_s: float | None = None) -> Any:
-        try:
-            return method(request, timeout=self._timeout_s if timeout_s is None else timeout_s)
-        except grpc.RpcError as error:
-            raise self._error(error) from error
+    def _call(self, method: Callable[[Gateway], Any], request: Any) -> Any:
+        """Calls the method of the first gateway that answers, and returns its reply."""
+        gateways = self._gateways.in_turn()
+        for gateway in gateways:
+            try:
+                reply = method(gateway)(request, timeout=self._timeout_s)
+            except grpc.RpcError as error:
+                failed = gateway.error(error)
+                silent = isinstance(failed, TransportError | DeadlineExceeded)
+                if gateway is gateways[-1] or not silent:
+                    raise failed from error
+            else:
+                self._gateways.prefer(gateway)
+                return reply
+        raise AssertionError("the last gateway's error was raised")
 
-    def _error(self, error: grpc.RpcError) -> FarshoreError:
-        if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
-            refusal = _too_large(error.details() or "")
-            if refusal is not None:
-                return refusal
-        return rpc.error_of(error, peer=f"gateway {self.address}")
+    def _stream(
+        self,
+        start: Callable[[Gateway], Any],
+        *,
+        read: Callable[[Any], _Value],
+        begins: Callable[[_Value], bool],
+        elsewhere: type[FarshoreError] | None = None,
+    ) -> Iterator[_Value]:
+        """The values that ``read`` makes of the messages of a stream, from the first gateway whose stream
+        begins: ``begins`` says with which value. The first call is made now. ``elsewhere``: an error after
+        which the next gateway is asked, besides TransportError."""
+        gateways = self._gateways.in_turn()
+        first = start(gateways[0])
 
-    def _events(self, call: Any) -> Iterator[events.Event]:
-        try:
-            for event in call:
-                yield _event(event)
-        except grpc.RpcError as error:
-            raise self._error(error) from error
-        finally:
-            call.cancel()
+        def follow() -> Iterator[_Value]:
+            begun = False
+            unreached: FarshoreError | None = None
+            for gateway in gateways:
+                call = first if gateway is gateways[0] else start(gateway)
+                try:
+                    for message in call:
+                        value = read(message)
+                        if not begun:
+                            self._gateways.prefer(gateway)
+                            begun = begins(value)
+                        yield value
+                    return
+                except grpc.RpcError as error:
+                    failed = gateway.error(error)
+                    if isinstance(failed, TransportError):
+                        unreached = failed
+                    elif elsewhere is None or not isinstance(failed, elsewhere):
+                        raise failed from error
+                    if begun or gateway is gateways[-1]:
+                        raise (unreached or failed) from error
+                finally:
+                    call.cancel()
+
+        return follow()
 
 
-def _options(address: str) -> list[tuple[str, Any]]:
-    """Channel options; a web proxy may be used unless ``address`` is on this machine."""
-    if _is_here(address.rpartition(":")[0].strip("[]")):
-        return rpc.OPTIONS
-    return [option for option in rpc.OPTIONS if option[0] != "grpc.enable_http_proxy"]
-
-
-def _is_here(host: str) -> bool:
-    """Whether ``host`` names the machine that uses it (loopback or unspecified); does not resolve names."""
+def _health(gateway: Gateway, timeout_s: float) -> int | None:
+    """The health status; None if nothing answers, or something other than a gateway."""
+    service = api.DESCRIPTOR.services_by_name["Inference"].full_name
     try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host.lower() == "localhost"
-    return address.is_loopback or address.is_unspecified
-
-
-def _too_large(details: str) -> InvalidRequest | None:
-    """The error for gRPC's refusal of a message above the receiver's or the sender's limit; else None."""
-    found = _TOO_LARGE.search(details)
-    if found is None:
+        return gateway.health.Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout_s).status
+    except grpc.RpcError:
         return None
-    size, most = found.groups()
-    return InvalidRequest(
-        f"the request takes {size} bytes and the gateway at most {most}: shorten the prompt, or send text "
-        "instead of token ids"
-    )
 
 
 def _prompt(

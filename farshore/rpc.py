@@ -86,6 +86,13 @@ large fails again, so the error is not Overloaded."""
 MOST_MESSAGE = 2_000
 """Characters of an error's message: it travels in a trailer, and gRPC limits trailers to a few KiB."""
 
+TAKEN = "farshore-taken"
+"""Initial metadata of a stream: the servicer has accepted the call, and works on it."""
+
+ERROR_KIND = "farshore-error"
+"""Trailing metadata of a call that a servicer of ours failed: the error's type. Without it the connection
+failed, or gRPC itself."""
+
 _FREE_BYTES = "farshore-free-bytes"
 """Trailing metadata of Full: distinguishes it from Overloaded, and carries ``free_bytes``."""
 
@@ -93,7 +100,9 @@ _FREE_BYTES = "farshore-free-bytes"
 def status_of(error: Exception) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
     """(code, message, trailing metadata) for an error that a servicer raised. An exception that is not a
     FarshoreError is a bug in the servicer: INTERNAL, with the exception's type and the start of its text."""
-    trailing = ((_FREE_BYTES, str(error.free_bytes)),) if isinstance(error, errors.Full) else ()
+    trailing: tuple[tuple[str, str], ...] = ((ERROR_KIND, type(error).__name__),)
+    if isinstance(error, errors.Full):
+        trailing += ((_FREE_BYTES, str(error.free_bytes)),)
     for kind, code in _CODES:
         if isinstance(error, kind):
             return code, shortened(str(error), MOST_MESSAGE), trailing

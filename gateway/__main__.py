@@ -1,50 +1,58 @@
-"""The gateway as a process: ``python -m farshore.gateway``.
+"""The gateway as a process: ``farshore gateway``, or ``python -m farshore.gateway``.
 
-Started by ``controller.driver.gateway_process``, which reads one line of JSON from stdout (the address, or
-the error) and keeps the write end of stdin open. When stdin closes, the parent has ended, and the gateway
-ends too. A stdin that is closed before the gateway serves is an error, also when the process is started by
-hand. Must not know how the engine and the controller are run.
+Platform engineers start it beside a cluster; any number of gateways serve one cluster. With ``--child`` it is
+started by ``controller.driver.gateway_process``, which reads one line of JSON from stdout (the address, or
+the error) and keeps the write end of stdin open: when stdin closes, the parent has ended, and the gateway
+ends too. Must not know how the engines and the controller are run.
 """
 
 import argparse
 import asyncio
 import json
 import os
-import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
+from urllib.parse import urlsplit
 
+from farshore import __version__
 from farshore.cluster_token import VARIABLE, ClusterToken
-from farshore.errors import FarshoreError, StartupError
-from farshore.gateway.api.server import create
+from farshore.errors import FarshoreError, InvalidRequest, StartupError
+from farshore.gateway.api.server import Gateway, create
 from farshore.gateway.limits import Limits
 from farshore.gateway.served import Served
 from farshore.interpreter import share_interpreter
+from farshore.kvstore.directory.base import Directory
+from farshore.kvstore.directory.connect import open_directory
 from farshore.model_spec import ModelSpec
 
-_STDIN_ADVICE = (
-    "the gateway runs as long as its stdin is open: keep it open, as in "
-    "`sleep infinity | python -m farshore.gateway …`"
-)
+LOOK_S = 0.2
+"""How often the directory is asked for a dense worker while there is none."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serves until a signal or the end of stdin. Returns the exit code: 0, 1 after an error, 130 when it was
-    interrupted while starting."""
+    """Serves until a signal; a child also until the end of stdin. Returns the exit code: 0, 1 after an error,
+    130 when it was interrupted while starting."""
     args = _parser().parse_args(argv)
+    stop = _Stop()
+    if args.child:
+        _watch_parent(stop.set)
     try:
         token = ClusterToken.read(args.token_file) if args.token_file else None
-        served = Served.load(ModelSpec.from_json(args.spec))
+        directory = open_directory(args.directory, token=token)
+        controller = args.controller or _controller_at(args.directory)
+        spec = args.spec or _announced_spec(directory, args.wait)
+        served = Served.load(ModelSpec.from_json(spec))
         share_interpreter()
         served.chat.await_compiled()
-        engine = args.engine or sys.stdin.readline().strip()
-        if not engine:
-            raise StartupError(f"stdin ended before it gave the engine's address; {_STDIN_ADVICE}")
-        asyncio.run(_serve(served, engine, token, args))
+        asyncio.run(_serve(served, directory, controller, token, stop, args))
     except FarshoreError as error:
-        _report({"error": str(error), "kind": type(error).__name__})
+        if args.child:
+            _report({"error": str(error), "kind": type(error).__name__})
+        else:
+            print(f"farshore: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         # Possible only before the signal handlers are installed.
@@ -54,65 +62,154 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m farshore.gateway",
-        description="Serve the client API of a running cluster. Prints one line of JSON when ready; "
-        "ends when its stdin does, so keep that open.",
+        prog="farshore gateway",
+        description="Serve the client API of a running cluster until SIGTERM or Ctrl-C. Any number of "
+        "gateways may serve one cluster: give clients all their addresses.",
+    )
+    parser.add_argument(
+        "--directory",
+        required=True,
+        metavar="URL",
+        help="where the cluster's workers are listed: grpc://HOST:PORT of the controller, or redis://HOST:PORT",
+    )
+    parser.add_argument(
+        "--controller",
+        metavar="HOST:PORT",
+        help="passes operators' calls on to it: status, scale, events (default: where grpc:// points)",
+    )
+    parser.add_argument(
+        "--listen",
+        default="127.0.0.1:50051",
+        metavar="HOST:PORT",
+        help="address to listen on; port 0: any free one (default: %(default)s)",
     )
     parser.add_argument(
         "--spec",
-        required=True,
         metavar="JSON",
-        help='the model that the engine runs and how to read it, such as {"model": "smollm2"}',
+        help='the model that the engines run and how to read it, such as {"model": "smollm2"} (default: what '
+        "a dense worker announces)",
     )
-    parser.add_argument("--listen", required=True, metavar="HOST:PORT", help="port 0: any free one")
     parser.add_argument(
-        "--engine",
-        metavar="HOST:PORT",
-        help="address of the dense worker (default: the first line of stdin, read when all else is ready)",
+        "--wait",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="without --spec: how long to wait for a dense worker that announces it (default: %(default)g)",
     )
-    parser.add_argument("--controller", required=True, metavar="HOST:PORT", help="asked for status only")
+    parser.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="how long running requests go on after SIGTERM (default: %(default)g)",
+    )
+    parser.add_argument("--max-live-requests", type=int, default=Limits().max_live_requests, metavar="N")
+    parser.add_argument(
+        "--child",
+        action="store_true",
+        help="for a parent process: report in JSON once an engine takes requests, and end when stdin does",
+    )
     parser.add_argument(
         "--token-file",
         default=os.environ.get(VARIABLE),
         metavar="FILE",
-        help=f"the cluster's token, proved to engine and controller (default: ${VARIABLE})",
+        help=f"the cluster's token, proved to engines, directory and controller (default: ${VARIABLE})",
     )
-    parser.add_argument("--max-live-requests", type=int, default=Limits().max_live_requests)
     return parser
 
 
-async def _serve(served: Served, engine: str, token: ClusterToken | None, args: argparse.Namespace) -> None:
+class _Stop:
+    """Ends the event loop's wait, also if it is set before the event loop runs. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._set = False
+        self._tell: Callable[[], None] | None = None
+
+    def set(self) -> None:
+        with self._lock:
+            self._set = True
+            if self._tell is not None:
+                self._tell()
+
+    def follow(self, tell: Callable[[], None] | None) -> None:
+        """``tell`` is called when this is set, at once if it has been; None: nothing more is called."""
+        with self._lock:
+            self._tell = tell
+            if tell is not None and self._set:
+                tell()
+
+
+async def _serve(
+    served: Served,
+    directory: Directory,
+    controller: str,
+    token: ClusterToken | None,
+    stop: _Stop,
+    args: argparse.Namespace,
+) -> None:
     loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
+    stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, stopping.set)
+    stop.follow(lambda: loop.call_soon_threadsafe(stopping.set))
     gateway = await create(
         served,
         listen=args.listen,
-        engine=engine,
-        controller=args.controller,
+        directory=directory,
+        controller=controller,
         token=token,
-        limits=Limits(max_live_requests=args.max_live_requests),
+        announced_spec=None if args.spec else served.spec.to_json(),
+        limits=Limits(max_live_requests=args.max_live_requests, drain_s=args.drain_timeout),
     )
+    reporting = asyncio.create_task(_report_serving(gateway, served, child=args.child))
     try:
-        if _stdin_ended():
-            raise StartupError(f"stdin is closed; {_STDIN_ADVICE}")
-        _watch_parent(lambda: loop.call_soon_threadsafe(stop.set))
-        _report({"address": gateway.address})
-        await stop.wait()
+        await stopping.wait()
     finally:
+        stop.follow(None)
+        reporting.cancel()
         await gateway.stop()
+        directory.disconnect()
 
 
-def _stdin_ended() -> bool:
-    """Whether stdin has reached its end. Does not block; discards unexpected input."""
-    try:
-        while select.select([0], [], [], 0)[0]:
-            if not os.read(0, 4096):
-                return True
-    except OSError:
-        return True  # A process without stdin.
-    return False
+async def _report_serving(gateway: Gateway, served: Served, *, child: bool) -> None:
+    """Says where the gateway listens: to a parent once requests can be answered."""
+    if not child:
+        print(f"Farshore {__version__}: gateway of {served.spec.name} at {gateway.address}", flush=True)
+    await gateway.await_serving()
+    if child:
+        _report({"address": gateway.address})
+    else:
+        print("an engine takes requests", flush=True)
+
+
+def _controller_at(directory: str) -> str:
+    """HOST:PORT of the controller that serves the directory. Raises InvalidRequest for another directory."""
+    parts = urlsplit(directory)
+    if parts.scheme != "grpc":
+        raise InvalidRequest(
+            f"--controller is missing: --directory {parts.scheme}:// is no controller; give its HOST:PORT"
+        )
+    return parts.netloc
+
+
+def _announced_spec(directory: Directory, wait_s: float) -> str:
+    """The model's options, from the first dense worker that is listed. Raises StartupError after ``wait_s``
+    seconds without one."""
+    until_s = time.monotonic() + wait_s
+    why = "it lists no dense worker"
+    while True:
+        try:
+            for record in directory.listing().workers:
+                if record.kind == "dense" and record.spec:
+                    return record.spec
+        except FarshoreError as error:
+            why = str(error)
+        if time.monotonic() > until_s:
+            raise StartupError(
+                f"the directory does not say which model to serve ({why}): check --directory, or give --spec"
+            )
+        time.sleep(LOOK_S)
 
 
 def _watch_parent(gone: Callable[[], None]) -> None:
@@ -125,10 +222,7 @@ def _watch_parent(gone: Callable[[], None]) -> None:
                 pass
         except OSError:
             pass  # A process without stdin.
-        try:
-            gone()
-        except RuntimeError:
-            return  # The event loop has closed: the process is ending already.
+        gone()
 
     threading.Thread(target=wait_for_end, name="watch-parent", daemon=True).start()
 

@@ -84,9 +84,15 @@ class Limits:
     """When an engine that has not ended a sequence is asked again: the first Cancel may have arrived before
     the sequence."""
     probe_s: float = 1.0
-    """Interval of health probes to the engine, and the deadline of each."""
+    """Interval of health probes to each engine, and the deadline of each probe."""
     missed_probes: int = 3
-    """Consecutive unanswered probes after which the engine counts as gone."""
+    """Consecutive unanswered probes after which an engine gets nothing new."""
+    lost_s: float = 10.0
+    """Silence of an engine, on probes and streams, after which its requests fail."""
+    engines_tried: int = 3
+    """Engines that a request is offered to, if those before do not take it."""
+    most_engines: int = 1024
+    """Engines that a gateway knows at once."""
     controller_s: float = 5.0
     """Deadline of calls to the controller."""
     drain_s: float = 3.0

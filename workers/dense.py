@@ -23,7 +23,7 @@ from farshore.ids import WorkerId
 from farshore.interpreter import share_interpreter
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore.base import Usage
-from farshore.kvstore.directory.base import Directory, Listing, WorkerRecord, WorkerState
+from farshore.kvstore.directory.base import Directory, Listing, Load, WorkerRecord, WorkerState
 from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 from farshore.model_spec import ModelSpec
@@ -97,6 +97,7 @@ class DenseWorker:
         self._drains = False
         torch.set_num_threads(config.threads)
         self._checks = health.HealthServicer()
+        self._spec = config.spec.to_json()
         self._lease = Lease(directory, self._record, heard=self._hear)
 
     def load(self) -> None:
@@ -214,6 +215,21 @@ class DenseWorker:
             progress=self._loading,
             shards=sum(answers for worker, answers in shards.items() if worker != self._config.worker),
             failure=self._failure,
+            load=self._load(),
+            spec=self._spec,
+        )
+
+    def _load(self) -> Load | None:
+        now = self.load_now()
+        if now is None:
+            return None
+        load, _, usage = now
+        return Load(
+            running=load.running,
+            waiting=load.waiting,
+            parked=load.parked,
+            free_bytes=usage.available_bytes,
+            budget_bytes=usage.budget_bytes,
         )
 
     def _state(self) -> WorkerState:

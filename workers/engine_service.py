@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 
+from farshore import rpc
 from farshore.attention_offload.base import ShardIdentity
 from farshore.errors import FarshoreError, InvalidRequest
 from farshore.ids import Epoch, SequenceId, WorkerId
@@ -20,7 +21,6 @@ from farshore.proto import admin_pb2 as admin
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 from farshore.proto import inference_pb2 as api
-from farshore.rpc import abort
 from farshore.sampling import Sampling
 from farshore.workers.engine.engine import Engine
 from farshore.workers.engine.sequence import Event, Failed, Finished, Prefilled, Reason, Sampled
@@ -79,15 +79,16 @@ class EngineService(pb_grpc.EngineServicer):
                 salt=request.cache_salt,
             )
         except FarshoreError as error:
-            abort(context, error)
+            rpc.abort(context, error)
         # add_callback returns False if the client has already disconnected. The engine then ends the stream.
         if not context.add_callback(lambda: self._engine.cancel(sequence)):
             self._engine.cancel(sequence)
+        context.send_initial_metadata(((rpc.TAKEN, "1"),))
         live = sampling.n
         while live:
             event = events.get()
             if isinstance(event, Failed):
-                abort(context, event.error)
+                rpc.abort(context, event.error)
             yield self._message(event)
             live -= isinstance(event, Finished)
 

@@ -18,9 +18,9 @@ from farshore.client.cli.model_options import add_model_options
 from farshore.client.cli.options import (
     DEFAULT_SERVER,
     add_cluster_options,
+    add_server_option,
     cluster_config,
     no_gateway,
-    server_address,
 )
 from farshore.client.cli.sampling import add_sampling_options, asked
 from farshore.client.cli.terminal import Progress, stop_signals
@@ -57,11 +57,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action="store_true",
         help="print one JSON object at the end: text, ids, timings, shards; with --n a list of choices",
     )
-    parser.add_argument(
-        "--server",
-        type=server_address,
-        metavar="HOST:PORT",
-        help=f"the gateway to use; must be running (default: {DEFAULT_SERVER} if it is)",
+    add_server_option(
+        parser,
+        default=None,
+        help="the gateway to use, or several of a cluster: with commas, or repeated; one must be running "
+        f"(default: {DEFAULT_SERVER} if it is)",
     )
     parser.add_argument(
         "--model", help="the model to start, or that the server is expected to serve (default: smollm2, any)"
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     # A cluster that was started for this call must be ended after SIGTERM, too.
     with stop_signals() as take_signals:
         try:
-            with _gateway(args, progress, take_signals) as address, Client(address) as client:
+            with _client(args, progress, take_signals) as client:
                 _answer(client, args, prompt, sampling, progress)
         finally:
             progress.clear()
@@ -138,26 +138,30 @@ def _prompt(args: argparse.Namespace, text: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _gateway(args: argparse.Namespace, progress: Progress, take_signals: Callable[[], None]) -> Iterator[str]:
-    """Yields the address of the running gateway, or of a cluster that lives as long as the context."""
-    address = args.server or DEFAULT_SERVER
-    if await_gateway(address, progress.step):
-        progress.clear()
-        yield address
-        return
+def _client(
+    args: argparse.Namespace, progress: Progress, take_signals: Callable[[], None]
+) -> Iterator[Client]:
+    """Yields a client of the running gateways, or of a cluster that lives as long as the context."""
+    with Client(args.server or DEFAULT_SERVER) as client:
+        if await_gateway(client, progress.step):
+            progress.clear()
+            yield client
+            return
     if args.server:
-        raise no_gateway(address)
+        raise no_gateway(args.server)
     config = cluster_config(args, (), model=args.model or DEMO, port=0)
     # Imported here: Ray takes most of a second, which a call to a running gateway need not pay.
     from farshore.controller.driver.cluster import Cluster
 
     progress.note(
-        f"farshore: no gateway at {address}: starting a cluster for this call (`farshore serve` keeps one)"
+        f"farshore: no gateway at {DEFAULT_SERVER}: starting a cluster for this call (`farshore serve` keeps "
+        "one)"
     )
     with Cluster.start(config, progress=progress.step) as cluster:
         take_signals()
         progress.clear()
-        yield cluster.address
+        with Client(cluster.address) as client:
+            yield client
 
 
 class _Choice:

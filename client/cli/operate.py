@@ -150,12 +150,16 @@ def run_events(args: argparse.Namespace) -> int:
 
 def _connected(args: argparse.Namespace) -> Client:
     progress = Progress()
+    client = Client(args.server)
     try:
-        if not await_gateway(args.server, progress.step, to_serve=False):
+        if not await_gateway(client, progress.step, to_serve=False):
             raise no_gateway(args.server)
+    except BaseException:
+        client.close()
+        raise
     finally:
         progress.clear()
-    return Client(args.server)
+    return client
 
 
 def _count(text: str) -> tuple[str, int]:

@@ -6,7 +6,7 @@ Used by the subcommands' modules. Must not know what the commands do.
 import argparse
 import re
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 from farshore.client.cli.model_options import model_spec
 from farshore.controller.config import ClusterConfig, KvFormat, Placement, ShardBy
@@ -70,21 +70,47 @@ def server_address(text: str) -> str:
     return text
 
 
-def add_server_option(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--server`` for a command that needs a running gateway."""
+def server_addresses(text: str) -> list[str]:
+    """Checks one HOST:PORT, or several with commas between them."""
+    return [server_address(address.strip()) for address in text.split(",")]
+
+
+class _Servers(argparse.Action):
+    """Collects the addresses of an option that may be repeated."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        earlier = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if earlier is self.default else [*earlier, *values])
+
+
+def add_server_option(
+    parser: argparse.ArgumentParser,
+    *,
+    default: Sequence[str] | None = (DEFAULT_SERVER,),
+    help: str = f"the gateway, or several of a cluster: with commas, or repeated (default: {DEFAULT_SERVER})",
+) -> None:
+    """Adds ``--server`` for a command that uses a running gateway: its value is a sequence of addresses."""
     parser.add_argument(
         "--server",
-        type=server_address,
-        default=DEFAULT_SERVER,
+        type=server_addresses,
+        action=_Servers,
+        default=default,
         metavar="HOST:PORT",
-        help="the gateway (default: %(default)s)",
+        help=help,
     )
 
 
-def no_gateway(address: str) -> TransportError:
+def no_gateway(addresses: Sequence[str]) -> TransportError:
     """The error of a command that needs a running gateway."""
     return TransportError(
-        f"no gateway answers at {address}: start one with `farshore serve`, or give the right --server"
+        f"no gateway answers at {' or '.join(addresses)}: start one with `farshore serve`, or give the right "
+        "--server"
     )
 
 

@@ -28,10 +28,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(args: argparse.Namespace) -> int:
     progress = Progress()
     try:
-        # A gateway whose engine has failed is not ready, but still reports the status.
-        if not await_gateway(args.server, progress.step, to_serve=False):
-            raise no_gateway(args.server)
         with Client(args.server) as client:
+            # A gateway whose engines have failed is not ready, but still reports the status.
+            if not await_gateway(client, progress.step, to_serve=False):
+                raise no_gateway(args.server)
             status = client.status()
     finally:
         progress.clear()

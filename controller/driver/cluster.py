@@ -195,14 +195,13 @@ class Cluster:
         self._gateway = GatewayProcess(
             spec=config.spec,
             listen=f"{listen.bracketed(config.host)}:{config.port}",
+            directory=f"grpc://{controller}",
             controller=controller,
             token_file=self._ray.token_file,
         )
         workers = self._await_workers(progress)
         progress("starting the gateway")
-        # The gateway finds the other dense workers in the directory.
-        dense = next(record for record in workers if record.kind == "dense")
-        self.address = self._gateway.serve(engine=dense.address)
+        self.address = self._gateway.serve()
         self._last_event = max((event.number for event in self._events()), default=0)
         self._ray.note_processes()
         self.endpoints = {"gateway": self.address, "controller": controller}

@@ -1,10 +1,10 @@
 """Runs the gateway as a child process of the driver.
 
-Used by ``cluster``. The gateway reports its address as one line of JSON on stdout. It ends when its stdin
-closes, so it can't outlive the driver, however the driver ends. Must not know what the gateway does.
+Used by ``cluster``. The gateway reports its address as one line of JSON on stdout once an engine takes
+requests. It ends when its stdin closes, so it can't outlive the driver, however the driver ends. Must not
+know what the gateway does.
 """
 
-import contextlib
 import json
 import os
 import subprocess
@@ -13,32 +13,34 @@ import threading
 
 from farshore import errors
 from farshore.controller.exits import exit_in_words
+from farshore.defaults import GATEWAY_ALLOCATOR
 from farshore.errors import StartupError
 from farshore.model_spec import ModelSpec
 
 READY_DEADLINE_S = 60.0
 STOP_DEADLINE_S = 10.0
-
-_ALLOCATOR = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "262144"}
-"""For glibc, unless the environment says otherwise. A long prompt takes megabytes for a moment, in any thread
-of several. By default each thread keeps such memory in an arena of its own, and the process only grows."""
+DRAIN_S = 3.0
+"""How long running requests go on when the cluster is stopped."""
 
 
 class GatewayProcess:
-    """The constructor starts the process, which loads the tokenizer; :meth:`serve` completes the start."""
+    """The constructor starts the process, which loads the tokenizer, listens, and looks for engines;
+    :meth:`serve` waits for it."""
 
     def __init__(
-        self, *, spec: ModelSpec, listen: str, controller: str, token_file: str | None = None
+        self, *, spec: ModelSpec, listen: str, directory: str, controller: str, token_file: str
     ) -> None:
-        arguments = ["--spec", spec.to_json(), "--listen", listen, "--controller", controller]
-        arguments += ["--token-file", token_file] if token_file else []
+        """``directory``: its URL. ``controller``: HOST:PORT. ``token_file``: the cluster's token."""
+        arguments = ["--child", "--spec", spec.to_json(), "--listen", listen, "--directory", directory]
+        arguments += ["--controller", controller, "--drain-timeout", str(DRAIN_S)]
+        arguments += ["--token-file", token_file]
         self._process = subprocess.Popen(
             # -P keeps the current directory, which may be a checkout, off sys.path.
             [sys.executable, "-P", "-m", "farshore.gateway", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=_ALLOCATOR | os.environ,
+            env=GATEWAY_ALLOCATOR | os.environ,
             # Ctrl-C in a terminal must reach only the driver, which ends the processes in order.
             start_new_session=True,
         )
@@ -47,15 +49,11 @@ class GatewayProcess:
         self._reported = threading.Event()
         threading.Thread(target=self._read_report, daemon=True).start()
 
-    def serve(self, *, engine: str) -> str:
-        """Sends the engine's address and blocks until the gateway serves. Returns the gateway's address.
-        Raises the error that the gateway reports (PortInUse, ModelError), or StartupError after
-        READY_DEADLINE_S or if it has ended; the process has ended then."""
-        assert self._process.stdin is not None
+    def serve(self) -> str:
+        """Blocks until an engine takes the gateway's requests. Returns the gateway's address. Raises the
+        error that the gateway reports (PortInUse, ModelError), or StartupError after READY_DEADLINE_S or if
+        it has ended; the process has ended then."""
         try:
-            # A gateway that has already ended gives the reason in its report.
-            with contextlib.suppress(BrokenPipeError):
-                os.write(self._process.stdin.fileno(), f"{engine}\n".encode())
             return self._await_report()
         except errors.FarshoreError:
             self.stop()

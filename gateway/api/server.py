@@ -5,10 +5,9 @@ Called by ``__main__``, and by tests within their process. Must not know about p
 
 import asyncio
 import errno
-import functools
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -22,18 +21,50 @@ from farshore.gateway.api import admin
 from farshore.gateway.api.admin import AdminProxy
 from farshore.gateway.api.service import InferenceService
 from farshore.gateway.engines.discovery import EngineDiscovery
-from farshore.gateway.engines.engine_client import GrpcEngineClient
-from farshore.gateway.engines.health import EngineHealth
+from farshore.gateway.engines.dispatch import Dispatcher
+from farshore.gateway.engines.known import KnownEngines
+from farshore.gateway.engines.router import Router
 from farshore.gateway.limits import Limits
 from farshore.gateway.requests.log import RequestLog
 from farshore.gateway.served import Served
 from farshore.interpreter import make_nicer
+from farshore.kvstore.directory.base import Directory
 from farshore.proto import inference_pb2
 
 NICENESS = 10
 """Added to the niceness of tokenizing threads, so that the event loop's threads run first."""
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+
+
+class ServingState:
+    """Keeps the gateway's health equal to whether an engine takes requests."""
+
+    def __init__(self, checks: health.aio.HealthServicer) -> None:
+        self._checks = checks
+        self._changed = asyncio.Event()
+        self.serving = asyncio.Event()
+
+    def changed(self) -> None:
+        """The engines changed."""
+        self._changed.set()
+
+    async def follow(self, engines: KnownEngines) -> None:
+        """Follows ``engines`` until the task is cancelled."""
+        while True:
+            await self.tell(engines)
+            await self._changed.wait()
+            self._changed.clear()
+
+    async def tell(self, engines: KnownEngines) -> None:
+        reply = health_pb2.HealthCheckResponse
+        serves = engines.problem is None
+        for name in ("", SERVICE):
+            await self._checks.set(name, reply.SERVING if serves else reply.NOT_SERVING)
+        if serves:
+            self.serving.set()
+        else:
+            self.serving.clear()
 
 
 class Gateway:
@@ -44,23 +75,26 @@ class Gateway:
         *,
         address: str,
         server: grpc.aio.Server,
-        health_state: health.aio.HealthServicer,
+        checks: health.aio.HealthServicer,
+        state: ServingState,
         log: RequestLog,
-        engine: GrpcEngineClient,
-        watching: Sequence[asyncio.Task[None]],
+        engines: KnownEngines,
+        discovery: EngineDiscovery,
         controller: grpc.aio.Channel,
         tokenizing: ThreadPoolExecutor,
         limits: Limits,
     ) -> None:
         self.address = address
+        self.engines = engines
         self._server = server
-        self._health = health_state
+        self._checks = checks
+        self._state = state
         self._log = log
-        self._engine = engine
-        self._watching = watching
+        self._discovery = discovery
         self._controller = controller
         self._tokenizing = tokenizing
         self._limits = limits
+        self._watching = [asyncio.create_task(state.follow(engines)), asyncio.create_task(discovery.watch())]
 
     @property
     def calls(self) -> int:
@@ -72,17 +106,22 @@ class Gateway:
         """Bytes of the events of ended requests that can still be read."""
         return self._log.ended_bytes
 
+    async def await_serving(self) -> None:
+        """Returns when an engine takes requests. The caller bounds the wait."""
+        await self._state.serving.wait()
+
     async def stop(self) -> None:
         """Sets the health to NOT_SERVING, lets live requests go on for ``drain_s``, fails those that remain,
         and closes everything. Call once."""
-        await self._health.enter_graceful_shutdown()
+        await self._checks.enter_graceful_shutdown()
         # The log is closed first, which ends its readers, so that the server has no calls to wait for.
         await self._log.close()
         await self._server.stop(self._limits.shutdown_s)
         for task in self._watching:
             task.cancel()
         await asyncio.wait(self._watching)
-        await self._engine.close()
+        self._discovery.stop()
+        await self.engines.close()
         await self._controller.close()
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
 
@@ -91,16 +130,18 @@ async def create(
     served: Served,
     *,
     listen: str,
-    engine: str,
+    directory: Directory,
     controller: str,
     token: ClusterToken | None = None,
+    announced_spec: str | None = None,
     limits: Limits | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Gateway:
-    """Starts a gateway on the running event loop. ``listen``: HOST:PORT, port 0 for any free one. ``engine``
-    and ``controller``: their addresses; neither must answer yet. ``token``: the
-    cluster's, which this gateway proves to both; its own clients prove nothing. The gateway's health follows
-    the engine's.
+    """Starts a gateway on the running event loop. ``listen``: HOST:PORT, port 0 for any free one.
+    ``directory`` lists the engines; it stays the caller's. ``controller``: its address, for operators' calls.
+    Neither must answer yet. ``token``: the cluster's, which this gateway proves to engines and controller;
+    its own clients prove nothing. ``announced_spec``: see ``KnownEngines``. The gateway's health says whether
+    an engine takes requests.
 
     Raises PortInUse, or InvalidRequest, if the gateway can't listen on ``listen``.
     """
@@ -111,9 +152,10 @@ async def create(
         maximum_concurrent_rpcs=limits.max_readers + limits.other_calls,
     )
     port = _bind(server, listen)
-    engine_client = GrpcEngineClient(engine, served=served, limits=limits, token=token)
-    health_state = health.aio.HealthServicer()
-    engine_health = EngineHealth(engine_client, limits=limits, changed=functools.partial(_tell, health_state))
+    checks = health.aio.HealthServicer()
+    state = ServingState(checks)
+    engines = KnownEngines(limits=limits, token=token, spec=announced_spec, changed=state.changed)
+    discovery = EngineDiscovery(directory, engines)
     tokenizing = ThreadPoolExecutor(
         limits.tokenizer_threads,
         thread_name_prefix="tokenizing",
@@ -121,45 +163,37 @@ async def create(
         initargs=(NICENESS,),
     )
     log = RequestLog(
-        engine_client,
+        Dispatcher(
+            Router(engines.available, lambda: engines.problem), tokenizer=served.tokenizer, limits=limits
+        ),
         limits,
         preparing=tokenizing,
-        engine_problem=lambda: engine_health.problem,
+        engine_problem=lambda: engines.problem,
         clock=clock,
     )
-    controller_channel = rpc.aio_channel(controller, token)
-    discovery = EngineDiscovery(engine_client, controller_channel)
-    service = InferenceService(
-        served=served,
-        log=log,
-        limits=limits,
-        clock=clock,
-    )
-    operators = AdminProxy(controller_channel, controller, limits)
-    server.add_generic_rpc_handlers((service.handler(), operators.handler()))
-    health_pb2_grpc.add_HealthServicer_to_server(health_state, server)
+    service = InferenceService(served=served, log=log, limits=limits, clock=clock)
+    operators = rpc.aio_channel(controller, token)
+    server.add_generic_rpc_handlers((service.handler(), AdminProxy(operators, controller, limits).handler()))
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection(
         (SERVICE, admin.NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
     )
-    await engine_health.probe()
+    await discovery.look()
+    await engines.probe()
+    await state.tell(engines)
     await server.start()
     return Gateway(
         address=f"{host}:{port}",
         server=server,
-        health_state=health_state,
+        checks=checks,
+        state=state,
         log=log,
-        engine=engine_client,
-        watching=[asyncio.create_task(engine_health.watch()), asyncio.create_task(discovery.watch())],
-        controller=controller_channel,
+        engines=engines,
+        discovery=discovery,
+        controller=operators,
         tokenizing=tokenizing,
         limits=limits,
     )
-
-
-async def _tell(health_state: health.aio.HealthServicer, serving: bool) -> None:
-    reply = health_pb2.HealthCheckResponse
-    for name in ("", SERVICE):
-        await health_state.set(name, reply.SERVING if serving else reply.NOT_SERVING)
 
 
 def _options(message_bytes: int) -> list[tuple[str, int]]:

@@ -1,49 +1,57 @@
-"""Follows the engine: finds its address in the directory, again and again.
+"""Finds engines: reads the directory again and again.
 
-Run by ``api.server``. While the directory does not answer, the last known engine is used. Must not know the
+Run by ``api.server``. While the directory does not answer, the last known engines are used. Must not know the
 requests.
 """
 
 import asyncio
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
-import grpc
-
-from farshore.gateway.engines.engine_client import GrpcEngineClient
-from farshore.proto import cluster_pb2 as pb
-from farshore.proto import cluster_pb2_grpc as pb_grpc
+from farshore.errors import FarshoreError
+from farshore.gateway.engines.known import KnownEngines
+from farshore.kvstore.directory.base import Directory
 
 PERIOD_S = 0.5
-DEADLINE_S = 1.0
+SEARCH_PERIOD_S = 0.1
+"""While no engine takes requests: the first one is to be found as soon as it serves."""
 
 _logger = logging.getLogger(__name__)
 
 
 class EngineDiscovery:
-    """Moves ``engine`` to the address of the dense worker that serves. ``directory``: a channel to it. Use it
-    on the event loop only."""
+    """Tells ``engines`` what ``directory`` lists. The directory's calls block, so they have a thread."""
 
-    def __init__(self, engine: GrpcEngineClient, directory: grpc.aio.Channel) -> None:
-        self._engine = engine
-        self._stub = pb_grpc.DirectoryStub(directory)
+    def __init__(self, directory: Directory, engines: KnownEngines) -> None:
+        self._directory = directory
+        self._engines = engines
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="directory")
+        self._answers = True
 
     async def watch(self) -> None:
-        """Looks every PERIOD_S until the task is cancelled."""
+        """Looks until the task is cancelled."""
         while True:
-            await asyncio.sleep(PERIOD_S)
+            await asyncio.sleep(PERIOD_S if self._engines.problem is None else SEARCH_PERIOD_S)
             await self.look()
 
     async def look(self) -> None:
-        """Looks once. An engine that is still listed as serving is kept."""
+        """Looks once."""
+        loop = asyncio.get_running_loop()
         try:
-            listing = await self._stub.List(pb.ListRequest(), timeout=DEADLINE_S)
-        except grpc.aio.AioRpcError:
+            listing = await loop.run_in_executor(self._thread, self._directory.listing)
+        except FarshoreError as error:
+            if self._answers:
+                _logger.warning("the directory does not answer; going on with the known engines: %s", error)
+            self._answers = False
             return
-        serving = [
-            record.address
-            for record in listing.workers
-            if record.kind == "dense" and record.state == "serving" and record.worker_id not in listing.closed
-        ]
-        if serving and self._engine.address not in serving:
-            _logger.warning("the engine moved from %s to %s", self._engine.address, serving[0])
-            self._engine.move(serving[0])
+        except Exception:
+            # A directory of another version, or something else at its address.
+            if self._answers:
+                _logger.exception("the directory's answer makes no sense; going on with the known engines")
+            self._answers = False
+            return
+        self._answers = True
+        self._engines.apply(listing)
+
+    def stop(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)

@@ -1,16 +1,17 @@
-"""Probes the engine's health service, to know whether the engine takes requests.
+"""Probes one engine's health service, to know whether the engine takes requests.
 
-Run by ``api.server``, read by ``requests.log`` before it starts a request. A killed engine is noticed at the
-next probe, a frozen one after ``missed_probes``. Must not know the consequences.
+Created by ``known`` for each engine. A killed engine is noticed when its connection breaks, a frozen one
+after ``missed_probes``, when requests that it has not confirmed go elsewhere; those that it runs fail after
+``lost_s``. Must not know the other engines.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from farshore.gateway.engines.engine_client import GrpcEngineClient
+from farshore.gateway.engines.engine_client import EngineClient
 from farshore.gateway.limits import Limits
 from farshore.proto import cluster_pb2
 from farshore.text import shortened
@@ -22,58 +23,84 @@ class EngineHealth:
     """``problem``: why the engine takes no requests; None if it does. Use it on the event loop only."""
 
     def __init__(
-        self,
-        engine: GrpcEngineClient,
-        *,
-        limits: Limits,
-        changed: Callable[[bool], Awaitable[None]],
+        self, client: EngineClient, *, limits: Limits, probing: asyncio.Semaphore, changed: Callable[[], None]
     ) -> None:
-        """``changed`` is called with whether the engine serves: after the first probe, and at each change."""
-        self._engine = engine
+        """``probing``: bounds the probes to all engines at once. ``changed`` is called when ``problem``
+        appears or disappears."""
+        self._client = client
         self._limits = limits
+        self._probing = probing
         self._changed = changed
         self._missed = 0
         self._known = False
-        self.problem: str | None = f"dense worker {engine.address} has not answered yet"
+        self._soon = asyncio.Event()
+        self.problem: str | None = f"{client.name} has not answered yet"
 
     async def watch(self) -> None:
         """Probes every ``probe_s`` until the task is cancelled."""
+        loop = asyncio.get_running_loop()
+        due_s = loop.time()
         while True:
-            await asyncio.sleep(self._limits.probe_s)
+            try:
+                async with asyncio.timeout_at(due_s):
+                    await self._soon.wait()
+            except TimeoutError:
+                pass
+            self._soon.clear()
+            due_s = loop.time() + self._limits.probe_s
             await self.probe()
 
+    def broke(self) -> None:
+        """The connection broke under a call: the engine gets nothing new until a probe, which is made at
+        once, finds it well."""
+        self._set(f"{self._client.name} is gone: its connection broke")
+        self._soon.set()
+
     async def probe(self) -> None:
-        """Asks once, and calls ``changed`` if the answer differs from the last one."""
-        problem = await self._ask()
-        changed = not self._known or (problem is None) != (self.problem is None)
-        self._known, self.problem = True, problem
+        """Asks once."""
+        async with self._probing:
+            problem = await self._ask()
+        self._known = True
+        self._set(problem)
+
+    def _set(self, problem: str | None) -> None:
+        changed = (problem is None) != (self.problem is None)
+        self.problem = problem
         if changed:
-            await self._changed(problem is None)
+            self._changed()
 
     async def _ask(self) -> str | None:
         request = health_pb2.HealthCheckRequest(service=_SERVICE)
         try:
-            stub = health_pb2_grpc.HealthStub(self._engine.channel)
+            stub = health_pb2_grpc.HealthStub(self._client.channel)
             reply = await stub.Check(request, timeout=self._limits.probe_s)
         except grpc.aio.AioRpcError as error:
             return self._without_answer(error)
-        self._missed = 0
+        self._answered()
         if reply.status == health_pb2.HealthCheckResponse.SERVING:
             return None
-        return f"dense worker {self._engine.address} cannot go on: see its log"
+        return f"{self._client.name} takes nothing new: it drains or has failed, see its log"
 
     def _without_answer(self, error: grpc.aio.AioRpcError) -> str | None:
         code = error.code()
         if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
-            self._missed = 0
+            self._answered()
             return None  # All its call slots are taken: it is alive.
-        if code == grpc.StatusCode.DEADLINE_EXCEEDED:
-            self._missed += 1
-            if self._missed < self._limits.missed_probes and self._known:
-                return self.problem
-            silent_s = self._missed * self._limits.probe_s
-            return f"dense worker {self._engine.address} has not answered for {silent_s:g} s"
+        if code != grpc.StatusCode.DEADLINE_EXCEEDED:
+            self._missed = 0
+            return f"{self._client.name} is gone ({code.name}: {shortened(error.details() or '')})"
+        self._missed += 1
+        silent_s = asyncio.get_running_loop().time() - self._client.heard_s
+        if silent_s >= self._limits.lost_s:
+            self._client.lose(f"it answered nothing for {self._limits.lost_s:g} s")
+        if self._missed < self._limits.missed_probes and self._known:
+            return self.problem
+        missed_s = self._missed * self._limits.probe_s
+        if silent_s < self._limits.lost_s:
+            self._client.doubt(f"it answered nothing for {missed_s:g} s")
+        return f"{self._client.name} has not answered for {missed_s:g} s"
+
+    def _answered(self) -> None:
         self._missed = 0
-        return (
-            f"dense worker {self._engine.address} is gone ({code.name}: {shortened(error.details() or '')})"
-        )
+        self._client.heard_s = asyncio.get_running_loop().time()
+        self._client.found()

@@ -1,7 +1,7 @@
 """Translates an engine's events for one sequence into events of the request.
 
-Called by ``engines.engine_client``, which owns the connection. Must not know about calls, deadlines or
-readers.
+Made by ``engines.dispatch``, called by ``engines.engine_client``, which owns the connection. Must not know
+about calls, deadlines or readers.
 """
 
 from farshore.gateway.requests.completion import Completion

@@ -31,8 +31,8 @@ _logger = logging.getLogger(__name__)
 _LEAST_TIMER_S = 0.01
 
 
-class EngineClient(Protocol):
-    """What the request log needs of an engine. Use it on the event loop only."""
+class Runner(Protocol):
+    """Runs requests on engines. Use it on the event loop only."""
 
     async def pump(self, request: Request, job: Job) -> None:
         """Runs ``job`` and adds its events to ``request``, which has ended when this returns."""
@@ -40,7 +40,7 @@ class EngineClient(Protocol):
     async def cancel(
         self, sequence_id: str, *, choice: int | None = None, deadline_s: float | None = None
     ) -> None:
-        """Asks the engine to end a sequence, or one choice of it. Raises nothing.
+        """Asks the engine that runs a sequence to end it, or one choice of it. Raises nothing.
         ``deadline_s``: the call's deadline; None: ``cancel_s``."""
 
 
@@ -49,7 +49,7 @@ class RequestLog:
 
     def __init__(
         self,
-        engine: EngineClient,
+        runner: Runner,
         limits: Limits,
         *,
         preparing: Executor,
@@ -58,14 +58,14 @@ class RequestLog:
     ) -> None:
         """``preparing``: threads that tokenize prompts, so that a long prompt does not delay the tokens of
         other requests. ``engine_problem``: returns why a new request can't run now, or None."""
-        self._engine = engine
+        self._runner = runner
         self._limits = limits
         self._preparing = preparing
         self._engine_problem = engine_problem
         self._clock = clock
         # Sequence ids are made here and not taken from clients: two clients may choose the same id, and a
-        # client's id may equal a made one.
-        self._incarnation = secrets.token_hex(4)
+        # client's id may equal a made one. The incarnation makes them differ from other gateways' ids.
+        self._incarnation = secrets.token_hex(8)
         self._counter = itertools.count(1)
         self.calls = self._call_bytes = 0
         self._closing = False
@@ -240,7 +240,7 @@ class RequestLog:
             job = await preparation
             del self._preparations[request], preparation
             await request.accept(job.prompt_tokens)
-            await self._engine.pump(request, job)
+            await self._runner.pump(request, job)
         except asyncio.CancelledError:
             if request.cancelling:
                 ends = [api.Completion(reason=api.FINISH_REASON_CANCELLED)] * request.choices
@@ -300,7 +300,7 @@ class RequestLog:
         loop = asyncio.get_running_loop()
         deadline_s, interval_s = loop.time() + self._limits.cancel_s, self._limits.cancel_again_s
         while not pump.done() and (left_s := deadline_s - loop.time()) > 0:
-            await self._engine.cancel(request.sequence_id, deadline_s=left_s)
+            await self._runner.cancel(request.sequence_id, deadline_s=left_s)
             await asyncio.wait([pump], timeout=min(interval_s, left_s))
             interval_s *= 2
 

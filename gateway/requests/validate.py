@@ -5,7 +5,9 @@ memory; only the pool's size is checked by the engine. Each refusal names the li
 about gRPC calls, and must never log a prompt.
 """
 
+import hashlib
 import secrets
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +20,9 @@ from farshore.ids import FIRST_EPOCH
 from farshore.proto import cluster_pb2 as cluster
 from farshore.proto import inference_pb2 as api
 from farshore.text import quoted
+
+PREFIX_TOKENS = 256
+"""Tokens of the prompt's beginning by which an engine is chosen: a block, the least that is found again."""
 
 _CHUNK = 1 << 14
 """Ids handled in one native call: other threads get the interpreter's lock between two calls."""
@@ -39,6 +44,8 @@ class Job:
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
     message: bytes
+    prefix_key: int | None = None
+    """64 bits of a hash of the prompt's first PREFIX_TOKENS and of its salt; None if it has fewer."""
 
 
 def has_prompt(request: api.GenerateRequest) -> bool:
@@ -104,7 +111,15 @@ def prepare(request: api.GenerateRequest, served: Served, limits: Limits, *, seq
         stop=tuple(asked.stop),
         stop_token_ids=tuple(sampling.stop_token_ids),
         message=message.SerializeToString(),
+        prefix_key=_prefix_key(message.prompt, request.cache_salt),
     )
+
+
+def _prefix_key(prompt: Sequence[int], salt: str) -> int | None:
+    if len(prompt) < PREFIX_TOKENS:
+        return None
+    beginning = array("I", prompt[:PREFIX_TOKENS]).tobytes()
+    return int.from_bytes(hashlib.blake2b(beginning + salt.encode(), digest_size=8).digest())
 
 
 def _check_model(name: str, served: Served) -> None:

@@ -76,6 +76,9 @@ class WorkerRecord:
     """Digest of the model's weights, if it is a dense worker that has loaded them: equal on every host."""
     load: Load | None = None
     """None until it serves."""
+    spec: str = ""
+    """The model's options as :class:`~farshore.model_spec.ModelSpec` writes them, if it is a dense worker: a
+    gateway on another host reads them here."""
     zone: str = ""
     """The failure domain or rack of its node, as the operator names it; empty if not named."""
 

@@ -41,6 +41,7 @@ def engine():
         service=pb.DESCRIPTOR.services_by_name["Engine"].full_name,
         listen="127.0.0.1:0",
         threads=2,
+        token=None,
     )
     yield made
     server.stop(0).wait()

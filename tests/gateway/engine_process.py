@@ -2,7 +2,7 @@
 
 ``python engine_process.py PORT`` (0: any free port), run by ``harness.EngineProcess``. Prints its port.
 Answers each sequence with one token. Lines on stdin control it: ``serving`` and ``failed`` set its health,
-``finish`` ends all sequences.
+``finish`` ends all sequences, those to come too, until ``hold``.
 """
 
 import asyncio
@@ -23,6 +23,7 @@ class Engine(cluster_pb2_grpc.EngineServicer):
         self.finish = asyncio.Event()
 
     async def Generate(self, request, context):
+        await context.send_initial_metadata(((rpc.TAKEN, "1"),))
         await context.write(cluster_pb2.SequenceEvent(token=cluster_pb2.SampledToken(token_id=5)))
         await self.finish.wait()
         done = cluster_pb2.SequenceFinished(reason=api.FINISH_REASON_STOP)
@@ -51,6 +52,8 @@ async def main(port):
                 await checks.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
             case "finish":
                 engine.finish.set()
+            case "hold":
+                engine.finish.clear()
         print("done", flush=True)
     await server.stop(None)
 

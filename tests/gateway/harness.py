@@ -20,6 +20,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from farshore import rpc
 from farshore.gateway.api.server import create
 from farshore.gateway.limits import Limits
+from farshore.ids import WorkerId
+from farshore.kvstore.directory.base import Listing, WorkerRecord
 from farshore.proto import admin_pb2 as admin
 from farshore.proto import admin_pb2_grpc, cluster_pb2, cluster_pb2_grpc, inference_pb2_grpc
 from farshore.proto import inference_pb2 as api
@@ -51,7 +53,7 @@ class Sequence:
     def __init__(self, request, loop):
         self.request = request
         self._loop = loop
-        self.script = asyncio.Queue()  # events, (status code, message) to fail with, or None to end
+        self.script = asyncio.Queue()  # events, the arguments of abort, or None to end
         self.ended = threading.Event()  # set when the call has ended, for any reason
 
     def _put(self, item):
@@ -73,8 +75,9 @@ class Sequence:
         done = cluster_pb2.SequenceFinished(reason=reason, queued_ms=queued_ms, shards=shards, choice=choice)
         self._put(cluster_pb2.SequenceEvent(finished=done))
 
-    def fail(self, code, message):
-        self._put((code, message))
+    def fail(self, code, message, kind="TransportError"):
+        """``kind``: the type of the engine's error; None: the connection or gRPC failed."""
+        self._put((code, message, ((rpc.ERROR_KIND, kind),) if kind else ()))
 
     def close(self):
         """Ends the stream without Finished."""
@@ -90,6 +93,9 @@ class FakeEngine(cluster_pb2_grpc.EngineServicer, admin_pb2_grpc.AdminServicer):
         self._arrived = queue.Queue()
         self._live = {}
         self.auto = None
+        self.confirms = asyncio.Event()  # a new sequence waits for it
+        self.confirms.set()
+        self.refuses = None  # the arguments of abort, for each new sequence
         self.ignores_cancel = False
         self.cancels_to_ignore = 0
         self.cancelled = []  # (sequence id, choice or None)
@@ -105,6 +111,10 @@ class FakeEngine(cluster_pb2_grpc.EngineServicer, admin_pb2_grpc.AdminServicer):
         return self._arrived.empty()
 
     async def Generate(self, request, context):
+        if self.refuses is not None:
+            await context.abort(*self.refuses)
+        await self.confirms.wait()
+        await context.send_initial_metadata(((rpc.TAKEN, "1"),))
         sequence = Sequence(request, self._loop)
         self._live[request.sequence_id] = sequence
         self._arrived.put(sequence)
@@ -133,6 +143,35 @@ class FakeEngine(cluster_pb2_grpc.EngineServicer, admin_pb2_grpc.AdminServicer):
 
     async def ClusterStatus(self, request, context):
         return self.status
+
+
+def dense(name, address, **fields):
+    """The record of a dense worker that serves, unless ``fields`` say otherwise."""
+    fields = dict(kind="dense", slot=name, host="127.0.0.1", process_id=1, state="serving") | fields
+    return WorkerRecord(worker=WorkerId(name), address=address, **fields)
+
+
+class ListedEngines:
+    """A directory with the list that the test gives."""
+
+    def __init__(self, *records):
+        self.reads = 0
+        self.list(*records)
+
+    def list(self, *records, closed=(), settled=True):
+        self._answer = Listing(workers=records, closed=frozenset(closed), settled=settled)
+
+    def fail(self, error):
+        self._answer = error
+
+    def listing(self):
+        self.reads += 1
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return self._answer
+
+    def disconnect(self):
+        pass
 
 
 class EngineProcess:
@@ -168,6 +207,7 @@ class Harness:
     loop_thread: LoopThread
     engine: FakeEngine
     gateway: object
+    directory: ListedEngines
     engine_address: str
     channel: grpc.Channel
     stub: inference_pb2_grpc.InferenceStub
@@ -197,46 +237,65 @@ class Health(health.aio.HealthServicer):
 
 
 @contextlib.contextmanager
-def gateway(loop_thread, served, *, limits=None, controller=None, engine_address=None, **options):
-    """Yields a Harness. ``engine_address``: use the engine at this address instead of the FakeEngine."""
+def engine(loop_thread):
+    """Yields a FakeEngine that serves at its ``address`` until its ``stop()``."""
 
     async def start():
-        engine = FakeEngine(loop_thread.loop)
+        fake = FakeEngine(loop_thread.loop)
         server = grpc.aio.server(options=rpc.OPTIONS)
-        cluster_pb2_grpc.add_EngineServicer_to_server(engine, server)
-        admin_pb2_grpc.add_AdminServicer_to_server(engine, server)
-        engine.health = Health()
-        health_pb2_grpc.add_HealthServicer_to_server(engine.health, server)
-        await engine.health.set(ENGINE_SERVICE, health_pb2.HealthCheckResponse.SERVING)
-        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        cluster_pb2_grpc.add_EngineServicer_to_server(fake, server)
+        admin_pb2_grpc.add_AdminServicer_to_server(fake, server)
+        fake.health = Health()
+        health_pb2_grpc.add_HealthServicer_to_server(fake.health, server)
+        await fake.health.set(ENGINE_SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        fake.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        fake.stop = lambda: loop_thread.run(server.stop(None))
         await server.start()
-        created = await create(
-            served,
-            listen="127.0.0.1:0",
-            engine=engine_address or address,
-            controller=controller or address,
-            limits=limits or Limits(drain_s=0.1),
-            **options,
-        )
-        return engine, server, engine_address or address, created
+        return fake
 
-    engine, server, address, created = loop_thread.run(start())
-    channel = grpc.insecure_channel(created.address, options=rpc.OPTIONS)
+    fake = loop_thread.run(start())
     try:
-        yield Harness(
-            loop_thread=loop_thread,
-            engine=engine,
-            gateway=created,
-            engine_address=address,
-            channel=channel,
-            stub=inference_pb2_grpc.InferenceStub(channel),
-            operators=admin_pb2_grpc.AdminStub(channel),
-            stop_engine=lambda: loop_thread.run(server.stop(None)),
-        )
+        yield fake
     finally:
-        channel.close()
-        loop_thread.run(created.stop())
-        loop_thread.run(server.stop(None))
+        fake.stop()
+
+
+@contextlib.contextmanager
+def gateway(
+    loop_thread, served, *, limits=None, controller=None, engine_address=None, directory=None, **options
+):
+    """Yields a Harness. ``engine_address``: use the engine at this address instead of the FakeEngine.
+    ``directory``: instead of one that lists that engine."""
+
+    with engine(loop_thread) as fake:
+        address = engine_address or fake.address
+        listed = directory or ListedEngines(dense("dense-0-a", address))
+        created = loop_thread.run(
+            create(
+                served,
+                listen="127.0.0.1:0",
+                directory=listed,
+                controller=controller or fake.address,
+                limits=limits or Limits(drain_s=0.1),
+                **options,
+            )
+        )
+        channel = grpc.insecure_channel(created.address, options=rpc.OPTIONS)
+        try:
+            yield Harness(
+                loop_thread=loop_thread,
+                engine=fake,
+                gateway=created,
+                directory=listed,
+                engine_address=address,
+                channel=channel,
+                stub=inference_pb2_grpc.InferenceStub(channel),
+                operators=admin_pb2_grpc.AdminStub(channel),
+                stop_engine=fake.stop,
+            )
+        finally:
+            channel.close()
+            loop_thread.run(created.stop())
 
 
 def text_of(events, choice=0):

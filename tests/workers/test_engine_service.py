@@ -1,5 +1,6 @@
 """The engine's gRPC service passes the fields of a request on to the engine."""
 
+from farshore import rpc
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import inference_pb2 as api
 from farshore.workers.engine_service import EngineService
@@ -8,6 +9,9 @@ from farshore.workers.engine_service import EngineService
 class Context:
     def add_callback(self, callback):
         return True
+
+    def send_initial_metadata(self, metadata):
+        self.initial_metadata = dict(metadata)
 
 
 def test_a_request_with_another_salt_finds_no_stored_prefix(tiny_model, rig):
@@ -29,7 +33,9 @@ def test_a_request_with_another_salt_finds_no_stored_prefix(tiny_model, rig):
             cache_salt=salt,
         )
         before = written(cluster)
-        events = list(service.Generate(request, Context()))
+        context = Context()
+        events = list(service.Generate(request, context))
+        assert context.initial_metadata == {rpc.TAKEN: "1"}  # It waits in this engine, or runs.
         assert events[-1].HasField("finished")
         cluster.settle()
         new.append(written(cluster) - before)

@@ -89,15 +89,21 @@ def no_patience(monkeypatch):
     monkeypatch.setattr(cli_connect, "ANSWER_DEADLINE_S", 0.0)
 
 
+def waited(servers, notify):
+    """What await_gateway returns."""
+    with Client(servers) as client:
+        return await_gateway(client, notify)
+
+
 def test_a_gateway_that_serves(farshore):
     notes = []
-    assert await_gateway(farshore.address, notes.append)
+    assert waited(farshore.address, notes.append)
     assert not notes
 
 
 def test_nothing_listens(absent):
     notes = []
-    assert not await_gateway(absent, notes.append)
+    assert not waited(absent, notes.append)
     assert not notes
 
 
@@ -108,19 +114,19 @@ def test_a_slow_gateway_is_waited_for(slow):
         notes.append(text)
         slow.go.set()
 
-    assert await_gateway(slow.address, tell)
+    assert waited(slow.address, tell)
     assert len(notes) == 1 and slow.address in notes[0]
 
 
 def test_a_silent_listener_is_an_error_after_the_deadline(silent, no_patience):
     with pytest.raises(TransportError, match=f"listens at {silent} did not answer as a gateway"):
-        await_gateway(silent, lambda _: None)
+        waited(silent, lambda _: None)
 
 
 @pytest.mark.parametrize("address", ["no-such-host.invalid:50051", "a..b:1"])
 def test_a_host_that_does_not_exist(address):
     with pytest.raises(TransportError, match="can't be reached"):
-        await_gateway(address, lambda _: None)
+        waited(address, lambda _: None)
 
 
 def test_generate_starts_no_second_cluster_beside_a_silent_gateway(
@@ -139,6 +145,17 @@ def test_a_silent_server_and_an_absent_one_get_different_errors(
 ):
     assert "did not answer as a gateway" in run(*command, "--server", silent).err
     assert "no gateway answers" in run(*command, "--server", absent).err
+    assert cluster.config is None
+
+
+def test_one_gateway_of_several_is_enough(run, farshore, silent, absent, cluster):
+    farshore.engine.auto = ()
+    assert run("generate", "Hi", "--server", f"{absent},{silent}", "--server", farshore.address).code == 0
+    assert run("status", "--server", silent, "--server", absent, "--server", farshore.address).code == 0
+    unknown = "no-such-host.invalid:1"
+    assert run("status", "--server", f"{unknown}, {farshore.address}").code == 0
+    assert "can't be reached" in run("status", "--server", f"{unknown},{absent}").err
+    assert f"at {absent} or 127.0.0.1:1:" in run("status", "--server", f"{absent},127.0.0.1:1").err
     assert cluster.config is None
 
 

@@ -5,18 +5,37 @@ import signal
 
 import pytest
 
+from farshore import rpc
 from farshore.controller.driver.gateway_process import GatewayProcess
 from farshore.errors import ModelError, StartupError
+from farshore.kvstore.directory.embedded import EmbeddedDirectory
+from farshore.kvstore.directory.remote import DirectoryService
 from farshore.model_spec import ModelSpec
+from farshore.proto import cluster_pb2 as pb
+from farshore.proto import cluster_pb2_grpc as pb_grpc
 
-ENGINE = "127.0.0.1:1"
+NOTHING = dict(directory="grpc://127.0.0.1:1", controller="127.0.0.1:2")
 
 
 @pytest.fixture
-def gateway():
-    made = GatewayProcess(spec=ModelSpec(), listen="127.0.0.1:0", controller="127.0.0.1:2")
-    yield made
-    made.stop()
+def gateway(harness, loop_thread):
+    """A gateway that finds an engine: a FakeEngine that an embedded directory lists."""
+    directory = EmbeddedDirectory(clock=lambda: 0.0)
+    with harness.engine(loop_thread) as engine:
+        directory.renew(harness.dense("dense-0-a", engine.address))
+        server, listed_at = rpc.serve(
+            lambda server: pb_grpc.add_DirectoryServicer_to_server(DirectoryService(directory), server),
+            service=pb.DESCRIPTOR.services_by_name["Directory"].full_name,
+            listen="127.0.0.1:0",
+            threads=8,
+            token=None,
+        )
+        made = GatewayProcess(
+            spec=ModelSpec(), listen="127.0.0.1:0", directory=f"grpc://{listed_at}", controller=listed_at
+        )
+        yield made
+        made.stop()
+        server.stop(0).wait()
 
 
 def _process_id(gateway):
@@ -34,7 +53,7 @@ def _await_end(gateway):
 )
 def test_an_unexpected_end(gateway, number, ending):
     gateway.check_start()
-    gateway.serve(engine=ENGINE)
+    gateway.serve()
     gateway.check_start()
     assert gateway.ended() is None
     os.kill(_process_id(gateway), number)
@@ -43,7 +62,7 @@ def test_an_unexpected_end(gateway, number, ending):
 
 
 def test_a_requested_end(gateway):
-    gateway.serve(engine=ENGINE)
+    gateway.serve()
     gateway.stop()
     assert gateway.ended() is None
 
@@ -52,7 +71,7 @@ def test_an_error_while_it_loads_is_told_before_it_is_asked_to_serve(tmp_path):
     template = tmp_path / "bad.jinja"
     template.write_text("{% for %}")
     spec = ModelSpec(chat_template=str(template))
-    gateway = GatewayProcess(spec=spec, listen="127.0.0.1:0", controller="127.0.0.1:2")
+    gateway = GatewayProcess(spec=spec, listen="127.0.0.1:0", **NOTHING)
     try:
         _await_end(gateway)
         gateway._reported.wait()
@@ -65,4 +84,4 @@ def test_an_error_while_it_loads_is_told_before_it_is_asked_to_serve(tmp_path):
 def test_an_end_before_it_serves(gateway):
     os.kill(_process_id(gateway), signal.SIGKILL)
     with pytest.raises(StartupError, match="was killed by SIGKILL"):
-        gateway.serve(engine=ENGINE)
+        gateway.serve()

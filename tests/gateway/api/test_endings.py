@@ -75,7 +75,8 @@ def test_engine_goes_away(farshore, harness):
     farshore.stop_engine()
     failure = harness.failure_of(call)
     assert failure.code() == grpc.StatusCode.UNAVAILABLE
-    assert f"dense worker {farshore.engine_address}" in failure.details()
+    assert f"({farshore.engine_address}) was lost" in failure.details()
+    assert failure.details().endswith("send the request again")
 
 
 def test_engine_that_stalls(start, harness):

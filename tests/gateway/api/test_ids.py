@@ -40,7 +40,7 @@ def test_hostile_ids_name_separate_requests(farshore):
         assert next(calls[request_id]).accepted.request_id == request_id
     ids = [sequence.request.sequence_id for sequence in sequences.values()]
     assert len(set(ids)) == len(HOSTILE)
-    assert all(re.fullmatch(r"[0-9a-f]{8}-[1-9][0-9]*", sequence_id) for sequence_id in ids)
+    assert all(re.fullmatch(r"[0-9a-f]{16}-[1-9][0-9]*", sequence_id) for sequence_id in ids)
     for request_id in HOSTILE[::2]:
         _cancel(farshore, request_id)
         (done,) = calls.pop(request_id)
@@ -133,10 +133,12 @@ def test_an_engines_message_is_shortened(farshore, harness):
 )
 def test_a_failure_between_gateway_and_engine_names_the_engine(farshore, harness, code, expected):
     call = farshore.generate()
-    farshore.engine.next_sequence().fail(code, "who are you?")
+    farshore.engine.next_sequence().fail(code, "who are you?", kind=None)
     failure = harness.failure_of(call)
     assert failure.code() == expected
-    assert failure.details() == f"dense worker {farshore.engine_address}: who are you?"
+    name = f"dense worker dense-0-a ({farshore.engine_address})"
+    lost = f"{name} was lost (who are you?): send the request again"
+    assert failure.details() == (lost if expected == grpc.StatusCode.UNAVAILABLE else f"{name}: who are you?")
 
 
 def test_an_event_of_a_newer_engine_is_ignored(farshore):

@@ -16,25 +16,25 @@ from farshore.errors import TransportError
 
 
 @pytest.fixture
-def spawn():
-    """start(listen=…, …) -> (a gateway process, the JSON object that it printed). Killed after the test."""
+def spawn(directory, harness):
+    """start(listen=…, …) -> (a child gateway, the JSON object that it printed). Killed after the test.
+    ``engine``: the address of the one that the directory lists."""
     processes = []
 
-    def start(listen="127.0.0.1:0", model="smollm2", late=False, engine="127.0.0.1:1", stdin=subprocess.PIPE):
-        arguments = ["--spec", json.dumps({"model": model}), "--listen", listen]
-        arguments += ["--controller", "127.0.0.1:2"]
-        # late: the engine's address is sent on stdin.
-        arguments += [] if late else ["--engine", engine]
+    def start(listen="127.0.0.1:0", model="smollm2", engine=None):
+        if engine:
+            directory.embedded.renew(harness.dense("dense-0-a", engine))
+        arguments = ["--child", "--directory", directory.url, "--listen", listen, "--drain-timeout", "3"]
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "farshore.gateway", *arguments],
-            stdin=stdin,
+            [
+                *(sys.executable, "-P", "-m", "farshore.gateway"),
+                *(*arguments, "--spec", json.dumps({"model": model})),
+            ],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
         processes.append(process)
-        if late and process.stdin:
-            process.stdin.write(f"{engine}\n")
-            process.stdin.flush()
         return process, json.loads(process.stdout.readline())
 
     yield start
@@ -61,20 +61,18 @@ def test_ends_on_a_signal(spawn, engines, number):
     assert process.wait(30) == 0
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_ends_with_its_parent(spawn, engines, late):
-    process, line = spawn(late=late, engine=engines().address)
+def test_a_child_ends_with_its_parent(spawn, engines):
+    process, line = spawn(engine=engines().address)
     assert _is_serving(line["address"])
     process.stdin.close()
     assert process.wait(30) == 0
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_stdin_that_is_closed_from_the_start_is_an_error(spawn, late):
-    process, line = spawn(late=late, stdin=subprocess.DEVNULL)
-    assert process.wait(30) == 1
-    assert line["kind"] == "StartupError"
-    assert "stdin" in line["error"] and "keep it open" in line["error"]
+def test_a_child_ends_with_a_parent_that_ended_before_an_engine_served(directory):
+    command = [sys.executable, "-P", "-m", "farshore.gateway", "--child", "--listen", "127.0.0.1:0"]
+    command += ["--directory", directory.url, "--spec", '{"model": "smollm2"}']
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, b"")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -117,8 +115,8 @@ def test_taken_port(spawn):
     assert str(port) in line["error"] and "--port" in line["error"]
 
 
-def test_port_of_another_gateway(spawn):
-    _, line = spawn()
+def test_port_of_another_gateway(spawn, engines):
+    _, line = spawn(engine=engines().address)
     process, refused = spawn(line["address"])
     assert process.wait(30) == 1
     assert refused["kind"] == "PortInUse"
@@ -173,7 +171,7 @@ def test_a_chat_template_that_is_not_valid(spawn, served, tmp_path):
 def test_imports_nothing_heavy():
     code = (
         "import sys, farshore.gateway.__main__\n"
-        "heavy = ('torch', 'jinja2', 'ray', 'transformers', 'farshore.kernels', 'farshore.kvstore',\n"
+        "heavy = ('torch', 'jinja2', 'ray', 'transformers', 'farshore.kernels', 'farshore.kvstore.store',\n"
         "         'farshore.attention_offload', 'farshore.workers', 'farshore.controller')\n"
         "print([name for name in heavy if name in sys.modules])\n"
     )

@@ -40,7 +40,7 @@ def test_an_engine_that_cannot_go_on(watched, harness):
     farshore, engine, wait_for = watched
     engine.tell("failed")
     wait_for(NOT_SERVING)
-    assert "cannot go on" in _refused(harness, farshore)
+    assert "takes nothing new" in _refused(harness, farshore)
     engine.tell("serving")
     wait_for(SERVING)
     engine.tell("finish")
@@ -77,6 +77,29 @@ def test_a_frozen_engine_keeps_what_it_runs(watched, harness):
     engine.tell("finish")
     for stream in (call, reader):
         assert [event.WhichOneof("kind") for event in stream] == ["finished"]
+
+
+def test_a_frozen_engine_is_lost_in_the_end(start, engines, harness):
+    engine = engines()
+    limits = Limits(probe_s=0.1, lost_s=0.3, cancel_s=0.5, drain_s=0.1)
+    farshore = start(engine_address=engine.address, limits=limits)
+    call = farshore.generate(request_id="a")
+    assert next(call).HasField("accepted") and next(call).HasField("token")
+    engine.process.send_signal(signal.SIGSTOP)
+    try:
+        failure = harness.failure_of(call)
+        assert failure.code() == grpc.StatusCode.UNAVAILABLE
+        assert "was lost (it answered nothing for 0.3 s): send the request again" in failure.details()
+    finally:
+        engine.process.send_signal(signal.SIGCONT)
+    assert any(
+        reply.status == SERVING
+        for reply in health_pb2_grpc.HealthStub(farshore.channel).Watch(
+            health_pb2.HealthCheckRequest(), timeout=60
+        )
+    )
+    engine.tell("finish")
+    assert len(list(farshore.generate(request_id="a"))) == 3
 
 
 def test_a_gateway_whose_engine_never_ran(start, harness):
