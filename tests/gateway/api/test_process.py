@@ -10,9 +10,13 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from farshore import rpc
 from farshore.client import events
 from farshore.client.sdk import Client
-from farshore.errors import TransportError
+from farshore.cluster_token import ClusterToken
+from farshore.errors import Internal, TransportError
+from farshore.proto import cluster_pb2, cluster_pb2_grpc
+from farshore.proto.inference_pb2 import FINISH_REASON_STOP
 
 
 @pytest.fixture
@@ -20,11 +24,20 @@ def spawn():
     """start(listen=…, …) -> (a gateway process, the JSON object that it printed). Killed after the test."""
     processes = []
 
-    def start(listen="127.0.0.1:0", model="smollm2", late=False, engine="127.0.0.1:1", stdin=subprocess.PIPE):
+    def start(
+        listen="127.0.0.1:0",
+        model="smollm2",
+        late=False,
+        engine="127.0.0.1:1",
+        controller="127.0.0.1:2",
+        stdin=subprocess.PIPE,
+        token=None,
+    ):
         arguments = ["--spec", json.dumps({"model": model}), "--listen", listen]
-        arguments += ["--controller", "127.0.0.1:2"]
+        arguments += ["--controller", controller]
         # late: the engine's address is sent on stdin.
         arguments += [] if late else ["--engine", engine]
+        arguments += ["--token-file", str(token)] if token else []
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "farshore.gateway", *arguments],
             stdin=stdin,
@@ -179,3 +192,53 @@ def test_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "[]\n", done.stderr
+
+
+class Engine(cluster_pb2_grpc.EngineServicer):
+    """Ends each sequence at once."""
+
+    def Generate(self, request, context):
+        yield cluster_pb2.SequenceEvent(finished=cluster_pb2.SequenceFinished(reason=FINISH_REASON_STOP))
+
+
+@pytest.fixture
+def trusting(tmp_path):
+    """(the file of a cluster's token, the address of a worker that asks for it)"""
+    token = ClusterToken.make(tmp_path / "token")
+    server, address = rpc.serve(
+        lambda server: cluster_pb2_grpc.add_EngineServicer_to_server(Engine(), server),
+        service=cluster_pb2.DESCRIPTOR.services_by_name["Engine"].full_name,
+        listen="127.0.0.1:0",
+        threads=4,
+        token=token,
+    )
+    yield token.path, address
+    server.stop(0).wait()
+
+
+def test_a_gateway_with_the_clusters_token_serves(spawn, trusting):
+    token, address = trusting
+    _, line = spawn(engine=address, token=token)
+    with Client(line["address"]) as client:
+        assert [event.reason for event in client.generate("Hello") if hasattr(event, "reason")] == ["stop"]
+
+
+@pytest.mark.parametrize(("given", "fix"), [(False, "--token-file"), (True, "copy one token file")])
+def test_a_gateway_with_another_token_or_none_says_so(spawn, trusting, tmp_path, given, fix):
+    """Clients learn why, and are not told that they are to authenticate."""
+    _, address = trusting
+    token = ClusterToken.make(tmp_path / "another").path if given else None
+    _, line = spawn(engine=address, controller=address, token=token)
+    with Client(line["address"]) as client:
+        with pytest.raises((TransportError, Internal), match=f"dense worker.*{fix}"):
+            list(client.generate("Hello"))
+        with pytest.raises(TransportError, match=f"controller at {address} refuses this gateway: .*{fix}"):
+            client.status()
+
+
+def test_a_token_file_that_others_may_read(spawn, trusting):
+    token, _ = trusting
+    token.chmod(0o644)
+    process, line = spawn(token=token)
+    assert process.wait(30) == 1
+    assert line["kind"] == "InvalidRequest" and f"chmod 600 {token}" in line["error"]
