@@ -23,7 +23,9 @@ from farshore.controller.config import ClusterConfig
 from farshore.controller.gauges import Gauges, Sample
 from farshore.controller.listen import bracketed
 from farshore.controller.reconcile import Kind
+from farshore.errors import FarshoreError, Unauthenticated
 from farshore.ids import WorkerId
+from farshore.kvstore.directory.base import Directory
 from farshore.kvstore.directory.connect import open_directory
 from farshore.models.config.model import ModelConfig
 from farshore.workers.ending import Ending
@@ -63,6 +65,7 @@ class _Worker:
         )
         self._token = ClusterToken.of_node(arguments.config.token_file)
         self._directory = open_directory(arguments.directory, token=self._token)
+        _check_token(self._directory)
         self._drain_timeout_s = arguments.config.drain_timeout_s
 
     def _end_with(self, worker: EndingWorker) -> None:
@@ -82,6 +85,17 @@ class _Worker:
 def _usable_cores() -> int:
     """The cores that this process may use: of its affinity, and of its container's quota."""
     return max(1, min(len(os.sched_getaffinity(0)), int(get_num_cpus(override_docker_cpu_warning=True))))
+
+
+def _check_token(directory: Directory) -> None:
+    """Raises Unauthenticated, which ends the actor and is told as its end, if the directory refuses this
+    node's token. A directory that does not answer is asked again by the worker's lease."""
+    try:
+        directory.listing()
+    except Unauthenticated:
+        raise
+    except FarshoreError:
+        return
 
 
 class AttentionActor(_Worker):
@@ -181,6 +195,8 @@ class ControllerActor:
         state_folder: str,
     ) -> None:
         """``creator``: names the driver that starts the controller."""
+        # Ray asks for the actor's __repr__ also when this constructor raises.
+        self._listen = listen
         from farshore.controller.controller import Controller
 
         self._creator = creator
@@ -196,7 +212,7 @@ class ControllerActor:
         signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=self._end).start())
 
     def __repr__(self) -> str:
-        return f"controller at {self._controller.address}"
+        return f"controller at {self._listen}"
 
     def address(self) -> str:
         """The HOST:PORT of its gRPC services."""

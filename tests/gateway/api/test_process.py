@@ -5,14 +5,19 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from farshore import rpc
 from farshore.client import events
 from farshore.client.sdk import Client
-from farshore.errors import TransportError
+from farshore.cluster_token import ClusterToken
+from farshore.errors import Internal, TransportError
+from farshore.proto import cluster_pb2, cluster_pb2_grpc
+from farshore.proto.inference_pb2 import FINISH_REASON_STOP
 
 
 @pytest.fixture
@@ -21,10 +26,13 @@ def spawn(directory, harness):
     ``engine``: the address of the one that the directory lists."""
     processes = []
 
-    def start(listen="127.0.0.1:0", model="smollm2", engine=None):
+    def start(listen="127.0.0.1:0", model="smollm2", engine=None, controller=None, token=None, child=True):
         if engine:
             directory.embedded.renew(harness.dense("dense-0-a", engine))
-        arguments = ["--child", "--directory", directory.url, "--listen", listen, "--drain-timeout", "3"]
+        arguments = ["--directory", directory.url, "--listen", listen, "--drain-timeout", "3"]
+        arguments += ["--child"] if child else []
+        arguments += ["--controller", controller] if controller else []
+        arguments += ["--token-file", str(token)] if token else []
         process = subprocess.Popen(
             [
                 *(sys.executable, "-P", "-m", "farshore.gateway"),
@@ -35,7 +43,8 @@ def spawn(directory, harness):
             text=True,
         )
         processes.append(process)
-        return process, json.loads(process.stdout.readline())
+        line = process.stdout.readline()
+        return process, json.loads(line) if child else line.split()[-1]
 
     yield start
     for process in processes:
@@ -177,3 +186,64 @@ def test_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "[]\n", done.stderr
+
+
+class Engine(cluster_pb2_grpc.EngineServicer):
+    """Ends each sequence at once."""
+
+    def Generate(self, request, context):
+        yield cluster_pb2.SequenceEvent(finished=cluster_pb2.SequenceFinished(reason=FINISH_REASON_STOP))
+
+
+@pytest.fixture
+def trusting(tmp_path):
+    """(the file of a cluster's token, the address of a worker that asks for it)"""
+    token = ClusterToken.make(tmp_path / "token")
+    server, address = rpc.serve(
+        lambda server: cluster_pb2_grpc.add_EngineServicer_to_server(Engine(), server),
+        service=cluster_pb2.DESCRIPTOR.services_by_name["Engine"].full_name,
+        listen="127.0.0.1:0",
+        threads=4,
+        token=token,
+    )
+    yield token.path, address
+    server.stop(0).wait()
+
+
+def test_a_gateway_with_the_clusters_token_serves(spawn, trusting):
+    token, address = trusting
+    _, line = spawn(engine=address, token=token)
+    with Client(line["address"]) as client:
+        assert [event.reason for event in client.generate("Hello") if hasattr(event, "reason")] == ["stop"]
+
+
+@pytest.mark.parametrize(("given", "fix"), [(False, "--token-file"), (True, "copy one token file")])
+def test_a_gateway_with_another_token_or_none_says_so(spawn, trusting, tmp_path, given, fix):
+    """Clients learn why, and are not told that they are to authenticate."""
+    _, address = trusting
+    token = ClusterToken.make(tmp_path / "another").path if given else None
+    _, listening = spawn(engine=address, controller=address, token=token, child=False)
+    with Client(listening) as client:
+        with pytest.raises((TransportError, Internal), match=f"dense worker.*{fix}"):
+            await_answer(lambda: list(client.generate("Hello")))
+        with pytest.raises(TransportError, match=f"controller at {address} refuses this gateway: .*{fix}"):
+            client.status()
+
+
+def await_answer(call):
+    """Calls until the gateway has found the engine."""
+    end_s = time.monotonic() + 30
+    while True:
+        try:
+            return call()
+        except TransportError as error:
+            if "lists none" not in str(error) or time.monotonic() > end_s:
+                raise
+
+
+def test_a_token_file_that_others_may_read(spawn, trusting):
+    token, _ = trusting
+    token.chmod(0o644)
+    process, line = spawn(token=token)
+    assert process.wait(30) == 1
+    assert line["kind"] == "InvalidRequest" and f"chmod 600 {token}" in line["error"]
