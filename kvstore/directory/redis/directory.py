@@ -30,10 +30,10 @@ from farshore.kvstore.directory.redis.address import RedisAddress
 from farshore.kvstore.directory.redis.client import RedisClient
 from farshore.proto import cluster_pb2 as pb
 
-PIECE_BLOCKS = 2_000
-"""Blocks in one call of an announcement: Redis serves no other call for about 2 ms."""
-PIECE_HASHES = 512
-"""As PIECE_BLOCKS, of a look-up, which asks every worker's set."""
+PIECE_BLOCKS = 500
+"""Blocks in one call of an announcement: Redis serves no other call for a few milliseconds."""
+PIECE_HASHES = 1_024
+"""As PIECE_BLOCKS, of a look-up."""
 
 
 class RedisDirectory:
@@ -98,19 +98,20 @@ class RedisDirectory:
         for number, (more, less) in enumerate(pieces, start=1):
             first, last = number == 1, number == len(pieces)
             fixed = (worker, blocks.since, blocks.until, int(first), int(last), MOST_BLOCKS, len(more))
-            known = self._run(self._announce, *fixed, *more, *less)
+            known = self._run(self._announce, *fixed, scripts.KEEP_MS, *more, *less)
+            while known == -1:
+                known = self._run(self._announce, *fixed, scripts.KEEP_MS, *more, *less)
             if known != blocks.since:
                 break
         return known
 
     def find_prefix(self, hashes: Sequence[bytes]) -> list[frozenset[WorkerId]]:
         keys = look_up_keys(hashes)
-        found: list[set[WorkerId]] = [set() for _ in keys]
+        found: list[frozenset[WorkerId]] = []
         for begin in range(0, len(keys), PIECE_HASHES):
-            for worker, *hits in self._run(self._find, *keys[begin : begin + PIECE_HASHES]):
-                for hit in hits:
-                    found[begin + hit].add(WorkerId(worker.decode()))
-        return [frozenset(workers) for workers in found]
+            holders = self._run(self._find, *keys[begin : begin + PIECE_HASHES])
+            found += [frozenset(map(WorkerId, text.decode().split())) for text in holders]
+        return found
 
     def disconnect(self) -> None:
         self._client.close()
