@@ -62,6 +62,8 @@ class RedisDirectory:
         self._lock = threading.Lock()
         self._listed_s: float | None = None
         self._settles_s = clock()
+        self._state: str | bytes | None = None
+        """The desired state, if this client stored or loaded it."""
 
     def renew(self, record: WorkerRecord) -> None:
         message = codec.record_to_pb(record).SerializeToString()
@@ -79,6 +81,9 @@ class RedisDirectory:
             self._list, self._lease_ms, round(self._settle_s * 1000), scripts.KEEP_MS
         )
         records = [codec.record_from_pb(pb.WorkerRecord.FromString(message)) for message in messages]
+        if not settled and self._state is not None:
+            # Redis may have started empty, or with an old copy.
+            self._run(self._store, "state", self._state)
         known = frozenset(record.worker for record in records)
         marked = json.loads(marks) if marks else {"closed": (), "draining": ()}
         return Listing(
@@ -131,10 +136,13 @@ class RedisDirectory:
 
     def load_state(self) -> dict[str, Any] | None:
         stored = self._client.call(lambda redis: redis.get(self._key("state")))
-        return json.loads(stored) if stored else None
+        self._state = stored
+        return (json.loads(stored) if stored else None) or None
 
     def store_state(self, state: Mapping[str, Any]) -> None:
-        self._run(self._store, "state", json.dumps(state))
+        text = json.dumps(state)
+        self._run(self._store, "state", text)
+        self._state = text
 
     def publish(self, event: ClusterEvent) -> None:
         named = event._asdict() | {"unix_s": repr(event.unix_s)}

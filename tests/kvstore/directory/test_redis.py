@@ -19,7 +19,7 @@ from farshore.kvstore.directory.redis.address import RedisAddress
 from farshore.kvstore.directory.redis.directory import RedisDirectory
 from farshore.kvstore.directory.redis.scripts import SWEEP_BLOCKS
 
-from .conftest import QUICK_LEASE_S, VALKEY, RealTime, server_binary, until
+from .conftest import QUICK_LEASE_S, VALKEY, RealTime, until
 from .test_conformance import OTHER, RECORD, announce, holders, names
 
 PERMISSIONS = "~farshore:* +@read +@write +@scripting +@connection +time"
@@ -168,7 +168,7 @@ def signed(name, folder, issuer=None):
 
 
 @pytest.fixture
-def secured(tmp_path):
+def secured(tmp_path, server_binary):
     """(a Redis with TLS, client certificates and an ACL; the URL; the password's file)"""
     authority = signed("ca", tmp_path)
     for name in ("server", "client"):
