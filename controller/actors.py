@@ -218,6 +218,10 @@ class ControllerActor:
         """The HOST:PORT of its gRPC services."""
         return self._controller.address
 
+    def directory(self) -> str:
+        """The URL of the cluster's directory."""
+        return self._controller.directory_url
+
     def creator(self) -> str:
         """The driver that started it."""
         return self._creator

@@ -5,11 +5,12 @@ heavy. Must not know how a cluster is started.
 """
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args
 
 from farshore.defaults import DRAIN_TIMEOUT_S, MAX_DECODE_STALL_MS, SHARD_GRACE_S
 from farshore.errors import InvalidRequest
+from farshore.kvstore.directory.redis.address import RedisAddress
 from farshore.model_spec import ModelSpec
 from farshore.text import quoted
 
@@ -79,6 +80,14 @@ class ClusterConfig:
     """The cluster's token: a file with this path on every node. None: a private Ray's cluster makes one."""
     dashboard: bool = False
     """Start Ray's dashboard."""
+    redis_url: str | None = None
+    """Keep the directory and the desired state in this Redis or Valkey; None: the controller keeps them. It
+    has no password: Ray shows what its actors are started with."""
+    redis_password_file: str | None = None
+    """Path, on every node, of the file with the password; the next three alike."""
+    redis_ca_file: str | None = None
+    redis_cert_file: str | None = None
+    redis_key_file: str | None = None
 
     @property
     def stored_format(self) -> KvFormat:
@@ -89,6 +98,28 @@ class ClusterConfig:
     def namespace(self) -> str:
         """Ray's namespace of the controller and the workers."""
         return namespace(self.name)
+
+    @property
+    def redis(self) -> RedisAddress | None:
+        """Where the cluster's directory is, if it is in Redis."""
+        files = {
+            "password_file": self.redis_password_file,
+            "ca_file": self.redis_ca_file,
+            "cert_file": self.redis_cert_file,
+            "key_file": self.redis_key_file,
+        }
+        given = {name: path for name, path in files.items() if path}
+        if not self.redis_url:
+            if given:
+                raise InvalidRequest(f"--redis-{min(given).replace('_', '-')}: give --redis-url, too")
+            return None
+        address = RedisAddress.parse(self.redis_url)
+        if address.password:
+            raise InvalidRequest(
+                "--redis-url: Ray shows what its actors are started with: write the password to a file and "
+                "name that by --redis-password-file"
+            )
+        return replace(address, cluster=self.name, **given)
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -127,6 +158,7 @@ class ClusterConfig:
             )
         if not 0 <= self.speculate <= MOST_SPECULATED:
             raise InvalidRequest(f"--speculate {self.speculate}: use 0 (off) to {MOST_SPECULATED} tokens")
+        _ = self.redis  # Raises.
         if not 0 <= self.port <= 65535:
             raise InvalidRequest(f"--port {self.port}: use 0 (any) to 65535")
 

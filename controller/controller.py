@@ -4,11 +4,12 @@ Made by :class:`farshore.controller.actors.ControllerActor`. It is never on the 
 gateways go on without it, new requests too. All that it knows is observed, so a restarted one continues.
 """
 
+import logging
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from grpc_health.v1 import health
@@ -25,13 +26,15 @@ from farshore.controller.loop import Loop
 from farshore.controller.probes import WorkerProbes
 from farshore.controller.reconcile import KINDS, Kind, Slot
 from farshore.controller.service import AdminService
-from farshore.errors import NotFound
+from farshore.errors import FarshoreError, NotFound
 from farshore.ids import WorkerId
+from farshore.kvstore.directory.base import Directory
+from farshore.kvstore.directory.connect import open_redis
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
 from farshore.kvstore.directory.remote import DirectoryService
 from farshore.models.config.model import ModelConfig
+from farshore.proto import admin_pb2 as admin
 from farshore.proto import admin_pb2_grpc as admin_grpc
-from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 from farshore.text import quoted
 
@@ -41,6 +44,13 @@ WATCH_S = 1.0
 
 STOP_DEADLINE_S = 15.0
 """For the workers to end their streams; then they are killed."""
+
+RETRY_S = 1.0
+"""Time between two tries to reach Redis."""
+
+T = TypeVar("T")
+
+_LOG = logging.getLogger(__name__)
 
 
 class Controller:
@@ -58,35 +68,25 @@ class Controller:
     ) -> None:
         """``given``: the kinds whose numbers an operator chose. ``listen``: HOST:PORT, the same after a
         restart, since workers and gateways know it. ``state_folder``: where the desired state is stored.
-        ``restarted``: Ray started this controller again. Raises PortInUse, ModelError, and InvalidRequest for
-        a stored state that can't be read."""
+        ``restarted``: Ray started this controller again; it waits then until Redis answers, if the cluster
+        has one. Raises PortInUse, ModelError, and InvalidRequest for a stored state that can't be read."""
         self._config = config
         self._worker_bytes = resources.worker_bytes(config, model)
-        self.events = Events()
         self._launcher = RayLauncher(config.namespace, self._new_worker)
-        # A controller that is lost for good leaves its workers to the next one.
-        self._directory = EmbeddedDirectory(restarted=restarted or bool(self._launcher.occupants()))
-        state = StateFile(Path(state_folder) / "desired.json")
-        self._desired = Desired(
-            counts_of(config),
-            given=given,
-            load=state.load,
-            store=state.store,
-            placement=config.placement,
-            restarted=restarted,
-        )
+        self._directory, self._desired, self.events = self._open(given, state_folder, restarted=restarted)
         token = ClusterToken.of_node(config.token_file)
         self._admin = AdminService(config, model, self._directory, self, token=token)
         self._going_down = threading.Event()
         self._checks = health.HealthServicer()
         self._server, self.address = rpc.serve(
             self._register,
-            service=pb.DESCRIPTOR.services_by_name["Directory"].full_name,
+            service=admin.DESCRIPTOR.services_by_name["Admin"].full_name,
             listen=listen,
             threads=MAX_CALLS,
             token=token,
             checks=self._checks,
         )
+        self.directory_url = config.redis.url if config.redis is not None else f"grpc://{self.address}"
         self._probes = WorkerProbes(self._directory, token=token)
         self._loop = Loop(
             desired=self._desired,
@@ -98,9 +98,31 @@ class Controller:
             drain_timeout_s=config.drain_timeout_s,
         )
         if self._desired.ends:
-            self.begin_down()
+            _answered(self.begin_down, patient=restarted)
         else:
             self._loop.start()
+
+    def _open(
+        self, given: Collection[Kind], state_folder: str, *, restarted: bool
+    ) -> tuple[Directory, Desired, Events]:
+        # A controller that is lost for good leaves its workers to the next one.
+        is_new = not restarted and not self._launcher.occupants()
+        common = {"given": given, "placement": self._config.placement, "restarted": restarted}
+        if self._config.redis is None:
+            file = StateFile(Path(state_folder) / "desired.json")
+            desired = Desired(counts_of(self._config), load=file.load, store=file.store, **common)
+            return EmbeddedDirectory(restarted=not is_new), desired, Events()
+        redis = open_redis(self._config.redis.url)
+        if is_new:
+            redis.claim()
+
+        def load() -> tuple[Desired, Events]:
+            desired = Desired(
+                counts_of(self._config), load=redis.load_state, store=redis.store_state, **common
+            )
+            return desired, Events(redis.events(), publish=redis.publish)
+
+        return redis, *_answered(load, patient=restarted)
 
     def counts(self) -> dict[Kind, int]:
         """The number of workers of each kind that there are to be."""
@@ -162,7 +184,10 @@ class Controller:
         self._checks.enter_graceful_shutdown()
         self._loop.stop()
         end_workers(self._launcher, deadline_s=STOP_DEADLINE_S)
-        self._desired.clear()
+        try:
+            self._desired.clear()
+        except FarshoreError as error:
+            _LOG.warning("the next cluster of this name starts as this one was scaled: %s", error)
         self._close()
 
     def pause(self) -> None:
@@ -175,6 +200,7 @@ class Controller:
         self._probes.stop()
         self._server.stop(0).wait()
         self._admin.close()
+        self._directory.disconnect()
 
     def _tell_scaled(self, counts: Mapping[Kind, int]) -> None:
         self.events.add("scaled", " ".join(f"{kind}={count}" for kind, count in counts.items()))
@@ -188,7 +214,8 @@ class Controller:
 
     def _register(self, server: Any) -> None:
         admin_grpc.add_AdminServicer_to_server(self._admin, server)
-        pb_grpc.add_DirectoryServicer_to_server(DirectoryService(self._directory), server)
+        if self._config.redis is None:
+            pb_grpc.add_DirectoryServicer_to_server(DirectoryService(self._directory), server)
 
     def _new_worker(self, slot: Slot) -> tuple[type, dict[str, Any], dict[str, Any]]:
         """See :class:`RayLauncher`."""
@@ -196,7 +223,7 @@ class Controller:
         arguments = WorkerArguments(
             slot=str(slot),
             config=self._config,
-            directory=f"grpc://{self.address}",
+            directory=self.directory_url,
             network=self._config.ray_address is not None,
             kind=slot.kind,
             workers=workers,
@@ -208,6 +235,19 @@ class Controller:
             return DenseActor, options, {"arguments": arguments}
         options |= {"runtime_env": {"env_vars": rpc.SHARD_ENVIRONMENT}}
         return AttentionActor, options, {"arguments": arguments}
+
+
+def _answered(action: Callable[[], T], *, patient: bool) -> T:
+    """Returns what ``action`` does. ``patient``: tries again until it raises no FarshoreError, since Ray does
+    not start a controller again whose construction fails."""
+    while True:
+        try:
+            return action()
+        except FarshoreError as error:
+            if not patient:
+                raise
+            _LOG.warning("the controller waits: %s", error)
+            time.sleep(RETRY_S)
 
 
 def counts_of(config: ClusterConfig) -> dict[Kind, int]:

@@ -27,6 +27,7 @@ from farshore.controller.reconcile import (
     Stop,
     reconcile,
 )
+from farshore.errors import TransportError
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import Directory, Listing, WorkerRecord
 
@@ -188,9 +189,18 @@ class Loop:
             self._desired.forget_drains(ended)
 
     def _run(self) -> None:
+        is_answered = True
         while not self._ended.is_set():
             try:
                 self.round()
+                if not is_answered:
+                    self._events.add("answers", "directory")
+                is_answered = True
+            except TransportError as error:
+                # Nothing is started or stopped meanwhile; all that runs goes on.
+                if is_answered:
+                    self._events.add("unreachable", "directory", str(error))
+                is_answered = False
             except Exception:
                 # Ray's GCS may be away for a while; the next round observes anew.
                 _LOG.exception("a round of the controller failed")

@@ -140,8 +140,10 @@ class AdminService(admin_grpc.AdminServicer):
                 status.set_result((self._ask_workers(), self._clock()))
             except BaseException as error:
                 status.set_exception(error)
-                raise
-        return status.result()[0]
+        try:
+            return status.result()[0]
+        except FarshoreError as error:
+            rpc.abort(context, error)
 
     def _is_old(self, status: "Future[tuple[admin.ClusterStatusReply, float]]") -> bool:
         if not status.done():

@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
 
 from farshore.attention_offload.client.remote import RemoteClient
 from farshore.attention_offload.shard.service import AttentionService, serve
+from farshore.benchmarks.engines.redis_server import binaries
 from farshore.rpc import SHARD_ENVIRONMENT
 
 STOP_DEADLINE_S = 60.0
@@ -43,6 +44,21 @@ def pytest_collection_modifyitems(config, items):
         long_forms = [item for item in items if item.get_closest_marker("soak")]
         items[:] = [item for item in items if item not in long_forms]
         config.hook.pytest_deselected(items=long_forms)
+
+
+@pytest.fixture(scope="session")
+def server_binary():
+    """server_binary(name) -> path of the program of a redis or valkey server. Without it the test is skipped
+    on a developer's machine, and fails in CI."""
+
+    def find(name):
+        found = binaries().get(name)
+        if found is None and not os.environ.get("CI"):
+            pytest.skip(f"no {name}-server on this machine")
+        assert found is not None, f"install {name}-server"
+        return found
+
+    return find
 
 
 @pytest.fixture(scope="session")

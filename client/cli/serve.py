@@ -17,7 +17,8 @@ from farshore.controller.config import ClusterConfig
 from farshore.errors import InvalidRequest, ProcessEnded
 from farshore.model_spec import DEMO
 
-_OPTIONS = ("name", "dense_workers", "host", "port", "ray_address", "token_file", "dashboard")
+_REDIS = ("redis_url", "redis_password_file", "redis_ca_file", "redis_cert_file", "redis_key_file")
+_OPTIONS = ("name", "dense_workers", "host", "port", "ray_address", "token_file", "dashboard", *_REDIS)
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -75,6 +76,22 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="the cluster's name, by which --ray-address finds one that runs (default: %(default)s)",
     )
     cluster.add_argument("--dashboard", action="store_true", help="start Ray's dashboard, too")
+    redis = parser.add_argument_group(
+        "redis",
+        "keep the directory and what `farshore scale` changed in a Redis >= 7 or a Valkey: it outlives the "
+        "controller; paths are those of each node",
+    )
+    redis.add_argument(
+        "--redis-url",
+        metavar="URL",
+        help="redis://[USER@]HOST[:PORT][/DB], or rediss:// for TLS (default: the controller keeps them)",
+    )
+    redis.add_argument("--redis-password-file", metavar="FILE", help="the file that holds the password")
+    redis.add_argument(
+        "--redis-ca-file", metavar="FILE", help="certificates that sign its own (default: the system's)"
+    )
+    redis.add_argument("--redis-cert-file", metavar="FILE", help="a certificate to show to it")
+    redis.add_argument("--redis-key-file", metavar="FILE", help="the key of that certificate")
     layers = Layers(parser)
     parser.add_argument(
         "--config",

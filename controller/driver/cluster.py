@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -38,7 +39,7 @@ from farshore.errors import (
     Unauthenticated,
 )
 from farshore.kvstore.directory.base import Directory, WorkerRecord
-from farshore.kvstore.directory.connect import open_directory
+from farshore.kvstore.directory.connect import open_directory, open_redis
 from farshore.models.config.load import load_spec
 from farshore.models.config.model import ModelConfig
 from farshore.models.files.source import pinned
@@ -101,10 +102,11 @@ class Cluster:
         again. ``given``: the fields of ``config`` that an operator chose: numbers of workers among them go
         before those that a running cluster has. ``progress`` is called with a few words at each stage.
 
-        Raises InvalidRequest (also ModelError, PortInUse), StartupError, ProcessEnded.
+        Raises InvalidRequest (also ModelError, PortInUse), StartupError, ProcessEnded; TransportError if
+        Redis does not answer.
         """
         listen.check(config.host, config.port)
-        config = _with_token_file(config)
+        config = _with_redis(_with_token_file(config))
         # A download happens now, before anything is started; the cluster's processes find the cache filled.
         config = replace(config, spec=pinned(config.spec, progress=progress))
         _, model = load_spec(config.spec)
@@ -136,7 +138,8 @@ class Cluster:
                     raise ProcessEnded(f"the controller {actor_end_in_words(error)}, for good") from error
                 if seen:
                     warn(f"the controller {actor_end_in_words(error)}: it is started again, serving goes on")
-                seen = 0
+                # In Redis the events outlive it, and so do their numbers.
+                seen = 0 if self._config.redis is None else seen
                 continue
             for event in events:
                 seen = event.number
@@ -192,9 +195,8 @@ class Cluster:
         if self._is_found:
             progress(f"joining the cluster {config.name}")
             self._ask_controller("join", config, self._given)
-        self._directory = open_directory(
-            f"grpc://{controller}", token=ClusterToken.read(self._ray.token_file)
-        )
+        directory = self._ask_controller("directory")
+        self._directory = open_directory(directory, token=ClusterToken.read(self._ray.token_file))
         # Started now, so that it loads its tokenizer while the workers start.
         self._gateway = GatewayProcess(
             spec=config.spec,
@@ -343,6 +345,19 @@ class Cluster:
         gone = self._ray.ended() or (self._gateway.ended() if self._gateway else None)
         if gone:
             raise ProcessEnded(gone)
+
+
+def _with_redis(config: ClusterConfig) -> ClusterConfig:
+    """The configuration with the absolute paths of Redis's files, after a first call to Redis. Raises
+    TransportError or InvalidRequest if that fails."""
+    files = {name: getattr(config, f"redis_{name}_file") for name in ("password", "ca", "cert", "key")}
+    given = {f"redis_{name}_file": str(Path(file).absolute()) for name, file in files.items() if file}
+    config = replace(config, **given)
+    if config.redis is not None:
+        redis = open_redis(config.redis.url)
+        redis.load_state()
+        redis.disconnect()
+    return config
 
 
 def _with_token_file(config: ClusterConfig) -> ClusterConfig:

@@ -62,8 +62,10 @@ class AdminProxy:
             await self._abort(context, error)
 
     async def _abort(self, context: grpc.aio.ServicerContext, error: grpc.aio.AioRpcError) -> None:
-        """Ends a call with the controller's refusal, or with UNAVAILABLE if the controller did not answer."""
-        if error.code() in _PASSED_ON:
+        """Ends a call with the controller's error, or with UNAVAILABLE if the controller did not answer."""
+        # A controller that is connected said so itself: of its directory.
+        connected = self._controller.get_state() is grpc.ChannelConnectivity.READY
+        if error.code() in _PASSED_ON or (connected and error.code() is grpc.StatusCode.UNAVAILABLE):
             await context.abort(error.code(), shortened(error.details() or "", ERROR_MESSAGE_CHARS))
         if error.code() is grpc.StatusCode.UNAUTHENTICATED:
             # The gateway's fault, not its client's.

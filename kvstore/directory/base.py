@@ -166,7 +166,8 @@ class DurableDirectory(Directory, Protocol):
         """What was stored last; None if nothing was, or if it was lost."""
 
     def store_state(self, state: Mapping[str, Any]) -> None:
-        """Stores an object of JSON that does not expire. As durable as the directory's own storage is."""
+        """Stores an object of JSON that does not expire. As durable as the directory's own storage is; while
+        the list is not settled, :meth:`listing` stores it again."""
 
     def publish(self, event: ClusterEvent) -> None:
         """Adds an event. Ignores one whose number is not above those of all others."""

@@ -30,10 +30,10 @@ from farshore.kvstore.directory.redis.address import RedisAddress
 from farshore.kvstore.directory.redis.client import RedisClient
 from farshore.proto import cluster_pb2 as pb
 
-PIECE_BLOCKS = 2_000
-"""Blocks in one call of an announcement: Redis serves no other call for about 2 ms."""
-PIECE_HASHES = 512
-"""As PIECE_BLOCKS, of a look-up, which asks every worker's set."""
+PIECE_BLOCKS = 500
+"""Blocks in one call of an announcement: Redis serves no other call for a few milliseconds."""
+PIECE_HASHES = 1_024
+"""As PIECE_BLOCKS, of a look-up."""
 
 
 class RedisDirectory:
@@ -62,6 +62,8 @@ class RedisDirectory:
         self._lock = threading.Lock()
         self._listed_s: float | None = None
         self._settles_s = clock()
+        self._state: str | bytes | None = None
+        """The desired state, if this client stored or loaded it."""
 
     def renew(self, record: WorkerRecord) -> None:
         message = codec.record_to_pb(record).SerializeToString()
@@ -79,6 +81,9 @@ class RedisDirectory:
             self._list, self._lease_ms, round(self._settle_s * 1000), scripts.KEEP_MS
         )
         records = [codec.record_from_pb(pb.WorkerRecord.FromString(message)) for message in messages]
+        if not settled and self._state is not None:
+            # Redis may have started empty, or with an old copy.
+            self._run(self._store, "state", self._state)
         known = frozenset(record.worker for record in records)
         marked = json.loads(marks) if marks else {"closed": (), "draining": ()}
         return Listing(
@@ -98,19 +103,20 @@ class RedisDirectory:
         for number, (more, less) in enumerate(pieces, start=1):
             first, last = number == 1, number == len(pieces)
             fixed = (worker, blocks.since, blocks.until, int(first), int(last), MOST_BLOCKS, len(more))
-            known = self._run(self._announce, *fixed, *more, *less)
+            known = self._run(self._announce, *fixed, scripts.KEEP_MS, *more, *less)
+            while known == -1:
+                known = self._run(self._announce, *fixed, scripts.KEEP_MS, *more, *less)
             if known != blocks.since:
                 break
         return known
 
     def find_prefix(self, hashes: Sequence[bytes]) -> list[frozenset[WorkerId]]:
         keys = look_up_keys(hashes)
-        found: list[set[WorkerId]] = [set() for _ in keys]
+        found: list[frozenset[WorkerId]] = []
         for begin in range(0, len(keys), PIECE_HASHES):
-            for worker, *hits in self._run(self._find, *keys[begin : begin + PIECE_HASHES]):
-                for hit in hits:
-                    found[begin + hit].add(WorkerId(worker.decode()))
-        return [frozenset(workers) for workers in found]
+            holders = self._run(self._find, *keys[begin : begin + PIECE_HASHES])
+            found += [frozenset(map(WorkerId, text.decode().split())) for text in holders]
+        return found
 
     def disconnect(self) -> None:
         self._client.close()
@@ -130,10 +136,13 @@ class RedisDirectory:
 
     def load_state(self) -> dict[str, Any] | None:
         stored = self._client.call(lambda redis: redis.get(self._key("state")))
-        return json.loads(stored) if stored else None
+        self._state = stored
+        return (json.loads(stored) if stored else None) or None
 
     def store_state(self, state: Mapping[str, Any]) -> None:
-        self._run(self._store, "state", json.dumps(state))
+        text = json.dumps(state)
+        self._run(self._store, "state", text)
+        self._state = text
 
     def publish(self, event: ClusterEvent) -> None:
         named = event._asdict() | {"unix_s": repr(event.unix_s)}

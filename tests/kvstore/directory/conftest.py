@@ -1,6 +1,5 @@
 """Directories of every kind, on a clock that tests move or on a server that tests can freeze."""
 
-import os
 import threading
 import time
 from dataclasses import replace
@@ -8,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from farshore import rpc
-from farshore.benchmarks.engines.redis_server import RedisServer, binaries
+from farshore.benchmarks.engines.redis_server import RedisServer
 from farshore.kvstore.directory.base import LEASE_S
 from farshore.kvstore.directory.connect import open_directory
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
@@ -25,17 +24,8 @@ LONG_LEASE_S = 60.0
 VALKEY = pytest.param("valkey", marks=pytest.mark.heavy)
 
 
-def server_binary(name):
-    """Path of a server's program. Without it tests are skipped on a developer's machine, and fail in CI."""
-    found = binaries().get(name)
-    if found is None and not os.environ.get("CI"):
-        pytest.skip(f"no {name}-server on this machine")
-    assert found is not None, f"install {name}-server"
-    return found
-
-
 @pytest.fixture(scope="session")
-def servers(tmp_path_factory):
+def servers(tmp_path_factory, server_binary):
     """servers(name) -> a RedisServer that runs for all tests, with empty databases."""
     running = {}
 

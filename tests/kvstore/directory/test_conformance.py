@@ -63,8 +63,7 @@ def test_a_worker_is_listed_while_its_lease_holds(place):
         directory.renew(serving)
         return directory.listing().workers == (serving,)
 
-    here.until(only_other_is_left)
-    assert directory.listing().settled
+    here.until(lambda: only_other_is_left() and directory.listing().settled)
     here.until(lambda: names(directory) == [])
     directory.renew(RECORD)  # It was away, and is the same.
     assert directory.listing().workers == (RECORD,)
@@ -105,7 +104,7 @@ def test_a_restarted_directory_settles_late(place):
 def test_a_paused_directory_reports_no_worker_lost(place):
     here = place(expires=True)
     here.directory.renew(RECORD)
-    assert here.directory.listing().settled
+    here.until(lambda: here.directory.listing().settled)
     here.pause()
     assert not here.directory.listing().settled
 

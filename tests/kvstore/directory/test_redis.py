@@ -17,8 +17,9 @@ from farshore.errors import InvalidRequest, TransportError
 from farshore.kvstore.directory.base import MOST_EVENTS, Announcement, ClusterEvent
 from farshore.kvstore.directory.redis.address import RedisAddress
 from farshore.kvstore.directory.redis.directory import RedisDirectory
+from farshore.kvstore.directory.redis.scripts import SWEEP_BLOCKS
 
-from .conftest import QUICK_LEASE_S, VALKEY, RealTime, server_binary, until
+from .conftest import QUICK_LEASE_S, VALKEY, RealTime, until
 from .test_conformance import OTHER, RECORD, announce, holders, names
 
 PERMISSIONS = "~farshore:* +@read +@write +@scripting +@connection +time"
@@ -56,7 +57,27 @@ def test_every_key_expires_but_the_desired_state_and_the_marks(here):
     assert lasting == {"state", "marks"}
     for record in (RECORD, OTHER):
         directory.withdraw(record.worker)
+    directory.listing()
+    assert command(directory, "HLEN", "farshore:{default}:holders") == 0
     assert not [key for key in command(directory, "KEYS", "*") if b"-0-" in key]
+
+
+def test_blocks_of_ended_workers_are_removed_step_by_step(here):
+    """A list removes so many that no other caller notices."""
+    directory = here.directory
+    numbers = [number << 200 for number in range(1, SWEEP_BLOCKS + 2)]
+    directory.renew(OTHER)
+    assert announce(directory, OTHER, 0, 1, added=numbers[:2]) == 1
+    for _ in range(2):
+        directory.renew(RECORD)
+        assert announce(directory, RECORD, 0, 1, added=numbers) == 1
+        directory.withdraw(RECORD.worker)
+        assert holders(directory, *numbers[:3]) == [{OTHER.worker}, {OTHER.worker}, set()]
+    for left in (3, 2, 2):
+        directory.listing()
+        assert command(directory, "HLEN", "farshore:{default}:holders") in (left, 2)
+    assert command(directory, "SMEMBERS", "farshore:{default}:workers") == {OTHER.worker.encode()}
+    assert holders(directory, *numbers[:3]) == [{OTHER.worker}, {OTHER.worker}, set()]
 
 
 def test_the_desired_state_is_kept(here):
@@ -147,7 +168,7 @@ def signed(name, folder, issuer=None):
 
 
 @pytest.fixture
-def secured(tmp_path):
+def secured(tmp_path, server_binary):
     """(a Redis with TLS, client certificates and an ACL; the URL; the password's file)"""
     authority = signed("ca", tmp_path)
     for name in ("server", "client"):

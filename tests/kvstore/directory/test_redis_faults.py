@@ -12,7 +12,7 @@ from farshore.errors import TransportError
 from farshore.kvstore.directory.redis.address import RedisAddress
 from farshore.kvstore.directory.redis.directory import RedisDirectory
 
-from .conftest import VALKEY, server_binary, until
+from .conftest import VALKEY, until
 from .test_conformance import OTHER, RECORD, announce, holders, names
 
 LEASE_S = 1.0
@@ -69,7 +69,7 @@ BLOCKS = {RECORD.worker: [1 << 200, 2 << 200], OTHER.worker: [2 << 200]}
 
 
 @pytest.fixture(params=["redis", VALKEY])
-def binary(request):
+def binary(request, server_binary):
     return server_binary(request.param)
 
 
@@ -109,10 +109,12 @@ def test_a_redis_that_restarts_empty(cluster, binary, tmp_path):
     server = RedisServer(binary, tmp_path)
     with server:
         watcher = cluster(server.url)
+        watcher.directory.store_state({"counts": {"dense": 2}})
         server.kill()
         until(pause, lambda: not watcher.look() and watcher.unreachable)
         server.start()
         until(pause, watcher.look)
+        assert watcher.directory.load_state() == {"counts": {"dense": 2}}
         until(pause, lambda: rebuilt(watcher.directory))
         assert watcher.unsettled and not watcher.lost
 
@@ -231,6 +233,7 @@ def test_a_redis_that_comes_back_with_an_old_copy(cluster, binary, tmp_path):
         watcher = cluster(server.url)
         watcher.directory.store_state({"counts": {"dense": 2}})
         command(watcher.directory, "SAVE")
+        watcher.directory.store_state({"counts": {"dense": 3}})
         shutil.move(new / "dump.rdb", old / "dump.rdb")
         until(pause, watcher.look)
         server.kill()
@@ -238,5 +241,5 @@ def test_a_redis_that_comes_back_with_an_old_copy(cluster, binary, tmp_path):
         with RedisServer(binary, old, port=server.port):
             until(pause, watcher.look)
             until(pause, lambda: rebuilt(watcher.directory))
-            assert watcher.directory.load_state() == {"counts": {"dense": 2}}
+            assert watcher.directory.load_state() == {"counts": {"dense": 3}}
             assert watcher.unsettled and not watcher.lost
