@@ -21,7 +21,7 @@ cache until a sequence holds it again or its memory is needed::
                                   └─ least recently held, when memory is needed ──▶ freed
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, NewType, Protocol
 
@@ -134,6 +134,17 @@ class Usage:
         return self.free_bytes + self.cached_bytes
 
 
+class Removals:
+    """A count for :meth:`ShardStore.watch`, which native code reads by its address. The store only adds."""
+
+    __slots__ = ("__weakref__", "count")
+
+    def __init__(self) -> None:
+        with torch.inference_mode(False):  # Any thread may count, whatever mode this is made in.
+            self.count = torch.zeros(1, dtype=torch.int64)
+            """i64[1]."""
+
+
 class ShardStore(Protocol):
     """Spans in one worker's memory. The store is the only authority on that memory: it grants or refuses.
 
@@ -150,11 +161,11 @@ class ShardStore(Protocol):
         """u8[budget]: the arena that ``Segments.base`` counts from. Only the store writes to it."""
         ...
 
-    @property
-    def removals(self) -> Tensor:
-        """i64[1]: how many times a hold was given back or a span was removed, so far. Answers of
-        :meth:`look_up` and :meth:`segments` stay valid until it changes; it changes before the memory is
-        granted again."""
+    def watch(self, removals: "Removals", sequences: Collection[SequenceId]) -> None:
+        """From now on counts in ``removals`` how often one of ``sequences`` gives back holds, and nothing
+        else. Answers of :meth:`look_up` and :meth:`segments` for a holder among them stay valid until the
+        count changes; it changes before the memory is granted again. Ends when the caller forgets
+        ``removals``. Other sequences, which may be another engine's, cause no change."""
 
     @property
     def incarnation(self) -> str:

@@ -40,8 +40,9 @@ _LOG = logging.getLogger(__name__)
 MAX_OFFERS = 256
 """The most unused offers; beyond that the oldest offer becomes invalid."""
 
-MAX_CONNECTIONS = 64
-"""Connections of engines that are served at once."""
+MAX_CONNECTIONS = 512
+"""Connections of engines that are served at once, a thread each. An engine has three: two for hot frames, one
+for bulk KV."""
 
 MAX_UNPROVEN = 64
 """Connections in their handshake. A further one takes the place of the oldest, so that strangers who connect

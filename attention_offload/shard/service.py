@@ -29,7 +29,7 @@ from farshore.attention_offload.shard.session import AttendedBytes, ShardSession
 from farshore.attention_offload.transport.core_sharing import oversubscribed_with
 from farshore.attention_offload.transport.frames import native
 from farshore.cluster_token import ClusterToken
-from farshore.errors import Cancelled, InvalidRequest
+from farshore.errors import Cancelled, InvalidRequest, Overloaded
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import AttentionSpec, State
 from farshore.kvstore.store.span import check_shape
@@ -37,8 +37,13 @@ from farshore.kvstore.store.store import LocalStore
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
 
-MAX_CALLS = 64
-"""The number of threads, and so of concurrent calls, Attend streams included."""
+MAX_CALLS = 512
+"""The number of threads, and so of concurrent calls, Attend streams included. A thread exists from the first
+call that needs it."""
+
+MAX_STREAMS = 384
+"""The most Attend streams: two for each engine that cannot use a native connection. Without this limit the
+streams of many engines would take every thread, and no engine could beat."""
 
 MOST_IMPORT_S = 120.0
 """How long a call waits for an import at most, whatever its own deadline."""
@@ -105,6 +110,7 @@ class AttentionService(pb_grpc.AttentionServicer):
         self._attended = AttendedBytes()
         self.holds = EngineHolds(store, clock=clock)
         self.imports = SpanImports(store, token=token, clock=clock)
+        self._streams = threading.BoundedSemaphore(MAX_STREAMS)
         self.listener: FrameListener | None = None
         """Accepts native connections. None until :func:`serve` sets it; then only gRPC is offered."""
 
@@ -276,10 +282,14 @@ class AttentionService(pb_grpc.AttentionServicer):
         return self.listener.expect(serve, tcp=not secured, shares_cores=shares_cores)
 
     def Attend(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> Iterator[pb.State]:
+        if not self._streams.acquire(blocking=False):
+            rpc.abort(context, Overloaded(f"{MAX_STREAMS} engines' streams are open here: try again later"))
         try:
             yield from self._attend(frames)
         except Exception as error:
             rpc.abort(context, error)
+        finally:
+            self._streams.release()
 
     def _attend(self, frames: Iterator[pb.Frame]) -> Iterator[pb.State]:
         opening = next(frames, None)

@@ -24,7 +24,7 @@ from farshore.ids import WorkerId
 from farshore.kernels.base import AttentionSpec, Segments, State, WorkList
 from farshore.kernels.formats import DTYPE_CODES, NATIVE_DTYPES
 from farshore.kernels.select import implementation
-from farshore.kvstore.base import ShardStore
+from farshore.kvstore.base import Removals, ShardStore
 
 MOST_SEGMENTS = 1 << 18
 """The most segments of a step. A segment counts once for each micro-batch that reads it."""
@@ -71,8 +71,10 @@ class ShardSession:
         self._model = model
         self._attended = attended
         self._step: ShardStep | None = None
-        self._removals = 0
-        """The store's removal counter when the step's spans were looked up."""
+        self._removals = Removals()
+        """How often a sequence of the step gave back holds."""
+        self._seen_removals = 0
+        """That count when the step's spans were looked up."""
         # A span numbers its layers within their class.
         counts = [count() for _ in model.specs]
         self._stored_layers = [next(counts[layer_class]) for layer_class in model.layer_class]
@@ -89,14 +91,15 @@ class ShardSession:
         are not sealed."""
         self._step = None
         checks.check_step(step, self._model)
-        removals = int(self._store.removals)
+        self._store.watch(self._removals, {read.holder for reads in step.reads for read in reads})
+        removals = int(self._removals.count)
         self._look_up(step)
         self._segment_count = 0
         self._plans = [
             [self._plan(step, layer_class, index) for index in range(len(step.micro_batches))]
             for layer_class in range(len(step.reads))
         ]
-        self._step, self._removals = step, removals
+        self._step, self._seen_removals = step, removals
 
     def repeat_step(self, step: int) -> None:
         """Starts step number ``step`` with the reads of the previous step.
@@ -112,18 +115,18 @@ class ShardSession:
     def recheck_spans(self, number: int | None = None) -> None:
         """Raises NotFound if the current step reads a span whose hold was dropped since the last look-up.
 
-        Looks spans up only if the store has removed any. The kernel plans stay valid: a span never moves.
-        ``number`` becomes the step's number if it is given."""
+        Looks spans up only if a sequence of the step has dropped any. The kernel plans stay valid: a span
+        never moves. ``number`` becomes the step's number if it is given."""
         step = self._step
         if step is None:
             return
         if number is not None:
             self._step = step = replace(step, step=number)
-        removals = int(self._store.removals)
-        if removals != self._removals:
+        removals = int(self._removals.count)
+        if removals != self._seen_removals:
             self._step = None
             self._look_up(step)
-            self._step, self._removals = step, removals
+            self._step, self._seen_removals = step, removals
 
     def attend(
         self, step: int, layer: int, micro_batch: int, q: Tensor, *, out: State | None = None
@@ -175,11 +178,10 @@ class ShardSession:
                 )
             )
         layers = tuple(zip(self._model.layer_class, self._stored_layers, strict=True))
-        counter = self._attended.native.data_ptr()
-        removals = self._store.removals.data_ptr()
+        counters = self._attended.native.data_ptr(), self._removals.count.data_ptr()
         # Without windows positions do not matter, and the native loop may repeat the step without Python.
         repeats = not self._model.has_windows
-        return step.step, DTYPE_CODES[dtype], layers, tuple(work), counter, removals, self._removals, repeats
+        return step.step, DTYPE_CODES[dtype], layers, tuple(work), *counters, self._seen_removals, repeats
 
     def rows(self, micro_batch: int) -> int:
         """The rows of a micro-batch of the current step. Raises InvalidRequest for an unknown micro-batch."""

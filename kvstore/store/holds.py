@@ -8,9 +8,11 @@ other sequences. It must not know memory.
 
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
+from weakref import WeakKeyDictionary
 
 from farshore.errors import Fenced
 from farshore.ids import Epoch, SequenceId, SpanId
+from farshore.kvstore.base import Removals
 
 
 class HoldTable:
@@ -25,6 +27,11 @@ class HoldTable:
         self._newest: dict[SequenceId, Epoch] = {}  # newest epoch of each sequence in _held
         self._held: dict[SequenceId, dict[SpanId, Epoch]] = {}
         self._holders: dict[SpanId, set[SequenceId]] = {}
+        self._watches: WeakKeyDictionary[Removals, frozenset[SequenceId]] = WeakKeyDictionary()
+
+    def watch(self, removals: Removals, sequences: Collection[SequenceId]) -> None:
+        """See :meth:`farshore.kvstore.base.ShardStore.watch`."""
+        self._watches[removals] = frozenset(sequences)
 
     def admit(self, sequence: SequenceId, epoch: Epoch) -> None:
         """Raises Fenced if a newer epoch of the sequence has been seen. Otherwise older epochs are over from
@@ -55,6 +62,9 @@ class HoldTable:
         """Gives back the sequence's holds on ``spans`` that are of ``epoch`` or older. Returns the spans
         whose last hold that was."""
         held = self._held.get(sequence, {})
+        for removals, watched in self._watches.items():
+            if held and sequence in watched:
+                removals.count += 1
         unheld = []
         for span in spans:
             if span not in held or held[span] > epoch:

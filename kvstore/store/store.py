@@ -27,6 +27,7 @@ from farshore.kvstore.base import (
     CoveredSpan,
     Digest,
     ExportChunk,
+    Removals,
     SpanInfo,
     SpanKey,
     SpanShape,
@@ -58,8 +59,6 @@ class LocalStore:
         self._spans: dict[SpanId, SpanRecord] = {}
         self._holds = HoldTable(fences=fences)
         self._names = PrefixIndex()
-        with torch.inference_mode(False):  # Any thread may count, whatever mode the store is made in.
-            self.removals = torch.zeros(1, dtype=torch.int64)
         # Spans without holds, in the order in which they lost the last one.
         self._cached: OrderedDict[SpanId, SpanRecord] = OrderedDict()
         arena.on_full(self._reclaim)
@@ -245,6 +244,10 @@ class LocalStore:
             record = self._checked_hold(span, holder)
             return SpanShape(record.key, record.layout)
 
+    def watch(self, removals: Removals, sequences: Collection[SequenceId]) -> None:
+        with self._lock:
+            self._holds.watch(removals, sequences)
+
     def find_prefix(
         self, blocks: Sequence[PrefixBlock], *, layer_class: int, sequence: SequenceId, epoch: Epoch
     ) -> list[SpanSlice]:
@@ -363,7 +366,6 @@ class LocalStore:
         if not held:
             return
         unheld = self._holds.remove(sequence, held, epoch)
-        self.removals += 1
         # The end of a prefix is useless without its beginning, so it is evicted first.
         for span in sorted(unheld, key=lambda span: -self._spans[span].key.first):
             if self._names.redundant(span):
@@ -390,7 +392,6 @@ class LocalStore:
         record = self._spans.pop(span)
         self._names.forget(span)
         record.removed = True
-        self.removals += 1
         self._free_if_unused(record)
 
     def _free_if_unused(self, record: SpanRecord) -> None:

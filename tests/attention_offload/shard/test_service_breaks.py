@@ -6,13 +6,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import grpc
 import pytest
 
+from farshore.attention_offload.shard import service
 from farshore.attention_offload.shard.service import AttentionService
 from farshore.attention_offload.transport.frames import Transport
-from farshore.errors import DeadlineExceeded, Late, TransportError
+from farshore.errors import DeadlineExceeded, Late, Overloaded, TransportError
 from farshore.ids import SequenceId
 
 DEADLINE_S = 60.0
@@ -46,6 +48,26 @@ def test_a_broken_stream_is_a_transport_error_and_the_step_can_run_again(
     with pytest.raises(TransportError, match="begin the step again"):
         client.send(1, 0, work.query())
     assert work.run(client, step) == expected
+
+
+@pytest.mark.parametrize("transport", [Transport.GRPC])
+def test_streams_of_many_engines_leave_room_for_cold_calls(start_shard, connect, work, monkeypatch):
+    monkeypatch.setattr(service, "MAX_STREAMS", 1)
+    address = start_shard().address
+    clients = [connect(address) for _ in range(2)]
+    step = work.step([work.sealed_span(clients[0].store, "a", 0, 20)])
+    expected = work.run(clients[0], step)
+    with pytest.raises(Overloaded, match="1 engines' streams"):
+        work.run(clients[1], step)
+    assert clients[1].identify().free_bytes
+    clients[0].break_off()
+    until_s = time.monotonic() + DEADLINE_S
+    while time.monotonic() < until_s:
+        try:
+            assert work.run(clients[1], step) == expected
+            break
+        except Overloaded:  # The shard has not noticed yet that the other stream is gone.
+            clients[1].break_off()
 
 
 def test_a_late_cold_call_is_a_transport_error(start_shard, connect):

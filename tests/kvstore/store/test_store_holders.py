@@ -1,5 +1,6 @@
 """Epochs and fences, holds, write permission, and concurrent calls."""
 
+import gc
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -8,7 +9,7 @@ import torch
 
 from farshore.errors import Fenced, Full, InvalidRequest, NotFound
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
-from farshore.kvstore.base import SpanKey
+from farshore.kvstore.base import Removals, SpanKey
 from farshore.kvstore.store import blocks
 from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.store import LocalStore
@@ -56,9 +57,11 @@ def test_a_store_made_under_inference_mode_counts_in_any_thread(layout):
     with torch.inference_mode():
         store = LocalStore(worker=WorkerId("w"), arena=Arena(1 << 20))
         span = store.create(key(), capacity_tokens=1, layout=layout, epoch=E1)
+        removals = Removals()
+        store.watch(removals, [S])
     with ThreadPoolExecutor(1) as thread:
         thread.submit(drop, store, span).result()
-    assert int(store.removals) and not store.announce()
+    assert int(removals.count) and not store.announce()
     store.check_integrity()
 
 
@@ -216,14 +219,26 @@ def test_two_stores_of_one_worker_never_share_an_id(layout):
 
 
 def test_a_hold_given_back_is_counted_though_the_span_stays(store, layout):
-    """A session that reads the count then looks up again whether its holders still hold their spans."""
+    """A session that reads the count then looks up again whether its holders still hold their spans. What
+    sequences give back that it does not read does not count: they may be another engine's."""
     span = store.create(key(), capacity_tokens=1, layout=layout, epoch=E1)
     hold(store, span, "child")
-    before = int(store.removals)
+    removals, other = Removals(), Removals()
+    store.watch(removals, [S])
+    store.watch(other, [SequenceId("child")])
     drop(store, span, "stranger")
-    assert int(store.removals) == before
+    assert int(removals.count) == 0
     drop(store, span)
-    assert int(store.removals) == before + 1 and store.announce()[0].holders == 1
+    assert (int(removals.count), int(other.count)) == (1, 0) and store.announce()[0].holders == 1
+    store.watch(removals, [SequenceId("child")])
+    drop(store, span, "child")
+    assert (int(removals.count), int(other.count)) == (2, 1) and not store.announce()
+
+
+def test_a_watch_that_nobody_reads_any_more_is_forgotten(store, layout):
+    store.watch(Removals(), [S])
+    gc.collect()
+    assert not store._holds._watches
 
 
 def test_a_sequence_may_keep_some_of_what_it_gives_back(store, layout):
