@@ -185,7 +185,7 @@ class Client:
         is left then fails; None: the cluster's for a dense worker, for an attention worker as long as it
         takes. Raises NotFound if it does not run, TransportError as :meth:`down`."""
         request = admin.DrainRequest(worker_id=worker, timeout_s=timeout_s)
-        return self._call(self._operators.Drain, request).worker_id
+        return self._call(lambda gateway: gateway.operators.Drain, request).worker_id
 
     def down(self) -> None:
         """Begins to end the cluster: all workers and the controller. Raises TransportError if the gateway or

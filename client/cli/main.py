@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from farshore import __version__
 from farshore.client.cli import bench as cli_bench
-from farshore.client.cli import gateway as cli_gateway
 from farshore.client.cli import generate as cli_generate
 from farshore.client.cli import node as cli_node
 from farshore.client.cli import operate as cli_operate
@@ -54,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"farshore {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (cli_serve, cli_node, cli_gateway, cli_generate, cli_status, cli_operate, cli_bench):
+    for command in (cli_serve, cli_node, cli_generate, cli_status, cli_operate, cli_bench):
         command.add_parser(commands)
     return parser
 

@@ -1,12 +1,14 @@
-"""``farshore scale``, ``drain``, ``down`` and ``events``: an operator's commands on a running cluster.
+"""``farshore scale``, ``drain``, ``gateway``, ``down`` and ``events``: for operators of a running cluster.
 
 Called by ``main``. Must not know anything but the SDK, and what ends a cluster that has no gateway.
 """
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
 
@@ -16,6 +18,7 @@ from farshore.client.cli.terminal import Progress
 from farshore.client.events import ClusterEvent
 from farshore.client.sdk import Client
 from farshore.cluster_token import VARIABLE
+from farshore.defaults import GATEWAY_ALLOCATOR
 from farshore.errors import TransportError
 
 KINDS = ("attention", "dense")
@@ -80,6 +83,15 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     events.add_argument("--follow", action="store_true", help="wait for new events until Ctrl-C")
     events.add_argument("--json", action="store_true", help="print one JSON object a line")
     events.set_defaults(run=run_events)
+    gateway = commands.add_parser(
+        "gateway",
+        help="run one more gateway of a cluster",
+        # All arguments, --help too, are the gateway's: none begins with this character.
+        prefix_chars="\0",
+        add_help=False,
+    )
+    gateway.add_argument("arguments", nargs="*")
+    gateway.set_defaults(run=run_gateway)
     for parser in (scale, drain, down, events):
         add_server_option(parser)
         parser.set_defaults(usage_error=parser.error)
@@ -123,6 +135,15 @@ def _left(client: Client, worker: str) -> str | None:
         for sequence in status.sequences
     )
     return f"draining {worker}: {needing} sequence{'' if needing == 1 else 's'} left"
+
+
+def run_gateway(args: argparse.Namespace) -> int:
+    """Becomes ``python -m farshore.gateway``, which has the options."""
+    if importlib.util.find_spec("tokenizers") is None:
+        raise ModuleNotFoundError("the server is not installed", name="tokenizers")
+    # -P keeps the current directory, which may be a checkout, off sys.path.
+    command = [sys.executable, "-P", "-m", "farshore.gateway", *args.arguments]
+    os.execve(sys.executable, command, GATEWAY_ALLOCATOR | os.environ)
 
 
 def run_down(args: argparse.Namespace) -> int:

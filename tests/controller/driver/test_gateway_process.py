@@ -6,6 +6,7 @@ import signal
 import pytest
 
 from farshore import rpc
+from farshore.cluster_token import ClusterToken
 from farshore.controller.driver.gateway_process import GatewayProcess
 from farshore.errors import ModelError, StartupError
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
@@ -14,11 +15,17 @@ from farshore.model_spec import ModelSpec
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 
-NOTHING = dict(directory="grpc://127.0.0.1:1", controller="127.0.0.1:2")
+NOWHERE = dict(directory="grpc://127.0.0.1:1", controller="127.0.0.1:2")
 
 
 @pytest.fixture
-def gateway(harness, loop_thread):
+def token_file(tmp_path):
+    ClusterToken.make(tmp_path / "token")
+    return str(tmp_path / "token")
+
+
+@pytest.fixture
+def gateway(harness, loop_thread, token_file):
     """A gateway that finds an engine: a FakeEngine that an embedded directory lists."""
     directory = EmbeddedDirectory(clock=lambda: 0.0)
     with harness.engine(loop_thread) as engine:
@@ -28,10 +35,14 @@ def gateway(harness, loop_thread):
             service=pb.DESCRIPTOR.services_by_name["Directory"].full_name,
             listen="127.0.0.1:0",
             threads=8,
-            token=None,
+            token=ClusterToken.read(token_file),
         )
         made = GatewayProcess(
-            spec=ModelSpec(), listen="127.0.0.1:0", directory=f"grpc://{listed_at}", controller=listed_at
+            spec=ModelSpec(),
+            listen="127.0.0.1:0",
+            directory=f"grpc://{listed_at}",
+            controller=listed_at,
+            token_file=token_file,
         )
         yield made
         made.stop()
@@ -67,11 +78,11 @@ def test_a_requested_end(gateway):
     assert gateway.ended() is None
 
 
-def test_an_error_while_it_loads_is_told_before_it_is_asked_to_serve(tmp_path):
+def test_an_error_while_it_loads_is_told_before_it_is_asked_to_serve(tmp_path, token_file):
     template = tmp_path / "bad.jinja"
     template.write_text("{% for %}")
     spec = ModelSpec(chat_template=str(template))
-    gateway = GatewayProcess(spec=spec, listen="127.0.0.1:0", **NOTHING)
+    gateway = GatewayProcess(spec=spec, listen="127.0.0.1:0", **NOWHERE, token_file=token_file)
     try:
         _await_end(gateway)
         gateway._reported.wait()
