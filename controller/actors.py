@@ -24,7 +24,7 @@ from farshore.controller.gauges import Gauges, Sample
 from farshore.controller.listen import bracketed
 from farshore.controller.reconcile import Kind
 from farshore.ids import WorkerId
-from farshore.kvstore.directory.connect import open_directory
+from farshore.kvstore.directory.connect import check_token, open_directory
 from farshore.models.config.model import ModelConfig
 from farshore.workers.ending import Ending
 from farshore.workers.ending import Worker as EndingWorker
@@ -63,6 +63,7 @@ class _Worker:
         )
         self._token = ClusterToken.of_node(arguments.config.token_file)
         self._directory = open_directory(arguments.directory, token=self._token)
+        check_token(self._directory)
         self._drain_timeout_s = arguments.config.drain_timeout_s
 
     def _end_with(self, worker: EndingWorker) -> None:
@@ -181,6 +182,8 @@ class ControllerActor:
         state_folder: str,
     ) -> None:
         """``creator``: names the driver that starts the controller."""
+        # Ray asks for the actor's __repr__ also when this constructor raises.
+        self._listen = listen
         from farshore.controller.controller import Controller
 
         self._creator = creator
@@ -196,7 +199,7 @@ class ControllerActor:
         signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=self._end).start())
 
     def __repr__(self) -> str:
-        return f"controller at {self._controller.address}"
+        return f"controller at {self._listen}"
 
     def address(self) -> str:
         """The HOST:PORT of its gRPC services."""

@@ -6,6 +6,9 @@ Called by the driver's modules and by the controller. Each text completes "<name
 import re
 import signal
 
+NOT_STARTED = "could not start: "
+"""Precedes the error with which an actor's constructor ended."""
+
 
 def exit_in_words(code: int) -> str:
     """``code``: an exit code as ``subprocess`` reports it; negative: the number of the signal."""
@@ -24,6 +27,8 @@ def actor_end_in_words(error: Exception) -> str:
     named = f"(process {process[1]}) " if process else ""
     if "node has died" in text:
         return f"{named}ended with its node, which is lost"
+    if raised := re.search(r"farshore\.errors\.\w+: (.+?)(?:\\n|\n|$)", text):
+        return f"{named}{NOT_STARTED}" + raised[1].replace("\\'", "'")
     if "connection error code 2" in text:
         return f"{named}was killed, ran out of memory or crashed"
     detail = re.search(r"Worker exit detail: (.+?)(?:\. |$)", text)

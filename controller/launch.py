@@ -95,7 +95,8 @@ class RaySlots:
 
     def end_in_words(self, occupant: Occupant) -> str:
         detail = state.actors(occupant.actor) or {}
-        return actor_end_in_words(Exception(f"pid: {occupant.process_id} {detail.get('DeathCause', '')}"))
+        process_id = occupant.process_id or detail.get("Pid", 0)
+        return actor_end_in_words(Exception(f"pid: {process_id} {detail.get('DeathCause', '')}"))
 
 
 class RayLauncher(RaySlots):

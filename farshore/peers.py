@@ -124,7 +124,7 @@ class ProofCheck(grpc.ServerInterceptor):
         """The reason to refuse a call of ``path`` with the header ``given``, with the fix; None if it is
         valid. A valid one is refused when it is given again."""
         if given is None:
-            return "no proof of the cluster token: start this process with the cluster's --token-file"
+            return "the call proves no cluster token: start the caller with the cluster's --token-file"
         parts = given.split(".") if isinstance(given, str) else []
         try:
             time_us, nonce, proof = int(parts[0]), bytes.fromhex(parts[1]), bytes.fromhex(parts[2])

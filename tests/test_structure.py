@@ -131,6 +131,29 @@ def test_no_module_is_a_function_of_its_only_importer():
     assert small == {}
 
 
+MAKE_CONNECTIONS = {"insecure_channel", "secure_channel", "add_insecure_port", "add_secure_port"}
+MAY_MAKE_CONNECTIONS = {
+    "farshore/rpc.py",
+    # What clients connect to, and clients.
+    "farshore/gateway/api/server.py",
+    "farshore/client/sdk.py",
+    "farshore/benchmarks/faults/cluster.py",
+    "farshore/benchmarks/faults/sender.py",
+}
+
+
+def test_processes_of_a_cluster_connect_through_rpc():
+    """There each call proves the cluster token, and each server asks for it."""
+    found = {
+        name
+        for name, file in product_files().items()
+        if name.endswith(".py") and not name.endswith(GENERATED)
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in MAKE_CONNECTIONS
+    }
+    assert found == MAY_MAKE_CONNECTIONS
+
+
 def prose(file):
     """Comments and docstrings."""
     text = file.read_text()

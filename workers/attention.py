@@ -19,7 +19,7 @@ from grpc_health.v1 import health
 from farshore.attention_offload.base import ShardIdentity
 from farshore.attention_offload.shard.service import AttentionService, serve
 from farshore.attention_offload.transport.core_sharing import share_cores
-from farshore.cluster_token import VARIABLE, ClusterToken
+from farshore.cluster_token import ClusterToken
 from farshore.defaults import DRAIN_TIMEOUT_S
 from farshore.errors import InvalidRequest
 from farshore.ids import WorkerId
@@ -102,10 +102,8 @@ def main() -> None:
     parser.add_argument("--threads", default=1, type=int, metavar="N")
     parser.add_argument(
         "--token-file",
-        default=os.environ.get(VARIABLE),
         metavar="FILE",
-        help=f"the cluster's token, which engines must prove (default: ${VARIABLE}, else none, which is "
-        "allowed on a loopback address only)",
+        help="the cluster's token, which engines must prove (default: none, on a loopback address only)",
     )
     parser.add_argument(
         "--drain-timeout",

@@ -47,6 +47,9 @@ MAX_UNPROVEN = 64
 """Connections in their handshake. A further one takes the place of the oldest, so that strangers who connect
 and send nothing keep no engine out. A handshake takes about a millisecond."""
 
+BACKLOG = 1024
+"""Connections that wait to be accepted. A further one to a Unix socket is refused at once."""
+
 HANDSHAKE_DEADLINE_S = 5.0
 ACCEPT_RETRY_S = 0.1
 """After an error of the system, such as too many open files, for which the listener stays readable."""
@@ -74,7 +77,7 @@ class FrameListener:
         self._unix = socket.socket(socket.AF_UNIX)
         self.unix_name = f"farshore-{os.getpid()}-{secrets.token_hex(8)}"
         self._unix.bind(f"\0{self.unix_name}")
-        self._unix.listen()
+        self._unix.listen(BACKLOG)
         self._tcp = _listen(host)
         self.tcp_address: tuple[str, int] = self._tcp.getsockname()[:2]
         self._stop_sender, self._stop_receiver = socket.socketpair()
@@ -190,7 +193,7 @@ def _listen(host: str) -> socket.socket:
         found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, *_, address = found[0]
         both = host == "::" and socket.has_dualstack_ipv6()
-        return socket.create_server(address[:2], family=family, dualstack_ipv6=both)
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except OSError as error:
         raise InvalidRequest(
             f"cannot listen on {host!r} for TCP frames: {error}; give an address of this host"

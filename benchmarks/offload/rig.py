@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from itertools import count, pairwise
 from time import monotonic
 
-import grpc
 import torch
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from farshore.kvstore.store.tail import Tail
 from farshore.models.llama import Llama
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
+from farshore.rpc import channel
 from farshore.workers.engine.decode.step import LayerLoop, LocalKV
 
 EPOCH = Epoch(1)
@@ -45,9 +45,9 @@ def delayed(address: str, attention: AttentionModel, dtype: torch.dtype, delay_s
     """Starts a proxy that delays all bytes to and from the worker at ``address``, which listens on NEAR, by
     ``delay_s`` each way. Yields the proxy's address."""
     port = int(address.rpartition(":")[2])
-    with grpc.insecure_channel(address) as channel:
+    with channel(address, None) as worker:
         request = pb.ConnectRequest(open=codec.model_to_pb(attention, dtype))
-        offer = pb_grpc.AttentionStub(channel).Connect(request, timeout=CALL_DEADLINE_S)
+        offer = pb_grpc.AttentionStub(worker).Connect(request, timeout=CALL_DEADLINE_S)
     with proxy(listen=FAR, target=NEAR, ports=[port, offer.tcp_port], delay_s=delay_s):
         yield f"{FAR}:{port}"
 

@@ -27,7 +27,7 @@ from farshore.controller.driver import finding, ray_access
 from farshore.controller.driver.gateway_process import GatewayProcess
 from farshore.controller.driver.ray_runtime import RayRuntime
 from farshore.controller.events import ClusterEvent
-from farshore.controller.exits import actor_end_in_words
+from farshore.controller.exits import NOT_STARTED, actor_end_in_words
 from farshore.controller.reconcile import KINDS, Kind
 from farshore.errors import (
     FarshoreError,
@@ -35,6 +35,7 @@ from farshore.errors import (
     ProcessEnded,
     StartupError,
     TransportError,
+    Unauthenticated,
 )
 from farshore.kvstore.directory.base import Directory, WorkerRecord
 from farshore.kvstore.directory.connect import open_directory
@@ -47,6 +48,9 @@ POLL_S = 0.5
 
 START_DEADLINE_S = 120.0
 """For the controller's process to answer its first call."""
+
+FAILURES_S = 2.0
+"""How often the driver asks whether workers failed to start."""
 
 START_POLL_S = 0.1
 """How often the driver looks for the workers while they start."""
@@ -256,7 +260,7 @@ class Cluster:
         if self._is_found:
             counts = {kind: min(count, 1) for kind, count in counts.items()}
         config = replace(self._config, dense_workers=counts["dense"], attention_workers=counts["attention"])
-        began_s = time.monotonic()
+        began_s, began_unix_s, look_s = time.monotonic(), time.time(), 0.0
         told = ""
         # A private Ray has one node; nodes of a joined Ray may still come.
         if config.ray_address is None and (problem := self._problem(free=False)):
@@ -272,6 +276,9 @@ class Cluster:
             ready = sum(record.state == "serving" and record.shards >= needed for record in dense)
             if placed and ready >= config.dense_workers:
                 return records
+            if not placed and waited_s >= look_s:
+                look_s = waited_s + FAILURES_S
+                self._check_starts(since_s=began_unix_s)
             for record in dense:
                 if record.state == "failed":
                     raise ModelError(record.failure)
@@ -283,6 +290,12 @@ class Cluster:
             told = _told(progress, told, config, dense if placed else [])
             self._stopped.wait(START_POLL_S)
 
+    def _check_starts(self, *, since_s: float) -> None:
+        """Raises StartupError if a worker could not start, because of its options or its node's token."""
+        for event in self._events():
+            if event.kind == "lost" and event.unix_s >= since_s and NOT_STARTED in event.detail:
+                raise StartupError(f"{event.subject} {event.detail}")
+
     def _problem(self, *, free: bool) -> str | None:
         return self._ask_controller("problem", free=free)
 
@@ -290,6 +303,8 @@ class Cluster:
         assert self._directory is not None
         try:
             return self._directory.listing().workers
+        except Unauthenticated as error:
+            raise StartupError(str(error)) from error
         except TransportError:
             return ()  # The controller restarts.
 

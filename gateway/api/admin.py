@@ -65,6 +65,13 @@ class AdminProxy:
         """Ends a call with the controller's refusal, or with UNAVAILABLE if the controller did not answer."""
         if error.code() in _PASSED_ON:
             await context.abort(error.code(), shortened(error.details() or "", ERROR_MESSAGE_CHARS))
+        if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+            # The gateway's fault, not its client's.
+            details = shortened(error.details() or "", ERROR_MESSAGE_CHARS)
+            await context.abort(
+                grpc.StatusCode.UNAVAILABLE,
+                f"the controller at {self._address} refuses this gateway: {details}",
+            )
         await context.abort(
             grpc.StatusCode.UNAVAILABLE,
             f"the controller at {self._address} does not answer ({error.code().name}): status is unknown and "

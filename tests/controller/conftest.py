@@ -188,6 +188,22 @@ def ray_address():
 
 
 @pytest.fixture
+def start_ray():
+    """start_ray() -> (the address of a Ray with this process's environment, its token's file). Request this
+    fixture after `marked`, so that it has ended when leftovers are checked."""
+    heads = []
+
+    def start():
+        port = str(free_port())
+        heads.append(start_node("--head", "--include-dashboard=false", "--port", port))
+        return f"127.0.0.1:{port}", token_file()
+
+    yield start
+    for head in heads:
+        head.end(signal.SIGTERM)
+
+
+@pytest.fixture
 def two_nodes():
     """(address of a Ray, the Background of its second node, the second's metrics port): 127.0.0.2 and
     127.0.0.3 of this machine."""
