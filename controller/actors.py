@@ -23,10 +23,8 @@ from farshore.controller.config import ClusterConfig
 from farshore.controller.gauges import Gauges, Sample
 from farshore.controller.listen import bracketed
 from farshore.controller.reconcile import Kind
-from farshore.errors import FarshoreError, Unauthenticated
 from farshore.ids import WorkerId
-from farshore.kvstore.directory.base import Directory
-from farshore.kvstore.directory.connect import open_directory
+from farshore.kvstore.directory.connect import check_token, open_directory
 from farshore.models.config.model import ModelConfig
 from farshore.workers.ending import Ending
 from farshore.workers.ending import Worker as EndingWorker
@@ -65,7 +63,7 @@ class _Worker:
         )
         self._token = ClusterToken.of_node(arguments.config.token_file)
         self._directory = open_directory(arguments.directory, token=self._token)
-        _check_token(self._directory)
+        check_token(self._directory)
         self._drain_timeout_s = arguments.config.drain_timeout_s
 
     def _end_with(self, worker: EndingWorker) -> None:
@@ -85,17 +83,6 @@ class _Worker:
 def _usable_cores() -> int:
     """The cores that this process may use: of its affinity, and of its container's quota."""
     return max(1, min(len(os.sched_getaffinity(0)), int(get_num_cpus(override_docker_cpu_warning=True))))
-
-
-def _check_token(directory: Directory) -> None:
-    """Raises Unauthenticated, which ends the actor and is told as its end, if the directory refuses this
-    node's token. A directory that does not answer is asked again by the worker's lease."""
-    try:
-        directory.listing()
-    except Unauthenticated:
-        raise
-    except FarshoreError:
-        return
 
 
 class AttentionActor(_Worker):

@@ -25,7 +25,7 @@ from farshore.gateway.limits import Limits
 from farshore.gateway.served import Served
 from farshore.interpreter import share_interpreter
 from farshore.kvstore.directory.base import Directory
-from farshore.kvstore.directory.connect import open_directory
+from farshore.kvstore.directory.connect import check_token, open_directory
 from farshore.model_spec import ModelSpec
 
 LOOK_S = 0.2
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         token = ClusterToken.read(args.token_file) if args.token_file else None
         directory = open_directory(args.directory, token=token)
+        check_token(directory)
         controller = args.controller or _controller_at(args.directory)
         spec = args.spec or _announced_spec(directory, args.wait)
         served = Served.load(ModelSpec.from_json(spec))

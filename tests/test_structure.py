@@ -132,14 +132,13 @@ def test_no_module_is_a_function_of_its_only_importer():
 
 
 MAKE_CONNECTIONS = {"insecure_channel", "secure_channel", "add_insecure_port", "add_secure_port"}
-MAY_MAKE_CONNECTIONS = {
+MAY_MAKE_CONNECTIONS = (
     "farshore/rpc.py",
     # What clients connect to, and clients.
     "farshore/gateway/api/server.py",
-    "farshore/client/sdk.py",
-    "farshore/benchmarks/faults/cluster.py",
-    "farshore/benchmarks/faults/sender.py",
-}
+    "farshore/client/",
+    "farshore/benchmarks/faults/",
+)
 
 
 def test_processes_of_a_cluster_connect_through_rpc():
@@ -151,7 +150,8 @@ def test_processes_of_a_cluster_connect_through_rpc():
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Attribute) and node.attr in MAKE_CONNECTIONS
     }
-    assert found == MAY_MAKE_CONNECTIONS
+    assert "farshore/rpc.py" in found
+    assert {name for name in found if not name.startswith(MAY_MAKE_CONNECTIONS)} == set()
 
 
 def prose(file):

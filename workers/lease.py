@@ -5,11 +5,14 @@ and gives nothing up, because of it. It must not know what the worker does.
 """
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable
 
-from farshore.errors import FarshoreError
+from farshore.errors import FarshoreError, Unauthenticated
 from farshore.kvstore.directory.base import RENEW_S, Directory, Listing, WorkerRecord
+
+_LOG = logging.getLogger(__name__)
 
 
 class Lease:
@@ -41,9 +44,16 @@ class Lease:
             self._directory.withdraw(self._record().worker)
 
     def _keep(self) -> None:
+        is_refused = False
         while not self._ended.is_set():
-            with contextlib.suppress(FarshoreError):
+            try:
                 self._directory.renew(self._record())
                 if self._heard is not None:
                     self._heard(self._directory.listing())
+                is_refused = False
+            except FarshoreError as error:
+                # Other errors pass: this one waits for an operator.
+                if isinstance(error, Unauthenticated) and not is_refused:
+                    _LOG.warning("this worker is not listed any more: %s", error)
+                is_refused = isinstance(error, Unauthenticated)
             self._ended.wait(self._period_s)

@@ -7,7 +7,7 @@ secret: it names files that hold them.
 from urllib.parse import urlsplit
 
 from farshore.cluster_token import ClusterToken
-from farshore.errors import InvalidRequest
+from farshore.errors import FarshoreError, InvalidRequest, Unauthenticated
 from farshore.kvstore.directory.base import Directory, DurableDirectory
 from farshore.kvstore.directory.redis import address
 from farshore.kvstore.directory.remote import RemoteDirectory
@@ -35,3 +35,14 @@ def open_redis(url: str) -> DurableDirectory:
     except ModuleNotFoundError as error:
         raise InvalidRequest(f"{place}: install the redis package: pip install redis") from error
     return RedisDirectory(place)
+
+
+def check_token(directory: Directory) -> None:
+    """Raises Unauthenticated if the directory refuses this process's token: then it is the fault of a file,
+    and asking again does not help. A directory that does not answer passes."""
+    try:
+        directory.listing()
+    except Unauthenticated:
+        raise
+    except FarshoreError:
+        return

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from farshore.errors import TransportError
+from farshore.errors import TransportError, Unauthenticated
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import WorkerRecord
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
@@ -28,12 +28,15 @@ class Directory(EmbeddedDirectory):
     def __init__(self):
         super().__init__()
         self.away = False
+        self.refuses = False
         self.tried = threading.Semaphore(0)
 
     def renew(self, record):
         self.tried.release()
         if self.away:
             raise TransportError("the directory: UNAVAILABLE")
+        if self.refuses:
+            raise Unauthenticated("the directory: the call's time is 40 s behind")
         super().renew(record)
 
     def await_renewals(self, count):
@@ -64,3 +67,17 @@ def test_a_directory_that_is_away_is_asked_again(directory):
     directory.await_renewals(2)
     assert directory.listing().workers == (RECORD,)
     lease.end()
+
+
+def test_a_refusal_is_logged_once(directory, caplog):
+    """It lasts until an operator mends the clock or the token, and takes the worker off the list."""
+    directory.refuses = True
+    lease = Lease(directory, lambda: RECORD, period_s=0.01)
+    directory.await_renewals(4)
+    directory.refuses = False
+    directory.await_renewals(2)
+    assert directory.listing().workers == (RECORD,)
+    lease.end()
+    assert [record.message for record in caplog.records] == [
+        "this worker is not listed any more: the directory: the call's time is 40 s behind"
+    ]
