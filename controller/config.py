@@ -39,7 +39,15 @@ MOST_SPECULATED = 16
 """Each guessed token is a row of the step; more than these cost more than they can save."""
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
-_OF_ONE_DRIVER = {"dense_workers", "attention_workers", "host", "port", "ray_address", "dashboard"}
+_OF_ONE_DRIVER = {
+    "dense_workers",
+    "attention_workers",
+    "host",
+    "port",
+    "ray_address",
+    "token_file",
+    "dashboard",
+}
 """Fields in which two drivers of one cluster may differ."""
 
 

@@ -123,6 +123,11 @@ class _Lines:
         assert found, f"{pattern!r} is not in {self._seen}"
         return found
 
+    def find(self, pattern):
+        """The match in the lines so far, or None."""
+        with self._more:
+            return self._find(pattern)
+
     def _find(self, pattern):
         return next((m for line in self._seen if (m := re.search(pattern, line))), None)
 
@@ -245,6 +250,9 @@ def serve(marked):
     def start(*options):
         server = marked.start("serve", "--port", "0", *options)
         started.append(server)
+        # Its end without an address is an error of its own, which tells why.
+        server.err.await_match("starting the gateway|farshore: error: .*")
+        assert (found := server.err.find("farshore: error: .*")) is None, found[0]
         return server, server.out.await_match(r"serves \S+ at (\S+)")[1]
 
     yield start
