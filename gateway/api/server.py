@@ -24,6 +24,7 @@ from farshore.gateway.engines.discovery import EngineDiscovery
 from farshore.gateway.engines.engine_client import GrpcEngineClient
 from farshore.gateway.engines.health import EngineHealth
 from farshore.gateway.limits import Limits
+from farshore.gateway.requests.intake import Intake
 from farshore.gateway.requests.log import RequestLog
 from farshore.gateway.served import Served
 from farshore.interpreter import make_nicer
@@ -125,12 +126,7 @@ async def create(
     )
     controller_channel = grpc.aio.insecure_channel(controller, options=rpc.OPTIONS)
     discovery = EngineDiscovery(engine_client, controller_channel)
-    service = InferenceService(
-        served=served,
-        log=log,
-        limits=limits,
-        clock=clock,
-    )
+    service = InferenceService(Intake(served=served, log=log, limits=limits, clock=clock))
     operators = AdminProxy(controller_channel, controller, limits)
     server.add_generic_rpc_handlers((service.handler(), operators.handler()))
     health_pb2_grpc.add_HealthServicer_to_server(health_state, server)

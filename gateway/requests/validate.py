@@ -1,6 +1,6 @@
 """Validates and tokenizes a client's request: makes the job that an engine runs, or raises InvalidRequest.
 
-Called by ``api.service`` for each new request, so that requests are refused before an engine allocates
+Called by ``intake`` for each new request, so that requests are refused before an engine allocates
 memory; only the pool's size is checked by the engine. Each refusal names the limit and the fix. Must not know
 about gRPC calls, and must never log a prompt.
 """
@@ -46,12 +46,13 @@ def has_prompt(request: api.GenerateRequest) -> bool:
     return request.WhichOneof("prompt") is not None
 
 
-def check_cheap(request: api.GenerateRequest, served: Served, limits: Limits) -> None:
-    """The checks that need no tokenizing. Raises InvalidRequest, or ModelError for an unknown model."""
+def check_cheap(request: api.GenerateRequest, served: Served, limits: Limits, *, default_tokens: int) -> None:
+    """The checks that need no tokenizing. ``default_tokens``: of a request without max_tokens. Raises
+    InvalidRequest, or ModelError for an unknown model."""
     _check_model(request.model, served)
     sampling_limits.check(request.sampling, vocab=served.config.vocab, limits=limits)
     most = limits.request_values_for(served.config.max_positions)
-    if (asked := values(request.sampling, limits)) > most:
+    if (asked := values(request.sampling, default_tokens=default_tokens)) > most:
         raise InvalidRequest(
             f"n * max_tokens * (1 + logprobs) is {asked}: a request may ask for at most {most} tokens and "
             "alternatives together; lower one of the three"
@@ -70,15 +71,19 @@ def check_request_id(request: api.GenerateRequest, limits: Limits) -> None:
         raise InvalidRequest("resume_from needs the request_id of the request to go on with")
 
 
-def values(sampling: api.Sampling, limits: Limits) -> int:
-    """Tokens and alternatives that a request may produce: the size of its events in the request log."""
-    max_tokens = sampling.max_tokens if sampling.HasField("max_tokens") else limits.default_max_tokens
+def values(sampling: api.Sampling, *, default_tokens: int) -> int:
+    """Tokens and alternatives that a request may produce: the size of its events in the request log.
+    ``default_tokens``: of a request without max_tokens."""
+    max_tokens = sampling.max_tokens if sampling.HasField("max_tokens") else default_tokens
     return (sampling.n or 1) * max_tokens * (1 + sampling.logprobs)
 
 
-def prepare(request: api.GenerateRequest, served: Served, limits: Limits, *, sequence_id: str) -> Job:
+def prepare(
+    request: api.GenerateRequest, served: Served, limits: Limits, *, sequence_id: str, default_tokens: int
+) -> Job:
     """Tokenizes the prompt, checks lengths and makes the job. Slow for long prompts: call it in a thread. It
-    never holds the interpreter's lock for long. Raises InvalidRequest."""
+    never holds the interpreter's lock for long. ``default_tokens``: of a request without max_tokens, lowered
+    to the positions that are left. Raises InvalidRequest."""
     asked = request.sampling
     message = cluster.SequenceRequest(sequence_id=sequence_id, epoch=FIRST_EPOCH)
     _add_prompt(message, request, served, limits)
@@ -87,7 +92,7 @@ def prepare(request: api.GenerateRequest, served: Served, limits: Limits, *, seq
     count = len(message.prompt)
     sampling = message.sampling
     sampling.CopyFrom(asked)
-    sampling.max_tokens = _max_tokens(count, asked, served, limits)
+    sampling.max_tokens = _max_tokens(count, asked, served, default_tokens)
     sampling.n = asked.n or 1
     if not asked.HasField("seed"):
         sampling.seed = secrets.randbits(64)
@@ -179,7 +184,7 @@ def _check_token_ids(ids: Sequence[int], served: Served) -> None:
             )
 
 
-def _max_tokens(prompt_tokens: int, sampling: api.Sampling, served: Served, limits: Limits) -> int:
+def _max_tokens(prompt_tokens: int, sampling: api.Sampling, served: Served, default_tokens: int) -> int:
     max_positions = served.config.max_positions
     left = max_positions - prompt_tokens
     if left < 1:
@@ -188,7 +193,7 @@ def _max_tokens(prompt_tokens: int, sampling: api.Sampling, served: Served, limi
             f"shorten the prompt to at most {max_positions - 1} tokens"
         )
     if not sampling.HasField("max_tokens"):
-        return min(limits.default_max_tokens, left)
+        return min(default_tokens, left)
     if sampling.max_tokens > left:
         raise InvalidRequest(
             f"prompt of {prompt_tokens} tokens + max_tokens {sampling.max_tokens} is more than the model's "
