@@ -76,14 +76,14 @@ large fails again, so the error is not Overloaded."""
 MOST_MESSAGE = 2_000
 """Characters of an error's message: it travels in a trailer, and gRPC limits trailers to a few KiB."""
 
-_FREE_BYTES = "farshore-free-bytes"
+FREE_BYTES = "farshore-free-bytes"
 """Trailing metadata of Full: distinguishes it from Overloaded, and carries ``free_bytes``."""
 
 
 def status_of(error: Exception) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
     """(code, message, trailing metadata) for an error that a servicer raised. An exception that is not a
     FarshoreError is a bug in the servicer: INTERNAL, with the exception's type and the start of its text."""
-    trailing = ((_FREE_BYTES, str(error.free_bytes)),) if isinstance(error, errors.Full) else ()
+    trailing = ((FREE_BYTES, str(error.free_bytes)),) if isinstance(error, errors.Full) else ()
     for kind, code in _CODES:
         if isinstance(error, kind):
             return code, shortened(str(error), MOST_MESSAGE), trailing
@@ -138,7 +138,7 @@ def error_of(failure: grpc.RpcError, *, peer: str) -> errors.FarshoreError:
     """The FarshoreError to raise, chained, for a failed call. ``peer``: the called server, for messages."""
     code, message = failure.code(), failure.details() or "no details"
     trailing = dict(failure.trailing_metadata() or ())
-    free_bytes = str(trailing.get(_FREE_BYTES, ""))
+    free_bytes = str(trailing.get(FREE_BYTES, ""))
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED and free_bytes.isdecimal():
         return errors.Full(message, free_bytes=int(free_bytes))
     return error_of_status(code, message, peer=peer)

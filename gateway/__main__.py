@@ -64,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--listen", required=True, metavar="HOST:PORT", help="port 0: any free one")
     parser.add_argument(
+        "--http", metavar="HOST:PORT", help="listen for the OpenAI-compatible HTTP API too; port 0: any free"
+    )
+    parser.add_argument(
         "--engine",
         metavar="HOST:PORT",
         help="address of the dense worker (default: the first line of stdin, read when all else is ready)",
@@ -81,6 +84,7 @@ async def _serve(served: Served, engine: str, args: argparse.Namespace) -> None:
     gateway = await create(
         served,
         listen=args.listen,
+        http=args.http,
         engine=engine,
         controller=args.controller,
         limits=Limits(max_live_requests=args.max_live_requests),
@@ -89,7 +93,7 @@ async def _serve(served: Served, engine: str, args: argparse.Namespace) -> None:
         if _stdin_ended():
             raise StartupError(f"stdin is closed; {_STDIN_ADVICE}")
         _watch_parent(lambda: loop.call_soon_threadsafe(stop.set))
-        _report({"address": gateway.address})
+        _report({"address": gateway.address, "http": gateway.http_address})
         await stop.wait()
     finally:
         await gateway.stop()

@@ -4,9 +4,7 @@ Called by ``__main__``, and by tests within their process. Must not know about p
 """
 
 import asyncio
-import errno
 import functools
-import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +14,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from farshore import rpc
-from farshore.errors import InvalidRequest, PortInUse
 from farshore.gateway.api import admin
 from farshore.gateway.api.admin import AdminProxy
+from farshore.gateway.api.http import HttpListener
+from farshore.gateway.api.listening import bind_error, split_address
+from farshore.gateway.api.openai.endpoints import Endpoints
 from farshore.gateway.api.service import InferenceService
 from farshore.gateway.engines.discovery import EngineDiscovery
 from farshore.gateway.engines.engine_client import GrpcEngineClient
@@ -43,6 +43,7 @@ class Gateway:
         self,
         *,
         address: str,
+        listener: HttpListener | None,
         server: grpc.aio.Server,
         health_state: health.aio.HealthServicer,
         log: RequestLog,
@@ -53,6 +54,8 @@ class Gateway:
         limits: Limits,
     ) -> None:
         self.address = address
+        self.http_address = listener.address if listener is not None else None
+        self._listener = listener
         self._server = server
         self._health = health_state
         self._log = log
@@ -79,6 +82,8 @@ class Gateway:
         # The log is closed first, which ends its readers, so that the server has no calls to wait for.
         await self._log.close()
         await self._server.stop(self._limits.shutdown_s)
+        if self._listener is not None:
+            await self._listener.stop(self._limits.shutdown_s)
         for task in self._watching:
             task.cancel()
         await asyncio.wait(self._watching)
@@ -94,9 +99,11 @@ async def create(
     engine: str,
     controller: str,
     limits: Limits | None = None,
+    http: str | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Gateway:
-    """Starts a gateway on the running event loop. ``listen``: HOST:PORT, port 0 for any free one. ``engine``
+    """Starts a gateway on the running event loop. ``listen``, of gRPC, and ``http``, of HTTP (None: off):
+    HOST:PORT, port 0 for any free one. ``engine``
     and ``controller``: their addresses; neither must answer yet. The gateway's health follows the engine's.
 
     Raises PortInUse, or InvalidRequest, if the gateway can't listen on ``listen``.
@@ -126,7 +133,8 @@ async def create(
     )
     controller_channel = grpc.aio.insecure_channel(controller, options=rpc.OPTIONS)
     discovery = EngineDiscovery(engine_client, controller_channel)
-    service = InferenceService(Intake(served=served, log=log, limits=limits, clock=clock))
+    intake = Intake(served=served, log=log, limits=limits, clock=clock)
+    service = InferenceService(intake)
     operators = AdminProxy(controller_channel, controller, limits)
     server.add_generic_rpc_handlers((service.handler(), operators.handler()))
     health_pb2_grpc.add_HealthServicer_to_server(health_state, server)
@@ -135,8 +143,20 @@ async def create(
     )
     await engine_health.probe()
     await server.start()
+    listener = None
+    if http is not None:
+        endpoints = Endpoints(
+            intake,
+            problem=lambda: engine_health.problem,
+            in_thread=functools.partial(asyncio.get_running_loop().run_in_executor, tokenizing),
+        )
+        listener = HttpListener(
+            endpoints.application(), listen=http, most_connections=limits.max_readers + limits.other_calls
+        )
+        await listener.start()
     return Gateway(
         address=f"{host}:{port}",
+        listener=listener,
         server=server,
         health_state=health_state,
         log=log,
@@ -160,36 +180,8 @@ def _options(message_bytes: int) -> list[tuple[str, int]]:
     return list((dict(rpc.OPTIONS) | changed).items())
 
 
-def split_address(address: str) -> tuple[str, int]:
-    """(host, port) of HOST:PORT; the brackets around an IPv6 host are kept. Raises InvalidRequest."""
-    host, colon, port = address.rpartition(":")
-    if not (colon and host and port.isascii() and port.isdigit() and int(port) <= 65535):
-        raise InvalidRequest(f"{address!r} is no address: use HOST:PORT, such as 127.0.0.1:50051")
-    return host, int(port)
-
-
 def _bind(server: grpc.aio.Server, listen: str) -> int:
     try:
         return server.add_insecure_port(listen)
     except RuntimeError as error:
-        raise _bind_error(listen) from error
-
-
-def _bind_error(listen: str) -> InvalidRequest:
-    """The reason why ``listen`` can't be bound, found by binding a socket: gRPC does not report it."""
-    host, port = split_address(listen)
-    try:
-        family, kind, *_, address = socket.getaddrinfo(
-            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            probe.listen(1)
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            why = error.strerror or error
-            return InvalidRequest(f"cannot listen on {listen}: {why}; use another --host")
-    return PortInUse(
-        f"port {port} on {host} is taken: stop what listens there, or choose another --port (0: any)"
-    )
+        raise bind_error(listen) from error

@@ -49,7 +49,7 @@ def has_prompt(request: api.GenerateRequest) -> bool:
 def check_cheap(request: api.GenerateRequest, served: Served, limits: Limits, *, default_tokens: int) -> None:
     """The checks that need no tokenizing. ``default_tokens``: of a request without max_tokens. Raises
     InvalidRequest, or ModelError for an unknown model."""
-    _check_model(request.model, served)
+    check_model(request.model, served)
     sampling_limits.check(request.sampling, vocab=served.config.vocab, limits=limits)
     most = limits.request_values_for(served.config.max_positions)
     if (asked := values(request.sampling, default_tokens=default_tokens)) > most:
@@ -86,7 +86,9 @@ def prepare(
     to the positions that are left. Raises InvalidRequest."""
     asked = request.sampling
     message = cluster.SequenceRequest(sequence_id=sequence_id, epoch=FIRST_EPOCH)
-    _add_prompt(message, request, served, limits)
+    ids = _ids(request, served, limits)
+    for first in range(0, len(ids), _CHUNK):
+        message.prompt.extend(ids[first : first + _CHUNK])
     if not message.prompt:
         raise InvalidRequest("the prompt is empty: send at least one token")
     count = len(message.prompt)
@@ -112,7 +114,19 @@ def prepare(
     )
 
 
-def _check_model(name: str, served: Served) -> None:
+def tokens_of(
+    request: api.GenerateRequest, served: Served, limits: Limits, *, special: bool
+) -> Sequence[int]:
+    """The token ids of a prompt that is not to be run. ``special``: add the special tokens that the tokenizer
+    puts around a text; a chat's are the template's. Slow for long prompts, as :func:`prepare`. Raises
+    InvalidRequest."""
+    check_model(request.model, served)
+    _check_prompt(request, served, limits)
+    return _ids(request, served, limits, special=special)
+
+
+def check_model(name: str, served: Served) -> None:
+    """Raises ModelError unless ``name`` is a name of the served model, or empty."""
     names = served.spec.names
     if name and name not in names:
         raise ModelError(
@@ -154,25 +168,23 @@ def _most_chars(served: Served, limits: Limits) -> int:
     return served.config.max_positions * limits.chars_per_position
 
 
-def _add_prompt(
-    message: cluster.SequenceRequest, request: api.GenerateRequest, served: Served, limits: Limits
-) -> None:
+def _ids(
+    request: api.GenerateRequest, served: Served, limits: Limits, *, special: bool = True
+) -> Sequence[int]:
     kind = request.WhichOneof("prompt")
     if kind == "tokens":
-        _check_token_ids(request.tokens.ids, served)
-        message.prompt.MergeFrom(request.tokens.ids)
-        return
-    if kind == "text":
-        ids = served.tokenizer.encode(request.text)
+        ids: Sequence[int] = request.tokens.ids
+    elif kind == "text":
+        ids = served.tokenizer.encode(request.text, add_special_tokens=special)
     else:
         ids = served.chat.encode(chat.conversation(request.chat), most_chars=_most_chars(served, limits))
     # A tokenizer may know more tokens than the model, such as one added for padding.
-    _check_token_ids(ids, served)
-    for first in range(0, len(ids), _CHUNK):
-        message.prompt.extend(ids[first : first + _CHUNK])
+    check_token_ids(ids, served)
+    return ids
 
 
-def _check_token_ids(ids: Sequence[int], served: Served) -> None:
+def check_token_ids(ids: Sequence[int], served: Served) -> None:
+    """Raises InvalidRequest for an id that the model does not have."""
     vocab = served.config.vocab
     for first in range(0, len(ids), _CHUNK):
         chunk = ids[first : first + _CHUNK]
