@@ -47,8 +47,9 @@ class Sampling:
     """Field names, meanings and defaults are those of the message. The defaults change nothing.
 
     An engine gets ``max_tokens`` and ``seed`` as numbers, and ``stop_token_ids`` with the model's own end
-    tokens in it: the gateway has resolved them. The gateway also applies ``stop`` and ``ignore_eos`` itself,
-    since it has the tokenizer. ``workers/engine/decode/sampler.py`` says in which order the others apply.
+    tokens in it: the gateway has resolved them. The gateway applies ``stop``, ``ignore_eos``,
+    ``skip_special_tokens`` and ``include_stop_str`` itself, since it has the tokenizer.
+    ``workers/engine/decode/sampler.py`` says in which order the others apply.
     """
 
     max_tokens: int = 256
@@ -80,6 +81,10 @@ class Sampling:
     """A completion ends with any of these tokens."""
     ignore_eos: bool = False
     """Continue to ``max_tokens`` past the model's end tokens."""
+    skip_special_tokens: bool = True
+    """False: the names of special tokens are part of the text; not those that end the answer."""
+    include_stop_str: bool = False
+    """The text ends with the stop string instead of before it."""
 
     @classmethod
     def from_message(cls, message: Any) -> Self:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x66\x61rshore/proto/inference.proto\x12\x15\x66\x61rshore.inference.v1\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\xdc\x01\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x14\n\x07\x63ontent\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x12\n\ntext_parts\x18\x03 \x03(\t\x12\x33\n\ntool_calls\x18\x04 \x03(\x0b\x32\x1f.farshore.inference.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\x12\x0c\n\x04name\x18\x06 \x01(\t\x12\x1e\n\x11reasoning_content\x18\x07 \x01(\tH\x01\x88\x01\x01\x42\n\n\x08_contentB\x14\n\x12_reasoning_content\"\xc1\x01\n\x04\x43hat\x12\x30\n\x08messages\x18\x01 \x03(\x0b\x32\x1e.farshore.inference.v1.Message\x12\r\n\x05tools\x18\x02 \x03(\t\x12\x1a\n\x12template_arguments\x18\x03 \x01(\t\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x05 \x01(\x08\x42\x18\n\x16_add_generation_prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xde\x04\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x12\x12\n\x05top_k\x18\x06 \x01(\rH\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x07 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\t \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\n \x01(\x02H\x08\x88\x01\x01\x12\x42\n\nlogit_bias\x18\x0b \x03(\x0b\x32..farshore.inference.v1.Sampling.LogitBiasEntry\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\t\x88\x01\x01\x12\x0e\n\x01n\x18\x0f \x01(\rH\n\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobsB\x04\n\x02_n\"\x8a\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x1b.farshore.inference.v1.ChatH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x31\n\x06tokens\x18\x04 \x01(\x0b\x32\x1f.farshore.inference.v1.TokenIdsH\x00\x12\x31\n\x08sampling\x18\x05 \x01(\x0b\x32\x1f.farshore.inference.v1.Sampling\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x13\n\x0bresume_from\x18\x07 \x01(\r\x12\x12\n\ncache_salt\x18\x08 \x01(\tB\x08\n\x06prompt\"5\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\"<\n\x0fPrefillProgress\x12\x13\n\x0b\x64one_tokens\x18\x01 \x01(\r\x12\x14\n\x0ctotal_tokens\x18\x02 \x01(\r\">\n\x0b\x41lternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0c\n\x04text\x18\x03 \x01(\t\"\x99\x01\n\x05Token\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x04 \x01(\r\x12\x14\n\x07logprob\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12/\n\x03top\x18\x06 \x03(\x0b\x32\".farshore.inference.v1.AlternativeB\n\n\x08_logprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"P\n\x07Timings\x12\x11\n\tqueued_ms\x18\x01 \x01(\x01\x12\x0f\n\x07ttft_ms\x18\x02 \x01(\x01\x12\x0f\n\x07tpot_ms\x18\x03 \x01(\x01\x12\x10\n\x08total_ms\x18\x04 \x01(\x01\"I\n\x08ShardUse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\nprocess_id\x18\x02 \x01(\r\x12\x16\n\x0e\x61ttended_bytes\x18\x03 \x01(\x04\"_\n\nCompletion\x12\x33\n\x06reason\x18\x01 \x01(\x0e\x32#.farshore.inference.v1.FinishReason\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\"\xcd\x01\n\x08\x46inished\x12\x32\n\x07\x63hoices\x18\x01 \x03(\x0b\x32!.farshore.inference.v1.Completion\x12+\n\x05usage\x18\x02 \x01(\x0b\x32\x1c.farshore.inference.v1.Usage\x12/\n\x07timings\x18\x03 \x01(\x0b\x32\x1e.farshore.inference.v1.Timings\x12/\n\x06shards\x18\x04 \x03(\x0b\x32\x1f.farshore.inference.v1.ShardUse\"\xeb\x01\n\rGenerateEvent\x12\x33\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1f.farshore.inference.v1.AcceptedH\x00\x12\x39\n\x07prefill\x18\x02 \x01(\x0b\x32&.farshore.inference.v1.PrefillProgressH\x00\x12-\n\x05token\x18\x03 \x01(\x0b\x32\x1c.farshore.inference.v1.TokenH\x00\x12\x33\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x1f.farshore.inference.v1.FinishedH\x00\x42\x06\n\x04kind\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\r\n\x0b\x43\x61ncelReply*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x32\xbb\x01\n\tInference\x12Z\n\x08Generate\x12&.farshore.inference.v1.GenerateRequest\x1a$.farshore.inference.v1.GenerateEvent0\x01\x12R\n\x06\x43\x61ncel\x12$.farshore.inference.v1.CancelRequest\x1a\".farshore.inference.v1.CancelReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x66\x61rshore/proto/inference.proto\x12\x15\x66\x61rshore.inference.v1\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\xdc\x01\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x14\n\x07\x63ontent\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x12\n\ntext_parts\x18\x03 \x03(\t\x12\x33\n\ntool_calls\x18\x04 \x03(\x0b\x32\x1f.farshore.inference.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\x12\x0c\n\x04name\x18\x06 \x01(\t\x12\x1e\n\x11reasoning_content\x18\x07 \x01(\tH\x01\x88\x01\x01\x42\n\n\x08_contentB\x14\n\x12_reasoning_content\"\xc1\x01\n\x04\x43hat\x12\x30\n\x08messages\x18\x01 \x03(\x0b\x32\x1e.farshore.inference.v1.Message\x12\r\n\x05tools\x18\x02 \x03(\t\x12\x1a\n\x12template_arguments\x18\x03 \x01(\t\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x05 \x01(\x08\x42\x18\n\x16_add_generation_prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xb2\x05\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x12\x12\n\x05top_k\x18\x06 \x01(\rH\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x07 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\t \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\n \x01(\x02H\x08\x88\x01\x01\x12\x42\n\nlogit_bias\x18\x0b \x03(\x0b\x32..farshore.inference.v1.Sampling.LogitBiasEntry\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\t\x88\x01\x01\x12\x0e\n\x01n\x18\x0f \x01(\rH\n\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x10 \x01(\x08H\x0b\x88\x01\x01\x12\x18\n\x10include_stop_str\x18\x11 \x01(\x08\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobsB\x04\n\x02_nB\x16\n\x14_skip_special_tokens\"\x8a\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x1b.farshore.inference.v1.ChatH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x31\n\x06tokens\x18\x04 \x01(\x0b\x32\x1f.farshore.inference.v1.TokenIdsH\x00\x12\x31\n\x08sampling\x18\x05 \x01(\x0b\x32\x1f.farshore.inference.v1.Sampling\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x13\n\x0bresume_from\x18\x07 \x01(\r\x12\x12\n\ncache_salt\x18\x08 \x01(\tB\x08\n\x06prompt\"5\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\"<\n\x0fPrefillProgress\x12\x13\n\x0b\x64one_tokens\x18\x01 \x01(\r\x12\x14\n\x0ctotal_tokens\x18\x02 \x01(\r\">\n\x0b\x41lternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0c\n\x04text\x18\x03 \x01(\t\"\x99\x01\n\x05Token\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x04 \x01(\r\x12\x14\n\x07logprob\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12/\n\x03top\x18\x06 \x03(\x0b\x32\".farshore.inference.v1.AlternativeB\n\n\x08_logprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"P\n\x07Timings\x12\x11\n\tqueued_ms\x18\x01 \x01(\x01\x12\x0f\n\x07ttft_ms\x18\x02 \x01(\x01\x12\x0f\n\x07tpot_ms\x18\x03 \x01(\x01\x12\x10\n\x08total_ms\x18\x04 \x01(\x01\"I\n\x08ShardUse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\nprocess_id\x18\x02 \x01(\r\x12\x16\n\x0e\x61ttended_bytes\x18\x03 \x01(\x04\"_\n\nCompletion\x12\x33\n\x06reason\x18\x01 \x01(\x0e\x32#.farshore.inference.v1.FinishReason\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\"\xcd\x01\n\x08\x46inished\x12\x32\n\x07\x63hoices\x18\x01 \x03(\x0b\x32!.farshore.inference.v1.Completion\x12+\n\x05usage\x18\x02 \x01(\x0b\x32\x1c.farshore.inference.v1.Usage\x12/\n\x07timings\x18\x03 \x01(\x0b\x32\x1e.farshore.inference.v1.Timings\x12/\n\x06shards\x18\x04 \x03(\x0b\x32\x1f.farshore.inference.v1.ShardUse\"\xeb\x01\n\rGenerateEvent\x12\x33\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1f.farshore.inference.v1.AcceptedH\x00\x12\x39\n\x07prefill\x18\x02 \x01(\x0b\x32&.farshore.inference.v1.PrefillProgressH\x00\x12-\n\x05token\x18\x03 \x01(\x0b\x32\x1c.farshore.inference.v1.TokenH\x00\x12\x33\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x1f.farshore.inference.v1.FinishedH\x00\x42\x06\n\x04kind\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\r\n\x0b\x43\x61ncelReply*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x32\xbb\x01\n\tInference\x12Z\n\x08Generate\x12&.farshore.inference.v1.GenerateRequest\x1a$.farshore.inference.v1.GenerateEvent0\x01\x12R\n\x06\x43\x61ncel\x12$.farshore.inference.v1.CancelRequest\x1a\".farshore.inference.v1.CancelReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2607
-  _globals['_FINISHREASON']._serialized_end=2731
+  _globals['_FINISHREASON']._serialized_start=2691
+  _globals['_FINISHREASON']._serialized_end=2815
   _globals['_TOOLCALL']._serialized_start=57
   _globals['_TOOLCALL']._serialized_end=112
   _globals['_MESSAGE']._serialized_start=115
@@ -44,35 +44,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=533
   _globals['_TOKENIDS']._serialized_end=556
   _globals['_SAMPLING']._serialized_start=559
-  _globals['_SAMPLING']._serialized_end=1165
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=962
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=1010
-  _globals['_GENERATEREQUEST']._serialized_start=1168
-  _globals['_GENERATEREQUEST']._serialized_end=1434
-  _globals['_ACCEPTED']._serialized_start=1436
-  _globals['_ACCEPTED']._serialized_end=1489
-  _globals['_PREFILLPROGRESS']._serialized_start=1491
-  _globals['_PREFILLPROGRESS']._serialized_end=1551
-  _globals['_ALTERNATIVE']._serialized_start=1553
-  _globals['_ALTERNATIVE']._serialized_end=1615
-  _globals['_TOKEN']._serialized_start=1618
-  _globals['_TOKEN']._serialized_end=1771
-  _globals['_USAGE']._serialized_start=1773
-  _globals['_USAGE']._serialized_end=1853
-  _globals['_TIMINGS']._serialized_start=1855
-  _globals['_TIMINGS']._serialized_end=1935
-  _globals['_SHARDUSE']._serialized_start=1937
-  _globals['_SHARDUSE']._serialized_end=2010
-  _globals['_COMPLETION']._serialized_start=2012
-  _globals['_COMPLETION']._serialized_end=2107
-  _globals['_FINISHED']._serialized_start=2110
-  _globals['_FINISHED']._serialized_end=2315
-  _globals['_GENERATEEVENT']._serialized_start=2318
-  _globals['_GENERATEEVENT']._serialized_end=2553
-  _globals['_CANCELREQUEST']._serialized_start=2555
-  _globals['_CANCELREQUEST']._serialized_end=2590
-  _globals['_CANCELREPLY']._serialized_start=2592
-  _globals['_CANCELREPLY']._serialized_end=2605
-  _globals['_INFERENCE']._serialized_start=2734
-  _globals['_INFERENCE']._serialized_end=2921
+  _globals['_SAMPLING']._serialized_end=1249
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=1022
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=1070
+  _globals['_GENERATEREQUEST']._serialized_start=1252
+  _globals['_GENERATEREQUEST']._serialized_end=1518
+  _globals['_ACCEPTED']._serialized_start=1520
+  _globals['_ACCEPTED']._serialized_end=1573
+  _globals['_PREFILLPROGRESS']._serialized_start=1575
+  _globals['_PREFILLPROGRESS']._serialized_end=1635
+  _globals['_ALTERNATIVE']._serialized_start=1637
+  _globals['_ALTERNATIVE']._serialized_end=1699
+  _globals['_TOKEN']._serialized_start=1702
+  _globals['_TOKEN']._serialized_end=1855
+  _globals['_USAGE']._serialized_start=1857
+  _globals['_USAGE']._serialized_end=1937
+  _globals['_TIMINGS']._serialized_start=1939
+  _globals['_TIMINGS']._serialized_end=2019
+  _globals['_SHARDUSE']._serialized_start=2021
+  _globals['_SHARDUSE']._serialized_end=2094
+  _globals['_COMPLETION']._serialized_start=2096
+  _globals['_COMPLETION']._serialized_end=2191
+  _globals['_FINISHED']._serialized_start=2194
+  _globals['_FINISHED']._serialized_end=2399
+  _globals['_GENERATEEVENT']._serialized_start=2402
+  _globals['_GENERATEEVENT']._serialized_end=2637
+  _globals['_CANCELREQUEST']._serialized_start=2639
+  _globals['_CANCELREQUEST']._serialized_end=2674
+  _globals['_CANCELREPLY']._serialized_start=2676
+  _globals['_CANCELREPLY']._serialized_end=2689
+  _globals['_INFERENCE']._serialized_start=2818
+  _globals['_INFERENCE']._serialized_end=3005
 # @@protoc_insertion_point(module_scope)

@@ -28,13 +28,17 @@ class Job:
     """A validated request.
 
     ``stop_token_ids``: the client's, and the model's unless ``ignore_eos`` is set. ``prompt_end``: the last
-    ids of the prompt that have text, from ``Tokenizer.prompt_end``. ``message``: the
+    ids of the prompt that have text, from ``Tokenizer.prompt_end``; ``prompt_end_text``: their text.
+    ``shows_special_tokens``, ``includes_stop``: how the answer's text is made. ``message``: the
     serialised SequenceRequest for the engine, with the prompt. A list of the prompt's ids would take ten
     times the memory, and serialising it would block the event loop.
     """
 
     prompt_tokens: int
     prompt_end: tuple[int, ...]
+    prompt_end_text: str
+    shows_special_tokens: bool
+    includes_stop: bool
     n: int
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
@@ -98,15 +102,19 @@ def prepare(
     sampling.n = asked.n or 1
     if not asked.HasField("seed"):
         sampling.seed = secrets.randbits(64)
-    sampling.ClearField("stop")
-    sampling.ClearField("ignore_eos")
+    for name in ("stop", "ignore_eos", "skip_special_tokens", "include_stop_str"):
+        sampling.ClearField(name)
     sampling.ClearField("stop_token_ids")
     own_stops = () if asked.ignore_eos else served.stop_ids
     sampling.stop_token_ids.extend(dict.fromkeys((*own_stops, *asked.stop_token_ids)))
     message.cache_salt = request.cache_salt
+    prompt_end = served.tokenizer.prompt_end(message.prompt)
     return Job(
         prompt_tokens=count,
-        prompt_end=served.tokenizer.prompt_end(message.prompt),
+        prompt_end=prompt_end,
+        prompt_end_text=served.tokenizer.decode(prompt_end),
+        shows_special_tokens=asked.HasField("skip_special_tokens") and not asked.skip_special_tokens,
+        includes_stop=asked.include_stop_str,
         n=sampling.n,
         stop=tuple(asked.stop),
         stop_token_ids=tuple(sampling.stop_token_ids),

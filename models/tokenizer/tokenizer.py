@@ -95,6 +95,10 @@ class Tokenizer:
         special token as its name. "" for an id outside the vocabulary."""
         return self._tokens.text(token_id)
 
+    def is_silent(self, token_id: int) -> bool:
+        """Whether the token adds no text: a special or an unknown one."""
+        return self._tokens.is_silent(token_id)
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token within a text: with its blank; b"" for a special token and for an id outside
         the vocabulary."""

@@ -6,9 +6,12 @@ Created by ``endpoints`` for each call. Must not know about HTTP, nor how reques
 import json
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from farshore.gateway.api.openai.calls import Call
+from farshore.gateway.api.openai.parsing import ChoiceText, Parsing, Piece
 from farshore.gateway.api.openai.schema import ChatBody, CompletionBody
 from farshore.models.tokenizer.tokenizer import Tokenizer
 from farshore.proto import inference_pb2 as api
@@ -24,8 +27,11 @@ _REASONS = {
 class Answer(Protocol):
     """One call's answer. Its requests are numbered from 0; each has n choices."""
 
+    def begin(self, number: int, *, prompt_end: str) -> None:
+        """A request was accepted. ``prompt_end``: the last characters of its prompt."""
+
     def add(self, number: int, event: api.GenerateEvent) -> None:
-        """Takes the next event of a request."""
+        """Takes the next event of a request: a token, or its end."""
 
     def chunks(self) -> Iterator[dict[str, Any]]:
         """The chunks that have become ready since the last call. Use it, or :meth:`whole`."""
@@ -98,54 +104,94 @@ class _Base:
         return {**self._head, "object": self.kind, "choices": choices, "usage": self.usage.as_object()}
 
 
+@dataclass(slots=True)
+class _ChatChoice:
+    """What has come of one choice of a chat."""
+
+    text: ChoiceText
+    content: str = ""
+    reasoning: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    values: list[dict[str, Any]] = field(default_factory=list)
+    reason: str = ""
+
+    def message(self) -> dict[str, Any]:
+        content = None if self.calls and not self.content else self.content
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.calls:
+            message["tool_calls"] = self.calls
+        return message
+
+
 class ChatAnswer(_Base):
     """An :class:`Answer` of /v1/chat/completions. It has one request."""
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, body: ChatBody, *, model: str, tokenizer: Tokenizer) -> None:
+    def __init__(self, body: ChatBody, *, model: str, tokenizer: Tokenizer, parsing: Parsing) -> None:
         super().__init__(body, model=model)
         self._tokenizer = tokenizer
+        self._parsing = parsing
         self._logprobs = bool(body.logprobs)
-        self._texts = [""] * self._n
-        self._values: list[list[dict[str, Any]]] = [[] for _ in range(self._n)]
-        self._reasons = [""] * self._n
+        self._names = {tool.function.name for tool in body.tools or ()}
+        self._most_calls = 1 if body.parallel_tool_calls is False else None
+        if body.tool_choice == "none":
+            self._names = set()
+        self._choices: list[_ChatChoice] = []
+
+    def begin(self, number: int, *, prompt_end: str) -> None:
+        for index in range(self._n):
+            text = ChoiceText(self._parsing, prompt_end=prompt_end, names=self._names)
+            self._choices.append(_ChatChoice(text))
+            self._emit(index, {"role": "assistant", "content": ""})
 
     def add(self, number: int, event: api.GenerateEvent) -> None:
-        kind = event.WhichOneof("kind")
-        if kind == "accepted":
-            for index in range(self._n):
-                self._emit(index, {"role": "assistant", "content": ""})
-        elif kind == "token":
+        if event.HasField("token"):
             self._add_token(event.token)
-        elif kind == "finished":
+        elif event.HasField("finished"):
             self.usage.add(event.finished.usage)
             for index, completion in enumerate(event.finished.choices):
-                self._texts[index] += completion.text
-                self._reasons[index] = _REASONS[completion.reason]
-                if completion.text:
-                    self._emit(index, {"content": completion.text})
-                self._emit(index, {}, reason=self._reasons[index])
+                choice = self._choices[index]
+                self._add_piece(index, choice.text.push(completion.text))
+                self._add_piece(index, choice.text.finish())
+                called = choice.calls and completion.reason == api.FINISH_REASON_STOP
+                choice.reason = "tool_calls" if called else _REASONS[completion.reason]
+                self._emit(index, {}, reason=choice.reason)
 
     def whole(self) -> dict[str, Any]:
         return self._whole(
             [
                 {
                     "index": index,
-                    "message": {"role": "assistant", "content": text, "refusal": None},
-                    "logprobs": {"content": self._values[index]} if self._logprobs else None,
-                    "finish_reason": self._reasons[index],
+                    "message": choice.message(),
+                    "logprobs": {"content": choice.values} if self._logprobs else None,
+                    "finish_reason": choice.reason,
                 }
-                for index, text in enumerate(self._texts)
+                for index, choice in enumerate(self._choices)
             ]
         )
 
     def _add_token(self, token: api.Token) -> None:
-        self._texts[token.choice] += token.text
+        choice = self._choices[token.choice]
         values = [self._logprob(token)] if self._logprobs else []
-        self._values[token.choice] += values
-        if token.text or values:
-            self._emit(token.choice, {"content": token.text}, values=values)
+        choice.values += values
+        self._add_piece(token.choice, choice.text.push(token.text), values=values)
+
+    def _add_piece(self, index: int, piece: Piece, *, values: Sequence[dict[str, Any]] = ()) -> None:
+        choice = self._choices[index]
+        choice.reasoning += piece.reasoning
+        choice.content += piece.content
+        if piece.reasoning:
+            self._emit(index, {"reasoning_content": piece.reasoning})
+        if piece.content or values:
+            self._emit(index, {"content": piece.content}, values=list(values))
+        for call in piece.calls:
+            if self._most_calls is None or len(choice.calls) < self._most_calls:
+                number = len(choice.calls)
+                choice.calls.append(_called(call))
+                self._emit(index, {"tool_calls": [{"index": number, **_called(call)}]})
 
     def _emit(
         self,
@@ -200,14 +246,16 @@ class CompletionAnswer(_Base):
         self._values = [_no_values() for _ in range(count)]
         self._reasons = [""] * count
 
-    def add(self, number: int, event: api.GenerateEvent) -> None:
-        kind, first = event.WhichOneof("kind"), number * self._n
-        if kind == "accepted" and self._prompts[number]:
-            for index in range(first, first + self._n):
+    def begin(self, number: int, *, prompt_end: str) -> None:
+        if self._prompts[number]:
+            for index in range(number * self._n, (number + 1) * self._n):
                 self._add_text(index, self._prompts[number])
-        elif kind == "token":
+
+    def add(self, number: int, event: api.GenerateEvent) -> None:
+        first = number * self._n
+        if event.HasField("token"):
             self._add_token(first + event.token.choice, event.token)
-        elif kind == "finished":
+        elif event.HasField("finished"):
             self.usage.add(event.finished.usage)
             for index, completion in enumerate(event.finished.choices, first):
                 self._reasons[index] = _REASONS[completion.reason]
@@ -244,6 +292,15 @@ class CompletionAnswer(_Base):
             "top_logprobs": [{name(other.token_id): other.logprob for other in token.top}],
             "text_offset": [offset],
         }
+
+
+def _called(call: Call) -> dict[str, Any]:
+    """OpenAI's object of a call."""
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }
 
 
 def _no_values() -> dict[str, list[Any]]:

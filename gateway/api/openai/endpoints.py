@@ -20,6 +20,7 @@ from farshore.gateway.api.openai import translate
 from farshore.gateway.api.openai.answers import ChatAnswer, CompletionAnswer
 from farshore.gateway.api.openai.errors import ApiError, error_of
 from farshore.gateway.api.openai.openapi import description
+from farshore.gateway.api.openai.parsing import Parsing
 from farshore.gateway.api.openai.respond import Respond
 from farshore.gateway.api.openai.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from farshore.gateway.requests import validate
@@ -46,6 +47,7 @@ class Endpoints:
         tokenizing thread."""
         self._intake = intake
         self._served = intake.served
+        self._parsing = Parsing.of(intake.served)
         self._problem = problem
         self._in_thread = in_thread
 
@@ -73,8 +75,10 @@ class Endpoints:
     async def _chat(self, request: Request) -> Response:
         raw, arrived_s = await self._body(request), self._intake.clock()
         body = translate.parsed(ChatBody, raw)
-        message = translate.chat_request(body)
-        answer = ChatAnswer(body, model=self._served.spec.name, tokenizer=self._served.tokenizer)
+        message = translate.chat_request(body, self._parsing)
+        answer = ChatAnswer(
+            body, model=self._served.spec.name, tokenizer=self._served.tokenizer, parsing=self._parsing
+        )
         return Respond(
             self._intake, [message], answer, stream=bool(body.stream), arrived_s=arrived_s, fill=True
         )

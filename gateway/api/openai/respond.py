@@ -17,6 +17,7 @@ from farshore.errors import DeadlineExceeded
 from farshore.gateway.api.openai.answers import Answer, event_line
 from farshore.gateway.api.openai.errors import error_of
 from farshore.gateway.requests.intake import Intake
+from farshore.gateway.requests.request import Request
 from farshore.proto import inference_pb2 as api
 
 REFUSAL_S = 1.0
@@ -51,6 +52,7 @@ class Respond(Response):
         self._stream = stream
         self._arrived_s = arrived_s
         self._fill = fill
+        self._requests: list[Request] = []
         self._begun = False
         self.background = None
 
@@ -85,6 +87,7 @@ class Respond(Response):
             for raw in raws:
                 taken = self._intake.take(raw, arrived_s=self._arrived_s, fill=self._fill)
                 open_requests.enter_context(self._intake.log.reading(taken.request))
+                self._requests.append(taken.request)
                 followed.append(taken.request.follow(taken.resume_from))
             async with contextlib.AsyncExitStack() as streams:
                 for events in followed:
@@ -93,7 +96,7 @@ class Respond(Response):
                     await self._send_stream(_numbered(followed), send)
                 else:
                     async for number, raw in _numbered(followed):
-                        self._answer.add(number, api.GenerateEvent.FromString(raw))
+                        self._add(number, api.GenerateEvent.FromString(raw))
                     self._answer.end()
                     await self._send_whole(send)
 
@@ -134,9 +137,15 @@ class Respond(Response):
             line = b": prefill %d of %d\n\n" % (event.prefill.done_tokens, event.prefill.total_tokens)
             await self._write(send, line)
             return
-        self._answer.add(number, event)
+        self._add(number, event)
         if lines := b"".join(event_line(chunk) for chunk in self._answer.chunks()):
             await self._write(send, lines)
+
+    def _add(self, number: int, event: api.GenerateEvent) -> None:
+        if event.HasField("accepted"):
+            self._answer.begin(number, prompt_end=self._requests[number].prompt_end)
+        else:
+            self._answer.add(number, event)
 
     async def _write(self, send: Send, body: bytes, *, last: bool = False) -> None:
         """Blocks while the client's window is full. Raises DeadlineExceeded after ``reader_stall_s``."""

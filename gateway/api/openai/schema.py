@@ -101,6 +101,8 @@ class Common(_Body):
     min_p: Number | None = None
     repetition_penalty: Number | None = None
     ignore_eos: StrictBool | None = None
+    skip_special_tokens: StrictBool | None = None
+    include_stop_str_in_output: StrictBool | None = None
     stop_token_ids: list[UInt] | None = None
     cache_salt: StrictStr | None = None
     request_id: StrictStr | None = None

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from farshore.gateway.api.openai.errors import ApiError
+from farshore.gateway.api.openai.parsing import Parsing
 from farshore.gateway.api.openai.schema import (
     ChatBody,
     ChatMessage,
@@ -29,6 +30,9 @@ COMPLETION_TOKENS = 16
 MOST_PROMPTS = 128
 """Prompts of one call to /v1/completions. Each is a request of its own."""
 
+_SPECIAL_MARKS = ("llama3", "mistral")
+"""Formats of tool calls whose marks are special tokens: these must be part of the text."""
+
 _PASSED_ON = (
     "top_p",
     "min_p",
@@ -36,6 +40,7 @@ _PASSED_ON = (
     "presence_penalty",
     "frequency_penalty",
     "ignore_eos",
+    "skip_special_tokens",
 )
 
 
@@ -61,14 +66,16 @@ def parsed(kind: type[_Body], raw: bytes) -> _Body:
     return body
 
 
-def chat_request(body: ChatBody) -> api.GenerateRequest:
-    """Raises ApiError."""
+def chat_request(body: ChatBody, parsing: Parsing) -> api.GenerateRequest:
+    """Raises ApiError. ``parsing``: what is known of the model's answers."""
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise ApiError(
             400,
             "max_tokens and max_completion_tokens differ: give one of them",
             param="max_completion_tokens",
         )
+    if body.tool_choice not in (None, "none") and not body.tools:
+        raise ApiError(400, "tool_choice needs tools", param="tool_choice")
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     sampling = _sampling(body)
@@ -77,7 +84,10 @@ def chat_request(body: ChatBody) -> api.GenerateRequest:
         sampling.max_tokens = max_tokens
     if body.logprobs:
         sampling.logprobs = body.top_logprobs or 0
-    return _request(body, sampling, chat=_chat(body, tools=body.tools if _may_call(body) else None))
+    tools = body.tools if body.tools and _may_call(body, parsing) else None
+    if tools and parsing.tool_format in _SPECIAL_MARKS and body.skip_special_tokens is None:
+        sampling.skip_special_tokens = False
+    return _request(body, sampling, chat=_chat(body, tools=tools))
 
 
 def completion_requests(body: CompletionBody) -> list[api.GenerateRequest]:
@@ -107,14 +117,19 @@ def tokenize_request(body: TokenizeBody) -> api.GenerateRequest:
     return api.GenerateRequest(model=body.model, chat=_chat(body, tools=body.tools))
 
 
-def _may_call(body: ChatBody) -> bool:
+def _may_call(body: ChatBody, parsing: Parsing) -> bool:
     """Whether the model is shown the tools."""
-    if body.tool_choice in (None, "auto"):
-        return True
     if body.tool_choice == "none":
         return False
-    if not body.tools:
-        raise ApiError(400, "tool_choice needs tools", param="tool_choice")
+    if parsing.tool_format is None:
+        raise ApiError(
+            400,
+            "tools: the model's chat template has no known format of tool calls; leave tools out, or serve"
+            " the model with --tool-call-parser",
+            param="tools",
+        )
+    if body.tool_choice in (None, "auto"):
+        return True
     raise ApiError(
         400,
         "tool_choice: a forced call is not supported; use auto or none",
@@ -141,6 +156,8 @@ def _sampling(body: Common) -> api.Sampling:
         value = getattr(body, name)
         if value is not None:
             setattr(sampling, name, value)
+    if body.include_stop_str_in_output is not None:
+        sampling.include_stop_str = body.include_stop_str_in_output
     if body.n is not None:
         sampling.n = body.n
     if body.top_k is not None:
