@@ -26,7 +26,7 @@ from farshore.proto import admin_pb2 as farshore_dot_proto_dot_admin__pb2
 from farshore.proto import inference_pb2 as farshore_dot_proto_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x61rshore/proto/cluster.proto\x12\x13\x66\x61rshore.cluster.v1\x1a\x1a\x66\x61rshore/proto/admin.proto\x1a\x1e\x66\x61rshore/proto/inference.proto\"\x8c\x01\n\x0fSequenceRequest\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\r\x12\x31\n\x08sampling\x18\x03 \x01(\x0b\x32\x1f.farshore.inference.v1.Sampling\x12\x12\n\ncache_salt\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\x82\x01\n\x0cSampledToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12.\n\x03top\x18\x04 \x03(\x0b\x32!.farshore.cluster.v1.TokenLogprobB\n\n\x08_logprob\"\x9b\x01\n\x10SequenceFinished\x12\x33\n\x06reason\x18\x01 \x01(\x0e\x32#.farshore.inference.v1.FinishReason\x12\x11\n\tqueued_ms\x18\x02 \x01(\x01\x12/\n\x06shards\x18\x03 \x03(\x0b\x32\x1f.farshore.inference.v1.ShardUse\x12\x0e\n\x06\x63hoice\x18\x04 \x01(\r\"\xc1\x01\n\rSequenceEvent\x12\x39\n\x07prefill\x18\x01 \x01(\x0b\x32&.farshore.inference.v1.PrefillProgressH\x00\x12\x32\n\x05token\x18\x02 \x01(\x0b\x32!.farshore.cluster.v1.SampledTokenH\x00\x12\x39\n\x08\x66inished\x18\x03 \x01(\x0b\x32%.farshore.cluster.v1.SequenceFinishedH\x00\x42\x06\n\x04kind\"E\n\x0e\x43\x61ncelSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x13\n\x06\x63hoice\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\t\n\x07_choice\"\x15\n\x13\x43\x61ncelSequenceReply\"\x15\n\x13\x45ngineStatusRequest\"\xd4\x02\n\x0c\x45ngineStatus\x12/\n\x06worker\x18\x01 \x01(\x0b\x32\x1f.farshore.admin.v1.WorkerStatus\x12\x34\n\tsequences\x18\x02 \x03(\x0b\x32!.farshore.admin.v1.SequenceStatus\x12=\n\x06shards\x18\x03 \x03(\x0b\x32-.farshore.cluster.v1.EngineStatus.ShardsEntry\x12?\n\x07readers\x18\x04 \x03(\x0b\x32..farshore.cluster.v1.EngineStatus.ReadersEntry\x1a-\n\x0bShardsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x08:\x02\x38\x01\x1a.\n\x0cReadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\xb2\x01\n\x0cWorkerRecord\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04slot\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0c\n\x04host\x18\x05 \x01(\t\x12\x12\n\nprocess_id\x18\x06 \x01(\r\x12\r\n\x05state\x18\x07 \x01(\t\x12\x10\n\x08progress\x18\x08 \x01(\t\x12\x0e\n\x06shards\x18\t \x01(\r\x12\x0f\n\x07\x66\x61ilure\x18\n \x01(\t\"$\n\x0fWithdrawRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\"\n\x0c\x43loseRequest\x12\x12\n\nworker_ids\x18\x01 \x03(\t\"\x10\n\x0e\x44irectoryReply\"\r\n\x0bListRequest\"^\n\x07Listing\x12\x32\n\x07workers\x18\x01 \x03(\x0b\x32!.farshore.cluster.v1.WorkerRecord\x12\x0e\n\x06\x63losed\x18\x02 \x03(\t\x12\x0f\n\x07settled\x18\x03 \x01(\x08\x32\x90\x02\n\x06\x45ngine\x12V\n\x08Generate\x12$.farshore.cluster.v1.SequenceRequest\x1a\".farshore.cluster.v1.SequenceEvent0\x01\x12W\n\x06\x43\x61ncel\x12#.farshore.cluster.v1.CancelSequence\x1a(.farshore.cluster.v1.CancelSequenceReply\x12U\n\x06Status\x12(.farshore.cluster.v1.EngineStatusRequest\x1a!.farshore.cluster.v1.EngineStatus2\xcc\x02\n\tDirectory\x12O\n\x05Renew\x12!.farshore.cluster.v1.WorkerRecord\x1a#.farshore.cluster.v1.DirectoryReply\x12U\n\x08Withdraw\x12$.farshore.cluster.v1.WithdrawRequest\x1a#.farshore.cluster.v1.DirectoryReply\x12O\n\x05\x43lose\x12!.farshore.cluster.v1.CloseRequest\x1a#.farshore.cluster.v1.DirectoryReply\x12\x46\n\x04List\x12 .farshore.cluster.v1.ListRequest\x1a\x1c.farshore.cluster.v1.Listingb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x61rshore/proto/cluster.proto\x12\x13\x66\x61rshore.cluster.v1\x1a\x1a\x66\x61rshore/proto/admin.proto\x1a\x1e\x66\x61rshore/proto/inference.proto\"\xd1\x01\n\x0fSequenceRequest\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\r\x12\x31\n\x08sampling\x18\x03 \x01(\x0b\x32\x1f.farshore.inference.v1.Sampling\x12\x12\n\ncache_salt\x18\x04 \x01(\t\x12\x0f\n\x07grammar\x18\x06 \x01(\t\x12\x32\n\tbad_words\x18\x07 \x03(\x0b\x32\x1f.farshore.inference.v1.TokenIds\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\x82\x01\n\x0cSampledToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12.\n\x03top\x18\x04 \x03(\x0b\x32!.farshore.cluster.v1.TokenLogprobB\n\n\x08_logprob\"\x9b\x01\n\x10SequenceFinished\x12\x33\n\x06reason\x18\x01 \x01(\x0e\x32#.farshore.inference.v1.FinishReason\x12\x11\n\tqueued_ms\x18\x02 \x01(\x01\x12/\n\x06shards\x18\x03 \x03(\x0b\x32\x1f.farshore.inference.v1.ShardUse\x12\x0e\n\x06\x63hoice\x18\x04 \x01(\r\"\xc1\x01\n\rSequenceEvent\x12\x39\n\x07prefill\x18\x01 \x01(\x0b\x32&.farshore.inference.v1.PrefillProgressH\x00\x12\x32\n\x05token\x18\x02 \x01(\x0b\x32!.farshore.cluster.v1.SampledTokenH\x00\x12\x39\n\x08\x66inished\x18\x03 \x01(\x0b\x32%.farshore.cluster.v1.SequenceFinishedH\x00\x42\x06\n\x04kind\"E\n\x0e\x43\x61ncelSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x13\n\x06\x63hoice\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\t\n\x07_choice\"\x15\n\x13\x43\x61ncelSequenceReply\"\x15\n\x13\x45ngineStatusRequest\"\xd4\x02\n\x0c\x45ngineStatus\x12/\n\x06worker\x18\x01 \x01(\x0b\x32\x1f.farshore.admin.v1.WorkerStatus\x12\x34\n\tsequences\x18\x02 \x03(\x0b\x32!.farshore.admin.v1.SequenceStatus\x12=\n\x06shards\x18\x03 \x03(\x0b\x32-.farshore.cluster.v1.EngineStatus.ShardsEntry\x12?\n\x07readers\x18\x04 \x03(\x0b\x32..farshore.cluster.v1.EngineStatus.ReadersEntry\x1a-\n\x0bShardsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x08:\x02\x38\x01\x1a.\n\x0cReadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\xb2\x01\n\x0cWorkerRecord\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04slot\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0c\n\x04host\x18\x05 \x01(\t\x12\x12\n\nprocess_id\x18\x06 \x01(\r\x12\r\n\x05state\x18\x07 \x01(\t\x12\x10\n\x08progress\x18\x08 \x01(\t\x12\x0e\n\x06shards\x18\t \x01(\r\x12\x0f\n\x07\x66\x61ilure\x18\n \x01(\t\"$\n\x0fWithdrawRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\"\n\x0c\x43loseRequest\x12\x12\n\nworker_ids\x18\x01 \x03(\t\"\x10\n\x0e\x44irectoryReply\"\r\n\x0bListRequest\"^\n\x07Listing\x12\x32\n\x07workers\x18\x01 \x03(\x0b\x32!.farshore.cluster.v1.WorkerRecord\x12\x0e\n\x06\x63losed\x18\x02 \x03(\t\x12\x0f\n\x07settled\x18\x03 \x01(\x08\x32\x90\x02\n\x06\x45ngine\x12V\n\x08Generate\x12$.farshore.cluster.v1.SequenceRequest\x1a\".farshore.cluster.v1.SequenceEvent0\x01\x12W\n\x06\x43\x61ncel\x12#.farshore.cluster.v1.CancelSequence\x1a(.farshore.cluster.v1.CancelSequenceReply\x12U\n\x06Status\x12(.farshore.cluster.v1.EngineStatusRequest\x1a!.farshore.cluster.v1.EngineStatus2\xcc\x02\n\tDirectory\x12O\n\x05Renew\x12!.farshore.cluster.v1.WorkerRecord\x1a#.farshore.cluster.v1.DirectoryReply\x12U\n\x08Withdraw\x12$.farshore.cluster.v1.WithdrawRequest\x1a#.farshore.cluster.v1.DirectoryReply\x12O\n\x05\x43lose\x12!.farshore.cluster.v1.CloseRequest\x1a#.farshore.cluster.v1.DirectoryReply\x12\x46\n\x04List\x12 .farshore.cluster.v1.ListRequest\x1a\x1c.farshore.cluster.v1.Listingb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,41 +38,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENGINESTATUS_READERSENTRY']._loaded_options = None
   _globals['_ENGINESTATUS_READERSENTRY']._serialized_options = b'8\001'
   _globals['_SEQUENCEREQUEST']._serialized_start=114
-  _globals['_SEQUENCEREQUEST']._serialized_end=254
-  _globals['_TOKENLOGPROB']._serialized_start=256
-  _globals['_TOKENLOGPROB']._serialized_end=305
-  _globals['_SAMPLEDTOKEN']._serialized_start=308
-  _globals['_SAMPLEDTOKEN']._serialized_end=438
-  _globals['_SEQUENCEFINISHED']._serialized_start=441
-  _globals['_SEQUENCEFINISHED']._serialized_end=596
-  _globals['_SEQUENCEEVENT']._serialized_start=599
-  _globals['_SEQUENCEEVENT']._serialized_end=792
-  _globals['_CANCELSEQUENCE']._serialized_start=794
-  _globals['_CANCELSEQUENCE']._serialized_end=863
-  _globals['_CANCELSEQUENCEREPLY']._serialized_start=865
-  _globals['_CANCELSEQUENCEREPLY']._serialized_end=886
-  _globals['_ENGINESTATUSREQUEST']._serialized_start=888
-  _globals['_ENGINESTATUSREQUEST']._serialized_end=909
-  _globals['_ENGINESTATUS']._serialized_start=912
-  _globals['_ENGINESTATUS']._serialized_end=1252
-  _globals['_ENGINESTATUS_SHARDSENTRY']._serialized_start=1159
-  _globals['_ENGINESTATUS_SHARDSENTRY']._serialized_end=1204
-  _globals['_ENGINESTATUS_READERSENTRY']._serialized_start=1206
-  _globals['_ENGINESTATUS_READERSENTRY']._serialized_end=1252
-  _globals['_WORKERRECORD']._serialized_start=1255
-  _globals['_WORKERRECORD']._serialized_end=1433
-  _globals['_WITHDRAWREQUEST']._serialized_start=1435
-  _globals['_WITHDRAWREQUEST']._serialized_end=1471
-  _globals['_CLOSEREQUEST']._serialized_start=1473
-  _globals['_CLOSEREQUEST']._serialized_end=1507
-  _globals['_DIRECTORYREPLY']._serialized_start=1509
-  _globals['_DIRECTORYREPLY']._serialized_end=1525
-  _globals['_LISTREQUEST']._serialized_start=1527
-  _globals['_LISTREQUEST']._serialized_end=1540
-  _globals['_LISTING']._serialized_start=1542
-  _globals['_LISTING']._serialized_end=1636
-  _globals['_ENGINE']._serialized_start=1639
-  _globals['_ENGINE']._serialized_end=1911
-  _globals['_DIRECTORY']._serialized_start=1914
-  _globals['_DIRECTORY']._serialized_end=2246
+  _globals['_SEQUENCEREQUEST']._serialized_end=323
+  _globals['_TOKENLOGPROB']._serialized_start=325
+  _globals['_TOKENLOGPROB']._serialized_end=374
+  _globals['_SAMPLEDTOKEN']._serialized_start=377
+  _globals['_SAMPLEDTOKEN']._serialized_end=507
+  _globals['_SEQUENCEFINISHED']._serialized_start=510
+  _globals['_SEQUENCEFINISHED']._serialized_end=665
+  _globals['_SEQUENCEEVENT']._serialized_start=668
+  _globals['_SEQUENCEEVENT']._serialized_end=861
+  _globals['_CANCELSEQUENCE']._serialized_start=863
+  _globals['_CANCELSEQUENCE']._serialized_end=932
+  _globals['_CANCELSEQUENCEREPLY']._serialized_start=934
+  _globals['_CANCELSEQUENCEREPLY']._serialized_end=955
+  _globals['_ENGINESTATUSREQUEST']._serialized_start=957
+  _globals['_ENGINESTATUSREQUEST']._serialized_end=978
+  _globals['_ENGINESTATUS']._serialized_start=981
+  _globals['_ENGINESTATUS']._serialized_end=1321
+  _globals['_ENGINESTATUS_SHARDSENTRY']._serialized_start=1228
+  _globals['_ENGINESTATUS_SHARDSENTRY']._serialized_end=1273
+  _globals['_ENGINESTATUS_READERSENTRY']._serialized_start=1275
+  _globals['_ENGINESTATUS_READERSENTRY']._serialized_end=1321
+  _globals['_WORKERRECORD']._serialized_start=1324
+  _globals['_WORKERRECORD']._serialized_end=1502
+  _globals['_WITHDRAWREQUEST']._serialized_start=1504
+  _globals['_WITHDRAWREQUEST']._serialized_end=1540
+  _globals['_CLOSEREQUEST']._serialized_start=1542
+  _globals['_CLOSEREQUEST']._serialized_end=1576
+  _globals['_DIRECTORYREPLY']._serialized_start=1578
+  _globals['_DIRECTORYREPLY']._serialized_end=1594
+  _globals['_LISTREQUEST']._serialized_start=1596
+  _globals['_LISTREQUEST']._serialized_end=1609
+  _globals['_LISTING']._serialized_start=1611
+  _globals['_LISTING']._serialized_end=1705
+  _globals['_ENGINE']._serialized_start=1708
+  _globals['_ENGINE']._serialized_end=1980
+  _globals['_DIRECTORY']._serialized_start=1983
+  _globals['_DIRECTORY']._serialized_end=2315
 # @@protoc_insertion_point(module_scope)

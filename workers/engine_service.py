@@ -22,6 +22,8 @@ from farshore.proto import cluster_pb2_grpc as pb_grpc
 from farshore.proto import inference_pb2 as api
 from farshore.rpc import abort
 from farshore.sampling import Sampling
+from farshore.workers.engine.constraints.grammar import GrammarCompiler
+from farshore.workers.engine.constraints.token_mask import TokenMask
 from farshore.workers.engine.engine import Engine
 from farshore.workers.engine.sequence import Event, Failed, Finished, Prefilled, Reason, Sampled
 
@@ -50,11 +52,13 @@ class EngineService(pb_grpc.EngineServicer):
         engine: Engine,
         store: LocalStore,
         shards: Mapping[WorkerId, ShardIdentity],
+        grammars: GrammarCompiler,
     ) -> None:
         self._worker = worker
         self._engine = engine
         self._store = store
         self._shards = shards
+        self._grammars = grammars
 
     def Generate(
         self, request: pb.SequenceRequest, context: grpc.ServicerContext
@@ -67,6 +71,12 @@ class EngineService(pb_grpc.EngineServicer):
             if not request.epoch:
                 raise InvalidRequest("epoch 0: the gateway counts a sequence's epochs from 1")
             self._engine.check_size(len(request.prompt), sampling)
+            mask = TokenMask.of(
+                sampling,
+                vocab=self._grammars.vocab,
+                bad_words=[tuple(word.ids) for word in request.bad_words],
+                grammar=self._grammars.compile(request.grammar) if request.grammar else None,
+            )
             self._engine.submit(
                 sequence,
                 _tokens(request),
@@ -74,6 +84,7 @@ class EngineService(pb_grpc.EngineServicer):
                 events.put,
                 epoch=Epoch(request.epoch),
                 salt=request.cache_salt,
+                mask=mask,
             )
         except FarshoreError as error:
             abort(context, error)

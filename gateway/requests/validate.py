@@ -11,13 +11,24 @@ from dataclasses import dataclass
 
 from farshore.errors import InvalidRequest, ModelError
 from farshore.gateway.limits import Limits
-from farshore.gateway.requests import chat
+from farshore.gateway.requests import chat, structure
 from farshore.gateway.requests import sampling as sampling_limits
 from farshore.gateway.served import Served
 from farshore.ids import FIRST_EPOCH
 from farshore.proto import cluster_pb2 as cluster
 from farshore.proto import inference_pb2 as api
 from farshore.text import quoted
+
+_APPLIED_HERE = (
+    "stop",
+    "ignore_eos",
+    "skip_special_tokens",
+    "include_stop_str",
+    "structure",
+    "bad_words",
+    "truncate_prompt_tokens",
+)
+"""Options of sampling that the gateway applies or translates: the engine does not get them."""
 
 _CHUNK = 1 << 14
 """Ids handled in one native call: other threads get the interpreter's lock between two calls."""
@@ -91,6 +102,8 @@ def prepare(
     asked = request.sampling
     message = cluster.SequenceRequest(sequence_id=sequence_id, epoch=FIRST_EPOCH)
     ids = _ids(request, served, limits)
+    if asked.truncate_prompt_tokens:
+        ids = ids[-asked.truncate_prompt_tokens :]
     for first in range(0, len(ids), _CHUNK):
         message.prompt.extend(ids[first : first + _CHUNK])
     if not message.prompt:
@@ -102,12 +115,14 @@ def prepare(
     sampling.n = asked.n or 1
     if not asked.HasField("seed"):
         sampling.seed = secrets.randbits(64)
-    for name in ("stop", "ignore_eos", "skip_special_tokens", "include_stop_str"):
+    for name in _APPLIED_HERE:
         sampling.ClearField(name)
     sampling.ClearField("stop_token_ids")
     own_stops = () if asked.ignore_eos else served.stop_ids
     sampling.stop_token_ids.extend(dict.fromkeys((*own_stops, *asked.stop_token_ids)))
     message.cache_salt = request.cache_salt
+    message.grammar = structure.grammar_of(asked.structure)
+    message.bad_words.extend(api.TokenIds(ids=word) for word in _bad_words(asked, served))
     prompt_end = served.tokenizer.prompt_end(message.prompt)
     return Job(
         prompt_tokens=count,
@@ -120,6 +135,14 @@ def prepare(
         stop_token_ids=tuple(sampling.stop_token_ids),
         message=message.SerializeToString(),
     )
+
+
+def _bad_words(sampling: api.Sampling, served: Served) -> list[list[int]]:
+    """The token sequences of the bad words: of each as it is, and within a text, as vLLM does."""
+    encode = served.tokenizer.encode
+    texts = [text for word in sampling.bad_words for text in (word, f" {word.lstrip()}")]
+    found = [encode(text, add_special_tokens=False) for text in dict.fromkeys(texts)]
+    return [ids for ids in found if ids]
 
 
 def tokens_of(

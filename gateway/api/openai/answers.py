@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from farshore.gateway.api.openai.calls import Call
+from farshore.gateway.api.openai.calls import Call, Forced
 from farshore.gateway.api.openai.parsing import ChoiceText, Parsing, Piece
-from farshore.gateway.api.openai.schema import ChatBody, CompletionBody
+from farshore.gateway.api.openai.schema import ChatBody, CompletionBody, NamedTool
 from farshore.models.tokenizer.tokenizer import Tokenizer
 from farshore.proto import inference_pb2 as api
 
@@ -139,11 +139,14 @@ class ChatAnswer(_Base):
         self._most_calls = 1 if body.parallel_tool_calls is False else None
         if body.tool_choice == "none":
             self._names = set()
+        self._tool_choice = body.tool_choice
         self._choices: list[_ChatChoice] = []
 
     def begin(self, number: int, *, prompt_end: str) -> None:
         for index in range(self._n):
-            text = ChoiceText(self._parsing, prompt_end=prompt_end, names=self._names)
+            text = ChoiceText(
+                self._parsing, prompt_end=prompt_end, names=self._names, forced=self._new_forced()
+            )
             self._choices.append(_ChatChoice(text))
             self._emit(index, {"role": "assistant", "content": ""})
 
@@ -172,6 +175,11 @@ class ChatAnswer(_Base):
                 for index, choice in enumerate(self._choices)
             ]
         )
+
+    def _new_forced(self) -> Forced | None:
+        if isinstance(self._tool_choice, NamedTool):
+            return Forced(self._tool_choice.function.name)
+        return Forced(None) if self._tool_choice == "required" else None
 
     def _add_token(self, token: api.Token) -> None:
         choice = self._choices[token.choice]

@@ -60,6 +60,28 @@ def parser_of(kind: Format, names: Collection[str]) -> CallParser:
     return Objects(names)
 
 
+class Forced:
+    """An answer that is a call by its structure: the arguments of the function ``name``, or with None a list
+    of calls."""
+
+    def __init__(self, name: str | None) -> None:
+        self._name = name
+        self._text = ""
+
+    def push(self, text: str) -> Found:
+        self._text += text
+        return Found("")
+
+    def finish(self) -> Found:
+        value = _json(self._text)
+        if self._name is not None:
+            value = [{"name": self._name, "arguments": value}]
+        calls = [_call(one, _long_id) for one in value] if isinstance(value, list) else []
+        found = tuple(call for call in calls if call is not None)
+        # An answer that max_tokens cut short is no JSON.
+        return Found("", found) if found else Found(self._text)
+
+
 class Blocks:
     """Hermes, Qwen and others: each call is a JSON object between two marks."""
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from farshore.gateway.api.openai.calls import Call, CallParser, Format, Found, format_of, parser_of
+from farshore.gateway.api.openai.calls import Call, CallParser, Forced, Format, Found, format_of, parser_of
 from farshore.gateway.api.openai.reasoning import BEGIN, Parted, ReasoningParser
 from farshore.gateway.served import Served
 
@@ -43,12 +43,15 @@ class ChoiceText:
     """The text of one choice. ``prompt_end``: the last characters of the prompt. ``names``: of the functions
     that the request offers; none: calls are text."""
 
-    def __init__(self, parsing: Parsing, *, prompt_end: str, names: Collection[str]) -> None:
+    def __init__(
+        self, parsing: Parsing, *, prompt_end: str, names: Collection[str], forced: Forced | None
+    ) -> None:
+        """``forced``: parses an answer whose structure is a call; it has no reasoning."""
         self._reasoning: ReasoningParser | None = None
-        if parsing.reasons:
+        if parsing.reasons and forced is None:
             self._reasoning = ReasoningParser(begun=prompt_end.rstrip().endswith(BEGIN))
-        self._calls: CallParser | None = None
-        if names and parsing.tool_format is not None:
+        self._calls: CallParser | None = forced
+        if forced is None and names and parsing.tool_format is not None:
             self._calls = parser_of(parsing.tool_format, names)
 
     def push(self, text: str) -> Piece:

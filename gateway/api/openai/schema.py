@@ -75,6 +75,35 @@ class PlainFormat(_Body):
     type: Literal["text"]
 
 
+class ObjectFormat(_Body):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(_Body):
+    model_config = ConfigDict(extra="allow", protected_namespaces=(), populate_by_name=True)
+
+    name: StrictStr | None = None
+    description: StrictStr | None = None
+    of: dict[str, Any] = Field(alias="schema")
+    strict: StrictBool | None = None
+
+
+class SchemaFormat(_Body):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+class StructuredOutputs(_Body):
+    """vLLM's: give one of them."""
+
+    json_: dict[str, Any] | StrictStr | None = Field(default=None, alias="json")
+    regex: StrictStr | None = None
+    choice: list[StrictStr] | None = None
+    grammar: StrictStr | None = None
+
+
 class Common(_Body):
     """What both endpoints take. ``user``, ``metadata``, ``safety_identifier`` and ``prompt_cache_key`` name
     the caller and change no answer; the other fields that only accept their no-op value do likewise."""
@@ -104,6 +133,14 @@ class Common(_Body):
     skip_special_tokens: StrictBool | None = None
     include_stop_str_in_output: StrictBool | None = None
     stop_token_ids: list[UInt] | None = None
+    min_tokens: UInt | None = None
+    allowed_token_ids: list[UInt] | None = None
+    bad_words: list[StrictStr] | None = None
+    truncate_prompt_tokens: StrictInt | None = None
+    structured_outputs: StructuredOutputs | None = None
+    response_format: (
+        Annotated[PlainFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] | None
+    ) = None
     cache_salt: StrictStr | None = None
     request_id: StrictStr | None = None
 
@@ -117,7 +154,6 @@ class ChatBody(Common):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: StrictBool | None = None
-    response_format: PlainFormat | None = None
     modalities: list[Literal["text"]] | None = None
     # vLLM's
     add_generation_prompt: StrictBool | None = None

@@ -17,6 +17,9 @@ from farshore.gateway.api.openai.schema import (
     ChatMessage,
     Common,
     CompletionBody,
+    NamedTool,
+    ObjectFormat,
+    SchemaFormat,
     TokenizeBody,
 )
 from farshore.proto import inference_pb2 as api
@@ -84,8 +87,14 @@ def chat_request(body: ChatBody, parsing: Parsing) -> api.GenerateRequest:
         sampling.max_tokens = max_tokens
     if body.logprobs:
         sampling.logprobs = body.top_logprobs or 0
-    tools = body.tools if body.tools and _may_call(body, parsing) else None
-    if tools and parsing.tool_format in _SPECIAL_MARKS and body.skip_special_tokens is None:
+    tools = body.tools if body.tools and _shown(body, parsing) else None
+    if (schema := forced_schema(body)) is not None:
+        if sampling.HasField("structure"):
+            raise ApiError(
+                400, "a forced tool call and another structure exclude one another", param="tool_choice"
+            )
+        sampling.structure.json_schema = json.dumps(schema)
+    elif tools and parsing.tool_format in _SPECIAL_MARKS and body.skip_special_tokens is None:
         sampling.skip_special_tokens = False
     return _request(body, sampling, chat=_chat(body, tools=tools))
 
@@ -117,25 +126,42 @@ def tokenize_request(body: TokenizeBody) -> api.GenerateRequest:
     return api.GenerateRequest(model=body.model, chat=_chat(body, tools=body.tools))
 
 
-def _may_call(body: ChatBody, parsing: Parsing) -> bool:
+def _shown(body: ChatBody, parsing: Parsing) -> bool:
     """Whether the model is shown the tools."""
     if body.tool_choice == "none":
         return False
-    if parsing.tool_format is None:
+    if parsing.tool_format is None and forced_schema(body) is None:
         raise ApiError(
             400,
-            "tools: the model's chat template has no known format of tool calls; leave tools out, or serve"
-            " the model with --tool-call-parser",
+            "tools: the model's chat template has no known format of tool calls; leave tools out, force a"
+            " call by tool_choice, or serve the model with --tool-call-parser",
             param="tools",
         )
-    if body.tool_choice in (None, "auto"):
-        return True
-    raise ApiError(
-        400,
-        "tool_choice: a forced call is not supported; use auto or none",
-        param="tool_choice",
-        code="unsupported",
-    )
+    return True
+
+
+def forced_schema(body: ChatBody) -> dict[str, Any] | None:
+    """The JSON schema of an answer that has to be a call; None unless ``tool_choice`` forces one. A named
+    function's answer is its arguments, a required call's a list of calls."""
+    tools = {tool.function.name: tool.function.parameters or {"type": "object"} for tool in body.tools or ()}
+    if isinstance(body.tool_choice, NamedTool):
+        name = body.tool_choice.function.name
+        if name not in tools:
+            raise ApiError(400, f"tool_choice: tools has no function {quoted(name)}", param="tool_choice")
+        return tools[name]
+    if body.tool_choice != "required":
+        return None
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": name}, "arguments": parameters},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for name, parameters in tools.items()
+    ]
+    most = {"maxItems": 1} if body.parallel_tool_calls is False else {}
+    return {"type": "array", "items": {"anyOf": calls}, "minItems": 1, **most}
 
 
 def _request(body: Common, sampling: api.Sampling, **prompt: Any) -> api.GenerateRequest:
@@ -169,6 +195,16 @@ def _sampling(body: Common) -> api.Sampling:
     if body.stop is not None:
         sampling.stop.extend([body.stop] if isinstance(body.stop, str) else body.stop)
     sampling.stop_token_ids.extend(body.stop_token_ids or ())
+    sampling.allowed_token_ids.extend(body.allowed_token_ids or ())
+    sampling.bad_words.extend(body.bad_words or ())
+    if body.min_tokens is not None:
+        sampling.min_tokens = body.min_tokens
+    # vLLM's -1 means as many as the model takes, which is what a prompt may have anyway.
+    if body.truncate_prompt_tokens not in (None, -1):
+        sampling.truncate_prompt_tokens = _unsigned("truncate_prompt_tokens", body.truncate_prompt_tokens, 32)
+    structure = _structure(body)
+    if structure is not None:
+        sampling.structure.CopyFrom(structure)
     for token, bias in (body.logit_bias or {}).items():
         if not (token.isascii() and token.isdecimal() and len(token) <= 10):
             raise ApiError(
@@ -178,6 +214,37 @@ def _sampling(body: Common) -> api.Sampling:
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options needs stream: true", param="stream_options")
     return sampling
+
+
+def _structure(body: Common) -> api.Structure | None:
+    """What the answer must follow; None for nothing."""
+    given = []
+    wanted = body.response_format
+    if isinstance(wanted, ObjectFormat):
+        given.append(api.Structure(json_schema='{"type": "object"}'))
+    elif isinstance(wanted, SchemaFormat):
+        given.append(api.Structure(json_schema=json.dumps(wanted.json_schema.of)))
+    if (own := body.structured_outputs) is not None:
+        if own.json_ is not None:
+            schema = own.json_ if isinstance(own.json_, str) else json.dumps(own.json_)
+            given.append(api.Structure(json_schema=schema))
+        if own.regex is not None:
+            given.append(api.Structure(regex=own.regex))
+        if own.choice is not None:
+            given.append(api.Structure(choice=api.Choices(texts=own.choice)))
+        if own.grammar is not None:
+            given.append(api.Structure(grammar=own.grammar))
+        if not given:
+            raise ApiError(
+                400, "structured_outputs: give json, regex, choice or grammar", param="structured_outputs"
+            )
+    if len(given) > 1:
+        raise ApiError(
+            400,
+            "the answer can follow one structure: give response_format or one of structured_outputs",
+            param="structured_outputs",
+        )
+    return given[0] if given else None
 
 
 def _unsigned(name: str, value: int, bits: int) -> int:

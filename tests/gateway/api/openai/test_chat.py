@@ -164,7 +164,6 @@ def test_a_stop_string_ends_the_text(http, client, served):
         ({"extra_body": {"no_such": 1}}, "no_such"),
         ({"messages": [{"role": "user", "content": "a", "colour": 1}]}, "messages.0.colour"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, None),
-        ({"response_format": {"type": "json_object"}}, "response_format.type"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
@@ -233,3 +232,70 @@ def test_an_engine_that_refuses_gives_the_status(http, client):
     thread.join(30)
     assert result["error"].status_code == 429
     assert result["error"].response.headers["retry-after"] == "1"
+
+
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
+        {"response_format": {"type": "json_object"}},
+        {"extra_body": {"structured_outputs": {"json": SCHEMA}}},
+        {"extra_body": {"structured_outputs": {"regex": "[a-z]+"}}},
+        {"extra_body": {"structured_outputs": {"choice": ["yes", "no"]}}},
+        {"extra_body": {"structured_outputs": {"grammar": 'start: "a"'}}},
+        {
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}],
+            "tool_choice": "required",
+        },
+    ],
+)
+def test_a_structure_reaches_the_engine_as_a_grammar(http, client, given):
+    http.engine.auto = []
+    client.chat.completions.create(model="smollm2", messages=MESSAGES, **given)
+    assert http.engine.next_sequence().request.grammar
+
+
+def test_a_keyword_that_is_not_supported_is_a_400_that_names_it(client):
+    schema = {"type": "array", "uniqueItems": True}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    with pytest.raises(openai.BadRequestError, match="uniqueItems"):
+        client.chat.completions.create(model="smollm2", messages=MESSAGES, response_format=wanted)
+
+
+def test_a_forced_call_is_its_arguments(http, client, served):
+    tools = [{"type": "function", "function": {"name": name, "parameters": SCHEMA}} for name in "fg"]
+    named = {"type": "function", "function": {"name": "g"}}
+    http.engine.auto = served.tokenizer.encode('{"city": "Paris"}')
+    answer = client.chat.completions.create(
+        model="smollm2", messages=MESSAGES, tools=tools, tool_choice=named
+    )
+    (call,) = answer.choices[0].message.tool_calls
+    assert (call.function.name, call.function.arguments) == ("g", '{"city": "Paris"}')
+    http.engine.auto = served.tokenizer.encode('[{"name": "f", "arguments": {"city": "Rome"}}]')
+    answer = client.chat.completions.create(
+        model="smollm2", messages=MESSAGES, tools=tools, tool_choice="required"
+    )
+    assert [call.function.name for call in answer.choices[0].message.tool_calls] == ["f"]
+    assert answer.choices[0].finish_reason == "tool_calls"
+
+
+def test_words_ids_and_lengths_reach_the_engine(http, client, served):
+    http.engine.auto = []
+    client.chat.completions.create(
+        model="smollm2",
+        messages=MESSAGES,
+        extra_body={
+            "min_tokens": 3,
+            "allowed_token_ids": [5, 6],
+            "bad_words": ["cat"],
+            "truncate_prompt_tokens": 4,
+        },
+    )
+    sent = http.engine.next_sequence().request
+    assert (sent.sampling.min_tokens, list(sent.sampling.allowed_token_ids)) == (3, [5, 6])
+    expected = [served.tokenizer.encode(text) for text in ("cat", " cat")]
+    assert [list(word.ids) for word in sent.bad_words] == expected and not sent.sampling.bad_words
+    assert len(sent.prompt) == 4
