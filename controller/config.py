@@ -81,7 +81,9 @@ class ClusterConfig:
     """Tokens guessed ahead per step by prompt lookup; 0: off."""
     host: str = "127.0.0.1"
     port: int = 50051
-    """Port of the gateway; 0 for any free one."""
+    """Port of the gateway's gRPC API; 0 for any free one."""
+    http_port: int | None = None
+    """Port of the gateway's OpenAI-compatible HTTP API; 0 for any free one; None: off."""
     ray_address: str | None = None
     """Join this Ray cluster instead of starting one."""
     token_file: str | None = None
@@ -167,8 +169,9 @@ class ClusterConfig:
         if not 0 <= self.speculate <= MOST_SPECULATED:
             raise InvalidRequest(f"--speculate {self.speculate}: use 0 (off) to {MOST_SPECULATED} tokens")
         _ = self.redis  # Raises.
-        if not 0 <= self.port <= 65535:
-            raise InvalidRequest(f"--port {self.port}: use 0 (any) to 65535")
+        for name, port in (("--port", self.port), ("--http-port", self.http_port)):
+            if port is not None and not 0 <= port <= 65535:
+                raise InvalidRequest(f"{name} {port}: use 0 (any) to 65535")
 
 
 def check_name(name: str) -> None:

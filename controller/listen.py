@@ -26,8 +26,9 @@ def free_port(host: str) -> int:
         return probe.getsockname()[1]
 
 
-def check(host: str, port: int) -> None:
-    """Raises PortInUse, or InvalidRequest with the fix, if ``host:port`` can't be listened on.
+def check(host: str, port: int, *, option: str = "--port") -> None:
+    """Raises PortInUse, or InvalidRequest with the fix, if ``host:port`` can't be listened on. ``option``: the
+    one that gives the port.
 
     All addresses of a name must be free: if the gateway listened on some of them only, clients that use the
     others would reach another server. Addresses that this machine does not have are skipped (``localhost``
@@ -41,7 +42,7 @@ def check(host: str, port: int) -> None:
             listening += 1
         except OSError as error:
             if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                raise _refused(host, port, error) from error
+                raise _refused(host, port, error, option) from error
             missing = error
     if not listening:
         raise InvalidRequest(f"--host {host}: this machine has no such address: {ADVICE}") from missing
@@ -65,10 +66,10 @@ def _bind(family: int, address: tuple) -> None:
         probe.listen(1)
 
 
-def _refused(host: str, port: int, error: OSError) -> InvalidRequest:
+def _refused(host: str, port: int, error: OSError, option: str) -> InvalidRequest:
     listen = f"{bracketed(host)}:{port}"
     if error.errno == errno.EADDRINUSE:
-        return PortInUse(f"{listen} is taken: stop what listens there, or choose another --port (0: any)")
+        return PortInUse(f"{listen} is taken: stop what listens there, or choose another {option} (0: any)")
     if error.errno == errno.EACCES:
-        return InvalidRequest(f"this user may not listen on {listen}: choose a --port from 1024 on")
+        return InvalidRequest(f"this user may not listen on {listen}: choose a {option} from 1024 on")
     return InvalidRequest(f"cannot listen on {listen}: {error.strerror or error}: choose another --host")

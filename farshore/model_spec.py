@@ -18,6 +18,8 @@ DEMO = "smollm2"
 """The name of the demo model."""
 
 SpecialTokens = Literal["text", "parse"]
+ToolCallParser = Literal["auto", "none", "hermes", "llama3", "mistral"]
+ReasoningParser = Literal["auto", "none", "think"]
 
 LEAST_MODEL_LEN, MOST_MODEL_LEN = 2, 1 << 30
 """A token of the prompt and one of the answer, at least."""
@@ -46,6 +48,10 @@ class ModelSpec:
     """Names that requests may give the model; answers and status show the first. Empty: see :attr:`names`."""
     special_tokens_in_chat: SpecialTokens = "text"
     """How a special token that is written in a chat message is read: as text, or as the token itself."""
+    tool_call_parser: ToolCallParser = "auto"
+    """The format of the tool calls in the model's answers; auto: by its chat template."""
+    reasoning_parser: ReasoningParser = "auto"
+    """Whether ``<think>…</think>`` in an answer is reasoning; auto: if the chat template writes it."""
 
     def __post_init__(self) -> None:
         for option in ("model", "revision", "tokenizer", "chat_template"):
@@ -62,11 +68,13 @@ class ModelSpec:
                 raise InvalidRequest(
                     f"--served-model-name {quoted(name)}: use 1 to {MOST_NAME_CHARS} characters, no spaces"
                 )
-        if self.special_tokens_in_chat not in get_args(SpecialTokens):
-            raise InvalidRequest(
-                f"--special-tokens-in-chat {self.special_tokens_in_chat}:"
-                f" use one of {', '.join(get_args(SpecialTokens))}"
-            )
+        for option, choices in (
+            ("special_tokens_in_chat", get_args(SpecialTokens)),
+            ("tool_call_parser", get_args(ToolCallParser)),
+            ("reasoning_parser", get_args(ReasoningParser)),
+        ):
+            if (value := getattr(self, option)) not in choices:
+                raise InvalidRequest(f"--{option.replace('_', '-')} {value}: use one of {', '.join(choices)}")
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -93,7 +93,7 @@ ERROR_KIND = "farshore-error"
 """Trailing metadata of a call that a servicer of ours failed: the error's type. Without it the connection
 failed, or gRPC itself."""
 
-_FREE_BYTES = "farshore-free-bytes"
+FREE_BYTES = "farshore-free-bytes"
 """Trailing metadata of Full: distinguishes it from Overloaded, and carries ``free_bytes``."""
 
 
@@ -102,7 +102,7 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, str, tuple[tuple[str, 
     FarshoreError is a bug in the servicer: INTERNAL, with the exception's type and the start of its text."""
     trailing: tuple[tuple[str, str], ...] = ((ERROR_KIND, type(error).__name__),)
     if isinstance(error, errors.Full):
-        trailing += ((_FREE_BYTES, str(error.free_bytes)),)
+        trailing += ((FREE_BYTES, str(error.free_bytes)),)
     for kind, code in _CODES:
         if isinstance(error, kind):
             return code, shortened(str(error), MOST_MESSAGE), trailing
@@ -186,7 +186,7 @@ def error_of(failure: grpc.RpcError, *, peer: str) -> errors.FarshoreError:
     """The FarshoreError to raise, chained, for a failed call. ``peer``: the called server, for messages."""
     code, message = failure.code(), failure.details() or "no details"
     trailing = dict(failure.trailing_metadata() or ())
-    free_bytes = str(trailing.get(_FREE_BYTES, ""))
+    free_bytes = str(trailing.get(FREE_BYTES, ""))
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED and free_bytes.isdecimal():
         return errors.Full(message, free_bytes=int(free_bytes))
     return error_of_status(code, message, peer=peer)

@@ -47,8 +47,10 @@ class Sampling:
     """Field names, meanings and defaults are those of the message. The defaults change nothing.
 
     An engine gets ``max_tokens`` and ``seed`` as numbers, and ``stop_token_ids`` with the model's own end
-    tokens in it: the gateway has resolved them. The gateway also applies ``stop`` and ``ignore_eos`` itself,
-    since it has the tokenizer. ``workers/engine/decode/sampler.py`` says in which order the others apply.
+    tokens in it: the gateway has resolved them. The gateway applies ``stop``, ``ignore_eos``,
+    ``skip_special_tokens``, ``include_stop_str`` and ``truncate_prompt_tokens`` itself, and gives the engine
+    the tokens of ``bad_words``, since it has the tokenizer.
+    ``workers/engine/decode/sampler.py`` says in which order the others apply.
     """
 
     max_tokens: int = 256
@@ -80,6 +82,18 @@ class Sampling:
     """A completion ends with any of these tokens."""
     ignore_eos: bool = False
     """Continue to ``max_tokens`` past the model's end tokens."""
+    min_tokens: int = 0
+    """No end token is drawn before the completion has so many tokens."""
+    allowed_token_ids: Collection[int] = ()
+    """Only these are drawn; empty: all."""
+    bad_words: Collection[str] = ()
+    """Texts that must not come."""
+    truncate_prompt_tokens: int | None = None
+    """Keep so many of the prompt's last tokens; None: all."""
+    skip_special_tokens: bool = True
+    """False: the names of special tokens are part of the text; not those that end the answer."""
+    include_stop_str: bool = False
+    """The text ends with the stop string instead of before it."""
 
     @classmethod
     def from_message(cls, message: Any) -> Self:
@@ -93,5 +107,7 @@ class Sampling:
                 given[option.name] = getattr(message, option.name)
         given["logit_bias"] = dict(given["logit_bias"])
         given["stop"] = tuple(given["stop"])
+        given["bad_words"] = tuple(given["bad_words"])
+        given["allowed_token_ids"] = tuple(given["allowed_token_ids"])
         given["stop_token_ids"] = frozenset(given["stop_token_ids"])
         return cls(**given)

@@ -91,6 +91,11 @@ def _parser() -> argparse.ArgumentParser:
         "a dense worker announces)",
     )
     parser.add_argument(
+        "--http",
+        metavar="HOST:PORT",
+        help="listen for the OpenAI-compatible HTTP API here, too; port 0: any free one (default: off)",
+    )
+    parser.add_argument(
         "--wait",
         type=float,
         default=600.0,
@@ -157,6 +162,7 @@ async def _serve(
     gateway = await create(
         served,
         listen=args.listen,
+        http=args.http,
         directory=directory,
         controller=controller,
         token=token,
@@ -176,10 +182,11 @@ async def _serve(
 async def _report_serving(gateway: Gateway, served: Served, *, child: bool) -> None:
     """Says where the gateway listens: to a parent once requests can be answered."""
     if not child:
-        print(f"Farshore {__version__}: gateway of {served.spec.name} at {gateway.address}", flush=True)
+        http = f", HTTP at {gateway.http_address}" if gateway.http_address else ""
+        print(f"Farshore {__version__}: gateway of {served.spec.name} at {gateway.address}{http}", flush=True)
     await gateway.await_serving()
     if child:
-        _report({"address": gateway.address})
+        _report({"address": gateway.address, "http": gateway.http_address})
     else:
         print("an engine takes requests", flush=True)
 

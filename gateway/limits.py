@@ -58,6 +58,11 @@ class Limits:
     stops: int = 16
     stop_chars: int = 256
     stop_token_ids: int = 128
+    allowed_token_ids: int = 4096
+    bad_words: int = 128
+    bad_word_chars: int = 256
+    structure_chars: int = 32 << 10
+    """Of a JSON schema, a regex, a grammar, or all choices together."""
 
     request_values: int = 1 << 20
     """Tokens and alternatives that one request may ask for: choices * max_tokens * (1 + logprobs). For a

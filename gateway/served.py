@@ -22,6 +22,8 @@ class Served:
     config: ModelConfig
     tokenizer: Tokenizer
     chat: ChatPrompts
+    chat_template: str
+    """The Jinja source of the chat template, or of all of them; empty if there is none."""
 
     @classmethod
     def load(cls, spec: ModelSpec) -> "Served":
@@ -29,14 +31,17 @@ class Served:
         template, which is compiled in the background."""
         source, config = load_spec(spec)
         tokenizer = load_tokenizer(resolve_tokenizer(spec.tokenizer) if spec.tokenizer else source)
+        template = read_template(spec)
         chat = ChatPrompts(
             tokenizer,
-            template=read_template(spec),
+            template=template,
             where=f"--chat-template {spec.chat_template}" if spec.chat_template else None,
             stop_ids=config.eos_token_ids,
             special_tokens_in_chat=spec.special_tokens_in_chat,
         )
-        return cls(spec=spec, config=config, tokenizer=tokenizer, chat=chat)
+        sources = template or tokenizer.chat_template or ""
+        text = sources if isinstance(sources, str) else "\n".join(sources.values())
+        return cls(spec=spec, config=config, tokenizer=tokenizer, chat=chat, chat_template=text)
 
     @property
     def positions(self) -> str:

@@ -28,11 +28,15 @@ from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 from farshore.model_spec import ModelSpec
 from farshore.models.config.load import load_spec
+from farshore.models.files.source import resolve_tokenizer
+from farshore.models.tokenizer.load import load_tokenizer
+from farshore.models.tokenizer.tokenizer import Tokenizer
 from farshore.models.weights.load import load_model
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.attention_model import attention_model
+from farshore.workers.engine.constraints.grammar import GrammarCompiler
 from farshore.workers.engine.engine import Engine
 from farshore.workers.engine.views import EngineLoad
 from farshore.workers.engine_service import EngineService
@@ -157,6 +161,9 @@ class DenseWorker:
             store=store,
             shards=identities,
             is_draining=lambda: self._drains,
+            grammars=GrammarCompiler(
+                self._tokenizer, vocab=model.config.vocab, eos_ids=model.config.eos_token_ids
+            ),
         )
         self._server, self._address = rpc.serve(
             lambda server: pb_grpc.add_EngineServicer_to_server(service, server),
@@ -181,6 +188,11 @@ class DenseWorker:
         """Whether no request runs or waits."""
         load = self._engine.load() if self._engine is not None else None
         return load is None or not (load.running or load.waiting)
+
+    def _tokenizer(self) -> Tokenizer:
+        spec = self._config.spec
+        source = resolve_tokenizer(spec.tokenizer) if spec.tokenizer else load_spec(spec)[0]
+        return load_tokenizer(source)
 
     def stop(self) -> None:
         """Withdraws from the directory, stops the engine and closes its shard clients. Each request that is

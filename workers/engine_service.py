@@ -22,6 +22,8 @@ from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 from farshore.proto import inference_pb2 as api
 from farshore.sampling import Sampling
+from farshore.workers.engine.constraints.grammar import GrammarCompiler
+from farshore.workers.engine.constraints.token_mask import TokenMask
 from farshore.workers.engine.engine import Engine
 from farshore.workers.engine.sequence import Event, Failed, Finished, Prefilled, Reason, Sampled
 
@@ -51,6 +53,7 @@ class EngineService(pb_grpc.EngineServicer):
         engine: Engine,
         store: LocalStore,
         shards: Mapping[WorkerId, ShardIdentity],
+        grammars: GrammarCompiler,
         is_draining: Callable[[], bool] = lambda: False,
     ) -> None:
         self._worker = worker
@@ -58,6 +61,7 @@ class EngineService(pb_grpc.EngineServicer):
         self._store = store
         self._shards = shards
         self._is_draining = is_draining
+        self._grammars = grammars
 
     def Generate(
         self, request: pb.SequenceRequest, context: grpc.ServicerContext
@@ -70,6 +74,12 @@ class EngineService(pb_grpc.EngineServicer):
             if not request.epoch:
                 raise InvalidRequest("epoch 0: the gateway counts a sequence's epochs from 1")
             self._engine.check_size(len(request.prompt), sampling)
+            mask = TokenMask.of(
+                sampling,
+                vocab=self._grammars.vocab,
+                bad_words=[tuple(word.ids) for word in request.bad_words],
+                grammar=self._grammars.compile(request.grammar) if request.grammar else None,
+            )
             self._engine.submit(
                 sequence,
                 _tokens(request),
@@ -77,6 +87,7 @@ class EngineService(pb_grpc.EngineServicer):
                 events.put,
                 epoch=Epoch(request.epoch),
                 salt=request.cache_salt,
+                mask=mask,
             )
         except FarshoreError as error:
             rpc.abort(context, error)

@@ -9,7 +9,7 @@ import json
 import re
 from typing import Any, get_args
 
-from farshore.model_spec import ModelSpec, SpecialTokens
+from farshore.model_spec import ModelSpec, ReasoningParser, SpecialTokens, ToolCallParser
 from farshore.text import quoted
 
 _TOKENS = re.compile(r"(\d+(?:\.\d+)?)([kKmMgG]?)")
@@ -96,6 +96,20 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
         help="how a special token such as <|im_end|> in a chat message is read: as text, so that a message "
         "can't end its turn or forge another, or parse, as the token itself (default: %(default)s)",
     )
+    add(
+        "--tool-call-parser",
+        choices=get_args(ToolCallParser),
+        default="auto",
+        help="the format of the tool calls that the model writes; auto tells it by the chat template "
+        "(default: %(default)s)",
+    )
+    add(
+        "--reasoning-parser",
+        choices=get_args(ReasoningParser),
+        default="auto",
+        help="think: what an answer has between <think> and </think> is its reasoning; auto: if the chat "
+        "template writes these marks (default: %(default)s)",
+    )
 
 
 def model_spec(args: argparse.Namespace, model: str) -> ModelSpec:
@@ -109,4 +123,6 @@ def model_spec(args: argparse.Namespace, model: str) -> ModelSpec:
         rope_scaling=args.rope_scaling,
         served_names=tuple(getattr(args, "served_model_name", None) or ()),
         special_tokens_in_chat=args.special_tokens_in_chat,
+        tool_call_parser=args.tool_call_parser,
+        reasoning_parser=args.reasoning_parser,
     )

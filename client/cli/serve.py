@@ -18,7 +18,17 @@ from farshore.errors import InvalidRequest, ProcessEnded
 from farshore.model_spec import DEMO
 
 _REDIS = ("redis_url", "redis_password_file", "redis_ca_file", "redis_cert_file", "redis_key_file")
-_OPTIONS = ("name", "dense_workers", "host", "port", "ray_address", "token_file", "dashboard", *_REDIS)
+_OPTIONS = (
+    "name",
+    "dense_workers",
+    "host",
+    "port",
+    "http_port",
+    "ray_address",
+    "token_file",
+    "dashboard",
+    *_REDIS,
+)
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -46,6 +56,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument(
         "--port", type=int, default=50051, help="port of the API; 0 for any free one (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--http-port",
+        type=int,
+        default=8000,
+        metavar="PORT",
+        help="port of the OpenAI-compatible HTTP API; 0 for any free one (default: %(default)s)",
     )
     add_model_options(parser.add_argument_group("model"))
     cluster = parser.add_argument_group("cluster")

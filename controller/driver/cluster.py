@@ -106,6 +106,8 @@ class Cluster:
         Redis does not answer.
         """
         listen.check(config.host, config.port)
+        if config.http_port is not None:
+            listen.check(config.host, config.http_port, option="--http-port")
         config = _with_redis(_with_token_file(config))
         # A download happens now, before anything is started; the cluster's processes find the cache filled.
         config = replace(config, spec=pinned(config.spec, progress=progress))
@@ -201,6 +203,7 @@ class Cluster:
         self._gateway = GatewayProcess(
             spec=config.spec,
             listen=f"{listen.bracketed(config.host)}:{config.port}",
+            http=None if config.http_port is None else f"{listen.bracketed(config.host)}:{config.http_port}",
             directory=f"grpc://{controller}",
             controller=controller,
             token_file=self._ray.token_file,
@@ -210,7 +213,10 @@ class Cluster:
         self.address = self._gateway.serve()
         self._last_event = max((event.number for event in self._events()), default=0)
         self._ray.note_processes()
-        self.endpoints = {"gateway": self.address, "controller": controller}
+        self.endpoints = {"gateway": self.address}
+        if self._gateway.http_address is not None:
+            self.endpoints["HTTP API"] = f"http://{self._gateway.http_address}/v1"
+        self.endpoints["controller"] = controller
         self.endpoints |= {record.worker: record.address for record in workers}
         if config.ray_address is not None:
             self.goes_on = (

@@ -28,12 +28,22 @@ class GatewayProcess:
     :meth:`serve` waits for it."""
 
     def __init__(
-        self, *, spec: ModelSpec, listen: str, directory: str, controller: str, token_file: str
+        self,
+        *,
+        spec: ModelSpec,
+        listen: str,
+        http: str | None,
+        directory: str,
+        controller: str,
+        token_file: str,
     ) -> None:
-        """``directory``: its URL. ``controller``: HOST:PORT. ``token_file``: the cluster's token."""
+        """``listen``, ``http``: HOST:PORT of gRPC and of HTTP (None: off). ``directory``: its URL.
+        ``controller``: HOST:PORT. ``token_file``: the cluster's token."""
+        self.http_address: str | None = None
         arguments = ["--child", "--spec", spec.to_json(), "--listen", listen, "--directory", directory]
         arguments += ["--controller", controller, "--drain-timeout", str(DRAIN_S)]
         arguments += ["--token-file", token_file]
+        arguments += ["--http", http] if http else []
         self._process = subprocess.Popen(
             # -P keeps the current directory, which may be a checkout, off sys.path.
             [sys.executable, "-P", "-m", "farshore.gateway", *arguments],
@@ -109,4 +119,5 @@ class GatewayProcess:
         if "error" in report:
             kind = getattr(errors, report.get("kind", ""), StartupError)
             raise kind(report["error"])
+        self.http_address = report["http"]
         return report["address"]

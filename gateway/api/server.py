@@ -4,8 +4,7 @@ Called by ``__main__``, and by tests within their process. Must not know about p
 """
 
 import asyncio
-import errno
-import socket
+import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,15 +15,18 @@ from grpc_reflection.v1alpha import reflection
 
 from farshore import rpc
 from farshore.cluster_token import ClusterToken
-from farshore.errors import InvalidRequest, PortInUse
 from farshore.gateway.api import admin
 from farshore.gateway.api.admin import AdminProxy
+from farshore.gateway.api.http import HttpListener
+from farshore.gateway.api.listening import bind_error, split_address
+from farshore.gateway.api.openai.endpoints import Endpoints
 from farshore.gateway.api.service import InferenceService
 from farshore.gateway.engines.discovery import EngineDiscovery
 from farshore.gateway.engines.dispatch import Dispatcher
 from farshore.gateway.engines.known import KnownEngines
 from farshore.gateway.engines.router import Router
 from farshore.gateway.limits import Limits
+from farshore.gateway.requests.intake import Intake
 from farshore.gateway.requests.log import RequestLog
 from farshore.gateway.served import Served
 from farshore.interpreter import make_nicer
@@ -74,6 +76,7 @@ class Gateway:
         self,
         *,
         address: str,
+        listener: HttpListener | None,
         server: grpc.aio.Server,
         checks: health.aio.HealthServicer,
         state: ServingState,
@@ -86,6 +89,8 @@ class Gateway:
     ) -> None:
         self.address = address
         self.engines = engines
+        self.http_address = listener.address if listener is not None else None
+        self._listener = listener
         self._server = server
         self._checks = checks
         self._state = state
@@ -117,6 +122,8 @@ class Gateway:
         # The log is closed first, which ends its readers, so that the server has no calls to wait for.
         await self._log.close()
         await self._server.stop(self._limits.shutdown_s)
+        if self._listener is not None:
+            await self._listener.stop(self._limits.shutdown_s)
         for task in self._watching:
             task.cancel()
         await asyncio.wait(self._watching)
@@ -135,13 +142,14 @@ async def create(
     token: ClusterToken | None = None,
     announced_spec: str | None = None,
     limits: Limits | None = None,
+    http: str | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Gateway:
-    """Starts a gateway on the running event loop. ``listen``: HOST:PORT, port 0 for any free one.
-    ``directory`` lists the engines; it stays the caller's. ``controller``: its address, for operators' calls.
-    Neither must answer yet. ``token``: the cluster's, which this gateway proves to engines and controller;
-    its own clients prove nothing. ``announced_spec``: see ``KnownEngines``. The gateway's health says whether
-    an engine takes requests.
+    """Starts a gateway on the running event loop. ``listen``, of gRPC, and ``http``, of HTTP (None: off):
+    HOST:PORT, port 0 for any free one. ``directory`` lists the engines; it stays the caller's.
+    ``controller``: its address, for operators' calls. Neither must answer yet. ``token``: the cluster's,
+    which this gateway proves to engines and controller; its own clients prove nothing.
+    ``announced_spec``: see ``KnownEngines``. The gateway's health says whether an engine takes requests.
 
     Raises PortInUse, or InvalidRequest, if the gateway can't listen on ``listen``.
     """
@@ -171,7 +179,8 @@ async def create(
         engine_problem=lambda: engines.problem,
         clock=clock,
     )
-    service = InferenceService(served=served, log=log, limits=limits, clock=clock)
+    intake = Intake(served=served, log=log, limits=limits, clock=clock)
+    service = InferenceService(intake)
     operators = rpc.aio_channel(controller, token)
     server.add_generic_rpc_handlers((service.handler(), AdminProxy(operators, controller, limits).handler()))
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
@@ -182,8 +191,20 @@ async def create(
     await engines.probe()
     await state.tell(engines)
     await server.start()
+    listener = None
+    if http is not None:
+        endpoints = Endpoints(
+            intake,
+            problem=lambda: engines.problem,
+            in_thread=functools.partial(asyncio.get_running_loop().run_in_executor, tokenizing),
+        )
+        listener = HttpListener(
+            endpoints.application(), listen=http, most_connections=limits.max_readers + limits.other_calls
+        )
+        await listener.start()
     return Gateway(
         address=f"{host}:{port}",
+        listener=listener,
         server=server,
         checks=checks,
         state=state,
@@ -202,36 +223,8 @@ def _options(message_bytes: int) -> list[tuple[str, int]]:
     return list((dict(rpc.OPTIONS) | changed).items())
 
 
-def split_address(address: str) -> tuple[str, int]:
-    """(host, port) of HOST:PORT; the brackets around an IPv6 host are kept. Raises InvalidRequest."""
-    host, colon, port = address.rpartition(":")
-    if not (colon and host and port.isascii() and port.isdigit() and int(port) <= 65535):
-        raise InvalidRequest(f"{address!r} is no address: use HOST:PORT, such as 127.0.0.1:50051")
-    return host, int(port)
-
-
 def _bind(server: grpc.aio.Server, listen: str) -> int:
     try:
         return server.add_insecure_port(listen)
     except RuntimeError as error:
-        raise _bind_error(listen) from error
-
-
-def _bind_error(listen: str) -> InvalidRequest:
-    """The reason why ``listen`` can't be bound, found by binding a socket: gRPC does not report it."""
-    host, port = split_address(listen)
-    try:
-        family, kind, *_, address = socket.getaddrinfo(
-            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            probe.listen(1)
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            why = error.strerror or error
-            return InvalidRequest(f"cannot listen on {listen}: {why}; use another --host")
-    return PortInUse(
-        f"port {port} on {host} is taken: stop what listens there, or choose another --port (0: any)"
-    )
+        raise bind_error(listen) from error

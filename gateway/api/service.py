@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import functools
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -17,12 +16,9 @@ from google.protobuf.message import DecodeError, Message
 
 from farshore import rpc
 from farshore.errors import DeadlineExceeded, FarshoreError, InvalidRequest, Overloaded
-from farshore.gateway.api import received
-from farshore.gateway.limits import ERROR_MESSAGE_CHARS, Limits
-from farshore.gateway.requests import validate
-from farshore.gateway.requests.log import RequestLog
-from farshore.gateway.requests.request import Request, RequestFailed
-from farshore.gateway.served import Served
+from farshore.gateway.limits import ERROR_MESSAGE_CHARS
+from farshore.gateway.requests.intake import Intake
+from farshore.gateway.requests.request import RequestFailed
 from farshore.proto import inference_pb2 as api
 from farshore.text import shortened
 
@@ -34,18 +30,10 @@ class InferenceService:
     """Handlers receive and return serialised messages: ``Generate`` checks a request's bytes before it parses
     them, and sends events as the request log stores them. Runs on the event loop."""
 
-    def __init__(
-        self,
-        *,
-        served: Served,
-        log: RequestLog,
-        limits: Limits,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._served = served
-        self._log = log
-        self._limits = limits
-        self._clock = clock
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+        self._log = intake.log
+        self._limits = intake.limits
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The handler to add to a server."""
@@ -62,9 +50,9 @@ class InferenceService:
     # Calls `write` instead of yielding, so that a client's disconnect is raised here, inside `reading`.
     async def Generate(self, raw: bytes, context: grpc.aio.ServicerContext) -> None:
         """Starts a request, or reconnects to one, and sends its events until it ends."""
-        arrived_s = self._clock()
+        arrived_s = self._intake.clock()
         with self._log.call(len(raw)):
-            request, resume_from = self._open(raw, arrived_s)
+            request, resume_from = self._intake.take(raw, arrived_s=arrived_s)
             with self._log.reading(request):
                 async with contextlib.aclosing(request.follow(resume_from)) as events:
                     async for event in events:
@@ -74,29 +62,6 @@ class InferenceService:
         """Ends a request; returns when it has ended."""
         await self._log.cancel(_parsed(api.CancelRequest, raw).request_id)
         return api.CancelReply().SerializeToString()
-
-    def _open(self, raw: bytes, arrived_s: float) -> tuple[Request, int]:
-        """(the request to read, the index of the first token to send). Finds the request or starts it. Never
-        awaits, so that of two calls with the same id only one starts it, and a later Cancel finds it."""
-        positions = self._served.config.max_positions
-        message, fingerprint, _ = received.parse(raw, max_positions=positions, limits=self._limits)
-        validate.check_request_id(message, self._limits)
-        expected = fingerprint if validate.has_prompt(message) else None
-        request = self._log.find_same(message.request_id, expected, message.resume_from)
-        if request is None:
-            validate.check_cheap(message, self._served, self._limits)
-            request = self._log.start(
-                message.request_id,
-                functools.partial(self._prepare, message),
-                fingerprint=fingerprint,
-                choices=message.sampling.n or 1,
-                values=validate.values(message.sampling, self._limits),
-                arrived_s=arrived_s,
-            )
-        return request, message.resume_from
-
-    def _prepare(self, message: api.GenerateRequest, sequence_id: str) -> validate.Job:
-        return validate.prepare(message, self._served, self._limits, sequence_id=sequence_id)
 
     async def _write(self, event: bytes, context: grpc.aio.ServicerContext) -> None:
         """Blocks while the reader's flow-control window is full. Raises DeadlineExceeded after

@@ -15,7 +15,9 @@ class Completion:
     def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
         self._silent_ids = frozenset(job.stop_token_ids)
         self._text = tokenizer.stream(job.prompt_end)
-        self._stops = StopStrings(job.stop)
+        self._shown = tokenizer.token_text if job.shows_special_tokens else None
+        self._is_silent = tokenizer.is_silent
+        self._stops = StopStrings(job.stop, included=job.includes_stop)
         self._tokens = 0
         self._rest = ""
         self.reason: api.FinishReason | None = None
@@ -25,9 +27,15 @@ class Completion:
         A stop string ends the completion."""
         self._tokens += 1
         # A stop token's text is not part of the answer, even if the token is not a special one.
-        text = "" if token_id in self._silent_ids else self._stops.push(self._text.push(token_id))
+        text = "" if token_id in self._silent_ids else self._stops.push(self._own_text(token_id))
         if self._stops.found:
             self.reason = api.FINISH_REASON_STOP
+        return text
+
+    def _own_text(self, token_id: int) -> str:
+        text = self._text.push(token_id)
+        if self._shown is not None and self._is_silent(token_id):
+            text += self._shown(token_id)
         return text
 
     def end(self, reason: api.FinishReason) -> None:

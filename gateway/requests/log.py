@@ -239,7 +239,7 @@ class RequestLog:
         try:
             job = await preparation
             del self._preparations[request], preparation
-            await request.accept(job.prompt_tokens)
+            await request.accept(job.prompt_tokens, prompt_end=job.prompt_end_text)
             await self._runner.pump(request, job)
         except asyncio.CancelledError:
             if request.cancelling:

@@ -73,6 +73,7 @@ class Request:
         self.outlives_readers = outlives_readers
         self.readers = 0
         self.cancelling = False
+        self.prompt_end = ""
         self._accepted: bytes | None = None
         self._prompt_tokens = 0
         self._prefill: bytes | None = None
@@ -141,9 +142,10 @@ class Request:
                 if index == len(self._tokens) and self._prefill is prefill and not self.ended:
                     await self._changed.wait()
 
-    async def accept(self, prompt_tokens: int) -> None:
-        """Records that the prompt was tokenized."""
+    async def accept(self, prompt_tokens: int, *, prompt_end: str = "") -> None:
+        """Records that the prompt was tokenized. ``prompt_end``: its last few characters."""
         self._prompt_tokens = prompt_tokens
+        self.prompt_end = prompt_end
         accepted = api.Accepted(request_id=self.request_id, prompt_tokens=prompt_tokens)
         self._accepted = api.GenerateEvent(accepted=accepted).SerializeToString()
         await self._notify()

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from farshore.errors import InvalidRequest
 from farshore.gateway.limits import Limits
+from farshore.gateway.requests import structure
 from farshore.proto import inference_pb2 as api
 from farshore.sampling import BIASES, RANGES, Range
 
@@ -30,6 +31,8 @@ def check(sampling: api.Sampling, *, vocab: int, limits: Limits) -> None:
     _check_choices(sampling, limits)
     _check_bias(sampling, vocab, limits)
     _check_stops(sampling, vocab, limits)
+    _check_restrictions(sampling, vocab, limits)
+    structure.check(sampling, limits)
 
 
 def _check_choices(sampling: api.Sampling, limits: Limits) -> None:
@@ -68,6 +71,30 @@ def _check_stops(sampling: api.Sampling, vocab: int, limits: Limits) -> None:
             f"stop_token_ids has {len(sampling.stop_token_ids)} ids; give at most {limits.stop_token_ids}"
         )
     _check_ids("stop_token_ids", sampling.stop_token_ids, vocab)
+
+
+def _check_restrictions(sampling: api.Sampling, vocab: int, limits: Limits) -> None:
+    if sampling.HasField("max_tokens") and sampling.min_tokens > sampling.max_tokens:
+        raise InvalidRequest(
+            f"min_tokens {sampling.min_tokens} is more than max_tokens {sampling.max_tokens}: lower it"
+        )
+    if sampling.HasField("truncate_prompt_tokens") and not sampling.truncate_prompt_tokens:
+        raise InvalidRequest("truncate_prompt_tokens is 0: keep at least 1, or leave it unset")
+    if len(sampling.allowed_token_ids) > limits.allowed_token_ids:
+        raise InvalidRequest(
+            f"allowed_token_ids has {len(sampling.allowed_token_ids)} ids; give at most"
+            f" {limits.allowed_token_ids}"
+        )
+    _check_ids("allowed_token_ids", sampling.allowed_token_ids, vocab)
+    if len(sampling.bad_words) > limits.bad_words:
+        raise InvalidRequest(
+            f"bad_words has {len(sampling.bad_words)} texts; give at most {limits.bad_words}"
+        )
+    for place, word in enumerate(sampling.bad_words):
+        if not 1 <= len(word) <= limits.bad_word_chars:
+            raise InvalidRequest(
+                f"bad word {place} has {len(word)} characters; give it 1 to {limits.bad_word_chars}"
+            )
 
 
 def _check_ids(name: str, ids: Iterable[int], vocab: int) -> None:

@@ -12,8 +12,9 @@ class StopStrings:
     stop "END"   push "the E" → "the "   push "N" → ""   push "ough" → "ENough"   push " END." → " "
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        """``stops`` may be empty; no string in it may."""
+    def __init__(self, stops: Sequence[str], *, included: bool = False) -> None:
+        """``stops`` may be empty; no string in it may. ``included``: cut behind the stop string instead."""
+        self._included = included
         self._stops = [_StopString(stop) for stop in stops]
         self._held = ""
         self.found = False
@@ -25,10 +26,12 @@ class StopStrings:
         for stop in self._stops:
             stop.push(text)
         text = self._held + text
-        starts = [start for stop in self._stops if (start := text.find(stop.text)) >= 0]
+        starts = [(start, stop.text) for stop in self._stops if (start := text.find(stop.text)) >= 0]
         if starts:
             self.found, self._held = True, ""
-            return text[: min(starts)]
+            # Of those that begin at one place, the shortest comes first in the text.
+            start, stop_text = min(starts, key=lambda found: (found[0], len(found[1])))
+            return text[: start + len(stop_text) * self._included]
         final = len(text) - max((stop.matched for stop in self._stops), default=0)
         self._held = text[final:]
         return text[:final]

@@ -1,6 +1,6 @@
 """Validates and tokenizes a client's request: makes the job that an engine runs, or raises InvalidRequest.
 
-Called by ``api.service`` for each new request, so that requests are refused before an engine allocates
+Called by ``intake`` for each new request, so that requests are refused before an engine allocates
 memory; only the pool's size is checked by the engine. Each refusal names the limit and the fix. Must not know
 about gRPC calls, and must never log a prompt.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from farshore.errors import InvalidRequest, ModelError
 from farshore.gateway.limits import Limits
-from farshore.gateway.requests import chat
+from farshore.gateway.requests import chat, structure
 from farshore.gateway.requests import sampling as sampling_limits
 from farshore.gateway.served import Served
 from farshore.ids import FIRST_EPOCH
@@ -23,6 +23,16 @@ from farshore.text import quoted
 
 PREFIX_TOKENS = 256
 """Tokens of the prompt's beginning by which an engine is chosen: a block, the least that is found again."""
+_APPLIED_HERE = (
+    "stop",
+    "ignore_eos",
+    "skip_special_tokens",
+    "include_stop_str",
+    "structure",
+    "bad_words",
+    "truncate_prompt_tokens",
+)
+"""Options of sampling that the gateway applies or translates: the engine does not get them."""
 
 _CHUNK = 1 << 14
 """Ids handled in one native call: other threads get the interpreter's lock between two calls."""
@@ -33,13 +43,17 @@ class Job:
     """A validated request.
 
     ``stop_token_ids``: the client's, and the model's unless ``ignore_eos`` is set. ``prompt_end``: the last
-    ids of the prompt that have text, from ``Tokenizer.prompt_end``. ``message``: the
+    ids of the prompt that have text, from ``Tokenizer.prompt_end``; ``prompt_end_text``: their text.
+    ``shows_special_tokens``, ``includes_stop``: how the answer's text is made. ``message``: the
     serialised SequenceRequest for the engine, with the prompt. A list of the prompt's ids would take ten
     times the memory, and serialising it would block the event loop.
     """
 
     prompt_tokens: int
     prompt_end: tuple[int, ...]
+    prompt_end_text: str
+    shows_special_tokens: bool
+    includes_stop: bool
     n: int
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
@@ -53,12 +67,13 @@ def has_prompt(request: api.GenerateRequest) -> bool:
     return request.WhichOneof("prompt") is not None
 
 
-def check_cheap(request: api.GenerateRequest, served: Served, limits: Limits) -> None:
-    """The checks that need no tokenizing. Raises InvalidRequest, or ModelError for an unknown model."""
-    _check_model(request.model, served)
+def check_cheap(request: api.GenerateRequest, served: Served, limits: Limits, *, default_tokens: int) -> None:
+    """The checks that need no tokenizing. ``default_tokens``: of a request without max_tokens. Raises
+    InvalidRequest, or ModelError for an unknown model."""
+    check_model(request.model, served)
     sampling_limits.check(request.sampling, vocab=served.config.vocab, limits=limits)
     most = limits.request_values_for(served.config.max_positions)
-    if (asked := values(request.sampling, limits)) > most:
+    if (asked := values(request.sampling, default_tokens=default_tokens)) > most:
         raise InvalidRequest(
             f"n * max_tokens * (1 + logprobs) is {asked}: a request may ask for at most {most} tokens and "
             "alternatives together; lower one of the three"
@@ -77,36 +92,50 @@ def check_request_id(request: api.GenerateRequest, limits: Limits) -> None:
         raise InvalidRequest("resume_from needs the request_id of the request to go on with")
 
 
-def values(sampling: api.Sampling, limits: Limits) -> int:
-    """Tokens and alternatives that a request may produce: the size of its events in the request log."""
-    max_tokens = sampling.max_tokens if sampling.HasField("max_tokens") else limits.default_max_tokens
+def values(sampling: api.Sampling, *, default_tokens: int) -> int:
+    """Tokens and alternatives that a request may produce: the size of its events in the request log.
+    ``default_tokens``: of a request without max_tokens."""
+    max_tokens = sampling.max_tokens if sampling.HasField("max_tokens") else default_tokens
     return (sampling.n or 1) * max_tokens * (1 + sampling.logprobs)
 
 
-def prepare(request: api.GenerateRequest, served: Served, limits: Limits, *, sequence_id: str) -> Job:
+def prepare(
+    request: api.GenerateRequest, served: Served, limits: Limits, *, sequence_id: str, default_tokens: int
+) -> Job:
     """Tokenizes the prompt, checks lengths and makes the job. Slow for long prompts: call it in a thread. It
-    never holds the interpreter's lock for long. Raises InvalidRequest."""
+    never holds the interpreter's lock for long. ``default_tokens``: of a request without max_tokens, lowered
+    to the positions that are left. Raises InvalidRequest."""
     asked = request.sampling
     message = cluster.SequenceRequest(sequence_id=sequence_id, epoch=FIRST_EPOCH)
-    _add_prompt(message, request, served, limits)
+    ids = _ids(request, served, limits)
+    if asked.truncate_prompt_tokens:
+        ids = ids[-asked.truncate_prompt_tokens :]
+    for first in range(0, len(ids), _CHUNK):
+        message.prompt.extend(ids[first : first + _CHUNK])
     if not message.prompt:
         raise InvalidRequest("the prompt is empty: send at least one token")
     count = len(message.prompt)
     sampling = message.sampling
     sampling.CopyFrom(asked)
-    sampling.max_tokens = _max_tokens(count, asked, served, limits)
+    sampling.max_tokens = _max_tokens(count, asked, served, default_tokens)
     sampling.n = asked.n or 1
     if not asked.HasField("seed"):
         sampling.seed = secrets.randbits(64)
-    sampling.ClearField("stop")
-    sampling.ClearField("ignore_eos")
+    for name in _APPLIED_HERE:
+        sampling.ClearField(name)
     sampling.ClearField("stop_token_ids")
     own_stops = () if asked.ignore_eos else served.stop_ids
     sampling.stop_token_ids.extend(dict.fromkeys((*own_stops, *asked.stop_token_ids)))
     message.cache_salt = request.cache_salt
+    message.grammar = structure.grammar_of(asked.structure)
+    message.bad_words.extend(api.TokenIds(ids=word) for word in _bad_words(asked, served))
+    prompt_end = served.tokenizer.prompt_end(message.prompt)
     return Job(
         prompt_tokens=count,
-        prompt_end=served.tokenizer.prompt_end(message.prompt),
+        prompt_end=prompt_end,
+        prompt_end_text=served.tokenizer.decode(prompt_end),
+        shows_special_tokens=asked.HasField("skip_special_tokens") and not asked.skip_special_tokens,
+        includes_stop=asked.include_stop_str,
         n=sampling.n,
         stop=tuple(asked.stop),
         stop_token_ids=tuple(sampling.stop_token_ids),
@@ -122,7 +151,27 @@ def _prefix_key(prompt: Sequence[int], salt: str) -> int | None:
     return int.from_bytes(hashlib.blake2b(beginning + salt.encode(), digest_size=8).digest())
 
 
-def _check_model(name: str, served: Served) -> None:
+def _bad_words(sampling: api.Sampling, served: Served) -> list[list[int]]:
+    """The token sequences of the bad words: of each as it is, and within a text, as vLLM does."""
+    encode = served.tokenizer.encode
+    texts = [text for word in sampling.bad_words for text in (word, f" {word.lstrip()}")]
+    found = [encode(text, add_special_tokens=False) for text in dict.fromkeys(texts)]
+    return [ids for ids in found if ids]
+
+
+def tokens_of(
+    request: api.GenerateRequest, served: Served, limits: Limits, *, special: bool
+) -> Sequence[int]:
+    """The token ids of a prompt that is not to be run. ``special``: add the special tokens that the tokenizer
+    puts around a text; a chat's are the template's. Slow for long prompts, as :func:`prepare`. Raises
+    InvalidRequest."""
+    check_model(request.model, served)
+    _check_prompt(request, served, limits)
+    return _ids(request, served, limits, special=special)
+
+
+def check_model(name: str, served: Served) -> None:
+    """Raises ModelError unless ``name`` is a name of the served model, or empty."""
     names = served.spec.names
     if name and name not in names:
         raise ModelError(
@@ -164,25 +213,23 @@ def _most_chars(served: Served, limits: Limits) -> int:
     return served.config.max_positions * limits.chars_per_position
 
 
-def _add_prompt(
-    message: cluster.SequenceRequest, request: api.GenerateRequest, served: Served, limits: Limits
-) -> None:
+def _ids(
+    request: api.GenerateRequest, served: Served, limits: Limits, *, special: bool = True
+) -> Sequence[int]:
     kind = request.WhichOneof("prompt")
     if kind == "tokens":
-        _check_token_ids(request.tokens.ids, served)
-        message.prompt.MergeFrom(request.tokens.ids)
-        return
-    if kind == "text":
-        ids = served.tokenizer.encode(request.text)
+        ids: Sequence[int] = request.tokens.ids
+    elif kind == "text":
+        ids = served.tokenizer.encode(request.text, add_special_tokens=special)
     else:
         ids = served.chat.encode(chat.conversation(request.chat), most_chars=_most_chars(served, limits))
     # A tokenizer may know more tokens than the model, such as one added for padding.
-    _check_token_ids(ids, served)
-    for first in range(0, len(ids), _CHUNK):
-        message.prompt.extend(ids[first : first + _CHUNK])
+    check_token_ids(ids, served)
+    return ids
 
 
-def _check_token_ids(ids: Sequence[int], served: Served) -> None:
+def check_token_ids(ids: Sequence[int], served: Served) -> None:
+    """Raises InvalidRequest for an id that the model does not have."""
     vocab = served.config.vocab
     for first in range(0, len(ids), _CHUNK):
         chunk = ids[first : first + _CHUNK]
@@ -194,7 +241,7 @@ def _check_token_ids(ids: Sequence[int], served: Served) -> None:
             )
 
 
-def _max_tokens(prompt_tokens: int, sampling: api.Sampling, served: Served, limits: Limits) -> int:
+def _max_tokens(prompt_tokens: int, sampling: api.Sampling, served: Served, default_tokens: int) -> int:
     max_positions = served.config.max_positions
     left = max_positions - prompt_tokens
     if left < 1:
@@ -203,7 +250,7 @@ def _max_tokens(prompt_tokens: int, sampling: api.Sampling, served: Served, limi
             f"shorten the prompt to at most {max_positions - 1} tokens"
         )
     if not sampling.HasField("max_tokens"):
-        return min(limits.default_max_tokens, left)
+        return min(default_tokens, left)
     if sampling.max_tokens > left:
         raise InvalidRequest(
             f"prompt of {prompt_tokens} tokens + max_tokens {sampling.max_tokens} is more than the model's "

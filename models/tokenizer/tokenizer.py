@@ -95,6 +95,15 @@ class Tokenizer:
         special token as its name. "" for an id outside the vocabulary."""
         return self._tokens.text(token_id)
 
+    def is_silent(self, token_id: int) -> bool:
+        """Whether the token adds no text: a special or an unknown one."""
+        return self._tokens.is_silent(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token within a text: with its blank; b"" for a special token and for an id outside
+        the vocabulary."""
+        return self._tokens.following(token_id) or b""
+
     def prompt_end(self, prompt: Sequence[int]) -> tuple[int, ...]:
         """The last ids of ``prompt`` that have text, at most four: what a stream needs to know about it."""
         visible = (token for token in reversed(prompt) if not self._tokens.is_silent(token))

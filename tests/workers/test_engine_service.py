@@ -3,6 +3,7 @@
 from farshore import rpc
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import inference_pb2 as api
+from farshore.workers.engine.constraints.grammar import GrammarCompiler
 from farshore.workers.engine_service import EngineService
 
 
@@ -22,6 +23,7 @@ def test_a_request_with_another_salt_finds_no_stored_prefix(tiny_model, rig):
         engine=engine,
         store=cluster.stores["engine"],
         shards={worker: client.identify() for worker, client in cluster.clients.items()},
+        grammars=GrammarCompiler(lambda: None, vocab=100, eos_ids=()),
     )
     new = []
     for name, salt in (("a", ""), ("b", "mine"), ("c", ""), ("d", "mine"), ("e", "another's")):

@@ -34,6 +34,7 @@ from farshore.models.llama import Llama
 from farshore.sampling import Sampling
 from farshore.workers.engine import admission
 from farshore.workers.engine.admission import EngineLimits
+from farshore.workers.engine.constraints.token_mask import TokenMask
 from farshore.workers.engine.decode.micro_batch_tuner import MicroBatchTuner
 from farshore.workers.engine.decode.step import LayerLoop, LocalKV
 from farshore.workers.engine.kv.cache import SequenceCache
@@ -161,9 +162,10 @@ class Engine:
         *,
         epoch: Epoch,
         salt: str = "",
+        mask: TokenMask | None = None,
     ) -> None:
         """Queues a request. ``emit`` is called from the engine's thread and must not block. Shards refuse
-        what an older ``epoch`` of the sequence writes.
+        what an older ``epoch`` of the sequence writes. ``mask``: which tokens may be drawn.
 
         A stored prefix is reused only for prompts with the same ``salt``. Raises InvalidRequest for a prompt
         that can never run here and for a sequence id in use, Overloaded if the queue is full, Internal if the
@@ -186,6 +188,7 @@ class Engine:
                     arrived_s=time.monotonic(),
                     fingerprint=kv_fingerprint,
                     blocks=blocks,
+                    mask=mask,
                 )
             )
 

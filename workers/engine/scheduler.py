@@ -227,6 +227,7 @@ class Scheduler:
             else:
                 self._queue_parked(choice)
         for entry in entries:
+            step_entry.prepare_mask(entry.sequence)
             self._emit(entry)
 
     def _fork(self, sequence: Sequence, child: Sequence) -> bool:

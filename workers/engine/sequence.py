@@ -16,6 +16,7 @@ from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kvstore.prefix import PrefixBlock
 from farshore.kvstore.store.tail import Tail
 from farshore.sampling import Sampling
+from farshore.workers.engine.constraints.token_mask import TokenMask
 from farshore.workers.engine.lookup import PromptLookup
 from farshore.workers.engine.penalties import TokenCounts
 
@@ -129,6 +130,8 @@ class Sequence:
     """Whether the request's other completions have their own sequences."""
     lookup: PromptLookup | None = None
     """Guesses the next tokens; None disables guessing."""
+    mask: TokenMask | None = None
+    """Which tokens may be drawn; None: all."""
     token_counts: TokenCounts = field(default_factory=TokenCounts)
     """Counts of token ids, for penalties."""
     queued_s: float | None = None
@@ -207,6 +210,7 @@ class Sequence:
             tokens=list(self.tokens),
             blocks=list(self.blocks),
             token_counts=self.token_counts.copy(),
+            mask=self.mask.copy() if self.mask is not None else None,
             spans=[],
             tail=None,
             holder=None,

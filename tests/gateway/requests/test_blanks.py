@@ -35,7 +35,9 @@ def stripping(served):
 )
 def test_a_completion_keeps_its_first_blank_after_a_prompt(stripping, prompt, text):
     request = api.GenerateRequest(tokens=api.TokenIds(ids=prompt))
-    completion = Completion(prepare(request, stripping, Limits(), sequence_id="s"), stripping.tokenizer)
+    completion = Completion(
+        prepare(request, stripping, Limits(), sequence_id="s", default_tokens=8), stripping.tokenizer
+    )
     assert completion.push(CAT) + completion.push(CAT) == text
 
 
@@ -47,4 +49,4 @@ def test_ids_that_only_the_tokenizer_knows_are_refused(stripping):
     config = dataclasses.replace(stripping.config, vocab=4, eos_token_ids=())
     served = dataclasses.replace(stripping, config=config)
     with pytest.raises(InvalidRequest, match="token id 4 at index 1 is outside the vocabulary"):
-        prepare(api.GenerateRequest(text="the cat"), served, Limits(), sequence_id="s")
+        prepare(api.GenerateRequest(text="the cat"), served, Limits(), sequence_id="s", default_tokens=8)

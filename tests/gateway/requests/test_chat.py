@@ -26,7 +26,13 @@ def model(served):
     """The demo model with a template that shows all that it gets."""
     tokenizer = served.tokenizer
     shown = Tokenizer(tokenizer.backend, name="demo", special_tokens={}, eos_ids=(), chat_template=TEMPLATE)
-    changed = Served(spec=served.spec, config=served.config, tokenizer=tokenizer, chat=ChatPrompts(shown))
+    changed = Served(
+        spec=served.spec,
+        config=served.config,
+        tokenizer=tokenizer,
+        chat=ChatPrompts(shown),
+        chat_template=TEMPLATE,
+    )
     yield changed
     changed.chat.close()
 

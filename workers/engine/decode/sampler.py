@@ -2,9 +2,9 @@
 
 The stages that one row passes, in this order::
 
-    logits ─▶ bias ─▶ repetition penalty ─▶ presence, frequency penalties ─▶ greedy: the likeliest
-      │                                                                  └─▶ temperature ─▶ top-k ─▶ top-p
-      └─▶ log-probabilities: of the model itself                                   ─▶ min-p ─▶ draw
+    logits ─▶ bias ─▶ repetition penalty ─▶ presence, frequency penalties ─▶ mask ─┬▶ greedy: the likeliest
+      └─▶ log-probabilities: of the model itself                                   └▶ temperature ─▶ top-k
+                                                                                    ─▶ top-p ─▶ min-p ─▶ draw
 
 Bias and penalties precede the temperature, as in vLLM. top-k, top-p and min-p work as in transformers, each
 on the tokens that the previous stage kept. Log-probabilities are those of the unchanged logits, vLLM's
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from farshore.errors import FarshoreError
 from farshore.sampling import Sampling
+from farshore.workers.engine.constraints.token_mask import TokenMask
 from farshore.workers.engine.penalties import (
     Row,
     TokenCounts,
@@ -64,18 +65,22 @@ def sample(
     prompt_tokens: int,
     counts: TokenCounts,
     choice: int = 0,
+    mask: TokenMask | None = None,
 ) -> DrawnToken:
     """Draws the token that follows ``tokens`` from ``logits`` (``f32[vocab]``, not changed).
 
     The first ``prompt_tokens`` of ``tokens`` are the prompt. ``counts`` belongs to the sequence; it is
-    updated if a penalty needs it. ``choice`` is the number of the completion in its request. Raises
-    FarshoreError if a logit is not finite, and nothing else.
+    updated if a penalty needs it. ``choice`` is the number of the completion in its request. ``mask``: which
+    tokens may be drawn; None: all. Raises FarshoreError if a logit is not finite or the mask allows nothing,
+    and nothing else.
     """
     model_row: Row = logits.cpu().numpy()
     # max() and min() both return NaN if there is one.
     if not (isfinite(model_row.max()) and isfinite(model_row.min())):
         raise FarshoreError("the model's logits are not numbers: its weights or the stored KV are damaged")
     row = adjusted(model_row, sampling, tokens=tokens, prompt_tokens=prompt_tokens, counts=counts)
+    if mask is not None:
+        row = np.where(mask.allowed(tokens, prompt_tokens), row, np.float32(-np.inf))
     temperature = np.float32(finite(sampling.temperature))
     if temperature <= 0.0:
         token = int(row.argmax())

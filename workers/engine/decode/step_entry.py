@@ -93,9 +93,16 @@ def draw_token(sequence: Sequence, logits: Tensor) -> DrawnToken:
         prompt_tokens=sequence.prompt_tokens,
         counts=sequence.token_counts,
         choice=sequence.choice,
+        mask=sequence.mask,
     )
     sequence.tokens.append(drawn.token)
     return drawn
+
+
+def prepare_mask(sequence: Sequence) -> None:
+    """Begins to compute which tokens may come next, so that the next step's draw need not wait for it."""
+    if sequence.mask is not None and sequence.finish_reason() is None:
+        sequence.mask.prepare(sequence.tokens, sequence.prompt_tokens)
 
 
 def commit(plan: StepPlan, entries: Seq[StepEntry], attention: AttentionModel) -> None:
@@ -119,6 +126,7 @@ def commit(plan: StepPlan, entries: Seq[StepEntry], attention: AttentionModel) -
             tail.advance(sequence.committed)
             if len(entry.drawn) < entry.rows:
                 tail.truncate(sequence.committed)
+            prepare_mask(sequence)
         except Exception as error:
             entry.error = error
 

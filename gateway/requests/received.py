@@ -1,6 +1,6 @@
 """Checks the size of a Generate call's bytes before they are parsed.
 
-Called by ``service`` on the event loop. Protobuf holds the interpreter's lock while it parses, and some
+Called by ``intake`` on the event loop. Protobuf holds the interpreter's lock while it parses, and some
 messages are slow to parse for their size (an empty chat message takes two bytes and a hundred nanoseconds).
 Requests that exceed a limit are therefore refused from the wire format, in time that the limits bound. Must
 not know what the fields mean.

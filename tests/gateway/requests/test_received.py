@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farshore.errors import InvalidRequest
-from farshore.gateway.api import received
 from farshore.gateway.limits import Limits
+from farshore.gateway.requests import received
 from farshore.proto import inference_pb2 as api
 
 LIMITS = Limits(messages=8)

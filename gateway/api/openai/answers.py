@@ -1,0 +1,324 @@
+"""Turns the events of requests into OpenAI-compatible objects: whole answers, and chunks of a stream.
+
+Created by ``endpoints`` for each call. Must not know about HTTP, nor how requests are run.
+"""
+
+import json
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from farshore.gateway.api.openai.calls import Call, Forced
+from farshore.gateway.api.openai.parsing import ChoiceText, Parsing, Piece
+from farshore.gateway.api.openai.schema import ChatBody, CompletionBody, NamedTool
+from farshore.models.tokenizer.tokenizer import Tokenizer
+from farshore.proto import inference_pb2 as api
+
+_REASONS = {
+    api.FINISH_REASON_STOP: "stop",
+    api.FINISH_REASON_LENGTH: "length",
+    # vLLM's word: OpenAI's API has no cancellation.
+    api.FINISH_REASON_CANCELLED: "abort",
+}
+
+
+class Answer(Protocol):
+    """One call's answer. Its requests are numbered from 0; each has n choices."""
+
+    def begin(self, number: int, *, prompt_end: str) -> None:
+        """A request was accepted. ``prompt_end``: the last characters of its prompt."""
+
+    def add(self, number: int, event: api.GenerateEvent) -> None:
+        """Takes the next event of a request: a token, or its end."""
+
+    def chunks(self) -> Iterator[dict[str, Any]]:
+        """The chunks that have become ready since the last call. Use it, or :meth:`whole`."""
+
+    def end(self) -> None:
+        """All requests have ended."""
+
+    def whole(self) -> dict[str, Any]:
+        """The answer, after :meth:`end`."""
+
+
+class _Usage:
+    """Counts of all requests of a call."""
+
+    def __init__(self) -> None:
+        self._prompt = self._completion = self._cached = 0
+
+    def add(self, usage: api.Usage) -> None:
+        self._prompt += usage.prompt_tokens
+        self._completion += usage.completion_tokens
+        self._cached += usage.cached_tokens
+
+    def as_object(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self._prompt,
+            "completion_tokens": self._completion,
+            "total_tokens": self._prompt + self._completion,
+            "prompt_tokens_details": {"cached_tokens": self._cached},
+        }
+
+
+class _Base:
+    """What both kinds of answer share. ``model``: the name to show."""
+
+    prefix: str
+    kind: str
+    chunk_kind: str
+
+    def __init__(self, body: ChatBody | CompletionBody, *, model: str) -> None:
+        options = body.stream_options
+        self._with_usage = bool(options and options.include_usage)
+        self._with_running_usage = bool(options and options.continuous_usage_stats)
+        self._n = body.n or 1
+        self._head = {
+            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self.usage = _Usage()
+        self._ready: list[dict[str, Any]] = []
+
+    def chunks(self) -> Iterator[dict[str, Any]]:
+        ready, self._ready = self._ready, []
+        yield from ready
+
+    def end(self) -> None:
+        """All requests have ended."""
+        if self._with_usage:
+            self._ready.append({**self._chunk([]), "usage": self.usage.as_object()})
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        chunk: dict[str, Any] = {**self._head, "object": self.chunk_kind, "choices": choices}
+        if self._with_running_usage:
+            chunk["usage"] = self.usage.as_object()
+        elif self._with_usage:
+            chunk["usage"] = None
+        return chunk
+
+    def _whole(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._head, "object": self.kind, "choices": choices, "usage": self.usage.as_object()}
+
+
+@dataclass(slots=True)
+class _ChatChoice:
+    """What has come of one choice of a chat."""
+
+    text: ChoiceText
+    content: str = ""
+    reasoning: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    values: list[dict[str, Any]] = field(default_factory=list)
+    reason: str = ""
+
+    def message(self) -> dict[str, Any]:
+        content = None if self.calls and not self.content else self.content
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.calls:
+            message["tool_calls"] = self.calls
+        return message
+
+
+class ChatAnswer(_Base):
+    """An :class:`Answer` of /v1/chat/completions. It has one request."""
+
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, body: ChatBody, *, model: str, tokenizer: Tokenizer, parsing: Parsing) -> None:
+        super().__init__(body, model=model)
+        self._tokenizer = tokenizer
+        self._parsing = parsing
+        self._logprobs = bool(body.logprobs)
+        self._names = {tool.function.name for tool in body.tools or ()}
+        self._most_calls = 1 if body.parallel_tool_calls is False else None
+        if body.tool_choice == "none":
+            self._names = set()
+        self._tool_choice = body.tool_choice
+        self._choices: list[_ChatChoice] = []
+
+    def begin(self, number: int, *, prompt_end: str) -> None:
+        for index in range(self._n):
+            text = ChoiceText(
+                self._parsing, prompt_end=prompt_end, names=self._names, forced=self._new_forced()
+            )
+            self._choices.append(_ChatChoice(text))
+            self._emit(index, {"role": "assistant", "content": ""})
+
+    def add(self, number: int, event: api.GenerateEvent) -> None:
+        if event.HasField("token"):
+            self._add_token(event.token)
+        elif event.HasField("finished"):
+            self.usage.add(event.finished.usage)
+            for index, completion in enumerate(event.finished.choices):
+                choice = self._choices[index]
+                self._add_piece(index, choice.text.push(completion.text))
+                self._add_piece(index, choice.text.finish())
+                called = choice.calls and completion.reason == api.FINISH_REASON_STOP
+                choice.reason = "tool_calls" if called else _REASONS[completion.reason]
+                self._emit(index, {}, reason=choice.reason)
+
+    def whole(self) -> dict[str, Any]:
+        return self._whole(
+            [
+                {
+                    "index": index,
+                    "message": choice.message(),
+                    "logprobs": {"content": choice.values} if self._logprobs else None,
+                    "finish_reason": choice.reason,
+                }
+                for index, choice in enumerate(self._choices)
+            ]
+        )
+
+    def _new_forced(self) -> Forced | None:
+        if isinstance(self._tool_choice, NamedTool):
+            return Forced(self._tool_choice.function.name)
+        return Forced(None) if self._tool_choice == "required" else None
+
+    def _add_token(self, token: api.Token) -> None:
+        choice = self._choices[token.choice]
+        values = [self._logprob(token)] if self._logprobs else []
+        choice.values += values
+        self._add_piece(token.choice, choice.text.push(token.text), values=values)
+
+    def _add_piece(self, index: int, piece: Piece, *, values: Sequence[dict[str, Any]] = ()) -> None:
+        choice = self._choices[index]
+        choice.reasoning += piece.reasoning
+        choice.content += piece.content
+        if piece.reasoning:
+            self._emit(index, {"reasoning_content": piece.reasoning})
+        if piece.content or values:
+            self._emit(index, {"content": piece.content}, values=list(values))
+        for call in piece.calls:
+            if self._most_calls is None or len(choice.calls) < self._most_calls:
+                number = len(choice.calls)
+                choice.calls.append(_called(call))
+                self._emit(index, {"tool_calls": [{"index": number, **_called(call)}]})
+
+    def _emit(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        *,
+        values: list[dict[str, Any]] | None = None,
+        reason: str | None = None,
+    ) -> None:
+        self._ready.append(
+            self._chunk(
+                [
+                    {
+                        "index": index,
+                        "delta": delta,
+                        "logprobs": {"content": values} if values else None,
+                        "finish_reason": reason,
+                    }
+                ]
+            )
+        )
+
+    def _logprob(self, token: api.Token) -> dict[str, Any]:
+        return {
+            **self._named(token.token_id, token.logprob),
+            "top_logprobs": [self._named(other.token_id, other.logprob) for other in token.top],
+        }
+
+    def _named(self, token_id: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": self._tokenizer.token_text(token_id),
+            "logprob": logprob,
+            "bytes": list(self._tokenizer.token_bytes(token_id)),
+        }
+
+
+class CompletionAnswer(_Base):
+    """An :class:`Answer` of /v1/completions. Choice c of request r has the index r * n + c."""
+
+    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+
+    def __init__(
+        self, body: CompletionBody, *, prompts: Iterable[str], model: str, tokenizer: Tokenizer
+    ) -> None:
+        """``prompts``: the text to begin each request's choices with; empty unless they are echoed."""
+        super().__init__(body, model=model)
+        self._tokenizer = tokenizer
+        self._logprobs = body.logprobs is not None
+        self._prompts = list(prompts)
+        count = len(self._prompts) * self._n
+        self._texts = [""] * count
+        self._values = [_no_values() for _ in range(count)]
+        self._reasons = [""] * count
+
+    def begin(self, number: int, *, prompt_end: str) -> None:
+        if self._prompts[number]:
+            for index in range(number * self._n, (number + 1) * self._n):
+                self._add_text(index, self._prompts[number])
+
+    def add(self, number: int, event: api.GenerateEvent) -> None:
+        first = number * self._n
+        if event.HasField("token"):
+            self._add_token(first + event.token.choice, event.token)
+        elif event.HasField("finished"):
+            self.usage.add(event.finished.usage)
+            for index, completion in enumerate(event.finished.choices, first):
+                self._reasons[index] = _REASONS[completion.reason]
+                self._add_text(index, completion.text, reason=self._reasons[index])
+
+    def whole(self) -> dict[str, Any]:
+        return self._whole(
+            [
+                _choice(index, text, self._values[index] if self._logprobs else None, self._reasons[index])
+                for index, text in enumerate(self._texts)
+            ]
+        )
+
+    def _add_token(self, index: int, token: api.Token) -> None:
+        values = None
+        if self._logprobs:
+            values = self._values_of(token, offset=len(self._texts[index]))
+            for name, value in values.items():
+                self._values[index][name] += value
+        if token.text or values:
+            self._add_text(index, token.text, values=values)
+
+    def _add_text(
+        self, index: int, text: str, *, values: dict[str, list[Any]] | None = None, reason: str | None = None
+    ) -> None:
+        self._texts[index] += text
+        self._ready.append(self._chunk([_choice(index, text, values, reason)]))
+
+    def _values_of(self, token: api.Token, *, offset: int) -> dict[str, list[Any]]:
+        name = self._tokenizer.token_text
+        return {
+            "tokens": [name(token.token_id)],
+            "token_logprobs": [token.logprob],
+            "top_logprobs": [{name(other.token_id): other.logprob for other in token.top}],
+            "text_offset": [offset],
+        }
+
+
+def _called(call: Call) -> dict[str, Any]:
+    """OpenAI's object of a call."""
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }
+
+
+def _no_values() -> dict[str, list[Any]]:
+    return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+
+
+def _choice(index: int, text: str, values: dict[str, list[Any]] | None, reason: str | None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": values, "finish_reason": reason}
+
+
+def event_line(chunk: dict[str, Any]) -> bytes:
+    """A chunk as a server-sent event."""
+    return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

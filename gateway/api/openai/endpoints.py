@@ -1,0 +1,198 @@
+"""The OpenAI-compatible HTTP API: its routes, and what each call does.
+
+Mounted by ``gateway.api.http``. A call becomes GenerateRequests, which go the way of all requests
+(``gateway.requests.intake``). Must not know how a request is run. Never logs a prompt.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from farshore import __version__
+from farshore.errors import ModelError
+from farshore.gateway.api.openai import translate
+from farshore.gateway.api.openai.answers import ChatAnswer, CompletionAnswer
+from farshore.gateway.api.openai.errors import ApiError, error_of
+from farshore.gateway.api.openai.openapi import description
+from farshore.gateway.api.openai.parsing import Parsing
+from farshore.gateway.api.openai.respond import Respond
+from farshore.gateway.api.openai.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from farshore.gateway.requests import validate
+from farshore.gateway.requests.intake import Intake
+from farshore.text import quoted
+
+BODY_DEADLINE_S = 30.0
+"""For a client to send its body."""
+
+JSON_OVERHEAD = 2
+"""A body may have this many times the bytes of the largest GenerateRequest: JSON escapes letters."""
+
+_LOG = logging.getLogger(__name__)
+_Handler = Callable[[Request], Awaitable[Response]]
+
+
+class Endpoints:
+    """Use it on the event loop only."""
+
+    def __init__(
+        self, intake: Intake, *, problem: Callable[[], str | None], in_thread: Callable[..., Awaitable]
+    ) -> None:
+        """``problem``: returns why no request can run now, or None. ``in_thread``: runs a function in a
+        tokenizing thread."""
+        self._intake = intake
+        self._served = intake.served
+        self._parsing = Parsing.of(intake.served)
+        self._problem = problem
+        self._in_thread = in_thread
+
+    def application(self) -> Starlette:
+        """The ASGI application."""
+        routes: list[tuple[str, str, _Handler]] = [
+            ("POST", "/v1/chat/completions", self._chat),
+            ("POST", "/v1/completions", self._complete),
+            ("GET", "/v1/models", self._models),
+            ("GET", "/v1/models/{model:path}", self._model),
+            ("POST", "/tokenize", self._tokenize),
+            ("POST", "/detokenize", self._detokenize),
+            ("GET", "/health", self._health),
+            ("GET", "/ready", self._ready),
+            ("GET", "/version", self._version),
+            ("GET", "/openapi.json", self._openapi),
+        ]
+        return Starlette(
+            routes=[
+                Route(path, self._guarded(handler), methods=[method]) for method, path, handler in routes
+            ],
+            exception_handlers={HTTPException: self._refused},
+        )
+
+    async def _chat(self, request: Request) -> Response:
+        raw, arrived_s = await self._body(request), self._intake.clock()
+        body = translate.parsed(ChatBody, raw)
+        message = translate.chat_request(body, self._parsing)
+        answer = ChatAnswer(
+            body, model=self._served.spec.name, tokenizer=self._served.tokenizer, parsing=self._parsing
+        )
+        return Respond(
+            self._intake, [message], answer, stream=bool(body.stream), arrived_s=arrived_s, fill=True
+        )
+
+    async def _complete(self, request: Request) -> Response:
+        raw, arrived_s = await self._body(request), self._intake.clock()
+        body = translate.parsed(CompletionBody, raw)
+        messages = translate.completion_requests(body)
+        prompts = [""] * len(messages)
+        if body.echo:
+            decode = self._served.tokenizer.decode
+            prompts = [message.text or decode(message.tokens.ids) for message in messages]
+        answer = CompletionAnswer(
+            body, prompts=prompts, model=self._served.spec.name, tokenizer=self._served.tokenizer
+        )
+        return Respond(self._intake, messages, answer, stream=bool(body.stream), arrived_s=arrived_s)
+
+    async def _models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._shown(name) for name in self._names]})
+
+    async def _model(self, request: Request) -> Response:
+        name = request.path_params["model"]
+        if name not in self._names:
+            raise ModelError(
+                f"unknown model {quoted(name)}: this gateway serves {' and '.join(map(repr, self._names))}"
+            )
+        return JSONResponse(self._shown(name))
+
+    async def _tokenize(self, request: Request) -> Response:
+        body = translate.parsed(TokenizeBody, await self._body(request))
+        message = translate.tokenize_request(body)
+        special = True if body.add_special_tokens is None else body.add_special_tokens
+        ids = await self._in_thread(
+            lambda: validate.tokens_of(message, self._served, self._intake.limits, special=special)
+        )
+        positions = self._served.config.max_positions
+        return JSONResponse({"count": len(ids), "max_model_len": positions, "tokens": list(ids)})
+
+    async def _detokenize(self, request: Request) -> Response:
+        body = translate.parsed(DetokenizeBody, await self._body(request))
+        validate.check_model(body.model, self._served)
+        validate.check_token_ids(body.tokens, self._served)
+        text = await self._in_thread(lambda: self._served.tokenizer.decode(body.tokens))
+        return JSONResponse({"prompt": text})
+
+    async def _health(self, request: Request) -> Response:
+        """The gateway runs. An engine's loss is no reason to restart the gateway: see /ready."""
+        return Response(status_code=200)
+
+    async def _ready(self, request: Request) -> Response:
+        problem = self._problem()
+        if problem is not None:
+            raise ApiError(503, problem, retry_after_ms=self._intake.limits.retry_after_ms)
+        return Response(status_code=200)
+
+    async def _version(self, request: Request) -> Response:
+        return JSONResponse({"version": __version__})
+
+    async def _openapi(self, request: Request) -> Response:
+        return JSONResponse(description())
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return self._served.spec.names
+
+    def _shown(self, name: str) -> dict[str, object]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "farshore",
+            "root": self._served.spec.model,
+            "max_model_len": self._served.config.max_positions,
+        }
+
+    async def _body(self, request: Request) -> bytes:
+        """The body's bytes. Raises ApiError if it is too large, too slow, or no JSON."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            # A web page may send other types to any address without asking.
+            raise ApiError(415, "send the body with the header Content-Type: application/json")
+        most = JSON_OVERHEAD * self._intake.limits.message_bytes_for(self._served.config.max_positions)
+        pieces, size = [], 0
+        try:
+            async with asyncio.timeout(BODY_DEADLINE_S):
+                async for piece in request.stream():
+                    size += len(piece)
+                    if size > most:
+                        raise ApiError(413, f"the body has more than {most} bytes: shorten the prompt")
+                    pieces.append(piece)
+        except TimeoutError:
+            raise ApiError(408, f"the body did not come within {BODY_DEADLINE_S:g} s") from None
+        return b"".join(pieces)
+
+    def _guarded(self, handler: _Handler) -> _Handler:
+        """``handler``, with errors as answers. Errors while an answer is sent are ``Respond``'s."""
+
+        async def guarded(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except ClientDisconnect:
+                return Response(status_code=499)
+            except Exception as error:
+                answer = error_of(error, retry_after_ms=self._intake.limits.retry_after_ms)
+                if answer.status == 500:
+                    _LOG.exception("a call broke the gateway")
+                return answer.response()
+
+        return guarded
+
+    async def _refused(self, request: Request, error: Exception) -> Response:
+        """Starlette's own refusals: an unknown path, another method."""
+        assert isinstance(error, HTTPException)
+        message = f"{request.method} {quoted(request.url.path)}: {error.detail}"
+        response = ApiError(error.status_code, message).response()
+        response.headers.update(error.headers or {})
+        return response

@@ -1,0 +1,72 @@
+"""Takes a request in: parses, checks and starts it, or finds the running one that it reconnects to.
+
+Called by each face of the API, gRPC and HTTP, so that limits and errors are decided once. Must not know how a
+call arrives or how events reach a reader.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from farshore.gateway.limits import Limits
+from farshore.gateway.requests import received, validate
+from farshore.gateway.requests.log import RequestLog
+from farshore.gateway.requests.request import Request
+from farshore.gateway.served import Served
+from farshore.proto import inference_pb2 as api
+
+
+class Taken(NamedTuple):
+    """A request to read, and the index of the first token to send."""
+
+    request: Request
+    resume_from: int
+
+
+class Intake:
+    """Use it on the event loop only. ``clock``: monotonic seconds."""
+
+    def __init__(
+        self,
+        *,
+        served: Served,
+        log: RequestLog,
+        limits: Limits,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.served = served
+        self.log = log
+        self.limits = limits
+        self.clock = clock
+
+    def take(self, raw: bytes, *, arrived_s: float, fill: bool = False) -> Taken:
+        """Finds the request or starts it. ``raw``: a serialised GenerateRequest. ``arrived_s``: when the call
+        arrived, by ``clock``. ``fill``: a request without max_tokens may use all positions that its prompt
+        leaves.
+
+        Never awaits, so that of two calls with the same id only one starts it, and a later Cancel finds it.
+        Raises InvalidRequest, NotFound, Overloaded or TransportError.
+        """
+        positions = self.served.config.max_positions
+        message, fingerprint, _ = received.parse(raw, max_positions=positions, limits=self.limits)
+        validate.check_request_id(message, self.limits)
+        expected = fingerprint if validate.has_prompt(message) else None
+        request = self.log.find_same(message.request_id, expected, message.resume_from)
+        if request is None:
+            default_tokens = positions if fill else self.limits.default_max_tokens
+            validate.check_cheap(message, self.served, self.limits, default_tokens=default_tokens)
+            request = self.log.start(
+                message.request_id,
+                functools.partial(self._prepare, message, default_tokens),
+                fingerprint=fingerprint,
+                choices=message.sampling.n or 1,
+                values=validate.values(message.sampling, default_tokens=default_tokens),
+                arrived_s=arrived_s,
+            )
+        return Taken(request, message.resume_from)
+
+    def _prepare(self, message: api.GenerateRequest, default_tokens: int, sequence_id: str) -> validate.Job:
+        return validate.prepare(
+            message, self.served, self.limits, sequence_id=sequence_id, default_tokens=default_tokens
+        )

@@ -1,0 +1,73 @@
+"""HTTP itself: methods, types, sizes, health, and calls that are no JSON."""
+
+import socket
+
+import httpx2
+import pytest
+from grpc_health.v1 import health_pb2
+
+from farshore import __version__
+
+BODY = {"model": "smollm2", "messages": [{"role": "user", "content": "Hi"}]}
+
+
+def test_health_version_and_description(http, base_url):
+    assert httpx2.get(f"{base_url}/health").status_code == 200
+    assert httpx2.get(f"{base_url}/ready").status_code == 200
+    assert httpx2.get(f"{base_url}/version").json() == {"version": __version__}
+    described = httpx2.get(f"{base_url}/openapi.json").json()
+    assert described["openapi"].startswith("3.1") and "/v1/chat/completions" in described["paths"]
+
+
+def test_a_gateway_without_an_engine_is_alive_and_not_ready(start, harness, loop_thread):
+    made = start(http="127.0.0.1:0", engine_address="127.0.0.1:1")
+    base = f"http://{made.gateway.http_address}"
+    assert httpx2.get(f"{base}/health").status_code == 200
+    ready = httpx2.get(f"{base}/ready")
+    assert ready.status_code == 503 and ready.json()["error"]["message"]
+    refused = httpx2.post(f"{base}/v1/chat/completions", json=BODY)
+    assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("body", "status"), [(b"{", 400), (b"[]", 400), (b"", 400), (b'{"messages": ' + b"[" * 5000, 400)]
+)
+def test_a_body_that_is_no_request_is_a_400(base_url, body, status):
+    headers = {"content-type": "application/json"}
+    reply = httpx2.post(f"{base_url}/v1/chat/completions", content=body, headers=headers)
+    assert reply.status_code == status and reply.json()["error"]["message"]
+
+
+def test_other_types_paths_and_methods_are_refused(base_url):
+    url = f"{base_url}/v1/chat/completions"
+    assert httpx2.post(url, content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
+    assert httpx2.get(url).status_code == 405
+    lost = httpx2.get(f"{base_url}/v2/none")
+    assert lost.status_code == 404 and lost.json()["error"]["type"] == "not_found_error"
+
+
+def test_a_body_that_is_too_large_is_a_413(start):
+    from farshore.gateway.limits import Limits
+
+    made = start(http="127.0.0.1:0", limits=Limits(message_bytes=1000, message_bytes_per_position=0))
+    body = {"model": "smollm2", "messages": [{"role": "user", "content": "x" * 3000}]}
+    reply = httpx2.post(f"http://{made.gateway.http_address}/v1/chat/completions", json=body)
+    assert reply.status_code == 413
+
+
+def test_a_client_that_sends_half_a_head_holds_up_no_other(base_url):
+    host, port = base_url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as slow:
+        slow.sendall(b"POST /v1/chat/completions HT")
+        assert httpx2.get(f"{base_url}/health").status_code == 200
+
+
+def test_an_engine_that_fails_is_not_ready(http, base_url, loop_thread, harness):
+    import time
+
+    loop_thread.run(
+        http.engine.health.set(harness.ENGINE_SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
+    )
+    end_s = time.monotonic() + 30
+    while httpx2.get(f"{base_url}/ready").status_code != 503:
+        assert time.monotonic() < end_s
