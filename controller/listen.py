@@ -27,8 +27,8 @@ def free_port(host: str) -> int:
 
 
 def check(host: str, port: int, *, option: str = "--port") -> None:
-    """Raises PortInUse, or InvalidRequest with the fix, if ``host:port`` can't be listened on. ``option``: the
-    one that gives the port.
+    """Raises PortInUse, or InvalidRequest with the fix, if ``host:port`` can't be listened on.
+    ``option``: the one that gives the port.
 
     All addresses of a name must be free: if the gateway listened on some of them only, clients that use the
     others would reach another server. Addresses that this machine does not have are skipped (``localhost``

@@ -9,13 +9,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class SequenceRequest(_message.Message):
-    __slots__ = ("sequence_id", "prompt", "sampling", "cache_salt", "grammar", "bad_words", "epoch")
+    __slots__ = ("sequence_id", "prompt", "sampling", "cache_salt", "grammar", "bad_words", "fill", "epoch")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     BAD_WORDS_FIELD_NUMBER: _ClassVar[int]
+    FILL_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
@@ -23,8 +24,9 @@ class SequenceRequest(_message.Message):
     cache_salt: str
     grammar: str
     bad_words: _containers.RepeatedCompositeFieldContainer[_inference_pb2.TokenIds]
+    fill: bool
     epoch: int
-    def __init__(self, sequence_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., cache_salt: _Optional[str] = ..., grammar: _Optional[str] = ..., bad_words: _Optional[_Iterable[_Union[_inference_pb2.TokenIds, _Mapping]]] = ..., epoch: _Optional[int] = ...) -> None: ...
+    def __init__(self, sequence_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., cache_salt: _Optional[str] = ..., grammar: _Optional[str] = ..., bad_words: _Optional[_Iterable[_Union[_inference_pb2.TokenIds, _Mapping]]] = ..., fill: bool = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
     __slots__ = ("token_id", "logprob")

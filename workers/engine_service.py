@@ -73,6 +73,8 @@ class EngineService(pb_grpc.EngineServicer):
         try:
             if not request.epoch:
                 raise InvalidRequest("epoch 0: the gateway counts a sequence's epochs from 1")
+            if request.fill:
+                sampling = self._engine.lowered(len(request.prompt), sampling)
             self._engine.check_size(len(request.prompt), sampling)
             mask = TokenMask.of(
                 sampling,

@@ -18,6 +18,7 @@ from farshore.errors import InvalidRequest, ProcessEnded
 from farshore.model_spec import DEMO
 
 _REDIS = ("redis_url", "redis_password_file", "redis_ca_file", "redis_cert_file", "redis_key_file")
+HTTP_PORT = 8000
 _OPTIONS = (
     "name",
     "dense_workers",
@@ -60,9 +61,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--http-port",
         type=int,
-        default=8000,
         metavar="PORT",
-        help="port of the OpenAI-compatible HTTP API; 0 for any free one (default: %(default)s)",
+        help=f"port of the OpenAI-compatible HTTP API; 0 for any free one (default: {HTTP_PORT}, or 0 with"
+        " --port 0)",
     )
     add_model_options(parser.add_argument_group("model"))
     cluster = parser.add_argument_group("cluster")
@@ -125,6 +126,8 @@ def run(args: argparse.Namespace) -> int:
         args.layers.complete(args, file=args.config, environment=os.environ)
     except InvalidRequest as error:
         args.usage_error(str(error))
+    if args.http_port is None:
+        args.http_port = HTTP_PORT if args.port else 0
     config = cluster_config(args, _OPTIONS, model=args.model)
     progress = Progress()
     try:

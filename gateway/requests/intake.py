@@ -42,8 +42,8 @@ class Intake:
 
     def take(self, raw: bytes, *, arrived_s: float, fill: bool = False) -> Taken:
         """Finds the request or starts it. ``raw``: a serialised GenerateRequest. ``arrived_s``: when the call
-        arrived, by ``clock``. ``fill``: a request without max_tokens may use all positions that its prompt
-        leaves.
+        arrived, by ``clock``. ``fill``: a request without max_tokens may use all that its prompt leaves of
+        the model's positions and of the KV pool.
 
         Never awaits, so that of two calls with the same id only one starts it, and a later Cancel finds it.
         Raises InvalidRequest, NotFound, Overloaded or TransportError.
@@ -54,11 +54,12 @@ class Intake:
         expected = fingerprint if validate.has_prompt(message) else None
         request = self.log.find_same(message.request_id, expected, message.resume_from)
         if request is None:
+            fill = fill and not message.sampling.HasField("max_tokens")
             default_tokens = positions if fill else self.limits.default_max_tokens
             validate.check_cheap(message, self.served, self.limits, default_tokens=default_tokens)
             request = self.log.start(
                 message.request_id,
-                functools.partial(self._prepare, message, default_tokens),
+                functools.partial(self._prepare, message, default_tokens, fill),
                 fingerprint=fingerprint,
                 choices=message.sampling.n or 1,
                 values=validate.values(message.sampling, default_tokens=default_tokens),
@@ -66,7 +67,14 @@ class Intake:
             )
         return Taken(request, message.resume_from)
 
-    def _prepare(self, message: api.GenerateRequest, default_tokens: int, sequence_id: str) -> validate.Job:
+    def _prepare(
+        self, message: api.GenerateRequest, default_tokens: int, fill: bool, sequence_id: str
+    ) -> validate.Job:
         return validate.prepare(
-            message, self.served, self.limits, sequence_id=sequence_id, default_tokens=default_tokens
+            message,
+            self.served,
+            self.limits,
+            sequence_id=sequence_id,
+            default_tokens=default_tokens,
+            fill=fill,
         )

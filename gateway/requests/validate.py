@@ -100,11 +100,17 @@ def values(sampling: api.Sampling, *, default_tokens: int) -> int:
 
 
 def prepare(
-    request: api.GenerateRequest, served: Served, limits: Limits, *, sequence_id: str, default_tokens: int
+    request: api.GenerateRequest,
+    served: Served,
+    limits: Limits,
+    *,
+    sequence_id: str,
+    default_tokens: int,
+    fill: bool = False,
 ) -> Job:
     """Tokenizes the prompt, checks lengths and makes the job. Slow for long prompts: call it in a thread. It
     never holds the interpreter's lock for long. ``default_tokens``: of a request without max_tokens, lowered
-    to the positions that are left. Raises InvalidRequest."""
+    to the positions that are left. ``fill``: the engine may lower it further. Raises InvalidRequest."""
     asked = request.sampling
     message = cluster.SequenceRequest(sequence_id=sequence_id, epoch=FIRST_EPOCH)
     ids = _ids(request, served, limits)
@@ -127,6 +133,7 @@ def prepare(
     own_stops = () if asked.ignore_eos else served.stop_ids
     sampling.stop_token_ids.extend(dict.fromkeys((*own_stops, *asked.stop_token_ids)))
     message.cache_salt = request.cache_salt
+    message.fill = fill
     message.grammar = structure.grammar_of(asked.structure)
     message.bad_words.extend(api.TokenIds(ids=word) for word in _bad_words(asked, served))
     prompt_end = served.tokenizer.prompt_end(message.prompt)

@@ -4,7 +4,7 @@ Called by ``engine`` from its callers' threads. It must not know how sequences r
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from farshore.defaults import MAX_DECODE_STALL_MS, SHARD_GRACE_S
 from farshore.errors import Full, InvalidRequest
@@ -57,6 +57,20 @@ def check_size(prompt_tokens: int, sampling: Sampling, *, config: ModelConfig, c
             f" pool of {error.free_bytes / 2**30:.2f} GiB: shorten the prompt, lower max_tokens, or start the"
             " cluster with more --kv-memory or --attention-workers"
         ) from error
+
+
+def lowered(prompt_tokens: int, sampling: Sampling, *, cache: SequenceCache) -> Sampling:
+    """The sampling with the largest ``max_tokens``, up to the given one, that fits into the empty KV pool; at
+    least 1."""
+    fitting, too_many = 1, sampling.max_tokens + 1
+    while too_many - fitting > 1:
+        middle = (fitting + too_many) // 2
+        try:
+            cache.fits_ever(prompt_tokens + middle)
+            fitting = middle
+        except Full:
+            too_many = middle
+    return replace(sampling, max_tokens=fitting)
 
 
 def check_tokens(prompt: Sequence[int], *, config: ModelConfig) -> None:

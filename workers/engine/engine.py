@@ -153,6 +153,10 @@ class Engine:
         """Raises InvalidRequest if a prompt of this size can never run here. The tokens are not needed."""
         admission.check_size(prompt_tokens, sampling, config=self._model.config, cache=self._cache)
 
+    def lowered(self, prompt_tokens: int, sampling: Sampling) -> Sampling:
+        """The sampling with ``max_tokens`` lowered to what the KV pool holds beside the prompt."""
+        return admission.lowered(prompt_tokens, sampling, cache=self._cache)
+
     def submit(
         self,
         sequence: SequenceId,

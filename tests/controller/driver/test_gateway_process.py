@@ -40,6 +40,7 @@ def gateway(harness, loop_thread, token_file):
         made = GatewayProcess(
             spec=ModelSpec(),
             listen="127.0.0.1:0",
+            http="127.0.0.1:0",
             directory=f"grpc://{listed_at}",
             controller=listed_at,
             token_file=token_file,
@@ -82,7 +83,7 @@ def test_an_error_while_it_loads_is_told_before_it_is_asked_to_serve(tmp_path, t
     template = tmp_path / "bad.jinja"
     template.write_text("{% for %}")
     spec = ModelSpec(chat_template=str(template))
-    gateway = GatewayProcess(spec=spec, listen="127.0.0.1:0", **NOWHERE, token_file=token_file)
+    gateway = GatewayProcess(spec=spec, listen="127.0.0.1:0", http=None, **NOWHERE, token_file=token_file)
     try:
         _await_end(gateway)
         gateway._reported.wait()
