@@ -201,7 +201,7 @@ class Cluster:
         self._gateway = GatewayProcess(
             spec=config.spec,
             listen=f"{listen.bracketed(config.host)}:{config.port}",
-            directory=f"grpc://{controller}",
+            directory=directory,
             controller=controller,
             token_file=self._ray.token_file,
         )
