@@ -204,7 +204,7 @@ class Cluster:
             spec=config.spec,
             listen=f"{listen.bracketed(config.host)}:{config.port}",
             http=None if config.http_port is None else f"{listen.bracketed(config.host)}:{config.http_port}",
-            directory=f"grpc://{controller}",
+            directory=directory,
             controller=controller,
             token_file=self._ray.token_file,
         )

@@ -1,4 +1,4 @@
-"""The probes go on while the directory does not answer."""
+"""The controller goes on while its directory does not answer."""
 
 import threading
 import time
@@ -6,6 +6,7 @@ import time
 import pytest
 
 from farshore import rpc
+from farshore.controller.events import Events
 from farshore.controller.probes import WorkerProbes
 from farshore.errors import TransportError
 from farshore.ids import WorkerId
@@ -68,10 +69,38 @@ def test_the_last_known_engines_are_asked(engine, monkeypatch):
             state="serving",
         )
     )
-    probes = WorkerProbes(directory)
+    probes = WorkerProbes(directory, token=None)
     try:
         until(lambda: (probes.readers() or {}).get("attention-0-aa") == 1)
         directory.away, engine.readers = True, 2
         until(lambda: (probes.readers() or {}).get("attention-0-aa") == 2)
     finally:
         probes.stop()
+
+
+def test_a_restarted_controller_continues_the_earlier_events():
+    first = Events()
+    for subject in ("a", "b"):
+        first.add("started", subject)
+    second = Events(first.since(0))
+    second.add("joined", "c")
+    assert [(event.number, event.subject) for event in second.since(1)] == [(2, "b"), (3, "c")]
+
+
+def test_events_that_could_not_be_published_follow_later():
+    published, away = [], True
+
+    def publish(event):
+        if away:
+            raise TransportError("redis does not answer")
+        published.append(event)
+
+    earlier = Events()
+    earlier.add("started", "a")
+    events = Events(earlier.since(0), publish=publish)
+    for subject in ("b", "c"):
+        events.add("lost", subject)
+    assert [event.subject for event in events.since(0)] == ["a", "b", "c"] and not published
+    away = False
+    events.add("joined", "d")
+    assert published == events.since(1)
