@@ -5,7 +5,6 @@ Used by the cluster benchmark and by tests. Must not know what is asked of the c
 
 import contextlib
 import re
-import secrets
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from farshore.benchmarks.cluster.hosts import Host, Hosts, hosts
+from farshore.cluster_token import VARIABLE, ClusterToken
 from farshore.errors import StartupError
 
 START_DEADLINE_S = 120.0
@@ -53,13 +53,6 @@ class Output:
                 return found
             raise StartupError(f"no {pattern!r} in: {' '.join(' '.join(self._lines[-10:]).split())}")
 
-    def all_lines(self) -> list[str]:
-        """Blocks until the output ends. Raises StartupError after START_DEADLINE_S."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._ended, START_DEADLINE_S):
-                raise StartupError(f"process {self._process.pid} runs on")
-            return list(self._lines)
-
     def _find(self, pattern: str) -> re.Match[str] | None:
         return next((found for line in self._lines if (found := re.search(pattern, line))), None)
 
@@ -84,7 +77,7 @@ class Nodes:
         self._environment = {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token_file),
-            "FARSHORE_TOKEN_FILE": str(token_file),
+            VARIABLE: str(token_file),
         }
         self.head: Host | None = None
 
@@ -138,6 +131,5 @@ def nodes() -> Iterator[Nodes]:
     # Not in /tmp, which hosts do not share.
     with tempfile.TemporaryDirectory(prefix="farshore-", dir="/var/tmp") as folder, hosts() as made:
         token_file = Path(folder) / "token"
-        token_file.touch(mode=0o600)
-        token_file.write_text(secrets.token_hex(32), encoding="ascii")
+        ClusterToken.make(token_file)
         yield Nodes(made, token_file)

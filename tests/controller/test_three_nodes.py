@@ -3,6 +3,7 @@ declares, a lost node's workers answer elsewhere, and Ray's tables and metrics t
 """
 
 import contextlib
+import json
 import time
 import urllib.request
 from functools import partial
@@ -23,12 +24,13 @@ METRICS_PORT = 9100
 METRICS = ("--", f"--metrics-export-port={METRICS_PORT}")
 
 LIST_ACTORS = """
-import asyncio, sys
+import asyncio, json, sys
 from ray._raylet import GcsClient
 async def main():
-    for info in (await GcsClient(sys.argv[1]).async_get_all_actor_info(None, None, timeout=10)).values():
-        if not info.HasField("death_cause"):
-            print(info.name, info.repr_name, sep="; ")
+    client = GcsClient(sys.argv[1])
+    infos = await client.async_get_all_actor_info(None, None, timeout=30)
+    shown = {i.name: i.repr_name for i in infos.values() if not i.HasField("death_cause")}
+    print(json.dumps(shown), flush=True)
 asyncio.run(main())
 """
 """Prints what Ray's dashboard shows of actors."""
@@ -86,8 +88,8 @@ def shows_gauge(host, name, slot):
 
 def shown_actors(cluster):
     """Actor name -> what Ray shows of it."""
-    lines = cluster.python(cluster.head, "-c", LIST_ACTORS, cluster.ray_address).all_lines()
-    return dict(line.strip().split("; ") for line in lines if "; " in line)
+    output = cluster.python(cluster.head, "-c", LIST_ACTORS, cluster.ray_address)
+    return json.loads(output.await_match(r"^\{.*\}$")[0])
 
 
 @pytest.mark.heavy
