@@ -51,7 +51,12 @@ class Output:
             self._changed.wait_for(lambda: self._ended or self._find(pattern), START_DEADLINE_S)
             if found := self._find(pattern):
                 return found
-            raise StartupError(f"no {pattern!r} in: {' '.join(' '.join(self._lines[-10:]).split())}")
+            raise StartupError(f"no {pattern!r} in: {self.last_words}")
+
+    @property
+    def last_words(self) -> str:
+        """The newest lines."""
+        return " ".join(" ".join(self._lines[-10:]).split())
 
     def _find(self, pattern: str) -> re.Match[str] | None:
         return next((found for line in self._lines if (found := re.search(pattern, line))), None)
@@ -80,6 +85,7 @@ class Nodes:
             VARIABLE: str(token_file),
         }
         self.head: Host | None = None
+        self._heads_output: Output | None = None
 
     @property
     def ray_address(self) -> str:
@@ -90,9 +96,12 @@ class Nodes:
         """A host whose `farshore node` has started. Raises StartupError."""
         host = self._hosts.add()
         where = ["--head", f"--port={PORT}"] if self.head is None else ["--ray-address", self.ray_address]
-        self.command(host, "node", *where, "--host", host.address, *options).await_match(
-            "Ray runtime started"
-        )
+        output = self.command(host, "node", *where, "--host", host.address, *options)
+        self._heads_output = self._heads_output or output
+        try:
+            output.await_match("Ray runtime started")
+        except StartupError as error:
+            raise StartupError(f"{error}; the head says: {self._heads_output.last_words}") from error
         self.head = self.head or host
         return host
 

@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ from farshore.cluster_token import ClusterToken
 from farshore.controller import listen, resources
 from farshore.controller.actors import ControllerActor
 from farshore.controller.config import LOAD_DEADLINE_S, PLACE_DEADLINE_S, ClusterConfig
-from farshore.controller.driver import finding, ray_access
+from farshore.controller.driver import finding, ray_access, start_words
 from farshore.controller.driver.gateway_process import GatewayProcess
 from farshore.controller.driver.ray_runtime import RayRuntime
 from farshore.controller.events import ClusterEvent
@@ -225,8 +225,8 @@ class Cluster:
             )
 
     def _find_or_start_controller(self, config: ClusterConfig, model: ModelConfig) -> Any:
-        """Finds the controller that runs, or starts one on this node. Its port is chosen here, since a
-        restarted controller must have the same."""
+        """Finds the controller that runs, or starts one on this node, where its port, chosen here, and its
+        state stay the same. If the node is lost, the cluster goes on; the next driver starts another one."""
         found = finding.controller(config.name)
         if found is not None:
             # Noted at once: what is found is not to be ended, also if it does not answer.
@@ -269,7 +269,7 @@ class Cluster:
             counts = {kind: min(count, 1) for kind, count in counts.items()}
         config = replace(self._config, dense_workers=counts["dense"], attention_workers=counts["attention"])
         began_s, began_unix_s, look_s = time.monotonic(), time.time(), 0.0
-        told = ""
+        told, lacking = "", None
         # A private Ray has one node; nodes of a joined Ray may still come.
         if config.ray_address is None and (problem := self._problem(free=False)):
             raise StartupError(problem)
@@ -284,9 +284,10 @@ class Cluster:
             ready = sum(record.state == "serving" and record.shards >= needed for record in dense)
             if placed and ready >= config.dense_workers:
                 return records
-            if not placed and waited_s >= look_s:
+            if not (dense and placed) and waited_s >= look_s:
                 look_s = waited_s + FAILURES_S
                 self._check_starts(since_s=began_unix_s)
+                lacking = self._problem(free=True) if waited_s > 5 * FAILURES_S else None
             for record in dense:
                 if record.state == "failed":
                     raise ModelError(record.failure)
@@ -295,7 +296,7 @@ class Cluster:
                 raise StartupError(f"workers are not started after {waited_s:.0f} s: {problem}")
             if waited_s > LOAD_DEADLINE_S:
                 raise StartupError(f"not serving after {waited_s:.0f} s: see Ray's logs")
-            told = _told(progress, told, config, dense if placed else [])
+            told = start_words.tell(progress, told, config, dense if placed else [], lacking)
             self._stopped.wait(START_POLL_S)
 
     def _check_starts(self, *, since_s: float) -> None:
@@ -372,25 +373,3 @@ def _with_token_file(config: ClusterConfig) -> ClusterConfig:
     if config.token_file is None and config.ray_address is None:
         return config
     return replace(config, token_file=ray_access.token_file(config.token_file))
-
-
-def _told(
-    progress: Callable[[str], None], told: str, config: ClusterConfig, dense: Sequence[WorkerRecord]
-) -> str:
-    """Shows what is waited for, if it differs from ``told``. Returns it. ``dense``: the dense workers that
-    are listed; none while attention workers are missing."""
-    loading = [record for record in dense if record.state != "serving"]
-    serving = len(dense) - len(loading)
-    if loading:
-        text = f"loading {config.spec.name}"
-        if config.dense_workers > 1:
-            text += f", {serving} of {config.dense_workers} dense workers ready"
-        text += f": {loading[0].progress}" if loading[0].progress else ""
-    elif serving < config.dense_workers:
-        text = f"starting {config.attention_workers} attention workers"
-        text += f" and {config.dense_workers} dense workers" if config.dense_workers > 1 else ""
-    else:
-        text = f"connecting {config.attention_workers} attention workers"
-    if text != told:
-        progress(text)
-    return text
