@@ -125,7 +125,7 @@ class Cluster:
         process's name and how it ended, when the gateway or Ray has ended. ``warn`` is called with what
         happens to workers: they are lost, and replaced.
         """
-        call, seen = None, self._last_event
+        call, seen, is_away = None, self._last_event, False
         while not self._stopped.wait(POLL_S):
             self._check_processes()
             call = call or self._controller.events.remote(seen)
@@ -138,11 +138,12 @@ class Cluster:
                 if finding.has_ended(self._controller):
                     self.goes_on = ""
                     raise ProcessEnded(f"the controller {actor_end_in_words(error)}, for good") from error
-                if seen:
+                if not is_away:
                     warn(f"the controller {actor_end_in_words(error)}: it is started again, serving goes on")
                 # In Redis the events outlive it, and so do their numbers.
-                seen = 0 if self._config.redis is None else seen
+                seen, is_away = 0 if self._config.redis is None else seen, True
                 continue
+            is_away = False
             for event in events:
                 seen = event.number
                 if event.kind == "down":

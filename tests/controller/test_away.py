@@ -15,6 +15,8 @@ from farshore.kvstore.directory.embedded import EmbeddedDirectory
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 
+from .test_loop import Cluster
+
 DEADLINE_S = 60.0
 
 
@@ -76,6 +78,23 @@ def test_the_last_known_engines_are_asked(engine, monkeypatch):
         until(lambda: (probes.readers() or {}).get("attention-0-aa") == 2)
     finally:
         probes.stop()
+
+
+def test_the_loop_says_once_that_the_directory_is_away(monkeypatch):
+    monkeypatch.setattr("farshore.controller.loop.ROUND_S", 0.02)
+    cluster = Cluster()
+    cluster.directory = Directory()
+    cluster.directory.away = True
+    loop = cluster._loop()
+    loop.start()
+    try:
+        until(lambda: cluster.events.since(0))
+        cluster.directory.away = False
+        until(lambda: len(cluster.events.since(0)) >= 2)
+    finally:
+        loop.stop()
+    told = [(event.kind, event.subject) for event in cluster.events.since(0) if event.subject == "directory"]
+    assert told == [("unreachable", "directory"), ("answers", "directory")]
 
 
 def test_a_restarted_controller_continues_the_earlier_events():

@@ -4,6 +4,7 @@ import contextlib
 import shutil
 import socket
 import threading
+import time
 
 import pytest
 
@@ -124,7 +125,8 @@ def test_a_redis_that_hangs(cluster, binary, tmp_path):
     with RedisServer(binary, tmp_path) as server:
         watcher = cluster(server.url)
         server.freeze()
-        until(pause, lambda: not watcher.look() and watcher.unreachable)
+        end_s = time.monotonic() + 1.5 * LEASE_S
+        until(pause, lambda: not watcher.look() and watcher.unreachable and time.monotonic() >= end_s)
         server.thaw()
         until(pause, watcher.look)
         until(pause, lambda: rebuilt(watcher.directory))
