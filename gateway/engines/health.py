@@ -90,15 +90,16 @@ class EngineHealth:
             self._missed = 0
             return f"{self._client.name} is gone ({code.name}: {shortened(error.details() or '')})"
         self._missed += 1
-        silent_s = asyncio.get_running_loop().time() - self._client.heard_s
-        if silent_s >= self._limits.lost_s:
-            self._client.lose(f"it answered nothing for {self._limits.lost_s:g} s")
-        if self._missed < self._limits.missed_probes and self._known:
-            return self.problem
         missed_s = self._missed * self._limits.probe_s
-        if silent_s < self._limits.lost_s:
+        problem = f"{self._client.name} has not answered for {missed_s:g} s"
+        if self._missed < self._limits.missed_probes:
+            # One missed probe may mean that this process was paused, so silence alone proves nothing.
+            return self.problem if self._known else problem
+        if asyncio.get_running_loop().time() - self._client.heard_s >= self._limits.lost_s:
+            self._client.lose(f"it answered nothing for {self._limits.lost_s:g} s")
+        else:
             self._client.doubt(f"it answered nothing for {missed_s:g} s")
-        return f"{self._client.name} has not answered for {missed_s:g} s"
+        return problem
 
     def _answered(self) -> None:
         self._missed = 0

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from farshore.client.events import Finished, Token
 from farshore.client.sdk import Client
-from farshore.errors import FarshoreError
+from farshore.cluster_token import ClusterToken
+from farshore.errors import FarshoreError, TransportError
 
 END_DEADLINE_S = 60
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -154,3 +156,66 @@ def test_a_killed_serve_leaves_nothing(marked):
     server.process.kill()
     server.process.wait(END_DEADLINE_S)
     marked.check_nothing_left()
+
+
+@pytest.fixture
+def gateway(marked):
+    """gateway(option, …) -> (the running command, its address), when an engine takes its requests. Killed
+    after the test."""
+    started = []
+
+    def start(*options):
+        process = marked.start("gateway", *options, "--listen", "127.0.0.1:0")
+        started.append(process)
+        address = process.out.await_match(r"gateway of smollm2 at (\S+)")[1]
+        process.out.await_match("an engine takes requests")
+        return process, address
+
+    yield start
+    for process in started:
+        process.end(signal.SIGKILL)
+
+
+@pytest.mark.heavy
+def test_two_gateways_go_on_without_an_engine_and_without_the_controller(serve, gateway, tmp_path):
+    ClusterToken.make(tmp_path / "token")
+    token = ("--token-file", str(tmp_path / "token"))
+    options = ("--dense-workers", "2", "--attention-workers", "1", "--kv-memory", "64MiB", *token)
+    server, address = serve(*options)
+    directory = "grpc://" + server.out.await_match(r"  controller +(\S+)")[1]
+    second, other = gateway("--directory", directory, *token)
+    with Client(address) as first_client, Client(other) as other_client:
+        assert _answer(first_client) == _answer(other_client) == "The capital of France is Paris."
+        # Each gateway runs a request on each engine.
+        streams = [_begun(client) for client in (first_client, first_client, other_client, other_client)]
+        victim, _ = _workers(first_client, "dense").values()
+        os.kill(victim.process_id, signal.SIGKILL)
+        for client in (first_client, other_client):
+            assert [_answer(client) for _ in range(2)] == ["The capital of France is Paris."] * 2
+        ends = [_end(stream) for stream in streams]
+        assert ends.count("length") == 2
+        for error in (end for end in ends if end != "length"):
+            assert isinstance(error, TransportError) and f"{victim.worker_id} " in str(error)
+            assert "was lost" in str(error) and "send the request again" in str(error)
+        _replaced(first_client, victim, count=2)
+        (controller,) = _processes(server, "ray::Controller")
+        os.kill(controller, signal.SIGKILL)
+        for client in (first_client, other_client):
+            assert _answer(client) == "The capital of France is Paris."
+        assert _until(lambda: _workers(other_client, "dense"), "the controller is not back")
+    assert second.end(signal.SIGTERM) == 0
+
+
+def _begun(client):
+    """A long answer whose first token has come."""
+    stream = client.generate(messages=QUESTION, max_tokens=100, ignore_eos=True)
+    assert any(isinstance(event, Token) for event in stream)
+    return stream
+
+
+def _end(stream):
+    """The reason why an answer ended, or the error."""
+    try:
+        return next(event.reason for event in stream if isinstance(event, Finished))
+    except TransportError as error:
+        return error
