@@ -87,7 +87,7 @@ class EngineStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class EngineStatus(_message.Message):
-    __slots__ = ("worker", "sequences", "shards", "readers")
+    __slots__ = ("worker", "sequences", "shards", "readers", "drains")
     class ShardsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -102,15 +102,24 @@ class EngineStatus(_message.Message):
         key: str
         value: int
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class DrainsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     WORKER_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     READERS_FIELD_NUMBER: _ClassVar[int]
+    DRAINS_FIELD_NUMBER: _ClassVar[int]
     worker: _admin_pb2.WorkerStatus
     sequences: _containers.RepeatedCompositeFieldContainer[_admin_pb2.SequenceStatus]
     shards: _containers.ScalarMap[str, bool]
     readers: _containers.ScalarMap[str, int]
-    def __init__(self, worker: _Optional[_Union[_admin_pb2.WorkerStatus, _Mapping]] = ..., sequences: _Optional[_Iterable[_Union[_admin_pb2.SequenceStatus, _Mapping]]] = ..., shards: _Optional[_Mapping[str, bool]] = ..., readers: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    drains: _containers.ScalarMap[str, str]
+    def __init__(self, worker: _Optional[_Union[_admin_pb2.WorkerStatus, _Mapping]] = ..., sequences: _Optional[_Iterable[_Union[_admin_pb2.SequenceStatus, _Mapping]]] = ..., shards: _Optional[_Mapping[str, bool]] = ..., readers: _Optional[_Mapping[str, int]] = ..., drains: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class WorkerRecord(_message.Message):
     __slots__ = ("worker_id", "kind", "slot", "address", "host", "process_id", "state", "progress", "shards", "failure", "content", "load", "zone", "spec")

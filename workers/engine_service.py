@@ -134,6 +134,7 @@ class EngineService(pb_grpc.EngineServicer):
             sequences=self._sequences(),
             shards=self._engine.shards(),
             readers=self._engine.readers(),
+            drains=self._engine.drains(),
         )
 
     def _sequences(self) -> list[admin.SequenceStatus]:

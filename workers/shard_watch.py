@@ -1,8 +1,9 @@
 """Tells an engine which attention workers the directory lists, from a thread of its own.
 
 Called by ``dense``. A worker that is listed joins, once it has answered with its identity. One that is closed
-or listed no longer gets nothing new; it leaves only if it does not answer the engine either: a directory's
-silence never costs KV (invariant 3, docs/architecture.md). It must not know what the engine stores.
+or listed no longer gets nothing new, and one that drains, by the directory's mark or its own word, gives its
+spans to others. A worker leaves only if it does not answer the engine either: a directory's silence never
+costs KV (invariant 3, docs/architecture.md). It must not know what the engine stores.
 """
 
 import logging
@@ -16,7 +17,7 @@ from farshore.attention_offload.client.base import ShardClient
 from farshore.errors import FarshoreError
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import Directory, Listing, WorkerRecord
-from farshore.workers.engine.membership import Change, Joined, Left, Opened, Shut
+from farshore.workers.engine.membership import Change, Draining, Joined, Left, Opened, Shut
 
 PERIOD_S = 0.5
 """Time between two looks at the directory."""
@@ -58,7 +59,8 @@ class ShardWatch:
         self._local = local
         self._identified = identified
         self._connecting: set[WorkerId] = set()
-        self._shut: set[WorkerId] = set()
+        self._announced: dict[WorkerId, type[Opened | Shut | Draining]] = {}
+        """What the engine was told last of each worker that joined; Opened for those that are missing."""
         self._stopped = threading.Event()
         self._askers = ThreadPoolExecutor(MOST_CONNECTING, thread_name_prefix="identify")
         self._thread = threading.Thread(target=self._watch, name="shard-watch", daemon=True)
@@ -85,22 +87,24 @@ class ShardWatch:
         }
         self._connecting -= known.keys()
         for worker, record in records.items():
-            if worker not in known and worker not in self._connecting and worker not in listing.closed:
+            is_new = worker not in known and worker not in self._connecting
+            if is_new and worker not in listing.closed and record.state != "draining":
                 self._connecting.add(worker)
                 self._askers.submit(self._join, record)
         for worker, answers in known.items():
-            listed = worker in records or not listing.settled
-            if listed and worker not in listing.closed:
-                if worker in self._shut:
-                    self._shut.discard(worker)
-                    self._engine.announce(Opened(worker))
-                continue
-            if worker not in self._shut:
-                self._shut.add(worker)
-                self._engine.announce(Shut(worker))
+            record = records.get(worker)
+            listed = record is not None or not listing.settled
+            change: type[Opened | Shut | Draining] = Opened
+            if worker in listing.draining or (record is not None and record.state == "draining"):
+                change = Draining
+            elif worker in listing.closed or not listed:
+                change = Shut
+            if self._announced.get(worker, Opened) is not change:
+                self._announced[worker] = change
+                self._engine.announce(change(worker))
             if not listed and not answers:
                 self._engine.announce(Left(worker))
-        self._shut &= known.keys()
+        self._announced = {worker: told for worker, told in self._announced.items() if worker in known}
 
     def _join(self, record: WorkerRecord) -> None:
         client = self._connect(record.address)

@@ -51,7 +51,7 @@ PROGRESS_S = 5.0
 """How long the other shard may send nothing, and the deadline for connecting to it."""
 GRPC_DEADLINE_S = 60.0
 """The deadline of a whole export over gRPC, which has none on progress."""
-KEEP_S = 30.0
+KEEP_S = 10.0
 """How long a copy is held after a call, for its sequences to hold it."""
 NICENESS = 5
 """Added to the copying threads' nice values, so that threads that answer hot frames run first."""

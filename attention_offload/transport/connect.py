@@ -59,6 +59,17 @@ def refusal(error: FarshoreError, address: str) -> FarshoreError:
     return error
 
 
+def is_refused(error: BaseException | None) -> bool:
+    """Returns whether the shard's host refused the connection: no process listens at the address."""
+    while error is not None:
+        if isinstance(error, ConnectionRefusedError):
+            return True
+        if isinstance(error, grpc.RpcError) and "onnection refused" in (error.details() or ""):
+            return True
+        error = error.__cause__
+    return False
+
+
 class Connected(NamedTuple):
     """An open socket that the shard serves; each end has proved the cluster token to the other."""
 

@@ -202,6 +202,12 @@ def mortal():
 
 
 @pytest.fixture
+def collect():
+    """The class Collected, for a test that submits a request itself."""
+    return Collected
+
+
+@pytest.fixture
 def submit():
     """submit(engine, name, prompt, sampling, ...) -> Collected. A name may be used again: each request has a
     newer epoch."""

@@ -10,7 +10,7 @@ from farshore.attention_offload.base import ShardIdentity
 from farshore.errors import InvalidRequest, TransportError
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import Listing, WorkerRecord
-from farshore.workers.engine.membership import Joined, Left, Opened, Shut
+from farshore.workers.engine.membership import Draining, Joined, Left, Opened, Shut
 from farshore.workers.shard_watch import ShardWatch
 
 DEADLINE_S = 30.0
@@ -50,8 +50,13 @@ class Directory:
         for _ in range(2):
             assert self._asked.acquire(timeout=DEADLINE_S)
 
-    def lists(self, *records, closed=(), settled=True):
-        self.answer = Listing(workers=records, closed=frozenset(closed), settled=settled)
+    def lists(self, *records, closed=(), draining=(), settled=True):
+        self.answer = Listing(
+            workers=records,
+            closed=frozenset((*closed, *draining)),
+            settled=settled,
+            draining=frozenset(draining),
+        )
 
 
 class Engine:
@@ -138,6 +143,27 @@ def test_a_closed_worker_is_shut_and_opened_again(watched):
     directory.lists(record(A, "a"))
     directory.await_look()
     assert engine.changes[1:] == [Shut(A), Opened(A)]
+
+
+def test_a_draining_worker_drains_until_the_mark_is_taken_back(watched):
+    directory, engine, _, _ = watched
+    directory.lists(record(A, "a"), record(B, "b"))
+    until(lambda: {A, B} <= engine.known.keys())
+    directory.lists(record(A, "a"), replace(record(B, "b"), state="draining"), draining=[A])
+    directory.await_look()
+    assert sorted(engine.changes[2:]) == [Draining(A), Draining(B)]
+    directory.lists(record(A, "a"), replace(record(B, "b"), state="draining"), closed=[A])
+    directory.await_look()
+    directory.lists(record(A, "a"))
+    directory.await_look()
+    assert engine.changes[4:] == [Shut(A), Opened(A), Shut(B)]
+
+
+def test_a_worker_that_drains_already_does_not_join(watched):
+    directory, engine, _, _ = watched
+    directory.lists(replace(record(A, "a"), state="draining"), record(B, "b"), draining=[B])
+    directory.await_look()
+    assert engine.changes == []
 
 
 def test_silence_of_a_worker_shuts_it_and_only_its_own_silence_makes_it_leave(watched):

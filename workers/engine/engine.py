@@ -222,6 +222,10 @@ class Engine:
         """Returns the number of sequences that read from each worker."""
         return dict(Counter(worker for sequence in self._requests.all() for worker in sequence.workers))
 
+    def drains(self) -> dict[WorkerId, str]:
+        """Returns the shards that spans move off, each with the reason why some stay there; "" if none do."""
+        return self._cache.drains()
+
     def links(self) -> list[Link]:
         """Returns the measured latencies and failures of frames, for each shard."""
         return self._shards.links()
@@ -241,7 +245,9 @@ class Engine:
                     self._membership.apply()
                     progress = self._scheduler.round()
                     self._failed_rounds = 0 if progress else self._failed_rounds
-                    pending = self._requests.all() or self._membership.is_waiting
+                    pending = (
+                        self._requests.all() or self._membership.is_waiting or self._cache.is_moving_spans
+                    )
                     timeout_s = 0.0 if progress else IDLE_ROUND_S if pending else None
                 except Exception as error:
                     self._survive(error)

@@ -28,8 +28,14 @@ class Shut(NamedTuple):
     worker: WorkerId
 
 
+class Draining(NamedTuple):
+    """A shard that takes no new spans, and whose spans are to move to other shards."""
+
+    worker: WorkerId
+
+
 class Opened(NamedTuple):
-    """A shard that was shut and takes new spans again."""
+    """A shard that was shut or drained and takes new spans again."""
 
     worker: WorkerId
 
@@ -40,7 +46,7 @@ class Left(NamedTuple):
     worker: WorkerId
 
 
-Change = Joined | Shut | Opened | Left
+Change = Joined | Shut | Draining | Opened | Left
 
 
 class Membership:
@@ -98,6 +104,8 @@ class Membership:
             self._leaving.discard(worker)
             if isinstance(change, Opened):
                 self._pool.open(worker)
+            elif isinstance(change, Draining):
+                self._pool.drain(worker)
             else:
                 self._pool.shut(worker)
             if isinstance(change, Left):

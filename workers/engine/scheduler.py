@@ -76,6 +76,7 @@ class Scheduler:
     def round(self) -> bool:
         """Runs one round. Returns whether it made progress."""
         self._reap()
+        self._cache.move_spans(self._live())
         progress = self._admit()
         if self._prompts:
             self._prefilled = False
@@ -93,6 +94,7 @@ class Scheduler:
 
     def close(self) -> None:
         """Ends the placing thread and gives back its last result. Call it after :meth:`fail_all`."""
+        self._cache.close()
         self._placer.shutdown(wait=True)
         if self._placing is not None:
             self._cache.release(self._placing[0])

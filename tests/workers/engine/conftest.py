@@ -20,6 +20,19 @@ def greedy(tiny):
 
 
 @pytest.fixture(scope="session")
+def is_greedy(tiny):
+    """is_greedy(prompt, tokens, count) -> whether ``tokens`` are the ``count`` tokens of ``greedy``. One pass
+    of transformers over all of them, which is cheaper for hundreds of tokens."""
+
+    def check(prompt, tokens, count):
+        with torch.inference_mode():
+            logits = tiny(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
+        return len(tokens) == count and logits.argmax(dim=-1).tolist() == list(tokens)
+
+    return check
+
+
+@pytest.fixture(scope="session")
 def attended_bytes():
     """attended_bytes(model, tokens, steps) -> float32 KV bytes that ``steps`` steps read of ``tokens``."""
 

@@ -4,7 +4,7 @@ This is the engine's side of the shard stores. Called by ``scheduler``, ``prefil
 It must not decide global placement: which shards may be used, and how a sequence is cut, is configured.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -27,8 +27,10 @@ from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.tail import Tail
 from farshore.workers.engine.kv import span_writer
 from farshore.workers.engine.kv.handoff import HandOffs
+from farshore.workers.engine.kv.move import SpanMoves
 from farshore.workers.engine.kv.pool import ShardPool
 from farshore.workers.engine.kv.prefix import assemble
+from farshore.workers.engine.kv.recut import Recuts
 from farshore.workers.engine.sequence import Holder, PlacedSpan, Sequence
 
 
@@ -56,6 +58,10 @@ class SequenceCache:
         self._layout = model.layouts[span_writer.LAYER_CLASS]
         self._shard_by: ShardBy = shard_by
         self._hand_offs = HandOffs(pool, self._layout, shard_by=shard_by)
+        self._moves = SpanMoves(pool, self._layout, is_written=self._hand_offs.writes)
+        self._recuts = Recuts(
+            pool, self._layout, target=lambda share, sequence: self._moves.target(share, [sequence])
+        )
 
     def fits_ever(self, tokens: int) -> None:
         """Raises Full if ``tokens`` tokens, prompt and completion, do not fit into the empty pool.
@@ -166,9 +172,31 @@ class SequenceCache:
         """Starts or finishes the hand-off of the tail's full blocks to shards."""
         self._hand_offs.advance(sequence)
 
+    def move_spans(self, live: Iterable[Sequence]) -> None:
+        """Moves spans of ``live``, the sequences that have memory, off shards that drain."""
+        self._moves.advance(live)
+
+    def leave_draining(self, sequence: Sequence) -> list[Future[None]]:
+        """Takes what a prompt has not written yet off shards that drain. Call it while no segment of the
+        prompt is under way. Returns calls to wait for before the next one; then call it again."""
+        return self._recuts.advance(sequence)
+
+    @property
+    def is_moving_spans(self) -> bool:
+        """Whether a span is on its way from one shard to another."""
+        return self._moves.is_under_way
+
+    def drains(self) -> dict[WorkerId, str]:
+        """Returns the draining shards, each with the reason why spans stay there. Any thread may call it."""
+        return self._moves.reasons()
+
     def moves_to(self, worker: WorkerId) -> bool:
-        """Returns whether blocks of a tail are on their way to the worker."""
-        return self._hand_offs.moves_to(worker)
+        """Returns whether blocks of a tail are on their way to the worker, or a span from or to it."""
+        return self._hand_offs.moves_to(worker) or self._moves.uses(worker)
+
+    def close(self) -> None:
+        """Starts no further move."""
+        self._moves.close()
 
     def release(self, sequence: Sequence) -> None:
         """Gives back all memory of the sequence.
@@ -181,9 +209,10 @@ class SequenceCache:
         if tail is not None:
             _when_done(busy, tail.free)
         holder, sequence.holder = sequence.holder, None
+        granting = self._recuts.forget(sequence)
         if holder is not None:
             holder.closed = True
-            for worker in {*self._pool.targets, *(span.worker for span in sequence.spans)}:
+            for worker in {*self._pool.targets, *granting, *(span.worker for span in sequence.spans)}:
                 if worker in self._pool:
                     self._pool[worker].release(holder)
         sequence.spans = []

@@ -15,7 +15,7 @@ import torch
 from farshore.attention_offload.client.base import ShardClient
 from farshore.attention_offload.plan.placement import GroupPlacement, ShardBy, Share
 from farshore.errors import FarshoreError, Full
-from farshore.ids import SequenceId, WorkerId
+from farshore.ids import SequenceId, SpanId, WorkerId
 from farshore.kernels.base import BLOCK_TOKENS, KVLayout
 from farshore.kvstore.prefix import PrefixBlock, chain
 from farshore.kvstore.store.tail import Tail
@@ -95,6 +95,13 @@ class HandOffs:
             target.share.worker == worker
             for pending in self._under_way.values()
             for target in pending.targets
+        )
+
+    def writes(self, sequence: Sequence, span: SpanId) -> bool:
+        """Returns whether a hand-off of the sequence to an existing span is under way."""
+        pending = self._under_way.get(sequence.key)
+        return pending is not None and any(
+            target.into is not None and target.into.span == span for target in pending.targets
         )
 
     def forget(self, sequence: Sequence) -> list[Future[PlacedSpan]]:

@@ -40,6 +40,8 @@ class ShardPool:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.targets: tuple[WorkerId, ...] = ()
+        self.draining: frozenset[WorkerId] = frozenset()
+        """Shards whose spans are to move to other shards. None of them is a target."""
         self._changed = changed
         self._grace_s = grace_s
         self._clock = clock
@@ -64,12 +66,19 @@ class ShardPool:
 
     def open(self, worker: WorkerId) -> None:
         """Makes a shard of the pool a target. Idempotent."""
+        self.draining -= {worker}
         self.targets = (*(target for target in self.targets if target != worker), worker)
 
     def shut(self, worker: WorkerId) -> None:
-        """Places no new spans on a shard from now on. Idempotent."""
+        """Places no new spans on a shard from now on; those that it has stay. Idempotent."""
+        self.draining -= {worker}
         self._had_target_s = self._clock() if self.targets else self._had_target_s
         self.targets = tuple(target for target in self.targets if target != worker)
+
+    def drain(self, worker: WorkerId) -> None:
+        """Shuts a shard whose spans are to move to other shards. Idempotent."""
+        self.shut(worker)
+        self.draining |= {worker}
 
     def remove(self, worker: WorkerId) -> ShardQueue:
         """Takes a shard out of the pool. The caller closes the queue, which may block."""

@@ -19,10 +19,9 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeVar
 
-import grpc
-
 from farshore.attention_offload.base import ShardBeat
 from farshore.attention_offload.client.base import ShardClient
+from farshore.attention_offload.transport.connect import is_refused
 from farshore.defaults import SHARD_GRACE_S
 from farshore.errors import FarshoreError, Late, Lost, Overloaded, TransportError
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
@@ -76,7 +75,7 @@ class ShardQueue:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.worker = worker
-        self._client = client
+        self.client = client
         self._changed = changed
         self._grace_s = grace_s
         self._clock = clock
@@ -163,7 +162,7 @@ class ShardQueue:
         The future fails with the call's error. It fails with Late or Lost if the shard does not answer, and
         with Overloaded if MOST_CALLS wait; the call is then not made.
         """
-        return self._enqueue(lambda: call(self._client))
+        return self._enqueue(lambda: call(self.client))
 
     def create(
         self, holder: Holder, key: SpanKey, *, capacity_tokens: int, layout: KVLayout
@@ -182,11 +181,20 @@ class ShardQueue:
         def run() -> tuple[list[SpanSlice], int]:
             slices: list[SpanSlice] = []
             if blocks:
-                slices = self._client.store.find_prefix(
+                slices = self.client.store.find_prefix(
                     blocks, layer_class=layer_class, sequence=holder.sequence, epoch=holder.epoch
                 )
                 self._hold(holder, [span_slice.span for span_slice in slices])
             return slices, self._send_beat().free_bytes
+
+        return self._enqueue(run)
+
+    def adopt(self, holder: Holder, span: SpanId) -> Future[None]:
+        """Enqueues a hold of ``holder`` on a span that the shard imported. Fails as :meth:`submit`."""
+
+        def run() -> None:
+            self.client.store.hold([span], sequence=holder.sequence, epoch=holder.epoch)
+            self._hold(holder, [span])
 
         return self._enqueue(run)
 
@@ -213,7 +221,7 @@ class ShardQueue:
 
     def grant(self, holder: Holder, key: SpanKey, *, capacity_tokens: int, layout: KVLayout) -> SpanId:
         """Grants a span as :meth:`create` does; for use inside a submitted call."""
-        span = self._client.store.create(
+        span = self.client.store.create(
             key, capacity_tokens=capacity_tokens, layout=layout, epoch=holder.epoch
         )
         self._hold(holder, [span])
@@ -314,7 +322,7 @@ class ShardQueue:
             self._must_reconcile = True
             return
         try:
-            self._client.store.drop(unheld, sequence=holder.sequence, epoch=holder.epoch)
+            self.client.store.drop(unheld, sequence=holder.sequence, epoch=holder.epoch)
         except TransportError as error:
             self._mark_silent(error, self._clock())
         except FarshoreError:
@@ -334,7 +342,7 @@ class ShardQueue:
         The beat lists all wanted spans if the shard may hold others. Raises Lost if another process or
         another incarnation answers.
         """
-        beat = self._client.beat(self._wanted() if self._must_reconcile else None)
+        beat = self.client.beat(self._wanted() if self._must_reconcile else None)
         known = self._beat.incarnation if self._beat is not None else beat.incarnation
         if (beat.worker, beat.incarnation) != (self.worker, known):
             self._gone_reason = (
@@ -354,13 +362,13 @@ class ShardQueue:
         try:
             if self._send_beat().must_reconcile:
                 self._send_beat()
-            self._client.connect()
+            self.client.connect()
         except Exception as error:
             if not isinstance(error, Lost):
                 silence = error if isinstance(error, TransportError) else TransportError(repr(error))
                 self._mark_silent(silence, began_s)
             self._beat_s = now_s = self._clock()
-            if not _is_refused(error):
+            if not is_refused(error):
                 self._refused_since_s = None
             elif self._refused_since_s is None:
                 self._refused_since_s = now_s
@@ -381,14 +389,3 @@ class ShardQueue:
                 "answers again" if self._answers() else self._last_error,
             )
         self._changed()
-
-
-def _is_refused(error: BaseException | None) -> bool:
-    """Returns whether the shard's host refused the connection: no process listens at the address."""
-    while error is not None:
-        if isinstance(error, ConnectionRefusedError):
-            return True
-        if isinstance(error, grpc.RpcError) and "onnection refused" in (error.details() or ""):
-            return True
-        error = error.__cause__
-    return False

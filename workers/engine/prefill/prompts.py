@@ -128,6 +128,9 @@ class Prompts:
         if prompt.sealing:
             return self._finish_segment(prompt)
         if prompt.segment is None:
+            prompt.waits_for = self._cache.leave_draining(sequence)
+            if prompt.waits_for:
+                return self._advance(prompt) if prompt.is_runnable else Outcome(sequence)
             self._start_segment(prompt)
         segment = prompt.segment
         assert segment is not None
@@ -168,7 +171,9 @@ class Prompts:
         started = [prompt for prompt in self._queue if prompt.segment is not None]
         runnable = [prompt for prompt in started if prompt.is_runnable]
         if not runnable and len(started) < MOST_SEGMENTS:
-            runnable = self._next_to_start([prompt for prompt in self._queue if prompt.segment is None])
+            runnable = self._next_to_start(
+                [prompt for prompt in self._queue if prompt.segment is None and prompt.is_runnable]
+            )
         self._current = runnable[0] if runnable else None
         return self._current
 

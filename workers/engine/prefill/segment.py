@@ -242,13 +242,14 @@ class PrefillSegment:
     def _start_pull(self, number: int) -> Future[tuple[Tensor, Tensor]]:
         """Pulls are numbered layer by layer, past range by past range."""
         layer, range_index = divmod(number, len(self._past_ranges))
-        span, first, last = self._past_ranges[range_index]
-        return self._pool[span.worker].submit(
+        placed, first, last = self._past_ranges[range_index]
+        span, origin = placed.span, placed.origin  # The span may move before the call is made.
+        return self._pool[placed.worker].submit(
             lambda client: client.store.read(
-                span.span,
+                span,
                 layer,
-                first - span.origin,
-                last - span.origin,
+                first - origin,
+                last - origin,
                 sequence=self.sequence.id,
                 dtype=self._model.dtype,
             )
