@@ -35,7 +35,12 @@ class FarshoreError(Exception):
 
 
 class InvalidRequest(FarshoreError):
-    pass
+    """``field``: the path of the request's field that is wrong, such as ``sampling.top_p``; None if there is
+    no single one."""
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class ModelError(InvalidRequest):

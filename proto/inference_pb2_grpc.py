@@ -39,6 +39,26 @@ class InferenceStub(object):
                 request_serializer=farshore_dot_proto_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=farshore_dot_proto_dot_inference__pb2.GenerateEvent.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/farshore.inference.v1.Inference/Tokenize',
+                request_serializer=farshore_dot_proto_dot_inference__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=farshore_dot_proto_dot_inference__pb2.TokenizeReply.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/farshore.inference.v1.Inference/Detokenize',
+                request_serializer=farshore_dot_proto_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=farshore_dot_proto_dot_inference__pb2.DetokenizeReply.FromString,
+                _registered_method=True)
+        self.ListModels = channel.unary_unary(
+                '/farshore.inference.v1.Inference/ListModels',
+                request_serializer=farshore_dot_proto_dot_inference__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=farshore_dot_proto_dot_inference__pb2.ListModelsReply.FromString,
+                _registered_method=True)
+        self.GetModel = channel.unary_unary(
+                '/farshore.inference.v1.Inference/GetModel',
+                request_serializer=farshore_dot_proto_dot_inference__pb2.GetModelRequest.SerializeToString,
+                response_deserializer=farshore_dot_proto_dot_inference__pb2.Model.FromString,
+                _registered_method=True)
         self.Cancel = channel.unary_unary(
                 '/farshore.inference.v1.Inference/Cancel',
                 request_serializer=farshore_dot_proto_dot_inference__pb2.CancelRequest.SerializeToString,
@@ -58,6 +78,32 @@ class InferenceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """The token ids of a prompt, without running it. Its fields are those of GenerateRequest.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListModels(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetModel(self, request, context):
+        """NOT_FOUND for a name that is not served.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Cancel(self, request, context):
         """Ends a request and frees its memory within one step. NOT_FOUND if it is unknown or was forgotten.
         """
@@ -72,6 +118,26 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=farshore_dot_proto_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=farshore_dot_proto_dot_inference__pb2.GenerateEvent.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=farshore_dot_proto_dot_inference__pb2.TokenizeRequest.FromString,
+                    response_serializer=farshore_dot_proto_dot_inference__pb2.TokenizeReply.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=farshore_dot_proto_dot_inference__pb2.DetokenizeRequest.FromString,
+                    response_serializer=farshore_dot_proto_dot_inference__pb2.DetokenizeReply.SerializeToString,
+            ),
+            'ListModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModels,
+                    request_deserializer=farshore_dot_proto_dot_inference__pb2.ListModelsRequest.FromString,
+                    response_serializer=farshore_dot_proto_dot_inference__pb2.ListModelsReply.SerializeToString,
+            ),
+            'GetModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModel,
+                    request_deserializer=farshore_dot_proto_dot_inference__pb2.GetModelRequest.FromString,
+                    response_serializer=farshore_dot_proto_dot_inference__pb2.Model.SerializeToString,
             ),
             'Cancel': grpc.unary_unary_rpc_method_handler(
                     servicer.Cancel,
@@ -106,6 +172,114 @@ class Inference(object):
             '/farshore.inference.v1.Inference/Generate',
             farshore_dot_proto_dot_inference__pb2.GenerateRequest.SerializeToString,
             farshore_dot_proto_dot_inference__pb2.GenerateEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farshore.inference.v1.Inference/Tokenize',
+            farshore_dot_proto_dot_inference__pb2.TokenizeRequest.SerializeToString,
+            farshore_dot_proto_dot_inference__pb2.TokenizeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farshore.inference.v1.Inference/Detokenize',
+            farshore_dot_proto_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+            farshore_dot_proto_dot_inference__pb2.DetokenizeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farshore.inference.v1.Inference/ListModels',
+            farshore_dot_proto_dot_inference__pb2.ListModelsRequest.SerializeToString,
+            farshore_dot_proto_dot_inference__pb2.ListModelsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farshore.inference.v1.Inference/GetModel',
+            farshore_dot_proto_dot_inference__pb2.GetModelRequest.SerializeToString,
+            farshore_dot_proto_dot_inference__pb2.Model.FromString,
             options,
             channel_credentials,
             insecure,

@@ -180,7 +180,8 @@ async def create(
         clock=clock,
     )
     intake = Intake(served=served, log=log, limits=limits, clock=clock)
-    service = InferenceService(intake)
+    in_thread = functools.partial(asyncio.get_running_loop().run_in_executor, tokenizing)
+    service = InferenceService(intake, in_thread=in_thread)
     operators = rpc.aio_channel(controller, token)
     server.add_generic_rpc_handlers((service.handler(), AdminProxy(operators, controller, limits).handler()))
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
@@ -196,7 +197,7 @@ async def create(
         endpoints = Endpoints(
             intake,
             problem=lambda: engines.problem,
-            in_thread=functools.partial(asyncio.get_running_loop().run_in_executor, tokenizing),
+            in_thread=in_thread,
         )
         listener = HttpListener(
             endpoints.application(), listen=http, most_connections=limits.max_readers + limits.other_calls

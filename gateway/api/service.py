@@ -1,4 +1,4 @@
-"""The client API over gRPC: Generate, Cancel.
+"""The client API over gRPC: generation, tokens, models.
 
 Registered by ``server``. Translates calls to the request log's operations, and all errors to statuses. Must
 not know how a request is run. Never logs a prompt.
@@ -15,12 +15,14 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from farshore import rpc
-from farshore.errors import DeadlineExceeded, FarshoreError, InvalidRequest, Overloaded
+from farshore.errors import DeadlineExceeded, FarshoreError, InvalidRequest, NotFound
+from farshore.gateway.api import errors
 from farshore.gateway.limits import ERROR_MESSAGE_CHARS
+from farshore.gateway.requests import received, validate
 from farshore.gateway.requests.intake import Intake
-from farshore.gateway.requests.request import RequestFailed
+from farshore.gateway.requests.request import Failure, RequestFailed
 from farshore.proto import inference_pb2 as api
-from farshore.text import shortened
+from farshore.text import quoted, shortened
 
 _SERVICE = api.DESCRIPTOR.services_by_name["Inference"]
 _logger = logging.getLogger(__name__)
@@ -30,8 +32,11 @@ class InferenceService:
     """Handlers receive and return serialised messages: ``Generate`` checks a request's bytes before it parses
     them, and sends events as the request log stores them. Runs on the event loop."""
 
-    def __init__(self, intake: Intake) -> None:
+    def __init__(self, intake: Intake, *, in_thread: Callable[..., Awaitable]) -> None:
+        """``in_thread``: runs a function in a tokenizing thread."""
         self._intake = intake
+        self._served = intake.served
+        self._in_thread = in_thread
         self._log = intake.log
         self._limits = intake.limits
 
@@ -63,6 +68,48 @@ class InferenceService:
         await self._log.cancel(_parsed(api.CancelRequest, raw).request_id)
         return api.CancelReply().SerializeToString()
 
+    async def Tokenize(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        """The token ids of a prompt."""
+        # The fields of both messages have the same numbers, so the sizes are checked alike.
+        positions = self._served.config.max_positions
+        request, _, _ = received.parse(raw, max_positions=positions, limits=self._limits)
+        asked = _parsed(api.TokenizeRequest, raw)
+        special = asked.add_special_tokens if asked.HasField("add_special_tokens") else True
+        ids = await self._in_thread(
+            lambda: validate.tokens_of(request, self._served, self._limits, special=special)
+        )
+        return api.TokenizeReply(ids=ids).SerializeToString()
+
+    async def Detokenize(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        """The text of token ids."""
+        request = _parsed(api.DetokenizeRequest, raw)
+        validate.check_model(request.model, self._served)
+        validate.check_token_ids(request.ids, self._served)
+        text = await self._in_thread(lambda: self._served.tokenizer.decode(request.ids))
+        return api.DetokenizeReply(text=text).SerializeToString()
+
+    async def ListModels(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        """The served model, by each of its names."""
+        models = [self._model(name) for name in self._served.spec.names]
+        return api.ListModelsReply(models=models).SerializeToString()
+
+    async def GetModel(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        """One served model. Raises NotFound."""
+        name = _parsed(api.GetModelRequest, raw).name
+        if name not in self._served.spec.names:
+            names = " and ".join(map(repr, self._served.spec.names))
+            raise NotFound(f"unknown model {quoted(name)}: this gateway serves {names}")
+        return self._model(name).SerializeToString()
+
+    def _model(self, name: str) -> api.Model:
+        config = self._served.config
+        return api.Model(
+            name=name,
+            root=self._served.spec.model,
+            max_positions=config.max_positions,
+            vocabulary=config.vocab,
+        )
+
     async def _write(self, event: bytes, context: grpc.aio.ServicerContext) -> None:
         """Blocks while the reader's flow-control window is full. Raises DeadlineExceeded after
         ``reader_stall_s``."""
@@ -88,32 +135,34 @@ class InferenceService:
         except FarshoreError as error:
             await self._abort(context, error)
         except RequestFailed as error:
-            await self._end(context, error.failure.code, error.failure.message, error.failure.trailing)
+            await self._end(context, error.failure)
         except grpc.aio.AbortError:
             raise
         except Exception:
             _logger.exception("a call broke the gateway")
-            await self._end(context, grpc.StatusCode.INTERNAL, "the gateway failed; see its log")
+            failure = Failure(grpc.StatusCode.INTERNAL, "the gateway failed; see its log")
+            await self._end(context, failure)
 
     async def _abort(self, context: grpc.aio.ServicerContext, error: FarshoreError) -> None:
         code, message, trailing = rpc.status_of(error)
-        if isinstance(error, Overloaded):
-            # gRPC's retry hint: clients with a retry policy wait this long.
-            trailing += (("grpc-retry-pushback-ms", str(self._limits.retry_after_ms)),)
-        await self._end(context, code, shortened(message, ERROR_MESSAGE_CHARS), trailing)
+        message = shortened(message, ERROR_MESSAGE_CHARS)
+        await self._end(context, Failure(code, message, trailing), field=errors.field_of(error))
 
     async def _end(
-        self,
-        context: grpc.aio.ServicerContext,
-        code: grpc.StatusCode,
-        message: str,
-        trailing: tuple[tuple[str, str], ...] = (),
+        self, context: grpc.aio.ServicerContext, failure: Failure, *, field: str | None = None
     ) -> None:
         """Ends the call with a status. gRPC sends the status after the written events; if the reader is
         stalled this waits at most ``shutdown_s``, and gRPC sends it when the reader continues."""
+        trailing = errors.trailing_of(
+            failure.code,
+            failure.message,
+            failure.trailing,
+            retry_after_ms=self._limits.retry_after_ms,
+            field=field,
+        )
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._limits.shutdown_s):
-                await context.abort(code, message, trailing)
+                await context.abort(failure.code, failure.message, trailing)
 
 
 def _parsed(kind: type[Message], raw: bytes) -> Any:

@@ -19,15 +19,22 @@ def check(sampling: api.Sampling, *, vocab: int, limits: Limits) -> None:
     """Raises InvalidRequest for the first parameter that is out of range. ``vocab``: token ids of the
     model."""
     if sampling.HasField("max_tokens") and sampling.max_tokens < 1:
-        raise InvalidRequest("max_tokens is 0: ask for at least 1, or leave it unset")
+        raise InvalidRequest(
+            "max_tokens is 0: ask for at least 1, or leave it unset", field="sampling.max_tokens"
+        )
     for name, allowed in RANGES.items():
         if sampling.HasField(name) and not allowed.has(value := getattr(sampling, name)):
-            raise InvalidRequest(f"{name} {value:g}: use a number {allowed.words}")
+            raise InvalidRequest(f"{name} {value:g}: use a number {allowed.words}", field=f"sampling.{name}")
     if sampling.temperature and not _TEMPERATURES.has(sampling.temperature):
-        raise InvalidRequest(f"temperature {sampling.temperature:g}: use {_TEMPERATURES.words}")
+        raise InvalidRequest(
+            f"temperature {sampling.temperature:g}: use {_TEMPERATURES.words}", field="sampling.temperature"
+        )
     most = min(limits.logprobs, vocab)
     if sampling.logprobs > most:
-        raise InvalidRequest(f"logprobs {sampling.logprobs}: ask for at most {most} alternatives a token")
+        raise InvalidRequest(
+            f"logprobs {sampling.logprobs}: ask for at most {most} alternatives a token",
+            field="sampling.logprobs",
+        )
     _check_choices(sampling, limits)
     _check_bias(sampling, vocab, limits)
     _check_stops(sampling, vocab, limits)
@@ -39,36 +46,45 @@ def _check_choices(sampling: api.Sampling, limits: Limits) -> None:
     if not sampling.HasField("n"):
         return
     if not 1 <= sampling.n <= limits.choices:
-        raise InvalidRequest(f"n {sampling.n}: ask for 1 to {limits.choices} choices")
+        raise InvalidRequest(f"n {sampling.n}: ask for 1 to {limits.choices} choices", field="sampling.n")
     if sampling.n > 1 and not sampling.temperature:
         raise InvalidRequest(
             f"n {sampling.n} with temperature 0 would give {sampling.n} times the same answer: "
-            "set a temperature above 0, or n 1"
+            "set a temperature above 0, or n 1",
+            field="sampling.n",
         )
 
 
 def _check_bias(sampling: api.Sampling, vocab: int, limits: Limits) -> None:
     if len(sampling.logit_bias) > limits.logit_biases:
         raise InvalidRequest(
-            f"logit_bias has {len(sampling.logit_bias)} entries; give at most {limits.logit_biases}"
+            f"logit_bias has {len(sampling.logit_bias)} entries; give at most {limits.logit_biases}",
+            field="sampling.logit_bias",
         )
     _check_ids("logit_bias", sampling.logit_bias, vocab)
     for token, bias in sampling.logit_bias.items():
         if not BIASES.has(bias):
-            raise InvalidRequest(f"logit_bias {bias:g} of token {token}: use a number {BIASES.words}")
+            raise InvalidRequest(
+                f"logit_bias {bias:g} of token {token}: use a number {BIASES.words}",
+                field="sampling.logit_bias",
+            )
 
 
 def _check_stops(sampling: api.Sampling, vocab: int, limits: Limits) -> None:
     if len(sampling.stop) > limits.stops:
-        raise InvalidRequest(f"stop has {len(sampling.stop)} strings; give at most {limits.stops}")
+        raise InvalidRequest(
+            f"stop has {len(sampling.stop)} strings; give at most {limits.stops}", field="sampling.stop"
+        )
     for place, stop in enumerate(sampling.stop):
         if not 1 <= len(stop) <= limits.stop_chars:
             raise InvalidRequest(
-                f"stop string {place} has {len(stop)} characters; give it 1 to {limits.stop_chars}"
+                f"stop string {place} has {len(stop)} characters; give it 1 to {limits.stop_chars}",
+                field="sampling.stop",
             )
     if len(sampling.stop_token_ids) > limits.stop_token_ids:
         raise InvalidRequest(
-            f"stop_token_ids has {len(sampling.stop_token_ids)} ids; give at most {limits.stop_token_ids}"
+            f"stop_token_ids has {len(sampling.stop_token_ids)} ids; give at most {limits.stop_token_ids}",
+            field="sampling.stop_token_ids",
         )
     _check_ids("stop_token_ids", sampling.stop_token_ids, vocab)
 
@@ -76,28 +92,38 @@ def _check_stops(sampling: api.Sampling, vocab: int, limits: Limits) -> None:
 def _check_restrictions(sampling: api.Sampling, vocab: int, limits: Limits) -> None:
     if sampling.HasField("max_tokens") and sampling.min_tokens > sampling.max_tokens:
         raise InvalidRequest(
-            f"min_tokens {sampling.min_tokens} is more than max_tokens {sampling.max_tokens}: lower it"
+            f"min_tokens {sampling.min_tokens} is more than max_tokens {sampling.max_tokens}: lower it",
+            field="sampling.min_tokens",
         )
     if sampling.HasField("truncate_prompt_tokens") and not sampling.truncate_prompt_tokens:
-        raise InvalidRequest("truncate_prompt_tokens is 0: keep at least 1, or leave it unset")
+        raise InvalidRequest(
+            "truncate_prompt_tokens is 0: keep at least 1, or leave it unset",
+            field="sampling.truncate_prompt_tokens",
+        )
     if len(sampling.allowed_token_ids) > limits.allowed_token_ids:
         raise InvalidRequest(
             f"allowed_token_ids has {len(sampling.allowed_token_ids)} ids; give at most"
-            f" {limits.allowed_token_ids}"
+            f" {limits.allowed_token_ids}",
+            field="sampling.allowed_token_ids",
         )
     _check_ids("allowed_token_ids", sampling.allowed_token_ids, vocab)
     if len(sampling.bad_words) > limits.bad_words:
         raise InvalidRequest(
-            f"bad_words has {len(sampling.bad_words)} texts; give at most {limits.bad_words}"
+            f"bad_words has {len(sampling.bad_words)} texts; give at most {limits.bad_words}",
+            field="sampling.bad_words",
         )
     for place, word in enumerate(sampling.bad_words):
         if not 1 <= len(word) <= limits.bad_word_chars:
             raise InvalidRequest(
-                f"bad word {place} has {len(word)} characters; give it 1 to {limits.bad_word_chars}"
+                f"bad word {place} has {len(word)} characters; give it 1 to {limits.bad_word_chars}",
+                field="sampling.bad_words",
             )
 
 
 def _check_ids(name: str, ids: Iterable[int], vocab: int) -> None:
     for token in ids:
         if token >= vocab:
-            raise InvalidRequest(f"{name}: token id {token} is outside the vocabulary: use 0 to {vocab - 1}")
+            raise InvalidRequest(
+                f"{name}: token id {token} is outside the vocabulary: use 0 to {vocab - 1}",
+                field=f"sampling.{name}",
+            )

@@ -24,19 +24,27 @@ def check(sampling: api.Sampling, limits: Limits) -> None:
     kind = sampling.structure.WhichOneof("kind")
     if kind is None:
         if sampling.HasField("structure"):
-            raise InvalidRequest("structure is empty: give json_schema, regex, choice or grammar")
+            raise InvalidRequest(
+                "structure is empty: give json_schema, regex, choice or grammar", field="sampling.structure"
+            )
         return
     if sampling.ignore_eos:
         raise InvalidRequest(
-            "ignore_eos and a structure exclude one another: a structured text ends by itself"
+            "ignore_eos and a structure exclude one another: a structured text ends by itself",
+            field="sampling.ignore_eos",
         )
     chars = len(_source(sampling.structure))
     if chars > limits.structure_chars:
-        raise InvalidRequest(f"the structure has {chars} characters: use at most {limits.structure_chars}")
+        raise InvalidRequest(
+            f"the structure has {chars} characters: use at most {limits.structure_chars}",
+            field="sampling.structure",
+        )
     if kind == "choice":
         texts = sampling.structure.choice.texts
         if not texts or not all(texts):
-            raise InvalidRequest("choice needs at least one text, and none of them empty")
+            raise InvalidRequest(
+                "choice needs at least one text, and none of them empty", field="sampling.structure"
+            )
 
 
 def grammar_of(structure: api.Structure) -> str:
@@ -51,7 +59,7 @@ def grammar_of(structure: api.Structure) -> str:
     except (ValueError, RecursionError) as error:
         problem = str(error)
     if problem:
-        raise InvalidRequest(f"{kind} can't be used: {shortened(problem)}")
+        raise InvalidRequest(f"{kind} can't be used: {shortened(problem)}", field="sampling.structure")
     return grammar
 
 

@@ -76,7 +76,8 @@ def check_cheap(request: api.GenerateRequest, served: Served, limits: Limits, *,
     if (asked := values(request.sampling, default_tokens=default_tokens)) > most:
         raise InvalidRequest(
             f"n * max_tokens * (1 + logprobs) is {asked}: a request may ask for at most {most} tokens and "
-            "alternatives together; lower one of the three"
+            "alternatives together; lower one of the three",
+            field="sampling.max_tokens",
         )
     _check_salt(request.cache_salt, limits)
     _check_prompt(request, served, limits)
@@ -86,10 +87,13 @@ def check_request_id(request: api.GenerateRequest, limits: Limits) -> None:
     """Raises InvalidRequest if the id is too long, or missing where ``resume_from`` needs it."""
     if len(request.request_id) > limits.request_id_chars:
         raise InvalidRequest(
-            f"request_id has {len(request.request_id)} characters; use at most {limits.request_id_chars}"
+            f"request_id has {len(request.request_id)} characters; use at most {limits.request_id_chars}",
+            field="request_id",
         )
     if request.resume_from and not request.request_id:
-        raise InvalidRequest("resume_from needs the request_id of the request to go on with")
+        raise InvalidRequest(
+            "resume_from needs the request_id of the request to go on with", field="resume_from"
+        )
 
 
 def values(sampling: api.Sampling, *, default_tokens: int) -> int:
@@ -119,7 +123,7 @@ def prepare(
     for first in range(0, len(ids), _CHUNK):
         message.prompt.extend(ids[first : first + _CHUNK])
     if not message.prompt:
-        raise InvalidRequest("the prompt is empty: send at least one token")
+        raise InvalidRequest("the prompt is empty: send at least one token", field="prompt")
     count = len(message.prompt)
     sampling = message.sampling
     sampling.CopyFrom(asked)
@@ -183,14 +187,16 @@ def check_model(name: str, served: Served) -> None:
     if name and name not in names:
         raise ModelError(
             f"unknown model {quoted(name)}: this gateway serves {' and '.join(map(repr, names))};"
-            " leave model empty for it"
+            " leave model empty for it",
+            field="model",
         )
 
 
 def _check_salt(salt: str, limits: Limits) -> None:
     if len(salt) > limits.cache_salt_chars:
         raise InvalidRequest(
-            f"cache_salt has {len(salt)} characters: use at most {limits.cache_salt_chars}, or a hash of it"
+            f"cache_salt has {len(salt)} characters: use at most {limits.cache_salt_chars}, or a hash of it",
+            field="cache_salt",
         )
 
 
@@ -198,11 +204,11 @@ def _check_prompt(request: api.GenerateRequest, served: Served, limits: Limits) 
     kind = request.WhichOneof("prompt")
     if kind == "tokens":
         if not request.tokens.ids:
-            raise InvalidRequest("the prompt is empty: send at least one token id")
+            raise InvalidRequest("the prompt is empty: send at least one token id", field="prompt")
     elif kind == "chat":
         _check_chars(chat.checked_chars(request.chat, limits), served, limits)
     elif not request.text:
-        raise InvalidRequest("the prompt is empty: give chat messages, text or token ids")
+        raise InvalidRequest("the prompt is empty: give chat messages, text or token ids", field="prompt")
     else:
         _check_chars(len(request.text), served, limits)
 
@@ -212,7 +218,8 @@ def _check_chars(chars: int, served: Served, limits: Limits) -> None:
     if chars > most:
         raise InvalidRequest(
             f"the prompt has {chars} characters; a model of {served.positions} "
-            f"takes at most {most}: shorten it"
+            f"takes at most {most}: shorten it",
+            field="prompt",
         )
 
 
@@ -244,7 +251,8 @@ def check_token_ids(ids: Sequence[int], served: Served) -> None:
             index = next(index for index, token in enumerate(chunk) if token >= vocab)
             raise InvalidRequest(
                 f"token id {chunk[index]} at index {first + index} is outside the vocabulary: "
-                f"use 0 to {vocab - 1}"
+                f"use 0 to {vocab - 1}",
+                field="prompt",
             )
 
 
@@ -254,13 +262,15 @@ def _max_tokens(prompt_tokens: int, sampling: api.Sampling, served: Served, defa
     if left < 1:
         raise InvalidRequest(
             f"the prompt has {prompt_tokens} tokens and the model {served.positions}: "
-            f"shorten the prompt to at most {max_positions - 1} tokens"
+            f"shorten the prompt to at most {max_positions - 1} tokens",
+            field="prompt",
         )
     if not sampling.HasField("max_tokens"):
         return min(default_tokens, left)
     if sampling.max_tokens > left:
         raise InvalidRequest(
             f"prompt of {prompt_tokens} tokens + max_tokens {sampling.max_tokens} is more than the model's "
-            f"{served.positions}: ask for at most {left} tokens, or shorten the prompt"
+            f"{served.positions}: ask for at most {left} tokens, or shorten the prompt",
+            field="sampling.max_tokens",
         )
     return sampling.max_tokens

@@ -86,7 +86,8 @@ def error_of(error: Exception, *, retry_after_ms: int) -> ApiError:
             return _full(error.failure.message)
         return _of_status(error.failure.code, error.failure.message, retry_after_ms)
     if isinstance(error, InvalidRequest):
-        return ApiError(400, str(error))
+        field = error.field.rpartition(".")[2] if error.field else None
+        return ApiError(400, str(error), param=field)
     if isinstance(error, Full):
         return _full(str(error))
     if isinstance(error, FarshoreError):
