@@ -26,7 +26,7 @@ from farshore.proto import admin_pb2 as farshore_dot_proto_dot_admin__pb2
 from farshore.proto import inference_pb2 as farshore_dot_proto_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x61rshore/proto/cluster.proto\x12\x13\x66\x61rshore.cluster.v1\x1a\x1a\x66\x61rshore/proto/admin.proto\x1a\x1e\x66\x61rshore/proto/inference.proto\"\xdf\x01\n\x0fSequenceRequest\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\r\x12\x31\n\x08sampling\x18\x03 \x01(\x0b\x32\x1f.farshore.inference.v1.Sampling\x12\x12\n\ncache_salt\x18\x04 \x01(\t\x12\x0f\n\x07grammar\x18\x06 \x01(\t\x12\x32\n\tbad_words\x18\x07 \x03(\x0b\x32\x1f.farshore.inference.v1.TokenIds\x12\x0c\n\x04\x66ill\x18\x08 \x01(\x08\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\x82\x01\n\x0cSampledToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12.\n\x03top\x18\x04 \x03(\x0b\x32!.farshore.cluster.v1.TokenLogprobB\n\n\x08_logprob\"\x9b\x01\n\x10SequenceFinished\x12\x33\n\x06reason\x18\x01 \x01(\x0e\x32#.farshore.inference.v1.FinishReason\x12\x11\n\tqueued_ms\x18\x02 \x01(\x01\x12/\n\x06shards\x18\x03 \x03(\x0b\x32\x1f.farshore.inference.v1.ShardUse\x12\x0e\n\x06\x63hoice\x18\x04 \x01(\r\"\xc1\x01\n\rSequenceEvent\x12\x39\n\x07prefill\x18\x01 \x01(\x0b\x32&.farshore.inference.v1.PrefillProgressH\x00\x12\x32\n\x05token\x18\x02 \x01(\x0b\x32!.farshore.cluster.v1.SampledTokenH\x00\x12\x39\n\x08\x66inished\x18\x03 \x01(\x0b\x32%.farshore.cluster.v1.SequenceFinishedH\x00\x42\x06\n\x04kind\"E\n\x0e\x43\x61ncelSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x13\n\x06\x63hoice\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\t\n\x07_choice\"\x15\n\x13\x43\x61ncelSequenceReply\"\x15\n\x13\x45ngineStatusRequest\"\xd4\x02\n\x0c\x45ngineStatus\x12/\n\x06worker\x18\x01 \x01(\x0b\x32\x1f.farshore.admin.v1.WorkerStatus\x12\x34\n\tsequences\x18\x02 \x03(\x0b\x32!.farshore.admin.v1.SequenceStatus\x12=\n\x06shards\x18\x03 \x03(\x0b\x32-.farshore.cluster.v1.EngineStatus.ShardsEntry\x12?\n\x07readers\x18\x04 \x03(\x0b\x32..farshore.cluster.v1.EngineStatus.ReadersEntry\x1a-\n\x0bShardsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x08:\x02\x38\x01\x1a.\n\x0cReadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\x88\x02\n\x0cWorkerRecord\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04slot\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0c\n\x04host\x18\x05 \x01(\t\x12\x12\n\nprocess_id\x18\x06 \x01(\r\x12\r\n\x05state\x18\x07 \x01(\t\x12\x10\n\x08progress\x18\x08 \x01(\t\x12\x0e\n\x06shards\x18\t \x01(\r\x12\x0f\n\x07\x66\x61ilure\x18\n \x01(\t\x12\x0f\n\x07\x63ontent\x18\x0b \x01(\t\x12\'\n\x04load\x18\x0c \x01(\x0b\x32\x19.farshore.cluster.v1.Load\x12\x0c\n\x04zone\x18\r \x01(\t\x12\x0c\n\x04spec\x18\x0e \x01(\t\"b\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x0e\n\x06parked\x18\x03 \x01(\r\x12\x12\n\nfree_bytes\x18\x04 \x01(\x04\x12\x14\n\x0c\x62udget_bytes\x18\x05 \x01(\x04\"$\n\x0fWithdrawRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"4\n\x0c\x43loseRequest\x12\x12\n\nworker_ids\x18\x01 \x03(\t\x12\x10\n\x08\x64raining\x18\x02 \x03(\t\"\x10\n\x0e\x44irectoryReply\"\r\n\x0bListRequest\"p\n\x07Listing\x12\x32\n\x07workers\x18\x01 \x03(\x0b\x32!.farshore.cluster.v1.WorkerRecord\x12\x0e\n\x06\x63losed\x18\x02 \x03(\t\x12\x0f\n\x07settled\x18\x03 \x01(\x08\x12\x10\n\x08\x64raining\x18\x04 \x03(\t\"d\n\x11\x42lockAnnouncement\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05since\x18\x02 \x01(\x04\x12\r\n\x05until\x18\x03 \x01(\x04\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x04 \x03(\x0c\x12\x0f\n\x07removed\x18\x05 \x03(\x0c\"\'\n\x16\x42lockAnnouncementReply\x12\r\n\x05known\x18\x01 \x01(\x04\"#\n\x11\x46indPrefixRequest\x12\x0e\n\x06hashes\x18\x01 \x03(\x0c\"D\n\x0f\x46indPrefixReply\x12\x31\n\x06\x62locks\x18\x01 \x03(\x0b\x32!.farshore.cluster.v1.BlockHolders\"\"\n\x0c\x42lockHolders\x12\x12\n\nworker_ids\x18\x01 \x03(\t2\x90\x02\n\x06\x45ngine\x12V\n\x08Generate\x12$.farshore.cluster.v1.SequenceRequest\x1a\".farshore.cluster.v1.SequenceEvent0\x01\x12W\n\x06\x43\x61ncel\x12#.farshore.cluster.v1.CancelSequence\x1a(.farshore.cluster.v1.CancelSequenceReply\x12U\n\x06Status\x12(.farshore.cluster.v1.EngineStatusRequest\x1a!.farshore.cluster.v1.EngineStatus2\x89\x04\n\tDirectory\x12O\n\x05Renew\x12!.farshore.cluster.v1.WorkerRecord\x1a#.farshore.cluster.v1.DirectoryReply\x12U\n\x08Withdraw\x12$.farshore.cluster.v1.WithdrawRequest\x1a#.farshore.cluster.v1.DirectoryReply\x12O\n\x05\x43lose\x12!.farshore.cluster.v1.CloseRequest\x1a#.farshore.cluster.v1.DirectoryReply\x12\x46\n\x04List\x12 .farshore.cluster.v1.ListRequest\x1a\x1c.farshore.cluster.v1.Listing\x12_\n\x08\x41nnounce\x12&.farshore.cluster.v1.BlockAnnouncement\x1a+.farshore.cluster.v1.BlockAnnouncementReply\x12Z\n\nFindPrefix\x12&.farshore.cluster.v1.FindPrefixRequest\x1a$.farshore.cluster.v1.FindPrefixReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x61rshore/proto/cluster.proto\x12\x13\x66\x61rshore.cluster.v1\x1a\x1a\x66\x61rshore/proto/admin.proto\x1a\x1e\x66\x61rshore/proto/inference.proto\"\xdf\x01\n\x0fSequenceRequest\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\r\x12\x31\n\x08sampling\x18\x03 \x01(\x0b\x32\x1f.farshore.inference.v1.Sampling\x12\x12\n\ncache_salt\x18\x04 \x01(\t\x12\x0f\n\x07grammar\x18\x06 \x01(\t\x12\x32\n\tbad_words\x18\x07 \x03(\x0b\x32\x1f.farshore.inference.v1.TokenIds\x12\x0c\n\x04\x66ill\x18\x08 \x01(\x08\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\x82\x01\n\x0cSampledToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12.\n\x03top\x18\x04 \x03(\x0b\x32!.farshore.cluster.v1.TokenLogprobB\n\n\x08_logprob\"\xb2\x01\n\x10SequenceFinished\x12\x33\n\x06reason\x18\x01 \x01(\x0e\x32#.farshore.inference.v1.FinishReason\x12\x11\n\tqueued_ms\x18\x02 \x01(\x01\x12/\n\x06shards\x18\x03 \x03(\x0b\x32\x1f.farshore.inference.v1.ShardUse\x12\x0e\n\x06\x63hoice\x18\x04 \x01(\r\x12\x15\n\rcached_tokens\x18\x05 \x01(\r\"\xc1\x01\n\rSequenceEvent\x12\x39\n\x07prefill\x18\x01 \x01(\x0b\x32&.farshore.inference.v1.PrefillProgressH\x00\x12\x32\n\x05token\x18\x02 \x01(\x0b\x32!.farshore.cluster.v1.SampledTokenH\x00\x12\x39\n\x08\x66inished\x18\x03 \x01(\x0b\x32%.farshore.cluster.v1.SequenceFinishedH\x00\x42\x06\n\x04kind\"E\n\x0e\x43\x61ncelSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x13\n\x06\x63hoice\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\t\n\x07_choice\"\x15\n\x13\x43\x61ncelSequenceReply\"\x15\n\x13\x45ngineStatusRequest\"\xd4\x02\n\x0c\x45ngineStatus\x12/\n\x06worker\x18\x01 \x01(\x0b\x32\x1f.farshore.admin.v1.WorkerStatus\x12\x34\n\tsequences\x18\x02 \x03(\x0b\x32!.farshore.admin.v1.SequenceStatus\x12=\n\x06shards\x18\x03 \x03(\x0b\x32-.farshore.cluster.v1.EngineStatus.ShardsEntry\x12?\n\x07readers\x18\x04 \x03(\x0b\x32..farshore.cluster.v1.EngineStatus.ReadersEntry\x1a-\n\x0bShardsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x08:\x02\x38\x01\x1a.\n\x0cReadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\x88\x02\n\x0cWorkerRecord\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04slot\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0c\n\x04host\x18\x05 \x01(\t\x12\x12\n\nprocess_id\x18\x06 \x01(\r\x12\r\n\x05state\x18\x07 \x01(\t\x12\x10\n\x08progress\x18\x08 \x01(\t\x12\x0e\n\x06shards\x18\t \x01(\r\x12\x0f\n\x07\x66\x61ilure\x18\n \x01(\t\x12\x0f\n\x07\x63ontent\x18\x0b \x01(\t\x12\'\n\x04load\x18\x0c \x01(\x0b\x32\x19.farshore.cluster.v1.Load\x12\x0c\n\x04zone\x18\r \x01(\t\x12\x0c\n\x04spec\x18\x0e \x01(\t\"b\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x0e\n\x06parked\x18\x03 \x01(\r\x12\x12\n\nfree_bytes\x18\x04 \x01(\x04\x12\x14\n\x0c\x62udget_bytes\x18\x05 \x01(\x04\"$\n\x0fWithdrawRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"4\n\x0c\x43loseRequest\x12\x12\n\nworker_ids\x18\x01 \x03(\t\x12\x10\n\x08\x64raining\x18\x02 \x03(\t\"\x10\n\x0e\x44irectoryReply\"\r\n\x0bListRequest\"p\n\x07Listing\x12\x32\n\x07workers\x18\x01 \x03(\x0b\x32!.farshore.cluster.v1.WorkerRecord\x12\x0e\n\x06\x63losed\x18\x02 \x03(\t\x12\x0f\n\x07settled\x18\x03 \x01(\x08\x12\x10\n\x08\x64raining\x18\x04 \x03(\t\"d\n\x11\x42lockAnnouncement\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05since\x18\x02 \x01(\x04\x12\r\n\x05until\x18\x03 \x01(\x04\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x04 \x03(\x0c\x12\x0f\n\x07removed\x18\x05 \x03(\x0c\"\'\n\x16\x42lockAnnouncementReply\x12\r\n\x05known\x18\x01 \x01(\x04\"#\n\x11\x46indPrefixRequest\x12\x0e\n\x06hashes\x18\x01 \x03(\x0c\"D\n\x0f\x46indPrefixReply\x12\x31\n\x06\x62locks\x18\x01 \x03(\x0b\x32!.farshore.cluster.v1.BlockHolders\"\"\n\x0c\x42lockHolders\x12\x12\n\nworker_ids\x18\x01 \x03(\t2\x90\x02\n\x06\x45ngine\x12V\n\x08Generate\x12$.farshore.cluster.v1.SequenceRequest\x1a\".farshore.cluster.v1.SequenceEvent0\x01\x12W\n\x06\x43\x61ncel\x12#.farshore.cluster.v1.CancelSequence\x1a(.farshore.cluster.v1.CancelSequenceReply\x12U\n\x06Status\x12(.farshore.cluster.v1.EngineStatusRequest\x1a!.farshore.cluster.v1.EngineStatus2\x89\x04\n\tDirectory\x12O\n\x05Renew\x12!.farshore.cluster.v1.WorkerRecord\x1a#.farshore.cluster.v1.DirectoryReply\x12U\n\x08Withdraw\x12$.farshore.cluster.v1.WithdrawRequest\x1a#.farshore.cluster.v1.DirectoryReply\x12O\n\x05\x43lose\x12!.farshore.cluster.v1.CloseRequest\x1a#.farshore.cluster.v1.DirectoryReply\x12\x46\n\x04List\x12 .farshore.cluster.v1.ListRequest\x1a\x1c.farshore.cluster.v1.Listing\x12_\n\x08\x41nnounce\x12&.farshore.cluster.v1.BlockAnnouncement\x1a+.farshore.cluster.v1.BlockAnnouncementReply\x12Z\n\nFindPrefix\x12&.farshore.cluster.v1.FindPrefixRequest\x1a$.farshore.cluster.v1.FindPrefixReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,47 +44,47 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLEDTOKEN']._serialized_start=391
   _globals['_SAMPLEDTOKEN']._serialized_end=521
   _globals['_SEQUENCEFINISHED']._serialized_start=524
-  _globals['_SEQUENCEFINISHED']._serialized_end=679
-  _globals['_SEQUENCEEVENT']._serialized_start=682
-  _globals['_SEQUENCEEVENT']._serialized_end=875
-  _globals['_CANCELSEQUENCE']._serialized_start=877
-  _globals['_CANCELSEQUENCE']._serialized_end=946
-  _globals['_CANCELSEQUENCEREPLY']._serialized_start=948
-  _globals['_CANCELSEQUENCEREPLY']._serialized_end=969
-  _globals['_ENGINESTATUSREQUEST']._serialized_start=971
-  _globals['_ENGINESTATUSREQUEST']._serialized_end=992
-  _globals['_ENGINESTATUS']._serialized_start=995
-  _globals['_ENGINESTATUS']._serialized_end=1335
-  _globals['_ENGINESTATUS_SHARDSENTRY']._serialized_start=1242
-  _globals['_ENGINESTATUS_SHARDSENTRY']._serialized_end=1287
-  _globals['_ENGINESTATUS_READERSENTRY']._serialized_start=1289
-  _globals['_ENGINESTATUS_READERSENTRY']._serialized_end=1335
-  _globals['_WORKERRECORD']._serialized_start=1338
-  _globals['_WORKERRECORD']._serialized_end=1602
-  _globals['_LOAD']._serialized_start=1604
-  _globals['_LOAD']._serialized_end=1702
-  _globals['_WITHDRAWREQUEST']._serialized_start=1704
-  _globals['_WITHDRAWREQUEST']._serialized_end=1740
-  _globals['_CLOSEREQUEST']._serialized_start=1742
-  _globals['_CLOSEREQUEST']._serialized_end=1794
-  _globals['_DIRECTORYREPLY']._serialized_start=1796
-  _globals['_DIRECTORYREPLY']._serialized_end=1812
-  _globals['_LISTREQUEST']._serialized_start=1814
-  _globals['_LISTREQUEST']._serialized_end=1827
-  _globals['_LISTING']._serialized_start=1829
-  _globals['_LISTING']._serialized_end=1941
-  _globals['_BLOCKANNOUNCEMENT']._serialized_start=1943
-  _globals['_BLOCKANNOUNCEMENT']._serialized_end=2043
-  _globals['_BLOCKANNOUNCEMENTREPLY']._serialized_start=2045
-  _globals['_BLOCKANNOUNCEMENTREPLY']._serialized_end=2084
-  _globals['_FINDPREFIXREQUEST']._serialized_start=2086
-  _globals['_FINDPREFIXREQUEST']._serialized_end=2121
-  _globals['_FINDPREFIXREPLY']._serialized_start=2123
-  _globals['_FINDPREFIXREPLY']._serialized_end=2191
-  _globals['_BLOCKHOLDERS']._serialized_start=2193
-  _globals['_BLOCKHOLDERS']._serialized_end=2227
-  _globals['_ENGINE']._serialized_start=2230
-  _globals['_ENGINE']._serialized_end=2502
-  _globals['_DIRECTORY']._serialized_start=2505
-  _globals['_DIRECTORY']._serialized_end=3026
+  _globals['_SEQUENCEFINISHED']._serialized_end=702
+  _globals['_SEQUENCEEVENT']._serialized_start=705
+  _globals['_SEQUENCEEVENT']._serialized_end=898
+  _globals['_CANCELSEQUENCE']._serialized_start=900
+  _globals['_CANCELSEQUENCE']._serialized_end=969
+  _globals['_CANCELSEQUENCEREPLY']._serialized_start=971
+  _globals['_CANCELSEQUENCEREPLY']._serialized_end=992
+  _globals['_ENGINESTATUSREQUEST']._serialized_start=994
+  _globals['_ENGINESTATUSREQUEST']._serialized_end=1015
+  _globals['_ENGINESTATUS']._serialized_start=1018
+  _globals['_ENGINESTATUS']._serialized_end=1358
+  _globals['_ENGINESTATUS_SHARDSENTRY']._serialized_start=1265
+  _globals['_ENGINESTATUS_SHARDSENTRY']._serialized_end=1310
+  _globals['_ENGINESTATUS_READERSENTRY']._serialized_start=1312
+  _globals['_ENGINESTATUS_READERSENTRY']._serialized_end=1358
+  _globals['_WORKERRECORD']._serialized_start=1361
+  _globals['_WORKERRECORD']._serialized_end=1625
+  _globals['_LOAD']._serialized_start=1627
+  _globals['_LOAD']._serialized_end=1725
+  _globals['_WITHDRAWREQUEST']._serialized_start=1727
+  _globals['_WITHDRAWREQUEST']._serialized_end=1763
+  _globals['_CLOSEREQUEST']._serialized_start=1765
+  _globals['_CLOSEREQUEST']._serialized_end=1817
+  _globals['_DIRECTORYREPLY']._serialized_start=1819
+  _globals['_DIRECTORYREPLY']._serialized_end=1835
+  _globals['_LISTREQUEST']._serialized_start=1837
+  _globals['_LISTREQUEST']._serialized_end=1850
+  _globals['_LISTING']._serialized_start=1852
+  _globals['_LISTING']._serialized_end=1964
+  _globals['_BLOCKANNOUNCEMENT']._serialized_start=1966
+  _globals['_BLOCKANNOUNCEMENT']._serialized_end=2066
+  _globals['_BLOCKANNOUNCEMENTREPLY']._serialized_start=2068
+  _globals['_BLOCKANNOUNCEMENTREPLY']._serialized_end=2107
+  _globals['_FINDPREFIXREQUEST']._serialized_start=2109
+  _globals['_FINDPREFIXREQUEST']._serialized_end=2144
+  _globals['_FINDPREFIXREPLY']._serialized_start=2146
+  _globals['_FINDPREFIXREPLY']._serialized_end=2214
+  _globals['_BLOCKHOLDERS']._serialized_start=2216
+  _globals['_BLOCKHOLDERS']._serialized_end=2250
+  _globals['_ENGINE']._serialized_start=2253
+  _globals['_ENGINE']._serialized_end=2525
+  _globals['_DIRECTORY']._serialized_start=2528
+  _globals['_DIRECTORY']._serialized_end=3049
 # @@protoc_insertion_point(module_scope)

@@ -146,6 +146,7 @@ class Scheduler:
             self._requests.mark_placed(sequence)
             if sequence.queued_s is None:
                 sequence.queued_s = time.monotonic() - sequence.arrived_s
+                sequence.cached_tokens = sequence.committed
             if sequence.committed < sequence.prefill_tokens:
                 self._prompts.add(sequence)
             else:
@@ -338,7 +339,8 @@ class Scheduler:
             return
         for choice in range(sequence.choice, sequence.choice + sequence.completions):
             queued_s = sequence.queued_s or 0.0
-            sequence.emit(Finished(reason, queued_s, dict(sequence.attended_bytes), choice))
+            attended_bytes = dict(sequence.attended_bytes)
+            sequence.emit(Finished(reason, queued_s, attended_bytes, choice, sequence.cached_tokens))
 
     def _fail(self, sequence: Sequence, error: BaseException) -> None:
         """Fails the whole request of ``sequence``.
