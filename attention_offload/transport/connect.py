@@ -186,3 +186,14 @@ def is_same_host(connection: socket.socket) -> bool:
             connection.getsockname()[0] == connection.getpeername()[0]
         )
     return True
+
+
+def is_refused(error: BaseException | None) -> bool:
+    """Returns whether the shard's host refused the connection: no process listens at the address."""
+    while error is not None:
+        if isinstance(error, ConnectionRefusedError):
+            return True
+        if isinstance(error, grpc.RpcError) and "onnection refused" in (error.details() or ""):
+            return True
+        error = error.__cause__
+    return False
