@@ -191,8 +191,8 @@ class SequenceCache:
         self._hand_offs.advance(sequence)
 
     def moves_to(self, worker: WorkerId) -> bool:
-        """Returns whether blocks of a tail are on their way to the worker."""
-        return self._hand_offs.moves_to(worker)
+        """Returns whether blocks of a tail may be on their way to the worker."""
+        return self.is_finishing or self._hand_offs.moves_to(worker)
 
     def finish(self, sequence: Sequence) -> None:
         """Gives back all memory of a sequence that has ended, after a hand-off of the tail's full blocks: the
