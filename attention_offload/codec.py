@@ -25,7 +25,7 @@ from farshore.errors import FarshoreError, InvalidRequest, TransportError
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import AttentionSpec, KVLayout
 from farshore.kernels.formats import KVFormat
-from farshore.kvstore.base import SpanInfo, SpanKey, SpanSlice
+from farshore.kvstore.base import PrefixFound, SpanInfo, SpanKey, SpanSlice
 from farshore.kvstore.prefix import PrefixBlock
 from farshore.kvstore.store.forms import stored_bytes
 from farshore.proto import attention_pb2 as pb
@@ -33,7 +33,7 @@ from farshore.text import quoted
 
 assert sys.byteorder == "little", "the wire is little-endian, and tensors are sent without swapping bytes"
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 """Of frames and messages between engines and shards. A change that the other end would misread increases
 it."""
 
@@ -169,24 +169,32 @@ def block_from_pb(message: pb.PrefixBlock) -> PrefixBlock:
     return PrefixBlock(message.hash, tuple(message.tokens), message.first)
 
 
-def slice_to_pb(span_slice: SpanSlice) -> pb.SpanSlice:
-    return pb.SpanSlice(
-        span_id=span_slice.span,
-        key=key_to_pb(span_slice.key),
-        layout=layout_to_pb(span_slice.layout),
-        first=span_slice.first,
-        last=span_slice.last,
-    )
+def found_to_pb(found: PrefixFound) -> pb.PrefixFound:
+    slices = [
+        pb.SpanSlice(
+            span_id=span_slice.span,
+            key=key_to_pb(span_slice.key),
+            layout=layout_to_pb(span_slice.layout),
+            first=span_slice.first,
+            last=span_slice.last,
+        )
+        for span_slice in found.slices
+    ]
+    return pb.PrefixFound(slices=slices, available_bytes=found.available_bytes)
 
 
-def slice_from_pb(message: pb.SpanSlice) -> SpanSlice:
-    return SpanSlice(
-        span=SpanId(message.span_id),
-        key=key_from_pb(message.key),
-        layout=layout_from_pb(message.layout),
-        first=message.first,
-        last=message.last,
-    )
+def found_from_pb(message: pb.PrefixFound) -> PrefixFound:
+    slices = [
+        SpanSlice(
+            span=SpanId(span_slice.span_id),
+            key=key_from_pb(span_slice.key),
+            layout=layout_from_pb(span_slice.layout),
+            first=span_slice.first,
+            last=span_slice.last,
+        )
+        for span_slice in message.slices
+    ]
+    return PrefixFound(slices, message.available_bytes)
 
 
 def imported_to_pb(imported: Imported) -> pb.ImportReply:

@@ -69,7 +69,8 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """The last event. ``completion_tokens``: the tokens of all choices together.
+    """The last event. ``completion_tokens``: the tokens of all choices together. ``cached_tokens``: those of
+    the prompt whose KV was found stored.
 
     ``queued_ms``: time in the engine's queue. ``ttft_ms``: from arrival at the gateway to the first token.
     ``tpot_ms``: mean time per token after the first.
@@ -78,6 +79,7 @@ class Finished:
     choices: tuple[Completion, ...]
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int
     queued_ms: float
     ttft_ms: float
     tpot_ms: float

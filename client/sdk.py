@@ -329,6 +329,7 @@ def _event(event: api.GenerateEvent) -> events.Event:
         choices=tuple(_plain(events.Completion, choice, reason=_reason(choice)) for choice in done.choices),
         prompt_tokens=done.usage.prompt_tokens,
         completion_tokens=done.usage.completion_tokens,
+        cached_tokens=done.usage.cached_tokens,
         queued_ms=done.timings.queued_ms,
         ttft_ms=done.timings.ttft_ms,
         tpot_ms=done.timings.tpot_ms,

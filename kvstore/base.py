@@ -14,10 +14,10 @@ Memory is freed by holds. The sequence that creates a span holds it. When the la
 is freed at once, unless some of its blocks have prefix names that no other span has. Such a span stays as
 cache until a sequence holds it again or its memory is needed::
 
-    create ──▶ held by 1 ◀──hold, find_prefix──▶ held by n
+    create ──▶ held by 1 ◀──hold, hold_prefix──▶ held by n
                    │ drop, drop_sequence: the last hold is gone
                    ├─ no names, or another span has all of them ──▶ freed
-                   └─ named ──▶ cache ──hold, find_prefix──▶ held by 1
+                   └─ named ──▶ cache ──hold, hold_prefix──▶ held by 1
                                   └─ least recently held, when memory is needed ──▶ freed
 """
 
@@ -90,6 +90,14 @@ class SpanSlice:
     layout: KVLayout
     first: int
     last: int
+
+
+class PrefixFound(NamedTuple):
+    """What a store has of a prompt's blocks."""
+
+    slices: list[SpanSlice]
+    available_bytes: int
+    """Bytes that the store can grant now: see :attr:`Usage.available_bytes`."""
 
 
 class SpanShape(NamedTuple):
@@ -287,14 +295,24 @@ class ShardStore(Protocol):
         """
         ...
 
-    def find_prefix(
-        self, blocks: Sequence[PrefixBlock], *, layer_class: int, sequence: SequenceId, epoch: Epoch
-    ) -> list[SpanSlice]:
-        """Finds the stored KV of ``blocks``. ``sequence`` holds the span of each slice from now on.
+    def find_prefix(self, names: Sequence[bytes], *, layer_class: int) -> PrefixFound:
+        """Locates stored blocks by their names, which are given in the order of a prompt's chain.
 
-        No (position, head group) and no span appears twice. There may be gaps, since other stores may hold
-        those positions or heads: the caller joins the answers of all stores and drops what it does not use.
-        Idempotent.
+        A hint: nothing is held, so the spans may be freed at any time, and nothing is compared, so the blocks
+        may be of other tokens. :meth:`hold_prefix` decides. No (position, head group) and no span appears
+        twice. There may be gaps, since other stores may hold those positions or heads.
+        """
+        ...
+
+    def hold_prefix(
+        self, blocks: Sequence[PrefixBlock], *, layer_class: int, sequence: SequenceId, epoch: Epoch
+    ) -> PrefixFound:
+        """Finds the stored KV of ``blocks`` and compares their tokens. ``sequence`` holds the span of each
+        slice from now on.
+
+        The slices are as those of :meth:`find_prefix`. Blocks that are gone are left out; a block that is
+        stored with other tokens ends the search. The caller joins the answers of all stores and drops what it
+        does not use. Idempotent.
         """
         ...
 

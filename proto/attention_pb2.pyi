@@ -161,6 +161,16 @@ class SealReply(_message.Message):
     def __init__(self, digest: _Optional[str] = ...) -> None: ...
 
 class FindPrefixRequest(_message.Message):
+    __slots__ = ("hashes", "layer_class", "caller")
+    HASHES_FIELD_NUMBER: _ClassVar[int]
+    LAYER_CLASS_FIELD_NUMBER: _ClassVar[int]
+    CALLER_FIELD_NUMBER: _ClassVar[int]
+    hashes: _containers.RepeatedScalarFieldContainer[bytes]
+    layer_class: int
+    caller: Caller
+    def __init__(self, hashes: _Optional[_Iterable[bytes]] = ..., layer_class: _Optional[int] = ..., caller: _Optional[_Union[Caller, _Mapping]] = ...) -> None: ...
+
+class HoldPrefixRequest(_message.Message):
     __slots__ = ("blocks", "layer_class", "sequence_id", "epoch", "caller")
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     LAYER_CLASS_FIELD_NUMBER: _ClassVar[int]
@@ -188,11 +198,13 @@ class SpanSlice(_message.Message):
     last: int
     def __init__(self, span_id: _Optional[str] = ..., key: _Optional[_Union[SpanKey, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., first: _Optional[int] = ..., last: _Optional[int] = ...) -> None: ...
 
-class FindPrefixReply(_message.Message):
-    __slots__ = ("slices",)
+class PrefixFound(_message.Message):
+    __slots__ = ("slices", "available_bytes")
     SLICES_FIELD_NUMBER: _ClassVar[int]
+    AVAILABLE_BYTES_FIELD_NUMBER: _ClassVar[int]
     slices: _containers.RepeatedCompositeFieldContainer[SpanSlice]
-    def __init__(self, slices: _Optional[_Iterable[_Union[SpanSlice, _Mapping]]] = ...) -> None: ...
+    available_bytes: int
+    def __init__(self, slices: _Optional[_Iterable[_Union[SpanSlice, _Mapping]]] = ..., available_bytes: _Optional[int] = ...) -> None: ...
 
 class ReadRequest(_message.Message):
     __slots__ = ("span_id", "layer", "first_token", "end_token", "sequence_id", "caller")

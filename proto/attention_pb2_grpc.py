@@ -57,7 +57,12 @@ class AttentionStub(object):
         self.FindPrefix = channel.unary_unary(
                 '/farshore.attention.v1.Attention/FindPrefix',
                 request_serializer=farshore_dot_proto_dot_attention__pb2.FindPrefixRequest.SerializeToString,
-                response_deserializer=farshore_dot_proto_dot_attention__pb2.FindPrefixReply.FromString,
+                response_deserializer=farshore_dot_proto_dot_attention__pb2.PrefixFound.FromString,
+                _registered_method=True)
+        self.HoldPrefix = channel.unary_unary(
+                '/farshore.attention.v1.Attention/HoldPrefix',
+                request_serializer=farshore_dot_proto_dot_attention__pb2.HoldPrefixRequest.SerializeToString,
+                response_deserializer=farshore_dot_proto_dot_attention__pb2.PrefixFound.FromString,
                 _registered_method=True)
         self.Read = channel.unary_stream(
                 '/farshore.attention.v1.Attention/Read',
@@ -148,7 +153,14 @@ class AttentionServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def FindPrefix(self, request, context):
-        """Finds the stored blocks of a prompt. The sequence holds the spans that are found. Idempotent.
+        """Locates the blocks of a prompt by their hashes. A hint: nothing is held, and no tokens are compared.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def HoldPrefix(self, request, context):
+        """Finds the stored blocks of a prompt, by hash and tokens. The sequence holds the spans that are found. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -259,7 +271,12 @@ def add_AttentionServicer_to_server(servicer, server):
             'FindPrefix': grpc.unary_unary_rpc_method_handler(
                     servicer.FindPrefix,
                     request_deserializer=farshore_dot_proto_dot_attention__pb2.FindPrefixRequest.FromString,
-                    response_serializer=farshore_dot_proto_dot_attention__pb2.FindPrefixReply.SerializeToString,
+                    response_serializer=farshore_dot_proto_dot_attention__pb2.PrefixFound.SerializeToString,
+            ),
+            'HoldPrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.HoldPrefix,
+                    request_deserializer=farshore_dot_proto_dot_attention__pb2.HoldPrefixRequest.FromString,
+                    response_serializer=farshore_dot_proto_dot_attention__pb2.PrefixFound.SerializeToString,
             ),
             'Read': grpc.unary_stream_rpc_method_handler(
                     servicer.Read,
@@ -451,7 +468,34 @@ class Attention(object):
             target,
             '/farshore.attention.v1.Attention/FindPrefix',
             farshore_dot_proto_dot_attention__pb2.FindPrefixRequest.SerializeToString,
-            farshore_dot_proto_dot_attention__pb2.FindPrefixReply.FromString,
+            farshore_dot_proto_dot_attention__pb2.PrefixFound.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HoldPrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farshore.attention.v1.Attention/HoldPrefix',
+            farshore_dot_proto_dot_attention__pb2.HoldPrefixRequest.SerializeToString,
+            farshore_dot_proto_dot_attention__pb2.PrefixFound.FromString,
             options,
             channel_credentials,
             insecure,

@@ -26,7 +26,7 @@ from farshore.proto import admin_pb2 as farshore_dot_proto_dot_admin__pb2
 from farshore.proto import inference_pb2 as farshore_dot_proto_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x61rshore/proto/cluster.proto\x12\x13\x66\x61rshore.cluster.v1\x1a\x1a\x66\x61rshore/proto/admin.proto\x1a\x1e\x66\x61rshore/proto/inference.proto\"\xdf\x01\n\x0fSequenceRequest\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\r\x12\x31\n\x08sampling\x18\x03 \x01(\x0b\x32\x1f.farshore.inference.v1.Sampling\x12\x12\n\ncache_salt\x18\x04 \x01(\t\x12\x0f\n\x07grammar\x18\x06 \x01(\t\x12\x32\n\tbad_words\x18\x07 \x03(\x0b\x32\x1f.farshore.inference.v1.TokenIds\x12\x0c\n\x04\x66ill\x18\x08 \x01(\x08\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\x82\x01\n\x0cSampledToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12.\n\x03top\x18\x04 \x03(\x0b\x32!.farshore.cluster.v1.TokenLogprobB\n\n\x08_logprob\"\x9b\x01\n\x10SequenceFinished\x12\x33\n\x06reason\x18\x01 \x01(\x0e\x32#.farshore.inference.v1.FinishReason\x12\x11\n\tqueued_ms\x18\x02 \x01(\x01\x12/\n\x06shards\x18\x03 \x03(\x0b\x32\x1f.farshore.inference.v1.ShardUse\x12\x0e\n\x06\x63hoice\x18\x04 \x01(\r\"\xc1\x01\n\rSequenceEvent\x12\x39\n\x07prefill\x18\x01 \x01(\x0b\x32&.farshore.inference.v1.PrefillProgressH\x00\x12\x32\n\x05token\x18\x02 \x01(\x0b\x32!.farshore.cluster.v1.SampledTokenH\x00\x12\x39\n\x08\x66inished\x18\x03 \x01(\x0b\x32%.farshore.cluster.v1.SequenceFinishedH\x00\x42\x06\n\x04kind\"E\n\x0e\x43\x61ncelSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x13\n\x06\x63hoice\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\t\n\x07_choice\"\x15\n\x13\x43\x61ncelSequenceReply\"\x15\n\x13\x45ngineStatusRequest\"\xc2\x03\n\x0c\x45ngineStatus\x12/\n\x06worker\x18\x01 \x01(\x0b\x32\x1f.farshore.admin.v1.WorkerStatus\x12\x34\n\tsequences\x18\x02 \x03(\x0b\x32!.farshore.admin.v1.SequenceStatus\x12=\n\x06shards\x18\x03 \x03(\x0b\x32-.farshore.cluster.v1.EngineStatus.ShardsEntry\x12?\n\x07readers\x18\x04 \x03(\x0b\x32..farshore.cluster.v1.EngineStatus.ReadersEntry\x12=\n\x06\x64rains\x18\x05 \x03(\x0b\x32-.farshore.cluster.v1.EngineStatus.DrainsEntry\x1a-\n\x0bShardsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x08:\x02\x38\x01\x1a.\n\x0cReadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x1a-\n\x0b\x44rainsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x88\x02\n\x0cWorkerRecord\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04slot\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0c\n\x04host\x18\x05 \x01(\t\x12\x12\n\nprocess_id\x18\x06 \x01(\r\x12\r\n\x05state\x18\x07 \x01(\t\x12\x10\n\x08progress\x18\x08 \x01(\t\x12\x0e\n\x06shards\x18\t \x01(\r\x12\x0f\n\x07\x66\x61ilure\x18\n \x01(\t\x12\x0f\n\x07\x63ontent\x18\x0b \x01(\t\x12\'\n\x04load\x18\x0c \x01(\x0b\x32\x19.farshore.cluster.v1.Load\x12\x0c\n\x04zone\x18\r \x01(\t\x12\x0c\n\x04spec\x18\x0e \x01(\t\"b\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x0e\n\x06parked\x18\x03 \x01(\r\x12\x12\n\nfree_bytes\x18\x04 \x01(\x04\x12\x14\n\x0c\x62udget_bytes\x18\x05 \x01(\x04\"$\n\x0fWithdrawRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"4\n\x0c\x43loseRequest\x12\x12\n\nworker_ids\x18\x01 \x03(\t\x12\x10\n\x08\x64raining\x18\x02 \x03(\t\"\x10\n\x0e\x44irectoryReply\"\r\n\x0bListRequest\"p\n\x07Listing\x12\x32\n\x07workers\x18\x01 \x03(\x0b\x32!.farshore.cluster.v1.WorkerRecord\x12\x0e\n\x06\x63losed\x18\x02 \x03(\t\x12\x0f\n\x07settled\x18\x03 \x01(\x08\x12\x10\n\x08\x64raining\x18\x04 \x03(\t\"d\n\x11\x42lockAnnouncement\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05since\x18\x02 \x01(\x04\x12\r\n\x05until\x18\x03 \x01(\x04\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x04 \x03(\x0c\x12\x0f\n\x07removed\x18\x05 \x03(\x0c\"\'\n\x16\x42lockAnnouncementReply\x12\r\n\x05known\x18\x01 \x01(\x04\"#\n\x11\x46indPrefixRequest\x12\x0e\n\x06hashes\x18\x01 \x03(\x0c\"D\n\x0f\x46indPrefixReply\x12\x31\n\x06\x62locks\x18\x01 \x03(\x0b\x32!.farshore.cluster.v1.BlockHolders\"\"\n\x0c\x42lockHolders\x12\x12\n\nworker_ids\x18\x01 \x03(\t2\x90\x02\n\x06\x45ngine\x12V\n\x08Generate\x12$.farshore.cluster.v1.SequenceRequest\x1a\".farshore.cluster.v1.SequenceEvent0\x01\x12W\n\x06\x43\x61ncel\x12#.farshore.cluster.v1.CancelSequence\x1a(.farshore.cluster.v1.CancelSequenceReply\x12U\n\x06Status\x12(.farshore.cluster.v1.EngineStatusRequest\x1a!.farshore.cluster.v1.EngineStatus2\x89\x04\n\tDirectory\x12O\n\x05Renew\x12!.farshore.cluster.v1.WorkerRecord\x1a#.farshore.cluster.v1.DirectoryReply\x12U\n\x08Withdraw\x12$.farshore.cluster.v1.WithdrawRequest\x1a#.farshore.cluster.v1.DirectoryReply\x12O\n\x05\x43lose\x12!.farshore.cluster.v1.CloseRequest\x1a#.farshore.cluster.v1.DirectoryReply\x12\x46\n\x04List\x12 .farshore.cluster.v1.ListRequest\x1a\x1c.farshore.cluster.v1.Listing\x12_\n\x08\x41nnounce\x12&.farshore.cluster.v1.BlockAnnouncement\x1a+.farshore.cluster.v1.BlockAnnouncementReply\x12Z\n\nFindPrefix\x12&.farshore.cluster.v1.FindPrefixRequest\x1a$.farshore.cluster.v1.FindPrefixReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x61rshore/proto/cluster.proto\x12\x13\x66\x61rshore.cluster.v1\x1a\x1a\x66\x61rshore/proto/admin.proto\x1a\x1e\x66\x61rshore/proto/inference.proto\"\xdf\x01\n\x0fSequenceRequest\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\r\x12\x31\n\x08sampling\x18\x03 \x01(\x0b\x32\x1f.farshore.inference.v1.Sampling\x12\x12\n\ncache_salt\x18\x04 \x01(\t\x12\x0f\n\x07grammar\x18\x06 \x01(\t\x12\x32\n\tbad_words\x18\x07 \x03(\x0b\x32\x1f.farshore.inference.v1.TokenIds\x12\x0c\n\x04\x66ill\x18\x08 \x01(\x08\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\x82\x01\n\x0cSampledToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12.\n\x03top\x18\x04 \x03(\x0b\x32!.farshore.cluster.v1.TokenLogprobB\n\n\x08_logprob\"\xb2\x01\n\x10SequenceFinished\x12\x33\n\x06reason\x18\x01 \x01(\x0e\x32#.farshore.inference.v1.FinishReason\x12\x11\n\tqueued_ms\x18\x02 \x01(\x01\x12/\n\x06shards\x18\x03 \x03(\x0b\x32\x1f.farshore.inference.v1.ShardUse\x12\x0e\n\x06\x63hoice\x18\x04 \x01(\r\x12\x15\n\rcached_tokens\x18\x05 \x01(\r\"\xc1\x01\n\rSequenceEvent\x12\x39\n\x07prefill\x18\x01 \x01(\x0b\x32&.farshore.inference.v1.PrefillProgressH\x00\x12\x32\n\x05token\x18\x02 \x01(\x0b\x32!.farshore.cluster.v1.SampledTokenH\x00\x12\x39\n\x08\x66inished\x18\x03 \x01(\x0b\x32%.farshore.cluster.v1.SequenceFinishedH\x00\x42\x06\n\x04kind\"E\n\x0e\x43\x61ncelSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x13\n\x06\x63hoice\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\t\n\x07_choice\"\x15\n\x13\x43\x61ncelSequenceReply\"\x15\n\x13\x45ngineStatusRequest\"\xc2\x03\n\x0c\x45ngineStatus\x12/\n\x06worker\x18\x01 \x01(\x0b\x32\x1f.farshore.admin.v1.WorkerStatus\x12\x34\n\tsequences\x18\x02 \x03(\x0b\x32!.farshore.admin.v1.SequenceStatus\x12=\n\x06shards\x18\x03 \x03(\x0b\x32-.farshore.cluster.v1.EngineStatus.ShardsEntry\x12?\n\x07readers\x18\x04 \x03(\x0b\x32..farshore.cluster.v1.EngineStatus.ReadersEntry\x12=\n\x06\x64rains\x18\x05 \x03(\x0b\x32-.farshore.cluster.v1.EngineStatus.DrainsEntry\x1a-\n\x0bShardsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x08:\x02\x38\x01\x1a.\n\x0cReadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x1a-\n\x0b\x44rainsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x88\x02\n\x0cWorkerRecord\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04slot\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0c\n\x04host\x18\x05 \x01(\t\x12\x12\n\nprocess_id\x18\x06 \x01(\r\x12\r\n\x05state\x18\x07 \x01(\t\x12\x10\n\x08progress\x18\x08 \x01(\t\x12\x0e\n\x06shards\x18\t \x01(\r\x12\x0f\n\x07\x66\x61ilure\x18\n \x01(\t\x12\x0f\n\x07\x63ontent\x18\x0b \x01(\t\x12\'\n\x04load\x18\x0c \x01(\x0b\x32\x19.farshore.cluster.v1.Load\x12\x0c\n\x04zone\x18\r \x01(\t\x12\x0c\n\x04spec\x18\x0e \x01(\t\"b\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x0e\n\x06parked\x18\x03 \x01(\r\x12\x12\n\nfree_bytes\x18\x04 \x01(\x04\x12\x14\n\x0c\x62udget_bytes\x18\x05 \x01(\x04\"$\n\x0fWithdrawRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"4\n\x0c\x43loseRequest\x12\x12\n\nworker_ids\x18\x01 \x03(\t\x12\x10\n\x08\x64raining\x18\x02 \x03(\t\"\x10\n\x0e\x44irectoryReply\"\r\n\x0bListRequest\"p\n\x07Listing\x12\x32\n\x07workers\x18\x01 \x03(\x0b\x32!.farshore.cluster.v1.WorkerRecord\x12\x0e\n\x06\x63losed\x18\x02 \x03(\t\x12\x0f\n\x07settled\x18\x03 \x01(\x08\x12\x10\n\x08\x64raining\x18\x04 \x03(\t\"d\n\x11\x42lockAnnouncement\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05since\x18\x02 \x01(\x04\x12\r\n\x05until\x18\x03 \x01(\x04\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x04 \x03(\x0c\x12\x0f\n\x07removed\x18\x05 \x03(\x0c\"\'\n\x16\x42lockAnnouncementReply\x12\r\n\x05known\x18\x01 \x01(\x04\"#\n\x11\x46indPrefixRequest\x12\x0e\n\x06hashes\x18\x01 \x03(\x0c\"D\n\x0f\x46indPrefixReply\x12\x31\n\x06\x62locks\x18\x01 \x03(\x0b\x32!.farshore.cluster.v1.BlockHolders\"\"\n\x0c\x42lockHolders\x12\x12\n\nworker_ids\x18\x01 \x03(\t2\x90\x02\n\x06\x45ngine\x12V\n\x08Generate\x12$.farshore.cluster.v1.SequenceRequest\x1a\".farshore.cluster.v1.SequenceEvent0\x01\x12W\n\x06\x43\x61ncel\x12#.farshore.cluster.v1.CancelSequence\x1a(.farshore.cluster.v1.CancelSequenceReply\x12U\n\x06Status\x12(.farshore.cluster.v1.EngineStatusRequest\x1a!.farshore.cluster.v1.EngineStatus2\x89\x04\n\tDirectory\x12O\n\x05Renew\x12!.farshore.cluster.v1.WorkerRecord\x1a#.farshore.cluster.v1.DirectoryReply\x12U\n\x08Withdraw\x12$.farshore.cluster.v1.WithdrawRequest\x1a#.farshore.cluster.v1.DirectoryReply\x12O\n\x05\x43lose\x12!.farshore.cluster.v1.CloseRequest\x1a#.farshore.cluster.v1.DirectoryReply\x12\x46\n\x04List\x12 .farshore.cluster.v1.ListRequest\x1a\x1c.farshore.cluster.v1.Listing\x12_\n\x08\x41nnounce\x12&.farshore.cluster.v1.BlockAnnouncement\x1a+.farshore.cluster.v1.BlockAnnouncementReply\x12Z\n\nFindPrefix\x12&.farshore.cluster.v1.FindPrefixRequest\x1a$.farshore.cluster.v1.FindPrefixReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,49 +46,49 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLEDTOKEN']._serialized_start=391
   _globals['_SAMPLEDTOKEN']._serialized_end=521
   _globals['_SEQUENCEFINISHED']._serialized_start=524
-  _globals['_SEQUENCEFINISHED']._serialized_end=679
-  _globals['_SEQUENCEEVENT']._serialized_start=682
-  _globals['_SEQUENCEEVENT']._serialized_end=875
-  _globals['_CANCELSEQUENCE']._serialized_start=877
-  _globals['_CANCELSEQUENCE']._serialized_end=946
-  _globals['_CANCELSEQUENCEREPLY']._serialized_start=948
-  _globals['_CANCELSEQUENCEREPLY']._serialized_end=969
-  _globals['_ENGINESTATUSREQUEST']._serialized_start=971
-  _globals['_ENGINESTATUSREQUEST']._serialized_end=992
-  _globals['_ENGINESTATUS']._serialized_start=995
-  _globals['_ENGINESTATUS']._serialized_end=1445
-  _globals['_ENGINESTATUS_SHARDSENTRY']._serialized_start=1305
-  _globals['_ENGINESTATUS_SHARDSENTRY']._serialized_end=1350
-  _globals['_ENGINESTATUS_READERSENTRY']._serialized_start=1352
-  _globals['_ENGINESTATUS_READERSENTRY']._serialized_end=1398
-  _globals['_ENGINESTATUS_DRAINSENTRY']._serialized_start=1400
-  _globals['_ENGINESTATUS_DRAINSENTRY']._serialized_end=1445
-  _globals['_WORKERRECORD']._serialized_start=1448
-  _globals['_WORKERRECORD']._serialized_end=1712
-  _globals['_LOAD']._serialized_start=1714
-  _globals['_LOAD']._serialized_end=1812
-  _globals['_WITHDRAWREQUEST']._serialized_start=1814
-  _globals['_WITHDRAWREQUEST']._serialized_end=1850
-  _globals['_CLOSEREQUEST']._serialized_start=1852
-  _globals['_CLOSEREQUEST']._serialized_end=1904
-  _globals['_DIRECTORYREPLY']._serialized_start=1906
-  _globals['_DIRECTORYREPLY']._serialized_end=1922
-  _globals['_LISTREQUEST']._serialized_start=1924
-  _globals['_LISTREQUEST']._serialized_end=1937
-  _globals['_LISTING']._serialized_start=1939
-  _globals['_LISTING']._serialized_end=2051
-  _globals['_BLOCKANNOUNCEMENT']._serialized_start=2053
-  _globals['_BLOCKANNOUNCEMENT']._serialized_end=2153
-  _globals['_BLOCKANNOUNCEMENTREPLY']._serialized_start=2155
-  _globals['_BLOCKANNOUNCEMENTREPLY']._serialized_end=2194
-  _globals['_FINDPREFIXREQUEST']._serialized_start=2196
-  _globals['_FINDPREFIXREQUEST']._serialized_end=2231
-  _globals['_FINDPREFIXREPLY']._serialized_start=2233
-  _globals['_FINDPREFIXREPLY']._serialized_end=2301
-  _globals['_BLOCKHOLDERS']._serialized_start=2303
-  _globals['_BLOCKHOLDERS']._serialized_end=2337
-  _globals['_ENGINE']._serialized_start=2340
-  _globals['_ENGINE']._serialized_end=2612
-  _globals['_DIRECTORY']._serialized_start=2615
-  _globals['_DIRECTORY']._serialized_end=3136
+  _globals['_SEQUENCEFINISHED']._serialized_end=702
+  _globals['_SEQUENCEEVENT']._serialized_start=705
+  _globals['_SEQUENCEEVENT']._serialized_end=898
+  _globals['_CANCELSEQUENCE']._serialized_start=900
+  _globals['_CANCELSEQUENCE']._serialized_end=969
+  _globals['_CANCELSEQUENCEREPLY']._serialized_start=971
+  _globals['_CANCELSEQUENCEREPLY']._serialized_end=992
+  _globals['_ENGINESTATUSREQUEST']._serialized_start=994
+  _globals['_ENGINESTATUSREQUEST']._serialized_end=1015
+  _globals['_ENGINESTATUS']._serialized_start=1018
+  _globals['_ENGINESTATUS']._serialized_end=1468
+  _globals['_ENGINESTATUS_SHARDSENTRY']._serialized_start=1328
+  _globals['_ENGINESTATUS_SHARDSENTRY']._serialized_end=1373
+  _globals['_ENGINESTATUS_READERSENTRY']._serialized_start=1375
+  _globals['_ENGINESTATUS_READERSENTRY']._serialized_end=1421
+  _globals['_ENGINESTATUS_DRAINSENTRY']._serialized_start=1423
+  _globals['_ENGINESTATUS_DRAINSENTRY']._serialized_end=1468
+  _globals['_WORKERRECORD']._serialized_start=1471
+  _globals['_WORKERRECORD']._serialized_end=1735
+  _globals['_LOAD']._serialized_start=1737
+  _globals['_LOAD']._serialized_end=1835
+  _globals['_WITHDRAWREQUEST']._serialized_start=1837
+  _globals['_WITHDRAWREQUEST']._serialized_end=1873
+  _globals['_CLOSEREQUEST']._serialized_start=1875
+  _globals['_CLOSEREQUEST']._serialized_end=1927
+  _globals['_DIRECTORYREPLY']._serialized_start=1929
+  _globals['_DIRECTORYREPLY']._serialized_end=1945
+  _globals['_LISTREQUEST']._serialized_start=1947
+  _globals['_LISTREQUEST']._serialized_end=1960
+  _globals['_LISTING']._serialized_start=1962
+  _globals['_LISTING']._serialized_end=2074
+  _globals['_BLOCKANNOUNCEMENT']._serialized_start=2076
+  _globals['_BLOCKANNOUNCEMENT']._serialized_end=2176
+  _globals['_BLOCKANNOUNCEMENTREPLY']._serialized_start=2178
+  _globals['_BLOCKANNOUNCEMENTREPLY']._serialized_end=2217
+  _globals['_FINDPREFIXREQUEST']._serialized_start=2219
+  _globals['_FINDPREFIXREQUEST']._serialized_end=2254
+  _globals['_FINDPREFIXREPLY']._serialized_start=2256
+  _globals['_FINDPREFIXREPLY']._serialized_end=2324
+  _globals['_BLOCKHOLDERS']._serialized_start=2326
+  _globals['_BLOCKHOLDERS']._serialized_end=2360
+  _globals['_ENGINE']._serialized_start=2363
+  _globals['_ENGINE']._serialized_end=2635
+  _globals['_DIRECTORY']._serialized_start=2638
+  _globals['_DIRECTORY']._serialized_end=3159
 # @@protoc_insertion_point(module_scope)

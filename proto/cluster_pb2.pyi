@@ -49,16 +49,18 @@ class SampledToken(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., choice: _Optional[int] = ..., logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ...) -> None: ...
 
 class SequenceFinished(_message.Message):
-    __slots__ = ("reason", "queued_ms", "shards", "choice")
+    __slots__ = ("reason", "queued_ms", "shards", "choice", "cached_tokens")
     REASON_FIELD_NUMBER: _ClassVar[int]
     QUEUED_MS_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     reason: _inference_pb2.FinishReason
     queued_ms: float
     shards: _containers.RepeatedCompositeFieldContainer[_inference_pb2.ShardUse]
     choice: int
-    def __init__(self, reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., queued_ms: _Optional[float] = ..., shards: _Optional[_Iterable[_Union[_inference_pb2.ShardUse, _Mapping]]] = ..., choice: _Optional[int] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., queued_ms: _Optional[float] = ..., shards: _Optional[_Iterable[_Union[_inference_pb2.ShardUse, _Mapping]]] = ..., choice: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class SequenceEvent(_message.Message):
     __slots__ = ("prefill", "token", "finished")

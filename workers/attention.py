@@ -27,6 +27,7 @@ from farshore.interpreter import share_interpreter
 from farshore.kvstore.directory.base import Directory, WorkerRecord
 from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.store import LocalStore
+from farshore.workers.announcer import Announcer
 from farshore.workers.ending import Ending
 from farshore.workers.lease import Lease
 
@@ -48,8 +49,8 @@ class AttentionWorker:
         directory: Directory | None = None,
     ) -> None:
         """``listen`` is ``host:port``; port 0 takes any free port. ``token``: what callers must prove; None
-        is allowed on a loopback address only. ``directory``: lists the worker, in
-        ``slot``, until :meth:`stop`; None: nothing does. Raises PortInUse."""
+        is allowed on a loopback address only. ``directory``: lists the worker, in ``slot``, and its named
+        blocks, until :meth:`stop`; None: nothing does. Raises PortInUse."""
         torch.set_num_threads(threads)
         share_cores()
         self._store = LocalStore(worker=worker, arena=Arena(kv_memory_bytes))
@@ -66,7 +67,10 @@ class AttentionWorker:
             process_id=os.getpid(),
             state="serving",
         )
-        self._lease = Lease(directory, lambda: self._record) if directory is not None else None
+        self._lease = self._announcer = None
+        if directory is not None:
+            self._lease = Lease(directory, lambda: self._record)
+            self._announcer = Announcer(directory, worker, self._store.names)
 
     def address(self) -> str:
         """Returns the address that the worker listens on."""
@@ -89,7 +93,8 @@ class AttentionWorker:
 
     def stop(self) -> None:
         """Withdraws from the directory, ends open streams and frees the port. Idempotent."""
-        if self._lease is not None:
+        if self._announcer is not None and self._lease is not None:
+            self._announcer.end()
             self._lease.end()
         self._server.stop(STOP_GRACE_S).wait()
 

@@ -34,6 +34,7 @@ from farshore.models.tokenizer.tokenizer import Tokenizer
 from farshore.models.weights.load import load_model
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
+from farshore.workers.announcer import Announcer
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.attention_model import attention_model
 from farshore.workers.engine.constraints.grammar import GrammarCompiler
@@ -95,6 +96,7 @@ class DenseWorker:
         self._failure = ""
         self._engine: Engine | None = None
         self._watch: ShardWatch | None = None
+        self._announcer: Announcer | None = None
         self._lock = threading.Lock()
         self._ends = False
         """Whether the process is to end: it drains, whatever the directory says."""
@@ -142,6 +144,7 @@ class DenseWorker:
             targets=[] if config.offload else [config.worker],
             shard_by=config.shard_by,
             limits=config.limits,
+            find_prefix=self._directory.find_prefix if config.offload else None,
             on_failed=self._stop_serving,
         )
         engine.start()
@@ -155,6 +158,8 @@ class DenseWorker:
                 local=config.worker,
                 identified=identities.__setitem__,
             )
+        else:
+            self._announcer = Announcer(self._directory, config.worker, store.names)
         service = EngineService(
             worker=config.worker,
             engine=engine,
@@ -197,6 +202,8 @@ class DenseWorker:
     def stop(self) -> None:
         """Withdraws from the directory, stops the engine and closes its shard clients. Each request that is
         left fails with a TransportError that says what to do."""
+        if self._announcer is not None:
+            self._announcer.end()
         self._lease.end()
         if self._engine is None:
             return

@@ -173,7 +173,7 @@ class EngineService(pb_grpc.EngineServicer):
                 return pb.SequenceEvent(
                     token=pb.SampledToken(token_id=token, choice=choice, logprob=logprob, top=others)
                 )
-            case Finished(reason, queued_s, attended, choice):
+            case Finished(reason, queued_s, attended, choice, cached_tokens):
                 uses = [
                     api.ShardUse(
                         worker_id=worker, process_id=self._shards[worker].process_id, attended_bytes=size
@@ -182,7 +182,11 @@ class EngineService(pb_grpc.EngineServicer):
                 ]
                 return pb.SequenceEvent(
                     finished=pb.SequenceFinished(
-                        reason=_REASONS[reason], queued_ms=queued_s * 1e3, shards=uses, choice=choice
+                        reason=_REASONS[reason],
+                        queued_ms=queued_s * 1e3,
+                        shards=uses,
+                        choice=choice,
+                        cached_tokens=cached_tokens,
                     )
                 )
         raise AssertionError(f"unknown event: {event}")

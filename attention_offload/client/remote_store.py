@@ -22,7 +22,7 @@ from farshore.cluster_token import ClusterToken
 from farshore.errors import NotFound
 from farshore.ids import Epoch, SequenceId, SpanId
 from farshore.kernels.base import KVLayout
-from farshore.kvstore.base import Digest, SpanInfo, SpanKey, SpanSlice
+from farshore.kvstore.base import Digest, PrefixFound, SpanInfo, SpanKey
 from farshore.kvstore.prefix import PrefixBlock
 from farshore.kvstore.store import forms
 from farshore.kvstore.store.holds import HoldTable
@@ -187,21 +187,24 @@ class RemoteStore:
             dtype = torch.float32 if layout.format.quantised else layout.format.dtype
         return (k, v) if dtype == torch.uint8 else forms.from_stored(layout, k, v, dtype=dtype)
 
-    def find_prefix(
+    def find_prefix(self, names: Sequence[bytes], *, layer_class: int) -> PrefixFound:
+        request = pb.FindPrefixRequest(hashes=names, layer_class=layer_class, caller=self._caller())
+        return codec.found_from_pb(self._call(self._stub.FindPrefix, request))
+
+    def hold_prefix(
         self, blocks: Sequence[PrefixBlock], *, layer_class: int, sequence: SequenceId, epoch: Epoch
-    ) -> list[SpanSlice]:
-        request = pb.FindPrefixRequest(
+    ) -> PrefixFound:
+        request = pb.HoldPrefixRequest(
             blocks=[codec.block_to_pb(block) for block in blocks],
             layer_class=layer_class,
             sequence_id=sequence,
             epoch=epoch,
             caller=self._caller(),
         )
-        reply = self._call(self._stub.FindPrefix, request)
-        slices = [codec.slice_from_pb(message) for message in reply.slices]
-        for span_slice in slices:
+        found = codec.found_from_pb(self._call(self._stub.HoldPrefix, request))
+        for span_slice in found.slices:
             self._learn(span_slice.span, span_slice.layout, sequence, epoch)
-        return slices
+        return found
 
     def hold(self, spans: Sequence[SpanId], *, sequence: SequenceId, epoch: Epoch) -> None:
         reply = self._call(self._stub.Hold, self._hold_request(spans, sequence, epoch))

@@ -79,6 +79,16 @@ def check_spans(spans: Sequence[SpanId]) -> Sequence[SpanId]:
     return spans
 
 
+def check_hashes(hashes: Sequence[bytes]) -> Sequence[bytes]:
+    """Returns ``hashes`` unchanged; raises InvalidRequest for too many, or for one of another length."""
+    if len(hashes) > MOST_BLOCKS:
+        raise InvalidRequest(f"a call that names {len(hashes)} blocks: {MOST_BLOCKS} at most")
+    for name in hashes:
+        if len(name) != HASH_BYTES:
+            raise InvalidRequest(f"a hash of {len(name)} bytes: give {HASH_BYTES}")
+    return hashes
+
+
 def check_blocks(blocks: Sequence[PrefixBlock]) -> Sequence[PrefixBlock]:
     """Returns ``blocks`` unchanged; raises InvalidRequest for too many, or for one whose tokens, positions or
     hash are out of range."""

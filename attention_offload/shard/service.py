@@ -178,13 +178,19 @@ class AttentionService(pb_grpc.AttentionServicer):
         return pb.SealReply(digest=digest)
 
     @_mapped
-    def FindPrefix(self, request: pb.FindPrefixRequest) -> pb.FindPrefixReply:
+    def FindPrefix(self, request: pb.FindPrefixRequest) -> pb.PrefixFound:
+        self.holds.renew(request.caller.engine)
+        hashes = checks.check_hashes(request.hashes)
+        return codec.found_to_pb(self._store.find_prefix(hashes, layer_class=request.layer_class))
+
+    @_mapped
+    def HoldPrefix(self, request: pb.HoldPrefixRequest) -> pb.PrefixFound:
         blocks = checks.check_blocks([codec.block_from_pb(block) for block in request.blocks])
         with self._changing(request) as (sequence, epoch):
-            slices = self._store.find_prefix(
+            found = self._store.hold_prefix(
                 blocks, layer_class=request.layer_class, sequence=sequence, epoch=epoch
             )
-        return pb.FindPrefixReply(slices=[codec.slice_to_pb(found) for found in slices])
+        return codec.found_to_pb(found)
 
     def Read(self, request: pb.ReadRequest, context: grpc.ServicerContext) -> Iterator[pb.KVTokens]:
         try:

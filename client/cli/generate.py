@@ -270,6 +270,7 @@ def _summary(
     return (answers[0] if len(answers) == 1 else several) | {
         "prompt_tokens": finished.prompt_tokens,
         "completion_tokens": finished.completion_tokens,
+        "cached_tokens": finished.cached_tokens,
         "ttft_ms": finished.ttft_ms,
         "tpot_ms": finished.tpot_ms,
         "queued_ms": finished.queued_ms,

@@ -21,6 +21,7 @@ class Answer:
         self._completions = [Completion(job, tokenizer) for _ in range(job.n)]
         self._ended: set[int] = set()
         self._queued_ms = 0.0
+        self._cached_tokens = 0
         self._shards: dict[str, api.ShardUse] = {}
 
     @property
@@ -47,6 +48,7 @@ class Answer:
         await self._request.finish(
             [completion.summary() for completion in self._completions],
             queued_ms=self._queued_ms,
+            cached_tokens=self._cached_tokens,
             shards=self._shards.values(),
         )
 
@@ -74,6 +76,7 @@ class Answer:
         self._completions[done.choice].end(done.reason)
         if not self._ended:
             self._queued_ms = done.queued_ms
+            self._cached_tokens = done.cached_tokens
         self._ended.add(done.choice)
         for use in done.shards:
             if use.worker_id in self._shards:

@@ -187,6 +187,7 @@ class Request:
         choices: Sequence[api.Completion],
         *,
         queued_ms: float = 0.0,
+        cached_tokens: int = 0,
         shards: Iterable[api.ShardUse] = (),
     ) -> None:
         """Ends the request with one completion per choice. Does nothing if it has ended."""
@@ -200,7 +201,9 @@ class Request:
         self._finished = api.GenerateEvent(
             finished=api.Finished(
                 choices=choices,
-                usage=api.Usage(prompt_tokens=self._prompt_tokens, completion_tokens=count),
+                usage=api.Usage(
+                    prompt_tokens=self._prompt_tokens, completion_tokens=count, cached_tokens=cached_tokens
+                ),
                 timings=api.Timings(
                     queued_ms=queued_ms,
                     ttft_ms=(self._first_s - self._arrived_s) * 1e3 if count else 0.0,

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from farshore.ids import SpanId
 from farshore.kvstore.base import SpanInfo, Usage
 from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.cached import CachedSpans
 from farshore.kvstore.store.holds import HoldTable
 from farshore.kvstore.store.span import SpanRecord
 
@@ -29,24 +30,25 @@ def infos(spans: Mapping[SpanId, SpanRecord], holds: HoldTable) -> list[SpanInfo
     ]
 
 
-def usage(spans: Collection[SpanRecord], cached: Collection[SpanRecord], arena: Arena) -> Usage:
+def usage(spans: Collection[SpanRecord], cached: CachedSpans, arena: Arena) -> Usage:
     """Memory of all ``spans``, of which those in ``cached`` have no holds."""
     return Usage(
         budget_bytes=arena.budget_bytes,
         granted_bytes=sum(record.bytes for record in spans),
         sealed_bytes=sum(record.sealed_tokens * record.layout.token_bytes for record in spans),
         free_bytes=arena.free_bytes,
-        cached_bytes=sum(record.bytes for record in cached),
+        cached_bytes=cached.bytes,
         committed_bytes=arena.committed_bytes,
     )
 
 
 def check_spans(
-    spans: Mapping[SpanId, SpanRecord], holds: HoldTable, cached: Collection[SpanId], arena: Arena
+    spans: Mapping[SpanId, SpanRecord], holds: HoldTable, cached: CachedSpans, arena: Arena
 ) -> None:
     """AssertionError unless every span is either held or cache, has its marks in order, and shares none of
     its blocks with another span."""
     owned: set[int] = set()
+    assert cached.bytes == sum(spans[span].bytes for span in cached), "the count of cached bytes is wrong"
     for span, record in spans.items():
         holders = holds.holders(span)
         assert (span in cached) == (not holders), f"{span}: cache, with {holders} holders"

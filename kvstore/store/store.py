@@ -11,7 +11,6 @@ arena calls back to evict cache, possibly under the lock.
 
 import secrets
 import threading
-from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +26,7 @@ from farshore.kvstore.base import (
     CoveredSpan,
     Digest,
     ExportChunk,
+    PrefixFound,
     Removals,
     SpanInfo,
     SpanKey,
@@ -34,9 +34,10 @@ from farshore.kvstore.base import (
     SpanSlice,
     Usage,
 )
-from farshore.kvstore.prefix import PrefixBlock, PrefixIndex
+from farshore.kvstore.prefix import NameLog, PrefixBlock, PrefixIndex, PrefixMatch
 from farshore.kvstore.store import blocks, forms, report, transfer
 from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.cached import CachedSpans
 from farshore.kvstore.store.holds import HoldTable
 from farshore.kvstore.store.images import chunk_ranges, read_image
 from farshore.kvstore.store.span import SpanRecord, check_readable, check_sealed, check_shape, check_unsealed
@@ -59,8 +60,7 @@ class LocalStore:
         self._spans: dict[SpanId, SpanRecord] = {}
         self._holds = HoldTable(fences=fences)
         self._names = PrefixIndex()
-        # Spans without holds, in the order in which they lost the last one.
-        self._cached: OrderedDict[SpanId, SpanRecord] = OrderedDict()
+        self._cached = CachedSpans()
         arena.on_full(self._reclaim)
 
     def create(self, key: SpanKey, *, capacity_tokens: int, layout: KVLayout, epoch: Epoch) -> SpanId:
@@ -248,25 +248,24 @@ class LocalStore:
         with self._lock:
             self._holds.watch(removals, sequences)
 
-    def find_prefix(
+    @property
+    def names(self) -> NameLog:
+        """The names of the blocks that :meth:`find_prefix` finds, and their changes."""
+        return self._names.log
+
+    def find_prefix(self, names: Sequence[bytes], *, layer_class: int) -> PrefixFound:
+        with self._lock:
+            return self._found(self._names.locate(names, layer_class=layer_class))
+
+    def hold_prefix(
         self, blocks: Sequence[PrefixBlock], *, layer_class: int, sequence: SequenceId, epoch: Epoch
-    ) -> list[SpanSlice]:
+    ) -> PrefixFound:
         with self._lock:
             self._holds.admit(sequence, epoch)
-            slices = []
-            for match in self._names.find(blocks, layer_class=layer_class):
-                record = self._spans[match.span]
+            matches = self._names.find(blocks, layer_class=layer_class)
+            for match in matches:
                 self._hold(match.span, sequence, epoch)
-                slices.append(
-                    SpanSlice(
-                        span=match.span,
-                        key=record.key,
-                        layout=record.layout,
-                        first=match.first,
-                        last=match.last,
-                    )
-                )
-        return slices
+            return self._found(matches)
 
     def hold(self, spans: Sequence[SpanId], *, sequence: SequenceId, epoch: Epoch) -> None:
         with self._lock:
@@ -299,7 +298,7 @@ class LocalStore:
 
     def usage(self) -> Usage:
         with self._lock:
-            return report.usage(self._spans.values(), self._cached.values(), self._arena)
+            return report.usage(self._spans.values(), self._cached, self._arena)
 
     def check_integrity(self) -> None:
         self._arena.check_integrity()
@@ -307,6 +306,13 @@ class LocalStore:
             self._holds.check_integrity(self._spans)
             self._names.check_integrity(self._spans)
             report.check_spans(self._spans, self._holds, self._cached, self._arena)
+
+    def _found(self, matches: Iterable[PrefixMatch]) -> PrefixFound:
+        slices = []
+        for span, first, last in matches:
+            record = self._spans[span]
+            slices.append(SpanSlice(span=span, key=record.key, layout=record.layout, first=first, last=last))
+        return PrefixFound(slices, self._arena.free_bytes + self._cached.bytes)
 
     def _span(self, span: SpanId) -> SpanRecord:
         try:
@@ -359,7 +365,7 @@ class LocalStore:
 
     def _hold(self, span: SpanId, sequence: SequenceId, epoch: Epoch) -> None:
         self._holds.add(sequence, span, epoch)
-        self._cached.pop(span, None)
+        self._cached.discard(span)
 
     def _give_back(self, sequence: SequenceId, spans: Iterable[SpanId], epoch: Epoch) -> None:
         held = [span for span in spans if self._holds.has(sequence, span)]
@@ -371,22 +377,17 @@ class LocalStore:
             if self._names.redundant(span):
                 self._remove(span)
             else:
-                self._cached[span] = self._spans[span]
+                self._cached.add(span, self._spans[span])
 
     def _reclaim(self, missing_bytes: int) -> int:
         """Called by the arena when it is full. Evicts ``missing_bytes`` of cache or more, or nothing if there
         is less. Returns how many bytes of cache there were."""
         with self._lock:
-            idle = [(span, record.bytes) for span, record in self._cached.items() if not record.pins]
-            total = sum(size for _, size in idle)
-            if total >= missing_bytes:
-                for span, size in idle:
-                    if missing_bytes <= 0:
-                        break
-                    del self._cached[span]
-                    self._remove(span)
-                    missing_bytes -= size
-        return total
+            evicted, cached_bytes = self._cached.evictable(missing_bytes)
+            for span in evicted:
+                self._cached.discard(span)
+                self._remove(span)
+        return cached_bytes
 
     def _remove(self, span: SpanId) -> None:
         record = self._spans.pop(span)

@@ -72,7 +72,9 @@ class Sequence:
 
     def finish(self, reason=api.FINISH_REASON_STOP, queued_ms=1.5, choice=0):
         shards = [api.ShardUse(worker_id="attention-0", process_id=7, attended_bytes=4096)]
-        done = cluster_pb2.SequenceFinished(reason=reason, queued_ms=queued_ms, shards=shards, choice=choice)
+        done = cluster_pb2.SequenceFinished(
+            reason=reason, queued_ms=queued_ms, shards=shards, choice=choice, cached_tokens=2
+        )
         self._put(cluster_pb2.SequenceEvent(finished=done))
 
     def fail(self, code, message, kind="TransportError"):

@@ -45,12 +45,12 @@ class Writer:
         return span
 
     def find(self, prompt, *, sequence="finder", layer_class=0, epoch=E1, **fingerprint):
-        found = self.store.find_prefix(
+        found = self.store.hold_prefix(
             blocks(prompt, **fingerprint),
             layer_class=layer_class,
             sequence=SequenceId(sequence),
             epoch=epoch,
-        )
+        ).slices
         return [(match.span, match.first, match.last) for match in found]
 
     def end(self, sequence, epoch=E1):
@@ -94,9 +94,9 @@ def test_a_token_id_out_of_range_has_no_chain(token):
 def test_named_blocks_are_found_and_read(store, layout, writer):
     prompt = list(range(23))
     span = writer.span("a", prompt, 0, 23)
-    (found,) = store.find_prefix(
+    (found,) = store.hold_prefix(
         blocks([*prompt[:12], 99, *prompt]), layer_class=0, sequence=SequenceId("b"), epoch=E1
-    )
+    ).slices
     assert (found.span, found.first, found.last, found.layout) == (span, 0, 10, layout)
     assert found.key.sequence == "a"
     assert store.read(span, 0, 0, 10, sequence=SequenceId("b"))[0].shape[1] == 10
@@ -119,10 +119,10 @@ def test_a_name_with_other_tokens_ends_the_search(store, writer):
     pairs = zip(blocks(a), blocks(b), strict=True)
     forged = [PrefixBlock(mine.hash, other.tokens, mine.first) for mine, other in pairs]
     mixed = [blocks(a)[0], forged[1], *blocks(a)[2:]]
-    found = store.find_prefix(mixed, layer_class=0, sequence=SequenceId("b"), epoch=E1)
+    found = store.hold_prefix(mixed, layer_class=0, sequence=SequenceId("b"), epoch=E1).slices
     assert [(match.span, match.first, match.last) for match in found] == [(span, 0, 5)]
     shifted = [block._replace(first=block.first + BLOCK) for block in blocks(a)]
-    assert store.find_prefix(shifted, layer_class=0, sequence=SequenceId("c"), epoch=E1) == []
+    assert store.hold_prefix(shifted, layer_class=0, sequence=SequenceId("c"), epoch=E1).slices == []
     # A span with the same names and other tokens does not take the names over.
     writer.span("b", b, 0, 20, named=forged)
     assert writer.find(a) == [(span, 0, 20)]
@@ -139,7 +139,7 @@ def test_a_block_has_one_name_in_a_span(store, writer):
         other = [block._replace(hash=bytes([i]) * 32) for block in again]
         with pytest.raises(InvalidRequest, match="has another name already"):
             store.seal(span, 20, sequence=SequenceId("a"), epoch=E1, blocks=other)
-        assert store.find_prefix(other, layer_class=0, sequence=SequenceId("b"), epoch=E1) == []
+        assert store.hold_prefix(other, layer_class=0, sequence=SequenceId("b"), epoch=E1).slices == []
     assert writer.find(prompt) == [(span, 0, 20)]
     store.check_integrity()
 

@@ -38,6 +38,7 @@ from farshore.workers.engine.constraints.token_mask import TokenMask
 from farshore.workers.engine.decode.micro_batch_tuner import MicroBatchTuner
 from farshore.workers.engine.decode.step import LayerLoop, LocalKV
 from farshore.workers.engine.kv.cache import SequenceCache
+from farshore.workers.engine.kv.locations import Find, PrefixLocations
 from farshore.workers.engine.kv.pool import ShardPool
 from farshore.workers.engine.kv.prefix import fingerprint
 from farshore.workers.engine.membership import Change, Membership
@@ -64,8 +65,8 @@ class Engine:
 
     ``clients`` maps the first workers whose spans the engine reads, itself included, to their shard clients;
     ``targets`` are the workers that new spans are placed on. Engines whose models have equal ``content``
-    share stored prefixes. ``on_failed`` is called once if the engine fails, before any request gets its
-    Failed event.
+    share stored prefixes; ``find_prefix`` asks the directory which shards may hold one. ``on_failed`` is
+    called once if the engine fails, before any request gets its Failed event.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Engine:
         targets: list[WorkerId],
         shard_by: ShardBy,
         limits: EngineLimits | None = None,
+        find_prefix: Find | None = None,
         on_failed: Callable[[], None] = lambda: None,
     ) -> None:
         self._model = model
@@ -94,8 +96,14 @@ class Engine:
             changed=self._requests.wake,
             grace_s=limits.shard_grace_s,
         )
+        self._locations = PrefixLocations(find_prefix)
         self._cache = SequenceCache(
-            arena=arena, pool=self._pool, model=attention, shard_by=shard_by, store=local.store
+            arena=arena,
+            pool=self._pool,
+            model=attention,
+            shard_by=shard_by,
+            store=local.store,
+            locations=self._locations,
         )
         self._shards = Fanout(clients, attention)
         self._scheduler = Scheduler(
@@ -146,6 +154,7 @@ class Engine:
             if self._thread.is_alive():
                 raise DeadlineExceeded(f"the engine's round did not end within {timeout_s:.0f} s")
         self._scheduler.close()
+        self._locations.close()
         self._pool.close()
         self._membership.close()
 

@@ -62,8 +62,8 @@ class Scheduler:
         self._placer = ThreadPoolExecutor(1, thread_name_prefix="place")
         self._placing: tuple[Sequence, int, Future[None]] | None = None
         """(sequence, value of ``_freed`` at start, pending result)."""
-        self._freed = 0
-        """Number of times that a sequence gave memory back."""
+        self._released = 0
+        """Number of sequences whose memory was given back, or will be when their last blocks are stored."""
         self._full_at: int | None = None
         """Value of ``_freed`` when the first waiting sequence found no room; None if it was not refused."""
         self._prefilled = False
@@ -87,6 +87,11 @@ class Scheduler:
                 progress |= self._decode()
         return progress
 
+    @property
+    def _freed(self) -> int:
+        """Number of times that a sequence gave memory back."""
+        return self._released + self._cache.finished
+
     def fail_all(self, error: FarshoreError) -> None:
         """Fails every live request with ``error``."""
         for sequence in self._requests.all():
@@ -94,10 +99,10 @@ class Scheduler:
 
     def close(self) -> None:
         """Ends the placing thread and gives back its last result. Call it after :meth:`fail_all`."""
-        self._cache.close()
         self._placer.shutdown(wait=True)
         if self._placing is not None:
             self._cache.release(self._placing[0])
+        self._cache.close()
 
     def _reap(self) -> None:
         """Ends cancelled sequences and those whose KV is lost, which frees their memory for this round."""
@@ -148,13 +153,15 @@ class Scheduler:
             self._requests.mark_placed(sequence)
             if sequence.queued_s is None:
                 sequence.queued_s = time.monotonic() - sequence.arrived_s
+                sequence.cached_tokens = sequence.committed
             if sequence.committed < sequence.prefill_tokens:
                 self._prompts.add(sequence)
             else:
                 self._running.append(sequence)
             return True
         waits = isinstance(error, TransportError | Full) and self._pool.may_answer()
-        if isinstance(error, Full) and (list(self._live()) or freed != self._freed):
+        gives_back = self._cache.is_finishing or freed != self._freed
+        if isinstance(error, Full) and (gives_back or list(self._live())):
             # Other sequences will give memory back, or have done so since this placement started.
             self._full_at = freed
             waits = True
@@ -336,11 +343,12 @@ class Scheduler:
 
     def _finish(self, sequence: Sequence, reason: Reason) -> None:
         """Ends a completion, or all completions of a request that is not forked yet."""
-        if not self._forget(sequence):
+        if not self._forget(sequence, ended=reason is not Reason.CANCELLED):
             return
         for choice in range(sequence.choice, sequence.choice + sequence.completions):
             queued_s = sequence.queued_s or 0.0
-            sequence.emit(Finished(reason, queued_s, dict(sequence.attended_bytes), choice))
+            attended_bytes = dict(sequence.attended_bytes)
+            sequence.emit(Finished(reason, queued_s, attended_bytes, choice, sequence.cached_tokens))
 
     def _fail(self, sequence: Sequence, error: BaseException) -> None:
         """Fails the whole request of ``sequence``.
@@ -356,21 +364,23 @@ class Scheduler:
         if siblings:
             sequence.emit(Failed(error))
 
-    def _forget(self, sequence: Sequence) -> bool:
+    def _forget(self, sequence: Sequence, *, ended: bool = False) -> bool:
         """Removes a sequence and frees its memory. Returns False if it was removed before."""
         if not self._requests.forget(sequence):
             return False
-        self._release(sequence)
+        self._release(sequence, ended=ended)
         return True
 
-    def _release(self, sequence: Sequence) -> None:
-        """Takes a sequence out of prefill and decode, and gives its memory back."""
+    def _release(self, sequence: Sequence, *, ended: bool = False) -> None:
+        """Takes a sequence out of prefill and decode, and gives its memory back. If it has ``ended``, full
+        blocks of its tail are stored first, in the background."""
         self._prompts.remove(sequence)
         if sequence in self._running:
             self._running.remove(sequence)
         if self._placing is None or self._placing[0] is not sequence:
-            self._cache.release(sequence)
-        self._freed += 1
+            give_back = self._cache.finish if ended else self._cache.release
+            give_back(sequence)
+        self._released += 1
         for running in self._running:
             running.refused_boundary = None  # Its hand-off may find room now.
 

@@ -67,12 +67,14 @@ class Finished(NamedTuple):
 
     This includes completions that are cancelled before the prompt is prefilled. ``queued_s`` is the time that
     the request waited for its first placement. ``attended_bytes`` counts KV bytes read, by worker.
+    ``cached_tokens`` is the part of the prompt whose KV was found stored.
     """
 
     reason: Reason
     queued_s: float
     attended_bytes: dict[WorkerId, int]
     choice: int = 0
+    cached_tokens: int = 0
 
 
 class Failed(NamedTuple):
@@ -136,6 +138,8 @@ class Sequence:
     """Counts of token ids, for penalties."""
     queued_s: float | None = None
     """Seconds that the request waited for its first placement; None before that placement."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that the first placement found stored."""
     failures: int = 0
     """Number of consecutive retryable errors."""
     runs_alone: bool = False

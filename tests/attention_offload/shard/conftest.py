@@ -65,7 +65,8 @@ class Live:
                 key=key, capacity_tokens=20, layout=layout, epoch=owner, caller=caller
             ),
             "Seal": pb.SealRequest(span_id=span, tokens=20, epoch=owner, blocks=[block], sequence_id=name),
-            "FindPrefix": pb.FindPrefixRequest(blocks=[block], sequence_id=name, epoch=owner, caller=caller),
+            "FindPrefix": pb.FindPrefixRequest(hashes=[block.hash], caller=caller),
+            "HoldPrefix": pb.HoldPrefixRequest(blocks=[block], sequence_id=name, epoch=owner, caller=caller),
             "Hold": pb.HoldRequest(span_ids=[span], sequence_id=other, epoch=owner, caller=caller),
             "Drop": pb.HoldRequest(span_ids=[span], sequence_id=other, epoch=owner, caller=caller),
             "DropSequence": pb.SequenceRequest(sequence_id=other, epoch=owner, caller=caller),

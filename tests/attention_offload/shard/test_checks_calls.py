@@ -38,7 +38,8 @@ def test_a_bad_span_is_refused_before_memory_is_taken(live, layout, request_):
 LISTS = {
     "Hold": (lambda m: m.span_ids.extend(["x"] * checks.MOST_SPANS), "names 65537 spans"),
     "Drop": (lambda m: m.span_ids.extend(["x"] * checks.MOST_SPANS), "names 65537 spans"),
-    "FindPrefix": (lambda m: m.blocks.extend(list(m.blocks) * checks.MOST_BLOCKS), "names 16385 blocks"),
+    "FindPrefix": (lambda m: m.hashes.extend([bytes(32)] * checks.MOST_BLOCKS), "names 16385 blocks"),
+    "HoldPrefix": (lambda m: m.blocks.extend(list(m.blocks) * checks.MOST_BLOCKS), "names 16385 blocks"),
     "Seal": (lambda m: m.blocks.extend(list(m.blocks) * checks.MOST_BLOCKS), "names 16385 blocks"),
     "Beat": (lambda m: m.wanted[0].span_ids.extend(["x"] * checks.MOST_WANTED), "a list of 1048578"),
 }

@@ -139,7 +139,8 @@ def in_process(live, opening, begin, frame):
     return codec.to_bytes(state.lse) + codec.to_bytes(state.o)
 
 
-METHODS = ["Create", "Seal", "FindPrefix", "Hold", "Drop", "DropSequence", "Fence", "Connect", "Beat"]
+METHODS = ["Create", "Seal", "FindPrefix", "HoldPrefix", "Hold", "Drop", "DropSequence", "Fence"]
+METHODS += ["Connect", "Beat"]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -221,8 +221,13 @@ def test_a_prefix_is_found_read_and_held_by_a_connection_that_did_not_write_it(s
     writer.seal(span, 20, sequence=A, epoch=work.owner, blocks=named)
     with pytest.raises(NotFound):
         finder.read(span, 0, 0, 1, sequence=SequenceId("b"))
-    found = finder.find_prefix(named, layer_class=0, sequence=SequenceId("b"), epoch=work.owner)
-    assert found == [SpanSlice(span=span, key=key, layout=layout, first=8, last=24)]
+    located = finder.find_prefix([block.hash for block in named], layer_class=0)
+    with pytest.raises(NotFound):
+        finder.read(span, 0, 0, 1, sequence=SequenceId("b"))
+    found = finder.hold_prefix(named, layer_class=0, sequence=SequenceId("b"), epoch=work.owner)
+    assert found.slices == [SpanSlice(span=span, key=key, layout=layout, first=8, last=24)]
+    assert found == located
+    assert found.available_bytes == connect(shard.address).identify().free_bytes
     writer.drop_sequence(SequenceId("a"), epoch=work.owner)
     assert torch.equal(finder.read(span, 1, 3, 16, sequence=SequenceId("b"))[0], data[1][0][:, 3:16])
     finder.drop([span], sequence=SequenceId("b"), epoch=work.owner)
@@ -281,7 +286,7 @@ REFUSALS = {
     "hold what": (NotFound, lambda w, s, span: s.hold(
         [span, UNKNOWN], sequence=SequenceId("b"), epoch=w.owner)),
     "old hold": (Fenced, lambda w, s, span: s.hold([span], sequence=SequenceId("a"), epoch=w.old)),
-    "old find": (Fenced, lambda w, s, _: s.find_prefix(
+    "old find": (Fenced, lambda w, s, _: s.hold_prefix(
         [], layer_class=0, sequence=SequenceId("a"), epoch=w.old)),
 }  # fmt: skip
 

@@ -153,6 +153,7 @@ def test_json(run, farshore, served, answer):
         "token_ids": farshore.engine.auto,
         "prompt_tokens": len(sequence.request.prompt),
         "completion_tokens": len(farshore.engine.auto),
+        "cached_tokens": 2,
         "finish_reason": "stop",
         "queued_ms": 1.5,
         "shards": [{"worker_id": "attention-0", "process_id": 7, "attended_bytes": 4096}],

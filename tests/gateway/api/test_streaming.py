@@ -27,7 +27,9 @@ def test_streams_tokens_as_they_come(farshore, served):
     sequence.finish(api.FINISH_REASON_LENGTH)
     done = next(call).finished
     assert done.choices[0].reason == api.FINISH_REASON_LENGTH
-    assert done.usage == api.Usage(prompt_tokens=accepted.prompt_tokens, completion_tokens=len(ids))
+    assert done.usage == api.Usage(
+        prompt_tokens=accepted.prompt_tokens, completion_tokens=len(ids), cached_tokens=2
+    )
     assert done.timings.queued_ms == 1.5
     assert 0 < done.timings.ttft_ms <= done.timings.total_ms
     assert [shard.process_id for shard in done.shards] == [7]

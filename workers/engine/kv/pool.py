@@ -125,6 +125,15 @@ class ShardPool:
             return None
         return {worker: beat.budget_bytes for worker, beat in beats.items() if beat is not None}
 
+    def free_bytes(self, workers: Iterable[WorkerId]) -> dict[WorkerId, int]:
+        """Returns the bytes that each of these workers can grant, as far as this engine knows."""
+        return {worker: self._queues[worker].free_bytes for worker in workers}
+
+    def refresh(self, workers: Iterable[WorkerId]) -> dict[WorkerId, FarshoreError]:
+        """Asks these workers for their free memory; returns the errors of those that do not answer. Blocks
+        as :meth:`gather`."""
+        return self.gather({worker: self._queues[worker].refresh() for worker in workers})[1]
+
     def gather(
         self, calls: Mapping[WorkerId, Future[T]]
     ) -> tuple[dict[WorkerId, T], dict[WorkerId, FarshoreError]]:

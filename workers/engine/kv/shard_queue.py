@@ -14,7 +14,7 @@ States of a shard, as its engine sees them::
 import logging
 import threading
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeVar
@@ -24,10 +24,11 @@ from farshore.attention_offload.client.base import ShardClient
 from farshore.attention_offload.transport.connect import is_refused
 from farshore.defaults import SHARD_GRACE_S
 from farshore.errors import FarshoreError, Late, Lost, Overloaded, TransportError
-from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
+from farshore.ids import SpanId, WorkerId
 from farshore.kernels.base import KVLayout
-from farshore.kvstore.base import SpanKey, SpanSlice
+from farshore.kvstore.base import PrefixFound, SpanKey
 from farshore.kvstore.prefix import PrefixBlock
+from farshore.workers.engine.kv.held_spans import HeldSpans
 from farshore.workers.engine.sequence import Holder
 
 T = TypeVar("T")
@@ -61,8 +62,8 @@ class ShardQueue:
     ``changed`` is called from the queue's thread when a call has ended or the shard's state has changed.
     ``grace_s`` is the time that the shard may stay silent before it is lost.
 
-    A shard records holds by sequence. Here each choice of a sequence has a :class:`Holder`; a span is dropped
-    at the shard when the last of its holders releases it.
+    Each choice of a sequence has a :class:`Holder`; a span is dropped at the shard when the last of its
+    holders releases it.
     """
 
     def __init__(
@@ -98,7 +99,8 @@ class ShardQueue:
         self._must_reconcile = False
         """Whether the next beat lists all wanted spans, since the shard may hold others."""
         self._beat_tried = threading.Event()
-        self._holders: dict[tuple[SequenceId, SpanId], set[Holder]] = defaultdict(set)
+        self._held = HeldSpans()
+        self._free_bytes = 0
         self._thread = threading.Thread(target=self._loop, name=f"shard {worker}", daemon=True)
         self._thread.start()
 
@@ -129,6 +131,11 @@ class ShardQueue:
     def beat(self) -> ShardBeat | None:
         """The shard's last beat, with its memory; None if it has never answered."""
         return self._beat
+
+    @property
+    def free_bytes(self) -> int:
+        """The bytes that the shard could grant when it last said so, less what was granted since then."""
+        return self._free_bytes
 
     @property
     def is_idle(self) -> bool:
@@ -167,27 +174,43 @@ class ShardQueue:
     def create(
         self, holder: Holder, key: SpanKey, *, capacity_tokens: int, layout: KVLayout
     ) -> Future[SpanId]:
-        """Enqueues the grant of a span, which ``holder`` then holds. Fails as :meth:`submit` or with Full."""
-        return self._enqueue(lambda: self.grant(holder, key, capacity_tokens=capacity_tokens, layout=layout))
+        """Enqueues the grant of a span, which ``holder`` then holds. Fails as :meth:`submit` or with Full. A
+        beat goes first: a sequence must not depend on a shard that was lost or restarted since the last."""
 
-    def find(
-        self, holder: Holder, blocks: Sequence[PrefixBlock], *, layer_class: int
-    ) -> Future[tuple[list[SpanSlice], int]]:
-        """Enqueues a search for ``blocks``; ``holder`` then holds the slices that are found.
-
-        The result is (slices, free bytes of the shard).
-        """
-
-        def run() -> tuple[list[SpanSlice], int]:
-            slices: list[SpanSlice] = []
-            if blocks:
-                slices = self.client.store.find_prefix(
-                    blocks, layer_class=layer_class, sequence=holder.sequence, epoch=holder.epoch
-                )
-                self._hold(holder, [span_slice.span for span_slice in slices])
-            return slices, self._send_beat().free_bytes
+        def run() -> SpanId:
+            self._send_beat()
+            return self.grant(holder, key, capacity_tokens=capacity_tokens, layout=layout)
 
         return self._enqueue(run)
+
+    def find(self, names: Sequence[bytes], *, layer_class: int) -> Future[PrefixFound]:
+        """Enqueues a search for blocks by their names. A hint: nothing is held, no tokens are compared."""
+
+        def run() -> PrefixFound:
+            found = self.client.store.find_prefix(names, layer_class=layer_class)
+            self._free_bytes = found.available_bytes
+            return found
+
+        return self._enqueue(run)
+
+    def hold_prefix(
+        self, holder: Holder, blocks: Sequence[PrefixBlock], *, layer_class: int
+    ) -> Future[PrefixFound]:
+        """Enqueues a search for ``blocks``, which compares their tokens; ``holder`` then holds what is found."""
+
+        def run() -> PrefixFound:
+            found = self.client.store.hold_prefix(
+                blocks, layer_class=layer_class, sequence=holder.sequence, epoch=holder.epoch
+            )
+            self._hold(holder, [span_slice.span for span_slice in found.slices])
+            self._free_bytes = found.available_bytes
+            return found
+
+        return self._enqueue(run)
+
+    def refresh(self) -> Future[ShardBeat]:
+        """Enqueues a beat, after which :attr:`free_bytes` is what the shard reports."""
+        return self._enqueue(self._send_beat)
 
     def adopt(self, holder: Holder, span: SpanId) -> Future[None]:
         """Enqueues a hold of ``holder`` on a span that the shard imported. Fails as :meth:`submit`."""
@@ -224,6 +247,7 @@ class ShardQueue:
         span = self.client.store.create(
             key, capacity_tokens=capacity_tokens, layout=layout, epoch=holder.epoch
         )
+        self._free_bytes -= -(-capacity_tokens // layout.block_tokens) * layout.block_bytes
         self._hold(holder, [span])
         return span
 
@@ -300,22 +324,14 @@ class ShardQueue:
 
     def _hold(self, holder: Holder, spans: Iterable[SpanId]) -> None:
         """Records that ``holder`` holds ``spans``; releases them at once if it is closed."""
-        for span in spans:
-            self._holders[holder.sequence, span].add(holder)
+        spans = list(spans)
+        self._held.add(holder, spans)
         if holder.closed:
-            self._unhold(holder, list(spans))
+            self._unhold(holder, spans)
 
     def _unhold(self, holder: Holder, spans: Sequence[SpanId] | None) -> None:
         """Removes ``holder`` from ``spans`` (all if None), and drops spans without holders at the shard."""
-        if spans is None:
-            spans = [span for (_, span), holders in self._holders.items() if holder in holders]
-        unheld = []
-        for span in spans:
-            key = holder.sequence, span
-            holders = self._holders.get(key, set())
-            holders.discard(holder)
-            if not holders and self._holders.pop(key, None) is not None:
-                unheld.append(span)
+        unheld = self._held.remove(holder, spans)
         if not unheld:
             return
         if not self._answers():
@@ -329,20 +345,13 @@ class ShardQueue:
             _LOG.exception("attention worker %s refused to take spans back", self.worker)
             self._must_reconcile = True
 
-    def _wanted(self) -> dict[tuple[SequenceId, Epoch], list[SpanId]]:
-        wanted: dict[tuple[SequenceId, Epoch], list[SpanId]] = {}
-        for (sequence, span), holders in self._holders.items():
-            epoch = max(holder.epoch for holder in holders)
-            wanted.setdefault((sequence, epoch), []).append(span)
-        return wanted
-
     def _send_beat(self) -> ShardBeat:
         """Sends a beat, which renews this engine's holds, and returns the answer.
 
         The beat lists all wanted spans if the shard may hold others. Raises Lost if another process or
         another incarnation answers.
         """
-        beat = self.client.beat(self._wanted() if self._must_reconcile else None)
+        beat = self.client.beat(self._held.wanted() if self._must_reconcile else None)
         known = self._beat.incarnation if self._beat is not None else beat.incarnation
         if (beat.worker, beat.incarnation) != (self.worker, known):
             self._gone_reason = (
@@ -352,6 +361,7 @@ class ShardQueue:
             raise Lost(self._gone_reason, shards=[self.worker])
         self._must_reconcile = beat.must_reconcile
         self._beat = beat
+        self._free_bytes = beat.free_bytes
         self._beat_s = self._clock()
         return beat
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from farshore.attention_offload.client.base import ShardClient
 from farshore.attention_offload.plan.placement import Share
 from farshore.ids import SpanId
-from farshore.kernels.base import KVLayout
+from farshore.kernels.base import BLOCK_TOKENS, KVLayout
 from farshore.kvstore.base import SpanKey
 from farshore.kvstore.prefix import PrefixBlock
 from farshore.workers.engine.sequence import Holder, PlacedSpan
@@ -31,6 +31,12 @@ def key_of(share: Share, holder: Holder) -> SpanKey:
     )
 
 
+def capacity_tokens(share: Share) -> int:
+    """Returns the tokens to grant for ``share``: up to the end of its last block, which takes no more memory.
+    A hand-off fills the rest of a prompt's last block, so that the block lies in one span and gets a name."""
+    return -(-share.last // BLOCK_TOKENS) * BLOCK_TOKENS - share.first
+
+
 def placed(share: Share, span: SpanId) -> PlacedSpan:
     """Describes a span that was granted for ``share`` and is not written yet."""
     return PlacedSpan(
@@ -42,7 +48,7 @@ def placed(share: Share, span: SpanId) -> PlacedSpan:
         group1=share.group1,
         sealed=share.first,
         origin=share.first,
-        capacity=share.last,
+        capacity=share.first + capacity_tokens(share),
     )
 
 

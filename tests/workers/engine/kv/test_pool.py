@@ -10,7 +10,7 @@ from farshore.errors import Full, Late, Lost, TransportError
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import KVLayout
 from farshore.kernels.formats import KVFormat
-from farshore.kvstore.base import SpanKey
+from farshore.kvstore.base import PrefixFound, SpanKey
 from farshore.workers.engine.kv.pool import ShardPool, first_error
 from farshore.workers.engine.kv.shard_queue import ShardQueue
 from farshore.workers.engine.sequence import Holder
@@ -52,9 +52,9 @@ class Shard:
         self.held.setdefault(key.sequence, set()).add(span)
         return span
 
-    def find_prefix(self, blocks, *, layer_class, sequence, epoch):
+    def find_prefix(self, names, *, layer_class):
         self._answer("find")
-        return []
+        return PrefixFound([], available_bytes=60)
 
     def drop(self, spans, *, sequence, epoch):
         self._answer("drop")
@@ -260,8 +260,7 @@ def test_gather_gives_up_a_stalled_call_and_keeps_the_others():
     pool.await_beats(DEADLINE_S)
     assert pool.budgets() == {A: 100, B: 100} and pool.placeable() == [A, B]
     clients[B].gate.clear()
-    holder = Holder(S, Epoch(1))
-    calls = {worker: pool[worker].find(holder, [object()], layer_class=0) for worker in clients}
+    calls = {worker: pool[worker].find([bytes(32)], layer_class=0) for worker in clients}
     results, failures = pool.gather(calls)
     assert list(results) == [A] and isinstance(failures[B], Late)
     assert pool.silent() == [B] and pool.may_answer() and not pool.lost()
