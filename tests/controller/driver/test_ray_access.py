@@ -1,6 +1,5 @@
 """Whether a Ray can be joined, asked of a stand-in that answers as Ray's GCS does (tried with Ray 2.60)."""
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -12,8 +11,6 @@ from farshore.controller.config import ClusterConfig
 from farshore.controller.driver import ray_access
 from farshore.controller.driver.cluster import Cluster
 from farshore.errors import InvalidRequest, StartupError
-
-MOST_S = 5.0
 
 
 @pytest.fixture(autouse=True)
@@ -71,12 +68,10 @@ def test_a_ray_with_a_token_of_its_own_is_joined_with_that(ray, token, monkeypat
 
 
 def refused(address, token):
-    began_s = time.monotonic()
     with pytest.raises(StartupError) as caught:
         Cluster.start(
             ClusterConfig(port=0, ray_address=address, token_file=str(token)), progress=lambda _: None
         )
-    assert time.monotonic() - began_s < MOST_S + 5, "a loose limit: Ray alone takes 20 s"
     return str(caught.value)
 
 

@@ -1,13 +1,8 @@
 """Clusters whose nodes have another token than ``farshore serve``, or none: the command says why it ends."""
 
-import time
-
 import pytest
 
 from farshore.cluster_token import VARIABLE, ClusterToken
-
-MOST_S = 60.0
-"""Far more than it takes on an idle machine, where Ray's own deadlines are not the reason."""
 
 
 @pytest.fixture
@@ -17,9 +12,8 @@ def another(tmp_path):
 
 def ends_with(marked, *options):
     """What ``farshore serve`` says when it ends by itself."""
-    began_s = time.monotonic()
     done = marked.run("serve", "--port", "0", "--kv-memory", "64MiB", *options)
-    assert done.returncode == 1 and time.monotonic() - began_s < MOST_S
+    assert done.returncode == 1
     return done.stderr
 
 
