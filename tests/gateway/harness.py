@@ -144,6 +144,8 @@ class FakeEngine(cluster_pb2_grpc.EngineServicer, admin_pb2_grpc.AdminServicer):
         return cluster_pb2.CancelSequenceReply()
 
     async def ClusterStatus(self, request, context):
+        if isinstance(self.status, tuple):
+            await context.abort(*self.status)
         return self.status
 
 

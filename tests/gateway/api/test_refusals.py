@@ -133,3 +133,12 @@ def test_unreachable_controller(start, harness):
     assert "controller" in failure.value.details()
     farshore.engine.auto = (5,)
     assert len(list(farshore.generate())) == 3
+
+
+def test_a_controller_that_misses_its_directory_says_so(start):
+    farshore = start()
+    farshore.engine.status = (grpc.StatusCode.UNAVAILABLE, "redis://redis:6379/0 does not answer")
+    with pytest.raises(grpc.RpcError) as failure:
+        farshore.operators.ClusterStatus(admin.ClusterStatusRequest(), timeout=30)
+    assert failure.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert failure.value.details() == "redis://redis:6379/0 does not answer"
