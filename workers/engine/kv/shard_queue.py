@@ -53,7 +53,7 @@ class _Call(NamedTuple):
     run: Callable[[], Any]
     future: Future[Any]
     updates_holds: bool
-    """Whether the call changes the recorded holds. Such a call runs even if the shard does not answer."""
+    """Whether it changes the recorded holds. Such a call runs even if the shard does not answer."""
 
 
 class ShardQueue:
@@ -62,8 +62,7 @@ class ShardQueue:
     ``changed`` is called from the queue's thread when a call has ended or the shard's state has changed.
     ``grace_s`` is the time that the shard may stay silent before it is lost.
 
-    Each choice of a sequence has a :class:`Holder`; a span is dropped at the shard when the last of its
-    holders releases it.
+    Each choice of a sequence has a :class:`Holder`. A span is dropped when its last holder releases it.
     """
 
     def __init__(
@@ -196,7 +195,7 @@ class ShardQueue:
     def hold_prefix(
         self, holder: Holder, blocks: Sequence[PrefixBlock], *, layer_class: int
     ) -> Future[PrefixFound]:
-        """Enqueues a search for ``blocks``, which compares their tokens; ``holder`` then holds what is found."""
+        """Enqueues a search that compares the tokens of ``blocks``; ``holder`` then holds what is found."""
 
         def run() -> PrefixFound:
             found = self.client.store.hold_prefix(
