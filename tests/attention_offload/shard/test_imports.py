@@ -87,7 +87,8 @@ def test_a_copy_has_the_bytes_and_the_names_of_its_source(shards, work, over, fo
         copy = client.store.read(imported.span, layer, 3, TOKENS, sequence=B, dtype=torch.uint8)
         original = source.store.read(span, layer, 3, TOKENS, sequence=A, dtype=torch.uint8)
         assert all(torch.equal(*pair) for pair in zip(copy, original, strict=True))
-    (found,) = client.store.find_prefix(NAMES, layer_class=0, sequence=A, epoch=work.owner)
+    held = client.store.hold_prefix(NAMES, layer_class=0, sequence=A, epoch=work.owner)
+    (found,) = held.slices
     assert (found.span, found.first, found.last) == (imported.span, FIRST, FIRST + 32)
     with pytest.raises(InvalidRequest, match="not granted"):
         client.store.seal(imported.span, TOKENS, sequence=B, epoch=work.owner)
