@@ -51,6 +51,7 @@ class Dense:
     def __init__(self, folder):
         self.directory = EmbeddedDirectory()
         config = DenseConfig(
+            token=None,
             worker=WORKER,
             slot="dense-0",
             spec=ModelSpec(model=str(folder)),
@@ -157,6 +158,7 @@ def client_of(address):
 def test_an_attention_worker_drains_until_no_sequence_holds_a_span():
     directory = EmbeddedDirectory()
     worker = AttentionWorker(
+        token=None,
         worker=WorkerId("attention-0-aa"),
         kv_memory_bytes=8 << 20,
         listen="127.0.0.1:0",
