@@ -176,6 +176,8 @@ class RayRuntime:
             # Ray puts the current directory first on its workers' sys.path. In a checkout, the repository's
             # folders would hide the installed package; the interpreter's folder contains no modules.
             with contextlib.chdir(Path(sys.executable).parent):
+                # Ray prints the end of each worker's process on stdout, where answers go.
+                ray._private.worker.print_to_stdstream = lambda *_, **__: None
                 self._connected = True  # before the call: ray.init may connect and then fail
                 ray.init(log_to_driver=False, logging_level="ERROR", **options)
             if on_term is not None and threading.current_thread() is threading.main_thread():
