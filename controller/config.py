@@ -44,6 +44,7 @@ _OF_ONE_DRIVER = {
     "attention_workers",
     "host",
     "port",
+    "http_port",
     "ray_address",
     "token_file",
     "dashboard",
