@@ -72,6 +72,7 @@ class _Base:
 
     def __init__(self, body: ChatBody | CompletionBody, *, model: str) -> None:
         options = body.stream_options
+        self._streams = bool(body.stream)
         self._with_usage = bool(options and options.include_usage)
         self._with_running_usage = bool(options and options.continuous_usage_stats)
         self._n = body.n or 1
@@ -91,6 +92,11 @@ class _Base:
         """All requests have ended."""
         if self._with_usage:
             self._ready.append({**self._chunk([]), "usage": self.usage.as_object()})
+
+    def _add_chunk(self, choice: dict[str, Any]) -> None:
+        """Adds a chunk of one choice; nothing for an answer that is sent whole."""
+        if self._streams:
+            self._ready.append(self._chunk([choice]))
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         chunk: dict[str, Any] = {**self._head, "object": self.chunk_kind, "choices": choices}
@@ -209,17 +215,13 @@ class ChatAnswer(_Base):
         values: list[dict[str, Any]] | None = None,
         reason: str | None = None,
     ) -> None:
-        self._ready.append(
-            self._chunk(
-                [
-                    {
-                        "index": index,
-                        "delta": delta,
-                        "logprobs": {"content": values} if values else None,
-                        "finish_reason": reason,
-                    }
-                ]
-            )
+        self._add_chunk(
+            {
+                "index": index,
+                "delta": delta,
+                "logprobs": {"content": values} if values else None,
+                "finish_reason": reason,
+            }
         )
 
     def _logprob(self, token: api.Token) -> dict[str, Any]:
@@ -290,7 +292,7 @@ class CompletionAnswer(_Base):
         self, index: int, text: str, *, values: dict[str, list[Any]] | None = None, reason: str | None = None
     ) -> None:
         self._texts[index] += text
-        self._ready.append(self._chunk([_choice(index, text, values, reason)]))
+        self._add_chunk(_choice(index, text, values, reason))
 
     def _values_of(self, token: api.Token, *, offset: int) -> dict[str, list[Any]]:
         name = self._tokenizer.token_text
