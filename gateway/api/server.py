@@ -154,10 +154,11 @@ async def create(
     Raises PortInUse, or InvalidRequest, if the gateway can't listen on ``listen``.
     """
     limits = limits or Limits()
+    most_calls = limits.max_readers + limits.other_calls
     host, _ = split_address(listen)
     server = grpc.aio.server(
         options=_options(limits.message_bytes_for(served.config.max_positions)),
-        maximum_concurrent_rpcs=limits.max_readers + limits.other_calls,
+        maximum_concurrent_rpcs=most_calls,
     )
     port = _bind(server, listen)
     checks = health.aio.HealthServicer()
@@ -188,20 +189,15 @@ async def create(
     reflection.enable_server_reflection(
         (SERVICE, admin.NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
     )
+    listener = None
+    if http is not None:
+        endpoints = Endpoints(intake, problem=lambda: engines.problem, in_thread=in_thread)
+        listener = HttpListener(endpoints.application(), listen=http, most_connections=most_calls)
     await discovery.look()
     await engines.probe()
     await state.tell(engines)
     await server.start()
-    listener = None
-    if http is not None:
-        endpoints = Endpoints(
-            intake,
-            problem=lambda: engines.problem,
-            in_thread=in_thread,
-        )
-        listener = HttpListener(
-            endpoints.application(), listen=http, most_connections=limits.max_readers + limits.other_calls
-        )
+    if listener is not None:
         await listener.start()
     return Gateway(
         address=f"{host}:{port}",

@@ -7,6 +7,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from farshore import __version__
+from farshore.errors import PortInUse
 
 BODY = {"model": "smollm2", "messages": [{"role": "user", "content": "Hi"}]}
 
@@ -71,3 +72,10 @@ def test_an_engine_that_fails_is_not_ready(http, base_url, loop_thread, harness)
     end_s = time.monotonic() + 30
     while httpx2.get(f"{base_url}/ready").status_code != 503:
         assert time.monotonic() < end_s
+
+
+def test_a_taken_http_port_keeps_the_gateway_from_starting(start):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(PortInUse, match=f"port {port}"):
+            start(http=f"127.0.0.1:{port}")
