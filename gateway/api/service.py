@@ -22,7 +22,7 @@ from farshore.gateway.requests import received, validate
 from farshore.gateway.requests.intake import Intake
 from farshore.gateway.requests.request import Failure, RequestFailed
 from farshore.proto import inference_pb2 as api
-from farshore.text import quoted, shortened
+from farshore.text import shortened
 
 _SERVICE = api.DESCRIPTOR.services_by_name["Inference"]
 _logger = logging.getLogger(__name__)
@@ -83,9 +83,9 @@ class InferenceService:
     async def Detokenize(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """The text of token ids."""
         request = _parsed(api.DetokenizeRequest, raw)
-        validate.check_model(request.model, self._served)
-        validate.check_token_ids(request.ids, self._served)
-        text = await self._in_thread(lambda: self._served.tokenizer.decode(request.ids))
+        text = await self._in_thread(
+            lambda: validate.text_of(request.ids, model=request.model, served=self._served)
+        )
         return api.DetokenizeReply(text=text).SerializeToString()
 
     async def ListModels(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
@@ -97,8 +97,7 @@ class InferenceService:
         """One served model. Raises NotFound."""
         name = _parsed(api.GetModelRequest, raw).name
         if name not in self._served.spec.names:
-            names = " and ".join(map(repr, self._served.spec.names))
-            raise NotFound(f"unknown model {quoted(name)}: this gateway serves {names}")
+            raise NotFound(validate.unknown_model(name, self._served))
         return self._model(name).SerializeToString()
 
     def _model(self, name: str) -> api.Model:

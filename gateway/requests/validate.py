@@ -181,15 +181,23 @@ def tokens_of(
     return _ids(request, served, limits, special=special)
 
 
+def text_of(ids: Sequence[int], *, model: str, served: Served) -> str:
+    """The text of token ids, without special tokens. Slow for many: call it in a thread. Raises
+    InvalidRequest."""
+    check_model(model, served)
+    check_token_ids(ids, served)
+    return served.tokenizer.decode(ids)
+
+
 def check_model(name: str, served: Served) -> None:
     """Raises ModelError unless ``name`` is a name of the served model, or empty."""
-    names = served.spec.names
-    if name and name not in names:
-        raise ModelError(
-            f"unknown model {quoted(name)}: this gateway serves {' and '.join(map(repr, names))};"
-            " leave model empty for it",
-            field="model",
-        )
+    if name and name not in served.spec.names:
+        raise ModelError(f"{unknown_model(name, served)}; leave model empty for it", field="model")
+
+
+def unknown_model(name: str, served: Served) -> str:
+    """Says that no model has this name, and which names there are."""
+    return f"unknown model {quoted(name)}: this gateway serves {' and '.join(map(repr, served.spec.names))}"
 
 
 def _check_salt(salt: str, limits: Limits) -> None:

@@ -102,9 +102,7 @@ class Endpoints:
     async def _model(self, request: Request) -> Response:
         name = request.path_params["model"]
         if name not in self._names:
-            raise ModelError(
-                f"unknown model {quoted(name)}: this gateway serves {' and '.join(map(repr, self._names))}"
-            )
+            raise ModelError(validate.unknown_model(name, self._served))
         return JSONResponse(self._shown(name))
 
     async def _tokenize(self, request: Request) -> Response:
@@ -119,9 +117,9 @@ class Endpoints:
 
     async def _detokenize(self, request: Request) -> Response:
         body = translate.parsed(DetokenizeBody, await self._body(request))
-        validate.check_model(body.model, self._served)
-        validate.check_token_ids(body.tokens, self._served)
-        text = await self._in_thread(lambda: self._served.tokenizer.decode(body.tokens))
+        text = await self._in_thread(
+            lambda: validate.text_of(body.tokens, model=body.model, served=self._served)
+        )
         return JSONResponse({"prompt": text})
 
     async def _health(self, request: Request) -> Response:
