@@ -23,6 +23,11 @@ PROOF_BYTES = 32
 _MOST_FILE_BYTES = 4096
 
 
+def making(path: str | Path) -> str:
+    """How to make a token's file, for messages."""
+    return f"make one with `(umask 077; openssl rand -hex 32 > {path})`"
+
+
 @dataclass(frozen=True, slots=True)
 class ClusterToken:
     """The token in the file ``path``. It can't be pickled: it never leaves its process."""
@@ -35,7 +40,7 @@ class ClusterToken:
         """Raises InvalidRequest, with the fix, for a file that is missing, that other users may read, or that
         holds no token."""
         path = Path(path)
-        make = f"make one with `(umask 077; openssl rand -hex 32 > {path})` and copy it to every node"
+        make = f"{making(path)} and copy it to every node"
         try:
             # Opening a pipe without O_NONBLOCK would wait for its writer.
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

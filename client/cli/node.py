@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from farshore.client.cli.options import server_address, size_bytes, whole
-from farshore.cluster_token import VARIABLE, ClusterToken
+from farshore.cluster_token import VARIABLE, ClusterToken, making
 from farshore.controller.ray_settings import ENVIRONMENT, MARK, OBJECT_STORE_BYTES, QUICK_VERDICT
 from farshore.errors import InvalidRequest
 
@@ -102,10 +102,7 @@ def ray_start(args: argparse.Namespace) -> RayStart:
 def _authentication(token_file: Path | str | None) -> dict[str, str]:
     """Raises InvalidRequest without a token: a client of a Ray without one can run any code on it."""
     if token_file is None:
-        raise InvalidRequest(
-            "give --token-file FILE, the same on every node; make one with "
-            "`(umask 077; openssl rand -hex 32 > FILE)`"
-        )
+        raise InvalidRequest(f"give --token-file FILE, the same on every node; {making('FILE')}")
     path = Path(token_file).absolute()
     ClusterToken.read(path)
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path), VARIABLE: str(path)}

@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 
 from farshore import rpc
-from farshore.cluster_token import ClusterToken
+from farshore.cluster_token import ClusterToken, making
 from farshore.errors import InvalidRequest, StartupError
 
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
@@ -28,8 +28,7 @@ def token_file(given: str | None) -> str:
     path = given or os.environ.get(TOKEN_PATH)
     if path is None:
         raise InvalidRequest(
-            "--ray-address needs --token-file FILE, the same file on every node: make one with "
-            "`(umask 077; openssl rand -hex 32 > FILE)`"
+            f"--ray-address needs --token-file FILE, the same file on every node: {making('FILE')}"
         )
     path = str(Path(path).absolute())
     ClusterToken.read(path)
