@@ -1,5 +1,6 @@
 """Fixtures for the SDK and the command line; harness, served and loop_thread are in tests/conftest.py."""
 
+import socket
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -14,6 +15,14 @@ def farshore(harness, loop_thread, served):
     """A Harness: a gateway and its engine."""
     with harness.gateway(loop_thread, served) as running:
         yield running
+
+
+@pytest.fixture
+def absent():
+    """An address where nothing listens: its port is bound, so that no other process can use it."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{bound.getsockname()[1]}"
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The SDK with several gateways of one cluster: the first that answers, the next when it is lost."""
 
 import contextlib
-import socket
 
 import pytest
 
@@ -16,14 +15,6 @@ def gateway(harness, loop_thread, served):
     """gateway(…) -> a Harness with a gateway and an engine of its own. Stopped after the test."""
     with contextlib.ExitStack() as stack:
         yield lambda **options: stack.enter_context(harness.gateway(loop_thread, served, **options))
-
-
-@pytest.fixture
-def absent():
-    """An address where nothing listens."""
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        yield f"127.0.0.1:{bound.getsockname()[1]}"
 
 
 @pytest.fixture

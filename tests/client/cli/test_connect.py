@@ -13,14 +13,6 @@ from farshore.errors import TransportError
 
 
 @pytest.fixture
-def absent():
-    """An address where nothing listens: its port is bound, so that no other process can use it."""
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        yield f"127.0.0.1:{bound.getsockname()[1]}"
-
-
-@pytest.fixture
 def silent():
     """The address of a listener that never answers, like a frozen gateway."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
