@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from farshore.attention_offload.transport.core_sharing import usable_cores
-from farshore.benchmarks import machine
+from farshore.benchmarks import cases, machine
 from farshore.benchmarks.cluster import benchmark as cluster
 from farshore.benchmarks.demo import load_demo
+from farshore.benchmarks.engines.directory import redis_bars
+from farshore.benchmarks.engines.routing import routing_bars
 from farshore.benchmarks.faults import benchmark as faults
 from farshore.benchmarks.faults import setting as faults_setting
 from farshore.benchmarks.kernels import benchmark as kernels
@@ -112,6 +114,14 @@ def _cluster(options: Options, progress: Progress) -> Report:
     return cluster.run(options.facts(), cluster.Sizes(), only=options.only, progress=progress)
 
 
+def _engines(options: Options, progress: Progress) -> Report:
+    facts = options.facts()
+    parts = {"redis": lambda _: redis_bars(), "routing": lambda _: routing_bars()}
+    chosen = cases.choose(parts, options.only, kind="part")
+    results, bars = cases.measure(chosen, facts, progress=progress)
+    return Report(asdict(facts), tuple(results), tuple(bars))
+
+
 BENCHMARKS: Mapping[str, Benchmark] = {
     "machine": Benchmark("what this machine is and how fast it reads, copies and multiplies", _machine),
     "offload": Benchmark("hops, bulk KV and decode steps over attention workers on this machine", _offload),
@@ -121,6 +131,9 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "faults": Benchmark("bad requests and frozen workers against a real server: what others see", _faults),
     "cluster": Benchmark(
         "workers and a controller that are killed, and scaling: how long it takes", _cluster
+    ),
+    "engines": Benchmark(
+        "what several engines share: the directory in Redis, and the gateway's choice", _engines
     ),
     "kernels": Benchmark("attention kernels against the machine's rates and PyTorch's SDPA", _kernels),
     "load": Benchmark("loading a checkpoint of 2 GB: memory, and speed against a plain read", _load),

@@ -63,7 +63,16 @@ def _choose(
     for number in range(CHOICES):
         key = None if short else common if number % 4 == 0 else draw.getrandbits(64)
         job = Job(
-            prompt_tokens=1, prompt_end=(), n=1, stop=(), stop_token_ids=(), message=b"", prefix_key=key
+            prompt_tokens=1,
+            prompt_end=(),
+            prompt_end_text="",
+            shows_special_tokens=False,
+            includes_stop=False,
+            n=1,
+            stop=(),
+            stop_token_ids=(),
+            message=b"",
+            prefix_key=key,
         )
         begun_s = time.perf_counter()
         chosen = router.choose(job)
