@@ -67,13 +67,16 @@ class Actor:
 
 actor = Actor.remote()
 
+from farshore.cluster_token import ClusterToken
 from farshore.controller.driver.cluster import Cluster
 from farshore.controller.config import ClusterConfig
 from farshore.errors import StartupError
 
+token = str(ClusterToken.make("token").path)
 for address in (None, ray.get_runtime_context().gcs_address):
     try:
-        Cluster.start(ClusterConfig(port=0, ray_address=address), progress=lambda _: None)
+        config = ClusterConfig(port=0, ray_address=address, token_file=token if address else None)
+        Cluster.start(config, progress=lambda _: None)
     except StartupError as error:
         assert "this program uses Ray already" in str(error) and "farshore serve" in str(error)
     else:
@@ -90,15 +93,20 @@ ray.init(
     _memory=600 << 20,  # Enough for the dense worker.
 )
 import tempfile, time
+from farshore.cluster_token import ClusterToken
 from farshore.controller.config import ClusterConfig
 from farshore.controller.controller import Controller
 from farshore.models.config.load import load_config
 from farshore.models.files.source import resolve
 
 made = Controller(
-    ClusterConfig(kv_memory_bytes=64 << 20, attention_workers=3),
+    ClusterConfig(
+        kv_memory_bytes=64 << 20,
+        attention_workers=3,
+        token_file=str(ClusterToken.make("token").path),
+    ),
     load_config(resolve("smollm2")),
-    namespace="test",
+    given=(),
     listen="127.0.0.1:0",
     state_folder=tempfile.mkdtemp(),
     restarted=False,
