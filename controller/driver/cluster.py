@@ -297,7 +297,7 @@ class Cluster:
                 raise StartupError(f"workers are not started after {waited_s:.0f} s: {problem}")
             if waited_s > LOAD_DEADLINE_S:
                 raise StartupError(f"not serving after {waited_s:.0f} s: see Ray's logs")
-            told = start_words.tell(progress, told, config, dense if placed else [], lacking)
+            told = start_words.tell(progress, told, config, dense, lacking, placed=placed)
             self._stopped.wait(START_POLL_S)
 
     def _check_starts(self, *, since_s: float) -> None:

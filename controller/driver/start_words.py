@@ -15,12 +15,14 @@ def tell(
     config: ClusterConfig,
     dense: Sequence[WorkerRecord],
     lacking: str | None,
+    *,
+    placed: bool,
 ) -> str:
     """Shows what is waited for, if it differs from ``told``. Returns it.
 
-    ``config``: with the numbers of workers that are waited for. ``dense``: the dense workers that are listed;
-    none while attention workers are missing. ``lacking``: the resource that workers wait for, and the fix; a
-    node that has it may still join.
+    ``config``: with the numbers of workers that are waited for. ``dense``: the dense workers that are listed.
+    ``lacking``: the resource that workers wait for, and the fix; a node that has it may still join.
+    ``placed``: whether all attention workers are listed.
     """
     loading = [record for record in dense if record.state != "serving"]
     serving = len(dense) - len(loading)
@@ -29,9 +31,9 @@ def tell(
         if config.dense_workers > 1:
             text += f", {serving} of {config.dense_workers} dense workers ready"
         text += f": {loading[0].progress}" if loading[0].progress else ""
-    elif lacking and serving < config.dense_workers:
+    elif lacking and not (placed and serving == config.dense_workers):
         text = f"waiting for room: {lacking}"
-    elif serving < config.dense_workers:
+    elif not placed or serving < config.dense_workers:
         text = f"starting {config.attention_workers} attention workers"
         text += f" and {config.dense_workers} dense workers" if config.dense_workers > 1 else ""
     else:

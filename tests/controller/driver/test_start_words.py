@@ -32,6 +32,6 @@ def record(state, progress=""):
 )
 def test_what_is_waited_for_is_told_once(dense, lacking, expected):
     said = []
-    told = tell(said.append, "", ClusterConfig(), dense, lacking)
-    assert tell(said.append, told, ClusterConfig(), dense, lacking) == expected
+    told = tell(said.append, "", ClusterConfig(), dense, lacking, placed=bool(dense))
+    assert tell(said.append, told, ClusterConfig(), dense, lacking, placed=bool(dense)) == expected
     assert said == [expected]
