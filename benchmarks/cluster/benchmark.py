@@ -21,8 +21,10 @@ from farshore.benchmarks.report import Bar, Report, Result
 from farshore.benchmarks.timing import Timing
 from farshore.client.events import Finished, Token
 from farshore.client.sdk import Client
+from farshore.controller.desired import Desired
 from farshore.controller.events import Events
 from farshore.controller.loop import ROUND_S, Loop
+from farshore.defaults import DRAIN_TIMEOUT_S
 from farshore.errors import FarshoreError, StartupError
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
 
@@ -70,12 +72,19 @@ def _fake_rounds(sizes: Sizes) -> Timing:
     directory = EmbeddedDirectory(clock=clock)
     workers = FakeWorkers()
     loop = Loop(
-        desired=lambda: {"dense": 1, "attention": sizes.fake_workers},
+        desired=Desired(
+            {"dense": 1, "attention": sizes.fake_workers},
+            load=lambda: None,
+            store=lambda state: None,
+            placement="offload",
+            restarted=False,
+        ),
         directory=directory,
         launcher=workers,
         probes=workers,
         events=Events(),
         grace_s=10.0,
+        drain_timeout_s=DRAIN_TIMEOUT_S,
         clock=clock,
     )
     times_s = []

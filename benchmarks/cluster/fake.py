@@ -26,7 +26,7 @@ class FakeWorkers:
         serial = next(self._serials)
         self._taken.setdefault(slot, Occupant(actor=f"a{serial}", node="10.0.0.1", process_id=serial))
 
-    def stop(self, slot: Slot) -> None:
+    def stop(self, slot: Slot, *, grace_s: float) -> None:
         self._taken.pop(slot, None)
 
     def kill(self, slot: Slot) -> None:
