@@ -8,6 +8,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,9 +18,23 @@ from farshore.errors import StartupError
 
 COMMAND_S = 20.0
 
-_INIT = "mount -t tmpfs tmpfs /tmp && mount -t tmpfs tmpfs /dev/shm && hostname {name} && echo up && read -r"
+_INIT = """
+set -e
+mount -t tmpfs tmpfs /dev/shm
+mount -t tmpfs tmpfs /mnt
+if [[ $2 == /tmp/* ]]; then
+    mkdir -p "/mnt/${2#/tmp/}"
+    mount --bind "$2" "/mnt/${2#/tmp/}"
+fi
+mount --rbind /mnt /tmp
+umount --lazy /mnt
+hostname "$1"
+echo up
+read -r
+"""
 """The first process of a host. It reaps orphans, and ends with its standard input; the kernel then kills all
-others."""
+others. Arguments: the host's name, and the folder of this Python installation, which a host keeps where it
+lies in /tmp, as in CI."""
 
 
 def why_not() -> str | None:
@@ -106,7 +121,7 @@ class Host:
             _ip("-n", self.name, *command)
         unshare = ["unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child", "--mount-proc"]
         self._init = subprocess.Popen(
-            ["ip", "netns", "exec", self.name, *unshare, "bash", "-c", _INIT.format(name=self.name)],
+            ["ip", "netns", "exec", self.name, *unshare, "bash", "-c", _INIT, "init", self.name, sys.prefix],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -143,8 +143,9 @@ def test_operators_scale_watch_and_end_a_cluster(marked, serve):
         marked.run("scale", "--server", address, "attention=1")
         _until(lambda: len(_workers(client, "attention")) == 1, "no worker retired")
         assert _answer(client) == "The capital of France is Paris."
-    shown = marked.run("events", "--server", address).stdout
-    assert "joined    attention-1-" in shown and "retired   attention-1" in shown
+    # A worker leaves the status when it has drained, and retires when its process has ended.
+    shown = _until(lambda: _shown_once("retired   attention-1", marked, address), "not told as retired")
+    assert "joined    attention-1-" in shown
     assert marked.run("down", "--server", address).returncode == 0
     assert server.process.wait(END_DEADLINE_S) == 0
 
