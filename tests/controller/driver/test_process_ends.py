@@ -51,6 +51,12 @@ def _until(result, what):
     raise AssertionError(what)
 
 
+def _shown_once(words, marked, address):
+    """What `farshore events` prints, once these words are in it."""
+    shown = marked.run("events", "--server", address).stdout
+    return shown if words in shown else ""
+
+
 def _workers(client, kind):
     return {worker.worker_id: worker for worker in client.status().workers if worker.kind == kind}
 
