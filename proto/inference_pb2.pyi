@@ -279,7 +279,7 @@ class TokenizeRequest(_message.Message):
     add_special_tokens: bool
     def __init__(self, model: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., text: _Optional[str] = ..., add_special_tokens: bool = ...) -> None: ...
 
-class TokenizeReply(_message.Message):
+class TokenizeResponse(_message.Message):
     __slots__ = ("ids",)
     IDS_FIELD_NUMBER: _ClassVar[int]
     ids: _containers.RepeatedScalarFieldContainer[int]
@@ -293,7 +293,7 @@ class DetokenizeRequest(_message.Message):
     ids: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, model: _Optional[str] = ..., ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
-class DetokenizeReply(_message.Message):
+class DetokenizeResponse(_message.Message):
     __slots__ = ("text",)
     TEXT_FIELD_NUMBER: _ClassVar[int]
     text: str
@@ -303,7 +303,7 @@ class ListModelsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
-class ListModelsReply(_message.Message):
+class ListModelsResponse(_message.Message):
     __slots__ = ("models",)
     MODELS_FIELD_NUMBER: _ClassVar[int]
     models: _containers.RepeatedCompositeFieldContainer[Model]
@@ -333,6 +333,6 @@ class CancelRequest(_message.Message):
     request_id: str
     def __init__(self, request_id: _Optional[str] = ...) -> None: ...
 
-class CancelReply(_message.Message):
+class CancelResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

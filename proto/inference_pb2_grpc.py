@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class InferenceStub(object):
+class InferenceServiceStub(object):
     """Missing associated documentation comment in .proto file."""
 
     def __init__(self, channel):
@@ -35,38 +35,38 @@ class InferenceStub(object):
             channel: A grpc.Channel.
         """
         self.Generate = channel.unary_stream(
-                '/farshore.inference.v1.Inference/Generate',
+                '/farshore.inference.v1.InferenceService/Generate',
                 request_serializer=farshore_dot_proto_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=farshore_dot_proto_dot_inference__pb2.GenerateEvent.FromString,
                 _registered_method=True)
         self.Tokenize = channel.unary_unary(
-                '/farshore.inference.v1.Inference/Tokenize',
+                '/farshore.inference.v1.InferenceService/Tokenize',
                 request_serializer=farshore_dot_proto_dot_inference__pb2.TokenizeRequest.SerializeToString,
-                response_deserializer=farshore_dot_proto_dot_inference__pb2.TokenizeReply.FromString,
+                response_deserializer=farshore_dot_proto_dot_inference__pb2.TokenizeResponse.FromString,
                 _registered_method=True)
         self.Detokenize = channel.unary_unary(
-                '/farshore.inference.v1.Inference/Detokenize',
+                '/farshore.inference.v1.InferenceService/Detokenize',
                 request_serializer=farshore_dot_proto_dot_inference__pb2.DetokenizeRequest.SerializeToString,
-                response_deserializer=farshore_dot_proto_dot_inference__pb2.DetokenizeReply.FromString,
+                response_deserializer=farshore_dot_proto_dot_inference__pb2.DetokenizeResponse.FromString,
                 _registered_method=True)
         self.ListModels = channel.unary_unary(
-                '/farshore.inference.v1.Inference/ListModels',
+                '/farshore.inference.v1.InferenceService/ListModels',
                 request_serializer=farshore_dot_proto_dot_inference__pb2.ListModelsRequest.SerializeToString,
-                response_deserializer=farshore_dot_proto_dot_inference__pb2.ListModelsReply.FromString,
+                response_deserializer=farshore_dot_proto_dot_inference__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
         self.GetModel = channel.unary_unary(
-                '/farshore.inference.v1.Inference/GetModel',
+                '/farshore.inference.v1.InferenceService/GetModel',
                 request_serializer=farshore_dot_proto_dot_inference__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=farshore_dot_proto_dot_inference__pb2.Model.FromString,
                 _registered_method=True)
         self.Cancel = channel.unary_unary(
-                '/farshore.inference.v1.Inference/Cancel',
+                '/farshore.inference.v1.InferenceService/Cancel',
                 request_serializer=farshore_dot_proto_dot_inference__pb2.CancelRequest.SerializeToString,
-                response_deserializer=farshore_dot_proto_dot_inference__pb2.CancelReply.FromString,
+                response_deserializer=farshore_dot_proto_dot_inference__pb2.CancelResponse.FromString,
                 _registered_method=True)
 
 
-class InferenceServicer(object):
+class InferenceServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
@@ -112,7 +112,7 @@ class InferenceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
 
-def add_InferenceServicer_to_server(servicer, server):
+def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Generate': grpc.unary_stream_rpc_method_handler(
                     servicer.Generate,
@@ -122,17 +122,17 @@ def add_InferenceServicer_to_server(servicer, server):
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
                     request_deserializer=farshore_dot_proto_dot_inference__pb2.TokenizeRequest.FromString,
-                    response_serializer=farshore_dot_proto_dot_inference__pb2.TokenizeReply.SerializeToString,
+                    response_serializer=farshore_dot_proto_dot_inference__pb2.TokenizeResponse.SerializeToString,
             ),
             'Detokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Detokenize,
                     request_deserializer=farshore_dot_proto_dot_inference__pb2.DetokenizeRequest.FromString,
-                    response_serializer=farshore_dot_proto_dot_inference__pb2.DetokenizeReply.SerializeToString,
+                    response_serializer=farshore_dot_proto_dot_inference__pb2.DetokenizeResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
                     request_deserializer=farshore_dot_proto_dot_inference__pb2.ListModelsRequest.FromString,
-                    response_serializer=farshore_dot_proto_dot_inference__pb2.ListModelsReply.SerializeToString,
+                    response_serializer=farshore_dot_proto_dot_inference__pb2.ListModelsResponse.SerializeToString,
             ),
             'GetModel': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModel,
@@ -142,17 +142,17 @@ def add_InferenceServicer_to_server(servicer, server):
             'Cancel': grpc.unary_unary_rpc_method_handler(
                     servicer.Cancel,
                     request_deserializer=farshore_dot_proto_dot_inference__pb2.CancelRequest.FromString,
-                    response_serializer=farshore_dot_proto_dot_inference__pb2.CancelReply.SerializeToString,
+                    response_serializer=farshore_dot_proto_dot_inference__pb2.CancelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'farshore.inference.v1.Inference', rpc_method_handlers)
+            'farshore.inference.v1.InferenceService', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('farshore.inference.v1.Inference', rpc_method_handlers)
+    server.add_registered_method_handlers('farshore.inference.v1.InferenceService', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
-class Inference(object):
+class InferenceService(object):
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
@@ -169,7 +169,7 @@ class Inference(object):
         return grpc.experimental.unary_stream(
             request,
             target,
-            '/farshore.inference.v1.Inference/Generate',
+            '/farshore.inference.v1.InferenceService/Generate',
             farshore_dot_proto_dot_inference__pb2.GenerateRequest.SerializeToString,
             farshore_dot_proto_dot_inference__pb2.GenerateEvent.FromString,
             options,
@@ -196,9 +196,9 @@ class Inference(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/farshore.inference.v1.Inference/Tokenize',
+            '/farshore.inference.v1.InferenceService/Tokenize',
             farshore_dot_proto_dot_inference__pb2.TokenizeRequest.SerializeToString,
-            farshore_dot_proto_dot_inference__pb2.TokenizeReply.FromString,
+            farshore_dot_proto_dot_inference__pb2.TokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -223,9 +223,9 @@ class Inference(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/farshore.inference.v1.Inference/Detokenize',
+            '/farshore.inference.v1.InferenceService/Detokenize',
             farshore_dot_proto_dot_inference__pb2.DetokenizeRequest.SerializeToString,
-            farshore_dot_proto_dot_inference__pb2.DetokenizeReply.FromString,
+            farshore_dot_proto_dot_inference__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -250,9 +250,9 @@ class Inference(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/farshore.inference.v1.Inference/ListModels',
+            '/farshore.inference.v1.InferenceService/ListModels',
             farshore_dot_proto_dot_inference__pb2.ListModelsRequest.SerializeToString,
-            farshore_dot_proto_dot_inference__pb2.ListModelsReply.FromString,
+            farshore_dot_proto_dot_inference__pb2.ListModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -277,7 +277,7 @@ class Inference(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/farshore.inference.v1.Inference/GetModel',
+            '/farshore.inference.v1.InferenceService/GetModel',
             farshore_dot_proto_dot_inference__pb2.GetModelRequest.SerializeToString,
             farshore_dot_proto_dot_inference__pb2.Model.FromString,
             options,
@@ -304,9 +304,9 @@ class Inference(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/farshore.inference.v1.Inference/Cancel',
+            '/farshore.inference.v1.InferenceService/Cancel',
             farshore_dot_proto_dot_inference__pb2.CancelRequest.SerializeToString,
-            farshore_dot_proto_dot_inference__pb2.CancelReply.FromString,
+            farshore_dot_proto_dot_inference__pb2.CancelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -24,7 +24,7 @@ from farshore.gateway.requests.request import Failure, RequestFailed
 from farshore.proto import inference_pb2 as api
 from farshore.text import shortened
 
-_SERVICE = api.DESCRIPTOR.services_by_name["Inference"]
+_SERVICE = api.DESCRIPTOR.services_by_name["InferenceService"]
 _logger = logging.getLogger(__name__)
 
 
@@ -66,7 +66,7 @@ class InferenceService:
     async def Cancel(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """Ends a request; returns when it has ended."""
         await self._log.cancel(_parsed(api.CancelRequest, raw).request_id)
-        return api.CancelReply().SerializeToString()
+        return api.CancelResponse().SerializeToString()
 
     async def Tokenize(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """The token ids of a prompt."""
@@ -78,7 +78,7 @@ class InferenceService:
         ids = await self._in_thread(
             lambda: validate.tokens_of(request, self._served, self._limits, special=special)
         )
-        return api.TokenizeReply(ids=ids).SerializeToString()
+        return api.TokenizeResponse(ids=ids).SerializeToString()
 
     async def Detokenize(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """The text of token ids."""
@@ -86,12 +86,12 @@ class InferenceService:
         text = await self._in_thread(
             lambda: validate.text_of(request.ids, model=request.model, served=self._served)
         )
-        return api.DetokenizeReply(text=text).SerializeToString()
+        return api.DetokenizeResponse(text=text).SerializeToString()
 
     async def ListModels(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """The served model, by each of its names."""
         models = [self._model(name) for name in self._served.spec.names]
-        return api.ListModelsReply(models=models).SerializeToString()
+        return api.ListModelsResponse(models=models).SerializeToString()
 
     async def GetModel(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """One served model. Raises NotFound."""
