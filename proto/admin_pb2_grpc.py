@@ -95,6 +95,7 @@ class AdminServiceServicer(object):
 
     def WatchEvents(self, request, context):
         """Streams events from the oldest that is kept on; ends after those if `follow` is not set.
+        buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

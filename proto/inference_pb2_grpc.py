@@ -39,6 +39,11 @@ class InferenceServiceStub(object):
                 request_serializer=farshore_dot_proto_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=farshore_dot_proto_dot_inference__pb2.GenerateEvent.FromString,
                 _registered_method=True)
+        self.BatchGenerate = channel.unary_unary(
+                '/farshore.inference.v1.InferenceService/BatchGenerate',
+                request_serializer=farshore_dot_proto_dot_inference__pb2.BatchGenerateRequest.SerializeToString,
+                response_deserializer=farshore_dot_proto_dot_inference__pb2.BatchGenerateResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/farshore.inference.v1.InferenceService/Tokenize',
                 request_serializer=farshore_dot_proto_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -73,6 +78,16 @@ class InferenceServiceServicer(object):
         """Streams a completion. Reconnect with the same request_id and resume_from = tokens already received.
         UNAVAILABLE: the gateway shuts down or its engine is gone; send the prompt again, with resume_from 0.
         DEADLINE_EXCEEDED from the gateway: the reader took nothing for a minute; reconnect.
+        buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BatchGenerate(self, request, context):
+        """Answers several requests, each as a whole. They run at the same time, and each has a status of its own. The call
+        fails only if the batch is empty, has too many requests or is no such message. It ends when its last request
+        does, and its requests end with it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -99,6 +114,7 @@ class InferenceServiceServicer(object):
 
     def GetModel(self, request, context):
         """NOT_FOUND for a name that is not served.
+        buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -118,6 +134,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=farshore_dot_proto_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=farshore_dot_proto_dot_inference__pb2.GenerateEvent.SerializeToString,
+            ),
+            'BatchGenerate': grpc.unary_unary_rpc_method_handler(
+                    servicer.BatchGenerate,
+                    request_deserializer=farshore_dot_proto_dot_inference__pb2.BatchGenerateRequest.FromString,
+                    response_serializer=farshore_dot_proto_dot_inference__pb2.BatchGenerateResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -172,6 +193,33 @@ class InferenceService(object):
             '/farshore.inference.v1.InferenceService/Generate',
             farshore_dot_proto_dot_inference__pb2.GenerateRequest.SerializeToString,
             farshore_dot_proto_dot_inference__pb2.GenerateEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BatchGenerate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farshore.inference.v1.InferenceService/BatchGenerate',
+            farshore_dot_proto_dot_inference__pb2.BatchGenerateRequest.SerializeToString,
+            farshore_dot_proto_dot_inference__pb2.BatchGenerateResponse.FromString,
             options,
             channel_credentials,
             insecure,

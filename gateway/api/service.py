@@ -7,25 +7,20 @@ not know how a request is run. Never logs a prompt.
 import asyncio
 import contextlib
 import functools
-import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from farshore import rpc
-from farshore.errors import DeadlineExceeded, FarshoreError, InvalidRequest, NotFound
-from farshore.gateway.api import errors
-from farshore.gateway.limits import ERROR_MESSAGE_CHARS
+from farshore.errors import DeadlineExceeded, InvalidRequest, NotFound
+from farshore.gateway.api import batch, errors
 from farshore.gateway.requests import received, validate
 from farshore.gateway.requests.intake import Intake
-from farshore.gateway.requests.request import Failure, RequestFailed
+from farshore.gateway.requests.request import Failure
 from farshore.proto import inference_pb2 as api
-from farshore.text import shortened
 
 _SERVICE = api.DESCRIPTOR.services_by_name["InferenceService"]
-_logger = logging.getLogger(__name__)
 
 
 class InferenceService:
@@ -62,6 +57,11 @@ class InferenceService:
                 async with contextlib.aclosing(request.follow(resume_from)) as events:
                     async for event in events:
                         await self._write(event, context)
+
+    async def BatchGenerate(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        """Runs several requests, and sends their whole answers."""
+        response = await batch.answered(raw, self._intake, arrived_s=self._intake.clock())
+        return response.SerializeToString()
 
     async def Cancel(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """Ends a request; returns when it has ended."""
@@ -131,34 +131,15 @@ class InferenceService:
         statuses."""
         try:
             return await method(raw, context)
-        except FarshoreError as error:
-            await self._abort(context, error)
-        except RequestFailed as error:
-            await self._end(context, error.failure)
         except grpc.aio.AbortError:
             raise
-        except Exception:
-            _logger.exception("a call broke the gateway")
-            failure = Failure(grpc.StatusCode.INTERNAL, "the gateway failed; see its log")
-            await self._end(context, failure)
+        except Exception as error:
+            await self._end(context, errors.failure_of(error))
 
-    async def _abort(self, context: grpc.aio.ServicerContext, error: FarshoreError) -> None:
-        code, message, trailing = rpc.status_of(error)
-        message = shortened(message, ERROR_MESSAGE_CHARS)
-        await self._end(context, Failure(code, message, trailing), field=errors.field_of(error))
-
-    async def _end(
-        self, context: grpc.aio.ServicerContext, failure: Failure, *, field: str | None = None
-    ) -> None:
+    async def _end(self, context: grpc.aio.ServicerContext, failure: Failure) -> None:
         """Ends the call with a status. gRPC sends the status after the written events; if the reader is
         stalled this waits at most ``shutdown_s``, and gRPC sends it when the reader continues."""
-        trailing = errors.trailing_of(
-            failure.code,
-            failure.message,
-            failure.trailing,
-            retry_after_ms=self._limits.retry_after_ms,
-            field=field,
-        )
+        trailing = errors.trailing_of(failure, retry_after_ms=self._limits.retry_after_ms)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._limits.shutdown_s):
                 await context.abort(failure.code, failure.message, trailing)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from farshore.errors import InvalidRequest
 from farshore.gateway.limits import Limits
 from farshore.gateway.requests import received, validate
 from farshore.gateway.requests.log import RequestLog
@@ -40,10 +41,13 @@ class Intake:
         self.limits = limits
         self.clock = clock
 
-    def take(self, raw: bytes, *, arrived_s: float, fill: bool = False) -> Taken:
+    def take(
+        self, raw: bytes, *, arrived_s: float, fill: bool = False, most_values: int | None = None
+    ) -> Taken:
         """Finds the request or starts it. ``raw``: a serialised GenerateRequest. ``arrived_s``: when the call
         arrived, by ``clock``. ``fill``: a request without max_tokens may use all that its prompt leaves of
-        the model's positions and of the KV pool.
+        the model's positions and of the KV pool. ``most_values``: of tokens and alternatives
+        that the caller has room for.
 
         Never awaits, so that of two calls with the same id only one starts it, and a later Cancel finds it.
         Raises InvalidRequest, NotFound, Overloaded or TransportError.
@@ -57,14 +61,18 @@ class Intake:
             fill = fill and not message.sampling.HasField("max_tokens")
             default_tokens = positions if fill else self.limits.default_max_tokens
             validate.check_cheap(message, self.served, self.limits, default_tokens=default_tokens)
+            values = validate.values(message.sampling, default_tokens=default_tokens)
+            _check_room(values, most_values)
             request = self.log.start(
                 message.request_id,
                 functools.partial(self._prepare, message, default_tokens, fill),
                 fingerprint=fingerprint,
                 choices=message.sampling.n or 1,
-                values=validate.values(message.sampling, default_tokens=default_tokens),
+                values=values,
                 arrived_s=arrived_s,
             )
+        else:
+            _check_room(request.values, most_values)
         return Taken(request, message.resume_from)
 
     def _prepare(
@@ -77,4 +85,13 @@ class Intake:
             sequence_id=sequence_id,
             default_tokens=default_tokens,
             fill=fill,
+        )
+
+
+def _check_room(values: int, most: int | None) -> None:
+    if most is not None and values > most:
+        raise InvalidRequest(
+            f"the request may give {values} tokens and alternatives and its batch has room for {most} more: "
+            "lower max_tokens, or send it in another batch",
+            field="sampling.max_tokens",
         )

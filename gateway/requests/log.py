@@ -18,7 +18,6 @@ from typing import Protocol
 
 import grpc
 
-from farshore import rpc
 from farshore.errors import FarshoreError, InvalidRequest, NotFound, Overloaded, TransportError
 from farshore.gateway.limits import Limits
 from farshore.gateway.requests.request import Failure, Request
@@ -248,7 +247,7 @@ class RequestLog:
             raise
         except FarshoreError as error:
             refused = True
-            await request.fail(Failure(*rpc.status_of(error)))
+            await request.fail(Failure.of(error))
         except Exception:
             _logger.exception("sequence %s broke the gateway", request.sequence_id)
         finally:

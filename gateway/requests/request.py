@@ -15,9 +15,11 @@ from dataclasses import dataclass
 
 import grpc
 
-from farshore.errors import InvalidRequest
+from farshore import rpc
+from farshore.errors import FarshoreError, InvalidRequest
+from farshore.gateway.limits import ERROR_MESSAGE_CHARS
 from farshore.proto import inference_pb2 as api
-from farshore.text import quoted
+from farshore.text import quoted, shortened
 
 _EVENT_BYTES = 64  # of memory per event in addition to its content: a bytes object and a list entry
 
@@ -31,6 +33,15 @@ class Failure:
     code: grpc.StatusCode
     message: str
     trailing: Trailing = ()
+    field: str | None = None
+    """The path of the request's field that is wrong."""
+
+    @classmethod
+    def of(cls, error: FarshoreError) -> "Failure":
+        """What an error of ours means to a client."""
+        code, message, trailing = rpc.status_of(error)
+        field = error.field if isinstance(error, InvalidRequest) else None
+        return cls(code, shortened(message, ERROR_MESSAGE_CHARS), trailing, field)
 
 
 class RequestFailed(Exception):
