@@ -75,9 +75,13 @@ class InferenceServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Streams a completion. Reconnect with the same request_id and resume_from = tokens already received.
-        UNAVAILABLE: the gateway shuts down or its engine is gone; send the prompt again, with resume_from 0.
+        """Streams a completion. A request with the request_id and the content of an earlier one, within a minute of its
+        end, reads that one's answer: a retry runs nothing twice. ALREADY_EXISTS: the id names a request with other
+        content.
+        UNAVAILABLE: the gateway shuts down or its engine is gone; send the request again, with resume.
         DEADLINE_EXCEEDED from the gateway: the reader took nothing for a minute; reconnect.
+        The call's deadline and its cancellation end the request within one step: at once if it has no request_id, else
+        if nothing reconnects to it within 15 s.
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -38,8 +38,8 @@ async def answered(raw: bytes, intake: Intake, *, arrived_s: float) -> api.Batch
 
 def _started(raw: bytes, intake: Intake, *, arrived_s: float, most_values: int) -> Request:
     taken = intake.take(raw, arrived_s=arrived_s, most_values=most_values)
-    if taken.resume_from:
-        raise InvalidRequest("a batch has whole answers: leave resume_from out", field="resume_from")
+    if taken.resume_from or taken.received.left:
+        raise InvalidRequest("a batch has whole answers: leave resume and resume_from out", field="resume")
     return taken.request
 
 
@@ -48,7 +48,7 @@ async def _complete(request: Request, intake: Intake, result: api.BatchResult) -
     texts: list[list[str]] = [[] for _ in range(request.choices)]
     answer = api.Answer(choices=[api.AnsweredChoice() for _ in texts])
     with _failing_into(result, intake):
-        async with contextlib.aclosing(request.follow(0)) as events:
+        async with contextlib.aclosing(request.follow()) as events:
             async for raw in events:
                 event = api.GenerateEvent.FromString(raw)
                 if event.HasField("token"):

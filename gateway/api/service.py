@@ -16,8 +16,8 @@ from google.protobuf.message import DecodeError, Message
 from farshore.errors import DeadlineExceeded, InvalidRequest, NotFound
 from farshore.gateway.api import batch, errors
 from farshore.gateway.requests import received, validate
-from farshore.gateway.requests.intake import Intake
-from farshore.gateway.requests.request import Failure
+from farshore.gateway.requests.intake import ANONYMOUS, Intake
+from farshore.gateway.requests.request import Failure, RequestKey
 from farshore.proto import inference_pb2 as api
 
 _SERVICE = api.DESCRIPTOR.services_by_name["InferenceService"]
@@ -52,9 +52,9 @@ class InferenceService:
         """Starts a request, or reconnects to one, and sends its events until it ends."""
         arrived_s = self._intake.clock()
         with self._log.call(len(raw)):
-            request, resume_from = self._intake.take(raw, arrived_s=arrived_s)
+            request, *start = self._intake.take(raw, arrived_s=arrived_s)
             with self._log.reading(request):
-                async with contextlib.aclosing(request.follow(resume_from)) as events:
+                async with contextlib.aclosing(request.follow(*start)) as events:
                     async for event in events:
                         await self._write(event, context)
 
@@ -65,7 +65,7 @@ class InferenceService:
 
     async def Cancel(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """Ends a request; returns when it has ended."""
-        await self._log.cancel(_parsed(api.CancelRequest, raw).request_id)
+        await self._log.cancel(RequestKey(ANONYMOUS, _parsed(api.CancelRequest, raw).request_id))
         return api.CancelResponse().SerializeToString()
 
     async def Tokenize(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:

@@ -10,7 +10,7 @@ import grpc
 from starlette.responses import JSONResponse
 
 from farshore import rpc
-from farshore.errors import FarshoreError, Full, InvalidRequest, ModelError
+from farshore.errors import AlreadyExists, FarshoreError, Full, InvalidRequest, ModelError
 from farshore.gateway.limits import ERROR_MESSAGE_CHARS
 from farshore.gateway.requests.request import RequestFailed
 from farshore.text import shortened
@@ -54,7 +54,13 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, headers)
 
 
-_TYPES = {404: "not_found_error", 429: "rate_limit_error", 503: "server_unavailable", 504: "timeout"}
+_TYPES = {
+    404: "not_found_error",
+    409: "conflict_error",
+    429: "rate_limit_error",
+    503: "server_unavailable",
+    504: "timeout",
+}
 
 
 class _Http(NamedTuple):
@@ -86,6 +92,8 @@ def error_of(error: Exception, *, retry_after_ms: int) -> ApiError:
             return _full(error.failure.message)
         failure = error.failure
         return _of_status(failure.code, failure.message, retry_after_ms, field=failure.field)
+    if isinstance(error, AlreadyExists):
+        return ApiError(409, str(error), param=_param(error.field), code="already_exists")
     if isinstance(error, InvalidRequest):
         return ApiError(400, str(error), param=_param(error.field))
     if isinstance(error, Full):
