@@ -277,7 +277,7 @@ class Client:
 
 def _health(gateway: Gateway, timeout_s: float) -> int | None:
     """The health status; None if nothing answers, or something other than a gateway."""
-    service = api.DESCRIPTOR.services_by_name["Inference"].full_name
+    service = api.DESCRIPTOR.services_by_name["InferenceService"].full_name
     try:
         return gateway.health.Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout_s).status
     except grpc.RpcError:

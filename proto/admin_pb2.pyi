@@ -14,7 +14,7 @@ class ScaleRequest(_message.Message):
     attention_workers: int
     def __init__(self, dense_workers: _Optional[int] = ..., attention_workers: _Optional[int] = ...) -> None: ...
 
-class ScaleReply(_message.Message):
+class ScaleResponse(_message.Message):
     __slots__ = ("dense_workers", "attention_workers")
     DENSE_WORKERS_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_WORKERS_FIELD_NUMBER: _ClassVar[int]
@@ -30,7 +30,7 @@ class DrainRequest(_message.Message):
     timeout_s: float
     def __init__(self, worker_id: _Optional[str] = ..., timeout_s: _Optional[float] = ...) -> None: ...
 
-class DrainReply(_message.Message):
+class DrainResponse(_message.Message):
     __slots__ = ("worker_id",)
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
@@ -40,7 +40,7 @@ class DownRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
-class DownReply(_message.Message):
+class DownResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
@@ -154,7 +154,7 @@ class SequenceStatus(_message.Message):
     spans: _containers.RepeatedCompositeFieldContainer[SpanStatus]
     def __init__(self, sequence_id: _Optional[str] = ..., owner: _Optional[str] = ..., epoch: _Optional[int] = ..., tokens: _Optional[int] = ..., tail_first: _Optional[int] = ..., spans: _Optional[_Iterable[_Union[SpanStatus, _Mapping]]] = ...) -> None: ...
 
-class ClusterStatusReply(_message.Message):
+class ClusterStatusResponse(_message.Message):
     __slots__ = ("model", "dtype", "max_positions", "placement", "shard_by", "workers", "sequences", "pool_budget_bytes", "pool_free_bytes", "version", "kv_format", "max_decode_stall_ms", "speculate_tokens")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]

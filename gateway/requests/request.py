@@ -12,12 +12,16 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import grpc
 
-from farshore.errors import InvalidRequest
+from farshore import rpc
+from farshore.errors import FarshoreError, InvalidRequest
+from farshore.gateway.limits import ERROR_MESSAGE_CHARS
+from farshore.gateway.requests.resume import Received
 from farshore.proto import inference_pb2 as api
-from farshore.text import quoted
+from farshore.text import shortened
 
 _EVENT_BYTES = 64  # of memory per event in addition to its content: a bytes object and a list entry
 
@@ -31,6 +35,22 @@ class Failure:
     code: grpc.StatusCode
     message: str
     trailing: Trailing = ()
+    field: str | None = None
+    """The path of the request's field that is wrong."""
+
+    @classmethod
+    def of(cls, error: FarshoreError) -> "Failure":
+        """What an error of ours means to a client."""
+        code, message, trailing = rpc.status_of(error)
+        field = error.field if isinstance(error, InvalidRequest) else None
+        return cls(code, shortened(message, ERROR_MESSAGE_CHARS), trailing, field)
+
+
+class RequestKey(NamedTuple):
+    """The name of a request in the log. ``principal``: the caller; another caller's id is another request."""
+
+    principal: str
+    request_id: str
 
 
 class RequestFailed(Exception):
@@ -50,7 +70,7 @@ class Request:
 
     def __init__(
         self,
-        request_id: str,
+        key: RequestKey,
         *,
         sequence_id: str,
         fingerprint: bytes,
@@ -60,12 +80,12 @@ class Request:
         arrived_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``request_id``: the client's name of the request. It is never logged or shown in status, since it
-        permits reading and cancelling the request. ``sequence_id``: the cluster's name of it.
+        """``key``: its ``request_id`` is never logged, nor shown in status and errors, since it permits
+        reading and cancelling the request. ``sequence_id``: the cluster's name of it.
         ``fingerprint``: see ``received``. ``values``: upper bound of tokens and alternatives.
         ``outlives_readers``: the client chose the id, so it may reconnect. ``arrived_s``: when the call
         arrived, by ``clock``."""
-        self.request_id = request_id
+        self.key = key
         self.sequence_id = sequence_id
         self.fingerprint = fingerprint
         self.choices = choices
@@ -105,13 +125,14 @@ class Request:
         has confused two requests."""
         if resume_from > len(self._tokens):
             raise InvalidRequest(
-                f"resume_from {resume_from}: request {quoted(self.request_id)} has {self.tokens} tokens "
-                "so far; give the number of tokens received"
+                f"resume_from {resume_from}: the request has {self.tokens} tokens so far; give the number of "
+                "tokens received",
+                field="resume_from",
             )
 
-    async def follow(self, resume_from: int) -> AsyncIterator[bytes]:
-        """Yields serialised events: Accepted, Prefill if no token has been sent, tokens from ``resume_from``
-        on, Finished. Raises RequestFailed.
+    async def follow(self, resume_from: int = 0, received: Received | None = None) -> AsyncIterator[bytes]:
+        """Yields serialised events: Accepted, Prefill if the reader has no token, tokens from ``resume_from``
+        on that the reader has not ``received``, Finished. Raises RequestFailed, and ResumeMismatch.
 
         The waits have no deadline: the request ends in bounded time (``stall_s`` of ``Limits``).
         """
@@ -123,11 +144,15 @@ class Request:
                     await self._changed.wait()
         yield self._accepted
         index, prefill = resume_from, None
+        received = received or Received()
         while True:
             while index < len(self._tokens):
-                yield self._tokens[index]
+                token = self._tokens[index]
                 index += 1
+                if not received.left or not received.has(api.GenerateEvent.FromString(token).token):
+                    yield token
             if self._finished is not None:
+                received.check_end()
                 yield self._finished
                 return
             if self._failure is not None:
@@ -135,18 +160,19 @@ class Request:
             if self._prefill is not prefill:
                 # Only the newest progress is sent; a slow reader skips the others.
                 prefill = self._prefill
-                if prefill is not None and not index:
+                if prefill is not None and not index and not received.left:
                     yield prefill
                 continue
             async with self._changed:
                 if index == len(self._tokens) and self._prefill is prefill and not self.ended:
                     await self._changed.wait()
 
-    async def accept(self, prompt_tokens: int, *, prompt_end: str = "") -> None:
-        """Records that the prompt was tokenized. ``prompt_end``: its last few characters."""
+    async def accept(self, prompt_tokens: int, *, prompt_end: str = "", seed: int = 0) -> None:
+        """Records that the prompt was tokenized. ``prompt_end``: its last few characters. ``seed``: of the
+        draws."""
         self._prompt_tokens = prompt_tokens
         self.prompt_end = prompt_end
-        accepted = api.Accepted(request_id=self.request_id, prompt_tokens=prompt_tokens)
+        accepted = api.Accepted(request_id=self.key.request_id, prompt_tokens=prompt_tokens, seed=seed)
         self._accepted = api.GenerateEvent(accepted=accepted).SerializeToString()
         await self._notify()
 

@@ -133,7 +133,7 @@ def test_cancel(client, farshore):
 
 def test_status(client, farshore):
     farshore.engine.status.MergeFrom(
-        admin.ClusterStatusReply(
+        admin.ClusterStatusResponse(
             workers=[admin.WorkerStatus(worker_id="dense-0", kind="dense", budget_bytes=10)],
             sequences=[
                 admin.SequenceStatus(sequence_id="a", tokens=9, spans=[admin.SpanStatus(last=8, bytes=5)])

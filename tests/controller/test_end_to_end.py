@@ -82,7 +82,7 @@ def test_a_served_cluster_answers_reports_status_and_refuses(marked, serve):
     assert all(span.worker_id in printed.stdout for span in sequence.spans)
 
     with grpc.insecure_channel(address) as channel:
-        stub = inference_pb2_grpc.InferenceStub(channel)
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
         for request in (
             api.GenerateRequest(text=""),
             api.GenerateRequest(tokens=api.TokenIds(ids=[1] * 9000)),
