@@ -92,4 +92,4 @@ def cluster(monkeypatch):
 @pytest.fixture
 def nothing_listens(monkeypatch):
     """Makes the default address one where nothing listens, even if a gateway runs on this machine."""
-    monkeypatch.setattr("farshore.client.cli.generate.DEFAULT_SERVER", "127.0.0.1:1")
+    monkeypatch.setattr("farshore.client.cli.connect.DEFAULT_SERVER", "127.0.0.1:1")
