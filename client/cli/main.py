@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from farshore import __version__
 from farshore.client.cli import bench as cli_bench
 from farshore.client.cli import generate as cli_generate
+from farshore.client.cli import models as cli_models
 from farshore.client.cli import node as cli_node
 from farshore.client.cli import serve as cli_serve
 from farshore.client.cli.operators import operate as cli_operate
@@ -27,6 +28,7 @@ _COMMANDS = (
     cli_serve,
     cli_node,
     cli_generate,
+    cli_models,
     cli_status,
     cli_operate,
     cli_bench,
