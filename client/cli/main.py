@@ -17,6 +17,7 @@ from farshore.client.cli import generate as cli_generate
 from farshore.client.cli import models as cli_models
 from farshore.client.cli import node as cli_node
 from farshore.client.cli import serve as cli_serve
+from farshore.client.cli.chat import command as cli_chat
 from farshore.client.cli.operators import operate as cli_operate
 from farshore.client.cli.operators import status as cli_status
 from farshore.client.cli.terminal import printable
@@ -28,6 +29,7 @@ _COMMANDS = (
     cli_serve,
     cli_node,
     cli_generate,
+    cli_chat,
     cli_models,
     cli_status,
     cli_operate,
