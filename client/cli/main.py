@@ -20,6 +20,7 @@ from farshore.client.cli import serve as cli_serve
 from farshore.client.cli.chat import command as cli_chat
 from farshore.client.cli.operators import operate as cli_operate
 from farshore.client.cli.operators import status as cli_status
+from farshore.client.cli.operators import top as cli_top
 from farshore.client.cli.terminal import printable
 from farshore.errors import DeadlineExceeded, FarshoreError, Unauthenticated
 
@@ -32,6 +33,7 @@ _COMMANDS = (
     cli_chat,
     cli_models,
     cli_status,
+    cli_top,
     cli_operate,
     cli_bench,
 )

@@ -51,8 +51,8 @@ def decorated(stream: TextIO) -> bool:
 
 
 def styled(text: str, style: str, stream: TextIO) -> str:
-    """``text``, bold, dim or red where ``stream`` is :func:`decorated`."""
-    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if decorated(stream) else text
+    """``text``, bold, dim or red where ``stream`` is :func:`decorated`; ``style`` may be empty: as it is."""
+    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if style and decorated(stream) else text
 
 
 class Progress:
