@@ -235,7 +235,7 @@ def test_status_as_json(run, busy):
 
 def test_status_without_a_gateway(run):
     done = run("status", "--server", "127.0.0.1:1")
-    assert done.code == 1
+    assert done.code == 3
     assert "no gateway answers at 127.0.0.1:1" in done.err
 
 
@@ -270,7 +270,7 @@ def test_status_of_a_gateway_that_does_not_serve(run, failed):
 
 def test_generate_at_a_gateway_that_does_not_serve(run, cluster, failed, monkeypatch):
     monkeypatch.setattr("farshore.client.cli.connect.ANSWER_DEADLINE_S", 0.0)
-    monkeypatch.setattr("farshore.client.cli.generate.DEFAULT_SERVER", failed)
+    monkeypatch.setattr("farshore.client.cli.connect.DEFAULT_SERVER", failed)
     done = run("generate", "Hi")
-    assert done.code == 1 and "has failed" in done.err
+    assert done.code == 3 and "has failed" in done.err
     assert cluster.config is None
