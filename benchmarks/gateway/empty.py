@@ -6,13 +6,16 @@ gateway sent before: the first at once, the tokens' by the clock, the last ones 
 
 import asyncio
 import contextlib
-import json
 import socket
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import grpc
 import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
 
 from farshore import rpc
 from farshore.benchmarks.gateway.load import GENERATE, Messages
@@ -47,23 +50,20 @@ async def serve_grpc(messages: Messages, pace: Pace) -> None:
 async def serve_http(messages: Messages, pace: Pace) -> None:
     """Answers every request with server-sent events."""
 
-    async def application(scope: Any, receive: Any, send: Any) -> None:
-        raw, more = b"", True
-        while more:
-            event = await receive()
-            raw, more = raw + event["body"], event["more_body"]
-        body = json.loads(raw)
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-
-        async def write(message: bytes, *, more: bool = True) -> None:
-            await send({"type": "http.response.body", "body": message + b"\n\n", "more_body": more})
-
-        await write(messages.first)
-        async with contextlib.aclosing(pace.ticks(body["seed"], body["max_tokens"])) as ticks:
+    async def stream(number: int, tokens: int) -> AsyncIterator[bytes]:
+        yield messages.first + b"\n\n"
+        async with contextlib.aclosing(pace.ticks(number, tokens)) as ticks:
             async for index in ticks:
-                await write(messages.tokens[index])
-        await write(b"\n\n".join(messages.last), more=False)
+                yield messages.tokens[index] + b"\n\n"
+        yield b"\n\n".join(messages.last) + b"\n\n"
+
+    async def answer(request: Request) -> Response:
+        body = await request.json()
+        return StreamingResponse(
+            stream(body["seed"], body["max_tokens"]), media_type="text/event-stream; charset=utf-8"
+        )
+
+    application = Starlette(routes=[Route("/{path:path}", answer, methods=["POST"])])
 
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
     config = uvicorn.Config(application, lifespan="off", log_config=None, access_log=False, loop="none")

@@ -1,7 +1,7 @@
-"""An engine that computes nothing: a process that serves the Engine RPC, and sends a text's tokens by a clock.
+"""An engine that computes nothing: serves the Engine RPC, and sends the tokens of a text by a clock.
 
-``python -m farshore.benchmarks.gateway.engine``, run by ``streams``. Prints its address as a line of JSON, and
-ends with SIGTERM. A request's seed is the number of its stream in the log.
+``python -m farshore.benchmarks.gateway.engine``, run by ``streams``. Prints its address as a line of JSON,
+and ends when its stdin does. A request's seed is the number of its stream in the log.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """Starts the benchmark's processes, ends them, and reads the CPU time that they used.
 
-Used by ``streams``; ``serve_until_told`` by the processes themselves. A process prints one line of JSON when it
-serves, and ends when its stdin does. Must not know what a process serves.
+Used by ``streams``; ``serve_until_told`` by the processes themselves. A process prints one line of JSON when
+it serves, and ends when its stdin does. Must not know what a process serves.
 """
 
 import asyncio

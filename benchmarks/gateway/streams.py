@@ -132,11 +132,14 @@ class _Part:
 
     @contextlib.contextmanager
     def _gateway(self, log: Path) -> Iterator[tuple[str, Process]]:
-        """(address of the face, process) of a gateway in front of a scripted engine that a directory lists."""
+        """(address of the face, process) of a gateway in front of a scripted engine, which a directory
+        lists."""
         # The clock stands still: the engine's lease never runs out.
         directory = EmbeddedDirectory(clock=lambda: 0.0)
         server, address = rpc.serve(
-            lambda server: cluster_pb2_grpc.add_DirectoryServicer_to_server(DirectoryService(directory), server),
+            lambda server: cluster_pb2_grpc.add_DirectoryServicer_to_server(
+                DirectoryService(directory), server
+            ),
             service=cluster_pb2.DESCRIPTOR.services_by_name["Directory"].full_name,
             listen="127.0.0.1:0",
             threads=4,
