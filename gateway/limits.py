@@ -31,6 +31,9 @@ class Limits:
     """For larger models: a token is about four letters, or an id of up to three bytes."""
     most_message_bytes: int = 16 << 20
     """For any model: parsing a message holds the interpreter's lock."""
+    ping_interval_ms: int = 5_000
+    """A client may send one keepalive ping in this time, with or without open calls. One that sends more is
+    disconnected with ENHANCE_YOUR_CALM."""
     open_bytes: int = 256 << 20
     """Messages of all open Generate calls together: gRPC keeps a call's message until the call ends."""
     messages: int = 4096

@@ -184,7 +184,14 @@ def send(farshore):
 def test_messages_above_grpcs_limit(farshore, harness, send, case):
     failure = harness.failure_of(send(OVERSIZE[case]))
     assert failure.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert "larger than max" in failure.details() and "4194304" in failure.details()
+    assert "larger than max" in failure.details() and "8388608" in failure.details()
+    assert farshore.engine.idle
+
+
+def test_messages_above_our_limit_and_below_grpcs(farshore, harness, send):
+    failure = harness.failure_of(send(_field(3, b"a" * (5 << 20))))
+    assert failure.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "at most 4194304: shorten the prompt" in failure.details()
     assert farshore.engine.idle
 
 
