@@ -19,6 +19,7 @@ class Limits:
     max_readers: int = 512
     """Generate calls open at once, including those that read a request which another call started."""
     readers_per_request: int = 8
+    """Calls that read one request at once."""
     other_calls: int = 64
     """Calls open at once besides Generate: status, cancel, health."""
     retry_after_ms: int = 1000
@@ -31,6 +32,9 @@ class Limits:
     """For larger models: a token is about four letters, or an id of up to three bytes."""
     most_message_bytes: int = 16 << 20
     """For any model: parsing a message holds the interpreter's lock."""
+    ping_interval_ms: int = 5_000
+    """A client may send one keepalive ping in this time, with or without open calls. One that sends more is
+    disconnected with ENHANCE_YOUR_CALM."""
     open_bytes: int = 256 << 20
     """Messages of all open Generate calls together: gRPC keeps a call's message until the call ends."""
     messages: int = 4096
@@ -40,6 +44,7 @@ class Limits:
     role_chars: int = 64
     """Longest role, name, tool call's id or function's name of a message."""
     tools: int = 512
+    """Tools of one chat."""
     chat_json_chars: int = 1 << 20
     """JSON texts of one chat together: tools, arguments of tool calls, template arguments."""
     sampling_bytes: int = 64 << 10

@@ -7,11 +7,10 @@ the protocol as it is now the baseline. Must not know what the messages mean.
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
+from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
 
@@ -61,9 +60,11 @@ def breaking(folder: Path = HERE, *, baseline: Path = BASELINE) -> str:
 
 def _buf(verb: str, image: Path, *options: str | Path, scratch: str) -> str:
     """What buf complains about. Raises RuntimeError if buf is missing or fails."""
-    program = shutil.which("buf") or shutil.which("buf", path=sysconfig.get_path("scripts"))
-    if program is None:
-        raise RuntimeError("buf is not installed: pip install buf-bin, or the extra `test`")
+    try:
+        # Beside the interpreter's other programs, which need not be on PATH.
+        program = next(file.locate() for file in metadata.files("buf-bin") or () if file.name == "buf")
+    except (metadata.PackageNotFoundError, StopIteration) as error:
+        raise RuntimeError("buf is not installed: pip install buf-bin, or the extra `test`") from error
     done = subprocess.run(
         [program, verb, image, *options, "--config", CONFIG],
         capture_output=True,

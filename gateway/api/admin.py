@@ -7,7 +7,10 @@ import functools
 
 import grpc
 
+from farshore import rpc
+from farshore.gateway.api.errors import trailing_of
 from farshore.gateway.limits import ERROR_MESSAGE_CHARS, Limits
+from farshore.gateway.requests.request import Failure
 from farshore.proto import admin_pb2 as admin
 from farshore.text import shortened
 
@@ -63,18 +66,22 @@ class AdminProxy:
 
     async def _abort(self, context: grpc.aio.ServicerContext, error: grpc.aio.AioRpcError) -> None:
         """Ends a call with the controller's error, or with UNAVAILABLE if the controller did not answer."""
+        failure = self._failure(error)
+        trailing = trailing_of(failure, retry_after_ms=self._limits.retry_after_ms)
+        await context.abort(failure.code, failure.message, trailing)
+
+    def _failure(self, error: grpc.aio.AioRpcError) -> Failure:
         # A controller that is connected said so itself: of its directory.
         connected = self._controller.get_state() is grpc.ChannelConnectivity.READY
+        details = shortened(error.details() or "", ERROR_MESSAGE_CHARS)
         if error.code() in _PASSED_ON or (connected and error.code() is grpc.StatusCode.UNAVAILABLE):
-            await context.abort(error.code(), shortened(error.details() or "", ERROR_MESSAGE_CHARS))
+            kinds = [item for item in error.trailing_metadata() or () if item[0] == rpc.ERROR_KIND]
+            return Failure(error.code(), details, tuple(kinds))
         if error.code() is grpc.StatusCode.UNAUTHENTICATED:
             # The gateway's fault, not its client's.
-            details = shortened(error.details() or "", ERROR_MESSAGE_CHARS)
-            await context.abort(
-                grpc.StatusCode.UNAVAILABLE,
-                f"the controller at {self._address} refuses this gateway: {details}",
-            )
-        await context.abort(
+            why = f"the controller at {self._address} refuses this gateway: {details}"
+            return Failure(grpc.StatusCode.UNAVAILABLE, why)
+        return Failure(
             grpc.StatusCode.UNAVAILABLE,
             f"the controller at {self._address} does not answer ({error.code().name}): status is unknown and "
             "nothing can be changed now, generation goes on",

@@ -10,14 +10,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from farshore import rpc
 from farshore.cluster_token import ClusterToken
 from farshore.gateway.api import admin
 from farshore.gateway.api.admin import AdminProxy
 from farshore.gateway.api.http import HttpListener
+from farshore.gateway.api.introspection import ServingState, add_reflection
 from farshore.gateway.api.listening import bind_error, split_address
 from farshore.gateway.api.openai.endpoints import Endpoints
 from farshore.gateway.api.service import InferenceService
@@ -39,36 +38,6 @@ NICENESS = 10
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
 
-class ServingState:
-    """Keeps the gateway's health equal to whether an engine takes requests."""
-
-    def __init__(self, checks: health.aio.HealthServicer) -> None:
-        self._checks = checks
-        self._changed = asyncio.Event()
-        self.serving = asyncio.Event()
-
-    def changed(self) -> None:
-        """The engines changed."""
-        self._changed.set()
-
-    async def follow(self, engines: KnownEngines) -> None:
-        """Follows ``engines`` until the task is cancelled."""
-        while True:
-            await self.tell(engines)
-            await self._changed.wait()
-            self._changed.clear()
-
-    async def tell(self, engines: KnownEngines) -> None:
-        reply = health_pb2.HealthCheckResponse
-        serves = engines.problem is None
-        for name in ("", SERVICE):
-            await self._checks.set(name, reply.SERVING if serves else reply.NOT_SERVING)
-        if serves:
-            self.serving.set()
-        else:
-            self.serving.clear()
-
-
 class Gateway:
     """A running gateway that accepts calls at ``address`` until ``stop``. Made by ``create``."""
 
@@ -78,7 +47,6 @@ class Gateway:
         address: str,
         listener: HttpListener | None,
         server: grpc.aio.Server,
-        checks: health.aio.HealthServicer,
         state: ServingState,
         log: RequestLog,
         engines: KnownEngines,
@@ -92,14 +60,17 @@ class Gateway:
         self.http_address = listener.address if listener is not None else None
         self._listener = listener
         self._server = server
-        self._checks = checks
         self._state = state
         self._log = log
         self._discovery = discovery
         self._controller = controller
         self._tokenizing = tokenizing
         self._limits = limits
-        self._watching = [asyncio.create_task(state.follow(engines)), asyncio.create_task(discovery.watch())]
+        self._watching = [
+            asyncio.create_task(state.follow(engines)),
+            asyncio.create_task(state.follow_controller(controller)),
+            asyncio.create_task(discovery.watch()),
+        ]
 
     @property
     def calls(self) -> int:
@@ -118,7 +89,7 @@ class Gateway:
     async def stop(self) -> None:
         """Sets the health to NOT_SERVING, lets live requests go on for ``drain_s``, fails those that remain,
         and closes everything. Call once."""
-        await self._checks.enter_graceful_shutdown()
+        await self._state.stop()
         # The log is closed first, which ends its readers, so that the server has no calls to wait for.
         await self._log.close()
         await self._server.stop(self._limits.shutdown_s)
@@ -157,12 +128,11 @@ async def create(
     most_calls = limits.max_readers + limits.other_calls
     host, _ = split_address(listen)
     server = grpc.aio.server(
-        options=_options(limits.message_bytes_for(served.config.max_positions)),
+        options=_options(limits, max_positions=served.config.max_positions),
         maximum_concurrent_rpcs=most_calls,
     )
     port = _bind(server, listen)
-    checks = health.aio.HealthServicer()
-    state = ServingState(checks)
+    state = ServingState(inference=SERVICE, operators=admin.NAME)
     engines = KnownEngines(limits=limits, token=token, spec=announced_spec, changed=state.changed)
     discovery = EngineDiscovery(directory, engines)
     tokenizing = ThreadPoolExecutor(
@@ -185,10 +155,8 @@ async def create(
     service = InferenceService(intake, in_thread=in_thread)
     operators = rpc.aio_channel(controller, token)
     server.add_generic_rpc_handlers((service.handler(), AdminProxy(operators, controller, limits).handler()))
-    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    reflection.enable_server_reflection(
-        (SERVICE, admin.NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-    )
+    state.register(server)
+    add_reflection(server, (SERVICE, admin.NAME))
     listener = None
     if http is not None:
         endpoints = Endpoints(intake, problem=lambda: engines.problem, in_thread=in_thread)
@@ -203,7 +171,6 @@ async def create(
         address=f"{host}:{port}",
         listener=listener,
         server=server,
-        checks=checks,
         state=state,
         log=log,
         engines=engines,
@@ -214,9 +181,14 @@ async def create(
     )
 
 
-def _options(message_bytes: int) -> list[tuple[str, int]]:
-    """The options of every channel, with the gateway's own limit on received messages."""
-    changed = {"grpc.max_receive_message_length": message_bytes}
+def _options(limits: Limits, *, max_positions: int) -> list[tuple[str, int]]:
+    """The options of every server, with the gateway's own limits on messages and pings."""
+    changed = {
+        # What exceeds the limit by less is received, so that the refusal says how to go on.
+        "grpc.max_receive_message_length": 2 * limits.message_bytes_for(max_positions),
+        "grpc.keepalive_permit_without_calls": 1,
+        "grpc.http2.min_ping_interval_without_data_ms": limits.ping_interval_ms,
+    }
     return list((dict(rpc.OPTIONS) | changed).items())
 
 

@@ -35,6 +35,7 @@ class InferenceService:
         self._in_thread = in_thread
         self._log = intake.log
         self._limits = intake.limits
+        self._most_bytes = intake.limits.message_bytes_for(intake.served.config.max_positions)
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The handler to add to a server."""
@@ -134,6 +135,11 @@ class InferenceService:
         """Runs ``method`` and ends the call with a status if it raises. The only place where errors become
         statuses."""
         try:
+            if len(raw) > self._most_bytes:
+                raise InvalidRequest(
+                    f"the message takes {len(raw)} bytes and this gateway takes at most {self._most_bytes}: "
+                    "shorten the prompt, or send text instead of token ids"
+                )
             return await method(raw, context)
         except grpc.aio.AbortError:
             raise

@@ -66,7 +66,7 @@ class Intake:
         positions = self.served.config.max_positions
         message, fingerprint, _ = received.parse(raw, max_positions=positions, limits=self.limits)
         validate.check_request_id(message, self.limits)
-        resume.check(message, self.limits, positions=positions)
+        resume.check(message)
         key = RequestKey(principal, message.request_id)
         expected = fingerprint if validate.has_prompt(message) else None
         request = self.log.find_same(key, expected, message.resume_from)

@@ -19,7 +19,8 @@ from farshore.proto import inference_pb2 as api
 
 _FIELDS = api.GenerateRequest.DESCRIPTOR.fields_by_name
 _CHAT, _TEXT, _TOKENS = (_FIELDS[name].number for name in ("chat", "text", "tokens"))
-_SAMPLING, _SALT = (_FIELDS[name].number for name in ("sampling", "cache_salt"))
+_SAMPLING, _SALT, _RESUME = (_FIELDS[name].number for name in ("sampling", "cache_salt", "resume"))
+_RECEIVED = api.Resume.DESCRIPTOR.fields_by_name["received"].number
 _MESSAGES = api.Chat.DESCRIPTOR.fields_by_name["messages"].number
 _BATCHED = api.BatchGenerateRequest.DESCRIPTOR.fields_by_name["requests"].number
 _TOOL_CALLS = api.Message.DESCRIPTOR.fields_by_name["tool_calls"].number
@@ -58,6 +59,8 @@ def parse(raw: bytes, *, max_positions: int, limits: Limits) -> Received:
             fields.check_chat(field)
         elif field.number == _TOKENS:
             fields.check_tokens(field, max_positions)
+        elif field.number == _RESUME:
+            fields.check_resume(field, max_positions)
         elif field.number == _SAMPLING and field.end - field.start > limits.sampling_bytes:
             raise InvalidRequest(
                 f"sampling takes {field.end - field.start} bytes: use at most {limits.sampling_bytes}"
@@ -142,8 +145,26 @@ class _WireFields:
                 for _ in self.walk(field.start, field.end):
                     pass
 
-    def check_tokens(self, tokens: _Field, max_positions: int) -> None:
-        """Counts token ids, in packed and unpacked form."""
+    def check_resume(self, resume: _Field, max_positions: int) -> None:
+        """Counts the choices of what was received, and their tokens."""
+        choices = 0
+        for received in self.walk(resume.start, resume.end):
+            if received.number != _RECEIVED or received.wire_type != _BYTES:
+                continue
+            choices += 1
+            if choices > self._limits.choices:
+                raise InvalidRequest(
+                    f"received has more than {self._limits.choices} choices, the most that a request has",
+                    field="resume.received",
+                )
+            if (count := self._count_ids(received)) > max_positions:
+                raise InvalidRequest(
+                    f"a received choice has {count} tokens and the model {max_positions} positions",
+                    field="resume.received",
+                )
+
+    def _count_ids(self, tokens: _Field) -> int:
+        """The number of ids of a TokenIds, in packed and unpacked form."""
         count = 0
         for ids in self.walk(tokens.start, tokens.end):
             if ids.wire_type != _BYTES:
@@ -151,6 +172,11 @@ class _WireFields:
                 continue
             # In a packed list of varints, each id ends with its only byte below 128.
             count += len(self._raw[ids.start : ids.end].translate(None, _CONTINUED))
+        return count
+
+    def check_tokens(self, tokens: _Field, max_positions: int) -> None:
+        """Counts the prompt's token ids."""
+        count = self._count_ids(tokens)
         if count >= max_positions:
             raise InvalidRequest(
                 f"the prompt has {count} tokens and the model {max_positions} positions: "

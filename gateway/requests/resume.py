@@ -8,7 +8,6 @@ calls.
 from collections.abc import Sequence
 
 from farshore.errors import InvalidRequest, ResumeMismatch
-from farshore.gateway.limits import Limits
 from farshore.proto import inference_pb2 as api
 
 
@@ -53,29 +52,14 @@ class Received:
         )
 
 
-def check(request: api.GenerateRequest, limits: Limits, *, positions: int) -> None:
-    """Raises InvalidRequest if what a call wants to go on from is contradictory or more than an answer can
-    have. ``positions``: the model's."""
+def check(request: api.GenerateRequest) -> None:
+    """Raises InvalidRequest if it is unclear what a call wants to go on from."""
     if request.resume_from and not request.request_id:
         raise InvalidRequest(
             "resume_from needs the request_id of the request to go on with", field="resume_from"
         )
-    if not request.HasField("resume"):
-        return
-    if request.resume_from:
+    if request.resume_from and request.HasField("resume"):
         raise InvalidRequest("resume and resume_from were given: leave out one of them", field="resume_from")
-    choices = request.resume.received
-    if len(choices) > limits.choices:
-        raise InvalidRequest(
-            f"received has {len(choices)} choices: a request has at most {limits.choices}",
-            field="resume.received",
-        )
-    longest = max((len(choice.ids) for choice in choices), default=0)
-    if longest > positions:
-        raise InvalidRequest(
-            f"a received choice has {longest} tokens and the model {positions} positions",
-            field="resume.received",
-        )
 
 
 def check_repeatable(request: api.GenerateRequest) -> None:

@@ -60,6 +60,12 @@ requests = st.builds(
     request_id=st.text(max_size=5),
     resume_from=st.integers(0, 2**32 - 1),
     cache_salt=st.text(max_size=5),
+    resume=st.none()
+    | st.builds(
+        lambda choices, seed: api.Resume(received=[api.TokenIds(ids=ids) for ids in choices], seed=seed),
+        st.lists(st.lists(st.integers(0, 2**32 - 1), max_size=5), max_size=3),
+        st.none() | st.integers(0, 2**64 - 1),
+    ),
 )
 
 
@@ -89,7 +95,7 @@ def test_any_bytes_are_a_request_or_refused(raw):
 def test_fingerprints_are_equal_for_equal_prompts_and_sampling(one, other):
     def fingerprinted(request):
         same = api.GenerateRequest.FromString(request.SerializeToString())
-        for field in ("model", "request_id", "resume_from"):
+        for field in ("model", "request_id", "resume_from", "resume"):
             same.ClearField(field)
         return same
 
@@ -128,6 +134,9 @@ REFUSED = {
     "long ids": (_field(4, _field(1, _varint(2**32 - 1) * 1000)), "1000 tokens"),
     "ids in pieces": (_field(4, _field(1, b"\x05" * 400) * 3), "1200 tokens"),
     "ids in two fields": (_field(4, _field(1, b"\x05" * 600)) * 2, None),
+    "received choices": (_field(11, b"\x0a\x00" * 33), "more than 32 choices"),
+    "received ids": (_field(11, _field(1, _field(1, b"\x05" * 1001))), "1001 tokens"),
+    "received ids, unpacked": (_field(11, _field(1, b"\x08\x05" * 1000)), "too many fields"),
     "unpacked ids": (_field(4, b"\x08\x05" * 1000), "too many fields"),
     "messages": (_field(2, USER * 9), "more than 8 messages"),
     "empty messages": (_field(2, b"\x0a\x00" * 300_000), "more than 8 messages"),
@@ -184,7 +193,14 @@ def send(farshore):
 def test_messages_above_grpcs_limit(farshore, harness, send, case):
     failure = harness.failure_of(send(OVERSIZE[case]))
     assert failure.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert "larger than max" in failure.details() and "4194304" in failure.details()
+    assert "larger than max" in failure.details() and "8388608" in failure.details()
+    assert farshore.engine.idle
+
+
+def test_messages_above_our_limit_and_below_grpcs(farshore, harness, send):
+    failure = harness.failure_of(send(_field(3, b"a" * (5 << 20))))
+    assert failure.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "at most 4194304: shorten the prompt" in failure.details()
     assert farshore.engine.idle
 
 

@@ -97,7 +97,7 @@ def test_a_failed_request_is_computed_again(farshore, harness):
 
 BAD = {
     "both": (dict(resume_from=1, request_id="a", resume=_resume()), "leave out one"),
-    "choices": (dict(resume=_resume(*[[1]] * 33)), "33 choices"),
+    "choices": (dict(resume=_resume(*[[1]] * 33)), "more than 32 choices"),
     "long": (dict(resume=_resume([1] * 8193)), "8193 tokens and the model 8192 positions"),
     "no seed": (dict(resume=_resume([1]), sampling=DRAWN), "give resume.seed"),
 }

@@ -1,0 +1,82 @@
+"""The gateway's health, by service, and its reflection.
+
+Made and registered by ``server``. A service's health derives from what the service needs: the client API's
+from the engines, the operators' from the controller. Must not know how these are found.
+"""
+
+import asyncio
+from collections.abc import Collection
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from farshore.gateway.engines.known import KnownEngines
+
+_REFLECTION = (reflection.SERVICE_NAME, "grpc.reflection.v1.ServerReflection")
+"""v1 has the messages of v1alpha; grpcio has code for v1alpha only."""
+
+
+class ServingState:
+    """The health of the services ``inference`` and ``operators``, by their names. The name "" means the
+    gateway, and is as ``inference``."""
+
+    def __init__(self, *, inference: str, operators: str) -> None:
+        self._inference = inference
+        self._operators = operators
+        self._checks = health.aio.HealthServicer()
+        self._changed = asyncio.Event()
+        self.serving = asyncio.Event()
+        """Set while an engine takes requests."""
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Adds the health service to a server."""
+        health_pb2_grpc.add_HealthServicer_to_server(self._checks, server)
+
+    def changed(self) -> None:
+        """The engines changed."""
+        self._changed.set()
+
+    async def follow(self, engines: KnownEngines) -> None:
+        """Follows ``engines`` until the task is cancelled."""
+        while True:
+            await self.tell(engines)
+            await self._changed.wait()
+            self._changed.clear()
+
+    async def follow_controller(self, controller: grpc.aio.Channel) -> None:
+        """Follows the connection to the controller, which it keeps open, until the task is cancelled."""
+        while True:
+            state = controller.get_state(try_to_connect=True)
+            await self._set(self._operators, state is grpc.ChannelConnectivity.READY)
+            await controller.wait_for_state_change(state)
+
+    async def tell(self, engines: KnownEngines) -> None:
+        serves = engines.problem is None
+        for name in ("", self._inference):
+            await self._set(name, serves)
+        if serves:
+            self.serving.set()
+        else:
+            self.serving.clear()
+
+    async def stop(self) -> None:
+        """NOT_SERVING for all names from now on."""
+        await self._checks.enter_graceful_shutdown()
+
+    async def _set(self, name: str, serves: bool) -> None:
+        reply = health_pb2.HealthCheckResponse
+        await self._checks.set(name, reply.SERVING if serves else reply.NOT_SERVING)
+
+
+def add_reflection(server: grpc.aio.Server, services: Collection[str]) -> None:
+    """Adds reflection, v1 and v1alpha, to a server. ``services``: the names to list."""
+    servicer = reflection.aio.ReflectionServicer((*services, health.SERVICE_NAME, reflection.SERVICE_NAME))
+    method = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": method}) for name in _REFLECTION]
+    )
