@@ -20,7 +20,7 @@ from farshore.client.events import ClusterEvent
 from farshore.client.sdk import Client
 from farshore.cluster_token import VARIABLE
 from farshore.defaults import GATEWAY_ALLOCATOR
-from farshore.errors import TransportError
+from farshore.errors import DeadlineExceeded, TransportError
 
 KINDS = ("attention", "dense")
 POLL_S = 0.5
@@ -137,7 +137,7 @@ def _left(client: Client, worker: str) -> str | None:
     """What the drain of a worker waits for; None when the worker is gone."""
     try:
         status = client.status()
-    except TransportError as error:
+    except (TransportError, DeadlineExceeded) as error:
         return f"draining {worker}: {error}"
     if all(each.worker_id != worker for each in status.workers):
         return None
