@@ -110,6 +110,27 @@ def interrupts() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def held_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM take effect at the end of the context. To be used where a stream is started: a
+    channel of gRPC whose first stream is interrupted while it starts can never be closed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
+@contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], None]]:
     """SIGINT and SIGTERM raise KeyboardInterrupt, but only the first one does: a second signal must not
     interrupt the cleaning up.

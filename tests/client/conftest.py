@@ -174,10 +174,10 @@ class TerminalProcess:
             if not data:
                 return
 
-    def expect(self, text):
+    def expect(self, text, wait_s=WAIT_S):
         """Waits until ``text`` is written, after what was expected before. Returns what came before it."""
         with self._more:
-            self._more.wait_for(lambda: text in self._written[self._read :] or self._ended, WAIT_S)
+            self._more.wait_for(lambda: text in self._written[self._read :] or self._ended, wait_s)
             before, found, _ = self._written[self._read :].partition(text)
             assert found, f"{text!r} did not come: {before!r}"
             self._read += len(before) + len(text)

@@ -15,7 +15,14 @@ from farshore.client.cli.connect import running_or_own
 from farshore.client.cli.options import add_own_cluster_options
 from farshore.client.cli.prompts import read_text
 from farshore.client.cli.sampling import add_sampling_options, asked
-from farshore.client.cli.terminal import Interrupted, Progress, interrupts, stop_signals, write
+from farshore.client.cli.terminal import (
+    Interrupted,
+    Progress,
+    held_signals,
+    interrupts,
+    stop_signals,
+    write,
+)
 from farshore.client.sdk import Client
 from farshore.errors import FarshoreError, InvalidRequest
 
@@ -128,9 +135,10 @@ class _Chat:
                 )
             return self._commands[name.rstrip()](rest.strip())
         answer = _Answer(self._progress)
-        with contextlib.closing(
-            self._client.generate(messages=self._conversation.with_question(text), **self._options)
-        ) as stream:
+        messages = self._conversation.with_question(text)
+        with held_signals():
+            stream = self._client.generate(messages=messages, **self._options)
+        with contextlib.closing(stream):
             answer.follow(stream)
         if answer.text:
             self._conversation.add(text, answer.text)

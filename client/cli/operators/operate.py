@@ -15,12 +15,12 @@ from typing import Any
 
 from farshore.client.cli.connect import connected
 from farshore.client.cli.options import add_gateway_options, number, whole
-from farshore.client.cli.terminal import Progress, write
+from farshore.client.cli.terminal import Progress, held_signals, write
 from farshore.client.events import ClusterEvent
 from farshore.client.sdk import Client
 from farshore.cluster_token import VARIABLE
 from farshore.defaults import GATEWAY_ALLOCATOR
-from farshore.errors import TransportError
+from farshore.errors import DeadlineExceeded, TransportError
 
 KINDS = ("attention", "dense")
 POLL_S = 0.5
@@ -137,7 +137,7 @@ def _left(client: Client, worker: str) -> str | None:
     """What the drain of a worker waits for; None when the worker is gone."""
     try:
         status = client.status()
-    except TransportError as error:
+    except (TransportError, DeadlineExceeded) as error:
         return f"draining {worker}: {error}"
     if all(each.worker_id != worker for each in status.workers):
         return None
@@ -177,7 +177,9 @@ def run_down(args: argparse.Namespace) -> int:
 def run_events(args: argparse.Namespace) -> int:
     with connected(args) as client:
         try:
-            for event in client.watch_events(follow=args.follow):
+            with held_signals():
+                events = client.watch_events(follow=args.follow)
+            for event in events:
                 write(f"{json.dumps(dataclasses.asdict(event)) if args.json else _line(event)}\n")
         except KeyboardInterrupt:
             if not args.follow:

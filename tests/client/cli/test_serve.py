@@ -41,6 +41,12 @@ def test_serve_prints_the_addresses(run, cluster):
     assert cluster.stops == 1
 
 
+def test_serve_as_json(run, cluster):
+    done = run("serve", "--json")
+    endpoints = {"gateway": "127.0.0.1:1", "attention-0": "127.0.0.1:7"}
+    assert json.loads(done.out) == {"model": "smollm2", "address": "127.0.0.1:1", "endpoints": endpoints}
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_stop_everything(run, cluster, number):
     before = signal.getsignal(number)

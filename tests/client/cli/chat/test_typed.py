@@ -111,3 +111,20 @@ def test_characters_that_the_encoding_lacks(chat, farshore, served):
     typed.send("Hi\r")
     answer(farshore, served, "Größe")
     typed.expect("Gr\\xf6\\xdfe\r\n")
+
+
+@pytest.mark.heavy
+def test_ctrl_c_does_not_end_the_cluster_that_was_started(terminal):
+    """A terminal sends it to every process of the foreground, Ray's too if they were there."""
+    typed = terminal("chat", "--kv-memory", "64MiB", "--max-tokens", "2000", "--ignore-eos", NO_COLOR="1")
+    typed.expect("/help shows", wait_s=180)
+    typed.expect("> ")
+    for _ in range(2):
+        typed.send("Hi\r")
+        typed.expect("Hi\r\n")
+        typed.expect(" ")  # The answer has begun.
+        typed.send("\x03")
+        typed.expect("(stopped)")
+        typed.expect("> ")
+    typed.send("\x04")
+    assert typed.end()[0] == 0
