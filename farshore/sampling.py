@@ -38,6 +38,9 @@ RANGES = {
 }
 """By option. The command line refuses other numbers before it starts anything, the gateway always."""
 
+WARM = Range(1e-6, 2.0, "0 (greedy), or 1e-06 to 2")
+"""Temperatures other than 0. Logits divided by a lower one may exceed the range of float32."""
+
 BIASES = Range(-100.0, 100.0, "from -100 to 100")
 """The values of ``logit_bias``."""
 

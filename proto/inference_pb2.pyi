@@ -316,16 +316,18 @@ class GetModelRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "root", "max_positions", "vocabulary")
+    __slots__ = ("name", "root", "max_positions", "vocabulary", "sampling_defaults")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROOT_FIELD_NUMBER: _ClassVar[int]
     MAX_POSITIONS_FIELD_NUMBER: _ClassVar[int]
     VOCABULARY_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_DEFAULTS_FIELD_NUMBER: _ClassVar[int]
     name: str
     root: str
     max_positions: int
     vocabulary: int
-    def __init__(self, name: _Optional[str] = ..., root: _Optional[str] = ..., max_positions: _Optional[int] = ..., vocabulary: _Optional[int] = ...) -> None: ...
+    sampling_defaults: Sampling
+    def __init__(self, name: _Optional[str] = ..., root: _Optional[str] = ..., max_positions: _Optional[int] = ..., vocabulary: _Optional[int] = ..., sampling_defaults: _Optional[_Union[Sampling, _Mapping]] = ...) -> None: ...
 
 class CancelRequest(_message.Message):
     __slots__ = ("request_id",)

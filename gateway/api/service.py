@@ -18,7 +18,7 @@ from farshore import rpc
 from farshore.errors import DeadlineExceeded, FarshoreError, InvalidRequest, NotFound
 from farshore.gateway.api import errors
 from farshore.gateway.limits import ERROR_MESSAGE_CHARS
-from farshore.gateway.requests import received, validate
+from farshore.gateway.requests import received, sampling, validate
 from farshore.gateway.requests.intake import Intake
 from farshore.gateway.requests.request import Failure, RequestFailed
 from farshore.proto import inference_pb2 as api
@@ -107,6 +107,9 @@ class InferenceService:
             root=self._served.spec.model,
             max_positions=config.max_positions,
             vocabulary=config.vocab,
+            sampling_defaults=sampling.in_effect(
+                self._served.generation, self._limits, positions=config.max_positions
+            ),
         )
 
     async def _write(self, event: bytes, context: grpc.aio.ServicerContext) -> None:

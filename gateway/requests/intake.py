@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from farshore.gateway.limits import Limits
-from farshore.gateway.requests import received, validate
+from farshore.gateway.requests import received, sampling, validate
 from farshore.gateway.requests.log import RequestLog
 from farshore.gateway.requests.request import Request
 from farshore.gateway.served import Served
@@ -40,10 +40,11 @@ class Intake:
         self.limits = limits
         self.clock = clock
 
-    def take(self, raw: bytes, *, arrived_s: float, fill: bool = False) -> Taken:
+    def take(self, raw: bytes, *, arrived_s: float, fill: bool = False, temperature: float = 0.0) -> Taken:
         """Finds the request or starts it. ``raw``: a serialised GenerateRequest. ``arrived_s``: when the call
         arrived, by ``clock``. ``fill``: a request without max_tokens may use all that its prompt leaves of
-        the model's positions and of the KV pool.
+        the model's positions and of the KV pool. ``temperature``: of a request that names none, for a model
+        that names none.
 
         Never awaits, so that of two calls with the same id only one starts it, and a later Cancel finds it.
         Raises InvalidRequest, NotFound, Overloaded or TransportError.
@@ -55,7 +56,9 @@ class Intake:
         request = self.log.find_same(message.request_id, expected, message.resume_from)
         if request is None:
             fill = fill and not message.sampling.HasField("max_tokens")
-            default_tokens = positions if fill else self.limits.default_max_tokens
+            generation = self.served.generation
+            sampling.complete(message.sampling, generation, temperature=temperature)
+            default_tokens = sampling.default_tokens(generation, self.limits, positions=positions, fill=fill)
             validate.check_cheap(message, self.served, self.limits, default_tokens=default_tokens)
             request = self.log.start(
                 message.request_id,

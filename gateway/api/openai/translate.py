@@ -37,6 +37,7 @@ _SPECIAL_MARKS = ("llama3", "mistral")
 """Formats of tool calls whose marks are special tokens: these must be part of the text."""
 
 _PASSED_ON = (
+    "temperature",
     "top_p",
     "min_p",
     "repetition_penalty",
@@ -175,9 +176,8 @@ def _request(body: Common, sampling: api.Sampling, **prompt: Any) -> api.Generat
 
 
 def _sampling(body: Common) -> api.Sampling:
-    """The options of both endpoints, without max_tokens and logprobs. The temperature is 1 by default, as in
-    OpenAI's API."""
-    sampling = api.Sampling(temperature=1.0 if body.temperature is None else body.temperature)
+    """The options of both endpoints, without max_tokens and logprobs."""
+    sampling = api.Sampling()
     for name in _PASSED_ON:
         value = getattr(body, name)
         if value is not None:
