@@ -77,6 +77,8 @@ class Sampling:
     """Added to the logits of these token ids."""
     logprobs: int | None = None
     """Alternatives to report beside each token's log-probability. None: report neither."""
+    prompt_logprobs: int | None = None
+    """Alternatives to report beside the log-probability of each token of the prompt. None: report neither."""
     seed: int = 0
     """The gateway draws one for a request without."""
     stop: Collection[str] = ()

@@ -107,6 +107,12 @@ def add_sampling_options(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="with --json: each token's log-probability, and those of N alternatives",
     )
+    add(
+        "--prompt-logprobs",
+        type=not_negative,
+        metavar="N",
+        help="with --json: the same for each token of the prompt",
+    )
     add("--seed", type=seed, metavar="N", help="repeat a sampled answer (default: random)")
     add("--stop", action="append", metavar="TEXT", help="end the answer before TEXT; may be repeated")
     add(
@@ -125,8 +131,9 @@ def asked(args: argparse.Namespace) -> dict[str, Any]:
         args.usage_error(
             f"--n {args.n} would give {args.n} times the same answer: give a --temperature above 0"
         )
-    if args.logprobs is not None and not args.json:
-        args.usage_error("--logprobs are told in JSON only: add --json")
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(args, name) is not None and not args.json:
+            args.usage_error(f"--{name.replace('_', '-')} are told in JSON only: add --json")
     options = {option.name: getattr(args, option.name, None) for option in fields(Sampling)}
     return options | {
         "logit_bias": dict(args.logit_bias or ()),

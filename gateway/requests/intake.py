@@ -65,7 +65,7 @@ class Intake:
                 functools.partial(self._prepare, message, default_tokens, fill),
                 fingerprint=fingerprint,
                 choices=message.sampling.n or 1,
-                values=validate.values(message.sampling, default_tokens=default_tokens),
+                values=validate.kept_values(message.sampling, self.limits, default_tokens=default_tokens),
                 arrived_s=arrived_s,
             )
         return Taken(request, message.resume_from)

@@ -77,6 +77,7 @@ class Request:
         self._accepted: bytes | None = None
         self._prompt_tokens = 0
         self._prefill: bytes | None = None
+        self._prompt: list[bytes] = []
         self._tokens: list[bytes] = []
         self._tokens_of: Counter[int] = Counter()  # by choice
         self.size_bytes = 0
@@ -110,8 +111,8 @@ class Request:
             )
 
     async def follow(self, resume_from: int) -> AsyncIterator[bytes]:
-        """Yields serialised events: Accepted, Prefill if no token has been sent, tokens from ``resume_from``
-        on, Finished. Raises RequestFailed.
+        """Yields serialised events: Accepted, Prefill and PromptLogprobs if no token has been sent, tokens
+        from ``resume_from`` on, Finished. Raises RequestFailed.
 
         The waits have no deadline: the request ends in bounded time (``stall_s`` of ``Limits``).
         """
@@ -123,7 +124,12 @@ class Request:
                     await self._changed.wait()
         yield self._accepted
         index, prefill = resume_from, None
+        # The prompt's log-probabilities precede the first token: a reader that has tokens has them.
+        prompt = len(self._prompt) if resume_from else 0
         while True:
+            while prompt < len(self._prompt):
+                yield self._prompt[prompt]
+                prompt += 1
             while index < len(self._tokens):
                 yield self._tokens[index]
                 index += 1
@@ -139,7 +145,8 @@ class Request:
                     yield prefill
                 continue
             async with self._changed:
-                if index == len(self._tokens) and self._prefill is prefill and not self.ended:
+                read = prompt == len(self._prompt) and index == len(self._tokens)
+                if read and self._prefill is prefill and not self.ended:
                     await self._changed.wait()
 
     async def accept(self, prompt_tokens: int, *, prompt_end: str = "") -> None:
@@ -153,6 +160,13 @@ class Request:
     async def add_prefill(self, progress: api.PrefillProgress) -> None:
         """Replaces the prefill progress."""
         self._prefill = api.GenerateEvent(prefill=progress).SerializeToString()
+        await self._notify()
+
+    async def add_prompt_logprobs(self, scored: api.PromptLogprobs) -> None:
+        """Appends the log-probabilities of tokens of the prompt."""
+        event = api.GenerateEvent(prompt_logprobs=scored).SerializeToString()
+        self._prompt.append(event)
+        self.size_bytes += _EVENT_BYTES + len(event)
         await self._notify()
 
     async def add_token(

@@ -65,11 +65,11 @@ def check(sampling: api.Sampling, *, vocab: int, limits: Limits) -> None:
             f"temperature {sampling.temperature:g}: use {WARM.words}", field="sampling.temperature"
         )
     most = min(limits.logprobs, vocab)
-    if sampling.logprobs > most:
-        raise InvalidRequest(
-            f"logprobs {sampling.logprobs}: ask for at most {most} alternatives a token",
-            field="sampling.logprobs",
-        )
+    for name in ("logprobs", "prompt_logprobs"):
+        if (asked := getattr(sampling, name)) > most:
+            raise InvalidRequest(
+                f"{name} {asked}: ask for at most {most} alternatives a token", field=f"sampling.{name}"
+            )
     _check_choices(sampling, limits)
     _check_bias(sampling, vocab, limits)
     _check_stops(sampling, vocab, limits)
