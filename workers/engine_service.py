@@ -99,6 +99,7 @@ class EngineService(pb_grpc.EngineServicer):
                 epoch=Epoch(request.epoch),
                 salt=request.cache_salt,
                 mask=mask,
+                priority=request.priority,
             )
         except FarshoreError as error:
             rpc.abort(context, error)

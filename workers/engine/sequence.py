@@ -134,6 +134,10 @@ class Sequence:
     epoch: Epoch
     order: int
     """Number of the request in the order of arrival."""
+    priority: int = 0
+    """Of the requests that wait for their first placement, those with the lowest number are placed first."""
+    admitted: int = 0
+    """Number of the request in the order of first placements; it means nothing before that placement."""
     prompt_tokens: int
     tokens: list[int]
     sampling: Sampling
