@@ -25,8 +25,8 @@ class Gateway:
     def __init__(self, address: str) -> None:
         self.address = address
         self._channel = grpc.insecure_channel(address, options=_options(address))
-        self.inference = inference_pb2_grpc.InferenceStub(self._channel)
-        self.operators = admin_pb2_grpc.AdminStub(self._channel)
+        self.inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
+        self.operators = admin_pb2_grpc.AdminServiceStub(self._channel)
         self.health = health_pb2_grpc.HealthStub(self._channel)
 
     def close(self) -> None:

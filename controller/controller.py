@@ -80,7 +80,7 @@ class Controller:
         self._checks = health.HealthServicer()
         self._server, self.address = rpc.serve(
             self._register,
-            service=admin.DESCRIPTOR.services_by_name["Admin"].full_name,
+            service=admin.DESCRIPTOR.services_by_name["AdminService"].full_name,
             listen=listen,
             threads=MAX_CALLS,
             token=token,
@@ -213,7 +213,7 @@ class Controller:
         ray.kill(ray.get_runtime_context().current_actor)
 
     def _register(self, server: Any) -> None:
-        admin_grpc.add_AdminServicer_to_server(self._admin, server)
+        admin_grpc.add_AdminServiceServicer_to_server(self._admin, server)
         if self._config.redis is None:
             pb_grpc.add_DirectoryServicer_to_server(DirectoryService(self._directory), server)
 

@@ -57,7 +57,7 @@ class Operations(Protocol):
         """Begins to end the cluster, and returns. Idempotent."""
 
 
-class AdminService(admin_grpc.AdminServicer):
+class AdminService(admin_grpc.AdminServiceServicer):
     """Asks the workers that ``directory`` lists. Thread-safe."""
 
     def __init__(
@@ -78,10 +78,10 @@ class AdminService(admin_grpc.AdminServicer):
         self._clock = clock
         self._channels: dict[str, grpc.Channel] = {}
         self._lock = threading.Lock()
-        self._status: Future[tuple[admin.ClusterStatusReply, float]] | None = None
+        self._status: Future[tuple[admin.ClusterStatusResponse, float]] | None = None
         """The newest answer and the time of its completion."""
 
-    def Scale(self, request: admin.ScaleRequest, context: grpc.ServicerContext) -> admin.ScaleReply:
+    def Scale(self, request: admin.ScaleRequest, context: grpc.ServicerContext) -> admin.ScaleResponse:
         """Returns when the new numbers are stored; workers start and retire meanwhile."""
         changes: dict[Kind, int] = {}
         if request.HasField("dense_workers"):
@@ -92,25 +92,25 @@ class AdminService(admin_grpc.AdminServicer):
             counts = self._operations.scale(changes)
         except FarshoreError as error:
             rpc.abort(context, error)
-        return admin.ScaleReply(dense_workers=counts["dense"], attention_workers=counts["attention"])
+        return admin.ScaleResponse(dense_workers=counts["dense"], attention_workers=counts["attention"])
 
-    def Drain(self, request: admin.DrainRequest, context: grpc.ServicerContext) -> admin.DrainReply:
+    def Drain(self, request: admin.DrainRequest, context: grpc.ServicerContext) -> admin.DrainResponse:
         """Returns when the mark is stored."""
         timeout_s = request.timeout_s if request.HasField("timeout_s") else None
         try:
             if timeout_s is not None and not 0 <= timeout_s <= MOST_DRAIN_S:
-                raise InvalidRequest(f"--timeout {timeout_s:g}: use 0 to {MOST_DRAIN_S:g} seconds")
+                raise InvalidRequest(f"timeout_s {timeout_s:g}: use 0 to {MOST_DRAIN_S:g} seconds")
             worker = self._operations.drain(request.worker_id, timeout_s)
         except FarshoreError as error:
             rpc.abort(context, error)
-        return admin.DrainReply(worker_id=worker)
+        return admin.DrainResponse(worker_id=worker)
 
-    def Down(self, request: admin.DownRequest, context: grpc.ServicerContext) -> admin.DownReply:
+    def Down(self, request: admin.DownRequest, context: grpc.ServicerContext) -> admin.DownResponse:
         try:
             self._operations.begin_down()
         except FarshoreError as error:
             rpc.abort(context, error)
-        return admin.DownReply()
+        return admin.DownResponse()
 
     def WatchEvents(
         self, request: admin.WatchEventsRequest, context: grpc.ServicerContext
@@ -126,7 +126,7 @@ class AdminService(admin_grpc.AdminServicer):
 
     def ClusterStatus(
         self, request: admin.ClusterStatusRequest, context: grpc.ServicerContext
-    ) -> admin.ClusterStatusReply:
+    ) -> admin.ClusterStatusResponse:
         """Asks every worker, and answers from the workers' replies. Callers share an answer: see
         STATUS_AGE_S."""
         with self._lock:
@@ -145,12 +145,12 @@ class AdminService(admin_grpc.AdminServicer):
         except FarshoreError as error:
             rpc.abort(context, error)
 
-    def _is_old(self, status: "Future[tuple[admin.ClusterStatusReply, float]]") -> bool:
+    def _is_old(self, status: "Future[tuple[admin.ClusterStatusResponse, float]]") -> bool:
         if not status.done():
             return False
         return status.exception() is not None or self._clock() - status.result()[1] >= STATUS_AGE_S
 
-    def _ask_workers(self) -> admin.ClusterStatusReply:
+    def _ask_workers(self) -> admin.ClusterStatusResponse:
         listing = self._directory.listing()
         records = [record for record in listing.workers if record.address]
         dense, attention = (
@@ -184,11 +184,11 @@ class AdminService(admin_grpc.AdminServicer):
 
     def _reply(
         self, workers: list[admin.WorkerStatus], sequences: list[admin.SequenceStatus]
-    ) -> admin.ClusterStatusReply:
+    ) -> admin.ClusterStatusResponse:
         config = self._config
         pool_kind = "dense" if config.placement == "local" else "attention"
         pool = [w for w in workers if w.kind == pool_kind and w.state == "ready"]
-        return admin.ClusterStatusReply(
+        return admin.ClusterStatusResponse(
             model=config.spec.name,
             dtype=config.dtype,
             max_positions=self._model.max_positions,

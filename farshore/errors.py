@@ -5,6 +5,8 @@
     FarshoreError
     ├── InvalidRequest          the caller's input is wrong; the message names the fix
     │   ├── ModelError          a model that is unknown, unsupported or damaged
+    │   ├── AlreadyExists       a name that something else has: choose another one
+    │   ├── ResumeMismatch      an answer has other tokens than those that were received
     │   └── PortInUse           a listening address is taken
     ├── NotFound                an unknown span, sequence or request
     ├── Full                    memory was asked for and refused
@@ -44,6 +46,14 @@ class InvalidRequest(FarshoreError):
 
 
 class ModelError(InvalidRequest):
+    pass
+
+
+class AlreadyExists(InvalidRequest):
+    pass
+
+
+class ResumeMismatch(InvalidRequest):
     pass
 
 

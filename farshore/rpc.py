@@ -29,7 +29,7 @@ OPTIONS = [
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     # A server that returns is reconnected within this time, however long it was away.
-    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.max_reconnect_backoff_ms", 500),
     # Shorter than an engine waits before it retries a step, so that a restarted server fails no sequence.
     ("grpc.initial_reconnect_backoff_ms", 100),
     # One process may hold several servers; a second server on a taken port must fail, not share it.
@@ -53,6 +53,7 @@ its socket itself, which saves a third of a gRPC hop's time."""
 # The most specific class first: the first match wins.
 _CODES: tuple[tuple[type[errors.FarshoreError], grpc.StatusCode], ...] = (
     (errors.InvalidPlan, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.AlreadyExists, grpc.StatusCode.ALREADY_EXISTS),
     (errors.InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.NotFound, grpc.StatusCode.NOT_FOUND),
     (errors.Full, grpc.StatusCode.RESOURCE_EXHAUSTED),
@@ -71,7 +72,6 @@ _CODES: tuple[tuple[type[errors.FarshoreError], grpc.StatusCode], ...] = (
 # Internal.
 _REFUSALS = {
     grpc.StatusCode.OUT_OF_RANGE,
-    grpc.StatusCode.ALREADY_EXISTS,
     grpc.StatusCode.PERMISSION_DENIED,
 }
 

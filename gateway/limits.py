@@ -72,6 +72,11 @@ class Limits:
     live_values: int = 1 << 24
     """Tokens and alternatives of all live requests together. Each is kept in the request log for readers that
     reconnect, at about 64 bytes."""
+    batch_requests: int = 128
+    """Requests of one batch."""
+    batch_values: int = 1 << 17
+    """Tokens and alternatives of one batch. Its answer then has about 4 MB, the most that gRPC's clients
+    receive unless they are told to."""
     replay_s: float = 60.0
     """How long a request that has ended can be read again."""
     replay_requests: int = 256

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x61rshore/proto/admin.proto\x12\x11\x66\x61rshore.admin.v1\"r\n\x0cScaleRequest\x12\x1a\n\rdense_workers\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1e\n\x11\x61ttention_workers\x18\x02 \x01(\rH\x01\x88\x01\x01\x42\x10\n\x0e_dense_workersB\x14\n\x12_attention_workers\">\n\nScaleReply\x12\x15\n\rdense_workers\x18\x01 \x01(\r\x12\x19\n\x11\x61ttention_workers\x18\x02 \x01(\r\"G\n\x0c\x44rainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x16\n\ttimeout_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"\x1f\n\nDrainReply\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\r\n\x0b\x44ownRequest\"\x0b\n\tDownReply\"3\n\x12WatchEventsRequest\x12\r\n\x05since\x18\x01 \x01(\x04\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\"]\n\x0c\x43lusterEvent\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0e\n\x06unix_s\x18\x02 \x01(\x01\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0f\n\x07subject\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\"\x16\n\x14\x43lusterStatusRequest\"\xa4\x02\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\x12\n\nprocess_id\x18\x05 \x01(\r\x12\r\n\x05state\x18\x06 \x01(\t\x12\x14\n\x0c\x62udget_bytes\x18\x07 \x01(\x04\x12\x12\n\nfree_bytes\x18\x08 \x01(\x04\x12\x16\n\x0e\x61ttended_bytes\x18\t \x01(\x04\x12\x0f\n\x07running\x18\n \x01(\r\x12\x0f\n\x07waiting\x18\x0b \x01(\r\x12+\n\x05links\x18\x0c \x03(\x0b\x32\x1c.farshore.admin.v1.ShardLink\x12\x0e\n\x06parked\x18\r \x01(\r\x12\x10\n\x08parkings\x18\x0e \x01(\x04\"\x96\x01\n\tShardLink\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x0e\n\x06\x66rames\x18\x03 \x01(\x04\x12\x10\n\x08\x66\x61ilures\x18\x04 \x01(\x04\x12\x0e\n\x06p50_ms\x18\x05 \x01(\x01\x12\x0e\n\x06p99_ms\x18\x06 \x01(\x01\x12\x0c\n\x04slow\x18\x07 \x01(\x08\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x08 \x01(\x01\"k\n\nSpanStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x66irst\x18\x02 \x01(\x04\x12\x0c\n\x04last\x18\x03 \x01(\x04\x12\x0e\n\x06group0\x18\x04 \x01(\r\x12\x0e\n\x06group1\x18\x05 \x01(\r\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\"\x95\x01\n\x0eSequenceStatus\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05owner\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0e\n\x06tokens\x18\x04 \x01(\x04\x12\x12\n\ntail_first\x18\x05 \x01(\x04\x12,\n\x05spans\x18\x06 \x03(\x0b\x32\x1d.farshore.admin.v1.SpanStatus\"\xe5\x02\n\x12\x43lusterStatusReply\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x15\n\rmax_positions\x18\x03 \x01(\r\x12\x11\n\tplacement\x18\x04 \x01(\t\x12\x10\n\x08shard_by\x18\x05 \x01(\t\x12\x30\n\x07workers\x18\x06 \x03(\x0b\x32\x1f.farshore.admin.v1.WorkerStatus\x12\x34\n\tsequences\x18\x07 \x03(\x0b\x32!.farshore.admin.v1.SequenceStatus\x12\x19\n\x11pool_budget_bytes\x18\x08 \x01(\x04\x12\x17\n\x0fpool_free_bytes\x18\t \x01(\x04\x12\x0f\n\x07version\x18\n \x01(\t\x12\x11\n\tkv_format\x18\x0b \x01(\t\x12\x1b\n\x13max_decode_stall_ms\x18\x0c \x01(\x01\x12\x18\n\x10speculate_tokens\x18\r \x01(\r2\x99\x03\n\x05\x41\x64min\x12_\n\rClusterStatus\x12\'.farshore.admin.v1.ClusterStatusRequest\x1a%.farshore.admin.v1.ClusterStatusReply\x12G\n\x05Scale\x12\x1f.farshore.admin.v1.ScaleRequest\x1a\x1d.farshore.admin.v1.ScaleReply\x12G\n\x05\x44rain\x12\x1f.farshore.admin.v1.DrainRequest\x1a\x1d.farshore.admin.v1.DrainReply\x12\x44\n\x04\x44own\x12\x1e.farshore.admin.v1.DownRequest\x1a\x1c.farshore.admin.v1.DownReply\x12W\n\x0bWatchEvents\x12%.farshore.admin.v1.WatchEventsRequest\x1a\x1f.farshore.admin.v1.ClusterEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x61rshore/proto/admin.proto\x12\x11\x66\x61rshore.admin.v1\"r\n\x0cScaleRequest\x12\x1a\n\rdense_workers\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1e\n\x11\x61ttention_workers\x18\x02 \x01(\rH\x01\x88\x01\x01\x42\x10\n\x0e_dense_workersB\x14\n\x12_attention_workers\"A\n\rScaleResponse\x12\x15\n\rdense_workers\x18\x01 \x01(\r\x12\x19\n\x11\x61ttention_workers\x18\x02 \x01(\r\"G\n\x0c\x44rainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x16\n\ttimeout_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"\"\n\rDrainResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\r\n\x0b\x44ownRequest\"\x0e\n\x0c\x44ownResponse\"3\n\x12WatchEventsRequest\x12\r\n\x05since\x18\x01 \x01(\x04\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\"]\n\x0c\x43lusterEvent\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0e\n\x06unix_s\x18\x02 \x01(\x01\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0f\n\x07subject\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\"\x16\n\x14\x43lusterStatusRequest\"\xb4\x02\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\x12\n\nprocess_id\x18\x05 \x01(\r\x12\r\n\x05state\x18\x06 \x01(\t\x12\x14\n\x0c\x62udget_bytes\x18\x07 \x01(\x04\x12\x12\n\nfree_bytes\x18\x08 \x01(\x04\x12\x16\n\x0e\x61ttended_bytes\x18\t \x01(\x04\x12\x0f\n\x07running\x18\n \x01(\r\x12\x0f\n\x07waiting\x18\x0b \x01(\r\x12+\n\x05links\x18\x0c \x03(\x0b\x32\x1c.farshore.admin.v1.ShardLink\x12\x0e\n\x06parked\x18\r \x01(\r\x12\x10\n\x08parkings\x18\x0e \x01(\x04\x12\x0e\n\x06tokens\x18\x0f \x01(\x04\"\x96\x01\n\tShardLink\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x0e\n\x06\x66rames\x18\x03 \x01(\x04\x12\x10\n\x08\x66\x61ilures\x18\x04 \x01(\x04\x12\x0e\n\x06p50_ms\x18\x05 \x01(\x01\x12\x0e\n\x06p99_ms\x18\x06 \x01(\x01\x12\x0c\n\x04slow\x18\x07 \x01(\x08\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x08 \x01(\x01\"k\n\nSpanStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x66irst\x18\x02 \x01(\x04\x12\x0c\n\x04last\x18\x03 \x01(\x04\x12\x0e\n\x06group0\x18\x04 \x01(\r\x12\x0e\n\x06group1\x18\x05 \x01(\r\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\"\x95\x01\n\x0eSequenceStatus\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05owner\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0e\n\x06tokens\x18\x04 \x01(\x04\x12\x12\n\ntail_first\x18\x05 \x01(\x04\x12,\n\x05spans\x18\x06 \x03(\x0b\x32\x1d.farshore.admin.v1.SpanStatus\"\xe8\x02\n\x15\x43lusterStatusResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x15\n\rmax_positions\x18\x03 \x01(\r\x12\x11\n\tplacement\x18\x04 \x01(\t\x12\x10\n\x08shard_by\x18\x05 \x01(\t\x12\x30\n\x07workers\x18\x06 \x03(\x0b\x32\x1f.farshore.admin.v1.WorkerStatus\x12\x34\n\tsequences\x18\x07 \x03(\x0b\x32!.farshore.admin.v1.SequenceStatus\x12\x19\n\x11pool_budget_bytes\x18\x08 \x01(\x04\x12\x17\n\x0fpool_free_bytes\x18\t \x01(\x04\x12\x0f\n\x07version\x18\n \x01(\t\x12\x11\n\tkv_format\x18\x0b \x01(\t\x12\x1b\n\x13max_decode_stall_ms\x18\x0c \x01(\x01\x12\x18\n\x10speculate_tokens\x18\r \x01(\r2\xac\x03\n\x0c\x41\x64minService\x12\x62\n\rClusterStatus\x12\'.farshore.admin.v1.ClusterStatusRequest\x1a(.farshore.admin.v1.ClusterStatusResponse\x12J\n\x05Scale\x12\x1f.farshore.admin.v1.ScaleRequest\x1a .farshore.admin.v1.ScaleResponse\x12J\n\x05\x44rain\x12\x1f.farshore.admin.v1.DrainRequest\x1a .farshore.admin.v1.DrainResponse\x12G\n\x04\x44own\x12\x1e.farshore.admin.v1.DownRequest\x1a\x1f.farshore.admin.v1.DownResponse\x12W\n\x0bWatchEvents\x12%.farshore.admin.v1.WatchEventsRequest\x1a\x1f.farshore.admin.v1.ClusterEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,32 +33,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SCALEREQUEST']._serialized_start=49
   _globals['_SCALEREQUEST']._serialized_end=163
-  _globals['_SCALEREPLY']._serialized_start=165
-  _globals['_SCALEREPLY']._serialized_end=227
-  _globals['_DRAINREQUEST']._serialized_start=229
-  _globals['_DRAINREQUEST']._serialized_end=300
-  _globals['_DRAINREPLY']._serialized_start=302
-  _globals['_DRAINREPLY']._serialized_end=333
-  _globals['_DOWNREQUEST']._serialized_start=335
-  _globals['_DOWNREQUEST']._serialized_end=348
-  _globals['_DOWNREPLY']._serialized_start=350
-  _globals['_DOWNREPLY']._serialized_end=361
-  _globals['_WATCHEVENTSREQUEST']._serialized_start=363
-  _globals['_WATCHEVENTSREQUEST']._serialized_end=414
-  _globals['_CLUSTEREVENT']._serialized_start=416
-  _globals['_CLUSTEREVENT']._serialized_end=509
-  _globals['_CLUSTERSTATUSREQUEST']._serialized_start=511
-  _globals['_CLUSTERSTATUSREQUEST']._serialized_end=533
-  _globals['_WORKERSTATUS']._serialized_start=536
-  _globals['_WORKERSTATUS']._serialized_end=828
-  _globals['_SHARDLINK']._serialized_start=831
-  _globals['_SHARDLINK']._serialized_end=981
-  _globals['_SPANSTATUS']._serialized_start=983
-  _globals['_SPANSTATUS']._serialized_end=1090
-  _globals['_SEQUENCESTATUS']._serialized_start=1093
-  _globals['_SEQUENCESTATUS']._serialized_end=1242
-  _globals['_CLUSTERSTATUSREPLY']._serialized_start=1245
-  _globals['_CLUSTERSTATUSREPLY']._serialized_end=1602
-  _globals['_ADMIN']._serialized_start=1605
-  _globals['_ADMIN']._serialized_end=2014
+  _globals['_SCALERESPONSE']._serialized_start=165
+  _globals['_SCALERESPONSE']._serialized_end=230
+  _globals['_DRAINREQUEST']._serialized_start=232
+  _globals['_DRAINREQUEST']._serialized_end=303
+  _globals['_DRAINRESPONSE']._serialized_start=305
+  _globals['_DRAINRESPONSE']._serialized_end=339
+  _globals['_DOWNREQUEST']._serialized_start=341
+  _globals['_DOWNREQUEST']._serialized_end=354
+  _globals['_DOWNRESPONSE']._serialized_start=356
+  _globals['_DOWNRESPONSE']._serialized_end=370
+  _globals['_WATCHEVENTSREQUEST']._serialized_start=372
+  _globals['_WATCHEVENTSREQUEST']._serialized_end=423
+  _globals['_CLUSTEREVENT']._serialized_start=425
+  _globals['_CLUSTEREVENT']._serialized_end=518
+  _globals['_CLUSTERSTATUSREQUEST']._serialized_start=520
+  _globals['_CLUSTERSTATUSREQUEST']._serialized_end=542
+  _globals['_WORKERSTATUS']._serialized_start=545
+  _globals['_WORKERSTATUS']._serialized_end=853
+  _globals['_SHARDLINK']._serialized_start=856
+  _globals['_SHARDLINK']._serialized_end=1006
+  _globals['_SPANSTATUS']._serialized_start=1008
+  _globals['_SPANSTATUS']._serialized_end=1115
+  _globals['_SEQUENCESTATUS']._serialized_start=1118
+  _globals['_SEQUENCESTATUS']._serialized_end=1267
+  _globals['_CLUSTERSTATUSRESPONSE']._serialized_start=1270
+  _globals['_CLUSTERSTATUSRESPONSE']._serialized_end=1630
+  _globals['_ADMINSERVICE']._serialized_start=1633
+  _globals['_ADMINSERVICE']._serialized_end=2061
 # @@protoc_insertion_point(module_scope)

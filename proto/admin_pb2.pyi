@@ -14,7 +14,7 @@ class ScaleRequest(_message.Message):
     attention_workers: int
     def __init__(self, dense_workers: _Optional[int] = ..., attention_workers: _Optional[int] = ...) -> None: ...
 
-class ScaleReply(_message.Message):
+class ScaleResponse(_message.Message):
     __slots__ = ("dense_workers", "attention_workers")
     DENSE_WORKERS_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_WORKERS_FIELD_NUMBER: _ClassVar[int]
@@ -30,7 +30,7 @@ class DrainRequest(_message.Message):
     timeout_s: float
     def __init__(self, worker_id: _Optional[str] = ..., timeout_s: _Optional[float] = ...) -> None: ...
 
-class DrainReply(_message.Message):
+class DrainResponse(_message.Message):
     __slots__ = ("worker_id",)
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
@@ -40,7 +40,7 @@ class DownRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
-class DownReply(_message.Message):
+class DownResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
@@ -71,7 +71,7 @@ class ClusterStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "kind", "address", "host", "process_id", "state", "budget_bytes", "free_bytes", "attended_bytes", "running", "waiting", "links", "parked", "parkings")
+    __slots__ = ("worker_id", "kind", "address", "host", "process_id", "state", "budget_bytes", "free_bytes", "attended_bytes", "running", "waiting", "links", "parked", "parkings", "tokens")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -86,6 +86,7 @@ class WorkerStatus(_message.Message):
     LINKS_FIELD_NUMBER: _ClassVar[int]
     PARKED_FIELD_NUMBER: _ClassVar[int]
     PARKINGS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     kind: str
     address: str
@@ -100,7 +101,8 @@ class WorkerStatus(_message.Message):
     links: _containers.RepeatedCompositeFieldContainer[ShardLink]
     parked: int
     parkings: int
-    def __init__(self, worker_id: _Optional[str] = ..., kind: _Optional[str] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., process_id: _Optional[int] = ..., state: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., attended_bytes: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., links: _Optional[_Iterable[_Union[ShardLink, _Mapping]]] = ..., parked: _Optional[int] = ..., parkings: _Optional[int] = ...) -> None: ...
+    tokens: int
+    def __init__(self, worker_id: _Optional[str] = ..., kind: _Optional[str] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., process_id: _Optional[int] = ..., state: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., attended_bytes: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., links: _Optional[_Iterable[_Union[ShardLink, _Mapping]]] = ..., parked: _Optional[int] = ..., parkings: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class ShardLink(_message.Message):
     __slots__ = ("worker_id", "transport", "frames", "failures", "p50_ms", "p99_ms", "slow", "deadline_ms")
@@ -154,7 +156,7 @@ class SequenceStatus(_message.Message):
     spans: _containers.RepeatedCompositeFieldContainer[SpanStatus]
     def __init__(self, sequence_id: _Optional[str] = ..., owner: _Optional[str] = ..., epoch: _Optional[int] = ..., tokens: _Optional[int] = ..., tail_first: _Optional[int] = ..., spans: _Optional[_Iterable[_Union[SpanStatus, _Mapping]]] = ...) -> None: ...
 
-class ClusterStatusReply(_message.Message):
+class ClusterStatusResponse(_message.Message):
     __slots__ = ("model", "dtype", "max_positions", "placement", "shard_by", "workers", "sequences", "pool_budget_bytes", "pool_free_bytes", "version", "kv_format", "max_decode_stall_ms", "speculate_tokens")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]

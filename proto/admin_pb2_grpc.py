@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class AdminStub(object):
+class AdminServiceStub(object):
     """Missing associated documentation comment in .proto file."""
 
     def __init__(self, channel):
@@ -35,33 +35,33 @@ class AdminStub(object):
             channel: A grpc.Channel.
         """
         self.ClusterStatus = channel.unary_unary(
-                '/farshore.admin.v1.Admin/ClusterStatus',
+                '/farshore.admin.v1.AdminService/ClusterStatus',
                 request_serializer=farshore_dot_proto_dot_admin__pb2.ClusterStatusRequest.SerializeToString,
-                response_deserializer=farshore_dot_proto_dot_admin__pb2.ClusterStatusReply.FromString,
+                response_deserializer=farshore_dot_proto_dot_admin__pb2.ClusterStatusResponse.FromString,
                 _registered_method=True)
         self.Scale = channel.unary_unary(
-                '/farshore.admin.v1.Admin/Scale',
+                '/farshore.admin.v1.AdminService/Scale',
                 request_serializer=farshore_dot_proto_dot_admin__pb2.ScaleRequest.SerializeToString,
-                response_deserializer=farshore_dot_proto_dot_admin__pb2.ScaleReply.FromString,
+                response_deserializer=farshore_dot_proto_dot_admin__pb2.ScaleResponse.FromString,
                 _registered_method=True)
         self.Drain = channel.unary_unary(
-                '/farshore.admin.v1.Admin/Drain',
+                '/farshore.admin.v1.AdminService/Drain',
                 request_serializer=farshore_dot_proto_dot_admin__pb2.DrainRequest.SerializeToString,
-                response_deserializer=farshore_dot_proto_dot_admin__pb2.DrainReply.FromString,
+                response_deserializer=farshore_dot_proto_dot_admin__pb2.DrainResponse.FromString,
                 _registered_method=True)
         self.Down = channel.unary_unary(
-                '/farshore.admin.v1.Admin/Down',
+                '/farshore.admin.v1.AdminService/Down',
                 request_serializer=farshore_dot_proto_dot_admin__pb2.DownRequest.SerializeToString,
-                response_deserializer=farshore_dot_proto_dot_admin__pb2.DownReply.FromString,
+                response_deserializer=farshore_dot_proto_dot_admin__pb2.DownResponse.FromString,
                 _registered_method=True)
         self.WatchEvents = channel.unary_stream(
-                '/farshore.admin.v1.Admin/WatchEvents',
+                '/farshore.admin.v1.AdminService/WatchEvents',
                 request_serializer=farshore_dot_proto_dot_admin__pb2.WatchEventsRequest.SerializeToString,
                 response_deserializer=farshore_dot_proto_dot_admin__pb2.ClusterEvent.FromString,
                 _registered_method=True)
 
 
-class AdminServicer(object):
+class AdminServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def ClusterStatus(self, request, context):
@@ -95,33 +95,34 @@ class AdminServicer(object):
 
     def WatchEvents(self, request, context):
         """Streams events from the oldest that is kept on; ends after those if `follow` is not set.
+        buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
 
-def add_AdminServicer_to_server(servicer, server):
+def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'ClusterStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.ClusterStatus,
                     request_deserializer=farshore_dot_proto_dot_admin__pb2.ClusterStatusRequest.FromString,
-                    response_serializer=farshore_dot_proto_dot_admin__pb2.ClusterStatusReply.SerializeToString,
+                    response_serializer=farshore_dot_proto_dot_admin__pb2.ClusterStatusResponse.SerializeToString,
             ),
             'Scale': grpc.unary_unary_rpc_method_handler(
                     servicer.Scale,
                     request_deserializer=farshore_dot_proto_dot_admin__pb2.ScaleRequest.FromString,
-                    response_serializer=farshore_dot_proto_dot_admin__pb2.ScaleReply.SerializeToString,
+                    response_serializer=farshore_dot_proto_dot_admin__pb2.ScaleResponse.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
                     request_deserializer=farshore_dot_proto_dot_admin__pb2.DrainRequest.FromString,
-                    response_serializer=farshore_dot_proto_dot_admin__pb2.DrainReply.SerializeToString,
+                    response_serializer=farshore_dot_proto_dot_admin__pb2.DrainResponse.SerializeToString,
             ),
             'Down': grpc.unary_unary_rpc_method_handler(
                     servicer.Down,
                     request_deserializer=farshore_dot_proto_dot_admin__pb2.DownRequest.FromString,
-                    response_serializer=farshore_dot_proto_dot_admin__pb2.DownReply.SerializeToString,
+                    response_serializer=farshore_dot_proto_dot_admin__pb2.DownResponse.SerializeToString,
             ),
             'WatchEvents': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchEvents,
@@ -130,13 +131,13 @@ def add_AdminServicer_to_server(servicer, server):
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'farshore.admin.v1.Admin', rpc_method_handlers)
+            'farshore.admin.v1.AdminService', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('farshore.admin.v1.Admin', rpc_method_handlers)
+    server.add_registered_method_handlers('farshore.admin.v1.AdminService', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
-class Admin(object):
+class AdminService(object):
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
@@ -153,9 +154,9 @@ class Admin(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/farshore.admin.v1.Admin/ClusterStatus',
+            '/farshore.admin.v1.AdminService/ClusterStatus',
             farshore_dot_proto_dot_admin__pb2.ClusterStatusRequest.SerializeToString,
-            farshore_dot_proto_dot_admin__pb2.ClusterStatusReply.FromString,
+            farshore_dot_proto_dot_admin__pb2.ClusterStatusResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -180,9 +181,9 @@ class Admin(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/farshore.admin.v1.Admin/Scale',
+            '/farshore.admin.v1.AdminService/Scale',
             farshore_dot_proto_dot_admin__pb2.ScaleRequest.SerializeToString,
-            farshore_dot_proto_dot_admin__pb2.ScaleReply.FromString,
+            farshore_dot_proto_dot_admin__pb2.ScaleResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -207,9 +208,9 @@ class Admin(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/farshore.admin.v1.Admin/Drain',
+            '/farshore.admin.v1.AdminService/Drain',
             farshore_dot_proto_dot_admin__pb2.DrainRequest.SerializeToString,
-            farshore_dot_proto_dot_admin__pb2.DrainReply.FromString,
+            farshore_dot_proto_dot_admin__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -234,9 +235,9 @@ class Admin(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/farshore.admin.v1.Admin/Down',
+            '/farshore.admin.v1.AdminService/Down',
             farshore_dot_proto_dot_admin__pb2.DownRequest.SerializeToString,
-            farshore_dot_proto_dot_admin__pb2.DownReply.FromString,
+            farshore_dot_proto_dot_admin__pb2.DownResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -261,7 +262,7 @@ class Admin(object):
         return grpc.experimental.unary_stream(
             request,
             target,
-            '/farshore.admin.v1.Admin/WatchEvents',
+            '/farshore.admin.v1.AdminService/WatchEvents',
             farshore_dot_proto_dot_admin__pb2.WatchEventsRequest.SerializeToString,
             farshore_dot_proto_dot_admin__pb2.ClusterEvent.FromString,
             options,

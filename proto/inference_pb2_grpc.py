@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class InferenceStub(object):
+class InferenceServiceStub(object):
     """Missing associated documentation comment in .proto file."""
 
     def __init__(self, channel):
@@ -35,44 +35,63 @@ class InferenceStub(object):
             channel: A grpc.Channel.
         """
         self.Generate = channel.unary_stream(
-                '/farshore.inference.v1.Inference/Generate',
+                '/farshore.inference.v1.InferenceService/Generate',
                 request_serializer=farshore_dot_proto_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=farshore_dot_proto_dot_inference__pb2.GenerateEvent.FromString,
                 _registered_method=True)
+        self.BatchGenerate = channel.unary_unary(
+                '/farshore.inference.v1.InferenceService/BatchGenerate',
+                request_serializer=farshore_dot_proto_dot_inference__pb2.BatchGenerateRequest.SerializeToString,
+                response_deserializer=farshore_dot_proto_dot_inference__pb2.BatchGenerateResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
-                '/farshore.inference.v1.Inference/Tokenize',
+                '/farshore.inference.v1.InferenceService/Tokenize',
                 request_serializer=farshore_dot_proto_dot_inference__pb2.TokenizeRequest.SerializeToString,
-                response_deserializer=farshore_dot_proto_dot_inference__pb2.TokenizeReply.FromString,
+                response_deserializer=farshore_dot_proto_dot_inference__pb2.TokenizeResponse.FromString,
                 _registered_method=True)
         self.Detokenize = channel.unary_unary(
-                '/farshore.inference.v1.Inference/Detokenize',
+                '/farshore.inference.v1.InferenceService/Detokenize',
                 request_serializer=farshore_dot_proto_dot_inference__pb2.DetokenizeRequest.SerializeToString,
-                response_deserializer=farshore_dot_proto_dot_inference__pb2.DetokenizeReply.FromString,
+                response_deserializer=farshore_dot_proto_dot_inference__pb2.DetokenizeResponse.FromString,
                 _registered_method=True)
         self.ListModels = channel.unary_unary(
-                '/farshore.inference.v1.Inference/ListModels',
+                '/farshore.inference.v1.InferenceService/ListModels',
                 request_serializer=farshore_dot_proto_dot_inference__pb2.ListModelsRequest.SerializeToString,
-                response_deserializer=farshore_dot_proto_dot_inference__pb2.ListModelsReply.FromString,
+                response_deserializer=farshore_dot_proto_dot_inference__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
         self.GetModel = channel.unary_unary(
-                '/farshore.inference.v1.Inference/GetModel',
+                '/farshore.inference.v1.InferenceService/GetModel',
                 request_serializer=farshore_dot_proto_dot_inference__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=farshore_dot_proto_dot_inference__pb2.Model.FromString,
                 _registered_method=True)
         self.Cancel = channel.unary_unary(
-                '/farshore.inference.v1.Inference/Cancel',
+                '/farshore.inference.v1.InferenceService/Cancel',
                 request_serializer=farshore_dot_proto_dot_inference__pb2.CancelRequest.SerializeToString,
-                response_deserializer=farshore_dot_proto_dot_inference__pb2.CancelReply.FromString,
+                response_deserializer=farshore_dot_proto_dot_inference__pb2.CancelResponse.FromString,
                 _registered_method=True)
 
 
-class InferenceServicer(object):
+class InferenceServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Streams a completion. Reconnect with the same request_id and resume_from = tokens already received.
-        UNAVAILABLE: the gateway shuts down or its engine is gone; send the prompt again, with resume_from 0.
+        """Streams a completion. A request with the request_id and the content of an earlier one, within a minute of its
+        end, reads that one's answer: a retry runs nothing twice. ALREADY_EXISTS: the id names a request with other
+        content.
+        UNAVAILABLE: the gateway shuts down or its engine is gone; send the request again, with resume.
         DEADLINE_EXCEEDED from the gateway: the reader took nothing for a minute; reconnect.
+        The call's deadline and its cancellation end the request within one step: at once if it has no request_id, else
+        if nothing reconnects to it within 15 s.
+        buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BatchGenerate(self, request, context):
+        """Answers several requests, each as a whole. They run at the same time, and each has a status of its own. The call
+        fails only if the batch is empty, has too many requests or is no such message. It ends when its last request
+        does, and its requests end with it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -99,6 +118,7 @@ class InferenceServicer(object):
 
     def GetModel(self, request, context):
         """NOT_FOUND for a name that is not served.
+        buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,27 +132,32 @@ class InferenceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
 
-def add_InferenceServicer_to_server(servicer, server):
+def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Generate': grpc.unary_stream_rpc_method_handler(
                     servicer.Generate,
                     request_deserializer=farshore_dot_proto_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=farshore_dot_proto_dot_inference__pb2.GenerateEvent.SerializeToString,
             ),
+            'BatchGenerate': grpc.unary_unary_rpc_method_handler(
+                    servicer.BatchGenerate,
+                    request_deserializer=farshore_dot_proto_dot_inference__pb2.BatchGenerateRequest.FromString,
+                    response_serializer=farshore_dot_proto_dot_inference__pb2.BatchGenerateResponse.SerializeToString,
+            ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
                     request_deserializer=farshore_dot_proto_dot_inference__pb2.TokenizeRequest.FromString,
-                    response_serializer=farshore_dot_proto_dot_inference__pb2.TokenizeReply.SerializeToString,
+                    response_serializer=farshore_dot_proto_dot_inference__pb2.TokenizeResponse.SerializeToString,
             ),
             'Detokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Detokenize,
                     request_deserializer=farshore_dot_proto_dot_inference__pb2.DetokenizeRequest.FromString,
-                    response_serializer=farshore_dot_proto_dot_inference__pb2.DetokenizeReply.SerializeToString,
+                    response_serializer=farshore_dot_proto_dot_inference__pb2.DetokenizeResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
                     request_deserializer=farshore_dot_proto_dot_inference__pb2.ListModelsRequest.FromString,
-                    response_serializer=farshore_dot_proto_dot_inference__pb2.ListModelsReply.SerializeToString,
+                    response_serializer=farshore_dot_proto_dot_inference__pb2.ListModelsResponse.SerializeToString,
             ),
             'GetModel': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModel,
@@ -142,17 +167,17 @@ def add_InferenceServicer_to_server(servicer, server):
             'Cancel': grpc.unary_unary_rpc_method_handler(
                     servicer.Cancel,
                     request_deserializer=farshore_dot_proto_dot_inference__pb2.CancelRequest.FromString,
-                    response_serializer=farshore_dot_proto_dot_inference__pb2.CancelReply.SerializeToString,
+                    response_serializer=farshore_dot_proto_dot_inference__pb2.CancelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'farshore.inference.v1.Inference', rpc_method_handlers)
+            'farshore.inference.v1.InferenceService', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('farshore.inference.v1.Inference', rpc_method_handlers)
+    server.add_registered_method_handlers('farshore.inference.v1.InferenceService', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
-class Inference(object):
+class InferenceService(object):
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
@@ -169,9 +194,36 @@ class Inference(object):
         return grpc.experimental.unary_stream(
             request,
             target,
-            '/farshore.inference.v1.Inference/Generate',
+            '/farshore.inference.v1.InferenceService/Generate',
             farshore_dot_proto_dot_inference__pb2.GenerateRequest.SerializeToString,
             farshore_dot_proto_dot_inference__pb2.GenerateEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BatchGenerate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/farshore.inference.v1.InferenceService/BatchGenerate',
+            farshore_dot_proto_dot_inference__pb2.BatchGenerateRequest.SerializeToString,
+            farshore_dot_proto_dot_inference__pb2.BatchGenerateResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -196,9 +248,9 @@ class Inference(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/farshore.inference.v1.Inference/Tokenize',
+            '/farshore.inference.v1.InferenceService/Tokenize',
             farshore_dot_proto_dot_inference__pb2.TokenizeRequest.SerializeToString,
-            farshore_dot_proto_dot_inference__pb2.TokenizeReply.FromString,
+            farshore_dot_proto_dot_inference__pb2.TokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -223,9 +275,9 @@ class Inference(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/farshore.inference.v1.Inference/Detokenize',
+            '/farshore.inference.v1.InferenceService/Detokenize',
             farshore_dot_proto_dot_inference__pb2.DetokenizeRequest.SerializeToString,
-            farshore_dot_proto_dot_inference__pb2.DetokenizeReply.FromString,
+            farshore_dot_proto_dot_inference__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -250,9 +302,9 @@ class Inference(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/farshore.inference.v1.Inference/ListModels',
+            '/farshore.inference.v1.InferenceService/ListModels',
             farshore_dot_proto_dot_inference__pb2.ListModelsRequest.SerializeToString,
-            farshore_dot_proto_dot_inference__pb2.ListModelsReply.FromString,
+            farshore_dot_proto_dot_inference__pb2.ListModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -277,7 +329,7 @@ class Inference(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/farshore.inference.v1.Inference/GetModel',
+            '/farshore.inference.v1.InferenceService/GetModel',
             farshore_dot_proto_dot_inference__pb2.GetModelRequest.SerializeToString,
             farshore_dot_proto_dot_inference__pb2.Model.FromString,
             options,
@@ -304,9 +356,9 @@ class Inference(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/farshore.inference.v1.Inference/Cancel',
+            '/farshore.inference.v1.InferenceService/Cancel',
             farshore_dot_proto_dot_inference__pb2.CancelRequest.SerializeToString,
-            farshore_dot_proto_dot_inference__pb2.CancelReply.FromString,
+            farshore_dot_proto_dot_inference__pb2.CancelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -20,7 +20,7 @@ GARBAGE_READ_S = 1.0
 CALL_DEADLINE_S = 30.0
 SMALL_WINDOW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 12))
 """Channel options for a small HTTP/2 window, so that an unread answer stays at the server."""
-_GENERATE = f"/{api.DESCRIPTOR.services_by_name['Inference'].full_name}/Generate"
+_GENERATE = f"/{api.DESCRIPTOR.services_by_name['InferenceService'].full_name}/Generate"
 
 
 async def behave(server: Server, hostile: Hostile) -> tuple[str, int]:
@@ -72,7 +72,7 @@ class _Client:
         call = self._channel.unary_unary(
             _GENERATE.replace("/Generate", "/Cancel"),
             request_serializer=api.CancelRequest.SerializeToString,
-            response_deserializer=api.CancelReply.FromString,
+            response_deserializer=api.CancelResponse.FromString,
         )
         try:
             await call(api.CancelRequest(request_id=self._hostile.request_id), timeout=CALL_DEADLINE_S)

@@ -99,8 +99,8 @@ class Server:
         self._process = process
         self._output = output
         self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
-        self.stub = inference_pb2_grpc.InferenceStub(self._channel)
-        self._operators = admin_pb2_grpc.AdminStub(self._channel)
+        self.stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
+        self._operators = admin_pb2_grpc.AdminServiceStub(self._channel)
         self.health = health_pb2_grpc.HealthStub(self._channel)
         self._seen: dict[int, Process] = {}
         self.frozen: list[Process] = []
@@ -125,7 +125,7 @@ class Server:
                 return process
         raise StartupError("the gateway's process is gone")
 
-    async def status(self) -> admin.ClusterStatusReply:
+    async def status(self) -> admin.ClusterStatusResponse:
         """Raises grpc.aio.AioRpcError."""
         return await self._operators.ClusterStatus(admin.ClusterStatusRequest(), timeout=STATUS_DEADLINE_S)
 

@@ -113,7 +113,7 @@ async def _accepted(server: Server, request: api.GenerateRequest, found: Tokeniz
     It uses its own connection: on a shared one probes would wait for the prompt's bytes."""
     stream = ClientStream("long")
     async with server.channel([("grpc.use_local_subchannel_pool", 1)]) as channel:
-        stub = inference_pb2_grpc.InferenceStub(channel)
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
         task = asyncio.create_task(follow(stub, request, stream, deadline_s=TOKENIZE_DEADLINE_S))
         call = asyncio.create_task(stream.accepted.wait())
         await asyncio.wait({task, call}, return_when=asyncio.FIRST_COMPLETED)

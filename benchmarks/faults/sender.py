@@ -68,7 +68,7 @@ def main(address: str, case: str) -> None:
     options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
     with grpc.insecure_channel(address, options=options) as channel:
         grpc.channel_ready_future(channel).result(CONNECT_DEADLINE_S)
-        method = f"/{api.DESCRIPTOR.services_by_name['Inference'].full_name}/Generate"
+        method = f"/{api.DESCRIPTOR.services_by_name['InferenceService'].full_name}/Generate"
         generate = channel.unary_stream(
             method, request_serializer=bytes, response_deserializer=api.GenerateEvent.FromString
         )

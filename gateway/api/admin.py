@@ -11,7 +11,7 @@ from farshore.gateway.limits import ERROR_MESSAGE_CHARS, Limits
 from farshore.proto import admin_pb2 as admin
 from farshore.text import shortened
 
-_SERVICE = admin.DESCRIPTOR.services_by_name["Admin"]
+_SERVICE = admin.DESCRIPTOR.services_by_name["AdminService"]
 NAME = _SERVICE.full_name
 _PASSED_ON = {
     grpc.StatusCode.INVALID_ARGUMENT,

@@ -1,19 +1,22 @@
 """Statuses of failed gRPC calls with their details, as google.rpc defines them.
 
-Used by ``service`` for every failed call. Clients find there what a message's words may not say for ever: a
-reason, whether and when to try again, and the field that is wrong. Must not know what was asked.
+Used by ``service``, ``batch`` and ``admin`` for every failed call. Clients find there what a message's words
+may not say for ever: a reason, whether and when to try again, and the field that is wrong. Must not know what
+was asked.
 """
 
+import logging
 import re
 
 import grpc
-from google.protobuf.any_pb2 import Any
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from farshore import rpc
-from farshore.errors import FarshoreError, InvalidRequest
+from farshore.errors import FarshoreError
+from farshore.gateway.requests.request import Failure, RequestFailed
 
 DETAILS = "grpc-status-details-bin"
 """Trailing metadata with the serialised Status."""
@@ -22,46 +25,51 @@ DOMAIN = "farshore"
 RETRY_PUSHBACK = "grpc-retry-pushback-ms"
 """Trailing metadata: gRPC clients with a retry policy wait this long."""
 
+_logger = logging.getLogger(__name__)
 _RETRYABLE = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED}
 
 Trailing = tuple[tuple[str, str | bytes], ...]
 
 
-def trailing_of(
-    code: grpc.StatusCode,
-    message: str,
-    trailing: tuple[tuple[str, str], ...],
-    *,
-    retry_after_ms: int,
-    field: str | None = None,
-) -> Trailing:
-    """``trailing`` with the call's details, and a retry hint where another try may succeed. The reason of its
+def failure_of(error: Exception) -> Failure:
+    """How a call fails that raised ``error``. An exception of another kind than ours is a bug: it is logged,
+    and its text is not told."""
+    if isinstance(error, RequestFailed):
+        return error.failure
+    if isinstance(error, FarshoreError):
+        return Failure.of(error)
+    _logger.error("a call broke the gateway", exc_info=error)
+    return Failure(grpc.StatusCode.INTERNAL, "the gateway failed; see its log")
+
+
+def status_of(failure: Failure, *, retry_after_ms: int) -> Status:
+    """The failure with its details, and a retry hint where another try may succeed. The reason of its
     ErrorInfo is the type of the error, such as OVERLOADED."""
-    given = dict(trailing)
-    kind = given.get(rpc.ERROR_KIND, code.name)
-    details = [ErrorInfo(reason=_reason(kind), domain=DOMAIN)]
-    # A request that no pool of this size can hold fails again.
-    retryable = code in _RETRYABLE and rpc.FREE_BYTES not in given
-    if retryable:
+    kind = dict(failure.trailing).get(rpc.ERROR_KIND, failure.code.name)
+    details: list[Message] = [ErrorInfo(reason=_reason(kind), domain=DOMAIN)]
+    if _is_retryable(failure):
         delay = Duration()
         delay.FromMilliseconds(retry_after_ms)
         details.append(RetryInfo(retry_delay=delay))
-    if field is not None:
-        details.append(
-            BadRequest(field_violations=[BadRequest.FieldViolation(field=field, description=message)])
-        )
-    status = Status(code=code.value[0], message=message)
+    if failure.field is not None:
+        violation = BadRequest.FieldViolation(field=failure.field, description=failure.message)
+        details.append(BadRequest(field_violations=[violation]))
+    status = Status(code=failure.code.value[0], message=failure.message)
     for detail in details:
-        packed = Any()
-        packed.Pack(detail)
-        status.details.append(packed)
-    hint: Trailing = ((RETRY_PUSHBACK, str(retry_after_ms)),) if retryable else ()
-    return (*trailing, *hint, (DETAILS, status.SerializeToString()))
+        status.details.add().Pack(detail)
+    return status
 
 
-def field_of(error: FarshoreError) -> str | None:
-    """The request's field that an error is about; None if it is about none."""
-    return error.field if isinstance(error, InvalidRequest) else None
+def trailing_of(failure: Failure, *, retry_after_ms: int) -> Trailing:
+    """The trailing metadata of a call that ends with ``failure``: its own, a retry hint and the details."""
+    status = status_of(failure, retry_after_ms=retry_after_ms)
+    hint: Trailing = ((RETRY_PUSHBACK, str(retry_after_ms)),) if _is_retryable(failure) else ()
+    return (*failure.trailing, *hint, (DETAILS, status.SerializeToString()))
+
+
+def _is_retryable(failure: Failure) -> bool:
+    # A request that no pool of this size can hold fails again.
+    return failure.code in _RETRYABLE and rpc.FREE_BYTES not in dict(failure.trailing)
 
 
 def _reason(kind: str) -> str:

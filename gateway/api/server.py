@@ -36,7 +36,7 @@ from farshore.proto import inference_pb2
 NICENESS = 10
 """Added to the niceness of tokenizing threads, so that the event loop's threads run first."""
 
-SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
 
 class ServingState:

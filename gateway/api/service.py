@@ -7,25 +7,21 @@ not know how a request is run. Never logs a prompt.
 import asyncio
 import contextlib
 import functools
-import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from farshore import rpc
-from farshore.errors import DeadlineExceeded, FarshoreError, InvalidRequest, NotFound
-from farshore.gateway.api import errors
-from farshore.gateway.limits import ERROR_MESSAGE_CHARS
+from farshore.errors import DeadlineExceeded, InvalidRequest, NotFound
+from farshore.gateway.api import batch, errors
 from farshore.gateway.requests import received, sampling, validate
-from farshore.gateway.requests.intake import Intake
-from farshore.gateway.requests.request import Failure, RequestFailed
+from farshore.gateway.requests.intake import ANONYMOUS, Intake
+from farshore.gateway.requests.patience import Patience
+from farshore.gateway.requests.request import Failure, RequestKey
 from farshore.proto import inference_pb2 as api
-from farshore.text import shortened
 
-_SERVICE = api.DESCRIPTOR.services_by_name["Inference"]
-_logger = logging.getLogger(__name__)
+_SERVICE = api.DESCRIPTOR.services_by_name["InferenceService"]
 
 
 class InferenceService:
@@ -57,16 +53,20 @@ class InferenceService:
         """Starts a request, or reconnects to one, and sends its events until it ends."""
         arrived_s = self._intake.clock()
         with self._log.call(len(raw)):
-            request, resume_from = self._intake.take(raw, arrived_s=arrived_s)
+            request, *start = self._intake.take(raw, arrived_s=arrived_s)
             with self._log.reading(request):
-                async with contextlib.aclosing(request.follow(resume_from)) as events:
-                    async for event in events:
-                        await self._write(event, context)
+                async with contextlib.aclosing(request.follow(*start)) as events:
+                    await self._write(events, context)
+
+    async def BatchGenerate(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        """Runs several requests, and sends their whole answers."""
+        response = await batch.answered(raw, self._intake, arrived_s=self._intake.clock())
+        return response.SerializeToString()
 
     async def Cancel(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """Ends a request; returns when it has ended."""
-        await self._log.cancel(_parsed(api.CancelRequest, raw).request_id)
-        return api.CancelReply().SerializeToString()
+        await self._log.cancel(RequestKey(ANONYMOUS, _parsed(api.CancelRequest, raw).request_id))
+        return api.CancelResponse().SerializeToString()
 
     async def Tokenize(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """The token ids of a prompt."""
@@ -78,7 +78,7 @@ class InferenceService:
         ids = await self._in_thread(
             lambda: validate.tokens_of(request, self._served, self._limits, special=special)
         )
-        return api.TokenizeReply(ids=ids).SerializeToString()
+        return api.TokenizeResponse(ids=ids).SerializeToString()
 
     async def Detokenize(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """The text of token ids."""
@@ -86,12 +86,12 @@ class InferenceService:
         text = await self._in_thread(
             lambda: validate.text_of(request.ids, model=request.model, served=self._served)
         )
-        return api.DetokenizeReply(text=text).SerializeToString()
+        return api.DetokenizeResponse(text=text).SerializeToString()
 
     async def ListModels(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """The served model, by each of its names."""
         models = [self._model(name) for name in self._served.spec.names]
-        return api.ListModelsReply(models=models).SerializeToString()
+        return api.ListModelsResponse(models=models).SerializeToString()
 
     async def GetModel(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """One served model. Raises NotFound."""
@@ -112,15 +112,19 @@ class InferenceService:
             ),
         )
 
-    async def _write(self, event: bytes, context: grpc.aio.ServicerContext) -> None:
-        """Blocks while the reader's flow-control window is full. Raises DeadlineExceeded after
+    async def _write(self, events: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        """Each write blocks while the reader's flow-control window is full. Raises DeadlineExceeded after
         ``reader_stall_s``."""
+        stall_s = self._limits.reader_stall_s
         try:
-            async with asyncio.timeout(self._limits.reader_stall_s):
-                await context.write(event)
+            async with Patience() as patience:
+                async for event in events:
+                    patience.begin(stall_s)
+                    await context.write(event)
+                    patience.end()
         except TimeoutError:
             raise DeadlineExceeded(
-                f"nothing was read for {self._limits.reader_stall_s:g} s: go on with the request_id and "
+                f"nothing was read for {stall_s:g} s: go on with the request_id and "
                 "resume_from = tokens received"
             ) from None
 
@@ -134,34 +138,15 @@ class InferenceService:
         statuses."""
         try:
             return await method(raw, context)
-        except FarshoreError as error:
-            await self._abort(context, error)
-        except RequestFailed as error:
-            await self._end(context, error.failure)
         except grpc.aio.AbortError:
             raise
-        except Exception:
-            _logger.exception("a call broke the gateway")
-            failure = Failure(grpc.StatusCode.INTERNAL, "the gateway failed; see its log")
-            await self._end(context, failure)
+        except Exception as error:
+            await self._end(context, errors.failure_of(error))
 
-    async def _abort(self, context: grpc.aio.ServicerContext, error: FarshoreError) -> None:
-        code, message, trailing = rpc.status_of(error)
-        message = shortened(message, ERROR_MESSAGE_CHARS)
-        await self._end(context, Failure(code, message, trailing), field=errors.field_of(error))
-
-    async def _end(
-        self, context: grpc.aio.ServicerContext, failure: Failure, *, field: str | None = None
-    ) -> None:
+    async def _end(self, context: grpc.aio.ServicerContext, failure: Failure) -> None:
         """Ends the call with a status. gRPC sends the status after the written events; if the reader is
         stalled this waits at most ``shutdown_s``, and gRPC sends it when the reader continues."""
-        trailing = errors.trailing_of(
-            failure.code,
-            failure.message,
-            failure.trailing,
-            retry_after_ms=self._limits.retry_after_ms,
-            field=field,
-        )
+        trailing = errors.trailing_of(failure, retry_after_ms=self._limits.retry_after_ms)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._limits.shutdown_s):
                 await context.abort(failure.code, failure.message, trailing)

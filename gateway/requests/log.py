@@ -18,13 +18,11 @@ from typing import Protocol
 
 import grpc
 
-from farshore import rpc
-from farshore.errors import FarshoreError, InvalidRequest, NotFound, Overloaded, TransportError
+from farshore.errors import AlreadyExists, FarshoreError, NotFound, Overloaded, TransportError
 from farshore.gateway.limits import Limits
-from farshore.gateway.requests.request import Failure, Request
+from farshore.gateway.requests.request import Failure, Request, RequestKey
 from farshore.gateway.requests.validate import Job
 from farshore.proto import inference_pb2 as api
-from farshore.text import quoted
 
 _logger = logging.getLogger(__name__)
 
@@ -69,10 +67,11 @@ class RequestLog:
         self._counter = itertools.count(1)
         self.calls = self._call_bytes = 0
         self._closing = False
-        self._live: dict[str, Request] = {}
+        self._live: dict[RequestKey, Request] = {}
         self._preparations: dict[Request, asyncio.Future[Job]] = {}
         self._pumps: dict[Request, asyncio.Task] = {}
-        self._ended: OrderedDict[str, tuple[Request, float]] = OrderedDict()  # (request, time of its end)
+        # (request, time of its end)
+        self._ended: OrderedDict[RequestKey, tuple[Request, float]] = OrderedDict()
         self._forgetting: asyncio.TimerHandle | None = None
         self._leaving: dict[Request, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task] = set()  # strong references: the event loop holds weak ones
@@ -97,39 +96,38 @@ class RequestLog:
             self.calls -= 1
             self._call_bytes -= size_bytes
 
-    def find(self, request_id: str) -> Request | None:
-        """The live or ended request with this id; None if it is unknown or forgotten."""
+    def find(self, key: RequestKey) -> Request | None:
+        """The live or ended request of this name; None if it is unknown or forgotten."""
         self._forget_old()
-        if request_id in self._live:
-            return self._live[request_id]
-        if request_id not in self._ended:
+        if key in self._live:
+            return self._live[key]
+        if key not in self._ended:
             return None
-        self._ended.move_to_end(request_id)
-        return self._ended[request_id][0]
+        self._ended.move_to_end(key)
+        return self._ended[key][0]
 
-    def find_same(self, request_id: str, fingerprint: bytes | None, resume_from: int) -> Request | None:
+    def find_same(self, key: RequestKey, fingerprint: bytes | None, resume_from: int) -> Request | None:
         """The request that a call reconnects to; None if the call starts a new one. ``fingerprint``: see
         ``received``; None if the call has no prompt.
 
-        Raises InvalidRequest if the id belongs to a request with another fingerprint or fewer tokens than
-        ``resume_from``, and NotFound if a call that must reconnect has an unknown id.
+        Raises AlreadyExists if the id belongs to a request with another fingerprint, InvalidRequest if that
+        has fewer tokens than ``resume_from``, and NotFound if a call that must reconnect has an unknown id.
         """
-        request = self.find(request_id) if request_id else None
+        request = self.find(key) if key.request_id else None
         if request is not None and fingerprint is not None:
-            if request.failed and not resume_from and request_id in self._ended:
-                # A failed request that is sent again from its start is a retry: it must not get the old
-                # failure.
-                del self._ended[request_id]
+            if request.failed and not resume_from and key in self._ended:
+                # A failed request that is sent again is a retry: it must not get the old failure.
+                del self._ended[key]
                 request = None
             elif request.fingerprint != fingerprint:
-                raise InvalidRequest(
-                    f"request_id {quoted(request_id)} belongs to a request with another prompt or other "
-                    "sampling: choose a new id"
+                raise AlreadyExists(
+                    "request_id belongs to a request with another prompt or other sampling: choose a new id",
+                    field="request_id",
                 )
-        if request is None and request_id and (resume_from or fingerprint is None):
+        if request is None and key.request_id and (resume_from or fingerprint is None):
             raise NotFound(
-                f"request {quoted(request_id)} is unknown or was forgotten: "
-                "send its prompt again with resume_from 0"
+                "the request is unknown or was forgotten: send its prompt again, with resume and the tokens "
+                "received, or with resume_from 0"
             )
         if request is not None:
             request.check_resume(resume_from)
@@ -137,7 +135,7 @@ class RequestLog:
 
     def start(
         self,
-        request_id: str,
+        key: RequestKey,
         prepare: Callable[[str], Job],
         *,
         fingerprint: bytes,
@@ -145,24 +143,24 @@ class RequestLog:
         values: int,
         arrived_s: float,
     ) -> Request:
-        """Starts a request. It can be found from now on, before its prompt is tokenized. ``request_id`` must
-        be unused; "": a random one is made, and the request ends with its last reader. ``prepare`` is called
-        with the sequence id, in a thread.
+        """Starts a request. It can be found from now on, before its prompt is tokenized. ``key`` must be
+        unused; if its id is "" a random one is made, and the request ends with its last reader. ``prepare``
+        is called with the sequence id, in a thread.
 
         Raises Overloaded, or TransportError if the engine or this gateway can't take a request now.
         """
         self._check_capacity(values)
         request = Request(
-            request_id or uuid.uuid4().hex,
+            key if key.request_id else key._replace(request_id=uuid.uuid4().hex),
             sequence_id=f"{self._incarnation}-{next(self._counter)}",
             fingerprint=fingerprint,
             choices=choices,
             values=values,
-            outlives_readers=bool(request_id),
+            outlives_readers=bool(key.request_id),
             arrived_s=arrived_s,
             clock=self._clock,
         )
-        self._live[request.request_id] = request
+        self._live[request.key] = request
         preparation = asyncio.get_running_loop().run_in_executor(
             self._preparing, prepare, request.sequence_id
         )
@@ -202,11 +200,11 @@ class RequestLog:
             if not request.readers and not request.ended:
                 self._end_without_readers(request)
 
-    async def cancel(self, request_id: str) -> None:
+    async def cancel(self, key: RequestKey) -> None:
         """Ends a request; returns when it has ended. Raises NotFound."""
-        request = self.find(request_id)
+        request = self.find(key)
         if request is None:
-            raise NotFound(f"request {quoted(request_id)} is unknown or was forgotten")
+            raise NotFound("the request is unknown or was forgotten: give its request_id to its own gateway")
         await self._end(request)
 
     async def close(self) -> None:
@@ -217,12 +215,12 @@ class RequestLog:
         if read:
             await asyncio.wait(read, timeout=self._limits.drain_s)
         for request in list(self._live.values()):
-            await request.fail(
+            request.fail(
                 Failure(
                     grpc.StatusCode.UNAVAILABLE,
                     f"the gateway shut down when {request.tokens} tokens of the answer had come: send the "
-                    "prompt again, with resume_from 0, to a gateway that serves (request_id may stay; with "
-                    "the same seed the answer begins with the same tokens)",
+                    "prompt again to a gateway that serves, with resume and the tokens received, or with "
+                    "resume_from 0 for the whole answer (request_id may stay)",
                 )
             )
         timers = [*self._leaving.values(), *([self._forgetting] if self._forgetting else ())]
@@ -239,20 +237,20 @@ class RequestLog:
         try:
             job = await preparation
             del self._preparations[request], preparation
-            await request.accept(job.prompt_tokens, prompt_end=job.prompt_end_text)
+            request.accept(job.prompt_tokens, prompt_end=job.prompt_end_text, seed=job.seed)
             await self._runner.pump(request, job)
         except asyncio.CancelledError:
             if request.cancelling:
                 ends = [api.Completion(reason=api.FINISH_REASON_CANCELLED)] * request.choices
-                await request.finish(ends)
+                request.finish(ends)
             raise
         except FarshoreError as error:
             refused = True
-            await request.fail(Failure(*rpc.status_of(error)))
+            request.fail(Failure.of(error))
         except Exception:
             _logger.exception("sequence %s broke the gateway", request.sequence_id)
         finally:
-            await request.fail(Failure(grpc.StatusCode.INTERNAL, "the gateway failed; see its log"))
+            request.fail(Failure(grpc.StatusCode.INTERNAL, "the gateway failed; see its log"))
             self._put_away(request, refused=refused)
 
     def _put_away(self, request: Request, *, refused: bool) -> None:
@@ -263,9 +261,9 @@ class RequestLog:
         timer = self._leaving.pop(request, None)
         if timer is not None:
             timer.cancel()
-        del self._live[request.request_id]
+        del self._live[request.key]
         if not refused and not self._closing:
-            self._ended[request.request_id] = (request, self._clock())
+            self._ended[request.key] = (request, self._clock())
             self._forget_old()
 
     def _end_without_readers(self, request: Request) -> None:
@@ -311,9 +309,9 @@ class RequestLog:
             self._forgetting.cancel()
             self._forgetting = None
         now_s = self._clock()
-        for request_id, (_, ended_s) in list(self._ended.items()):
+        for key, (_, ended_s) in list(self._ended.items()):
             if ended_s <= now_s - self._limits.replay_s:
-                del self._ended[request_id]
+                del self._ended[key]
         size_bytes = self.ended_bytes
         while len(self._ended) > self._limits.replay_requests or size_bytes > self._limits.replay_bytes:
             _, (request, _) = self._ended.popitem(last=False)

@@ -1,7 +1,8 @@
-"""Checks the size of a Generate call's bytes before they are parsed.
+"""Checks the size of a Generate or BatchGenerate call's bytes before they are parsed.
 
-Called by ``intake`` on the event loop. Protobuf holds the interpreter's lock while it parses, and some
-messages are slow to parse for their size (an empty chat message takes two bytes and a hundred nanoseconds).
+Called by ``intake`` and by ``api.batch`` on the event loop. Protobuf holds the interpreter's lock while it
+parses, and some messages are slow to parse for their size (an empty chat message takes two bytes and a
+hundred nanoseconds).
 Requests that exceed a limit are therefore refused from the wire format, in time that the limits bound. Must
 not know what the fields mean.
 """
@@ -20,6 +21,7 @@ _FIELDS = api.GenerateRequest.DESCRIPTOR.fields_by_name
 _CHAT, _TEXT, _TOKENS = (_FIELDS[name].number for name in ("chat", "text", "tokens"))
 _SAMPLING, _SALT = (_FIELDS[name].number for name in ("sampling", "cache_salt"))
 _MESSAGES = api.Chat.DESCRIPTOR.fields_by_name["messages"].number
+_BATCHED = api.BatchGenerateRequest.DESCRIPTOR.fields_by_name["requests"].number
 _TOOL_CALLS = api.Message.DESCRIPTOR.fields_by_name["tool_calls"].number
 
 _VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5  # wire types
@@ -70,6 +72,19 @@ def parse(raw: bytes, *, max_positions: int, limits: Limits) -> Received:
     # Deterministic: the order of a map's entries on the wire has no meaning.
     digest.update(request.sampling.SerializeToString(deterministic=True))
     return Received(request, digest.digest(), len(raw))
+
+
+def split_batch(raw: bytes, limits: Limits) -> list[bytes]:
+    """The serialised requests of a BatchGenerateRequest. Raises InvalidRequest."""
+    requests = []
+    for field in _WireFields(raw, limits.batch_requests + _OTHER_FIELDS, limits).walk(0, len(raw)):
+        if field.number == _BATCHED and field.wire_type == _BYTES:
+            requests.append(raw[field.start : field.end])
+    if not 1 <= len(requests) <= limits.batch_requests:
+        raise InvalidRequest(
+            f"the batch has {len(requests)} requests: give 1 to {limits.batch_requests}", field="requests"
+        )
+    return requests
 
 
 class _WireFields:

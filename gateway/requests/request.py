@@ -12,12 +12,16 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import grpc
 
-from farshore.errors import InvalidRequest
+from farshore import rpc
+from farshore.errors import FarshoreError, InvalidRequest
+from farshore.gateway.limits import ERROR_MESSAGE_CHARS
+from farshore.gateway.requests.resume import Received
 from farshore.proto import inference_pb2 as api
-from farshore.text import quoted
+from farshore.text import shortened
 
 _EVENT_BYTES = 64  # of memory per event in addition to its content: a bytes object and a list entry
 
@@ -31,6 +35,22 @@ class Failure:
     code: grpc.StatusCode
     message: str
     trailing: Trailing = ()
+    field: str | None = None
+    """The path of the request's field that is wrong."""
+
+    @classmethod
+    def of(cls, error: FarshoreError) -> "Failure":
+        """What an error of ours means to a client."""
+        code, message, trailing = rpc.status_of(error)
+        field = error.field if isinstance(error, InvalidRequest) else None
+        return cls(code, shortened(message, ERROR_MESSAGE_CHARS), trailing, field)
+
+
+class RequestKey(NamedTuple):
+    """The name of a request in the log. ``principal``: the caller; another caller's id is another request."""
+
+    principal: str
+    request_id: str
 
 
 class RequestFailed(Exception):
@@ -50,7 +70,7 @@ class Request:
 
     def __init__(
         self,
-        request_id: str,
+        key: RequestKey,
         *,
         sequence_id: str,
         fingerprint: bytes,
@@ -60,12 +80,12 @@ class Request:
         arrived_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``request_id``: the client's name of the request. It is never logged or shown in status, since it
-        permits reading and cancelling the request. ``sequence_id``: the cluster's name of it.
+        """``key``: its ``request_id`` is never logged, nor shown in status and errors, since it permits
+        reading and cancelling the request. ``sequence_id``: the cluster's name of it.
         ``fingerprint``: see ``received``. ``values``: upper bound of tokens and alternatives.
         ``outlives_readers``: the client chose the id, so it may reconnect. ``arrived_s``: when the call
         arrived, by ``clock``."""
-        self.request_id = request_id
+        self.key = key
         self.sequence_id = sequence_id
         self.fingerprint = fingerprint
         self.choices = choices
@@ -83,7 +103,7 @@ class Request:
         self.size_bytes = 0
         self._finished: bytes | None = None
         self._failure: Failure | None = None
-        self._changed = asyncio.Condition()
+        self._waiting: list[asyncio.Future[None]] = []
         self._clock = clock
         self._arrived_s = arrived_s
         self._first_s = self._last_s = arrived_s
@@ -106,34 +126,38 @@ class Request:
         has confused two requests."""
         if resume_from > len(self._tokens):
             raise InvalidRequest(
-                f"resume_from {resume_from}: request {quoted(self.request_id)} has {self.tokens} tokens "
-                "so far; give the number of tokens received"
+                f"resume_from {resume_from}: the request has {self.tokens} tokens so far; give the number of "
+                "tokens received",
+                field="resume_from",
             )
 
-    async def follow(self, resume_from: int) -> AsyncIterator[bytes]:
-        """Yields serialised events: Accepted, Prefill and PromptLogprobs if no token has been sent, tokens
-        from ``resume_from`` on, Finished. Raises RequestFailed.
+    async def follow(self, resume_from: int = 0, received: Received | None = None) -> AsyncIterator[bytes]:
+        """Yields serialised events: Accepted, Prefill and PromptLogprobs if the reader has no token, tokens
+        from ``resume_from`` on that the reader has not ``received``, Finished. Raises RequestFailed, and
+        ResumeMismatch.
 
         The waits have no deadline: the request ends in bounded time (``stall_s`` of ``Limits``).
         """
         while self._accepted is None:
             if self._failure is not None:
                 raise RequestFailed(self._failure)
-            async with self._changed:
-                if self._accepted is None and not self.ended:
-                    await self._changed.wait()
+            await self._change()
         yield self._accepted
         index, prefill = resume_from, None
+        received = received or Received()
         # The prompt's log-probabilities precede the first token: a reader that has tokens has them.
-        prompt = len(self._prompt) if resume_from else 0
+        prompt, reads_prompt = 0, not resume_from and not received.left
         while True:
-            while prompt < len(self._prompt):
+            while reads_prompt and prompt < len(self._prompt):
                 yield self._prompt[prompt]
                 prompt += 1
             while index < len(self._tokens):
-                yield self._tokens[index]
+                token = self._tokens[index]
                 index += 1
+                if not received.left or not received.has(api.GenerateEvent.FromString(token).token):
+                    yield token
             if self._finished is not None:
+                received.check_end()
                 yield self._finished
                 return
             if self._failure is not None:
@@ -141,35 +165,33 @@ class Request:
             if self._prefill is not prefill:
                 # Only the newest progress is sent; a slow reader skips the others.
                 prefill = self._prefill
-                if prefill is not None and not index:
+                if prefill is not None and not index and not received.left:
                     yield prefill
                 continue
-            async with self._changed:
-                read = prompt == len(self._prompt) and index == len(self._tokens)
-                if read and self._prefill is prefill and not self.ended:
-                    await self._changed.wait()
+            await self._change()
 
-    async def accept(self, prompt_tokens: int, *, prompt_end: str = "") -> None:
-        """Records that the prompt was tokenized. ``prompt_end``: its last few characters."""
+    def accept(self, prompt_tokens: int, *, prompt_end: str = "", seed: int = 0) -> None:
+        """Records that the prompt was tokenized. ``prompt_end``: its last few characters. ``seed``: of the
+        draws."""
         self._prompt_tokens = prompt_tokens
         self.prompt_end = prompt_end
-        accepted = api.Accepted(request_id=self.request_id, prompt_tokens=prompt_tokens)
+        accepted = api.Accepted(request_id=self.key.request_id, prompt_tokens=prompt_tokens, seed=seed)
         self._accepted = api.GenerateEvent(accepted=accepted).SerializeToString()
-        await self._notify()
+        self._notify()
 
-    async def add_prefill(self, progress: api.PrefillProgress) -> None:
+    def add_prefill(self, progress: api.PrefillProgress) -> None:
         """Replaces the prefill progress."""
         self._prefill = api.GenerateEvent(prefill=progress).SerializeToString()
-        await self._notify()
+        self._notify()
 
-    async def add_prompt_logprobs(self, scored: api.PromptLogprobs) -> None:
+    def add_prompt_logprobs(self, scored: api.PromptLogprobs) -> None:
         """Appends the log-probabilities of tokens of the prompt."""
         event = api.GenerateEvent(prompt_logprobs=scored).SerializeToString()
         self._prompt.append(event)
         self.size_bytes += _EVENT_BYTES + len(event)
-        await self._notify()
+        self._notify()
 
-    async def add_token(
+    def add_token(
         self,
         token_id: int,
         text: str,
@@ -194,9 +216,9 @@ class Request:
         self._tokens.append(event)
         self._tokens_of[choice] += 1
         self.size_bytes += _EVENT_BYTES + len(event)
-        await self._notify()
+        self._notify()
 
-    async def finish(
+    def finish(
         self,
         choices: Sequence[api.Completion],
         *,
@@ -208,7 +230,7 @@ class Request:
         if self.ended:
             return
         if self._accepted is None:
-            await self.accept(0)  # It ended before its prompt was tokenized.
+            self.accept(0)  # It ended before its prompt was tokenized.
         count = len(self._tokens)
         after_first = max(self._tokens_of.values(), default=0) - 1
         tpot_ms = (self._last_s - self._first_s) * 1e3 / after_first if after_first > 0 else 0.0
@@ -228,15 +250,29 @@ class Request:
             )
         ).SerializeToString()
         self.size_bytes += _EVENT_BYTES + len(self._finished)
-        await self._notify()
+        self._notify()
 
-    async def fail(self, failure: Failure) -> None:
+    def fail(self, failure: Failure) -> None:
         """Ends the request with a failure. Does nothing if it has ended."""
         if self.ended:
             return
         self._failure = failure
-        await self._notify()
+        self._notify()
 
-    async def _notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+    async def _change(self) -> None:
+        """Blocks until something is added."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if waiter in self._waiting:
+                self._waiting.remove(waiter)
+            raise
+
+    def _notify(self) -> None:
+        """Wakes all readers."""
+        waiting, self._waiting = self._waiting, []
+        for waiter in waiting:
+            if not waiter.done():
+                waiter.set_result(None)

@@ -57,6 +57,7 @@ class Job:
     n: int
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
+    seed: int
     message: bytes
     prefix_key: int | None = None
     """64 bits of a hash of the prompt's first PREFIX_TOKENS and of its salt; None if it has fewer."""
@@ -84,15 +85,11 @@ def check_cheap(request: api.GenerateRequest, served: Served, limits: Limits, *,
 
 
 def check_request_id(request: api.GenerateRequest, limits: Limits) -> None:
-    """Raises InvalidRequest if the id is too long, or missing where ``resume_from`` needs it."""
+    """Raises InvalidRequest if the id is too long."""
     if len(request.request_id) > limits.request_id_chars:
         raise InvalidRequest(
             f"request_id has {len(request.request_id)} characters; use at most {limits.request_id_chars}",
             field="request_id",
-        )
-    if request.resume_from and not request.request_id:
-        raise InvalidRequest(
-            "resume_from needs the request_id of the request to go on with", field="resume_from"
         )
 
 
@@ -159,6 +156,7 @@ def prepare(
         n=sampling.n,
         stop=tuple(asked.stop),
         stop_token_ids=tuple(sampling.stop_token_ids),
+        seed=sampling.seed,
         message=message.SerializeToString(),
         prefix_key=_prefix_key(message.prompt, request.cache_salt),
     )

@@ -103,14 +103,14 @@ def service(directory, operations, clock):
 @pytest.fixture
 def stub(service):
     server, address = rpc.serve(
-        lambda server: admin_pb2_grpc.add_AdminServicer_to_server(service, server),
-        service=admin.DESCRIPTOR.services_by_name["Admin"].full_name,
+        lambda server: admin_pb2_grpc.add_AdminServiceServicer_to_server(service, server),
+        service=admin.DESCRIPTOR.services_by_name["AdminService"].full_name,
         listen="127.0.0.1:0",
         threads=8,
         token=None,
     )
     with grpc.insecure_channel(address) as channel:
-        yield admin_pb2_grpc.AdminStub(channel)
+        yield admin_pb2_grpc.AdminServiceStub(channel)
     server.stop(0).wait()
 
 

@@ -14,6 +14,8 @@ CODE = grpc.StatusCode
 RAISED = {
     errors.InvalidRequest("x"): CODE.INVALID_ARGUMENT,
     errors.ModelError("x"): CODE.INVALID_ARGUMENT,
+    errors.AlreadyExists("x"): CODE.ALREADY_EXISTS,
+    errors.ResumeMismatch("x"): CODE.INVALID_ARGUMENT,
     errors.PortInUse("x"): CODE.INVALID_ARGUMENT,
     errors.NotFound("x"): CODE.NOT_FOUND,
     errors.Full("x", free_bytes=7): CODE.RESOURCE_EXHAUSTED,
@@ -41,7 +43,7 @@ RECEIVED = {
     CODE.INVALID_ARGUMENT: errors.InvalidRequest,
     CODE.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
     CODE.NOT_FOUND: errors.NotFound,
-    CODE.ALREADY_EXISTS: errors.InvalidRequest,
+    CODE.ALREADY_EXISTS: errors.AlreadyExists,
     CODE.PERMISSION_DENIED: errors.InvalidRequest,
     CODE.RESOURCE_EXHAUSTED: errors.Overloaded,
     CODE.FAILED_PRECONDITION: errors.InvalidPlan,

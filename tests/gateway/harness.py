@@ -90,7 +90,7 @@ class Sequence:
         self._put(None)
 
 
-class FakeEngine(cluster_pb2_grpc.EngineServicer, admin_pb2_grpc.AdminServicer):
+class FakeEngine(cluster_pb2_grpc.EngineServicer, admin_pb2_grpc.AdminServiceServicer):
     """An engine and a controller. ``auto``: token ids with which each sequence is answered at once; None: the
     test answers."""
 
@@ -105,7 +105,7 @@ class FakeEngine(cluster_pb2_grpc.EngineServicer, admin_pb2_grpc.AdminServicer):
         self.ignores_cancel = False
         self.cancels_to_ignore = 0
         self.cancelled = []  # (sequence id, choice or None)
-        self.status = admin.ClusterStatusReply(model="smollm2", dtype="bfloat16")
+        self.status = admin.ClusterStatusResponse(model="smollm2", dtype="bfloat16")
 
     def next_sequence(self):
         """Blocks until a sequence arrives; each is returned once."""
@@ -218,8 +218,8 @@ class Harness:
     directory: ListedEngines
     engine_address: str
     channel: grpc.Channel
-    stub: inference_pb2_grpc.InferenceStub
-    operators: admin_pb2_grpc.AdminStub
+    stub: inference_pb2_grpc.InferenceServiceStub
+    operators: admin_pb2_grpc.AdminServiceStub
     stop_engine: object
 
     @property
@@ -252,7 +252,7 @@ def engine(loop_thread):
         fake = FakeEngine(loop_thread.loop)
         server = grpc.aio.server(options=rpc.OPTIONS)
         cluster_pb2_grpc.add_EngineServicer_to_server(fake, server)
-        admin_pb2_grpc.add_AdminServicer_to_server(fake, server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(fake, server)
         fake.health = Health()
         health_pb2_grpc.add_HealthServicer_to_server(fake.health, server)
         await fake.health.set(ENGINE_SERVICE, health_pb2.HealthCheckResponse.SERVING)
@@ -297,8 +297,8 @@ def gateway(
                 directory=listed,
                 engine_address=address,
                 channel=channel,
-                stub=inference_pb2_grpc.InferenceStub(channel),
-                operators=admin_pb2_grpc.AdminStub(channel),
+                stub=inference_pb2_grpc.InferenceServiceStub(channel),
+                operators=admin_pb2_grpc.AdminServiceStub(channel),
                 stop_engine=fake.stop,
             )
         finally:

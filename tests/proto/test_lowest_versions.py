@@ -17,16 +17,16 @@ import grpc
 from farshore import rpc
 from farshore.proto import admin_pb2, admin_pb2_grpc, attention_pb2_grpc, cluster_pb2_grpc, inference_pb2_grpc
 
-class Admin(admin_pb2_grpc.AdminServicer):
+class Admin(admin_pb2_grpc.AdminServiceServicer):
     def Scale(self, request, context):
-        return admin_pb2.ScaleReply(attention_workers=request.attention_workers)
+        return admin_pb2.ScaleResponse(attention_workers=request.attention_workers)
 
 server, address = rpc.serve(
-    lambda server: admin_pb2_grpc.add_AdminServicer_to_server(Admin(), server),
-    service="farshore.admin.v1.Admin", listen="127.0.0.1:0", threads=2, token=None,
+    lambda server: admin_pb2_grpc.add_AdminServiceServicer_to_server(Admin(), server),
+    service="farshore.admin.v1.AdminService", listen="127.0.0.1:0", threads=2, token=None,
 )
 with grpc.insecure_channel(address, options=rpc.OPTIONS) as channel:
-    stub = admin_pb2_grpc.AdminStub(channel)
+    stub = admin_pb2_grpc.AdminServiceStub(channel)
     assert stub.Scale(admin_pb2.ScaleRequest(attention_workers=3), timeout=30).attention_workers == 3
 server.stop(0).wait()
 print(*(f"{name}=={importlib.metadata.version(name)}" for name in sys.argv[1:]))

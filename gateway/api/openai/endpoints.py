@@ -6,6 +6,8 @@ Mounted by ``gateway.api.http``. A call becomes GenerateRequests, which go the w
 
 import asyncio
 import logging
+import re
+import uuid
 from collections.abc import Awaitable, Callable
 
 from starlette.applications import Starlette
@@ -13,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from farshore import __version__
 from farshore.errors import ModelError
@@ -33,6 +36,9 @@ BODY_DEADLINE_S = 30.0
 JSON_OVERHEAD = 2
 """A body may have this many times the bytes of the largest GenerateRequest: JSON escapes letters."""
 
+_TRACE = b"x-request-id"
+_TRACE_ID = re.compile(rb"[!-~]{1,128}")
+
 _LOG = logging.getLogger(__name__)
 _Handler = Callable[[Request], Awaitable[Response]]
 
@@ -51,7 +57,7 @@ class Endpoints:
         self._problem = problem
         self._in_thread = in_thread
 
-    def application(self) -> Starlette:
+    def application(self) -> ASGIApp:
         """The ASGI application."""
         routes: list[tuple[str, str, _Handler]] = [
             ("POST", "/v1/chat/completions", self._chat),
@@ -65,11 +71,13 @@ class Endpoints:
             ("GET", "/version", self._version),
             ("GET", "/openapi.json", self._openapi),
         ]
-        return Starlette(
-            routes=[
-                Route(path, self._guarded(handler), methods=[method]) for method, path, handler in routes
-            ],
-            exception_handlers={HTTPException: self._refused},
+        return _traced(
+            Starlette(
+                routes=[
+                    Route(path, self._guarded(handler), methods=[method]) for method, path, handler in routes
+                ],
+                exception_handlers={HTTPException: self._refused},
+            )
         )
 
     async def _chat(self, request: Request) -> Response:
@@ -194,3 +202,22 @@ class Endpoints:
         response = ApiError(error.status_code, message).response()
         response.headers.update(error.headers or {})
         return response
+
+
+def _traced(application: ASGIApp) -> ASGIApp:
+    """``application`` whose answers have the header X-Request-Id: the call's own, or a new one. It names a
+    call for traces and is no key: a program that passes one on may make several calls with it, so the log of
+    requests must not take them for retries of one. The body's ``request_id`` is that key."""
+
+    async def traced(scope: Scope, receive: Receive, send: Send) -> None:
+        given = next((value for name, value in scope.get("headers", ()) if name == _TRACE), b"")
+        trace = given if _TRACE_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+
+        async def send_traced(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (_TRACE, trace)]
+            await send(message)
+
+        await application(scope, receive, send_traced)
+
+    return traced

@@ -10,7 +10,7 @@ import grpc
 from starlette.responses import JSONResponse
 
 from farshore import rpc
-from farshore.errors import FarshoreError, Full, InvalidRequest, ModelError
+from farshore.errors import AlreadyExists, FarshoreError, Full, InvalidRequest, ModelError
 from farshore.gateway.limits import ERROR_MESSAGE_CHARS
 from farshore.gateway.requests.request import RequestFailed
 from farshore.text import shortened
@@ -54,7 +54,13 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, headers)
 
 
-_TYPES = {404: "not_found_error", 429: "rate_limit_error", 503: "server_unavailable", 504: "timeout"}
+_TYPES = {
+    404: "not_found_error",
+    409: "conflict_error",
+    429: "rate_limit_error",
+    503: "server_unavailable",
+    504: "timeout",
+}
 
 
 class _Http(NamedTuple):
@@ -84,10 +90,12 @@ def error_of(error: Exception, *, retry_after_ms: int) -> ApiError:
     if isinstance(error, RequestFailed):
         if dict(error.failure.trailing).get(rpc.FREE_BYTES):
             return _full(error.failure.message)
-        return _of_status(error.failure.code, error.failure.message, retry_after_ms)
+        failure = error.failure
+        return _of_status(failure.code, failure.message, retry_after_ms, field=failure.field)
+    if isinstance(error, AlreadyExists):
+        return ApiError(409, str(error), param=_param(error.field), code="already_exists")
     if isinstance(error, InvalidRequest):
-        field = error.field.rpartition(".")[2] if error.field else None
-        return ApiError(400, str(error), param=field)
+        return ApiError(400, str(error), param=_param(error.field))
     if isinstance(error, Full):
         return _full(str(error))
     if isinstance(error, FarshoreError):
@@ -101,9 +109,20 @@ def _full(message: str) -> ApiError:
     return ApiError(400, message, code="context_length_exceeded")
 
 
-def _of_status(code: grpc.StatusCode, message: str, retry_after_ms: int) -> ApiError:
+def _param(field: str | None) -> str | None:
+    """The body's name of a request's field."""
+    return field.rpartition(".")[2] if field else None
+
+
+def _of_status(
+    code: grpc.StatusCode, message: str, retry_after_ms: int, *, field: str | None = None
+) -> ApiError:
     http = _STATUSES.get(code, _Http(500))
     retryable = http.status in (429, 503)
     return ApiError(
-        http.status, message, code=http.code, retry_after_ms=retry_after_ms if retryable else None
+        http.status,
+        message,
+        param=_param(field),
+        code=http.code,
+        retry_after_ms=retry_after_ms if retryable else None,
     )

@@ -188,7 +188,7 @@ def busy(farshore):
         sequence_id="abc", owner="dense-0", epoch=1, tokens=600, tail_first=512, spans=spans
     )
     farshore.engine.status.MergeFrom(
-        admin.ClusterStatusReply(
+        admin.ClusterStatusResponse(
             workers=workers, sequences=[sequence], pool_budget_bytes=1 << 30, pool_free_bytes=3 << 28
         )
     )
@@ -215,7 +215,7 @@ def test_status_when_idle(run, farshore):
 
 def test_status_shows_the_settings_in_force(run, farshore):
     farshore.engine.status.MergeFrom(
-        admin.ClusterStatusReply(kv_format="int8", max_decode_stall_ms=50, speculate_tokens=4)
+        admin.ClusterStatusResponse(kv_format="int8", max_decode_stall_ms=50, speculate_tokens=4)
     )
     out = run("status", "--server", farshore.address).out
     assert (
@@ -235,26 +235,26 @@ def test_status_as_json(run, busy):
 
 def test_status_without_a_gateway(run):
     done = run("status", "--server", "127.0.0.1:1")
-    assert done.code == 1
+    assert done.code == 3
     assert "no gateway answers at 127.0.0.1:1" in done.err
 
 
-class Failed(admin_pb2_grpc.AdminServicer):
+class Failed(admin_pb2_grpc.AdminServiceServicer):
     """A gateway whose engine has failed: it reports its status, and its health is NOT_SERVING."""
 
     def ClusterStatus(self, request, context):
         worker = admin.WorkerStatus(worker_id="dense-0", kind="dense", state="failed")
-        return admin.ClusterStatusReply(workers=[worker])
+        return admin.ClusterStatusResponse(workers=[worker])
 
 
 @pytest.fixture
 def failed():
     """The address of a server with Failed."""
     checks = health.HealthServicer()
-    checks.set("farshore.inference.v1.Inference", health_pb2.HealthCheckResponse.NOT_SERVING)
+    checks.set("farshore.inference.v1.InferenceService", health_pb2.HealthCheckResponse.NOT_SERVING)
     server = grpc.server(ThreadPoolExecutor(2))
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    admin_pb2_grpc.add_AdminServicer_to_server(Failed(), server)
+    admin_pb2_grpc.add_AdminServiceServicer_to_server(Failed(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     yield f"127.0.0.1:{port}"
@@ -270,7 +270,7 @@ def test_status_of_a_gateway_that_does_not_serve(run, failed):
 
 def test_generate_at_a_gateway_that_does_not_serve(run, cluster, failed, monkeypatch):
     monkeypatch.setattr("farshore.client.cli.connect.ANSWER_DEADLINE_S", 0.0)
-    monkeypatch.setattr("farshore.client.cli.generate.DEFAULT_SERVER", failed)
+    monkeypatch.setattr("farshore.client.cli.connect.DEFAULT_SERVER", failed)
     done = run("generate", "Hi")
-    assert done.code == 1 and "has failed" in done.err
+    assert done.code == 3 and "has failed" in done.err
     assert cluster.config is None

@@ -33,7 +33,7 @@ def test_cancel_unknown(farshore):
     with pytest.raises(grpc.RpcError) as failure:
         _cancel(farshore, "unknown")
     assert failure.value.code() == grpc.StatusCode.NOT_FOUND
-    assert "'unknown'" in failure.value.details()
+    assert "unknown or was forgotten" in failure.value.details()
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def small_window():
     def connect(address):
         options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096)]
         channels.append(grpc.insecure_channel(address, options=options))
-        return inference_pb2_grpc.InferenceStub(channels[-1])
+        return inference_pb2_grpc.InferenceServiceStub(channels[-1])
 
     yield connect
     for channel in channels:

@@ -104,7 +104,7 @@ def test_status_is_the_controllers(farshore):
 
 def test_health(farshore):
     health = health_pb2_grpc.HealthStub(farshore.channel)
-    for service in ("", "farshore.inference.v1.Inference"):
+    for service in ("", "farshore.inference.v1.InferenceService"):
         reply = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=30)
         assert reply.status == health_pb2.HealthCheckResponse.SERVING
 
@@ -113,9 +113,11 @@ def test_reflection(farshore):
     stub = reflection_pb2_grpc.ServerReflectionStub(farshore.channel)
     asked = [
         reflection_pb2.ServerReflectionRequest(list_services=""),
-        reflection_pb2.ServerReflectionRequest(file_containing_symbol="farshore.inference.v1.Inference"),
+        reflection_pb2.ServerReflectionRequest(
+            file_containing_symbol="farshore.inference.v1.InferenceService"
+        ),
     ]
     services, file = stub.ServerReflectionInfo(iter(asked), timeout=30)
     names = [service.name for service in services.list_services_response.service]
-    assert "farshore.inference.v1.Inference" in names
+    assert "farshore.inference.v1.InferenceService" in names
     assert file.file_descriptor_response.file_descriptor_proto

@@ -9,7 +9,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from farshore.gateway.limits import Limits
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-SERVICES = ("", "farshore.inference.v1.Inference")
+SERVICES = ("", "farshore.inference.v1.InferenceService")
 
 
 @pytest.fixture

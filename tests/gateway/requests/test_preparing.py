@@ -9,6 +9,7 @@ import pytest
 
 from farshore.gateway.limits import Limits
 from farshore.gateway.requests.log import RequestLog
+from farshore.gateway.requests.request import RequestKey
 from farshore.proto import inference_pb2 as api
 
 
@@ -54,9 +55,10 @@ def test_cancel_before_the_requests_task_has_run(loop_thread):
 
     async def start_and_cancel():
         log = RequestLog(None, Limits(), preparing=threads, engine_problem=lambda: None)
-        request = log.start("a", None, fingerprint=b"", choices=2, values=1, arrived_s=0.0)
-        await log.cancel("a")
-        assert request.ended and log.find("a") is request
+        key = RequestKey("anonymous", "a")
+        request = log.start(key, None, fingerprint=b"", choices=2, values=1, arrived_s=0.0)
+        await log.cancel(key)
+        assert request.ended and log.find(key) is request
         events = [api.GenerateEvent.FromString(event) async for event in request.follow(0)]
         await log.close()
         return events
@@ -122,7 +124,7 @@ def test_the_same_id_twice_runs_once(held):
 @pytest.mark.parametrize(
     "fields, code, words",
     [
-        (dict(text="Another"), grpc.StatusCode.INVALID_ARGUMENT, "choose a new id"),
+        (dict(text="Another"), grpc.StatusCode.ALREADY_EXISTS, "choose a new id"),
         (dict(text=None, resume_from=1), grpc.StatusCode.INVALID_ARGUMENT, "has 0 tokens"),
         (dict(request_id="b"), grpc.StatusCode.RESOURCE_EXHAUSTED, "1 requests are running"),
     ],

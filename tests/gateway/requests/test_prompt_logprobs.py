@@ -102,3 +102,10 @@ def test_their_memory_counts_among_the_live_values(start, harness):
     farshore.engine.auto = [5]
     assert list(farshore.generate(sampling={"max_tokens": 10}))
     running.cancel()
+
+
+def test_a_reader_that_brings_its_tokens_has_them(farshore, hello):
+    resume = api.Resume(received=[api.TokenIds(ids=[5])], seed=1)
+    call = farshore.generate("Hello there", resume=resume, sampling={"prompt_logprobs": 1})
+    answer(farshore.engine.next_sequence(), hello)
+    assert [event.WhichOneof("kind") for event in call] == ["accepted", "finished"]

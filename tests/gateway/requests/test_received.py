@@ -176,7 +176,7 @@ BIG = {
 
 @pytest.fixture
 def send(farshore):
-    generate = farshore.channel.unary_stream("/farshore.inference.v1.Inference/Generate", None, None)
+    generate = farshore.channel.unary_stream("/farshore.inference.v1.InferenceService/Generate", None, None)
     return lambda raw: generate(raw, timeout=30)
 
 
@@ -205,7 +205,7 @@ def test_the_limit_follows_the_model():
 
 
 def test_garbage_for_other_methods(farshore):
-    call = farshore.channel.unary_unary("/farshore.inference.v1.Inference/Cancel", None, None)
+    call = farshore.channel.unary_unary("/farshore.inference.v1.InferenceService/Cancel", None, None)
     with pytest.raises(grpc.RpcError) as refused:
         call(b"\xff" * 10, timeout=30)
     assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT

@@ -95,7 +95,7 @@ def test_an_id_names_one_prompt(farshore, harness, fields):
     call = farshore.generate(request_id="a")
     next(call)
     failure = harness.failure_of(farshore.generate(request_id="a", **fields))
-    assert failure.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert failure.code() == grpc.StatusCode.ALREADY_EXISTS
     assert "choose a new id" in failure.details()
 
 
