@@ -35,6 +35,28 @@ class Alternative:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PromptToken:
+    """A token of the prompt. ``logprob``: given the tokens before it; None for the first. ``rank``: 1 for the
+    likeliest; 0 for the first. ``top``: the likeliest tokens in its place, best first. ``text``: as an
+    Alternative's."""
+
+    token_id: int
+    text: str
+    logprob: float | None
+    rank: int
+    top: tuple[Alternative, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptLogprobs:
+    """Tokens of the prompt from index ``first`` on, if ``prompt_logprobs`` was given. All come before the
+    first Token."""
+
+    first: int
+    tokens: tuple[PromptToken, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Token:
     """One token of an answer. ``index``: its number within its ``choice``, from 0. ``text``: the text that it
     completes; empty while a character, or a possible stop string, is incomplete. ``logprob`` and ``top`` (the
@@ -97,7 +119,7 @@ class Finished:
         return self.choices[0].text
 
 
-Event = Accepted | Prefill | Token | Finished
+Event = Accepted | Prefill | PromptLogprobs | Token | Finished
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

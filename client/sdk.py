@@ -72,12 +72,14 @@ class Client:
         continue_final_message: bool = False,
         model: str = "",
         cache_salt: str = "",
+        priority: int = 0,
         request_id: str = "",
         resume_from: int = 0,
         deadline_s: float = 86_400.0,
         **sampling: Any,
     ) -> Iterator[events.Event]:
-        """Streams a completion: Accepted, Prefill (not always), Tokens, Finished.
+        """Streams a completion: Accepted, Prefill (not always), PromptLogprobs (if asked for), Tokens,
+        Finished.
 
         Give one of ``prompt`` (text, used as it is), ``messages`` (a chat) and ``token_ids``. Or give none of
         them but the ``request_id`` of an earlier call, to resume that request from token ``resume_from``,
@@ -104,6 +106,9 @@ class Client:
 
         ``cache_salt``: the stored KV of this prompt serves requests with the same salt only, so that no other
         client can tell from response times that the prompt was sent before. Requests without a salt share.
+
+        ``priority``: of the requests that wait for an engine's memory those with the lowest number start
+        first. It does not change the order of those that have started.
         """
         if unknown := sampling.keys() - _SAMPLING:
             raise TypeError(f"generate() has no option {', '.join(sorted(unknown))}")
@@ -116,6 +121,7 @@ class Client:
                 request_id=request_id,
                 resume_from=resume_from,
                 cache_salt=cache_salt,
+                priority=priority,
                 sampling=api.Sampling(**given),
                 **_prompt(
                     prompt,
@@ -363,6 +369,11 @@ def _event(event: api.GenerateEvent) -> events.Event:
         return _plain(events.Prefill, event.prefill)
     if kind == "accepted":
         return _plain(events.Accepted, event.accepted)
+    if kind == "prompt_logprobs":
+        return events.PromptLogprobs(
+            first=event.prompt_logprobs.first,
+            tokens=tuple(_prompt_token(token) for token in event.prompt_logprobs.tokens),
+        )
     if kind != "finished":
         raise TransportError("the gateway sent an event this client does not know: use the same version")
     done = event.finished
@@ -376,6 +387,15 @@ def _event(event: api.GenerateEvent) -> events.Event:
         tpot_ms=done.timings.tpot_ms,
         total_ms=done.timings.total_ms,
         shards=tuple(_plain(events.ShardUse, shard) for shard in done.shards),
+    )
+
+
+def _prompt_token(token: api.PromptToken) -> events.PromptToken:
+    return _plain(
+        events.PromptToken,
+        token,
+        logprob=token.logprob if token.HasField("logprob") else None,
+        top=tuple(_plain(events.Alternative, other) for other in token.top),
     )
 
 

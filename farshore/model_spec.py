@@ -17,6 +17,9 @@ from farshore.text import quoted
 DEMO = "smollm2"
 """The name of the demo model."""
 
+AUTO, NO_GENERATION_CONFIG = "auto", "none"
+"""Values of ``generation_config`` besides paths."""
+
 SpecialTokens = Literal["text", "parse"]
 ToolCallParser = Literal["auto", "none", "hermes", "llama3", "mistral"]
 ReasoningParser = Literal["auto", "none", "think"]
@@ -39,6 +42,9 @@ class ModelSpec:
     """Where to read the tokenizer instead of the model's own, as ``source.resolve_tokenizer`` takes it."""
     chat_template: str | None = None
     """Path of a Jinja file that replaces the model's own chat template."""
+    generation_config: str = AUTO
+    """Where the sampling of requests that leave it open comes from: "auto", the model's own files; "none",
+    nowhere; else the path of a generation_config.json, or of its folder."""
     max_model_len: int | None = None
     """Longest prompt and answer together, in tokens. None: the positions that the model's files name."""
     rope_scaling: Mapping[str, Any] | None = None
@@ -54,7 +60,7 @@ class ModelSpec:
     """Whether ``<think>…</think>`` in an answer is reasoning; auto: if the chat template writes it."""
 
     def __post_init__(self) -> None:
-        for option in ("model", "revision", "tokenizer", "chat_template"):
+        for option in ("model", "revision", "tokenizer", "chat_template", "generation_config"):
             if getattr(self, option) == "":
                 raise InvalidRequest(f"--{option.replace('_', '-')} is empty: give a value, or leave it out")
         if self.max_model_len is not None and not LEAST_MODEL_LEN <= self.max_model_len <= MOST_MODEL_LEN:

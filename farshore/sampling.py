@@ -38,6 +38,9 @@ RANGES = {
 }
 """By option. The command line refuses other numbers before it starts anything, the gateway always."""
 
+WARM = Range(1e-6, 2.0, "0 (greedy), or 1e-06 to 2")
+"""Temperatures other than 0. Logits divided by a lower one may exceed the range of float32."""
+
 BIASES = Range(-100.0, 100.0, "from -100 to 100")
 """The values of ``logit_bias``."""
 
@@ -74,6 +77,8 @@ class Sampling:
     """Added to the logits of these token ids."""
     logprobs: int | None = None
     """Alternatives to report beside each token's log-probability. None: report neither."""
+    prompt_logprobs: int | None = None
+    """Alternatives to report beside the log-probability of each token of the prompt. None: report neither."""
     seed: int = 0
     """The gateway draws one for a request without."""
     stop: Collection[str] = ()

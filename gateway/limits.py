@@ -72,6 +72,8 @@ class Limits:
     request_values: int = 1 << 20
     """Tokens and alternatives that one request may ask for: choices * max_tokens * (1 + logprobs). For a
     model with more positions than this, the limit is the number of positions."""
+    prompt_values: int = 1 << 18
+    """Log-probabilities of one prompt: tokens * (1 + prompt_logprobs)."""
     live_values: int = 1 << 24
     """Tokens and alternatives of all live requests together. Each is kept in the request log for readers that
     reconnect, at about 64 bytes."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from farshore.model_spec import ModelSpec
 from farshore.models.chat.prompts import ChatPrompts
+from farshore.models.config.generation import GenerationDefaults, load_generation
 from farshore.models.config.load import load_spec
 from farshore.models.config.model import ModelConfig
 from farshore.models.files.source import read_template, resolve_tokenizer
@@ -22,6 +23,8 @@ class Served:
     config: ModelConfig
     tokenizer: Tokenizer
     chat: ChatPrompts
+    generation: GenerationDefaults
+    """What the options that a request leaves unset become."""
     chat_template: str
     """The Jinja source of the chat template, or of all of them; empty if there is none."""
 
@@ -41,7 +44,14 @@ class Served:
         )
         sources = template or tokenizer.chat_template or ""
         text = sources if isinstance(sources, str) else "\n".join(sources.values())
-        return cls(spec=spec, config=config, tokenizer=tokenizer, chat=chat, chat_template=text)
+        return cls(
+            spec=spec,
+            config=config,
+            tokenizer=tokenizer,
+            chat=chat,
+            chat_template=text,
+            generation=load_generation(spec, source, vocab=config.vocab),
+        )
 
     @property
     def positions(self) -> str:
@@ -52,6 +62,7 @@ class Served:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Token ids that end an answer: those at which transformers' generate stops. Where the model's
+        """Token ids that end an answer: those at which transformers' generate stops. A file that
+        --generation-config names goes before the model's own. Where the model's
         configuration names none, as in every GGUF file, they are the tokenizer's."""
-        return self.config.eos_token_ids or self.tokenizer.eos_ids
+        return self.generation.eos_token_ids or self.config.eos_token_ids or self.tokenizer.eos_ids

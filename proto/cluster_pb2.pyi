@@ -9,13 +9,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class SequenceRequest(_message.Message):
-    __slots__ = ("sequence_id", "prompt", "sampling", "cache_salt", "grammar", "bad_words", "fill", "epoch")
+    __slots__ = ("sequence_id", "prompt", "sampling", "cache_salt", "grammar", "bad_words", "priority", "fill", "epoch")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     BAD_WORDS_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     FILL_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
@@ -24,9 +25,10 @@ class SequenceRequest(_message.Message):
     cache_salt: str
     grammar: str
     bad_words: _containers.RepeatedCompositeFieldContainer[_inference_pb2.TokenIds]
+    priority: int
     fill: bool
     epoch: int
-    def __init__(self, sequence_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., cache_salt: _Optional[str] = ..., grammar: _Optional[str] = ..., bad_words: _Optional[_Iterable[_Union[_inference_pb2.TokenIds, _Mapping]]] = ..., fill: bool = ..., epoch: _Optional[int] = ...) -> None: ...
+    def __init__(self, sequence_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., cache_salt: _Optional[str] = ..., grammar: _Optional[str] = ..., bad_words: _Optional[_Iterable[_Union[_inference_pb2.TokenIds, _Mapping]]] = ..., priority: _Optional[int] = ..., fill: bool = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
     __slots__ = ("token_id", "logprob")
@@ -63,14 +65,16 @@ class SequenceFinished(_message.Message):
     def __init__(self, reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., queued_ms: _Optional[float] = ..., shards: _Optional[_Iterable[_Union[_inference_pb2.ShardUse, _Mapping]]] = ..., choice: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class SequenceEvent(_message.Message):
-    __slots__ = ("prefill", "token", "finished")
+    __slots__ = ("prefill", "token", "finished", "prompt_logprobs")
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     prefill: _inference_pb2.PrefillProgress
     token: SampledToken
     finished: SequenceFinished
-    def __init__(self, prefill: _Optional[_Union[_inference_pb2.PrefillProgress, _Mapping]] = ..., token: _Optional[_Union[SampledToken, _Mapping]] = ..., finished: _Optional[_Union[SequenceFinished, _Mapping]] = ...) -> None: ...
+    prompt_logprobs: _inference_pb2.PromptLogprobs
+    def __init__(self, prefill: _Optional[_Union[_inference_pb2.PrefillProgress, _Mapping]] = ..., token: _Optional[_Union[SampledToken, _Mapping]] = ..., finished: _Optional[_Union[SequenceFinished, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[_inference_pb2.PromptLogprobs, _Mapping]] = ...) -> None: ...
 
 class CancelSequence(_message.Message):
     __slots__ = ("sequence_id", "choice")

@@ -25,7 +25,16 @@ from farshore.sampling import Sampling
 from farshore.workers.engine.constraints.grammar import GrammarCompiler
 from farshore.workers.engine.constraints.token_mask import TokenMask
 from farshore.workers.engine.engine import Engine
-from farshore.workers.engine.sequence import Event, Failed, Finished, Prefilled, Reason, Sampled
+from farshore.workers.engine.sequence import (
+    Event,
+    Failed,
+    Finished,
+    Prefilled,
+    PromptLogprobs,
+    PromptToken,
+    Reason,
+    Sampled,
+)
 
 PROMPT_SLICE_TOKENS = 16_384
 """Prompt tokens converted in one call. One slice holds the interpreter's lock for 0.4 ms; two million tokens
@@ -90,6 +99,7 @@ class EngineService(pb_grpc.EngineServicer):
                 epoch=Epoch(request.epoch),
                 salt=request.cache_salt,
                 mask=mask,
+                priority=request.priority,
             )
         except FarshoreError as error:
             rpc.abort(context, error)
@@ -169,6 +179,9 @@ class EngineService(pb_grpc.EngineServicer):
             case Prefilled(done, total):
                 progress = api.PrefillProgress(done_tokens=done, total_tokens=total)
                 return pb.SequenceEvent(prefill=progress)
+            case PromptLogprobs(first, tokens):
+                scored = api.PromptLogprobs(first=first, tokens=[_prompt_token(token) for token in tokens])
+                return pb.SequenceEvent(prompt_logprobs=scored)
             case Sampled(token, choice, logprob, top):
                 others = [pb.TokenLogprob(token_id=id, logprob=value) for id, value in top]
                 return pb.SequenceEvent(
@@ -191,6 +204,15 @@ class EngineService(pb_grpc.EngineServicer):
                     )
                 )
         raise AssertionError(f"unknown event: {event}")
+
+
+def _prompt_token(token: PromptToken) -> api.PromptToken:
+    return api.PromptToken(
+        token_id=token.token_id,
+        logprob=token.logprob,
+        rank=token.rank,
+        top=[api.Alternative(token_id=id, logprob=value) for id, value in token.top],
+    )
 
 
 def _tokens(request: pb.SequenceRequest) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from farshore.client import events
 from farshore.client.cli.connect import running_or_own
-from farshore.client.cli.options import add_own_cluster_options
+from farshore.client.cli.options import add_own_cluster_options, whole
 from farshore.client.cli.prompts import add_chat_option, add_prompt, chat_of, read_prompt
 from farshore.client.cli.sampling import add_sampling_options, asked
 from farshore.client.cli.terminal import Progress, held_signals, stop_signals, write
@@ -43,6 +43,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         default="",
         metavar="TEXT",
         help="share stored prefixes with requests of the same salt only (default: with all that have none)",
+    )
+    parser.add_argument(
+        "--priority",
+        type=whole,
+        default=0,
+        metavar="N",
+        help="while requests wait for memory, lower numbers start first (default: %(default)s)",
     )
     add_sampling_options(parser.add_argument_group("sampling"))
     add_own_cluster_options(parser)
@@ -90,12 +97,17 @@ def _answer(
     limit = {} if args.timeout is None else {"deadline_s": args.timeout}
     with held_signals():
         stream = client.generate(
-            **prompt, model=args.model or "", cache_salt=args.cache_salt, **limit, **sampling
+            **prompt,
+            model=args.model or "",
+            cache_salt=args.cache_salt,
+            priority=args.priority,
+            **limit,
+            **sampling,
         )
     choices = [_Choice() for _ in range(args.n or 1)]
     live = len(choices) == 1 and not args.json
     try:
-        accepted, finished = _follow(stream, choices, live=live, progress=progress)
+        accepted, finished, scored = _follow(stream, choices, live=live, progress=progress)
     except FarshoreError as error:
         progress.clear()
         if live and choices[0].text:
@@ -106,6 +118,8 @@ def _answer(
     progress.clear()
     if args.json:
         summary = _summary(accepted, finished, choices, logprobs=args.logprobs is not None)
+        if args.prompt_logprobs is not None:
+            summary["prompt_logprobs"] = [dataclasses.asdict(token) for token in scored]
         write(json.dumps(summary | {"model": _model_name(client, args)}))
     elif live:
         write(finished.text)
@@ -120,14 +134,18 @@ def _answer(
 
 def _follow(
     stream: Iterator[events.Event], choices: list[_Choice], *, live: bool, progress: Progress
-) -> tuple[events.Accepted, events.Finished]:
-    """Reads the stream to its end and fills ``choices``. ``live``: print each token's text."""
+) -> tuple[events.Accepted, events.Finished, list[events.PromptToken]]:
+    """Reads the stream to its end and fills ``choices``; the third result are the prompt's tokens, if their
+    log-probabilities were asked for. ``live``: print each token's text."""
     accepted = finished = None
+    scored: list[events.PromptToken] = []
     for event in stream:
         if isinstance(event, events.Accepted):
-            accepted = event
+            accepted, scored = event, []
         elif isinstance(event, events.Prefill):
             progress.update(f"reading the prompt: {event.done_tokens} of {event.total_tokens} tokens")
+        elif isinstance(event, events.PromptLogprobs):
+            scored += event.tokens
         elif isinstance(event, events.Token):
             choices[event.choice].tokens.append(event)
             choices[event.choice].pieces.append(event.text)
@@ -142,7 +160,7 @@ def _follow(
                 choice.pieces.append(end.text)
     if accepted is None or finished is None:
         raise TransportError("the gateway ended the answer without finishing it")
-    return accepted, finished
+    return accepted, finished, scored
 
 
 def _model_name(client: Client, args: argparse.Namespace) -> str | None:

@@ -9,7 +9,7 @@ import json
 import re
 from typing import Any, get_args
 
-from farshore.model_spec import ModelSpec, ReasoningParser, SpecialTokens, ToolCallParser
+from farshore.model_spec import AUTO, ModelSpec, ReasoningParser, SpecialTokens, ToolCallParser
 from farshore.text import quoted
 
 _TOKENS = re.compile(r"(\d+(?:\.\d+)?)([kKmMgG]?)")
@@ -90,6 +90,13 @@ def add_model_options(group: argparse._ArgumentGroup) -> None:
         help="a Jinja file that makes the prompt of a chat, instead of the model's own template",
     )
     add(
+        "--generation-config",
+        default=AUTO,
+        metavar="{auto,none,PATH}",
+        help="the sampling of requests that leave it open: auto, as the model's generation_config.json or "
+        "GGUF file says; none, our own defaults; or as this file or folder says (default: %(default)s)",
+    )
+    add(
         "--special-tokens-in-chat",
         choices=get_args(SpecialTokens),
         default="text",
@@ -119,6 +126,7 @@ def model_spec(args: argparse.Namespace, model: str) -> ModelSpec:
         revision=args.revision,
         tokenizer=args.tokenizer,
         chat_template=args.chat_template,
+        generation_config=args.generation_config,
         max_model_len=args.max_model_len,
         rope_scaling=args.rope_scaling,
         served_names=tuple(getattr(args, "served_model_name", None) or ()),

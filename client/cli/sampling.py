@@ -49,7 +49,12 @@ def bias(text: str) -> tuple[int, float]:
 def add_sampling_options(group: argparse._ArgumentGroup, *, one_answer: bool = False) -> None:
     """``one_answer``: leave out the options of several answers, and of JSON."""
     add = group.add_argument
-    add("--max-tokens", type=positive, metavar="N", help="most tokens to answer (default: 256)")
+    add(
+        "--max-tokens",
+        type=positive,
+        metavar="N",
+        help="most tokens to answer (default: the model's, or 256)",
+    )
     if not one_answer:
         add("--n", type=positive, metavar="N", help="choices: answers to the one prompt (default: 1)")
         add(
@@ -58,30 +63,42 @@ def add_sampling_options(group: argparse._ArgumentGroup, *, one_answer: bool = F
             metavar="N",
             help="with --json: each token's log-probability, and those of N alternatives",
         )
+        add(
+            "--prompt-logprobs",
+            type=not_negative,
+            metavar="N",
+            help="with --json: the same for each token of the prompt",
+        )
     add(
         "--temperature",
         type=in_range(RANGES["temperature"]),
         metavar="T",
-        help="0 (greedy) to 2 (default: 0)",
+        help="0 (greedy) to 2 (default: the model's, or 0)",
     )
-    add("--top-k", type=not_negative, metavar="K", help="sample from the K likeliest tokens (default: all)")
+    add(
+        "--top-k",
+        type=not_negative,
+        metavar="K",
+        help="sample from the K likeliest tokens (default: the model's, or all)",
+    )
     add(
         "--top-p",
         type=in_range(RANGES["top_p"]),
         metavar="P",
-        help="sample from the likeliest tokens of this total probability (default: 1)",
+        help="sample from the likeliest tokens of this total probability (default: the model's, or 1)",
     )
     add(
         "--min-p",
         type=in_range(RANGES["min_p"]),
         metavar="P",
-        help="leave out tokens less likely than this share of the likeliest's probability (default: 0)",
+        help="leave out tokens less likely than this share of the likeliest's probability (default: the "
+        "model's, or 0)",
     )
     add(
         "--repetition-penalty",
         type=in_range(RANGES["repetition_penalty"]),
         metavar="R",
-        help="0.01 to 100; above 1: avoid tokens of prompt and answer (default: 1)",
+        help="0.01 to 100; above 1: avoid tokens of prompt and answer (default: the model's, or 1)",
     )
     for name in ("presence", "frequency"):
         each = "for every time it came" if name == "frequency" else "if it came at all"
@@ -112,10 +129,13 @@ def add_sampling_options(group: argparse._ArgumentGroup, *, one_answer: bool = F
 
 def asked(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments for ``Client.generate``. Options that don't go together are a usage error: exit 2."""
-    if args.n is not None and args.n > 1 and not args.temperature:
-        args.usage_error(f"--n {args.n} would give {args.n} times the same answer: add --temperature")
-    if args.logprobs is not None and not args.json:
-        args.usage_error("--logprobs are told in JSON only: add --json")
+    if args.n is not None and args.n > 1 and args.temperature == 0:
+        args.usage_error(
+            f"--n {args.n} would give {args.n} times the same answer: give a --temperature above 0"
+        )
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(args, name) is not None and not args.json:
+            args.usage_error(f"--{name.replace('_', '-')} are told in JSON only: add --json")
     options = {option.name: getattr(args, option.name, None) for option in fields(Sampling)}
     return options | {
         "logit_bias": dict(args.logit_bias or ()),

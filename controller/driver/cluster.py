@@ -40,6 +40,7 @@ from farshore.errors import (
 )
 from farshore.kvstore.directory.base import Directory, WorkerRecord
 from farshore.kvstore.directory.connect import open_directory, open_redis
+from farshore.models.config.generation import load_generation
 from farshore.models.config.load import load_spec
 from farshore.models.config.model import ModelConfig
 from farshore.models.files.source import pinned
@@ -111,7 +112,8 @@ class Cluster:
         config = _with_redis(_with_token_file(config))
         # A download happens now, before anything is started; the cluster's processes find the cache filled.
         config = replace(config, spec=pinned(config.spec, progress=progress))
-        _, model = load_spec(config.spec)
+        source, model = load_spec(config.spec)
+        load_generation(config.spec, source, vocab=model.vocab)
         cluster = cls(config, model, [kind for kind in KINDS if f"{kind}_workers" in given])
         try:
             cluster._start(progress)

@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError, Message
 
 from farshore.errors import DeadlineExceeded, InvalidRequest, NotFound
 from farshore.gateway.api import batch, errors
-from farshore.gateway.requests import received, validate
+from farshore.gateway.requests import received, sampling, validate
 from farshore.gateway.requests.intake import ANONYMOUS, Intake
 from farshore.gateway.requests.patience import Patience
 from farshore.gateway.requests.request import Failure, RequestKey
@@ -108,6 +108,9 @@ class InferenceService:
             root=self._served.spec.model,
             max_positions=config.max_positions,
             vocabulary=config.vocab,
+            sampling_defaults=sampling.in_effect(
+                self._served.generation, self._limits, positions=config.max_positions
+            ),
         )
 
     async def _write(self, events: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:

@@ -37,6 +37,8 @@ class Answer:
             return self._add(event.token)
         if kind == "prefill":
             self._request.add_prefill(event.prefill)
+        elif kind == "prompt_logprobs":
+            self._add_prompt(event.prompt_logprobs)
         elif kind == "finished":
             self._end_choice(event.finished)
         return None
@@ -71,6 +73,13 @@ class Answer:
             ],
         )
         return None if completion.reason is None else token.choice
+
+    def _add_prompt(self, scored: api.PromptLogprobs) -> None:
+        """Adds tokens of the prompt; their texts are filled in here."""
+        for token in scored.tokens:
+            for named in (token, *token.top):
+                named.text = self._tokenizer.token_text(named.token_id)
+        self._request.add_prompt_logprobs(scored)
 
     def _end_choice(self, done: cluster.SequenceFinished) -> None:
         self._completions[done.choice].end(done.reason)

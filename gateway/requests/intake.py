@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from farshore.errors import InvalidRequest
 from farshore.gateway.limits import Limits
-from farshore.gateway.requests import received, resume, validate
+from farshore.gateway.requests import received, resume, sampling, validate
 from farshore.gateway.requests.log import RequestLog
 from farshore.gateway.requests.request import Request, RequestKey
 from farshore.gateway.requests.resume import Received
@@ -52,13 +52,15 @@ class Intake:
         *,
         arrived_s: float,
         fill: bool = False,
+        temperature: float = 0.0,
         most_values: int | None = None,
         principal: str = ANONYMOUS,
     ) -> Taken:
         """Finds the request or starts it. ``raw``: a serialised GenerateRequest. ``arrived_s``: when the call
         arrived, by ``clock``. ``fill``: a request without max_tokens may use all that its prompt leaves of
-        the model's positions and of the KV pool. ``most_values``: of tokens and alternatives
-        that the caller has room for. ``principal``: who calls.
+        the model's positions and of the KV pool. ``temperature``: of a request that names none, for a model
+        that names none. ``most_values``: of tokens and alternatives that the caller has room for.
+        ``principal``: who calls.
 
         Never awaits, so that of two calls with the same id only one starts it, and a later Cancel finds it.
         Raises InvalidRequest, NotFound, Overloaded or TransportError.
@@ -74,10 +76,16 @@ class Intake:
             if message.resume.HasField("seed") and not message.sampling.HasField("seed"):
                 message.sampling.seed = message.resume.seed
             fill = fill and not message.sampling.HasField("max_tokens")
-            default_tokens = positions if fill else self.limits.default_max_tokens
+            generation = self.served.generation
+            sampling.complete(message.sampling, generation, temperature=temperature)
+            default_tokens = sampling.default_tokens(generation, self.limits, positions=positions, fill=fill)
             validate.check_cheap(message, self.served, self.limits, default_tokens=default_tokens)
             resume.check_repeatable(message)
-            values = validate.values(message.sampling, default_tokens=default_tokens)
+            values = validate.kept_values(message.sampling, self.limits, default_tokens=default_tokens)
+            if most_values is not None and message.sampling.HasField("prompt_logprobs"):
+                raise InvalidRequest(
+                    "prompt_logprobs are not sent in a batch: use Generate", field="sampling.prompt_logprobs"
+                )
             _check_room(values, most_values)
             request = self.log.start(
                 key,

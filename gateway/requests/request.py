@@ -97,6 +97,7 @@ class Request:
         self._accepted: bytes | None = None
         self._prompt_tokens = 0
         self._prefill: bytes | None = None
+        self._prompt: list[bytes] = []
         self._tokens: list[bytes] = []
         self._tokens_of: Counter[int] = Counter()  # by choice
         self.size_bytes = 0
@@ -131,8 +132,9 @@ class Request:
             )
 
     async def follow(self, resume_from: int = 0, received: Received | None = None) -> AsyncIterator[bytes]:
-        """Yields serialised events: Accepted, Prefill if the reader has no token, tokens from ``resume_from``
-        on that the reader has not ``received``, Finished. Raises RequestFailed, and ResumeMismatch.
+        """Yields serialised events: Accepted, Prefill and PromptLogprobs if the reader has no token, tokens
+        from ``resume_from`` on that the reader has not ``received``, Finished. Raises RequestFailed, and
+        ResumeMismatch.
 
         The waits have no deadline: the request ends in bounded time (``stall_s`` of ``Limits``).
         """
@@ -143,7 +145,12 @@ class Request:
         yield self._accepted
         index, prefill = resume_from, None
         received = received or Received()
+        # The prompt's log-probabilities precede the first token: a reader that has tokens has them.
+        prompt, reads_prompt = 0, not resume_from and not received.left
         while True:
+            while reads_prompt and prompt < len(self._prompt):
+                yield self._prompt[prompt]
+                prompt += 1
             while index < len(self._tokens):
                 token = self._tokens[index]
                 index += 1
@@ -175,6 +182,13 @@ class Request:
     def add_prefill(self, progress: api.PrefillProgress) -> None:
         """Replaces the prefill progress."""
         self._prefill = api.GenerateEvent(prefill=progress).SerializeToString()
+        self._notify()
+
+    def add_prompt_logprobs(self, scored: api.PromptLogprobs) -> None:
+        """Appends the log-probabilities of tokens of the prompt."""
+        event = api.GenerateEvent(prompt_logprobs=scored).SerializeToString()
+        self._prompt.append(event)
+        self.size_bytes += _EVENT_BYTES + len(event)
         self._notify()
 
     def add_token(

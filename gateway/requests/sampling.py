@@ -1,6 +1,8 @@
-"""Checks a request's sampling parameters before the request reaches an engine.
+"""Completes a request's sampling parameters by the model's defaults, and checks them, before the request
+reaches an engine.
 
-Called by ``validate``. Each refusal names the value, the limit and the fix. Must not know about prompts.
+Called by ``intake`` and ``validate``. Each refusal names the value, the limit and the fix. Must not know
+about prompts.
 """
 
 from collections.abc import Iterable
@@ -8,11 +10,44 @@ from collections.abc import Iterable
 from farshore.errors import InvalidRequest
 from farshore.gateway.limits import Limits
 from farshore.gateway.requests import structure
+from farshore.models.config.generation import GenerationDefaults
 from farshore.proto import inference_pb2 as api
-from farshore.sampling import BIASES, RANGES, Range
+from farshore.sampling import BIASES, RANGES, WARM, Sampling
 
-# Logits divided by a lower temperature may exceed the range of float32.
-_TEMPERATURES = Range(1e-6, 2.0, "0 (greedy), or 1e-06 to 2")
+_NEUTRAL = Sampling()
+
+
+_COMPLETED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""What a model's files may name a default of, besides max_tokens."""
+
+
+def complete(sampling: api.Sampling, generation: GenerationDefaults, *, temperature: float) -> None:
+    """Sets what a request leaves unset to what the model's files name, and else to the value that changes
+    nothing. ``temperature``: where neither names one; faces of the API differ in it."""
+    for name in _COMPLETED:
+        if not sampling.HasField(name):
+            named = getattr(generation, name)
+            neutral = temperature if name == "temperature" else getattr(_NEUTRAL, name)
+            setattr(sampling, name, neutral if named is None else named)
+
+
+def default_tokens(generation: GenerationDefaults, limits: Limits, *, positions: int, fill: bool) -> int:
+    """``max_tokens`` of a request without. ``positions``: the model's. ``fill``: all of them, unless the
+    model's files name a number."""
+    return min(positions, generation.max_tokens or (positions if fill else limits.default_max_tokens))
+
+
+def in_effect(generation: GenerationDefaults, limits: Limits, *, positions: int) -> api.Sampling:
+    """What the unset options of a request over gRPC become."""
+    shown = api.Sampling(
+        max_tokens=default_tokens(generation, limits, positions=positions, fill=False),
+        presence_penalty=_NEUTRAL.presence_penalty,
+        frequency_penalty=_NEUTRAL.frequency_penalty,
+        n=_NEUTRAL.n,
+        skip_special_tokens=_NEUTRAL.skip_special_tokens,
+    )
+    complete(shown, generation, temperature=_NEUTRAL.temperature)
+    return shown
 
 
 def check(sampling: api.Sampling, *, vocab: int, limits: Limits) -> None:
@@ -25,16 +60,16 @@ def check(sampling: api.Sampling, *, vocab: int, limits: Limits) -> None:
     for name, allowed in RANGES.items():
         if sampling.HasField(name) and not allowed.has(value := getattr(sampling, name)):
             raise InvalidRequest(f"{name} {value:g}: use a number {allowed.words}", field=f"sampling.{name}")
-    if sampling.temperature and not _TEMPERATURES.has(sampling.temperature):
+    if sampling.temperature and not WARM.has(sampling.temperature):
         raise InvalidRequest(
-            f"temperature {sampling.temperature:g}: use {_TEMPERATURES.words}", field="sampling.temperature"
+            f"temperature {sampling.temperature:g}: use {WARM.words}", field="sampling.temperature"
         )
     most = min(limits.logprobs, vocab)
-    if sampling.logprobs > most:
-        raise InvalidRequest(
-            f"logprobs {sampling.logprobs}: ask for at most {most} alternatives a token",
-            field="sampling.logprobs",
-        )
+    for name in ("logprobs", "prompt_logprobs"):
+        if (asked := getattr(sampling, name)) > most:
+            raise InvalidRequest(
+                f"{name} {asked}: ask for at most {most} alternatives a token", field=f"sampling.{name}"
+            )
     _check_choices(sampling, limits)
     _check_bias(sampling, vocab, limits)
     _check_stops(sampling, vocab, limits)

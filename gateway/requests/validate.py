@@ -100,6 +100,13 @@ def values(sampling: api.Sampling, *, default_tokens: int) -> int:
     return (sampling.n or 1) * max_tokens * (1 + sampling.logprobs)
 
 
+def kept_values(sampling: api.Sampling, limits: Limits, *, default_tokens: int) -> int:
+    """As :func:`values`, with the most that a prompt's log-probabilities may be: its tokens are not counted
+    yet."""
+    of_prompt = limits.prompt_values if sampling.HasField("prompt_logprobs") else 0
+    return values(sampling, default_tokens=default_tokens) + of_prompt
+
+
 def prepare(
     request: api.GenerateRequest,
     served: Served,
@@ -122,6 +129,7 @@ def prepare(
     if not message.prompt:
         raise InvalidRequest("the prompt is empty: send at least one token", field="prompt")
     count = len(message.prompt)
+    _check_prompt_values(count, asked, limits)
     sampling = message.sampling
     sampling.CopyFrom(asked)
     sampling.max_tokens = _max_tokens(count, asked, served, default_tokens)
@@ -135,6 +143,7 @@ def prepare(
     sampling.stop_token_ids.extend(dict.fromkeys((*own_stops, *asked.stop_token_ids)))
     message.cache_salt = request.cache_salt
     message.fill = fill
+    message.priority = request.priority
     message.grammar = structure.grammar_of(asked.structure)
     message.bad_words.extend(api.TokenIds(ids=word) for word in _bad_words(asked, served))
     prompt_end = served.tokenizer.prompt_end(message.prompt)
@@ -151,6 +160,19 @@ def prepare(
         message=message.SerializeToString(),
         prefix_key=_prefix_key(message.prompt, request.cache_salt),
     )
+
+
+def _check_prompt_values(prompt_tokens: int, sampling: api.Sampling, limits: Limits) -> None:
+    if not sampling.HasField("prompt_logprobs"):
+        return
+    each = 1 + sampling.prompt_logprobs
+    if prompt_tokens * each > limits.prompt_values:
+        raise InvalidRequest(
+            f"prompt_logprobs {sampling.prompt_logprobs} of a prompt of {prompt_tokens} tokens: with so many "
+            f"alternatives a prompt may have at most {limits.prompt_values // each} tokens; ask for fewer "
+            "alternatives, or shorten the prompt",
+            field="sampling.prompt_logprobs",
+        )
 
 
 def _prefix_key(prompt: Sequence[int], salt: str) -> int | None:

@@ -82,7 +82,7 @@ def from_hf(
         rope=rope,
         tied_embeddings=boolean(config.get("tie_word_embeddings", False), "tie_word_embeddings", name),
         biases=_biases(config, family, name),
-        eos_token_ids=_end_ids(config if generation_config is None else generation_config, vocab, name),
+        eos_token_ids=end_ids(config if generation_config is None else generation_config, vocab, name),
     )
 
 
@@ -116,7 +116,7 @@ def _biases(config: Mapping[str, Any], family: str, name: str) -> tuple[str, ...
     return (_ATTENTION_BIASES if attention else ()) + (_MLP_BIASES if mlp else ())
 
 
-def _end_ids(source: Mapping[str, Any], vocab: Any, name: str) -> tuple[int, ...]:
+def end_ids(source: Mapping[str, Any], vocab: Any, name: str) -> tuple[int, ...]:
     """The end tokens of ``source``: null, one id or a list of ids, without repeats, in order.
 
     ``source`` is generation_config.json, if there is one, and config.json otherwise: transformers' generate

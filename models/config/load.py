@@ -12,6 +12,7 @@ from farshore.models.config.gguf import from_gguf
 from farshore.models.config.hf import from_hf
 from farshore.models.config.model import ModelConfig
 from farshore.models.files.gguf import GgufFile
+from farshore.models.files.selection import GENERATION_CONFIG
 from farshore.models.files.source import ModelSource, read_json, resolve
 
 
@@ -45,7 +46,7 @@ def load_config(
     if source.kind == "gguf":
         file = GgufFile.open(source.path)
         return from_gguf(file, source.name, max_model_len=max_model_len, rope_scaling=rope_scaling)
-    generation = Path(source.path) / "generation_config.json"
+    generation = Path(source.path) / GENERATION_CONFIG
     return from_hf(
         read_json(Path(source.path) / "config.json"),
         read_json(generation) if generation.exists() else None,

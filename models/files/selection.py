@@ -13,7 +13,8 @@ from farshore.errors import ModelError
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SETTINGS = (CONFIG, "generation_config.json")
+GENERATION_CONFIG = "generation_config.json"
+SETTINGS = (CONFIG, GENERATION_CONFIG)
 TOKENIZER = (
     "tokenizer*.json",
     "tokenizer.model",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from farshore.errors import InvalidRequest, ModelError
-from farshore.model_spec import DEMO, ModelSpec
+from farshore.model_spec import AUTO, DEMO, NO_GENERATION_CONFIG, ModelSpec
 from farshore.models.files import selection
 from farshore.models.files.hub import Wanted, fetch
 from farshore.text import quoted, shortened
@@ -71,14 +71,18 @@ def pinned(spec: ModelSpec, *, progress: Callable[[str], None] = lambda words: N
     source = resolve(spec.model, revision=spec.revision, progress=progress)
     is_path = source.commit is None and spec.model != DEMO
     tokenizer = None if spec.tokenizer is None else resolve_tokenizer(spec.tokenizer, progress=progress)
-    template = None if spec.chat_template is None else _expanded(spec.chat_template).absolute()
+    template = None if spec.chat_template is None else expanded(spec.chat_template).absolute()
     read_template(spec)
+    generation = spec.generation_config
+    if generation not in (AUTO, NO_GENERATION_CONFIG):
+        generation = str(expanded(generation).absolute())
     return replace(
         spec,
-        model=str(_expanded(spec.model).absolute()) if is_path else spec.model,
+        model=str(expanded(spec.model).absolute()) if is_path else spec.model,
         revision=source.commit,
         tokenizer=None if tokenizer is None else str(tokenizer.path),
         chat_template=None if template is None else str(template),
+        generation_config=generation,
         served_names=spec.names,
     )
 
@@ -88,7 +92,7 @@ def read_template(spec: ModelSpec) -> str | None:
     InvalidRequest."""
     if spec.chat_template is None:
         return None
-    path = _expanded(spec.chat_template)
+    path = expanded(spec.chat_template)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -116,7 +120,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _expanded(name: str) -> Path:
+def expanded(name: str) -> Path:
     """The path with its ``~`` resolved, unless no user has that name."""
     try:
         return Path(name).expanduser()
@@ -137,7 +141,7 @@ def _local(name: str) -> ModelSource | None:
     """As :func:`_found`, but raises OSError for what can't be read."""
     if name == DEMO:
         return ModelSource(name, _demo_file(), "gguf")
-    path = _expanded(name)
+    path = expanded(name)
     if name and path.is_dir():
         return _in_directory(name, path)
     if path.is_file():
@@ -158,7 +162,7 @@ def _local(name: str) -> ModelSource | None:
 
 def _local_tokenizer(name: str) -> ModelSource | None:
     """A tokenizer's folder or file. None: the name may be a model's. Raises ModelError or OSError."""
-    path = _expanded(name)
+    path = expanded(name)
     if name and path.is_dir():
         names = [file.name for file in path.iterdir()]
         if selection.has_vocabulary(names):

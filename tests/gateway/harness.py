@@ -70,6 +70,10 @@ class Sequence:
         progress = api.PrefillProgress(done_tokens=done, total_tokens=total)
         self._put(cluster_pb2.SequenceEvent(prefill=progress))
 
+    def prompt_logprobs(self, first, *tokens):
+        scored = api.PromptLogprobs(first=first, tokens=[api.PromptToken(**token) for token in tokens])
+        self._put(cluster_pb2.SequenceEvent(prompt_logprobs=scored))
+
     def finish(self, reason=api.FINISH_REASON_STOP, queued_ms=1.5, choice=0):
         shards = [api.ShardUse(worker_id="attention-0", process_id=7, attended_bytes=4096)]
         done = cluster_pb2.SequenceFinished(

@@ -9,6 +9,7 @@ import pytest
 from farshore.errors import InvalidRequest, ModelError
 from farshore.gateway.served import Served
 from farshore.model_spec import ModelSpec
+from farshore.models.config.generation import GenerationDefaults
 from farshore.proto import inference_pb2 as api
 
 CHAT = api.Chat(messages=[api.Message(role="user", content="Hi")])
@@ -107,6 +108,16 @@ def test_another_tokenizer(tmp_path):
     assert (
         served.config.max_positions == 64 and served.tokenizer.decode(served.tokenizer.encode("Hi")) == "Hi"
     )
+
+
+def test_recommended_sampling(tmp_path):
+    (tmp_path / "mine.json").write_text('{"temperature": 0.5}')
+    served = Served.load(ModelSpec(generation_config=str(tmp_path / "mine.json")))
+    served.chat.close()
+    assert served.generation == GenerationDefaults(temperature=0.5)
+    (tmp_path / "mine.json").write_text('{"temperature": "warm"}')
+    with pytest.raises(ModelError, match=r"mine\.json: temperature must be .* not 'warm'"):
+        Served.load(ModelSpec(generation_config=str(tmp_path / "mine.json")))
 
 
 @pytest.mark.parametrize(("config_ids", "expected"), [((5, 7), (5, 7)), ((), (2,))])

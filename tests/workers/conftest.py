@@ -21,7 +21,7 @@ from farshore.models.llama import Llama
 from farshore.models.weights.load import load_model
 from farshore.workers.engine.attention_model import attention_model
 from farshore.workers.engine.engine import Engine
-from farshore.workers.engine.sequence import Failed, Finished, Sampled
+from farshore.workers.engine.sequence import Failed, Finished, PromptLogprobs, Sampled
 
 ENGINE = WorkerId("engine")
 EVENT_DEADLINE_S = 600.0
@@ -142,6 +142,8 @@ class Collected:
         self.events = queue.SimpleQueue()
         self.choices = defaultdict(list)
         """Choice -> its tokens so far."""
+        self.prompt = []
+        """The prompt's tokens with their log-probabilities, if asked for."""
 
     @property
     def tokens(self):
@@ -154,6 +156,9 @@ class Collected:
             event = self.events.get(timeout=EVENT_DEADLINE_S)
             if isinstance(event, Sampled):
                 self.choices[event.choice].append(event.token_id)
+            elif isinstance(event, PromptLogprobs):
+                assert event.first == len(self.prompt) and not self.choices
+                self.prompt += event.tokens
             elif isinstance(event, Finished | Failed):
                 return event
 

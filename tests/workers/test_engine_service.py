@@ -15,16 +15,38 @@ class Context:
         self.initial_metadata = dict(metadata)
 
 
-def test_a_request_with_another_salt_finds_no_stored_prefix(tiny_model, rig):
-    cluster = rig(tiny_model, memory_bytes=64 << 20)
-    engine = cluster.start()
-    service = EngineService(
+def service_of(cluster):
+    return EngineService(
         worker="engine",
-        engine=engine,
+        engine=cluster.start(),
         store=cluster.stores["engine"],
         shards={worker: client.identify() for worker, client in cluster.clients.items()},
         grammars=GrammarCompiler(lambda: None, vocab=100, eos_ids=()),
     )
+
+
+def test_log_probabilities_of_the_prompt_are_sent_in_pieces(tiny_model, rig):
+    service = service_of(rig(tiny_model, memory_bytes=64 << 20))
+    prompt = [i % 90 for i in range(600)]
+    request = pb.SequenceRequest(
+        sequence_id="a", epoch=1, prompt=prompt, sampling=api.Sampling(max_tokens=1, prompt_logprobs=2)
+    )
+    scored = [
+        event.prompt_logprobs
+        for event in service.Generate(request, Context())
+        if event.HasField("prompt_logprobs")
+    ]
+    assert [part.first for part in scored] == [0, 256, 512]
+    tokens = [token for part in scored for token in part.tokens]
+    assert [token.token_id for token in tokens] == prompt
+    assert not tokens[0].HasField("logprob") and tokens[0].rank == 0 and not tokens[0].top
+    for token in tokens[1:]:
+        assert token.logprob < 0 and token.rank >= 1 and len(token.top) == 2
+
+
+def test_a_request_with_another_salt_finds_no_stored_prefix(tiny_model, rig):
+    cluster = rig(tiny_model, memory_bytes=64 << 20)
+    service = service_of(cluster)
     new = []
     for name, salt in (("a", ""), ("b", "mine"), ("c", ""), ("d", "mine"), ("e", "another's")):
         request = pb.SequenceRequest(

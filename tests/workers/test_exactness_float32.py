@@ -75,3 +75,21 @@ def test_greedy_tokens_equal_transformers(
         )
         if name in ("two blocks", "long"):
             assert fresh_blocks[name] >= 2
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["explain", "block plus one"])
+def test_log_probabilities_of_a_prompt_equal_transformers(
+    demo_model, rig, submit, prompts, hugging_face, name
+):
+    engine = rig(demo_model(torch.float32), shards=2).start()
+    collected = submit(engine, name, prompts[name], Sampling(max_tokens=1, prompt_logprobs=5))
+    assert isinstance(collected.result(), Finished)
+    ids = torch.tensor([prompts[name]])
+    with torch.inference_mode():
+        expected = torch.log_softmax(hugging_face(torch.float32)(ids).logits[0, :-1].double(), dim=-1)
+    found = collected.prompt[1:]
+    own = expected.gather(1, ids[0, 1:, None])[:, 0]
+    assert torch.tensor([token.logprob for token in found]).sub(own).abs().max() < 1e-3
+    best = torch.tensor([[value for _, value in token.top] for token in found])
+    assert best.sub(expected.topk(5).values).abs().max() < 1e-3

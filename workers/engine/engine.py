@@ -176,9 +176,11 @@ class Engine:
         epoch: Epoch,
         salt: str = "",
         mask: TokenMask | None = None,
+        priority: int = 0,
     ) -> None:
         """Queues a request. ``emit`` is called from the engine's thread and must not block. Shards refuse
-        what an older ``epoch`` of the sequence writes. ``mask``: which tokens may be drawn.
+        what an older ``epoch`` of the sequence writes. ``mask``: which tokens may be drawn. ``priority``: of
+        the requests that wait for their first memory, those with the lowest number get it first.
 
         A stored prefix is reused only for prompts with the same ``salt``. Raises InvalidRequest for a prompt
         that can never run here and for a sequence id in use, Overloaded if the queue is full, Internal if the
@@ -194,6 +196,7 @@ class Engine:
                     id=sequence,
                     epoch=epoch,
                     order=order,
+                    priority=priority,
                     prompt_tokens=len(prompt),
                     tokens=list(prompt),
                     sampling=sampling,

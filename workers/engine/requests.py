@@ -35,7 +35,8 @@ class Requests:
         self._live: dict[SequenceId, list[Sequence]] = {}
         """Request id -> its sequences that have not ended."""
         self._waiting: list[Sequence] = []
-        """Sorted by order, then choice."""
+        """Sorted by :func:`_turn`."""
+        self._admissions = count(1)
         self._new = 0
         """Number of waiting sequences that were never placed."""
 
@@ -79,7 +80,7 @@ class Requests:
                 fork.cancelled.set()
 
     def park(self, sequence: Sequence) -> None:
-        """Queues a sequence that ran, ahead of every sequence of a later request."""
+        """Queues a sequence that ran, ahead of all that never ran and of those that were admitted later."""
         with self._wake:
             self._queue_in_order(sequence)
 
@@ -135,6 +136,8 @@ class Requests:
     def mark_placed(self, sequence: Sequence) -> None:
         """Removes a placed sequence from the queue. Call it before ``sequence.queued_s`` is set."""
         with self._wake:
+            if sequence.queued_s is None:
+                sequence.admitted = next(self._admissions)
             self._unqueue(sequence)
 
     def forget(self, sequence: Sequence) -> bool:
@@ -171,7 +174,7 @@ class Requests:
             return len(self._live) - self._new, self._new, len(self._waiting) - self._new
 
     def _queue_in_order(self, sequence: Sequence) -> None:
-        insort(self._waiting, sequence, key=lambda other: (other.order, other.choice))
+        insort(self._waiting, sequence, key=_turn)
         self._news = True
         self._wake.notify_all()
 
@@ -182,3 +185,11 @@ class Requests:
     def _refuse_if_told(self) -> None:
         if refusal := self._ending or self._refusal:
             raise refusal.with_traceback(None)
+
+
+def _turn(sequence: Sequence) -> tuple[bool, int, int, int]:
+    """The place in the queue. Priority counts until the first placement: what was parked continues before
+    others begin, so that a stream of urgent requests does not end it (invariant 11, docs/architecture.md)."""
+    if sequence.queued_s is None:
+        return True, sequence.priority, sequence.order, sequence.choice
+    return False, 0, sequence.admitted, sequence.choice

@@ -64,8 +64,9 @@ class Scheduler:
         """(sequence, value of ``_freed`` at start, pending result)."""
         self._released = 0
         """Number of sequences whose memory was given back, or will be when their last blocks are stored."""
-        self._full_at: int | None = None
-        """Value of ``_freed`` when the first waiting sequence found no room; None if it was not refused."""
+        self._full_at: tuple[tuple[SequenceId, int], int] | None = None
+        """(key of the sequence that found no room last, value of ``_freed`` then): it is not placed again
+        before that value changes. A more urgent one may come before it, and be smaller."""
         self._prefilled = False
         """Whether prefill ran a unit in this round."""
         self.parkings = 0
@@ -163,7 +164,7 @@ class Scheduler:
         gives_back = self._cache.is_finishing or freed != self._freed
         if isinstance(error, Full) and (gives_back or list(self._live())):
             # Other sequences will give memory back, or have done so since this placement started.
-            self._full_at = freed
+            self._full_at = sequence.key, freed
             waits = True
         if not waits:
             self._retry_or_fail(sequence, error, park=False)
@@ -172,7 +173,7 @@ class Scheduler:
     def _start_placing(self) -> bool:
         """Starts to place the first waiting sequence, in another thread. Returns False if it has to wait."""
         sequence = self._requests.first_waiting()
-        if sequence is None or self._full_at == self._freed:
+        if sequence is None or self._full_at == (sequence.key, self._freed):
             return False
         live = list(self._live())
         if live and sum(other.completions for other in (*live, sequence)) > self._limits.running:
@@ -287,7 +288,7 @@ class Scheduler:
         Returns the entries with room.
         """
         ready: set[tuple[SequenceId, int]] = set()
-        for entry in sorted(entries, key=lambda entry: (entry.sequence.order, entry.sequence.choice)):
+        for entry in sorted(entries, key=lambda entry: (entry.sequence.admitted, entry.sequence.choice)):
             while entry.sequence.tail is not None:
                 try:
                     step_entry.reserve_tail(entry)
@@ -386,15 +387,17 @@ class Scheduler:
 
 
 def victims(placed: Iterable[Sequence]) -> list[Sequence]:
-    """Chooses the sequences to park among those that have memory: all choices of the newest request.
+    """Chooses the sequences to park among those that have memory: all choices of the request that was
+    admitted last.
 
     If only one request has memory, chooses its last choice, and [] if that is its only one. So the first
-    choice of the oldest request always finishes (invariant 11, docs/architecture.md).
+    choice of the request that was admitted first always finishes (invariant 11, docs/architecture.md).
+    Priorities do not matter here: parking the least urgent request could keep it from ever finishing.
     """
-    by_age = sorted(placed, key=lambda sequence: (sequence.order, sequence.choice))
+    by_age = sorted(placed, key=lambda sequence: (sequence.admitted, sequence.choice))
     if len(by_age) < 2:
         return []
     oldest, newest = by_age[0], by_age[-1]
-    if oldest.order == newest.order:
+    if oldest.admitted == newest.admitted:
         return [newest]
-    return [sequence for sequence in by_age if sequence.order == newest.order]
+    return [sequence for sequence in by_age if sequence.admitted == newest.admitted]

@@ -62,6 +62,23 @@ class Sampled(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
+class PromptToken(NamedTuple):
+    """A token of a prompt. ``logprob``: given the tokens before it; None for the first. ``rank``: 1 for the
+    likeliest; 0 for the first. ``top``: the likeliest tokens in its place, best first."""
+
+    token_id: int
+    logprob: float | None = None
+    rank: int = 0
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class PromptLogprobs(NamedTuple):
+    """Tokens of the prompt from index ``first`` on. All come, in order, before the first :class:`Sampled`."""
+
+    first: int
+    tokens: list[PromptToken]
+
+
 class Finished(NamedTuple):
     """Completion ``choice`` has ended. Each of a request's n completions emits one, unless the request fails.
 
@@ -83,7 +100,7 @@ class Failed(NamedTuple):
     error: FarshoreError
 
 
-Event = Prefilled | Sampled | Finished | Failed
+Event = Prefilled | PromptLogprobs | Sampled | Finished | Failed
 
 
 @dataclass(slots=True)
@@ -117,6 +134,10 @@ class Sequence:
     epoch: Epoch
     order: int
     """Number of the request in the order of arrival."""
+    priority: int = 0
+    """Of the requests that wait for their first placement, those with the lowest number are placed first."""
+    admitted: int = 0
+    """Number of the request in the order of first placements; it means nothing before that placement."""
     prompt_tokens: int
     tokens: list[int]
     sampling: Sampling
@@ -140,6 +161,8 @@ class Sequence:
     """Seconds that the request waited for its first placement; None before that placement."""
     cached_tokens: int = 0
     """Tokens of the prompt that the first placement found stored."""
+    prompt_logprobs_sent: int = 0
+    """Tokens of the prompt whose log-probabilities were emitted."""
     failures: int = 0
     """Number of consecutive retryable errors."""
     runs_alone: bool = False
@@ -177,6 +200,11 @@ class Sequence:
     def completions(self) -> int:
         """Number of completions that this sequence stands for: n until it is forked, then 1."""
         return 1 if self.forked else self.sampling.n
+
+    @property
+    def owes_prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of the prompt's tokens are still to be computed and emitted."""
+        return self.sampling.prompt_logprobs is not None and self.prompt_logprobs_sent < self.prompt_tokens
 
     @property
     def known_tokens(self) -> int:

@@ -11,8 +11,17 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from farshore.gateway.api.openai.calls import Call, Forced
+from farshore.gateway.api.openai.logprobs import (
+    chat_entry,
+    completion_values,
+    extend,
+    name_of,
+    no_values,
+    prompt_entries,
+)
 from farshore.gateway.api.openai.parsing import ChoiceText, Parsing, Piece
 from farshore.gateway.api.openai.schema import ChatBody, CompletionBody, NamedTool
+from farshore.gateway.api.openai.translate import asks_for_echo_alone
 from farshore.models.tokenizer.tokenizer import Tokenizer
 from farshore.proto import inference_pb2 as api
 
@@ -52,9 +61,9 @@ class _Usage:
     def __init__(self) -> None:
         self._prompt = self._completion = self._cached = 0
 
-    def add(self, usage: api.Usage) -> None:
+    def add(self, usage: api.Usage, *, with_completion: bool = True) -> None:
         self._prompt += usage.prompt_tokens
-        self._completion += usage.completion_tokens
+        self._completion += usage.completion_tokens if with_completion else 0
         self._cached += usage.cached_tokens
 
     def as_object(self) -> dict[str, Any]:
@@ -73,7 +82,7 @@ class _Base:
     kind: str
     chunk_kind: str
 
-    def __init__(self, body: ChatBody | CompletionBody, *, model: str) -> None:
+    def __init__(self, body: ChatBody | CompletionBody, *, model: str, tokenizer: Tokenizer) -> None:
         options = body.stream_options
         self._streams = bool(body.stream)
         self._with_usage = bool(options and options.include_usage)
@@ -85,6 +94,9 @@ class _Base:
             "model": model,
         }
         self.usage = _Usage()
+        self._name = name_of(tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
+        self._tokenizer = tokenizer
+        self._shows_prompt = body.prompt_logprobs is not None
         # All chunks begin alike.
         self._begin = f'data: {_encode({**self._head, "object": self.chunk_kind})[:-1]},"choices":['
         self._ready: list[str] = []
@@ -140,8 +152,7 @@ class ChatAnswer(_Base):
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, body: ChatBody, *, model: str, tokenizer: Tokenizer, parsing: Parsing) -> None:
-        super().__init__(body, model=model)
-        self._tokenizer = tokenizer
+        super().__init__(body, model=model, tokenizer=tokenizer)
         self._parsing = parsing
         self._logprobs = bool(body.logprobs)
         self._names = {tool.function.name for tool in body.tools or ()}
@@ -150,6 +161,7 @@ class ChatAnswer(_Base):
             self._names = set()
         self._tool_choice = body.tool_choice
         self._choices: list[_ChatChoice] = []
+        self._prompt: list[dict[str, Any] | None] = []
 
     def begin(self, number: int, *, prompt_end: str) -> None:
         for index in range(self._n):
@@ -162,6 +174,8 @@ class ChatAnswer(_Base):
     def add(self, number: int, event: api.GenerateEvent) -> None:
         if event.HasField("token"):
             self._add_token(event.token)
+        elif event.HasField("prompt_logprobs"):
+            self._prompt += prompt_entries(event.prompt_logprobs.tokens)
         elif event.HasField("finished"):
             self.usage.add(event.finished.usage)
             for index, completion in enumerate(event.finished.choices):
@@ -173,7 +187,7 @@ class ChatAnswer(_Base):
                 self._emit(index, {}, reason=choice.reason)
 
     def whole(self) -> dict[str, Any]:
-        return self._whole(
+        answer = self._whole(
             [
                 {
                     "index": index,
@@ -184,6 +198,7 @@ class ChatAnswer(_Base):
                 for index, choice in enumerate(self._choices)
             ]
         )
+        return answer | ({"prompt_logprobs": self._prompt} if self._shows_prompt else {})
 
     def _new_forced(self) -> Forced | None:
         if isinstance(self._tool_choice, NamedTool):
@@ -192,7 +207,7 @@ class ChatAnswer(_Base):
 
     def _add_token(self, token: api.Token) -> None:
         choice = self._choices[token.choice]
-        values = [self._logprob(token)] if self._logprobs else []
+        values = [chat_entry(token, self._tokenizer, self._name)] if self._logprobs else []
         choice.values += values
         self._add_piece(token.choice, choice.text.push(token.text), values=values)
 
@@ -227,19 +242,6 @@ class ChatAnswer(_Base):
             }
         )
 
-    def _logprob(self, token: api.Token) -> dict[str, Any]:
-        return {
-            **self._named(token.token_id, token.logprob),
-            "top_logprobs": [self._named(other.token_id, other.logprob) for other in token.top],
-        }
-
-    def _named(self, token_id: int, logprob: float) -> dict[str, Any]:
-        return {
-            "token": self._tokenizer.token_text(token_id),
-            "logprob": logprob,
-            "bytes": list(self._tokenizer.token_bytes(token_id)),
-        }
-
 
 class CompletionAnswer(_Base):
     """An :class:`Answer` of /v1/completions. Choice c of request r has the index r * n + c."""
@@ -250,13 +252,18 @@ class CompletionAnswer(_Base):
         self, body: CompletionBody, *, prompts: Iterable[str], model: str, tokenizer: Tokenizer
     ) -> None:
         """``prompts``: the text to begin each request's choices with; empty unless they are echoed."""
-        super().__init__(body, model=model)
-        self._tokenizer = tokenizer
+        super().__init__(body, model=model, tokenizer=tokenizer)
         self._logprobs = body.logprobs is not None
+        self._most_alternatives = body.logprobs or 0
+        self._echoes = bool(body.echo)
+        self._only_echoes = asks_for_echo_alone(body)
         self._prompts = list(prompts)
         count = len(self._prompts) * self._n
         self._texts = [""] * count
-        self._values = [_no_values() for _ in range(count)]
+        self._values = [no_values() for _ in range(count)]
+        self._prompt_entries: list[list[dict[str, Any] | None]] = [[] for _ in self._prompts]
+        self._prompt_streams = [tokenizer.stream() for _ in self._prompts]
+        self._prompt_chars = [0] * len(self._prompts)
         self._reasons = [""] * count
 
     def begin(self, number: int, *, prompt_end: str) -> None:
@@ -267,17 +274,22 @@ class CompletionAnswer(_Base):
     def add(self, number: int, event: api.GenerateEvent) -> None:
         first = number * self._n
         if event.HasField("token"):
-            self._add_token(first + event.token.choice, event.token)
+            if not self._only_echoes:
+                self._add_token(first + event.token.choice, event.token)
+        elif event.HasField("prompt_logprobs"):
+            self._add_prompt(number, event.prompt_logprobs.tokens)
         elif event.HasField("finished"):
-            self.usage.add(event.finished.usage)
+            self.usage.add(event.finished.usage, with_completion=not self._only_echoes)
             for index, completion in enumerate(event.finished.choices, first):
                 self._reasons[index] = _REASONS[completion.reason]
-                self._add_text(index, completion.text, reason=self._reasons[index])
+                text = "" if self._only_echoes else completion.text
+                self._add_text(index, text, reason=self._reasons[index])
 
     def whole(self) -> dict[str, Any]:
         return self._whole(
             [
                 _choice(index, text, self._values[index] if self._logprobs else None, self._reasons[index])
+                | ({"prompt_logprobs": self._prompt_entries[index // self._n]} if self._shows_prompt else {})
                 for index, text in enumerate(self._texts)
             ]
         )
@@ -285,9 +297,10 @@ class CompletionAnswer(_Base):
     def _add_token(self, index: int, token: api.Token) -> None:
         values = None
         if self._logprobs:
-            values = self._values_of(token, offset=len(self._texts[index]))
-            for name, value in values.items():
-                self._values[index][name] += value
+            values = completion_values(
+                token, self._name, offset=len(self._texts[index]), most=self._most_alternatives
+            )
+            extend(self._values[index], values)
         if token.text or values:
             self._add_text(index, token.text, values=values)
 
@@ -297,14 +310,20 @@ class CompletionAnswer(_Base):
         self._texts[index] += text
         self._add_chunk(_choice(index, text, values, reason))
 
-    def _values_of(self, token: api.Token, *, offset: int) -> dict[str, list[Any]]:
-        name = self._tokenizer.token_text
-        return {
-            "tokens": [name(token.token_id)],
-            "token_logprobs": [token.logprob],
-            "top_logprobs": [{name(other.token_id): other.logprob for other in token.top}],
-            "text_offset": [offset],
-        }
+    def _add_prompt(self, number: int, tokens: Iterable[api.PromptToken]) -> None:
+        """Takes tokens of a prompt. Those of an echo begin the log-probabilities of each of its choices;
+        their text has been sent before."""
+        self._prompt_entries[number] += prompt_entries(tokens)
+        if not (self._echoes and self._logprobs):
+            return
+        values = no_values()
+        for token in tokens:
+            offset = self._prompt_chars[number]
+            extend(values, completion_values(token, self._name, offset=offset, most=self._most_alternatives))
+            self._prompt_chars[number] += len(self._prompt_streams[number].push(token.token_id))
+        for index in range(number * self._n, (number + 1) * self._n):
+            extend(self._values[index], values)
+            self._add_text(index, "", values=values)
 
 
 def _called(call: Call) -> dict[str, Any]:
@@ -314,10 +333,6 @@ def _called(call: Call) -> dict[str, Any]:
         "type": "function",
         "function": {"name": call.name, "arguments": call.arguments},
     }
-
-
-def _no_values() -> dict[str, list[Any]]:
-    return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
 
 def _choice(index: int, text: str, values: dict[str, list[Any]] | None, reason: str | None) -> dict[str, Any]:

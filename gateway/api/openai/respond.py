@@ -25,6 +25,9 @@ from farshore.proto import inference_pb2 as api
 REFUSAL_S = 1.0
 """How long a stream's status waits for a refusal by the engine. Later errors are sent as events."""
 
+TEMPERATURE = 1.0
+"""OpenAI's default. A model's own goes before it."""
+
 _DONE = b"data: [DONE]\n\n"
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -96,7 +99,9 @@ class Respond(Response):
             open_requests.enter_context(self._intake.log.call(sum(map(len, raws))))
             followed = []
             for raw in raws:
-                taken = self._intake.take(raw, arrived_s=self._arrived_s, fill=self._fill)
+                taken = self._intake.take(
+                    raw, arrived_s=self._arrived_s, fill=self._fill, temperature=TEMPERATURE
+                )
                 open_requests.enter_context(self._intake.log.reading(taken.request))
                 self._requests.append(taken.request)
                 followed.append(taken.request.follow(taken.resume_from))

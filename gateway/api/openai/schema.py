@@ -141,6 +141,11 @@ class Common(_Body):
     response_format: (
         Annotated[PlainFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] | None
     ) = None
+    prompt_logprobs: UInt | None = None
+    return_tokens_as_token_ids: StrictBool | None = None
+    priority: StrictInt | None = None
+    spaces_between_special_tokens: Literal[True] | None = None
+    use_beam_search: Literal[False] | None = None
     cache_salt: StrictStr | None = None
     request_id: StrictStr | None = None
 

@@ -37,6 +37,7 @@ _SPECIAL_MARKS = ("llama3", "mistral")
 """Formats of tool calls whose marks are special tokens: these must be part of the text."""
 
 _PASSED_ON = (
+    "temperature",
     "top_p",
     "min_p",
     "repetition_penalty",
@@ -105,16 +106,25 @@ def completion_requests(body: CompletionBody) -> list[api.GenerateRequest]:
         raise ApiError(400, "best_of is not supported: leave it out, or set it to n", param="best_of")
     sampling = _sampling(body)
     sampling.max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    if asks_for_echo_alone(body):
+        # An engine computes a prompt by computing the token after it, which the answer then leaves out.
+        sampling.max_tokens = 1
+        sampling.ClearField("min_tokens")
     if body.logprobs is not None:
         sampling.logprobs = body.logprobs
-    if body.echo and body.logprobs is not None:
-        raise ApiError(400, "echo with logprobs is not supported: leave one out", param="echo")
+        if body.echo and body.prompt_logprobs is None:
+            sampling.prompt_logprobs = body.logprobs
     prompts = _prompts(body)
     if not 1 <= len(prompts) <= MOST_PROMPTS:
         raise ApiError(400, f"prompt has {len(prompts)} prompts: give 1 to {MOST_PROMPTS}", param="prompt")
     if len(prompts) > 1 and body.request_id:
         raise ApiError(400, "request_id names one request: give one prompt with it", param="request_id")
     return [_request(body, sampling, **prompt) for prompt in prompts]
+
+
+def asks_for_echo_alone(body: CompletionBody) -> bool:
+    """Whether the answer is to be the prompt and nothing more, as those who score a text ask for."""
+    return bool(body.echo) and body.max_tokens == 0
 
 
 def tokenize_request(body: TokenizeBody) -> api.GenerateRequest:
@@ -170,14 +180,14 @@ def _request(body: Common, sampling: api.Sampling, **prompt: Any) -> api.Generat
         sampling=sampling,
         cache_salt=body.cache_salt or "",
         request_id=body.request_id or "",
+        priority=_signed("priority", body.priority or 0, 32),
         **prompt,
     )
 
 
 def _sampling(body: Common) -> api.Sampling:
-    """The options of both endpoints, without max_tokens and logprobs. The temperature is 1 by default, as in
-    OpenAI's API."""
-    sampling = api.Sampling(temperature=1.0 if body.temperature is None else body.temperature)
+    """The options of both endpoints, without max_tokens and logprobs."""
+    sampling = api.Sampling()
     for name in _PASSED_ON:
         value = getattr(body, name)
         if value is not None:
@@ -202,6 +212,12 @@ def _sampling(body: Common) -> api.Sampling:
     # vLLM's -1 means as many as the model takes, which is what a prompt may have anyway.
     if body.truncate_prompt_tokens not in (None, -1):
         sampling.truncate_prompt_tokens = _unsigned("truncate_prompt_tokens", body.truncate_prompt_tokens, 32)
+    if body.prompt_logprobs is not None:
+        if body.stream:
+            raise ApiError(
+                400, "prompt_logprobs are not sent in streams: leave out stream", param="prompt_logprobs"
+            )
+        sampling.prompt_logprobs = body.prompt_logprobs
     structure = _structure(body)
     if structure is not None:
         sampling.structure.CopyFrom(structure)
@@ -250,6 +266,13 @@ def _structure(body: Common) -> api.Structure | None:
 def _unsigned(name: str, value: int, bits: int) -> int:
     if not 0 <= value < 1 << bits:
         raise ApiError(400, f"{name} {value}: use 0 to {(1 << bits) - 1}", param=name)
+    return value
+
+
+def _signed(name: str, value: int, bits: int) -> int:
+    most = 1 << (bits - 1)
+    if not -most <= value < most:
+        raise ApiError(400, f"{name} {value}: use {-most} to {most - 1}", param=name)
     return value
 
 

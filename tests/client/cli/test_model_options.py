@@ -46,6 +46,8 @@ MODEL_OPTIONS = [
         "t",
         "--chat-template",
         "c.jinja",
+        "--generation-config",
+        "none",
         "--revision",
         "v1",
         "--special-tokens-in-chat",
@@ -57,6 +59,7 @@ EXPECTED = dict(
     rope_scaling={"rope_type": "linear", "factor": 2.0},
     tokenizer="t",
     chat_template="c.jinja",
+    generation_config="none",
     revision="v1",
     special_tokens_in_chat="parse",
 )

@@ -63,7 +63,7 @@ def test_addresses(text):
         ("generate", "Hi", "--logprobs", "-1", "--json"),
         ("generate", "Hi", "--logprobs", "1"),
         ("generate", "Hi", "--n", "0"),
-        ("generate", "Hi", "--n", "2"),
+        ("generate", "Hi", "--n", "2", "--temperature", "0"),
         ("generate", "Hi", "--stop-token-id", "x"),
         ("generate", "Hi", "--placement", "moon"),
         ("generate", "Hi", "--server", "localhost"),

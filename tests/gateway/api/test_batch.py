@@ -163,3 +163,10 @@ def test_a_repeated_batch_gets_the_answers_of_its_named_requests(batch):
     again, _ = batch(*asked)
     assert again.result().results == call.result().results
     assert farshore.engine.idle
+
+
+def test_log_probabilities_of_prompts_are_refused(batch):
+    call, _ = batch(_asked(sampling=dict(prompt_logprobs=1)))
+    (result,) = call.result().results
+    assert result.error.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    assert "use Generate" in result.error.message

@@ -32,6 +32,7 @@ def model(served):
         tokenizer=tokenizer,
         chat=ChatPrompts(shown),
         chat_template=TEMPLATE,
+        generation=served.generation,
     )
     yield changed
     changed.chat.close()

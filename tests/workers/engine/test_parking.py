@@ -9,11 +9,11 @@ from farshore.workers.engine.scheduler import victims
 
 
 def placed(*keys):
-    return [SimpleNamespace(order=order, choice=choice) for order, choice in keys]
+    return [SimpleNamespace(admitted=admitted, choice=choice) for admitted, choice in keys]
 
 
 def keys(found):
-    return [(sequence.order, sequence.choice) for sequence in found]
+    return [(sequence.admitted, sequence.choice) for sequence in found]
 
 
 def test_all_choices_of_the_newest_request_are_parked():

@@ -18,16 +18,15 @@ numpy: sorting and summing one row of 49K logits takes a tenth of PyTorch's time
 """
 
 from collections.abc import Sequence
-from math import isfinite
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from farshore.errors import FarshoreError
 from farshore.sampling import Sampling
 from farshore.workers.engine.constraints.token_mask import TokenMask
+from farshore.workers.engine.logprobs import check_finite, logprobs_of
 from farshore.workers.engine.penalties import (
     Row,
     TokenCounts,
@@ -75,9 +74,7 @@ def sample(
     and nothing else.
     """
     model_row: Row = logits.cpu().numpy()
-    # max() and min() both return NaN if there is one.
-    if not (isfinite(model_row.max()) and isfinite(model_row.min())):
-        raise FarshoreError("the model's logits are not numbers: its weights or the stored KV are damaged")
+    check_finite(model_row)
     row = adjusted(model_row, sampling, tokens=tokens, prompt_tokens=prompt_tokens, counts=counts)
     if mask is not None:
         row = np.where(mask.allowed(tokens, prompt_tokens), row, np.float32(-np.inf))
@@ -89,7 +86,7 @@ def sample(
         token = int(ids[_index_beyond(weights, uniform(sampling.seed, choice, len(tokens)))])
     if sampling.logprobs is None:
         return DrawnToken(token)
-    return _with_logprobs(model_row, token, sampling.logprobs)
+    return DrawnToken(token, *logprobs_of(model_row, token, alternatives=sampling.logprobs))
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
@@ -198,18 +195,3 @@ def _first_beyond(sums: NDArray[np.float64], target: float, *, or_equal: bool) -
     """
     index = int(np.searchsorted(sums, target, side="left" if or_equal else "right"))
     return min(index, int(np.searchsorted(sums, sums[-1], side="left")))
-
-
-def _with_logprobs(model_row: Row, token: int, count: int) -> DrawnToken:
-    """Adds the log-probabilities of ``token`` and of the ``count`` likeliest tokens."""
-    largest = float(model_row.max())
-    with np.errstate(over="ignore"):
-        log_sum = largest + float(np.log(np.exp(model_row - np.float32(largest)).sum(dtype=np.float64)))
-    top: tuple[tuple[int, float], ...] = ()
-    count = min(count, model_row.size)
-    if count > 0:
-        kth = np.partition(model_row, -count)[-count]
-        ids = np.flatnonzero(model_row >= kth)
-        ids = ids[np.argsort(-model_row[ids], kind="stable")][:count]
-        top = tuple((int(id), float(model_row[id]) - log_sum) for id in ids)
-    return DrawnToken(token, float(model_row[token]) - log_sum, top)

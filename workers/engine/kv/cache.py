@@ -298,9 +298,11 @@ class SequenceCache:
         then makes a shorter prefix. Shards that do not answer are added to ``failed``.
 
         The prefix never includes the last token of a prompt that is not forked: prefill must compute that
-        token's logits.
+        token's logits. Nor does it include a position whose logits give a log-probability that is owed.
         """
         limit = sequence.prefill_tokens + sequence.forked
+        if sequence.owes_prompt_logprobs:
+            limit = min(limit, sequence.prompt_logprobs_sent)
         blocks = [block for block in sequence.blocks if block.last < limit]
         names = [block.hash for block in blocks]
         asked = self._locations.shards_to_ask(names, self._usable(failed))

@@ -21,10 +21,12 @@ from farshore.models.llama import Llama
 from farshore.workers.engine.kv.cache import SequenceCache
 from farshore.workers.engine.kv.pool import ShardPool
 from farshore.workers.engine.prefill.segment import PrefillSegment, Unit
-from farshore.workers.engine.sequence import Prefilled, Sequence
+from farshore.workers.engine.sequence import Prefilled, PromptLogprobs, PromptToken, Sequence
 
 PROGRESS_S = 0.5
 """Least time between two progress events of one segment."""
+LOGPROBS_TOKENS = 256
+"""Most tokens of a prompt in one event of their log-probabilities."""
 MOST_SEGMENTS = 4
 """Most segments in memory at a time; all but one of them wait for shards."""
 
@@ -155,6 +157,7 @@ class Prompts:
         sequence, segment = prompt.sequence, prompt.segment
         assert segment is not None
         self._cache.sealed(sequence, segment.last)
+        _emit_logprobs(sequence, segment)
         prompt.segment, prompt.sealing = None, False
         self._current = None
         self._report_progress(prompt, segment.last)
@@ -199,6 +202,9 @@ class Prompts:
             attention=self._attention,
             pool=self._pool,
             logits_of=int(last == sequence.prefill_tokens and not sequence.forked),
+            scored_from=(
+                max(first, sequence.prompt_logprobs_sent - 1) if sequence.owes_prompt_logprobs else None
+            ),
         )
         prompt.units = prompt.segment.units()
         prompt.reported_s = self._clock()
@@ -208,3 +214,17 @@ class Prompts:
         sequence = prompt.sequence
         if not sequence.forked:  # A forked sequence has emitted tokens already.
             sequence.emit(Prefilled(done_tokens, sequence.prefill_tokens))
+
+
+def _emit_logprobs(sequence: Sequence, segment: PrefillSegment) -> None:
+    """Emits the log-probabilities that a sealed segment has computed. Those of a segment that is not sealed
+    are computed again."""
+    if not sequence.owes_prompt_logprobs:
+        return
+    tokens = segment.prompt_tokens
+    if not sequence.prompt_logprobs_sent:
+        tokens = [PromptToken(sequence.tokens[0]), *tokens]
+    for first in range(0, len(tokens), LOGPROBS_TOKENS):
+        piece = tokens[first : first + LOGPROBS_TOKENS]
+        sequence.emit(PromptLogprobs(sequence.prompt_logprobs_sent, piece))
+        sequence.prompt_logprobs_sent += len(piece)

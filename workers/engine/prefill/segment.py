@@ -29,10 +29,14 @@ from farshore.kvstore.store import forms
 from farshore.models.llama import Llama
 from farshore.workers.engine.kv import span_writer
 from farshore.workers.engine.kv.pool import ShardPool
-from farshore.workers.engine.sequence import PlacedSpan, Sequence
+from farshore.workers.engine.logprobs import check_finite, logprobs_of, rank_of
+from farshore.workers.engine.sequence import PlacedSpan, PromptToken, Sequence
 
 CHUNK_TOKENS = 256
 """Rows of a unit. A unit takes 2 to 20 ms (SmolLM2, two cores), and its states fit in one core's cache."""
+
+LOGITS_BYTES = 8 << 20
+"""Most bytes of logits computed at a time for the log-probabilities of a prompt: 42 rows of SmolLM2."""
 
 PAST_RANGE_TOKENS = 4096
 """Most past tokens that a unit attends to."""
@@ -54,7 +58,8 @@ class PrefillSegment:
 
     Run all of :meth:`units`, then seal the spans: only sealed positions may be committed. To stop before the
     end, call :meth:`close`; the segment cannot be resumed. ``logits_of`` is the number of positions at the
-    segment's end whose logits are computed.
+    segment's end whose logits are computed. ``scored_from``: the first position that gives the
+    log-probability of the prompt's token after it; None: no position does.
     """
 
     def __init__(
@@ -67,11 +72,17 @@ class PrefillSegment:
         attention: AttentionModel,
         pool: ShardPool,
         logits_of: int,
+        scored_from: int | None = None,
     ) -> None:
         self.sequence = sequence
         self.first, self.last = first, last
         self.logits: Tensor | None = None
         """f32[logits_of, vocab] after all units have run; None if ``logits_of`` is 0."""
+        self.prompt_tokens: list[PromptToken] = []
+        """The tokens after the scored positions, in order."""
+        self._scored = range(
+            last if scored_from is None else scored_from, min(last, sequence.prompt_tokens - 1)
+        )
         self.layers_done = 0
         self._model = model
         self._attention = attention
@@ -143,6 +154,9 @@ class PrefillSegment:
                 yield partial(self._finish, layer, index, rows)
             yield from writes
             self.layers_done = layer + 1
+        rows = max(1, LOGITS_BYTES // (4 * self._model.config.vocab))
+        for start in range(self._scored.start, self._scored.stop, rows):
+            yield partial(self._score, start, min(start + rows, self._scored.stop))
         if self._logits_of:
             yield self._compute_logits
 
@@ -155,10 +169,13 @@ class PrefillSegment:
     def _attending_rows(self, layer: int) -> list[tuple[int, slice]]:
         """Returns (chunk index, rows in that chunk) for the rows that need attention in ``layer``.
 
-        All rows do, except in the last layer: there only the rows whose logits are computed do.
+        All rows do, except in the last layer: there only the rows whose logits are computed do, and those
+        between them.
         """
         is_last_layer = layer + 1 == self._model.config.layers
         first_row = self.last - self.first - self._logits_of if is_last_layer else 0
+        if self._scored:
+            first_row = min(first_row, self._scored.start - self.first)
         return [
             (index, slice(max(0, first_row - chunk.start), chunk.stop - chunk.start))
             for index, chunk in enumerate(self._chunks)
@@ -276,6 +293,16 @@ class PrefillSegment:
                 )
                 calls.append(self._pool[span.worker].submit(call))
         return calls
+
+    def _score(self, first: int, last: int) -> None:
+        """Appends to ``prompt_tokens`` what the logits of positions ``first .. last`` (end excluded) say of
+        the tokens after them."""
+        count = self.sequence.sampling.prompt_logprobs or 0
+        rows = self._model.logits(self._h[first - self.first : last - self.first]).cpu().numpy()
+        check_finite(rows)
+        for row, token in zip(rows, self.sequence.tokens[first + 1 : last + 1], strict=True):
+            found = logprobs_of(row, token, alternatives=count)
+            self.prompt_tokens.append(PromptToken(token, found.logprob, rank_of(row, token), found.top))
 
     def _compute_logits(self) -> None:
         self.logits = self._model.logits(self._h[len(self._h) - self._logits_of :])

@@ -67,7 +67,7 @@ def test_logprobs_are_lists_by_token(http, client, served):
 
 @pytest.mark.parametrize(
     "given",
-    [{"suffix": "x"}, {"best_of": 3}, {"echo": True, "logprobs": 1}, {"prompt": []}, {"prompt": [[]]}],
+    [{"suffix": "x"}, {"best_of": 3}, {"prompt": []}, {"prompt": [[]]}],
 )
 def test_what_is_not_supported_is_a_400(client, given):
     with pytest.raises(openai.BadRequestError):
