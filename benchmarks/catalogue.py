@@ -15,6 +15,7 @@ from farshore.benchmarks.engines.directory import redis_bars
 from farshore.benchmarks.engines.routing import routing_bars
 from farshore.benchmarks.faults import benchmark as faults
 from farshore.benchmarks.faults import setting as faults_setting
+from farshore.benchmarks.gateway import benchmark as gateway
 from farshore.benchmarks.kernels import benchmark as kernels
 from farshore.benchmarks.kernels.implementation import choose
 from farshore.benchmarks.kernels.shapes import Sizes
@@ -114,6 +115,10 @@ def _cluster(options: Options, progress: Progress) -> Report:
     return cluster.run(options.facts(), cluster.Sizes(), only=options.only, progress=progress)
 
 
+def _gateway(options: Options, progress: Progress) -> Report:
+    return gateway.run(options.facts(), gateway.Sizes(), only=options.only, progress=progress)
+
+
 def _engines(options: Options, progress: Progress) -> Report:
     facts = options.facts()
     parts = {"redis": lambda _: redis_bars(), "routing": lambda _: routing_bars()}
@@ -135,6 +140,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "engines": Benchmark(
         "what several engines share: the directory in Redis, and the gateway's choice", _engines
     ),
+    "gateway": Benchmark("what a token costs in the gateway, and a mask of a structure", _gateway),
     "kernels": Benchmark("attention kernels against the machine's rates and PyTorch's SDPA", _kernels),
     "load": Benchmark("loading a checkpoint of 2 GB: memory, and speed against a plain read", _load),
     "kvstore": Benchmark("the KV store: copies against memcpy, parity, appends, forks", _kvstore),

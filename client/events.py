@@ -101,6 +101,17 @@ Event = Accepted | Prefill | Token | Finished
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A name that requests may give. ``root``: what the cluster loaded. ``max_positions``: of prompt and
+    answer together. ``vocabulary``: tokens."""
+
+    name: str
+    root: str
+    max_positions: int
+    vocabulary: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
     """A dense worker's connection to one attention worker. Times are from sending a layer's queries to having
     the attention state. ``transport``: "" if not connected."""
@@ -119,8 +130,10 @@ class Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
-    """``kind``: dense or attention. ``state``: ready, failed (the process is alive but can't go on) or
-    unreachable. ``running`` and ``waiting``: sequences. ``links``: a dense worker's connections."""
+    """``kind``: dense or attention. ``state``: ready, draining, failed (the process is alive but can't go on)
+    or unreachable. A dense worker has sequences that are ``running``, ``waiting`` for their first memory or
+    ``parked`` (they gave theirs back and wait for more). It counts its ``parkings`` and the generated
+    ``tokens`` since it started. ``links``: its connections."""
 
     worker_id: str
     kind: str
@@ -133,6 +146,9 @@ class Worker:
     attended_bytes: int
     running: int
     waiting: int
+    parked: int
+    parkings: int
+    tokens: int
     links: tuple[Link, ...]
 
 

@@ -138,6 +138,44 @@ class Client:
             elsewhere=NotFound if resume_from or request.WhichOneof("prompt") is None else None,
         )
 
+    def tokenize(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Iterable[Mapping[str, Any]] | None = None,
+        model: str = "",
+        add_special_tokens: bool = True,
+        **chat: Any,
+    ) -> list[int]:
+        """The token ids of a prompt, which is not run. Give ``prompt`` or ``messages``, with them the options
+        of a chat that :meth:`generate` describes. ``add_special_tokens``: around a text; a chat's are the
+        template's. Raises InvalidRequest, also for another model."""
+        try:
+            given = _prompt(prompt, messages, None, **chat)
+            request = api.TokenizeRequest(model=model, add_special_tokens=add_special_tokens, **given)
+        except (AttributeError, ValueError) as error:
+            raise InvalidRequest(f"a value does not fit the request: {error}") from error
+        return list(self._call(lambda gateway: gateway.inference.Tokenize, request).ids)
+
+    def detokenize(self, token_ids: Iterable[int], *, model: str = "") -> str:
+        """The text of token ids, without special tokens. Raises InvalidRequest for ids outside of the
+        vocabulary, and for another model."""
+        try:
+            request = api.DetokenizeRequest(model=model, ids=token_ids)
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"a token id does not fit the request: {error}") from error
+        return self._call(lambda gateway: gateway.inference.Detokenize, request).text
+
+    def models(self) -> tuple[events.Model, ...]:
+        """The model that is served, once by each of its names; the first is the one that answers show."""
+        reply = self._call(lambda gateway: gateway.inference.ListModels, api.ListModelsRequest())
+        return tuple(_plain(events.Model, model) for model in reply.models)
+
+    def model(self, name: str) -> events.Model:
+        """The model of that name. Raises NotFound."""
+        request = api.GetModelRequest(name=name)
+        return _plain(events.Model, self._call(lambda gateway: gateway.inference.GetModel, request))
+
     def cancel(self, request_id: str) -> None:
         """Ends a request; returns when its memory is free. Raises NotFound if no gateway knows it, and
         TransportError if one that may know it is not reached."""
@@ -193,11 +231,14 @@ class Client:
         self._call(lambda gateway: gateway.operators.Down, admin.DownRequest())
 
     def watch_events(self, *, since: int = 0, follow: bool = False) -> Iterator[events.ClusterEvent]:
-        """The cluster's events with numbers above ``since``; with ``follow`` also those to come. The iterator
-        raises TransportError if the gateway or the controller does not answer."""
+        """The cluster's events with numbers above ``since``; with ``follow`` also those to come, for as
+        long as it is read. The iterator raises TransportError if the gateway or the controller does not
+        answer."""
         request = admin.WatchEventsRequest(since=since, follow=follow)
         return self._stream(
-            lambda gateway: gateway.operators.WatchEvents(request),
+            lambda gateway: gateway.operators.WatchEvents(
+                request, timeout=None if follow else self._timeout_s
+            ),
             read=lambda event: _plain(events.ClusterEvent, event),
             begins=lambda event: True,
         )

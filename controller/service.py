@@ -99,7 +99,7 @@ class AdminService(admin_grpc.AdminServiceServicer):
         timeout_s = request.timeout_s if request.HasField("timeout_s") else None
         try:
             if timeout_s is not None and not 0 <= timeout_s <= MOST_DRAIN_S:
-                raise InvalidRequest(f"--timeout {timeout_s:g}: use 0 to {MOST_DRAIN_S:g} seconds")
+                raise InvalidRequest(f"timeout_s {timeout_s:g}: use 0 to {MOST_DRAIN_S:g} seconds")
             worker = self._operations.drain(request.worker_id, timeout_s)
         except FarshoreError as error:
             rpc.abort(context, error)

@@ -29,7 +29,7 @@ OPTIONS = [
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     # A server that returns is reconnected within this time, however long it was away.
-    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.max_reconnect_backoff_ms", 500),
     # Shorter than an engine waits before it retries a step, so that a restarted server fails no sequence.
     ("grpc.initial_reconnect_backoff_ms", 100),
     # One process may hold several servers; a second server on a taken port must fail, not share it.

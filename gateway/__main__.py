@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="farshore gateway",
         description="Serve the client API of a running cluster until SIGTERM or Ctrl-C. Any number of "
         "gateways may serve one cluster: give clients all their addresses.",
+        epilog="example: farshore gateway --directory grpc://10.0.0.1:6400 --listen 0.0.0.0:50051",
     )
     parser.add_argument(
         "--directory",

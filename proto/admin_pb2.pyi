@@ -71,7 +71,7 @@ class ClusterStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "kind", "address", "host", "process_id", "state", "budget_bytes", "free_bytes", "attended_bytes", "running", "waiting", "links", "parked", "parkings")
+    __slots__ = ("worker_id", "kind", "address", "host", "process_id", "state", "budget_bytes", "free_bytes", "attended_bytes", "running", "waiting", "links", "parked", "parkings", "tokens")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -86,6 +86,7 @@ class WorkerStatus(_message.Message):
     LINKS_FIELD_NUMBER: _ClassVar[int]
     PARKED_FIELD_NUMBER: _ClassVar[int]
     PARKINGS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     kind: str
     address: str
@@ -100,7 +101,8 @@ class WorkerStatus(_message.Message):
     links: _containers.RepeatedCompositeFieldContainer[ShardLink]
     parked: int
     parkings: int
-    def __init__(self, worker_id: _Optional[str] = ..., kind: _Optional[str] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., process_id: _Optional[int] = ..., state: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., attended_bytes: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., links: _Optional[_Iterable[_Union[ShardLink, _Mapping]]] = ..., parked: _Optional[int] = ..., parkings: _Optional[int] = ...) -> None: ...
+    tokens: int
+    def __init__(self, worker_id: _Optional[str] = ..., kind: _Optional[str] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., process_id: _Optional[int] = ..., state: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., attended_bytes: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., links: _Optional[_Iterable[_Union[ShardLink, _Mapping]]] = ..., parked: _Optional[int] = ..., parkings: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class ShardLink(_message.Message):
     __slots__ = ("worker_id", "transport", "frames", "failures", "p50_ms", "p99_ms", "slow", "deadline_ms")

@@ -129,6 +129,7 @@ class EngineService(pb_grpc.EngineServicer):
                 waiting=load.waiting,
                 parked=load.parked,
                 parkings=load.parkings,
+                tokens=load.tokens,
                 links=[admin.ShardLink(**link._asdict()) for link in self._engine.links()],
             ),
             sequences=self._sequences(),

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.name is None:
         rows = [(name, benchmark.summary) for name, benchmark in BENCHMARKS.items()]
-        print("\n".join(table(("NAME", "MEASURES"), rows)))
+        print(json.dumps(dict(rows)) if args.json else "\n".join(table(("NAME", "MEASURES"), rows)))
         return 0
     if args.name not in BENCHMARKS:
         args.usage_error(f"no benchmark {args.name!r}: choose from {', '.join(BENCHMARKS)}")

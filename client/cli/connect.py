@@ -1,41 +1,98 @@
 """Finds out whether a gateway runs at an address, and waits for gateways that are slow to answer.
 
-Called by ``generate``, ``status`` and ``operate``. Only a refused connection means that no gateway runs: if a
+Called by the commands that use a gateway. Only a refused connection means that no gateway runs: if a
 slow gateway counted as absent, ``generate`` would start a second cluster, which would take memory and cores
 from the first.
 """
 
+import argparse
+import contextlib
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+from farshore.client.cli.options import DEFAULT_SERVER, cluster_config, no_gateway
+from farshore.client.cli.terminal import Progress
 from farshore.client.sdk import Client
 from farshore.errors import TransportError
+from farshore.model_spec import DEMO
 
 ANSWER_DEADLINE_S = 30.0
 """For a listener to answer as a gateway that serves."""
 
+CALL_DEADLINE_S = 10.0
 PROBE_S = 1.0
 CONNECT_DEADLINE_S = 5.0
 
 
-def await_gateway(client: Client, notify: Callable[[str], None], *, to_serve: bool = True) -> bool:
+def connected(args: argparse.Namespace) -> Client:
+    """A client of the gateways ``args.server``, one of which answers: also one that is not ready, since it
+    reports the status all the same. Raises TransportError."""
+    progress = Progress()
+    client = Client(args.server, timeout_s=args.timeout or CALL_DEADLINE_S)
+    try:
+        if not await_gateway(client, progress.step, to_serve=False, within_s=args.timeout):
+            raise no_gateway(args.server)
+    except BaseException:
+        client.close()
+        raise
+    finally:
+        progress.clear()
+    return client
+
+
+@contextlib.contextmanager
+def running_or_own(
+    args: argparse.Namespace, progress: Progress, take_signals: Callable[[], None]
+) -> Iterator[Client]:
+    """Yields a client of the running gateways, or of a cluster that lives as long as the context. ``args``:
+    of ``add_own_cluster_options``. Raises TransportError and StartupError."""
+    with Client(args.server or DEFAULT_SERVER) as client:
+        if await_gateway(client, progress.step, within_s=args.timeout):
+            progress.clear()
+            yield client
+            return
+    if args.server:
+        raise no_gateway(args.server)
+    config = cluster_config(args, (), model=args.model or DEMO, port=0)
+    # Imported here: Ray takes most of a second, which a call to a running gateway need not pay.
+    from farshore.controller.driver.cluster import Cluster
+
+    progress.note(
+        f"farshore: no gateway at {DEFAULT_SERVER}: starting a cluster for this call (`farshore serve` keeps "
+        "one)"
+    )
+    with Cluster.start(config, progress=progress.step) as cluster:
+        take_signals()
+        progress.clear()
+        with Client(cluster.address) as client:
+            yield client
+
+
+def await_gateway(
+    client: Client,
+    notify: Callable[[str], None],
+    *,
+    to_serve: bool = True,
+    within_s: float | None = None,
+) -> bool:
     """Blocks until one of the client's gateways answers, which the client then uses, and returns True; False
     if nothing listens at any of their addresses.
 
     ``to_serve``: wait until the gateway is ready. ``notify`` is called once if there is something to wait
     for. Raises TransportError if no host can be reached, or if something listens but does not answer within
-    ANSWER_DEADLINE_S.
+    ``within_s``; None: ANSWER_DEADLINE_S.
     """
+    deadline_s = ANSWER_DEADLINE_S if within_s is None else within_s
+    until_s = time.monotonic() + deadline_s
     answers = client.is_serving if to_serve else client.is_up
-    if answers(timeout_s=PROBE_S):
+    if answers(timeout_s=PROBE_S if within_s is None else min(PROBE_S, within_s)):
         return True
     listening = _listening(client.addresses)
     if not listening:
         return False
     where = " and ".join(listening)
     notify(f"waiting for the gateway at {where}: something listens there but does not answer yet")
-    until_s = time.monotonic() + ANSWER_DEADLINE_S
     while time.monotonic() < until_s:
         begun_s = time.monotonic()
         if answers(timeout_s=PROBE_S):
@@ -45,7 +102,7 @@ def await_gateway(client: Client, notify: Callable[[str], None], *, to_serve: bo
         if not _listening(client.addresses):
             return False
     raise TransportError(
-        f"what listens at {where} did not answer as a gateway within {ANSWER_DEADLINE_S:.0f} s: it is busy,"
+        f"what listens at {where} did not answer as a gateway within {deadline_s:g} s: it is busy,"
         " has failed, or is no Farshore gateway; look at its output, or give another --server"
     )
 

@@ -4,32 +4,19 @@ Called by ``main``. Starts a cluster for the call if no gateway runs. Must not k
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 from farshore.client import events
-from farshore.client.cli.connect import await_gateway
-from farshore.client.cli.model_options import add_model_options
-from farshore.client.cli.options import (
-    DEFAULT_SERVER,
-    add_cluster_options,
-    add_server_option,
-    cluster_config,
-    no_gateway,
-)
+from farshore.client.cli.connect import running_or_own
+from farshore.client.cli.options import add_own_cluster_options
+from farshore.client.cli.prompts import add_chat_option, add_prompt, chat_of, read_prompt
 from farshore.client.cli.sampling import add_sampling_options, asked
-from farshore.client.cli.terminal import Progress, stop_signals
+from farshore.client.cli.terminal import Progress, held_signals, stop_signals, write
 from farshore.client.sdk import Client
-from farshore.errors import Cancelled, FarshoreError, InvalidRequest, TransportError
-from farshore.model_spec import DEMO
-from farshore.text import quoted
-
-_CHAT = ("messages", "tools", "template_arguments", "add_generation_prompt", "continue_final_message")
+from farshore.errors import Cancelled, FarshoreError, TransportError
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -42,29 +29,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "  farshore generate @long.txt --max-tokens 500 --json\n  git log | farshore generate --raw -",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "prompt", metavar="PROMPT", help="the text; - reads it from stdin, @FILE from a UTF-8 file"
-    )
+    add_prompt(parser)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--raw", action="store_true", help="send the text without the chat template")
-    form.add_argument(
-        "--chat",
-        action="store_true",
-        help=f"the text is JSON: a list of messages as OpenAI's, or an object with {', '.join(_CHAT)}",
-    )
+    add_chat_option(form)
     parser.add_argument(
         "--json",
         action="store_true",
         help="print one JSON object at the end: text, ids, timings, shards; with --n a list of choices",
-    )
-    add_server_option(
-        parser,
-        default=None,
-        help="the gateway to use, or several of a cluster: with commas, or repeated; one must be running "
-        f"(default: {DEFAULT_SERVER} if it is)",
-    )
-    parser.add_argument(
-        "--model", help="the model to start, or that the server is expected to serve (default: smollm2, any)"
     )
     parser.add_argument(
         "--cache-salt",
@@ -73,95 +45,26 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="share stored prefixes with requests of the same salt only (default: with all that have none)",
     )
     add_sampling_options(parser.add_argument_group("sampling"))
-    started = parser.add_argument_group("only if a cluster is started")
-    add_model_options(started)
-    add_cluster_options(started)
+    add_own_cluster_options(parser)
     parser.set_defaults(run=run, usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
     sampling = asked(args)
-    prompt = _prompt(args, read_prompt(args.prompt))
+    text = read_prompt(args.prompt)
+    if args.chat:
+        prompt = chat_of(text)
+    else:
+        prompt = {"prompt": text} if args.raw else {"messages": [{"role": "user", "content": text}]}
     progress = Progress()
     # A cluster that was started for this call must be ended after SIGTERM, too.
     with stop_signals() as take_signals:
         try:
-            with _client(args, progress, take_signals) as client:
+            with running_or_own(args, progress, take_signals) as client:
                 _answer(client, args, prompt, sampling, progress)
         finally:
             progress.clear()
     return 0
-
-
-def read_prompt(argument: str) -> str:
-    """The prompt's text: ``argument`` itself, stdin for "-", a file for "@FILE". Raises InvalidRequest if it
-    can't be read, is not UTF-8 or is blank."""
-    where = "the prompt"
-    try:
-        if argument == "-":
-            where = "stdin"
-            text = sys.stdin.read()
-        elif argument.startswith("@"):
-            where = argument[1:]
-            text = Path(where).read_text(encoding="utf-8")
-        else:
-            text = argument
-    except OSError as error:
-        raise InvalidRequest(
-            f"{where or '@'}: can't be read: {error.strerror or error}; "
-            "to send a text that begins with @, give it on stdin with -"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"{where}: not UTF-8 text; convert it first") from error
-    if not text.strip():
-        raise InvalidRequest(f"{where} is empty: write something to answer")
-    return text
-
-
-def _prompt(args: argparse.Namespace, text: str) -> dict[str, Any]:
-    """The prompt as arguments of ``Client.generate``. Raises InvalidRequest for --chat if ``text`` is no
-    chat."""
-    if args.raw:
-        return {"prompt": text}
-    if not args.chat:
-        return {"messages": [{"role": "user", "content": text}]}
-    try:
-        given = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"--chat: the text is no JSON: {error}") from error
-    chat = given if isinstance(given, dict) else {"messages": given}
-    if unknown := sorted(chat.keys() - set(_CHAT)):
-        raise InvalidRequest(f"--chat: unknown field {quoted(unknown[0], 60)}: use {', '.join(_CHAT)}")
-    if not isinstance(chat.get("messages"), list):
-        raise InvalidRequest("--chat: give a list of messages, or an object with messages")
-    return chat
-
-
-@contextlib.contextmanager
-def _client(
-    args: argparse.Namespace, progress: Progress, take_signals: Callable[[], None]
-) -> Iterator[Client]:
-    """Yields a client of the running gateways, or of a cluster that lives as long as the context."""
-    with Client(args.server or DEFAULT_SERVER) as client:
-        if await_gateway(client, progress.step):
-            progress.clear()
-            yield client
-            return
-    if args.server:
-        raise no_gateway(args.server)
-    config = cluster_config(args, (), model=args.model or DEMO, port=0)
-    # Imported here: Ray takes most of a second, which a call to a running gateway need not pay.
-    from farshore.controller.driver.cluster import Cluster
-
-    progress.note(
-        f"farshore: no gateway at {DEFAULT_SERVER}: starting a cluster for this call (`farshore serve` keeps "
-        "one)"
-    )
-    with Cluster.start(config, progress=progress.step) as cluster:
-        take_signals()
-        progress.clear()
-        with Client(cluster.address) as client:
-            yield client
 
 
 class _Choice:
@@ -184,7 +87,11 @@ def _answer(
     progress: Progress,
 ) -> None:
     """Generates and prints the answer. Raises Cancelled, after printing, if another client cancelled it."""
-    stream = client.generate(**prompt, model=args.model or "", cache_salt=args.cache_salt, **sampling)
+    limit = {} if args.timeout is None else {"deadline_s": args.timeout}
+    with held_signals():
+        stream = client.generate(
+            **prompt, model=args.model or "", cache_salt=args.cache_salt, **limit, **sampling
+        )
     choices = [_Choice() for _ in range(args.n or 1)]
     live = len(choices) == 1 and not args.json
     try:
@@ -192,19 +99,19 @@ def _answer(
     except FarshoreError as error:
         progress.clear()
         if live and choices[0].text:
-            _write("\n")
+            write("\n")
         if error.retryable and any(choice.tokens for choice in choices):
             raise TransportError(f"{error}; the answer is incomplete: the same command asks again") from error
         raise
     progress.clear()
     if args.json:
         summary = _summary(accepted, finished, choices, logprobs=args.logprobs is not None)
-        _write(json.dumps(summary | {"model": _model_name(client, args)}))
+        write(json.dumps(summary | {"model": _model_name(client, args)}))
     elif live:
-        _write(finished.text)
+        write(finished.text)
     else:
-        _write("\n\n".join(f"[{index}] {choice.text}" for index, choice in enumerate(choices)))
-    _write("\n")
+        write("\n\n".join(f"[{index}] {choice.text}" for index, choice in enumerate(choices)))
+    write("\n")
     if any(end.reason == "cancelled" for end in finished.choices):
         raise Cancelled(
             "the answer was cancelled at the gateway and is incomplete: the same command asks again"
@@ -226,7 +133,7 @@ def _follow(
             choices[event.choice].pieces.append(event.text)
             if live:
                 progress.clear()
-                _write(event.text)
+                write(event.text)
             else:
                 progress.update(f"answering: {sum(len(choice.tokens) for choice in choices)} tokens")
         else:
@@ -236,12 +143,6 @@ def _follow(
     if accepted is None or finished is None:
         raise TransportError("the gateway ended the answer without finishing it")
     return accepted, finished
-
-
-def _write(text: str) -> None:
-    if text:
-        sys.stdout.write(text)
-        sys.stdout.flush()
 
 
 def _model_name(client: Client, args: argparse.Namespace) -> str | None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from farshore.client.cli.model_options import model_spec
+from farshore.client.cli.model_options import add_model_options, model_spec
 from farshore.controller.config import ClusterConfig, KvFormat, Placement, ShardBy
 from farshore.defaults import DRAIN_TIMEOUT_S, MAX_DECODE_STALL_MS, SHARD_GRACE_S
 from farshore.errors import InvalidRequest, TransportError
@@ -50,6 +50,14 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
 
 
+def seconds(text: str) -> float:
+    """Parses a time above 0, in seconds, of at most a year."""
+    value = number(text)
+    if not 0 < value <= 365 * 86_400:
+        raise argparse.ArgumentTypeError(f"{text}: use a number of seconds above 0, such as 2.5")
+    return value
+
+
 def positive(text: str) -> int:
     """Parses a whole number from 1 on."""
     value = whole(text)
@@ -89,13 +97,16 @@ class _Servers(argparse.Action):
         setattr(namespace, self.dest, values if earlier is self.default else [*earlier, *values])
 
 
-def add_server_option(
+def add_gateway_options(
     parser: argparse.ArgumentParser,
     *,
     default: Sequence[str] | None = (DEFAULT_SERVER,),
     help: str = f"the gateway, or several of a cluster: with commas, or repeated (default: {DEFAULT_SERVER})",
+    timeout_help: str = "most time that a gateway may take for each call (default: 10), and to answer at all "
+    "(default: 30)",
 ) -> None:
-    """Adds ``--server`` for a command that uses a running gateway: its value is a sequence of addresses."""
+    """Adds ``--server`` and ``--timeout`` for a command that uses a running gateway. ``server`` becomes a
+    sequence of addresses, ``timeout`` a number of seconds or None."""
     parser.add_argument(
         "--server",
         type=server_addresses,
@@ -104,6 +115,25 @@ def add_server_option(
         metavar="HOST:PORT",
         help=help,
     )
+    parser.add_argument("--timeout", type=seconds, metavar="S", help=timeout_help)
+
+
+def add_own_cluster_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a command that uses a running gateway or starts a cluster: ``running_or_own``."""
+    add_gateway_options(
+        parser,
+        default=None,
+        help="the gateway to use, or several of a cluster: with commas, or repeated; one must be running "
+        f"(default: {DEFAULT_SERVER} if it is)",
+        timeout_help="most time for an answer (default: a day), and for a gateway to answer at all "
+        "(default: 30)",
+    )
+    parser.add_argument(
+        "--model", help="the model to start, or that the server is expected to serve (default: smollm2, any)"
+    )
+    started = parser.add_argument_group("only if a cluster is started")
+    add_model_options(started)
+    add_cluster_options(started)
 
 
 def no_gateway(addresses: Sequence[str]) -> TransportError:

@@ -1,7 +1,7 @@
-"""The sampling options of ``farshore generate``, as arguments of the SDK.
+"""The sampling options of ``farshore generate`` and ``chat``, as arguments of the SDK.
 
-Used by ``generate``. Checks ranges, as the gateway does, so that a wrong value is reported before a cluster
-is started for the call. Must not know how the values are used.
+Used by ``generate`` and ``chat``. Checks ranges, as the gateway does, so that a wrong value is reported
+before a cluster is started for the call. Must not know how the values are used.
 """
 
 import argparse
@@ -46,10 +46,18 @@ def bias(text: str) -> tuple[int, float]:
     return not_negative(token), in_range(BIASES)(value)
 
 
-def add_sampling_options(group: argparse._ArgumentGroup) -> None:
+def add_sampling_options(group: argparse._ArgumentGroup, *, one_answer: bool = False) -> None:
+    """``one_answer``: leave out the options of several answers, and of JSON."""
     add = group.add_argument
     add("--max-tokens", type=positive, metavar="N", help="most tokens to answer (default: 256)")
-    add("--n", type=positive, metavar="N", help="choices: answers to the one prompt (default: 1)")
+    if not one_answer:
+        add("--n", type=positive, metavar="N", help="choices: answers to the one prompt (default: 1)")
+        add(
+            "--logprobs",
+            type=not_negative,
+            metavar="N",
+            help="with --json: each token's log-probability, and those of N alternatives",
+        )
     add(
         "--temperature",
         type=in_range(RANGES["temperature"]),
@@ -89,12 +97,6 @@ def add_sampling_options(group: argparse._ArgumentGroup) -> None:
         action="append",
         metavar="TOKEN=BIAS",
         help="add to a token id's logit, -100 to 100; may be repeated",
-    )
-    add(
-        "--logprobs",
-        type=not_negative,
-        metavar="N",
-        help="with --json: each token's log-probability, and those of N alternatives",
     )
     add("--seed", type=seed, metavar="N", help="repeat a sampled answer (default: random)")
     add("--stop", action="append", metavar="TEXT", help="end the answer before TEXT; may be repeated")

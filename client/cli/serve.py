@@ -4,9 +4,11 @@ Called by ``main``. Must not know how a cluster is started: ``controller.driver.
 """
 
 import argparse
+import json
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from farshore import __version__
 from farshore.client.cli.layers import Layers
@@ -118,6 +120,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="a YAML file with these options by name, such as `attention-workers: 4`; an option here and an "
         "environment variable such as FARSHORE_ATTENTION_WORKERS go before it",
     )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object when the model is served: its addresses"
+    )
     parser.set_defaults(run=run, usage_error=parser.error, layers=layers)
 
 
@@ -132,29 +137,26 @@ def run(args: argparse.Namespace) -> int:
     progress = Progress()
     try:
         with stop_signals() as take_signals:
-            return _serve(config, args.given, progress, take_signals)
+            return _serve(config, args, progress, take_signals)
     except KeyboardInterrupt:
         progress.clear()
     return 0
 
 
 def _serve(
-    config: ClusterConfig, given: Collection[str], progress: Progress, take_signals: Callable[[], None]
+    config: ClusterConfig, args: argparse.Namespace, progress: Progress, take_signals: Callable[[], None]
 ) -> int:
     """Returns the exit code when everything has ended. Raises KeyboardInterrupt after a signal."""
     # Imported here: Ray takes most of a second to import, which other commands must not pay.
     from farshore.controller.driver.cluster import Cluster
 
-    with Cluster.start(config, given=given, progress=progress.step) as cluster:
+    with Cluster.start(config, given=args.given, progress=progress.step) as cluster:
         take_signals()
         progress.clear()
-        print(f"Farshore {__version__} serves {config.spec.name} at {cluster.address}")
-        width = max((len(name) for name in cluster.endpoints), default=0)
-        for name, address in cluster.endpoints.items():
-            print(f"  {name:{width}}  {address}")
+        facts = {"model": config.spec.name, "address": cluster.address, "endpoints": dict(cluster.endpoints)}
+        print(json.dumps(facts) if args.json else _told(facts), flush=True)
         for notice in cluster.notices:
             progress.note(f"farshore: warning: {notice}")
-        print(f'Try: farshore generate --server {cluster.address} "Hello"    Ctrl-C stops.', flush=True)
         try:
             cluster.wait(warn=lambda text: progress.note(f"farshore: warning: {text}"))
         except KeyboardInterrupt:
@@ -165,3 +167,14 @@ def _serve(
             progress.note(f"farshore: error: {error}{f'; {cluster.goes_on}' if cluster.goes_on else ''}")
             return 1
     return 0
+
+
+def _told(facts: dict[str, Any]) -> str:
+    """What ``serve`` prints when the model is served."""
+    width = max((len(name) for name in facts["endpoints"]), default=0)
+    lines = [
+        f"Farshore {__version__} serves {facts['model']} at {facts['address']}",
+        *(f"  {name:{width}}  {address}" for name, address in facts["endpoints"].items()),
+        f'Try: farshore generate --server {facts["address"]} "Hello"    Ctrl-C stops.',
+    ]
+    return "\n".join(lines)

@@ -1,9 +1,11 @@
-"""Terminal output and signals: progress on stderr, tables, and one clean stop on a signal.
+"""Terminal output and signals: text that can't command a terminal, progress, tables, one clean stop.
 
 Used by the subcommands' modules. Must not know what they do.
 """
 
 import contextlib
+import os
+import re
 import signal
 import sys
 import threading
@@ -11,6 +13,46 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
 _CLEAR_LINE = "\r\x1b[2K"
+_STYLES = {"bold": "1", "dim": "2", "red": "31"}
+
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Characters that command a terminal, or reorder the text around them: all of C0 but tab and newline, DEL,
+C1, embeddings, overrides and isolates of bidirectional text."""
+
+
+def printable(text: str) -> str:
+    """``text`` with the characters that command a terminal as escapes, such as ``\\x1b``, and with plain
+    newlines."""
+    return _COMMANDS.sub(_escape, text.replace("\r\n", "\n"))
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def write(text: str, stream: TextIO | None = None) -> None:
+    """Writes ``text`` at once, to stdout if no stream is given: to a terminal what is :func:`printable`, to a
+    pipe or a file as it is."""
+    stream = sys.stdout if stream is None else stream
+    if text:
+        stream.write(printable(text) if stream.isatty() else text)
+        stream.flush()
+
+
+def takes_escapes(stream: TextIO) -> bool:
+    """Whether ``stream`` is a terminal that knows escape sequences."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def decorated(stream: TextIO) -> bool:
+    """Whether colours and progress may be shown: :func:`takes_escapes`, and NO_COLOR is not set."""
+    return takes_escapes(stream) and not os.environ.get("NO_COLOR")
+
+
+def styled(text: str, style: str, stream: TextIO) -> str:
+    """``text``, bold, dim or red where ``stream`` is :func:`decorated`; ``style`` may be empty: as it is."""
+    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if style and decorated(stream) else text
 
 
 class Progress:
@@ -18,7 +60,7 @@ class Progress:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = sys.stderr if stream is None else stream
-        self._is_terminal = self._stream.isatty()
+        self._is_terminal = decorated(self._stream)
         self._shown = False
 
     def step(self, text: str) -> None:
@@ -31,14 +73,14 @@ class Progress:
     def update(self, text: str) -> None:
         """Shows a replaceable message on a terminal; does nothing elsewhere."""
         if self._is_terminal:
-            self._stream.write(f"{_CLEAR_LINE}{text}")
+            self._stream.write(f"{_CLEAR_LINE}{printable(text)}")
             self._stream.flush()
             self._shown = True
 
     def note(self, text: str) -> None:
         """Writes a line that stays."""
         self.clear()
-        self._stream.write(f"{text}\n")
+        self._stream.write(f"{printable(text)}\n")
         self._stream.flush()
 
     def clear(self) -> None:
@@ -47,6 +89,45 @@ class Progress:
             self._stream.write(_CLEAR_LINE)
             self._stream.flush()
             self._shown = False
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, inside :func:`interrupts`: it ends what goes on now, not the command."""
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[None]:
+    """Every SIGINT raises Interrupted, where :func:`stop_signals` would end the command."""
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def held_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM take effect at the end of the context. To be used where a stream is started: a
+    channel of gRPC whose first stream is interrupted while it starts can never be closed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 @contextlib.contextmanager

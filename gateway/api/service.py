@@ -7,7 +7,7 @@ not know how a request is run. Never logs a prompt.
 import asyncio
 import contextlib
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -17,6 +17,7 @@ from farshore.errors import DeadlineExceeded, InvalidRequest, NotFound
 from farshore.gateway.api import batch, errors
 from farshore.gateway.requests import received, validate
 from farshore.gateway.requests.intake import ANONYMOUS, Intake
+from farshore.gateway.requests.patience import Patience
 from farshore.gateway.requests.request import Failure, RequestKey
 from farshore.proto import inference_pb2 as api
 
@@ -56,8 +57,7 @@ class InferenceService:
             request, *start = self._intake.take(raw, arrived_s=arrived_s)
             with self._log.reading(request):
                 async with contextlib.aclosing(request.follow(*start)) as events:
-                    async for event in events:
-                        await self._write(event, context)
+                    await self._write(events, context)
 
     async def BatchGenerate(self, raw: bytes, context: grpc.aio.ServicerContext) -> bytes:
         """Runs several requests, and sends their whole answers."""
@@ -110,15 +110,19 @@ class InferenceService:
             vocabulary=config.vocab,
         )
 
-    async def _write(self, event: bytes, context: grpc.aio.ServicerContext) -> None:
-        """Blocks while the reader's flow-control window is full. Raises DeadlineExceeded after
+    async def _write(self, events: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        """Each write blocks while the reader's flow-control window is full. Raises DeadlineExceeded after
         ``reader_stall_s``."""
+        stall_s = self._limits.reader_stall_s
         try:
-            async with asyncio.timeout(self._limits.reader_stall_s):
-                await context.write(event)
+            async with Patience() as patience:
+                async for event in events:
+                    patience.begin(stall_s)
+                    await context.write(event)
+                    patience.end()
         except TimeoutError:
             raise DeadlineExceeded(
-                f"nothing was read for {self._limits.reader_stall_s:g} s: go on with the request_id and "
+                f"nothing was read for {stall_s:g} s: go on with the request_id and "
                 "resume_from = tokens received"
             ) from None
 

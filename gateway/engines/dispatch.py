@@ -37,7 +37,7 @@ class Dispatcher:
             try:
                 engine = self._router.choose(job, tried)
             except TransportError as error:
-                await request.fail(refused or Failure.of(error))
+                request.fail(refused or Failure.of(error))
                 return
             self._engines[request.sequence_id] = engine.client
             try:
@@ -47,9 +47,9 @@ class Dispatcher:
                 tried.add(engine.worker)
                 refused = refusal.failure
                 if request.cancelling:
-                    await answer.end(api.FINISH_REASON_CANCELLED)
+                    answer.end(api.FINISH_REASON_CANCELLED)
                 elif len(tried) >= self._limits.engines_tried:
-                    await request.fail(refused)
+                    request.fail(refused)
                 elif not refusal.certain:
                     epoch += 1
                     message = _in_epoch(job.message, epoch)

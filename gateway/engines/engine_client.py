@@ -14,6 +14,7 @@ from farshore import rpc
 from farshore.cluster_token import ClusterToken
 from farshore.gateway.limits import ERROR_MESSAGE_CHARS, Limits
 from farshore.gateway.requests.answer import Answer
+from farshore.gateway.requests.patience import Patience
 from farshore.gateway.requests.request import Failure, Request
 from farshore.proto import cluster_pb2 as cluster
 from farshore.proto import cluster_pb2_grpc
@@ -80,7 +81,7 @@ class EngineClient:
         self.name = f"dense worker {worker} ({address})"
         self._limits = limits
         self._broke = broke
-        self._timers: dict[asyncio.Timeout, _Stream] = {}
+        self._streams: dict[Patience, _Stream] = {}
         self._doubted: Failure | None = None
         self._lost: Failure | None = None
         self.heard_s = asyncio.get_running_loop().time()
@@ -113,10 +114,9 @@ class EngineClient:
         self._doubted = self._lost = None
 
     def _end_waits(self) -> None:
-        now_s = asyncio.get_running_loop().time()
-        for timer, stream in self._timers.items():
-            if self._is_given_up(stream) and not timer.expired():
-                timer.reschedule(now_s)
+        for patience, stream in self._streams.items():
+            if self._is_given_up(stream):
+                patience.cut()
 
     def _is_given_up(self, stream: _Stream) -> bool:
         """Whether a stream is to wait no longer; notes how it fails."""
@@ -131,24 +131,24 @@ class EngineClient:
         ended only if ``request.cancelling`` was set.
         """
         stream = _Stream(request, answer, self._generate(message))
-        timer = asyncio.timeout(None)
+        patience = Patience()
         try:
-            async with timer:
-                self._timers[timer] = stream
-                await self._follow(stream, timer)
+            async with patience:
+                self._streams[patience] = stream
+                await self._follow(stream, patience)
         except asyncio.CancelledError:
             if request.cancelling:
-                await answer.end(api.FINISH_REASON_CANCELLED)
+                answer.end(api.FINISH_REASON_CANCELLED)
             raise
         except TimeoutError:
-            await self._break(stream, stream.given_up or self._stalled(), certain=False)
+            self._break(stream, stream.given_up or self._stalled(), certain=False)
         except grpc.aio.AioRpcError as error:
             if request.cancelling and error.code() == grpc.StatusCode.CANCELLED:
-                await answer.end(api.FINISH_REASON_CANCELLED)
+                answer.end(api.FINISH_REASON_CANCELLED)
             else:
-                await self._fail(stream, error.code(), error.details(), error.trailing_metadata())
+                self._fail(stream, error.code(), error.details(), error.trailing_metadata())
         finally:
-            self._timers.pop(timer, None)
+            self._streams.pop(patience, None)
             stream.call.cancel()
 
     async def cancel(
@@ -164,41 +164,38 @@ class EngineClient:
         except grpc.aio.AioRpcError:
             return
 
-    async def _follow(self, stream: _Stream, timer: asyncio.Timeout) -> None:
+    async def _follow(self, stream: _Stream, patience: Patience) -> None:
         loop, call = asyncio.get_running_loop(), stream.call
-        timer.reschedule(loop.time() + self._limits.stall_s)
+        patience.begin(self._limits.stall_s)
         if self._is_given_up(stream):
             raise TimeoutError
         stream.taken = rpc.TAKEN in dict(await call.initial_metadata())
         while not stream.request.ended:
             if self._is_given_up(stream):
                 raise TimeoutError
-            patience_s = self._limits.cancel_s if stream.answer.complete else self._limits.stall_s
-            timer.reschedule(loop.time() + patience_s)
+            patience.begin(self._limits.cancel_s if stream.answer.complete else self._limits.stall_s)
             event = await call.read()
             if event is grpc.aio.EOF:
-                await self._fail(
-                    stream, await call.code(), await call.details(), await call.trailing_metadata()
-                )
+                self._fail(stream, await call.code(), await call.details(), await call.trailing_metadata())
                 return
             stream.taken = True
             self.heard_s = loop.time()
-            stopped = await stream.answer.take(event)
+            stopped = stream.answer.take(event)
             if stopped is not None:
                 # The gateway matches stop strings; the engine does not know them.
                 await self.cancel(stream.request.sequence_id, choice=stopped)
 
-    async def _break(self, stream: _Stream, failure: Failure, *, certain: bool) -> None:
+    def _break(self, stream: _Stream, failure: Failure, *, certain: bool) -> None:
         """Ends a request whose stream broke: fails it, unless its answer is complete. Raises NotTaken if
         another engine may run it."""
         if stream.answer.complete:
-            await stream.answer.end(api.FINISH_REASON_STOP)
+            stream.answer.end(api.FINISH_REASON_STOP)
         elif not stream.taken and failure.code in _ELSEWHERE:
             raise NotTaken(failure, certain=certain)
         else:
-            await stream.request.fail(failure)
+            stream.request.fail(failure)
 
-    async def _fail(
+    def _fail(
         self,
         stream: _Stream,
         code: grpc.StatusCode,
@@ -221,7 +218,7 @@ class EngineClient:
             # Without the engine's name the failure would look like the gateway's.
             code = code if code == grpc.StatusCode.UNAVAILABLE else grpc.StatusCode.INTERNAL
             failure = Failure(code, f"{self.name}: {message}", trailing)
-        await self._break(stream, failure, certain=own_words or code in _REFUSALS)
+        self._break(stream, failure, certain=own_words or code in _REFUSALS)
 
     def _lost_failure(self, why: str) -> Failure:
         return Failure(grpc.StatusCode.UNAVAILABLE, f"{self.name} was lost ({why}): send the request again")

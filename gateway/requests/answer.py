@@ -29,34 +29,34 @@ class Answer:
         """Whether every completion has ended. The engine may not know it yet, after a stop string."""
         return all(completion.reason is not None for completion in self._completions)
 
-    async def take(self, event: cluster.SequenceEvent) -> int | None:
+    def take(self, event: cluster.SequenceEvent) -> int | None:
         """Adds an engine's event. Returns the choice that the event's token ended with a stop string, which
         the engine must be told to end; else None."""
         kind = event.WhichOneof("kind")
         if kind == "token":
-            return await self._add(event.token)
+            return self._add(event.token)
         if kind == "prefill":
-            await self._request.add_prefill(event.prefill)
+            self._request.add_prefill(event.prefill)
         elif kind == "finished":
-            await self._end_choice(event.finished)
+            self._end_choice(event.finished)
         return None
 
-    async def end(self, reason: api.FinishReason) -> None:
+    def end(self, reason: api.FinishReason) -> None:
         """Ends the request; completions that have not ended yet end with ``reason``."""
         for completion in self._completions:
             completion.end(reason)
-        await self._request.finish(
+        self._request.finish(
             [completion.summary() for completion in self._completions],
             queued_ms=self._queued_ms,
             cached_tokens=self._cached_tokens,
             shards=self._shards.values(),
         )
 
-    async def _add(self, token: cluster.SampledToken) -> int | None:
+    def _add(self, token: cluster.SampledToken) -> int | None:
         completion = self._completions[token.choice]
         if completion.reason is not None:
             return None  # The token follows a stop string: the engine has not been told yet.
-        await self._request.add_token(
+        self._request.add_token(
             token.token_id,
             completion.push(token.token_id),
             choice=token.choice,
@@ -72,7 +72,7 @@ class Answer:
         )
         return None if completion.reason is None else token.choice
 
-    async def _end_choice(self, done: cluster.SequenceFinished) -> None:
+    def _end_choice(self, done: cluster.SequenceFinished) -> None:
         self._completions[done.choice].end(done.reason)
         if not self._ended:
             self._queued_ms = done.queued_ms
@@ -84,4 +84,4 @@ class Answer:
             else:
                 self._shards[use.worker_id] = use
         if len(self._ended) == len(self._completions):
-            await self.end(done.reason)
+            self.end(done.reason)

@@ -215,7 +215,7 @@ class RequestLog:
         if read:
             await asyncio.wait(read, timeout=self._limits.drain_s)
         for request in list(self._live.values()):
-            await request.fail(
+            request.fail(
                 Failure(
                     grpc.StatusCode.UNAVAILABLE,
                     f"the gateway shut down when {request.tokens} tokens of the answer had come: send the "
@@ -237,20 +237,20 @@ class RequestLog:
         try:
             job = await preparation
             del self._preparations[request], preparation
-            await request.accept(job.prompt_tokens, prompt_end=job.prompt_end_text, seed=job.seed)
+            request.accept(job.prompt_tokens, prompt_end=job.prompt_end_text, seed=job.seed)
             await self._runner.pump(request, job)
         except asyncio.CancelledError:
             if request.cancelling:
                 ends = [api.Completion(reason=api.FINISH_REASON_CANCELLED)] * request.choices
-                await request.finish(ends)
+                request.finish(ends)
             raise
         except FarshoreError as error:
             refused = True
-            await request.fail(Failure.of(error))
+            request.fail(Failure.of(error))
         except Exception:
             _logger.exception("sequence %s broke the gateway", request.sequence_id)
         finally:
-            await request.fail(Failure(grpc.StatusCode.INTERNAL, "the gateway failed; see its log"))
+            request.fail(Failure(grpc.StatusCode.INTERNAL, "the gateway failed; see its log"))
             self._put_away(request, refused=refused)
 
     def _put_away(self, request: Request, *, refused: bool) -> None:

@@ -102,7 +102,7 @@ class Request:
         self.size_bytes = 0
         self._finished: bytes | None = None
         self._failure: Failure | None = None
-        self._changed = asyncio.Condition()
+        self._waiting: list[asyncio.Future[None]] = []
         self._clock = clock
         self._arrived_s = arrived_s
         self._first_s = self._last_s = arrived_s
@@ -139,9 +139,7 @@ class Request:
         while self._accepted is None:
             if self._failure is not None:
                 raise RequestFailed(self._failure)
-            async with self._changed:
-                if self._accepted is None and not self.ended:
-                    await self._changed.wait()
+            await self._change()
         yield self._accepted
         index, prefill = resume_from, None
         received = received or Received()
@@ -163,25 +161,23 @@ class Request:
                 if prefill is not None and not index and not received.left:
                     yield prefill
                 continue
-            async with self._changed:
-                if index == len(self._tokens) and self._prefill is prefill and not self.ended:
-                    await self._changed.wait()
+            await self._change()
 
-    async def accept(self, prompt_tokens: int, *, prompt_end: str = "", seed: int = 0) -> None:
+    def accept(self, prompt_tokens: int, *, prompt_end: str = "", seed: int = 0) -> None:
         """Records that the prompt was tokenized. ``prompt_end``: its last few characters. ``seed``: of the
         draws."""
         self._prompt_tokens = prompt_tokens
         self.prompt_end = prompt_end
         accepted = api.Accepted(request_id=self.key.request_id, prompt_tokens=prompt_tokens, seed=seed)
         self._accepted = api.GenerateEvent(accepted=accepted).SerializeToString()
-        await self._notify()
+        self._notify()
 
-    async def add_prefill(self, progress: api.PrefillProgress) -> None:
+    def add_prefill(self, progress: api.PrefillProgress) -> None:
         """Replaces the prefill progress."""
         self._prefill = api.GenerateEvent(prefill=progress).SerializeToString()
-        await self._notify()
+        self._notify()
 
-    async def add_token(
+    def add_token(
         self,
         token_id: int,
         text: str,
@@ -206,9 +202,9 @@ class Request:
         self._tokens.append(event)
         self._tokens_of[choice] += 1
         self.size_bytes += _EVENT_BYTES + len(event)
-        await self._notify()
+        self._notify()
 
-    async def finish(
+    def finish(
         self,
         choices: Sequence[api.Completion],
         *,
@@ -220,7 +216,7 @@ class Request:
         if self.ended:
             return
         if self._accepted is None:
-            await self.accept(0)  # It ended before its prompt was tokenized.
+            self.accept(0)  # It ended before its prompt was tokenized.
         count = len(self._tokens)
         after_first = max(self._tokens_of.values(), default=0) - 1
         tpot_ms = (self._last_s - self._first_s) * 1e3 / after_first if after_first > 0 else 0.0
@@ -240,15 +236,29 @@ class Request:
             )
         ).SerializeToString()
         self.size_bytes += _EVENT_BYTES + len(self._finished)
-        await self._notify()
+        self._notify()
 
-    async def fail(self, failure: Failure) -> None:
+    def fail(self, failure: Failure) -> None:
         """Ends the request with a failure. Does nothing if it has ended."""
         if self.ended:
             return
         self._failure = failure
-        await self._notify()
+        self._notify()
 
-    async def _notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+    async def _change(self) -> None:
+        """Blocks until something is added."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if waiter in self._waiting:
+                self._waiting.remove(waiter)
+            raise
+
+    def _notify(self) -> None:
+        """Wakes all readers."""
+        waiting, self._waiting = self._waiting, []
+        for waiter in waiting:
+            if not waiter.done():
+                waiter.set_result(None)

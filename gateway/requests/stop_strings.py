@@ -23,6 +23,8 @@ class StopStrings:
         """Adds ``text``. Returns the text that is now final; "" once a stop string has been found."""
         if self.found:
             return ""
+        if not self._stops:
+            return text
         for stop in self._stops:
             stop.push(text)
         text = self._held + text

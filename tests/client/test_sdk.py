@@ -146,6 +146,38 @@ def test_status(client, farshore):
     assert status.sequences[0].spans[0].last == 8
 
 
+def test_counters_of_a_worker(client, farshore):
+    farshore.engine.status.workers.add(
+        worker_id="dense-0", kind="dense", parked=2, parkings=5, tokens=1 << 40
+    )
+    (worker,) = client.status().workers
+    assert (worker.parked, worker.parkings, worker.tokens) == (2, 5, 1 << 40)
+
+
+def test_tokens_of_a_text_and_back(client, served, encode_chat):
+    ids = served.tokenizer.encode("Größe 🌍")
+    assert client.tokenize("Größe 🌍") == ids and client.detokenize(ids) == "Größe 🌍"
+    messages = [{"role": "user", "content": "Hi"}]
+    assert client.tokenize(messages=messages) == encode_chat(messages)
+    for wrong in (dict(prompt="\udc80"), dict(messages=["Hi"]), dict(prompt="a", messages=messages)):
+        with pytest.raises(InvalidRequest):
+            client.tokenize(**wrong)
+    for wrong in ([-1], [1 << 31], ["a"]):
+        with pytest.raises(InvalidRequest):
+            client.detokenize(wrong)
+    with pytest.raises(InvalidRequest, match="serves 'smollm2'"):
+        client.tokenize("Hi", model="other")
+
+
+def test_models(client, served):
+    (model,) = client.models()
+    assert model == client.model(model.name)
+    assert (model.name, model.max_positions) == ("smollm2", served.config.max_positions)
+    assert model.vocabulary == served.config.vocab
+    with pytest.raises(NotFound):
+        client.model("other")
+
+
 def test_is_serving(client):
     assert client.is_serving()
     with Client("127.0.0.1:1") as unconnected:

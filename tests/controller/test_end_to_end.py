@@ -34,6 +34,22 @@ def test_one_command_answers_from_an_attention_worker(marked):
     assert shard["worker_id"].startswith("attention-") and shard["process_id"]
 
 
+def _stored(sequence):
+    """The workers that hold the sequence's spans."""
+    return {span.worker_id for span in sequence.spans}
+
+
+def _status_with_links(client, stream):
+    """The first status that shows a link to each worker that stores the only sequence: a link is shown when
+    the worker has answered it a frame."""
+    for _ in filter(lambda event: isinstance(event, Token), stream):
+        status = client.status()
+        linked = {link.worker_id for worker in status.workers for link in worker.links}
+        if status.sequences and linked >= _stored(status.sequences[0]) != set():
+            return status
+    raise AssertionError("the sequence ended before its workers had answered")
+
+
 @pytest.mark.heavy
 def test_a_served_cluster_answers_reports_status_and_refuses(marked, serve):
     server, address = serve("--shard-by", "both", "--attention-workers", "3", "--kv-memory", "64MiB")
@@ -43,16 +59,14 @@ def test_a_served_cluster_answers_reports_status_and_refuses(marked, serve):
 
     with Client(address) as client:
         stream = client.generate("Once upon a time", max_tokens=2000, temperature=0, ignore_eos=True)
-        next(event for event in stream if isinstance(event, Token))
-        status = client.status()
+        status = _status_with_links(client, stream)
         printed = marked.run("status", "--server", address)
         stream.close()
     (sequence,) = status.sequences
     # With --shard-by both, a short prompt is stored by two workers, one for each range of head groups.
-    stored = {span.worker_id for span in sequence.spans}
-    links = {link.worker_id: link for worker in status.workers for link in worker.links}
-    assert len(stored) == 2
-    assert all(links[at].frames and links[at].transport in printed.stdout for at in stored)
+    assert len(_stored(sequence)) == 2
+    links = [link for worker in status.workers for link in worker.links]
+    assert all(link.transport in printed.stdout and link.frames for link in links)
     assert {worker.kind: worker.state for worker in status.workers} == {
         "dense": "ready",
         "attention": "ready",

@@ -6,7 +6,7 @@ Created by ``endpoints`` for each call. Must not know about HTTP, nor how reques
 import json
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,6 +15,8 @@ from farshore.gateway.api.openai.parsing import ChoiceText, Parsing, Piece
 from farshore.gateway.api.openai.schema import ChatBody, CompletionBody, NamedTool
 from farshore.models.tokenizer.tokenizer import Tokenizer
 from farshore.proto import inference_pb2 as api
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 _REASONS = {
     api.FINISH_REASON_STOP: "stop",
@@ -33,8 +35,9 @@ class Answer(Protocol):
     def add(self, number: int, event: api.GenerateEvent) -> None:
         """Takes the next event of a request: a token, or its end."""
 
-    def chunks(self) -> Iterator[dict[str, Any]]:
-        """The chunks that have become ready since the last call. Use it, or :meth:`whole`."""
+    def events(self) -> bytes:
+        """The chunks that have become ready since the last call, as server-sent events. Use it, or
+        :meth:`whole`."""
 
     def end(self) -> None:
         """All requests have ended."""
@@ -82,29 +85,29 @@ class _Base:
             "model": model,
         }
         self.usage = _Usage()
-        self._ready: list[dict[str, Any]] = []
+        # All chunks begin alike.
+        self._begin = f'data: {_encode({**self._head, "object": self.chunk_kind})[:-1]},"choices":['
+        self._ready: list[str] = []
 
-    def chunks(self) -> Iterator[dict[str, Any]]:
+    def events(self) -> bytes:
+        """See :class:`Answer`."""
         ready, self._ready = self._ready, []
-        yield from ready
+        return "".join(ready).encode()
 
     def end(self) -> None:
         """All requests have ended."""
         if self._with_usage:
-            self._ready.append({**self._chunk([]), "usage": self.usage.as_object()})
+            self._ready.append(f'{self._begin}],"usage":{_encode(self.usage.as_object())}}}\n\n')
 
     def _add_chunk(self, choice: dict[str, Any]) -> None:
         """Adds a chunk of one choice; nothing for an answer that is sent whole."""
         if self._streams:
-            self._ready.append(self._chunk([choice]))
+            self._ready.append(f"{self._begin}{_encode(choice)}]{self._running_usage()}}}\n\n")
 
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        chunk: dict[str, Any] = {**self._head, "object": self.chunk_kind, "choices": choices}
+    def _running_usage(self) -> str:
         if self._with_running_usage:
-            chunk["usage"] = self.usage.as_object()
-        elif self._with_usage:
-            chunk["usage"] = None
-        return chunk
+            return f',"usage":{_encode(self.usage.as_object())}'
+        return ',"usage":null' if self._with_usage else ""
 
     def _whole(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head, "object": self.kind, "choices": choices, "usage": self.usage.as_object()}
@@ -319,8 +322,3 @@ def _no_values() -> dict[str, list[Any]]:
 
 def _choice(index: int, text: str, values: dict[str, list[Any]] | None, reason: str | None) -> dict[str, Any]:
     return {"index": index, "text": text, "logprobs": values, "finish_reason": reason}
-
-
-def event_line(chunk: dict[str, Any]) -> bytes:
-    """A chunk as a server-sent event."""
-    return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

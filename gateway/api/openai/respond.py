@@ -8,15 +8,17 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from farshore.errors import DeadlineExceeded
-from farshore.gateway.api.openai.answers import Answer, event_line
+from farshore.gateway.api.openai.answers import Answer
 from farshore.gateway.api.openai.errors import error_of
 from farshore.gateway.requests.intake import Intake
+from farshore.gateway.requests.patience import Patience
 from farshore.gateway.requests.request import Request
 from farshore.proto import inference_pb2 as api
 
@@ -68,7 +70,7 @@ class Respond(Response):
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await self._run(send)
+            await self._bounded(self._run(send))
         except Exception as error:
             refusal = error_of(error, retry_after_ms=self._intake.limits.retry_after_ms)
             if refusal.status == 500:
@@ -77,7 +79,16 @@ class Respond(Response):
                 await refusal.response()(scope, receive, send)
                 return
             line = b"data: " + json.dumps(refusal.body()).encode() + b"\n\n"
-            await self._write(send, line + _DONE, last=True)
+            await self._bounded(self._write(send, line + _DONE, last=True))
+
+    async def _bounded(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs ``work``, whose writes block while the client's window is full. Raises DeadlineExceeded after
+        ``reader_stall_s``."""
+        try:
+            async with Patience() as self._patience:
+                await work
+        except TimeoutError:
+            raise DeadlineExceeded("the client took nothing for too long") from None
 
     async def _run(self, send: Send) -> None:
         with contextlib.ExitStack() as open_requests:
@@ -127,8 +138,7 @@ class Respond(Response):
             await self._send_event(*item, send)
             item = await anext(events, None)
         self._answer.end()
-        lines = b"".join(event_line(chunk) for chunk in self._answer.chunks())
-        await self._write(send, lines + _DONE, last=True)
+        await self._write(send, self._answer.events() + _DONE, last=True)
 
     async def _send_event(self, number: int, raw: bytes, send: Send) -> None:
         event = api.GenerateEvent.FromString(raw)
@@ -138,7 +148,7 @@ class Respond(Response):
             await self._write(send, line)
             return
         self._add(number, event)
-        if lines := b"".join(event_line(chunk) for chunk in self._answer.chunks()):
+        if lines := self._answer.events():
             await self._write(send, lines)
 
     def _add(self, number: int, event: api.GenerateEvent) -> None:
@@ -148,12 +158,9 @@ class Respond(Response):
             self._answer.add(number, event)
 
     async def _write(self, send: Send, body: bytes, *, last: bool = False) -> None:
-        """Blocks while the client's window is full. Raises DeadlineExceeded after ``reader_stall_s``."""
-        try:
-            async with asyncio.timeout(self._intake.limits.reader_stall_s):
-                await send({"type": "http.response.body", "body": body, "more_body": not last})
-        except TimeoutError:
-            raise DeadlineExceeded("the client took nothing for too long") from None
+        self._patience.begin(self._intake.limits.reader_stall_s)
+        await send({"type": "http.response.body", "body": body, "more_body": not last})
+        self._patience.end()
 
 
 async def _numbered(followed: Sequence[AsyncIterator[bytes]]) -> AsyncIterator[tuple[int, bytes]]:

@@ -36,6 +36,10 @@ def test_without_a_name_the_benchmarks_are_listed(run):
     assert {"machine", "kernels"} <= {line.split()[0] for line in done.out.splitlines()}
 
 
+def test_the_list_as_json(run, asked):
+    assert json.loads(run("bench", "--json").out) == {"nothing": "nothing at all"}
+
+
 def test_an_unknown_name_is_wrong_usage(run, asked):
     done = run("bench", "dance")
     assert done.code == 2 and done.out == ""

@@ -124,9 +124,9 @@ def test_a_host_that_does_not_exist(address):
 def test_generate_starts_no_second_cluster_beside_a_silent_gateway(
     run, cluster, silent, no_patience, monkeypatch
 ):
-    monkeypatch.setattr("farshore.client.cli.generate.DEFAULT_SERVER", silent)
+    monkeypatch.setattr("farshore.client.cli.connect.DEFAULT_SERVER", silent)
     done = run("generate", "Hi")
-    assert done.code == 1
+    assert done.code == 3
     assert "did not answer as a gateway" in done.err
     assert cluster.config is None
 

@@ -190,7 +190,7 @@ def test_bad_prompts_start_nothing(run, cluster, nothing_listens, monkeypatch, t
 
 def test_a_named_server_that_is_unreachable(run, cluster):
     done = run("generate", "Hi", "--server", "127.0.0.1:1")
-    assert done.code == 1
+    assert done.code == 3
     assert "no gateway answers at 127.0.0.1:1" in done.err and "farshore serve" in done.err
     assert cluster.config is None
 
@@ -227,7 +227,7 @@ def ends_early(farshore, served):
 def test_an_answer_that_breaks_off_is_a_failure(run, farshore, ends_early, options):
     text = ends_early(lambda sequence: sequence.fail(grpc.StatusCode.UNAVAILABLE, "shard lost"))
     done = run("generate", "Hi", "--server", farshore.address, *options)
-    assert done.code == 1
+    assert done.code == 3
     assert done.out == ("" if options else f"{text}\n")
     assert done.err.count("\n") == 1
     assert "shard lost" in done.err and "the same command asks again" in done.err
@@ -312,7 +312,7 @@ def test_options_reach_the_configuration(run, farshore, cluster, nothing_listens
 
 
 def test_a_running_gateway_is_used(run, farshore, cluster, answer, monkeypatch):
-    monkeypatch.setattr("farshore.client.cli.generate.DEFAULT_SERVER", farshore.address)
+    monkeypatch.setattr("farshore.client.cli.connect.DEFAULT_SERVER", farshore.address)
     assert run("generate", "Hi").out == answer + "\n"
     assert cluster.config is None
 

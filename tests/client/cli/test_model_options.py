@@ -69,7 +69,7 @@ def test_serve_passes_every_option_on(run, cluster):
 
 
 def test_generate_passes_them_to_the_cluster_that_it_starts(run, farshore, cluster, monkeypatch):
-    monkeypatch.setattr("farshore.client.cli.generate.DEFAULT_SERVER", "127.0.0.1:1")
+    monkeypatch.setattr("farshore.client.cli.connect.DEFAULT_SERVER", "127.0.0.1:1")
     farshore.engine.auto = [5]
     cluster.address = farshore.address
     assert run("generate", "Hi", "--raw", *MODEL_OPTIONS).code == 0

@@ -102,9 +102,31 @@ def test_version(run):
     assert run("--version").out == f"farshore {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "status", "bench"])
-def test_help_explains_every_option(run, command):
+@pytest.mark.parametrize(
+    ("word", "meant"), [("staus", "did you mean 'status'?"), ("xyzzy", "choose from serve, node, generate")]
+)
+def test_an_unknown_command_suggests_the_nearest(run, word, meant):
+    done = run(word, "--json")
+    assert done.code == 2 and f"unknown command {word!r}: {meant}" in done.err
+
+
+COMMANDS = (
+    *("serve", "node", "generate", "chat", "tokenize", "detokenize", "models", "status", "top", "scale"),
+    *("drain", "down", "events", "bench"),
+)
+
+
+def test_help_lists_every_command_and_exit_code(run):
+    done = run("--help")
+    listed, _, exits = done.out.partition("exit codes:")
+    assert [line.split()[0] for line in exits.splitlines() if line] == ["0", "1", "2", "3", "130"]
+    assert set(COMMANDS) < set(re.findall(r"^    (\w+)", listed, re.MULTILINE))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_every_option_and_gives_an_example(run, command):
     done = run(command, "--help")
     assert done.code == 0
+    assert re.search(r"^examples?:\s+(.* \| )?farshore " + command, done.out, re.MULTILINE)
     entries = re.split(r"\n  (?=-)", done.out.split("options:")[1])
     assert all(len(entry.split()) > 2 for entry in entries[1:])

@@ -41,6 +41,12 @@ def test_serve_prints_the_addresses(run, cluster):
     assert cluster.stops == 1
 
 
+def test_serve_as_json(run, cluster):
+    done = run("serve", "--json")
+    endpoints = {"gateway": "127.0.0.1:1", "attention-0": "127.0.0.1:7"}
+    assert json.loads(done.out) == {"model": "smollm2", "address": "127.0.0.1:1", "endpoints": endpoints}
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_stop_everything(run, cluster, number):
     before = signal.getsignal(number)
@@ -235,7 +241,7 @@ def test_status_as_json(run, busy):
 
 def test_status_without_a_gateway(run):
     done = run("status", "--server", "127.0.0.1:1")
-    assert done.code == 1
+    assert done.code == 3
     assert "no gateway answers at 127.0.0.1:1" in done.err
 
 
@@ -270,7 +276,7 @@ def test_status_of_a_gateway_that_does_not_serve(run, failed):
 
 def test_generate_at_a_gateway_that_does_not_serve(run, cluster, failed, monkeypatch):
     monkeypatch.setattr("farshore.client.cli.connect.ANSWER_DEADLINE_S", 0.0)
-    monkeypatch.setattr("farshore.client.cli.generate.DEFAULT_SERVER", failed)
+    monkeypatch.setattr("farshore.client.cli.connect.DEFAULT_SERVER", failed)
     done = run("generate", "Hi")
-    assert done.code == 1 and "has failed" in done.err
+    assert done.code == 3 and "has failed" in done.err
     assert cluster.config is None

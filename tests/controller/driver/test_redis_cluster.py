@@ -138,6 +138,6 @@ def test_a_redis_that_does_not_answer_is_named_before_anything_starts(marked, tm
             redis.start()
             redis.freeze()
         done = marked.run("serve", "--redis-url", redis.url, "--redis-password-file", str(password))
-        assert done.returncode == 1, done.stderr
+        assert done.returncode == 3, done.stderr
         assert f"{redis.url}/0 does not answer" in done.stderr and "secret" not in done.stderr
     redis.kill()

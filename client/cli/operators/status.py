@@ -7,11 +7,10 @@ import argparse
 import dataclasses
 import json
 
-from farshore.client.cli.connect import await_gateway
-from farshore.client.cli.options import add_server_option, no_gateway
-from farshore.client.cli.terminal import Progress, size, table
+from farshore.client.cli.connect import connected
+from farshore.client.cli.options import add_gateway_options
+from farshore.client.cli.terminal import size, table, write
 from farshore.client.events import ClusterStatus, Sequence
-from farshore.client.sdk import Client
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -19,23 +18,17 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "status",
         help="show workers, memory and where sequences live",
         description="Show a running cluster's workers, its memory, and where each live sequence's KV is.",
+        epilog="example: farshore status --server 10.0.0.1:50051",
     )
-    add_server_option(parser)
+    add_gateway_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run, usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
-    progress = Progress()
-    try:
-        with Client(args.server) as client:
-            # A gateway whose engines have failed is not ready, but still reports the status.
-            if not await_gateway(client, progress.step, to_serve=False):
-                raise no_gateway(args.server)
-            status = client.status()
-    finally:
-        progress.clear()
-    print(json.dumps(dataclasses.asdict(status)) if args.json else render(status))
+    with connected(args) as client:
+        status = client.status()
+    write(f"{json.dumps(dataclasses.asdict(status)) if args.json else render(status)}\n")
     return 0
 
 

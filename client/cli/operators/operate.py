@@ -11,15 +11,16 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
-from farshore.client.cli.connect import await_gateway
-from farshore.client.cli.options import add_server_option, no_gateway, number, whole
-from farshore.client.cli.terminal import Progress
+from farshore.client.cli.connect import connected
+from farshore.client.cli.options import add_gateway_options, number, whole
+from farshore.client.cli.terminal import Progress, held_signals, write
 from farshore.client.events import ClusterEvent
 from farshore.client.sdk import Client
 from farshore.cluster_token import VARIABLE
 from farshore.defaults import GATEWAY_ALLOCATOR
-from farshore.errors import TransportError
+from farshore.errors import DeadlineExceeded, TransportError
 
 KINDS = ("attention", "dense")
 POLL_S = 0.5
@@ -45,7 +46,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     drain.add_argument("worker", metavar="WORKER", help="the id or the slot that `farshore status` shows")
     drain.add_argument(
-        "--timeout",
+        "--drain-timeout",
         type=number,
         metavar="S",
         help="what is left after this time fails and must be sent again (default: serve's --drain-timeout "
@@ -58,6 +59,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="end a cluster",
         description="End all workers and the controller of a cluster, also of one whose `farshore serve` is "
         "gone.",
+        epilog="example: farshore down --ray-address 10.0.0.1:6379 --token-file token",
     )
     down.add_argument(
         "--ray-address",
@@ -79,9 +81,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="show what happened to the workers",
         description="Show what happened to the workers: started, joined, lost, replaced, killed, draining, "
         "drained, retired.",
+        epilog="example: farshore events --follow --json",
     )
     events.add_argument("--follow", action="store_true", help="wait for new events until Ctrl-C")
-    events.add_argument("--json", action="store_true", help="print one JSON object a line")
     events.set_defaults(run=run_events)
     gateway = commands.add_parser(
         "gateway",
@@ -93,22 +95,25 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     gateway.add_argument("arguments", nargs="*")
     gateway.set_defaults(run=run_gateway)
     for parser in (scale, drain, down, events):
-        add_server_option(parser)
+        add_gateway_options(parser)
+        a_line = " a line" if parser is events else ""
+        parser.add_argument("--json", action="store_true", help=f"print one JSON object{a_line}")
         parser.set_defaults(usage_error=parser.error)
 
 
 def run_scale(args: argparse.Namespace) -> int:
-    with _connected(args) as client:
+    with connected(args) as client:
         counts = client.scale(**dict(args.counts))
-    print(" ".join(f"{kind}={count}" for kind, count in counts.items()))
+    _tell(args, counts, " ".join(f"{kind}={count}" for kind, count in counts.items()))
     return 0
 
 
 def run_drain(args: argparse.Namespace) -> int:
     progress = Progress()
-    with _connected(args) as client:
-        worker = client.drain(args.worker, timeout_s=args.timeout)
+    with connected(args) as client:
+        worker = client.drain(args.worker, timeout_s=args.drain_timeout)
         if args.no_wait:
+            _tell(args, {"worker_id": worker, "ended": False}, "")
             return 0
         told = ""
         try:
@@ -118,15 +123,21 @@ def run_drain(args: argparse.Namespace) -> int:
                 time.sleep(POLL_S)
         finally:
             progress.clear()
-    print(f"{worker} has ended")
+    _tell(args, {"worker_id": worker, "ended": True}, f"{worker} has ended")
     return 0
+
+
+def _tell(args: argparse.Namespace, facts: dict[str, Any], text: str) -> None:
+    """Prints what was done; ``text`` may be empty: nothing."""
+    if args.json or text:
+        write(f"{json.dumps(facts) if args.json else text}\n")
 
 
 def _left(client: Client, worker: str) -> str | None:
     """What the drain of a worker waits for; None when the worker is gone."""
     try:
         status = client.status()
-    except TransportError as error:
+    except (TransportError, DeadlineExceeded) as error:
         return f"draining {worker}: {error}"
     if all(each.worker_id != worker for each in status.workers):
         return None
@@ -156,31 +167,24 @@ def run_down(args: argparse.Namespace) -> int:
             end_cluster(args.ray_address, args.name, token_file=args.token_file, progress=progress.step)
         finally:
             progress.clear()
-        return 0
-    with _connected(args) as client:
-        client.down()
+    else:
+        with connected(args) as client:
+            client.down()
+    _tell(args, {"down": True}, "")
     return 0
 
 
 def run_events(args: argparse.Namespace) -> int:
-    with _connected(args) as client:
-        for event in client.watch_events(follow=args.follow):
-            print(json.dumps(dataclasses.asdict(event)) if args.json else _line(event), flush=True)
+    with connected(args) as client:
+        try:
+            with held_signals():
+                events = client.watch_events(follow=args.follow)
+            for event in events:
+                write(f"{json.dumps(dataclasses.asdict(event)) if args.json else _line(event)}\n")
+        except KeyboardInterrupt:
+            if not args.follow:
+                raise
     return 0
-
-
-def _connected(args: argparse.Namespace) -> Client:
-    progress = Progress()
-    client = Client(args.server)
-    try:
-        if not await_gateway(client, progress.step, to_serve=False):
-            raise no_gateway(args.server)
-    except BaseException:
-        client.close()
-        raise
-    finally:
-        progress.clear()
-    return client
 
 
 def _count(text: str) -> tuple[str, int]:
