@@ -11,6 +11,7 @@ from farshore.attention_offload.transport.core_sharing import usable_cores
 from farshore.benchmarks import cases, machine
 from farshore.benchmarks.cluster import benchmark as cluster
 from farshore.benchmarks.demo import load_demo
+from farshore.benchmarks.engines import drain
 from farshore.benchmarks.engines.directory import redis_bars
 from farshore.benchmarks.engines.routing import routing_bars
 from farshore.benchmarks.faults import benchmark as faults
@@ -121,7 +122,11 @@ def _gateway(options: Options, progress: Progress) -> Report:
 
 def _engines(options: Options, progress: Progress) -> Report:
     facts = options.facts()
-    parts = {"redis": lambda _: redis_bars(), "routing": lambda _: routing_bars()}
+    parts = {
+        "redis": lambda _: redis_bars(),
+        "routing": lambda _: routing_bars(),
+        "drain": lambda _: drain.drain_bars(drain.Sizes(), progress=progress),
+    }
     chosen = cases.choose(parts, options.only, kind="part")
     results, bars = cases.measure(chosen, facts, progress=progress)
     return Report(asdict(facts), tuple(results), tuple(bars))
@@ -138,7 +143,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         "workers and a controller that are killed, and scaling: how long it takes", _cluster
     ),
     "engines": Benchmark(
-        "what several engines share: the directory in Redis, and the gateway's choice", _engines
+        "what several engines share: Redis, the gateway's choice; drains under load", _engines
     ),
     "gateway": Benchmark("what a token costs in the gateway, and a mask of a structure", _gateway),
     "kernels": Benchmark("attention kernels against the machine's rates and PyTorch's SDPA", _kernels),

@@ -6,7 +6,6 @@ Ray.
 
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Protocol
@@ -14,14 +13,13 @@ from typing import Protocol
 import grpc
 
 from farshore import __version__, rpc
-from farshore.attention_offload.codec import identity_from_pb, info_from_pb
+from farshore.attention_offload.codec import identity_from_pb
 from farshore.cluster_token import ClusterToken
 from farshore.controller.config import MOST_DRAIN_S, ClusterConfig
 from farshore.controller.events import Events
 from farshore.controller.reconcile import Kind
 from farshore.errors import FarshoreError, InvalidRequest
-from farshore.ids import SequenceId, WorkerId
-from farshore.kvstore.base import SpanInfo
+from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import Directory
 from farshore.models.config.model import ModelConfig
 from farshore.proto import admin_pb2 as admin
@@ -160,23 +158,17 @@ class AdminService(admin_grpc.AdminServiceServicer):
         dense_calls = {worker: self._ask_dense(address) for worker, address in dense.items()}
         attention_calls = {worker: self._ask_attention(address) for worker, address in attention.items()}
         workers: dict[WorkerId, admin.WorkerStatus] = {}
-        sequences: dict[SequenceId, admin.SequenceStatus] = {}
+        sequences: list[admin.SequenceStatus] = []
         for worker, call in dense_calls.items():
             workers[worker], owned = _dense(worker, dense[worker], call)
-            sequences |= {SequenceId(s.sequence_id): s for s in owned}
-        spans: dict[SequenceId, dict[WorkerId, list[SpanInfo]]] = defaultdict(dict)
-        for worker, calls in attention_calls.items():
-            workers[worker], infos = _attention(worker, attention[worker], *calls)
-            for info in infos:
-                spans[info.key.sequence].setdefault(worker, []).append(info)
-        for sequence, by_worker in spans.items():
-            if sequence in sequences:
-                _add_spans(sequences[sequence], by_worker)
+            sequences += owned
+        for worker, call in attention_calls.items():
+            workers[worker] = _attention(worker, attention[worker], call)
         draining = listing.draining.union(r.worker for r in records if r.state == "draining")
         for worker in draining & workers.keys():
             if workers[worker].state == "ready":
                 workers[worker].state = "draining"
-        return self._reply(list(workers.values()), list(sequences.values()))
+        return self._reply(list(workers.values()), sequences)
 
     def close(self) -> None:
         for channel in self._channels.values():
@@ -208,12 +200,9 @@ class AdminService(admin_grpc.AdminServiceServicer):
         stub = pb_grpc.EngineStub(self._channel(address))
         return stub.Status.future(pb.EngineStatusRequest(), timeout=PROBE_DEADLINE_S)
 
-    def _ask_attention(self, address: str) -> tuple[grpc.Future, grpc.Future]:
+    def _ask_attention(self, address: str) -> grpc.Future:
         stub = attention_grpc.AttentionStub(self._channel(address))
-        return (
-            stub.Identify.future(attention_pb.IdentifyRequest(), timeout=PROBE_DEADLINE_S),
-            stub.Announce.future(attention_pb.AnnounceRequest(), timeout=PROBE_DEADLINE_S),
-        )
+        return stub.Identify.future(attention_pb.IdentifyRequest(), timeout=PROBE_DEADLINE_S)
 
     def _channel(self, address: str) -> grpc.Channel:
         with self._lock:
@@ -233,14 +222,12 @@ def _dense(
     return answer.worker, list(answer.sequences)
 
 
-def _attention(
-    worker: WorkerId, address: str, identify: grpc.Future, announce: grpc.Future
-) -> tuple[admin.WorkerStatus, list[SpanInfo]]:
+def _attention(worker: WorkerId, address: str, call: grpc.Future) -> admin.WorkerStatus:
     try:
-        identity, spans = identity_from_pb(identify.result()), announce.result().spans
+        identity = identity_from_pb(call.result())
     except grpc.RpcError:
-        return _unreachable(worker, "attention", address), []
-    status = admin.WorkerStatus(
+        return _unreachable(worker, "attention", address)
+    return admin.WorkerStatus(
         worker_id=worker,
         kind="attention",
         address=address,
@@ -251,24 +238,6 @@ def _attention(
         free_bytes=identity.free_bytes,
         attended_bytes=identity.attended_bytes,
     )
-    return status, [info_from_pb(span) for span in spans]
-
-
-def _add_spans(status: admin.SequenceStatus, by_worker: Mapping[WorkerId, list[SpanInfo]]) -> None:
-    found = [
-        admin.SpanStatus(
-            worker_id=worker,
-            first=info.key.first,
-            last=info.key.first + info.sealed_tokens,
-            group0=info.key.group0,
-            group1=info.key.group1,
-            bytes=info.bytes,
-        )
-        for worker, infos in by_worker.items()
-        for info in infos
-        if info.epoch == status.epoch and info.sealed_tokens
-    ]
-    status.spans.extend(sorted(found, key=lambda span: (span.first, span.group0)))
 
 
 def _unreachable(worker: WorkerId, kind: str, address: str) -> admin.WorkerStatus:

@@ -149,19 +149,6 @@ class EngineService(pb_grpc.EngineServicer):
         )
 
     def _sequences(self) -> list[admin.SequenceStatus]:
-        local: dict[SequenceId, list[admin.SpanStatus]] = {}
-        for info in self._store.announce():
-            key = info.key
-            local.setdefault(key.sequence, []).append(
-                admin.SpanStatus(
-                    worker_id=self._worker,
-                    first=key.first,
-                    last=key.first + info.sealed_tokens,
-                    group0=key.group0,
-                    group1=key.group1,
-                    bytes=info.bytes,
-                )
-            )
         return [
             admin.SequenceStatus(
                 sequence_id=f"{view.id}/{view.choice}" if view.choice else view.id,
@@ -169,7 +156,17 @@ class EngineService(pb_grpc.EngineServicer):
                 epoch=view.epoch,
                 tokens=view.committed,
                 tail_first=view.tail_first,
-                spans=local.get(view.id, []),
+                spans=[
+                    admin.SpanStatus(
+                        worker_id=span.worker,
+                        first=span.first,
+                        last=span.last,
+                        group0=span.group0,
+                        group1=span.group1,
+                        bytes=span.size_bytes,
+                    )
+                    for span in view.spans
+                ],
             )
             for view in self._engine.views()
         ]

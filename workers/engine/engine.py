@@ -244,7 +244,7 @@ class Engine:
 
     def views(self) -> list[SequenceView]:
         """Returns a snapshot of the live sequences that have memory."""
-        views = (view(sequence) for sequence in self._requests.all())
+        views = (view(sequence, self._attention.layouts[0]) for sequence in self._requests.all())
         return [sequence_view for sequence_view in views if sequence_view is not None]
 
     # -- the loop ----------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from farshore.ids import Epoch, SequenceId, WorkerId
+from farshore.kernels.base import KVLayout
 from farshore.workers.engine.sequence import Sequence
 
 
@@ -25,6 +26,19 @@ class EngineLoad(NamedTuple):
     """Tokens generated since the engine started."""
 
 
+class SpanView(NamedTuple):
+    """Positions ``first .. last`` and groups ``group0 .. group1`` (ends excluded) that a sequence reads from
+    a worker, or writes there."""
+
+    worker: WorkerId
+    first: int
+    last: int
+    group0: int
+    group1: int
+    size_bytes: int
+    """Of the KV of these positions."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceView:
     """One sequence that has memory. Token counts and positions are in tokens."""
@@ -34,12 +48,12 @@ class SequenceView:
     epoch: Epoch
     committed: int
     tail_first: int
-    spans: tuple[tuple[WorkerId, int, int, int, int], ...]
-    """(worker, first, last, group0, group1)"""
+    spans: tuple[SpanView, ...]
 
 
-def view(sequence: Sequence) -> SequenceView | None:
-    """Returns a snapshot of ``sequence``, or None if it has no memory. May be called from any thread."""
+def view(sequence: Sequence, layout: KVLayout) -> SequenceView | None:
+    """Returns a snapshot of ``sequence``, or None if it has no memory. ``layout``: of blocks with all head
+    groups. May be called from any thread."""
     tail = sequence.tail
     if tail is None:
         return None
@@ -50,6 +64,14 @@ def view(sequence: Sequence) -> SequenceView | None:
         committed=sequence.committed,
         tail_first=tail.start,
         spans=tuple(
-            (span.worker, span.first, span.last, span.group0, span.group1) for span in list(sequence.spans)
+            SpanView(
+                span.worker,
+                span.first,
+                span.last,
+                span.group0,
+                span.group1,
+                (span.last - span.first) * layout.of_groups(span.group1 - span.group0).token_bytes,
+            )
+            for span in list(sequence.spans)
         ),
     )

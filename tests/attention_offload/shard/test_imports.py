@@ -231,22 +231,65 @@ def test_a_copy_ends_when_its_shard_stops(shards, work, monkeypatch):
             go_on.wait(DEADLINE_S)
 
     monkeypatch.setattr(exports, "pieces", slow)
-    request = pb.ImportRequest(
-        address=source.address, span=pb.ExportRequest(span_id=span, tokens=TOKENS, sequence_id=A)
-    )
-    failed = []
-
-    def ask():
-        try:
-            target.service.imports.import_span(request, deadline_s=DEADLINE_S)
-        except Cancelled as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=ask)
-    thread.start()
+    thread, failed = ask(target.service.imports, request_for(source, span))
     assert begun.wait(DEADLINE_S)
     target.service.imports.end_copies()
     go_on.set()
     thread.join(DEADLINE_S)
     assert failed
     check_nothing_is_left(target)
+
+
+def test_the_copying_thread_rests_after_each_piece(shards, work, monkeypatch):
+    source, target, *_ = shards
+    span = sealed(source.store, work)
+    monkeypatch.setattr(imports, "SHARE_OF_CORES", 1e-12)
+    rested_s = []
+    copies = imports.SpanImports(target.store, wait=rested_s.append)
+    copies.import_span(request_for(source, span), deadline_s=DEADLINE_S)
+    sizes = [payload.nbytes for _, payload in exports.pieces(source.store, request_for(source, span).span)]
+    assert len(sizes) > 1
+    assert rested_s == pytest.approx([imports.MOST_REST_S * size / sum(sizes) for size in sizes])
+
+
+def test_the_end_of_the_copies_ends_a_rest(shards, work, monkeypatch):
+    source, target, *_ = shards
+    span = sealed(source.store, work)
+    monkeypatch.setattr(imports, "SHARE_OF_CORES", 1e-12)
+    monkeypatch.setattr(imports, "MOST_REST_S", 1e6)
+    copies = imports.SpanImports(target.store)
+    begun, pieces = threading.Event(), exports.pieces
+
+    def noted(*args):
+        for piece in pieces(*args):
+            begun.set()
+            yield piece
+
+    monkeypatch.setattr(exports, "pieces", noted)
+    thread, failed = ask(copies, request_for(source, span))
+    assert begun.wait(DEADLINE_S)
+    copies.end_copies()
+    thread.join(DEADLINE_S)
+    assert failed
+    check_nothing_is_left(target)
+
+
+def request_for(source, span):
+    return pb.ImportRequest(
+        address=source.address, span=pb.ExportRequest(span_id=span, tokens=TOKENS, sequence_id=A)
+    )
+
+
+def ask(copies, request):
+    """Imports in a thread. Returns the thread, and a list of the Cancelled that it may fail with."""
+    failed = []
+
+    def run():
+        try:
+            copies.import_span(request, deadline_s=DEADLINE_S)
+        except Cancelled as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, failed

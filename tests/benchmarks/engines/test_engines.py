@@ -20,5 +20,5 @@ def test_routing_reports_a_bar_for_long_and_short_prompts(monkeypatch):
 
 
 def test_an_unknown_part_is_refused_by_the_names_of_all():
-    with pytest.raises(InvalidRequest, match="redis; routing"):
+    with pytest.raises(InvalidRequest, match="redis; routing; drain"):
         run("nothing", lambda _: None)

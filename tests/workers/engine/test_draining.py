@@ -8,8 +8,7 @@ import time
 
 import pytest
 
-from farshore.attention_offload.client.remote import RemoteClient
-from farshore.attention_offload.shard import engine_holds, exports, imports
+from farshore.attention_offload.shard import exports
 from farshore.errors import Corrupt
 from farshore.ids import SequenceId, WorkerId
 from farshore.kernels.formats import KVFormat
@@ -23,43 +22,7 @@ PROMPT = [i % 90 for i in range(600)]
 OTHER = [token + 1 for token in PROMPT]
 DEADLINE_S = 60.0
 SHARDS = 3
-
-
-@pytest.fixture(autouse=True)
-def short_keep(monkeypatch):
-    """A copy that a sequence has held and dropped is free soon."""
-    monkeypatch.setattr(imports, "KEEP_S", 0.5)
-    monkeypatch.setattr(engine_holds, "TICK_S", 0.05)
-
-
-@pytest.fixture
-def reach():
-    """reach(rig, worker, engine) -> a client of a served shard, closed after the test."""
-    clients = []
-
-    def to(made, worker, engine):
-        address, dtype = made.served[worker].address, made.model.dtype
-        clients.append(RemoteClient(address, made.attention, dtype, engine=engine))
-        return clients[-1]
-
-    yield to
-    for client in clients:
-        client.close()
-
-
-@pytest.fixture
-def cluster(serve_store, reach, rig, tiny_model):
-    """cluster(shards=..., ...) -> Rig whose shards are behind servers."""
-
-    def build(**options):
-        made = rig(tiny_model, **{"shards": SHARDS, "memory_bytes": 64 << 20} | options)
-        made.served = {}
-        for worker in made.targets:
-            made.served[worker] = serve_store(made.stores[worker], worker)
-            made.clients[worker] = reach(made, worker, "engine-1")
-        return made
-
-    return build
+"""Of the fixture ``cluster``, unless a test asks for others."""
 
 
 def until(condition, what):
