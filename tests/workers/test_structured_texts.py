@@ -111,7 +111,7 @@ def text_of(events):
 @pytest.mark.parametrize(
     "schemas", [pytest.param(20, marks=pytest.mark.heavy), pytest.param(200, marks=pytest.mark.soak)]
 )
-def test_texts_are_valid(stub, schemas, record_property):
+def test_texts_are_valid(stub, schemas):
     draw = Schemas(seed=20)
     drawn = [draw() for _ in range(schemas)]
     calls = []
@@ -131,5 +131,5 @@ def test_texts_are_valid(stub, schemas, record_property):
             assert list(validator.iter_errors(json.loads(text))) == [], (schema, text)
         else:
             assert reason == api.FINISH_REASON_LENGTH
-    record_property("stopped", stopped)
+    print(f"{stopped} of {schemas} texts ended by themselves, all of them valid")
     assert stopped >= LEAST_STOPPED * schemas
