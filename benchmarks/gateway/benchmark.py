@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from farshore.benchmarks import cases
-from farshore.benchmarks.gateway import streams
+from farshore.benchmarks.gateway import masks, streams
 from farshore.benchmarks.gateway.setting import Setting, Sizes
 from farshore.benchmarks.machine import Facts
 from farshore.benchmarks.report import Report
 
-PARTS = {"grpc": streams.measure("grpc"), "http": streams.measure("http")}
+PARTS = {"grpc": streams.measure("grpc"), "http": streams.measure("http"), "masks": masks.measure}
 
 
 def run(facts: Facts, sizes: Sizes, *, only: str = "", progress: Callable[[str], None]) -> Report:

@@ -10,6 +10,7 @@ from llguidance import LLMatcher, LLParserLimits
 
 from farshore.errors import InvalidRequest
 from farshore.gateway.limits import Limits
+from farshore.gateway.requests.json_schema import check_keywords
 from farshore.proto import inference_pb2 as api
 from farshore.text import shortened
 
@@ -68,6 +69,7 @@ def _grammar(kind: str, structure: api.Structure) -> str:
         schema = json.loads(structure.json_schema)
         if not isinstance(schema, dict | bool):
             raise ValueError("a JSON schema is an object")
+        check_keywords(schema)
         return LLMatcher.grammar_from_json_schema(
             structure.json_schema,
             defaults={"whitespace_pattern": _WHITESPACE},

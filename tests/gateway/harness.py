@@ -125,8 +125,9 @@ class FakeEngine(cluster_pb2_grpc.EngineServicer, admin_pb2_grpc.AdminServiceSer
         self._live[request.sequence_id] = sequence
         self._arrived.put(sequence)
         if self.auto is not None:
-            sequence.tokens(*self.auto)
-            sequence.finish()
+            for choice in range(request.sampling.n):
+                sequence.tokens(*self.auto, choice=choice)
+                sequence.finish(choice=choice)
         try:
             live = request.sampling.n
             while live and (item := await sequence.script.get()) is not None:

@@ -144,7 +144,7 @@ class Endpoints:
         return JSONResponse({"version": __version__})
 
     async def _openapi(self, request: Request) -> Response:
-        return JSONResponse(description())
+        return JSONResponse(description(self._served, self._intake.limits))
 
     @property
     def _names(self) -> tuple[str, ...]:

@@ -7,9 +7,16 @@ shapes are those of OpenAI's API reference, the additions those of vLLM.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
-UInt = Annotated[int, Field(ge=0, lt=1 << 32, strict=True)]
+
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number: 1.0 is a whole one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+UInt = Annotated[int, Field(ge=0, lt=1 << 32, strict=True), BeforeValidator(_whole)]
+Int = Annotated[StrictInt, BeforeValidator(_whole)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -115,7 +122,7 @@ class Common(_Body):
     stop: StrictStr | list[StrictStr] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
-    seed: StrictInt | None = None
+    seed: Int | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
     logit_bias: dict[str, Number] | None = None
@@ -126,7 +133,7 @@ class Common(_Body):
     service_tier: Literal["auto", "default"] | None = None
     store: Literal[False] | None = None
     # vLLM's
-    top_k: StrictInt | None = None
+    top_k: Int | None = None
     min_p: Number | None = None
     repetition_penalty: Number | None = None
     ignore_eos: StrictBool | None = None
@@ -136,7 +143,7 @@ class Common(_Body):
     min_tokens: UInt | None = None
     allowed_token_ids: list[UInt] | None = None
     bad_words: list[StrictStr] | None = None
-    truncate_prompt_tokens: StrictInt | None = None
+    truncate_prompt_tokens: Int | None = None
     structured_outputs: StructuredOutputs | None = None
     response_format: (
         Annotated[PlainFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] | None

@@ -21,6 +21,12 @@ def test_streams(machine, face):
     assert bars[f"{face}: CPU of a token"]["value"] > 0 and len(bars) == 3
 
 
+def test_masks(machine):
+    report = gateway.run(machine, SMALL, only="masks", progress=lambda _: None).as_dict()
+    (result,), (bar,) = report["results"], report["bars"]
+    assert bar["value"] == result["mean_us"] > 0 and result["timing"]["runs"] >= SMALL.masks
+
+
 def test_unknown_part(machine):
-    with pytest.raises(InvalidRequest, match="grpc; http"):
+    with pytest.raises(InvalidRequest, match="grpc; http; masks"):
         gateway.run(machine, SMALL, only="nothing", progress=lambda _: pytest.fail("measured"))

@@ -1,8 +1,11 @@
 """A request through the gateway when nothing fails."""
 
 import pytest
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from farshore.proto import admin_pb2 as admin
 from farshore.proto import inference_pb2 as api
@@ -121,3 +124,22 @@ def test_reflection(farshore):
     names = [service.name for service in services.list_services_response.service]
     assert "farshore.inference.v1.InferenceService" in names
     assert file.file_descriptor_response.file_descriptor_proto
+
+
+def test_a_client_that_knows_nothing_but_reflection(farshore):
+    """Lists the services, finds their descriptors, and makes calls by them alone."""
+    farshore.engine.auto = (5, 6)
+    found = ProtoReflectionDescriptorDatabase(farshore.channel)
+    assert {"farshore.inference.v1.Inference", "farshore.admin.v1.Admin"} <= set(found.get_services())
+    service = DescriptorPool(found).FindServiceByName("farshore.inference.v1.Inference")
+
+    def call(name, **fields):
+        method = service.methods_by_name[name]
+        request, reply = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
+        kind = farshore.channel.unary_stream if method.server_streaming else farshore.channel.unary_unary
+        coders = dict(request_serializer=request.SerializeToString, response_deserializer=reply.FromString)
+        return kind(f"/{service.full_name}/{name}", **coders)(request(**fields), timeout=30)
+
+    assert [model.name for model in call("ListModels").models] == ["smollm2"]
+    events = list(call("Generate", text="Hello", sampling={"max_tokens": 2}))
+    assert [event.WhichOneof("kind") for event in events] == ["accepted", "token", "token", "finished"]
