@@ -16,7 +16,8 @@ def act(action, chart, arguments):
         return lint(chart, arguments["values"])
     if action == "render":
         return Chart.load(chart).render(**arguments)
-    config = Config(kubeconfig_content=arguments.pop("kubeconfig"), namespace="llm", kube_token="any")
+    server = arguments.pop("kubeconfig")
+    config = Config(kubeconfig_content=server, namespace="llm", qps=1000.0, burst_limit=1000)
     if action in ("install", "upgrade"):
         return getattr(config, action)(Chart.load(chart), "demo", **arguments)
     return getattr(config, action)("demo", **arguments)

@@ -1,5 +1,6 @@
 """Every object that the chart renders is what Kubernetes and KubeRay accept."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -130,7 +131,10 @@ def test_helm_finds_nothing_wrong(call_helm, examples):
         assert [each for each in found["messages"] if each["error"] != "icon is recommended"] == []
 
 
-def test_kubernetes_accepts_every_object(all_rendered):
+def test_kubernetes_accepts_every_object(all_rendered, monkeypatch):
+    # It reads the definitions, a megabyte, for each object.
+    utils = kubernetes_validate.utils
+    monkeypatch.setattr(utils, "schema_contents", functools.cache(utils.schema_contents))
     objects = distinct(all_rendered, ray=False)
     for each in objects:
         # Raises also for a kind without a schema.
