@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from farshore.controller.config import check_name
+
 CHART = Path(__file__).parents[2] / "helm" / "farshore"
 
 REFUSED = [
@@ -49,6 +51,27 @@ REFUSED = [
 def test_wrong_values_are_refused_by_name(render, helm_failed, values, key):
     with pytest.raises(helm_failed, match=re.escape(key)):
         render(values)
+
+
+@pytest.mark.parametrize(
+    ("release", "expected"),
+    [
+        ("demo", "demo-farshore"),
+        ("farshore", "farshore"),
+        ("my.farshore", "my-farshore"),
+        ("a" * 53, "a" * 31 + "-d63ef51d"),
+    ],
+)
+def test_names_fit_everything_that_takes_them(render, release, expected):
+    names = {name for _, name in render(name=release)}
+    assert expected in names and max(map(len, names)) <= 63
+    check_name(expected)
+
+
+def test_a_release_whose_name_no_service_can_have_is_refused(render, helm_failed):
+    with pytest.raises(helm_failed, match="set fullnameOverride"):
+        render(name="1st")
+    assert ("RayCluster", "first") in render({"fullnameOverride": "first"}, name="1st")
 
 
 def test_the_image_must_be_named(call_helm, helm_failed):

@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -194,6 +196,15 @@ def test_ray_is_set_up_as_farshore_sets_it_up(render, defaults):
     assert len(set(ports)) == len(ports)
     assert not any(port in ports_of for port in ports for ports_of in ranges)
     assert not set(ranges[0]) & set(ranges[1])
+
+
+def test_ray_knows_every_option_that_kuberay_gives_it(render):
+    command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--help"]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    known = set(re.findall(r"^ +--([a-z-]+) ", usage, re.MULTILINE))
+    cluster = render()[("RayCluster", "demo-farshore")]["spec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert group["rayStartParams"].keys() <= known
 
 
 def test_no_value_is_dead(defaults):

@@ -67,6 +67,10 @@ grpc://{{ include "farshore.controllerAddress" . }}
 {{- end }}
 
 {{- define "farshore.check" -}}
+{{- $name := include "farshore.fullname" . -}}
+{{- if not (regexMatch "^[a-z]([a-z0-9-]*[a-z0-9])?$" $name) -}}
+{{- fail (printf "%s is no name of a Service: set fullnameOverride to one that begins with a letter" $name) -}}
+{{- end -}}
 {{- $kv := include "farshore.bytes" .Values.spec.kvMemory | int64 -}}
 {{- range $name := list "dense" "attention" -}}
 {{- $group := index $.Values $name -}}
