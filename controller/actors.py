@@ -72,9 +72,9 @@ class _Worker:
         self._ending = Ending(worker)
         self._ending.on_sigterm(self._drain_timeout_s)
 
-    def leave(self, grace_s: float) -> None:
-        """Begins to end the worker: see :class:`~farshore.workers.ending.Ending`."""
-        self._ending.begin(grace_s)
+    def leave(self, grace_s: float, heard: bool = True) -> None:
+        """Begins to end the worker: see :meth:`farshore.workers.ending.Ending.begin`."""
+        self._ending.begin(grace_s, heard=heard)
 
     def __repr__(self) -> str:
         return f"{self._slot} on {self._host} ({self._id})"

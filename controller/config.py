@@ -45,6 +45,7 @@ _OF_ONE_DRIVER = {
     "host",
     "port",
     "http_port",
+    "controller_port",
     "ray_address",
     "token_file",
     "dashboard",
@@ -85,6 +86,8 @@ class ClusterConfig:
     """Port of the gateway's gRPC API; 0 for any free one."""
     http_port: int | None = None
     """Port of the gateway's OpenAI-compatible HTTP API; 0 for any free one; None: off."""
+    controller_port: int = 0
+    """Port of a controller that this driver starts; 0 for any free one."""
     ray_address: str | None = None
     """Join this Ray cluster instead of starting one."""
     token_file: str | None = None
@@ -170,7 +173,12 @@ class ClusterConfig:
         if not 0 <= self.speculate <= MOST_SPECULATED:
             raise InvalidRequest(f"--speculate {self.speculate}: use 0 (off) to {MOST_SPECULATED} tokens")
         _ = self.redis  # Raises.
-        for name, port in (("--port", self.port), ("--http-port", self.http_port)):
+        ports = {
+            "--port": self.port,
+            "--http-port": self.http_port,
+            "--controller-port": self.controller_port,
+        }
+        for name, port in ports.items():
             if port is not None and not 0 <= port <= 65535:
                 raise InvalidRequest(f"{name} {port}: use 0 (any) to 65535")
 

@@ -80,6 +80,34 @@ class Layers:
         return found
 
 
+class WatchedFile:
+    """A file whose content may change. It is read at each look: a ConfigMap's files are links that Kubernetes
+    replaces."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._seen = self._content()
+
+    def changed(self) -> bool:
+        """Whether the content is another one than at the last look. A file that can't be read, as while it is
+        replaced, has not changed."""
+        before, now = self._seen, self._content()
+        if now is None or now == before:
+            return False
+        self._seen = now
+        return True
+
+    def forget(self) -> None:
+        """Makes the next look a change."""
+        self._seen = None
+
+    def _content(self) -> bytes | None:
+        try:
+            return self._file.read_bytes()
+        except OSError:
+            return None
+
+
 def _converted(action: argparse.Action, value: Any, where: str, *, is_default: bool = False) -> Any:
     """``value`` as the option reads it. ``where``: its origin, for messages."""
     if is_default:

@@ -1,6 +1,7 @@
-"""``farshore node``: runs a node of Ray as Farshore needs it, in the foreground.
+"""``farshore node``: runs a node of Ray as Farshore needs it, in the foreground; ``leave`` empties one.
 
-Called by ``main``. It only composes a ``ray start``, and becomes that. Must not know what runs on the node.
+Called by ``main``. ``node`` only composes a ``ray start``, and becomes that. Must not know what runs on the
+node.
 """
 
 import argparse
@@ -10,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from farshore.client.cli.options import server_address, size_bytes, whole
+from farshore.client.cli.options import number, server_address, size_bytes, whole
+from farshore.client.cli.terminal import Progress
 from farshore.cluster_token import VARIABLE, ClusterToken, making
 from farshore.controller.ray_settings import ENVIRONMENT, MARK, OBJECT_STORE_BYTES, QUICK_VERDICT
 from farshore.errors import InvalidRequest
@@ -74,6 +76,60 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("ray_options", nargs="*", metavar="-- RAY_OPTION", help="more options of `ray start`")
     parser.set_defaults(run=run)
+    _add_leave(commands)
+
+
+def _add_leave(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "leave",
+        help="end a node's workers without failing requests, before the node is ended",
+        description="Before a node is ended: Ray starts nothing more there, attention workers move their KV "
+        "to other nodes, requests of dense workers end, and workers on other nodes take their place. Returns "
+        "when the node has no workers.",
+        epilog="example: farshore leave --timeout 300",
+    )
+    parser.add_argument(
+        "--ray-address",
+        type=server_address,
+        metavar="HOST:PORT",
+        default=os.environ.get("RAY_ADDRESS"),
+        help="the Ray (default: $RAY_ADDRESS)",
+    )
+    parser.add_argument("--host", metavar="IP", help="the node's address (default: this host's)")
+    parser.add_argument(
+        "--timeout",
+        type=number,
+        default=300.0,
+        metavar="S",
+        help="what is left after this time fails and must be sent again (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--token-file",
+        metavar="FILE",
+        default=os.environ.get(VARIABLE),
+        help=f"the cluster's token (default: ${VARIABLE}, else $RAY_AUTH_TOKEN_PATH)",
+    )
+    parser.set_defaults(run=run_leave)
+
+
+def run_leave(args: argparse.Namespace) -> int:
+    if args.ray_address is None:
+        raise InvalidRequest("give --ray-address HOST:PORT, or set RAY_ADDRESS")
+    # Imported here: Ray takes most of a second to import, which other commands must not pay.
+    from farshore.controller.driver.leaving import leave
+
+    progress = Progress()
+    try:
+        leave(
+            args.ray_address,
+            host=args.host,
+            token_file=args.token_file,
+            timeout_s=args.timeout,
+            progress=progress.step,
+        )
+    finally:
+        progress.clear()
+    return 0
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,20 +4,24 @@ Called by ``main``. Must not know how a cluster is started: ``controller.driver.
 """
 
 import argparse
+import copy
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from farshore import __version__
-from farshore.client.cli.layers import Layers
+from farshore.client.cli.layers import Layers, WatchedFile
 from farshore.client.cli.model_options import add_model_options
 from farshore.client.cli.options import add_cluster_options, cluster_config
 from farshore.client.cli.terminal import Progress, stop_signals
 from farshore.controller.config import ClusterConfig
-from farshore.errors import InvalidRequest, ProcessEnded
+from farshore.errors import FarshoreError, InvalidRequest, ProcessEnded
 from farshore.model_spec import DEMO
+
+if TYPE_CHECKING:
+    from farshore.controller.driver.cluster import Cluster
 
 _REDIS = ("redis_url", "redis_password_file", "redis_ca_file", "redis_cert_file", "redis_key_file")
 HTTP_PORT = 8000
@@ -27,6 +31,7 @@ _OPTIONS = (
     "host",
     "port",
     "http_port",
+    "controller_port",
     "ray_address",
     "token_file",
     "dashboard",
@@ -96,6 +101,19 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="the cluster's name, by which --ray-address finds one that runs (default: %(default)s)",
     )
     cluster.add_argument("--dashboard", action="store_true", help="start Ray's dashboard, too")
+    cluster.add_argument(
+        "--no-gateway",
+        action="store_true",
+        help="with --ray-address: only keep the controller, for gateways that run elsewhere (`farshore "
+        "gateway`); waits until Ray answers",
+    )
+    cluster.add_argument(
+        "--controller-port",
+        type=int,
+        default=0,
+        metavar="PORT",
+        help="port of the controller, for what runs elsewhere; 0 for any free one (default: %(default)s)",
+    )
     redis = parser.add_argument_group(
         "redis",
         "keep the directory and what `farshore scale` changed in a Redis >= 7 or a Valkey: it outlives the "
@@ -118,7 +136,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         type=Path,
         metavar="FILE",
         help="a YAML file with these options by name, such as `attention-workers: 4`; an option here and an "
-        "environment variable such as FARSHORE_ATTENTION_WORKERS go before it",
+        "environment variable such as FARSHORE_ATTENTION_WORKERS go before it; while the command runs, "
+        "numbers of workers that change in it are applied",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object when the model is served: its addresses"
@@ -127,38 +146,88 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(args: argparse.Namespace) -> int:
+    given = copy.copy(args)
+    # Before the options are read: a change from then on is seen.
+    watched = WatchedFile(args.config) if args.config else None
     try:
-        args.layers.complete(args, file=args.config, environment=os.environ)
+        config = _config(args)
+        if args.no_gateway and config.ray_address is None:
+            raise InvalidRequest(
+                "--no-gateway: give --ray-address, too: gateways elsewhere can't use a private Ray"
+            )
     except InvalidRequest as error:
         args.usage_error(str(error))
-    if args.http_port is None:
-        args.http_port = HTTP_PORT if args.port else 0
-    config = cluster_config(args, _OPTIONS, model=args.model)
     progress = Progress()
     try:
         with stop_signals() as take_signals:
-            return _serve(config, args, progress, take_signals)
+            return _serve(config, args, progress, take_signals, _Changes(given, watched, progress))
     except KeyboardInterrupt:
         progress.clear()
     return 0
 
 
+def _config(args: argparse.Namespace) -> ClusterConfig:
+    """The configuration of the command line, the environment and the file. Raises InvalidRequest."""
+    args.layers.complete(args, file=args.config, environment=os.environ)
+    if args.http_port is None:
+        args.http_port = HTTP_PORT if args.port else 0
+    return cluster_config(args, _OPTIONS, model=args.model)
+
+
+class _Changes:
+    """Applies what changes in the file of ``--config``. ``args``: as the command line gave them."""
+
+    def __init__(self, args: argparse.Namespace, watched: WatchedFile | None, progress: Progress) -> None:
+        self._args = args
+        self._watched = watched
+        self._progress = progress
+
+    def apply(self, cluster: "Cluster") -> None:
+        """Looks into the file. One that can't be applied is said and leaves the cluster as it is."""
+        if self._watched is None or not self._watched.changed():
+            return
+        args = copy.copy(self._args)
+        args.usage_error = _refuse
+        try:
+            cluster.reconfigure(_config(args), args.given)
+        except InvalidRequest as error:
+            self._progress.note(f"farshore: warning: {args.config} is not applied: {error}")
+        except FarshoreError as error:
+            self._progress.note(f"farshore: warning: {args.config} is applied later: {error}")
+            self._watched.forget()
+        else:
+            self._progress.note(f"farshore: {args.config} changed, and is applied")
+
+
+def _refuse(text: str) -> NoReturn:
+    raise InvalidRequest(text)
+
+
 def _serve(
-    config: ClusterConfig, args: argparse.Namespace, progress: Progress, take_signals: Callable[[], None]
+    config: ClusterConfig,
+    args: argparse.Namespace,
+    progress: Progress,
+    take_signals: Callable[[], None],
+    changes: _Changes,
 ) -> int:
     """Returns the exit code when everything has ended. Raises KeyboardInterrupt after a signal."""
     # Imported here: Ray takes most of a second to import, which other commands must not pay.
     from farshore.controller.driver.cluster import Cluster
 
-    with Cluster.start(config, given=args.given, progress=progress.step) as cluster:
+    with Cluster.start(
+        config, given=args.given, has_gateway=not args.no_gateway, progress=progress.step
+    ) as cluster:
         take_signals()
         progress.clear()
         facts = {"model": config.spec.name, "address": cluster.address, "endpoints": dict(cluster.endpoints)}
-        print(json.dumps(facts) if args.json else _told(facts), flush=True)
+        print(json.dumps(facts) if args.json else _told(facts, name=config.name), flush=True)
         for notice in cluster.notices:
             progress.note(f"farshore: warning: {notice}")
         try:
-            cluster.wait(warn=lambda text: progress.note(f"farshore: warning: {text}"))
+            cluster.wait(
+                warn=lambda text: progress.note(f"farshore: warning: {text}"),
+                meanwhile=lambda: changes.apply(cluster),
+            )
         except KeyboardInterrupt:
             progress.note(cluster.goes_on) if cluster.goes_on else progress.step("stopping")
             raise
@@ -169,12 +238,17 @@ def _serve(
     return 0
 
 
-def _told(facts: dict[str, Any]) -> str:
-    """What ``serve`` prints when the model is served."""
-    width = max((len(name) for name in facts["endpoints"]), default=0)
+def _told(facts: dict[str, Any], *, name: str) -> str:
+    """What ``serve`` prints when the model is served. ``name``: the cluster's."""
+    width = max((len(endpoint) for endpoint in facts["endpoints"]), default=0)
+    endpoints = [f"  {endpoint:{width}}  {address}" for endpoint, address in facts["endpoints"].items()]
+    if not facts["address"]:
+        return "\n".join(
+            [f"Farshore {__version__} keeps the cluster {name}, which serves {facts['model']}", *endpoints]
+        )
     lines = [
         f"Farshore {__version__} serves {facts['model']} at {facts['address']}",
-        *(f"  {name:{width}}  {address}" for name, address in facts["endpoints"].items()),
+        *endpoints,
         f'Try: farshore generate --server {facts["address"]} "Hello"    Ctrl-C stops.',
     ]
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """Starts a whole cluster from its driver process, in order, and ends it in reverse order.
 
 A cluster on a joined Ray outlives its drivers: a further driver finds its controller and adds a gateway only.
+A driver without a gateway keeps the controller there, and applies changes of the configuration.
 
 Called by ``farshore serve``, and by ``farshore generate`` for a cluster that lasts one call. The driver is on
 no token's path.
@@ -12,7 +13,6 @@ import time
 import uuid
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,12 +24,12 @@ from farshore.cluster_token import ClusterToken
 from farshore.controller import listen, resources
 from farshore.controller.actors import ControllerActor
 from farshore.controller.config import LOAD_DEADLINE_S, PLACE_DEADLINE_S, ClusterConfig
-from farshore.controller.driver import finding, ray_access, start_words
+from farshore.controller.driver import finding, preparation, start_words
 from farshore.controller.driver.gateway_process import GatewayProcess
 from farshore.controller.driver.ray_runtime import RayRuntime
 from farshore.controller.events import ClusterEvent
 from farshore.controller.exits import NOT_STARTED, actor_end_in_words
-from farshore.controller.reconcile import KINDS, Kind
+from farshore.controller.reconcile import Kind
 from farshore.errors import (
     FarshoreError,
     ModelError,
@@ -39,11 +39,10 @@ from farshore.errors import (
     Unauthenticated,
 )
 from farshore.kvstore.directory.base import Directory, WorkerRecord
-from farshore.kvstore.directory.connect import open_directory, open_redis
+from farshore.kvstore.directory.connect import open_directory
 from farshore.models.config.generation import load_generation
 from farshore.models.config.load import load_spec
 from farshore.models.config.model import ModelConfig
-from farshore.models.files.source import pinned
 
 POLL_S = 0.5
 """How often the driver checks its child processes while it waits."""
@@ -69,8 +68,12 @@ class Cluster:
     what an operator should know; may be empty. ``goes_on``: what remains after :meth:`stop`, and how to end
     it; empty if nothing does."""
 
-    def __init__(self, config: ClusterConfig, model: ModelConfig, given: Collection[Kind]) -> None:
+    def __init__(
+        self, config: ClusterConfig, model: ModelConfig, given: Collection[Kind], *, has_gateway: bool
+    ) -> None:
         self._config = config
+        self._has_gateway = has_gateway
+        self._is_up = False
         self._model = model
         self._given = given
         self._creator = uuid.uuid4().hex
@@ -80,6 +83,8 @@ class Cluster:
             dashboard=config.dashboard,
             token_file=config.token_file,
             worker_bytes=resources.worker_bytes(config, model),
+            # In a pod the launcher and Ray start at the same time.
+            patience_s=0.0 if has_gateway else START_DEADLINE_S,
         )
         self._controller: Any = None
         self._gateway: GatewayProcess | None = None
@@ -97,24 +102,26 @@ class Cluster:
         config: ClusterConfig,
         *,
         given: Collection[str] = (),
+        has_gateway: bool = True,
         progress: Callable[[str], None],
     ) -> Self:
         """Starts a cluster, or finds the one of this name. On any error, everything that was started is ended
         again. ``given``: the fields of ``config`` that an operator chose: numbers of workers among them go
-        before those that a running cluster has. ``progress`` is called with a few words at each stage.
+        before those that a running cluster has. ``has_gateway``: without one, which needs a joined Ray, the
+        workers are not awaited. ``progress`` is called with a few words at each stage.
 
         Raises InvalidRequest (also ModelError, PortInUse), StartupError, ProcessEnded; TransportError if
         Redis does not answer.
         """
-        listen.check(config.host, config.port)
-        if config.http_port is not None:
-            listen.check(config.host, config.http_port, option="--http-port")
-        config = _with_redis(_with_token_file(config))
+        if has_gateway:
+            listen.check(config.host, config.port)
+            if config.http_port is not None:
+                listen.check(config.host, config.http_port, option="--http-port")
         # A download happens now, before anything is started; the cluster's processes find the cache filled.
-        config = replace(config, spec=pinned(config.spec, progress=progress))
+        config = preparation.prepared(config, progress)
         source, model = load_spec(config.spec)
         load_generation(config.spec, source, vocab=model.vocab)
-        cluster = cls(config, model, [kind for kind in KINDS if f"{kind}_workers" in given])
+        cluster = cls(config, model, preparation.given_kinds(given), has_gateway=has_gateway)
         try:
             cluster._start(progress)
         except BaseException:
@@ -122,14 +129,22 @@ class Cluster:
             raise
         return cluster
 
-    def wait(self, *, warn: Callable[[str], None]) -> None:
+    def reconfigure(self, config: ClusterConfig, given: Collection[str]) -> None:
+        """Applies a changed configuration, as another driver that starts with it would: numbers of workers
+        that changed are in force. Raises InvalidRequest if anything else did, StartupError if the controller
+        does not answer."""
+        config = replace(preparation.prepared(config, lambda _: None), token_file=self._ray.token_file)
+        self._ask_controller("join", config, preparation.given_kinds(given))
+
+    def wait(self, *, warn: Callable[[str], None], meanwhile: Callable[[], None] = lambda: None) -> None:
         """Blocks until :meth:`stop`, or until an operator ends the cluster. Raises ProcessEnded, with the
         process's name and how it ended, when the gateway or Ray has ended. ``warn`` is called with what
-        happens to workers: they are lost, and replaced.
+        happens to workers: they are lost, and replaced. ``meanwhile`` is called every POLL_S.
         """
         call, seen, is_away = None, self._last_event, False
         while not self._stopped.wait(POLL_S):
             self._check_processes()
+            meanwhile()
             call = call or self._controller.events.remote(seen)
             if not ray.wait([call], timeout=0)[0]:
                 continue
@@ -169,7 +184,7 @@ class Cluster:
                 with contextlib.suppress(ray.exceptions.RayError):
                     ray.get(self._controller.down.remote(), timeout=STOP_DEADLINE_S)
                 ray.kill(self._controller)
-            elif not (self._is_found or self.address):
+            elif not (self._is_found or self._is_up):
                 finding.end(self._config.name)
         self._ray.stop()
 
@@ -200,6 +215,20 @@ class Cluster:
         if self._is_found:
             progress(f"joining the cluster {config.name}")
             self._ask_controller("join", config, self._given)
+        self.endpoints["controller"] = controller
+        if self._has_gateway:
+            self._start_gateway(config, controller, progress)
+        self._last_event = max((event.number for event in self._events()), default=0)
+        self._ray.note_processes()
+        self._is_up = True
+        if config.ray_address is not None:
+            self.goes_on = (
+                f"the cluster {config.name} goes on; `farshore down --ray-address {config.ray_address} --name"
+                f" {config.name}` ends it, the same `farshore serve` adds a gateway"
+            )
+
+    def _start_gateway(self, config: ClusterConfig, controller: str, progress: Callable[[str], None]) -> None:
+        """Starts the gateway, and blocks until it serves. ``controller``: HOST:PORT."""
         directory = self._ask_controller("directory")
         self._directory = open_directory(directory, token=ClusterToken.read(self._ray.token_file))
         # Started now, so that it loads its tokenizer while the workers start.
@@ -214,18 +243,10 @@ class Cluster:
         workers = self._await_workers(progress)
         progress("starting the gateway")
         self.address = self._gateway.serve()
-        self._last_event = max((event.number for event in self._events()), default=0)
-        self._ray.note_processes()
-        self.endpoints = {"gateway": self.address}
+        api = {"gateway": self.address}
         if self._gateway.http_address is not None:
-            self.endpoints["HTTP API"] = f"http://{self._gateway.http_address}/v1"
-        self.endpoints["controller"] = controller
-        self.endpoints |= {record.worker: record.address for record in workers}
-        if config.ray_address is not None:
-            self.goes_on = (
-                f"the cluster {config.name} goes on; `farshore down --ray-address {config.ray_address} --name"
-                f" {config.name}` ends it, the same `farshore serve` adds a gateway"
-            )
+            api["HTTP API"] = f"http://{self._gateway.http_address}/v1"
+        self.endpoints = api | self.endpoints | {record.worker: record.address for record in workers}
 
     def _find_or_start_controller(self, config: ClusterConfig, model: ModelConfig) -> Any:
         """Finds the controller that runs, or starts one on this node, where its port, chosen here, and its
@@ -258,7 +279,7 @@ class Cluster:
                 model,
                 given=self._given,
                 creator=self._creator,
-                listen=f"{listen.bracketed(host)}:{listen.free_port(host)}",
+                listen=f"{listen.bracketed(host)}:{config.controller_port or listen.free_port(host)}",
                 state_folder=str(self._ray.state_folder(config.name)),
             )
         )
@@ -355,24 +376,3 @@ class Cluster:
         gone = self._ray.ended() or (self._gateway.ended() if self._gateway else None)
         if gone:
             raise ProcessEnded(gone)
-
-
-def _with_redis(config: ClusterConfig) -> ClusterConfig:
-    """The configuration with the absolute paths of Redis's files, after a first call to Redis. Raises
-    TransportError or InvalidRequest if that fails."""
-    files = {name: getattr(config, f"redis_{name}_file") for name in ("password", "ca", "cert", "key")}
-    given = {f"redis_{name}_file": str(Path(file).absolute()) for name, file in files.items() if file}
-    config = replace(config, **given)
-    if config.redis is not None:
-        redis = open_redis(config.redis.url)
-        redis.load_state()
-        redis.disconnect()
-    return config
-
-
-def _with_token_file(config: ClusterConfig) -> ClusterConfig:
-    """The configuration with the absolute path of the token's file; unchanged if a private Ray is to make the
-    token. Raises InvalidRequest for a file that is missing or can't be used."""
-    if config.token_file is None and config.ray_address is None:
-        return config
-    return replace(config, token_file=ray_access.token_file(config.token_file))

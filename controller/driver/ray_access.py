@@ -6,6 +6,7 @@ no token is refused. Must not know what runs on Ray.
 """
 
 import os
+import time
 from pathlib import Path
 
 import grpc
@@ -18,6 +19,7 @@ MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PAT
 """Ray's settings, as environment variables. It prefers the token to the path."""
 
 DEADLINE_S = 3.0
+RETRY_S = 0.5
 _METHOD = "/ray.rpc.NodeInfoGcsService/GetClusterId"
 """Ray's first call when it joins. It changes nothing, and its request has no field that is needed."""
 
@@ -41,29 +43,28 @@ def settings(token_file: str) -> dict[str, str | None]:
     return {MODE: "token"} if given else {MODE: "token", TOKEN_PATH: token_file}
 
 
-def check(address: str, token_file: str) -> None:
+def check(address: str, token_file: str, *, patience_s: float = 0.0) -> None:
     """Asks the Ray at HOST:PORT ``address`` with and without the token of :func:`settings`. Raises
-    StartupError, with the fix, if it does not answer within DEADLINE_S, asks for no token, or refuses it."""
+    StartupError, with the fix, if it does not answer within DEADLINE_S, asks for no token, or refuses it.
+    ``patience_s``: asks again for that long while it does not answer."""
     path = os.environ.get(TOKEN_PATH, token_file)
     if TOKEN in os.environ:
         token, origin = os.environ[TOKEN], f"${TOKEN}"
     else:
         token, origin = _read(path), path
-    with rpc.channel(address, None) as channel:
-        ask = channel.unary_unary(_METHOD)
-        proven, bare = (
-            ask.future(b"", metadata=metadata, timeout=DEADLINE_S)
-            for metadata in ([("authorization", f"Bearer {token.strip()}")], [])
-        )
-        refused = [call.code() is grpc.StatusCode.UNAUTHENTICATED for call in (proven, bare)]
-        errors = [call.exception() for call in (proven, bare)]
+    until_s = time.monotonic() + patience_s
+    while True:
+        refused, error = _asked(address, token)
+        if refused[0] or error is None or time.monotonic() >= until_s:
+            break
+        time.sleep(RETRY_S)
     if refused[0]:
         raise StartupError(
             f"the Ray at {address} refuses the token in {origin}: give --token-file, or {TOKEN_PATH}, the "
             "file with which its nodes were started"
         )
-    if errors[0] is not None:
-        why = f"{errors[0].code().name}: {errors[0].details()}"
+    if error is not None:
+        why = f"{error.code().name}: {error.details()}"
         raise StartupError(
             f"no Ray answers at {address} within {DEADLINE_S:g} s ({why}): check --ray-address HOST:PORT, "
             "and that Ray runs there"
@@ -73,6 +74,18 @@ def check(address: str, token_file: str) -> None:
             f"the Ray at {address} asks for no token, so that its whole network can run programs on its "
             f"nodes: start each node with {MODE}=token {TOKEN_PATH}={path}"
         )
+
+
+def _asked(address: str, token: str) -> tuple[list[bool], grpc.RpcError | None]:
+    """Whether Ray refuses a call with the token and one without; and how the first of them failed."""
+    with rpc.channel(address, None) as channel:
+        ask = channel.unary_unary(_METHOD)
+        proven, bare = (
+            ask.future(b"", metadata=metadata, timeout=DEADLINE_S)
+            for metadata in ([("authorization", f"Bearer {token.strip()}")], [])
+        )
+        refused = [call.code() is grpc.StatusCode.UNAUTHENTICATED for call in (proven, bare)]
+        return refused, proven.exception()
 
 
 def _read(path: str) -> str:

@@ -56,15 +56,18 @@ class RayRuntime:
         dashboard: bool,
         token_file: str | None = None,
         worker_bytes: Mapping[str, int] | None = None,
+        patience_s: float = 0.0,
     ) -> None:
         """``address``: join the Ray at this HOST:PORT; None: start a private Ray. ``token_file``: the
         cluster's token, needed to join; None: that of a private Ray, which :attr:`token_file` names.
         ``worker_bytes``: custom resource -> memory of a process that asks for 1 of it; a private Ray declares
-        as many as its memory holds."""
+        as many as its memory holds. ``patience_s``: how long to wait for a Ray to join that does not answer
+        yet."""
         self._address = address
         self._token_file = token_file
         self._worker_bytes = worker_bytes or {}
         self._dashboard = dashboard
+        self._patience_s = patience_s
         self._connected = False
         self._private: Path | None = None  # the folder of a private Ray's token; None for a joined Ray
         self._processes: set[psutil.Process] = set()
@@ -140,7 +143,7 @@ class RayRuntime:
 
     def _join(self, address: str) -> None:
         assert self._token_file is not None, "a Ray is joined with a token"
-        ray_access.check(address, self._token_file)
+        ray_access.check(address, self._token_file, patience_s=self._patience_s)
         with _environment(ray_access.settings(self._token_file)):
             self._init({"address": address}, f"check --ray-address {address}, and that Ray runs there")
 

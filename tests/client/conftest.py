@@ -62,20 +62,27 @@ class FakeCluster:
         self.stops = 0
         self.on_start = lambda: None
         self.on_wait = lambda warn: None
+        self.on_reconfigure = lambda config: None
         self._running = False
 
-    def start(self, config, *, given=(), progress):
+    def start(self, config, *, given=(), has_gateway=True, progress):
         assert isinstance(config, ClusterConfig) and not self._running
-        self.config, self.given = config, given
+        self.config, self.given, self.has_gateway = config, given, has_gateway
         progress("starting workers")
         self.on_start()
         self._running = True
         return self
 
-    def wait(self, *, warn):
+    def reconfigure(self, config, given):
+        assert isinstance(config, ClusterConfig) and self._running
+        self.on_reconfigure(config)
+        self.config, self.given = config, given
+
+    def wait(self, *, warn, meanwhile=lambda: None):
         """Always raises; the real one returns when it is stopped."""
         assert self._running
         self.on_wait(warn)
+        meanwhile()
         raise KeyboardInterrupt
 
     def __enter__(self):

@@ -2,6 +2,9 @@
 
 import pytest
 
+from farshore.client.cli.layers import WatchedFile
+from farshore.errors import InvalidRequest
+
 
 @pytest.fixture
 def write(tmp_path):
@@ -26,6 +29,49 @@ shard-grace: 7
 dashboard: true
 placement: local
 """
+
+
+def test_a_file_that_changes_is_applied(run, cluster, write):
+    file = write("attention-workers: 2\nkv-memory: 128MiB")
+    cluster.on_wait = lambda _: write("attention-workers: 5")
+    done = run("serve", "--config", file, "--kv-memory", "64MiB")
+    assert (cluster.config.attention_workers, cluster.config.kv_memory_bytes) == (5, 64 << 20)
+    assert "attention_workers" in cluster.given and "dense_workers" not in cluster.given
+    assert f"{file} changed, and is applied" in done.err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("attention-worker: 5", "unknown key 'attention-worker': did you mean attention-workers?"),
+        ("attention-workers: 0", "--attention-workers 0: give at least 1"),
+        ("model: other", "other values"),
+        ("kv-memory: 2 x", "is no size"),
+    ],
+)
+def test_a_file_that_changes_to_nonsense_changes_nothing(run, cluster, write, text, said):
+    def refuse(config):
+        if config.spec.model == "other":
+            raise InvalidRequest("the cluster runs with other values of the model's options")
+
+    file = write("attention-workers: 3")
+    cluster.on_wait, cluster.on_reconfigure = lambda _: write(text), refuse
+    done = run("serve", "--config", file)
+    assert done.code == 0 and f"{file} is not applied: " in done.err and said in done.err
+    assert cluster.config.attention_workers == 3 and cluster.config.spec.model == "smollm2"
+
+
+def test_a_change_that_meets_no_controller_is_applied_later(tmp_path):
+    file = tmp_path / "cluster.yaml"
+    file.write_text("dense-workers: 1")
+    watched = WatchedFile(file)
+    assert not watched.changed()
+    file.write_text("dense-workers: 2")
+    assert watched.changed() and not watched.changed()
+    watched.forget()
+    assert watched.changed() and not watched.changed()
+    file.unlink()
+    assert not watched.changed()
 
 
 def test_a_file_gives_what_flags_and_environment_do_not(run, cluster, write, monkeypatch):

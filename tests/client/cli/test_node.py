@@ -100,3 +100,9 @@ def test_it_becomes_ray_start(run, monkeypatch, token, tmp_path):
 def test_a_node_is_a_head_or_joins_one(run):
     assert run("node").code == 2
     assert run("node", "--head", "--ray-address", "10.0.0.1:6379").code == 2
+
+
+def test_leave_needs_a_ray(run, token, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    done = run("leave", "--token-file", token)
+    assert done.code == 1 and "give --ray-address HOST:PORT, or set RAY_ADDRESS" in done.err

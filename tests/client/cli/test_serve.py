@@ -47,6 +47,15 @@ def test_serve_as_json(run, cluster):
     assert json.loads(done.out) == {"model": "smollm2", "address": "127.0.0.1:1", "endpoints": endpoints}
 
 
+def test_a_controller_alone_needs_a_ray_to_join(run, cluster):
+    cluster.address, cluster.endpoints = "", {"controller": "10.0.0.1:7"}
+    done = run("serve", "--no-gateway", "--ray-address", "127.0.0.2:6379", "--controller-port", "50052")
+    assert done.code == 0 and not cluster.has_gateway and cluster.config.controller_port == 50052
+    assert "keeps the cluster default" in done.out and "Try:" not in done.out
+    done = run("serve", "--no-gateway")
+    assert done.code == 2 and "--no-gateway: give --ray-address" in done.err
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_stop_everything(run, cluster, number):
     before = signal.getsignal(number)
@@ -90,13 +99,14 @@ def test_the_fake_cluster_has_the_real_ones_signatures(cluster):
     code = (
         "import inspect\n"
         "from farshore.controller.driver.cluster import Cluster\n"
-        "print(*inspect.signature(Cluster.start).parameters, *inspect.signature(Cluster.wait).parameters)\n"
+        "for method in (Cluster.start, Cluster.wait, Cluster.reconfigure):\n"
+        "    print(*inspect.signature(method).parameters)\n"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120)
     # inspect does not list the first parameter of a class method.
-    methods = (cluster.start, type(cluster).wait)
-    start, wait = (list(inspect.signature(method).parameters) for method in methods)
-    assert done.stdout.split() == [*start, *wait], done.stderr
+    methods = (cluster.start, type(cluster).wait, type(cluster).reconfigure)
+    parameters = [name for method in methods for name in inspect.signature(method).parameters]
+    assert done.stdout.split() == parameters, done.stderr
 
 
 def test_the_end_of_a_process_is_printed_before_the_others_are_ended(run, cluster, capsys):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from farshore.client.sdk import Client
+from farshore.controller import listen
 
 QUESTION = "What is the capital of France?"
 ANSWER = "The capital of France is Paris."
@@ -57,3 +58,35 @@ def test_a_cluster_outlives_its_drivers_and_another_shares_its_ray(ray_address, 
     assert marked.run("down", "--ray-address", ray_address, "--name", "green").returncode == 0
     assert green.process.wait(60) == 0
     marked.check_gone(other.values())
+
+
+@pytest.mark.heavy
+def test_a_launcher_keeps_the_controller_and_applies_its_file(marked, start_ray, tmp_path):
+    """As in Kubernetes: gateways run elsewhere, and an upgrade changes the mounted file."""
+    ray_address, token = start_ray()
+    file, port = tmp_path / "cluster.yaml", listen.free_port("0.0.0.0")
+    file.write_text("name: pods\nkv-memory: 64MiB\nattention-workers: 1\n")
+    joined = ("--ray-address", ray_address, "--no-gateway", "--controller-port", str(port))
+    launcher = marked.start("serve", *joined, "--config", str(file))
+    controller = launcher.out.await_match(r"controller +(\S+)")[1]
+    assert controller.endswith(f":{port}")
+    options = ("--directory", f"grpc://{controller}", "--token-file", token)
+    gateway = marked.start("gateway", "--listen", "127.0.0.1:0", *options)
+    address = gateway.out.await_match(r"gateway of smollm2 at (\S+)")[1]
+    gateway.out.await_match("an engine takes requests")
+    done = marked.run("generate", "--server", address, QUESTION)
+    assert (done.returncode, done.stdout.strip()) == (0, ANSWER), done.stderr
+
+    before = _workers(address)
+    file.write_text("name: pods\nkv-memory: 64MiB\nattention-workers: 2\n")
+    launcher.err.await_match("changed, and is applied")
+    file.write_text("name: pods\nkv-memory: 65MiB\nattention-workers: 2\n")
+    launcher.err.await_match("is not applied: .*other values of --kv-memory")
+    events = marked.start("events", "--follow", "--server", address)
+    events.out.await_match("joined +attention-1")
+    assert before.items() < _workers(address).items()
+
+    assert events.end(signal.SIGINT) == 130
+    assert launcher.end(signal.SIGTERM) == 0 and gateway.end(signal.SIGTERM) == 0
+    assert all(Path(f"/proc/{pid}").exists() for pid in before.values())
+    assert marked.run("down", "--ray-address", ray_address, "--name", "pods").returncode == 0

@@ -10,6 +10,7 @@ import urllib.request
 import psutil
 import pytest
 
+from farshore.client.events import Finished, Token
 from farshore.client.sdk import Client
 from farshore.errors import FarshoreError
 
@@ -72,3 +73,27 @@ def test_workers_spread_over_nodes_and_a_lost_node_is_replaced(two_nodes, marked
         assert {each.partition(":")[0] for each in _attention(client).values()} == {"127.0.0.2"}
         assert before.keys() - on_second <= _attention(client).keys()
         _until(lambda: _answer(client) == ANSWER, "no answer after the loss of a node")
+
+
+@pytest.mark.heavy
+def test_a_node_that_leaves_fails_no_request(two_nodes, marked, serve):
+    """As a pod's preStop does: its workers drain, and others start on the nodes that stay."""
+    address, _, _ = two_nodes
+    _, gateway = serve("--ray-address", address, "--kv-memory", "64MiB", "--attention-workers", "4")
+    with Client(gateway) as client:
+        # Both nodes hold parts of it.
+        stream = client.generate("word " * 2000, max_tokens=60, temperature=0, ignore_eos=True)
+        next(event for event in stream if isinstance(event, Token))
+        hosts = {worker.address.partition(":")[0] for worker in client.status().workers}
+        assert hosts == {"127.0.0.2", "127.0.0.3"}
+        dense = next(worker for worker in client.status().workers if worker.kind == "dense")
+        leaving = "127.0.0.2" if dense.address.startswith("127.0.0.3") else "127.0.0.3"
+        done = marked.run("leave", "--ray-address", address, "--host", leaving, "--timeout", "60")
+        assert done.returncode == 0 and "draining farshore-default/attention-" in done.stderr, done.stderr
+        assert isinstance(list(stream)[-1], Finished)
+        _until(lambda: len(_attention(client)) == 4, "the workers were not replaced")
+        hosts = {worker.address.partition(":")[0] for worker in client.status().workers}
+        assert hosts == {"127.0.0.2", "127.0.0.3"} - {leaving}
+        assert _answer(client) == ANSWER
+    missing = marked.run("leave", "--ray-address", address, "--host", "127.0.0.9")
+    assert missing.returncode == 1 and "has no node 127.0.0.9" in missing.stderr

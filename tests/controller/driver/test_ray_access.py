@@ -93,6 +93,20 @@ def test_no_ray_there_is_told(token, monkeypatch):
     assert "correct RAY_AUTH_TOKEN_PATH" in refused("127.0.0.1:1", token)
 
 
+def test_a_ray_that_starts_late_is_awaited(ray, token, monkeypatch):
+    monkeypatch.setattr(ray_access, "DEADLINE_S", 0.2)
+    asked = []
+
+    def ask(address, secret):
+        asked.append(address)
+        return _asked(ray(token.read_text()) if len(asked) > 2 else "127.0.0.1:1", secret)
+
+    _asked = ray_access._asked
+    monkeypatch.setattr(ray_access, "_asked", ask)
+    ray_access.check("127.0.0.1:1", str(token), patience_s=60.0)
+    assert len(asked) == 3
+
+
 def test_joining_needs_a_token_that_can_be_used(token):
     """Before anything is started."""
     config = ClusterConfig(port=0, ray_address="127.0.0.1:1")

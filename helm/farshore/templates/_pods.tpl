@@ -1,0 +1,178 @@
+{{/* What the pods have in common. Those that take a component get (list root component). */}}
+
+{{/* Of a component's values: where its pods run, and how long they may take to end. */}}
+{{- define "farshore.scheduling" -}}
+{{- $pod := index . 2 -}}
+terminationGracePeriodSeconds: {{ $pod.terminationGracePeriodSeconds }}
+{{- with $pod.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with $pod.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $pod.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $pod.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- if $pod.topologySpreadConstraints }}
+topologySpreadConstraints:
+{{- range $pod.topologySpreadConstraints }}
+  - {{ toYaml . | nindent 4 | trim }}
+    labelSelector:
+      matchLabels:
+        {{- include "farshore.selectorLabels" (list (index $ 0) (index $ 1)) | nindent 8 }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Identity and rights of every pod. No pod calls Kubernetes' API, so none gets a token for it. Service links
+would set variables such as FARSHORE_PORT, which the program reads as options. */}}
+{{- define "farshore.identity" -}}
+serviceAccountName: {{ include "farshore.serviceAccountName" . }}
+automountServiceAccountToken: false
+enableServiceLinks: false
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "farshore.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: {{ .Values.security.runAsUser }}
+runAsGroup: {{ .Values.security.runAsGroup }}
+fsGroup: {{ .Values.security.runAsGroup }}
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile:
+  type: RuntimeDefault
+{{- end }}
+
+{{- define "farshore.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end }}
+
+{{/* The first copies the token: Kubernetes gives Secrets to a group, and the program refuses a token that a
+group may read. The second, if there is one, brings the model. */}}
+{{- define "farshore.initContainers" -}}
+- name: token
+  image: {{ include "farshore.image" . }}
+  imagePullPolicy: {{ .Values.image.pullPolicy }}
+  command: [install, "-m", "0600", /run/secrets/token/auth_token, /run/farshore/token]
+  securityContext:
+    {{- include "farshore.containerSecurity" . | nindent 4 }}
+  resources:
+    {{- toYaml .Values.initResources | nindent 4 }}
+  volumeMounts:
+    - name: token-secret
+      mountPath: /run/secrets/token
+      readOnly: true
+    - name: token
+      mountPath: /run/farshore
+{{- if eq .Values.model.source "init" }}
+- name: model
+  image: {{ .Values.model.init.image | quote }}
+  command: {{ toJson .Values.model.init.command }}
+  {{- with .Values.model.init.env }}
+  env:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  securityContext:
+    {{- include "farshore.containerSecurity" . | nindent 4 }}
+  resources:
+    {{- toYaml .Values.model.init.resources | nindent 4 }}
+  volumeMounts:
+    - name: model
+      mountPath: {{ .Values.model.mountPath }}
+    - name: tmp
+      mountPath: /tmp
+{{- end }}
+{{- end }}
+
+{{- define "farshore.volumes" -}}
+- name: tmp
+  emptyDir: {}
+- name: token
+  emptyDir:
+    medium: Memory
+    sizeLimit: 1Mi
+- name: token-secret
+  secret:
+    secretName: {{ include "farshore.tokenSecret" . }}
+    defaultMode: 0400
+    items:
+      - key: auth_token
+        path: auth_token
+{{- with include "farshore.redisSecret" . }}
+- name: redis
+  secret:
+    secretName: {{ . }}
+    defaultMode: 0400
+    items:
+      - key: {{ $.Values.redis.passwordKey }}
+        path: password
+{{- end }}
+{{- with .Values.redis.external.caSecret }}
+- name: redis-ca
+  secret:
+    secretName: {{ . }}
+    items:
+      - key: ca.crt
+        path: ca.crt
+{{- end }}
+{{- if eq .Values.model.source "pvc" }}
+- name: model
+  persistentVolumeClaim:
+    claimName: {{ .Values.model.pvc.claimName }}
+    readOnly: true
+{{- else if eq .Values.model.source "hostPath" }}
+- name: model
+  hostPath:
+    path: {{ .Values.model.hostPath.path }}
+    type: Directory
+{{- else if eq .Values.model.source "init" }}
+- name: model
+  emptyDir:
+    sizeLimit: {{ .Values.model.init.sizeLimit }}
+{{- end }}
+{{- end }}
+
+{{- define "farshore.volumeMounts" -}}
+- name: tmp
+  mountPath: /tmp
+- name: token
+  mountPath: /run/farshore
+  readOnly: true
+{{- if include "farshore.redisSecret" . }}
+- name: redis
+  mountPath: /run/secrets/redis
+  readOnly: true
+{{- end }}
+{{- if .Values.redis.external.caSecret }}
+- name: redis-ca
+  mountPath: /run/secrets/redis-ca
+  readOnly: true
+{{- end }}
+{{- if ne .Values.model.source "image" }}
+- name: model
+  mountPath: {{ .Values.model.mountPath }}
+  readOnly: true
+{{- end }}
+{{- end }}
+
+{{/* /tmp is the only home that a read-only root leaves. */}}
+{{- define "farshore.env" -}}
+- name: HOME
+  value: /tmp
+- name: FARSHORE_TOKEN_FILE
+  value: /run/farshore/token
+{{- end }}
