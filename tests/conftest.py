@@ -194,6 +194,26 @@ def loop_thread(harness):
     thread.stop()
 
 
+@pytest.fixture(params=["Client", "AsyncClient"])
+def sdk(request, loop_thread):
+    """sdk(address, …) -> a client, blocking; of both kinds in turn. Closed after the test."""
+    from farshore.client.sdk import Client
+
+    blocking = _load("blocking_client", "client/blocking.py")
+    clients = []
+
+    def to(*arguments, **options):
+        if request.param == "Client":
+            clients.append(Client(*arguments, **options))
+        else:
+            clients.append(blocking.BlockingClient(loop_thread, *arguments, **options))
+        return clients[-1]
+
+    yield to
+    for client in clients:
+        client.close()
+
+
 class Shard:
     """A store behind a gRPC server on loopback, which can be stopped and restarted on the same port."""
 

@@ -102,6 +102,7 @@ class FakeEngine(cluster_pb2_grpc.EngineServicer, admin_pb2_grpc.AdminServicer):
         self.cancels_to_ignore = 0
         self.cancelled = []  # (sequence id, choice or None)
         self.status = admin.ClusterStatusReply(model="smollm2", dtype="bfloat16")
+        self.operations = []  # the requests of operators, other than for status and events
 
     def next_sequence(self):
         """Blocks until a sequence arrives; each is returned once."""
@@ -147,6 +148,24 @@ class FakeEngine(cluster_pb2_grpc.EngineServicer, admin_pb2_grpc.AdminServicer):
         if isinstance(self.status, tuple):
             await context.abort(*self.status)
         return self.status
+
+    async def Scale(self, request, context):
+        self.operations.append(request)
+        return admin.ScaleReply(dense_workers=request.dense_workers, attention_workers=3)
+
+    async def Drain(self, request, context):
+        self.operations.append(request)
+        return admin.DrainReply(worker_id=f"{request.worker_id}-a")
+
+    async def Down(self, request, context):
+        self.operations.append(request)
+        return admin.DownReply()
+
+    async def WatchEvents(self, request, context):
+        for number in range(request.since + 1, 5):
+            await context.write(admin.ClusterEvent(number=number, kind="started", subject=f"dense-{number}"))
+        if request.follow:
+            await asyncio.Event().wait()
 
 
 def dense(name, address, **fields):
