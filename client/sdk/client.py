@@ -61,7 +61,10 @@ class Stream(Iterator[_Value], Generic[_Value]):
             self._course.failed(error)
             if self._wait(self._course.pause_s):
                 raise Cancelled("the client was closed") from error
-            self._call = self._course.start()
+            try:
+                self._call = self._course.start()
+            except ValueError as closed:  # of a channel that was closed at this moment
+                raise Cancelled("the client was closed") from closed
         except BaseException:
             self.close()
             raise

@@ -129,13 +129,12 @@ class Course(Generic[_Value]):
         elif _is_loss(failed, reported):
             found = self._lost(failed, reported)
         elif isinstance(failed, Overloaded) and self._give_up_s is not None:
-            # The request waits for room. One that failed so is in the gateway's log, as failed.
-            self._log = None
+            # The request waits for room. If it was accepted first, it has failed in the gateway's log.
+            self._log = None if self._heard else self._log
             found = self._next()
-        elif not self._heard and not self._at.anew and isinstance(failed, NotFound | InvalidRequest):
-            # The gateway's log can't go on with the request, but the gateway may generate it anew.
+        elif self._feed.repeatable and self._is_forgotten(failed):
             self._log, self._at, self.pause_s = None, _Step(self.gateway, True), 0.0
-            found = self._feed.repeatable
+            found = True
         else:
             raise failed from error
         if not found:
@@ -154,6 +153,11 @@ class Course(Generic[_Value]):
         if not elsewhere:
             self._failures = [failed]
         return False
+
+    def _is_forgotten(self, failed: FarshoreError) -> bool:
+        """Whether the gateway's log can't go on with the stream: NotFound, or its request has fewer
+        tokens."""
+        return not self._heard and not self._at.anew and isinstance(failed, NotFound | InvalidRequest)
 
     def _lost(self, failed: FarshoreError, reported: bool) -> bool:
         if self._resume_s <= 0 and self._feed.tokens:
@@ -189,9 +193,9 @@ class Course(Generic[_Value]):
         return True
 
     def _round(self) -> list[_Step]:
-        """Every gateway that may go on, first the one of the last call that was answered."""
+        """Every gateway that may go on, first the one whose log can."""
         steps = [_Step(gateway, gateway is not self._log) for gateway in self._gateways.in_turn()]
-        steps.sort(key=lambda step: step.gateway is not (self._log or self.gateway))
+        steps.sort(key=lambda step: step.gateway is not self._log)
         return steps if self._feed.repeatable else [step for step in steps if not step.anew]
 
 

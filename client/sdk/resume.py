@@ -101,6 +101,6 @@ class Answering:
 
     def _differs(self) -> TransportError:
         return TransportError(
-            f"the answer can't go on after {self.tokens} tokens: its gateway or engine was lost, and another one "
-            "generated other tokens, as rounding may cause; send the request again"
+            f"the answer can't go on after {self.tokens} tokens: its gateway or engine was lost, and another "
+            "one generated other tokens, as rounding may cause; send the request again"
         )

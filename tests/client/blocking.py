@@ -4,7 +4,6 @@ Loaded by the fixture ``sdk`` of ``tests/conftest.py``. Runs on the session's ev
 logs errors if several loops of a process use it.
 """
 
-import asyncio
 import inspect
 
 from farshore.client.sdk.aio import AsyncClient, AsyncStream
@@ -68,12 +67,3 @@ def _blocking(owner, name, run):
         return BlockingStream(result, run) if isinstance(result, AsyncStream) else result
 
     return blocking
-
-
-async def cancelled(stream):
-    """Cancels the task that waits for the stream's next value; returns once it is cancelled."""
-    task = asyncio.create_task(anext(stream))
-    await asyncio.sleep(0)
-    task.cancel()
-    await asyncio.wait([task])
-    return task.cancelled()
