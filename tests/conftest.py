@@ -1,5 +1,6 @@
 """Fixtures that several folders of tests share: the demo model, prompts, shards, the gateway's harness."""
 
+import contextlib
 import importlib.util
 import os
 import signal
@@ -194,24 +195,24 @@ def loop_thread(harness):
     thread.stop()
 
 
-@pytest.fixture(params=["Client", "AsyncClient"])
-def sdk(request, loop_thread):
-    """sdk(address, …) -> a client, blocking; of both kinds in turn. Closed after the test."""
+@pytest.fixture
+def both_sdks(loop_thread):
+    """Two functions, sdk(address, …) -> a Client, and an AsyncClient with the calls of one. Closed after the
+    test."""
     from farshore.client.sdk import Client
 
-    blocking = _load("blocking_client", "client/blocking.py")
-    clients = []
+    with contextlib.ExitStack() as clients:
+        blocking = _load("blocking_client", "client/blocking.py").BlockingClient
+        yield (
+            lambda *arguments, **options: clients.enter_context(Client(*arguments, **options)),
+            lambda *arguments, **options: clients.enter_context(blocking(loop_thread, *arguments, **options)),
+        )
 
-    def to(*arguments, **options):
-        if request.param == "Client":
-            clients.append(Client(*arguments, **options))
-        else:
-            clients.append(blocking.BlockingClient(loop_thread, *arguments, **options))
-        return clients[-1]
 
-    yield to
-    for client in clients:
-        client.close()
+@pytest.fixture(params=["Client", "AsyncClient"])
+def sdk(request, both_sdks):
+    """One of ``both_sdks``, in turn."""
+    return both_sdks[request.param == "AsyncClient"]
 
 
 class Shard:

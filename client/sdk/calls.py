@@ -6,7 +6,7 @@ channels.
 
 import dataclasses
 import hashlib
-import uuid
+import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -65,7 +65,7 @@ def generate(
         )
     )
     if request.WhichOneof("prompt") is not None:
-        request.request_id = request.request_id or uuid.uuid4().hex
+        request.request_id = request.request_id or secrets.token_hex(16)
         if not request.sampling.HasField("seed"):
             digest = hashlib.sha256(request.request_id.encode()).digest()
             request.sampling.seed = int.from_bytes(digest[:8]) >> 1
