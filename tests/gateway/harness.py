@@ -87,7 +87,7 @@ class Sequence:
 
 
 class FakeEngine(cluster_pb2_grpc.EngineServicer, admin_pb2_grpc.AdminServicer):
-    """An engine and a controller. ``auto``: token ids with which each sequence is answered at once; None: the
+    """An engine and a controller. ``auto``: token ids with which each choice is answered at once; None: the
     test answers."""
 
     def __init__(self, loop):
@@ -122,8 +122,9 @@ class FakeEngine(cluster_pb2_grpc.EngineServicer, admin_pb2_grpc.AdminServicer):
         self._live[request.sequence_id] = sequence
         self._arrived.put(sequence)
         if self.auto is not None:
-            sequence.tokens(*self.auto)
-            sequence.finish()
+            for choice in range(request.sampling.n):
+                sequence.tokens(*self.auto, choice=choice)
+                sequence.finish(choice=choice)
         try:
             live = request.sampling.n
             while live and (item := await sequence.script.get()) is not None:
