@@ -123,6 +123,39 @@ Event = Accepted | Prefill | PromptLogprobs | Token | Finished
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One whole completion. ``text`` is that of all its tokens and of its end."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    reason: FinishReason
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token.token_id for token in self.tokens]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A whole answer: what a stream's events say together. ``finished``: usage and times. Of a request that
+    was resumed by its id it has what came since."""
+
+    request_id: str
+    choices: tuple[Choice, ...]
+    finished: Finished
+
+    @property
+    def text(self) -> str:
+        """The first choice's text; there is one choice unless more were asked for."""
+        return self.choices[0].text
+
+    @property
+    def reason(self) -> FinishReason:
+        """The first choice's reason."""
+        return self.choices[0].reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """A name that requests may give. ``root``: what the cluster loaded. ``max_positions``: of prompt and
     answer together. ``vocabulary``: tokens."""

@@ -1,5 +1,6 @@
 """Fixtures that several folders of tests share: the demo model, prompts, shards, the gateway's harness."""
 
+import contextlib
 import importlib.util
 import os
 import signal
@@ -192,6 +193,26 @@ def loop_thread(harness):
     thread = harness.LoopThread()
     yield thread
     thread.stop()
+
+
+@pytest.fixture
+def both_sdks(loop_thread):
+    """Two functions, sdk(address, …) -> a Client, and an AsyncClient with the calls of one. Closed after the
+    test."""
+    from farshore.client.sdk import Client
+
+    with contextlib.ExitStack() as clients:
+        blocking = _load("blocking_client", "client/blocking.py").BlockingClient
+        yield (
+            lambda *arguments, **options: clients.enter_context(Client(*arguments, **options)),
+            lambda *arguments, **options: clients.enter_context(blocking(loop_thread, *arguments, **options)),
+        )
+
+
+@pytest.fixture(params=["Client", "AsyncClient"])
+def sdk(request, both_sdks):
+    """One of ``both_sdks``, in turn."""
+    return both_sdks[request.param == "AsyncClient"]
 
 
 class Shard:

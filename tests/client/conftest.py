@@ -1,6 +1,7 @@
 """Fixtures for the SDK and the command line; harness, served and loop_thread are in tests/conftest.py."""
 
 import codecs
+import contextlib
 import fcntl
 import os
 import pty
@@ -19,10 +20,16 @@ from farshore.controller.config import ClusterConfig
 
 
 @pytest.fixture
-def farshore(harness, loop_thread, served):
+def gateway(harness, loop_thread, served):
+    """gateway(…) -> a Harness with a gateway and an engine of its own. Stopped after the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda **options: stack.enter_context(harness.gateway(loop_thread, served, **options))
+
+
+@pytest.fixture
+def farshore(gateway):
     """A Harness: a gateway and its engine."""
-    with harness.gateway(loop_thread, served) as running:
-        yield running
+    return gateway()
 
 
 @pytest.fixture

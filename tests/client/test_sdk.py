@@ -1,19 +1,17 @@
-"""The SDK against a real gateway."""
+"""The SDK's two clients against a real gateway."""
 
 import grpc
 import pytest
 
 from farshore.client import events
-from farshore.client.sdk import Client
 from farshore.errors import InvalidRequest, NotFound, Overloaded, TransportError
 from farshore.proto import admin_pb2 as admin
 from farshore.proto import cluster_pb2
 
 
 @pytest.fixture
-def client(farshore):
-    with Client(farshore.address) as made:
-        yield made
+def client(farshore, sdk):
+    return sdk(farshore.address)
 
 
 def test_events_in_order(client, farshore, served):
@@ -165,26 +163,58 @@ def test_tokens_of_a_text_and_back(client, served, encode_chat):
     for wrong in ([-1], [1 << 31], ["a"]):
         with pytest.raises(InvalidRequest):
             client.detokenize(wrong)
-    with pytest.raises(InvalidRequest, match="serves 'smollm2'"):
-        client.tokenize("Hi", model="other")
 
 
-def test_models(client, served):
+def test_operators_calls(client, farshore):
+    assert client.scale(dense=2) == {"dense": 2, "attention": 3}
+    assert client.drain("dense-0", timeout_s=1.5) == "dense-0-a"
+    client.down()
+    assert farshore.engine.operations == [
+        admin.ScaleRequest(dense_workers=2),
+        admin.DrainRequest(worker_id="dense-0", timeout_s=1.5),
+        admin.DownRequest(),
+    ]
+    with pytest.raises(InvalidRequest):
+        client.scale(dense=-1)
+
+
+def test_events_of_the_cluster(client):
+    happened = list(client.watch_events(since=2))
+    assert [(event.number, event.subject) for event in happened] == [(3, "dense-3"), (4, "dense-4")]
+    following = client.watch_events(since=3, follow=True)
+    assert next(following) == happened[1]
+    following.close()
+    assert list(following) == []
+
+
+def test_tokens(client, served):
+    ids = client.tokenize("Good day")
+    assert ids == served.tokenizer.encode("Good day")
+    assert client.detokenize(ids) == "Good day"
+    messages = [{"role": "user", "content": "Hi"}]
+    asked = client.tokenize(messages=messages, add_generation_prompt=True)
+    assert client.detokenize(asked).endswith("assistant\n")
+    with pytest.raises(InvalidRequest):
+        client.tokenize("Hi", tools=[{}])
+    for refused in (lambda: client.tokenize("Hi", model="other"), lambda: client.detokenize([1 << 20])):
+        with pytest.raises(InvalidRequest):
+            refused()
+
+
+def test_models(client):
     (model,) = client.models()
-    assert model == client.model(model.name)
-    assert (model.name, model.max_positions) == ("smollm2", served.config.max_positions)
-    assert model.vocabulary == served.config.vocab
+    assert (model.name, model.max_positions, model.vocabulary) == ("smollm2", 8192, 49152)
+    assert client.model("smollm2") == model
     with pytest.raises(NotFound):
         client.model("other")
 
 
-def test_is_serving(client):
-    assert client.is_serving()
-    with Client("127.0.0.1:1") as unconnected:
-        assert not unconnected.is_serving()
+def test_is_serving(client, sdk):
+    assert client.is_serving() and client.is_up()
+    unconnected = sdk("127.0.0.1:1")
+    assert not unconnected.is_serving() and not unconnected.is_up()
 
 
-def test_unreachable():
-    refused = pytest.raises(TransportError, match=r"gateway 127\.0\.0\.1:1")
-    with Client("127.0.0.1:1") as unconnected, refused:
-        list(unconnected.generate("Hi"))
+def test_unreachable(sdk):
+    with pytest.raises(TransportError, match=r"gateway 127\.0\.0\.1:1"):
+        list(sdk("127.0.0.1:1").generate("Hi"))

@@ -45,7 +45,7 @@ def _kinds(client, subject):
 @pytest.mark.heavy
 def test_workers_are_drained_and_replaced_and_requests_go_on(marked, serve):
     server, address = serve("--kv-memory", "64MiB", "--attention-workers", "1")
-    with Client(address) as client:
+    with Client(address, resume_s=0) as client:
         # An operator drains the attention worker, by its slot: nothing reads from it.
         (first,) = _workers(client, "attention").values()
         done = marked.run("drain", "attention-0", "--server", address)

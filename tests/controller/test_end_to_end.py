@@ -98,7 +98,7 @@ def test_a_served_cluster_answers_reports_status_and_refuses(marked, serve):
 @pytest.mark.heavy
 def test_a_killed_attention_worker_fails_its_sequence(serve):
     _, address = serve()
-    with Client(address) as client:
+    with Client(address, resume_s=0) as client:
         prompt = [100 + n % 400 for n in range(600)]
         stream = client.generate(token_ids=prompt, max_tokens=4000, temperature=0, ignore_eos=True)
         next(event for event in stream if isinstance(event, Token))

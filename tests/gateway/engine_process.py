@@ -1,8 +1,9 @@
 """An engine in its own process, for tests that kill or freeze it.
 
 ``python engine_process.py PORT`` (0: any free port), run by ``harness.EngineProcess``. Prints its port.
-Answers each sequence with one token. Lines on stdin control it: ``serving`` and ``failed`` set its health,
-``finish`` ends all sequences, those to come too, until ``hold``.
+Answers each sequence with one token, 5; the next ones are 6, 7 and so on. Lines on stdin control it: ``more``
+gives each sequence one token more, those to come too; ``finish`` ends all, those to come too, until ``hold``;
+``serving`` and ``failed`` set its health.
 """
 
 import asyncio
@@ -20,17 +21,33 @@ SERVICE = "farshore.cluster.v1.Engine"
 
 class Engine(cluster_pb2_grpc.EngineServicer):
     def __init__(self):
-        self.finish = asyncio.Event()
+        self._tokens = 1  # of each sequence
+        self._finish = False
+        self._changed = asyncio.Condition()
 
     async def Generate(self, request, context):
         await context.send_initial_metadata(((rpc.TAKEN, "1"),))
-        await context.write(cluster_pb2.SequenceEvent(token=cluster_pb2.SampledToken(token_id=5)))
-        await self.finish.wait()
+        sent = 0
+        while await self._has_token(sent):
+            await context.write(cluster_pb2.SequenceEvent(token=cluster_pb2.SampledToken(token_id=5 + sent)))
+            sent += 1
         done = cluster_pb2.SequenceFinished(reason=api.FINISH_REASON_STOP)
         await context.write(cluster_pb2.SequenceEvent(finished=done))
 
+    async def _has_token(self, sent):
+        """Waits for the sequence's next token, or for its end."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._tokens > sent or self._finish)
+        return self._tokens > sent
+
+    async def tell(self, *, more=0, finish=None):
+        async with self._changed:
+            self._tokens += more
+            self._finish = self._finish if finish is None else finish
+            self._changed.notify_all()
+
     async def Cancel(self, request, context):
-        self.finish.set()
+        await self.tell(finish=True)
         return cluster_pb2.CancelSequenceReply()
 
 
@@ -50,10 +67,12 @@ async def main(port):
                 await checks.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
             case "failed":
                 await checks.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
+            case "more":
+                await engine.tell(more=1)
             case "finish":
-                engine.finish.set()
+                await engine.tell(finish=True)
             case "hold":
-                engine.finish.clear()
+                await engine.tell(finish=False)
         print("done", flush=True)
     await server.stop(None)
 

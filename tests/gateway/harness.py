@@ -91,7 +91,7 @@ class Sequence:
 
 
 class FakeEngine(cluster_pb2_grpc.EngineServicer, admin_pb2_grpc.AdminServiceServicer):
-    """An engine and a controller. ``auto``: token ids with which each sequence is answered at once; None: the
+    """An engine and a controller. ``auto``: token ids with which each choice is answered at once; None: the
     test answers."""
 
     def __init__(self, loop):
@@ -106,6 +106,7 @@ class FakeEngine(cluster_pb2_grpc.EngineServicer, admin_pb2_grpc.AdminServiceSer
         self.cancels_to_ignore = 0
         self.cancelled = []  # (sequence id, choice or None)
         self.status = admin.ClusterStatusResponse(model="smollm2", dtype="bfloat16")
+        self.operations = []  # the requests of operators, other than for status and events
 
     def next_sequence(self):
         """Blocks until a sequence arrives; each is returned once."""
@@ -152,6 +153,24 @@ class FakeEngine(cluster_pb2_grpc.EngineServicer, admin_pb2_grpc.AdminServiceSer
         if isinstance(self.status, tuple):
             await context.abort(*self.status)
         return self.status
+
+    async def Scale(self, request, context):
+        self.operations.append(request)
+        return admin.ScaleResponse(dense_workers=request.dense_workers, attention_workers=3)
+
+    async def Drain(self, request, context):
+        self.operations.append(request)
+        return admin.DrainResponse(worker_id=f"{request.worker_id}-a")
+
+    async def Down(self, request, context):
+        self.operations.append(request)
+        return admin.DownResponse()
+
+    async def WatchEvents(self, request, context):
+        for number in range(request.since + 1, 5):
+            await context.write(admin.ClusterEvent(number=number, kind="started", subject=f"dense-{number}"))
+        if request.follow:
+            await asyncio.Event().wait()
 
 
 def dense(name, address, **fields):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -15,6 +16,7 @@ from farshore.model_spec import ModelSpec
 
 DEADLINE_S = 60.0
 SPEC = ModelSpec().to_json()
+ANY = "127.0.0.1:0"
 
 
 @pytest.fixture
@@ -31,24 +33,25 @@ def cluster(directory, engines, harness):
 
 @pytest.fixture
 def gateways(directory):
-    """gateways(count) -> the processes of as many `farshore gateway`s with a closed stdin, and their
+    """gateways("HOST:PORT", …) -> the processes of as many `farshore gateway`s with a closed stdin, and their
     addresses. Killed after the test."""
     started = []
 
-    def start(count):
+    def start(*listen):
         command = [sys.executable, "-P", "-m", "farshore.client.cli.main", "gateway"]
-        command += ["--directory", directory.url, "--listen", "127.0.0.1:0"]
-        for _ in range(count):
-            started.append(
-                subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-            )
-        lines = [process.stdout.readline() for process in started]
+        command += ["--directory", directory.url, "--listen"]
+        processes = [
+            subprocess.Popen([*command, at], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+            for at in listen
+        ]
+        started.extend(processes)
+        lines = [process.stdout.readline() for process in processes]
         assert all("gateway of smollm2 at 127.0.0.1:" in line for line in lines)
         addresses = [line.rpartition(" ")[2].strip() for line in lines]
         for address in addresses:
             with Client(address) as client:
                 wait_until(client.is_serving)
-        return started, addresses
+        return processes, addresses
 
     yield start
     for process in started:
@@ -82,8 +85,9 @@ def outcome(stream):
 @pytest.mark.heavy
 def test_engines_are_killed_and_join_under_two_gateways(cluster, gateways):
     engines = [cluster(0), cluster(1)]
-    processes, addresses = gateways(2)
-    with Client(addresses[0]) as first, Client(addresses[1]) as second, Client(addresses) as both:
+    processes, addresses = gateways(ANY, ANY)
+    first, second, both = (Client(at, resume_s=0) for at in (addresses[0], addresses[1], addresses))
+    with first, second, both:
         # Each gateway sends one short prompt to each engine.
         streams = [begun(client) for client in (first, first, second, second)]
         engines[0].kill()
@@ -119,3 +123,31 @@ def test_engines_are_killed_and_join_under_two_gateways(cluster, gateways):
         engines[2].tell("finish")
         assert outcome(stream) == ["stop"]
     assert processes[1].wait(30) == 0
+
+
+@pytest.mark.heavy
+def test_answers_go_on_when_gateways_are_killed(cluster, gateways, both_sdks):
+    """At another gateway, or at their own once it runs again: no token is lost, and none comes twice. The
+    streams of both clients."""
+    engine = cluster(0)
+    processes, addresses = gateways(ANY, ANY)
+    elsewhere = [begun(sdk(addresses)) for sdk in both_sdks]
+    waiting = [begun(sdk(addresses[0])) for sdk in both_sdks]
+    engine.tell("more")
+    assert [next(stream).token_id for stream in elsewhere + waiting] == [6] * 4
+    processes[0].kill()
+    processes[0].wait(30)
+    engine.tell("more")
+    assert [next(stream).token_id for stream in elsewhere] == [7, 7]
+    with ThreadPoolExecutor(2) as pool:
+        rest = [pool.submit(stream.result) for stream in waiting]
+        gateways(addresses[0])
+        processes[1].kill()
+        engine.tell("more")
+        assert [next(stream).token_id for stream in elsewhere] == [8, 8]
+        engine.tell("finish")
+        answers = [stream.result() for stream in elsewhere]
+        answers += [result.result(DEADLINE_S) for result in rest]
+    assert [answer.choices[0].token_ids for answer in answers] == [[5, 6, 7, 8]] * 4
+    assert [answer.reason for answer in answers] == ["stop"] * 4
+    assert [stream.losses for stream in elsewhere + waiting] == [2, 2, 1, 1]

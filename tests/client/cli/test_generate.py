@@ -225,7 +225,12 @@ def ends_early(farshore, served):
 
 @pytest.mark.parametrize("options", [(), ("--json",)])
 def test_an_answer_that_breaks_off_is_a_failure(run, farshore, ends_early, options):
-    text = ends_early(lambda sequence: sequence.fail(grpc.StatusCode.UNAVAILABLE, "shard lost"))
+    def fail(sequence):
+        # The SDK tries to go on, and no engine takes the request.
+        farshore.engine.refuses = (grpc.StatusCode.UNAVAILABLE, "shard lost")
+        sequence.fail(*farshore.engine.refuses)
+
+    text = ends_early(fail)
     done = run("generate", "Hi", "--server", farshore.address, *options)
     assert done.code == 3
     assert done.out == ("" if options else f"{text}\n")

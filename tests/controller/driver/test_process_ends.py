@@ -191,7 +191,7 @@ def test_two_gateways_go_on_without_an_engine_and_without_the_controller(serve, 
     server, address = serve(*options)
     directory = "grpc://" + server.out.await_match(r"  controller +(\S+)")[1]
     second, other = gateway("--directory", directory, *token)
-    with Client(address) as first_client, Client(other) as other_client:
+    with Client(address, resume_s=0) as first_client, Client(other, resume_s=0) as other_client:
         assert _answer(first_client) == _answer(other_client) == "The capital of France is Paris."
         # Each gateway runs a request on each engine.
         streams = [_begun(client) for client in (first_client, first_client, other_client, other_client)]

@@ -10,7 +10,7 @@ import pytest
 
 from farshore.proto import inference_pb2 as api
 
-SERVICE = api.DESCRIPTOR.services_by_name["Inference"]
+SERVICE = api.DESCRIPTOR.services_by_name["InferenceService"]
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 SETTINGS = b"\0\0\0\4\0\0\0\0\0"
 REFUSALS = {

@@ -1,0 +1,192 @@
+"""Which gateway a stream calls next, and when: the rules without connections, on a clock that the test
+moves."""
+
+import grpc
+import pytest
+
+from farshore.client.sdk.course import Course
+from farshore.errors import DeadlineExceeded, Internal, NotFound, Overloaded, TransportError
+from farshore.rpc import error_of
+
+UNAVAILABLE, NOT_FOUND = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND
+
+
+class Failure(grpc.RpcError):
+    def __init__(self, code, *, sent=False):
+        self._code, self._sent = code, sent
+
+    def code(self):
+        return self._code
+
+    def details(self):
+        return "it failed"
+
+    def trailing_metadata(self):
+        return (("grpc-status-details-bin", b""),) if self._sent else ()
+
+
+class Gateway:
+    def __init__(self, address):
+        self.address = address
+
+    def error(self, error):
+        return error_of(error, peer=self.address)
+
+
+class Gateways:
+    def __init__(self, *addresses):
+        self.all = [Gateway(address) for address in addresses]
+
+    def in_turn(self):
+        return list(self.all)
+
+    def prefer(self, gateway):
+        self.all.remove(gateway)
+        self.all.insert(0, gateway)
+
+
+class Feed:
+    """Each message is a new token. Records its calls as (address, anew)."""
+
+    def __init__(self, *, repeatable=True):
+        self.repeatable = repeatable
+        self.tokens = 0
+        self.calls = []
+
+    def call(self, gateway, *, anew, timeout_s):
+        self.calls.append((gateway.address, anew))
+
+    def take(self, message):
+        self.tokens += message
+        return message
+
+
+@pytest.fixture
+def begin(clock):
+    """begin("a", "b", …) -> a Course over these gateways, and its Feed, after its first call."""
+
+    def make(*addresses, repeatable=True, deadline_s=1000.0, resume_s=30.0):
+        feed = Feed(repeatable=repeatable)
+        course = Course(Gateways(*addresses), feed, deadline_s=deadline_s, resume_s=resume_s, clock=clock)
+        course.start()
+        return course, feed
+
+    return make
+
+
+def go_on(course, clock, code, *, sent=False):
+    """The call fails; waits as the course says and makes the next one."""
+    course.failed(Failure(code, sent=sent))
+    clock.now_s += course.pause_s
+    course.start()
+    return course.pause_s
+
+
+def test_before_the_first_message_each_gateway_is_asked_once(begin, clock):
+    course, feed = begin("a", "b", "c")
+    for _ in range(2):
+        assert go_on(course, clock, UNAVAILABLE) == 0
+    with pytest.raises(TransportError, match=r"^c: "):
+        course.failed(Failure(UNAVAILABLE))
+    assert feed.calls == [("a", False), ("b", False), ("c", False)] and course.losses == 0
+
+
+def test_rounds_after_a_loss_begin_with_the_gateway_that_has_the_log(begin, clock):
+    course, feed = begin("a", "b")
+    go_on(course, clock, UNAVAILABLE)
+    course.take(1)
+    pauses = [go_on(course, clock, UNAVAILABLE) for _ in range(12)]
+    assert feed.calls[2:6] == [("b", False), ("a", True)] * 2
+    assert pauses == pytest.approx([0, 0, 0.1, 0, 0.2, 0, 0.4, 0, 0.8, 0, 1.6, 0])
+    assert [go_on(course, clock, UNAVAILABLE) for _ in range(4)] == [2.0, 0, 2.0, 0]
+    clock.now_s += 30.0
+    with pytest.raises(TransportError):
+        go_on(course, clock, UNAVAILABLE)
+    assert course.losses == 1
+
+
+def test_a_new_token_ends_the_search(begin, clock):
+    course, _ = begin("a")
+    course.take(1)
+    for _ in range(10):
+        go_on(course, clock, UNAVAILABLE)
+        clock.now_s += 20.0
+        course.take(1)
+    assert course.losses == 10
+
+
+def test_losses_without_a_new_token_are_counted(begin, clock):
+    course, _ = begin("a")
+    course.take(1)
+    for _ in range(2):
+        go_on(course, clock, UNAVAILABLE)
+        course.take(0)
+    with pytest.raises(TransportError):
+        go_on(course, clock, UNAVAILABLE)
+
+
+def test_a_log_that_forgot_the_request(begin, clock):
+    course, feed = begin("a", "b")
+    course.take(1)
+    go_on(course, clock, UNAVAILABLE)
+    go_on(course, clock, NOT_FOUND, sent=True)
+    go_on(course, clock, UNAVAILABLE)
+    assert feed.calls[1:] == [("a", False), ("a", True), ("b", True)]
+
+
+def test_a_request_that_failed_in_the_log_begins_anew(begin, clock):
+    course, feed = begin("a")
+    course.take(1)
+    go_on(course, clock, UNAVAILABLE, sent=True)
+    assert feed.calls[1:] == [("a", True)]
+
+
+def test_a_stream_that_can_not_begin_anew_stays(begin, clock):
+    course, feed = begin("a", "b", repeatable=False)
+    course.take(1)
+    for _ in range(2):
+        go_on(course, clock, UNAVAILABLE)
+    assert feed.calls[1:] == [("a", False)] * 2
+    with pytest.raises(NotFound):
+        course.failed(Failure(NOT_FOUND, sent=True))
+
+
+def test_a_gateway_without_room_is_asked_again_while_the_stream_is_lost(begin, clock):
+    course, feed = begin("a", "b")
+    course.take(1)
+    full = grpc.StatusCode.RESOURCE_EXHAUSTED
+    for code, sent in ((UNAVAILABLE, False), (UNAVAILABLE, False), (full, True)):
+        go_on(course, clock, code, sent=sent)
+    assert feed.calls[1:] == [("a", False), ("b", True), ("a", False)] and clock.now_s > 0
+    course.take(1)
+    with pytest.raises(Overloaded):
+        course.failed(Failure(full, sent=True))
+
+
+@pytest.mark.parametrize(
+    "code, sent, lost",
+    [
+        (grpc.StatusCode.INTERNAL, False, True),  # as a proxy resets a stream
+        (grpc.StatusCode.INTERNAL, True, False),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, True, True),  # the gateway: nothing was read for long
+        (grpc.StatusCode.DEADLINE_EXCEEDED, False, False),
+    ],
+)
+def test_failures_that_are_losses(begin, clock, code, sent, lost):
+    course, _ = begin("a")
+    course.take(1)
+    if lost:
+        go_on(course, clock, code, sent=sent)
+    else:
+        with pytest.raises((Internal, DeadlineExceeded)):
+            course.failed(Failure(code, sent=sent))
+    assert course.losses == lost
+
+
+def test_the_deadline_is_that_of_the_whole_stream(begin, clock):
+    course, _ = begin("a", deadline_s=10.0)
+    course.take(1)
+    go_on(course, clock, UNAVAILABLE)
+    clock.now_s += 10.0
+    with pytest.raises(TransportError):
+        course.failed(Failure(UNAVAILABLE))
