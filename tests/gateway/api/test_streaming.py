@@ -130,7 +130,9 @@ def test_a_client_that_knows_nothing_but_reflection(farshore):
     """Lists the services, finds their descriptors, and makes calls by them alone."""
     farshore.engine.auto = (5, 6)
     found = ProtoReflectionDescriptorDatabase(farshore.channel)
-    assert {"farshore.inference.v1.InferenceService", "farshore.admin.v1.AdminService"} <= set(found.get_services())
+    assert {"farshore.inference.v1.InferenceService", "farshore.admin.v1.AdminService"} <= set(
+        found.get_services()
+    )
     service = DescriptorPool(found).FindServiceByName("farshore.inference.v1.InferenceService")
 
     def call(name, **fields):
