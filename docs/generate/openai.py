@@ -63,7 +63,7 @@ NOTES = {
     "best_of": "for the value of `n`; another one is refused",
     "cache_salt": "stored prefixes are found by requests of the same salt alone",
     "content": "a text or parts of type `text`; images and audio are refused",
-    "echo": "not together with `logprobs`",
+    "echo": "with `logprobs` also the log-probabilities of the prompt's tokens",
     "functions": "use `tools`",
     "function_call": "use `tool_choice`",
     "logit_bias": "-100 to 100, by token id",

@@ -7,7 +7,7 @@ sequences run.
 
 import threading
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
 
@@ -193,3 +193,20 @@ def _turn(sequence: Sequence) -> tuple[bool, int, int, int]:
     if sequence.queued_s is None:
         return True, sequence.priority, sequence.order, sequence.choice
     return False, 0, sequence.admitted, sequence.choice
+
+
+def victims(placed: Iterable[Sequence]) -> list[Sequence]:
+    """Chooses the sequences to park among those that have memory: all choices of the request that was
+    admitted last.
+
+    If only one request has memory, chooses its last choice, and [] if that is its only one. So the first
+    choice of the request that was admitted first always finishes (invariant 11, docs/architecture.md).
+    Priorities do not matter here: parking the least urgent request could keep it from ever finishing.
+    """
+    by_age = sorted(placed, key=lambda sequence: (sequence.admitted, sequence.choice))
+    if len(by_age) < 2:
+        return []
+    oldest, newest = by_age[0], by_age[-1]
+    if oldest.admitted == newest.admitted:
+        return [newest]
+    return [sequence for sequence in by_age if sequence.admitted == newest.admitted]

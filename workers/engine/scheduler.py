@@ -12,7 +12,7 @@ not know gRPC or how shards are called.
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from torch import Tensor
@@ -28,7 +28,7 @@ from farshore.workers.engine.kv.pool import ShardPool
 from farshore.workers.engine.lookup import PromptLookup
 from farshore.workers.engine.prefill.pacer import PrefillPacer
 from farshore.workers.engine.prefill.prompts import Outcome, Prompts
-from farshore.workers.engine.requests import Requests
+from farshore.workers.engine.requests import Requests, victims
 from farshore.workers.engine.retry import StepRunner
 from farshore.workers.engine.sequence import Failed, Finished, Reason, Sampled, Sequence
 
@@ -384,20 +384,3 @@ class Scheduler:
         self._released += 1
         for running in self._running:
             running.refused_boundary = None  # Its hand-off may find room now.
-
-
-def victims(placed: Iterable[Sequence]) -> list[Sequence]:
-    """Chooses the sequences to park among those that have memory: all choices of the request that was
-    admitted last.
-
-    If only one request has memory, chooses its last choice, and [] if that is its only one. So the first
-    choice of the request that was admitted first always finishes (invariant 11, docs/architecture.md).
-    Priorities do not matter here: parking the least urgent request could keep it from ever finishing.
-    """
-    by_age = sorted(placed, key=lambda sequence: (sequence.admitted, sequence.choice))
-    if len(by_age) < 2:
-        return []
-    oldest, newest = by_age[0], by_age[-1]
-    if oldest.admitted == newest.admitted:
-        return [newest]
-    return [sequence for sequence in by_age if sequence.admitted == newest.admitted]

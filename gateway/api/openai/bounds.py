@@ -1,6 +1,6 @@
 """The bounds that the OpenAPI description tells: those that ``gateway.requests`` and ``translate`` check.
 
-Added by ``openapi`` to the schemas of the bodies. Bounds that depend on other fields are not told. Must not
+Added by ``endpoints`` to the schemas of the bodies. Bounds that depend on other fields are not told. Must not
 know how a bound is checked.
 """
 

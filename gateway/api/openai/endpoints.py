@@ -21,6 +21,7 @@ from farshore import __version__
 from farshore.errors import ModelError
 from farshore.gateway.api.openai import translate
 from farshore.gateway.api.openai.answers import ChatAnswer, CompletionAnswer
+from farshore.gateway.api.openai.bounds import add_bounds
 from farshore.gateway.api.openai.errors import ApiError, error_of
 from farshore.gateway.api.openai.openapi import description
 from farshore.gateway.api.openai.parsing import Parsing
@@ -144,7 +145,9 @@ class Endpoints:
         return JSONResponse({"version": __version__})
 
     async def _openapi(self, request: Request) -> Response:
-        return JSONResponse(description(self._served, self._intake.limits))
+        document = description()
+        add_bounds(document["components"]["schemas"], self._served, self._intake.limits)
+        return JSONResponse(document)
 
     @property
     def _names(self) -> tuple[str, ...]:

@@ -9,10 +9,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from farshore import __version__
-from farshore.gateway.api.openai.bounds import add_bounds
 from farshore.gateway.api.openai.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from farshore.gateway.limits import Limits
-from farshore.gateway.served import Served
 
 _POSTS: dict[str, tuple[type[BaseModel], str]] = {
     "/v1/chat/completions": (ChatBody, "Answers a chat; a stream of server-sent events with stream: true."),
@@ -38,12 +35,11 @@ _ERRORS = {
 }
 
 
-def description(served: Served, limits: Limits) -> dict[str, Any]:
-    """The OpenAPI 3.1 document of a gateway that serves this model."""
+def description() -> dict[str, Any]:
+    """The OpenAPI 3.1 document, without the bounds that depend on a gateway."""
     kinds = [kind for kind, _ in _POSTS.values()]
     template = "#/components/schemas/{model}"
     _, schemas = models_json_schema([(kind, "validation") for kind in kinds], ref_template=template)
-    add_bounds(schemas["$defs"], served, limits)
     paths: dict[str, Any] = {}
     for path, (kind, summary) in _POSTS.items():
         content = {"application/json": {"schema": {"$ref": template.format(model=kind.__name__)}}}

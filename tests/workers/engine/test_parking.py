@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farshore.workers.engine.scheduler import victims
+from farshore.workers.engine.requests import victims
 
 
 def placed(*keys):

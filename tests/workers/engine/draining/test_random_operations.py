@@ -1,8 +1,8 @@
 """Requests run on two engines while shards join, drain, open again and leave at random; some are cancelled.
 
 None fails, every token is the one that an undisturbed model gives, and no shard keeps anything. The long form
-is run by command: ``pytest -m soak -s tests/workers/engine/test_random_operations.py``. Threads decide what
-happens when, so a seed repeats what is done, not when.
+is run by command: ``pytest -m soak -s tests/workers/engine/draining``. Threads decide what happens when, so a
+seed repeats what is done, not when.
 """
 
 import random
