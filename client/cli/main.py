@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 
 from farshore import __version__
 from farshore.client.cli import bench as cli_bench
+from farshore.client.cli import doctor as cli_doctor
 from farshore.client.cli import generate as cli_generate
 from farshore.client.cli import models as cli_models
 from farshore.client.cli import node as cli_node
@@ -36,6 +37,7 @@ _COMMANDS = (
     cli_top,
     cli_operate,
     cli_bench,
+    cli_doctor,
 )
 
 _HELP = """\

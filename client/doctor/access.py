@@ -1,0 +1,66 @@
+"""The rights of the user that runs the doctor, by Kubernetes' own review of each verb.
+
+Used by ``examine``. Must not know the release's objects. No pod of the chart calls Kubernetes' API, and none
+gets a token for it: the verbs here are those that Helm needs to keep the chart's objects, and those that
+following NOTES.txt and the doctor's advice needs.
+"""
+
+from collections.abc import Iterator
+
+from farshore.client.doctor.finding import Finding, Release
+from farshore.client.doctor.kube_api import KubeApi
+from farshore.errors import Internal
+
+NAME = "access"
+_KEEP = ("get", "create", "patch", "delete")
+VERBS = {
+    ("", "configmaps"): _KEEP,
+    # Helm keeps its releases in Secrets, and replaces them whole.
+    ("", "secrets"): (*_KEEP, "list", "update"),
+    ("", "serviceaccounts"): _KEEP,
+    ("", "services"): _KEEP,
+    ("apps", "deployments"): _KEEP,
+    ("apps", "statefulsets"): _KEEP,
+    ("networking.k8s.io", "networkpolicies"): _KEEP,
+    ("policy", "poddisruptionbudgets"): _KEEP,
+    ("ray.io", "rayclusters"): _KEEP,
+    ("", "pods"): ("get", "list"),
+    ("", "pods/log"): ("get",),
+    ("", "pods/portforward"): ("create",),
+    ("", "persistentvolumeclaims"): ("get",),
+    ("", "events"): ("list",),
+}
+"""(API group, resource) -> the verbs, in the release's namespace."""
+
+
+def check(api: KubeApi, release: Release) -> Iterator[Finding]:
+    """The verbs that the user lacks, a finding for each resource."""
+    for (group, resource), verbs in VERBS.items():
+        missing = [verb for verb in verbs if not _allowed(api, release.namespace, group, resource, verb)]
+        if missing:
+            full = f"{resource}.{group}" if group else resource
+            yield Finding(
+                NAME,
+                full,
+                f"you may not {', '.join(missing)} {full} in the namespace {release.namespace}",
+                f"ask for a Role with them: kubectl -n {release.namespace} create role farshore-"
+                f"{resource.replace('/', '-')} --verb={','.join(missing)} --resource={full}, and a "
+                "RoleBinding of it to you",
+            )
+
+
+def _allowed(api: KubeApi, namespace: str, group: str, resource: str, verb: str) -> bool:
+    kind, _, part = resource.partition("/")
+    attributes = {"namespace": namespace, "group": group, "resource": kind, "verb": verb}
+    if part:
+        attributes["subresource"] = part
+    review = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SelfSubjectAccessReview",
+        "spec": {"resourceAttributes": attributes},
+    }
+    answer = api.create("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", review)
+    status = answer.get("status") or {}
+    if "allowed" not in status:
+        raise Internal(f"Kubernetes' review of {verb} {resource} has no answer: {status}")
+    return bool(status["allowed"])
