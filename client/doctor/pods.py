@@ -22,7 +22,6 @@ _PULL = {
     "RegistryUnavailable",
 }
 _NOT_MADE = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
-_STARTING = {"ContainerCreating", "PodInitializing"}
 
 
 def check(api: KubeApi, release: Release) -> Iterator[Finding]:
@@ -56,18 +55,28 @@ def _findings(api: KubeApi, release: Release, pod: dict[str, Any], component: st
                 f"add nodes that fit, or change {component}.resources, nodeSelector, tolerations or affinity",
             )
     containers = [*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())]
-    creating = False
-    for container in containers:
-        waiting = (container.get("state") or {}).get("waiting") or {}
-        creating = creating or waiting.get("reason") in _STARTING
-        yield from _container(api, release, name, component, container)
-    if creating and (words := api.warning(release.namespace, "Pod", name)):
-        yield Finding(
-            NAME,
-            subject,
-            f"its containers wait to be made: {words}",
-            f"see all of its events: kubectl -n {release.namespace} describe pod {name}",
-        )
+    explained = [
+        found for container in containers for found in _container(api, release, name, component, container)
+    ]
+    yield from explained
+    if containers and not explained:
+        yield from _not_ready(api, release, pod)
+
+
+def _not_ready(api: KubeApi, release: Release, pod: dict[str, Any]) -> Iterator[Finding]:
+    """A pod whose containers tell nothing: it starts, is kept from starting, or fails its probes."""
+    name, status = pod["metadata"]["name"], pod["status"]
+    ready = next((each for each in status.get("conditions") or () if each["type"] == "Ready"), {})
+    if ready.get("status") != "False":
+        return
+    problem = f"it is not ready since {ready.get('lastTransitionTime')}: {ready.get('message')}"
+    if words := api.warning(release.namespace, "Pod", name):
+        problem += f" ({words})"
+    fix = (
+        "give it the minutes that loading the model takes, then read its events and logs: "
+        f"kubectl -n {release.namespace} describe pod {name}, and logs {name} --all-containers"
+    )
+    yield Finding(NAME, f"pod {name}", problem, fix)
 
 
 def _container(

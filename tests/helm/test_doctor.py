@@ -83,6 +83,7 @@ def alpha_crd(server):
 def crash_loop(server):
     ended = {"terminated": {"exitCode": 1, "reason": "Error"}}
     waiting = {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 5m0s"}}
+    not_ready(server)
     container(server, state=waiting, lastState=ended, restartCount=7)
     server.log = "starting\nfarshore: error: model x: not found\n\n"
 
@@ -114,8 +115,14 @@ def no_pull_secret(server):
     del server.objects["secrets", "registry"]
 
 
+def not_ready(server):
+    unready = {"type": "Ready", "status": "False", "message": "containers with unready status: [ray]"}
+    server.objects["pods", POD]["status"]["conditions"] = [unready | {"lastTransitionTime": "noon"}]
+
+
 def not_mounted(server):
     container(server, state={"waiting": {"reason": "ContainerCreating"}})
+    not_ready(server)
     server.warn("Pod", POD, "MountVolume.SetUp failed: timed out")
 
 
@@ -205,7 +212,8 @@ BROKEN = {
     ),
     other_key: ("secrets", "secret demo-farshore-token", "it lacks auth_token", "edit secret"),
     no_pull_secret: ("secrets", "secret registry", "image.pullSecrets names it", ".dockerconfigjson=FILE"),
-    not_mounted: ("pods", f"pod {POD}", "wait to be made: MountVolume.SetUp failed", "describe pod"),
+    not_mounted: ("pods", f"pod {POD}", "unready status: [ray] (MountVolume.SetUp failed", "describe pod"),
+    not_ready: ("pods", f"pod {POD}", "not ready since noon: containers with unready status", "logs"),
     not_made: ("pods", f"pod {POD}, container ray", "container has runAsNonRoot", "describe pod"),
     no_verb: ("access", "rayclusters.ray.io", "you may not patch rayclusters.ray.io", "--verb=patch"),
     unbound: (
