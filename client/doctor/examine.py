@@ -39,5 +39,5 @@ def _not_made(name: str, error: FarshoreError) -> Finding:
     elif isinstance(error, TransportError):
         fix = "see whether the API server runs (kubectl get --raw /readyz), then try again"
     else:
-        fix = "let a user run the doctor who may read that, or ask for the right"
+        fix = "run the doctor as a user that may read it, or ask for the right"
     return Finding(name, "this check", f"it could not be made to its end: {error}", fix)

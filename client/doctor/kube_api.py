@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 import urllib3
+import yaml
 from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 from kubernetes.config.config_exception import ConfigException
@@ -39,6 +40,7 @@ class KubeApi:
         configuration.retries = False
         self.namespace = namespace
         self._timeout_s = timeout_s
+        self._explains = True
         self._client = client.ApiClient(configuration)
 
     @classmethod
@@ -58,7 +60,7 @@ class KubeApi:
             else:
                 config.load_incluster_config(client_configuration=found)
                 namespace = _NAMESPACE_FILE.read_text(encoding="utf-8").strip()
-        except (ConfigException, OSError, KeyError, TypeError, ValueError) as error:
+        except (ConfigException, yaml.YAMLError, OSError, LookupError, TypeError, ValueError) as error:
             raise InvalidRequest(
                 f"no usable configuration for Kubernetes ({error}): give --kubeconfig FILE, or set KUBECONFIG"
             ) from error
@@ -94,15 +96,30 @@ class KubeApi:
                 return
 
     def warning(self, namespace: str, kind: str, name: str) -> str:
-        """The message of the newest event of type Warning about an object; empty where there is none or it
-        can't be read: events only explain what a check has found already."""
+        """The message of the newest event of type Warning about an object, by :meth:`explanation`."""
         about = f"involvedObject.kind={kind},involvedObject.name={name},type=Warning"
-        try:
+
+        def when(event: dict[str, Any]) -> str:
+            return event.get("lastTimestamp") or event.get("eventTime") or ""
+
+        def newest() -> str:
             events = list(self.items(namespaced("v1", namespace, "events"), fieldSelector=about))
-        except FarshoreError:
+            return max(events, key=when).get("message") or "" if events else ""
+
+        return self.explanation(newest)
+
+    def explanation(self, read: Callable[[], str]) -> str:
+        """What ``read`` returns; empty where it raises FarshoreError: it only explains what a check has found
+        already. After one that was late nothing more is read: each of many pods would wait as long."""
+        if not self._explains:
             return ""
-        when = lambda event: event.get("lastTimestamp") or event.get("eventTime") or ""  # noqa: E731
-        return max(events, key=when).get("message") or "" if events else ""
+        try:
+            return read()
+        except DeadlineExceeded:
+            self._explains = False
+        except FarshoreError:
+            pass
+        return ""
 
     def _object(
         self, method: str, path: str, query: Mapping[str, str] | None = None, body: Any = None
@@ -135,6 +152,9 @@ class KubeApi:
         where = f"{self._client.configuration.host}{path}"
         try:
             status, answer = self._bounded(exchange)
+        except urllib3.exceptions.NewConnectionError as error:
+            # urllib3 counts it among the timeouts.
+            raise TransportError(f"{where}: no connection: {error}") from error
         except (TimeoutError, urllib3.exceptions.TimeoutError) as error:
             raise DeadlineExceeded(f"{where}: no answer within {self._timeout_s:g} s") from error
         except (urllib3.exceptions.HTTPError, ApiException, OSError) as error:

@@ -8,7 +8,6 @@ from typing import Any
 
 from farshore.client.doctor.finding import Finding, Release
 from farshore.client.doctor.kube_api import KubeApi, namespaced
-from farshore.errors import FarshoreError
 
 NAME = "pods"
 MANY_RESTARTS = 3
@@ -131,11 +130,8 @@ def _ended(
 
 
 def _last_line(api: KubeApi, release: Release, pod: str, container: str) -> str:
-    """The last line that the ended container wrote; empty where it can't be read: the exit code is enough."""
+    """The last line that the ended container wrote, where it can be read."""
     path = namespaced("v1", release.namespace, "pods", f"{pod}/log")
     query = {"container": container, "previous": "true", "tailLines": str(_LOG_LINES)}
-    try:
-        lines = api.text(path, query).split("\n")
-    except FarshoreError:
-        return ""
+    lines = api.explanation(lambda: api.text(path, query)).split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "")

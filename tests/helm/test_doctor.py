@@ -281,7 +281,7 @@ def test_a_server_that_does_not_listen(doctor, server):
     server.server_close()
     code, out, err = doctor("--json")
     assert (code, out) == (3, "")
-    assert "/version: no answer" in err and err.count("\n") == 1
+    assert "/version: no connection" in err and "refused" in err and err.count("\n") == 1
 
 
 def test_a_kubeconfig_that_is_none(tmp_path, capsys):

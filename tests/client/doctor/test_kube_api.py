@@ -95,6 +95,13 @@ def test_the_environment_names_the_file(monkeypatch, kubeconfig, tmp_path):
     assert KubeApi.connect(kubeconfig=None, context=None, timeout_s=1).namespace == "llm"
 
 
+@pytest.mark.parametrize("content", ["", "{[", "[]", "{}", '{"clusters": []}', '{"current-context": "x"}'])
+def test_a_file_that_is_no_kubeconfig(tmp_path, content):
+    (tmp_path / "file").write_text(content)
+    with pytest.raises(InvalidRequest, match="no usable configuration"):
+        KubeApi.connect(kubeconfig=str(tmp_path / "file"), context=None, timeout_s=1)
+
+
 def test_neither_a_file_nor_a_pod(monkeypatch, tmp_path):
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
@@ -107,6 +114,15 @@ def test_an_answer_that_trickles_is_late(kubeconfig):
     api = KubeApi.connect(kubeconfig=kubeconfig, context=None, timeout_s=0.3)
     with pytest.raises(DeadlineExceeded, match=r"/trickle: no answer within 0\.3 s"):
         api.get("/trickle")
+
+
+def test_after_a_late_explanation_none_is_read(server, kubeconfig):
+    api = KubeApi.connect(kubeconfig=kubeconfig, context=None, timeout_s=0.3)
+    server.answers["/x"] = (403, b"{}")
+    assert api.explanation(lambda: api.text("/x", {})) == ""
+    assert api.explanation(lambda: "why") == "why"
+    assert api.explanation(lambda: api.text("/trickle", {})) == ""
+    assert api.explanation(lambda: "why") == "" and server.paths == ["/x", "/trickle"]
 
 
 @pytest.mark.parametrize(
