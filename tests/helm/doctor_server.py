@@ -66,17 +66,19 @@ class DoctorServer(api_server.ApiServer):
                 self.objects[plurals[kind], name] = each
         cluster = self.objects["rayclusters", "demo-farshore"]
         self.ray_spec = schema(cluster["spec"])
-        # The chart sets it only for an external Redis.
-        self.ray_spec["properties"]["gcsFaultToleranceOptions"]["properties"]["redisUsername"] = {}
+        # The chart sets them only with Redis, and the name only where Redis is external.
+        redis = {key: {} for key in ("redisAddress", "redisPassword", "redisUsername")}
+        self.ray_spec["properties"]["gcsFaultToleranceOptions"] = {"properties": redis}
         cluster["status"] = {"state": "ready", "conditions": []}
         head = cluster["spec"]["headGroupSpec"]["template"]
         self.add("pods", pod("demo-farshore-head", head["metadata"]["labels"], head["spec"]))
         for group in cluster["spec"]["workerGroupSpecs"]:
             template, name = group["template"], f"demo-farshore-{group['groupName']}-worker-x"
             self.add("pods", pod(name, template["metadata"]["labels"], template["spec"]))
-        for plural, name in (("deployments", "gateway"), ("statefulsets", "redis")):
-            template = self.objects[plural, f"demo-farshore-{name}"]["spec"]["template"]
-            self.add("pods", pod(f"demo-farshore-{name}-0", template["metadata"]["labels"], template["spec"]))
+        for plural, name in list(self.objects):
+            if plural in ("deployments", "statefulsets"):
+                template = self.objects[plural, name]["spec"]["template"]
+                self.add("pods", pod(f"{name}-0", template["metadata"]["labels"], template["spec"]))
         for number in range(3):
             self.add("nodes", node(f"node-{number}"))
         operator = {"name": "kuberay-operator", "image": "quay.io/kuberay/operator:v1.7.0", "args": []}

@@ -236,6 +236,24 @@ def test_a_healthy_release_has_no_finding(doctor):
     assert doctor()[1] == f"nothing is wrong; checked: {', '.join(checks)}\n"
 
 
+@pytest.mark.parametrize("values", ["default", "laptop", "one-dense-two-memory", "two-dense-eight-memory"])
+def test_each_example_needs_what_it_names_and_no_more(module, render, examples, values, tmp_path, capsys):
+    """A cluster of three nodes without labels, volumes and credentials of its own."""
+    server = module.DoctorServer(render(examples.get(values, {})))
+    (tmp_path / "file").write_text(server.kubeconfig)
+    main(["doctor", "--kube", "--release=demo", "-n=llm", f"--kubeconfig={tmp_path / 'file'}", "--json"])
+    found = {(each["check"], each["subject"]) for each in json.loads(capsys.readouterr().out)["findings"]}
+    server.shutdown()
+    server.server_close()
+    named = {("nodes", f"pods of {group}") for group in ("dense", "attention")}
+    named.add(("volumes", "persistentvolumeclaim models"))
+    wanted = {
+        "one-dense-two-memory": named,
+        "two-dense-eight-memory": named | {("secrets", "secret registry")},
+    }
+    assert found == wanted.get(values, set())
+
+
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
 def test_what_is_broken_is_found_alone(doctor, server, broken):
     broken(server)
