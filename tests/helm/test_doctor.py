@@ -25,8 +25,8 @@ def module():
     sys.path.insert(0, folder)
     import doctor_server
 
-    yield doctor_server
     sys.path.remove(folder)
+    return doctor_server
 
 
 @pytest.fixture(scope="session")
