@@ -76,6 +76,24 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(chat, farshore, served, prom
     assert typed.end()[0] == 0
 
 
+def test_ctrl_c_at_any_time(chat, farshore, served):
+    """Before the first token, between tokens, while one is read."""
+    typed = chat()
+    for number in range(20):
+        typed.send("Hi\r")
+        sequence = farshore.engine.next_sequence()
+        if number % 2:
+            sequence.tokens(*served.tokenizer.encode("It goes"))
+        if number % 4 == 3:
+            typed.expect("It goes")
+        typed.send("\x03")
+        assert sequence.ended.wait(30)
+        typed.expect("> ")
+    typed.send("Hi\r")
+    answer(farshore, served, "Yes.")
+    typed.expect("Yes.\r\n")
+
+
 def test_a_turn_that_fails_leaves_no_trace(chat, farshore, served, prompt_of):
     typed = chat()
     typed.send("Hi\r")
