@@ -66,7 +66,9 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(chat, farshore, served, prom
     typed.expect("(stopped)")
     assert sequence.ended.wait(30)
     typed.expect("> ")
-    typed.send("unfinished\x03")  # At the prompt it drops the line.
+    typed.send("unfinished")
+    typed.expect("unfinished")  # readline notices a signal once it waits for a key.
+    typed.send("\x03")  # At the prompt it drops the line.
     typed.expect("> ")
     typed.send("On\r")
     assert list(answer(farshore, served, "Yes.").request.prompt) == prompt_of("Hi", "It goes", "On")
