@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2
 
 from farshore.client import events
 from farshore.client.chat import chat_of
+from farshore.client.converted import event_of, plain
 from farshore.client.gateways import Gateway, Gateways
 from farshore.errors import DeadlineExceeded, FarshoreError, InvalidRequest, NotFound, TransportError
 from farshore.proto import admin_pb2 as admin
@@ -138,7 +139,7 @@ class Client:
         until_s = time.monotonic() + deadline_s
         return self._stream(
             lambda gateway: gateway.inference.Generate(request, timeout=max(0.0, until_s - time.monotonic())),
-            read=_event,
+            read=event_of,
             begins=lambda event: isinstance(event, events.Token),
             # A request that is read again is in the log of one gateway.
             elsewhere=NotFound if resume_from or request.WhichOneof("prompt") is None else None,
@@ -175,12 +176,12 @@ class Client:
     def models(self) -> tuple[events.Model, ...]:
         """The model that is served, once by each of its names; the first is the one that answers show."""
         reply = self._call(lambda gateway: gateway.inference.ListModels, api.ListModelsRequest())
-        return tuple(_plain(events.Model, model) for model in reply.models)
+        return tuple(plain(events.Model, model) for model in reply.models)
 
     def model(self, name: str) -> events.Model:
         """The model of that name. Raises NotFound."""
         request = api.GetModelRequest(name=name)
-        return _plain(events.Model, self._call(lambda gateway: gateway.inference.GetModel, request))
+        return plain(events.Model, self._call(lambda gateway: gateway.inference.GetModel, request))
 
     def cancel(self, request_id: str) -> None:
         """Ends a request; returns when its memory is free. Raises NotFound if no gateway knows it, and
@@ -198,18 +199,18 @@ class Client:
     def status(self) -> events.ClusterStatus:
         """The cluster's status. Raises TransportError if the gateway or the controller does not answer."""
         reply = self._call(lambda gateway: gateway.operators.ClusterStatus, admin.ClusterStatusRequest())
-        return _plain(
+        return plain(
             events.ClusterStatus,
             reply,
             workers=tuple(
-                _plain(events.Worker, worker, links=tuple(_plain(events.Link, link) for link in worker.links))
+                plain(events.Worker, worker, links=tuple(plain(events.Link, link) for link in worker.links))
                 for worker in reply.workers
             ),
             sequences=tuple(
-                _plain(
+                plain(
                     events.Sequence,
                     sequence,
-                    spans=tuple(_plain(events.Span, span) for span in sequence.spans),
+                    spans=tuple(plain(events.Span, span) for span in sequence.spans),
                 )
                 for sequence in reply.sequences
             ),
@@ -245,7 +246,7 @@ class Client:
             lambda gateway: gateway.operators.WatchEvents(
                 request, timeout=None if follow else self._timeout_s
             ),
-            read=lambda event: _plain(events.ClusterEvent, event),
+            read=lambda event: plain(events.ClusterEvent, event),
             begins=lambda event: True,
         )
 
@@ -353,58 +354,3 @@ def _prompt(
     if token_ids is not None:
         return {"tokens": api.TokenIds(ids=token_ids)}
     return {}
-
-
-def _event(event: api.GenerateEvent) -> events.Event:
-    kind = event.WhichOneof("kind")
-    if kind == "token":
-        token = event.token
-        return _plain(
-            events.Token,
-            token,
-            logprob=token.logprob if token.HasField("logprob") else None,
-            top=tuple(_plain(events.Alternative, other) for other in token.top),
-        )
-    if kind == "prefill":
-        return _plain(events.Prefill, event.prefill)
-    if kind == "accepted":
-        return _plain(events.Accepted, event.accepted)
-    if kind == "prompt_logprobs":
-        return events.PromptLogprobs(
-            first=event.prompt_logprobs.first,
-            tokens=tuple(_prompt_token(token) for token in event.prompt_logprobs.tokens),
-        )
-    if kind != "finished":
-        raise TransportError("the gateway sent an event this client does not know: use the same version")
-    done = event.finished
-    return events.Finished(
-        choices=tuple(_plain(events.Completion, choice, reason=_reason(choice)) for choice in done.choices),
-        prompt_tokens=done.usage.prompt_tokens,
-        completion_tokens=done.usage.completion_tokens,
-        cached_tokens=done.usage.cached_tokens,
-        queued_ms=done.timings.queued_ms,
-        ttft_ms=done.timings.ttft_ms,
-        tpot_ms=done.timings.tpot_ms,
-        total_ms=done.timings.total_ms,
-        shards=tuple(_plain(events.ShardUse, shard) for shard in done.shards),
-    )
-
-
-def _prompt_token(token: api.PromptToken) -> events.PromptToken:
-    return _plain(
-        events.PromptToken,
-        token,
-        logprob=token.logprob if token.HasField("logprob") else None,
-        top=tuple(_plain(events.Alternative, other) for other in token.top),
-    )
-
-
-def _reason(completion: api.Completion) -> Any:
-    """The reason as an ``events.FinishReason``."""
-    return api.FinishReason.Name(completion.reason).removeprefix("FINISH_REASON_").lower()
-
-
-def _plain(kind: type[_Value], message: Any, **converted: Any) -> _Value:
-    """A dataclass of ``kind``, from the message's fields of the same names and from ``converted``."""
-    names = (field.name for field in dataclasses.fields(kind) if field.name not in converted)
-    return kind(**{name: getattr(message, name) for name in names}, **converted)

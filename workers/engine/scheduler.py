@@ -65,8 +65,7 @@ class Scheduler:
         self._released = 0
         """Number of sequences whose memory was given back, or will be when their last blocks are stored."""
         self._full_at: tuple[tuple[SequenceId, int], int] | None = None
-        """(key of the sequence that found no room last, value of ``_freed`` then): it is not placed again
-        before that value changes. A more urgent one may come before it, and be smaller."""
+        """(key of the sequence that found no room last, value of ``_freed`` then): it waits for a change."""
         self._prefilled = False
         """Whether prefill ran a unit in this round."""
         self.parkings = 0
@@ -387,12 +386,10 @@ class Scheduler:
 
 
 def victims(placed: Iterable[Sequence]) -> list[Sequence]:
-    """Chooses the sequences to park among those that have memory: all choices of the request that was
-    admitted last.
+    """Chooses the sequences to park: all choices of the request that was admitted last. If only one request
+    has memory, its last choice, and [] if that is its only one.
 
-    If only one request has memory, chooses its last choice, and [] if that is its only one. So the first
-    choice of the request that was admitted first always finishes (invariant 11, docs/architecture.md).
-    Priorities do not matter here: parking the least urgent request could keep it from ever finishing.
+    So the first choice of the first admitted request always finishes (invariant 11, docs/architecture.md).
     """
     by_age = sorted(placed, key=lambda sequence: (sequence.admitted, sequence.choice))
     if len(by_age) < 2:
