@@ -56,7 +56,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     add_sampling_options(parser.add_argument_group("sampling"), one_answer=True)
     add_own_cluster_options(parser)
-    parser.set_defaults(run=run, usage_error=parser.error, json=False, n=None, logprobs=None)
+    parser.set_defaults(
+        run=run, usage_error=parser.error, json=False, n=None, logprobs=None, prompt_logprobs=None
+    )
 
 
 def run(args: argparse.Namespace) -> int:
