@@ -4,6 +4,7 @@ Used by ``pairs``, ``prefix`` and ``fairness``. It must not know what is compare
 """
 
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,8 +22,6 @@ from farshore.proto import inference_pb2 as api
 
 MOST_STREAMS = 64
 DEADLINE_S = 1800.0
-VOCAB = 32_000
-"""Prompts are of token ids below this, which every demo model knows."""
 
 
 @dataclass(slots=True)
@@ -47,13 +46,14 @@ class Engine:
     def __init__(self, stub: pb_grpc.EngineStub, threads: ThreadPoolExecutor) -> None:
         self._stub = stub
         self._threads = threads
+        self._name = uuid.uuid4().hex
         self._ids = count()
 
     def ask(self, prompt: Sequence[int], *, max_tokens: int) -> Asked:
         """Blocks until the answer is complete. Raises the engine's error."""
         sampling = api.Sampling(max_tokens=max_tokens, temperature=0)
         request = pb.SequenceRequest(
-            sequence_id=f"ask-{id(self)}-{next(self._ids)}",
+            sequence_id=f"{self._name}-{next(self._ids)}",
             epoch=FIRST_EPOCH,
             prompt=prompt,
             sampling=sampling,
@@ -82,7 +82,7 @@ def connected(address: str) -> Iterator[Engine]:
         yield Engine(pb_grpc.EngineStub(channel), threads)
 
 
-def prompt(tokens: int, *, seed: int, vocab: int = VOCAB) -> list[int]:
-    """Random token ids. Prompts of different seeds begin differently."""
+def prompt(tokens: int, *, seed: int, vocab: int) -> list[int]:
+    """Random token ids below ``vocab``. Prompts of different seeds begin differently."""
     draw = Random(seed)
     return [draw.randrange(vocab) for _ in range(tokens)]

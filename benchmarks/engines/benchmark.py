@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 from farshore.benchmarks import cases
 from farshore.benchmarks.cases import Measured
-from farshore.benchmarks.engines import pairs, prefix
+from farshore.benchmarks.engines import fairness, pairs, prefix
 from farshore.benchmarks.engines.directory import redis_bars
 from farshore.benchmarks.engines.routing import routing_bars
 from farshore.benchmarks.engines.setting import Setting, Sizes
@@ -21,6 +21,7 @@ PARTS: Mapping[str, Callable[[Setting], Measured]] = {
     "routing": lambda _: routing_bars(),
     "pairs": pairs.measure,
     "prefix": prefix.measure,
+    "fairness": fairness.measure,
 }
 
 

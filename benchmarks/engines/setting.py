@@ -32,6 +32,9 @@ class Sizes:
     """Tokens of each answer."""
     prefix_tokens: int = 8192
     """A multiple of a block."""
+    fairness_frames: int = 2000
+    fairness_tokens: int = 64
+    """Tokens of each answer after a long prompt, in part ``fairness``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,8 @@ def small(tmp_path):
         pair_sequences=2,
         pair_tokens=4,
         prefix_tokens=512,
+        fairness_frames=50,
+        fairness_tokens=4,
     )
 
 
@@ -43,7 +45,7 @@ def test_routing_reports_a_bar_for_long_and_short_prompts(monkeypatch):
 
 
 def test_an_unknown_part_is_refused_by_the_names_of_all():
-    with pytest.raises(InvalidRequest, match="redis; routing; pairs; prefix"):
+    with pytest.raises(InvalidRequest, match="redis; routing; pairs; prefix; fairness"):
         run("nothing")
 
 
@@ -66,3 +68,11 @@ def test_another_engine_finds_the_prefix(small):
     report = benchmark.run(Options().facts(), small, only="prefix", progress=lambda _: None)
     assert report.results[1].figures == {"cached_tokens": 512, "prompt_tokens": 528}
     assert report.bars[0].value > 0
+
+
+@pytest.mark.heavy
+def test_frames_are_measured_beside_each_load_at_both_shards(small):
+    report = benchmark.run(Options().facts(), small, only="fairness", progress=lambda _: None)
+    assert len(report.results) == 7 and not report.bars
+    assert all(len(result.timing.samples_s) == 50 for result in report.results)
+    assert sum("p99_over_another_shard" in result.figures for result in report.results) == 3
