@@ -19,6 +19,8 @@ from farshore.workers.dense import DenseConfig, DenseWorker
 from farshore.workers.engine.admission import EngineLimits
 
 HOST = "127.0.0.1"
+SHARD_GRACE_S = 120.0
+"""Longer than a cluster's: a machine that others use may hold up a shard that is not lost."""
 KV_FORMATS = {"bfloat16": "bf16", "float32": "float32"}
 
 
@@ -73,7 +75,7 @@ def _dense(options: Options, directory: Directory) -> tuple[DenseWorker, str]:
         listen=f"{HOST}:0",
         token=None,
         threads=options.threads,
-        limits=EngineLimits(),
+        limits=EngineLimits(shard_grace_s=SHARD_GRACE_S),
     )
     worker = DenseWorker(config, directory, host=HOST)
     worker.load()
