@@ -13,7 +13,7 @@ from farshore.proto import inference_pb2_grpc
 PUSHBACK = "grpc-retry-pushback-ms"
 
 
-class Flaky(inference_pb2_grpc.InferenceServicer):
+class Flaky(inference_pb2_grpc.InferenceServiceServicer):
     """Fails the first ``failures`` calls. Records all requests."""
 
     def __init__(self):
