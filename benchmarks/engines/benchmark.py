@@ -23,6 +23,14 @@ PARTS: Mapping[str, Callable[[Setting], Measured]] = {
     "prefix": prefix.measure,
     "fairness": fairness.measure,
 }
+"""By name:
+
+- redis: look-ups of prefixes in a directory of 100,000 blocks
+- routing: how long a gateway takes to choose an engine
+- pairs: tokens per second of two engines over those of one
+- prefix: the first token where another engine prefilled the prompt, over the prefill
+- fairness: an engine's frames while another one loads their shard; without a bar
+"""
 
 
 def run(facts: Facts, sizes: Sizes, *, only: str = "", progress: Callable[[str], None]) -> Report:
