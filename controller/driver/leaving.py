@@ -41,10 +41,13 @@ def leave(
     runtime = RayRuntime(address, dashboard=False, token_file=ray_access.token_file(token_file))
     runtime.start()
     try:
-        host = host or ray.util.get_node_ip_address()
-        nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeManagerAddress"] == host]
+        # Ray's idea of a driver's address is the head's where the head's address was given.
+        own = ray.get_runtime_context().get_node_id()
+        wanted = ("NodeID", own) if host is None else ("NodeManagerAddress", host)
+        nodes = [node for node in ray.nodes() if node["Alive"] and node[wanted[0]] == wanted[1]]
         if not nodes:
-            raise StartupError(f"the Ray at {address} has no node {host}: give its --host")
+            raise StartupError(f"the Ray at {address} has no node {wanted[1]}: give its --host")
+        host = nodes[0]["NodeManagerAddress"]
         _close(nodes[0]["NodeID"], timeout_s)
         told: set[str] = set()
         while (left := _workers_on(host)) and time.monotonic() < end_s:
