@@ -13,7 +13,7 @@ from ray._raylet import GcsClient
 from ray.core.generated import autoscaler_pb2
 
 from farshore.controller.config import namespace
-from farshore.controller.driver import ray_access
+from farshore.controller.driver import finding, ray_access
 from farshore.controller.driver.ray_runtime import RayRuntime
 from farshore.controller.launch import RaySlots
 from farshore.errors import StartupError
@@ -41,13 +41,10 @@ def leave(
     runtime = RayRuntime(address, dashboard=False, token_file=ray_access.token_file(token_file))
     runtime.start()
     try:
-        # Ray's idea of a driver's address is the head's where the head's address was given.
-        own = ray.get_runtime_context().get_node_id()
-        wanted = ("NodeID", own) if host is None else ("NodeManagerAddress", host)
-        nodes = [node for node in ray.nodes() if node["Alive"] and node[wanted[0]] == wanted[1]]
+        host = host or finding.own_address()
+        nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeManagerAddress"] == host]
         if not nodes:
-            raise StartupError(f"the Ray at {address} has no node {wanted[1]}: give its --host")
-        host = nodes[0]["NodeManagerAddress"]
+            raise StartupError(f"the Ray at {address} has no node {host}: give its --host")
         _close(nodes[0]["NodeID"], timeout_s)
         told: set[str] = set()
         while (left := _workers_on(host)) and time.monotonic() < end_s:
