@@ -1,7 +1,7 @@
 """Requests run on two engines while shards join, drain, open again and leave at random; some are cancelled.
 
 None fails, every token is the one that an undisturbed model gives, and no shard keeps anything. The long form
-is run by command: ``pytest -m soak -s tests/workers/engine``. Threads decide what happens when, so a
+is run by command: ``pytest -m soak -s tests/workers/engine/draining``. Threads decide what happens when, so a
 seed repeats what is done, not when.
 """
 
