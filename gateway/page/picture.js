@@ -108,7 +108,9 @@ function sequenceRow(sequence, longest) {
   const { tokens, spans, tail_first: tailFirst, owner } = sequence;
   const length = Math.max(tokens, ...spans.map((span) => span.last), 1);
   const groups = Math.max(1, ...spans.map((span) => span.group1));
-  const lane = make("div", { className: "lane" });
+  // Spans are granted for the whole prompt before it is computed.
+  const computing = tokens < tailFirst;
+  const lane = make("div", { className: computing ? "lane computing" : "lane" });
   lane.style.width = `${100 * Math.max(LEAST_LANE, length / longest)}%`;
   lane.style.height = `${Math.min(MOST_LANE_PX, Math.max(LEAST_LANE_PX, groups * GROUP_PX))}px`;
   for (const { worker_id: worker, first, last, group0, group1, bytes: size } of spans) {
@@ -121,7 +123,9 @@ function sequenceRow(sequence, longest) {
     lane.append(rectangle("tail", owner, where, [tailFirst / length, (tokens - tailFirst) / length, 0, 1]));
   }
   const holders = new Set(spans.map((span) => span.worker_id)).size;
-  const facts = [some(tokens, "token"), `${count(Math.max(0, tokens - tailFirst))} in the tail`];
+  const facts = computing
+    ? [`a prompt of ${some(tailFirst, "token")} or more, being computed`]
+    : [some(tokens, "token"), `${count(tokens - tailFirst)} in the tail`];
   if (holders) facts.push(`${some(spans.length + sequence.spans_left_out, "span")} on ${some(holders, "worker")}`);
   if (sequence.spans_left_out) facts.push(`${count(sequence.spans_left_out)} spans not drawn`);
   facts.push(`engine ${owner}`);

@@ -80,13 +80,19 @@ def cluster(step):
             sequence_id="77b0d1", owner="dense-0-77aa", tokens=12_800, tail_first=12_288, spans=by_heads
         ),
         admin.SequenceStatus(sequence_id="c01d5e/1", owner="dense-0-77aa", tokens=300),
+        admin.SequenceStatus(
+            sequence_id="9e44d0",
+            owner="dense-0-77aa",
+            tail_first=6144,
+            spans=spans(("attention-1-5d20", 0, 6144)),
+        ),
     ]
     return admin.ClusterStatusResponse(
         model="smollm2",
         dtype="bfloat16",
         kv_format="int8",
         version="0.1.0",
-        placement="attention",
+        placement="offload",
         workers=[
             dense,
             attention("attention-0-a1f3", "node-a", free=3 * GIB, cached=700 * MIB, step=step),
@@ -129,10 +135,11 @@ def test_the_page_draws_the_cluster(url, busy, browse):
     assert re.search(r'<span id="rate">\d+\.\d</span>', document)
     assert "smollm2 · bfloat16, KV as int8 · version 0.1.0" in document and "live" in document
     assert document.count('class="node"') == 3 and "unknown node" in document
-    assert document.count("<article") == 5 + 3
+    assert document.count("<article") == 5 + 4
     assert 'title="attention-1-5d20: tokens 8,192 to 16,384, groups 0 to 3, 9.0 MiB"' in document
     assert 'title="attention-2-9bc0: tokens 0 to 12,288, groups 2 to 3, 9.0 MiB"' in document
     assert 'title="dense-0-77aa: the tail, tokens 24,064 to 24,900"' in document
+    assert "a prompt of 6,144 tokens or more, being computed" in document
     assert "1.0 GiB held, 700 MiB cached, 2.3 GiB free" in document
     assert "slower than the others · 2 late or lost answers" in document
     assert document.index("no heartbeat for 10 s") < document.index("joined")
@@ -149,7 +156,7 @@ def test_the_picture_stays_when_the_controller_is_away(url, busy, browse, unavai
     document, _ = browse(url, polls=6)
     assert re.search(r'<p id="problem" role="alert">No status: .*no directory', document)
     assert re.search(r'<p id="age">as it was \d seconds ago', document) and '<body class="stale">' in document
-    assert document.count("<article") == 5 + 3
+    assert document.count("<article") == 5 + 4
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -54,7 +54,7 @@ def test_the_first_status_and_a_restarted_worker_have_no_rate():
     assert shown(status(dense(tokens=5)), status(dense(tokens=6)))["tokens_per_s"] is None
 
 
-@pytest.mark.parametrize(("placement", "cached"), [("local", 3), ("attention", 5)])
+@pytest.mark.parametrize(("placement", "cached"), [("local", 3), ("offload", 5)])
 def test_the_pool_is_where_the_cluster_places_kv(placement, cached):
     workers = (
         dense(cached_bytes=3),
@@ -126,7 +126,7 @@ def test_numbers_that_json_has_not():
     assert now["workers"][1]["p99_ms"] is None
 
 
-def test_addresses_and_process_ids_are_not_published():
+def test_a_workers_address_and_process_id_are_not_published():
     worker = dense(address="10.1.2.3:4567", process_id=76543, host="node-a")
     text = json.dumps(shown(status(worker)))
     assert "node-a" in text
