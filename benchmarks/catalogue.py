@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from farshore.attention_offload.transport.core_sharing import usable_cores
-from farshore.benchmarks import cases, machine
+from farshore.benchmarks import machine
 from farshore.benchmarks.cluster import benchmark as cluster
 from farshore.benchmarks.demo import load_demo
-from farshore.benchmarks.engines import drain
-from farshore.benchmarks.engines.directory import redis_bars
-from farshore.benchmarks.engines.routing import routing_bars
+from farshore.benchmarks.engines import benchmark as engines
+from farshore.benchmarks.engines import setting as engines_setting
 from farshore.benchmarks.faults import benchmark as faults
 from farshore.benchmarks.faults import setting as faults_setting
 from farshore.benchmarks.gateway import benchmark as gateway
@@ -121,15 +120,8 @@ def _gateway(options: Options, progress: Progress) -> Report:
 
 
 def _engines(options: Options, progress: Progress) -> Report:
-    facts = options.facts()
-    parts = {
-        "redis": lambda _: redis_bars(),
-        "routing": lambda _: routing_bars(),
-        "drain": lambda _: drain.drain_bars(drain.Sizes(), progress=progress),
-    }
-    chosen = cases.choose(parts, options.only, kind="part")
-    results, bars = cases.measure(chosen, facts, progress=progress)
-    return Report(asdict(facts), tuple(results), tuple(bars))
+    sizes = engines_setting.Sizes()
+    return engines.run(options.facts(), sizes, only=options.only, progress=progress)
 
 
 BENCHMARKS: Mapping[str, Benchmark] = {
@@ -143,7 +135,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         "workers and a controller that are killed, and scaling: how long it takes", _cluster
     ),
     "engines": Benchmark(
-        "what several engines share: Redis, the gateway's choice; drains under load", _engines
+        "several engines: what a second one brings, prefixes, Redis, drains under load", _engines
     ),
     "gateway": Benchmark("what a token costs in the gateway, and a mask of a structure", _gateway),
     "kernels": Benchmark("attention kernels against the machine's rates and PyTorch's SDPA", _kernels),

@@ -138,6 +138,7 @@ MAY_MAKE_CONNECTIONS = (
     "farshore/gateway/api/server.py",
     "farshore/client/",
     "farshore/benchmarks/faults/",
+    "farshore/benchmarks/gateway/",
 )
 
 

@@ -73,6 +73,7 @@ def _choose(
             stop_token_ids=(),
             message=b"",
             prefix_key=key,
+            seed=0,
         )
         begun_s = time.perf_counter()
         chosen = router.choose(job)

@@ -23,7 +23,7 @@ from farshore.models.files.source import DEMO
 from farshore.proto import inference_pb2 as api
 
 DEADLINE_S = 120.0
-GENERATE = f"/{api.DESCRIPTOR.services_by_name['Inference'].full_name}/Generate"
+GENERATE = f"/{api.DESCRIPTOR.services_by_name['InferenceService'].full_name}/Generate"
 PROMPT = "Tell me the story."
 
 

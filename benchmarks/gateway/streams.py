@@ -1,7 +1,7 @@
 """Measures what a token costs in the gateway, and how long it takes through it, against an empty server.
 
 Called by ``gateway.benchmark`` for each face. The gateway is a real process in front of one scripted engine;
-clients and servers are processes of their own. Must not know how they are made.
+clients and servers are processes of their own. Must not know the bars, nor how streams are made.
 """
 
 import base64
@@ -12,18 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 
 from farshore import rpc
-from farshore.benchmarks.cases import Measured
 from farshore.benchmarks.faults.stream import percentile
 from farshore.benchmarks.gateway.engine import script
 from farshore.benchmarks.gateway.load import Messages
 from farshore.benchmarks.gateway.pace import sent
 from farshore.benchmarks.gateway.processes import Process, running
 from farshore.benchmarks.gateway.setting import Setting, Sizes
-from farshore.benchmarks.report import Bar, Result
-from farshore.benchmarks.timing import Timing
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import WorkerRecord
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
@@ -32,9 +28,6 @@ from farshore.models.files.source import DEMO, resolve
 from farshore.models.tokenizer.load import load_tokenizer
 from farshore.proto import cluster_pb2, cluster_pb2_grpc
 from farshore.proto import inference_pb2 as api
-
-MOST_CPU = 2.5
-MOST_DELAY_MS = 40.0
 
 _PACKAGE = "farshore.benchmarks.gateway"
 
@@ -55,14 +48,10 @@ class Found:
         return 1e3 * (percentile(self.delays_s, 99) or float("nan"))
 
 
-def measure(face: str) -> Callable[[Setting], Measured]:
-    """The part of one face, ``grpc`` or ``http``."""
-
-    def part(setting: Setting) -> Measured:
-        with tempfile.TemporaryDirectory(prefix="farshore-bench-") as folder:
-            return _Part(face, setting, Path(folder)).run()
-
-    return part
+def measure(face: str, setting: Setting) -> tuple[Found, Found]:
+    """What the gateway and the empty server did with the streams of one face, ``grpc`` or ``http``."""
+    with tempfile.TemporaryDirectory(prefix="farshore-bench-") as folder:
+        return _Part(face, setting, Path(folder)).run()
 
 
 class _Part:
@@ -74,7 +63,7 @@ class _Part:
         self._texts = _texts(setting.sizes)
         self._next = 1
 
-    def run(self) -> Measured:
+    def run(self) -> tuple[Found, Found]:
         gateway, empty = Found(), Found()
         messages = self._folder / "messages"
         with contextlib.ExitStack() as stack:
@@ -89,7 +78,7 @@ class _Part:
                 self._progress(f"{self._face}: round {number + 1} of {self._sizes.rounds}")
                 self._round(address, process, engine_log, gateway)
                 self._round(peer.told["address"], peer, empty_log, empty)
-        return _measured(self._face, gateway, empty)
+        return gateway, empty
 
     def _round(self, address: str, process: Process, log: Path, found: Found) -> list[list[bytes]]:
         """Runs all streams and adds what was found. Returns the messages of each."""
@@ -191,25 +180,3 @@ def _of(face: str, messages: list[bytes]) -> Messages:
     """One stream's messages, parted."""
     tokens = [message for message in messages if _TEXT[face](message)]
     return Messages(messages[0], tokens, messages[1 + len(tokens) :])
-
-
-def _measured(face: str, gateway: Found, empty: Found) -> Measured:
-    ratio = median(ours / theirs for ours, theirs in zip(gateway.cpu_s, empty.cpu_s, strict=True))
-    added_ms = gateway.p99_ms - empty.p99_ms
-    why = (gateway.errors or empty.errors or [""])[0]
-    bars = [
-        Bar.at_most(f"{face}: tokens lost", gateway.lost + empty.lost, 0, "tokens", why),
-        Bar.at_most(f"{face}: CPU of a token", ratio, MOST_CPU, "of an empty stream's", why),
-        Bar.at_most(f"{face}: p99 of the delay", added_ms, MOST_DELAY_MS, "ms more than empty", why),
-    ]
-    figures = {
-        "gateway_cpu_us": 1e6 * median(gateway.cpu_s),
-        "empty_cpu_us": 1e6 * median(empty.cpu_s),
-        "gateway_p99_ms": gateway.p99_ms,
-        "gateway_median_ms": 1e3 * median(gateway.delays_s or [float("nan")]),
-        "empty_p99_ms": empty.p99_ms,
-        "empty_median_ms": 1e3 * median(empty.delays_s or [float("nan")]),
-        "tokens": len(gateway.delays_s),
-        "errors": gateway.errors[:3] + empty.errors[:3],
-    }
-    return [Result(face, Timing(tuple(gateway.delays_s) or (float("nan"),)), figures)], bars

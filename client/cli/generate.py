@@ -13,8 +13,9 @@ from farshore.client import events
 from farshore.client.cli.connect import running_or_own
 from farshore.client.cli.options import add_own_cluster_options, whole
 from farshore.client.cli.prompts import add_chat_option, add_prompt, chat_of, read_prompt
+from farshore.client.cli.reading import reading
 from farshore.client.cli.sampling import add_sampling_options, asked
-from farshore.client.cli.terminal import Progress, held_signals, stop_signals, write
+from farshore.client.cli.terminal import Progress, stop_signals, write
 from farshore.client.sdk import Client
 from farshore.errors import Cancelled, FarshoreError, TransportError
 
@@ -95,19 +96,19 @@ def _answer(
 ) -> None:
     """Generates and prints the answer. Raises Cancelled, after printing, if another client cancelled it."""
     limit = {} if args.timeout is None else {"deadline_s": args.timeout}
-    with held_signals():
-        stream = client.generate(
-            **prompt,
-            model=args.model or "",
-            cache_salt=args.cache_salt,
-            priority=args.priority,
-            **limit,
-            **sampling,
-        )
+    request = dict(
+        prompt,
+        model=args.model or "",
+        cache_salt=args.cache_salt,
+        priority=args.priority,
+        **limit,
+        **sampling,
+    )
     choices = [_Choice() for _ in range(args.n or 1)]
     live = len(choices) == 1 and not args.json
     try:
-        accepted, finished, scored = _follow(stream, choices, live=live, progress=progress)
+        with reading(client, lambda own: own.generate(**request)) as stream:
+            accepted, finished, scored = _follow(stream, choices, live=live, progress=progress)
     except FarshoreError as error:
         progress.clear()
         if live and choices[0].text:

@@ -111,8 +111,7 @@ def interrupts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def held_signals() -> Iterator[None]:
-    """SIGINT and SIGTERM take effect at the end of the context. To be used where a stream is started: a
-    channel of gRPC whose first stream is interrupted while it starts can never be closed."""
+    """SIGINT and SIGTERM take effect at the end of the context."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -46,7 +46,7 @@ class Answering:
     def answer(self) -> events.Answer:
         """What has come. Raises TransportError unless the stream is finished."""
         if self.accepted is None or self.finished is None:
-            raise TransportError("the answer was closed before it was finished")
+            raise TransportError("the answer was closed, or broke off, before it was finished")
         choices = tuple(
             events.Choice(
                 text="".join(token.text for token in tokens) + end.text,

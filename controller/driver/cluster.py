@@ -256,7 +256,7 @@ class Cluster:
             # Noted at once: what is found is not to be ended, also if it does not answer.
             self._is_found = True
             return found
-        host = "127.0.0.1" if config.ray_address is None else ray.util.get_node_ip_address()
+        host = "127.0.0.1" if config.ray_address is None else finding.own_address()
         if not rpc.is_loopback(host):
             self.notices.append(
                 f"controller and workers listen on their nodes' addresses, such as {host}: they take only "

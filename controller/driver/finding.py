@@ -35,6 +35,13 @@ def controller(name: str) -> Any | None:
         return None
 
 
+def own_address() -> str:
+    """The address of Ray's node that this process runs on. In a driver, ``ray.util.get_node_ip_address``
+    gives the head's instead where Ray's address was given."""
+    own = ray.get_runtime_context().get_node_id()
+    return next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == own)
+
+
 def has_ended(actor: Any) -> bool:
     """Whether Ray will not start the actor again."""
     return state.actors(actor._actor_id.hex()).get("State") == "DEAD"

@@ -13,7 +13,7 @@ from ray._raylet import GcsClient
 from ray.core.generated import autoscaler_pb2
 
 from farshore.controller.config import namespace
-from farshore.controller.driver import ray_access
+from farshore.controller.driver import finding, ray_access
 from farshore.controller.driver.ray_runtime import RayRuntime
 from farshore.controller.launch import RaySlots
 from farshore.errors import StartupError
@@ -41,7 +41,7 @@ def leave(
     runtime = RayRuntime(address, dashboard=False, token_file=ray_access.token_file(token_file))
     runtime.start()
     try:
-        host = host or ray.util.get_node_ip_address()
+        host = host or finding.own_address()
         nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeManagerAddress"] == host]
         if not nodes:
             raise StartupError(f"the Ray at {address} has no node {host}: give its --host")

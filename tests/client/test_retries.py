@@ -13,7 +13,7 @@ from farshore.proto import inference_pb2_grpc
 PUSHBACK = "grpc-retry-pushback-ms"
 
 
-class Flaky(inference_pb2_grpc.InferenceServicer):
+class Flaky(inference_pb2_grpc.InferenceServiceServicer):
     """Fails the first ``failures`` calls. Records all requests."""
 
     def __init__(self):
@@ -46,7 +46,7 @@ def flaky():
     servicer = Flaky()
     with ThreadPoolExecutor(4) as pool:
         server = grpc.server(pool, options=[("grpc.max_receive_message_length", -1)])
-        inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
         servicer.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         server.start()
         yield servicer

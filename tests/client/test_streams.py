@@ -48,7 +48,7 @@ def test_a_closed_stream_has_no_text(client, farshore):
     assert [type(next(stream)) for _ in range(2)] == [events.Accepted, events.Token]
     stream.close()
     stream.close()
-    with pytest.raises(TransportError, match="closed before"):
+    with pytest.raises(TransportError, match="was closed"):
         stream.text()
 
 

@@ -1,7 +1,9 @@
 """Fixtures of the chart's tests: Helm, and objects that it renders."""
 
 import copy
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +34,8 @@ def _merged(*layers):
 @pytest.fixture(scope="session")
 def call_helm():
     """call_helm(action, **arguments) -> what Helm returns. Raises HelmFailed."""
-    pytest.importorskip("helm_python", reason="helm-python-sdk has no wheel for this platform")
+    if importlib.util.find_spec("helm_python") is None and not os.environ.get("CI"):
+        pytest.skip("helm-python-sdk is not installed, or has no wheel for this platform")
     command = [sys.executable, "-P", str(Path(__file__).with_name("helm_process.py"))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 

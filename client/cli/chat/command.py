@@ -14,11 +14,11 @@ from farshore.client.cli.chat.lines import Lines
 from farshore.client.cli.connect import running_or_own
 from farshore.client.cli.options import add_own_cluster_options
 from farshore.client.cli.prompts import read_text
+from farshore.client.cli.reading import reading
 from farshore.client.cli.sampling import add_sampling_options, asked
 from farshore.client.cli.terminal import (
     Interrupted,
     Progress,
-    held_signals,
     interrupts,
     stop_signals,
     write,
@@ -56,7 +56,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     add_sampling_options(parser.add_argument_group("sampling"), one_answer=True)
     add_own_cluster_options(parser)
-    parser.set_defaults(run=run, usage_error=parser.error, json=False, n=None, logprobs=None)
+    parser.set_defaults(
+        run=run, usage_error=parser.error, json=False, n=None, logprobs=None, prompt_logprobs=None
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -136,9 +138,7 @@ class _Chat:
             return self._commands[name.rstrip()](rest.strip())
         answer = _Answer(self._progress)
         messages = self._conversation.with_question(text)
-        with held_signals():
-            stream = self._client.generate(messages=messages, **self._options)
-        with contextlib.closing(stream):
+        with reading(self._client, lambda own: own.generate(messages=messages, **self._options)) as stream:
             answer.follow(stream)
         if answer.text:
             self._conversation.add(text, answer.text)

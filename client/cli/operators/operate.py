@@ -13,9 +13,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from farshore.client.cli.connect import connected
+from farshore.client.cli.connect import CALL_DEADLINE_S, connected
 from farshore.client.cli.options import add_gateway_options, number, whole
-from farshore.client.cli.terminal import Progress, held_signals, write
+from farshore.client.cli.reading import reading
+from farshore.client.cli.terminal import Progress, write
 from farshore.client.events import ClusterEvent
 from farshore.client.sdk import Client
 from farshore.cluster_token import VARIABLE
@@ -177,10 +178,13 @@ def run_down(args: argparse.Namespace) -> int:
 def run_events(args: argparse.Namespace) -> int:
     with connected(args) as client:
         try:
-            with held_signals():
-                events = client.watch_events(follow=args.follow)
-            for event in events:
-                write(f"{json.dumps(dataclasses.asdict(event)) if args.json else _line(event)}\n")
+            with reading(
+                client,
+                lambda own: own.watch_events(follow=args.follow),
+                timeout_s=args.timeout or CALL_DEADLINE_S,
+            ) as events:
+                for event in events:
+                    write(f"{json.dumps(dataclasses.asdict(event)) if args.json else _line(event)}\n")
         except KeyboardInterrupt:
             if not args.follow:
                 raise

@@ -167,8 +167,9 @@ def test_a_killed_shard_is_noticed_at_once_and_found_again(reach, work):
             with pytest.raises(NotFound):
                 work.run(client, work.step([read[name]]))
             client.store.drop_sequence(SequenceId(name), epoch=work.owner)
-            new_step = work.step([work.sealed_span(client.store, name, 0, 20)])
-            assert work.run(client, new_step) == expected[name]
+            new = work.sealed_span(client.store, name, 0, 20)
+            assert new.span not in {old.span for old in read.values()}, "another incarnation, the same name"
+            assert work.run(client, work.step([new])) == expected[name]
             assert client.transport is name
 
 

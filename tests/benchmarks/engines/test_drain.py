@@ -76,7 +76,7 @@ def test_a_small_run():
         drains=1,
         window_s=0.5,
         workers=1,
-        options=("--kv-memory", "64MiB"),
+        options=("--kv-memory", "256MiB"),
     )
     (result,), bars = drain_bars(sizes, progress=told.append)
     assert result.figures["held_bytes"][0] >= 2 * 256 * 23_040

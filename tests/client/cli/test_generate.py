@@ -344,3 +344,24 @@ def test_interrupt_stops_the_cluster_quietly(run, farshore, cluster, nothing_lis
     done = run("generate", "Hi")
     assert done.code == 130 and done.out == ""
     assert "Traceback" not in done.err
+
+
+def test_log_probabilities_of_the_prompt_and_a_priority(run, farshore):
+    asked = []
+
+    def answer():
+        sequence = farshore.engine.next_sequence()
+        asked.append(sequence.request)
+        sequence.prompt_logprobs(0, {"token_id": 5}, {"token_id": 6, "logprob": -0.5, "rank": 3})
+        sequence.finish()
+
+    feeding = threading.Thread(target=answer)
+    feeding.start()
+    options = ["--prompt-logprobs", "0", "--priority", "-2", "--json"]
+    scored = json.loads(run("generate", "Hi", "--server", farshore.address, *options).out)["prompt_logprobs"]
+    feeding.join(30)
+    assert [(token["token_id"], token["logprob"], token["rank"]) for token in scored] == [
+        (5, None, 0),
+        (6, -0.5, 3),
+    ]
+    assert asked[0].priority == -2 and asked[0].sampling.prompt_logprobs == 0

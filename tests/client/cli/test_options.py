@@ -103,7 +103,8 @@ def test_version(run):
 
 
 @pytest.mark.parametrize(
-    ("word", "meant"), [("staus", "did you mean 'status'?"), ("xyzzy", "choose from serve, node, generate")]
+    ("word", "meant"),
+    [("staus", "did you mean 'status'?"), ("xyzzy", "choose from serve, node, leave, generate")],
 )
 def test_an_unknown_command_suggests_the_nearest(run, word, meant):
     done = run(word, "--json")

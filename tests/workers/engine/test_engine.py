@@ -147,7 +147,7 @@ def test_a_sequence_shows_where_its_kv_is(tiny_model, rig, submit):
     collected.events.get(timeout=60)
     (view,) = engine.views()
     assert view.tail_first == 585 or view.tail_first % 256 == 0
-    assert [(first, last) for _, first, last, _, _ in view.spans][:2] == [(0, 256), (256, 585)]
+    assert [(span.first, span.last) for span in view.spans][:2] == [(0, 256), (256, 585)]
     assert {worker for worker, *_ in view.spans[:2]} == {"shard0", "shard1"}
     engine.cancel(SequenceId("a"))
     collected.result()

@@ -6,28 +6,6 @@ import torch
 from farshore.sampling import Sampling
 from farshore.workers.engine.sequence import Finished
 
-NEW_TOKENS = 16
-NO_TOKEN = 10**9
-"""No token has this id, so transformers does not stop before NEW_TOKENS."""
-
-
-@pytest.fixture(scope="module")
-def expected(hugging_face, prompts):
-    model = hugging_face(torch.float32)
-    answers = {}
-    for name, ids in prompts.items():
-        with torch.inference_mode():
-            out = model.generate(
-                torch.tensor([ids]),
-                attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                do_sample=False,
-                max_new_tokens=NEW_TOKENS,
-                eos_token_id=NO_TOKEN,
-                pad_token_id=0,
-            )
-        answers[name] = out[0, len(ids) :].tolist()
-    return answers
-
 
 @pytest.fixture(scope="module")
 def fresh_blocks(prompts):
@@ -57,17 +35,19 @@ def fresh_blocks(prompts):
     ids=["1 by range", "2 by range", "3 by range", "3 by head", "5 by both", "local"],
 )
 def test_greedy_tokens_equal_transformers(
-    demo_model, rig, submit, prompts, expected, fresh_blocks, shards, shard_by, local, classes
+    demo_model, rig, submit, prompts, greedy_float32, fresh_blocks, shards, shard_by, local, classes
 ):
     """``classes``: for each range of head groups, the number of shards that split its tokens."""
     cluster = rig(demo_model(torch.float32), shards=shards, shard_by=shard_by, local=local)
     engine = cluster.start()
-    sampling = Sampling(max_tokens=NEW_TOKENS, temperature=0.0)
-    running = {name: submit(engine, name, ids, sampling) for name, ids in prompts.items()}
+    running = {
+        name: submit(engine, name, ids, Sampling(max_tokens=len(greedy_float32[name]), temperature=0.0))
+        for name, ids in prompts.items()
+    }
     for name, collected in running.items():
         result = collected.result()
         assert isinstance(result, Finished), (name, result)
-        assert collected.tokens == expected[name], name
+        assert collected.tokens == greedy_float32[name], name
         used = {worker for worker, size in result.attended_bytes.items() if size}
         assert used <= set(cluster.targets)
         assert len(used) >= sum(min(class_shards, max(1, fresh_blocks[name])) for class_shards in classes), (

@@ -103,7 +103,9 @@ def test_scale(ask, controller):
 
 def test_drain(ask, controller):
     held = dict(worker_id="attention-0-a", kind="attention", state="draining")
-    controller.statuses = [dict(workers=[held]), (grpc.StatusCode.UNAVAILABLE, "no directory"), {}]
+    # gRPC makes a call three times.
+    away = [(grpc.StatusCode.UNAVAILABLE, "no directory")] * 3
+    controller.statuses = [dict(workers=[held]), *away, {}]
     done = ask("drain", "attention-0", "--drain-timeout", "2.5")
     assert (done.code, done.out) == (0, "attention-0-a has ended\n")
     assert done.err.splitlines()[0] == "draining attention-0-a: 0 sequences left"
