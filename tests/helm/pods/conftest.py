@@ -13,7 +13,7 @@ import pytest
 import farshore
 from farshore.benchmarks.cluster.hosts import hosts, why_not
 
-READY_S = 240.0
+READY_S = 150.0
 SCRIPT = "#!{python}\nimport sys\nfrom {module} import {name}\nsys.exit({name}())\n"
 
 
@@ -64,7 +64,15 @@ class Cluster:
     def start(self, pods):
         """Starts pods beside one another, and returns when all are ready."""
         with concurrent.futures.ThreadPoolExecutor(len(pods)) as pool:
-            list(pool.map(self._start, pods))
+            starting = [pool.submit(self._start, pod) for pod in pods]
+            try:
+                for each in concurrent.futures.as_completed(starting):
+                    each.result()
+            except BaseException:
+                # Others wait for the one that failed.
+                for pod in tuple(self.pods.values()):
+                    pod.kill()
+                raise
 
     def _start(self, pod):
         made = self.kubelet.start(pod)
@@ -117,9 +125,13 @@ def _pods(objects):
     for (kind, name), each in objects.items():
         if kind in ("Deployment", "StatefulSet"):
             for number in range(each["spec"]["replicas"]):
-                meta = each["spec"]["template"]["metadata"]
-                meta = meta | {"name": f"{name}-{number}", "namespace": each["metadata"]["namespace"]}
-                made.append({"kind": "Pod", "metadata": meta, "spec": each["spec"]["template"]["spec"]})
+                pod = copy.deepcopy(each["spec"]["template"]) | {"kind": "Pod"}
+                pod["metadata"] |= {"name": f"{name}-{number}", "namespace": each["metadata"]["namespace"]}
+                for claim in each["spec"].get("volumeClaimTemplates", ()):
+                    volume = claim["metadata"]["name"]
+                    source = {"claimName": f"{volume}-{name}-{number}"}
+                    pod["spec"]["volumes"].append({"name": volume, "persistentVolumeClaim": source})
+                made.append(pod)
     return made
 
 

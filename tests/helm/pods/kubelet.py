@@ -94,6 +94,7 @@ class Pod:
         self.alive = True
         self.folder = kubelet.folder / f"{self.name}-{host.name}"
         self._processes = {}
+        self._restarts = {}
         self._cgroups = []
 
     def prepare(self):
@@ -108,6 +109,12 @@ class Pod:
         group = spec["securityContext"]["fsGroup"]
         for volume in spec.get("volumes", ()):
             path = self.folder / "volumes" / volume["name"]
+            if "persistentVolumeClaim" in volume:
+                kept = self.kubelet.folder / f"claim-{volume['persistentVolumeClaim']['claimName']}"
+                kept.mkdir(exist_ok=True)
+                _give(kept, group)
+                path.symlink_to(kept)
+                continue
             path.mkdir()
             if "emptyDir" in volume:
                 if volume["emptyDir"].get("medium") == "Memory":
@@ -181,7 +188,7 @@ class Pod:
         }[path]
 
     def _start(self, container):
-        log = (self.folder / "logs" / container["name"]).open("w")
+        log = (self.folder / "logs" / container["name"]).open("a")
         cgroup = self._cgroup(container)
 
         def join():
@@ -283,6 +290,14 @@ class Pod:
         codes = {name: process.poll() for name, process in self._processes.items()}
         return {name: code for name, code in codes.items() if code is not None}
 
+    def restart_ended(self):
+        """Starts containers that ended again: at once, then after 10 s, 20 s and so on."""
+        for name in self.ended():
+            count, not_before_s = self._restarts.get(name, (0, 0.0))
+            if time.monotonic() >= not_before_s:
+                self._restarts[name] = count + 1, time.monotonic() + (10 << count)
+                self._processes[name] = self._start(self.container(name))
+
     def end(self):
         """As when a pod is deleted: it leaves the Services, preStop hooks run, SIGTERM, and SIGKILL when the
         grace is over. {container: (exit code of preStop, its output, own exit code; None: killed)}."""
@@ -327,10 +342,14 @@ def _write_volume(path, files, mode, *, group):
         if not (path / name).is_symlink():
             (path / name).symlink_to(f"..data/{name}")
     for folder in (version, path):
-        os.chown(folder, 0, group)
-        folder.chmod(0o2775)
+        _give(folder, group)
     (path / "..next").symlink_to(version.name)
     (path / "..next").replace(path / "..data")
+
+
+def _give(folder, group):
+    os.chown(folder, 0, group)
+    folder.chmod(0o2775)
 
 
 def _expand(text, env):

@@ -50,10 +50,9 @@ def await_ready(pod, *, deadline_s):
                 if passed:
                     break
                 name = f"{pod.name}: {container['name']}"
-                if ended := pod.ended():
-                    raise NeverReady(f"{name} waited; ended: {ended}: {_logs(pod)}")
-                if time.monotonic() > over_s:
-                    raise NeverReady(f"{name}: {kind} says {said!r}: {_logs(pod)}")
+                if not pod.alive or time.monotonic() > over_s:
+                    raise NeverReady(f"{name}: {kind} says {said!r}; {pod.ended()}: {_logs(pod)}")
+                pod.restart_ended()
                 time.sleep(min(probe.get("periodSeconds", 10), 0.5))
 
 
