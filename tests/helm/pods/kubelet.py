@@ -216,7 +216,8 @@ class Pod:
             (folder / "memory.limit_in_bytes").write_text(str(_bytes(limit)))
         except OSError:
             return None
-        self._cgroups.append(folder)
+        if folder not in self._cgroups:
+            self._cgroups.append(folder)
         return folder
 
     def memory(self):
@@ -296,7 +297,16 @@ class Pod:
             count, not_before_s = self._restarts.get(name, (0, 0.0))
             if time.monotonic() >= not_before_s:
                 self._restarts[name] = count + 1, time.monotonic() + (10 << count)
+                self._end_rest(name)
                 self._processes[name] = self._start(self.container(name))
+
+    def _end_rest(self, name):
+        """Kills what a container's first process left, which a container runtime ends with it."""
+        for group in self._cgroups:
+            if group.name.endswith(f"-{name}"):
+                for pid in (group / "cgroup.procs").read_text().split():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(int(pid), signal.SIGKILL)
 
     def end(self):
         """As when a pod is deleted: it leaves the Services, preStop hooks run, SIGTERM, and SIGKILL when the
