@@ -134,7 +134,7 @@ class Host:
 
     def popen(self, *command: str, env: Mapping[str, str], **options: Any) -> "subprocess.Popen[str]":
         """Starts a command on this host. Its exit code is the result's; a signal to the result does not reach
-        it. ``env``: beside this process's own environment."""
+        it, one to :meth:`pid` does. ``env``: beside this process's own environment."""
         enter = ["nsenter", f"--target={self._init_pid}", "--mount", "--net", "--pid", "--uts", "--ipc"]
         return subprocess.Popen(
             [*enter, *command],
@@ -143,6 +143,11 @@ class Host:
             start_new_session=True,
             **options,
         )
+
+    def pid(self, process: "subprocess.Popen[str]") -> int:
+        """This machine's id of a command that :meth:`popen` started and that runs."""
+        (pid,) = _children(process.pid)
+        return pid
 
     def cut(self) -> None:
         """Cuts this host off: packets are lost, and nothing is told."""
