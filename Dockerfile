@@ -11,8 +11,8 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/farshore
 ENV PATH=/opt/farshore/bin:$PATH
-# PyTorch's wheels without CUDA: 2.5 GB less. Empty: those of PyPI.
-ARG PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# An index with PyTorch's wheels without CUDA: 2.5 GB less. Empty: those of PyPI.
+ARG PIP_EXTRA_INDEX_URL=
 # The chart's ray.version: KubeRay and all nodes must have the same.
 ARG RAY_VERSION=2.60.0
 WORKDIR /source
