@@ -3,9 +3,8 @@
 import contextlib
 import subprocess
 import sys
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -24,16 +23,12 @@ from farshore.proto import cluster_pb2, cluster_pb2_grpc
 from farshore.workers.engine.attention_model import attention_model
 from farshore.workers.engine.kv.prefix import fingerprint
 
+from .. import waiting
+
 DEADLINE_S = 240.0
+until = partial(waiting.until, deadline_s=DEADLINE_S, pause_s=0.05)
 SHARDS, ENGINES, GATEWAYS = 2, 3, 2
 KV_BYTES = 512 << 20
-
-
-def until(condition, what):
-    end_s, pause = time.monotonic() + DEADLINE_S, threading.Event()
-    while not condition():
-        assert time.monotonic() < end_s, what
-        pause.wait(0.05)
 
 
 @pytest.fixture

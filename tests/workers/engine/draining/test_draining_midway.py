@@ -4,7 +4,6 @@ The middle is held up until the engine has taken the change in, so that no test 
 """
 
 import threading
-import time
 
 import pytest
 
@@ -14,6 +13,8 @@ from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.membership import Draining, Opened
 from farshore.workers.engine.sequence import Finished, Sampled
+
+from ...waiting import until
 
 PROMPT = [(7 * i) % 95 for i in range(1900)]
 LAYERS = 3
@@ -98,14 +99,6 @@ def hold_up_copy(monkeypatch):
         return held
 
     return hold_up
-
-
-def until(condition, what):
-    end_s = time.monotonic() + DEADLINE_S
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < end_s, what
-        pause.wait(0.005)
 
 
 def announce(engine, change):
