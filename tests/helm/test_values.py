@@ -1,5 +1,6 @@
 """The chart's values mean to the program and to Ray what they say."""
 
+import argparse
 import json
 import re
 import shlex
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from farshore.client.cli.main import _parser
+from farshore.client.cli import serve
+from farshore.client.cli.main import _parse
 from farshore.client.cli.options import cluster_config
 from farshore.controller.ray_settings import ENVIRONMENT, MARK, OBJECT_STORE_BYTES, QUICK_VERDICT
 from farshore.gateway import __main__ as gateway_main
@@ -19,7 +21,17 @@ from farshore.model_spec import ModelSpec
 
 CHART = Path(__file__).parents[2] / "helm" / "farshore"
 
-OF_A_PROCESS = {"host", "port", "http-port", "ray-address", "token-file", "dashboard", "config", "help"}
+OF_A_PROCESS = {
+    "host",
+    "port",
+    "http-port",
+    "ray-address",
+    "token-file",
+    "dashboard",
+    "config",
+    "json",
+    "help",
+}
 """Options of `serve` that are of a process, not of a cluster."""
 
 BY_THE_CHART = {"name", "dense-workers", "attention-workers", "no-gateway", "controller-port"}
@@ -32,7 +44,8 @@ def kebab(name):
 @pytest.fixture(scope="session")
 def serve_options():
     """The names of the options of `farshore serve`."""
-    (commands,) = (action for action in _parser()._actions if isinstance(action.choices, dict))
+    commands = argparse.ArgumentParser().add_subparsers()
+    serve.add_parser(commands)
     actions = commands.choices["serve"]._actions
     return {name[2:] for action in actions for name in action.option_strings if name.startswith("--")}
 
@@ -47,7 +60,7 @@ def read(tmp_path):
             maps = [each for (kind, _), each in given.items() if kind == "ConfigMap"]
             file.write_text(maps[0]["data"]["cluster.yaml"])
             given = ["--config", str(file)]
-        args = _parser().parse_args(["serve", *given])
+        args = _parse(["serve", *given])
         args.layers.complete(args, file=args.config, environment={})
         names = ("name", "dense_workers", "redis_url", "redis_password_file", "redis_ca_file")
         return cluster_config(args, names, model=args.model)
@@ -72,6 +85,7 @@ def test_every_value_of_spec_reaches_the_program(render, read):
         "revision": "1234567",
         "tokenizer": "org/other",
         "chatTemplate": "/models/chat.jinja",
+        "generationConfig": "none",
         "specialTokensInChat": "parse",
         "toolCallParser": "hermes",
         "reasoningParser": "think",
@@ -171,7 +185,7 @@ def test_the_program_takes_the_commands_that_pods_run(render):
     commands.append(objects[("Pod", "demo-farshore-test")]["spec"]["containers"][0]["command"])
     for program, *arguments in commands:
         assert program == "farshore"
-        _parser().parse_args(arguments)
+        _parse(arguments)
     gateway = objects[("Deployment", "demo-farshore-gateway")]["spec"]["template"]["spec"]["containers"][0]
     program, command, *arguments = gateway["command"]
     assert (program, command) == ("farshore", "gateway")
