@@ -112,8 +112,8 @@ class StructuredOutputs(_Body):
 
 
 class Common(_Body):
-    """What both endpoints take. ``user``, ``metadata``, ``safety_identifier`` and ``prompt_cache_key`` name
-    the caller and change no answer; the other fields that only accept their no-op value do likewise."""
+    """The fields of both endpoints. ``user``, ``metadata``, ``safety_identifier`` and ``prompt_cache_key``
+    name the caller and change no answer; the other fields that only accept their no-op value do likewise."""
 
     model: StrictStr = ""
     n: UInt | None = None

@@ -131,7 +131,7 @@ def test_three_engines_and_two_gateways_share_the_shards(
             answer = asked.ask(prompts["two blocks"], max_tokens=len(greedy_float32["two blocks"]))
         assert answer.tokens == greedy_float32["two blocks"] and answer.cached_tokens == BLOCK_TOKENS
 
-    # What the killed engine held is cache now, if it was sealed, and free otherwise.
+    # The KV that the killed engine held is cache now, if it was sealed, and free otherwise.
     until(lambda: not any(span.holders for span in spans()), "the dead engine's holds stay")
     assert all(span.sealed_tokens for span in spans() if span.span in dead)
     assert any(span.span in dead for span in spans())

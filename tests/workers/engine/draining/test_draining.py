@@ -23,7 +23,7 @@ PROMPT = [i % 90 for i in range(600)]
 OTHER = [token + 1 for token in PROMPT]
 DEADLINE_S = 60.0
 SHARDS = 3
-"""Of the fixture ``cluster``, unless a test asks for others."""
+"""Shards of the fixture ``cluster``, unless a test asks for others."""
 
 
 def await_tokens(collected, count):

@@ -18,7 +18,7 @@ from ...waiting import until
 
 PROMPT = [(7 * i) % 95 for i in range(1900)]
 LAYERS = 3
-"""Of the tiny model: the writes of a segment that lies in one span."""
+"""Layers of the tiny model: the writes of a segment that lies in one span."""
 SEGMENT_TOKENS = 256
 DEADLINE_S = 60.0
 
