@@ -150,7 +150,7 @@ class Common(_Body):
     ) = None
     prompt_logprobs: UInt | None = None
     return_tokens_as_token_ids: StrictBool | None = None
-    priority: StrictInt | None = None
+    priority: Int | None = None
     spaces_between_special_tokens: Literal[True] | None = None
     use_beam_search: Literal[False] | None = None
     cache_salt: StrictStr | None = None
