@@ -28,7 +28,7 @@ from farshore.workers.dense import DenseConfig, DenseWorker
 from farshore.workers.ending import Ending
 from farshore.workers.engine.admission import EngineLimits
 
-from .waiting import until
+from ..waiting import until
 
 DEADLINE_S = 60.0
 WORKER = WorkerId("dense-0-aa")

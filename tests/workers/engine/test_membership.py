@@ -10,10 +10,9 @@ from farshore.sampling import Sampling
 from farshore.workers.engine.membership import Joined, Left, Opened, Shut
 from farshore.workers.engine.sequence import Finished
 
-from ..waiting import until
+from ...waiting import until
 
 PROMPT = [i % 90 for i in range(600)]
-DEADLINE_S = 60.0
 OLD, NEW = WorkerId("shard0"), WorkerId("shard1")
 
 

@@ -23,7 +23,7 @@ from farshore.proto import cluster_pb2, cluster_pb2_grpc
 from farshore.workers.engine.attention_model import attention_model
 from farshore.workers.engine.kv.prefix import fingerprint
 
-from .. import waiting
+from ... import waiting
 
 DEADLINE_S = 240.0
 until = partial(waiting.until, deadline_s=DEADLINE_S, pause_s=0.05)

@@ -17,7 +17,7 @@ from farshore.workers.engine.kv import move
 from farshore.workers.engine.membership import Draining, Opened
 from farshore.workers.engine.sequence import Finished, Prefilled, Sampled
 
-from ...waiting import until
+from ....waiting import until
 
 PROMPT = [i % 90 for i in range(600)]
 OTHER = [token + 1 for token in PROMPT]

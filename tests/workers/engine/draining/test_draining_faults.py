@@ -10,7 +10,7 @@ from farshore.workers.engine.kv import move
 from farshore.workers.engine.membership import Draining, Joined, Left
 from farshore.workers.engine.sequence import Failed, Finished, Sampled
 
-from ...waiting import until
+from ....waiting import until
 
 pytestmark = pytest.mark.heavy
 

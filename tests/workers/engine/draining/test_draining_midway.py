@@ -14,7 +14,7 @@ from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.membership import Draining, Opened
 from farshore.workers.engine.sequence import Finished, Sampled
 
-from ...waiting import until
+from ....waiting import until
 
 PROMPT = [(7 * i) % 95 for i in range(1900)]
 COPIED = PROMPT[:600]
