@@ -48,6 +48,8 @@ class ShardIdentity(NamedTuple):
     incarnation: str
     """The incarnation of the shard's store. A store of another incarnation has other spans, even if the
     worker id is the same."""
+    cached_bytes: int
+    """Of ``free_bytes``: spans without holds."""
 
 
 class Caller(NamedTuple):

@@ -226,6 +226,7 @@ def identity_from_pb(message: pb.ShardIdentity) -> ShardIdentity:
         free_bytes=message.free_bytes,
         attended_bytes=message.attended_bytes,
         incarnation=message.incarnation,
+        cached_bytes=message.cached_bytes,
     )
 
 

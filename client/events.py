@@ -188,7 +188,8 @@ class Worker:
     """``kind``: dense or attention. ``state``: ready, draining, failed (the process is alive but can't go on)
     or unreachable. A dense worker has sequences that are ``running``, ``waiting`` for their first memory or
     ``parked`` (they gave theirs back and wait for more). It counts its ``parkings`` and the generated
-    ``tokens`` since it started. ``links``: its connections."""
+    ``tokens`` since it started. ``cached_bytes``: of ``free_bytes``, stored KV that no sequence uses.
+    ``links``: its connections."""
 
     worker_id: str
     kind: str
@@ -198,6 +199,7 @@ class Worker:
     state: str
     budget_bytes: int
     free_bytes: int
+    cached_bytes: int
     attended_bytes: int
     running: int
     waiting: int

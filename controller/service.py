@@ -237,6 +237,7 @@ def _attention(worker: WorkerId, address: str, call: grpc.Future) -> admin.Worke
         budget_bytes=identity.budget_bytes,
         free_bytes=identity.free_bytes,
         attended_bytes=identity.attended_bytes,
+        cached_bytes=identity.cached_bytes,
     )
 
 

@@ -11,7 +11,7 @@ class IdentifyRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ShardIdentity(_message.Message):
-    __slots__ = ("worker_id", "process_id", "host", "budget_bytes", "free_bytes", "attended_bytes", "incarnation")
+    __slots__ = ("worker_id", "process_id", "host", "budget_bytes", "free_bytes", "attended_bytes", "incarnation", "cached_bytes")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     PROCESS_ID_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,7 @@ class ShardIdentity(_message.Message):
     FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
     ATTENDED_BYTES_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    CACHED_BYTES_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     process_id: int
     host: str
@@ -26,7 +27,8 @@ class ShardIdentity(_message.Message):
     free_bytes: int
     attended_bytes: int
     incarnation: str
-    def __init__(self, worker_id: _Optional[str] = ..., process_id: _Optional[int] = ..., host: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., attended_bytes: _Optional[int] = ..., incarnation: _Optional[str] = ...) -> None: ...
+    cached_bytes: int
+    def __init__(self, worker_id: _Optional[str] = ..., process_id: _Optional[int] = ..., host: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., attended_bytes: _Optional[int] = ..., incarnation: _Optional[str] = ..., cached_bytes: _Optional[int] = ...) -> None: ...
 
 class Caller(_message.Message):
     __slots__ = ("engine", "sent_ns")

@@ -134,6 +134,7 @@ class EngineService(pb_grpc.EngineServicer):
                 state="failed" if self._engine.failure else "draining" if self._is_draining() else "ready",
                 budget_bytes=usage.budget_bytes,
                 free_bytes=usage.available_bytes,
+                cached_bytes=usage.cached_bytes,
                 attended_bytes=self._shards[self._worker].attended_bytes,
                 running=load.running,
                 waiting=load.waiting,

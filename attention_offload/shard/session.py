@@ -59,6 +59,7 @@ def identity_of(worker: WorkerId, store: ShardStore, attended: AttendedBytes) ->
         usage.available_bytes,
         attended.total,
         store.incarnation,
+        usage.cached_bytes,
     )
 
 

@@ -9,7 +9,8 @@ import difflib
 import io
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from farshore import __version__
 from farshore.client.cli import bench as cli_bench
@@ -56,9 +57,8 @@ exit codes:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code, see ``farshore --help``."""
     _prepare_streams()
-    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = _parse(arguments)
+        args = parser().parse_args(argv)
         return args.run(args)
     except SystemExit as leaving:  # argparse: --help, --version, wrong usage
         return leaving.code if isinstance(leaving.code, int) else FAILED
@@ -105,20 +105,28 @@ def _prepare_streams() -> None:
             sys.stdin.reconfigure(encoding="utf-8", errors="strict")
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands. What it returns has ``run``, which takes the arguments."""
+    made = _Parser(
         prog="farshore",
         description="Long-context LLM serving: attention runs where the KV memory is.",
         epilog=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"farshore {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    made.add_argument("--version", action="version", version=f"farshore {__version__}")
+    commands = made.add_subparsers(metavar="COMMAND", required=True, parser_class=argparse.ArgumentParser)
     for command in _COMMANDS:
         command.add_parser(commands)
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands.choices:
-        parser.error(_unknown(arguments[0], commands.choices))
-    return parser.parse_args(arguments)
+    return made
+
+
+class _Parser(argparse.ArgumentParser):
+    """It names the nearest command, where argparse names all."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if isinstance(action.choices, Mapping) and value not in action.choices:
+            self.error(_unknown(value, action.choices))
+        super()._check_value(action, value)
 
 
 def _unknown(word: str, names: Collection[str]) -> str:

@@ -1,6 +1,7 @@
 """Passes the operators' calls, ``farshore.admin.v1``, on to the controller.
 
-Registered by ``server``, so that operators need one address. Must not know what the calls mean.
+Registered by ``server``, so that operators need one address; asked by the page's ``watch``. Must not know
+what the calls mean.
 """
 
 import functools
@@ -10,8 +11,9 @@ import grpc
 from farshore import rpc
 from farshore.gateway.api.errors import trailing_of
 from farshore.gateway.limits import ERROR_MESSAGE_CHARS, Limits
-from farshore.gateway.requests.request import Failure
+from farshore.gateway.requests.request import Failure, RequestFailed
 from farshore.proto import admin_pb2 as admin
+from farshore.proto import admin_pb2_grpc
 from farshore.text import shortened
 
 _SERVICE = admin.DESCRIPTOR.services_by_name["AdminService"]
@@ -31,6 +33,7 @@ class AdminProxy:
         self._controller = controller
         self._address = address
         self._limits = limits
+        self._stub = admin_pb2_grpc.AdminServiceStub(controller)
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The handler to add to a server. Messages are passed on as bytes."""
@@ -44,6 +47,23 @@ class AdminProxy:
                 passed_on = functools.partial(self._unary, self._controller.unary_unary(path))
                 handlers[method.name] = grpc.unary_unary_rpc_method_handler(passed_on)
         return grpc.method_handlers_generic_handler(NAME, handlers)
+
+    async def status(self) -> admin.ClusterStatusResponse:
+        """For this gateway's own use, as ``events``. Raises RequestFailed."""
+        request = admin.ClusterStatusRequest()
+        try:
+            return await self._stub.ClusterStatus(request, timeout=self._limits.controller_s)
+        except grpc.aio.AioRpcError as error:
+            raise RequestFailed(self._failure(error)) from error
+
+    async def events(self, since: int) -> list[admin.ClusterEvent]:
+        """The events with numbers above ``since``, oldest first. Raises RequestFailed."""
+        request = admin.WatchEventsRequest(since=since)
+        try:
+            call = self._stub.WatchEvents(request, timeout=self._limits.controller_s)
+            return [event async for event in call]
+        except grpc.aio.AioRpcError as error:
+            raise RequestFailed(self._failure(error)) from error
 
     async def _unary(
         self, call: grpc.aio.UnaryUnaryMultiCallable, raw: bytes, context: grpc.aio.ServicerContext

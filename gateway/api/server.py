@@ -25,6 +25,8 @@ from farshore.gateway.engines.dispatch import Dispatcher
 from farshore.gateway.engines.known import KnownEngines
 from farshore.gateway.engines.router import Router
 from farshore.gateway.limits import Limits
+from farshore.gateway.page.page import Page
+from farshore.gateway.page.watch import Watch
 from farshore.gateway.requests.intake import Intake
 from farshore.gateway.requests.log import RequestLog
 from farshore.gateway.served import Served
@@ -153,13 +155,15 @@ async def create(
     intake = Intake(served=served, log=log, limits=limits, clock=clock)
     in_thread = functools.partial(asyncio.get_running_loop().run_in_executor, tokenizing)
     service = InferenceService(intake, in_thread=in_thread)
-    operators = rpc.aio_channel(controller, token)
-    server.add_generic_rpc_handlers((service.handler(), AdminProxy(operators, controller, limits).handler()))
+    channel = rpc.aio_channel(controller, token)
+    operators = AdminProxy(channel, controller, limits)
+    server.add_generic_rpc_handlers((service.handler(), operators.handler()))
     state.register(server)
     add_reflection(server, (SERVICE, admin.NAME))
     listener = None
     if http is not None:
-        endpoints = Endpoints(intake, problem=lambda: engines.problem, in_thread=in_thread)
+        page = Page(Watch(operators, clock=clock))
+        endpoints = Endpoints(intake, problem=lambda: engines.problem, in_thread=in_thread, page=page)
         listener = HttpListener(endpoints.application(), listen=http, most_connections=most_calls)
     await discovery.look()
     await engines.probe()
@@ -175,7 +179,7 @@ async def create(
         log=log,
         engines=engines,
         discovery=discovery,
-        controller=operators,
+        controller=channel,
         tokenizing=tokenizing,
         limits=limits,
     )

@@ -1,6 +1,5 @@
 """The chart's values mean to the program and to Ray what they say."""
 
-import argparse
 import json
 import re
 import shlex
@@ -11,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from farshore.client.cli import serve
-from farshore.client.cli.main import _parse
+from farshore.client.cli.main import parser
 from farshore.client.cli.options import cluster_config
 from farshore.controller.ray_settings import ENVIRONMENT, MARK, OBJECT_STORE_BYTES, QUICK_VERDICT
 from farshore.gateway import __main__ as gateway_main
@@ -29,8 +27,8 @@ OF_A_PROCESS = {
     "token-file",
     "dashboard",
     "config",
-    "json",
     "help",
+    "json",
 }
 """Options of `serve` that are of a process, not of a cluster."""
 
@@ -44,8 +42,7 @@ def kebab(name):
 @pytest.fixture(scope="session")
 def serve_options():
     """The names of the options of `farshore serve`."""
-    commands = argparse.ArgumentParser().add_subparsers()
-    serve.add_parser(commands)
+    (commands,) = (action for action in parser()._actions if isinstance(action.choices, dict))
     actions = commands.choices["serve"]._actions
     return {name[2:] for action in actions for name in action.option_strings if name.startswith("--")}
 
@@ -60,7 +57,7 @@ def read(tmp_path):
             maps = [each for (kind, _), each in given.items() if kind == "ConfigMap"]
             file.write_text(maps[0]["data"]["cluster.yaml"])
             given = ["--config", str(file)]
-        args = _parse(["serve", *given])
+        args = parser().parse_args(["serve", *given])
         args.layers.complete(args, file=args.config, environment={})
         names = ("name", "dense_workers", "redis_url", "redis_password_file", "redis_ca_file")
         return cluster_config(args, names, model=args.model)
@@ -185,7 +182,7 @@ def test_the_program_takes_the_commands_that_pods_run(render):
     commands.append(objects[("Pod", "demo-farshore-test")]["spec"]["containers"][0]["command"])
     for program, *arguments in commands:
         assert program == "farshore"
-        _parse(arguments)
+        parser().parse_args(arguments)
     gateway = objects[("Deployment", "demo-farshore-gateway")]["spec"]["template"]["spec"]["containers"][0]
     program, command, *arguments = gateway["command"]
     assert (program, command) == ("farshore", "gateway")

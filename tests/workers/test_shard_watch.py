@@ -88,7 +88,7 @@ class Client:
     def identify(self):
         if self.worker is None:
             raise TransportError("refused")
-        return ShardIdentity(self.worker, 7, "host", 1, 1, 0, "i")
+        return ShardIdentity(self.worker, 7, "host", 1, 1, 0, "i", 0)
 
     def connect(self):
         if self.refuses:

@@ -27,6 +27,7 @@ from farshore.gateway.api.openai.openapi import description
 from farshore.gateway.api.openai.parsing import Parsing
 from farshore.gateway.api.openai.respond import Respond
 from farshore.gateway.api.openai.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from farshore.gateway.page.page import Page
 from farshore.gateway.requests import validate
 from farshore.gateway.requests.intake import Intake
 from farshore.text import quoted
@@ -48,7 +49,12 @@ class Endpoints:
     """Use it on the event loop only."""
 
     def __init__(
-        self, intake: Intake, *, problem: Callable[[], str | None], in_thread: Callable[..., Awaitable]
+        self,
+        intake: Intake,
+        *,
+        problem: Callable[[], str | None],
+        in_thread: Callable[..., Awaitable],
+        page: Page,
     ) -> None:
         """``problem``: returns why no request can run now, or None. ``in_thread``: runs a function in a
         tokenizing thread."""
@@ -57,6 +63,7 @@ class Endpoints:
         self._parsing = Parsing.of(intake.served)
         self._problem = problem
         self._in_thread = in_thread
+        self._page = page
 
     def application(self) -> ASGIApp:
         """The ASGI application."""
@@ -71,6 +78,8 @@ class Endpoints:
             ("GET", "/ready", self._ready),
             ("GET", "/version", self._version),
             ("GET", "/openapi.json", self._openapi),
+            ("GET", "/", self._page.document),
+            ("GET", "/status.json", self._page.status),
         ]
         return _traced(
             Starlette(

@@ -24,6 +24,8 @@ _GETS = {
     "/ready": "200 while an engine takes requests.",
     "/version": "Farshore's version.",
     "/openapi.json": "This description.",
+    "/": "A page for browsers that shows the cluster, live.",
+    "/status.json": "What the page shows: workers, memory, sequences, tokens per second, events.",
 }
 _ERRORS = {
     "/v1/chat/completions": (400, 404, 408, 409, 413, 415, 422, 429, 500, 503, 504),
@@ -32,6 +34,7 @@ _ERRORS = {
     "/detokenize": (400, 404, 408, 413, 415),
     "/v1/models/{model}": (404,),
     "/ready": (503,),
+    "/status.json": (503,),
 }
 
 

@@ -234,6 +234,7 @@ def test_a_prefix_is_found_read_and_held_by_a_connection_that_did_not_write_it(s
     assert [info.holders for info in finder.announce()] == [0]
     identity = connect(shard.address).identify()
     assert identity.free_bytes == identity.budget_bytes
+    assert identity.cached_bytes == shard.store.usage().cached_bytes > 0
     # A fork, or a reader that knows the id, holds the span in order to read it.
     writer.hold([span], sequence=SequenceId("c"), epoch=work.owner)
     assert torch.equal(writer.read(span, 0, 0, 20, sequence=SequenceId("c"))[1], data[0][1])
