@@ -137,8 +137,8 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """A whole answer: what a stream's events say together. ``finished``: usage and times. Of a request that
-    was resumed by its id it has what came since."""
+    """A whole answer, made of a stream's events. ``finished``: usage and times. The answer to a request that
+    was resumed by its id has only the tokens that came since."""
 
     request_id: str
     choices: tuple[Choice, ...]
@@ -261,7 +261,8 @@ class ClusterEvent:
     number: int
     unix_s: float
     kind: str
-    """started, joined, lost, replaced, killed, retired, scaled or down."""
+    """started, joined, lost, replaced, killed, draining, drained, retired, scaled or down; of the directory:
+    unreachable and answers."""
     subject: str
     """A worker's id, or its slot before it has one."""
     detail: str

@@ -32,7 +32,7 @@ from farshore.workers.ending import Worker as EndingWorker
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerArguments:
-    """What every worker is started with. Small: Ray keeps it in its GCS."""
+    """The arguments of every worker. Small: Ray keeps them in its GCS."""
 
     slot: str
     config: ClusterConfig

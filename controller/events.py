@@ -1,4 +1,4 @@
-"""The newest events of the cluster, numbered, for everybody who watches it.
+"""The newest events of the cluster, numbered, for all that watch it.
 
 Written by ``loop``, read by ``service``. Soft state: a restarted controller begins anew, unless the directory
 keeps events.

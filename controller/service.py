@@ -40,7 +40,7 @@ EVENTS_POLL_S = 1.0
 
 
 class Operations(Protocol):
-    """What the calls do to the cluster. Thread-safe."""
+    """The effects of the calls on the cluster. Thread-safe."""
 
     events: Events
 

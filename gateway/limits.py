@@ -67,7 +67,7 @@ class Limits:
     bad_words: int = 128
     bad_word_chars: int = 256
     structure_chars: int = 32 << 10
-    """Of a JSON schema, a regex, a grammar, or all choices together."""
+    """Length of a JSON schema, a regex, a grammar, or all choices together."""
 
     request_values: int = 1 << 20
     """Tokens and alternatives that one request may ask for: choices * max_tokens * (1 + logprobs). For a

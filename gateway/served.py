@@ -24,7 +24,7 @@ class Served:
     tokenizer: Tokenizer
     chat: ChatPrompts
     generation: GenerationDefaults
-    """What the options that a request leaves unset become."""
+    """The values of options that a request leaves unset."""
     chat_template: str
     """The Jinja source of the chat template, or of all of them; empty if there is none."""
 

@@ -59,7 +59,7 @@ def breaking(folder: Path = HERE, *, baseline: Path = BASELINE) -> str:
 
 
 def _buf(verb: str, image: Path, *options: str | Path, scratch: str) -> str:
-    """What buf complains about. Raises RuntimeError if buf is missing or fails."""
+    """The complaints of buf. Raises RuntimeError if buf is missing or fails."""
     try:
         # Beside the interpreter's other programs, which need not be on PATH.
         program = next(file.locate() for file in metadata.files("buf-bin") or () if file.name == "buf")

@@ -31,6 +31,7 @@ PARTS: Mapping[str, Callable[[Setting], Measured]] = {
 - pairs: tokens per second of two engines over those of one
 - prefix: the first token where another engine prefilled the prompt, over the prefill
 - fairness: an engine's frames while another one loads their shard; without a bar
+- drain: tokens per second, gaps and failed requests while attention workers drain
 """
 
 

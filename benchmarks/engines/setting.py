@@ -1,4 +1,4 @@
-"""What the parts of this benchmark share: the machine, the sizes, and the report of progress.
+"""The things that the parts of this benchmark share: the machine, the sizes, and the report of progress.
 
 Made by ``benchmark`` of this folder. It must not know the parts.
 """

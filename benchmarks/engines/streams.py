@@ -19,7 +19,7 @@ READ_DEADLINE_S = 30.0
 
 
 class Window(NamedTuple):
-    """What all streams together saw in a time."""
+    """The tokens of all streams in a window of time."""
 
     seconds: float
     tokens: int
@@ -93,7 +93,7 @@ class Streams:
                 raise DeadlineExceeded(f"not every request had {count} tokens within {deadline_s:g} s")
 
     def during(self, action: Callable[[], object]) -> Window:
-        """What the streams saw while ``action`` ran."""
+        """The window in which ``action`` ran."""
         begin_s = time.perf_counter()
         action()
         end_s = time.perf_counter()

@@ -26,7 +26,7 @@ KV_FORMATS = {"bfloat16": "bf16", "float32": "float32"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What a worker is started with."""
+    """The arguments of a worker."""
 
     kind: Literal["dense", "attention"]
     worker: str
@@ -36,7 +36,7 @@ class Options:
     kv_memory_bytes: int
     threads: int
     spec: str
-    """The model, as :meth:`ModelSpec.to_json` writes it. Of an engine only, as ``dtype``."""
+    """The model, as :meth:`ModelSpec.to_json` writes it. Only an engine uses it and ``dtype``."""
     dtype: str
 
 

@@ -1,4 +1,4 @@
-"""The gateway benchmark: what the front door costs per token, and what a mask of a structured text costs.
+"""The gateway benchmark: the cost of a token in the gateway, and of a mask of a structured text.
 
 Called through ``catalogue``. The bars hold for a quiet machine with two cores.
 """

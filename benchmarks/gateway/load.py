@@ -29,7 +29,7 @@ PROMPT = "Tell me the story."
 
 @dataclass(slots=True)
 class Stream:
-    """What one client received. ``error``: why the stream broke, or ""."""
+    """The events that one client received. ``error``: why the stream broke, or ""."""
 
     number: int
     received_s: list[float] = field(default_factory=list)

@@ -22,7 +22,7 @@ from farshore.workers.engine.constraints.grammar import Grammar, GrammarCompiler
 
 MOST_MASK_US = 100.0
 MOST_TOKENS = 200
-"""Of one text."""
+"""Length of one text."""
 SCHEMA = {
     "type": "object",
     "properties": {

@@ -13,7 +13,7 @@ class Sizes:
 
     streams: int = 200
     tokens_per_s: float = 5.0
-    """Of each stream."""
+    """The rate of each stream."""
     window_s: float = 8.0
     """How long CPU time and delays are measured in each round, while all streams run."""
     rounds: int = 3

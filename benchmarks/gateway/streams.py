@@ -34,7 +34,7 @@ _PACKAGE = "farshore.benchmarks.gateway"
 
 @dataclass(slots=True)
 class Found:
-    """What one server did in all rounds."""
+    """The figures of one server, from all rounds."""
 
     cpu_s: list[float] = field(default_factory=list)
     """CPU seconds per token, of each round."""
@@ -49,7 +49,7 @@ class Found:
 
 
 def measure(face: str, setting: Setting) -> tuple[Found, Found]:
-    """What the gateway and the empty server did with the streams of one face, ``grpc`` or ``http``."""
+    """The figures of the gateway and of the empty server. ``face``: of the streams, ``grpc`` or ``http``."""
     with tempfile.TemporaryDirectory(prefix="farshore-bench-") as folder:
         return _Part(face, setting, Path(folder)).run()
 

@@ -12,7 +12,13 @@ from typing import Any
 from farshore.client import events
 from farshore.client.cli.connect import running_or_own
 from farshore.client.cli.options import add_own_cluster_options, whole
-from farshore.client.cli.prompts import add_chat_option, add_prompt, chat_of, read_prompt
+from farshore.client.cli.prompts import (
+    add_cache_salt_option,
+    add_chat_option,
+    add_prompt,
+    chat_of,
+    read_prompt,
+)
 from farshore.client.cli.reading import reading
 from farshore.client.cli.sampling import add_sampling_options, asked
 from farshore.client.cli.terminal import Progress, stop_signals, write
@@ -39,12 +45,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action="store_true",
         help="print one JSON object at the end: text, ids, timings, shards; with --n a list of choices",
     )
-    parser.add_argument(
-        "--cache-salt",
-        default="",
-        metavar="TEXT",
-        help="share stored prefixes with requests of the same salt only (default: with all that have none)",
-    )
+    add_cache_salt_option(parser)
     parser.add_argument(
         "--priority",
         type=whole,
@@ -58,7 +59,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(args: argparse.Namespace) -> int:
-    sampling = asked(args)
+    options = asked(args) | {"priority": args.priority}
     text = read_prompt(args.prompt)
     if args.chat:
         prompt = chat_of(text)
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     with stop_signals() as take_signals:
         try:
             with running_or_own(args, progress, take_signals) as client:
-                _answer(client, args, prompt, sampling, progress)
+                _answer(client, args, prompt, options, progress)
         finally:
             progress.clear()
     return 0
@@ -91,23 +92,15 @@ def _answer(
     client: Client,
     args: argparse.Namespace,
     prompt: dict[str, Any],
-    sampling: dict[str, Any],
+    options: dict[str, Any],
     progress: Progress,
 ) -> None:
-    """Generates and prints the answer. Raises Cancelled, after printing, if another client cancelled it."""
-    limit = {} if args.timeout is None else {"deadline_s": args.timeout}
-    request = dict(
-        prompt,
-        model=args.model or "",
-        cache_salt=args.cache_salt,
-        priority=args.priority,
-        **limit,
-        **sampling,
-    )
+    """Generates and prints the answer. ``prompt``, ``options``: arguments of ``Client.generate``. Raises
+    Cancelled, after printing, if another client cancelled it."""
     choices = [_Choice() for _ in range(args.n or 1)]
     live = len(choices) == 1 and not args.json
     try:
-        with reading(client, lambda own: own.generate(**request)) as stream:
+        with reading(client, lambda own: own.generate(**prompt, **options)) as stream:
             accepted, finished, scored = _follow(stream, choices, live=live, progress=progress)
     except FarshoreError as error:
         progress.clear()

@@ -59,6 +59,7 @@ class Layers:
         args.given = frozenset(given)
 
     def _read(self, file: Path) -> dict[str, Any]:
+        # Imported here: the client alone is installed without it.
         import yaml
 
         try:

@@ -1,6 +1,6 @@
 """The prompt that a command is given: an argument, a file or stdin; a text or a chat in JSON.
 
-Used by ``generate`` and ``models``. Must not know what becomes of the prompt.
+Used by ``generate``, ``chat`` and ``models``. Must not know what becomes of the prompt.
 """
 
 import argparse
@@ -27,6 +27,15 @@ def add_chat_option(group: "argparse.ArgumentParser | argparse._MutuallyExclusiv
         "--chat",
         action="store_true",
         help=f"the text is JSON: a list of messages as OpenAI's, or an object with {', '.join(CHAT_FIELDS)}",
+    )
+
+
+def add_cache_salt_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cache-salt",
+        default="",
+        metavar="TEXT",
+        help="share stored prefixes with requests of the same salt only (default: with all that have none)",
     )
 
 

@@ -1,4 +1,4 @@
-"""The sampling options of ``farshore generate`` and ``chat``, as arguments of the SDK.
+"""The sampling options of ``farshore generate`` and ``chat``, and all their options as arguments of the SDK.
 
 Used by ``generate`` and ``chat``. Checks ranges, as the gateway does, so that a wrong value is reported
 before a cluster is started for the call. Must not know how the values are used.
@@ -128,7 +128,8 @@ def add_sampling_options(group: argparse._ArgumentGroup, *, one_answer: bool = F
 
 
 def asked(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments for ``Client.generate``. Options that don't go together are a usage error: exit 2."""
+    """Keyword arguments for ``Client.generate``, all but the prompt's. Options that don't go together are a
+    usage error: exit 2."""
     if args.n is not None and args.n > 1 and args.temperature == 0:
         args.usage_error(
             f"--n {args.n} would give {args.n} times the same answer: give a --temperature above 0"
@@ -137,8 +138,15 @@ def asked(args: argparse.Namespace) -> dict[str, Any]:
         if getattr(args, name) is not None and not args.json:
             args.usage_error(f"--{name.replace('_', '-')} are told in JSON only: add --json")
     options = {option.name: getattr(args, option.name, None) for option in fields(Sampling)}
-    return options | {
-        "logit_bias": dict(args.logit_bias or ()),
-        "stop": args.stop or (),
-        "stop_token_ids": args.stop_token_id or (),
-    }
+    limit = {} if args.timeout is None else {"deadline_s": args.timeout}
+    return (
+        options
+        | limit
+        | {
+            "model": args.model or "",
+            "cache_salt": args.cache_salt,
+            "logit_bias": dict(args.logit_bias or ()),
+            "stop": args.stop or (),
+            "stop_token_ids": args.stop_token_id or (),
+        }
+    )

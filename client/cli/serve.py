@@ -73,6 +73,24 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         " --port 0)",
     )
     add_model_options(parser.add_argument_group("model"))
+    _add_cluster_options(parser)
+    _add_redis_options(parser)
+    layers = Layers(parser)
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="a YAML file with these options by name, such as `attention-workers: 4`; an option here and an "
+        "environment variable such as FARSHORE_ATTENTION_WORKERS go before it; while the command runs, "
+        "numbers of workers that change in it are applied",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object when the model is served: its addresses"
+    )
+    parser.set_defaults(run=run, usage_error=parser.error, layers=layers)
+
+
+def _add_cluster_options(parser: argparse.ArgumentParser) -> None:
     cluster = parser.add_argument_group("cluster")
     cluster.add_argument(
         "--dense-workers",
@@ -114,6 +132,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="PORT",
         help="port of the controller, for what runs elsewhere; 0 for any free one (default: %(default)s)",
     )
+
+
+def _add_redis_options(parser: argparse.ArgumentParser) -> None:
     redis = parser.add_argument_group(
         "redis",
         "keep the directory and what `farshore scale` changed in a Redis >= 7 or a Valkey: it outlives the "
@@ -130,19 +151,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     redis.add_argument("--redis-cert-file", metavar="FILE", help="a certificate to show to it")
     redis.add_argument("--redis-key-file", metavar="FILE", help="the key of that certificate")
-    layers = Layers(parser)
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="a YAML file with these options by name, such as `attention-workers: 4`; an option here and an "
-        "environment variable such as FARSHORE_ATTENTION_WORKERS go before it; while the command runs, "
-        "numbers of workers that change in it are applied",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object when the model is served: its addresses"
-    )
-    parser.set_defaults(run=run, usage_error=parser.error, layers=layers)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
-"""What both clients share: how they are made, how they start streams, and which gateway a call asks next.
+"""The base of both clients: how they are made, how they start streams, and which gateway a call asks next.
 
-Base of ``client.Client`` and ``aio.AsyncClient``, which make the calls and await them. Must not make a call.
+Used by ``client.Client`` and ``aio.AsyncClient``, which make the calls and await them. Must not make a call.
 """
 
 from abc import ABC, abstractmethod
@@ -140,7 +140,8 @@ class Connection(ABC, Generic[_Answers, _ClusterEvents]):
         return self._cluster_events(Course(self._gateways, feed, deadline_s=deadline_s, resume_s=0.0))
 
     def _ended(self, answering: Answering) -> None:
-        """A stream ended. What only it could read is cancelled: the gateway would wait for a reader."""
+        """A stream ended. A request that only it could read is cancelled, else the gateway would
+        wait for a reader."""
         course = self._live.pop(answering, None)
         if course is not None and course.running and answering.owned and answering.finished is None:
             self._say_goodbye(course.gateway, api.CancelRequest(request_id=answering.request_id))

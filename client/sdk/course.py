@@ -34,7 +34,7 @@ _FRUITLESS = 3
 
 
 class Feed(Protocol[_Value]):
-    """What a stream gives, and how it goes on."""
+    """The content of a stream, and how it goes on after a loss."""
 
     @property
     def repeatable(self) -> bool:
@@ -138,7 +138,7 @@ class Course(Generic[_Value]):
         else:
             raise failed from error
         if not found:
-            # Of several failures, that a gateway is not reached says most.
+            # A gateway that is not reached explains more than any other failure.
             unreached = [failure for failure in self._failures if isinstance(failure, TransportError)]
             raise (unreached or self._failures)[-1] from error
 

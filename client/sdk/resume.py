@@ -44,7 +44,7 @@ class Answering:
         return sum(map(len, self._choices))
 
     def answer(self) -> events.Answer:
-        """What has come. Raises TransportError unless the stream is finished."""
+        """The whole answer. Raises TransportError unless the stream is finished."""
         if self.accepted is None or self.finished is None:
             raise TransportError("the answer was closed, or broke off, before it was finished")
         choices = tuple(

@@ -188,7 +188,7 @@ async def create(
 def _options(limits: Limits, *, max_positions: int) -> list[tuple[str, int]]:
     """The options of every server, with the gateway's own limits on messages and pings."""
     changed = {
-        # What exceeds the limit by less is received, so that the refusal says how to go on.
+        # A message up to twice the limit is received, so that the refusal says how to go on.
         "grpc.max_receive_message_length": 2 * limits.message_bytes_for(max_positions),
         "grpc.keepalive_permit_without_calls": 1,
         "grpc.http2.min_ping_interval_without_data_ms": limits.ping_interval_ms,

@@ -58,9 +58,10 @@ class Intake:
     ) -> Taken:
         """Finds the request or starts it. ``raw``: a serialised GenerateRequest. ``arrived_s``: when the call
         arrived, by ``clock``. ``fill``: a request without max_tokens may use all that its prompt leaves of
-        the model's positions and of the KV pool. ``temperature``: of a request that names none, for a model
-        that names none. ``most_values``: of tokens and alternatives that the caller has room for.
-        ``principal``: who calls.
+        the model's positions and of the KV pool. ``temperature``: used where
+        neither the request nor the model names one. ``most_values``: tokens and alternatives that the caller
+        has room for.
+        ``principal``: the caller.
 
         Never awaits, so that of two calls with the same id only one starts it, and a later Cancel finds it.
         Raises InvalidRequest, NotFound, Overloaded or TransportError.

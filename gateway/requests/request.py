@@ -40,7 +40,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: FarshoreError) -> "Failure":
-        """What an error of ours means to a client."""
+        """One of our errors, as a client is told of it."""
         code, message, trailing = rpc.status_of(error)
         field = error.field if isinstance(error, InvalidRequest) else None
         return cls(code, shortened(message, ERROR_MESSAGE_CHARS), trailing, field)

@@ -18,7 +18,7 @@ _NEUTRAL = Sampling()
 
 
 _COMPLETED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-"""What a model's files may name a default of, besides max_tokens."""
+"""The options, besides max_tokens, for which a model's files may name a default."""
 
 
 def complete(sampling: api.Sampling, generation: GenerationDefaults, *, temperature: float) -> None:
@@ -38,7 +38,7 @@ def default_tokens(generation: GenerationDefaults, limits: Limits, *, positions:
 
 
 def in_effect(generation: GenerationDefaults, limits: Limits, *, positions: int) -> api.Sampling:
-    """What the unset options of a request over gRPC become."""
+    """The values that the unset options of a request over gRPC get."""
     shown = api.Sampling(
         max_tokens=default_tokens(generation, limits, positions=positions, fill=False),
         presence_penalty=_NEUTRAL.presence_penalty,

@@ -43,7 +43,7 @@ class GenerationDefaults:
     max_tokens: int | None = None
     """A default, no limit: a request may ask for more."""
     eos_token_ids: tuple[int, ...] = ()
-    """Of a file that the operator named, in place of the model's own; empty: these stay."""
+    """End tokens of a file that the operator named, in place of the model's own; empty: these stay."""
 
 
 def load_generation(spec: ModelSpec, source: ModelSource, *, vocab: int) -> GenerationDefaults:

@@ -139,7 +139,7 @@ def test_a_request_that_is_read_by_its_id_alone(farshore, wire, sdk):
 @pytest.mark.parametrize("how", ["gateway", "engine"])
 @pytest.mark.parametrize("received", [0, 2])
 def test_another_gateway_begins_anew(two, background, how, received, served):
-    """What came before is dropped from its answer."""
+    """The tokens that came before are dropped from its answer."""
     first, second, client = two
     stream, sequence = begun(client, first, ids=IDS[:received], temperature=1.0)
     if how == "gateway":

@@ -1,8 +1,5 @@
 """The controller goes on while its directory does not answer."""
 
-import threading
-import time
-
 import pytest
 
 from farshore import rpc
@@ -15,9 +12,8 @@ from farshore.kvstore.directory.embedded import EmbeddedDirectory
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 
+from ..waiting import until
 from .test_loop import Cluster
-
-DEADLINE_S = 60.0
 
 
 class Engine(pb_grpc.EngineServicer):
@@ -48,13 +44,6 @@ def engine():
     )
     yield made
     server.stop(0).wait()
-
-
-def until(check):
-    end_s = time.monotonic() + DEADLINE_S
-    while not check():
-        assert time.monotonic() < end_s
-        threading.Event().wait(0.02)
 
 
 def test_the_last_known_engines_are_asked(engine, monkeypatch):

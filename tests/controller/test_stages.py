@@ -7,21 +7,20 @@ process is left. The complete form is the soak: `pytest -m soak tests/controller
 import contextlib
 import itertools
 import os
-import re
 import signal
 import threading
-import time
-from pathlib import Path
+from functools import partial
 
 import pytest
 
 from farshore.client.sdk import Client
-from farshore.errors import FarshoreError
+
+from . import running
+from .running import ANSWER, answer, processes
 
 DEADLINE_S = 300.0
+until = partial(running.until, deadline_s=DEADLINE_S)
 PAUSE_S = 3.0
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-ANSWER = "The capital of France is Paris."
 OPTIONS = ("--kv-memory", "64MiB", "--attention-workers", "2", "--shard-grace", "2", "--drain-timeout", "5")
 
 PROCESSES = {
@@ -62,42 +61,17 @@ def _marked(cases, quick):
     ]
 
 
-def _descendants(pid):
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return []
-    return [below for child in map(int, children) for below in (child, *_descendants(child))]
-
-
 def _found(server, name):
     """Process ids of the server's processes of this name."""
     if name == "driver":
         return [server.process.pid]
-    found = []
-    for pid in _descendants(server.process.pid):
-        with contextlib.suppress(OSError):
-            if re.search(PROCESSES[name], Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")):
-                found.append(pid)
-    return found
-
-
-def _until(result, what, *, deadline_s=DEADLINE_S):
-    """Calls ``result`` until it returns something true, and returns that. Errors count as false."""
-    end_s = time.monotonic() + deadline_s
-    pause = threading.Event()
-    while time.monotonic() < end_s:
-        with contextlib.suppress(FarshoreError):
-            if found := result():
-                return found
-        pause.wait(0.05)
-    raise AssertionError(what)
+    return processes(server, PROCESSES[name])
 
 
 def _strike(server, name, number):
     """Sends the signal to one process of this name, when there is one. A frozen driver goes on later: nothing
     but the driver could end it."""
-    victims = _until(
+    victims = until(
         lambda: server.process.poll() is not None or _found(server, name), f"no process {name} appeared"
     )
     if victims is True:
@@ -116,17 +90,8 @@ def _workers(client):
 def _check_desired(client, attention):
     """Asserts that the cluster becomes the desired one, answers, and has no slot with two workers."""
     kinds = ["attention"] * attention + ["dense"]
-    _until(
-        lambda: sorted(kind for kind, _ in _workers(client)) == kinds, f"not {attention} attention workers"
-    )
-    answers = client.generate
-    _until(
-        lambda: (
-            "".join(getattr(event, "text", "") for event in answers(messages=QUESTION, max_tokens=8))
-            == ANSWER
-        ),
-        "no answer",
-    )
+    until(lambda: sorted(kind for kind, _ in _workers(client)) == kinds, f"not {attention} attention workers")
+    until(lambda: answer(client) == ANSWER, "no answer")
     slots = [worker.rpartition("-")[0] for _, worker in _workers(client)]
     assert len(set(slots)) == len(slots) == attention + 1
 
@@ -134,7 +99,7 @@ def _check_desired(client, attention):
 def _end(server):
     """Waits for what follows a fault during the start. Returns the gateway's address; None if the command
     ended, for which it gave one reason."""
-    _until(
+    until(
         lambda: server.process.poll() is not None or server.out.find(r"serves \S+ at (\S+)"),
         "it neither serves nor ends",
     )

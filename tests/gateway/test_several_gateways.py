@@ -3,8 +3,6 @@
 import signal
 import subprocess
 import sys
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,6 +11,8 @@ from farshore.client import events
 from farshore.client.sdk import Client
 from farshore.errors import TransportError
 from farshore.model_spec import ModelSpec
+
+from ..waiting import until
 
 DEADLINE_S = 60.0
 SPEC = ModelSpec().to_json()
@@ -50,7 +50,7 @@ def gateways(directory):
         addresses = [line.rpartition(" ")[2].strip() for line in lines]
         for address in addresses:
             with Client(address) as client:
-                wait_until(client.is_serving)
+                until(client.is_serving)
         return processes, addresses
 
     yield start
@@ -58,13 +58,6 @@ def gateways(directory):
         process.kill()
         process.wait(30)
         process.stdout.close()
-
-
-def wait_until(condition):
-    end_s = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < end_s
-        threading.Event().wait(0.05)
 
 
 def begun(client):
@@ -118,7 +111,7 @@ def test_engines_are_killed_and_join_under_two_gateways(cluster, gateways):
         assert both.address == addresses[1]
         # The last gateway drains: what runs there may end.
         processes[1].send_signal(signal.SIGTERM)
-        wait_until(lambda: not both.is_serving())
+        until(lambda: not both.is_serving())
         engines[1].tell("finish")
         engines[2].tell("finish")
         assert outcome(stream) == ["stop"]

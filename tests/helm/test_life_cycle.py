@@ -68,7 +68,7 @@ def test_upgrades_between_the_examples_change_no_immutable_field(helm, server, e
     for values in others:
         helm("upgrade", values=values)
         assert token(server) == kept
-    # What an example does not have is gone again.
+    # Objects that an example does not have are gone again.
     assert not any("redis" in name for _, name in ours(server))
 
 

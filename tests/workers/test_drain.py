@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import grpc
 import pytest
@@ -29,20 +28,14 @@ from farshore.workers.dense import DenseConfig, DenseWorker
 from farshore.workers.ending import Ending
 from farshore.workers.engine.admission import EngineLimits
 
+from ..waiting import until
+
 DEADLINE_S = 60.0
 WORKER = WorkerId("dense-0-aa")
 HEALTH = health_pb2.HealthCheckResponse
 LONG = 1900
 SPEC = AttentionSpec(q_heads=2, k_heads=1, v_heads=1, k_dim=8, v_dim=8, scale=1.0)
 LAYOUT = KVLayout.of(SPEC, layers=1, format=KVFormat.FLOAT32)
-
-
-def until(condition, what):
-    end_s = time.monotonic() + DEADLINE_S
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < end_s, what
-        pause.wait(0.02)
 
 
 class Dense:

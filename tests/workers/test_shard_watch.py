@@ -1,8 +1,8 @@
 """The watch tells the engine which shards the directory lists; what it may conclude from silence."""
 
 import threading
-import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -13,7 +13,10 @@ from farshore.kvstore.directory.base import Listing, WorkerRecord
 from farshore.workers.engine.membership import Draining, Joined, Left, Opened, Shut
 from farshore.workers.shard_watch import ShardWatch
 
+from .. import waiting
+
 DEADLINE_S = 30.0
+until = partial(waiting.until, deadline_s=DEADLINE_S)
 LOCAL, A, B, C = (WorkerId(f"{slot}-x") for slot in ("dense-0", "attention-0", "attention-1", "attention-2"))
 
 
@@ -106,14 +109,6 @@ def watched(monkeypatch):
     )
     yield directory, engine, clients, identities
     watch.stop()
-
-
-def until(condition):
-    end_s = time.monotonic() + DEADLINE_S
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < end_s
-        pause.wait(0.005)
 
 
 def test_listed_workers_join_once_with_their_identity(watched):

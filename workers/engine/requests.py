@@ -35,7 +35,7 @@ class Requests:
         self._live: dict[SequenceId, list[Sequence]] = {}
         """Request id -> its sequences that have not ended."""
         self._waiting: list[Sequence] = []
-        """Sorted by :func:`_turn`."""
+        """Sorted by :func:`_queue_key`."""
         self._admissions = count(1)
         self._new = 0
         """Number of waiting sequences that were never placed."""
@@ -174,7 +174,7 @@ class Requests:
             return len(self._live) - self._new, self._new, len(self._waiting) - self._new
 
     def _queue_in_order(self, sequence: Sequence) -> None:
-        insort(self._waiting, sequence, key=_turn)
+        insort(self._waiting, sequence, key=_queue_key)
         self._news = True
         self._wake.notify_all()
 
@@ -187,7 +187,7 @@ class Requests:
             raise refusal.with_traceback(None)
 
 
-def _turn(sequence: Sequence) -> tuple[bool, int, int, int]:
+def _queue_key(sequence: Sequence) -> tuple[bool, int, int, int]:
     """The place in the queue. Priority counts until the first placement: what was parked continues before
     others begin, so that a stream of urgent requests does not end it (invariant 11, docs/architecture.md)."""
     if sequence.queued_s is None:

@@ -135,7 +135,7 @@ class Sequence:
     order: int
     """Number of the request in the order of arrival."""
     priority: int = 0
-    """Of the requests that wait for their first placement, those with the lowest number are placed first."""
+    """Requests that wait for their first placement are placed by this number, the lowest first."""
     admitted: int = 0
     """Number of the request in the order of first placements; it means nothing before that placement."""
     prompt_tokens: int

@@ -36,7 +36,7 @@ class SpanView(NamedTuple):
     group0: int
     group1: int
     size_bytes: int
-    """Of the KV of these positions."""
+    """Bytes of the KV of these positions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

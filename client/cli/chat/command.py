@@ -13,7 +13,7 @@ from farshore.client.cli.chat.conversation import Conversation
 from farshore.client.cli.chat.lines import Lines
 from farshore.client.cli.connect import running_or_own
 from farshore.client.cli.options import add_own_cluster_options
-from farshore.client.cli.prompts import read_text
+from farshore.client.cli.prompts import add_cache_salt_option, read_text
 from farshore.client.cli.reading import reading
 from farshore.client.cli.sampling import add_sampling_options, asked
 from farshore.client.cli.terminal import (
@@ -48,12 +48,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--system", metavar="TEXT", help="the system prompt; @FILE from a UTF-8 file")
-    parser.add_argument(
-        "--cache-salt",
-        default="",
-        metavar="TEXT",
-        help="share stored prefixes with requests of the same salt only (default: with all that have none)",
-    )
+    add_cache_salt_option(parser)
     add_sampling_options(parser.add_argument_group("sampling"), one_answer=True)
     add_own_cluster_options(parser)
     parser.set_defaults(
@@ -62,7 +57,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(args: argparse.Namespace) -> int:
-    sampling = asked(args)
+    options = asked(args)
     if args.system == "-":
         args.usage_error("--system -: stdin has the turns; give the text, or @FILE")
     conversation = Conversation(None if args.system is None else read_text(args.system))
@@ -70,8 +65,6 @@ def run(args: argparse.Namespace) -> int:
     with stop_signals() as take_signals:
         try:
             with running_or_own(args, progress, take_signals) as client:
-                limit = {} if args.timeout is None else {"deadline_s": args.timeout}
-                options = dict(model=args.model or "", cache_salt=args.cache_salt, **limit, **sampling)
                 _Chat(client, conversation, progress, options).go_on()
         finally:
             progress.clear()

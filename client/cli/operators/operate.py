@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from farshore.client.cli.connect import CALL_DEADLINE_S, connected
 from farshore.client.cli.options import add_gateway_options, number, whole
@@ -25,67 +25,16 @@ from farshore.errors import DeadlineExceeded, TransportError
 
 KINDS = ("attention", "dense")
 POLL_S = 0.5
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    scale = commands.add_parser(
-        "scale",
-        help="change how many workers run",
-        description="Change how many workers of a kind run. New sequences use a new worker at once; a worker "
-        "that is too much gets nothing new, and ends when nothing reads from it.",
-        epilog="example: farshore scale attention=4",
-    )
-    scale.add_argument("counts", nargs="+", type=_count, metavar="KIND=N", help="attention=N or dense=N")
-    scale.set_defaults(run=run_scale)
-    drain = commands.add_parser(
-        "drain",
-        help="end a worker without failing requests",
-        description="End a worker: it gets nothing new; an attention worker's KV moves to others while its "
-        "sequences go on, a dense worker's requests end. Another worker takes its place. Waits until it has "
-        "ended; Ctrl-C ends the waiting only.",
-        epilog="example: farshore drain attention-1",
-    )
-    drain.add_argument("worker", metavar="WORKER", help="the id or the slot that `farshore status` shows")
-    drain.add_argument(
-        "--drain-timeout",
-        type=number,
-        metavar="S",
-        help="what is left after this time fails and must be sent again (default: serve's --drain-timeout "
-        "for a dense worker; none for an attention worker)",
-    )
-    drain.add_argument("--no-wait", action="store_true", help="only begin")
-    drain.set_defaults(run=run_drain)
-    down = commands.add_parser(
-        "down",
-        help="end a cluster",
-        description="End all workers and the controller of a cluster, also of one whose `farshore serve` is "
-        "gone.",
-        epilog="example: farshore down --ray-address 10.0.0.1:6379 --token-file token",
-    )
-    down.add_argument(
-        "--ray-address",
-        metavar="HOST:PORT",
-        help="end a cluster on this Ray, whether or not a gateway runs",
-    )
-    down.add_argument(
-        "--name", default="default", help="with --ray-address, the cluster's name (default: %(default)s)"
-    )
-    down.add_argument(
-        "--token-file",
-        default=os.environ.get(VARIABLE),
-        metavar="FILE",
-        help=f"with --ray-address, the cluster's token (default: ${VARIABLE}, else $RAY_AUTH_TOKEN_PATH)",
-    )
-    down.set_defaults(run=run_down)
-    events = commands.add_parser(
-        "events",
-        help="show what happened to the workers",
-        description="Show what happened to the workers: started, joined, lost, replaced, killed, draining, "
-        "drained, retired.",
-        epilog="example: farshore events --follow --json",
-    )
-    events.add_argument("--follow", action="store_true", help="wait for new events until Ctrl-C")
-    events.set_defaults(run=run_events)
+def add_parser(commands: "_Commands") -> None:
+    for add in (_add_scale, _add_drain, _add_down, _add_events):
+        parser = add(commands)
+        add_gateway_options(parser)
+        a_line = " a line" if add is _add_events else ""
+        parser.add_argument("--json", action="store_true", help=f"print one JSON object{a_line}")
+        parser.set_defaults(usage_error=parser.error)
     gateway = commands.add_parser(
         "gateway",
         help="run one more gateway of a cluster",
@@ -95,11 +44,80 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     gateway.add_argument("arguments", nargs="*")
     gateway.set_defaults(run=run_gateway)
-    for parser in (scale, drain, down, events):
-        add_gateway_options(parser)
-        a_line = " a line" if parser is events else ""
-        parser.add_argument("--json", action="store_true", help=f"print one JSON object{a_line}")
-        parser.set_defaults(usage_error=parser.error)
+
+
+def _add_scale(commands: "_Commands") -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "scale",
+        help="change how many workers run",
+        description="Change how many workers of a kind run. New sequences use a new worker at once; a worker "
+        "that is too much gets nothing new, and ends when nothing reads from it.",
+        epilog="example: farshore scale attention=4",
+    )
+    parser.add_argument("counts", nargs="+", type=_count, metavar="KIND=N", help="attention=N or dense=N")
+    parser.set_defaults(run=run_scale)
+    return parser
+
+
+def _add_drain(commands: "_Commands") -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "drain",
+        help="end a worker without failing requests",
+        description="End a worker: it gets nothing new; an attention worker's KV moves to others while its "
+        "sequences go on, a dense worker's requests end. Another worker takes its place. Waits until it has "
+        "ended; Ctrl-C ends the waiting only.",
+        epilog="example: farshore drain attention-1",
+    )
+    parser.add_argument("worker", metavar="WORKER", help="the id or the slot that `farshore status` shows")
+    parser.add_argument(
+        "--drain-timeout",
+        type=number,
+        metavar="S",
+        help="what is left after this time fails and must be sent again (default: serve's --drain-timeout "
+        "for a dense worker; none for an attention worker)",
+    )
+    parser.add_argument("--no-wait", action="store_true", help="only begin")
+    parser.set_defaults(run=run_drain)
+    return parser
+
+
+def _add_down(commands: "_Commands") -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "down",
+        help="end a cluster",
+        description="End all workers and the controller of a cluster, also of one whose `farshore serve` is "
+        "gone.",
+        epilog="example: farshore down --ray-address 10.0.0.1:6379 --token-file token",
+    )
+    parser.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="end a cluster on this Ray, whether or not a gateway runs",
+    )
+    parser.add_argument(
+        "--name", default="default", help="with --ray-address, the cluster's name (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--token-file",
+        default=os.environ.get(VARIABLE),
+        metavar="FILE",
+        help=f"with --ray-address, the cluster's token (default: ${VARIABLE}, else $RAY_AUTH_TOKEN_PATH)",
+    )
+    parser.set_defaults(run=run_down)
+    return parser
+
+
+def _add_events(commands: "_Commands") -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "events",
+        help="show what happened to the workers",
+        description="Show what happened to the workers: started, joined, lost, replaced, killed, draining, "
+        "drained, retired.",
+        epilog="example: farshore events --follow --json",
+    )
+    parser.add_argument("--follow", action="store_true", help="wait for new events until Ctrl-C")
+    parser.set_defaults(run=run_events)
+    return parser
 
 
 def run_scale(args: argparse.Namespace) -> int:

@@ -76,7 +76,7 @@ class _Usage:
 
 
 class _Base:
-    """What both kinds of answer share. ``model``: the name to show."""
+    """The base of both kinds of answer. ``model``: the name to show."""
 
     prefix: str
     kind: str
@@ -127,7 +127,7 @@ class _Base:
 
 @dataclass(slots=True)
 class _ChatChoice:
-    """What has come of one choice of a chat."""
+    """The part of one choice of a chat that has come."""
 
     text: ChoiceText
     content: str = ""

@@ -40,6 +40,8 @@ def _fields(served: Served, limits: Limits) -> dict[str, dict[str, dict[str, Any
     common |= {
         "model": model,
         "n": {"integer": {"minimum": 1, "maximum": limits.choices}},
+        "priority": {"integer": {"minimum": -(1 << 31), "maximum": (1 << 31) - 1}},
+        "prompt_logprobs": {"integer": {"maximum": limits.logprobs}},
         "stop": {
             "string": {"minLength": 1, "maxLength": limits.stop_chars},
             "array": {"maxItems": limits.stops},

@@ -112,8 +112,8 @@ class StructuredOutputs(_Body):
 
 
 class Common(_Body):
-    """What both endpoints take. ``user``, ``metadata``, ``safety_identifier`` and ``prompt_cache_key`` name
-    the caller and change no answer; the other fields that only accept their no-op value do likewise."""
+    """The fields of both endpoints. ``user``, ``metadata``, ``safety_identifier`` and ``prompt_cache_key``
+    name the caller and change no answer; the other fields that only accept their no-op value do likewise."""
 
     model: StrictStr = ""
     n: UInt | None = None
@@ -150,7 +150,7 @@ class Common(_Body):
     ) = None
     prompt_logprobs: UInt | None = None
     return_tokens_as_token_ids: StrictBool | None = None
-    priority: StrictInt | None = None
+    priority: Int | None = None
     spaces_between_special_tokens: Literal[True] | None = None
     use_beam_search: Literal[False] | None = None
     cache_salt: StrictStr | None = None

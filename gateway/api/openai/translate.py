@@ -123,7 +123,7 @@ def completion_requests(body: CompletionBody) -> list[api.GenerateRequest]:
 
 
 def asks_for_echo_alone(body: CompletionBody) -> bool:
-    """Whether the answer is to be the prompt and nothing more, as those who score a text ask for."""
+    """Whether the answer is to be the prompt and nothing more, as programs that score a text ask."""
     return bool(body.echo) and body.max_tokens == 0
 
 
@@ -233,7 +233,7 @@ def _sampling(body: Common) -> api.Sampling:
 
 
 def _structure(body: Common) -> api.Structure | None:
-    """What the answer must follow; None for nothing."""
+    """The structure that the answer must follow; None for none."""
     given = []
     wanted = body.response_format
     if isinstance(wanted, ObjectFormat):

@@ -4,8 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,6 +12,8 @@ import pytest
 from farshore.attention_offload.transport.frames import REMOTE, Transport, native
 from farshore.errors import NotFound, TransportError
 from farshore.ids import SequenceId
+
+from ...waiting import until
 
 pytestmark = pytest.mark.skipif(
     native() is None or not sys.platform.startswith("linux"), reason="needs the native module, and /proc"
@@ -100,13 +100,6 @@ def files_left():
     return {file for folder in ("/dev/shm", "/tmp") for file in Path(folder).glob("*farshore*")}
 
 
-def eventually(condition):
-    pause, until = threading.Event(), time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < until, "not within the deadline"
-        pause.wait(0.01)
-
-
 def answers(client):
     """Whether the shard answers. gRPC may reconnect up to two seconds late."""
     try:
@@ -132,7 +125,7 @@ def test_killed_engines_leave_nothing_at_the_shard(reach, work):
                 clients[0].store.beat(None)  # Starting an engine may take half of a lease.
                 engine.kill()
                 engine.wait(DEADLINE_S)
-            eventually(lambda: resources(shard.pid) == before)
+            until(lambda: resources(shard.pid) == before)
             clients[0].store.beat(None)
         assert files_left() == files
         assert all(work.run(client, step) == expected for client in clients)
@@ -163,7 +156,7 @@ def test_a_killed_shard_is_noticed_at_once_and_found_again(reach, work):
         assert now["mapped"] == before["mapped"] and now["memfds"] == before["memfds"]
     with shard_process(address):
         for name, client in clients.items():
-            eventually(lambda: answers(client))  # noqa: B023
+            until(lambda: answers(client))  # noqa: B023
             with pytest.raises(NotFound):
                 work.run(client, work.step([read[name]]))
             client.store.drop_sequence(SequenceId(name), epoch=work.owner)

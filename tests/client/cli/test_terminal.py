@@ -1,4 +1,4 @@
-"""What a terminal is shown, and when signals take effect."""
+"""The text that a terminal is shown, and when signals take effect."""
 
 import io
 import os

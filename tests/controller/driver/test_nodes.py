@@ -3,24 +3,19 @@
 import contextlib
 import os
 import signal
-import threading
-import time
 import urllib.request
+from functools import partial
 
 import psutil
 import pytest
 
 from farshore.client.events import Finished, Token
 from farshore.client.sdk import Client
-from farshore.errors import FarshoreError
 
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-ANSWER = "The capital of France is Paris."
-DEADLINE_S = 90.0
+from .. import running
+from ..running import ANSWER, answer
 
-
-def _answer(client):
-    return "".join(getattr(event, "text", "") for event in client.generate(messages=QUESTION, max_tokens=8))
+until = partial(running.until, deadline_s=90.0)
 
 
 def _fetched(port):
@@ -35,28 +30,17 @@ def _attention(client):
     return {w.worker_id: w.address for w in client.status().workers if w.kind == "attention"}
 
 
-def _until(condition, what):
-    end_s = time.monotonic() + DEADLINE_S
-    pause = threading.Event()
-    while time.monotonic() < end_s:
-        with contextlib.suppress(FarshoreError):
-            if condition():
-                return
-        pause.wait(0.1)
-    raise AssertionError(what)
-
-
 @pytest.mark.heavy
 def test_workers_spread_over_nodes_and_a_lost_node_is_replaced(two_nodes, marked, serve):
     address, second, metrics_port = two_nodes
     _, gateway = serve("--ray-address", address, "--kv-memory", "256MiB", "--attention-workers", "2")
     with Client(gateway) as client:
-        assert _answer(client) == ANSWER
+        assert answer(client) == ANSWER
         client.scale(attention=6)
-        _until(lambda: len(_attention(client)) == 6, "not all workers joined")
+        until(lambda: len(_attention(client)) == 6, "not all workers joined")
         hosts = {each.partition(":")[0] for each in _attention(client).values()}
         assert hosts == {"127.0.0.2", "127.0.0.3"}
-        _until(
+        until(
             lambda: b"ray_farshore_kv_budget_bytes" in _fetched(metrics_port), "no gauges on the second node"
         )
         before = _attention(client)
@@ -66,13 +50,13 @@ def test_workers_spread_over_nodes_and_a_lost_node_is_replaced(two_nodes, marked
             with contextlib.suppress(psutil.Error):
                 process.send_signal(signal.SIGKILL)
         os.kill(second.process.pid, signal.SIGKILL)
-        _until(
+        until(
             lambda: len(_attention(client)) == 6 and not on_second & _attention(client).keys(),
             "the lost node's workers were not replaced",
         )
         assert {each.partition(":")[0] for each in _attention(client).values()} == {"127.0.0.2"}
         assert before.keys() - on_second <= _attention(client).keys()
-        _until(lambda: _answer(client) == ANSWER, "no answer after the loss of a node")
+        until(lambda: answer(client) == ANSWER, "no answer after the loss of a node")
 
 
 @pytest.mark.heavy
@@ -91,9 +75,9 @@ def test_a_node_that_leaves_fails_no_request(two_nodes, marked, serve):
         done = marked.run("leave", "--ray-address", address, "--host", leaving, "--timeout", "60")
         assert done.returncode == 0 and "draining farshore-default/attention-" in done.stderr, done.stderr
         assert isinstance(list(stream)[-1], Finished)
-        _until(lambda: len(_attention(client)) == 4, "the workers were not replaced")
+        until(lambda: len(_attention(client)) == 4, "the workers were not replaced")
         hosts = {worker.address.partition(":")[0] for worker in client.status().workers}
         assert hosts == {"127.0.0.2", "127.0.0.3"} - {leaving}
-        assert _answer(client) == ANSWER
+        assert answer(client) == ANSWER
     missing = marked.run("leave", "--ray-address", address, "--host", "127.0.0.9")
     assert missing.returncode == 1 and "has no node 127.0.0.9" in missing.stderr

@@ -1,11 +1,9 @@
 """Processes of a running `farshore serve` are killed or frozen: what must be is replaced, the rest ends."""
 
-import contextlib
 import os
 import re
 import signal
-import threading
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,42 +11,13 @@ import pytest
 from farshore.client.events import Finished, Token
 from farshore.client.sdk import Client
 from farshore.cluster_token import ClusterToken
-from farshore.errors import FarshoreError, TransportError
+from farshore.errors import TransportError
+
+from .. import running
+from ..running import ANSWER, QUESTION, answer, processes, workers_of
 
 END_DEADLINE_S = 60
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-
-
-def _processes(server, pattern):
-    """Process ids of the command's descendants whose command line matches ``pattern``."""
-    return [pid for pid in _descendants(server.process.pid) if re.search(pattern, _name(pid))]
-
-
-def _descendants(pid):
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except FileNotFoundError:
-        return []
-    return [below for child in map(int, children) for below in (child, *_descendants(child))]
-
-
-def _name(pid):
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-    except FileNotFoundError:
-        return ""
-
-
-def _until(result, what):
-    """Calls ``result`` until it returns something true, and returns that. Errors count as false."""
-    end_s = time.monotonic() + END_DEADLINE_S
-    pause = threading.Event()
-    while time.monotonic() < end_s:
-        with contextlib.suppress(FarshoreError):
-            if found := result():
-                return found
-        pause.wait(0.1)
-    raise AssertionError(what)
+until = partial(running.until, deadline_s=END_DEADLINE_S)
 
 
 def _shown_once(words, marked, address):
@@ -57,22 +26,14 @@ def _shown_once(words, marked, address):
     return shown if words in shown else ""
 
 
-def _workers(client, kind):
-    return {worker.worker_id: worker for worker in client.status().workers if worker.kind == kind}
-
-
 def _replaced(client, victim, *, count):
     """The workers of the victim's kind, when ``count`` are ready without it."""
 
     def ready():
-        workers = _workers(client, victim.kind)
+        workers = workers_of(client, victim.kind)
         return len(workers) == count and victim.worker_id not in workers and workers
 
-    return _until(ready, f"{victim.worker_id} was not replaced")
-
-
-def _answer(client):
-    return "".join(getattr(event, "text", "") for event in client.generate(messages=QUESTION, max_tokens=8))
+    return until(ready, f"{victim.worker_id} was not replaced")
 
 
 @pytest.mark.heavy
@@ -86,7 +47,7 @@ def _answer(client):
 )
 def test_the_end_of_a_process_that_serving_needs(serve, pattern, message):
     server, _ = serve("--attention-workers", "1", "--kv-memory", "64MiB")
-    (victim,) = _processes(server, pattern)
+    (victim,) = processes(server, pattern)
     os.kill(victim, signal.SIGKILL)
     assert server.process.wait(END_DEADLINE_S) == 1
     server.err.await_match(re.escape(f"farshore: error: {message.format(victim)}"))
@@ -96,7 +57,7 @@ def test_the_end_of_a_process_that_serving_needs(serve, pattern, message):
 def test_workers_that_are_killed_or_frozen_are_replaced(serve):
     server, address = serve("--kv-memory", "64MiB", "--shard-grace", "2")
     with Client(address) as client:
-        first, second = _workers(client, "attention").values()
+        first, second = workers_of(client, "attention").values()
         os.kill(first.process_id, signal.SIGKILL)
         server.err.await_match(rf"{first.worker_id} lost: \(process {first.process_id}\) was killed")
         workers = _replaced(client, first, count=2)
@@ -104,17 +65,17 @@ def test_workers_that_are_killed_or_frozen_are_replaced(serve):
         (new,) = workers.keys() - {second.worker_id}
         assert new.rpartition("-")[0] == first.worker_id.rpartition("-")[0]  # the same slot
         server.err.await_match(f"{new} replaced")
-        assert _answer(client) == "The capital of France is Paris."
+        assert answer(client) == ANSWER
 
-        (dense,) = _workers(client, "dense").values()
+        (dense,) = workers_of(client, "dense").values()
         os.kill(dense.process_id, signal.SIGKILL)
-        assert _until(lambda: _answer(client), "no engine answers") == "The capital of France is Paris."
-        assert dense.worker_id not in _workers(client, "dense")
+        assert until(lambda: answer(client), "no engine answers") == ANSWER
+        assert dense.worker_id not in workers_of(client, "dense")
 
         os.kill(second.process_id, signal.SIGSTOP)
         _replaced(client, second, count=2)
-        _until(lambda: not Path(f"/proc/{second.process_id}").exists(), "the frozen process was not killed")
-        assert _until(lambda: _answer(client), "no answer") == "The capital of France is Paris."
+        until(lambda: not Path(f"/proc/{second.process_id}").exists(), "the frozen process was not killed")
+        assert until(lambda: answer(client), "no answer") == ANSWER
 
 
 @pytest.mark.heavy
@@ -123,18 +84,18 @@ def test_without_its_controller_the_cluster_goes_on_and_a_new_one_starts_nothing
     with Client(address) as client:
         before = client.status().workers
         workers = {worker.process_id for worker in before}
-        controllers = set(_processes(server, "ray::ControllerActor")) - workers
+        controllers = set(processes(server, "ray::ControllerActor")) - workers
         for controller in controllers:
             os.kill(controller, signal.SIGKILL)
-        assert _answer(client) == "The capital of France is Paris."
+        assert answer(client) == ANSWER
         server.err.await_match("the controller .*: it is started again, serving goes on")
-        after = _until(lambda: len(client.status().workers) == 2 and client.status().workers, "no status")
+        after = until(lambda: len(client.status().workers) == 2 and client.status().workers, "no status")
         assert [worker.worker_id for worker in after] == [worker.worker_id for worker in before]
         # The new controller replaces what dies from now on.
-        (shard,) = _workers(client, "attention").values()
+        (shard,) = workers_of(client, "attention").values()
         os.kill(shard.process_id, signal.SIGKILL)
         _replaced(client, shard, count=1)
-        assert _until(lambda: _answer(client), "no answer") == "The capital of France is Paris."
+        assert until(lambda: answer(client), "no answer") == ANSWER
 
 
 @pytest.mark.heavy
@@ -143,14 +104,14 @@ def test_operators_scale_watch_and_end_a_cluster(marked, serve):
     with Client(address) as client:
         done = marked.run("scale", "--server", address, "attention=2")
         assert (done.returncode, done.stdout) == (0, "dense=1 attention=2\n"), done.stderr
-        _until(lambda: len(_workers(client, "attention")) == 2, "no worker was added")
+        until(lambda: len(workers_of(client, "attention")) == 2, "no worker was added")
         done = marked.run("scale", "--server", address, "attention=0")
         assert done.returncode == 1 and "give at least 1" in done.stderr
         marked.run("scale", "--server", address, "attention=1")
-        _until(lambda: len(_workers(client, "attention")) == 1, "no worker retired")
-        assert _answer(client) == "The capital of France is Paris."
+        until(lambda: len(workers_of(client, "attention")) == 1, "no worker retired")
+        assert answer(client) == ANSWER
     # A worker leaves the status when it has drained, and retires when its process has ended.
-    shown = _until(lambda: _shown_once("retired   attention-1", marked, address), "not told as retired")
+    shown = until(lambda: _shown_once("retired   attention-1", marked, address), "not told as retired")
     assert "joined    attention-1-" in shown
     assert marked.run("down", "--server", address).returncode == 0
     assert server.process.wait(END_DEADLINE_S) == 0
@@ -192,24 +153,24 @@ def test_two_gateways_go_on_without_an_engine_and_without_the_controller(serve, 
     directory = "grpc://" + server.out.await_match(r"  controller +(\S+)")[1]
     second, other = gateway("--directory", directory, *token)
     with Client(address, resume_s=0) as first_client, Client(other, resume_s=0) as other_client:
-        assert _answer(first_client) == _answer(other_client) == "The capital of France is Paris."
+        assert answer(first_client) == answer(other_client) == ANSWER
         # Each gateway runs a request on each engine.
         streams = [_begun(client) for client in (first_client, first_client, other_client, other_client)]
-        victim, _ = _workers(first_client, "dense").values()
+        victim, _ = workers_of(first_client, "dense").values()
         os.kill(victim.process_id, signal.SIGKILL)
         for client in (first_client, other_client):
-            assert [_answer(client) for _ in range(2)] == ["The capital of France is Paris."] * 2
+            assert [answer(client) for _ in range(2)] == [ANSWER] * 2
         ends = [_end(stream) for stream in streams]
         assert ends.count("length") == 2
         for error in (end for end in ends if end != "length"):
             assert isinstance(error, TransportError) and f"{victim.worker_id} " in str(error)
             assert "was lost" in str(error) and "send the request again" in str(error)
         _replaced(first_client, victim, count=2)
-        (controller,) = _processes(server, "ray::Controller")
+        (controller,) = processes(server, "ray::Controller")
         os.kill(controller, signal.SIGKILL)
         for client in (first_client, other_client):
-            assert _answer(client) == "The capital of France is Paris."
-        assert _until(lambda: _workers(other_client, "dense"), "the controller is not back")
+            assert answer(client) == ANSWER
+        assert until(lambda: workers_of(other_client, "dense"), "the controller is not back")
     assert second.end(signal.SIGTERM) == 0
 
 

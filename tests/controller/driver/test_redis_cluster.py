@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 
 import pytest
 
@@ -14,22 +15,12 @@ from farshore.errors import FarshoreError
 from farshore.kvstore.directory.base import LEASE_S
 from farshore.kvstore.directory.connect import open_redis
 
-from .test_process_ends import _processes
+from .. import running
+from ..running import processes
 
-DEADLINE_S = 90.0
+until = partial(running.until, deadline_s=90.0)
 PROMPT = "The capital of France is"
 SMALL = ("--kv-memory", "64MiB", "--attention-workers", "1")
-
-
-def until(result, what):
-    """Calls ``result`` until it returns something true, and returns that. Errors count as false."""
-    end_s = time.monotonic() + DEADLINE_S
-    while time.monotonic() < end_s:
-        with contextlib.suppress(FarshoreError):
-            if found := result():
-                return found
-        threading.Event().wait(0.05)
-    raise AssertionError(what)
 
 
 class Requests:
@@ -70,7 +61,7 @@ def workers(client):
 
 
 def controllers(server, but):
-    return [pid for pid in _processes(server, "ray::(controller:)?ControllerActor") if pid not in but]
+    return [pid for pid in processes(server, "ray::(controller:)?ControllerActor") if pid not in but]
 
 
 HANGS_S = [pytest.param(3 * LEASE_S, marks=pytest.mark.heavy), pytest.param(30.0, marks=pytest.mark.soak)]

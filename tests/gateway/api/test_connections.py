@@ -20,7 +20,7 @@ ACK = 1
 
 @pytest.mark.parametrize("request_id", ["", "a"])
 def test_a_clients_deadline_ends_the_sequence(start, harness, request_id):
-    """Of a named request, if its client does not come back."""
+    """The time that a named request has, if its client does not come back."""
     farshore = start(limits=Limits(grace_s=0.01, drain_s=0.1))
     request = api.GenerateRequest(text="Hello", request_id=request_id)
     call = farshore.stub.Generate(request, timeout=1.5)

@@ -1,6 +1,6 @@
 """Readers that read slowly or not at all, and the bounds of readers, calls and their memory."""
 
-import time
+from functools import partial
 
 import grpc
 import pytest
@@ -9,15 +9,12 @@ from farshore.gateway.limits import Limits
 from farshore.proto import inference_pb2 as api
 from farshore.proto import inference_pb2_grpc
 
+from ... import waiting
+
+until = partial(waiting.until, deadline_s=30.0)
+
 # Many times the number of events that fit into the buffers between gateway and reader, if these don't grow.
 MANY = 2000
-
-
-def _wait_until(condition, limit_s=30):
-    deadline_s = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
 
 
 def _overflow_buffers(sequence):
@@ -50,7 +47,7 @@ def test_a_reader_that_stalls_is_cut_off_and_others_are_not(start, harness, smal
     _overflow_buffers(sequence)
     sequence.finish()
     assert harness.indices_of(other) == list(range(MANY))
-    _wait_until(lambda: not farshore.gateway.calls)
+    until(lambda: not farshore.gateway.calls)
     failure = harness.failure_of(stalled)
     assert failure.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     assert "nothing was read for 0.3 s" in failure.details() and "resume_from" in failure.details()
@@ -77,7 +74,7 @@ def test_a_shutdown_does_not_wait_for_requests_without_readers(harness, loop_thr
         sequence = farshore.engine.next_sequence()
         next(call)
         call.cancel()
-        _wait_until(lambda: not farshore.gateway.calls)
+        until(lambda: not farshore.gateway.calls)
         loop_thread.run(farshore.gateway.stop())
         assert sequence.ended.wait(30)
 
@@ -159,4 +156,4 @@ def test_ended_requests_are_forgotten_by_a_timer(start):
     farshore.engine.auto = (10, 11)
     for name in "abc":
         list(farshore.generate(request_id=name))
-    _wait_until(lambda: not farshore.gateway.remembered_bytes)
+    until(lambda: not farshore.gateway.remembered_bytes)

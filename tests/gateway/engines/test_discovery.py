@@ -1,8 +1,5 @@
 """Which engines a gateway uses when the directory lists others, lists none, lies, or does not answer."""
 
-import threading
-import time
-
 import pytest
 
 from farshore.errors import TransportError
@@ -10,7 +7,8 @@ from farshore.gateway.limits import Limits
 from farshore.kvstore.directory.base import Load
 from farshore.kvstore.directory.connect import open_directory
 
-DEADLINE_S = 60.0
+from ...waiting import until
+
 LIMITS = Limits(probe_s=0.1, drain_s=0.1)
 
 
@@ -27,13 +25,6 @@ def two(harness, loop_thread):
         yield first, second
 
 
-def wait_until(condition):
-    end_s = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < end_s
-        threading.Event().wait(0.02)
-
-
 def used(farshore):
     """The engines that take new requests."""
     return {engine.worker for engine in farshore.gateway.engines.available()}
@@ -42,7 +33,7 @@ def used(farshore):
 def await_looks(farshore):
     """Waits until the gateway has read the directory twice more, so that it has acted on the first list."""
     enough = farshore.directory.reads + 2
-    wait_until(lambda: farshore.directory.reads >= enough)
+    until(lambda: farshore.directory.reads >= enough)
 
 
 def test_a_real_directory_that_goes_away(start, harness, directory, two):
@@ -53,10 +44,10 @@ def test_a_real_directory_that_goes_away(start, harness, directory, two):
     assert len(list(farshore.generate())) == 2
     directory.embedded.renew(harness.dense("dense-1-a", second.address, state="loading"))
     directory.embedded.renew(harness.dense("dense-1-b", second.address))
-    wait_until(lambda: used(farshore) == {"dense-0-a", "dense-1-b"})
+    until(lambda: used(farshore) == {"dense-0-a", "dense-1-b"})
     directory.stop()
     first.stop()
-    wait_until(lambda: used(farshore) == {"dense-1-b"})
+    until(lambda: used(farshore) == {"dense-1-b"})
     assert len(list(farshore.generate())) == 2
     opened.disconnect()
 
@@ -70,7 +61,7 @@ def test_a_directory_that_is_away_changes_nothing(start, harness, two, error):
     await_looks(farshore)
     assert len(list(farshore.generate())) == 2
     listed.list(harness.dense("dense-1-a", second.address))
-    wait_until(lambda: used(farshore) == {"dense-1-a"})
+    until(lambda: used(farshore) == {"dense-1-a"})
 
 
 @pytest.mark.parametrize("settled", [False, True])
@@ -83,9 +74,9 @@ def test_an_empty_list_proves_nothing(start, harness, two, settled):
     await_looks(farshore)
     assert used(farshore) == {"dense-0-a"}
     listed.list(harness.dense("dense-1-a", two[1].address), settled=False)
-    wait_until(lambda: used(farshore) == {"dense-0-a", "dense-1-a"})
+    until(lambda: used(farshore) == {"dense-0-a", "dense-1-a"})
     listed.list(harness.dense("dense-1-a", two[1].address))
-    wait_until(lambda: used(farshore) == {"dense-1-a"})
+    until(lambda: used(farshore) == {"dense-1-a"})
 
 
 def test_an_address_where_something_else_listens(start, harness, two):
@@ -114,7 +105,7 @@ def test_a_false_address_is_corrected_and_does_not_end_what_runs(start, harness,
     farshore = start(directory=listed, limits=LIMITS)
     assert not used(farshore)
     listed.list(harness.dense("dense-0-a", first.address))
-    wait_until(lambda: used(farshore) == {"dense-0-a"})
+    until(lambda: used(farshore) == {"dense-0-a"})
     call = farshore.generate()
     sequence = first.next_sequence()
     listed.list(harness.dense("dense-0-a", second.address))

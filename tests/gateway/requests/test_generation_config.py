@@ -1,4 +1,4 @@
-"""What a request leaves unset becomes the model's value: over gRPC, over HTTP, and from the command line."""
+"""An option that a request leaves unset gets the model's value: over gRPC, HTTP and the command line."""
 
 import json
 from dataclasses import replace

@@ -15,7 +15,7 @@ def hello(served):
 
 
 def scored(ids, logprob=-0.5):
-    """What an engine says of these tokens: the first has no log-probability."""
+    """The event of an engine about these tokens: the first has no log-probability."""
     return [
         {"token_id": token}
         if not place

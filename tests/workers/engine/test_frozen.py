@@ -1,8 +1,5 @@
 """An attention worker that freezes or dies affects only the sequences that read from it."""
 
-import threading
-import time
-
 import pytest
 import torch
 
@@ -11,6 +8,8 @@ from farshore.ids import SequenceId, WorkerId
 from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.sequence import Failed, Finished, Sampled
+
+from ...waiting import until
 
 SHARDS = 3
 LONG = Sampling(max_tokens=1500)
@@ -81,13 +80,6 @@ def used_bytes(client):
     return identity.budget_bytes - identity.free_bytes
 
 
-def wait_until(condition):
-    pause, end_s = threading.Event(), time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < end_s
-        pause.wait(0.02)
-
-
 def test_other_sequences_continue_while_a_shard_is_frozen_and_all_end(
     cluster, rig, tiny_model, submit, undisturbed
 ):
@@ -107,9 +99,7 @@ def test_other_sequences_continue_while_a_shard_is_frozen_and_all_end(
     for name, collected in running.items():
         assert isinstance(collected.result(), Finished)
         assert collected.tokens == tokens[name]
-    wait_until(
-        lambda: not any(map(used_bytes, (shards_rig.clients[worker] for worker in shards_rig.targets)))
-    )
+    until(lambda: not any(map(used_bytes, (shards_rig.clients[worker] for worker in shards_rig.targets))))
 
 
 def test_a_shard_frozen_beyond_its_grace_fails_its_readers_and_frees_their_spans_after_a_thaw(
@@ -132,9 +122,7 @@ def test_a_shard_frozen_beyond_its_grace_fails_its_readers_and_frees_their_spans
         next_tokens(running[name], 50)
         engine.cancel(SequenceId(name))
     processes[victim].thaw()
-    wait_until(
-        lambda: not any(map(used_bytes, (shards_rig.clients[worker] for worker in shards_rig.targets)))
-    )
+    until(lambda: not any(map(used_bytes, (shards_rig.clients[worker] for worker in shards_rig.targets))))
     again = submit(engine, "again", PROMPTS[next(iter(readers))], SHORT)
     assert isinstance(again.result(), Finished)
 
@@ -154,5 +142,5 @@ def test_a_killed_shard_fails_only_its_readers(cluster, submit):
         engine.cancel(SequenceId(name))
         running[name].result()
     others = [WorkerId(worker) for worker in shards_rig.targets if worker != victim]
-    wait_until(lambda: not any(used_bytes(shards_rig.clients[worker]) for worker in others))
+    until(lambda: not any(used_bytes(shards_rig.clients[worker]) for worker in others))
     assert isinstance(submit(engine, "next", PROMPTS["s0"], SHORT).result(), Finished)

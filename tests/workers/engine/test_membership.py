@@ -1,8 +1,5 @@
 """Shards join and leave a running engine."""
 
-import threading
-import time
-
 import pytest
 
 from farshore.attention_offload.client.in_process import InProcessClient
@@ -13,18 +10,10 @@ from farshore.sampling import Sampling
 from farshore.workers.engine.membership import Joined, Left, Opened, Shut
 from farshore.workers.engine.sequence import Finished
 
+from ...waiting import until
+
 PROMPT = [i % 90 for i in range(600)]
-DEADLINE_S = 60.0
 OLD, NEW = WorkerId("shard0"), WorkerId("shard1")
-
-
-def until(condition, what):
-    """Waits until ``condition()`` holds."""
-    end_s = time.monotonic() + DEADLINE_S
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < end_s, what
-        pause.wait(0.005)
 
 
 def stored(cluster, worker):

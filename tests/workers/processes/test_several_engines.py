@@ -3,9 +3,8 @@
 import contextlib
 import subprocess
 import sys
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -24,16 +23,12 @@ from farshore.proto import cluster_pb2, cluster_pb2_grpc
 from farshore.workers.engine.attention_model import attention_model
 from farshore.workers.engine.kv.prefix import fingerprint
 
+from ... import waiting
+
 DEADLINE_S = 240.0
+until = partial(waiting.until, deadline_s=DEADLINE_S, pause_s=0.05)
 SHARDS, ENGINES, GATEWAYS = 2, 3, 2
 KV_BYTES = 512 << 20
-
-
-def until(condition, what):
-    end_s, pause = time.monotonic() + DEADLINE_S, threading.Event()
-    while not condition():
-        assert time.monotonic() < end_s, what
-        pause.wait(0.05)
 
 
 @pytest.fixture
@@ -136,7 +131,7 @@ def test_three_engines_and_two_gateways_share_the_shards(
             answer = asked.ask(prompts["two blocks"], max_tokens=len(greedy_float32["two blocks"]))
         assert answer.tokens == greedy_float32["two blocks"] and answer.cached_tokens == BLOCK_TOKENS
 
-    # What the killed engine held is cache now, if it was sealed, and free otherwise.
+    # The KV that the killed engine held is cache now, if it was sealed, and free otherwise.
     until(lambda: not any(span.holders for span in spans()), "the dead engine's holds stay")
     assert all(span.sealed_tokens for span in spans() if span.span in dead)
     assert any(span.span in dead for span in spans())

@@ -13,7 +13,7 @@ SHARES = {
     "POST /tokenize": 0.15,
     "POST /detokenize": 0.3,
 }
-"""Of all requests. The other calls take no body, so there is little to draw."""
+"""The share of all requests that a call gets. The other calls take no body, so there is little to draw."""
 VALID = 0.8
 """The share of requests that keep to the description. The others don't: a wrong type, a missing field."""
 LEAST_ANSWERED = 0.2

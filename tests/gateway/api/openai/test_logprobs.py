@@ -99,6 +99,12 @@ def test_prompt_logprobs_are_vllms(client, ask, served, kind):
         assert entry[str(token)] == {"logprob": -0.5, "rank": 2, "decoded_token": text(token)}
 
 
+def test_the_priority_is_a_whole_number_in_any_form(client, ask):
+    """As the other whole numbers: JSON does not tell 7.0 from 7."""
+    _, sent = ask(lambda: client.completions.create(model="", prompt=PROMPT, extra_body={"priority": 7.0}))
+    assert sent.priority == 7
+
+
 def test_tokens_named_by_their_ids(client, ask, served):
     france = served.tokenizer.encode(" France")[0]
     extra = {"extra_body": {"return_tokens_as_token_ids": True}}

@@ -4,7 +4,6 @@ The shards are served over loopback by this process, so that a test can look int
 """
 
 import threading
-import time
 
 import pytest
 
@@ -18,19 +17,13 @@ from farshore.workers.engine.kv import move
 from farshore.workers.engine.membership import Draining, Opened
 from farshore.workers.engine.sequence import Finished, Prefilled, Sampled
 
+from ....waiting import until
+
 PROMPT = [i % 90 for i in range(600)]
 OTHER = [token + 1 for token in PROMPT]
 DEADLINE_S = 60.0
 SHARDS = 3
-"""Of the fixture ``cluster``, unless a test asks for others."""
-
-
-def until(condition, what):
-    end_s = time.monotonic() + DEADLINE_S
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < end_s, what
-        pause.wait(0.005)
+"""Shards of the fixture ``cluster``, unless a test asks for others."""
 
 
 def await_tokens(collected, count):

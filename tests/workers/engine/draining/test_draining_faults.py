@@ -1,8 +1,5 @@
 """Drains of attention workers in processes of their own, which freeze and die meanwhile."""
 
-import threading
-import time
-
 import pytest
 
 from farshore.attention_offload.client.remote import RemoteClient
@@ -12,6 +9,8 @@ from farshore.sampling import Sampling
 from farshore.workers.engine.kv import move
 from farshore.workers.engine.membership import Draining, Joined, Left
 from farshore.workers.engine.sequence import Failed, Finished, Sampled
+
+from ....waiting import until
 
 pytestmark = pytest.mark.heavy
 
@@ -43,14 +42,6 @@ def cluster(rig, tiny_model, start_process):
     for process in processes.values():
         process.kill()
     made.clients[OLD].close()
-
-
-def until(condition, what):
-    end_s = time.monotonic() + DEADLINE_S
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < end_s, what
-        pause.wait(0.005)
 
 
 def start_all(engine, submit, join):

@@ -4,7 +4,6 @@ The middle is held up until the engine has taken the change in, so that no test 
 """
 
 import threading
-import time
 
 import pytest
 
@@ -15,9 +14,12 @@ from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.membership import Draining, Opened
 from farshore.workers.engine.sequence import Finished, Sampled
 
+from ....waiting import until
+
 PROMPT = [(7 * i) % 95 for i in range(1900)]
+COPIED = PROMPT[:600]
 LAYERS = 3
-"""Of the tiny model: the writes of a segment that lies in one span."""
+"""Layers of the tiny model: the writes of a segment that lies in one span."""
 SEGMENT_TOKENS = 256
 DEADLINE_S = 60.0
 
@@ -100,14 +102,6 @@ def hold_up_copy(monkeypatch):
     return hold_up
 
 
-def until(condition, what):
-    end_s = time.monotonic() + DEADLINE_S
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < end_s, what
-        pause.wait(0.005)
-
-
 def announce(engine, change):
     """Announces a drain or its end, and waits until the engine has taken it in."""
     engine.announce(change)
@@ -170,58 +164,46 @@ def tail_first(engine):
     return max((view.tail_first for view in engine.views()), default=0)
 
 
-def drain_until_copied(made, engine, held):
-    """Drains the shard that the prompt lies on. Returns it, and the shard that copies its span."""
+def run_until_copied(cluster, submit, hold_up_copy, names="a"):
+    """Runs a sequence of each name, drains the shard that their prompt lies on, and holds up the copy of its
+    span. Returns (cluster, engine, what the sequences give, the held call, the shard, the copy's shard)."""
+    made = cluster()
+    engine = made.start()
+    running = [submit(engine, name, COPIED, Sampling(max_tokens=1200)) for name in names]
+    for collected in running:
+        await_token(collected)
+    held = hold_up_copy(made)
     source = next(span.worker for span in engine.views()[0].spans if span.first == 0)
     announce(engine, Draining(source))
-    return source, held.await_begun()
+    return made, engine, running, held, source, held.await_begun()
 
 
 def test_the_target_of_a_copy_drains_meanwhile(is_greedy, cluster, submit, hold_up_copy):
-    prompt = PROMPT[:600]
-    made = cluster()
-    engine = made.start()
-    running = submit(engine, "a", prompt, Sampling(max_tokens=1200))
-    await_token(running)
-    held = hold_up_copy(made)
-    source, target = drain_until_copied(made, engine, held)
+    made, engine, (running,), held, source, target = run_until_copied(cluster, submit, hold_up_copy)
     announce(engine, Draining(target))
     held.go_on()
     await_empty(made, engine, source)
     await_empty(made, engine, target)
     (third,) = set(made.targets) - {source, target}
     assert engine.readers() == {third: 1}
-    check(running, is_greedy, prompt, 1200)
+    check(running, is_greedy, COPIED, 1200)
 
 
 def test_a_drain_that_is_undone_in_the_middle_of_a_copy(is_greedy, cluster, submit, hold_up_copy):
-    prompt = PROMPT[:600]
-    made = cluster()
-    engine = made.start()
-    running = submit(engine, "a", prompt, Sampling(max_tokens=1200))
-    await_token(running)
-    held = hold_up_copy(made)
-    source, target = drain_until_copied(made, engine, held)
+    made, engine, (running,), held, source, target = run_until_copied(cluster, submit, hold_up_copy)
     announce(engine, Opened(source))
     held.go_on()
     until(lambda: engine.readers().get(target), "the sequence does not read the copy")
     announce(engine, Draining(source))
     await_empty(made, engine, source)
-    check(running, is_greedy, prompt, 1200)
+    check(running, is_greedy, COPIED, 1200)
 
 
 def test_one_of_two_sharers_ends_in_the_middle_of_a_copy(is_greedy, cluster, submit, hold_up_copy):
-    prompt = PROMPT[:600]
-    made = cluster()
-    engine = made.start()
-    first, second = (submit(engine, name, prompt, Sampling(max_tokens=1200)) for name in "ab")
-    for collected in (first, second):
-        await_token(collected)
-    held = hold_up_copy(made)
-    source, _ = drain_until_copied(made, engine, held)
+    made, engine, (first, second), held, source, _ = run_until_copied(cluster, submit, hold_up_copy, "ab")
     assert engine.readers()[source] == 2
     engine.cancel(SequenceId("a"))
     assert isinstance(first.result(), Finished)
     held.go_on()
     await_empty(made, engine, source)
-    check(second, is_greedy, prompt, 1200)
+    check(second, is_greedy, COPIED, 1200)

@@ -25,7 +25,7 @@ from farshore.workers.engine.sequence import Failed, Finished, Reason, Sampled
 
 DEADLINE_S = 120.0
 MEMORY_BYTES = 4 << 20
-"""Of each shard. Tight: the live sequences need up to 12 MiB."""
+"""Memory of each shard. Tight: the live sequences need up to 12 MiB."""
 LIVE = 24
 """Requests at a time, on both engines together."""
 MOST_SHARDS, LEAST_OPEN = 6, 3
