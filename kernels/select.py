@@ -17,11 +17,18 @@ from farshore.kernels.base import Kernels
 _LOG = logging.getLogger(__name__)
 
 
-def implementation(device: torch.device, dtype: torch.dtype) -> Kernels[Any]:
-    """The kernels for stored KV on ``device`` and q in ``dtype``. Only the reference computes in float64.
+def implementation(*devices: torch.device, dtype: torch.dtype) -> Kernels[Any]:
+    """The kernels for q in ``dtype`` and KV on ``devices``: a shard's store, or an engine's model and its
+    arena. Only the reference computes in float64.
 
-    Returns the reference for a CPU without native kernels, and logs that once.
+    Returns the reference for a CPU without native kernels, and logs that once. Raises ValueError for devices
+    that differ, since no kernel reads two.
     """
+    if len(set(devices)) != 1:
+        raise ValueError(
+            f"KV and model lie on {', '.join(map(str, devices))}: give the arena the model's device"
+        )
+    (device,) = set(devices)
     if dtype != torch.float64:
         if device.type == "cuda":
             return cast(Kernels[Any], import_module("farshore.kernels.gpu.ops"))
