@@ -5,6 +5,7 @@ asked for: the GPU's needs triton, the native one a C++ compiler at installation
 """
 
 import logging
+import os
 from functools import cache
 from importlib import import_module
 from typing import Any, cast
@@ -15,6 +16,9 @@ from farshore.kernels import reference
 from farshore.kernels.base import Kernels
 
 _LOG = logging.getLogger(__name__)
+
+CPU_KERNELS = "FARSHORE_TEST_CPU_KERNELS"
+"""The environment variable that lets tests run the GPU's kernels without a GPU."""
 
 
 def implementation(*devices: torch.device, dtype: torch.dtype) -> Kernels[Any]:
@@ -30,11 +34,19 @@ def implementation(*devices: torch.device, dtype: torch.dtype) -> Kernels[Any]:
         )
     (device,) = set(devices)
     if dtype != torch.float64:
-        if device.type == "cuda":
+        if device.type == "cuda" or (device.type == "cpu" and _triton_on_cpu()):
             return cast(Kernels[Any], import_module("farshore.kernels.gpu.ops"))
         if device.type == "cpu":
             return _for_cpu()
     return reference
+
+
+def _triton_on_cpu() -> bool:
+    """Whether tests run the GPU's kernels on CPU memory, in triton's interpreter (``TRITON_INTERPRET=1``)."""
+    value = os.environ.get(CPU_KERNELS, "native")
+    if value not in ("native", "triton"):
+        raise ValueError(f"{CPU_KERNELS}={value}: give native or triton, or unset it")
+    return value == "triton"
 
 
 @cache

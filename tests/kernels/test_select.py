@@ -63,3 +63,14 @@ def test_a_model_and_its_kv_lie_on_one_device():
     )
     with pytest.raises(ValueError, match="KV and model lie on"):
         select.implementation(CPU, torch.device("cuda", 0), dtype=torch.float32)
+
+
+def test_tests_may_choose_the_gpus_kernels_for_the_cpu(monkeypatch):
+    ops = object()
+    monkeypatch.setitem(sys.modules, "farshore.kernels.gpu.ops", ops)
+    monkeypatch.setenv(select.CPU_KERNELS, "triton")
+    assert select.implementation(CPU, dtype=torch.float32) is ops
+    assert select.implementation(CPU, dtype=torch.float64) is reference
+    monkeypatch.setenv(select.CPU_KERNELS, "cuda")
+    with pytest.raises(ValueError, match=r"FARSHORE_TEST_CPU_KERNELS=cuda: give native or triton"):
+        select.implementation(CPU, dtype=torch.float32)
