@@ -86,7 +86,9 @@ def test_what_engine_and_shards_launch_fits_without_spills(target, shapes, tmp_p
     """As they launch it: views of heads and chunks, odd strides, states in several dtypes."""
     rows = compiled(SERVING, tmp_path, target, *shapes)
     for shape in shapes:
-        assert {row["kernel"] for row in rows if row["shape"] == shape} >= {"partial narrow", "partial wide"}
+        # In float32, wide tiles are as wide as narrow ones.
+        widths = {"partial narrow"} if shape.endswith("float32") else {"partial narrow", "partial wide"}
+        assert {row["kernel"] for row in rows if row["shape"] == shape} >= widths
     assert {row["kernel"] for row in rows} == {*PROGRAMS_A_PROCESSOR}
     for row in rows:
         assert row["spills"] == 0, row
