@@ -25,6 +25,7 @@ from farshore.errors import FarshoreError, InvalidRequest, TransportError
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import AttentionSpec, KVLayout
 from farshore.kernels.formats import KVFormat
+from farshore.kernels.host import HOST
 from farshore.kvstore.base import PrefixFound, SpanInfo, SpanKey, SpanSlice
 from farshore.kvstore.prefix import PrefixBlock
 from farshore.kvstore.store.forms import stored_bytes
@@ -67,7 +68,7 @@ def from_bytes(data: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> Tenso
     if len(data) != math.prod(shape) * dtype.itemsize:
         raise InvalidRequest(f"{len(data)} bytes for a {dtype} tensor of shape {shape}")
     if not data:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device=HOST)
     # A bytearray, because a tensor's memory must be writable.
     return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from farshore.kernels.formats import SCALE_ELEMENTS, KVFormat
+from farshore.kernels.host import HOST
 
 BLOCK_TOKENS = 256
 """Tokens in a block of stored KV. One layer and group of SmolLM2 then takes 32 KiB, whole OS pages."""
@@ -279,7 +280,9 @@ class WorkList(NamedTuple):
 
 def _columns(items: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     columns = list(zip(*items, strict=True)) if items else [()] * len(dtypes)
-    return [torch.tensor(column, dtype=dtype) for column, dtype in zip(columns, dtypes, strict=True)]
+    return [
+        torch.tensor(column, dtype=dtype, device=HOST) for column, dtype in zip(columns, dtypes, strict=True)
+    ]
 
 
 class State(NamedTuple):
@@ -289,12 +292,20 @@ class State(NamedTuple):
     lse: Tensor
 
     @classmethod
-    def identity(cls, rows: int, heads: int, v_dim: int, *, dtype: torch.dtype = torch.float32) -> "State":
+    def identity(
+        cls,
+        rows: int,
+        heads: int,
+        v_dim: int,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+    ) -> "State":
         """A new state of no tokens, the neutral element of merge. ``dtype`` is that of o."""
         lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         return cls(
-            torch.zeros(rows, heads, v_dim, dtype=dtype),
-            torch.full((rows, heads), -torch.inf, dtype=lse_dtype),
+            torch.zeros(rows, heads, v_dim, dtype=dtype, device=device),
+            torch.full((rows, heads), -torch.inf, dtype=lse_dtype, device=device),
         )
 
 

@@ -89,7 +89,7 @@ def plan(
 
 
 def partial(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
-    state = State.identity(*q.shape[:2], plan.spec.v_dim, dtype=_compute_dtype(q.dtype))
+    state = State.identity(*q.shape[:2], plan.spec.v_dim, dtype=_compute_dtype(q.dtype), device=q.device)
     for item in plan.items:
         k, v = _gather(plan.memory, item, layer, dtype=state.o.dtype)
         new = _attend(
@@ -195,7 +195,7 @@ def _attend(
     tokens = k.shape[1]
     dtype = _compute_dtype(q.dtype)
     if tokens == 0:
-        return State.identity(n, heads, spec.v_dim, dtype=dtype)
+        return State.identity(n, heads, spec.v_dim, dtype=dtype, device=q.device)
     k_heads, v_heads = k.shape[0], v.shape[0]
     # The query heads that share a K head make one matrix product: [k_heads, heads per K head * n, tokens].
     queries = q.to(dtype).transpose(0, 1).reshape(k_heads, -1, q.shape[2])
@@ -208,7 +208,10 @@ def _attend(
     if spec.window_tokens is not None:
         sees_all = sees_all and last_query - k_position < spec.window_tokens
     if not sees_all:
-        distance = q_positions[:, None] - torch.arange(k_position, k_position + tokens)[None, :]
+        distance = (
+            q_positions[:, None]
+            - torch.arange(k_position, k_position + tokens, device=q_positions.device)[None, :]
+        )
         hidden = distance < 0
         if spec.window_tokens is not None:
             hidden |= distance >= spec.window_tokens

@@ -5,6 +5,7 @@ asked for: the GPU's needs triton, the native one a C++ compiler at installation
 """
 
 import logging
+import os
 from functools import cache
 from importlib import import_module
 from typing import Any, cast
@@ -16,18 +17,36 @@ from farshore.kernels.base import Kernels
 
 _LOG = logging.getLogger(__name__)
 
+CPU_KERNELS = "FARSHORE_TEST_CPU_KERNELS"
+"""The environment variable that lets tests run the GPU's kernels without a GPU."""
 
-def implementation(device: torch.device, dtype: torch.dtype) -> Kernels[Any]:
-    """The kernels for stored KV on ``device`` and q in ``dtype``. Only the reference computes in float64.
 
-    Returns the reference for a CPU without native kernels, and logs that once.
+def implementation(*devices: torch.device, dtype: torch.dtype) -> Kernels[Any]:
+    """The kernels for q in ``dtype`` and KV on ``devices``: a shard's store, or an engine's model and its
+    arena. Only the reference computes in float64.
+
+    Returns the reference for a CPU without native kernels, and logs that once. Raises ValueError for devices
+    that differ, since no kernel reads two.
     """
+    if len(set(devices)) != 1:
+        raise ValueError(
+            f"KV and model lie on {', '.join(map(str, devices))}: give the arena the model's device"
+        )
+    (device,) = set(devices)
     if dtype != torch.float64:
-        if device.type == "cuda":
+        if device.type == "cuda" or (device.type == "cpu" and _triton_on_cpu()):
             return cast(Kernels[Any], import_module("farshore.kernels.gpu.ops"))
         if device.type == "cpu":
             return _for_cpu()
     return reference
+
+
+def _triton_on_cpu() -> bool:
+    """Whether tests run the GPU's kernels on CPU memory, in triton's interpreter (``TRITON_INTERPRET=1``)."""
+    value = os.environ.get(CPU_KERNELS, "native")
+    if value not in ("native", "triton"):
+        raise ValueError(f"{CPU_KERNELS}={value}: give native or triton, or unset it")
+    return value == "triton"
 
 
 @cache

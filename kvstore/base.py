@@ -30,6 +30,7 @@ from torch import Tensor
 
 from farshore.ids import Epoch, SequenceId, SpanId
 from farshore.kernels.base import KVLayout, Segments
+from farshore.kernels.host import HOST
 from farshore.kvstore.prefix import PrefixBlock
 
 Digest = NewType("Digest", str)
@@ -149,7 +150,7 @@ class Removals:
 
     def __init__(self) -> None:
         with torch.inference_mode(False):  # Any thread may count, whatever mode this is made in.
-            self.count = torch.zeros(1, dtype=torch.int64)
+            self.count = torch.zeros(1, dtype=torch.int64, device=HOST)
             """i64[1]."""
 
 

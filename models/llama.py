@@ -197,14 +197,14 @@ def rotation_table(config: ModelConfig, *, dtype: torch.dtype, device: torch.dev
 
     A table, because every layer uses the same angles twice. 2 MB in bf16 for 8,192 positions of SmolLM2.
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequencies = inverse_frequencies(config.rope, exponents, positions=config.max_positions)
     shape = (config.max_positions, len(frequencies))
     cos, sin = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
     # In pieces, because float32 angles of a million positions take gigabytes.
     for first in range(0, config.max_positions, _TABLE_ROWS):
         last = min(first + _TABLE_ROWS, config.max_positions)
-        angles = torch.arange(first, last, dtype=torch.float32)[:, None] * frequencies
+        angles = torch.arange(first, last, dtype=torch.float32, device=device)[:, None] * frequencies
         cos[first:last] = angles.cos() * config.rope.attention_factor
         sin[first:last] = angles.sin() * config.rope.attention_factor
     return cos, sin

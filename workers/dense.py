@@ -131,7 +131,7 @@ class DenseWorker:
         directory lists them. Raises PortInUse if the configured port is taken."""
         config, model = self._config, self._model
         attention = attention_model(model.config, model.dtype, _FORMATS[config.kv_format])
-        arena = Arena(config.kv_memory_bytes)
+        arena = Arena(config.kv_memory_bytes, device=model.device)
         self._store = store = LocalStore(worker=config.worker, arena=arena)
         local = InProcessClient(config.worker, store, attention)
         share_interpreter()

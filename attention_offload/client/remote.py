@@ -30,6 +30,7 @@ from farshore.cluster_token import ClusterToken
 from farshore.errors import FarshoreError, InvalidRequest, Late, TransportError
 from farshore.ids import SequenceId, SpanId
 from farshore.kernels.base import State
+from farshore.kernels.host import HOST
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
 from farshore.rpc import channel
@@ -189,8 +190,8 @@ class RemoteClient:
         if out is None:
             v_dim = self._model.specs[self._model.layer_class[sent.layer]].v_dim
             out = State(
-                torch.empty(sent.rows, sent.heads, v_dim, dtype=self._dtype),
-                torch.empty(sent.rows, sent.heads, dtype=self._lse_dtype),
+                torch.empty(sent.rows, sent.heads, v_dim, dtype=self._dtype, device=HOST),
+                torch.empty(sent.rows, sent.heads, dtype=self._lse_dtype, device=HOST),
             )
         try:
             self._connection.wait(sent, out, deadline_s)

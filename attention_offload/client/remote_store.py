@@ -22,6 +22,7 @@ from farshore.cluster_token import ClusterToken
 from farshore.errors import NotFound
 from farshore.ids import Epoch, SequenceId, SpanId
 from farshore.kernels.base import KVLayout
+from farshore.kernels.host import HOST
 from farshore.kvstore.base import Digest, PrefixFound, SpanInfo, SpanKey
 from farshore.kvstore.prefix import PrefixBlock
 from farshore.kvstore.store import forms
@@ -176,7 +177,7 @@ class RemoteStore:
         )
         tokens = max(0, last - first)
         k, v = (
-            torch.empty(heads, tokens, row_bytes, dtype=torch.uint8)
+            torch.empty(heads, tokens, row_bytes, dtype=torch.uint8, device=HOST)
             for heads, row_bytes in zip(
                 (layout.k_heads, layout.v_heads), forms.stored_bytes(layout), strict=True
             )

@@ -15,6 +15,7 @@ from farshore.attention_offload.transport.frames import native
 from farshore.attention_offload.transport.native_connection import SPIN_US, NativeConnection
 from farshore.errors import FarshoreError
 from farshore.kernels.base import AttentionSpec, State
+from farshore.kernels.host import address
 
 Failures = dict[int, FarshoreError]
 """The errors of the shards that failed, by the index of their request."""
@@ -55,7 +56,7 @@ class NativeFanout:
         """Sends each shard its rows and heads of q ``[rows of the micro-batch, q_heads, k_dim]``, which must
         be contiguous. The caller may change q as soon as this returns. Returns the errors of the shards that
         were not sent theirs."""
-        failed = self._native.send_all(self._handle, step, layer, micro_batch, q.data_ptr())
+        failed = self._native.send_all(self._handle, step, layer, micro_batch, address(q))
         return {} if failed is None else self._mapped(failed)
 
     def wait(
@@ -95,6 +96,6 @@ def _native_arguments(request: NativeRequest, spec: AttentionSpec, dtype: torch.
         request.connection.wire,
         request.rows,
         (first_head * k_bytes, heads * k_bytes, spec.q_heads * k_bytes),
-        (lse.data_ptr() + first_head * lse.itemsize, heads * lse.itemsize, lse.stride(0) * lse.itemsize),
-        (o.data_ptr() + first_head * v_bytes, heads * v_bytes, o.stride(0) * o.itemsize),
+        (address(lse) + first_head * lse.itemsize, heads * lse.itemsize, lse.stride(0) * lse.itemsize),
+        (address(o) + first_head * v_bytes, heads * v_bytes, o.stride(0) * o.itemsize),
     )

@@ -18,6 +18,7 @@ from farshore.attention_offload.transport.native_connection import NativeConnect
 from farshore.errors import FarshoreError, Late, Lost, TransportError
 from farshore.ids import WorkerId
 from farshore.kernels.base import AttentionSpec, State
+from farshore.kernels.host import HOST
 
 RowIndex = slice | Tensor
 ShapeKey = tuple[int, int]
@@ -81,7 +82,7 @@ class ShardRequest:
         """The buffer for answers to frames of shape ``key``. q ``[rows of the micro-batch, q_heads, k_dim]``
         gives the number of rows and the dtype. Every call with the same key returns the same buffer."""
         if key not in self.buffers:
-            state = State.identity(len(q), spec.q_heads, spec.v_dim, dtype=q.dtype)
+            state = State.identity(len(q), spec.q_heads, spec.v_dim, dtype=q.dtype, device=q.device)
             rows, heads = _row_index(self.rows[key[1]]), self.heads(spec)
             # Indexing by a tensor copies, indexing by a slice gives a view.
             answer = State(state.o[rows, heads], state.lse[rows, heads])
@@ -126,4 +127,4 @@ def _row_index(rows: tuple[int, ...]) -> RowIndex:
     adjacent."""
     if rows[-1] - rows[0] + 1 == len(rows):
         return slice(rows[0], rows[-1] + 1)
-    return torch.tensor(rows)
+    return torch.tensor(rows, device=HOST)

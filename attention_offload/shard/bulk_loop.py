@@ -26,6 +26,7 @@ from farshore.attention_offload.transport.bulk import (
 from farshore.errors import InvalidRequest, TransportError
 from farshore.ids import Epoch, SequenceId, SpanId
 from farshore.interpreter import make_nicer
+from farshore.kernels.host import HOST, address
 from farshore.kvstore.store.forms import stored_bytes
 from farshore.kvstore.store.store import LocalStore
 from farshore.proto import attention_pb2 as pb
@@ -65,7 +66,7 @@ class _Connection:
         self._store = store
         self._holds = holds
         self._socket = bulk_socket
-        self._buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8)
+        self._buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8, device=HOST)
 
     def answer(self) -> None:
         """Receives one request and answers it. Sends the store's error as FAILED; raises OSError only."""
@@ -137,7 +138,7 @@ class _Connection:
                 k, v = self._store.read(
                     span, request.layer, first, last, sequence=sequence, dtype=torch.uint8
                 )
-                self._send([k.data_ptr(), k.nbytes, v.data_ptr(), v.nbytes])
+                self._send([address(k), k.nbytes, address(v), v.nbytes])
             else:
                 stored = self._store.stored_runs(span, request.layer, first, last, sequence=sequence)
                 with stored as runs:
@@ -145,7 +146,7 @@ class _Connection:
 
     def _export(self, received: BulkMessage) -> None:
         for piece, payload in exports.pieces(self._store, pb.ExportRequest.FromString(received.message)):
-            self._socket.send(BulkKind.PIECE, piece, [payload.data_ptr(), payload.nbytes])
+            self._socket.send(BulkKind.PIECE, piece, [address(payload), payload.nbytes])
 
     def _send(self, piece: Runs) -> None:
         if any(piece[1::2]):
@@ -154,8 +155,8 @@ class _Connection:
     def _receive(self, count: int) -> Tensor:
         """Receives the next ``count`` bytes of the payload: ``u8[count]``, valid until the next call."""
         if count > self._buffer.nbytes:
-            self._buffer = torch.empty(count, dtype=torch.uint8)
-        self._socket.receive_payload([self._buffer.data_ptr(), count])
+            self._buffer = torch.empty(count, dtype=torch.uint8, device=HOST)
+        self._socket.receive_payload([address(self._buffer), count])
         self._unread_bytes -= count
         return self._buffer[:count]
 

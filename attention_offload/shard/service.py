@@ -32,6 +32,7 @@ from farshore.cluster_token import ClusterToken
 from farshore.errors import Cancelled, InvalidRequest, Overloaded
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import AttentionSpec, State
+from farshore.kernels.host import HOST
 from farshore.kvstore.store.span import check_shape
 from farshore.kvstore.store.store import LocalStore
 from farshore.proto import attention_pb2 as pb
@@ -85,8 +86,8 @@ class _FrameBuffers(NamedTuple):
     @classmethod
     def of(cls, spec: AttentionSpec, rows: int, groups: int, dtype: torch.dtype) -> "_FrameBuffers":
         heads = groups * spec.q_heads_per_group
-        q = torch.empty(rows, heads, spec.k_dim, dtype=dtype)
-        out = State.identity(rows, heads, spec.v_dim, dtype=dtype)
+        q = torch.empty(rows, heads, spec.k_dim, dtype=dtype, device=HOST)
+        out = State.identity(rows, heads, spec.v_dim, dtype=dtype, device=HOST)
         o_bytes, lse_bytes = (tensor.view(torch.uint8).numpy() for tensor in out)
         return cls(q, out, q.view(torch.uint8), o_bytes, lse_bytes)
 

@@ -23,6 +23,7 @@ from farshore.errors import InvalidRequest
 from farshore.ids import WorkerId
 from farshore.kernels.base import AttentionSpec, Segments, State, WorkList
 from farshore.kernels.formats import DTYPE_CODES, NATIVE_DTYPES
+from farshore.kernels.host import HOST, address
 from farshore.kernels.select import implementation
 from farshore.kvstore.base import Removals, ShardStore
 
@@ -36,7 +37,7 @@ class AttendedBytes:
     def __init__(self) -> None:
         self._lock = Lock()
         self._counted = 0
-        self.native = torch.zeros(1, dtype=torch.int64)
+        self.native = torch.zeros(1, dtype=torch.int64, device=HOST)
         """i64 [1]: the share of the native loops, which they add to atomically."""
 
     @property
@@ -79,7 +80,8 @@ class ShardSession:
         # A span numbers its layers within their class.
         counts = [count() for _ in model.specs]
         self._stored_layers = [next(counts[layer_class]) for layer_class in model.layer_class]
-        self._kernels = [implementation(store.memory.device, layout.format.dtype) for layout in model.layouts]
+        device = store.memory.device
+        self._kernels = [implementation(device, dtype=layout.format.dtype) for layout in model.layouts]
         self._plans: list[list[tuple[Any, int]]] = []
         """[layer class][micro-batch]: the kernel plan, and the KV bytes that it reads in one layer."""
         self._segment_count = 0
@@ -149,7 +151,7 @@ class ShardSession:
             raise InvalidRequest(f"q of shape {tuple(q.shape)}, expected {(rows, heads, spec.k_dim)}")
         plan, layer_bytes = self._plans[layer_class][micro_batch]
         if out is None:
-            out = State.identity(rows, heads, spec.v_dim, dtype=q.dtype)
+            out = State.identity(rows, heads, spec.v_dim, dtype=q.dtype, device=q.device)
         try:
             self._kernels[layer_class].partial(plan, self._stored_layers[layer], q, out=out)
         except ValueError as error:
@@ -179,7 +181,7 @@ class ShardSession:
                 )
             )
         layers = tuple(zip(self._model.layer_class, self._stored_layers, strict=True))
-        counters = self._attended.native.data_ptr(), self._removals.count.data_ptr()
+        counters = address(self._attended.native), address(self._removals.count)
         # Without windows positions do not matter, and the native loop may repeat the step without Python.
         repeats = not self._model.has_windows
         return step.step, DTYPE_CODES[dtype], layers, tuple(work), *counters, self._seen_removals, repeats
@@ -215,7 +217,9 @@ class ShardSession:
                 self._store.memory,
                 layout,
                 spec,
-                positions=torch.tensor([step.positions[row] for row in step.micro_batches[micro_batch]]),
+                positions=torch.tensor(
+                    [step.positions[row] for row in step.micro_batches[micro_batch]], device=HOST
+                ),
                 group0=step.group0,
                 group1=step.group1,
                 threads=torch.get_num_threads(),

@@ -35,6 +35,7 @@ from torch import Tensor
 from farshore.attention_offload import codec
 from farshore.attention_offload.transport.frames import native
 from farshore.errors import TransportError
+from farshore.kernels.host import address
 from farshore.proto import attention_pb2 as pb
 
 PIECE_BYTES = 1 << 20
@@ -221,7 +222,7 @@ class BulkConnection:
 
 
 def _address(data: bytearray) -> int:
-    return torch.frombuffer(data, dtype=torch.uint8).data_ptr()
+    return address(torch.frombuffer(data, dtype=torch.uint8))
 
 
 def _run_of(data: bytearray) -> Runs:
@@ -238,7 +239,7 @@ def runs(kv: Tensor, first: int, last: int, token_major: bool) -> Runs:
     """The runs of tokens ``first .. last`` (end not included) in a contiguous K or V tensor.
 
     ``kv`` is ``u8[tokens, heads, bytes]`` if ``token_major``, else ``u8[heads, tokens, bytes]``."""
-    base = kv.data_ptr()
+    base = address(kv)
     if token_major:
         token = kv.shape[1] * kv.shape[2]
         return [base + first * token, (last - first) * token]

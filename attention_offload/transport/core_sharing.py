@@ -11,6 +11,7 @@ from collections.abc import Collection
 import torch
 
 from farshore.attention_offload.transport.frames import native
+from farshore.kernels.host import HOST
 from farshore.kernels.select import implementation
 
 
@@ -52,4 +53,4 @@ def lower_pool_priority() -> None:
 
 
 def _computes_natively() -> bool:
-    return native() is not None and implementation(torch.device("cpu"), torch.float32).native
+    return native() is not None and implementation(HOST, dtype=torch.float32).native

@@ -18,6 +18,7 @@ from farshore.attention_offload.transport.core_sharing import lower_pool_priorit
 from farshore.attention_offload.transport.frames import MOST_DEADLINE_S, Sent, Transport, frame_bytes, native
 from farshore.errors import FarshoreError, InvalidRequest, Late, TransportError
 from farshore.kernels.base import State
+from farshore.kernels.host import address
 
 SPIN_US = 200
 """How long an engine spins for an answer before it sleeps, if answers usually arrive that soon. The engine
@@ -93,20 +94,23 @@ class NativeConnection:
         if q.stride()[1:] != (dim, 1):
             q = q.contiguous()
         size = q.element_size()
+        rows = address(q), heads * dim * size, q.stride(0) * size
         try:
-            self._native.send(self.wire, *sent[:4], (q.data_ptr(), heads * dim * size, q.stride(0) * size))
+            self._native.send(self.wire, *sent[:4], rows)
         except (OSError, ValueError) as error:
             raise self.mapped(error) from error
 
     def wait(self, sent: Sent, out: State, deadline_s: float) -> None:
         o, lse = out
         size = o.element_size()
+        lse_rows = address(lse), sent.heads * 4, lse.stride(0) * 4
+        o_rows = address(o), sent.heads * o.shape[2] * size, o.stride(0) * size
         try:
             failure = self._native.wait(
                 self.wire,
                 *sent[:4],
-                (lse.data_ptr(), sent.heads * 4, lse.stride(0) * 4),
-                (o.data_ptr(), sent.heads * o.shape[2] * size, o.stride(0) * size),
+                lse_rows,
+                o_rows,
                 deadline_s,
             )
         except (OSError, ValueError) as error:

@@ -83,4 +83,4 @@ def layer_bytes(shape: Shape, format: KVFormat, *, sequences: int, tokens: int) 
 def query(shape: Shape, rows: int) -> tuple[Tensor, State]:
     """A random q of ``rows`` rows in bf16, and memory for their state."""
     q = torch.randn(rows, shape.q_heads, shape.dim, generator=torch.Generator().manual_seed(1))
-    return q.to(torch.bfloat16), State.identity(rows, shape.q_heads, shape.dim)
+    return q.to(torch.bfloat16), State.identity(rows, shape.q_heads, shape.dim, device="cpu")

@@ -26,7 +26,7 @@ def merge(setting: Setting) -> tuple[list[Result], list[Bar]]:
         State(torch.randn(shape, generator=generator), torch.randn(shape[:2], generator=generator))
         for _ in range(STATES)
     ]
-    out = State.identity(*shape)
+    out = State.identity(*shape, device="cpu")
     timed = interleave(
         {"merge": lambda: setting.implementation.merge(states, out=out)},
         rounds=setting.sizes.rounds,

@@ -29,7 +29,7 @@ def measure(setting: Setting, *, shape: Shape, past_tokens: int) -> tuple[list[R
 
     q = random(new, shape.q_heads, shape.dim)
     k, v = (random(shape.kv_heads, past_tokens + new, shape.dim) for _ in "kv")
-    out = State.identity(new, shape.q_heads, shape.dim, dtype=torch.bfloat16)
+    out = State.identity(new, shape.q_heads, shape.dim, dtype=torch.bfloat16, device="cpu")
     positions = torch.arange(past_tokens, past_tokens + new)
     sdpa, sdpa_new = _sdpa(q, k, v, run_s=setting.sizes.sdpa_run_s)
     product, gemm_flops = gemm(setting.rates.gemm)

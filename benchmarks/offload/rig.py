@@ -20,6 +20,7 @@ from farshore.attention_offload.plan.step_plan import Read, StepPlan
 from farshore.benchmarks.delay import proxy
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kernels.base import BLOCK_TOKENS, KVLayout
+from farshore.kernels.select import implementation
 from farshore.kvstore.base import ShardStore, SpanKey
 from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.tail import Tail
@@ -127,7 +128,11 @@ class StepRig:
         tails = self._tails[: len(plan.sequences)]
         if shards not in self._steps:
             self._steps[shards] = LayerLoop(
-                model=self._model, attention=self._attention, shards=shards, local=self._local
+                model=self._model,
+                attention=self._attention,
+                kernels=implementation(self._model.device, dtype=self._model.dtype),
+                shards=shards,
+                local=self._local,
             )
         steps = self._steps[shards]
         with torch.inference_mode():

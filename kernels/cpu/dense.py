@@ -21,6 +21,7 @@ from torch import Tensor
 
 from farshore.kernels.cpu.native_module import native as _native
 from farshore.kernels.cpu.packed import Packed
+from farshore.kernels.host import HOST, address
 
 DTYPES = (torch.float32, torch.bfloat16)
 """Dtypes of weights and rows."""
@@ -142,7 +143,7 @@ def attention_input(layer: Layer, h: Tensor) -> Tensor:
     h = _checked_rows(h, layer.hidden, layer.dtype)
     out = torch.empty_like(h)
     if len(h):
-        _native.dense_input(layer.native, len(h), h.data_ptr(), out.data_ptr())
+        _native.dense_input(layer.native, len(h), address(h), address(out))
     return out
 
 
@@ -154,7 +155,7 @@ def query(layer: Layer, normed: Tensor, positions: Tensor) -> Tensor:
     out = normed.new_empty(rows, layer.q_heads, layer.head_dim)
     if rows:
         positions = _checked_numbers(positions, rows)
-        _native.dense_query(layer.native, rows, normed.data_ptr(), positions.data_ptr(), out.data_ptr())
+        _native.dense_query(layer.native, rows, address(normed), address(positions), address(out))
     return out
 
 
@@ -167,7 +168,7 @@ def key_value(layer: Layer, normed: Tensor, positions: Tensor) -> tuple[Tensor, 
     if rows:
         positions = _checked_numbers(positions, rows)
         _native.dense_key_value(
-            layer.native, rows, normed.data_ptr(), positions.data_ptr(), k.data_ptr(), v.data_ptr()
+            layer.native, rows, address(normed), address(positions), address(k), address(v)
         )
     return k, v
 
@@ -188,8 +189,8 @@ def project(
             _check("out", (tensor,), shape, layer.dtype)
     if rows:
         positions = _checked_numbers(positions, rows)
-        pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr())
-        _native.dense_project(layer.native, rows, h.data_ptr(), positions.data_ptr(), *pointers)
+        pointers = (address(q), address(k), address(v))
+        _native.dense_project(layer.native, rows, address(h), address(positions), *pointers)
     return q, k, v
 
 
@@ -205,16 +206,16 @@ def finish(layer: Layer, h: Tensor, o: Tensor, *, out: Tensor | None = None) -> 
     else:
         _check("out", (out,), h.shape, layer.dtype)
     if len(h):
-        _native.dense_finish(layer.native, len(h), h.data_ptr(), o.data_ptr(), out.data_ptr())
+        _native.dense_finish(layer.native, len(h), address(h), address(o), address(out))
     return out
 
 
 def logits(head: LMHead, h: Tensor) -> Tensor:
     """Logits f32[R, vocab] of h [R, hidden], rounded to the weights' dtype."""
     h = _checked_rows(h, head.hidden, head.dtype)
-    out = torch.empty(len(h), head.vocab, dtype=torch.float32)
+    out = torch.empty(len(h), head.vocab, dtype=torch.float32, device=HOST)
     if len(h):
-        _native.dense_logits(head.native, len(h), h.data_ptr(), out.data_ptr())
+        _native.dense_logits(head.native, len(h), address(h), address(out))
     return out
 
 
@@ -230,8 +231,8 @@ class LayerBuffers:
     def __init__(self, layers: Sequence[Layer], rows: int) -> None:
         """R = ``rows``, 1 or more."""
         first = layers[0]
-        new = partial(torch.empty, dtype=first.dtype)
-        self.positions = torch.zeros(rows, dtype=torch.int64)
+        new = partial(torch.empty, dtype=first.dtype, device=HOST)
+        self.positions = torch.zeros(rows, dtype=torch.int64, device=HOST)
         self.q, self.o = (new(rows, first.q_heads, first.head_dim) for _ in range(2))
         self.k, self.v = (new(rows, first.kv_heads, first.head_dim) for _ in range(2))
         self._normed = new(rows, first.hidden)
@@ -239,10 +240,10 @@ class LayerBuffers:
         self._h = [new(rows, first.hidden) for _ in range(2)]
         self.h = self._h[0]
         positions, normed, q, k, v, o = (
-            x.data_ptr() for x in (self.positions, self._normed, self.q, self.k, self.v, self.o)
+            address(x) for x in (self.positions, self._normed, self.q, self.k, self.v, self.o)
         )
         # The arguments of each layer's native calls.
-        h = [x.data_ptr() for x in self._h]
+        h = [address(x) for x in self._h]
         calls = [(layer.native, h[i % 2], h[(i + 1) % 2]) for i, layer in enumerate(layers)]
         self._project = [(native, rows, before, positions, q, k, v) for native, before, _ in calls]
         self._input = [(native, rows, before, normed) for native, before, _ in calls]

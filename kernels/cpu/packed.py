@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from farshore.kernels.cpu.native_module import native as _native
+from farshore.kernels.host import HOST
 
 UNPACKED_BYTES = 8 << 20
 """Of a matrix that PyTorch multiplies, so much is unpacked at a time: it stays in the CPU's caches."""
@@ -95,19 +96,20 @@ class Packed(NamedTuple):
     def gather(self, ids: Tensor) -> Tensor:
         """The rows with numbers ``ids`` i64[R], contiguous: bf16[R, in]. Raises IndexError for an id that is
         not in 0 .. out."""
-        values = torch.empty(len(ids), self.shape[1], dtype=torch.bfloat16)
+        values = torch.empty(len(ids), self.shape[1], dtype=torch.bfloat16, device=HOST)
         self._unpack(ids, values)
         return values
 
     def dense(self) -> Tensor:
         """The values, bf16[out, in]."""
-        return self.gather(torch.arange(self.shape[0]))
+        return self.gather(torch.arange(self.shape[0], device=HOST))
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x bf16[R, in] → x W^T + bias, [R, out], by PyTorch."""
         out, inner = self.shape
         step = min(out, max(1, UNPACKED_BYTES // (2 * inner)))
-        values, numbers = torch.empty(step, inner, dtype=torch.bfloat16), torch.arange(out)
+        values = torch.empty(step, inner, dtype=torch.bfloat16, device=HOST)
+        numbers = torch.arange(out, device=HOST)
         result = x.new_empty(len(x), out)
         for first in range(0, out, step):
             part = slice(first, min(out, first + step))
@@ -155,14 +157,14 @@ class Blocks(NamedTuple):
 
     def dequantise(self, *, threads: int) -> Tensor:
         """The weights, f32[out, in]."""
-        values = torch.empty(len(self.rows), self.inner)
+        values = torch.empty(len(self.rows), self.inner, device=HOST)
         _native.dense_dequantise(self.storage, self.rows, values, threads)
         return values
 
     def pack(self, *, threads: int) -> Packed:
         """The same matrix in the order of the kernels."""
         shape = (len(self.rows), self.inner)
-        rows = torch.empty(self.storage.packed_bytes(shape), dtype=torch.uint8)
+        rows = torch.empty(self.storage.packed_bytes(shape), dtype=torch.uint8, device=HOST)
         _native.dense_pack(self.storage, self.rows, rows, threads)
         return Packed(self.storage, shape, rows)
 

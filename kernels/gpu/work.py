@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from farshore.kernels.base import AttentionSpec, Segments, WorkList
+from farshore.kernels.host import HOST
 
 
 class Heads(NamedTuple):
@@ -84,8 +85,8 @@ def flatten(
     splits = -(-(stop - start) // chunk)
 
     tiles_per_item = splits * pairs * heads.head_tiles * row_tiles
-    item = torch.repeat_interleave(torch.arange(len(seen)), tiles_per_item)
-    rest = torch.arange(len(item)) - (tiles_per_item.cumsum(0) - tiles_per_item)[item]
+    item = torch.repeat_interleave(torch.arange(len(seen), device=HOST), tiles_per_item)
+    rest = torch.arange(len(item), device=HOST) - (tiles_per_item.cumsum(0) - tiles_per_item)[item]
     rest, row_tile = rest // row_tiles[item], rest % row_tiles[item]
     rest, head_tile = rest // heads.head_tiles, rest % heads.head_tiles
     split, pair = rest // pairs[item], rest % pairs[item] + (g0[item] - group0) * heads.pairs_per_group
@@ -138,5 +139,5 @@ def _visible(
 
 def _spread(counts: Tensor) -> tuple[Tensor, Tensor]:
     """All (i, n) with n in 0 .. counts[i], in order, as two tensors."""
-    i = torch.repeat_interleave(torch.arange(counts.numel()), counts)
-    return i, torch.arange(i.numel()) - (counts.cumsum(0) - counts)[i]
+    i = torch.repeat_interleave(torch.arange(counts.numel(), device=HOST), counts)
+    return i, torch.arange(i.numel(), device=HOST) - (counts.cumsum(0) - counts)[i]

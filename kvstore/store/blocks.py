@@ -16,6 +16,7 @@ from torch import Tensor
 
 from farshore.kernels.base import KVLayout, Segments, StoredKV
 from farshore.kernels.formats import CODES, DTYPE_CODES
+from farshore.kernels.host import HOST, address
 from farshore.kvstore.store.arena import stride_bytes
 from farshore.kvstore.store.forms import from_stored, stored_bytes, to_stored
 
@@ -64,7 +65,7 @@ def copy_in(
         k=native_rows(k[None]),
         v=native_rows(v[None]),
         layout=native_layout(layout),
-        memory=memory.data_ptr(),
+        memory=address(memory),
         blocks=slot_ranges(layout, bases, first, last),
     )
 
@@ -113,7 +114,7 @@ def runs(memory: Tensor, layout: KVLayout, bases: Bases, *, layer: int, first: i
     uint8. Only for formats without scales.
     """
     assert not layout.format.quantised, "scales are not adjacent to their rows"
-    start = memory.data_ptr() + layer * layout.layer_bytes
+    start = address(memory) + layer * layout.layer_bytes
     slots = slot_ranges(layout, bases, first, last)
     flat: list[int] = []
     v_start = start + layout.k_heads * layout.k_run_bytes
@@ -180,7 +181,7 @@ def native_rows(rows: Tensor) -> tuple[int, int, int, int]:
     The elements of a row must be adjacent."""
     size = rows.element_size()
     layer, head, token, _ = rows.stride()
-    return rows.data_ptr(), layer * size, head * size, token * size
+    return address(rows), layer * size, head * size, token * size
 
 
 def dense_rows(rows: Tensor) -> Tensor:
@@ -191,11 +192,11 @@ def dense_rows(rows: Tensor) -> Tensor:
 def _dequantised(
     memory: Tensor, layout: KVLayout, bases: Bases, layers: range, first: int, last: int, threads: int
 ) -> tuple[Tensor, Tensor]:
-    k = torch.empty(len(layers), layout.k_heads, last - first, layout.k_dim)
+    k = torch.empty(len(layers), layout.k_heads, last - first, layout.k_dim, device=HOST)
     v = (
         k[..., : layout.v_dim]
         if layout.v_in_k
-        else torch.empty(len(layers), layout.v_heads, last - first, layout.v_dim)
+        else torch.empty(len(layers), layout.v_heads, last - first, layout.v_dim, device=HOST)
     )
     _gather(memory, layout, bases, layers, first, last, threads, DTYPE_CODES[torch.float32], k, v)
     return k, v
@@ -221,7 +222,7 @@ def _gather(
         k=native_rows(k),
         v=native_rows(v),
         layout=native_layout(layout),
-        memory=memory.data_ptr(),
+        memory=address(memory),
         blocks=slot_ranges(layout, bases, first, last),
     )
 

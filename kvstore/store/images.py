@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from farshore.kernels.base import KVLayout
+from farshore.kernels.host import address
 from farshore.kvstore.store.blocks import Bases, native_for, slot_ranges
 
 CHUNK_BYTES = 1 << 20
@@ -75,7 +76,7 @@ def write_image(memory: Tensor, layout: KVLayout, bases: Bases, chunk: ChunkRang
         if native is None or image.device != memory.device:
             block_view.copy_(image)
         else:  # Stays in this thread: PyTorch would wake its other threads and wait for them.
-            native.stream(block_view.data_ptr(), image.data_ptr(), image.numel())
+            native.stream(address(block_view), address(image), image.numel())
         return
     for block, slots in _blocks(memory, layout, bases, chunk, 0):
         for stored, field in zip(block, image_fields(image, image_layout(layout, chunk)), strict=True):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from farshore.errors import InvalidRequest
+from farshore.kernels.host import address
 from farshore.kvstore.store.ranges import Ranges
 
 HUGE_PAGE_BYTES = 2 << 20
@@ -85,7 +86,7 @@ class HostPages:
         except OSError as error:
             raise InvalidRequest(f"this machine cannot reserve {size_bytes} bytes: {error}") from error
         memory = torch.frombuffer(mapped, dtype=torch.uint8)
-        lead = -memory.data_ptr() % self._unit
+        lead = -address(memory) % self._unit
         self.memory: Tensor = memory[lead : lead + size_bytes]
         self._committed = Ranges()
         if huge and hasattr(mmap, "MADV_HUGEPAGE"):
@@ -128,7 +129,7 @@ class HostPages:
 
     def _advise(self, base: int, size: int, advice: int) -> int:
         """0, or the errno of the failure."""
-        return _madvise(self.memory.data_ptr() + base, size, advice) and ctypes.get_errno()
+        return _madvise(address(self.memory) + base, size, advice) and ctypes.get_errno()
 
 
 class DevicePages:

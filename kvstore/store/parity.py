@@ -21,6 +21,7 @@ from torch import Tensor
 from farshore.errors import InvalidRequest
 from farshore.ids import Epoch, SequenceId, SpanId
 from farshore.kernels.base import KVLayout
+from farshore.kernels.host import HOST, address
 from farshore.kvstore.base import CoveredSpan, Digest, SpanKey
 from farshore.kvstore.store.blocks import native_for
 from farshore.kvstore.store.images import chunk_ranges, image_fields, image_layout
@@ -115,11 +116,11 @@ def _opened(images: Iterable[ChunkImage]) -> tuple[ExportHeader, Iterator[ChunkI
 
 def _xor(sources: Sequence[Iterator[ChunkImage]], header: ExportHeader) -> Iterator[ChunkImage]:
     """XORs all sources over the range of ``header``. A source that has ended counts as zeros."""
-    buffer = torch.empty(0, dtype=torch.uint8)
+    buffer = torch.empty(0, dtype=torch.uint8, device=HOST)
     for chunk in chunk_ranges(header.layout, header.tokens):
         shape = image_layout(header.layout, chunk)
         if buffer.numel() < shape.block_bytes:
-            buffer = torch.empty(shape.block_bytes, dtype=torch.uint8)
+            buffer = torch.empty(shape.block_bytes, dtype=torch.uint8, device=HOST)
         total = buffer[: shape.block_bytes]
         images = [image for image in (next(source, None) for source in sources) if image is not None]
         _xor_equal([image.image.cpu() for image in images if image.chunk == chunk], total)
@@ -134,7 +135,7 @@ def _xor_equal(images: list[Tensor], total: Tensor) -> None:
     other threads and wait for them."""
     native = native_for(total)
     if native is not None:
-        native.xor(total.data_ptr(), [image.data_ptr() for image in images], total.numel())
+        native.xor(address(total), [address(image) for image in images], total.numel())
         return
     total.zero_()
     for image in images:

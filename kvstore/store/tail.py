@@ -23,6 +23,7 @@ from torch import Tensor
 
 from farshore.errors import InvalidRequest
 from farshore.kernels.base import KVLayout, Segments
+from farshore.kernels.host import address
 from farshore.kvstore.store import blocks, forms
 from farshore.kvstore.store.arena import Arena, Extent, stride_bytes
 
@@ -322,7 +323,7 @@ class TailBatch:
         return blocks.native.batch(
             tails=marks,
             layout=blocks.native_layout(self._layout),
-            memory=memory.data_ptr(),
+            memory=address(memory),
             blocks=slots,
         )
 

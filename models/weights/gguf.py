@@ -46,7 +46,7 @@ class GgufReader:
         return StoredTensor(part.path, full, kind, info.shape[::-1], info.offset, part.identity)
 
     def read(self, name: str, dtype: torch.dtype, update: Update) -> Tensor:
-        result = torch.empty(self.find(name).shape, dtype=dtype)
+        result = torch.empty(self.find(name).shape, dtype=dtype, device="cpu")
         flat, done = result.view(-1), 0
         for stored, values in self._file.pieces(gguf_name(name)):
             update(stored)

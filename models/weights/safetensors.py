@@ -70,7 +70,7 @@ class SafetensorsReader:
 
     def read(self, name: str, dtype: torch.dtype, update: Update) -> Tensor:
         stored = self.find(name)
-        result = torch.empty(stored.shape, dtype=dtype)
+        result = torch.empty(stored.shape, dtype=dtype, device="cpu")
         stored_dtype = _DTYPES[stored.dtype]
         flat, offset = result.view(-1), stored.offset
         # A tensor that needs no conversion is read in place.
@@ -110,7 +110,7 @@ class SafetensorsReader:
     def _buffer(self) -> Tensor:
         """u8 [_PIECE_BYTES], one for each thread. Buffers that come and go would leave gaps in its heap."""
         if not hasattr(self._buffers, "buffer"):
-            self._buffers.buffer = torch.empty(_PIECE_BYTES, dtype=torch.uint8)
+            self._buffers.buffer = torch.empty(_PIECE_BYTES, dtype=torch.uint8, device="cpu")
         return self._buffers.buffer
 
     def _fill(self, stored: StoredTensor, data: memoryview, offset: int) -> None:

@@ -78,7 +78,7 @@ def call_all(k_dim, format, *, capped):
     dtype = torch.bfloat16 if format.quantised else format.dtype
     layout = KVLayout.of(spec, layers=2, format=format)
     q = torch.zeros(ROWS, spec.q_heads, k_dim, dtype=dtype)
-    out = State.identity(ROWS, spec.q_heads, spec.v_dim, dtype=torch.bfloat16)
+    out = State.identity(ROWS, spec.q_heads, spec.v_dim, dtype=torch.bfloat16, device="cpu")
 
     # All rows on a shared segment take wide tiles; one row on a segment of its own takes narrow ones.
     memory = torch.zeros(layout.block_bytes * (TOKENS // layout.block_tokens + 1), dtype=torch.uint8)

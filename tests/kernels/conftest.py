@@ -158,7 +158,7 @@ def textbook():
 
     def attend(q, k, v, spec, *, q_positions, k_position=0):
         q, k, v = q.double(), k.double(), v.double()
-        o, lse = State.identity(*q.shape[:2], spec.v_dim, dtype=torch.float64)
+        o, lse = State.identity(*q.shape[:2], spec.v_dim, dtype=torch.float64, device="cpu")
         largest = 0.0
         for row in range(q.shape[0]):
             distance = int(q_positions[row]) - torch.arange(k_position, k_position + k.shape[1])
@@ -251,7 +251,7 @@ class LongSequence(NamedTuple):
         return torch.randn(rows, 4, 64, generator=torch.Generator().manual_seed(seed))
 
     def run(self, plan, q):
-        out = State.identity(*q.shape[:2], 64)
+        out = State.identity(*q.shape[:2], 64, device="cpu")
         cpu.partial(plan, 1, q, out=out)
         return out
 

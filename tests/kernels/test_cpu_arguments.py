@@ -95,14 +95,14 @@ def test_a_number_that_32_bits_cannot_hold_is_refused(sequence, number):
     """A number cut to 32 bits would pass: 2^32 as 0, and 2^32 + 1 as 1."""
     with refused("does not fit into 32 bits"):
         sequence.plan(threads=number)
-    q, out = sequence.queries(), State.identity(2, 4, 64)
+    q, out = sequence.queries(), State.identity(2, 4, 64, device="cpu")
     k = v = torch.zeros(2, 1, 64)
     with refused("does not fit into 32 bits"):
         cpu.extend(q, k, v, SPEC, q_positions=torch.tensor([9, 9]), k_position=0, out=out, threads=number)
 
 
 def test_calls_of_other_shapes_are_refused(sequence):
-    plan, q, out = sequence.plan(), sequence.queries(), State.identity(2, 4, 64)
+    plan, q, out = sequence.plan(), sequence.queries(), State.identity(2, 4, 64, device="cpu")
     for layer in (-1, 2):
         with refused(f"layer {layer} of 2"):
             cpu.partial(plan, layer, q, out=out)
@@ -112,7 +112,7 @@ def test_calls_of_other_shapes_are_refused(sequence):
         (q.double(), out, "float64"),
         (q.to("meta"), out, "meta"),
         (q.transpose(0, 2).contiguous().transpose(0, 2), out, "contiguous"),
-        (q, State.identity(1, 4, 64), "o of shape"),
+        (q, State.identity(1, 4, 64, device="cpu"), "o of shape"),
         (q, out._replace(o=out.o.double()), "float64"),
         (q, out._replace(lse=out.lse.double()), "lse: torch.float64|lse must be"),
         (q, out._replace(lse=out.lse[:, :3]), "lse of shape"),
@@ -124,7 +124,7 @@ def test_calls_of_other_shapes_are_refused(sequence):
 
 
 def test_an_asynchronous_call_checks_at_once(sequence):
-    plan, out = sequence.plan(), State.identity(2, 4, 64)
+    plan, out = sequence.plan(), State.identity(2, 4, 64, device="cpu")
     with refused("q of shape"):
         cpu.partial_async(plan, 1, sequence.queries(rows=1), out=out)
     with pytest.raises(ValueError, match="layer 9"):
@@ -137,8 +137,8 @@ def test_tensors_are_read_through_python_without_torchs_table(sequence):
     plan, q, out, expected = (
         sequence.plan(),
         sequence.queries(),
-        State.identity(2, 4, 64),
-        State.identity(2, 4, 64),
+        State.identity(2, 4, 64, device="cpu"),
+        State.identity(2, 4, 64, device="cpu"),
     )
     cpu.partial(plan, 1, q, out=expected)
     api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
@@ -158,7 +158,7 @@ def test_extensions_of_other_shapes_are_refused():
         torch.zeros(2, 4, 64),
         torch.zeros(2, 5, 64),
         torch.zeros(2, 5, 64),
-        State.identity(2, 4, 64),
+        State.identity(2, 4, 64, device="cpu"),
     )
     good = dict(q=q, k=k, v=v, spec=SPEC, q_positions=torch.tensor([5, 6]), k_position=0, out=out)
     cases = [
@@ -172,7 +172,7 @@ def test_extensions_of_other_shapes_are_refused():
         (dict(k=k.double(), v=v.double()), "float64"),
         (dict(q=q.to(torch.int32)), "int32"),
         (dict(k=k.to("meta"), v=v.to("meta")), "meta"),
-        (dict(out=State.identity(3, 4, 64)), "o of shape"),
+        (dict(out=State.identity(3, 4, 64, device="cpu")), "o of shape"),
         (dict(spec=SPEC._replace(window_tokens=-1)), "a window of -1"),
     ]
     for change, match in cases:
@@ -181,12 +181,16 @@ def test_extensions_of_other_shapes_are_refused():
 
 
 def test_states_of_other_shapes_are_refused():
-    state, out = State.identity(2, 4, 64), State.identity(2, 4, 64)
+    state, out = State.identity(2, 4, 64, device="cpu"), State.identity(2, 4, 64, device="cpu")
     with refused("no states"):
         cpu.merge([], out=out)
     with refused("a sink of"):
         cpu.merge([state], sink=torch.zeros(3), out=out)
-    for other in (State.identity(2, 3, 64), State.identity(2, 4, 65), state._replace(o=state.o.long())):
+    for other in (
+        State.identity(2, 3, 64, device="cpu"),
+        State.identity(2, 4, 65, device="cpu"),
+        state._replace(o=state.o.long()),
+    ):
         with refused("o of shape|int64"):
             cpu.merge([state, other], out=out)
 
@@ -204,7 +208,7 @@ def test_rows_with_many_scales(kernels, textbook, assert_close, store_tokens, fo
     plan = kernels.plan(
         WorkList.of([(0, rows, 0, 0, 1)]), segments, kv.memory, kv.layout, spec, positions=positions
     )
-    out = State.identity(rows, 1, 1100)
+    out = State.identity(rows, 1, 1100, device="cpu")
     kernels.partial(plan, 1, q, out=out)
     assert_close(
         out, textbook(q, kv.k, kv.v, spec, q_positions=positions), kernels.tolerance(q.dtype, format)

@@ -72,11 +72,11 @@ def test_many_callers_at_once(sequence):
         outs = [sequence.run(plans[i], inputs[i]) for _ in range(10)]
         some = slice(100 * i, 100 * i + 80)
         q = sequence.queries(80, seed=i)
-        extended = State.identity(80, 4, 64)
+        extended = State.identity(80, 4, 64, device="cpu")
         cpu.extend(
             q, k, v, sequence.spec, q_positions=positions[some], k_position=0, out=extended, threads=1 + i % 4
         )
-        both = State.identity(2, 4, 64)
+        both = State.identity(2, 4, 64, device="cpu")
         cpu.merge(outs[:2], out=both)
         return [*outs, extended, both]
 
@@ -112,7 +112,7 @@ def test_asynchronous_calls_of_several_threads(sequence):
 
     def caller(seed):
         plan, q = sequence.plan(threads=2), sequence.queries(seed=seed)
-        expected, out = sequence.run(plan, q), State.identity(2, 4, 64)
+        expected, out = sequence.run(plan, q), State.identity(2, 4, 64, device="cpu")
         for _ in range(100):
             out.o.fill_(7.0)
             cpu.partial_async(plan, 1, q, out=out)
@@ -142,7 +142,7 @@ plan = cpu.plan(
 q = torch.randn(1, 4, 64).bfloat16()
 
 def state():
-    out = State.identity(1, 4, 64)
+    out = State.identity(1, 4, 64, device="cpu")
     cpu.partial(plan, 0, q, out=out)
     return out.o
 
@@ -171,12 +171,12 @@ from farshore.kernels.base import AttentionSpec, State
 
 spec = AttentionSpec(1, 1, 1, 16384, 16384, 1.0)
 x = torch.zeros(2048, 1, 16384)
-out = State.identity(2048, 1, 16384)
+out = State.identity(2048, 1, 16384, device="cpu")
 warm = AttentionSpec(1, 1, 1, 64, 64, 1.0)
 y = torch.zeros(2048, 1, 64)
 positions = torch.arange(2048)
 call = dict(q_positions=positions, k_position=0, threads=2)
-small = State.identity(2048, 1, 64)
+small = State.identity(2048, 1, 64, device="cpu")
 cpu.extend(y, y.view(1, 2048, 64), y.view(1, 2048, 64), warm, out=small, **call)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), -1))
@@ -207,7 +207,7 @@ from farshore.kernels.base import AttentionSpec, State
 torch.set_num_threads(1)  # PyTorch's pool would end the process.
 spec = AttentionSpec(1, 1, 1, 64, 64, 1.0)
 y = torch.randn(2048, 1, 64)
-out, again = State.identity(2048, 1, 64), State.identity(2048, 1, 64)
+out, again = State.identity(2048, 1, 64, device="cpu"), State.identity(2048, 1, 64, device="cpu")
 call = dict(q_positions=torch.arange(2048), k_position=0)
 cpu.extend(y, y.view(1, 2048, 64), y.view(1, 2048, 64), spec, out=out, threads=1, **call)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

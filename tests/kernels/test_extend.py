@@ -83,7 +83,7 @@ def test_keys_in_pieces_equal_the_textbook(kernels, specs, textbook, assert_clos
         begin += length
     out = states[0]
     if len(states) > 1:
-        out = State.identity(rows, spec.q_heads, spec.v_dim, dtype=out.o.dtype)
+        out = State.identity(rows, spec.q_heads, spec.v_dim, dtype=out.o.dtype, device="cpu")
         kernels.merge(states, out=out)
     expected = textbook(q, k, v, spec, q_positions=positions, k_position=k_position)
     assert_close(out, expected, kernels.tolerance(q_dtype, KVFormat.of(kv_dtype)))
@@ -131,7 +131,7 @@ def test_many_tokens(kernels, textbook, assert_close, shape):
 def test_huge_logits_stay_finite(kernels, size):
     spec = AttentionSpec(q_heads=1, k_heads=1, v_heads=1, k_dim=1, v_dim=1, scale=1.0)
     k, v = torch.full((1, 5, 1), size), torch.arange(5.0).view(1, 5, 1)
-    out = State.identity(1, 1, 1)
+    out = State.identity(1, 1, 1, device="cpu")
     kernels.extend(torch.ones(1, 1, 1), k, v, spec, q_positions=torch.tensor([9]), k_position=0, out=out)
     assert out.o.item() == pytest.approx(2.0)
     assert out.lse.item() == pytest.approx(size + math.log(5), rel=1e-6)
@@ -159,7 +159,7 @@ def test_rows_that_see_a_nan_are_nan(kernels, where, tokens):
         for row, broken in enumerate((True, False, where == "k")):
             assert out.o[row].isnan().all() == out.lse[row].isnan().all() == broken
             assert out.o[row].isnan().any() == broken
-        merged = State.identity(3, 1, 16)
-        kernels.merge([State.identity(3, 1, 16), out], out=merged)
+        merged = State.identity(3, 1, 16, device="cpu")
+        kernels.merge([State.identity(3, 1, 16, device="cpu"), out], out=merged)
         assert torch.equal(merged.lse.isnan(), out.lse.isnan())
         assert torch.equal(merged.o.isnan(), out.o.isnan())

@@ -132,13 +132,13 @@ def textbook_of_batch(textbook):
                 q_positions=positions[row : row + count],
                 k_position=kv.position,
             )
-            states.append(State.identity(*q.shape[:2], spec.v_dim, dtype=torch.float64))
+            states.append(State.identity(*q.shape[:2], spec.v_dim, dtype=torch.float64, device="cpu"))
             states[-1].o[seen], states[-1].lse[seen] = state.o, state.lse
             total = total._replace(
                 largest_logit=max(total.largest_logit, state.largest_logit),
                 largest_v=max(total.largest_v, state.largest_v),
             )
-        merged = State.identity(*q.shape[:2], spec.v_dim, dtype=torch.float64)
+        merged = State.identity(*q.shape[:2], spec.v_dim, dtype=torch.float64, device="cpu")
         reference.merge(states, out=merged)
         return total._replace(o=merged.o, lse=merged.lse)
 

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -28,6 +29,8 @@ from farshore.attention_offload.plan.placement import ShardBy
 from farshore.attention_offload.transport.frames import Transport
 from farshore.errors import DeadlineExceeded, FarshoreError, Internal, TransportError
 from farshore.ids import Epoch, SequenceId, WorkerId
+from farshore.kernels.base import Kernels
+from farshore.kernels.select import implementation
 from farshore.kvstore.prefix import chain
 from farshore.kvstore.store.arena import Arena
 from farshore.models.llama import Llama
@@ -88,6 +91,7 @@ class Engine:
         self._on_failed = on_failed
         self._requests = Requests(limits.waiting)
         local = _local(arena, clients)
+        self._kernels = kernels = implementation(model.device, arena.memory.device, dtype=model.dtype)
         # Fan-out and membership share the mapping; it changes between steps only.
         clients = dict(clients)
         self._pool = ShardPool(
@@ -113,12 +117,15 @@ class Engine:
             prompts=Prompts(
                 model=model,
                 attention=attention,
+                kernels=kernels,
                 pool=self._pool,
                 cache=self._cache,
                 segment_tokens=limits.segment_tokens,
             ),
             runner=StepRunner(
-                LayerLoop(model=model, attention=attention, shards=self._shards, local=local),
+                LayerLoop(
+                    model=model, attention=attention, kernels=kernels, shards=self._shards, local=local
+                ),
                 attention,
                 MicroBatchTuner(lambda: self._shards.waited_s),
                 suspect=self._suspect,
@@ -273,7 +280,7 @@ class Engine:
         try:
             if self._failed_rounds >= MOST_FAILED_ROUNDS:
                 raise error
-            probe(self._model, self._attention, self._pool)
+            probe(self._model, self._attention, self._kernels, self._pool)
         except Exception as last_error:
             _log.exception("the engine ends")
             self._failure = (
@@ -295,7 +302,7 @@ def _local(arena: Arena, clients: Mapping[WorkerId, ShardClient]) -> LocalKV:
     return LocalKV(arena.memory)
 
 
-def probe(model: Llama, attention: AttentionModel, pool: ShardPool) -> None:
+def probe(model: Llama, attention: AttentionModel, kernels: Kernels[Any], pool: ShardPool) -> None:
     """Checks that the engine can still compute: prefills a built-in prompt of one token.
 
     Takes no memory of any store. Raises the error of the prefill, or Internal if the logits are not finite.
@@ -312,7 +319,9 @@ def probe(model: Llama, attention: AttentionModel, pool: ShardPool) -> None:
         fingerprint=b"",
         holder=Holder(SequenceId("probe"), Epoch(0)),
     )
-    segment = PrefillSegment(sequence, 0, 1, model=model, attention=attention, pool=pool, logits_of=1)
+    segment = PrefillSegment(
+        sequence, 0, 1, model=model, attention=attention, kernels=kernels, pool=pool, logits_of=1
+    )
     for unit in segment.units():
         assert callable(unit), "a segment without spans waits for no shard"
         unit()

@@ -40,7 +40,7 @@ class Rig:
             connection.begin(work.step([], positions=(100,) * ROWS), DEADLINE_S)
         for far in self.far:
             self._frame(far)
-        self.states = [State.identity(ROWS, 6, work.spec.v_dim) for _ in SEEN]
+        self.states = [State.identity(ROWS, 6, work.spec.v_dim, device="cpu") for _ in SEEN]
         self.requests = [
             NativeRequest(connection, *seen, state)
             for connection, seen, state in zip(self.connections, SEEN, self.states, strict=True)
@@ -88,7 +88,7 @@ def rig(work):
 def expected_state(shard, value, work):
     """The state after the shard has answered ``value``."""
     rows, heads = SEEN[shard]
-    state = State.identity(ROWS, 6, work.spec.v_dim)
+    state = State.identity(ROWS, 6, work.spec.v_dim, device="cpu")
     for row in rows:
         state.o[row, heads] = state.lse[row, heads] = float(value)
     return state
@@ -137,7 +137,7 @@ def test_a_shard_that_fails_is_named_and_the_other_is_waited_for(rig, work, lost
     assert not isinstance(error, Late)
     assert ("gone" if how == "refused" else f"shard-{lost}") in str(error)
     assert_same(rig.states[other], expected_state(other, 3, work))
-    assert_same(rig.states[lost], State.identity(ROWS, 6, work.spec.v_dim))
+    assert_same(rig.states[lost], State.identity(ROWS, 6, work.spec.v_dim, device="cpu"))
     assert rig.connections[other].under_way == 0
 
 

@@ -121,7 +121,7 @@ def test_micro_batches_get_the_states_of_the_whole_step(start_shard, connect, wo
             for i, cut in enumerate(cuts):
                 fanout.send(layer, i, q[cut.start : cut.stop])
             for i, cut in enumerate(cuts):
-                total = State.identity(len(cut), 6, work.spec.v_dim)
+                total = State.identity(len(cut), 6, work.spec.v_dim, device="cpu")
                 merge(fanout.wait(layer, i), out=total)
                 out.append(total)
         return [torch.cat([state[i] for state in out]) for i in (0, 1)]

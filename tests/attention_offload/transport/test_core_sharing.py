@@ -94,7 +94,8 @@ from farshore.kernels.cpu.attention import extend
 
 spec = AttentionSpec(4, 4, 4, 64, 64, 0.125)
 x = torch.zeros(512, 4, 64)
-call = dict(q_positions=torch.arange(512), k_position=0, threads=2, out=State.identity(512, 4, 64))
+out = State.identity(512, 4, 64, device="cpu")
+call = dict(q_positions=torch.arange(512), k_position=0, threads=2, out=out)
 
 def compute():
     extend(x, x.transpose(0, 1), x.transpose(0, 1), spec, **call)

@@ -18,7 +18,7 @@ def test_every_sequence_and_layer_is_filled(reference, format):
     """All blocks hold the same random numbers, so every sequence and layer gives the same result."""
     kv = ColdKV(SMOLLM2, format, sequences=3, tokens=300, layers=2)
     q, out = query(SMOLLM2, 1)
-    separate, states = kv.plan_separate(reference), State.identity(3, *out.o.shape[1:])
+    separate, states = kv.plan_separate(reference), State.identity(3, *out.o.shape[1:], device="cpu")
     reference.partial(kv.plan_shared(reference, 1), 0, q, out=out)
     assert out.o.std() > 0.01 and out.lse.isfinite().all()
     for layer in range(2):
@@ -67,7 +67,7 @@ def test_sdpa_is_given_the_work_of_extend(reference, past_tokens):
     shape = Shape(kv_heads=2, group=3, dim=16)
     q = torch.randn(5, 6, 16)
     k, v = torch.randn(2, 2, past_tokens + 5, 16)
-    out = State.identity(5, 6, 16)
+    out = State.identity(5, 6, 16, device="cpu")
     reference.extend(
         q, k, v, shape.spec, q_positions=torch.arange(past_tokens, past_tokens + 5), k_position=0, out=out
     )

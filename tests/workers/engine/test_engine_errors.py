@@ -4,6 +4,7 @@ import pytest
 
 from farshore.attention_offload.transport.frames import Transport
 from farshore.errors import Internal, TransportError
+from farshore.kvstore.store.arena import Arena
 from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.sequence import Failed, Finished
@@ -218,3 +219,10 @@ def test_an_engine_survives_a_round_that_fails(greedy, tiny_model, rig, submit, 
     collected = submit(engine, "a", PROMPT, GREEDY)
     assert isinstance(collected.result(), Finished) and not engine.failure
     assert collected.tokens == greedy(PROMPT, GREEDY.max_tokens)
+
+
+def test_an_engine_refuses_an_arena_on_another_device(rig, tiny_model):
+    cluster = rig(tiny_model)
+    cluster.arenas["engine"] = Arena(1 << 20, device="meta")
+    with pytest.raises(ValueError, match=r"KV and model lie on .*: give the arena the model's device"):
+        cluster.engine()

@@ -9,6 +9,7 @@ import torch
 
 from farshore.attention_offload.fanout.fanout import Fanout
 from farshore.ids import Epoch, SequenceId
+from farshore.kernels.select import implementation
 from farshore.sampling import Sampling
 from farshore.workers.engine.decode import step_entry
 from farshore.workers.engine.decode.planner import Planner
@@ -41,9 +42,11 @@ def our_argmaxes(cluster, prompts, answers):
     cache = SequenceCache(
         arena=cluster.arenas["engine"], pool=pool, model=cluster.attention, shard_by=cluster.shard_by
     )
+    kernels = implementation(cluster.model.device, dtype=cluster.model.dtype)
     prompts_under_way = Prompts(
         model=cluster.model,
         attention=cluster.attention,
+        kernels=kernels,
         pool=pool,
         cache=cache,
         segment_tokens=512,
@@ -70,6 +73,7 @@ def our_argmaxes(cluster, prompts, answers):
     layer_loop = LayerLoop(
         model=cluster.model,
         attention=cluster.attention,
+        kernels=kernels,
         shards=Fanout(cluster.clients, cluster.attention),
         local=LocalKV(cluster.arenas["engine"].memory),
     )

@@ -25,7 +25,6 @@ from farshore.attention_offload.plan.step_plan import Read, StepPlan, cut_reads,
 from farshore.attention_offload.shard.session import work_of
 from farshore.ids import WorkerId
 from farshore.kernels.base import Kernels, Segments, State, WorkList
-from farshore.kernels.select import implementation
 from farshore.kvstore.base import ShardStore
 from farshore.kvstore.store.tail import Tail, TailBatch
 from farshore.models.llama import Llama
@@ -45,12 +44,20 @@ class LayerLoop:
     Buffers and kernel plans are kept from step to step while micro-batches keep their sizes and reads.
     """
 
-    def __init__(self, *, model: Llama, attention: AttentionModel, shards: Shards, local: LocalKV) -> None:
+    def __init__(
+        self,
+        *,
+        model: Llama,
+        attention: AttentionModel,
+        kernels: Kernels[Any],
+        shards: Shards,
+        local: LocalKV,
+    ) -> None:
         self._model = model
         self._attention = attention
         self._shards = shards
         self._local = local
-        self._kernels = implementation(local.memory.device, attention.layouts[0].format.dtype)
+        self._kernels = kernels
         self._batches: list[_MicroBatch] = []
 
     def run(
@@ -119,7 +126,7 @@ class _MicroBatch:
         self._plans = _KernelPlans(attention, local, kernels.plan)
         # States to be merged are float32 or float64, so that the output is rounded only once.
         state_dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-        self._local = State.identity(rows, spec.q_heads, spec.v_dim, dtype=state_dtype)
+        self._local = State.identity(rows, spec.q_heads, spec.v_dim, dtype=state_dtype, device=model.device)
         self._out = State(self._buffers.o, torch.empty_like(self._local.lse))
         self._index = 0
         self._shards: Shards | None = None
@@ -148,8 +155,9 @@ class _MicroBatch:
         self._index, self._shards = index, shards
         self._overlaps = shards is not None and shards.overlaps(index)
         buffers = self._buffers
-        buffers.positions.copy_(torch.tensor(positions))
-        buffers.enter(self._model.embed(torch.tensor(tokens)))
+        device = self._model.device
+        buffers.positions.copy_(torch.tensor(positions, device=device))
+        buffers.enter(self._model.embed(torch.tensor(tokens, device=device)))
         self._append = TailBatch(tails, positions).bind(buffers.k, buffers.v)
         self._plan = self._plans.plan(tails, positions, reads, buffers.positions)
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from farshore.attention_offload.base import AttentionModel
+from farshore.kernels.base import Kernels
 from farshore.models.llama import Llama
 from farshore.workers.engine.kv.cache import SequenceCache
 from farshore.workers.engine.kv.pool import ShardPool
@@ -75,6 +76,7 @@ class Prompts:
         *,
         model: Llama,
         attention: AttentionModel,
+        kernels: Kernels[Any],
         pool: ShardPool,
         cache: SequenceCache,
         segment_tokens: int,
@@ -82,6 +84,7 @@ class Prompts:
     ) -> None:
         self._model = model
         self._attention = attention
+        self._kernels = kernels
         self._pool = pool
         self._cache = cache
         self._segment_tokens = segment_tokens
@@ -200,6 +203,7 @@ class Prompts:
             last,
             model=self._model,
             attention=self._attention,
+            kernels=self._kernels,
             pool=self._pool,
             logits_of=int(last == sequence.prefill_tokens and not sequence.forked),
             scored_from=(

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from farshore.attention_offload.base import AttentionModel
-from farshore.kernels.base import State
-from farshore.kernels.select import implementation
+from farshore.kernels.base import Kernels, State
 from farshore.kvstore.store import forms
 from farshore.models.llama import Llama
 from farshore.workers.engine.kv import span_writer
@@ -70,6 +69,7 @@ class PrefillSegment:
         *,
         model: Llama,
         attention: AttentionModel,
+        kernels: Kernels[Any],
         pool: ShardPool,
         logits_of: int,
         scored_from: int | None = None,
@@ -90,38 +90,35 @@ class PrefillSegment:
         self._logits_of = logits_of
         self._layout = layout = attention.layouts[0]
         self._spec = spec = attention.specs[0]
-        self._kernels = implementation(model.device, model.dtype)
+        self._kernels = kernels
         self._chunks = [
             slice(start, min(start + CHUNK_TOKENS, last - first))
             for start in range(0, last - first, CHUNK_TOKENS)
         ]
-        self._positions = torch.arange(first, last)
-        self._h = model.embed(torch.tensor(sequence.tokens[first:last]))
+        device = model.device
+        self._positions = torch.arange(first, last, device=device)
+        self._h = model.embed(torch.tensor(sequence.tokens[first:last], device=device))
         n = last - first
-        self._q = torch.empty(n, spec.q_heads, spec.k_dim, dtype=model.dtype)
+        self._q = torch.empty(n, spec.q_heads, spec.k_dim, dtype=model.dtype, device=device)
         # Token-major, as projections write them. `extend` and the stores take the head-major views below.
         self._projected = (
-            torch.empty(n, layout.k_heads, layout.k_dim, dtype=model.dtype),
-            torch.empty(n, layout.v_heads, layout.v_dim, dtype=model.dtype),
+            torch.empty(n, layout.k_heads, layout.k_dim, dtype=model.dtype, device=device),
+            torch.empty(n, layout.v_heads, layout.v_dim, dtype=model.dtype, device=device),
         )
         self._k, self._v = (tensor.transpose(0, 1) for tensor in self._projected)
         self._stored = (self._k, self._v)
         if layout.format.quantised:
             k_bytes, v_bytes = forms.stored_bytes(layout)
             self._stored = (
-                torch.empty(layout.k_heads, n, k_bytes, dtype=torch.uint8),
-                torch.empty(layout.v_heads, n, v_bytes, dtype=torch.uint8),
+                torch.empty(layout.k_heads, n, k_bytes, dtype=torch.uint8, device=device),
+                torch.empty(layout.v_heads, n, v_bytes, dtype=torch.uint8, device=device),
             )
         state_dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-        self._past_states = [
-            State.identity(chunk.stop - chunk.start, spec.q_heads, spec.v_dim, dtype=state_dtype)
-            for chunk in self._chunks
-        ]
+        new = partial(State.identity, heads=spec.q_heads, v_dim=spec.v_dim, device=device)
+        self._past_states = [new(chunk.stop - chunk.start, dtype=state_dtype) for chunk in self._chunks]
         chunk_rows = min(n, CHUNK_TOKENS)
-        self._states = [
-            State.identity(chunk_rows, spec.q_heads, spec.v_dim, dtype=state_dtype) for _ in range(2)
-        ]
-        self._out = State.identity(chunk_rows, spec.q_heads, spec.v_dim, dtype=model.dtype)
+        self._states = [new(chunk_rows, dtype=state_dtype) for _ in range(2)]
+        self._out = new(chunk_rows, dtype=model.dtype)
         self._past_ranges = _past_ranges(sequence, first)
         self._pulls: dict[int, Future[tuple[Tensor, Tensor]]] = {}
         self._pulled: tuple[Tensor, Tensor] | None = None

@@ -7,6 +7,7 @@ from farshore.attention_offload.fanout.fanout import Fanout
 from farshore.attention_offload.plan.step_plan import Read, StepPlan
 from farshore.errors import TransportError
 from farshore.ids import Epoch, SequenceId, WorkerId
+from farshore.kernels.select import implementation
 from farshore.kvstore.base import SpanKey
 from farshore.kvstore.store.tail import Tail
 from farshore.workers.engine.decode.step import LayerLoop, LocalKV
@@ -34,6 +35,7 @@ class StepHarness:
         return LayerLoop(
             model=self.cluster.model,
             attention=self.cluster.attention,
+            kernels=implementation(memory.device, dtype=self.cluster.model.dtype),
             shards=Fanout(self.cluster.clients, self.cluster.attention),
             local=LocalKV(memory, ENGINE, self.cluster.stores[ENGINE]) if local else LocalKV(memory),
         )

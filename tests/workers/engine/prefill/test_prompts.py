@@ -8,6 +8,7 @@ import torch
 
 from farshore.errors import TransportError
 from farshore.ids import SequenceId
+from farshore.kernels.select import implementation
 from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.kv.cache import SequenceCache
@@ -41,6 +42,7 @@ class PrefillHarness:
         self.prompts = Prompts(
             model=cluster.model,
             attention=cluster.attention,
+            kernels=implementation(cluster.model.device, dtype=cluster.model.dtype),
             pool=self.pool,
             cache=self.cache,
             segment_tokens=segment_tokens,

@@ -1,0 +1,23 @@
+"""Host memory: its device, and the addresses in it that native code takes.
+
+Called by every module that gives tensors to native code as plain numbers, and by those whose tensors are read
+by the host wherever the model or the store lies: work lists, frames, counters. It must not know native code.
+"""
+
+import torch
+from torch import Tensor
+
+HOST = torch.device("cpu")
+
+
+def address(x: Tensor) -> int:
+    """The address of the first element of ``x``, for native code.
+
+    Raises ValueError unless ``x`` lies in host memory: an address on another device, read by native code,
+    would be some other memory of this process.
+    """
+    if not x.is_cpu:
+        raise ValueError(
+            f"native code was given {x.dtype} {tuple(x.shape)} on {x.device}: copy it to the CPU first"
+        )
+    return x.data_ptr()

@@ -1,0 +1,112 @@
+"""Engine and shards on the GPU's kernels, in triton's interpreter on CPU memory: greedy tokens in float32
+equal those of transformers.
+
+The model computes in PyTorch, as it does on a GPU. A launch takes 50 to 400 ms in the interpreter, so models
+have few layers and prompts few tokens.
+"""
+
+import importlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from farshore.kernels.select import CPU_KERNELS
+from farshore.models.llama import Llama
+from farshore.sampling import Sampling
+from farshore.workers.engine.sequence import Finished
+
+PLACEMENTS = {
+    "local": ("triton", {"local": True}),
+    "native shards": ("native", {"shards": 1}),
+    "triton shards": ("triton", {"shards": 3, "shard_by": "head"}),
+}
+"""Name -> the kernels of the shards, or of the engine's own store, and options of the rig."""
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="beside a GPU, triton compiles its kernels"),
+    pytest.mark.parametrize("placement", PLACEMENTS),
+    # Triton 3.6 makes bounds of loops from arrays of one element.
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def ops():
+    """The GPU's kernels, interpreted. Triton reads the variable again at the first launch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        yield importlib.import_module("farshore.kernels.gpu.ops")
+
+
+@pytest.fixture
+def answer(ops, rig, submit, monkeypatch):
+    """answer(model, prompts, count, placement) -> the first ``count`` tokens of each prompt's greedy answer,
+    from an engine on triton's kernels that decodes all of them together."""
+
+    def run(model, prompts, count, placement):
+        shard_kernels, options = PLACEMENTS[placement]
+        # A shard's session chooses its kernels when its client is made, the engine when it is made.
+        monkeypatch.setenv(CPU_KERNELS, shard_kernels)
+        cluster = rig(model, memory_bytes=64 << 20, **options)
+        monkeypatch.setenv(CPU_KERNELS, "triton")
+        engine = cluster.start()
+        assert engine._kernels is ops
+        for client in cluster.clients.values():
+            native = client._session.runs_natively(torch.float32)
+            assert native == (shard_kernels == "native")
+        greedy = Sampling(max_tokens=count, temperature=0.0)
+        running = [submit(engine, str(i), prompt, greedy) for i, prompt in enumerate(prompts)]
+        for collected in running:
+            result = collected.result()
+            assert isinstance(result, Finished), result
+            assert {worker for worker, size in result.attended_bytes.items() if size} == set(cluster.targets)
+        return [collected.tokens for collected in running]
+
+    return run
+
+
+def in_pytorch(model, *, layers):
+    """The first ``layers`` layers of a model, without native kernels."""
+    weights = model.weights._replace(layers=model.weights.layers[:layers])
+    return Llama(replace(model.config, layers=layers), weights.dense())
+
+
+def test_tokens_of_a_tiny_model(tiny_model, greedy, answer, placement):
+    prompts = [list(range(3, 8)), list(range(90, 57, -1))]
+    model = in_pytorch(tiny_model, layers=tiny_model.config.layers)
+    assert answer(model, prompts, 4, placement) == [greedy(prompt, 4) for prompt in prompts]
+
+
+@pytest.fixture
+def first_layers(hugging_face):
+    """first_layers(n) -> the demo model in transformers, cut off after n layers."""
+
+    def cut(layers):
+        full = hugging_face(torch.float32)
+        shape = full.config.to_dict() | {"num_hidden_layers": layers, "layer_types": None}
+        model = type(full)(type(full.config).from_dict(shape))
+        model.load_state_dict(full.state_dict(), strict=False)
+        return model.eval()
+
+    return cut
+
+
+@pytest.mark.parametrize(
+    ("layers", "count"),
+    [
+        pytest.param(2, 4, marks=pytest.mark.heavy, id="2 layers"),
+        pytest.param(30, 8, marks=pytest.mark.soak, id="all layers"),
+    ],
+)
+def test_tokens_of_the_demo_model(demo_model, prompts, first_layers, answer, placement, layers, count):
+    model, theirs = in_pytorch(demo_model(torch.float32), layers=layers), first_layers(layers)
+    chosen, expected = [prompts["one word"], prompts["capital"]], []
+    assert max(map(len, chosen)) <= 64
+    for prompt in chosen:
+        ids = list(prompt)
+        with torch.inference_mode():
+            for _ in range(count):
+                ids.append(int(theirs(torch.tensor([ids])).logits[0, -1].argmax()))
+        expected.append(ids[len(prompt) :])
+    assert answer(model, chosen, count, placement) == expected
