@@ -51,6 +51,8 @@ def test_workers_are_drained_and_replaced_and_requests_go_on(marked, serve):
         next(event for event in stream if isinstance(event, Token))
         client.drain(dense.worker_id)
         assert isinstance(list(stream)[-1], Finished)
+        # Not the drained one, which takes requests until it is told.
+        until(lambda: dense.worker_id not in workers_of(client, "dense"), "not replaced")
         until(lambda: answer(client) == ANSWER, "no engine answers")
         (dense,) = workers_of(client, "dense").values()
         stream = client.generate("One", max_tokens=2000, temperature=0, ignore_eos=True)
