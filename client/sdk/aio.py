@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2
 
 from farshore.client import events
 from farshore.client.sdk import calls
-from farshore.client.sdk.base import GOODBYE_S, Asking, Connection
+from farshore.client.sdk.base import GOODBYE_S, Asking, Connection, RequestStream
 from farshore.client.sdk.course import Course
 from farshore.client.sdk.gateways import Gateway, Gateways
 from farshore.client.sdk.resume import Answering
@@ -95,22 +95,12 @@ class AsyncStream(AsyncIterator[_Value], Generic[_Value]):
         self._end()
 
 
-class AsyncAnswerStream(AsyncStream[events.Event]):
+class AsyncAnswerStream(RequestStream, AsyncStream[events.Event]):
     """The events of one request. ``text`` and ``result`` read the rest of them."""
 
     def __init__(self, course: Course[events.Event], answering: Answering, **options: Any) -> None:
         self._answering = answering
         super().__init__(course, **options)
-
-    @property
-    def request_id(self) -> str:
-        """Cancels the request."""
-        return self._answering.request_id
-
-    @property
-    def losses(self) -> int:
-        """How often its gateway or engine was lost since it began, and it had to go on."""
-        return self._course.losses
 
     async def text(self) -> str:
         """As ``client.AnswerStream.text``."""

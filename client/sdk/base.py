@@ -167,6 +167,23 @@ class Connection(ABC, Generic[_Answers, _ClusterEvents]):
     def _cluster_events(self, course: Course[events.ClusterEvent]) -> _ClusterEvents: ...
 
 
+class RequestStream:
+    """What the streams of one request have in both clients."""
+
+    _course: Course[events.Event]
+    _answering: Answering
+
+    @property
+    def request_id(self) -> str:
+        """Cancels the request."""
+        return self._answering.request_id
+
+    @property
+    def losses(self) -> int:
+        """How often its gateway or engine was lost since it began, and it had to go on."""
+        return self._course.losses
+
+
 class Asking:
     """The gateways that one unary call asks, in turn, until one answers. ``failed`` after each that does
     not."""

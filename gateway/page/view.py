@@ -15,10 +15,10 @@ from farshore.text import shortened
 MOST_WORKERS = 256
 MOST_SEQUENCES = 64
 MOST_SPANS = 64
-"""Of one sequence."""
+"""The spans shown for one sequence."""
 MOST_EVENTS = 50
 MOST_CHARS = 200
-"""Of a name or an event's detail."""
+"""The longest name, and the longest detail of an event."""
 
 
 class Sample(NamedTuple):
@@ -50,8 +50,8 @@ def view(
     unix_s: float,
 ) -> dict[str, Any]:
     """The page's JSON object. ``now``: the counters of ``status``; ``before``: earlier ones, or the same, and
-    then the rates are null. ``events``: oldest first. Of too many workers, spans or events the first are
-    shown, of too many sequences the longest; ``…_left_out`` counts the others."""
+    then the rates are null. ``events``: oldest first. The first workers, spans and events are shown, and
+    the longest sequences; ``…_left_out`` counts the others."""
     workers = status.workers[:MOST_WORKERS]
     longest = _longest(status.sequences)
     pool_kind = "dense" if status.placement == "local" else "attention"
