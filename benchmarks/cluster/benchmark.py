@@ -172,12 +172,15 @@ async def _scaled(client: Client, progress: Callable[[str], None]) -> Bar:
 
 
 async def _used_after_s(client: Client, before: set[str]) -> float:
-    """Seconds until a new sequence reads from an attention worker that is not in ``before``."""
+    """Seconds until a new sequence reads from an attention worker that is not in ``before``. None is sent
+    before such a worker is ready: its prefill would take the cores that the worker starts on."""
     began_s = time.perf_counter()
     number = 0
 
     def used() -> bool:
         nonlocal number
+        if set(client_workers(client)) <= before:
+            return False
         number += 1
         prompt = [1000 + (number * 7919 + token) % 30_000 for token in range(PROMPT_TOKENS)]
         ends = [e for e in client.generate(token_ids=prompt, max_tokens=2) if isinstance(e, Finished)]

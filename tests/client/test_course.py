@@ -12,8 +12,10 @@ UNAVAILABLE, NOT_FOUND = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND
 
 
 class Failure(grpc.RpcError):
-    def __init__(self, code, *, sent=False):
-        self._code, self._sent = code, sent
+    def __init__(self, code, *, sent=False, hint=None):
+        self._code = code
+        self._trailing = [("grpc-status-details-bin", b"")] if sent else []
+        self._trailing += [] if hint is None else [("grpc-retry-pushback-ms", hint)]
 
     def code(self):
         return self._code
@@ -22,7 +24,7 @@ class Failure(grpc.RpcError):
         return "it failed"
 
     def trailing_metadata(self):
-        return (("grpc-status-details-bin", b""),) if self._sent else ()
+        return tuple(self._trailing)
 
 
 class Gateway:
@@ -74,9 +76,9 @@ def begin(clock):
     return make
 
 
-def go_on(course, clock, code, *, sent=False):
+def go_on(course, clock, code, **options):
     """The call fails; waits as the course says and makes the next one."""
-    course.failed(Failure(code, sent=sent))
+    course.failed(Failure(code, **options))
     clock.now_s += course.pause_s
     course.start()
     return course.pause_s
@@ -89,6 +91,33 @@ def test_before_the_first_message_each_gateway_is_asked_once(begin, clock):
     with pytest.raises(TransportError, match=r"^c: "):
         course.failed(Failure(UNAVAILABLE))
     assert feed.calls == [("a", False), ("b", False), ("c", False)] and course.losses == 0
+
+
+def test_before_the_first_message_a_single_gateway_is_asked_three_times(begin, clock):
+    course, feed = begin("a")
+    assert go_on(course, clock, UNAVAILABLE) == pytest.approx(0.1)
+    assert go_on(course, clock, UNAVAILABLE, hint="700") == pytest.approx(0.7)
+    with pytest.raises(TransportError):
+        course.failed(Failure(UNAVAILABLE))
+    assert feed.calls == [("a", False)] * 3 and course.losses == 0
+
+
+@pytest.mark.parametrize("hint", ["-1", "soon"])
+def test_a_hint_that_no_call_is_to_follow_is_obeyed(begin, hint):
+    course, _ = begin("a")
+    with pytest.raises(TransportError):
+        course.failed(Failure(UNAVAILABLE, sent=True, hint=hint))
+
+
+def test_a_stream_that_a_server_cuts_while_it_stops_is_lost(begin, clock):
+    """gRPC's server ends the streams that are left with CANCELLED, which a gateway never sends."""
+    course, feed = begin("a", resume_s=1.0)
+    course.take(1)
+    go_on(course, clock, grpc.StatusCode.CANCELLED)
+    assert feed.calls[-1] == ("a", False) and course.losses == 1
+    clock.now_s += 2.0
+    with pytest.raises(TransportError, match="gateway a cut the stream"):
+        course.failed(Failure(grpc.StatusCode.CANCELLED))
 
 
 def test_rounds_after_a_loss_begin_with_the_gateway_that_has_the_log(begin, clock):
