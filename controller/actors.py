@@ -89,9 +89,9 @@ class _Worker:
 def _device(asked: str, need: resources.Need, *, option: str) -> "Device":
     """The device for this process; what ``auto`` chose is in its log. Raises InvalidRequest. Ray shows a
     worker the GPU that it gave to it, and no other: the first one of this process."""
-    from farshore.workers.device import choose, look
+    from farshore.workers.device import resolve
 
-    device = choose(asked.partition(":")[0], look(), option=option, granted=need.gpus)
+    device = resolve(asked.partition(":")[0], option=option, granted=need.gpus)
     if asked == "auto":
         _LOG.warning("%s auto chose %s", option, device)
     return device

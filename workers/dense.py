@@ -91,7 +91,7 @@ class DenseWorker:
 
     def __init__(self, config: DenseConfig, directory: Directory, *, host: str) -> None:
         """``host``: the address of the worker's node."""
-        # To remove when the engine takes ``device=config.device.torch``, in serve().
+        # To remove with the engine on a GPU: its model and its arena lie there already.
         refuse_gpu(config.device, part="--device: the engine")
         self._config = config
         self._directory = directory

@@ -51,6 +51,13 @@ class Device(NamedTuple):
 CPU = Device(HOST)
 
 
+def resolve(asked: str, *, option: str = "--device", granted: int | None = None) -> Device:
+    """As :func:`choose`, by the facts of this process. A GPU is opened only where a worker may take one."""
+    if asked == "cpu":
+        return CPU
+    return choose(asked, look(described=granted != 0), option=option, granted=granted)
+
+
 def choose(asked: str, facts: Facts, *, option: str = "--device", granted: int | None = None) -> Device:
     """The device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, where N is an index among the visible GPUs.
     ``granted``: the GPUs that Ray gave to this worker; None outside of Ray.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from farshore.errors import InvalidRequest
-from farshore.workers.device import CPU, Facts, choose, look
+from farshore.workers.device import CPU, Facts, choose, look, resolve
 
 H200 = "NVIDIA H200, 139 GiB"
 NO_CUDA = Facts(built_for=None, has_driver=True)
@@ -74,6 +74,16 @@ def test_what_this_host_shows():
     assert facts.built_for == torch.version.cuda
     assert len(facts.gpus) == torch.cuda.device_count() and all("GiB" in name for name in facts.gpus)
     assert look(described=False).gpus == ("",) * len(facts.gpus)
+    assert resolve("auto") == choose("auto", facts)
+
+
+def test_a_worker_on_the_cpu_opens_no_gpu():
+    """CUDA would take memory of each GPU that the process sees."""
+    code = "import torch\nfrom farshore.workers.device import resolve\n"
+    code += "print(resolve('cpu'), resolve('auto', granted=0).torch, torch.cuda.is_initialized())"
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "cpu cpu False\n"
 
 
 def test_an_attention_worker_without_ray_refuses_a_gpu_that_is_not_there():
