@@ -168,8 +168,8 @@ class AdminService(admin_grpc.AdminServiceServicer):
             workers[record.worker].device = record.device
         draining = listing.draining.union(r.worker for r in records if r.state == "draining")
         for worker in draining & workers.keys():
-            if workers[worker].state == "ready":
-                workers[worker].state = "draining"
+            if workers[worker].state == admin.WORKER_STATE_READY:
+                workers[worker].state = admin.WORKER_STATE_DRAINING
         return self._reply(list(workers.values()), sequences)
 
     def close(self) -> None:
@@ -180,8 +180,9 @@ class AdminService(admin_grpc.AdminServiceServicer):
         self, workers: list[admin.WorkerStatus], sequences: list[admin.SequenceStatus]
     ) -> admin.ClusterStatusResponse:
         config = self._config
-        pool_kind = "dense" if config.placement == "local" else "attention"
-        pool = [w for w in workers if w.kind == pool_kind and w.state == "ready"]
+        local = config.placement == "local"
+        pool_kind = admin.WORKER_KIND_DENSE if local else admin.WORKER_KIND_ATTENTION
+        pool = [w for w in workers if w.kind == pool_kind and w.state == admin.WORKER_STATE_READY]
         return admin.ClusterStatusResponse(
             model=config.spec.name,
             dtype=config.dtype,
@@ -219,7 +220,7 @@ def _dense(
     try:
         answer = call.result()
     except grpc.RpcError:
-        return _unreachable(worker, "dense", address), []
+        return _unreachable(worker, admin.WORKER_KIND_DENSE, address), []
     answer.worker.address = address
     return answer.worker, list(answer.sequences)
 
@@ -228,14 +229,14 @@ def _attention(worker: WorkerId, address: str, call: grpc.Future) -> admin.Worke
     try:
         identity = identity_from_pb(call.result())
     except grpc.RpcError:
-        return _unreachable(worker, "attention", address)
+        return _unreachable(worker, admin.WORKER_KIND_ATTENTION, address)
     return admin.WorkerStatus(
         worker_id=worker,
-        kind="attention",
+        kind=admin.WORKER_KIND_ATTENTION,
         address=address,
         host=identity.host,
         process_id=identity.process_id,
-        state="ready",
+        state=admin.WORKER_STATE_READY,
         budget_bytes=identity.budget_bytes,
         free_bytes=identity.free_bytes,
         attended_bytes=identity.attended_bytes,
@@ -243,5 +244,6 @@ def _attention(worker: WorkerId, address: str, call: grpc.Future) -> admin.Worke
     )
 
 
-def _unreachable(worker: WorkerId, kind: str, address: str) -> admin.WorkerStatus:
-    return admin.WorkerStatus(worker_id=worker, kind=kind, address=address, state="unreachable")
+def _unreachable(worker: WorkerId, kind: admin.WorkerKind, address: str) -> admin.WorkerStatus:
+    state = admin.WORKER_STATE_UNREACHABLE
+    return admin.WorkerStatus(worker_id=worker, kind=kind, address=address, state=state)

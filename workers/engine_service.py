@@ -121,6 +121,11 @@ class EngineService(pb_grpc.EngineServicer):
         self._engine.cancel(SequenceId(request.sequence_id), choice=choice)
         return pb.CancelSequenceReply()
 
+    def _state(self) -> admin.WorkerState:
+        if self._engine.failure:
+            return admin.WORKER_STATE_FAILED
+        return admin.WORKER_STATE_DRAINING if self._is_draining() else admin.WORKER_STATE_READY
+
     def Status(self, request: pb.EngineStatusRequest, context: grpc.ServicerContext) -> pb.EngineStatus:
         """Reports the worker's memory and load, its links to shards, and its sequences."""
         usage = self._store.usage()
@@ -128,10 +133,10 @@ class EngineService(pb_grpc.EngineServicer):
         return pb.EngineStatus(
             worker=admin.WorkerStatus(
                 worker_id=self._worker,
-                kind="dense",
+                kind=admin.WORKER_KIND_DENSE,
                 host=socket.gethostname(),
                 process_id=os.getpid(),
-                state="failed" if self._engine.failure else "draining" if self._is_draining() else "ready",
+                state=self._state(),
                 budget_bytes=usage.budget_bytes,
                 free_bytes=usage.available_bytes,
                 cached_bytes=usage.cached_bytes,

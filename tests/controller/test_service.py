@@ -26,6 +26,7 @@ from farshore.proto import admin_pb2 as admin
 from farshore.proto import admin_pb2_grpc
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
+from farshore.proto.words import word
 
 SHARD = WorkerId("attention-0")
 MEMORY_BYTES = 64 << 20
@@ -130,11 +131,11 @@ def test_status_shows_workers_that_answer_and_that_do_not(stub, listed):
     assert status.model == "smollm2" and status.max_positions == 8192
     assert (status.kv_format, status.max_decode_stall_ms, status.speculate_tokens) == ("bf16", 200.0, 0)
     assert {worker.worker_id: worker.state for worker in status.workers} == {
-        "attention-0": "ready",
-        "attention-1": "unreachable",
-        "dense-0": "unreachable",
+        "attention-0": admin.WORKER_STATE_READY,
+        "attention-1": admin.WORKER_STATE_UNREACHABLE,
+        "dense-0": admin.WORKER_STATE_UNREACHABLE,
     }
-    assert all(worker.device == f"{worker.kind}'s device" for worker in status.workers)
+    assert all(w.device == f"{word(admin.WorkerKind, w.kind)}'s device" for w in status.workers)
     assert (status.pool_budget_bytes, status.pool_free_bytes) == (MEMORY_BYTES, MEMORY_BYTES)
     assert not status.sequences
 
@@ -144,13 +145,15 @@ class Rendezvous(pb_grpc.EngineServicer):
 
     def __init__(self, engines):
         self.asked = threading.Barrier(engines, timeout=60)
-        self.state = "ready"
+        self.state = admin.WORKER_STATE_READY
         self.calls = 0
 
     def Status(self, request, context):
         if self.asked.wait() == 0:
             self.calls += 1
-        return pb.EngineStatus(worker=admin.WorkerStatus(worker_id="dense", kind="dense", state=self.state))
+        return pb.EngineStatus(
+            worker=admin.WorkerStatus(worker_id="dense", kind=admin.WORKER_KIND_DENSE, state=self.state)
+        )
 
 
 @pytest.fixture
@@ -181,13 +184,15 @@ def test_workers_are_asked_at_once_and_under_one_deadline(stub, listed, rendezvo
         # Asking eight frozen workers one after the other would take more than twice this time.
         status = stub.ClusterStatus(admin.ClusterStatusRequest(), timeout=3.5 * PROBE_DEADLINE_S)
     states = [worker.state for worker in status.workers]
-    assert states == ["ready"] * 3 + ["unreachable"] * 8
+    assert states == [admin.WORKER_STATE_READY] * 3 + [admin.WORKER_STATE_UNREACHABLE] * 8
     assert status.pool_budget_bytes == 0
 
 
 def test_an_engine_that_has_ended_is_never_ready(stub, rendezvous):
-    rendezvous.state = "failed"
-    assert {worker.state for worker in stub.ClusterStatus(admin.ClusterStatusRequest()).workers} == {"failed"}
+    rendezvous.state = admin.WORKER_STATE_FAILED
+    assert {worker.state for worker in stub.ClusterStatus(admin.ClusterStatusRequest()).workers} == {
+        admin.WORKER_STATE_FAILED
+    }
 
 
 def test_callers_share_an_answer_that_is_new_or_being_made(stub, rendezvous, clock):
@@ -197,18 +202,22 @@ def test_callers_share_an_answer_that_is_new_or_being_made(stub, rendezvous, clo
     with ThreadPoolExecutor(6) as callers:
         assert list(callers.map(ask, range(6))) == [3] * 6
     assert rendezvous.calls == 1
-    rendezvous.state = "failed"
+    rendezvous.state = admin.WORKER_STATE_FAILED
     clock.now_s += STATUS_AGE_S / 2
-    assert stub.ClusterStatus(admin.ClusterStatusRequest()).workers[0].state == "ready"
+    assert stub.ClusterStatus(admin.ClusterStatusRequest()).workers[0].state == admin.WORKER_STATE_READY
     clock.now_s += STATUS_AGE_S / 2
-    assert stub.ClusterStatus(admin.ClusterStatusRequest()).workers[0].state == "failed"
+    assert stub.ClusterStatus(admin.ClusterStatusRequest()).workers[0].state == admin.WORKER_STATE_FAILED
     assert rendezvous.calls == 2
 
 
 def test_status_shows_who_drains(stub, listed, directory, rendezvous):
     directory.close([], draining=["dense-1"])
     status = stub.ClusterStatus(admin.ClusterStatusRequest())
-    assert [worker.state for worker in status.workers] == ["ready", "draining", "ready"]
+    assert [worker.state for worker in status.workers] == [
+        admin.WORKER_STATE_READY,
+        admin.WORKER_STATE_DRAINING,
+        admin.WORKER_STATE_READY,
+    ]
 
 
 def test_drain_marks_a_worker_that_runs(stub, operations):
@@ -229,7 +238,9 @@ def test_drain_marks_a_worker_that_runs(stub, operations):
 def test_workers_are_reached_past_a_web_proxy(stub, rendezvous, monkeypatch):
     for name in ("http_proxy", "https_proxy", "grpc_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
-    assert {worker.state for worker in stub.ClusterStatus(admin.ClusterStatusRequest()).workers} == {"ready"}
+    assert {worker.state for worker in stub.ClusterStatus(admin.ClusterStatusRequest()).workers} == {
+        admin.WORKER_STATE_READY
+    }
 
 
 def test_scale_changes_what_is_named_and_refuses_what_cannot_work(stub, operations):

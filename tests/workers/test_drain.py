@@ -20,6 +20,7 @@ from farshore.kernels.formats import KVFormat
 from farshore.kvstore.base import SpanKey
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
 from farshore.model_spec import ModelSpec
+from farshore.proto import admin_pb2 as admin
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 from farshore.proto import inference_pb2 as api
@@ -106,7 +107,7 @@ def test_a_drained_dense_worker_refuses_new_requests_and_ends_with_its_last_one(
     dense.ending.begin(DEADLINE_S)
     until(lambda: dense.state() == "draining", "the directory does not say so")
     assert dense.health() == HEALTH.NOT_SERVING
-    assert dense.stub.Status(pb.EngineStatusRequest()).worker.state == "draining"
+    assert dense.stub.Status(pb.EngineStatusRequest()).worker.state == admin.WORKER_STATE_DRAINING
     assert "dense-0-aa is draining: send the request again" in refused(dense.generate("b", 1))
     events = list(stream)
     assert events[-1].HasField("finished") and sum(e.HasField("token") for e in events) == LONG - 1

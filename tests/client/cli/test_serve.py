@@ -175,16 +175,16 @@ def busy(farshore):
     workers = [
         admin.WorkerStatus(
             worker_id="attention-0",
-            kind="attention",
+            kind=admin.WORKER_KIND_ATTENTION,
             address="127.0.0.1:7",
             process_id=77,
-            state="ready",
+            state=admin.WORKER_STATE_READY,
             budget_bytes=1 << 30,
             free_bytes=3 << 28,
         ),
         admin.WorkerStatus(
             worker_id="dense-0",
-            kind="dense",
+            kind=admin.WORKER_KIND_DENSE,
             links=[
                 admin.ShardLink(
                     worker_id="attention-0",
@@ -259,7 +259,9 @@ class Failed(admin_pb2_grpc.AdminServiceServicer):
     """A gateway whose engine has failed: it reports its status, and its health is NOT_SERVING."""
 
     def ClusterStatus(self, request, context):
-        worker = admin.WorkerStatus(worker_id="dense-0", kind="dense", state="failed")
+        worker = admin.WorkerStatus(
+            worker_id="dense-0", kind=admin.WORKER_KIND_DENSE, state=admin.WORKER_STATE_FAILED
+        )
         return admin.ClusterStatusResponse(workers=[worker])
 
 
