@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import grpc
 
@@ -15,40 +15,44 @@ from farshore.proto import cluster_pb2 as cluster
 
 _logger = logging.getLogger(__name__)
 
+EVENTS_AT_ONCE = 32
+"""Events between which nothing else runs. A message may have a token of every stream: the first ones go on to
+their readers before the last ones are taken."""
+
+Take = Callable[[Sequence[cluster.SequenceEvent]], None]
 Over = Callable[["EngineCall", grpc.StatusCode, str], None]
 
 
 class EngineCall:
     """Open from construction until it breaks, or until :meth:`hang_up`. Use it on the event loop only."""
 
-    def __init__(
-        self, call: grpc.aio.StreamStreamCall, *, take: Callable[[cluster.EngineMessage], None], over: Over
-    ) -> None:
-        """``take`` is called with each message; ``over`` once, with the status and its message, unless this
-        side hangs up."""
+    def __init__(self, call: grpc.aio.StreamStreamCall, *, take: Take, over: Over) -> None:
+        """``take`` is called with events as they come; ``over`` once, with the status and its message, unless
+        this side hangs up."""
         self._call = call
         self._take = take
         self._over = over
-        self._unsent: deque[tuple[int, bytes]] = deque()
+        self._unsent: deque[cluster.GatewayMessage] = deque()
         self._wanted = asyncio.Event()
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
 
     def submit(self, number: int, message: bytes) -> None:
         """Begins a request. ``message``: a serialised SequenceRequest."""
-        self._send(number, cluster.GatewayMessage(number=number, submit=message))
+        self._send(cluster.GatewayMessage(number=number, submit=message))
 
     def cancel(self, number: int, *, choice: int | None = None) -> None:
         """Asks the engine to end a request, or one choice of it."""
-        self._send(
-            number, cluster.GatewayMessage(number=number, cancel=cluster.CancelSequence(choice=choice))
-        )
+        cancel = cluster.CancelSequence(choice=choice)
+        self._send(cluster.GatewayMessage(number=number, cancel=cancel))
 
     def drop(self, number: int) -> None:
-        """Ends a request whose events are no longer read. If the engine does not read, nothing of the request
-        stays in memory but its end."""
-        if any(waiting == number for waiting, _ in self._unsent):
-            self._unsent = deque(item for item in self._unsent if item[0] != number)
-        self.cancel(number)
+        """Ends a request whose events are not wanted any more. One that the engine has not read yet is not
+        kept for it."""
+        waiting = [message for message in self._unsent if message.number == number]
+        if waiting and waiting[0].HasField("submit"):
+            self._unsent = deque(message for message in self._unsent if message.number != number)
+        else:
+            self.cancel(number)
 
     def hang_up(self) -> None:
         """Ends the call, and with it what the engine runs for it."""
@@ -56,8 +60,8 @@ class EngineCall:
             task.cancel()
         self._call.cancel()
 
-    def _send(self, number: int, message: cluster.GatewayMessage) -> None:
-        self._unsent.append((number, message.SerializeToString()))
+    def _send(self, message: cluster.GatewayMessage) -> None:
+        self._unsent.append(message)
         self._wanted.set()
 
     async def _write(self) -> None:
@@ -67,13 +71,16 @@ class EngineCall:
                 await self._wanted.wait()
                 self._wanted.clear()
                 while self._unsent:
-                    _, message = self._unsent.popleft()
-                    await self._call.write(message)
+                    await self._call.write(self._unsent.popleft())
 
     async def _read(self) -> None:
         try:
             while (message := await self._call.read()) is not grpc.aio.EOF:
-                self._take(message)
+                events = message.events
+                for first in range(0, len(events), EVENTS_AT_ONCE):
+                    if first:
+                        await asyncio.sleep(0)
+                    self._take(events[first : first + EVENTS_AT_ONCE])
             code, details = await self._call.code(), await self._call.details()
         except grpc.aio.AioRpcError as error:
             code, details = error.code(), error.details()

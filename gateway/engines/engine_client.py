@@ -6,7 +6,7 @@ controller: generation goes on while the controller is down.
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import grpc
@@ -103,7 +103,7 @@ class EngineClient:
         self.channel = rpc.aio_channel(address, token)
         self._open = self.channel.stream_stream(
             f"/{_SERVICE.full_name}/{_SERVICE.methods_by_name['Run'].name}",
-            request_serializer=None,
+            request_serializer=cluster.GatewayMessage.SerializeToString,
             response_deserializer=cluster.EngineMessage.FromString,
         )
 
@@ -181,10 +181,10 @@ class EngineClient:
             run.cancelled.add(choice)
             run.call.cancel(run.number, choice=choice)
 
-    def _take(self, message: cluster.EngineMessage) -> None:
-        """Adds the events of a message to their requests."""
+    def _take(self, events: Sequence[cluster.SequenceEvent]) -> None:
+        """Adds events to their requests."""
         self.heard_s = asyncio.get_running_loop().time()
-        for event in message.events:
+        for event in events:
             run = self._runs.get(event.number)
             if run is None or run.over.done():
                 continue
