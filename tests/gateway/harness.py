@@ -115,6 +115,7 @@ class FakeEngine(ScriptedService, admin_pb2_grpc.AdminServiceServicer):
         self.confirms.set()
         self.refuses = None  # for each new sequence: the arguments of ``failed``, or CallEnds
         self.ignores_cancel = False
+        self.calls = 0  # of gateways
         self.cancelled = []  # (sequence id, choice or None)
         self.status = admin.ClusterStatusResponse(model="smollm2", dtype="bfloat16")
         self.operations = []  # the requests of operators, other than for status and events
@@ -127,6 +128,10 @@ class FakeEngine(ScriptedService, admin_pb2_grpc.AdminServiceServicer):
     def idle(self):
         """Whether no sequence has arrived that next_sequence() has not returned."""
         return self._arrived.empty()
+
+    async def Run(self, messages, context):
+        self.calls += 1
+        await super().Run(messages, context)
 
     async def answer(self, request, send):
         if isinstance(self.refuses, CallEnds):

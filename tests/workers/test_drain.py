@@ -138,6 +138,7 @@ def test_the_directory_drains_a_dense_worker_and_opens_it_again(dense):
     until(lambda: dense.health() == HEALTH.SERVING, "it does not open again")
     assert list(dense.generate("c", 1))[-1].HasField("finished")
     stream.close()
+    until(lambda: dense.worker.is_drained, "the sequence of a cut call goes on")
 
 
 def key(sequence):
