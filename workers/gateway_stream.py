@@ -43,9 +43,11 @@ class Sequences(Protocol):
 
 @dataclass(slots=True)
 class _Request:
-    """``sequence``: None until it is submitted; ``cancelled`` are the choices to cancel then."""
+    """``live``: choices that have not ended. ``sequence``: None until it is submitted; ``cancelled`` are the
+    choices to cancel then. ``begun``: an event of it was sent."""
 
     live: int = 0
+    begun: bool = False
     sequence: SequenceId | None = None
     cancelled: list[int | None] = field(default_factory=list)
 
@@ -96,7 +98,9 @@ class GatewayStream:
             with suppress(queue.Empty):
                 while len(gathered) < MOST_EVENTS:
                     gathered.append(self._unsent.get_nowait())
-            events = [self._sent(*item) for item in gathered if item is not None]
+            events = [
+                self._message(*item) for item in gathered if item is not None and self._is_wanted(*item)
+            ]
             if events:
                 yield pb.EngineMessage(events=events)
             if self._unsent.empty() and self._is_over():
@@ -178,16 +182,19 @@ class GatewayStream:
             return
         self._unsent.put((number, event))
 
-    def _sent(self, number: int, event: Event | Taken) -> pb.SequenceEvent:
-        """The message of an event. Forgets the request with its last one."""
-        if isinstance(event, Finished | Failed):
-            with self._lock:
-                request = self._requests.get(number)
-                if request is not None:
-                    request.live -= 1
-                    if request.live <= 0 or isinstance(event, Failed):
-                        del self._requests[number]
-        return self._message(number, event)
+    def _is_wanted(self, number: int, event: Event | Taken) -> bool:
+        """Notes an event that is to be sent, and forgets the request with its last one. Taken is not wanted
+        if the engine's thread was faster."""
+        request = self._requests.get(number)
+        if isinstance(event, Taken):
+            return request is not None and not request.begun
+        if request is not None:
+            request.begun = True
+            request.live -= isinstance(event, Finished)
+            if not request.live or isinstance(event, Failed):
+                with self._lock:
+                    self._requests.pop(number, None)
+        return True
 
     def _is_over(self) -> bool:
         return self._ending or (self._read_all and not self._requests)

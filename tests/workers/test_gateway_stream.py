@@ -154,6 +154,24 @@ def test_a_gateway_that_reads_nothing_is_cut_off(stream, sequences, monkeypatch)
     assert sum(len(message.events) for message in messages) <= 12
 
 
+def test_nothing_follows_the_end_of_a_request(stream, sequences):
+    """An engine may answer before the thread that submitted the request says that it is taken."""
+    submit = sequences.submit
+
+    def answer(request, emit):
+        submit(request, emit)
+        emit(Sampled(5))
+        emit(finished())
+
+    sequences.submit = answer
+    call = stream(most=20)
+    call.read([asked(number, str(number)) for number in range(20)])
+    events = [event for message in call.messages() for event in message.events]
+    for number in range(20):
+        kinds = [event.WhichOneof("kind") for event in events if event.number == number]
+        assert kinds == ["token", "finished"]
+
+
 def test_a_number_is_used_once(stream):
     call = stream()
     with pytest.raises(InvalidRequest, match="number 3 of a request twice"):
