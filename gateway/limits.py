@@ -96,10 +96,7 @@ class Limits:
     stall_s: float = 1800.0
     """Longest silence of an engine within one request. An engine sends nothing while a request is queued."""
     cancel_s: float = 5.0
-    """How long an engine may take to end a sequence before its stream is cut."""
-    cancel_again_s: float = 0.1
-    """When an engine that has not ended a sequence is asked again: the first Cancel may have arrived before
-    the sequence."""
+    """How long an engine may take to end a sequence before the gateway goes on without it."""
     probe_s: float = 1.0
     """Interval of health probes to each engine, and the deadline of each probe."""
     missed_probes: int = 3

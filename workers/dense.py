@@ -46,7 +46,7 @@ from farshore.workers.lease import Lease
 from farshore.workers.shard_watch import ShardWatch
 
 MAX_CALLS = 512
-"""Threads of the gRPC server. Each running or waiting request occupies one."""
+"""Threads of the gRPC server. Each gateway occupies one."""
 
 STOP_GRACE_S = 1.0
 
@@ -166,7 +166,7 @@ class DenseWorker:
             )
         else:
             self._announcer = Announcer(self._directory, config.worker, store.names)
-        service = EngineService(
+        self._service = service = EngineService(
             worker=config.worker,
             engine=engine,
             store=store,
@@ -216,8 +216,9 @@ class DenseWorker:
         if self._watch is not None:
             self._watch.stop()
         why = f"dense worker {self._config.worker} was {'drained' if self._ends else 'stopped'}"
-        # Before the server, so that the streams end with this reason.
+        # Before the server, so that the requests end with this reason.
         self._engine.stop(reason=why)
+        self._service.stop()
         self._server.stop(STOP_GRACE_S).wait()
 
     def load_now(self) -> tuple[EngineLoad, list[Link], Usage] | None:

@@ -35,11 +35,9 @@ class Runner(Protocol):
     async def pump(self, request: Request, job: Job) -> None:
         """Runs ``job`` and adds its events to ``request``, which has ended when this returns."""
 
-    async def cancel(
-        self, sequence_id: str, *, choice: int | None = None, deadline_s: float | None = None
-    ) -> None:
-        """Asks the engine that runs a sequence to end it, or one choice of it. Raises nothing.
-        ``deadline_s``: the call's deadline; None: ``cancel_s``."""
+    def cancel(self, sequence_id: str) -> None:
+        """Asks the engine that runs a sequence to end it. If none does yet, ``pump`` ends the request, whose
+        ``cancelling`` is set."""
 
 
 class RequestLog:
@@ -275,7 +273,7 @@ class RequestLog:
         )
 
     async def _end(self, request: Request) -> None:
-        """Asks the engine to end the request, and cuts its stream if that takes longer than ``cancel_s``."""
+        """Asks the engine to end the request, and ends it here if that takes longer than ``cancel_s``."""
         self._leaving.pop(request, None)
         pump = self._pumps.get(request)
         if pump is None:
@@ -284,23 +282,12 @@ class RequestLog:
         preparation = self._preparations.get(request)
         # The preparation is cancelled first, not the pump: a task that is cancelled before its first step
         # never runs, so it would not end the request.
-        if preparation is not None and preparation.cancel():
-            await asyncio.wait([pump], timeout=self._limits.cancel_s)
-        else:
-            await self._ask_to_end(request, pump)
+        if preparation is None or not preparation.cancel():
+            self._runner.cancel(request.sequence_id)
+        await asyncio.wait([pump], timeout=self._limits.cancel_s)
         if not pump.done():
             pump.cancel()
             await asyncio.wait([pump], timeout=self._limits.cancel_s)
-
-    async def _ask_to_end(self, request: Request, pump: asyncio.Task) -> None:
-        """Sends Cancel repeatedly until ``pump`` ends or ``cancel_s`` has passed: the engine ignores unknown
-        ids, and a Cancel may overtake the call that brings the sequence."""
-        loop = asyncio.get_running_loop()
-        deadline_s, interval_s = loop.time() + self._limits.cancel_s, self._limits.cancel_again_s
-        while not pump.done() and (left_s := deadline_s - loop.time()) > 0:
-            await self._runner.cancel(request.sequence_id, deadline_s=left_s)
-            await asyncio.wait([pump], timeout=min(interval_s, left_s))
-            interval_s *= 2
 
     def _forget_old(self) -> None:
         """Forgets ended requests by age, number and bytes. Runs at each use, and by a timer when the next
