@@ -77,6 +77,8 @@ class _Seen:
     occupant: Occupant
     since_s: float
     record: WorkerRecord | None = None
+    served: bool = False
+    """Whether it ever served: one that never did was never healthy."""
     drained_s: float | None = None
     """Since when it drains."""
     stopped: bool = False
@@ -217,9 +219,10 @@ class Loop:
                 self._events.add("retired", name)
             else:
                 count = self._deaths[slot].count if slot in self._deaths else 0
-                healthy = now_s - seen.since_s >= HEALTHY_S
+                healthy = seen.served and now_s - seen.since_s >= HEALTHY_S
                 self._deaths[slot] = Deaths(1 if healthy else count + 1, now_s)
-                self._events.add("lost", name, self._launcher.end_in_words(seen.occupant))
+                failure = seen.record.failure if seen.record is not None else ""
+                self._events.add("lost", name, failure or self._launcher.end_in_words(seen.occupant))
         records = {record.slot: record for record in listing.workers}
         for slot, occupant in occupants.items():
             seen = self._seen.setdefault(slot, _Seen(occupant, now_s))
@@ -231,6 +234,7 @@ class Loop:
                 kind = "replaced" if slot in self._deaths else "joined"
                 self._events.add(kind, record.worker, f"at {record.address}")
             seen.record = record
+            seen.served |= record.state == "serving"
 
     def _observed(
         self, listing: Listing, drains: Mapping[WorkerId, float | None], *, now_s: float

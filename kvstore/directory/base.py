@@ -71,7 +71,7 @@ class WorkerRecord:
     shards: int = 0
     """Attention workers that answer it, if it is a dense worker."""
     failure: str = ""
-    """Why it failed to start."""
+    """Why it failed: it could not start, or can't go on."""
     content: str = ""
     """Digest of the model's weights, if it is a dense worker that has loaded them: equal on every host."""
     load: Load | None = None

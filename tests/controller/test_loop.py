@@ -36,6 +36,8 @@ class FakeRay:
         self.told = set()
         self.graces = []
         self.lost_nodes = set()
+        self.failing = {}
+        """Slot -> why each of its workers fails while it loads."""
         self.starts = Counter()
         self._serial = 0
 
@@ -70,7 +72,9 @@ class FakeRay:
         for slot, occupant in self.taken.items():
             if slot not in self.frozen:
                 state = "draining" if slot in self.told else "serving"
-                directory.renew(replace(record_of(slot, occupant), state=state))
+                state = "failed" if slot in self.failing else state
+                record = replace(record_of(slot, occupant), state=state, failure=self.failing.get(slot, ""))
+                directory.renew(record)
 
 
 def record_of(slot, occupant):

@@ -65,7 +65,7 @@ class Dense:
         self.channel = grpc.insecure_channel(record.address)
         self.stub = pb_grpc.EngineStub(self.channel)
         self.ended = threading.Event()
-        self.ending = Ending(self.worker, then=self.ended.set)
+        self.ending = Ending(self.worker, then=lambda code: self.ended.set())
 
     def state(self):
         return next((record.state for record in self.directory.listing().workers), None)
@@ -167,7 +167,7 @@ def test_an_attention_worker_drains_until_no_sequence_holds_a_span():
         directory=directory,
     )
     ended = threading.Event()
-    ending = Ending(worker, then=ended.set)
+    ending = Ending(worker, then=lambda code: ended.set())
     with client_of(worker.address()) as client, grpc.insecure_channel(worker.address()) as channel:
         span = client.store.create(key("a"), capacity_tokens=4, layout=LAYOUT, epoch=Epoch(1))
         ending.begin(DEADLINE_S)

@@ -284,7 +284,7 @@ class Engine:
         except Exception as last_error:
             _log.exception("the engine ends")
             self._failure = (
-                f"the engine failed with {type(last_error).__name__}: {last_error}; restart the cluster"
+                f"the engine failed with {type(last_error).__name__}: {last_error}; its worker is replaced"
             )
             self._on_failed()
             self._requests.stop(Internal(self._failure))
