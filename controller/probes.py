@@ -23,6 +23,9 @@ from farshore.proto import cluster_pb2_grpc as pb_grpc
 PERIOD_S = 0.5
 DEADLINE_S = 1.0
 
+_SILENCE = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
+"""The codes of a call that nothing answered. A worker whose call slots are all taken refuses, and lives."""
+
 
 class WorkerProbes:
     """Implements :class:`~farshore.controller.loop.Probes` over gRPC. Asks from construction until
@@ -90,7 +93,7 @@ class WorkerProbes:
                     readers.update({WorkerId(shard): count for shard, count in status.readers.items()})
                     readers[worker] += status.worker.running + status.worker.waiting
             self._readers, self._alive = readers, reported
-            alive = reported | {worker for worker, call in checks.items() if call.exception() is None}
+            alive = reported | {worker for worker, call in checks.items() if _is_answered(call)}
             now_s = self._clock()
             self._silent_since_s = {
                 worker: self._silent_since_s.get(worker, now_s) for worker in suspects if worker not in alive
@@ -108,3 +111,9 @@ class WorkerProbes:
         if address not in self._channels:
             self._channels[address] = rpc.channel(address, self._token)
         return self._channels[address]
+
+
+def _is_answered(call: grpc.Future) -> bool:
+    """Blocks until the call has ended."""
+    error = call.exception()
+    return error is None or error.code() not in _SILENCE
