@@ -65,9 +65,10 @@ class Probes(Protocol):
     def alive(self) -> set[WorkerId]:
         """The attention workers that an engine reports alive. Never blocks."""
 
-    def readers(self) -> dict[WorkerId, int] | None:
+    def readers(self, engines: Mapping[WorkerId, str]) -> Mapping[WorkerId, int] | None:
         """The number of sequences that read from each attention worker or run on each dense one; None while a
-        dense worker does not answer. Never blocks."""
+        dense worker does not answer: one that is listed, or one of ``engines`` (id to address). Never
+        blocks."""
 
 
 @dataclass(slots=True)
@@ -244,7 +245,7 @@ class Loop:
         silent_s = self._probes.silent_s(suspects)
         # Such a worker may be one that this controller has not heard of.
         nameless_may_live = bool(self._probes.alive() - listed)
-        readers = self._probes.readers() if self._draining() else None
+        readers = self._readers()
         processes = {}
         for slot, seen in self._seen.items():
             if seen.record is not None:
@@ -257,6 +258,15 @@ class Loop:
                 process = self._drain_of(process, seen.record, seen.drained_s, drains, readers, now_s)
             processes[slot] = process
         return Observed(processes=processes, deaths=self._deaths, settled=listing.settled)
+
+    def _readers(self) -> Mapping[WorkerId, int] | None:
+        """See :meth:`Probes.readers`: of all dense workers that run, also those that are not listed."""
+        dense = [seen for slot, seen in self._seen.items() if slot.kind == "dense"]
+        records = [seen.record for seen in dense if seen.record is not None]
+        readers = self._probes.readers({each.worker: each.address for each in records if each.address})
+        # One that this controller has not heard of may read from any worker.
+        is_complete = all(seen.record is not None or not seen.occupant.node for seen in dense)
+        return readers if is_complete else None
 
     def _drain_of(
         self,

@@ -103,7 +103,7 @@ class FakeProbes:
     def alive(self):
         return set()
 
-    def readers(self):
+    def readers(self, engines):
         return self.reading
 
 
@@ -384,3 +384,39 @@ def test_records_of_another_process_in_a_slot_are_not_taken_for_its_own(cluster)
     cluster.directory.renew(stale)
     cluster.run(1)
     assert "lost" not in cluster.kinds()
+
+
+class DeafProbes(FakeProbes):
+    """Engines that answer nothing."""
+
+    def readers(self, engines):
+        self.asked = dict(engines)
+        return None if engines else self.reading
+
+
+def test_nothing_ends_while_an_engine_that_is_not_listed_may_read_from_it():
+    cluster = Cluster()
+    cluster.probes = DeafProbes(cluster.clock, cluster.ray)
+    cluster.loop = cluster._loop()
+    cluster.run(2)
+    dense = Slot("dense", 0)
+    cluster.ray.frozen.add(dense)
+    cluster.run(LEASE_S + ROUND_S)
+    assert cluster.worker(dense) not in {record.worker for record in cluster.directory.listing().workers}
+    cluster.desired.scale({"attention": 2})
+    cluster.run(HEARD_S + 2 * ROUND_S)
+    occupant = cluster.ray.taken[dense]
+    assert cluster.probes.asked == {cluster.worker(dense): record_of(dense, occupant).address}
+    assert cluster.slots() == [0, 1, 2]
+
+
+def test_nothing_ends_while_an_engine_runs_that_a_new_controller_has_not_heard_of(cluster):
+    cluster.ray.frozen.add(Slot("dense", 0))
+    cluster.restart_controller()
+    cluster.run(SETTLE_S + 1)
+    cluster.desired.scale({"attention": 2})
+    cluster.run(HEARD_S + 2 * ROUND_S)
+    assert cluster.slots() == [0, 1, 2]
+    cluster.ray.frozen.clear()
+    cluster.run(HEARD_S)
+    assert cluster.slots() == [0, 1]

@@ -102,3 +102,60 @@ def test_a_worker_whose_call_slots_are_taken_is_not_silent(probes, engine, clock
         assert probes.silent_s(suspects)[DENSE] == 0.0
         engine.is_free.set()
         assert pending.result(60)
+
+
+def test_an_engine_that_is_not_listed_is_asked_at_its_last_address(probes, engine):
+    known = {DENSE: engine.address}
+    assert probes.readers(known) is None
+    until(lambda: probes.readers(known))
+    assert probes.readers(known) == {SHARD: 1, DENSE: 0}
+    # Another one that does not answer may read, too.
+    known = {DENSE: engine.address, WorkerId("dense-1-aa"): ABSENT}
+    assert probes.readers(known) is None
+    asked = engine.asked
+    until(lambda: engine.asked > asked + 1)
+    assert probes.readers(known) is None
+
+
+class Newer(EmbeddedDirectory):
+    """A directory whose records this version can't read, until it is told."""
+
+    is_newer = True
+    looks = 0
+
+    def listing(self):
+        self.looks += 1
+        if self.is_newer:
+            raise KeyError("a state of a newer version")
+        return super().listing()
+
+
+@pytest.fixture
+def newer():
+    return Newer()
+
+
+def test_an_answer_of_another_version_ends_no_probe(newer, engine, clock, monkeypatch, caplog):
+    monkeypatch.setattr("farshore.controller.probes.PERIOD_S", 0.02)
+    newer.renew(record(engine.address))
+    probes = WorkerProbes(newer, clock=lambda: clock.now_s)
+    try:
+        until(lambda: newer.looks > 2)
+        clock.now_s += 100.0
+        assert probes.silent_s({SHARD: ABSENT}) == {SHARD: 0.0} and probes.readers({}) is None
+        newer.is_newer = False
+        until(lambda: probes.readers({}))
+        assert [entry.message for entry in caplog.records] == [
+            "the workers' answers make no sense; they are asked again"
+        ]
+    finally:
+        probes.stop()
+
+
+def test_connections_to_workers_that_are_gone_are_closed(probes, directory, engine):
+    directory.renew(record(engine.address))
+    until(lambda: probes.readers({}))
+    assert probes._channels.keys() == {engine.address}
+    directory.withdraw(DENSE)
+    probes.silent_s({SHARD: ABSENT})
+    until(lambda: probes._channels.keys() == {ABSENT})
