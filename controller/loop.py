@@ -244,7 +244,7 @@ class Loop:
         }
         silent_s = self._probes.silent_s(suspects)
         # Such a worker may be one that this controller has not heard of.
-        nameless_may_live = bool(self._probes.alive() - listed)
+        nameless_may_live = bool(self._probes.alive() - listed - suspects.keys())
         readers = self._readers()
         processes = {}
         for slot, seen in self._seen.items():
@@ -253,7 +253,8 @@ class Loop:
             else:
                 late = bool(seen.occupant.node) and now_s - seen.since_s >= ANNOUNCE_S + self._grace_s
                 frozen = late and not nameless_may_live
-            process = Process(slot=slot, frozen=frozen, killed_s=seen.killed_s)
+            may_serve = nameless_may_live and bool(seen.occupant.node)
+            process = Process(slot=slot, may_serve=may_serve, frozen=frozen, killed_s=seen.killed_s)
             if seen.record is not None:
                 process = self._drain_of(process, seen.record, seen.drained_s, drains, readers, now_s)
             processes[slot] = process

@@ -420,3 +420,28 @@ def test_nothing_ends_while_an_engine_runs_that_a_new_controller_has_not_heard_o
     cluster.ray.frozen.clear()
     cluster.run(HEARD_S)
     assert cluster.slots() == [0, 1]
+
+
+class AliveProbes(FakeProbes):
+    """Engines that report the workers ``reported`` alive."""
+
+    reported = frozenset()
+
+    def alive(self):
+        return set(self.reported)
+
+
+def test_a_surplus_worker_that_a_new_controller_has_not_heard_of_goes_on_while_an_engine_uses_it(cluster):
+    cluster.probes = AliveProbes(cluster.clock, cluster.ray)
+    cluster.probes.reported = {cluster.worker(slot(2))}
+    # Only its link to the directory is cut.
+    cluster.ray.frozen.add(slot(2))
+    cluster.restart_controller()
+    cluster.run(SETTLE_S + 1)
+    cluster.desired.scale({"attention": 2})
+    cluster.run(ANNOUNCE_S + 2 * GRACE_S)
+    assert cluster.slots() == [0, 1, 2] and not cluster.ray.graces
+    cluster.ray.frozen.clear()
+    cluster.probes.reading = {}
+    cluster.run(HEARD_S + 2)
+    assert cluster.slots() == [0, 1] and cluster.ray.graces == [DRAIN_S]
