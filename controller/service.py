@@ -18,7 +18,7 @@ from farshore.cluster_token import ClusterToken
 from farshore.controller.config import MOST_DRAIN_S, ClusterConfig
 from farshore.controller.events import Events
 from farshore.controller.reconcile import Kind
-from farshore.errors import FarshoreError, InvalidRequest
+from farshore.errors import FarshoreError, InvalidRequest, Overloaded
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import Directory
 from farshore.models.config.model import ModelConfig
@@ -37,6 +37,10 @@ asking all workers costs each of them."""
 
 EVENTS_POLL_S = 1.0
 """How often a stream of events looks whether its reader is gone."""
+
+MOST_FOLLOWERS = 16
+"""Streams of events that are open at once. Each holds a thread of the server, which serves the workers' calls
+to the directory, too."""
 
 
 class Operations(Protocol):
@@ -76,6 +80,7 @@ class AdminService(admin_grpc.AdminServiceServicer):
         self._clock = clock
         self._channels: dict[str, grpc.Channel] = {}
         self._lock = threading.Lock()
+        self._followers = threading.Semaphore(MOST_FOLLOWERS)
         self._status: Future[tuple[admin.ClusterStatusResponse, float]] | None = None
         """The newest answer and the time of its completion."""
 
@@ -113,14 +118,31 @@ class AdminService(admin_grpc.AdminServiceServicer):
     def WatchEvents(
         self, request: admin.WatchEventsRequest, context: grpc.ServicerContext
     ) -> Iterator[admin.ClusterEvent]:
-        seen = request.since
+        """With ``follow`` it goes on until its reader is gone; one above MOST_FOLLOWERS is refused."""
+        if not request.follow:
+            yield from self._events_since(request.since)
+        elif self._followers.acquire(blocking=False):
+            try:
+                yield from self._follow(request.since, context)
+            finally:
+                self._followers.release()
+        else:
+            rpc.abort(
+                context,
+                Overloaded(
+                    f"{MOST_FOLLOWERS} calls follow the events already: end one, or ask without follow"
+                ),
+            )
+
+    def _follow(self, seen: int, context: grpc.ServicerContext) -> Iterator[admin.ClusterEvent]:
         while context.is_active():
-            timeout_s = EVENTS_POLL_S if request.follow else 0.0
-            for event in self._operations.events.since(seen, timeout_s=timeout_s):
+            for event in self._events_since(seen, timeout_s=EVENTS_POLL_S):
                 seen = event.number
-                yield admin.ClusterEvent(**event._asdict())
-            if not request.follow:
-                return
+                yield event
+
+    def _events_since(self, seen: int, *, timeout_s: float = 0.0) -> Iterator[admin.ClusterEvent]:
+        for event in self._operations.events.since(seen, timeout_s=timeout_s):
+            yield admin.ClusterEvent(**event._asdict())
 
     def ClusterStatus(
         self, request: admin.ClusterStatusRequest, context: grpc.ServicerContext

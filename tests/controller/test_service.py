@@ -1,5 +1,6 @@
 """The controller's gRPC service over real gRPC services of workers, in this process."""
 
+import contextlib
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +13,14 @@ from farshore import rpc
 from farshore.attention_offload.shard.service import AttentionService
 from farshore.attention_offload.shard.service import serve as serve_attention
 from farshore.controller.config import ClusterConfig
+from farshore.controller.controller import MAX_CALLS
 from farshore.controller.events import Events
-from farshore.controller.service import PROBE_DEADLINE_S, STATUS_AGE_S, AdminService
+from farshore.controller.service import MOST_FOLLOWERS, PROBE_DEADLINE_S, STATUS_AGE_S, AdminService
 from farshore.errors import InvalidRequest, NotFound
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import WorkerRecord
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
+from farshore.kvstore.directory.remote import DirectoryService
 from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 from farshore.model_spec import ModelSpec
@@ -27,6 +30,8 @@ from farshore.proto import admin_pb2_grpc
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 from farshore.proto.words import word
+
+from ..waiting import until
 
 SHARD = WorkerId("attention-0")
 MEMORY_BYTES = 64 << 20
@@ -267,6 +272,49 @@ def test_events_are_streamed_from_a_number_on_and_as_they_come(stub, operations)
     event = next(following)
     assert (event.kind, event.detail) == ("lost", "it was killed")
     following.cancel()
+
+
+def test_followers_of_events_leave_calls_for_the_workers(service, operations, directory):
+    """The directory's server is the operators', too."""
+
+    def register(server):
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(service, server)
+        pb_grpc.add_DirectoryServicer_to_server(DirectoryService(directory), server)
+
+    server, address = rpc.serve(
+        register,
+        service=admin.DESCRIPTOR.services_by_name["AdminService"].full_name,
+        listen="127.0.0.1:0",
+        threads=MAX_CALLS,
+        token=None,
+    )
+    operations.events.add("joined", "attention-0")
+    with grpc.insecure_channel(address) as channel:
+        stub = admin_pb2_grpc.AdminServiceStub(channel)
+        streams = [
+            stub.WatchEvents(admin.WatchEventsRequest(follow=True), timeout=30) for _ in range(MAX_CALLS)
+        ]
+        followed, refused = [], []
+        for stream in streams:
+            try:
+                next(stream)
+                followed.append(stream)
+            except grpc.RpcError as error:
+                refused.append(error)
+        assert len(followed) == MOST_FOLLOWERS
+        assert {error.code() for error in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert f"{MOST_FOLLOWERS} calls follow the events already" in refused[0].details()
+        pb_grpc.DirectoryStub(channel).List(pb.ListRequest(), timeout=30)
+        assert list(stub.WatchEvents(admin.WatchEventsRequest()))
+        # A reader that is gone makes room.
+        followed[0].cancel()
+
+        def follows():
+            with contextlib.suppress(grpc.RpcError):
+                return next(stub.WatchEvents(admin.WatchEventsRequest(follow=True), timeout=30))
+
+        until(follows)
+    server.stop(0).wait()
 
 
 def test_status_tells_the_first_name_and_the_length(directory, operations):
