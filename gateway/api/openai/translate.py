@@ -239,6 +239,13 @@ def _sampling(body: Common) -> api.Sampling:
     return sampling
 
 
+def has_structure(body: Common) -> bool:
+    """Whether the body asks for a structure of the answer, other than a call's."""
+    return body.structured_outputs is not None or isinstance(
+        body.response_format, ObjectFormat | SchemaFormat
+    )
+
+
 def _structure(body: Common) -> api.Structure | None:
     """The structure that the answer must follow; None for none."""
     given = []
