@@ -3,9 +3,10 @@
 Used by the streams of both clients, which make the calls. Must not know what the messages mean, nor how a
 call is made or awaited.
 
-Before the first message each of several gateways is asked once, a single one up to three times. After it, a
-loss is followed by rounds over all gateways, with pauses, for up to ``resume_s``: first the gateway that ran
-the request, whose log may go on with it, then the others, which begin it anew.
+Before the first message each of several gateways is asked once, also after one that has no room; a single
+one up to three times. After it, a loss is followed by rounds over all gateways, with pauses, for up to
+``resume_s``: first the gateway that ran the request, whose log may go on with it, then the others, which
+begin it anew.
 """
 
 import math
@@ -156,6 +157,9 @@ class Course(Generic[_Value]):
         elsewhere = isinstance(failed, TransportError) or (
             isinstance(failed, NotFound) and not self._feed.repeatable
         )
+        if self._steps and self._steps[0].gateway is not self.gateway:
+            # Another gateway may have the room that this one has not.
+            elsewhere = elsewhere or (isinstance(failed, Overloaded) and self._feed.repeatable)
         if elsewhere and self._steps:
             before, self._at = self.gateway, self._steps.pop(0)
             if self.gateway is before:

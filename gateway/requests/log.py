@@ -172,10 +172,11 @@ class RequestLog:
         problem = self._engine_problem()
         if problem is not None:
             raise TransportError(f"{problem}; try again in {self._limits.retry_after_ms} ms")
-        if len(self._live) >= self._limits.max_live_requests:
-            raise self._overloaded(f"{len(self._live)} requests are running, the most this gateway takes")
-        live_values = sum(request.values for request in self._live.values())
-        if self._live and live_values + values > self._limits.live_values:
+        running = self._pumps.keys()  # with those that were abandoned and are about to end
+        if len(running) >= self._limits.max_live_requests:
+            raise self._overloaded(f"{len(running)} requests are running, the most this gateway takes")
+        live_values = sum(request.values for request in running)
+        if running and live_values + values > self._limits.live_values:
             raise self._overloaded(f"running requests may give {live_values} tokens and alternatives")
 
     def _overloaded(self, why: str) -> Overloaded:
@@ -253,12 +254,14 @@ class RequestLog:
 
     def _put_away(self, request: Request, *, refused: bool) -> None:
         """Moves a request from the live to the ended ones. A refused request is not kept, so that its id can
-        be used again; its readers got the reason."""
+        be used again; its readers got the reason. One that was abandoned is no longer among the live ones."""
         del self._pumps[request]
         self._preparations.pop(request, None)
         timer = self._leaving.pop(request, None)
         if timer is not None:
             timer.cancel()
+        if self._live.get(request.key) is not request:
+            return
         del self._live[request.key]
         if not refused and not self._closing:
             self._ended[request.key] = (request, self._clock())
@@ -266,11 +269,18 @@ class RequestLog:
 
     def _end_without_readers(self, request: Request) -> None:
         if not request.outlives_readers:
-            self._spawn(self._end(request))
+            self._abandon(request)
             return
         self._leaving[request] = asyncio.get_running_loop().call_later(
-            self._limits.grace_s, lambda: self._spawn(self._end(request))
+            self._limits.grace_s, self._abandon, request
         )
+
+    def _abandon(self, request: Request) -> None:
+        """Ends a request without readers, and forgets it at once: a reader that came back would take the part
+        of the answer for the whole."""
+        if self._live.get(request.key) is request:
+            del self._live[request.key]
+            self._spawn(self._end(request))
 
     async def _end(self, request: Request) -> None:
         """Asks the engine to end the request, and ends it here if that takes longer than ``cancel_s``."""
