@@ -2,8 +2,8 @@
 
 Run by ``kubelet`` as root, in the pod's namespaces and a mount namespace of its own, with one argument: JSON
 with ``root`` (an empty folder), ``binds`` ([source, target, read only]), ``links`` ({path: target}),
-``etc`` (the folder of the image's /etc), ``files`` ({path: text}), ``env``, ``command``, ``cwd``, ``user``
-and ``group``. Imports the standard library alone.
+``etc`` (the folder of the image's /etc), ``files`` ({path: text}), ``cgroups`` (descriptors of their
+cgroup.procs), ``env``, ``command``, ``cwd``, ``user`` and ``group``. Imports the standard library alone.
 """
 
 import ctypes
@@ -78,6 +78,9 @@ def make_root(spec):
 
 def main():
     spec = json.loads(sys.argv[1])
+    for descriptor in spec["cgroups"]:
+        os.write(descriptor, b"0")
+        os.close(descriptor)
     root = make_root(spec)
     os.chroot(root)
     os.chdir(spec["cwd"])

@@ -201,20 +201,22 @@ class Pod:
     def _start(self, container):
         log = (self.folder / "logs" / container["name"]).open("a")
         cgroup = self._cgroup(container)
-
-        def join():
-            if cgroup:
-                (cgroup / "cgroup.procs").write_text(str(os.getpid()))
-
-        with log:
-            return self.host.popen(
-                *("unshare", "--mount", sys.executable, "-S", "-P", str(ENTER), self._spec(container)),
-                env={},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                preexec_fn=join,
-            )
+        # The process joins itself: a fork of this one, in which gRPC has threads, would not be safe.
+        joining = [os.open(cgroup / "cgroup.procs", os.O_WRONLY)] if cgroup else []
+        try:
+            with log:
+                spec = json.dumps(self._spec(container) | {"cgroups": joining})
+                return self.host.popen(
+                    *("unshare", "--mount", sys.executable, "-S", "-P", str(ENTER), spec),
+                    env={},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=joining,
+                )
+        finally:
+            for descriptor in joining:
+                os.close(descriptor)
 
     def _cgroup(self, container):
         """A group with the container's memory limit; None where this machine lets us make none."""
@@ -261,20 +263,18 @@ class Pod:
         names = [str(self.kubelet.names), "/etc/hosts", False]
         late = [bind for bind in image.binds if bind[1].startswith("/tmp/")]
         early = [bind for bind in image.binds if bind not in late]
-        return json.dumps(
-            {
-                "root": str(root),
-                "binds": [*early, names, *mounted, *late],
-                "links": image.links,
-                "etc": image.etc,
-                "files": files,
-                "env": env,
-                "command": command,
-                "cwd": container.get("workingDir", "/tmp"),
-                "user": user,
-                "group": group,
-            }
-        )
+        return {
+            "root": str(root),
+            "binds": [*early, names, *mounted, *late],
+            "links": image.links,
+            "etc": image.etc,
+            "files": files,
+            "env": env,
+            "command": command,
+            "cwd": container.get("workingDir", "/tmp"),
+            "user": user,
+            "group": group,
+        }
 
     def execute(self, container, command, timeout_s):
         """Runs a command in a running container, as an exec probe or a preStop hook. (exit code, output)"""

@@ -135,17 +135,20 @@ def await_workers(client, pods):
         threading.Event().wait(0.1)
 
 
-def test_an_upgrade_adds_workers_and_takes_some_away_and_no_request_fails(cluster, render):
+@pytest.mark.parametrize(
+    ("group", "numbers"), [("attention", (3, 2)), pytest.param("dense", (2, 1), marks=pytest.mark.soak)]
+)
+def test_an_upgrade_adds_workers_and_takes_some_away_and_no_request_fails(cluster, render, group, numbers):
     addresses = [f"{gateway.host.address}:{GRPC}" for gateway in cluster.of("gateway")]
     stop = threading.Event()
     with Client(addresses) as client, concurrent.futures.ThreadPoolExecutor() as pool:
         expected = count(client, PROMPT)
         assert f"{COUNTED}, {COUNTED + 1}, {COUNTED + 2}" in client.detokenize(expected)
+        last = max(event.number for event in client.watch_events())
         asking = [pool.submit(count_on, address, expected, stop) for address in addresses]
         try:
-            for groups in ({"dense": 2, "attention": 3}, {"dense": 1, "attention": 2}):
-                values = {name: {"replicas": number} for name, number in groups.items()}
-                ended = cluster.upgrade(render(values))
+            for number in numbers:
+                ended = cluster.upgrade(render({group: {"replicas": number}}))
                 for pod, said in ended.items():
                     ((code, words, _),) = said.values()
                     assert (code, "draining" in words) == (0, True), (pod.name, words)
@@ -153,8 +156,8 @@ def test_an_upgrade_adds_workers_and_takes_some_away_and_no_request_fails(cluste
         finally:
             stop.set()
         assert all(each.result() > 1 for each in asking)
-        kinds = {event.kind for event in client.watch_events()}
-    assert {"drained", "scaled"} <= kinds
+        kinds = {event.kind for event in client.watch_events(since=last)}
+    assert {"scaled", "started", "draining", "retired"} <= kinds
     assert "lost" not in kinds
     ask(cluster)
 
