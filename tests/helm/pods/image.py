@@ -14,16 +14,16 @@ SCRIPT = "#!{python}\nimport sys\nfrom {module} import {name}\nsys.exit({name}()
 
 
 class Image:
-    """The root of containers. ``tree``: the folder that holds it. ``extra``: more folders, which containers
-    see where they are. ``files``: more files, {path: text}."""
+    """The root of containers. ``tree``: the folder that holds it, and ``folders`` what containers see of it.
+    ``extra``: more folders, which they see where they are. ``files``: more files, {path: text}."""
 
-    def __init__(self, tree, *, extra=(), files=(), env):
+    def __init__(self, tree, *, folders=("usr",), extra=(), files=(), env):
         self.env = dict(env)
         self.etc = str(Path(tree) / "etc")
         self.files = dict(files)
         entries = [Path(tree) / name for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32")]
         self.links = {f"/{path.name}": os.readlink(path) for path in entries if path.is_symlink()}
-        self.binds = [[f"{tree}/usr".replace("//", "/"), "/usr", True]]
+        self.binds = [[str(Path(tree) / name), f"/{name}", True] for name in folders]
         self.binds += [[str(folder), str(folder), True] for folder in extra]
 
 
