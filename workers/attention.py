@@ -30,6 +30,7 @@ from farshore.kvstore.store.store import LocalStore
 from farshore.workers.announcer import Announcer
 from farshore.workers.ending import Ending
 from farshore.workers.lease import Lease
+from farshore.workers.whereabouts import whereabouts
 
 STOP_GRACE_S = 1.0
 
@@ -65,6 +66,7 @@ class AttentionWorker:
             address=self._address,
             host=listen.rpartition(":")[0],
             process_id=os.getpid(),
+            **whereabouts(),
             state="serving",
         )
         self._lease = self._announcer = None

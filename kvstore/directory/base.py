@@ -81,6 +81,8 @@ class WorkerRecord:
     gateway on another host reads them here."""
     zone: str = ""
     """The failure domain or rack of its node, as the operator names it; empty if not named."""
+    node: str = ""
+    """The name of its node, as the operator names it; empty if not named."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

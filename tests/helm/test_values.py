@@ -16,6 +16,7 @@ from farshore.controller.ray_settings import ENVIRONMENT, MARK, OBJECT_STORE_BYT
 from farshore.gateway import __main__ as gateway_main
 from farshore.kvstore.directory.redis.address import RedisAddress
 from farshore.model_spec import ModelSpec
+from farshore.workers.whereabouts import NODE, ZONE
 
 CHART = Path(__file__).parents[2] / "helm" / "farshore"
 
@@ -194,7 +195,7 @@ def test_ray_is_set_up_as_farshore_sets_it_up(render, defaults):
     groups = (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
     for group, expected in zip(groups, (ENVIRONMENT | QUICK_VERDICT, ENVIRONMENT, ENVIRONMENT), strict=True):
         container = group["template"]["spec"]["containers"][0]
-        set_here = {each["name"]: each["value"] for each in container["env"]}
+        set_here = {each["name"]: each.get("value") for each in container["env"]}
         assert {name: value for name, value in set_here.items() if name.startswith("RAY_")} == expected
         assert group["rayStartParams"]["object-store-memory"] == str(OBJECT_STORE_BYTES)
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
@@ -207,6 +208,17 @@ def test_ray_is_set_up_as_farshore_sets_it_up(render, defaults):
     assert len(set(ports)) == len(ports)
     assert not any(port in ports_of for port in ports for ports_of in ranges)
     assert not set(ranges[0]) & set(ranges[1])
+
+
+def test_workers_are_told_where_they_run(render):
+    """By the downward API: the names of their machine and zone, which need no right to read nodes."""
+    cluster = render()[("RayCluster", "demo-farshore")]["spec"]
+    for group in cluster["workerGroupSpecs"]:
+        env = {
+            each["name"]: each.get("valueFrom") for each in group["template"]["spec"]["containers"][0]["env"]
+        }
+        assert env[NODE] == {"fieldRef": {"fieldPath": "spec.nodeName"}}
+        assert env[ZONE] == {"fieldRef": {"fieldPath": "metadata.labels['topology.kubernetes.io/zone']"}}
 
 
 def test_ray_knows_every_option_that_kuberay_gives_it(render):

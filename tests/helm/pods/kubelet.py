@@ -24,6 +24,9 @@ from . import policies, volumes
 ENTER = Path(__file__).with_name("enter.py")
 CGROUPS = Path("/sys/fs/cgroup/memory")
 DOMAIN = "svc.cluster.local"
+NODE = "node-1"
+NODE_LABELS = {"topology.kubernetes.io/zone": "zone-1"}
+"""Labels that Kubernetes 1.35 copies from a node to its pods."""
 
 
 class ContainerFailed(Exception):
@@ -190,12 +193,13 @@ class Pod:
             return base64.b64decode(secret["data"][source["secretKeyRef"]["key"]]).decode()
         path = source["fieldRef"]["fieldPath"]
         if label := re.fullmatch(r"metadata\.labels\['(.+)'\]", path):
-            return self.object["metadata"]["labels"][label[1]]
+            return (NODE_LABELS | self.object["metadata"]["labels"]).get(label[1], "")
         meta = self.object["metadata"]
         return {
             "status.podIP": self.host.address,
             "metadata.name": meta["name"],
             "metadata.namespace": meta["namespace"],
+            "spec.nodeName": NODE,
         }[path]
 
     def _start(self, container):

@@ -87,6 +87,7 @@ def test_the_network_policies_close_every_other_port(cluster):
     pods = {name: cluster.of(name)[0] for name in ("head", "dense", "attention", "gateway")}
     with Client(f"{pods['gateway'].host.address}:{GRPC}") as client:
         shards = {worker.address for worker in client.status().workers if worker.kind == "attention"}
+        assert {(w.node, w.zone) for w in client.status().workers} == {("node-1", "zone-1")}
     (shard,) = (int(at.rpartition(":")[2]) for at in shards if at.startswith(pods["attention"].host.address))
     gcs, dashboard, controller = 6379, 8265, 50052
     open_to = {
