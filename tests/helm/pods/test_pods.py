@@ -136,9 +136,8 @@ def await_workers(client, pods):
         threading.Event().wait(0.1)
 
 
-@pytest.mark.parametrize(
-    ("group", "numbers"), [("attention", (3, 2)), pytest.param("dense", (2, 1), marks=pytest.mark.soak)]
-)
+@pytest.mark.soak
+@pytest.mark.parametrize(("group", "numbers"), [("attention", (3, 2)), ("dense", (2, 1))])
 def test_an_upgrade_adds_workers_and_takes_some_away_and_no_request_fails(cluster, render, group, numbers):
     addresses = [f"{gateway.host.address}:{GRPC}" for gateway in cluster.of("gateway")]
     stop = threading.Event()
