@@ -188,6 +188,7 @@ class AdminService(admin_grpc.AdminServiceServicer):
             workers[worker] = _attention(worker, attention[worker], call)
         for record in records:
             workers[record.worker].device = record.device
+            workers[record.worker].node, workers[record.worker].zone = record.node, record.zone
         draining = listing.draining.union(r.worker for r in records if r.state == "draining")
         for worker in draining & workers.keys():
             if workers[worker].state == admin.WORKER_STATE_READY:

@@ -46,6 +46,7 @@ from farshore.workers.engine.views import EngineLoad
 from farshore.workers.engine_service import EngineService
 from farshore.workers.lease import Lease
 from farshore.workers.shard_watch import ShardWatch
+from farshore.workers.whereabouts import whereabouts
 
 MAX_CALLS = 512
 """Threads of the gRPC server. Each gateway occupies one."""
@@ -250,6 +251,7 @@ class DenseWorker:
             address=self._address,
             host=self._host,
             process_id=os.getpid(),
+            **whereabouts(),
             state=self._state(),
             progress=self._loading,
             shards=sum(answers for worker, answers in shards.items() if worker != self._config.worker),

@@ -83,6 +83,8 @@ class WorkerRecord:
     """The failure domain or rack of its node, as the operator names it; empty if not named."""
     device: str = ""
     """Where it computes, and why there: ``cuda: NVIDIA H200, 139 GiB``, or ``cpu`` if that was asked for."""
+    node: str = ""
+    """The name of its node, as the operator names it; empty if not named."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

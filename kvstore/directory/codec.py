@@ -52,6 +52,7 @@ def record_from_pb(message: pb.WorkerRecord) -> WorkerRecord:
         content=message.content,
         load=_load_from_pb(message.load) if message.HasField("load") else None,
         zone=message.zone,
+        node=message.node,
         spec=message.spec,
         device=message.device,
     )

@@ -74,9 +74,9 @@ def operations():
 
 @pytest.fixture
 def listed(directory):
-    """listed(worker, kind, address): lists a worker in the directory."""
+    """listed(worker, kind, address, ...): lists a worker in the directory."""
 
-    def renew(worker, kind, address):
+    def renew(worker, kind, address, **fields):
         directory.renew(
             WorkerRecord(
                 worker=WorkerId(worker),
@@ -87,6 +87,7 @@ def listed(directory):
                 process_id=1,
                 state="serving",
                 device=f"{kind}'s device",
+                **fields,
             )
         )
 
@@ -128,8 +129,8 @@ def test_status_shows_workers_that_answer_and_that_do_not(stub, listed):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         absent = f"127.0.0.1:{closed.getsockname()[1]}"
-        listed(SHARD, "attention", address)
-        listed("attention-1", "attention", absent)
+        listed(SHARD, "attention", address, node="machine-1", zone="rack-3")
+        listed("attention-1", "attention", absent, node="machine-2")
         listed("dense-0", "dense", absent)
         status = stub.ClusterStatus(admin.ClusterStatusRequest())
     server.stop(0).wait()
@@ -141,6 +142,11 @@ def test_status_shows_workers_that_answer_and_that_do_not(stub, listed):
         "dense-0": admin.WORKER_STATE_UNREACHABLE,
     }
     assert all(w.device == f"{word(admin.WorkerKind, w.kind)}'s device" for w in status.workers)
+    assert {worker.worker_id: (worker.node, worker.zone) for worker in status.workers} == {
+        "attention-0": ("machine-1", "rack-3"),
+        "attention-1": ("machine-2", ""),
+        "dense-0": ("", ""),
+    }
     assert (status.pool_budget_bytes, status.pool_free_bytes) == (MEMORY_BYTES, MEMORY_BYTES)
     assert not status.sequences
 
