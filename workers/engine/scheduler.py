@@ -228,7 +228,8 @@ class Scheduler:
             choices.append(child)
             self._requests.add_fork(sequence, child)
         sequence.forked = True
-        entries = [StepEntry(choice, [], [step_entry.draw_token(choice, logits)]) for choice in choices]
+        entries = [StepEntry(choice, [], []) for choice in choices]
+        step_entry.draw_first_tokens(entries, logits)
         for choice in choices:
             if self._limits.speculate_tokens:
                 choice.lookup = PromptLookup(self._limits.speculate_tokens)
