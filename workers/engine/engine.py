@@ -38,8 +38,9 @@ from farshore.sampling import Sampling
 from farshore.workers.engine import admission
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.constraints.token_mask import TokenMask
+from farshore.workers.engine.decode.kernel_plans import LocalKV
 from farshore.workers.engine.decode.micro_batch_tuner import MicroBatchTuner
-from farshore.workers.engine.decode.step import LayerLoop, LocalKV
+from farshore.workers.engine.decode.step import LayerLoop
 from farshore.workers.engine.kv.cache import SequenceCache
 from farshore.workers.engine.kv.locations import Find, PrefixLocations
 from farshore.workers.engine.kv.pool import ShardPool

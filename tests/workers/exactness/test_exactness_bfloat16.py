@@ -12,9 +12,10 @@ from farshore.ids import Epoch, SequenceId
 from farshore.kernels.select import implementation
 from farshore.sampling import Sampling
 from farshore.workers.engine.decode import step_entry
+from farshore.workers.engine.decode.kernel_plans import LocalKV
 from farshore.workers.engine.decode.planner import Planner
 from farshore.workers.engine.decode.sampler import DrawnToken
-from farshore.workers.engine.decode.step import LayerLoop, LocalKV
+from farshore.workers.engine.decode.step import LayerLoop
 from farshore.workers.engine.decode.step_entry import StepEntry
 from farshore.workers.engine.kv.cache import SequenceCache
 from farshore.workers.engine.kv.pool import ShardPool

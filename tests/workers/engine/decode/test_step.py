@@ -10,7 +10,8 @@ from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kernels.select import implementation
 from farshore.kvstore.base import SpanKey
 from farshore.kvstore.store.tail import Tail
-from farshore.workers.engine.decode.step import LayerLoop, LocalKV
+from farshore.workers.engine.decode.kernel_plans import LocalKV
+from farshore.workers.engine.decode.step import LayerLoop
 
 ENGINE = WorkerId("engine")
 EPOCH = Epoch(1)
