@@ -5,7 +5,7 @@ A range of tokens is cut into **chunk ranges**: at most one block's tokens, in a
 layers, in the layout's own order (:func:`image_layout`). For whole blocks the image is a range of the memory
 itself, so nothing is copied.
 
-Called by ``store``, ``transfer`` and ``parity``. It must not know spans or checksums.
+Called by ``memory``, ``store``, ``transfer`` and ``parity``. It must not know spans or checksums.
 """
 
 from collections.abc import Iterator
@@ -54,23 +54,30 @@ def read_image(
 ) -> Tensor:
     """The image ``u8[bytes]`` of a chunk of the range that begins at token ``offset``. A view of ``memory``
     if the chunk is a whole block, otherwise a copy."""
-    block_view = _whole_block(memory, layout, bases, chunk, offset)
+    block_view = whole_block(memory, layout, bases, chunk, offset)
     if block_view is not None:
         return block_view
+    out = torch.empty(image_layout(layout, chunk).block_bytes, dtype=torch.uint8, device=memory.device)
+    fill_image(out, memory, layout, bases, chunk, offset=offset)
+    return out
+
+
+def fill_image(
+    out: Tensor, memory: Tensor, layout: KVLayout, bases: Bases, chunk: ChunkRange, *, offset: int
+) -> None:
+    """Copies the image of a chunk of the range that begins at token ``offset`` to ``out``, ``u8[bytes]``."""
     shape = image_layout(layout, chunk)
-    out = torch.empty(shape.block_bytes, dtype=torch.uint8, device=memory.device)
     done = 0
     for block, slots in _blocks(memory, layout, bases, chunk, offset):
         target = slice(done, done + slots.stop - slots.start)
         for field, stored in zip(image_fields(out, shape), block, strict=True):
             field[:, :, target] = stored[:, :, slots]
         done = target.stop
-    return out
 
 
 def write_image(memory: Tensor, layout: KVLayout, bases: Bases, chunk: ChunkRange, image: Tensor) -> None:
     """Writes the image of a chunk of the range that begins at token 0 to its tokens in ``memory``."""
-    block_view = _whole_block(memory, layout, bases, chunk, 0)
+    block_view = whole_block(memory, layout, bases, chunk, 0)
     if block_view is not None:
         native = native_for(memory)
         if native is None or image.device != memory.device:
@@ -105,7 +112,7 @@ def _payload_and_scales(
     )
 
 
-def _whole_block(
+def whole_block(
     memory: Tensor, layout: KVLayout, bases: Bases, chunk: ChunkRange, offset: int
 ) -> Tensor | None:
     """The chunk's bytes in ``memory`` if its tokens are exactly one block, otherwise None."""
