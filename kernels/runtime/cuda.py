@@ -18,6 +18,8 @@ from farshore.kernels.runtime.immediate import HostBuffer
 class CudaRuntime:
     """Implements :class:`~farshore.kernels.runtime.base.DeviceRuntime`."""
 
+    is_host = False
+
     def __init__(self, device: torch.device) -> None:
         """``device`` must name its number: ``cuda:0``."""
         self.device = device
