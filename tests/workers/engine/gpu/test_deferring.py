@@ -7,13 +7,14 @@ kernels.
 
 import pytest
 
-from farshore.kernels.runtime.deferring import DeferringRuntime
+from farshore.kernels.formats import KVFormat
+from farshore.kernels.runtime.deferring import DeferredEvent, DeferringRuntime, DeferringStream
 from farshore.models.llama import Llama
 from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.decode.device.loop import DeviceLayerLoop
 from farshore.workers.engine.decode.micro_batch_tuner import MicroBatchTuner
-from farshore.workers.engine.sequence import Finished
+from farshore.workers.engine.sequence import Failed, Finished
 
 PLACEMENTS = {
     "local": {"local": True},
@@ -62,3 +63,43 @@ def test_tokens_equal_those_of_transformers(tiny_model, greedy, answer, placemen
         in_pytorch(tiny_model), PROMPTS, 8, seed=seed, micro_batches=1 + seed % 2, **PLACEMENTS[placement]
     )
     assert found == [greedy(prompt, 8) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("format", [KVFormat.INT8, KVFormat.INT4])
+def test_quantised_kv_is_written_as_the_host_writes_it(tiny_model, rig, submit, answer, format):
+    """Prefill and tails hold the same bytes, so the host's engine gives the same tokens."""
+    model = in_pytorch(tiny_model)
+    expected = []
+    engine = rig(model, memory_bytes=64 << 20, shards=2, format=format).start(limits=LIMITS)
+    for i, prompt in enumerate(PROMPTS):
+        running = submit(engine, f"host {i}", prompt, Sampling(max_tokens=8, temperature=0.0))
+        assert isinstance(running.result(), Finished)
+        expected.append(running.tokens)
+    assert answer(model, PROMPTS, 8, seed=1, shards=2, format=format) == expected
+
+
+def test_guesses(tiny_model, greedy, answer):
+    """Several rows of one tail in a step, some of which are dropped."""
+    limits = EngineLimits(segment_tokens=100, speculate_tokens=8)
+    prompts = [[5, 6, 7, 8] * 20, *PROMPTS]
+    found = answer(in_pytorch(tiny_model), prompts, 24, seed=2, limits=limits, shards=2)
+    assert found == [greedy(prompt, 24) for prompt in prompts]
+
+
+FAULTS = {
+    "streams wait for no event": (DeferringStream, "wait", lambda stream, event: None),
+    "the host waits for no event": (DeferredEvent, "wait", lambda event: None),
+    "the host does not settle": (DeferringRuntime, "settle", lambda runtime: None),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_missing_event_is_found(tiny_model, greedy, rig, submit, monkeypatch, fault):
+    """By its error, or by other tokens."""
+    monkeypatch.setattr(*FAULTS[fault])
+    engine = rig(in_pytorch(tiny_model), memory_bytes=64 << 20, shards=2).start(
+        runtime=DeferringRuntime(seed=0), limits=LIMITS
+    )
+    running = submit(engine, "a", PROMPTS[1], Sampling(max_tokens=8, temperature=0.0))
+    end = running.result()
+    assert isinstance(end, Failed) or running.tokens != greedy(PROMPTS[1], 8)
