@@ -1,11 +1,14 @@
 """An engine's device path on a runtime that runs work late and in random order: greedy tokens in float32
 equal those of transformers, so no event is missing.
 
-Kernels and shards are native here, so that many orders are tried; ``test_interpreted`` runs the GPU's
-kernels.
+Most tests run native kernels, so that many orders are tried; a launch of the GPU's kernels in triton's
+interpreter takes 50 to 400 ms.
 """
 
+import importlib
+
 import pytest
+import torch
 
 from farshore.kernels.formats import KVFormat
 from farshore.kernels.runtime.deferring import DeferredEvent, DeferringRuntime, DeferringStream
@@ -84,6 +87,23 @@ def test_guesses(tiny_model, greedy, answer):
     prompts = [[5, 6, 7, 8] * 20, *PROMPTS]
     found = answer(in_pytorch(tiny_model), prompts, 24, seed=2, limits=limits, shards=2)
     assert found == [greedy(prompt, 24) for prompt in prompts]
+
+
+@pytest.fixture
+def triton(monkeypatch):
+    """The engine's kernels are those of the GPU, interpreted; those of the shards stay native."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    ops = importlib.import_module("farshore.kernels.gpu.ops")
+    monkeypatch.setattr("farshore.workers.engine.engine.implementation", lambda *devices, dtype: ops)
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(torch.cuda.is_available(), reason="beside a GPU, triton compiles its kernels")
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+@pytest.mark.parametrize("placement", ["local", "by head"])
+def test_the_kernels_of_a_gpu(triton, tiny_model, greedy, answer, placement):
+    found = answer(in_pytorch(tiny_model), PROMPTS[:2], 4, seed=3, **PLACEMENTS[placement])
+    assert found == [greedy(prompt, 4) for prompt in PROMPTS[:2]]
 
 
 FAULTS = {
