@@ -93,6 +93,10 @@ class DeviceRuntime(Protocol):
     def device(self) -> torch.device: ...
 
     @property
+    def is_host(self) -> bool:
+        """Whether the device is the host: nothing needs a copy to reach it, nor an event to be ordered."""
+
+    @property
     def main(self) -> Stream:
         """The stream of the thread that entered :meth:`entered`. Calls of PyTorch that this thread makes
         outside of ``run`` are ordered with the stream's work after a :meth:`settle`."""

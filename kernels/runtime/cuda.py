@@ -15,8 +15,17 @@ from farshore.kernels.runtime.base import Event, PinnedBuffer, Work
 from farshore.kernels.runtime.immediate import HostBuffer
 
 
+def finish_calls(device: torch.device) -> None:
+    """Blocks until PyTorch's calls of this thread on a CUDA ``device`` have run. Returns at once for the
+    CPU."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 class CudaRuntime:
     """Implements :class:`~farshore.kernels.runtime.base.DeviceRuntime`."""
+
+    is_host = False
 
     def __init__(self, device: torch.device) -> None:
         """``device`` must name its number: ``cuda:0``."""

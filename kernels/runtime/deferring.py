@@ -32,6 +32,7 @@ class DeferringRuntime:
     """Implements :class:`~farshore.kernels.runtime.base.DeviceRuntime`. Chance follows from ``seed``."""
 
     device = HOST
+    is_host = False
 
     def __init__(self, *, seed: int) -> None:
         self.lock = threading.RLock()

@@ -17,8 +17,11 @@ from farshore.kernels.runtime.base import Event, PinnedBuffer, Work
 class ImmediateRuntime:
     """Implements :class:`~farshore.kernels.runtime.base.DeviceRuntime`."""
 
-    def __init__(self, device: torch.device = HOST) -> None:
+    def __init__(self, device: torch.device = HOST, *, is_host: bool | None = None) -> None:
+        """``is_host``: None if it follows from the device. Tests give False for the CPU, to run there what
+        runs on a GPU."""
         self.device = device
+        self.is_host = device == HOST if is_host is None else is_host
         self.main = ImmediateStream(device)
 
     def stream(self) -> "ImmediateStream":

@@ -17,6 +17,7 @@ from torch import Tensor
 from farshore.kernels.base import KVLayout, Segments, StoredKV
 from farshore.kernels.formats import CODES, DTYPE_CODES
 from farshore.kernels.host import HOST, address
+from farshore.kernels.runtime.cuda import finish_calls
 from farshore.kvstore.store.arena import stride_bytes
 from farshore.kvstore.store.forms import from_stored, stored_bytes, to_stored
 
@@ -44,7 +45,7 @@ def copy_in(
     threads: int = 1,
 ) -> None:
     """Writes the n tokens of k and v to tokens ``[first, first + n)`` of one layer. For their forms see
-    :mod:`farshore.kvstore.store.forms`; the caller has checked them."""
+    :mod:`farshore.kvstore.store.forms`; the caller has checked them. The copy is complete, for any thread."""
     last = first + k.shape[1]
     if native_for(memory) is None:
         stored = to_stored(layout, k, v)
@@ -55,6 +56,7 @@ def copy_in(
                 )
                 payload.copy_(source[0])
                 scales.view(torch.uint8).copy_(source[1])
+        finish_calls(memory.device)
         return
     k, v = dense_rows(k), dense_rows(v)
     native.scatter(
@@ -85,6 +87,7 @@ def copy_out(
     ``[layers, v_heads, n, v_dim]``.
 
     ``dtype``: the format's by default, or float32 if the format is quantised; uint8 for the bytes as stored.
+    The copies are complete, for any thread.
     """
     if dtype is None:
         dtype = torch.float32 if layout.format.quantised else layout.format.dtype
@@ -104,7 +107,10 @@ def copy_out(
                     target[..., payload.shape[2] :] = scales.view(torch.uint8)
     else:
         _gather(memory, layout, bases, layers, first, last, threads, _STORED, k, v)
-    return (k, v) if dtype == torch.uint8 else from_stored(layout, k, v, dtype=dtype)
+    if dtype != torch.uint8:
+        k, v = from_stored(layout, k, v, dtype=dtype)
+    finish_calls(memory.device)
+    return k, v
 
 
 class SlotWriter:

@@ -13,6 +13,7 @@ from farshore.attention_offload.base import AttentionModel
 from farshore.errors import Internal, Late, Lost, TransportError
 from farshore.ids import WorkerId
 from farshore.workers.engine.decode import step_entry
+from farshore.workers.engine.decode.device.loop import DeviceLayerLoop
 from farshore.workers.engine.decode.micro_batch_tuner import MicroBatchTuner
 from farshore.workers.engine.decode.planner import Planner
 from farshore.workers.engine.decode.step import LayerLoop
@@ -29,7 +30,7 @@ class StepRunner:
 
     def __init__(
         self,
-        layer_loop: LayerLoop,
+        layer_loop: LayerLoop | DeviceLayerLoop,
         attention: AttentionModel,
         tuner: MicroBatchTuner,
         *,

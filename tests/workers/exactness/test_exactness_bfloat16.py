@@ -9,6 +9,7 @@ import torch
 
 from farshore.attention_offload.fanout.fanout import Fanout
 from farshore.ids import Epoch, SequenceId
+from farshore.kernels.runtime.immediate import ImmediateRuntime
 from farshore.kernels.select import implementation
 from farshore.sampling import Sampling
 from farshore.workers.engine.decode import step_entry
@@ -50,6 +51,8 @@ def our_argmaxes(cluster, prompts, answers):
         kernels=kernels,
         pool=pool,
         cache=cache,
+        runtime=ImmediateRuntime(),
+        local=None,
         segment_tokens=512,
     )
     batch, chosen = [], []
