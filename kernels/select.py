@@ -37,16 +37,11 @@ def implementation(*devices: torch.device, dtype: torch.dtype) -> Kernels[Any]:
         )
     (device,) = set(devices)
     if dtype != torch.float64:
-        if as_on_gpu(device):
+        if device.type == "cuda" or (device.type == "cpu" and _triton_on_cpu()):
             return cast(Kernels[Any], import_module("farshore.kernels.gpu.ops"))
         if device.type == "cpu":
             return _for_cpu()
     return reference
-
-
-def as_on_gpu(device: torch.device) -> bool:
-    """Whether the work on tensors of ``device`` is done as on a GPU: on one, or where tests ask for it."""
-    return device.type == "cuda" or (device.type == "cpu" and _triton_on_cpu())
 
 
 def device_runtime(device: torch.device) -> DeviceRuntime:

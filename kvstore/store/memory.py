@@ -19,7 +19,7 @@ from torch import Tensor
 from farshore.kernels.base import KVLayout
 from farshore.kernels.host import HOST, address
 from farshore.kernels.runtime.base import DeviceRuntime, Event, PinnedBuffer, Stream
-from farshore.kernels.select import device_runtime
+from farshore.kernels.runtime.cuda import CudaRuntime
 from farshore.kvstore.store import blocks, images
 from farshore.kvstore.store.blocks import Bases
 from farshore.kvstore.store.images import ChunkRange
@@ -62,7 +62,7 @@ def kv_memory(memory: Tensor, runtime: DeviceRuntime | None = None) -> KVMemory:
     for host memory."""
     if runtime is None and memory.device == HOST:
         return HostMemory(memory)
-    return DeviceMemory(memory, runtime or device_runtime(memory.device))
+    return DeviceMemory(memory, runtime or CudaRuntime(memory.device))
 
 
 class HostMemory:

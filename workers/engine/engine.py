@@ -141,6 +141,7 @@ class Engine:
                 LayerLoop(**common) if runtime.is_host else DeviceLayerLoop(**common, runtime=runtime),
                 attention,
                 MicroBatchTuner(lambda: self._shards.waited_s),
+                runtime=runtime,
                 suspect=self._suspect,
             ),
             limits=limits,

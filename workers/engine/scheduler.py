@@ -228,8 +228,7 @@ class Scheduler:
             choices.append(child)
             self._requests.add_fork(sequence, child)
         sequence.forked = True
-        entries = [StepEntry(choice, [], []) for choice in choices]
-        step_entry.draw_first_tokens(entries, logits)
+        entries = self._runner.draw_first_tokens(choices, logits)
         for choice in choices:
             if self._limits.speculate_tokens:
                 choice.lookup = PromptLookup(self._limits.speculate_tokens)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from farshore.errors import FarshoreError
+from farshore.kernels.runtime.base import DeviceRuntime
 from farshore.sampling import Sampling
 from farshore.workers.engine.constraints.token_mask import Mask, TokenMask
 from farshore.workers.engine.decode.sampler import DrawnToken, uniform, units
@@ -69,16 +70,24 @@ class DrawBatch:
         self._rows.append(_Row(index, sampling, uniform(sampling.seed, choice, len(tokens))))
         return allowed
 
-    def draw(self, logits: Tensor) -> list[DrawnToken | FarshoreError]:
+    def draw(self, logits: Tensor, runtime: DeviceRuntime) -> list[DrawnToken | FarshoreError]:
         """Draws a token for each row, in the order in which they were added.
 
-        ``logits``: f32[rows, vocab], not changed. Waits for the work that computes them. A row whose logits
-        are not finite gets an error in its place.
+        ``logits``: f32[rows, vocab], not changed, on the device of ``runtime``, which the calling thread has
+        entered. Waits for the work that computes them. A row whose logits are not finite gets an error in its
+        place.
         """
         if not self._rows:
             return []
+        answer = self.compute(logits, runtime).cpu().tolist()
+        alternatives = [_alternatives(row.sampling, self._vocab) for row in self._rows]
+        return [_result(*pair) for pair in zip(answer, alternatives, strict=True)]
+
+    def compute(self, logits: Tensor, runtime: DeviceRuntime) -> Tensor:
+        """The drawn tokens on the device, with all that :meth:`draw` says of them: f64[rows, numbers]. The
+        host waits for nothing."""
         rows, vocab = self._rows, self._vocab
-        sent = _Sent(self._arrays(), device=logits.device)
+        sent = _Sent(self._arrays(), runtime)
         model = logits.index_select(0, sent["index"]).float()
         adapted = _adapted(model, sent)
         warm = [row.warm for row in rows]
@@ -87,12 +96,11 @@ class DrawBatch:
             drawn = _drawn(adapted, sent, _Stages.of(rows, vocab))
             tokens = drawn if tokens is None else torch.where(sent["temperature"] > 0.0, drawn, tokens)
         assert tokens is not None
-        alternatives = [_alternatives(row.sampling, vocab) for row in rows]
         columns = [tokens.double(), torch.isfinite(model).all(-1).double()]
+        alternatives = [_alternatives(row.sampling, vocab) for row in rows]
         if any(count is not None for count in alternatives):
             columns += _logprobs(model, tokens, max(count or 0 for count in alternatives))
-        answer = torch.stack(columns, -1).cpu().tolist()
-        return [_result(*pair) for pair in zip(answer, alternatives, strict=True)]
+        return torch.stack(columns, -1)
 
     def _arrays(self) -> "dict[str, NDArray[Any]]":
         """Everything that the device needs to know. Arrays of one number for each row are columns."""
@@ -157,15 +165,14 @@ class _Stages(NamedTuple):
 class _Sent:
     """Arrays on the device, by name: sent as one buffer."""
 
-    def __init__(self, arrays: "dict[str, NDArray[Any]]", *, device: torch.device) -> None:
+    def __init__(self, arrays: "dict[str, NDArray[Any]]", runtime: DeviceRuntime) -> None:
         sizes = [-(-array.nbytes // _ALIGNED) * _ALIGNED for array in arrays.values()]
         starts = [0, *accumulate(sizes)]
-        # Pinned memory goes back to PyTorch's pool once the copy is done.
-        host = torch.empty(starts[-1], dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
-        bytes_ = host.numpy()
+        packed = np.empty(starts[-1], dtype=np.uint8)
         for start, array in zip(starts, arrays.values(), strict=False):
-            bytes_[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        there = host.to(device, non_blocking=True)
+            packed[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        there = runtime.main.send(torch.from_numpy(packed))
+        runtime.settle()
         self._tensors = {
             name: there[start : start + array.nbytes].view(_DTYPES[array.dtype.name]).view(array.shape)
             for start, (name, array) in zip(starts, arrays.items(), strict=False)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from farshore.kernels.select import as_on_gpu
+from farshore.kernels.runtime.base import DeviceRuntime
 from farshore.workers.engine.decode.device_sampler import DrawBatch
 from farshore.workers.engine.decode.sampler import DrawnToken, sample
 from farshore.workers.engine.sequence import Sequence
@@ -25,13 +25,14 @@ Draw = Callable[[int], DrawnToken]
 FarshoreError if no token can be drawn."""
 
 
-def draws_of(guesses: Seq[tuple[Sequence, list[int]]], logits: Tensor) -> list[Draw]:
+def draws_of(guesses: Seq[tuple[Sequence, list[int]]], logits: Tensor, runtime: DeviceRuntime) -> list[Draw]:
     """The draws of each sequence. ``guesses``: the step's sequences, each with its guesses. ``logits``:
-    ``f32[rows, vocab]``, one row for each sequence and one for each of its guesses, in this order."""
+    ``f32[rows, vocab]``, one row for each sequence and one for each of its guesses, in this order, on the
+    device of ``runtime``, which the calling thread has entered."""
     rows = [1 + len(of_sequence) for _, of_sequence in guesses]
     cuts = [slice(last - count, last) for last, count in zip(accumulate(rows), rows, strict=True)]
-    if as_on_gpu(logits.device):
-        return _together(guesses, cuts, logits)
+    if not runtime.is_host:
+        return _together(guesses, cuts, logits, runtime)
     return [
         partial(_draw_row, sequence, logits[cut]) for (sequence, _), cut in zip(guesses, cuts, strict=True)
     ]
@@ -41,14 +42,16 @@ def _draw_row(sequence: Sequence, logits: Tensor, row: int) -> DrawnToken:
     return sample(logits[row], sequence.sampling, **_context(sequence))
 
 
-def _together(guesses: Seq[tuple[Sequence, list[int]]], cuts: Seq[slice], logits: Tensor) -> list[Draw]:
+def _together(
+    guesses: Seq[tuple[Sequence, list[int]]], cuts: Seq[slice], logits: Tensor, runtime: DeviceRuntime
+) -> list[Draw]:
     batch = DrawBatch(logits.shape[-1])
     errors = []
     firsts = []
     for (sequence, of_sequence), cut in zip(guesses, cuts, strict=True):
         firsts.append(len(batch))
         errors.append(_add_rows(batch, sequence, of_sequence, cut.start))
-    results = batch.draw(logits)
+    results = batch.draw(logits, runtime)
     ends = [*firsts[1:], len(batch)]
     return [
         partial(_drawn_row, results[first:end], error)

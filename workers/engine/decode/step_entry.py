@@ -19,6 +19,7 @@ from torch import Tensor
 from farshore.attention_offload.base import AttentionModel
 from farshore.attention_offload.plan.step_plan import StepPlan
 from farshore.errors import Full
+from farshore.kernels.runtime.base import DeviceRuntime
 from farshore.workers.engine.decode.draws import draws_of
 from farshore.workers.engine.decode.sampler import DrawnToken
 from farshore.workers.engine.sequence import Sequence
@@ -64,13 +65,14 @@ def add_guesses(entries: Seq[StepEntry]) -> None:
             room -= len(entry.guesses)
 
 
-def draw_tokens(entries: Seq[StepEntry], logits: Tensor) -> None:
+def draw_tokens(entries: Seq[StepEntry], logits: Tensor, runtime: DeviceRuntime) -> None:
     """Draws each sequence's next tokens from the step's logits, ``f32[rows, vocab]``, and appends them.
 
+    ``runtime``: of the logits' device, which the calling thread has entered.
     Drawing for a sequence stops at its first wrong guess and at its last token. An error is stored in the
     entry and does not affect the others.
     """
-    draws = draws_of([(entry.sequence, entry.guesses) for entry in entries], logits)
+    draws = draws_of([(entry.sequence, entry.guesses) for entry in entries], logits, runtime)
     for entry, draw in zip(entries, draws, strict=True):
         entry.drawn = []
         try:
@@ -83,17 +85,6 @@ def draw_tokens(entries: Seq[StepEntry], logits: Tensor) -> None:
             entry.error = error
         if entry.guesses and entry.sequence.lookup is not None:
             entry.sequence.lookup.record(len(entry.guesses), len(entry.drawn) - 1)
-
-
-def draw_first_tokens(entries: Seq[StepEntry], logits: Tensor) -> None:
-    """Draws the first token of each completion of one prompt and appends it. The entries have no guesses.
-
-    ``logits``: f32[vocab], of the prompt's last token. Raises the first error of an entry.
-    """
-    draw_tokens(entries, logits.expand(len(entries), -1))
-    for entry in entries:
-        if entry.error is not None:
-            raise entry.error
 
 
 def prepare_mask(sequence: Sequence) -> None:

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farshore.errors import FarshoreError
+from farshore.kernels.runtime.cuda import CudaRuntime
+from farshore.kernels.runtime.deferring import DeferringRuntime
 from farshore.sampling import Sampling
 from farshore.workers.engine.constraints.token_mask import TokenMask
 from farshore.workers.engine.decode.device_sampler import DrawBatch
@@ -18,7 +20,8 @@ from farshore.workers.engine.penalties import TokenCounts
 
 from .strategies import accepted, anything, logit
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RUNTIME = CudaRuntime(torch.device("cuda:0")) if torch.cuda.is_available() else DeferringRuntime(seed=1)
+DEVICE = RUNTIME.device
 TOKENS = [5, 17, 17, 400, 999, 3, 3, 3]
 
 
@@ -52,7 +55,7 @@ def batch_of(logits, rows, order=None):
             added.append(index)
         except FarshoreError as error:
             drawn[index] = error
-    for index, result in zip(added, batch.draw(logits), strict=True):
+    for index, result in zip(added, batch.draw(logits, RUNTIME), strict=True):
         drawn[index] = result
     return drawn
 
@@ -160,8 +163,8 @@ def test_rows_may_be_drawn_from_twice_and_left_out():
         row = Row(Sampling(temperature=1.0, seed=4), tokens=[1, 2], choice=choice)
         batch.add(index, row.sampling, **row.context(100))
         expected.append(sample(logits[index], row.sampling, **row.context(100)))
-    check_equal(batch.draw(logits.to(DEVICE)), expected)
-    assert len(batch) == 3 and DrawBatch(100).draw(logits) == []
+    check_equal(batch.draw(logits.to(DEVICE), RUNTIME), expected)
+    assert len(batch) == 3 and DrawBatch(100).draw(logits, RUNTIME) == []
 
 
 def test_what_is_added_stays_as_it_was():
@@ -174,7 +177,7 @@ def test_what_is_added_stays_as_it_was():
     tokens.append(3)
     batch.add(1, sampling, tokens=tokens, prompt_tokens=1, counts=counts)
     counts.truncate(0)
-    first, second = batch.draw(logits.to(DEVICE))
+    first, second = batch.draw(logits.to(DEVICE), RUNTIME)
     assert (
         first.token == 3
         and second.token

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from farshore.errors import FarshoreError
 from farshore.gateway.requests.structure import grammar_of
 from farshore.ids import Epoch, SequenceId
-from farshore.kernels.select import CPU_KERNELS
+from farshore.kernels.runtime.deferring import DeferringRuntime
+from farshore.kernels.runtime.immediate import ImmediateRuntime
 from farshore.proto import inference_pb2 as api
 from farshore.sampling import Sampling
 from farshore.workers.engine.constraints.grammar import GrammarCompiler
 from farshore.workers.engine.constraints.token_mask import TokenMask
 from farshore.workers.engine.decode.draws import draws_of
-from farshore.workers.engine.decode.step_entry import StepEntry, draw_first_tokens, draw_tokens
+from farshore.workers.engine.decode.step_entry import StepEntry, draw_tokens
 from farshore.workers.engine.sequence import Sequence
 
 PROMPT = [5, 6, 7]
@@ -40,14 +41,17 @@ def sequence(sampling, *, vocab=VOCAB, grammar=None, choice=0, bad_words=()):
     )
 
 
-def both_ways(patch, sequences, guesses, logits):
+RUNTIMES = (ImmediateRuntime(), DeferringRuntime(seed=1))
+"""Of the host, and of a device."""
+
+
+def both_ways(sequences, guesses, logits):
     """Draws the same step twice: one by one on the host, and together as on a device. Checks that both give
     the same, and returns the entries of the second."""
     results = []
-    for name, of_side in zip(("native", "triton"), sequences, strict=True):
-        patch.setenv(CPU_KERNELS, name)
+    for runtime, of_side in zip(RUNTIMES, sequences, strict=True):
         entries = [StepEntry(s, list(guessed), []) for s, guessed in zip(of_side, guesses, strict=True)]
-        draw_tokens(entries, logits)
+        draw_tokens(entries, logits, runtime)
         results.append(entries)
     for alone, together in zip(*results, strict=True):
         assert [drawn.token for drawn in alone.drawn] == [drawn.token for drawn in together.drawn]
@@ -80,17 +84,16 @@ def test_steps_with_guesses_draw_the_same(chosen, seed):
         [sequence(Sampling(**knobs), choice=i, bad_words=((9,), (10, 11))) for i, knobs in enumerate(chosen)]
         for _ in range(2)
     ]
-    with pytest.MonkeyPatch.context() as patch:
-        for _ in range(4):
-            # A few likely tokens, so that guesses are often right.
-            counts = [picks.randrange(4) for _ in chosen]
-            guesses = [[picks.choice([8, 9, 10, 11]) for _ in range(count)] for count in counts]
-            logits = torch.randn(len(chosen) + sum(counts), VOCAB, generator=generator)
-            logits[:, 8:12] += 6.0
-            if picks.randrange(4) == 0:
-                logits[picks.randrange(len(logits)), 5] = torch.nan
-            for entry in both_ways(patch, sides, guesses, logits):
-                assert entry.drawn or entry.error is not None
+    for _ in range(4):
+        # A few likely tokens, so that guesses are often right.
+        counts = [picks.randrange(4) for _ in chosen]
+        guesses = [[picks.choice([8, 9, 10, 11]) for _ in range(count)] for count in counts]
+        logits = torch.randn(len(chosen) + sum(counts), VOCAB, generator=generator)
+        logits[:, 8:12] += 6.0
+        if picks.randrange(4) == 0:
+            logits[picks.randrange(len(logits)), 5] = torch.nan
+        for entry in both_ways(sides, guesses, logits):
+            assert entry.drawn or entry.error is not None
 
 
 SCHEMA = {
@@ -101,7 +104,7 @@ SCHEMA = {
 }
 
 
-def test_a_grammar_is_followed_past_guesses_of_any_kind(tokenizer, monkeypatch):
+def test_a_grammar_is_followed_past_guesses_of_any_kind(tokenizer):
     """Guesses that the grammar forbids, that are not drawn, and that are right."""
     compiler = GrammarCompiler(lambda: tokenizer, vocab=tokenizer.vocab_size, eos_ids=[2])
     grammar = grammar_of(api.Structure(json_schema=json.dumps(SCHEMA)))
@@ -120,7 +123,7 @@ def test_a_grammar_is_followed_past_guesses_of_any_kind(tokenizer, monkeypatch):
         for row, likely in enumerate(text[done : done + len(logits)] or [2]):
             if row < len(logits):
                 logits[row, likely] += 12.0 + 6.0 * picks.randrange(2)
-        (entry,) = both_ways(monkeypatch, sides, [guesses], logits)
+        (entry,) = both_ways(sides, [guesses], logits)
         assert entry.error is None
         for side in sides:
             side[0].mask.prepare(side[0].tokens, len(PROMPT))
@@ -129,26 +132,18 @@ def test_a_grammar_is_followed_past_guesses_of_any_kind(tokenizer, monkeypatch):
     assert answer.keys() == {"name", "age"}
 
 
-def test_first_tokens_of_all_completions(monkeypatch):
+def test_completions_are_drawn_from_one_row():
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(6))
-    drawn = []
-    for name in ("native", "triton"):
-        monkeypatch.setenv(CPU_KERNELS, name)
-        entries = [StepEntry(sequence(Sampling(temperature=2.0), choice=i), [], []) for i in range(8)]
-        draw_first_tokens(entries, logits)
-        drawn.append([entry.sequence.tokens[len(PROMPT) :] for entry in entries])
-    assert drawn[0] == drawn[1] and len({token for (token,) in drawn[0]}) > 2
+    sides = [[sequence(Sampling(temperature=2.0), choice=i) for i in range(8)] for _ in RUNTIMES]
+    entries = both_ways(sides, [[]] * 8, logits.expand(8, -1))
+    assert len({entry.drawn[0].token for entry in entries}) > 2
 
 
-@pytest.mark.parametrize("name", ["native", "triton"])
-def test_an_error_is_of_one_sequence(name, monkeypatch):
-    monkeypatch.setenv(CPU_KERNELS, name)
+@pytest.mark.parametrize("runtime", RUNTIMES, ids=["host", "device"])
+def test_an_error_is_of_one_sequence(runtime):
     logits = torch.zeros(3, VOCAB)
     logits[1, 4] = torch.inf
-    sequences = [sequence(Sampling()) for _ in range(3)]
-    draws = draws_of([(s, []) for s in sequences], logits)
+    draws = draws_of([(sequence(Sampling()), []) for _ in range(3)], logits, runtime)
     assert draws[0](0).token == draws[2](0).token == 0
     with pytest.raises(FarshoreError, match="not numbers"):
         draws[1](0)
-    with pytest.raises(FarshoreError, match="not numbers"):
-        draw_first_tokens([StepEntry(sequences[0], [], [])], logits[1])
