@@ -189,10 +189,11 @@ class Worker:
     or unreachable. A dense worker has sequences that are ``running``, ``waiting`` for their first memory or
     ``parked`` (they gave theirs back and wait for more). It counts its ``parkings`` and the generated
     ``tokens`` since it started. ``cached_bytes``: of ``free_bytes``, stored KV that no sequence uses.
-    ``links``: its connections."""
+    ``links``: its connections. ``device``: where it computes, and why there."""
 
     worker_id: str
     kind: str
+    device: str
     address: str
     host: str
     process_id: int

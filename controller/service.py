@@ -164,6 +164,8 @@ class AdminService(admin_grpc.AdminServiceServicer):
             sequences += owned
         for worker, call in attention_calls.items():
             workers[worker] = _attention(worker, attention[worker], call)
+        for record in records:
+            workers[record.worker].device = record.device
         draining = listing.draining.union(r.worker for r in records if r.state == "draining")
         for worker in draining & workers.keys():
             if workers[worker].state == "ready":

@@ -71,7 +71,7 @@ class ClusterStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "kind", "address", "host", "process_id", "state", "budget_bytes", "free_bytes", "attended_bytes", "running", "waiting", "links", "parked", "parkings", "tokens", "cached_bytes")
+    __slots__ = ("worker_id", "kind", "address", "host", "process_id", "state", "budget_bytes", "free_bytes", "attended_bytes", "running", "waiting", "links", "parked", "parkings", "tokens", "cached_bytes", "device")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -88,6 +88,7 @@ class WorkerStatus(_message.Message):
     PARKINGS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     kind: str
     address: str
@@ -104,7 +105,8 @@ class WorkerStatus(_message.Message):
     parkings: int
     tokens: int
     cached_bytes: int
-    def __init__(self, worker_id: _Optional[str] = ..., kind: _Optional[str] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., process_id: _Optional[int] = ..., state: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., attended_bytes: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., links: _Optional[_Iterable[_Union[ShardLink, _Mapping]]] = ..., parked: _Optional[int] = ..., parkings: _Optional[int] = ..., tokens: _Optional[int] = ..., cached_bytes: _Optional[int] = ...) -> None: ...
+    device: str
+    def __init__(self, worker_id: _Optional[str] = ..., kind: _Optional[str] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., process_id: _Optional[int] = ..., state: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., attended_bytes: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., links: _Optional[_Iterable[_Union[ShardLink, _Mapping]]] = ..., parked: _Optional[int] = ..., parkings: _Optional[int] = ..., tokens: _Optional[int] = ..., cached_bytes: _Optional[int] = ..., device: _Optional[str] = ...) -> None: ...
 
 class ShardLink(_message.Message):
     __slots__ = ("worker_id", "transport", "frames", "failures", "p50_ms", "p99_ms", "slow", "deadline_ms")

@@ -128,7 +128,7 @@ class EngineStatus(_message.Message):
     def __init__(self, worker: _Optional[_Union[_admin_pb2.WorkerStatus, _Mapping]] = ..., sequences: _Optional[_Iterable[_Union[_admin_pb2.SequenceStatus, _Mapping]]] = ..., shards: _Optional[_Mapping[str, bool]] = ..., readers: _Optional[_Mapping[str, int]] = ..., drains: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class WorkerRecord(_message.Message):
-    __slots__ = ("worker_id", "kind", "slot", "address", "host", "process_id", "state", "progress", "shards", "failure", "content", "load", "zone", "spec")
+    __slots__ = ("worker_id", "kind", "slot", "address", "host", "process_id", "state", "progress", "shards", "failure", "content", "load", "zone", "spec", "device")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
@@ -143,6 +143,7 @@ class WorkerRecord(_message.Message):
     LOAD_FIELD_NUMBER: _ClassVar[int]
     ZONE_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     kind: str
     slot: str
@@ -157,7 +158,8 @@ class WorkerRecord(_message.Message):
     load: Load
     zone: str
     spec: str
-    def __init__(self, worker_id: _Optional[str] = ..., kind: _Optional[str] = ..., slot: _Optional[str] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., process_id: _Optional[int] = ..., state: _Optional[str] = ..., progress: _Optional[str] = ..., shards: _Optional[int] = ..., failure: _Optional[str] = ..., content: _Optional[str] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., zone: _Optional[str] = ..., spec: _Optional[str] = ...) -> None: ...
+    device: str
+    def __init__(self, worker_id: _Optional[str] = ..., kind: _Optional[str] = ..., slot: _Optional[str] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., process_id: _Optional[int] = ..., state: _Optional[str] = ..., progress: _Optional[str] = ..., shards: _Optional[int] = ..., failure: _Optional[str] = ..., content: _Optional[str] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., zone: _Optional[str] = ..., spec: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("running", "waiting", "parked", "free_bytes", "budget_bytes")

@@ -35,6 +35,7 @@ from farshore.models.weights.load import load_model
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 from farshore.workers.announcer import Announcer
+from farshore.workers.device import CPU, Device, refuse_gpu
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.attention_model import attention_model
 from farshore.workers.engine.constraints.grammar import GrammarCompiler
@@ -80,6 +81,8 @@ class DenseConfig:
     """The cluster's token; None, on a loopback address only: calls need no proof."""
     threads: int
     limits: EngineLimits
+    device: Device = CPU
+    """Where the model and the arena are."""
 
 
 class DenseWorker:
@@ -88,6 +91,8 @@ class DenseWorker:
 
     def __init__(self, config: DenseConfig, directory: Directory, *, host: str) -> None:
         """``host``: the address of the worker's node."""
+        # To remove with the engine on a GPU: its model and its arena lie there already.
+        refuse_gpu(config.device, part="--device: the engine")
         self._config = config
         self._directory = directory
         self._host = host
@@ -113,6 +118,7 @@ class DenseWorker:
         self._model = load_model(
             source,
             dtype=dtype_of(config.dtype),
+            device=config.device.torch,
             config=model_config,
             progress=lambda done, total: self._progress(f"{done} of {total} tensors"),
         )
@@ -236,6 +242,7 @@ class DenseWorker:
             failure=self._failure,
             load=self._load(),
             spec=self._spec,
+            device=str(self._config.device),
         )
 
     def _load(self) -> Load | None:

@@ -83,6 +83,7 @@ class Cluster:
             dashboard=config.dashboard,
             token_file=config.token_file,
             worker_bytes=resources.worker_bytes(config, model),
+            gpu=config.gpu_index,
             # In a pod the launcher and Ray start at the same time.
             patience_s=0.0 if has_gateway else START_DEADLINE_S,
         )

@@ -81,6 +81,8 @@ class WorkerRecord:
     gateway on another host reads them here."""
     zone: str = ""
     """The failure domain or rack of its node, as the operator names it; empty if not named."""
+    device: str = ""
+    """Where it computes, and why there: ``cuda: NVIDIA H200, 139 GiB``, or ``cpu`` if that was asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

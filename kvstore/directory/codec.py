@@ -39,6 +39,7 @@ def record_from_pb(message: pb.WorkerRecord) -> WorkerRecord:
         load=_load_from_pb(message.load) if message.HasField("load") else None,
         zone=message.zone,
         spec=message.spec,
+        device=message.device,
     )
 
 

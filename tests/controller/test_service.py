@@ -80,6 +80,7 @@ def listed(directory):
                 host="127.0.0.1",
                 process_id=1,
                 state="serving",
+                device=f"{kind}'s device",
             )
         )
 
@@ -133,6 +134,7 @@ def test_status_shows_workers_that_answer_and_that_do_not(stub, listed):
         "attention-1": "unreachable",
         "dense-0": "unreachable",
     }
+    assert all(worker.device == f"{worker.kind}'s device" for worker in status.workers)
     assert (status.pool_budget_bytes, status.pool_free_bytes) == (MEMORY_BYTES, MEMORY_BYTES)
     assert not status.sequences
 

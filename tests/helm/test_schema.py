@@ -25,6 +25,12 @@ REFUSED = [
     ({"dense": {"resources": {"limits": {"memory": "3Gi", "cpu": None}}}}, "cpu"),
     ({"dense": {"tolerations": [{"effect": "NoScheduling"}]}}, "/dense/tolerations/0/effect"),
     ({"dense": {"extraEnv": [{"value": "x"}]}}, "name"),
+    ({"dense": {"gpu": {"enabled": "yes"}}}, "/dense/gpu/enabled"),
+    ({"dense": {"gpu": {"resource": "gpu"}}}, "/dense/gpu/resource"),
+    ({"attention": {"gpu": {"image": "farshore"}}}, "/attention/gpu/image"),
+    ({"attention": {"gpu": {"count": 2}}}, "count"),
+    ({"spec": {"denseKvMemory": "1Gi"}}, "/spec/denseKvMemory"),
+    ({"spec": {"device": "cuda"}}, "device"),
     ({"gateway": {"service": {"type": "Public"}}}, "/gateway/service/type"),
     ({"gateway": {"terminationGracePeriod": 5}}, "terminationGracePeriod"),
     ({"model": {"source": "pvc"}}, "/model/pvc/claimName"),
@@ -42,6 +48,7 @@ REFUSED = [
     # A schema can't compare two values: a template does.
     ({"spec": {"kvMemory": "3GiB"}}, "attention.resources.limits.memory"),
     ({"dense": {"workersPerPod": 4}}, "dense.resources.limits.memory"),
+    ({"attention": {"gpu": {"enabled": True}}}, "attention.resources.limits.memory"),
     ({"spec": {"drainTimeout": 120}}, "dense.terminationGracePeriodSeconds"),
     ({"gateway": {"drainTimeout": 85}}, "gateway.terminationGracePeriodSeconds"),
 ]

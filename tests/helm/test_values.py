@@ -13,6 +13,7 @@ import pytest
 from farshore.client.cli.main import parser
 from farshore.client.cli.options import cluster_config
 from farshore.controller.ray_settings import ENVIRONMENT, MARK, OBJECT_STORE_BYTES, QUICK_VERDICT
+from farshore.controller.resources import CUDA_PROCESS_BYTES
 from farshore.gateway import __main__ as gateway_main
 from farshore.kvstore.directory.redis.address import RedisAddress
 from farshore.model_spec import ModelSpec
@@ -32,7 +33,9 @@ OF_A_PROCESS = {
 }
 """Options of `serve` that are of a process, not of a cluster."""
 
-BY_THE_CHART = {"name", "dense-workers", "attention-workers", "no-gateway", "controller-port"}
+BY_THE_CHART = {"name", "dense-workers", "attention-workers", "no-gateway", "controller-port"} | {
+    *("device", "attention-device"),
+}
 
 
 def kebab(name):
@@ -88,6 +91,7 @@ def test_every_value_of_spec_reaches_the_program(render, read):
         "reasoningParser": "think",
         "kvFormat": "int8",
         "kvMemory": "1.5GiB",
+        "denseKvMemory": "1.25GiB",
         "placement": "local",
         "shardBy": "both",
         "maxDecodeStallMs": 150.5,
@@ -97,7 +101,8 @@ def test_every_value_of_spec_reaches_the_program(render, read):
     }
     config = read(render({"spec": spec, "attention": {"replicas": 3, "workersPerPod": 1}}))
     default = read(render())
-    for field in ("dtype", "kv_format", "kv_memory_bytes", "placement", "shard_by", "attention_workers"):
+    memory = ("kv_memory_bytes", "dense_kv_memory_bytes")
+    for field in (*memory, "dtype", "kv_format", "placement", "shard_by", "attention_workers"):
         assert getattr(config, field) != getattr(default, field), field
     for field in ("max_decode_stall_ms", "shard_grace_s", "drain_timeout_s", "speculate"):
         assert getattr(config, field) != getattr(default, field), field
@@ -121,6 +126,66 @@ def test_numbers_of_workers_are_pods_times_workers(render, read):
         (word,) = shlex.split(declared[name])
         assert json.loads(word) == {"farshore": 1, **takes}
     assert json.loads(*shlex.split(cluster["headGroupSpec"]["rayStartParams"]["resources"])) == {MARK: 1}
+
+
+GPU = {
+    "enabled": True,
+    "resource": "nvidia.com/gpu.shared",
+    "runtimeClassName": "nvidia",
+    "image": "registry.example.com/farshore:1-cuda",
+}
+LIMITS = {"limits": {"cpu": "8", "memory": "20Gi"}}
+SSD = {"key": "disk", "operator": "Exists"}
+
+
+def test_workers_on_gpus_get_nodes_images_and_options_for_them(render, read):
+    group = {"workersPerPod": 4, "resources": LIMITS, "gpu": GPU, "tolerations": [SSD]}
+    objects = render({"dense": group, "attention": {"replicas": 1}})
+    config = read(objects)
+    assert (config.device, config.attention_device, config.dense_workers) == ("cuda", "cpu", 4)
+    cluster = objects[("RayCluster", "demo-farshore")]["spec"]
+    head, dense, attention = (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
+    pod = dense["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["image"] == GPU["image"] and pod["runtimeClassName"] == "nvidia"
+    assert container["resources"]["limits"] == {"cpu": "8", "memory": "20Gi", "nvidia.com/gpu.shared": 4}
+    assert dense["rayStartParams"]["num-gpus"] == "4"
+    assert pod["tolerations"] == [
+        SSD,
+        {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
+    ]
+    for other in (head, attention):
+        assert "num-gpus" not in other["rayStartParams"]
+        spec = other["template"]["spec"]
+        assert "runtimeClassName" not in spec and "tolerations" not in spec
+        assert not [name for c in spec["containers"] for name in c["resources"]["limits"] if "/" in name]
+
+
+def test_attention_workers_on_gpus_and_what_is_left_at_its_default(render, read):
+    objects = render({"attention": {"gpu": {"enabled": True}, "resources": LIMITS}})
+    config = read(objects)
+    assert (config.device, config.attention_device) == ("auto", "cuda")
+    group = objects[("RayCluster", "demo-farshore")]["spec"]["workerGroupSpecs"][1]
+    pod = group["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1 and "runtimeClassName" not in pod
+    assert container["image"] == "registry.example.com/farshore:0.1.0"
+
+
+def test_the_chart_asks_for_as_much_memory_as_the_program(render, helm_failed):
+    """On a GPU the host holds neither weights nor KV."""
+
+    def group(memory_bytes):
+        limits = {"limits": {"cpu": "2", "memory": f"{memory_bytes >> 20}Mi"}}
+        return {"gpu": {"enabled": True}, "resources": limits}
+
+    for name in ("dense", "attention"):
+        assert render({name: group(CUDA_PROCESS_BYTES)})
+        with pytest.raises(helm_failed, match=f"{name}.resources.limits.memory.*are on the GPU"):
+            render({name: group(CUDA_PROCESS_BYTES - (1 << 20))})
+    with pytest.raises(helm_failed, match=r"dense\.resources\.limits\.memory.*spec\.denseKvMemory 96GiB"):
+        render({"spec": {"denseKvMemory": "96GiB"}})
+    assert render({"spec": {"denseKvMemory": "96GiB"}, "dense": group(CUDA_PROCESS_BYTES)})
 
 
 def test_only_what_needs_new_pods_changes_their_template(render, examples, merged):

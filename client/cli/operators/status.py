@@ -44,7 +44,7 @@ def render(status: ClusterStatus) -> str:
         f"pool: {size(used_bytes)} of {size(status.pool_budget_bytes)} used",
         "",
         *table(
-            ("WORKER", "KIND", "STATE", "ADDRESS", "PID", "USED", "BUDGET"),
+            ("WORKER", "KIND", "STATE", "ADDRESS", "PID", "USED", "BUDGET", "DEVICE"),
             [
                 (
                     worker.worker_id,
@@ -54,6 +54,7 @@ def render(status: ClusterStatus) -> str:
                     worker.process_id,
                     size(worker.budget_bytes - worker.free_bytes),
                     size(worker.budget_bytes),
+                    worker.device,
                 )
                 for worker in status.workers
             ],
