@@ -2,6 +2,7 @@
 transport gets the states that a shard in host memory gives.
 """
 
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 
 from farshore.attention_offload.client.in_process import InProcessClient
-from farshore.attention_offload.transport.frames import Transport
+from farshore.attention_offload.transport.frames import Transport, native
 from farshore.errors import NotFound
 from farshore.ids import SequenceId, WorkerId
 from farshore.kernels.formats import KVFormat
+from farshore.kernels.host import address
 from farshore.kernels.runtime.cuda import CudaRuntime
 from farshore.kernels.runtime.deferring import DeferringRuntime
 from farshore.kernels.select import CPU_KERNELS
@@ -152,3 +154,15 @@ def test_bulk_kv_of_a_device(new_store, serve_store, reach, work, bulk):
         address, span, holder = shards[source].address, reads[source].span, reads[source].holder
         imported = clients[target].import_span(address, span, tokens=40, holder=holder, deadline_s=30.0)
         assert stores[target].digest(imported.span, 40) == digests[0]
+
+
+def test_native_answers_are_checked():
+    """Only a layer frame that was received can be answered."""
+    near, far = socket.socketpair()
+    wire = native().stream(near.detach(), 1.0, True, 0)
+    with far, pytest.raises(RuntimeError, match="no layer frame waits"):
+        native().question(wire, address(torch.empty(4, dtype=torch.uint8)), 4)
+    with pytest.raises(RuntimeError, match="no layer frame waits"):
+        native().answer(wire, 1, 4, 1, 4)
+    with pytest.raises(RuntimeError, match="lse: the address is 0"):
+        native().answer(wire, 0, 4, 1, 4)
