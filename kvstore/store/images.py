@@ -57,22 +57,15 @@ def read_image(
     block_view = whole_block(memory, layout, bases, chunk, offset)
     if block_view is not None:
         return block_view
-    out = torch.empty(image_layout(layout, chunk).block_bytes, dtype=torch.uint8, device=memory.device)
-    fill_image(out, memory, layout, bases, chunk, offset=offset)
-    return out
-
-
-def fill_image(
-    out: Tensor, memory: Tensor, layout: KVLayout, bases: Bases, chunk: ChunkRange, *, offset: int
-) -> None:
-    """Copies the image of a chunk of the range that begins at token ``offset`` to ``out``, ``u8[bytes]``."""
     shape = image_layout(layout, chunk)
+    out = torch.empty(shape.block_bytes, dtype=torch.uint8, device=memory.device)
     done = 0
     for block, slots in _blocks(memory, layout, bases, chunk, offset):
         target = slice(done, done + slots.stop - slots.start)
         for field, stored in zip(image_fields(out, shape), block, strict=True):
             field[:, :, target] = stored[:, :, slots]
         done = target.stop
+    return out
 
 
 def write_image(memory: Tensor, layout: KVLayout, bases: Bases, chunk: ChunkRange, image: Tensor) -> None:

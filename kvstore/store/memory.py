@@ -2,7 +2,8 @@
 
 A device copies to and from pinned memory, in a stream that the call has to itself, and a call waits for its
 own copies only. When it returns, they are done: so whatever reads the tokens afterwards, in any stream, sees
-them, and whatever the call read from may be freed. No call waits for the device.
+them, and whatever the call read from may be freed. No call waits for the device. All memory that a call needs
+there is allocated in its stream: PyTorch reuses freed memory in the order of the stream that it came from.
 
 Called by ``store``, which knows which tokens may be written and read. It must not know spans.
 """
@@ -42,7 +43,7 @@ class KVMemory(Protocol):
     def read(
         self, layout: KVLayout, bases: Bases, *, layer: int, first: int, last: int, dtype: torch.dtype | None
     ) -> tuple[Tensor, Tensor]:
-        """Copies of one layer's tokens, on the memory's device, as :func:`blocks.copy_out`. Work on a device
+        """Copies of one layer's tokens, on the memory's device, as :func:`blocks.copy_out`. Work of a stream
         that uses them must have run before they are freed."""
 
     def images(
@@ -113,7 +114,7 @@ class DeviceMemory:
 
     def write(self, layout: KVLayout, bases: Bases, *, layer: int, first: int, k: Tensor, v: Tensor) -> None:
         with self._stream() as stream:
-            there = [self._on_device(stream, x) for x in (k, v)]
+            there = [stream.send(x) if x.device == HOST else x for x in (k, v)]
             stream.run(
                 partial(
                     blocks.copy_in,
@@ -130,7 +131,7 @@ class DeviceMemory:
 
     def write_image(self, layout: KVLayout, bases: Bases, chunk: ChunkRange, image: Tensor) -> None:
         with self._stream() as stream:
-            there = self._on_device(stream, image)
+            there = stream.send(image)
             stream.run(partial(images.write_image, self._memory, layout, bases, chunk, there))
             stream.record().wait()
 
@@ -187,21 +188,11 @@ class DeviceMemory:
         whole = images.whole_block(self._memory, layout, bases, chunk, offset)
         if whole is not None:
             return whole
-        size = images.image_layout(layout, chunk).block_bytes
-        there = torch.empty(size, dtype=torch.uint8, device=self._memory.device)
-        stream.run(partial(images.fill_image, there, self._memory, layout, bases, chunk, offset=offset))
-        return there
-
-    def _on_device(self, stream: Stream, values: Tensor) -> Tensor:
-        """``values`` for later work of the stream. Pinned memory outlives the copy from it: PyTorch's pool
-        waits for that, and the deferring runtime's entries keep it."""
-        if values.device != HOST:
-            return values
-        buffer = self.runtime.pinned(*values.shape, dtype=values.dtype)
-        buffer.write().copy_(values)
-        there = torch.empty(values.shape, dtype=values.dtype, device=self._memory.device)
-        stream.upload(buffer, there)
-        return there
+        made: list[Tensor] = []
+        read = partial(images.read_image, self._memory, layout, bases, chunk, offset=offset)
+        stream.run(lambda: made.append(read()))
+        stream.record().wait()
+        return made[0]
 
     @contextmanager
     def _stream(self) -> Iterator[Stream]:
