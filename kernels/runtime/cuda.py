@@ -17,8 +17,8 @@ from farshore.kernels.runtime.immediate import HostBuffer
 
 def finish_calls(device: torch.device) -> None:
     """Blocks until PyTorch's calls of this thread on a CUDA ``device`` have run. Returns at once for the
-    CPU."""
-    if device.type == "cuda":
+    CPU, and for fake tensors."""
+    if device.type == "cuda" and torch.cuda.is_initialized():
         torch.cuda.current_stream(device).synchronize()
 
 

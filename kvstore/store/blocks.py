@@ -132,7 +132,8 @@ class SlotWriter:
         self._sides = [self._side(*side, rows, memory.device) for side in sides]
 
     def place(self, bases: Tensor, slots: Tensor) -> None:
-        """Takes the rows' places, i64[R] each, on the memory's device: byte offset of the block, and slot."""
+        """Takes the rows' places, i64[R] each, on the memory's device: byte offset of the block, and slot.
+        Rows in one place must be written with the same values."""
         units = bases[:, None, None] // self._dtype.itemsize
         for offsets, strides, at in self._sides:
             torch.add(units + slots[:, None, None] * strides, offsets, out=at[: len(bases)])

@@ -103,7 +103,8 @@ class PrefillSegment:
         self._spec = spec = attention.specs[0]
         self._kernels = kernels
         self._runtime = runtime
-        self._unit_ends: deque[Event] = deque()
+        self._under_way: deque[tuple[Event, KV | None]] = deque()
+        """Behind each of the last units, with the past k and v that it reads, which must live until then."""
         chunk_tokens = CHUNK_TOKENS if runtime.is_host else DEVICE_CHUNK_TOKENS
         self._chunks = [
             slice(start, min(start + chunk_tokens, last - first))
@@ -176,10 +177,13 @@ class PrefillSegment:
             yield self._compute_logits
 
     def close(self) -> None:
-        """Cancels the pulls that have not started. Running calls continue; they keep their memory alive."""
+        """Cancels the pulls that have not started, and waits for the last unit. Running calls continue; they
+        keep their memory alive."""
         for pull in self._pulls.values():
             pull.cancel()
         self._pulls.clear()
+        for end, _ in self._under_way:
+            end.wait()
 
     def _attending_rows(self, layer: int) -> list[tuple[int, slice]]:
         """Returns (chunk index, rows in that chunk) for the rows that need attention in ``layer``.
@@ -200,9 +204,9 @@ class PrefillSegment:
     def _unit(self, work: Callable[..., None], *arguments: Any) -> None:
         """Submits the work of a unit, and waits for that of the unit before it."""
         work(*arguments)
-        self._unit_ends.append(self._runtime.main.record())
-        if len(self._unit_ends) > 1:
-            self._unit_ends.popleft().wait()
+        self._under_way.append((self._runtime.main.record(), self._pulled))
+        if len(self._under_way) > 1:
+            self._under_way.popleft()[0].wait()
 
     def _run(self, work: Callable[..., object], *arguments: Any, **options: Any) -> None:
         """Submits a call whose arguments do not change until it has run."""

@@ -49,12 +49,10 @@ class DeviceMicroBatch:
         self._copies = runtime.stream()
         self._runtime = runtime
         self._kernels = kernels
-        self._slices = DeviceSlices(model, rows, stream)
-        self._writer = SlotWriter(local.memory, attention.layouts[0], rows)
+        writer = SlotWriter(local.memory, attention.layouts[0], rows)
+        self._slices = DeviceSlices(model, rows, stream, writer)
         self._plans = KernelPlans(attention, local, partial(kernels.plan, send=stream.send))
-        # Rows of tokens, positions, block bases and slots.
-        self._entry_on_host = runtime.pinned(4, rows, dtype=torch.int64)
-        self._entry = torch.zeros(4, rows, dtype=torch.int64, device=device)
+        self._entry = runtime.pinned(*self._slices.entry.shape, dtype=torch.int64)
         self._q_on_host = runtime.pinned(rows, spec.q_heads, spec.k_dim, dtype=model.dtype)
         # States to be merged are float32 or float64, so that the output is rounded only once.
         state_dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
@@ -62,6 +60,7 @@ class DeviceMicroBatch:
         self._out = State(self._slices.o, torch.empty_like(self._local.lse))
         self._answers: _Answers | None = None
         self._rows = 0
+        self._is_full = False
         self._index = 0
         self._shards: Shards | None = None
         self._batch: TailBatch
@@ -86,11 +85,12 @@ class DeviceMicroBatch:
         self._index, self._shards, self._rows = index, shards, len(tokens)
         self._batch = TailBatch(tails, positions)
         bases, slots = zip(*self._batch.slots(), strict=True)
-        entry = self._entry_on_host.write()
-        entry[:, : self._rows] = torch.tensor([tokens, positions, bases, slots], device=HOST)
-        entry[:2, self._rows :] = 0  # tokens and positions that the model has
-        self.stream.upload(self._entry_on_host, self._entry)
-        self.stream.run(partial(self._enter, self._rows))
+        entry = self._entry.write()
+        fields = tokens, positions, bases, slots, range(self._rows)  # those of Entry
+        entry[:, : self._rows] = torch.tensor([list(field) for field in fields], device=HOST)
+        entry[:, self._rows :] = entry[:, self._rows - 1 : self._rows]
+        self._is_full = self._rows == entry.shape[1]
+        self.stream.upload(self._entry, self._slices.entry)
         self.start(0)
         # The device computes meanwhile.
         on_host = torch.tensor(positions, device=HOST)
@@ -99,20 +99,19 @@ class DeviceMicroBatch:
     def start(self, layer: int) -> None:
         """Submits all of a layer that precedes its attention; the queries first, if shards wait for them."""
         if self._shards is None:
-            self._slices.project(layer)
+            self._slices.project(layer, full=self._is_full)
             return
         self._slices.query(layer)
         self._copies.wait(self.stream.record())
         self._copies.download(self._slices.q[: self._rows], self._q_on_host.first(self._rows))
-        self._slices.key_value(layer)
+        self._slices.key_value(layer, full=self._is_full)
 
     def send(self, layer: int) -> None:
         """Submits the attention to local KV, then waits for the queries and sends them to the shards."""
         n, slices = self._rows, self._slices
         self._batch.mark(layer)
         local = self._out if self._shards is None else self._local
-        q, k, v = (x[:n] for x in (slices.q, slices.k, slices.v))
-        self.stream.run(partial(self._attend, self._plan, layer, q, k, v, _rows(local, n)))
+        self.stream.run(partial(self._kernels.partial, self._plan, layer, slices.q[:n], out=_rows(local, n)))
         if self._shards is not None:
             self._copies.record().wait()
             self._shards.send(layer, self._index, self._q_on_host.first(n).read())
@@ -138,16 +137,6 @@ class DeviceMicroBatch:
         """Blocks until nothing that was submitted runs any more."""
         for stream in (self._copies, self.stream):
             stream.record().wait()
-
-    def _enter(self, rows: int) -> None:
-        self._slices.tokens.copy_(self._entry[0])
-        self._slices.positions.copy_(self._entry[1])
-        self._writer.place(self._entry[2, :rows], self._entry[3, :rows])
-
-    def _attend(self, plan: Any, layer: int, q: Tensor, k: Tensor, v: Tensor, out: State) -> None:
-        """Writes the rows' keys and values to the tails, and attends to these and to the local spans."""
-        self._writer.write(layer, k, v)
-        self._kernels.partial(plan, layer, q, out=out)
 
 
 class _Answers:
