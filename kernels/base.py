@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from farshore.kernels.formats import SCALE_ELEMENTS, KVFormat
-from farshore.kernels.host import HOST
+from farshore.kernels.host import HOST, Send
 
 BLOCK_TOKENS = 256
 """Tokens in a block of stored KV. One layer and group of SmolLM2 then takes 32 KiB, whole OS pages."""
@@ -318,9 +318,8 @@ class Kernels(Protocol[Plan]):
 
     This is the contract of all of them. An implementation's docstrings say only what differs there.
     Functions write to ``out``, whose o may have any float dtype the implementation knows and gets the result
-    rounded once. They raise ValueError for shapes, dtypes, devices or numbers that do not fit.
-    ``threads`` is a number of native threads; PyTorch and GPUs have their own and ignore it. Thread-safe,
-    except that a plan serves one call at a time.
+    rounded once. They raise ValueError for shapes, dtypes, devices or numbers that do not fit. ``threads``:
+    native threads; PyTorch and GPUs ignore it. Thread-safe, except that a plan serves one call at a time.
     """
 
     @property
@@ -341,6 +340,7 @@ class Kernels(Protocol[Plan]):
         group1: int | None = None,
         threads: int = 1,
         checked: bool = False,
+        send: Send | None = None,
     ) -> Plan:
         """Prepares the partial attention of one step, for every layer of one layer class.
 
@@ -349,7 +349,8 @@ class Kernels(Protocol[Plan]):
         ``i64[R]``. q and the output hold the heads of groups ``group0 .. group1`` (default: all), because a
         shard may be asked for some groups only. ``checked=True`` skips the slow checks: the same work list
         and segments have been planned before, and only positions and counts moved, inside the same blocks.
-        Raises ValueError for work outside the groups of the call or of a segment.
+        ``send`` copies the plan to the memory's device; None: by a plain copy. Raises ValueError for work
+        outside the groups of the call or of a segment.
         """
 
     def partial(self, plan: Plan, layer: int, q: Tensor, *, out: State) -> None:

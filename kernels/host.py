@@ -4,10 +4,15 @@ Called by every module that gives tensors to native code as plain numbers, and b
 by the host wherever the model or the store lies: work lists, frames, counters. It must not know native code.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 HOST = torch.device("cpu")
+
+Send = Callable[[Tensor], Tensor]
+"""Returns a copy of a host tensor on a device, such as :meth:`farshore.kernels.runtime.base.Stream.send`."""
 
 
 def address(x: Tensor) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from farshore.kernels.base import AttentionSpec, KVLayout, Segments, State, WorkList
 from farshore.kernels.formats import dequantise
+from farshore.kernels.host import Send
 
 native = False
 
@@ -58,6 +59,7 @@ def plan(
     group1: int | None = None,
     threads: int = 1,
     checked: bool = False,
+    send: Send | None = None,
 ) -> Plan:
     """Checks the groups only."""
     group1 = spec.groups if group1 is None else group1

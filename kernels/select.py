@@ -1,4 +1,4 @@
-"""Chooses the kernels for a device and a dtype: the fastest implementation that is installed.
+"""Chooses what a device needs: its kernels for a dtype, the fastest that are installed, and its runtime.
 
 Called by shards, the engine and the choice of transports. An implementation is imported when it is first
 asked for: the GPU's needs triton, the native one a C++ compiler at installation.
@@ -14,6 +14,9 @@ import torch
 
 from farshore.kernels import reference
 from farshore.kernels.base import Kernels
+from farshore.kernels.runtime.base import DeviceRuntime
+from farshore.kernels.runtime.cuda import CudaRuntime
+from farshore.kernels.runtime.immediate import ImmediateRuntime
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,6 +42,15 @@ def implementation(*devices: torch.device, dtype: torch.dtype) -> Kernels[Any]:
         if device.type == "cpu":
             return _for_cpu()
     return reference
+
+
+def device_runtime(device: torch.device) -> DeviceRuntime:
+    """A new runtime for work on ``device``: one that does all work at once for the CPU. Raises RuntimeError
+    for a CUDA device that PyTorch does not find."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return CudaRuntime(torch.device("cuda", index))
+    return ImmediateRuntime(device)
 
 
 def _triton_on_cpu() -> bool:

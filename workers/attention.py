@@ -28,7 +28,7 @@ from farshore.kvstore.directory.base import Directory, WorkerRecord
 from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 from farshore.workers.announcer import Announcer
-from farshore.workers.device import CPU, Device, refuse_gpu, resolve
+from farshore.workers.device import CPU, Device, resolve
 from farshore.workers.ending import Ending
 from farshore.workers.lease import Lease
 from farshore.workers.whereabouts import whereabouts
@@ -55,8 +55,6 @@ class AttentionWorker:
         is allowed on a loopback address only. ``device``: where KV is and is attended to. ``directory``:
         lists the worker, in ``slot``, and its named blocks, until :meth:`stop`; None: nothing does. Raises
         PortInUse, and InvalidRequest for a device that can't give the memory."""
-        # To remove with the shard on a GPU: its arena lies there already.
-        refuse_gpu(device, part="--attention-device: the shard")
         torch.set_num_threads(threads)
         share_cores()
         self._store = LocalStore(worker=worker, arena=Arena(kv_memory_bytes, device=device.torch))

@@ -28,7 +28,8 @@ from farshore.models.llama import Llama
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
 from farshore.rpc import channel
-from farshore.workers.engine.decode.step import LayerLoop, LocalKV
+from farshore.workers.engine.decode.kernel_plans import LocalKV
+from farshore.workers.engine.decode.step import LayerLoop
 
 EPOCH = Epoch(1)
 TAIL_TOKENS = BLOCK_TOKENS // 2

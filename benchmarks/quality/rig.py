@@ -18,6 +18,7 @@ from farshore.attention_offload.client.in_process import InProcessClient
 from farshore.errors import DeadlineExceeded
 from farshore.ids import FIRST_EPOCH, Epoch, SequenceId, WorkerId
 from farshore.kernels.formats import KVFormat
+from farshore.kernels.runtime.immediate import ImmediateRuntime
 from farshore.kernels.select import implementation
 from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.store import LocalStore
@@ -164,6 +165,8 @@ class Reader:
             attention=self._attention,
             kernels=implementation(self._model.device, dtype=self._model.dtype),
             pool=pool,
+            runtime=ImmediateRuntime(),
+            local=None,
             logits_of=last - first,
         )
         for unit in segment.units():

@@ -24,6 +24,7 @@ from farshore.kernels.base import AttentionSpec, KVLayout, Segments, State, Work
 from farshore.kernels.cpu.checks import check_layout, check_spec, check_work
 from farshore.kernels.cpu.native_module import native as _native
 from farshore.kernels.formats import CODES, KVFormat
+from farshore.kernels.host import Send
 
 native = True
 
@@ -52,6 +53,7 @@ def plan(
     group1: int | None = None,
     threads: int = 1,
     checked: bool = False,
+    send: Send | None = None,
 ) -> Plan:
     """Splits long segments so that ``threads`` threads have equal work. The bits of a result do not depend on
     which thread computes a split, or when."""

@@ -12,6 +12,7 @@ bits.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import gcd
 
 import torch
@@ -36,6 +37,7 @@ from farshore.kernels.gpu.tuning import (
     stored_constants,
 )
 from farshore.kernels.gpu.work import Heads, flatten
+from farshore.kernels.host import HOST, Send
 
 native = False
 
@@ -94,6 +96,7 @@ def plan(
     group1: int | None = None,
     threads: int = 1,
     checked: bool = False,
+    send: Send | None = None,
 ) -> Plan:
     """Raises ValueError also for int4 and float64 KV, for rows beyond ``positions``, and for addresses that
     are not multiples of the element size (of 2 bytes, if there are scales)."""
@@ -131,34 +134,52 @@ def plan(
     narrow, n_tiles = listed.narrow, listed.tiles.shape[0]
     launches = ((0, narrow, wide._replace(block_m=NARROW_M)), (narrow, n_tiles - narrow, wide))
     to = memory.device
+    on_host = (
+        segments.base,
+        segments.stride,
+        segments.first,
+        segments.position,
+        segments.group0,
+        segments.group1,
+        positions.to(HOST, torch.int64),
+        listed.tiles,
+        listed.slots,
+        listed.starts,
+    )
+    *of_segments, positions, tiles, slots, starts = _sent(on_host, send or (lambda packed: packed.to(to)))
     return Plan(
         spec=spec,
         layout=layout,
         heads=heads,
         group0=group0,
         q_heads=(group1 - group0) * spec.q_heads_per_group,
-        positions=positions.to(to, torch.int64),
+        positions=positions,
         kv=memory.view(stored),
         scales=memory.view(torch.bfloat16) if layout.format.quantised else memory,
         align_bytes=align,
-        segments=tuple(
-            field.to(to)
-            for field in (
-                segments.base,
-                segments.stride,
-                segments.first,
-                segments.position,
-                segments.group0,
-                segments.group1,
-            )
-        ),
-        tiles=listed.tiles.to(to),
+        segments=tuple(of_segments),
+        tiles=tiles,
         launches=tuple(launch for launch in launches if launch[1]),
-        slots=listed.slots.to(to),
-        starts=listed.starts.to(to),
+        slots=slots,
+        starts=starts,
         split_o=torch.empty(listed.split_states, spec.v_dim, device=to),
         split_lse=torch.empty(listed.split_states, device=to),
     )
+
+
+def _sent(fields: Sequence[Tensor], send: Send) -> list[Tensor]:
+    """Copies host tensors to the device in one transfer. Each begins at a multiple of ``_LOAD_BYTES``, as
+    tensors of their own would: triton compiles other kernels for other pointers."""
+    sizes = [field.numel() * field.itemsize for field in fields]
+    starts = list(accumulate((-(-size // _LOAD_BYTES) * _LOAD_BYTES for size in sizes), initial=0))
+    packed = torch.empty(starts[-1], dtype=torch.uint8, device=HOST)
+    for field, start, size in zip(fields, starts, sizes, strict=False):
+        packed[start : start + size] = field.contiguous().view(-1).view(torch.uint8)
+    sent = send(packed)
+    return [
+        sent[start : start + size].view(field.dtype).view(field.shape)
+        for field, start, size in zip(fields, starts, sizes, strict=False)
+    ]
 
 
 def partial(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:

@@ -288,6 +288,24 @@ class TailBatch:
         )
         return partial(self._append_native, sources, (k, v))
 
+    def slots(self) -> list[tuple[int, int]]:
+        """(byte offset of the block, slot in the block) of each row, for a caller that writes the rows itself
+        and calls :meth:`mark` for each layer."""
+        return [
+            (append.tail._blocks[position // self._layout.block_tokens], position % self._layout.block_tokens)
+            for append in self._appends
+            for position in range(append.first, append.last)
+        ]
+
+    def mark(self, layer: int) -> None:
+        """Notes that work was submitted that writes one layer of every row. Raises as :meth:`append`."""
+        forms.check_layer(self._layout, layer)
+        for append in self._appends:
+            self._check(append, layer)
+        for append in self._appends:
+            marks = append.tail._marks
+            marks[_WRITTEN + layer] = max(marks[_WRITTEN + layer], append.last)
+
     def _append_native(self, sources: tuple[Any, ...], kept: tuple[Tensor, Tensor], layer: int) -> None:
         """``sources``: type, k and v of the native append: addresses and strides of the tensors in ``kept``,
         which this argument keeps alive."""

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from farshore.errors import ModelError
+from farshore.kernels.host import HOST
+from farshore.kernels.select import device_runtime
 from farshore.models.config.gguf import from_gguf
 from farshore.models.config.load import load_config
 from farshore.models.config.model import ModelConfig
@@ -26,6 +28,7 @@ from farshore.models.weights.gguf import GgufReader
 from farshore.models.weights.names import expected_shapes
 from farshore.models.weights.safetensors import SafetensorsReader
 from farshore.models.weights.stored import Reader, Update
+from farshore.models.weights.upload import Uploads
 
 Progress = Callable[[int, int], None]
 """(tensors read so far, tensors in all)."""
@@ -47,9 +50,9 @@ def load_model(
     all are dequantised.
 
     ``config`` replaces the model's own, for example to allow more positions; its shapes must fit the files.
-    ``progress`` is called after every tensor. ``threads``: number of threads of the native kernels, if these
-    are used, and most threads that read; None: PyTorch's number. Raises ModelError, which names the file and
-    the fix.
+    To another ``device`` than the CPU, tensors are copied while others are read. ``progress`` is called after
+    every tensor. ``threads``: number of threads of the native kernels, if these are used, and most threads
+    that read; None: PyTorch's number. Raises ModelError, which names the file and the fix.
     """
     tensors: Reader
     if source.kind == "gguf":
@@ -64,7 +67,8 @@ def load_model(
     content = Content(user_cache())
     with closing(tensors):
         native = _native(dtype, torch.device(device))
-        job = _Job(tensors, native, dtype, torch.device(device), threads)
+        uploads = None if torch.device(device) == HOST else Uploads(device_runtime(torch.device(device)))
+        job = _Job(tensors, native, dtype, uploads, threads)
         loaded = job.run(_wanted(config, tensors), content, progress)
         config = _tied(config, loaded)
     weights = _assembled(config, loaded)
@@ -79,7 +83,8 @@ class _Job(NamedTuple):
     tensors: Reader
     native: Any
     dtype: torch.dtype
-    device: torch.device
+    uploads: Uploads | None
+    """None for a model on the host."""
     threads: int
 
     def run(
@@ -114,7 +119,8 @@ class _Job(NamedTuple):
         if stored is not None:
             matrix = self.native.matrix(stored.kind, stored.rows, dtype=self.dtype, threads=self.threads)
         if stored is None or matrix is None:
-            matrix = self.tensors.read(name, self.dtype, update).to(self.device)
+            values = self.tensors.read(name, self.dtype, update)
+            matrix = values if self.uploads is None else self.uploads.upload(values)
         else:
             update(stored.stored)
         self.tensors.release(name)

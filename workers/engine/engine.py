@@ -30,7 +30,8 @@ from farshore.attention_offload.transport.frames import Transport
 from farshore.errors import DeadlineExceeded, FarshoreError, Internal, TransportError
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kernels.base import Kernels
-from farshore.kernels.select import implementation
+from farshore.kernels.runtime.base import DeviceRuntime
+from farshore.kernels.select import device_runtime, implementation
 from farshore.kvstore.prefix import chain
 from farshore.kvstore.store.arena import Arena
 from farshore.models.llama import Llama
@@ -38,8 +39,10 @@ from farshore.sampling import Sampling
 from farshore.workers.engine import admission
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.constraints.token_mask import TokenMask
+from farshore.workers.engine.decode.device.loop import DeviceLayerLoop
+from farshore.workers.engine.decode.kernel_plans import LocalKV
 from farshore.workers.engine.decode.micro_batch_tuner import MicroBatchTuner
-from farshore.workers.engine.decode.step import LayerLoop, LocalKV
+from farshore.workers.engine.decode.step import LayerLoop
 from farshore.workers.engine.kv.cache import SequenceCache
 from farshore.workers.engine.kv.locations import Find, PrefixLocations
 from farshore.workers.engine.kv.pool import ShardPool
@@ -68,8 +71,9 @@ class Engine:
 
     ``clients`` maps the first workers whose spans the engine reads, itself included, to their shard clients;
     ``targets`` are the workers that new spans are placed on. Engines whose models have equal ``content``
-    share stored prefixes; ``find_prefix`` asks the directory which shards may hold one. ``on_failed`` is
-    called once if the engine fails, before any request gets its Failed event.
+    share stored prefixes; ``find_prefix`` asks the directory which shards may hold one. ``runtime``: None for
+    a new one of the model's device. ``on_failed`` is called once if the engine fails, before any request gets
+    its Failed event.
     """
 
     def __init__(
@@ -82,11 +86,13 @@ class Engine:
         targets: list[WorkerId],
         shard_by: ShardBy,
         limits: EngineLimits | None = None,
+        runtime: DeviceRuntime | None = None,
         find_prefix: Find | None = None,
         on_failed: Callable[[], None] = lambda: None,
     ) -> None:
         self._model = model
         self._attention = attention
+        self._runtime = runtime = runtime or device_runtime(model.device)
         self._limits = limits = limits or EngineLimits()
         self._on_failed = on_failed
         self._requests = Requests(limits.waiting)
@@ -110,6 +116,13 @@ class Engine:
             locations=self._locations,
         )
         self._shards = Fanout(clients, attention)
+        common = {
+            "model": model,
+            "attention": attention,
+            "kernels": kernels,
+            "shards": self._shards,
+            "local": local,
+        }
         self._scheduler = Scheduler(
             requests=self._requests,
             pool=self._pool,
@@ -120,14 +133,15 @@ class Engine:
                 kernels=kernels,
                 pool=self._pool,
                 cache=self._cache,
+                runtime=runtime,
+                local=local.worker,
                 segment_tokens=limits.segment_tokens,
             ),
             runner=StepRunner(
-                LayerLoop(
-                    model=model, attention=attention, kernels=kernels, shards=self._shards, local=local
-                ),
+                LayerLoop(**common) if runtime.is_host else DeviceLayerLoop(**common, runtime=runtime),
                 attention,
                 MicroBatchTuner(lambda: self._shards.waited_s),
+                runtime=runtime,
                 suspect=self._suspect,
             ),
             limits=limits,
@@ -258,7 +272,7 @@ class Engine:
 
     def _loop(self) -> None:
         timeout_s: float | None = None
-        with torch.inference_mode():
+        with torch.inference_mode(), self._runtime.entered():
             while not self._failure and self._requests.await_news(timeout_s):
                 try:
                     self._membership.apply()
@@ -280,7 +294,7 @@ class Engine:
         try:
             if self._failed_rounds >= MOST_FAILED_ROUNDS:
                 raise error
-            probe(self._model, self._attention, self._kernels, self._pool)
+            probe(self._model, self._attention, self._kernels, self._pool, self._runtime)
         except Exception as last_error:
             _log.exception("the engine ends")
             self._failure = (
@@ -302,7 +316,13 @@ def _local(arena: Arena, clients: Mapping[WorkerId, ShardClient]) -> LocalKV:
     return LocalKV(arena.memory)
 
 
-def probe(model: Llama, attention: AttentionModel, kernels: Kernels[Any], pool: ShardPool) -> None:
+def probe(
+    model: Llama,
+    attention: AttentionModel,
+    kernels: Kernels[Any],
+    pool: ShardPool,
+    runtime: DeviceRuntime,
+) -> None:
     """Checks that the engine can still compute: prefills a built-in prompt of one token.
 
     Takes no memory of any store. Raises the error of the prefill, or Internal if the logits are not finite.
@@ -320,7 +340,16 @@ def probe(model: Llama, attention: AttentionModel, kernels: Kernels[Any], pool: 
         holder=Holder(SequenceId("probe"), Epoch(0)),
     )
     segment = PrefillSegment(
-        sequence, 0, 1, model=model, attention=attention, kernels=kernels, pool=pool, logits_of=1
+        sequence,
+        0,
+        1,
+        model=model,
+        attention=attention,
+        kernels=kernels,
+        pool=pool,
+        runtime=runtime,
+        local=None,
+        logits_of=1,
     )
     for unit in segment.units():
         assert callable(unit), "a segment without spans waits for no shard"

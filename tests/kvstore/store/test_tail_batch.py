@@ -5,6 +5,7 @@ import torch
 
 from farshore.errors import Full, InvalidRequest
 from farshore.kernels.formats import KVFormat
+from farshore.kvstore.store import blocks
 from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.tail import Tail, TailBatch
 
@@ -36,9 +37,22 @@ def as_stored(tail):
     return tail.read_layers(tail.start, tail.end, dtype=torch.uint8)
 
 
+def by_slots(arena, layout, batch):
+    """How a device's engine writes a batch: the same as ``batch.append``."""
+    writer = blocks.SlotWriter(arena.memory, layout, 8)  # more than the batch has
+    writer.place(*torch.tensor(batch.slots()).T)
+
+    def append(layer, k, v):
+        batch.mark(layer)
+        writer.write(layer, k, v)
+
+    return append
+
+
+@pytest.mark.parametrize("appends", ["batch", "slots"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_batch_stores_what_single_appends_store(layout, format, dtype):
+def test_a_batch_stores_what_single_appends_store(layout, format, dtype, appends):
     layout = layout._replace(format=format, block_tokens=6)
     arena = Arena(1 << 20)
     # Five rows: the second tail gets three and the others one each. Blocks end inside and between rows.
@@ -47,9 +61,10 @@ def test_a_batch_stores_what_single_appends_store(layout, format, dtype):
     tails = [tail for tail, count in zip(batched, counts, strict=True) for _ in range(count)]
     positions = [tail.end + i for tail, count in zip(batched, counts, strict=True) for i in range(count)]
     batch = TailBatch(tails, positions)
+    append = batch.append if appends == "batch" else by_slots(arena, layout, batch)
     for layer in range(layout.layers):
         k, v = rows_of(layout, 5, dtype=dtype, seed=layer)
-        batch.append(layer, k.transpose(1, 2).contiguous().transpose(1, 2), v)  # any strides
+        append(layer, k.transpose(1, 2).contiguous().transpose(1, 2), v)  # any strides
         row = 0
         for tail, count in zip(single, counts, strict=True):
             rows = slice(row, row := row + count)

@@ -9,12 +9,14 @@ import torch
 
 from farshore.attention_offload.fanout.fanout import Fanout
 from farshore.ids import Epoch, SequenceId
+from farshore.kernels.runtime.immediate import ImmediateRuntime
 from farshore.kernels.select import implementation
 from farshore.sampling import Sampling
 from farshore.workers.engine.decode import step_entry
+from farshore.workers.engine.decode.kernel_plans import LocalKV
 from farshore.workers.engine.decode.planner import Planner
 from farshore.workers.engine.decode.sampler import DrawnToken
-from farshore.workers.engine.decode.step import LayerLoop, LocalKV
+from farshore.workers.engine.decode.step import LayerLoop
 from farshore.workers.engine.decode.step_entry import StepEntry
 from farshore.workers.engine.kv.cache import SequenceCache
 from farshore.workers.engine.kv.pool import ShardPool
@@ -49,6 +51,8 @@ def our_argmaxes(cluster, prompts, answers):
         kernels=kernels,
         pool=pool,
         cache=cache,
+        runtime=ImmediateRuntime(),
+        local=None,
         segment_tokens=512,
     )
     batch, chosen = [], []

@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from farshore.attention_offload.base import AttentionModel
+from farshore.ids import WorkerId
 from farshore.kernels.base import Kernels
+from farshore.kernels.runtime.base import DeviceRuntime
 from farshore.models.llama import Llama
 from farshore.workers.engine.kv.cache import SequenceCache
 from farshore.workers.engine.kv.pool import ShardPool
@@ -68,7 +70,8 @@ class _Prompt:
 class Prompts:
     """The prompts of one engine under prefill. Not thread-safe; no call waits for a shard.
 
-    ``segment_tokens`` is the length of a prefill segment.
+    ``segment_tokens`` is the length of a prefill segment. ``local``: the worker whose spans lie on the
+    runtime's device, if any.
     """
 
     def __init__(
@@ -79,6 +82,8 @@ class Prompts:
         kernels: Kernels[Any],
         pool: ShardPool,
         cache: SequenceCache,
+        runtime: DeviceRuntime,
+        local: WorkerId | None,
         segment_tokens: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -87,6 +92,8 @@ class Prompts:
         self._kernels = kernels
         self._pool = pool
         self._cache = cache
+        self._runtime = runtime
+        self._local = local
         self._segment_tokens = segment_tokens
         self._clock = clock
         self._queue: list[_Prompt] = []
@@ -205,6 +212,8 @@ class Prompts:
             attention=self._attention,
             kernels=self._kernels,
             pool=self._pool,
+            runtime=self._runtime,
+            local=self._local,
             logits_of=int(last == sequence.prefill_tokens and not sequence.forked),
             scored_from=(
                 max(first, sequence.prompt_logprobs_sent - 1) if sequence.owes_prompt_logprobs else None

@@ -6,7 +6,8 @@ A segment of S tokens is cut into chunks. The work of one layer::
     attend    each past range, pulled one ahead, × each chunk: its state is merged into the chunk's
     finish    each chunk: attention to the segment itself, merge, the rest of the layer
 
-A unit is one of these operations for one chunk. Past KV is pulled once per segment, so a larger S pulls less.
+A unit is one of these operations for one chunk. On a device it submits its work, and the host stays one unit
+ahead. Past KV is pulled once per segment, so a larger S pulls less.
 Memory is bounded by S hidden states, the q, k, v and states of one layer, and two past ranges of one layer,
 independent of the prompt's length. Pulls and writes run in the shards' queues: a segment yields the calls
 that it depends on, and never waits for one.
@@ -14,6 +15,7 @@ that it depends on, and never waits for one.
 Called by ``prompts``, by the engine's probe, and by benchmarks. It must not know what is decoded meanwhile.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
@@ -23,16 +25,22 @@ import torch
 from torch import Tensor
 
 from farshore.attention_offload.base import AttentionModel
+from farshore.attention_offload.client.base import ShardClient
+from farshore.ids import WorkerId
 from farshore.kernels.base import Kernels, State
+from farshore.kernels.runtime.base import DeviceRuntime, Event
 from farshore.kvstore.store import forms
 from farshore.models.llama import Llama
 from farshore.workers.engine.kv import span_writer
 from farshore.workers.engine.kv.pool import ShardPool
 from farshore.workers.engine.logprobs import check_finite, logprobs_of, rank_of
+from farshore.workers.engine.prefill.kv_copies import KV, KVCopies, Pulled
 from farshore.workers.engine.sequence import PlacedSpan, PromptToken, Sequence
 
 CHUNK_TOKENS = 256
 """Rows of a unit. A unit takes 2 to 20 ms (SmolLM2, two cores), and its states fit in one core's cache."""
+DEVICE_CHUNK_TOKENS = 2048
+"""Rows of a unit on a device: a model of 8B parameters has 0.9 TFLOP for them in a layer."""
 
 LOGITS_BYTES = 8 << 20
 """Most bytes of logits computed at a time for the log-probabilities of a prompt: 42 rows of SmolLM2."""
@@ -58,7 +66,8 @@ class PrefillSegment:
     Run all of :meth:`units`, then seal the spans: only sealed positions may be committed. To stop before the
     end, call :meth:`close`; the segment cannot be resumed. ``logits_of`` is the number of positions at the
     segment's end whose logits are computed. ``scored_from``: the first position that gives the
-    log-probability of the prompt's token after it; None: no position does.
+    log-probability of the prompt's token after it; None: no position does. ``local``: the worker whose spans
+    lie on the runtime's device, if any.
     """
 
     def __init__(
@@ -71,6 +80,8 @@ class PrefillSegment:
         attention: AttentionModel,
         kernels: Kernels[Any],
         pool: ShardPool,
+        runtime: DeviceRuntime,
+        local: WorkerId | None,
         logits_of: int,
         scored_from: int | None = None,
     ) -> None:
@@ -91,9 +102,13 @@ class PrefillSegment:
         self._layout = layout = attention.layouts[0]
         self._spec = spec = attention.specs[0]
         self._kernels = kernels
+        self._runtime = runtime
+        self._under_way: deque[tuple[Event, KV | None]] = deque()
+        """Behind each of the last units, with the past k and v that it reads, which must live until then."""
+        chunk_tokens = CHUNK_TOKENS if runtime.is_host else DEVICE_CHUNK_TOKENS
         self._chunks = [
-            slice(start, min(start + CHUNK_TOKENS, last - first))
-            for start in range(0, last - first, CHUNK_TOKENS)
+            slice(start, min(start + chunk_tokens, last - first))
+            for start in range(0, last - first, chunk_tokens)
         ]
         device = model.device
         self._positions = torch.arange(first, last, device=device)
@@ -106,22 +121,26 @@ class PrefillSegment:
             torch.empty(n, layout.v_heads, layout.v_dim, dtype=model.dtype, device=device),
         )
         self._k, self._v = (tensor.transpose(0, 1) for tensor in self._projected)
-        self._stored = (self._k, self._v)
+        self._stored: KV | None = None
+        """k and v as bytes, if the format is quantised."""
         if layout.format.quantised:
             k_bytes, v_bytes = forms.stored_bytes(layout)
             self._stored = (
                 torch.empty(layout.k_heads, n, k_bytes, dtype=torch.uint8, device=device),
                 torch.empty(layout.v_heads, n, v_bytes, dtype=torch.uint8, device=device),
             )
+        self._copies = KVCopies(
+            runtime, self._stored or self._projected, token_major=self._stored is None, local=local
+        )
         state_dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
         new = partial(State.identity, heads=spec.q_heads, v_dim=spec.v_dim, device=device)
         self._past_states = [new(chunk.stop - chunk.start, dtype=state_dtype) for chunk in self._chunks]
-        chunk_rows = min(n, CHUNK_TOKENS)
+        chunk_rows = min(n, chunk_tokens)
         self._states = [new(chunk_rows, dtype=state_dtype) for _ in range(2)]
         self._out = new(chunk_rows, dtype=model.dtype)
         self._past_ranges = _past_ranges(sequence, first)
-        self._pulls: dict[int, Future[tuple[Tensor, Tensor]]] = {}
-        self._pulled: tuple[Tensor, Tensor] | None = None
+        self._pulls: dict[int, Future[Pulled]] = {}
+        self._pulled: KV | None = None
         """k and v of the past range that is attended to now."""
 
     @property
@@ -137,18 +156,18 @@ class PrefillSegment:
         layers = self._model.config.layers
         for layer in range(layers):
             for index in range(len(self._chunks)):
-                yield partial(self._project, layer, index)
+                yield partial(self._unit, self._project, layer, index)
             writes = self._start_writing(layer)
             chunk_rows = self._attending_rows(layer)
             for range_index in range(len(self._past_ranges) if chunk_rows else 0):
                 pull = self._pull(layer, range_index)
                 yield pull
-                self._pulled = pull.result()
+                self._pulled = self._copies.on_device(pull.result(), self._model.dtype)
                 self._pull_next(layer, range_index)
                 for index, rows in chunk_rows:
-                    yield partial(self._attend, range_index, index, rows)
+                    yield partial(self._unit, self._attend, range_index, index, rows)
             for index, rows in chunk_rows:
-                yield partial(self._finish, layer, index, rows)
+                yield partial(self._unit, self._finish, layer, index, rows)
             yield from writes
             self.layers_done = layer + 1
         rows = max(1, LOGITS_BYTES // (4 * self._model.config.vocab))
@@ -158,10 +177,13 @@ class PrefillSegment:
             yield self._compute_logits
 
     def close(self) -> None:
-        """Cancels the pulls that have not started. Running calls continue; they keep their memory alive."""
+        """Cancels the pulls that have not started, and waits for the last unit. Running calls continue; they
+        keep their memory alive."""
         for pull in self._pulls.values():
             pull.cancel()
         self._pulls.clear()
+        for end, _ in self._under_way:
+            end.wait()
 
     def _attending_rows(self, layer: int) -> list[tuple[int, slice]]:
         """Returns (chunk index, rows in that chunk) for the rows that need attention in ``layer``.
@@ -179,18 +201,32 @@ class PrefillSegment:
             if chunk.stop > first_row
         ]
 
+    def _unit(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Submits the work of a unit, and waits for that of the unit before it."""
+        work(*arguments)
+        self._under_way.append((self._runtime.main.record(), self._pulled))
+        if len(self._under_way) > 1:
+            self._under_way.popleft()[0].wait()
+
+    def _run(self, work: Callable[..., object], *arguments: Any, **options: Any) -> None:
+        """Submits a call whose arguments do not change until it has run."""
+        self._runtime.main.run(partial(work, *arguments, **options))
+
     def _project(self, layer: int, index: int) -> None:
         chunk = self._chunks[index]
         k, v = self._projected
         out = self._q[chunk], k[chunk], v[chunk]
-        self._model.project(layer, self._h[chunk], self._positions[chunk], out=out)
-        if self._layout.format.quantised:
-            # Prefill attends to the values as stored (invariant 5, docs/architecture.md).
-            stored = forms.to_stored(self._layout, self._k[:, chunk], self._v[:, chunk])
-            for buffer, of_chunk in zip(self._stored, stored, strict=True):
-                buffer[:, chunk] = of_chunk
-            dequantised = forms.from_stored(self._layout, *stored, dtype=self._model.dtype)
-            self._k[:, chunk], self._v[:, chunk] = dequantised
+        self._run(self._model.project, layer, self._h[chunk], self._positions[chunk], out=out)
+        if self._stored is not None:
+            self._run(self._quantise, self._stored, chunk)
+
+    def _quantise(self, stored: KV, chunk: slice) -> None:
+        """Prefill attends to the values as stored (invariant 5, docs/architecture.md)."""
+        of_chunk = forms.to_stored(self._layout, self._k[:, chunk], self._v[:, chunk])
+        for buffer, values in zip(stored, of_chunk, strict=True):
+            buffer[:, chunk] = values
+        dequantised = forms.from_stored(self._layout, *of_chunk, dtype=self._model.dtype)
+        self._k[:, chunk], self._v[:, chunk] = dequantised
 
     def _attend(self, range_index: int, index: int, rows: slice) -> None:
         """Attends with one chunk's rows to the pulled past range, and merges the state into the chunk's."""
@@ -207,12 +243,12 @@ class PrefillSegment:
             return
         new, merged = (_view(state, slice(0, n), heads) for state in self._states)
         self._extend(q, k, v, row, past_range.first, new)
-        self._kernels.merge([past, new], out=merged)
+        self._run(self._kernels.merge, [past, new], out=merged)
         if past.o.shape == self._states[1].o.shape:
             self._past_states[index], self._states[1] = self._states[1], self._past_states[index]
         else:
-            past.o.copy_(merged.o)
-            past.lse.copy_(merged.lse)
+            self._run(past.o.copy_, merged.o)
+            self._run(past.lse.copy_, merged.lse)
 
     def _finish(self, layer: int, index: int, rows: slice) -> None:
         """Attends with one chunk's rows to the segment itself, merges, and runs the rest of the layer."""
@@ -223,13 +259,15 @@ class PrefillSegment:
         q, k, v = self._q[segment_rows], self._k[:, : segment_rows.stop], self._v[:, : segment_rows.stop]
         if self._past_ranges:
             self._extend(q, k, v, segment_rows.start, self.first, within)
-            self._kernels.merge([_view(self._past_states[index], rows, heads), within], out=out)
+            self._run(self._kernels.merge, [_view(self._past_states[index], rows, heads), within], out=out)
         else:
             self._extend(q, k, v, segment_rows.start, self.first, out)
-        self._model.finish(layer, self._h[segment_rows], out.o, out=self._h[segment_rows])
+        h = self._h[segment_rows]
+        self._run(self._model.finish, layer, h, out.o, out=h)
 
     def _extend(self, q: Tensor, k: Tensor, v: Tensor, row: int, k_position: int, out: State) -> None:
-        self._kernels.extend(
+        self._run(
+            self._kernels.extend,
             q,
             k,
             v,
@@ -240,7 +278,7 @@ class PrefillSegment:
             threads=torch.get_num_threads(),
         )
 
-    def _pull(self, layer: int, range_index: int) -> Future[tuple[Tensor, Tensor]]:
+    def _pull(self, layer: int, range_index: int) -> Future[Pulled]:
         """Returns the pull of a past range's k and v; starts it unless it was started ahead."""
         number = layer * len(self._past_ranges) + range_index
         return self._pulls.pop(number, None) or self._start_pull(number)
@@ -253,25 +291,29 @@ class PrefillSegment:
         ):
             self._pulls[number] = self._start_pull(number)
 
-    def _start_pull(self, number: int) -> Future[tuple[Tensor, Tensor]]:
+    def _start_pull(self, number: int) -> Future[Pulled]:
         """Pulls are numbered layer by layer, past range by past range."""
         layer, range_index = divmod(number, len(self._past_ranges))
         placed, first, last = self._past_ranges[range_index]
-        span, origin = placed.span, placed.origin  # The span may move before the call is made.
-        return self._pool[placed.worker].submit(
-            lambda client: client.store.read(
-                span,
-                layer,
-                first - origin,
-                last - origin,
-                sequence=self.sequence.id,
-                dtype=self._model.dtype,
+        # The span may move before the call is made.
+        worker, span, origin = placed.worker, placed.span, placed.origin
+        return self._pool[worker].submit(
+            lambda client: self._copies.pin(
+                worker,
+                client.store.read(
+                    span,
+                    layer,
+                    first - origin,
+                    last - origin,
+                    sequence=self.sequence.id,
+                    dtype=self._model.dtype,
+                ),
             )
         )
 
     def _start_writing(self, layer: int) -> list[Future[None]]:
         """Starts the writes of one layer's k and v to the spans that are not sealed yet."""
-        k, v = self._stored
+        self._copies.begin_layer()
         holder = self.sequence.placed_holder
         calls = []
         for span in self.sequence.spans:
@@ -279,12 +321,12 @@ class PrefillSegment:
             if start < end:
                 tokens = slice(start - self.first, end - self.first)
                 call = partial(
-                    span_writer.write,
+                    _write,
+                    self._copies.reader(span.worker),
+                    tokens,
                     span=span,
                     layer=layer,
                     position=start,
-                    k=k[:, tokens],
-                    v=v[:, tokens],
                     layout=self._layout,
                     holder=holder,
                 )
@@ -295,14 +337,23 @@ class PrefillSegment:
         """Appends to ``prompt_tokens`` what the logits of positions ``first .. last`` (end excluded) say of
         the tokens after them."""
         count = self.sequence.sampling.prompt_logprobs or 0
-        rows = self._model.logits(self._h[first - self.first : last - self.first]).cpu().numpy()
+        rows = self._logits(self._h[first - self.first : last - self.first]).cpu().numpy()
         check_finite(rows)
         for row, token in zip(rows, self.sequence.tokens[first + 1 : last + 1], strict=True):
             found = logprobs_of(row, token, alternatives=count)
             self.prompt_tokens.append(PromptToken(token, found.logprob, rank_of(row, token), found.top))
 
     def _compute_logits(self) -> None:
-        self.logits = self._model.logits(self._h[len(self._h) - self._logits_of :])
+        self.logits = self._logits(self._h[len(self._h) - self._logits_of :])
+
+    def _logits(self, h: Tensor) -> Tensor:
+        """The logits of hidden states, for plain calls of PyTorch."""
+        if self._runtime.is_host:
+            return self._model.logits(h)
+        logits = torch.empty(len(h), self._model.config.vocab, dtype=torch.float32, device=h.device)
+        self._run(lambda: logits.copy_(self._model.logits(h)))
+        self._runtime.settle()
+        return logits
 
 
 def _past_ranges(sequence: Sequence, until: int) -> list[_PastRange]:
@@ -312,6 +363,12 @@ def _past_ranges(sequence: Sequence, until: int) -> list[_PastRange]:
         for first in range(span.first, min(span.last, until), PAST_RANGE_TOKENS):
             past_ranges.append(_PastRange(span, first, min(first + PAST_RANGE_TOKENS, span.last, until)))
     return past_ranges
+
+
+def _write(read: Callable[[], KV], tokens: slice, client: ShardClient, **options: Any) -> None:
+    """Writes ``tokens`` of a layer's k and v to a span. Runs in the shard's queue."""
+    k, v = read()
+    span_writer.write(client, k=k[:, tokens], v=v[:, tokens], **options)
 
 
 def _view(state: State, rows: slice, heads: slice) -> State:

@@ -1,4 +1,6 @@
-"""The layer loop: logits do not depend on how rows are cut or on where their KV is."""
+"""The layer loops of host and device: logits do not depend on how rows are cut or on where their KV is."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -7,10 +9,14 @@ from farshore.attention_offload.fanout.fanout import Fanout
 from farshore.attention_offload.plan.step_plan import Read, StepPlan
 from farshore.errors import TransportError
 from farshore.ids import Epoch, SequenceId, WorkerId
+from farshore.kernels.runtime.deferring import DeferringRuntime
 from farshore.kernels.select import implementation
 from farshore.kvstore.base import SpanKey
 from farshore.kvstore.store.tail import Tail
-from farshore.workers.engine.decode.step import LayerLoop, LocalKV
+from farshore.models.llama import Llama
+from farshore.workers.engine.decode.device.loop import DeviceLayerLoop
+from farshore.workers.engine.decode.kernel_plans import LocalKV
+from farshore.workers.engine.decode.step import LayerLoop
 
 ENGINE = WorkerId("engine")
 EPOCH = Epoch(1)
@@ -21,8 +27,9 @@ LENGTHS = {"a": 40, "b": 300, "c": 7, "d": 1, "e": 90}
 class StepHarness:
     """Sequences with random KV in the stores of shards and of the engine, and with tails."""
 
-    def __init__(self, cluster, tail_tokens):
+    def __init__(self, cluster, tail_tokens, runtime):
         self.cluster = cluster
+        self.runtime = runtime
         self.layout = cluster.attention.layouts[0]
         self.layer_loop = self.make_layer_loop()
         self.random = torch.Generator().manual_seed(1)
@@ -32,7 +39,8 @@ class StepHarness:
     def make_layer_loop(self, local=True):
         """Returns an engine's layer loop. Unless ``local``, the engine's own store is read like a shard."""
         memory = self.cluster.arenas["engine"].memory
-        return LayerLoop(
+        loop = partial(DeviceLayerLoop, runtime=self.runtime) if self.runtime else LayerLoop
+        return loop(
             model=self.cluster.model,
             attention=self.cluster.attention,
             kernels=implementation(memory.device, dtype=self.cluster.model.dtype),
@@ -125,13 +133,20 @@ class StepHarness:
         return tail
 
 
-@pytest.fixture
-def over(tiny_model, rig):
+@pytest.fixture(params=["host", "device"])
+def over(tiny_model, rig, request):
     """over(shards) -> StepHarness."""
     made = []
+    model, runtime, tail_tokens = tiny_model, None, 5
+    if request.param == "device":
+        # Steps take longer here, so that a tail begins close to the end of a block.
+        tail_tokens = 200
+        # Without native kernels, which no graph could record.
+        model = Llama(model.config, model.weights.dense())
+        runtime = DeferringRuntime(seed=5)
 
     def build(shards):
-        made.append(StepHarness(rig(tiny_model, shards=shards, memory_bytes=64 << 20), tail_tokens=5))
+        made.append(StepHarness(rig(model, shards=shards, memory_bytes=64 << 20), tail_tokens, runtime))
         return made[-1]
 
     yield build

@@ -8,6 +8,7 @@ import torch
 
 from farshore.errors import TransportError
 from farshore.ids import SequenceId
+from farshore.kernels.runtime.immediate import ImmediateRuntime
 from farshore.kernels.select import implementation
 from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits
@@ -45,6 +46,8 @@ class PrefillHarness:
             kernels=implementation(cluster.model.device, dtype=cluster.model.dtype),
             pool=self.pool,
             cache=self.cache,
+            runtime=ImmediateRuntime(),
+            local=None,
             segment_tokens=segment_tokens,
         )
         self.events = []

@@ -1,0 +1,127 @@
+"""The device runtime of a CUDA device. Chosen by :func:`farshore.kernels.select.device_runtime`.
+
+Nothing here waits for the whole device. A graph is captured in the mode ``thread_local``: other threads copy
+KV meanwhile, and calls that a capture does not allow are theirs to make.
+"""
+
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from farshore.kernels.host import HOST
+from farshore.kernels.runtime.base import Event, PinnedBuffer, Work
+from farshore.kernels.runtime.immediate import HostBuffer
+
+
+def finish_calls(device: torch.device) -> None:
+    """Blocks until PyTorch's calls of this thread on a CUDA ``device`` have run. Returns at once for the
+    CPU, and for fake tensors."""
+    if device.type == "cuda" and torch.cuda.is_initialized():
+        torch.cuda.current_stream(device).synchronize()
+
+
+class CudaRuntime:
+    """Implements :class:`~farshore.kernels.runtime.base.DeviceRuntime`."""
+
+    is_host = False
+
+    def __init__(self, device: torch.device) -> None:
+        """``device`` must name its number: ``cuda:0``."""
+        self.device = device
+        self.main = CudaStream(device)
+
+    def stream(self) -> "CudaStream":
+        return CudaStream(self.device)
+
+    def pinned(self, *shape: int, dtype: torch.dtype) -> HostBuffer:
+        return HostBuffer(torch.empty(shape, dtype=dtype, device=HOST, pin_memory=True))
+
+    def pin(self, values: Tensor) -> HostBuffer:
+        return HostBuffer(values.pin_memory())
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        with torch.cuda.device(self.device), self.main.current():
+            yield
+
+    def settle(self) -> None:
+        """The thread's calls run on ``main``."""
+
+
+class CudaEvent:
+    """A CUDA event that was recorded. A thread that waits for it spins: frames wait for microseconds."""
+
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self.event = event
+
+    def done(self) -> bool:
+        return bool(self.event.query())
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+
+class CudaStream:
+    """A stream with its graphs, which share one pool of memory: they run one after the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
+        """None: the key's work has run once, so that libraries have chosen algorithms and scratch."""
+        self._pool = torch.cuda.graph_pool_handle()
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def run(self, work: Work) -> None:
+        with torch.cuda.stream(self._stream):
+            work()
+
+    def replay(self, key: Hashable, work: Work) -> None:
+        with torch.cuda.stream(self._stream):
+            if key not in self._graphs:
+                work()
+                self._graphs[key] = None
+                return
+            graph = self._graphs[key]
+            if graph is None:
+                graph = self._graphs[key] = self._captured(work)
+            graph.replay()
+
+    def upload(self, source: PinnedBuffer, target: Tensor) -> None:
+        with torch.cuda.stream(self._stream):
+            target.copy_(source.read(), non_blocking=True)
+
+    def download(self, source: Tensor, target: PinnedBuffer) -> None:
+        with torch.cuda.stream(self._stream):
+            target.write().copy_(source, non_blocking=True)
+
+    def send(self, values: Tensor) -> Tensor:
+        """PyTorch keeps the pinned copy until the transfer is over."""
+        with torch.cuda.stream(self._stream):
+            return values.pin_memory().to(self._device, non_blocking=True)
+
+    def record(self) -> CudaEvent:
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return CudaEvent(event)
+
+    def wait(self, event: Event) -> None:
+        assert isinstance(event, CudaEvent), "the event is of another runtime"
+        self._stream.wait_event(event.event)
+
+    def _captured(self, work: Work) -> torch.cuda.CUDAGraph:
+        """Captures ``work``, which does not run meanwhile. ``torch.cuda.graph`` would also wait for the whole
+        device and collect garbage."""
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            work()
+        finally:
+            graph.capture_end()
+        return graph

@@ -1,0 +1,170 @@
+"""One micro-batch of a device's decode step.
+
+It has a stream for its kernels and another for its queries' way to the host. The host waits for two things
+only, and for neither on the device as a whole: for the event behind a layer's queries, and for the shards::
+
+    kernels   finish, query ──● k, v, append, local attention ───────── ▶ merge ── finish, query ──●
+    copies                    └─ q to the host ──●                      ▲
+    host      submits all of that ───── waits ───┴ sends q, waits for the shards, uploads (o, lse)
+
+Called by ``loop``. It must not know the other micro-batches, sequences or placement.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farshore.attention_offload.base import AttentionModel, Shards
+from farshore.attention_offload.plan.step_plan import Read
+from farshore.kernels.base import Kernels, State
+from farshore.kernels.host import HOST
+from farshore.kernels.runtime.base import DeviceRuntime, Event, PinnedBuffer, Stream
+from farshore.kvstore.store.blocks import SlotWriter
+from farshore.kvstore.store.tail import Tail, TailBatch
+from farshore.models.llama import Llama
+from farshore.workers.engine.decode.device.slices import DeviceSlices
+from farshore.workers.engine.decode.kernel_plans import KernelPlans, LocalKV
+
+
+class DeviceMicroBatch:
+    """Buffers for up to ``rows`` rows. Call ``begin``, then ``start(0)``, ``attend(0)``, ``start(1)``, and so
+    on, then ``finish``."""
+
+    def __init__(
+        self,
+        rows: int,
+        *,
+        model: Llama,
+        attention: AttentionModel,
+        local: LocalKV,
+        kernels: Kernels[Any],
+        runtime: DeviceRuntime,
+        stream: Stream,
+    ) -> None:
+        spec, device = attention.specs[0], model.device
+        self.stream = stream
+        self._copies = runtime.stream()
+        self._runtime = runtime
+        self._kernels = kernels
+        writer = SlotWriter(local.memory, attention.layouts[0], rows)
+        self._slices = DeviceSlices(model, rows, stream, writer)
+        self._plans = KernelPlans(attention, local, partial(kernels.plan, send=stream.send))
+        self._entry = runtime.pinned(*self._slices.entry.shape, dtype=torch.int64)
+        self._q_on_host = runtime.pinned(rows, spec.q_heads, spec.k_dim, dtype=model.dtype)
+        # States to be merged are float32 or float64, so that the output is rounded only once.
+        state_dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+        self._local = State.identity(rows, spec.q_heads, spec.v_dim, dtype=state_dtype, device=device)
+        self._out = State(self._slices.o, torch.empty_like(self._local.lse))
+        self._answers: _Answers | None = None
+        self._rows = 0
+        self._is_full = False
+        self._index = 0
+        self._shards: Shards | None = None
+        self._batch: TailBatch
+        self._plan: Any = None
+
+    @property
+    def h(self) -> Tensor:
+        """Hidden states ``[rows of the step, hidden]``, once the work of ``stream`` has run."""
+        return self._slices.h[: self._rows]
+
+    def begin(
+        self,
+        index: int,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        tails: Sequence[Tail],
+        reads: Sequence[Read],
+        shards: Shards | None,
+    ) -> None:
+        """Takes the micro-batch's rows of a new step, as ``step._MicroBatch.begin``, and submits all that
+        precedes the first layer's attention. The work of the last step must have run."""
+        self._index, self._shards, self._rows = index, shards, len(tokens)
+        self._batch = TailBatch(tails, positions)
+        bases, slots = zip(*self._batch.slots(), strict=True)
+        entry = self._entry.write()
+        fields = tokens, positions, bases, slots, range(self._rows)  # those of Entry
+        entry[:, : self._rows] = torch.tensor([list(field) for field in fields], device=HOST)
+        entry[:, self._rows :] = entry[:, self._rows - 1 : self._rows]
+        self._is_full = self._rows == entry.shape[1]
+        self.stream.upload(self._entry, self._slices.entry)
+        self.start(0)
+        # The device computes meanwhile.
+        on_host = torch.tensor(positions, device=HOST)
+        self._plan = self._plans.plan(tails, positions, reads, on_host)
+
+    def start(self, layer: int) -> None:
+        """Submits all of a layer that precedes its attention; the queries first, if shards wait for them."""
+        if self._shards is None:
+            self._slices.project(layer, full=self._is_full)
+            return
+        self._slices.query(layer)
+        self._copies.wait(self.stream.record())
+        self._copies.download(self._slices.q[: self._rows], self._q_on_host.first(self._rows))
+        self._slices.key_value(layer, full=self._is_full)
+
+    def send(self, layer: int) -> None:
+        """Submits the attention to local KV, then waits for the queries and sends them to the shards."""
+        n, slices = self._rows, self._slices
+        self._batch.mark(layer)
+        local = self._out if self._shards is None else self._local
+        self.stream.run(partial(self._kernels.partial, self._plan, layer, slices.q[:n], out=_rows(local, n)))
+        if self._shards is not None:
+            self._copies.record().wait()
+            self._shards.send(layer, self._index, self._q_on_host.first(n).read())
+
+    def merge(self, layer: int) -> None:
+        """Waits for the shards' states, and submits their merge with the local one, in span order."""
+        if self._shards is None:
+            return
+        states = self._shards.wait(layer, self._index)
+        answers = self._answers
+        if answers is None or answers.shape != _shape(states):
+            answers = self._answers = _Answers(states, self._runtime, self._slices.o.device)
+        answers.upload(states, self.stream)
+        merged = [*answers.states, _rows(self._local, self._rows)]
+        self.stream.run(partial(self._kernels.merge, merged, out=_rows(self._out, self._rows)))
+
+    def finish(self) -> Event:
+        """Submits the rest of the last layer; returns the event behind it."""
+        self._slices.finish()
+        return self.stream.record()
+
+    def drain(self) -> None:
+        """Blocks until nothing that was submitted runs any more."""
+        for stream in (self._copies, self.stream):
+            stream.record().wait()
+
+
+class _Answers:
+    """Memory for the states of all shards, on the host and on the device."""
+
+    def __init__(self, states: Sequence[State], runtime: DeviceRuntime, device: torch.device) -> None:
+        self.shape = _shape(states)
+        count = len(states)
+        self._on_host: list[PinnedBuffer] = [
+            runtime.pinned(count, *field.shape, dtype=field.dtype) for field in states[0]
+        ]
+        self._on_device = [
+            torch.empty(count, *field.shape, dtype=field.dtype, device=device) for field in states[0]
+        ]
+        self.states = [State(o, lse) for o, lse in zip(*self._on_device, strict=True)]
+
+    def upload(self, states: Sequence[State], stream: Stream) -> None:
+        """Copies the states. The device has done with the last ones: the queries depend on them."""
+        for on_host, on_device, fields in zip(
+            self._on_host, self._on_device, zip(*states, strict=True), strict=True
+        ):
+            torch.stack(fields, out=on_host.write())
+            stream.upload(on_host, on_device)
+
+
+def _shape(states: Sequence[State]) -> tuple[Any, ...]:
+    return len(states), states[0].o.shape, states[0].o.dtype, states[0].lse.dtype
+
+
+def _rows(state: State, count: int) -> State:
+    return State(state.o[:count], state.lse[:count])
