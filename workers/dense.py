@@ -37,7 +37,7 @@ from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 from farshore.text import shortened
 from farshore.workers.announcer import Announcer
-from farshore.workers.device import CPU, Device, refuse_gpu
+from farshore.workers.device import CPU, Device
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.attention_model import attention_model
 from farshore.workers.engine.constraints.grammar import GrammarCompiler
@@ -103,8 +103,6 @@ class DenseWorker:
     ) -> None:
         """``host``: the address of the worker's node. ``on_failed``: called once, from any thread, if the
         model can't be loaded or the engine fails. The record says why; only a new process can go on."""
-        # To remove with the engine on a GPU: its model and its arena lie there already.
-        refuse_gpu(config.device, part="--device: the engine")
         self._config = config
         self._directory = directory
         self._host = host
