@@ -50,6 +50,7 @@ _OF_ONE_DRIVER = {
     "controller_port",
     "ray_address",
     "token_file",
+    "state_dir",
     "dashboard",
 }
 """Fields in which two drivers of one cluster may differ."""
@@ -101,6 +102,9 @@ class ClusterConfig:
     """Join this Ray cluster instead of starting one."""
     token_file: str | None = None
     """The cluster's token: a file with this path on every node. None: a private Ray's cluster makes one."""
+    state_dir: str | None = None
+    """The folder where a controller that this driver starts on a joined Ray keeps what operators changed,
+    unless Redis does; None: ``farshore`` in the user's folder of states. On a private Ray nothing is kept."""
     dashboard: bool = False
     """Start Ray's dashboard."""
     redis_url: str | None = None
@@ -182,6 +186,11 @@ class ClusterConfig:
             if value not in choices:
                 raise InvalidRequest(f"{name} {value}: use one of {', '.join(choices)}")
         self._check_device()
+        if self.state_dir is not None and self.ray_address is None:
+            raise InvalidRequest(
+                f"--state-dir {quoted(self.state_dir)[1:-1]}: give --ray-address, too: without it the "
+                "cluster ends with its command, and its state with it"
+            )
         if not LEAST_GRACE_S <= self.shard_grace_s <= MOST_GRACE_S:
             raise InvalidRequest(
                 f"--shard-grace {self.shard_grace_s:g}: use {LEAST_GRACE_S:g} to {MOST_GRACE_S:g} seconds"

@@ -32,6 +32,7 @@ _OPTIONS = (
     "port",
     "http_port",
     "controller_port",
+    "state_dir",
     "ray_address",
     "token_file",
     "dashboard",
@@ -131,6 +132,13 @@ def _add_cluster_options(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="PORT",
         help="port of the controller, for what runs elsewhere; 0 for any free one (default: %(default)s)",
+    )
+    cluster.add_argument(
+        "--state-dir",
+        metavar="DIR",
+        help="with --ray-address: the folder, on the controller's node, for what `farshore scale` and "
+        "`farshore drain` change, which a restarted controller reads (default: $XDG_STATE_HOME/farshore, or "
+        "~/.local/state/farshore)",
     )
 
 

@@ -292,7 +292,7 @@ class Cluster:
                 given=self._given,
                 creator=self._creator,
                 listen=f"{listen.bracketed(host)}:{config.controller_port or listen.free_port(host)}",
-                state_folder=str(self._ray.state_folder(config.name)),
+                state_folder=str(self._ray.state_folder(config.name, config.state_dir)),
             )
         )
 

@@ -1,9 +1,10 @@
 """Makes a configuration mean the same on every node, before a cluster is started or changed.
 
-Used by ``cluster``. A relative path, a missing file or a Redis that does not answer is found here, while
-nothing runs yet. Must not know what is started.
+Used by ``cluster``. A relative path, a missing file, a folder that can't be written or a Redis that does not
+answer is found here, while nothing runs yet. Must not know what is started.
 """
 
+import os
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from farshore.controller.config import ClusterConfig
 from farshore.controller.driver import ray_access
 from farshore.controller.reconcile import KINDS, Kind
+from farshore.errors import InvalidRequest
 from farshore.kvstore.directory.connect import open_redis
 from farshore.models.files.source import pinned
 
@@ -24,7 +26,7 @@ def prepared(config: ClusterConfig, progress: Callable[[str], None]) -> ClusterC
     """The configuration as every node reads it: with absolute paths, and with the commit of a downloaded
     model. Raises InvalidRequest, and TransportError if Redis does not answer."""
     _check_gpus(config)
-    config = _with_redis(_with_token_file(config))
+    config = _with_state_dir(_with_redis(_with_token_file(config)))
     return replace(config, spec=pinned(config.spec, progress=progress))
 
 
@@ -62,3 +64,20 @@ def _with_token_file(config: ClusterConfig) -> ClusterConfig:
     if config.token_file is None and config.ray_address is None:
         return config
     return replace(config, token_file=ray_access.token_file(config.token_file))
+
+
+def _with_state_dir(config: ClusterConfig) -> ClusterConfig:
+    """The configuration with the absolute path of the folder of states, which exists then; unchanged for a
+    private Ray. Raises InvalidRequest for a folder that can't be made or written."""
+    if config.ray_address is None:
+        return config
+    states = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    folder = Path(config.state_dir or Path(states) / "farshore").absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        problem = "" if os.access(folder, os.W_OK) else "not writable"
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem:
+        raise InvalidRequest(f"--state-dir {folder}: {problem}: name a folder that this user can write")
+    return replace(config, state_dir=str(folder))

@@ -96,13 +96,13 @@ class RayRuntime:
         """The file of the cluster's token. Call it after :meth:`start`."""
         return self._token_file or str(self._private_token)
 
-    def state_folder(self, name: str) -> Path:
+    def state_folder(self, name: str, state_dir: str | None) -> Path:
         """Where the cluster ``name`` stores what a restarted controller needs: a private Ray's own folder, or
-        one of the user's for this cluster of this Ray."""
+        one for this cluster of this Ray in ``state_dir``, which a joined Ray needs."""
         if self._private is not None:
             return self._private
-        base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-        folder = Path(base) / "farshore" / f"{name}@{ray.get_runtime_context().gcs_address}"
+        assert state_dir is not None, "a joined Ray's state has a folder"
+        folder = Path(state_dir) / f"{name}@{ray.get_runtime_context().gcs_address}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 

@@ -17,6 +17,7 @@ RUNNING = ClusterConfig(ray_address="127.0.0.1:6379", token_file="token", http_p
         {"http_port": 8001},
         {"http_port": None},
         {"host": "127.0.0.2"},
+        {"state_dir": "/var/lib/farshore"},
         {"attention_workers": 5},
     ],
 )

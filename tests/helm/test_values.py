@@ -35,7 +35,7 @@ OF_A_PROCESS = {
 """Options of `serve` that are of a process, not of a cluster."""
 
 BY_THE_CHART = {"name", "dense-workers", "attention-workers", "no-gateway", "controller-port"} | {
-    *("device", "attention-device"),
+    *("device", "attention-device", "state-dir"),
 }
 
 
@@ -232,6 +232,10 @@ def test_a_directory_in_the_controller_is_where_its_service_leads(render):
     head = objects[("RayCluster", "demo-farshore")]["spec"]["headGroupSpec"]["template"]
     launcher = head["spec"]["containers"][1]
     assert "--controller-port=50052" in launcher["command"]
+    # The controller runs in the head's own container.
+    (kept,) = (each.partition("=")[2] for each in launcher["command"] if each.startswith("--state-dir="))
+    for container in head["spec"]["containers"]:
+        assert kept in [mount["mountPath"] for mount in container["volumeMounts"]]
     service = objects[("Service", "demo-farshore-controller")]["spec"]
     assert service["ports"][0]["port"] == service["ports"][0]["targetPort"] == 50052
     assert service["selector"].items() <= (head["metadata"]["labels"] | {"ray.io/node-type": "head"}).items()

@@ -206,15 +206,13 @@ spec:
     - --config=/etc/farshore/cluster.yaml
     - --ray-address=$(POD_IP):{{ .Values.ray.ports.gcs }}
     - --controller-port={{ .Values.launcher.controllerPort }}
+    - --state-dir=/var/lib/farshore
   env:
     {{- include "farshore.env" . | nindent 4 }}
     - name: RAY_AUTH_MODE
       value: token
     - name: RAY_AUTH_TOKEN_PATH
       value: /run/farshore/token
-    # Where a restarted controller finds what `farshore scale` and `drain` changed, unless Redis keeps it.
-    - name: XDG_STATE_HOME
-      value: /var/lib/farshore
     - name: POD_IP
       valueFrom:
         fieldRef:

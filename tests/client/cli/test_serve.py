@@ -56,6 +56,16 @@ def test_a_controller_alone_needs_a_ray_to_join(run, cluster):
     assert done.code == 2 and "--no-gateway: give --ray-address" in done.err
 
 
+def test_the_folder_of_the_state_is_chosen_for_a_ray_to_join(run, cluster, monkeypatch):
+    joined = ("serve", "--ray-address", "127.0.0.2:6379")
+    assert run(*joined).code == 0 and cluster.config.state_dir is None
+    assert run(*joined, "--state-dir", "/var/lib/a").code == 0 and cluster.config.state_dir == "/var/lib/a"
+    monkeypatch.setenv("FARSHORE_STATE_DIR", "/var/lib/b")
+    assert run(*joined).code == 0 and cluster.config.state_dir == "/var/lib/b"
+    done = run("serve")
+    assert done.code == 2 and "--state-dir /var/lib/b: give --ray-address, too" in done.err
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_stop_everything(run, cluster, number):
     before = signal.getsignal(number)

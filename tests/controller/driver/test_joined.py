@@ -1,5 +1,6 @@
 """Clusters on a Ray that they joined: two share it by name, and each outlives the drivers that started it."""
 
+import json
 import signal
 from pathlib import Path
 
@@ -74,6 +75,7 @@ def test_a_launcher_keeps_the_controller_and_applies_its_file(marked, start_ray,
     file, port = tmp_path / "cluster.yaml", listen.free_port("0.0.0.0")
     file.write_text("name: pods\nkv-memory: 64MiB\nattention-workers: 1\n")
     joined = ("--ray-address", ray_address, "--no-gateway", "--controller-port", str(port))
+    joined += ("--state-dir", str(tmp_path / "kept"))
     launcher = marked.start("serve", *joined, "--config", str(file))
     controller = launcher.out.await_match(r"controller +(\S+)")[1]
     assert controller.endswith(f":{port}")
@@ -87,6 +89,8 @@ def test_a_launcher_keeps_the_controller_and_applies_its_file(marked, start_ray,
     before = _workers(address)
     file.write_text("name: pods\nkv-memory: 64MiB\nattention-workers: 2\n")
     launcher.err.await_match("changed, and is applied")
+    (kept,) = (tmp_path / "kept").glob("pods@*/desired.json")
+    assert json.loads(kept.read_text())["counts"] == {"dense": 1, "attention": 2}
     file.write_text("name: pods\nkv-memory: 65MiB\nattention-workers: 2\n")
     launcher.err.await_match("is not applied: .*other values of --kv-memory")
     events = marked.start("events", "--follow", "--server", address)

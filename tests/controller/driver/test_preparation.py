@@ -1,7 +1,10 @@
 """What a driver refuses before it starts anything."""
 
+from dataclasses import replace
+
 import pytest
 
+from farshore.cluster_token import ClusterToken
 from farshore.controller.config import ClusterConfig
 from farshore.controller.driver import preparation
 from farshore.controller.driver.cluster import Cluster
@@ -64,6 +67,20 @@ def test_on_another_ray_each_worker_looks_for_itself(host, tmp_path):
     config = ClusterConfig(device="cuda", ray_address="10.0.0.1:6379", token_file=str(tmp_path / "none"))
     with pytest.raises(InvalidRequest, match="none"):
         preparation.prepared(config, started)
+
+
+def test_the_folder_of_the_state_is_absolute_and_can_be_written(tmp_path, monkeypatch):
+    """The controller has another working directory."""
+    monkeypatch.chdir(tmp_path)
+    ClusterToken.make(tmp_path / "token")
+    config = ClusterConfig(ray_address="10.0.0.1:6379", token_file="token", state_dir="state/farshore")
+    assert preparation.prepared(config, lambda said: None).state_dir == str(tmp_path / "state/farshore")
+    assert (tmp_path / "state/farshore").is_dir()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
+    default = preparation.prepared(replace(config, state_dir=None), lambda said: None)
+    assert default.state_dir == str(tmp_path / "home/farshore")
+    with pytest.raises(InvalidRequest, match=f"--state-dir {tmp_path}/token: File exists: .*can write"):
+        preparation.prepared(replace(config, state_dir="token"), started)
 
 
 @pytest.mark.parametrize(
