@@ -16,7 +16,7 @@ from farshore.models.files.source import resolve
 from farshore.proto import inference_pb2 as api
 from farshore.proto import inference_pb2_grpc
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 QUESTION = "What is the capital of France?"
 
 

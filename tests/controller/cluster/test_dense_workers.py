@@ -12,7 +12,7 @@ import pytest
 from farshore.client.events import Token
 from farshore.client.sdk import Client
 
-from .running import until
+from ..running import until
 
 QUESTION, ANSWER = "What is the capital of France?", "The capital of France is Paris."
 DEADLINE_S = 90.0

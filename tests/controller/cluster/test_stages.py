@@ -1,7 +1,7 @@
 """Every process of a cluster is killed and frozen at every stage of its start, of a scale and of a drain.
 
 What follows is the desired cluster, or an end with one line that says why; no slot has two workers, and no
-process is left. The complete form is the soak: `pytest -m soak tests/controller/test_stages.py`.
+process is left. The complete form is the soak: `pytest -m soak tests/controller/cluster/test_stages.py`.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ import pytest
 
 from farshore.client.sdk import Client
 
-from . import running
-from .running import ANSWER, answer, processes
+from .. import running
+from ..running import ANSWER, answer, processes
 
 DEADLINE_S = 300.0
 until = partial(running.until, deadline_s=DEADLINE_S)

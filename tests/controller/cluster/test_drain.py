@@ -11,8 +11,8 @@ from farshore.client.events import Finished, Token
 from farshore.client.sdk import Client
 from farshore.errors import TransportError
 
-from . import running
-from .running import ANSWER, answer, processes, workers_of
+from .. import running
+from ..running import ANSWER, answer, processes, workers_of
 
 until = partial(running.until, deadline_s=90)
 
