@@ -503,3 +503,21 @@ def test_a_workers_lease_counts_beside_that_of_another_process_in_its_slot(clust
         cluster.run(ROUND_S)
     joined = {event.subject for event in cluster.events.since(0) if event.kind == "joined"}
     assert joined == {cluster.worker(each) for each in cluster.ray.taken}
+
+
+def test_a_drain_that_takes_too_long_ends_though_the_controller_was_restarted(cluster):
+    def restart():
+        cluster.restart_controller()
+        cluster.desired = cluster._desired(clock=cluster.clock)
+        cluster.loop = cluster._loop()
+
+    restart()
+    worker = cluster.worker(slot(1))
+    cluster.probes.reading = {worker: 3}
+    cluster.desired.drain(worker, 3 * SETTLE_S)
+    for _ in range(3):
+        cluster.run(SETTLE_S - 1)
+        assert 1 in cluster.slots()
+        restart()
+    cluster.run(SETTLE_S + 2)
+    assert 1 not in cluster.slots() and cluster.ray.graces == [0.0]
