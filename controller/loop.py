@@ -171,9 +171,9 @@ class Loop:
             left = f"{process.readers} sequences were left" if process.readers else ""
             self._events.add("drained", process.worker, left)
         seen.stopped = True
-        # A sequence that came before the whole cluster had heard of the drain may end, too.
-        waits = process.readers == 0 and process.worker is not None
-        self._launcher.stop(slot, grace_s=self._drain_timeout_s if waits else 0.0)
+        # A sequence that came before the whole cluster had heard of the drain may end, too, and so may those
+        # of a worker that this controller has not heard of. One that has none ends at once.
+        self._launcher.stop(slot, grace_s=self._drain_timeout_s if process.readers == 0 else 0.0)
 
     def _kill(self, seen: _Seen, slot: Slot, now_s: float) -> None:
         if seen.killed_s is None:

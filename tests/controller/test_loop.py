@@ -521,3 +521,15 @@ def test_a_drain_that_takes_too_long_ends_though_the_controller_was_restarted(cl
         restart()
     cluster.run(SETTLE_S + 2)
     assert 1 not in cluster.slots() and cluster.ray.graces == [0.0]
+
+
+def test_a_surplus_worker_that_a_new_controller_has_not_heard_of_may_end_what_it_has():
+    cluster = Cluster(dense=2)
+    cluster.run(2)
+    # Only its link to the directory is cut.
+    cluster.ray.frozen.add(Slot("dense", 1))
+    cluster.restart_controller()
+    cluster.run(SETTLE_S + 1)
+    cluster.desired.scale({"dense": 1})
+    cluster.run(ROUND_S)
+    assert cluster.ray.graces == [DRAIN_S]
