@@ -8,6 +8,7 @@ not know where the state is stored.
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ class Desired:
 
     ``configured``: the configuration's numbers. ``given``: those of them that an operator chose, not a
     default. ``load`` returns the stored state, None if there is none; ``store`` replaces it. ``restarted``:
-    this controller was started again with its first arguments, which say nothing new.
+    this controller was started again with its first arguments, which say nothing new. ``clock``: Unix time in
+    seconds, since a drain goes on for longer than a controller may.
 
     Of a state that is stored, a number that an operator configures now and did not configure last time gives
     way to the new one; every other number is the last scale's.
@@ -40,8 +42,10 @@ class Desired:
         store: Callable[[State], None],
         placement: str,
         restarted: bool,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
+        self._clock = clock
         self._placement = placement
         self._lock = threading.Lock()
         state = load()
@@ -50,12 +54,16 @@ class Desired:
         if state is None or "down" in state:
             self._configured, self._counts = dict(configured), dict(configured)
             self._drains: dict[WorkerId, float | None] = {}
+            self._marked_unix_s: dict[WorkerId, float] = {}
             if not self.ends:
                 self._change()
         else:
             self._configured = {kind: int(state["configured"][kind]) for kind in KINDS}
             self._counts = {kind: int(state["counts"][kind]) for kind in KINDS}
             self._drains = {WorkerId(worker): limit for worker, limit in state["drains"].items()}
+            # A state of an older version says nothing of it.
+            marked = state.get("marked_unix_s", {})
+            self._marked_unix_s = {worker: marked.get(worker, clock()) for worker in self._drains}
             if not restarted:
                 self.configure({kind: configured[kind] for kind in given})
 
@@ -68,6 +76,12 @@ class Desired:
         """The workers that are to be drained, and for how many seconds each may take; None: without end."""
         with self._lock:
             return dict(self._drains)
+
+    def drained_s(self) -> dict[WorkerId, float]:
+        """For how many seconds each of them has been marked, whichever controller ran."""
+        with self._lock:
+            now_s = self._clock()
+            return {worker: now_s - since_s for worker, since_s in self._marked_unix_s.items()}
 
     def configure(self, configured: Mapping[Kind, int]) -> dict[Kind, int]:
         """Takes the numbers of a configuration that an operator starts with. Those that were configured last
@@ -122,8 +136,18 @@ class Desired:
         new_counts = self._counts if counts is None else counts
         new_configured = self._configured if configured is None else configured
         new_drains = self._drains if drains is None else drains
-        self._store({"counts": new_counts, "configured": new_configured, "drains": new_drains})
-        self._counts, self._configured, self._drains = new_counts, new_configured, new_drains
+        now_s = self._clock()
+        new_marked = {worker: self._marked_unix_s.get(worker, now_s) for worker in new_drains}
+        self._store(
+            {
+                "counts": new_counts,
+                "configured": new_configured,
+                "drains": new_drains,
+                "marked_unix_s": new_marked,
+            }
+        )
+        self._counts, self._configured = new_counts, new_configured
+        self._drains, self._marked_unix_s = new_drains, new_marked
 
 
 class StateFile:

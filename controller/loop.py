@@ -57,6 +57,9 @@ class DesiredState(Protocol):
     def drains(self) -> Mapping[WorkerId, float | None]:
         """The workers that an operator drains, and for how many seconds each may take; None: without end."""
 
+    def drained_s(self) -> Mapping[WorkerId, float]:
+        """For how many seconds each of them has been marked, also before this controller started."""
+
     def forget_drains(self, ended: Collection[WorkerId]) -> None:
         """Removes the marks of workers that have ended."""
 
@@ -170,9 +173,9 @@ class Loop:
             left = f"{process.readers} sequences were left" if process.readers else ""
             self._events.add("drained", process.worker, left)
         seen.stopped = True
-        # A sequence that came before the whole cluster had heard of the drain may end, too.
-        waits = process.readers == 0 and process.worker is not None
-        self._launcher.stop(slot, grace_s=self._drain_timeout_s if waits else 0.0)
+        # A sequence that came before the whole cluster had heard of the drain may end, too, and so may those
+        # of a worker that this controller has not heard of. One that has none ends at once.
+        self._launcher.stop(slot, grace_s=self._drain_timeout_s if process.readers == 0 else 0.0)
 
     def _kill(self, seen: _Seen, slot: Slot, now_s: float) -> None:
         if seen.killed_s is None:
@@ -266,6 +269,7 @@ class Loop:
         # Such a worker may be one that this controller has not heard of.
         nameless_may_live = bool(self._probes.alive() - listed - suspects.keys())
         readers = self._readers()
+        marks_s = self._desired.drained_s()
         self._ping(now_s)
         processes = {}
         for slot, seen in self._seen.items():
@@ -279,7 +283,9 @@ class Loop:
             may_serve = nameless_may_live and bool(seen.occupant.node)
             process = Process(slot=slot, may_serve=may_serve, frozen=frozen, killed_s=seen.killed_s)
             if seen.record is not None:
-                process = self._drain_of(process, seen.record, seen.drained_s, drains, readers, now_s)
+                for_s = 0.0 if seen.drained_s is None else now_s - seen.drained_s
+                marked_s = max(for_s, marks_s.get(seen.record.worker, 0.0))
+                process = self._drain_of(process, seen, drains, readers, for_s=for_s, marked_s=marked_s)
             processes[slot] = process
         return Observed(processes=processes, deaths=self._deaths, settled=listing.settled)
 
@@ -308,25 +314,27 @@ class Loop:
     def _drain_of(
         self,
         process: Process,
-        record: WorkerRecord,
-        drained_s: float | None,
+        seen: _Seen,
         drains: Mapping[WorkerId, float | None],
         readers: Mapping[WorkerId, int] | None,
-        now_s: float,
+        *,
+        for_s: float,
+        marked_s: float,
     ) -> Process:
-        """Adds to a registered worker's process how far its drain is."""
-        worker = record.worker
-        for_s = 0.0 if drained_s is None else now_s - drained_s
+        """Adds to a registered worker's process how far its drain is. ``for_s``: since this controller told
+        the others; ``marked_s``: since it was asked for."""
+        assert seen.record is not None
+        worker = seen.record.worker
         limit_s = drains.get(worker)
-        if limit_s is None and record.kind == "dense":
+        if limit_s is None and seen.record.kind == "dense":
             limit_s = self._drain_timeout_s
         return replace(
             process,
             worker=worker,
-            leaving=worker in drains or record.state == "draining",
-            closed=drained_s is not None,
+            leaving=worker in drains or seen.record.state == "draining",
+            closed=seen.drained_s is not None,
             readers=None if readers is None or for_s < HEARD_S else readers.get(worker, 0),
-            overdue=limit_s is not None and drained_s is not None and for_s >= limit_s,
+            overdue=limit_s is not None and seen.drained_s is not None and marked_s >= limit_s,
         )
 
 

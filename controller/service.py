@@ -6,7 +6,7 @@ Ray.
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -186,6 +186,7 @@ class AdminService(admin_grpc.AdminServiceServicer):
             sequences += owned
         for worker, call in attention_calls.items():
             workers[worker] = _attention(worker, attention[worker], call)
+        self._keep({record.address for record in records})
         for record in records:
             workers[record.worker].device = record.device
             workers[record.worker].node, workers[record.worker].zone = record.node, record.zone
@@ -194,6 +195,13 @@ class AdminService(admin_grpc.AdminServiceServicer):
             if workers[worker].state == admin.WORKER_STATE_READY:
                 workers[worker].state = admin.WORKER_STATE_DRAINING
         return self._reply(list(workers.values()), sequences)
+
+    def _keep(self, addresses: Collection[str]) -> None:
+        """Closes the channels to all others: only one answer is made at a time."""
+        with self._lock:
+            gone = [self._channels.pop(address) for address in self._channels.keys() - set(addresses)]
+        for channel in gone:
+            channel.close()
 
     def close(self) -> None:
         for channel in self._channels.values():

@@ -75,6 +75,23 @@ def test_drain_marks_are_durable_and_end_with_the_worker(desired):
     assert desired(restarted=True).drains() == made.drains() == {"dense-0-bb": None}
 
 
+def test_a_drain_goes_on_over_restarts(desired):
+    now_s = 1000.0
+    made = desired(clock=lambda: now_s)
+    made.drain(WORKER, 60.0)
+    now_s += 10.0
+    made.drain(WORKER, 30.0)
+    made.drain(WorkerId("dense-0-bb"), None)
+    now_s += 5.0
+    assert made.drained_s() == {WORKER: 15.0, "dense-0-bb": 5.0}
+    assert desired(restarted=True, clock=lambda: now_s + 5.0).drained_s() == {
+        WORKER: 20.0,
+        "dense-0-bb": 10.0,
+    }
+    made.forget_drains([WORKER])
+    assert desired(clock=lambda: now_s).drained_s() == {"dense-0-bb": 5.0}
+
+
 def test_the_end_of_a_cluster_is_completed_by_a_restarted_controller_and_forgotten_then(desired):
     made = desired()
     made.scale({"attention": 5})

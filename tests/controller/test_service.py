@@ -280,6 +280,16 @@ def test_events_are_streamed_from_a_number_on_and_as_they_come(stub, operations)
     following.cancel()
 
 
+def test_connections_to_workers_that_are_gone_are_closed(service, stub, directory, rendezvous, clock):
+    stub.ClusterStatus(admin.ClusterStatusRequest())
+    gone, *left = directory.listing().workers
+    directory.withdraw(gone.worker)
+    rendezvous.asked = threading.Barrier(2, timeout=60)
+    clock.now_s += STATUS_AGE_S
+    stub.ClusterStatus(admin.ClusterStatusRequest())
+    assert service._channels.keys() == {worker.address for worker in left}
+
+
 def test_followers_of_events_leave_calls_for_the_workers(service, operations, directory):
     """The directory's server is the operators', too."""
 

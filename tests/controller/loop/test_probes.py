@@ -14,7 +14,7 @@ from farshore.proto import admin_pb2 as admin
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 
-from ..waiting import until
+from ...waiting import until
 
 DENSE, SHARD = WorkerId("dense-0-aa"), WorkerId("attention-0-aa")
 ABSENT = "127.0.0.1:1"

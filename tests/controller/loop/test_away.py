@@ -12,8 +12,8 @@ from farshore.kvstore.directory.embedded import EmbeddedDirectory
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 
-from ..waiting import until
-from .test_loop import Cluster
+from ...waiting import until
+from ..test_loop import Cluster
 
 
 class Engine(pb_grpc.EngineServicer):
