@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from typing import Any
 
 from starlette.responses import Response
@@ -48,15 +48,17 @@ class Respond(Response):
         *,
         stream: bool,
         arrived_s: float,
+        names: Mapping[str, str | None],
         fill: bool = False,
     ) -> None:
-        """``arrived_s``, ``fill``: see :meth:`Intake.take`."""
+        """``arrived_s``, ``fill``: see :meth:`Intake.take`. ``names``: see :func:`translate.names_of`."""
         self._intake = intake
         self._messages = messages
         self._answer = answer
         self._stream = stream
         self._arrived_s = arrived_s
         self._fill = fill
+        self._names = names
         self._requests: list[Request] = []
         self._begun = False
         self.background = None
@@ -75,7 +77,7 @@ class Respond(Response):
         try:
             await self._bounded(self._run(send))
         except Exception as error:
-            refusal = error_of(error, retry_after_ms=self._intake.limits.retry_after_ms)
+            refusal = error_of(error, retry_after_ms=self._intake.limits.retry_after_ms, names=self._names)
             if refusal.status == 500:
                 _LOG.error("a call failed: %s", type(error).__name__)
             if not self._begun:

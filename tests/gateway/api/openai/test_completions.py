@@ -37,6 +37,17 @@ def test_echo_begins_with_the_prompt(http, client, served):
         assert "".join(chunk.choices[0].text for chunk in chunks) == "Paris is in France"
 
 
+def test_echo_of_a_truncated_prompt_is_what_is_left_of_it(http, client, served):
+    http.engine.auto = served.tokenizer.encode(" France")
+    ids = served.tokenizer.encode("Paris is in")
+    for prompt in ("Paris is in", ids, ids * 5000):
+        answer = client.completions.create(
+            model="smollm2", prompt=prompt, echo=True, extra_body={"truncate_prompt_tokens": 2}
+        )
+        assert answer.choices[0].text == served.tokenizer.decode(ids[-2:]) + " France"
+        assert list(http.engine.next_sequence().request.prompt) == ids[-2:]
+
+
 def test_a_stream_of_many_prompts_tells_them_apart(http, client, served):
     http.engine.auto = served.tokenizer.encode(" one two")
     chunks = client.completions.create(model="smollm2", prompt=["a", "b"], stream=True)
