@@ -19,30 +19,41 @@ def checked_chars(chat: api.Chat, limits: Limits) -> int:
     for index, message in enumerate(chat.messages):
         role, calls = message.role, message.tool_calls
         if not role:
-            raise InvalidRequest(f"message {index} has no role: use 'system', 'user' or 'assistant'")
-        _check_name("the role", role, index, limits)
-        _check_name("the name", message.name, index, limits)
-        _check_name("tool_call_id", message.tool_call_id, index, limits)
+            raise InvalidRequest(
+                f"message {index} has no role: use 'system', 'user' or 'assistant'",
+                field=_field(index, "role"),
+            )
+        _check_name("the role", role, index, "role", limits)
+        _check_name("the name", message.name, index, "name", limits)
+        _check_name("tool_call_id", message.tool_call_id, index, "tool_call_id", limits)
         chars = len(message.content) + len(message.reasoning_content)
         if parts := message.text_parts:
             if message.HasField("content"):
-                raise InvalidRequest(f"message {index} has content and text_parts: give one of them")
+                raise InvalidRequest(
+                    f"message {index} has content and text_parts: give one of them",
+                    field=_field(index, "text_parts"),
+                )
             chars += sum(map(len, parts))
         for call in calls:
-            _check_name("a tool call's id", call.id, index, limits)
-            _check_name("a tool call's name", call.name, index, limits)
+            _check_name("a tool call's id", call.id, index, "tool_calls", limits)
+            _check_name("a tool call's name", call.name, index, "tool_calls", limits)
             json_chars += len(call.arguments)
         texts_chars += chars + len(role)
         empty = empty and not (chars or calls)
     if empty:
-        raise InvalidRequest("the prompt is empty: give at least one message with content")
+        raise InvalidRequest(
+            "the prompt is empty: give at least one message with content", field="chat.messages"
+        )
     if len(chat.tools) > limits.tools:
-        raise InvalidRequest(f"the chat has {len(chat.tools)} tools: use at most {limits.tools}")
+        raise InvalidRequest(
+            f"the chat has {len(chat.tools)} tools: use at most {limits.tools}", field="chat.tools"
+        )
     json_chars += sum(map(len, chat.tools))
     if json_chars > limits.chat_json_chars:
         raise InvalidRequest(
             f"tools, arguments of tool calls and template_arguments have {json_chars} characters: "
-            f"use at most {limits.chat_json_chars}"
+            f"use at most {limits.chat_json_chars}",
+            field="chat",
         )
     return texts_chars + json_chars + len(chat.messages) * limits.message_overhead_chars
 
@@ -61,11 +72,16 @@ def conversation(chat: api.Chat) -> Conversation:
     )
 
 
-def _check_name(what: str, name: str, index: int, limits: Limits) -> None:
+def _check_name(what: str, name: str, index: int, field: str, limits: Limits) -> None:
     if len(name) > limits.role_chars:
         raise InvalidRequest(
-            f"{what} of message {index} has {len(name)} characters: use at most {limits.role_chars}"
+            f"{what} of message {index} has {len(name)} characters: use at most {limits.role_chars}",
+            field=_field(index, field),
         )
+
+
+def _field(index: int, name: str) -> str:
+    return f"chat.messages[{index}].{name}"
 
 
 def _message(message: api.Message) -> dict[str, Any]:

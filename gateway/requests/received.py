@@ -52,23 +52,32 @@ def parse(raw: bytes, *, max_positions: int, limits: Limits) -> Received:
     sampling bytes than its limit."""
     fields = _WireFields(raw, limits.messages * _FIELDS_OF_A_MESSAGE + _OTHER_FIELDS, limits)
     digest = hashlib.sha256()
+    prompt_tokens, sampling = 0, []
     for field in fields.walk(0, len(raw)):
         if field.wire_type != _BYTES:
             continue
         if field.number == _CHAT:
             fields.check_chat(field)
         elif field.number == _TOKENS:
-            fields.check_tokens(field, max_positions)
+            prompt_tokens = max(prompt_tokens, fields.count_ids(field, "tokens"))
         elif field.number == _RESUME:
             fields.check_resume(field, max_positions)
-        elif field.number == _SAMPLING and field.end - field.start > limits.sampling_bytes:
-            raise InvalidRequest(
-                f"sampling takes {field.end - field.start} bytes: use at most {limits.sampling_bytes}"
-            )
+        elif field.number == _SAMPLING:
+            if (size := field.end - field.start) > limits.sampling_bytes:
+                raise InvalidRequest(
+                    f"sampling takes {size} bytes: use at most {limits.sampling_bytes}", field="sampling"
+                )
+            sampling.append(raw[field.start : field.end])
         if field.number in (_CHAT, _TEXT, _TOKENS, _SALT):
             digest.update(f"{field.number} {field.end - field.start} ".encode())
             digest.update(memoryview(raw)[field.start : field.end])
     try:
+        if prompt_tokens >= max_positions and not _truncates(sampling):
+            raise InvalidRequest(
+                f"the prompt has {prompt_tokens} tokens and the model {max_positions} positions: "
+                f"shorten the prompt to at most {max_positions - 1} tokens",
+                field="tokens",
+            )
         request = api.GenerateRequest.FromString(raw)
     except DecodeError as error:
         raise _malformed() from error
@@ -98,15 +107,16 @@ class _WireFields:
         self._left = most
         self._limits = limits
 
-    def walk(self, start: int, end: int) -> Iterator[_Field]:
-        """The fields between the byte offsets ``start`` and ``end``."""
+    def walk(self, start: int, end: int, path: str | None = None) -> Iterator[_Field]:
+        """The fields between the byte offsets ``start`` and ``end``. ``path``: of what they are fields of."""
         offset = start
         while offset < end:
             self._left -= 1
             if self._left < 0:
                 raise InvalidRequest(
                     f"the request has too many fields: use at most {self._limits.messages} messages, fewer "
-                    "with many parts or tool calls, and token ids packed"
+                    "with many parts or tool calls, and token ids packed",
+                    field=path,
                 )
             tag, offset = self._varint(offset, end)
             wire_type = tag & 7
@@ -127,28 +137,29 @@ class _WireFields:
     def check_chat(self, chat: _Field) -> None:
         """Counts the messages of a chat and the fields of these and of their tool calls."""
         messages = 0
-        for field in self.walk(chat.start, chat.end):
+        for field in self.walk(chat.start, chat.end, "chat"):
             if field.number != _MESSAGES:
                 continue
             messages += 1
             if messages > self._limits.messages:
                 raise InvalidRequest(
                     f"the chat has more than {self._limits.messages} messages: leave out the oldest, "
-                    "or join some"
+                    "or join some",
+                    field="chat.messages",
                 )
             if field.wire_type == _BYTES:
                 self._count_fields_of_message(field)
 
     def _count_fields_of_message(self, message: _Field) -> None:
-        for field in self.walk(message.start, message.end):
+        for field in self.walk(message.start, message.end, "chat.messages"):
             if field.number == _TOOL_CALLS and field.wire_type == _BYTES:
-                for _ in self.walk(field.start, field.end):
+                for _ in self.walk(field.start, field.end, "chat.messages"):
                     pass
 
     def check_resume(self, resume: _Field, max_positions: int) -> None:
         """Counts the choices of what was received, and their tokens."""
         choices = 0
-        for received in self.walk(resume.start, resume.end):
+        for received in self.walk(resume.start, resume.end, "resume.received"):
             if received.number != _RECEIVED or received.wire_type != _BYTES:
                 continue
             choices += 1
@@ -157,31 +168,22 @@ class _WireFields:
                     f"received has more than {self._limits.choices} choices, the most that a request has",
                     field="resume.received",
                 )
-            if (count := self._count_ids(received)) > max_positions:
+            if (count := self.count_ids(received, "resume.received")) > max_positions:
                 raise InvalidRequest(
                     f"a received choice has {count} tokens and the model {max_positions} positions",
                     field="resume.received",
                 )
 
-    def _count_ids(self, tokens: _Field) -> int:
+    def count_ids(self, tokens: _Field, path: str) -> int:
         """The number of ids of a TokenIds, in packed and unpacked form."""
         count = 0
-        for ids in self.walk(tokens.start, tokens.end):
+        for ids in self.walk(tokens.start, tokens.end, path):
             if ids.wire_type != _BYTES:
                 count += 1
                 continue
             # In a packed list of varints, each id ends with its only byte below 128.
             count += len(self._raw[ids.start : ids.end].translate(None, _CONTINUED))
         return count
-
-    def check_tokens(self, tokens: _Field, max_positions: int) -> None:
-        """Counts the prompt's token ids."""
-        count = self._count_ids(tokens)
-        if count >= max_positions:
-            raise InvalidRequest(
-                f"the prompt has {count} tokens and the model {max_positions} positions: "
-                f"shorten the prompt to at most {max_positions - 1} tokens"
-            )
 
     def _varint(self, offset: int, end: int) -> tuple[int, int]:
         """(value, offset behind it)."""
@@ -194,6 +196,11 @@ class _WireFields:
                 return value, offset
             shift += 7
         raise _malformed()
+
+
+def _truncates(sampling: list[bytes]) -> bool:
+    """Whether only the end of the prompt is used. Pieces of one message on the wire make up that message."""
+    return api.Sampling.FromString(b"".join(sampling)).truncate_prompt_tokens > 0
 
 
 def _malformed() -> InvalidRequest:

@@ -9,7 +9,9 @@ import logging
 import re
 import uuid
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
+from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -30,6 +32,7 @@ from farshore.gateway.api.openai.schema import ChatBody, CompletionBody, Detoken
 from farshore.gateway.page.page import Page
 from farshore.gateway.requests import validate
 from farshore.gateway.requests.intake import Intake
+from farshore.proto import inference_pb2 as api
 from farshore.text import quoted
 
 BODY_DEADLINE_S = 30.0
@@ -42,6 +45,7 @@ _TRACE = b"x-request-id"
 _TRACE_ID = re.compile(rb"[!-~]{1,128}")
 
 _LOG = logging.getLogger(__name__)
+_Body = TypeVar("_Body", bound=BaseModel)
 _Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -92,27 +96,50 @@ class Endpoints:
 
     async def _chat(self, request: Request) -> Response:
         raw, arrived_s = await self._body(request), self._intake.clock()
-        body = translate.parsed(ChatBody, raw)
+        body = self._parsed(ChatBody, raw, request)
         message = translate.chat_request(body, self._parsing)
         answer = ChatAnswer(
             body, model=self._served.spec.name, tokenizer=self._served.tokenizer, parsing=self._parsing
         )
         return Respond(
-            self._intake, [message], answer, stream=bool(body.stream), arrived_s=arrived_s, fill=True
+            self._intake,
+            [message],
+            answer,
+            stream=bool(body.stream),
+            arrived_s=arrived_s,
+            names=request.state.names,
+            fill=True,
         )
 
     async def _complete(self, request: Request) -> Response:
         raw, arrived_s = await self._body(request), self._intake.clock()
-        body = translate.parsed(CompletionBody, raw)
+        body = self._parsed(CompletionBody, raw, request)
         messages = translate.completion_requests(body)
         prompts = [""] * len(messages)
         if body.echo:
-            decode = self._served.tokenizer.decode
-            prompts = [message.text or decode(message.tokens.ids) for message in messages]
+            prompts = [await self._echoed(message) for message in messages]
         answer = CompletionAnswer(
             body, prompts=prompts, model=self._served.spec.name, tokenizer=self._served.tokenizer
         )
-        return Respond(self._intake, messages, answer, stream=bool(body.stream), arrived_s=arrived_s)
+        return Respond(
+            self._intake,
+            messages,
+            answer,
+            stream=bool(body.stream),
+            arrived_s=arrived_s,
+            names=request.state.names,
+        )
+
+    async def _echoed(self, message: api.GenerateRequest) -> str:
+        """A prompt's text. One to be truncated becomes the ids that are left, and the text is theirs."""
+        if most := message.sampling.truncate_prompt_tokens:
+            ids = await self._in_thread(
+                lambda: validate.tokens_of(message, self._served, self._intake.limits, special=True)
+            )
+            message.tokens.CopyFrom(api.TokenIds(ids=ids[-most:]))
+        if message.HasField("text"):
+            return message.text
+        return await self._in_thread(lambda: self._served.tokenizer.decode(message.tokens.ids))
 
     async def _models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._shown(name) for name in self._names]})
@@ -124,7 +151,7 @@ class Endpoints:
         return JSONResponse(self._shown(name))
 
     async def _tokenize(self, request: Request) -> Response:
-        body = translate.parsed(TokenizeBody, await self._body(request))
+        body = self._parsed(TokenizeBody, await self._body(request), request)
         message = translate.tokenize_request(body)
         special = True if body.add_special_tokens is None else body.add_special_tokens
         ids = await self._in_thread(
@@ -134,7 +161,7 @@ class Endpoints:
         return JSONResponse({"count": len(ids), "max_model_len": positions, "tokens": list(ids)})
 
     async def _detokenize(self, request: Request) -> Response:
-        body = translate.parsed(DetokenizeBody, await self._body(request))
+        body = self._parsed(DetokenizeBody, await self._body(request), request)
         text = await self._in_thread(
             lambda: validate.text_of(body.tokens, model=body.model, served=self._served)
         )
@@ -172,6 +199,12 @@ class Endpoints:
             "max_model_len": self._served.config.max_positions,
         }
 
+    def _parsed(self, kind: type[_Body], raw: bytes, request: Request) -> _Body:
+        """The body, whose names of fields the call's errors have from now on. Raises ApiError."""
+        body = translate.parsed(kind, raw)
+        request.state.names = translate.names_of(body)
+        return body
+
     async def _body(self, request: Request) -> bytes:
         """The body's bytes. Raises ApiError if it is too large, too slow, or no JSON."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -200,7 +233,8 @@ class Endpoints:
             except ClientDisconnect:
                 return Response(status_code=499)
             except Exception as error:
-                answer = error_of(error, retry_after_ms=self._intake.limits.retry_after_ms)
+                names = getattr(request.state, "names", {})
+                answer = error_of(error, retry_after_ms=self._intake.limits.retry_after_ms, names=names)
                 if answer.status == 500:
                     _LOG.exception("a call broke the gateway")
                 return answer.response()

@@ -3,6 +3,7 @@
 Used by every handler of this room, so that each error has one status. Must not know what was asked.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from farshore.errors import AlreadyExists, FarshoreError, Full, InvalidRequest, 
 from farshore.gateway.limits import ERROR_MESSAGE_CHARS
 from farshore.gateway.requests.request import RequestFailed
 from farshore.text import shortened
+
+_INDEX = re.compile(r"\[(\d+)\]")
+_SAME: Mapping[str, str | None] = {}
 
 
 class ApiError(Exception):
@@ -81,8 +85,9 @@ _STATUSES = {
 }
 
 
-def error_of(error: Exception, *, retry_after_ms: int) -> ApiError:
-    """The error to answer with. An exception that is no FarshoreError is a bug: 500, without its text."""
+def error_of(error: Exception, *, retry_after_ms: int, names: Mapping[str, str | None] = _SAME) -> ApiError:
+    """The error to answer with. An exception that is no FarshoreError is a bug: 500, without its text.
+    ``names``: see :func:`translate.names_of`."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ModelError):
@@ -91,11 +96,11 @@ def error_of(error: Exception, *, retry_after_ms: int) -> ApiError:
         if dict(error.failure.trailing).get(rpc.FREE_BYTES):
             return _full(error.failure.message)
         failure = error.failure
-        return _of_status(failure.code, failure.message, retry_after_ms, field=failure.field)
+        return _of_status(failure.code, failure.message, retry_after_ms, param=_param(failure.field, names))
     if isinstance(error, AlreadyExists):
-        return ApiError(409, str(error), param=_param(error.field), code="already_exists")
+        return ApiError(409, str(error), param=_param(error.field, names), code="already_exists")
     if isinstance(error, InvalidRequest):
-        return ApiError(400, str(error), param=_param(error.field))
+        return ApiError(400, str(error), param=_param(error.field, names))
     if isinstance(error, Full):
         return _full(str(error))
     if isinstance(error, FarshoreError):
@@ -109,20 +114,22 @@ def _full(message: str) -> ApiError:
     return ApiError(400, message, code="context_length_exceeded")
 
 
-def _param(field: str | None) -> str | None:
-    """The body's name of a request's field."""
-    return field.rpartition(".")[2] if field else None
+def _param(field: str | None, names: Mapping[str, str | None]) -> str | None:
+    """The body's name of a GenerateRequest's field."""
+    if not field or field in names:
+        return names.get(field or "")
+    return _INDEX.sub(r".\1", field.removeprefix("sampling.").removeprefix("chat."))
 
 
 def _of_status(
-    code: grpc.StatusCode, message: str, retry_after_ms: int, *, field: str | None = None
+    code: grpc.StatusCode, message: str, retry_after_ms: int, *, param: str | None = None
 ) -> ApiError:
     http = _STATUSES.get(code, _Http(500))
     retryable = http.status in (429, 503)
     return ApiError(
         http.status,
         message,
-        param=_param(field),
+        param=param,
         code=http.code,
         retry_after_ms=retry_after_ms if retryable else None,
     )

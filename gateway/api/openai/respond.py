@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from typing import Any
 
 from starlette.responses import Response
@@ -38,7 +38,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Respond(Response):
-    """An ASGI response. ``messages``: the requests; their events are sent in this order."""
+    """An ASGI response. ``messages``: the requests. A stream has their events as they come."""
 
     def __init__(
         self,
@@ -48,15 +48,17 @@ class Respond(Response):
         *,
         stream: bool,
         arrived_s: float,
+        names: Mapping[str, str | None],
         fill: bool = False,
     ) -> None:
-        """``arrived_s``, ``fill``: see :meth:`Intake.take`."""
+        """``arrived_s``, ``fill``: see :meth:`Intake.take`. ``names``: see :func:`translate.names_of`."""
         self._intake = intake
         self._messages = messages
         self._answer = answer
         self._stream = stream
         self._arrived_s = arrived_s
         self._fill = fill
+        self._names = names
         self._requests: list[Request] = []
         self._begun = False
         self.background = None
@@ -75,7 +77,7 @@ class Respond(Response):
         try:
             await self._bounded(self._run(send))
         except Exception as error:
-            refusal = error_of(error, retry_after_ms=self._intake.limits.retry_after_ms)
+            refusal = error_of(error, retry_after_ms=self._intake.limits.retry_after_ms, names=self._names)
             if refusal.status == 500:
                 _LOG.error("a call failed: %s", type(error).__name__)
             if not self._begun:
@@ -109,7 +111,8 @@ class Respond(Response):
                 for events in followed:
                     await streams.enter_async_context(contextlib.aclosing(events))
                 if self._stream:
-                    await self._send_stream(_numbered(followed), send)
+                    events = await streams.enter_async_context(contextlib.aclosing(_merged(followed)))
+                    await self._send_stream(events, send)
                 else:
                     async for number, raw in _numbered(followed):
                         self._add(number, api.GenerateEvent.FromString(raw))
@@ -124,17 +127,23 @@ class Respond(Response):
         await self._write(send, body, last=True)
 
     async def _send_stream(self, events: AsyncIterator[tuple[int, bytes]], send: Send) -> None:
-        """Sends the events. The status waits for the second one, for at most REFUSAL_S: an engine that
-        refuses the request does so before."""
-        held = [await anext(events)]
+        """Sends the events. The status waits for the first one after acceptance, for at most REFUSAL_S: an
+        engine that refuses a request does so before."""
+        held, item = [await anext(events)], None
+        clock = asyncio.get_running_loop().time
+        end_s = clock() + REFUSAL_S
         following = asyncio.ensure_future(anext(events, None))
         try:
-            await asyncio.wait({following}, timeout=REFUSAL_S)
-            if following.done():
-                following.result()
+            while (await asyncio.wait({following}, timeout=max(0.0, end_s - clock())))[0]:
+                item = following.result()
+                if item is None or not api.GenerateEvent.FromString(item[1]).HasField("accepted"):
+                    break
+                held.append(item)
+                following = asyncio.ensure_future(anext(events, None))
             self._begun = True
             await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
-            await self._send_event(*held[0], send)
+            for one in held:
+                await self._send_event(*one, send)
             item = await following
         finally:
             following.cancel()
@@ -169,10 +178,42 @@ class Respond(Response):
 
 
 async def _numbered(followed: Sequence[AsyncIterator[bytes]]) -> AsyncIterator[tuple[int, bytes]]:
-    """The events of all requests, one request after the other; they run at the same time."""
+    """The events of all requests, one request after the other, for an answer that is sent whole. They run at
+    the same time."""
     for number, events in enumerate(followed):
         async for event in events:
             yield number, event
+
+
+async def _merged(followed: Sequence[AsyncIterator[bytes]]) -> AsyncIterator[tuple[int, bytes]]:
+    """The events of all requests as they come. Raises the first request's error."""
+    # Bounded: the requests keep their events, and a slow client must not keep them twice.
+    waiting: asyncio.Queue[tuple[int, bytes | Exception | None]] = asyncio.Queue(maxsize=len(followed))
+
+    async def pass_on(number: int, events: AsyncIterator[bytes]) -> None:
+        end = None
+        try:
+            async for event in events:
+                await waiting.put((number, event))
+        except Exception as error:
+            end = error
+        await waiting.put((number, end))
+
+    tasks = [asyncio.ensure_future(pass_on(number, events)) for number, events in enumerate(followed)]
+    try:
+        left = len(tasks)
+        while left:
+            number, item = await waiting.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                left -= 1
+            else:
+                yield number, item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -19,6 +19,7 @@ from farshore.gateway.api.openai.schema import (
     ChatMessage,
     Common,
     CompletionBody,
+    DetokenizeBody,
     NamedTool,
     ObjectFormat,
     SchemaFormat,
@@ -132,6 +133,29 @@ def completion_requests(body: CompletionBody) -> list[api.GenerateRequest]:
 def asks_for_echo_alone(body: CompletionBody) -> bool:
     """Whether the answer is to be the prompt and nothing more, as programs that score a text ask."""
     return bool(body.echo) and body.max_tokens == 0
+
+
+def names_of(body: BaseModel) -> Mapping[str, str | None]:
+    """The fields of a GenerateRequest whose names in the body differ -> these names; None for no one field.
+    Of the others, the name is the last part of the path."""
+    if isinstance(body, DetokenizeBody):
+        return {"prompt": "tokens"}
+    if isinstance(body, CompletionBody):
+        echoed = body.echo and body.prompt_logprobs is None
+        own = {"tokens": "prompt"} | ({"sampling.prompt_logprobs": "logprobs"} if echoed else {})
+    elif isinstance(body, ChatBody) or body.messages is not None:
+        own = {"prompt": "messages", "chat": "messages"}
+        own |= {"chat.template_arguments": "chat_template_kwargs", "sampling.logprobs": "top_logprobs"}
+        if getattr(body, "max_completion_tokens", None) is not None:
+            own["sampling.max_tokens"] = "max_completion_tokens"
+    else:
+        own = {}
+    if isinstance(body, Common):
+        given = body.structured_outputs is not None
+        own["sampling.structure"] = (
+            "structured_outputs" if given else "response_format" if has_structure(body) else "tool_choice"
+        )
+    return {"sampling": None, **own}
 
 
 def tokenize_request(body: TokenizeBody) -> api.GenerateRequest:

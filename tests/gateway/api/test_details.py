@@ -63,6 +63,22 @@ PATHS = {
         ),
         ("INVALID_REQUEST", None, None),
     ),
+    "role": (
+        lambda f: f.generate(None, chat=api.Chat(messages=[api.Message(content="Hi")])),
+        ("INVALID_REQUEST", None, "chat.messages[0].role"),
+    ),
+    "a long name": (
+        lambda f: f.generate(
+            None, chat=api.Chat(messages=[api.Message(role="user", content="Hi", name="n" * 65)])
+        ),
+        ("INVALID_REQUEST", None, "chat.messages[0].name"),
+    ),
+    "tools": (
+        lambda f: f.generate(
+            None, chat=api.Chat(messages=[api.Message(role="user", content="Hi")], tools=["{}"] * 513)
+        ),
+        ("INVALID_REQUEST", None, "chat.tools"),
+    ),
     "model": (lambda f: f.generate(model="gpt-9"), ("MODEL_ERROR", None, "model")),
     "unknown": (lambda f: f.generate(None, request_id="x"), ("NOT_FOUND", None, None)),
     "id of another": (_named_twice, ("ALREADY_EXISTS", None, "request_id")),

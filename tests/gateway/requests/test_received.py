@@ -164,6 +164,37 @@ def test_refused(case):
         _parse(raw)
 
 
+FIELDS = {
+    "ids": "tokens",
+    "unpacked ids": "tokens",
+    "messages": "chat.messages",
+    "tool calls of one message": "chat.messages",
+    "tools": "chat",
+    "received choices": "resume.received",
+    "sampling": "sampling",
+    "unknown fields": None,
+}
+
+
+@pytest.mark.parametrize("case", FIELDS)
+def test_a_refusal_names_its_field(case):
+    with pytest.raises(InvalidRequest) as caught:
+        _parse(REFUSED[case][0])
+    assert caught.value.field == FIELDS[case]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_prompt_that_is_truncated_may_be_longer_than_the_model(order):
+    request = api.GenerateRequest(
+        tokens=api.TokenIds(ids=[5] * 2000), sampling=api.Sampling(truncate_prompt_tokens=10)
+    )
+    fields = [_field(4, request.tokens.SerializeToString()), _field(5, request.sampling.SerializeToString())]
+    assert _parse(b"".join(fields[::order])).request == request
+    request.sampling.truncate_prompt_tokens = 0
+    with pytest.raises(InvalidRequest, match="2000 tokens"):
+        _parse(request.SerializeToString())
+
+
 OVERSIZE = {
     "64 MiB of ids": _field(4, _field(1, b"\x05" * ((64 << 20) - 20))),
     "a role of 9 MB": _field(2, _field(1, _field(1, b"r" * 9_000_000) + _field(2, b"Hi"))),

@@ -2,6 +2,7 @@
 
 import threading
 
+import grpc
 import httpx2
 import openai
 import pytest
@@ -37,6 +38,17 @@ def test_echo_begins_with_the_prompt(http, client, served):
         assert "".join(chunk.choices[0].text for chunk in chunks) == "Paris is in France"
 
 
+def test_echo_of_a_truncated_prompt_is_what_is_left_of_it(http, client, served):
+    http.engine.auto = served.tokenizer.encode(" France")
+    ids = served.tokenizer.encode("Paris is in")
+    for prompt in ("Paris is in", ids, ids * 5000):
+        answer = client.completions.create(
+            model="smollm2", prompt=prompt, echo=True, extra_body={"truncate_prompt_tokens": 2}
+        )
+        assert answer.choices[0].text == served.tokenizer.decode(ids[-2:]) + " France"
+        assert list(http.engine.next_sequence().request.prompt) == ids[-2:]
+
+
 def test_a_stream_of_many_prompts_tells_them_apart(http, client, served):
     http.engine.auto = served.tokenizer.encode(" one two")
     chunks = client.completions.create(model="smollm2", prompt=["a", "b"], stream=True)
@@ -44,6 +56,59 @@ def test_a_stream_of_many_prompts_tells_them_apart(http, client, served):
     for chunk in chunks:
         texts[chunk.choices[0].index] += chunk.choices[0].text
     assert texts == {0: " one two", 1: " one two"}
+
+
+def test_a_stream_has_each_prompts_tokens_as_they_come(http, client, served):
+    """The second prompt's first, while the first has none."""
+    one, two = served.tokenizer.encode("a"), served.tokenizer.encode("b")
+    word = served.tokenizer.encode(" word")
+    sequences = {}
+
+    def arrived():
+        while len(sequences) < 2:
+            sequence = http.engine.next_sequence()
+            sequences[tuple(sequence.request.prompt)] = sequence
+        sequences[tuple(two)].tokens(*word)
+
+    thread = threading.Thread(target=arrived)
+    thread.start()
+    chunks = client.completions.create(model="smollm2", prompt=["a", "b"], stream=True)
+    first = next(iter(chunks)).choices[0]
+    thread.join(30)
+    assert (first.index, first.text) == (1, " word")
+    sequences[tuple(two)].finish()
+    assert next(chunks).choices[0].index == 1
+    sequences[tuple(one)].tokens(*word)
+    sequences[tuple(one)].finish()
+    assert {chunk.choices[0].index for chunk in chunks} == {0}
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_one_prompt_that_is_refused_is_the_status_of_a_stream(http, client, served, failing):
+    result = {}
+
+    def call():
+        try:
+            client.completions.create(model="smollm2", prompt=["a", "b"], stream=True)
+        except openai.APIStatusError as error:
+            result["error"] = error
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    sequences = sorted((http.engine.next_sequence() for _ in range(2)), key=lambda s: list(s.request.prompt))
+    sequences[failing].fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "full for now")
+    thread.join(30)
+    assert result["error"].status_code == 429
+    assert sequences[1 - failing].ended.wait(30)
+
+
+def test_leaving_a_stream_of_many_prompts_ends_them_all(http, client, served):
+    http_stream = client.completions.create(model="smollm2", prompt=["a", "b", "c"], stream=True)
+    sequences = [http.engine.next_sequence() for _ in range(3)]
+    sequences[1].tokens(*served.tokenizer.encode(" word"))
+    next(iter(http_stream))
+    http_stream.close()
+    assert all(sequence.ended.wait(30) for sequence in sequences)
 
 
 def test_logprobs_are_lists_by_token(http, client, served):

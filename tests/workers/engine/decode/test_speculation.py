@@ -1,13 +1,21 @@
 """Guesses change the number of steps, never a token; a step that breaks changes nothing."""
 
+import re
+import types
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from farshore.errors import TransportError
+from farshore.gateway.requests.structure import grammar_of
+from farshore.proto import inference_pb2 as api
 from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits
+from farshore.workers.engine.constraints.grammar import GrammarCompiler
+from farshore.workers.engine.constraints.token_mask import TokenMask
 from farshore.workers.engine.lookup import NGRAMS, PromptLookup
 from farshore.workers.engine.sequence import Finished, Reason
 
@@ -93,6 +101,41 @@ def test_tokens_equal_those_without_guesses(tiny_model, rig, submit, sampling):
     assert answers[0] == answers[2]
     if not sampling:
         assert answers[3] < answers[1], "no guess was right, on a model that repeats itself"
+
+
+END = 95
+GRAMMAR = "(abcd[a-z ]){12}"
+"""Four of five tokens follow from those before, so many guesses are right; the fifth is the model's."""
+
+
+@pytest.fixture(scope="module")
+def grammars():
+    """Of a vocabulary with a token for each printable character."""
+    ids = {letter: index for index, letter in enumerate(["Ġ", *map(chr, range(33, 127))])}
+    made = Tokenizer(models.BPE(vocab=ids | {"<end>": END}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    loaded = types.SimpleNamespace(backend=made, eos_ids=[END])
+    return GrammarCompiler(lambda: loaded, vocab=97, eos_ids=[END])
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.5, "seed": 3}], ids=["greedy", "seeded"])
+def test_a_text_with_a_grammar_equals_that_without_guesses(tiny_model, rig, submit, grammars, sampling):
+    prompt = [ord(letter) - 32 for letter in "abcd abcdzabcde" * 2]
+    answers, steps = [], []
+    for guesses in (0, 4):
+        cluster = rig(tiny_model, memory_bytes=64 << 20, wrap=CountingClient)
+        engine = cluster.start(limits=EngineLimits(speculate_tokens=guesses))
+        asked = Sampling(max_tokens=100, stop_token_ids=frozenset({END}), **sampling)
+        grammar = grammars.compile(grammar_of(api.Structure(regex=GRAMMAR)))
+        mask = TokenMask(asked, vocab=97, grammar=grammar)
+        collected = submit(engine, "a", prompt, asked, mask=mask)
+        assert collected.result().reason is Reason.STOP
+        answers.append(collected.tokens)
+        steps.append(sum(cluster.clients[worker].steps for worker in cluster.targets))
+    text = "".join(chr(token + 32) for token in answers[0][:-1])
+    assert re.fullmatch(GRAMMAR, text) and answers[0] == answers[1]
+    assert steps[1] < steps[0], "no guess was right, though most tokens follow from those before"
 
 
 def test_a_stop_token_among_accepted_guesses_ends_the_answer(tiny_model, rig, submit):
