@@ -10,9 +10,10 @@ import importlib
 import pytest
 import torch
 
+from farshore.attention_offload.transport.frames import Transport
 from farshore.kernels.formats import KVFormat
 from farshore.kernels.runtime.deferring import DeferredEvent, DeferringRuntime, DeferringStream
-from farshore.models.llama import Llama
+from farshore.models.device_llama import DeviceLlama
 from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.decode.device.loop import DeviceLayerLoop
@@ -30,8 +31,8 @@ LIMITS = EngineLimits(segment_tokens=100)
 
 
 def in_pytorch(model):
-    """The model without native kernels, which no graph could record."""
-    return Llama(model.config, model.weights.dense())
+    """The model as on a device. No graph could record native kernels."""
+    return DeviceLlama(model.config, model.weights.dense())
 
 
 @pytest.fixture
@@ -87,6 +88,20 @@ def test_guesses(tiny_model, greedy, answer):
     prompts = [[5, 6, 7, 8] * 20, *PROMPTS]
     found = answer(in_pytorch(tiny_model), prompts, 24, seed=2, limits=limits, shards=2)
     assert found == [greedy(prompt, 24) for prompt in prompts]
+
+
+def test_shards_over_native_transports(tiny_model, greedy, cluster, submit):
+    """Frames and bulk KV leave from pinned memory, and answers arrive beside them. Two completions fork."""
+    engine = cluster(shards=2).start(
+        model=in_pytorch(tiny_model), runtime=DeferringRuntime(seed=4), limits=LIMITS
+    )
+    sampling = Sampling(max_tokens=12, temperature=0.0, n=2)
+    running = [submit(engine, str(i), prompt, sampling) for i, prompt in enumerate(PROMPTS)]
+    for collected, prompt in zip(running, PROMPTS, strict=True):
+        collected.results(2)
+        assert collected.choices == {0: greedy(prompt, 12), 1: greedy(prompt, 12)}
+    transports = {link.transport for link in engine.links() if link.frames}
+    assert transports and transports <= {Transport.SHARED_MEMORY, Transport.TCP}
 
 
 @pytest.fixture
