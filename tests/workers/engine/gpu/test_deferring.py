@@ -6,6 +6,7 @@ interpreter takes 50 to 400 ms.
 """
 
 import importlib
+import threading
 
 import pytest
 import torch
@@ -119,6 +120,18 @@ def triton(monkeypatch):
 def test_the_kernels_of_a_gpu(triton, tiny_model, greedy, answer, placement):
     found = answer(in_pytorch(tiny_model), PROMPTS[:2], 4, seed=3, **PLACEMENTS[placement])
     assert found == [greedy(prompt, 4) for prompt in PROMPTS[:2]]
+
+
+def test_a_device_that_cannot_compute_fails_before_a_request(tiny_model, rig, monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("no kernel image is available")
+
+    model = in_pytorch(tiny_model)
+    monkeypatch.setattr(model, "project", broken)
+    failed = threading.Event()
+    engine = rig(model, shards=1).start(runtime=DeferringRuntime(seed=0), on_failed=failed.set)
+    assert failed.wait(60)
+    assert "no kernel image is available" in engine.failure
 
 
 FAULTS = {
