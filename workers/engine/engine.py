@@ -358,5 +358,5 @@ def probe(
     for unit in segment.units():
         assert callable(unit), "a segment without spans waits for no shard"
         unit()
-    if segment.logits is None or not bool(torch.isfinite(segment.logits).all()):
+    if segment.logits is None or not bool(torch.isfinite(segment.logits.cpu()).all()):
         raise Internal("the model's logits are not numbers")
