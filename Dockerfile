@@ -1,7 +1,9 @@
-# The image that the chart runs: every process of a cluster on CPUs. docs/kubernetes.md shows build and push.
-# It has the demo model. Probes are in the chart.
+# The image that the chart runs, for CPUs or for NVIDIA's GPUs. docs/kubernetes.md shows build and push. It has the
+# demo model. Probes are in the chart.
 
 ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
+# cpu, or cuda: then PyTorch must have CUDA, and there is the C compiler that Triton needs when it starts a kernel.
+ARG ACCELERATOR=cpu
 
 FROM ${PYTHON_IMAGE} AS build
 # The tag fixes the Debian release; its compiler is the newest patch of it.
@@ -11,7 +13,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/farshore
 ENV PATH=/opt/farshore/bin:$PATH
-# An index with PyTorch's wheels without CUDA: 2.5 GB less. Empty: those of PyPI.
+# An index with PyTorch's wheels without CUDA, 2.5 GB less, or for another CUDA. Empty: those of PyPI, for CUDA.
 ARG PIP_EXTRA_INDEX_URL=
 # The chart's ray.version: KubeRay and all nodes must have the same.
 ARG RAY_VERSION=2.60.0
@@ -27,8 +29,23 @@ RUN pip install --no-cache-dir ".[server]" "ray==${RAY_VERSION}" \
 # have the names of other packages.
 WORKDIR /
 RUN python -c "import farshore.kernels.cpu._native, farshore.kvstore._native, farshore.attention_offload._native"
+ARG ACCELERATOR
+RUN python -c "import sys, torch; sys.exit(sys.argv[1] == 'cuda' and not torch.version.cuda and \
+    'ACCELERATOR=cuda: PyTorch came without CUDA: leave PIP_EXTRA_INDEX_URL empty, or name an index for CUDA')" \
+    "${ACCELERATOR}"
 
-FROM ${PYTHON_IMAGE}
+FROM ${PYTHON_IMAGE} AS cpu
+
+FROM ${PYTHON_IMAGE} AS cuda
+# The driver's libraries come from the host: NVIDIA's runtime mounts them, and these tell it which.
+ENV NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+
+FROM ${ACCELERATOR}
 ARG VERSION=0.1.0
 LABEL org.opencontainers.image.title="farshore" \
       org.opencontainers.image.description="Long-context LLM serving with attention offloaded to pooled memory" \

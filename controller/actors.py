@@ -5,6 +5,7 @@ wrap the real ones, so that only the actor's own process imports these: PyTorch 
 actor's ``__repr__`` is what the Ray dashboard shows.
 """
 
+import logging
 import os
 import signal
 import threading
@@ -12,7 +13,7 @@ import time
 import uuid
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray._private.utils import get_num_cpus
@@ -29,6 +30,11 @@ from farshore.models.config.model import ModelConfig
 from farshore.workers.ending import Ending
 from farshore.workers.ending import Worker as EndingWorker
 
+if TYPE_CHECKING:
+    from farshore.workers.device import Device
+
+_LOG = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerArguments:
@@ -43,8 +49,8 @@ class WorkerArguments:
     kind: Kind
     workers: int
     """How many of its kind there are to be; for its part of its node's cores."""
-    worker_bytes: int
-    """The memory that Ray gives to a worker of this kind."""
+    need: resources.Need
+    """What Ray gives to it: memory of the host, and GPUs."""
 
 
 class _Worker:
@@ -58,7 +64,7 @@ class _Worker:
             resources.all_nodes(),
             here=ray.get_runtime_context().get_node_id(),
             cores=_usable_cores(),
-            each_bytes=arguments.worker_bytes,
+            each=arguments.need,
             workers=arguments.workers,
         )
         self._token = ClusterToken.of_node(arguments.config.token_file)
@@ -80,6 +86,17 @@ class _Worker:
         return f"{self._slot} on {self._host} ({self._id})"
 
 
+def _device(asked: str, need: resources.Need, *, option: str) -> "Device":
+    """The device for this process; what ``auto`` chose is in its log. Raises InvalidRequest. Ray shows a
+    worker the GPU that it gave to it, and no other: the first one of this process."""
+    from farshore.workers.device import resolve
+
+    device = resolve(asked.partition(":")[0], option=option, granted=need.gpus)
+    if asked == "auto":
+        _LOG.warning("%s auto chose %s", option, device)
+    return device
+
+
 def _usable_cores() -> int:
     """The cores that this process may use: of its affinity, and of its container's quota."""
     return max(1, min(len(os.sched_getaffinity(0)), int(get_num_cpus(override_docker_cpu_warning=True))))
@@ -92,10 +109,12 @@ class AttentionActor(_Worker):
         super().__init__(arguments)
         from farshore.workers.attention import AttentionWorker
 
+        config = arguments.config
         self._worker = AttentionWorker(
             worker=self._id,
             slot=self._slot,
-            kv_memory_bytes=arguments.config.kv_memory_bytes,
+            kv_memory_bytes=config.kv_memory_bytes,
+            device=_device(config.attention_device, arguments.need, option="--attention-device"),
             listen=self._listen,
             threads=self._threads,
             token=self._token,
@@ -128,7 +147,8 @@ class DenseActor(_Worker):
                 spec=config.spec,
                 dtype=config.dtype,
                 kv_format=config.stored_format,
-                kv_memory_bytes=config.kv_memory_bytes,
+                kv_memory_bytes=config.dense_budget_bytes,
+                device=_device(config.device, arguments.need, option="--device"),
                 offload=offload,
                 shard_by=config.shard_by if offload else "range",
                 listen=self._listen,
@@ -142,6 +162,7 @@ class DenseActor(_Worker):
             ),
             self._directory,
             host=self._host,
+            on_failed=lambda: self._ending.fail(),
         )
         self._end_with(self._worker)
         threading.Thread(target=self._worker.run, name="load", daemon=True).start()

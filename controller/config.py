@@ -18,6 +18,7 @@ Placement = Literal["offload", "local"]
 ShardBy = Literal["range", "head", "both"]
 Dtype = Literal["bfloat16", "float32"]
 KvFormat = Literal["bf16", "float32", "int8", "int4"]
+AttentionDevice = Literal["cpu", "cuda"]
 
 _HALF = ("float16", "half", "fp16")
 """Names of a type that weights may be stored in, and that nothing computes in."""
@@ -38,6 +39,7 @@ LEAST_GRACE_S, MOST_GRACE_S = 1.0, 3600.0
 MOST_SPECULATED = 16
 """Each guessed token is a row of the step; more than these cost more than they can save."""
 
+_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 _OF_ONE_DRIVER = {
     "dense_workers",
@@ -71,6 +73,13 @@ class ClusterConfig:
     attention_workers: int = 2
     kv_memory_bytes: int = 1 << 30
     """KV budget of each worker; a dense worker's holds tails and, with local placement, spans."""
+    dense_kv_memory_bytes: int | None = None
+    """KV budget of each dense worker, all of which a GPU gives up at once; None: ``kv_memory_bytes``."""
+    device: str = "auto"
+    """Where the dense workers compute: cpu, cuda (a GPU each), cuda:N, or auto: a GPU each if there are as
+    many, else the CPU."""
+    attention_device: AttentionDevice = "cpu"
+    """Where the attention workers keep KV and compute: host memory, or a GPU each."""
     placement: Placement = "offload"
     shard_by: ShardBy = "range"
     max_decode_stall_ms: float = MAX_DECODE_STALL_MS
@@ -109,6 +118,18 @@ class ClusterConfig:
         return self.kv_format or _FORMAT_OF_DTYPE[self.dtype]
 
     @property
+    def gpu_index(self) -> int | None:
+        """The GPU of ``cuda:N``, among those that this host shows; None if Ray chooses."""
+        index = self.device.partition(":")[2]
+        return int(index) if index else None
+
+    @property
+    def dense_budget_bytes(self) -> int:
+        """The KV budget of each dense worker."""
+        own = self.dense_kv_memory_bytes
+        return self.kv_memory_bytes if own is None else own
+
+    @property
     def namespace(self) -> str:
         """Ray's namespace of the controller and the workers."""
         return namespace(self.name)
@@ -138,11 +159,12 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         check_name(self.name)
         check_counts(self.dense_workers, self.attention_workers, placement=self.placement)
-        if self.kv_memory_bytes < MIN_KV_MEMORY_BYTES:
-            raise InvalidRequest(
-                f"--kv-memory {self.kv_memory_bytes}:"
-                f" give each worker at least {MIN_KV_MEMORY_BYTES >> 20}MiB"
-            )
+        budgets = {"--kv-memory": self.kv_memory_bytes, "--dense-kv-memory": self.dense_kv_memory_bytes}
+        for option, budget_bytes in budgets.items():
+            if budget_bytes is not None and budget_bytes < MIN_KV_MEMORY_BYTES:
+                raise InvalidRequest(
+                    f"{option} {budget_bytes}: give each worker at least {MIN_KV_MEMORY_BYTES >> 20}MiB"
+                )
         if self.dtype in _HALF:
             raise InvalidRequest(
                 f"--dtype {self.dtype} is unsupported: use bfloat16, which takes the same memory, or float32"
@@ -152,12 +174,14 @@ class ClusterConfig:
         # Unquantised KV has the type of the arithmetic: kernels take no other float type.
         kv_formats = ("int8", "int4", _FORMAT_OF_DTYPE[self.dtype])
         for name, value, choices in (
+            ("--attention-device", self.attention_device, get_args(AttentionDevice)),
             ("--placement", self.placement, get_args(Placement)),
             ("--shard-by", self.shard_by, get_args(ShardBy)),
             ("--kv-format", self.stored_format, kv_formats),
         ):
             if value not in choices:
                 raise InvalidRequest(f"{name} {value}: use one of {', '.join(choices)}")
+        self._check_device()
         if not LEAST_GRACE_S <= self.shard_grace_s <= MOST_GRACE_S:
             raise InvalidRequest(
                 f"--shard-grace {self.shard_grace_s:g}: use {LEAST_GRACE_S:g} to {MOST_GRACE_S:g} seconds"
@@ -181,6 +205,24 @@ class ClusterConfig:
         for name, port in ports.items():
             if port is not None and not 0 <= port <= 65535:
                 raise InvalidRequest(f"{name} {port}: use 0 (any) to 65535")
+
+    def _check_device(self) -> None:
+        if not _DEVICE.fullmatch(self.device):
+            raise InvalidRequest(
+                f"--device {quoted(self.device)}: use auto, cpu, cuda, or cuda:N for one GPU of this host"
+            )
+        if self.gpu_index is None:
+            return
+        if self.ray_address is not None:
+            raise InvalidRequest(
+                f"--device {self.device}: on the Ray of --ray-address Ray chooses the GPU: use cuda, and "
+                "CUDA_VISIBLE_DEVICES where the node is started"
+            )
+        if self.dense_workers > 1 or self.attention_device == "cuda":
+            raise InvalidRequest(
+                f"--device {self.device} is one GPU, for one worker: for several use cuda, and "
+                "CUDA_VISIBLE_DEVICES to choose GPUs"
+            )
 
 
 def check_name(name: str) -> None:

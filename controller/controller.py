@@ -105,7 +105,8 @@ class Controller:
     def _open(
         self, given: Collection[Kind], state_folder: str, *, restarted: bool
     ) -> tuple[Directory, Desired, Events]:
-        # A controller that is lost for good leaves its workers to the next one.
+        # A controller that is lost for good leaves its workers to the next one. They find its directory in
+        # Redis, or at the same address.
         is_new = not restarted and not self._launcher.occupants()
         common = {"given": given, "placement": self._config.placement, "restarted": restarted}
         if self._config.redis is None:
@@ -167,15 +168,16 @@ class Controller:
         nodes = resources.all_nodes()
         declared = resources.are_declared(nodes)
         counts = self._desired.counts()
+        needs = resources.needs(self._config, self._worker_bytes, nodes, counts)
         if free:
             nodes, taken = resources.free_nodes(), self._launcher.occupants().items()
             waiting = [slot.kind for slot, occupant in taken if not occupant.node]
             counts = {kind: waiting.count(kind) for kind in KINDS}
         for kind in KINDS:
-            each = {"workers": counts[kind], "each_bytes": self._worker_bytes[kind]}
-            if problem := resources.missing(kind, nodes, **each, declared=declared):
+            workers = {"workers": counts[kind], "each": needs[kind]}
+            if problem := resources.missing(kind, nodes, **workers, declared=declared):
                 return problem
-            nodes = resources.beside(nodes, kind, **each, declared=declared)
+            nodes = resources.beside(nodes, kind, **workers, declared=declared)
         return None
 
     def down(self) -> None:
@@ -219,18 +221,19 @@ class Controller:
 
     def _new_worker(self, slot: Slot) -> tuple[type, dict[str, Any], dict[str, Any]]:
         """See :class:`RayLauncher`."""
-        workers, each_bytes = self._desired.counts()[slot.kind], self._worker_bytes[slot.kind]
+        nodes, counts = resources.all_nodes(), self._desired.counts()
+        each = resources.needs(self._config, self._worker_bytes, nodes, counts)[slot.kind]
         arguments = WorkerArguments(
             slot=str(slot),
             config=self._config,
             directory=self.directory_url,
             network=self._config.ray_address is not None,
             kind=slot.kind,
-            workers=workers,
-            worker_bytes=each_bytes,
+            workers=counts[slot.kind],
+            need=each,
         )
         options = {"max_concurrency": 2}
-        options |= resources.asked(slot.kind, resources.all_nodes(), each_bytes=each_bytes, workers=workers)
+        options |= resources.asked(slot.kind, nodes, each=each, workers=counts[slot.kind])
         if slot.kind == "dense":
             return DenseActor, options, {"arguments": arguments}
         options |= {"runtime_env": {"env_vars": rpc.SHARD_ENVIRONMENT}}

@@ -15,7 +15,7 @@ import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray._private.state import available_resources_per_node
@@ -32,11 +32,23 @@ PROCESS_BYTES = 320 << 20
 """Memory of a worker's process beside KV and weights: mostly PyTorch's libraries. An idle attention worker
 was measured at 300 MiB."""
 
+CUDA_PROCESS_BYTES = 4 << 30
+"""Host memory of a worker that computes on a GPU, where its KV and its weights are: PyTorch's libraries for
+CUDA, staging, and the pieces of the model that are being loaded. An estimate: measured on no GPU yet."""
+
 MOST_OBJECT_STORE = 0.1
 """Part of a node's memory that Ray's object store may take without a warning. KV does not use it."""
 
 _GRAIN = 10_000
 """Ray counts resources in units of 1/10,000."""
+
+
+class Need(NamedTuple):
+    """What one worker asks Ray for, beside its part of the node's cores."""
+
+    memory_bytes: int
+    """Of the host."""
+    gpus: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,13 +60,17 @@ class Node:
     memory_bytes: int
     """What Ray may give to actors."""
     cores: float = 0.0
+    gpus: int = 0
+    """GPUs that Ray may give to actors: those that the driver shows, or as many as the node declares."""
     takes: Mapping[str, int]
     """The declared resources among KINDS and MARK, without those that are 0."""
     object_store_bytes: int = 0
 
-    def room(self, kind: Kind, *, each_bytes: int, declared: bool) -> int:
+    def room(self, kind: Kind, *, each: Need, declared: bool) -> int:
         """The number of workers that fit."""
-        fit = self.memory_bytes // each_bytes
+        fit = self.memory_bytes // each.memory_bytes
+        if each.gpus:
+            fit = min(fit, self.gpus // each.gpus)
         return min(fit, self.takes.get(kind, 0)) if declared else fit
 
 
@@ -75,19 +91,43 @@ def are_declared(nodes: Iterable[Node]) -> bool:
 
 
 def worker_bytes(config: ClusterConfig, model: ModelConfig) -> dict[Kind, int]:
-    """The memory that a worker of each kind asks for: its KV, its process, and a dense worker's weights.
-    Raises ModelError if the model's files are gone."""
+    """The host's memory that a worker of each kind asks for: its KV, its process, a dense worker's weights.
+    One that computes on a GPU has KV and weights there. With ``auto`` that is unknown, and the host's memory
+    is asked for. Raises ModelError if the model's files are gone."""
     attention = config.kv_memory_bytes + PROCESS_BYTES
-    return {"dense": attention + _weight_bytes(config, model), "attention": attention}
+    if config.attention_device == "cuda":
+        attention = CUDA_PROCESS_BYTES
+    if config.device.startswith("cuda"):
+        return {"dense": CUDA_PROCESS_BYTES, "attention": attention}
+    dense = config.dense_budget_bytes + PROCESS_BYTES + _weight_bytes(config, model)
+    return {"dense": dense, "attention": attention}
 
 
-def asked(kind: Kind, nodes: Sequence[Node], *, each_bytes: int, workers: int) -> dict[str, Any]:
+def needs(
+    config: ClusterConfig, memory: Mapping[Kind, int], nodes: Sequence[Node], counts: Mapping[Kind, int]
+) -> dict[Kind, Need]:
+    """What a worker of each kind asks for. ``memory``: of :func:`worker_bytes`. ``nodes``: of
+    :func:`all_nodes`. ``counts``: the workers that there are to be. With ``--device auto`` each dense worker
+    asks for a GPU if the nodes have one for each, beside those of the attention workers; else none does."""
+    attention = Need(memory["attention"], int(config.attention_device == "cuda"))
+    dense = Need(memory["dense"], int(config.device != "cpu"))
+    if config.device == "auto":
+        declared = are_declared(nodes)
+        left = beside(nodes, "attention", workers=counts["attention"], each=attention, declared=declared)
+        room = sum(node.room("dense", each=dense, declared=declared) for node in left)
+        dense = dense._replace(gpus=int(room >= counts["dense"]))
+    return {"dense": dense, "attention": attention}
+
+
+def asked(kind: Kind, nodes: Sequence[Node], *, each: Need, workers: int) -> dict[str, Any]:
     """The resources and the scheduling strategy of an actor, as options of Ray. ``nodes``: of
     :func:`all_nodes`. ``workers``: how many of the kind there are to be.
 
     A worker's cores are those of its node over the number of workers that the node takes. Ray is asked
     before the node is known, so the smallest such share is asked for."""
-    options = {"num_cpus": 0.0, "memory": each_bytes, "scheduling_strategy": "SPREAD"}
+    options = {"num_cpus": 0.0, "memory": each.memory_bytes, "scheduling_strategy": "SPREAD"}
+    if each.gpus:
+        options |= {"num_gpus": each.gpus}
     if are_declared(nodes):
         shares = [node.cores / _takes(node) for node in nodes if node.takes.get(kind)]
         cores = int(min(shares, default=0.0) * _GRAIN) / _GRAIN
@@ -98,14 +138,12 @@ def asked(kind: Kind, nodes: Sequence[Node], *, each_bytes: int, workers: int) -
     return options
 
 
-def threads(
-    kind: Kind, nodes: Sequence[Node], *, here: str, cores: int, each_bytes: int, workers: int
-) -> int:
+def threads(kind: Kind, nodes: Sequence[Node], *, here: str, cores: int, each: Need, workers: int) -> int:
     """The number of computing threads of a worker that has just started on the node ``here``: its part of the
     ``cores`` that its process may use. ``workers``: how many of the kind there are to be in the cluster; Ray
     spreads them, so that a small node gets no more than fit there."""
     declared = are_declared(nodes)
-    room = {node.id: node.room(kind, each_bytes=each_bytes, declared=declared) for node in nodes}
+    room = {node.id: node.room(kind, each=each, declared=declared) for node in nodes}
     return max(1, cores // max(1, spread(room, workers).get(here, 1)))
 
 
@@ -123,32 +161,44 @@ def spread(room: Mapping[str, int], count: int) -> dict[str, int]:
     return got
 
 
-def beside(nodes: Iterable[Node], kind: Kind, *, workers: int, each_bytes: int, declared: bool) -> list[Node]:
+def beside(nodes: Iterable[Node], kind: Kind, *, workers: int, each: Need, declared: bool) -> list[Node]:
     """What the nodes have left when ``workers`` of a kind were placed there."""
     nodes = list(nodes)
-    room = {node.id: node.room(kind, each_bytes=each_bytes, declared=declared) for node in nodes}
+    room = {node.id: node.room(kind, each=each, declared=declared) for node in nodes}
     placed = spread(room, workers)
-    return [replace(node, memory_bytes=node.memory_bytes - placed[node.id] * each_bytes) for node in nodes]
+    return [
+        replace(
+            node,
+            memory_bytes=node.memory_bytes - placed[node.id] * each.memory_bytes,
+            gpus=node.gpus - placed[node.id] * each.gpus,
+        )
+        for node in nodes
+    ]
 
 
-def missing(
-    kind: Kind, nodes: Sequence[Node], *, workers: int, each_bytes: int, declared: bool
-) -> str | None:
+def missing(kind: Kind, nodes: Sequence[Node], *, workers: int, each: Need, declared: bool) -> str | None:
     """What is missing for ``workers`` of a kind, and the fix; None if they fit. ``declared``: whether they
     run only on nodes that declare their kind."""
-    if sum(node.room(kind, each_bytes=each_bytes, declared=declared) for node in nodes) >= workers:
+    if sum(node.room(kind, each=each, declared=declared) for node in nodes) >= workers:
         return None
     plural = workers > 1
-    need = f"{_mib(each_bytes)} of memory" + (f" and 1 of Ray's resource {kind!r}" if declared else "")
-    total = f"{_mib(workers * each_bytes)} in all"
+    need = f"{_mib(each.memory_bytes)} of memory" + (" and a GPU" if each.gpus else "")
+    need += f" and 1 of Ray's resource {kind!r}" if declared else ""
+    total = f"{_mib(workers * each.memory_bytes)} in all"
     have = ", ".join(
-        _offered(node, kind, declared=declared) for node in sorted(nodes, key=lambda n: n.address)
+        _offered(node, kind, each, declared=declared) for node in sorted(nodes, key=lambda n: n.address)
     )
     fix = f"lower --kv-memory or --{kind}-workers, or add nodes"
     if declared and sum(node.takes.get(kind, 0) for node in nodes) < workers:
         fix = (
             f"add nodes with `farshore node --ray-address HOST:PORT --{kind} N` (or `ray start --resources "
             f"'{{\"{kind}\": N}}'`), or lower --{kind}-workers"
+        )
+    if each.gpus and sum(node.gpus for node in nodes if not declared or node.takes.get(kind)) < workers:
+        option = "--device" if kind == "dense" else "--attention-device"
+        fix = (
+            f"add nodes with GPUs that take {kind} workers (nvidia-smi lists them there; in Kubernetes: "
+            f"{kind}.gpu.enabled), or use {option} cpu"
         )
     return (
         f"{workers} {kind} worker{'s' if plural else ''} with {need}{' each' if plural else ''} ({total}) "
@@ -185,6 +235,7 @@ def _node(node: Mapping[str, Any], has: Mapping[str, float]) -> Node:
         address=node["NodeManagerAddress"],
         memory_bytes=int(has.get("memory", 0)),
         cores=has.get("CPU", 0.0),
+        gpus=int(has.get("GPU", 0.0)),
         takes={name: int(has[name]) for name in (*KINDS, MARK) if has.get(name, 0) >= 1},
         object_store_bytes=int(has.get("object_store_memory", 0)),
     )
@@ -198,9 +249,10 @@ def _total_bytes(node: Node) -> int:
     return node.memory_bytes + node.object_store_bytes
 
 
-def _offered(node: Node, kind: Kind, *, declared: bool) -> str:
+def _offered(node: Node, kind: Kind, each: Need, *, declared: bool) -> str:
+    gpus = f" and {node.gpus or 'no'} GPU{'s' if node.gpus > 1 else ''}" if each.gpus else ""
     resource = f" and {kind} {node.takes.get(kind, 0)}" if declared else ""
-    return f"{_mib(node.memory_bytes)}{resource} on {node.address}"
+    return f"{_mib(node.memory_bytes)}{gpus}{resource} on {node.address}"
 
 
 def _weight_bytes(config: ClusterConfig, model: ModelConfig) -> int:

@@ -31,6 +31,7 @@ from torch import Tensor
 from farshore.ids import Epoch, SequenceId, SpanId
 from farshore.kernels.base import KVLayout, Segments
 from farshore.kernels.host import HOST
+from farshore.kernels.runtime.base import DeviceRuntime
 from farshore.kvstore.prefix import PrefixBlock
 
 Digest = NewType("Digest", str)
@@ -168,6 +169,12 @@ class ShardStore(Protocol):
     @property
     def memory(self) -> Tensor:
         """u8[budget]: the arena that ``Segments.base`` counts from. Only the store writes to it."""
+        ...
+
+    @property
+    def runtime(self) -> DeviceRuntime | None:
+        """Of the memory's device; None for host memory. What the store has written and sealed is done: work
+        in any stream sees it."""
         ...
 
     def watch(self, removals: "Removals", sequences: Collection[SequenceId]) -> None:

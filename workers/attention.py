@@ -28,8 +28,10 @@ from farshore.kvstore.directory.base import Directory, WorkerRecord
 from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 from farshore.workers.announcer import Announcer
+from farshore.workers.device import CPU, Device, resolve
 from farshore.workers.ending import Ending
 from farshore.workers.lease import Lease
+from farshore.workers.whereabouts import whereabouts
 
 STOP_GRACE_S = 1.0
 
@@ -45,15 +47,17 @@ class AttentionWorker:
         listen: str,
         threads: int,
         token: ClusterToken | None,
+        device: Device = CPU,
         slot: str = "",
         directory: Directory | None = None,
     ) -> None:
         """``listen`` is ``host:port``; port 0 takes any free port. ``token``: what callers must prove; None
-        is allowed on a loopback address only. ``directory``: lists the worker, in ``slot``, and its named
-        blocks, until :meth:`stop`; None: nothing does. Raises PortInUse."""
+        is allowed on a loopback address only. ``device``: where KV is and is attended to. ``directory``:
+        lists the worker, in ``slot``, and its named blocks, until :meth:`stop`; None: nothing does. Raises
+        PortInUse, and InvalidRequest for a device that can't give the memory."""
         torch.set_num_threads(threads)
         share_cores()
-        self._store = LocalStore(worker=worker, arena=Arena(kv_memory_bytes))
+        self._store = LocalStore(worker=worker, arena=Arena(kv_memory_bytes, device=device.torch))
         share_interpreter()
         self._service = AttentionService(worker, self._store, token=token)
         self._checks = health.HealthServicer()
@@ -65,7 +69,9 @@ class AttentionWorker:
             address=self._address,
             host=listen.rpartition(":")[0],
             process_id=os.getpid(),
+            **whereabouts(),
             state="serving",
+            device=str(device),
         )
         self._lease = self._announcer = None
         if directory is not None:
@@ -104,6 +110,9 @@ def main() -> None:
     parser.add_argument("--worker", required=True, metavar="ID")
     parser.add_argument("--kv-memory-bytes", required=True, type=int, metavar="N")
     parser.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT")
+    parser.add_argument(
+        "--device", default="cpu", metavar="DEVICE", help="cpu, or cuda:N: that one of the visible GPUs"
+    )
     parser.add_argument("--threads", default=1, type=int, metavar="N")
     parser.add_argument(
         "--token-file",
@@ -133,6 +142,7 @@ def _worker(args: argparse.Namespace) -> AttentionWorker:
     return AttentionWorker(
         worker=WorkerId(args.worker),
         kv_memory_bytes=args.kv_memory_bytes,
+        device=resolve(args.device),
         listen=args.listen,
         threads=args.threads,
         token=ClusterToken.read(args.token_file) if args.token_file else None,

@@ -100,7 +100,12 @@ PyMethodDef methods[] = {
         " seen_removals, repeatable): layers ((layer class, stored layer), ...); frames[layer class][micro-batch]"
         " (plan, q_bytes, lse_bytes, o_bytes, read_bytes); addresses of the int64 counters attended_bytes and removals."
         " Returns what Python must look up: a new step's message; the number of a step that repeats the last; (number,)"
-        " if spans of the current step were removed; None if the engine has hung up."),
+        " if spans of the current step were removed; None if the engine has hung up. Where a plan is None, it returns"
+        " (number, layer, micro_batch) of each layer frame, which Python answers before the next call."),
+    connection_method<"question", question>(
+        "question(connection, q, q_bytes)\n\nCopies q of the layer frame that Python answers to an address."),
+    connection_method<"answer", answer>(
+        "answer(connection, lse, lse_bytes, o, o_bytes)\n\nSends the answer to that frame, from addresses."),
     connection_method<"share_cores", share_cores>(
         "share_cores()\n\n"
         "This thread, and those that it starts, run as soon as they wake and give their core up as soon as they are"

@@ -47,6 +47,8 @@ void give_way(Arguments& arguments);
 
 // Python functions of the shard's end (shard/shard.cpp).
 PyObject* serve(Arguments& arguments);
+void question(Arguments& arguments);
+void answer(Arguments& arguments);
 void fail(Arguments& arguments);
 void share_cores(Arguments& arguments);
 

@@ -134,15 +134,8 @@ class _Connection:
         # At least one read, so that the store checks an empty range too.
         for first in range(request.first_token, request.end_token, piece_tokens) or (request.first_token,):
             last = min(first + piece_tokens, request.end_token)
-            if layout.format.quantised:
-                k, v = self._store.read(
-                    span, request.layer, first, last, sequence=sequence, dtype=torch.uint8
-                )
-                self._send([address(k), k.nbytes, address(v), v.nbytes])
-            else:
-                stored = self._store.stored_runs(span, request.layer, first, last, sequence=sequence)
-                with stored as runs:
-                    self._send(runs)
+            with self._store.stored_runs(span, request.layer, first, last, sequence=sequence) as runs:
+                self._send(runs)
 
     def _export(self, received: BulkMessage) -> None:
         for piece, payload in exports.pieces(self._store, pb.ExportRequest.FromString(received.message)):

@@ -33,6 +33,7 @@ from farshore.attention_offload.transport.handshake import (
 )
 from farshore.cluster_token import ClusterToken
 from farshore.errors import InvalidRequest, TransportError
+from farshore.kernels.host import address
 from farshore.proto import attention_pb2 as pb
 
 _LOG = logging.getLogger(__name__)
@@ -220,10 +221,16 @@ def serve_frames(
         wire = module.stream(os.dup(connection.fileno()), FRAME_DEADLINE_S, same_host, spin_us)
     try:
         # serve() returns when it needs Python: for a new step (bytes), for the number of a repeated step, for
-        # a recheck of the current step's spans (a tuple), or because the engine has hung up (None).
+        # a recheck of the current step's spans (step,), for the answer to a frame on a device (step, layer,
+        # micro-batch), or because the engine has hung up (None).
         event = module.serve(wire, None, shares_cores)
         while event is not None:
-            if isinstance(event, tuple):
+            if isinstance(event, tuple) and len(event) == 3:
+                q = session.queries(*event, dtype)
+                module.question(wire, address(q), q.nbytes)
+                o, lse = session.attend_staged(*event)
+                module.answer(wire, address(lse), lse.nbytes, address(o), o.nbytes)
+            elif isinstance(event, tuple):
                 session.recheck_spans(*event)
             elif isinstance(event, int):
                 session.repeat_step(event)

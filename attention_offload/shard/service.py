@@ -207,7 +207,7 @@ class AttentionService(pb_grpc.AttentionServicer):
                 k, v = self._store.read(
                     span, request.layer, first, last, sequence=sequence, dtype=torch.uint8
                 )
-                yield pb.KVTokens(tokens=last - first, k=codec.to_bytes(k), v=codec.to_bytes(v))
+                yield pb.KVTokens(tokens=last - first, k=codec.to_bytes(k.cpu()), v=codec.to_bytes(v.cpu()))
         except Exception as error:
             rpc.abort(context, error)
 
@@ -282,9 +282,10 @@ class AttentionService(pb_grpc.AttentionServicer):
         if not request.HasField("open"):
             return self.listener.expect(partial(serve_bulk, self._store, self.holds), tcp=not secured)
         session, dtype = self._open_session(request.open)
-        if not session.runs_natively(dtype):
+        if not (session.runs_natively(dtype) or session.is_staged(dtype)):
             return pb.ConnectReply()
-        shares_cores = oversubscribed_with(request.cores, request.threads)
+        # The threads of a shard on a device wait for it and compute nothing.
+        shares_cores = session.runs_natively(dtype) and oversubscribed_with(request.cores, request.threads)
         serve = partial(serve_frames, session, dtype, shares_cores)
         return self.listener.expect(serve, tcp=not secured, shares_cores=shares_cores)
 

@@ -6,11 +6,12 @@ in the store and calls the kernels. It must not know transports or who owns a se
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from farshore.attention_offload.base import AttentionModel, ShardIdentity
 from farshore.attention_offload.plan.step_plan import Read, ShardStep
 from farshore.attention_offload.shard import checks
+from farshore.attention_offload.shard.staged_frames import StagedFrame
 from farshore.attention_offload.transport.frames import frame_bytes
 from farshore.errors import InvalidRequest
 from farshore.ids import WorkerId
@@ -64,6 +66,18 @@ def identity_of(worker: WorkerId, store: ShardStore, attended: AttendedBytes) ->
     )
 
 
+class _Frame(NamedTuple):
+    """What answers one layer frame."""
+
+    spec: AttentionSpec
+    layer_class: int
+    stored_layer: int
+    rows: int
+    heads: int
+    plan: Any
+    layer_bytes: int
+
+
 class ShardSession:
     """Executes one connection's steps, one at a time. Not thread-safe: one thread serves a connection."""
 
@@ -82,6 +96,10 @@ class ShardSession:
         self._stored_layers = [next(counts[layer_class]) for layer_class in model.layer_class]
         device = store.memory.device
         self._kernels = [implementation(device, dtype=layout.format.dtype) for layout in model.layouts]
+        self._stream = None if store.runtime is None else store.runtime.stream()
+        """Where a store on a device attends; None for host memory."""
+        self._staged: dict[tuple[int, int], StagedFrame] = {}
+        """By layer class and micro-batch: memory that fits the last step's frames."""
         self._plans: list[list[tuple[Any, int]]] = []
         """[layer class][micro-batch]: the kernel plan, and the KV bytes that it reads in one layer."""
         self._segment_count = 0
@@ -139,6 +157,45 @@ class ShardSession:
         q is ``[rows of the micro-batch, heads, k_dim]``. Returns o ``[rows, heads, v_dim]`` in q's dtype and
         lse ``[rows, heads]``, in ``out`` if it is given. Raises InvalidRequest for a frame that does not
         belong to the current step, and NotFound as :meth:`recheck_spans`."""
+        frame = self._frame(step, layer, micro_batch)
+        rows, heads, spec = frame.rows, frame.heads, frame.spec
+        if q.shape != (rows, heads, spec.k_dim):
+            raise InvalidRequest(f"q of shape {tuple(q.shape)}, expected {(rows, heads, spec.k_dim)}")
+        if out is None:
+            out = State.identity(rows, heads, spec.v_dim, dtype=q.dtype, device=q.device)
+        if self._stream is None:
+            with self._attending(frame):
+                self._kernels[frame.layer_class].partial(frame.plan, frame.stored_layer, q, out=out)
+            return out
+        self.queries(step, layer, micro_batch, q.dtype).copy_(q)
+        for field, staged in zip(out, self.attend_staged(step, layer, micro_batch), strict=True):
+            field.copy_(staged)
+        return out
+
+    def queries(self, step: int, layer: int, micro_batch: int, dtype: torch.dtype) -> Tensor:
+        """Host memory for q of a layer frame, ``[rows, heads, k_dim]``, to be overwritten before
+        :meth:`attend_staged`. Raises as :meth:`attend`."""
+        frame = self._frame(step, layer, micro_batch)
+        runtime = self._store.runtime
+        assert self._stream is not None and runtime is not None, "the store is in host memory"
+        key = frame.layer_class, micro_batch
+        staged = self._staged.get(key)
+        if staged is None or not staged.fits(frame.rows, frame.heads, dtype):
+            staged = self._staged[key] = StagedFrame(
+                runtime, self._stream, frame.spec, rows=frame.rows, heads=frame.heads, dtype=dtype
+            )
+        return staged.q
+
+    def attend_staged(self, step: int, layer: int, micro_batch: int) -> State:
+        """As :meth:`attend`, of the memory of :meth:`queries`. The state is in host memory, valid until the
+        next frame of the micro-batch."""
+        frame = self._frame(step, layer, micro_batch)
+        with self._attending(frame):
+            staged = self._staged[frame.layer_class, micro_batch]
+            return staged.attend(self._kernels[frame.layer_class], frame.plan, frame.stored_layer)
+
+    def _frame(self, step: int, layer: int, micro_batch: int) -> "_Frame":
+        """What answers a layer frame. Raises as :meth:`attend`."""
         self.recheck_spans()
         current = self._step
         if current is None or current.step != step:
@@ -147,43 +204,49 @@ class ShardSession:
         layer_class = self._model.layer_class[layer]
         heads = (current.group1 - current.group0) * spec.q_heads_per_group
         rows = self.rows(micro_batch)
-        if q.shape != (rows, heads, spec.k_dim):
-            raise InvalidRequest(f"q of shape {tuple(q.shape)}, expected {(rows, heads, spec.k_dim)}")
         plan, layer_bytes = self._plans[layer_class][micro_batch]
-        if out is None:
-            out = State.identity(rows, heads, spec.v_dim, dtype=q.dtype, device=q.device)
+        return _Frame(spec, layer_class, self._stored_layers[layer], rows, heads, plan, layer_bytes)
+
+    @contextmanager
+    def _attending(self, frame: "_Frame") -> Iterator[None]:
+        """A context for the attention of one frame, which ends with the result in host memory."""
         try:
-            self._kernels[layer_class].partial(plan, self._stored_layers[layer], q, out=out)
+            yield
         except ValueError as error:
             raise InvalidRequest(str(error)) from error
         # Memory freed during the computation may belong to another span already. The result is valid only if
         # all spans are still held.
         self.recheck_spans()
-        self._attended.add(layer_bytes)
-        return out
+        self._attended.add(frame.layer_bytes)
 
     def runs_natively(self, dtype: torch.dtype) -> bool:
-        """Whether the native frame loop can serve this session, with q and o in ``dtype``."""
-        return all(kernels.native for kernels in self._kernels) and dtype in NATIVE_DTYPES
+        """Whether the native frame loop answers this session's frames, with q and o in ``dtype``."""
+        on_host = self._stream is None and all(kernels.native for kernels in self._kernels)
+        return on_host and dtype in NATIVE_DTYPES
+
+    def is_staged(self, dtype: torch.dtype) -> bool:
+        """Whether the native frame loop may ask :meth:`attend_staged` for the answers."""
+        return self._stream is not None and dtype in NATIVE_DTYPES
 
     def native_step(self, dtype: torch.dtype) -> tuple[Any, ...]:
-        """The current step as the argument ``step`` of ``serve`` in ``attention_offload/native``."""
+        """The current step as the argument ``step`` of ``serve`` in ``attention_offload/native``; without
+        plans if this session :meth:`is_staged`."""
         step = self._step
         assert step is not None, "no step was begun"
         groups = step.group1 - step.group0
+        natively = self.runs_natively(dtype)
         work = []
         for spec, batches in zip(self._model.specs, self._plans, strict=True):
             heads = groups * spec.q_heads_per_group
-            work.append(
-                tuple(
-                    (plan.native, *frame_bytes(spec, rows=len(rows), heads=heads, dtype=dtype), layer_bytes)
-                    for rows, (plan, layer_bytes) in zip(step.micro_batches, batches, strict=True)
-                )
-            )
+            frames = []
+            for rows, (plan, layer_bytes) in zip(step.micro_batches, batches, strict=True):
+                sizes = frame_bytes(spec, rows=len(rows), heads=heads, dtype=dtype)
+                frames.append((plan.native if natively else None, *sizes, layer_bytes))
+            work.append(tuple(frames))
         layers = tuple(zip(self._model.layer_class, self._stored_layers, strict=True))
         counters = address(self._attended.native), address(self._removals.count)
-        # Without windows positions do not matter, and the native loop may repeat the step without Python.
-        repeats = not self._model.has_windows
+        # Without windows positions do not matter: the native loop may repeat a step that it answers itself.
+        repeats = natively and not self._model.has_windows
         return step.step, DTYPE_CODES[dtype], layers, tuple(work), *counters, self._seen_removals, repeats
 
     def rows(self, micro_batch: int) -> int:
@@ -223,6 +286,7 @@ class ShardSession:
                 group0=step.group0,
                 group1=step.group1,
                 threads=torch.get_num_threads(),
+                send=None if self._stream is None else self._stream.send,
             )
         except ValueError as error:
             raise InvalidRequest(str(error)) from error

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from farshore.client.cli.model_options import add_model_options, model_spec
-from farshore.controller.config import ClusterConfig, KvFormat, Placement, ShardBy
+from farshore.controller.config import AttentionDevice, ClusterConfig, KvFormat, Placement, ShardBy
 from farshore.defaults import DRAIN_TIMEOUT_S, MAX_DECODE_STALL_MS, SHARD_GRACE_S
 from farshore.errors import InvalidRequest, TransportError
 
@@ -167,6 +167,28 @@ def add_cluster_options(group: argparse._ArgumentGroup) -> None:
         help="KV memory of each worker, such as 512MiB or 2GiB (default: %(default)s)",
     )
     group.add_argument(
+        "--dense-kv-memory",
+        type=size_bytes,
+        metavar="SIZE",
+        help="KV memory of each dense worker: the newest tokens and, with --placement local, all of its KV; "
+        "on a GPU it is taken at the start (default: as --kv-memory)",
+    )
+    group.add_argument(
+        "--device",
+        default="auto",
+        metavar="DEVICE",
+        help="where dense workers compute: cpu, cuda (a GPU for each), cuda:N (that one, of "
+        "the GPUs that this host shows), or auto: a GPU for each if there is one for each, else the CPU "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--attention-device",
+        choices=get_args(AttentionDevice),
+        default="cpu",
+        help="where attention workers hold KV and compute: cpu (host memory), or cuda, a GPU for each "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
         "--placement",
         choices=get_args(Placement),
         default="offload",
@@ -226,6 +248,9 @@ def cluster_config(
             dtype=args.dtype,
             attention_workers=args.attention_workers,
             kv_memory_bytes=args.kv_memory,
+            dense_kv_memory_bytes=args.dense_kv_memory,
+            device=args.device,
+            attention_device=args.attention_device,
             placement=args.placement,
             shard_by=args.shard_by,
             kv_format=args.kv_format,

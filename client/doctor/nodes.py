@@ -77,12 +77,19 @@ def _room(template: Template, nodes: list[dict[str, Any]]) -> Iterator[Finding]:
         largest = ", ".join(
             f"{name} {_shown(name, max(_allocatable(node, name) for node in usable))}" for name in asked
         )
+        devices = [name for name in asked if "/" in name and not any(_allocatable(n, name) for n in usable)]
+        fix = f"add nodes, or lower {template.component}.resources or the number of replicas"
+        if devices:
+            fix = (
+                f"no node shows {devices[0]}: install the driver and the device plugin there (NVIDIA's GPU "
+                f"operator brings both), or set {template.component}.gpu.enabled to false"
+            )
         yield Finding(
             NAME,
             subject,
             f"{template.replicas} are wanted, each with {wanted}, and {len(usable)} nodes that take them "
             f"have room for {room} even if nothing else runs there; the most that one has: {largest}",
-            f"add nodes, or lower {template.component}.resources or the number of replicas",
+            fix,
         )
 
 

@@ -23,8 +23,24 @@ def given_kinds(given: Collection[str]) -> list[Kind]:
 def prepared(config: ClusterConfig, progress: Callable[[str], None]) -> ClusterConfig:
     """The configuration as every node reads it: with absolute paths, and with the commit of a downloaded
     model. Raises InvalidRequest, and TransportError if Redis does not answer."""
+    _check_gpus(config)
     config = _with_redis(_with_token_file(config))
     return replace(config, spec=pinned(config.spec, progress=progress))
+
+
+def _check_gpus(config: ClusterConfig) -> None:
+    """Raises InvalidRequest if this host is to run workers on a GPU and can't. On a Ray that is joined each
+    worker looks for itself."""
+    asked = {"--device": config.device, "--attention-device": config.attention_device}
+    asked = {option: device for option, device in asked.items() if device.startswith("cuda")}
+    if config.ray_address is not None or not asked:
+        return
+    # Imported here: PyTorch takes two seconds to import, which a cluster on CPUs need not pay here.
+    from farshore.workers.device import choose, look
+
+    facts = look(described=False)
+    for option, device in asked.items():
+        choose(device, facts, option=option)
 
 
 def _with_redis(config: ClusterConfig) -> ClusterConfig:

@@ -42,6 +42,9 @@ from farshore.errors import StartupError
 ESSENTIAL = {"raylet": "Ray's raylet", "gcs_server": "Ray's GCS"}
 """Ray's processes that place actors and notice their end. Its other processes only display and log."""
 
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
+"""Ray counts the GPUs that this names, and sets it for each actor to the GPUs that it gives to it."""
+
 END_DEADLINE_S = 2.0
 """How long Ray's processes may take to end before they are killed."""
 
@@ -56,16 +59,19 @@ class RayRuntime:
         dashboard: bool,
         token_file: str | None = None,
         worker_bytes: Mapping[str, int] | None = None,
+        gpu: int | None = None,
         patience_s: float = 0.0,
     ) -> None:
         """``address``: join the Ray at this HOST:PORT; None: start a private Ray. ``token_file``: the
         cluster's token, needed to join; None: that of a private Ray, which :attr:`token_file` names.
         ``worker_bytes``: custom resource -> memory of a process that asks for 1 of it; a private Ray declares
-        as many as its memory holds. ``patience_s``: how long to wait for a Ray to join that does not answer
-        yet."""
+        as many as its memory holds. ``gpu``: the only GPU of a private Ray, as an index among those that this
+        process shows; None: all of these. ``patience_s``: how long to wait for a Ray to join that does not
+        answer yet."""
         self._address = address
         self._token_file = token_file
         self._worker_bytes = worker_bytes or {}
+        self._gpu = gpu
         self._dashboard = dashboard
         self._patience_s = patience_s
         self._connected = False
@@ -166,6 +172,8 @@ class RayRuntime:
             ray_access.TOKEN: None,
             VARIABLE: None,  # The workers' file is the configuration's.
         }
+        if self._gpu is not None:
+            secured[VISIBLE_GPUS] = visible_gpu(self._gpu, os.environ.get(VISIBLE_GPUS))
         try:
             with _environment(secured), _loopback_only():
                 self._init(options, "see Ray's log under /tmp/ray")
@@ -191,6 +199,11 @@ class RayRuntime:
             # The first line gives the reason; the rest may be pages long.
             why = str(error).strip().partition("\n")[0]
             raise StartupError(f"Ray did not start ({why}): {fix}") from error
+
+
+def visible_gpu(index: int, visible: str | None) -> str:
+    """CUDA_VISIBLE_DEVICES for one GPU alone, the one with this index where ``visible`` is in force."""
+    return visible.split(",")[index] if visible else str(index)
 
 
 @contextlib.contextmanager

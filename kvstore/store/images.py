@@ -5,7 +5,7 @@ A range of tokens is cut into **chunk ranges**: at most one block's tokens, in a
 layers, in the layout's own order (:func:`image_layout`). For whole blocks the image is a range of the memory
 itself, so nothing is copied.
 
-Called by ``store``, ``transfer`` and ``parity``. It must not know spans or checksums.
+Called by ``memory``, ``store``, ``transfer`` and ``parity``. It must not know spans or checksums.
 """
 
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ def read_image(
 ) -> Tensor:
     """The image ``u8[bytes]`` of a chunk of the range that begins at token ``offset``. A view of ``memory``
     if the chunk is a whole block, otherwise a copy."""
-    block_view = _whole_block(memory, layout, bases, chunk, offset)
+    block_view = whole_block(memory, layout, bases, chunk, offset)
     if block_view is not None:
         return block_view
     shape = image_layout(layout, chunk)
@@ -70,7 +70,7 @@ def read_image(
 
 def write_image(memory: Tensor, layout: KVLayout, bases: Bases, chunk: ChunkRange, image: Tensor) -> None:
     """Writes the image of a chunk of the range that begins at token 0 to its tokens in ``memory``."""
-    block_view = _whole_block(memory, layout, bases, chunk, 0)
+    block_view = whole_block(memory, layout, bases, chunk, 0)
     if block_view is not None:
         native = native_for(memory)
         if native is None or image.device != memory.device:
@@ -105,7 +105,7 @@ def _payload_and_scales(
     )
 
 
-def _whole_block(
+def whole_block(
     memory: Tensor, layout: KVLayout, bases: Bases, chunk: ChunkRange, offset: int
 ) -> Tensor | None:
     """The chunk's bytes in ``memory`` if its tokens are exactly one block, otherwise None."""

@@ -4,18 +4,22 @@ Called by ``store``, which guards every change with its lock; the shard service 
 before it grants. It must not know holds.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from farshore.errors import InvalidRequest
 from farshore.ids import Epoch, SpanId
 from farshore.kernels.base import KVLayout
 from farshore.kvstore.base import CoveredSpan, Digest, SpanKey
-from farshore.kvstore.store import blocks, forms, images
+from farshore.kvstore.store import forms
 from farshore.kvstore.store.arena import Arena, Extent
-from farshore.kvstore.store.images import ChunkRange
+from farshore.kvstore.store.images import ChunkRange, chunk_ranges
+from farshore.kvstore.store.memory import KVMemory
 from farshore.kvstore.store.ranges import Ranges
+from farshore.kvstore.store.transfer import ChunkImage, ExportHeader
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -62,16 +66,37 @@ class SpanRecord:
         arena.commit([Extent(base, 1, stride) for base in self.bases[self.committed_blocks : last]])
         self.committed_blocks = max(self.committed_blocks, last)
 
-    def write(self, memory: Tensor, layer: int, first: int, k: Tensor, v: Tensor) -> None:
+    def write(self, memory: KVMemory, layer: int, first: int, k: Tensor, v: Tensor) -> None:
         """Stores tokens from ``first`` on in one layer. The caller has checked them."""
-        blocks.copy_in(memory, self.layout, self.bases, layer=layer, first=first, k=k, v=v)
+        memory.write(self.layout, self.bases, layer=layer, first=first, k=k, v=v)
         self.written[layer].add(first, first + k.shape[1])
 
-    def write_image(self, memory: Tensor, chunk: ChunkRange, image: Tensor) -> None:
+    def write_image(self, memory: KVMemory, chunk: ChunkRange, image: Tensor) -> None:
         """Stores an imported chunk."""
-        images.write_image(memory, self.layout, self.bases, chunk, image)
+        memory.write_image(self.layout, self.bases, chunk, image)
         for written in self.written[chunk.layer0 : chunk.layer1]:
             written.add(chunk.first, chunk.last)
+
+    def read(
+        self, memory: KVMemory, layer: int, first: int, last: int, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
+        """Copies of tokens of one layer. The caller has checked them and pinned the span."""
+        return memory.read(self.layout, self.bases, layer=layer, first=first, last=last, dtype=dtype)
+
+    def runs(self, memory: KVMemory, layer: int, first: int, last: int) -> Iterator[list[int]]:
+        """Yields the runs of tokens as stored; they stay valid until the next item is asked for. The caller
+        has checked the tokens and pinned the span."""
+        runs, keep = memory.runs(self.layout, self.bases, layer=layer, first=first, last=last)
+        yield runs
+        del keep
+
+    def images(self, memory: KVMemory, first: int, last: int) -> Iterator[ChunkImage]:
+        """Images of sealed tokens. The caller has pinned the span."""
+        key = replace(self.key, first=self.key.first + first)
+        header = ExportHeader(key=key, layout=self.layout, tokens=last - first, parity=bool(self.covers))
+        chunks = chunk_ranges(self.layout, last - first)
+        for chunk, image in memory.images(self.layout, self.bases, chunks, offset=first):
+            yield ChunkImage(header, chunk, image)
 
     def seal(self, span: SpanId, tokens: int) -> None:
         """Moves the sealed mark to ``tokens``. InvalidRequest, which names ``span``, for a mark below the

@@ -22,6 +22,7 @@ from torch import Tensor
 from farshore.errors import Fenced, InvalidRequest, NotFound
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import KVLayout, Segments
+from farshore.kernels.runtime.base import DeviceRuntime
 from farshore.kvstore.base import (
     CoveredSpan,
     Digest,
@@ -39,21 +40,31 @@ from farshore.kvstore.store import blocks, forms, report, transfer
 from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.cached import CachedSpans
 from farshore.kvstore.store.holds import HoldTable
-from farshore.kvstore.store.images import chunk_ranges, read_image
+from farshore.kvstore.store.memory import kv_memory
 from farshore.kvstore.store.span import SpanRecord, check_readable, check_sealed, check_shape, check_unsealed
-from farshore.kvstore.store.transfer import ChunkImage, ExportHeader
+from farshore.kvstore.store.transfer import ChunkImage
 
 
 class LocalStore:
     """See :class:`~farshore.kvstore.base.ShardStore` for the contract. The arena may be shared with tails.
 
-    ``fences``: the number of fences that are remembered of sequences without holds.
+    ``fences``: the number of fences that are remembered of sequences without holds. ``runtime``: of the
+    arena's device; None: a new one for a GPU, and none for host memory.
     """
 
-    def __init__(self, *, worker: WorkerId, arena: Arena, fences: int = 65_536) -> None:
+    def __init__(
+        self,
+        *,
+        worker: WorkerId,
+        arena: Arena,
+        fences: int = 65_536,
+        runtime: DeviceRuntime | None = None,
+    ) -> None:
         self._worker = worker
         self._arena = arena
         self.memory = arena.memory
+        self._kv = kv_memory(arena.memory, runtime)
+        self.runtime = self._kv.runtime
         self.incarnation = secrets.token_hex(8)
         self._lock = threading.RLock()
         self._serials = count()
@@ -104,7 +115,7 @@ class LocalStore:
                 last = first + forms.check_tokens(record.layout, layer, k, v)
                 check_unsealed(span, record, first, last)
                 if record.is_committed(last):
-                    return record.write(self.memory, layer, first, k, v)
+                    return record.write(self._kv, layer, first, k, v)
             record.commit(self._arena, last)  # without the lock: it may take long
 
     def seal(
@@ -125,7 +136,7 @@ class LocalStore:
             first = record.sealed_before
             record.pins += 1
         try:
-            sealed = transfer.digest(self._images(record, first, tokens))
+            sealed = transfer.digest(record.images(self._kv, first, tokens))
             if not first:
                 record.digest = (tokens, sealed)
             return sealed
@@ -137,7 +148,7 @@ class LocalStore:
             check_sealed(span, record, 0, tokens)
             known = record.digest
             if known is None or known[0] != tokens:
-                record.digest = known = (tokens, transfer.digest(self._images(record, 0, tokens)))
+                record.digest = known = (tokens, transfer.digest(record.images(self._kv, 0, tokens)))
             return known[1]
 
     def sealed(self, span: SpanId, *, holder: SequenceId) -> tuple[int, list[PrefixBlock]]:
@@ -166,11 +177,7 @@ class LocalStore:
         with self._pinned(span, holder=sequence) as record:
             check_readable(span, record, first, last)
             forms.check_layer(record.layout, layer)
-            layers = range(layer, layer + 1)
-            k, v = blocks.copy_out(
-                self.memory, record.layout, record.bases, layers=layers, first=first, last=last, dtype=dtype
-            )
-            return k[0], v[0]
+            return record.read(self._kv, layer, first, last, dtype)
 
     def chunk_images(self, span: SpanId, first: int, last: int) -> Iterator[ChunkImage]:
         """Like :meth:`export`, for use in this process: neither copied nor checksummed."""
@@ -217,7 +224,7 @@ class LocalStore:
                 with self._pinned(span, holder=sequence) as record:
                     record.commit(self._arena, chunk.last)  # without the lock: it may take long
                     with self._lock:
-                        self._writable(span, sequence, epoch).write_image(self.memory, chunk, image)
+                        self._writable(span, sequence, epoch).write_image(self._kv, chunk, image)
             with self._lock:
                 record = self._writable(span, sequence, epoch)
                 record.covers = covers
@@ -231,13 +238,12 @@ class LocalStore:
     def stored_runs(
         self, span: SpanId, layer: int, first: int, last: int, *, sequence: SequenceId
     ) -> Iterator[list[int]]:
-        """Locates sealed tokens, for a transport that sends them without a copy: see
-        :func:`farshore.kvstore.store.blocks.runs`. The memory is not freed inside the context. NotFound
-        unless ``sequence`` holds the span."""
+        """Locates sealed tokens as stored, in host memory: see :meth:`KVMemory.runs`. The memory is not freed
+        inside the context. NotFound unless ``sequence`` holds the span."""
         with self._pinned(span, holder=sequence) as record:
             check_readable(span, record, first, last)
             forms.check_layer(record.layout, layer)
-            yield blocks.runs(self.memory, record.layout, record.bases, layer=layer, first=first, last=last)
+            yield from record.runs(self._kv, layer, first, last)
 
     def look_up(self, span: SpanId, *, holder: SequenceId) -> SpanShape:
         with self._lock:
@@ -336,15 +342,7 @@ class LocalStore:
 
     def _pinned_images(self, span: SpanId, first: int, last: int) -> Iterator[ChunkImage]:
         with self._pinned(span) as record:
-            yield from self._images(record, first, last)
-
-    def _images(self, record: SpanRecord, first: int, last: int) -> Iterator[ChunkImage]:
-        """Images of sealed tokens of a pinned span."""
-        key = replace(record.key, first=record.key.first + first)
-        header = ExportHeader(key=key, layout=record.layout, tokens=last - first, parity=bool(record.covers))
-        for chunk in chunk_ranges(record.layout, last - first):
-            image = read_image(self.memory, record.layout, record.bases, chunk, offset=first)
-            yield ChunkImage(header, chunk, image)
+            yield from record.images(self._kv, first, last)
 
     @contextmanager
     def _pinned(self, span: SpanId, *, holder: SequenceId | None = None) -> Iterator[SpanRecord]:

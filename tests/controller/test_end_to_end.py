@@ -117,11 +117,13 @@ def test_a_killed_attention_worker_fails_its_sequence(serve):
 def test_a_small_pool_of_int8_kv_local_placement_choices_and_a_relative_path(marked, serve):
     model = os.path.relpath(resolve("smollm2").path, REPOSITORY)
     options = ["--kv-format", "int8", "--speculate", "4", "--max-decode-stall-ms", "100"]
+    options += ["--device", "cpu"]
     _, address = serve("--placement", "local", "--kv-memory", "64MiB", "--model", model, *options)
     with Client(address) as client:
         status = client.status()
         assert status.model == model
         assert (status.kv_format, status.speculate_tokens, status.max_decode_stall_ms) == ("int8", 4, 100)
+        assert {each.device for each in status.workers} == {"cpu"}
         with pytest.raises(InvalidRequest, match="--kv-memory"):
             list(client.generate(token_ids=[1] * 6000))
         stream = client.generate("One, two, three, four, five, six,", max_tokens=40, stop="eight")

@@ -9,35 +9,36 @@ from hypothesis import strategies as st
 from farshore.controller import resources
 from farshore.controller.config import ClusterConfig
 from farshore.controller.ray_settings import MARK
-from farshore.controller.resources import Node
+from farshore.controller.resources import Need, Node
 from farshore.model_spec import ModelSpec
 from farshore.models.config.load import load_spec
 
 GIB = 1 << 30
 
 
-def node(name, memory_bytes, *, cores=2.0, store_bytes=0, **takes):
+def node(name, memory_bytes, *, cores=2.0, gpus=0, store_bytes=0, **takes):
     return Node(
         id=name,
         address=name,
         memory_bytes=memory_bytes,
         cores=cores,
+        gpus=gpus,
         takes=takes,
         object_store_bytes=store_bytes,
     )
 
 
-def missing(kind, nodes, workers, each_bytes=GIB):
+def missing(kind, nodes, workers, each_bytes=GIB, gpus=0):
     declared = resources.are_declared(nodes)
-    return resources.missing(kind, nodes, workers=workers, each_bytes=each_bytes, declared=declared)
+    return resources.missing(kind, nodes, workers=workers, each=Need(each_bytes, gpus), declared=declared)
 
 
-def asked(kind, nodes, workers=2):
-    return resources.asked(kind, nodes, each_bytes=GIB, workers=workers)
+def asked(kind, nodes, workers=2, gpus=0):
+    return resources.asked(kind, nodes, each=Need(GIB, gpus), workers=workers)
 
 
 def threads(kind, nodes, here, workers, cores=16):
-    return resources.threads(kind, nodes, here=here, cores=cores, each_bytes=GIB, workers=workers)
+    return resources.threads(kind, nodes, here=here, cores=cores, each=Need(GIB), workers=workers)
 
 
 @pytest.mark.parametrize(
@@ -93,9 +94,73 @@ def test_a_missing_resource_is_named_with_the_fix(kind, takes):
 
 def test_workers_of_one_kind_leave_less_for_the_other():
     nodes = [node("a", 3 * GIB, attention=9, dense=9)]
-    left = resources.beside(nodes, "dense", workers=1, each_bytes=2 * GIB, declared=True)
+    left = resources.beside(nodes, "dense", workers=1, each=Need(2 * GIB), declared=True)
     assert missing("attention", left, 1) is None
     assert "1,024 MiB and attention 9 on a" in missing("attention", left, 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "nodes", "workers", "parts"),
+    [
+        (
+            "dense",
+            [node("a", 9 * GIB)],
+            1,
+            ("1 dense worker with", "and a GPU (", "9,216 MiB and no GPU on a;", "use --device cpu"),
+        ),
+        (
+            "dense",
+            [node("a", 9 * GIB, gpus=1, dense=2), node("b", 9 * GIB, gpus=4, attention=4)],
+            2,
+            (
+                "and a GPU and 1 of Ray's resource 'dense' each",
+                "and 1 GPU and dense 2 on a",
+                "dense.gpu.enabled",
+            ),
+        ),
+        ("attention", [node("a", GIB, gpus=2)], 3, ("and 2 GPUs on a", "use --attention-device cpu")),
+        # Enough GPUs, too little memory.
+        ("attention", [node("a", GIB, gpus=2)], 2, ("and 2 GPUs on a; lower --kv-memory",)),
+    ],
+)
+def test_missing_gpus_are_told_with_the_fix(kind, nodes, workers, parts):
+    message = missing(kind, nodes, workers, gpus=1)
+    assert all(part in message for part in parts), message
+    assert "GPU" not in (missing(kind, nodes, 100) or "")
+
+
+def test_workers_with_a_gpu_fit_and_leave_fewer_gpus():
+    nodes = [node("a", 9 * GIB, gpus=2, dense=1, attention=1), node("b", 9 * GIB, attention=9)]
+    assert missing("dense", nodes, 1, gpus=1) is None
+    assert missing("attention", nodes, 1, gpus=1) is None
+    left = resources.beside(nodes, "dense", workers=1, each=Need(GIB, 1), declared=True)
+    assert [each.gpus for each in left] == [1, 0]
+    assert asked("dense", nodes, gpus=1)["num_gpus"] == 1 and "num_gpus" not in asked("dense", nodes)
+
+
+@pytest.mark.parametrize(
+    ("options", "gpus", "expected"),
+    [
+        ({}, (0,), (0, 0)),
+        ({}, (2,), (1, 0)),
+        # One engine would be left without: all compute on CPUs.
+        ({"dense_workers": 2}, (1,), (0, 0)),
+        ({"dense_workers": 2}, (1, 1), (1, 0)),
+        ({"device": "cpu"}, (2,), (0, 0)),
+        ({"device": "cuda"}, (0,), (1, 0)),
+        ({"device": "cuda:1"}, (0,), (1, 0)),
+        ({"attention_device": "cuda"}, (2,), (0, 1)),
+        ({"attention_device": "cuda"}, (2, 1), (1, 1)),
+        ({"device": "cuda", "attention_device": "cuda"}, (0,), (1, 1)),
+    ],
+)
+def test_which_workers_ask_for_a_gpu(options, gpus, expected):
+    config = ClusterConfig(**options)
+    nodes = [node(str(index), 9 * GIB, gpus=count) for index, count in enumerate(gpus)]
+    counts = {"dense": config.dense_workers, "attention": config.attention_workers}
+    needs = resources.needs(config, {"dense": 2 * GIB, "attention": GIB}, nodes, counts)
+    assert (needs["dense"].gpus, needs["attention"].gpus) == expected
+    assert (needs["dense"].memory_bytes, needs["attention"].memory_bytes) == (2 * GIB, GIB)
 
 
 def test_workers_ask_for_their_resource_memory_and_cores():
@@ -176,6 +241,16 @@ def test_a_dense_worker_also_asks_for_its_weights():
     stored, file_bytes = weights("bfloat16")
     assert stored == file_bytes
     assert weights("float32")[0] == pytest.approx(4 * 134.5e6, rel=0.01)
+
+
+def test_a_worker_on_a_gpu_has_weights_and_kv_there():
+    model = load_spec(ModelSpec())[1]
+    config = ClusterConfig(device="cuda", attention_device="cuda", kv_memory_bytes=64 * GIB)
+    both = resources.worker_bytes(config, model)
+    assert both == {"dense": resources.CUDA_PROCESS_BYTES, "attention": resources.CUDA_PROCESS_BYTES}
+    # What auto chooses is unknown when the memory is asked for.
+    on_cpu = resources.worker_bytes(ClusterConfig(device="cpu"), model)
+    assert resources.worker_bytes(ClusterConfig(), model) == on_cpu
 
 
 def test_an_operator_is_told_what_ray_takes_and_that_nodes_declare_nothing():

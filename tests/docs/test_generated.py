@@ -19,7 +19,7 @@ def _load(name):
     return module
 
 
-@pytest.mark.parametrize("name", ["api", "openai"])
+@pytest.mark.parametrize("name", ["accelerators", "api", "openai"])
 def test_the_committed_document_is_up_to_date(name):
     module = _load(name)
     stale = f"run python -P docs/generate/{name}.py"

@@ -4,10 +4,12 @@ import importlib.metadata
 import json
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "Dockerfile").read_text()
@@ -59,10 +61,33 @@ def test_it_runs_the_program_as_the_charts_user(defaults):
 
 
 def test_it_has_the_charts_version_of_ray_and_its_own(defaults):
-    arguments = dict(text.split("=", 1) for text in instructions("ARG"))
+    # An argument of the whole file is repeated, without a value, in a stage that reads it.
+    arguments = dict(text.split("=", 1) for text in instructions("ARG") if "=" in text)
     assert arguments["RAY_VERSION"] == defaults["ray"]["version"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert arguments["VERSION"] == project["version"]
+
+
+def test_one_recipe_makes_the_images_for_cpus_and_for_gpus():
+    arguments = dict(text.split("=", 1) for text in instructions("ARG") if "=" in text)
+    assert arguments["ACCELERATOR"] == "cpu" and arguments["PIP_EXTRA_INDEX_URL"] == ""
+    stages = instructions("FROM")
+    bases = {text.partition(" AS ")[2]: text.partition(" AS ")[0] for text in stages}
+    assert bases["cpu"] == bases["cuda"] == "${PYTHON_IMAGE}" and stages[-1] == "${ACCELERATOR}"
+    # Triton compiles a part of each kernel's launcher where it runs.
+    compilers = [text for text in instructions("RUN") if " gcc " in text]
+    assert len(compilers) == 1 and "libc6-dev" in compilers[0]
+
+
+def test_an_image_for_gpus_needs_pytorchs_build_for_them():
+    (command,) = (text for text in instructions("RUN") if "ACCELERATOR" in text)
+    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "ACCELERATOR": "cuda"}
+    done = subprocess.run(
+        ["sh", "-c", command], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    fails = torch.version.cuda is None
+    assert (done.returncode != 0) == fails, done.stderr
+    assert ("PyTorch came without CUDA" in done.stderr) == fails
 
 
 def test_its_context_has_every_package_and_no_tests():

@@ -236,7 +236,13 @@ def test_a_healthy_release_has_no_finding(doctor):
     assert doctor()[1] == f"nothing is wrong; checked: {', '.join(checks)}\n"
 
 
-@pytest.mark.parametrize("values", ["default", "laptop", "one-dense-two-memory", "two-dense-eight-memory"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        *("default", "laptop", "one-dense-two-memory", "two-dense-eight-memory"),
+        *("one-gpu-two-memory", "eight-gpu-sixteen-memory"),
+    ],
+)
 def test_each_example_needs_what_it_names_and_no_more(module, render, examples, values, tmp_path, capsys):
     """A cluster of three nodes without labels, volumes and credentials of its own."""
     server = module.DoctorServer(render(examples.get(values, {})))
@@ -249,6 +255,8 @@ def test_each_example_needs_what_it_names_and_no_more(module, render, examples, 
     named.add(("volumes", "persistentvolumeclaim models"))
     wanted = {
         "one-dense-two-memory": named,
+        "one-gpu-two-memory": named,
+        "eight-gpu-sixteen-memory": named | {("secrets", "secret registry")},
         "two-dense-eight-memory": named | {("secrets", "secret registry")},
     }
     assert found == wanted.get(values, set())
@@ -277,6 +285,26 @@ def test_groups_that_no_node_has_room_for(doctor, server):
         server.objects["nodes", f"node-{number}"]["spec"]["taints"] = [taint]
     found = {each["subject"]: each for each in doctor("--json")[1]["findings"]}
     assert "no ready node of 3" in found["pods of attention"]["problem"]
+
+
+def test_nodes_that_show_no_gpu(module, render, tmp_path, capsys):
+    """Where one shows too few, the device plugin is there."""
+    values = {"dense": {"gpu": {"enabled": True}, "resources": {"limits": {"cpu": "2", "memory": "4Gi"}}}}
+    server = module.DoctorServer(render(values))
+    (tmp_path / "file").write_text(server.kubeconfig)
+    command = ["doctor", "--kube", "--release=demo", "-n=llm", f"--kubeconfig={tmp_path / 'file'}", "--json"]
+
+    def found():
+        main(command)
+        return [(each["problem"], each["fix"]) for each in json.loads(capsys.readouterr().out)["findings"]]
+
+    ((problem, fix),) = found()
+    assert "nvidia.com/gpu 1" in problem and "the most that one has" in problem
+    assert "no node shows nvidia.com/gpu" in fix and "device plugin" in fix and "driver" in fix
+    server.objects["nodes", "node-1"]["status"]["allocatable"]["nvidia.com/gpu"] = "1"
+    assert found() == []
+    server.shutdown()
+    server.server_close()
 
 
 def test_checks_that_fail_hide_no_others(doctor, server):

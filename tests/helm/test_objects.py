@@ -72,6 +72,14 @@ MATRIX = {
     "huge pages": {
         "attention": {"resources": {"limits": {"cpu": 4, "memory": "8Gi", "hugepages-2Mi": "4Gi"}}}
     },
+    "gpus": {
+        "spec": {"denseKvMemory": "2GiB"},
+        "dense": {"gpu": {"enabled": True, "runtimeClassName": "nvidia", "image": "r/farshore:1-cuda"}},
+        "attention": {
+            "gpu": {"enabled": True, "resource": "nvidia.com/mig-1g.10gb", "tolerations": []},
+            "resources": {"limits": {"cpu": 4, "memory": "8Gi"}},
+        },
+    },
     "scaled": {
         "gateway": {"autoscaling": {"enabled": True}, "maxLiveRequests": 1000000},
         "dense": {"replicas": 3, "workersPerPod": 2},

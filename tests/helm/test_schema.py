@@ -25,6 +25,12 @@ REFUSED = [
     ({"dense": {"resources": {"limits": {"memory": "3Gi", "cpu": None}}}}, "cpu"),
     ({"dense": {"tolerations": [{"effect": "NoScheduling"}]}}, "/dense/tolerations/0/effect"),
     ({"dense": {"extraEnv": [{"value": "x"}]}}, "name"),
+    ({"dense": {"gpu": {"enabled": "yes"}}}, "/dense/gpu/enabled"),
+    ({"dense": {"gpu": {"resource": "gpu"}}}, "/dense/gpu/resource"),
+    ({"attention": {"gpu": {"image": "farshore"}}}, "/attention/gpu/image"),
+    ({"attention": {"gpu": {"count": 2}}}, "count"),
+    ({"spec": {"denseKvMemory": "1Gi"}}, "/spec/denseKvMemory"),
+    ({"spec": {"device": "cuda"}}, "device"),
     ({"gateway": {"service": {"type": "Public"}}}, "/gateway/service/type"),
     ({"gateway": {"terminationGracePeriod": 5}}, "terminationGracePeriod"),
     ({"model": {"source": "pvc"}}, "/model/pvc/claimName"),
@@ -42,7 +48,9 @@ REFUSED = [
     # A schema can't compare two values: a template does.
     ({"spec": {"kvMemory": "3GiB"}}, "attention.resources.limits.memory"),
     ({"dense": {"workersPerPod": 4}}, "dense.resources.limits.memory"),
-    ({"spec": {"drainTimeout": 120}}, "dense.terminationGracePeriodSeconds"),
+    ({"attention": {"gpu": {"enabled": True}}}, "attention.resources.limits.memory"),
+    ({"spec": {"drainTimeout": 101}}, "dense.terminationGracePeriodSeconds"),
+    ({"spec": {"drainTimeout": 100}, "attention": {"terminationGracePeriodSeconds": 119}}, "attention.term"),
     ({"gateway": {"drainTimeout": 85}}, "gateway.terminationGracePeriodSeconds"),
 ]
 
@@ -51,6 +59,14 @@ REFUSED = [
 def test_wrong_values_are_refused_by_name(render, helm_failed, values, key):
     with pytest.raises(helm_failed, match=re.escape(key)):
         render(values)
+
+
+def test_a_grace_of_a_drain_and_twenty_seconds_is_enough(render):
+    cluster = render({"spec": {"drainTimeout": 100}})[("RayCluster", "demo-farshore")]["spec"]
+    for group in cluster["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        *_, leave_s = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        assert 100 < int(leave_s) < pod["terminationGracePeriodSeconds"] == 120
 
 
 @pytest.mark.parametrize(

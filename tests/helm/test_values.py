@@ -13,9 +13,11 @@ import pytest
 from farshore.client.cli.main import parser
 from farshore.client.cli.options import cluster_config
 from farshore.controller.ray_settings import ENVIRONMENT, MARK, OBJECT_STORE_BYTES, QUICK_VERDICT
+from farshore.controller.resources import CUDA_PROCESS_BYTES
 from farshore.gateway import __main__ as gateway_main
 from farshore.kvstore.directory.redis.address import RedisAddress
 from farshore.model_spec import ModelSpec
+from farshore.workers.whereabouts import NODE, ZONE
 
 CHART = Path(__file__).parents[2] / "helm" / "farshore"
 
@@ -32,7 +34,9 @@ OF_A_PROCESS = {
 }
 """Options of `serve` that are of a process, not of a cluster."""
 
-BY_THE_CHART = {"name", "dense-workers", "attention-workers", "no-gateway", "controller-port"}
+BY_THE_CHART = {"name", "dense-workers", "attention-workers", "no-gateway", "controller-port"} | {
+    *("device", "attention-device"),
+}
 
 
 def kebab(name):
@@ -88,6 +92,7 @@ def test_every_value_of_spec_reaches_the_program(render, read):
         "reasoningParser": "think",
         "kvFormat": "int8",
         "kvMemory": "1.5GiB",
+        "denseKvMemory": "1.25GiB",
         "placement": "local",
         "shardBy": "both",
         "maxDecodeStallMs": 150.5,
@@ -97,7 +102,8 @@ def test_every_value_of_spec_reaches_the_program(render, read):
     }
     config = read(render({"spec": spec, "attention": {"replicas": 3, "workersPerPod": 1}}))
     default = read(render())
-    for field in ("dtype", "kv_format", "kv_memory_bytes", "placement", "shard_by", "attention_workers"):
+    memory = ("kv_memory_bytes", "dense_kv_memory_bytes")
+    for field in (*memory, "dtype", "kv_format", "placement", "shard_by", "attention_workers"):
         assert getattr(config, field) != getattr(default, field), field
     for field in ("max_decode_stall_ms", "shard_grace_s", "drain_timeout_s", "speculate"):
         assert getattr(config, field) != getattr(default, field), field
@@ -121,6 +127,66 @@ def test_numbers_of_workers_are_pods_times_workers(render, read):
         (word,) = shlex.split(declared[name])
         assert json.loads(word) == {"farshore": 1, **takes}
     assert json.loads(*shlex.split(cluster["headGroupSpec"]["rayStartParams"]["resources"])) == {MARK: 1}
+
+
+GPU = {
+    "enabled": True,
+    "resource": "nvidia.com/gpu.shared",
+    "runtimeClassName": "nvidia",
+    "image": "registry.example.com/farshore:1-cuda",
+}
+LIMITS = {"limits": {"cpu": "8", "memory": "20Gi"}}
+SSD = {"key": "disk", "operator": "Exists"}
+
+
+def test_workers_on_gpus_get_nodes_images_and_options_for_them(render, read):
+    group = {"workersPerPod": 4, "resources": LIMITS, "gpu": GPU, "tolerations": [SSD]}
+    objects = render({"dense": group, "attention": {"replicas": 1}})
+    config = read(objects)
+    assert (config.device, config.attention_device, config.dense_workers) == ("cuda", "cpu", 4)
+    cluster = objects[("RayCluster", "demo-farshore")]["spec"]
+    head, dense, attention = (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
+    pod = dense["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["image"] == GPU["image"] and pod["runtimeClassName"] == "nvidia"
+    assert container["resources"]["limits"] == {"cpu": "8", "memory": "20Gi", "nvidia.com/gpu.shared": 4}
+    assert dense["rayStartParams"]["num-gpus"] == "4"
+    assert pod["tolerations"] == [
+        SSD,
+        {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
+    ]
+    for other in (head, attention):
+        assert "num-gpus" not in other["rayStartParams"]
+        spec = other["template"]["spec"]
+        assert "runtimeClassName" not in spec and "tolerations" not in spec
+        assert not [name for c in spec["containers"] for name in c["resources"]["limits"] if "/" in name]
+
+
+def test_attention_workers_on_gpus_and_what_is_left_at_its_default(render, read):
+    objects = render({"attention": {"gpu": {"enabled": True}, "resources": LIMITS}})
+    config = read(objects)
+    assert (config.device, config.attention_device) == ("auto", "cuda")
+    group = objects[("RayCluster", "demo-farshore")]["spec"]["workerGroupSpecs"][1]
+    pod = group["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1 and "runtimeClassName" not in pod
+    assert container["image"] == "registry.example.com/farshore:0.1.0"
+
+
+def test_the_chart_asks_for_as_much_memory_as_the_program(render, helm_failed):
+    """On a GPU the host holds neither weights nor KV."""
+
+    def group(memory_bytes):
+        limits = {"limits": {"cpu": "2", "memory": f"{memory_bytes >> 20}Mi"}}
+        return {"gpu": {"enabled": True}, "resources": limits}
+
+    for name in ("dense", "attention"):
+        assert render({name: group(CUDA_PROCESS_BYTES)})
+        with pytest.raises(helm_failed, match=f"{name}.resources.limits.memory.*are on the GPU"):
+            render({name: group(CUDA_PROCESS_BYTES - (1 << 20))})
+    with pytest.raises(helm_failed, match=r"dense\.resources\.limits\.memory.*spec\.denseKvMemory 96GiB"):
+        render({"spec": {"denseKvMemory": "96GiB"}})
+    assert render({"spec": {"denseKvMemory": "96GiB"}, "dense": group(CUDA_PROCESS_BYTES)})
 
 
 def test_only_what_needs_new_pods_changes_their_template(render, examples, merged):
@@ -194,7 +260,7 @@ def test_ray_is_set_up_as_farshore_sets_it_up(render, defaults):
     groups = (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
     for group, expected in zip(groups, (ENVIRONMENT | QUICK_VERDICT, ENVIRONMENT, ENVIRONMENT), strict=True):
         container = group["template"]["spec"]["containers"][0]
-        set_here = {each["name"]: each["value"] for each in container["env"]}
+        set_here = {each["name"]: each.get("value") for each in container["env"]}
         assert {name: value for name, value in set_here.items() if name.startswith("RAY_")} == expected
         assert group["rayStartParams"]["object-store-memory"] == str(OBJECT_STORE_BYTES)
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
@@ -209,6 +275,17 @@ def test_ray_is_set_up_as_farshore_sets_it_up(render, defaults):
     assert not set(ranges[0]) & set(ranges[1])
 
 
+def test_workers_are_told_where_they_run(render):
+    """By the downward API: the names of their machine and zone, which need no right to read nodes."""
+    cluster = render()[("RayCluster", "demo-farshore")]["spec"]
+    for group in cluster["workerGroupSpecs"]:
+        env = {
+            each["name"]: each.get("valueFrom") for each in group["template"]["spec"]["containers"][0]["env"]
+        }
+        assert env[NODE] == {"fieldRef": {"fieldPath": "spec.nodeName"}}
+        assert env[ZONE] == {"fieldRef": {"fieldPath": "metadata.labels['topology.kubernetes.io/zone']"}}
+
+
 def test_ray_knows_every_option_that_kuberay_gives_it(render):
     command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--help"]
     usage = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
@@ -218,9 +295,25 @@ def test_ray_knows_every_option_that_kuberay_gives_it(render):
         assert group["rayStartParams"].keys() <= known
 
 
+GROUPS = ["head", "dense", "attention"]
+NAMED = {
+    # A template's name for a part of the values: the parts.
+    "Values": [""],
+    "group": GROUPS,
+    "gateway": ["gateway"],
+    "redis": ["redis.bundled"],
+    "pod": [*GROUPS, "gateway", "redis.bundled"],
+    "ports": ["ray.ports"],
+    "ingress": ["ingress.grpc", "ingress.http"],
+}
+
+
 def test_no_value_is_dead(defaults):
-    """Every key is read by a template, by its own name or as part of an object that is written out whole."""
+    """A template reads every value by its path; an object that is written out whole counts as one value."""
     templates = "".join(file.read_text() for file in (CHART / "templates").rglob("*.*"))
+    read = set()
+    for name, keys in re.findall(r"\b(\w+)\.((?:[a-z]\w*\.)*[a-z]\w*)", templates):
+        read |= {f"{part}.{keys}".removeprefix(".") for part in NAMED.get(name, ())}
     whole = ("spec", "resources", "initResources", "annotations")
 
     def leaves(values, path=()):
@@ -228,10 +321,9 @@ def test_no_value_is_dead(defaults):
             if isinstance(value, dict) and value and key not in whole:
                 yield from leaves(value, (*path, key))
             else:
-                yield (*path, key)
+                yield ".".join((*path, key))
 
-    dead = [".".join(path) for path in leaves(defaults) if not re.search(rf"\.{path[-1]}\b", templates)]
-    assert dead == []
+    assert set(leaves(defaults)) - read == set()
 
 
 def test_notes_say_what_matters(notes):

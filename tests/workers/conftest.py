@@ -104,14 +104,26 @@ class Rig:
     """One model, its shards in this process, and the engines that a test builds on them."""
 
     def __init__(
-        self, model, *, shards=2, shard_by="range", local=False, memory_bytes=1 << 30, wrap=None, format=None
+        self,
+        model,
+        *,
+        shards=2,
+        shard_by="range",
+        local=False,
+        memory_bytes=1 << 30,
+        wrap=None,
+        format=None,
+        stores_on=lambda worker: None,
     ):
+        """``stores_on``: the device runtime of a worker's store; None for host memory."""
         self.model = model
         self.attention = attention_model(model.config, model.dtype, format)
         self.arenas = {
             w: Arena(memory_bytes) for w in (ENGINE, *(WorkerId(f"shard{i}") for i in range(shards)))
         }
-        self.stores = {w: LocalStore(worker=w, arena=arena) for w, arena in self.arenas.items()}
+        self.stores = {
+            w: LocalStore(worker=w, arena=arena, runtime=stores_on(w)) for w, arena in self.arenas.items()
+        }
         self.clients = {w: InProcessClient(w, store, self.attention) for w, store in self.stores.items()}
         for worker in list(self.clients)[1:]:
             if wrap is not None:

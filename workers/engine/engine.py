@@ -141,6 +141,7 @@ class Engine:
                 LayerLoop(**common) if runtime.is_host else DeviceLayerLoop(**common, runtime=runtime),
                 attention,
                 MicroBatchTuner(lambda: self._shards.waited_s),
+                runtime=runtime,
                 suspect=self._suspect,
             ),
             limits=limits,
@@ -303,7 +304,7 @@ class Engine:
             probe(self._model, self._attention, self._kernels, self._pool, self._runtime)
         except Exception as error:
             _log.exception("the engine ends")
-            self._failure = f"the engine failed with {type(error).__name__}: {error}; restart the cluster"
+            self._failure = f"the engine failed with {type(error).__name__}: {error}; its worker is replaced"
             self._on_failed()
             self._requests.stop(Internal(self._failure))
 

@@ -13,6 +13,9 @@ import numpy as np
 from farshore.errors import FarshoreError
 from farshore.workers.engine.penalties import Row
 
+DAMAGED = "the model's logits are not numbers: its weights or the stored KV are damaged"
+"""The message of the error for logits that are not finite."""
+
 
 class Logprobs(NamedTuple):
     """``logprob``: of the token. ``top``: (token id, log-probability) of the likeliest tokens, best first;
@@ -26,15 +29,15 @@ def check_finite(logits: Row) -> None:
     """Raises FarshoreError if a logit is not finite. ``logits``: any number of rows."""
     # max() and min() both return NaN if there is one.
     if not (isfinite(logits.max()) and isfinite(logits.min())):
-        raise FarshoreError("the model's logits are not numbers: its weights or the stored KV are damaged")
+        raise FarshoreError(DAMAGED)
 
 
 def logprobs_of(row: Row, token: int, *, alternatives: int) -> Logprobs:
     """The log-probabilities of ``token`` and of as many of the likeliest tokens as ``alternatives`` says.
     ``row``: f32[vocab], finite."""
     largest = float(row.max())
-    with np.errstate(over="ignore"):
-        log_sum = largest + float(np.log(np.exp(row - np.float32(largest)).sum(dtype=np.float64)))
+    with np.errstate(over="ignore", under="ignore"):
+        log_sum = largest + float(np.log(np.exp(row - np.float32(largest), dtype=np.float64).sum()))
     top: tuple[tuple[int, float], ...] = ()
     count = min(alternatives, row.size)
     if count > 0:

@@ -9,15 +9,19 @@ import logging
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 
+from torch import Tensor
+
 from farshore.attention_offload.base import AttentionModel
 from farshore.errors import Internal, Late, Lost, TransportError
 from farshore.ids import WorkerId
+from farshore.kernels.runtime.base import DeviceRuntime
 from farshore.workers.engine.decode import step_entry
 from farshore.workers.engine.decode.device.loop import DeviceLayerLoop
 from farshore.workers.engine.decode.micro_batch_tuner import MicroBatchTuner
 from farshore.workers.engine.decode.planner import Planner
 from farshore.workers.engine.decode.step import LayerLoop
 from farshore.workers.engine.decode.step_entry import StepEntry
+from farshore.workers.engine.sequence import Sequence
 
 _log = logging.getLogger(__name__)
 
@@ -25,7 +29,8 @@ _log = logging.getLogger(__name__)
 class StepRunner:
     """Runs the decode steps of one engine. Not thread-safe: only the engine's thread calls it.
 
-    ``suspect`` is called with the workers of shards whose frames failed.
+    ``runtime``: of the layer loop's device. ``suspect`` is called with the workers of shards whose frames
+    failed.
     """
 
     def __init__(
@@ -34,11 +39,13 @@ class StepRunner:
         attention: AttentionModel,
         tuner: MicroBatchTuner,
         *,
+        runtime: DeviceRuntime,
         suspect: Callable[[Iterable[WorkerId], TransportError], None],
     ) -> None:
         self._layer_loop = layer_loop
         self._attention = attention
         self._tuner = tuner
+        self._runtime = runtime
         self._suspect = suspect
         self._planner = Planner(attention)
         self._step = 0
@@ -69,6 +76,17 @@ class StepRunner:
         for entry in entries:
             if entry.sequence.runs_alone:
                 self._run_alone(entry)
+
+    def draw_first_tokens(self, sequences: Seq[Sequence], logits: Tensor) -> list[StepEntry]:
+        """Draws the first token of each completion of one prompt. Raises the first error of a sequence.
+
+        ``logits``: f32[vocab], of the prompt's last token."""
+        entries = [StepEntry(sequence, [], []) for sequence in sequences]
+        step_entry.draw_tokens(entries, logits.expand(len(entries), -1), self._runtime)
+        for entry in entries:
+            if entry.error is not None:
+                raise entry.error
+        return entries
 
     def _run_alone(self, entry: StepEntry) -> None:
         """Runs one sequence of a failed step alone, and clears ``runs_alone`` once it succeeds or raises.
@@ -101,5 +119,5 @@ class StepRunner:
         except Exception:
             step_entry.truncate_tails(entries)
             raise
-        step_entry.draw_tokens(entries, logits)
+        step_entry.draw_tokens(entries, logits, self._runtime)
         step_entry.commit(plan, entries, self._attention)

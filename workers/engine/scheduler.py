@@ -228,7 +228,7 @@ class Scheduler:
             choices.append(child)
             self._requests.add_fork(sequence, child)
         sequence.forked = True
-        entries = [StepEntry(choice, [], [step_entry.draw_token(choice, logits)]) for choice in choices]
+        entries = self._runner.draw_first_tokens(choices, logits)
         for choice in choices:
             if self._limits.speculate_tokens:
                 choice.lookup = PromptLookup(self._limits.speculate_tokens)

@@ -1,4 +1,5 @@
-// The Python functions of the shard's end. One native call answers the layer frames of a step and of its repetitions.
+// The Python functions of the shard's end. One native call answers the layer frames of a step and of its repetitions,
+// or, where Python runs the kernels (on a device), returns for each of them.
 
 #include <sched.h>
 #include <sys/syscall.h>
@@ -6,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <optional>
 
 #include "calls.h"
@@ -15,7 +17,7 @@ namespace {
 
 // What answers the layer frames of one layer class and micro-batch.
 struct PreparedFrame {
-    void* plan;  // a kernel plan
+    void* plan;  // a kernel plan; null: Python answers
     uint32_t q_bytes, lse_bytes, o_bytes;
     int64_t read_bytes;  // of stored KV
 };
@@ -71,8 +73,8 @@ PreparedFrame prepared_frame(Arguments& batches) {
     checked_bytes(int64_t{frame.lse_bytes} + frame.o_bytes);
     frame.read_bytes = items.integer<int64_t>("read_bytes", 0);
     items.end();
-    frame.plan = PyCapsule_GetPointer(plan, PLAN_CAPSULE);
-    if (!frame.plan) items.wrong_kind("plan", PLAN_CAPSULE, plan);
+    frame.plan = plan == Py_None ? nullptr : PyCapsule_GetPointer(plan, PLAN_CAPSULE);
+    if (!frame.plan && plan != Py_None) items.wrong_kind("plan", PLAN_CAPSULE, plan);
     return frame;
 }
 
@@ -158,10 +160,16 @@ class CoreFollower {
     int frames_apart_ = 0;
 };
 
-// Answers layer frames until Python must look up a step's spans: a step other than a repetition comes (it is put into
-// `frame`), or spans of the current step were removed (its layer frame is then connection.unanswered). Returns false
-// when the engine has hung up.
-bool answer_frames(Connection& connection, PreparedStep& step, const Api& api, bool shares_cores, Frame& frame) {
+// What Python must do.
+enum class Event {
+    END,      // the engine has hung up
+    STEP,     // look up the spans of the step in `frame`
+    RECHECK,  // look up the current step's spans, of which some were removed; its layer frame is unanswered
+    ANSWER,   // answer the layer frame, which is unanswered
+};
+
+// Answers layer frames until there is an event; an unanswered frame is in connection.unanswered too.
+Event answer_frames(Connection& connection, PreparedStep& step, const Api& api, bool shares_cores, Frame& frame) {
     thread_local CoreFollower follower;
     connection.expect(step.max_layer_bytes());
     for (;;) {
@@ -172,18 +180,22 @@ bool answer_frames(Connection& connection, PreparedStep& step, const Api& api, b
             try {
                 frame = connection.receive(NEVER);
             } catch (const HungUp&) {
-                return false;
+                return Event::END;
             }
         }
         if (frame.header.kind == REPEAT_STEP && step.repeatable && step.still_holds()) {
             step.number = frame.header.step;
             continue;
         }
-        if (frame.header.kind == BEGIN || frame.header.kind == REPEAT_STEP) return true;
+        if (frame.header.kind == BEGIN || frame.header.kind == REPEAT_STEP) return Event::STEP;
         if (frame.header.kind != LAYER) throw Broken("garbage: a shard was sent a failure");
         if (shares_cores) follower.follow(connection.other_core());
         Header header = frame.header;
         const PreparedFrame& prepared = frame_for(step, header);
+        if (!prepared.plan) {
+            connection.unanswered = frame;
+            return Event::ANSWER;
+        }
         header.bytes = prepared.lse_bytes + prepared.o_bytes;
         uint8_t* out = connection.reserve(header.bytes);
         if (step.still_holds())
@@ -193,11 +205,17 @@ bool answer_frames(Connection& connection, PreparedStep& step, const Api& api, b
         std::atomic_thread_fence(std::memory_order_acquire);
         if (!step.still_holds()) {
             connection.unanswered = frame;
-            return true;
+            return Event::RECHECK;
         }
         std::atomic_ref(*step.attended_bytes).fetch_add(prepared.read_bytes, std::memory_order_relaxed);
         connection.publish(header);
     }
+}
+
+// The layer frame that Python answers.
+const Frame& unanswered_frame(const Connection& connection) {
+    if (!connection.unanswered) throw std::logic_error("no layer frame waits for an answer");
+    return *connection.unanswered;
 }
 
 // The fields of Linux's struct sched_attr that exist in all versions; see sched_setattr(2).
@@ -247,12 +265,48 @@ PyObject* serve(Arguments& arguments) {
     thread_local uint64_t slice = 0;
     if (step.number && slice != slice_ns(step)) set_slice(slice = slice_ns(step));
     Frame frame;
-    const bool asks = without_gil([&] { return answer_frames(connection, step, api, shares_cores, frame); });
-    if (!asks) Py_RETURN_NONE;
-    // Only frames of a step stay unanswered, so the step has a number.
-    if (connection.unanswered) return Py_BuildValue("(I)", *step.number);
-    if (frame.header.kind == REPEAT_STEP) return PyLong_FromUnsignedLong(frame.header.step);
-    return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(frame.payload), frame.header.bytes);
+    const Header& header = frame.header;
+    switch (without_gil([&] { return answer_frames(connection, step, api, shares_cores, frame); })) {
+        case Event::END:
+            Py_RETURN_NONE;
+        case Event::RECHECK:  // Only frames of a step stay unanswered, so the step has a number.
+            return Py_BuildValue("(I)", *step.number);
+        case Event::ANSWER:
+            return Py_BuildValue("(III)", *step.number, unsigned{header.layer}, unsigned{header.micro_batch});
+        case Event::STEP:
+            break;
+    }
+    if (header.kind == REPEAT_STEP) return PyLong_FromUnsignedLong(header.step);
+    return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(frame.payload), header.bytes);
+}
+
+void question(Arguments& arguments) {
+    Connection& connection = connection_of(arguments);
+    uint8_t* q = arguments.address<uint8_t>("q");
+    const auto q_bytes = arguments.integer<int64_t>("q_bytes", 0);
+    arguments.end();
+    const Frame& frame = unanswered_frame(connection);
+    if (q_bytes != frame.header.bytes)
+        throw std::out_of_range("q of " + std::to_string(frame.header.bytes) + " bytes, not " + std::to_string(q_bytes));
+    std::memcpy(q, frame.payload, frame.header.bytes);
+}
+
+void answer(Arguments& arguments) {
+    Connection& connection = connection_of(arguments);
+    const auto* lse = arguments.address<uint8_t>("lse");
+    const uint32_t lse_bytes = checked_bytes(arguments.integer<int64_t>("lse_bytes"));
+    const auto* o = arguments.address<uint8_t>("o");
+    const uint32_t o_bytes = checked_bytes(arguments.integer<int64_t>("o_bytes"));
+    arguments.end();
+    without_gil([&] {
+        Header header = unanswered_frame(connection).header;
+        header.bytes = checked_bytes(int64_t{lse_bytes} + o_bytes);
+        uint8_t* out = connection.reserve(header.bytes);
+        std::memcpy(out, lse, lse_bytes);
+        std::memcpy(out + lse_bytes, o, o_bytes);
+        connection.unanswered.reset();
+        connection.publish(header);
+    });
 }
 
 void share_cores(Arguments& arguments) {

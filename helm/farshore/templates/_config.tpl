@@ -8,6 +8,12 @@ name: {{ include "farshore.fullname" . }}
 {{ kebabcase $key }}: {{ toJson $value }}
 {{- end }}
 {{- end }}
+{{- if .Values.dense.gpu.enabled }}
+device: cuda
+{{- end }}
+{{- if .Values.attention.gpu.enabled }}
+attention-device: cuda
+{{- end }}
 {{- if ne .Values.redis.mode "embedded" }}
 redis-url: {{ include "farshore.redisUrl" . }}
 {{- if include "farshore.redisSecret" . }}
@@ -71,16 +77,23 @@ grpc://{{ include "farshore.controllerAddress" . }}
 {{- if not (regexMatch "^[a-z]([a-z0-9-]*[a-z0-9])?$" $name) -}}
 {{- fail (printf "%s is no name of a Service: set fullnameOverride to one that begins with a letter" $name) -}}
 {{- end -}}
-{{- $kv := include "farshore.bytes" .Values.spec.kvMemory | int64 -}}
 {{- range $name := list "dense" "attention" -}}
 {{- $group := index $.Values $name -}}
 {{- $limit := include "farshore.bytes" $group.resources.limits.memory | int64 -}}
-{{- $least := mul $group.workersPerPod (add $kv (mul 320 1048576)) -}}
-{{- if lt $limit $least -}}
-{{- fail (printf "%s.resources.limits.memory: %v is too little: %v workers with spec.kvMemory %s and 320Mi each need %dMi, and Ray some more" $name $group.resources.limits.memory $group.workersPerPod $.Values.spec.kvMemory (div $least 1048576)) -}}
+{{- $key := ternary "denseKvMemory" "kvMemory" (and (eq $name "dense") (not (empty $.Values.spec.denseKvMemory))) -}}
+{{- $size := index $.Values.spec $key -}}
+{{- $each := add (include "farshore.bytes" $size | int64) (mul 320 1048576) -}}
+{{- $what := printf "spec.%s %s and 320Mi" $key $size -}}
+{{- if $group.gpu.enabled -}}
+{{- $each = mul 4096 1048576 -}}
+{{- $what = "4Gi (KV and weights are on the GPU)" -}}
 {{- end -}}
-{{- if le (float64 $group.terminationGracePeriodSeconds) (float64 $.Values.spec.drainTimeout) -}}
-{{- fail (printf "%s.terminationGracePeriodSeconds: %v must be more than spec.drainTimeout (%v), or a drain is cut off" $name $group.terminationGracePeriodSeconds $.Values.spec.drainTimeout) -}}
+{{- $least := mul $group.workersPerPod $each -}}
+{{- if lt $limit $least -}}
+{{- fail (printf "%s.resources.limits.memory: %v is too little: %v workers with %s each need %dMi, and Ray some more" $name $group.resources.limits.memory $group.workersPerPod $what (div $least 1048576)) -}}
+{{- end -}}
+{{- if lt (float64 $group.terminationGracePeriodSeconds) (addf $.Values.spec.drainTimeout 20.0) -}}
+{{- fail (printf "%s.terminationGracePeriodSeconds: %v must be at least spec.drainTimeout (%v) and 20 more, which Ray takes to begin a drain and to end, or a drain is cut off" $name $group.terminationGracePeriodSeconds $.Values.spec.drainTimeout) -}}
 {{- end -}}
 {{- end -}}
 {{- $grace := .Values.gateway.terminationGracePeriodSeconds -}}

@@ -40,6 +40,9 @@ dashboard-agent-listen-port: {{ $ports.agentHttp | quote }}
 dashboard-agent-grpc-port: {{ $ports.agentGrpc | quote }}
 runtime-env-agent-port: {{ $ports.runtimeEnvAgent | quote }}
 metrics-export-port: {{ $ports.metrics | quote }}
+{{- if dig "gpu" "enabled" false $group }}
+num-gpus: {{ $group.workersPerPod | quote }}
+{{- end }}
 {{- if eq $component "head" }}
 num-cpus: "0"
 port: {{ $ports.gcs | quote }}
@@ -59,6 +62,16 @@ timeoutSeconds: 5
 
 {{- define "farshore.rayPod" -}}
 {{- $root := index . 0 -}}{{- $component := index . 1 -}}{{- $group := index . 2 -}}
+{{- $image := include "farshore.image" $root -}}
+{{- $gpu := dict -}}
+{{- if dig "gpu" "enabled" false $group -}}
+{{- $gpu = $group.gpu -}}
+{{- $image = default $image $gpu.image -}}
+{{- $limits := set (deepCopy $group.resources.limits) $gpu.resource $group.workersPerPod -}}
+{{- $resources := set (deepCopy $group.resources) "limits" $limits -}}
+{{- $tolerations := concat $group.tolerations $gpu.tolerations -}}
+{{- $group = merge (dict "resources" $resources "tolerations" $tolerations) $group -}}
+{{- end -}}
 metadata:
   labels:
     {{- include "farshore.podLabels" (list $root $component) | nindent 4 }}
@@ -70,7 +83,10 @@ metadata:
     {{- end }}
 spec:
   {{- include "farshore.identity" $root | nindent 2 }}
-  {{- include "farshore.scheduling" . | nindent 2 }}
+  {{- include "farshore.scheduling" (list $root $component $group) | nindent 2 }}
+  {{- with $gpu.runtimeClassName }}
+  runtimeClassName: {{ . }}
+  {{- end }}
   securityContext:
     {{- include "farshore.podSecurity" $root | nindent 4 }}
     # Workers listen on any free port: this makes it one of those that the network policy opens.
@@ -85,11 +101,22 @@ spec:
     {{- include "farshore.initContainers" $root | nindent 4 }}
   containers:
     - name: ray
-      image: {{ include "farshore.image" $root }}
+      image: {{ $image }}
       imagePullPolicy: {{ $root.Values.image.pullPolicy }}
       env:
         {{- include "farshore.env" $root | nindent 8 }}
         {{- include "farshore.rayEnv" $component | nindent 8 }}
+        {{- if ne $component "head" }}
+        # What workers say of where they run. Kubernetes 1.35 labels pods with the zone; before it is empty.
+        - name: FARSHORE_NODE
+          valueFrom:
+            fieldRef:
+              fieldPath: spec.nodeName
+        - name: FARSHORE_ZONE
+          valueFrom:
+            fieldRef:
+              fieldPath: metadata.labels['topology.kubernetes.io/zone']
+        {{- end }}
         {{- if and (eq $component "head") $root.Values.redis.external.caSecret }}
         - name: RAY_REDIS_CA_CERT
           value: /run/secrets/redis-ca/ca.crt

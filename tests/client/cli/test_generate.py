@@ -303,17 +303,20 @@ def test_starts_a_cluster_for_one_call(run, farshore, cluster, nothing_listens, 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ("", ("bf16", 200.0, 0)),
-        ("--dtype float32", ("float32", 200.0, 0)),
-        ("--kv-format int8 --max-decode-stall-ms 50 --speculate 4", ("int8", 50.0, 4)),
-        ("--kv-format int4 --dtype float32", ("int4", 200.0, 0)),
+        ("", ("bf16", 200.0, 0, "auto", "cpu")),
+        ("--dtype float32", ("float32", 200.0, 0, "auto", "cpu")),
+        ("--kv-format int8 --max-decode-stall-ms 50 --speculate 4", ("int8", 50.0, 4, "auto", "cpu")),
+        ("--kv-format int4 --dtype float32", ("int4", 200.0, 0, "auto", "cpu")),
+        ("--device cuda:1", ("bf16", 200.0, 0, "cuda:1", "cpu")),
+        ("--device cpu --attention-device cuda", ("bf16", 200.0, 0, "cpu", "cuda")),
     ],
 )
 def test_options_reach_the_configuration(run, farshore, cluster, nothing_listens, answer, options, expected):
     cluster.address = farshore.address
     assert run("generate", "Hi", *options.split()).code == 0
     config = cluster.config
-    assert (config.stored_format, config.max_decode_stall_ms, config.speculate) == expected
+    limits = (config.stored_format, config.max_decode_stall_ms, config.speculate)
+    assert (*limits, config.device, config.attention_device) == expected
 
 
 def test_a_running_gateway_is_used(run, farshore, cluster, answer, monkeypatch):

@@ -88,6 +88,12 @@ def test_addresses(text):
         ("serve", "--max-decode-stall-ms", "nan"),
         ("serve", "--speculate", "-1"),
         ("serve", "--speculate", "17"),
+        ("serve", "--device", "gpu"),
+        ("serve", "--device", "cuda:x"),
+        ("serve", "--device", "cuda:1", "--dense-workers", "2"),
+        ("serve", "--device", "cuda:1", "--attention-device", "cuda"),
+        ("serve", "--device", "cuda:1", "--ray-address", "127.0.0.2:6379"),
+        ("serve", "--attention-device", "cuda:1"),
     ],
 )
 def test_wrong_usage(run, cluster, arguments):

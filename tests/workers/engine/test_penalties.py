@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from farshore.sampling import Sampling
 from farshore.workers.engine.decode.sampler import adjusted
-from farshore.workers.engine.penalties import TokenCounts, penalise_counts, penalise_repetition
+from farshore.workers.engine.penalties import TokenCounts
 
 VOCAB = 50
 ids = st.integers(0, VOCAB - 1)
@@ -86,8 +86,7 @@ def test_another_prompt_is_counted_from_its_start():
 
 def test_ids_outside_the_vocabulary_are_ignored():
     row = np.array([4.0, -2.0, 1.0], dtype=np.float32)
-    penalise_repetition(row, np.array([-1, 0, 3, 1 << 40]), 2.0)
-    assert row.tolist() == [2.0, -2.0, 1.0]
-    stray_ids, counts = np.array([7, 2, -3]), np.array([9, 2, 9], dtype=np.float32)
-    penalise_counts(row, stray_ids, counts, presence=1.0, frequency=0.5)
-    assert row.tolist() == [2.0, -2.0, -1.0]
+    prompt, completion = [-1, 0, 3, 1 << 40], [7, 2, -3, 2]
+    sampling = Sampling(repetition_penalty=2.0, presence_penalty=1.0, frequency_penalty=0.5)
+    ours = adjusted(row, sampling, tokens=prompt + completion, prompt_tokens=4, counts=TokenCounts())
+    assert ours.tolist() == [2.0, -2.0, -1.5]

@@ -78,6 +78,10 @@ class Grammar:
         self._move(tokens, prompt_tokens)
         self._next = self._beside.submit(self._computed)
 
+    def truncate(self, tokens: Sequence[int], prompt_tokens: int) -> None:
+        """Moves back to the end of ``tokens``, which other tokens may follow then."""
+        self._move(tokens, prompt_tokens)
+
     def mask(self, tokens: Sequence[int], prompt_tokens: int) -> NDArray[np.bool_]:
         """Which tokens may follow, bool[vocab]. ``tokens``: the prompt and the completion so far.
 

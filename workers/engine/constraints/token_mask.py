@@ -66,6 +66,11 @@ class TokenMask:
         if self._grammar is not None:
             self._grammar.prepare(tokens, prompt_tokens)
 
+    def truncate(self, tokens: Sequence[int], prompt_tokens: int) -> None:
+        """Forgets the tokens behind ``tokens`` that masks were computed for: others may follow."""
+        if self._grammar is not None:
+            self._grammar.truncate(tokens, prompt_tokens)
+
     def allowed(self, tokens: Sequence[int], prompt_tokens: int) -> Mask:
         """Which tokens may follow ``tokens``, the prompt and the completion so far: bool[vocab], not to be
         changed. At least one may. Raises FarshoreError if none may."""

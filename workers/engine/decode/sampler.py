@@ -13,12 +13,17 @@ range, and a parameter outside its meaningful range is clipped to it. Greedy tak
 logits.
 
 A draw uses one random number, a hash of (seed, choice, position). So a repeated step draws the same token, on
-any engine and in any batch. Called by ``decode.step_entry``. It must not know sequences or batches. It uses
-numpy: sorting and summing one row of 49K logits takes a tenth of PyTorch's time.
+any engine, in any batch and on any device: ``decode.device_sampler`` draws the same tokens from a batch on a
+GPU. Equal tokens need equal sums of weights, in whatever order a device adds; so weights are rounded to
+multiples of 1 / :func:`units`, whose sums are exact. A token whose weight is less than half of that, relative
+to the likeliest token's weight, is not drawn: 4e-12 for SmolLM2's vocabulary.
+
+Called by ``decode.draws``. It must not know sequences or batches. It uses numpy: sorting and summing one
+row of 49K logits takes a tenth of PyTorch's time.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,14 +32,9 @@ from torch import Tensor
 from farshore.sampling import Sampling
 from farshore.workers.engine.constraints.token_mask import TokenMask
 from farshore.workers.engine.logprobs import check_finite, logprobs_of
-from farshore.workers.engine.penalties import (
-    Row,
-    TokenCounts,
-    add_bias,
-    finite,
-    penalise_counts,
-    penalise_repetition,
-)
+from farshore.workers.engine.penalties import Row, TokenCounts, adjust, adjustments, finite
+
+Weights = NDArray[np.float64]
 
 _BLOCK = 256
 """Weights per partial sum. A draw needs the running sums of the partial sums and of one block only."""
@@ -83,7 +83,9 @@ def sample(
         token = int(row.argmax())
     else:
         ids, weights = candidates(row, sampling)
-        token = int(ids[_index_beyond(weights, uniform(sampling.seed, choice, len(tokens)))])
+        weights = rounded(weights, row.size)
+        share = uniform(sampling.seed, choice, len(tokens))
+        token = int(ids[_index_beyond(weights, share * weights.sum())])
     if sampling.logprobs is None:
         return DrawnToken(token)
     return DrawnToken(token, *logprobs_of(model_row, token, alternatives=sampling.logprobs))
@@ -104,33 +106,32 @@ def _mixed(word: int) -> int:
     return word ^ word >> 31
 
 
+def units(vocab: int) -> float:
+    """The number of units in the largest weight: a power of two, so that sums of ``vocab`` weights in whole
+    units are exact in float64."""
+    return 2.0 ** (53 - (vocab - 1).bit_length())
+
+
+def rounded(weights: Weights, vocab: int) -> Weights:
+    """``weights``, at most 1 each, in whole units."""
+    out = weights * units(vocab)
+    return np.rint(out, out=out)
+
+
 def adjusted(
     row: Row, sampling: Sampling, *, tokens: Sequence[int], prompt_tokens: int, counts: TokenCounts
 ) -> Row:
-    """Returns ``row``, or a copy with bias and penalties applied; finite if ``row`` is.
-
-    The repetition penalty counts prompt and completion; the presence and frequency penalties count the
-    completion only.
-    """
-    counted = sampling.presence_penalty or sampling.frequency_penalty
-    repeated = sampling.repetition_penalty != 1.0
-    if not (sampling.logit_bias or repeated or counted):
+    """Returns ``row``, or a copy with bias and penalties applied; finite if ``row`` is."""
+    changes = adjustments(sampling, vocab=row.size, tokens=tokens, prompt_tokens=prompt_tokens, counts=counts)
+    if changes is None:
         return row
     row = row.copy()
-    if sampling.logit_bias:
-        add_bias(row, sampling.logit_bias)
-    if repeated or counted:
-        counts.update(tokens, prompt_tokens)
-    if repeated:
-        penalise_repetition(row, counts.ids, sampling.repetition_penalty)
-    if counted:
-        presence, frequency = sampling.presence_penalty, sampling.frequency_penalty
-        penalise_counts(row, *counts.generated, presence=presence, frequency=frequency)
+    adjust(row, changes)
     return row
 
 
-def candidates(row: Row, sampling: Sampling) -> tuple[NDArray[np.intp], Row]:
-    """Returns the token ids that may be drawn, ascending, and their weights, f32; the largest weight is 1.
+def candidates(row: Row, sampling: Sampling) -> tuple[NDArray[np.intp], Weights]:
+    """Returns the token ids that may be drawn, ascending, and their weights, f64; the largest weight is 1.
 
     There is at least one id. The temperature must be above 0.
     """
@@ -143,55 +144,49 @@ def candidates(row: Row, sampling: Sampling) -> tuple[NDArray[np.intp], Row]:
         kth = np.partition(logits, -sampling.top_k)[-sampling.top_k]
         ids = np.flatnonzero(logits >= kth)
         logits = logits[ids]
-    weights = np.exp(logits)
+    # In float32 the last bits differ between numpy and PyTorch, and from device to device.
+    weights = np.exp(logits, dtype=np.float64)
     if sampling.top_p < 1.0:
-        kept = _nucleus(weights, max(sampling.top_p, 0.0))
+        kept = _nucleus(logits, weights, max(sampling.top_p, 0.0), row.size)
         ids, weights = kept if ids is None else ids[kept], weights[kept]
     if sampling.min_p > 0.0:
-        kept = np.flatnonzero(weights >= np.float32(min(sampling.min_p, 1.0)))
+        kept = np.flatnonzero(weights >= min(sampling.min_p, 1.0))
         ids, weights = kept if ids is None else ids[kept], weights[kept]
     return np.arange(row.size) if ids is None else ids, weights
 
 
-def _nucleus(weights: Row, top_p: float) -> NDArray[np.intp]:
-    """Returns the indices of the smallest set of largest weights whose sum reaches ``top_p`` of the total.
+def _nucleus(logits: Row, weights: Weights, top_p: float, vocab: int) -> NDArray[np.intp]:
+    """Returns the indices of the smallest set of likeliest tokens whose weights reach ``top_p`` of the total.
 
-    Among equal weights the first ones are in the set.
+    Among equal logits the first ones are in the set.
     """
-    total = weights.sum(dtype=np.float64)
+    weights = rounded(weights, vocab)
+    total = weights.sum()
     # All weights below this bound together are less than 1 - top_p of the total, so none of them is in the
-    # set. For most rows a few hundred weights remain to be sorted.
-    large = np.flatnonzero(weights >= np.float32(total * (1.0 - top_p) / weights.size))
-    large_weights = weights[large]
-    descending = np.sort(large_weights)[::-1]
-    count = 1 + _index_beyond(descending, top_p * total / descending.sum(dtype=np.float64), or_equal=True)
+    # set. For most rows a few hundred weights remain to be sorted. 0.999: the bound is rounded.
+    large = np.flatnonzero(weights >= 0.999 * total * (1.0 - top_p) / weights.size)
+    large_logits = logits[large]
+    descending = -np.sort(-large_logits)
+    count = 1 + _index_beyond(
+        rounded(np.exp(descending, dtype=np.float64), vocab), top_p * total, or_equal=True
+    )
     smallest = descending[count - 1]
-    equal = np.flatnonzero(large_weights == smallest)
-    surplus = int(np.count_nonzero(large_weights >= smallest)) - count
-    inside = large_weights >= smallest
+    inside = large_logits >= smallest
+    surplus = int(np.count_nonzero(inside)) - count
+    equal = np.flatnonzero(large_logits == smallest)
     inside[equal[len(equal) - surplus :]] = False
     return large[inside]
 
 
-def _index_beyond(weights: Row, share: float, *, or_equal: bool = False) -> int:
-    """Returns the first index at which the running sum of ``weights`` exceeds ``share`` of their sum.
+def _index_beyond(weights: Weights, target: float, *, or_equal: bool = False) -> int:
+    """Returns the first index at which the running sum of ``weights`` exceeds ``target``.
 
-    With ``or_equal``, reaching it suffices. The weight at the index is above 0. The sum must be above 0.
+    With ``or_equal``, reaching it suffices. ``weights`` are in whole units, and their sum exceeds ``target``,
+    or reaches it. The weight at the index is above 0, unless ``target`` is 0 and may be reached.
     """
-    blocks = np.add.reduceat(weights, np.arange(0, weights.size, _BLOCK), dtype=np.float64)
-    sums = blocks.cumsum()
-    target = share * sums[-1]
-    block = _first_beyond(sums, target, or_equal=or_equal)
+    side: Literal["left", "right"] = "left" if or_equal else "right"
+    sums = np.add.reduceat(weights, np.arange(0, weights.size, _BLOCK)).cumsum()
+    block = int(sums.searchsorted(target, side=side))
     first = block * _BLOCK
-    inside = weights[first : first + _BLOCK].cumsum(dtype=np.float64)
-    return first + _first_beyond(inside, target - (sums[block - 1] if block else 0.0), or_equal=or_equal)
-
-
-def _first_beyond(sums: NDArray[np.float64], target: float, *, or_equal: bool) -> int:
-    """Returns the first index at which the running ``sums`` exceed ``target``, or with ``or_equal`` reach it.
-
-    The index is at most that of the last positive weight: sums of blocks and sums of weights may differ in
-    the last bit, so ``target`` may exceed the last sum.
-    """
-    index = int(np.searchsorted(sums, target, side="left" if or_equal else "right"))
-    return min(index, int(np.searchsorted(sums, sums[-1], side="left")))
+    inside = weights[first : first + _BLOCK].cumsum()
+    return first + int(inside.searchsorted(target - (sums[block - 1] if block else 0.0), side=side))

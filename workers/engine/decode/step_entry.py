@@ -19,7 +19,9 @@ from torch import Tensor
 from farshore.attention_offload.base import AttentionModel
 from farshore.attention_offload.plan.step_plan import StepPlan
 from farshore.errors import Full
-from farshore.workers.engine.decode.sampler import DrawnToken, sample
+from farshore.kernels.runtime.base import DeviceRuntime
+from farshore.workers.engine.decode.draws import draws_of
+from farshore.workers.engine.decode.sampler import DrawnToken
 from farshore.workers.engine.sequence import Sequence
 
 
@@ -63,40 +65,26 @@ def add_guesses(entries: Seq[StepEntry]) -> None:
             room -= len(entry.guesses)
 
 
-def draw_tokens(entries: Seq[StepEntry], logits: Tensor) -> None:
+def draw_tokens(entries: Seq[StepEntry], logits: Tensor, runtime: DeviceRuntime) -> None:
     """Draws each sequence's next tokens from the step's logits, ``f32[rows, vocab]``, and appends them.
 
+    ``runtime``: of the logits' device, which the calling thread has entered.
     Drawing for a sequence stops at its first wrong guess and at its last token. An error is stored in the
     entry and does not affect the others.
     """
-    row = 0
-    for entry in entries:
+    draws = draws_of([(entry.sequence, entry.guesses) for entry in entries], logits, runtime)
+    for entry, draw in zip(entries, draws, strict=True):
         entry.drawn = []
         try:
-            for guess, row_logits in zip([*entry.guesses, None], logits[row : row + entry.rows], strict=True):
-                entry.drawn.append(draw_token(entry.sequence, row_logits))
+            for row, guess in enumerate([*entry.guesses, None]):
+                entry.drawn.append(draw(row))
+                entry.sequence.tokens.append(entry.drawn[-1].token)
                 if entry.drawn[-1].token != guess or entry.sequence.finish_reason() is not None:
                     break
         except Exception as error:
             entry.error = error
         if entry.guesses and entry.sequence.lookup is not None:
             entry.sequence.lookup.record(len(entry.guesses), len(entry.drawn) - 1)
-        row += entry.rows
-
-
-def draw_token(sequence: Sequence, logits: Tensor) -> DrawnToken:
-    """Draws the sequence's next token from ``logits`` (``f32[vocab]``) and appends it to the sequence."""
-    drawn = sample(
-        logits,
-        sequence.sampling,
-        tokens=sequence.tokens,
-        prompt_tokens=sequence.prompt_tokens,
-        counts=sequence.token_counts,
-        choice=sequence.choice,
-        mask=sequence.mask,
-    )
-    sequence.tokens.append(drawn.token)
-    return drawn
 
 
 def prepare_mask(sequence: Sequence) -> None:

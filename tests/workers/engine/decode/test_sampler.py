@@ -19,6 +19,8 @@ from farshore.workers.engine.decode import sampler
 from farshore.workers.engine.decode.sampler import candidates, uniform
 from farshore.workers.engine.penalties import LARGEST, TokenCounts, finite
 
+from .strategies import accepted, anything, rows_of_logits
+
 VOCAB = 1000
 TOKENS = [5, 17, 17, 400, 999, 3, 3, 3]
 PROMPT_TOKENS = 4
@@ -295,65 +297,19 @@ def test_logits_outside_float32_are_clipped_to_its_limits(knobs, expected):
     assert drawn.token == int(np.argmax(expected)), "among equal logits the smallest id is drawn"
 
 
-@pytest.mark.parametrize("or_equal", [False, True])
-@pytest.mark.parametrize("weights", [[1.0], [1.0, 0.0, 0.0], [0.5, 0.5, *[0.0] * 300], [*[0.0] * 300, 1.0]])
-def test_a_share_that_rounding_lifts_above_1_ends_at_the_last_weight(weights, or_equal):
-    weights = np.array(weights, dtype=np.float32)
-    last = int(np.flatnonzero(weights)[-1])
-    assert sampler._index_beyond(weights, 1 + 2**-52, or_equal=or_equal) == last
+@pytest.mark.parametrize("count", [1, 2, 255, 256, 257, 700])
+def test_a_nucleus_of_equal_logits_has_exactly_as_many_as_top_p_asks_for(count):
+    """Also where the share of the total is a whole number of weights, or rounds to the total."""
+    logits = np.full(700, -50.0, dtype=np.float32)
+    logits[-count:] = 1.0
+    for top_p, expected in ((0.0, 1), (0.5, -(-count // 2)), (1 - 2.0**-53, count)):
+        ids, _ = candidates(logits, asked(temperature=1.0, top_p=top_p))
+        assert ids.tolist() == list(range(700 - count, 700 - count + expected))
 
 
-# Any finite float64; float32's limits and usual values are drawn more often.
-floats = st.one_of(
-    st.floats(allow_nan=False, allow_infinity=False),
-    st.sampled_from([0.0, -0.0, 1.0, 1e-38, 1e-45, 1e-46, 5e-324, LARGEST, -LARGEST, 1e300, -1e300, 100.0]),
-    st.floats(0.0, 2.0),
-)
-integers = st.one_of(st.integers(-2, 60), st.integers(-(1 << 70), 1 << 70))
-anything = st.builds(
-    Sampling,
-    max_tokens=st.just(1),
-    temperature=floats,
-    top_k=integers,
-    top_p=floats,
-    min_p=floats,
-    repetition_penalty=floats,
-    presence_penalty=floats,
-    frequency_penalty=floats,
-    logit_bias=st.dictionaries(integers, floats, max_size=4),
-    logprobs=st.none() | integers,
-    seed=integers,
-)
-up_to_2 = st.floats(-2.0, 2.0, width=32)
-# Values that the gateway accepts (gateway/requests/sampling_limits.py), in float32 as on the wire.
-accepted = st.builds(
-    Sampling,
-    max_tokens=st.just(1),
-    temperature=st.floats(0.0, 2.0, width=32),
-    top_k=st.integers(0, (1 << 32) - 1),
-    top_p=st.floats(0.0, 1.0, width=32, exclude_min=True),
-    min_p=st.floats(0.0, 1.0, width=32),
-    repetition_penalty=st.floats(0.0, 10.0, width=32, exclude_min=True),
-    presence_penalty=up_to_2,
-    frequency_penalty=up_to_2,
-    logit_bias=st.dictionaries(st.integers(0, 40), st.floats(-100.0, 100.0, width=32), max_size=4),
-    logprobs=st.none() | st.integers(0, 20),
-    seed=st.integers(0, (1 << 64) - 1),
-)
-logit = st.one_of(
-    st.floats(-30.0, 30.0, width=32),
-    st.sampled_from([0.0, 3e38, -3e38, LARGEST, -LARGEST, 1e-45]),
-    st.floats(allow_nan=False, allow_infinity=False, width=32),
-)
-rows_of_logits = st.one_of(
-    st.lists(logit, min_size=1, max_size=40),
-    # Rows of more than one block of the partial sums.
-    st.builds(
-        lambda values, vocab: [values[i % len(values)] for i in range(vocab)],
-        st.lists(logit, min_size=1, max_size=5),
-        st.integers(1, 600),
-    ),
-)
+@pytest.mark.parametrize("vocab", [1, 2, 3, 1000, 49_152, 262_144])
+def test_sums_of_whole_units_are_exact(vocab):
+    assert 2**52 < sampler.units(vocab) * vocab <= 2**53
 
 
 @given(st.one_of(anything, accepted), rows_of_logits, st.lists(st.integers(0, 60), max_size=20), st.data())
