@@ -287,7 +287,7 @@ void question(Arguments& arguments) {
     arguments.end();
     const Frame& frame = unanswered_frame(connection);
     if (q_bytes != frame.header.bytes)
-        throw std::out_of_range("q of " + std::to_string(frame.header.bytes) + " bytes, not " + std::to_string(q_bytes));
+        throw std::out_of_range(std::to_string(q_bytes) + " bytes for q of " + std::to_string(frame.header.bytes));
     std::memcpy(q, frame.payload, frame.header.bytes);
 }
 

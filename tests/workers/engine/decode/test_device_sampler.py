@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from farshore.errors import FarshoreError
 from farshore.kernels.runtime.cuda import CudaRuntime
 from farshore.kernels.runtime.deferring import DeferringRuntime
+from farshore.kernels.runtime.immediate import ImmediateRuntime
 from farshore.sampling import Sampling
 from farshore.workers.engine.constraints.token_mask import TokenMask
 from farshore.workers.engine.decode.device_sampler import DrawBatch
@@ -191,3 +192,16 @@ def test_a_mask_is_returned_so_that_guesses_can_be_checked():
     batch = DrawBatch(10)
     assert np.flatnonzero(batch.add(0, row.sampling, **row.context(10))).tolist() == [3, 4]
     assert batch.add(0, Sampling(), **Row(Sampling()).context(10)) is None
+
+
+@pytest.mark.parametrize("options", USUAL, ids=str)
+def test_nothing_is_computed_on_another_device(options):
+    """On PyTorch's meta device, which has no contents: no tensor on the CPU is mixed in, nothing is read."""
+    device = torch.device("meta")
+    batch = DrawBatch(1_000)
+    for index, sampling in enumerate((Sampling(**options), Sampling(**options | {"logprobs": 3}))):
+        if "allowed_token_ids" in options:
+            sampling = replace(sampling, allowed_token_ids=(3, 4))
+        batch.add(index, sampling, **Row(sampling).context(1_000))
+    answer = batch.compute(torch.empty(2, 1_000, device=device), ImmediateRuntime(device))
+    assert answer.device == device and answer.shape == (2, 2 + 1 + 2 * 3)

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from farshore.kernels.runtime.deferring import DeferringRuntime
 from farshore.kernels.select import CPU_KERNELS
 from farshore.models.llama import Llama
 from farshore.sampling import Sampling
@@ -19,7 +20,10 @@ from farshore.workers.engine.sequence import Finished
 PLACEMENTS = {
     "local": ("triton", {"local": True}),
     "native shards": ("native", {"shards": 1}),
-    "triton shards": ("triton", {"shards": 3, "shard_by": "head"}),
+    "triton shards": (
+        "triton",
+        {"shards": 3, "shard_by": "head", "stores_on": lambda worker: DeferringRuntime(seed=1)},
+    ),
 }
 """Name -> the kernels of the shards, or of the engine's own store, and options of the rig."""
 
