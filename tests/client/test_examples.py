@@ -11,7 +11,7 @@ ADDRESS = "127.0.0.1:50051"
 
 def test_the_examples_of_the_page(farshore, served):
     examples = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(examples) == 5 and all(ADDRESS in example for example in examples)
+    assert len(examples) == 6 and all(ADDRESS in example for example in examples)
     farshore.engine.auto = served.tokenizer.encode(" there was a lighthouse")
     script = "\n".join(examples).replace(ADDRESS, farshore.address)
     done = subprocess.run(
