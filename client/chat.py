@@ -26,8 +26,8 @@ def chat_of(
     """See ``Client.generate``. Raises InvalidRequest; TypeError or ValueError for values of a wrong type."""
     return api.Chat(
         messages=[_message(message, f"message {index}") for index, message in enumerate(messages)],
-        tools=[_json(tool) for tool in tools or ()],
-        template_arguments=_json(template_arguments) if template_arguments else "",
+        tools=[as_json(tool) for tool in tools or ()],
+        template_arguments=as_json(template_arguments) if template_arguments else "",
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
     )
@@ -68,11 +68,14 @@ def _call(call: Mapping[str, Any], where: str) -> api.ToolCall:
     _check_fields(function, {"name", "arguments"}, where)
     arguments = function.get("arguments")
     return api.ToolCall(
-        id=call.get("id"), name=function.get("name"), arguments="" if arguments is None else _json(arguments)
+        id=call.get("id"),
+        name=function.get("name"),
+        arguments="" if arguments is None else as_json(arguments),
     )
 
 
-def _json(value: Mapping[str, Any] | str) -> str:
+def as_json(value: Mapping[str, Any] | str) -> str:
+    """An object as JSON. A text is one already."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

@@ -38,21 +38,37 @@ SCHEMA = {
 }
 
 
+STRUCTURES = {
+    "schema": api.Structure(json_schema=json.dumps(SCHEMA)),
+    "regex": api.Structure(regex=r"([A-Z][a-z]{2,9} ){3,8}[0-9]{4}-[0-9]{2}-[0-9]{2}"),
+    "choice": api.Structure(
+        choice=api.Choices(texts=[f"department {number} of the ministry" for number in range(200)])
+    ),
+    "grammar": api.Structure(
+        grammar='start: sum\nsum: term (("+" | "-") term){1,12}\nterm: NUMBER | "(" NUMBER "*" NUMBER ")"\n'
+        "NUMBER: /[0-9]{1,6}/"
+    ),
+}
+"""One of each kind of structure, each with texts of dozens of tokens or with many texts."""
+
+
 def measure(setting: Setting) -> Measured:
-    """Walks through texts of SCHEMA twice, and times the masks of the second walk."""
+    """Walks through texts of each of STRUCTURES twice, and times the masks of the second walk."""
     tokenizer = load_tokenizer(resolve(DEMO))
     end = tokenizer.eos_ids[0]
     compiler = GrammarCompiler(lambda: tokenizer, vocab=tokenizer.vocab_size, eos_ids=[end])
-    compiled = compiler.compile(grammar_of(api.Structure(json_schema=json.dumps(SCHEMA))))
-    draw = random.Random(0)
-    samples_s: list[float] = []
-    while len(samples_s) < setting.sizes.masks:
-        text = _drawn(compiled.copy(), end, draw)
-        samples_s += _timed(compiled.copy(), text)
-    mean_us = 1e6 * sum(samples_s) / len(samples_s)
-    figures = {"mean_us": mean_us, "p99_us": 1e6 * float(np.percentile(samples_s, 99))}
-    bar = Bar.at_most("masks: mean of a token's", mean_us, MOST_MASK_US, "µs")
-    return [Result("masks", Timing(tuple(samples_s)), figures)], [bar]
+    results, bars = [], []
+    for kind, structure in STRUCTURES.items():
+        compiled, draw = compiler.compile(grammar_of(structure)), random.Random(0)
+        samples_s: list[float] = []
+        while len(samples_s) < setting.sizes.masks:
+            text = _drawn(compiled.copy(), end, draw)
+            samples_s += _timed(compiled.copy(), text)
+        mean_us = 1e6 * sum(samples_s) / len(samples_s)
+        figures = {"mean_us": mean_us, "p99_us": 1e6 * float(np.percentile(samples_s, 99))}
+        results.append(Result(f"masks, {kind}", Timing(tuple(samples_s)), figures))
+        bars.append(Bar.at_most(f"masks, {kind}: mean of a token's", mean_us, MOST_MASK_US, "µs"))
+    return results, bars
 
 
 def _drawn(grammar: Grammar, end: int, draw: random.Random) -> list[int]:

@@ -19,7 +19,7 @@ class Sizes:
     rounds: int = 3
     """Each runs the gateway and the empty server, alternately."""
     masks: int = 2_000
-    """Tokens whose masks are timed."""
+    """Tokens whose masks are timed, of each kind of structure."""
 
     @property
     def tokens(self) -> int:

@@ -20,7 +20,7 @@ from farshore.client.cli.prompts import (
     read_prompt,
 )
 from farshore.client.cli.reading import reading
-from farshore.client.cli.sampling import add_sampling_options, asked
+from farshore.client.cli.sampling import add_sampling_options, add_structure_options, asked, structure
 from farshore.client.cli.terminal import Progress, stop_signals, write
 from farshore.client.sdk import Client
 from farshore.errors import Cancelled, FarshoreError, TransportError
@@ -54,12 +54,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="while requests wait for memory, lower numbers start first (default: %(default)s)",
     )
     add_sampling_options(parser.add_argument_group("sampling"))
+    add_structure_options(parser)
     add_own_cluster_options(parser)
     parser.set_defaults(run=run, usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
-    options = asked(args) | {"priority": args.priority}
+    options = asked(args) | structure(args) | {"priority": args.priority}
     text = read_prompt(args.prompt)
     if args.chat:
         prompt = chat_of(text)

@@ -1,15 +1,19 @@
-"""The sampling options of ``farshore generate`` and ``chat``, and all their options as arguments of the SDK.
+"""The sampling options of ``farshore generate`` and ``chat``, the structure options of ``generate``, and all
+their options as arguments of the SDK.
 
 Used by ``generate`` and ``chat``. Checks ranges, as the gateway does, so that a wrong value is reported
 before a cluster is started for the call. Must not know how the values are used.
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 from farshore.client.cli.options import number, positive, whole
+from farshore.client.cli.prompts import read_text
+from farshore.errors import InvalidRequest
 from farshore.sampling import BIASES, RANGES, Range, Sampling
 
 
@@ -124,6 +128,31 @@ def add_sampling_options(group: argparse._ArgumentGroup, *, one_answer: bool = F
         metavar="ID",
         help="end the answer at this token; may be repeated",
     )
+    add(
+        "--min-tokens",
+        type=not_negative,
+        metavar="N",
+        help="least tokens to answer: nothing ends it before (default: 0)",
+    )
+    add(
+        "--bad-word",
+        action="append",
+        metavar="TEXT",
+        help="a text that the answer does not have; may be repeated",
+    )
+    add(
+        "--allowed-token-id",
+        type=not_negative,
+        action="append",
+        metavar="ID",
+        help="draw only this token and others named so; may be repeated",
+    )
+    add(
+        "--truncate-prompt-tokens",
+        type=positive,
+        metavar="N",
+        help="use the last N tokens of the prompt (default: all)",
+    )
     add("--ignore-eos", action="store_true", help="go on to --max-tokens, whatever the model says")
 
 
@@ -148,5 +177,38 @@ def asked(args: argparse.Namespace) -> dict[str, Any]:
             "logit_bias": dict(args.logit_bias or ()),
             "stop": args.stop or (),
             "stop_token_ids": args.stop_token_id or (),
+            "bad_words": args.bad_word or (),
+            "allowed_token_ids": args.allowed_token_id or (),
         }
     )
+
+
+def add_structure_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("structure").add_mutually_exclusive_group()
+    group.add_argument(
+        "--json-schema", metavar="SCHEMA", help="answer with JSON of this schema; @FILE reads it from a file"
+    )
+    group.add_argument("--regex", metavar="REGEX", help="answer with a text that matches as a whole")
+    group.add_argument(
+        "--choice", action="append", metavar="TEXT", help="answer with one of these texts; may be repeated"
+    )
+    group.add_argument(
+        "--grammar", metavar="LARK", help="answer by a grammar in Lark's syntax; @FILE reads it from a file"
+    )
+
+
+def structure(args: argparse.Namespace) -> dict[str, Any]:
+    """The structure, as keyword arguments for ``Client.generate``. Raises InvalidRequest for a file that
+    can't be read, or a schema that is no JSON object."""
+    texts = {
+        name: read_text(text) if text is not None and text.startswith("@") else text
+        for name, text in (("json_schema", args.json_schema), ("grammar", args.grammar))
+    }
+    if (schema := texts["json_schema"]) is not None:
+        try:
+            known = isinstance(json.loads(schema), dict)
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequest(f"--json-schema: the text is no JSON: {error}") from error
+        if not known:
+            raise InvalidRequest("--json-schema: give a JSON object")
+    return texts | {"regex": args.regex, "choice": args.choice}

@@ -64,6 +64,10 @@ class Connection(ABC, Generic[_Answers, _ClusterEvents]):
         template_arguments: Mapping[str, Any] | str | None = None,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
+        json_schema: Mapping[str, Any] | str | None = None,
+        regex: str | None = None,
+        choice: Iterable[str] | None = None,
+        grammar: str | None = None,
         model: str = "",
         cache_salt: str = "",
         priority: int = 0,
@@ -95,6 +99,9 @@ class Connection(ABC, Generic[_Answers, _ClusterEvents]):
         answer goes on with the last message) and ``add_generation_prompt`` (default: unless the last message
         is continued).
 
+        Give one of ``json_schema`` (an object, or its text), ``regex``, ``choice`` (texts) and ``grammar``
+        (in Lark's syntax), and the text follows it. One that ``max_tokens`` cuts short does not.
+
         Raises InvalidRequest at the call if a value does not fit the request. The stream raises the gateway's
         errors, such as InvalidRequest, NotFound, Overloaded and TransportError.
 
@@ -119,6 +126,7 @@ class Connection(ABC, Generic[_Answers, _ClusterEvents]):
                 continue_final_message=continue_final_message,
             ),
             sampling=sampling,
+            structure=dict(json_schema=json_schema, regex=regex, choice=choice, grammar=grammar),
             model=model,
             cache_salt=cache_salt,
             priority=priority,

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 from google.protobuf.message import Message
 
 from farshore.client import events
-from farshore.client.chat import chat_of
+from farshore.client.chat import as_json, chat_of
 from farshore.client.sdk import replies
 from farshore.client.sdk.gateways import Gateway
 from farshore.errors import DeadlineExceeded, FarshoreError, InvalidRequest, TransportError
@@ -49,11 +49,13 @@ def generate(
     *,
     chat: Mapping[str, Any],
     sampling: Mapping[str, Any],
+    structure: Mapping[str, Any],
     **fields: Any,
 ) -> api.GenerateRequest:
-    """See ``Client.generate``. ``chat``: options of messages. ``fields``: of the message. The request gets
-    an id if it has none, so that it can be resumed; and a seed that follows from the id, so that every
-    gateway gives the same answer, also to a caller that sends the same request again."""
+    """See ``Client.generate``. ``chat``: options of messages. ``structure``: of the text. ``fields``: of the
+    message. The request gets an id if it has none, so that it can be resumed; and a seed that follows from
+    the id, so that every gateway gives the same answer, also to a caller that sends the same request
+    again."""
     if unknown := sampling.keys() - _SAMPLING:
         raise TypeError(f"generate() has no option {', '.join(sorted(unknown))}")
     given = {name: value for name, value in sampling.items() if value is not None}
@@ -61,7 +63,9 @@ def generate(
         given["stop"] = [given["stop"]]
     request = _message(
         lambda: api.GenerateRequest(
-            sampling=api.Sampling(**given), **_prompt(prompt, messages, token_ids, **chat), **fields
+            sampling=api.Sampling(structure=_structure(**structure), **given),
+            **_prompt(prompt, messages, token_ids, **chat),
+            **fields,
         )
     )
     if request.WhichOneof("prompt") is not None:
@@ -158,6 +162,25 @@ def _message(make: Callable[[], _Value]) -> _Value:
         return make()
     except (AttributeError, TypeError, ValueError) as error:
         raise InvalidRequest(f"a value does not fit the request: {error}") from error
+
+
+def _structure(
+    json_schema: Mapping[str, Any] | str | None,
+    regex: str | None,
+    choice: Iterable[str] | None,
+    grammar: str | None,
+) -> api.Structure | None:
+    given = {"json_schema": json_schema, "regex": regex, "choice": choice, "grammar": grammar}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise InvalidRequest(f"{' and '.join(names)} were given: a text can follow one of them")
+    if json_schema is not None:
+        return api.Structure(json_schema=as_json(json_schema))
+    if choice is not None:
+        if isinstance(choice, str):
+            raise InvalidRequest("choice is a text: give a list of the texts to choose from")
+        return api.Structure(choice=api.Choices(texts=choice))
+    return api.Structure(regex=regex, grammar=grammar) if names else None
 
 
 def _prompt(

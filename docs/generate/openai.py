@@ -11,7 +11,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from farshore.gateway.api.openai.schema import ChatBody, ChatMessage, CompletionBody, TokenizeBody
+from farshore.gateway.api.openai.schema import (
+    ChatBody,
+    ChatMessage,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+)
 
 TARGET = Path(__file__).resolve().parents[1] / "openai.md"
 
@@ -75,6 +81,7 @@ NOTES = {
     "n": "1 to 32; above 1 with a temperature above 0",
     "parallel_tool_calls": "false: the first call only",
     "prompt": "a text, token ids, or up to 128 of these",
+    "prompt_logprobs": "up to 20; not in streams",
     "prompt_cache_key": _NAMES_CALLER,
     "reasoning_content": "of an earlier answer; the chat template decides whether the model sees it",
     "request_id": "a retry with the same id and body reads the same answer; another body is a 409",
@@ -93,6 +100,13 @@ NOTES = {
 }
 
 
+NOTES_OF = {
+    TokenizeBody: {"prompt": "a text; give it or `messages`", "messages": "a chat; give it or `prompt`"},
+    DetokenizeBody: {"tokens": "token ids; the answer's `prompt` is their text, without special tokens"},
+}
+"""Notes of fields whose names mean something else in other calls."""
+
+
 def text() -> str:
     """The whole of ``docs/openai.md``."""
     lines = [HEAD]
@@ -102,7 +116,9 @@ def text() -> str:
         lines += [f"## `{call}`", "", *_table(sorted(rows)), "", "vLLM's additions:", ""]
         lines += [*_table(sorted(_rows(kind, [name for name in _names(kind) if name in ADDED]))), ""]
     lines += ["## Messages of a chat", "", *_table(sorted(_rows(ChatMessage, _names(ChatMessage)))), ""]
-    lines += ["## `/tokenize`", "", *_table(sorted(_rows(TokenizeBody, _names(TokenizeBody))))]
+    for kind, call in ((TokenizeBody, "/tokenize"), (DetokenizeBody, "/detokenize")):
+        lines += [f"## `{call}`", "", *_table(sorted(_rows(kind, _names(kind)))), ""]
+    lines.pop()
     return "\n".join(lines) + "\n"
 
 
@@ -115,7 +131,7 @@ def _rows(kind: type[BaseModel], names: Iterable[str]) -> Iterator[tuple[str, st
     for name in names:
         values = _only(schema["properties"][name])
         supported = "supported" if values is None else f"supported for {values}" if values else "refused"
-        yield name, supported, NOTES.get(name, "")
+        yield name, supported, NOTES_OF.get(kind, NOTES).get(name, NOTES.get(name, ""))
 
 
 def _only(schema: Mapping[str, Any]) -> str | None:

@@ -7,8 +7,11 @@ what the calls mean.
 import functools
 
 import grpc
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
 
 from farshore import rpc
+from farshore.errors import InvalidRequest
 from farshore.gateway.api.errors import trailing_of
 from farshore.gateway.limits import ERROR_MESSAGE_CHARS, Limits
 from farshore.gateway.requests.request import Failure, RequestFailed
@@ -40,11 +43,12 @@ class AdminProxy:
         handlers = {}
         for method in _SERVICE.methods:
             path = f"/{NAME}/{method.name}"
+            kind = GetMessageClass(method.input_type)
             if method.server_streaming:
-                passed_on = functools.partial(self._stream, self._controller.unary_stream(path))
+                passed_on = functools.partial(self._stream, self._controller.unary_stream(path), kind)
                 handlers[method.name] = grpc.unary_stream_rpc_method_handler(passed_on)
             else:
-                passed_on = functools.partial(self._unary, self._controller.unary_unary(path))
+                passed_on = functools.partial(self._unary, self._controller.unary_unary(path), kind)
                 handlers[method.name] = grpc.unary_unary_rpc_method_handler(passed_on)
         return grpc.method_handlers_generic_handler(NAME, handlers)
 
@@ -66,8 +70,13 @@ class AdminProxy:
             raise RequestFailed(self._failure(error)) from error
 
     async def _unary(
-        self, call: grpc.aio.UnaryUnaryMultiCallable, raw: bytes, context: grpc.aio.ServicerContext
+        self,
+        call: grpc.aio.UnaryUnaryMultiCallable,
+        kind: type[Message],
+        raw: bytes,
+        context: grpc.aio.ServicerContext,
     ) -> bytes:
+        await self._check(kind, raw, context)
         try:
             return await call(raw, timeout=self._limits.controller_s)
         except grpc.aio.AioRpcError as error:
@@ -75,14 +84,30 @@ class AdminProxy:
             raise
 
     async def _stream(
-        self, call: grpc.aio.UnaryStreamMultiCallable, raw: bytes, context: grpc.aio.ServicerContext
+        self,
+        call: grpc.aio.UnaryStreamMultiCallable,
+        kind: type[Message],
+        raw: bytes,
+        context: grpc.aio.ServicerContext,
     ) -> None:
         """Ends with the reader: gRPC cancels this coroutine, and with it the call."""
+        await self._check(kind, raw, context)
         try:
             async for message in call(raw):
                 await context.write(message)
         except grpc.aio.AioRpcError as error:
             await self._abort(context, error)
+
+    async def _check(self, kind: type[Message], raw: bytes, context: grpc.aio.ServicerContext) -> None:
+        """Ends a call whose bytes are none of its kind: the controller's own gRPC would fail it as if the
+        controller were at fault."""
+        try:
+            kind.FromString(raw)
+        except DecodeError:
+            why = f"the call's bytes are no {kind.DESCRIPTOR.name}: use the client's own version of the API"
+            failure = Failure.of(InvalidRequest(why))
+            trailing = trailing_of(failure, retry_after_ms=self._limits.retry_after_ms)
+            await context.abort(failure.code, failure.message, trailing)
 
     async def _abort(self, context: grpc.aio.ServicerContext, error: grpc.aio.AioRpcError) -> None:
         """Ends a call with the controller's error, or with UNAVAILABLE if the controller did not answer."""

@@ -1,12 +1,16 @@
 """The SDK's two clients against a real gateway."""
 
+import json
+
 import grpc
 import pytest
 
 from farshore.client import events
 from farshore.errors import InvalidRequest, NotFound, Overloaded, TransportError
+from farshore.gateway.requests.structure import grammar_of
 from farshore.proto import admin_pb2 as admin
 from farshore.proto import cluster_pb2
+from farshore.proto import inference_pb2 as api
 
 
 @pytest.fixture
@@ -71,6 +75,34 @@ def test_prompts_of_each_kind(client, farshore, served, encode_chat):
     ):
         list(client.generate(**asked))
         assert list(farshore.engine.next_sequence().request.prompt) == ids
+
+
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        dict(json_schema=SCHEMA),
+        dict(json_schema=json.dumps(SCHEMA)),
+        dict(regex="[a-z]+"),
+        dict(choice=["yes", "no"]),
+        dict(grammar='start: "a" | "b"'),
+    ],
+)
+def test_a_structure(client, farshore, asked):
+    farshore.engine.auto = ()
+    list(client.generate("Hi", **asked))
+    ((name, value),) = asked.items()
+    value = {"json_schema": json.dumps(SCHEMA), "choice": api.Choices(texts=["yes", "no"])}.get(name, value)
+    expected = grammar_of(api.Structure(**{name: value}))
+    assert farshore.engine.next_sequence().request.grammar == expected
+
+
+@pytest.mark.parametrize("asked", [dict(regex="a", choice=["a"]), dict(choice="yes"), dict(regex=5)])
+def test_a_structure_that_does_not_fit(client, asked):
+    with pytest.raises(InvalidRequest):
+        client.generate("Hi", **asked)
 
 
 def test_resume(client, farshore):

@@ -91,6 +91,14 @@ def test_a_value_that_is_not_supported_is_refused_by_name(client, name, value):
     assert refused.value.body["param"].startswith(name)
 
 
+def test_a_field_is_described_as_its_own_call_takes_it(table):
+    sections = dict(section.split("`", 1) for section in table.text().split("\n## `")[1:])
+    assert "| `tokens` |" in sections["/detokenize"]
+    assert "up to 128" in sections["/v1/completions"] and "up to 128" not in sections["/tokenize"]
+    for call in ("/v1/completions", "/v1/chat/completions"):
+        assert "| `prompt_logprobs` | supported | up to 20; not in streams |" in sections[call]
+
+
 def test_null_means_not_given(client, table):
     for name in table.REFUSED[table.ChatBody]:
         assert _ask(client, "ChatBody", {name: None}).choices

@@ -23,8 +23,12 @@ def test_streams(machine, face):
 
 def test_masks(machine):
     report = gateway.run(machine, SMALL, only="masks", progress=lambda _: None).as_dict()
-    (result,), (bar,) = report["results"], report["bars"]
-    assert bar["value"] == result["mean_us"] > 0 and result["timing"]["runs"] >= SMALL.masks
+    results, bars = report["results"], report["bars"]
+    assert [result["name"] for result in results] == [
+        f"masks, {kind}" for kind in ("schema", "regex", "choice", "grammar")
+    ]
+    for result, bar in zip(results, bars, strict=True):
+        assert bar["value"] == result["mean_us"] > 0 and result["timing"]["runs"] >= SMALL.masks
 
 
 def test_unknown_part(machine):

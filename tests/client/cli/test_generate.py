@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from farshore.errors import StartupError
+from farshore.gateway.requests.structure import grammar_of
 from farshore.proto import cluster_pb2, inference_pb2
 
 
@@ -69,7 +70,8 @@ def test_sampling_options(run, farshore, answer):
     options = shlex.split(
         "--max-tokens 7 --temperature 0.5 --top-k 40 --top-p 0.5 --min-p 0.25 --repetition-penalty 1.5 "
         "--presence-penalty -0.5 --frequency-penalty 2 --logit-bias 42=-100 --logit-bias 7=2.5 --seed 9 "
-        "--stop-token-id 11 --ignore-eos --cache-salt ours"
+        "--stop-token-id 11 --ignore-eos --cache-salt ours --min-tokens 3 --allowed-token-id 5 "
+        "--allowed-token-id 6 --bad-word cat --truncate-prompt-tokens 2"
     )
     run("generate", "Hi", "--server", farshore.address, *options)
     request = farshore.engine.next_sequence().request
@@ -80,6 +82,28 @@ def test_sampling_options(run, farshore, answer):
     assert dict(sent.logit_bias) == {42: -100, 7: 2.5}
     assert list(sent.stop_token_ids) == [11]
     assert request.cache_salt == "ours"
+    assert (sent.min_tokens, list(sent.allowed_token_ids)) == (3, [5, 6])
+    assert len(request.bad_words) == 2 and len(request.prompt) == 2
+
+
+@pytest.mark.parametrize("name", ["json-schema", "regex", "choice", "grammar"])
+def test_structures(run, farshore, answer, tmp_path, name):
+    texts = {"json-schema": '{"type": "object"}', "regex": "[0-9]+", "choice": "yes", "grammar": 'start: "a"'}
+    text, field = texts[name], name.replace("-", "_")
+    wanted = inference_pb2.Choices(texts=[text, "no"]) if name == "choice" else text
+    expected = grammar_of(inference_pb2.Structure(**{field: wanted}))
+    more = ["--choice", "no"] if name == "choice" else []
+    file = tmp_path / "structure"
+    file.write_text(text)
+    for given in [text, f"@{file}"][: 2 if name in ("json-schema", "grammar") else 1]:
+        assert run("generate", "Hi", "--server", farshore.address, f"--{name}", given, *more).code == 0
+        assert farshore.engine.next_sequence().request.grammar == expected
+
+
+@pytest.mark.parametrize("schema", ["{", "[]", "@/no/such/file"])
+def test_schemas_that_are_none_start_nothing(run, cluster, nothing_listens, schema):
+    assert run("generate", "Hi", "--json-schema", schema).code == 1
+    assert cluster.config is None
 
 
 def test_stop_strings(run, farshore, answer):

@@ -65,6 +65,7 @@ def test_addresses(text):
         ("generate", "Hi", "--n", "0"),
         ("generate", "Hi", "--n", "2", "--temperature", "0"),
         ("generate", "Hi", "--stop-token-id", "x"),
+        ("generate", "Hi", "--regex", "a", "--choice", "a"),
         ("generate", "Hi", "--placement", "moon"),
         ("generate", "Hi", "--server", "localhost"),
         ("generate", "Hi", "--server", "::1:50051"),

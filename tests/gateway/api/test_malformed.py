@@ -8,9 +8,13 @@ import grpc
 import httpx2
 import pytest
 
+from farshore.proto import admin_pb2 as admin
 from farshore.proto import inference_pb2 as api
 
-SERVICE = api.DESCRIPTOR.services_by_name["InferenceService"]
+SERVICES = (
+    api.DESCRIPTOR.services_by_name["InferenceService"],
+    admin.DESCRIPTOR.services_by_name["AdminService"],
+)
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 SETTINGS = b"\0\0\0\4\0\0\0\0\0"
 REFUSALS = {
@@ -32,7 +36,24 @@ VALID = {
     "GetModel": api.GetModelRequest(name="smollm2"),
     "ListModels": api.ListModelsRequest(),
     "Cancel": api.CancelRequest(request_id="some id"),
+    "BatchGenerate": api.BatchGenerateRequest(
+        requests=[
+            api.GenerateRequest(text="Hello", sampling=api.Sampling(max_tokens=3)),
+            api.GenerateRequest(tokens=api.TokenIds(ids=[5, 600, 7000]), request_id="another id"),
+        ]
+    ),
+    "ClusterStatus": admin.ClusterStatusRequest(),
+    "Scale": admin.ScaleRequest(dense_workers=1, attention_workers=300),
+    "Drain": admin.DrainRequest(worker_id="attention-0", timeout_s=1.5),
+    "Down": admin.DownRequest(),
+    "WatchEvents": admin.WatchEventsRequest(since=3),
 }
+FOLLOWED_S = 1.0
+"""Damage may ask for the events to come, which have no end."""
+
+
+def test_every_method_has_a_message_to_damage():
+    assert set(VALID) == {method.name for service in SERVICES for method in service.methods}
 
 
 def assert_answers(farshore):
@@ -60,14 +81,17 @@ def damaged(raw, draw):
 
 def call(channel, method, raw):
     """The status of a call with these bytes."""
-    path = f"/{SERVICE.full_name}/{method}"
+    (service,) = [one for one in SERVICES if method in one.methods_by_name]
+    path = f"/{service.full_name}/{method}"
+    followed = method == "WatchEvents"
     try:
-        if SERVICE.methods_by_name[method].server_streaming:
-            list(channel.unary_stream(path)(raw, timeout=30))
+        if service.methods_by_name[method].server_streaming:
+            list(channel.unary_stream(path)(raw, timeout=FOLLOWED_S if followed else 30))
         else:
             channel.unary_unary(path)(raw, timeout=30)
     except grpc.RpcError as error:
-        return error.code(), error.details()
+        if not (followed and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED):
+            return error.code(), error.details()
     return grpc.StatusCode.OK, ""
 
 
@@ -81,6 +105,13 @@ def test_messages_that_are_no_protobuf(farshore, draws):
         code, details = call(farshore.channel, method, raw)
         assert code in REFUSALS | {grpc.StatusCode.OK}, (number, method, raw, code, details)
     assert_answers(farshore)
+
+
+@pytest.mark.parametrize("method", ["Scale", "WatchEvents"])
+def test_an_operators_call_that_is_none_is_not_the_controllers_fault(farshore, method):
+    code, details = call(farshore.channel, method, b"\xff")
+    assert code is grpc.StatusCode.INVALID_ARGUMENT and f"no {method}Request" in details
+    assert not farshore.engine.operations
 
 
 def frame(draw):
