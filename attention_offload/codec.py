@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterable
 from itertools import accumulate, pairwise
 
-import grpc
 import numpy as np
 import torch
 from google.protobuf.message import DecodeError
@@ -276,8 +275,7 @@ def failure_to_pb(error: Exception) -> pb.Failure:
 def error_from_pb(message: pb.Failure, *, peer: str) -> FarshoreError:
     """The error in a Failure message, with which the shard ended a native connection. ``peer`` names the
     shard in the error's text. A code that is not a gRPC status code becomes Internal."""
-    code = next((code for code in grpc.StatusCode if code.value[0] == message.code), grpc.StatusCode.UNKNOWN)
-    return rpc.error_of_status(code, message.message, peer=peer)
+    return rpc.error_of_status(rpc.code_of(message.code), message.message, peer=peer)
 
 
 def error_from_bytes(data: bytes, *, peer: str) -> FarshoreError:

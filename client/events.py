@@ -189,7 +189,8 @@ class Worker:
     or unreachable. A dense worker has sequences that are ``running``, ``waiting`` for their first memory or
     ``parked`` (they gave theirs back and wait for more). It counts its ``parkings`` and the generated
     ``tokens`` since it started. ``cached_bytes``: of ``free_bytes``, stored KV that no sequence uses.
-    ``links``: its connections. ``device``: where it computes, and why there."""
+    ``links``: its connections. ``device``: where it computes, and why there. ``node`` and ``zone``: the names
+    of its machine and of that one's failure domain, where the operator gives them, as the Helm chart does."""
 
     worker_id: str
     kind: str
@@ -208,6 +209,8 @@ class Worker:
     parkings: int
     tokens: int
     links: tuple[Link, ...]
+    node: str
+    zone: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -162,6 +162,7 @@ class DenseActor(_Worker):
             ),
             self._directory,
             host=self._host,
+            on_failed=lambda: self._ending.fail(),
         )
         self._end_with(self._worker)
         threading.Thread(target=self._worker.run, name="load", daemon=True).start()

@@ -105,7 +105,8 @@ class Controller:
     def _open(
         self, given: Collection[Kind], state_folder: str, *, restarted: bool
     ) -> tuple[Directory, Desired, Events]:
-        # A controller that is lost for good leaves its workers to the next one.
+        # A controller that is lost for good leaves its workers to the next one. They find its directory in
+        # Redis, or at the same address.
         is_new = not restarted and not self._launcher.occupants()
         common = {"given": given, "placement": self._config.placement, "restarted": restarted}
         if self._config.redis is None:

@@ -7,8 +7,9 @@ idempotent: a name has at most one actor. It must not know how many workers ther
 import contextlib
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +22,9 @@ from farshore.controller.reconcile import KINDS, Slot
 
 KILL_DEADLINE_S = 2.0
 """For a node to end a process. A node that does not answer is left to Ray's verdict."""
+
+CALLS_S = 1.0
+"""For Ray to free a killed actor's name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +53,11 @@ class Launcher(Protocol):
         ends its streams, then its process ends. Returns at once. Idempotent."""
 
     def kill(self, slot: Slot) -> None:
-        """Ends a worker's process by SIGKILL, also one that is frozen. Idempotent."""
+        """Ends a worker's process by SIGKILL, also one that is frozen. Returns at once. Idempotent."""
+
+    def answering(self, slots: Collection[Slot]) -> Collection[Slot]:
+        """Those of ``slots`` whose actors have answered a call since they were last among ``slots``. Never
+        blocks: a later call tells of the answers to this one."""
 
     def end_in_words(self, occupant: Occupant) -> str:
         """How an occupant ended, such as "(process 7) was killed"; "ended" if that is unknown."""
@@ -91,7 +99,9 @@ class RaySlots:
 
     def kill(self, slot: Slot) -> None:
         with contextlib.suppress(ValueError, ray.exceptions.RayError):
-            kill_actor(ray.get_actor(str(slot), self._namespace))
+            handle = ray.get_actor(str(slot), self._namespace)
+            # A node that is cut off lets the call wait, and other workers' nodes are not.
+            threading.Thread(target=_kill, args=(handle,), name=f"kill {slot}", daemon=True).start()
 
     def end_in_words(self, occupant: Occupant) -> str:
         detail = state.actors(occupant.actor) or {}
@@ -108,6 +118,7 @@ class RayLauncher(RaySlots):
     ) -> None:
         super().__init__(namespace)
         self._new_worker = new_worker
+        self._pings: dict[Slot, Any] = {}
 
     def start(self, slot: Slot) -> None:
         actor_class, options, arguments = self._new_worker(slot)
@@ -120,6 +131,20 @@ class RayLauncher(RaySlots):
             **options,
         ).remote(**arguments)
 
+    def answering(self, slots: Collection[Slot]) -> Collection[Slot]:
+        answered = set()
+        pings = {slot: ping for slot, ping in self._pings.items() if slot in slots}
+        for slot in slots:
+            with contextlib.suppress(ValueError, ray.exceptions.RayError):
+                if slot not in pings:
+                    # Ray answers this call itself, in the actor's process, once it is constructed.
+                    pings[slot] = ray.get_actor(str(slot), self._namespace).__ray_ready__.remote()
+                elif ray.wait([pings[slot]], timeout=0)[0]:
+                    ray.get(pings.pop(slot))
+                    answered.add(slot)
+        self._pings = pings
+        return answered
+
 
 def end_workers(workers: RaySlots, *, deadline_s: float) -> None:
     """Ends all workers: their streams first, and what is left after ``deadline_s`` by force."""
@@ -130,6 +155,9 @@ def end_workers(workers: RaySlots, *, deadline_s: float) -> None:
         time.sleep(0.05)
     for slot in left:
         workers.kill(slot)
+    end_s = time.monotonic() + KILL_DEADLINE_S + CALLS_S
+    while workers.occupants() and time.monotonic() < end_s:
+        time.sleep(0.05)
 
 
 def kill_actor(handle: Any) -> None:
@@ -138,6 +166,11 @@ def kill_actor(handle: Any) -> None:
     detail = state.actors(handle._actor_id.hex())
     _kill_process(detail.get("Address", {}).get("NodeID", ""), detail.get("Pid", 0))
     ray.kill(handle)
+
+
+def _kill(handle: Any) -> None:
+    with contextlib.suppress(ray.exceptions.RayError):
+        kill_actor(handle)
 
 
 def _slot_of(name: str) -> Slot | None:

@@ -15,6 +15,7 @@ from farshore.controller.events import Events
 from farshore.controller.launch import Launcher, Occupant
 from farshore.controller.reconcile import (
     HEALTHY_S,
+    KILL_GRACE_S,
     Deaths,
     Drain,
     Kill,
@@ -41,6 +42,11 @@ again: only then does the number of its readers tell whether it can end."""
 
 _LOG = logging.getLogger(__name__)
 
+LEFT_ALONE = (
+    "its process runs but announces nothing, and is left alone: if the controller's node was lost, run "
+    "`farshore down` and `farshore serve` again (--redis-url avoids this)"
+)
+
 
 class DesiredState(Protocol):
     """What the cluster is to be. Thread-safe."""
@@ -65,9 +71,10 @@ class Probes(Protocol):
     def alive(self) -> set[WorkerId]:
         """The attention workers that an engine reports alive. Never blocks."""
 
-    def readers(self) -> dict[WorkerId, int] | None:
+    def readers(self, engines: Mapping[WorkerId, str]) -> Mapping[WorkerId, int] | None:
         """The number of sequences that read from each attention worker or run on each dense one; None while a
-        dense worker does not answer. Never blocks."""
+        dense worker does not answer: one that is listed, or one of ``engines`` (id to address). Never
+        blocks."""
 
 
 @dataclass(slots=True)
@@ -77,10 +84,17 @@ class _Seen:
     occupant: Occupant
     since_s: float
     record: WorkerRecord | None = None
+    served: bool = False
+    """Whether it ever served: one that never did was never healthy."""
     drained_s: float | None = None
     """Since when it drains."""
     stopped: bool = False
     killed_s: float | None = None
+    """When it was first killed, of the times since it last answered."""
+    kill_told_s: float = 0.0
+    """When its node was last told to kill it: one that is cut off is told again."""
+    answered_s: float | None = None
+    """When its actor last answered Ray, while it has announced nothing."""
 
 
 class Loop:
@@ -144,11 +158,7 @@ class Loop:
                 case Stop(slot):
                     self._stop(slot, observed.processes[slot])
                 case Kill(slot):
-                    seen = self._seen[slot]
-                    if seen.killed_s is None:
-                        seen.killed_s = now_s
-                        self._events.add("killed", str(slot), "it has answered nothing for too long")
-                    self._launcher.kill(slot)
+                    self._kill(self._seen[slot], slot, now_s)
         draining = self._draining()
         self._directory.close(draining, draining=draining)
         if listing.settled:
@@ -163,6 +173,15 @@ class Loop:
         # A sequence that came before the whole cluster had heard of the drain may end, too.
         waits = process.readers == 0 and process.worker is not None
         self._launcher.stop(slot, grace_s=self._drain_timeout_s if waits else 0.0)
+
+    def _kill(self, seen: _Seen, slot: Slot, now_s: float) -> None:
+        if seen.killed_s is None:
+            seen.killed_s = now_s
+            self._events.add("killed", str(slot), "it has answered nothing for too long")
+        elif now_s - seen.kill_told_s < KILL_GRACE_S:
+            return
+        seen.kill_told_s = now_s
+        self._launcher.kill(slot)
 
     def _why_draining(self, slot: Slot, drains: Mapping[WorkerId, float | None]) -> str:
         record = self._seen[slot].record
@@ -217,20 +236,22 @@ class Loop:
                 self._events.add("retired", name)
             else:
                 count = self._deaths[slot].count if slot in self._deaths else 0
-                healthy = now_s - seen.since_s >= HEALTHY_S
+                healthy = seen.served and now_s - seen.since_s >= HEALTHY_S
                 self._deaths[slot] = Deaths(1 if healthy else count + 1, now_s)
-                self._events.add("lost", name, self._launcher.end_in_words(seen.occupant))
-        records = {record.slot: record for record in listing.workers}
+                failure = seen.record.failure if seen.record is not None else ""
+                self._events.add("lost", name, failure or self._launcher.end_in_words(seen.occupant))
+        records = {(record.slot, record.process_id): record for record in listing.workers}
         for slot, occupant in occupants.items():
             seen = self._seen.setdefault(slot, _Seen(occupant, now_s))
             seen.occupant = occupant
-            record = records.get(str(slot))
-            if record is None or record.process_id != occupant.process_id:
+            record = records.get((str(slot), occupant.process_id))
+            if record is None:
                 continue
             if (seen.record is None or seen.record.state != "serving") and record.state == "serving":
                 kind = "replaced" if slot in self._deaths else "joined"
                 self._events.add(kind, record.worker, f"at {record.address}")
             seen.record = record
+            seen.served |= record.state == "serving"
 
     def _observed(
         self, listing: Listing, drains: Mapping[WorkerId, float | None], *, now_s: float
@@ -243,20 +264,46 @@ class Loop:
         }
         silent_s = self._probes.silent_s(suspects)
         # Such a worker may be one that this controller has not heard of.
-        nameless_may_live = bool(self._probes.alive() - listed)
-        readers = self._probes.readers() if self._draining() else None
+        nameless_may_live = bool(self._probes.alive() - listed - suspects.keys())
+        readers = self._readers()
+        self._ping(now_s)
         processes = {}
         for slot, seen in self._seen.items():
             if seen.record is not None:
                 frozen = silent_s.get(seen.record.worker, 0.0) >= self._grace_s
             else:
-                late = bool(seen.occupant.node) and now_s - seen.since_s >= ANNOUNCE_S + self._grace_s
+                late = bool(seen.occupant.node) and _unheard_s(seen, now_s) >= ANNOUNCE_S + self._grace_s
                 frozen = late and not nameless_may_live
-            process = Process(slot=slot, frozen=frozen, killed_s=seen.killed_s)
+            if not frozen:
+                seen.killed_s = None
+            may_serve = nameless_may_live and bool(seen.occupant.node)
+            process = Process(slot=slot, may_serve=may_serve, frozen=frozen, killed_s=seen.killed_s)
             if seen.record is not None:
                 process = self._drain_of(process, seen.record, seen.drained_s, drains, readers, now_s)
             processes[slot] = process
         return Observed(processes=processes, deaths=self._deaths, settled=listing.settled)
+
+    def _ping(self, now_s: float) -> None:
+        """Asks, through Ray, the processes that should have announced themselves. One that answers may be at
+        work, with a directory that is lost."""
+        unheard = {
+            slot: seen
+            for slot, seen in self._seen.items()
+            if seen.record is None and seen.occupant.node and _unheard_s(seen, now_s) >= ANNOUNCE_S
+        }
+        for slot in self._launcher.answering(unheard.keys()):
+            if unheard[slot].answered_s is None:
+                self._events.add("unreachable", str(slot), LEFT_ALONE)
+            unheard[slot].answered_s = now_s
+
+    def _readers(self) -> Mapping[WorkerId, int] | None:
+        """See :meth:`Probes.readers`: of all dense workers that run, also those that are not listed."""
+        dense = [seen for slot, seen in self._seen.items() if slot.kind == "dense"]
+        records = [seen.record for seen in dense if seen.record is not None]
+        readers = self._probes.readers({each.worker: each.address for each in records if each.address})
+        # One that this controller has not heard of may read from any worker.
+        is_complete = all(seen.record is not None or not seen.occupant.node for seen in dense)
+        return readers if is_complete else None
 
     def _drain_of(
         self,
@@ -281,3 +328,8 @@ class Loop:
             readers=None if readers is None or for_s < HEARD_S else readers.get(worker, 0),
             overdue=limit_s is not None and drained_s is not None and for_s >= limit_s,
         )
+
+
+def _unheard_s(seen: _Seen, now_s: float) -> float:
+    """For how long nothing was heard of a process that has not announced itself."""
+    return now_s - (seen.since_s if seen.answered_s is None else seen.answered_s)

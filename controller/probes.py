@@ -4,10 +4,11 @@ Called by ``loop`` and by ``service``. It must not know what follows from the an
 """
 
 import contextlib
+import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -20,8 +21,13 @@ from farshore.kvstore.directory.base import Directory
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 
+_LOG = logging.getLogger(__name__)
+
 PERIOD_S = 0.5
 DEADLINE_S = 1.0
+
+_SILENCE = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
+"""The codes of a call that nothing answered. A worker whose call slots are all taken refuses, and lives."""
 
 
 class WorkerProbes:
@@ -40,11 +46,13 @@ class WorkerProbes:
         self._clock = clock
         self._suspects: Mapping[WorkerId, str] = {}
         self._silent_since_s: dict[WorkerId, float] = {}
-        self._readers: dict[WorkerId, int] | None = None
+        self._engines: Mapping[WorkerId, str] = {}
+        self._listed: Mapping[WorkerId, str] = {}
+        self._readers: tuple[Collection[WorkerId], Mapping[WorkerId, int] | None] = (), None
         self._alive: set[WorkerId] = set()
         self._channels: dict[str, grpc.Channel] = {}
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._ask, name="probe", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="probe", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -62,39 +70,63 @@ class WorkerProbes:
     def alive(self) -> set[WorkerId]:
         return self._alive
 
-    def readers(self) -> dict[WorkerId, int] | None:
-        return self._readers
+    def readers(self, engines: Mapping[WorkerId, str]) -> Mapping[WorkerId, int] | None:
+        self._engines = dict(engines)
+        asked, readers = self._readers
+        return readers if engines.keys() <= set(asked) else None
+
+    def _run(self) -> None:
+        failed = False
+        while not self._stopped.wait(PERIOD_S):
+            try:
+                self._ask()
+                failed = False
+            except Exception:
+                # Such as an answer of another version: nothing is known, so nothing may follow.
+                self._readers, self._silent_since_s = ((), None), {}
+                if not failed:
+                    _LOG.exception("the workers' answers make no sense; they are asked again")
+                failed = True
 
     def _ask(self) -> None:
-        engines: dict[WorkerId, str] = {}
-        while not self._stopped.wait(PERIOD_S):
-            suspects = self._suspects
-            # While the directory does not answer, the last known engines are asked.
-            with contextlib.suppress(FarshoreError):
-                engines = {
-                    record.worker: record.address
-                    for record in self._directory.listing().workers
-                    if record.kind == "dense" and record.address
-                }
-            statuses = {worker: self._status(address) for worker, address in engines.items()}
-            checks = {worker: self._check(address) for worker, address in suspects.items() if address}
-            reported: set[WorkerId] = set()
-            readers: Counter[WorkerId] | None = Counter()
-            for worker, call in statuses.items():
-                if call.exception() is not None:
-                    readers = None
-                    continue
-                status = call.result()
-                reported |= {WorkerId(shard) for shard, answers in status.shards.items() if answers}
-                if readers is not None:
-                    readers.update({WorkerId(shard): count for shard, count in status.readers.items()})
-                    readers[worker] += status.worker.running + status.worker.waiting
-            self._readers, self._alive = readers, reported
-            alive = reported | {worker for worker, call in checks.items() if call.exception() is None}
-            now_s = self._clock()
-            self._silent_since_s = {
-                worker: self._silent_since_s.get(worker, now_s) for worker in suspects if worker not in alive
+        """Asks once, and keeps the answers."""
+        suspects = self._suspects
+        self._look()
+        engines = {**self._engines, **self._listed}
+        statuses = {worker: self._status(address) for worker, address in engines.items()}
+        checks = {worker: self._check(address) for worker, address in suspects.items() if address}
+        reported: set[WorkerId] = set()
+        readers: Counter[WorkerId] | None = Counter()
+        for worker, call in statuses.items():
+            if call.exception() is not None:
+                readers = None
+                continue
+            status = call.result()
+            reported |= {WorkerId(shard) for shard, answers in status.shards.items() if answers}
+            if readers is not None:
+                readers.update({WorkerId(shard): count for shard, count in status.readers.items()})
+                readers[worker] += status.worker.running + status.worker.waiting
+        self._readers, self._alive = (engines.keys(), readers), reported
+        alive = reported | {worker for worker, call in checks.items() if _is_answered(call)}
+        now_s = self._clock()
+        self._silent_since_s = {
+            worker: self._silent_since_s.get(worker, now_s) for worker in suspects if worker not in alive
+        }
+        self._keep({*engines.values(), *suspects.values()})
+
+    def _look(self) -> None:
+        """Reads the engines from the directory. While it does not answer, the last known ones are asked."""
+        with contextlib.suppress(FarshoreError):
+            self._listed = {
+                record.worker: record.address
+                for record in self._directory.listing().workers
+                if record.kind == "dense" and record.address
             }
+
+    def _keep(self, addresses: Collection[str]) -> None:
+        """Closes the channels to all others."""
+        for address in self._channels.keys() - set(addresses):
+            self._channels.pop(address).close()
 
     def _status(self, address: str) -> grpc.Future:
         stub = pb_grpc.EngineStub(self._channel(address))
@@ -108,3 +140,9 @@ class WorkerProbes:
         if address not in self._channels:
             self._channels[address] = rpc.channel(address, self._token)
         return self._channels[address]
+
+
+def _is_answered(call: grpc.Future) -> bool:
+    """Blocks until the call has ended."""
+    error = call.exception()
+    return error is None or error.code() not in _SILENCE

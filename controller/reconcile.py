@@ -40,6 +40,9 @@ class Process:
 
     slot: Slot
     worker: WorkerId | None = None
+    may_serve: bool = False
+    """Whether it may be a worker that an engine reports alive, though it has not registered: its link to the
+    directory is cut, and this controller is a new one."""
     leaving: bool = False
     """Whether it is to end though its kind has none too many: an operator drains it, or its process was told
     to end."""
@@ -146,10 +149,13 @@ def _of_kind(
 
 def _drained(processes: Iterable[Process]) -> Iterable[Action]:
     for process in processes:
-        if process.worker is None or (process.closed and (process.readers == 0 or process.overdue)):
-            yield Stop(process.slot)
+        if process.worker is None:
+            if not process.may_serve:
+                yield Stop(process.slot)
         elif not process.closed:
             yield Drain(process.slot, process.worker)
+        elif process.readers == 0 or process.overdue:
+            yield Stop(process.slot)
 
 
 def _started(

@@ -18,7 +18,7 @@ from farshore.cluster_token import ClusterToken
 from farshore.controller.config import MOST_DRAIN_S, ClusterConfig
 from farshore.controller.events import Events
 from farshore.controller.reconcile import Kind
-from farshore.errors import FarshoreError, InvalidRequest
+from farshore.errors import FarshoreError, InvalidRequest, Overloaded
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import Directory
 from farshore.models.config.model import ModelConfig
@@ -37,6 +37,10 @@ asking all workers costs each of them."""
 
 EVENTS_POLL_S = 1.0
 """How often a stream of events looks whether its reader is gone."""
+
+MOST_FOLLOWERS = 16
+"""Streams of events that are open at once. Each holds a thread of the server, which serves the workers' calls
+to the directory, too."""
 
 
 class Operations(Protocol):
@@ -76,6 +80,7 @@ class AdminService(admin_grpc.AdminServiceServicer):
         self._clock = clock
         self._channels: dict[str, grpc.Channel] = {}
         self._lock = threading.Lock()
+        self._followers = threading.Semaphore(MOST_FOLLOWERS)
         self._status: Future[tuple[admin.ClusterStatusResponse, float]] | None = None
         """The newest answer and the time of its completion."""
 
@@ -113,14 +118,31 @@ class AdminService(admin_grpc.AdminServiceServicer):
     def WatchEvents(
         self, request: admin.WatchEventsRequest, context: grpc.ServicerContext
     ) -> Iterator[admin.ClusterEvent]:
-        seen = request.since
+        """With ``follow`` it goes on until its reader is gone; one above MOST_FOLLOWERS is refused."""
+        if not request.follow:
+            yield from self._events_since(request.since)
+        elif self._followers.acquire(blocking=False):
+            try:
+                yield from self._follow(request.since, context)
+            finally:
+                self._followers.release()
+        else:
+            rpc.abort(
+                context,
+                Overloaded(
+                    f"{MOST_FOLLOWERS} calls follow the events already: end one, or ask without follow"
+                ),
+            )
+
+    def _follow(self, seen: int, context: grpc.ServicerContext) -> Iterator[admin.ClusterEvent]:
         while context.is_active():
-            timeout_s = EVENTS_POLL_S if request.follow else 0.0
-            for event in self._operations.events.since(seen, timeout_s=timeout_s):
+            for event in self._events_since(seen, timeout_s=EVENTS_POLL_S):
                 seen = event.number
-                yield admin.ClusterEvent(**event._asdict())
-            if not request.follow:
-                return
+                yield event
+
+    def _events_since(self, seen: int, *, timeout_s: float = 0.0) -> Iterator[admin.ClusterEvent]:
+        for event in self._operations.events.since(seen, timeout_s=timeout_s):
+            yield admin.ClusterEvent(**event._asdict())
 
     def ClusterStatus(
         self, request: admin.ClusterStatusRequest, context: grpc.ServicerContext
@@ -166,10 +188,11 @@ class AdminService(admin_grpc.AdminServiceServicer):
             workers[worker] = _attention(worker, attention[worker], call)
         for record in records:
             workers[record.worker].device = record.device
+            workers[record.worker].node, workers[record.worker].zone = record.node, record.zone
         draining = listing.draining.union(r.worker for r in records if r.state == "draining")
         for worker in draining & workers.keys():
-            if workers[worker].state == "ready":
-                workers[worker].state = "draining"
+            if workers[worker].state == admin.WORKER_STATE_READY:
+                workers[worker].state = admin.WORKER_STATE_DRAINING
         return self._reply(list(workers.values()), sequences)
 
     def close(self) -> None:
@@ -180,8 +203,9 @@ class AdminService(admin_grpc.AdminServiceServicer):
         self, workers: list[admin.WorkerStatus], sequences: list[admin.SequenceStatus]
     ) -> admin.ClusterStatusResponse:
         config = self._config
-        pool_kind = "dense" if config.placement == "local" else "attention"
-        pool = [w for w in workers if w.kind == pool_kind and w.state == "ready"]
+        local = config.placement == "local"
+        pool_kind = admin.WORKER_KIND_DENSE if local else admin.WORKER_KIND_ATTENTION
+        pool = [w for w in workers if w.kind == pool_kind and w.state == admin.WORKER_STATE_READY]
         return admin.ClusterStatusResponse(
             model=config.spec.name,
             dtype=config.dtype,
@@ -219,7 +243,7 @@ def _dense(
     try:
         answer = call.result()
     except grpc.RpcError:
-        return _unreachable(worker, "dense", address), []
+        return _unreachable(worker, admin.WORKER_KIND_DENSE, address), []
     answer.worker.address = address
     return answer.worker, list(answer.sequences)
 
@@ -228,14 +252,14 @@ def _attention(worker: WorkerId, address: str, call: grpc.Future) -> admin.Worke
     try:
         identity = identity_from_pb(call.result())
     except grpc.RpcError:
-        return _unreachable(worker, "attention", address)
+        return _unreachable(worker, admin.WORKER_KIND_ATTENTION, address)
     return admin.WorkerStatus(
         worker_id=worker,
-        kind="attention",
+        kind=admin.WORKER_KIND_ATTENTION,
         address=address,
         host=identity.host,
         process_id=identity.process_id,
-        state="ready",
+        state=admin.WORKER_STATE_READY,
         budget_bytes=identity.budget_bytes,
         free_bytes=identity.free_bytes,
         attended_bytes=identity.attended_bytes,
@@ -243,5 +267,6 @@ def _attention(worker: WorkerId, address: str, call: grpc.Future) -> admin.Worke
     )
 
 
-def _unreachable(worker: WorkerId, kind: str, address: str) -> admin.WorkerStatus:
-    return admin.WorkerStatus(worker_id=worker, kind=kind, address=address, state="unreachable")
+def _unreachable(worker: WorkerId, kind: admin.WorkerKind, address: str) -> admin.WorkerStatus:
+    state = admin.WORKER_STATE_UNREACHABLE
+    return admin.WorkerStatus(worker_id=worker, kind=kind, address=address, state=state)

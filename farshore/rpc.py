@@ -75,7 +75,7 @@ _REFUSALS = {
     grpc.StatusCode.PERMISSION_DENIED,
 }
 
-_FROM_CORE = "Internal error from Core"
+FROM_CORE = "Internal error from Core"
 """Message of gRPC's asyncio client, with INTERNAL, when a call ends while a message is being written. It
 describes the write; the reason why the call ended is reported by the next call."""
 
@@ -85,9 +85,6 @@ large fails again, so the error is not Overloaded."""
 
 MOST_MESSAGE = 2_000
 """Characters of an error's message: it travels in a trailer, and gRPC limits trailers to a few KiB."""
-
-TAKEN = "farshore-taken"
-"""Initial metadata of a stream: the servicer has accepted the call, and works on it."""
 
 ERROR_KIND = "farshore-error"
 """Trailing metadata of a call that a servicer of ours failed: the error's type. Without it the connection
@@ -107,6 +104,11 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, str, tuple[tuple[str, 
         if isinstance(error, kind):
             return code, shortened(str(error), MOST_MESSAGE), trailing
     return grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {shortened(str(error))}", trailing
+
+
+def code_of(number: int) -> grpc.StatusCode:
+    """The status code with this number; UNKNOWN if there is none."""
+    return next((code for code in grpc.StatusCode if code.value[0] == number), grpc.StatusCode.UNKNOWN)
 
 
 def abort(context: grpc.ServicerContext, error: Exception) -> NoReturn:
@@ -197,14 +199,14 @@ def error_of_status(code: grpc.StatusCode, message: str, *, peer: str) -> errors
 
     UNAVAILABLE becomes TransportError: gRPC reports it when nothing was reached or the connection broke, and
     Farshore's servicers report it when they could not reach a server themselves. INTERNAL becomes
-    TransportError only for the message ``_FROM_CORE``, which gRPC's client makes itself. Codes that stand for
+    TransportError only for the message ``FROM_CORE``, which gRPC's client makes itself. Codes that stand for
     a bug become Internal: the same call fails again.
     """
     message = shortened(message, MOST_MESSAGE)
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         return errors.InvalidRequest(message) if _TOO_LARGE in message else errors.Overloaded(message)
     named = f"{peer}: {code.name}: {message}"
-    if code == grpc.StatusCode.UNAVAILABLE or (code == grpc.StatusCode.INTERNAL and message == _FROM_CORE):
+    if code == grpc.StatusCode.UNAVAILABLE or (code == grpc.StatusCode.INTERNAL and message == FROM_CORE):
         return errors.TransportError(named)
     if code == grpc.StatusCode.UNAUTHENTICATED:
         return errors.Unauthenticated(f"{peer}: {message}")

@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import json
 import os
+import resource
 import signal
 import sys
 import threading
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serves until a signal; a child also until the end of stdin. Returns the exit code: 0, 1 after an error,
     130 when it was interrupted while starting."""
     args = _parser().parse_args(argv)
+    _allow_open_files()
     stop = _Stop()
     if args.child:
         _watch_parent(stop.set)
@@ -145,6 +147,13 @@ class _Stop:
             self._tell = tell
             if tell is not None and self._set:
                 tell()
+
+
+def _allow_open_files() -> None:
+    """Raises the limit of open files as far as this process may: each client takes one, and many systems and
+    container runtimes begin with 1,024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def _serve(

@@ -22,6 +22,8 @@ class Limits:
     """Calls that read one request at once."""
     other_calls: int = 64
     """Calls open at once besides Generate: status, cancel, health."""
+    connections_per_call: int = 4
+    """HTTP connections for each call that may be open: clients keep idle ones for their next calls."""
     retry_after_ms: int = 1000
     """Retry hint of refusals."""
     default_max_tokens: int = 256
@@ -96,10 +98,7 @@ class Limits:
     stall_s: float = 1800.0
     """Longest silence of an engine within one request. An engine sends nothing while a request is queued."""
     cancel_s: float = 5.0
-    """How long an engine may take to end a sequence before its stream is cut."""
-    cancel_again_s: float = 0.1
-    """When an engine that has not ended a sequence is asked again: the first Cancel may have arrived before
-    the sequence."""
+    """How long an engine may take to end a sequence before the gateway goes on without it."""
     probe_s: float = 1.0
     """Interval of health probes to each engine, and the deadline of each probe."""
     missed_probes: int = 3
@@ -116,6 +115,11 @@ class Limits:
     """How long live requests go on after the gateway was told to stop."""
     shutdown_s: float = 1.0
     """Bound of each later stage of stopping, and of the wait to send a call's status."""
+
+    @property
+    def open_calls(self) -> int:
+        """Calls open at once on one listener."""
+        return self.max_readers + self.other_calls
 
     def message_bytes_for(self, max_positions: int) -> int:
         """Largest message of one call for a model of ``max_positions``."""

@@ -1,10 +1,33 @@
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class WorkerKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WORKER_KIND_UNSPECIFIED: _ClassVar[WorkerKind]
+    WORKER_KIND_DENSE: _ClassVar[WorkerKind]
+    WORKER_KIND_ATTENTION: _ClassVar[WorkerKind]
+
+class WorkerState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WORKER_STATE_UNSPECIFIED: _ClassVar[WorkerState]
+    WORKER_STATE_READY: _ClassVar[WorkerState]
+    WORKER_STATE_DRAINING: _ClassVar[WorkerState]
+    WORKER_STATE_FAILED: _ClassVar[WorkerState]
+    WORKER_STATE_UNREACHABLE: _ClassVar[WorkerState]
+WORKER_KIND_UNSPECIFIED: WorkerKind
+WORKER_KIND_DENSE: WorkerKind
+WORKER_KIND_ATTENTION: WorkerKind
+WORKER_STATE_UNSPECIFIED: WorkerState
+WORKER_STATE_READY: WorkerState
+WORKER_STATE_DRAINING: WorkerState
+WORKER_STATE_FAILED: WorkerState
+WORKER_STATE_UNREACHABLE: WorkerState
 
 class ScaleRequest(_message.Message):
     __slots__ = ("dense_workers", "attention_workers")
@@ -71,7 +94,7 @@ class ClusterStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "kind", "address", "host", "process_id", "state", "budget_bytes", "free_bytes", "attended_bytes", "running", "waiting", "links", "parked", "parkings", "tokens", "cached_bytes", "device")
+    __slots__ = ("worker_id", "kind", "address", "host", "process_id", "state", "budget_bytes", "free_bytes", "attended_bytes", "running", "waiting", "links", "parked", "parkings", "tokens", "cached_bytes", "device", "node", "zone")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -89,12 +112,14 @@ class WorkerStatus(_message.Message):
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_BYTES_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    ZONE_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
-    kind: str
+    kind: WorkerKind
     address: str
     host: str
     process_id: int
-    state: str
+    state: WorkerState
     budget_bytes: int
     free_bytes: int
     attended_bytes: int
@@ -106,7 +131,9 @@ class WorkerStatus(_message.Message):
     tokens: int
     cached_bytes: int
     device: str
-    def __init__(self, worker_id: _Optional[str] = ..., kind: _Optional[str] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., process_id: _Optional[int] = ..., state: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., attended_bytes: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., links: _Optional[_Iterable[_Union[ShardLink, _Mapping]]] = ..., parked: _Optional[int] = ..., parkings: _Optional[int] = ..., tokens: _Optional[int] = ..., cached_bytes: _Optional[int] = ..., device: _Optional[str] = ...) -> None: ...
+    node: str
+    zone: str
+    def __init__(self, worker_id: _Optional[str] = ..., kind: _Optional[_Union[WorkerKind, str]] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., process_id: _Optional[int] = ..., state: _Optional[_Union[WorkerState, str]] = ..., budget_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., attended_bytes: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., links: _Optional[_Iterable[_Union[ShardLink, _Mapping]]] = ..., parked: _Optional[int] = ..., parkings: _Optional[int] = ..., tokens: _Optional[int] = ..., cached_bytes: _Optional[int] = ..., device: _Optional[str] = ..., node: _Optional[str] = ..., zone: _Optional[str] = ...) -> None: ...
 
 class ShardLink(_message.Message):
     __slots__ = ("worker_id", "transport", "frames", "failures", "p50_ms", "p99_ms", "slow", "deadline_ms")

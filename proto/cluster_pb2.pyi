@@ -8,6 +8,28 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class GatewayMessage(_message.Message):
+    __slots__ = ("number", "submit", "cancel")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    SUBMIT_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    submit: bytes
+    cancel: CancelSequence
+    def __init__(self, number: _Optional[int] = ..., submit: _Optional[bytes] = ..., cancel: _Optional[_Union[CancelSequence, _Mapping]] = ...) -> None: ...
+
+class CancelSequence(_message.Message):
+    __slots__ = ("choice",)
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    choice: int
+    def __init__(self, choice: _Optional[int] = ...) -> None: ...
+
+class EngineMessage(_message.Message):
+    __slots__ = ("events",)
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    events: _containers.RepeatedCompositeFieldContainer[SequenceEvent]
+    def __init__(self, events: _Optional[_Iterable[_Union[SequenceEvent, _Mapping]]] = ...) -> None: ...
+
 class SequenceRequest(_message.Message):
     __slots__ = ("sequence_id", "prompt", "sampling", "cache_salt", "grammar", "bad_words", "priority", "fill", "epoch")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -64,29 +86,40 @@ class SequenceFinished(_message.Message):
     cached_tokens: int
     def __init__(self, reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., queued_ms: _Optional[float] = ..., shards: _Optional[_Iterable[_Union[_inference_pb2.ShardUse, _Mapping]]] = ..., choice: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
+class SequenceFailed(_message.Message):
+    __slots__ = ("code", "message", "trailing")
+    class TrailingEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    TRAILING_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    message: str
+    trailing: _containers.ScalarMap[str, str]
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., trailing: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
 class SequenceEvent(_message.Message):
-    __slots__ = ("prefill", "token", "finished", "prompt_logprobs")
-    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("number", "taken", "token", "prefill", "prompt_logprobs", "finished", "failed")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    TAKEN_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
-    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
-    prefill: _inference_pb2.PrefillProgress
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    taken: bool
     token: SampledToken
-    finished: SequenceFinished
+    prefill: _inference_pb2.PrefillProgress
     prompt_logprobs: _inference_pb2.PromptLogprobs
-    def __init__(self, prefill: _Optional[_Union[_inference_pb2.PrefillProgress, _Mapping]] = ..., token: _Optional[_Union[SampledToken, _Mapping]] = ..., finished: _Optional[_Union[SequenceFinished, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[_inference_pb2.PromptLogprobs, _Mapping]] = ...) -> None: ...
-
-class CancelSequence(_message.Message):
-    __slots__ = ("sequence_id", "choice")
-    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
-    CHOICE_FIELD_NUMBER: _ClassVar[int]
-    sequence_id: str
-    choice: int
-    def __init__(self, sequence_id: _Optional[str] = ..., choice: _Optional[int] = ...) -> None: ...
-
-class CancelSequenceReply(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    finished: SequenceFinished
+    failed: SequenceFailed
+    def __init__(self, number: _Optional[int] = ..., taken: bool = ..., token: _Optional[_Union[SampledToken, _Mapping]] = ..., prefill: _Optional[_Union[_inference_pb2.PrefillProgress, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[_inference_pb2.PromptLogprobs, _Mapping]] = ..., finished: _Optional[_Union[SequenceFinished, _Mapping]] = ..., failed: _Optional[_Union[SequenceFailed, _Mapping]] = ...) -> None: ...
 
 class EngineStatusRequest(_message.Message):
     __slots__ = ()
@@ -128,7 +161,7 @@ class EngineStatus(_message.Message):
     def __init__(self, worker: _Optional[_Union[_admin_pb2.WorkerStatus, _Mapping]] = ..., sequences: _Optional[_Iterable[_Union[_admin_pb2.SequenceStatus, _Mapping]]] = ..., shards: _Optional[_Mapping[str, bool]] = ..., readers: _Optional[_Mapping[str, int]] = ..., drains: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class WorkerRecord(_message.Message):
-    __slots__ = ("worker_id", "kind", "slot", "address", "host", "process_id", "state", "progress", "shards", "failure", "content", "load", "zone", "spec", "device")
+    __slots__ = ("worker_id", "kind", "slot", "address", "host", "process_id", "state", "progress", "shards", "failure", "content", "load", "zone", "spec", "device", "node")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
@@ -144,6 +177,7 @@ class WorkerRecord(_message.Message):
     ZONE_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     kind: str
     slot: str
@@ -159,7 +193,8 @@ class WorkerRecord(_message.Message):
     zone: str
     spec: str
     device: str
-    def __init__(self, worker_id: _Optional[str] = ..., kind: _Optional[str] = ..., slot: _Optional[str] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., process_id: _Optional[int] = ..., state: _Optional[str] = ..., progress: _Optional[str] = ..., shards: _Optional[int] = ..., failure: _Optional[str] = ..., content: _Optional[str] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., zone: _Optional[str] = ..., spec: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
+    node: str
+    def __init__(self, worker_id: _Optional[str] = ..., kind: _Optional[str] = ..., slot: _Optional[str] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., process_id: _Optional[int] = ..., state: _Optional[str] = ..., progress: _Optional[str] = ..., shards: _Optional[int] = ..., failure: _Optional[str] = ..., content: _Optional[str] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., zone: _Optional[str] = ..., spec: _Optional[str] = ..., device: _Optional[str] = ..., node: _Optional[str] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("running", "waiting", "parked", "free_bytes", "budget_bytes")

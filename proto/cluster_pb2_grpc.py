@@ -35,15 +35,10 @@ class EngineStub(object):
         Args:
             channel: A grpc.Channel.
         """
-        self.Generate = channel.unary_stream(
-                '/farshore.cluster.v1.Engine/Generate',
-                request_serializer=farshore_dot_proto_dot_cluster__pb2.SequenceRequest.SerializeToString,
-                response_deserializer=farshore_dot_proto_dot_cluster__pb2.SequenceEvent.FromString,
-                _registered_method=True)
-        self.Cancel = channel.unary_unary(
-                '/farshore.cluster.v1.Engine/Cancel',
-                request_serializer=farshore_dot_proto_dot_cluster__pb2.CancelSequence.SerializeToString,
-                response_deserializer=farshore_dot_proto_dot_cluster__pb2.CancelSequenceReply.FromString,
+        self.Run = channel.stream_stream(
+                '/farshore.cluster.v1.Engine/Run',
+                request_serializer=farshore_dot_proto_dot_cluster__pb2.GatewayMessage.SerializeToString,
+                response_deserializer=farshore_dot_proto_dot_cluster__pb2.EngineMessage.FromString,
                 _registered_method=True)
         self.Status = channel.unary_unary(
                 '/farshore.cluster.v1.Engine/Status',
@@ -56,14 +51,9 @@ class EngineServicer(object):
     """A dense worker.
     """
 
-    def Generate(self, request, context):
-        """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Cancel(self, request, context):
-        """Ends a sequence within one step. Unknown ids are ignored.
+    def Run(self, request_iterator, context):
+        """Runs all requests of one gateway. When the call ends, for any reason, the engine ends their sequences. The engine
+        ends it when the gateway has ended its side and all requests have ended, and when the engine stops.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -78,15 +68,10 @@ class EngineServicer(object):
 
 def add_EngineServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Generate': grpc.unary_stream_rpc_method_handler(
-                    servicer.Generate,
-                    request_deserializer=farshore_dot_proto_dot_cluster__pb2.SequenceRequest.FromString,
-                    response_serializer=farshore_dot_proto_dot_cluster__pb2.SequenceEvent.SerializeToString,
-            ),
-            'Cancel': grpc.unary_unary_rpc_method_handler(
-                    servicer.Cancel,
-                    request_deserializer=farshore_dot_proto_dot_cluster__pb2.CancelSequence.FromString,
-                    response_serializer=farshore_dot_proto_dot_cluster__pb2.CancelSequenceReply.SerializeToString,
+            'Run': grpc.stream_stream_rpc_method_handler(
+                    servicer.Run,
+                    request_deserializer=farshore_dot_proto_dot_cluster__pb2.GatewayMessage.FromString,
+                    response_serializer=farshore_dot_proto_dot_cluster__pb2.EngineMessage.SerializeToString,
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
@@ -106,7 +91,7 @@ class Engine(object):
     """
 
     @staticmethod
-    def Generate(request,
+    def Run(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -116,39 +101,12 @@ class Engine(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
-            '/farshore.cluster.v1.Engine/Generate',
-            farshore_dot_proto_dot_cluster__pb2.SequenceRequest.SerializeToString,
-            farshore_dot_proto_dot_cluster__pb2.SequenceEvent.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Cancel(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/farshore.cluster.v1.Engine/Cancel',
-            farshore_dot_proto_dot_cluster__pb2.CancelSequence.SerializeToString,
-            farshore_dot_proto_dot_cluster__pb2.CancelSequenceReply.FromString,
+            '/farshore.cluster.v1.Engine/Run',
+            farshore_dot_proto_dot_cluster__pb2.GatewayMessage.SerializeToString,
+            farshore_dot_proto_dot_cluster__pb2.EngineMessage.FromString,
             options,
             channel_credentials,
             insecure,

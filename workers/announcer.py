@@ -5,7 +5,7 @@ may hold a prefix; an announcement is a hint, so a lost or late one costs a hit 
 The thread reads the store's log of names and never takes the store's lock. It must not know blocks or spans.
 """
 
-import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +19,9 @@ PROBE_S = 2.0
 """Time between two announcements without a change. They show whether the directory lost something."""
 MOST_NAMES = 8192
 """Names in one announcement, about 280 KB."""
+
+
+_LOG = logging.getLogger(__name__)
 
 
 class Announcer:
@@ -75,9 +78,17 @@ class Announcer:
         self._answered_s = self._clock()
 
     def _keep(self) -> None:
+        is_told = False
         while not self._ended.wait(self._period_s):
-            with contextlib.suppress(FarshoreError):
+            try:
                 self.announce()
+                is_told = False
+            except FarshoreError:
+                pass  # The directory is away: what changed is announced when it answers.
+            except Exception:
+                if not is_told:
+                    _LOG.exception("blocks can't be announced")
+                is_told = True
 
 
 def _pieces(

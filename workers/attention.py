@@ -31,6 +31,7 @@ from farshore.workers.announcer import Announcer
 from farshore.workers.device import CPU, Device, resolve
 from farshore.workers.ending import Ending
 from farshore.workers.lease import Lease
+from farshore.workers.whereabouts import whereabouts
 
 STOP_GRACE_S = 1.0
 
@@ -68,6 +69,7 @@ class AttentionWorker:
             address=self._address,
             host=listen.rpartition(":")[0],
             process_id=os.getpid(),
+            **whereabouts(),
             state="serving",
             device=str(device),
         )

@@ -6,6 +6,7 @@ serves requests without the controller. It must not decide global placement.
 
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,8 +35,9 @@ from farshore.models.tokenizer.tokenizer import Tokenizer
 from farshore.models.weights.load import load_model
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
+from farshore.text import shortened
 from farshore.workers.announcer import Announcer
-from farshore.workers.device import CPU, Device, refuse_gpu
+from farshore.workers.device import CPU, Device
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.attention_model import attention_model
 from farshore.workers.engine.constraints.grammar import GrammarCompiler
@@ -44,11 +46,13 @@ from farshore.workers.engine.views import EngineLoad
 from farshore.workers.engine_service import EngineService
 from farshore.workers.lease import Lease
 from farshore.workers.shard_watch import ShardWatch
+from farshore.workers.whereabouts import whereabouts
 
 MAX_CALLS = 512
-"""Threads of the gRPC server. Each running or waiting request occupies one."""
+"""Threads of the gRPC server. Each gateway occupies one."""
 
 STOP_GRACE_S = 1.0
+MOST_REASON_CHARS = 500
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["Engine"].full_name
 _FORMATS = {
@@ -89,13 +93,20 @@ class DenseWorker:
     """One dense worker. Construct it, then call :meth:`run`. It is listed in ``directory`` from construction
     until :meth:`stop`."""
 
-    def __init__(self, config: DenseConfig, directory: Directory, *, host: str) -> None:
-        """``host``: the address of the worker's node."""
-        # To remove with the engine on a GPU: its model and its arena lie there already.
-        refuse_gpu(config.device, part="--device: the engine")
+    def __init__(
+        self,
+        config: DenseConfig,
+        directory: Directory,
+        *,
+        host: str,
+        on_failed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``host``: the address of the worker's node. ``on_failed``: called once, from any thread, if the
+        model can't be loaded or the engine fails. The record says why; only a new process can go on."""
         self._config = config
         self._directory = directory
         self._host = host
+        self._on_failed = on_failed
         self._loading = ""
         self._address = ""
         self._failure = ""
@@ -124,12 +135,13 @@ class DenseWorker:
         )
 
     def run(self) -> None:
-        """Loads and serves. A model that can't be loaded is reported to the directory, and raised."""
+        """Loads and serves. Every error is reported to the directory, and raised."""
         try:
             self.load()
             self.serve()
-        except FarshoreError as error:
-            self._failure = str(error)
+        except Exception as error:
+            known = isinstance(error, FarshoreError)
+            self._fail(str(error) if known else f"the worker can't start: {type(error).__name__}: {error}")
             raise
 
     def serve(self) -> str:
@@ -151,7 +163,7 @@ class DenseWorker:
             shard_by=config.shard_by,
             limits=config.limits,
             find_prefix=self._directory.find_prefix if config.offload else None,
-            on_failed=self._stop_serving,
+            on_failed=lambda: self._fail(engine.failure),
         )
         engine.start()
         if config.offload:
@@ -166,7 +178,7 @@ class DenseWorker:
             )
         else:
             self._announcer = Announcer(self._directory, config.worker, store.names)
-        service = EngineService(
+        self._service = service = EngineService(
             worker=config.worker,
             engine=engine,
             store=store,
@@ -216,8 +228,9 @@ class DenseWorker:
         if self._watch is not None:
             self._watch.stop()
         why = f"dense worker {self._config.worker} was {'drained' if self._ends else 'stopped'}"
-        # Before the server, so that the streams end with this reason.
+        # Before the server, so that the requests end with this reason.
         self._engine.stop(reason=why)
+        self._service.stop()
         self._server.stop(STOP_GRACE_S).wait()
 
     def load_now(self) -> tuple[EngineLoad, list[Link], Usage] | None:
@@ -236,6 +249,7 @@ class DenseWorker:
             address=self._address,
             host=self._host,
             process_id=os.getpid(),
+            **whereabouts(),
             state=self._state(),
             progress=self._loading,
             shards=sum(answers for worker, answers in shards.items() if worker != self._config.worker),
@@ -281,9 +295,11 @@ class DenseWorker:
         for name in ("", _SERVICE):
             self._checks.set(name, reply.NOT_SERVING if draining else reply.SERVING)
 
-    def _stop_serving(self) -> None:
-        """Called when the engine fails. Health stays NOT_SERVING from now on, whatever is set later."""
+    def _fail(self, reason: str) -> None:
+        """Says that the worker can't go on. Health stays NOT_SERVING, whatever is set later."""
+        self._failure = shortened(" ".join(reason.split()), MOST_REASON_CHARS)
         self._checks.enter_graceful_shutdown()
+        self._on_failed()
 
     def _progress(self, words: str) -> None:
         self._loading = words

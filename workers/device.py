@@ -99,12 +99,6 @@ def look(*, described: bool = True) -> Facts:
     )
 
 
-def refuse_gpu(device: Device, *, part: str) -> None:
-    """Raises InvalidRequest for a GPU. Called by the parts of a worker that take host memory only."""
-    if device.torch.type != "cpu":
-        raise InvalidRequest(f"{part} does not run on {device} in this version: use cpu")
-
-
 def _lacking(facts: Facts, granted: int | None) -> tuple[str, str] | None:
     """What keeps a worker from using a GPU, and the fix; None if nothing does."""
     if facts.built_for is None:

@@ -15,6 +15,8 @@ HEARD_S = 2.0
 """A worker that is told to end by a signal waits this long before it believes that nothing needs it: until
 engines and gateways have looked into the directory again, they may send it something new."""
 POLL_S = 0.1
+TOLD_S = 3.0
+"""A worker that failed stays listed this long, so that the controller and a driver that waits read why."""
 
 
 class Worker(Protocol):
@@ -32,9 +34,9 @@ class Worker(Protocol):
 
 
 class Ending:
-    """``then`` is called, once, when the worker has stopped: it ends the process."""
+    """``then`` is called when the worker has stopped or failed: it ends the process, with this exit code."""
 
-    def __init__(self, worker: Worker, *, then: Callable[[], None] = lambda: os._exit(0)) -> None:
+    def __init__(self, worker: Worker, *, then: Callable[[int], None] = os._exit) -> None:
         self._worker = worker
         self._then = then
         self._changed = threading.Condition()
@@ -53,6 +55,13 @@ class Ending:
             self._began = True
             self._heard_s = time.monotonic() + (0.0 if heard else HEARD_S)
         threading.Thread(target=self._drain, name="drain", daemon=True).start()
+
+    def fail(self) -> None:
+        """Ends the process of a worker that can't go on: with exit code 1, after TOLD_S. Returns at once. The
+        worker is not stopped in order, since it may be unable to."""
+        ending = threading.Timer(TOLD_S, self._then, args=(1,))
+        ending.daemon = True
+        ending.start()
 
     def on_sigterm(self, grace_s: float) -> None:
         """Makes SIGTERM begin the end. Call it in the main thread."""
@@ -74,4 +83,4 @@ class Ending:
             self._worker.stop()
         finally:
             # A worker that can't stop in order must end, too.
-            self._then()
+            self._then(0)

@@ -1,50 +1,42 @@
-"""The gRPC ``Engine`` service of a dense worker; the gateway streams tokens from it.
+"""The gRPC ``Engine`` service of a dense worker; gateways run their requests through it.
 
-Translates gRPC calls into engine calls and engine events into messages. Created by ``dense``. It must not
-know how sequences run.
+Translates gRPC calls into engine calls; ``gateway_stream`` holds the requests of each gateway. Created by
+``dense``. It must not know how sequences run.
 """
 
+import logging
 import os
-import queue
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
-from farshore import rpc
 from farshore.attention_offload.base import ShardIdentity
-from farshore.errors import FarshoreError, InvalidRequest
+from farshore.errors import InvalidRequest
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kvstore.store.store import LocalStore
 from farshore.proto import admin_pb2 as admin
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
-from farshore.proto import inference_pb2 as api
 from farshore.sampling import Sampling
 from farshore.workers.engine.constraints.grammar import GrammarCompiler
 from farshore.workers.engine.constraints.token_mask import TokenMask
 from farshore.workers.engine.engine import Engine
-from farshore.workers.engine.sequence import (
-    Event,
-    Failed,
-    Finished,
-    Prefilled,
-    PromptLogprobs,
-    PromptToken,
-    Reason,
-    Sampled,
-)
+from farshore.workers.engine.sequence import Event
+from farshore.workers.gateway_stream import GatewayStream
+from farshore.workers.sequence_events import EventMessages
 
 PROMPT_SLICE_TOKENS = 16_384
 """Prompt tokens converted in one call. One slice holds the interpreter's lock for 0.4 ms; two million tokens
 in one call held it for 81 ms."""
 
-_REASONS = {
-    Reason.STOP: api.FINISH_REASON_STOP,
-    Reason.LENGTH: api.FINISH_REASON_LENGTH,
-    Reason.CANCELLED: api.FINISH_REASON_CANCELLED,
-}
+SUBMIT_THREADS = 8
+MOST_SUBMITTING = 256
+"""Requests that may wait for these threads; as many as may wait in the engine by default."""
+
+_log = logging.getLogger(__name__)
 
 
 class EngineService(pb_grpc.EngineServicer):
@@ -71,55 +63,81 @@ class EngineService(pb_grpc.EngineServicer):
         self._shards = shards
         self._is_draining = is_draining
         self._grammars = grammars
+        self._messages = EventMessages(shards)
+        self._pool = ThreadPoolExecutor(SUBMIT_THREADS, thread_name_prefix="submit")
+        self._submitting = threading.Semaphore(MOST_SUBMITTING)
+        self._lock = threading.Lock()
+        self._streams: set[GatewayStream] = set()
+        self._stopped = False
 
-    def Generate(
-        self, request: pb.SequenceRequest, context: grpc.ServicerContext
-    ) -> Iterator[pb.SequenceEvent]:
-        """Streams a request's events until all of its completions have ended; cancels it with the call."""
-        sequence = SequenceId(request.sequence_id)
-        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        sampling = Sampling.from_message(request.sampling)
+    def Run(
+        self, messages: Iterator[pb.GatewayMessage], context: grpc.ServicerContext
+    ) -> Iterator[pb.EngineMessage]:
+        """Runs the requests of one gateway; cancels those that are left with the call."""
+        stream = GatewayStream(
+            self,
+            message=self._messages,
+            pool=self._pool,
+            submitting=self._submitting,
+            break_off=context.cancel,
+        )
+        with self._lock:
+            self._streams.add(stream)
+            if self._stopped:
+                stream.end()
+        # add_callback returns False if the gateway has already disconnected.
+        if not context.add_callback(stream.close):
+            stream.close()
+        threading.Thread(target=_read, args=(stream, messages, context), name="gateway", daemon=True).start()
         try:
-            if not request.epoch:
-                raise InvalidRequest("epoch 0: the gateway counts a sequence's epochs from 1")
-            if request.fill:
-                sampling = self._engine.lowered(len(request.prompt), sampling)
-            self._engine.check_size(len(request.prompt), sampling)
-            mask = TokenMask.of(
-                sampling,
-                vocab=self._grammars.vocab,
-                bad_words=[tuple(word.ids) for word in request.bad_words],
-                grammar=self._grammars.compile(request.grammar) if request.grammar else None,
-            )
-            self._engine.submit(
-                sequence,
-                _tokens(request),
-                sampling,
-                events.put,
-                epoch=Epoch(request.epoch),
-                salt=request.cache_salt,
-                mask=mask,
-                priority=request.priority,
-            )
-        except FarshoreError as error:
-            rpc.abort(context, error)
-        # add_callback returns False if the client has already disconnected. The engine then ends the stream.
-        if not context.add_callback(lambda: self._engine.cancel(sequence)):
-            self._engine.cancel(sequence)
-        context.send_initial_metadata(((rpc.TAKEN, "1"),))
-        live = sampling.n
-        while live:
-            event = events.get()
-            if isinstance(event, Failed):
-                rpc.abort(context, event.error)
-            yield self._message(event)
-            live -= isinstance(event, Finished)
+            yield from stream.messages()
+        finally:
+            stream.close()
+            with self._lock:
+                self._streams.discard(stream)
 
-    def Cancel(self, request: pb.CancelSequence, context: grpc.ServicerContext) -> pb.CancelSequenceReply:
+    def stop(self) -> None:
+        """Ends the gateways' calls, each behind the events that the engine has emitted for it. Call it after
+        the engine has stopped, and before the server does."""
+        with self._lock:
+            self._stopped = True
+            for stream in self._streams:
+                stream.end()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def submit(self, request: pb.SequenceRequest, emit: Callable[[Event], None]) -> None:
+        """Checks a request and queues it. Raises FarshoreError."""
+        sampling = Sampling.from_message(request.sampling)
+        if not request.epoch:
+            raise InvalidRequest("epoch 0: the gateway counts a sequence's epochs from 1")
+        if request.fill:
+            sampling = self._engine.lowered(len(request.prompt), sampling)
+        self._engine.check_size(len(request.prompt), sampling)
+        mask = TokenMask.of(
+            sampling,
+            vocab=self._grammars.vocab,
+            bad_words=[tuple(word.ids) for word in request.bad_words],
+            grammar=self._grammars.compile(request.grammar) if request.grammar else None,
+        )
+        self._engine.submit(
+            SequenceId(request.sequence_id),
+            _tokens(request),
+            sampling,
+            emit,
+            epoch=Epoch(request.epoch),
+            salt=request.cache_salt,
+            mask=mask,
+            priority=request.priority,
+        )
+
+    def cancel(self, sequence: SequenceId, *, choice: int | None = None) -> None:
         """Cancels a request or one of its completions. Unknown ids are ignored."""
-        choice = request.choice if request.HasField("choice") else None
-        self._engine.cancel(SequenceId(request.sequence_id), choice=choice)
-        return pb.CancelSequenceReply()
+        self._engine.cancel(sequence, choice=choice)
+
+    def _state(self) -> admin.WorkerState:
+        if self._engine.failure:
+            return admin.WORKER_STATE_FAILED
+        return admin.WORKER_STATE_DRAINING if self._is_draining() else admin.WORKER_STATE_READY
 
     def Status(self, request: pb.EngineStatusRequest, context: grpc.ServicerContext) -> pb.EngineStatus:
         """Reports the worker's memory and load, its links to shards, and its sequences."""
@@ -128,10 +146,10 @@ class EngineService(pb_grpc.EngineServicer):
         return pb.EngineStatus(
             worker=admin.WorkerStatus(
                 worker_id=self._worker,
-                kind="dense",
+                kind=admin.WORKER_KIND_DENSE,
                 host=socket.gethostname(),
                 process_id=os.getpid(),
-                state="failed" if self._engine.failure else "draining" if self._is_draining() else "ready",
+                state=self._state(),
                 budget_bytes=usage.budget_bytes,
                 free_bytes=usage.available_bytes,
                 cached_bytes=usage.cached_bytes,
@@ -172,45 +190,18 @@ class EngineService(pb_grpc.EngineServicer):
             for view in self._engine.views()
         ]
 
-    def _message(self, event: Any) -> pb.SequenceEvent:
-        match event:
-            case Prefilled(done, total):
-                progress = api.PrefillProgress(done_tokens=done, total_tokens=total)
-                return pb.SequenceEvent(prefill=progress)
-            case PromptLogprobs(first, tokens):
-                scored = api.PromptLogprobs(first=first, tokens=[_prompt_token(token) for token in tokens])
-                return pb.SequenceEvent(prompt_logprobs=scored)
-            case Sampled(token, choice, logprob, top):
-                others = [pb.TokenLogprob(token_id=id, logprob=value) for id, value in top]
-                return pb.SequenceEvent(
-                    token=pb.SampledToken(token_id=token, choice=choice, logprob=logprob, top=others)
-                )
-            case Finished(reason, queued_s, attended, choice, cached_tokens):
-                uses = [
-                    api.ShardUse(
-                        worker_id=worker, process_id=self._shards[worker].process_id, attended_bytes=size
-                    )
-                    for worker, size in sorted(attended.items())
-                ]
-                return pb.SequenceEvent(
-                    finished=pb.SequenceFinished(
-                        reason=_REASONS[reason],
-                        queued_ms=queued_s * 1e3,
-                        shards=uses,
-                        choice=choice,
-                        cached_tokens=cached_tokens,
-                    )
-                )
-        raise AssertionError(f"unknown event: {event}")
 
-
-def _prompt_token(token: PromptToken) -> api.PromptToken:
-    return api.PromptToken(
-        token_id=token.token_id,
-        logprob=token.logprob,
-        rank=token.rank,
-        top=[api.Alternative(token_id=id, logprob=value) for id, value in token.top],
-    )
+def _read(
+    stream: GatewayStream, messages: Iterator[pb.GatewayMessage], context: grpc.ServicerContext
+) -> None:
+    """The thread that reads a call."""
+    try:
+        stream.read(messages)
+    except grpc.RpcError:
+        pass  # The call has ended.
+    except Exception:
+        _log.exception("a gateway's call ends: it said what no gateway says")
+        context.cancel()
 
 
 def _tokens(request: pb.SequenceRequest) -> list[int]:

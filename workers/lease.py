@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-from farshore.errors import FarshoreError, Unauthenticated
+from farshore.errors import FarshoreError, InvalidRequest, Unauthenticated
 from farshore.kvstore.directory.base import RENEW_S, Directory, Listing, WorkerRecord
 
 _LOG = logging.getLogger(__name__)
@@ -44,16 +44,23 @@ class Lease:
             self._directory.withdraw(self._record().worker)
 
     def _keep(self) -> None:
-        is_refused = False
+        told: type[Exception] | None = None
         while not self._ended.is_set():
             try:
                 self._directory.renew(self._record())
                 if self._heard is not None:
                     self._heard(self._directory.listing())
-                is_refused = False
-            except FarshoreError as error:
-                # Other errors pass: this one waits for an operator.
-                if isinstance(error, Unauthenticated) and not is_refused:
-                    _LOG.warning("this worker is not listed any more: %s", error)
-                is_refused = isinstance(error, Unauthenticated)
+                told = None
+            except Exception as error:
+                if type(error) is not told:
+                    _tell(error)
+                told = type(error)
             self._ended.wait(self._period_s)
+
+
+def _tell(error: Exception) -> None:
+    """Logs what an operator must mend. A directory that does not answer is asked again, without a word."""
+    if isinstance(error, Unauthenticated | InvalidRequest):
+        _LOG.warning("this worker is not listed any more: %s", error)
+    elif not isinstance(error, FarshoreError):
+        _LOG.error("the lease can't be renewed", exc_info=error)

@@ -59,6 +59,8 @@ class ShardWatch:
         self._local = local
         self._identified = identified
         self._connecting: set[WorkerId] = set()
+        self._refusals: dict[WorkerId, str] = {}
+        """Why a worker could not join, as it was logged."""
         self._announced: dict[WorkerId, type[Opened | Shut | Draining]] = {}
         """What the engine was told last of each worker that joined; Opened for those that are missing."""
         self._stopped = threading.Event()
@@ -73,11 +75,17 @@ class ShardWatch:
         self._askers.shutdown(wait=False, cancel_futures=True)
 
     def _watch(self) -> None:
+        is_told = False
         while not self._stopped.is_set():
             try:
                 self._compare(self._directory.listing())
+                is_told = False
             except FarshoreError as error:
                 _LOG.debug("the directory does not answer: %s", error)
+            except Exception:
+                if not is_told:
+                    _LOG.exception("the attention workers can't be followed")
+                is_told = True
             self._stopped.wait(PERIOD_S)
 
     def _compare(self, listing: Listing) -> None:
@@ -104,18 +112,25 @@ class ShardWatch:
                 self._engine.announce(change(worker))
             if not listed and not answers:
                 self._engine.announce(Left(worker))
+        for worker in set(self._refusals) - records.keys():
+            self._refusals.pop(worker, None)
         self._announced = {worker: told for worker, told in self._announced.items() if worker in known}
 
     def _join(self, record: WorkerRecord) -> None:
-        client = self._connect(record.address)
+        client: ShardClient | None = None
         try:
+            client = self._connect(record.address)
             identity = client.identify()
             if identity.worker != record.worker:
                 raise FarshoreError(f"{identity.worker} is at the address of {record.worker}")
             client.connect()  # Refused by a worker of another wire version.
             self._identified(record.worker, identity)
             self._engine.announce(Joined(record.worker, client))
-        except FarshoreError as error:
-            _LOG.warning("attention worker %s can't join: %s", record.worker, error)
-            client.close()
+        except Exception as error:
+            why = str(error) if isinstance(error, FarshoreError) else f"{type(error).__name__}: {error}"
+            if self._refusals.get(record.worker) != why:
+                _LOG.warning("attention worker %s can't join: %s", record.worker, why)
+            self._refusals[record.worker] = why
             self._connecting.discard(record.worker)
+            if client is not None:
+                client.close()

@@ -6,12 +6,14 @@ the controller's loop over a thousand workers that are not real. Called by the c
 
 import asyncio
 import contextlib
+import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from signal import SIGCONT, SIGKILL, SIGSTOP
 from statistics import quantiles
+from typing import Self
 
 from farshore.benchmarks.cluster import three_nodes
 from farshore.benchmarks.cluster.fake import FakeWorkers
@@ -117,7 +119,7 @@ async def _controller_killed(
 ) -> list[Bar]:
     progress("killing the controller during a stream")
     before = await _worker_ids(client)
-    async with _streaming(client, sizes) as times_s:
+    async with _Streaming(client, sizes) as stream:
         for controller in _controllers(server):
             controller.send(SIGKILL)
         killed_s = time.perf_counter()
@@ -127,10 +129,11 @@ async def _controller_killed(
         await asyncio.sleep(2.0)
     started = sum(event.kind == "started" for event in client.watch_events())
     return [
-        Bar.at_most("controller_killed_token_gap", _longest_gap_ms(times_s), 250, "ms"),
+        Bar.at_most("controller_killed_token_gap", stream.longest_gap_ms(), 250, "ms"),
         Bar.at_most("controller_killed_new_request", answered_s, 5, "s", "its first token"),
         Bar.at_most("controller_killed_back", back_s, 5, "s", "status shows all workers"),
         Bar.at_most("controller_killed_started", started, 0, "workers"),
+        Bar.at_most("controller_killed_failed", stream.failed, 0, "streams"),
     ]
 
 
@@ -139,7 +142,11 @@ async def _controller_frozen(
 ) -> list[Bar]:
     progress(f"freezing the controller for {sizes.frozen_s:g} s")
     before = await _worker_ids(client)
-    async with _streaming(client, sizes) as times_s:
+    await asyncio.to_thread(_cached_tokens, client)
+    kept_tokens = await asyncio.to_thread(_cached_tokens, client)
+    if not kept_tokens:
+        raise StartupError("the cluster found nothing of a prompt that it had stored")
+    async with _Streaming(client, sizes) as stream:
         controllers = _controllers(server)
         for controller in controllers:
             controller.send(SIGSTOP)
@@ -148,9 +155,12 @@ async def _controller_frozen(
             controller.send(SIGCONT)
         await asyncio.sleep(10.0)
         replaced = len(before - await _worker_ids(client))
+    found_tokens = await asyncio.to_thread(_cached_tokens, client)
     return [
         Bar.at_most("controller_frozen_replaced", replaced, 0, "workers"),
-        Bar.at_most("controller_frozen_token_gap", _longest_gap_ms(times_s), 250, "ms"),
+        Bar.at_most("controller_frozen_token_gap", stream.longest_gap_ms(), 250, "ms"),
+        Bar.at_most("controller_frozen_failed", stream.failed, 0, "streams"),
+        Bar.at_least("controller_frozen_kv_found", found_tokens, kept_tokens, "tokens", "of a prompt's KV"),
     ]
 
 
@@ -172,12 +182,15 @@ async def _scaled(client: Client, progress: Callable[[str], None]) -> Bar:
 
 
 async def _used_after_s(client: Client, before: set[str]) -> float:
-    """Seconds until a new sequence reads from an attention worker that is not in ``before``."""
+    """Seconds until a new sequence reads from an attention worker that is not in ``before``. None is sent
+    before such a worker is ready: its prefill would take the cores that the worker starts on."""
     began_s = time.perf_counter()
     number = 0
 
     def used() -> bool:
         nonlocal number
+        if set(client_workers(client)) <= before:
+            return False
         number += 1
         prompt = [1000 + (number * 7919 + token) % 30_000 for token in range(PROMPT_TOKENS)]
         ends = [e for e in client.generate(token_ids=prompt, max_tokens=2) if isinstance(e, Finished)]
@@ -192,23 +205,48 @@ async def _used_after_s(client: Client, before: set[str]) -> float:
     return time.perf_counter() - began_s
 
 
-@contextlib.asynccontextmanager
-async def _streaming(client: Client, sizes: Sizes) -> AsyncIterator[list[float]]:
-    """Streams a long answer during the context; yields the times of its tokens, which grow meanwhile."""
-    times_s: list[float] = []
-    stream = client.generate("One, two,", max_tokens=sizes.stream_tokens, ignore_eos=True)
+class _Streaming:
+    """A long answer, read by a thread during the context. It is not resumed after a loss.
 
-    def read() -> None:
-        with contextlib.suppress(FarshoreError):
-            for event in stream:
+    ``failed``, after the context: how many streams failed in it, 0 or 1."""
+
+    def __init__(self, client: Client, sizes: Sizes) -> None:
+        self._failed = False
+        self._times_s: list[float] = []
+        self._client = Client(client.address, resume_s=0)
+        self._stream = self._client.generate("One, two,", max_tokens=sizes.stream_tokens, ignore_eos=True)
+        self._reading = threading.Thread(target=self._read)
+
+    def _read(self) -> None:
+        try:
+            for event in self._stream:
                 if isinstance(event, Token):
-                    times_s.append(time.perf_counter())
+                    self._times_s.append(time.perf_counter())
+        except FarshoreError:
+            self._failed = True
 
-    reading = asyncio.create_task(asyncio.to_thread(read))
-    await _until(lambda: len(times_s) > 10)
-    yield times_s
-    # The request belongs to its connection: the client cancels it by its id.
-    reading.cancel()
+    async def __aenter__(self) -> Self:
+        self._reading.start()
+        await _until(lambda: len(self._times_s) > 10)
+        self._begun_s = time.perf_counter()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Raises StartupError if the answer was too short for the context."""
+        self._ended_s = time.perf_counter()
+        running, self.failed = self._reading.is_alive(), int(self._failed)
+        self._client.close()
+        await asyncio.to_thread(self._reading.join)
+        if not running and not self.failed:
+            raise StartupError("the stream ended by itself: it measured nothing")
+
+    def longest_gap_ms(self) -> float:
+        """During the context, from its begin to the first token and from the last token to its end
+        included."""
+        during_s = [at_s for at_s in self._times_s if self._begun_s < at_s < self._ended_s]
+        return 1e3 * max(
+            after - before for before, after in pairwise([self._begun_s, *during_s, self._ended_s])
+        )
 
 
 def _first_token_s(client: Client) -> float:
@@ -217,6 +255,12 @@ def _first_token_s(client: Client) -> float:
         if isinstance(event, Token):
             return time.perf_counter() - began_s
     raise StartupError("a request gave no token")
+
+
+def _cached_tokens(client: Client) -> int:
+    """Asks a prompt, always the same one. Returns how many of its tokens the cluster had."""
+    prompt = [2000 + token * 7919 % 30_000 for token in range(PROMPT_TOKENS)]
+    return client.generate(token_ids=prompt, max_tokens=1).result().finished.cached_tokens
 
 
 async def _worker_ids(client: Client) -> set[str]:
@@ -232,10 +276,6 @@ def _controllers(server: Server) -> list[Process]:
     return [
         process for process in server.processes().values() if process.name.startswith("ray::ControllerActor")
     ]
-
-
-def _longest_gap_ms(times_s: list[float]) -> float:
-    return max((after - before for before, after in pairwise(times_s)), default=0.0) * 1e3
 
 
 async def _until(condition: Callable[[], bool]) -> None:

@@ -68,10 +68,12 @@ class Hosts:
         number = os.getpid()
         self._prefix = f"fs{number}"
         self._net = f"10.{128 + number % 100}.{number // 100 % 250}"
+        self.address = f"{self._net}.254"
+        """This process's own, among the hosts."""
         self._made: list[Host] = []
         _ip("link", "add", f"{self._prefix}br", "type", "bridge")
         with self._closing_on_error():
-            _ip("address", "add", f"{self._net}.254/24", "dev", f"{self._prefix}br")
+            _ip("address", "add", f"{self.address}/24", "dev", f"{self._prefix}br")
             _ip("link", "set", f"{self._prefix}br", "up")
 
     def add(self) -> "Host":
@@ -80,7 +82,7 @@ class Hosts:
         host = Host(f"{self._prefix}h{number}", f"{self._net}.{number}")
         self._made.append(host)
         with self._closing_on_error():
-            host.start(bridge=f"{self._prefix}br", gateway=f"{self._net}.254")
+            host.start(bridge=f"{self._prefix}br", gateway=self.address)
         return host
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Sends prompts to the gRPC service of an engine, as a gateway does, and notes when each token comes.
+"""Sends prompts to the gRPC service of an engine, each in a call of its own, and notes when each token comes.
 
 Used by ``pairs``, ``prefix`` and ``fairness``. It must not know what is compared.
 """
@@ -59,13 +59,11 @@ class Engine:
             sampling=sampling,
         )
         asked = Asked(sent_s=time.perf_counter())
+        message = pb.GatewayMessage(number=1, submit=request.SerializeToString())
         try:
-            for event in self._stub.Generate(request, timeout=DEADLINE_S):
-                if event.HasField("token"):
-                    asked.token_s.append(time.perf_counter())
-                    asked.tokens.append(event.token.token_id)
-                elif event.HasField("finished"):
-                    asked.cached_tokens = event.finished.cached_tokens
+            for reply in self._stub.Run(iter([message]), timeout=DEADLINE_S):
+                for event in reply.events:
+                    _add(event, asked)
         except grpc.RpcError as failure:
             raise rpc.error_of(failure, peer="the engine") from failure
         return asked
@@ -73,6 +71,16 @@ class Engine:
     def begin(self, prompt: Sequence[int], *, max_tokens: int) -> "Future[Asked]":
         """Asks from a thread."""
         return self._threads.submit(self.ask, prompt, max_tokens=max_tokens)
+
+
+def _add(event: pb.SequenceEvent, asked: Asked) -> None:
+    if event.HasField("token"):
+        asked.token_s.append(time.perf_counter())
+        asked.tokens.append(event.token.token_id)
+    elif event.HasField("finished"):
+        asked.cached_tokens = event.finished.cached_tokens
+    elif event.HasField("failed"):
+        raise rpc.error_of_status(rpc.code_of(event.failed.code), event.failed.message, peer="the engine")
 
 
 @contextmanager

@@ -41,7 +41,7 @@ class Sizes:
     """How much is measured. Tests use tiny sizes."""
 
     sequences: int = 16
-    prompt_tokens: int = 1280
+    prompt_tokens: int = 1600
     """Two workers share a sequence's tokens, each 22.5 KiB: a worker holds some 280 MiB."""
     max_tokens: int = 6000
     """More than are generated meanwhile."""

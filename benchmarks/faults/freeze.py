@@ -17,6 +17,7 @@ from farshore.benchmarks.faults.cluster import Process, Server, serving
 from farshore.benchmarks.faults.setting import Setting
 from farshore.benchmarks.faults.stream import ClientStream, differs, follow, longest_gap_s
 from farshore.errors import StartupError
+from farshore.proto import admin_pb2 as admin
 from farshore.proto import inference_pb2 as api
 
 SERVE = ("--dtype", "float32", "--attention-workers", "3")
@@ -113,7 +114,8 @@ class _Streams:
     async def read_from(self) -> dict[str, set[str]]:
         """Per attention worker, the sequences of these streams that have spans there."""
         status = await self._server.status()
-        found = {worker.worker_id: set[str]() for worker in status.workers if worker.kind == "attention"}
+        attention = [each for each in status.workers if each.kind == admin.WORKER_KIND_ATTENTION]
+        found = {worker.worker_id: set[str]() for worker in attention}
         for sequence in status.sequences:
             if sequence.sequence_id in self.sequences:
                 for span in sequence.spans:
@@ -308,7 +310,8 @@ async def _await_recovery(server: Server, found: FreezeFindings) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError):
             workers = (await server.status()).workers
             found.missing_bytes = sum(worker.budget_bytes - worker.free_bytes for worker in workers)
-            ready = all(worker.state == "ready" and worker.budget_bytes for worker in workers)
+            states = {worker.state for worker in workers if worker.budget_bytes}
+            ready = states == {admin.WORKER_STATE_READY} and all(worker.budget_bytes for worker in workers)
             if ready and not found.missing_bytes:
                 found.recovered_s = time.perf_counter() - thawed_s
                 return

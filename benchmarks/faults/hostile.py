@@ -19,6 +19,7 @@ from farshore.benchmarks.faults.requests import Hostile, deal
 from farshore.benchmarks.faults.setting import ISSUE_REQUESTS, Setting
 from farshore.benchmarks.faults.stream import ClientStream, Tokens, differs, follow
 from farshore.errors import StartupError
+from farshore.proto import admin_pb2 as admin
 from farshore.proto import inference_pb2 as api
 
 SERVE = ("--dtype", "float32", "--kv-memory", "64MiB")
@@ -233,7 +234,8 @@ async def _settle(server: Server, found: HostileFindings) -> None:
             workers: list[Any] = list(status.workers)
             found.held_bytes = sum(worker.budget_bytes - worker.free_bytes for worker in workers)
             found.sequences_left = len(status.sequences)
-            parkings = [getattr(worker, "parkings", None) for worker in workers if worker.kind == "dense"]
+            dense = [worker for worker in workers if worker.kind == admin.WORKER_KIND_DENSE]
+            parkings = [getattr(worker, "parkings", None) for worker in dense]
             known = [count for count in parkings if count is not None]
             found.parkings = sum(known) if parkings != [None] else None
             if not found.held_bytes and not found.sequences_left:

@@ -6,7 +6,6 @@ and ends when its stdin does. A request's seed is the number of its stream in th
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
 from importlib import resources
 
 import grpc
@@ -15,6 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from farshore import rpc
 from farshore.benchmarks.gateway.pace import Pace, parser
 from farshore.benchmarks.gateway.processes import serve_until_told
+from farshore.benchmarks.gateway.scripted import ScriptedService, Send
 from farshore.models.files.source import DEMO, resolve
 from farshore.models.tokenizer.load import load_tokenizer
 from farshore.proto import cluster_pb2 as cluster
@@ -31,29 +31,22 @@ def script() -> list[int]:
     return load_tokenizer(resolve(DEMO)).encode(text[:TEXT_CHARS])
 
 
-class ScriptedEngine(cluster_pb2_grpc.EngineServicer):
+class ScriptedEngine(ScriptedService):
     """Answers each request with the script's first ``max_tokens`` tokens."""
 
     def __init__(self, pace: Pace, ids: list[int]) -> None:
         self._pace = pace
         self._ids = ids
 
-    async def Generate(
-        self, request: cluster.SequenceRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[cluster.SequenceEvent]:
-        await context.send_initial_metadata(((rpc.TAKEN, "1"),))
+    async def answer(self, request: cluster.SequenceRequest, send: Send) -> None:
+        send(cluster.SequenceEvent(taken=True))
         sampling = request.sampling
         async with contextlib.aclosing(self._pace.ticks(sampling.seed, sampling.max_tokens)) as ticks:
             async for index in ticks:
                 token = cluster.SampledToken(token_id=self._ids[index % len(self._ids)])
-                yield cluster.SequenceEvent(token=token)
+                send(cluster.SequenceEvent(token=token))
         done = cluster.SequenceFinished(reason=api.FINISH_REASON_LENGTH)
-        yield cluster.SequenceEvent(finished=done)
-
-    async def Cancel(
-        self, request: cluster.CancelSequence, context: grpc.aio.ServicerContext
-    ) -> cluster.CancelSequenceReply:
-        return cluster.CancelSequenceReply()
+        send(cluster.SequenceEvent(finished=done))
 
 
 async def main() -> None:

@@ -167,8 +167,9 @@ def run(args: argparse.Namespace) -> int:
         args.usage_error(str(error))
     progress = Progress()
     try:
-        with stop_signals() as take_signals:
-            return _serve(config, args, progress, take_signals, _Changes(given, watched, progress))
+        running: list[Cluster] = []
+        with stop_signals(again=lambda: _end_now(running)) as take_signals:
+            return _serve(config, args, progress, take_signals, _Changes(given, watched, progress), running)
     except KeyboardInterrupt:
         progress.clear()
     return 0
@@ -217,14 +218,17 @@ def _serve(
     progress: Progress,
     take_signals: Callable[[], None],
     changes: _Changes,
+    running: "list[Cluster]",
 ) -> int:
-    """Returns the exit code when everything has ended. Raises KeyboardInterrupt after a signal."""
+    """Returns the exit code when everything has ended. Raises KeyboardInterrupt after a signal. ``running``:
+    gets the cluster."""
     # Imported here: Ray takes most of a second to import, which other commands must not pay.
     from farshore.controller.driver.cluster import Cluster
 
     with Cluster.start(
         config, given=args.given, has_gateway=not args.no_gateway, progress=progress.step
     ) as cluster:
+        running.append(cluster)
         take_signals()
         progress.clear()
         facts = {"model": config.spec.name, "address": cluster.address, "endpoints": dict(cluster.endpoints)}
@@ -237,13 +241,21 @@ def _serve(
                 meanwhile=lambda: changes.apply(cluster),
             )
         except KeyboardInterrupt:
-            progress.note(cluster.goes_on) if cluster.goes_on else progress.step("stopping")
+            if cluster.goes_on:
+                progress.note(cluster.goes_on)
+            requests = "" if args.no_gateway else ": running requests may end, a second signal ends them"
+            progress.step(f"stopping{requests}")
             raise
         except ProcessEnded as error:
             # Printed before the other processes are ended, which takes seconds.
             progress.note(f"farshore: error: {error}{f'; {cluster.goes_on}' if cluster.goes_on else ''}")
             return 1
     return 0
+
+
+def _end_now(running: "list[Cluster]") -> None:
+    for cluster in running:
+        cluster.end_now()
 
 
 def _told(facts: dict[str, Any], *, name: str) -> str:

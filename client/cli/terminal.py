@@ -130,9 +130,9 @@ def held_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], None]]:
+def stop_signals(*, again: Callable[[], None] = lambda: None) -> Iterator[Callable[[], None]]:
     """SIGINT and SIGTERM raise KeyboardInterrupt, but only the first one does: a second signal must not
-    interrupt the cleaning up.
+    interrupt the cleaning up. It calls ``again``, which may shorten that.
 
     Yields a function that installs the handlers again, to be called after ``ray.init``, which replaces the
     handler of SIGTERM.
@@ -144,7 +144,9 @@ def stop_signals() -> Iterator[Callable[[], None]]:
 
     def stop(*_: object) -> None:
         nonlocal raised
-        if not raised:
+        if raised:
+            again()
+        else:
             raised = True
             raise KeyboardInterrupt
 

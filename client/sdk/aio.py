@@ -66,8 +66,8 @@ class AsyncStream(AsyncIterator[_Value], Generic[_Value]):
         try:
             self._course.failed(error)
             await asyncio.sleep(self._course.pause_s)
-            if self._is_closed():
-                raise Cancelled("the client was closed") from error
+            if self._is_closed() or self._closed:
+                raise Cancelled("the stream or its client was closed") from error
             self._call = self._course.start()
         except BaseException:
             self._end()

@@ -59,7 +59,7 @@ class Stream(Iterator[_Value], Generic[_Value]):
     def _go_on(self, error: grpc.RpcError) -> None:
         try:
             self._course.failed(error)
-            if self._wait(self._course.pause_s):
+            if self._wait(self._course.pause_s) or self._closed:
                 raise Cancelled("the client was closed") from error
             try:
                 self._call = self._course.start()
@@ -113,7 +113,7 @@ class Client(Connection[AnswerStream, Stream[events.ClusterEvent]]):
 
     Calls go to the gateway that answered last. If it is not reached, or reports that the cluster's part
     which the call needs is not, the other gateways are asked in turn; the last error is raised if all fail.
-    With one gateway, gRPC repeats calls twice that fail as UNAVAILABLE."""
+    With one gateway, calls that fail as UNAVAILABLE are repeated twice."""
 
     def __init__(
         self, address: str | Iterable[str], *, timeout_s: float = 10.0, resume_s: float = 30.0

@@ -3,19 +3,22 @@
 Used by the streams of both clients, which make the calls. Must not know what the messages mean, nor how a
 call is made or awaited.
 
-Before the first message each gateway is asked once. After it, a loss is followed by rounds over all gateways,
-with pauses, for up to ``resume_s``: first the gateway that ran the request, whose log may go on with it, then
-the others, which begin it anew.
+Before the first message each of several gateways is asked once, also after one that has no room; a single
+one up to three times. After it, a loss is followed by rounds over all gateways, with pauses, for up to
+``resume_s``: first the gateway that ran the request, whose log may go on with it, then the others, which
+begin it anew.
 """
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import grpc
 
-from farshore.client.sdk.gateways import Gateway, Gateways, sent_by_gateway
+from farshore.client.sdk.gateways import Gateway, Gateways, retry_after_s, sent_by_gateway
 from farshore.errors import (
+    Cancelled,
     DeadlineExceeded,
     FarshoreError,
     Internal,
@@ -28,6 +31,9 @@ from farshore.errors import (
 _Value = TypeVar("_Value", covariant=True)
 
 _FIRST_PAUSE_S, _MOST_PAUSE_S = 0.1, 2.0
+
+_TRIES = 3
+"""How often a single gateway is asked before the first message."""
 
 _FRUITLESS = 3
 """Losses in a row, without a new token between, after which a stream fails: its request may be the cause."""
@@ -83,6 +89,8 @@ class Course(Generic[_Value]):
         self.running = False
         """Whether the gateway of the newest call may run the request."""
         self._steps = [_Step(gateway, False) for gateway in gateways.in_turn()]
+        if len(self._steps) == 1:
+            self._steps *= _TRIES
         self._at = self._steps.pop(0)
         self._begun = self._heard = False  # a message has come: from any gateway; from this call
         self._kept = 0  # tokens when the stream was lost
@@ -117,15 +125,16 @@ class Course(Generic[_Value]):
 
     def failed(self, error: grpc.RpcError) -> None:
         """Chooses the next gateway. Raises the stream's error if there is none."""
-        failed = self.gateway.error(error)
+        failed, reported = self.gateway.error(error), sent_by_gateway(error)
+        if isinstance(failed, Cancelled) and not reported:
+            failed = TransportError(f"gateway {self.gateway.address} cut the stream: it shuts down")
         # A call that ended for want of time leaves its request behind.
         self.running = isinstance(failed, DeadlineExceeded)
         if self._until_s is not None and self._clock() >= self._until_s:
             raise failed from error
         self._failures.append(failed)
-        reported = sent_by_gateway(error)
         if not self._begun:
-            found = self._passed_over(failed)
+            found = self._passed_over(failed, retry_after_s(error))
         elif _is_loss(failed, reported):
             found = self._lost(failed, reported)
         elif isinstance(failed, Overloaded) and self._give_up_s is not None:
@@ -142,14 +151,21 @@ class Course(Generic[_Value]):
             unreached = [failure for failure in self._failures if isinstance(failure, TransportError)]
             raise (unreached or self._failures)[-1] from error
 
-    def _passed_over(self, failed: FarshoreError) -> bool:
-        """Before the first message. A request that is read again is in the log of one gateway."""
+    def _passed_over(self, failed: FarshoreError, after_s: float | None) -> bool:
+        """Before the first message. A request that is read again is in the log of one gateway. ``after_s``:
+        when the gateway wants to be asked again."""
         elsewhere = isinstance(failed, TransportError) or (
             isinstance(failed, NotFound) and not self._feed.repeatable
         )
+        if self._steps and self._steps[0].gateway is not self.gateway:
+            # Another gateway may have the room that this one has not.
+            elsewhere = elsewhere or (isinstance(failed, Overloaded) and self._feed.repeatable)
         if elsewhere and self._steps:
-            self._at = self._steps.pop(0)
-            return True
+            before, self._at = self.gateway, self._steps.pop(0)
+            if self.gateway is before:
+                self.pause_s = self._round_pause_s if after_s is None else after_s
+                self._round_pause_s *= 2
+            return self.pause_s < math.inf
         if not elsewhere:
             self._failures = [failed]
         return False

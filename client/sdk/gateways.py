@@ -6,6 +6,7 @@ cancellation belong to the one that runs it. Must not know what the calls mean.
 
 import ipaddress
 import json
+import math
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -19,17 +20,27 @@ from farshore.proto import admin_pb2, admin_pb2_grpc, inference_pb2, inference_p
 
 _TOO_LARGE = re.compile(r"(?:SERVER: Received|CLIENT: Sent) message larger than max \((\d+) vs\. (\d+)\)")
 
-_INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
-_ADMIN = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
+_INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
+_ADMIN = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
 
 _STATUS_DETAILS = "grpc-status-details-bin"
 """Trailing metadata of each status that a gateway sends; a status without it was made by gRPC."""
 
+_RETRY_PUSHBACK = "grpc-retry-pushback-ms"
+"""Trailing metadata: when the gateway wants to be asked again."""
+
 _RETRIES = {
     "methodConfig": [
         {
-            # Health checks have no policy: they find out what is there now.
-            "name": [{"service": _INFERENCE}, {"service": _ADMIN}],
+            # Not streams, which ``course`` repeats: a call that waits to be repeated when its server ends may
+            # wait until its deadline (grpcio 1.85), and a stream's is a day. Not health checks: they find out
+            # what is there now.
+            "name": [
+                {"service": service.full_name, "method": method.name}
+                for service in (_INFERENCE, _ADMIN)
+                for method in service.methods
+                if not method.server_streaming
+            ],
             "retryPolicy": {
                 "maxAttempts": 3,
                 "initialBackoff": "0.1s",
@@ -41,8 +52,7 @@ _RETRIES = {
     ],
     "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
 }
-"""gRPC's service config. Every call may be repeated: unary ones are idempotent, Generate has a request_id.
-gRPC repeats no stream whose first message has come, and waits as long as the gateway's retry hint says."""
+"""gRPC's service config. The calls are idempotent. gRPC waits as long as the gateway's retry hint says."""
 
 _RETRY_OPTIONS = [
     ("grpc.enable_retries", 1),
@@ -68,7 +78,9 @@ class Gateway:
 
     def check(self, timeout_s: float) -> Any:
         """The call that asks for its health; its reply has a ``status``."""
-        return self._health.Check(health_pb2.HealthCheckRequest(service=_INFERENCE), timeout=timeout_s)
+        return self._health.Check(
+            health_pb2.HealthCheckRequest(service=_INFERENCE.full_name), timeout=timeout_s
+        )
 
     def error(self, error: grpc.RpcError) -> FarshoreError:
         """The error to raise, chained, for a failed call."""
@@ -116,6 +128,14 @@ def addresses_of(given: str | Iterable[str]) -> tuple[str, ...]:
 def sent_by_gateway(error: grpc.RpcError) -> bool:
     """Whether a gateway sent this status; otherwise gRPC made it, or something between."""
     return any(key == _STATUS_DETAILS for key, _ in error.trailing_metadata() or ())
+
+
+def retry_after_s(error: grpc.RpcError) -> float | None:
+    """When the gateway wants to be asked again; None if it did not say; infinity: never."""
+    told = dict(error.trailing_metadata() or ()).get(_RETRY_PUSHBACK)
+    if told is None:
+        return None
+    return int(told) / 1e3 if told.isdecimal() else math.inf
 
 
 def _options(address: str) -> list[tuple[str, Any]]:

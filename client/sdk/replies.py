@@ -10,11 +10,12 @@ from farshore.client import events
 from farshore.errors import TransportError
 from farshore.proto import admin_pb2 as admin
 from farshore.proto import inference_pb2 as api
+from farshore.proto.words import word
 
 _Value = TypeVar("_Value")
 
 
-def plain(kind: type[_Value], message: Any, **converted: Any) -> _Value:
+def plain(kind: type[_Value], message: Any, /, **converted: Any) -> _Value:
     """A dataclass of ``kind``, from the message's fields of the same names and from ``converted``."""
     names = (field.name for field in dataclasses.fields(kind) if field.name not in converted)  # type: ignore[arg-type]
     return kind(**{name: getattr(message, name) for name in names}, **converted)
@@ -73,10 +74,7 @@ def status(message: admin.ClusterStatusResponse) -> events.ClusterStatus:
     return plain(
         events.ClusterStatus,
         message,
-        workers=tuple(
-            plain(events.Worker, worker, links=tuple(plain(events.Link, link) for link in worker.links))
-            for worker in message.workers
-        ),
+        workers=tuple(_worker(worker) for worker in message.workers),
         sequences=tuple(
             plain(events.Sequence, sequence, spans=tuple(plain(events.Span, span) for span in sequence.spans))
             for sequence in message.sequences
@@ -84,6 +82,16 @@ def status(message: admin.ClusterStatusResponse) -> events.ClusterStatus:
     )
 
 
+def _worker(worker: admin.WorkerStatus) -> events.Worker:
+    return plain(
+        events.Worker,
+        worker,
+        kind=word(admin.WorkerKind, worker.kind),
+        state=word(admin.WorkerState, worker.state),
+        links=tuple(plain(events.Link, link) for link in worker.links),
+    )
+
+
 def _reason(completion: api.Completion) -> Any:
     """The reason as an ``events.FinishReason``."""
-    return api.FinishReason.Name(completion.reason).removeprefix("FINISH_REASON_").lower()
+    return word(api.FinishReason, completion.reason)

@@ -61,6 +61,9 @@ CONTROLLER_CALLS = 8
 
 STOP_DEADLINE_S = 30.0
 
+PRIVATE_DRAIN_S = 3.0
+"""How long requests go on when a cluster on a private Ray ends, at most: an operator waits at a terminal."""
+
 
 class Cluster:
     """Made by :meth:`start`; a context manager that stops the cluster. ``address``: the gateway's.
@@ -171,12 +174,13 @@ class Cluster:
                     warn(f"{event.subject} {event.kind}{': ' if event.detail else ''}{event.detail}")
 
     def stop(self) -> None:
-        """Ends everything that this cluster started, except what :attr:`goes_on` says. Idempotent."""
+        """Ends everything that this cluster started, except what :attr:`goes_on` says; then its gateway's
+        requests may go on for the configuration's ``drain_timeout_s``. Idempotent."""
         if self._stopped.is_set():
             return
         self._stopped.set()
         if self._gateway is not None:
-            self._gateway.stop()
+            self._gateway.stop(drains=bool(self.goes_on))
         if self._directory is not None:
             self._directory.disconnect()
         if self._controller is not None and self._ray.ended() is None:
@@ -188,6 +192,11 @@ class Cluster:
             elif not (self._is_found or self._is_up):
                 finding.end(self._config.name)
         self._ray.stop()
+
+    def end_now(self) -> None:
+        """Makes a :meth:`stop` in progress wait for no request. A signal handler may call it."""
+        if self._stopped.is_set() and self._gateway is not None:
+            self._gateway.end_now()
 
     def __enter__(self) -> Self:
         return self
@@ -240,6 +249,7 @@ class Cluster:
             directory=directory,
             controller=controller,
             token_file=self._ray.token_file,
+            drain_s=drain_s(config),
         )
         workers = self._await_workers(progress)
         progress("starting the gateway")
@@ -251,7 +261,8 @@ class Cluster:
 
     def _find_or_start_controller(self, config: ClusterConfig, model: ModelConfig) -> Any:
         """Finds the controller that runs, or starts one on this node, where its port, chosen here, and its
-        state stay the same. If the node is lost, the cluster goes on; the next driver starts another one."""
+        state stay the same. If the node is lost, the workers go on; the next driver starts another one,
+        which needs a directory in Redis to find them."""
         found = finding.controller(config.name)
         if found is not None:
             # Noted at once: what is found is not to be ended, also if it does not answer.
@@ -377,3 +388,9 @@ class Cluster:
         gone = self._ray.ended() or (self._gateway.ended() if self._gateway else None)
         if gone:
             raise ProcessEnded(gone)
+
+
+def drain_s(config: ClusterConfig) -> float:
+    """How long the requests of a driver's own gateway go on after the driver was told to end."""
+    private = config.ray_address is None
+    return min(config.drain_timeout_s, PRIVATE_DRAIN_S) if private else config.drain_timeout_s

@@ -19,8 +19,7 @@ from farshore.model_spec import ModelSpec
 
 READY_DEADLINE_S = 60.0
 STOP_DEADLINE_S = 10.0
-DRAIN_S = 3.0
-"""How long running requests go on when the cluster is stopped."""
+"""For the gateway to end, beside the time for which running requests may go on."""
 
 
 class GatewayProcess:
@@ -36,12 +35,15 @@ class GatewayProcess:
         directory: str,
         controller: str,
         token_file: str,
+        drain_s: float,
     ) -> None:
         """``listen``, ``http``: HOST:PORT of gRPC and of HTTP (None: off). ``directory``: its URL.
-        ``controller``: HOST:PORT. ``token_file``: the cluster's token."""
+        ``controller``: HOST:PORT. ``token_file``: the cluster's token. ``drain_s``: how long running requests
+        go on when the gateway is stopped."""
         self.http_address: str | None = None
+        self._drain_s = drain_s
         arguments = ["--child", "--spec", spec.to_json(), "--listen", listen, "--directory", directory]
-        arguments += ["--controller", controller, "--drain-timeout", str(DRAIN_S)]
+        arguments += ["--controller", controller, "--drain-timeout", str(drain_s)]
         arguments += ["--token-file", token_file]
         arguments += ["--http", http] if http else []
         self._process = subprocess.Popen(
@@ -85,20 +87,25 @@ class GatewayProcess:
             return None
         return f"the gateway (process {self._process.pid}) {exit_in_words(code)}"
 
-    def stop(self) -> None:
+    def stop(self, *, drains: bool = False) -> None:
         """Closes stdin, which ends the gateway, and kills it after STOP_DEADLINE_S. Sends no SIGTERM, which
-        would arrive while the gateway is already closing. Idempotent."""
+        would arrive while the gateway is already closing. ``drains``: the workers go on, so that requests can
+        end; it is killed after ``drain_s`` more. Idempotent."""
         self._stopping = True
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
         try:
-            self._process.wait(STOP_DEADLINE_S)
+            self._process.wait(STOP_DEADLINE_S + (self._drain_s if drains else 0.0))
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait(STOP_DEADLINE_S)
         # Closed last: closing waits for the thread that reads, which sees the end of the process.
         self._reported.wait(STOP_DEADLINE_S)
         self._process.stdout.close()
+
+    def end_now(self) -> None:
+        """Makes a :meth:`stop` that waits end at once. A signal handler may call it."""
+        self._process.kill()
 
     def _read_report(self) -> None:
         assert self._process.stdout is not None

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 from collections.abc import Iterator
 
-from farshore.errors import InvalidRequest
 from farshore.gateway.api import errors
 from farshore.gateway.requests import received
 from farshore.gateway.requests.intake import Intake
@@ -28,19 +27,12 @@ async def answered(raw: bytes, intake: Intake, *, arrived_s: float) -> api.Batch
             left = intake.limits.batch_values
             for one, result in zip(raws, results, strict=True):
                 with _failing_into(result, intake):
-                    request = _started(one, intake, arrived_s=arrived_s, most_values=left)
+                    request = intake.take(one, arrived_s=arrived_s, most_values=left).request
                     # Held from here: a task that is cancelled before its first step never runs.
                     held.enter_context(intake.log.reading(request))
                     left -= request.values
                     running.create_task(_complete(request, intake, result))
     return api.BatchGenerateResponse(results=results)
-
-
-def _started(raw: bytes, intake: Intake, *, arrived_s: float, most_values: int) -> Request:
-    taken = intake.take(raw, arrived_s=arrived_s, most_values=most_values)
-    if taken.resume_from or taken.received.left:
-        raise InvalidRequest("a batch has whole answers: leave resume and resume_from out", field="resume")
-    return taken.request
 
 
 async def _complete(request: Request, intake: Intake, result: api.BatchResult) -> None:

@@ -61,8 +61,9 @@ class HttpListener:
     """Serves from :meth:`start` until :meth:`stop`. ``address``: HOST:PORT."""
 
     def __init__(self, application: ASGIApp, *, listen: str, most_connections: int) -> None:
-        """``listen``: HOST:PORT, port 0 for any free one. ``most_connections``: further calls are answered
-        with 503. Raises PortInUse, or InvalidRequest, if it can't be listened on."""
+        """``listen``: HOST:PORT, port 0 for any free one. ``most_connections``: with idle ones; uvicorn
+        answers calls on further ones with a bare 503. Raises PortInUse, or InvalidRequest, if it can't be
+        listened on."""
         self._socket = listening_socket(listen, backlog=BACKLOG)
         self.address = f"{listen.rpartition(':')[0]}:{self._socket.getsockname()[1]}"
         options: dict[str, Any] = {

@@ -127,11 +127,10 @@ async def create(
     Raises PortInUse, or InvalidRequest, if the gateway can't listen on ``listen``.
     """
     limits = limits or Limits()
-    most_calls = limits.max_readers + limits.other_calls
     host, _ = split_address(listen)
     server = grpc.aio.server(
         options=_options(limits, max_positions=served.config.max_positions),
-        maximum_concurrent_rpcs=most_calls,
+        maximum_concurrent_rpcs=limits.open_calls,
     )
     port = _bind(server, listen)
     state = ServingState(inference=SERVICE, operators=admin.NAME)
@@ -164,7 +163,8 @@ async def create(
     if http is not None:
         page = Page(Watch(operators, clock=clock))
         endpoints = Endpoints(intake, problem=lambda: engines.problem, in_thread=in_thread, page=page)
-        listener = HttpListener(endpoints.application(), listen=http, most_connections=most_calls)
+        connections = limits.open_calls * limits.connections_per_call
+        listener = HttpListener(endpoints.application(), listen=http, most_connections=connections)
     await discovery.look()
     await engines.probe()
     await state.tell(engines)

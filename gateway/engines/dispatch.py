@@ -34,6 +34,9 @@ class Dispatcher:
         tried: set[str] = set()
         refused: Failure | None = None
         while not request.ended:
+            if request.cancelling:
+                answer.end(api.FINISH_REASON_CANCELLED)
+                return
             try:
                 engine = self._router.choose(job, tried)
             except TransportError as error:
@@ -46,9 +49,7 @@ class Dispatcher:
             except NotTaken as refusal:
                 tried.add(engine.worker)
                 refused = refusal.failure
-                if request.cancelling:
-                    answer.end(api.FINISH_REASON_CANCELLED)
-                elif len(tried) >= self._limits.engines_tried:
+                if len(tried) >= self._limits.engines_tried:
                     request.fail(refused)
                 elif not refusal.certain:
                     epoch += 1
@@ -56,13 +57,12 @@ class Dispatcher:
             finally:
                 del self._engines[request.sequence_id]
 
-    async def cancel(
-        self, sequence_id: str, *, choice: int | None = None, deadline_s: float | None = None
-    ) -> None:
-        """Asks the engine that runs a sequence to end it, or one choice of it. Raises nothing."""
+    def cancel(self, sequence_id: str) -> None:
+        """Asks the engine that runs a sequence to end it. A request that no engine has yet ends by itself:
+        its ``cancelling`` is set."""
         engine = self._engines.get(sequence_id)
         if engine is not None:
-            await engine.cancel(sequence_id, choice=choice, deadline_s=deadline_s)
+            engine.cancel(sequence_id)
 
 
 def _in_epoch(message: bytes, epoch: int) -> bytes:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Self
 
 from farshore.proto import admin_pb2 as admin
+from farshore.proto.words import word
 from farshore.text import shortened
 
 MOST_WORKERS = 256
@@ -33,9 +34,10 @@ class Sample(NamedTuple):
     @classmethod
     def of(cls, status: admin.ClusterStatusResponse, at_s: float) -> Self:
         # A worker that does not answer reports no counters.
-        answering = [worker for worker in status.workers if worker.state != "unreachable"]
+        answering = [worker for worker in status.workers if worker.state != admin.WORKER_STATE_UNREACHABLE]
+        dense = (worker for worker in answering if worker.kind == admin.WORKER_KIND_DENSE)
         return cls(
-            {worker.worker_id: worker.tokens for worker in answering if worker.kind == "dense"},
+            {worker.worker_id: worker.tokens for worker in dense},
             {worker.worker_id: worker.attended_bytes for worker in answering},
             at_s,
         )
@@ -54,8 +56,10 @@ def view(
     the longest sequences; ``…_left_out`` counts the others."""
     workers = status.workers[:MOST_WORKERS]
     longest = _longest(status.sequences)
-    pool_kind = "dense" if status.placement == "local" else "attention"
-    pool = [worker for worker in status.workers if worker.kind == pool_kind and worker.state == "ready"]
+    local = status.placement == "local"
+    pool_kind = admin.WORKER_KIND_DENSE if local else admin.WORKER_KIND_ATTENTION
+    ready = (worker for worker in status.workers if worker.state == admin.WORKER_STATE_READY)
+    pool = [worker for worker in ready if worker.kind == pool_kind]
     rates = [rate for name in now.tokens if (rate := _rate(name, "tokens", now, before)) is not None]
     latencies = _latencies(status.workers)
     return {
@@ -87,9 +91,9 @@ def _worker(worker: admin.WorkerStatus, now: Sample, before: Sample) -> dict[str
     name = worker.worker_id
     return {
         "worker_id": shortened(name, MOST_CHARS),
-        "kind": shortened(worker.kind, MOST_CHARS),
+        "kind": word(admin.WorkerKind, worker.kind),
         "host": shortened(worker.host, MOST_CHARS),
-        "state": shortened(worker.state, MOST_CHARS),
+        "state": word(admin.WorkerState, worker.state),
         "budget_bytes": worker.budget_bytes,
         "free_bytes": worker.free_bytes,
         "cached_bytes": worker.cached_bytes,

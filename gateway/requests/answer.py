@@ -29,6 +29,11 @@ class Answer:
         """Whether every completion has ended. The engine may not know it yet, after a stop string."""
         return all(completion.reason is not None for completion in self._completions)
 
+    @property
+    def engine_ended(self) -> bool:
+        """Whether the engine has ended every completion."""
+        return len(self._ended) == len(self._completions)
+
     def take(self, event: cluster.SequenceEvent) -> int | None:
         """Adds an engine's event. Returns the choice that the event's token ended with a stop string, which
         the engine must be told to end; else None."""
@@ -92,5 +97,5 @@ class Answer:
                 self._shards[use.worker_id].attended_bytes += use.attended_bytes
             else:
                 self._shards[use.worker_id] = use
-        if len(self._ended) == len(self._completions):
+        if self.engine_ended:
             self.end(done.reason)

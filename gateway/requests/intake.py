@@ -59,8 +59,8 @@ class Intake:
         """Finds the request or starts it. ``raw``: a serialised GenerateRequest. ``arrived_s``: when the call
         arrived, by ``clock``. ``fill``: a request without max_tokens may use all that its prompt leaves of
         the model's positions and of the KV pool. ``temperature``: used where
-        neither the request nor the model names one. ``most_values``: tokens and alternatives that the caller
-        has room for.
+        neither the request nor the model names one. ``most_values``: tokens and alternatives that the batch
+        has room for; None: the request is not one of a batch.
         ``principal``: the caller.
 
         Never awaits, so that of two calls with the same id only one starts it, and a later Cancel finds it.
@@ -68,6 +68,8 @@ class Intake:
         """
         positions = self.served.config.max_positions
         message, fingerprint, _ = received.parse(raw, max_positions=positions, limits=self.limits)
+        if most_values is not None:
+            _check_batched(message)
         validate.check_request_id(message, self.limits)
         resume.check(message)
         key = RequestKey(principal, message.request_id)
@@ -83,10 +85,6 @@ class Intake:
             validate.check_cheap(message, self.served, self.limits, default_tokens=default_tokens)
             resume.check_repeatable(message)
             values = validate.kept_values(message.sampling, self.limits, default_tokens=default_tokens)
-            if most_values is not None and message.sampling.HasField("prompt_logprobs"):
-                raise InvalidRequest(
-                    "prompt_logprobs are not sent in a batch: use Generate", field="sampling.prompt_logprobs"
-                )
             _check_room(values, most_values)
             request = self.log.start(
                 key,
@@ -111,6 +109,15 @@ class Intake:
             sequence_id=sequence_id,
             default_tokens=default_tokens,
             fill=fill,
+        )
+
+
+def _check_batched(message: api.GenerateRequest) -> None:
+    if message.resume_from or any(choice.ids for choice in message.resume.received):
+        raise InvalidRequest("a batch has whole answers: leave resume and resume_from out", field="resume")
+    if message.sampling.HasField("prompt_logprobs"):
+        raise InvalidRequest(
+            "prompt_logprobs are not sent in a batch: use Generate", field="sampling.prompt_logprobs"
         )
 
 

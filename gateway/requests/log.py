@@ -35,11 +35,9 @@ class Runner(Protocol):
     async def pump(self, request: Request, job: Job) -> None:
         """Runs ``job`` and adds its events to ``request``, which has ended when this returns."""
 
-    async def cancel(
-        self, sequence_id: str, *, choice: int | None = None, deadline_s: float | None = None
-    ) -> None:
-        """Asks the engine that runs a sequence to end it, or one choice of it. Raises nothing.
-        ``deadline_s``: the call's deadline; None: ``cancel_s``."""
+    def cancel(self, sequence_id: str) -> None:
+        """Asks the engine that runs a sequence to end it. If none does yet, ``pump`` ends the request, whose
+        ``cancelling`` is set."""
 
 
 class RequestLog:
@@ -174,10 +172,11 @@ class RequestLog:
         problem = self._engine_problem()
         if problem is not None:
             raise TransportError(f"{problem}; try again in {self._limits.retry_after_ms} ms")
-        if len(self._live) >= self._limits.max_live_requests:
-            raise self._overloaded(f"{len(self._live)} requests are running, the most this gateway takes")
-        live_values = sum(request.values for request in self._live.values())
-        if self._live and live_values + values > self._limits.live_values:
+        running = self._pumps.keys()  # with those that were abandoned and are about to end
+        if len(running) >= self._limits.max_live_requests:
+            raise self._overloaded(f"{len(running)} requests are running, the most this gateway takes")
+        live_values = sum(request.values for request in running)
+        if running and live_values + values > self._limits.live_values:
             raise self._overloaded(f"running requests may give {live_values} tokens and alternatives")
 
     def _overloaded(self, why: str) -> Overloaded:
@@ -255,12 +254,14 @@ class RequestLog:
 
     def _put_away(self, request: Request, *, refused: bool) -> None:
         """Moves a request from the live to the ended ones. A refused request is not kept, so that its id can
-        be used again; its readers got the reason."""
+        be used again; its readers got the reason. One that was abandoned is no longer among the live ones."""
         del self._pumps[request]
         self._preparations.pop(request, None)
         timer = self._leaving.pop(request, None)
         if timer is not None:
             timer.cancel()
+        if self._live.get(request.key) is not request:
+            return
         del self._live[request.key]
         if not refused and not self._closing:
             self._ended[request.key] = (request, self._clock())
@@ -268,14 +269,21 @@ class RequestLog:
 
     def _end_without_readers(self, request: Request) -> None:
         if not request.outlives_readers:
-            self._spawn(self._end(request))
+            self._abandon(request)
             return
         self._leaving[request] = asyncio.get_running_loop().call_later(
-            self._limits.grace_s, lambda: self._spawn(self._end(request))
+            self._limits.grace_s, self._abandon, request
         )
 
+    def _abandon(self, request: Request) -> None:
+        """Ends a request without readers, and forgets it at once: a reader that came back would take the part
+        of the answer for the whole."""
+        if self._live.get(request.key) is request:
+            del self._live[request.key]
+            self._spawn(self._end(request))
+
     async def _end(self, request: Request) -> None:
-        """Asks the engine to end the request, and cuts its stream if that takes longer than ``cancel_s``."""
+        """Asks the engine to end the request, and ends it here if that takes longer than ``cancel_s``."""
         self._leaving.pop(request, None)
         pump = self._pumps.get(request)
         if pump is None:
@@ -284,23 +292,12 @@ class RequestLog:
         preparation = self._preparations.get(request)
         # The preparation is cancelled first, not the pump: a task that is cancelled before its first step
         # never runs, so it would not end the request.
-        if preparation is not None and preparation.cancel():
-            await asyncio.wait([pump], timeout=self._limits.cancel_s)
-        else:
-            await self._ask_to_end(request, pump)
+        if preparation is None or not preparation.cancel():
+            self._runner.cancel(request.sequence_id)
+        await asyncio.wait([pump], timeout=self._limits.cancel_s)
         if not pump.done():
             pump.cancel()
             await asyncio.wait([pump], timeout=self._limits.cancel_s)
-
-    async def _ask_to_end(self, request: Request, pump: asyncio.Task) -> None:
-        """Sends Cancel repeatedly until ``pump`` ends or ``cancel_s`` has passed: the engine ignores unknown
-        ids, and a Cancel may overtake the call that brings the sequence."""
-        loop = asyncio.get_running_loop()
-        deadline_s, interval_s = loop.time() + self._limits.cancel_s, self._limits.cancel_again_s
-        while not pump.done() and (left_s := deadline_s - loop.time()) > 0:
-            await self._runner.cancel(request.sequence_id, deadline_s=left_s)
-            await asyncio.wait([pump], timeout=min(interval_s, left_s))
-            interval_s *= 2
 
     def _forget_old(self) -> None:
         """Forgets ended requests by age, number and bytes. Runs at each use, and by a timer when the next

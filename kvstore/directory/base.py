@@ -71,7 +71,7 @@ class WorkerRecord:
     shards: int = 0
     """Attention workers that answer it, if it is a dense worker."""
     failure: str = ""
-    """Why it failed to start."""
+    """Why it failed: it could not start, or can't go on."""
     content: str = ""
     """Digest of the model's weights, if it is a dense worker that has loaded them: equal on every host."""
     load: Load | None = None
@@ -83,6 +83,8 @@ class WorkerRecord:
     """The failure domain or rack of its node, as the operator names it; empty if not named."""
     device: str = ""
     """Where it computes, and why there: ``cuda: NVIDIA H200, 139 GiB``, or ``cpu`` if that was asked for."""
+    node: str = ""
+    """The name of its node, as the operator names it; empty if not named."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

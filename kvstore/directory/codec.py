@@ -1,19 +1,26 @@
 """Converts directory records and listings to messages and back, for ``remote`` and ``service``."""
 
+import logging
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import get_args
 
+from farshore.errors import InvalidRequest
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import (
     Announcement,
     Listing,
     Load,
+    WorkerKind,
     WorkerRecord,
     WorkerState,
     block_keys,
 )
 from farshore.proto import cluster_pb2 as pb
+from farshore.text import quoted
 
+_LOG = logging.getLogger(__name__)
+_KINDS: dict[str, WorkerKind] = {kind: kind for kind in get_args(WorkerKind)}
 _STATES: dict[str, WorkerState] = {state: state for state in get_args(WorkerState)}
 
 
@@ -24,9 +31,16 @@ def record_to_pb(record: WorkerRecord) -> pb.WorkerRecord:
 
 
 def record_from_pb(message: pb.WorkerRecord) -> WorkerRecord:
+    """Raises InvalidRequest for a record of another version, with a kind or a state that is unknown here."""
+    for field, value, known in (("kind", message.kind, _KINDS), ("state", message.state, _STATES)):
+        if value not in known:
+            raise InvalidRequest(
+                f"{quoted(message.worker_id)[1:-1]}: {field} {quoted(value)} is unknown to this process: run "
+                "the same version of Farshore everywhere"
+            )
     return WorkerRecord(
         worker=WorkerId(message.worker_id),
-        kind="dense" if message.kind == "dense" else "attention",
+        kind=_KINDS[message.kind],
         slot=message.slot,
         address=message.address,
         host=message.host,
@@ -38,9 +52,21 @@ def record_from_pb(message: pb.WorkerRecord) -> WorkerRecord:
         content=message.content,
         load=_load_from_pb(message.load) if message.HasField("load") else None,
         zone=message.zone,
+        node=message.node,
         spec=message.spec,
         device=message.device,
     )
+
+
+def records_from_pb(messages: Iterable[pb.WorkerRecord]) -> list[WorkerRecord]:
+    """The records that can be read: a worker of another version costs no other its place in a list."""
+    records = []
+    for message in messages:
+        try:
+            records.append(record_from_pb(message))
+        except InvalidRequest as error:
+            _LOG.debug("a worker is not listed: %s", error)
+    return records
 
 
 def _load_from_pb(message: pb.Load) -> Load:
@@ -64,7 +90,7 @@ def listing_to_pb(listing: Listing) -> pb.Listing:
 
 def listing_from_pb(message: pb.Listing) -> Listing:
     return Listing(
-        workers=tuple(record_from_pb(record) for record in message.workers),
+        workers=tuple(records_from_pb(message.workers)),
         closed=frozenset(WorkerId(worker) for worker in message.closed),
         settled=message.settled,
         draining=frozenset(WorkerId(worker) for worker in message.draining),

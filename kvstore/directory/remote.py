@@ -63,7 +63,10 @@ class DirectoryService(pb_grpc.DirectoryServicer):
         self._directory = directory
 
     def Renew(self, request: pb.WorkerRecord, context: grpc.ServicerContext) -> pb.DirectoryReply:
-        self._directory.renew(codec.record_from_pb(request))
+        try:
+            self._directory.renew(codec.record_from_pb(request))
+        except FarshoreError as error:
+            rpc.abort(context, error)
         return pb.DirectoryReply()
 
     def Withdraw(self, request: pb.WithdrawRequest, context: grpc.ServicerContext) -> pb.DirectoryReply:

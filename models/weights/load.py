@@ -20,6 +20,7 @@ from farshore.kernels.select import device_runtime
 from farshore.models.config.gguf import from_gguf
 from farshore.models.config.load import load_config
 from farshore.models.config.model import ModelConfig
+from farshore.models.device_llama import DeviceLlama, joined
 from farshore.models.files.gguf import GgufFile
 from farshore.models.files.source import ModelSource
 from farshore.models.llama import LayerWeights, Llama, LlamaWeights, Matrix, as_tensor
@@ -71,8 +72,12 @@ def load_model(
         job = _Job(tensors, native, dtype, uploads, threads)
         loaded = job.run(_wanted(config, tensors), content, progress)
         config = _tied(config, loaded)
-    weights = _assembled(config, loaded)
-    model = Llama(config, weights) if native is None else native.NativeLlama(config, weights, threads=threads)
+    if uploads is not None:
+        model: Llama = DeviceLlama(config, _assembled(config, loaded, each=joined))
+    elif native is None:
+        model = Llama(config, _assembled(config, loaded))
+    else:
+        model = native.NativeLlama(config, _assembled(config, loaded), threads=threads)
     model.content = content.digest(config, str(dtype))
     return model
 
@@ -161,9 +166,15 @@ def _native(dtype: torch.dtype, device: torch.device) -> Any:
         return None
 
 
-def _assembled(config: ModelConfig, loaded: Mapping[str, Any]) -> LlamaWeights:
+def _assembled(
+    config: ModelConfig,
+    loaded: dict[str, Any],
+    *,
+    each: Callable[[LayerWeights], LayerWeights] = lambda layer: layer,
+) -> LlamaWeights:
+    """Takes the tensors out of ``loaded``, so that a layer's are freed where ``each`` replaces them."""
     layers = tuple(
-        LayerWeights(**{field: loaded.get(f"{layer}.{field}") for field in LayerWeights._fields})
+        each(LayerWeights(**{field: loaded.pop(f"{layer}.{field}", None) for field in LayerWeights._fields}))
         for layer in range(config.layers)
     )
     embed = loaded["embed"]

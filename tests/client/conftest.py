@@ -67,6 +67,7 @@ class FakeCluster:
         self.given = None
         self.config = None
         self.stops = 0
+        self.shortened = False
         self.on_start = lambda: None
         self.on_wait = lambda warn: None
         self.on_reconfigure = lambda config: None
@@ -91,6 +92,9 @@ class FakeCluster:
         self.on_wait(warn)
         meanwhile()
         raise KeyboardInterrupt
+
+    def end_now(self):
+        self.shortened = True
 
     def __enter__(self):
         assert self._running

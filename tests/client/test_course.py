@@ -1,19 +1,25 @@
 """Which gateway a stream calls next, and when: the rules without connections, on a clock that the test
 moves."""
 
+import asyncio
+
 import grpc
 import pytest
 
+from farshore.client.sdk.aio import AsyncStream
 from farshore.client.sdk.course import Course
-from farshore.errors import DeadlineExceeded, Internal, NotFound, Overloaded, TransportError
-from farshore.rpc import error_of
+from farshore.errors import Cancelled, DeadlineExceeded, Full, Internal, NotFound, Overloaded, TransportError
+from farshore.rpc import FREE_BYTES, error_of
 
 UNAVAILABLE, NOT_FOUND = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND
 
 
 class Failure(grpc.RpcError):
-    def __init__(self, code, *, sent=False):
-        self._code, self._sent = code, sent
+    def __init__(self, code, *, sent=False, hint=None, free_bytes=None):
+        self._code = code
+        self._trailing = [("grpc-status-details-bin", b"")] if sent else []
+        self._trailing += [] if hint is None else [("grpc-retry-pushback-ms", hint)]
+        self._trailing += [] if free_bytes is None else [(FREE_BYTES, free_bytes)]
 
     def code(self):
         return self._code
@@ -22,7 +28,7 @@ class Failure(grpc.RpcError):
         return "it failed"
 
     def trailing_metadata(self):
-        return (("grpc-status-details-bin", b""),) if self._sent else ()
+        return tuple(self._trailing)
 
 
 class Gateway:
@@ -74,9 +80,9 @@ def begin(clock):
     return make
 
 
-def go_on(course, clock, code, *, sent=False):
+def go_on(course, clock, code, **options):
     """The call fails; waits as the course says and makes the next one."""
-    course.failed(Failure(code, sent=sent))
+    course.failed(Failure(code, **options))
     clock.now_s += course.pause_s
     course.start()
     return course.pause_s
@@ -89,6 +95,57 @@ def test_before_the_first_message_each_gateway_is_asked_once(begin, clock):
     with pytest.raises(TransportError, match=r"^c: "):
         course.failed(Failure(UNAVAILABLE))
     assert feed.calls == [("a", False), ("b", False), ("c", False)] and course.losses == 0
+
+
+def test_before_the_first_message_a_single_gateway_is_asked_three_times(begin, clock):
+    course, feed = begin("a")
+    assert go_on(course, clock, UNAVAILABLE) == pytest.approx(0.1)
+    assert go_on(course, clock, UNAVAILABLE, hint="700") == pytest.approx(0.7)
+    with pytest.raises(TransportError):
+        course.failed(Failure(UNAVAILABLE))
+    assert feed.calls == [("a", False)] * 3 and course.losses == 0
+
+
+FULL = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize("last, error", [(FULL, Overloaded), (UNAVAILABLE, TransportError)])
+def test_before_the_first_message_a_gateway_without_room_is_passed_over(begin, clock, last, error):
+    course, feed = begin("a", "b")
+    assert go_on(course, clock, FULL, sent=True, hint="700") == 0
+    with pytest.raises(error):
+        course.failed(Failure(last, sent=True))
+    assert feed.calls == [("a", False), ("b", False)]
+
+
+def test_a_single_gateway_without_room_is_not_asked_again(begin):
+    course, _ = begin("a")
+    with pytest.raises(Overloaded):
+        course.failed(Failure(FULL, sent=True))
+
+
+def test_a_request_that_fits_no_gateway_is_not_passed_on(begin):
+    course, _ = begin("a", "b")
+    with pytest.raises(Full):
+        course.failed(Failure(FULL, sent=True, free_bytes="9"))
+
+
+@pytest.mark.parametrize("hint", ["-1", "soon"])
+def test_a_hint_that_no_call_is_to_follow_is_obeyed(begin, hint):
+    course, _ = begin("a")
+    with pytest.raises(TransportError):
+        course.failed(Failure(UNAVAILABLE, sent=True, hint=hint))
+
+
+def test_a_stream_that_a_server_cuts_while_it_stops_is_lost(begin, clock):
+    """gRPC's server ends the streams that are left with CANCELLED, which a gateway never sends."""
+    course, feed = begin("a", resume_s=1.0)
+    course.take(1)
+    go_on(course, clock, grpc.StatusCode.CANCELLED)
+    assert feed.calls[-1] == ("a", False) and course.losses == 1
+    clock.now_s += 2.0
+    with pytest.raises(TransportError, match="gateway a cut the stream"):
+        course.failed(Failure(grpc.StatusCode.CANCELLED))
 
 
 def test_rounds_after_a_loss_begin_with_the_gateway_that_has_the_log(begin, clock):
@@ -154,13 +211,12 @@ def test_a_stream_that_can_not_begin_anew_stays(begin, clock):
 def test_a_gateway_without_room_is_asked_again_while_the_stream_is_lost(begin, clock):
     course, feed = begin("a", "b")
     course.take(1)
-    full = grpc.StatusCode.RESOURCE_EXHAUSTED
-    for code, sent in ((UNAVAILABLE, False), (UNAVAILABLE, False), (full, True)):
+    for code, sent in ((UNAVAILABLE, False), (UNAVAILABLE, False), (FULL, True)):
         go_on(course, clock, code, sent=sent)
     assert feed.calls[1:] == [("a", False), ("b", True), ("a", False)] and clock.now_s > 0
     course.take(1)
     with pytest.raises(Overloaded):
-        course.failed(Failure(full, sent=True))
+        course.failed(Failure(FULL, sent=True))
 
 
 @pytest.mark.parametrize(
@@ -190,3 +246,48 @@ def test_the_deadline_is_that_of_the_whole_stream(begin, clock):
     clock.now_s += 10.0
     with pytest.raises(TransportError):
         course.failed(Failure(UNAVAILABLE))
+
+
+class LostCall:
+    """A grpc.aio call that failed."""
+
+    def __init__(self):
+        self.cancelled = False
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        raise Failure(UNAVAILABLE)
+
+    def cancel(self):
+        self.cancelled = True
+
+
+def test_an_asyncio_stream_that_is_closed_in_a_pause_makes_no_more_calls():
+    calls, closes = [], []
+
+    class Pausing:
+        pause_s = 0.0  # one turn of the event loop
+
+        def start(self):
+            calls.append(LostCall())
+            return calls[-1]
+
+        def take(self, message):
+            raise AssertionError("no message comes")
+
+        def failed(self, error):
+            closes.append(asyncio.ensure_future(stream.close()))  # runs in this turn
+
+    async def read():
+        nonlocal stream
+        stream = AsyncStream(Pausing(), is_closed=lambda: False, on_close=lambda: closes.append("ended"))
+        with pytest.raises(Cancelled):
+            await anext(stream)
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+
+    stream = None
+    asyncio.run(read())
+    assert [call.cancelled for call in calls] == [True] and closes[1:] == ["ended"]

@@ -1,6 +1,7 @@
-"""gRPC repeats calls by the service config of the SDK's channels: against a gateway that fails as often as
-the test says."""
+"""Calls are repeated, unary ones by gRPC's service config: against a gateway that fails as often as the test
+says."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -21,9 +22,11 @@ class Flaky(inference_pb2_grpc.InferenceServiceServicer):
         self.code = grpc.StatusCode.UNAVAILABLE
         self.pushback_ms = 1
         self.requests = []
+        self.asked = threading.Event()
 
     def _fail_first(self, request, context):
         self.requests.append(request)
+        self.asked.set()
         if len(self.requests) <= self.failures:
             context.set_trailing_metadata(((PUSHBACK, str(self.pushback_ms)),))
             context.abort(self.code, "not now")
@@ -49,6 +52,7 @@ def flaky():
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
         servicer.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         server.start()
+        servicer.server = server
         yield servicer
         server.stop(0).wait(30)
 
@@ -92,6 +96,21 @@ def test_other_errors_are_not_repeated(flaky, sdk, code, kind):
         with pytest.raises(kind, match="not now"):
             call(sdk(flaky.address))
         assert len(flaky.requests) == 1
+
+
+def test_a_gateway_that_ends_while_a_stream_waits_to_be_repeated(flaky, sdk):
+    """gRPC's own repetition of a call may never end then."""
+    flaky.failures, flaky.pushback_ms = 9, 500
+    streams = [sdk(flaky.address).generate(f"Hi {number}") for number in range(8)]
+    with ThreadPoolExecutor(len(streams)) as readers:
+        results = [readers.submit(stream.result) for stream in streams]
+        while len(flaky.requests) < len(streams):
+            flaky.asked.wait(30)
+            flaky.asked.clear()
+        flaky.server.stop(0).wait(30)
+        for result in results:
+            with pytest.raises(TransportError):
+                result.result(60)
 
 
 def test_the_next_gateway_is_asked_instead(flaky, gateway, sdk):

@@ -132,7 +132,7 @@ def test_cancel(client, farshore):
 def test_status(client, farshore):
     farshore.engine.status.MergeFrom(
         admin.ClusterStatusResponse(
-            workers=[admin.WorkerStatus(worker_id="dense-0", kind="dense", budget_bytes=10)],
+            workers=[admin.WorkerStatus(worker_id="dense-0", kind=admin.WORKER_KIND_DENSE, budget_bytes=10)],
             sequences=[
                 admin.SequenceStatus(sequence_id="a", tokens=9, spans=[admin.SpanStatus(last=8, bytes=5)])
             ],
@@ -146,7 +146,7 @@ def test_status(client, farshore):
 
 def test_counters_of_a_worker(client, farshore):
     farshore.engine.status.workers.add(
-        worker_id="dense-0", kind="dense", parked=2, parkings=5, tokens=1 << 40
+        worker_id="dense-0", kind=admin.WORKER_KIND_DENSE, parked=2, parkings=5, tokens=1 << 40
     )
     (worker,) = client.status().workers
     assert (worker.parked, worker.parkings, worker.tokens) == (2, 5, 1 << 40)

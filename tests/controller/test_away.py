@@ -62,9 +62,9 @@ def test_the_last_known_engines_are_asked(engine, monkeypatch):
     )
     probes = WorkerProbes(directory, token=None)
     try:
-        until(lambda: (probes.readers() or {}).get("attention-0-aa") == 1)
+        until(lambda: (probes.readers({}) or {}).get("attention-0-aa") == 1)
         directory.away, engine.readers = True, 2
-        until(lambda: (probes.readers() or {}).get("attention-0-aa") == 2)
+        until(lambda: (probes.readers({}) or {}).get("attention-0-aa") == 2)
     finally:
         probes.stop()
 

@@ -1,5 +1,9 @@
-"""Several dense workers: they start together, share the attention workers, and are scaled."""
+"""Dense workers: several start together, share the attention workers and are scaled; one that can't go on is
+replaced."""
 
+import os
+import shutil
+import signal
 import threading
 import time
 
@@ -7,6 +11,7 @@ import pytest
 
 from farshore.client.events import Token
 from farshore.client.sdk import Client
+from farshore.errors import Internal
 
 QUESTION, ANSWER = "What is the capital of France?", "The capital of France is Paris."
 DEADLINE_S = 90.0
@@ -23,6 +28,30 @@ def await_dense(client, count):
             return dense
         threading.Event().wait(0.2)
     pytest.fail(f"not {count} dense workers within {DEADLINE_S:g} s")
+
+
+FAULT = """
+import os, sys, threading, time
+
+def await_fault():
+    while True:
+        try:
+            if open(os.environ["FARSHORE_TEST_FAULT"]).read() == str(os.getpid()):
+                break
+        except OSError:
+            pass
+        time.sleep(0.05)
+
+    def broken(*_):
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    engine = sys.modules["farshore.workers.engine.engine"]
+    engine.probe = engine.Scheduler.round = broken
+
+if "FARSHORE_TEST_FAULT" in os.environ:
+    threading.Thread(target=await_fault, daemon=True).start()
+"""
+"""Run at the start of each process of a cluster: breaks the engine of the process that a file names."""
 
 
 def answer(client):
@@ -43,4 +72,35 @@ def test_two_dense_workers_start_serve_and_are_scaled(serve):
         assert client.scale(dense=1)["dense"] == 1
         (left,) = await_dense(client, 1)
         assert left.worker_id.startswith("dense-0-")
+        assert answer(client) == ANSWER
+
+
+def test_a_dense_worker_that_cannot_go_on_is_replaced(marked, serve, demo_source, tmp_path):
+    """First its engine fails for good, then the new worker's model can't be loaded for a while."""
+    (tmp_path / "sitecustomize.py").write_text(FAULT)
+    fault, model = tmp_path / "fault", tmp_path / "model.gguf"
+    shutil.copy(demo_source.path, model)
+    marked.set_environment(PYTHONPATH=str(tmp_path), FARSHORE_TEST_FAULT=str(fault))
+    options = ("--model", str(model), "--attention-workers", "1", "--kv-memory", "64MiB")
+    server, address = serve(*options)
+    with Client(address) as client:
+        (first,) = await_dense(client, 1)
+        fault.write_text(str(first.process_id))
+        with pytest.raises(Internal, match="illegal memory access"):
+            while True:
+                answer(client)
+        server.err.await_match(
+            rf"{first.worker_id} lost: the engine failed with RuntimeError: CUDA error: .*"
+        )
+        server.err.await_match(r"dense-0-\w+ replaced")
+        (second,) = await_dense(client, 1)
+        assert second.worker_id != first.worker_id and answer(client) == ANSWER
+
+        model.rename(tmp_path / "away.gguf")
+        os.kill(second.process_id, signal.SIGKILL)
+        lost = server.err.await_match(rf"(dense-0-\w+) lost: .*{model}.*")
+        assert lost[1] != second.worker_id
+        (tmp_path / "away.gguf").rename(model)
+        (third,) = await_dense(client, 1)
+        assert third.worker_id not in (first.worker_id, second.worker_id, lost[1])
         assert answer(client) == ANSWER

@@ -1,5 +1,6 @@
 """The controller's loop over a fake launcher and clock, with a real directory and the real reconciler."""
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from farshore.controller.desired import Desired
 from farshore.controller.events import Events
 from farshore.controller.launch import Occupant
 from farshore.controller.loop import ANNOUNCE_S, HEARD_S, ROUND_S, Loop
-from farshore.controller.reconcile import MOST_BACKOFF_S, Slot
+from farshore.controller.reconcile import KILL_GRACE_S, MOST_BACKOFF_S, Slot
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import LEASE_S, SETTLE_S, WorkerRecord
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
@@ -36,6 +37,8 @@ class FakeRay:
         self.told = set()
         self.graces = []
         self.lost_nodes = set()
+        self.failing = {}
+        """Slot -> why each of its workers fails while it loads."""
         self.starts = Counter()
         self._serial = 0
 
@@ -57,6 +60,9 @@ class FakeRay:
         if slot not in self.lost_nodes:
             self.die(slot)
 
+    def answering(self, slots):
+        return [slot for slot in slots if slot not in self.frozen]
+
     def end_in_words(self, occupant):
         return f"(process {occupant.process_id}) ended"
 
@@ -70,7 +76,9 @@ class FakeRay:
         for slot, occupant in self.taken.items():
             if slot not in self.frozen:
                 state = "draining" if slot in self.told else "serving"
-                directory.renew(replace(record_of(slot, occupant), state=state))
+                state = "failed" if slot in self.failing else state
+                record = replace(record_of(slot, occupant), state=state, failure=self.failing.get(slot, ""))
+                directory.renew(record)
 
 
 def record_of(slot, occupant):
@@ -103,7 +111,7 @@ class FakeProbes:
     def alive(self):
         return set()
 
-    def readers(self):
+    def readers(self, engines):
         return self.reading
 
 
@@ -384,3 +392,118 @@ def test_records_of_another_process_in_a_slot_are_not_taken_for_its_own(cluster)
     cluster.directory.renew(stale)
     cluster.run(1)
     assert "lost" not in cluster.kinds()
+
+
+class DeafProbes(FakeProbes):
+    """Engines that answer nothing."""
+
+    def readers(self, engines):
+        self.asked = dict(engines)
+        return None if engines else self.reading
+
+
+def test_nothing_ends_while_an_engine_that_is_not_listed_may_read_from_it():
+    cluster = Cluster()
+    cluster.probes = DeafProbes(cluster.clock, cluster.ray)
+    cluster.loop = cluster._loop()
+    cluster.run(2)
+    dense = Slot("dense", 0)
+    cluster.ray.frozen.add(dense)
+    cluster.run(LEASE_S + ROUND_S)
+    assert cluster.worker(dense) not in {record.worker for record in cluster.directory.listing().workers}
+    cluster.desired.scale({"attention": 2})
+    cluster.run(HEARD_S + 2 * ROUND_S)
+    occupant = cluster.ray.taken[dense]
+    assert cluster.probes.asked == {cluster.worker(dense): record_of(dense, occupant).address}
+    assert cluster.slots() == [0, 1, 2]
+
+
+def test_nothing_ends_while_an_engine_runs_that_a_new_controller_has_not_heard_of(cluster):
+    cluster.ray.frozen.add(Slot("dense", 0))
+    cluster.restart_controller()
+    cluster.run(SETTLE_S + 1)
+    cluster.desired.scale({"attention": 2})
+    cluster.run(HEARD_S + 2 * ROUND_S)
+    assert cluster.slots() == [0, 1, 2]
+    cluster.ray.frozen.clear()
+    cluster.run(HEARD_S)
+    assert cluster.slots() == [0, 1]
+
+
+class AliveProbes(FakeProbes):
+    """Engines that report the workers ``reported`` alive."""
+
+    reported = frozenset()
+
+    def alive(self):
+        return set(self.reported)
+
+
+def test_a_surplus_worker_that_a_new_controller_has_not_heard_of_goes_on_while_an_engine_uses_it(cluster):
+    cluster.probes = AliveProbes(cluster.clock, cluster.ray)
+    cluster.probes.reported = {cluster.worker(slot(2))}
+    # Only its link to the directory is cut.
+    cluster.ray.frozen.add(slot(2))
+    cluster.restart_controller()
+    cluster.run(SETTLE_S + 1)
+    cluster.desired.scale({"attention": 2})
+    cluster.run(ANNOUNCE_S + 2 * GRACE_S)
+    assert cluster.slots() == [0, 1, 2] and not cluster.ray.graces
+    cluster.ray.frozen.clear()
+    cluster.probes.reading = {}
+    cluster.run(HEARD_S + 2)
+    assert cluster.slots() == [0, 1] and cluster.ray.graces == [DRAIN_S]
+
+
+def test_a_new_controller_kills_no_worker_that_answers_though_none_finds_its_directory(cluster):
+    """As after the loss of the controller's node, without Redis."""
+    cluster.restart_controller()
+    before = dict(cluster.ray.taken)
+    for _ in range(int(3 * (ANNOUNCE_S + GRACE_S) / ROUND_S)):
+        cluster.loop.round()
+        cluster.clock.now_s += ROUND_S
+    assert cluster.ray.taken == before
+    events = cluster.events.since(0)
+    assert {(event.kind, event.subject) for event in events} == {
+        ("unreachable", str(slot)) for slot in before
+    }
+    assert len(events) == len(before) and "--redis-url" in events[0].detail
+    # One of them freezes.
+    cluster.ray.frozen.add(slot(1))
+    for _ in range(int((ANNOUNCE_S + 2 * GRACE_S) / ROUND_S)):
+        cluster.loop.round()
+        cluster.clock.now_s += ROUND_S
+    assert cluster.ray.starts == {each: 2 if each == slot(1) else 1 for each in before}
+
+
+def test_a_worker_on_a_lost_node_is_not_killed_again_in_every_round(cluster):
+    kills, kill = [], cluster.ray.kill
+    cluster.ray.kill = lambda slot: (kills.append(cluster.clock.now_s), kill(slot))
+    cluster.ray.frozen.add(slot(0))
+    cluster.ray.lost_nodes.add(slot(0))
+    cluster.run(LEASE_S + GRACE_S + 5 * KILL_GRACE_S)
+    assert len(kills) > 2
+    assert min(later - first for first, later in itertools.pairwise(kills)) >= KILL_GRACE_S
+
+
+def test_a_worker_that_answered_again_is_killed_as_if_for_the_first_time(cluster):
+    for times in (1, 2):
+        cluster.ray.frozen.add(slot(0))
+        cluster.ray.lost_nodes.add(slot(0))
+        cluster.run(LEASE_S + GRACE_S + 2 * ROUND_S)
+        assert cluster.kinds().count("killed") == times
+        cluster.run(KILL_GRACE_S)
+        cluster.ray.frozen.clear()
+        cluster.ray.lost_nodes.clear()
+        cluster.run(LEASE_S)
+    assert "lost" not in cluster.kinds()
+
+
+def test_a_workers_lease_counts_beside_that_of_another_process_in_its_slot(cluster):
+    cluster.restart_controller()
+    stale = record_of(slot(0), replace(cluster.ray.taken[slot(0)], process_id=999))
+    for _ in range(4):
+        cluster.directory.renew(stale)
+        cluster.run(ROUND_S)
+    joined = {event.subject for event in cluster.events.since(0) if event.kind == "joined"}
+    assert joined == {cluster.worker(each) for each in cluster.ray.taken}

@@ -54,6 +54,7 @@ def test_what_is_too_much_drains_first_and_stops_when_nothing_reads_it():
         assert decide(1, attention(0), attention(2, closed=True, readers=readers)) == ()
     assert decide(1, attention(0), attention(2, closed=True)) == (Stop(Slot("attention", 2)),)
     assert decide(1, attention(0), attention(2, worker=None)) == (Stop(Slot("attention", 2)),)
+    assert decide(1, attention(0), attention(2, worker=None, may_serve=True)) == ()
     assert decide(1, attention(0), attention(2, closed=True, readers=3, overdue=True)) == (
         Stop(Slot("attention", 2)),
     )

@@ -1,5 +1,6 @@
 """The controller's gRPC service over real gRPC services of workers, in this process."""
 
+import contextlib
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +13,14 @@ from farshore import rpc
 from farshore.attention_offload.shard.service import AttentionService
 from farshore.attention_offload.shard.service import serve as serve_attention
 from farshore.controller.config import ClusterConfig
+from farshore.controller.controller import MAX_CALLS
 from farshore.controller.events import Events
-from farshore.controller.service import PROBE_DEADLINE_S, STATUS_AGE_S, AdminService
+from farshore.controller.service import MOST_FOLLOWERS, PROBE_DEADLINE_S, STATUS_AGE_S, AdminService
 from farshore.errors import InvalidRequest, NotFound
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import WorkerRecord
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
+from farshore.kvstore.directory.remote import DirectoryService
 from farshore.kvstore.store.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 from farshore.model_spec import ModelSpec
@@ -26,6 +29,9 @@ from farshore.proto import admin_pb2 as admin
 from farshore.proto import admin_pb2_grpc
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
+from farshore.proto.words import word
+
+from ..waiting import until
 
 SHARD = WorkerId("attention-0")
 MEMORY_BYTES = 64 << 20
@@ -68,9 +74,9 @@ def operations():
 
 @pytest.fixture
 def listed(directory):
-    """listed(worker, kind, address): lists a worker in the directory."""
+    """listed(worker, kind, address, ...): lists a worker in the directory."""
 
-    def renew(worker, kind, address):
+    def renew(worker, kind, address, **fields):
         directory.renew(
             WorkerRecord(
                 worker=WorkerId(worker),
@@ -81,6 +87,7 @@ def listed(directory):
                 process_id=1,
                 state="serving",
                 device=f"{kind}'s device",
+                **fields,
             )
         )
 
@@ -122,19 +129,24 @@ def test_status_shows_workers_that_answer_and_that_do_not(stub, listed):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         absent = f"127.0.0.1:{closed.getsockname()[1]}"
-        listed(SHARD, "attention", address)
-        listed("attention-1", "attention", absent)
+        listed(SHARD, "attention", address, node="machine-1", zone="rack-3")
+        listed("attention-1", "attention", absent, node="machine-2")
         listed("dense-0", "dense", absent)
         status = stub.ClusterStatus(admin.ClusterStatusRequest())
     server.stop(0).wait()
     assert status.model == "smollm2" and status.max_positions == 8192
     assert (status.kv_format, status.max_decode_stall_ms, status.speculate_tokens) == ("bf16", 200.0, 0)
     assert {worker.worker_id: worker.state for worker in status.workers} == {
-        "attention-0": "ready",
-        "attention-1": "unreachable",
-        "dense-0": "unreachable",
+        "attention-0": admin.WORKER_STATE_READY,
+        "attention-1": admin.WORKER_STATE_UNREACHABLE,
+        "dense-0": admin.WORKER_STATE_UNREACHABLE,
     }
-    assert all(worker.device == f"{worker.kind}'s device" for worker in status.workers)
+    assert all(w.device == f"{word(admin.WorkerKind, w.kind)}'s device" for w in status.workers)
+    assert {worker.worker_id: (worker.node, worker.zone) for worker in status.workers} == {
+        "attention-0": ("machine-1", "rack-3"),
+        "attention-1": ("machine-2", ""),
+        "dense-0": ("", ""),
+    }
     assert (status.pool_budget_bytes, status.pool_free_bytes) == (MEMORY_BYTES, MEMORY_BYTES)
     assert not status.sequences
 
@@ -144,13 +156,15 @@ class Rendezvous(pb_grpc.EngineServicer):
 
     def __init__(self, engines):
         self.asked = threading.Barrier(engines, timeout=60)
-        self.state = "ready"
+        self.state = admin.WORKER_STATE_READY
         self.calls = 0
 
     def Status(self, request, context):
         if self.asked.wait() == 0:
             self.calls += 1
-        return pb.EngineStatus(worker=admin.WorkerStatus(worker_id="dense", kind="dense", state=self.state))
+        return pb.EngineStatus(
+            worker=admin.WorkerStatus(worker_id="dense", kind=admin.WORKER_KIND_DENSE, state=self.state)
+        )
 
 
 @pytest.fixture
@@ -181,13 +195,15 @@ def test_workers_are_asked_at_once_and_under_one_deadline(stub, listed, rendezvo
         # Asking eight frozen workers one after the other would take more than twice this time.
         status = stub.ClusterStatus(admin.ClusterStatusRequest(), timeout=3.5 * PROBE_DEADLINE_S)
     states = [worker.state for worker in status.workers]
-    assert states == ["ready"] * 3 + ["unreachable"] * 8
+    assert states == [admin.WORKER_STATE_READY] * 3 + [admin.WORKER_STATE_UNREACHABLE] * 8
     assert status.pool_budget_bytes == 0
 
 
 def test_an_engine_that_has_ended_is_never_ready(stub, rendezvous):
-    rendezvous.state = "failed"
-    assert {worker.state for worker in stub.ClusterStatus(admin.ClusterStatusRequest()).workers} == {"failed"}
+    rendezvous.state = admin.WORKER_STATE_FAILED
+    assert {worker.state for worker in stub.ClusterStatus(admin.ClusterStatusRequest()).workers} == {
+        admin.WORKER_STATE_FAILED
+    }
 
 
 def test_callers_share_an_answer_that_is_new_or_being_made(stub, rendezvous, clock):
@@ -197,18 +213,22 @@ def test_callers_share_an_answer_that_is_new_or_being_made(stub, rendezvous, clo
     with ThreadPoolExecutor(6) as callers:
         assert list(callers.map(ask, range(6))) == [3] * 6
     assert rendezvous.calls == 1
-    rendezvous.state = "failed"
+    rendezvous.state = admin.WORKER_STATE_FAILED
     clock.now_s += STATUS_AGE_S / 2
-    assert stub.ClusterStatus(admin.ClusterStatusRequest()).workers[0].state == "ready"
+    assert stub.ClusterStatus(admin.ClusterStatusRequest()).workers[0].state == admin.WORKER_STATE_READY
     clock.now_s += STATUS_AGE_S / 2
-    assert stub.ClusterStatus(admin.ClusterStatusRequest()).workers[0].state == "failed"
+    assert stub.ClusterStatus(admin.ClusterStatusRequest()).workers[0].state == admin.WORKER_STATE_FAILED
     assert rendezvous.calls == 2
 
 
 def test_status_shows_who_drains(stub, listed, directory, rendezvous):
     directory.close([], draining=["dense-1"])
     status = stub.ClusterStatus(admin.ClusterStatusRequest())
-    assert [worker.state for worker in status.workers] == ["ready", "draining", "ready"]
+    assert [worker.state for worker in status.workers] == [
+        admin.WORKER_STATE_READY,
+        admin.WORKER_STATE_DRAINING,
+        admin.WORKER_STATE_READY,
+    ]
 
 
 def test_drain_marks_a_worker_that_runs(stub, operations):
@@ -229,7 +249,9 @@ def test_drain_marks_a_worker_that_runs(stub, operations):
 def test_workers_are_reached_past_a_web_proxy(stub, rendezvous, monkeypatch):
     for name in ("http_proxy", "https_proxy", "grpc_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
-    assert {worker.state for worker in stub.ClusterStatus(admin.ClusterStatusRequest()).workers} == {"ready"}
+    assert {worker.state for worker in stub.ClusterStatus(admin.ClusterStatusRequest()).workers} == {
+        admin.WORKER_STATE_READY
+    }
 
 
 def test_scale_changes_what_is_named_and_refuses_what_cannot_work(stub, operations):
@@ -256,6 +278,49 @@ def test_events_are_streamed_from_a_number_on_and_as_they_come(stub, operations)
     event = next(following)
     assert (event.kind, event.detail) == ("lost", "it was killed")
     following.cancel()
+
+
+def test_followers_of_events_leave_calls_for_the_workers(service, operations, directory):
+    """The directory's server is the operators', too."""
+
+    def register(server):
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(service, server)
+        pb_grpc.add_DirectoryServicer_to_server(DirectoryService(directory), server)
+
+    server, address = rpc.serve(
+        register,
+        service=admin.DESCRIPTOR.services_by_name["AdminService"].full_name,
+        listen="127.0.0.1:0",
+        threads=MAX_CALLS,
+        token=None,
+    )
+    operations.events.add("joined", "attention-0")
+    with grpc.insecure_channel(address) as channel:
+        stub = admin_pb2_grpc.AdminServiceStub(channel)
+        streams = [
+            stub.WatchEvents(admin.WatchEventsRequest(follow=True), timeout=30) for _ in range(MAX_CALLS)
+        ]
+        followed, refused = [], []
+        for stream in streams:
+            try:
+                next(stream)
+                followed.append(stream)
+            except grpc.RpcError as error:
+                refused.append(error)
+        assert len(followed) == MOST_FOLLOWERS
+        assert {error.code() for error in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert f"{MOST_FOLLOWERS} calls follow the events already" in refused[0].details()
+        pb_grpc.DirectoryStub(channel).List(pb.ListRequest(), timeout=30)
+        assert list(stub.WatchEvents(admin.WatchEventsRequest()))
+        # A reader that is gone makes room.
+        followed[0].cancel()
+
+        def follows():
+            with contextlib.suppress(grpc.RpcError):
+                return next(stub.WatchEvents(admin.WatchEventsRequest(follow=True), timeout=30))
+
+        until(follows)
+    server.stop(0).wait()
 
 
 def test_status_tells_the_first_name_and_the_length(directory, operations):

@@ -128,7 +128,7 @@ def test_the_message_of_the_installed_grpc():
             call._cython_call.set_internal_error("Failed grpc_call_start_batch")
             return await call.code(), await call.details()
 
-    assert asyncio.run(status()) == (CODE.INTERNAL, rpc._FROM_CORE)
+    assert asyncio.run(status()) == (CODE.INTERNAL, rpc.FROM_CORE)
 
 
 def test_the_retryable_codes():

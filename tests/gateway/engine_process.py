@@ -13,26 +13,27 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from farshore import rpc
+from farshore.benchmarks.gateway.scripted import ScriptedService
 from farshore.proto import cluster_pb2, cluster_pb2_grpc
 from farshore.proto import inference_pb2 as api
 
 SERVICE = "farshore.cluster.v1.Engine"
 
 
-class Engine(cluster_pb2_grpc.EngineServicer):
+class Engine(ScriptedService):
     def __init__(self):
         self._tokens = 1  # of each sequence
         self._finish = False
         self._changed = asyncio.Condition()
 
-    async def Generate(self, request, context):
-        await context.send_initial_metadata(((rpc.TAKEN, "1"),))
+    async def answer(self, request, send):
+        send(cluster_pb2.SequenceEvent(taken=True))
         sent = 0
         while await self._has_token(sent):
-            await context.write(cluster_pb2.SequenceEvent(token=cluster_pb2.SampledToken(token_id=5 + sent)))
+            send(cluster_pb2.SequenceEvent(token=cluster_pb2.SampledToken(token_id=5 + sent)))
             sent += 1
         done = cluster_pb2.SequenceFinished(reason=api.FINISH_REASON_STOP)
-        await context.write(cluster_pb2.SequenceEvent(finished=done))
+        send(cluster_pb2.SequenceEvent(finished=done))
 
     async def _has_token(self, sent):
         """Waits for the sequence's next token, or for its end."""
@@ -45,10 +46,6 @@ class Engine(cluster_pb2_grpc.EngineServicer):
             self._tokens += more
             self._finish = self._finish if finish is None else finish
             self._changed.notify_all()
-
-    async def Cancel(self, request, context):
-        await self.tell(finish=True)
-        return cluster_pb2.CancelSequenceReply()
 
 
 async def main(port):

@@ -18,6 +18,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from farshore import rpc
+from farshore.benchmarks.gateway.scripted import CallEnds, ScriptedService
 from farshore.gateway.api.server import create
 from farshore.gateway.limits import Limits
 from farshore.ids import WorkerId
@@ -53,8 +54,8 @@ class Sequence:
     def __init__(self, request, loop):
         self.request = request
         self._loop = loop
-        self.script = asyncio.Queue()  # events, the arguments of abort, or None to end
-        self.ended = threading.Event()  # set when the call has ended, for any reason
+        self.script = asyncio.Queue()  # events, or an exception to raise
+        self.ended = threading.Event()  # set when the request has ended, for any reason
 
     def _put(self, item):
         self._loop.call_soon_threadsafe(self.script.put_nowait, item)
@@ -81,29 +82,40 @@ class Sequence:
         )
         self._put(cluster_pb2.SequenceEvent(finished=done))
 
-    def fail(self, code, message, kind="TransportError"):
-        """``kind``: the type of the engine's error; None: the connection or gRPC failed."""
-        self._put((code, message, ((rpc.ERROR_KIND, kind),) if kind else ()))
+    def fail(self, code, message, kind="TransportError", **trailing):
+        """``kind``: the type of the engine's error; None: the call fails, with all its requests."""
+        if kind is None:
+            self._put(CallEnds(code, message))
+        else:
+            self._put(failed(code, message, kind, **trailing))
 
     def close(self):
-        """Ends the stream without Finished."""
-        self._put(None)
+        """Ends the call, with all its requests, without Finished."""
+        self._put(CallEnds(grpc.StatusCode.OK, ""))
 
 
-class FakeEngine(cluster_pb2_grpc.EngineServicer, admin_pb2_grpc.AdminServiceServicer):
+def failed(code, message, kind="TransportError", **trailing):
+    """The event of a request that fails with an error of the type ``kind``."""
+    trailing = {rpc.ERROR_KIND: kind} | trailing
+    return cluster_pb2.SequenceEvent(
+        failed=cluster_pb2.SequenceFailed(code=code.value[0], message=message, trailing=trailing)
+    )
+
+
+class FakeEngine(ScriptedService, admin_pb2_grpc.AdminServiceServicer):
     """An engine and a controller. ``auto``: token ids with which each choice is answered at once; None: the
     test answers."""
 
     def __init__(self, loop):
         self._loop = loop
         self._arrived = queue.Queue()
-        self._live = {}
+        self.live = {}
         self.auto = None
         self.confirms = asyncio.Event()  # a new sequence waits for it
         self.confirms.set()
-        self.refuses = None  # the arguments of abort, for each new sequence
+        self.refuses = None  # for each new sequence: the arguments of ``failed``, or CallEnds
         self.ignores_cancel = False
-        self.cancels_to_ignore = 0
+        self.calls = 0  # of gateways
         self.cancelled = []  # (sequence id, choice or None)
         self.status = admin.ClusterStatusResponse(model="smollm2", dtype="bfloat16")
         self.operations = []  # the requests of operators, other than for status and events
@@ -117,37 +129,47 @@ class FakeEngine(cluster_pb2_grpc.EngineServicer, admin_pb2_grpc.AdminServiceSer
         """Whether no sequence has arrived that next_sequence() has not returned."""
         return self._arrived.empty()
 
-    async def Generate(self, request, context):
+    async def Run(self, messages, context):
+        self.calls += 1
+        await super().Run(messages, context)
+
+    async def answer(self, request, send):
+        if isinstance(self.refuses, CallEnds):
+            raise self.refuses
         if self.refuses is not None:
-            await context.abort(*self.refuses)
-        await self.confirms.wait()
-        await context.send_initial_metadata(((rpc.TAKEN, "1"),))
+            send(failed(*self.refuses))
+            return
         sequence = Sequence(request, self._loop)
-        self._live[request.sequence_id] = sequence
-        self._arrived.put(sequence)
-        if self.auto is not None:
-            for choice in range(request.sampling.n):
-                sequence.tokens(*self.auto, choice=choice)
-                sequence.finish(choice=choice)
         try:
+            await self.confirms.wait()
+            send(cluster_pb2.SequenceEvent(taken=True))
+            self.live[request.sequence_id] = sequence
+            self._arrived.put(sequence)
+            if self.auto is not None:
+                for choice in range(request.sampling.n):
+                    sequence.tokens(*self.auto, choice=choice)
+                    sequence.finish(choice=choice)
             live = request.sampling.n
-            while live and (item := await sequence.script.get()) is not None:
-                if isinstance(item, tuple):
-                    await context.abort(*item)
-                await context.write(item)
-                live -= item.HasField("finished")
+            while live:
+                item = await sequence.script.get()
+                if isinstance(item, CallEnds):
+                    raise item
+                send(item)
+                live -= request.sampling.n if item.HasField("failed") else item.HasField("finished")
         finally:
+            self.live.pop(request.sequence_id, None)
             sequence.ended.set()
 
-    async def Cancel(self, request, context):
-        choice = request.choice if request.HasField("choice") else None
+    def cancel(self, request, choice):
         self.cancelled.append((request.sequence_id, choice))
-        sequence = self._live.get(request.sequence_id)
-        self.cancels_to_ignore -= 1
-        if sequence is not None and not self.ignores_cancel and self.cancels_to_ignore < 0:
-            for ended in range(sequence.request.sampling.n) if choice is None else [choice]:
-                sequence.finish(api.FINISH_REASON_CANCELLED, choice=ended)
-        return cluster_pb2.CancelSequenceReply()
+        sequence = self.live.get(request.sequence_id)
+        if sequence is None:
+            return
+        if self.ignores_cancel:
+            sequence.ended.set()  # As far as the gateway goes.
+            return
+        for ended in range(request.sampling.n) if choice is None else [choice]:
+            sequence.finish(api.FINISH_REASON_CANCELLED, choice=ended)
 
     async def ClusterStatus(self, request, context):
         if isinstance(self.status, tuple):

@@ -49,7 +49,8 @@ REFUSED = [
     ({"spec": {"kvMemory": "3GiB"}}, "attention.resources.limits.memory"),
     ({"dense": {"workersPerPod": 4}}, "dense.resources.limits.memory"),
     ({"attention": {"gpu": {"enabled": True}}}, "attention.resources.limits.memory"),
-    ({"spec": {"drainTimeout": 120}}, "dense.terminationGracePeriodSeconds"),
+    ({"spec": {"drainTimeout": 101}}, "dense.terminationGracePeriodSeconds"),
+    ({"spec": {"drainTimeout": 100}, "attention": {"terminationGracePeriodSeconds": 119}}, "attention.term"),
     ({"gateway": {"drainTimeout": 85}}, "gateway.terminationGracePeriodSeconds"),
 ]
 
@@ -58,6 +59,14 @@ REFUSED = [
 def test_wrong_values_are_refused_by_name(render, helm_failed, values, key):
     with pytest.raises(helm_failed, match=re.escape(key)):
         render(values)
+
+
+def test_a_grace_of_a_drain_and_twenty_seconds_is_enough(render):
+    cluster = render({"spec": {"drainTimeout": 100}})[("RayCluster", "demo-farshore")]["spec"]
+    for group in cluster["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        *_, leave_s = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        assert 100 < int(leave_s) < pod["terminationGracePeriodSeconds"] == 120
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from farshore.controller.resources import CUDA_PROCESS_BYTES
 from farshore.gateway import __main__ as gateway_main
 from farshore.kvstore.directory.redis.address import RedisAddress
 from farshore.model_spec import ModelSpec
+from farshore.workers.whereabouts import NODE, ZONE
 
 CHART = Path(__file__).parents[2] / "helm" / "farshore"
 
@@ -259,7 +260,7 @@ def test_ray_is_set_up_as_farshore_sets_it_up(render, defaults):
     groups = (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
     for group, expected in zip(groups, (ENVIRONMENT | QUICK_VERDICT, ENVIRONMENT, ENVIRONMENT), strict=True):
         container = group["template"]["spec"]["containers"][0]
-        set_here = {each["name"]: each["value"] for each in container["env"]}
+        set_here = {each["name"]: each.get("value") for each in container["env"]}
         assert {name: value for name, value in set_here.items() if name.startswith("RAY_")} == expected
         assert group["rayStartParams"]["object-store-memory"] == str(OBJECT_STORE_BYTES)
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
@@ -274,6 +275,17 @@ def test_ray_is_set_up_as_farshore_sets_it_up(render, defaults):
     assert not set(ranges[0]) & set(ranges[1])
 
 
+def test_workers_are_told_where_they_run(render):
+    """By the downward API: the names of their machine and zone, which need no right to read nodes."""
+    cluster = render()[("RayCluster", "demo-farshore")]["spec"]
+    for group in cluster["workerGroupSpecs"]:
+        env = {
+            each["name"]: each.get("valueFrom") for each in group["template"]["spec"]["containers"][0]["env"]
+        }
+        assert env[NODE] == {"fieldRef": {"fieldPath": "spec.nodeName"}}
+        assert env[ZONE] == {"fieldRef": {"fieldPath": "metadata.labels['topology.kubernetes.io/zone']"}}
+
+
 def test_ray_knows_every_option_that_kuberay_gives_it(render):
     command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--help"]
     usage = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
@@ -283,9 +295,25 @@ def test_ray_knows_every_option_that_kuberay_gives_it(render):
         assert group["rayStartParams"].keys() <= known
 
 
+GROUPS = ["head", "dense", "attention"]
+NAMED = {
+    # A template's name for a part of the values: the parts.
+    "Values": [""],
+    "group": GROUPS,
+    "gateway": ["gateway"],
+    "redis": ["redis.bundled"],
+    "pod": [*GROUPS, "gateway", "redis.bundled"],
+    "ports": ["ray.ports"],
+    "ingress": ["ingress.grpc", "ingress.http"],
+}
+
+
 def test_no_value_is_dead(defaults):
-    """Every key is read by a template, by its own name or as part of an object that is written out whole."""
+    """A template reads every value by its path; an object that is written out whole counts as one value."""
     templates = "".join(file.read_text() for file in (CHART / "templates").rglob("*.*"))
+    read = set()
+    for name, keys in re.findall(r"\b(\w+)\.((?:[a-z]\w*\.)*[a-z]\w*)", templates):
+        read |= {f"{part}.{keys}".removeprefix(".") for part in NAMED.get(name, ())}
     whole = ("spec", "resources", "initResources", "annotations")
 
     def leaves(values, path=()):
@@ -293,10 +321,9 @@ def test_no_value_is_dead(defaults):
             if isinstance(value, dict) and value and key not in whole:
                 yield from leaves(value, (*path, key))
             else:
-                yield (*path, key)
+                yield ".".join((*path, key))
 
-    dead = [".".join(path) for path in leaves(defaults) if not re.search(rf"\.{path[-1]}\b", templates)]
-    assert dead == []
+    assert set(leaves(defaults)) - read == set()
 
 
 def test_notes_say_what_matters(notes):

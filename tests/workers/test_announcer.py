@@ -15,6 +15,8 @@ from farshore.kvstore.prefix import NameLog
 from farshore.workers import announcer
 from farshore.workers.announcer import PROBE_S, Announcer
 
+from ..waiting import until
+
 NEVER_S = 1e6
 DEADLINE_S = 30.0
 WORKER = WorkerId("attention-0-aa")
@@ -181,3 +183,19 @@ def test_any_loss_heals(steps, most_changes, most_names):
                     announces.announce()
         assert directory.knows(range(10)) == names
         announces.end()
+
+
+def test_its_thread_survives_every_error_and_logs_it_once(directory, caplog):
+    log, announce, failing = NameLog(), directory.announce, iter([KeyError("a"), KeyError("a")])
+
+    def tell(worker, blocks):
+        if (error := next(failing, None)) is not None:
+            raise error
+        return announce(worker, blocks)
+
+    directory.announce = tell
+    announces = Announcer(directory, WORKER, log, period_s=0.01)
+    log.add(name_of(1))
+    until(lambda: directory.knows([1]), "nothing is announced any more")
+    announces.end()
+    assert [record.message for record in caplog.records] == ["blocks can't be announced"]

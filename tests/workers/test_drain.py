@@ -20,6 +20,7 @@ from farshore.kernels.formats import KVFormat
 from farshore.kvstore.base import SpanKey
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
 from farshore.model_spec import ModelSpec
+from farshore.proto import admin_pb2 as admin
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 from farshore.proto import inference_pb2 as api
@@ -64,7 +65,7 @@ class Dense:
         self.channel = grpc.insecure_channel(record.address)
         self.stub = pb_grpc.EngineStub(self.channel)
         self.ended = threading.Event()
-        self.ending = Ending(self.worker, then=self.ended.set)
+        self.ending = Ending(self.worker, then=lambda code: self.ended.set())
 
     def state(self):
         return next((record.state for record in self.directory.listing().workers), None)
@@ -76,7 +77,13 @@ class Dense:
     def generate(self, name, tokens):
         sampling = api.Sampling(max_tokens=tokens, temperature=0)
         request = pb.SequenceRequest(sequence_id=name, epoch=1, prompt=[1, 2, 3], sampling=sampling)
-        return self.stub.Generate(request, timeout=DEADLINE_S)
+        message = pb.GatewayMessage(number=1, submit=request.SerializeToString())
+        call = self.stub.Run(iter([message]), timeout=DEADLINE_S)
+        try:
+            for reply in call:
+                yield from reply.events
+        finally:
+            call.cancel()
 
     def running(self, name, tokens):
         """The stream of a request that has generated a token."""
@@ -94,11 +101,10 @@ def dense(tiny_folder):
     made.channel.close()
 
 
-def refused(call):
-    with pytest.raises(grpc.RpcError) as error:
-        list(call)
-    assert error.value.code() is grpc.StatusCode.UNAVAILABLE
-    return error.value.details()
+def refused(events):
+    failed = list(events)[-1].failed
+    assert failed.code == grpc.StatusCode.UNAVAILABLE.value[0]
+    return failed.message
 
 
 def test_a_drained_dense_worker_refuses_new_requests_and_ends_with_its_last_one(dense):
@@ -106,7 +112,7 @@ def test_a_drained_dense_worker_refuses_new_requests_and_ends_with_its_last_one(
     dense.ending.begin(DEADLINE_S)
     until(lambda: dense.state() == "draining", "the directory does not say so")
     assert dense.health() == HEALTH.NOT_SERVING
-    assert dense.stub.Status(pb.EngineStatusRequest()).worker.state == "draining"
+    assert dense.stub.Status(pb.EngineStatusRequest()).worker.state == admin.WORKER_STATE_DRAINING
     assert "dense-0-aa is draining: send the request again" in refused(dense.generate("b", 1))
     events = list(stream)
     assert events[-1].HasField("finished") and sum(e.HasField("token") for e in events) == LONG - 1
@@ -132,7 +138,8 @@ def test_the_directory_drains_a_dense_worker_and_opens_it_again(dense):
     dense.directory.close([])
     until(lambda: dense.health() == HEALTH.SERVING, "it does not open again")
     assert list(dense.generate("c", 1))[-1].HasField("finished")
-    stream.cancel()
+    stream.close()
+    until(lambda: dense.worker.is_drained, "the sequence of a cut call goes on")
 
 
 def key(sequence):
@@ -160,7 +167,7 @@ def test_an_attention_worker_drains_until_no_sequence_holds_a_span():
         directory=directory,
     )
     ended = threading.Event()
-    ending = Ending(worker, then=ended.set)
+    ending = Ending(worker, then=lambda code: ended.set())
     with client_of(worker.address()) as client, grpc.insecure_channel(worker.address()) as channel:
         span = client.store.create(key("a"), capacity_tokens=4, layout=LAYOUT, epoch=Epoch(1))
         ending.begin(DEADLINE_S)

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from farshore.errors import TransportError, Unauthenticated
+from farshore.errors import InvalidRequest, TransportError, Unauthenticated
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import WorkerRecord
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
@@ -28,15 +28,15 @@ class Directory(EmbeddedDirectory):
     def __init__(self):
         super().__init__()
         self.away = False
-        self.refuses = False
+        self.refusal = None
         self.tried = threading.Semaphore(0)
 
     def renew(self, record):
         self.tried.release()
         if self.away:
             raise TransportError("the directory: UNAVAILABLE")
-        if self.refuses:
-            raise Unauthenticated("the directory: the call's time is 40 s behind")
+        if self.refusal is not None:
+            raise self.refusal
         super().renew(record)
 
     def await_renewals(self, count):
@@ -69,15 +69,22 @@ def test_a_directory_that_is_away_is_asked_again(directory):
     lease.end()
 
 
-def test_a_refusal_is_logged_once(directory, caplog):
-    """It lasts until an operator mends the clock or the token, and takes the worker off the list."""
-    directory.refuses = True
+@pytest.mark.parametrize(
+    ("refusal", "message"),
+    [
+        (Unauthenticated("the call's time is 40 s behind"), "not listed any more: the call's time is 40"),
+        (InvalidRequest("state 'dreaming'"), "not listed any more: state 'dreaming'"),
+        (KeyError("dreaming"), "the lease can't be renewed"),
+    ],
+)
+def test_what_an_operator_must_mend_is_logged_once_and_tried_again(directory, caplog, refusal, message):
+    """Until then the worker is off the list: its thread must go on."""
+    directory.refusal = refusal
     lease = Lease(directory, lambda: RECORD, period_s=0.01)
     directory.await_renewals(4)
-    directory.refuses = False
+    directory.refusal = None
     directory.await_renewals(2)
     assert directory.listing().workers == (RECORD,)
     lease.end()
-    assert [record.message for record in caplog.records] == [
-        "this worker is not listed any more: the directory: the call's time is 40 s behind"
-    ]
+    (record,) = caplog.records
+    assert message in record.message

@@ -37,13 +37,13 @@ class Directory:
 
     def __init__(self):
         self.answer = Listing(workers=(), closed=frozenset(), settled=True)
-        self.away = False
+        self.error = None
         self._asked = threading.Semaphore(0)
 
     def listing(self):
         self._asked.release()
-        if self.away:
-            raise TransportError("the directory: UNAVAILABLE")
+        if self.error is not None:
+            raise self.error
         return self.answer
 
     def await_look(self):
@@ -83,11 +83,13 @@ class Client:
 
     def __init__(self, worker):
         self.worker = worker
-        self.closed = self.refuses = False
+        self.closed = self.refuses = self.broken = False
 
     def identify(self):
         if self.worker is None:
             raise TransportError("refused")
+        if self.broken:
+            raise ValueError("9 layers")
         return ShardIdentity(self.worker, 7, "host", 1, 1, 0, "i", 0)
 
     def connect(self):
@@ -180,6 +182,36 @@ def test_a_directory_that_is_away_changes_nothing(watched):
     directory, engine, _, _ = watched
     directory.lists(record(A, "a"))
     until(lambda: A in engine.known)
-    directory.away = True
+    directory.error = TransportError("the directory: UNAVAILABLE")
     directory.await_look()
     assert len(engine.changes) == 1
+
+
+def test_a_listing_that_makes_no_sense_is_logged_once_and_asked_for_again(watched, caplog):
+    directory, engine, _, _ = watched
+    directory.error = KeyError("dreaming")
+    directory.await_look()
+    directory.await_look()
+    directory.error = None
+    directory.lists(record(A, "a"))
+    until(lambda: A in engine.known)
+    assert [entry.message for entry in caplog.records] == ["the attention workers can't be followed"]
+
+
+@pytest.mark.parametrize(
+    ("failing", "reason"), [("connect", "KeyError: 'a'"), ("identify", "ValueError: 9 layers")]
+)
+def test_a_worker_whose_join_fails_in_any_way_is_asked_again(watched, failing, reason, caplog):
+    """An address that nothing can connect to, or an answer that makes no sense."""
+    directory, engine, clients, _ = watched
+    client = clients["a"]
+    client.broken = True
+    if failing == "connect":
+        del clients["a"]
+    directory.lists(record(A, "a"))
+    for _ in range(3):
+        directory.await_look()
+    assert A not in engine.known
+    client.broken, clients["a"] = False, client
+    until(lambda: A in engine.known)
+    assert [entry.message for entry in caplog.records] == [f"attention worker {A} can't join: {reason}"]

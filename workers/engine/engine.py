@@ -273,6 +273,9 @@ class Engine:
     def _loop(self) -> None:
         timeout_s: float | None = None
         with torch.inference_mode(), self._runtime.entered():
+            if not self._runtime.is_host:
+                # Compiles kernels, and finds a device that cannot run them before a request does.
+                self._probe()
             while not self._failure and self._requests.await_news(timeout_s):
                 try:
                     self._membership.apply()
@@ -291,15 +294,17 @@ class Engine:
         """Handles an error that belongs to no sequence: ends the engine if the probe fails, too."""
         _log.exception("a round of the engine failed")
         self._failed_rounds += 1
+        self._probe(error if self._failed_rounds >= MOST_FAILED_ROUNDS else None)
+
+    def _probe(self, failed: Exception | None = None) -> None:
+        """Ends the engine if the probe fails, or at once with the error ``failed``."""
         try:
-            if self._failed_rounds >= MOST_FAILED_ROUNDS:
-                raise error
+            if failed is not None:
+                raise failed
             probe(self._model, self._attention, self._kernels, self._pool, self._runtime)
-        except Exception as last_error:
+        except Exception as error:
             _log.exception("the engine ends")
-            self._failure = (
-                f"the engine failed with {type(last_error).__name__}: {last_error}; restart the cluster"
-            )
+            self._failure = f"the engine failed with {type(error).__name__}: {error}; its worker is replaced"
             self._on_failed()
             self._requests.stop(Internal(self._failure))
 
@@ -354,5 +359,5 @@ def probe(
     for unit in segment.units():
         assert callable(unit), "a segment without spans waits for no shard"
         unit()
-    if segment.logits is None or not bool(torch.isfinite(segment.logits).all()):
+    if segment.logits is None or not bool(torch.isfinite(segment.logits.cpu()).all()):
         raise Internal("the model's logits are not numbers")

@@ -37,6 +37,8 @@ def render(status: ClusterStatus) -> str:
     guesses = status.speculate_tokens
     guessing = f"up to {guesses} tokens guessed ahead" if guesses else "nothing guessed ahead"
     used_bytes = status.pool_budget_bytes - status.pool_free_bytes
+    # Where a worker is, if it was told.
+    named = [name for name in ("NODE", "ZONE") if any(getattr(w, name.lower()) for w in status.workers)]
     lines = [
         f"{status.model} ({status.dtype}, {status.max_positions} positions), Farshore {status.version}",
         f"placement {status.placement}, sharded by {status.shard_by}, KV as {status.kv_format}",
@@ -44,7 +46,7 @@ def render(status: ClusterStatus) -> str:
         f"pool: {size(used_bytes)} of {size(status.pool_budget_bytes)} used",
         "",
         *table(
-            ("WORKER", "KIND", "STATE", "ADDRESS", "PID", "USED", "BUDGET", "DEVICE"),
+            ("WORKER", "KIND", "STATE", "ADDRESS", "PID", "USED", "BUDGET", "DEVICE", *named),
             [
                 (
                     worker.worker_id,
@@ -55,6 +57,7 @@ def render(status: ClusterStatus) -> str:
                     size(worker.budget_bytes - worker.free_bytes),
                     size(worker.budget_bytes),
                     worker.device,
+                    *(getattr(worker, name.lower()) for name in named),
                 )
                 for worker in status.workers
             ],

@@ -21,7 +21,7 @@ from farshore.gateway.api.openai.logprobs import (
 )
 from farshore.gateway.api.openai.parsing import ChoiceText, Parsing, Piece
 from farshore.gateway.api.openai.schema import ChatBody, CompletionBody, NamedTool
-from farshore.gateway.api.openai.translate import asks_for_echo_alone
+from farshore.gateway.api.openai.translate import asks_for_echo_alone, has_structure
 from farshore.models.tokenizer.tokenizer import Tokenizer
 from farshore.proto import inference_pb2 as api
 
@@ -160,13 +160,18 @@ class ChatAnswer(_Base):
         if body.tool_choice == "none":
             self._names = set()
         self._tool_choice = body.tool_choice
+        self._structured = has_structure(body)
         self._choices: list[_ChatChoice] = []
         self._prompt: list[dict[str, Any] | None] = []
 
     def begin(self, number: int, *, prompt_end: str) -> None:
         for index in range(self._n):
             text = ChoiceText(
-                self._parsing, prompt_end=prompt_end, names=self._names, forced=self._new_forced()
+                self._parsing,
+                prompt_end=prompt_end,
+                names=self._names,
+                forced=self._new_forced(),
+                structured=self._structured,
             )
             self._choices.append(_ChatChoice(text))
             self._emit(index, {"role": "assistant", "content": ""})

@@ -81,14 +81,14 @@ class Endpoints:
             ("GET", "/", self._page.document),
             ("GET", "/status.json", self._page.status),
         ]
-        return _traced(
-            Starlette(
-                routes=[
-                    Route(path, self._guarded(handler), methods=[method]) for method, path, handler in routes
-                ],
-                exception_handlers={HTTPException: self._refused},
-            )
+        application = Starlette(
+            routes=[
+                Route(path, self._guarded(handler), methods=[method]) for method, path, handler in routes
+            ],
+            exception_handlers={HTTPException: self._refused},
         )
+        limits = self._intake.limits
+        return _traced(_bounded(application, most=limits.open_calls, retry_after_ms=limits.retry_after_ms))
 
     async def _chat(self, request: Request) -> Response:
         raw, arrived_s = await self._body(request), self._intake.clock()
@@ -214,6 +214,32 @@ class Endpoints:
         response = ApiError(error.status_code, message).response()
         response.headers.update(error.headers or {})
         return response
+
+
+def _bounded(application: ASGIApp, *, most: int, retry_after_ms: int) -> ASGIApp:
+    """``application``, with at most so many open calls that have a body. Further ones get 503. The others are
+    short, and health must be told under load too; the number of connections bounds them."""
+    open_calls = 0
+
+    async def bounded(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal open_calls
+        if scope.get("method") in ("GET", "HEAD"):
+            await application(scope, receive, send)
+            return
+        if open_calls >= most:
+            why = (
+                f"{open_calls} calls are open, the most this gateway takes: try again in {retry_after_ms} ms"
+            )
+            refusal = ApiError(503, why, code="overloaded", retry_after_ms=retry_after_ms)
+            await refusal.response()(scope, receive, send)
+            return
+        open_calls += 1
+        try:
+            await application(scope, receive, send)
+        finally:
+            open_calls -= 1
+
+    return bounded
 
 
 def _traced(application: ASGIApp) -> ASGIApp:

@@ -44,11 +44,18 @@ class ChoiceText:
     that the request offers; none: calls are text."""
 
     def __init__(
-        self, parsing: Parsing, *, prompt_end: str, names: Collection[str], forced: Forced | None
+        self,
+        parsing: Parsing,
+        *,
+        prompt_end: str,
+        names: Collection[str],
+        forced: Forced | None,
+        structured: bool = False,
     ) -> None:
-        """``forced``: parses an answer whose structure is a call; it has no reasoning."""
+        """``structured``: the answer has a structure from its first token on, so it has no reasoning, even
+        where the prompt begins one. ``forced``: parses an answer whose structure is a call."""
         self._reasoning: ReasoningParser | None = None
-        if parsing.reasons and forced is None:
+        if parsing.reasons and not structured and forced is None:
             self._reasoning = ReasoningParser(begun=prompt_end.rstrip().endswith(BEGIN))
         self._calls: CallParser | None = forced
         if forced is None and names and parsing.tool_format is not None:

@@ -3,11 +3,26 @@
 Read by ``translate``; ``openapi`` publishes the same models. Ranges are checked where all requests are, in
 ``gateway.requests``. A field that is unknown or unsupported is an error that names it, unless it is null. The
 shapes are those of OpenAI's API reference, the additions those of vLLM.
+
+A body is parsed on the event loop, so every list has a bound that is checked before its items are, and its
+first wrong item ends the parse: time must not grow with what is refused. The bounds are the defaults of
+``Limits``; a gateway's own may be smaller.
 """
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic_core import PydanticCustomError
+
+from farshore.gateway.limits import Limits
+
+_LIMITS = Limits()
+
+MOST_PROMPTS = 128
+"""Prompts of one call to /v1/completions. Each is a request of its own."""
+
+MOST_IDS = _LIMITS.most_message_bytes
+"""Token ids of one list: an id takes a byte of a GenerateRequest or more."""
 
 
 def _whole(value: Any) -> Any:
@@ -15,9 +30,31 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _whole_ids(value: Any) -> Any:
+    """``_whole`` for each id. Ids come by the thousand, and a list of none but ints is left as it is."""
+    if isinstance(value, list) and len(value) <= MOST_IDS and float in set(map(type, value)):
+        return [_whole(one) for one in value]
+    return value
+
+
+def _few_biases(value: Any) -> Any:
+    """Pydantic counts the entries of an object after it has checked them."""
+    if isinstance(value, dict) and len(value) > _LIMITS.logit_biases:
+        facts = {"given": len(value), "most": _LIMITS.logit_biases}
+        raise PydanticCustomError("too_long", "{given} biases were given: use at most {most}", facts)
+    return value
+
+
+def _at_most(items: int) -> Any:
+    return Field(max_length=items, fail_fast=True)
+
+
 UInt = Annotated[int, Field(ge=0, lt=1 << 32, strict=True), BeforeValidator(_whole)]
 Int = Annotated[StrictInt, BeforeValidator(_whole)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Id = Annotated[int, Field(ge=0, lt=1 << 32, strict=True)]
+IDS = BeforeValidator(_whole_ids)
+Ids = Annotated[list[Id], _at_most(MOST_IDS), IDS]
 
 
 class _Body(BaseModel):
@@ -56,12 +93,16 @@ class TextPart(_Body):
 
 class ChatMessage(_Body):
     role: StrictStr
-    content: StrictStr | list[TextPart] | None = None
+    content: StrictStr | Annotated[list[TextPart], _at_most(_LIMITS.messages)] | None = None
     name: StrictStr | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], _at_most(_LIMITS.tools)] | None = None
     tool_call_id: StrictStr | None = None
     reasoning_content: StrictStr | None = None
     refusal: None = None
+
+
+Messages = Annotated[list[ChatMessage], _at_most(_LIMITS.messages)]
+Tools = Annotated[list[Tool], _at_most(_LIMITS.tools)]
 
 
 class NamedFunction(_Body):
@@ -107,7 +148,7 @@ class StructuredOutputs(_Body):
 
     json_: dict[str, Any] | StrictStr | None = Field(default=None, alias="json")
     regex: StrictStr | None = None
-    choice: list[StrictStr] | None = None
+    choice: Annotated[list[StrictStr], _at_most(_LIMITS.structure_chars)] | None = None
     grammar: StrictStr | None = None
 
 
@@ -119,13 +160,13 @@ class Common(_Body):
     n: UInt | None = None
     temperature: Number | None = None
     top_p: Number | None = None
-    stop: StrictStr | list[StrictStr] | None = None
+    stop: StrictStr | Annotated[list[StrictStr], _at_most(_LIMITS.stops)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     seed: Int | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
-    logit_bias: dict[str, Number] | None = None
+    logit_bias: Annotated[dict[str, Number], BeforeValidator(_few_biases)] | None = None
     user: StrictStr | None = None
     metadata: dict[str, Any] | None = None
     safety_identifier: StrictStr | None = None
@@ -139,10 +180,10 @@ class Common(_Body):
     ignore_eos: StrictBool | None = None
     skip_special_tokens: StrictBool | None = None
     include_stop_str_in_output: StrictBool | None = None
-    stop_token_ids: list[UInt] | None = None
+    stop_token_ids: Annotated[list[Id], _at_most(_LIMITS.stop_token_ids), IDS] | None = None
     min_tokens: UInt | None = None
-    allowed_token_ids: list[UInt] | None = None
-    bad_words: list[StrictStr] | None = None
+    allowed_token_ids: Annotated[list[Id], _at_most(_LIMITS.allowed_token_ids), IDS] | None = None
+    bad_words: Annotated[list[StrictStr], _at_most(_LIMITS.bad_words)] | None = None
     truncate_prompt_tokens: Int | None = None
     structured_outputs: StructuredOutputs | None = None
     response_format: (
@@ -158,15 +199,15 @@ class Common(_Body):
 
 
 class ChatBody(Common):
-    messages: list[ChatMessage]
+    messages: Messages
     max_tokens: UInt | None = None
     max_completion_tokens: UInt | None = None
     logprobs: StrictBool | None = None
     top_logprobs: UInt | None = None
-    tools: list[Tool] | None = None
+    tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: StrictBool | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], _at_most(1)] | None = None
     # vLLM's
     add_generation_prompt: StrictBool | None = None
     continue_final_message: StrictBool | None = None
@@ -174,7 +215,12 @@ class ChatBody(Common):
 
 
 class CompletionBody(Common):
-    prompt: StrictStr | list[StrictStr] | list[UInt] | list[list[UInt]]
+    prompt: (
+        StrictStr
+        | Annotated[list[StrictStr], _at_most(MOST_PROMPTS)]
+        | Ids
+        | Annotated[list[Ids], _at_most(MOST_PROMPTS)]
+    )
     max_tokens: UInt | None = None
     logprobs: UInt | None = None
     echo: StrictBool | None = None
@@ -187,14 +233,14 @@ class TokenizeBody(_Body):
 
     model: StrictStr = ""
     prompt: StrictStr | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Messages | None = None
     add_special_tokens: StrictBool | None = None
     add_generation_prompt: StrictBool | None = None
     continue_final_message: StrictBool | None = None
-    tools: list[Tool] | None = None
+    tools: Tools | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
 class DetokenizeBody(_Body):
     model: StrictStr = ""
-    tokens: list[UInt]
+    tokens: Ids

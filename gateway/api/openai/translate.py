@@ -5,6 +5,7 @@ hold is checked by ``gateway.requests``, for all faces of the API alike.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from farshore.gateway.api.openai.errors import ApiError
 from farshore.gateway.api.openai.parsing import Parsing
 from farshore.gateway.api.openai.schema import (
+    MOST_PROMPTS,
     ChatBody,
     ChatMessage,
     Common,
@@ -30,8 +32,10 @@ _Body = TypeVar("_Body", bound=BaseModel)
 COMPLETION_TOKENS = 16
 """OpenAI's default of max_tokens for /v1/completions. Chats may use what their prompt leaves."""
 
-MOST_PROMPTS = 128
-"""Prompts of one call to /v1/completions. Each is a request of its own."""
+MOST_CONTAINERS = 1 << 16
+"""JSON objects and arrays of one body. Parsing and checking takes some microseconds for each."""
+
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 
 _SPECIAL_MARKS = ("llama3", "mistral")
 """Formats of tool calls whose marks are special tokens: these must be part of the text."""
@@ -50,12 +54,15 @@ _PASSED_ON = (
 
 def parsed(kind: type[_Body], raw: bytes) -> _Body:
     """The body. Raises ApiError, with the field's path, for what is no such body, and for fields that are not
-    supported."""
+    supported. Runs on the event loop: its time is bounded, see ``schema``."""
+    if _containers(raw) > MOST_CONTAINERS:
+        raise ApiError(400, f"the body has more than {MOST_CONTAINERS} objects and arrays: send fewer")
     try:
         body = kind.model_validate_json(raw)
     except ValidationError as error:
         # `url`, `input` and `ctx` may repeat the whole body.
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        errors = error.errors(include_url=False, include_input=False, include_context=False)
+        first = max(errors, key=_reach)
         param = ".".join(str(part) for part in first["loc"] if not _names_a_type(part))
         message = f"{param}: {first['msg']}" if param else f"the body is not usable: {first['msg']}"
         raise ApiError(400, shortened(message), param=param or None) from None
@@ -232,6 +239,13 @@ def _sampling(body: Common) -> api.Sampling:
     return sampling
 
 
+def has_structure(body: Common) -> bool:
+    """Whether the body asks for a structure of the answer, other than a call's."""
+    return body.structured_outputs is not None or isinstance(
+        body.response_format, ObjectFormat | SchemaFormat
+    )
+
+
 def _structure(body: Common) -> api.Structure | None:
     """The structure that the answer must follow; None for none."""
     given = []
@@ -319,6 +333,21 @@ def _text(arguments: str | Mapping[str, Any] | None) -> str:
     if arguments is None or isinstance(arguments, str):
         return arguments or ""
     return json.dumps(arguments)
+
+
+def _containers(raw: bytes) -> int:
+    """JSON objects and arrays of ``raw``; a larger number, with those in strings, if that is small enough."""
+    most = raw.count(b"{") + raw.count(b"[")
+    if most <= MOST_CONTAINERS:
+        return most
+    bare = _STRING.sub(b"", raw)
+    return bare.count(b"{") + bare.count(b"[")
+
+
+def _reach(error: Mapping[str, Any]) -> tuple[list[int], bool]:
+    """The order of a union's errors: that of the kind which fits furthest is told."""
+    indices = [part for part in error["loc"] if isinstance(part, int)]
+    return (indices if any(indices) else [], error["type"] == "too_long")
 
 
 def _extras(body: BaseModel, path: str) -> Iterator[tuple[str, Any]]:

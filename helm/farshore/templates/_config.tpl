@@ -92,8 +92,8 @@ grpc://{{ include "farshore.controllerAddress" . }}
 {{- if lt $limit $least -}}
 {{- fail (printf "%s.resources.limits.memory: %v is too little: %v workers with %s each need %dMi, and Ray some more" $name $group.resources.limits.memory $group.workersPerPod $what (div $least 1048576)) -}}
 {{- end -}}
-{{- if le (float64 $group.terminationGracePeriodSeconds) (float64 $.Values.spec.drainTimeout) -}}
-{{- fail (printf "%s.terminationGracePeriodSeconds: %v must be more than spec.drainTimeout (%v), or a drain is cut off" $name $group.terminationGracePeriodSeconds $.Values.spec.drainTimeout) -}}
+{{- if lt (float64 $group.terminationGracePeriodSeconds) (addf $.Values.spec.drainTimeout 20.0) -}}
+{{- fail (printf "%s.terminationGracePeriodSeconds: %v must be at least spec.drainTimeout (%v) and 20 more, which Ray takes to begin a drain and to end, or a drain is cut off" $name $group.terminationGracePeriodSeconds $.Values.spec.drainTimeout) -}}
 {{- end -}}
 {{- end -}}
 {{- $grace := .Values.gateway.terminationGracePeriodSeconds -}}

@@ -106,6 +106,17 @@ spec:
       env:
         {{- include "farshore.env" $root | nindent 8 }}
         {{- include "farshore.rayEnv" $component | nindent 8 }}
+        {{- if ne $component "head" }}
+        # What workers say of where they run. Kubernetes 1.35 labels pods with the zone; before it is empty.
+        - name: FARSHORE_NODE
+          valueFrom:
+            fieldRef:
+              fieldPath: spec.nodeName
+        - name: FARSHORE_ZONE
+          valueFrom:
+            fieldRef:
+              fieldPath: metadata.labels['topology.kubernetes.io/zone']
+        {{- end }}
         {{- if and (eq $component "head") $root.Values.redis.external.caSecret }}
         - name: RAY_REDIS_CA_CERT
           value: /run/secrets/redis-ca/ca.crt

@@ -4,11 +4,14 @@ Opened by ``connect``. See ``base`` for the contract, and ``scripts`` for the ke
 decides the desired state.
 """
 
+import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+from google.protobuf.message import DecodeError
 
 from farshore.errors import InvalidRequest
 from farshore.ids import WorkerId
@@ -80,7 +83,7 @@ class RedisDirectory:
         settled, marks, messages = self._run(
             self._list, self._lease_ms, round(self._settle_s * 1000), scripts.KEEP_MS
         )
-        records = [codec.record_from_pb(pb.WorkerRecord.FromString(message)) for message in messages]
+        records = codec.records_from_pb(_parsed(messages))
         if not settled and self._state is not None:
             # Redis may have started empty, or with an old copy.
             self._run(self._store, "state", self._state)
@@ -171,6 +174,13 @@ class RedisDirectory:
                 self._settles_s = now_s + self._settle_s
             self._listed_s = now_s
             return now_s >= self._settles_s
+
+
+def _parsed(messages: Iterable[bytes]) -> Iterator[pb.WorkerRecord]:
+    """The records that are whole: what another program wrote over one costs its worker alone."""
+    for message in messages:
+        with contextlib.suppress(DecodeError):
+            yield pb.WorkerRecord.FromString(message)
 
 
 def _event(number: bytes, fields: Mapping[bytes, bytes]) -> ClusterEvent:

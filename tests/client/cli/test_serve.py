@@ -94,17 +94,35 @@ def test_a_second_signal_does_not_interrupt_the_stop():
     assert cleaned
 
 
+def test_a_second_signal_shortens_the_stop(run, cluster):
+    def end(_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stop = type(cluster).__exit__
+
+    def stop_slowly(fake, *arguments):
+        assert not fake.shortened
+        os.kill(os.getpid(), signal.SIGINT)
+        assert fake.shortened
+        stop(fake, *arguments)
+
+    cluster.on_wait = end
+    cluster.__class__ = type("Slow", (type(cluster),), {"__exit__": stop_slowly})
+    assert run("serve").code == 0 and cluster.stops == 1
+
+
 def test_the_fake_cluster_has_the_real_ones_signatures(cluster):
     """The real one is imported in another process, so that this process does not import Ray."""
     code = (
         "import inspect\n"
         "from farshore.controller.driver.cluster import Cluster\n"
-        "for method in (Cluster.start, Cluster.wait, Cluster.reconfigure):\n"
+        "for method in (Cluster.start, Cluster.wait, Cluster.reconfigure, Cluster.end_now):\n"
         "    print(*inspect.signature(method).parameters)\n"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120)
     # inspect does not list the first parameter of a class method.
-    methods = (cluster.start, type(cluster).wait, type(cluster).reconfigure)
+    fake = type(cluster)
+    methods = (cluster.start, fake.wait, fake.reconfigure, fake.end_now)
     parameters = [name for method in methods for name in inspect.signature(method).parameters]
     assert done.stdout.split() == parameters, done.stderr
 
@@ -175,16 +193,16 @@ def busy(farshore):
     workers = [
         admin.WorkerStatus(
             worker_id="attention-0",
-            kind="attention",
+            kind=admin.WORKER_KIND_ATTENTION,
             address="127.0.0.1:7",
             process_id=77,
-            state="ready",
+            state=admin.WORKER_STATE_READY,
             budget_bytes=1 << 30,
             free_bytes=3 << 28,
         ),
         admin.WorkerStatus(
             worker_id="dense-0",
-            kind="dense",
+            kind=admin.WORKER_KIND_DENSE,
             links=[
                 admin.ShardLink(
                     worker_id="attention-0",
@@ -259,7 +277,9 @@ class Failed(admin_pb2_grpc.AdminServiceServicer):
     """A gateway whose engine has failed: it reports its status, and its health is NOT_SERVING."""
 
     def ClusterStatus(self, request, context):
-        worker = admin.WorkerStatus(worker_id="dense-0", kind="dense", state="failed")
+        worker = admin.WorkerStatus(
+            worker_id="dense-0", kind=admin.WORKER_KIND_DENSE, state=admin.WORKER_STATE_FAILED
+        )
         return admin.ClusterStatusResponse(workers=[worker])
 
 

@@ -2,8 +2,11 @@
 
 import os
 import signal
+import threading
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from farshore import rpc
 from farshore.cluster_token import ClusterToken
@@ -14,7 +17,12 @@ from farshore.kvstore.directory.remote import DirectoryService
 from farshore.model_spec import ModelSpec
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
+from farshore.proto import inference_pb2 as api
+from farshore.proto import inference_pb2_grpc
 
+from ...waiting import until
+
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 NOWHERE = dict(directory="grpc://127.0.0.1:1", controller="127.0.0.1:2")
 
 
@@ -44,7 +52,9 @@ def gateway(harness, loop_thread, token_file):
             directory=f"grpc://{listed_at}",
             controller=listed_at,
             token_file=token_file,
+            drain_s=60.0,
         )
+        made.engine = engine
         yield made
         made.stop()
         server.stop(0).wait()
@@ -79,11 +89,46 @@ def test_a_requested_end(gateway):
     assert gateway.ended() is None
 
 
+@pytest.fixture
+def running(gateway):
+    """(the sequence of a request that runs, its stream, the thread that stops the gateway): the gateway has
+    begun to end."""
+    with grpc.insecure_channel(gateway.serve()) as channel:
+        request = api.GenerateRequest(text="Hello")
+        stream = inference_pb2_grpc.InferenceServiceStub(channel).Generate(request, timeout=60)
+        sequence = gateway.engine.next_sequence()
+        stopping = threading.Thread(target=gateway.stop, kwargs={"drains": True})
+        stopping.start()
+        check = health_pb2_grpc.HealthStub(channel).Check
+        until(lambda: check(health_pb2.HealthCheckRequest()).status == NOT_SERVING)
+        yield sequence, stream, stopping
+        stopping.join()
+
+
+def test_a_running_request_may_end(gateway, running):
+    sequence, stream, stopping = running
+    sequence.tokens(1, 2)
+    sequence.finish()
+    assert list(stream)[-1].HasField("finished")
+    stopping.join()
+    assert gateway._process.returncode == 0
+
+
+def test_an_end_that_waits_for_no_request(gateway, running):
+    _, stream, stopping = running
+    gateway.end_now()
+    with pytest.raises(grpc.RpcError):
+        list(stream)
+    stopping.join()
+    assert gateway._process.returncode == -signal.SIGKILL and gateway.ended() is None
+
+
 def test_an_error_while_it_loads_is_told_before_it_is_asked_to_serve(tmp_path, token_file):
     template = tmp_path / "bad.jinja"
     template.write_text("{% for %}")
     spec = ModelSpec(chat_template=str(template))
-    gateway = GatewayProcess(spec=spec, listen="127.0.0.1:0", http=None, **NOWHERE, token_file=token_file)
+    options = dict(listen="127.0.0.1:0", http=None, token_file=token_file, drain_s=0.0)
+    gateway = GatewayProcess(spec=spec, **options, **NOWHERE)
     try:
         _await_end(gateway)
         gateway._reported.wait()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from farshore.client.events import Finished, Token
 from farshore.client.sdk import Client
 from farshore.controller import listen
 
@@ -44,7 +45,13 @@ def test_a_cluster_outlives_its_drivers_and_another_shares_its_ray(ray_address, 
     assert len(other) == 2 and not other.keys() & _workers(address).keys()
 
     before = _workers(address)
-    assert second.end(signal.SIGINT) == 0
+    with Client(address, resume_s=0) as client:
+        # The rest of the answer takes longer than a private cluster's requests may.
+        stream = client.generate("One", max_tokens=700, temperature=0, ignore_eos=True)
+        next(event for event in stream if isinstance(event, Token))
+        second.process.send_signal(signal.SIGINT)
+        assert isinstance(list(stream)[-1], Finished)
+    assert second.process.wait(60) == 0
     second.err.await_match(f"farshore down --ray-address {ray_address} --name blue` ends it")
     assert all(Path(f"/proc/{pid}").exists() for pid in before.values())
     assert len(before) == 3

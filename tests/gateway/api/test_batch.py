@@ -145,6 +145,16 @@ def test_one_that_is_no_request_is_refused_alone(batch):
     assert [result.WhichOneof("outcome") for result in call.result().results] == ["error", "error", "answer"]
 
 
+def test_a_request_to_go_on_with_is_refused_before_it_runs(batch):
+    resume = api.Resume(received=[api.TokenIds(ids=[10])], seed=1)
+    call, farshore = batch(_asked(resume=resume), _asked(text="Another"))
+    sequence = farshore.engine.next_sequence()
+    sequence.finish()
+    refused, answered = call.result().results
+    assert "resume" in refused.error.message and answered.WhichOneof("outcome") == "answer"
+    assert farshore.engine.idle
+
+
 def test_the_requests_end_with_the_call(batch):
     call, farshore = batch(_asked(), _asked())
     sequences = [farshore.engine.next_sequence() for _ in range(2)]

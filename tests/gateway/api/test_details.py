@@ -36,8 +36,8 @@ def _engine_fails(code, kind, *, free_bytes=None):
     def call(farshore):
         stream = farshore.generate()
         sequence = farshore.engine.next_sequence()
-        full = () if free_bytes is None else ((rpc.FREE_BYTES, str(free_bytes)),)
-        sequence._put((code, "why", (*(((rpc.ERROR_KIND, kind),) if kind else ()), *full)))
+        full = {} if free_bytes is None else {rpc.FREE_BYTES: str(free_bytes)}
+        sequence.fail(code, "why", kind, **full)
         return stream
 
     return call

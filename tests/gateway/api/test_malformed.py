@@ -17,6 +17,7 @@ REFUSALS = {
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.NOT_FOUND,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.ALREADY_EXISTS,
 }
 DRAWS = [pytest.param(150, id="some"), pytest.param(5_000, id="many", marks=pytest.mark.soak)]
 VALID = {

@@ -20,8 +20,11 @@ CODE = grpc.StatusCode
 class Engine(cluster_pb2_grpc.EngineServicer):
     """Ends each sequence at once."""
 
-    def Generate(self, request, context):
-        yield cluster_pb2.SequenceEvent(finished=cluster_pb2.SequenceFinished(reason=FINISH_REASON_STOP))
+    def Run(self, messages, context):
+        done = cluster_pb2.SequenceFinished(reason=FINISH_REASON_STOP)
+        for message in messages:
+            event = cluster_pb2.SequenceEvent(number=message.number, finished=done)
+            yield cluster_pb2.EngineMessage(events=[event])
 
 
 @pytest.fixture

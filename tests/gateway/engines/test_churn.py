@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 
-from farshore import rpc
+from farshore.benchmarks.gateway.scripted import CallEnds
 from farshore.errors import TransportError
 from farshore.gateway.limits import Limits
 from farshore.proto import inference_pb2 as api
@@ -20,9 +20,9 @@ DEADLINE_S = 60.0
 RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 LIMITS = Limits(probe_s=0.05, missed_probes=2, lost_s=0.2, cancel_s=0.3, drain_s=0.1)
 REFUSALS = [
-    (grpc.StatusCode.RESOURCE_EXHAUSTED, "queue is full", ((rpc.ERROR_KIND, "Overloaded"),)),
-    (grpc.StatusCode.UNAVAILABLE, "draining", ((rpc.ERROR_KIND, "TransportError"),)),
-    (grpc.StatusCode.UNAVAILABLE, "Socket closed"),
+    (grpc.StatusCode.RESOURCE_EXHAUSTED, "queue is full", "Overloaded"),
+    (grpc.StatusCode.UNAVAILABLE, "draining", "TransportError"),
+    CallEnds(grpc.StatusCode.UNAVAILABLE, "Socket closed"),
     None,
 ]
 
@@ -68,7 +68,7 @@ class Churn:
         for engine in self._engines.values():
             engine.refuses, engine.auto = None, ANSWER
             self._call(engine.confirms.set)
-            for sequence in list(engine._live.values()):
+            for sequence in list(engine.live.values()):
                 sequence.close()
         self._list()
 

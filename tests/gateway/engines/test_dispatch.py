@@ -9,13 +9,13 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from farshore import rpc
+from farshore.benchmarks.gateway.scripted import CallEnds
 from farshore.gateway.limits import Limits
 from farshore.proto import inference_pb2 as api
 
 LONG = list(range(1, 301))  # A whole block, so that an engine is preferred.
-OVERLOADED = (grpc.StatusCode.RESOURCE_EXHAUSTED, "queue is full", ((rpc.ERROR_KIND, "Overloaded"),))
-BROKEN = (grpc.StatusCode.UNAVAILABLE, "Socket closed")
+OVERLOADED = (grpc.StatusCode.RESOURCE_EXHAUSTED, "queue is full", "Overloaded")
+BROKEN = CallEnds(grpc.StatusCode.UNAVAILABLE, "Socket closed")
 DEADLINE_S = 30.0
 
 
@@ -187,7 +187,7 @@ def test_a_closed_engine_keeps_what_it_has_and_gets_nothing_new(cluster, harness
     name = preferred(farshore, engines)
     call = farshore.generate(**tokens(LONG))
     assert await_sequence(engines)[0] == name and next(call)
-    sequence = engines[name]._live.copy().popitem()[1]
+    sequence = engines[name].live.copy().popitem()[1]
     others = [harness.dense(other, engines[other].address) for other in engines if other != name]
     state = "serving" if how == "closed" else how
     shut = harness.dense(name, engines[name].address, state=state)

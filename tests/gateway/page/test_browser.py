@@ -18,9 +18,9 @@ SCHEMES = {"light": 1, "dark": 0}
 def attention(name, host, *, free, cached=0, step=0, **fields):
     return admin.WorkerStatus(
         worker_id=name,
-        kind="attention",
+        kind=admin.WORKER_KIND_ATTENTION,
         host=host,
-        state=fields.pop("state", "ready"),
+        state=fields.pop("state", admin.WORKER_STATE_READY),
         budget_bytes=4 * GIB,
         free_bytes=free,
         cached_bytes=cached,
@@ -47,9 +47,9 @@ def cluster(step):
     ]
     dense = admin.WorkerStatus(
         worker_id="dense-0-77aa",
-        kind="dense",
+        kind=admin.WORKER_KIND_DENSE,
         host="node-a",
-        state="ready",
+        state=admin.WORKER_STATE_READY,
         budget_bytes=2 * GIB,
         free_bytes=1900 * MIB,
         running=3,
@@ -103,8 +103,12 @@ def cluster(step):
                 cached=GIB,
                 step=step,
             ),
-            attention("attention-2-9bc0", HOSTILE, free=GIB, step=step, state="draining"),
-            admin.WorkerStatus(worker_id="attention-3-1e1e", kind="attention", state="unreachable"),
+            attention("attention-2-9bc0", HOSTILE, free=GIB, step=step, state=admin.WORKER_STATE_DRAINING),
+            admin.WorkerStatus(
+                worker_id="attention-3-1e1e",
+                kind=admin.WORKER_KIND_ATTENTION,
+                state=admin.WORKER_STATE_UNREACHABLE,
+            ),
         ],
         sequences=sequences,
         pool_budget_bytes=12 * GIB,

@@ -43,7 +43,13 @@ def test_the_status(url, controller):
         admin.ClusterStatusResponse(
             model="smollm2",
             workers=[
-                admin.WorkerStatus(worker_id="dense-0-a", kind="dense", host="h", state="ready", tokens=n)
+                admin.WorkerStatus(
+                    worker_id="dense-0-a",
+                    kind=admin.WORKER_KIND_DENSE,
+                    host="h",
+                    state=admin.WORKER_STATE_READY,
+                    tokens=n,
+                )
             ],
             sequences=[admin.SequenceStatus(sequence_id="a", owner="dense-0-a", tokens=9, tail_first=4)],
         )

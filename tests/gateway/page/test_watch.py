@@ -26,7 +26,12 @@ class Operators:
         await asyncio.sleep(0)
         if self.fails:
             raise RequestFailed(Failure(grpc.StatusCode.UNAVAILABLE, "away"))
-        worker = admin.WorkerStatus(worker_id="dense-0", kind="dense", state="ready", tokens=self.tokens)
+        worker = admin.WorkerStatus(
+            worker_id="dense-0",
+            kind=admin.WORKER_KIND_DENSE,
+            state=admin.WORKER_STATE_READY,
+            tokens=self.tokens,
+        )
         return admin.ClusterStatusResponse(workers=[worker])
 
     async def events(self, since):

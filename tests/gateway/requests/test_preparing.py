@@ -200,14 +200,3 @@ def test_a_shutdown(held, harness, loop_thread):
     loop_thread.run(farshore.gateway.stop())
     failure = harness.failure_of(call)
     assert failure.code() == grpc.StatusCode.UNAVAILABLE and "0 tokens" in failure.details()
-
-
-def test_an_engine_that_reads_the_cancel_first(start):
-    """An engine ignores the Cancel of a sequence that it does not know yet, so it is sent again."""
-    farshore = start(limits=Limits(cancel_again_s=0.01, drain_s=0.1))
-    farshore.engine.cancels_to_ignore = 2
-    call = farshore.generate(request_id="a")
-    next(call)
-    _cancel(farshore, "a")
-    assert [event.finished.choices[0].reason for event in call] == [api.FINISH_REASON_CANCELLED]
-    assert len(farshore.engine.cancelled) == 3

@@ -26,9 +26,9 @@ class Waiting:
 
     async def pump(self, request, job):
         await self.ends.setdefault(request.sequence_id, asyncio.Event()).wait()
-        await request.finish([api.Completion(reason=api.FINISH_REASON_CANCELLED)])
+        request.finish([api.Completion(reason=api.FINISH_REASON_CANCELLED)])
 
-    async def cancel(self, sequence_id, *, choice=None, deadline_s=None):
+    def cancel(self, sequence_id):
         self.ends.setdefault(sequence_id, asyncio.Event()).set()
 
 

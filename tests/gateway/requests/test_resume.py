@@ -8,6 +8,8 @@ import pytest
 from farshore.gateway.limits import Limits
 from farshore.proto import inference_pb2 as api
 
+from ...waiting import until
+
 
 def _read(call, count):
     return [next(call) for _ in range(count)]
@@ -120,6 +122,42 @@ def test_named_request_ends_after_its_grace(start):
     next(call)
     call.cancel()
     assert sequence.ended.wait(30)
+
+
+def test_an_abandoned_request_is_forgotten(start, harness):
+    """Its part of an answer would be taken for the whole."""
+    farshore = start(limits=Limits(grace_s=0.01))
+    call = farshore.generate(request_id="a")
+    sequence = farshore.engine.next_sequence()
+    sequence.tokens(10, 11)
+    _read(call, 3)
+    call.cancel()
+    assert sequence.ended.wait(30)
+    for fields in (dict(text=None), dict(resume_from=2), dict(text=None, resume_from=2)):
+        failure = harness.failure_of(farshore.generate(request_id="a", **fields))
+        assert failure.code() == grpc.StatusCode.NOT_FOUND
+    again = farshore.generate(request_id="a")
+    sequence = farshore.engine.next_sequence()
+    sequence.tokens(10, 11, 12)
+    sequence.finish()
+    assert harness.indices_of(again) == [0, 1, 2]
+
+
+def test_a_request_that_is_being_abandoned_can_be_sent_again(start, harness):
+    farshore = start(limits=Limits(grace_s=0.01, cancel_s=0.5))
+    farshore.engine.ignores_cancel = True
+    call = farshore.generate(request_id="a")
+    first = farshore.engine.next_sequence()
+    next(call)
+    call.cancel()
+    until(lambda: farshore.engine.cancelled)
+    again = farshore.generate(request_id="a")
+    second = farshore.engine.next_sequence()
+    assert first.ended.wait(30)
+    second.tokens(10)
+    second.finish()
+    list(again)
+    assert harness.indices_of(farshore.generate(None, request_id="a")) == [0]
 
 
 def test_a_second_reader_keeps_a_request_alive(start):

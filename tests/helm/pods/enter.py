@@ -2,11 +2,10 @@
 
 Run by ``kubelet`` as root, in the pod's namespaces and a mount namespace of its own, with one argument: JSON
 with ``root`` (an empty folder), ``binds`` ([source, target, read only]), ``links`` ({path: target}),
-``etc`` (the folder of the image's /etc), ``files`` ({path: text}), ``env``, ``command``, ``cwd``, ``user``
-and ``group``. Imports the standard library alone.
+``etc`` (the folder of the image's /etc), ``files`` ({path: text}), ``cgroups`` (descriptors of their
+cgroup.procs), ``env``, ``command``, ``cwd``, ``user`` and ``group``. Imports the standard library alone.
 """
 
-import contextlib
 import ctypes
 import json
 import os
@@ -17,7 +16,9 @@ from pathlib import Path
 
 MS_RDONLY, MS_NOSUID, MS_REMOUNT, MS_BIND, MS_REC = 1, 2, 32, 4096, 16384
 PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 24, 38
-OPEN_FILES = 1 << 20
+OPEN_FILES = 1024
+"""What systemd, and so many a container runtime, allows at first."""
+
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 ETC = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "nsswitch.conf", "alternatives", "ssl", "localtime")
 
@@ -77,12 +78,14 @@ def make_root(spec):
 
 def main():
     spec = json.loads(sys.argv[1])
+    for descriptor in spec["cgroups"]:
+        os.write(descriptor, b"0")
+        os.close(descriptor)
     root = make_root(spec)
     os.chroot(root)
     os.chdir(spec["cwd"])
-    # A machine may have a lower limit, which not even root may raise.
-    with contextlib.suppress(ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, most))
     for capability in range(64):
         libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
     os.setgroups([spec["group"]])

@@ -2,8 +2,8 @@
 
 A container gets what its object says: init containers first, environment, volumes with Kubernetes' modes,
 user, read-only root, no rights, limit of memory. Names of Services stand in a hosts file that all pods see,
-with the addresses of their pods: no DNS, no kube-proxy. Nothing enforces images, seccomp and limits of cpu.
-Used by ``conftest``.
+with the addresses of their pods: no DNS, no kube-proxy. ``policies`` enforces the network policies. Nothing
+enforces images, seccomp and limits of cpu. Used by ``conftest``.
 """
 
 import base64
@@ -12,17 +12,21 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+from . import policies, volumes
+
 ENTER = Path(__file__).with_name("enter.py")
 CGROUPS = Path("/sys/fs/cgroup/memory")
 DOMAIN = "svc.cluster.local"
-READ_ONLY_MASK = 0o440
-"""Kubernetes gives a Secret's files to the pod's fsGroup, which may then read them."""
+NODE = "node-1"
+NODE_LABELS = {"topology.kubernetes.io/zone": "zone-1"}
+"""Labels that Kubernetes 1.35 copies from a node to its pods."""
 
 
 class ContainerFailed(Exception):
@@ -41,20 +45,43 @@ class Kubelet:
         self.pods = {}
         self.names = folder / "hosts"
         self.names.touch()
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
     def start(self, pod):
         """A Pod whose containers are to be run. The old pod of this name is gone."""
-        with self._lock:
+        with self.lock:
             made = Pod(self, pod, self.hosts.add())
             self.pods[made.name] = made
             self._write_names()
+            self._write_rules()
         made.prepare()
         return made
 
+    def forget(self, pod):
+        """Removes a pod that has ended."""
+        with self.lock:
+            del self.pods[pod.name]
+
+    def update(self, objects):
+        """Takes changed objects. The files of pods that mount a changed ConfigMap change."""
+        changed = {key for key, each in objects.items() if each != self.objects.get(key)}
+        self.objects |= objects
+        for pod in tuple(self.pods.values()):
+            if pod.alive:
+                pod.update({name for kind, name in changed if kind == "ConfigMap"})
+
+    def _write_rules(self):
+        """A new pod is a new peer for all others."""
+        written = [each for (kind, _), each in self.objects.items() if kind == "NetworkPolicy"]
+        pods = [pod for pod in self.pods.values() if not pod.is_gone]
+        peers = [(pod.object["metadata"]["labels"], pod.host.address) for pod in pods]
+        for pod in pods:
+            labels = pod.object["metadata"]["labels"]
+            policies.apply(pod.host.name, policies.ruleset(labels, written, peers, node=self.hosts.address))
+
     def write_names(self):
         """In place, since pods have the file mounted."""
-        with self._lock:
+        with self.lock:
             self._write_names()
 
     def _write_names(self):
@@ -71,20 +98,6 @@ class Kubelet:
         self.names.write_text("\n".join(lines) + "\n")
 
 
-class Image:
-    """The root of containers. ``tree``: the folder that holds it. ``extra``: more folders, which containers
-    see where they are. ``files``: more files, {path: text}."""
-
-    def __init__(self, tree, *, extra=(), files=(), env):
-        self.env = dict(env)
-        self.etc = str(Path(tree) / "etc")
-        self.files = dict(files)
-        entries = [Path(tree) / name for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32")]
-        self.links = {f"/{path.name}": os.readlink(path) for path in entries if path.is_symlink()}
-        self.binds = [[f"{tree}/usr".replace("//", "/"), "/usr", True]]
-        self.binds += [[str(folder), str(folder), True] for folder in extra]
-
-
 class Pod:
     def __init__(self, kubelet, pod, host):
         self.kubelet = kubelet
@@ -92,6 +105,8 @@ class Pod:
         self.name = pod["metadata"]["name"]
         self.host = host
         self.alive = True
+        """Whether it belongs to its Services. A pod that ends does not."""
+        self.is_gone = False
         self.folder = kubelet.folder / f"{self.name}-{host.name}"
         self._processes = {}
         self._restarts = {}
@@ -112,7 +127,7 @@ class Pod:
             if "persistentVolumeClaim" in volume:
                 kept = self.kubelet.folder / f"claim-{volume['persistentVolumeClaim']['claimName']}"
                 kept.mkdir(exist_ok=True)
-                _give(kept, group)
+                volumes.give(kept, group)
                 path.symlink_to(kept)
                 continue
             path.mkdir()
@@ -123,16 +138,15 @@ class Pod:
                 self._root(["chown", f"0:{group}", str(path)])
                 self._root(["chmod", "2777", str(path)])
             else:
-                _write_volume(path, *self._content(volume), group=group)
+                volumes.write(path, *volumes.content(volume, self.kubelet.objects), group=group)
 
-    def _content(self, volume):
-        """({file: bytes}, mode) of a Secret or ConfigMap volume."""
-        kind, key = ("Secret", "secret") if "secret" in volume else ("ConfigMap", "configMap")
-        source = volume[key]
-        data = self.kubelet.objects[kind, source.get("secretName", source.get("name"))]["data"]
-        items = source.get("items") or [{"key": name, "path": name} for name in data]
-        read = base64.b64decode if kind == "Secret" else str.encode
-        return {item["path"]: read(data[item["key"]]) for item in items}, source.get("defaultMode", 0o644)
+    def update(self, names):
+        """Replaces the files of the ConfigMaps with these names."""
+        group = self.object["spec"]["securityContext"]["fsGroup"]
+        for volume in self.object["spec"].get("volumes", ()):
+            if volume.get("configMap", {}).get("name") in names:
+                path = self.folder / "volumes" / volume["name"]
+                volumes.write(path, *volumes.content(volume, self.kubelet.objects), group=group)
 
     def _root(self, command):
         process = self.host.popen(*command, env={}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -179,31 +193,34 @@ class Pod:
             return base64.b64decode(secret["data"][source["secretKeyRef"]["key"]]).decode()
         path = source["fieldRef"]["fieldPath"]
         if label := re.fullmatch(r"metadata\.labels\['(.+)'\]", path):
-            return self.object["metadata"]["labels"][label[1]]
+            return (NODE_LABELS | self.object["metadata"]["labels"]).get(label[1], "")
         meta = self.object["metadata"]
         return {
             "status.podIP": self.host.address,
             "metadata.name": meta["name"],
             "metadata.namespace": meta["namespace"],
+            "spec.nodeName": NODE,
         }[path]
 
     def _start(self, container):
         log = (self.folder / "logs" / container["name"]).open("a")
         cgroup = self._cgroup(container)
-
-        def join():
-            if cgroup:
-                (cgroup / "cgroup.procs").write_text(str(os.getpid()))
-
-        with log:
-            return self.host.popen(
-                *("unshare", "--mount", sys.executable, "-S", "-P", str(ENTER), self._spec(container)),
-                env={},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                preexec_fn=join,
-            )
+        # The process joins itself: a fork of this one, in which gRPC has threads, would not be safe.
+        joining = [os.open(cgroup / "cgroup.procs", os.O_WRONLY)] if cgroup else []
+        try:
+            with log:
+                spec = json.dumps(self._spec(container) | {"cgroups": joining})
+                return self.host.popen(
+                    *("unshare", "--mount", sys.executable, "-S", "-P", str(ENTER), spec),
+                    env={},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=joining,
+                )
+        finally:
+            for descriptor in joining:
+                os.close(descriptor)
 
     def _cgroup(self, container):
         """A group with the container's memory limit; None where this machine lets us make none."""
@@ -235,7 +252,7 @@ class Pod:
         root = self.folder / "roots" / container["name"]
         root.mkdir(exist_ok=True)
         mounts = sorted(container.get("volumeMounts", ()), key=lambda each: each["mountPath"])
-        volumes = [
+        mounted = [
             [str(self.folder / "volumes" / each["name"]), each["mountPath"], each.get("readOnly", False)]
             for each in mounts
         ]
@@ -250,20 +267,18 @@ class Pod:
         names = [str(self.kubelet.names), "/etc/hosts", False]
         late = [bind for bind in image.binds if bind[1].startswith("/tmp/")]
         early = [bind for bind in image.binds if bind not in late]
-        return json.dumps(
-            {
-                "root": str(root),
-                "binds": [*early, names, *volumes, *late],
-                "links": image.links,
-                "etc": image.etc,
-                "files": files,
-                "env": env,
-                "command": command,
-                "cwd": container.get("workingDir", "/tmp"),
-                "user": user,
-                "group": group,
-            }
-        )
+        return {
+            "root": str(root),
+            "binds": [*early, names, *mounted, *late],
+            "links": image.links,
+            "etc": image.etc,
+            "files": files,
+            "env": env,
+            "command": command,
+            "cwd": container.get("workingDir", "/tmp"),
+            "user": user,
+            "group": group,
+        }
 
     def execute(self, container, command, timeout_s):
         """Runs a command in a running container, as an exec probe or a preStop hook. (exit code, output)"""
@@ -285,6 +300,12 @@ class Pod:
         """What /proc tells of a container's first process."""
         text = Path(f"/proc/{self.host.pid(self._processes[name])}/status").read_text()
         return {key: value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+
+    def open_files(self, name):
+        """(limit now, the most that it may be raised to) of a container's first process."""
+        text = Path(f"/proc/{self.host.pid(self._processes[name])}/limits").read_text()
+        (line,) = (line for line in text.splitlines() if line.startswith("Max open files"))
+        return tuple(int(word) for word in line.split() if word.isdigit())
 
     def ended(self):
         """Container -> exit code, of those that ended."""
@@ -328,9 +349,26 @@ class Pod:
         self.kill()
         return said
 
+    def refused(self):
+        """{(protocol, source, destination, port)} of what the network policies kept from or off this pod."""
+        return policies.refused(self.host.name)
+
+    def connects(self, other, port):
+        """Whether a connection to another pod comes about."""
+        call = f"</dev/tcp/{other.host.address}/{port}"
+        command = ["timeout", "1", "bash", "-c", call]
+        return self.host.popen(*command, env={}, stderr=subprocess.DEVNULL).wait(60) == 0
+
+    def listens(self, port):
+        """Whether its node reaches this port."""
+        with contextlib.suppress(OSError), socket.create_connection((self.host.address, port), 5):
+            return True
+        return False
+
     def kill(self):
         """Ends all processes at once, as when its node is lost."""
-        self.alive = False
+        with self.kubelet.lock:
+            self.alive, self.is_gone = False, True
         self.host.kill()
         for process in self._processes.values():
             process.wait(60)
@@ -338,28 +376,6 @@ class Pod:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         self.kubelet.write_names()
-
-
-def _write_volume(path, files, mode, *, group):
-    """As kubelet's atomic writer: files behind a link, so that all change at once."""
-    version = path / f"..{time.time_ns()}"
-    version.mkdir()
-    for name, content in files.items():
-        file = version / name
-        file.write_bytes(content)
-        os.chown(file, 0, group)
-        file.chmod(mode | READ_ONLY_MASK)
-        if not (path / name).is_symlink():
-            (path / name).symlink_to(f"..data/{name}")
-    for folder in (version, path):
-        _give(folder, group)
-    (path / "..next").symlink_to(version.name)
-    (path / "..next").replace(path / "..data")
-
-
-def _give(folder, group):
-    os.chown(folder, 0, group)
-    folder.chmod(0o2775)
 
 
 def _expand(text, env):

@@ -22,6 +22,7 @@ RECORD = WorkerRecord(
     load=Load(free_bytes=3 << 40, budget_bytes=4 << 40),
     zone="rack-3",
     device="cuda: NVIDIA H200, 139 GiB",
+    node="machine-1",
 )
 OTHER = replace(
     RECORD,

@@ -5,6 +5,7 @@ import ipaddress
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from cryptography import x509
@@ -14,6 +15,7 @@ from cryptography.x509.oid import NameOID
 
 from farshore.benchmarks.engines.redis_server import RedisServer
 from farshore.errors import InvalidRequest, TransportError
+from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import MOST_EVENTS, Announcement, ClusterEvent
 from farshore.kvstore.directory.redis.address import RedisAddress
 from farshore.kvstore.directory.redis.directory import RedisDirectory
@@ -60,6 +62,16 @@ def test_every_key_expires_but_the_desired_state_and_the_marks(here):
     directory.listing()
     assert command(directory, "HLEN", "farshore:{default}:holders") == 0
     assert not [key for key in command(directory, "KEYS", "*") if b"-0-" in key]
+
+
+def test_a_record_that_cannot_be_read_is_not_listed(here):
+    """Of another version, or damaged: the other workers are listed all the same."""
+    directory = here.directory
+    directory.renew(replace(RECORD, worker=WorkerId("attention-1-cc"), state="dreaming"))
+    directory.renew(OTHER)
+    directory.renew(RECORD)
+    command(directory, "SET", f"farshore:{{default}}:lease:{OTHER.worker}", b"\xff\xff", "KEEPTTL")
+    assert directory.listing().workers == (RECORD,)
 
 
 def test_blocks_of_ended_workers_are_removed_step_by_step(here):

@@ -8,6 +8,7 @@ from grpc_health.v1 import health_pb2
 
 from farshore import __version__
 from farshore.errors import PortInUse
+from farshore.gateway.limits import Limits
 
 BODY = {"model": "smollm2", "messages": [{"role": "user", "content": "Hi"}]}
 
@@ -48,12 +49,32 @@ def test_other_types_paths_and_methods_are_refused(base_url):
 
 
 def test_a_body_that_is_too_large_is_a_413(start):
-    from farshore.gateway.limits import Limits
-
     made = start(http="127.0.0.1:0", limits=Limits(message_bytes=1000, message_bytes_per_position=0))
     body = {"model": "smollm2", "messages": [{"role": "user", "content": "x" * 3000}]}
     reply = httpx2.post(f"http://{made.gateway.http_address}/v1/chat/completions", json=body)
     assert reply.status_code == 413
+
+
+def test_too_many_open_calls_are_refused_in_openais_shape(start):
+    made = start(http="127.0.0.1:0", limits=Limits(max_readers=1, other_calls=0, drain_s=0.1))
+    url = f"http://{made.gateway.http_address}"
+    with httpx2.stream("POST", f"{url}/v1/chat/completions", json=BODY | {"stream": True}) as first:
+        made.engine.next_sequence().tokens(10)
+        assert first.status_code == 200
+        refused = httpx2.post(f"{url}/v1/chat/completions", json=BODY, headers={"x-request-id": "t"})
+        assert httpx2.get(f"{url}/health").status_code == 200
+    assert refused.status_code == 503 and refused.json()["error"]["code"] == "overloaded"
+    assert refused.headers["retry-after"] == "1" and refused.headers["x-request-id"] == "t"
+
+
+def test_idle_connections_are_no_open_calls(start):
+    made = start(http="127.0.0.1:0", limits=Limits(max_readers=1, other_calls=0, drain_s=0.1))
+    made.engine.auto = (10,)
+    url = f"http://{made.gateway.http_address}"
+    with httpx2.Client() as idle, httpx2.Client() as other:
+        assert idle.get(f"{url}/health").status_code == 200  # and keeps its connection
+        assert other.get(f"{url}/version").status_code == 200
+        assert httpx2.post(f"{url}/v1/chat/completions", json=BODY).status_code == 200
 
 
 def test_a_client_that_sends_half_a_head_holds_up_no_other(base_url):

@@ -110,3 +110,19 @@ def test_reasoning_is_a_field_of_its_own(http, client, served, begun):
     deltas = [chunk.choices[0].delta for chunk in chunks]
     assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == "Hm."
     assert "".join(delta.content or "" for delta in deltas) == "Sunny."
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [
+        {"response_format": {"type": "json_object"}},
+        {"extra_body": {"structured_outputs": {"regex": "\\{\\}"}}},
+    ],
+)
+def test_a_structured_answer_is_content_where_the_prompt_begins_reasoning(http, client, served, structure):
+    """The structure holds from the first token on: there is no end of the reasoning to wait for."""
+    http.engine.auto = served.tokenizer.encode("{}")
+    extra = {"chat_template_kwargs": {"think": True}} | structure.get("extra_body", {})
+    asked = dict(model="smollm2", messages=MESSAGES) | structure | {"extra_body": extra}
+    message = client.chat.completions.create(**asked).choices[0].message
+    assert (message.content, getattr(message, "reasoning_content", None)) == ("{}", None)

@@ -13,14 +13,14 @@ from farshore.kernels.runtime.deferring import DeferringRuntime
 from farshore.kernels.select import implementation
 from farshore.kvstore.base import SpanKey
 from farshore.kvstore.store.tail import Tail
-from farshore.models.llama import Llama
+from farshore.models.device_llama import DeviceLlama
 from farshore.workers.engine.decode.device.loop import DeviceLayerLoop
 from farshore.workers.engine.decode.kernel_plans import LocalKV
 from farshore.workers.engine.decode.step import LayerLoop
 
 ENGINE = WorkerId("engine")
 EPOCH = Epoch(1)
-LENGTHS = {"a": 40, "b": 300, "c": 7, "d": 1, "e": 90}
+LENGTHS = {"a": 40, "b": 300, "c": 7, "d": 1, "e": 90, "f": 0}
 """Sequence -> its tokens in spans. The tail starts after them."""
 
 
@@ -141,8 +141,7 @@ def over(tiny_model, rig, request):
     if request.param == "device":
         # Steps take longer here, so that a tail begins close to the end of a block.
         tail_tokens = 200
-        # Without native kernels, which no graph could record.
-        model = Llama(model.config, model.weights.dense())
+        model = DeviceLlama(model.config, model.weights.dense())
         runtime = DeferringRuntime(seed=5)
 
     def build(shards):
@@ -182,6 +181,12 @@ def test_rows_of_a_batch_equal_rows_alone(harness):
     together = harness.logits(rows, 2)
     for row, name in enumerate(rows):
         torch.testing.assert_close(together[row], harness.logits([name], 1)[0], rtol=0, atol=1e-5)
+
+
+def test_a_micro_batch_may_read_from_no_shard(harness):
+    logits = harness.logits(["f", "a"], 2)
+    for row, name in enumerate("fa"):
+        torch.testing.assert_close(logits[row], harness.logits([name], 1)[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])

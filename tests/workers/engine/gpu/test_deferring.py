@@ -6,13 +6,15 @@ interpreter takes 50 to 400 ms.
 """
 
 import importlib
+import threading
 
 import pytest
 import torch
 
+from farshore.attention_offload.transport.frames import Transport
 from farshore.kernels.formats import KVFormat
 from farshore.kernels.runtime.deferring import DeferredEvent, DeferringRuntime, DeferringStream
-from farshore.models.llama import Llama
+from farshore.models.device_llama import DeviceLlama
 from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.decode.device.loop import DeviceLayerLoop
@@ -30,8 +32,8 @@ LIMITS = EngineLimits(segment_tokens=100)
 
 
 def in_pytorch(model):
-    """The model without native kernels, which no graph could record."""
-    return Llama(model.config, model.weights.dense())
+    """The model as on a device. No graph could record native kernels."""
+    return DeviceLlama(model.config, model.weights.dense())
 
 
 @pytest.fixture
@@ -89,6 +91,20 @@ def test_guesses(tiny_model, greedy, answer):
     assert found == [greedy(prompt, 24) for prompt in prompts]
 
 
+def test_shards_over_native_transports(tiny_model, greedy, cluster, submit):
+    """Frames and bulk KV leave from pinned memory, and answers arrive beside them. Two completions fork."""
+    engine = cluster(shards=2).start(
+        model=in_pytorch(tiny_model), runtime=DeferringRuntime(seed=4), limits=LIMITS
+    )
+    sampling = Sampling(max_tokens=12, temperature=0.0, n=2)
+    running = [submit(engine, str(i), prompt, sampling) for i, prompt in enumerate(PROMPTS)]
+    for collected, prompt in zip(running, PROMPTS, strict=True):
+        collected.results(2)
+        assert collected.choices == {0: greedy(prompt, 12), 1: greedy(prompt, 12)}
+    transports = {link.transport for link in engine.links() if link.frames}
+    assert transports and transports <= {Transport.SHARED_MEMORY, Transport.TCP}
+
+
 @pytest.fixture
 def triton(monkeypatch):
     """The engine's kernels are those of the GPU, interpreted; those of the shards stay native."""
@@ -104,6 +120,18 @@ def triton(monkeypatch):
 def test_the_kernels_of_a_gpu(triton, tiny_model, greedy, answer, placement):
     found = answer(in_pytorch(tiny_model), PROMPTS[:2], 4, seed=3, **PLACEMENTS[placement])
     assert found == [greedy(prompt, 4) for prompt in PROMPTS[:2]]
+
+
+def test_a_device_that_cannot_compute_fails_before_a_request(tiny_model, rig, monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("no kernel image is available")
+
+    model = in_pytorch(tiny_model)
+    monkeypatch.setattr(model, "project", broken)
+    failed = threading.Event()
+    engine = rig(model, shards=1).start(runtime=DeferringRuntime(seed=0), on_failed=failed.set)
+    assert failed.wait(60)
+    assert "no kernel image is available" in engine.failure
 
 
 FAULTS = {

@@ -121,11 +121,7 @@ class DeviceMicroBatch:
         if self._shards is None:
             return
         states = self._shards.wait(layer, self._index)
-        answers = self._answers
-        if answers is None or answers.shape != _shape(states):
-            answers = self._answers = _Answers(states, self._runtime, self._slices.o.device)
-        answers.upload(states, self.stream)
-        merged = [*answers.states, _rows(self._local, self._rows)]
+        merged = [*self._on_device(states), _rows(self._local, self._rows)]
         self.stream.run(partial(self._kernels.merge, merged, out=_rows(self._out, self._rows)))
 
     def finish(self) -> Event:
@@ -137,6 +133,15 @@ class DeviceMicroBatch:
         """Blocks until nothing that was submitted runs any more."""
         for stream in (self._copies, self.stream):
             stream.record().wait()
+
+    def _on_device(self, states: Sequence[State]) -> Sequence[State]:
+        """The shards' states as the stream's later work sees them."""
+        if not states:  # Only the other micro-batch reads from shards.
+            return ()
+        if self._answers is None or self._answers.shape != _shape(states):
+            self._answers = _Answers(states, self._runtime, self._slices.o.device)
+        self._answers.upload(states, self.stream)
+        return self._answers.states
 
 
 class _Answers:
