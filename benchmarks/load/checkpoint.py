@@ -57,7 +57,7 @@ def write(folder: Path, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> li
             hf_name(name): torch.empty(shapes[name], dtype=dtype).uniform_(-0.02, 0.02, generator=generator)
             for name in share
         }
-        _write_file(path, tensors)
+        write_file(path, tensors)
         weight_map |= dict.fromkeys(tensors, path.name)
         files.append(path)
     index = {"metadata": {}, "weight_map": weight_map}
@@ -65,7 +65,8 @@ def write(folder: Path, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> li
     return files
 
 
-def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes contiguous tensors, in bfloat16 or float32, as one safetensors file."""
     header, end = {}, 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes

