@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from farshore import __version__
 from farshore.errors import ModelError
-from farshore.gateway.api.openai import translate
+from farshore.gateway.api.openai import bodies, translate
 from farshore.gateway.api.openai.answers import ChatAnswer, CompletionAnswer
 from farshore.gateway.api.openai.bounds import add_bounds
 from farshore.gateway.api.openai.errors import ApiError, error_of
@@ -201,7 +201,7 @@ class Endpoints:
 
     def _parsed(self, kind: type[_Body], raw: bytes, request: Request) -> _Body:
         """The body, whose names of fields the call's errors have from now on. Raises ApiError."""
-        body = translate.parsed(kind, raw)
+        body = bodies.parsed(kind, raw)
         request.state.names = translate.names_of(body)
         return body
 

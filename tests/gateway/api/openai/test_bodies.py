@@ -2,7 +2,7 @@
 
 import pytest
 
-from farshore.gateway.api.openai import translate
+from farshore.gateway.api.openai import bodies
 from farshore.gateway.api.openai.errors import ApiError
 from farshore.gateway.api.openai.openapi import description
 from farshore.gateway.api.openai.schema import ChatBody, CompletionBody, DetokenizeBody
@@ -10,7 +10,7 @@ from farshore.gateway.api.openai.schema import ChatBody, CompletionBody, Detoken
 
 def refusal(kind, text):
     with pytest.raises(ApiError) as caught:
-        translate.parsed(kind, text.encode())
+        bodies.parsed(kind, text.encode())
     return caught.value
 
 
@@ -37,7 +37,7 @@ def test_every_list_of_a_body_is_bounded():
     "kind, field", [(ChatBody, "messages"), (CompletionBody, "prompt"), (DetokenizeBody, "tokens")]
 )
 def test_objects_are_counted_before_any_is_made(kind, field, item):
-    many = ",".join([item] * (translate.MOST_CONTAINERS + 1))
+    many = ",".join([item] * (bodies.MOST_CONTAINERS + 1))
     assert "objects and arrays" in str(refusal(kind, f'{{"{field}":[{many}]}}'))
 
 
@@ -49,14 +49,14 @@ def test_objects_are_counted_wherever_they_are():
 
 
 def test_brackets_in_texts_are_no_objects():
-    text = '{[\\"{\\\\' * translate.MOST_CONTAINERS
-    body = translate.parsed(ChatBody, f'{{"messages":[{{"role":"user","content":"{text}"}}]}}'.encode())
-    assert body.messages[0].content == '{["{\\' * translate.MOST_CONTAINERS
+    text = '{[\\"{\\\\' * bodies.MOST_CONTAINERS
+    body = bodies.parsed(ChatBody, f'{{"messages":[{{"role":"user","content":"{text}"}}]}}'.encode())
+    assert body.messages[0].content == '{["{\\' * bodies.MOST_CONTAINERS
 
 
 @pytest.mark.parametrize("text", ['{"', '{"\\', '["{', '{[\\"'])
 def test_what_is_no_json_is_refused_too(text):
-    assert refusal(ChatBody, text * (translate.MOST_CONTAINERS + 1)).status == 400
+    assert refusal(ChatBody, text * (bodies.MOST_CONTAINERS + 1)).status == 400
 
 
 def test_a_list_ends_at_its_first_wrong_item():
@@ -81,5 +81,5 @@ def test_the_kind_of_prompt_that_fits_furthest_is_told(prompt, param):
 
 
 def test_whole_floats_are_token_ids():
-    assert translate.parsed(CompletionBody, b'{"prompt":[1,2.0]}').prompt == [1, 2]
+    assert bodies.parsed(CompletionBody, b'{"prompt":[1,2.0]}').prompt == [1, 2]
     assert refusal(CompletionBody, '{"prompt":[1,2.5]}').status == 400
