@@ -3,7 +3,7 @@
 Called by ``benchmark``. Must not know what is measured.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from itertools import count
 
 from farshore.controller.launch import Occupant
@@ -32,6 +32,9 @@ class FakeWorkers:
     def kill(self, slot: Slot) -> None:
         self._taken.pop(slot, None)
 
+    def answering(self, slots: Collection[Slot]) -> Collection[Slot]:
+        return set(slots) & self._taken.keys()
+
     def end_in_words(self, occupant: Occupant) -> str:
         return "ended"
 
@@ -41,7 +44,7 @@ class FakeWorkers:
     def alive(self) -> set[WorkerId]:
         return set()
 
-    def readers(self) -> dict[WorkerId, int] | None:
+    def readers(self, engines: Mapping[WorkerId, str]) -> dict[WorkerId, int] | None:
         return {}
 
     def lose(self, doomed: Callable[[Slot], bool]) -> None:

@@ -20,7 +20,7 @@ LOCALES = [
 def wild(farshore, served):
     """A Harness whose engine answers WILD, and whose status has it, too."""
     farshore.engine.auto = served.tokenizer.encode(WILD)
-    worker = farshore.engine.status.workers.add(worker_id="dense-0", kind="dense", state="ready")
+    worker = farshore.engine.status.workers.add(worker_id="dense-0", kind="WORKER_KIND_DENSE")
     worker.links.add(worker_id=WILD)
     return farshore
 

@@ -102,7 +102,7 @@ def test_scale(ask, controller):
 
 
 def test_drain(ask, controller):
-    held = dict(worker_id="attention-0-a", kind="attention", state="draining")
+    held = dict(worker_id="attention-0-a", kind="WORKER_KIND_ATTENTION", state="WORKER_STATE_DRAINING")
     # gRPC makes a call three times.
     away = [(grpc.StatusCode.UNAVAILABLE, "no directory")] * 3
     controller.statuses = [dict(workers=[held]), *away, {}]

@@ -16,7 +16,7 @@ def header():
     texts = {"worker_id": "dense-0-a", "kind": "dense", "address": "h:1", "state": "ready", "links": ()}
 
     def rendered(**fields):
-        worker = events.Worker(**(of_worker | texts | {"node": "", "zone": ""} | fields))
+        worker = events.Worker(**(of_worker | texts | {"device": "cpu", "node": "", "zone": ""} | fields))
         shown = render(events.ClusterStatus(**(zeros | {"workers": (worker,), "sequences": ()})))
         lines = shown.splitlines()
         (at,) = (number for number, line in enumerate(lines) if line.startswith("WORKER"))
@@ -27,7 +27,7 @@ def header():
 
 def test_machines_and_zones_are_shown_where_workers_know_them(header):
     titles, _ = header()
-    assert titles[-1] == "BUDGET"
+    assert titles[-1] == "DEVICE"
     titles, row = header(node="machine-1")
     assert (titles[-1], row[-1]) == ("NODE", "machine-1")
     titles, row = header(node="machine-1", zone="west-2")

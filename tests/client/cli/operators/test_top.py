@@ -12,6 +12,8 @@ import pytest
 from farshore.client import events
 from farshore.client.cli.operators.view import Sample, render, snapshot
 
+DENSE, ATTENTION = "WORKER_KIND_DENSE", "WORKER_KIND_ATTENTION"
+READY, FAILED = "WORKER_STATE_READY", "WORKER_STATE_FAILED"
 ENTER, LEAVE = "\x1b[?1049h", "\x1b[?1049l"
 
 
@@ -66,12 +68,12 @@ def busy(farshore):
     now = farshore.engine.status
     now.pool_budget_bytes, now.pool_free_bytes = 1 << 30, 3 << 28
     dense = now.workers.add(
-        worker_id="dense-0", kind="dense", state="ready", running=2, waiting=1, parked=1, tokens=50
+        worker_id="dense-0", kind=DENSE, state=READY, running=2, waiting=1, parked=1, tokens=50
     )
     dense.links.add(
         worker_id="attention-0", transport="TCP", frames=9, p50_ms=0.25, p99_ms=3, slow=True, failures=1
     )
-    now.workers.add(worker_id="attention-0", kind="attention", state="failed", budget_bytes=1 << 30)
+    now.workers.add(worker_id="attention-0", kind=ATTENTION, state=FAILED, budget_bytes=1 << 30)
     now.sequences.add(sequence_id="abc", owner="dense-0")
     return farshore
 
