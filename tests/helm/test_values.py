@@ -304,6 +304,7 @@ NAMED = {
     # A template's name for a part of the values: the parts.
     "Values": [""],
     "group": GROUPS,
+    "gpu": ["dense.gpu", "attention.gpu"],
     "gateway": ["gateway"],
     "redis": ["redis.bundled"],
     "pod": [*GROUPS, "gateway", "redis.bundled"],
