@@ -257,6 +257,9 @@ class Loop:
             record = records.get((str(slot), occupant.process_id))
             if record is None:
                 continue
+            if seen.record is None and record.worker in listing.draining:
+                # The controller before told so, and has not been contradicted.
+                seen.drained_s = now_s
             if (seen.record is None or seen.record.state != "serving") and record.state == "serving":
                 kind = "replaced" if slot in self._deaths else "joined"
                 self._events.add(kind, record.worker, f"at {record.address}")

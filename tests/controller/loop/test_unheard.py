@@ -171,6 +171,30 @@ def test_a_drain_that_is_called_off_takes_its_whole_time_when_it_begins_again():
     assert cluster.slots("dense") == [0, 1]
 
 
+def test_a_new_controller_lets_a_worker_drain_on_before_its_list_is_settled(cluster):
+    worker = cluster.worker(slot(2))
+    cluster.probes.reading = {worker: 1}
+    cluster.desired.scale({"attention": 2})
+    cluster.run(1)
+    cluster.pause(LEASE_S)
+    cluster.restart_controller(keeps_directory=True)
+    cluster.run()
+    listing = cluster.directory.listing()
+    assert listing.draining == {worker} and not listing.settled
+    cluster.desired.scale({"attention": 3})
+    cluster.run(SETTLE_S + 1)
+    assert not cluster.directory.listing().draining
+
+
+def test_a_new_controller_ends_no_worker_that_serves_for_one_that_it_has_not_heard_of(cluster):
+    cluster.ray.frozen.add(slot(0))
+    cluster.restart_controller()
+    cluster.run(SETTLE_S + 1)
+    cluster.desired.scale({"attention": 2})
+    cluster.run(ANNOUNCE_S + 2 * GRACE_S)
+    assert cluster.slots() == [1, 2] and set(cluster.ray.starts.values()) == {1}
+
+
 def test_a_surplus_worker_that_a_new_controller_has_not_heard_of_may_end_what_it_has():
     cluster = Cluster(dense=2)
     cluster.run(2)
