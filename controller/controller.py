@@ -108,7 +108,10 @@ class Controller:
         # A controller that is lost for good leaves its workers to the next one. They find its directory in
         # Redis, or at the same address.
         is_new = not restarted and not self._launcher.occupants()
+        # Ray starts an actor again with the same id. A test's controller is no actor.
+        own_id = ray.get_runtime_context().get_actor_id() or "no actor"
         common = {"given": given, "placement": self._config.placement, "restarted": restarted}
+        common |= {"controller": own_id}
         if self._config.redis is None:
             file = StateFile(Path(state_folder) / "desired.json")
             desired = Desired(counts_of(self._config), load=file.load, store=file.store, **common)
@@ -184,12 +187,12 @@ class Controller:
         """Ends the loop, then all workers: their streams first, and what is left after STOP_DEADLINE_S by
         force. Idempotent."""
         self._checks.enter_graceful_shutdown()
-        self._loop.stop()
-        end_workers(self._launcher, deadline_s=STOP_DEADLINE_S)
         try:
-            self._desired.clear()
+            self._desired.end()
         except FarshoreError as error:
             _LOG.warning("the next cluster of this name starts as this one was scaled: %s", error)
+        self._loop.stop()
+        end_workers(self._launcher, deadline_s=STOP_DEADLINE_S)
         self._close()
 
     def pause(self) -> None:

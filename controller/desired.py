@@ -1,8 +1,8 @@
 """What the cluster is to be: how many workers of each kind, and which of them are drained.
 
 Used by ``controller``. The state is durable, one JSON object, since a restarted controller gets its first
-configuration again: numbers of the last ``scale``, the numbers that were configured, and drain marks. It must
-not know where the state is stored.
+configuration again: numbers of the last ``scale``, the numbers that were configured, drain marks, and since
+when workers drain. It must not know where the state is stored.
 """
 
 import json
@@ -24,7 +24,8 @@ State = dict[str, Any]
 class Desired:
     """Thread-safe. Each change is durable when its call returns; one that can't be stored changes nothing.
 
-    ``configured``: the configuration's numbers. ``given``: those of them that an operator chose, not a
+    ``controller``: names the controller, also when it is started again. ``configured``: the configuration's
+    numbers. ``given``: those of them that an operator chose, not a
     default. ``load`` returns the stored state, None if there is none; ``store`` replaces it. ``restarted``:
     this controller was started again with its first arguments, which say nothing new. ``clock``: Unix time in
     seconds, since a drain goes on for longer than a controller may.
@@ -37,6 +38,7 @@ class Desired:
         self,
         configured: Mapping[Kind, int],
         *,
+        controller: str,
         given: Collection[Kind] = KINDS,
         load: Callable[[], State | None],
         store: Callable[[State], None],
@@ -44,26 +46,25 @@ class Desired:
         restarted: bool,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        self._controller = controller
         self._store = store
         self._clock = clock
         self._placement = placement
         self._lock = threading.Lock()
         state = load()
-        self.ends = state is not None and "down" in state and restarted
-        """Whether an operator ended the cluster, which the controller before has not completed."""
+        self.ends = state is not None and state.get("down") == controller
+        """Whether this controller is to end the cluster. Nothing else is stored then."""
         if state is None or "down" in state:
             self._configured, self._counts = dict(configured), dict(configured)
             self._drains: dict[WorkerId, float | None] = {}
-            self._marked_unix_s: dict[WorkerId, float] = {}
-            if not self.ends:
-                self._change()
+            self._began_unix_s: dict[WorkerId, float] = {}
+            self._change()
         else:
             self._configured = {kind: int(state["configured"][kind]) for kind in KINDS}
             self._counts = {kind: int(state["counts"][kind]) for kind in KINDS}
             self._drains = {WorkerId(worker): limit for worker, limit in state["drains"].items()}
             # A state of an older version says nothing of it.
-            marked = state.get("marked_unix_s", {})
-            self._marked_unix_s = {worker: marked.get(worker, clock()) for worker in self._drains}
+            self._began_unix_s = dict.fromkeys(self._drains, clock()) | state.get("began_unix_s", {})
             if not restarted:
                 self.configure({kind: configured[kind] for kind in given})
 
@@ -78,10 +79,10 @@ class Desired:
             return dict(self._drains)
 
     def drained_s(self) -> dict[WorkerId, float]:
-        """For how many seconds each of them has been marked, whichever controller ran."""
+        """For how many seconds each worker has drained, with a mark or without, whichever controller ran."""
         with self._lock:
             now_s = self._clock()
-            return {worker: now_s - since_s for worker, since_s in self._marked_unix_s.items()}
+            return {worker: now_s - began_s for worker, began_s in self._began_unix_s.items()}
 
     def configure(self, configured: Mapping[Kind, int]) -> dict[Kind, int]:
         """Takes the numbers of a configuration that an operator starts with. Those that were configured last
@@ -110,15 +111,18 @@ class Desired:
             if len(left) < len(self._drains):
                 self._change(drains=left)
 
-    def end(self) -> None:
-        """Notes that the cluster is to end, whatever happens to this controller."""
+    def note_drains(self, draining: Collection[WorkerId]) -> None:
+        """Notes that of the workers without a mark these drain, and no others."""
         with self._lock:
-            self._store({"down": True})
+            if self._began_unix_s.keys() != {*self._drains, *draining}:
+                self._change(draining=draining)
 
-    def clear(self) -> None:
-        """Forgets everything: the cluster has ended. The next one of its name starts as it is configured."""
+    def end(self) -> None:
+        """Notes that this controller is to end the cluster, also if it is started again. The next cluster of
+        this name starts as it is configured."""
         with self._lock:
-            self._store({})
+            self._store({"down": self._controller})
+            self.ends = True
 
     def _checked(self, changes: Mapping[Kind, int]) -> dict[Kind, int]:
         counts = self._counts | changes
@@ -131,23 +135,27 @@ class Desired:
         counts: dict[Kind, int] | None = None,
         configured: dict[Kind, int] | None = None,
         drains: dict[WorkerId, float | None] | None = None,
+        draining: Collection[WorkerId] | None = None,
     ) -> None:
-        """Stores the state with these changes, then applies them."""
+        """Stores the state with these changes, then applies them. ``draining``: the workers that drain and
+        have no mark."""
         new_counts = self._counts if counts is None else counts
         new_configured = self._configured if configured is None else configured
         new_drains = self._drains if drains is None else drains
+        unmarked = self._began_unix_s.keys() - self._drains.keys() if draining is None else draining
         now_s = self._clock()
-        new_marked = {worker: self._marked_unix_s.get(worker, now_s) for worker in new_drains}
-        self._store(
-            {
-                "counts": new_counts,
-                "configured": new_configured,
-                "drains": new_drains,
-                "marked_unix_s": new_marked,
-            }
-        )
+        new_began = {worker: self._began_unix_s.get(worker, now_s) for worker in (*new_drains, *unmarked)}
+        if not self.ends:
+            self._store(
+                {
+                    "counts": new_counts,
+                    "configured": new_configured,
+                    "drains": new_drains,
+                    "began_unix_s": new_began,
+                }
+            )
         self._counts, self._configured = new_counts, new_configured
-        self._drains, self._marked_unix_s = new_drains, new_marked
+        self._drains, self._began_unix_s = new_drains, new_began
 
 
 class StateFile:

@@ -58,10 +58,14 @@ class DesiredState(Protocol):
         """The workers that an operator drains, and for how many seconds each may take; None: without end."""
 
     def drained_s(self) -> Mapping[WorkerId, float]:
-        """For how many seconds each of them has been marked, also before this controller started."""
+        """For how many seconds each worker has drained, with a mark or without, also before this controller
+        started."""
 
     def forget_drains(self, ended: Collection[WorkerId]) -> None:
         """Removes the marks of workers that have ended."""
+
+    def note_drains(self, draining: Collection[WorkerId]) -> None:
+        """Notes that of the workers without a mark these drain, and no others."""
 
 
 class Probes(Protocol):
@@ -166,6 +170,7 @@ class Loop:
         self._directory.close(draining, draining=draining)
         if listing.settled:
             self._forget_drains(drains, listing)
+            self._desired.note_drains(draining | self._unheard_of(self._desired.drained_s()))
 
     def _stop(self, slot: Slot, process: Process) -> None:
         seen = self._seen[slot]
@@ -201,14 +206,16 @@ class Loop:
         )
 
     def _forget_drains(self, drains: Collection[WorkerId], listing: Listing) -> None:
-        """Removes marks of workers that run no more. A process that has not registered yet may be any worker
-        of its slot."""
+        """Removes marks of workers that run no more."""
         running = {record.worker for record in listing.workers}
         running |= {seen.record.worker for seen in self._seen.values() if seen.record is not None}
-        unknown = tuple(f"{slot}-" for slot, seen in self._seen.items() if seen.record is None)
-        ended = [worker for worker in drains if worker not in running and not worker.startswith(unknown)]
-        if ended:
+        if ended := set(drains) - running - self._unheard_of(drains):
             self._desired.forget_drains(ended)
+
+    def _unheard_of(self, workers: Collection[WorkerId]) -> set[WorkerId]:
+        """Those that may run and have not registered: such a process may be any worker of its slot."""
+        unheard = tuple(f"{slot}-" for slot, seen in self._seen.items() if seen.record is None)
+        return {worker for worker in workers if worker.startswith(unheard)}
 
     def _run(self) -> None:
         is_answered = True
@@ -250,6 +257,9 @@ class Loop:
             record = records.get((str(slot), occupant.process_id))
             if record is None:
                 continue
+            if seen.record is None and record.worker in listing.draining:
+                # The controller before told so, and has not been contradicted.
+                seen.drained_s = now_s
             if (seen.record is None or seen.record.state != "serving") and record.state == "serving":
                 kind = "replaced" if slot in self._deaths else "joined"
                 self._events.add(kind, record.worker, f"at {record.address}")
@@ -269,7 +279,7 @@ class Loop:
         # Such a worker may be one that this controller has not heard of.
         nameless_may_live = bool(self._probes.alive() - listed - suspects.keys())
         readers = self._readers()
-        marks_s = self._desired.drained_s()
+        drained_s = self._desired.drained_s()
         self._ping(now_s)
         processes = {}
         for slot, seen in self._seen.items():
@@ -284,8 +294,8 @@ class Loop:
             process = Process(slot=slot, may_serve=may_serve, frozen=frozen, killed_s=seen.killed_s)
             if seen.record is not None:
                 for_s = 0.0 if seen.drained_s is None else now_s - seen.drained_s
-                marked_s = max(for_s, marks_s.get(seen.record.worker, 0.0))
-                process = self._drain_of(process, seen, drains, readers, for_s=for_s, marked_s=marked_s)
+                whole_s = max(for_s, drained_s.get(seen.record.worker, 0.0))
+                process = self._drain_of(process, seen, drains, readers, for_s=for_s, whole_s=whole_s)
             processes[slot] = process
         return Observed(processes=processes, deaths=self._deaths, settled=listing.settled)
 
@@ -319,10 +329,10 @@ class Loop:
         readers: Mapping[WorkerId, int] | None,
         *,
         for_s: float,
-        marked_s: float,
+        whole_s: float,
     ) -> Process:
         """Adds to a registered worker's process how far its drain is. ``for_s``: since this controller told
-        the others; ``marked_s``: since it was asked for."""
+        the others; ``whole_s``: since it began, also under another controller."""
         assert seen.record is not None
         worker = seen.record.worker
         limit_s = drains.get(worker)
@@ -334,7 +344,7 @@ class Loop:
             leaving=worker in drains or seen.record.state == "draining",
             closed=seen.drained_s is not None,
             readers=None if readers is None or for_s < HEARD_S else readers.get(worker, 0),
-            overdue=limit_s is not None and seen.drained_s is not None and marked_s >= limit_s,
+            overdue=limit_s is not None and seen.drained_s is not None and whole_s >= limit_s,
         )
 
 

@@ -117,8 +117,8 @@ def reconcile(desired: Mapping[Kind, int], observed: Observed, now_s: float) -> 
         return ()
     actions: list[Action] = []
     for kind in KINDS:
-        processes = sorted((p for p in observed.processes.values() if p.slot.kind == kind), key=_index)
-        actions += _of_kind(kind, desired.get(kind, 0), processes, observed, now_s)
+        processes = [process for process in observed.processes.values() if process.slot.kind == kind]
+        actions += _of_kind(kind, desired.get(kind, 0), sorted(processes, key=_rank), observed, now_s)
     return tuple(actions)
 
 
@@ -174,5 +174,7 @@ def _started(
         index += 1
 
 
-def _index(process: Process) -> int:
-    return process.slot.index
+def _rank(process: Process) -> tuple[bool, int]:
+    """Those of the lowest rank are kept. A process that has not registered may be frozen: a new controller
+    keeps those that serve."""
+    return process.worker is None, process.slot.index

@@ -76,6 +76,7 @@ def _fake_rounds(sizes: Sizes) -> Timing:
     loop = Loop(
         desired=Desired(
             {"dense": 1, "attention": sizes.fake_workers},
+            controller="bench",
             load=lambda: None,
             store=lambda state: None,
             placement="offload",

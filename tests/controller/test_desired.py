@@ -17,10 +17,10 @@ def file(tmp_path):
 
 @pytest.fixture
 def desired(file):
-    """desired(configured, restarted=…, given=…): made from the state that is stored."""
+    """desired(configured, controller=…, restarted=…, given=…): made from the state that is stored."""
 
     def make(configured=FIRST, **options):
-        options = {"restarted": False} | options
+        options = {"controller": "first", "restarted": False} | options
         return Desired(configured, load=file.load, store=file.store, placement="offload", **options)
 
     return make
@@ -92,16 +92,36 @@ def test_a_drain_goes_on_over_restarts(desired):
     assert desired(clock=lambda: now_s).drained_s() == {"dense-0-bb": 5.0}
 
 
-def test_the_end_of_a_cluster_is_completed_by_a_restarted_controller_and_forgotten_then(desired):
+def test_a_drain_without_a_mark_goes_on_over_restarts(desired):
+    now_s = 1000.0
+    made = desired(clock=lambda: now_s)
+    made.drain(WORKER, None)
+    made.note_drains([WORKER, "dense-1-cc"])
+    now_s += 10.0
+    made = desired(restarted=True, clock=lambda: now_s)
+    assert made.drained_s() == {WORKER: 10.0, "dense-1-cc": 10.0} and made.drains() == {WORKER: None}
+    made.note_drains(["dense-1-cc", "dense-2-dd"])
+    made.drain(WorkerId("dense-2-dd"), 60.0)
+    now_s += 5.0
+    assert made.drained_s() == {WORKER: 15.0, "dense-1-cc": 15.0, "dense-2-dd": 5.0}
+    made.forget_drains([WORKER])
+    made.note_drains([])
+    assert desired(restarted=True, clock=lambda: now_s).drained_s() == {"dense-2-dd": 5.0}
+
+
+def test_the_end_of_a_cluster_is_completed_by_its_controller_and_no_other(desired):
     made = desired()
     made.scale({"attention": 5})
     made.end()
-    assert desired(restarted=True).ends
-    made = desired()
-    assert not made.ends and made.counts() == FIRST
-    made.scale({"attention": 5})
-    made.clear()
-    assert desired().counts() == FIRST
+    # What happens meanwhile does not undo it.
+    made.note_drains([WORKER])
+    made.scale({"attention": 6})
+    again = desired(restarted=True)
+    assert again.ends
+    again.end()
+    for restarted in (False, True):
+        assert not desired(controller="next", restarted=restarted).ends
+        assert desired(controller="next", restarted=restarted).counts() == FIRST
 
 
 @pytest.mark.parametrize(
@@ -128,7 +148,9 @@ def test_what_cannot_be_stored_changes_nothing(file):
             raise InvalidRequest("the disk is full")
         file.store(state)
 
-    made = Desired(FIRST, load=file.load, store=store, placement="offload", restarted=False)
+    made = Desired(
+        FIRST, controller="first", load=file.load, store=store, placement="offload", restarted=False
+    )
     full.append(True)
     with pytest.raises(InvalidRequest):
         made.scale({"attention": 5})

@@ -135,21 +135,64 @@ def test_a_workers_lease_counts_beside_that_of_another_process_in_its_slot(clust
 
 
 def test_a_drain_that_takes_too_long_ends_though_the_controller_was_restarted(cluster):
-    def restart():
-        cluster.restart_controller()
-        cluster.desired = cluster._desired(clock=cluster.clock)
-        cluster.loop = cluster._loop()
-
-    restart()
     worker = cluster.worker(slot(1))
     cluster.probes.reading = {worker: 3}
     cluster.desired.drain(worker, 3 * SETTLE_S)
     for _ in range(3):
         cluster.run(SETTLE_S - 1)
         assert 1 in cluster.slots()
-        restart()
+        cluster.restart_controller()
     cluster.run(SETTLE_S + 2)
     assert 1 not in cluster.slots() and cluster.ray.graces == [0.0]
+
+
+def test_a_drain_by_scale_takes_no_longer_though_the_controller_was_restarted():
+    cluster = Cluster(dense=2)
+    cluster.run(2)
+    cluster.probes.reading = {cluster.worker(Slot("dense", 1)): 3}
+    cluster.desired.scale({"dense": 1})
+    for _ in range(2):
+        cluster.run(SETTLE_S + 1)
+        cluster.restart_controller()
+    assert cluster.slots("dense") == [0, 1]
+    cluster.run(SETTLE_S + 2)
+    assert cluster.slots("dense") == [0] and cluster.ray.graces == [0.0]
+    cluster.run(1)
+    assert not cluster.desired.drained_s()
+
+
+def test_a_drain_that_is_called_off_takes_its_whole_time_when_it_begins_again():
+    cluster = Cluster(dense=2)
+    cluster.run(2)
+    cluster.probes.reading = {cluster.worker(Slot("dense", 1)): 3}
+    for count in (1, 2, 1):
+        cluster.desired.scale({"dense": count})
+        cluster.run(DRAIN_S - 1)
+    assert cluster.slots("dense") == [0, 1]
+
+
+def test_a_new_controller_lets_a_worker_drain_on_before_its_list_is_settled(cluster):
+    worker = cluster.worker(slot(2))
+    cluster.probes.reading = {worker: 1}
+    cluster.desired.scale({"attention": 2})
+    cluster.run(1)
+    cluster.pause(LEASE_S)
+    cluster.restart_controller(keeps_directory=True)
+    cluster.run()
+    listing = cluster.directory.listing()
+    assert listing.draining == {worker} and not listing.settled
+    cluster.desired.scale({"attention": 3})
+    cluster.run(SETTLE_S + 1)
+    assert not cluster.directory.listing().draining
+
+
+def test_a_new_controller_ends_no_worker_that_serves_for_one_that_it_has_not_heard_of(cluster):
+    cluster.ray.frozen.add(slot(0))
+    cluster.restart_controller()
+    cluster.run(SETTLE_S + 1)
+    cluster.desired.scale({"attention": 2})
+    cluster.run(ANNOUNCE_S + 2 * GRACE_S)
+    assert cluster.slots() == [1, 2] and set(cluster.ray.starts.values()) == {1}
 
 
 def test_a_surplus_worker_that_a_new_controller_has_not_heard_of_may_end_what_it_has():
