@@ -108,10 +108,12 @@ class DeviceRuntime(Protocol):
         """New pinned memory, with undefined contents."""
 
     def pin(self, values: Tensor) -> PinnedBuffer:
-        """New pinned memory with the values of a host tensor. Any thread may call this."""
+        """New pinned memory with the values of a tensor, which may lie on a device if the work that computes
+        them has run. Any thread may call this."""
 
     def entered(self) -> AbstractContextManager[object]:
-        """Makes the device and ``main`` those of the calling thread meanwhile."""
+        """Makes the device and ``main`` those of the calling thread meanwhile. The work of ``main`` runs
+        after all plain calls of PyTorch that other threads have made."""
 
     def settle(self) -> None:
         """After it, plain calls of PyTorch by the thread of ``main`` see the results of the work on ``main``
