@@ -37,9 +37,14 @@ class StagedFrame:
         q_shape, o_shape = (rows, heads, spec.k_dim), (rows, heads, spec.v_dim)
         self._q_on_host = runtime.pinned(*q_shape, dtype=dtype)
         self._o_on_host = runtime.pinned(*o_shape, dtype=dtype)
+        # Not filled: that would run on another stream than the frames, and might come after the first one.
+        lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self._lse_on_host = runtime.pinned(rows, heads, dtype=lse_dtype)
         self._q = torch.empty(q_shape, dtype=dtype, device=runtime.device)
-        self._out = State.identity(rows, heads, spec.v_dim, dtype=dtype, device=runtime.device)
-        self._lse_on_host = runtime.pinned(rows, heads, dtype=self._out.lse.dtype)
+        self._out = State(
+            torch.empty(o_shape, dtype=dtype, device=runtime.device),
+            torch.empty(rows, heads, dtype=lse_dtype, device=runtime.device),
+        )
 
     def fits(self, rows: int, heads: int, dtype: torch.dtype) -> bool:
         """Whether the memory is that of such frames."""
@@ -54,9 +59,12 @@ class StagedFrame:
         """Computes the state of :attr:`q` by the plan's ``layer``. Returns it in host memory, where it stays
         until the next call. Raises the kernels' ValueError."""
         stream = self._stream
-        stream.upload(self._q_on_host, self._q)
-        stream.run(partial(kernels.partial, plan, layer, self._q, out=self._out))
-        stream.download(self._out.o, self._o_on_host)
-        stream.download(self._out.lse, self._lse_on_host)
-        stream.record().wait()
+        try:
+            stream.upload(self._q_on_host, self._q)
+            stream.run(partial(kernels.partial, plan, layer, self._q, out=self._out))
+            stream.download(self._out.o, self._o_on_host)
+            stream.download(self._out.lse, self._lse_on_host)
+        finally:
+            # After an error, too: the memory may be given to others then.
+            stream.record().wait()
         return State(self._o_on_host.read(), self._lse_on_host.read())

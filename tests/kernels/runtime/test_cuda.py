@@ -1,6 +1,6 @@
-"""The CUDA runtime on stand-ins for PyTorch's streams, events and graphs, which keep what was submitted where.
+"""The CUDA runtime on stand-ins for PyTorch's streams, events and graphs, which keep what they were given.
 
-PyTorch's streams are 32 of each priority, given out in turn, and so are those of the stand-ins. Tests on a GPU
+PyTorch's streams are 32 of each priority, given out in turn, and so are the stand-ins'. Tests on a GPU
 are those of the engine and the store; these hold what a GPU shows only now and then.
 """
 

@@ -46,7 +46,8 @@ class DeviceLayerLoop:
         self._shards = shards
         self._local = local
         self._runtime = runtime
-        self._streams = [runtime.stream() for _ in range(MOST_MICRO_BATCHES)]
+        self._streams = [(runtime.stream(), runtime.stream()) for _ in range(MOST_MICRO_BATCHES)]
+        """Of each micro-batch: for its kernels, and for its queries' way to the host."""
         self._batches: dict[tuple[int, int], DeviceMicroBatch] = {}
         """By number in the step and rows of the buffers."""
         self._ended: Event | None = None
@@ -78,15 +79,15 @@ class DeviceLayerLoop:
             self._run_layers(batches)
             for batch in batches:
                 self._runtime.main.wait(batch.finish())
+            logits = torch.empty(
+                len(tokens), self._model.config.vocab, dtype=torch.float32, device=self._model.device
+            )
+            self._runtime.main.run(partial(self._compute_logits, [batch.h for batch in batches], logits))
         except Exception:
-            # No kernel may read the tails while they are truncated.
+            # No kernel may read or write the tails while they are truncated.
             for batch in batches:
                 batch.drain()
             raise
-        logits = torch.empty(
-            len(tokens), self._model.config.vocab, dtype=torch.float32, device=self._model.device
-        )
-        self._runtime.main.run(partial(self._compute_logits, [batch.h for batch in batches], logits))
         self._ended = self._runtime.main.record()
         self._runtime.settle()
         return logits
@@ -105,6 +106,7 @@ class DeviceLayerLoop:
     def _batch(self, index: int, rows: int) -> DeviceMicroBatch:
         key = index, bucket(rows)
         if key not in self._batches:
+            stream, copies = self._streams[index]
             self._batches[key] = DeviceMicroBatch(
                 bucket(rows),
                 model=self._model,
@@ -112,7 +114,8 @@ class DeviceLayerLoop:
                 local=self._local,
                 kernels=self._kernels,
                 runtime=self._runtime,
-                stream=self._streams[index],
+                stream=stream,
+                copies=copies,
             )
         return self._batches[key]
 

@@ -30,8 +30,8 @@ from farshore.workers.engine.decode.kernel_plans import KernelPlans, LocalKV
 
 
 class DeviceMicroBatch:
-    """Buffers for up to ``rows`` rows. Call ``begin``, then ``start(0)``, ``attend(0)``, ``start(1)``, and so
-    on, then ``finish``."""
+    """Buffers for up to ``rows`` rows. Call ``begin``, ``send(0)``, ``merge(0)``, then ``start(1)``,
+    ``send(1)``, ``merge(1)`` and so on, then ``finish``; after an error ``drain``."""
 
     def __init__(
         self,
@@ -43,10 +43,12 @@ class DeviceMicroBatch:
         kernels: Kernels[Any],
         runtime: DeviceRuntime,
         stream: Stream,
+        copies: Stream,
     ) -> None:
+        """``stream``, for kernels, and ``copies``, for queries, may serve micro-batches of other sizes, too."""
         spec, device = attention.specs[0], model.device
         self.stream = stream
-        self._copies = runtime.stream()
+        self._copies = copies
         self._runtime = runtime
         self._kernels = kernels
         writer = SlotWriter(local.memory, attention.layouts[0], rows)
