@@ -45,7 +45,7 @@ class DeviceMicroBatch:
         stream: Stream,
         copies: Stream,
     ) -> None:
-        """``stream``, for kernels, and ``copies``, for queries, may serve micro-batches of other sizes, too."""
+        """``stream``, for kernels, and ``copies``, for queries, may serve micro-batches of other sizes."""
         spec, device = attention.specs[0], model.device
         self.stream = stream
         self._copies = copies
