@@ -279,7 +279,11 @@ class Engine:
             while not self._failure and self._requests.await_news(timeout_s):
                 try:
                     self._membership.apply()
+                    errors = self._scheduler.unexpected_errors
                     progress = self._scheduler.round()
+                    if self._scheduler.unexpected_errors > errors and not self._runtime.is_host:
+                        # After an error of a GPU every call fails, so every request would fail alone.
+                        self._probe()
                     self._failed_rounds = 0 if progress else self._failed_rounds
                     pending = (
                         self._requests.all() or self._membership.is_waiting or self._cache.is_moving_spans
