@@ -37,14 +37,11 @@ class StagedFrame:
         q_shape, o_shape = (rows, heads, spec.k_dim), (rows, heads, spec.v_dim)
         self._q_on_host = runtime.pinned(*q_shape, dtype=dtype)
         self._o_on_host = runtime.pinned(*o_shape, dtype=dtype)
-        # Not filled: that would run on another stream than the frames, and might come after the first one.
-        lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self._lse_on_host = runtime.pinned(rows, heads, dtype=lse_dtype)
         self._q = torch.empty(q_shape, dtype=dtype, device=runtime.device)
-        self._out = State(
-            torch.empty(o_shape, dtype=dtype, device=runtime.device),
-            torch.empty(rows, heads, dtype=lse_dtype, device=runtime.device),
-        )
+        # Only its shapes and dtypes: a fill would run on another stream than frames, perhaps after the first.
+        shapes = State.identity(rows, heads, spec.v_dim, dtype=dtype, device="meta")
+        self._out = State(*(torch.empty_like(field, device=runtime.device) for field in shapes))
+        self._lse_on_host = runtime.pinned(rows, heads, dtype=self._out.lse.dtype)
 
     def fits(self, rows: int, heads: int, dtype: torch.dtype) -> bool:
         """Whether the memory is that of such frames."""

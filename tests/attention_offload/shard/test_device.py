@@ -178,12 +178,15 @@ def test_memory_of_frames_is_not_filled():
 
     class Calls(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            calls.append(function)
-            return function(*args, **(kwargs or {}))
+            result = function(*args, **(kwargs or {}))
+            if result.device.type != "meta":
+                calls.append(function)
+            return result
 
-    runtime = ImmediateRuntime(torch.device("meta"))
+    runtime = ImmediateRuntime(torch.device("cpu"), is_host=False)
     spec = AttentionSpec(4, 2, 2, 16, 8, scale=0.25)
     with Calls():
         frame = StagedFrame(runtime, runtime.stream(), spec, rows=3, heads=4, dtype=torch.bfloat16)
-    assert set(calls) == {torch.ops.aten.empty.memory_format}
+    assert {call.overloadpacket for call in calls} <= {torch.ops.aten.empty, torch.ops.aten.empty_like}
+    assert len(calls) >= 6
     assert frame.fits(3, 4, torch.bfloat16) and not frame.fits(3, 2, torch.bfloat16)

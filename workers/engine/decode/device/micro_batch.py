@@ -54,7 +54,7 @@ class DeviceMicroBatch:
         writer = SlotWriter(local.memory, attention.layouts[0], rows)
         self._slices = DeviceSlices(model, rows, stream, writer)
         self._plans = KernelPlans(attention, local, partial(kernels.plan, send=stream.send))
-        self._entry = runtime.pinned(*self._slices.entry.shape, dtype=torch.int64)
+        self._inputs = runtime.pinned(*self._slices.inputs.shape, dtype=torch.int64)
         self._q_on_host = runtime.pinned(rows, spec.q_heads, spec.k_dim, dtype=model.dtype)
         # States to be merged are float32 or float64, so that the output is rounded only once.
         state_dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
@@ -87,12 +87,12 @@ class DeviceMicroBatch:
         self._index, self._shards, self._rows = index, shards, len(tokens)
         self._batch = TailBatch(tails, positions)
         bases, slots = zip(*self._batch.slots(), strict=True)
-        entry = self._entry.write()
-        fields = tokens, positions, bases, slots, range(self._rows)  # those of Entry
-        entry[:, : self._rows] = torch.tensor([list(field) for field in fields], device=HOST)
-        entry[:, self._rows :] = entry[:, self._rows - 1 : self._rows]
-        self._is_full = self._rows == entry.shape[1]
-        self.stream.upload(self._entry, self._slices.entry)
+        inputs = self._inputs.write()
+        fields = tokens, positions, bases, slots, range(self._rows)  # those of RowInputs
+        inputs[:, : self._rows] = torch.tensor([list(field) for field in fields], device=HOST)
+        inputs[:, self._rows :] = inputs[:, self._rows - 1 : self._rows]
+        self._is_full = self._rows == inputs.shape[1]
+        self.stream.upload(self._inputs, self._slices.inputs)
         self.start(0)
         # The device computes meanwhile.
         on_host = torch.tensor(positions, device=HOST)
