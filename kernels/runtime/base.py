@@ -28,9 +28,6 @@ bind views and numbers when it is submitted. Its result is ignored."""
 class Event(Protocol):
     """A point in the work of a stream. Thread-safe."""
 
-    def done(self) -> bool:
-        """Whether all work before the event has run. Returns at once."""
-
     def wait(self) -> None:
         """Blocks the calling thread until all work before the event has run. Raises the work's error."""
 

@@ -64,9 +64,6 @@ class CudaEvent:
     def __init__(self, event: torch.cuda.Event) -> None:
         self.event = event
 
-    def done(self) -> bool:
-        return bool(self.event.query())
-
     def wait(self) -> None:
         self.event.synchronize()
 
