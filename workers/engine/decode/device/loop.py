@@ -21,9 +21,11 @@ from farshore.workers.engine.decode.device.micro_batch import DeviceMicroBatch
 from farshore.workers.engine.decode.device.slices import bucket
 from farshore.workers.engine.decode.kernel_plans import LocalKV
 
-MOST_MICRO_BATCHES = 2
-"""Micro-batches that run at the same time. More would read the weights more often, and hide no more: while
-the host waits for one, the device computes the other."""
+DEVICE_MICRO_BATCHES = 2
+"""Most micro-batches of a step. More would read the weights more often, and hide no more: while the host
+waits for one, the device computes the other."""
+WARM_UP_STEPS = 2
+"""Steps of a new size that take longer than later ones: one without graphs, one that captures them."""
 
 
 class DeviceLayerLoop:
@@ -46,7 +48,7 @@ class DeviceLayerLoop:
         self._shards = shards
         self._local = local
         self._runtime = runtime
-        self._streams = [(runtime.stream(), runtime.stream()) for _ in range(MOST_MICRO_BATCHES)]
+        self._streams = [(runtime.stream(), runtime.stream()) for _ in range(DEVICE_MICRO_BATCHES)]
         """Of each micro-batch: for its kernels, and for its queries' way to the host."""
         self._batches: dict[tuple[int, int], DeviceMicroBatch] = {}
         """By number in the step and rows of the buffers."""
@@ -60,7 +62,7 @@ class DeviceLayerLoop:
         local = self._local.worker
         remote_plan = plan.without((local,)) if local is not None else plan
         shards = self._shards if remote_plan is not None and any(remote_plan.reads) else None
-        cuts = split_rows(len(tokens), min(micro_batches, MOST_MICRO_BATCHES))
+        cuts = split_rows(len(tokens), min(micro_batches, DEVICE_MICRO_BATCHES))
         if shards is not None and remote_plan is not None:
             shards.begin(remote_plan, cuts)
         reads = plan.reads[0].get(local, ()) if local is not None else ()
