@@ -57,7 +57,8 @@ class Stream(Protocol):
 
     def run(self, work: Work) -> None:
         """Submits ``work``. Tensors that it uses must live until it has run: those that it allocates do, on
-        this stream."""
+        this stream. Plain calls of PyTorch that make them are ordered with it only by an event, or in the
+        thread that entered the runtime."""
 
     def replay(self, key: Hashable, work: Work) -> None:
         """Submits ``work`` as a graph: the first calls with ``key`` on this stream run ``work``; later calls
