@@ -20,6 +20,7 @@ from farshore.models.llama import Llama
 from farshore.workers.engine.decode.device.micro_batch import DeviceMicroBatch
 from farshore.workers.engine.decode.device.slices import bucket
 from farshore.workers.engine.decode.kernel_plans import LocalKV
+from farshore.workers.engine.decode.step import begin
 
 DEVICE_MICRO_BATCHES = 2
 """Most micro-batches of a step. More would read the weights more often, and hide no more: while the host
@@ -59,13 +60,8 @@ class DeviceLayerLoop:
         self, plan: StepPlan, tokens: Sequence[int], tails: Sequence[Tail], *, micro_batches: int
     ) -> Tensor:
         """As ``step.LayerLoop.run``. The logits lie on the device, ordered with ``runtime.main``."""
-        local = self._local.worker
-        remote_plan = plan.without((local,)) if local is not None else plan
-        shards = self._shards if remote_plan is not None and any(remote_plan.reads) else None
         cuts = split_rows(len(tokens), min(micro_batches, DEVICE_MICRO_BATCHES))
-        if shards is not None and remote_plan is not None:
-            shards.begin(remote_plan, cuts)
-        reads = plan.reads[0].get(local, ()) if local is not None else ()
+        shards, reads = begin(plan, cuts, shards=self._shards, local=self._local)
         if self._ended is not None:
             self._ended.wait()
         self._ended = None

@@ -25,6 +25,7 @@ from farshore.kernels.runtime.base import DeviceRuntime, Event, PinnedBuffer, St
 from farshore.kvstore.store.blocks import SlotWriter
 from farshore.kvstore.store.tail import Tail, TailBatch
 from farshore.models.llama import Llama
+from farshore.workers.engine.attention_model import merged_dtype
 from farshore.workers.engine.decode.device.slices import DeviceSlices
 from farshore.workers.engine.decode.kernel_plans import KernelPlans, LocalKV
 
@@ -56,9 +57,9 @@ class DeviceMicroBatch:
         self._plans = KernelPlans(attention, local, partial(kernels.plan, send=stream.send))
         self._inputs = runtime.pinned(*self._slices.inputs.shape, dtype=torch.int64)
         self._q_on_host = runtime.pinned(rows, spec.q_heads, spec.k_dim, dtype=model.dtype)
-        # States to be merged are float32 or float64, so that the output is rounded only once.
-        state_dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-        self._local = State.identity(rows, spec.q_heads, spec.v_dim, dtype=state_dtype, device=device)
+        self._local = State.identity(
+            rows, spec.q_heads, spec.v_dim, dtype=merged_dtype(model.dtype), device=device
+        )
         self._out = State(self._slices.o, torch.empty_like(self._local.lse))
         self._answers: _Answers | None = None
         self._rows = 0
