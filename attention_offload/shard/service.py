@@ -267,14 +267,14 @@ class AttentionService(pb_grpc.AttentionServicer):
     def tick(self) -> None:
         """Ends leases and holds whose time is over, and looks after the store's device. Must be called every
         ``TICK_S``."""
-        self.holds.tick()
-        self.imports.tick()
         if self._store.runtime is not None:
             try:
                 # After an error of a GPU all later calls raise it. Nothing else uses this stream.
                 self._store.runtime.main.record().wait()
             except RuntimeError as error:
                 self._on_failed(f"the device failed: {str(error).partition(chr(10))[0]}")
+        self.holds.tick()
+        self.imports.tick()
 
     @_mapped
     def Announce(self, request: pb.AnnounceRequest) -> pb.Announcement:
