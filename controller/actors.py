@@ -119,6 +119,7 @@ class AttentionActor(_Worker):
             threads=self._threads,
             token=self._token,
             directory=self._directory,
+            on_failed=lambda: self._ending.fail(),
         )
         self._end_with(self._worker)
         Gauges(self._slot, self._sample)

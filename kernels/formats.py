@@ -101,7 +101,8 @@ def quantise(x: Tensor, format: KVFormat) -> tuple[Tensor, Tensor]:
     dim, largest = x.shape[-1], 127 if format is KVFormat.INT8 else 7
     groups = pad(x.float(), (0, -dim % SCALE_ELEMENTS)).unflatten(-1, (-1, SCALE_ELEMENTS))
     magnitudes = groups.abs().amax(dim=-1)
-    scales = (magnitudes / largest).clamp(min=_MIN_SCALE).bfloat16()
+    # By a tensor: on a GPU PyTorch multiplies by the reciprocal of a number, which rounds otherwise.
+    scales = (magnitudes / magnitudes.new_full((), largest)).clamp(min=_MIN_SCALE).bfloat16()
     scales = torch.where(magnitudes.isfinite(), scales, torch.nan)
     # A NaN scale makes q NaN, which no integer represents: 0 is stored.
     q = (groups / scales.float()[..., None]).round().nan_to_num(nan=0.0).to(torch.int8)

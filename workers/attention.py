@@ -11,6 +11,7 @@ outlives its parent process. After SIGTERM it drains first.
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -50,16 +51,19 @@ class AttentionWorker:
         device: Device = CPU,
         slot: str = "",
         directory: Directory | None = None,
+        on_failed: Callable[[], None] = lambda: None,
     ) -> None:
         """``listen`` is ``host:port``; port 0 takes any free port. ``token``: what callers must prove; None
         is allowed on a loopback address only. ``device``: where KV is and is attended to. ``directory``:
-        lists the worker, in ``slot``, and its named blocks, until :meth:`stop`; None: nothing does. Raises
-        PortInUse, and InvalidRequest for a device that can't give the memory."""
+        lists the worker, in ``slot``, and its named blocks, until :meth:`stop`; None: nothing does.
+        ``on_failed``: called once, from any thread, if the device fails for good. Raises PortInUse, and
+        InvalidRequest for a device that can't give the memory."""
+        self._on_failed = on_failed
         torch.set_num_threads(threads)
         share_cores()
         self._store = LocalStore(worker=worker, arena=Arena(kv_memory_bytes, device=device.torch))
         share_interpreter()
-        self._service = AttentionService(worker, self._store, token=token)
+        self._service = AttentionService(worker, self._store, token=token, on_failed=self._fail)
         self._checks = health.HealthServicer()
         self._server, self._address = serve(self._service, listen, checks=self._checks)
         self._record = WorkerRecord(
@@ -91,6 +95,13 @@ class AttentionWorker:
         spans elsewhere. Idempotent."""
         self._record = replace(self._record, state="draining")
         self._checks.enter_graceful_shutdown()
+
+    def _fail(self, reason: str) -> None:
+        """Says that the worker can't go on."""
+        if self._record.state != "failed":
+            self._record = replace(self._record, state="failed", failure=reason)
+            self._checks.enter_graceful_shutdown()
+            self._on_failed()
 
     @property
     def is_drained(self) -> bool:
@@ -146,6 +157,7 @@ def _worker(args: argparse.Namespace) -> AttentionWorker:
         listen=args.listen,
         threads=args.threads,
         token=ClusterToken.read(args.token_file) if args.token_file else None,
+        on_failed=lambda: os._exit(1),
     )
 
 

@@ -102,10 +102,13 @@ class AttentionService(pb_grpc.AttentionServicer):
         *,
         token: ClusterToken | None = None,
         clock: Callable[[], float] = time.monotonic,
+        on_failed: Callable[[str], None] = lambda reason: None,
     ) -> None:
         """``token``: what callers must prove, and what this shard proves to others; None: nothing, which is
-        allowed on a loopback address only. ``clock``: monotonic seconds for engines' leases."""
+        allowed on a loopback address only. ``clock``: monotonic seconds for engines' leases. ``on_failed``:
+        called with the reason, at every tick, once the store's device refuses its calls."""
         self.token = token
+        self._on_failed = on_failed
         self._worker = worker
         self._store = store
         self._attended = AttendedBytes()
@@ -262,7 +265,14 @@ class AttentionService(pb_grpc.AttentionServicer):
             rpc.abort(context, error)
 
     def tick(self) -> None:
-        """Ends leases and holds whose time is over. Must be called every ``TICK_S``."""
+        """Ends leases and holds whose time is over, and looks after the store's device. Must be called every
+        ``TICK_S``."""
+        if self._store.runtime is not None:
+            try:
+                # After an error of a GPU all later calls raise it. Nothing else uses this stream.
+                self._store.runtime.main.record().wait()
+            except RuntimeError as error:
+                self._on_failed(f"the device failed: {str(error).partition(chr(10))[0]}")
         self.holds.tick()
         self.imports.tick()
 

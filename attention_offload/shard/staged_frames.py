@@ -38,7 +38,9 @@ class StagedFrame:
         self._q_on_host = runtime.pinned(*q_shape, dtype=dtype)
         self._o_on_host = runtime.pinned(*o_shape, dtype=dtype)
         self._q = torch.empty(q_shape, dtype=dtype, device=runtime.device)
-        self._out = State.identity(rows, heads, spec.v_dim, dtype=dtype, device=runtime.device)
+        # Only its shapes and dtypes: a fill would run on another stream than frames, perhaps after the first.
+        shapes = State.identity(rows, heads, spec.v_dim, dtype=dtype, device="meta")
+        self._out = State(*(torch.empty_like(field, device=runtime.device) for field in shapes))
         self._lse_on_host = runtime.pinned(rows, heads, dtype=self._out.lse.dtype)
 
     def fits(self, rows: int, heads: int, dtype: torch.dtype) -> bool:
@@ -54,9 +56,12 @@ class StagedFrame:
         """Computes the state of :attr:`q` by the plan's ``layer``. Returns it in host memory, where it stays
         until the next call. Raises the kernels' ValueError."""
         stream = self._stream
-        stream.upload(self._q_on_host, self._q)
-        stream.run(partial(kernels.partial, plan, layer, self._q, out=self._out))
-        stream.download(self._out.o, self._o_on_host)
-        stream.download(self._out.lse, self._lse_on_host)
-        stream.record().wait()
+        try:
+            stream.upload(self._q_on_host, self._q)
+            stream.run(partial(kernels.partial, plan, layer, self._q, out=self._out))
+            stream.download(self._out.o, self._o_on_host)
+            stream.download(self._out.lse, self._lse_on_host)
+        finally:
+            # After an error, too: the memory may be given to others then.
+            stream.record().wait()
         return State(self._o_on_host.read(), self._lse_on_host.read())

@@ -1,4 +1,4 @@
-"""The engine against transformers, on the same weights and the same device.
+"""The engine against transformers, with the same weights on the same device.
 
 Called by ``benchmark``. In float32, greedy tokens must be equal. In bfloat16 transformers' own attention
 implementations differ from each other, so the engine's logits may differ from one of them as much as another

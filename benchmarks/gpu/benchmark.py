@@ -10,7 +10,9 @@ compiler too, for the native kernels of CPU shards. That script carries them to 
     benchmarks/gpu/device.sh run --only steps
 """
 
+import gc
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -71,12 +73,15 @@ def measured(
         progress(name)
         try:
             section_results, section_bars = section(setting)
+            results += section_results
+            bars += section_bars
         except Exception as error:
             line = (str(error).splitlines() or [""])[0]
             bars.append(Bar.at_most(name, None, 0, "errors", f"{type(error).__name__}: {line}"))
-            continue
-        results += section_results
-        bars += section_bars
+        # Engines that ended, and their graphs, lie in cycles; vLLM's process needs what PyTorch keeps.
+        gc.collect()
+        with suppress(RuntimeError):  # A GPU that a section broke refuses this, too.
+            torch.cuda.empty_cache()
     return results, bars
 
 

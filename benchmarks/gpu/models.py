@@ -1,4 +1,5 @@
-"""Models for the benchmark: random ones of any shape, and those that transformers has loaded.
+"""Models for the benchmark: random ones of any shape, and those that transformers has loaded. They compute as
+a GPU's dense worker does, also on a CPU.
 
 Called by the sections and by ``dry``. It must not read files: the packages for that may be missing on a
 machine with a GPU. It must not know what is measured.
@@ -13,6 +14,7 @@ from torch import Tensor
 from farshore.models.config.hf import from_hf
 from farshore.models.config.model import ModelConfig
 from farshore.models.config.rope import RopeConfig
+from farshore.models.device_llama import DeviceLlama
 from farshore.models.llama import LayerWeights, Llama, LlamaWeights
 from farshore.models.weights.names import expected_shapes, hf_name
 
@@ -63,7 +65,8 @@ def random_llama(config: ModelConfig, *, dtype: torch.dtype, device: torch.devic
 
 
 def of_transformers(theirs: Any) -> Llama:
-    """A Llama on the weights of a model of transformers, which both then share."""
+    """A Llama with the weights of a model of transformers. Both share all matrices but those that ours
+    joins: q, k and v, gate and up."""
     config = from_hf(theirs.config.to_dict(), None, "transformers' model")
     state = theirs.state_dict()
     return _assembled(config, {name: state[hf_name(name)] for name in expected_shapes(config)})
@@ -74,6 +77,5 @@ def _assembled(config: ModelConfig, found: dict[str, Tensor]) -> Llama:
         LayerWeights(**{field: found.get(f"{layer}.{field}") for field in LayerWeights._fields})  # type: ignore[arg-type]
         for layer in range(config.layers)
     )
-    return Llama(
-        config, LlamaWeights(found["embed"], layers, found["norm"], found.get("head", found["embed"]))
-    )
+    head = found.get("head", found["embed"])
+    return DeviceLlama(config, LlamaWeights(found["embed"], layers, found["norm"], head))

@@ -41,11 +41,11 @@ first = seconds(1)
 print(json.dumps({"step_s": (seconds(tokens + 1) - first) / tokens}))
 """
 _VLLM_MEMORY = 0.35
-"""Of the GPU's memory. The weights are in it twice already: transformers' model is ours."""
+"""Of the GPU's memory, which also holds transformers' weights and ours."""
 
 
 def transformers(setting: Setting) -> Measured:
-    """Decode steps with a cache of the same context, by the model that shares our weights."""
+    """Decode steps with a cache of the same context, by the model that has our weights."""
     return [_beside(setting, "transformers", lambda batch: _transformers_steps(setting, batch))], []
 
 

@@ -120,15 +120,15 @@ class Setting:
 
     @cached_property
     def large(self) -> tuple[Any, Llama]:
-        """The random model of the 8B shape in bfloat16: transformers', and ours on the same weights."""
+        """The random model of the 8B shape in bfloat16: transformers', and ours with the same weights."""
         self.progress("making the random model")
         theirs = self._random(self.sizes.model, torch.bfloat16)
         return theirs, of_transformers(theirs)
 
     @cached_property
     def small(self) -> tuple[Any, Llama]:
-        """The demo model cut off, or a small random one, in float32: transformers', and ours on the same
-        weights."""
+        """The demo model cut off, or a small random one, in float32: transformers', and ours with the
+        same weights."""
         if self.folder is None:
             changes = {
                 "hidden_size": 128,

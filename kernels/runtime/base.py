@@ -28,9 +28,6 @@ bind views and numbers when it is submitted. Its result is ignored."""
 class Event(Protocol):
     """A point in the work of a stream. Thread-safe."""
 
-    def done(self) -> bool:
-        """Whether all work before the event has run. Returns at once."""
-
     def wait(self) -> None:
         """Blocks the calling thread until all work before the event has run. Raises the work's error."""
 
@@ -60,7 +57,8 @@ class Stream(Protocol):
 
     def run(self, work: Work) -> None:
         """Submits ``work``. Tensors that it uses must live until it has run: those that it allocates do, on
-        this stream."""
+        this stream. Plain calls of PyTorch that make them are ordered with it only by an event, or in the
+        thread that entered the runtime."""
 
     def replay(self, key: Hashable, work: Work) -> None:
         """Submits ``work`` as a graph: the first calls with ``key`` on this stream run ``work``; later calls
@@ -108,10 +106,12 @@ class DeviceRuntime(Protocol):
         """New pinned memory, with undefined contents."""
 
     def pin(self, values: Tensor) -> PinnedBuffer:
-        """New pinned memory with the values of a host tensor. Any thread may call this."""
+        """New pinned memory with the values of a tensor, which may lie on a device if the work that computes
+        them has run. Any thread may call this."""
 
     def entered(self) -> AbstractContextManager[object]:
-        """Makes the device and ``main`` those of the calling thread meanwhile."""
+        """Makes the device and ``main`` those of the calling thread meanwhile. The work of ``main`` runs
+        after all plain calls of PyTorch that other threads have made."""
 
     def settle(self) -> None:
         """After it, plain calls of PyTorch by the thread of ``main`` see the results of the work on ``main``

@@ -1,7 +1,10 @@
 """The device runtime of a CUDA device. Chosen by :func:`farshore.kernels.select.device_runtime`.
 
-Nothing here waits for the whole device. A graph is captured in the mode ``thread_local``: other threads copy
-KV meanwhile, and calls that a capture does not allow are theirs to make.
+Nothing here waits for the whole device. PyTorch has 32 streams of each priority on a device, and gives them
+out in turn, so two streams of this module may be one of CUDA's. That costs overlap and is no error, except
+while a graph is captured: what another thread submits to the stream would become part of the graph. So graphs
+are captured on streams of the high priority, which nothing else uses. The mode is ``thread_local``: other
+threads copy KV meanwhile, and calls that a capture does not allow are theirs to make.
 """
 
 from collections.abc import Hashable, Iterator
@@ -39,12 +42,17 @@ class CudaRuntime:
         return HostBuffer(torch.empty(shape, dtype=dtype, device=HOST, pin_memory=True))
 
     def pin(self, values: Tensor) -> HostBuffer:
-        return HostBuffer(values.pin_memory())
+        return HostBuffer(_pinned(values))
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        with torch.cuda.device(self.device), self.main.current():
-            yield
+        """A model was made on PyTorch's default stream, for which PyTorch's other streams do not wait."""
+        with torch.cuda.device(self.device):
+            made = torch.cuda.Event()
+            made.record()
+            self.main.wait(CudaEvent(made))
+            with self.main.current():
+                yield
 
     def settle(self) -> None:
         """The thread's calls run on ``main``."""
@@ -56,11 +64,11 @@ class CudaEvent:
     def __init__(self, event: torch.cuda.Event) -> None:
         self.event = event
 
-    def done(self) -> bool:
-        return bool(self.event.query())
-
     def wait(self) -> None:
         self.event.synchronize()
+
+
+_CAPTURING_PRIORITY = -1
 
 
 class CudaStream:
@@ -69,6 +77,9 @@ class CudaStream:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
+        self._capturing: torch.cuda.Stream | None = None
+        """Where its graphs are captured. Not shared with other streams' graphs, which run at the same time:
+        cuBLAS has a scratch for each stream that it was called on, captured or not."""
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
         """None: the key's work has run once, so that libraries have chosen algorithms and scratch."""
         self._pool = torch.cuda.graph_pool_handle()
@@ -104,7 +115,7 @@ class CudaStream:
     def send(self, values: Tensor) -> Tensor:
         """PyTorch keeps the pinned copy until the transfer is over."""
         with torch.cuda.stream(self._stream):
-            return values.pin_memory().to(self._device, non_blocking=True)
+            return _pinned(values).to(self._device, non_blocking=True)
 
     def record(self) -> CudaEvent:
         event = torch.cuda.Event()
@@ -118,10 +129,18 @@ class CudaStream:
     def _captured(self, work: Work) -> torch.cuda.CUDAGraph:
         """Captures ``work``, which does not run meanwhile. ``torch.cuda.graph`` would also wait for the whole
         device and collect garbage."""
+        if self._capturing is None:
+            self._capturing = torch.cuda.Stream(self._device, priority=_CAPTURING_PRIORITY)
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        try:
-            work()
-        finally:
-            graph.capture_end()
+        with torch.cuda.stream(self._capturing):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
         return graph
+
+
+def _pinned(values: Tensor) -> Tensor:
+    """A contiguous copy in pinned memory; the copy of a view with gaps would not be asynchronous."""
+    return torch.empty(values.shape, dtype=values.dtype, device=HOST, pin_memory=True).copy_(values)

@@ -87,13 +87,6 @@ class DeferredEvent:
     error: Exception | None = None
     """The first error of the stream's work since its last event."""
 
-    def done(self) -> bool:
-        with self.runtime.lock:
-            self.runtime.run_some()
-            if self.passed:
-                _advance(self.runtime.host, self.before)
-            return self.passed
-
     def wait(self) -> None:
         with self.runtime.lock:
             self.runtime.run_until(self)

@@ -88,8 +88,5 @@ class ImmediateStream:
 class _Passed:
     """An event that has passed when it is recorded."""
 
-    def done(self) -> bool:
-        return True
-
     def wait(self) -> None:
         pass

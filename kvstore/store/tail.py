@@ -24,6 +24,7 @@ from torch import Tensor
 from farshore.errors import InvalidRequest
 from farshore.kernels.base import KVLayout, Segments
 from farshore.kernels.host import address
+from farshore.kernels.runtime.cuda import finish_calls
 from farshore.kvstore.store import blocks, forms
 from farshore.kvstore.store.arena import Arena, Extent, stride_bytes
 
@@ -141,14 +142,15 @@ class Tail:
         self._free_blocks(freed)
 
     def fork(self) -> "Tail":
-        """Copies ``[start, end)``, without scratch, to another tail. Raises Full, and allocates nothing, if
-        the copy does not fit."""
+        """Copies ``[start, end)``, without scratch, to another tail. The copy is complete, for any thread.
+        Raises Full, and allocates nothing, if the copy does not fit."""
         copy = Tail(arena=self._arena, layout=self._layout, start=self._start)
         copy.reserve(self.end)
         memory, size = self._arena.memory, self._layout.block_bytes
         for index, base in copy._blocks.items():
             source = self._blocks[index]
             memory[base : base + size] = memory[source : source + size]
+        finish_calls(memory.device)
         copy._marks[_END:] = array("q", [self.end] * (1 + self._layout.layers))
         return copy
 

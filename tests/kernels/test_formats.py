@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from farshore.kernels.base import AttentionSpec, KVLayout
 from farshore.kernels.formats import SCALE_ELEMENTS, KVFormat, dequantise, quantise
@@ -273,3 +274,19 @@ def test_v_may_be_all_of_k_or_end_anywhere_in_it_if_not_quantised():
     for v_dim, format in [(96, KVFormat.INT4), (65, KVFormat.BFLOAT16)]:
         spec = AttentionSpec(4, 2, 2, 96, v_dim, scale=0.1, v_in_k=True)
         assert KVLayout.of(spec, layers=1, format=format).v_in_k
+
+
+@pytest.mark.parametrize("format", QUANTISED)
+def test_nothing_is_divided_by_a_number(format):
+    """On a GPU PyTorch would multiply by the number's reciprocal, and scales would differ from a CPU's."""
+    divisors = []
+
+    class Divisions(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket is torch.ops.aten.div:
+                divisors.append(args[1])
+            return function(*args, **(kwargs or {}))
+
+    with Divisions():
+        quantise(rows((4,), 96, 1), format)
+    assert divisors and all(isinstance(divisor, torch.Tensor) for divisor in divisors)

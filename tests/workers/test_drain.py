@@ -17,8 +17,10 @@ from farshore.attention_offload.client.remote import RemoteClient
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kernels.base import AttentionSpec, KVLayout
 from farshore.kernels.formats import KVFormat
+from farshore.kernels.runtime.deferring import DeferringRuntime
 from farshore.kvstore.base import SpanKey
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
+from farshore.kvstore.store.store import LocalStore
 from farshore.model_spec import ModelSpec
 from farshore.proto import admin_pb2 as admin
 from farshore.proto import cluster_pb2 as pb
@@ -178,6 +180,43 @@ def test_an_attention_worker_drains_until_no_sequence_holds_a_span():
         client.store.drop([span], sequence=SequenceId("a"), epoch=Epoch(1))
         assert ended.wait(DEADLINE_S)
     assert not directory.listing().workers
+
+
+def test_an_attention_worker_whose_device_fails_is_not_ready(monkeypatch):
+    """After an illegal access a GPU refuses every call. The worker says so, and its process is to end."""
+    runtimes = []
+
+    def on_a_device(**options):
+        runtimes.append(DeferringRuntime(seed=1))
+        return LocalStore(**options, runtime=runtimes[0])
+
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
+
+    monkeypatch.setattr("farshore.workers.attention.LocalStore", on_a_device)
+    monkeypatch.setattr("farshore.attention_offload.shard.engine_holds.TICK_S", 0.01)
+    directory, failed = EmbeddedDirectory(), []
+    worker = AttentionWorker(
+        token=None,
+        worker=WorkerId("attention-0-aa"),
+        kv_memory_bytes=8 << 20,
+        listen="127.0.0.1:0",
+        threads=1,
+        slot="attention-0",
+        directory=directory,
+        on_failed=lambda: failed.append(None),
+    )
+    with grpc.insecure_channel(worker.address()) as channel:
+        check = health_pb2.HealthCheckRequest(service="farshore.attention.v1.Attention")
+        health = health_pb2_grpc.HealthStub(channel)
+        assert health.Check(check).status == HEALTH.SERVING and not failed
+        monkeypatch.setattr(runtimes[0].main, "record", broken)
+        until(lambda: health.Check(check).status == HEALTH.NOT_SERVING, "the device was not looked after")
+        until(lambda: [r.state for r in directory.listing().workers] == ["failed"], "not listed so")
+    (record,) = directory.listing().workers
+    assert record.failure == "the device failed: CUDA error: an illegal memory access was encountered"
+    worker.stop()
+    assert len(failed) == 1
 
 
 def test_sigterm_drains_an_attention_worker_that_runs_as_a_program():

@@ -1,6 +1,6 @@
 """Derives the attention model (spec, layout and format of KV) from a model's configuration.
 
-Called by ``dense``, benchmarks and tests. It must not know weights or shards.
+Called by ``dense``, the engine's steps and prefill, benchmarks and tests. It must not know weights or shards.
 """
 
 import torch
@@ -28,3 +28,9 @@ def attention_model(
     )
     layout = KVLayout.of(spec, layers=config.layers, format=format or KVFormat.of(dtype))
     return AttentionModel(specs=(spec,), layer_class=(0,) * config.layers, layouts=(layout,))
+
+
+def merged_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of states that are to be merged, for a model in ``dtype``: float32, or float64 as the
+    model. So the output is rounded only once."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -39,7 +39,11 @@ from farshore.sampling import Sampling
 from farshore.workers.engine import admission
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.constraints.token_mask import TokenMask
-from farshore.workers.engine.decode.device.loop import DeviceLayerLoop
+from farshore.workers.engine.decode.device.loop import (
+    DEVICE_MICRO_BATCHES,
+    WARM_UP_STEPS,
+    DeviceLayerLoop,
+)
 from farshore.workers.engine.decode.kernel_plans import LocalKV
 from farshore.workers.engine.decode.micro_batch_tuner import MicroBatchTuner
 from farshore.workers.engine.decode.step import LayerLoop
@@ -140,7 +144,7 @@ class Engine:
             runner=StepRunner(
                 LayerLoop(**common) if runtime.is_host else DeviceLayerLoop(**common, runtime=runtime),
                 attention,
-                MicroBatchTuner(lambda: self._shards.waited_s),
+                _tuner(runtime, waited_s=lambda: self._shards.waited_s),
                 runtime=runtime,
                 suspect=self._suspect,
             ),
@@ -279,7 +283,11 @@ class Engine:
             while not self._failure and self._requests.await_news(timeout_s):
                 try:
                     self._membership.apply()
+                    errors = self._scheduler.unexpected_errors
                     progress = self._scheduler.round()
+                    if self._scheduler.unexpected_errors > errors and not self._runtime.is_host:
+                        # After an error of a GPU every call fails, so every request would fail alone.
+                        self._probe()
                     self._failed_rounds = 0 if progress else self._failed_rounds
                     pending = (
                         self._requests.all() or self._membership.is_waiting or self._cache.is_moving_spans
@@ -319,6 +327,13 @@ def _local(arena: Arena, clients: Mapping[WorkerId, ShardClient]) -> LocalKV:
         if client.transport is Transport.IN_PROCESS and client.store.memory is arena.memory:
             return LocalKV(arena.memory, worker, client.store)
     return LocalKV(arena.memory)
+
+
+def _tuner(runtime: DeviceRuntime, *, waited_s: Callable[[], float]) -> MicroBatchTuner:
+    """Chooses the number of micro-batches for the layer loop of the runtime's device."""
+    if runtime.is_host:
+        return MicroBatchTuner(waited_s)
+    return MicroBatchTuner(waited_s, most=DEVICE_MICRO_BATCHES, warm_up_steps=WARM_UP_STEPS)
 
 
 def probe(

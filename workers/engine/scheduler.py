@@ -73,6 +73,8 @@ class Scheduler:
         """Number of times that a sequence was parked."""
         self.tokens = 0
         """Number of tokens that were drawn."""
+        self.unexpected_errors = 0
+        """Number of requests that failed with an error that no caller can expect."""
 
     def round(self) -> bool:
         """Runs one round. Returns whether it made progress."""
@@ -358,6 +360,7 @@ class Scheduler:
         """
         if not isinstance(error, FarshoreError) or isinstance(error, InvalidPlan):
             _log.error("sequence %s failed", sequence.key, exc_info=error)
+            self.unexpected_errors += 1
             error = Internal(f"the engine failed with {type(error).__name__}: {error}")
         siblings = self._requests.of(sequence.id)
         for sibling in siblings:

@@ -8,15 +8,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from farshore.attention_offload.client.in_process import InProcessClient
+from farshore.attention_offload.shard.staged_frames import StagedFrame
 from farshore.attention_offload.transport.frames import Transport, native
 from farshore.errors import NotFound
 from farshore.ids import SequenceId, WorkerId
+from farshore.kernels.base import AttentionSpec
 from farshore.kernels.formats import KVFormat
 from farshore.kernels.host import address
 from farshore.kernels.runtime.cuda import CudaRuntime
 from farshore.kernels.runtime.deferring import DeferringRuntime
+from farshore.kernels.runtime.immediate import ImmediateRuntime
 from farshore.kernels.select import CPU_KERNELS
 from farshore.kvstore.store import blocks
 from farshore.kvstore.store.arena import Arena
@@ -166,3 +170,23 @@ def test_native_answers_are_checked():
         native().answer(wire, 1, 4, 1, 4)
     with pytest.raises(RuntimeError, match="lse: the address is 0"):
         native().answer(wire, 0, 4, 1, 4)
+
+
+def test_memory_of_frames_is_not_filled():
+    """A fill would run on PyTorch's own stream, and might come after a frame in the connection's."""
+    calls = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if result.device.type != "meta":
+                calls.append(function)
+            return result
+
+    runtime = ImmediateRuntime(torch.device("cpu"), is_host=False)
+    spec = AttentionSpec(4, 2, 2, 16, 8, scale=0.25)
+    with Calls():
+        frame = StagedFrame(runtime, runtime.stream(), spec, rows=3, heads=4, dtype=torch.bfloat16)
+    assert {call.overloadpacket for call in calls} <= {torch.ops.aten.empty, torch.ops.aten.empty_like}
+    assert len(calls) >= 6
+    assert frame.fits(3, 4, torch.bfloat16) and not frame.fits(3, 2, torch.bfloat16)

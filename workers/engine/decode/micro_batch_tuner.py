@@ -31,13 +31,22 @@ ALIKE = 1 / 8
 class MicroBatchTuner:
     """Chooses the number of micro-batches of one engine's steps. Not thread-safe.
 
-    ``waited_s`` returns the seconds that the engine has waited for shards since it started.
+    ``waited_s`` returns the seconds that the engine has waited for shards since it started. ``most``: the
+    most micro-batches of a step. ``warm_up_steps``: the first steps of another size or number of
+    micro-batches, which are not measured.
     """
 
     def __init__(
-        self, waited_s: Callable[[], float], *, clock: Callable[[], float] = time.perf_counter
+        self,
+        waited_s: Callable[[], float],
+        *,
+        most: int = MOST_MICRO_BATCHES,
+        warm_up_steps: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._waited_s = waited_s
+        self._most = most
+        self._warm_up_steps = self._unmeasured_steps = warm_up_steps
         self._clock = clock
         self._rows = 0
         self._settled = 1
@@ -56,13 +65,17 @@ class MicroBatchTuner:
         """
         if abs(rows - self._rows) > self._rows * ALIKE:
             self._rows, self._until_trial, self._trial = rows, 0, None
+            self._unmeasured_steps = self._warm_up_steps
             self._times.clear()
-        most = min(MOST_MICRO_BATCHES, rows)
+        most = min(self._most, rows)
         self._settled = min(self._settled, most)
         micro_batches = min(self._trial or self._settled, most)
         start_s, waited_s = self._clock(), self._waited_s()
         yield micro_batches
         seconds = self._clock() - start_s
+        if self._unmeasured_steps:
+            self._unmeasured_steps -= 1
+            return
         if self._trial is not None:
             self._end_trial_step(seconds)
             return
@@ -80,6 +93,7 @@ class MicroBatchTuner:
         if neighbours:
             self._trials += 1
             self._trial, self._trial_times = neighbours[self._trials % len(neighbours)], []
+            self._unmeasured_steps = self._warm_up_steps
 
     def _end_trial_step(self, seconds: float) -> None:
         """Adds a trial step's time; after the last one, keeps the faster number."""

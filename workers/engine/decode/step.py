@@ -24,6 +24,7 @@ from farshore.attention_offload.plan.step_plan import Read, StepPlan, cut_reads,
 from farshore.kernels.base import Kernels, State
 from farshore.kvstore.store.tail import Tail, TailBatch
 from farshore.models.llama import Llama
+from farshore.workers.engine.attention_model import merged_dtype
 from farshore.workers.engine.decode.kernel_plans import KernelPlans, LocalKV
 
 
@@ -59,13 +60,8 @@ class LayerLoop:
         Raises TransportError if a shard does not answer: truncate the tails to the committed length, then
         plan and run again. Raises Full if a tail finds no room.
         """
-        local = self._local.worker
-        remote_plan = plan.without((local,)) if local is not None else plan
-        shards = self._shards if remote_plan is not None and any(remote_plan.reads) else None
         cuts = split_rows(len(tokens), micro_batches)
-        if shards is not None and remote_plan is not None:
-            shards.begin(remote_plan, cuts)
-        reads = plan.reads[0].get(local, ()) if local is not None else ()
+        shards, reads = begin(plan, cuts, shards=self._shards, local=self._local)
         batches = self._batches_for(cuts)
         for index, (batch, rows) in enumerate(zip(batches, cuts, strict=True)):
             cut = slice(rows.start, rows.stop)
@@ -100,6 +96,20 @@ class LayerLoop:
         return self._batches
 
 
+def begin(
+    plan: StepPlan, cuts: Sequence[range], *, shards: Shards, local: LocalKV
+) -> tuple[Shards | None, Sequence[Read]]:
+    """Begins a step at the shards. ``cuts``: the rows of its micro-batches. Returns the shards, None if the
+    step reads from none, and the reads of local spans."""
+    worker = local.worker
+    remote_plan = plan.without((worker,)) if worker is not None else plan
+    reads = plan.reads[0].get(worker, ()) if worker is not None else ()
+    if remote_plan is None or not any(remote_plan.reads):
+        return None, reads
+    shards.begin(remote_plan, cuts)
+    return shards, reads
+
+
 class _MicroBatch:
     """Some rows of a step. Call ``begin``, then ``start(0)``, ``finish(0)``, ``start(1)``, and so on."""
 
@@ -113,9 +123,9 @@ class _MicroBatch:
         self._buffers = model.layer_buffers(rows)
         self._kernels = kernels
         self._plans = KernelPlans(attention, local, kernels.plan)
-        # States to be merged are float32 or float64, so that the output is rounded only once.
-        state_dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-        self._local = State.identity(rows, spec.q_heads, spec.v_dim, dtype=state_dtype, device=model.device)
+        self._local = State.identity(
+            rows, spec.q_heads, spec.v_dim, dtype=merged_dtype(model.dtype), device=model.device
+        )
         self._out = State(self._buffers.o, torch.empty_like(self._local.lse))
         self._index = 0
         self._shards: Shards | None = None

@@ -31,6 +31,7 @@ from farshore.kernels.base import Kernels, State
 from farshore.kernels.runtime.base import DeviceRuntime, Event
 from farshore.kvstore.store import forms
 from farshore.models.llama import Llama
+from farshore.workers.engine.attention_model import merged_dtype
 from farshore.workers.engine.kv import span_writer
 from farshore.workers.engine.kv.pool import ShardPool
 from farshore.workers.engine.logprobs import check_finite, logprobs_of, rank_of
@@ -132,7 +133,7 @@ class PrefillSegment:
         self._copies = KVCopies(
             runtime, self._stored or self._projected, token_major=self._stored is None, local=local
         )
-        state_dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+        state_dtype = merged_dtype(model.dtype)
         new = partial(State.identity, heads=spec.q_heads, v_dim=spec.v_dim, device=device)
         self._past_states = [new(chunk.stop - chunk.start, dtype=state_dtype) for chunk in self._chunks]
         chunk_rows = min(n, chunk_tokens)

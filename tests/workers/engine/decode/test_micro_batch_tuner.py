@@ -1,6 +1,7 @@
 """The number of micro-batches follows the measured times of steps."""
 
 import time
+from collections import Counter
 from statistics import median
 
 import pytest
@@ -26,7 +27,7 @@ LAYERS = 30
 class Machine:
     """Simulated steps that take max(n·d, n·a, d + a + RTT) per layer, on a simulated clock."""
 
-    def __init__(self, *, weights_ms, row_ms, attention_ms, rtt_ms):
+    def __init__(self, *, weights_ms, row_ms, attention_ms, rtt_ms, **options):
         self.weights_ms, self.row_ms, self.attention_ms, self.rtt_ms = (
             weights_ms,
             row_ms,
@@ -35,7 +36,7 @@ class Machine:
         )
         self.now_s = self.waited_s = 0.0
         self.ran = []
-        self.tuner = MicroBatchTuner(lambda: self.waited_s, clock=lambda: self.now_s)
+        self.tuner = MicroBatchTuner(lambda: self.waited_s, clock=lambda: self.now_s, **options)
 
     def layer_ms(self, rows, n):
         d = self.weights_ms + self.row_ms * rows / n
@@ -91,6 +92,28 @@ def test_without_waiting_no_other_number_is_tried():
 def test_the_number_is_bounded_by_the_rows_and_a_constant(rows, row_ms, most):
     machine = Machine(weights_ms=0.001, row_ms=row_ms, attention_ms=0.1, rtt_ms=100)
     assert machine.run(rows) == max(machine.ran) == most
+
+
+def test_a_device_tries_no_more_than_it_can_run():
+    machine = Machine(weights_ms=0.1, row_ms=0.1, attention_ms=2, rtt_ms=8, most=2)
+    assert machine.run(16) == max(machine.ran) == 2
+
+
+def test_steps_that_capture_graphs_do_not_count():
+    """On a device the first two steps of each number take longer, whatever it gains."""
+    machine = Machine(weights_ms=0.4, row_ms=0.1, attention_ms=8, rtt_ms=2, warm_up_steps=2)
+    warm, runs = machine.layer_ms, Counter()
+
+    def layer_ms(rows, n):
+        runs[n] += 1
+        return warm(rows, n) + 500 * (runs[n] <= 2)
+
+    machine.layer_ms = layer_ms
+    machine.run(16, steps=2 * (2 + TRIAL_STEPS))
+    assert runs == {1: 5, 2: 5}
+    with machine.tuner.step(16) as n:
+        machine.now_s += 1
+    assert n == 2
 
 
 def test_a_step_that_fails_does_not_count():

@@ -240,3 +240,23 @@ def test_a_reused_plan_gives_the_logits_of_a_new_one(harness):
             harness.layer_loop = layer_loop
             assert torch.equal(kept, fresh), step
         harness.logits(["b"] if step % 3 else ["b", "c"], 1, commit=True)
+
+
+@pytest.mark.parametrize("over", ["device"], indirect=True)
+def test_nothing_runs_after_a_step_that_raised(harness, monkeypatch):
+    """Its tails are truncated, and others may write to their blocks. The last call of a step asks for the
+    most memory, so it is the one to find none."""
+    runtime = harness.runtime
+
+    def full(work):
+        raise torch.OutOfMemoryError("no room for logits")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "run_some", lambda: None)  # Work runs only where the host waits for it.
+        patch.setattr(runtime.main, "run", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            harness.logits(["a", "b", "e"], 2)
+        loop = harness.layer_loop
+        assert loop._batches and not any(stream._entries for pair in loop._streams for stream in pair)
+    expected = harness.logits(["a", "b", "e"], 2)
+    torch.testing.assert_close(harness.logits(["a", "b", "e"], 1), expected, rtol=0, atol=1e-5)

@@ -134,6 +134,23 @@ def test_a_device_that_cannot_compute_fails_before_a_request(tiny_model, rig, mo
     assert "no kernel image is available" in engine.failure
 
 
+def test_a_device_that_fails_for_good_ends_the_engine(tiny_model, rig, submit, monkeypatch):
+    """After an illegal access a GPU refuses every call. Requests fail alone, and the worker is replaced."""
+
+    def broken(*args, **options):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    model = in_pytorch(tiny_model)
+    failed = threading.Event()
+    engine = rig(model, shards=1).start(runtime=DeferringRuntime(seed=0), on_failed=failed.set)
+    greedy = Sampling(max_tokens=3, temperature=0.0)
+    assert isinstance(submit(engine, "a", PROMPTS[0], greedy).result(), Finished)
+    monkeypatch.setattr(model, "project", broken)
+    assert isinstance(submit(engine, "b", PROMPTS[1], greedy).result(), Failed)
+    assert failed.wait(60)
+    assert "illegal memory access" in engine.failure
+
+
 FAULTS = {
     "streams wait for no event": (DeferringStream, "wait", lambda stream, event: None),
     "the host waits for no event": (DeferredEvent, "wait", lambda event: None),

@@ -20,10 +20,13 @@ from farshore.models.llama import Llama
 from farshore.workers.engine.decode.device.micro_batch import DeviceMicroBatch
 from farshore.workers.engine.decode.device.slices import bucket
 from farshore.workers.engine.decode.kernel_plans import LocalKV
+from farshore.workers.engine.decode.step import begin
 
-MOST_MICRO_BATCHES = 2
-"""Micro-batches that run at the same time. More would read the weights more often, and hide no more: while
-the host waits for one, the device computes the other."""
+DEVICE_MICRO_BATCHES = 2
+"""Most micro-batches of a step. More would read the weights more often, and hide no more: while the host
+waits for one, the device computes the other."""
+WARM_UP_STEPS = 2
+"""Steps of a new size that take longer than later ones: one without graphs, one that captures them."""
 
 
 class DeviceLayerLoop:
@@ -46,7 +49,8 @@ class DeviceLayerLoop:
         self._shards = shards
         self._local = local
         self._runtime = runtime
-        self._streams = [runtime.stream() for _ in range(MOST_MICRO_BATCHES)]
+        self._streams = [(runtime.stream(), runtime.stream()) for _ in range(DEVICE_MICRO_BATCHES)]
+        """Of each micro-batch: for its kernels, and for its queries' way to the host."""
         self._batches: dict[tuple[int, int], DeviceMicroBatch] = {}
         """By number in the step and rows of the buffers."""
         self._ended: Event | None = None
@@ -56,13 +60,8 @@ class DeviceLayerLoop:
         self, plan: StepPlan, tokens: Sequence[int], tails: Sequence[Tail], *, micro_batches: int
     ) -> Tensor:
         """As ``step.LayerLoop.run``. The logits lie on the device, ordered with ``runtime.main``."""
-        local = self._local.worker
-        remote_plan = plan.without((local,)) if local is not None else plan
-        shards = self._shards if remote_plan is not None and any(remote_plan.reads) else None
-        cuts = split_rows(len(tokens), min(micro_batches, MOST_MICRO_BATCHES))
-        if shards is not None and remote_plan is not None:
-            shards.begin(remote_plan, cuts)
-        reads = plan.reads[0].get(local, ()) if local is not None else ()
+        cuts = split_rows(len(tokens), min(micro_batches, DEVICE_MICRO_BATCHES))
+        shards, reads = begin(plan, cuts, shards=self._shards, local=self._local)
         if self._ended is not None:
             self._ended.wait()
         self._ended = None
@@ -78,15 +77,15 @@ class DeviceLayerLoop:
             self._run_layers(batches)
             for batch in batches:
                 self._runtime.main.wait(batch.finish())
+            logits = torch.empty(
+                len(tokens), self._model.config.vocab, dtype=torch.float32, device=self._model.device
+            )
+            self._runtime.main.run(partial(self._compute_logits, [batch.h for batch in batches], logits))
         except Exception:
-            # No kernel may read the tails while they are truncated.
+            # No kernel may read or write the tails while they are truncated.
             for batch in batches:
                 batch.drain()
             raise
-        logits = torch.empty(
-            len(tokens), self._model.config.vocab, dtype=torch.float32, device=self._model.device
-        )
-        self._runtime.main.run(partial(self._compute_logits, [batch.h for batch in batches], logits))
         self._ended = self._runtime.main.record()
         self._runtime.settle()
         return logits
@@ -105,6 +104,7 @@ class DeviceLayerLoop:
     def _batch(self, index: int, rows: int) -> DeviceMicroBatch:
         key = index, bucket(rows)
         if key not in self._batches:
+            stream, copies = self._streams[index]
             self._batches[key] = DeviceMicroBatch(
                 bucket(rows),
                 model=self._model,
@@ -112,7 +112,8 @@ class DeviceLayerLoop:
                 local=self._local,
                 kernels=self._kernels,
                 runtime=self._runtime,
-                stream=self._streams[index],
+                stream=stream,
+                copies=copies,
             )
         return self._batches[key]
 

@@ -25,13 +25,14 @@ from farshore.kernels.runtime.base import DeviceRuntime, Event, PinnedBuffer, St
 from farshore.kvstore.store.blocks import SlotWriter
 from farshore.kvstore.store.tail import Tail, TailBatch
 from farshore.models.llama import Llama
+from farshore.workers.engine.attention_model import merged_dtype
 from farshore.workers.engine.decode.device.slices import DeviceSlices
 from farshore.workers.engine.decode.kernel_plans import KernelPlans, LocalKV
 
 
 class DeviceMicroBatch:
-    """Buffers for up to ``rows`` rows. Call ``begin``, then ``start(0)``, ``attend(0)``, ``start(1)``, and so
-    on, then ``finish``."""
+    """Buffers for up to ``rows`` rows. Call ``begin``, ``send(0)``, ``merge(0)``, then ``start(1)``,
+    ``send(1)``, ``merge(1)`` and so on, then ``finish``; after an error ``drain``."""
 
     def __init__(
         self,
@@ -43,20 +44,22 @@ class DeviceMicroBatch:
         kernels: Kernels[Any],
         runtime: DeviceRuntime,
         stream: Stream,
+        copies: Stream,
     ) -> None:
+        """``stream``, for kernels, and ``copies``, for queries, may serve micro-batches of other sizes."""
         spec, device = attention.specs[0], model.device
         self.stream = stream
-        self._copies = runtime.stream()
+        self._copies = copies
         self._runtime = runtime
         self._kernels = kernels
         writer = SlotWriter(local.memory, attention.layouts[0], rows)
         self._slices = DeviceSlices(model, rows, stream, writer)
         self._plans = KernelPlans(attention, local, partial(kernels.plan, send=stream.send))
-        self._entry = runtime.pinned(*self._slices.entry.shape, dtype=torch.int64)
+        self._inputs = runtime.pinned(*self._slices.inputs.shape, dtype=torch.int64)
         self._q_on_host = runtime.pinned(rows, spec.q_heads, spec.k_dim, dtype=model.dtype)
-        # States to be merged are float32 or float64, so that the output is rounded only once.
-        state_dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-        self._local = State.identity(rows, spec.q_heads, spec.v_dim, dtype=state_dtype, device=device)
+        self._local = State.identity(
+            rows, spec.q_heads, spec.v_dim, dtype=merged_dtype(model.dtype), device=device
+        )
         self._out = State(self._slices.o, torch.empty_like(self._local.lse))
         self._answers: _Answers | None = None
         self._rows = 0
@@ -85,12 +88,12 @@ class DeviceMicroBatch:
         self._index, self._shards, self._rows = index, shards, len(tokens)
         self._batch = TailBatch(tails, positions)
         bases, slots = zip(*self._batch.slots(), strict=True)
-        entry = self._entry.write()
-        fields = tokens, positions, bases, slots, range(self._rows)  # those of Entry
-        entry[:, : self._rows] = torch.tensor([list(field) for field in fields], device=HOST)
-        entry[:, self._rows :] = entry[:, self._rows - 1 : self._rows]
-        self._is_full = self._rows == entry.shape[1]
-        self.stream.upload(self._entry, self._slices.entry)
+        inputs = self._inputs.write()
+        fields = tokens, positions, bases, slots, range(self._rows)  # those of RowInputs
+        inputs[:, : self._rows] = torch.tensor([list(field) for field in fields], device=HOST)
+        inputs[:, self._rows :] = inputs[:, self._rows - 1 : self._rows]
+        self._is_full = self._rows == inputs.shape[1]
+        self.stream.upload(self._inputs, self._slices.inputs)
         self.start(0)
         # The device computes meanwhile.
         on_host = torch.tensor(positions, device=HOST)

@@ -31,7 +31,7 @@ def bucket(rows: int) -> int:
     return next((size for size in _BUCKETS if rows <= size), -(-rows // 128) * 128)
 
 
-class Entry(NamedTuple):
+class RowInputs(NamedTuple):
     """What a step says of each of R rows, i64[R] each. A row that the step does not use repeats the last one
     that it uses."""
 
@@ -56,9 +56,9 @@ class DeviceSlices:
         self._rows = rows
         self._replay = stream.replay if rows <= MOST_GRAPH_ROWS else _run_on(stream)
         self._writer = writer
-        self.entry = torch.zeros(len(Entry._fields), rows, dtype=torch.int64, device=device)
-        """i64[fields of Entry, R]"""
-        self._entry = Entry(*self.entry)
+        self.inputs = torch.zeros(len(RowInputs._fields), rows, dtype=torch.int64, device=device)
+        """i64[fields of RowInputs, R]"""
+        self._inputs = RowInputs(*self.inputs)
         self.h, self._normed = (
             torch.zeros(rows, config.hidden, dtype=model.dtype, device=device) for _ in range(2)
         )
@@ -70,7 +70,7 @@ class DeviceSlices:
 
     def project(self, layer: int, *, full: bool) -> None:
         """Submits the rest of the previous layer, from ``o`` on, ``q``, ``k`` and ``v`` of this one, and that
-        k and v are appended to the tails. Layer 0 begins with the embeddings of the entry's tokens.
+        k and v are appended to the tails. Layer 0 begins with the embeddings of the rows' tokens.
         ``full``: the step uses all rows."""
         self._replay(("project", layer, self._rows, full), partial(self._project, layer, full))
 
@@ -88,31 +88,31 @@ class DeviceSlices:
 
     def _project(self, layer: int, full: bool) -> None:
         self._enter(layer)
-        self._model.project(layer, self.h, self._entry.position, out=(self.q, self.k, self.v))
+        self._model.project(layer, self.h, self._inputs.position, out=(self.q, self.k, self.v))
         self._append(layer, full)
 
     def _query(self, layer: int) -> None:
         self._enter(layer)
         self._normed.copy_(self._model.attention_input(layer, self.h))
-        self.q.copy_(self._model.query(layer, self._normed, self._entry.position))
+        self.q.copy_(self._model.query(layer, self._normed, self._inputs.position))
 
     def _key_value(self, layer: int, full: bool) -> None:
-        k, v = self._model.key_value(layer, self._normed, self._entry.position)
+        k, v = self._model.key_value(layer, self._normed, self._inputs.position)
         self.k.copy_(k)
         self.v.copy_(v)
         self._append(layer, full)
 
     def _append(self, layer: int, full: bool) -> None:
         # A row that is not used writes the values of the last one to the same place.
-        k, v = (x if full else x.index_select(0, self._entry.source) for x in (self.k, self.v))
+        k, v = (x if full else x.index_select(0, self._inputs.source) for x in (self.k, self.v))
         self._writer.write(layer, k, v)
 
     def _enter(self, layer: int) -> None:
         if layer:
             self._finish(layer - 1)
         else:
-            self.h.copy_(self._model.embed(self._entry.token))
-            self._writer.place(self._entry.base, self._entry.slot)
+            self.h.copy_(self._model.embed(self._inputs.token))
+            self._writer.place(self._inputs.base, self._inputs.slot)
 
     def _finish(self, layer: int) -> None:
         self._model.finish(layer, self.h, self.o, out=self.h)
