@@ -267,14 +267,12 @@ PyObject* serve(Arguments& arguments) {
     Frame frame;
     const Header& header = frame.header;
     switch (without_gil([&] { return answer_frames(connection, step, api, shares_cores, frame); })) {
-        case Event::END:
-            Py_RETURN_NONE;
+        case Event::END: Py_RETURN_NONE;
         case Event::RECHECK:  // Only frames of a step stay unanswered, so the step has a number.
             return Py_BuildValue("(I)", *step.number);
         case Event::ANSWER:
             return Py_BuildValue("(III)", *step.number, unsigned{header.layer}, unsigned{header.micro_batch});
-        case Event::STEP:
-            break;
+        case Event::STEP: break;
     }
     if (header.kind == REPEAT_STEP) return PyLong_FromUnsignedLong(header.step);
     return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(frame.payload), header.bytes);
