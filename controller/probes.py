@@ -41,7 +41,6 @@ class WorkerProbes:
         token: ClusterToken | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._token = token
         self._directory = directory
         self._clock = clock
         self._suspects: Mapping[WorkerId, str] = {}
@@ -50,7 +49,7 @@ class WorkerProbes:
         self._listed: Mapping[WorkerId, str] = {}
         self._readers: tuple[Collection[WorkerId], Mapping[WorkerId, int] | None] = (), None
         self._alive: set[WorkerId] = set()
-        self._channels: dict[str, grpc.Channel] = {}
+        self._channels = rpc.Channels(token)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="probe", daemon=True)
         self._thread.start()
@@ -58,8 +57,7 @@ class WorkerProbes:
     def stop(self) -> None:
         self._stopped.set()
         self._thread.join()
-        for channel in self._channels.values():
-            channel.close()
+        self._channels.keep(())
 
     def silent_s(self, suspects: Mapping[WorkerId, str]) -> dict[WorkerId, float]:
         self._suspects = dict(suspects)
@@ -112,7 +110,7 @@ class WorkerProbes:
         self._silent_since_s = {
             worker: self._silent_since_s.get(worker, now_s) for worker in suspects if worker not in alive
         }
-        self._keep({*engines.values(), *suspects.values()})
+        self._channels.keep({*engines.values(), *suspects.values()})
 
     def _look(self) -> None:
         """Reads the engines from the directory. While it does not answer, the last known ones are asked."""
@@ -123,23 +121,13 @@ class WorkerProbes:
                 if record.kind == "dense" and record.address
             }
 
-    def _keep(self, addresses: Collection[str]) -> None:
-        """Closes the channels to all others."""
-        for address in self._channels.keys() - set(addresses):
-            self._channels.pop(address).close()
-
     def _status(self, address: str) -> grpc.Future:
-        stub = pb_grpc.EngineStub(self._channel(address))
+        stub = pb_grpc.EngineStub(self._channels[address])
         return stub.Status.future(pb.EngineStatusRequest(), timeout=DEADLINE_S)
 
     def _check(self, address: str) -> grpc.Future:
-        stub = health_pb2_grpc.HealthStub(self._channel(address))
+        stub = health_pb2_grpc.HealthStub(self._channels[address])
         return stub.Check.future(health_pb2.HealthCheckRequest(), timeout=DEADLINE_S)
-
-    def _channel(self, address: str) -> grpc.Channel:
-        if address not in self._channels:
-            self._channels[address] = rpc.channel(address, self._token)
-        return self._channels[address]
 
 
 def _is_answered(call: grpc.Future) -> bool:

@@ -6,7 +6,7 @@ Ray.
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -72,13 +72,12 @@ class AdminService(admin_grpc.AdminServiceServicer):
         token: ClusterToken | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._token = token
         self._config = config
         self._model = model
         self._directory = directory
         self._operations = operations
         self._clock = clock
-        self._channels: dict[str, grpc.Channel] = {}
+        self._channels = rpc.Channels(token)
         self._lock = threading.Lock()
         self._followers = threading.Semaphore(MOST_FOLLOWERS)
         self._status: Future[tuple[admin.ClusterStatusResponse, float]] | None = None
@@ -186,7 +185,8 @@ class AdminService(admin_grpc.AdminServiceServicer):
             sequences += owned
         for worker, call in attention_calls.items():
             workers[worker] = _attention(worker, attention[worker], call)
-        self._keep({record.address for record in records})
+        # Only one answer is made at a time.
+        self._channels.keep({record.address for record in records})
         for record in records:
             workers[record.worker].device = record.device
             workers[record.worker].node, workers[record.worker].zone = record.node, record.zone
@@ -196,16 +196,8 @@ class AdminService(admin_grpc.AdminServiceServicer):
                 workers[worker].state = admin.WORKER_STATE_DRAINING
         return self._reply(list(workers.values()), sequences)
 
-    def _keep(self, addresses: Collection[str]) -> None:
-        """Closes the channels to all others: only one answer is made at a time."""
-        with self._lock:
-            gone = [self._channels.pop(address) for address in self._channels.keys() - set(addresses)]
-        for channel in gone:
-            channel.close()
-
     def close(self) -> None:
-        for channel in self._channels.values():
-            channel.close()
+        self._channels.keep(())
 
     def _reply(
         self, workers: list[admin.WorkerStatus], sequences: list[admin.SequenceStatus]
@@ -231,18 +223,12 @@ class AdminService(admin_grpc.AdminServiceServicer):
         )
 
     def _ask_dense(self, address: str) -> grpc.Future:
-        stub = pb_grpc.EngineStub(self._channel(address))
+        stub = pb_grpc.EngineStub(self._channels[address])
         return stub.Status.future(pb.EngineStatusRequest(), timeout=PROBE_DEADLINE_S)
 
     def _ask_attention(self, address: str) -> grpc.Future:
-        stub = attention_grpc.AttentionStub(self._channel(address))
+        stub = attention_grpc.AttentionStub(self._channels[address])
         return stub.Identify.future(attention_pb.IdentifyRequest(), timeout=PROBE_DEADLINE_S)
-
-    def _channel(self, address: str) -> grpc.Channel:
-        with self._lock:
-            if address not in self._channels:
-                self._channels[address] = rpc.channel(address, self._token)
-            return self._channels[address]
 
 
 def _dense(

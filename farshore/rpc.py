@@ -5,7 +5,8 @@ Used by every process that serves or calls gRPC, so that each code has one meani
 
 import ipaddress
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn, cast
 
@@ -90,6 +91,13 @@ ERROR_KIND = "farshore-error"
 """Trailing metadata of a call that a servicer of ours failed: the error's type. Without it the connection
 failed, or gRPC itself."""
 
+STATUS_DETAILS = "grpc-status-details-bin"
+"""Trailing metadata of each status that a gateway sends: the serialised google.rpc.Status. A status without
+it was made by gRPC, or by something between."""
+
+RETRY_PUSHBACK = "grpc-retry-pushback-ms"
+"""Trailing metadata: when the server wants to be asked again. gRPC's own retries obey it."""
+
 FREE_BYTES = "farshore-free-bytes"
 """Trailing metadata of Full: distinguishes it from Overloaded, and carries ``free_bytes``."""
 
@@ -173,6 +181,29 @@ def aio_channel(address: str, token: ClusterToken | None) -> grpc.aio.Channel:
     """As :func:`channel`, for asyncio."""
     plain = grpc.aio.insecure_channel(address, options=OPTIONS)
     return plain if token is None else cast(grpc.aio.Channel, SignedChannel(plain, token))
+
+
+class Channels(dict[str, grpc.Channel]):
+    """Channels to servers of :func:`serve`, by address. Each is made when it is first asked for.
+    Thread-safe."""
+
+    def __init__(self, token: ClusterToken | None) -> None:
+        super().__init__()
+        self._token = token
+        self._lock = threading.Lock()
+
+    def __missing__(self, address: str) -> grpc.Channel:
+        with self._lock:
+            if address not in self:
+                self[address] = channel(address, self._token)
+            return self[address]
+
+    def keep(self, addresses: Collection[str]) -> None:
+        """Closes the channels to all others."""
+        with self._lock:
+            gone = [self.pop(address) for address in self.keys() - set(addresses)]
+        for each in gone:
+            each.close()
 
 
 def is_loopback(host: str) -> bool:

@@ -23,12 +23,6 @@ _TOO_LARGE = re.compile(r"(?:SERVER: Received|CLIENT: Sent) message larger than 
 _INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
 _ADMIN = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
 
-_STATUS_DETAILS = "grpc-status-details-bin"
-"""Trailing metadata of each status that a gateway sends; a status without it was made by gRPC."""
-
-_RETRY_PUSHBACK = "grpc-retry-pushback-ms"
-"""Trailing metadata: when the gateway wants to be asked again."""
-
 _RETRIES = {
     "methodConfig": [
         {
@@ -127,12 +121,12 @@ def addresses_of(given: str | Iterable[str]) -> tuple[str, ...]:
 
 def sent_by_gateway(error: grpc.RpcError) -> bool:
     """Whether a gateway sent this status; otherwise gRPC made it, or something between."""
-    return any(key == _STATUS_DETAILS for key, _ in error.trailing_metadata() or ())
+    return any(key == rpc.STATUS_DETAILS for key, _ in error.trailing_metadata() or ())
 
 
 def retry_after_s(error: grpc.RpcError) -> float | None:
     """When the gateway wants to be asked again; None if it did not say; infinity: never."""
-    told = dict(error.trailing_metadata() or ()).get(_RETRY_PUSHBACK)
+    told = dict(error.trailing_metadata() or ()).get(rpc.RETRY_PUSHBACK)
     if told is None:
         return None
     return int(told) / 1e3 if told.isdecimal() else math.inf

@@ -18,12 +18,7 @@ from farshore import rpc
 from farshore.errors import FarshoreError
 from farshore.gateway.requests.request import Failure, RequestFailed
 
-DETAILS = "grpc-status-details-bin"
-"""Trailing metadata with the serialised Status."""
-
 DOMAIN = "farshore"
-RETRY_PUSHBACK = "grpc-retry-pushback-ms"
-"""Trailing metadata: gRPC clients with a retry policy wait this long."""
 
 _logger = logging.getLogger(__name__)
 _RETRYABLE = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED}
@@ -63,8 +58,8 @@ def status_of(failure: Failure, *, retry_after_ms: int) -> Status:
 def trailing_of(failure: Failure, *, retry_after_ms: int) -> Trailing:
     """The trailing metadata of a call that ends with ``failure``: its own, a retry hint and the details."""
     status = status_of(failure, retry_after_ms=retry_after_ms)
-    hint: Trailing = ((RETRY_PUSHBACK, str(retry_after_ms)),) if _is_retryable(failure) else ()
-    return (*failure.trailing, *hint, (DETAILS, status.SerializeToString()))
+    hint: Trailing = ((rpc.RETRY_PUSHBACK, str(retry_after_ms)),) if _is_retryable(failure) else ()
+    return (*failure.trailing, *hint, (rpc.STATUS_DETAILS, status.SerializeToString()))
 
 
 def _is_retryable(failure: Failure) -> bool:
