@@ -7,14 +7,12 @@ import threading
 import pytest
 
 from farshore.errors import FarshoreError, ModelError
-from farshore.ids import WorkerId
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
-from farshore.model_spec import ModelSpec
-from farshore.workers.dense import DenseConfig, DenseWorker
+from farshore.workers.dense import DenseWorker
 from farshore.workers.ending import Ending
-from farshore.workers.engine.admission import EngineLimits
 
 from ..waiting import until
+from .in_process import dense_config
 
 DEADLINE_S = 60.0
 
@@ -25,21 +23,9 @@ class Dense:
     def __init__(self, folder):
         self.directory = EmbeddedDirectory()
         self.failed = threading.Semaphore(0)
-        config = DenseConfig(
-            token=None,
-            worker=WorkerId("dense-0-aa"),
-            slot="dense-0",
-            spec=ModelSpec(model=str(folder)),
-            dtype="float32",
-            kv_format="float32",
-            kv_memory_bytes=64 << 20,
-            offload=False,
-            shard_by="range",
-            listen="127.0.0.1:0",
-            threads=1,
-            limits=EngineLimits(),
+        self.worker = DenseWorker(
+            dense_config(folder), self.directory, host="127.0.0.1", on_failed=self.failed.release
         )
-        self.worker = DenseWorker(config, self.directory, host="127.0.0.1", on_failed=self.failed.release)
 
     def record(self):
         (record,) = self.directory.listing().workers

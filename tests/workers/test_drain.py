@@ -14,27 +14,24 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from farshore.attention_offload.base import AttentionModel
 from farshore.attention_offload.client.remote import RemoteClient
-from farshore.ids import Epoch, SequenceId, WorkerId
+from farshore.ids import Epoch, SequenceId
 from farshore.kernels.base import AttentionSpec, KVLayout
 from farshore.kernels.formats import KVFormat
 from farshore.kernels.runtime.deferring import DeferringRuntime
 from farshore.kvstore.base import SpanKey
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
 from farshore.kvstore.store.store import LocalStore
-from farshore.model_spec import ModelSpec
 from farshore.proto import admin_pb2 as admin
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 from farshore.proto import inference_pb2 as api
-from farshore.workers.attention import AttentionWorker
-from farshore.workers.dense import DenseConfig, DenseWorker
+from farshore.workers.dense import DenseWorker
 from farshore.workers.ending import Ending
-from farshore.workers.engine.admission import EngineLimits
 
 from ..waiting import until
+from .in_process import DENSE, attention_worker, dense_config
 
 DEADLINE_S = 60.0
-WORKER = WorkerId("dense-0-aa")
 HEALTH = health_pb2.HealthCheckResponse
 LONG = 1900
 SPEC = AttentionSpec(q_heads=2, k_heads=1, v_heads=1, k_dim=8, v_dim=8, scale=1.0)
@@ -46,21 +43,7 @@ class Dense:
 
     def __init__(self, folder):
         self.directory = EmbeddedDirectory()
-        config = DenseConfig(
-            token=None,
-            worker=WORKER,
-            slot="dense-0",
-            spec=ModelSpec(model=str(folder)),
-            dtype="float32",
-            kv_format="float32",
-            kv_memory_bytes=64 << 20,
-            offload=False,
-            shard_by="range",
-            listen="127.0.0.1:0",
-            threads=1,
-            limits=EngineLimits(),
-        )
-        self.worker = DenseWorker(config, self.directory, host="127.0.0.1")
+        self.worker = DenseWorker(dense_config(folder), self.directory, host="127.0.0.1")
         self.worker.run()
         until(lambda: self.state() == "serving", "it is not listed")
         (record,) = self.directory.listing().workers
@@ -133,7 +116,7 @@ def test_what_is_left_after_the_drain_fails_and_says_what_to_do(dense):
 
 def test_the_directory_drains_a_dense_worker_and_opens_it_again(dense):
     stream = dense.running("a", LONG)
-    dense.directory.close([], draining=[WORKER])
+    dense.directory.close([], draining=[DENSE])
     until(lambda: dense.health() == HEALTH.NOT_SERVING, "health says nothing of the drain")
     assert "is draining" in refused(dense.generate("b", 1))
     assert dense.state() == "serving" and not dense.ended.is_set()
@@ -159,15 +142,7 @@ def client_of(address):
 
 def test_an_attention_worker_drains_until_no_sequence_holds_a_span():
     directory = EmbeddedDirectory()
-    worker = AttentionWorker(
-        token=None,
-        worker=WorkerId("attention-0-aa"),
-        kv_memory_bytes=8 << 20,
-        listen="127.0.0.1:0",
-        threads=1,
-        slot="attention-0",
-        directory=directory,
-    )
+    worker = attention_worker(directory)
     ended = threading.Event()
     ending = Ending(worker, then=lambda code: ended.set())
     with client_of(worker.address()) as client, grpc.insecure_channel(worker.address()) as channel:
@@ -196,16 +171,7 @@ def test_an_attention_worker_whose_device_fails_is_not_ready(monkeypatch):
     monkeypatch.setattr("farshore.workers.attention.LocalStore", on_a_device)
     monkeypatch.setattr("farshore.attention_offload.shard.engine_holds.TICK_S", 0.01)
     directory, failed = EmbeddedDirectory(), []
-    worker = AttentionWorker(
-        token=None,
-        worker=WorkerId("attention-0-aa"),
-        kv_memory_bytes=8 << 20,
-        listen="127.0.0.1:0",
-        threads=1,
-        slot="attention-0",
-        directory=directory,
-        on_failed=lambda: failed.append(None),
-    )
+    worker = attention_worker(directory, on_failed=lambda: failed.append(None))
     with grpc.insecure_channel(worker.address()) as channel:
         check = health_pb2.HealthCheckRequest(service="farshore.attention.v1.Attention")
         health = health_pb2_grpc.HealthStub(channel)

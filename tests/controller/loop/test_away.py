@@ -2,7 +2,6 @@
 
 import pytest
 
-from farshore import rpc
 from farshore.controller.events import Events
 from farshore.controller.probes import WorkerProbes
 from farshore.errors import TransportError
@@ -33,17 +32,8 @@ class Directory(EmbeddedDirectory):
 
 
 @pytest.fixture
-def engine():
-    made = Engine()
-    server, made.address = rpc.serve(
-        lambda server: pb_grpc.add_EngineServicer_to_server(made, server),
-        service=pb.DESCRIPTOR.services_by_name["Engine"].full_name,
-        listen="127.0.0.1:0",
-        threads=2,
-        token=None,
-    )
-    yield made
-    server.stop(0).wait()
+def engine(serve_engine):
+    return serve_engine(Engine(), threads=2)
 
 
 def test_the_last_known_engines_are_asked(engine, monkeypatch):

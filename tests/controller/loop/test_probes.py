@@ -38,19 +38,11 @@ class Engine(pb_grpc.EngineServicer):
 
 
 @pytest.fixture
-def engine():
+def engine(serve_engine):
     """An engine with one call slot."""
-    made = Engine()
-    server, made.address = rpc.serve(
-        lambda server: pb_grpc.add_EngineServicer_to_server(made, server),
-        service=pb.DESCRIPTOR.services_by_name["Engine"].full_name,
-        listen="127.0.0.1:0",
-        threads=1,
-        token=None,
-    )
+    made = serve_engine(Engine(), threads=1)
     yield made
     made.is_free.set()
-    server.stop(0).wait()
 
 
 @pytest.fixture
