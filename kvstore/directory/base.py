@@ -170,8 +170,9 @@ class DurableDirectory(Directory, Protocol):
         """What was stored last; None if nothing was, or if it was lost."""
 
     def store_state(self, state: Mapping[str, Any]) -> None:
-        """Stores an object of JSON that does not expire. As durable as the directory's own storage is; while
-        the list is not settled, :meth:`listing` stores it again."""
+        """Stores an object of JSON that does not expire. As durable as the directory's own storage is: where
+        it was lost, or is older, :meth:`listing` stores it again. If this raises an error, the state before
+        counts, and is stored again likewise."""
 
     def publish(self, event: ClusterEvent) -> None:
         """Adds an event. Ignores one whose number is not above those of all others."""

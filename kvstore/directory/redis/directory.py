@@ -9,11 +9,11 @@ import json
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from google.protobuf.message import DecodeError
 
-from farshore.errors import InvalidRequest
+from farshore.errors import FarshoreError, InvalidRequest
 from farshore.ids import WorkerId
 from farshore.kvstore.directory import codec
 from farshore.kvstore.directory.base import (
@@ -39,6 +39,11 @@ PIECE_HASHES = 1_024
 """As PIECE_BLOCKS, of a look-up."""
 
 
+class _State(NamedTuple):
+    text: str | bytes
+    revision: int
+
+
 class RedisDirectory:
     """A :class:`~farshore.kvstore.directory.base.DurableDirectory`. ``lease_s``: shorter in tests."""
 
@@ -56,7 +61,8 @@ class RedisDirectory:
         self._client = RedisClient(address)
         self._renew = self._client.script(scripts.RENEW)
         self._withdraw = self._client.script(scripts.WITHDRAW)
-        self._store = self._client.script(scripts.STORE)
+        self._mark = self._client.script(scripts.MARK)
+        self._store_state = self._client.script(scripts.STORE_STATE)
         self._list = self._client.script(scripts.LIST)
         self._claim = self._client.script(scripts.CLAIM)
         self._announce = self._client.script(scripts.ANNOUNCE)
@@ -65,7 +71,8 @@ class RedisDirectory:
         self._lock = threading.Lock()
         self._listed_s: float | None = None
         self._settles_s = clock()
-        self._state: str | bytes | None = None
+        self._storing = threading.Lock()
+        self._state: _State | None = None
         """The desired state, if this client stored or loaded it."""
 
     def renew(self, record: WorkerRecord) -> None:
@@ -77,16 +84,17 @@ class RedisDirectory:
 
     def close(self, workers: Collection[WorkerId], *, draining: Collection[WorkerId] = ()) -> None:
         marks = json.dumps({"closed": sorted({*workers, *draining}), "draining": sorted(draining)})
-        self._run(self._store, "marks", marks)
+        self._run(self._mark, marks)
 
     def listing(self) -> Listing:
-        settled, marks, messages = self._run(
+        settled, marks, messages, revision = self._run(
             self._list, self._lease_ms, round(self._settle_s * 1000), scripts.KEEP_MS
         )
         records = codec.records_from_pb(_parsed(messages))
-        if not settled and self._state is not None:
-            # Redis may have started empty, or with an old copy.
-            self._run(self._store, "state", self._state)
+        state = self._state
+        if state is not None and state.revision > revision:
+            # Redis started empty or with an old copy, or a replica took over that lacks the last writes.
+            self._run(self._store_state, state.text, state.revision)
         known = frozenset(record.worker for record in records)
         marked = json.loads(marks) if marks else {"closed": (), "draining": ()}
         return Listing(
@@ -138,14 +146,26 @@ class RedisDirectory:
         self._run(self._claim, scripts.KEEP_MS)
 
     def load_state(self) -> dict[str, Any] | None:
-        stored = self._client.call(lambda redis: redis.get(self._key("state")))
-        self._state = stored
-        return (json.loads(stored) if stored else None) or None
+        keys = [self._key("state"), self._key("revision")]
+        text, revision = self._client.call(lambda redis: redis.mget(keys))
+        self._state = None if text is None else _State(text, int(revision or 0))
+        return (json.loads(text) if text else None) or None
 
     def store_state(self, state: Mapping[str, Any]) -> None:
         text = json.dumps(state)
-        self._run(self._store, "state", text)
-        self._state = text
+        with self._storing:
+            before = self._state
+            # By the time, so that a number is above those of states that Redis lost, too.
+            revision = max(before.revision + 1 if before else 1, round(time.time() * 1000))
+            try:
+                while (stored := self._run(self._store_state, text, revision)) > revision:
+                    revision = stored + 1
+            except FarshoreError:
+                if before is not None:
+                    # A Redis that hangs may run this call later: the state before is to outlast it.
+                    self._state = before._replace(revision=revision + 1)
+                raise
+            self._state = _State(text, revision)
 
     def publish(self, event: ClusterEvent) -> None:
         named = event._asdict() | {"unix_s": repr(event.unix_s)}

@@ -11,6 +11,7 @@ Used by ``directory``. Each script has one key argument, the prefix of all keys 
 ``clock``          hash     when the workers were listed last, and from when on the list is settled
 ``marks``          string   the closed and the draining workers; stays
 ``state``          string   the desired state; stays
+``revision``       string   the state's number, which rises with each change; stays
 ``events``         stream   the newest events; expires after EVENTS_MS
 =================  =======  ====================================================================
 
@@ -61,13 +62,24 @@ WITHDRAW = """#!lua flags=allow-oom
 redis.call('UNLINK', KEYS[1] .. 'lease:' .. ARGV[1], KEYS[1] .. 'known:' .. ARGV[1])
 """
 
-STORE = """#!lua flags=allow-oom
-redis.call('SET', KEYS[1] .. ARGV[1], ARGV[2])
+MARK = """#!lua flags=allow-oom
+redis.call('SET', KEYS[1] .. 'marks', ARGV[1])
+"""
+
+STORE_STATE = """#!lua flags=allow-oom
+-- Stores the desired state, unless one with its number or a higher one is there. Returns the number that is
+-- there then.
+local state, revision = KEYS[1] .. 'state', KEYS[1] .. 'revision'
+local stored, new = tonumber(redis.call('GET', revision) or 0), tonumber(ARGV[2])
+if stored >= new then return stored end
+redis.call('SET', state, ARGV[1])
+redis.call('SET', revision, ARGV[2])
+return new
 """
 
 LIST = f"""#!lua flags=allow-oom
 {_DROP}
--- Returns: whether the list is settled, the marks, the records.
+-- Returns: whether the list is settled, the marks, the records, the desired state's number.
 local prefix, lease_ms, settle_ms, keep_ms = KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
 local room = {SWEEP_BLOCKS}
 local time = redis.call('TIME')
@@ -88,7 +100,8 @@ for _, worker in ipairs(redis.call('SMEMBERS', prefix .. 'workers')) do
     if room > 0 then redis.call('SREM', prefix .. 'workers', worker) end
   end
 end
-return {{now_ms >= settles_ms and 1 or 0, redis.call('GET', prefix .. 'marks'), records}}
+local revision = tonumber(redis.call('GET', prefix .. 'revision') or 0)
+return {{now_ms >= settles_ms and 1 or 0, redis.call('GET', prefix .. 'marks'), records, revision}}
 """
 
 CLAIM = """#!lua flags=allow-oom

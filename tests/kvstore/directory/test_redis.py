@@ -56,7 +56,7 @@ def test_every_key_expires_but_the_desired_state_and_the_marks(here):
     keys = [key.decode() for key in command(directory, "KEYS", "*")]
     assert all(key.startswith("farshore:{default}:") for key in keys)
     lasting = {key.rpartition(":")[2] for key in keys if command(directory, "PTTL", key) == -1}
-    assert lasting == {"state", "marks"}
+    assert lasting == {"state", "revision", "marks"}
     for record in (RECORD, OTHER):
         directory.withdraw(record.worker)
     directory.listing()
@@ -97,6 +97,47 @@ def test_the_desired_state_is_kept(here):
     state = {"counts": {"dense": 2, "attention": 3}, "draining": ["a"]}
     here.directory.store_state(state)
     assert here.other().load_state() == state
+
+
+def test_an_older_state_gives_way(here):
+    """As when a replica takes over at once, without the last writes: the list is settled meanwhile."""
+    directory = here.directory
+    directory.store_state({"a": 1})
+    keys = [f"farshore:{{default}}:{name}" for name in ("state", "revision")]
+    older = [(key, command(directory, "GET", key)) for key in keys]
+    directory.store_state({"a": 2})
+    late = here.other()
+    assert late.load_state() == {"a": 2}
+    for key, value in older:
+        command(directory, "SET", key, value)
+    assert directory.listing().settled
+    assert here.other().load_state() == {"a": 2}
+    directory.store_state({"a": 3})
+    # A client that knows an older state only does not bring that back.
+    late.listing()
+    assert directory.load_state() == {"a": 3}
+
+
+def test_the_last_to_store_a_state_wins(here):
+    """Also over one whose clock is ahead."""
+    directory, other = here.directory, here.other()
+    directory.store_state({"a": 1})
+    command(directory, "SET", "farshore:{default}:revision", round(time.time() * 1000) + 3_600_000)
+    other.store_state({"a": 2})
+    assert directory.load_state() == {"a": 2}
+    directory.store_state({"a": 3})
+    other.listing()
+    assert here.other().load_state() == {"a": 3}
+
+
+def test_a_state_without_a_number_is_read(here):
+    """As a version before stored it."""
+    directory = here.directory
+    command(directory, "SET", "farshore:{default}:state", '{"a": 1}')
+    assert directory.load_state() == {"a": 1}
+    directory.listing()
+    directory.store_state({"a": 2})
+    assert here.other().load_state() == {"a": 2}
 
 
 def test_the_newest_events_are_kept(here):

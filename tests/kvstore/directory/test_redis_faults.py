@@ -2,7 +2,6 @@
 
 import contextlib
 import shutil
-import socket
 import threading
 import time
 
@@ -13,6 +12,7 @@ from farshore.errors import TransportError
 from farshore.kvstore.directory.redis.address import RedisAddress
 from farshore.kvstore.directory.redis.directory import RedisDirectory
 
+from ...forwarder import Forwarder
 from .conftest import VALKEY, until
 from .test_conformance import OTHER, RECORD, announce, holders, names
 
@@ -145,54 +145,20 @@ def test_a_redis_that_hangs_misleads_no_new_client(cluster, binary, tmp_path):
         newcomer.disconnect()
 
 
-class Forwarder:
-    """A name that leads to one server now and to another later, as after a failover."""
-
-    def __init__(self, port):
-        self.port_of_server = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}"
-        self._open = []
-        self._thread = threading.Thread(target=self._accept)
-        self._thread.start()
-
-    def move(self, port):
-        """Leads new connections to ``port``, and breaks the others."""
-        self.port_of_server = port
-        for one in self._open:
-            with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-
-    def close(self):
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
-        self._listener.close()
-        self.move(0)
-        for one in self._open:
-            one.close()
-
-    def _accept(self):
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            try:
-                server = socket.create_connection(("127.0.0.1", self.port_of_server))
-            except OSError:
-                client.close()
-                continue
-            self._open += [client, server]
-            for source, target in ((client, server), (server, client)):
-                threading.Thread(target=_copy, args=(source, target), daemon=True).start()
-
-
-def _copy(source, target):
-    with contextlib.suppress(OSError):
-        while data := source.recv(1 << 16):
-            target.sendall(data)
-    with contextlib.suppress(OSError):
-        target.shutdown(socket.SHUT_RDWR)
+def test_a_state_that_could_not_be_stored_is_not_in_force_later(binary, tmp_path):
+    """A Redis that hangs has received it, and runs the call when it goes on."""
+    with RedisServer(binary, tmp_path) as server, contextlib.ExitStack() as ended:
+        directory, other = (RedisDirectory(RedisAddress.parse(server.url), lease_s=LEASE_S) for _ in range(2))
+        for each in (directory, other):
+            ended.callback(each.disconnect)
+        directory.store_state({"counts": {"dense": 1}})
+        server.freeze()
+        with pytest.raises(TransportError):
+            directory.store_state({"counts": {"dense": 2}})
+        server.thaw()
+        until(pause, lambda: other.load_state() == {"counts": {"dense": 2}})
+        directory.listing()
+        assert other.load_state() == {"counts": {"dense": 1}}
 
 
 @pytest.mark.heavy
@@ -201,7 +167,7 @@ def test_a_failover_to_a_replica(cluster, binary, tmp_path):
     with RedisServer(binary, tmp_path) as first, RedisServer(binary, tmp_path) as second:
         name = Forwarder(first.port)
         try:
-            watcher = cluster(name.url)
+            watcher = cluster(f"redis://{name.address}")
             watcher.directory.store_state({"counts": {"dense": 2}})
             client = {server: RedisDirectory(RedisAddress.parse(server.url)) for server in (first, second)}
             command(client[second], "REPLICAOF", "127.0.0.1", first.port)
