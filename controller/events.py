@@ -13,18 +13,24 @@ from collections.abc import Callable, Iterable
 from farshore.errors import FarshoreError
 from farshore.kvstore.directory.base import MOST_EVENTS, ClusterEvent
 
+REPEATED = 50
+"""A directory that was replaced may lack the newest events that were published."""
+
 _LOG = logging.getLogger(__name__)
 
 
 class Events:
     """Thread-safe. Keeps the newest MOST_EVENTS.
 
-    ``earlier``: those of the controller before. ``publish``: is given each event, in order. An event for
-    which it raises a FarshoreError is given again with the next one.
+    ``earlier``: those of the controller before. ``publish``: is given each new event, after REPEATED older
+    ones, in order. Events for which it raises a FarshoreError are given again with the next one.
     """
 
     def __init__(
-        self, earlier: Iterable[ClusterEvent] = (), *, publish: Callable[[ClusterEvent], None] | None = None
+        self,
+        earlier: Iterable[ClusterEvent] = (),
+        *,
+        publish: Callable[[list[ClusterEvent]], None] | None = None,
     ) -> None:
         self._changed = threading.Condition()
         self._events: deque[ClusterEvent] = deque(earlier, maxlen=MOST_EVENTS)
@@ -50,9 +56,11 @@ class Events:
         if self._publish is None:
             return
         with self._publishing:
+            events = self.since(self._published - REPEATED)
+            if events[-1].number == self._published:
+                return
             try:
-                for event in self.since(self._published):
-                    self._publish(event)
-                    self._published = event.number
+                self._publish(events)
+                self._published = events[-1].number
             except FarshoreError as error:
                 _LOG.debug("an event is not published: %s", error)

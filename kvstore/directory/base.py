@@ -174,8 +174,8 @@ class DurableDirectory(Directory, Protocol):
         it was lost, or is older, :meth:`listing` stores it again. If this raises an error, the state before
         counts, and is stored again likewise."""
 
-    def publish(self, event: ClusterEvent) -> None:
-        """Adds an event. Ignores one whose number is not above those of all others."""
+    def publish(self, events: Sequence[ClusterEvent]) -> None:
+        """Adds events, oldest first. Ignores those whose numbers are not above those of all that are kept."""
 
     def events(self, since: int = 0) -> list[ClusterEvent]:
         """The kept events with numbers above ``since``, oldest first."""

@@ -167,11 +167,13 @@ class RedisDirectory:
                 raise
             self._state = _State(text, revision)
 
-    def publish(self, event: ClusterEvent) -> None:
-        named = event._asdict() | {"unix_s": repr(event.unix_s)}
-        number = named.pop("number")
-        fields = [item for pair in named.items() for item in pair]
-        self._run(self._publish, number, MOST_EVENTS, scripts.EVENTS_MS, *fields)
+    def publish(self, events: Sequence[ClusterEvent]) -> None:
+        arguments: list[object] = []
+        for event in events:
+            named = event._asdict() | {"unix_s": repr(event.unix_s)}
+            arguments += [named.pop("number"), *(item for pair in named.items() for item in pair)]
+        fields = 2 * (len(ClusterEvent._fields) - 1)
+        self._run(self._publish, MOST_EVENTS, scripts.EVENTS_MS, fields, *arguments)
 
     def events(self, since: int = 0) -> list[ClusterEvent]:
         found = self._client.call(

@@ -162,9 +162,14 @@ return found
 """
 
 PUBLISH = """#!lua
-local key, number, most, keep_ms = KEYS[1] .. 'events', ARGV[1], ARGV[2], ARGV[3]
+-- Events, oldest first: of each its number, then `fields` names and values.
+local key, most, keep_ms, fields = KEYS[1] .. 'events', ARGV[1], ARGV[2], tonumber(ARGV[3])
 local newest = redis.call('XREVRANGE', key, '+', '-', 'COUNT', 1)[1]
-if newest and tonumber(number) <= tonumber(string.match(newest[1], '^%d+')) then return end
-redis.call('XADD', key, 'MAXLEN', most, number .. '-0', unpack(ARGV, 4))
+local known = newest and tonumber(string.match(newest[1], '^%d+')) or 0
+for at = 4, #ARGV, fields + 1 do
+  if tonumber(ARGV[at]) > known then
+    redis.call('XADD', key, 'MAXLEN', most, ARGV[at] .. '-0', unpack(ARGV, at + 1, at + fields))
+  end
+end
 redis.call('PEXPIRE', key, keep_ms)
 """

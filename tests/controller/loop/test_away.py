@@ -2,7 +2,7 @@
 
 import pytest
 
-from farshore.controller.events import Events
+from farshore.controller.events import REPEATED, Events
 from farshore.controller.probes import WorkerProbes
 from farshore.errors import TransportError
 from farshore.ids import WorkerId
@@ -88,10 +88,10 @@ def test_a_restarted_controller_continues_the_earlier_events():
 def test_events_that_could_not_be_published_follow_later():
     published, away = [], True
 
-    def publish(event):
+    def publish(events):
         if away:
             raise TransportError("redis does not answer")
-        published.append(event)
+        published.append(events)
 
     earlier = Events()
     earlier.add("started", "a")
@@ -101,4 +101,13 @@ def test_events_that_could_not_be_published_follow_later():
     assert [event.subject for event in events.since(0)] == ["a", "b", "c"] and not published
     away = False
     events.add("joined", "d")
-    assert published == events.since(1)
+    assert published == [events.since(0)]
+
+
+def test_the_newest_events_are_published_again_with_each_new_one():
+    """A replica that took over may lack them."""
+    published = []
+    events = Events(publish=published.append)
+    for number in range(1, REPEATED + 3):
+        events.add("lost", str(number))
+        assert published[-1] == events.since(0)[-REPEATED - 1 :]

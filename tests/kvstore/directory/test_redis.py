@@ -51,7 +51,7 @@ def test_every_key_expires_but_the_desired_state_and_the_marks(here):
     announce(directory, RECORD, 1, 2, removed=[1 << 200], added=[2 << 200])
     directory.close([RECORD.worker])
     directory.store_state({"counts": {"dense": 1}})
-    directory.publish(event(1))
+    directory.publish([event(1)])
     directory.listing()
     keys = [key.decode() for key in command(directory, "KEYS", "*")]
     assert all(key.startswith("farshore:{default}:") for key in keys)
@@ -143,12 +143,12 @@ def test_a_state_without_a_number_is_read(here):
 def test_the_newest_events_are_kept(here):
     directory = here.directory
     assert directory.events() == []
-    for number in (3, 4, 4, 2):
-        directory.publish(event(number))
+    for numbers in ([3], [3, 4], [4, 2]):
+        directory.publish([event(number) for number in numbers])
     assert directory.events() == [event(3), event(4)]
     assert directory.events(3) == [event(4)]
     for number in range(5, MOST_EVENTS + 10):
-        directory.publish(event(number))
+        directory.publish([event(number)])
     assert [kept.number for kept in directory.events()] == list(range(10, MOST_EVENTS + 10))
 
 
@@ -260,7 +260,7 @@ def test_tls_certificates_and_a_user_with_few_rights(secured, tmp_path):
     assert announce(directory, RECORD, 0, 1, added=[1 << 200]) == 1
     assert holders(directory, 1 << 200) == [{RECORD.worker}]
     directory.store_state({"a": 1})
-    directory.publish(event(1))
+    directory.publish([event(1)])
     assert directory.load_state() == {"a": 1} and directory.events() == [event(1)]
     assert directory.listing().closed == {RECORD.worker}
     directory.withdraw(RECORD.worker)
