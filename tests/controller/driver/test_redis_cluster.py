@@ -1,4 +1,5 @@
-"""A whole cluster with its directory in Redis, which hangs, restarts empty, and outlives the controller."""
+"""A whole cluster with its directory in Redis or Valkey, which hangs, restarts empty, is replaced by its
+replica, and outlives the controller."""
 
 import contextlib
 import os
@@ -8,6 +9,7 @@ import time
 from functools import partial
 
 import pytest
+import redis as redis_py
 
 from farshore.benchmarks.engines.redis_server import RedisServer
 from farshore.client.sdk import Client
@@ -15,6 +17,7 @@ from farshore.errors import FarshoreError
 from farshore.kvstore.directory.base import LEASE_S
 from farshore.kvstore.directory.connect import open_redis
 
+from ...forwarder import Forwarder
 from .. import running
 from ..running import processes
 
@@ -60,18 +63,29 @@ def workers(client):
     return {worker.worker_id: worker.process_id for worker in client.status().workers}
 
 
-def controllers(server, but):
-    return [pid for pid in processes(server, "ray::(controller:)?ControllerActor") if pid not in but]
+def replace_controller(server, but):
+    """Kills the controller and waits for the next one. ``but``: other processes that may look like it."""
+
+    def controllers():
+        return [pid for pid in processes(server, "ray::(controller:)?ControllerActor") if pid not in but]
+
+    (controller,) = controllers()
+    os.kill(controller, signal.SIGKILL)
+    until(lambda: controllers() not in ([], [controller]), "no new controller")
 
 
-HANGS_S = [pytest.param(3 * LEASE_S, marks=pytest.mark.heavy), pytest.param(30.0, marks=pytest.mark.soak)]
-
-
-@pytest.mark.parametrize("hang_s", HANGS_S)
-def test_a_cluster_outlasts_its_redis(serve, server_binary, tmp_path, hang_s):
+@pytest.mark.parametrize(
+    ("program", "hang_s"),
+    [
+        pytest.param("redis", 3 * LEASE_S, marks=pytest.mark.heavy),
+        pytest.param("redis", 30.0, marks=pytest.mark.soak),
+        pytest.param("valkey", 30.0, marks=pytest.mark.soak),
+    ],
+)
+def test_a_cluster_outlasts_its_redis(serve, server_binary, tmp_path, program, hang_s):
     password = tmp_path / "password"
     password.write_text("a secret")
-    redis = RedisServer(server_binary("redis"), tmp_path, "--requirepass", "a secret")
+    redis = RedisServer(server_binary(program), tmp_path, "--requirepass", "a secret")
     with redis:
         options = ("--redis-url", redis.url, "--redis-password-file", str(password))
         server, address = serve(*SMALL, *options)
@@ -103,16 +117,110 @@ def test_a_cluster_outlasts_its_redis(serve, server_binary, tmp_path, hang_s):
             assert not {kind for kind, _ in events(client)} & {"lost", "killed", "replaced", "retired"}
 
             before = workers(client).values()
-            (controller,) = controllers(server, before)
             redis.freeze()
-            os.kill(controller, signal.SIGKILL)
-            until(lambda: controllers(server, before) not in ([], [controller]), "no new controller")
+            replace_controller(server, before)
             requests.await_new(1)
             redis.thaw()
             assert until(stored.load_state, "no state")["counts"] == {"dense": 1, "attention": 2}
             assert len(until(lambda: workers(client), "no status")) == 3
             kinds = [kind for kind, _ in until(lambda: events(client), "no events")]
             assert "scaled" in kinds and "lost" not in kinds
+        assert not requests.failures and len(set(requests.answers)) == 1
+        assert server.end(signal.SIGTERM) == 0
+        assert stored.listing().workers == ()
+        stored.disconnect()
+
+
+class Replicated:
+    """A primary, and a replica that can take its place, behind one address."""
+
+    def __init__(self, binary, folder):
+        self.primary, self.replica = RedisServer(binary, folder), RedisServer(binary, folder)
+        self.primary.start()
+        self._forwarder = Forwarder(self.primary.port)
+        self.url = f"redis://{self._forwarder.address}"
+        self.follow()
+
+    def follow(self):
+        """Starts the replica, as one of the primary, and waits until it has all that is there."""
+        self.replica.kill()
+        self.replica.start("--replicaof", "127.0.0.1", str(self.primary.port))
+        until(lambda: ask(self.replica, "ROLE")[3] == b"connected", "the replica does not follow")
+
+    def promote(self):
+        """Ends replication: from now on the replica lacks what is written, until it takes the place."""
+        ask(self.replica, "REPLICAOF", "NO", "ONE")
+
+    def switch(self):
+        self.primary, self.replica = self.replica, self.primary
+        self._forwarder.move(self.primary.port)
+
+    def close(self):
+        self._forwarder.close()
+        self.primary.kill()
+        self.replica.kill()
+
+
+def ask(server, *words):
+    with redis_py.Redis(port=server.port) as client:
+        return client.execute_command(*words)
+
+
+def announced(server):
+    """Names of the blocks that workers have announced."""
+    return set(ask(server, "HKEYS", "farshore:{default}:holders"))
+
+
+def seal(client, name):
+    """Runs a request with a prompt of some blocks of its own."""
+    story = " ".join(f"On day {day} the keeper of {name} saw {day * 13 % 50} ships." for day in range(40))
+    assert any(hasattr(event, "text") for event in client.generate(story, max_tokens=2))
+
+
+@pytest.mark.parametrize(
+    "program",
+    [pytest.param("valkey", marks=pytest.mark.heavy), pytest.param("redis", marks=pytest.mark.soak)],
+)
+def test_a_cluster_outlasts_failovers(serve, server_binary, tmp_path, program):
+    """The first primary hangs, the second one is killed. Neither had replicated its last writes."""
+    with contextlib.closing(Replicated(server_binary(program), tmp_path)) as pair:
+        server, address = serve(*SMALL, "--redis-url", pair.url)
+        stored = open_redis(pair.url)
+        requests = Requests(address)
+        with contextlib.closing(requests), Client(address) as client:
+            began = workers(client)
+            requests.await_new(1)
+            seal(client, "Farshore")
+            until(lambda: announced(pair.replica), "nothing is announced, or not replicated")
+
+            pair.promote()
+            seal(client, "Nearshore")
+            until(lambda: announced(pair.primary) > announced(pair.replica), "nothing more is announced")
+            names = sorted(announced(pair.primary))
+            pair.primary.freeze()
+            server.err.await_match(r"directory unreachable: redis://127.0.0.1:\d+/0 does not answer")
+            requests.await_new(1)
+            pair.switch()
+            until(lambda: ("answers", "directory") in events(client), "the directory was not reached again")
+            until(lambda: all(stored.find_prefix(names)), "not all is announced again")
+            requests.await_new(1)
+            until(lambda: stored.listing().settled, "the list does not settle")
+
+            # This time no list is unsettled.
+            pair.follow()
+            pair.promote()
+            assert client.scale(attention=2) == {"dense": 1, "attention": 2}
+            pair.primary.kill()
+            pair.switch()
+            until(lambda: stored.load_state()["counts"]["attention"] == 2, "the new number is lost")
+            until(lambda: "scaled" in [event.kind for event in stored.events()], "an event is lost")
+            assert all(stored.find_prefix(names))
+            replace_controller(server, began.values())
+            until(lambda: len(workers(client)) == 3, "no further worker")
+            requests.await_new(1)
+            assert began.items() <= workers(client).items()
+            kinds = [kind for kind, _ in events(client)]
+            assert "scaled" in kinds and not {"lost", "killed", "replaced", "retired"} & set(kinds)
         assert not requests.failures and len(set(requests.answers)) == 1
         assert server.end(signal.SIGTERM) == 0
         assert stored.listing().workers == ()
