@@ -54,6 +54,17 @@ def test_workers_are_drained_and_replaced_and_requests_go_on(marked, serve):
         # Not the drained one, which takes requests until it is told.
         until(lambda: dense.worker_id not in workers_of(client, "dense"), "not replaced")
         until(lambda: answer(client) == ANSWER, "no engine answers")
+
+        # As does a signal to its process.
+        (dense,) = workers_of(client, "dense").values()
+        stream = client.generate("One", max_tokens=60, temperature=0, ignore_eos=True)
+        next(event for event in stream if isinstance(event, Token))
+        os.kill(dense.process_id, signal.SIGTERM)
+        assert isinstance(list(stream)[-1], Finished)
+        until(lambda: _kinds(client, dense.worker_id)[-1] == "retired", "not retired")
+        assert "lost" not in _kinds(client, dense.worker_id)
+        until(lambda: answer(client) == ANSWER, "no engine answers")
+
         (dense,) = workers_of(client, "dense").values()
         stream = client.generate("One", max_tokens=2000, temperature=0, ignore_eos=True)
         next(event for event in stream if isinstance(event, Token))

@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from farshore import rpc
 from farshore.client.events import Finished, Token
 from farshore.client.sdk import Client
 from farshore.cluster_token import ClusterToken
@@ -99,8 +101,10 @@ def test_without_its_controller_the_cluster_goes_on_and_a_new_one_starts_nothing
 
 
 @pytest.mark.heavy
-def test_operators_scale_watch_and_end_a_cluster(marked, serve):
-    server, address = serve("--kv-memory", "64MiB", "--attention-workers", "1")
+def test_operators_scale_watch_and_end_a_cluster(marked, serve, tmp_path):
+    token = ClusterToken.make(tmp_path / "token")
+    options = ("--kv-memory", "64MiB", "--attention-workers", "1", "--token-file", str(tmp_path / "token"))
+    server, address = serve(*options)
     with Client(address) as client:
         done = marked.run("scale", "--server", address, "attention=2")
         assert (done.returncode, done.stdout) == (0, "dense=1 attention=2\n"), done.stderr
@@ -113,7 +117,13 @@ def test_operators_scale_watch_and_end_a_cluster(marked, serve):
     # A worker leaves the status when it has drained, and retires when its process has ended.
     shown = until(lambda: _shown_once("retired   attention-1", marked, address), "not told as retired")
     assert "joined    attention-1-" in shown
-    assert marked.run("down", "--server", address).returncode == 0
+    with rpc.channel(server.out.await_match(r"  controller +(\S+)")[1], token) as channel:
+        request = health_pb2.HealthCheckRequest()
+        health = health_pb2_grpc.HealthStub(channel).Watch(request, timeout=END_DEADLINE_S)
+        assert next(health).status == health_pb2.HealthCheckResponse.SERVING
+        assert marked.run("down", "--server", address).returncode == 0
+        # Before the controller ends, and with it this stream.
+        assert next(health).status == health_pb2.HealthCheckResponse.NOT_SERVING
     assert server.process.wait(END_DEADLINE_S) == 0
 
 
