@@ -147,7 +147,9 @@ class Host:
         )
 
     def pid(self, process: "subprocess.Popen[str]") -> int:
-        """This machine's id of a command that :meth:`popen` started and that runs."""
+        """This machine's id of a command that :meth:`popen` started and that runs, once `nsenter` has forked
+        it."""
+        _await(lambda: bool(_children(process.pid)) or process.poll() is not None)
         (pid,) = _children(process.pid)
         return pid
 

@@ -24,7 +24,8 @@ VERBS = {
     ("networking.k8s.io", "networkpolicies"): _KEEP,
     ("policy", "poddisruptionbudgets"): _KEEP,
     ("ray.io", "rayclusters"): _KEEP,
-    ("", "pods"): ("get", "list"),
+    # `helm test` makes a pod, waits for it and replaces it.
+    ("", "pods"): ("get", "list", "watch", "create", "delete"),
     ("", "pods/log"): ("get",),
     ("", "pods/portforward"): ("create",),
     ("", "persistentvolumeclaims"): ("get",),

@@ -84,6 +84,35 @@ def test_a_made_password_is_kept_and_a_given_secret_is_not_touched(helm, server)
     assert not any(plural == "secrets" for plural, _ in ours(server))
 
 
+def test_a_cluster_in_redis_is_not_left_with_a_finalizer_that_nothing_removes(helm, server, helm_failed):
+    """KubeRay removes its finalizer only of a RayCluster that has gcsFaultToleranceOptions."""
+    image = {"image": {"repository": "x"}}
+    bundled = image | {"redis": {"mode": "bundled"}}
+    helm("install", values=bundled)
+    running = server.objects[("rayclusters", "demo-farshore")]
+    running["metadata"]["finalizers"] = ["ray.io/gcs-ft-redis-cleanup-finalizer"]
+    before = ours(server)
+    with pytest.raises(helm_failed, match="kubectl -n llm delete raycluster demo-farshore"):
+        helm("upgrade", values=image)
+    assert ours(server) == before
+    helm("upgrade", values=bundled)
+    # As that command does.
+    del server.objects[("rayclusters", "demo-farshore")]
+    helm("upgrade", values=image)
+    assert "gcsFaultToleranceOptions" not in cluster(server)
+
+
+def test_helm_removes_the_cluster_after_what_its_last_job_would_need(helm, server):
+    """Why docs/kubernetes.md has the RayCluster deleted first: KubeRay's Job, which cleans Redis, has the
+    head's ServiceAccount, Secrets and volumes."""
+    helm("install", values={"image": {"repository": "x"}, "redis": {"mode": "bundled"}})
+    server.writes.clear()
+    helm("uninstall")
+    removed = [plural for verb, plural, name in server.writes if verb == "DELETE" and "helm" not in name]
+    assert removed[-1] == "rayclusters"
+    assert {"serviceaccounts", "secrets", "configmaps"} <= set(removed)
+
+
 def test_the_stand_in_refuses_a_changed_selector(helm, server, helm_failed):
     image = {"image": {"repository": "x"}}
     helm("install", values=image)

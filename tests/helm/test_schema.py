@@ -52,6 +52,30 @@ REFUSED = [
     ({"spec": {"drainTimeout": 101}}, "dense.terminationGracePeriodSeconds"),
     ({"spec": {"drainTimeout": 100}, "attention": {"terminationGracePeriodSeconds": 119}}, "attention.term"),
     ({"gateway": {"drainTimeout": 85}}, "gateway.terminationGracePeriodSeconds"),
+    ({"gateway": {"autoscaling": {"enabled": True, "minReplicas": 7}}}, "gateway.autoscaling.minReplicas"),
+    # Kubernetes, or KubeRay, would refuse these only when pods are made.
+    ({"attention": {"resources": {"limits": {"memory": "2Gi"}}}}, "attention.resources.requests.memory"),
+    ({"head": {"resources": {"limits": {"cpu": "400m"}}}}, "head.resources.requests.cpu: 500m"),
+    ({"dense": {"resources": {"limits": {"cpu": 1}}}}, "dense.resources.requests.cpu: 2"),
+    ({"gateway": {"resources": {"requests": {"memory": "1025Mi"}}}}, "gateway.resources.requests.memory"),
+    ({"launcher": {"resources": {"requests": {"memory": "2Gi"}}}}, "launcher.resources.requests.memory"),
+    ({"initResources": {"requests": {"memory": "2Gi"}}}, "initResources.requests.memory"),
+    (
+        {"redis": {"bundled": {"resources": {"requests": {"memory": "2Gi"}}}}},
+        "redis.bundled.resources.requests",
+    ),
+    ({"ray": {"ports": {"metrics": 6379}}}, "6379 is already ray.ports.gcs"),
+    ({"ray": {"ports": {"dashboard": 50052}}}, "50052 is already launcher.controllerPort"),
+    ({"ray": {"ports": {"client": 10998}}}, "ray.ports.client: 10998 is one of ray.ports.rayWorkers"),
+    ({"ray": {"ports": {"workers": {"low": 30000}}}}, "ray.ports.workers: low, 30000, is more than high"),
+    (
+        {"ray": {"ports": {"workers": {"low": 10999}}}},
+        "ray.ports.workers: it has ports of ray.ports.rayWorkers",
+    ),
+    ({"commonLabels": {"team": "a b"}}, "/commonLabels/team"),
+    # KubeRay's Service of the head selects by its own.
+    ({"commonLabels": {"app.kubernetes.io/created-by": "us"}}, "app.kubernetes.io/created-by"),
+    ({"dense": {"gpu": None}}, "gpu"),
 ]
 
 

@@ -32,14 +32,14 @@ app.kubernetes.io/component: {{ index . 1 }}
 {{- $selector := include "farshore.selectorLabels" . | fromYaml -}}
 {{- $root := index . 0 -}}
 {{- $part := dict "app.kubernetes.io/part-of" "farshore" -}}
-{{- toYaml (merge $selector $part $root.Values.commonLabels) -}}
+{{- toYaml (merge $selector $part ($root.Values.commonLabels | default dict)) -}}
 {{- end }}
 
 {{/* The labels of objects. */}}
 {{- define "farshore.labels" -}}
 {{- $root := index . 0 -}}
 {{- $version := dict
-  "app.kubernetes.io/version" (default $root.Chart.AppVersion $root.Values.image.tag | trunc 63 | trimSuffix "-")
+  "app.kubernetes.io/version" (default $root.Chart.AppVersion $root.Values.image.tag | trunc 63 | regexFind "[A-Za-z0-9](.*[A-Za-z0-9])?")
   "app.kubernetes.io/managed-by" $root.Release.Service
   "helm.sh/chart" (printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" | trunc 63) -}}
 {{- toYaml (merge (include "farshore.podLabels" . | fromYaml) $version) -}}

@@ -46,9 +46,9 @@ imagePullSecrets:
 
 {{- define "farshore.podSecurity" -}}
 runAsNonRoot: true
-runAsUser: {{ .Values.security.runAsUser }}
-runAsGroup: {{ .Values.security.runAsGroup }}
-fsGroup: {{ .Values.security.runAsGroup }}
+runAsUser: {{ .Values.security.runAsUser | int64 }}
+runAsGroup: {{ .Values.security.runAsGroup | int64 }}
+fsGroup: {{ .Values.security.runAsGroup | int64 }}
 fsGroupChangePolicy: OnRootMismatch
 seccompProfile:
   type: RuntimeDefault
@@ -61,9 +61,9 @@ capabilities:
   drop: [ALL]
 {{- end }}
 
-{{/* The first copies the token: Kubernetes gives Secrets to a group, and the program refuses a token that a
-group may read. The second, if there is one, brings the model. */}}
-{{- define "farshore.initContainers" -}}
+{{/* Copies the token: Kubernetes gives Secrets to a group, and the program refuses a token that a group may
+read. */}}
+{{- define "farshore.tokenInit" -}}
 - name: token
   image: {{ include "farshore.image" . }}
   imagePullPolicy: {{ .Values.image.pullPolicy }}
@@ -78,24 +78,6 @@ group may read. The second, if there is one, brings the model. */}}
       readOnly: true
     - name: token
       mountPath: /run/farshore
-{{- if eq .Values.model.source "init" }}
-- name: model
-  image: {{ .Values.model.init.image | quote }}
-  command: {{ toJson .Values.model.init.command }}
-  {{- with .Values.model.init.env }}
-  env:
-    {{- toYaml . | nindent 4 }}
-  {{- end }}
-  securityContext:
-    {{- include "farshore.containerSecurity" . | nindent 4 }}
-  resources:
-    {{- toYaml .Values.model.init.resources | nindent 4 }}
-  volumeMounts:
-    - name: model
-      mountPath: {{ .Values.model.mountPath }}
-    - name: tmp
-      mountPath: /tmp
-{{- end }}
 {{- end }}
 
 {{- define "farshore.volumes" -}}
@@ -129,21 +111,6 @@ group may read. The second, if there is one, brings the model. */}}
       - key: ca.crt
         path: ca.crt
 {{- end }}
-{{- if eq .Values.model.source "pvc" }}
-- name: model
-  persistentVolumeClaim:
-    claimName: {{ .Values.model.pvc.claimName }}
-    readOnly: true
-{{- else if eq .Values.model.source "hostPath" }}
-- name: model
-  hostPath:
-    path: {{ .Values.model.hostPath.path }}
-    type: Directory
-{{- else if eq .Values.model.source "init" }}
-- name: model
-  emptyDir:
-    sizeLimit: {{ .Values.model.init.sizeLimit }}
-{{- end }}
 {{- end }}
 
 {{- define "farshore.volumeMounts" -}}
@@ -160,11 +127,6 @@ group may read. The second, if there is one, brings the model. */}}
 {{- if .Values.redis.external.caSecret }}
 - name: redis-ca
   mountPath: /run/secrets/redis-ca
-  readOnly: true
-{{- end }}
-{{- if ne .Values.model.source "image" }}
-- name: model
-  mountPath: {{ .Values.model.mountPath }}
   readOnly: true
 {{- end }}
 {{- end }}

@@ -24,13 +24,13 @@
 {{- end }}
 {{- end }}
 
-{{/* KubeRay takes only text, and passes `resources` through a shell. */}}
+{{/* KubeRay takes only text, reads `resources` as JSON in quotes, and passes it through a shell. */}}
 {{- define "farshore.rayStartParams" -}}
 {{- $root := index . 0 -}}{{- $component := index . 1 -}}{{- $group := index . 2 -}}
 {{- $ports := $root.Values.ray.ports -}}
 {{- $takes := dict "farshore" 1 -}}
 {{- if ne $component "head" }}{{ $_ := set $takes $component $group.workersPerPod }}{{ end -}}
-resources: {{ $takes | toJson | quote | squote }}
+resources: {{ $takes | toJson | squote | quote }}
 object-store-memory: {{ $root.Values.ray.objectStoreBytes | int64 | quote }}
 node-manager-port: {{ $ports.nodeManager | quote }}
 object-manager-port: {{ $ports.objectManager | quote }}
@@ -53,6 +53,14 @@ include-dashboard: {{ $root.Values.head.dashboard | quote }}
 {{- end }}
 {{- end }}
 
+{{/* Also where KubeRay sets them, after authOptions: an operator older than its CRDs would start an open Ray. */}}
+{{- define "farshore.rayAuth" -}}
+- name: RAY_AUTH_MODE
+  value: token
+- name: RAY_AUTH_TOKEN_PATH
+  value: /run/farshore/token
+{{- end }}
+
 {{- define "farshore.rayProbe" -}}
 httpGet:
   path: /api/healthz
@@ -69,7 +77,7 @@ timeoutSeconds: 5
 {{- $image = default $image $gpu.image -}}
 {{- $limits := set (deepCopy $group.resources.limits) $gpu.resource $group.workersPerPod -}}
 {{- $resources := set (deepCopy $group.resources) "limits" $limits -}}
-{{- $tolerations := concat $group.tolerations $gpu.tolerations -}}
+{{- $tolerations := concat ($group.tolerations | default list) ($gpu.tolerations | default list) -}}
 {{- $group = merge (dict "resources" $resources "tolerations" $tolerations) $group -}}
 {{- end -}}
 metadata:
@@ -98,13 +106,17 @@ spec:
   shareProcessNamespace: true
   {{- end }}
   initContainers:
-    {{- include "farshore.initContainers" $root | nindent 4 }}
+    {{- include "farshore.tokenInit" $root | nindent 4 }}
+    {{- with include "farshore.modelInit" (list $root $component) }}
+    {{- . | nindent 4 }}
+    {{- end }}
   containers:
     - name: ray
       image: {{ $image }}
       imagePullPolicy: {{ $root.Values.image.pullPolicy }}
       env:
         {{- include "farshore.env" $root | nindent 8 }}
+        {{- include "farshore.rayAuth" $root | nindent 8 }}
         {{- include "farshore.rayEnv" $component | nindent 8 }}
         {{- if ne $component "head" }}
         # What workers say of where they run. Kubernetes 1.35 labels pods with the zone; before it is empty.
@@ -124,15 +136,17 @@ spec:
         {{- with $group.extraEnv }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
-      {{- if eq $component "head" }}
       ports:
+        # By its name for PodMonitors: KubeRay would add one, always 8080.
+        - name: metrics
+          containerPort: {{ $root.Values.ray.ports.metrics }}
+        {{- if eq $component "head" }}
         - name: gcs-server
           containerPort: {{ $root.Values.ray.ports.gcs }}
         - name: dashboard
           containerPort: {{ $root.Values.ray.ports.dashboard }}
-        - name: metrics
-          containerPort: {{ $root.Values.ray.ports.metrics }}
-      {{- else }}
+        {{- end }}
+      {{- if ne $component "head" }}
       lifecycle:
         preStop:
           exec:
@@ -156,6 +170,9 @@ spec:
         {{- toYaml $group.resources | nindent 8 }}
       volumeMounts:
         {{- include "farshore.volumeMounts" $root | nindent 8 }}
+        {{- with include "farshore.modelMount" (list $root $component) }}
+        {{- . | nindent 8 }}
+        {{- end }}
         {{- include "farshore.rayMounts" $component | nindent 8 }}
         {{- with $group.extraVolumeMounts }}
         {{- toYaml . | nindent 8 }}
@@ -165,6 +182,9 @@ spec:
     {{- end }}
   volumes:
     {{- include "farshore.volumes" $root | nindent 4 }}
+    {{- with include "farshore.modelVolume" (list $root $component) }}
+    {{- . | nindent 4 }}
+    {{- end }}
     - name: ray
       emptyDir: {}
     - name: shm
@@ -209,10 +229,7 @@ spec:
     - --state-dir=/var/lib/farshore
   env:
     {{- include "farshore.env" . | nindent 4 }}
-    - name: RAY_AUTH_MODE
-      value: token
-    - name: RAY_AUTH_TOKEN_PATH
-      value: /run/farshore/token
+    {{- include "farshore.rayAuth" . | nindent 4 }}
     - name: POD_IP
       valueFrom:
         fieldRef:
@@ -234,6 +251,9 @@ spec:
     {{- toYaml .Values.launcher.resources | nindent 4 }}
   volumeMounts:
     {{- include "farshore.volumeMounts" . | nindent 4 }}
+    {{- with include "farshore.modelMount" (list . "head") }}
+    {{- . | nindent 4 }}
+    {{- end }}
     {{- include "farshore.rayMounts" "head" | nindent 4 }}
     - name: config
       mountPath: /etc/farshore
