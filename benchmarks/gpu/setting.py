@@ -16,6 +16,7 @@ import torch
 from farshore.benchmarks.gpu.models import LLAMA_8B, of_transformers
 from farshore.benchmarks.timing import Timing, interleave
 from farshore.kernels.base import Kernels
+from farshore.kernels.runtime.cuda import collection_paused
 from farshore.models.llama import Llama
 
 
@@ -90,7 +91,7 @@ class Setting:
                 run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with collection_paused(), torch.cuda.graph(graph):
             run()
         return graph.replay
 
