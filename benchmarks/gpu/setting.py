@@ -44,6 +44,8 @@ class Sizes:
     answer_tokens: int = 16
     every_case: int = 1
     """Of the kernels' cases, every n-th is computed."""
+    check_processes: int = 12
+    """Processes that compute these cases."""
     shard_bytes: int = 4 << 30
     shard_threads: int = 8
 

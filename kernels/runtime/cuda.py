@@ -28,8 +28,8 @@ def finish_calls(device: torch.device) -> None:
 
 @contextmanager
 def collection_paused() -> Iterator[None]:
-    """Keeps Python from collecting garbage in any thread. The capture of a graph needs it: an earlier engine's
-    graphs lie in cycles, and destroying one while another is captured makes the capture invalid."""
+    """Keeps Python from collecting garbage, in all threads. The capture of a graph needs it: an earlier
+    engine's graphs lie in cycles, and destroying one while another is captured makes the capture invalid."""
     enabled = gc.isenabled()
     gc.disable()
     try:
