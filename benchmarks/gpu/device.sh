@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs `farshore bench gpu` on a GPU machine that has Python 3.12, torch, triton, transformers and g++, but no network.
 #
-#   benchmarks/gpu/device.sh carry             here: puts wheels, native kernels and the demo model into .gpu/ (45 MiB)
+#   benchmarks/gpu/device.sh carry             here: puts wheels, native kernels and the demo model into .gpu/ (50 MiB)
 #   benchmarks/gpu/device.sh run [--only ...]  there, with the tree and .gpu/: writes $OUT/gpu.json, section by section
 #
 # `carry` compiles the native kernels if a python3.12 is here (4 CPU minutes); otherwise `run` does.
@@ -39,7 +39,8 @@ native() {
     mkdir -p .gpu/native
     python3.12 -m venv "$built"
     "$built/bin/pip" install --quiet "setuptools>=77" "pybind11>=2.11"
-    "$built/bin/python" -P setup.py --quiet build_ext --build-temp "$built/temp" --build-lib "$built/lib"
+    "$built/bin/python" -P setup.py --quiet build_ext --build-temp "$built/temp" --build-lib "$built/lib" \
+        >.gpu/native/log 2>&1
     for module in "${modules[@]}"; do
         mkdir -p ".gpu/native/$module"
         cp "$built/lib/farshore/$module"/_native.*.so ".gpu/native/$module/"
