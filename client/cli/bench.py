@@ -70,7 +70,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(args: argparse.Namespace) -> int:
     # Imported here: PyTorch takes a second or two to import, which other commands must not pay.
     from farshore.benchmarks.catalogue import BENCHMARKS, Options
-    from farshore.benchmarks.report import Report
 
     if args.name is None:
         rows = [(name, benchmark.summary) for name, benchmark in BENCHMARKS.items()]
@@ -83,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidRequest(f"--out {args.out}: the folder {args.out.parent} does not exist: create it")
     progress = Progress()
 
-    def write_so_far(report: Report) -> None:
+    def write_so_far(report: Any) -> None:
         # A file that can't be written must not end the measurements: the whole report is printed.
         with suppress(InvalidRequest):
             _write(args.out, report.as_dict())
