@@ -5,7 +5,7 @@ when it is run: a machine with a GPU has neither Ray nor Redis.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 from farshore.attention_offload.transport.core_sharing import usable_cores
@@ -35,6 +35,8 @@ class Options:
     """``gpu``: only what a CPU can check."""
     model: str | None = None
     """``gpu``: the folder of the demo model cut off; None: a small random model."""
+    so_far: Callable[[Report], None] = field(default=lambda report: None, compare=False)
+    """``gpu``: gets the report of what was measured so far, after each section."""
 
     def facts(self) -> machine.Facts:
         return machine.facts(self.threads or len(usable_cores()))
@@ -145,11 +147,12 @@ def _engines(options: Options, progress: Progress) -> Report:
 def _gpu(options: Options, progress: Progress) -> Report:
     from farshore.benchmarks.gpu import benchmark as gpu
     from farshore.benchmarks.gpu.dry import run as dry
-    from farshore.benchmarks.gpu.setting import Sizes
 
     if options.dry:
         return dry.run(options.facts(), only=options.only, progress=progress)
-    return gpu.run(options.facts(), Sizes(), only=options.only, model=options.model, progress=progress)
+    return gpu.run(
+        options.facts(), only=options.only, model=options.model, progress=progress, so_far=options.so_far
+    )
 
 
 BENCHMARKS: Mapping[str, Benchmark] = {

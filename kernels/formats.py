@@ -103,7 +103,8 @@ def quantise(x: Tensor, format: KVFormat) -> tuple[Tensor, Tensor]:
     magnitudes = groups.abs().amax(dim=-1)
     # By a tensor: on a GPU PyTorch multiplies by the reciprocal of a number, which rounds otherwise.
     scales = (magnitudes / magnitudes.new_full((), largest)).clamp(min=_MIN_SCALE).bfloat16()
-    scales = torch.where(magnitudes.isfinite(), scales, torch.nan)
+    # Not `where` by a number: it copies the number to a GPU and waits, which no graph may contain.
+    scales = scales.masked_fill_(~magnitudes.isfinite(), torch.nan)
     # A NaN scale makes q NaN, which no integer represents: 0 is stored.
     q = (groups / scales.float()[..., None]).round().nan_to_num(nan=0.0).to(torch.int8)
     q = q.flatten(-2)[..., :dim]

@@ -1,18 +1,24 @@
 """Every GPU kernel against the reference in float64, on the device that it runs on.
 
 Called by ``benchmark``. The cases are those of tests/kernels/test_gpu.py: every head dim, grouped and latent
-attention, formats, caps and windows, lengths around blocks and tiles, shared and empty segments. It must not
-know the engine.
+attention, formats, caps and windows, lengths around blocks and tiles, shared and empty segments. The checks
+run in several processes. It must not know the engine.
 """
 
-from collections.abc import Iterator
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from farshore.benchmarks.cases import Measured
-from farshore.benchmarks.gpu.setting import Setting
+from farshore.benchmarks.gpu.process import end_with_input, failed
+from farshore.benchmarks.gpu.setting import Setting, Sizes
 from farshore.benchmarks.report import Bar
 from farshore.kernels import reference
 from farshore.kernels.base import AttentionSpec, KVLayout, Segments, State, WorkList
@@ -70,25 +76,83 @@ def _spec(q_heads: int, kv_heads: int, k_dim: int, v_dim: int) -> AttentionSpec:
     return AttentionSpec(q_heads, kv_heads, kv_heads, k_dim, v_dim, scale=k_dim**-0.5)
 
 
-@torch.inference_mode()
+Check = tuple[str, Callable[[Setting], float]]
+"""The name of a bar, and a function that computes an error as a multiple of the tolerance."""
+Checked = tuple[str, float, str]
+"""The name of a bar; the error as a multiple of the tolerance; why it could not be computed."""
+
+
 def measure(setting: Setting) -> Measured:
-    """One bar for each kernel and precision: the worst error of all cases, as a multiple of the tolerance."""
-    listed = list(cases())[:: setting.sizes.every_case]
-    bars = []
+    """One bar for each kernel and precision: the worst error of all cases."""
+    worst: dict[str, float | None] = dict.fromkeys(name for name, _ in _checks(setting.sizes.every_case))
+    errors: dict[str, str] = {}
+    for name, value, error in _in_processes(setting):
+        worst[name] = max(worst.get(name) or 0.0, value)
+        if error:
+            errors.setdefault(name, error)
+    return [], [
+        failed(name, errors[name])
+        if name in errors
+        else Bar.at_most(name, value, 1.0, "of the tolerance", "worst error against float64")
+        for name, value in worst.items()
+    ]
+
+
+def _checks(every_case: int) -> list[Check]:
+    """Every kernel in every precision, on every n-th case."""
+    listed = list(cases())[::every_case]
+    # Latent attention stores no V; prefill has it as a tensor of its own.
+    with_v = [case for case in listed if not case.spec.v_in_k]
+    found: list[Check] = []
     for dtype, format in PRECISIONS:
-        worst = max(_partial(setting, case, dtype, format) for case in listed)
-        bars.append(_bar(f"partial, q {_name(dtype)}, KV {format.value}", worst / TOLERANCE[dtype]))
+        name = f"partial, q {_name(dtype)}, KV {format.value}"
+        found += [(name, partial(_partial, case=case, dtype=dtype, format=format)) for case in listed]
     for dtype in TOLERANCE:
-        # Latent attention stores no V; prefill has it as a tensor of its own.
-        worst = max(_extend(setting, case, dtype) for case in listed if not case.spec.v_in_k)
-        bars.append(_bar(f"extend, {_name(dtype)}", worst / TOLERANCE[dtype]))
-        worst = max(_merge(setting, count, dtype) for count in MERGED[:: setting.sizes.every_case])
-        bars.append(_bar(f"merge, {_name(dtype)}", worst / TOLERANCE[dtype]))
-    return [], bars
+        found += [(f"extend, {_name(dtype)}", partial(_extend, case=case, dtype=dtype)) for case in with_v]
+        counts = MERGED[::every_case]
+        found += [(f"merge, {_name(dtype)}", partial(_merge, count=count, dtype=dtype)) for count in counts]
+    return found
 
 
-def _bar(name: str, value: float) -> Bar:
-    return Bar.at_most(name, value, 1.0, "of the tolerance", "worst error against float64")
+def _checked(setting: Setting, name: str, error_of: Callable[[Setting], float]) -> Checked:
+    try:
+        with torch.inference_mode():
+            return name, error_of(setting), ""
+    except Exception as error:
+        return name, 0.0, f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _in_processes(setting: Setting) -> Iterator[Checked]:
+    """Deals the checks out to processes. Nearly all of their time goes to triton's compiler, which keeps one
+    core busy: more than two minutes of it."""
+    sizes, pipe = setting.sizes, subprocess.PIPE
+    with ExitStack() as stack:
+        children = []
+        for number in range(sizes.check_processes):
+            dealt = map(str, (setting.device, number, sizes.check_processes, sizes.every_case))
+            child = subprocess.Popen(
+                [sys.executable, "-P", "-m", "farshore.benchmarks.gpu.correctness", *dealt],
+                stdin=pipe,
+                stdout=pipe,
+                text=True,
+            )
+            children.append(stack.enter_context(child))
+            stack.callback(child.kill)
+        for number, child in enumerate(children):
+            assert child.stdout is not None
+            for line in child.stdout:
+                yield tuple(json.loads(line))
+            if child.wait():
+                yield f"process {number} of the kernels' checks", 0.0, f"ended with {child.returncode}"
+
+
+def main(device: str, number: str, processes: str, every_case: str) -> None:
+    """Prints what one of the processes found, one :data:`Checked` per line."""
+    end_with_input()
+    torch.set_num_threads(1)
+    setting = Setting(torch.device(device), Sizes(), folder=None, progress=lambda _: None)
+    for check in _checks(int(every_case))[int(number) :: int(processes)]:
+        print(json.dumps(_checked(setting, *check)), flush=True)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -175,7 +239,7 @@ def _partial(setting: Setting, case: Case, dtype: torch.dtype, format: KVFormat)
             )
         kernels.partial(plan, 1, queries, out=found if expected is None else expected)
     assert expected is not None
-    return _error(found, expected, _largest(v), _largest_logit(spec, q, k))
+    return _error(found, expected, _largest(v), _largest_logit(spec, q, k)) / TOLERANCE[dtype]
 
 
 def _extend(setting: Setting, case: Case, dtype: torch.dtype) -> float:
@@ -191,7 +255,7 @@ def _extend(setting: Setting, case: Case, dtype: torch.dtype) -> float:
         (reference.extend, (q.double(), k.double(), v.double()), expected),
     ):
         extend(*tensors, spec, q_positions=positions, k_position=K_POSITION, out=out)
-    return _error(found, expected, _largest(v), _largest_logit(spec, q, k))
+    return _error(found, expected, _largest(v), _largest_logit(spec, q, k)) / TOLERANCE[dtype]
 
 
 def _merge(setting: Setting, count: int, dtype: torch.dtype) -> float:
@@ -210,4 +274,8 @@ def _merge(setting: Setting, count: int, dtype: torch.dtype) -> float:
     setting.kernels.merge(states, sink=sink, out=found)
     wide = [State(state.o.double(), state.lse.double()) for state in states]
     reference.merge(wide, sink=sink.double(), out=expected)
-    return _error(found, expected, 1.0, 1.0)
+    return _error(found, expected, 1.0, 1.0) / TOLERANCE[dtype]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -16,6 +16,7 @@ import torch
 from farshore.benchmarks.gpu.models import LLAMA_8B, of_transformers
 from farshore.benchmarks.timing import Timing, interleave
 from farshore.kernels.base import Kernels
+from farshore.kernels.runtime.cuda import collection_paused
 from farshore.models.llama import Llama
 
 
@@ -43,6 +44,8 @@ class Sizes:
     answer_tokens: int = 16
     every_case: int = 1
     """Of the kernels' cases, every n-th is computed."""
+    check_processes: int = 12
+    """Processes that compute these cases."""
     shard_bytes: int = 4 << 30
     shard_threads: int = 8
 
@@ -90,7 +93,7 @@ class Setting:
                 run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with collection_paused(), torch.cuda.graph(graph):
             run()
         return graph.replay
 

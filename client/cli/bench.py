@@ -5,6 +5,7 @@ Called by ``main``. Must not know what a benchmark measures: ``benchmarks.catalo
 
 import argparse
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,12 @@ def run(args: argparse.Namespace) -> int:
         # Refused before the measurements, which may take minutes.
         raise InvalidRequest(f"--out {args.out}: the folder {args.out.parent} does not exist: create it")
     progress = Progress()
+
+    def write_so_far(report: Any) -> None:
+        # A file that can't be written must not end the measurements: the whole report is printed.
+        with suppress(InvalidRequest):
+            _write(args.out, report.as_dict())
+
     try:
         options = Options(
             args.implementation,
@@ -90,13 +97,13 @@ def run(args: argparse.Namespace) -> int:
             args.seed,
             dry=args.dry,
             model=args.model,
+            so_far=write_so_far,
         )
         report = BENCHMARKS[args.name].run(options, progress.step).as_dict()
     finally:
         progress.clear()
     print(json.dumps(report) if args.json else render(report), flush=True)
-    if args.out is not None:
-        _write(args.out, json.dumps(report, indent=1) + "\n")
+    _write(args.out, report)
     return 0
 
 
@@ -137,8 +144,11 @@ def _seconds(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} µs"
 
 
-def _write(file: Path, text: str) -> None:
+def _write(file: Path | None, report: dict[str, Any]) -> None:
+    """Writes the JSON object to the file of ``--out``, if that was given."""
+    if file is None:
+        return
     try:
-        file.write_text(text, encoding="utf-8")
+        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise InvalidRequest(f"--out {file}: can't be written: {error.strerror or error}") from error

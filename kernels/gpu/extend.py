@@ -8,7 +8,11 @@ from farshore.kernels.gpu.attend import attend_to_keys, load_queries, no_keys, n
 FAR = tl.constexpr(2**30)
 
 
-@triton.jit(do_not_specialize=["k_position", "rows", "keys"])
+# Positions and lse begin at any row of a prompt. They are read and written one by one, so a kernel for those
+# at multiples of 16 bytes would gain nothing, and be compiled when the first prompt needs it.
+@triton.jit(
+    do_not_specialize=["k_position", "rows", "keys"], do_not_specialize_on_alignment=["positions", "lse"]
+)
 def extend_kernel(
     q, q_row, q_head, positions, k, k_head, k_token, v, v_head, v_token, k_position,
     o, o_row, o_head, lse, lse_row, lse_head, rows, keys, scale,

@@ -7,6 +7,7 @@ are captured on streams of the high priority, which nothing else uses. The mode 
 threads copy KV meanwhile, and calls that a capture does not allow are theirs to make.
 """
 
+import gc
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 
@@ -23,6 +24,19 @@ def finish_calls(device: torch.device) -> None:
     CPU, and for fake tensors."""
     if device.type == "cuda" and torch.cuda.is_initialized():
         torch.cuda.current_stream(device).synchronize()
+
+
+@contextmanager
+def collection_paused() -> Iterator[None]:
+    """Keeps Python from collecting garbage, in all threads. The capture of a graph needs it: an earlier
+    engine's graphs lie in cycles, and destroying one while another is captured makes the capture invalid."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class CudaRuntime:
@@ -128,11 +142,11 @@ class CudaStream:
 
     def _captured(self, work: Work) -> torch.cuda.CUDAGraph:
         """Captures ``work``, which does not run meanwhile. ``torch.cuda.graph`` would also wait for the whole
-        device and collect garbage."""
+        device."""
         if self._capturing is None:
             self._capturing = torch.cuda.Stream(self._device, priority=_CAPTURING_PRIORITY)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._capturing):
+        with torch.cuda.stream(self._capturing), collection_paused():
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 work()

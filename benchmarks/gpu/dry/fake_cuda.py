@@ -40,6 +40,29 @@ class MixedDevices(RuntimeError):
     """Tensors of two devices in one call."""
 
 
+class NotCaptured(RuntimeError):
+    """A graph was to contain a copy from the host, or something that the host waits for."""
+
+
+_WAITING = (aten._local_scalar_dense, aten.item, aten.nonzero, aten.masked_select, aten.is_nonzero)
+_COPIES = (aten._to_copy, aten.to, aten.copy_, aten.where)
+"""They copy tensors between host and device, and wait for that; ``where`` a number, too."""
+_NUMBERS = (aten.where.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf)
+
+_thread = threading.local()
+
+
+@contextmanager
+def captured() -> Iterator[None]:
+    """This thread's calls would be captured in a graph: those that CUDA does not permit there raise
+    NotCaptured."""
+    _thread.captured = True
+    try:
+        yield
+    finally:
+        _thread.captured = False
+
+
 class _Fakes(FakeTensorMode):
     """All threads share one. While a thread computes shapes, its fakes are on "meta"; those of others are
     not."""
@@ -83,6 +106,8 @@ class _Mode(TorchDispatchMode):
         if not any(map(_is_on_cuda, flat)):
             return function(*args, **kwargs)
         _check_index(function, args)
+        if getattr(_thread, "captured", False):
+            _check_captured(function, flat)
         if function in (aten._local_scalar_dense.default, aten.item.default):
             return torch.ones((), dtype=args[0].dtype, device="cpu").item()
         with self._shared.lock:
@@ -124,6 +149,18 @@ def _check_index(function: Any, args: Any) -> None:
     wrong = [index.device for index in args[1] if index is not None and index.device != args[0].device]
     if wrong and args[0].device.type == "cpu":
         raise MixedDevices(f"a tensor on cpu indexed by one on {wrong[0]}")
+
+
+def _check_captured(function: Any, flat: list[Any]) -> None:
+    devices = {value.type for value in flat if isinstance(value, torch.device)}
+    devices |= {value.device.type for value in flat if isinstance(value, Tensor)}
+    kind = function.overloadpacket
+    by_mask = kind in (aten.index, aten.index_put_) and any(
+        isinstance(value, Tensor) and value.dtype == torch.bool for value in flat[1:]
+    )
+    copies = function in _NUMBERS or (kind in _COPIES and "cpu" in devices)
+    if kind in _WAITING or by_mask or copies:
+        raise NotCaptured(f"{function} on {' and '.join(sorted(devices))} in a graph")
 
 
 def _launch(kernel: JITFunction, *args: Any, grid: Any, **options: Any) -> None:

@@ -8,19 +8,20 @@ tests, in a process of its own. It must not know what is computed: there are no 
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
-from farshore.benchmarks.gpu.dry.fake_cuda import fake_cuda
+from farshore.benchmarks.gpu.dry.fake_cuda import captured, fake_cuda
 from farshore.benchmarks.gpu.engines import Placement, running
 from farshore.benchmarks.gpu.models import random_llama, tiny_config
 from farshore.errors import FarshoreError
 from farshore.kernels.formats import KVFormat
 from farshore.kernels.gpu import ops
 from farshore.kernels.gpu.tuning import Device
-from farshore.kernels.runtime.immediate import ImmediateRuntime
+from farshore.kernels.runtime.base import Work
+from farshore.kernels.runtime.immediate import ImmediateRuntime, ImmediateStream
 from farshore.models.config.hf import from_hf
 from farshore.models.config.model import ModelConfig
 from farshore.sampling import Sampling
@@ -81,6 +82,19 @@ EVERYTHING = Sampling(
 )
 
 
+class GraphStream(ImmediateStream):
+    """Runs the work of graphs as if it were captured."""
+
+    def replay(self, key: Hashable, work: Work) -> None:
+        with captured():
+            work()
+
+
+class GraphRuntime(ImmediateRuntime):
+    def stream(self) -> ImmediateStream:
+        return ImmediateStream(self.device) if self.is_host else GraphStream(self.device)
+
+
 class Case(NamedTuple):
     name: str
     config: ModelConfig
@@ -91,7 +105,7 @@ class Case(NamedTuple):
     def check(self) -> None:
         """Runs an engine in :func:`fake_cuda`. Raises the error of the request that met one."""
         model = random_llama(self.config, dtype=torch.bfloat16, device=CUDA)
-        with running(model, self.placement, limits=LIMITS, make_runtime=ImmediateRuntime) as engine:
+        with running(model, self.placement, limits=LIMITS, make_runtime=GraphRuntime) as engine:
             for sampling in self.samplings:
                 engine.answer(self.prompts, sampling)
 
@@ -113,7 +127,7 @@ def pretend_h100() -> None:
 
 def main() -> None:
     pretend_h100()
-    with torch.inference_mode(), fake_cuda():
+    with torch.no_grad(), fake_cuda():
         for case in cases():
             error = None
             try:

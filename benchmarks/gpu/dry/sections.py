@@ -10,7 +10,7 @@ import json
 
 import torch
 
-from farshore.benchmarks.gpu.benchmark import SECTIONS, measured
+from farshore.benchmarks.gpu.sections import SECTIONS, measured
 from farshore.benchmarks.gpu.setting import Setting, Sizes
 from farshore.kernels.host import HOST
 
@@ -40,6 +40,7 @@ TINY = Sizes(
     prompt_tokens=5,
     answer_tokens=4,
     every_case=100,
+    check_processes=2,
     shard_bytes=32 << 20,
     shard_threads=1,
 )
@@ -48,8 +49,8 @@ TINY = Sizes(
 def main() -> None:
     torch.set_num_threads(1)
     setting = Setting(HOST, TINY, folder=None, progress=lambda _: None)
-    for name, section in SECTIONS.items():
-        results, bars = measured({name: section}, setting, progress=lambda _: None)
+    for name in SECTIONS:
+        results, bars = measured(name, setting)
         error = next((bar.note for bar in bars if bar.value is None), None)
         row = {
             "section": name,

@@ -38,9 +38,14 @@ def states_on_the_cpu():
     State.identity = classmethod(on_the_cpu)
 
 
+def numbers_of_the_host_in_a_graph():
+    Llama.embed = lambda self, ids: torch.where(ids[:, None] >= 0, embed(self, ids), 0.0)
+
+
+SEEDS = table_on_the_cpu, hidden_states_on_the_cpu, states_on_the_cpu, numbers_of_the_host_in_a_graph
 fakes.pretend_h100()
 with torch.inference_mode(), fake_cuda():
-    for seed in (lambda: None, table_on_the_cpu, hidden_states_on_the_cpu, states_on_the_cpu):
+    for seed in (lambda: None, *SEEDS):
         Llama.__init__, Llama.embed, State.identity = made, embed, classmethod(identity)
         seed()
         try:
@@ -62,6 +67,8 @@ def test_seeded_faults_are_found():
         "table_on_the_cpu",
         "hidden_states_on_the_cpu",
         "states_on_the_cpu",
+        "numbers_of_the_host_in_a_graph",
     ]
-    for line in broken:
+    for line in broken[:3]:
         assert "device" in line.lower() and "cpu" in line, line
+    assert "NotCaptured" in broken[3] and "aten.where." in broken[3]

@@ -7,6 +7,7 @@ import pytest
 from farshore.benchmarks import catalogue
 from farshore.benchmarks.report import Bar, Report, Result
 from farshore.benchmarks.timing import Timing
+from farshore.errors import InvalidRequest
 
 REPORT = Report(
     {"cpu": "Z80", "rates": {"a": 1.5}, "isa": ()},
@@ -23,6 +24,9 @@ def asked(monkeypatch):
     def run_nothing(given, progress):
         options.append(given)
         progress("measuring nothing")
+        given.so_far(Report({"cpu": "Z80"}))
+        if given.only == "fails":
+            raise InvalidRequest("it failed")
         return REPORT
 
     benchmark = catalogue.Benchmark("nothing at all", run_nothing)
@@ -73,6 +77,12 @@ def test_out_writes_json_even_if_text_is_printed(run, asked, tmp_path):
     done = run("bench", "nothing", "--out", str(file))
     assert done.code == 0 and "BAR" in done.out
     assert set(json.loads(file.read_text())) == {"machine", "results", "bars"}
+
+
+def test_out_keeps_what_was_measured_before_a_failure(run, asked, tmp_path):
+    file = tmp_path / "nothing.json"
+    assert run("bench", "nothing", "--only", "fails", "--out", str(file)).code == 1
+    assert json.loads(file.read_text()) == {"machine": {"cpu": "Z80"}, "results": [], "bars": []}
 
 
 def test_a_missing_folder_is_refused_before_measuring(run, asked, tmp_path):

@@ -4,6 +4,7 @@ PyTorch's streams are 32 of each priority, given out in turn, and so are the sta
 are those of the engine and the store; these hold what a GPU shows only now and then.
 """
 
+import gc
 from contextlib import contextmanager
 from itertools import count
 
@@ -116,6 +117,32 @@ def test_work_that_cannot_be_captured_ends_its_capture(cuda):
     assert cuda.capturing is None and cuda.current == DEFAULT
     stream.replay("key", lambda: cuda.submit(cuda.current, "work"))
     assert cuda.log[-1] == (stream._stream.name, "replay")
+
+
+def test_no_garbage_is_collected_while_a_graph_is_captured(cuda):
+    """A graph of an ended engine would be destroyed meanwhile, which CUDA does not permit."""
+    stream = CudaRuntime(DEVICE).stream()
+    seen = []
+
+    def work():
+        seen.append((cuda.capturing is not None, gc.isenabled()))
+        if len(seen) == 2:
+            raise ZeroDivisionError
+
+    stream.replay("key", work)
+    with pytest.raises(ZeroDivisionError):
+        stream.replay("key", work)
+    assert gc.isenabled()
+    stream.replay("key", work)
+    assert seen == [(False, True), (True, False), (True, False)]
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        stream.replay("another", lambda: None)
+        stream.replay("another", lambda: None)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_main_runs_behind_what_made_the_model(cuda):

@@ -213,7 +213,8 @@ def _put(flat: Tensor, index: Tensor, values: Tensor) -> None:
 def _drawn(adapted: Tensor, sent: _Sent, stages: _Stages) -> Tensor:
     """The drawn token of each row, i64[rows]. Rows without a temperature draw any."""
     vocab = adapted.shape[-1]
-    warm = sent["temperature"].where(sent["temperature"] > 0.0, 1.0)
+    # Not `where` by a number, which copies the number to the device and waits.
+    warm = sent["temperature"].masked_fill(sent["temperature"] <= 0.0, 1.0)
     # By a tensor: PyTorch multiplies by the reciprocal of a number.
     logits = (adapted - adapted.amax(-1, keepdim=True)) / warm[:, None]
     weights = logits.double().exp_()
