@@ -27,7 +27,7 @@ from farshore.kernels.formats import KVFormat
 from farshore.kernels.host import HOST
 from farshore.kvstore.base import PrefixFound, SpanInfo, SpanKey, SpanSlice
 from farshore.kvstore.prefix import PrefixBlock
-from farshore.kvstore.store.forms import stored_bytes
+from farshore.kvstore.store.layout.forms import stored_bytes
 from farshore.proto import attention_pb2 as pb
 from farshore.text import quoted
 
@@ -81,7 +81,7 @@ def bytes_into(out: Tensor, data: bytes) -> None:
 
 
 def tokens_from_bytes(k: bytes, v: bytes, layout: KVLayout, tokens: int) -> tuple[Tensor, Tensor]:
-    """k and v of one layer as stored (:mod:`farshore.kvstore.store.forms`): two tensors
+    """k and v of one layer as stored (:mod:`farshore.kvstore.store.layout.forms`): two tensors
     ``u8[heads, tokens, bytes]``. Raises InvalidRequest if a size does not match ``layout`` and ``tokens``."""
     k_bytes, v_bytes = stored_bytes(layout)
     return (

@@ -26,7 +26,7 @@ from farshore.errors import InvalidRequest
 from farshore.ids import WorkerId
 from farshore.interpreter import share_interpreter
 from farshore.kvstore.directory.base import Directory, WorkerRecord
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 from farshore.workers.announcer import Announcer
 from farshore.workers.device import CPU, Device, resolve

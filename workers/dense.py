@@ -25,7 +25,7 @@ from farshore.interpreter import share_interpreter
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore.base import Usage
 from farshore.kvstore.directory.base import Directory, Listing, Load, WorkerRecord, WorkerState
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 from farshore.model_spec import ModelSpec
 from farshore.models.config.load import load_spec

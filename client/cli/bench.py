@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from farshore.client.cli.options import positive, whole
+from farshore.client.cli.options.values import positive, whole
 from farshore.client.cli.terminal import Progress, table
 from farshore.errors import InvalidRequest
 

@@ -21,14 +21,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from farshore import rpc
 from farshore.cluster_token import ClusterToken
-from farshore.controller import listen, resources
+from farshore.controller import listen
 from farshore.controller.actors import ControllerActor
 from farshore.controller.config import LOAD_DEADLINE_S, PLACE_DEADLINE_S, ClusterConfig
 from farshore.controller.driver import finding, preparation, start_words
 from farshore.controller.driver.gateway_process import GatewayProcess
 from farshore.controller.driver.ray_runtime import RayRuntime
 from farshore.controller.events import ClusterEvent
-from farshore.controller.exits import NOT_STARTED, actor_end_in_words
+from farshore.controller.launch import resources
+from farshore.controller.launch.exits import NOT_STARTED, actor_end_in_words
 from farshore.controller.reconcile import Kind
 from farshore.errors import (
     FarshoreError,

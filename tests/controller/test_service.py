@@ -21,7 +21,7 @@ from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import WorkerRecord
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
 from farshore.kvstore.directory.remote import DirectoryService
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 from farshore.model_spec import ModelSpec
 from farshore.models.config.load import load_spec

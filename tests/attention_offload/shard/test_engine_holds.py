@@ -11,7 +11,7 @@ from farshore.attention_offload.shard.engine_holds import LEASE_S, MOST_ENGINES,
 from farshore.errors import Cancelled, InvalidRequest, NotFound, Overloaded
 from farshore.ids import SequenceId, WorkerId
 from farshore.kvstore.prefix import PrefixBlock
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 
 DEADLINE_S = 60.0

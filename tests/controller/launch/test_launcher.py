@@ -2,8 +2,8 @@
 
 import threading
 
-from farshore.controller import launch
-from farshore.controller.launch import RaySlots
+from farshore.controller.launch import launcher
+from farshore.controller.launch.launcher import RaySlots
 from farshore.controller.reconcile import Slot
 
 WORKERS = 20
@@ -17,8 +17,8 @@ def test_kills_wait_for_no_node(monkeypatch):
         asked.wait()
         ended.release()
 
-    monkeypatch.setattr(launch, "kill_actor", kill_actor)
-    monkeypatch.setattr(launch.ray, "get_actor", lambda name, namespace: name)
+    monkeypatch.setattr(launcher, "kill_actor", kill_actor)
+    monkeypatch.setattr(launcher.ray, "get_actor", lambda name, namespace: name)
     slots = RaySlots("farshore:test")
     for index in range(WORKERS):
         slots.kill(Slot("attention", index))

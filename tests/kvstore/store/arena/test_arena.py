@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farshore.errors import Full, InvalidRequest
-from farshore.kvstore.store import pages
-from farshore.kvstore.store.arena import Arena, Extent, stride_bytes
+from farshore.kvstore.store.arena import pages
+from farshore.kvstore.store.arena.arena import Arena, Extent, stride_bytes
 
 PAGE = mmap.PAGESIZE
 MIB = 1 << 20

@@ -1,121 +1,18 @@
-"""Option types that several subcommands share, and the options that configure a cluster.
+"""The options that configure a cluster.
 
-Used by the subcommands' modules. Must not know what the commands do.
+Used by ``serve``, and by the commands that start a cluster if none runs. Must not know how a cluster works.
 """
 
 import argparse
-import re
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import get_args
 
-from farshore.client.cli.model_options import add_model_options, model_spec
+from farshore.client.cli.options.gateway import add_gateway_options
+from farshore.client.cli.options.model import add_model_options, model_spec
+from farshore.client.cli.options.values import DEFAULT_SERVER, number, size_bytes, whole
 from farshore.controller.config import AttentionDevice, ClusterConfig, KvFormat, Placement, ShardBy
 from farshore.defaults import DRAIN_TIMEOUT_S, MAX_DECODE_STALL_MS, SHARD_GRACE_S
-from farshore.errors import InvalidRequest, TransportError
-
-DEFAULT_SERVER = "127.0.0.1:50051"
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)", re.IGNORECASE)
-_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-
-
-def size_bytes(text: str) -> int:
-    """Parses a size: 512MiB, 1GiB, 2g (GiB), 1.5GB (powers of 1000), 1073741824."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or (match[3] and not (match[2] and match[4])):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no size: use bytes, or a number with KiB, MiB or GiB, such as 512MiB or 2GiB"
-        )
-    number, unit, binary, byte = match.groups()
-    base = 1000 if unit and byte and not binary else 1024
-    return (
-        int(float(number) * base ** _POWERS[unit.lower()])
-        if "." in number
-        else (int(number) * base ** _POWERS[unit.lower()])
-    )
-
-
-def whole(text: str) -> int:
-    """Parses a whole number."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
-
-
-def number(text: str) -> float:
-    """Parses a number, also NaN and infinity."""
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
-
-
-def seconds(text: str) -> float:
-    """Parses a time above 0, in seconds, of at most a year."""
-    value = number(text)
-    if not 0 < value <= 365 * 86_400:
-        raise argparse.ArgumentTypeError(f"{text}: use a number of seconds above 0, such as 2.5")
-    return value
-
-
-def positive(text: str) -> int:
-    """Parses a whole number from 1 on."""
-    value = whole(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: use a whole number from 1 on")
-    return value
-
-
-def server_address(text: str) -> str:
-    """Checks HOST:PORT; an IPv6 host must be in brackets."""
-    host, _, port = text.rpartition(":")
-    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    is_port = port.isascii() and port.isdigit() and 0 < int(port) <= 65535
-    if not bare or not is_port or (":" in bare) != (bare != host):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no address: use HOST:PORT, such as {DEFAULT_SERVER} or [::1]:50051"
-        )
-    return text
-
-
-def server_addresses(text: str) -> list[str]:
-    """Checks one HOST:PORT, or several with commas between them."""
-    return [server_address(address.strip()) for address in text.split(",")]
-
-
-class _Servers(argparse.Action):
-    """Collects the addresses of an option that may be repeated."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        earlier = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, values if earlier is self.default else [*earlier, *values])
-
-
-def add_gateway_options(
-    parser: argparse.ArgumentParser,
-    *,
-    default: Sequence[str] | None = (DEFAULT_SERVER,),
-    help: str = f"the gateway, or several of a cluster: with commas, or repeated (default: {DEFAULT_SERVER})",
-    timeout_help: str = "most time that a gateway may take for each call (default: 10), and to answer at all "
-    "(default: 30)",
-) -> None:
-    """Adds ``--server`` and ``--timeout`` for a command that uses a running gateway. ``server`` becomes a
-    sequence of addresses, ``timeout`` a number of seconds or None."""
-    parser.add_argument(
-        "--server",
-        type=server_addresses,
-        action=_Servers,
-        default=default,
-        metavar="HOST:PORT",
-        help=help,
-    )
-    parser.add_argument("--timeout", type=seconds, metavar="S", help=timeout_help)
+from farshore.errors import InvalidRequest
 
 
 def add_own_cluster_options(parser: argparse.ArgumentParser) -> None:
@@ -134,14 +31,6 @@ def add_own_cluster_options(parser: argparse.ArgumentParser) -> None:
     started = parser.add_argument_group("only if a cluster is started")
     add_model_options(started)
     add_cluster_options(started)
-
-
-def no_gateway(addresses: Sequence[str]) -> TransportError:
-    """The error of a command that needs a running gateway."""
-    return TransportError(
-        f"no gateway answers at {' or '.join(addresses)}: start one with `farshore serve`, or give the right "
-        "--server"
-    )
 
 
 def add_cluster_options(group: argparse._ArgumentGroup) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from farshore.errors import InvalidRequest
 from farshore.kernels.host import address
-from farshore.kvstore.store.ranges import Ranges
+from farshore.kvstore.store.arena.ranges import Ranges
 
 HUGE_PAGE_BYTES = 2 << 20
 HUGE_FROM_BYTES = 32 << 20

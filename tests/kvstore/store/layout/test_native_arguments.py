@@ -2,7 +2,7 @@
 
 import pytest
 
-from farshore.kvstore.store import blocks
+from farshore.kvstore.store.layout import blocks
 
 pytestmark = pytest.mark.skipif(blocks.native is None, reason="needs the native module")
 

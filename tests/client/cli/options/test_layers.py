@@ -2,7 +2,7 @@
 
 import pytest
 
-from farshore.client.cli.layers import WatchedFile
+from farshore.client.cli.options.layers import WatchedFile
 from farshore.errors import InvalidRequest
 
 

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farshore.controller import resources
 from farshore.controller.config import ClusterConfig
-from farshore.controller.ray_settings import MARK
-from farshore.controller.resources import Need, Node
+from farshore.controller.launch import resources
+from farshore.controller.launch.ray_settings import MARK
+from farshore.controller.launch.resources import Need, Node
 from farshore.model_spec import ModelSpec
 from farshore.models.config.load import load_spec
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from farshore.kernels.base import KVLayout
 from farshore.kernels.host import address
-from farshore.kvstore.store.blocks import Bases, native_for, slot_ranges
+from farshore.kvstore.store.layout.blocks import Bases, native_for, slot_ranges
 
 CHUNK_BYTES = 1 << 20
 """Small enough to stay in a core's own cache between the passes over it: copy, checksum, XOR."""

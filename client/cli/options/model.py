@@ -1,6 +1,6 @@
 """The options that say what a cluster loads, and how.
 
-Used by ``options`` for ``serve``, and for ``generate`` when it starts a cluster. Must not know what a model
+Used by ``cluster`` for ``serve``, and for ``generate`` when it starts a cluster. Must not know what a model
 is: ``ModelSpec`` checks the values.
 """
 

@@ -17,7 +17,7 @@ import ray
 from ray._private import state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from farshore.controller.exits import actor_end_in_words
+from farshore.controller.launch.exits import actor_end_in_words
 from farshore.controller.reconcile import KINDS, Slot
 
 KILL_DEADLINE_S = 2.0

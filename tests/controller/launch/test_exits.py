@@ -2,7 +2,7 @@
 
 import pytest
 
-from farshore.controller.exits import NOT_STARTED, actor_end_in_words, exit_in_words
+from farshore.controller.launch.exits import NOT_STARTED, actor_end_in_words, exit_in_words
 
 RAISED = r"""pid: 7 creation_task_failure_context {
   formatted_exception_string: "Traceback:\n  File \"x.py\", line 11, in __init__\n    raise Error(\"...\")\n\

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from farshore.client.cli.options import number, positive, whole
-from farshore.client.cli.prompts import read_text
+from farshore.client.cli.options.prompts import read_text
+from farshore.client.cli.options.values import number, positive, whole
 from farshore.errors import InvalidRequest
 from farshore.sampling import BIASES, RANGES, Range, Sampling
 

@@ -21,7 +21,7 @@ import ray
 from ray._private.state import available_resources_per_node
 
 from farshore.controller.config import ClusterConfig
-from farshore.controller.ray_settings import MARK, OBJECT_STORE_BYTES
+from farshore.controller.launch.ray_settings import MARK, OBJECT_STORE_BYTES
 from farshore.controller.reconcile import KINDS, Kind
 from farshore.models.config.model import ModelConfig
 from farshore.models.files import selection

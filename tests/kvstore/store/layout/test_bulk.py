@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from farshore.kvstore.store import blocks
+from farshore.kvstore.store.layout import blocks
 
 pytestmark = pytest.mark.skipif(blocks.native is None, reason="no native module was built")
 
@@ -75,7 +75,7 @@ import resource
 import torch
 from farshore.kernels.base import KVLayout
 from farshore.kernels.formats import KVFormat
-from farshore.kvstore.store import blocks
+from farshore.kvstore.store.layout import blocks
 
 torch.set_num_threads(1)  # PyTorch's pool ends the process if it gets no threads
 layout = KVLayout(4, 2, 1, 1, 64, 64, KVFormat.FLOAT32)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from farshore.controller.events import Events
-from farshore.controller.launch import Launcher, Occupant
+from farshore.controller.launch.launcher import Launcher, Occupant
 from farshore.controller.reconcile import (
     HEALTHY_S,
     KILL_GRACE_S,

@@ -18,8 +18,8 @@ from farshore.kernels.base import KVLayout, Segments, StoredKV
 from farshore.kernels.formats import CODES, DTYPE_CODES
 from farshore.kernels.host import HOST, address
 from farshore.kernels.runtime.cuda import finish_calls
-from farshore.kvstore.store.arena import stride_bytes
-from farshore.kvstore.store.forms import from_stored, stored_bytes, to_stored
+from farshore.kvstore.store.arena.arena import stride_bytes
+from farshore.kvstore.store.layout.forms import from_stored, stored_bytes, to_stored
 
 try:
     from farshore.kvstore import _native as native
@@ -45,7 +45,8 @@ def copy_in(
     threads: int = 1,
 ) -> None:
     """Writes the n tokens of k and v to tokens ``[first, first + n)`` of one layer. For their forms see
-    :mod:`farshore.kvstore.store.forms`; the caller has checked them. The copy is complete, for any thread."""
+    :mod:`farshore.kvstore.store.layout.forms`; the caller has checked them. The copy is complete, for any
+    thread."""
     last = first + k.shape[1]
     if native_for(memory) is None:
         stored = to_stored(layout, k, v)

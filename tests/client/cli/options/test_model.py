@@ -5,7 +5,7 @@ import argparse
 
 import pytest
 
-from farshore.client.cli.model_options import json_object, tokens
+from farshore.client.cli.options.model import json_object, tokens
 from farshore.model_spec import ModelSpec
 
 

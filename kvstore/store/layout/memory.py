@@ -21,9 +21,9 @@ from farshore.kernels.base import KVLayout
 from farshore.kernels.host import HOST, address
 from farshore.kernels.runtime.base import DeviceRuntime, Event, PinnedBuffer, Stream
 from farshore.kernels.runtime.cuda import CudaRuntime
-from farshore.kvstore.store import blocks, images
-from farshore.kvstore.store.blocks import Bases
-from farshore.kvstore.store.images import ChunkRange
+from farshore.kvstore.store.layout import blocks, images
+from farshore.kvstore.store.layout.blocks import Bases
+from farshore.kvstore.store.layout.images import ChunkRange
 
 
 class KVMemory(Protocol):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from farshore.errors import Full, InvalidRequest
-from farshore.kvstore.store.pages import pages
+from farshore.kvstore.store.arena.pages import pages
 
 SPARE_SHARE = 8
 """By default, 1/8 of the budget may be free and committed."""
