@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import grpc
 import numpy as np
 import torch
-from grpc_health.v1 import health
 from torch import Tensor
 
 from farshore import rpc
@@ -22,7 +21,7 @@ from farshore.attention_offload import codec
 from farshore.attention_offload.base import ShardBeat, ShardIdentity
 from farshore.attention_offload.shard import checks, exports
 from farshore.attention_offload.shard.bulk_loop import serve_bulk
-from farshore.attention_offload.shard.engine_holds import EngineHolds, Ticker
+from farshore.attention_offload.shard.engine_holds import EngineHolds
 from farshore.attention_offload.shard.frame_loop import FrameListener, serve_frames
 from farshore.attention_offload.shard.imports import SpanImports
 from farshore.attention_offload.shard.session import AttendedBytes, ShardSession, identity_of
@@ -38,13 +37,9 @@ from farshore.kvstore.store.store import LocalStore
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
 
-MAX_CALLS = 512
-"""The number of threads, and so of concurrent calls, Attend streams included. A thread exists from the first
-call that needs it."""
-
 MAX_STREAMS = 384
 """The most Attend streams: two for each engine that cannot use a native connection. Without this limit the
-streams of many engines would take every thread, and no engine could beat."""
+streams of many engines would take every one of the server's threads, and no engine could beat."""
 
 MOST_IMPORT_S = 120.0
 """How long a call waits for an import at most, whatever its own deadline."""
@@ -352,47 +347,3 @@ class AttentionService(pb_grpc.AttentionServicer):
 def _secured(context: grpc.ServicerContext) -> bool:
     """Whether gRPC encrypts or authenticates this call. If so, no KV may leave the host unencrypted."""
     return context.auth_context().get("transport_security_type", [b"insecure"]) != [b"insecure"]
-
-
-class AttentionServer:
-    """A running service: its gRPC server, its listener for native connections, and its ticker."""
-
-    def __init__(self, server: grpc.Server, service: AttentionService, listener: FrameListener) -> None:
-        self._server = server
-        self._service = service
-        self._listener = listener
-        self._ticker = Ticker(service.tick)
-
-    def stop(self, grace_s: float | None) -> threading.Event:
-        """Ends native connections at once, and gRPC calls after ``grace_s`` seconds (None: at once).
-
-        Returns an event that is set when the gRPC server has stopped."""
-        self._service.imports.end_copies()
-        self._listener.close()
-        self._ticker.stop()
-        return self._server.stop(grace_s)
-
-    def wait_for_termination(self) -> None:
-        """Blocks until the gRPC server has stopped."""
-        self._server.wait_for_termination()
-
-
-def serve(
-    service: AttentionService, listen: str, *, checks: health.HealthServicer | None = None
-) -> tuple[AttentionServer, str]:
-    """Starts the service on ``listen``, ``host:port``. Returns the server and its address with the real port.
-    ``checks``: see :func:`farshore.rpc.serve`.
-
-    Native TCP connections are accepted on another, free port of the same host. Raises PortInUse as
-    :func:`farshore.rpc.serve`, and InvalidRequest if the host has no such address, or if it is not loopback
-    and the service has no token."""
-    server, address = rpc.serve(
-        lambda server: pb_grpc.add_AttentionServicer_to_server(service, server),
-        service=pb.DESCRIPTOR.services_by_name["Attention"].full_name,
-        listen=listen,
-        threads=MAX_CALLS,
-        token=service.token,
-        checks=checks,
-    )
-    service.listener = FrameListener(listen.rpartition(":")[0].strip("[]"), token=service.token)
-    return AttentionServer(server, service, service.listener), address

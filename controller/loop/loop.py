@@ -5,7 +5,6 @@ It must not know Ray.
 """
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from farshore.controller.reconcile import (
 from farshore.errors import TransportError
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import Directory, Listing, WorkerRecord
+from farshore.periodic import PeriodicThread
 
 ROUND_S = 0.5
 ANNOUNCE_S = 30.0
@@ -133,17 +133,16 @@ class Loop:
         self._clock = clock
         self._seen: dict[Slot, _Seen] = {}
         self._deaths: dict[Slot, Deaths] = {}
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="reconcile", daemon=True)
+        self._is_answered = True
+        """Whether the directory answered the last round."""
+        self._thread = PeriodicThread(self._run, name="reconcile", period_s=ROUND_S, tell=_tell)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
         """Ends the thread after its round. Starts and stops nothing any more."""
-        self._ended.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        self._thread.stop()
 
     def round(self) -> None:
         """Observes, decides and acts once."""
@@ -218,22 +217,16 @@ class Loop:
         return {worker for worker in workers if worker.startswith(unheard)}
 
     def _run(self) -> None:
-        is_answered = True
-        while not self._ended.is_set():
-            try:
-                self.round()
-                if not is_answered:
-                    self._events.add("answers", "directory")
-                is_answered = True
-            except TransportError as error:
-                # Nothing is started or stopped meanwhile; all that runs goes on.
-                if is_answered:
-                    self._events.add("unreachable", "directory", str(error))
-                is_answered = False
-            except Exception:
-                # Ray's GCS may be away for a while; the next round observes anew.
-                _LOG.exception("a round of the controller failed")
-            self._ended.wait(ROUND_S)
+        try:
+            self.round()
+            if not self._is_answered:
+                self._events.add("answers", "directory")
+            self._is_answered = True
+        except TransportError as error:
+            # Nothing is started or stopped meanwhile; all that runs goes on.
+            if self._is_answered:
+                self._events.add("unreachable", "directory", str(error))
+            self._is_answered = False
 
     def _notice(self, occupants: Mapping[Slot, Occupant], listing: Listing, now_s: float) -> None:
         """Updates what is remembered of the slots, and tells what joined and what was lost."""
@@ -346,6 +339,11 @@ class Loop:
             readers=None if readers is None or for_s < HEARD_S else readers.get(worker, 0),
             overdue=limit_s is not None and seen.drained_s is not None and whole_s >= limit_s,
         )
+
+
+def _tell(error: Exception) -> None:
+    """Ray's GCS may be away for a while; the next round observes anew."""
+    _LOG.error("a round of the controller failed", exc_info=error)
 
 
 def _unheard_s(seen: _Seen, now_s: float) -> float:

@@ -5,7 +5,6 @@ Called by ``loop`` and by ``service``. It must not know what follows from the an
 
 import contextlib
 import logging
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -18,6 +17,7 @@ from farshore.cluster_token import ClusterToken
 from farshore.errors import FarshoreError
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import Directory
+from farshore.periodic import PeriodicThread
 from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 
@@ -50,13 +50,11 @@ class WorkerProbes:
         self._readers: tuple[Collection[WorkerId], Mapping[WorkerId, int] | None] = (), None
         self._alive: set[WorkerId] = set()
         self._channels = rpc.Channels(token)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="probe", daemon=True)
+        self._thread = PeriodicThread(self._run, name="probe", period_s=PERIOD_S, tell=_tell)
         self._thread.start()
 
     def stop(self) -> None:
-        self._stopped.set()
-        self._thread.join()
+        self._thread.stop()
         self._channels.keep(())
 
     def silent_s(self, suspects: Mapping[WorkerId, str]) -> dict[WorkerId, float]:
@@ -74,17 +72,12 @@ class WorkerProbes:
         return readers if engines.keys() <= set(asked) else None
 
     def _run(self) -> None:
-        failed = False
-        while not self._stopped.wait(PERIOD_S):
-            try:
-                self._ask()
-                failed = False
-            except Exception:
-                # Such as an answer of another version: nothing is known, so nothing may follow.
-                self._readers, self._silent_since_s = ((), None), {}
-                if not failed:
-                    _LOG.exception("the workers' answers make no sense; they are asked again")
-                failed = True
+        try:
+            self._ask()
+        except Exception:
+            # Such as an answer of another version: nothing is known, so nothing may follow.
+            self._readers, self._silent_since_s = ((), None), {}
+            raise
 
     def _ask(self) -> None:
         """Asks once, and keeps the answers."""
@@ -128,6 +121,10 @@ class WorkerProbes:
     def _check(self, address: str) -> grpc.Future:
         stub = health_pb2_grpc.HealthStub(self._channels[address])
         return stub.Check.future(health_pb2.HealthCheckRequest(), timeout=DEADLINE_S)
+
+
+def _tell(error: Exception) -> None:
+    _LOG.error("the workers' answers make no sense; they are asked again", exc_info=error)
 
 
 def _is_answered(call: grpc.Future) -> bool:

@@ -5,13 +5,18 @@ from the engines, the operators' from the controller. Must not know how these ar
 """
 
 import asyncio
+import logging
 from collections.abc import Collection
+from functools import partial
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from farshore.gateway.engines.known import KnownEngines
+from farshore.periodic import repeat
+
+_logger = logging.getLogger(__name__)
 
 _REFLECTION = (reflection.SERVICE_NAME, "grpc.reflection.v1.ServerReflection")
 """v1 has the messages of v1alpha; grpcio has code for v1alpha only."""
@@ -39,17 +44,11 @@ class ServingState:
 
     async def follow(self, engines: KnownEngines) -> None:
         """Follows ``engines`` until the task is cancelled."""
-        while True:
-            await self.tell(engines)
-            await self._changed.wait()
-            self._changed.clear()
+        await repeat(partial(self._follow_change, engines), tell=_tell)
 
     async def follow_controller(self, controller: grpc.aio.Channel) -> None:
         """Follows the connection to the controller, which it keeps open, until the task is cancelled."""
-        while True:
-            state = controller.get_state(try_to_connect=True)
-            await self._set(self._operators, state is grpc.ChannelConnectivity.READY)
-            await controller.wait_for_state_change(state)
+        await repeat(partial(self._follow_state, controller), tell=_tell)
 
     async def tell(self, engines: KnownEngines) -> None:
         serves = engines.problem is None
@@ -64,9 +63,23 @@ class ServingState:
         """NOT_SERVING for all names from now on."""
         await self._checks.enter_graceful_shutdown()
 
+    async def _follow_change(self, engines: KnownEngines) -> None:
+        await self.tell(engines)
+        await self._changed.wait()
+        self._changed.clear()
+
+    async def _follow_state(self, controller: grpc.aio.Channel) -> None:
+        state = controller.get_state(try_to_connect=True)
+        await self._set(self._operators, state is grpc.ChannelConnectivity.READY)
+        await controller.wait_for_state_change(state)
+
     async def _set(self, name: str, serves: bool) -> None:
         reply = health_pb2.HealthCheckResponse
         await self._checks.set(name, reply.SERVING if serves else reply.NOT_SERVING)
+
+
+def _tell(error: Exception) -> None:
+    _logger.error("the gateway's health can't be kept", exc_info=error)
 
 
 def add_reflection(server: grpc.aio.Server, services: Collection[str]) -> None:

@@ -10,8 +10,8 @@ import grpc
 import pytest
 
 from farshore import rpc
+from farshore.attention_offload.shard.server import serve as serve_attention
 from farshore.attention_offload.shard.service import AttentionService
-from farshore.attention_offload.shard.service import serve as serve_attention
 from farshore.controller.config import ClusterConfig
 from farshore.controller.controller import MAX_CALLS
 from farshore.controller.events import Events

@@ -133,7 +133,8 @@ def test_closing_a_client_with_an_open_stream_leaves_no_thread_blocked(
 
 
 SHARD_PROCESS = """
-from farshore.attention_offload.shard.service import AttentionService, serve
+from farshore.attention_offload.shard.server import serve
+from farshore.attention_offload.shard.service import AttentionService
 from farshore.ids import WorkerId
 from farshore.kvstore.store.arena.arena import Arena
 from farshore.kvstore.store.store import LocalStore
