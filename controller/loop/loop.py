@@ -1,25 +1,21 @@
 """The controller's loop: observes the cluster, decides by ``reconcile``, and acts through a launcher.
 
-Called by ``controller``. What it remembers is never the only copy: a restarted controller observes the same.
-It must not know Ray.
+Called by ``controller``. It must not know Ray.
 """
 
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
 from typing import Protocol
 
 from farshore.controller.events import Events
-from farshore.controller.launch.launcher import Launcher, Occupant
+from farshore.controller.launch.launcher import Launcher
+from farshore.controller.loop.observer import Observer, Probes, Seen
 from farshore.controller.reconcile import (
-    HEALTHY_S,
     KILL_GRACE_S,
-    Deaths,
     Drain,
     Kill,
     Kind,
-    Observed,
     Open,
     Process,
     Slot,
@@ -29,23 +25,12 @@ from farshore.controller.reconcile import (
 )
 from farshore.errors import TransportError
 from farshore.ids import WorkerId
-from farshore.kvstore.directory.base import Directory, Listing, WorkerRecord
+from farshore.kvstore.directory.base import Directory, Listing
 from farshore.periodic import PeriodicThread
 
 ROUND_S = 0.5
-ANNOUNCE_S = 30.0
-"""A worker whose process runs announces itself within this time."""
-
-HEARD_S = 2.0
-"""After this time every engine and gateway that can has heard that a worker drains, and the probes have asked
-again: only then does the number of its readers tell whether it can end."""
 
 _LOG = logging.getLogger(__name__)
-
-LEFT_ALONE = (
-    "its process runs but announces nothing, and is left alone: if the controller's node was lost, run "
-    "`farshore down` and `farshore serve` again (--redis-url avoids this)"
-)
 
 
 class DesiredState(Protocol):
@@ -66,42 +51,6 @@ class DesiredState(Protocol):
 
     def note_drains(self, draining: Collection[WorkerId]) -> None:
         """Notes that of the workers without a mark these drain, and no others."""
-
-
-class Probes(Protocol):
-    """Asks workers directly."""
-
-    def silent_s(self, suspects: Mapping[WorkerId, str]) -> dict[WorkerId, float]:
-        """For how long each of the suspected workers (id to address) has answered no probe and been reported
-        alive by no engine; 0.0 if it answers. Never blocks: it reads the newest answers."""
-
-    def alive(self) -> set[WorkerId]:
-        """The attention workers that an engine reports alive. Never blocks."""
-
-    def readers(self, engines: Mapping[WorkerId, str]) -> Mapping[WorkerId, int] | None:
-        """The number of sequences that read from each attention worker or run on each dense one; None while a
-        dense worker does not answer: one that is listed, or one of ``engines`` (id to address). Never
-        blocks."""
-
-
-@dataclass(slots=True)
-class _Seen:
-    """What the loop remembers of a slot's occupant."""
-
-    occupant: Occupant
-    since_s: float
-    record: WorkerRecord | None = None
-    served: bool = False
-    """Whether it ever served: one that never did was never healthy."""
-    drained_s: float | None = None
-    """Since when it drains."""
-    stopped: bool = False
-    killed_s: float | None = None
-    """When it was first killed, of the times since it last answered."""
-    kill_told_s: float = 0.0
-    """When its node was last told to kill it: one that is cut off is told again."""
-    answered_s: float | None = None
-    """When its actor last answered Ray, while it has announced nothing."""
 
 
 class Loop:
@@ -126,13 +75,16 @@ class Loop:
         self._desired = desired
         self._directory = directory
         self._launcher = launcher
-        self._probes = probes
         self._events = events
-        self._grace_s = grace_s
         self._drain_timeout_s = drain_timeout_s
         self._clock = clock
-        self._seen: dict[Slot, _Seen] = {}
-        self._deaths: dict[Slot, Deaths] = {}
+        self._observer = Observer(
+            launcher=launcher,
+            probes=probes,
+            events=events,
+            grace_s=grace_s,
+            drain_timeout_s=drain_timeout_s,
+        )
         self._is_answered = True
         """Whether the directory answered the last round."""
         self._thread = PeriodicThread(self._run, name="reconcile", period_s=ROUND_S, tell=_tell)
@@ -148,31 +100,31 @@ class Loop:
         """Observes, decides and acts once."""
         now_s = self._clock()
         listing = self._directory.listing()
-        self._notice(self._launcher.occupants(), listing, now_s)
+        self._observer.notice(listing, now_s)
         drains = self._desired.drains()
-        observed = self._observed(listing, drains, now_s=now_s)
+        observed = self._observer.observed(listing, drains, self._desired.drained_s(), now_s=now_s)
         for action in reconcile(self._desired.counts(), observed, now_s):
             match action:
                 case Drain(slot, worker):
-                    self._seen[slot].drained_s = now_s
+                    self._observer.seen[slot].drained_s = now_s
                     self._events.add("draining", worker, self._why_draining(slot, drains))
                 case Open(slot, _):
-                    self._seen[slot].drained_s = None
+                    self._observer.seen[slot].drained_s = None
                 case Start(slot):
                     self._events.add("started", str(slot))
                     self._launcher.start(slot)
                 case Stop(slot):
                     self._stop(slot, observed.processes[slot])
                 case Kill(slot):
-                    self._kill(self._seen[slot], slot, now_s)
-        draining = self._draining()
+                    self._kill(self._observer.seen[slot], slot, now_s)
+        draining = self._observer.draining()
         self._directory.close(draining, draining=draining)
         if listing.settled:
             self._forget_drains(drains, listing)
-            self._desired.note_drains(draining | self._unheard_of(self._desired.drained_s()))
+            self._desired.note_drains(draining | self._observer.unheard_of(self._desired.drained_s()))
 
     def _stop(self, slot: Slot, process: Process) -> None:
-        seen = self._seen[slot]
+        seen = self._observer.seen[slot]
         if not seen.stopped and process.worker is not None:
             left = f"{process.readers} sequences were left" if process.readers else ""
             self._events.add("drained", process.worker, left)
@@ -181,7 +133,7 @@ class Loop:
         # of a worker that this controller has not heard of. One that has none ends at once.
         self._launcher.stop(slot, grace_s=self._drain_timeout_s if process.readers == 0 else 0.0)
 
-    def _kill(self, seen: _Seen, slot: Slot, now_s: float) -> None:
+    def _kill(self, seen: Seen, slot: Slot, now_s: float) -> None:
         if seen.killed_s is None:
             seen.killed_s = now_s
             self._events.add("killed", str(slot), "it has answered nothing for too long")
@@ -191,30 +143,18 @@ class Loop:
         self._launcher.kill(slot)
 
     def _why_draining(self, slot: Slot, drains: Mapping[WorkerId, float | None]) -> str:
-        record = self._seen[slot].record
+        record = self._observer.seen[slot].record
         if record is not None and record.worker in drains:
             return "an operator drains it"
         told = record is not None and record.state == "draining"
         return "its process was told to end" if told else "there are more than desired"
 
-    def _draining(self) -> frozenset[WorkerId]:
-        return frozenset(
-            seen.record.worker
-            for seen in self._seen.values()
-            if seen.record is not None and seen.drained_s is not None
-        )
-
     def _forget_drains(self, drains: Collection[WorkerId], listing: Listing) -> None:
         """Removes marks of workers that run no more."""
         running = {record.worker for record in listing.workers}
-        running |= {seen.record.worker for seen in self._seen.values() if seen.record is not None}
-        if ended := set(drains) - running - self._unheard_of(drains):
+        running |= {seen.record.worker for seen in self._observer.seen.values() if seen.record is not None}
+        if ended := set(drains) - running - self._observer.unheard_of(drains):
             self._desired.forget_drains(ended)
-
-    def _unheard_of(self, workers: Collection[WorkerId]) -> set[WorkerId]:
-        """Those that may run and have not registered: such a process may be any worker of its slot."""
-        unheard = tuple(f"{slot}-" for slot, seen in self._seen.items() if seen.record is None)
-        return {worker for worker in workers if worker.startswith(unheard)}
 
     def _run(self) -> None:
         try:
@@ -228,124 +168,7 @@ class Loop:
                 self._events.add("unreachable", "directory", str(error))
             self._is_answered = False
 
-    def _notice(self, occupants: Mapping[Slot, Occupant], listing: Listing, now_s: float) -> None:
-        """Updates what is remembered of the slots, and tells what joined and what was lost."""
-        for slot, seen in list(self._seen.items()):
-            if occupants.get(slot, seen.occupant).actor == seen.occupant.actor and slot in occupants:
-                continue
-            del self._seen[slot]
-            name = seen.record.worker if seen.record is not None else str(slot)
-            if seen.stopped or (seen.record is not None and seen.record.state == "draining"):
-                self._events.add("retired", name)
-            else:
-                count = self._deaths[slot].count if slot in self._deaths else 0
-                healthy = seen.served and now_s - seen.since_s >= HEALTHY_S
-                self._deaths[slot] = Deaths(1 if healthy else count + 1, now_s)
-                failure = seen.record.failure if seen.record is not None else ""
-                self._events.add("lost", name, failure or self._launcher.end_in_words(seen.occupant))
-        records = {(record.slot, record.process_id): record for record in listing.workers}
-        for slot, occupant in occupants.items():
-            seen = self._seen.setdefault(slot, _Seen(occupant, now_s))
-            seen.occupant = occupant
-            record = records.get((str(slot), occupant.process_id))
-            if record is None:
-                continue
-            if seen.record is None and record.worker in listing.draining:
-                # The controller before told so, and has not been contradicted.
-                seen.drained_s = now_s
-            if (seen.record is None or seen.record.state != "serving") and record.state == "serving":
-                kind = "replaced" if slot in self._deaths else "joined"
-                self._events.add(kind, record.worker, f"at {record.address}")
-            seen.record = record
-            seen.served |= record.state == "serving"
-
-    def _observed(
-        self, listing: Listing, drains: Mapping[WorkerId, float | None], *, now_s: float
-    ) -> Observed:
-        listed = {record.worker for record in listing.workers}
-        suspects = {
-            seen.record.worker: seen.record.address
-            for seen in self._seen.values()
-            if seen.record is not None and seen.record.worker not in listed
-        }
-        silent_s = self._probes.silent_s(suspects)
-        # Such a worker may be one that this controller has not heard of.
-        nameless_may_live = bool(self._probes.alive() - listed - suspects.keys())
-        readers = self._readers()
-        drained_s = self._desired.drained_s()
-        self._ping(now_s)
-        processes = {}
-        for slot, seen in self._seen.items():
-            if seen.record is not None:
-                frozen = silent_s.get(seen.record.worker, 0.0) >= self._grace_s
-            else:
-                late = bool(seen.occupant.node) and _unheard_s(seen, now_s) >= ANNOUNCE_S + self._grace_s
-                frozen = late and not nameless_may_live
-            if not frozen:
-                seen.killed_s = None
-            may_serve = nameless_may_live and bool(seen.occupant.node)
-            process = Process(slot=slot, may_serve=may_serve, frozen=frozen, killed_s=seen.killed_s)
-            if seen.record is not None:
-                for_s = 0.0 if seen.drained_s is None else now_s - seen.drained_s
-                whole_s = max(for_s, drained_s.get(seen.record.worker, 0.0))
-                process = self._drain_of(process, seen, drains, readers, for_s=for_s, whole_s=whole_s)
-            processes[slot] = process
-        return Observed(processes=processes, deaths=self._deaths, settled=listing.settled)
-
-    def _ping(self, now_s: float) -> None:
-        """Asks, through Ray, the processes that should have announced themselves. One that answers may be at
-        work, with a directory that is lost."""
-        unheard = {
-            slot: seen
-            for slot, seen in self._seen.items()
-            if seen.record is None and seen.occupant.node and _unheard_s(seen, now_s) >= ANNOUNCE_S
-        }
-        for slot in self._launcher.answering(unheard.keys()):
-            if unheard[slot].answered_s is None:
-                self._events.add("unreachable", str(slot), LEFT_ALONE)
-            unheard[slot].answered_s = now_s
-
-    def _readers(self) -> Mapping[WorkerId, int] | None:
-        """See :meth:`Probes.readers`: of all dense workers that run, also those that are not listed."""
-        dense = [seen for slot, seen in self._seen.items() if slot.kind == "dense"]
-        records = [seen.record for seen in dense if seen.record is not None]
-        readers = self._probes.readers({each.worker: each.address for each in records if each.address})
-        # One that this controller has not heard of may read from any worker.
-        is_complete = all(seen.record is not None or not seen.occupant.node for seen in dense)
-        return readers if is_complete else None
-
-    def _drain_of(
-        self,
-        process: Process,
-        seen: _Seen,
-        drains: Mapping[WorkerId, float | None],
-        readers: Mapping[WorkerId, int] | None,
-        *,
-        for_s: float,
-        whole_s: float,
-    ) -> Process:
-        """Adds to a registered worker's process how far its drain is. ``for_s``: since this controller told
-        the others; ``whole_s``: since it began, also under another controller."""
-        assert seen.record is not None
-        worker = seen.record.worker
-        limit_s = drains.get(worker)
-        if limit_s is None and seen.record.kind == "dense":
-            limit_s = self._drain_timeout_s
-        return replace(
-            process,
-            worker=worker,
-            leaving=worker in drains or seen.record.state == "draining",
-            closed=seen.drained_s is not None,
-            readers=None if readers is None or for_s < HEARD_S else readers.get(worker, 0),
-            overdue=limit_s is not None and seen.drained_s is not None and whole_s >= limit_s,
-        )
-
 
 def _tell(error: Exception) -> None:
     """Ray's GCS may be away for a while; the next round observes anew."""
     _LOG.error("a round of the controller failed", exc_info=error)
-
-
-def _unheard_s(seen: _Seen, now_s: float) -> float:
-    """For how long nothing was heard of a process that has not announced itself."""
-    return now_s - (seen.since_s if seen.answered_s is None else seen.answered_s)

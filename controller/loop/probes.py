@@ -31,7 +31,7 @@ _SILENCE = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc
 
 
 class WorkerProbes:
-    """Implements :class:`~farshore.controller.loop.loop.Probes` over gRPC. Asks from construction until
+    """Implements :class:`~farshore.controller.loop.observer.Probes` over gRPC. Asks from construction until
     :meth:`stop`."""
 
     def __init__(

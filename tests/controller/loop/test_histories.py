@@ -11,7 +11,8 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farshore.controller.loop.loop import ANNOUNCE_S, ROUND_S
+from farshore.controller.loop.loop import ROUND_S
+from farshore.controller.loop.observer import ANNOUNCE_S
 from farshore.controller.reconcile import MOST_BACKOFF_S
 from farshore.kvstore.directory.base import LEASE_S, SETTLE_S
 

@@ -9,7 +9,8 @@ import pytest
 from farshore.controller.desired import Desired
 from farshore.controller.events import Events
 from farshore.controller.launch.launcher import Occupant
-from farshore.controller.loop.loop import ANNOUNCE_S, HEARD_S, ROUND_S, Loop
+from farshore.controller.loop.loop import ROUND_S, Loop
+from farshore.controller.loop.observer import ANNOUNCE_S, HEARD_S
 from farshore.controller.reconcile import MOST_BACKOFF_S, Slot
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import LEASE_S, SETTLE_S, WorkerRecord

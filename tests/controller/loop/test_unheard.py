@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from farshore.controller.loop.loop import ANNOUNCE_S, HEARD_S, ROUND_S
+from farshore.controller.loop.loop import ROUND_S
+from farshore.controller.loop.observer import ANNOUNCE_S, HEARD_S
 from farshore.controller.reconcile import KILL_GRACE_S, Slot
 from farshore.kvstore.directory.base import LEASE_S, SETTLE_S
 
