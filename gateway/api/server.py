@@ -79,11 +79,6 @@ class Gateway:
         """The number of open Generate calls."""
         return self._log.calls
 
-    @property
-    def remembered_bytes(self) -> int:
-        """Bytes of the events of ended requests that can still be read."""
-        return self._log.ended_bytes
-
     async def await_serving(self) -> None:
         """Returns when an engine takes requests. The caller bounds the wait."""
         await self._state.serving.wait()
