@@ -18,7 +18,7 @@ from farshore.cluster_token import ClusterToken
 from farshore.controller.config import MOST_DRAIN_S, ClusterConfig
 from farshore.controller.events import Events
 from farshore.controller.reconcile import Kind
-from farshore.errors import FarshoreError, InvalidRequest, Overloaded
+from farshore.errors import FarshoreError, InvalidRequest
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import Directory
 from farshore.models.config.model import ModelConfig
@@ -41,6 +41,9 @@ EVENTS_POLL_S = 1.0
 MOST_FOLLOWERS = 16
 """Streams of events that are open at once. Each holds a thread of the server, which serves the workers' calls
 to the directory, too."""
+
+MOST_ASKING = 32
+"""Calls for the state at once. They wait together while a worker does not answer."""
 
 
 class Operations(Protocol):
@@ -79,7 +82,10 @@ class AdminService(admin_grpc.AdminServiceServicer):
         self._clock = clock
         self._channels = rpc.Channels(token)
         self._lock = threading.Lock()
-        self._followers = threading.Semaphore(MOST_FOLLOWERS)
+        self._followers = rpc.CallLimit(
+            MOST_FOLLOWERS, "calls follow the events already: end one, or ask without follow"
+        )
+        self._asking = rpc.CallLimit(MOST_ASKING, "calls ask for the state already: try again in a second")
         self._status: Future[tuple[admin.ClusterStatusResponse, float]] | None = None
         """The newest answer and the time of its completion."""
 
@@ -120,18 +126,9 @@ class AdminService(admin_grpc.AdminServiceServicer):
         """With ``follow`` it goes on until its reader is gone; one above MOST_FOLLOWERS is refused."""
         if not request.follow:
             yield from self._events_since(request.since)
-        elif self._followers.acquire(blocking=False):
-            try:
-                yield from self._follow(request.since, context)
-            finally:
-                self._followers.release()
-        else:
-            rpc.abort(
-                context,
-                Overloaded(
-                    f"{MOST_FOLLOWERS} calls follow the events already: end one, or ask without follow"
-                ),
-            )
+            return
+        with self._followers.counted(context):
+            yield from self._follow(request.since, context)
 
     def _follow(self, seen: int, context: grpc.ServicerContext) -> Iterator[admin.ClusterEvent]:
         while context.is_active():
@@ -148,6 +145,10 @@ class AdminService(admin_grpc.AdminServiceServicer):
     ) -> admin.ClusterStatusResponse:
         """Asks every worker, and answers from the workers' replies. Callers share an answer: see
         STATUS_AGE_S."""
+        with self._asking.counted(context):
+            return self._shared_status(context)
+
+    def _shared_status(self, context: grpc.ServicerContext) -> admin.ClusterStatusResponse:
         with self._lock:
             makes = self._status is None or self._is_old(self._status)
             if makes:

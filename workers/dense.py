@@ -49,7 +49,8 @@ from farshore.workers.shard_watch import ShardWatch
 from farshore.workers.whereabouts import whereabouts
 
 MAX_CALLS = 512
-"""Threads of the gRPC server. Each gateway occupies one."""
+"""Threads of the gRPC server. Each gateway occupies one; see :func:`farshore.rpc.serve` for the room that is
+left for others."""
 
 STOP_GRACE_S = 1.0
 MOST_REASON_CHARS = 500

@@ -20,8 +20,8 @@ from farshore.proto import attention_pb2_grpc as pb_grpc
 _LOG = logging.getLogger(__name__)
 
 MAX_CALLS = 512
-"""The number of threads, and so of concurrent calls, Attend streams included. A thread exists from the first
-call that needs it."""
+"""The number of threads, and so of concurrent calls, Attend streams included: two for each engine that cannot
+use a native connection. A thread exists from the first call that needs it."""
 
 
 class AttentionServer:

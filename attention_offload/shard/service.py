@@ -4,7 +4,6 @@ Called by ``workers.attention``; runs in an attention worker's process. It must 
 the cluster. One thread serves one call; an engine's Attend stream occupies a thread for as long as it lasts.
 """
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from farshore.attention_offload.shard.session import AttendedBytes, ShardSession
 from farshore.attention_offload.transport.core_sharing import oversubscribed_with
 from farshore.attention_offload.transport.frames import native
 from farshore.cluster_token import ClusterToken
-from farshore.errors import Cancelled, InvalidRequest, Overloaded
+from farshore.errors import Cancelled, InvalidRequest
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import AttentionSpec, State
 from farshore.kernels.host import HOST
@@ -37,9 +36,8 @@ from farshore.kvstore.store.store import LocalStore
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
 
-MAX_STREAMS = 384
-"""The most Attend streams: two for each engine that cannot use a native connection. Without this limit the
-streams of many engines would take every one of the server's threads, and no engine could beat."""
+MOST_IMPORT_CALLS = 64
+"""Calls that wait for an import. Each holds a thread of the server, which engines need for their beats."""
 
 MOST_IMPORT_S = 120.0
 """How long a call waits for an import at most, whatever its own deadline."""
@@ -109,7 +107,7 @@ class AttentionService(pb_grpc.AttentionServicer):
         self._attended = AttendedBytes()
         self.holds = EngineHolds(store, clock=clock)
         self.imports = SpanImports(store, token=token, clock=clock)
-        self._streams = threading.BoundedSemaphore(MAX_STREAMS)
+        self._importing = rpc.CallLimit(MOST_IMPORT_CALLS, "calls wait for imports: try again later")
         self.listener: FrameListener | None = None
         """Accepts native connections. None until :func:`serve` sets it; then only gRPC is offered."""
 
@@ -247,11 +245,12 @@ class AttentionService(pb_grpc.AttentionServicer):
         return pb.SequenceReply()
 
     def Import(self, request: pb.ImportRequest, context: grpc.ServicerContext) -> pb.ImportReply:
-        try:
-            deadline_s = min(context.time_remaining() or MOST_IMPORT_S, MOST_IMPORT_S)
-            return codec.imported_to_pb(self.imports.import_span(request, deadline_s=deadline_s))
-        except Exception as error:
-            rpc.abort(context, error)
+        with self._importing.counted(context):
+            try:
+                deadline_s = min(context.time_remaining() or MOST_IMPORT_S, MOST_IMPORT_S)
+                return codec.imported_to_pb(self.imports.import_span(request, deadline_s=deadline_s))
+            except Exception as error:
+                rpc.abort(context, error)
 
     def Export(self, request: pb.ExportRequest, context: grpc.ServicerContext) -> Iterator[pb.ExportPiece]:
         try:
@@ -295,14 +294,10 @@ class AttentionService(pb_grpc.AttentionServicer):
         return self.listener.expect(serve, tcp=not secured, shares_cores=shares_cores)
 
     def Attend(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> Iterator[pb.State]:
-        if not self._streams.acquire(blocking=False):
-            rpc.abort(context, Overloaded(f"{MAX_STREAMS} engines' streams are open here: try again later"))
         try:
             yield from self._attend(frames)
         except Exception as error:
             rpc.abort(context, error)
-        finally:
-            self._streams.release()
 
     def _attend(self, frames: Iterator[pb.Frame]) -> Iterator[pb.State]:
         opening = next(frames, None)

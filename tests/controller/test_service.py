@@ -333,6 +333,20 @@ def test_followers_of_events_leave_calls_for_the_workers(service, operations, di
     server.stop(0).wait()
 
 
+def test_callers_of_the_state_leave_calls_for_the_workers(service, stub, directory, rendezvous, monkeypatch):
+    """While no engine answers."""
+    monkeypatch.setattr(service, "_asking", rpc.CallLimit(2, "calls ask for the state already"))
+    rendezvous.asked = threading.Barrier(4, timeout=60)
+    calls = [stub.ClusterStatus.future(admin.ClusterStatusRequest(), timeout=60) for _ in range(3)]
+    until(lambda: any(call.done() for call in calls))
+    (refused,) = [call for call in calls if call.done()]
+    assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "2 calls ask for the state already" in refused.details()
+    assert list(stub.WatchEvents(admin.WatchEventsRequest(), timeout=60)) == []
+    rendezvous.asked.wait()
+    assert all(call is refused or len(call.result().workers) == 3 for call in calls)
+
+
 def test_status_tells_the_first_name_and_the_length(directory, operations):
     spec = ModelSpec(served_names=("one", "two"), max_model_len=99)
     service = AdminService(ClusterConfig(spec=spec), load_spec(spec)[1], directory, operations)
