@@ -20,7 +20,7 @@ from farshore.controller.events import Events
 from farshore.controller.reconcile import Kind
 from farshore.errors import FarshoreError, InvalidRequest
 from farshore.ids import WorkerId
-from farshore.kvstore.directory.base import Directory
+from farshore.kvstore.directory.base import Directory, WorkerRecord
 from farshore.models.config.model import ModelConfig
 from farshore.proto import admin_pb2 as admin
 from farshore.proto import admin_pb2_grpc as admin_grpc
@@ -188,9 +188,15 @@ class AdminService(admin_grpc.AdminServiceServicer):
             workers[worker] = _attention(worker, attention[worker], call)
         # Only one answer is made at a time.
         self._channels.keep({record.address for record in records})
-        for record in records:
-            workers[record.worker].device = record.device
-            workers[record.worker].node, workers[record.worker].zone = record.node, record.zone
+        for record in listing.workers:
+            status = workers.get(record.worker)
+            if record.state == "failed" and (
+                status is None or status.state == admin.WORKER_STATE_UNREACHABLE
+            ):
+                workers[record.worker] = _failed(record)
+            if record.worker in workers:
+                workers[record.worker].device = record.device
+                workers[record.worker].node, workers[record.worker].zone = record.node, record.zone
         draining = listing.draining.union(r.worker for r in records if r.state == "draining")
         for worker in draining & workers.keys():
             if workers[worker].state == admin.WORKER_STATE_READY:
@@ -259,6 +265,19 @@ def _attention(worker: WorkerId, address: str, call: grpc.Future) -> admin.Worke
         free_bytes=identity.free_bytes,
         attended_bytes=identity.attended_bytes,
         cached_bytes=identity.cached_bytes,
+    )
+
+
+def _failed(record: WorkerRecord) -> admin.WorkerStatus:
+    """One that could not load has no address to be asked at; one that can't go on need not answer."""
+    dense = record.kind == "dense"
+    return admin.WorkerStatus(
+        worker_id=record.worker,
+        kind=admin.WORKER_KIND_DENSE if dense else admin.WORKER_KIND_ATTENTION,
+        address=record.address,
+        host=record.host,
+        process_id=record.process_id,
+        state=admin.WORKER_STATE_FAILED,
     )
 
 

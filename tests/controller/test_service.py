@@ -85,9 +85,8 @@ def listed(directory):
                 address=address,
                 host="127.0.0.1",
                 process_id=1,
-                state="serving",
                 device=f"{kind}'s device",
-                **fields,
+                **{"state": "serving", **fields},
             )
         )
 
@@ -149,6 +148,24 @@ def test_status_shows_workers_that_answer_and_that_do_not(stub, listed):
     }
     assert (status.pool_budget_bytes, status.pool_free_bytes) == (MEMORY_BYTES, MEMORY_BYTES)
     assert not status.sequences
+
+
+@pytest.mark.parametrize("kind", ["dense", "attention"])
+@pytest.mark.parametrize("address", ["", "127.0.0.1:1"])
+def test_status_shows_a_worker_that_failed_also_one_that_could_not_load(stub, listed, kind, address):
+    listed("dense-0", "dense", "", state="loading")
+    listed("failed-0", kind, address, state="failed", failure="no such model", node="machine-1")
+    (worker,) = stub.ClusterStatus(admin.ClusterStatusRequest()).workers
+    assert worker == admin.WorkerStatus(
+        worker_id="failed-0",
+        kind=admin.WORKER_KIND_DENSE if kind == "dense" else admin.WORKER_KIND_ATTENTION,
+        state=admin.WORKER_STATE_FAILED,
+        address=address,
+        host="127.0.0.1",
+        process_id=1,
+        device=f"{kind}'s device",
+        node="machine-1",
+    )
 
 
 class Rendezvous(pb_grpc.EngineServicer):
