@@ -1,6 +1,6 @@
 """Asks workers directly, from a thread of its own: those that the directory lost, and the engines.
 
-Called by ``loop`` and by ``service``. It must not know what follows from the answers.
+Called by ``observer``. It must not know what follows from the answers.
 """
 
 import contextlib
