@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Iterable
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +22,13 @@ from farshore import rpc
 from farshore.attention_offload.base import AttentionModel, Caller, Imported, ShardBeat, ShardIdentity, Wanted
 from farshore.attention_offload.plan.step_plan import Read, ShardStep
 from farshore.errors import FarshoreError, InvalidRequest, TransportError
-from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
+from farshore.ids import Epoch, SequenceId, SpanId
 from farshore.kernels.base import AttentionSpec, KVLayout
 from farshore.kernels.formats import KVFormat
 from farshore.kernels.host import HOST
 from farshore.kvstore.base import PrefixFound, SpanInfo, SpanKey, SpanSlice
 from farshore.kvstore.prefix import PrefixBlock
-from farshore.kvstore.store.forms import stored_bytes
+from farshore.kvstore.store.layout.forms import stored_bytes
 from farshore.proto import attention_pb2 as pb
 from farshore.text import quoted
 
@@ -81,7 +82,7 @@ def bytes_into(out: Tensor, data: bytes) -> None:
 
 
 def tokens_from_bytes(k: bytes, v: bytes, layout: KVLayout, tokens: int) -> tuple[Tensor, Tensor]:
-    """k and v of one layer as stored (:mod:`farshore.kvstore.store.forms`): two tensors
+    """k and v of one layer as stored (:mod:`farshore.kvstore.store.layout.forms`): two tensors
     ``u8[heads, tokens, bytes]``. Raises InvalidRequest if a size does not match ``layout`` and ``tokens``."""
     k_bytes, v_bytes = stored_bytes(layout)
     return (
@@ -213,21 +214,11 @@ def imported_from_pb(message: pb.ImportReply) -> Imported:
 
 
 def identity_to_pb(identity: ShardIdentity) -> pb.ShardIdentity:
-    fields = identity._asdict()
-    return pb.ShardIdentity(worker_id=fields.pop("worker"), **fields)
+    return pb.ShardIdentity(**_fields_to_pb(identity))
 
 
 def identity_from_pb(message: pb.ShardIdentity) -> ShardIdentity:
-    return ShardIdentity(
-        worker=WorkerId(message.worker_id),
-        process_id=message.process_id,
-        host=message.host,
-        budget_bytes=message.budget_bytes,
-        free_bytes=message.free_bytes,
-        attended_bytes=message.attended_bytes,
-        incarnation=message.incarnation,
-        cached_bytes=message.cached_bytes,
-    )
+    return ShardIdentity(**_fields_from_pb(message, ShardIdentity._fields))
 
 
 def caller_from_pb(message: pb.Caller) -> Caller:
@@ -251,19 +242,21 @@ def wanted_from_pb(messages: Iterable[pb.WantedSpans]) -> dict[tuple[SequenceId,
 
 
 def beat_to_pb(beat: ShardBeat) -> pb.BeatReply:
-    fields = beat._asdict()
-    return pb.BeatReply(worker_id=fields.pop("worker"), **fields)
+    return pb.BeatReply(**_fields_to_pb(beat))
 
 
 def beat_from_pb(message: pb.BeatReply) -> ShardBeat:
-    return ShardBeat(
-        worker=WorkerId(message.worker_id),
-        incarnation=message.incarnation,
-        budget_bytes=message.budget_bytes,
-        free_bytes=message.free_bytes,
-        attended_bytes=message.attended_bytes,
-        must_reconcile=message.must_reconcile,
-    )
+    return ShardBeat(**_fields_from_pb(message, ShardBeat._fields))
+
+
+def _fields_to_pb(said: ShardIdentity | ShardBeat) -> dict[str, Any]:
+    """What a shard says of itself, by the fields of its message: all but the worker's have its own names."""
+    return {"worker_id" if name == "worker" else name: value for name, value in said._asdict().items()}
+
+
+def _fields_from_pb(message: pb.ShardIdentity | pb.BeatReply, names: Iterable[str]) -> dict[str, Any]:
+    """The reverse of :func:`_fields_to_pb`."""
+    return {name: getattr(message, "worker_id" if name == "worker" else name) for name in names}
 
 
 def failure_to_pb(error: Exception) -> pb.Failure:

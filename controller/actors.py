@@ -19,9 +19,9 @@ import ray
 from ray._private.utils import get_num_cpus
 
 from farshore.cluster_token import ClusterToken
-from farshore.controller import resources
 from farshore.controller.config import ClusterConfig
 from farshore.controller.gauges import Gauges, Sample
+from farshore.controller.launch import resources
 from farshore.controller.listen import bracketed
 from farshore.controller.reconcile import Kind
 from farshore.ids import WorkerId

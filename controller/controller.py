@@ -16,14 +16,14 @@ from grpc_health.v1 import health
 
 from farshore import rpc
 from farshore.cluster_token import ClusterToken
-from farshore.controller import resources
 from farshore.controller.actors import AttentionActor, DenseActor, WorkerArguments
 from farshore.controller.config import ClusterConfig, check_same
 from farshore.controller.desired import Desired, StateFile
 from farshore.controller.events import Events
-from farshore.controller.launch import RayLauncher, end_workers
-from farshore.controller.loop import Loop
-from farshore.controller.probes import WorkerProbes
+from farshore.controller.launch import resources
+from farshore.controller.launch.launcher import RayLauncher, end_workers
+from farshore.controller.loop.loop import Loop
+from farshore.controller.loop.probes import WorkerProbes
 from farshore.controller.reconcile import KINDS, Kind, Slot
 from farshore.controller.service import AdminService
 from farshore.errors import FarshoreError, NotFound

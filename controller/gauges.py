@@ -4,11 +4,15 @@ Used by ``actors``, in the workers' own processes. A thread samples every PERIOD
 counts.
 """
 
-import threading
+import logging
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from ray.util.metrics import Gauge
+
+from farshore.periodic import PeriodicThread
+
+_LOG = logging.getLogger(__name__)
 
 PERIOD_S = 2.0
 
@@ -46,10 +50,12 @@ class Gauges:
             name: Gauge(name, description=text, tag_keys=("worker", "shard"))
             for name, text in DESCRIPTIONS.items()
         }
-        self._pause = threading.Event()
-        threading.Thread(target=self._loop, name="gauges", daemon=True).start()
+        PeriodicThread(self._set, name="gauges", period_s=PERIOD_S, tell=_tell).start()
 
-    def _loop(self) -> None:
-        while not self._pause.wait(PERIOD_S):
-            for name, value, shard in self._sample():
-                self._gauges[name].set(value, tags={"worker": self._worker, "shard": shard})
+    def _set(self) -> None:
+        for name, value, shard in self._sample():
+            self._gauges[name].set(value, tags={"worker": self._worker, "shard": shard})
+
+
+def _tell(error: Exception) -> None:
+    _LOG.error("the worker's gauges can't be sampled", exc_info=error)

@@ -18,9 +18,9 @@ from farshore.cluster_token import ClusterToken
 from farshore.controller.config import MOST_DRAIN_S, ClusterConfig
 from farshore.controller.events import Events
 from farshore.controller.reconcile import Kind
-from farshore.errors import FarshoreError, InvalidRequest, Overloaded
+from farshore.errors import FarshoreError, InvalidRequest
 from farshore.ids import WorkerId
-from farshore.kvstore.directory.base import Directory
+from farshore.kvstore.directory.base import Directory, WorkerRecord
 from farshore.models.config.model import ModelConfig
 from farshore.proto import admin_pb2 as admin
 from farshore.proto import admin_pb2_grpc as admin_grpc
@@ -41,6 +41,9 @@ EVENTS_POLL_S = 1.0
 MOST_FOLLOWERS = 16
 """Streams of events that are open at once. Each holds a thread of the server, which serves the workers' calls
 to the directory, too."""
+
+MOST_ASKING = 32
+"""Calls for the state at once. They wait together while a worker does not answer."""
 
 
 class Operations(Protocol):
@@ -79,7 +82,10 @@ class AdminService(admin_grpc.AdminServiceServicer):
         self._clock = clock
         self._channels = rpc.Channels(token)
         self._lock = threading.Lock()
-        self._followers = threading.Semaphore(MOST_FOLLOWERS)
+        self._followers = rpc.CallLimit(
+            MOST_FOLLOWERS, "calls follow the events already: end one, or ask without follow"
+        )
+        self._asking = rpc.CallLimit(MOST_ASKING, "calls ask for the state already: try again in a second")
         self._status: Future[tuple[admin.ClusterStatusResponse, float]] | None = None
         """The newest answer and the time of its completion."""
 
@@ -120,18 +126,9 @@ class AdminService(admin_grpc.AdminServiceServicer):
         """With ``follow`` it goes on until its reader is gone; one above MOST_FOLLOWERS is refused."""
         if not request.follow:
             yield from self._events_since(request.since)
-        elif self._followers.acquire(blocking=False):
-            try:
-                yield from self._follow(request.since, context)
-            finally:
-                self._followers.release()
-        else:
-            rpc.abort(
-                context,
-                Overloaded(
-                    f"{MOST_FOLLOWERS} calls follow the events already: end one, or ask without follow"
-                ),
-            )
+            return
+        with self._followers.counted(context):
+            yield from self._follow(request.since, context)
 
     def _follow(self, seen: int, context: grpc.ServicerContext) -> Iterator[admin.ClusterEvent]:
         while context.is_active():
@@ -148,6 +145,10 @@ class AdminService(admin_grpc.AdminServiceServicer):
     ) -> admin.ClusterStatusResponse:
         """Asks every worker, and answers from the workers' replies. Callers share an answer: see
         STATUS_AGE_S."""
+        with self._asking.counted(context):
+            return self._shared_status(context)
+
+    def _shared_status(self, context: grpc.ServicerContext) -> admin.ClusterStatusResponse:
         with self._lock:
             makes = self._status is None or self._is_old(self._status)
             if makes:
@@ -187,9 +188,15 @@ class AdminService(admin_grpc.AdminServiceServicer):
             workers[worker] = _attention(worker, attention[worker], call)
         # Only one answer is made at a time.
         self._channels.keep({record.address for record in records})
-        for record in records:
-            workers[record.worker].device = record.device
-            workers[record.worker].node, workers[record.worker].zone = record.node, record.zone
+        for record in listing.workers:
+            status = workers.get(record.worker)
+            if record.state == "failed" and (
+                status is None or status.state == admin.WORKER_STATE_UNREACHABLE
+            ):
+                workers[record.worker] = _failed(record)
+            if record.worker in workers:
+                workers[record.worker].device = record.device
+                workers[record.worker].node, workers[record.worker].zone = record.node, record.zone
         draining = listing.draining.union(r.worker for r in records if r.state == "draining")
         for worker in draining & workers.keys():
             if workers[worker].state == admin.WORKER_STATE_READY:
@@ -258,6 +265,19 @@ def _attention(worker: WorkerId, address: str, call: grpc.Future) -> admin.Worke
         free_bytes=identity.free_bytes,
         attended_bytes=identity.attended_bytes,
         cached_bytes=identity.cached_bytes,
+    )
+
+
+def _failed(record: WorkerRecord) -> admin.WorkerStatus:
+    """One that could not load has no address to be asked at; one that can't go on need not answer."""
+    dense = record.kind == "dense"
+    return admin.WorkerStatus(
+        worker_id=record.worker,
+        kind=admin.WORKER_KIND_DENSE if dense else admin.WORKER_KIND_ATTENTION,
+        address=record.address,
+        host=record.host,
+        process_id=record.process_id,
+        state=admin.WORKER_STATE_FAILED,
     )
 
 

@@ -6,9 +6,11 @@ Used by every process that serves or calls gRPC, so that each code has one meani
 import ipaddress
 import socket
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NoReturn, cast
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NoReturn, cast
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -127,6 +129,56 @@ def abort(context: grpc.ServicerContext, error: Exception) -> NoReturn:
     raise AssertionError("abort raises")
 
 
+class CallLimit:
+    """Bounds the open calls of one kind, which hold a thread of the server for long, so that other calls find
+    one. Thread-safe. Not for asyncio servicers."""
+
+    def __init__(self, most: int, refusal: str) -> None:
+        """``refusal``: the message of Overloaded, behind the number."""
+        self._room = threading.BoundedSemaphore(most)
+        self._refusal = f"{most} {refusal}"
+
+    @contextmanager
+    def counted(self, context: grpc.ServicerContext) -> Iterator[None]:
+        """Counts a call while the context is open. Ends a call above the limit."""
+        if not self._room.acquire(blocking=False):
+            abort(context, errors.Overloaded(self._refusal))
+        try:
+            yield
+        finally:
+            self._room.release()
+
+
+class StreamLimit(grpc.ServerInterceptor):
+    """Refuses calls in which both sides stream above ``most`` open ones: their callers end them."""
+
+    def __init__(self, most: int) -> None:
+        self._limit = CallLimit(most, "streams are open here: try again later")
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        handler = continuation(handler_call_details)
+        if handler is None or handler.stream_stream is None:
+            return handler
+        return grpc.stream_stream_rpc_method_handler(
+            partial(self._serve, handler.stream_stream),
+            handler.request_deserializer,
+            handler.response_serializer,
+        )
+
+    def _serve(
+        self,
+        behaviour: Callable[[Iterator[Any], grpc.ServicerContext], Iterator[Any]],
+        messages: Iterator[Any],
+        context: grpc.ServicerContext,
+    ) -> Iterator[Any]:
+        with self._limit.counted(context):
+            yield from behaviour(messages, context)
+
+
 def serve(
     register: Callable[[grpc.Server], None],
     *,
@@ -139,7 +191,9 @@ def serve(
     """Starts a server with one service, health checking and reflection.
 
     ``register`` adds the service whose full name is ``service``. ``listen``: ``host:port``, port 0 for any
-    free one. ``threads``: calls served at once; further calls are refused. ``token``: every call but a health
+    free one. ``threads``: calls served at once; further calls are refused. Calls in which both sides stream
+    hold three quarters of them at most, so that short calls, such as those that ask for the state, always
+    find room. ``token``: every call but a health
     check must prove it; None: none need to, which is allowed on a loopback address only. ``checks``: the
     health servicer, set to SERVING for the names "" and ``service``, which the caller may change later; None:
     SERVING until the server stops.
@@ -155,7 +209,7 @@ def serve(
         ThreadPoolExecutor(threads, thread_name_prefix=service),
         options=_SERVER_OPTIONS,
         maximum_concurrent_rpcs=threads,
-        interceptors=[] if token is None else [ProofCheck(token)],
+        interceptors=[*([] if token is None else [ProofCheck(token)]), StreamLimit(max(1, threads * 3 // 4))],
     )
     register(server)
     checks = checks or health.HealthServicer()

@@ -121,6 +121,12 @@ class Limits:
         """Calls open at once on one listener."""
         return self.max_readers + self.other_calls
 
+    @property
+    def standing_calls(self) -> int:
+        """Calls open at once that watch the health or ask for the services: they stay open, so they leave
+        half of ``other_calls`` to those that do not."""
+        return self.other_calls // 2
+
     def message_bytes_for(self, max_positions: int) -> int:
         """Largest message of one call for a model of ``max_positions``."""
         wanted = max(self.message_bytes, max_positions * self.message_bytes_per_position)

@@ -215,10 +215,10 @@ class ShardStore(Protocol):
 
         k ``[k_heads, n, k_dim]``, v ``[v_heads, n, v_dim]``: the heads of the span's groups, with any
         strides. Their dtype is the format's, or any float dtype if the format is quantised, or uint8 for
-        bytes as stored: see :mod:`farshore.kvstore.store.forms`. InvalidRequest below the sealed mark, beyond
-        the capacity, or for other shapes. Only the sequence of the span's key may write and seal, and only
-        while it holds the span: NotFound for a sequence that does not hold it, InvalidRequest for another
-        holder.
+        bytes as stored: see :mod:`farshore.kvstore.store.layout.forms`. InvalidRequest below the sealed mark,
+        beyond the capacity, or for other shapes. Only the sequence of the span's key may write and seal, and
+        only while it holds the span: NotFound for a sequence that does not hold it, InvalidRequest for
+        another holder.
         """
         ...
 
@@ -273,8 +273,8 @@ class ShardStore(Protocol):
         ``[v_heads, n, v_dim]``, n = last - first. NotFound unless ``sequence`` holds the span.
 
         ``dtype``: the format's by default, or float32 if the format is quantised; uint8 for the bytes as
-        stored (see :mod:`farshore.kvstore.store.forms`). InvalidRequest beyond the sealed mark. A ``drop``
-        during the call does not free the memory before the copy is done.
+        stored (see :mod:`farshore.kvstore.store.layout.forms`). InvalidRequest beyond the sealed mark. A
+        ``drop`` during the call does not free the memory before the copy is done.
         """
         ...
 

@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-# Without a GPU, triton must run kernels in its interpreter. It reads the variable at its first import, which
-# is made here because transformers imports triton, too. The variable is unset again for the tests' child
-# processes.
+# Without a GPU, triton must run kernels in its interpreter. It reads the variable at its first import, made
+# here because transformers imports triton, too. The variable is unset again for the tests' child processes.
 if not torch.cuda.is_available():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         import triton  # noqa: F401
 
 from farshore.attention_offload.client.remote import RemoteClient
-from farshore.attention_offload.shard.service import AttentionService, serve
+from farshore.attention_offload.shard.server import serve
+from farshore.attention_offload.shard.service import AttentionService
 from farshore.benchmarks.engines.redis_server import binaries
 from farshore.rpc import SHARD_ENVIRONMENT
 

@@ -6,7 +6,6 @@ The thread reads the store's log of names and never takes the store's lock. It m
 """
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -14,6 +13,7 @@ from farshore.errors import FarshoreError
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import RENEW_S, Announcement, Directory
 from farshore.kvstore.prefix import NameLog
+from farshore.periodic import PeriodicThread
 
 PROBE_S = 2.0
 """Time between two announcements without a change. They show whether the directory lost something."""
@@ -39,7 +39,6 @@ class Announcer:
         self._directory = directory
         self._worker = worker
         self._names = names
-        self._period_s = period_s
         self._clock = clock
         self._seen = 0
         """Number of the latest change in ``names`` that the directory knows; 0: announce all names."""
@@ -48,14 +47,12 @@ class Announcer:
         self._sent = 0
         """Number of the latest announcement. Never used twice: one that was not answered may have arrived."""
         self._answered_s = clock()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="announce", daemon=True)
+        self._thread = PeriodicThread(self.announce, name="announce", period_s=period_s, tell=_tell)
         self._thread.start()
 
     def end(self) -> None:
         """Ends the thread, after the call under way. Idempotent."""
-        self._ended.set()
-        self._thread.join()
+        self._thread.stop()
 
     def announce(self) -> None:
         """Announces what changed since the last call. Raises FarshoreError if the directory does not answer.
@@ -77,18 +74,11 @@ class Announcer:
         self._seen = changes.until
         self._answered_s = self._clock()
 
-    def _keep(self) -> None:
-        is_told = False
-        while not self._ended.wait(self._period_s):
-            try:
-                self.announce()
-                is_told = False
-            except FarshoreError:
-                pass  # The directory is away: what changed is announced when it answers.
-            except Exception:
-                if not is_told:
-                    _LOG.exception("blocks can't be announced")
-                is_told = True
+
+def _tell(error: Exception) -> None:
+    """Logs what is not expected. A directory that is away hears what changed when it answers."""
+    if not isinstance(error, FarshoreError):
+        _LOG.error("blocks can't be announced", exc_info=error)
 
 
 def _pieces(

@@ -18,7 +18,8 @@ import torch
 from grpc_health.v1 import health
 
 from farshore.attention_offload.base import ShardIdentity
-from farshore.attention_offload.shard.service import AttentionService, serve
+from farshore.attention_offload.shard.server import serve
+from farshore.attention_offload.shard.service import AttentionService
 from farshore.attention_offload.transport.core_sharing import share_cores
 from farshore.cluster_token import ClusterToken
 from farshore.defaults import DRAIN_TIMEOUT_S
@@ -26,7 +27,7 @@ from farshore.errors import InvalidRequest
 from farshore.ids import WorkerId
 from farshore.interpreter import share_interpreter
 from farshore.kvstore.directory.base import Directory, WorkerRecord
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 from farshore.workers.announcer import Announcer
 from farshore.workers.device import CPU, Device, resolve

@@ -25,7 +25,7 @@ from farshore.interpreter import share_interpreter
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore.base import Usage
 from farshore.kvstore.directory.base import Directory, Listing, Load, WorkerRecord, WorkerState
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 from farshore.model_spec import ModelSpec
 from farshore.models.config.load import load_spec
@@ -49,7 +49,8 @@ from farshore.workers.shard_watch import ShardWatch
 from farshore.workers.whereabouts import whereabouts
 
 MAX_CALLS = 512
-"""Threads of the gRPC server. Each gateway occupies one."""
+"""Threads of the gRPC server. Each gateway occupies one; see :func:`farshore.rpc.serve` for the room that is
+left for others."""
 
 STOP_GRACE_S = 1.0
 MOST_REASON_CHARS = 500

@@ -6,11 +6,11 @@ and gives nothing up, because of it. It must not know what the worker does.
 
 import contextlib
 import logging
-import threading
 from collections.abc import Callable
 
 from farshore.errors import FarshoreError, InvalidRequest, Unauthenticated
 from farshore.kvstore.directory.base import RENEW_S, Directory, Listing, WorkerRecord
+from farshore.periodic import PeriodicThread
 
 _LOG = logging.getLogger(__name__)
 
@@ -31,31 +31,19 @@ class Lease:
         self._directory = directory
         self._record = record
         self._heard = heard
-        self._period_s = period_s
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._thread = PeriodicThread(self._renew, name="lease", period_s=period_s, tell=_tell)
         self._thread.start()
 
     def end(self) -> None:
         """Withdraws the worker, if the directory answers. Idempotent."""
-        self._ended.set()
-        self._thread.join()
+        self._thread.stop()
         with contextlib.suppress(FarshoreError):
             self._directory.withdraw(self._record().worker)
 
-    def _keep(self) -> None:
-        told: type[Exception] | None = None
-        while not self._ended.is_set():
-            try:
-                self._directory.renew(self._record())
-                if self._heard is not None:
-                    self._heard(self._directory.listing())
-                told = None
-            except Exception as error:
-                if type(error) is not told:
-                    _tell(error)
-                told = type(error)
-            self._ended.wait(self._period_s)
+    def _renew(self) -> None:
+        self._directory.renew(self._record())
+        if self._heard is not None:
+            self._heard(self._directory.listing())
 
 
 def _tell(error: Exception) -> None:

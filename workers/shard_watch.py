@@ -7,7 +7,6 @@ costs KV (invariant 3, docs/architecture.md). It must not know what the engine s
 """
 
 import logging
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -17,6 +16,7 @@ from farshore.attention_offload.client.base import ShardClient
 from farshore.errors import FarshoreError
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import Directory, Listing, WorkerRecord
+from farshore.periodic import PeriodicThread
 from farshore.workers.engine.membership import Change, Draining, Joined, Left, Opened, Shut
 
 PERIOD_S = 0.5
@@ -53,7 +53,6 @@ class ShardWatch:
         local: WorkerId,
         identified: Callable[[WorkerId, ShardIdentity], None],
     ) -> None:
-        self._directory = directory
         self._engine = engine
         self._connect = connect
         self._local = local
@@ -63,30 +62,16 @@ class ShardWatch:
         """Why a worker could not join, as it was logged."""
         self._announced: dict[WorkerId, type[Opened | Shut | Draining]] = {}
         """What the engine was told last of each worker that joined; Opened for those that are missing."""
-        self._stopped = threading.Event()
         self._askers = ThreadPoolExecutor(MOST_CONNECTING, thread_name_prefix="identify")
-        self._thread = threading.Thread(target=self._watch, name="shard-watch", daemon=True)
+        self._thread = PeriodicThread(
+            lambda: self._compare(directory.listing()), name="shard-watch", period_s=PERIOD_S, tell=_tell
+        )
         self._thread.start()
 
     def stop(self) -> None:
         """Ends the threads. Idempotent."""
-        self._stopped.set()
-        self._thread.join()
+        self._thread.stop()
         self._askers.shutdown(wait=False, cancel_futures=True)
-
-    def _watch(self) -> None:
-        is_told = False
-        while not self._stopped.is_set():
-            try:
-                self._compare(self._directory.listing())
-                is_told = False
-            except FarshoreError as error:
-                _LOG.debug("the directory does not answer: %s", error)
-            except Exception:
-                if not is_told:
-                    _LOG.exception("the attention workers can't be followed")
-                is_told = True
-            self._stopped.wait(PERIOD_S)
 
     def _compare(self, listing: Listing) -> None:
         records = {record.worker: record for record in listing.workers if record.kind == "attention"}
@@ -134,3 +119,10 @@ class ShardWatch:
             self._connecting.discard(record.worker)
             if client is not None:
                 client.close()
+
+
+def _tell(error: Exception) -> None:
+    if isinstance(error, FarshoreError):
+        _LOG.debug("the directory does not answer: %s", error)
+    else:
+        _LOG.error("the attention workers can't be followed", exc_info=error)

@@ -25,8 +25,8 @@ from farshore.kernels.base import KVLayout
 from farshore.kernels.host import HOST
 from farshore.kvstore.base import Digest, PrefixFound, SpanInfo, SpanKey
 from farshore.kvstore.prefix import PrefixBlock
-from farshore.kvstore.store import forms
 from farshore.kvstore.store.holds import HoldTable
+from farshore.kvstore.store.layout import forms
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
 

@@ -27,7 +27,7 @@ from farshore.errors import InvalidRequest, TransportError
 from farshore.ids import Epoch, SequenceId, SpanId
 from farshore.interpreter import make_nicer
 from farshore.kernels.host import HOST, address
-from farshore.kvstore.store.forms import stored_bytes
+from farshore.kvstore.store.layout.forms import stored_bytes
 from farshore.kvstore.store.store import LocalStore
 from farshore.proto import attention_pb2 as pb
 

@@ -21,7 +21,7 @@ from farshore.ids import SpanId
 from farshore.kernels.base import AttentionSpec, KVLayout
 from farshore.kvstore.base import SpanKey, SpanShape
 from farshore.kvstore.prefix import PrefixBlock
-from farshore.kvstore.store import forms
+from farshore.kvstore.store.layout import forms
 
 MOST_CLASSES = 64
 MOST_ROWS = 4096

@@ -1,6 +1,6 @@
 """Leases a shard's holds to engines, and drops the holds of an engine that is dead.
 
-Called by the gRPC service, by the bulk loop, and by the ticker of ``service.serve``. It must not know memory
+Called by the gRPC service, by the bulk loop, and every TICK_S by ``service.serve``. It must not know memory
 or networks.
 
 The store records sequences and epochs; this module records which engine created holds for them. Every call of
@@ -16,7 +16,6 @@ list, but that the shard processes after the list, is stale and is refused. Send
 engine's own clock, which each call carries.
 """
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,8 +27,6 @@ from farshore.attention_offload.shard.checks import check_id
 from farshore.errors import Cancelled, Overloaded
 from farshore.ids import Epoch, SequenceId, SpanId
 from farshore.kvstore.store.store import LocalStore
-
-_LOG = logging.getLogger(__name__)
 
 LEASE_S = 30.0
 TICK_S = 1.0
@@ -188,25 +185,3 @@ class EngineHolds:
         holding = self._store.sequences()
         for sequence in [sequence for sequence in lease.epochs if sequence not in holding]:
             del lease.epochs[sequence]
-
-
-class Ticker:
-    """Calls ``tick`` every ``TICK_S`` in a daemon thread, from construction until :meth:`stop`."""
-
-    def __init__(self, tick: Callable[[], None]) -> None:
-        self._tick = tick
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Ends the thread and waits for it. Idempotent."""
-        self._stopped.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stopped.wait(TICK_S):
-            try:
-                self._tick()
-            except Exception:  # Without further ticks no lease would ever expire.
-                _LOG.exception("engines' leases were not looked at")

@@ -1,6 +1,6 @@
 """Accepts native connections at the shard, and serves those that carry hot frames.
 
-Called by ``shard.service``, in an attention worker's process. A connection is served only if it presents an
+Called by ``shard.server``, in an attention worker's process. A connection is served only if it presents an
 offer that the gRPC service has made, and proves the cluster token. One thread serves one connection; while a
 step runs, the thread is inside one native call. It must not know the store.
 """
@@ -132,14 +132,12 @@ class FrameListener:
                         return
                     listener: Any = key.fileobj
                     try:
-                        connection = listener.accept()[0]
+                        self._start(listener.accept()[0], listener is self._unix)
                     except ConnectionError:
                         continue  # The engine closed the connection before it was accepted.
-                    except OSError as error:
+                    except (OSError, RuntimeError) as error:  # No descriptor or no thread is left.
                         _LOG.warning("can't accept a connection: %s", error)
                         time.sleep(ACCEPT_RETRY_S)
-                        continue
-                    self._start(connection, listener is self._unix)
 
     def _start(self, connection: socket.socket, unix: bool) -> None:
         if not is_own_user(connection):
@@ -157,7 +155,12 @@ class FrameListener:
                 return
             self._connections[connection] = thread
             self._unproven[connection] = None
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:
+            self._forget(connection)
+            connection.close()
+            raise
 
     def _serve(self, connection: socket.socket, unix: bool) -> None:
         try:
@@ -171,9 +174,12 @@ class FrameListener:
         except OSError as error:
             _LOG.info("a connection ended: %s", error)
         finally:
-            with self._lock:
-                del self._connections[connection]
-                self._unproven.pop(connection, None)
+            self._forget(connection)
+
+    def _forget(self, connection: socket.socket) -> None:
+        with self._lock:
+            del self._connections[connection]
+            self._unproven.pop(connection, None)
 
     def _admit(self, connection: socket.socket) -> Serve:
         """Makes the handshake and takes the offer. Raises OSError for a connection that is not served."""

@@ -4,7 +4,6 @@ Called by ``workers.attention``; runs in an attention worker's process. It must 
 the cluster. One thread serves one call; an engine's Attend stream occupies a thread for as long as it lasts.
 """
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from typing import Any, NamedTuple
 import grpc
 import numpy as np
 import torch
-from grpc_health.v1 import health
 from torch import Tensor
 
 from farshore import rpc
@@ -22,14 +20,14 @@ from farshore.attention_offload import codec
 from farshore.attention_offload.base import ShardBeat, ShardIdentity
 from farshore.attention_offload.shard import checks, exports
 from farshore.attention_offload.shard.bulk_loop import serve_bulk
-from farshore.attention_offload.shard.engine_holds import EngineHolds, Ticker
+from farshore.attention_offload.shard.engine_holds import EngineHolds
 from farshore.attention_offload.shard.frame_loop import FrameListener, serve_frames
 from farshore.attention_offload.shard.imports import SpanImports
 from farshore.attention_offload.shard.session import AttendedBytes, ShardSession, identity_of
 from farshore.attention_offload.transport.core_sharing import oversubscribed_with
 from farshore.attention_offload.transport.frames import native
 from farshore.cluster_token import ClusterToken
-from farshore.errors import Cancelled, InvalidRequest, Overloaded
+from farshore.errors import Cancelled, InvalidRequest
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import AttentionSpec, State
 from farshore.kernels.host import HOST
@@ -38,13 +36,8 @@ from farshore.kvstore.store.store import LocalStore
 from farshore.proto import attention_pb2 as pb
 from farshore.proto import attention_pb2_grpc as pb_grpc
 
-MAX_CALLS = 512
-"""The number of threads, and so of concurrent calls, Attend streams included. A thread exists from the first
-call that needs it."""
-
-MAX_STREAMS = 384
-"""The most Attend streams: two for each engine that cannot use a native connection. Without this limit the
-streams of many engines would take every thread, and no engine could beat."""
+MOST_IMPORT_CALLS = 64
+"""Calls that wait for an import. Each holds a thread of the server, which engines need for their beats."""
 
 MOST_IMPORT_S = 120.0
 """How long a call waits for an import at most, whatever its own deadline."""
@@ -114,7 +107,7 @@ class AttentionService(pb_grpc.AttentionServicer):
         self._attended = AttendedBytes()
         self.holds = EngineHolds(store, clock=clock)
         self.imports = SpanImports(store, token=token, clock=clock)
-        self._streams = threading.BoundedSemaphore(MAX_STREAMS)
+        self._importing = rpc.CallLimit(MOST_IMPORT_CALLS, "calls wait for imports: try again later")
         self.listener: FrameListener | None = None
         """Accepts native connections. None until :func:`serve` sets it; then only gRPC is offered."""
 
@@ -252,11 +245,12 @@ class AttentionService(pb_grpc.AttentionServicer):
         return pb.SequenceReply()
 
     def Import(self, request: pb.ImportRequest, context: grpc.ServicerContext) -> pb.ImportReply:
-        try:
-            deadline_s = min(context.time_remaining() or MOST_IMPORT_S, MOST_IMPORT_S)
-            return codec.imported_to_pb(self.imports.import_span(request, deadline_s=deadline_s))
-        except Exception as error:
-            rpc.abort(context, error)
+        with self._importing.counted(context):
+            try:
+                deadline_s = min(context.time_remaining() or MOST_IMPORT_S, MOST_IMPORT_S)
+                return codec.imported_to_pb(self.imports.import_span(request, deadline_s=deadline_s))
+            except Exception as error:
+                rpc.abort(context, error)
 
     def Export(self, request: pb.ExportRequest, context: grpc.ServicerContext) -> Iterator[pb.ExportPiece]:
         try:
@@ -300,14 +294,10 @@ class AttentionService(pb_grpc.AttentionServicer):
         return self.listener.expect(serve, tcp=not secured, shares_cores=shares_cores)
 
     def Attend(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> Iterator[pb.State]:
-        if not self._streams.acquire(blocking=False):
-            rpc.abort(context, Overloaded(f"{MAX_STREAMS} engines' streams are open here: try again later"))
         try:
             yield from self._attend(frames)
         except Exception as error:
             rpc.abort(context, error)
-        finally:
-            self._streams.release()
 
     def _attend(self, frames: Iterator[pb.Frame]) -> Iterator[pb.State]:
         opening = next(frames, None)
@@ -352,47 +342,3 @@ class AttentionService(pb_grpc.AttentionServicer):
 def _secured(context: grpc.ServicerContext) -> bool:
     """Whether gRPC encrypts or authenticates this call. If so, no KV may leave the host unencrypted."""
     return context.auth_context().get("transport_security_type", [b"insecure"]) != [b"insecure"]
-
-
-class AttentionServer:
-    """A running service: its gRPC server, its listener for native connections, and its ticker."""
-
-    def __init__(self, server: grpc.Server, service: AttentionService, listener: FrameListener) -> None:
-        self._server = server
-        self._service = service
-        self._listener = listener
-        self._ticker = Ticker(service.tick)
-
-    def stop(self, grace_s: float | None) -> threading.Event:
-        """Ends native connections at once, and gRPC calls after ``grace_s`` seconds (None: at once).
-
-        Returns an event that is set when the gRPC server has stopped."""
-        self._service.imports.end_copies()
-        self._listener.close()
-        self._ticker.stop()
-        return self._server.stop(grace_s)
-
-    def wait_for_termination(self) -> None:
-        """Blocks until the gRPC server has stopped."""
-        self._server.wait_for_termination()
-
-
-def serve(
-    service: AttentionService, listen: str, *, checks: health.HealthServicer | None = None
-) -> tuple[AttentionServer, str]:
-    """Starts the service on ``listen``, ``host:port``. Returns the server and its address with the real port.
-    ``checks``: see :func:`farshore.rpc.serve`.
-
-    Native TCP connections are accepted on another, free port of the same host. Raises PortInUse as
-    :func:`farshore.rpc.serve`, and InvalidRequest if the host has no such address, or if it is not loopback
-    and the service has no token."""
-    server, address = rpc.serve(
-        lambda server: pb_grpc.add_AttentionServicer_to_server(service, server),
-        service=pb.DESCRIPTOR.services_by_name["Attention"].full_name,
-        listen=listen,
-        threads=MAX_CALLS,
-        token=service.token,
-        checks=checks,
-    )
-    service.listener = FrameListener(listen.rpartition(":")[0].strip("[]"), token=service.token)
-    return AttentionServer(server, service, service.listener), address

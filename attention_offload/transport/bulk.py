@@ -4,8 +4,8 @@ Called by ``client.bulk_link`` at the engine's end, and by ``shard.imports``; th
 ``shard.bulk_loop``. It must not know the store.
 
 A message is a little-endian header ``kind u8, 3 unused, message bytes u32, payload bytes u64``, a protobuf
-message, and the payload: KV as stored (:mod:`farshore.kvstore.store.forms`). Each request is answered before
-the next one is sent::
+message, and the payload: KV as stored (:mod:`farshore.kvstore.store.layout.forms`). Each request is answered
+before the next one is sent::
 
     WRITE BulkWrite, payload: all pieces  ──▶
                                           ◀──  DONE                    | FAILED Failure

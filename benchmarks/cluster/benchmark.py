@@ -25,7 +25,7 @@ from farshore.client.events import Finished, Token
 from farshore.client.sdk import Client
 from farshore.controller.desired import Desired
 from farshore.controller.events import Events
-from farshore.controller.loop import ROUND_S, Loop
+from farshore.controller.loop.loop import ROUND_S, Loop
 from farshore.defaults import DRAIN_TIMEOUT_S
 from farshore.errors import FarshoreError, StartupError
 from farshore.kvstore.directory.embedded import EmbeddedDirectory

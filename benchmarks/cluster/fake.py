@@ -6,7 +6,7 @@ Called by ``benchmark``. Must not know what is measured.
 from collections.abc import Callable, Collection, Mapping
 from itertools import count
 
-from farshore.controller.launch import Occupant
+from farshore.controller.launch.launcher import Occupant
 from farshore.controller.reconcile import Slot
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import Directory, WorkerRecord

@@ -25,7 +25,7 @@ from farshore.kernels.formats import KVFormat
 from farshore.kernels.host import HOST
 from farshore.kernels.runtime.base import DeviceRuntime
 from farshore.kernels.select import device_runtime
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 from farshore.models.llama import Llama
 from farshore.sampling import Sampling

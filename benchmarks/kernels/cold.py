@@ -13,7 +13,7 @@ from farshore.benchmarks.kernels.shapes import Shape
 from farshore.benchmarks.memory import allocate
 from farshore.kernels.base import KVLayout, Segments, State, WorkList
 from farshore.kernels.formats import KVFormat, quantise
-from farshore.kvstore.store.arena import stride_bytes
+from farshore.kvstore.store.arena.arena import stride_bytes
 
 
 class ColdKV:

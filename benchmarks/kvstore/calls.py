@@ -12,7 +12,7 @@ from farshore.benchmarks.timing import interleave
 from farshore.ids import SequenceId, WorkerId
 from farshore.kernels.base import KVLayout
 from farshore.kernels.formats import KVFormat
-from farshore.kvstore.store.arena import Arena, stride_bytes
+from farshore.kvstore.store.arena.arena import Arena, stride_bytes
 from farshore.kvstore.store.store import LocalStore
 from farshore.kvstore.store.tail import Tail, TailBatch
 

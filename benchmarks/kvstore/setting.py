@@ -20,7 +20,7 @@ from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kernels.base import KVLayout
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore.base import SpanKey
-from farshore.kvstore.store.arena import Arena, stride_bytes
+from farshore.kvstore.store.arena.arena import Arena, stride_bytes
 from farshore.kvstore.store.store import LocalStore
 
 LAYERS = 30

@@ -22,7 +22,7 @@ from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kernels.base import BLOCK_TOKENS, KVLayout
 from farshore.kernels.select import implementation
 from farshore.kvstore.base import ShardStore, SpanKey
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.kvstore.store.tail import Tail
 from farshore.models.llama import Llama
 from farshore.proto import attention_pb2 as pb

@@ -28,7 +28,7 @@ from farshore.benchmarks.report import Bar, Result
 from farshore.benchmarks.timing import Timing, interleave
 from farshore.ids import WorkerId
 from farshore.kernels.base import BLOCK_TOKENS
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 from farshore.models.llama import Llama
 from farshore.workers.engine.attention_model import attention_model

@@ -20,7 +20,7 @@ from farshore.ids import FIRST_EPOCH, Epoch, SequenceId, WorkerId
 from farshore.kernels.formats import KVFormat
 from farshore.kernels.runtime.immediate import ImmediateRuntime
 from farshore.kernels.select import implementation
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 from farshore.models.llama import Llama
 from farshore.sampling import Sampling

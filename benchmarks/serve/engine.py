@@ -17,7 +17,7 @@ from farshore.errors import DeadlineExceeded
 from farshore.ids import FIRST_EPOCH, SequenceId, WorkerId
 from farshore.kvstore.base import SpanKey
 from farshore.kvstore.prefix import chain
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 from farshore.models.llama import Llama
 from farshore.sampling import Sampling

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from farshore.client.cli.options import positive, whole
+from farshore.client.cli.options.values import positive, whole
 from farshore.client.cli.terminal import Progress, table
 from farshore.errors import InvalidRequest
 

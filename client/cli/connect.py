@@ -11,7 +11,9 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from farshore.client.cli.options import DEFAULT_SERVER, cluster_config, no_gateway
+from farshore.client.cli.options.cluster import cluster_config
+from farshore.client.cli.options.gateway import no_gateway
+from farshore.client.cli.options.values import DEFAULT_SERVER
 from farshore.client.cli.terminal import Progress
 from farshore.client.sdk import Client
 from farshore.errors import TransportError

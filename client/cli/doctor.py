@@ -8,7 +8,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from farshore.client.cli.options import seconds
+from farshore.client.cli.options.values import seconds
 from farshore.client.cli.terminal import Progress, write
 from farshore.client.doctor.finding import Finding, Release
 from farshore.errors import InvalidRequest

@@ -11,16 +11,17 @@ from typing import Any
 
 from farshore.client import events
 from farshore.client.cli.connect import running_or_own
-from farshore.client.cli.options import add_own_cluster_options, whole
-from farshore.client.cli.prompts import (
+from farshore.client.cli.options.cluster import add_own_cluster_options
+from farshore.client.cli.options.prompts import (
     add_cache_salt_option,
     add_chat_option,
     add_prompt,
     chat_of,
     read_prompt,
 )
+from farshore.client.cli.options.sampling import add_sampling_options, add_structure_options, asked, structure
+from farshore.client.cli.options.values import whole
 from farshore.client.cli.reading import reading
-from farshore.client.cli.sampling import add_sampling_options, add_structure_options, asked, structure
 from farshore.client.cli.terminal import Progress, stop_signals, write
 from farshore.client.sdk import Client
 from farshore.errors import Cancelled, FarshoreError, TransportError

@@ -9,8 +9,9 @@ import json
 from typing import Any
 
 from farshore.client.cli.connect import connected
-from farshore.client.cli.options import add_gateway_options, whole
-from farshore.client.cli.prompts import add_chat_option, add_prompt, chat_of, read_text
+from farshore.client.cli.options.gateway import add_gateway_options
+from farshore.client.cli.options.prompts import add_chat_option, add_prompt, chat_of, read_text
+from farshore.client.cli.options.values import whole
 from farshore.client.cli.terminal import table, write
 from farshore.errors import InvalidRequest
 

@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from farshore.client.cli.options import number, server_address, size_bytes, whole
+from farshore.client.cli.options.values import number, server_address, size_bytes, whole
 from farshore.client.cli.terminal import Progress
 from farshore.cluster_token import VARIABLE, ClusterToken, making
-from farshore.controller.ray_settings import ENVIRONMENT, MARK, OBJECT_STORE_BYTES, QUICK_VERDICT
+from farshore.controller.launch.ray_settings import ENVIRONMENT, MARK, OBJECT_STORE_BYTES, QUICK_VERDICT
 from farshore.errors import InvalidRequest
 
 _DEFAULT_PORT = 6379

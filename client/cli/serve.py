@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from farshore import __version__
-from farshore.client.cli.layers import Layers, WatchedFile
-from farshore.client.cli.model_options import add_model_options
-from farshore.client.cli.options import add_cluster_options, cluster_config
+from farshore.client.cli.options.cluster import add_cluster_options, cluster_config
+from farshore.client.cli.options.layers import Layers, WatchedFile
+from farshore.client.cli.options.model import add_model_options
 from farshore.client.cli.terminal import Progress, stop_signals
 from farshore.controller.config import ClusterConfig
 from farshore.errors import FarshoreError, InvalidRequest, ProcessEnded

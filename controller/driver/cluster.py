@@ -9,55 +9,37 @@ no token's path.
 
 import contextlib
 import threading
-import time
 import uuid
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from farshore import rpc
 from farshore.cluster_token import ClusterToken
-from farshore.controller import listen, resources
-from farshore.controller.actors import ControllerActor
-from farshore.controller.config import LOAD_DEADLINE_S, PLACE_DEADLINE_S, ClusterConfig
-from farshore.controller.driver import finding, preparation, start_words
+from farshore.controller import listen
+from farshore.controller.config import ClusterConfig
+from farshore.controller.driver import finding, preparation
 from farshore.controller.driver.gateway_process import GatewayProcess
 from farshore.controller.driver.ray_runtime import RayRuntime
-from farshore.controller.events import ClusterEvent
-from farshore.controller.exits import NOT_STARTED, actor_end_in_words
+from farshore.controller.driver.remote_controller import START_DEADLINE_S, RemoteController, start_controller
+from farshore.controller.driver.worker_start import await_workers
+from farshore.controller.launch import resources
+from farshore.controller.launch.exits import actor_end_in_words
 from farshore.controller.reconcile import Kind
 from farshore.errors import (
-    FarshoreError,
-    ModelError,
     ProcessEnded,
-    StartupError,
-    TransportError,
-    Unauthenticated,
 )
-from farshore.kvstore.directory.base import Directory, WorkerRecord
+from farshore.kvstore.directory.base import Directory
 from farshore.kvstore.directory.connect import open_directory
 from farshore.models.config.generation import load_generation
 from farshore.models.config.load import load_spec
 from farshore.models.config.model import ModelConfig
 
 POLL_S = 0.5
-"""How often the driver checks its child processes while it waits."""
-
-START_DEADLINE_S = 120.0
-"""For the controller's process to answer its first call."""
-
-FAILURES_S = 2.0
-"""How often the driver asks whether workers failed to start."""
-
-START_POLL_S = 0.1
-"""How often the driver looks for the workers while they start."""
-
-CONTROLLER_CALLS = 8
-"""Calls of the driver that the controller takes at once."""
+"""How often the driver checks its child processes while it serves."""
 
 STOP_DEADLINE_S = 30.0
 
@@ -90,7 +72,7 @@ class Cluster:
             # In a pod the launcher and Ray start at the same time.
             patience_s=0.0 if has_gateway else START_DEADLINE_S,
         )
-        self._controller: Any = None
+        self._controller: RemoteController | None = None
         self._gateway: GatewayProcess | None = None
         self._directory: Directory | None = None
         self._last_event = 0
@@ -138,25 +120,25 @@ class Cluster:
         that changed are in force. Raises InvalidRequest if anything else did, StartupError if the controller
         does not answer."""
         config = replace(preparation.prepared(config, lambda _: None), token_file=self._ray.token_file)
-        self._ask_controller("join", config, preparation.given_kinds(given))
+        self._running_controller.join(config, preparation.given_kinds(given))
 
     def wait(self, *, warn: Callable[[str], None], meanwhile: Callable[[], None] = lambda: None) -> None:
         """Blocks until :meth:`stop`, or until an operator ends the cluster. Raises ProcessEnded, with the
         process's name and how it ended, when the gateway or Ray has ended. ``warn`` is called with what
         happens to workers: they are lost, and replaced. ``meanwhile`` is called every POLL_S.
         """
-        call, seen, is_away = None, self._last_event, False
+        actor, call, seen, is_away = self._running_controller.actor, None, self._last_event, False
         while not self._stopped.wait(POLL_S):
             self._check_processes()
             meanwhile()
-            call = call or self._controller.events.remote(seen)
+            call = call or actor.events.remote(seen)
             if not ray.wait([call], timeout=0)[0]:
                 continue
             pending, call = call, None
             try:
                 events = ray.get(pending)
             except ray.exceptions.RayActorError as error:
-                if finding.has_ended(self._controller):
+                if finding.has_ended(actor):
                     self.goes_on = ""
                     raise ProcessEnded(f"the controller {actor_end_in_words(error)}, for good") from error
                 if not is_away:
@@ -187,8 +169,8 @@ class Cluster:
             if self._config.ray_address is None:
                 # If the controller is dead or stuck, the end of a private Ray still ends all workers.
                 with contextlib.suppress(ray.exceptions.RayError):
-                    ray.get(self._controller.down.remote(), timeout=STOP_DEADLINE_S)
-                ray.kill(self._controller)
+                    ray.get(self._controller.actor.down.remote(), timeout=STOP_DEADLINE_S)
+                ray.kill(self._controller.actor)
             elif not (self._is_found or self._is_up):
                 finding.end(self._config.name)
         self._ray.stop()
@@ -219,16 +201,16 @@ class Cluster:
             self.notices += resources.warnings(resources.all_nodes())
         config = replace(config, token_file=self._ray.token_file)
         progress("starting the controller")
-        self._controller = self._find_or_start_controller(config, model)
-        controller = self._ask_controller("address")
-        self._is_found = self._ask_controller("creator") != self._creator
+        self._controller = controller = self._find_or_start_controller(config, model)
+        address = controller.address()
+        self._is_found = controller.creator() != self._creator
         if self._is_found:
             progress(f"joining the cluster {config.name}")
-            self._ask_controller("join", config, self._given)
-        self.endpoints["controller"] = controller
+            controller.join(config, self._given)
+        self.endpoints["controller"] = address
         if self._has_gateway:
             self._start_gateway(config, controller, progress)
-        self._last_event = max((event.number for event in self._events()), default=0)
+        self._last_event = max((event.number for event in controller.events()), default=0)
         self._ray.note_processes()
         self._is_up = True
         if config.ray_address is not None:
@@ -237,9 +219,11 @@ class Cluster:
                 f" {config.name}` ends it, the same `farshore serve` adds a gateway"
             )
 
-    def _start_gateway(self, config: ClusterConfig, controller: str, progress: Callable[[str], None]) -> None:
-        """Starts the gateway, and blocks until it serves. ``controller``: HOST:PORT."""
-        directory = self._ask_controller("directory")
+    def _start_gateway(
+        self, config: ClusterConfig, controller: RemoteController, progress: Callable[[str], None]
+    ) -> None:
+        """Starts the gateway, and blocks until it serves."""
+        directory = controller.directory()
         self._directory = open_directory(directory, token=ClusterToken.read(self._ray.token_file))
         # Started now, so that it loads its tokenizer while the workers start.
         self._gateway = GatewayProcess(
@@ -247,11 +231,19 @@ class Cluster:
             listen=f"{listen.bracketed(config.host)}:{config.port}",
             http=None if config.http_port is None else f"{listen.bracketed(config.host)}:{config.http_port}",
             directory=directory,
-            controller=controller,
+            controller=self.endpoints["controller"],
             token_file=self._ray.token_file,
             drain_s=drain_s(config),
         )
-        workers = self._await_workers(progress)
+        workers = await_workers(
+            self._config,
+            controller,
+            self._directory,
+            is_found=self._is_found,
+            check=self._check_processes,
+            pause=self._stopped.wait,
+            progress=progress,
+        )
         progress("starting the gateway")
         self.address = self._gateway.serve()
         api = {"gateway": self.address}
@@ -259,126 +251,32 @@ class Cluster:
             api["HTTP API"] = f"http://{self._gateway.http_address}/v1"
         self.endpoints = api | self.endpoints | {record.worker: record.address for record in workers}
 
-    def _find_or_start_controller(self, config: ClusterConfig, model: ModelConfig) -> Any:
-        """Finds the controller that runs, or starts one on this node, where its port, chosen here, and its
-        state stay the same. If the node is lost, the workers go on; the next driver starts another one,
-        which needs a directory in Redis to find them."""
-        found = finding.controller(config.name)
-        if found is not None:
+    def _find_or_start_controller(self, config: ClusterConfig, model: ModelConfig) -> RemoteController:
+        actor = finding.controller(config.name)
+        if actor is not None:
             # Noted at once: what is found is not to be ended, also if it does not answer.
             self._is_found = True
-            return found
-        host = "127.0.0.1" if config.ray_address is None else finding.own_address()
-        if not rpc.is_loopback(host):
-            self.notices.append(
-                f"controller and workers listen on their nodes' addresses, such as {host}: they take only "
-                "callers with the cluster's token, but nothing is encrypted"
-            )
-        node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        options = {"num_cpus": 0, "max_concurrency": CONTROLLER_CALLS, "scheduling_strategy": node}
-        return (
-            ray.remote(ControllerActor)
-            .options(
-                name=finding.CONTROLLER,
-                namespace=config.namespace,
-                lifetime="detached",
-                get_if_exists=True,
-                max_restarts=-1,
-                **options,
-            )
-            .remote(
+        else:
+            host = "127.0.0.1" if config.ray_address is None else finding.own_address()
+            if not rpc.is_loopback(host):
+                self.notices.append(
+                    f"controller and workers listen on their nodes' addresses, such as {host}: they take "
+                    "only callers with the cluster's token, but nothing is encrypted"
+                )
+            actor = start_controller(
                 config,
                 model,
                 given=self._given,
                 creator=self._creator,
-                listen=f"{listen.bracketed(host)}:{config.controller_port or listen.free_port(host)}",
+                host=host,
                 state_folder=str(self._ray.state_folder(config.name, config.state_dir)),
             )
-        )
+        return RemoteController(actor, check=self._check_processes)
 
-    def _await_workers(self, progress: Callable[[str], None]) -> tuple[WorkerRecord, ...]:
-        """Blocks until every dense worker serves and all attention workers have joined each of them; in a
-        cluster that was found, one of each kind. Raises ModelError if one can't load the model, StartupError
-        if workers find no room or a deadline passes."""
-        counts = self._ask_controller("counts")
-        if self._is_found:
-            counts = {kind: min(count, 1) for kind, count in counts.items()}
-        config = replace(self._config, dense_workers=counts["dense"], attention_workers=counts["attention"])
-        began_s, began_unix_s, look_s = time.monotonic(), time.time(), 0.0
-        told, lacking = "", None
-        # A private Ray has one node; nodes of a joined Ray may still come.
-        if config.ray_address is None and (problem := self._problem(free=False)):
-            raise StartupError(problem)
-        while True:
-            self._check_processes()
-            waited_s = time.monotonic() - began_s
-            records = self._listed()
-            attention = sum(record.kind == "attention" for record in records)
-            dense = [record for record in records if record.kind == "dense"]
-            placed = attention >= config.attention_workers
-            needed = config.attention_workers if config.placement == "offload" else 0
-            ready = sum(record.state == "serving" and record.shards >= needed for record in dense)
-            if placed and ready >= config.dense_workers:
-                return records
-            if not (dense and placed) and waited_s >= look_s:
-                look_s = waited_s + FAILURES_S
-                self._check_starts(since_s=began_unix_s)
-                lacking = self._problem(free=True) if waited_s > 5 * FAILURES_S else None
-            for record in dense:
-                if record.state == "failed":
-                    raise ModelError(record.failure)
-            if not (dense and placed) and waited_s > PLACE_DEADLINE_S:
-                problem = self._problem(free=True) or "see the logs of Ray on its nodes"
-                raise StartupError(f"workers are not started after {waited_s:.0f} s: {problem}")
-            if waited_s > LOAD_DEADLINE_S:
-                raise StartupError(f"not serving after {waited_s:.0f} s: see Ray's logs")
-            told = start_words.tell(progress, told, config, dense, lacking, placed=placed)
-            self._stopped.wait(START_POLL_S)
-
-    def _check_starts(self, *, since_s: float) -> None:
-        """Raises StartupError if a worker could not start, because of its options or its node's token."""
-        for event in self._events():
-            if event.kind == "lost" and event.unix_s >= since_s and NOT_STARTED in event.detail:
-                raise StartupError(f"{event.subject} {event.detail}")
-
-    def _problem(self, *, free: bool) -> str | None:
-        return self._ask_controller("problem", free=free)
-
-    def _listed(self) -> tuple[WorkerRecord, ...]:
-        assert self._directory is not None
-        try:
-            return self._directory.listing().workers
-        except Unauthenticated as error:
-            raise StartupError(str(error)) from error
-        except TransportError:
-            return ()  # The controller restarts.
-
-    def _events(self) -> list[ClusterEvent]:
-        return self._ask_controller("events", 0)
-
-    def _ask_controller(self, method: str, *arguments: Any, **named: Any) -> Any:
-        call = getattr(self._controller, method).remote(*arguments, **named)
-        return self._ask(call, "the controller", START_DEADLINE_S)
-
-    def _ask(self, call: Any, callee: str, deadline_s: float) -> Any:
-        """Blocks for the call's result. ``callee``: the called process, for messages. Raises the call's
-        FarshoreError; Ray's errors and a missed deadline become StartupError. Raises ProcessEnded if the
-        gateway or Ray ends meanwhile."""
-        until_s = time.monotonic() + deadline_s
-        while not ray.wait([call], timeout=POLL_S)[0]:
-            self._check_processes()
-            if time.monotonic() > until_s:
-                raise StartupError(f"{callee} did not answer within {deadline_s:.0f} s: see Ray's logs")
-        try:
-            return ray.get(call)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, FarshoreError):
-                raise error.cause from None
-            raise StartupError(f"{callee} failed: {error.cause or error}") from error
-        except ray.exceptions.RayActorError as error:
-            raise StartupError(f"{callee} {actor_end_in_words(error)}") from error
-        except ray.exceptions.RayError as error:
-            raise StartupError(f"{callee} did not answer: {error}") from error
+    @property
+    def _running_controller(self) -> RemoteController:
+        assert self._controller is not None
+        return self._controller
 
     def _check_processes(self) -> None:
         """Raises ProcessEnded if a process that the driver itself started has ended, the gateway or Ray, or

@@ -14,7 +14,7 @@ from ray._private import state
 from farshore.controller.config import check_name, namespace
 from farshore.controller.driver import ray_access
 from farshore.controller.driver.ray_runtime import RayRuntime
-from farshore.controller.launch import RaySlots, end_workers, kill_actor
+from farshore.controller.launch.launcher import RaySlots, end_workers, kill_actor
 from farshore.errors import NotFound
 
 CONTROLLER = "controller"

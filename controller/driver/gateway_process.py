@@ -12,7 +12,7 @@ import sys
 import threading
 
 from farshore import errors
-from farshore.controller.exits import exit_in_words
+from farshore.controller.launch.exits import exit_in_words
 from farshore.defaults import GATEWAY_ALLOCATOR
 from farshore.errors import StartupError
 from farshore.model_spec import ModelSpec

@@ -15,7 +15,7 @@ from ray.core.generated import autoscaler_pb2
 from farshore.controller.config import namespace
 from farshore.controller.driver import finding, ray_access
 from farshore.controller.driver.ray_runtime import RayRuntime
-from farshore.controller.launch import RaySlots
+from farshore.controller.launch.launcher import RaySlots
 from farshore.errors import StartupError
 
 POLL_S = 0.2

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from farshore.controller.ray_settings import ENVIRONMENT, OBJECT_STORE_BYTES
+from farshore.controller.launch.ray_settings import ENVIRONMENT, OBJECT_STORE_BYTES
 
 # Ray reads these when it is imported or started.
 os.environ.update(ENVIRONMENT | os.environ)
@@ -36,7 +36,7 @@ from ray._raylet import AuthenticationTokenLoader, Config
 from farshore.cluster_token import VARIABLE, ClusterToken
 from farshore.controller.driver import ray_access
 from farshore.controller.driver.reaper import Reaper
-from farshore.controller.exits import exit_in_words
+from farshore.controller.launch.exits import exit_in_words
 from farshore.errors import StartupError
 
 ESSENTIAL = {"raylet": "Ray's raylet", "gcs_server": "Ray's GCS"}

@@ -1,6 +1,6 @@
 """Tells an operator what the start of a cluster waits for, in a few words.
 
-Called by ``cluster`` ten times a second. Must not know how the answers were found.
+Called by ``worker_start`` ten times a second. Must not know how the answers were found.
 """
 
 from collections.abc import Callable, Sequence

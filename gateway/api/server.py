@@ -16,7 +16,7 @@ from farshore.cluster_token import ClusterToken
 from farshore.gateway.api import admin
 from farshore.gateway.api.admin import AdminProxy
 from farshore.gateway.api.http import HttpListener
-from farshore.gateway.api.introspection import ServingState, add_reflection
+from farshore.gateway.api.introspection import ServingState, StandingCalls, add_reflection
 from farshore.gateway.api.listening import bind_error, split_address
 from farshore.gateway.api.openai.endpoints import Endpoints
 from farshore.gateway.api.service import InferenceService
@@ -79,11 +79,6 @@ class Gateway:
         """The number of open Generate calls."""
         return self._log.calls
 
-    @property
-    def remembered_bytes(self) -> int:
-        """Bytes of the events of ended requests that can still be read."""
-        return self._log.ended_bytes
-
     async def await_serving(self) -> None:
         """Returns when an engine takes requests. The caller bounds the wait."""
         await self._state.serving.wait()
@@ -133,7 +128,8 @@ async def create(
         maximum_concurrent_rpcs=limits.open_calls,
     )
     port = _bind(server, listen)
-    state = ServingState(inference=SERVICE, operators=admin.NAME)
+    standing = StandingCalls(limits.standing_calls)
+    state = ServingState(inference=SERVICE, operators=admin.NAME, standing=standing)
     engines = KnownEngines(limits=limits, token=token, spec=announced_spec, changed=state.changed)
     discovery = EngineDiscovery(directory, engines)
     tokenizing = ThreadPoolExecutor(
@@ -158,7 +154,7 @@ async def create(
     operators = AdminProxy(channel, controller, limits)
     server.add_generic_rpc_handlers((service.handler(), operators.handler()))
     state.register(server)
-    add_reflection(server, (SERVICE, admin.NAME))
+    add_reflection(server, (SERVICE, admin.NAME), standing)
     listener = None
     if http is not None:
         page = Page(Watch(operators, clock=clock))

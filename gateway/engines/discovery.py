@@ -29,7 +29,7 @@ class EngineDiscovery:
         self._answers = True
 
     async def watch(self) -> None:
-        """Looks until the task is cancelled."""
+        """Looks until the task is cancelled. A look raises nothing."""
         while True:
             await asyncio.sleep(PERIOD_S if self._engines.problem is None else SEARCH_PERIOD_S)
             await self.look()
@@ -38,7 +38,7 @@ class EngineDiscovery:
         """Looks once."""
         loop = asyncio.get_running_loop()
         try:
-            listing = await loop.run_in_executor(self._thread, self._directory.listing)
+            self._engines.apply(await loop.run_in_executor(self._thread, self._directory.listing))
         except FarshoreError as error:
             if self._answers:
                 _logger.warning("the directory does not answer; going on with the known engines: %s", error)
@@ -51,7 +51,6 @@ class EngineDiscovery:
             self._answers = False
             return
         self._answers = True
-        self._engines.apply(listing)
 
     def stop(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)

@@ -4,7 +4,6 @@ Made by ``engine_client``, which knows the requests. Must not know what the even
 """
 
 import asyncio
-import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -66,12 +65,17 @@ class EngineCall:
 
     async def _write(self) -> None:
         # An error ends the call, and the reader reports it.
-        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        try:
             while True:
                 await self._wanted.wait()
                 self._wanted.clear()
                 while self._unsent:
                     await self._call.write(self._unsent.popleft())
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            pass
+        except Exception:
+            _logger.exception("a message to an engine can't be sent")
+            self._call.cancel()
 
     async def _read(self) -> None:
         try:

@@ -6,6 +6,7 @@ after ``missed_probes``, when requests that it has not confirmed go elsewhere; t
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 import grpc
@@ -13,8 +14,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from farshore.gateway.engines.engine_client import EngineClient
 from farshore.gateway.limits import Limits
+from farshore.periodic import repeat
 from farshore.proto import cluster_pb2
 from farshore.text import shortened
+
+_logger = logging.getLogger(__name__)
 
 _SERVICE = cluster_pb2.DESCRIPTOR.services_by_name["Engine"].full_name
 
@@ -34,21 +38,26 @@ class EngineHealth:
         self._missed = 0
         self._known = False
         self._soon = asyncio.Event()
+        self._due_s = 0.0
         self.problem: str | None = f"{client.name} has not answered yet"
 
     async def watch(self) -> None:
         """Probes every ``probe_s`` until the task is cancelled."""
+        await repeat(self._probe_when_due, tell=self._tell)
+
+    async def _probe_when_due(self) -> None:
         loop = asyncio.get_running_loop()
-        due_s = loop.time()
-        while True:
-            try:
-                async with asyncio.timeout_at(due_s):
-                    await self._soon.wait()
-            except TimeoutError:
-                pass
-            self._soon.clear()
-            due_s = loop.time() + self._limits.probe_s
-            await self.probe()
+        try:
+            async with asyncio.timeout_at(self._due_s):
+                await self._soon.wait()
+        except TimeoutError:
+            pass
+        self._soon.clear()
+        self._due_s = loop.time() + self._limits.probe_s
+        await self.probe()
+
+    def _tell(self, error: Exception) -> None:
+        _logger.error("%s can't be probed", self._client.name, exc_info=error)
 
     def broke(self) -> None:
         """The connection broke under a call: the engine gets nothing new until a probe, which is made at

@@ -23,8 +23,8 @@ from farshore.ids import Epoch, SequenceId, SpanId
 from farshore.kernels.base import KVLayout
 from farshore.kernels.host import HOST, address
 from farshore.kvstore.base import CoveredSpan, Digest, SpanKey
-from farshore.kvstore.store.blocks import native_for
-from farshore.kvstore.store.images import chunk_ranges, image_fields, image_layout
+from farshore.kvstore.store.layout.blocks import native_for
+from farshore.kvstore.store.layout.images import chunk_ranges, image_fields, image_layout
 from farshore.kvstore.store.store import LocalStore
 from farshore.kvstore.store.transfer import ChunkImage, ExportHeader, with_digest_check
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 
 from farshore.ids import SpanId
 from farshore.kvstore.base import SpanInfo, Usage
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.kvstore.store.cached import CachedSpans
 from farshore.kvstore.store.holds import HoldTable
 from farshore.kvstore.store.span import SpanRecord

@@ -14,11 +14,11 @@ from farshore.errors import InvalidRequest
 from farshore.ids import Epoch, SpanId
 from farshore.kernels.base import KVLayout
 from farshore.kvstore.base import CoveredSpan, Digest, SpanKey
-from farshore.kvstore.store import forms
-from farshore.kvstore.store.arena import Arena, Extent
-from farshore.kvstore.store.images import ChunkRange, chunk_ranges
-from farshore.kvstore.store.memory import KVMemory
-from farshore.kvstore.store.ranges import Ranges
+from farshore.kvstore.store.arena.arena import Arena, Extent
+from farshore.kvstore.store.arena.ranges import Ranges
+from farshore.kvstore.store.layout import forms
+from farshore.kvstore.store.layout.images import ChunkRange, chunk_ranges
+from farshore.kvstore.store.layout.memory import KVMemory
 from farshore.kvstore.store.transfer import ChunkImage, ExportHeader
 
 

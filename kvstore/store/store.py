@@ -36,11 +36,12 @@ from farshore.kvstore.base import (
     Usage,
 )
 from farshore.kvstore.prefix import NameLog, PrefixBlock, PrefixIndex, PrefixMatch
-from farshore.kvstore.store import blocks, forms, report, transfer
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store import report, transfer
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.kvstore.store.cached import CachedSpans
 from farshore.kvstore.store.holds import HoldTable
-from farshore.kvstore.store.memory import kv_memory
+from farshore.kvstore.store.layout import blocks, forms
+from farshore.kvstore.store.layout.memory import kv_memory
 from farshore.kvstore.store.span import SpanRecord, check_readable, check_sealed, check_shape, check_unsealed
 from farshore.kvstore.store.transfer import ChunkImage
 

@@ -25,8 +25,8 @@ from farshore.errors import InvalidRequest
 from farshore.kernels.base import KVLayout, Segments
 from farshore.kernels.host import address
 from farshore.kernels.runtime.cuda import finish_calls
-from farshore.kvstore.store import blocks, forms
-from farshore.kvstore.store.arena import Arena, Extent, stride_bytes
+from farshore.kvstore.store.arena.arena import Arena, Extent, stride_bytes
+from farshore.kvstore.store.layout import blocks, forms
 
 # Indices into a tail's marks. The native append checks and moves the marks too, see native/copy.h.
 _FREED, _END, _WRITTEN = 0, 1, 2
@@ -102,7 +102,7 @@ class Tail:
 
     def append(self, layer: int, position: int, k: Tensor, v: Tensor) -> None:
         """Copies n tokens of one layer to positions ``[position, position + n)``: k ``[k_heads, n, k_dim]``,
-        v ``[v_heads, n, v_dim]``; see :mod:`farshore.kvstore.store.forms` for their dtypes.
+        v ``[v_heads, n, v_dim]``; see :mod:`farshore.kvstore.store.layout.forms` for their dtypes.
 
         Allocates blocks as needed; after Full nothing is written. Scratch may be written again.
         InvalidRequest below ``end``, and beyond the layer's next token, which would leave a gap.
@@ -169,7 +169,7 @@ class Tail:
         self, layer: int, first: int, last: int, *, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
         """Copies of positions ``[first, last)`` of one layer: k ``[k_heads, n, k_dim]``, v
-        ``[v_heads, n, v_dim]``; in ``dtype`` as in :func:`farshore.kvstore.store.blocks.copy_out`.
+        ``[v_heads, n, v_dim]``; in ``dtype`` as in :func:`farshore.kvstore.store.layout.blocks.copy_out`.
 
         InvalidRequest outside of ``[start, end)``."""
         forms.check_layer(self._layout, layer)
@@ -265,7 +265,7 @@ class TailBatch:
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Copies one layer of every row: k ``[R, k_heads, k_dim]``, v ``[R, v_heads, v_dim]``, as elements in
-        a dtype that :mod:`farshore.kvstore.store.forms` takes, or as stored.
+        a dtype that :mod:`farshore.kvstore.store.layout.forms` takes, or as stored.
 
         InvalidRequest, and nothing is written, for other shapes and dtypes, if a tail was truncated, or if
         the layer would get a gap. May be repeated.

@@ -23,8 +23,8 @@ from farshore.ids import SequenceId
 from farshore.kernels.base import KVLayout
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore.base import Digest, ExportChunk, SpanKey
-from farshore.kvstore.store.forms import as_bytes
-from farshore.kvstore.store.images import ChunkRange, chunk_ranges, image_layout
+from farshore.kvstore.store.layout.forms import as_bytes
+from farshore.kvstore.store.layout.images import ChunkRange, chunk_ranges, image_layout
 
 # Magic, layout (format, V in K, 7 sizes), key, parity, tokens, chunk range; the sequence follows in UTF-8.
 _HEADER = struct.Struct("<4s 8s? 7I IIHH ?I 4I")

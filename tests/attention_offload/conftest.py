@@ -24,7 +24,7 @@ from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kernels.base import AttentionSpec, KVLayout, State
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore.base import SpanKey
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 
 DEADLINE_S = 60.0

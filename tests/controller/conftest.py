@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from farshore.cluster_token import VARIABLE, ClusterToken
-from farshore.controller.ray_settings import QUICK_VERDICT
+from farshore.controller.launch.ray_settings import QUICK_VERDICT
 
 COMMAND = Path(sys.executable).parent / "farshore"
 REPOSITORY = Path(__file__).parents[2]

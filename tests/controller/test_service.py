@@ -10,8 +10,8 @@ import grpc
 import pytest
 
 from farshore import rpc
+from farshore.attention_offload.shard.server import serve as serve_attention
 from farshore.attention_offload.shard.service import AttentionService
-from farshore.attention_offload.shard.service import serve as serve_attention
 from farshore.controller.config import ClusterConfig
 from farshore.controller.controller import MAX_CALLS
 from farshore.controller.events import Events
@@ -21,7 +21,7 @@ from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import WorkerRecord
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
 from farshore.kvstore.directory.remote import DirectoryService
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 from farshore.model_spec import ModelSpec
 from farshore.models.config.load import load_spec
@@ -85,9 +85,8 @@ def listed(directory):
                 address=address,
                 host="127.0.0.1",
                 process_id=1,
-                state="serving",
                 device=f"{kind}'s device",
-                **fields,
+                **{"state": "serving", **fields},
             )
         )
 
@@ -149,6 +148,24 @@ def test_status_shows_workers_that_answer_and_that_do_not(stub, listed):
     }
     assert (status.pool_budget_bytes, status.pool_free_bytes) == (MEMORY_BYTES, MEMORY_BYTES)
     assert not status.sequences
+
+
+@pytest.mark.parametrize("kind", ["dense", "attention"])
+@pytest.mark.parametrize("address", ["", "127.0.0.1:1"])
+def test_status_shows_a_worker_that_failed_also_one_that_could_not_load(stub, listed, kind, address):
+    listed("dense-0", "dense", "", state="loading")
+    listed("failed-0", kind, address, state="failed", failure="no such model", node="machine-1")
+    (worker,) = stub.ClusterStatus(admin.ClusterStatusRequest()).workers
+    assert worker == admin.WorkerStatus(
+        worker_id="failed-0",
+        kind=admin.WORKER_KIND_DENSE if kind == "dense" else admin.WORKER_KIND_ATTENTION,
+        state=admin.WORKER_STATE_FAILED,
+        address=address,
+        host="127.0.0.1",
+        process_id=1,
+        device=f"{kind}'s device",
+        node="machine-1",
+    )
 
 
 class Rendezvous(pb_grpc.EngineServicer):
@@ -331,6 +348,20 @@ def test_followers_of_events_leave_calls_for_the_workers(service, operations, di
 
         until(follows)
     server.stop(0).wait()
+
+
+def test_callers_of_the_state_leave_calls_for_the_workers(service, stub, directory, rendezvous, monkeypatch):
+    """While no engine answers."""
+    monkeypatch.setattr(service, "_asking", rpc.CallLimit(2, "calls ask for the state already"))
+    rendezvous.asked = threading.Barrier(4, timeout=60)
+    calls = [stub.ClusterStatus.future(admin.ClusterStatusRequest(), timeout=60) for _ in range(3)]
+    until(lambda: any(call.done() for call in calls))
+    (refused,) = [call for call in calls if call.done()]
+    assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "2 calls ask for the state already" in refused.details()
+    assert list(stub.WatchEvents(admin.WatchEventsRequest(), timeout=60)) == []
+    rendezvous.asked.wait()
+    assert all(call is refused or len(call.result().workers) == 3 for call in calls)
 
 
 def test_status_tells_the_first_name_and_the_length(directory, operations):

@@ -1,13 +1,18 @@
 """The translation of errors to status codes and back, for all errors and all codes."""
 
 import asyncio
+import contextlib
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from farshore import errors, rpc
 from farshore.text import MOST_CHARS
+
+from ..waiting import until
 
 CODE = grpc.StatusCode
 
@@ -188,3 +193,44 @@ def test_an_unexpected_exception_echoes_little():
 )
 def test_is_loopback(host, expected):
     assert rpc.is_loopback(host) is expected
+
+
+def echo(server):
+    handlers = {
+        "Once": grpc.unary_unary_rpc_method_handler(lambda request, context: request),
+        "Both": grpc.stream_stream_rpc_method_handler(lambda requests, context: requests),
+    }
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("test.Echo", handlers)])
+
+
+def test_streams_leave_room_for_short_calls():
+    server, address = rpc.serve(echo, service="test.Echo", listen="127.0.0.1:0", threads=4, token=None)
+    ends = [threading.Event() for _ in range(3)]
+
+    def messages(end):
+        yield b"a"
+        end.wait(60)
+
+    with grpc.insecure_channel(address) as channel:
+        both = channel.stream_stream("/test.Echo/Both")
+        streams = [both(messages(end), timeout=60) for end in ends]
+        assert [next(stream) for stream in streams] == [b"a"] * 3
+        with pytest.raises(grpc.RpcError) as refused:
+            next(both(iter([b"b"]), timeout=60))
+        assert refused.value.code() is CODE.RESOURCE_EXHAUSTED
+        assert refused.value.details() == "3 streams are open here: try again later"
+        assert isinstance(rpc.error_of(refused.value, peer="x"), errors.Overloaded)
+        assert channel.unary_unary("/test.Echo/Once")(b"c", timeout=60) == b"c"
+        health = health_pb2_grpc.HealthStub(channel)
+        assert health.Check(health_pb2.HealthCheckRequest(), timeout=60).status
+        ends[0].set()
+        assert list(streams[0]) == []
+
+        def is_served():
+            with contextlib.suppress(grpc.RpcError):
+                return list(both(iter([b"d"]), timeout=60)) == [b"d"]
+
+        until(is_served)
+        for end in ends:
+            end.set()
+    server.stop(0).wait()

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from farshore.client.cli.main import parser
-from farshore.client.cli.options import cluster_config
-from farshore.controller.ray_settings import ENVIRONMENT, MARK, OBJECT_STORE_BYTES, QUICK_VERDICT
-from farshore.controller.resources import CUDA_PROCESS_BYTES
+from farshore.client.cli.options.cluster import cluster_config
+from farshore.controller.launch.ray_settings import ENVIRONMENT, MARK, OBJECT_STORE_BYTES, QUICK_VERDICT
+from farshore.controller.launch.resources import CUDA_PROCESS_BYTES
 from farshore.gateway import __main__ as gateway_main
 from farshore.kvstore.directory.redis.address import RedisAddress
 from farshore.model_spec import ModelSpec

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from farshore.benchmarks.gpu.correctness import PRECISIONS, TOLERANCE
 from farshore.kernels.base import AttentionSpec, KVLayout, Segments, State, WorkList
 from farshore.kernels.formats import KVFormat
 
@@ -34,15 +35,6 @@ def interpreter():
         yield
 
 
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 8e-3}
-PRECISIONS = [
-    (torch.float32, KVFormat.FLOAT32),
-    (torch.bfloat16, KVFormat.BFLOAT16),
-    (torch.float16, KVFormat.FLOAT16),
-    (torch.float32, KVFormat.BFLOAT16),
-    (torch.float32, KVFormat.INT8),
-    (torch.bfloat16, KVFormat.INT8),
-]
 precisions = st.sampled_from(PRECISIONS)
 
 

@@ -10,8 +10,8 @@ from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kernels.base import KVLayout, Segments
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore.base import SpanKey
-from farshore.kvstore.store import blocks
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
+from farshore.kvstore.store.layout import blocks
 from farshore.kvstore.store.store import LocalStore
 
 Tokens = Callable[[KVLayout, int], tuple[Tensor, Tensor]]

@@ -248,7 +248,7 @@ def test_a_tail_in_the_same_arena_gets_the_memory_of_cache(store, arena, layout,
 
 
 def test_cache_that_is_being_read_is_not_evicted(store, arena, layout, writer, monkeypatch):
-    from farshore.kvstore.store import blocks as store_blocks
+    from farshore.kvstore.store.layout import blocks as store_blocks
 
     span = writer.span("a", list(range(160)), 0, 160)
     copy_out = store_blocks.copy_out

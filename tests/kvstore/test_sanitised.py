@@ -10,7 +10,7 @@ import pytest
 
 SOURCES = Path(__file__).parents[2] / "kvstore" / "native"
 SUITE = [
-    "test_bulk.py",
+    "layout/test_bulk.py",
     "test_tail_batch.py",
     "test_store.py",
     "test_transfer.py",

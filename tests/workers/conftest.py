@@ -13,7 +13,7 @@ import torch
 
 from farshore.attention_offload.client.in_process import InProcessClient
 from farshore.ids import SequenceId, WorkerId
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 from farshore.models.config.model import ModelConfig
 from farshore.models.files.source import resolve

@@ -17,7 +17,7 @@ from farshore.attention_offload.transport.frames import Transport
 from farshore.cluster_token import ClusterToken
 from farshore.errors import FarshoreError
 from farshore.ids import FIRST_EPOCH, SequenceId, WorkerId
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.models.files.source import resolve
 from farshore.models.weights.load import load_model
 from farshore.sampling import Sampling

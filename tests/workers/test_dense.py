@@ -4,10 +4,14 @@ import subprocess
 import sys
 import threading
 
+import grpc
 import pytest
 
+from farshore import rpc
 from farshore.errors import FarshoreError, ModelError
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
+from farshore.proto import cluster_pb2 as pb
+from farshore.proto import cluster_pb2_grpc as pb_grpc
 from farshore.workers.dense import DenseWorker
 from farshore.workers.ending import Ending
 
@@ -66,6 +70,27 @@ def test_a_missing_model_is_told_in_its_own_words(tmp_path):
     assert dense.await_failed().failure == str(error.value)
     assert isinstance(error.value, ModelError)
     dense.worker.stop()
+
+
+def test_gateways_leave_room_for_the_controllers_questions(dense, monkeypatch):
+    """A worker that does not answer Status can't be drained."""
+    monkeypatch.setattr("farshore.workers.dense.MAX_CALLS", 4)
+    dense.worker.run()
+    until(lambda: dense.record().state == "serving", "it is not listed")
+    with rpc.channel(dense.record().address, None) as channel:
+        stub = pb_grpc.EngineStub(channel)
+        ended = threading.Event()
+
+        def silent():
+            ended.wait(DEADLINE_S)
+            yield from ()
+
+        gateways = [stub.Run(silent(), timeout=DEADLINE_S) for _ in range(4)]
+        until(lambda: any(call.done() for call in gateways), "a gateway holds each of the worker's calls")
+        (refused,) = [call for call in gateways if call.done()]
+        assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert stub.Status(pb.EngineStatusRequest(), timeout=DEADLINE_S).worker.running == 0
+        ended.set()
 
 
 def test_an_engine_that_fails_takes_its_worker_with_it(dense, monkeypatch):

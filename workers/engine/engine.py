@@ -33,7 +33,7 @@ from farshore.kernels.base import Kernels
 from farshore.kernels.runtime.base import DeviceRuntime
 from farshore.kernels.select import device_runtime, implementation
 from farshore.kvstore.prefix import chain
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.models.llama import Llama
 from farshore.sampling import Sampling
 from farshore.workers.engine import admission

@@ -12,10 +12,10 @@ from farshore.client import events
 from farshore.client.cli.chat.conversation import Conversation
 from farshore.client.cli.chat.lines import Lines
 from farshore.client.cli.connect import running_or_own
-from farshore.client.cli.options import add_own_cluster_options
-from farshore.client.cli.prompts import add_cache_salt_option, read_text
+from farshore.client.cli.options.cluster import add_own_cluster_options
+from farshore.client.cli.options.prompts import add_cache_salt_option, read_text
+from farshore.client.cli.options.sampling import add_sampling_options, asked
 from farshore.client.cli.reading import reading
-from farshore.client.cli.sampling import add_sampling_options, asked
 from farshore.client.cli.terminal import (
     Interrupted,
     Progress,

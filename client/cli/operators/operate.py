@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from farshore.client.cli.connect import CALL_DEADLINE_S, connected
-from farshore.client.cli.options import add_gateway_options, number, whole
+from farshore.client.cli.options.gateway import add_gateway_options
+from farshore.client.cli.options.values import number, whole
 from farshore.client.cli.reading import reading
 from farshore.client.cli.terminal import Progress, write
 from farshore.client.events import ClusterEvent

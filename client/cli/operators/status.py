@@ -8,7 +8,7 @@ import dataclasses
 import json
 
 from farshore.client.cli.connect import connected
-from farshore.client.cli.options import add_gateway_options
+from farshore.client.cli.options.gateway import add_gateway_options
 from farshore.client.cli.terminal import size, table, write
 from farshore.client.events import ClusterStatus, Sequence
 

@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from farshore.client.cli.connect import connected
 from farshore.client.cli.operators.screen import Screen
 from farshore.client.cli.operators.view import Line, Sample, Snapshot, render, snapshot
-from farshore.client.cli.options import add_gateway_options, positive, seconds
+from farshore.client.cli.options.gateway import add_gateway_options
+from farshore.client.cli.options.values import positive, seconds
 from farshore.client.cli.terminal import stop_signals, takes_escapes, write
 from farshore.client.sdk import Client
 from farshore.errors import DeadlineExceeded, TransportError

@@ -68,6 +68,9 @@ class Endpoints:
         self._problem = problem
         self._in_thread = in_thread
         self._page = page
+        document = description()
+        add_bounds(document["components"]["schemas"], self._served, self._intake.limits)
+        self._description = JSONResponse(document).body
 
     def application(self) -> ASGIApp:
         """The ASGI application."""
@@ -181,9 +184,7 @@ class Endpoints:
         return JSONResponse({"version": __version__})
 
     async def _openapi(self, request: Request) -> Response:
-        document = description()
-        add_bounds(document["components"]["schemas"], self._served, self._intake.limits)
-        return JSONResponse(document)
+        return Response(self._description, media_type="application/json")
 
     @property
     def _names(self) -> tuple[str, ...]:

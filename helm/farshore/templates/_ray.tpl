@@ -1,6 +1,6 @@
 {{/* The pods of the RayCluster: (list root component values). KubeRay composes their `ray start`. */}}
 
-{{/* The settings of controller/ray_settings.py; a test compares them. */}}
+{{/* The settings of controller/launch/ray_settings.py; a test compares them. */}}
 {{- define "farshore.rayEnv" -}}
 - name: RAY_USAGE_STATS_ENABLED
   value: "0"

@@ -11,7 +11,7 @@ from farshore.attention_offload.transport.frames import REMOTE
 from farshore.errors import InvalidRequest, NotFound
 from farshore.ids import SequenceId, SpanId, WorkerId
 from farshore.kernels.formats import KVFormat
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 
 A, B = SequenceId("a"), SequenceId("b")

@@ -10,7 +10,7 @@ from farshore.attention_offload.plan.step_plan import Read, Replica, ShardStep, 
 from farshore.attention_offload.transport.frames import Transport
 from farshore.errors import Late, Lost, NotFound, TransportError
 from farshore.ids import SequenceId, SpanId, WorkerId
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 
 A, B, C = (WorkerId(name) for name in "abc")

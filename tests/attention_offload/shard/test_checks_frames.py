@@ -9,7 +9,7 @@ from farshore.attention_offload import codec
 from farshore.attention_offload.shard import checks
 from farshore.attention_offload.transport.frames import REMOTE, native
 from farshore.errors import InvalidRequest
-from farshore.kvstore.store import forms
+from farshore.kvstore.store.layout import forms
 from farshore.proto import attention_pb2 as pb
 
 pytestmark = pytest.mark.skipif(native() is None, reason="needs the native module")

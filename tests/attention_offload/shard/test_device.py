@@ -22,8 +22,8 @@ from farshore.kernels.runtime.cuda import CudaRuntime
 from farshore.kernels.runtime.deferring import DeferringRuntime
 from farshore.kernels.runtime.immediate import ImmediateRuntime
 from farshore.kernels.select import CPU_KERNELS
-from farshore.kvstore.store import blocks
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
+from farshore.kvstore.store.layout import blocks
 from farshore.kvstore.store.store import LocalStore
 
 TRANSPORTS = [Transport.SHARED_MEMORY, Transport.TCP, Transport.GRPC]

@@ -7,11 +7,11 @@ import pytest
 
 from farshore.attention_offload.base import Caller
 from farshore.attention_offload.shard import engine_holds
-from farshore.attention_offload.shard.engine_holds import LEASE_S, MOST_ENGINES, EngineHolds, Ticker
+from farshore.attention_offload.shard.engine_holds import LEASE_S, MOST_ENGINES, EngineHolds
 from farshore.errors import Cancelled, InvalidRequest, NotFound, Overloaded
 from farshore.ids import SequenceId, WorkerId
 from farshore.kvstore.prefix import PrefixBlock
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 
 DEADLINE_S = 60.0
@@ -299,20 +299,3 @@ def test_many_engines_and_a_ticker_run_concurrently(leased):
     leased.store.check_integrity()
     leased.pass_s(LEASE_S)
     assert leased.is_empty
-
-
-def test_a_ticker_goes_on_after_an_error_and_stops(monkeypatch):
-    monkeypatch.setattr(engine_holds, "TICK_S", 0.001)
-    ticks, enough = [], threading.Event()
-
-    def tick():
-        ticks.append(None)
-        if len(ticks) == 3:
-            enough.set()
-        raise RuntimeError("once more")
-
-    ticker = Ticker(tick)
-    assert enough.wait(DEADLINE_S)
-    for _ in range(2):
-        ticker.stop()
-    assert not any(thread.name == "leases" for thread in threading.enumerate())

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from farshore import rpc
 from farshore.attention_offload.shard import exports, imports
 from farshore.attention_offload.shard.service import AttentionService
 from farshore.attention_offload.transport import connect as transport_connect
@@ -16,6 +17,7 @@ from farshore.errors import (
     Full,
     InvalidRequest,
     NotFound,
+    Overloaded,
     TransportError,
 )
 from farshore.ids import SequenceId, SpanId
@@ -238,6 +240,31 @@ def test_a_copy_ends_when_its_shard_stops(shards, work, monkeypatch):
     thread.join(DEADLINE_S)
     assert failed
     check_nothing_is_left(target)
+
+
+def test_calls_that_wait_for_imports_leave_room_for_beats(shards, work, monkeypatch):
+    source, target, _, client = shards
+    span = sealed(source.store, work)
+    waits, goes_on = threading.Event(), threading.Event()
+    import_span = target.service.imports.import_span
+
+    def held(request, *, deadline_s):
+        waits.set()
+        assert goes_on.wait(DEADLINE_S)
+        return import_span(request, deadline_s=deadline_s)
+
+    monkeypatch.setattr(target.service.imports, "import_span", held)
+    monkeypatch.setattr(target.service, "_importing", rpc.CallLimit(1, "calls wait for imports"))
+    found = []
+    first = threading.Thread(target=lambda: found.append(do(client, source, span)))
+    first.start()
+    assert waits.wait(DEADLINE_S)
+    with pytest.raises(Overloaded, match="wait for imports"):
+        do(client, source, span)
+    assert client.beat(None).worker == "target"
+    goes_on.set()
+    first.join()
+    assert found[0].tokens == TOKENS == do(client, source, span).tokens
 
 
 def test_the_copying_thread_rests_after_each_piece(shards, work, monkeypatch):

@@ -12,7 +12,8 @@ from farshore.attention_offload.client.in_process import InProcessClient
 from farshore.attention_offload.client.remote_store import WRITE_CHUNK_BYTES
 from farshore.attention_offload.fanout.fanout import Fanout
 from farshore.attention_offload.plan.step_plan import StepPlan, split_rows
-from farshore.attention_offload.shard.service import READ_CHUNK_BYTES, serve
+from farshore.attention_offload.shard.server import serve
+from farshore.attention_offload.shard.service import READ_CHUNK_BYTES
 from farshore.errors import FarshoreError, Fenced, Full, InvalidRequest, NotFound, PortInUse
 from farshore.ids import SequenceId, SpanId, WorkerId
 from farshore.kernels.base import State

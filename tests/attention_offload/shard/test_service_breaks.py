@@ -11,7 +11,7 @@ import time
 import grpc
 import pytest
 
-from farshore.attention_offload.shard import service
+from farshore.attention_offload.shard import server
 from farshore.attention_offload.shard.service import AttentionService
 from farshore.attention_offload.transport.frames import Transport
 from farshore.errors import DeadlineExceeded, Late, Overloaded, TransportError
@@ -52,12 +52,12 @@ def test_a_broken_stream_is_a_transport_error_and_the_step_can_run_again(
 
 @pytest.mark.parametrize("transport", [Transport.GRPC])
 def test_streams_of_many_engines_leave_room_for_cold_calls(start_shard, connect, work, monkeypatch):
-    monkeypatch.setattr(service, "MAX_STREAMS", 1)
+    monkeypatch.setattr(server, "MAX_CALLS", 2)
     address = start_shard().address
     clients = [connect(address) for _ in range(2)]
     step = work.step([work.sealed_span(clients[0].store, "a", 0, 20)])
     expected = work.run(clients[0], step)
-    with pytest.raises(Overloaded, match="1 engines' streams"):
+    with pytest.raises(Overloaded, match="1 streams are open"):
         work.run(clients[1], step)
     assert clients[1].identify().free_bytes
     clients[0].break_off()
@@ -133,9 +133,10 @@ def test_closing_a_client_with_an_open_stream_leaves_no_thread_blocked(
 
 
 SHARD_PROCESS = """
-from farshore.attention_offload.shard.service import AttentionService, serve
+from farshore.attention_offload.shard.server import serve
+from farshore.attention_offload.shard.service import AttentionService
 from farshore.ids import WorkerId
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 
 worker = WorkerId("shard")

@@ -3,7 +3,7 @@
 import socket
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
 
@@ -228,6 +228,35 @@ def test_a_stranger_is_disconnected_in_time(tokens, monkeypatch):
         for unix in (True, False):
             with strange(listener, unix=unix) as connection:
                 assert connection.recv(1) == b""
+    finally:
+        listener.close()
+
+
+@pytest.mark.parametrize("unix", [True, False], ids=["unix", "TCP"])
+def test_a_listener_outlives_a_thread_that_cannot_start(tokens, monkeypatch, unix):
+    """More connections than the table holds, so that one that stayed there would be noticed."""
+    monkeypatch.setattr(frame_loop, "ACCEPT_RETRY_S", 0.0)
+    monkeypatch.setattr(frame_loop, "MAX_CONNECTIONS", 0)
+    monkeypatch.setattr(frame_loop, "MAX_UNPROVEN", 1)
+    monkeypatch.setattr(frame_loop, "HANDSHAKE_DEADLINE_S", 0.1)
+    listener = FrameListener("127.0.0.1", token=tokens[0])
+    start = threading.Thread.start
+
+    def refuse(thread):
+        if thread.name == "frames":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuse)
+            for _ in range(3):
+                with strange(listener, unix=unix) as connection, suppress(ConnectionError):
+                    assert connection.recv(1) == b""
+        served = threading.Event()
+        monkeypatch.setattr(listener, "_admit", lambda connection: lambda *_: served.set())
+        with strange(listener, unix=unix):
+            assert served.wait(DEADLINE_S)
     finally:
         listener.close()
 

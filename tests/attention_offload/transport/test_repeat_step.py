@@ -10,7 +10,7 @@ from farshore.attention_offload.shard.session import AttendedBytes, ShardSession
 from farshore.attention_offload.transport.frames import REMOTE, Transport
 from farshore.errors import InvalidRequest, Late, NotFound, TransportError
 from farshore.ids import SequenceId, WorkerId
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 
 

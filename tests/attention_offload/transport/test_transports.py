@@ -10,7 +10,8 @@ import torch
 
 from farshore.attention_offload import codec
 from farshore.attention_offload.client.in_process import InProcessClient
-from farshore.attention_offload.shard.service import AttentionService, serve
+from farshore.attention_offload.shard.server import serve
+from farshore.attention_offload.shard.service import AttentionService
 from farshore.attention_offload.transport import connect as connecting
 from farshore.attention_offload.transport.frames import REMOTE, Transport, frame_bytes, native
 from farshore.errors import InvalidRequest, TransportError

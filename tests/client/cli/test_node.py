@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from farshore.client.cli import node
-from farshore.controller.ray_settings import QUICK_VERDICT
+from farshore.controller.launch.ray_settings import QUICK_VERDICT
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
 import pytest
 
 from farshore.controller.events import REPEATED, Events
-from farshore.controller.probes import WorkerProbes
+from farshore.controller.loop.probes import WorkerProbes
 from farshore.errors import TransportError
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import WorkerRecord
@@ -12,7 +12,7 @@ from farshore.proto import cluster_pb2 as pb
 from farshore.proto import cluster_pb2_grpc as pb_grpc
 
 from ...waiting import until
-from ..test_loop import Cluster
+from .test_loop import Cluster
 
 
 class Engine(pb_grpc.EngineServicer):
@@ -37,7 +37,7 @@ def engine(serve_engine):
 
 
 def test_the_last_known_engines_are_asked(engine, monkeypatch):
-    monkeypatch.setattr("farshore.controller.probes.PERIOD_S", 0.02)
+    monkeypatch.setattr("farshore.controller.loop.probes.PERIOD_S", 0.02)
     directory = Directory()
     directory.renew(
         WorkerRecord(
@@ -60,7 +60,7 @@ def test_the_last_known_engines_are_asked(engine, monkeypatch):
 
 
 def test_the_loop_says_once_that_the_directory_is_away(monkeypatch):
-    monkeypatch.setattr("farshore.controller.loop.ROUND_S", 0.02)
+    monkeypatch.setattr("farshore.controller.loop.loop.ROUND_S", 0.02)
     cluster = Cluster()
     cluster.directory = Directory()
     cluster.directory.away = True

@@ -2,10 +2,10 @@
 
 import pytest
 
-from farshore.controller.loop import ROUND_S
+from farshore.controller.loop.loop import ROUND_S
 from farshore.controller.reconcile import HEALTHY_S, Slot
 
-from ..test_loop import Cluster
+from .test_loop import Cluster
 
 DENSE = Slot("dense", 0)
 

@@ -11,11 +11,12 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farshore.controller.loop import ANNOUNCE_S, ROUND_S
+from farshore.controller.loop.loop import ROUND_S
+from farshore.controller.loop.observer import ANNOUNCE_S
 from farshore.controller.reconcile import MOST_BACKOFF_S
 from farshore.kvstore.directory.base import LEASE_S, SETTLE_S
 
-from ..test_loop import DRAIN_S, GRACE_S, Cluster, FakeRay
+from .test_loop import DRAIN_S, GRACE_S, Cluster, FakeRay
 
 ENDS_S = 2 * SETTLE_S + 2 * GRACE_S + ANNOUNCE_S + MOST_BACKOFF_S + DRAIN_S + 10
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from farshore import rpc
-from farshore.controller.probes import WorkerProbes
+from farshore.controller.loop.probes import WorkerProbes
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import WorkerRecord
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
@@ -58,7 +58,7 @@ def clock():
 
 @pytest.fixture
 def probes(directory, clock, monkeypatch):
-    monkeypatch.setattr("farshore.controller.probes.PERIOD_S", 0.02)
+    monkeypatch.setattr("farshore.controller.loop.probes.PERIOD_S", 0.02)
     made = WorkerProbes(directory, clock=lambda: clock.now_s)
     yield made
     made.stop()
@@ -128,7 +128,7 @@ def newer():
 
 
 def test_an_answer_of_another_version_ends_no_probe(newer, engine, clock, monkeypatch, caplog):
-    monkeypatch.setattr("farshore.controller.probes.PERIOD_S", 0.02)
+    monkeypatch.setattr("farshore.controller.loop.probes.PERIOD_S", 0.02)
     newer.renew(record(engine.address))
     probes = WorkerProbes(newer, clock=lambda: clock.now_s)
     try:

@@ -1,5 +1,6 @@
 """Deadlines, keepalive pings, the health of each service and reflection, as generic clients use them."""
 
+import contextlib
 import socket
 import struct
 
@@ -11,6 +12,8 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from farshore.gateway.limits import Limits
 from farshore.proto import inference_pb2 as api
+
+from ...waiting import until
 
 INFERENCE, ADMIN = "farshore.inference.v1.InferenceService", "farshore.admin.v1.AdminService"
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -168,3 +171,33 @@ def test_a_generic_client_learns_services_and_messages(farshore, version):
         packages += [file.package for file in files]
         assert any(service.name.endswith("Service") for file in files for service in file.service)
     assert {"farshore.inference.v1", "farshore.admin.v1"} <= set(packages)
+
+
+def test_calls_that_stay_open_leave_room_for_others(start):
+    """Watches of the health, and of the services: two of four."""
+    farshore = start(limits=Limits(max_readers=1, other_calls=4, drain_s=0.1))
+    stub = health_pb2_grpc.HealthStub(farshore.channel)
+    request = health_pb2.HealthCheckRequest()
+    watches = [stub.Watch(request, timeout=60) for _ in range(2)]
+    assert all(next(watch).status == SERVING for watch in watches)
+    ask = farshore.channel.stream_stream(
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+        response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+    )
+    asked = reflection_pb2.ServerReflectionRequest(list_services="")
+    for refused in (stub.Watch(request, timeout=30), ask(iter([asked]), timeout=30)):
+        with pytest.raises(grpc.RpcError) as caught:
+            next(refused)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "2 calls watch this gateway already" in caught.value.details()
+    assert stub.Check(request, timeout=30).status == SERVING
+    farshore.engine.auto = ()
+    assert len(list(farshore.generate())) == 2
+    watches[0].cancel()
+
+    def watched():
+        with contextlib.suppress(grpc.RpcError):
+            return next(stub.Watch(request, timeout=30))
+
+    until(watched)

@@ -156,4 +156,4 @@ def test_ended_requests_are_forgotten_by_a_timer(start):
     farshore.engine.auto = (10, 11)
     for name in "abc":
         list(farshore.generate(request_id=name))
-    until(lambda: not farshore.gateway.remembered_bytes)
+    until(lambda: not farshore.gateway._log.ended_bytes)

@@ -64,6 +64,17 @@ def test_a_directory_that_is_away_changes_nothing(start, harness, two, error):
     until(lambda: used(farshore) == {"dense-1-a"})
 
 
+def test_a_record_that_makes_no_sense_ends_no_watch(start, harness, two):
+    first, second = two
+    listed = harness.ListedEngines(harness.dense("dense-0-a", first.address))
+    farshore = start(directory=listed, limits=LIMITS)
+    listed.list(harness.dense("dense-0-a", first.address, load="much"))
+    await_looks(farshore)
+    assert len(list(farshore.generate())) == 2
+    listed.list(harness.dense("dense-1-a", second.address))
+    until(lambda: used(farshore) == {"dense-1-a"})
+
+
 @pytest.mark.parametrize("settled", [False, True])
 def test_an_empty_list_proves_nothing(start, harness, two, settled):
     """Neither from a directory that lost all, nor from one that has really heard of no engine: the engine

@@ -111,6 +111,24 @@ def test_what_an_engine_has_not_read_is_kept_for_live_requests_only():
     assert asyncio.run(run()) == [(1, "submit"), (4, "submit"), (1, "cancel")]
 
 
+def test_a_message_that_cannot_be_sent_ends_the_call(caplog):
+    class Broken(Call):
+        async def write(self, message):
+            raise KeyError("dreaming")
+
+        def cancel(self):
+            self.incoming.put_nowait(grpc.aio.EOF)
+
+    async def run():
+        over = asyncio.Event()
+        call = EngineCall(Broken(), take=lambda events: None, over=lambda call, code, details: over.set())
+        call.submit(1, b"x")
+        await asyncio.wait_for(over.wait(), 60)
+
+    asyncio.run(run())
+    assert [entry.message for entry in caplog.records] == ["a message to an engine can't be sent"]
+
+
 def test_readers_run_between_the_events_of_a_large_message():
     async def run():
         made, seen, over = Call(), [], asyncio.Event()

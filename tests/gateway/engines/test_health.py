@@ -8,6 +8,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from farshore.gateway.limits import Limits
 
+from ...waiting import until
+
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICES = ("", "farshore.inference.v1.InferenceService")
 
@@ -45,6 +47,23 @@ def test_an_engine_that_cannot_go_on(watched, harness):
     wait_for(SERVING)
     engine.tell("finish")
     assert len(list(farshore.generate())) == 3
+
+
+def test_a_probe_that_fails_ends_no_watch(watched, monkeypatch, caplog):
+    farshore, engine, wait_for = watched
+    (known,) = farshore.gateway.engines.available()
+    failed = []
+
+    async def ask():
+        monkeypatch.undo()
+        failed.append(None)
+        raise KeyError("dreaming")
+
+    monkeypatch.setattr(known.health, "_ask", ask)
+    until(lambda: failed)
+    engine.tell("failed")
+    wait_for(NOT_SERVING)
+    assert [entry.message for entry in caplog.records] == [f"{known.client.name} can't be probed"]
 
 
 def test_a_killed_engine_and_its_successor(watched, harness, engines):

@@ -10,7 +10,7 @@ from farshore.ids import SequenceId, SpanId
 from farshore.kernels.base import KVLayout
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore.base import CoveredSpan, SpanKey
-from farshore.kvstore.store import forms
+from farshore.kvstore.store.layout import forms
 from farshore.kvstore.store.store import LocalStore
 from farshore.kvstore.store.tail import Tail
 

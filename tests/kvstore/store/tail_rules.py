@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 from hypothesis.stateful import precondition, rule
 
 from farshore.errors import Full
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.kvstore.store.tail import Tail
 
 from .state_models import TailModel, by_token, counts, layouts, random_rows, seeds

@@ -13,8 +13,9 @@ from farshore.kernels.formats import KVFormat
 from farshore.kernels.runtime.cuda import CudaRuntime
 from farshore.kernels.runtime.deferring import DeferringRuntime
 from farshore.kvstore.base import SpanKey
-from farshore.kvstore.store import blocks, parity
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store import parity
+from farshore.kvstore.store.arena.arena import Arena
+from farshore.kvstore.store.layout import blocks
 from farshore.kvstore.store.store import LocalStore
 
 S, EPOCH = SequenceId("s"), Epoch(1)

@@ -8,8 +8,9 @@ import torch
 from farshore.errors import Corrupt, Full, InvalidRequest
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kvstore.base import SpanKey
-from farshore.kvstore.store import images, parity, transfer
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store import parity, transfer
+from farshore.kvstore.store.arena.arena import Arena
+from farshore.kvstore.store.layout import images
 from farshore.kvstore.store.parity import Member
 from farshore.kvstore.store.store import LocalStore
 

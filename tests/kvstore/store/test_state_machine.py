@@ -14,8 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from farshore.errors import Fenced, Full, InvalidRequest, NotFound
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kvstore.base import SpanKey
-from farshore.kvstore.store import images, transfer
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store import transfer
+from farshore.kvstore.store.arena.arena import Arena
+from farshore.kvstore.store.layout import images
 from farshore.kvstore.store.store import LocalStore
 
 from .export_rules import ExportRules

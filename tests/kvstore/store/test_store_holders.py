@@ -10,8 +10,8 @@ import torch
 from farshore.errors import Fenced, Full, InvalidRequest, NotFound
 from farshore.ids import Epoch, SequenceId, SpanId, WorkerId
 from farshore.kvstore.base import Removals, SpanKey
-from farshore.kvstore.store import blocks
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
+from farshore.kvstore.store.layout import blocks
 from farshore.kvstore.store.store import LocalStore
 
 E1, E2, E3 = Epoch(1), Epoch(2), Epoch(3)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from farshore.errors import Full, InvalidRequest
 from farshore.kernels.base import KVLayout
 from farshore.kernels.formats import KVFormat
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.kvstore.store.tail import Tail
 
 PAGE = 4096

@@ -5,8 +5,8 @@ import torch
 
 from farshore.errors import Full, InvalidRequest
 from farshore.kernels.formats import KVFormat
-from farshore.kvstore.store import blocks
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
+from farshore.kvstore.store.layout import blocks
 from farshore.kvstore.store.tail import Tail, TailBatch
 
 pytestmark = pytest.mark.usefixtures("copies")

@@ -9,8 +9,9 @@ from farshore.errors import Corrupt, Fenced, Full, InvalidRequest, NotFound
 from farshore.ids import Epoch, SequenceId, WorkerId
 from farshore.kernels.base import KVLayout
 from farshore.kernels.formats import KVFormat
-from farshore.kvstore.store import images, transfer
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store import transfer
+from farshore.kvstore.store.arena.arena import Arena
+from farshore.kvstore.store.layout import images
 from farshore.kvstore.store.store import LocalStore
 
 E1, E2 = Epoch(1), Epoch(2)

@@ -4,7 +4,7 @@ import pytest
 
 from farshore.attention_offload.transport.frames import Transport
 from farshore.errors import Internal, TransportError
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.sequence import Failed, Finished

@@ -4,7 +4,7 @@ import pytest
 
 from farshore.errors import Full, InvalidRequest, NotFound
 from farshore.ids import SequenceId
-from farshore.kvstore.store.arena import Arena, stride_bytes
+from farshore.kvstore.store.arena.arena import Arena, stride_bytes
 from farshore.sampling import Sampling
 from farshore.workers.engine.sequence import Finished, Reason
 

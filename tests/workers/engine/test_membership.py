@@ -4,7 +4,7 @@ import pytest
 
 from farshore.attention_offload.client.in_process import InProcessClient
 from farshore.ids import WorkerId
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 from farshore.sampling import Sampling
 from farshore.workers.engine.membership import Joined, Left, Opened, Shut

@@ -25,7 +25,7 @@ from farshore.ids import SpanId, WorkerId
 from farshore.kernels.base import BLOCK_TOKENS
 from farshore.kvstore.base import PrefixFound, ShardStore, SpanSlice
 from farshore.kvstore.prefix import PrefixBlock, chain
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.kvstore.store.tail import Tail
 from farshore.workers.engine.kv import span_writer
 from farshore.workers.engine.kv.handoff import HandOffs

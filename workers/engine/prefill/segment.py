@@ -29,7 +29,7 @@ from farshore.attention_offload.client.base import ShardClient
 from farshore.ids import WorkerId
 from farshore.kernels.base import Kernels, State
 from farshore.kernels.runtime.base import DeviceRuntime, Event
-from farshore.kvstore.store import forms
+from farshore.kvstore.store.layout import forms
 from farshore.models.llama import Llama
 from farshore.workers.engine.attention_model import merged_dtype
 from farshore.workers.engine.kv import span_writer

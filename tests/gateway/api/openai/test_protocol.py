@@ -21,6 +21,13 @@ def test_health_version_and_description(http, base_url):
     assert described["openapi"].startswith("3.1") and "/v1/chat/completions" in described["paths"]
 
 
+def test_the_description_is_made_once(http, base_url, monkeypatch):
+    first = httpx2.get(f"{base_url}/openapi.json")
+    monkeypatch.setattr("farshore.gateway.api.openai.endpoints.description", None)
+    again = httpx2.get(f"{base_url}/openapi.json")
+    assert again.json() == first.json() and again.headers["content-type"] == "application/json"
+
+
 def test_a_gateway_without_an_engine_is_alive_and_not_ready(start, harness, loop_thread):
     made = start(http="127.0.0.1:0", engine_address="127.0.0.1:1")
     base = f"http://{made.gateway.http_address}"

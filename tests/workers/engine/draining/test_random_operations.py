@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from farshore.ids import SequenceId, WorkerId
-from farshore.kvstore.store.arena import Arena
+from farshore.kvstore.store.arena.arena import Arena
 from farshore.kvstore.store.store import LocalStore
 from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits

@@ -8,7 +8,7 @@ import pytest
 
 from farshore.kernels.runtime.deferring import DeferringRuntime
 from farshore.kernels.runtime.immediate import ImmediateRuntime
-from farshore.kvstore.store import blocks
+from farshore.kvstore.store.layout import blocks
 from farshore.models.llama import Llama
 from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits

@@ -11,7 +11,7 @@ from farshore.ids import SequenceId, WorkerId
 from farshore.kernels.base import KVLayout
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore.base import SpanKey, SpanSlice
-from farshore.kvstore.store.arena import stride_bytes
+from farshore.kvstore.store.arena.arena import stride_bytes
 from farshore.sampling import Sampling
 from farshore.workers.engine.attention_model import attention_model
 from farshore.workers.engine.kv.prefix import assemble, fingerprint

@@ -7,7 +7,7 @@ import torch
 
 from farshore.errors import Full
 from farshore.ids import SequenceId
-from farshore.kvstore.store.arena import stride_bytes
+from farshore.kvstore.store.arena.arena import stride_bytes
 from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.sequence import Finished, Prefilled, Reason, Sampled

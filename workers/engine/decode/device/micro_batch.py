@@ -22,7 +22,7 @@ from farshore.attention_offload.plan.step_plan import Read
 from farshore.kernels.base import Kernels, State
 from farshore.kernels.host import HOST
 from farshore.kernels.runtime.base import DeviceRuntime, Event, PinnedBuffer, Stream
-from farshore.kvstore.store.blocks import SlotWriter
+from farshore.kvstore.store.layout.blocks import SlotWriter
 from farshore.kvstore.store.tail import Tail, TailBatch
 from farshore.models.llama import Llama
 from farshore.workers.engine.attention_model import merged_dtype

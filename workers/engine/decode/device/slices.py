@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from farshore.kernels.runtime.base import Stream, Work
-from farshore.kvstore.store.blocks import SlotWriter
+from farshore.kvstore.store.layout.blocks import SlotWriter
 from farshore.models.llama import Llama
 
 MOST_GRAPH_ROWS = 256
