@@ -190,7 +190,8 @@ class Worker:
     ``parked`` (they gave theirs back and wait for more). It counts its ``parkings`` and the generated
     ``tokens`` since it started. ``cached_bytes``: of ``free_bytes``, stored KV that no sequence uses.
     ``links``: its connections. ``device``: where it computes, and why there. ``node`` and ``zone``: the names
-    of its machine and of that one's failure domain, where the operator gives them, as the Helm chart does."""
+    of its machine and of that one's failure domain, where the operator gives them, as the Helm chart does.
+    ``failure``: why a worker failed; empty in every other state."""
 
     worker_id: str
     kind: str
@@ -211,6 +212,7 @@ class Worker:
     links: tuple[Link, ...]
     node: str
     zone: str
+    failure: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

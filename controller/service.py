@@ -278,6 +278,7 @@ def _failed(record: WorkerRecord) -> admin.WorkerStatus:
         host=record.host,
         process_id=record.process_id,
         state=admin.WORKER_STATE_FAILED,
+        failure=record.failure,
     )
 
 

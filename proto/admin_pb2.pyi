@@ -94,7 +94,7 @@ class ClusterStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "kind", "address", "host", "process_id", "state", "budget_bytes", "free_bytes", "attended_bytes", "running", "waiting", "links", "parked", "parkings", "tokens", "cached_bytes", "device", "node", "zone")
+    __slots__ = ("worker_id", "kind", "address", "host", "process_id", "state", "budget_bytes", "free_bytes", "attended_bytes", "running", "waiting", "links", "parked", "parkings", "tokens", "cached_bytes", "device", "node", "zone", "failure")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -114,6 +114,7 @@ class WorkerStatus(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     ZONE_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     kind: WorkerKind
     address: str
@@ -133,7 +134,8 @@ class WorkerStatus(_message.Message):
     device: str
     node: str
     zone: str
-    def __init__(self, worker_id: _Optional[str] = ..., kind: _Optional[_Union[WorkerKind, str]] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., process_id: _Optional[int] = ..., state: _Optional[_Union[WorkerState, str]] = ..., budget_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., attended_bytes: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., links: _Optional[_Iterable[_Union[ShardLink, _Mapping]]] = ..., parked: _Optional[int] = ..., parkings: _Optional[int] = ..., tokens: _Optional[int] = ..., cached_bytes: _Optional[int] = ..., device: _Optional[str] = ..., node: _Optional[str] = ..., zone: _Optional[str] = ...) -> None: ...
+    failure: str
+    def __init__(self, worker_id: _Optional[str] = ..., kind: _Optional[_Union[WorkerKind, str]] = ..., address: _Optional[str] = ..., host: _Optional[str] = ..., process_id: _Optional[int] = ..., state: _Optional[_Union[WorkerState, str]] = ..., budget_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., attended_bytes: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., links: _Optional[_Iterable[_Union[ShardLink, _Mapping]]] = ..., parked: _Optional[int] = ..., parkings: _Optional[int] = ..., tokens: _Optional[int] = ..., cached_bytes: _Optional[int] = ..., device: _Optional[str] = ..., node: _Optional[str] = ..., zone: _Optional[str] = ..., failure: _Optional[str] = ...) -> None: ...
 
 class ShardLink(_message.Message):
     __slots__ = ("worker_id", "transport", "frames", "failures", "p50_ms", "p99_ms", "slow", "deadline_ms")

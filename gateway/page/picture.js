@@ -64,7 +64,8 @@ function workerCard(worker) {
       make("span", { className: `state ${worker.state}`, text: worker.state, title: `${worker.kind} worker` }),
     ),
   );
-  if (worker.state !== "unreachable") {
+  const alarms = worker.failure ? [worker.failure] : [];
+  if (worker.state !== "unreachable" && worker.state !== "failed") {
     card.append(...memory(worker));
     const does = dense
       ? [`${perSecond(worker.tokens_per_s)} tokens/s`, `${worker.running} running`, `${worker.waiting} waiting`]
@@ -74,11 +75,10 @@ function workerCard(worker) {
     if (!dense) does.push(`KV read ${read === null ? "–" : `${bytes(read)}/s`}`);
     if (worker.p99_ms !== null) does.push(`p99 ${Number(worker.p99_ms.toPrecision(3))} ms`);
     card.append(make("p", { className: "does", text: does.join(" · ") }));
-    const alarms = [];
     if (worker.slow) alarms.push("slower than the others");
     if (worker.failures) alarms.push(some(worker.failures, "late or lost answer"));
-    if (alarms.length) card.append(make("p", {}, make("span", { className: "alarm", text: alarms.join(" · ") })));
   }
+  if (alarms.length) card.append(make("p", {}, make("span", { className: "alarm", text: alarms.join(" · ") })));
   return colour(card, worker.worker_id);
 }
 

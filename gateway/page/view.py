@@ -94,6 +94,7 @@ def _worker(worker: admin.WorkerStatus, now: Sample, before: Sample) -> dict[str
         "kind": word(admin.WorkerKind, worker.kind),
         "host": shortened(worker.host, MOST_CHARS),
         "state": word(admin.WorkerState, worker.state),
+        "failure": shortened(worker.failure, MOST_CHARS),
         "budget_bytes": worker.budget_bytes,
         "free_bytes": worker.free_bytes,
         "cached_bytes": worker.cached_bytes,

@@ -160,6 +160,7 @@ def test_status_shows_a_worker_that_failed_also_one_that_could_not_load(stub, li
         worker_id="failed-0",
         kind=admin.WORKER_KIND_DENSE if kind == "dense" else admin.WORKER_KIND_ATTENTION,
         state=admin.WORKER_STATE_FAILED,
+        failure="no such model",
         address=address,
         host="127.0.0.1",
         process_id=1,

@@ -62,6 +62,7 @@ def render(status: ClusterStatus) -> str:
                 for worker in status.workers
             ],
         ),
+        *(f"{worker.worker_id} failed: {worker.failure}" for worker in status.workers if worker.failure),
         "",
         *_links(status),
     ]

@@ -109,6 +109,12 @@ def cluster(step):
                 kind=admin.WORKER_KIND_ATTENTION,
                 state=admin.WORKER_STATE_UNREACHABLE,
             ),
+            admin.WorkerStatus(
+                worker_id="attention-4-0f0f",
+                kind=admin.WORKER_KIND_ATTENTION,
+                state=admin.WORKER_STATE_FAILED,
+                failure="huge pages: 0 of 512 are free",
+            ),
         ],
         sequences=sequences,
         pool_budget_bytes=12 * GIB,
@@ -139,12 +145,13 @@ def test_the_page_draws_the_cluster(url, busy, browse):
     assert re.search(r'<span id="rate">\d+\.\d</span>', document)
     assert "smollm2 · bfloat16, KV as int8 · version 0.1.0" in document and "live" in document
     assert document.count('class="node"') == 3 and "unknown node" in document
-    assert document.count("<article") == 5 + 4
+    assert document.count("<article") == 6 + 4
     assert 'title="attention-1-5d20: tokens 8,192 to 16,384, groups 0 to 3, 9.0 MiB"' in document
     assert 'title="attention-2-9bc0: tokens 0 to 12,288, groups 2 to 3, 9.0 MiB"' in document
     assert 'title="dense-0-77aa: the tail, tokens 24,064 to 24,900"' in document
     assert "a prompt of 6,144 tokens or more, being computed" in document
     assert "1.0 GiB held, 700 MiB cached, 2.3 GiB free" in document
+    assert "huge pages: 0 of 512 are free" in document
     assert "slower than the others · 2 late or lost answers" in document
     assert document.index("no heartbeat for 10 s") < document.index("joined")
 
