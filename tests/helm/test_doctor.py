@@ -1,5 +1,6 @@
 """``farshore doctor --kube`` on a stand-in for Kubernetes' API server: see ``doctor_server``."""
 
+import base64
 import json
 from pathlib import Path
 
@@ -62,6 +63,11 @@ def no_redis_secret(server):
 
 def other_key(server):
     server.objects["secrets", "demo-farshore-token"]["data"] = {"token": "eA=="}
+
+
+def password_with_a_space(server):
+    secret = server.objects["secrets", "demo-farshore-redis"]
+    secret["data"]["redis-password"] = base64.b64encode(b"a b\n").decode()
 
 
 def no_pull_secret(server):
@@ -164,6 +170,12 @@ BROKEN = {
         "from-file=redis-password",
     ),
     other_key: ("secrets", "secret demo-farshore-token", "it lacks auth_token", "edit secret"),
+    password_with_a_space: (
+        "secrets",
+        "secret demo-farshore-redis",
+        "redis-password has a space or a quote in it",
+        "openssl rand",
+    ),
     no_pull_secret: ("secrets", "secret registry", "image.pullSecrets names it", ".dockerconfigjson=FILE"),
     not_mounted: ("pods", f"pod {POD}", "unready status: [ray] (MountVolume.SetUp failed", "describe pod"),
     not_ready: ("pods", f"pod {POD}", "not ready since noon: containers with unready status", "logs"),
