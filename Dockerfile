@@ -55,6 +55,8 @@ LABEL org.opencontainers.image.title="farshore" \
 RUN groupadd --gid 1000 farshore \
     && useradd --uid 1000 --gid 1000 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin farshore
 COPY --from=build /opt/farshore /opt/farshore
+# KubeRay's ENABLE_LOGIN_SHELL starts containers by a login shell, whose /etc/profile sets PATH anew.
+RUN echo "PATH=/opt/farshore/bin:\$PATH" > /etc/profile.d/farshore.sh
 # The chart mounts the root read-only: nothing may be compiled when it runs.
 ENV PATH=/opt/farshore/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \

@@ -188,6 +188,19 @@ def test_prose_names_what_it_means():
     assert found == set()
 
 
+def test_no_text_tells_to_install_our_name_from_an_index():
+    """Nothing is published: the name may come to belong to another project. Texts name a checkout."""
+    texts = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "helm").rglob("*"), *sources()]
+    asks = re.compile(r"pip install (?:-\S+ )*[\"']?farshore\b")
+    assert asks.search('pip install "farshore[kube]"') and asks.search("`pip install farshore`")
+    found = {
+        str(file.relative_to(ROOT))
+        for file in texts
+        if file.is_file() and file != Path(__file__) and asks.search(file.read_text(encoding="utf-8"))
+    }
+    assert found == set()
+
+
 @pytest.mark.heavy
 def test_a_wheel_contains_every_module_and_nothing_else(tmp_path):
     """An editable install hides a forgotten package; a wheel does not."""

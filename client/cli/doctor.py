@@ -13,7 +13,7 @@ from farshore.client.cli.terminal import Progress, write
 from farshore.client.doctor.finding import Finding, Release
 from farshore.errors import InvalidRequest
 
-INSTALLATION = 'pip install "farshore[kube]"'
+INSTALLATION = 'pip install ".[kube]" in a checkout of farshore'
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

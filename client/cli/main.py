@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _failed(
             f"this command needs {error.name}, which is part of the server: install it with "
-            'pip install "farshore[server]", or name a running gateway with --server'
+            'pip install ".[server]" in a checkout of farshore, or name a running gateway with --server'
         )
     except FarshoreError as error:
         hint = "; --timeout S gives it more time" if isinstance(error, DeadlineExceeded) else ""

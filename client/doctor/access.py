@@ -1,14 +1,15 @@
 """The rights of the user that runs the doctor, by Kubernetes' own review of each verb.
 
-Used by ``examine``. Must not know the release's objects. No pod of the chart calls Kubernetes' API, and none
-gets a token for it: the verbs here are those that Helm needs to keep the chart's objects, and those that
-following NOTES.txt and the doctor's advice needs.
+Used by ``examine``. No pod of the chart calls Kubernetes' API, and none gets a token for it: the verbs here
+are those that Helm needs to keep the chart's objects, and those that following NOTES.txt and the doctor's
+advice needs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from farshore.client.doctor.finding import Finding, Release
 from farshore.client.doctor.kube_api import KubeApi
+from farshore.client.doctor.workloads import objects
 from farshore.errors import Internal
 
 NAME = "access"
@@ -32,11 +33,35 @@ VERBS = {
     ("", "events"): ("list",),
 }
 """(API group, resource) -> the verbs, in the release's namespace."""
+OPTIONAL = {
+    ("autoscaling", "horizontalpodautoscalers"): _KEEP,
+    ("networking.k8s.io", "ingresses"): _KEEP,
+}
+"""As VERBS, of what the chart makes only where the values enable it."""
+OPTIONAL_KINDS = "farshore/optional-kinds"
+"""The annotation of the gateways' Deployment with the resources of OPTIONAL that the values enable. Helm
+can't make these for a user who lacks the verbs, so that a look at what exists would not tell."""
 
 
 def check(api: KubeApi, release: Release) -> Iterator[Finding]:
     """The verbs that the user lacks, a finding for each resource."""
-    for (group, resource), verbs in VERBS.items():
+    yield from _review(api, release, VERBS)
+    enabled = _optional_kinds(api, release)
+    yield from _review(api, release, {key: verbs for key, verbs in OPTIONAL.items() if key[1] in enabled})
+
+
+def _optional_kinds(api: KubeApi, release: Release) -> set[str]:
+    return {
+        resource
+        for _, each in objects(api, release)
+        for resource in (each["metadata"].get("annotations") or {}).get(OPTIONAL_KINDS, "").split()
+    }
+
+
+def _review(
+    api: KubeApi, release: Release, needed: Mapping[tuple[str, str], Sequence[str]]
+) -> Iterator[Finding]:
+    for (group, resource), verbs in needed.items():
         missing = [verb for verb in verbs if not _allowed(api, release.namespace, group, resource, verb)]
         if missing:
             full = f"{resource}.{group}" if group else resource

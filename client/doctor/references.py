@@ -1,8 +1,10 @@
 """Secrets that the pods' templates name: that they exist, with the keys that are asked for.
 
-Used by ``examine``. Reads the names of keys; values are dropped at once and are in no finding.
+Used by ``examine``. Reads the names of keys, and the characters of Redis's password; values are dropped at
+once and are in no finding.
 """
 
+import base64
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +28,11 @@ def check(api: KubeApi, release: Release) -> Iterator[Finding]:
     """Missing Secrets and missing keys, each once."""
     asked: dict[str, set[str]] = {}
     hints: dict[str, str] = {}
+    passwords: set[tuple[str, str]] = set()
+    bundled = any(kind == "StatefulSet" for kind, _ in objects(api, release))
     for name, keys, hint in _named(api, release):
+        if hint == _HINTS["redis"]:
+            passwords |= {(name, key) for key in keys}
         asked.setdefault(name, set()).update(keys)
         hints.setdefault(name, hint)
     for name, keys in sorted(asked.items()):
@@ -44,7 +50,8 @@ def check(api: KubeApi, release: Release) -> Iterator[Finding]:
                 "helm upgrade, where the chart makes it",
             )
             continue
-        missing = keys - set(secret.get("data") or {})
+        data = secret.get("data") or {}
+        missing = keys - set(data)
         if missing:
             yield Finding(
                 NAME,
@@ -52,6 +59,24 @@ def check(api: KubeApi, release: Release) -> Iterator[Finding]:
                 f"it lacks {', '.join(sorted(missing))}: pods that need it don't start. {hint}",
                 f"add what is missing: kubectl -n {release.namespace} edit secret {name}",
             )
+        for key in sorted(keys - missing):
+            if (name, key) in passwords and not is_usable(base64.b64decode(data[key]), bundled=bundled):
+                yield Finding(
+                    NAME,
+                    f"secret {name}",
+                    f"{key} has a space{' or a quote' if bundled else ''} in it: it does not reach Ray or "
+                    "Redis whole, and the head does not start",
+                    "choose another password (openssl rand -hex 32), in Redis, too: kubectl -n "
+                    f"{release.namespace} edit secret {name}; then delete the pods",
+                )
+
+
+def is_usable(password: bytes, *, bundled: bool) -> bool:
+    """Whether a password of Redis reaches Ray whole: KubeRay writes ``--redis-password=$REDIS_PASSWORD``
+    without quotes, and a shell splits that at spaces. ``bundled``: and whether it reaches the chart's Redis,
+    whose redis.conf has it without quotes, too. Newlines at the end are dropped everywhere."""
+    refused = b" \t\n'\"" if bundled else b" \t\n"
+    return not set(password.rstrip(b"\n")) & set(refused)
 
 
 def _named(api: KubeApi, release: Release) -> Iterator[tuple[str, set[str], str]]:

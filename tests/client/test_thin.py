@@ -90,4 +90,4 @@ def test_sdk_and_command_line_talk_to_a_gateway(run_thin, farshore, served):
 def test_commands_of_the_server_name_the_missing_installation(run_thin, command):
     done = run_thin("-m", "farshore.client.cli.main", *command)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert 'pip install "farshore[server]"' in done.stderr
+    assert 'pip install ".[server]" in a checkout' in done.stderr

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from farshore.client.cli.main import main
+
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm" / "farshore"
 EXAMPLES = sorted((CHART / "examples").glob("*.yaml"))
@@ -98,3 +100,47 @@ def merged():
 def helm_failed():
     """The error of :func:`call_helm`."""
     return HelmFailed
+
+
+@pytest.fixture(scope="session")
+def doctor_server():
+    """The stand-ins' module, imported by its path."""
+    folder = str(Path(__file__).parent)
+    sys.path.insert(0, folder)
+    import doctor_server
+
+    sys.path.remove(folder)
+    return doctor_server
+
+
+@pytest.fixture(scope="session")
+def bundled(render):
+    values = {"redis": {"mode": "bundled"}, "image": {"pullSecrets": ["registry"]}}
+    return render(values)
+
+
+@pytest.fixture
+def server(doctor_server, bundled):
+    """A DoctorServer with the chart's objects, healthy."""
+    running = doctor_server.DoctorServer(copy.deepcopy(bundled))
+    pull = {"metadata": {"name": "registry", "namespace": "llm"}, "data": {".dockerconfigjson": "e30="}}
+    running.add("secrets", pull)
+    yield running
+    running.released.set()
+    running.shutdown()
+    running.server_close()
+
+
+@pytest.fixture
+def doctor(server, tmp_path, capsys):
+    """doctor(*options) -> (exit code, the JSON object or, with "--text", stdout; stderr)."""
+    (tmp_path / "kubeconfig").write_text(server.kubeconfig)
+
+    def run(*options):
+        command = ["doctor", "--kube", "--release=demo", "--namespace=llm"]
+        command += [f"--kubeconfig={tmp_path / 'kubeconfig'}", "--timeout=20", *options]
+        code = main(command)
+        out, err = capsys.readouterr()
+        return code, json.loads(out) if "--json" in options and out else out, err
+
+    return run

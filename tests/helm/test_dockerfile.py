@@ -60,6 +60,19 @@ def test_it_runs_the_program_as_the_charts_user(defaults):
     assert program in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 
 
+def test_a_login_shell_finds_the_programs_too(tmp_path):
+    """Debian's /etc/profile sets PATH, and then reads the files *.sh of /etc/profile.d."""
+    (command,) = (text for text in instructions("RUN") if "/etc/profile.d" in text)
+    subprocess.run(["sh", "-c", command.replace("/etc/profile.d", str(tmp_path))], timeout=60, check=True)
+    (profile,) = tmp_path.glob("*.sh")
+    reads = f'PATH=/usr/local/bin:/usr/bin:/bin; . "{profile}"; echo "$PATH"'
+    first, _, rest = (
+        subprocess.check_output(["sh", "-c", reads], text=True, timeout=60).strip().partition(":")
+    )
+    (path, _) = (text for text in instructions("ENV") if "PATH=" in text)
+    assert path == f"PATH={first}:$PATH" and rest == "/usr/local/bin:/usr/bin:/bin"
+
+
 def test_it_has_the_charts_version_of_ray_and_its_own(defaults):
     # An argument of the whole file is repeated, without a value, in a stage that reads it.
     arguments = dict(text.split("=", 1) for text in instructions("ARG") if "=" in text)

@@ -39,6 +39,9 @@ REFUSED = [
     ({"redis": {"mode": "external"}}, "/redis/external/url"),
     ({"redis": {"mode": "external", "external": {"url": "redis://u:secret@h"}}}, "/redis/external/url"),
     ({"redis": {"external": {"url": "redis://h"}}}, "/redis/external/url"),
+    # KubeRay gives the user to Ray as it is here, and unquoted.
+    ({"redis": {"mode": "external", "external": {"url": "redis://a b@h"}}}, "/redis/external/url"),
+    ({"redis": {"mode": "external", "external": {"url": "redis://a%40b@h"}}}, "/redis/external/url"),
     ({"redis": {"mode": "bundled", "bundled": {"size": "8GB"}}}, "/redis/bundled/size"),
     ({"ingress": {"grpc": {"enabled": True}}}, "/ingress/grpc/host"),
     ({"ray": {"ports": {"gcs": 70000}}}, "/ray/ports/gcs"),

@@ -64,3 +64,11 @@ app.kubernetes.io/component: {{ index . 1 }}
 {{- define "farshore.controllerAddress" -}}
 {{ include "farshore.fullname" . }}-controller:{{ .Values.launcher.controllerPort }}
 {{- end }}
+
+{{/* Kinds that the values enable, by their plural names. */}}
+{{- define "farshore.optionalKinds" -}}
+{{- $kinds := list -}}
+{{- if .Values.gateway.autoscaling.enabled }}{{ $kinds = append $kinds "horizontalpodautoscalers" }}{{ end -}}
+{{- if or .Values.ingress.grpc.enabled .Values.ingress.http.enabled }}{{ $kinds = append $kinds "ingresses" }}{{ end -}}
+{{- join " " $kinds -}}
+{{- end }}

@@ -20,7 +20,7 @@ def test_without_the_extra_it_names_the_installation():
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         "farshore: error: doctor --kube needs the package kubernetes: "
-        'install it with pip install "farshore[kube]"\n'
+        'install it with pip install ".[kube]" in a checkout of farshore\n'
     )
 
 
