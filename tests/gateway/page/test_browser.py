@@ -167,7 +167,7 @@ def test_the_picture_stays_when_the_controller_is_away(url, busy, browse, unavai
     document, _ = browse(url, polls=6)
     assert re.search(r'<p id="problem" role="alert">No status: .*no directory', document)
     assert re.search(r'<p id="age">as it was \d seconds ago', document) and '<body class="stale">' in document
-    assert document.count("<article") == 5 + 4
+    assert document.count("<article") == 6 + 4
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
