@@ -21,7 +21,7 @@ import torch
 
 from farshore.benchmarks import cases
 from farshore.benchmarks.cases import Measured
-from farshore.benchmarks.gpu import agreement, attention, correctness, peers, steps
+from farshore.benchmarks.gpu import agreement, attention, correctness, dense, peers, steps
 from farshore.benchmarks.gpu.setting import Setting, Sizes
 from farshore.benchmarks.machine import Facts
 from farshore.benchmarks.report import Bar, Report, Result
@@ -29,8 +29,10 @@ from farshore.errors import InvalidRequest
 
 SECTIONS: Mapping[str, Callable[[Setting], Measured]] = {
     "correctness": correctness.measure,
+    "correctness of dense kernels": dense.correctness,
     "decode": attention.decode,
     "extend": attention.extend,
+    "dense kernels": dense.speed,
     "agreement float32": agreement.float32,
     "agreement bfloat16": agreement.bfloat16,
     "steps": steps.local,

@@ -22,9 +22,8 @@ from farshore.attention_offload.plan.step_plan import Read
 from farshore.kernels.base import Kernels, State
 from farshore.kernels.host import HOST
 from farshore.kernels.runtime.base import DeviceRuntime, Event, PinnedBuffer, Stream
-from farshore.kvstore.store.blocks import SlotWriter
 from farshore.kvstore.store.tail import Tail, TailBatch
-from farshore.models.llama import Llama
+from farshore.models.device_llama import DeviceLlama
 from farshore.workers.engine.attention_model import merged_dtype
 from farshore.workers.engine.decode.device.slices import DeviceSlices
 from farshore.workers.engine.decode.kernel_plans import KernelPlans, LocalKV
@@ -38,7 +37,7 @@ class DeviceMicroBatch:
         self,
         rows: int,
         *,
-        model: Llama,
+        model: DeviceLlama,
         attention: AttentionModel,
         local: LocalKV,
         kernels: Kernels[Any],
@@ -52,8 +51,7 @@ class DeviceMicroBatch:
         self._copies = copies
         self._runtime = runtime
         self._kernels = kernels
-        writer = SlotWriter(local.memory, attention.layouts[0], rows)
-        self._slices = DeviceSlices(model, rows, stream, writer)
+        self._slices = DeviceSlices(model, rows, stream, memory=local.memory, layout=attention.layouts[0])
         self._plans = KernelPlans(attention, local, partial(kernels.plan, send=stream.send))
         self._inputs = runtime.pinned(*self._slices.inputs.shape, dtype=torch.int64)
         self._q_on_host = runtime.pinned(rows, spec.q_heads, spec.k_dim, dtype=model.dtype)
@@ -63,16 +61,15 @@ class DeviceMicroBatch:
         self._out = State(self._slices.o, torch.empty_like(self._local.lse))
         self._answers: _Answers | None = None
         self._rows = 0
-        self._is_full = False
         self._index = 0
         self._shards: Shards | None = None
         self._batch: TailBatch
         self._plan: Any = None
 
     @property
-    def h(self) -> Tensor:
-        """Hidden states ``[rows of the step, hidden]``, once the work of ``stream`` has run."""
-        return self._slices.h[: self._rows]
+    def normed(self) -> Tensor:
+        """The head's input ``[rows of the step, hidden]``, once the work of ``stream`` has run."""
+        return self._slices.normed[: self._rows]
 
     def begin(
         self,
@@ -92,7 +89,6 @@ class DeviceMicroBatch:
         fields = tokens, positions, bases, slots, range(self._rows)  # those of RowInputs
         inputs[:, : self._rows] = torch.tensor([list(field) for field in fields], device=HOST)
         inputs[:, self._rows :] = inputs[:, self._rows - 1 : self._rows]
-        self._is_full = self._rows == inputs.shape[1]
         self.stream.upload(self._inputs, self._slices.inputs)
         self.start(0)
         # The device computes meanwhile.
@@ -102,12 +98,12 @@ class DeviceMicroBatch:
     def start(self, layer: int) -> None:
         """Submits all of a layer that precedes its attention; the queries first, if shards wait for them."""
         if self._shards is None:
-            self._slices.project(layer, full=self._is_full)
+            self._slices.project(layer)
             return
         self._slices.query(layer)
         self._copies.wait(self.stream.record())
         self._copies.download(self._slices.q[: self._rows], self._q_on_host.first(self._rows))
-        self._slices.key_value(layer, full=self._is_full)
+        self._slices.key_value(layer)
 
     def send(self, layer: int) -> None:
         """Submits the attention to local KV, then waits for the queries and sends them to the shards."""
