@@ -74,9 +74,13 @@ class DeviceLayerLoop:
                 batch.begin(
                     index, tokens[cut], plan.positions[cut], tails[cut], cut_reads(reads, rows), shards
                 )
-            self._run_layers(batches)
-            for batch in batches:
-                self._runtime.main.wait(batch.finish())
+            if shards is None:
+                ends = [batch.run() for batch in batches]
+            else:
+                self._run_layers(batches)
+                ends = [batch.finish() for batch in batches]
+            for end in ends:
+                self._runtime.main.wait(end)
             logits = torch.empty(
                 len(tokens), self._model.config.vocab, dtype=torch.float32, device=self._model.device
             )

@@ -1,13 +1,11 @@
-"""The dense slices of one micro-batch on a device: fixed buffers, and graphs of what computes between two
-attention points.
+"""The dense slices of one micro-batch on a device: fixed buffers, and graphs of what is computed in them.
 
-Between the attention of layer l and that of layer l + 1 lies one graph, or two if queries are sent early::
+A step that reads local KV only is one graph, attention included, if the kernels' plan lies in a room. If
+queries are sent to shards, two graphs lie between the attention of layer l and that of layer l + 1::
 
-    ─ attention l ─▶ [finish l, project l + 1, append] ─▶ attention l + 1
     ─ attention l ─▶ [finish l, query l + 1] ─▶ q is sent ─▶ [key_value l + 1, append] ─▶ attention l + 1
 
-Attention itself is launched outside of graphs: its number of tiles changes from step to step. Called by
-``micro_batch``. It must not know shards.
+Called by ``micro_batch``. It must not know shards.
 """
 
 from collections.abc import Callable, Hashable
@@ -24,6 +22,10 @@ from farshore.models.device_llama import DeviceLlama
 
 MOST_GRAPH_ROWS = 256
 """Larger micro-batches run without graphs: their kernels take longer than their launches."""
+MOST_STEP_GRAPHS = 8
+"""Graphs of whole steps that are kept for each number of rows, one for each shape of attention's plan: 208 at
+most, with 13 numbers of rows and two micro-batches. A batch uses one at a time: its shape changes when its
+context has doubled. The one that was used least recently is dropped."""
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
@@ -57,7 +59,10 @@ class DeviceSlices:
         config, device = model.config, model.device
         self._model = model
         self._rows = rows
+        self._stream = stream
         self._replay = stream.replay if rows <= MOST_GRAPH_ROWS else _run_on(stream)
+        self._steps: dict[Hashable, None] = {}
+        """Keys of the graphs of whole steps, the one that was used last at the end."""
         self.inputs = torch.zeros(len(RowInputs._fields), rows, dtype=torch.int64, device=device)
         """i64[fields of RowInputs, R]"""
         self._inputs = RowInputs(*self.inputs)
@@ -87,6 +92,31 @@ class DeviceSlices:
     def finish(self) -> None:
         """Submits the rest of the last layer."""
         self._replay(("finish", self._rows), partial(self._leave, self._model.config.layers - 1))
+
+    def step(self, attend: Callable[[int], None], shape: Hashable | None) -> None:
+        """Submits all layers of a step. ``attend(layer)`` launches the attention of a layer, from ``q`` to
+        ``o``; ``shape``: all that its launches depend on, None if no graph can hold them."""
+        layers = range(self._model.config.layers)
+        if shape is None or self._rows > MOST_GRAPH_ROWS:
+            for layer in layers:
+                self.project(layer)
+                self._stream.run(partial(attend, layer))
+            self.finish()
+            return
+        key = "step", self._rows, shape
+        self._steps.pop(key, None)
+        self._steps[key] = None
+        if len(self._steps) > MOST_STEP_GRAPHS:
+            oldest = next(iter(self._steps))
+            del self._steps[oldest]
+            self._stream.forget(oldest)
+        self._stream.replay(key, partial(self._step, attend))
+
+    def _step(self, attend: Callable[[int], None]) -> None:
+        for layer in range(self._model.config.layers):
+            self._project(layer)
+            attend(layer)
+        self._leave(self._model.config.layers - 1)
 
     def _project(self, layer: int) -> None:
         self._enter(layer)
