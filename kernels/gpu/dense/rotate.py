@@ -72,11 +72,13 @@ def rotate_kernel(
         tl.store(q_out + row[:, None] * q_row + head * q_head + d[None, :], values.to(DTYPE), mask=keep)
     if KV_HEADS > 0 and head >= Q_HEADS:
         if base is None:
+            # A store in each branch: triton 3.6 compiles no choice of two pointers for gfx942.
             if head < Q_HEADS + KV_HEADS:
-                target = k_out + row[:, None] * k_row + (head - Q_HEADS) * k_head
+                k_at = row[:, None] * k_row + (head - Q_HEADS) * k_head + d[None, :]
+                tl.store(k_out + k_at, values.to(DTYPE), mask=keep)
             else:
-                target = v_out + row[:, None] * v_row + (head - Q_HEADS - KV_HEADS) * v_head
-            tl.store(target + d[None, :], values.to(DTYPE), mask=keep)
+                v_at = row[:, None] * v_row + (head - Q_HEADS - KV_HEADS) * v_head + d[None, :]
+                tl.store(v_out + v_at, values.to(DTYPE), mask=keep)
         else:
             stored = used & (tl.load(source + row, mask=used, other=-1) == row)
             token = tl.load(slot + row, mask=stored, other=0)
