@@ -29,9 +29,9 @@ from farshore.errors import InvalidRequest
 
 SECTIONS: Mapping[str, Callable[[Setting], Measured]] = {
     "correctness": correctness.measure,
-    "correctness of dense kernels": dense.correctness,
     "decode": attention.decode,
     "extend": attention.extend,
+    "correctness of dense kernels": dense.correctness,
     "dense kernels": dense.speed,
     "agreement float32": agreement.float32,
     "agreement bfloat16": agreement.bfloat16,
