@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from farshore.kernels.formats import SCALE_ELEMENTS, KVFormat
-from farshore.kernels.host import HOST, Send
+from farshore.kernels.host import HOST, PlanRoom, Send
 
 BLOCK_TOKENS = 256
 """Tokens in a block of stored KV. One layer and group of SmolLM2 then takes 32 KiB, whole OS pages."""
@@ -324,8 +324,7 @@ class Kernels(Protocol[Plan]):
 
     @property
     def native(self) -> bool:
-        """Whether these are the compiled CPU kernels. Only their plans can be run by native loops, which call
-        them without Python."""
+        """Whether these are the compiled CPU kernels. Native loops run their plans without Python."""
 
     def plan(
         self,
@@ -341,15 +340,16 @@ class Kernels(Protocol[Plan]):
         threads: int = 1,
         checked: bool = False,
         send: Send | None = None,
+        room: PlanRoom | None = None,
     ) -> Plan:
         """Prepares the partial attention of one step, for every layer of one layer class.
 
         ``memory`` is ``u8[bytes]``, which the segments' bases refer to; the plan keeps it alive. ``layout``
         describes blocks that hold every group; a segment's own group range narrows it. ``positions`` is
-        ``i64[R]``. q and the output hold the heads of groups ``group0 .. group1`` (default: all), because a
-        shard may be asked for some groups only. ``checked=True`` skips the slow checks: the same work list
-        and segments have been planned before, and only positions and counts moved, inside the same blocks.
-        ``send`` copies the plan to the memory's device; None: by a plain copy. Raises ValueError for work
+        ``i64[R]``. q and the output hold the heads of groups ``group0 .. group1``, all by default.
+        ``checked=True`` skips the slow checks: the same work list and segments have been planned before, and
+        only positions and counts moved, inside the same blocks. ``send`` copies the plan to the device; None:
+        by a plain copy. Kernels that graphs can hold put it into ``room`` instead. Raises ValueError for work
         outside the groups of the call or of a segment.
         """
 

@@ -29,7 +29,7 @@ from torch.nn.functional import pad
 SCALE_ELEMENTS = 64
 """Elements of a quantised row that share a scale. A row's last group may be shorter."""
 
-_MIN_SCALE = 2.0**-126
+MIN_SCALE = 2.0**-126
 
 
 class KVFormat(Enum):
@@ -102,7 +102,7 @@ def quantise(x: Tensor, format: KVFormat) -> tuple[Tensor, Tensor]:
     groups = pad(x.float(), (0, -dim % SCALE_ELEMENTS)).unflatten(-1, (-1, SCALE_ELEMENTS))
     magnitudes = groups.abs().amax(dim=-1)
     # By a tensor: on a GPU PyTorch multiplies by the reciprocal of a number, which rounds otherwise.
-    scales = (magnitudes / magnitudes.new_full((), largest)).clamp(min=_MIN_SCALE).bfloat16()
+    scales = (magnitudes / magnitudes.new_full((), largest)).clamp(min=MIN_SCALE).bfloat16()
     # Not `where` by a number: it copies the number to a GPU and waits, which no graph may contain.
     scales = scales.masked_fill_(~magnitudes.isfinite(), torch.nan)
     # A NaN scale makes q NaN, which no integer represents: 0 is stored.

@@ -4,7 +4,8 @@ Called by every module that gives tensors to native code as plain numbers, and b
 by the host wherever the model or the store lies: work lists, frames, counters. It must not know native code.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,16 @@ HOST = torch.device("cpu")
 
 Send = Callable[[Tensor], Tensor]
 """Returns a copy of a host tensor on a device, such as :meth:`farshore.kernels.runtime.base.Stream.send`."""
+
+
+class PlanRoom(Protocol):
+    """Memory on a device for one plan at a time, which stays where it is. So a graph that holds the launches
+    of one plan does those of later ones too, if these have the same shape."""
+
+    def take(self, tables: Tensor, *, scratch: int, shape: Hashable) -> tuple[Tensor, Tensor]:
+        """Copies the plan's tables, u8 on the host, to the room, in place of the last plan's. Returns them
+        there, and ``scratch`` float32 numbers. ``shape``: everything that the launches depend on, beside what
+        the tables hold."""
 
 
 def address(x: Tensor) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from farshore.kernels.base import AttentionSpec, KVLayout, Segments, State, WorkList
 from farshore.kernels.formats import dequantise
-from farshore.kernels.host import Send
+from farshore.kernels.host import PlanRoom, Send
 
 native = False
 
@@ -60,6 +60,7 @@ def plan(
     threads: int = 1,
     checked: bool = False,
     send: Send | None = None,
+    room: PlanRoom | None = None,
 ) -> Plan:
     """Checks the groups only."""
     group1 = spec.groups if group1 is None else group1

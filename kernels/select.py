@@ -1,7 +1,7 @@
 """Chooses what a device needs: its kernels for a dtype, the fastest that are installed, and its runtime.
 
-Called by shards, the engine and the choice of transports. An implementation is imported when it is first
-asked for: the GPU's needs triton, the native one a C++ compiler at installation.
+Called by shards, the engine, models and the choice of transports. An implementation is imported when it is
+first asked for: the GPU's needs triton, the native one a C++ compiler at installation.
 """
 
 import logging
@@ -14,6 +14,8 @@ import torch
 
 from farshore.kernels import reference
 from farshore.kernels.base import Kernels
+from farshore.kernels.dense import reference as dense_reference
+from farshore.kernels.dense.base import DenseKernels
 from farshore.kernels.runtime.base import DeviceRuntime
 from farshore.kernels.runtime.cuda import CudaRuntime
 from farshore.kernels.runtime.immediate import ImmediateRuntime
@@ -42,6 +44,15 @@ def implementation(*devices: torch.device, dtype: torch.dtype) -> Kernels[Any]:
         if device.type == "cpu":
             return _for_cpu()
     return reference
+
+
+def dense(device: torch.device, *, dtype: torch.dtype) -> DenseKernels:
+    """The dense kernels for a model of ``dtype`` on ``device``. Those of the CPU, and for float64, are in
+    PyTorch."""
+    on_gpu = device.type == "cuda" or (device.type == "cpu" and _triton_on_cpu())
+    if on_gpu and dtype != torch.float64:
+        return cast(DenseKernels, import_module("farshore.kernels.gpu.dense.ops"))
+    return dense_reference
 
 
 def device_runtime(device: torch.device) -> DeviceRuntime:

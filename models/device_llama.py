@@ -1,14 +1,17 @@
 """The decoder's slices in fewer and larger calls, for a device where each call costs a microsecond or two.
 
-The projections of one input lie in one matrix. The results are those of the base class, up to the order in
-which a product sums. Created by ``weights`` for a device other than the CPU. It must not know how weights are
-read.
+The projections of one input lie in one matrix, and what lies between two products is one kernel. The results
+are those of the base class, up to the order in which a product sums. Created by ``weights`` for a device
+other than the CPU. It must not know how weights are read, nor what stored KV looks like: it passes the rows'
+places on.
 """
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear
 
+from farshore.kernels import select
+from farshore.kernels.dense.base import KVRows, KVSlots, Rotation
 from farshore.models.config.model import ModelConfig
 from farshore.models.llama import LayerWeights, Llama, LlamaWeights, as_tensor
 
@@ -21,11 +24,14 @@ def joined(layer: LayerWeights) -> LayerWeights:
 
 
 class DeviceLlama(Llama):
-    """Like :class:`Llama`. Weights that are not :func:`joined` are copied."""
+    """Like :class:`Llama`, with slices for the rows of a step, which write to given buffers. Weights that are
+    not :func:`joined` are copied."""
 
     def __init__(self, config: ModelConfig, weights: LlamaWeights) -> None:
         layers = tuple(joined(layer) for layer in weights.layers)
         super().__init__(config, weights._replace(layers=layers))
+        self._dense = select.dense(self.device, dtype=self.dtype)
+        self._rotation = Rotation(self._cos, self._sin)
         self._qkv = [_whole(w.q, w.k, w.v) for w in layers]
         self._kv = [_whole(w.k, w.v) for w in layers]
         self._gate_up = [_whole(w.gate, w.up) for w in layers]
@@ -37,11 +43,17 @@ class DeviceLlama(Llama):
         self._gate_up_bias = [_biases((w.gate_bias, w.up_bias), inner, weights.norm) for w in layers]
 
     def attention_input(self, layer: int, h: Tensor) -> Tensor:
-        return self._norm(h, self.weights.layers[layer].attention_norm)
+        return self._norm(h, self._input_norm(layer))
+
+    def query(self, layer: int, normed: Tensor, positions: Tensor) -> Tensor:
+        q = self._heads(normed, self.config.q_heads)
+        self.project_rows(layer, normed, positions, q=q)
+        return q
 
     def key_value(self, layer: int, normed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self._heads(linear(normed, self._kv[layer], self._kv_bias[layer])).chunk(2, dim=1)
-        return self._rotate(k, positions), v
+        kv = KVRows(*(self._heads(normed, self.config.kv_heads) for _ in range(2)))
+        self.project_rows(layer, normed, positions, kv=kv)
+        return kv.k, kv.v
 
     def project(
         self,
@@ -51,34 +63,80 @@ class DeviceLlama(Llama):
         *,
         out: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        normed = self.attention_input(layer, h)
-        heads = self._heads(linear(normed, self._qkv[layer], self._qkv_bias[layer]))
-        q_heads, kv_heads = self.config.q_heads, self.config.kv_heads
-        rotated, v = heads.split((q_heads + kv_heads, kv_heads), dim=1)
-        q, k = self._rotate(rotated, positions).split((q_heads, kv_heads), dim=1)
         if out is None:
-            return q, k, v
-        for target, values in zip(out, (q, k, v), strict=True):
-            target.copy_(values)
+            q_heads, kv_heads = self.config.q_heads, self.config.kv_heads
+            q, k, v = (self._heads(h, heads) for heads in (q_heads, kv_heads, kv_heads))
+            out = q, k, v
+        q, k, v = out
+        self.project_rows(layer, self.attention_input(layer, h), positions, q=q, kv=KVRows(k, v))
         return out
 
     def finish(self, layer: int, h: Tensor, o: Tensor, *, out: Tensor | None = None) -> Tensor:
-        w = self.weights.layers[layer]
-        h = torch.add(h, linear(o.flatten(1), as_tensor(w.o), w.o_bias), out=out)
-        normed = self._norm(h, w.mlp_norm)
-        gate, up = linear(normed, self._gate_up[layer], self._gate_up_bias[layer]).chunk(2, dim=1)
-        return torch.add(h, linear(silu(gate) * up, as_tensor(w.down), w.down_bias), out=out)
+        if out is None:
+            out = h.clone()
+        elif out is not h:
+            out.copy_(h)
+        return out.add_(self._feed_forward(layer, o, out, torch.empty_like(out)))
 
     def logits(self, h: Tensor) -> Tensor:
-        normed = self._norm(h, self.weights.norm)
+        return self.head(self._norm(h, self.weights.norm))
+
+    def enter(self, token_ids: Tensor, *, h: Tensor, normed: Tensor) -> None:
+        """Writes the embeddings of the rows' tokens, and the input of layer 0's projections."""
+        h.copy_(self.embed(token_ids))
+        self._dense.add_norm(h, None, self._input_norm(0), self.config.rms_eps, out=normed)
+
+    def project_rows(
+        self,
+        layer: int,
+        normed: Tensor,
+        positions: Tensor,
+        *,
+        q: Tensor | None = None,
+        kv: KVRows | KVSlots | None = None,
+    ) -> None:
+        """Writes the rows' queries to q, and their keys and values to ``kv``: buffers, or the places at which
+        they are stored. What is None is not computed."""
+        w = self.weights.layers[layer]
+        weight, bias = self._qkv[layer], self._qkv_bias[layer]
+        if kv is None:
+            weight, bias = as_tensor(w.q), w.q_bias
+        elif q is None:
+            weight, bias = self._kv[layer], self._kv_bias[layer]
+        self._dense.rotate(linear(normed, weight, bias), self._rotation, positions, q=q, kv=kv)
+
+    def leave(self, layer: int, o: Tensor, *, h: Tensor, normed: Tensor) -> None:
+        """Makes h the layer's output, in place, from the attention output o; and ``normed`` the input of the
+        next layer's projections, or behind the last layer that of :meth:`head`."""
+        x = self._feed_forward(layer, o, h, normed)
+        self._dense.add_norm(h, x, self._input_norm(layer + 1), self.config.rms_eps, out=normed)
+
+    def head(self, normed: Tensor) -> Tensor:
+        """The last layer's normalised output [R, hidden] → logits f32 [R, vocab]."""
         return linear(normed, as_tensor(self.weights.head)).float()
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.view(len(x), -1, self.config.head_dim)
+    def _feed_forward(self, layer: int, o: Tensor, h: Tensor, normed: Tensor) -> Tensor:
+        """Adds the attention's part to h, in place; returns what remains to be added. ``normed`` is
+        scratch."""
+        w = self.weights.layers[layer]
+        x = linear(o.flatten(1), as_tensor(w.o), w.o_bias)
+        self._dense.add_norm(h, x, w.mlp_norm, self.config.rms_eps, out=normed)
+        gate_up = linear(normed, self._gate_up[layer], self._gate_up_bias[layer])
+        inner = gate_up.new_empty(len(gate_up), self.config.intermediate)
+        self._dense.silu_multiply(gate_up, out=inner)
+        return linear(inner, as_tensor(w.down), w.down_bias)
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """PyTorch's kernel rounds before the weight is applied, as transformers does, if it gets none."""
-        return weight * torch.nn.functional.rms_norm(x, x.shape[-1:], None, self.config.rms_eps)
+    def _input_norm(self, layer: int) -> Tensor:
+        layers = self.weights.layers
+        return layers[layer].attention_norm if layer < len(layers) else self.weights.norm
+
+    def _norm(self, h: Tensor, weight: Tensor) -> Tensor:
+        normed = torch.empty_like(h)
+        self._dense.add_norm(h, None, weight, self.config.rms_eps, out=normed)
+        return normed
+
+    def _heads(self, rows: Tensor, heads: int) -> Tensor:
+        return rows.new_empty(len(rows), heads, self.config.head_dim)
 
 
 def _parts(*matrices: Tensor) -> tuple[Tensor, ...]:

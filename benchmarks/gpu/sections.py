@@ -21,19 +21,21 @@ from typing import Any
 import torch
 
 from farshore.benchmarks.cases import Measured
-from farshore.benchmarks.gpu import agreement, attention, correctness, peers, steps
+from farshore.benchmarks.gpu import agreement, attention, correctness, dense, peers, steps
 from farshore.benchmarks.gpu.process import end_with_input, failed
 from farshore.benchmarks.gpu.setting import Setting, Sizes
 
 SECTIONS: Mapping[str, Callable[[Setting], Measured]] = {
     "agreement float32": agreement.float32,
     "correctness": correctness.measure,
+    "correctness of dense kernels": dense.correctness,
     "decode": attention.decode,
     "agreement bfloat16": agreement.bfloat16,
     "steps": steps.local,
     "beside transformers": peers.transformers,
     "CPU shards": steps.offloaded,
     "extend": attention.extend,
+    "dense kernels": dense.speed,
     "steps without graphs": steps.graphs,
     "beside vllm": peers.vllm,
 }

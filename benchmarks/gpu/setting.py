@@ -31,6 +31,8 @@ class Sizes:
     decode_layers: int = 16
     """Layers read in turn, so that none is still in the L2 cache: 2 GiB at 32K tokens."""
     extend_tokens: int = 8 << 10
+    dense_rows: int = 2048
+    """Rows of the dense kernels beside those of ``batches``: of a chunk of prefill."""
     rounds: int = 9
     model: Mapping[str, Any] = field(default_factory=lambda: LLAMA_8B)
     """The random model, as config.json has it."""

@@ -24,7 +24,7 @@ from farshore.kernels.base import AttentionSpec, KVLayout, Segments, State, Work
 from farshore.kernels.cpu.checks import check_layout, check_spec, check_work
 from farshore.kernels.cpu.native_module import native as _native
 from farshore.kernels.formats import CODES, KVFormat
-from farshore.kernels.host import Send
+from farshore.kernels.host import PlanRoom, Send
 
 native = True
 
@@ -54,6 +54,7 @@ def plan(
     threads: int = 1,
     checked: bool = False,
     send: Send | None = None,
+    room: PlanRoom | None = None,
 ) -> Plan:
     """Splits long segments so that ``threads`` threads have equal work. The bits of a result do not depend on
     which thread computes a split, or when."""

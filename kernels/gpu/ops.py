@@ -10,7 +10,7 @@ is split depends on the step's other work, and so do the last bits of a row's re
 bits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import gcd
@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
 from farshore.kernels.base import AttentionSpec, KVLayout, Segments, State, WorkList
 from farshore.kernels.formats import KVFormat
@@ -36,8 +37,8 @@ from farshore.kernels.gpu.tuning import (
     reduce_constants,
     stored_constants,
 )
-from farshore.kernels.gpu.work import Heads, flatten
-from farshore.kernels.host import HOST, Send
+from farshore.kernels.gpu.work import Heads, capacity, flatten
+from farshore.kernels.host import HOST, PlanRoom, Send
 
 native = False
 
@@ -97,9 +98,11 @@ def plan(
     threads: int = 1,
     checked: bool = False,
     send: Send | None = None,
+    room: PlanRoom | None = None,
 ) -> Plan:
-    """Raises ValueError also for int4 and float64 KV, for rows beyond ``positions``, and for addresses that
-    are not multiples of the element size (of 2 bytes, if there are scales)."""
+    """In a room the numbers of segments and tiles are rounded up to powers of two. A surplus tile ends at
+    once. Raises ValueError also for int4 and float64 KV, for rows beyond ``positions``, and for addresses
+    that are not multiples of the element size (of 2 bytes, if there are scales)."""
     if layout.format not in _STORED:
         raise ValueError(
             f"{layout.format.value} KV has no GPU kernel: use one of {[f.value for f in _STORED]}"
@@ -131,6 +134,10 @@ def plan(
         block_n=wide.block_n,
         processors=device.processors,
     )
+    if room is not None:
+        listed = listed.padded(heads, narrow_m=NARROW_M, wide_m=wide.block_m)
+        surplus = capacity(max(segments.size, 1)) - segments.size
+        segments = Segments(*(pad(field, (0, surplus)) for field in segments))
     narrow, n_tiles = listed.narrow, listed.tiles.shape[0]
     launches = ((0, narrow, wide._replace(block_m=NARROW_M)), (narrow, n_tiles - narrow, wide))
     to = memory.device
@@ -146,7 +153,14 @@ def plan(
         listed.slots,
         listed.starts,
     )
-    *of_segments, positions, tiles, slots, starts = _sent(on_host, send or (lambda packed: packed.to(to)))
+    packed, unpack = _packed(on_host)
+    scratch = listed.split_states * (spec.v_dim + 1)
+    if room is None:
+        tables, split = packed.to(to) if send is None else send(packed), torch.empty(scratch, device=to)
+    else:
+        shape = positions.numel(), segments.size, narrow, n_tiles, align
+        tables, split = room.take(packed, scratch=scratch, shape=shape)
+    *of_segments, positions, tiles, slots, starts = unpack(tables)
     return Plan(
         spec=spec,
         layout=layout,
@@ -162,24 +176,28 @@ def plan(
         launches=tuple(launch for launch in launches if launch[1]),
         slots=slots,
         starts=starts,
-        split_o=torch.empty(listed.split_states, spec.v_dim, device=to),
-        split_lse=torch.empty(listed.split_states, device=to),
+        split_o=split[: listed.split_states * spec.v_dim].view(-1, spec.v_dim),
+        split_lse=split[listed.split_states * spec.v_dim :],
     )
 
 
-def _sent(fields: Sequence[Tensor], send: Send) -> list[Tensor]:
-    """Copies host tensors to the device in one transfer. Each begins at a multiple of ``_LOAD_BYTES``, as
-    tensors of their own would: triton compiles other kernels for other pointers."""
+def _packed(fields: Sequence[Tensor]) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
+    """Host tensors in one, to be copied to a device in one transfer, and a function that takes them out of
+    the copy. Each begins at a multiple of ``_LOAD_BYTES``, as tensors of their own would: triton compiles
+    other kernels for other pointers."""
     sizes = [field.numel() * field.itemsize for field in fields]
     starts = list(accumulate((-(-size // _LOAD_BYTES) * _LOAD_BYTES for size in sizes), initial=0))
     packed = torch.empty(starts[-1], dtype=torch.uint8, device=HOST)
     for field, start, size in zip(fields, starts, sizes, strict=False):
         packed[start : start + size] = field.contiguous().view(-1).view(torch.uint8)
-    sent = send(packed)
-    return [
-        sent[start : start + size].view(field.dtype).view(field.shape)
-        for field, start, size in zip(fields, starts, sizes, strict=False)
-    ]
+
+    def unpack(copy: Tensor) -> list[Tensor]:
+        return [
+            copy[start : start + size].view(field.dtype).view(field.shape)
+            for field, start, size in zip(fields, starts, sizes, strict=False)
+        ]
+
+    return packed, unpack
 
 
 def partial(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:

@@ -1,9 +1,13 @@
 """Tile shapes and launch constants: a small table by K dims and device, instead of autotuning at run time.
 
-Called by ``ops``. No value has been timed on a GPU yet. They are large tiles that compile without spills
-within the device's shared memory (tests/kernels/test_gpu_compile.py prints and bounds both), with enough
-stages to keep loads in flight. There are two exceptions on gfx942, where some scalar registers spill into
-vector registers and none into memory: int8 at MLA's K dim of 576, and ``extend`` with soft cap and window.
+Called by ``ops`` of attention and of the dense kernels. No value was timed on a GPU. Attention's are large
+tiles that compile without spills within the device's shared memory (tests/kernels/test_gpu_compile.py prints
+and bounds both), with enough stages to keep loads in flight. There are two exceptions on gfx942, where some
+scalar registers spill into vector registers and none into memory: int8 at MLA's K dim of 576, and ``extend``
+with soft cap and window.
+
+The dense kernels are bound by latency at few rows. So a thread has few elements, 8 or 16, and loads 16 bytes
+of bfloat16 at a time where it can; at many rows any of their shapes keeps enough bytes in flight.
 """
 
 from functools import cache
@@ -21,6 +25,14 @@ NARROW_M = 16
 
 REDUCE_STAGES = 3
 """Split states in flight while they are merged."""
+
+
+MOST_NORM_ELEMENTS = 32_768
+"""32 for each of 1,024 threads, which is a program's most."""
+_SILU_BLOCK = 512
+"""28 programs for a row of 14,336: a fifth of an H200's SMs."""
+_FEW_ROWS = 64
+"""Up to so many rows a program rotates one row's head, so that 48 heads of one row occupy 48 SMs."""
 
 
 class TileShape(NamedTuple):
@@ -147,3 +159,18 @@ def merge_constants(heads: int, v_dim: int) -> dict[str, int]:
         "V_BLOCK": triton.next_power_of_2(v_dim),
         "BLOCK_H": min(triton.next_power_of_2(heads), 4),
     }
+
+
+def norm_constants(size: int) -> dict[str, int]:
+    block = triton.next_power_of_2(size)
+    # Threads are 32 or 64 wide: at most 16 warps, for 1,024 threads on either.
+    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+
+
+def silu_constants(size: int) -> dict[str, int]:
+    return {"BLOCK": min(_SILU_BLOCK, triton.next_power_of_2(size)), "num_warps": 2}
+
+
+def rotate_constants(rows: int, dim: int) -> dict[str, int]:
+    block = triton.next_power_of_2(dim)
+    return {"BLOCK": block, "ROWS": 1 if rows <= _FEW_ROWS else 8, "num_warps": 1 if rows <= _FEW_ROWS else 4}

@@ -9,9 +9,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from farshore.kernels.base import AttentionSpec, Segments, WorkList
 from farshore.kernels.host import HOST
+
+_LEAST_CAPACITY = 32
 
 
 class Heads(NamedTuple):
@@ -34,6 +37,10 @@ class Heads(NamedTuple):
     def head_tiles(self) -> int:
         return -(-self.heads // self.tile_heads)
 
+    def tile_rows(self, block_m: int) -> int:
+        """Most rows of a tile of ``block_m`` queries."""
+        return max(block_m // self.tile_heads, 1)
+
 
 class TileList(NamedTuple):
     """T tiles, and for each (row, pair, tile of heads) the list of split states to merge."""
@@ -49,6 +56,23 @@ class TileList(NamedTuple):
     """i32[R * pairs * head_tiles + 1]: where each list begins in ``slots``"""
     split_states: int
     """Number of slots. A slot holds the state of one query over one split."""
+
+    def padded(self, heads: Heads, *, narrow_m: int, wide_m: int) -> "TileList":
+        """The same list with numbers of tiles, slots and states that few lists have. A surplus tile is zero:
+        it has no rows, reads nothing and writes nothing."""
+        count = len(self.tiles)
+        narrow, wide = capacity(self.narrow), capacity(count - self.narrow)
+        tiles = self.tiles.new_zeros(narrow + wide, self.tiles.shape[1])
+        tiles[: self.narrow] = self.tiles[: self.narrow]
+        tiles[narrow : narrow + count - self.narrow] = self.tiles[self.narrow :]
+        rows = narrow * heads.tile_rows(narrow_m) + wide * heads.tile_rows(wide_m)
+        slots = pad(self.slots, (0, rows - len(self.slots)))
+        return TileList(tiles, narrow, slots, self.starts, rows * heads.tile_heads)
+
+
+def capacity(count: int) -> int:
+    """0, or the least of 32, 64, 128 and so on that ``count`` fits into."""
+    return max(_LEAST_CAPACITY, 1 << (count - 1).bit_length()) if count else 0
 
 
 def flatten(
@@ -77,7 +101,7 @@ def flatten(
     # The order of an item's tiles is tokens outermost, rows innermost, so that tiles that read the same keys
     # run at the same time and share the L2 cache.
     item_narrow = count * heads.tile_heads <= narrow_m
-    tile_rows = torch.where(item_narrow, max(narrow_m // heads.tile_heads, 1), wide_m // heads.tile_heads)
+    tile_rows = torch.where(item_narrow, heads.tile_rows(narrow_m), heads.tile_rows(wide_m))
     row_tiles = -(-count // tile_rows)
     pairs = (g1 - g0) * heads.pairs_per_group
     tokens = int(((stop - start) * row_tiles * pairs).sum()) * heads.head_tiles

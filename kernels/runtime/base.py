@@ -67,6 +67,9 @@ class Stream(Protocol):
         So ``work`` must read and write tensors that stay where they are, and must not wait, copy from the
         host or depend on numbers that change."""
 
+    def forget(self, key: Hashable) -> None:
+        """Drops the graph of ``key``, if there is one, once it has run."""
+
     def upload(self, source: PinnedBuffer, target: Tensor) -> None:
         """Submits a copy from pinned memory to ``target``, of the same shape and dtype, on the device."""
 

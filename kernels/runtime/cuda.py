@@ -118,6 +118,10 @@ class CudaStream:
                 graph = self._graphs[key] = self._captured(work)
             graph.replay()
 
+    def forget(self, key: Hashable) -> None:
+        """CUDA frees a graph that is still running when it ends."""
+        self._graphs.pop(key, None)
+
     def upload(self, source: PinnedBuffer, target: Tensor) -> None:
         with torch.cuda.stream(self._stream):
             target.copy_(source.read(), non_blocking=True)

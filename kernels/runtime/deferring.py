@@ -132,6 +132,10 @@ class DeferringStream:
         with self._runtime.lock:
             self._submit(lambda: self._replay(key, work))
 
+    def forget(self, key: Hashable) -> None:
+        with self._runtime.lock:
+            self._submit(lambda: self._graphs.pop(key, None))
+
     def upload(self, source: PinnedBuffer, target: Tensor) -> None:
         assert isinstance(source, CheckedBuffer), "the buffer is of another runtime"
         with self._runtime.lock:

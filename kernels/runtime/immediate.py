@@ -69,6 +69,9 @@ class ImmediateStream:
     def replay(self, key: Hashable, work: Work) -> None:
         work()
 
+    def forget(self, key: Hashable) -> None:
+        """There are no graphs."""
+
     def upload(self, source: PinnedBuffer, target: Tensor) -> None:
         target.copy_(source.read())
 

@@ -16,7 +16,10 @@ from farshore.errors import Internal
 
 SHARED_BYTES = {"cuda:80": 163 * 1024, "cuda:90": 227 * 1024, "hip:gfx942": 64 * 1024}
 """Targets, and the most shared memory (LDS) that a program may have there."""
-PROGRAMS_A_PROCESSOR = {"partial narrow": 2, "partial wide": 2, "extend": 1, "reduce": 4, "merge": 4}
+DENSE = ("add_norm", "rotate", "silu_multiply")
+PROGRAMS_A_PROCESSOR = {"partial narrow": 2, "partial wide": 2, "extend": 1, "reduce": 4, "merge": 4} | {
+    kernel: 4 for kernel in DENSE
+}
 """The kernels, and how many programs of each a processor must have registers for, at K dims 64 and 128.
 Decoding hides latency with several programs per SM or compute unit."""
 REGISTERS = {"cuda": 65536, "hip": 4 * 512 * 64}
@@ -61,6 +64,6 @@ def faults(kernel: Mapping[str, Any], *, rare: bool = False) -> list[str]:
         found.append(f"{kernel['spills']} registers or bytes are spilled")
     if kernel["shared"] > SHARED_BYTES[kernel["target"]]:
         found.append(f"{kernel['shared']} bytes of shared memory, of {SHARED_BYTES[kernel['target']]}")
-    if not rare and not kernel["wide_loads"] and kernel["kernel"] not in ("reduce", "merge"):
+    if not rare and not kernel["wide_loads"] and kernel["kernel"] not in ("reduce", "merge", *DENSE):
         found.append("loads of less than 16 bytes")
     return found

@@ -15,10 +15,14 @@ import torch
 
 from farshore.benchmarks.gpu.dry.target import pretend, resources
 from farshore.kernels.base import AttentionSpec, KVLayout, Segments, State, WorkList
+from farshore.kernels.dense.base import KVRows, KVSlots, Rotation
 from farshore.kernels.formats import KVFormat
 from farshore.kernels.gpu import ops
+from farshore.kernels.gpu.dense import ops as dense
 
 ROWS = 64
+MANY_ROWS = 2048
+"""Of a chunk of prefill."""
 TOKENS = 1000
 MERGED_STATES = 8
 
@@ -52,10 +56,36 @@ def call_all(k_dim: int, format: KVFormat, *, capped: bool) -> None:
     ops.merge([out] * MERGED_STATES, sink=torch.zeros(spec.q_heads), out=out)
 
 
+def call_dense(k_dim: int, format: KVFormat) -> None:
+    """Calls the dense kernels with one row and with many: 8 KV heads and 4 query heads each, hidden states of
+    Llama 8B's size, and of SmolLM2's, which no power of two divides."""
+    dtype = torch.bfloat16 if format.quantised else format.dtype
+    spec = AttentionSpec(32, 8, 8, k_dim, k_dim, 0.1)
+    layout = KVLayout.of(spec, layers=2, format=format)
+    memory = torch.zeros(layout.block_bytes, dtype=torch.uint8)
+    rotation = Rotation(*torch.zeros(2, 8, k_dim // 2, dtype=dtype))
+    for rows in (1, MANY_ROWS):
+        positions = torch.zeros(rows, dtype=torch.int64)
+        x = torch.zeros(rows, 48 * k_dim, dtype=dtype)
+        q = torch.zeros(rows, 32, k_dim, dtype=dtype)
+        dense.rotate(x, rotation, positions, q=q, kv=KVSlots(memory, layout, 1, *[positions] * 3))
+        dense.rotate(x[:, : 32 * k_dim], rotation, positions, q=q)
+        if format.quantised:  # Nothing else reads or writes stored KV.
+            continue
+        dense.rotate(x, rotation, positions, q=q, kv=KVRows(*torch.zeros(2, rows, 8, k_dim, dtype=dtype)))
+        for hidden, inner in ((4096, 14336), (576, 1536)):
+            h = torch.zeros(rows, hidden, dtype=dtype)
+            for added in (None, h):
+                dense.add_norm(h, added, h[0], 1e-5, out=h)
+            dense.silu_multiply(torch.zeros(rows, 2 * inner, dtype=dtype), out=h.new_zeros(rows, inner))
+
+
 def main(name: str, k_dims: str, formats: str, variant: str = "") -> None:
     target, compiled = pretend(name)
     for k_dim, format in product(map(int, k_dims.split(",")), map(KVFormat, formats.split(","))):
         call_all(k_dim, format, capped=variant == "capped")
+        if k_dim <= 256 and not variant:
+            call_dense(k_dim, format)
         for title, binary in compiled:
             row = {"target": name, "kernel": title, "k_dim": k_dim, "kv": format.value}
             print(json.dumps(row | resources(binary, target)), flush=True)

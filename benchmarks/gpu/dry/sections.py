@@ -31,6 +31,7 @@ TINY = Sizes(
     decode_tokens=16,
     decode_layers=1,
     extend_tokens=8,
+    dense_rows=3,
     rounds=1,
     model=MODEL,
     batches=(1, 2),

@@ -114,52 +114,6 @@ def copy_out(
     return k, v
 
 
-class SlotWriter:
-    """Writes one layer of R rows, each to a slot of its own, with a call for K and one for V.
-
-    For memory on a device, where a call for each row would take longer than the rest of a step.
-    """
-
-    def __init__(self, memory: Tensor, layout: KVLayout, rows: int) -> None:
-        """``rows``: the most rows of a call."""
-        self._layout = layout
-        # Rows of elements are written as such; payload and scales of quantised ones as bytes.
-        self._dtype = torch.uint8 if layout.format.quantised else layout.format.dtype
-        self._memory = memory.view(self._dtype)
-        v_start = layout.k_heads * layout.k_run_bytes
-        sides = ((0, layout.k_heads, layout.k_run_bytes, layout.k_row_bytes, layout.k_scales),)
-        if not layout.v_in_k:
-            sides += ((v_start, layout.v_heads, layout.v_run_bytes, layout.v_row_bytes, layout.v_scales),)
-        self._sides = [self._side(*side, rows, memory.device) for side in sides]
-
-    def place(self, bases: Tensor, slots: Tensor) -> None:
-        """Takes the rows' places, i64[R] each, on the memory's device: byte offset of the block, and slot.
-        Rows in one place must be written with the same values."""
-        units = bases[:, None, None] // self._dtype.itemsize
-        for offsets, strides, at in self._sides:
-            torch.add(units + slots[:, None, None] * strides, offsets, out=at[: len(bases)])
-
-    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Writes k ``[R, k_heads, k_dim]`` and v ``[R, v_heads, v_dim]``, which the caller has checked."""
-        stored = to_stored(self._layout, k, v)
-        memory = self._memory[layer * self._layout.layer_bytes // self._dtype.itemsize :]
-        for rows, (_, _, at) in zip(stored, self._sides, strict=False):
-            memory.index_copy_(0, at[: len(k)].view(-1), rows.view(self._dtype).reshape(-1))
-
-    def _side(
-        self, start: int, heads: int, run: int, row: int, scales: int, rows: int, device: torch.device
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """For K or V: the offset of each unit of slot 0 [heads, units], the distance of a unit to the next
-        slot's [units], and the memory for the units' places [rows, heads, units]."""
-        item = self._dtype.itemsize
-        payload, scale_bytes = torch.arange(row // item, device=HOST), torch.arange(2 * scales, device=HOST)
-        units = torch.cat((payload, self._layout.block_tokens * row + scale_bytes))
-        strides = torch.cat((torch.full_like(payload, row // item), torch.full_like(scale_bytes, 2 * scales)))
-        offsets = (start + run * torch.arange(heads, device=HOST))[:, None] // item + units
-        at = torch.zeros(rows, *offsets.shape, dtype=torch.int64, device=device)
-        return offsets.to(device), strides.to(device), at
-
-
 def runs(memory: Tensor, layout: KVLayout, bases: Bases, *, layer: int, first: int, last: int) -> list[int]:
     """Locates the bytes of tokens ``[first, last)``: a flat list of (address, bytes).
 

@@ -109,6 +109,22 @@ def test_a_graph_is_captured_where_no_other_thread_submits(cuda):
     assert len({stream._capturing.name for stream in streams[:3]}) == 3
 
 
+def test_a_forgotten_graph_is_captured_anew(cuda):
+    stream = CudaRuntime(DEVICE).stream()
+
+    def replayed():
+        before = len(cuda.log)
+        stream.replay("key", lambda: cuda.submit(cuda.current, "work"))
+        return [what for _, what in cuda.log[before:]]
+
+    runs = [["work"], ["begin", "work", "end", "replay"], ["replay"]]
+    assert [replayed() for _ in range(3)] == runs
+    stream.forget("another key")
+    assert replayed() == ["replay"]
+    stream.forget("key")
+    assert [replayed() for _ in range(3)] == runs
+
+
 def test_work_that_cannot_be_captured_ends_its_capture(cuda):
     stream = CudaRuntime(DEVICE).stream()
     stream.replay("key", lambda: None)

@@ -167,6 +167,17 @@ def test_a_graph_repeats_what_it_recorded_on_the_same_memory():
     assert total.tolist() == [2 * 2 * 1.0 + 3 * 2 * 2.0 + 3 * 2 * 3.0 + 3 * 2 * 4.0] * 3
 
 
+def test_a_graph_is_forgotten_behind_its_last_run():
+    runtime = DeferringRuntime(seed=0)
+    calls = []
+    for _ in range(2):
+        for _ in range(3):
+            runtime.main.replay("work", lambda: calls.append(1))
+        runtime.main.forget("work")
+    runtime.settle()
+    assert len(calls) == 4
+
+
 def test_a_tensor_may_change_after_it_was_sent():
     for seed in range(10):
         runtime = DeferringRuntime(seed=seed)

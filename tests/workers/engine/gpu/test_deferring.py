@@ -14,6 +14,7 @@ import torch
 from farshore.attention_offload.transport.frames import Transport
 from farshore.kernels.formats import KVFormat
 from farshore.kernels.runtime.deferring import DeferredEvent, DeferringRuntime, DeferringStream
+from farshore.kernels.select import CPU_KERNELS
 from farshore.models.device_llama import DeviceLlama
 from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits
@@ -32,7 +33,7 @@ LIMITS = EngineLimits(segment_tokens=100)
 
 
 def in_pytorch(model):
-    """The model as on a device. No graph could record native kernels."""
+    """The model as on a device, in PyTorch. No graph could record native kernels."""
     return DeviceLlama(model.config, model.weights.dense())
 
 
@@ -106,19 +107,25 @@ def test_shards_over_native_transports(tiny_model, greedy, cluster, submit):
 
 
 @pytest.fixture
-def triton(monkeypatch):
-    """The engine's kernels are those of the GPU, interpreted; those of the shards stay native."""
+def triton(monkeypatch, tiny_model):
+    """The kernels of the engine and of its model, which it returns, are those of the GPU, interpreted; those
+    of the shards stay native."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     ops = importlib.import_module("farshore.kernels.gpu.ops")
     monkeypatch.setattr("farshore.workers.engine.engine.implementation", lambda *devices, dtype: ops)
+    with monkeypatch.context() as patch:
+        patch.setenv(CPU_KERNELS, "triton")
+        model = in_pytorch(tiny_model)
+    assert model._dense is importlib.import_module("farshore.kernels.gpu.dense.ops")
+    return model
 
 
 @pytest.mark.heavy
 @pytest.mark.skipif(torch.cuda.is_available(), reason="beside a GPU, triton compiles its kernels")
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 @pytest.mark.parametrize("placement", ["local", "by head"])
-def test_the_kernels_of_a_gpu(triton, tiny_model, greedy, answer, placement):
-    found = answer(in_pytorch(tiny_model), PROMPTS[:2], 4, seed=3, **PLACEMENTS[placement])
+def test_the_kernels_of_a_gpu(triton, greedy, answer, placement):
+    found = answer(triton, PROMPTS[:2], 4, seed=3, **PLACEMENTS[placement])
     assert found == [greedy(prompt, 4) for prompt in PROMPTS[:2]]
 
 

@@ -1,8 +1,9 @@
 """Engine and shards on the GPU's kernels, in triton's interpreter on CPU memory: greedy tokens in float32
 equal those of transformers.
 
-The model computes in PyTorch, as it does on a GPU. A launch takes 50 to 400 ms in the interpreter, so models
-have few layers and prompts few tokens.
+The engine takes a device's path, on a runtime that runs work late and in random order, and the model computes
+as on a GPU: products in PyTorch, all between them in triton. A launch takes 50 to 400 ms in the interpreter,
+so models have few layers and prompts few tokens.
 """
 
 import importlib
@@ -13,7 +14,7 @@ import torch
 
 from farshore.kernels.runtime.deferring import DeferringRuntime
 from farshore.kernels.select import CPU_KERNELS
-from farshore.models.llama import Llama
+from farshore.models.device_llama import DeviceLlama
 from farshore.sampling import Sampling
 from farshore.workers.engine.sequence import Finished
 
@@ -48,6 +49,8 @@ def ops():
         large = tuning.TileShape(block_m=64, block_n=64, warps=4, stages=1)
         patch.setattr(made, "partial_tiles", lambda *shape: large)
         patch.setattr(made, "extend_tiles", lambda *shape, **options: large)
+        rotate = tuning.rotate_constants
+        patch.setattr(tuning, "rotate_constants", lambda rows, dim: rotate(rows, dim) | {"ROWS": 64})
         yield made
 
 
@@ -62,7 +65,7 @@ def answer(ops, rig, submit, monkeypatch):
         monkeypatch.setenv(CPU_KERNELS, shard_kernels)
         cluster = rig(model, memory_bytes=64 << 20, **options)
         monkeypatch.setenv(CPU_KERNELS, "triton")
-        engine = cluster.start()
+        engine = cluster.start(runtime=DeferringRuntime(seed=2))
         assert engine._kernels is ops
         for client in cluster.clients.values():
             native = client._session.runs_natively(torch.float32)
@@ -78,15 +81,24 @@ def answer(ops, rig, submit, monkeypatch):
     return run
 
 
-def in_pytorch(model, *, layers):
-    """The first ``layers`` layers of a model, without native kernels."""
-    weights = model.weights._replace(layers=model.weights.layers[:layers])
-    return Llama(replace(model.config, layers=layers), weights.dense())
+@pytest.fixture
+def on_device(ops, monkeypatch):
+    """on_device(model, layers=...) -> the first ``layers`` layers of a model, on the GPU's dense kernels."""
+
+    def cut(model, *, layers):
+        weights = model.weights._replace(layers=model.weights.layers[:layers])
+        with monkeypatch.context() as patch:
+            patch.setenv(CPU_KERNELS, "triton")
+            made = DeviceLlama(replace(model.config, layers=layers), weights.dense())
+        assert made._dense is importlib.import_module("farshore.kernels.gpu.dense.ops")
+        return made
+
+    return cut
 
 
-def test_tokens_of_a_tiny_model(tiny_model, greedy, answer, placement):
+def test_tokens_of_a_tiny_model(tiny_model, on_device, greedy, answer, placement):
     prompts = [list(range(3, 8)), list(range(90, 57, -1))]
-    model = in_pytorch(tiny_model, layers=tiny_model.config.layers)
+    model = on_device(tiny_model, layers=tiny_model.config.layers)
     assert answer(model, prompts, 4, placement) == [greedy(prompt, 4) for prompt in prompts]
 
 
@@ -130,9 +142,9 @@ def expected(hugging_face, prompts):
         pytest.param(30, marks=pytest.mark.soak, id="all layers"),
     ],
 )
-def test_tokens_of_the_demo_model(demo_model, prompts, expected, answer, placement, layers):
+def test_tokens_of_the_demo_model(demo_model, on_device, prompts, expected, answer, placement, layers):
     """Eight prompts, decoded in one batch, sixteen tokens each."""
     chosen = [prompts[name] for name in CHOSEN]
     assert max(map(len, chosen)) <= 64
-    model = in_pytorch(demo_model(torch.float32), layers=layers)
+    model = on_device(demo_model(torch.float32), layers=layers)
     assert answer(model, chosen, 16, placement) == expected(layers, 16)

@@ -9,7 +9,7 @@ import pytest
 from farshore.kernels.runtime.deferring import DeferringRuntime
 from farshore.kernels.runtime.immediate import ImmediateRuntime
 from farshore.kvstore.store.layout import blocks
-from farshore.models.llama import Llama
+from farshore.models.device_llama import DeviceLlama
 from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.sequence import Finished
@@ -28,7 +28,7 @@ SAMPLING = [
 def answers(rig, submit, tiny_model):
     """answers(runtime, ...) -> the tokens of every completion, from an engine on ``runtime``; the other
     options are the rig's."""
-    model = Llama(tiny_model.config, tiny_model.weights.dense())
+    model = DeviceLlama(tiny_model.config, tiny_model.weights.dense())
 
     def run(runtime, **options):
         cluster = rig(model, memory_bytes=64 << 20, **options)

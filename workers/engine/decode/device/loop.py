@@ -16,7 +16,7 @@ from farshore.attention_offload.plan.step_plan import StepPlan, cut_reads, split
 from farshore.kernels.base import Kernels
 from farshore.kernels.runtime.base import DeviceRuntime, Event
 from farshore.kvstore.store.tail import Tail
-from farshore.models.llama import Llama
+from farshore.models.device_llama import DeviceLlama
 from farshore.workers.engine.decode.device.micro_batch import DeviceMicroBatch
 from farshore.workers.engine.decode.device.slices import bucket
 from farshore.workers.engine.decode.kernel_plans import LocalKV
@@ -36,7 +36,7 @@ class DeviceLayerLoop:
     def __init__(
         self,
         *,
-        model: Llama,
+        model: DeviceLlama,
         attention: AttentionModel,
         kernels: Kernels[Any],
         shards: Shards,
@@ -74,13 +74,17 @@ class DeviceLayerLoop:
                 batch.begin(
                     index, tokens[cut], plan.positions[cut], tails[cut], cut_reads(reads, rows), shards
                 )
-            self._run_layers(batches)
-            for batch in batches:
-                self._runtime.main.wait(batch.finish())
+            if shards is None:
+                ends = [batch.run() for batch in batches]
+            else:
+                self._run_layers(batches)
+                ends = [batch.finish() for batch in batches]
+            for end in ends:
+                self._runtime.main.wait(end)
             logits = torch.empty(
                 len(tokens), self._model.config.vocab, dtype=torch.float32, device=self._model.device
             )
-            self._runtime.main.run(partial(self._compute_logits, [batch.h for batch in batches], logits))
+            self._runtime.main.run(partial(self._compute_logits, [batch.normed for batch in batches], logits))
         except Exception:
             # No kernel may read or write the tails while they are truncated.
             for batch in batches:
@@ -117,5 +121,5 @@ class DeviceLayerLoop:
             )
         return self._batches[key]
 
-    def _compute_logits(self, h: Sequence[Tensor], logits: Tensor) -> None:
-        logits.copy_(self._model.logits(torch.cat(list(h))))
+    def _compute_logits(self, normed: Sequence[Tensor], logits: Tensor) -> None:
+        logits.copy_(self._model.head(torch.cat(list(normed))))

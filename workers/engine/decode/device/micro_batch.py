@@ -22,23 +22,24 @@ from farshore.attention_offload.plan.step_plan import Read
 from farshore.kernels.base import Kernels, State
 from farshore.kernels.host import HOST
 from farshore.kernels.runtime.base import DeviceRuntime, Event, PinnedBuffer, Stream
-from farshore.kvstore.store.layout.blocks import SlotWriter
 from farshore.kvstore.store.tail import Tail, TailBatch
-from farshore.models.llama import Llama
+from farshore.models.device_llama import DeviceLlama
 from farshore.workers.engine.attention_model import merged_dtype
+from farshore.workers.engine.decode.device.plan_room import DevicePlanRoom
 from farshore.workers.engine.decode.device.slices import DeviceSlices
 from farshore.workers.engine.decode.kernel_plans import KernelPlans, LocalKV
 
 
 class DeviceMicroBatch:
-    """Buffers for up to ``rows`` rows. Call ``begin``, ``send(0)``, ``merge(0)``, then ``start(1)``,
-    ``send(1)``, ``merge(1)`` and so on, then ``finish``; after an error ``drain``."""
+    """Buffers for up to ``rows`` rows. Call ``begin``, and ``run`` if the step reads from no shard. Otherwise
+    ``send(0)``, ``merge(0)``, then ``start(1)``, ``send(1)``, ``merge(1)`` and so on, then ``finish``; after
+    an error ``drain``."""
 
     def __init__(
         self,
         rows: int,
         *,
-        model: Llama,
+        model: DeviceLlama,
         attention: AttentionModel,
         local: LocalKV,
         kernels: Kernels[Any],
@@ -52,9 +53,9 @@ class DeviceMicroBatch:
         self._copies = copies
         self._runtime = runtime
         self._kernels = kernels
-        writer = SlotWriter(local.memory, attention.layouts[0], rows)
-        self._slices = DeviceSlices(model, rows, stream, writer)
-        self._plans = KernelPlans(attention, local, partial(kernels.plan, send=stream.send))
+        self._slices = DeviceSlices(model, rows, stream, memory=local.memory, layout=attention.layouts[0])
+        self._room = DevicePlanRoom(runtime, stream)
+        self._plans = KernelPlans(attention, local, partial(kernels.plan, send=stream.send, room=self._room))
         self._inputs = runtime.pinned(*self._slices.inputs.shape, dtype=torch.int64)
         self._q_on_host = runtime.pinned(rows, spec.q_heads, spec.k_dim, dtype=model.dtype)
         self._local = State.identity(
@@ -62,17 +63,17 @@ class DeviceMicroBatch:
         )
         self._out = State(self._slices.o, torch.empty_like(self._local.lse))
         self._answers: _Answers | None = None
+        self._layers = model.config.layers
         self._rows = 0
-        self._is_full = False
         self._index = 0
         self._shards: Shards | None = None
         self._batch: TailBatch
         self._plan: Any = None
 
     @property
-    def h(self) -> Tensor:
-        """Hidden states ``[rows of the step, hidden]``, once the work of ``stream`` has run."""
-        return self._slices.h[: self._rows]
+    def normed(self) -> Tensor:
+        """The head's input ``[rows of the step, hidden]``, once the work of ``stream`` has run."""
+        return self._slices.normed[: self._rows]
 
     def begin(
         self,
@@ -84,7 +85,7 @@ class DeviceMicroBatch:
         shards: Shards | None,
     ) -> None:
         """Takes the micro-batch's rows of a new step, as ``step._MicroBatch.begin``, and submits all that
-        precedes the first layer's attention. The work of the last step must have run."""
+        precedes the first layer's attention at the shards. The work of the last step must have run."""
         self._index, self._shards, self._rows = index, shards, len(tokens)
         self._batch = TailBatch(tails, positions)
         bases, slots = zip(*self._batch.slots(), strict=True)
@@ -92,37 +93,38 @@ class DeviceMicroBatch:
         fields = tokens, positions, bases, slots, range(self._rows)  # those of RowInputs
         inputs[:, : self._rows] = torch.tensor([list(field) for field in fields], device=HOST)
         inputs[:, self._rows :] = inputs[:, self._rows - 1 : self._rows]
-        self._is_full = self._rows == inputs.shape[1]
+        on_host = inputs[1].clone()
         self.stream.upload(self._inputs, self._slices.inputs)
-        self.start(0)
-        # The device computes meanwhile.
-        on_host = torch.tensor(positions, device=HOST)
+        if shards is not None:
+            self.start(0)  # The device computes meanwhile.
         self._plan = self._plans.plan(tails, positions, reads, on_host)
 
+    def run(self) -> Event:
+        """Submits all layers of a step that reads from no shard; returns the event behind them."""
+        for layer in range(self._layers):
+            self._batch.mark(layer)
+        self._slices.step(partial(self._attend, self._plan, out=self._out), self._room.shape)
+        return self.stream.record()
+
     def start(self, layer: int) -> None:
-        """Submits all of a layer that precedes its attention; the queries first, if shards wait for them."""
-        if self._shards is None:
-            self._slices.project(layer, full=self._is_full)
-            return
+        """Submits all of a layer that precedes its attention; the queries first, since shards wait for
+        them."""
         self._slices.query(layer)
         self._copies.wait(self.stream.record())
         self._copies.download(self._slices.q[: self._rows], self._q_on_host.first(self._rows))
-        self._slices.key_value(layer, full=self._is_full)
+        self._slices.key_value(layer)
 
     def send(self, layer: int) -> None:
         """Submits the attention to local KV, then waits for the queries and sends them to the shards."""
-        n, slices = self._rows, self._slices
+        assert self._shards is not None
         self._batch.mark(layer)
-        local = self._out if self._shards is None else self._local
-        self.stream.run(partial(self._kernels.partial, self._plan, layer, slices.q[:n], out=_rows(local, n)))
-        if self._shards is not None:
-            self._copies.record().wait()
-            self._shards.send(layer, self._index, self._q_on_host.first(n).read())
+        self.stream.run(partial(self._attend, self._plan, layer, out=self._local))
+        self._copies.record().wait()
+        self._shards.send(layer, self._index, self._q_on_host.first(self._rows).read())
 
     def merge(self, layer: int) -> None:
         """Waits for the shards' states, and submits their merge with the local one, in span order."""
-        if self._shards is None:
-            return
+        assert self._shards is not None
         states = self._shards.wait(layer, self._index)
         merged = [*self._on_device(states), _rows(self._local, self._rows)]
         self.stream.run(partial(self._kernels.merge, merged, out=_rows(self._out, self._rows)))
@@ -131,6 +133,10 @@ class DeviceMicroBatch:
         """Submits the rest of the last layer; returns the event behind it."""
         self._slices.finish()
         return self.stream.record()
+
+    def _attend(self, plan: Any, layer: int, *, out: State) -> None:
+        """Launches the attention of all rows to local KV; those that are not used have no work."""
+        self._kernels.partial(plan, layer, self._slices.q, out=out)
 
     def drain(self) -> None:
         """Blocks until nothing that was submitted runs any more."""
