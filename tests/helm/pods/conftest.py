@@ -1,6 +1,7 @@
 """Fixtures that run what the chart renders, on hosts of their own."""
 
 import concurrent.futures
+import contextlib
 import os
 import shutil
 import tempfile
@@ -14,31 +15,36 @@ from .cluster import Cluster, pods_of
 from .image import this_installation
 from .kubelet import Kubelet
 
+pytest.register_assert_rewrite(f"{__package__}.pod_tests")
+
+FARSHORE = "registry.example.com/farshore"
+"""The repository of the chart's image, with which the tests render."""
+
 
 @pytest.fixture(scope="module")
 def install(render):
-    """install(values=None, *, image=None) -> a Cluster whose pods are ready. It ends with the module."""
+    """install(values=None, *, image=None) -> a context with a Cluster whose pods are ready. ``image``: the
+    chart's, instead of this installation."""
     if reason := why_not():
         pytest.skip(reason)
     if shutil.which("nft") is None and not os.environ.get("CI"):
         pytest.skip("needs nft, which enforces the network policies: install nftables")
-    # Not in /tmp, which hosts do not share.
-    with tempfile.TemporaryDirectory(prefix="farshore-", dir="/var/tmp") as folder, hosts() as made:
-        Path(folder).chmod(0o755)
+    here = this_installation()
 
-        clusters = []
+    @contextlib.contextmanager
+    def installed(values=None, *, image=None):
+        objects = render(values)
+        pods = pods_of(objects)
+        images = {FARSHORE: image or here, "redis": here}
+        # Not in /tmp, which hosts do not share.
+        with tempfile.TemporaryDirectory(prefix="farshore-", dir="/var/tmp") as folder, hosts() as made:
+            Path(folder).chmod(0o755)
+            cluster = Cluster(Kubelet(made, images, objects, Path(folder)))
+            try:
+                cluster.start(pods)
+                yield cluster
+            finally:
+                with concurrent.futures.ThreadPoolExecutor() as pool:
+                    list(pool.map(lambda pod: pod.kill(), cluster.pods.values()))
 
-        def installed(values=None, *, image=None):
-            objects = render(values)
-            pods = pods_of(objects)
-            kubelet = Kubelet(made, image or this_installation(), objects, Path(folder))
-            clusters.append(Cluster(kubelet))
-            clusters[-1].start(pods)
-            return clusters[-1]
-
-        try:
-            yield installed
-        finally:
-            pods = [pod for cluster in clusters for pod in cluster.pods.values()]
-            with concurrent.futures.ThreadPoolExecutor() as pool:
-                list(pool.map(lambda pod: pod.kill(), pods))
+    return installed

@@ -1,6 +1,6 @@
 """Becomes the command of a container: makes its root, drops every right, and executes it.
 
-Run by ``kubelet`` as root, in the pod's namespaces and a mount namespace of its own, with one argument: JSON
+Run by ``pod`` as root, in the pod's namespaces and a mount namespace of its own, with one argument: JSON
 with ``root`` (an empty folder), ``binds`` ([source, target, read only]), ``links`` ({path: target}),
 ``etc`` (the folder of the image's /etc), ``files`` ({path: text}), ``cgroups`` (descriptors of their
 cgroup.procs), ``env``, ``command``, ``cwd``, ``user`` and ``group``. Imports the standard library alone.

@@ -1,4 +1,4 @@
-"""The root of containers: what an image holds. Used by ``kubelet``; made by ``conftest``, or from a tree.
+"""The root of containers: what an image holds. Used by ``pod``; made by ``conftest``, or from a tree.
 
 Must not know pods.
 """
