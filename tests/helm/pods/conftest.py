@@ -1,7 +1,6 @@
 """Fixtures that run what the chart renders, on hosts of their own."""
 
 import concurrent.futures
-import contextlib
 import os
 import shutil
 import tempfile
@@ -22,29 +21,30 @@ FARSHORE = "registry.example.com/farshore"
 
 
 @pytest.fixture(scope="module")
-def install(render):
-    """install(values=None, *, image=None) -> a context with a Cluster whose pods are ready. ``image``: the
-    chart's, instead of this installation."""
+def image():
+    """The image of the chart's containers."""
+    return this_installation()
+
+
+@pytest.fixture(scope="class")
+def cluster(request, render, image, server_binary):
+    """A Cluster of the class's VALUES, whose pods are ready."""
     if reason := why_not():
         pytest.skip(reason)
     if shutil.which("nft") is None and not os.environ.get("CI"):
         pytest.skip("needs nft, which enforces the network policies: install nftables")
-    here = this_installation()
-
-    @contextlib.contextmanager
-    def installed(values=None, *, image=None):
-        objects = render(values)
-        pods = pods_of(objects)
-        images = {FARSHORE: image or here, "redis": here}
-        # Not in /tmp, which hosts do not share.
-        with tempfile.TemporaryDirectory(prefix="farshore-", dir="/var/tmp") as folder, hosts() as made:
-            Path(folder).chmod(0o755)
-            cluster = Cluster(Kubelet(made, images, objects, Path(folder)))
-            try:
-                cluster.start(pods)
-                yield cluster
-            finally:
-                with concurrent.futures.ThreadPoolExecutor() as pool:
-                    list(pool.map(lambda pod: pod.kill(), cluster.pods.values()))
-
-    return installed
+    if "redis" in request.cls.VALUES:
+        server_binary("redis")
+    objects = render(request.cls.VALUES)
+    pods = pods_of(objects)
+    images = {FARSHORE: image, "redis": this_installation()}
+    # Not in /tmp, which hosts do not share.
+    with tempfile.TemporaryDirectory(prefix="farshore-", dir="/var/tmp") as folder, hosts() as made:
+        Path(folder).chmod(0o755)
+        cluster = Cluster(Kubelet(made, images, objects, Path(folder)))
+        try:
+            cluster.start(pods)
+            yield cluster
+        finally:
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                list(pool.map(lambda pod: pod.kill(), cluster.pods.values()))

@@ -1,12 +1,13 @@
 """Tests that hold in every root in which the pods' containers may run.
 
-Subclasses have the fixture ``cluster``, of scope class: an installation with the default values, or with
-Redis. The network policies are enforced while these tests run.
+Each class has an installation of its own: ``conftest`` starts it with the class's VALUES, in the root that
+the module's fixture ``image`` is. The network policies are enforced while these tests run.
 """
 
 import concurrent.futures
 import contextlib
 import time
+from typing import ClassVar
 
 import pytest
 
@@ -60,7 +61,7 @@ def workers(cluster):
 
 
 class DefaultPods:
-    """With the default values."""
+    VALUES: ClassVar = {}
 
     def test_they_answer_and_pass_their_probes(self, cluster):
         assert_probes_pass(cluster)
@@ -180,6 +181,8 @@ class DefaultPods:
 
 class RedisPods:
     """With Redis, a lost head is no lost cluster: its pod comes back to the same nodes and workers."""
+
+    VALUES: ClassVar = {"redis": {"mode": "bundled"}}
 
     def test_answers_go_on_while_the_head_is_gone_and_after_it_is_back(self, cluster):
         ask(cluster)
