@@ -20,7 +20,10 @@ OPEN_FILES = 1024
 """What systemd, and so many a container runtime, allows at first."""
 
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
-ETC = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "nsswitch.conf", "alternatives", "ssl", "localtime")
+ETC = (
+    *("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "nsswitch.conf", "alternatives", "ssl", "localtime"),
+    *("passwd", "group"),
+)
 
 libc = ctypes.CDLL(None, use_errno=True)
 

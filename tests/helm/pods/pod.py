@@ -192,12 +192,7 @@ class Pod:
         ]
         env = self.environment(container)
         command = [_expand(text, env) for text in (*container["command"], *container.get("args", ()))]
-        user, group = security["runAsUser"], security["runAsGroup"]
-        files = image.files | {
-            "/etc/passwd": f"root:x:0:0::/root:/bin/sh\nfarshore:x:{user}:{group}::/tmp:/usr/sbin/nologin\n",
-            "/etc/group": f"root:x:0:\nfarshore:x:{group}:\n",
-            "/etc/hostname": f"{self.name}\n",
-        }
+        files = image.files | {"/etc/hostname": f"{self.name}\n"}
         names = [str(self.kubelet.names), "/etc/hosts", False]
         late = [bind for bind in image.binds if bind[1].startswith("/tmp/")]
         early = [bind for bind in image.binds if bind not in late]
@@ -210,8 +205,8 @@ class Pod:
             "env": env,
             "command": command,
             "cwd": container.get("workingDir", "/tmp"),
-            "user": user,
-            "group": group,
+            "user": security["runAsUser"],
+            "group": security["runAsGroup"],
         }
 
     def execute(self, container, command, timeout_s):

@@ -23,10 +23,13 @@ def ask(cluster):
     assert "Paris" in cluster.helm_test()
 
 
-def assert_probes_pass(cluster):
+def assert_well(cluster):
+    """Every container runs and passes its probes, and a prompt is answered."""
+    assert not any(pod.ended() for pod in cluster.pods.values())
     probes = cluster.probes()
     assert all(passed for passed, _ in probes.values()), probes
     assert {kind for *_, kind in probes} == {"startupProbe", "readinessProbe", "livenessProbe"}
+    ask(cluster)
 
 
 def gateway(cluster):
@@ -64,8 +67,7 @@ class DefaultPods:
     VALUES: ClassVar = {}
 
     def test_they_answer_and_pass_their_probes(self, cluster):
-        assert_probes_pass(cluster)
-        ask(cluster)
+        assert_well(cluster)
 
     def test_their_processes_have_no_rights_and_cannot_write(self, cluster):
         for pod in cluster.pods.values():
@@ -86,7 +88,6 @@ class DefaultPods:
         for pod, containers in used.items():
             assert {each["name"] for each in pod.object["spec"]["containers"]} <= containers.keys()
             assert all(most < limit for most, limit in containers.values()), (pod.name, containers)
-            assert not pod.ended()
 
     def test_a_gateway_may_open_many_files_where_the_runtime_begins_with_few(self, cluster):
         now, most = cluster.of("gateway")[0].open_files("gateway")
@@ -176,7 +177,7 @@ class DefaultPods:
             pod.crash(container["name"])
         cluster.await_ready(pod)
         workers(cluster)
-        ask(cluster)
+        assert_well(cluster)
 
 
 class RedisPods:
@@ -215,5 +216,4 @@ class RedisPods:
         yield
         assert workers(cluster) == before
         assert {pod.name: pod.status("ray")["Pid"] for pod in nodes} == processes
-        assert_probes_pass(cluster)
-        ask(cluster)
+        assert_well(cluster)
