@@ -46,8 +46,9 @@ def answering(client, *, prompt_tokens, tokens):
 
 
 def workers(cluster):
-    """The ids of all workers, once there is one on each of the pods and no other. A gateway looks a name up
-    again only so often, and the hosts file has a new address for a new head; a Service would keep its own."""
+    """The ids of all workers, once every container runs, and there is one worker on each of the pods and no
+    other. A gateway looks a name up again only so often, and the hosts file has a new address for a new head;
+    a Service would keep its own."""
     wanted = sorted(pod.host.address for name in ("dense", "attention") for pod in cluster.of(name))
     end_s = time.monotonic() + DEADLINE_S
     found = None
@@ -57,7 +58,8 @@ def workers(cluster):
                 pod.restart_ended()
             with contextlib.suppress(FarshoreError):
                 found = {worker.worker_id: worker.address for worker in client.status().workers}
-                if sorted(address.rpartition(":")[0] for address in found.values()) == wanted:
+                hosts = sorted(address.rpartition(":")[0] for address in found.values())
+                if hosts == wanted and not any(pod.ended() for pod in cluster.pods.values()):
                     return set(found)
             assert time.monotonic() < end_s, (found, wanted)
             time.sleep(0.1)
@@ -177,6 +179,16 @@ class DefaultPods:
             pod.crash(container["name"])
         cluster.await_ready(pod)
         workers(cluster)
+        assert_well(cluster)
+
+    @pytest.mark.soak
+    def test_a_head_that_crashes_takes_the_cluster_with_it_and_all_of_it_starts_again(self, cluster):
+        (head,) = cluster.of("head")
+        before = workers(cluster)
+        head.crash("ray")
+        for pod in cluster.pods.values():
+            cluster.await_ready(pod)
+        assert not before & workers(cluster)
         assert_well(cluster)
 
 

@@ -40,8 +40,8 @@ def ask(pod, container, probe):
 
 
 def await_ready(pod, *, deadline_s):
-    """Until each container has passed its startup and then its readiness probe; those that ended start
-    again. Raises NeverReady."""
+    """Until each container runs and has passed its startup and then its readiness probe; those that ended
+    start again. Raises NeverReady."""
     over_s = time.monotonic() + deadline_s
     for container in pod.object["spec"]["containers"]:
         for kind in KINDS[:2]:
@@ -49,7 +49,8 @@ def await_ready(pod, *, deadline_s):
             while probe:
                 pod.restart_ended()
                 passed, said = ask(pod, container, probe)
-                if passed:
+                # What another container or a child keeps open answers for one that ended.
+                if passed and container["name"] not in pod.ended():
                     break
                 name = f"{pod.name}: {container['name']}"
                 if not pod.alive or time.monotonic() > over_s:
