@@ -36,7 +36,11 @@ class Cluster:
     def _start(self, pod):
         made = self.kubelet.start(pod)
         made.run()
-        probes.await_ready(made, deadline_s=READY_S)
+        self.await_ready(made)
+
+    def await_ready(self, pod):
+        """Until the pod's containers are ready. They start again if they end."""
+        probes.await_ready(pod, deadline_s=READY_S)
 
     def replace(self, pod):
         """What KubeRay or the Deployment makes in the place of a pod that is gone."""

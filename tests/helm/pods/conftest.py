@@ -14,31 +14,37 @@ from .cluster import Cluster, pods_of
 from .image import this_installation
 from .kubelet import Kubelet
 
+pytest.register_assert_rewrite(f"{__package__}.pod_tests")
+
+FARSHORE = "registry.example.com/farshore"
+"""The repository of the chart's image, with which the tests render."""
+
 
 @pytest.fixture(scope="module")
-def install(render):
-    """install(values=None, *, image=None) -> a Cluster whose pods are ready. It ends with the module."""
+def image():
+    """The image of the chart's containers."""
+    return this_installation()
+
+
+@pytest.fixture(scope="class")
+def cluster(request, render, image, server_binary):
+    """A Cluster of the class's VALUES, whose pods are ready."""
     if reason := why_not():
         pytest.skip(reason)
     if shutil.which("nft") is None and not os.environ.get("CI"):
         pytest.skip("needs nft, which enforces the network policies: install nftables")
+    if "redis" in request.cls.VALUES:
+        server_binary("redis")
+    objects = render(request.cls.VALUES)
+    pods = pods_of(objects)
+    images = {FARSHORE: image, "redis": this_installation()}
     # Not in /tmp, which hosts do not share.
     with tempfile.TemporaryDirectory(prefix="farshore-", dir="/var/tmp") as folder, hosts() as made:
         Path(folder).chmod(0o755)
-
-        clusters = []
-
-        def installed(values=None, *, image=None):
-            objects = render(values)
-            pods = pods_of(objects)
-            kubelet = Kubelet(made, image or this_installation(), objects, Path(folder))
-            clusters.append(Cluster(kubelet))
-            clusters[-1].start(pods)
-            return clusters[-1]
-
+        cluster = Cluster(Kubelet(made, images, objects, Path(folder)))
         try:
-            yield installed
+            cluster.start(pods)
+            yield cluster
         finally:
-            pods = [pod for cluster in clusters for pod in cluster.pods.values()]
             with concurrent.futures.ThreadPoolExecutor() as pool:
-                list(pool.map(lambda pod: pod.kill(), pods))
+                list(pool.map(lambda pod: pod.kill(), cluster.pods.values()))

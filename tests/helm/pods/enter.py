@@ -1,6 +1,6 @@
 """Becomes the command of a container: makes its root, drops every right, and executes it.
 
-Run by ``kubelet`` as root, in the pod's namespaces and a mount namespace of its own, with one argument: JSON
+Run by ``pod`` as root, in the pod's namespaces and a mount namespace of its own, with one argument: JSON
 with ``root`` (an empty folder), ``binds`` ([source, target, read only]), ``links`` ({path: target}),
 ``etc`` (the folder of the image's /etc), ``files`` ({path: text}), ``cgroups`` (descriptors of their
 cgroup.procs), ``env``, ``command``, ``cwd``, ``user`` and ``group``. Imports the standard library alone.
@@ -20,7 +20,10 @@ OPEN_FILES = 1024
 """What systemd, and so many a container runtime, allows at first."""
 
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
-ETC = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "nsswitch.conf", "alternatives", "ssl", "localtime")
+ETC = (
+    *("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "nsswitch.conf", "alternatives", "ssl", "localtime"),
+    *("passwd", "group"),
+)
 
 libc = ctypes.CDLL(None, use_errno=True)
 

@@ -1,4 +1,4 @@
-"""The root of containers: what an image holds. Used by ``kubelet``; made by ``conftest``, or from a tree.
+"""The root of containers: what an image holds. Used by ``pod``; made by ``conftest``, or from a tree.
 
 Must not know pods.
 """
@@ -43,6 +43,9 @@ def this_installation():
         path: SCRIPT.format(python=sys.executable, module=module, name=name)
         for path, (module, name) in scripts.items()
     }
+    # The user of the Dockerfile.
+    files["/etc/passwd"] = "root:x:0:0::/root:/bin/sh\nfarshore:x:1000:1000::/tmp:/usr/sbin/nologin\n"
+    files["/etc/group"] = "root:x:0:\nfarshore:x:1000:\n"
     env = {
         "PATH": "/opt/farshore/bin:/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin",
         "LANG": "C.UTF-8",

@@ -40,19 +40,21 @@ def ask(pod, container, probe):
 
 
 def await_ready(pod, *, deadline_s):
-    """Until each container has passed its startup and then its readiness probe. Raises NeverReady."""
+    """Until each container runs and has passed its startup and then its readiness probe; those that ended
+    start again. Raises NeverReady."""
     over_s = time.monotonic() + deadline_s
     for container in pod.object["spec"]["containers"]:
         for kind in KINDS[:2]:
             probe = container.get(kind)
             while probe:
+                pod.restart_ended()
                 passed, said = ask(pod, container, probe)
-                if passed:
+                # What another container or a child keeps open answers for one that ended.
+                if passed and container["name"] not in pod.ended():
                     break
                 name = f"{pod.name}: {container['name']}"
                 if not pod.alive or time.monotonic() > over_s:
                     raise NeverReady(f"{name}: {kind} says {said!r}; {pod.ended()}: {_logs(pod)}")
-                pod.restart_ended()
                 time.sleep(min(probe.get("periodSeconds", 10), 0.5))
 
 

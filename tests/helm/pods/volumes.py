@@ -1,6 +1,6 @@
 """The volumes of pods that hold what an object says, and the modes that Kubernetes gives to volumes.
 
-Used by ``kubelet``. Must not know pods.
+Used by ``pod``. Must not know pods.
 """
 
 import base64
