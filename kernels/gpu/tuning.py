@@ -1,7 +1,7 @@
 """Tile shapes and launch constants: a small table by K dims and device, instead of autotuning at run time.
 
 Called by ``ops`` of attention and of the dense kernels. No value was timed on a GPU. Attention's are large
-tiles that compile without spills within the device's shared memory (tests/kernels/test_gpu_compile.py prints
+tiles that compile without spills within the device's shared memory (tests/kernels/gpu/test_compile.py prints
 and bounds both), with enough stages to keep loads in flight. There are two exceptions on gfx942, where some
 scalar registers spill into vector registers and none into memory: int8 at MLA's K dim of 576, and ``extend``
 with soft cap and window.

@@ -1,7 +1,7 @@
 """Compiles every GPU kernel by itself, at any head dims, and prints each one's resources, one JSON object per
 line. See ``target``.
 
-Run by ``run`` and by tests/kernels/test_gpu_compile.py. It must not know the engine: ``launches`` compiles
+Run by ``run`` and by tests/kernels/gpu/test_compile.py. It must not know the engine: ``launches`` compiles
 what that launches.
 
     python -P -m farshore.benchmarks.gpu.dry.kernels cuda:90 64,128 bfloat16,int8 [capped]

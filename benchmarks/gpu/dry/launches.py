@@ -1,7 +1,7 @@
 """Compiles every kernel that an engine and its shards launch, and prints each one's resources, one JSON
 object per line. See ``target``; launches compile and write zeros.
 
-Run by ``run`` and by tests/kernels/test_gpu_compile.py. Engines with local and offloaded KV run prompts
+Run by ``run`` and by tests/kernels/gpu/test_compile.py. Engines with local and offloaded KV run prompts
 through the product's own code, so that the specialisations are those of its tensors: views of heads and
 chunks, odd strides, states in float32 beside bfloat16.
 

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 
-SOURCES = Path(__file__).parents[2] / "kernels" / "cpu" / "native"
+KERNEL_TESTS = Path(__file__).parents[1]
+SOURCES = KERNEL_TESTS.parents[1] / "kernels" / "cpu" / "native"
 SUITE = [
     "test_partial.py",
     "test_extend.py",
     "test_merge.py",
-    "test_cpu_threads.py",
-    "test_cpu_arguments.py",
+    "cpu/test_threads.py",
+    "cpu/test_arguments.py",
     "test_packed.py",
 ]
 
@@ -54,7 +55,7 @@ pytestmark = pytest.mark.heavy
 
 def test_memory_and_undefined_behaviour(sanitiser):
     """Runs SUITE with every instruction set, and with guards around the memory that PyTorch allocates."""
-    tests = [Path(__file__).parent / name for name in SUITE]
+    tests = [KERNEL_TESTS / name for name in SUITE]
     sanitiser.run_suite(
         "farshore.kernels.cpu._native", SOURCES, tests, "--hypothesis-profile=few", "-k", "not reference"
     )
