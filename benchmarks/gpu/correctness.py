@@ -1,8 +1,9 @@
 """Every GPU kernel against the reference in float64, on the device that it runs on.
 
-Called by ``benchmark``. The cases are those of tests/kernels/gpu/test_attention.py, which has its precisions and
-tolerances from here: every head dim, grouped and latent attention, formats, caps and windows, lengths around
-blocks and tiles, shared and empty segments. The checks run in several processes. It must not know the engine.
+Called by ``sections``. The cases are those of tests/kernels/gpu/test_attention.py, which has its precisions
+and tolerances from here: every head dim, grouped and latent attention, formats, caps and windows, lengths
+around blocks and tiles, shared and empty segments. The checks run in several processes. It must not know the
+engine.
 """
 
 import json
