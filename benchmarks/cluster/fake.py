@@ -54,14 +54,17 @@ class FakeWorkers:
     def announce(self, directory: Directory) -> None:
         """Renews the leases of all workers."""
         for slot, occupant in self._taken.items():
-            directory.renew(
-                WorkerRecord(
-                    worker=WorkerId(f"{slot}-{occupant.process_id}"),
-                    kind=slot.kind,
-                    slot=str(slot),
-                    address=f"10.0.0.1:{occupant.process_id}",
-                    host="10.0.0.1",
-                    process_id=occupant.process_id,
-                    state="serving",
-                )
-            )
+            directory.renew(record_of(slot, occupant))
+
+
+def record_of(slot: Slot, occupant: Occupant) -> WorkerRecord:
+    """What the worker that occupies a slot announces."""
+    return WorkerRecord(
+        worker=WorkerId(f"{slot}-{occupant.process_id}"),
+        kind=slot.kind,
+        slot=str(slot),
+        address=f"10.0.0.1:{occupant.process_id}",
+        host="10.0.0.1",
+        process_id=occupant.process_id,
+        state="serving",
+    )

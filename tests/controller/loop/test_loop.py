@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from farshore.benchmarks.cluster.fake import record_of
 from farshore.controller.desired import Desired
 from farshore.controller.events import Events
 from farshore.controller.launch.launcher import Occupant
@@ -13,7 +14,7 @@ from farshore.controller.loop.loop import ROUND_S, Loop
 from farshore.controller.loop.observer import ANNOUNCE_S, HEARD_S
 from farshore.controller.reconcile import MOST_BACKOFF_S, Slot
 from farshore.ids import WorkerId
-from farshore.kvstore.directory.base import LEASE_S, SETTLE_S, WorkerRecord
+from farshore.kvstore.directory.base import LEASE_S, SETTLE_S
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
 
 GRACE_S = 5.0
@@ -78,18 +79,6 @@ class FakeRay:
                 state = "failed" if slot in self.failing else state
                 record = replace(record_of(slot, occupant), state=state, failure=self.failing.get(slot, ""))
                 directory.renew(record)
-
-
-def record_of(slot, occupant):
-    return WorkerRecord(
-        worker=WorkerId(f"{slot}-{occupant.process_id}"),
-        kind=slot.kind,
-        slot=str(slot),
-        address=f"10.0.0.1:{occupant.process_id}",
-        host="10.0.0.1",
-        process_id=occupant.process_id,
-        state="serving",
-    )
 
 
 class FakeProbes:

@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 
+from farshore.benchmarks.cluster.fake import record_of
 from farshore.controller.loop.loop import ROUND_S
 from farshore.controller.loop.observer import ANNOUNCE_S, HEARD_S
 from farshore.controller.reconcile import KILL_GRACE_S, Slot
 from farshore.kvstore.directory.base import LEASE_S, SETTLE_S
 
-from .test_loop import DRAIN_S, GRACE_S, Cluster, FakeProbes, record_of, slot
+from .test_loop import DRAIN_S, GRACE_S, Cluster, FakeProbes, slot
 
 
 @pytest.fixture
