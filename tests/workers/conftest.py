@@ -78,7 +78,7 @@ def tiny():
             num_key_value_heads=3,
             head_dim=8,
             vocab_size=97,
-            max_position_embeddings=2048,
+            max_position_embeddings=8192,
             tie_word_embeddings=True,
         )
     ).eval()

@@ -91,7 +91,7 @@ def test_stop_tokens_end_a_sequence(greedy, tiny_model, rig, submit):
         ([], GREEDY, "empty"),
         ([97], GREEDY, "not in the vocabulary"),
         ([1], Sampling(max_tokens=0), "at least 1"),
-        ([1] * 2040, GREEDY, "2048 positions"),
+        ([1] * 8184, GREEDY, "8192 positions"),
     ],
 )
 def test_a_request_that_can_never_run_is_refused_at_once(tiny_model, rig, submit, prompt, sampling, match):

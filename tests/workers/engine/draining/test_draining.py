@@ -4,6 +4,7 @@ The shards are served over loopback by this process, so that a test can look int
 """
 
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -18,6 +19,7 @@ from farshore.workers.engine.membership import Draining, Opened
 from farshore.workers.engine.sequence import Finished, Prefilled, Sampled
 
 from ....waiting import until
+from .endless import ENDLESS, end, end_greedy
 
 PROMPT = [i % 90 for i in range(600)]
 OTHER = [token + 1 for token in PROMPT]
@@ -59,8 +61,8 @@ def check_left(made, worker):
 def test_tokens_stay_equal_across_a_drain_during_decode(is_greedy, cluster, submit, shard_by):
     made = cluster(shard_by=shard_by)
     engine = made.start(limits=EngineLimits(speculate_tokens=4))
-    running = {name: submit(engine, name, PROMPT, Sampling(max_tokens=700)) for name in "ab"}
-    other = submit(engine, "c", OTHER, Sampling(max_tokens=700))
+    running = {name: submit(engine, name, PROMPT, ENDLESS) for name in "ab"}
+    other = submit(engine, "c", OTHER, ENDLESS)
     for collected in (*running.values(), other):
         await_tokens(collected, 2)
     first, second = sorted(engine.readers(), key=engine.readers().get)[-2:]
@@ -69,19 +71,17 @@ def test_tokens_stay_equal_across_a_drain_during_decode(is_greedy, cluster, subm
     engine.announce(Opened(first))
     until(lambda: not engine.drains(), "the worker is not open again")
     drain(engine, second)
-    for collected in (*running.values(), other):
-        assert isinstance(collected.result(), Finished)
-    assert all(is_greedy(PROMPT, collected.tokens, 700) for collected in running.values())
-    assert is_greedy(OTHER, other.tokens, 700)
+    for name, collected in running.items():
+        end_greedy(engine, name, collected, PROMPT, is_greedy)
+    end_greedy(engine, "c", other, OTHER, is_greedy)
 
 
 def test_choices_and_sequences_that_share_spans_read_one_copy(is_greedy, cluster, submit):
     made = cluster()
     engine = made.start()
-    sampling = Sampling(max_tokens=600, n=3)
-    forked = submit(engine, "a", PROMPT, sampling)
+    forked = submit(engine, "a", PROMPT, replace(ENDLESS, n=3))
     await_tokens(forked, 12)
-    shared = submit(engine, "b", PROMPT, Sampling(max_tokens=600))
+    shared = submit(engine, "b", PROMPT, ENDLESS)
     await_tokens(shared, 2)
     victim = next(worker for worker, readers in engine.readers().items() if readers == 4)
     spans = sum(info.holders == 2 for info in made.stores[victim].announce())
@@ -92,9 +92,10 @@ def test_choices_and_sequences_that_share_spans_read_one_copy(is_greedy, cluster
     others = [worker for worker in made.targets if worker != victim]
     doubly_held = sum(info.holders == 2 for w in others for info in made.stores[w].announce())
     assert doubly_held >= spans, copies
-    forked.results(3)
-    assert isinstance(shared.result(), Finished)
-    assert all(is_greedy(PROMPT, tokens, 600) for tokens in (*forked.choices.values(), shared.tokens))
+    end(engine, "a", forked, choices=3)
+    end_greedy(engine, "b", shared, PROMPT, is_greedy)
+    assert len(forked.choices) == 3
+    assert all(is_greedy(PROMPT, tokens, len(tokens)) for tokens in forked.choices.values())
 
 
 @pytest.mark.parametrize("format", [KVFormat.INT8, KVFormat.FLOAT32])
@@ -134,15 +135,14 @@ def test_a_drain_during_prefill_cuts_the_prompts_spans(is_greedy, cluster, submi
 def test_hand_offs_go_elsewhere_and_what_was_handed_off_moves(is_greedy, cluster, submit):
     made = cluster(shards=2)
     engine = made.start()
-    running = submit(engine, "a", PROMPT[:200], Sampling(max_tokens=1200))
+    running = submit(engine, "a", PROMPT[:200], ENDLESS)
     until(lambda: len(engine.readers()) and tail_first(engine) >= 512, "no block was handed off")
     victim = max(made.targets, key=lambda worker: engine.readers().get(worker, 0))
     drain(engine, victim)
     first = tail_first(engine)
     until(lambda: tail_first(engine) > first, "no further block was handed off")
     assert not engine.readers().get(victim)
-    assert isinstance(running.result(), Finished)
-    assert is_greedy(PROMPT[:200], running.tokens, 1200)
+    end_greedy(engine, "a", running, PROMPT[:200], is_greedy)
 
 
 def tail_first(engine):
@@ -156,7 +156,7 @@ def test_without_room_elsewhere_spans_stay_and_move_when_there_is(is_greedy, clu
     arena = made.arenas[target]
     ballast = arena.allocate(arena.free_bytes // (1 << 16), 1 << 16, commit=False)
     engine = made.start()
-    running = submit(engine, "a", PROMPT, Sampling(max_tokens=1400))
+    running = submit(engine, "a", PROMPT, ENDLESS)
     await_tokens(running, 2)
     engine.announce(Draining(victim))
     until(lambda: "MiB free" in engine.drains().get(victim, ""), "no reason is given")
@@ -164,21 +164,19 @@ def test_without_room_elsewhere_spans_stay_and_move_when_there_is(is_greedy, clu
     arena.free(ballast)
     until(lambda: not engine.readers().get(victim), "the span does not move")
     assert engine.readers()[target] == 1
-    assert isinstance(running.result(), Finished)
-    assert is_greedy(PROMPT, running.tokens, 1400)
+    end_greedy(engine, "a", running, PROMPT, is_greedy)
 
 
 def test_a_sequence_that_ends_during_a_copy_leaves_nothing(cluster, submit, monkeypatch):
     made = cluster()
     engine = made.start()
-    running = submit(engine, "a", PROMPT, Sampling(max_tokens=1200))
+    running = submit(engine, "a", PROMPT, ENDLESS)
     await_tokens(running, 2)
     copying, go_on = hold_up_copies(monkeypatch)
     (victim, *_) = engine.readers()
     engine.announce(Draining(victim))
     assert copying.wait(DEADLINE_S)
-    engine.cancel(SequenceId("a"))
-    assert isinstance(running.result(), Finished)
+    end(engine, "a", running)
     go_on.set()
     made.check_empty()
 
@@ -200,7 +198,7 @@ def hold_up_copies(monkeypatch):
 def test_a_damaged_span_is_not_moved_and_says_so(is_greedy, cluster, submit, monkeypatch):
     made = cluster()
     engine = made.start()
-    running = submit(engine, "a", PROMPT, Sampling(max_tokens=700))
+    running = submit(engine, "a", PROMPT, ENDLESS)
     await_tokens(running, 2)
     pieces, damaged = exports.pieces, threading.Event()
 
@@ -217,20 +215,19 @@ def test_a_damaged_span_is_not_moved_and_says_so(is_greedy, cluster, submit, mon
         engine.announce(Draining(victim))
         until(lambda: "damaged" in engine.drains().get(victim, ""), "no reason is given")
     until(lambda: not engine.readers().get(victim), "the span does not move")
-    assert isinstance(running.result(), Finished)
-    assert is_greedy(PROMPT, running.tokens, 700)
+    end_greedy(engine, "a", running, PROMPT, is_greedy)
     assert damaged.is_set() and Corrupt.retryable
 
 
 def test_two_engines_share_the_copy_of_a_span_that_they_share(is_greedy, cluster, reach, submit):
     made = cluster()
     engines = [made.start()]
-    first = submit(engines[0], "a", PROMPT, Sampling(max_tokens=900))
+    first = submit(engines[0], "a", PROMPT, ENDLESS)
     await_tokens(first, 2)
     made.clients = made.clients | {worker: reach(made, worker, "engine-2") for worker in made.targets}
     made.resize(64 << 20)
     engines.append(made.start())
-    second = submit(engines[1], "b", PROMPT, Sampling(max_tokens=900))
+    second = submit(engines[1], "b", PROMPT, ENDLESS)
     await_tokens(second, 2)
     victim = next(w for w in made.targets if all(engine.readers().get(w) for engine in engines))
     for engine in engines:
@@ -238,6 +235,5 @@ def test_two_engines_share_the_copy_of_a_span_that_they_share(is_greedy, cluster
     until(lambda: not any(engine.readers().get(victim) for engine in engines), "spans stay")
     others = [worker for worker in made.targets if worker != WorkerId(victim)]
     assert any(info.holders >= 2 for w in others for info in made.stores[w].announce())
-    for collected in (first, second):
-        assert isinstance(collected.result(), Finished)
-        assert is_greedy(PROMPT, collected.tokens, 900)
+    for engine, name, collected in zip(engines, "ab", (first, second), strict=True):
+        end_greedy(engine, name, collected, PROMPT, is_greedy)

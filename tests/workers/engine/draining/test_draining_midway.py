@@ -7,14 +7,13 @@ import threading
 
 import pytest
 
-from farshore.ids import SequenceId
 from farshore.kvstore.store import transfer
-from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.membership import Draining, Opened
-from farshore.workers.engine.sequence import Finished, Sampled
+from farshore.workers.engine.sequence import Sampled
 
 from ....waiting import until
+from .endless import ENDLESS, end, end_greedy
 
 PROMPT = [(7 * i) % 95 for i in range(1900)]
 COPIED = PROMPT[:600]
@@ -120,11 +119,6 @@ def await_token(collected):
     collected.choices[0].append(event.token_id)
 
 
-def check(collected, is_greedy, prompt, count):
-    assert isinstance(collected.result(), Finished)
-    assert is_greedy(prompt, collected.tokens, count)
-
-
 @pytest.mark.parametrize("shard_by", ["range", "head"])
 @pytest.mark.parametrize("segments", [0, 1])
 def test_a_drain_while_a_segment_is_written(is_greedy, cluster, submit, hold_up_write, shard_by, segments):
@@ -132,7 +126,7 @@ def test_a_drain_while_a_segment_is_written(is_greedy, cluster, submit, hold_up_
     shares = 1 if shard_by == "range" else len(made.targets)
     held = hold_up_write(made, after=segments * LAYERS * shares + 1)
     engine = made.start(limits=EngineLimits(segment_tokens=SEGMENT_TOKENS))
-    running = submit(engine, "a", PROMPT, Sampling(max_tokens=100))
+    running = submit(engine, "a", PROMPT, ENDLESS)
     victim = held.await_begun()
     announce(engine, Draining(victim))
     held.go_on()
@@ -141,14 +135,14 @@ def test_a_drain_while_a_segment_is_written(is_greedy, cluster, submit, hold_up_
     (view,) = engine.views()
     assert all(span.last <= written for span in view.spans if span.worker == victim), view.spans
     await_empty(made, engine, victim)
-    check(running, is_greedy, PROMPT, 100)
+    end_greedy(engine, "a", running, PROMPT, is_greedy)
 
 
 def test_a_drain_while_a_block_is_handed_off_to_a_span_that_exists(is_greedy, cluster, submit, hold_up_write):
     prompt = PROMPT[:200]
     made = cluster(shards=2)
     engine = made.start()
-    running = submit(engine, "a", prompt, Sampling(max_tokens=900))
+    running = submit(engine, "a", prompt, ENDLESS)
     await_token(running)
     held = hold_up_write(made)
     victim = held.await_begun()
@@ -157,7 +151,7 @@ def test_a_drain_while_a_block_is_handed_off_to_a_span_that_exists(is_greedy, cl
     held.go_on()
     until(lambda: tail_first(engine) >= 256, "the block was not handed off")
     await_empty(made, engine, victim)
-    check(running, is_greedy, prompt, 900)
+    end_greedy(engine, "a", running, prompt, is_greedy)
 
 
 def tail_first(engine):
@@ -169,7 +163,7 @@ def run_until_copied(cluster, submit, hold_up_copy, names="a"):
     span. Returns (cluster, engine, what the sequences give, the held call, the shard, the copy's shard)."""
     made = cluster()
     engine = made.start()
-    running = [submit(engine, name, COPIED, Sampling(max_tokens=1200)) for name in names]
+    running = [submit(engine, name, COPIED, ENDLESS) for name in names]
     for collected in running:
         await_token(collected)
     held = hold_up_copy(made)
@@ -186,7 +180,7 @@ def test_the_target_of_a_copy_drains_meanwhile(is_greedy, cluster, submit, hold_
     await_empty(made, engine, target)
     (third,) = set(made.targets) - {source, target}
     assert engine.readers() == {third: 1}
-    check(running, is_greedy, COPIED, 1200)
+    end_greedy(engine, "a", running, COPIED, is_greedy)
 
 
 def test_a_drain_that_is_undone_in_the_middle_of_a_copy(is_greedy, cluster, submit, hold_up_copy):
@@ -196,14 +190,13 @@ def test_a_drain_that_is_undone_in_the_middle_of_a_copy(is_greedy, cluster, subm
     until(lambda: engine.readers().get(target), "the sequence does not read the copy")
     announce(engine, Draining(source))
     await_empty(made, engine, source)
-    check(running, is_greedy, COPIED, 1200)
+    end_greedy(engine, "a", running, COPIED, is_greedy)
 
 
 def test_one_of_two_sharers_ends_in_the_middle_of_a_copy(is_greedy, cluster, submit, hold_up_copy):
     made, engine, (first, second), held, source, _ = run_until_copied(cluster, submit, hold_up_copy, "ab")
     assert engine.readers()[source] == 2
-    engine.cancel(SequenceId("a"))
-    assert isinstance(first.result(), Finished)
+    end(engine, "a", first)
     held.go_on()
     await_empty(made, engine, source)
-    check(second, is_greedy, COPIED, 1200)
+    end_greedy(engine, "b", second, COPIED, is_greedy)
