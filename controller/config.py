@@ -39,8 +39,6 @@ LEAST_GRACE_S, MOST_GRACE_S = 1.0, 3600.0
 MOST_SPECULATED = 16
 """Each guessed token is a row of the step; more than these cost more than they can save."""
 
-_CPU_FORMATS = ("int4",)
-"""Formats of KV that GPUs do not read."""
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 _OF_ONE_DRIVER = {
@@ -122,11 +120,6 @@ class ClusterConfig:
     def stored_format(self) -> KvFormat:
         """The format that KV is stored in."""
         return self.kv_format or _FORMAT_OF_DTYPE[self.dtype]
-
-    @property
-    def may_use_gpus(self) -> bool:
-        """Whether ``auto`` may choose a GPU for the dense workers: its kernels read the stored format."""
-        return self.stored_format not in _CPU_FORMATS
 
     @property
     def gpu_index(self) -> int | None:
@@ -227,12 +220,6 @@ class ClusterConfig:
             raise InvalidRequest(
                 f"--device {quoted(self.device)}: use auto, cpu, cuda, or cuda:N for one GPU of this host"
             )
-        for option, device in (("--device", self.device), ("--attention-device", self.attention_device)):
-            if self.stored_format in _CPU_FORMATS and device.startswith("cuda"):
-                raise InvalidRequest(
-                    f"--kv-format {self.stored_format} with {option} {device}: no GPU's kernel reads it: use"
-                    f" int8, or {option} cpu"
-                )
         if self.gpu_index is None:
             return
         if self.ray_address is not None:

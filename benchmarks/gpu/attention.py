@@ -26,11 +26,12 @@ EXTEND_PERCENT = 60.0
 
 
 def decode(setting: Setting) -> Measured:
-    """One sequence and several, in bfloat16 and int8."""
+    """One sequence and several, in bfloat16, int8 and int4."""
     tokens = setting.sizes.decode_tokens
     cases = (
         (LLAMA_8B, KVFormat.BFLOAT16, 1, tokens),
         (LLAMA_8B, KVFormat.INT8, 1, tokens),
+        (LLAMA_8B, KVFormat.INT4, 1, tokens),
         (LLAMA_8B, KVFormat.BFLOAT16, max(setting.sizes.batches), tokens // 8),
         (SMOLLM2, KVFormat.BFLOAT16, 1, tokens),
     )

@@ -34,6 +34,8 @@ PRECISIONS = (
     (torch.float32, KVFormat.BFLOAT16),
     (torch.float32, KVFormat.INT8),
     (torch.bfloat16, KVFormat.INT8),
+    (torch.float32, KVFormat.INT4),
+    (torch.bfloat16, KVFormat.INT4),
 )
 """(dtype of q, format of KV)"""
 MERGED = (2, 1, 16, 17, 65)

@@ -130,6 +130,7 @@ def _precisions() -> Iterator[tuple[torch.dtype, KVFormat]]:
     for dtype in TOLERANCE:
         yield dtype, KVFormat.of(dtype)
     yield torch.bfloat16, KVFormat.INT8
+    yield torch.bfloat16, KVFormat.INT4
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:

@@ -108,15 +108,14 @@ def needs(
 ) -> dict[Kind, Need]:
     """What a worker of each kind asks for. ``memory``: of :func:`worker_bytes`. ``nodes``: of
     :func:`all_nodes`. ``counts``: the workers that there are to be. With ``--device auto`` each dense worker
-    asks for a GPU if the nodes have one for each, beside those of the attention workers; else, or if no GPU
-    reads the format of KV, none does."""
+    asks for a GPU if the nodes have one for each, beside those of the attention workers; else none does."""
     attention = Need(memory["attention"], int(config.attention_device == "cuda"))
     dense = Need(memory["dense"], int(config.device != "cpu"))
     if config.device == "auto":
         declared = are_declared(nodes)
         left = beside(nodes, "attention", workers=counts["attention"], each=attention, declared=declared)
         room = sum(node.room("dense", each=dense, declared=declared) for node in left)
-        dense = dense._replace(gpus=int(config.may_use_gpus and room >= counts["dense"]))
+        dense = dense._replace(gpus=int(room >= counts["dense"]))
     return {"dense": dense, "attention": attention}
 
 

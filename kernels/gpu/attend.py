@@ -38,25 +38,53 @@ def tanh(x):
 
 
 @triton.jit
+def nibbles(dims, FIRST: tl.constexpr, BLOCK: tl.constexpr, ROW_DIM: tl.constexpr):
+    """(byte in the row, bits below it in that byte) of elements ``dims`` = FIRST .. FIRST + BLOCK of an int4
+    row of ROW_DIM elements; see :mod:`farshore.kernels.formats`."""
+    LAST: tl.constexpr = ROW_DIM // SCALE_GROUP * SCALE_GROUP
+    HALF: tl.constexpr = SCALE_GROUP // 2
+    if FIRST + BLOCK <= LAST:
+        # Whole groups only. In this form the compiler sees that 32 bytes are adjacent: it loads 16 at a time.
+        byte = dims % HALF
+        shift = dims // HALF % 2 * 4
+    else:
+        of_group = dims % SCALE_GROUP
+        half = tl.where(dims < LAST, HALF, (ROW_DIM - LAST + 1) // 2)
+        byte = tl.where(of_group < half, of_group, of_group - half)
+        shift = tl.where(of_group < half, 0, 4)
+    return dims // SCALE_GROUP * HALF + byte, shift.to(tl.uint8)
+
+
+@triton.jit
 def load_rows(
     memory, scales, at, scale_at, keep,
-    FIRST: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
+    FIRST: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, ROW_DIM: tl.constexpr,
     SCALES: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """DTYPE[tokens, BLOCK]: dims FIRST .. FIRST + BLOCK of the stored rows at element offsets ``at``; 0 where
-    ``keep`` is false or beyond DIM. Not MASKED: ``keep`` is true everywhere.
+    ``keep`` is false or beyond DIM. The rows have ROW_DIM dims. Not MASKED: ``keep`` is true everywhere.
 
-    Rows with SCALES > 0 are int8 and are dequantised with that many bfloat16 scales, at element offsets
-    ``scale_at``, one per 64 dims. The product is rounded to DTYPE once, as if it had been stored as DTYPE.
+    Rows with SCALES > 0 are int8, or int4 if ``memory`` is unsigned, and are dequantised with that many
+    bfloat16 scales, at element offsets ``scale_at``, one per 64 dims. The product is rounded to DTYPE once,
+    as if it had been stored as DTYPE. The two elements of an int4 byte are loaded from it twice: the second
+    time from L1, which moves as many bytes as for int8, and HBM half of them.
     """
+    PACKED: tl.constexpr = memory.dtype.element_ty == tl.uint8
+    ZERO: tl.constexpr = 0x88 if PACKED else 0
     dims = FIRST + tl.arange(0, BLOCK)
-    addresses = memory + at[:, None] + dims[None, :]
+    if PACKED:
+        byte, shift = nibbles(dims, FIRST, BLOCK, ROW_DIM)
+    else:
+        byte = dims
+    addresses = memory + at[:, None] + byte[None, :]
     if FIRST + BLOCK > DIM:
-        x = tl.load(addresses, mask=keep[:, None] & (dims < DIM)[None, :], other=0)
+        x = tl.load(addresses, mask=keep[:, None] & (dims < DIM)[None, :], other=ZERO)
     elif MASKED:
-        x = tl.load(addresses, mask=keep[:, None], other=0)
+        x = tl.load(addresses, mask=keep[:, None], other=ZERO)
     else:
         x = tl.load(addresses)
+    if PACKED:
+        x = (x >> shift[None, :] & 15).to(tl.int8) - 8
     if SCALES > 0:
         GROUPS: tl.constexpr = (BLOCK + SCALE_GROUP - 1) // SCALE_GROUP
         group = FIRST // SCALE_GROUP + tl.arange(0, GROUPS)
@@ -95,7 +123,7 @@ def attend_to_keys(
     queries, queries_rest, positions, row_max, row_sum, acc,
     k, v, k_scales, v_scales, k_token, v_token, block_stride, first, k_position, start, stop, scale,
     K_DIM: tl.constexpr, K_MAIN: tl.constexpr, K_REST: tl.constexpr,
-    V_DIM: tl.constexpr, V_BLOCK: tl.constexpr,
+    V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, V_ROW_DIM: tl.constexpr,
     K_SCALES: tl.constexpr, V_SCALES: tl.constexpr, V_IS_KEYS: tl.constexpr,
     SOFT_CAP: tl.constexpr, WINDOW: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -105,9 +133,9 @@ def attend_to_keys(
     queries ``[M, K_MAIN]`` and queries_rest ``[M, K_REST]`` hold the K dims in two pieces, a power of two and
     the rest (96 = 64 + 32), so that little is padding. k and v point to the head's first stored row. Tokens
     lie k_token and v_token elements apart; a block holds BLOCK_TOKENS of them, and the next block begins
-    block_stride elements later (None: all tokens are adjacent). Not MASKED: every query sees every key, and
-    stop - start is a multiple of BLOCK_N. V_IS_KEYS: the first V_BLOCK = K_MAIN elements of a key are its
-    value (MLA), which is loaded once.
+    block_stride elements later (None: all tokens are adjacent). A stored row of V has V_ROW_DIM dims. Not
+    MASKED: every query sees every key, and stop - start is a multiple of BLOCK_N. V_IS_KEYS: the first
+    V_BLOCK = K_MAIN elements of a key are its value (MLA), which is loaded once.
     """
     for tile in range(start, stop, BLOCK_N):
         token = tile + tl.arange(0, BLOCK_N)
@@ -127,13 +155,14 @@ def attend_to_keys(
         v_scale_at = block_at // 2 + slot * V_SCALES
 
         keys = load_rows(
-            k, k_scales, k_at, k_scale_at, inside, 0, K_MAIN, K_DIM, K_SCALES, MASKED, queries.dtype
+            k, k_scales, k_at, k_scale_at, inside, 0, K_MAIN, K_DIM, K_DIM, K_SCALES, MASKED, queries.dtype
         )
         logits = multiply(queries, tl.trans(keys), tl.zeros((queries.shape[0], BLOCK_N), tl.float32))
         if K_REST > 0:
             rest = load_rows(
-                k, k_scales, k_at, k_scale_at, inside, K_MAIN, K_REST, K_DIM, K_SCALES, MASKED, queries.dtype
-            )
+                k, k_scales, k_at, k_scale_at, inside,
+                K_MAIN, K_REST, K_DIM, K_DIM, K_SCALES, MASKED, queries.dtype,
+            )  # fmt: skip
             logits = multiply(queries_rest, tl.trans(rest), logits)
         if SOFT_CAP is None:
             logits *= scale * LOG2_E
@@ -156,8 +185,9 @@ def attend_to_keys(
             values = keys
         else:
             values = load_rows(
-                v, v_scales, v_at, v_scale_at, inside, 0, V_BLOCK, V_DIM, V_SCALES, MASKED, queries.dtype
-            )
+                v, v_scales, v_at, v_scale_at, inside,
+                0, V_BLOCK, V_DIM, V_ROW_DIM, V_SCALES, MASKED, queries.dtype,
+            )  # fmt: skip
         acc = multiply(weights.to(queries.dtype), values, acc * rescale[:, None])
         row_max = new_max
     return row_max, row_sum, acc

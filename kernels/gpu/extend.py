@@ -73,7 +73,7 @@ def extend_kernel(
             row_max, row_sum, acc = attend_to_keys(
                 queries, queries_rest, position, row_max, row_sum, acc,
                 k, v, k, v, k_token, v_token, 0, 0, k_position, start, stop, scale,
-                K_DIM, K_MAIN, K_REST, V_DIM, V_BLOCK, K_SCALES=0, V_SCALES=0, V_IS_KEYS=False,
+                K_DIM, K_MAIN, K_REST, V_DIM, V_BLOCK, V_DIM, K_SCALES=0, V_SCALES=0, V_IS_KEYS=False,
                 SOFT_CAP=SOFT_CAP, WINDOW=WINDOW, BLOCK_TOKENS=None, MASKED=piece != 1, BLOCK_N=BLOCK_N,
             )  # fmt: skip
     o_values, lse_values = normalise(row_max, row_sum, acc)

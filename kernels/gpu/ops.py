@@ -2,8 +2,8 @@
 
 Chosen by :mod:`farshore.kernels.select`; :class:`farshore.kernels.base.Kernels` says what the functions do.
 All tensors lie on one device, which must be the current one; work lists and segments may lie on the CPU. q,
-stored KV and outputs are float32, bfloat16 or float16; stored KV may be int8 too. Products are in q's dtype
-if KV has the same dtype or is int8, else in float32; sums are always float32.
+stored KV and outputs are float32, bfloat16 or float16; stored KV may be int8 or int4 too. Products are in q's
+dtype if KV has the same dtype or is quantised, else in float32; sums are always float32.
 
 A plan serves one stream at a time, because it owns the scratch between its two kernels. How a long segment
 is split depends on the step's other work, and so do the last bits of a row's result. Equal steps give equal
@@ -48,6 +48,7 @@ _STORED = {
     KVFormat.BFLOAT16: torch.bfloat16,
     KVFormat.FLOAT16: torch.float16,
     KVFormat.INT8: torch.int8,
+    KVFormat.INT4: torch.uint8,
 }
 """Formats of stored KV and the dtypes in which the kernels load them."""
 _LOAD_BYTES = 16
@@ -101,7 +102,7 @@ def plan(
     room: PlanRoom | None = None,
 ) -> Plan:
     """In a room the numbers of segments and tiles are rounded up to powers of two. A surplus tile ends at
-    once. Raises ValueError also for int4 and float64 KV, for rows beyond ``positions``, and for addresses
+    once. Raises ValueError also for float64 KV, for rows beyond ``positions``, and for addresses
     that are not multiples of the element size (of 2 bytes, if there are scales)."""
     if layout.format not in _STORED:
         raise ValueError(
@@ -282,8 +283,8 @@ def extend(
         v.shape,
     ):
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not match {spec}")
-    if k.dtype != v.dtype:
-        raise ValueError(f"k {k.dtype}, v {v.dtype}")
+    if k.dtype != v.dtype or k.dtype not in _DTYPES:
+        raise ValueError(f"k {k.dtype}, v {v.dtype}: not one of float32, bfloat16 and float16")
     strides = _state_strides(out, (n, q_heads, spec.v_dim))
     q_strides, k_strides, v_strides = _strides(q), _strides(k), _strides(v)
     dtype = _product_dtype(q, k)
@@ -357,10 +358,11 @@ def _launch(tile: TileShape) -> dict[str, int | bool]:
 
 
 def _product_dtype(q: Tensor, kv: Tensor) -> tl.dtype:
-    """The dtype of products. Raises ValueError unless the kernels know both dtypes."""
-    if q.dtype not in _DTYPES or kv.dtype not in (*_DTYPES, torch.int8):
-        raise ValueError(f"q {q.dtype} on KV {kv.dtype}: not float32, bfloat16, float16 (KV: int8)")
-    return _DTYPES[q.dtype] if kv.dtype in (q.dtype, torch.int8) else tl.float32
+    """The dtype of products. ``kv``: in the dtype of ``_STORED``. Raises ValueError unless the kernels know
+    both dtypes."""
+    if q.dtype not in _DTYPES or kv.dtype not in _STORED.values():
+        raise ValueError(f"q {q.dtype} on KV {kv.dtype}: not float32, bfloat16, float16 (KV: int8, int4)")
+    return tl.float32 if kv.dtype in _DTYPES and kv.dtype != q.dtype else _DTYPES[q.dtype]
 
 
 def _strides(x: Tensor) -> tuple[int, int]:

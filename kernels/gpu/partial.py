@@ -26,8 +26,8 @@ def partial_kernel(
 ):  # fmt: skip
     """One program: tile ``tiles[first_tile + pid]`` (see :class:`work.TileList`), up to BLOCK_M queries on a
     token range of one segment, for one K head and one V head. Writes their states to split_o f32[slots,
-    V_DIM] and split_lse f32[slots]. ``memory`` is the KV in elements of its format; ``scales`` is the same
-    memory as bf16, for int8.
+    V_DIM] and split_lse f32[slots]. ``memory`` is the KV in elements of its format, in bytes for int4;
+    ``scales`` is the same memory as bf16, for int8 and int4.
 
     Roofline, one row on n tokens in bf16, H query heads per K head: 2 n (K_DIM + V_DIM) bytes per K head
     (split states are < 1% of that at 512 tokens a tile) and 2 n H (K_DIM + V_DIM) FLOPs. That is H FLOPs per
@@ -72,16 +72,20 @@ def partial_kernel(
     k_at = tl.multiple_of(layer_at + k_run, ALIGN_BYTES) // ITEM_BYTES
     v_at = tl.multiple_of(layer_at + v_run, ALIGN_BYTES) // ITEM_BYTES
     block_stride = tl.multiple_of(tl.load(stride + segment), ALIGN_BYTES) // ITEM_BYTES
-    V_TOKEN: tl.constexpr = K_DIM if V_IN_K else V_DIM
-    k_scales = scales + (layer_at + k_run + BLOCK_TOKENS * K_DIM) // 2
+    V_ROW_DIM: tl.constexpr = K_DIM if V_IN_K else V_DIM
+    # An int4 row has a byte for two dims.
+    PACKED: tl.constexpr = memory.dtype.element_ty == tl.uint8
+    K_TOKEN: tl.constexpr = (K_DIM + 1) // 2 if PACKED else K_DIM
+    V_TOKEN: tl.constexpr = (V_ROW_DIM + 1) // 2 if PACKED else V_ROW_DIM
+    k_scales = scales + (layer_at + k_run + BLOCK_TOKENS * K_TOKEN) // 2
     v_scales = scales + (layer_at + v_run + BLOCK_TOKENS * V_TOKEN) // 2
 
     row_max, row_sum, acc = no_keys(BLOCK_M, V_BLOCK)
     row_max, row_sum, acc = attend_to_keys(
         queries, queries_rest, position, row_max, row_sum, acc,
-        memory + k_at, memory + v_at, k_scales, v_scales, K_DIM, V_TOKEN, block_stride,
+        memory + k_at, memory + v_at, k_scales, v_scales, K_TOKEN, V_TOKEN, block_stride,
         tl.load(first + segment), tl.load(segment_position + segment), start, stop, scale,
-        K_DIM, K_MAIN, K_REST, V_DIM, V_BLOCK, K_SCALES, K_SCALES if V_IN_K else V_SCALES,
+        K_DIM, K_MAIN, K_REST, V_DIM, V_BLOCK, V_ROW_DIM, K_SCALES, K_SCALES if V_IN_K else V_SCALES,
         V_IS_KEYS=V_IN_K and V_BLOCK == K_MAIN, SOFT_CAP=SOFT_CAP, WINDOW=WINDOW, BLOCK_TOKENS=BLOCK_TOKENS,
         MASKED=True, BLOCK_N=BLOCK_N,
     )  # fmt: skip

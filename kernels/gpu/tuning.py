@@ -71,13 +71,17 @@ def partial_tiles(arch: int | str | None, k_dim: int, format: KVFormat) -> TileS
         return _full_precision_tiles(arch, k_dim)
     if isinstance(arch, str):
         return _cdna_partial_tiles(k_dim, quantised=format.quantised)
+    # int4 takes more registers than int8: beyond 64 dims it spills with as many queries in a tile.
+    int4 = format is KVFormat.INT4
     if k_dim > 256:
         # For sm_80, triton 3.6 spills with 32 keys of int8.
-        return TileShape(32, 16 if format.quantised and arch < 90 else 32, 8, 2)
+        return TileShape(16 if int4 else 32, 16 if format.quantised and arch < 90 else 32, 8, 2)
     if k_dim > 128:
-        return TileShape(32, 32, 4, 3)
+        return TileShape(16 if int4 else 32, 32, 4, 3)
     # Two or more programs per SM, each with about 32 KiB of K and V in flight, cover latency x bandwidth.
-    return TileShape(64, 64, 4, 4) if k_dim <= 64 else TileShape(64, 64 if arch >= 90 else 32, 4, 3)
+    if k_dim <= 64:
+        return TileShape(64, 64, 4, 4)
+    return TileShape(32 if int4 else 64, 64 if arch >= 90 else 32, 4, 3)
 
 
 def _cdna_partial_tiles(k_dim: int, *, quantised: bool) -> TileShape:

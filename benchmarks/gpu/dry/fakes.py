@@ -56,6 +56,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
 PLACEMENTS = {
     "local": Placement(),
     "local, int8": Placement(format=KVFormat.INT8),
+    "local, int4": Placement(format=KVFormat.INT4),
     "CPU shards": Placement(shards=2),
     "CPU shards by head, int8": Placement(shards=2, shard_by="head", format=KVFormat.INT8),
     "CUDA shards": Placement(shards=2, shard_device=CUDA),

@@ -1,9 +1,9 @@
 """The GPU's dense kernels: check the arguments, then launch one kernel on the current stream.
 
 See :mod:`farshore.kernels.dense.base` for what the functions do. Tensors are float32, bfloat16 or float16;
-KV may be stored as int8 too. Rows must be adjacent elements. Results equal those of PyTorch up to the order
-of the sum of squares and the last bit of the root and the exponential. Launching allocates nothing, so these
-calls may be part of a graph.
+KV may be stored as int8 or int4 too. Rows must be adjacent elements. Results equal those of PyTorch up to the
+order of the sum of squares and the last bit of the root and the exponential. Launching allocates nothing, so
+these calls may be part of a graph.
 """
 
 import torch
@@ -64,7 +64,7 @@ def rotate(
     q: Tensor | None = None,
     kv: KVRows | KVSlots | None = None,
 ) -> None:
-    """Raises ValueError for int4 KV, and for tables that are not contiguous, too."""
+    """Raises ValueError for tables that are not contiguous, too."""
     q_heads, kv_heads = checks.rotate(x, rotation, positions, q, kv)
     _check(x, *(() if q is None else (q,)), *(kv if isinstance(kv, KVRows) else ()))
     if not all(table.is_contiguous() for table in (*rotation, positions)):
@@ -96,11 +96,9 @@ def _targets(x: Tensor, kv: KVRows | KVSlots | None) -> tuple[Tensor | int | Non
     """Of K and V: (target, strides of a row and a head) each; then scales, places and the layer's offset."""
     if isinstance(kv, KVSlots):
         layout = kv.layout
-        if layout.format is KVFormat.INT4:
-            raise ValueError("int4 KV has no GPU kernel")
         if not all(field.is_contiguous() for field in (kv.base, kv.slot, kv.source)):
             raise ValueError("the rows' places must be contiguous")
-        item = torch.int8 if layout.format.quantised else layout.format.dtype
+        item = torch.int8 if layout.format is KVFormat.INT8 else layout.format.dtype  # int4: uint8
         payload = kv.memory[: kv.memory.numel() // item.itemsize * item.itemsize].view(item)
         scales = kv.memory[: kv.memory.numel() // 2 * 2].view(torch.bfloat16) if layout.k_scales else x
         side = payload, 0, 0

@@ -11,23 +11,70 @@ from farshore.kernels.gpu.dense.rounding import rounded
 
 GROUP = tl.constexpr(SCALE_ELEMENTS)
 LEAST = tl.constexpr(MIN_SCALE)
-LARGEST = tl.constexpr(127.0)
 ROUNDS = tl.constexpr(12582912.0)
 """1.5 * 2^23: float32 numbers of this size have no fraction, so adding it rounds to the nearest integer."""
 
 
 @triton.jit
-def quantised(values, GROUPS: tl.constexpr):
-    """(q i8[rows, dims], scales float32[rows, GROUPS]) as ``formats.quantise`` makes them, with one scale for
-    every ``dims / GROUPS`` values."""
-    grouped = tl.reshape(values, (values.shape[0], GROUPS, values.shape[1] // GROUPS))
-    size = tl.abs(grouped)
+def grouped(values, GROUPS: tl.constexpr):
+    """[rows, GROUPS, values of a group]"""
+    return tl.reshape(values, (values.shape[0], GROUPS, values.shape[1] // GROUPS))
+
+
+@triton.jit
+def scales_of(values, LARGEST: tl.constexpr, GROUPS: tl.constexpr):
+    """float32[rows, GROUPS]: the scales that ``formats.quantise`` gives rows of ``values``, for q up to
+    LARGEST; NaN for a group with an infinity or a NaN."""
+    size = tl.abs(grouped(values, GROUPS))
     finite = tl.min((size < float("inf")).to(tl.int32), axis=2) > 0
     scale = rounded(tl.maximum(tl.div_rn(tl.max(size, axis=2), LARGEST), LEAST), tl.bfloat16)
-    scale = tl.where(finite, scale, float("nan"))
-    q = tl.div_rn(grouped, tl.where(finite, scale, 1.0)[:, :, None])
+    return tl.where(finite, scale, float("nan"))
+
+
+@triton.jit
+def quantised(values, scale, GROUPS: tl.constexpr):
+    """i8, of the shape of ``values``: their q, as ``formats.quantise`` makes it. scale: float32[rows,
+    GROUPS], that of each ``values.shape[1] / GROUPS`` of them."""
+    finite = scale == scale
+    q = tl.div_rn(grouped(values, GROUPS), tl.where(finite, scale, 1.0)[:, :, None])
     q = tl.where(finite[:, :, None], (q + ROUNDS) - ROUNDS, 0.0)
-    return tl.reshape(q.to(tl.int8), (values.shape[0], values.shape[1])), scale
+    return tl.reshape(q.to(tl.int8), (values.shape[0], values.shape[1]))
+
+
+@triton.jit
+def turned(at, d, keep, cos, sin, position, rotates, DIM: tl.constexpr, DTYPE: tl.constexpr):
+    """float32[rows, dims]: elements d of the heads of DIM at ``at``, rotated by the angles of their positions
+    if ``rotates``; 0 where ``keep`` is false."""
+    HALF: tl.constexpr = DIM // 2
+    values = tl.load(at[:, None] + d[None, :], mask=keep, other=0.0).to(tl.float32)
+    if rotates:
+        partner = tl.where(d < HALF, d + HALF, d - HALF)
+        others = tl.load(at[:, None] + partner[None, :], mask=keep, other=0.0).to(tl.float32)
+        angle = position[:, None] * HALF + tl.where(d < HALF, d, d - HALF)[None, :]
+        c = tl.load(cos + angle, mask=keep, other=0.0).to(tl.float32)
+        s = tl.load(sin + angle, mask=keep, other=0.0).to(tl.float32)
+        crossed = rounded(others * s, DTYPE)
+        crossed = tl.where((d < HALF)[None, :], -crossed, crossed)
+        values = rounded(rounded(values * c, DTYPE) + crossed, DTYPE)
+    return values
+
+
+@triton.jit
+def packed(
+    at, byte, keep, cos, sin, position, rotates, scale,
+    DIM: tl.constexpr, GROUPS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """u8, of the shape of ``keep``: bytes ``byte`` of the int4 rows of the heads at ``at``. Both elements of
+    a byte are computed where it is stored: to move them there from other threads would take longer."""
+    HALF: tl.constexpr = GROUP // 2
+    LAST: tl.constexpr = DIM // GROUP * GROUP
+    low = byte // HALF * GROUP + byte % HALF
+    high = low + tl.where(low < LAST, HALF, (DIM - LAST + 1) // 2)
+    x_low = turned(at, low, keep, cos, sin, position, rotates, DIM, DTYPE)
+    x_high = turned(at, high, keep & (high < DIM)[None, :], cos, sin, position, rotates, DIM, DTYPE)
+    q_low = (quantised(x_low, scale, GROUPS) + 8).to(tl.uint8)
+    q_high = (quantised(x_high, scale, GROUPS) + 8).to(tl.uint8)
+    return q_low | q_high << 4
 
 
 @triton.jit(do_not_specialize=["layer_bytes", "rows"])
@@ -42,32 +89,24 @@ def rotate_kernel(
 
     base None: K and V go to k_out and v_out, by their strides in elements. Otherwise both are the memory of
     stored KV, where a head of K has a run of RUN_BYTES, K before V, ``layer_bytes`` behind the row's base; a
-    run holds BLOCK_TOKENS rows, then their scales if SCALES > 0. ``scales`` is the same memory as bfloat16.
-    Rows that are not their own ``source`` are not stored.
+    run holds BLOCK_TOKENS rows, then their scales if SCALES > 0: int8 rows, or int4 ones if the memory is
+    unsigned. ``scales`` is the same memory as bfloat16. Rows that are not their own ``source`` are not
+    stored.
 
     Roofline, per head and row: 2 DIM elements of x read (the second time from L1), DIM of the table, and DIM
     written; 3 FLOPs each. Bound by latency for few rows, else by memory: 2,048 rows of 48 heads of 128 in
     bfloat16 move 50 MB, 11 us of an H200's HBM.
     """
-    HALF: tl.constexpr = DIM // 2
     DTYPE: tl.constexpr = x.dtype.element_ty
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     used = row < rows
     head = tl.program_id(1)
     d = tl.arange(0, BLOCK)
     keep = used[:, None] & (d < DIM)[None, :]
-    at = x + row[:, None] * x_row + head * DIM
-    values = tl.load(at + d[None, :], mask=keep, other=0.0).to(tl.float32)
-    if head < Q_HEADS + KV_HEADS:
-        partner = tl.where(d < HALF, d + HALF, d - HALF)
-        others = tl.load(at + partner[None, :], mask=keep, other=0.0).to(tl.float32)
-        position = tl.load(positions + row, mask=used, other=0)
-        angle = position[:, None] * HALF + tl.where(d < HALF, d, d - HALF)[None, :]
-        c = tl.load(cos + angle, mask=keep, other=0.0).to(tl.float32)
-        s = tl.load(sin + angle, mask=keep, other=0.0).to(tl.float32)
-        crossed = rounded(others * s, DTYPE)
-        crossed = tl.where((d < HALF)[None, :], -crossed, crossed)
-        values = rounded(rounded(values * c, DTYPE) + crossed, DTYPE)
+    at = x + row * x_row + head * DIM
+    rotates = head < Q_HEADS + KV_HEADS
+    position = tl.load(positions + row, mask=used, other=0)
+    values = turned(at, d, keep, cos, sin, position, rotates, DIM, DTYPE)
     if head < Q_HEADS:
         tl.store(q_out + row[:, None] * q_row + head * q_head + d[None, :], values.to(DTYPE), mask=keep)
     if KV_HEADS > 0 and head >= Q_HEADS:
@@ -88,15 +127,25 @@ def rotate_kernel(
             inside = stored[:, None] & (d < DIM)[None, :]
             STORED: tl.constexpr = k_out.dtype.element_ty
             ITEM_BYTES: tl.constexpr = STORED.primitive_bitwidth // 8
-            payload_at = k_out + (head_at // ITEM_BYTES + token * DIM)[:, None] + d[None, :]
+            PACKED: tl.constexpr = k_out.dtype.element_ty == tl.uint8
+            TOKEN: tl.constexpr = (DIM + 1) // 2 if PACKED else DIM
+            row_at = k_out + head_at // ITEM_BYTES + token * TOKEN
             if SCALES > 0:
                 GROUPS: tl.constexpr = (BLOCK + GROUP - 1) // GROUP
-                q8, scale = quantised(values, GROUPS)
-                tl.store(payload_at, q8, mask=inside)
+                LARGEST: tl.constexpr = 7.0 if PACKED else 127.0
+                scale = scales_of(values, LARGEST, GROUPS)
+                if PACKED:
+                    byte = tl.arange(0, BLOCK // 2)
+                    whole = stored[:, None] & (byte < TOKEN)[None, :]
+                    q = packed(at, byte, whole, cos, sin, position, rotates, scale, DIM, GROUPS, DTYPE)
+                    tl.store(row_at[:, None] + byte[None, :], q, mask=whole)
+                else:
+                    q = quantised(values, scale, GROUPS)
+                    tl.store(row_at[:, None] + d[None, :], q, mask=inside)
                 group = tl.arange(0, GROUPS)
-                scale_at = (head_at + BLOCK_TOKENS * DIM) // 2 + token * SCALES
+                scale_at = (head_at + BLOCK_TOKENS * TOKEN) // 2 + token * SCALES
                 known = stored[:, None] & (group < SCALES)[None, :]
                 scale_at = scales + scale_at[:, None] + group[None, :]
                 tl.store(scale_at, scale.to(tl.bfloat16), mask=known)
             else:
-                tl.store(payload_at, values.to(STORED), mask=inside)
+                tl.store(row_at[:, None] + d[None, :], values.to(STORED), mask=inside)

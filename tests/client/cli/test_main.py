@@ -63,8 +63,6 @@ from farshore import __version__
         ("serve", "--device", "cuda:1", "--attention-device", "cuda"),
         ("serve", "--device", "cuda:1", "--ray-address", "127.0.0.2:6379"),
         ("serve", "--attention-device", "cuda:1"),
-        ("serve", "--device", "cuda", "--kv-format", "int4"),
-        ("serve", "--attention-device", "cuda", "--kv-format", "int4"),
     ],
 )
 def test_wrong_usage(run, cluster, arguments):

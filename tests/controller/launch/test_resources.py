@@ -148,8 +148,7 @@ def test_workers_with_a_gpu_fit_and_leave_fewer_gpus():
         ({"dense_workers": 2}, (1, 1), (1, 0)),
         ({"device": "cpu"}, (2,), (0, 0)),
         ({"kv_format": "int8"}, (2,), (1, 0)),
-        # No GPU's kernel reads it.
-        ({"kv_format": "int4"}, (2,), (0, 0)),
+        ({"kv_format": "int4"}, (2,), (1, 0)),
         ({"device": "cuda"}, (0,), (1, 0)),
         ({"device": "cuda:1"}, (0,), (1, 0)),
         ({"attention_device": "cuda"}, (2,), (0, 1)),

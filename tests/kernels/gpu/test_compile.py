@@ -32,8 +32,8 @@ def compiled(tmp_path):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_fit_without_spills(compiled, target):
-    """Every kernel at K dims 64 and 128 in bfloat16, and those that read stored KV also in int8."""
-    check_kernels(compiled("kernels", target, "64,128", "bfloat16,int8"), target)
+    """Every kernel at K dims 64 and 128 in bfloat16, and those that read stored KV also in int8 and int4."""
+    check_kernels(compiled("kernels", target, "64,128", "bfloat16,int8,int4"), target)
 
 
 def check_kernels(rows, target):
@@ -41,14 +41,20 @@ def check_kernels(rows, target):
     assert {(kernel, k_dim, "bfloat16") for kernel in PROGRAMS_A_PROCESSOR for k_dim in (64, 128)} <= {
         *titles
     }
-    assert {("partial narrow", 64, "int8"), ("partial wide", 128, "int8")} <= {*titles}
+    for kv in ("int8", "int4"):
+        assert {("partial narrow", 64, kv), ("partial wide", 128, kv)} <= {*titles}
     for row in rows:
         registers = PROGRAMS_A_PROCESSOR[row["kernel"]] * row["threads"] * row["registers"]
         assert registers <= REGISTERS[target.split(":")[0]], row
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(target, marks=pytest.mark.heavy if target == "cuda:90" else pytest.mark.soak)
+        for target in TARGETS
+    ],
+)
 def test_rarer_shapes_fit_without_spills(compiled, target):
     """K dim 256 and MLA's 576, soft caps and windows, float32. tuning.py lists the exceptions of gfx942."""
     compile_rarer_shapes(compiled, target)
@@ -56,11 +62,11 @@ def test_rarer_shapes_fit_without_spills(compiled, target):
 
 def compile_rarer_shapes(compiled, target, **options):
     options["rare"] = True
-    compiled("kernels", target, "256", "bfloat16,int8", **options)
+    compiled("kernels", target, "256", "bfloat16,int8,int4", **options)
     if target.startswith("hip"):
-        compiled("kernels", target, "576", "bfloat16", **options)
+        compiled("kernels", target, "576", "bfloat16,int4", **options)
     else:
-        compiled("kernels", target, "576", "bfloat16,int8", **options)
+        compiled("kernels", target, "576", "bfloat16,int8,int4", **options)
         compiled("kernels", target, "64,128", "bfloat16", "capped", **options)
     compiled("kernels", target, "64,128,256,576", "float32", **options)
 
@@ -71,6 +77,7 @@ SHAPES = (
     "14,2,64:float16",
     "32,8,128:bfloat16",
     "32,8,128:int8",
+    "32,8,128:int4",
     "64,8,128:bfloat16",
 )
 """SmolLM2's heads, Qwen2's, and those of Llama 8B and 70B. ``bench gpu --dry`` compiles the first for sm_90,
@@ -111,7 +118,7 @@ def older_triton(tmp_path_factory):
 @pytest.mark.soak
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_older_triton_compiles_everything_without_spills(compiled, older_triton, target):
-    rows = compiled("kernels", target, "64,128", "bfloat16,int8", packages=older_triton)
+    rows = compiled("kernels", target, "64,128", "bfloat16,int8,int4", packages=older_triton)
     assert {row["triton"].rpartition(".")[0] for row in rows} == {"3.6"}
     check_kernels(rows, target)
     compile_rarer_shapes(compiled, target, packages=older_triton)

@@ -178,14 +178,14 @@ def test_rotated_rows_are_those_of_pytorch(ops, shape, dtype):
     heads=st.tuples(st.integers(0, 3), st.integers(1, 3)),
     dim=st.sampled_from([2, 16, 20, 64, 66, 80, 128, 192, 256]),
     dtype=st.sampled_from(DTYPES),
-    quantised=st.booleans(),
+    quantised=st.sampled_from([None, KVFormat.INT8, KVFormat.INT4]),
     unused=st.integers(0, 3),
     seed=st.integers(0, 99),
 )
 def test_stored_rows_are_those_of_pytorch(ops, rows, heads, dim, dtype, quantised, unused, seed):
     """Every byte of the memory is the same: rows that are not used, and other layers, are not touched."""
     made = Rows(rows, *heads, dim, dtype, seed=seed)
-    format = KVFormat.INT8 if quantised else FORMATS[dtype]
+    format = quantised or FORMATS[dtype]
     found, q, _ = made.stored(ops, format, unused=min(unused, rows - 1))
     expected, expected_q, _ = made.stored(reference, format, unused=min(unused, rows - 1))
     assert torch.equal(found, expected)
@@ -193,13 +193,14 @@ def test_stored_rows_are_those_of_pytorch(ops, rows, heads, dim, dtype, quantise
         assert torch.equal(q, expected_q)
 
 
+@pytest.mark.parametrize("format", [KVFormat.INT8, KVFormat.INT4])
 @pytest.mark.parametrize("kernels", ["reference", "ops"])
-def test_stored_rows_lie_where_the_layout_says(request, kernels):
+def test_stored_rows_lie_where_the_layout_says(request, kernels, format):
     """Quantised as ``formats`` does it."""
     kernels = reference if kernels == "reference" else request.getfixturevalue("ops")
     rows = Rows(4, 2, 3, 80, torch.float32)
-    expected = [quantise(x, KVFormat.INT8) for x in rows.rotated(reference)[1:]]
-    memory, _, kv = rows.stored(kernels, KVFormat.INT8)
+    expected = [quantise(x, format) for x in rows.rotated(reference)[1:]]
+    memory, _, kv = rows.stored(kernels, format)
     for row in range(4):
         block = memory[int(kv.base[row]) :][: kv.layout.block_bytes]
         stored = kv.layout.stored(block, 1)
@@ -208,14 +209,15 @@ def test_stored_rows_lie_where_the_layout_says(request, kernels):
             assert torch.equal(side[1][:, kv.slot[row]], scales[row])
 
 
+@pytest.mark.parametrize("format", [KVFormat.INT8, KVFormat.INT4])
 @pytest.mark.parametrize("value", [0.0, 1e-42, float("inf"), float("nan"), 3e38])
-def test_odd_values_are_quantised_as_pytorch_does(ops, value):
+def test_odd_values_are_quantised_as_pytorch_does(ops, value, format):
     """A group with an infinity or a NaN gets a NaN scale, and zeros."""
     rows = Rows(2, 0, 1, 128, torch.float32)
     rows.rotation = Rotation(torch.ones_like(rows.rotation.cos), torch.zeros_like(rows.rotation.sin))
     rows.x[0, 130] = value
     rows.x[1] = value if value < 1.0 else 1.0
-    found, expected = (rows.stored(kernels, KVFormat.INT8)[0] for kernels in (ops, reference))
+    found, expected = (rows.stored(kernels, format)[0] for kernels in (ops, reference))
     assert torch.equal(found, expected)
 
 
@@ -272,5 +274,3 @@ def test_the_gpu_refuses_what_it_has_no_kernel_for(ops):
         ops.add_norm(wide, None, wide[0], 1e-5, out=wide.clone())
     with pytest.raises(ValueError, match="rows must be contiguous"):
         ops.silu_multiply(torch.zeros(4, 2, device=DEVICE).T, out=torch.zeros(2, 2, device=DEVICE))
-    with pytest.raises(ValueError, match="int4 KV has no GPU kernel"):
-        Rows(2, 2, 1, 8, torch.float32).stored(ops, KVFormat.INT4)

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from farshore.kernels.formats import KVFormat
 from farshore.kernels.runtime.deferring import DeferringRuntime
 from farshore.kernels.select import CPU_KERNELS
 from farshore.models.device_llama import DeviceLlama
@@ -56,14 +57,15 @@ def ops():
 
 @pytest.fixture
 def answer(ops, rig, submit, monkeypatch):
-    """answer(model, prompts, count, placement) -> the first ``count`` tokens of each prompt's greedy answer,
-    from an engine on triton's kernels that decodes all of them together."""
+    """answer(model, prompts, count, placement, ...) -> the first ``count`` tokens of each prompt's greedy
+    answer, from an engine on triton's kernels that decodes all of them together. More options are the
+    rig's."""
 
-    def run(model, prompts, count, placement):
+    def run(model, prompts, count, placement, **more):
         shard_kernels, options = PLACEMENTS[placement]
         # A shard's session chooses its kernels when its client is made, the engine when it is made.
         monkeypatch.setenv(CPU_KERNELS, shard_kernels)
-        cluster = rig(model, memory_bytes=64 << 20, **options)
+        cluster = rig(model, memory_bytes=64 << 20, **options, **more)
         monkeypatch.setenv(CPU_KERNELS, "triton")
         engine = cluster.start(runtime=DeferringRuntime(seed=2))
         assert engine._kernels is ops
@@ -100,6 +102,19 @@ def test_tokens_of_a_tiny_model(tiny_model, on_device, greedy, answer, placement
     prompts = [list(range(3, 8)), list(range(90, 57, -1))]
     model = on_device(tiny_model, layers=tiny_model.config.layers)
     assert answer(model, prompts, 4, placement) == [greedy(prompt, 4) for prompt in prompts]
+
+
+def test_tokens_with_int4_kv(tiny_model, on_device, rig, submit, answer, placement):
+    """Those of an engine on the host: prefill and tails hold the same bytes."""
+    prompts = [list(range(3, 8)), list(range(90, 57, -1))]
+    engine = rig(tiny_model, memory_bytes=64 << 20, shards=1, format=KVFormat.INT4).start()
+    running = [
+        submit(engine, str(i), prompt, Sampling(max_tokens=4, temperature=0.0))
+        for i, prompt in enumerate(prompts)
+    ]
+    assert all(isinstance(collected.result(), Finished) for collected in running)
+    model = on_device(tiny_model, layers=tiny_model.config.layers)
+    assert answer(model, prompts, 4, placement, format=KVFormat.INT4) == [one.tokens for one in running]
 
 
 CHOSEN = ("one word", "one token", "capital", "python", "sql", "json", "russian", "digits")
