@@ -117,6 +117,29 @@ def test_a_request_that_ends_while_the_gateway_drains(spawn, engines):
     assert process.wait(30) == 0
 
 
+HTTP_BREAKS = """
+import sys
+import uvicorn
+from farshore.gateway.__main__ import main
+
+async def on_tick(server, counter):
+    raise RuntimeError("dreaming")
+
+uvicorn.Server.on_tick = on_tick
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_gateway_whose_http_fails_ends(directory):
+    command = [sys.executable, "-P", "-c", HTTP_BREAKS, "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"]
+    command += ["--directory", directory.url, "--spec", '{"model": "smollm2"}']
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "farshore: error: the gateway's HTTP ended: RuntimeError('dreaming')\n",
+    )
+
+
 def test_taken_port(spawn):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
