@@ -27,10 +27,18 @@ def spawn(directory, harness):
     ``engine``: the address of the one that the directory lists."""
     processes = []
 
-    def start(listen="127.0.0.1:0", model="smollm2", engine=None, controller=None, token=None, child=True):
+    def start(
+        listen="127.0.0.1:0",
+        model="smollm2",
+        engine=None,
+        controller=None,
+        token=None,
+        child=True,
+        drain_s=3,
+    ):
         if engine:
             directory.embedded.renew(harness.dense("dense-0-a", engine))
-        arguments = ["--directory", directory.url, "--listen", listen, "--drain-timeout", "3"]
+        arguments = ["--directory", directory.url, "--listen", listen, "--drain-timeout", str(drain_s)]
         arguments += ["--child"] if child else []
         arguments += ["--controller", controller] if controller else []
         arguments += ["--token-file", str(token)] if token else []
@@ -100,7 +108,7 @@ def test_a_request_in_the_middle_when_a_signal_comes(spawn, engines, number):
 
 def test_a_request_that_ends_while_the_gateway_drains(spawn, engines):
     engine = engines()
-    process, line = spawn(engine=engine.address)
+    process, line = spawn(engine=engine.address, drain_s=60)
     with Client(line["address"]) as client, grpc.insecure_channel(line["address"]) as channel:
         stream = client.generate("Hello")
         assert [type(next(stream)) for _ in range(2)] == [events.Accepted, events.Token]

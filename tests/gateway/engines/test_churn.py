@@ -3,7 +3,6 @@
 import contextlib
 import random
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -13,6 +12,8 @@ from farshore.benchmarks.gateway.scripted import CallEnds
 from farshore.errors import TransportError
 from farshore.gateway.limits import Limits
 from farshore.proto import inference_pb2 as api
+
+from ...waiting import until
 
 ANSWER = (10, 11, 12, 13)
 REQUESTS = 120
@@ -137,7 +138,4 @@ def test_every_request_ends_in_its_answer_or_retryably(harness, loop_thread, ser
 def await_rest(farshore):
     """Waits until the gateway has an engine and counts no request."""
     known = farshore.gateway.engines
-    end_s = time.monotonic() + DEADLINE_S
-    while known.problem is not None or any(engine.running for engine in known.available()):
-        assert time.monotonic() < end_s
-        threading.Event().wait(0.02)
+    until(lambda: known.problem is None and not any(engine.running for engine in known.available()))
