@@ -5,6 +5,7 @@ Made by the benchmarks, printed by ``client.cli.bench``. Must not know how anyth
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from typing import Any, Literal
 
 from farshore.benchmarks.timing import Timing
@@ -45,8 +46,9 @@ class Bar:
 
     @property
     def met(self) -> bool:
-        """Whether the value keeps the bound. False for None and NaN: a value that was not measured fails."""
-        if self.value is None:
+        """Whether the value keeps the bound. False for None, NaN and the infinities: a value that was not
+        measured fails."""
+        if self.value is None or not isfinite(self.value):
             return False
         return self.value >= self.bound if self.sense == ">=" else self.value <= self.bound
 
@@ -78,9 +80,10 @@ def _bar(bar: Bar) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
-    """``value`` with all floats in it, at any depth, rounded to SIGNIFICANT_DIGITS."""
+    """``value`` with all floats in it, at any depth, rounded to SIGNIFICANT_DIGITS. NaN and the infinities,
+    which JSON lacks, become None: they were not measured."""
     if isinstance(value, float):
-        return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
+        return None if not isfinite(value) else float(f"{value:.{SIGNIFICANT_DIGITS}g}")
     if isinstance(value, dict):
         return {key: _rounded(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -23,10 +23,14 @@ class Timing:
 
     @property
     def median_s(self) -> float:
+        """Raises StatisticsError if nothing ran."""
         return median(self.samples_s)
 
-    def summary(self) -> dict[str, float | int]:
-        """A report's figures: number of runs; median, 10th and 90th percentile and minimum in seconds."""
+    def summary(self) -> dict[str, float | int | None]:
+        """A report's figures: number of runs; median, 10th and 90th percentile and minimum in seconds, None
+        if nothing ran."""
+        if not self.samples_s:
+            return {"runs": 0, "median_s": None, "p10_s": None, "p90_s": None, "best_s": None}
         several = len(self.samples_s) > 1
         tenths = quantiles(self.samples_s, n=10, method="inclusive") if several else self.samples_s * 9
         return {

@@ -180,11 +180,16 @@ async def _serve(
         limits=Limits(max_live_requests=args.max_live_requests, drain_s=args.drain_timeout),
     )
     reporting = asyncio.create_task(_report_serving(gateway, served, child=args.child))
+    failing = asyncio.create_task(gateway.await_failure())
+    failing.add_done_callback(lambda _: stopping.set())
     try:
         await stopping.wait()
+        if failing.done():
+            failing.result()
     finally:
         stop.follow(None)
         reporting.cancel()
+        failing.cancel()
         await gateway.stop()
         directory.disconnect()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Without a GPU, triton must run kernels in its interpreter. It reads the variable at its first import, made
 # here because transformers imports triton, too. The variable is unset again for the tests' child processes.
@@ -24,6 +25,10 @@ from farshore.attention_offload.shard.server import serve
 from farshore.attention_offload.shard.service import AttentionService
 from farshore.benchmarks.engines.redis_server import binaries
 from farshore.rpc import SHARD_ENVIRONMENT
+
+# An example on a busy machine takes as long as it takes.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 STOP_DEADLINE_S = 60.0
 LONG_TEXT_TOKENS = 4100
@@ -301,14 +306,8 @@ class WorkerProcess:
 
     def _start(self, listen):
         command = [*self._prefix, sys.executable, "-P", "-m", "farshore.workers.attention"]
-        command += [
-            "--worker",
-            self._worker,
-            "--kv-memory-bytes",
-            str(self._kv_memory_bytes),
-            "--listen",
-            listen,
-        ]
+        command += ["--worker", self._worker, "--kv-memory-bytes", str(self._kv_memory_bytes)]
+        command += ["--listen", listen]
         command += ["--token-file", self._token_file] if self._token_file else []
         self.process = subprocess.Popen(
             command,

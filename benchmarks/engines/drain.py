@@ -8,7 +8,7 @@ one machine the start of a process costs more than the drain. It must not know h
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from operator import itemgetter
@@ -29,7 +29,7 @@ MOST_DRAIN_S = 60.0
 MOST_GAP_TIMES = 2.0
 LEAST_RATE_PERCENT = 80.0
 DEADLINE_S = 900.0
-"""For the prompts' prefill, and for a drain."""
+"""For the prompts' prefill, for a drain, and for one token."""
 POLL_S = 0.5
 """Shorter, and the answer would be the last one: asking all workers costs each of them."""
 VOCABULARY = 40_000
@@ -67,12 +67,16 @@ class Drain(NamedTuple):
     after: Window
 
     @property
-    def rate_percent(self) -> float:
-        return 100 * 2 * self.during.tokens_per_s / (self.before.tokens_per_s + self.after.tokens_per_s)
+    def rate_percent(self) -> float | None:
+        """None if a window has no token."""
+        before, during, after = (window.tokens_per_s for window in self[2:])
+        return 100 * 2 * during / (before + after) if before and during and after else None
 
     @property
-    def gap_times(self) -> float:
-        return self.during.p99_gap_s / self.before.and_also(self.after).p99_gap_s
+    def gap_times(self) -> float | None:
+        """None if a window has too few gaps."""
+        during, beside = self.during.p99_gap_s, self.before.and_also(self.after).p99_gap_s
+        return during / beside if during and beside else None
 
 
 def drain_bars(sizes: Sizes, *, progress: Callable[[str], None]) -> Measured:
@@ -113,7 +117,7 @@ def report(drains: Sequence[Drain], *, failures: Sequence[str]) -> Measured:
         "held_bytes": [drain.held_bytes for drain in drains],
         "moved_s": [drain.during.seconds for drain in drains],
         "tokens_per_s": [[window.tokens_per_s for window in drain[2:]] for drain in drains],
-        "p99_gap_ms": [[window.p99_gap_s * 1e3 for window in drain[2:]] for drain in drains],
+        "p99_gap_ms": [[_ms(window.p99_gap_s) for window in drain[2:]] for drain in drains],
     }
     note = f"median of {len(drains)} drains, against the times before and after each"
     bars = [
@@ -121,14 +125,14 @@ def report(drains: Sequence[Drain], *, failures: Sequence[str]) -> Measured:
         Bar.at_most("drain: failed requests", len(failures), 0, "requests", " ".join(failures[:1])),
         Bar.at_most(
             "drain: p99 gap between tokens",
-            median(drain.gap_times for drain in drains),
+            _median(drain.gap_times for drain in drains),
             MOST_GAP_TIMES,
             "times that without",
             note,
         ),
         Bar.at_least(
             "drain: tokens/s",
-            median(drain.rate_percent for drain in drains),
+            _median(drain.rate_percent for drain in drains),
             LEAST_RATE_PERCENT,
             "% of those without",
             note,
@@ -137,22 +141,33 @@ def report(drains: Sequence[Drain], *, failures: Sequence[str]) -> Measured:
     return [Result("drain of an attention worker", ended, figures)], bars
 
 
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1e3
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    """None unless every drain was measured."""
+    every = list(values)
+    measured = [value for value in every if value is not None]
+    return median(measured) if measured and len(measured) == len(every) else None
+
+
 def _drain(client: Client, streams: Streams, sizes: Sizes, progress: Callable[[str], None]) -> Drain:
     """Adds an attention worker, and drains the one that holds the most KV."""
     client.scale(attention=sizes.workers + 1)
     _until(lambda: sizes.workers + 1 == sum(each.state == "ready" for each in _attention_workers(client)))
-    before = streams.during(lambda: _watch(client, sizes.window_s))
+    before = streams.during(lambda: _watch(client, sizes.window_s), deadline_s=DEADLINE_S)
     victim, held_bytes = max(_read_bytes(client).items(), key=itemgetter(1))
     if held_bytes < sizes.least_bytes:
         raise StartupError(f"{victim} holds {held_bytes} bytes of KV, not {sizes.least_bytes}")
     begun_s = time.perf_counter()
     client.drain(victim)
     client.scale(attention=sizes.workers)
-    during = streams.during(lambda: _until(lambda: _is_free(client, victim)))
+    during = streams.during(lambda: _until(lambda: _is_free(client, victim)), deadline_s=DEADLINE_S)
     _until(lambda: victim not in (each.worker_id for each in _attention_workers(client)))
     ended_s = time.perf_counter() - begun_s
     progress(f"moved {held_bytes >> 20} MiB in {during.seconds:.1f} s, ended after {ended_s:.1f} s")
-    after = streams.during(lambda: _watch(client, sizes.window_s))
+    after = streams.during(lambda: _watch(client, sizes.window_s), deadline_s=DEADLINE_S)
     return Drain(held_bytes, ended_s, before, during, after)
 
 

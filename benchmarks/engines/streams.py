@@ -27,12 +27,14 @@ class Window(NamedTuple):
     """Between two tokens of a stream, of which at least one came in the window."""
 
     @property
-    def tokens_per_s(self) -> float:
-        return self.tokens / self.seconds
+    def tokens_per_s(self) -> float | None:
+        """None if no token came: requests may have failed."""
+        return self.tokens / self.seconds if self.tokens else None
 
     @property
-    def p99_gap_s(self) -> float:
-        return quantiles(self.gaps_s, n=100, method="inclusive")[-1]
+    def p99_gap_s(self) -> float | None:
+        """None if there are fewer than two gaps."""
+        return quantiles(self.gaps_s, n=100, method="inclusive")[-1] if len(self.gaps_s) > 1 else None
 
     def and_also(self, other: "Window") -> "Window":
         """Both windows as one."""
@@ -82,20 +84,17 @@ class Streams:
 
     def await_tokens(self, count: int, *, deadline_s: float) -> None:
         """Blocks until each request that runs has ``count`` tokens. Raises DeadlineExceeded."""
+        self._await_counts([count] * len(self._times_s), deadline_s=deadline_s)
 
-        def have_all() -> bool:
-            return all(
-                len(times_s) >= count or number in self._ended for number, times_s in enumerate(self._times_s)
-            )
-
-        with self._changed:
-            if not self._changed.wait_for(have_all, deadline_s):
-                raise DeadlineExceeded(f"not every request had {count} tokens within {deadline_s:g} s")
-
-    def during(self, action: Callable[[], object]) -> Window:
-        """The window in which ``action`` ran."""
+    def during(self, action: Callable[[], object], *, deadline_s: float) -> Window:
+        """The window in which ``action`` ran. It ends with the next token of each request that runs, so that
+        the gaps at its end are whole, and one of an action that takes no time has tokens, too. Raises
+        DeadlineExceeded if one does not come within ``deadline_s``."""
         begin_s = time.perf_counter()
         action()
+        with self._changed:
+            next_token = [len(each) + 1 for each in self._times_s]
+        self._await_counts(next_token, deadline_s=deadline_s)
         end_s = time.perf_counter()
         with self._changed:
             times_s = [list(each) for each in self._times_s]
@@ -109,6 +108,17 @@ class Streams:
                 if after > begin_s and before < end_s
             ),
         )
+
+    def _await_counts(self, counts: Sequence[int], *, deadline_s: float) -> None:
+        def have_all() -> bool:
+            return all(
+                len(times_s) >= count or number in self._ended
+                for number, (times_s, count) in enumerate(zip(self._times_s, counts, strict=True))
+            )
+
+        with self._changed:
+            if not self._changed.wait_for(have_all, deadline_s):
+                raise DeadlineExceeded(f"not every request had {max(counts)} tokens within {deadline_s:g} s")
 
     def _read(self, number: int, prompt: Sequence[int]) -> None:
         failure = []

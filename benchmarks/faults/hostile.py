@@ -237,7 +237,7 @@ async def _settle(server: Server, found: HostileFindings) -> None:
             dense = [worker for worker in workers if worker.kind == admin.WORKER_KIND_DENSE]
             parkings = [getattr(worker, "parkings", None) for worker in dense]
             known = [count for count in parkings if count is not None]
-            found.parkings = sum(known) if parkings != [None] else None
+            found.parkings = sum(known) if known else None
             if not found.held_bytes and not found.sequences_left:
                 found.quiet_s = time.perf_counter() - begun_s
                 return
@@ -248,7 +248,7 @@ async def _settle(server: Server, found: HostileFindings) -> None:
 
 def _rss(server: Server, processes: dict[str, Process]) -> dict[str, tuple[Process, int]]:
     sizes = {name: (process, process.rss_bytes) for name, process in processes.items()}
-    return {name: (process, size) for name, (process, size) in sizes.items() if size is not None}
+    return {name: (process, size) for name, (process, size) in sizes.items() if size}
 
 
 def _compare_rss(found: HostileFindings) -> None:

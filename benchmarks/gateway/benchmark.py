@@ -29,33 +29,40 @@ def run(facts: Facts, sizes: Sizes, *, only: str = "", progress: Callable[[str],
 
 
 def _grpc(setting: Setting) -> Measured:
-    return _measured("grpc", *measure("grpc", setting))
+    return measured("grpc", *measure("grpc", setting))
 
 
 def _http(setting: Setting) -> Measured:
-    return _measured("http", *measure("http", setting))
+    return measured("http", *measure("http", setting))
 
 
-def _measured(face: str, gateway: Found, empty: Found) -> Measured:
-    ratio = median(ours / theirs for ours, theirs in zip(gateway.cpu_s, empty.cpu_s, strict=True))
-    added_ms = gateway.p99_ms - empty.p99_ms
+def measured(face: str, gateway: Found, empty: Found) -> Measured:
+    """The result and the bars of a face."""
+    rounds = [
+        ours / theirs for ours, theirs in zip(gateway.cpu_s, empty.cpu_s, strict=True) if ours and theirs
+    ]
+    ratio = median(rounds) if rounds and len(rounds) == len(gateway.cpu_s) else None
+    ours_ms, theirs_ms = gateway.delay_ms(99), empty.delay_ms(99)
+    added_ms = None if ours_ms is None or theirs_ms is None else ours_ms - theirs_ms
     why = (gateway.errors or empty.errors or [""])[0]
+    if not why and (ratio is None or added_ms is None):
+        why = "no token came in a window"
     bars = [
         Bar.at_most(f"{face}: tokens lost", gateway.lost + empty.lost, 0, "tokens", why),
         Bar.at_most(f"{face}: CPU of a token", ratio, MOST_CPU, "of an empty stream's", why),
         Bar.at_most(f"{face}: p99 of the delay", added_ms, MOST_DELAY_MS, "ms more than empty", why),
     ]
     figures = {
-        "gateway_cpu_us": 1e6 * median(gateway.cpu_s),
-        "empty_cpu_us": 1e6 * median(empty.cpu_s),
-        "gateway_p99_ms": gateway.p99_ms,
-        "gateway_median_ms": 1e3 * median(gateway.delays_s or [float("nan")]),
-        "empty_p99_ms": empty.p99_ms,
-        "empty_median_ms": 1e3 * median(empty.delays_s or [float("nan")]),
+        "gateway_cpu_us": gateway.cpu_us,
+        "empty_cpu_us": empty.cpu_us,
+        "gateway_p99_ms": ours_ms,
+        "gateway_median_ms": gateway.delay_ms(50),
+        "empty_p99_ms": theirs_ms,
+        "empty_median_ms": empty.delay_ms(50),
         "tokens": len(gateway.delays_s),
         "errors": gateway.errors[:3] + empty.errors[:3],
     }
-    return [Result(face, Timing(tuple(gateway.delays_s) or (float("nan"),)), figures)], bars
+    return [Result(face, Timing(tuple(gateway.delays_s)), figures)], bars
 
 
 PARTS = {"grpc": _grpc, "http": _http, "masks": masks.measure}

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 from farshore import rpc
 from farshore.benchmarks.faults.stream import percentile
@@ -36,16 +37,23 @@ _PACKAGE = "farshore.benchmarks.gateway"
 class Found:
     """The figures of one server, from all rounds."""
 
-    cpu_s: list[float] = field(default_factory=list)
-    """CPU seconds per token, of each round."""
+    cpu_s: list[float | None] = field(default_factory=list)
+    """CPU seconds per token, of each round; None: no token came in the window."""
     delays_s: list[float] = field(default_factory=list)
     """From the sending of a token to its receipt, within the windows."""
     lost: int = 0
     errors: list[str] = field(default_factory=list)
 
+    def delay_ms(self, percent: float) -> float | None:
+        """This percentile of the delays; None: no token came in any window."""
+        delay_s = percentile(self.delays_s, percent)
+        return None if delay_s is None else 1e3 * delay_s
+
     @property
-    def p99_ms(self) -> float:
-        return 1e3 * (percentile(self.delays_s, 99) or float("nan"))
+    def cpu_us(self) -> float | None:
+        """The median of the rounds; None unless all were measured."""
+        measured = [cpu_s for cpu_s in self.cpu_s if cpu_s is not None]
+        return 1e6 * median(measured) if measured and len(measured) == len(self.cpu_s) else None
 
 
 def measure(face: str, setting: Setting) -> tuple[Found, Found]:
@@ -113,7 +121,7 @@ class _Part:
             ]
             received += len(inside)
             found.delays_s += inside
-        found.cpu_s.append((after_s - before_s) / received if received else float("nan"))
+        found.cpu_s.append((after_s - before_s) / received if received else None)
         return messages
 
     def _pace(self, log: Path) -> tuple[str, ...]:

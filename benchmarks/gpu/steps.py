@@ -109,7 +109,8 @@ def timed_steps(
     # While later prompts are prefilled, earlier sequences wait: what follows the last first token counts.
     all_run_s = max(answer.token_s[0] for answer in answers)
     steps = [answer.gaps_s(skip=sum(s < all_run_s for s in answer.token_s)) for answer in answers]
-    together = zip(*(gaps[-min(map(len, steps)) :] for gaps in steps), strict=True)
+    count = min(map(len, steps))
+    together = zip(*(gaps[len(gaps) - count :] for gaps in steps), strict=True)
     samples = tuple(median(gaps) for gaps in together)
     return Timing(samples[SKIPPED_TOKENS:] or samples)
 

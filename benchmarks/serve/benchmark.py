@@ -67,19 +67,22 @@ def _prefill(setting: Setting, *, context: int) -> Measured:
 
 def _together(setting: Setting) -> Measured:
     result = serve_load.together(setting)
-    return _with_bar(result, Bar.at_least, float(result.figures["tokens_per_s"]), TOGETHER_TPS, "tokens/s")
+    return _with_bar(result, Bar.at_least, result.figures["tokens_per_s"], TOGETHER_TPS, "tokens/s")
 
 
 def _beside(setting: Setting) -> Measured:
     result = serve_load.beside(setting)
     figures = result.figures
     return [result], [
-        Bar.at_most(f"{result.name}: p99 gap", float(figures["p99_gap_ms"]), MOST_GAP_MS, "ms"),
+        Bar.at_most(
+            f"{result.name}: p99 gap", figures["p99_gap_ms"], MOST_GAP_MS, "ms", _why(figures["p99_gap_ms"])
+        ),
         Bar.at_most(
             f"{result.name}: its time",
-            float(figures["times_alone_and_given_away"]),
+            figures["times_alone_and_given_away"],
             MOST_TIMES_ALONE,
             "times",
+            _why(figures["times_alone_and_given_away"]),
         ),
     ]
 
@@ -91,10 +94,15 @@ def _start(setting: Setting, *, kind: str) -> Measured:
 
 def _with_bar(
     result: Result,
-    sense: Callable[[str, float, float, str], Bar],
-    value: float,
+    sense: Callable[[str, float | None, float, str, str], Bar],
+    value: float | None,
     bound: float | None,
     unit: str,
 ) -> Measured:
     """The result with its bar; without one if ``bound`` is None."""
-    return [result], [] if bound is None else [sense(result.name, value, bound, unit)]
+    return [result], [] if bound is None else [sense(result.name, value, bound, unit, _why(value))]
+
+
+def _why(value: float | None) -> str:
+    """The note of a bar."""
+    return "a sequence had all its tokens before the measurement ended" if value is None else ""

@@ -42,6 +42,7 @@ class Request:
         self.prefilled_s: dict[int, float] = {}
         """Prefilled tokens -> seconds since submission, from the engine's progress events."""
         self._events: queue.SimpleQueue[tuple[float, Event]] = queue.SimpleQueue()
+        self._finished = False
 
     def emit(self, event: Event) -> None:
         self._events.put((time.perf_counter(), event))
@@ -49,7 +50,7 @@ class Request:
     def wait(self, tokens: int | None = None) -> Self:
         """Blocks until there are ``tokens`` tokens, or until the end. Returns the request. Raises the error
         that the request failed with, or DeadlineExceeded."""
-        while tokens is None or len(self.token_s) < tokens:
+        while not self._finished and (tokens is None or len(self.token_s) < tokens):
             try:
                 at_s, event = self._events.get(timeout=DEADLINE_S)
             except queue.Empty:
@@ -61,8 +62,13 @@ class Request:
             elif isinstance(event, Failed):
                 raise event.error
             elif isinstance(event, Finished):
-                break
+                self._finished = True
         return self
+
+    def wait_after(self, begin_s: float, tokens: int) -> None:
+        """As :meth:`wait`, for ``tokens`` tokens that came after ``begin_s``."""
+        while not self._finished and sum(token_s > begin_s for token_s in self.token_s) < tokens:
+            self.wait(len(self.token_s) + 1)
 
     @property
     def first_token_s(self) -> float:

@@ -3,7 +3,7 @@
 Called by ``benchmark``, which compares the results with bars.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -12,7 +12,7 @@ from statistics import median, quantiles
 
 from farshore.benchmarks.report import Result
 from farshore.benchmarks.serve.engine import LocalEngine, Request
-from farshore.benchmarks.serve.setting import Limits, Setting, prefill_flops, step_bytes
+from farshore.benchmarks.serve.setting import Limits, Setting, Sizes, prefill_flops, step_bytes
 from farshore.benchmarks.timing import Timing
 from farshore.kernels.base import BLOCK_TOKENS
 
@@ -64,28 +64,35 @@ def prefill(setting: Setting, context: int) -> Result:
 
 def together(setting: Setting) -> Result:
     """Decodes sequences with different, stored contexts concurrently. Counts the tokens of all sequences in
-    the time in which all of them run."""
+    the time in which all of them run: from the latest first token that counts until each has
+    ``together_tokens`` more."""
     sizes = setting.sizes
     with _engine(setting) as (engine, limits):
         prompts = [_prompt(setting, sizes.together_context, seed=i) for i in range(sizes.sequences)]
         for prompt in prompts:
             engine.store_prefix(prompt[:-BLOCK_TOKENS])
-        # Twice as many tokens as needed: the first sequences run while the last prompts are completed.
-        most = sizes.together_tokens * 2
-        requests = [engine.submit(prompt, max_tokens=most) for prompt in prompts]
+        # The first sequences run while the last prompts are completed.
+        requests = [engine.submit(prompt, max_tokens=sizes.running_tokens) for prompt in prompts]
         for request in requests:
+            request.wait(SKIPPED_TOKENS + 1)
+        begin_s = max(request.token_s[SKIPPED_TOKENS] for request in requests)
+        for request in requests:
+            request.wait_after(begin_s, sizes.together_tokens)
+        for request in requests:
+            request.cancel()
             request.wait()
-    begin_s = max(request.token_s[SKIPPED_TOKENS] for request in requests)
     end_s = min(request.token_s[-1] for request in requests)
     inside = sum(begin_s < token_s <= end_s for request in requests for token_s in request.token_s)
     steps = Timing(
         tuple(b - a for a, b in pairwise([t for t in requests[-1].token_s if begin_s <= t <= end_s]))
     )
     size = step_bytes(setting.model, [sizes.together_context] * sizes.sequences)
-    figures = {
-        "tokens_per_s": inside / (end_s - begin_s),
-        **_against_bandwidth(size, steps.median_s, limits()),
-    }
+    figures: dict[str, float | None] = {"tokens_per_s": None}
+    if len(steps.samples_s) and _were_ended(requests, sizes):
+        figures = {
+            "tokens_per_s": inside / (end_s - begin_s),
+            **_against_bandwidth(size, steps.median_s, limits()),
+        }
     return Result(f"{sizes.sequences} sequences at {sizes.together_context}", steps, figures)
 
 
@@ -104,7 +111,7 @@ def beside(setting: Setting) -> Result:
             alone_s, alone_from = engine.submit(prompt, max_tokens=1).wait().first_token_s, "its own run"
         setting.progress(f"a prompt of {sizes.beside_context} alone took {alone_s:.1f} s; now beside decodes")
         running = [
-            engine.submit(_prompt(setting, BESIDE_CONTEXT, seed=10 + i), max_tokens=sizes.beside_tokens)
+            engine.submit(_prompt(setting, BESIDE_CONTEXT, seed=10 + i), max_tokens=sizes.running_tokens)
             for i in range(sizes.beside_decodes)
         ]
         for request in running:
@@ -116,17 +123,23 @@ def beside(setting: Setting) -> Result:
             request.wait()
     gaps = [gap for request in running for gap in _gaps_within(request, long.submitted_s, long.token_s[0])]
     given_away_s = step_s * len(gaps) / len(running)
+    measured = len(gaps) > 1 and _were_ended(running, sizes)
     figures = {
-        "p99_gap_ms": quantiles(gaps, n=100, method="inclusive")[-1] * 1e3,
+        "p99_gap_ms": quantiles(gaps, n=100, method="inclusive")[-1] * 1e3 if measured else None,
         "prefill_alone_s": alone_s,
         "alone_from": alone_from,
         "prefill_beside_s": long.first_token_s,
         "step_without_prefill_ms": step_s * 1e3,
         "decode_given_away_s": given_away_s,
-        "times_alone_and_given_away": long.first_token_s / (alone_s + given_away_s),
+        "times_alone_and_given_away": long.first_token_s / (alone_s + given_away_s) if measured else None,
         **_against_gemm_rate(prefill_flops(setting.model.config, sizes.beside_context), alone_s, limits()),
     }
     return Result(f"decode beside a prefill of {sizes.beside_context}", Timing(tuple(gaps)), figures)
+
+
+def _were_ended(requests: Sequence[Request], sizes: Sizes) -> bool:
+    """Whether all requests ran until the measurement ended them: none had all its tokens before."""
+    return all(len(request.token_s) < sizes.running_tokens for request in requests)
 
 
 @contextmanager

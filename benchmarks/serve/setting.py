@@ -37,8 +37,9 @@ class Sizes:
     """Tokens of the prompt that is prefilled while other sequences are decoded."""
     beside_decodes: int = 4
     """Sequences that are decoded meanwhile."""
-    beside_tokens: int = 4096
-    """``max_tokens`` of each: more than are generated during the prefill, and few enough for the memory."""
+    running_tokens: int = 4096
+    """``max_tokens`` of a sequence that runs until its measurement ends: more than are generated meanwhile,
+    and few enough for the memory."""
     starts: int = 3
     """Warm starts of the server."""
     kv_bytes: int = 2 << 30

@@ -12,6 +12,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from farshore.errors import StartupError
 from farshore.gateway.api.listening import listening_socket
 
 HEAD_S = 30.0
@@ -78,20 +79,28 @@ class HttpListener:
             "limit_concurrency": most_connections,
         }
         self._server = _Server(uvicorn.Config(application, **options))
-        self._running: asyncio.Task[None] | None = None
+        self.serving: asyncio.Task[None] | None = None
+        """Made by :meth:`start`. Ends before :meth:`stop` only if HTTP can't be served any more."""
 
     async def start(self) -> None:
-        self._running = asyncio.create_task(self._server.serve(sockets=[self._socket]))
-        while not self._server.started and not self._running.done():
+        """Raises StartupError if HTTP can't be served."""
+        self.serving = asyncio.create_task(self._server.serve(sockets=[self._socket]), name="HTTP")
+        while not self._server.started and not self.serving.done():
             await asyncio.sleep(0)
+        if not self._server.started:
+            self._socket.close()
+            raise StartupError("HTTP can't be served") from self.serving.exception()
 
     async def stop(self, deadline_s: float) -> None:
         """Closes the listener, waits for open calls for ``deadline_s``, and cuts the rest."""
-        if self._running is None:
+        if self.serving is None:
             self._socket.close()
             return
         self._server.should_exit = True
-        _, late = await asyncio.wait({self._running}, timeout=deadline_s)
+        closing = self.serving
+        if closing.done():  # It failed, and so has left the connections open.
+            closing = asyncio.create_task(self._server.shutdown([self._socket]))
+        _, late = await asyncio.wait({closing}, timeout=deadline_s)
         if late:
             self._server.force_exit = True
-            await asyncio.wait({self._running}, timeout=deadline_s)
+            await asyncio.wait({closing}, timeout=deadline_s)

@@ -8,11 +8,13 @@ import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import NoReturn
 
 import grpc
 
 from farshore import rpc
 from farshore.cluster_token import ClusterToken
+from farshore.errors import Internal
 from farshore.gateway.api import admin
 from farshore.gateway.api.admin import AdminProxy
 from farshore.gateway.api.http import HttpListener
@@ -69,9 +71,9 @@ class Gateway:
         self._tokenizing = tokenizing
         self._limits = limits
         self._watching = [
-            asyncio.create_task(state.follow(engines)),
-            asyncio.create_task(state.follow_controller(controller)),
-            asyncio.create_task(discovery.watch()),
+            asyncio.create_task(state.follow(engines), name="health"),
+            asyncio.create_task(state.follow_controller(controller), name="controller's health"),
+            asyncio.create_task(discovery.watch(), name="engine discovery"),
         ]
 
     @property
@@ -82,6 +84,16 @@ class Gateway:
     async def await_serving(self) -> None:
         """Returns when an engine takes requests. The caller bounds the wait."""
         await self._state.serving.wait()
+
+    async def await_failure(self) -> NoReturn:
+        """Waits until a part has ended that must run until :meth:`stop`, and raises Internal. The gateway
+        can't go on then: stop it. Cancel this before stop()."""
+        parts = {*self._watching}
+        if self._listener is not None and self._listener.serving is not None:
+            parts.add(self._listener.serving)
+        ended, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+        part = ended.pop()
+        raise Internal(f"the gateway's {part.get_name()} ended: {part.exception()!r}") from part.exception()
 
     async def stop(self) -> None:
         """Sets the health to NOT_SERVING, lets live requests go on for ``drain_s``, fails those that remain,
@@ -119,7 +131,8 @@ async def create(
     which this gateway proves to engines and controller; its own clients prove nothing.
     ``announced_spec``: see ``KnownEngines``. The gateway's health says whether an engine takes requests.
 
-    Raises PortInUse, or InvalidRequest, if the gateway can't listen on ``listen``.
+    Raises PortInUse, or InvalidRequest, if the gateway can't listen on ``listen`` or ``http``, and
+    StartupError if it can't serve HTTP there.
     """
     limits = limits or Limits()
     host, _ = split_address(listen)

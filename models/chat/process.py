@@ -86,11 +86,11 @@ def _limit_memory() -> None:
 
 
 def _start_timer(limit_s: float) -> None:
-    """Has the kernel end this process after ``limit_s``, or after about as much processor time should the
-    timer fail; 0: never."""
+    """Has the kernel end this process after ``limit_s`` of processor time, or some more should the timer
+    fail; 0: never. A busy machine takes longer for the same work, which is not the template's fault."""
     # The parent may ignore the signal, and children inherit that.
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, limit_s)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_PROF, limit_s)
     used = resource.getrusage(resource.RUSAGE_SELF)
     _, most = resource.getrlimit(resource.RLIMIT_CPU)
     cpu_s = math.ceil(used.ru_utime + used.ru_stime + limit_s) + 1 if limit_s else most

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from farshore.errors import InvalidRequest, ModelError
-from farshore.models.chat.protocol import COMPILE_S, GRACE_S, HEADER, RENDER_S, START_S
+from farshore.models.chat.protocol import ANSWER_S, COMPILE_S, GRACE_S, HEADER, RENDER_S, START_S
 
 PROCESSES = 2
 """One for each tokenizing thread: a template that uses up its second delays no other request. The second one
@@ -149,13 +149,13 @@ class _Process:
     def await_start(self) -> tuple[dict[str, Any], str]:
         """The answer to the greeting. Raises _Ended."""
         if self._started is None:
-            self._started = self._answer(self._deadline_s, COMPILE_S)
+            self._started = self._answer(self._deadline_s, START_S, COMPILE_S)
         return self._started
 
     def call(self, frame: bytes) -> tuple[dict[str, Any], str]:
         """Sends a frame; returns the answer's header and text. Raises _Ended; the process has ended then."""
         self._unsent = memoryview(frame)
-        return self._answer(time.monotonic() + RENDER_S + GRACE_S, RENDER_S)
+        return self._answer(time.monotonic() + ANSWER_S, ANSWER_S, RENDER_S)
 
     def is_running(self) -> bool:
         return self._child.poll() is None
@@ -170,12 +170,13 @@ class _Process:
             if pipe is not None:
                 pipe.close()
 
-    def _answer(self, deadline_s: float, allowed_s: float) -> tuple[dict[str, Any], str]:
-        """``allowed_s``: after which the process ends itself; the deadline is for one that does not."""
+    def _answer(self, deadline_s: float, most_s: float, cpu_s: float) -> tuple[dict[str, Any], str]:
+        """``cpu_s``: the processor time after which the process ends itself; the deadline, which is
+        ``most_s`` after the beginning, is for one that does not."""
         try:
             frame = self._exchange(deadline_s)
             if frame is None:
-                raise _Ended(self._why(allowed_s))
+                raise _Ended(self._why(most_s, cpu_s))
         except BaseException:
             self.end()
             raise
@@ -209,14 +210,14 @@ class _Process:
                 del received[: HEADER.size]
         return received
 
-    def _why(self, allowed_s: float) -> str:
+    def _why(self, most_s: float, cpu_s: float) -> str:
         """Why there was no answer."""
         try:
             code = self._child.wait(GRACE_S)
         except subprocess.TimeoutExpired:
-            code = -signal.SIGALRM
-        if code in (-signal.SIGALRM, -signal.SIGXCPU):
-            return f"it took more than {allowed_s:g} s"
+            return f"it took more than {most_s:g} s"
+        if code in (-signal.SIGPROF, -signal.SIGXCPU):
+            return f"it took more than {cpu_s:g} s"
         return f"its process ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}"
 
     def _send_some(self) -> bool:

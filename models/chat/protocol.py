@@ -16,11 +16,14 @@ HEADER = struct.Struct(">I")
 START_S = 30.0
 """From a process's start until it has compiled the templates, on a machine that may be busy."""
 COMPILE_S = 5.0
-"""Compiling all templates of a model."""
+"""Processor time for compiling all templates of a model."""
 RENDER_S = 1.0
-"""Rendering one conversation."""
+"""Processor time for rendering one conversation."""
+ANSWER_S = 10.0
+"""From a conversation's first byte to its answer's last one, on a machine that may be busy. The gateway then
+kills a process that has not ended itself, as one that is stopped."""
 GRACE_S = 0.5
-"""How long after RENDER_S the gateway kills a process that has not ended itself, as one that is stopped."""
+"""For a process that has closed its pipes, or was killed, to end."""
 MEMORY_BYTES = 512 << 20
 """Address space that a process may take besides what it has after its start. The longest conversation takes
 16 MiB, or 64 MiB as a string of four bytes a character; a rendering holds about five such strings."""

@@ -18,6 +18,8 @@ from farshore.benchmarks.timing import Timing
         (Bar.at_most("short", 10.1, 10.0, "µs"), False),
         (Bar.at_least("unknown", math.nan, 2.0, "x"), False),
         (Bar.at_most("unknown", math.nan, 2.0, "x"), False),
+        (Bar.at_least("unknown", math.inf, 2.0, "x"), False),
+        (Bar.at_most("unknown", -math.inf, 2.0, "x"), False),
         (Bar.at_least("not measured", None, 0.0, "x"), False),
         (Bar.at_most("not measured", None, 0.0, "x"), False),
     ],
@@ -53,3 +55,12 @@ def test_a_bar_that_could_not_be_measured_says_why():
     report = Report({}, bars=(Bar.at_most("pause", None, 2.0, "s", "the server ended"),))
     (bar,) = json.loads(json.dumps(report.as_dict()))["bars"]
     assert (bar["value"], bar["met"], bar["note"]) == (None, False, "the server ended")
+
+
+def test_what_json_lacks_was_not_measured():
+    result = Result("case", Timing(()), {"gbps": math.nan, "rates": [math.inf, 1.0]})
+    report = Report({}, (result,), (Bar.at_most("case", math.nan, 2.0, "x"),))
+    told = json.loads(json.dumps(report.as_dict(), allow_nan=False))
+    (case,), (bar,) = told["results"], told["bars"]
+    assert (case["gbps"], case["rates"], case["timing"]["runs"]) == (None, [None, 1.0], 0)
+    assert (bar["value"], bar["met"]) == (None, False)

@@ -68,6 +68,7 @@ def test_a_long_warm_up_is_cut_short(clock):
 def test_quantiles():
     summary = Timing(tuple(float(n) for n in range(11))).summary()
     assert summary == {"runs": 11, "median_s": 5, "p10_s": 1, "p90_s": 9, "best_s": 0}
+    assert Timing(()).summary() == dict.fromkeys(("median_s", "p10_s", "p90_s", "best_s")) | {"runs": 0}
     assert Timing((7.0,)).summary() == {"runs": 1, "median_s": 7, "p10_s": 7, "p90_s": 7, "best_s": 7}
 
 

@@ -109,6 +109,7 @@ class FakeEngine(ScriptedService, admin_pb2_grpc.AdminServiceServicer):
     def __init__(self, loop):
         self._loop = loop
         self._arrived = queue.Queue()
+        self.arrived = 0  # sequences that came
         self.live = {}
         self.auto = None
         self.confirms = asyncio.Event()  # a new sequence waits for it
@@ -145,6 +146,7 @@ class FakeEngine(ScriptedService, admin_pb2_grpc.AdminServiceServicer):
             send(cluster_pb2.SequenceEvent(taken=True))
             self.live[request.sequence_id] = sequence
             self._arrived.put(sequence)
+            self.arrived += 1
             if self.auto is not None:
                 for choice in range(request.sampling.n):
                     sequence.tokens(*self.auto, choice=choice)
@@ -315,7 +317,8 @@ def gateway(
     loop_thread, served, *, limits=None, controller=None, engine_address=None, directory=None, **options
 ):
     """Yields a Harness. ``engine_address``: use the engine at this address instead of the FakeEngine.
-    ``directory``: instead of one that lists that engine."""
+    ``directory``: instead of one that lists that engine. A gateway of the FakeEngine has found it: on a busy
+    machine that may take more than its first probe."""
 
     with engine(loop_thread) as fake:
         address = engine_address or fake.address
@@ -332,6 +335,8 @@ def gateway(
         )
         channel = grpc.insecure_channel(created.address, options=rpc.OPTIONS)
         try:
+            if engine_address is None and directory is None:
+                loop_thread.run(created.await_serving())
             yield Harness(
                 loop_thread=loop_thread,
                 engine=fake,

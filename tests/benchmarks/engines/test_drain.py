@@ -1,12 +1,15 @@
 """``farshore bench engines --only drain``: what clients see, the bars, and a small run of a real cluster."""
 
+import json
 import math
+import threading
 
 import grpc
 import pytest
 
 from farshore.benchmarks.engines.drain import Drain, Sizes, drain_bars, report
 from farshore.benchmarks.engines.streams import Streams, Window
+from farshore.benchmarks.report import Report
 from farshore.errors import DeadlineExceeded
 
 DEADLINE_S = 60.0
@@ -41,6 +44,19 @@ def test_drains_are_compared_with_the_times_before_and_after_them():
     assert bars[1].note == "lost"
 
 
+@pytest.mark.parametrize("number", range(3))
+def test_a_window_without_tokens_meets_no_bar(number):
+    """All requests may have failed."""
+    windows = [window(10, 0.1, 0.1)] * 3
+    whole = Drain(300 << 20, 9.0, *windows)
+    windows[number] = Window(2.0, 0, ())
+    (result,), (_, _, gap, rate) = report([whole, Drain(300 << 20, 9.0, *windows)], failures=["lost"])
+    assert (rate.value, rate.met) == (None, False)
+    # The times before and after a drain are one for the gaps.
+    assert gap.met == (number != 1) and (gap.value is None) == (number == 1)
+    json.dumps(Report({}, (result,), (gap, rate)).as_dict(), allow_nan=False)
+
+
 def test_streams_see_the_tokens_of_a_window_and_the_requests_that_fail(gateway):
     with Streams(gateway.address, [[1], [2]], max_tokens=50) as streams:
         first, second = gateway.engine.next_sequence(), gateway.engine.next_sequence()
@@ -53,15 +69,19 @@ def test_streams_see_the_tokens_of_a_window_and_the_requests_that_fail(gateway):
             first.tokens(6, 7)
             second.fail(grpc.StatusCode.INTERNAL, "it broke", kind="Internal")
             streams.await_tokens(3, deadline_s=DEADLINE_S)
+            timer = threading.Timer(0.05, first.tokens, args=(8,))
+            timer.start()
 
-        seen = streams.during(answer)
-        assert seen.tokens == 2 and len(seen.gaps_s) == 2
+        seen = streams.during(answer, deadline_s=DEADLINE_S)
+        assert seen.tokens == 3 and len(seen.gaps_s) == 3
         assert len(streams.failures) == 1 and "it broke" in streams.failures[0]
         with pytest.raises(DeadlineExceeded):
-            streams.await_tokens(4, deadline_s=0.01)
+            streams.await_tokens(5, deadline_s=0.01)
+        with pytest.raises(DeadlineExceeded):
+            streams.during(lambda: None, deadline_s=0.01)
         assert not streams.finished
         first.finish()
-        streams.await_tokens(4, deadline_s=DEADLINE_S)
+        streams.await_tokens(5, deadline_s=DEADLINE_S)
         assert streams.finished == 1
 
 
@@ -71,7 +91,7 @@ def test_a_small_run():
     sizes = Sizes(
         sequences=2,
         prompt_tokens=300,
-        max_tokens=4000,
+        max_tokens=7500,
         least_bytes=1 << 20,
         drains=1,
         window_s=0.5,

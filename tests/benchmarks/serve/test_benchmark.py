@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from farshore.benchmarks.machine import facts
+from farshore.benchmarks.report import Report
 from farshore.benchmarks.serve import benchmark as serve
 from farshore.benchmarks.serve import dense, quantised
 from farshore.benchmarks.serve import load as serve_load
@@ -29,7 +30,7 @@ CONFIG = ModelConfig(
     head_dim=8,
     intermediate=64,
     vocab=50,
-    max_positions=4096,
+    max_positions=1 << 16,
     rms_eps=1e-5,
     rope=RopeConfig(theta=10000.0),
     tied_embeddings=True,
@@ -44,7 +45,7 @@ TINY = Sizes(
     together_tokens=100,
     beside_context=700,
     beside_decodes=2,
-    beside_tokens=1000,
+    running_tokens=50_000,
     kv_bytes=64 << 20,
     read_bytes=1 << 16,
     gemms=("bfloat16 16", "float32 16"),
@@ -99,6 +100,16 @@ def test_together(setting):
     result = serve_load.together(setting)
     assert result.figures["tokens_per_s"] > 0
     assert result.timing.summary()["runs"] > 1
+
+
+def test_sequences_that_end_by_themselves_meet_no_bar(model):
+    sizes = replace(TINY, running_tokens=TINY.together_tokens + 5, together_tokens=TINY.together_tokens)
+    setting = Setting(facts(1), sizes, lambda text: None, load=lambda threads: model)
+    for measure in (serve._together, serve._beside):
+        results, bars = measure(setting)
+        for bar in bars:
+            assert (bar.value, bar.met) == (None, False) and "before the measurement ended" in bar.note
+        json.dumps(Report({}, tuple(results), tuple(bars)).as_dict(), allow_nan=False)
 
 
 def test_beside(setting):

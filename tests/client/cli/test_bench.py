@@ -66,6 +66,15 @@ def test_the_report_as_text(run, asked):
     assert "isa: none" in done.out and "rates: a 1.5" in done.out
 
 
+def test_what_was_not_measured_as_text(run, asked, monkeypatch):
+    empty = Report({}, (Result("case", Timing(())),), (Bar.at_most("call", None, 10, "µs", "nothing ran"),))
+    monkeypatch.setitem(globals(), "REPORT", empty)
+    done = run("bench", "nothing")
+    assert "case: median not measured of 0 runs" in done.out
+    rows = [line.split() for line in done.out.splitlines()]
+    assert ["missed", "call", "None", "<=", "10", "µs", "nothing", "ran"] in rows
+
+
 def test_options_reach_the_benchmark(run, asked):
     run("bench", "nothing", "--implementation", "reference", "--threads", "3", "--only", "merge")
     run("bench", "nothing")

@@ -27,10 +27,18 @@ def spawn(directory, harness):
     ``engine``: the address of the one that the directory lists."""
     processes = []
 
-    def start(listen="127.0.0.1:0", model="smollm2", engine=None, controller=None, token=None, child=True):
+    def start(
+        listen="127.0.0.1:0",
+        model="smollm2",
+        engine=None,
+        controller=None,
+        token=None,
+        child=True,
+        drain_s=3,
+    ):
         if engine:
             directory.embedded.renew(harness.dense("dense-0-a", engine))
-        arguments = ["--directory", directory.url, "--listen", listen, "--drain-timeout", "3"]
+        arguments = ["--directory", directory.url, "--listen", listen, "--drain-timeout", str(drain_s)]
         arguments += ["--child"] if child else []
         arguments += ["--controller", controller] if controller else []
         arguments += ["--token-file", str(token)] if token else []
@@ -100,7 +108,7 @@ def test_a_request_in_the_middle_when_a_signal_comes(spawn, engines, number):
 
 def test_a_request_that_ends_while_the_gateway_drains(spawn, engines):
     engine = engines()
-    process, line = spawn(engine=engine.address)
+    process, line = spawn(engine=engine.address, drain_s=60)
     with Client(line["address"]) as client, grpc.insecure_channel(line["address"]) as channel:
         stream = client.generate("Hello")
         assert [type(next(stream)) for _ in range(2)] == [events.Accepted, events.Token]
@@ -115,6 +123,29 @@ def test_a_request_that_ends_while_the_gateway_drains(spawn, engines):
         assert [event.reason for event in stream] == ["stop"]
         watch.cancel()
     assert process.wait(30) == 0
+
+
+HTTP_BREAKS = """
+import sys
+import uvicorn
+from farshore.gateway.__main__ import main
+
+async def on_tick(server, counter):
+    raise RuntimeError("dreaming")
+
+uvicorn.Server.on_tick = on_tick
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_gateway_whose_http_fails_ends(directory):
+    command = [sys.executable, "-P", "-c", HTTP_BREAKS, "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"]
+    command += ["--directory", directory.url, "--spec", '{"model": "smollm2"}']
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "farshore: error: the gateway's HTTP ended: RuntimeError('dreaming')\n",
+    )
 
 
 def test_taken_port(spawn):

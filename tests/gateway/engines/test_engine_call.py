@@ -38,7 +38,7 @@ def test_requests_share_a_call_and_each_has_its_own_tokens(farshore, harness):
     ],
 )
 def test_a_call_that_breaks_fails_its_requests_and_the_next_one_opens_another(start, harness, ends):
-    farshore = start(limits=Limits(probe_s=0.05, drain_s=0.1))
+    farshore = start(limits=Limits(probe_s=0.05, missed_probes=1000, drain_s=0.1))
     calls = [farshore.generate(request_id=str(number)) for number in range(3)]
     sequences = [farshore.engine.next_sequence() for _ in calls]
     sequences[0]._put(ends)
@@ -61,6 +61,7 @@ def test_an_engine_with_as_many_calls_as_it_serves_runs_nothing(start, harness, 
         engines[1].auto = ()
         records = [harness.dense(f"dense-{number}-a", it.address) for number, it in enumerate(engines)]
         farshore = start(directory=harness.ListedEngines(*records))
+        until(lambda: len(farshore.gateway.engines.available()) == 2)
         for _ in range(4):
             assert len(list(farshore.generate())) == 2
             assert engines[1].next_sequence().request.epoch == 1

@@ -1,6 +1,8 @@
 """The gateway's health follows the engine's: a real process that fails, is killed, freezes and returns."""
 
+import re
 import signal
+import threading
 
 import grpc
 import pytest
@@ -18,7 +20,9 @@ SERVICES = ("", "farshore.inference.v1.InferenceService")
 def watched(start, engines):
     """(Harness, its EngineProcess, wait_for(status), which waits for the status of both health services)"""
     engine = engines()
-    farshore = start(engine_address=engine.address, limits=Limits(probe_s=0.1, cancel_s=0.5, drain_s=0.1))
+    # An engine that answers is not taken for frozen on a busy machine, and none is lost here.
+    limits = Limits(probe_s=0.1, missed_probes=20, lost_s=600, cancel_s=0.5, drain_s=0.1)
+    farshore = start(engine_address=engine.address, limits=limits)
     stub = health_pb2_grpc.HealthStub(farshore.channel)
 
     def wait_for(status):
@@ -87,7 +91,7 @@ def test_a_frozen_engine_keeps_what_it_runs(watched, harness):
     engine.process.send_signal(signal.SIGSTOP)
     try:
         wait_for(NOT_SERVING)
-        assert "has not answered for 0.3 s" in _refused(harness, farshore)
+        assert re.search(r"has not answered for \d+(\.\d)? s", _refused(harness, farshore))
         reader = farshore.generate(None, request_id="a")
         assert next(reader).HasField("accepted") and next(reader).HasField("token")
     finally:
@@ -100,15 +104,16 @@ def test_a_frozen_engine_keeps_what_it_runs(watched, harness):
 
 def test_a_frozen_engine_is_lost_in_the_end(start, engines, harness):
     engine = engines()
-    limits = Limits(probe_s=0.1, lost_s=0.3, cancel_s=0.5, drain_s=0.1)
+    limits = Limits(probe_s=0.1, missed_probes=20, lost_s=2, cancel_s=0.5, drain_s=0.1)
     farshore = start(engine_address=engine.address, limits=limits)
+    until(lambda: farshore.gateway.engines.problem is None)
     call = farshore.generate(request_id="a")
     assert next(call).HasField("accepted") and next(call).HasField("token")
     engine.process.send_signal(signal.SIGSTOP)
     try:
         failure = harness.failure_of(call)
         assert failure.code() == grpc.StatusCode.UNAVAILABLE
-        assert "was lost (it answered nothing for 0.3 s): send the request again" in failure.details()
+        assert "was lost (it answered nothing for 2 s): send the request again" in failure.details()
     finally:
         engine.process.send_signal(signal.SIGCONT)
     assert any(
@@ -131,14 +136,15 @@ def test_a_gateway_whose_engine_never_ran(start, harness):
 
 def test_an_engine_that_refuses_probes_is_alive(start, harness, loop_thread):
     """An engine's server refuses all calls, health probes too, while its threads are busy."""
-    farshore = start(limits=Limits(probe_s=0.01))
+    farshore = start(limits=Limits(probe_s=0.1, missed_probes=1000, drain_s=0.1))
+    refused = threading.Semaphore(0)
 
     async def refuse(request, context):
-        refused.set()
+        refused.release()
         await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "Concurrent RPC limit exceeded!")
 
-    refused = harness.threading.Event()
     farshore.engine.health.answer = refuse
-    assert refused.wait(30)
+    for _ in range(2):  # The gateway has read the first refusal before it asks again.
+        assert refused.acquire(timeout=60)
     farshore.engine.auto = ()
     assert len(list(farshore.generate())) == 2

@@ -87,7 +87,7 @@ def browse(chromium, tmp_path):
         command += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr"]
         command += ["--disable-dev-shm-usage", "--disable-background-networking", "--no-proxy-server"]
         command += [f"--virtual-time-budget={1000 * polls}", *options, "--dump-dom", url]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         return done.stdout, done.stderr
 

@@ -8,6 +8,8 @@ from farshore.gateway.limits import Limits
 from farshore.gateway.requests.stop_strings import StopStrings
 from farshore.proto import inference_pb2 as api
 
+from ...waiting import until
+
 
 @given(
     st.lists(st.text("ab\n", max_size=4), max_size=12),
@@ -88,6 +90,7 @@ def test_a_stop_string_in_one_choice_leaves_the_others_alone(farshore, harness, 
     events = list(call)
     assert [harness.text_of(events, choice) for choice in (0, 1)] == ["A nice ", "A nice night "]
     assert [choice.reason for choice in events[-1].finished.choices] == [api.FINISH_REASON_STOP] * 2
+    until(lambda: len(farshore.engine.cancelled) == 2)
     assert farshore.engine.cancelled == [(sequence.request.sequence_id, choice) for choice in (0, 1)]
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,11 +115,13 @@ def test_cache_is_used_for_an_unchanged_file_only(folder, cache):
         assert content(folder) == expected, damage
 
 
-def test_recent_file_is_not_cached(folder, cache):
+@pytest.mark.parametrize(("age_ns", "cached"), [(1_999_999_999, False), (2_000_000_000, True)])
+def test_recent_file_is_not_cached(folder, cache, monkeypatch, age_ns, cached):
     """It may change again within a tick of the file system's clock."""
-    os.utime(folder / SINGLE)
+    clock = SimpleNamespace(time_ns=lambda: (folder / SINGLE).stat().st_mtime_ns + age_ns)
+    monkeypatch.setattr("farshore.models.weights.content.time", clock)
     content(folder)
-    assert not cache.exists()
+    assert cache.exists() == cached
 
 
 def test_unwritable_cache(folder, tmp_path, monkeypatch):

@@ -10,6 +10,8 @@ from farshore import __version__
 from farshore.errors import PortInUse
 from farshore.gateway.limits import Limits
 
+from ....waiting import until
+
 BODY = {"model": "smollm2", "messages": [{"role": "user", "content": "Hi"}]}
 
 
@@ -92,14 +94,10 @@ def test_a_client_that_sends_half_a_head_holds_up_no_other(base_url):
 
 
 def test_an_engine_that_fails_is_not_ready(http, base_url, loop_thread, harness):
-    import time
-
     loop_thread.run(
         http.engine.health.set(harness.ENGINE_SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
     )
-    end_s = time.monotonic() + 30
-    while httpx2.get(f"{base_url}/ready").status_code != 503:
-        assert time.monotonic() < end_s
+    until(lambda: httpx2.get(f"{base_url}/ready").status_code == 503, "the gateway is ready still")
 
 
 def test_a_taken_http_port_keeps_the_gateway_from_starting(start):
