@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Without a GPU, triton must run kernels in its interpreter. It reads the variable at its first import, made
 # here because transformers imports triton, too. The variable is unset again for the tests' child processes.
@@ -24,6 +25,10 @@ from farshore.attention_offload.shard.server import serve
 from farshore.attention_offload.shard.service import AttentionService
 from farshore.benchmarks.engines.redis_server import binaries
 from farshore.rpc import SHARD_ENVIRONMENT
+
+# A busy machine draws and runs examples slowly, which is no fault of what is tested.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 STOP_DEADLINE_S = 60.0
 LONG_TEXT_TOKENS = 4100

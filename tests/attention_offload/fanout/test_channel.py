@@ -84,7 +84,7 @@ KINDS = [*REMOTE, Transport.IN_PROCESS, "mixed"]
     max_examples=25,
     deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(batches=st.integers(1, 4), ahead=st.data())
 def test_all_kinds_give_the_same_bits_in_whatever_order_frames_are_sent_and_waited_for(

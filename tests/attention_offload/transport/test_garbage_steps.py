@@ -59,7 +59,7 @@ STEPS = st.builds(
     max_examples=150,
     deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(message=STEPS)
 def test_a_shard_looks_at_every_number_of_a_step_before_it_reads_memory(target, message):

@@ -45,7 +45,11 @@ def absent_or(*values):
     return st.sampled_from(["absent", *values])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(
     family=st.sampled_from(["llama", "mistral"]),
     keys=st.fixed_dictionaries(
