@@ -297,6 +297,7 @@ class ShardQueue:
             self._changed()
             return
         self._call_began_s = began_s = self._clock()
+        # The state changes before the future, so that a caller that waited for it finds the shard idle.
         try:
             result = call.run()
         except Exception as error:
@@ -305,11 +306,11 @@ class ShardQueue:
             elif call.updates_holds:  # No caller reads its future.
                 _LOG.error("attention worker %s did not take spans back", self.worker, exc_info=error)
                 self._must_reconcile = True
+            self._call_began_s = None
             call.future.set_exception(error)
         else:
-            call.future.set_result(result)
-        finally:
             self._call_began_s = None
+            call.future.set_result(result)
         self._changed()
 
     def _mark_silent(self, error: TransportError, began_s: float) -> None:
