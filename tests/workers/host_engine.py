@@ -2,13 +2,16 @@
 
 Its argument is a JSON object with ``folder`` (the model), ``shards`` (worker to address), ``transports`` and
 ``token_file``.
-Each line of standard input is a JSON object with ``prompt`` and ``max_tokens``; the program prints a JSON
-object for each token and for the end of the request. It ends when its input is closed.
+Each line of standard input is a JSON object with ``prompt``, ``max_tokens`` and ``pause_at``; the program
+prints a JSON object for each token and for the end of the request. The engine stands still at the token with
+the number ``pause_at``, if it is not 0, until it reads one more line. It ends when its input is closed.
 """
 
+import itertools
 import json
 import queue
 import sys
+import threading
 
 import torch
 
@@ -56,17 +59,27 @@ def main():
     engine.start()
     for number, line in enumerate(sys.stdin):
         command = json.loads(line)
-        events = queue.SimpleQueue()
+        events, go_on, drawn = queue.SimpleQueue(), threading.Event(), itertools.count(1)
+
+        def emit(event, command=command, events=events, go_on=go_on, drawn=drawn):
+            events.put(event)
+            if isinstance(event, Sampled) and next(drawn) == command["pause_at"]:
+                assert go_on.wait(120)
+
         sampling = Sampling(max_tokens=command["max_tokens"], temperature=0.0)
         try:
-            engine.submit(SequenceId(str(number)), command["prompt"], sampling, events.put, epoch=FIRST_EPOCH)
+            engine.submit(SequenceId(str(number)), command["prompt"], sampling, emit, epoch=FIRST_EPOCH)
         except FarshoreError as error:
             events.put(Failed(error))
-        event = None
+        event, tokens = None, 0
         while not isinstance(event, Finished | Failed):
             event = events.get(timeout=120)
             if isinstance(event, Sampled):
                 say(token=event.token_id)
+                tokens += 1
+                if tokens == command["pause_at"]:
+                    sys.stdin.readline()
+                    go_on.set()
         links = {link.worker_id: [link.transport, link.failures] for link in engine.links()}
         if isinstance(event, Failed):
             say(failed=f"{type(event.error).__name__}: {event.error}", links=links)
