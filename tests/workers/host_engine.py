@@ -12,6 +12,7 @@ import json
 import queue
 import sys
 import threading
+import time
 
 import torch
 
@@ -31,6 +32,14 @@ from farshore.workers.engine.sequence import Failed, Finished, Sampled
 
 def say(**fields):
     print(json.dumps(fields), flush=True)
+
+
+def await_shards(engine):
+    """Waits until each shard has answered, however slow its link is: the engine places on those that have."""
+    end_s, pause = time.monotonic() + 60, threading.Event()
+    while not all(engine.shards().values()):
+        assert time.monotonic() < end_s, "a shard does not answer"
+        pause.wait(0.01)
 
 
 def main():
@@ -57,6 +66,7 @@ def main():
         shard_by="range",
     )
     engine.start()
+    await_shards(engine)
     for number, line in enumerate(sys.stdin):
         command = json.loads(line)
         events, go_on, drawn = queue.SimpleQueue(), threading.Event(), itertools.count(1)
