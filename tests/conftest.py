@@ -306,14 +306,8 @@ class WorkerProcess:
 
     def _start(self, listen):
         command = [*self._prefix, sys.executable, "-P", "-m", "farshore.workers.attention"]
-        command += [
-            "--worker",
-            self._worker,
-            "--kv-memory-bytes",
-            str(self._kv_memory_bytes),
-            "--listen",
-            listen,
-        ]
+        command += ["--worker", self._worker, "--kv-memory-bytes", str(self._kv_memory_bytes)]
+        command += ["--listen", listen]
         command += ["--token-file", self._token_file] if self._token_file else []
         self.process = subprocess.Popen(
             command,

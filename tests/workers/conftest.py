@@ -22,7 +22,7 @@ from farshore.workers.engine.engine import Engine
 from farshore.workers.engine.sequence import Failed, Finished, PromptLogprobs, Sampled
 
 from ..waiting import until
-from .paused import Paused, at_tokens
+from .hold.paused import Paused, at_tokens
 
 ENGINE = WorkerId("engine")
 EVENT_DEADLINE_S = 600.0

@@ -29,9 +29,9 @@ from farshore.workers.dense import DenseWorker
 from farshore.workers.ending import Ending
 
 from ..waiting import until
-from .endless import ENDLESS
+from .hold.endless import ENDLESS
+from .hold.paused import pause_next
 from .in_process import DENSE, attention_worker, dense_config
-from .paused import pause_next
 
 DEADLINE_S = 60.0
 HEALTH = health_pb2.HealthCheckResponse

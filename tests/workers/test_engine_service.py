@@ -12,8 +12,8 @@ from farshore.workers.engine.constraints.grammar import GrammarCompiler
 from farshore.workers.engine_service import EngineService
 
 from ..waiting import until
-from .endless import ENDLESS
-from .paused import pause_next, unhurried
+from .hold.endless import ENDLESS
+from .hold.paused import pause_next, unhurried
 
 
 class Context:

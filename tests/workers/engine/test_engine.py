@@ -10,7 +10,7 @@ from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.sequence import Finished, Reason
 
-from ..endless import ENDLESS, end
+from ..hold.endless import ENDLESS, end
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0)
 PROMPT = list(range(5, 50))

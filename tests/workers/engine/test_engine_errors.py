@@ -9,7 +9,7 @@ from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.sequence import Failed, Finished
 
-from ..endless import ENDLESS
+from ..hold.endless import ENDLESS
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0)
 PROMPT = list(range(5, 50))

@@ -10,8 +10,8 @@ from farshore.kvstore.store.arena.arena import Arena, stride_bytes
 from farshore.sampling import Sampling
 from farshore.workers.engine.sequence import Finished
 
-from ..endless import ENDLESS, end
-from ..paused import unhurried
+from ..hold.endless import ENDLESS, end
+from ..hold.paused import unhurried
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0)
 PROMPT = list(range(5, 50))

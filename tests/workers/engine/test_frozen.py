@@ -10,7 +10,7 @@ from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.sequence import Failed, Finished, Prefilled, Sampled
 
 from ...waiting import until
-from ..paused import Paused
+from ..hold.paused import Paused
 
 SHARDS = 3
 LONG = Sampling(max_tokens=1500)

@@ -11,7 +11,7 @@ from farshore.workers.engine.membership import Joined, Left, Opened, Shut
 from farshore.workers.engine.sequence import Finished
 
 from ...waiting import until
-from ..endless import ENDLESS, end_greedy
+from ..hold.endless import ENDLESS, end_greedy
 
 PROMPT = [i % 90 for i in range(600)]
 OLD, NEW = WorkerId("shard0"), WorkerId("shard1")

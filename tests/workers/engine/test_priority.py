@@ -13,8 +13,8 @@ from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.requests import Requests
 from farshore.workers.engine.sequence import Failed, Finished, Sampled, Sequence
 
-from ..endless import ENDLESS
-from ..paused import Paused, at_tokens
+from ..hold.endless import ENDLESS
+from ..hold.paused import Paused, at_tokens
 
 SHORT = Sampling(max_tokens=2)
 

@@ -19,7 +19,7 @@ from farshore.workers.engine.membership import Draining, Opened
 from farshore.workers.engine.sequence import Finished, Prefilled, Sampled
 
 from ....waiting import until
-from ...endless import ENDLESS, end, end_greedy
+from ...hold.endless import ENDLESS, end, end_greedy
 
 PROMPT = [i % 90 for i in range(600)]
 OTHER = [token + 1 for token in PROMPT]

@@ -18,7 +18,7 @@ from farshore.workers.engine.attention_model import attention_model
 from farshore.workers.engine.kv.prefix import assemble, fingerprint
 from farshore.workers.engine.sequence import Finished, Reason, Sampled
 
-from ...endless import ENDLESS
+from ...hold.endless import ENDLESS
 
 GREEDY = Sampling(max_tokens=10, temperature=0.0)
 

@@ -11,7 +11,7 @@ from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.sequence import Finished, Prefilled, Sampled
 
-from ...endless import ENDLESS, end
+from ...hold.endless import ENDLESS, end
 
 
 def prompt_of(length, seed=0):

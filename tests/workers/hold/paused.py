@@ -4,7 +4,7 @@ import threading
 
 from farshore.workers.engine.sequence import Sampled
 
-from ..waiting import until
+from ...waiting import until
 
 DEADLINE_S = 60.0
 
