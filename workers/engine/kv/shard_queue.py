@@ -297,7 +297,6 @@ class ShardQueue:
             self._changed()
             return
         self._call_began_s = began_s = self._clock()
-        # The state changes before the future, so that a caller that waited for it finds the shard idle.
         try:
             result = call.run()
         except Exception as error:
@@ -309,7 +308,7 @@ class ShardQueue:
             self._call_began_s = None
             call.future.set_exception(error)
         else:
-            self._call_began_s = None
+            self._call_began_s = None  # First, so that a caller that waited finds the shard idle.
             call.future.set_result(result)
         self._changed()
 
