@@ -2,8 +2,6 @@
 
 import importlib.util
 import queue
-import threading
-import time
 from collections import defaultdict
 from itertools import count
 from pathlib import Path
@@ -23,9 +21,11 @@ from farshore.workers.engine.attention_model import attention_model
 from farshore.workers.engine.engine import Engine
 from farshore.workers.engine.sequence import Failed, Finished, PromptLogprobs, Sampled
 
+from ..waiting import until
+from .hold.paused import Paused, at_tokens
+
 ENGINE = WorkerId("engine")
 EVENT_DEADLINE_S = 600.0
-EMPTY_DEADLINE_S = 20.0
 NEW_TOKENS = 16
 NO_TOKEN = 10**9
 """No token has this id, so transformers does not stop before NEW_TOKENS."""
@@ -152,11 +152,10 @@ class Rig:
 
     def settle(self):
         """Waits until no span is held: the shards' queues make the drops later."""
-        end_s = time.monotonic() + EMPTY_DEADLINE_S
-        pause = threading.Event()
-        while any(info.holders for store in self.stores.values() for info in store.announce()):
-            assert time.monotonic() < end_s, "spans are still held"
-            pause.wait(0.01)
+        until(
+            lambda: not any(info.holders for store in self.stores.values() for info in store.announce()),
+            "spans are still held",
+        )
 
     def check_empty(self):
         """Asserts that all memory of the engine and the shards is available and no span is held."""
@@ -249,13 +248,15 @@ def collect():
 @pytest.fixture
 def submit():
     """submit(engine, name, prompt, sampling, ...) -> Collected. A name may be used again: each request has a
-    newer epoch."""
+    newer epoch. ``pause_at``: numbers of the tokens at which the engine stands still; the Collected's
+    ``paused`` is then a Paused."""
     epochs = count(1)
 
-    def call(engine, name, prompt, sampling, **options):
+    def call(engine, name, prompt, sampling, *, pause_at=(), **options):
         collected = Collected()
+        collected.paused = Paused(collected.events.put, at_tokens(*pause_at))
         options = {"epoch": next(epochs)} | options
-        engine.submit(SequenceId(name), list(prompt), sampling, collected.events.put, **options)
+        engine.submit(SequenceId(name), list(prompt), sampling, collected.paused, **options)
         return collected
 
     return call

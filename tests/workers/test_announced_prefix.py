@@ -30,7 +30,7 @@ class Served:
         self.start()
 
     def start(self):
-        directory = EmbeddedDirectory()
+        directory = EmbeddedDirectory(clock=lambda: 0.0)  # No lease runs out.
         self._server, self.address = rpc.serve(
             lambda server: cluster_pb2_grpc.add_DirectoryServicer_to_server(
                 DirectoryService(directory), server

@@ -25,7 +25,7 @@ class Dense:
     """A dense worker in this process that has not loaded yet."""
 
     def __init__(self, folder):
-        self.directory = EmbeddedDirectory()
+        self.directory = EmbeddedDirectory(clock=lambda: 0.0)
         self.failed = threading.Semaphore(0)
         self.worker = DenseWorker(
             dense_config(folder), self.directory, host="127.0.0.1", on_failed=self.failed.release

@@ -29,11 +29,12 @@ from farshore.workers.dense import DenseWorker
 from farshore.workers.ending import Ending
 
 from ..waiting import until
+from .hold.endless import ENDLESS
+from .hold.paused import pause_next
 from .in_process import DENSE, attention_worker, dense_config
 
 DEADLINE_S = 60.0
 HEALTH = health_pb2.HealthCheckResponse
-LONG = 1900
 SPEC = AttentionSpec(q_heads=2, k_heads=1, v_heads=1, k_dim=8, v_dim=8, scale=1.0)
 LAYOUT = KVLayout.of(SPEC, layers=1, format=KVFormat.FLOAT32)
 
@@ -42,7 +43,7 @@ class Dense:
     """A dense worker in this process, with its gRPC service."""
 
     def __init__(self, folder):
-        self.directory = EmbeddedDirectory()
+        self.directory = EmbeddedDirectory(clock=lambda: 0.0)
         self.worker = DenseWorker(dense_config(folder), self.directory, host="127.0.0.1")
         self.worker.run()
         until(lambda: self.state() == "serving", "it is not listed")
@@ -70,9 +71,9 @@ class Dense:
         finally:
             call.cancel()
 
-    def running(self, name, tokens):
-        """The stream of a request that has generated a token."""
-        stream = self.generate(name, tokens)
+    def running(self, name):
+        """The stream of an endless request that has generated a token."""
+        stream = self.generate(name, ENDLESS.max_tokens)
         assert next(event for event in stream if event.HasField("token"))
         return stream
 
@@ -93,20 +94,22 @@ def refused(events):
 
 
 def test_a_drained_dense_worker_refuses_new_requests_and_ends_with_its_last_one(dense):
-    stream = dense.running("a", LONG)
-    dense.ending.begin(DEADLINE_S)
-    until(lambda: dense.state() == "draining", "the directory does not say so")
-    assert dense.health() == HEALTH.NOT_SERVING
-    assert dense.stub.Status(pb.EngineStatusRequest()).worker.state == admin.WORKER_STATE_DRAINING
-    assert "dense-0-aa is draining: send the request again" in refused(dense.generate("b", 1))
+    stands_still, stream = pause_next(dense.worker._engine, 2), dense.generate("a", 50)
+    assert next(event for event in stream if event.HasField("token"))
+    with stands_still:
+        dense.ending.begin(DEADLINE_S)
+        until(lambda: dense.state() == "draining", "the directory does not say so")
+        assert dense.health() == HEALTH.NOT_SERVING
+        assert dense.stub.Status(pb.EngineStatusRequest()).worker.state == admin.WORKER_STATE_DRAINING
+        assert "dense-0-aa is draining: send the request again" in refused(dense.generate("b", 1))
     events = list(stream)
-    assert events[-1].HasField("finished") and sum(e.HasField("token") for e in events) == LONG - 1
+    assert events[-1].HasField("finished") and sum(e.HasField("token") for e in events) == 49
     assert dense.ended.wait(DEADLINE_S)
     assert dense.state() is None
 
 
 def test_what_is_left_after_the_drain_fails_and_says_what_to_do(dense):
-    stream = dense.running("a", LONG)
+    stream = dense.running("a")
     dense.ending.begin(DEADLINE_S)
     # A second call, as when the whole cluster ends, only shortens the time.
     dense.ending.begin(0.0)
@@ -115,7 +118,7 @@ def test_what_is_left_after_the_drain_fails_and_says_what_to_do(dense):
 
 
 def test_the_directory_drains_a_dense_worker_and_opens_it_again(dense):
-    stream = dense.running("a", LONG)
+    stream = dense.running("a")
     dense.directory.close([], draining=[DENSE])
     until(lambda: dense.health() == HEALTH.NOT_SERVING, "health says nothing of the drain")
     assert "is draining" in refused(dense.generate("b", 1))
@@ -141,7 +144,7 @@ def client_of(address):
 
 
 def test_an_attention_worker_drains_until_no_sequence_holds_a_span():
-    directory = EmbeddedDirectory()
+    directory = EmbeddedDirectory(clock=lambda: 0.0)
     worker = attention_worker(directory)
     ended = threading.Event()
     ending = Ending(worker, then=lambda code: ended.set())
@@ -170,7 +173,7 @@ def test_an_attention_worker_whose_device_fails_is_not_ready(monkeypatch):
 
     monkeypatch.setattr("farshore.workers.attention.LocalStore", on_a_device)
     monkeypatch.setattr("farshore.attention_offload.shard.engine_holds.TICK_S", 0.01)
-    directory, failed = EmbeddedDirectory(), []
+    directory, failed = EmbeddedDirectory(clock=lambda: 0.0), []
     worker = attention_worker(directory, on_failed=lambda: failed.append(None))
     with grpc.insecure_channel(worker.address()) as channel:
         check = health_pb2.HealthCheckRequest(service="farshore.attention.v1.Attention")

@@ -12,6 +12,8 @@ from farshore.workers.engine.constraints.grammar import GrammarCompiler
 from farshore.workers.engine_service import EngineService
 
 from ..waiting import until
+from .hold.endless import ENDLESS
+from .hold.paused import pause_next, unhurried
 
 
 class Context:
@@ -134,14 +136,17 @@ def test_the_status_shows_the_spans_that_a_sequence_reads_whichever_sequence_wro
 ):
     cluster = rig(tiny_model, memory_bytes=64 << 20)
     service, engine = served(cluster)
-    streams = [events_of(service, asked(name, PROMPT, max_tokens=1300, temperature=0)) for name in "ab"]
-    for stream in streams:
-        assert next(event for event in stream if event.HasField("token"))
-    (first, second) = service.Status(pb.EngineStatusRequest(), None).sequences
-    for name in "ab":
-        engine.cancel(name)
+    unhurried(engine)  # The first sequence hands nothing off before the second one's first token.
+    first_token, streams = pause_next(engine, 1), [begun(service, "a")]
+    with first_token:
+        first_token = pause_next(engine, 1)
+        streams.append(begun(service, "b"))
+    with first_token:
+        (first, second) = service.Status(pb.EngineStatusRequest(), None).sequences
+        assert written(cluster) == 700 + 700 % 256, "b shares no full blocks of a"
+        for name in "ab":
+            engine.cancel(name)
     assert all(list(stream)[-1].HasField("finished") for stream in streams)
-    assert written(cluster) == 700 + 700 % 256, "b shares no full blocks of a"
     token_bytes = cluster.attention.layouts[0].token_bytes
     for sequence in (first, second):
         spans = sorted(sequence.spans, key=lambda span: span.first)
@@ -149,6 +154,13 @@ def test_the_status_shows_the_spans_that_a_sequence_reads_whichever_sequence_wro
         assert spans[-1].last == sequence.tail_first >= 512
         assert {span.worker_id for span in spans} <= set(cluster.targets)
         assert sum(span.bytes for span in spans) == sequence.tail_first * token_bytes
+
+
+def begun(service, name):
+    """The events of an endless request that the engine has taken."""
+    events = events_of(service, asked(name, PROMPT, max_tokens=ENDLESS.max_tokens, temperature=0))
+    assert next(event for event in events if event.taken)
+    return events
 
 
 def test_requests_of_one_call_have_their_own_events_and_fail_alone(tiny_model, rig, served):
@@ -179,9 +191,9 @@ def test_a_cancel_right_behind_its_request_ends_it(tiny_model, rig, served):
     found = by_number(
         events_of(
             service,
-            asked("a", PROMPT, number=1, max_tokens=1300),
+            asked("a", PROMPT, number=1, max_tokens=ENDLESS.max_tokens),
             cancelled(1),
-            asked("b", PROMPT, number=2, max_tokens=1300, temperature=1, n=2),
+            asked("b", PROMPT, number=2, max_tokens=ENDLESS.max_tokens, temperature=1, n=2),
             cancelled(2),
             cancelled(9),
         )
@@ -194,17 +206,18 @@ def test_a_cancel_right_behind_its_request_ends_it(tiny_model, rig, served):
 
 def test_one_choice_is_cancelled_and_the_others_go_on(tiny_model, rig, served):
     service, _ = served(rig(tiny_model, memory_bytes=64 << 20))
-    said = Saying(asked("a", [1, 2, 3], max_tokens=600, temperature=1, n=2))
+    said = Saying(asked("a", [1, 2, 3], max_tokens=ENDLESS.max_tokens, temperature=1, n=2))
     call = service.Run(said, Context())
     events = (event for message in call for event in message.events)
     assert next(event for event in events if event.HasField("token"))
-    said.say(cancelled(1, choice=1))
-    ends = {}
-    for event in events:
-        if event.HasField("finished"):
-            ends[event.finished.choice] = event.finished.reason
-            said.end()
-    assert ends == {0: api.FINISH_REASON_LENGTH, 1: api.FINISH_REASON_CANCELLED}
+    for choice in (1, 0):
+        said.say(cancelled(1, choice=choice))
+        end = next(event.finished for event in events if event.HasField("finished"))
+        assert (end.choice, end.reason) == (choice, api.FINISH_REASON_CANCELLED)
+        if choice == 1:
+            assert next(event for event in events if event.HasField("token")).token.choice == 0
+    said.end()
+    assert not [event for event in events if not event.HasField("token")]
 
 
 @pytest.mark.parametrize("how", ["disconnected", "stopped"])
@@ -213,7 +226,7 @@ def test_what_a_gateway_runs_ends_with_its_call(tiny_model, rig, served, how):
     service, engine = served(rig(tiny_model, memory_bytes=64 << 20))
     contexts = [Context(), Context()]
     calls = [
-        service.Run(Saying(asked(name, [1, 2, 3], max_tokens=1900, temperature=0)), context)
+        service.Run(Saying(asked(name, [1, 2, 3], max_tokens=ENDLESS.max_tokens, temperature=0)), context)
         for name, context in zip("ab", contexts, strict=True)
     ]
     streams = [(event for message in call for event in message.events) for call in calls]

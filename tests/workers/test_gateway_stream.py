@@ -14,7 +14,7 @@ from farshore.workers.engine.sequence import Failed, Finished, Reason, Sampled
 from farshore.workers.gateway_stream import MOST_EVENTS, GatewayStream
 from farshore.workers.sequence_events import EventMessages
 
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 
 class Sequences:

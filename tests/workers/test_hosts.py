@@ -23,7 +23,7 @@ pytestmark = pytest.mark.heavy
 PROMPT_TOKENS = 762
 """The prompt is on both shards, and its tail's first block is handed off during decoding."""
 TOKENS = 24
-COMMAND_S = 20.0
+COMMAND_S = 60.0
 LISTENS = "0A"
 """State of a listening socket in /proc/net/tcp."""
 MENDED_S = 60.0
@@ -155,15 +155,21 @@ class RemoteEngine:
         self._process = stack.enter_context(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
         stack.callback(self._process.kill)
 
-    def generate(self, at_token=lambda count: None):
-        """Returns the tokens and the last message. Calls ``at_token(n)`` after the n-th token."""
-        self._process.stdin.write(json.dumps({"prompt": self._prompt, "max_tokens": TOKENS}) + "\n")
-        self._process.stdin.flush()
+    def generate(self, *, pause_at=0, meanwhile=lambda: None):
+        """Returns the tokens and the last message. The engine stands still at the token with the number
+        ``pause_at`` while ``meanwhile()`` runs."""
+        self._say({"prompt": self._prompt, "max_tokens": TOKENS, "pause_at": pause_at})
         tokens = []
         while "token" in (message := json.loads(self._process.stdout.readline())):
             tokens.append(message["token"])
-            at_token(len(tokens))
+            if len(tokens) == pause_at:
+                meanwhile()
+                self._say("go on")
         return tokens, message
+
+    def _say(self, message):
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
 
 
 @pytest.fixture(scope="module")
@@ -214,12 +220,7 @@ def test_a_link_that_is_cut(hosts, shards, start_engine, expected, transports):
     """A cut link gives no answer and no hang-up, so the frame's deadline ends the wait."""
     addresses = {name: shard.address for name, shard in shards.items()}
     engine = start_engine(addresses, transports)
-
-    def cut(count):
-        if count == 5:
-            hosts.cut(0)
-
-    tokens, end = engine.generate(cut)
+    tokens, end = engine.generate(pause_at=5, meanwhile=lambda: hosts.cut(0))
     assert tokens == expected[: len(tokens)] and 5 <= len(tokens) < TOKENS
     assert end["failed"].startswith("Lost: ") and addresses["shard0"] in end["failed"]
     assert end["links"]["shard0"][1] and not end["links"]["shard1"][1]

@@ -62,10 +62,14 @@ class Engine:
         return states
 
     def settle(self):
-        """Runs steps until the deadlines are derived from the latencies."""
-        for _ in range(DEADLINE_LEAST_FRAMES // self.work.layers + 2):
-            self.step()
-        assert all(0.1 <= self.deadline_s(name) <= 0.4 for name in NAMES)
+        """Notes so many slow answers that the deadlines are derived from them: 100 ms + 4 × 100 ms, and not
+        1 s. Those of a busy machine could be too short for the shards that are not frozen."""
+        for name in NAMES:
+            record = self.fanout._records[name]
+            record.answered(*[0.1] * DEADLINE_LEAST_FRAMES)
+            record.frames += DEADLINE_LEAST_FRAMES
+        self.step()
+        assert all(0.4 <= self.deadline_s(name) <= 0.7 for name in NAMES)
 
     def deadline_s(self, name):
         """The current deadline of frames to the shard."""

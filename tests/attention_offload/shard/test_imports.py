@@ -27,7 +27,7 @@ from farshore.kvstore.base import SpanKey
 from farshore.kvstore.prefix import PrefixBlock
 from farshore.proto import attention_pb2 as pb
 
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 A, B = SequenceId("a"), SequenceId("b")
 FIRST, TOKENS = 32, 45
 NAMES = [PrefixBlock(bytes([n]) * 32, tuple(range(n, n + 16)), FIRST + 16 * n) for n in range(2)]

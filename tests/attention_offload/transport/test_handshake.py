@@ -17,7 +17,7 @@ from farshore.cluster_token import ClusterToken
 from farshore.errors import Unauthenticated
 from farshore.ids import SequenceId
 
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 NATIVE = (Transport.SHARED_MEMORY, Transport.TCP)
 OFFER = bytes(range(handshake.OFFER_BYTES))
 

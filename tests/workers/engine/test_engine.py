@@ -10,6 +10,8 @@ from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.sequence import Finished, Reason
 
+from ..hold.endless import ENDLESS, end
+
 GREEDY = Sampling(max_tokens=12, temperature=0.0)
 PROMPT = list(range(5, 50))
 
@@ -38,7 +40,7 @@ def test_placing_a_sequence_does_not_delay_others(tiny_model, rig, submit, cance
     cluster = rig(tiny_model, memory_bytes=64 << 20)
     engine = cluster.start()
     running = submit(engine, "a", PROMPT, Sampling(max_tokens=150, temperature=0.0))
-    running.events.get(timeout=60)
+    running.events.get(timeout=60)  # It is placed.
     may_create = threading.Event()
 
     def slow(create):
@@ -66,13 +68,11 @@ def test_placing_a_sequence_does_not_delay_others(tiny_model, rig, submit, cance
 def test_cancel_frees_memory_and_reports_it(tiny_model, rig, submit):
     cluster = rig(tiny_model, memory_bytes=64 << 20)
     engine = cluster.start()
-    endless = submit(engine, "a", PROMPT, Sampling(max_tokens=1900, temperature=0.0))
+    endless = submit(engine, "a", PROMPT, ENDLESS)
     endless.events.get(timeout=60)
-    engine.cancel(SequenceId("a"))
     engine.cancel(SequenceId("unknown"))
-    result = endless.result()
-    assert isinstance(result, Finished) and result.reason is Reason.CANCELLED
-    assert len(endless.tokens) < 1900
+    end(engine, "a", endless)
+    assert len(endless.tokens) < ENDLESS.max_tokens
     cluster.check_empty()
 
 
@@ -143,11 +143,10 @@ def test_seeded_sampling_repeats_and_depends_on_the_seed(tiny_model, rig, submit
 def test_a_sequence_shows_where_its_kv_is(tiny_model, rig, submit):
     cluster = rig(tiny_model, shards=2, memory_bytes=64 << 20)
     engine = cluster.start()
-    collected = submit(engine, "a", PROMPT * 13, Sampling(max_tokens=1400, temperature=0.0))
-    collected.events.get(timeout=60)
-    (view,) = engine.views()
-    assert view.tail_first == 585 or view.tail_first % 256 == 0
-    assert [(span.first, span.last) for span in view.spans][:2] == [(0, 256), (256, 585)]
-    assert {worker for worker, *_ in view.spans[:2]} == {"shard0", "shard1"}
-    engine.cancel(SequenceId("a"))
-    collected.result()
+    collected = submit(engine, "a", PROMPT * 13, ENDLESS, pause_at=[1])
+    with collected.paused:
+        (view,) = engine.views()
+    assert view.tail_first == 585
+    assert [(span.first, span.last) for span in view.spans] == [(0, 256), (256, 585)]
+    assert {worker for worker, *_ in view.spans} == {"shard0", "shard1"}
+    end(engine, "a", collected)

@@ -9,6 +9,8 @@ from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.sequence import Failed, Finished
 
+from ..hold.endless import ENDLESS
+
 GREEDY = Sampling(max_tokens=12, temperature=0.0)
 PROMPT = list(range(5, 50))
 
@@ -97,18 +99,18 @@ def test_a_transport_error_in_the_middle_of_a_step_loses_nothing(
 def test_a_dead_shard_fails_its_sequences_and_only_them(greedy, tiny_model, rig, submit):
     cluster = rig(tiny_model, shards=2, shard_by="range", memory_bytes=64 << 20, wrap=FlakyClient)
     engine = cluster.start()
-    single = submit(engine, "single", PROMPT[:1], Sampling(max_tokens=200, temperature=0.0))
-    single.events.get(timeout=60)
-    (view,) = engine.views()
-    victim = cluster.clients[next(worker for worker in cluster.targets if worker != view.spans[0][0])]
-    victim.die_at = 10
-    spread = submit(engine, "spread", PROMPT, Sampling(max_tokens=600, temperature=0.0))
+    single = submit(engine, "single", PROMPT[:1], Sampling(max_tokens=200, temperature=0.0), pause_at=[1])
+    with single.paused:
+        (view,) = engine.views()
+        victim = cluster.clients[next(worker for worker in cluster.targets if worker != view.spans[0][0])]
+        victim.die_at = 10
+        spread = submit(engine, "spread", PROMPT, Sampling(max_tokens=600, temperature=0.0))
     result = spread.result()
     assert isinstance(result, Failed) and isinstance(result.error, TransportError)
     assert 0 < len(spread.tokens) < 600
     result = single.result()
     assert isinstance(result, Finished), result
-    assert single.tokens == greedy(PROMPT[:1], 200)[-len(single.tokens) :]
+    assert single.tokens == greedy(PROMPT[:1], 200)
     victim.revive()
     cluster.settle()
 
@@ -188,7 +190,7 @@ def test_an_engine_that_cannot_compute_reports_it_first(tiny_model, rig, submit,
     cluster = rig(tiny_model, memory_bytes=64 << 20)
     told = []
     engine = cluster.start(on_failed=lambda: told.append(engine.failure))
-    running = submit(engine, "a", PROMPT, Sampling(max_tokens=1900))
+    running = submit(engine, "a", PROMPT, ENDLESS)
     running.events.get(timeout=60)
 
     def broken(*_):

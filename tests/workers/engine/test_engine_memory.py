@@ -1,12 +1,17 @@
 """An engine's memory: waiting for it, parking, and the spans that tails grow into."""
 
+from dataclasses import replace
+
 import pytest
 
 from farshore.errors import Full, InvalidRequest, NotFound
 from farshore.ids import SequenceId
 from farshore.kvstore.store.arena.arena import Arena, stride_bytes
 from farshore.sampling import Sampling
-from farshore.workers.engine.sequence import Finished, Reason
+from farshore.workers.engine.sequence import Finished
+
+from ..hold.endless import ENDLESS, end
+from ..hold.paused import unhurried
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0)
 PROMPT = list(range(5, 50))
@@ -68,13 +73,11 @@ def test_a_parked_request_is_cancelled_like_any_other(tiny_model, rig, submit):
     cluster = rig(tiny_model, shards=1, memory_bytes=64 << 20)
     cluster.resize(3 * stride_bytes(cluster.attention.layouts[0].block_bytes))
     engine = cluster.start()
-    collected = submit(engine, "a", PROMPT, Sampling(max_tokens=1500, n=6, temperature=1.0))
+    collected = submit(engine, "a", PROMPT, replace(ENDLESS, n=6, temperature=1.0))
     collected.events.get(timeout=60)
     while engine.load().parked < 3:
         collected.events.get(timeout=60)
-    engine.cancel(SequenceId("a"))
-    ends = [collected.result() for _ in range(6)]
-    assert {end.reason for end in ends} == {Reason.CANCELLED}
+    end(engine, "a", collected, choices=6)
     assert engine.load()[:3] == (0, 0, 0)
     cluster.check_empty()
 
@@ -83,19 +86,19 @@ def test_a_full_shard_does_not_keep_the_tail_from_another(greedy, tiny_model, ri
     """The worker with the fewest tokens of the sequence refuses, so another one takes the tail's blocks."""
     cluster = rig(tiny_model, shards=2, memory_bytes=64 << 20)
     engine = cluster.start()
-    collected = submit(engine, "a", PROMPT[:1], Sampling(max_tokens=900, temperature=0.0))
-    collected.events.get(timeout=60)
-    (view,) = engine.views()
-    other = next(worker for worker in cluster.targets if worker != view.spans[0][0])
+    collected = submit(engine, "a", PROMPT[:1], Sampling(max_tokens=900, temperature=0.0), pause_at=[1])
 
     def refuse(*_, **__):
         raise Full("no room", free_bytes=0)
 
-    cluster.stores[other].create = refuse
+    with collected.paused:
+        (view,) = engine.views()
+        other = next(worker for worker in cluster.targets if worker != view.spans[0][0])
+        cluster.stores[other].create = refuse
     result = collected.result()
     del cluster.stores[other].create
     assert isinstance(result, Finished)
-    assert collected.tokens == greedy(PROMPT[:1], 900)[-len(collected.tokens) :]
+    assert collected.tokens == greedy(PROMPT[:1], 900)
     assert result.attended_bytes[view.spans[0][0]] > 300 * attended_bytes(tiny_model, 256, 1)
 
 
@@ -105,10 +108,12 @@ def test_a_long_answer_grows_into_few_spans(tiny_model, rig, submit, shard_by):
     answer's bound: few reads per step."""
     cluster = rig(tiny_model, shards=3, shard_by=shard_by, memory_bytes=64 << 20)
     engine = cluster.start()
+    unhurried(engine)
     sampling = Sampling(max_tokens=1000, temperature=0.0)
     seen = []
-    collected = submit(engine, "a", PROMPT, sampling)
-    engine.submit(SequenceId("b"), PROMPT, sampling, lambda event: seen.append(engine.views()), epoch=1)
+    collected = submit(engine, "a", PROMPT, sampling, pause_at=[1])
+    with collected.paused:
+        engine.submit(SequenceId("b"), PROMPT, sampling, lambda event: seen.append(engine.views()), epoch=1)
     assert isinstance(collected.result(), Finished)
     local = submit(rig(tiny_model, local=True, memory_bytes=64 << 20).start(), "a", PROMPT, sampling)
     assert isinstance(local.result(), Finished)

@@ -7,9 +7,10 @@ from farshore.errors import Lost
 from farshore.ids import SequenceId, WorkerId
 from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits
-from farshore.workers.engine.sequence import Failed, Finished, Sampled
+from farshore.workers.engine.sequence import Failed, Finished, Prefilled, Sampled
 
 from ...waiting import until
+from ..hold.paused import Paused
 
 SHARDS = 3
 LONG = Sampling(max_tokens=1500)
@@ -51,16 +52,26 @@ def expected(rig, tiny_model, submit, undisturbed):
     return undisturbed
 
 
-def start_all(engine, submit, processes):
-    """Starts six sequences; returns them and a worker that some of them, but not all, read from."""
-    running = {name: submit(engine, name, prompt, LONG) for name, prompt in PROMPTS.items()}
-    for collected in running.values():
-        while not isinstance(event := collected.events.get(timeout=DEADLINE_S), Sampled):
-            pass
-        collected.choices[0].append(event.token_id)
-    readers = {worker: readers_of(engine, worker) for worker in processes}
-    victim = next(worker for worker, names in readers.items() if 0 < len(names) < len(PROMPTS))
-    return running, victim
+def disturb(engine, collect, processes, fault):
+    """Starts six sequences. When each has a token, and none has handed a block off, ``fault`` (a method of
+    a process) happens to a worker that some of them, but not all, read from. Returns what the sequences give,
+    the worker, and its readers."""
+    running, begun = {name: collect() for name in PROMPTS}, set()
+
+    def last_begins(named):
+        name, event = named
+        begins = isinstance(event, Sampled) and name not in begun
+        begun.update([name] if begins else [])
+        return begins and len(begun) == len(PROMPTS)
+
+    paused = Paused(lambda named: running[named[0]].events.put(named[1]), last_begins)
+    for name, prompt in PROMPTS.items():
+        engine.submit(SequenceId(name), prompt, LONG, lambda event, name=name: paused((name, event)), epoch=1)
+    with paused:
+        readers = {worker: readers_of(engine, worker) for worker in processes}
+        victim = next(worker for worker, names in readers.items() if 0 < len(names) < len(PROMPTS))
+        getattr(processes[victim], fault)()
+    return running, victim, readers[victim]
 
 
 def readers_of(engine, worker):
@@ -70,9 +81,10 @@ def readers_of(engine, worker):
 def next_tokens(collected, count):
     while count:
         event = collected.events.get(timeout=DEADLINE_S)
-        assert isinstance(event, Sampled), event
-        collected.choices[0].append(event.token_id)
-        count -= 1
+        assert isinstance(event, Sampled | Prefilled), event
+        if isinstance(event, Sampled):
+            collected.choices[0].append(event.token_id)
+            count -= 1
 
 
 def used_bytes(client):
@@ -81,14 +93,11 @@ def used_bytes(client):
 
 
 def test_other_sequences_continue_while_a_shard_is_frozen_and_all_end(
-    cluster, rig, tiny_model, submit, undisturbed
+    cluster, rig, tiny_model, submit, collect, undisturbed
 ):
     shards_rig, processes = cluster
     engine = shards_rig.start(limits=EngineLimits(shard_grace_s=120.0))
-    running, victim = start_all(engine, submit, processes)
-    processes[victim].freeze()
-    readers = readers_of(engine, victim)
-    assert 0 < len(readers) < len(PROMPTS)
+    running, victim, readers = disturb(engine, collect, processes, "freeze")
     for name, collected in running.items():
         if name not in readers:
             next_tokens(collected, 100)
@@ -103,13 +112,11 @@ def test_other_sequences_continue_while_a_shard_is_frozen_and_all_end(
 
 
 def test_a_shard_frozen_beyond_its_grace_fails_its_readers_and_frees_their_spans_after_a_thaw(
-    cluster, submit
+    cluster, submit, collect
 ):
     shards_rig, processes = cluster
     engine = shards_rig.start(limits=EngineLimits(shard_grace_s=1.0))
-    running, victim = start_all(engine, submit, processes)
-    processes[victim].freeze()
-    readers = readers_of(engine, victim)
+    running, victim, readers = disturb(engine, collect, processes, "freeze")
     for name in readers:
         result = running[name].result()
         assert isinstance(result, Failed) and isinstance(result.error, Lost), result
@@ -127,12 +134,10 @@ def test_a_shard_frozen_beyond_its_grace_fails_its_readers_and_frees_their_spans
     assert isinstance(again.result(), Finished)
 
 
-def test_a_killed_shard_fails_only_its_readers(cluster, submit):
+def test_a_killed_shard_fails_only_its_readers(cluster, submit, collect):
     shards_rig, processes = cluster
     engine = shards_rig.start()
-    running, victim = start_all(engine, submit, processes)
-    readers = readers_of(engine, victim)
-    processes[victim].kill()
+    running, victim, readers = disturb(engine, collect, processes, "kill")
     for name in readers:
         result = running[name].result()
         assert isinstance(result, Failed) and isinstance(result.error, Lost), result

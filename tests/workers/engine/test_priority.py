@@ -13,7 +13,9 @@ from farshore.workers.engine.admission import EngineLimits
 from farshore.workers.engine.requests import Requests
 from farshore.workers.engine.sequence import Failed, Finished, Sampled, Sequence
 
-LONG = Sampling(max_tokens=1500)
+from ..hold.endless import ENDLESS
+from ..hold.paused import Paused, at_tokens
+
 SHORT = Sampling(max_tokens=2)
 
 
@@ -24,13 +26,12 @@ def prompt_of(length, seed=0):
 @pytest.fixture
 def tell():
     """tell(engine, name, prompt, sampling, priority): submits a request, whose events go to ``tell.news`` as
-    (name, event)."""
+    (name, event). Returns a Paused; ``pause_at``: numbers of the tokens at which the engine stands still."""
 
-    def submit(engine, name, prompt, sampling, priority=0):
-        def emit(event):
-            submit.news.put((name, event))
-
+    def submit(engine, name, prompt, sampling, priority=0, *, pause_at=()):
+        emit = Paused(lambda event: submit.news.put((name, event)), at_tokens(*pause_at))
         engine.submit(SequenceId(name), prompt, sampling, emit, epoch=1, priority=priority)
+        return emit
 
     submit.news = queue.SimpleQueue()
     return submit
@@ -47,7 +48,7 @@ def await_event(news, kind, name=None):
 
 def test_lower_numbers_are_admitted_first_then_earlier_arrivals(tiny_model, rig, tell):
     engine = rig(tiny_model, memory_bytes=64 << 20).start(limits=EngineLimits(running=1))
-    tell(engine, "running", prompt_of(30), LONG, priority=9)
+    tell(engine, "running", prompt_of(30), ENDLESS, priority=9)
     await_event(tell.news, Sampled)
     for name, priority in (("late", 5), ("first", -1), ("none", 0), ("second", -1), ("last", 2**31 - 1)):
         tell(engine, name, prompt_of(20), SHORT, priority)
@@ -61,12 +62,11 @@ def test_an_urgent_small_request_passes_a_large_one_that_finds_no_room(tiny_mode
     Nothing is given back before the small one has ended."""
     layout = rig(tiny_model).attention.layouts[0]
     engine = rig(tiny_model, shards=1, memory_bytes=layout.block_bytes * 6).start()
-    tell(engine, "running", prompt_of(300), Sampling(max_tokens=400))
-    await_event(tell.news, Sampled, "running")
-    tell(engine, "large", prompt_of(760, 1), SHORT)
-    for _ in range(30):  # Rounds in which the large one is refused.
-        await_event(tell.news, Sampled, "running")
-    tell(engine, "urgent", prompt_of(20, 2), SHORT, priority=-1)
+    running = tell(engine, "running", prompt_of(300), Sampling(max_tokens=400), pause_at=[1, 31])
+    with running:
+        tell(engine, "large", prompt_of(760, 1), SHORT)
+    with running:  # The large one has been refused in the rounds between.
+        tell(engine, "urgent", prompt_of(20, 2), SHORT, priority=-1)
     assert [await_event(tell.news, Finished) for _ in range(3)] == ["urgent", "running", "large"]
 
 

@@ -305,11 +305,11 @@ class ShardQueue:
             elif call.updates_holds:  # No caller reads its future.
                 _LOG.error("attention worker %s did not take spans back", self.worker, exc_info=error)
                 self._must_reconcile = True
+            self._call_began_s = None
             call.future.set_exception(error)
         else:
+            self._call_began_s = None  # First, so that a caller that waited finds the shard idle.
             call.future.set_result(result)
-        finally:
-            self._call_began_s = None
         self._changed()
 
     def _mark_silent(self, error: TransportError, began_s: float) -> None:

@@ -11,7 +11,7 @@ from farshore.workers.engine.membership import Draining, Joined, Left
 from farshore.workers.engine.sequence import Failed, Finished, Sampled
 
 from ....waiting import until
-from .endless import ENDLESS, end_greedy
+from ...hold.endless import ENDLESS, end_greedy
 
 pytestmark = pytest.mark.heavy
 

@@ -13,7 +13,7 @@ from farshore.workers.engine.membership import Draining, Opened
 from farshore.workers.engine.sequence import Sampled
 
 from ....waiting import until
-from .endless import ENDLESS, end, end_greedy
+from ...hold.endless import ENDLESS, end, end_greedy
 
 PROMPT = [(7 * i) % 95 for i in range(1900)]
 COPIED = PROMPT[:600]

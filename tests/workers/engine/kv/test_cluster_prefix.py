@@ -15,6 +15,7 @@ from farshore.models.files.source import resolve
 from farshore.models.weights.load import load_model
 from farshore.sampling import Sampling
 from farshore.workers.announcer import Announcer
+from farshore.workers.engine.kv import locations
 from farshore.workers.engine.kv.prefix import fingerprint
 
 GREEDY = Sampling(max_tokens=6, temperature=0.0)
@@ -50,8 +51,10 @@ class Spy:
 
 
 @pytest.fixture
-def cluster(tiny_model, rig):
-    """Shards with spies, and a directory that knows what they hold after ``announce()``."""
+def cluster(tiny_model, rig, monkeypatch):
+    """Shards with spies, and a directory that knows what they hold after ``announce()``. Engines wait long
+    for its answer."""
+    monkeypatch.setattr(locations, "DIRECTORY_DEADLINE_S", 60.0)
     made = rig(tiny_model, shards=4, memory_bytes=64 << 20)
     made.spies = {}
     for worker in made.targets:

@@ -12,14 +12,14 @@ from farshore.kernels.base import KVLayout
 from farshore.kernels.formats import KVFormat
 from farshore.kvstore.base import PrefixFound, SpanKey
 from farshore.workers.engine.kv.pool import ShardPool, first_error
-from farshore.workers.engine.kv.shard_queue import ShardQueue
+from farshore.workers.engine.kv.shard_queue import STALLED_S, ShardQueue
 from farshore.workers.engine.sequence import Holder
 
 A, B = WorkerId("a"), WorkerId("b")
 LAYOUT = KVLayout(1, 1, 1, 1, 8, 8, KVFormat.FLOAT32)
 S, T = SequenceId("s"), SequenceId("t")
 KEY = SpanKey(sequence=S, layer_class=0, first=0, group0=0, group1=1)
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 
 class Shard:
@@ -114,6 +114,25 @@ def test_calls_run_in_order_and_do_not_block_their_callers(queue_of):
     for call in (first, *others):
         call.result(DEADLINE_S)
     assert order == [0, 1, 2, 3, 4]
+
+
+def test_a_stall_is_over_when_its_call_has_its_result(queue_of, clock):
+    """A caller that looks at the shard as soon as the future is done finds it idle, and places on it."""
+    shard = Shard()
+    queue = queue_of(shard, clock=clock)
+    for error in (None, Full("no room", free_bytes=0)):
+        shard.entered.clear()
+        shard.gate.clear()
+        shard.error = error
+        call, found = queue.submit(lambda _: shard._answer("call")), []
+        call.add_done_callback(lambda _, found=found: found.append((queue.is_idle, queue.is_placeable)))
+        assert shard.entered.wait(DEADLINE_S)
+        clock.now_s += STALLED_S + 0.1
+        assert not queue.is_placeable
+        shard.gate.set()
+        call.exception(DEADLINE_S)
+        queue.submit(lambda _: shard.gate.wait(DEADLINE_S)).exception(DEADLINE_S)
+        assert found == [(True, True)]
 
 
 def test_a_span_is_dropped_when_the_last_choice_of_its_sequence_releases_it(queue_of):

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from copy import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from farshore.sampling import Sampling
 from farshore.workers.engine.attention_model import attention_model
 from farshore.workers.engine.kv.prefix import assemble, fingerprint
 from farshore.workers.engine.sequence import Finished, Reason, Sampled
+
+from ...hold.endless import ENDLESS
 
 GREEDY = Sampling(max_tokens=10, temperature=0.0)
 
@@ -231,7 +234,7 @@ def test_forks_hand_off_their_own_tails(tiny_model, rig, submit):
 def test_cancelling_ends_all_completions_once(tiny_model, rig, submit, length):
     """After the first token, and before the request is forked."""
     engine = rig(tiny_model, shards=2, memory_bytes=64 << 20).start()
-    collected = submit(engine, "a", prompt_of(length), Sampling(max_tokens=100, n=3))
+    collected = submit(engine, "a", prompt_of(length), replace(ENDLESS, n=3))
     while length == 300 and not isinstance(collected.events.get(timeout=60), Sampled):
         pass
     engine.cancel(SequenceId("a"))

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from farshore.errors import Full
-from farshore.ids import SequenceId
 from farshore.kvstore.store.arena.arena import stride_bytes
 from farshore.sampling import Sampling
 from farshore.workers.engine.admission import EngineLimits
-from farshore.workers.engine.sequence import Finished, Prefilled, Reason, Sampled
+from farshore.workers.engine.sequence import Finished, Prefilled, Sampled
+
+from ...hold.endless import ENDLESS, end
 
 
 def prompt_of(length, seed=0):
@@ -93,10 +94,9 @@ def test_a_block_that_the_last_token_fills_is_stored_too(tiny_model, rig, submit
 def test_the_last_block_of_a_cancelled_sequence_is_not_stored(tiny_model, rig, submit):
     cluster = rig(tiny_model, shards=1, memory_bytes=64 << 20)
     engine = cluster.start()
-    collected = submit(engine, "a", prompt_of(255), answer(1000))
+    collected = submit(engine, "a", prompt_of(255), ENDLESS)
     assert isinstance(collected.events.get(timeout=60), Sampled | Prefilled)
-    engine.cancel(SequenceId("a"))
-    assert collected.result().reason is Reason.CANCELLED
+    end(engine, "a", collected)
     cluster.check_empty()
 
 

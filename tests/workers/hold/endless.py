@@ -1,4 +1,4 @@
-"""Sequences that run until a test ends them, so that no drain can be slower than they are."""
+"""Sequences that run until a test ends them, so that nothing a test waits for can be slower than they are."""
 
 from farshore.ids import SequenceId
 from farshore.sampling import Sampling
