@@ -16,7 +16,7 @@ from ...forwarder import Forwarder
 from .conftest import VALKEY, until
 from .test_conformance import OTHER, RECORD, announce, holders, names
 
-LEASE_S = 1.0
+LEASE_S = 3.0
 """Long enough for a busy machine to renew in time."""
 
 
