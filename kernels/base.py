@@ -338,7 +338,7 @@ class Kernels(Protocol[Plan]):
         group0: int = 0,
         group1: int | None = None,
         threads: int = 1,
-        checked: bool = False,
+        last: Plan | None = None,
         send: Send | None = None,
         room: PlanRoom | None = None,
     ) -> Plan:
@@ -347,10 +347,10 @@ class Kernels(Protocol[Plan]):
         ``memory`` is ``u8[bytes]``, which the segments' bases refer to; the plan keeps it alive. ``layout``
         describes blocks that hold every group; a segment's own group range narrows it. ``positions`` is
         ``i64[R]``. q and the output hold the heads of groups ``group0 .. group1``, all by default.
-        ``checked=True`` skips the slow checks: the same work list and segments have been planned before, and
-        only positions and counts moved, inside the same blocks. ``send`` copies the plan to the device; None:
-        by a plain copy. Kernels that graphs can hold put it into ``room`` instead. Raises ValueError for work
-        outside the groups of the call or of a segment.
+        ``last``: the plan of a step with the same arguments, except that positions and counts moved, inside
+        the same blocks. The new plan needs no slow checks and may be made of ``last``, which is not used
+        again. ``send`` copies the plan to the device; None: by a plain copy. Kernels that graphs can hold put
+        it into ``room`` instead. Raises ValueError for work outside the groups of the call or of a segment.
         """
 
     def partial(self, plan: Plan, layer: int, q: Tensor, *, out: State) -> None:

@@ -22,8 +22,9 @@ class PlanRoom(Protocol):
 
     def take(self, tables: Tensor, *, scratch: int, shape: Hashable) -> tuple[Tensor, Tensor]:
         """Copies the plan's tables, u8 on the host, to the room, in place of the last plan's. Returns them
-        there, and ``scratch`` float32 numbers. ``shape``: everything that the launches depend on, beside what
-        the tables hold."""
+        there, and ``scratch`` float32 numbers; both lie where the last plan's did, if that had as many.
+        ``shape``: everything that the launches depend on, beside what the tables hold. The host may change
+        ``tables`` at once."""
 
 
 def address(x: Tensor) -> int:

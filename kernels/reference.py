@@ -58,7 +58,7 @@ def plan(
     group0: int = 0,
     group1: int | None = None,
     threads: int = 1,
-    checked: bool = False,
+    last: Plan | None = None,
     send: Send | None = None,
     room: PlanRoom | None = None,
 ) -> Plan:

@@ -2,21 +2,28 @@
 on attention workers of this host.
 
 Called by ``benchmark``. A step must read every weight and all KV once, so its limit is these bytes over the
-device's copy bandwidth. It must not know transformers.
+device's copy bandwidth. What the host does between two steps comes on top, as ``host_ms``. It must not know
+transformers.
 """
 
-from collections.abc import Hashable
+import time
+from bisect import bisect_right
+from collections.abc import Hashable, Sequence
 from contextlib import ExitStack
+from math import inf
 from statistics import median
+from typing import Any, cast
+
+import torch
 
 from farshore.benchmarks.cases import Measured
-from farshore.benchmarks.gpu.engines import MakeRuntime, Placement, running
+from farshore.benchmarks.gpu.engines import Answer, MakeRuntime, Placement, running
 from farshore.benchmarks.gpu.setting import Setting, prompts
 from farshore.benchmarks.offload.hop import shard_process
 from farshore.benchmarks.report import Bar, Result
 from farshore.benchmarks.timing import Timing
 from farshore.kernels.base import BLOCK_TOKENS
-from farshore.kernels.runtime.base import Work
+from farshore.kernels.runtime.base import DeviceRuntime, Stream, Work
 from farshore.kernels.runtime.cuda import CudaRuntime, CudaStream
 from farshore.kernels.select import device_runtime
 from farshore.models.llama import Llama
@@ -35,7 +42,11 @@ def local(setting: Setting) -> Measured:
     model = setting.large[1]
     results, bars = [], []
     for batch in setting.sizes.batches:
-        timing = timed_steps(setting, batch, Placement(kv_bytes=kv_bytes(setting, batch)))
+        launches: list[float] = []
+        answers = _answers(
+            setting, batch, Placement(kv_bytes=kv_bytes(setting, batch)), make_runtime=_noting(launches)
+        )
+        timing = _steps(answers)
         kv_tokens = batch * (setting.sizes.context_tokens + setting.sizes.new_tokens // 2)
         limit_s = step_bytes(model, kv_tokens) / (setting.copy_gbps * 1e9)
         name = f"step of the 8B shape, batch {batch}"
@@ -45,6 +56,8 @@ def local(setting: Setting) -> Measured:
             "times_the_limit": times,
             "tokens_per_s": batch / timing.median_s,
         }
+        if launches:
+            figures["host_ms"] = host_s(answers, launches) * 1e3
         results.append(Result(name, timing, figures))
         bars.append(Bar.at_most(name, times, MOST_OF_LIMIT, "x its bytes limit"))
     return results, bars
@@ -102,10 +115,19 @@ def timed_steps(
     setting: Setting, batch: int, placement: Placement, *, make_runtime: MakeRuntime = device_runtime
 ) -> Timing:
     """Seconds of the steps that decode ``batch`` sequences together."""
+    return _steps(_answers(setting, batch, placement, make_runtime=make_runtime))
+
+
+def _answers(
+    setting: Setting, batch: int, placement: Placement, *, make_runtime: MakeRuntime
+) -> list[Answer]:
     sizes, model = setting.sizes, setting.large[1]
     asked = prompts(batch, sizes.context_tokens, vocab=model.config.vocab)
     with running(model, placement, make_runtime=make_runtime) as engine:
-        answers = engine.answer(asked, Sampling(max_tokens=sizes.new_tokens))
+        return engine.answer(asked, Sampling(max_tokens=sizes.new_tokens))
+
+
+def _steps(answers: Sequence[Answer]) -> Timing:
     # While later prompts are prefilled, earlier sequences wait: what follows the last first token counts.
     all_run_s = max(answer.token_s[0] for answer in answers)
     steps = [answer.gaps_s(skip=sum(s < all_run_s for s in answer.token_s)) for answer in answers]
@@ -113,6 +135,44 @@ def timed_steps(
     together = zip(*(gaps[len(gaps) - count :] for gaps in steps), strict=True)
     samples = tuple(median(gaps) for gaps in together)
     return Timing(samples[SKIPPED_TOKENS:] or samples)
+
+
+def _noting(launches: list[float]) -> MakeRuntime:
+    """Makes runtimes that append the time (``perf_counter``) behind each launch of a graph."""
+
+    def make(device: torch.device) -> DeviceRuntime:
+        runtime: Any = device_runtime(device)
+        make_stream = runtime.stream
+
+        def stream() -> Stream:
+            made = make_stream()
+            replay = made.replay
+
+            def noted(key: Hashable, work: Work) -> None:
+                replay(key, work)
+                launches.append(time.perf_counter())
+
+            made.replay = noted
+            return cast(Stream, made)
+
+        runtime.stream = stream
+        return cast(DeviceRuntime, runtime)
+
+    return make
+
+
+def host_s(answers: Sequence[Answer], launches: Sequence[float]) -> float:
+    """Median seconds from a step's last token to the launch behind it: meanwhile the device has no work.
+    Later ``launches`` of the same step don't count."""
+    ends = sorted(s for answer in answers for s in answer.token_s)
+    next_token = [*ends[1:], inf]
+    waits = []
+    for end, following in zip(ends, next_token, strict=True):
+        launch = bisect_right(launches, end)
+        # Between two tokens of one step there is no launch.
+        if launch < len(launches) and launches[launch] < following:
+            waits.append(launches[launch] - end)
+    return median(waits[SKIPPED_TOKENS:] or waits)
 
 
 def step_bytes(model: Llama, kv_tokens: int) -> int:

@@ -52,7 +52,7 @@ def plan(
     group0: int = 0,
     group1: int | None = None,
     threads: int = 1,
-    checked: bool = False,
+    last: Plan | None = None,
     send: Send | None = None,
     room: PlanRoom | None = None,
 ) -> Plan:
@@ -64,7 +64,7 @@ def plan(
     if not 0 <= group0 <= group1 <= spec.groups:
         raise ValueError(f"groups {group0}..{group1} of {spec.groups}")
     n_rows, groups = positions.numel(), group1 - group0
-    if not checked:
+    if last is None:
         check_spec(spec)
         check_layout(layout, spec, memory)
         check_work(work, segments, layout, memory.numel(), n_rows=n_rows, group0=group0, group1=group1)

@@ -6,199 +6,34 @@ stored KV and outputs are float32, bfloat16 or float16; stored KV may be int8 or
 dtype if KV has the same dtype or is quantised, else in float32; sums are always float32.
 
 A plan serves one stream at a time, because it owns the scratch between its two kernels. How a long segment
-is split depends on the step's other work, and so do the last bits of a row's result. Equal steps give equal
-bits.
+is split depends on the step's other work, and on the plan that it advanced; so do the last bits of a row's
+result. Equal plans give equal bits.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
-from math import gcd
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import pad
 
-from farshore.kernels.base import AttentionSpec, KVLayout, Segments, State, WorkList
-from farshore.kernels.formats import KVFormat
+from farshore.kernels.base import AttentionSpec, State
+from farshore.kernels.gpu import tuning
 from farshore.kernels.gpu.extend import extend_kernel
 from farshore.kernels.gpu.merge import merge_kernel
 from farshore.kernels.gpu.partial import partial_kernel, reduce_kernel
-from farshore.kernels.gpu.tuning import (
-    NARROW_M,
-    TileShape,
-    device_of,
-    dims_constants,
-    extend_tiles,
-    merge_constants,
-    partial_tiles,
-    reduce_constants,
-    stored_constants,
-)
-from farshore.kernels.gpu.work import Heads, capacity, flatten
-from farshore.kernels.host import HOST, PlanRoom, Send
+from farshore.kernels.gpu.plans import STORED_DTYPES, Plan
+from farshore.kernels.gpu.plans import plan as plan
+from farshore.kernels.gpu.tuning import TileShape
+from farshore.kernels.gpu.work import Heads
 
 native = False
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_STORED = {
-    KVFormat.FLOAT32: torch.float32,
-    KVFormat.BFLOAT16: torch.bfloat16,
-    KVFormat.FLOAT16: torch.float16,
-    KVFormat.INT8: torch.int8,
-    KVFormat.INT4: torch.uint8,
-}
-"""Formats of stored KV and the dtypes in which the kernels load them."""
-_LOAD_BYTES = 16
 # States that one launch merges. Compiling for sm_90 takes 1.7 s for 16; for 64 it takes 24 s and spills.
 _MERGED_AT_ONCE = 16
 # Fused multiply-add is the default of triton 3.9, which warns that the default will change.
 _FUSED = {"enable_fp_fusion": True}
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The tiles on the device, with their scratch."""
-
-    spec: AttentionSpec
-    layout: KVLayout
-    heads: Heads
-    group0: int
-    q_heads: int
-    """Query heads of the groups of the call."""
-    positions: Tensor
-    kv: Tensor
-    """The memory, in elements of the format."""
-    scales: Tensor
-    """The same memory as bf16, if the format is quantised."""
-    align_bytes: int
-    """Every base, stride and run is a multiple of this."""
-    segments: tuple[Tensor, ...]
-    """The fields of the segments, except the count, which the tiles hold."""
-    tiles: Tensor
-    launches: tuple[tuple[int, int, TileShape], ...]
-    """(first tile, number of tiles, shape) of each launch of the partial kernel"""
-    slots: Tensor
-    starts: Tensor
-    split_o: Tensor
-    split_lse: Tensor
-
-
-def plan(
-    work: WorkList,
-    segments: Segments,
-    memory: Tensor,
-    layout: KVLayout,
-    spec: AttentionSpec,
-    *,
-    positions: Tensor,
-    group0: int = 0,
-    group1: int | None = None,
-    threads: int = 1,
-    checked: bool = False,
-    send: Send | None = None,
-    room: PlanRoom | None = None,
-) -> Plan:
-    """In a room the numbers of segments and tiles are rounded up to powers of two. A surplus tile ends at
-    once. Raises ValueError also for float64 KV, for rows beyond ``positions``, and for addresses
-    that are not multiples of the element size (of 2 bytes, if there are scales)."""
-    if layout.format not in _STORED:
-        raise ValueError(
-            f"{layout.format.value} KV has no GPU kernel: use one of {[f.value for f in _STORED]}"
-        )
-    stored = _STORED[layout.format]
-    group1 = spec.groups if group1 is None else group1
-    item_bytes = max(stored.itemsize, 2 if layout.format.quantised else 1)
-    addresses = torch.cat([segments.base, segments.stride]).tolist()
-    align = gcd(_LOAD_BYTES, layout.k_run_bytes, layout.v_run_bytes, *addresses)
-    if align % item_bytes:
-        raise ValueError(
-            f"segments in {layout.format.value} must lie at multiples of {item_bytes} bytes, not {align}"
-        )
-    memory = memory[: memory.numel() // item_bytes * item_bytes]
-
-    device = device_of(memory.device.index if memory.is_cuda else None)
-    wide = partial_tiles(device.arch, spec.k_dim, layout.format)
-    heads = Heads.of(spec, wide_m=wide.block_m)
-    listed = flatten(
-        work,
-        segments,
-        spec,
-        heads,
-        positions,
-        group0=group0,
-        group1=group1,
-        narrow_m=NARROW_M,
-        wide_m=wide.block_m,
-        block_n=wide.block_n,
-        processors=device.processors,
-    )
-    if room is not None:
-        listed = listed.padded(heads, narrow_m=NARROW_M, wide_m=wide.block_m)
-        surplus = capacity(max(segments.size, 1)) - segments.size
-        segments = Segments(*(pad(field, (0, surplus)) for field in segments))
-    narrow, n_tiles = listed.narrow, listed.tiles.shape[0]
-    launches = ((0, narrow, wide._replace(block_m=NARROW_M)), (narrow, n_tiles - narrow, wide))
-    to = memory.device
-    on_host = (
-        segments.base,
-        segments.stride,
-        segments.first,
-        segments.position,
-        segments.group0,
-        segments.group1,
-        positions.to(HOST, torch.int64),
-        listed.tiles,
-        listed.slots,
-        listed.starts,
-    )
-    packed, unpack = _packed(on_host)
-    scratch = listed.split_states * (spec.v_dim + 1)
-    if room is None:
-        tables, split = packed.to(to) if send is None else send(packed), torch.empty(scratch, device=to)
-    else:
-        shape = positions.numel(), segments.size, narrow, n_tiles, align
-        tables, split = room.take(packed, scratch=scratch, shape=shape)
-    *of_segments, positions, tiles, slots, starts = unpack(tables)
-    return Plan(
-        spec=spec,
-        layout=layout,
-        heads=heads,
-        group0=group0,
-        q_heads=(group1 - group0) * spec.q_heads_per_group,
-        positions=positions,
-        kv=memory.view(stored),
-        scales=memory.view(torch.bfloat16) if layout.format.quantised else memory,
-        align_bytes=align,
-        segments=tuple(of_segments),
-        tiles=tiles,
-        launches=tuple(launch for launch in launches if launch[1]),
-        slots=slots,
-        starts=starts,
-        split_o=split[: listed.split_states * spec.v_dim].view(-1, spec.v_dim),
-        split_lse=split[listed.split_states * spec.v_dim :],
-    )
-
-
-def _packed(fields: Sequence[Tensor]) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
-    """Host tensors in one, to be copied to a device in one transfer, and a function that takes them out of
-    the copy. Each begins at a multiple of ``_LOAD_BYTES``, as tensors of their own would: triton compiles
-    other kernels for other pointers."""
-    sizes = [field.numel() * field.itemsize for field in fields]
-    starts = list(accumulate((-(-size // _LOAD_BYTES) * _LOAD_BYTES for size in sizes), initial=0))
-    packed = torch.empty(starts[-1], dtype=torch.uint8, device=HOST)
-    for field, start, size in zip(fields, starts, sizes, strict=False):
-        packed[start : start + size] = field.contiguous().view(-1).view(torch.uint8)
-
-    def unpack(copy: Tensor) -> list[Tensor]:
-        return [
-            copy[start : start + size].view(field.dtype).view(field.shape)
-            for field, start, size in zip(fields, starts, sizes, strict=False)
-        ]
-
-    return packed, unpack
 
 
 def partial(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
@@ -210,7 +45,7 @@ def partial(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
     if not 0 <= layer < layout.layers:
         raise ValueError(f"layer {layer} of {layout.layers}")
     q_strides, out_strides = _strides(q), _state_strides(out, (n_rows, q_heads, spec.v_dim))
-    shape = {**dims_constants(spec), "HEADS": heads.heads, "TILE_HEADS": heads.tile_heads}
+    shape = {**tuning.dims_constants(spec), "HEADS": heads.heads, "TILE_HEADS": heads.tile_heads}
     for first_tile, tiles, tile in plan.launches:
         partial_kernel[(tiles,)](
             q,
@@ -227,7 +62,7 @@ def partial(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
             plan.group0,
             spec.scale,
             **shape,
-            **stored_constants(layout),
+            **tuning.stored_constants(layout),
             ALIGN_BYTES=plan.align_bytes,
             SOFT_CAP=spec.soft_cap,
             WINDOW=spec.window_tokens,
@@ -237,7 +72,7 @@ def partial(plan: Plan, layer: int, q: Tensor, *, out: State) -> None:
             **_launch(tile),
         )
     if n_rows and q_heads:
-        merging = reduce_constants(spec, heads)
+        merging = tuning.reduce_constants(spec, heads)
         cuts = triton.cdiv(heads.tile_heads, merging["BLOCK_H"])
         reduce_kernel[(n_rows, q_heads // heads.heads * heads.head_tiles * cuts)](
             plan.split_o,
@@ -288,8 +123,8 @@ def extend(
     strides = _state_strides(out, (n, q_heads, spec.v_dim))
     q_strides, k_strides, v_strides = _strides(q), _strides(k), _strides(v)
     dtype = _product_dtype(q, k)
-    arch = device_of(q.device.index if q.is_cuda else None).arch
-    tile = extend_tiles(arch, spec.k_dim, full_precision=dtype == tl.float32)
+    arch = tuning.device_of(q.device.index if q.is_cuda else None).arch
+    tile = tuning.extend_tiles(arch, spec.k_dim, full_precision=dtype == tl.float32)
     heads = Heads.of(spec, wide_m=tile.block_m)
     if not (n and q_heads):
         return
@@ -310,7 +145,7 @@ def extend(
         n,
         k.shape[1],
         spec.scale,
-        **dims_constants(spec),
+        **tuning.dims_constants(spec),
         HEADS=heads.heads,
         TILE_HEADS=heads.tile_heads,
         K_HEADS_PER_GROUP=k_per_group,
@@ -338,7 +173,7 @@ def merge(states: Sequence[State], *, sink: Tensor | None = None, out: State) ->
     out_strides = _state_strides(out, out.o.shape)
     if not (rows and heads):
         return
-    shape = merge_constants(heads, v_dim)
+    shape = tuning.merge_constants(heads, v_dim)
     merge_kernel[(rows, triton.cdiv(heads, shape["BLOCK_H"]))](
         tuple(states),
         strides,
@@ -358,9 +193,9 @@ def _launch(tile: TileShape) -> dict[str, int | bool]:
 
 
 def _product_dtype(q: Tensor, kv: Tensor) -> tl.dtype:
-    """The dtype of products. ``kv``: in the dtype of ``_STORED``. Raises ValueError unless the kernels know
+    """The dtype of products. ``kv``: in the dtype of ``STORED_DTYPES``. Raises ValueError unless the kernels know
     both dtypes."""
-    if q.dtype not in _DTYPES or kv.dtype not in _STORED.values():
+    if q.dtype not in _DTYPES or kv.dtype not in STORED_DTYPES.values():
         raise ValueError(f"q {q.dtype} on KV {kv.dtype}: not float32, bfloat16, float16 (KV: int8, int4)")
     return tl.float32 if kv.dtype in _DTYPES and kv.dtype != q.dtype else _DTYPES[q.dtype]
 

@@ -292,21 +292,29 @@ class TailBatch:
 
     def slots(self) -> list[tuple[int, int]]:
         """(byte offset of the block, slot in the block) of each row, for a caller that writes the rows itself
-        and calls :meth:`mark` for each layer."""
+        and calls :meth:`mark`."""
         return [
             (append.tail._blocks[position // self._layout.block_tokens], position % self._layout.block_tokens)
             for append in self._appends
             for position in range(append.first, append.last)
         ]
 
-    def mark(self, layer: int) -> None:
-        """Notes that work was submitted that writes one layer of every row. Raises as :meth:`append`."""
-        forms.check_layer(self._layout, layer)
+    def mark(self, layers: range) -> None:
+        """Notes that work is submitted that writes adjacent ``layers`` of every row. Raises as
+        :meth:`append`, and notes nothing then."""
+        forms.check_layer(self._layout, layers[0])
+        forms.check_layer(self._layout, layers[-1])
+        marked = slice(_WRITTEN + layers[0], _WRITTEN + layers[-1] + 1)
         for append in self._appends:
-            self._check(append, layer)
+            written = append.tail._marks[marked]
+            self._check(append, layers[written.index(min(written))])
         for append in self._appends:
-            marks = append.tail._marks
-            marks[_WRITTEN + layer] = max(marks[_WRITTEN + layer], append.last)
+            written = append.tail._marks[marked]
+            if max(written) > append.last:  # Rare: scratch is written again, by fewer rows.
+                written = array("q", [max(last, append.last) for last in written])
+            else:
+                written = array("q", [append.last]) * len(layers)
+            append.tail._marks[marked] = written
 
     def _append_native(self, sources: tuple[Any, ...], kept: tuple[Tensor, Tensor], layer: int) -> None:
         """``sources``: type, k and v of the native append: addresses and strides of the tensors in ``kept``,

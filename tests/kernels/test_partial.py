@@ -344,3 +344,28 @@ def test_a_nan_in_k_makes_the_state_nan(kernels, store_tokens, tokens):
             q = queries(spec, 1, dtype, 0)
             out = attend(kernels, q, stored, spec, [(0, tokens)], positions=[tokens])
             assert out.o.isnan().all() and out.lse.isnan().all()
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_plans_of_successive_steps(kernels, textbook, assert_close, store_tokens, window):
+    """Each is made out of the last: a tail grows inside its block, and shrinks when guesses were wrong."""
+    spec = AttentionSpec(
+        q_heads=4, k_heads=2, v_heads=2, k_dim=64, v_dim=64, scale=0.125, window_tokens=window
+    )
+    kv = store_tokens(spec, KVFormat.FLOAT32, 90, block_tokens=128)
+    last = None
+    for tokens in (60, 61, 62, 64, 61, 62, 80, 90):
+        positions = torch.tensor([tokens - 2, tokens - 1])
+        last = kernels.plan(
+            WorkList.of([(0, 2, 0, 0, 2)]),
+            Segments.of([(0, kv.stride, 0, tokens, 0, 0, 2)]),
+            kv.memory,
+            kv.layout,
+            spec,
+            positions=positions,
+            last=last,
+        )
+        q = queries(spec, 2, torch.float32, tokens)
+        out = unwritten(2, 4, 64, torch.float32, None)
+        kernels.partial(last, 1, q, out=out)
+        assert_close(out, textbook(q, kv.k, kv.v, spec, q_positions=positions), 2e-6)

@@ -18,7 +18,7 @@ from farshore.benchmarks.gpu.engines import Placement, running
 from farshore.benchmarks.gpu.models import random_llama, tiny_config
 from farshore.errors import FarshoreError
 from farshore.kernels.formats import KVFormat
-from farshore.kernels.gpu import ops
+from farshore.kernels.gpu import tuning
 from farshore.kernels.gpu.tuning import Device
 from farshore.kernels.runtime.base import Work
 from farshore.kernels.runtime.immediate import ImmediateRuntime, ImmediateStream
@@ -123,7 +123,7 @@ def cases() -> Iterator[Case]:
 
 def pretend_h100() -> None:
     """Makes our launchers choose tiles for a GPU that isn't there."""
-    ops.device_of = lambda index: Device(90, 132)
+    tuning.device_of = lambda index: Device(90, 132)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from farshore.kernels.gpu import ops
+from farshore.kernels.gpu import tuning
 from farshore.kernels.gpu.tuning import NARROW_M, Device
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -58,7 +58,7 @@ def pretend(name: str) -> tuple[GPUTarget, Compiled]:
 
     triton.runtime.driver.set_active(_Driver(target))
     JITFunction.run = compile_only
-    ops.device_of = lambda index: Device(target.arch, _PROCESSORS)
+    tuning.device_of = lambda index: Device(target.arch, _PROCESSORS)
     return target, compiled
 
 

@@ -70,6 +70,35 @@ def test_launches_of_a_plan_in_a_room_serve_later_plans(ops, textbook, assert_cl
     assert len({*room.shapes}) == 1
 
 
+@pytest.mark.parametrize("window", [None, 9])
+def test_a_plan_advances_where_it_lies(ops, textbook, assert_close, store_tokens, window):
+    """Tails grow by a token a step, and lose some again: one has two rows, the other one. The launches of the
+    first plan of a shape serve all later ones."""
+    spec = AttentionSpec(
+        q_heads=4, k_heads=2, v_heads=2, k_dim=16, v_dim=16, scale=0.25, window_tokens=window
+    )
+    kv = store_tokens(spec, KVFormat.FLOAT32, 60, block_tokens=64)
+    memory, room, last, firsts, advanced = kv.memory.to(DEVICE), Room(), None, {}, 0
+    work = WorkList.of([(0, 3, 0, 0, 2), (0, 2, 1, 0, 2), (2, 1, 2, 0, 2)])
+    lengths = [*range(3, 12), 9, 7, *range(8, 14)]
+    for step, tokens in enumerate(lengths):
+        counts = tokens, tokens + 20
+        segments = Segments.of(
+            [(0, kv.stride, 0, 17, 0, 0, 2), *((0, kv.stride, 17, n, 17, 0, 2) for n in counts)]
+        )
+        positions = torch.tensor([15 + tokens, 16 + tokens, 36 + tokens])
+        plan = ops.plan(work, segments, memory, kv.layout, spec, positions=positions, last=last, room=room)
+        advanced += plan is last
+        last, first = plan, firsts.setdefault(room.shapes[-1], plan)
+        q = torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(step))
+        nan = torch.full((3, 4, 16), torch.nan, device=DEVICE)
+        out = State(nan, nan[..., 0].clone())
+        ops.partial(first, 1, q.to(DEVICE), out=out)
+        expected = textbook(q, kv.k, kv.v, spec, q_positions=positions)
+        assert_close(State(out.o.cpu(), out.lse.cpu()), expected, 2e-6)
+    assert len(lengths) / 2 < advanced < len(lengths) - 1
+
+
 def test_plans_in_a_room_have_few_shapes(ops, store_tokens):
     """Each of more than 300 lengths would be a shape of its own; a wide tile is another shape."""
     spec = AttentionSpec(q_heads=4, k_heads=2, v_heads=2, k_dim=16, v_dim=16, scale=0.25)

@@ -46,7 +46,7 @@ def by_slots(arena, layout, batch):
     bases, slots = bases[source], slots[source]
 
     def append(layer, k, v):
-        batch.mark(layer)
+        batch.mark(range(layer, layer + 1))
         k, v = (torch.cat([x, torch.full_like(x[:2], torch.nan)]) for x in (k, v))
         unmoved = torch.zeros(1, layout.k_dim // 2, dtype=k.dtype)
         dense.rotate(
@@ -177,3 +177,28 @@ def test_rejected_speculation_is_truncated_and_appended_again(arena, layout):
     tail.advance(7)
     got, _ = tail.read(0, 4, 7)
     assert torch.equal(got.transpose(0, 1), torch.cat([k[:2], k[:1]]))
+
+
+def test_layers_may_be_marked_together(arena, layout):
+    """All that are named or none: not if one of them lacks tokens, nor after the tail lost blocks."""
+    every = range(layout.layers)
+    tails = [grown(arena, layout, start=0, tokens=5), grown(arena, layout, start=0, tokens=3)]
+    batch = TailBatch([tails[0], tails[0], tails[1]], [5, 6, 3])
+    batch.mark(every)
+    for tail, end in zip(tails, (7, 4), strict=True):
+        tail.advance(end)
+    longer, shorter = (TailBatch([tails[0]] * rows, range(7, 7 + rows)) for rows in (3, 1))
+    longer.mark(every)
+    shorter.mark(every)  # The scratch behind it stays written.
+    tails[0].advance(10)
+    ahead = TailBatch([tails[1]], [4])
+    ahead.mark(every[:1])
+    with pytest.raises(InvalidRequest, match="layer 1 at position 5"):
+        TailBatch([tails[1]], [5]).mark(every)
+    with pytest.raises(InvalidRequest, match="is not one of"):
+        ahead.mark(range(layout.layers + 1))
+    with pytest.raises(InvalidRequest, match="written to 4"):
+        tails[1].advance(5)
+    tails[1].free()
+    with pytest.raises(InvalidRequest, match="was truncated"):
+        ahead.mark(every)

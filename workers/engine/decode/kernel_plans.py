@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from farshore.attention_offload.base import AttentionModel
@@ -31,7 +33,7 @@ class KernelPlans:
     """Makes the kernel plans of one micro-batch's reads of local KV.
 
     In successive steps the same rows mostly read the same memory, with one more token of each tail. Rows and
-    segments are then reused, and not checked again.
+    segments are then reused, and the kernels may advance the last plan.
     """
 
     def __init__(self, attention: AttentionModel, local: LocalKV, make_plan: Callable[..., Any]) -> None:
@@ -42,8 +44,9 @@ class KernelPlans:
         """Everything that the rows and segments of the last plan depend on, except the tails' last tokens."""
         self._work = WorkList.of([])
         self._segments = Segments.of([])
-        self._ends: list[tuple[int, int]] = []
-        """For each tail: (index of its last segment, position of that segment's first token)."""
+        self._ends = _ends([])
+        self._last: Any = None
+        """The last plan; None if it can't be advanced."""
 
     def plan(
         self, tails: Sequence[Tail], positions: Sequence[int], reads: Sequence[Read], position_tensor: Tensor
@@ -59,14 +62,14 @@ class KernelPlans:
             [(run.rows, run.tail.start, run.tail.bases, run.newest // block) for run in runs],
             list(reads),
         )
-        unchanged = key == self._reads_key
-        if unchanged:
-            for (segment, first), run in zip(self._ends, runs, strict=True):
-                self._segments.count[segment] = run.newest + 1 - first
+        last, self._last = self._last, None  # None after an error, too.
+        if last is not None and key == self._reads_key:
+            newest = np.array([run.newest for run in runs], np.int32)
+            self._segments.count.numpy()[self._ends[0]] = newest + 1 - self._ends[1]
         else:
-            self._reads_key = None
+            last, self._reads_key = None, key
             self._build(runs, reads)
-        plan = self._make_plan(
+        self._last = self._make_plan(
             self._work,
             self._segments,
             self._local.memory,
@@ -74,22 +77,27 @@ class KernelPlans:
             self._attention.specs[0],
             positions=position_tensor,
             threads=torch.get_num_threads(),
-            checked=unchanged,
+            last=last,
         )
-        self._reads_key = key
-        return plan
+        return self._last
 
     def _build(self, runs: "list[_TailRun]", reads: Sequence[Read]) -> None:
         """Builds rows and segments: those of ``reads`` first, then those of the tails."""
         work, segments = work_of(reads, self._local.store) if self._local.store is not None else ([], [])
         groups = self._attention.specs[0].groups
-        self._ends = []
+        ends = []
         for run in runs:
             of_tail = run.tail.segments(run.newest + 1)
             segments.append(of_tail)
             work += [(run.row, run.rows, len(work) + i, 0, groups) for i in range(of_tail.size)]
-            self._ends.append((len(work) - 1, int(of_tail.position[-1])))
+            ends.append((len(work) - 1, int(of_tail.position[-1])))
+        self._ends = _ends(ends)
         self._work, self._segments = WorkList.of(work), Segments.concat(segments)
+
+
+def _ends(pairs: Sequence[tuple[int, int]]) -> NDArray[np.int32]:
+    """i32[2, tails]: the index of each tail's last segment, and the position of its first token."""
+    return np.array(pairs, np.int32).reshape(-1, 2).T
 
 
 class _TailRun(NamedTuple):

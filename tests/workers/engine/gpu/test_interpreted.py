@@ -48,8 +48,8 @@ def ops():
         # ones, and reach every path with short sequences.
         tuning = importlib.import_module("farshore.kernels.gpu.tuning")
         large = tuning.TileShape(block_m=64, block_n=64, warps=4, stages=1)
-        patch.setattr(made, "partial_tiles", lambda *shape: large)
-        patch.setattr(made, "extend_tiles", lambda *shape, **options: large)
+        patch.setattr(tuning, "partial_tiles", lambda *shape: large)
+        patch.setattr(tuning, "extend_tiles", lambda *shape, **options: large)
         rotate = tuning.rotate_constants
         patch.setattr(tuning, "rotate_constants", lambda rows, dim: rotate(rows, dim) | {"ROWS": 64})
         yield made

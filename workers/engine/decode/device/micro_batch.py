@@ -20,7 +20,6 @@ from torch import Tensor
 from farshore.attention_offload.base import AttentionModel, Shards
 from farshore.attention_offload.plan.step_plan import Read
 from farshore.kernels.base import Kernels, State
-from farshore.kernels.host import HOST
 from farshore.kernels.runtime.base import DeviceRuntime, Event, PinnedBuffer, Stream
 from farshore.kvstore.store.tail import Tail, TailBatch
 from farshore.models.device_llama import DeviceLlama
@@ -89,11 +88,11 @@ class DeviceMicroBatch:
         self._index, self._shards, self._rows = index, shards, len(tokens)
         self._batch = TailBatch(tails, positions)
         bases, slots = zip(*self._batch.slots(), strict=True)
-        inputs = self._inputs.write()
+        inputs = self._inputs.write().numpy()
         fields = tokens, positions, bases, slots, range(self._rows)  # those of RowInputs
-        inputs[:, : self._rows] = torch.tensor([list(field) for field in fields], device=HOST)
+        inputs[:, : self._rows] = fields
         inputs[:, self._rows :] = inputs[:, self._rows - 1 : self._rows]
-        on_host = inputs[1].clone()
+        on_host = torch.from_numpy(inputs[1].copy())
         self.stream.upload(self._inputs, self._slices.inputs)
         if shards is not None:
             self.start(0)  # The device computes meanwhile.
@@ -101,8 +100,7 @@ class DeviceMicroBatch:
 
     def run(self) -> Event:
         """Submits all layers of a step that reads from no shard; returns the event behind them."""
-        for layer in range(self._layers):
-            self._batch.mark(layer)
+        self._batch.mark(range(self._layers))
         self._slices.step(partial(self._attend, self._plan, out=self._out), self._room.shape)
         return self.stream.record()
 
@@ -117,7 +115,7 @@ class DeviceMicroBatch:
     def send(self, layer: int) -> None:
         """Submits the attention to local KV, then waits for the queries and sends them to the shards."""
         assert self._shards is not None
-        self._batch.mark(layer)
+        self._batch.mark(range(layer, layer + 1))
         self.stream.run(partial(self._attend, self._plan, layer, out=self._local))
         self._copies.record().wait()
         self._shards.send(layer, self._index, self._q_on_host.first(self._rows).read())
