@@ -135,8 +135,13 @@ class RedisDirectory:
     def claim(self) -> None:
         """See :class:`~farshore.kvstore.directory.base.DurableDirectory`."""
         end_s = self._clock() + 2 * self._lease_ms / 1000
-        while workers := self.listing().workers:
-            if self._clock() >= end_s:
+        while True:
+            # Looked at before the list: in a pause after it, leases may run out.
+            is_over = self._clock() >= end_s
+            workers = self.listing().workers
+            if not workers:
+                break
+            if is_over:
                 first = workers[0]
                 raise InvalidRequest(
                     f"a cluster named {self._address.cluster} runs with {self._address}: its {first.slot} is "
