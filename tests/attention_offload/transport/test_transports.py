@@ -14,6 +14,7 @@ from farshore.attention_offload.shard.server import serve
 from farshore.attention_offload.shard.service import AttentionService
 from farshore.attention_offload.transport import connect as connecting
 from farshore.attention_offload.transport.frames import REMOTE, Transport, frame_bytes, native
+from farshore.controller.listen import free_port
 from farshore.errors import InvalidRequest, TransportError
 from farshore.proto import attention_pb2 as pb
 
@@ -46,12 +47,6 @@ def offering(**changes):
     return type("Offering", (Offering,), {"changes": dict(changes)})
 
 
-def nothing_listens():
-    """A port that was free a moment ago."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
 def said(caplog):
     """Warnings of the engine's end."""
     return [
@@ -62,7 +57,7 @@ def said(caplog):
 
 
 ELSEWHERE = {"unix_name": "farshore-of-another-host"}
-FIREWALLED = {"tcp_port": nothing_listens()}
+FIREWALLED = {"tcp_port": free_port("127.0.0.1")}
 
 
 @pytest.mark.parametrize(
