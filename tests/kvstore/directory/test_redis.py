@@ -152,6 +152,37 @@ def test_the_newest_events_are_kept(here):
     assert [kept.number for kept in directory.events()] == list(range(10, MOST_EVENTS + 10))
 
 
+def test_events_that_were_lost_come_back(here):
+    """As when a replica takes over that lacks the last ones, or Redis starts empty: with the next list."""
+    directory, key = here.directory, "farshore:{default}:events"
+    directory.publish([event(1)])
+    older = command(directory, "DUMP", key)
+    directory.publish([event(1), event(2)])
+    command(directory, "RESTORE", key, 0, older, "REPLACE")
+    assert directory.events() == [event(1)]
+    here.other().listing()
+    assert directory.events() == [event(1)]
+    directory.listing()
+    assert directory.events() == [event(1), event(2)]
+    command(directory, "DEL", key)
+    directory.listing()
+    assert directory.events() == [event(1), event(2)]
+
+
+def test_a_full_redis_lists_without_the_events_that_were_lost(here):
+    directory = here.directory
+    directory.renew(RECORD)
+    directory.publish([event(1)])
+    command(directory, "DEL", "farshore:{default}:events")
+    try:
+        command(directory, "CONFIG", "SET", "maxmemory", "1")
+        assert names(directory) == [RECORD.worker] and directory.events() == []
+    finally:
+        command(directory, "CONFIG", "SET", "maxmemory", "0")
+    directory.listing()
+    assert directory.events() == [event(1)]
+
+
 def test_clusters_of_two_names_share_a_redis(here):
     blue = here.other(cluster="blue")
     here.directory.renew(RECORD)
