@@ -154,8 +154,8 @@ def gateway(marked):
 def test_two_gateways_go_on_without_an_engine_and_without_the_controller(serve, gateway, tmp_path):
     ClusterToken.make(tmp_path / "token")
     token = ("--token-file", str(tmp_path / "token"))
-    # Enough for four answers that do not end.
-    options = ("--dense-workers", "2", "--attention-workers", "1", "--kv-memory", "640MiB", *token)
+    # Enough for eight answers that do not end.
+    options = ("--dense-workers", "2", "--attention-workers", "1", "--kv-memory", "1280MiB", *token)
     server, address = serve(*options)
     directory = "grpc://" + server.out.await_match(r"  controller +(\S+)")[1]
     second, other = gateway("--directory", directory, *token)
@@ -163,21 +163,27 @@ def test_two_gateways_go_on_without_an_engine_and_without_the_controller(serve, 
         assert answer(first_client) == answer(other_client) == ANSWER
         victim, _ = workers_of(first_client, "dense").values()
         with contextlib.ExitStack() as ended:
-            # Each gateway runs a request on each engine.
-            readings = [
-                ended.enter_context(Reading(client, begun(client, "One")))
-                for client in (first_client, first_client, other_client, other_client)
-            ]
+            readings, placed = {first_client: [], other_client: []}, []
+            # Until each gateway runs one on each engine: what it knows of the other one's is not the newest.
+            while len(set(placed)) < 4:
+                for client, own in readings.items():
+                    own.append(ended.enter_context(Reading(client, begun(client, "One"))))
+                placed = _placed(first_client, sum(map(len, readings.values())))
+            on_victim = sum(engine == victim.worker_id for _, engine in placed)
             os.kill(victim.process_id, signal.SIGKILL)
-            for client in (first_client, other_client):
+            for client in readings:
                 assert [answer(client) for _ in range(2)] == [ANSWER] * 2
-            until(lambda: sum(reading.is_over for reading in readings) == 2, "not two answers are lost")
-            for pair in (readings[:2], readings[2:]):
-                (lost,) = (reading for reading in pair if reading.is_over)
-                assert isinstance(lost.end(), TransportError) and f"{victim.worker_id} " in str(lost.end())
-                assert "was lost" in str(lost.end()) and "send the request again" in str(lost.end())
-                (other,) = (reading for reading in pair if reading is not lost)
-                other.cancel()
+            every = [each for own in readings.values() for each in own]
+            until(lambda: sum(each.is_over for each in every) == on_victim, f"not {on_victim} are lost")
+            for own in readings.values():
+                lost = [each.end() for each in own if each.is_over]
+                assert 0 < len(lost) < len(own)
+                for error in lost:
+                    assert isinstance(error, TransportError) and f"{victim.worker_id} " in str(error)
+                    assert "was lost" in str(error) and "send the request again" in str(error)
+                for each in own:
+                    if not each.is_over:
+                        each.cancel()
         _replaced(first_client, victim, count=2)
         (controller,) = processes(server, "ray::Controller")
         os.kill(controller, signal.SIGKILL)
@@ -185,3 +191,13 @@ def test_two_gateways_go_on_without_an_engine_and_without_the_controller(serve, 
             assert answer(client) == ANSWER
         assert until(lambda: workers_of(other_client, "dense"), "the controller is not back")
     assert second.end(signal.SIGTERM) == 0
+
+
+def _placed(client, count):
+    """(the gateway's part of its id, the engine) of each of ``count`` requests."""
+
+    def placed():
+        found = [(each.sequence_id.rpartition("-")[0], each.owner) for each in client.status().sequences]
+        return len(found) == count and found
+
+    return until(placed, f"not {count} requests run")

@@ -1,5 +1,6 @@
 """Every directory keeps the same contract: embedded, behind gRPC, in Redis and in Valkey."""
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -208,6 +209,29 @@ def test_look_ups_are_bounded(directory):
     directory.renew(RECORD)
     with pytest.raises(InvalidRequest, match="bytes"):
         directory.announce(RECORD.worker, Announcement(since=0, until=1, added=(b"short",)))
+
+
+class Hanging(EmbeddedDirectory):
+    """A directory whose process is paused, until it is told to go on."""
+
+    def __init__(self):
+        super().__init__()
+        self.goes_on = threading.Event()
+
+    def listing(self):
+        self.goes_on.wait()
+        return super().listing()
+
+
+def test_a_directory_that_hangs_is_one_that_does_not_answer(monkeypatch):
+    monkeypatch.setattr("farshore.kvstore.directory.remote.DEADLINE_S", 0.1)
+    hanging = Hanging()
+    server, remote = through_grpc(hanging)
+    with pytest.raises(TransportError, match=r"the directory does not answer within 0\.1 s"):
+        remote.listing()
+    hanging.goes_on.set()
+    remote.disconnect()
+    server.stop(0).wait()
 
 
 def test_a_directory_that_does_not_answer_raises():
