@@ -6,6 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import ray
+
+from farshore.controller.driver.ray_runtime import RayRuntime
+from farshore.errors import StartupError
 
 DEADLINE_S = 600
 
@@ -121,6 +125,20 @@ made.down()
 ray.shutdown()
 print("fine")
 """
+
+
+@pytest.mark.parametrize("kind", [Exception, RuntimeError])
+def test_a_ray_that_does_not_start_in_time_is_one_line(monkeypatch, kind):
+    """Ray itself waits for 30 s, and raises a plain Exception then."""
+
+    def init(**options):
+        raise kind("The current node timed out during startup.\nMore")
+
+    monkeypatch.setattr(ray._private.worker, "print_to_stdstream", None)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(StartupError, match=r"^Ray did not start \(The current .* startup\.\): see [^\n]*$"):
+        RayRuntime(None, dashboard=False).start()
+    assert not ray.is_initialized()
 
 
 @pytest.mark.heavy
