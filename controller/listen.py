@@ -5,11 +5,18 @@ choose where workers listen. Must not know gRPC: the gateway binds the address i
 """
 
 import errno
+import random
 import socket
+from pathlib import Path
 
 from farshore.errors import InvalidRequest, PortInUse
 
 ADVICE = "use 127.0.0.1 for this machine alone, 0.0.0.0 for its whole network, or one of its addresses"
+
+LEAST_PORT = 20_000
+"""Of those that are chosen here. Ray's workers listen below."""
+
+_EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def bracketed(host: str) -> str:
@@ -19,11 +26,33 @@ def bracketed(host: str) -> str:
 
 
 def free_port(host: str) -> int:
-    """A port of ``host``, an address of this machine, that nothing listens on now."""
+    """A port of ``host``, an address of this machine, that nothing listens on now.
+
+    A process is to bind it later, and again when it was started again. So it is none of the ephemeral ports,
+    if there are others: the kernel gives those to any connection meanwhile, even to one of a client that
+    tries to reach this port.
+    """
     (family, address), *_ = _resolved(host, 0)
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.bind(address)
-        return probe.getsockname()[1]
+    lasting = _lasting_ports()
+    for port in (*random.sample(lasting, len(lasting)), 0):
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            try:
+                probe.bind((address[0], port, *address[2:]))
+            except OSError as error:
+                if port and error.errno == errno.EADDRINUSE:
+                    continue
+                raise
+            return probe.getsockname()[1]
+    raise AssertionError("the kernel chooses the last port")
+
+
+def _lasting_ports() -> list[int]:
+    """The ports from LEAST_PORT on that are not ephemeral; none where the kernel does not say."""
+    try:
+        first, last = map(int, _EPHEMERAL.read_text(encoding="ascii").split())
+    except (OSError, ValueError):
+        return []
+    return [*range(LEAST_PORT, first), *range(max(LEAST_PORT, last + 1), 1 << 16)]
 
 
 def check(host: str, port: int, *, option: str = "--port") -> None:

@@ -24,6 +24,7 @@ from farshore.attention_offload.client.remote import RemoteClient
 from farshore.attention_offload.shard.server import serve
 from farshore.attention_offload.shard.service import AttentionService
 from farshore.benchmarks.engines.redis_server import binaries
+from farshore.controller.listen import free_port
 from farshore.rpc import SHARD_ENVIRONMENT
 
 # An example on a busy machine takes as long as it takes.
@@ -229,7 +230,7 @@ class Shard:
         self.store = store
         self.worker = worker
         self.service = service(worker, store)
-        self.server, self.address = serve(self.service, "127.0.0.1:0")
+        self.server, self.address = serve(self.service, f"127.0.0.1:{free_port('127.0.0.1')}")
 
     def stop(self):
         assert self.server.stop(None).wait(STOP_DEADLINE_S)
@@ -297,12 +298,11 @@ def breaking_service():
 class WorkerProcess:
     """An attention worker in its own process, which can be frozen, killed and restarted."""
 
-    def __init__(
-        self, listen="127.0.0.1:0", *, prefix=(), worker="shard", kv_memory_bytes=8 << 20, token_file=None
-    ):
+    def __init__(self, listen=None, *, prefix=(), worker="shard", kv_memory_bytes=8 << 20, token_file=None):
         self._prefix, self._worker, self._kv_memory_bytes = prefix, worker, kv_memory_bytes
         self._token_file = token_file
-        self._start(listen)
+        # Where it is started again.
+        self._start(listen or f"127.0.0.1:{free_port('127.0.0.1')}")
 
     def _start(self, listen):
         command = [*self._prefix, sys.executable, "-P", "-m", "farshore.workers.attention"]

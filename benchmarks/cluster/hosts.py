@@ -16,7 +16,7 @@ from typing import Any
 
 from farshore.errors import StartupError
 
-COMMAND_S = 20.0
+COMMAND_S = 60.0
 
 _INIT = """
 set -e
@@ -149,9 +149,7 @@ class Host:
     def pid(self, process: "subprocess.Popen[str]") -> int:
         """This machine's id of a command that :meth:`popen` started and that runs, once `nsenter` has forked
         it."""
-        _await(lambda: bool(_children(process.pid)) or process.poll() is not None)
-        (pid,) = _children(process.pid)
-        return pid
+        return child_of(process.pid)
 
     def cut(self) -> None:
         """Cuts this host off: packets are lost, and nothing is told."""
@@ -172,6 +170,20 @@ class Host:
             _ip("netns", "del", self.name)
         with contextlib.suppress(StartupError):
             _ip("link", "del", self._link)
+
+
+def child_of(pid: int) -> int:
+    """The process that ``pid`` has forked, or is about to fork as its only one. Raises StartupError if it has
+    ended instead."""
+    with contextlib.suppress(OSError, ValueError):
+        _await(lambda: bool(_children(pid)) or _is_zombie(pid))
+        (child,) = _children(pid)
+        return child
+    raise StartupError(f"process {pid} has ended")
+
+
+def _is_zombie(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def _await(condition: Callable[[], bool]) -> None:

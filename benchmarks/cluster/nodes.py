@@ -16,7 +16,7 @@ from farshore.benchmarks.cluster.hosts import Host, Hosts, hosts
 from farshore.cluster_token import VARIABLE, ClusterToken
 from farshore.errors import StartupError
 
-START_DEADLINE_S = 120.0
+START_DEADLINE_S = 300.0
 PORT = 6379
 
 _WATCH = """

@@ -4,6 +4,7 @@ Used by ``directory`` and by tests of everything that needs one. It must not kno
 """
 
 import importlib.util
+import os
 import shutil
 import signal
 import socket
@@ -11,6 +12,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from farshore.controller.listen import free_port
 from farshore.errors import StartupError
 
 DEADLINE_S = 30.0
@@ -35,7 +37,7 @@ class RedisServer:
     """
 
     def __init__(self, binary: str, folder: Path, *options: str, port: int | None = None) -> None:
-        self.port = port or _free_port()
+        self.port = port or free_port("127.0.0.1")
         self._log = folder / f"server-{self.port}.log"
         fixed = ("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", "")
         self._command = [binary, *fixed, *options]
@@ -64,8 +66,11 @@ class RedisServer:
                 raise StartupError(f"{self._command[0]} did not start: {last}") from error
 
     def freeze(self) -> None:
-        """Stops the process's threads. It still accepts connections, in the kernel."""
+        """Stops the process's threads, and returns when they have stopped. The kernel still accepts
+        connections."""
         self._signal(signal.SIGSTOP)
+        assert self._process is not None
+        os.waitpid(self._process.pid, os.WUNTRACED)
 
     def thaw(self) -> None:
         self._signal(signal.SIGCONT)
@@ -86,9 +91,3 @@ class RedisServer:
     def _signal(self, number: int) -> None:
         assert self._process is not None
         self._process.send_signal(number)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

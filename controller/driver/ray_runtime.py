@@ -194,7 +194,8 @@ class RayRuntime:
             if on_term is not None and threading.current_thread() is threading.main_thread():
                 # Ray's handler would abort the process after 3 s, in the middle of cleaning up.
                 signal.signal(signal.SIGTERM, on_term)
-        except (ConnectionError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        except Exception as error:
+            # Of any class: a node that takes longer than Ray waits is a plain Exception.
             self.stop()
             # The first line gives the reason; the rest may be pages long.
             why = str(error).strip().partition("\n")[0]

@@ -193,8 +193,8 @@ def _launch(tile: TileShape) -> dict[str, int | bool]:
 
 
 def _product_dtype(q: Tensor, kv: Tensor) -> tl.dtype:
-    """The dtype of products. ``kv``: in the dtype of ``STORED_DTYPES``. Raises ValueError unless the kernels know
-    both dtypes."""
+    """The dtype of products. ``kv``: in the dtype of ``STORED_DTYPES``. Raises ValueError unless the kernels
+    know both dtypes."""
     if q.dtype not in _DTYPES or kv.dtype not in STORED_DTYPES.values():
         raise ValueError(f"q {q.dtype} on KV {kv.dtype}: not float32, bfloat16, float16 (KV: int8, int4)")
     return tl.float32 if kv.dtype in _DTYPES and kv.dtype != q.dtype else _DTYPES[q.dtype]

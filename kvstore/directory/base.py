@@ -175,7 +175,8 @@ class DurableDirectory(Directory, Protocol):
         counts, and is stored again likewise."""
 
     def publish(self, events: Sequence[ClusterEvent]) -> None:
-        """Adds events, oldest first. Ignores those whose numbers are not above those of all that are kept."""
+        """Adds events, oldest first. Ignores those whose numbers are not above those of all that are kept.
+        Where these were lost, :meth:`listing` adds them again."""
 
     def events(self, since: int = 0) -> list[ClusterEvent]:
         """The kept events with numbers above ``since``, oldest first."""

@@ -10,7 +10,7 @@ import grpc
 
 from farshore import rpc
 from farshore.cluster_token import ClusterToken
-from farshore.errors import FarshoreError
+from farshore.errors import DeadlineExceeded, FarshoreError, TransportError
 from farshore.ids import WorkerId
 from farshore.kvstore.directory import codec
 from farshore.kvstore.directory.base import Announcement, Directory, Listing, WorkerRecord, look_up_keys
@@ -53,7 +53,11 @@ class RemoteDirectory:
         try:
             return method(request, timeout=DEADLINE_S)
         except grpc.RpcError as failure:
-            raise rpc.error_of(failure, peer="the directory") from failure
+            error = rpc.error_of(failure, peer="the directory")
+            if isinstance(error, DeadlineExceeded):
+                # Of this call alone: the controller is away, paused or busy.
+                error = TransportError(f"the directory does not answer within {DEADLINE_S:g} s")
+            raise error from failure
 
 
 class DirectoryService(pb_grpc.DirectoryServicer):

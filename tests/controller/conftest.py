@@ -1,9 +1,9 @@
 """Fixtures that run the installed `farshore` command, and check that it leaves no process behind."""
 
+import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,15 +13,17 @@ import uuid
 from functools import cache
 from pathlib import Path
 
+import psutil
 import pytest
 
 from farshore.cluster_token import VARIABLE, ClusterToken
 from farshore.controller.launch.ray_settings import QUICK_VERDICT
+from farshore.controller.listen import free_port
 
 COMMAND = Path(sys.executable).parent / "farshore"
 REPOSITORY = Path(__file__).parents[2]
-START_DEADLINE_S = 180.0
-END_DEADLINE_S = 60.0
+START_DEADLINE_S = 300.0
+END_DEADLINE_S = 180.0
 MARK = "FARSHORE_TEST_MARK"
 
 
@@ -51,6 +53,7 @@ class Marked:
         # In the checkout, whose folders would be imported if the current directory were on sys.path.
         environment |= {MARK: self.mark, "XDG_STATE_HOME": state_home}
         self._options = {"env": environment, "cwd": REPOSITORY, "text": True}
+        self._started = []
         self._shared_memory = _shared_memory()
 
     def run(self, *arguments):
@@ -68,7 +71,9 @@ class Marked:
 
     def start(self, *arguments):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return Background(subprocess.Popen([COMMAND, *arguments], **pipes, **self._options_of(arguments)))
+        process = subprocess.Popen([COMMAND, *arguments], **pipes, **self._options_of(arguments))
+        self._started.append(Background(process))
+        return self._started[-1]
 
     def _options_of(self, arguments):
         """The options of the process; a command that joins a Ray gets the token of the tests' Rays."""
@@ -79,22 +84,31 @@ class Marked:
 
     def check_nothing_left(self):
         """Asserts that no marked process and no new shared-memory file remains."""
-        _await_none(lambda: self._processes() + sorted(_shared_memory() - self._shared_memory))
+        _await_none(lambda: [*self._processes().values(), *sorted(_shared_memory() - self._shared_memory)])
 
     def check_gone(self, process_ids):
         """Asserts that these processes have ended. For processes without the mark, such as a joined Ray's."""
         _await_none(lambda: [pid for pid in process_ids if Path(f"/proc/{pid}").exists()])
 
+    def close(self):
+        """Kills what a test that failed has left, which would disturb the next ones."""
+        for server in self._started:
+            server.kill()
+        for pid in self._processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def _processes(self):
+        """Process id -> command line of each marked process."""
         variable = f"{MARK}={self.mark}".encode()
-        found = []
+        found = {}
         for entry in Path("/proc").glob("[0-9]*"):
             try:
                 if variable in (entry / "environ").read_bytes():
-                    found.append((entry / "cmdline").read_text().replace("\0", " "))
+                    found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
             except OSError:
                 continue
-        return [command for command in found if command]
+        return {pid: command for pid, command in found.items() if command}
 
 
 class Background:
@@ -108,6 +122,11 @@ class Background:
         """Sends a signal and waits for the end; returns the exit code."""
         self.process.send_signal(number)
         return self.process.wait(END_DEADLINE_S)
+
+    def kill(self):
+        """Ends it by force. Idempotent."""
+        self.process.kill()
+        self.process.wait()
 
 
 class _Lines:
@@ -154,9 +173,10 @@ def _shared_memory():
     return {str(path) for path in Path("/dev/shm").iterdir()}
 
 
-def start_node(*options):
-    """A Ray node as a Background, which has started. It declares nothing of what it takes: see
-    test_three_nodes for nodes that do."""
+@contextlib.contextmanager
+def ray_node(*options):
+    """A Ray node as a Background, which has started, and which ends with the context. It declares nothing of
+    what it takes: see test_three_nodes for nodes that do."""
     options = ("--block", "--object-store-memory=80000000", *options)
     environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
     environment["RAY_AUTH_TOKEN_PATH"] = token_file()
@@ -170,76 +190,73 @@ def start_node(*options):
             cwd=COMMAND.parent,
         )
     )
-    node.out.await_match("Ray runtime started")
-    return node
+    try:
+        node.out.await_match("Ray runtime started")
+        yield node
+        if node.process.poll() is None:
+            node.end(signal.SIGTERM)
+    finally:
+        if node.process.poll() is None:
+            kill_all(node.process.pid)
+            node.process.wait()
 
 
-def free_port(host="127.0.0.1"):
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
+def kill_all(pid):
+    """Kills a process and all its descendants at once."""
+    process = psutil.Process(pid)
+    for each in (process, *process.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):
+            each.kill()
+
+
+@contextlib.contextmanager
+def ray_head():
+    """The address of a Ray of one node, with :func:`token_file`. It must run until the end."""
+    port = free_port("127.0.0.1")
+    with ray_node("--head", "--include-dashboard=false", "--port", str(port)) as head:
+        yield f"127.0.0.1:{port}"
+        assert head.process.poll() is None
 
 
 @pytest.fixture
 def ray_address():
     """Address of a Ray that runs on, with :func:`token_file`. Request this fixture before `marked`, so that
     its processes are not checked as leftovers."""
-    port = str(free_port())
-    head = start_node("--head", "--include-dashboard=false", "--port", port)
-    yield f"127.0.0.1:{port}"
-    running = head.process.poll() is None
-    head.end(signal.SIGTERM)
-    assert running
+    with ray_head() as address:
+        yield address
 
 
 @pytest.fixture
 def start_ray():
     """start_ray() -> (the address of a Ray with this process's environment, its token's file). Request this
     fixture after `marked`, so that it has ended when leftovers are checked."""
-    heads = []
-
-    def start():
-        port = str(free_port())
-        heads.append(start_node("--head", "--include-dashboard=false", "--port", port))
-        return f"127.0.0.1:{port}", token_file()
-
-    yield start
-    for head in heads:
-        head.end(signal.SIGTERM)
+    with contextlib.ExitStack() as heads:
+        yield lambda: (heads.enter_context(ray_head()), token_file())
 
 
 @pytest.fixture
 def two_nodes():
     """(address of a Ray, the Background of its second node, the second's metrics port): 127.0.0.2 and
     127.0.0.3 of this machine."""
-    metrics_port = free_port()
-    port = str(free_port("127.0.0.2"))
-    common = ("--memory", str(5 << 30), "--num-cpus", "2")
-    head = start_node(
-        "--head", "--include-dashboard=false", "--node-ip-address=127.0.0.2", "--port", port, *common
-    )
+    port, metrics_port = free_port("127.0.0.2"), free_port("0.0.0.0")
     address = f"127.0.0.2:{port}"
-    second = start_node(
-        "--address",
-        address,
-        "--node-ip-address=127.0.0.3",
-        f"--metrics-export-port={metrics_port}",
-        "--min-worker-port=31000",
-        "--max-worker-port=31999",
-        *common,
-    )
-    yield address, second, metrics_port
-    for node in (second, head):
-        if node.process.poll() is None:
-            node.end(signal.SIGTERM)
+    common = ("--memory", str(5 << 30), "--num-cpus", "2")
+    first = ("--head", "--include-dashboard=false", "--node-ip-address=127.0.0.2", "--port", str(port))
+    second = ("--address", address, "--node-ip-address=127.0.0.3")
+    second += (f"--metrics-export-port={metrics_port}", "--min-worker-port=19000", "--max-worker-port=19999")
+    with ray_node(*first, *common, "--max-worker-port=18999"), ray_node(*second, *common) as node:
+        yield address, node, metrics_port
 
 
 @pytest.fixture
 def marked(tmp_path):
     """A Marked, which is checked for leftovers after the test."""
     made = Marked(str(tmp_path / "state"))
-    yield made
-    made.check_nothing_left()
+    try:
+        yield made
+        made.check_nothing_left()
+    finally:
+        made.close()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """listen.check and its helpers, with the machine's own sockets."""
 
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +59,34 @@ def test_a_taken_port_is_refused(host):
         port = taken.getsockname()[1]
         with pytest.raises(PortInUse, match=rf"{port} is taken.*--port"):
             listen.check(host, port)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", pytest.param("::1", marks=NEEDS_IPV6)])
+def test_a_free_port_is_given_to_no_connection_meanwhile(host):
+    """As the kernel's own range says, which is this machine's."""
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    ports = {listen.free_port(host) for _ in range(20)}
+    assert len(ports) > 1
+    assert not any(first <= port <= last for port in ports)
+    for port in ports:
+        listen.check(host, port)
+
+
+def test_a_taken_port_is_not_chosen(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(listen, "_lasting_ports", lambda: [port])
+        assert listen.free_port("127.0.0.1") not in (0, port)
+
+
+@pytest.mark.parametrize("text", ["1024\t65535\n", "", None])
+def test_where_all_ports_are_ephemeral_the_kernel_chooses(monkeypatch, tmp_path, text):
+    monkeypatch.setattr(listen, "LEAST_PORT", 1024)
+    file = tmp_path / "range"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setattr(listen, "_EPHEMERAL", file)
+    assert listen.free_port("127.0.0.1") > 0
 
 
 @pytest.mark.parametrize(

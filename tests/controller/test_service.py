@@ -15,7 +15,7 @@ from farshore.attention_offload.shard.service import AttentionService
 from farshore.controller.config import ClusterConfig
 from farshore.controller.controller import MAX_CALLS
 from farshore.controller.events import Events
-from farshore.controller.service import MOST_FOLLOWERS, PROBE_DEADLINE_S, STATUS_AGE_S, AdminService
+from farshore.controller.service import MOST_FOLLOWERS, STATUS_AGE_S, AdminService
 from farshore.errors import InvalidRequest, NotFound
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import WorkerRecord
@@ -35,6 +35,12 @@ from ..waiting import until
 
 SHARD = WorkerId("attention-0")
 MEMORY_BYTES = 64 << 20
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """Workers are awaited as long as a busy machine takes."""
+    monkeypatch.setattr("farshore.controller.service.PROBE_DEADLINE_S", 60.0)
 
 
 @pytest.fixture
@@ -205,13 +211,15 @@ def rendezvous(listed):
         server.stop(0).wait()
 
 
-def test_workers_are_asked_at_once_and_under_one_deadline(stub, listed, rendezvous):
+def test_workers_are_asked_at_once_and_under_one_deadline(stub, listed, rendezvous, monkeypatch):
+    deadline_s = 4.0
+    monkeypatch.setattr("farshore.controller.service.PROBE_DEADLINE_S", deadline_s)
     with socket.create_server(("127.0.0.1", 0)) as frozen:
         address = f"127.0.0.1:{frozen.getsockname()[1]}"
         for index in range(8):
             listed(f"attention-{index}", "attention", address)
-        # Asking eight frozen workers one after the other would take more than twice this time.
-        status = stub.ClusterStatus(admin.ClusterStatusRequest(), timeout=3.5 * PROBE_DEADLINE_S)
+        # Asking eight frozen workers one after the other would take longer than that.
+        status = stub.ClusterStatus(admin.ClusterStatusRequest(), timeout=7 * deadline_s)
     states = [worker.state for worker in status.workers]
     assert states == [admin.WORKER_STATE_READY] * 3 + [admin.WORKER_STATE_UNREACHABLE] * 8
     assert status.pool_budget_bytes == 0
@@ -291,7 +299,7 @@ def test_events_are_streamed_from_a_number_on_and_as_they_come(stub, operations)
         operations.events.add("joined", f"attention-{index}")
     kept = list(stub.WatchEvents(admin.WatchEventsRequest(since=1)))
     assert [(event.number, event.subject) for event in kept] == [(2, "attention-1"), (3, "attention-2")]
-    following = stub.WatchEvents(admin.WatchEventsRequest(since=3, follow=True), timeout=30)
+    following = stub.WatchEvents(admin.WatchEventsRequest(since=3, follow=True), timeout=60)
     operations.events.add("lost", "attention-0", "it was killed")
     event = next(following)
     assert (event.kind, event.detail) == ("lost", "it was killed")
@@ -326,7 +334,7 @@ def test_followers_of_events_leave_calls_for_the_workers(service, operations, di
     with grpc.insecure_channel(address) as channel:
         stub = admin_pb2_grpc.AdminServiceStub(channel)
         streams = [
-            stub.WatchEvents(admin.WatchEventsRequest(follow=True), timeout=30) for _ in range(MAX_CALLS)
+            stub.WatchEvents(admin.WatchEventsRequest(follow=True), timeout=60) for _ in range(MAX_CALLS)
         ]
         followed, refused = [], []
         for stream in streams:
@@ -338,14 +346,14 @@ def test_followers_of_events_leave_calls_for_the_workers(service, operations, di
         assert len(followed) == MOST_FOLLOWERS
         assert {error.code() for error in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
         assert f"{MOST_FOLLOWERS} calls follow the events already" in refused[0].details()
-        pb_grpc.DirectoryStub(channel).List(pb.ListRequest(), timeout=30)
+        pb_grpc.DirectoryStub(channel).List(pb.ListRequest(), timeout=60)
         assert list(stub.WatchEvents(admin.WatchEventsRequest()))
         # A reader that is gone makes room.
         followed[0].cancel()
 
         def follows():
             with contextlib.suppress(grpc.RpcError):
-                return next(stub.WatchEvents(admin.WatchEventsRequest(follow=True), timeout=30))
+                return next(stub.WatchEvents(admin.WatchEventsRequest(follow=True), timeout=60))
 
         until(follows)
     server.stop(0).wait()

@@ -6,6 +6,7 @@ import types
 import pytest
 
 from farshore import rpc
+from farshore.controller.listen import free_port
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
 from farshore.kvstore.directory.remote import DirectoryService
 from farshore.proto import cluster_pb2 as pb
@@ -27,11 +28,12 @@ def farshore(start):
 
 @pytest.fixture
 def engines(harness):
-    """engines(port=0) -> an EngineProcess. Killed after the test."""
+    """engines(port=None) -> an EngineProcess; None: any free port, where another one may follow it. Killed
+    after the test."""
     started = []
 
-    def start(port=0):
-        started.append(harness.EngineProcess(port))
+    def start(port=None):
+        started.append(harness.EngineProcess(port or free_port("127.0.0.1")))
         return started[-1]
 
     yield start

@@ -1,6 +1,6 @@
 """An engine in its own process, for tests that kill or freeze it.
 
-``python engine_process.py PORT`` (0: any free port), run by ``harness.EngineProcess``. Prints its port.
+``python engine_process.py PORT``, run by ``harness.EngineProcess``. Prints its port.
 Answers each sequence with one token, 5; the next ones are 6, 7 and so on. Lines on stdin control it: ``more``
 gives each sequence one token more, those to come too; ``finish`` ends all, those to come too, until ``hold``;
 ``serving`` and ``failed`` set its health.

@@ -229,7 +229,7 @@ class ListedEngines:
 class EngineProcess:
     """A running engine_process.py."""
 
-    def __init__(self, port=0):
+    def __init__(self, port):
         script = Path(__file__).with_name("engine_process.py")
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(script), str(port)],

@@ -74,6 +74,8 @@ class RedisDirectory:
         self._storing = threading.Lock()
         self._state: _State | None = None
         """The desired state, if this client stored or loaded it."""
+        self._published: Sequence[ClusterEvent] = ()
+        """What this client published last."""
 
     def renew(self, record: WorkerRecord) -> None:
         message = codec.record_to_pb(record).SerializeToString()
@@ -87,7 +89,7 @@ class RedisDirectory:
         self._run(self._mark, marks)
 
     def listing(self) -> Listing:
-        settled, marks, messages, revision = self._run(
+        settled, marks, messages, revision, newest = self._run(
             self._list, self._lease_ms, round(self._settle_s * 1000), scripts.KEEP_MS
         )
         records = codec.records_from_pb(_parsed(messages))
@@ -95,6 +97,10 @@ class RedisDirectory:
         if state is not None and state.revision > revision:
             # Redis started empty or with an old copy, or a replica took over that lacks the last writes.
             self._run(self._store_state, state.text, state.revision)
+        published = self._published
+        if published and published[-1].number > newest:
+            with contextlib.suppress(FarshoreError):  # A Redis that is full takes none.
+                self._add(published)
         known = frozenset(record.worker for record in records)
         marked = json.loads(marks) if marks else {"closed": (), "draining": ()}
         return Listing(
@@ -135,8 +141,13 @@ class RedisDirectory:
     def claim(self) -> None:
         """See :class:`~farshore.kvstore.directory.base.DurableDirectory`."""
         end_s = self._clock() + 2 * self._lease_ms / 1000
-        while workers := self.listing().workers:
-            if self._clock() >= end_s:
+        while True:
+            # Looked at before the list: in a pause after it, leases may run out.
+            is_over = self._clock() >= end_s
+            workers = self.listing().workers
+            if not workers:
+                break
+            if is_over:
                 first = workers[0]
                 raise InvalidRequest(
                     f"a cluster named {self._address.cluster} runs with {self._address}: its {first.slot} is "
@@ -168,6 +179,10 @@ class RedisDirectory:
             self._state = _State(text, revision)
 
     def publish(self, events: Sequence[ClusterEvent]) -> None:
+        self._add(events)
+        self._published = events
+
+    def _add(self, events: Sequence[ClusterEvent]) -> None:
         arguments: list[object] = []
         for event in events:
             named = event._asdict() | {"unix_s": repr(event.unix_s)}

@@ -79,7 +79,8 @@ return new
 
 LIST = f"""#!lua flags=allow-oom
 {_DROP}
--- Returns: whether the list is settled, the marks, the records, the desired state's number.
+-- Returns: whether the list is settled, the marks, the records, the desired state's number, the newest
+-- event's.
 local prefix, lease_ms, settle_ms, keep_ms = KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
 local room = {SWEEP_BLOCKS}
 local time = redis.call('TIME')
@@ -101,7 +102,9 @@ for _, worker in ipairs(redis.call('SMEMBERS', prefix .. 'workers')) do
   end
 end
 local revision = tonumber(redis.call('GET', prefix .. 'revision') or 0)
-return {{now_ms >= settles_ms and 1 or 0, redis.call('GET', prefix .. 'marks'), records, revision}}
+local newest = redis.call('XREVRANGE', prefix .. 'events', '+', '-', 'COUNT', 1)[1]
+local event = newest and tonumber(string.match(newest[1], '^%d+')) or 0
+return {{now_ms >= settles_ms and 1 or 0, redis.call('GET', prefix .. 'marks'), records, revision, event}}
 """
 
 CLAIM = """#!lua flags=allow-oom

@@ -117,7 +117,7 @@ def test_an_answer_that_trickles_is_late(kubeconfig):
 
 
 def test_after_a_late_explanation_none_is_read(server, kubeconfig):
-    api = KubeApi.connect(kubeconfig=kubeconfig, context=None, timeout_s=0.3)
+    api = KubeApi.connect(kubeconfig=kubeconfig, context=None, timeout_s=3.0)
     server.answers["/x"] = (403, b"{}")
     assert api.explanation(lambda: api.text("/x", {})) == ""
     assert api.explanation(lambda: "why") == "why"

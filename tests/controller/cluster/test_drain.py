@@ -2,28 +2,38 @@
 
 import os
 import signal
-from functools import partial
 from pathlib import Path
 
 import pytest
 
-from farshore.client.events import Finished, Token
 from farshore.client.sdk import Client
 from farshore.errors import TransportError
 
-from .. import running
-from ..running import ANSWER, answer, processes, workers_of
-
-until = partial(running.until, deadline_s=90)
+from ..running import ANSWER, Reading, answer, begun, processes, until, workers_of
 
 
 def _kinds(client, subject):
     return [event.kind for event in client.watch_events() if event.subject == subject]
 
 
+def _check_drain(client, dense, tell):
+    """Checks that an answer goes on while its dense worker drains, and that the worker ends after it.
+    ``tell``: makes the worker drain."""
+    with Reading(client, begun(client, "One")) as reading:
+        tell()
+        until(lambda: "draining" in _kinds(client, dense.worker_id), "it does not drain")
+        # It ends when this answer does.
+        reading.cancel()
+    until(lambda: _kinds(client, dense.worker_id)[-1:] == ["retired"], "not retired")
+    assert "lost" not in _kinds(client, dense.worker_id)
+    # Not the drained one, which takes requests until it is told.
+    until(lambda: dense.worker_id not in workers_of(client, "dense"), "not replaced")
+    until(lambda: answer(client) == ANSWER, "no engine answers")
+
+
 @pytest.mark.heavy
 def test_workers_are_drained_and_replaced_and_requests_go_on(marked, serve):
-    server, address = serve("--kv-memory", "64MiB", "--attention-workers", "1")
+    server, address = serve("--kv-memory", "192MiB", "--attention-workers", "1")
     with Client(address, resume_s=0) as client:
         # An operator drains the attention worker, by its slot: nothing reads from it.
         (first,) = workers_of(client, "attention").values()
@@ -41,33 +51,19 @@ def test_workers_are_drained_and_replaced_and_requests_go_on(marked, serve):
         # A signal does the same.
         os.kill(second.process_id, signal.SIGTERM)
         until(lambda: not Path(f"/proc/{second.process_id}").exists(), "SIGTERM ended nothing")
-        until(lambda: _kinds(client, second.worker_id)[-1] == "retired", "not retired")
+        until(lambda: _kinds(client, second.worker_id)[-1:] == ["retired"], "not retired")
         assert "lost" not in _kinds(client, second.worker_id)
         assert until(lambda: answer(client), "no answer") == ANSWER
 
-        # A dense worker's request ends; one that takes too long fails, and says what to do.
+        # A dense worker's request may end, whether an operator or a signal drains it.
         (dense,) = workers_of(client, "dense").values()
-        stream = client.generate("One", max_tokens=60, temperature=0, ignore_eos=True)
-        next(event for event in stream if isinstance(event, Token))
-        client.drain(dense.worker_id)
-        assert isinstance(list(stream)[-1], Finished)
-        # Not the drained one, which takes requests until it is told.
-        until(lambda: dense.worker_id not in workers_of(client, "dense"), "not replaced")
-        until(lambda: answer(client) == ANSWER, "no engine answers")
+        _check_drain(client, dense, lambda: client.drain(dense.worker_id))
+        (dense,) = workers_of(client, "dense").values()
+        _check_drain(client, dense, lambda: os.kill(dense.process_id, signal.SIGTERM))
 
-        # As does a signal to its process.
+        # One that takes too long fails, and says what to do.
         (dense,) = workers_of(client, "dense").values()
-        stream = client.generate("One", max_tokens=60, temperature=0, ignore_eos=True)
-        next(event for event in stream if isinstance(event, Token))
-        os.kill(dense.process_id, signal.SIGTERM)
-        assert isinstance(list(stream)[-1], Finished)
-        until(lambda: _kinds(client, dense.worker_id)[-1] == "retired", "not retired")
-        assert "lost" not in _kinds(client, dense.worker_id)
-        until(lambda: answer(client) == ANSWER, "no engine answers")
-
-        (dense,) = workers_of(client, "dense").values()
-        stream = client.generate("One", max_tokens=2000, temperature=0, ignore_eos=True)
-        next(event for event in stream if isinstance(event, Token))
+        stream = begun(client, "One")
         client.drain(dense.worker_id, timeout_s=0)
         with pytest.raises(TransportError, match=f"{dense.worker_id} was drained: send the request again"):
             list(stream)

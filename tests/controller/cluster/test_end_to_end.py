@@ -16,6 +16,8 @@ from farshore.models.files.source import resolve
 from farshore.proto import inference_pb2 as api
 from farshore.proto import inference_pb2_grpc
 
+from ..running import DEADLINE_S
+
 REPOSITORY = Path(__file__).parents[3]
 QUESTION = "What is the capital of France?"
 
@@ -178,7 +180,7 @@ def test_a_hub_model_under_other_names_shorter_and_with_another_template(marked,
     [
         (signal.SIGINT, "starting Ray"),
         (signal.SIGINT, "attention workers"),
-        (signal.SIGINT, "loading"),
+        (signal.SIGINT, "loading|connecting|starting the gateway"),
         (signal.SIGTERM, "attention workers"),
     ],
 )
@@ -211,7 +213,7 @@ def test_another_loopback_address_behind_a_web_proxy_until_sigterm(marked, serve
     asking = marked.start("generate", "--server", address, *options, "One\nTwo\nThree\n")
     asking.out.await_match(r"\w")
     assert server.end(signal.SIGTERM) == 0
-    assert asking.process.wait(60) == 3
+    assert asking.process.wait(DEADLINE_S) == 3
     asking.err.await_match("farshore: error: .*the same command asks again")
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-DEADLINE_S = 180
+DEADLINE_S = 600
 
 CODE = """
 import ray
@@ -38,7 +38,7 @@ def controller(**options):
     )
 
 def until(result):
-    end_s = time.monotonic() + 90
+    end_s = time.monotonic() + 250
     while not (found := result()):
         assert time.monotonic() < end_s
         time.sleep(0.05)
@@ -50,7 +50,7 @@ assert made.problem(free=False) is None
 devices = lambda: {each.kind: each.device for each in made._directory.listing().workers}
 found = until(lambda: len(devices()) == 2 and devices())
 assert found == {"dense": "cpu: torch was built without CUDA", "attention": "cpu"}, found
-assert ray.available_resources().get("GPU", 0) == 0
+until(lambda: ray.available_resources().get("GPU", 0) == 0)
 made.down()
 until(lambda: ray.available_resources().get("GPU", 0) == 1)
 

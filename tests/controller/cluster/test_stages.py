@@ -9,17 +9,13 @@ import itertools
 import os
 import signal
 import threading
-from functools import partial
 
 import pytest
 
 from farshore.client.sdk import Client
 
-from .. import running
-from ..running import ANSWER, answer, processes
+from ..running import ANSWER, DEADLINE_S, answer, processes, until
 
-DEADLINE_S = 300.0
-until = partial(running.until, deadline_s=DEADLINE_S)
 PAUSE_S = 3.0
 OPTIONS = ("--kv-memory", "64MiB", "--attention-workers", "2", "--shard-grace", "2", "--drain-timeout", "5")
 
@@ -69,32 +65,36 @@ def _found(server, name):
 
 
 def _strike(server, name, number):
-    """Sends the signal to one process of this name, when there is one. A frozen driver goes on later: nothing
-    but the driver could end it."""
+    """Sends the signal to one process of this name, when there is one. Returns its id; None if the command
+    has ended. A frozen driver goes on later: nothing but the driver could end it."""
     victims = until(
         lambda: server.process.poll() is not None or _found(server, name), f"no process {name} appeared"
     )
     if victims is True:
-        return
+        return None
     with contextlib.suppress(ProcessLookupError):
         os.kill(victims[0], number)
     if name == "driver" and number == signal.SIGSTOP:
         threading.Event().wait(PAUSE_S)
         os.kill(victims[0], signal.SIGCONT)
+    return victims[0]
 
 
-def _workers(client):
-    return [(worker.kind, worker.worker_id) for worker in client.status().workers if worker.state == "ready"]
-
-
-def _check_desired(client, attention, *, drained=None):
+def _check_desired(client, attention, *, drained=None, struck=None):
     """Asserts that the cluster becomes the desired one, answers, and has no slot with two workers.
-    ``drained``: a worker that is to end."""
-    until(lambda: drained not in [worker for _, worker in _workers(client)], f"{drained} goes on")
+    ``drained``: a worker that is to end. ``struck``: the id of a process that is dead or frozen: its worker
+    is listed while its lease holds."""
     kinds = ["attention"] * attention + ["dense"]
-    until(lambda: sorted(kind for kind, _ in _workers(client)) == kinds, f"not {attention} attention workers")
+
+    def desired():
+        workers = client.status().workers
+        ended = any(worker.worker_id == drained or worker.process_id == struck for worker in workers)
+        ready = [worker for worker in workers if worker.state == "ready"]
+        return sorted(worker.kind for worker in ready) == kinds and not ended and ready
+
+    workers = until(desired, f"not {attention} attention workers, or {drained} or process {struck} goes on")
     until(lambda: answer(client) == ANSWER, "no answer")
-    slots = [worker.rpartition("-")[0] for _, worker in _workers(client)]
+    slots = [worker.worker_id.rpartition("-")[0] for worker in workers]
     assert len(set(slots)) == len(slots) == attention + 1
 
 
@@ -115,27 +115,27 @@ def test_a_fault_at_a_stage_of_the_start(marked, stage, name, number):
     server = marked.start("serve", "--port", "0", *OPTIONS)
     try:
         server.err.await_match(stage)
-        _strike(server, name, number)
-        _check_end(server, name, number)
+        struck = _strike(server, name, number)
+        _check_end(server, name, number, struck)
     finally:
         # A fault that is not survived shows above; the rest of the processes must end then, too.
         server.process.kill()
         server.process.wait()
 
 
-def _check_end(server, name, number):
-    """Checks what follows a fault during the start."""
+def _check_end(server, name, number, struck):
+    """Checks what follows a fault during the start. ``struck``: see :func:`_check_desired`."""
     address = _end(server)
     if address is None:
         _check_ended(server, name)
         return
     with Client(address) as client:
-        _check_running(server, client, name, number, attention=2)
+        _check_running(server, client, name, number, attention=2, struck=struck)
 
 
-def _check_running(server, client, name, number, *, attention, drained=None):
+def _check_running(server, client, name, number, *, attention, **ended):
     """Checks what follows a fault in a cluster that serves, and ends the cluster. ``attention``: the workers
-    that it is to have. ``drained``: see :func:`_check_desired`."""
+    that it is to have. ``ended``: see :func:`_check_desired`."""
     if number == signal.SIGKILL and name in (*UNREPLACED, "driver"):
         server.process.wait(DEADLINE_S)
         _check_ended(server, name)
@@ -144,7 +144,7 @@ def _check_running(server, client, name, number, *, attention, drained=None):
         server.process.send_signal(signal.SIGTERM)
         server.process.wait(DEADLINE_S)
     else:
-        _check_desired(client, attention, drained=drained)
+        _check_desired(client, attention, **ended)
         assert server.end(signal.SIGTERM) == 0
 
 
@@ -165,5 +165,6 @@ def test_a_fault_in_the_middle_of_a_change(serve, change, name, number):
         drained = client.drain("attention-1") if change == "drain" else None
         if drained is None:
             client.scale(attention=CHANGES[change])
-        _strike(server, name, number)
-        _check_running(server, client, name, number, attention=CHANGES[change], drained=drained)
+        struck = _strike(server, name, number)
+        ended = {"drained": drained, "struck": struck}
+        _check_running(server, client, name, number, attention=CHANGES[change], **ended)

@@ -4,7 +4,6 @@ declares, a lost node's workers answer elsewhere, and Ray's tables and metrics t
 
 import contextlib
 import json
-import time
 import urllib.request
 from functools import partial
 
@@ -15,9 +14,9 @@ from farshore.benchmarks.cluster.hosts import why_not
 from farshore.benchmarks.cluster.nodes import nodes
 from farshore.client.events import Finished, Token
 from farshore.client.sdk import Client
-from farshore.errors import FarshoreError
 
-DEADLINE_S = 180.0
+from .. import running
+
 TOKENS = 8
 PROMPT_TOKENS = 600
 METRICS_PORT = 9100
@@ -63,13 +62,13 @@ def answer(client, prompt):
 
 
 def until(condition, what):
-    end_s = time.monotonic() + DEADLINE_S
-    while time.monotonic() < end_s:
-        with contextlib.suppress(FarshoreError, OSError):
-            if found := condition():
-                return found
-        time.sleep(0.1)
-    raise AssertionError(what)
+    """As that of ``running``, where a node's metrics may not answer."""
+
+    def result():
+        with contextlib.suppress(OSError):
+            return condition()
+
+    return running.until(result, what)
 
 
 def attention(client, host):

@@ -2,17 +2,20 @@
 
 import json
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
-from farshore.client.events import Finished, Token
 from farshore.client.sdk import Client
 from farshore.controller import listen
+from farshore.controller.driver.cluster import PRIVATE_DRAIN_S
+
+from ..running import DEADLINE_S, Reading, begun, until
 
 QUESTION = "What is the capital of France?"
 ANSWER = "The capital of France is Paris."
-SMALL = ("--kv-memory", "64MiB")
+SMALL = ("--kv-memory", "192MiB")
 
 
 def _workers(address):
@@ -45,17 +48,17 @@ def test_a_cluster_outlives_its_drivers_and_another_shares_its_ray(ray_address, 
     other = _workers(green.out.await_match(r"serves \S+ at (\S+)")[1])
     assert len(other) == 2 and not other.keys() & _workers(address).keys()
 
-    before = _workers(address)
-    with Client(address, resume_s=0) as client:
-        # The rest of the answer takes longer than a private cluster's requests may.
-        stream = client.generate("One", max_tokens=700, temperature=0, ignore_eos=True)
-        next(event for event in stream if isinstance(event, Token))
+    before = until(lambda: len(found := _workers(address)) == 3 and found, "no further worker")
+    with Client(address, resume_s=0) as client, Reading(client, begun(client, "One")) as reading:
         second.process.send_signal(signal.SIGINT)
-        assert isinstance(list(stream)[-1], Finished)
-    assert second.process.wait(60) == 0
+        until(lambda: not client.is_serving(), "the gateway takes requests")
+        # The answer goes on for longer than a private cluster's may.
+        over_s = time.monotonic() + 2 * PRIVATE_DRAIN_S
+        until(lambda: time.monotonic() > over_s, "time stands still")
+        assert not reading.is_over, reading.end()
+    assert second.process.wait(DEADLINE_S) == 0
     second.err.await_match(f"farshore down --ray-address {ray_address} --name blue` ends it")
     assert all(Path(f"/proc/{pid}").exists() for pid in before.values())
-    assert len(before) == 3
 
     done = marked.run("down", "--ray-address", ray_address, "--name", "blue")
     assert done.returncode == 0, done.stderr
@@ -64,7 +67,7 @@ def test_a_cluster_outlives_its_drivers_and_another_shares_its_ray(ray_address, 
     assert again.returncode == 1 and "no cluster blue runs" in again.stderr
     # Its driver sees the end of the other cluster, too.
     assert marked.run("down", "--ray-address", ray_address, "--name", "green").returncode == 0
-    assert green.process.wait(60) == 0
+    assert green.process.wait(DEADLINE_S) == 0
     marked.check_gone(other.values())
 
 

@@ -1,21 +1,13 @@
 """A cluster over two Ray nodes: workers use their own nodes' addresses, and outlive the loss of a node."""
 
-import contextlib
-import os
-import signal
 import urllib.request
-from functools import partial
 
-import psutil
 import pytest
 
-from farshore.client.events import Finished, Token
 from farshore.client.sdk import Client
 
-from .. import running
-from ..running import ANSWER, answer
-
-until = partial(running.until, deadline_s=90.0)
+from ..conftest import kill_all
+from ..running import ANSWER, Reading, answer, begun, until
 
 
 def _fetched(port):
@@ -45,11 +37,7 @@ def test_workers_spread_over_nodes_and_a_lost_node_is_replaced(two_nodes, marked
         )
         before = _attention(client)
         on_second = {worker for worker, each in before.items() if each.startswith("127.0.0.3:")}
-        family = psutil.Process(second.process.pid).children(recursive=True)
-        for process in family:
-            with contextlib.suppress(psutil.Error):
-                process.send_signal(signal.SIGKILL)
-        os.kill(second.process.pid, signal.SIGKILL)
+        kill_all(second.process.pid)
         until(
             lambda: len(_attention(client)) == 6 and not on_second & _attention(client).keys(),
             "the lost node's workers were not replaced",
@@ -63,18 +51,19 @@ def test_workers_spread_over_nodes_and_a_lost_node_is_replaced(two_nodes, marked
 def test_a_node_that_leaves_fails_no_request(two_nodes, marked, serve):
     """As a pod's preStop does: its workers drain, and others start on the nodes that stay."""
     address, _, _ = two_nodes
-    _, gateway = serve("--ray-address", address, "--kv-memory", "64MiB", "--attention-workers", "4")
+    _, gateway = serve("--ray-address", address, "--kv-memory", "192MiB", "--attention-workers", "4")
     with Client(gateway) as client:
         # Both nodes hold parts of it.
-        stream = client.generate("word " * 2000, max_tokens=60, temperature=0, ignore_eos=True)
-        next(event for event in stream if isinstance(event, Token))
+        stream = begun(client, "word " * 1000)
         hosts = {worker.address.partition(":")[0] for worker in client.status().workers}
         assert hosts == {"127.0.0.2", "127.0.0.3"}
         dense = next(worker for worker in client.status().workers if worker.kind == "dense")
         leaving = "127.0.0.2" if dense.address.startswith("127.0.0.3") else "127.0.0.3"
-        done = marked.run("leave", "--ray-address", address, "--host", leaving, "--timeout", "60")
-        assert done.returncode == 0 and "draining farshore-default/attention-" in done.stderr, done.stderr
-        assert isinstance(list(stream)[-1], Finished)
+        with Reading(client, stream) as reading:
+            done = marked.run("leave", "--ray-address", address, "--host", leaving, "--timeout", "250")
+            assert done.returncode == 0, done.stderr
+            assert "draining farshore-default/attention-" in done.stderr, done.stderr
+            reading.cancel()
         until(lambda: len(_attention(client)) == 4, "the workers were not replaced")
         hosts = {worker.address.partition(":")[0] for worker in client.status().workers}
         assert hosts == {"127.0.0.2", "127.0.0.3"} - {leaving}

@@ -6,8 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import ray
 
-DEADLINE_S = 180
+from farshore.controller.driver.ray_runtime import RayRuntime
+from farshore.errors import StartupError
+
+DEADLINE_S = 600
 
 PRIVATE = """
 import os, stat
@@ -18,7 +22,7 @@ def is_refused(address, metadata):
     with grpc.insecure_channel(address) as channel:
         ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")
         try:
-            ask(b"", metadata=metadata, timeout=30)
+            ask(b"", metadata=metadata, timeout=60)
         except grpc.RpcError as error:
             assert error.code() is grpc.StatusCode.UNAUTHENTICATED, error
             return True
@@ -81,7 +85,7 @@ for address in (None, ray.get_runtime_context().gcs_address):
         assert "this program uses Ray already" in str(error) and "farshore serve" in str(error)
     else:
         raise AssertionError("it started")
-    assert ray.get(actor.answer.remote(), timeout=60) == 42
+    assert ray.get(actor.answer.remote(), timeout=250) == 42
 ray.shutdown()
 print("fine")
 """
@@ -111,7 +115,7 @@ made = Controller(
     state_folder=tempfile.mkdtemp(),
     restarted=False,
 )
-end_s = time.monotonic() + 60
+end_s = time.monotonic() + 250
 while (waiting := made.problem(free=True)) is None:
     assert time.monotonic() < end_s
 for problem in (waiting, made.problem(free=False)):
@@ -121,6 +125,20 @@ made.down()
 ray.shutdown()
 print("fine")
 """
+
+
+@pytest.mark.parametrize("kind", [Exception, RuntimeError])
+def test_a_ray_that_does_not_start_in_time_is_one_line(monkeypatch, kind):
+    """Ray itself waits for 30 s, and raises a plain Exception then."""
+
+    def init(**options):
+        raise kind("The current node timed out during startup.\nMore")
+
+    monkeypatch.setattr(ray._private.worker, "print_to_stdstream", None)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(StartupError, match=r"^Ray did not start \(The current .* startup\.\): see [^\n]*$"):
+        RayRuntime(None, dashboard=False).start()
+    assert not ray.is_initialized()
 
 
 @pytest.mark.heavy

@@ -56,9 +56,15 @@ def clock():
     return SimpleNamespace(now_s=0.0)
 
 
-@pytest.fixture
-def probes(directory, clock, monkeypatch):
+@pytest.fixture(autouse=True)
+def often_and_patient(monkeypatch):
+    """Probes follow one another quickly, and wait as long as a busy machine takes."""
     monkeypatch.setattr("farshore.controller.loop.probes.PERIOD_S", 0.02)
+    monkeypatch.setattr("farshore.controller.loop.probes.DEADLINE_S", 60.0)
+
+
+@pytest.fixture
+def probes(directory, clock):
     made = WorkerProbes(directory, clock=lambda: clock.now_s)
     yield made
     made.stop()
@@ -127,8 +133,7 @@ def newer():
     return Newer()
 
 
-def test_an_answer_of_another_version_ends_no_probe(newer, engine, clock, monkeypatch, caplog):
-    monkeypatch.setattr("farshore.controller.loop.probes.PERIOD_S", 0.02)
+def test_an_answer_of_another_version_ends_no_probe(newer, engine, clock, caplog):
     newer.renew(record(engine.address))
     probes = WorkerProbes(newer, clock=lambda: clock.now_s)
     try:

@@ -58,7 +58,7 @@ def spawn(directory, harness):
     yield start
     for process in processes:
         process.kill()
-        process.wait(30)
+        process.wait(60)
         if process.stdin:
             process.stdin.close()
         process.stdout.close()
@@ -67,7 +67,7 @@ def spawn(directory, harness):
 def _is_serving(address):
     with grpc.insecure_channel(address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
-        reply = health.Check(health_pb2.HealthCheckRequest(), timeout=30)
+        reply = health.Check(health_pb2.HealthCheckRequest(), timeout=60)
     return reply.status == health_pb2.HealthCheckResponse.SERVING
 
 
@@ -76,14 +76,14 @@ def test_ends_on_a_signal(spawn, engines, number):
     process, line = spawn(engine=engines().address)
     assert _is_serving(line["address"])
     process.send_signal(number)
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
 
 
 def test_a_child_ends_with_its_parent(spawn, engines):
     process, line = spawn(engine=engines().address)
     assert _is_serving(line["address"])
     process.stdin.close()
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
 
 
 def test_a_child_ends_with_a_parent_that_ended_before_an_engine_served(directory):
@@ -103,7 +103,7 @@ def test_a_request_in_the_middle_when_a_signal_comes(spawn, engines, number):
         process.send_signal(number)
         with pytest.raises(TransportError, match=r"1 tokens of the answer had come: send the prompt again"):
             list(stream)
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
 
 
 def test_a_request_that_ends_while_the_gateway_drains(spawn, engines):
@@ -112,7 +112,7 @@ def test_a_request_that_ends_while_the_gateway_drains(spawn, engines):
     with Client(line["address"]) as client, grpc.insecure_channel(line["address"]) as channel:
         stream = client.generate("Hello")
         assert [type(next(stream)) for _ in range(2)] == [events.Accepted, events.Token]
-        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=30)
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         process.send_signal(signal.SIGTERM)
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
@@ -122,7 +122,7 @@ def test_a_request_that_ends_while_the_gateway_drains(spawn, engines):
         engine.tell("finish")
         assert [event.reason for event in stream] == ["stop"]
         watch.cancel()
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
 
 
 HTTP_BREAKS = """
@@ -152,7 +152,7 @@ def test_taken_port(spawn):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         process, line = spawn(f"127.0.0.1:{port}")
-    assert process.wait(30) == 1
+    assert process.wait(60) == 1
     assert line["kind"] == "PortInUse"
     assert str(port) in line["error"] and "--port" in line["error"]
 
@@ -160,27 +160,27 @@ def test_taken_port(spawn):
 def test_port_of_another_gateway(spawn, engines):
     _, line = spawn(engine=engines().address)
     process, refused = spawn(line["address"])
-    assert process.wait(30) == 1
+    assert process.wait(60) == 1
     assert refused["kind"] == "PortInUse"
 
 
 @pytest.mark.parametrize("listen", ["nonsense", "127.0.0.1:99999", ":5"])
 def test_bad_address(spawn, listen):
     process, line = spawn(listen)
-    assert process.wait(30) == 1
+    assert process.wait(60) == 1
     assert line["kind"] == "InvalidRequest"
     assert "HOST:PORT" in line["error"]
 
 
 def test_host_of_another_machine(spawn):
     process, line = spawn("192.0.2.1:5000")
-    assert process.wait(30) == 1
+    assert process.wait(60) == 1
     assert line["kind"] == "InvalidRequest" and "192.0.2.1" in line["error"]
 
 
 def test_unknown_model(spawn):
     process, line = spawn(model="no such model")
-    assert process.wait(30) == 1
+    assert process.wait(60) == 1
     assert line["kind"] == "ModelError"
 
 
@@ -202,7 +202,7 @@ def test_a_chat_template_that_is_not_valid(spawn, served, tmp_path):
     (tmp_path / "tokenizer.json").write_text(served.tokenizer.backend.to_str())
     (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}")
     process, line = spawn(model=str(tmp_path))
-    assert process.wait(30) == 1
+    assert process.wait(60) == 1
     assert line["kind"] == "ModelError"
     assert (
         "its chat template isn't valid Jinja (TemplateSyntaxError: Unexpected end of template"
@@ -281,5 +281,5 @@ def test_a_token_file_that_others_may_read(spawn, trusting):
     token, _ = trusting
     token.chmod(0o644)
     process, line = spawn(token=token)
-    assert process.wait(30) == 1
+    assert process.wait(60) == 1
     assert line["kind"] == "InvalidRequest" and f"chmod 600 {token}" in line["error"]

@@ -9,7 +9,7 @@ import secrets
 
 from . import kuberay, probes
 
-READY_S = 150.0
+READY_S = 500.0
 
 
 class Cluster:
@@ -78,7 +78,7 @@ class Cluster:
     def probes(self):
         """{(pod, container, kind of probe): (whether it passes, what it says)}."""
         return {
-            (pod.name, container["name"], kind): probes.ask(pod, container, container[kind])
+            (pod.name, container["name"], kind): probes.ask_again(pod, container, container[kind])
             for pod in self.pods.values()
             if pod.alive
             for container in pod.object["spec"]["containers"]

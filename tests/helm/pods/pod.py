@@ -17,10 +17,15 @@ import sys
 import time
 from pathlib import Path
 
+from farshore.benchmarks.cluster.hosts import child_of
+
 from . import policies, volumes
 
 ENTER = Path(__file__).with_name("enter.py").read_text()
 CGROUPS = Path("/sys/fs/cgroup/memory")
+CONNECT_S = 15
+"""For a connection from a pod, which starts a shell first. One that a policy forbids takes so long."""
+
 NODE = "node-1"
 NODE_LABELS = {"topology.kubernetes.io/zone": "zone-1"}
 """Labels that Kubernetes 1.35 copies from a node to its pods."""
@@ -234,7 +239,8 @@ class Pod:
         """This machine's id of a container's first process."""
         pid = self.host.pid(self._processes[name])
         if not self._shares_processes:
-            (pid,) = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+            # `unshare` forks a process that is the first of the container's own.
+            pid = child_of(pid)
         return pid
 
     def status(self, name):
@@ -303,12 +309,12 @@ class Pod:
     def connects(self, other, port):
         """Whether a connection to another pod comes about."""
         call = f"</dev/tcp/{other.host.address}/{port}"
-        command = ["timeout", "1", "bash", "-c", call]
+        command = ["timeout", str(CONNECT_S), "bash", "-c", call]
         return self.host.popen(*command, env={}, stderr=subprocess.DEVNULL).wait(60) == 0
 
     def listens(self, port):
         """Whether its node reaches this port."""
-        with contextlib.suppress(OSError), socket.create_connection((self.host.address, port), 5):
+        with contextlib.suppress(OSError), socket.create_connection((self.host.address, port), 60):
             return True
         return False
 

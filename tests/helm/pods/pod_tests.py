@@ -16,7 +16,7 @@ from farshore.errors import FarshoreError
 
 GRPC = 50051
 METADATA = "169.254.169.254"
-DEADLINE_S = 120.0
+DEADLINE_S = 500.0
 
 
 def ask(cluster):

@@ -2,12 +2,15 @@
 
 import contextlib
 import socket
+import subprocess
 import time
 import urllib.error
 import urllib.request
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from farshore.errors import StartupError
 
 KINDS = ("startupProbe", "readinessProbe", "livenessProbe")
 
@@ -21,7 +24,10 @@ def ask(pod, container, probe):
     timeout_s = probe.get("timeoutSeconds", 1)
     host = pod.host.address
     if "exec" in probe:
-        code, said = pod.execute(container, probe["exec"]["command"], timeout_s)
+        try:
+            code, said = pod.execute(container, probe["exec"]["command"], timeout_s)
+        except (subprocess.TimeoutExpired, StartupError) as error:
+            return False, str(error)
         return code == 0, said
     if "grpc" in probe:
         return _grpc(f"{host}:{_port(container, probe['grpc'])}", probe["grpc"].get("service", ""), timeout_s)
@@ -37,6 +43,16 @@ def ask(pod, container, probe):
             with error:
                 return False, f"{error.code} {error.read().decode()}"
     return False, "no connection"
+
+
+def ask_again(pod, container, probe):
+    """As :func:`ask`, until it passes or the container counts as failed."""
+    for left in reversed(range(probe.get("failureThreshold", 3))):
+        passed, said = ask(pod, container, probe)
+        if passed or not left:
+            return passed, said
+        _pause(probe)
+    raise AssertionError("a probe without a try")
 
 
 def await_ready(pod, *, deadline_s):
@@ -55,7 +71,11 @@ def await_ready(pod, *, deadline_s):
                 name = f"{pod.name}: {container['name']}"
                 if not pod.alive or time.monotonic() > over_s:
                     raise NeverReady(f"{name}: {kind} says {said!r}; {pod.ended()}: {_logs(pod)}")
-                time.sleep(min(probe.get("periodSeconds", 10), 0.5))
+                _pause(probe)
+
+
+def _pause(probe):
+    time.sleep(min(probe.get("periodSeconds", 10), 0.5))
 
 
 def _logs(pod):

@@ -11,6 +11,7 @@ from farshore.benchmarks.engines.redis_server import RedisServer
 from farshore.kvstore.directory.base import LEASE_S
 from farshore.kvstore.directory.connect import open_directory
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
+from farshore.kvstore.directory.redis import client
 from farshore.kvstore.directory.redis.address import RedisAddress
 from farshore.kvstore.directory.redis.directory import RedisDirectory
 from farshore.kvstore.directory.remote import DirectoryService
@@ -33,14 +34,21 @@ def servers(tmp_path_factory, server_binary):
         if name not in running:
             running[name] = RedisServer(server_binary(name), tmp_path_factory.mktemp(name))
             running[name].start()
-        client = RedisDirectory(RedisAddress.parse(running[name].url))._client
-        client.call(lambda redis: redis.flushall())
-        client.close()
+        emptied = RedisDirectory(RedisAddress.parse(running[name].url))._client
+        emptied.call(lambda redis: redis.flushall())
+        emptied.close()
         return running[name]
 
     yield get
     for server in running.values():
         server.kill()
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """Clients of Redis wait as long as a busy machine takes. Not for tests of a Redis that hangs."""
+    for name in ("CONNECT_S", "ANSWER_S"):
+        monkeypatch.setattr(client, name, DEADLINE_S)
 
 
 def through_grpc(directory):
@@ -78,6 +86,10 @@ class FakeTime:
         """The directory's process does nothing for more than a lease."""
         self._clock.now_s += 30
 
+    def renew_briefly(self, record):
+        """Renews a worker's lease for the last time: steps let it run out."""
+        self.directory.renew(record)
+
     def end(self):
         self.directory.disconnect()
         if self._server is not None:
@@ -106,12 +118,17 @@ class RealTime:
         threading.Event().wait(1.5 * self._lease_s)
         self._server.thaw()
 
+    def renew_briefly(self, record):
+        brief = RedisDirectory(self.address, lease_s=QUICK_LEASE_S)
+        brief.renew(record)
+        brief.disconnect()
+
     def end(self):
         self.directory.disconnect()
 
 
 @pytest.fixture(params=["embedded", "remote", "redis", VALKEY])
-def place(request):
+def place(request, patient):
     """place(restarted=…, expires=…) -> an object with a ``directory``, and ``until(check)``, which lets time
     pass until ``check()`` is true. ``expires``: whether the test waits for leases to run out."""
     made = []

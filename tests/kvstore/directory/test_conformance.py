@@ -1,5 +1,6 @@
 """Every directory keeps the same contract: embedded, behind gRPC, in Redis and in Valkey."""
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -68,11 +69,11 @@ def test_a_worker_is_listed_while_its_lease_holds(place):
     here.until(lambda: only_other_is_left() and directory.listing().settled)
     here.until(lambda: names(directory) == [])
 
-    def listed_again():  # It was away, and is the same. Between two calls its lease may run out.
-        directory.renew(RECORD)
+    def is_back():
+        directory.renew(RECORD)  # It was away, and is the same.
         return directory.listing().workers == (RECORD,)
 
-    here.until(listed_again)
+    here.until(is_back)
 
 
 def test_withdrawing_ends_the_listing_at_once(directory):
@@ -165,19 +166,15 @@ def test_announcements_are_numbered(directory):
 
 
 def test_announcements_end_with_the_lease(place):
-    here = place(expires=True)
+    here = place()
     directory, number = here.directory, 1 << 200
     assert announce(directory, RECORD, 0, 1, added=[number]) == 0
-
-    def announced():  # A lease on real time may run out between two calls.
-        for record in (RECORD, OTHER):
-            directory.renew(record)
-            if announce(directory, record, 0, 1, added=[number]) != 1:
-                return False
-        directory.withdraw(OTHER.worker)
-        return holders(directory, number) == [{RECORD.worker}]
-
-    here.until(announced)
+    for record in (RECORD, OTHER):
+        directory.renew(record)
+        assert announce(directory, record, 0, 1, added=[number]) == 1
+    directory.withdraw(OTHER.worker)
+    assert holders(directory, number) == [{RECORD.worker}]
+    here.renew_briefly(RECORD)
     here.until(lambda: holders(directory, number) == [set()])
     directory.renew(RECORD)
     assert holders(directory, number) == [set()]
@@ -212,6 +209,29 @@ def test_look_ups_are_bounded(directory):
     directory.renew(RECORD)
     with pytest.raises(InvalidRequest, match="bytes"):
         directory.announce(RECORD.worker, Announcement(since=0, until=1, added=(b"short",)))
+
+
+class Hanging(EmbeddedDirectory):
+    """A directory whose process is paused, until it is told to go on."""
+
+    def __init__(self):
+        super().__init__()
+        self.goes_on = threading.Event()
+
+    def listing(self):
+        self.goes_on.wait()
+        return super().listing()
+
+
+def test_a_directory_that_hangs_is_one_that_does_not_answer(monkeypatch):
+    monkeypatch.setattr("farshore.kvstore.directory.remote.DEADLINE_S", 0.1)
+    hanging = Hanging()
+    server, remote = through_grpc(hanging)
+    with pytest.raises(TransportError, match=r"the directory does not answer within 0\.1 s"):
+        remote.listing()
+    hanging.goes_on.set()
+    remote.disconnect()
+    server.stop(0).wait()
 
 
 def test_a_directory_that_does_not_answer_raises():
