@@ -19,7 +19,8 @@ def partial_kernel(
     K_HEADS_PER_GROUP: tl.constexpr, V_HEADS_PER_GROUP: tl.constexpr,
     K_DIM: tl.constexpr, K_MAIN: tl.constexpr, K_REST: tl.constexpr,
     V_DIM: tl.constexpr, V_BLOCK: tl.constexpr,
-    K_RUN_BYTES: tl.constexpr, V_RUN_BYTES: tl.constexpr, ITEM_BYTES: tl.constexpr, ALIGN_BYTES: tl.constexpr,
+    K_RUN_BYTES: tl.constexpr, V_RUN_BYTES: tl.constexpr, K_TOKEN: tl.constexpr, V_TOKEN: tl.constexpr,
+    ITEM_BYTES: tl.constexpr, ALIGN_BYTES: tl.constexpr,
     K_SCALES: tl.constexpr, V_SCALES: tl.constexpr, V_IN_K: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     SOFT_CAP: tl.constexpr, WINDOW: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -27,7 +28,8 @@ def partial_kernel(
     """One program: tile ``tiles[first_tile + pid]`` (see :class:`work.TileList`), up to BLOCK_M queries on a
     token range of one segment, for one K head and one V head. Writes their states to split_o f32[slots,
     V_DIM] and split_lse f32[slots]. ``memory`` is the KV in elements of its format, in bytes for int4;
-    ``scales`` is the same memory as bf16, for int8 and int4.
+    ``scales`` is the same memory as bf16, for int8 and int4. A token's row of K has K_TOKEN of these
+    elements, one of V has V_TOKEN.
 
     Roofline, one row on n tokens in bf16, H query heads per K head: 2 n (K_DIM + V_DIM) bytes per K head
     (split states are < 1% of that at 512 tokens a tile) and 2 n H (K_DIM + V_DIM) FLOPs. That is H FLOPs per
@@ -73,10 +75,6 @@ def partial_kernel(
     v_at = tl.multiple_of(layer_at + v_run, ALIGN_BYTES) // ITEM_BYTES
     block_stride = tl.multiple_of(tl.load(stride + segment), ALIGN_BYTES) // ITEM_BYTES
     V_ROW_DIM: tl.constexpr = K_DIM if V_IN_K else V_DIM
-    # An int4 row has a byte for two dims.
-    PACKED: tl.constexpr = memory.dtype.element_ty == tl.uint8
-    K_TOKEN: tl.constexpr = (K_DIM + 1) // 2 if PACKED else K_DIM
-    V_TOKEN: tl.constexpr = (V_ROW_DIM + 1) // 2 if PACKED else V_ROW_DIM
     k_scales = scales + (layer_at + k_run + BLOCK_TOKENS * K_TOKEN) // 2
     v_scales = scales + (layer_at + v_run + BLOCK_TOKENS * V_TOKEN) // 2
 

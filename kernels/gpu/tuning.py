@@ -130,12 +130,15 @@ def dims_constants(spec: AttentionSpec) -> dict[str, int]:
 
 
 def stored_constants(layout: KVLayout) -> dict[str, int | bool]:
+    item_bytes = layout.format.dtype.itemsize
     return {
         "K_HEADS_PER_GROUP": layout.k_heads_per_group,
         "V_HEADS_PER_GROUP": layout.v_heads_per_group,
         "K_RUN_BYTES": layout.k_run_bytes,
         "V_RUN_BYTES": layout.v_run_bytes,
-        "ITEM_BYTES": layout.format.dtype.itemsize,
+        "K_TOKEN": layout.k_row_bytes // item_bytes,
+        "V_TOKEN": (layout.k_row_bytes if layout.v_in_k else layout.v_row_bytes) // item_bytes,
+        "ITEM_BYTES": item_bytes,
         "K_SCALES": layout.k_scales,
         "V_SCALES": layout.v_scales,
         "V_IN_K": layout.v_in_k,

@@ -109,12 +109,13 @@ def _targets(x: Tensor, kv: KVRows | KVSlots | None) -> tuple[Tensor | int | Non
 
 def _stored_constants(kv: KVRows | KVSlots | None) -> dict[str, int]:
     if not isinstance(kv, KVSlots):
-        return {"SCALES": 0, "RUN_BYTES": 0, "BLOCK_TOKENS": 0}
+        return {"SCALES": 0, "RUN_BYTES": 0, "BLOCK_TOKENS": 0, "TOKEN": 0}
     layout = kv.layout
     return {
         "SCALES": layout.k_scales,
         "RUN_BYTES": layout.k_run_bytes,
         "BLOCK_TOKENS": layout.block_tokens,
+        "TOKEN": layout.k_row_bytes // layout.format.dtype.itemsize,
     }
 
 

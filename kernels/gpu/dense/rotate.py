@@ -83,15 +83,16 @@ def rotate_kernel(
     scales, base, slot, source, layer_bytes, rows,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, SCALES: tl.constexpr, RUN_BYTES: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    TOKEN: tl.constexpr,
 ):  # fmt: skip
     """One program: one head of ROWS rows of x. Heads of q and K are rotated by the angles of their positions,
     those of V are copied.
 
     base None: K and V go to k_out and v_out, by their strides in elements. Otherwise both are the memory of
     stored KV, where a head of K has a run of RUN_BYTES, K before V, ``layer_bytes`` behind the row's base; a
-    run holds BLOCK_TOKENS rows, then their scales if SCALES > 0: int8 rows, or int4 ones if the memory is
-    unsigned. ``scales`` is the same memory as bfloat16. Rows that are not their own ``source`` are not
-    stored.
+    run holds BLOCK_TOKENS rows of TOKEN elements of the memory, then their scales if SCALES > 0: int8 rows,
+    or int4 ones if the memory is unsigned. ``scales`` is the same memory as bfloat16. Rows that are not their
+    own ``source`` are not stored.
 
     Roofline, per head and row: 2 DIM elements of x read (the second time from L1), DIM of the table, and DIM
     written; 3 FLOPs each. Bound by latency for few rows, else by memory: 2,048 rows of 48 heads of 128 in
@@ -128,7 +129,6 @@ def rotate_kernel(
             STORED: tl.constexpr = k_out.dtype.element_ty
             ITEM_BYTES: tl.constexpr = STORED.primitive_bitwidth // 8
             PACKED: tl.constexpr = k_out.dtype.element_ty == tl.uint8
-            TOKEN: tl.constexpr = (DIM + 1) // 2 if PACKED else DIM
             row_at = k_out + head_at // ITEM_BYTES + token * TOKEN
             if SCALES > 0:
                 GROUPS: tl.constexpr = (BLOCK + GROUP - 1) // GROUP
