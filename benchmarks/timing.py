@@ -4,7 +4,7 @@ Used by every benchmark. Must not know what is measured, nor what counts as fast
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil
 from statistics import median, quantiles
@@ -49,6 +49,13 @@ class Timing:
         may come from different speeds.
         """
         return median(a / b for a, b in zip(self.samples_s, other.samples_s, strict=True))
+
+
+def median_if_all(values: Iterable[float | None]) -> float | None:
+    """The median; None if there are no values, or one was not measured."""
+    every = list(values)
+    measured = [value for value in every if value is not None]
+    return median(measured) if measured and len(measured) == len(every) else None
 
 
 SETTLE_S = 0.02

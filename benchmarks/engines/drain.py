@@ -8,19 +8,18 @@ one machine the start of a process costs more than the drain. It must not know h
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from operator import itemgetter
 from random import Random
-from statistics import median
 from typing import NamedTuple
 
 from farshore.benchmarks.cases import Measured
 from farshore.benchmarks.engines.streams import Streams, Window
 from farshore.benchmarks.faults.cluster import serving
 from farshore.benchmarks.report import Bar, Result
-from farshore.benchmarks.timing import Timing
+from farshore.benchmarks.timing import Timing, median_if_all
 from farshore.client.events import Worker
 from farshore.client.sdk import Client
 from farshore.errors import DeadlineExceeded, StartupError, TransportError
@@ -125,14 +124,14 @@ def report(drains: Sequence[Drain], *, failures: Sequence[str]) -> Measured:
         Bar.at_most("drain: failed requests", len(failures), 0, "requests", " ".join(failures[:1])),
         Bar.at_most(
             "drain: p99 gap between tokens",
-            _median(drain.gap_times for drain in drains),
+            median_if_all(drain.gap_times for drain in drains),
             MOST_GAP_TIMES,
             "times that without",
             note,
         ),
         Bar.at_least(
             "drain: tokens/s",
-            _median(drain.rate_percent for drain in drains),
+            median_if_all(drain.rate_percent for drain in drains),
             LEAST_RATE_PERCENT,
             "% of those without",
             note,
@@ -143,13 +142,6 @@ def report(drains: Sequence[Drain], *, failures: Sequence[str]) -> Measured:
 
 def _ms(seconds: float | None) -> float | None:
     return None if seconds is None else seconds * 1e3
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    """None unless every drain was measured."""
-    every = list(values)
-    measured = [value for value in every if value is not None]
-    return median(measured) if measured and len(measured) == len(every) else None
 
 
 def _drain(client: Client, streams: Streams, sizes: Sizes, progress: Callable[[str], None]) -> Drain:

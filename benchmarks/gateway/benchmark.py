@@ -5,7 +5,6 @@ Called through ``catalogue``. The bars hold for a quiet machine with two cores.
 
 from collections.abc import Callable
 from dataclasses import asdict
-from statistics import median
 
 from farshore.benchmarks import cases
 from farshore.benchmarks.cases import Measured
@@ -14,7 +13,7 @@ from farshore.benchmarks.gateway.setting import Setting, Sizes
 from farshore.benchmarks.gateway.streams import Found, measure
 from farshore.benchmarks.machine import Facts
 from farshore.benchmarks.report import Bar, Report, Result
-from farshore.benchmarks.timing import Timing
+from farshore.benchmarks.timing import Timing, median_if_all
 
 MOST_CPU = 2.5
 MOST_DELAY_MS = 40.0
@@ -38,10 +37,10 @@ def _http(setting: Setting) -> Measured:
 
 def measured(face: str, gateway: Found, empty: Found) -> Measured:
     """The result and the bars of a face."""
-    rounds = [
-        ours / theirs for ours, theirs in zip(gateway.cpu_s, empty.cpu_s, strict=True) if ours and theirs
-    ]
-    ratio = median(rounds) if rounds and len(rounds) == len(gateway.cpu_s) else None
+    ratio = median_if_all(
+        ours / theirs if ours and theirs else None
+        for ours, theirs in zip(gateway.cpu_s, empty.cpu_s, strict=True)
+    )
     ours_ms, theirs_ms = gateway.delay_ms(99), empty.delay_ms(99)
     added_ms = None if ours_ms is None or theirs_ms is None else ours_ms - theirs_ms
     why = (gateway.errors or empty.errors or [""])[0]

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 
 from farshore import rpc
 from farshore.benchmarks.faults.stream import percentile
@@ -21,6 +20,7 @@ from farshore.benchmarks.gateway.load import Messages
 from farshore.benchmarks.gateway.pace import sent
 from farshore.benchmarks.gateway.processes import Process, running
 from farshore.benchmarks.gateway.setting import Setting, Sizes
+from farshore.benchmarks.timing import median_if_all
 from farshore.ids import WorkerId
 from farshore.kvstore.directory.base import WorkerRecord
 from farshore.kvstore.directory.embedded import EmbeddedDirectory
@@ -52,8 +52,8 @@ class Found:
     @property
     def cpu_us(self) -> float | None:
         """The median of the rounds; None unless all were measured."""
-        measured = [cpu_s for cpu_s in self.cpu_s if cpu_s is not None]
-        return 1e6 * median(measured) if measured and len(measured) == len(self.cpu_s) else None
+        cpu_s = median_if_all(self.cpu_s)
+        return None if cpu_s is None else 1e6 * cpu_s
 
 
 def measure(face: str, setting: Setting) -> tuple[Found, Found]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from farshore.benchmarks.timing import LEAST_ROUNDS, Timing, interleave
+from farshore.benchmarks.timing import LEAST_ROUNDS, Timing, interleave, median_if_all
 
 
 def taking(clock, log, name, *durations_s):
@@ -78,3 +78,8 @@ def test_a_ratio_compares_what_ran_together():
     assert slow.over(fast) == 2 and fast.over(slow) == 0.5
     disturbed = Timing((2.0, 2.0, 90.0, 6.0, 6.0))
     assert disturbed.over(fast) == 2
+
+
+def test_a_median_of_which_a_part_was_not_measured_is_none():
+    assert median_if_all([3.0, 1.0, 2.0]) == 2.0
+    assert median_if_all([3.0, None, 2.0]) is None and median_if_all([]) is None
