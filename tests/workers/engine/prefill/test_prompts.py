@@ -1,5 +1,6 @@
 """Prefill in units: correct logits for any interleaving, in memory that does not grow with the prompt."""
 
+import math
 import threading
 from concurrent.futures import Future
 
@@ -244,7 +245,8 @@ def test_a_prompt_removed_after_any_unit_leaves_nothing(tiny_model, make_prefill
     prefill.cluster.check_empty()
 
 
-def test_a_short_prompt_does_not_wait_for_a_long_one(tiny_model, make_prefill):
+def test_a_short_prompt_does_not_wait_for_a_long_one(tiny_model, make_prefill, monkeypatch):
+    monkeypatch.setattr("farshore.workers.engine.prefill.prompts.PROGRESS_S", math.inf)  # Seals only.
     prefill = make_prefill(tiny_model, memory_bytes=64 << 20, segment_tokens=256)
     sequences = [prefill.add(prompt_of(2000), "long"), prefill.add(prompt_of(300, 1), "short")]
     prefill.finish()
