@@ -69,7 +69,8 @@ def test_stored_prefixes_are_found_and_read(model):
     with LocalEngine(model, kv_bytes=64 << 20, limits=EngineLimits(segment_tokens=256)) as engine:
         engine.store_prefix(prompt)
         request = engine.submit(prompt, max_tokens=3).wait()
-    assert len(request.token_s) == 3 and list(request.prefilled_s) == [1300]
+    # 1,280 tokens are stored; a slow machine reports progress on the way from there.
+    assert len(request.token_s) == 3 and min(request.prefilled_s) > 1280 and max(request.prefilled_s) == 1300
     assert request.first_token_s > 0 and len(request.gaps_s()) == 2
 
 
