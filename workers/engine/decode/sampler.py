@@ -70,14 +70,15 @@ def sample(
 
     The first ``prompt_tokens`` of ``tokens`` are the prompt. ``counts`` belongs to the sequence; it is
     updated if a penalty needs it. ``choice`` is the number of the completion in its request. ``mask``: which
-    tokens may be drawn; None: all. Raises FarshoreError if a logit is not finite or the mask allows nothing,
-    and nothing else.
+    tokens may be drawn; None: all. Raises FarshoreError if the mask allows nothing or a logit is not finite,
+    in this order, and nothing else.
     """
+    allowed = None if mask is None else mask.allowed(tokens, prompt_tokens)
     model_row: Row = logits.cpu().numpy()
     check_finite(model_row)
     row = adjusted(model_row, sampling, tokens=tokens, prompt_tokens=prompt_tokens, counts=counts)
-    if mask is not None:
-        row = np.where(mask.allowed(tokens, prompt_tokens), row, np.float32(-np.inf))
+    if allowed is not None:
+        row = np.where(allowed, row, np.float32(-np.inf))
     temperature = np.float32(finite(sampling.temperature))
     if temperature <= 0.0:
         token = int(row.argmax())

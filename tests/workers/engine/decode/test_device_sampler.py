@@ -123,6 +123,15 @@ def test_a_batch_draws_what_each_row_draws_alone(batch, random):
     assert torch.equal(logits.nan_to_num(), before.nan_to_num())
 
 
+def test_a_damaged_row_without_a_token_gets_one_error():
+    """The host knows the mask before it knows the logits, so the mask's error comes first everywhere."""
+    row = Row(Sampling(allowed_token_ids=(7,)), tokens=[], prompt_tokens=0)
+    logits = torch.full((1, 3), math.nan, device=DEVICE)
+    (drawn,), (expected,) = batch_of(logits, [row]), each_alone(logits, [row])
+    assert "no token may follow" in str(expected)
+    assert str(drawn) == str(expected)
+
+
 USUAL = (
     {"temperature": 0.0},
     {"temperature": 1.0},
