@@ -25,7 +25,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Announcer:
-    """Announces every ``period_s`` from construction until :meth:`end`. ``clock``: seconds, monotonic."""
+    """Announces every ``period_s`` from :meth:`start` until :meth:`end`. ``clock``: seconds, monotonic."""
 
     def __init__(
         self,
@@ -48,16 +48,18 @@ class Announcer:
         """Number of the latest announcement. Never used twice: one that was not answered may have arrived."""
         self._answered_s = clock()
         self._thread = PeriodicThread(self.announce, name="announce", period_s=period_s, tell=_tell)
+
+    def start(self) -> None:
         self._thread.start()
 
     def end(self) -> None:
-        """Ends the thread, after the call under way. Idempotent."""
+        """Ends the thread, if it was started, after the call under way. Idempotent."""
         self._thread.stop()
 
     def announce(self) -> None:
         """Announces what changed since the last call. Raises FarshoreError if the directory does not answer.
 
-        Called by the thread; also for a directory that must know a change now.
+        Called by the thread, and by nothing else while that runs.
         """
         changes = self._names.changes(self._seen)
         changed = changes.since != self._seen or changes.added or changes.removed

@@ -82,6 +82,7 @@ class AttentionWorker:
         if directory is not None:
             self._lease = Lease(directory, lambda: self._record)
             self._announcer = Announcer(directory, worker, self._store.names)
+            self._announcer.start()
 
     def address(self) -> str:
         """Returns the address that the worker listens on."""

@@ -179,6 +179,7 @@ class DenseWorker:
             )
         else:
             self._announcer = Announcer(self._directory, config.worker, store.names)
+            self._announcer.start()
         self._service = service = EngineService(
             worker=config.worker,
             engine=engine,

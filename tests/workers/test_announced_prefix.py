@@ -64,7 +64,9 @@ def cluster(tiny_model, rig, serve_store, connect, monkeypatch):
             process_id=1,
             state="serving",
         )
-        ends.append(Announcer(made.directory, worker, made.stores[worker].names, period_s=PERIOD_S).end)
+        announces = Announcer(made.directory, worker, made.stores[worker].names, period_s=PERIOD_S)
+        announces.start()
+        ends.append(announces.end)
         ends.append(Lease(made.directory, lambda record=record: record, period_s=PERIOD_S).end)
 
     def join():

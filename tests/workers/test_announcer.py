@@ -17,7 +17,6 @@ from farshore.workers.announcer import PROBE_S, Announcer
 
 from ..waiting import until
 
-NEVER_S = 1e6
 DEADLINE_S = 60.0
 WORKER = WorkerId("attention-0-aa")
 
@@ -75,7 +74,8 @@ def directory():
 
 
 def announcer_of(directory, log):
-    return Announcer(directory, WORKER, log, period_s=NEVER_S, clock=lambda: directory.now_s)
+    """An Announcer whose thread is not started, so that a test alone decides when it announces."""
+    return Announcer(directory, WORKER, log, clock=lambda: directory.now_s)
 
 
 def test_what_changed_is_announced_once(directory):
@@ -134,6 +134,7 @@ def test_its_thread_announces_and_ends(directory):
     directory.announce = tell
     directory.lose = "request"
     announces = Announcer(directory, WORKER, log, period_s=0.01)
+    announces.start()
     log.add(name_of(1))
     assert called.wait(DEADLINE_S)
     directory.lose = ""
@@ -182,7 +183,6 @@ def test_any_loss_heals(steps, most_changes, most_names):
                 with contextlib.suppress(TransportError):
                     announces.announce()
         assert directory.knows(range(10)) == names
-        announces.end()
 
 
 def test_its_thread_survives_every_error_and_logs_it_once(directory, caplog):
@@ -195,6 +195,7 @@ def test_its_thread_survives_every_error_and_logs_it_once(directory, caplog):
 
     directory.announce = tell
     announces = Announcer(directory, WORKER, log, period_s=0.01)
+    announces.start()
     log.add(name_of(1))
     until(lambda: directory.knows([1]), "nothing is announced any more")
     announces.end()

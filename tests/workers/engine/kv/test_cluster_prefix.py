@@ -73,16 +73,14 @@ def cluster(tiny_model, rig, monkeypatch):
                 state="serving",
             )
         )
-        announcers.append(Announcer(made.directory, worker, made.stores[worker].names, period_s=1e6))
+        announcers.append(Announcer(made.directory, worker, made.stores[worker].names))
 
     def announce():
         for announcer in announcers:
             announcer.announce()
 
     made.announce = announce
-    yield made
-    for announcer in announcers:
-        announcer.end()
+    return made
 
 
 def clear(cluster):
