@@ -101,9 +101,11 @@ def test_readers_of_one_request_are_bounded(start, harness):
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_readers_of_all_requests_are_bounded(start, harness, ended):
+def test_readers_of_all_requests_are_bounded(start, harness, small_window, ended):
+    """A reader whose buffers are full is one, even after the request's end."""
     farshore = start(limits=Limits(max_readers=1, max_live_requests=8, drain_s=0.1))
-    call = farshore.generate(request_id="a", sampling=dict(max_tokens=MANY))
+    asked = api.GenerateRequest(text="Hello", request_id="a", sampling=api.Sampling(max_tokens=MANY))
+    call = small_window(farshore.address).Generate(asked, timeout=60)
     sequence = farshore.engine.next_sequence()
     _overflow_buffers(sequence)
     next(call)

@@ -1,6 +1,8 @@
 """``farshore chat`` at a terminal."""
 
+import contextlib
 import signal
+import subprocess
 
 import grpc
 import pytest
@@ -121,7 +123,10 @@ def test_an_answer_cannot_command_the_terminal(chat, farshore, served):
 
 def test_sigterm_ends_the_program(chat):
     typed = chat()
-    typed.process.send_signal(signal.SIGTERM)
+    while typed.process.poll() is None:  # readline misses a signal that comes before it waits for a key.
+        typed.process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            typed.process.wait(1)
     assert typed.end()[0] == 130
 
 
