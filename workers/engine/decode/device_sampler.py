@@ -22,7 +22,7 @@ from farshore.errors import FarshoreError
 from farshore.kernels.runtime.base import DeviceRuntime
 from farshore.sampling import Sampling
 from farshore.workers.engine.constraints.token_mask import Mask, TokenMask
-from farshore.workers.engine.decode.sampler import DrawnToken, uniform, units
+from farshore.workers.engine.decode.sampler import DrawnToken, least_logit, uniform, units
 from farshore.workers.engine.logprobs import DAMAGED
 from farshore.workers.engine.penalties import LARGEST, Adjustments, TokenCounts, adjustments, finite
 
@@ -110,7 +110,7 @@ class DrawBatch:
             "index": np.array([row.index for row in self._rows]),
             "uniform": np.array([row.uniform for row in self._rows])[:, None],
             "top_p": np.array([max(option.top_p, 0.0) for option in options])[:, None],
-            "min_p": np.array([min(max(option.min_p, 0.0), 1.0) for option in options])[:, None],
+            "least": np.array([least_logit(option.min_p) for option in options])[:, None],
             "top_k": np.array([_top_k(option, vocab) for option in options])[:, None],
             "temperature": np.array(
                 [row.temperature if row.warm else 0.0 for row in self._rows], dtype=np.float32
@@ -235,7 +235,7 @@ def _drawn(adapted: Tensor, sent: _Sent, stages: _Stages) -> Tensor:
         outside = (ranks > before) & (sent["top_p"] < 1.0)
         parts.masked_fill_(torch.empty_like(outside).scatter_(-1, order, outside), 0.0)
     if stages.min_p:
-        parts.masked_fill_(weights < sent["min_p"], 0.0)
+        parts.masked_fill_(logits < sent["least"], 0.0)
     sums = parts.cumsum_(-1)
     tokens = torch.searchsorted(sums, sent["uniform"] * sums[:, -1:], right=True)[:, 0]
     return tokens.clamp_(max=vocab - 1)  # Logits that are not numbers have no sums.

@@ -149,11 +149,18 @@ def candidates(row: Row, sampling: Sampling) -> tuple[NDArray[np.intp], Weights]
     weights = np.exp(logits, dtype=np.float64)
     if sampling.top_p < 1.0:
         kept = _nucleus(logits, weights, max(sampling.top_p, 0.0), row.size)
-        ids, weights = kept if ids is None else ids[kept], weights[kept]
+        ids, logits, weights = kept if ids is None else ids[kept], logits[kept], weights[kept]
     if sampling.min_p > 0.0:
-        kept = np.flatnonzero(weights >= min(sampling.min_p, 1.0))
+        kept = np.flatnonzero(logits >= least_logit(sampling.min_p))
         ids, weights = kept if ids is None else ids[kept], weights[kept]
     return np.arange(row.size) if ids is None else ids, weights
+
+
+def least_logit(min_p: float) -> np.float64:
+    """The least logit, below the largest and divided by the temperature, that ``min_p`` keeps; -inf: all.
+
+    Logits are compared, not weights, whose last bits differ between numpy and PyTorch."""
+    return np.log(np.float64(min(min_p, 1.0))) if min_p > 0.0 else np.float64(-np.inf)
 
 
 def _nucleus(logits: Row, weights: Weights, top_p: float, vocab: int) -> NDArray[np.intp]:

@@ -123,6 +123,14 @@ def test_a_batch_draws_what_each_row_draws_alone(batch, random):
     assert torch.equal(logits.nan_to_num(), before.nan_to_num())
 
 
+def test_weights_that_differ_by_a_last_bit_are_kept_alike():
+    """The other tokens have weights of 1 - 5.55e-17: in float64 1, or the number below 1."""
+    row = Row(Sampling(temperature=6755399172620288.0, min_p=1.0, logit_bias={0: 0.375}))
+    logits = torch.zeros(1, 8, device=DEVICE)
+    check_equal(batch_of(logits, [row]), each_alone(logits, [row]))
+    assert all(batch_of(logits, [replace(row, choice=choice)])[0].token == 0 for choice in range(8))
+
+
 def test_a_damaged_row_without_a_token_gets_one_error():
     """The host knows the mask before it knows the logits, so the mask's error comes first everywhere."""
     row = Row(Sampling(allowed_token_ids=(7,)), tokens=[], prompt_tokens=0)
