@@ -21,7 +21,10 @@ KINDS = {
     "policy/v1": {"PodDisruptionBudget": "poddisruptionbudgets"},
     "ray.io/v1": {"RayCluster": "rayclusters"},
 }
-CHANGEABLE = {"StatefulSet": {"replicas", "template", "updateStrategy", "minReadySeconds", "ordinals"}}
+CHANGEABLE = {
+    "StatefulSet": {"replicas", "template", "updateStrategy", "minReadySeconds", "ordinals"}
+    | {"revisionHistoryLimit", "persistentVolumeClaimRetentionPolicy"},
+}
 """Kind -> the only fields of its spec that may change."""
 UNCHANGEABLE = {
     "Deployment": [("spec", "selector")],
