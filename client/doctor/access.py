@@ -1,8 +1,8 @@
 """The rights of the user that runs the doctor, by Kubernetes' own review of each verb.
 
 Used by ``examine``. No pod of the chart calls Kubernetes' API, and none gets a token for it: the verbs here
-are those that Helm needs to keep the chart's objects, and those that following NOTES.txt and the doctor's
-advice needs.
+are those that Helm needs to keep the chart's objects and to wait for them, and those that the doctor, its
+advice and NOTES.txt need.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,20 +13,23 @@ from farshore.client.doctor.workloads import objects
 from farshore.errors import Internal
 
 NAME = "access"
-_KEEP = ("get", "create", "patch", "delete")
+# `helm install --wait` lists and watches whatever it has made.
+_KEEP = ("get", "list", "watch", "create", "patch", "delete")
 VERBS = {
     ("", "configmaps"): _KEEP,
     # Helm keeps its releases in Secrets, and replaces them whole.
-    ("", "secrets"): (*_KEEP, "list", "update"),
+    ("", "secrets"): (*_KEEP, "update"),
     ("", "serviceaccounts"): _KEEP,
     ("", "services"): _KEEP,
     ("apps", "deployments"): _KEEP,
+    # Helm looks there for a Deployment's newest pods.
+    ("apps", "replicasets"): ("list",),
     ("apps", "statefulsets"): _KEEP,
     ("networking.k8s.io", "networkpolicies"): _KEEP,
     ("policy", "poddisruptionbudgets"): _KEEP,
     ("ray.io", "rayclusters"): _KEEP,
     # `helm test` makes a pod, waits for it and replaces it.
-    ("", "pods"): ("get", "list", "watch", "create", "delete"),
+    ("", "pods"): _KEEP,
     ("", "pods/log"): ("get",),
     ("", "pods/portforward"): ("create",),
     ("", "persistentvolumeclaims"): ("get",),

@@ -41,6 +41,9 @@ class KubeApi:
         self.namespace = namespace
         self._timeout_s = timeout_s
         self._explains = True
+        if not configuration.verify_ssl:
+            # It would say so at each call, and the kubeconfig has chosen it.
+            urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
         self._client = client.ApiClient(configuration)
 
     @classmethod

@@ -50,7 +50,7 @@ def templates(api: KubeApi, release: Release) -> Iterator[Template]:
 
 
 def check(api: KubeApi, release: Release) -> Iterator[Finding]:
-    """No object of the release, and what RayClusters and Deployments say of pods that they can't make."""
+    """No object of the release, and what the others say of pods that they can't make."""
     found = list(objects(api, release))
     if not any(kind == "Deployment" for kind, _ in found):
         yield Finding(
@@ -73,14 +73,24 @@ def check(api: KubeApi, release: Release) -> Iterator[Finding]:
             )
         if kind == "RayCluster" and each["spec"].get("suspend"):
             yield Finding(NAME, subject, "it is suspended: it has no pods", "set spec.suspend to false")
-        for condition in status.get("conditions") or ():
-            # Both say so where a quota or an admission rule refuses a pod.
-            failed = condition["type"] in ("ReplicaFailure", "RayClusterReplicaFailure")
-            if failed and condition["status"] == "True":
-                yield Finding(
-                    NAME,
-                    subject,
-                    f"its pods can't be made: {condition.get('message') or condition.get('reason')}",
-                    "change what refuses them (a quota, a policy of admission), or resources and security in "
-                    "the values, then helm upgrade",
-                )
+        if words := _refused(api, release, kind, each):
+            yield Finding(
+                NAME,
+                subject,
+                f"its pods can't be made: {words}",
+                "change what refuses them (a quota, a policy of admission), or resources and security in "
+                "the values, then helm upgrade",
+            )
+
+
+def _refused(api: KubeApi, release: Release, kind: str, each: dict[str, Any]) -> str:
+    """Why a quota or an admission rule refuses the object's pods; empty where none does."""
+    status = each.get("status") or {}
+    for condition in status.get("conditions") or ():
+        failed = condition["type"] in ("ReplicaFailure", "RayClusterReplicaFailure")
+        if failed and condition["status"] == "True":
+            return condition.get("message") or condition.get("reason") or "no reason is given"
+    # A StatefulSet has no such condition, only events.
+    if kind == "StatefulSet" and status.get("replicas", 0) < each["spec"].get("replicas", 1):
+        return api.warning(release.namespace, kind, each["metadata"]["name"])
+    return ""

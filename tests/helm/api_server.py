@@ -1,8 +1,9 @@
 """A stand-in for Kubernetes' API server, for tests of the chart's life cycle. It is none.
 
-It stores what Helm sends, refuses changes of the fields that Kubernetes lets nothing change, and answers what
-Helm asks in between: discovery, Helm's own Secrets in protobuf, server-side apply. It runs nothing, merges
-nothing and admits everything. Used by ``test_life_cycle``.
+It stores what Helm sends, refuses changes of the fields that Kubernetes lets nothing change and lists with
+two entries of one key, and answers what Helm asks in between: discovery, Helm's own Secrets in protobuf,
+server-side apply, watches in which nothing happens. It runs nothing and says at once that all of it is ready,
+merges nothing and admits everything else. Used by ``test_life_cycle`` and ``test_doctor_rights``.
 """
 
 import base64
@@ -14,13 +15,16 @@ from urllib.parse import parse_qs, urlsplit
 KINDS = {
     "v1": {"ConfigMap": "configmaps", "Pod": "pods", "Secret": "secrets", "Service": "services"}
     | {"ServiceAccount": "serviceaccounts"},
-    "apps/v1": {"Deployment": "deployments", "StatefulSet": "statefulsets"},
+    "apps/v1": {"Deployment": "deployments", "ReplicaSet": "replicasets", "StatefulSet": "statefulsets"},
     "autoscaling/v2": {"HorizontalPodAutoscaler": "horizontalpodautoscalers"},
     "networking.k8s.io/v1": {"Ingress": "ingresses", "NetworkPolicy": "networkpolicies"},
     "policy/v1": {"PodDisruptionBudget": "poddisruptionbudgets"},
     "ray.io/v1": {"RayCluster": "rayclusters"},
 }
-CHANGEABLE = {"StatefulSet": {"replicas", "template", "updateStrategy", "minReadySeconds", "ordinals"}}
+CHANGEABLE = {
+    "StatefulSet": {"replicas", "template", "updateStrategy", "minReadySeconds", "ordinals"}
+    | {"revisionHistoryLimit", "persistentVolumeClaimRetentionPolicy"},
+}
 """Kind -> the only fields of its spec that may change."""
 UNCHANGEABLE = {
     "Deployment": [("spec", "selector")],
@@ -28,6 +32,17 @@ UNCHANGEABLE = {
     "Service": [("spec", "clusterIP")],
 }
 UNCHANGEABLE["RayCluster"] = [("spec", "gcsFaultToleranceOptions", "backend"), ("spec", "managedBy")]
+ENTRY_KEYS = {
+    "containers": ("name",),
+    "env": ("name",),
+    "imagePullSecrets": ("name",),
+    "initContainers": ("name",),
+    "topologySpreadConstraints": ("topologyKey", "whenUnsatisfiable"),
+    "volumeMounts": ("mountPath",),
+    "volumes": ("name",),
+}
+"""List of a pod -> the fields by which server-side apply tells its entries apart."""
+VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
 
 
 def at(value, path):
@@ -50,6 +65,33 @@ def forbidden(old, new):
         before, after = at(old, path), at(new, path)
         if before != after and not (only_set and before is None):
             return ".".join(path)
+    return None
+
+
+def duplicates(value, path=""):
+    """The paths of a pod's lists that have two entries of one key: Kubernetes and KubeRay's CRD refuse it."""
+    for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+        below = f"{path}[{key}]" if isinstance(value, list) else f"{path}.{key}"
+        if key in ENTRY_KEYS and isinstance(each, list):
+            keys = [tuple(entry.get(name) for name in ENTRY_KEYS[key]) for entry in each]
+            if len(keys) > len(set(keys)):
+                yield below
+        if isinstance(each, dict | list):
+            yield from duplicates(each, below)
+
+
+def status(kind, spec):
+    """What Kubernetes says of an object whose pods are all there, and Helm waits for; else None."""
+    if kind == "Pod":
+        return {"phase": "Succeeded"}
+    number = spec.get("replicas", 1)
+    counts = {f"{each}eplicas": number for each in ("r", "readyR", "updatedR", "availableR", "currentR")}
+    if kind == "Deployment":
+        reasons = {"Available": "MinimumReplicasAvailable", "Progressing": "NewReplicaSetAvailable"}
+        conditions = [{"type": type, "status": "True", "reason": why} for type, why in reasons.items()]
+        return counts | {"conditions": conditions}
+    if kind == "StatefulSet":
+        return counts | {"currentRevision": "1", "updateRevision": "1"}
     return None
 
 
@@ -110,15 +152,20 @@ def openapi(name):
 
 
 class ApiServer(ThreadingHTTPServer):
-    """``objects``: (plural, name) -> object, of its one namespace. ``writes``: (verb, plural, name)."""
+    """``objects``: (plural, name) -> object, of its one namespace. ``writes``: (verb, plural, name).
+    ``used``: (verb of RBAC, API group, plural) of each request about objects."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.objects, self.writes = {}, []
-        self.lock = threading.Lock()
+        self.objects, self.writes, self.used = {}, [], set()
+        self.lock, self.ended = threading.Lock(), threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def shutdown(self):
+        self.ended.set()
+        super().shutdown()
 
     @property
     def kubeconfig(self):
@@ -190,14 +237,31 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if (found := self._discovery(url.path)) is not None:
             return self._send(found)
-        _, _, rest = url.path.partition("/namespaces/llm/")
+        root, _, rest = url.path.partition("/namespaces/llm/")
         plural, _, name = rest.partition("/")
+        query = parse_qs(url.query)
+        if not plural:
+            return self._refuse(404, "NotFound", f"nothing at {url.path}")
+        read = "watch" if "watch" in query else "get" if name else "list"
+        group = root.split("/")[2] if root.startswith("/apis/") else ""
+        self.server.used.add((VERBS.get(self.command, read), group, plural))
+        if "watch" in query:
+            return self._watch(query)
         with self.server.lock:
-            if not plural:
-                return self._refuse(404, "NotFound", f"nothing at {url.path}")
-            getattr(self, f"_{self.command.lower()}")(plural, name, body, parse_qs(url.query))
+            getattr(self, f"_{self.command.lower()}")(plural, name, body, query)
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _handle
+
+    def _watch(self, query):
+        """Nothing happens until the end. Clients that want the list by a watch are to ask for it."""
+        if "sendInitialEvents" in query:
+            return self._refuse(422, "Invalid", "sendInitialEvents is forbidden for watch")
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.flush()
+        self.server.ended.wait(60)
+        self.close_connection = True
 
     def _get(self, plural, name, body, query):
         objects = self.server.objects
@@ -209,7 +273,8 @@ class _Handler(BaseHTTPRequestHandler):
         wanted = dict(each.split("=") for each in query.get("labelSelector", [""])[0].split(",") if each)
         items = [each for (kind, _), each in sorted(objects.items()) if kind == plural]
         items = [each for each in items if wanted.items() <= each["metadata"].get("labels", {}).items()]
-        self._send({"kind": "SecretList", "apiVersion": "v1", "metadata": {}, "items": items})
+        metadata = {"resourceVersion": "1"}
+        self._send({"kind": "SecretList", "apiVersion": "v1", "metadata": metadata, "items": items})
 
     def _post(self, plural, name, body, query):
         self._store(plural, secret(body) if body.startswith(b"k8s\0") else json.loads(body))
@@ -220,7 +285,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _patch(self, plural, name, body, query):
         assert self.headers["Content-Type"] == "application/apply-patch+yaml"
         assert query["fieldValidation"] == ["Strict"]
-        self._store(plural, json.loads(body))
+        new = json.loads(body)
+        if twice := list(duplicates(new)):
+            message = f"failed to create typed patch object: {', '.join(twice)}: duplicate entries for key"
+            return self._refuse(500, "InternalError", message)
+        self._store(plural, new)
 
     def _store(self, plural, new):
         key = plural, new["metadata"]["name"]
@@ -229,6 +298,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(
                 422, "Invalid", f'{new["kind"]} "{key[1]}" is invalid: {path}: field is immutable'
             )
+        if shown := status(new["kind"], new.get("spec", {})):
+            new["status"] = shown
         self.server.objects[key] = new
         self.server.writes.append((self.command, *key))
         self._send(new)

@@ -77,7 +77,9 @@ class DoctorServer(api_server.ApiServer):
             self.add("pods", pod(name, template["metadata"]["labels"], template["spec"]))
         for plural, name in list(self.objects):
             if plural in ("deployments", "statefulsets"):
-                template = self.objects[plural, name]["spec"]["template"]
+                made = self.objects[plural, name]
+                made["status"] = api_server.status(made["kind"], made["spec"])
+                template = made["spec"]["template"]
                 self.add("pods", pod(f"{name}-0", template["metadata"]["labels"], template["spec"]))
         for number in range(3):
             self.add("nodes", node(f"node-{number}"))

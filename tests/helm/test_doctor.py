@@ -129,6 +129,12 @@ def quota(server):
     server.objects["rayclusters", "demo-farshore"]["status"]["conditions"] = [condition]
 
 
+def quota_of_redis(server):
+    """A StatefulSet says nothing of it in its status."""
+    server.objects["statefulsets", "demo-farshore-redis"]["status"] = {"replicas": 0}
+    server.warn("StatefulSet", "demo-farshore-redis", "create Pod x failed: exceeded quota: team")
+
+
 def evicted(server):
     failed = {"phase": "Failed", "reason": "Evicted", "message": "The node was low on resource: memory."}
     server.objects["pods", POD]["status"] = failed
@@ -189,6 +195,7 @@ BROKEN = {
     ),
     sick_node: ("nodes", "node node-0", "not ready: Kubelet stopped posting", "kubectl describe node node-0"),
     quota: ("workloads", "RayCluster demo-farshore", "exceeded quota: team", "helm upgrade"),
+    quota_of_redis: ("workloads", "StatefulSet demo-farshore-redis", "exceeded quota: team", "helm upgrade"),
     not_installed: ("workloads", "release demo", "no gateway of this release", "helm install demo"),
 }
 

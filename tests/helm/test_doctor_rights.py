@@ -46,3 +46,27 @@ def test_kinds_that_the_values_enable_are_reviewed_before_they_are_made(
     assert all("you may not create" in each["problem"] for each in found)
     optional = {key: verbs for key, verbs in OPTIONAL.items() if key[1] in enabled}
     assert set(server.reviews) == reviewed(VERBS | optional)
+
+
+def test_helm_does_nothing_that_is_not_reviewed(doctor_server, call_helm):
+    """Helm waits for what it makes, as docs/kubernetes.md has it; without a verb a release ends half made."""
+    server = doctor_server.api_server.ApiServer()
+    image = {"image": {"repository": "x"}}
+    bundled = image | {"redis": {"mode": "bundled"}, "dense": {"replicas": 2}}
+    enabled = {kind: {"enabled": True, "host": f"{kind}.example.com"} for kind in ("grpc", "http")}
+    wait = {"wait": "watcher", "timeout": 120}
+
+    def helm(action, **arguments):
+        call_helm(action, kubeconfig=server.kubeconfig, **arguments)
+
+    helm("install", values=bundled | {"ingress": enabled}, **wait)
+    helm("upgrade", values=image | {"gateway": {"autoscaling": {"enabled": True}}}, **wait)
+    helm("rollback", **wait)
+    helm("test", timeout=120)
+    helm("uninstall")
+    server.shutdown()
+    server.server_close()
+    of_the_chart = {key for key, verbs in (VERBS | OPTIONAL).items() if "patch" in verbs}
+    assert server.used <= reviewed(VERBS | OPTIONAL)
+    for verb in ("list", "watch", "patch"):
+        assert {(group, resource) for each, group, resource in server.used if each == verb} >= of_the_chart

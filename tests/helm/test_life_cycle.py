@@ -2,6 +2,8 @@
 
 import base64
 import importlib.util
+import json
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
@@ -123,6 +125,22 @@ def test_the_stand_in_refuses_a_changed_selector(helm, server, helm_failed):
     helm("install", values=image | bundled)
     with pytest.raises(helm_failed, match=r"spec\.volumeClaimTemplates: field is immutable"):
         helm("upgrade", values=image | {"redis": {"mode": "bundled", "bundled": {"size": "9Gi"}}})
+
+
+def test_the_stand_in_refuses_two_entries_of_one_key(server):
+    """As server-side apply does; the chart refuses such values before Helm sends anything."""
+    pod = {"containers": [{"name": "a", "env": [{"name": "HOME", "value": "/"}] * 2}]}
+    body = {"kind": "Deployment", "metadata": {"name": "x"}, "spec": {"template": {"spec": pod}}}
+    connection = HTTPConnection(*server.server_address)
+    path = "/apis/apps/v1/namespaces/llm/deployments/x?fieldValidation=Strict"
+    connection.request(
+        "PATCH", path, json.dumps(body), headers={"Content-Type": "application/apply-patch+yaml"}
+    )
+    answer = connection.getresponse()
+    said = json.loads(answer.read())["message"]
+    connection.close()
+    assert answer.status == 500 and server.objects == {}
+    assert ".spec.template.spec.containers[0].env: duplicate entries" in said
 
 
 def test_a_wrong_value_is_refused_before_anything_is_made(helm, server, helm_failed):

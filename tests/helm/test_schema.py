@@ -10,6 +10,15 @@ from farshore.controller.config import check_name
 
 CHART = Path(__file__).parents[2] / "helm" / "farshore"
 
+SPREAD = {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway"}
+FROM = {"fieldRef": {"fieldPath": "metadata.name"}}
+INIT = {"image": "busybox", "command": ["cp", "a", "/models"]}
+
+
+def amounts(name, request, limit):
+    return {"requests": {name: request}, "limits": {name: limit}}
+
+
 REFUSED = [
     ({"image": {"repository": ""}}, "/image/repository"),
     ({"imag": {}}, "imag"),
@@ -79,6 +88,83 @@ REFUSED = [
     # KubeRay's Service of the head selects by its own.
     ({"commonLabels": {"app.kubernetes.io/created-by": "us"}}, "app.kubernetes.io/created-by"),
     ({"dense": {"gpu": None}}, "gpu"),
+    ({"commonLabels": {"a b": "c"}}, "a b"),
+    ({"nameOverride": "a_", "fullnameOverride": "x"}, "/nameOverride"),
+    ({"token": {"existingSecret": "A_b"}}, "/token/existingSecret"),
+    ({"image": {"pullSecrets": ["a", "a"]}}, "/image/pullSecrets"),
+    ({"image": {"pullSecrets": [""]}}, "/image/pullSecrets/0"),
+    ({"redis": {"passwordKey": "a b"}}, "/redis/passwordKey"),
+    ({"redis": {"passwordKey": ".."}}, "/redis/passwordKey"),
+    ({"redis": {"bundled": {"storageClass": "A_b"}}}, "/redis/bundled/storageClass"),
+    ({"serviceAccount": {"name": "A_b"}}, "/serviceAccount/name"),
+    ({"ingress": {"className": "A b"}}, "/ingress/className"),
+    ({"ingress": {"http": {"enabled": True, "host": "a_b.c"}}}, "/ingress/http/host"),
+    ({"ingress": {"http": {"enabled": True, "host": "10.0.0.1"}}}, "/ingress/http/host"),
+    ({"networkPolicy": {"clients": [{}]}}, "/networkPolicy/clients/0"),
+    (
+        {"networkPolicy": {"clients": [{"podSelector": {}, "ipBlock": {"cidr": "10.0.0.0/8"}}]}},
+        "/networkPolicy/clients/0",
+    ),
+    ({"model": {"mountPath": "/a:b"}}, "/model/mountPath"),
+    ({"model": {"hostPath": {"path": "/a/../b"}}}, "/model/hostPath/path"),
+    # Of a RayCluster, Kubernetes refuses these only when KubeRay makes the pods.
+    ({"dense": {"priorityClassName": "A b"}}, "/dense/priorityClassName"),
+    ({"dense": {"gpu": {"runtimeClassName": "A b"}}}, "/dense/gpu/runtimeClassName"),
+    ({"dense": {"podAnnotations": {"a b": "c"}}}, "'a b'"),
+    ({"dense": {"nodeSelector": {"a": "b c"}}}, "/dense/nodeSelector/a"),
+    ({"dense": {"nodeSelector": {"a b": "c"}}}, "'a b'"),
+    ({"dense": {"tolerations": [{}]}}, "/dense/tolerations/0"),
+    ({"dense": {"tolerations": [{"operator": "Equal", "value": "x"}]}}, "/dense/tolerations/0"),
+    ({"dense": {"tolerations": [{"key": "", "value": "x"}]}}, "/dense/tolerations/0/key"),
+    ({"dense": {"tolerations": [{"key": "a", "operator": "Exists", "value": "x"}]}}, "tolerations/0/value"),
+    ({"dense": {"tolerations": [{"key": "a", "tolerationSeconds": 3}]}}, "/dense/tolerations/0"),
+    ({"dense": {"topologySpreadConstraints": [SPREAD | {"topologyKey": ""}]}}, "0/topologyKey"),
+    ({"dense": {"topologySpreadConstraints": [SPREAD | {"minDomains": 2}]}}, "0/whenUnsatisfiable"),
+    (
+        {"dense": {"topologySpreadConstraints": [SPREAD | {"matchLabelKeys": ["app.kubernetes.io/name"]}]}},
+        "0/matchLabelKeys/0",
+    ),
+    ({"dense": {"extraEnv": [{"name": "A=B"}]}}, "/dense/extraEnv/0/name"),
+    ({"dense": {"extraEnv": [{"name": "A", "valueFrom": {}}]}}, "/dense/extraEnv/0/valueFrom"),
+    ({"dense": {"extraEnv": [{"name": "A", "value": "b", "valueFrom": FROM}]}}, "/dense/extraEnv/0"),
+    ({"dense": {"extraVolumes": [{"name": "Aa", "emptyDir": {}}]}}, "/dense/extraVolumes/0/name"),
+    ({"dense": {"extraVolumeMounts": [{"name": "a", "mountPath": "/x:y"}]}}, "0/mountPath"),
+    ({"dense": {"extraVolumeMounts": [{"name": "a", "mountPath": "/x", "subPath": "/a"}]}}, "0/subPath"),
+    ({"dense": {"extraVolumeMounts": [{"name": "a", "mountPath": "/x", "subPath": "a/.."}]}}, "0/subPath"),
+    ({"dense": {"extraVolumeMounts": [{"name": "a", "mountPath": "/x"}]}}, "the pod has no volume a"),
+    ({"dense": {"resources": {"requests": {"cpu": -1}}}}, "/dense/resources/requests/cpu"),
+    ({"dense": {"resources": {"limits": {"nvidia.com/gpu": -1}}}}, "limits/nvidia.com~1gpu"),
+    ({"dense": {"resources": {"limits": {"nvidia.com/gpu": "500m"}}}}, "limits/nvidia.com~1gpu"),
+    ({"dense": {"resources": {"limits": {"a..b/x": 1}}}}, "a..b/x"),
+    (
+        {"dense": {"resources": {"requests": {"nvidia.com/gpu": 1}}}},
+        "the limit, which is missing",
+    ),
+    ({"dense": {"resources": amounts("nvidia.com/gpu", 1, 2)}}, "1 must be the limit, which is 2"),
+    ({"dense": {"resources": amounts("hugepages-2Mi", "2Mi", "4Mi")}}, "2Mi must be the limit, which is 4Mi"),
+    ({"dense": {"resources": amounts("ephemeral-storage", "2Gi", "1Gi")}}, "more than the limit, 1Gi"),
+    (
+        {"dense": {"resources": {"limits": {"hugepages-2Mi": "3Mi"}}}},
+        "3Mi is no multiple of a page",
+    ),
+    # Server-side apply takes no two entries of one key, and a release would end half made.
+    (
+        {"dense": {"extraEnv": [{"name": "HOME", "value": "/"}]}},
+        "dense.extraEnv: the container has",
+    ),
+    ({"gateway": {"extraEnv": [{"name": "HOME", "value": "/"}]}}, "gateway.extraEnv"),
+    ({"launcher": {"extraEnv": [{"name": "POD_IP", "value": "x"}]}}, "launcher.extraEnv"),
+    ({"model": {"source": "init", "init": INIT | {"env": [{"name": "A"}, {"name": "A"}]}}}, "model.init.env"),
+    (
+        {"head": {"extraVolumes": [{"name": "tmp", "emptyDir": {}}]}},
+        "head.extraVolumes: the pod has",
+    ),
+    (
+        {"gateway": {"extraVolumeMounts": [{"name": "tmp", "mountPath": "/tmp"}]}},
+        "a mount at /tmp already",
+    ),
+    ({"model": {"source": "init", "init": INIT, "mountPath": "/tmp"}}, "model.mountPath: the container"),
+    ({"dense": {"topologySpreadConstraints": [SPREAD, SPREAD]}}, "dense.topologySpreadConstraints: two have"),
 ]
 
 

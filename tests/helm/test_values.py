@@ -341,3 +341,48 @@ def test_notes_say_what_matters(notes):
     assert "farshore generate --server" in said and "port-forward svc/demo-farshore-dashboard" in said
     said = notes({"redis": {"mode": "bundled"}, "networkPolicy": {"enabled": False}})
     assert "If the head's pod is lost" not in said and "network policies are off" in said
+
+
+def leaves_of(value):
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    yield value
+    for each in parts:
+        yield from leaves_of(each)
+
+
+def test_names_that_yaml_reads_as_numbers_stay_text(render):
+    """Kubernetes refuses a number where it wants a text."""
+    name = "31415"
+    scheduled = {"priorityClassName": name, "nodeSelector": {"disk": name}}
+    values = {
+        "image": {"pullSecrets": [name], "tag": name},
+        "model": {"source": "pvc", "pvc": {"claimName": name}},
+        "token": {"existingSecret": name},
+        "redis": {
+            "mode": "bundled",
+            "passwordKey": name,
+            "bundled": {"existingSecret": name, "storageClass": name, "image": name, "size": name}
+            | scheduled,
+        },
+        "serviceAccount": {"name": name},
+        "ingress": {"className": name, "http": {"enabled": True, "host": name, "tlsSecret": name}},
+        "gateway": scheduled,
+        "head": scheduled | {"shmSize": name},
+        "dense": scheduled | {"gpu": {"enabled": True, "runtimeClassName": name}},
+        "nameOverride": name,
+        "fullnameOverride": "true",
+    }
+    objects = render(values, name="1e5")
+    found = [leaf for each in objects.values() for leaf in leaves_of(each)]
+    assert found.count(name) > 50 and int(name) not in found and float("1e5") not in found
+    assert ("RayCluster", "true") in objects
+
+
+def test_a_fraction_of_a_core_is_text(render):
+    """KubeRay's CRD knows whole numbers and texts."""
+    half = {"requests": {"cpu": 0.5}}
+    groups = ("head", "launcher", "dense", "attention", "gateway")
+    objects = render({name: {"resources": half} for name in groups} | {"initResources": half})
+    parts = [leaf for each in objects.values() for leaf in leaves_of(each) if isinstance(leaf, dict)]
+    asked = [part["requests"]["cpu"] for part in parts if "requests" in part]
+    assert set(asked) == {"0.5"} and len(asked) == 10

@@ -23,6 +23,11 @@ of a key. */}}
 {{- include "farshore.checkPorts" . -}}
 {{- include "farshore.checkRequests" . -}}
 {{- include "farshore.checkRedis" . -}}
+{{- include "farshore.checkPod" (list "gateway" (include "farshore.gatewayPod" . | fromYaml).spec) -}}
+{{- range $component := list "head" "dense" "attention" -}}
+{{- $pod := include "farshore.rayPod" (list $ $component (index $.Values $component)) | fromYaml -}}
+{{- include "farshore.checkPod" (list $component $pod.spec) -}}
+{{- end -}}
 {{- end }}
 
 {{- define "farshore.checkName" -}}
@@ -101,20 +106,75 @@ of a key. */}}
 {{- define "farshore.checkRequests" -}}
 {{- $all := dict "initResources" .Values.initResources -}}
 {{- range $name := list "head" "launcher" "dense" "attention" "gateway" -}}
-{{- $_ := set $all (printf "%s.resources" $name) (index $.Values $name).resources -}}
+{{- $values := index $.Values $name -}}
+{{- $resources := deepCopy $values.resources -}}
+{{- if dig "gpu" "enabled" false $values }}{{ $_ := set $resources.limits $values.gpu.resource $values.workersPerPod }}{{ end -}}
+{{- $_ := set $all (printf "%s.resources" $name) $resources -}}
 {{- end -}}
 {{- $_ := set $all "redis.bundled.resources" .Values.redis.bundled.resources -}}
 {{- $_ := set $all "model.init.resources" .Values.model.init.resources -}}
 {{- range $name, $resources := $all -}}
-{{- range $key, $amount := dict "cpu" "farshore.millicores" "memory" "farshore.bytes" -}}
-{{- $limit := dig "limits" $key "" $resources -}}
-{{- $request := dig "requests" $key "" $resources -}}
-{{- if and $limit $request -}}
-{{- if gt (include $amount $request | int64) (include $amount $limit | int64) -}}
+{{- range $key, $request := $resources.requests -}}
+{{- $limit := dig "limits" $key "" $resources | toString -}}
+{{- $amount := ternary "farshore.millicores" "farshore.bytes" (eq $key "cpu") -}}
+{{- $more := and $limit (gt (include $amount (toString $request) | int64) (include $amount (default "0" $limit) | int64)) -}}
+{{- if $more -}}
 {{- fail (printf "%s.requests.%s: %v is more than the limit, %v" $name $key $request $limit) -}}
 {{- end -}}
+{{- if and (or (contains "/" $key) (hasPrefix "hugepages-" $key)) (ne (toString $request) $limit) -}}
+{{- fail (printf "%s.requests.%s: %v must be the limit, which is %s: leave the request out" $name $key $request (default "missing" $limit)) -}}
 {{- end -}}
 {{- end -}}
+{{- range $key, $limit := $resources.limits -}}
+{{- if hasPrefix "hugepages-" $key -}}
+{{- $page := include "farshore.bytes" (trimPrefix "hugepages-" $key) | int64 -}}
+{{- $size := include "farshore.bytes" $limit | int64 -}}
+{{- if or (eq $size 0) (ne (mod $size $page) 0) -}}
+{{- fail (printf "%s.limits.%s: %v is no multiple of a page" $name $key $limit) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
+{{/* A pod with the lists of the values in it: server-side apply refuses two entries of one name, and a mount without
+its volume Kubernetes refuses, of a RayCluster only when KubeRay makes the pod. Takes (list component pod). */}}
+{{- define "farshore.checkPod" -}}
+{{- $component := index . 0 -}}{{- $pod := index . 1 -}}
+{{- $volumes := list -}}
+{{- range $pod.volumes -}}
+{{- if has .name $volumes -}}
+{{- fail (printf "%s.extraVolumes: the pod has a volume %s already" $component .name) -}}
+{{- end -}}
+{{- $volumes = append $volumes .name -}}
+{{- end -}}
+{{- range $container := concat $pod.initContainers $pod.containers -}}
+{{- $names := list -}}
+{{- $key := get (dict "launcher" "launcher.extraEnv" "model" "model.init.env") $container.name | default (printf "%s.extraEnv" $component) -}}
+{{- range $container.env -}}
+{{- if has .name $names -}}
+{{- fail (printf "%s: the container has a variable %s already" $key .name) -}}
+{{- end -}}
+{{- $names = append $names .name -}}
+{{- end -}}
+{{- $paths := list -}}
+{{- range $container.volumeMounts -}}
+{{- if has .mountPath $paths -}}
+{{- fail (printf "%s.extraVolumeMounts or model.mountPath: the container %s has a mount at %s already" $component $container.name .mountPath) -}}
+{{- end -}}
+{{- if not (has .name $volumes) -}}
+{{- fail (printf "%s.extraVolumeMounts: the pod has no volume %s" $component .name) -}}
+{{- end -}}
+{{- $paths = append $paths .mountPath -}}
+{{- end -}}
+{{- end -}}
+{{- $spreads := list -}}
+{{- range $pod.topologySpreadConstraints -}}
+{{- $spread := printf "%s, %s" .topologyKey .whenUnsatisfiable -}}
+{{- if has $spread $spreads -}}
+{{- fail (printf "%s.topologySpreadConstraints: two have %s" $component $spread) -}}
+{{- end -}}
+{{- $spreads = append $spreads $spread -}}
 {{- end -}}
 {{- end }}
 

@@ -2,7 +2,7 @@
 
 {{/* Without the numbers of workers: its checksum tells whether pods must be replaced. */}}
 {{- define "farshore.spec" -}}
-name: {{ include "farshore.fullname" . }}
+name: {{ include "farshore.fullname" . | quote }}
 {{- range $key, $value := .Values.spec }}
 {{- if not (kindIs "invalid" $value) }}
 {{ kebabcase $key }}: {{ toJson $value }}

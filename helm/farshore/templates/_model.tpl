@@ -20,10 +20,10 @@ takes (list root component). */}}
   securityContext:
     {{- include "farshore.containerSecurity" . | nindent 4 }}
   resources:
-    {{- toYaml $values.model.init.resources | nindent 4 }}
+    {{- include "farshore.resources" $values.model.init.resources | nindent 4 }}
   volumeMounts:
     - name: model
-      mountPath: {{ $values.model.mountPath }}
+      mountPath: {{ $values.model.mountPath | quote }}
     - name: tmp
       mountPath: /tmp
 {{- end }}
@@ -35,24 +35,24 @@ takes (list root component). */}}
 {{- if eq $source "pvc" -}}
 - name: model
   persistentVolumeClaim:
-    claimName: {{ $model.pvc.claimName }}
+    claimName: {{ $model.pvc.claimName | quote }}
     readOnly: true
 {{- else if eq $source "hostPath" -}}
 - name: model
   hostPath:
-    path: {{ $model.hostPath.path }}
+    path: {{ $model.hostPath.path | quote }}
     type: Directory
 {{- else if eq $source "init" -}}
 - name: model
   emptyDir:
-    sizeLimit: {{ $model.init.sizeLimit }}
+    sizeLimit: {{ $model.init.sizeLimit | quote }}
 {{- end }}
 {{- end }}
 
 {{- define "farshore.modelMount" -}}
 {{- if ne (include "farshore.modelSource" .) "image" -}}
 - name: model
-  mountPath: {{ (index . 0).Values.model.mountPath }}
+  mountPath: {{ (index . 0).Values.model.mountPath | quote }}
   readOnly: true
 {{- end }}
 {{- end }}

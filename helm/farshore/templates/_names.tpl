@@ -1,7 +1,7 @@
 {{/* Names and labels. Selectors hold what never changes between upgrades; versions are in labels only. */}}
 
 {{- define "farshore.name" -}}
-{{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" -}}
+{{- default .Chart.Name .Values.nameOverride -}}
 {{- end }}
 
 {{/* At most 40 characters: a cluster's name in Farshore, and room for suffixes in KubeRay's. */}}
@@ -22,8 +22,8 @@
 {{/* Takes (list root component). */}}
 {{- define "farshore.selectorLabels" -}}
 {{- $root := index . 0 -}}
-app.kubernetes.io/name: {{ include "farshore.name" $root }}
-app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/name: {{ include "farshore.name" $root | quote }}
+app.kubernetes.io/instance: {{ $root.Release.Name | quote }}
 app.kubernetes.io/component: {{ index . 1 }}
 {{- end }}
 

@@ -5,7 +5,7 @@
 {{- $pod := index . 2 -}}
 terminationGracePeriodSeconds: {{ $pod.terminationGracePeriodSeconds }}
 {{- with $pod.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- with $pod.nodeSelector }}
 nodeSelector:
@@ -33,15 +33,24 @@ topologySpreadConstraints:
 {{/* Identity and rights of every pod. No pod calls Kubernetes' API, so none gets a token for it. Service links
 would set variables such as FARSHORE_PORT, which the program reads as options. */}}
 {{- define "farshore.identity" -}}
-serviceAccountName: {{ include "farshore.serviceAccountName" . }}
+serviceAccountName: {{ include "farshore.serviceAccountName" . | quote }}
 automountServiceAccountToken: false
 enableServiceLinks: false
 {{- with .Values.image.pullSecrets }}
 imagePullSecrets:
   {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
   {{- end }}
 {{- end }}
+{{- end }}
+
+{{/* A number of cores as text: KubeRay's CRD takes no fractions such as 0.5 otherwise. */}}
+{{- define "farshore.resources" -}}
+{{- $all := deepCopy . -}}
+{{- range $amounts := $all -}}
+{{- if and $amounts (hasKey $amounts "cpu") }}{{ $_ := set $amounts "cpu" (toString $amounts.cpu) }}{{ end -}}
+{{- end -}}
+{{- toYaml $all -}}
 {{- end }}
 
 {{- define "farshore.podSecurity" -}}
@@ -65,13 +74,13 @@ capabilities:
 read. */}}
 {{- define "farshore.tokenInit" -}}
 - name: token
-  image: {{ include "farshore.image" . }}
+  image: {{ include "farshore.image" . | quote }}
   imagePullPolicy: {{ .Values.image.pullPolicy }}
   command: [install, "-m", "0600", /run/secrets/token/auth_token, /run/farshore/token]
   securityContext:
     {{- include "farshore.containerSecurity" . | nindent 4 }}
   resources:
-    {{- toYaml .Values.initResources | nindent 4 }}
+    {{- include "farshore.resources" .Values.initResources | nindent 4 }}
   volumeMounts:
     - name: token-secret
       mountPath: /run/secrets/token
@@ -89,7 +98,7 @@ read. */}}
     sizeLimit: 1Mi
 - name: token-secret
   secret:
-    secretName: {{ include "farshore.tokenSecret" . }}
+    secretName: {{ include "farshore.tokenSecret" . | quote }}
     defaultMode: 0400
     items:
       - key: auth_token
@@ -97,16 +106,16 @@ read. */}}
 {{- with include "farshore.redisSecret" . }}
 - name: redis
   secret:
-    secretName: {{ . }}
+    secretName: {{ . | quote }}
     defaultMode: 0400
     items:
-      - key: {{ $.Values.redis.passwordKey }}
+      - key: {{ $.Values.redis.passwordKey | quote }}
         path: password
 {{- end }}
 {{- with .Values.redis.external.caSecret }}
 - name: redis-ca
   secret:
-    secretName: {{ . }}
+    secretName: {{ . | quote }}
     items:
       - key: ca.crt
         path: ca.crt

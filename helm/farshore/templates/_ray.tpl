@@ -93,7 +93,7 @@ spec:
   {{- include "farshore.identity" $root | nindent 2 }}
   {{- include "farshore.scheduling" (list $root $component $group) | nindent 2 }}
   {{- with $gpu.runtimeClassName }}
-  runtimeClassName: {{ . }}
+  runtimeClassName: {{ . | quote }}
   {{- end }}
   securityContext:
     {{- include "farshore.podSecurity" $root | nindent 4 }}
@@ -112,7 +112,7 @@ spec:
     {{- end }}
   containers:
     - name: ray
-      image: {{ $image }}
+      image: {{ $image | quote }}
       imagePullPolicy: {{ $root.Values.image.pullPolicy }}
       env:
         {{- include "farshore.env" $root | nindent 8 }}
@@ -167,7 +167,7 @@ spec:
       securityContext:
         {{- include "farshore.containerSecurity" $root | nindent 8 }}
       resources:
-        {{- toYaml $group.resources | nindent 8 }}
+        {{- include "farshore.resources" $group.resources | nindent 8 }}
       volumeMounts:
         {{- include "farshore.volumeMounts" $root | nindent 8 }}
         {{- with include "farshore.modelMount" (list $root $component) }}
@@ -190,13 +190,13 @@ spec:
     - name: shm
       emptyDir:
         medium: Memory
-        sizeLimit: {{ $group.shmSize }}
+        sizeLimit: {{ $group.shmSize | quote }}
     {{- if eq $component "head" }}
     - name: state
       emptyDir: {}
     - name: config
       configMap:
-        name: {{ include "farshore.fullname" $root }}
+        name: {{ include "farshore.fullname" $root | quote }}
     {{- end }}
     {{- with $group.extraVolumes }}
     {{- toYaml . | nindent 4 }}
@@ -217,7 +217,7 @@ spec:
 {{/* Keeps the controller on the head, and applies the ConfigMap when it changes. */}}
 {{- define "farshore.launcher" -}}
 - name: launcher
-  image: {{ include "farshore.image" . }}
+  image: {{ include "farshore.image" . | quote }}
   imagePullPolicy: {{ .Values.image.pullPolicy }}
   command:
     - farshore
@@ -248,7 +248,7 @@ spec:
   securityContext:
     {{- include "farshore.containerSecurity" . | nindent 4 }}
   resources:
-    {{- toYaml .Values.launcher.resources | nindent 4 }}
+    {{- include "farshore.resources" .Values.launcher.resources | nindent 4 }}
   volumeMounts:
     {{- include "farshore.volumeMounts" . | nindent 4 }}
     {{- with include "farshore.modelMount" (list . "head") }}

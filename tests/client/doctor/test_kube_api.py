@@ -1,10 +1,18 @@
 """The API as plain objects: deadlines, pages, refusals, configuration; against an HTTP server of the test."""
 
+import datetime
+import ipaddress
 import json
+import ssl
 import threading
+import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from farshore.client.doctor.kube_api import KubeApi, namespaced
 from farshore.errors import DeadlineExceeded, InvalidRequest, NotFound, TransportError, Unauthenticated
@@ -15,8 +23,10 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self):
+    def __init__(self, tls=None):
         super().__init__(("127.0.0.1", 0), Handler)
+        if tls:
+            self.socket = tls.wrap_socket(self.socket, server_side=True)
         self.answers, self.paths, self.headers = {}, [], []
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
@@ -178,3 +188,42 @@ def test_the_newest_warning(server, api):
     assert api.warning("llm", "Pod", "p") == "new"
     server.answers[path] = (403, b"{}")
     assert api.warning("llm", "Pod", "p") == ""
+
+
+def self_signed(folder):
+    """An SSLContext of a server whose certificate nothing vouches for."""
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "kube-apiserver")])
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now).not_valid_after(now + datetime.timedelta(days=1))
+    certificate = builder.add_extension(address, critical=False).sign(key, hashes.SHA256())
+    pem = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    file = folder / "server.pem"
+    file.write_bytes(key.private_bytes(*pem) + certificate.public_bytes(serialization.Encoding.PEM))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(file)
+    return context
+
+
+def test_a_kubeconfig_that_skips_the_check_of_certificates_is_not_warned_of_at_each_call(
+    kubeconfig, tmp_path
+):
+    """kubectl does not warn either; a doctor's run makes more than a hundred calls."""
+    server = Server(self_signed(tmp_path))
+    server.answers["/version"] = (200, b"{}")
+    content = json.loads((tmp_path / "kubeconfig").read_text())
+    cluster = content["clusters"][0]["cluster"]
+    cluster["server"] = f"https://127.0.0.1:{server.server_address[1]}"
+    (tmp_path / "kubeconfig").write_text(json.dumps(content))
+    with pytest.raises(TransportError, match="CERTIFICATE_VERIFY_FAILED"):
+        KubeApi.connect(kubeconfig=kubeconfig, context=None, timeout_s=20).get("/version")
+    cluster["insecure-skip-tls-verify"] = True
+    (tmp_path / "kubeconfig").write_text(json.dumps(content))
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        api = KubeApi.connect(kubeconfig=kubeconfig, context=None, timeout_s=20)
+        assert api.get("/version") == {}
+    server.shutdown()
+    server.server_close()
+    assert [str(each.message) for each in shown] == []
