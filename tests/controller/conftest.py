@@ -179,6 +179,10 @@ def ray_node(*options):
     what it takes: see test_three_nodes for nodes that do."""
     options = ("--block", "--object-store-memory=80000000", *options)
     environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
+    # At SIGTERM a node with work would wait 30 s for its end, and no test needs that.
+    environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
+    # Gauges appear after this time, 10 s by default.
+    environment["RAY_metrics_report_interval_ms"] = "1000"
     environment["RAY_AUTH_TOKEN_PATH"] = token_file()
     node = Background(
         subprocess.Popen(
