@@ -5,7 +5,9 @@ Called through ``catalogue``. Each part is a process of its own. A bar counts wh
 fault as its note. It must not import triton.
 """
 
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 from farshore.benchmarks import cases
@@ -56,16 +58,22 @@ PARTS: Mapping[str, Callable[[], Faults]] = {
 
 
 def run(facts: Facts, *, only: str = "", progress: Callable[[str], None]) -> Report:
-    """Runs the parts whose name contains ``only``. InvalidRequest if there are none."""
-    bars = []
-    for name, part in cases.choose(PARTS, only, kind="part").items():
-        progress(name)
-        try:
-            found = part()
-        except FarshoreError as error:
-            found = {name: [str(error).splitlines()[0]]}
-        bars += [
+    """Runs the parts whose name contains ``only``, as many at once as there are cores. Raises InvalidRequest
+    if there are none."""
+    chosen = cases.choose(PARTS, only, kind="part")
+    progress(", ".join(chosen))
+    with ThreadPoolExecutor(os.cpu_count()) as processes:
+        found = processes.map(_faults, chosen, chosen.values())
+        bars = [
             Bar.at_most(checked, len(faults), 0, "faults", faults[0] if faults else "")
-            for checked, faults in found.items()
+            for part in found
+            for checked, faults in part.items()
         ]
     return Report(asdict(facts), bars=tuple(bars))
+
+
+def _faults(name: str, part: Callable[[], Faults]) -> Faults:
+    try:
+        return part()
+    except FarshoreError as error:
+        return {name: [str(error).splitlines()[0]]}
