@@ -94,23 +94,14 @@ def encode_chat(tokenizer):
 
 @pytest.fixture(scope="session")
 def hugging_face(demo_source):
-    """load(dtype, attention implementation) -> transformers' model, loaded from the same GGUF file."""
-    from transformers import AutoModelForCausalLM, GgufConfig
+    """load(dtype, attention implementation) -> transformers' model, see hugging_face.py."""
+    return _load("hugging_face", "hugging_face.py").Models(demo_source.path).load
 
-    loaded = {}
 
-    def load(dtype: torch.dtype, attention: str = "sdpa"):
-        if (dtype, attention) not in loaded:
-            loaded[dtype, attention] = AutoModelForCausalLM.from_pretrained(
-                demo_source.path.parent,
-                gguf_file=demo_source.path.name,
-                dtype=dtype,
-                attn_implementation=attention,
-                quantization_config=GgufConfig(dequantize=True),
-            ).eval()
-        return loaded[dtype, attention]
-
-    return load
+@pytest.fixture(scope="session")
+def hugging_face_greedy():
+    """The function ``greedy`` of hugging_face.py."""
+    return _load("hugging_face", "hugging_face.py").greedy
 
 
 @pytest.fixture(scope="session")

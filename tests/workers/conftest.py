@@ -27,8 +27,6 @@ from .hold.paused import Paused, at_tokens
 ENGINE = WorkerId("engine")
 EVENT_DEADLINE_S = 600.0
 NEW_TOKENS = 16
-NO_TOKEN = 10**9
-"""No token has this id, so transformers does not stop before NEW_TOKENS."""
 
 
 @pytest.fixture(scope="session")
@@ -45,22 +43,10 @@ def demo_model(demo_source):
 
 
 @pytest.fixture(scope="session")
-def greedy_float32(hugging_face, prompts):
+def greedy_float32(hugging_face, hugging_face_greedy, prompts):
     """Prompt name -> the first NEW_TOKENS of transformers' greedy answer in float32."""
     model = hugging_face(torch.float32)
-    answers = {}
-    for name, ids in prompts.items():
-        with torch.inference_mode():
-            out = model.generate(
-                torch.tensor([ids]),
-                attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                do_sample=False,
-                max_new_tokens=NEW_TOKENS,
-                eos_token_id=NO_TOKEN,
-                pad_token_id=0,
-            )
-        answers[name] = out[0, len(ids) :].tolist()
-    return answers
+    return {name: hugging_face_greedy(model, ids, NEW_TOKENS) for name, ids in prompts.items()}
 
 
 @pytest.fixture(scope="session")

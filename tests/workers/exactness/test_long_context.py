@@ -18,8 +18,6 @@ LEAST_TOKENS = 24_000
 ANSWER = " 7391."
 NEEDLE = f"The secret number of lighthouse Aurora is{ANSWER}"
 NEW_TOKENS = 24
-NO_TOKEN = 10**9
-"""No token has this id, so transformers does not stop before NEW_TOKENS."""
 CHUNK_TOKENS = 2048
 """Tokens of a forward pass of transformers: bounds the memory of its attention."""
 
@@ -59,25 +57,10 @@ def scaled_hugging_face(demo_source):
     return model.eval()
 
 
-def greedy(model, prompt):
-    """transformers' tokens, with the prompt in chunks."""
-    with torch.inference_mode():
-        out = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            do_sample=False,
-            max_new_tokens=NEW_TOKENS,
-            prefill_chunk_size=CHUNK_TOKENS,
-            eos_token_id=NO_TOKEN,
-            pad_token_id=0,
-        )
-    return out[0, len(prompt) :].tolist()
-
-
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
 def test_needle_beyond_the_original_positions(
-    demo_source, scaled_hugging_face, rig, submit, prompt, tokenizer, capsys
+    demo_source, scaled_hugging_face, hugging_face_greedy, rig, submit, prompt, tokenizer, capsys
 ):
     config = load_config(demo_source, max_model_len=MAX_MODEL_LEN, rope_scaling=YARN)
     assert config.max_positions == MAX_MODEL_LEN
@@ -87,7 +70,7 @@ def test_needle_beyond_the_original_positions(
     sampling = Sampling(max_tokens=NEW_TOKENS, temperature=0.0)
     collected = submit(engine, "needle", prompt, sampling)
     assert isinstance(collected.result(), Finished)
-    expected = greedy(scaled_hugging_face, prompt)
+    expected = hugging_face_greedy(scaled_hugging_face, prompt, NEW_TOKENS, prefill_chunk_size=CHUNK_TOKENS)
     with capsys.disabled():
         print(f"\n{len(prompt)} tokens, YaRN: {tokenizer.decode(collected.tokens)!r}")
     assert collected.tokens == expected
