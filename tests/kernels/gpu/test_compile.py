@@ -1,8 +1,12 @@
 """The GPU kernels compile for the GPUs in SHARED_BYTES, within their registers and shared memory, by the
 installed triton and by the one of the GPU machines that we build for."""
 
+import os
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -16,15 +20,23 @@ OLDER_TRITON = "triton==3.6.*"
 
 @pytest.fixture
 def compiled(tmp_path):
-    """compiled(module, target, ...) -> the kernels that a module of benchmarks/gpu/dry compiles, from an
-    empty cache. Fails if one does not compile, spills, or takes too much shared memory."""
+    """compiled(module, arguments, ...) -> the kernels that a module of benchmarks/gpu/dry compiles, given
+    each of the lists of arguments in a process of its own, as many at once as there are cores, from an empty
+    cache. Fails if one does not compile, spills, or takes too much shared memory."""
 
-    def run(module, *arguments, packages=None, rare=False):
-        rows = children.rows(module, *arguments, cache=tmp_path, packages=packages)
+    def rows_of(module, packages, arguments):
+        cache = tempfile.mkdtemp(dir=tmp_path)
+        return children.rows(module, *arguments, cache=cache, packages=packages)
+
+    def run(module, *runs, packages=None, rare=False):
+        with ThreadPoolExecutor(os.cpu_count()) as processes:
+            lists = list(processes.map(partial(rows_of, module, packages), runs))
+        assert all(lists)
+        rows = [row for rows in lists for row in rows]
         for row in rows:
             print(*row.values(), sep="\t")
         found = [(row, children.faults(row, rare=rare)) for row in rows]
-        assert rows and [(row, faults) for row, faults in found if faults] == []
+        assert [(row, faults) for row, faults in found if faults] == []
         return rows
 
     return run
@@ -32,8 +44,13 @@ def compiled(tmp_path):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_fit_without_spills(compiled, target):
+    check_kernels(compile_kernels(compiled, target), target)
+
+
+def compile_kernels(compiled, target, **options):
     """Every kernel at K dims 64 and 128 in bfloat16, and those that read stored KV also in int8 and int4."""
-    check_kernels(compiled("kernels", target, "64,128", "bfloat16,int8,int4"), target)
+    runs = [(target, k_dim, "bfloat16,int8,int4") for k_dim in ("64", "128")]
+    return compiled("kernels", *runs, **options)
 
 
 def check_kernels(rows, target):
@@ -61,14 +78,12 @@ def test_rarer_shapes_fit_without_spills(compiled, target):
 
 
 def compile_rarer_shapes(compiled, target, **options):
-    options["rare"] = True
-    compiled("kernels", target, "256", "bfloat16,int8,int4", **options)
+    runs = [(target, "64,128,256,576", "float32"), (target, "256", "bfloat16,int8,int4")]
     if target.startswith("hip"):
-        compiled("kernels", target, "576", "bfloat16,int4", **options)
+        runs += [(target, "576", "bfloat16,int4")]
     else:
-        compiled("kernels", target, "576", "bfloat16,int8,int4", **options)
-        compiled("kernels", target, "64,128", "bfloat16", "capped", **options)
-    compiled("kernels", target, "64,128,256,576", "float32", **options)
+        runs += [(target, "576", "bfloat16,int8,int4"), (target, "64,128", "bfloat16", "capped")]
+    compiled("kernels", *runs, rare=True, **options)
 
 
 SHAPES = (
@@ -96,7 +111,7 @@ def check_launches(rows):
 @pytest.mark.parametrize("target", TARGETS)
 def test_what_engine_and_shards_launch_fits_without_spills(compiled, target):
     """As they launch it: views of heads and chunks, odd strides, states in several dtypes."""
-    check_launches(compiled("launches", target, *SHAPES))
+    check_launches(compiled("launches", (target, *SHAPES)))
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +133,8 @@ def older_triton(tmp_path_factory):
 @pytest.mark.soak
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_older_triton_compiles_everything_without_spills(compiled, older_triton, target):
-    rows = compiled("kernels", target, "64,128", "bfloat16,int8,int4", packages=older_triton)
+    rows = compile_kernels(compiled, target, packages=older_triton)
     assert {row["triton"].rpartition(".")[0] for row in rows} == {"3.6"}
     check_kernels(rows, target)
     compile_rarer_shapes(compiled, target, packages=older_triton)
-    check_launches(compiled("launches", target, *SHAPES, packages=older_triton))
+    check_launches(compiled("launches", (target, *SHAPES), packages=older_triton))
