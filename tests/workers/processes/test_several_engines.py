@@ -67,6 +67,12 @@ def ask(client, ids, count):
     return [event.token_id for event in stream if isinstance(event, Token)], end.cached_tokens
 
 
+def await_found(client, ids, stored):
+    """Waits until a request finds so many tokens of its prompt stored. A shard that answers late, as on a
+    machine that stands still for a second, costs a hit."""
+    until(lambda: ask(client, ids, 1)[1] == stored, f"{stored} tokens are not found")
+
+
 def frames_of(engine):
     """How many frames the shards have answered to an engine."""
     with rpc.channel(engine.address, None) as channel:
@@ -124,7 +130,9 @@ def test_three_engines_and_two_gateways_share_the_shards(
         second = ask_all(clients[1])
     for name, ids in prompts.items():
         assert first[name][0] == second[name][0] == greedy_float32[name], name
-        assert second[name][1] == (len(ids) - 1) // BLOCK_TOKENS * BLOCK_TOKENS, name
+        stored = (len(ids) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+        if second[name][1] != stored:
+            await_found(clients[1], ids, stored)
     assert all(frames_of(engine) for engine in engines), "each engine has had a part of the prompts"
     for engine in engines:
         with connected(engine.address) as asked:
