@@ -117,8 +117,7 @@ of a key. */}}
 {{- range $key, $request := $resources.requests -}}
 {{- $limit := dig "limits" $key "" $resources | toString -}}
 {{- $amount := ternary "farshore.millicores" "farshore.bytes" (eq $key "cpu") -}}
-{{- $more := and $limit (gt (include $amount (toString $request) | int64) (include $amount (default "0" $limit) | int64)) -}}
-{{- if $more -}}
+{{- if and $limit (gt (include $amount (toString $request) | int64) (include $amount $limit | int64)) -}}
 {{- fail (printf "%s.requests.%s: %v is more than the limit, %v" $name $key $request $limit) -}}
 {{- end -}}
 {{- if and (or (contains "/" $key) (hasPrefix "hugepages-" $key)) (ne (toString $request) $limit) -}}
